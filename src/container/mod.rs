@@ -1,0 +1,137 @@
+//! Finding a container from the runtime's state on disk alone, and proving the image it stands on.
+
+use std::path::PathBuf;
+
+use oci_spec::image::Descriptor;
+
+use crate::digest::{ChainId, DiffId, Digest};
+use crate::overlay::mount::OverlayMount;
+
+/// Who runs a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Runtime {
+    /// containerd: Kubernetes' CRI, nerdctl, ctr.
+    Containerd,
+    /// Docker with the overlay2 graph driver.
+    Docker,
+    /// Podman, on containers/storage.
+    Podman,
+    /// CRI-O, on containers/storage.
+    Crio,
+    /// Any process whose root is an overlay (`pid:N`).
+    Process,
+}
+
+/// The pod that a container belongs to, as the runtime (not the pod) wrote it down.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Pod {
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Pod name.
+    pub name: String,
+    /// Name of the container within the pod.
+    pub container: String,
+    /// Pod UID where the runtime recorded it.
+    pub uid: Option<String>,
+}
+
+/// One line of `/proc/PID/uid_map`: `count` ids from `inside` on are `outside` on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct IdMapping {
+    /// First id as the container sees it.
+    pub inside: u32,
+    /// First id as the host (and the disk) sees it.
+    pub outside: u32,
+    /// Number of ids.
+    pub count: u32,
+}
+
+/// A mount inside the container other than its root: nothing at or below `destination` belongs to the image.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct MountPoint {
+    /// Absolute path inside the container.
+    pub destination: PathBuf,
+    /// File system type (`bind`, `tmpfs`, `proc`, ...).
+    pub kind: String,
+    /// Where it comes from, as the runtime or the kernel says.
+    pub source: String,
+    /// A volume with somebody's data in it, as opposed to what a runtime mounts by itself (`/proc`, `/etc/hosts`, ...).
+    pub volume: bool,
+}
+
+/// A running container, as the runtime's state on disk describes it.
+#[derive(Clone, Debug)]
+pub struct Container {
+    /// Who runs it.
+    pub runtime: Runtime,
+    /// Full ID (for [`Runtime::Process`]: `pid:N`).
+    pub id: String,
+    /// Human names (Docker, Podman, nerdctl), best first.
+    pub names: Vec<String>,
+    /// containerd's namespace (`k8s.io`, `default`, ...).
+    pub namespace: Option<String>,
+    /// Its pod, if it is in one.
+    pub pod: Option<Pod>,
+    /// Its first process, in the namespace of this program.
+    pub pid: u32,
+    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot: pids are reused, this pair is not.
+    pub pid_start: u64,
+    /// Its root mount.
+    pub overlay: OverlayMount,
+    /// User ids; empty means no user namespace, ids on disk are the container's.
+    pub uid_map: Vec<IdMapping>,
+    /// Group ids, likewise.
+    pub gid_map: Vec<IdMapping>,
+    /// Every mount inside it but the root, from the runtime's spec and the kernel's mountinfo together.
+    pub mounts: Vec<MountPoint>,
+    /// The image's name as the runtime recorded it (a tag: it may have moved since).
+    pub image_name: Option<String>,
+    /// The mode that the runtime itself gives the upper's root whatever the base says (CRI-O: 0555).
+    pub runtime_root_mode: Option<u32>,
+}
+
+/// The image that a container stands on, proven against the mounted lowers.
+#[derive(Clone, Debug)]
+pub struct Base {
+    /// Reference under which the base was pulled, for `org.opencontainers.image.base.name` and for fetching layers.
+    pub name: Option<String>,
+    /// The image manifest, byte for byte, where the runtime keeps it (Docker's graph driver does not).
+    pub manifest: Option<RawManifest>,
+    /// The image config, byte for byte.
+    pub config: Vec<u8>,
+    /// Bottom first; exactly the config's `rootfs.diff_ids`.
+    pub layers: Vec<BaseLayer>,
+    /// How it was proven, in words for `inspect` and the metadata file.
+    pub proof: String,
+}
+
+/// A manifest as stored: its digest is over exactly these bytes.
+#[derive(Clone, Debug)]
+pub struct RawManifest {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// Its media type.
+    pub media_type: String,
+    /// Its digest.
+    pub digest: Digest,
+}
+
+/// One layer of a base.
+#[derive(Clone, Debug)]
+pub struct BaseLayer {
+    /// Digest of the uncompressed tar.
+    pub diff_id: DiffId,
+    /// Of the stack up to and including this layer.
+    pub chain_id: ChainId,
+    /// The mounted directory that holds this layer unpacked (`--host-root` applied); none for image-backed lowers.
+    pub lower: Option<PathBuf>,
+    /// The compressed blob as the manifest has it. Docker knows digests without sizes: then size is 0 and `size_known` false.
+    pub descriptor: Option<Descriptor>,
+    /// Whether `descriptor.size` is to be believed.
+    pub size_known: bool,
+    /// The compressed blob on this node, if it is still there.
+    pub local_blob: Option<PathBuf>,
+    /// `HOST/REPOSITORY`s that are known to have (had) the blob, best first.
+    pub repositories: Vec<String>,
+}

@@ -1,0 +1,6 @@
+//! What an overlay mount is made of, and what the marks in its directories mean.
+//!
+//! Source: kernel `Documentation/filesystems/overlayfs.rst` and `fs/overlayfs/`.
+
+pub mod mount;
+pub mod xattr;

@@ -1,0 +1,1 @@
+//! A repository of a distribution registry.
