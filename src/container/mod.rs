@@ -6,6 +6,7 @@ use oci_spec::image::Descriptor;
 
 use crate::digest::{ChainId, DiffId, Digest};
 use crate::overlay::mount::OverlayMount;
+pub use crate::overlay::owner::IdMapping;
 
 /// Who runs a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
@@ -34,17 +35,6 @@ pub struct Pod {
     pub container: String,
     /// Pod UID where the runtime recorded it.
     pub uid: Option<String>,
-}
-
-/// One line of `/proc/PID/uid_map`: `count` ids from `inside` on are `outside` on the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct IdMapping {
-    /// First id as the container sees it.
-    pub inside: u32,
-    /// First id as the host (and the disk) sees it.
-    pub outside: u32,
-    /// Number of ids.
-    pub count: u32,
 }
 
 /// A mount inside the container other than its root: nothing at or below `destination` belongs to the image.
