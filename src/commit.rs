@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use crate::layer::Compression;
+
 /// What becomes of the container while its files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -10,18 +12,6 @@ pub enum Pause {
     /// Frozen while the layer is read.
     Full,
     /// Not frozen: files that change while they are read are reported.
-    None,
-}
-
-/// How the layer is compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Compression {
-    /// `application/vnd.oci.image.layer.v1.tar+gzip`: everything reads it.
-    Gzip,
-    /// `application/vnd.oci.image.layer.v1.tar+zstd`.
-    Zstd,
-    /// `application/vnd.oci.image.layer.v1.tar`.
     None,
 }
 
