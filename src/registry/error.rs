@@ -404,7 +404,7 @@ pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
 }
 
 /// At most `limit` characters of a stranger's text, control characters escaped.
-pub(super) fn printable(text: &str, limit: usize) -> String {
+pub(crate) fn printable(text: &str, limit: usize) -> String {
     let mut out = String::new();
     for (n, c) in text.chars().enumerate() {
         if n == limit {
