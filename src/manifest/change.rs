@@ -55,21 +55,36 @@ pub enum Error {
 pub fn apply(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), Error> {
     let mut cmd_given = false;
     for change in changes {
-        let invalid = |reason: String| Error::Invalid { change: change.clone(), reason };
+        let invalid = |reason: String| Error::Invalid {
+            change: change.clone(),
+            reason,
+        };
         if change.contains('\0') {
-            return Err(invalid("a NUL byte cannot be part of an image's settings".to_owned()));
+            return Err(invalid(
+                "a NUL byte cannot be part of an image's settings".to_owned(),
+            ));
         }
         let lines = instructions(change);
         if lines.is_empty() {
-            return Err(invalid(format!("there is no directive in it; expected one of {}", DIRECTIVES.join(", "))));
+            return Err(invalid(format!(
+                "there is no directive in it; expected one of {}",
+                DIRECTIVES.join(", ")
+            )));
         }
         for line in lines {
             let (name, rest) = line.split_once(char::is_whitespace).unwrap_or((&line, ""));
             let directive = name.to_uppercase();
             if !DIRECTIVES.contains(&directive.as_str()) {
-                return Err(Error::Unknown { change: change.clone(), directive: name.to_owned() });
+                return Err(Error::Unknown {
+                    change: change.clone(),
+                    directive: name.to_owned(),
+                });
             }
-            let directive = Directive { config, name: &directive, cmd_given: &mut cmd_given };
+            let directive = Directive {
+                config,
+                name: &directive,
+                cmd_given: &mut cmd_given,
+            };
             directive.apply(rest).map_err(invalid)?;
         }
     }
@@ -87,7 +102,11 @@ fn instructions(text: &str) -> Vec<String> {
             continue;
         }
         // Leading space is part of a continued line, as it may stand within quotes.
-        let line = if open.is_empty() { trimmed } else { line.trim_end() };
+        let line = if open.is_empty() {
+            trimmed
+        } else {
+            line.trim_end()
+        };
         if let Some(start) = line.strip_suffix('\\') {
             open.push_str(start);
         } else {
@@ -119,7 +138,9 @@ impl Directive<'_> {
         }
         if rest.is_empty() {
             return Err(match self.name {
-                "CMD" | "ENTRYPOINT" => format!("{0} needs a command; to clear it, write {0} []", self.name),
+                "CMD" | "ENTRYPOINT" => {
+                    format!("{0} needs a command; to clear it, write {0} []", self.name)
+                }
                 name => format!("{name} needs an argument"),
             });
         }
@@ -171,7 +192,10 @@ impl Directive<'_> {
         let mut env = strings(self.config.get("Env"));
         for (key, value) in self.pairs(rest)? {
             let line = format!("{key}={value}");
-            match env.iter_mut().find(|old| old.split('=').next() == Some(key.as_str())) {
+            match env
+                .iter_mut()
+                .find(|old| old.split('=').next() == Some(key.as_str()))
+            {
                 Some(old) => *old = line,
                 None => env.push(line),
             }
@@ -183,7 +207,11 @@ impl Directive<'_> {
     fn label(self, rest: &str) -> Result<(), String> {
         let pairs = self.pairs(rest)?;
         edit_object(self.config, "Labels", |labels| {
-            labels.extend(pairs.into_iter().map(|(key, value)| (key, Value::String(value))));
+            labels.extend(
+                pairs
+                    .into_iter()
+                    .map(|(key, value)| (key, Value::String(value))),
+            );
         });
         Ok(())
     }
@@ -193,11 +221,20 @@ impl Directive<'_> {
     fn pairs(&self, rest: &str) -> Result<Vec<(String, String)>, String> {
         let words = words(rest);
         let raw: Vec<(&str, &str)> = if words.first().is_some_and(|word| word.contains('=')) {
-            let pair = |word| str::split_once(word, '=').ok_or_else(|| format!("{word:?} has no =, expected NAME=VALUE"));
-            words.iter().map(|word| pair(word)).collect::<Result<_, _>>()?
+            let pair = |word| {
+                str::split_once(word, '=')
+                    .ok_or_else(|| format!("{word:?} has no =, expected NAME=VALUE"))
+            };
+            words
+                .iter()
+                .map(|word| pair(word))
+                .collect::<Result<_, _>>()?
         } else {
             let (key, value) = rest.split_once(char::is_whitespace).ok_or_else(|| {
-                format!("{} needs a name and a value: NAME=VALUE, found {rest:?}", self.name)
+                format!(
+                    "{} needs a name and a value: NAME=VALUE, found {rest:?}",
+                    self.name
+                )
             })?;
             vec![(key, value.trim_start())]
         };
@@ -206,7 +243,14 @@ impl Directive<'_> {
         for (key, value) in raw {
             let (key, value) = (expand(key, &env)?, expand(value, &env)?);
             if key.is_empty() || (self.name == "ENV" && key.contains('=')) {
-                return Err(format!("{key:?} cannot be the name of {}", if self.name == "ENV" { "a variable" } else { "a label" }));
+                return Err(format!(
+                    "{key:?} cannot be the name of {}",
+                    if self.name == "ENV" {
+                        "a variable"
+                    } else {
+                        "a label"
+                    }
+                ));
             }
             pairs.push((key, value));
         }
@@ -222,12 +266,16 @@ impl Directive<'_> {
             })?);
         }
         if ports.is_empty() {
-            return Err(format!("EXPOSE needs a port; {rest:?} is empty once its variables are replaced"));
+            return Err(format!(
+                "EXPOSE needs a port; {rest:?} is empty once its variables are replaced"
+            ));
         }
         edit_object(self.config, "ExposedPorts", |exposed| {
             for (range, protocol) in ports {
                 for port in range {
-                    exposed.entry(format!("{port}/{protocol}")).or_insert_with(|| json!({}));
+                    exposed
+                        .entry(format!("{port}/{protocol}"))
+                        .or_insert_with(|| json!({}));
                 }
             }
         });
@@ -240,18 +288,32 @@ impl Directive<'_> {
         let test = match kind.to_uppercase().as_str() {
             "" => return Err("HEALTHCHECK needs NONE or CMD with a command".to_owned()),
             "NONE" if command.is_empty() => vec!["NONE".to_owned()],
-            "NONE" => return Err(format!("HEALTHCHECK NONE takes no argument, found {command:?}")),
+            "NONE" => {
+                return Err(format!(
+                    "HEALTHCHECK NONE takes no argument, found {command:?}"
+                ));
+            }
             "CMD" => match json_form(command)? {
-                None if command.is_empty() => return Err("HEALTHCHECK CMD needs a command".to_owned()),
-                Some(list) if list.is_empty() => return Err("HEALTHCHECK CMD needs a command".to_owned()),
+                None if command.is_empty() => {
+                    return Err("HEALTHCHECK CMD needs a command".to_owned());
+                }
+                Some(list) if list.is_empty() => {
+                    return Err("HEALTHCHECK CMD needs a command".to_owned());
+                }
                 None => vec!["CMD-SHELL".to_owned(), command.to_owned()],
                 Some(list) => std::iter::once("CMD".to_owned()).chain(list).collect(),
             },
-            _ => return Err(format!("HEALTHCHECK {kind:?} is unknown, expected NONE or CMD")),
+            _ => {
+                return Err(format!(
+                    "HEALTHCHECK {kind:?} is unknown, expected NONE or CMD"
+                ));
+            }
         };
         let mut given: Vec<(&str, i64)> = Vec::new();
         for flag in flags {
-            let (name, value) = flag.split_once('=').ok_or_else(|| format!("{flag} needs a value: {flag}=VALUE"))?;
+            let (name, value) = flag
+                .split_once('=')
+                .ok_or_else(|| format!("{flag} needs a value: {flag}=VALUE"))?;
             let (key, number) = match name {
                 "--interval" => ("Interval", interval(name, value)?),
                 "--timeout" => ("Timeout", interval(name, value)?),
@@ -283,7 +345,11 @@ impl Directive<'_> {
     }
 
     fn onbuild(self, rest: &str) -> Result<(), String> {
-        let trigger = rest.split_whitespace().next().unwrap_or_default().to_uppercase();
+        let trigger = rest
+            .split_whitespace()
+            .next()
+            .unwrap_or_default()
+            .to_uppercase();
         if ["ONBUILD", "FROM", "MAINTAINER"].contains(&trigger.as_str()) {
             return Err(format!("{trigger} cannot be a trigger of ONBUILD"));
         }
@@ -296,23 +362,29 @@ impl Directive<'_> {
     fn stopsignal(self, rest: &str) -> Result<(), String> {
         let signal = expand(rest, &strings(self.config.get("Env")))?;
         if !is_signal(&signal) {
-            return Err(format!("{signal:?} is not a signal: expected a name such as SIGTERM, SIGRTMIN+3 or a number of 1 to 64"));
+            return Err(format!(
+                "{signal:?} is not a signal: expected a name such as SIGTERM, SIGRTMIN+3 or a number of 1 to 64"
+            ));
         }
-        self.config.insert("StopSignal".to_owned(), Value::String(signal));
+        self.config
+            .insert("StopSignal".to_owned(), Value::String(signal));
         Ok(())
     }
 
     fn user(self, rest: &str) -> Result<(), String> {
         let user = expand(rest, &strings(self.config.get("Env")))?;
         if user.is_empty() || user.contains(char::is_whitespace) {
-            return Err(format!("{user:?} is not a user: expected USER[:GROUP], names or numbers"));
+            return Err(format!(
+                "{user:?} is not a user: expected USER[:GROUP], names or numbers"
+            ));
         }
         self.config.insert("User".to_owned(), Value::String(user));
         Ok(())
     }
 
     fn volume(self, rest: &str) -> Result<(), String> {
-        let raw = json_form(rest)?.unwrap_or_else(|| rest.split_whitespace().map(str::to_owned).collect());
+        let raw = json_form(rest)?
+            .unwrap_or_else(|| rest.split_whitespace().map(str::to_owned).collect());
         let env = strings(self.config.get("Env"));
         let mut paths = Vec::with_capacity(raw.len());
         for path in raw {
@@ -336,15 +408,22 @@ impl Directive<'_> {
     fn workdir(self, rest: &str) -> Result<(), String> {
         let path = expand(rest, &strings(self.config.get("Env")))?;
         if path.is_empty() {
-            return Err(format!("WORKDIR is empty once the variables of {rest:?} are replaced"));
+            return Err(format!(
+                "WORKDIR is empty once the variables of {rest:?} are replaced"
+            ));
         }
         let path = if path.starts_with('/') {
             path
         } else {
-            let current = self.config.get("WorkingDir").and_then(Value::as_str).unwrap_or("/");
+            let current = self
+                .config
+                .get("WorkingDir")
+                .and_then(Value::as_str)
+                .unwrap_or("/");
             normalised(&format!("/{current}/{path}"))
         };
-        self.config.insert("WorkingDir".to_owned(), Value::String(path));
+        self.config
+            .insert("WorkingDir".to_owned(), Value::String(path));
         Ok(())
     }
 }
@@ -389,12 +468,22 @@ fn json_form(rest: &str) -> Result<Option<Vec<String>>, String> {
         Value::String(text) => Ok(text),
         other => Err(format!("the JSON form takes texts only, found {other}")),
     };
-    values.into_iter().map(text).collect::<Result<_, _>>().map(Some)
+    values
+        .into_iter()
+        .map(text)
+        .collect::<Result<_, _>>()
+        .map(Some)
 }
 
 fn strings(value: Option<&Value>) -> Vec<String> {
-    let list = value.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
-    list.iter().filter_map(Value::as_str).map(str::to_owned).collect()
+    let list = value
+        .and_then(Value::as_array)
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    list.iter()
+        .filter_map(Value::as_str)
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Sets a list; an empty one is left out, which means the same.
@@ -407,7 +496,11 @@ fn set_list(config: &mut Map<String, Value>, key: &str, list: Vec<String>) {
 }
 
 /// Changes the object under `key`, which is made if there is none.
-fn edit_object(config: &mut Map<String, Value>, key: &str, edit: impl FnOnce(&mut Map<String, Value>)) {
+fn edit_object(
+    config: &mut Map<String, Value>,
+    key: &str,
+    edit: impl FnOnce(&mut Map<String, Value>),
+) {
     // Taken out and put back: the place among the other keys stays.
     let mut map = match config.get_mut(key).map(Value::take) {
         Some(Value::Object(map)) => map,
@@ -420,12 +513,22 @@ fn edit_object(config: &mut Map<String, Value>, key: &str, edit: impl FnOnce(&mu
 /// `80`, `80/udp`, `7000-7002`; of a mapping (`8080:80`, `127.0.0.1:8080:80`) the container's side.
 fn port_range(word: &str) -> Option<(std::ops::RangeInclusive<u16>, String)> {
     let (ports, protocol) = word.split_once('/').unwrap_or((word, "tcp"));
-    let protocol = if protocol.is_empty() { "tcp".to_owned() } else { protocol.to_lowercase() };
+    let protocol = if protocol.is_empty() {
+        "tcp".to_owned()
+    } else {
+        protocol.to_lowercase()
+    };
     let ports = ports.rsplit(':').next().unwrap_or_default();
     let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
-    let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u16>().ok()).flatten();
+    let number = |text: &str| {
+        text.bytes()
+            .all(|b| b.is_ascii_digit())
+            .then(|| text.parse::<u16>().ok())
+            .flatten()
+    };
     let (first, last) = (number(first)?, number(last)?);
-    (first <= last && ["tcp", "udp", "sctp"].contains(&protocol.as_str())).then_some((first..=last, protocol))
+    (first <= last && ["tcp", "udp", "sctp"].contains(&protocol.as_str()))
+        .then_some((first..=last, protocol))
 }
 
 /// Nanoseconds; 0 means "not given".
@@ -437,7 +540,9 @@ fn interval(flag: &str, text: &str) -> Result<i64, String> {
         Some(0) => Ok(0),
         Some(ns) if ns >= MIN_INTERVAL => Ok(ns),
         Some(_) => Err(format!("{flag}={text} is less than 1ms")),
-        None => Err(format!("{flag}={text:?} is not a duration such as 30s, 1m30s or 500ms")),
+        None => Err(format!(
+            "{flag}={text:?} is not a duration such as 30s, 1m30s or 500ms"
+        )),
     }
 }
 
@@ -474,7 +579,9 @@ fn duration(text: &str) -> Option<i64> {
         if whole.is_empty() && fraction.is_empty() {
             return None;
         }
-        let end = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let end = tail
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(tail.len());
         let (unit, tail) = tail.split_at(end);
         let unit: u128 = match unit {
             "ns" => 1,
@@ -485,12 +592,22 @@ fn duration(text: &str) -> Option<i64> {
             "h" => 3_600_000_000_000,
             _ => return None,
         };
-        let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().ok()? };
+        let whole: u64 = if whole.is_empty() {
+            0
+        } else {
+            whole.parse().ok()?
+        };
         // Eighteen digits are finer than a nanosecond of any unit.
         let fraction = &fraction[..fraction.len().min(18)];
         let scale = 10_u128.pow(fraction.len() as u32);
-        let fraction: u128 = if fraction.is_empty() { 0 } else { fraction.parse().ok()? };
-        total = total.checked_add(u128::from(whole).checked_mul(unit)?)?.checked_add(fraction * unit / scale)?;
+        let fraction: u128 = if fraction.is_empty() {
+            0
+        } else {
+            fraction.parse().ok()?
+        };
+        total = total
+            .checked_add(u128::from(whole).checked_mul(unit)?)?
+            .checked_add(fraction * unit / scale)?;
         rest = tail;
     }
     let total = i64::try_from(total).ok()?;
@@ -500,12 +617,15 @@ fn duration(text: &str) -> Option<i64> {
 /// A signal as engines take it: a number of 1 to 64, or a name with or without SIG, in any case.
 fn is_signal(text: &str) -> bool {
     const NAMES: &[&str] = &[
-        "ABRT", "ALRM", "BUS", "CHLD", "CLD", "CONT", "FPE", "HUP", "ILL", "INT", "IO", "IOT", "KILL", "PIPE", "POLL",
-        "PROF", "PWR", "QUIT", "SEGV", "STKFLT", "STOP", "SYS", "TERM", "TRAP", "TSTP", "TTIN", "TTOU", "URG", "USR1",
-        "USR2", "VTALRM", "WINCH", "XCPU", "XFSZ", "RTMIN", "RTMAX",
+        "ABRT", "ALRM", "BUS", "CHLD", "CLD", "CONT", "FPE", "HUP", "ILL", "INT", "IO", "IOT",
+        "KILL", "PIPE", "POLL", "PROF", "PWR", "QUIT", "SEGV", "STKFLT", "STOP", "SYS", "TERM",
+        "TRAP", "TSTP", "TTIN", "TTOU", "URG", "USR1", "USR2", "VTALRM", "WINCH", "XCPU", "XFSZ",
+        "RTMIN", "RTMAX",
     ];
     if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
-        return text.parse::<u8>().is_ok_and(|number| (1..=64).contains(&number));
+        return text
+            .parse::<u8>()
+            .is_ok_and(|number| (1..=64).contains(&number));
     }
     let upper = text.to_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
@@ -549,7 +669,10 @@ mod tests {
             ("7us", Some(7_000)),
             ("7µs", Some(7_000)),
             ("0.0000000001h", Some(360)),
-            ("1.00000000000000000000000000000000000000000000001s", Some(1_000_000_000)),
+            (
+                "1.00000000000000000000000000000000000000000000001s",
+                Some(1_000_000_000),
+            ),
             ("", None),
             ("+", None),
             ("10", None),
@@ -565,17 +688,45 @@ mod tests {
 
     #[test]
     fn signals() {
-        for good in ["SIGTERM", "TERM", "term", "9", "64", "SIGRTMIN+3", "RTMAX-14", "SIGRTMAX", "SIGSTKFLT"] {
+        for good in [
+            "SIGTERM",
+            "TERM",
+            "term",
+            "9",
+            "64",
+            "SIGRTMIN+3",
+            "RTMAX-14",
+            "SIGRTMAX",
+            "SIGSTKFLT",
+        ] {
             assert!(is_signal(good), "{good}");
         }
-        for bad in ["", "0", "65", "-1", "+9", "SIG", "BOGUS", "SIGRTMIN+16", "SIGRTMAX-15", "RTMIN+", "9 9"] {
+        for bad in [
+            "",
+            "0",
+            "65",
+            "-1",
+            "+9",
+            "SIG",
+            "BOGUS",
+            "SIGRTMIN+16",
+            "SIGRTMAX-15",
+            "RTMIN+",
+            "9 9",
+        ] {
             assert!(!is_signal(bad), "{bad}");
         }
     }
 
     #[test]
     fn continued_lines_skip_comments() {
-        assert_eq!(instructions("ENV a=b \\\n# no\n\n  c=d\n# x\nUSER e\\"), ["ENV a=b   c=d", "USER e"]);
-        assert_eq!(instructions(" \n# only a comment\n\\"), Vec::<String>::new());
+        assert_eq!(
+            instructions("ENV a=b \\\n# no\n\n  c=d\n# x\nUSER e\\"),
+            ["ENV a=b   c=d", "USER e"]
+        );
+        assert_eq!(
+            instructions(" \n# only a comment\n\\"),
+            Vec::<String>::new()
+        );
     }
 }

@@ -44,8 +44,14 @@ pub(super) fn words(text: &str) -> Vec<String> {
 
 /// Takes quotes and escapes away and replaces variables by their values in `env` (`NAME=VALUE` texts).
 pub(super) fn expand(word: &str, env: &[String]) -> Result<String, String> {
-    let mut expansion = Expansion { rest: word.chars().peekable(), env, depth: 0 };
-    expansion.until(None).map_err(|reason| format!("cannot expand {word:?}: {reason}"))
+    let mut expansion = Expansion {
+        rest: word.chars().peekable(),
+        env,
+        depth: 0,
+    };
+    expansion
+        .until(None)
+        .map_err(|reason| format!("cannot expand {word:?}: {reason}"))
 }
 
 struct Expansion<'a> {
@@ -105,7 +111,11 @@ impl Expansion<'_> {
     fn variable(&mut self) -> Result<String, String> {
         if self.rest.next_if_eq(&'{').is_none() {
             let name = self.name();
-            return Ok(if name.is_empty() { "$".to_owned() } else { self.value(&name).unwrap_or_default() });
+            return Ok(if name.is_empty() {
+                "$".to_owned()
+            } else {
+                self.value(&name).unwrap_or_default()
+            });
         }
         let name = self.name();
         if name.is_empty() {
@@ -123,7 +133,9 @@ impl Expansion<'_> {
             _ => (Some(first), false),
         };
         let Some(operator @ ('-' | '+' | '?')) = operator else {
-            return Err(format!("${{{name}…}}: only the forms :- :+ :? - + ? are known"));
+            return Err(format!(
+                "${{{name}…}}: only the forms :- :+ :? - + ? are known"
+            ));
         };
         self.depth += 1;
         if self.depth > MAX_DEPTH {
@@ -131,7 +143,9 @@ impl Expansion<'_> {
         }
         let word = self.until(Some('}'))?;
         self.depth -= 1;
-        let value = self.value(&name).filter(|value| !(empty_is_unset && value.is_empty()));
+        let value = self
+            .value(&name)
+            .filter(|value| !(empty_is_unset && value.is_empty()));
         match (operator, value) {
             ('-', None) => Ok(word),
             ('+', None) => Ok(String::new()),
@@ -151,7 +165,13 @@ impl Expansion<'_> {
             return name;
         }
         let digits = self.rest.peek().is_some_and(char::is_ascii_digit);
-        let part = |c: &char| if digits { c.is_ascii_digit() } else { c.is_alphanumeric() || *c == '_' };
+        let part = |c: &char| {
+            if digits {
+                c.is_ascii_digit()
+            } else {
+                c.is_alphanumeric() || *c == '_'
+            }
+        };
         while let Some(c) = self.rest.next_if(part) {
             name.push(c);
         }
@@ -160,10 +180,13 @@ impl Expansion<'_> {
 
     fn value(&self, name: &str) -> Option<String> {
         // The last of two wins, as in a process.
-        self.env.iter().rev().find_map(|line| match line.split_once('=') {
-            Some((key, value)) => (key == name).then(|| value.to_owned()),
-            None => (line == name).then(String::new),
-        })
+        self.env
+            .iter()
+            .rev()
+            .find_map(|line| match line.split_once('=') {
+                Some((key, value)) => (key == name).then(|| value.to_owned()),
+                None => (line == name).then(String::new),
+            })
     }
 }
 

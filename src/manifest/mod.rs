@@ -41,16 +41,36 @@ const ANNOTATION_CREATED: &str = "org.opencontainers.image.created";
 
 /// What Docker writes beside the image-spec's fields about the container that an image was committed from, or for its
 /// own first image format: false for the new image, and refreshed or left out by `docker commit` and buildah too.
-const STALE: [&str; 7] = ["id", "parent", "comment", "container", "container_config", "docker_version", "throwaway"];
+const STALE: [&str; 7] = [
+    "id",
+    "parent",
+    "comment",
+    "container",
+    "container_config",
+    "docker_version",
+    "throwaway",
+];
 /// The same within `config`: names of the container that the base was made in.
 const STALE_CONFIG: [&str; 4] = ["Hostname", "Domainname", "Image", "MacAddress"];
 
 /// Docker's layer types and their OCI counterparts.
 const LAYER_TYPES: [(&str, &str); 6] = [
-    ("application/vnd.docker.image.rootfs.diff.tar", "application/vnd.oci.image.layer.v1.tar"),
-    ("application/vnd.docker.image.rootfs.diff.tar.gzip", "application/vnd.oci.image.layer.v1.tar+gzip"),
-    ("application/vnd.docker.image.rootfs.diff.tar.zstd", "application/vnd.oci.image.layer.v1.tar+zstd"),
-    ("application/vnd.docker.image.rootfs.foreign.diff.tar", "application/vnd.oci.image.layer.nondistributable.v1.tar"),
+    (
+        "application/vnd.docker.image.rootfs.diff.tar",
+        "application/vnd.oci.image.layer.v1.tar",
+    ),
+    (
+        "application/vnd.docker.image.rootfs.diff.tar.gzip",
+        "application/vnd.oci.image.layer.v1.tar+gzip",
+    ),
+    (
+        "application/vnd.docker.image.rootfs.diff.tar.zstd",
+        "application/vnd.oci.image.layer.v1.tar+zstd",
+    ),
+    (
+        "application/vnd.docker.image.rootfs.foreign.diff.tar",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+    ),
     (
         "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
         "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
@@ -134,7 +154,11 @@ pub struct Blob {
 
 impl Blob {
     fn new(media_type: &'static str, bytes: Vec<u8>) -> Self {
-        Self { media_type, digest: Digest::of(&bytes), bytes }
+        Self {
+            media_type,
+            digest: Digest::of(&bytes),
+            bytes,
+        }
     }
 }
 
@@ -184,7 +208,9 @@ pub enum Error {
         found: String,
     },
     /// A kind of document that no image can be built on.
-    #[error("the base manifest is {found:?}; an image manifest (OCI, or Docker schema 2) is needed{hint}")]
+    #[error(
+        "the base manifest is {found:?}; an image manifest (OCI, or Docker schema 2) is needed{hint}"
+    )]
     ManifestType {
         /// Its media type.
         found: String,
@@ -203,7 +229,9 @@ pub enum Error {
         media_type: String,
     },
     /// The config and the layers that were handed over contradict each other.
-    #[error("the base config lists {config} layers, {given} were found: this is not the config of this base")]
+    #[error(
+        "the base config lists {config} layers, {given} were found: this is not the config of this base"
+    )]
     LayerCount {
         /// `rootfs.diff_ids`.
         config: usize,
@@ -217,7 +245,9 @@ pub enum Error {
     )]
     TooManyLayers(usize),
     /// Over [`MAX_MANIFEST_BYTES`].
-    #[error("the manifest would have {0} bytes, registries take {MAX_MANIFEST_BYTES}; give fewer or shorter annotations")]
+    #[error(
+        "the manifest would have {0} bytes, registries take {MAX_MANIFEST_BYTES}; give fewer or shorter annotations"
+    )]
     ManifestSize(usize),
     /// A `--change`.
     #[error(transparent)]
@@ -233,7 +263,9 @@ pub enum Error {
         reason: &'static str,
     },
     /// A time that RFC 3339 cannot write.
-    #[error("{0} seconds since the epoch is no time that an image can carry: the years are 0 to 9999")]
+    #[error(
+        "{0} seconds since the epoch is no time that an image can carry: the years are 0 to 9999"
+    )]
     Time(i64),
     /// An index without anything for this platform.
     #[error("the index has no image for {wanted}; it has {}", if available.is_empty() { "none".to_owned() } else { available.join(", ") })]
@@ -272,7 +304,12 @@ pub fn assemble(input: &Input<'_>) -> Result<Image, Error> {
     if manifest.len() > MAX_MANIFEST_BYTES {
         return Err(Error::ManifestSize(manifest.len()));
     }
-    Ok(Image { manifest: Blob::new(MANIFEST, manifest), config, layers, warnings })
+    Ok(Image {
+        manifest: Blob::new(MANIFEST, manifest),
+        config,
+        layers,
+        warnings,
+    })
 }
 
 /// The OCI name of a layer's media type: Docker's are translated, all others are what they were.
@@ -294,7 +331,11 @@ fn check_pairs(flag: &'static str, pairs: &[(String, String)]) -> Result<(), Err
         } else {
             continue;
         };
-        return Err(Error::Pair { flag, key: key.clone(), reason });
+        return Err(Error::Pair {
+            flag,
+            key: key.clone(),
+            reason,
+        });
     }
     Ok(())
 }
@@ -303,7 +344,11 @@ fn rfc3339(seconds: i64) -> Result<String, Error> {
     let time = jiff::Timestamp::from_second(seconds).map_err(|_| Error::Time(seconds))?;
     let text = time.to_string();
     // Years before 0 and after 9999 have a sign in front.
-    if text.starts_with(|c: char| c.is_ascii_digit()) { Ok(text) } else { Err(Error::Time(seconds)) }
+    if text.starts_with(|c: char| c.is_ascii_digit()) {
+        Ok(text)
+    } else {
+        Err(Error::Time(seconds))
+    }
 }
 
 // ---- config
@@ -323,7 +368,12 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
     expect(BASE_CONFIG, "", &root, "os.features", Kind::Texts)?;
     for (key, assumed) in [("architecture", host_architecture()), ("os", "linux")] {
         expect(BASE_CONFIG, "", &root, key, Kind::Text)?;
-        if root.get(key).and_then(Value::as_str).unwrap_or_default().is_empty() {
+        if root
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .is_empty()
+        {
             warnings.push(Warning {
                 code: "base_platform_missing",
                 message: format!("the base config does not say its {key}; {assumed} was written"),
@@ -346,19 +396,41 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
 
     let mut rootfs = match root.get_mut("rootfs").map(Value::take) {
         Some(Value::Object(map)) => map,
-        other => return Err(shape(BASE_CONFIG, "rootfs", "an object", &other.unwrap_or_default())),
+        other => {
+            return Err(shape(
+                BASE_CONFIG,
+                "rootfs",
+                "an object",
+                &other.unwrap_or_default(),
+            ));
+        }
     };
     match rootfs.get("diff_ids") {
         // A base of no layers at all: Go writes an empty list as null.
         None | Some(Value::Null) if input.base_layers.is_empty() => {}
         Some(Value::Array(ids)) if ids.len() == input.base_layers.len() => {}
         Some(Value::Array(ids)) => {
-            return Err(Error::LayerCount { config: ids.len(), given: input.base_layers.len() });
+            return Err(Error::LayerCount {
+                config: ids.len(),
+                given: input.base_layers.len(),
+            });
         }
-        other => return Err(shape(BASE_CONFIG, "rootfs.diff_ids", "a list", other.unwrap_or(&Value::Null))),
+        other => {
+            return Err(shape(
+                BASE_CONFIG,
+                "rootfs.diff_ids",
+                "a list",
+                other.unwrap_or(&Value::Null),
+            ));
+        }
     }
     let new = input.layers.iter().map(|new| &new.layer);
-    let diff_ids: Vec<DiffId> = input.base_layers.iter().chain(new).map(|layer| layer.diff_id).collect();
+    let diff_ids: Vec<DiffId> = input
+        .base_layers
+        .iter()
+        .chain(new)
+        .map(|layer| layer.diff_id)
+        .collect();
     rootfs.insert("type".to_owned(), json!("layers"));
     rootfs.insert("diff_ids".to_owned(), json!(diff_ids));
     root.insert("rootfs".to_owned(), Value::Object(rootfs));
@@ -396,18 +468,32 @@ fn run_config(config: &mut Map<String, Value>, input: &Input<'_>) -> Result<(), 
             Some(Value::Object(map)) => map,
             _ => Map::new(),
         };
-        labels.extend(input.labels.iter().map(|(key, value)| (key.clone(), json!(value))));
+        labels.extend(
+            input
+                .labels
+                .iter()
+                .map(|(key, value)| (key.clone(), json!(value))),
+        );
         config.insert("Labels".to_owned(), Value::Object(labels));
     }
     Ok(())
 }
 
 /// Makes as many entries stand for a layer as there are layers: consumers that pair them up break otherwise.
-fn repair_history(history: &mut Vec<Value>, layers: usize, warnings: &mut Vec<Warning>) -> Result<(), Error> {
+fn repair_history(
+    history: &mut Vec<Value>,
+    layers: usize,
+    warnings: &mut Vec<Warning>,
+) -> Result<(), Error> {
     let mut with_layer = 0;
     for (i, entry) in history.iter_mut().enumerate() {
         let Value::Object(entry) = entry else {
-            return Err(shape(BASE_CONFIG, format!("history[{i}]"), "an object", entry));
+            return Err(shape(
+                BASE_CONFIG,
+                format!("history[{i}]"),
+                "an object",
+                entry,
+            ));
         };
         drop_nulls(entry);
         let at = format!("history[{i}].");
@@ -425,7 +511,8 @@ fn repair_history(history: &mut Vec<Value>, layers: usize, warnings: &mut Vec<Wa
         message: format!("the base's history tells of {with_layer} layers, there are {layers}; it was made to match"),
     });
     if with_layer < layers {
-        let filler = json!({ "comment": "a layer of the base image that its history does not mention" });
+        let filler =
+            json!({ "comment": "a layer of the base image that its history does not mention" });
         history.extend(std::iter::repeat_n(filler, layers - with_layer));
     }
     // Which of too many entries are the false ones nobody can know: the last ones are marked.
@@ -474,7 +561,11 @@ fn new_history(input: &Input<'_>, created: &str) -> Vec<Value> {
 
 const BASE_MANIFEST: &str = "the base manifest";
 
-fn manifest(input: &Input<'_>, created: &str, config: &Blob) -> Result<(Vec<u8>, Vec<Descriptor>), Error> {
+fn manifest(
+    input: &Input<'_>,
+    created: &str,
+    config: &Blob,
+) -> Result<(Vec<u8>, Vec<Descriptor>), Error> {
     let mut root = match &input.base_manifest {
         None => Map::new(),
         Some(base) => base_manifest(base)?,
@@ -537,34 +628,67 @@ fn manifest(input: &Input<'_>, created: &str, config: &Blob) -> Result<(Vec<u8>,
 fn base_manifest(base: &BaseManifest<'_>) -> Result<Map<String, Value>, Error> {
     let mut root = parse_object(BASE_MANIFEST, base.bytes)?;
     drop_nulls(&mut root);
-    let own = root.get("mediaType").and_then(Value::as_str).unwrap_or_default();
+    let own = root
+        .get("mediaType")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
     for media_type in [base.media_type, own] {
         let hint = match media_type {
             "" | MANIFEST | DOCKER_MANIFEST => continue,
             INDEX | DOCKER_LIST => ": choose one of its images first",
             _ => "",
         };
-        return Err(Error::ManifestType { found: media_type.to_owned(), hint });
+        return Err(Error::ManifestType {
+            found: media_type.to_owned(),
+            hint,
+        });
     }
     // A document that can be read as both is an attack (CVE-2021-41190).
     if root.contains_key("manifests") {
-        return Err(Error::ManifestType { found: "an index by its fields".to_owned(), hint: "" });
+        return Err(Error::ManifestType {
+            found: "an index by its fields".to_owned(),
+            hint: "",
+        });
     }
-    if let Some(version) = root.get("schemaVersion").filter(|version| **version != json!(2)) {
-        return Err(Error::ManifestType { found: format!("schema version {version}"), hint: "" });
+    if let Some(version) = root
+        .get("schemaVersion")
+        .filter(|version| **version != json!(2))
+    {
+        return Err(Error::ManifestType {
+            found: format!("schema version {version}"),
+            hint: "",
+        });
     }
     let config = match root.get("config") {
         Some(Value::Object(config)) => config,
-        other => return Err(shape(BASE_MANIFEST, "config", "an object", other.unwrap_or(&Value::Null))),
+        other => {
+            return Err(shape(
+                BASE_MANIFEST,
+                "config",
+                "an object",
+                other.unwrap_or(&Value::Null),
+            ));
+        }
     };
     expect(BASE_MANIFEST, "config.", config, "mediaType", Kind::Text)?;
-    match config.get("mediaType").and_then(Value::as_str).unwrap_or_default() {
+    match config
+        .get("mediaType")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+    {
         CONFIG | DOCKER_CONFIG => {}
         other => return Err(Error::ConfigType(other.to_owned())),
     }
     match root.get("layers") {
         Some(Value::Array(_)) => {}
-        other => return Err(shape(BASE_MANIFEST, "layers", "a list", other.unwrap_or(&Value::Null))),
+        other => {
+            return Err(shape(
+                BASE_MANIFEST,
+                "layers",
+                "a list",
+                other.unwrap_or(&Value::Null),
+            ));
+        }
     }
     expect(BASE_MANIFEST, "", &root, "annotations", Kind::TextMap)?;
     // The new image is no signature or attachment of what the base was attached to.
@@ -576,7 +700,9 @@ fn base_manifest(base: &BaseManifest<'_>) -> Result<Map<String, Value>, Error> {
 fn layer_descriptor(index: usize, layer: &Layer, old: Option<&Value>) -> Result<Value, Error> {
     let digest = layer.descriptor.digest().to_string();
     let mut map = match old {
-        Some(Value::Object(old)) if old.get("digest").and_then(Value::as_str) == Some(&digest) => old.clone(),
+        Some(Value::Object(old)) if old.get("digest").and_then(Value::as_str) == Some(&digest) => {
+            old.clone()
+        }
         _ => plain_descriptor(&layer.descriptor),
     };
     let media_type = layer.descriptor.media_type().to_string();
@@ -606,7 +732,11 @@ fn plain_descriptor(descriptor: &Descriptor) -> Map<String, Value> {
 }
 
 /// The base's annotations, with those about the base itself and the time made true, and the user's on top.
-fn annotations(manifest: &mut Map<String, Value>, input: &Input<'_>, created: &str) -> Map<String, Value> {
+fn annotations(
+    manifest: &mut Map<String, Value>,
+    input: &Input<'_>,
+    created: &str,
+) -> Map<String, Value> {
     let mut annotations = match manifest.get_mut("annotations").map(Value::take) {
         Some(Value::Object(map)) => map,
         _ => Map::new(),
@@ -623,7 +753,12 @@ fn annotations(manifest: &mut Map<String, Value>, input: &Input<'_>, created: &s
     if let Some(time) = annotations.get_mut(ANNOTATION_CREATED) {
         *time = json!(created);
     }
-    annotations.extend(input.annotations.iter().map(|(key, value)| (key.clone(), json!(value))));
+    annotations.extend(
+        input
+            .annotations
+            .iter()
+            .map(|(key, value)| (key.clone(), json!(value))),
+    );
     annotations
 }
 
@@ -656,21 +791,46 @@ enum Kind {
 }
 
 /// Refuses a field that is there and not of its kind.
-fn expect(what: &'static str, at: &str, map: &Map<String, Value>, key: &str, kind: Kind) -> Result<(), Error> {
+fn expect(
+    what: &'static str,
+    at: &str,
+    map: &Map<String, Value>,
+    key: &str,
+    kind: Kind,
+) -> Result<(), Error> {
     let Some(value) = map.get(key) else {
         return Ok(());
     };
     let (right, expected) = match kind {
         Kind::Text => (value.is_string(), "a text"),
         Kind::Bool => (value.is_boolean(), "true or false"),
-        Kind::Texts => (value.as_array().is_some_and(|list| list.iter().all(Value::is_string)), "a list of texts"),
-        Kind::TextMap => (value.as_object().is_some_and(|map| map.values().all(Value::is_string)), "a map of texts"),
+        Kind::Texts => (
+            value
+                .as_array()
+                .is_some_and(|list| list.iter().all(Value::is_string)),
+            "a list of texts",
+        ),
+        Kind::TextMap => (
+            value
+                .as_object()
+                .is_some_and(|map| map.values().all(Value::is_string)),
+            "a map of texts",
+        ),
         Kind::Object => (value.is_object(), "an object"),
     };
-    if right { Ok(()) } else { Err(shape(what, format!("{at}{key}"), expected, value)) }
+    if right {
+        Ok(())
+    } else {
+        Err(shape(what, format!("{at}{key}"), expected, value))
+    }
 }
 
-fn shape(what: &'static str, field: impl Into<String>, expected: &'static str, found: &Value) -> Error {
+fn shape(
+    what: &'static str,
+    field: impl Into<String>,
+    expected: &'static str,
+    found: &Value,
+) -> Error {
     let kind = match found {
         Value::Null => "nothing",
         Value::Bool(_) => "true or false",
@@ -680,5 +840,10 @@ fn shape(what: &'static str, field: impl Into<String>, expected: &'static str, f
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     };
-    Error::Shape { what, field: field.into(), expected, found: kind.to_owned() }
+    Error::Shape {
+        what,
+        field: field.into(),
+        expected,
+        found: kind.to_owned(),
+    }
 }

@@ -27,9 +27,15 @@ pub const fn host_architecture() -> &'static str {
 /// The image for `linux/architecture[/variant]` in an OCI index or Docker manifest list.
 ///
 /// An entry without a platform is taken if it is the only image. Without `variant` the highest that is there wins.
-pub fn select_platform(index: &[u8], architecture: &str, variant: Option<&str>) -> Result<Descriptor, Error> {
+pub fn select_platform(
+    index: &[u8],
+    architecture: &str,
+    variant: Option<&str>,
+) -> Result<Descriptor, Error> {
     let entries = entries(index)?;
-    let best = entries.iter().filter_map(|entry| Some((entry.rank(architecture, variant)?, entry)));
+    let best = entries
+        .iter()
+        .filter_map(|entry| Some((entry.rank(architecture, variant)?, entry)));
     // `min_by_key` takes the first of equals, as the specification asks.
     if let Some((_, entry)) = best.min_by_key(|(rank, _)| *rank) {
         return Ok(entry.descriptor.clone());
@@ -47,7 +53,11 @@ pub fn select_platform(index: &[u8], architecture: &str, variant: Option<&str>) 
 
 /// Every image of an index, the one that [`select_platform`] takes first: a container may run under emulation, and then
 /// only the proof by chain IDs tells which one it stands on.
-pub fn candidates(index: &[u8], architecture: &str, variant: Option<&str>) -> Result<Vec<Descriptor>, Error> {
+pub fn candidates(
+    index: &[u8],
+    architecture: &str,
+    variant: Option<&str>,
+) -> Result<Vec<Descriptor>, Error> {
     let mut entries = entries(index)?;
     entries.sort_by_key(|entry| entry.rank(architecture, variant).unwrap_or(u8::MAX));
     Ok(entries.into_iter().map(|entry| entry.descriptor).collect())
@@ -62,7 +72,11 @@ struct Entry {
 
 impl Entry {
     fn name(&self) -> String {
-        if self.os.is_empty() { "one without a platform".to_owned() } else { name(&self.os, &self.architecture, &self.variant) }
+        if self.os.is_empty() {
+            "one without a platform".to_owned()
+        } else {
+            name(&self.os, &self.architecture, &self.variant)
+        }
     }
 
     /// Smaller is better; none: cannot run here.
@@ -78,7 +92,10 @@ impl Entry {
         };
         let level = |text: &str| match text {
             "" => Some(default),
-            text => text.strip_prefix('v').and_then(|n| n.split('.').next()).and_then(|n| n.parse::<u8>().ok()),
+            text => text
+                .strip_prefix('v')
+                .and_then(|n| n.split('.').next())
+                .and_then(|n| n.parse::<u8>().ok()),
         };
         let own = level(&self.variant)?;
         let host = match variant {
@@ -103,21 +120,31 @@ fn entries(index: &[u8]) -> Result<Vec<Entry>, Error> {
     let list = match root.get("manifests") {
         // A document that can be read as both is an attack (CVE-2021-41190).
         Some(Value::Array(list)) if !root.contains_key("layers") => list,
-        other => return Err(super::shape(what, "manifests", "a list", other.unwrap_or(&Value::Null))),
+        other => {
+            return Err(super::shape(
+                what,
+                "manifests",
+                "a list",
+                other.unwrap_or(&Value::Null),
+            ));
+        }
     };
     let mut entries = Vec::new();
     for (i, entry) in list.iter().enumerate() {
-        let descriptor: Descriptor = serde_json::from_value(entry.clone()).map_err(|error| Error::Shape {
-            what,
-            field: format!("manifests[{i}]"),
-            expected: "a descriptor",
-            found: error.to_string(),
-        })?;
+        let descriptor: Descriptor =
+            serde_json::from_value(entry.clone()).map_err(|error| Error::Shape {
+                what,
+                field: format!("manifests[{i}]"),
+                expected: "a descriptor",
+                found: error.to_string(),
+            })?;
         let media_type = descriptor.media_type().to_string();
         let attestation = entry
             .pointer("/annotations/vnd.docker.reference.type")
             .is_some_and(|kind| kind == "attestation-manifest");
-        if attestation || ![MANIFEST, DOCKER_MANIFEST, INDEX, DOCKER_LIST].contains(&media_type.as_str()) {
+        if attestation
+            || ![MANIFEST, DOCKER_MANIFEST, INDEX, DOCKER_LIST].contains(&media_type.as_str())
+        {
             continue;
         }
         let platform = |key: &str| {
