@@ -6,5 +6,7 @@
 pub mod archive;
 pub mod directory;
 pub mod layers;
+pub mod text;
 pub mod tree;
+pub mod validate;
 pub mod vis;
