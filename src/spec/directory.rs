@@ -1,8 +1,8 @@
 //! Reads a directory on disk into a [`Tree`]. For trees that nobody changes meanwhile and that this program or an
 //! unpacker made; a stranger's upper directory goes through `scan`.
 
-use std::collections::{BTreeMap, HashMap};
-use std::ffi::OsStr;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -11,8 +11,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, StatxAttributes, StatxFlags};
 
+use super::layers::join;
 use super::tree::{Kind, Node, Time, Tree};
 use crate::digest::{Digest, HashingWriter};
+use crate::overlay::xattr::Namespace;
 
 /// A path of the tree that cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +36,22 @@ impl DirectoryError {
     }
 }
 
+/// A stack of overlay directories that cannot be merged.
+#[derive(Debug, thiserror::Error)]
+pub enum LowersError {
+    /// Something cannot be read.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// A mark that no unpacked layer has: what it stands for is elsewhere.
+    #[error("{path:?} carries the overlay mark {mark}, which no unpacked image layer has")]
+    Mark {
+        /// Where.
+        path: PathBuf,
+        /// `redirect` or `metacopy`.
+        mark: &'static str,
+    },
+}
+
 /// Gives each file its number in a tree, the same number to all its hard links.
 #[derive(Default)]
 pub(crate) struct Inodes {
@@ -42,8 +60,7 @@ pub(crate) struct Inodes {
 }
 
 impl Inodes {
-    /// The number for a file with this metadata. `layer` keeps files of different file systems with the same device
-    /// number (stacked overlays) apart.
+    /// The number for a file with this metadata.
     pub(crate) fn number(&mut self, meta: &Metadata) -> u64 {
         self.next += 1;
         if meta.is_dir() || meta.nlink() < 2 {
@@ -85,6 +102,117 @@ impl Tree {
                 .insert(relative.as_os_str().as_bytes().to_vec(), node);
         }
         Ok(tree)
+    }
+}
+
+impl Tree {
+    /// What an overlay over `lowers` (topmost first) shows: whiteouts and opaque directories resolved, the marks
+    /// themselves not in the attributes.
+    ///
+    /// Source: kernel `Documentation/filesystems/overlayfs.rst`, "whiteouts and opaque directories".
+    pub fn from_lowers(lowers: &[PathBuf], namespace: Namespace) -> Result<Self, LowersError> {
+        let prefix: &[u8] = match namespace {
+            Namespace::Trusted => b"trusted.overlay.",
+            Namespace::User => b"user.overlay.",
+        };
+        let mut stack = Stack {
+            tree: Self::default(),
+            inodes: Inodes::default(),
+            prefix,
+        };
+        // Directories to merge: path in the tree, and where its parts are, topmost first.
+        let mut left: Vec<(Vec<u8>, Vec<PathBuf>)> = vec![(Vec::new(), lowers.to_vec())];
+        while let Some((path, parts)) = left.pop() {
+            stack.merge(&path, &parts, &mut left)?;
+        }
+        Ok(stack.tree)
+    }
+}
+
+struct Stack {
+    tree: Tree,
+    inodes: Inodes,
+    prefix: &'static [u8],
+}
+
+impl Stack {
+    fn merge(
+        &mut self,
+        path: &[u8],
+        parts: &[PathBuf],
+        left: &mut Vec<(Vec<u8>, Vec<PathBuf>)>,
+    ) -> Result<(), LowersError> {
+        let Some(top) = parts.first() else {
+            return Ok(());
+        };
+        let meta = fs::symlink_metadata(top).map_err(DirectoryError::at(top))?;
+        self.insert(path, top, &meta)?;
+        // Names that an upper part has already decided about, and directories that go on below it.
+        let mut decided: HashSet<OsString> = HashSet::new();
+        let mut open: BTreeMap<OsString, Vec<PathBuf>> = BTreeMap::new();
+        for part in parts {
+            let may_hide_by_xattr = self.mark(part, "opaque")?.as_deref() == Some(b"x");
+            for entry in fs::read_dir(part).map_err(DirectoryError::at(part))? {
+                let name = entry.map_err(DirectoryError::at(part))?.file_name();
+                if decided.contains(&name) {
+                    continue;
+                }
+                let here = part.join(&name);
+                let meta = fs::symlink_metadata(&here).map_err(DirectoryError::at(&here))?;
+                let whiteout = meta.file_type().is_char_device() && meta.rdev() == 0
+                    || may_hide_by_xattr
+                        && meta.is_file()
+                        && self.mark(&here, "whiteout")?.is_some();
+                if whiteout || !meta.is_dir() {
+                    if !whiteout && !open.contains_key(&name) {
+                        self.insert(&join(path, name.as_bytes()), &here, &meta)?;
+                    }
+                    decided.insert(name);
+                    continue;
+                }
+                if self.mark(&here, "redirect")?.is_some() {
+                    return Err(LowersError::Mark {
+                        path: here,
+                        mark: "redirect",
+                    });
+                }
+                if self.mark(&here, "opaque")?.as_deref() == Some(b"y") {
+                    decided.insert(name.clone());
+                }
+                open.entry(name).or_default().push(here);
+            }
+        }
+        left.extend(
+            open.into_iter()
+                .map(|(name, parts)| (join(path, name.as_bytes()), parts)),
+        );
+        Ok(())
+    }
+
+    fn insert(&mut self, path: &[u8], at: &Path, meta: &Metadata) -> Result<(), LowersError> {
+        if meta.is_file() && self.mark(at, "metacopy")?.is_some() {
+            return Err(LowersError::Mark {
+                path: at.to_owned(),
+                mark: "metacopy",
+            });
+        }
+        let mut node = node(at, meta, self.inodes.number(meta)).map_err(DirectoryError::at(at))?;
+        node.xattrs.retain(|name, _| !name.starts_with(self.prefix));
+        self.tree.nodes.insert(path.to_vec(), node);
+        Ok(())
+    }
+
+    fn mark(&self, path: &Path, mark: &str) -> Result<Option<Vec<u8>>, DirectoryError> {
+        let name = [self.prefix, mark.as_bytes()].concat();
+        let mut value = [0; 4096];
+        match rustix::fs::lgetxattr(path, OsStr::from_bytes(&name), &mut value[..]) {
+            Ok(length) => Ok(Some(value[..length].to_vec())),
+            Err(rustix::io::Errno::NODATA | rustix::io::Errno::NOTSUP) => Ok(None),
+            Err(error) => Err(DirectoryError {
+                path: path.to_owned(),
+                source: error.into(),
+            }),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Format: image-spec `layer.md` (whiteouts, opaque directories, hard links). Where it leaves things open, this does
 //! as containerd's unpacker: parents that are symbolic links are followed inside the tree, missing parents are made.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::Read;
 
 use super::archive::{Archive, ArchiveError, Entry, EntryKind, Facts, decompress};
@@ -21,6 +21,8 @@ pub struct Layers {
     tree: Tree,
     /// Which layer wrote a path last. Whiteouts hide only what is below their own layer.
     written: BTreeMap<Vec<u8>, u32>,
+    /// Directories into which a layer wrote without describing them.
+    undescribed: BTreeSet<Vec<u8>>,
     layer: u32,
     inode: u64,
     charged: u64,
@@ -38,6 +40,7 @@ impl Layers {
         let mut layers = Self {
             tree: Tree::default(),
             written: BTreeMap::new(),
+            undescribed: BTreeSet::new(),
             layer: 0,
             inode: 0,
             charged: 0,
@@ -65,6 +68,17 @@ impl Layers {
 
     /// The tree of all layers.
     pub fn complete(self) -> Tree {
+        self.tree
+    }
+
+    /// The tree of all layers, as [`Layers::complete`], with every directory marked implicit whose topmost layer
+    /// writes into it without describing it: there unpackers disagree about its metadata.
+    pub fn complete_lenient(mut self) -> Tree {
+        for path in &self.undescribed {
+            if let Some(node) = self.tree.nodes.get_mut(path) {
+                node.implicit = true;
+            }
+        }
         self.tree
     }
 
@@ -175,6 +189,17 @@ impl Layers {
 
     /// The real path of a parent directory: symbolic links followed inside the tree, missing directories made.
     fn parent(&mut self, parent: &[u8], entry: &[u8]) -> Result<Vec<u8>, ArchiveError> {
+        let real = self.real_parent(parent, entry)?;
+        let mut above = real.as_slice();
+        while self.written.get(above) != Some(&self.layer)
+            && self.undescribed.insert(above.to_vec())
+        {
+            above = split(above).0;
+        }
+        Ok(real)
+    }
+
+    fn real_parent(&mut self, parent: &[u8], entry: &[u8]) -> Result<Vec<u8>, ArchiveError> {
         // A path in the map is a real one: all above it are directories.
         if self
             .tree
@@ -278,6 +303,7 @@ impl Layers {
                 "the path is too long after following symbolic links",
             ));
         }
+        self.undescribed.remove(&path);
         self.written.insert(path.clone(), self.layer);
         self.tree.nodes.insert(path, node);
         Ok(())

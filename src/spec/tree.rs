@@ -120,6 +120,18 @@ impl Tree {
         self.nodes.is_empty()
     }
 
+    /// The same tree with other owners; an error with the path and its owners where `owner` knows none.
+    pub fn map_owners(
+        mut self,
+        owner: impl Fn(u32, u32) -> Option<(u32, u32)>,
+    ) -> Result<Self, (Vec<u8>, u32, u32)> {
+        for (path, node) in &mut self.nodes {
+            (node.uid, node.gid) =
+                owner(node.uid, node.gid).ok_or_else(|| (path.clone(), node.uid, node.gid))?;
+        }
+        Ok(self)
+    }
+
     /// For every path of a hard link group its first path; paths that stand alone are not in it.
     fn groups(&self) -> HashMap<&[u8], &[u8]> {
         let mut first: HashMap<u64, &[u8]> = HashMap::new();
