@@ -13,7 +13,12 @@ use crate::support::{Need, ignored};
 
 #[test]
 fn a_pod_runs_without_kubernetes_and_goes_without_a_trace() -> Result<()> {
-    if ignored(&[Need::Root, Need::Program("containerd"), Need::Program("docker-registry"), Need::Program("buildah")]) {
+    if ignored(&[
+        Need::Root,
+        Need::Program("containerd"),
+        Need::Program("docker-registry"),
+        Need::Program("buildah"),
+    ]) {
         return Ok(());
     }
     let scratch = Scratch::new()?;
@@ -35,7 +40,12 @@ fn a_pod_runs_without_kubernetes_and_goes_without_a_trace() -> Result<()> {
 
 #[test]
 fn docker_runs_a_container_and_goes_without_a_trace() -> Result<()> {
-    if ignored(&[Need::Root, Need::Program("dockerd"), Need::Program("docker-registry"), Need::Program("buildah")]) {
+    if ignored(&[
+        Need::Root,
+        Need::Program("dockerd"),
+        Need::Program("docker-registry"),
+        Need::Program("buildah"),
+    ]) {
         return Ok(());
     }
     let scratch = Scratch::new()?;
@@ -53,7 +63,12 @@ fn docker_runs_a_container_and_goes_without_a_trace() -> Result<()> {
 
 #[test]
 fn podman_runs_a_container_and_goes_without_a_trace() -> Result<()> {
-    if ignored(&[Need::Root, Need::Program("podman"), Need::Program("docker-registry"), Need::Program("buildah")]) {
+    if ignored(&[
+        Need::Root,
+        Need::Program("podman"),
+        Need::Program("docker-registry"),
+        Need::Program("buildah"),
+    ]) {
         return Ok(());
     }
     let scratch = Scratch::new()?;

@@ -31,7 +31,9 @@ pub fn ignored(needs: &[Need<'_>]) -> bool {
         .iter()
         .filter_map(|need| match need {
             Need::Root => (!nix::unistd::geteuid().is_root()).then(|| "root".to_owned()),
-            Need::Program(name) => find_program(name).is_none().then(|| format!("the program {name}")),
+            Need::Program(name) => find_program(name)
+                .is_none()
+                .then(|| format!("the program {name}")),
             Need::Path(path) => (!path.exists()).then(|| path.display().to_string()),
         })
         .collect();
@@ -44,8 +46,14 @@ pub fn ignored(needs: &[Need<'_>]) -> bool {
 
 /// Says why a test does not run; fails in CI.
 pub fn ignore(reason: &str) {
-    assert!(env::var_os("CI").is_none_or(|ci| ci != "true"), "a test may not be skipped in CI: {reason}");
+    assert!(
+        env::var_os("CI").is_none_or(|ci| ci != "true"),
+        "a test may not be skipped in CI: {reason}"
+    );
     // Past the harness's capture, which hides the output of a test that passes.
-    let line = format!("ignored: {}: {reason}\n", std::thread::current().name().unwrap_or("a test"));
+    let line = format!(
+        "ignored: {}: {reason}\n",
+        std::thread::current().name().unwrap_or("a test")
+    );
     let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
 }

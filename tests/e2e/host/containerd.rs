@@ -95,12 +95,19 @@ impl Containerd {
     }
 
     fn spawn(dir: &Path) -> Result<Daemon> {
-        Daemon::start(Command::new("containerd").arg("--config").arg(dir.join("config.toml")), dir.join("log"))
+        Daemon::start(
+            Command::new("containerd")
+                .arg("--config")
+                .arg(dir.join("config.toml")),
+            dir.join("log"),
+        )
     }
 
     fn wait_ready(&mut self) -> Result<()> {
         let socket = self.socket.clone();
-        self.daemon.wait_for(|_| call(&socket, &format!("{RUNTIME}/Version"), &Message::new()).ok()).map(drop)
+        self.daemon
+            .wait_for(|_| call(&socket, &format!("{RUNTIME}/Version"), &Message::new()).ok())
+            .map(drop)
     }
 
     /// Kills it as a crash would: its shims and the containers live on.
@@ -116,7 +123,11 @@ impl Containerd {
     }
 
     pub fn roots(&self, scratch: &Scratch) -> Roots {
-        Roots { containerd_root: self.root.clone(), containerd_state: self.state.clone(), ..Roots::none(scratch) }
+        Roots {
+            containerd_root: self.root.clone(),
+            containerd_state: self.state.clone(),
+            ..Roots::none(scratch)
+        }
     }
 
     fn cri(&self, method: &str, request: &Message) -> Result<Fields> {
@@ -126,7 +137,10 @@ impl Containerd {
     /// `ctr`, in the namespace of CRI.
     pub fn ctr<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<String> {
         let mut ctr = command("ctr", ["--address"]);
-        run(ctr.arg(&self.socket).args(["--namespace", "k8s.io"]).args(arguments))
+        run(ctr
+            .arg(&self.socket)
+            .args(["--namespace", "k8s.io"])
+            .args(arguments))
     }
 
     /// Pulls an image as the kubelet does. Returns the config's digest.
@@ -147,59 +161,104 @@ impl Containerd {
             .bytes(2, format!("00000000-0000-4000-8000-{attempt:012}"))
             .bytes(3, "jupyter")
             .int(4, 0);
+        // No hostname: a pod on the node's network has the node's.
         let sandbox_config = Message::new()
             .message(1, &metadata)
-            .bytes(2, &name)
             .pair(6, "app", "jupyter")
-            .message(8, &Message::new().message(2, &Message::new().message(1, &namespaces)));
-        let sandbox = self.cri("RunPodSandbox", &Message::new().message(1, &sandbox_config))?.text(1);
+            .message(
+                8,
+                &Message::new().message(2, &Message::new().message(1, &namespaces)),
+            );
+        let sandbox = self
+            .cri("RunPodSandbox", &Message::new().message(1, &sandbox_config))?
+            .text(1);
 
         let mut config = Message::new()
             .message(1, &Message::new().bytes(1, "notebook").int(2, 0))
             .message(2, &Message::new().bytes(1, image))
             .strings(3, options.command)
             // As the kubelet does it: the pod's secrets arrive in the environment.
-            .message(6, &Message::new().bytes(1, "POD_SECRET").bytes(2, "hunter2-of-the-pod"));
+            .message(
+                6,
+                &Message::new()
+                    .bytes(1, "POD_SECRET")
+                    .bytes(2, "hunter2-of-the-pod"),
+            );
         for (key, value) in options.environment {
             config = config.message(6, &Message::new().bytes(1, key).bytes(2, value));
         }
         for (host, inside, read_only) in options.mounts {
             let host = host.to_str().context("a mount's path is text")?;
-            config = config.message(7, &Message::new().bytes(1, inside).bytes(2, host).int(3, u64::from(*read_only)));
+            config = config.message(
+                7,
+                &Message::new()
+                    .bytes(1, inside)
+                    .bytes(2, host)
+                    .int(3, u64::from(*read_only)),
+            );
         }
         let security = Message::new().message(3, &namespaces);
         config = config.message(15, &Message::new().message(2, &security));
-        let request = Message::new().bytes(1, &sandbox).message(2, &config).message(3, &sandbox_config);
+        let request = Message::new()
+            .bytes(1, &sandbox)
+            .message(2, &config)
+            .message(3, &sandbox_config);
         let container = self.cri("CreateContainer", &request)?.text(1);
         self.cri("StartContainer", &Message::new().bytes(1, &container))?;
 
         let bundle = self.bundle(&container);
-        let pid = fs::read_to_string(bundle.join("init.pid"))?.trim().parse()?;
-        Ok(Pod { sandbox, container, name, pid, rootfs: bundle.join("rootfs") })
+        let pid = fs::read_to_string(bundle.join("init.pid"))?
+            .trim()
+            .parse()?;
+        Ok(Pod {
+            sandbox,
+            container,
+            name,
+            pid,
+            rootfs: bundle.join("rootfs"),
+        })
     }
 
     fn bundle(&self, container: &str) -> PathBuf {
-        self.state.join("io.containerd.runtime.v2.task/k8s.io").join(container)
+        self.state
+            .join("io.containerd.runtime.v2.task/k8s.io")
+            .join(container)
     }
 
     /// Runs a command in a pod and waits for its end.
     pub fn exec<S: AsRef<str>>(&self, pod: &Pod, command: &[S]) -> Result<Executed> {
-        let request = Message::new().bytes(1, &pod.container).strings(2, command).int(3, 900);
+        let request = Message::new()
+            .bytes(1, &pod.container)
+            .strings(2, command)
+            .int(3, 900);
         let answer = self.cri("ExecSync", &request)?;
-        Ok(Executed { stdout: answer.text(1), stderr: answer.text(2), code: answer.int(3) })
+        Ok(Executed {
+            stdout: answer.text(1),
+            stderr: answer.text(2),
+            code: answer.int(3),
+        })
     }
 
     /// Runs a shell script in a pod; an error unless it succeeds.
     pub fn shell(&self, pod: &Pod, script: &str) -> Result<String> {
         let done = self.exec(pod, &["/bin/sh", "-ec", script])?;
-        ensure!(done.code == 0, "{script:?} in the pod ended with {}: {}{}", done.code, done.stdout, done.stderr);
+        ensure!(
+            done.code == 0,
+            "{script:?} in the pod ended with {}: {}{}",
+            done.code,
+            done.stdout,
+            done.stderr
+        );
         Ok(done.stdout)
     }
 
     /// Removes a pod and all in it.
     pub fn remove(&self, pod: &Pod) -> Result<()> {
         let sandbox = Message::new().bytes(1, &pod.sandbox);
-        self.cri("StopContainer", &Message::new().bytes(1, &pod.container).int(2, 0))?;
+        self.cri(
+            "StopContainer",
+            &Message::new().bytes(1, &pod.container).int(2, 0),
+        )?;
         self.cri("StopPodSandbox", &sandbox)?;
         self.cri("RemovePodSandbox", &sandbox)?;
         let bundle = self.bundle(&pod.container);
@@ -209,13 +268,22 @@ impl Containerd {
     /// A container without CRI, as `ctr run -d` makes it. The image must have been pulled. Returns its process.
     pub fn ctr_run(&self, image: &str, id: &str, command: &[&str]) -> Result<i32> {
         // Without an OCI hook or CNI: the node's network.
-        self.ctr(["run", "-d", "--net-host", image, id].iter().chain(command).copied())?;
-        Ok(fs::read_to_string(self.bundle(id).join("init.pid"))?.trim().parse()?)
+        self.ctr(
+            ["run", "-d", "--net-host", image, id]
+                .iter()
+                .chain(command)
+                .copied(),
+        )?;
+        Ok(fs::read_to_string(self.bundle(id).join("init.pid"))?
+            .trim()
+            .parse()?)
     }
 
     /// Files of the content store.
     pub fn blob(&self, digest: &str) -> PathBuf {
         let hex = digest.trim_start_matches("sha256:");
-        self.root.join("io.containerd.content.v1.content/blobs/sha256").join(hex)
+        self.root
+            .join("io.containerd.content.v1.content/blobs/sha256")
+            .join(hex)
     }
 }

@@ -29,9 +29,17 @@ impl Docker {
         let dir = scratch.dir("docker")?;
         let socket = format!("unix://{}", dir.join("sock").display());
         let root = dir.join("root");
-        let mut server = Command::new(crate::support::find_program("dockerd").context("no dockerd")?);
+        let mut server =
+            Command::new(crate::support::find_program("dockerd").context("no dockerd")?);
         server
-            .args(["--storage-driver", "overlay2", "--bridge", "none", "--iptables=false", "--ip-forward=false"])
+            .args([
+                "--storage-driver",
+                "overlay2",
+                "--bridge",
+                "none",
+                "--iptables=false",
+                "--ip-forward=false",
+            ])
             .args(["--host", &socket])
             .arg("--data-root")
             .arg(&root)
@@ -43,10 +51,18 @@ impl Docker {
             .arg("--config-file")
             .arg(dir.join("daemon.json"));
         std::fs::write(dir.join("daemon.json"), "{}")?;
-        let mut docker = Self { daemon: Daemon::start(&mut server, dir.join("log"))?, socket, root };
+        let mut docker = Self {
+            daemon: Daemon::start(&mut server, dir.join("log"))?,
+            socket,
+            root,
+        };
         let probe = docker.socket.clone();
         docker.daemon.wait_for(|_| {
-            output(&mut command("docker", ["--host", &probe, "version"])).ok()?.status.success().then_some(())
+            output(&mut command("docker", ["--host", &probe, "version"]))
+                .ok()?
+                .status
+                .success()
+                .then_some(())
         })?;
         Ok(docker)
     }
@@ -56,21 +72,54 @@ impl Docker {
     }
 
     /// Pulls and runs an image in the background.
-    pub fn run(&self, name: &str, image: &str, options: &[&str], command: &[&str]) -> Result<Running> {
+    pub fn run(
+        &self,
+        name: &str,
+        image: &str,
+        options: &[&str],
+        command: &[&str],
+    ) -> Result<Running> {
         self.docker(["pull", "--quiet", image])?;
         let fixed = ["run", "-d", "--network", "none", "--name", name];
-        let id = self.docker(fixed.iter().chain(options).chain(&[image]).chain(command).copied())?;
-        let pid = self.docker(["inspect", "--format", "{{.State.Pid}}", &id])?.parse()?;
-        let rootfs = self.docker(["inspect", "--format", "{{.GraphDriver.Data.MergedDir}}", &id])?.into();
+        let id = self.docker(
+            fixed
+                .iter()
+                .chain(options)
+                .chain(&[image])
+                .chain(command)
+                .copied(),
+        )?;
+        let pid = self
+            .docker(["inspect", "--format", "{{.State.Pid}}", &id])?
+            .parse()?;
+        let rootfs = self
+            .docker([
+                "inspect",
+                "--format",
+                "{{.GraphDriver.Data.MergedDir}}",
+                &id,
+            ])?
+            .into();
         Ok(Running { id, pid, rootfs })
     }
 
     pub fn shell(&self, container: &Running, script: &str) -> Result<String> {
-        self.docker(["exec", "--user", "0", &container.id, "/bin/sh", "-ec", script])
+        self.docker([
+            "exec",
+            "--user",
+            "0",
+            &container.id,
+            "/bin/sh",
+            "-ec",
+            script,
+        ])
     }
 
     pub fn roots(&self, scratch: &Scratch) -> Roots {
-        Roots { docker_root: self.root.clone(), ..Roots::none(scratch) }
+        Roots {
+            docker_root: self.root.clone(),
+            ..Roots::none(scratch)
+        }
     }
 
     /// Kills the daemon; containers end with it or not, as they like.

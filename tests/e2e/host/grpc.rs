@@ -43,7 +43,9 @@ impl Message {
     }
 
     pub fn strings<S: AsRef<str>>(self, field: u32, values: &[S]) -> Self {
-        values.iter().fold(self, |message, value| message.bytes(field, value.as_ref()))
+        values
+            .iter()
+            .fold(self, |message, value| message.bytes(field, value.as_ref()))
     }
 
     /// One entry of a `map<string, string>`.
@@ -84,7 +86,9 @@ impl Fields {
                 0 => Value::Int(varint(&mut raw)?),
                 2 => {
                     let length = varint(&mut raw)? as usize;
-                    let (value, rest) = raw.split_at_checked(length).context("a protobuf field ends early")?;
+                    let (value, rest) = raw
+                        .split_at_checked(length)
+                        .context("a protobuf field ends early")?;
                     raw = rest;
                     Value::Bytes(value.to_vec())
                 }
@@ -99,7 +103,9 @@ impl Fields {
         self.0
             .iter()
             .find_map(|(number, value)| match value {
-                Value::Bytes(bytes) if *number == field => Some(String::from_utf8_lossy(bytes).into_owned()),
+                Value::Bytes(bytes) if *number == field => {
+                    Some(String::from_utf8_lossy(bytes).into_owned())
+                }
                 _ => None,
             })
             .unwrap_or_default()
@@ -118,13 +124,19 @@ impl Fields {
 
 /// Calls `method` (`/package.Service/Method`) of the server at `socket` and waits for the answer.
 pub fn call(socket: &Path, method: &str, request: &Message) -> Result<Fields> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let raw = runtime.block_on(unary(socket, method, &request.0)).with_context(|| format!("calling {method}"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let raw = runtime
+        .block_on(unary(socket, method, &request.0))
+        .with_context(|| format!("calling {method}"))?;
     Fields::parse(&raw)
 }
 
 async fn unary(socket: &Path, method: &str, message: &[u8]) -> Result<Vec<u8>> {
-    let stream = tokio::net::UnixStream::connect(socket).await.context("connecting")?;
+    let stream = tokio::net::UnixStream::connect(socket)
+        .await
+        .context("connecting")?;
     let (client, connection) = h2::client::handshake(stream).await?;
     tokio::spawn(connection);
     let request = http::Request::post(format!("http://localhost{method}"))
@@ -147,9 +159,18 @@ async fn unary(socket: &Path, method: &str, message: &[u8]) -> Result<Vec<u8>> {
     }
     // A call that fails at once has its status in the headers.
     let trailers = body.trailers().await?.unwrap_or(head.headers);
-    let header = |name: &str| trailers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+    let header = |name: &str| {
+        trailers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
+            .to_owned()
+    };
     let status = header("grpc-status");
     ensure!(status == "0", "status {status}: {}", header("grpc-message"));
-    ensure!(raw.len() >= 5 && raw[0] == 0, "the answer is no plain gRPC message");
+    ensure!(
+        raw.len() >= 5 && raw[0] == 0,
+        "the answer is no plain gRPC message"
+    );
     Ok(raw.split_off(5))
 }

@@ -53,7 +53,8 @@ fn made(name: &str) -> Result<PathBuf> {
     flock(&lock, FlockOperation::LockExclusive)?;
     if !dir.join("done").exists() {
         let _ = fs::remove_dir_all(&dir);
-        run(command("bash", [SCRIPT, name]).arg(&dir)).with_context(|| format!("making the {name} base image"))?;
+        run(command("bash", [SCRIPT, name]).arg(&dir))
+            .with_context(|| format!("making the {name} base image"))?;
         File::create(dir.join("done"))?;
     }
     Ok(dir)

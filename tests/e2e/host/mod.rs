@@ -39,7 +39,10 @@ impl Scratch {
         SWEEP.call_once(sweep);
         let prefix = format!("{PREFIX}{}.", std::process::id());
         // Not under a longer TMPDIR: unix sockets have 108 bytes for their path.
-        let dir = tempfile::Builder::new().prefix(&prefix).rand_bytes(4).tempdir_in("/tmp")?;
+        let dir = tempfile::Builder::new()
+            .prefix(&prefix)
+            .rand_bytes(4)
+            .tempdir_in("/tmp")?;
         Ok(Self(dir.keep()))
     }
 
@@ -65,7 +68,13 @@ impl Drop for Scratch {
 fn sweep() {
     for entry in fs::read_dir("/tmp").into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('.').next()?.parse::<u32>().ok());
+        let pid = name.to_str().and_then(|name| {
+            name.strip_prefix(PREFIX)?
+                .split('.')
+                .next()?
+                .parse::<u32>()
+                .ok()
+        });
         if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
             reap(&entry.path());
         }
@@ -88,7 +97,11 @@ fn reap(root: &Path) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
         let end = Instant::now() + Duration::from_secs(2);
-        while Instant::now() < end && pids.iter().any(|pid| Path::new("/proc").join(pid.to_string()).exists()) {
+        while Instant::now() < end
+            && pids
+                .iter()
+                .any(|pid| Path::new("/proc").join(pid.to_string()).exists())
+        {
             reap_zombies(&pids);
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -97,9 +110,13 @@ fn reap(root: &Path) {
         if let Ok(address) = fs::read_to_string(bundle.join("address")) {
             let _ = fs::remove_file(address.trim().trim_start_matches("unix://"));
         }
-        // runc's own state, which is not below the containerd that it runs for.
-        if let (Some(id), Some(namespace)) = (bundle.file_name(), bundle.parent().and_then(Path::file_name)) {
+        // runc's own state, which is not below the engine that it runs for.
+        if let (Some(id), Some(namespace)) = (
+            bundle.file_name(),
+            bundle.parent().and_then(Path::file_name),
+        ) {
             let _ = fs::remove_dir_all(Path::new("/run/containerd/runc").join(namespace).join(id));
+            let _ = fs::remove_dir_all(Path::new("/run/runc").join(id));
         }
     }
     for mount in mounts_below(root).iter().rev() {
@@ -113,14 +130,27 @@ fn reap(root: &Path) {
     }
 }
 
-/// Bundles of containerd below `root`, wherever a state directory of it is.
+/// Bundles of containerd (its own, Docker's) and Podman below `root`; the directory is named as the container.
 fn bundles(root: &Path) -> Vec<PathBuf> {
-    let tasks = walkdir::WalkDir::new(root).max_depth(6).into_iter().filter_entry(|entry| {
-        entry.file_type().is_dir() && entry.file_name() != "rootfs" && entry.file_name() != "overlay2"
-    });
+    let tasks = walkdir::WalkDir::new(root)
+        .max_depth(7)
+        .into_iter()
+        .filter_entry(|entry| {
+            entry.file_type().is_dir()
+                && entry.file_name() != "rootfs"
+                && entry.file_name() != "overlay2"
+        });
     tasks
         .flatten()
-        .filter(|entry| entry.path().parent().and_then(Path::parent).is_some_and(|dir| dir.ends_with("io.containerd.runtime.v2.task")))
+        .filter(|entry| {
+            let mut above = entry.path().ancestors().skip(1);
+            above
+                .next()
+                .is_some_and(|dir| dir.ends_with("overlay-containers"))
+                || above
+                    .next()
+                    .is_some_and(|dir| dir.ends_with("io.containerd.runtime.v2.task"))
+        })
         .map(walkdir::DirEntry::into_path)
         .collect()
 }
@@ -138,19 +168,35 @@ fn processes_of(root: &Path) -> Vec<i32> {
             let proc = Path::new("/proc").join(pid.to_string());
             let state = fs::read_to_string(proc.join("stat")).unwrap_or_default();
             // Past the name, which may hold anything.
-            if pid == own || state.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('Z')) {
+            if pid == own
+                || state
+                    .rsplit(')')
+                    .next()
+                    .is_none_or(|rest| rest.trim_start().starts_with('Z'))
+            {
                 return false;
             }
             let has = |bytes: &[u8]| {
                 bytes.windows(needle.len()).enumerate().any(|(at, window)| {
-                    window == needle && matches!(bytes.get(at + needle.len()), None | Some(b'/' | 0 | b' '))
+                    window == needle
+                        && matches!(bytes.get(at + needle.len()), None | Some(b'/' | 0 | b' '))
                 })
             };
             // Only servers' command lines: a person may be looking at the directory with an editor.
-            let server = ["containerd", "dockerd", "docker-registry", "conmon", "runc", "upperdeck"];
+            let server = [
+                "containerd",
+                "dockerd",
+                "docker-registry",
+                "conmon",
+                "runc",
+                "upperdeck",
+            ];
             let command = fs::read(proc.join("cmdline")).unwrap_or_default();
             let program = command.split(|&b| b == 0).next().unwrap_or_default();
-            let program = Path::new(OsStr::from_bytes(program)).file_name().unwrap_or_default().to_string_lossy();
+            let program = Path::new(OsStr::from_bytes(program))
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy();
             let root_mount = fs::read(proc.join("mountinfo")).unwrap_or_default();
             let mut lines = root_mount.split(|&b| b == b'\n');
             (server.iter().any(|name| program.starts_with(name)) && has(&command))
@@ -161,17 +207,26 @@ fn processes_of(root: &Path) -> Vec<i32> {
 
 /// Every cgroup directory of a process but the roots and those that this process shares.
 fn cgroups_of(pid: i32) -> Vec<PathBuf> {
-    let read = |pid: &str| fs::read_to_string(Path::new("/proc").join(pid).join("cgroup")).unwrap_or_default();
+    let read = |pid: &str| {
+        fs::read_to_string(Path::new("/proc").join(pid).join("cgroup")).unwrap_or_default()
+    };
     let own = read("self");
     let mut dirs = Vec::new();
-    for line in read(&pid.to_string()).lines().filter(|line| !own.lines().any(|mine| mine == *line)) {
+    for line in read(&pid.to_string())
+        .lines()
+        .filter(|line| !own.lines().any(|mine| mine == *line))
+    {
         let mut fields = line.splitn(3, ':').skip(1);
-        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else {
+            continue;
+        };
         let hierarchy = match controllers {
             "" => "unified",
             named => named.strip_prefix("name=").unwrap_or(named),
         };
-        let dir = Path::new("/sys/fs/cgroup").join(hierarchy).join(path.trim_start_matches('/'));
+        let dir = Path::new("/sys/fs/cgroup")
+            .join(hierarchy)
+            .join(path.trim_start_matches('/'));
         if path != "/" && dir.is_dir() {
             dirs.push(dir);
         }
@@ -274,12 +329,17 @@ pub fn run(command: &mut Command) -> Result<String> {
             String::from_utf8_lossy(&output.stderr)
         );
     }
-    Ok(String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned())
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .trim_end_matches('\n')
+        .to_owned())
 }
 
 /// Runs a command to its end, whatever comes of it.
 pub fn output(command: &mut Command) -> Result<Output> {
-    command.stdin(Stdio::null()).output().with_context(|| format!("running {}", command.get_program().display()))
+    command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("running {}", command.get_program().display()))
 }
 
 /// A command from a program and its arguments.
@@ -296,7 +356,11 @@ pub fn wait_until(what: &str, done: impl FnMut() -> bool) -> Result<Duration> {
 }
 
 /// As [`wait_until`], with its own bound. Returns how long it took.
-pub fn wait_at_most(bound: Duration, what: &str, mut done: impl FnMut() -> bool) -> Result<Duration> {
+pub fn wait_at_most(
+    bound: Duration,
+    what: &str,
+    mut done: impl FnMut() -> bool,
+) -> Result<Duration> {
     let start = Instant::now();
     while !done() {
         if start.elapsed() > bound {
@@ -353,7 +417,11 @@ impl Freezer {
         let dirs = cgroups_of(pid);
         let v1 = dirs.iter().find(|dir| dir.join("freezer.state").exists());
         let v2 = dirs.iter().find(|dir| dir.join("cgroup.freeze").exists());
-        Ok(Self(v1.or(v2).context("the process is in no cgroup with a freezer")?.clone()))
+        Ok(Self(
+            v1.or(v2)
+                .context("the process is in no cgroup with a freezer")?
+                .clone(),
+        ))
     }
 
     pub fn frozen(&self) -> bool {
@@ -375,8 +443,15 @@ impl Freezer {
 
 /// Whether something is mounted, running or lying about that belongs to `root`; for the test of the harness itself.
 pub fn leftovers(root: &Path) -> Vec<String> {
-    let mut left: Vec<String> = processes_of(root).iter().map(|pid| format!("process {pid}")).collect();
-    left.extend(mounts_below(root).iter().map(|mount| format!("mount {}", mount.display())));
+    let mut left: Vec<String> = processes_of(root)
+        .iter()
+        .map(|pid| format!("process {pid}"))
+        .collect();
+    left.extend(
+        mounts_below(root)
+            .iter()
+            .map(|mount| format!("mount {}", mount.display())),
+    );
     if fs::symlink_metadata(root).is_ok_and(|metadata| metadata.nlink() > 0) {
         left.push(root.display().to_string());
     }

@@ -30,16 +30,19 @@ impl Podman {
                 dir.join("tmp")
             ),
         )?;
-        fs::write(dir.join("storage.conf"), "[storage]\ndriver = \"overlay\"\n")?;
-        Ok(Self { root: dir.join("root"), runroot: dir.join("runroot"), dir })
+        let (root, runroot) = (dir.join("root"), dir.join("runroot"));
+        fs::write(
+            dir.join("storage.conf"),
+            format!(
+                "[storage]\ndriver = \"overlay\"\ngraphroot = {root:?}\nrunroot = {runroot:?}\n"
+            ),
+        )?;
+        Ok(Self { dir, root, runroot })
     }
 
     fn command(&self) -> Command {
-        let mut podman = command("podman", ["--root"]);
+        let mut podman = command::<&str>("podman", []);
         podman
-            .arg(&self.root)
-            .arg("--runroot")
-            .arg(&self.runroot)
             .env("CONTAINERS_CONF", self.dir.join("containers.conf"))
             .env("CONTAINERS_STORAGE_CONF", self.dir.join("storage.conf"));
         podman
@@ -50,20 +53,63 @@ impl Podman {
     }
 
     /// Pulls and runs an image in the background.
-    pub fn run(&self, name: &str, image: &str, options: &[&str], command: &[&str]) -> Result<Running> {
+    pub fn run(
+        &self,
+        name: &str,
+        image: &str,
+        options: &[&str],
+        command: &[&str],
+    ) -> Result<Running> {
         self.podman(["pull", "--quiet", "--tls-verify=false", image])?;
-        let fixed = ["run", "-d", "--network", "host", "--pull", "never", "--name", name];
-        let id = self.podman(fixed.iter().chain(options).chain(&[image]).chain(command).copied())?;
-        let pid = self.podman(["inspect", "--format", "{{.State.Pid}}", &id])?.parse()?;
-        let rootfs = self.podman(["inspect", "--format", "{{.GraphDriver.Data.MergedDir}}", &id])?.into();
+        let fixed = [
+            "run",
+            "-d",
+            "--network",
+            "host",
+            "--pull",
+            "never",
+            "--name",
+            name,
+        ];
+        let id = self.podman(
+            fixed
+                .iter()
+                .chain(options)
+                .chain(&[image])
+                .chain(command)
+                .copied(),
+        )?;
+        let pid = self
+            .podman(["inspect", "--format", "{{.State.Pid}}", &id])?
+            .parse()?;
+        let rootfs = self
+            .podman([
+                "inspect",
+                "--format",
+                "{{.GraphDriver.Data.MergedDir}}",
+                &id,
+            ])?
+            .into();
         Ok(Running { id, pid, rootfs })
     }
 
     pub fn shell(&self, container: &Running, script: &str) -> Result<String> {
-        self.podman(["exec", "--user", "0", &container.id, "/bin/sh", "-ec", script])
+        self.podman([
+            "exec",
+            "--user",
+            "0",
+            &container.id,
+            "/bin/sh",
+            "-ec",
+            script,
+        ])
     }
 
     pub fn roots(&self, scratch: &Scratch) -> Roots {
-        Roots { storage_root: self.root.clone(), storage_runroot: self.runroot.clone(), ..Roots::none(scratch) }
+        Roots {
+            storage_root: self.root.clone(),
+            storage_runroot: self.runroot.clone(),
+            ..Roots::none(scratch)
+        }
     }
 }

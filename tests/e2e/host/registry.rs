@@ -36,14 +36,21 @@ impl Registry {
     }
 
     /// A second one beside others, in a directory of its own.
-    pub fn start_named(scratch: &Scratch, name: &str, credentials: Option<&'static str>) -> Result<Self> {
+    pub fn start_named(
+        scratch: &Scratch,
+        name: &str,
+        credentials: Option<&'static str>,
+    ) -> Result<Self> {
         let dir = scratch.dir(name)?;
         let storage = dir.join("storage");
         let auth = match credentials {
             None => String::new(),
             Some(_) => {
                 fs::write(dir.join("htpasswd"), HTPASSWD)?;
-                format!("auth: {{htpasswd: {{realm: test, path: {}}}}}\n", dir.join("htpasswd").display())
+                format!(
+                    "auth: {{htpasswd: {{realm: test, path: {}}}}}\n",
+                    dir.join("htpasswd").display()
+                )
             }
         };
         let configuration = format!(
@@ -53,14 +60,26 @@ impl Registry {
         );
         let file = dir.join("config.yml");
         fs::write(&file, configuration)?;
-        let mut daemon = Daemon::start(Command::new("docker-registry").arg("serve").arg(&file), dir.join("log"))?;
+        let mut daemon = Daemon::start(
+            Command::new("docker-registry").arg("serve").arg(&file),
+            dir.join("log"),
+        )?;
         // The port is the kernel's choice, so that no two tests ask for the same one; the log names it.
         let host = daemon.wait_for(|daemon| {
             let log = daemon.log();
             let rest = log.split_once("listening on ")?.1;
-            Some(rest.split(|c: char| c != '.' && c != ':' && !c.is_ascii_digit()).next()?.to_owned())
+            Some(
+                rest.split(|c: char| c != '.' && c != ':' && !c.is_ascii_digit())
+                    .next()?
+                    .to_owned(),
+            )
         })?;
-        Ok(Self { daemon, host, storage, credentials })
+        Ok(Self {
+            daemon,
+            host,
+            storage,
+            credentials,
+        })
     }
 
     /// `HOST/NAME`.
@@ -70,7 +89,15 @@ impl Registry {
 
     /// Puts an image of another transport (`oci:…`, `dir:…`) under `name`, digests unchanged.
     pub fn push(&self, from: &str, name: &str) -> Result<String> {
-        let mut copy = command("skopeo", ["copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false"]);
+        let mut copy = command(
+            "skopeo",
+            [
+                "copy",
+                "--quiet",
+                "--preserve-digests",
+                "--dest-tls-verify=false",
+            ],
+        );
         if let Some(credentials) = self.credentials {
             copy.args(["--dest-creds", credentials]);
         }
@@ -80,9 +107,15 @@ impl Registry {
 
     /// The tags of a repository; none where it is unknown.
     pub fn tags(&self, repository: &str) -> Vec<String> {
-        let dir = self.storage.join("docker/registry/v2/repositories").join(repository).join("_manifests/tags");
+        let dir = self
+            .storage
+            .join("docker/registry/v2/repositories")
+            .join(repository)
+            .join("_manifests/tags");
         let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
     }
 
     /// Ends it: from now on it cannot be reached.
