@@ -464,7 +464,7 @@ impl Directory<'_> {
     fn whiteout(&mut self, name: Vec<u8>, path: &[u8], stat: &Stat) -> Result<(), Error> {
         let in_base = !matches!(self.base(&name, path)?, Found::Absent);
         if self.left_out(path, None, stat, None, in_base) {
-            self.decided.insert(name);
+            self.decide(&name);
         } else if self.task.full || self.task.hidden {
             // What the base has under this name is hidden with all else that is not here.
             self.deleted.insert(name);
@@ -472,7 +472,6 @@ impl Directory<'_> {
             if in_base || !self.walker.lowers_known {
                 self.push_mark(Kind::Whiteout, &name)?;
             }
-            self.decided.insert(name);
         }
         Ok(())
     }
@@ -501,7 +500,7 @@ impl Directory<'_> {
             None
         };
         if self.left_out(&path, Some(file_type), stat, link.as_deref(), in_base) {
-            self.decided.insert(name);
+            self.decide(&name);
             return Ok(());
         }
         let Some(kind) = kind_of(file_type) else {
@@ -562,7 +561,7 @@ impl Directory<'_> {
             }
         }
         self.privilege(&entry, &extra, &base, &path)?;
-        self.decided.insert(name.clone());
+        self.decide(&name);
         let index = self.push(entry, &name, extra)?;
         if kind == Kind::Dir {
             let full = self.task.full || moved;
@@ -608,7 +607,7 @@ impl Directory<'_> {
             };
             let in_base = !matches!(base, Found::Absent);
             if self.left_out(&path, Some(file_type), &stat, link.as_deref(), in_base) {
-                self.decided.insert(name);
+                self.decide(&name);
                 continue;
             }
             let Some(kind) = kind_of(file_type) else {
@@ -629,7 +628,7 @@ impl Directory<'_> {
             } else {
                 None
             };
-            self.decided.insert(name.clone());
+            self.decide(&name);
             let index = self.push(entry, &name, Extra { link, xattrs: kept, content, ..Extra::default() })?;
             if kind == Kind::Dir {
                 let base = match base {
@@ -668,6 +667,13 @@ impl Directory<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Nothing is merged in or hidden under this name any more: only directories where either happens need to know.
+    fn decide(&mut self, name: &[u8]) {
+        if self.task.full || self.task.hidden {
+            self.decided.insert(name.to_vec());
+        }
     }
 
     fn base(&self, name: &[u8], path: &[u8]) -> Result<Found, Error> {
