@@ -431,6 +431,9 @@ pub(super) struct Validate {
     /// What it has to hold
     #[arg(long, value_name = "SPEC", value_hint = ValueHint::FilePath)]
     pub(super) against: PathBuf,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
 }
 
 const DEMO_HELP: &str = "\

@@ -4,7 +4,7 @@ use std::io;
 use std::process::ExitCode;
 
 use crate::cancel::Cancelled;
-use crate::manifest;
+use crate::commit;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -102,8 +102,7 @@ impl Failure {
             .unwrap_or(Self::new(Exit::Failed, "failed"))
     }
 
-    /// WIRE HERE: one arm for the error type of each module (container, prove, freeze, scan, layer, registry, layout,
-    /// destination, spec, commit), each by the type's own methods, never by its text.
+    /// By type and by what the type says of itself, never by its text.
     fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Self> {
         if cause.is::<Cancelled>() {
             return Some(Self::new(Exit::Cancelled, "cancelled"));
@@ -111,12 +110,17 @@ impl Failure {
         if cause.is::<Usage>() {
             return Some(Self::new(Exit::Usage, "usage"));
         }
-        if let Some(error) = cause.downcast_ref::<manifest::Error>() {
-            return Some(match error {
-                error if error.is_usage() => Self::new(Exit::Usage, "usage"),
-                error if error.is_base() => Self::new(Exit::Base, "base_unusable"),
-                _ => Self::new(Exit::Failed, "image_limits"),
-            });
+        if let Some(error) = cause.downcast_ref::<commit::Error>() {
+            let exit = match error.kind() {
+                commit::Kind::Final => Exit::Failed,
+                commit::Kind::Usage => Exit::Usage,
+                commit::Kind::ContainerGone => Exit::NoContainer,
+                commit::Kind::BaseUnproven => Exit::Base,
+                commit::Kind::Retryable => Exit::Retry,
+                commit::Kind::NotPermitted => Exit::NotPermitted,
+                commit::Kind::Cancelled => Exit::Cancelled,
+            };
+            return Some(Self::new(exit, error.code()));
         }
         // Last, as modules wrap it with more knowledge.
         let error = cause.downcast_ref::<io::Error>()?;
@@ -137,6 +141,7 @@ mod tests {
     use anyhow::anyhow;
 
     use super::*;
+    use crate::manifest;
 
     #[test]
     fn codes_are_those_of_the_design() {
@@ -158,19 +163,19 @@ mod tests {
             ),
             (anyhow::Error::new(Usage("x".into())), Exit::Usage, "usage"),
             (
-                anyhow::Error::new(manifest::Error::Time(1)).context("assembling"),
+                anyhow::Error::new(commit::Error::from(manifest::Error::Time(1))).context("assembling"),
                 Exit::Usage,
                 "usage",
             ),
             (
-                anyhow::Error::new(manifest::Error::ConfigType("x".into())),
+                anyhow::Error::new(commit::Error::from(manifest::Error::ConfigType("x".into()))),
                 Exit::Base,
-                "base_unusable",
+                "base_unproven",
             ),
             (
-                anyhow::Error::new(manifest::Error::TooManyLayers(128)),
+                anyhow::Error::new(commit::Error::from(manifest::Error::TooManyLayers(128))),
                 Exit::Failed,
-                "image_limits",
+                "internal",
             ),
             (
                 anyhow::Error::new(denied()).context("opening /x"),

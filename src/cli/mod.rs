@@ -18,10 +18,13 @@ use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Global, Verb};
 pub use exit::{Exit, Failure, Usage};
-use options::StateRoots;
 
 /// Runs the program.
 pub fn main() -> ExitCode {
+    // The freeze watchdog is this program under another name; it takes no flags.
+    if let Some(code) = crate::freeze::watchdog_entry() {
+        return code;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -60,7 +63,7 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<()> {
     start_log(&cli.global)?;
     let verbose = cli.global.verbose > 0 || cli.global.log.is_some();
-    let roots = StateRoots::new(&cli.global);
+    let roots = options::roots(&cli.global);
     match cli.verb {
         Verb::Ps(args) => verbs::ps(&roots, &args),
         Verb::Inspect(args) => verbs::inspect(&roots, &args),

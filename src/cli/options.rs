@@ -9,127 +9,82 @@ use zeroize::Zeroizing;
 
 use super::args;
 use super::exit::Usage;
-use super::progress::Mode;
-use crate::commit::{self, Compression};
+use crate::commit::{self, Rules};
+use crate::container::{ContainerdRoot, Roots, StorageRoot};
+use crate::destination::Target;
+use crate::registry::credentials::{Credentials, CredentialsError};
+use crate::registry;
+use crate::scan::Caps;
 
 /// A credentials file is one line; what is larger is another file.
 const MAX_CREDS: u64 = 64 << 10;
-
-/// Where runtimes keep their state. None: the usual places.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct StateRoots {
-    /// Prefix of all of them.
-    pub host_root: Option<PathBuf>,
-    /// containerd's state and root directory.
-    pub containerd: Option<(PathBuf, PathBuf)>,
-    /// Docker's data root.
-    pub docker: Option<PathBuf>,
-    /// graphroot and runroot of containers/storage.
-    pub storage: Option<(PathBuf, PathBuf)>,
-}
-
-/// How the destination's registry is reached.
-#[derive(Clone, Debug, Default)]
-pub struct Access {
-    /// `--authfile`.
-    pub authfile: Option<PathBuf>,
-    /// `USER:PASSWORD`; wiped when dropped.
-    pub creds: Option<Zeroizing<String>>,
-    /// `--tls-verify`.
-    pub tls_verify: bool,
-    /// `--cert-dir`.
-    pub cert_dir: Option<PathBuf>,
-}
-
-/// Bounds of the scan. None: its defaults.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// `--max-entries`.
-    pub entries: Option<u64>,
-    /// `--max-depth`.
-    pub depth: Option<u32>,
-    /// `--max-size`, in bytes.
-    pub bytes: Option<u64>,
-    /// `--max-holes`, in bytes.
-    pub holes: Option<u64>,
-}
 
 /// Everything for `commit`.
 #[derive(Clone, Debug)]
 pub struct Commit {
     /// What to save, and how.
     pub options: commit::Options,
-    /// Registry.
-    pub access: Access,
-    /// Scan.
-    pub limits: Limits,
-    /// What to show.
-    pub progress: Mode,
-    /// Show nothing.
-    pub quiet: bool,
+    /// How registries are reached.
+    pub access: registry::Access,
 }
 
-impl StateRoots {
-    /// From the global flags.
-    pub(super) fn new(global: &args::Global) -> Self {
-        // Naming one half of a pair leaves the other where the system has it.
-        let pair = |one: &Option<PathBuf>, other: &Option<PathBuf>, usual: [&str; 2]| {
-            let or =
-                |path: &Option<PathBuf>, usual: &str| path.clone().unwrap_or_else(|| usual.into());
-            (one.is_some() || other.is_some()).then(|| (or(one, usual[0]), or(other, usual[1])))
-        };
-        Self {
-            host_root: global.host_root.clone(),
-            containerd: pair(
-                &global.containerd_state,
-                &global.containerd_root,
-                ["/run/containerd", "/var/lib/containerd"],
-            ),
-            docker: global.docker_root.clone(),
-            storage: pair(
-                &global.storage_root,
-                &global.storage_runroot,
-                ["/var/lib/containers/storage", "/run/containers/storage"],
-            ),
-        }
+/// Where runtimes keep their state, from the global flags. What is not named is looked for in the usual places.
+pub(super) fn roots(global: &args::Global) -> Roots {
+    let or = |path: &Option<PathBuf>, usual: &str| path.clone().unwrap_or_else(|| usual.into());
+    let mut roots = Roots { host_root: global.host_root.clone(), ..Roots::default() };
+    // Naming one half of a pair leaves the other where the system has it.
+    if global.containerd_state.is_some() || global.containerd_root.is_some() {
+        roots.containerd = vec![ContainerdRoot {
+            state: or(&global.containerd_state, "/run/containerd"),
+            root: or(&global.containerd_root, "/var/lib/containerd"),
+        }];
+    }
+    if let Some(docker) = &global.docker_root {
+        roots.docker = vec![docker.clone()];
+    }
+    if global.storage_root.is_some() || global.storage_runroot.is_some() {
+        roots.storage = vec![StorageRoot {
+            root: or(&global.storage_root, "/var/lib/containers/storage"),
+            runroot: or(&global.storage_runroot, "/run/containers/storage"),
+        }];
+    }
+    roots
+}
+
+/// What goes into a layer, from the flags of `commit` and `layer`.
+pub(super) fn rules(content: &args::Content) -> Rules {
+    let usual = Caps::default();
+    Rules {
+        exclude: content.exclude.clone(),
+        include_credentials: content.include_credentials,
+        include_caches: content.include_caches,
+        caps: Caps {
+            entries: content.max_entries.unwrap_or(usual.entries),
+            depth: content.max_depth.unwrap_or(usual.depth),
+            bytes: content.max_size.unwrap_or(usual.bytes),
+            holes: content.max_holes.unwrap_or(usual.holes),
+        },
     }
 }
 
 /// The level, if the codec has it.
-pub(super) fn level(content: &args::Content) -> Result<Option<u32>, Usage> {
-    let levels = match content.compression {
-        Compression::Gzip => 1..=9,
-        Compression::Zstd => 1..=19,
-        Compression::None => 0..=0,
-    };
-    match content.compression_level {
-        Some(level) if !levels.contains(&level) => Err(Usage(format!(
-            "--compression-level {level}: this codec has {} to {}",
-            levels.start(),
-            levels.end()
-        ))),
-        level => Ok(level),
+pub(super) fn level(content: &args::Content) -> Result<u32, Usage> {
+    let levels = content.compression.levels();
+    let level = content.compression_level.unwrap_or_else(|| content.compression.default_level());
+    if levels.contains(&level) {
+        return Ok(level);
     }
-}
-
-impl Limits {
-    /// From the flags of `commit` and `layer`.
-    pub(super) fn new(content: &args::Content) -> Self {
-        Self {
-            entries: content.max_entries,
-            depth: content.max_depth,
-            bytes: content.max_size,
-            holes: content.max_holes,
-        }
-    }
+    let (first, last) = (levels.start(), levels.end());
+    Err(Usage(format!("--compression-level {level}: this codec has {first} to {last}")))
 }
 
 impl Commit {
     /// Reads the credentials, so that all that can be wrong with the command line is found before anything begins.
     pub(super) fn new(args: args::Commit) -> anyhow::Result<Self> {
         let level = level(&args.content)?;
-        let limits = Limits::new(&args.content);
         let creds = creds(&args.registry)?;
+        let rules = rules(&args.content);
+        let target = Target::for_saving(&args.destination).ok();
         let options = commit::Options {
             container: args.container,
             destination: args.destination,
@@ -143,42 +98,37 @@ impl Commit {
             compression: args.content.compression,
             level,
             jobs: args.content.jobs.map(Into::into),
-            exclude: args.content.exclude,
-            include_credentials: args.content.include_credentials,
-            include_caches: args.content.include_caches,
+            rules,
             base: args.base,
             timestamp: args.content.timestamp,
             metadata_file: args.metadata_file,
             digestfile: args.digestfile,
         };
-        let access = Access {
+        let access = registry::Access {
             authfile: args.registry.authfile,
             creds,
             tls_verify: args.registry.tls_verify,
             cert_dir: args.registry.cert_dir,
+            // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
+            host: match target {
+                Some(Target::Registry(reference)) => Some(reference.host),
+                _ => None,
+            },
+            ..registry::Access::default()
         };
-        Ok(Self {
-            options,
-            access,
-            limits,
-            progress: args.progress,
-            quiet: args.quiet,
-        })
+        Ok(Self { options, access })
     }
 }
 
-fn creds(registry: &args::Registry) -> anyhow::Result<Option<Zeroizing<String>>> {
+fn creds(registry: &args::Registry) -> anyhow::Result<Option<Credentials>> {
     let text = match (&registry.creds, &registry.creds_file, registry.creds_fd) {
         (Some(creds), ..) => Zeroizing::new(creds.clone()),
         (None, Some(file), _) => read_creds(file)?,
         (None, None, Some(fd)) => read_creds(Path::new(&format!("/dev/fd/{fd}")))?,
         (None, None, None) => return Ok(None),
     };
-    match text.split_once(':') {
-        Some((user, _)) if !user.is_empty() => Ok(Some(text)),
-        // Never show what was given: it may be the password alone.
-        _ => Err(Usage("credentials must be USER:PASSWORD".to_owned()).into()),
-    }
+    // The error does not show what was given: it may be the password alone.
+    text.parse().map(Some).map_err(|error: CredentialsError| Usage(error.to_string()).into())
 }
 
 /// The first line of a file or descriptor.

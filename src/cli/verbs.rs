@@ -1,21 +1,30 @@
 //! What each verb does: options in, result on stdout. The work is in the modules that they call.
 
+use std::ffi::OsStr;
+use std::fs::{File, Permissions};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::CommandFactory;
 
 use super::args::{self, Cli, Format};
 use super::exit::{Failure, Usage};
-use super::options::{self, StateRoots};
-use super::{progress, signals, view, write_stdout};
+use super::{options, progress, signals, view, write_stdout};
 use crate::cancel::Cancel;
+use crate::commit;
+use crate::container::{self, Roots};
+use crate::destination::Target;
 use crate::job::{Event, Observer};
-
-/// WIRE HERE: for a verb whose module is not there yet.
-fn not_yet(verb: &str) -> anyhow::Error {
-    anyhow::anyhow!("'{verb}' is not part of this build")
-}
+use crate::layer::{self, Plan};
+use crate::overlay::xattr::Namespace;
+use crate::registry::platform::Platform;
+use crate::scan::{self, Kind, Scan};
+use crate::spec::validate::{self, Expected};
 
 /// Prints a result: JSON for programs, else what `table` makes of it.
 fn print<T: serde::Serialize + ?Sized>(
@@ -30,47 +39,54 @@ fn print<T: serde::Serialize + ?Sized>(
     Ok(write_stdout(text.as_bytes())?)
 }
 
-pub(super) fn ps(roots: &StateRoots, args: &args::Ps) -> anyhow::Result<()> {
-    // WIRE HERE: container::list(roots), then ContainerView::new with the allocated bytes of each upper.
-    let containers: Vec<view::ContainerView> = list(roots)?;
-    print(args.format, containers.as_slice(), |containers| {
-        view::ps_table(containers, args.no_trunc)
-    })
+pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
+    let listing = container::list(roots);
+    for problem in &listing.problems {
+        tracing::warn!("{problem}");
+    }
+    let views = listing.containers.iter().map(|container| {
+        let usage = scan::usage(&container.overlay.upper).ok();
+        view::ContainerView::new(container, usage.map(|usage| usage.bytes))
+    });
+    let views: Vec<_> = views.collect();
+    print(args.format, views.as_slice(), |containers| view::ps_table(containers, args.no_trunc))
 }
 
-fn list(_roots: &StateRoots) -> anyhow::Result<Vec<view::ContainerView>> {
-    Err(not_yet("ps"))
-}
-
-pub(super) fn inspect(roots: &StateRoots, args: &args::Inspect) -> anyhow::Result<()> {
-    let view = look(roots, &args.container, args.base.as_deref())?;
+pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()> {
+    let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
+    let base = container::prove_base(roots, &container).map_err(|error| error.to_string());
+    let usage = scan::usage(&container.overlay.upper).ok();
+    let view = view::InspectView::new(
+        &container,
+        base.as_ref().map_err(Clone::clone),
+        usage.map(|usage| usage.bytes),
+        usage.map(|usage| usage.entries),
+    );
     print(args.format, &view, view::InspectView::table)
 }
 
-/// WIRE HERE: container::find, container::prove_base (its error as text), counts from the scan.
-fn look(
-    _roots: &StateRoots,
-    _container: &str,
-    _base: Option<&str>,
-) -> anyhow::Result<view::InspectView> {
-    Err(not_yet("inspect"))
-}
-
-pub(super) fn diff(roots: &StateRoots, args: &args::Diff) -> anyhow::Result<()> {
-    let lines = changes(roots, &args.container)?;
+/// A whiteout is D, what the base has C, anything else A.
+pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
+    let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
+    let scan = commit::Rules::default().scan(&container, commit::cores(), &Cancel::default())?;
+    let lines = scan.emitted().map(|index| {
+        let entry = &scan.entries()[index as usize];
+        let change = match entry.kind {
+            Kind::Whiteout | Kind::Opaque => view::Change::D,
+            _ if index == 0 || scan.in_base(entry) => view::Change::C,
+            _ => view::Change::A,
+        };
+        view::DiffView::new(change, Path::new(OsStr::from_bytes(&scan.path(index))))
+    });
+    let lines: Vec<_> = lines.collect();
     print(args.format, lines.as_slice(), view::diff_table)
 }
 
-/// WIRE HERE: container::find, scan; a whiteout is D, an entry that the base has is C, any other A.
-fn changes(_roots: &StateRoots, _container: &str) -> anyhow::Result<Vec<view::DiffView>> {
-    Err(not_yet("diff"))
-}
-
 /// Saves, tells the observer how it ended, and prints the reference where the observer does not.
-pub(super) fn commit(roots: &StateRoots, args: args::Commit, verbose: bool) -> anyhow::Result<()> {
-    let observer = progress::observer(args.progress, args.quiet, verbose);
+pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow::Result<()> {
+    let observer: Arc<dyn Observer> = progress::observer(args.progress, args.quiet, verbose).into();
     let json = args.progress == progress::Mode::Json;
-    let outcome = commit_with(roots, args, observer.as_ref());
+    let outcome = commit_with(roots, args, Arc::clone(&observer));
     match outcome {
         Ok(saved) => {
             let line = format!("{}\n", saved.reference);
@@ -97,52 +113,105 @@ pub(super) fn commit(roots: &StateRoots, args: args::Commit, verbose: bool) -> a
     }
 }
 
-/// What `commit` prints.
-struct Saved {
-    reference: String,
-    digest: crate::digest::Digest,
-}
-
-fn commit_with(
-    roots: &StateRoots,
-    args: args::Commit,
-    observer: &dyn Observer,
-) -> anyhow::Result<Saved> {
+fn commit_with(roots: &Roots, args: args::Commit, observer: Arc<dyn Observer>) -> anyhow::Result<commit::Saved> {
     let options = options::Commit::new(args)?;
     let cancel = Cancel::default();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
-    save(roots, &options, &cancel, observer)
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
+    let saved = runtime.block_on(commit::commit(
+        &options.options,
+        roots.clone(),
+        options.access,
+        observer,
+        &cancel,
+    ));
+    // A thread that waits for a slow disk must not keep a cancelled save from ending.
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    Ok(saved?)
 }
 
-/// WIRE HERE: commit::commit(roots, &options.options, access, limits, cancel, observer). It must not send `Saved` or
-/// `Failed` itself.
-fn save(
-    _: &StateRoots,
-    _: &options::Commit,
-    _: &Cancel,
-    _: &dyn Observer,
-) -> anyhow::Result<Saved> {
-    Err(not_yet("commit"))
-}
-
-/// WIRE HERE: scan, layer::write to `args.output` (a temporary name beside it, then renamed), descriptor and diffID as
-/// JSON on stdout.
+/// Makes a layer from directories: into a temporary file beside the output, then renamed.
 pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
-    options::level(&args.content)?;
-    let _limits = options::Limits::new(&args.content);
-    let _ = (&args.upper, &args.lower, args.userxattr, &args.output);
-    Err(not_yet("layer"))
+    let level = options::level(&args.content)?;
+    let rules = options::rules(&args.content);
+    let exclusions = rules.exclusions(&[]).map_err(commit::Error::from)?;
+    let cancel = Cancel::default();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    let jobs = args.content.jobs.map_or_else(commit::cores, usize::from);
+    let roots = scan::Roots {
+        upper: args.upper.clone(),
+        lowers: args.lower.clone(),
+        data_only: Vec::new(),
+        lowers_known: !args.lower.is_empty(),
+        namespace: if args.userxattr { Namespace::User } else { Namespace::Trusted },
+    };
+    let scan = scan::Options {
+        jobs,
+        uid_map: &[],
+        gid_map: &[],
+        exclusions: &exclusions,
+        caps: rules.caps,
+        runtime_root_mode: None,
+        cancel: cancel.flag(),
+    };
+    let scan = Scan::new(&roots, &scan).map_err(commit::Error::from)?;
+    let plan = Plan::new(Arc::new(scan), args.content.timestamp);
+    let shown = || super::text::path(&args.output);
+    let dir = args.output.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir).with_context(|| format!("cannot write {}", shown()))?;
+    let compression = args.content.compression;
+    let options = layer::Options { compression, level, jobs, cancel: cancel.flag() };
+    let sink = |bytes: bytes::Bytes| file.write_all(&bytes);
+    let made = layer::stream::write(&plan, options, sink, &|_| {}).map_err(commit::Error::from);
+    let made = made.with_context(|| format!("cannot make {}", shown()))?;
+    file.as_file().sync_all().with_context(|| format!("cannot write {}", shown()))?;
+    file.as_file().set_permissions(Permissions::from_mode(0o644)).with_context(|| format!("cannot write {}", shown()))?;
+    file.persist(&args.output).map_err(|e| e.error).with_context(|| format!("cannot write {}", shown()))?;
+    for file in &made.unstable {
+        tracing::warn!(path = file.path, what = ?file.what, "changed while it was read");
+    }
+    let json = serde_json::json!({
+        "mediaType": made.media_type,
+        "digest": made.digest,
+        "size": made.size,
+        "diffID": made.diff_id,
+        "tarSize": made.tar_size,
+        "entries": made.entries,
+    });
+    Ok(write_stdout(format!("{json}\n").as_bytes())?)
 }
 
-/// WIRE HERE: spec.
+/// Differences that `validate` names.
+const NAMED_DIFFERENCES: usize = 20;
+
 pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {
-    let _ = (&args.subject, &args.against);
-    Err(not_yet("validate"))
+    let expected = Expected::load(&args.against)?;
+    let report = match args.subject.parse::<Target>() {
+        Ok(target @ (Target::Layout { .. } | Target::Archive { .. })) => {
+            let opened = target.open_layout().map_err(|e| commit::Error::Destination(e.into()))?;
+            let (reader, tag) = opened.context("a registry's image cannot be validated: copy it to a layout first")?;
+            let manifest = reader.manifest(tag, &Platform::host())?;
+            let manifest: oci_spec::image::ImageManifest =
+                serde_json::from_slice(&manifest.bytes).context("the image's manifest")?;
+            let layers = manifest.layers().iter().map(|layer| {
+                let digest = layer.digest().to_string().parse().map_err(std::io::Error::other)?;
+                reader.open_blob(&digest, Some(layer.size())).map_err(std::io::Error::other)
+            });
+            validate::image(layers, &expected, NAMED_DIFFERENCES)?
+        }
+        _ => {
+            let file = File::open(&args.subject).with_context(|| format!("cannot open {:?}", args.subject))?;
+            validate::layer(std::io::BufReader::new(file), &expected, NAMED_DIFFERENCES)?
+        }
+    };
+    print(args.format, &report, |report| format!("{report}\n"))?;
+    anyhow::ensure!(report.is_valid(), "{:?} is not as expected", args.subject);
+    Ok(())
 }
 
 /// WIRE HERE: demo.
 pub(super) fn demo() -> anyhow::Result<()> {
-    Err(not_yet("demo"))
+    anyhow::bail!("'demo' is not part of this build")
 }
 
 pub(super) fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {

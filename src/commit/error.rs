@@ -18,9 +18,6 @@ pub enum Error {
     /// DESTINATION or `--base` is no name for an image.
     #[error(transparent)]
     Target(#[from] TargetError),
-    /// An option that cannot be.
-    #[error("{0}")]
-    Usage(String),
     /// The destination, or a registry that was read from.
     #[error(transparent)]
     Destination(#[from] destination::Error),
@@ -113,7 +110,7 @@ impl Error {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Container(error) => container_kind(error),
-            Self::Target(_) | Self::Usage(_) | Self::Pattern(_) => Kind::Usage,
+            Self::Target(_) | Self::Pattern(_) => Kind::Usage,
             Self::Destination(error) => destination_kind(error),
             Self::Freeze(error) => match error.exit_code() {
                 66 => Kind::ContainerGone,

@@ -4,6 +4,7 @@ mod base;
 mod error;
 mod named;
 mod outcome;
+mod upper;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,11 +22,12 @@ use crate::layer::{self, Layer, Plan};
 use crate::layout;
 use crate::manifest;
 use crate::registry::{Access, Registries};
-use crate::scan::{self, Caps, Exclusions, Report, Rules, Scan};
+use crate::scan::{self, Caps, Report, Scan};
 
 pub use base::{Delivered, Origin};
 pub use error::{Error, Kind};
 pub use outcome::{BaseOutcome, Metadata, Saved};
+pub use upper::Rules;
 
 /// Saves of one layer that are begun again because what failed may pass.
 const TRIES: u32 = 3;
@@ -63,18 +65,12 @@ pub struct Options {
     pub max_pause: Option<Duration>,
     /// Codec.
     pub compression: Compression,
-    /// Level of the codec; none: the default of this program.
-    pub level: Option<u32>,
+    /// Level of the codec, within [`Compression::levels`].
+    pub level: u32,
     /// Threads; none: all cores.
     pub jobs: Option<usize>,
-    /// `--exclude` patterns.
-    pub exclude: Vec<String>,
-    /// Keep credentials (`.ssh`, `.netrc`, ...) in the image.
-    pub include_credentials: bool,
-    /// Keep caches (`.cache/pip`, `/tmp`, ...) in the image.
-    pub include_caches: bool,
-    /// Bounds on what the container can make a save do.
-    pub caps: Caps,
+    /// What goes into the layer.
+    pub rules: Rules,
     /// `--base` IMAGE, for `pid:N`: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or a registry reference.
     pub base: Option<String>,
     /// Clamp times to at most this, in seconds since the epoch; also `created`.
@@ -129,7 +125,6 @@ async fn save(
     cancel: &Cancel,
     started: Instant,
 ) -> Result<Saved, Error> {
-    let level = level(options)?;
     let target = Target::for_saving(&options.destination)?;
     let context = Context {
         roots,
@@ -137,7 +132,7 @@ async fn save(
         observer,
         cancel: cancel.clone(),
         jobs: options.jobs.unwrap_or_else(cores),
-        caps: options.caps,
+        caps: options.rules.caps,
     };
 
     context.phase(Phase::Locating);
@@ -148,7 +143,7 @@ async fn save(
     destination.check().await?;
     let found = base::look_up(&destination, &base).await?;
 
-    let taken = take_layer(&context, options, level, &container, &destination).await?;
+    let taken = take_layer(&context, options, &container, &destination).await?;
     warn_of(&context, &taken);
 
     context.phase(Phase::Base);
@@ -176,20 +171,8 @@ async fn save(
     Ok(saved)
 }
 
-fn level(options: &Options) -> Result<u32, Error> {
-    let levels = options.compression.levels();
-    let level = options.level.unwrap_or_else(|| options.compression.default_level());
-    if levels.contains(&level) {
-        return Ok(level);
-    }
-    let (codec, first, last) = (options.compression, levels.start(), levels.end());
-    Err(Error::Usage(format!(
-        "--compression-level {level}: {} has levels {first} to {last}",
-        format!("{codec:?}").to_lowercase()
-    )))
-}
-
-fn cores() -> usize {
+/// Cores that this process may use.
+pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
@@ -222,13 +205,12 @@ struct Taken {
 async fn take_layer(
     context: &Context,
     options: &Options,
-    level: u32,
     container: &Container,
     destination: &Destination,
 ) -> Result<Taken, Error> {
     let mut attempt = 1;
     loop {
-        match take_once(context, options, level, container, destination).await {
+        match take_once(context, options, container, destination).await {
             Err(error) if error.kind() == Kind::Retryable && error.is_of_destination() && attempt < TRIES => {
                 context.warn("again", format!("the layer is made again: {error}"));
                 attempt += 1;
@@ -241,7 +223,6 @@ async fn take_layer(
 async fn take_once(
     context: &Context,
     options: &Options,
-    level: u32,
     container: &Container,
     destination: &Destination,
 ) -> Result<Taken, Error> {
@@ -258,7 +239,7 @@ async fn take_once(
     } else {
         context.phase(Phase::Streaming);
         let bound = frozen.as_ref().filter(|f| !f.was_frozen()).and(options.max_pause);
-        let (layer, writer) = stream(context, (options.compression, level), plan, destination, bound).await?;
+        let (layer, writer) = stream(context, (options.compression, options.level), plan, destination, bound).await?;
         (Some(layer), Some(writer))
     };
     container::recheck(&context.roots, container)?;
@@ -294,44 +275,10 @@ fn freeze(context: &Context, options: &Options, container: &Container) -> Result
 }
 
 async fn scan_upper(context: &Context, options: &Options, container: &Container) -> Result<Scan, Error> {
-    let mounts: Vec<Vec<u8>> = container
-        .mounts
-        .iter()
-        .map(|mount| std::os::unix::ffi::OsStrExt::as_bytes(mount.destination.as_os_str()).to_vec())
-        .collect();
-    let exclusions = Exclusions::new(Rules {
-        mounts: &mounts,
-        user: &options.exclude,
-        credentials: !options.include_credentials,
-        caches: !options.include_caches,
-        gpu: true,
-    })?;
-    let overlay = &container.overlay;
-    let roots = scan::Roots {
-        upper: overlay.upper.clone(),
-        lowers: overlay.lowers.clone(),
-        data_only: overlay.data_only.clone(),
-        lowers_known: true,
-        namespace: overlay.namespace,
-    };
-    let (uid_map, gid_map) = (container.uid_map.clone(), container.gid_map.clone());
-    let (jobs, caps, cancel) = (context.jobs, context.caps, context.cancel.clone());
-    let runtime_root_mode = container.runtime_root_mode;
-    let scan = tokio::task::spawn_blocking(move || {
-        Scan::new(
-            &roots,
-            &scan::Options {
-                jobs,
-                uid_map: &uid_map,
-                gid_map: &gid_map,
-                exclusions: &exclusions,
-                caps,
-                runtime_root_mode,
-                cancel: cancel.flag(),
-            },
-        )
-    });
-    Ok(scan.await.map_err(|_| Error::Worker)??)
+    let (rules, container) = (options.rules.clone(), container.clone());
+    let (jobs, cancel) = (context.jobs, context.cancel.clone());
+    let scan = tokio::task::spawn_blocking(move || rules.scan(&container, jobs, &cancel));
+    scan.await.map_err(|_| Error::Worker)?
 }
 
 /// Makes the layer and hands it on, as it is made. What is returned is all read, and not yet finished.

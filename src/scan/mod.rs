@@ -4,6 +4,7 @@
 //! `walk` makes it, `exclude` says what must not get in.
 
 mod exclude;
+mod usage;
 mod walk;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 pub use exclude::{Exclusions, Facts, PatternError, Reason, Rules};
+pub use usage::{Usage, usage};
 
 use crate::overlay::owner::IdMapping;
 use crate::overlay::root::Root;
