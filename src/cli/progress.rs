@@ -20,7 +20,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 pub enum Mode {
     /// A bar on a terminal, else a line now and then; on stderr.
     Auto,
-    /// A bar on stderr.
+    /// A bar on a terminal, even beside log lines.
     Bar,
     /// One JSON object a line, on stdout.
     Json,
@@ -34,8 +34,10 @@ pub(super) fn observer(mode: Mode, quiet: bool, verbose: bool) -> Box<dyn Observ
         Mode::Json => Box::new(Json::new(io::stdout(), JSON_EVERY)),
         _ if quiet => Box::new(()),
         Mode::None => Box::new(Lines::new(io::stderr(), None)),
-        // Log lines would tear the bar.
-        Mode::Auto if verbose || !io::stderr().is_terminal() => {
+        // Without a terminal the bar would swallow the warnings; log lines would tear it.
+        Mode::Auto | Mode::Bar
+            if !io::stderr().is_terminal() || (verbose && mode == Mode::Auto) =>
+        {
             Box::new(Lines::new(io::stderr(), Some(LINE_EVERY)))
         }
         Mode::Auto | Mode::Bar => Box::new(Bar::new()),
