@@ -307,3 +307,51 @@ fn a_reader_that_goes_away_is_no_failure() -> Outcome {
     );
     Ok(())
 }
+
+#[test]
+fn the_readme_says_what_the_program_does() -> Outcome {
+    let readme = include_str!("../README.md");
+    let help = text(&upperdeck(&["--help"])?.stdout);
+    let table = readme
+        .split("| exit | meaning |")
+        .nth(1)
+        .ok_or("no table of exit codes")?;
+    let rows = table
+        .lines()
+        .skip(2)
+        .take_while(|line| line.starts_with('|'));
+    let mut codes = Vec::new();
+    for row in rows {
+        let mut cells = row.split('|').map(str::trim).skip(1);
+        let (code, meaning) = (
+            cells.next().unwrap_or_default(),
+            cells.next().unwrap_or_default(),
+        );
+        // The first words are the help's own.
+        let words = meaning.split(['(', ':']).next().unwrap_or_default().trim();
+        assert!(
+            help.contains(&format!("  {code:<4} {words}")),
+            "{row} is not in:\n{help}"
+        );
+        codes.push(code);
+    }
+    assert_eq!(codes, ["0", "1", "2", "66", "69", "75", "77", "130"]);
+    // Every flag that the README names exists.
+    let commit = text(&upperdeck(&["commit", "--help"])?.stdout);
+    let layer = text(&upperdeck(&["layer", "--help"])?.stdout);
+    let ps = text(&upperdeck(&["ps", "--help"])?.stdout);
+    for flag in readme
+        .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
+        .filter(|word| word.starts_with("--") && word.len() > 3)
+    {
+        let foreign = ["--release", "--path", "--against"].contains(&flag);
+        assert!(
+            foreign
+                || [&help, &commit, &layer, &ps]
+                    .iter()
+                    .any(|text| text.contains(flag)),
+            "{flag}"
+        );
+    }
+    Ok(())
+}

@@ -1,5 +1,6 @@
 //! What a save shows while it runs: a bar for people at a terminal, sparse lines for logs, JSON lines for programs.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 pub enum Mode {
     /// A bar on a terminal, else a line now and then; on stderr.
     Auto,
-    /// A bar on stderr.
+    /// A bar on a terminal, even beside log lines.
     Bar,
     /// One JSON object a line, on stdout.
     Json,
@@ -33,8 +34,10 @@ pub(super) fn observer(mode: Mode, quiet: bool, verbose: bool) -> Box<dyn Observ
         Mode::Json => Box::new(Json::new(io::stdout(), JSON_EVERY)),
         _ if quiet => Box::new(()),
         Mode::None => Box::new(Lines::new(io::stderr(), None)),
-        // Log lines would tear the bar.
-        Mode::Auto if verbose || !io::stderr().is_terminal() => {
+        // Without a terminal the bar would swallow the warnings; log lines would tear it.
+        Mode::Auto | Mode::Bar
+            if !io::stderr().is_terminal() || (verbose && mode == Mode::Auto) =>
+        {
             Box::new(Lines::new(io::stderr(), Some(LINE_EVERY)))
         }
         Mode::Auto | Mode::Bar => Box::new(Bar::new()),
@@ -208,11 +211,11 @@ impl<W: Write + Send> Observer for Lines<W> {
     }
 }
 
-/// A bar for the layer, and below it one for a base layer on its way.
+/// A bar for the layer, and below it one for each base layer on its way (several are at once).
 struct Bar {
     all: MultiProgress,
     main: ProgressBar,
-    base: Mutex<Option<ProgressBar>>,
+    base: Mutex<BTreeMap<usize, ProgressBar>>,
 }
 
 impl Bar {
@@ -223,7 +226,7 @@ impl Bar {
         Self {
             all,
             main,
-            base: Mutex::new(None),
+            base: Mutex::new(BTreeMap::new()),
         }
     }
 
@@ -251,18 +254,16 @@ impl Observer for Bar {
             Event::Progress {
                 bytes_done,
                 bytes_total,
-                bytes_sent,
                 entries_total,
+                ..
             } => {
                 if self.main.length() != Some(bytes_total) {
                     self.main.set_style(style(MAIN));
                     self.main.set_length(bytes_total);
                     self.main.reset_eta();
+                    self.main
+                        .set_message(format!("saving {entries_total} entries"));
                 }
-                self.main.set_message(format!(
-                    "saving {entries_total} entries ({} out)",
-                    HumanBytes(bytes_sent)
-                ));
                 self.main.set_position(bytes_done);
             }
             Event::BaseProgress {
@@ -270,19 +271,10 @@ impl Observer for Bar {
                 layers,
                 bytes_done,
                 bytes_total,
-            } => with(&self.base, |base| {
-                let bar = base.get_or_insert_with(|| self.all.add(ProgressBar::new(0)));
-                if bar.length() != Some(bytes_total) || bytes_done < bar.position() {
-                    bar.set_style(style(if bytes_total == 0 { BASE_UNKNOWN } else { BASE }));
-                    bar.set_length(bytes_total);
-                    bar.reset_eta();
-                }
-                bar.set_message(format!("base layer {} of {layers}", layer + 1));
-                bar.set_position(bytes_done);
-            }),
+            } => self.base(layer, layers, bytes_done, bytes_total),
             Event::Warning { code, message } => self.say(&warning_text(&code, &message)),
             Event::Paused { pause_ms } => {
-                self.say(&format!("the container stood still for {pause_ms:.1} ms"))
+                self.say(&format!("the container stood still for {pause_ms:.1} ms"));
             }
             Event::Saved { .. } => {
                 let (bytes, time) = (
@@ -298,10 +290,27 @@ impl Observer for Bar {
 }
 
 impl Bar {
+    fn base(&self, layer: usize, layers: usize, bytes_done: u64, bytes_total: u64) {
+        with(&self.base, |base| {
+            let bar = base.entry(layer).or_insert_with(|| {
+                let template = if bytes_total == 0 { BASE_UNKNOWN } else { BASE };
+                let bar = ProgressBar::new(bytes_total)
+                    .with_style(style(template))
+                    .with_message(format!("base layer {} of {layers}", layer + 1));
+                self.all.add(bar)
+            });
+            bar.set_position(bytes_done);
+            if bytes_total > 0 && bytes_done >= bytes_total {
+                bar.finish_and_clear();
+                base.remove(&layer);
+            }
+        });
+    }
+
     fn clear(&self) {
         self.main.finish_and_clear();
         with(&self.base, |base| {
-            if let Some(bar) = base.take() {
+            for bar in std::mem::take(base).values() {
                 bar.finish_and_clear();
             }
         });
