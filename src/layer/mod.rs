@@ -1,1 +1,3 @@
 //! From a scan to a layer.
+
+pub mod exclude;
