@@ -1,0 +1,433 @@
+//! The save itself: one function that reads as the data flow of the design.
+
+mod base;
+mod error;
+mod named;
+mod outcome;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+
+use crate::cancel::Cancel;
+use crate::container::{self, Base, Container};
+use crate::destination::{Destination, Target};
+use crate::freeze::{self, Frozen};
+use crate::job::{Event, Observer, Phase};
+pub use crate::layer::Compression;
+use crate::layer::{self, Layer, Plan};
+use crate::manifest;
+use crate::registry::{Access, Registries};
+use crate::scan::{self, Caps, Exclusions, Report, Rules, Scan};
+
+pub use base::{Delivered, Origin};
+pub use error::{Error, Kind};
+pub use outcome::{BaseOutcome, Metadata, Saved};
+
+/// Saves of one layer that are begun again because what failed may pass.
+const TRIES: u32 = 3;
+
+/// What becomes of the container while its files are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pause {
+    /// Frozen while the layer is read.
+    Full,
+    /// Not frozen: files that change while they are read are reported.
+    None,
+}
+
+/// Everything `upperdeck commit` was asked for, resolved from the flags.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// CONTAINER as the user wrote it.
+    pub container: String,
+    /// DESTINATION as the user wrote it.
+    pub destination: String,
+    /// Author for the history entry and the config.
+    pub author: Option<String>,
+    /// Message: history comment.
+    pub message: Option<String>,
+    /// `--change` texts, in order.
+    pub changes: Vec<String>,
+    /// `--label` K=V.
+    pub labels: Vec<(String, String)>,
+    /// `--annotation` K=V, on the manifest.
+    pub annotations: Vec<(String, String)>,
+    /// Freeze or not.
+    pub pause: Pause,
+    /// The longest the container may stand still; none: no bound.
+    pub max_pause: Option<Duration>,
+    /// Codec.
+    pub compression: Compression,
+    /// Level of the codec; none: the default of this program.
+    pub level: Option<u32>,
+    /// Threads; none: all cores.
+    pub jobs: Option<usize>,
+    /// `--exclude` patterns.
+    pub exclude: Vec<String>,
+    /// Keep credentials (`.ssh`, `.netrc`, ...) in the image.
+    pub include_credentials: bool,
+    /// Keep caches (`.cache/pip`, `/tmp`, ...) in the image.
+    pub include_caches: bool,
+    /// Bounds on what the container can make a save do.
+    pub caps: Caps,
+    /// `--base` IMAGE, for `pid:N`: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or a registry reference.
+    pub base: Option<String>,
+    /// Clamp times to at most this, in seconds since the epoch; also `created`.
+    pub timestamp: Option<i64>,
+    /// JSON with all figures.
+    pub metadata_file: Option<PathBuf>,
+    /// File that gets the manifest's digest.
+    pub digestfile: Option<PathBuf>,
+}
+
+/// What a save works with besides its options.
+struct Context {
+    roots: container::Roots,
+    registries: Registries,
+    observer: Arc<dyn Observer>,
+    cancel: Arc<AtomicBool>,
+    jobs: usize,
+    caps: Caps,
+}
+
+impl Context {
+    fn phase(&self, phase: Phase) {
+        self.observer.event(Event::Phase { phase });
+    }
+
+    fn warn(&self, code: &str, message: String) {
+        self.observer.event(Event::Warning { code: code.to_owned(), message });
+    }
+}
+
+/// Saves a running container as an image.
+pub async fn commit(
+    options: &Options,
+    roots: container::Roots,
+    access: Access,
+    observer: Arc<dyn Observer>,
+    cancel: &Cancel,
+) -> Result<Saved, Error> {
+    // Whatever is under way is dropped on cancellation: uploads are given up, the container thaws.
+    let started = Instant::now();
+    tokio::select! {
+        saved = save(options, roots, access, Arc::clone(&observer), cancel, started) => saved,
+        _ = cancel.cancelled() => Err(Error::Cancelled),
+    }
+}
+
+async fn save(
+    options: &Options,
+    roots: container::Roots,
+    access: Access,
+    observer: Arc<dyn Observer>,
+    cancel: &Cancel,
+    started: Instant,
+) -> Result<Saved, Error> {
+    let level = level(options)?;
+    let target = Target::for_saving(&options.destination)?;
+    let context = Context {
+        roots,
+        registries: Registries::new(access),
+        observer,
+        cancel: cancel.flag(),
+        jobs: options.jobs.unwrap_or_else(cores),
+        caps: options.caps,
+    };
+
+    context.phase(Phase::Locating);
+    let container = container::find(&context.roots, &options.container)?;
+    let base = prove_base(&context, &container, options).await?;
+    // A destination that takes nothing is found out before anybody's work is stopped for it.
+    let destination = Destination::open(&target, &context.registries)?;
+    destination.check().await?;
+    let found = base::look_up(&destination, &base).await?;
+
+    let taken = take_layer(&context, options, level, &container, &destination).await?;
+    warn_of(&context, &taken);
+
+    context.phase(Phase::Base);
+    let delivered = base::bring(&context, &destination, &container, &base, found).await?;
+
+    context.phase(Phase::Finishing);
+    let image = assemble(options, &base, &delivered, taken.layer.as_ref())?;
+    for warning in &image.warnings {
+        context.warn(warning.code, warning.message.clone());
+    }
+    destination.put_blob(image.config.bytes.clone().into(), &image.config.digest).await?;
+    let manifest = Bytes::from(image.manifest.bytes.clone());
+    let digest = destination.put_manifest(manifest, image.manifest.media_type, target.tag()).await?;
+    let saved = outcome::saved(outcome::Parts {
+        target: &target,
+        digest,
+        image: &image,
+        container: &container,
+        base: &base,
+        delivered,
+        taken,
+        seconds: started.elapsed().as_secs_f64(),
+    });
+    outcome::write_files(options, &saved)?;
+    Ok(saved)
+}
+
+fn level(options: &Options) -> Result<u32, Error> {
+    let levels = options.compression.levels();
+    let level = options.level.unwrap_or_else(|| options.compression.default_level());
+    if levels.contains(&level) {
+        return Ok(level);
+    }
+    let (codec, first, last) = (options.compression, levels.start(), levels.end());
+    Err(Error::Usage(format!(
+        "--compression-level {level}: {} has levels {first} to {last}",
+        format!("{codec:?}").to_lowercase()
+    )))
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The base as the runtime's own state proves it, or as the user named it.
+async fn prove_base(context: &Context, container: &Container, options: &Options) -> Result<Base, Error> {
+    match &options.base {
+        Some(name) => named::base(context, container, name).await,
+        None if container.runtime == container::Runtime::Process => {
+            Err(Error::BaseNotNamed { container: options.container.clone() })
+        }
+        None => Ok(container::prove_base(&context.roots, container)?),
+    }
+}
+
+/// What was read of the container.
+struct Taken {
+    /// None when nothing had changed.
+    layer: Option<Layer>,
+    report: Report,
+    pause: Option<Duration>,
+    /// Somebody else had paused it, and it stays so.
+    was_frozen: bool,
+}
+
+/// Freeze, scan, plan, stream, thaw. Again from the start when the destination failed in a way that may pass.
+async fn take_layer(
+    context: &Context,
+    options: &Options,
+    level: u32,
+    container: &Container,
+    destination: &Destination,
+) -> Result<Taken, Error> {
+    let mut attempt = 1;
+    loop {
+        match take_once(context, options, level, container, destination).await {
+            Err(error) if error.kind() == Kind::Retryable && error.is_of_destination() && attempt < TRIES => {
+                context.warn("again", format!("the layer is made again: {error}"));
+                attempt += 1;
+            }
+            taken => return taken,
+        }
+    }
+}
+
+async fn take_once(
+    context: &Context,
+    options: &Options,
+    level: u32,
+    container: &Container,
+    destination: &Destination,
+) -> Result<Taken, Error> {
+    context.phase(Phase::Scanning);
+    let frozen = freeze(context, options, container)?;
+    let was_frozen = frozen.as_ref().is_some_and(Frozen::was_frozen);
+    container::recheck(&context.roots, container)?;
+    let scan = scan_upper(context, options, container).await?;
+    let report = scan.report.clone();
+    let plan = Plan::new(Arc::new(scan), options.timestamp);
+
+    let (layer, writer) = if plan.is_empty() {
+        (None, None)
+    } else {
+        context.phase(Phase::Streaming);
+        let (layer, writer) = stream(context, options.compression, level, plan, destination).await?;
+        (Some(layer), Some(writer))
+    };
+    container::recheck(&context.roots, container)?;
+    // All is read: the container runs on while the destination finishes.
+    let pause = frozen.map(Frozen::thaw).transpose()?;
+    if let (Some(pause), false) = (pause, was_frozen) {
+        let pause_ms = pause.as_secs_f64() * 1000.0;
+        context.observer.event(Event::Paused { pause_ms });
+        if let Some(limit) = options.max_pause.filter(|&limit| pause > limit) {
+            return Err(Error::PausedTooLong { pause_ms, limit_ms: limit.as_secs_f64() * 1000.0 });
+        }
+    }
+    if let (Some(layer), Some(writer)) = (&layer, writer) {
+        writer.finish(&layer.digest, layer.size).await?;
+    }
+    Ok(Taken { layer, report, pause, was_frozen })
+}
+
+fn freeze(context: &Context, options: &Options, container: &Container) -> Result<Option<Frozen>, Error> {
+    if options.pause == Pause::None {
+        return Ok(None);
+    }
+    let how = freeze::Options {
+        host_root: context.roots.host_root.clone(),
+        hold: options.max_pause,
+        ..freeze::Options::default()
+    };
+    let frozen = freeze::freeze(container.pid, Some(container.pid_start), &how)?;
+    if !frozen.outside().is_empty() {
+        let pids = frozen.outside().iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+        context.warn(
+            "not_frozen",
+            format!("processes outside the container's cgroup see its root and are not frozen: {pids}"),
+        );
+    }
+    Ok(Some(frozen))
+}
+
+async fn scan_upper(context: &Context, options: &Options, container: &Container) -> Result<Scan, Error> {
+    let mounts: Vec<Vec<u8>> = container
+        .mounts
+        .iter()
+        .map(|mount| std::os::unix::ffi::OsStrExt::as_bytes(mount.destination.as_os_str()).to_vec())
+        .collect();
+    let exclusions = Exclusions::new(Rules {
+        mounts: &mounts,
+        user: &options.exclude,
+        credentials: !options.include_credentials,
+        caches: !options.include_caches,
+        gpu: true,
+    })?;
+    let overlay = &container.overlay;
+    let roots = scan::Roots {
+        upper: overlay.upper.clone(),
+        lowers: overlay.lowers.clone(),
+        data_only: overlay.data_only.clone(),
+        lowers_known: true,
+        namespace: overlay.namespace,
+    };
+    let (uid_map, gid_map) = (container.uid_map.clone(), container.gid_map.clone());
+    let (jobs, caps, cancel) = (context.jobs, context.caps, Arc::clone(&context.cancel));
+    let runtime_root_mode = container.runtime_root_mode;
+    let scan = tokio::task::spawn_blocking(move || {
+        Scan::new(
+            &roots,
+            &scan::Options {
+                jobs,
+                uid_map: &uid_map,
+                gid_map: &gid_map,
+                exclusions: &exclusions,
+                caps,
+                runtime_root_mode,
+                cancel: &cancel,
+            },
+        )
+    });
+    Ok(scan.await.map_err(|_| Error::Worker)??)
+}
+
+/// Makes the layer and hands it on, as it is made. What is returned is all read, and not yet finished.
+async fn stream(
+    context: &Context,
+    compression: Compression,
+    level: u32,
+    plan: Plan,
+    destination: &Destination,
+) -> Result<(Layer, crate::destination::BlobWriter), Error> {
+    let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
+    let observer = Arc::clone(&context.observer);
+    let (jobs, cancel) = (context.jobs, Arc::clone(&context.cancel));
+    let made = tokio::task::spawn_blocking(move || {
+        let (bytes_total, entries_total) = (plan.tar_size(), plan.len() as u64);
+        let options = layer::Options { compression, level, jobs, cancel: &cancel };
+        let layer = layer::stream::write(&plan, options, |bytes| writer.write(bytes), &|at| {
+            let (bytes_done, bytes_sent) = (at.tar_bytes, at.sent_bytes);
+            observer.event(Event::Progress { bytes_done, bytes_total, bytes_sent, entries_total });
+        });
+        // A writer that is dropped leaves nothing behind.
+        layer.map(|layer| (layer, writer))
+    });
+    Ok(made.await.map_err(|_| Error::Worker)??)
+}
+
+/// What the user should hear of without asking.
+fn warn_of(context: &Context, taken: &Taken) {
+    for file in taken.layer.iter().flat_map(|layer| &layer.unstable) {
+        let what = match file.what {
+            layer::block::Instability::Changed => "was written to while it was read",
+            layer::block::Instability::Shrank => "became shorter while it was read; the rest is zeros",
+            layer::block::Instability::Grew => "became longer while it was read; what was added is not in the image",
+            layer::block::Instability::Vanished => "vanished before it was read; its content is zeros",
+        };
+        context.warn("unstable_file", format!("/{} {what}", file.path));
+    }
+    for path in &taken.report.vanished {
+        context.warn("unstable_file", format!("/{path} vanished while the tree was walked"));
+    }
+    for path in &taken.report.privileged {
+        context.warn("privileged_file", format!("/{path} is setuid, setgid or has file capabilities, which the base does not have"));
+    }
+    if !taken.report.sockets.is_empty() {
+        let (count, first) = (taken.report.sockets.len(), &taken.report.sockets[0]);
+        context.warn("sockets", format!("{count} sockets cannot be in an image and are left out, e.g. /{first}"));
+    }
+    for (name, count) in &taken.report.dropped_xattrs {
+        context.warn("xattrs", format!("the attribute {name} of {count} entries belongs to the host and is left out"));
+    }
+    let kept_out = |reason: &scan::Reason| matches!(reason, scan::Reason::Credential | scan::Reason::Cache);
+    let excluded: Vec<_> = taken.report.excluded.iter().filter(|e| kept_out(&e.reason)).collect();
+    if let Some(first) = excluded.first() {
+        context.warn(
+            "excluded",
+            format!(
+                "{} paths with credentials or caches are left out, e.g. /{} (--include-credentials, --include-caches)",
+                excluded.len(),
+                first.path
+            ),
+        );
+    }
+}
+
+fn assemble(
+    options: &Options,
+    base: &Base,
+    delivered: &[Delivered],
+    layer: Option<&Layer>,
+) -> Result<manifest::Image, Error> {
+    let base_manifest = base.manifest.as_ref().map(|manifest| manifest::BaseManifest {
+        bytes: &manifest.bytes,
+        media_type: &manifest.media_type,
+        digest: manifest.digest,
+    });
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |t| t.as_secs() as i64);
+    Ok(manifest::assemble(&manifest::Input {
+        base_manifest,
+        base_config: &base.config,
+        base_name: base.name.as_deref(),
+        base_layers: delivered.iter().map(Delivered::layer).collect(),
+        layers: layer
+            .map(|layer| manifest::NewLayer {
+                layer: manifest::Layer {
+                    descriptor: base::descriptor(layer.media_type, layer.digest, layer.size),
+                    diff_id: layer.diff_id,
+                },
+                created_by: None,
+            })
+            .into_iter()
+            .collect(),
+        changes: &options.changes,
+        labels: &options.labels,
+        annotations: &options.annotations,
+        author: options.author.as_deref(),
+        message: options.message.as_deref(),
+        created: options.timestamp.unwrap_or(now),
+        created_by: "upperdeck commit",
+    })?)
+}

@@ -1,0 +1,459 @@
+//! Real servers and runtimes for tests: each on loopback, with its own directories under one scratch directory, ended by
+//! process id when dropped (also when the test panics). What a killed test run left behind, the next one clears away.
+
+pub mod containerd;
+pub mod docker;
+pub mod grpc;
+pub mod image;
+pub mod podman;
+pub mod registry;
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Once;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How long a server may take to come up, or a container to end. Generous: the machine may be busy.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+const PREFIX: &str = "upperdeck-test.";
+
+/// A directory of one test with everything in it: dropped, it ends what runs from it, unmounts what is mounted in it and
+/// goes away.
+#[derive(Debug)]
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    pub fn new() -> Result<Self> {
+        static SWEEP: Once = Once::new();
+        SWEEP.call_once(sweep);
+        let prefix = format!("{PREFIX}{}.", std::process::id());
+        // Not under a longer TMPDIR: unix sockets have 108 bytes for their path.
+        let dir = tempfile::Builder::new()
+            .prefix(&prefix)
+            .rand_bytes(4)
+            .tempdir_in("/tmp")?;
+        Ok(Self(dir.keep()))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// A new directory in it.
+    pub fn dir(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.0.join(name);
+        fs::create_dir_all(&dir)?;
+        Ok(dir)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        reap(&self.0);
+    }
+}
+
+/// Clears away the scratch directories of test processes that are no more.
+fn sweep() {
+    for entry in fs::read_dir("/tmp").into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| {
+            name.strip_prefix(PREFIX)?
+                .split('.')
+                .next()?
+                .parse::<u32>()
+                .ok()
+        });
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            reap(&entry.path());
+        }
+    }
+}
+
+/// Ends every process that belongs to `root`, and removes its mounts, cgroups, sockets and files.
+fn reap(root: &Path) {
+    let containers = bundles(root);
+    let mut groups = BTreeSet::new();
+    // Twice and more: a shim starts nothing new, but conmon and dockerd may while they are being ended.
+    for _ in 0..20 {
+        let pids = processes_of(root);
+        if pids.is_empty() {
+            break;
+        }
+        for &pid in &pids {
+            groups.extend(cgroups_of(pid));
+            thaw(pid);
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let end = Instant::now() + Duration::from_secs(2);
+        while Instant::now() < end
+            && pids
+                .iter()
+                .any(|pid| Path::new("/proc").join(pid.to_string()).exists())
+        {
+            reap_zombies(&pids);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    for bundle in &containers {
+        if let Ok(address) = fs::read_to_string(bundle.join("address")) {
+            let _ = fs::remove_file(address.trim().trim_start_matches("unix://"));
+        }
+        // runc's own state, which is not below the engine that it runs for.
+        if let (Some(id), Some(namespace)) = (
+            bundle.file_name(),
+            bundle.parent().and_then(Path::file_name),
+        ) {
+            let _ = fs::remove_dir_all(Path::new("/run/containerd/runc").join(namespace).join(id));
+            let _ = fs::remove_dir_all(Path::new("/run/runc").join(id));
+        }
+    }
+    for mount in mounts_below(root).iter().rev() {
+        let _ = umount2(mount, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    }
+    for group in groups.iter().rev() {
+        let _ = fs::remove_dir(group);
+    }
+    if mounts_below(root).is_empty() {
+        let _ = fs::remove_dir_all(root);
+    }
+}
+
+/// Bundles of containerd (its own, Docker's) and Podman below `root`; the directory is named as the container.
+fn bundles(root: &Path) -> Vec<PathBuf> {
+    let tasks = walkdir::WalkDir::new(root)
+        .max_depth(7)
+        .into_iter()
+        .filter_entry(|entry| {
+            entry.file_type().is_dir()
+                && entry.file_name() != "rootfs"
+                && entry.file_name() != "overlay2"
+        });
+    tasks
+        .flatten()
+        .filter(|entry| {
+            let mut above = entry.path().ancestors().skip(1);
+            above
+                .next()
+                .is_some_and(|dir| dir.ends_with("overlay-containers"))
+                || above
+                    .next()
+                    .is_some_and(|dir| dir.ends_with("io.containerd.runtime.v2.task"))
+        })
+        .map(walkdir::DirEntry::into_path)
+        .collect()
+}
+
+/// Servers started from `root`, and processes whose root file system is an overlay from there.
+fn processes_of(root: &Path) -> Vec<i32> {
+    let needle = root.as_os_str().as_bytes();
+    let own = std::process::id() as i32;
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|&pid| {
+            let proc = Path::new("/proc").join(pid.to_string());
+            let state = fs::read_to_string(proc.join("stat")).unwrap_or_default();
+            // Past the name, which may hold anything.
+            if pid == own
+                || state
+                    .rsplit(')')
+                    .next()
+                    .is_none_or(|rest| rest.trim_start().starts_with('Z'))
+            {
+                return false;
+            }
+            let has = |bytes: &[u8]| {
+                bytes.windows(needle.len()).enumerate().any(|(at, window)| {
+                    window == needle
+                        && matches!(bytes.get(at + needle.len()), None | Some(b'/' | 0 | b' '))
+                })
+            };
+            // Only servers' command lines: a person may be looking at the directory with an editor.
+            let server = [
+                "containerd",
+                "dockerd",
+                "docker-registry",
+                "conmon",
+                "runc",
+                "upperdeck",
+            ];
+            let command = fs::read(proc.join("cmdline")).unwrap_or_default();
+            let program = command.split(|&b| b == 0).next().unwrap_or_default();
+            let program = Path::new(OsStr::from_bytes(program))
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy();
+            let root_mount = fs::read(proc.join("mountinfo")).unwrap_or_default();
+            let mut lines = root_mount.split(|&b| b == b'\n');
+            (server.iter().any(|name| program.starts_with(name)) && has(&command))
+                || lines.any(|line| line.split(|&b| b == b' ').nth(4) == Some(b"/") && has(line))
+        })
+        .collect()
+}
+
+/// Every cgroup directory of a process but the roots and those that this process shares.
+fn cgroups_of(pid: i32) -> Vec<PathBuf> {
+    let read = |pid: &str| {
+        fs::read_to_string(Path::new("/proc").join(pid).join("cgroup")).unwrap_or_default()
+    };
+    let own = read("self");
+    let mut dirs = Vec::new();
+    for line in read(&pid.to_string())
+        .lines()
+        .filter(|line| !own.lines().any(|mine| mine == *line))
+    {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        let hierarchy = match controllers {
+            "" => "unified",
+            named => named.strip_prefix("name=").unwrap_or(named),
+        };
+        let dir = Path::new("/sys/fs/cgroup")
+            .join(hierarchy)
+            .join(path.trim_start_matches('/'));
+        if path != "/" && dir.is_dir() {
+            dirs.push(dir);
+        }
+    }
+    dirs
+}
+
+/// Thaws the cgroups of a process: SIGKILL does not reach a frozen one.
+fn thaw(pid: i32) {
+    for dir in cgroups_of(pid) {
+        let _ = fs::write(dir.join("freezer.state"), "THAWED");
+        if dir.starts_with("/sys/fs/cgroup/unified") {
+            let _ = fs::write(dir.join("cgroup.freeze"), "0");
+        }
+    }
+}
+
+/// Waits for those of `pids` that are children of this process and have ended.
+fn reap_zombies(pids: &[i32]) {
+    use nix::sys::wait::{WaitPidFlag, waitpid};
+    for &pid in pids {
+        let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
+    }
+}
+
+/// Mount points at and below `root`, in the order in which they were mounted.
+fn mounts_below(root: &Path) -> Vec<PathBuf> {
+    let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    table
+        .split(|&b| b == b'\n')
+        .filter_map(|line| line.split(|&b| b == b' ').nth(4))
+        .map(|point| PathBuf::from(OsStr::from_bytes(point)))
+        .filter(|point| point.starts_with(root))
+        .collect()
+}
+
+/// A server in the background, killed when dropped; its output is in a log file.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    pub fn start(command: &mut Command, log: PathBuf) -> Result<Self> {
+        let file = File::create(&log)?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()
+            .with_context(|| format!("starting {}", command.get_program().display()))?;
+        Ok(Self { child, log })
+    }
+
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until `ready` says so; an error with the log's end when the server dies or takes too long.
+    pub fn wait_for<T>(&mut self, mut ready: impl FnMut(&Self) -> Option<T>) -> Result<T> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(value) = ready(self) {
+                return Ok(value);
+            }
+            let log = self.log();
+            let tail = &log[log.len().saturating_sub(3000)..];
+            if let Some(status) = self.child.try_wait()? {
+                bail!("the server ended with {status}:\n{tail}");
+            }
+            if Instant::now() > end {
+                bail!("the server is not ready after {PATIENCE:?}:\n{tail}");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        let _ = self.child.kill();
+        Ok(self.child.wait()?)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+/// Runs a command to its end; an error with its output unless it succeeds. Returns stdout without the last newline.
+pub fn run(command: &mut Command) -> Result<String> {
+    let output = output(command)?;
+    if !output.status.success() {
+        bail!(
+            "{command:?}: {}\n{}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .trim_end_matches('\n')
+        .to_owned())
+}
+
+/// Runs a command to its end, whatever comes of it.
+pub fn output(command: &mut Command) -> Result<Output> {
+    command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("running {}", command.get_program().display()))
+}
+
+/// A command from a program and its arguments.
+pub fn command<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Command {
+    let program = crate::support::find_program(program).unwrap_or_else(|| PathBuf::from(program));
+    let mut command = Command::new(program);
+    command.args(arguments);
+    command
+}
+
+/// Waits until `done`, checking every few milliseconds; an error that names `what` after [`PATIENCE`].
+pub fn wait_until(what: &str, done: impl FnMut() -> bool) -> Result<Duration> {
+    wait_at_most(PATIENCE, what, done)
+}
+
+/// As [`wait_until`], with its own bound. Returns how long it took.
+pub fn wait_at_most(
+    bound: Duration,
+    what: &str,
+    mut done: impl FnMut() -> bool,
+) -> Result<Duration> {
+    let start = Instant::now();
+    while !done() {
+        if start.elapsed() > bound {
+            bail!("not within {bound:?}: {what}");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(start.elapsed())
+}
+
+/// State directories that `upperdeck` is to look at; those of runtimes that a test does not start are empty ones, so
+/// that nothing else on the machine is found.
+#[derive(Clone, Debug)]
+pub struct Roots {
+    pub containerd_root: PathBuf,
+    pub containerd_state: PathBuf,
+    pub docker_root: PathBuf,
+    pub storage_root: PathBuf,
+    pub storage_runroot: PathBuf,
+}
+
+impl Roots {
+    pub fn none(scratch: &Scratch) -> Self {
+        let none = scratch.path().join("none");
+        Self {
+            containerd_root: none.clone(),
+            containerd_state: none.clone(),
+            docker_root: none.clone(),
+            storage_root: none.clone(),
+            storage_runroot: none,
+        }
+    }
+
+    /// As flags of the command line.
+    pub fn flags(&self) -> Vec<String> {
+        [
+            ("containerd-root", &self.containerd_root),
+            ("containerd-state", &self.containerd_state),
+            ("docker-root", &self.docker_root),
+            ("storage-root", &self.storage_root),
+            ("storage-runroot", &self.storage_runroot),
+        ]
+        .map(|(flag, dir)| format!("--{flag}={}", dir.display()))
+        .into()
+    }
+}
+
+/// Where the freezer of a process stands.
+#[derive(Clone, Debug)]
+pub struct Freezer(PathBuf);
+
+impl Freezer {
+    pub fn of(pid: i32) -> Result<Self> {
+        let dirs = cgroups_of(pid);
+        let v1 = dirs.iter().find(|dir| dir.join("freezer.state").exists());
+        let v2 = dirs.iter().find(|dir| dir.join("cgroup.freeze").exists());
+        Ok(Self(
+            v1.or(v2)
+                .context("the process is in no cgroup with a freezer")?
+                .clone(),
+        ))
+    }
+
+    pub fn frozen(&self) -> bool {
+        let read = |name: &str| fs::read_to_string(self.0.join(name)).unwrap_or_default();
+        read("freezer.state").trim().starts_with("FR") || read("cgroup.freeze").trim() == "1"
+    }
+
+    /// As somebody else's `pause` would.
+    pub fn set(&self, frozen: bool) -> Result<()> {
+        let v1 = self.0.join("freezer.state");
+        if v1.exists() {
+            fs::write(v1, if frozen { "FROZEN" } else { "THAWED" })?;
+        } else {
+            fs::write(self.0.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether something is mounted, running or lying about that belongs to `root`; for the test of the harness itself.
+pub fn leftovers(root: &Path) -> Vec<String> {
+    let mut left: Vec<String> = processes_of(root)
+        .iter()
+        .map(|pid| format!("process {pid}"))
+        .collect();
+    left.extend(
+        mounts_below(root)
+            .iter()
+            .map(|mount| format!("mount {}", mount.display())),
+    );
+    if fs::symlink_metadata(root).is_ok_and(|metadata| metadata.nlink() > 0) {
+        left.push(root.display().to_string());
+    }
+    left
+}

@@ -1,0 +1,125 @@
+//! A `docker-registry` of the distribution project, as a package brings it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+
+use super::{Daemon, Scratch, command, run};
+
+/// What a registry with a password takes.
+pub const CREDENTIALS: &str = "tester:secret";
+
+/// The same, with the bcrypt hash that the server wants (made with `crypt(3)`, so that no further package is needed).
+const HTPASSWD: &str = "tester:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
+
+/// A registry on a free port of loopback, plain HTTP, deletion enabled.
+#[derive(Debug)]
+pub struct Registry {
+    daemon: Daemon,
+    /// `127.0.0.1:PORT`.
+    pub host: String,
+    /// Where its blobs are.
+    pub storage: PathBuf,
+    credentials: Option<&'static str>,
+}
+
+impl Registry {
+    pub fn start(scratch: &Scratch) -> Result<Self> {
+        Self::start_named(scratch, "registry", None)
+    }
+
+    /// With basic authentication: [`CREDENTIALS`].
+    pub fn start_with_password(scratch: &Scratch) -> Result<Self> {
+        Self::start_named(scratch, "registry-auth", Some(CREDENTIALS))
+    }
+
+    /// A second one beside others, in a directory of its own.
+    pub fn start_named(
+        scratch: &Scratch,
+        name: &str,
+        credentials: Option<&'static str>,
+    ) -> Result<Self> {
+        let dir = scratch.dir(name)?;
+        let storage = dir.join("storage");
+        let auth = match credentials {
+            None => String::new(),
+            Some(_) => {
+                fs::write(dir.join("htpasswd"), HTPASSWD)?;
+                format!(
+                    "auth: {{htpasswd: {{realm: test, path: {}}}}}\n",
+                    dir.join("htpasswd").display()
+                )
+            }
+        };
+        let configuration = format!(
+            "version: 0.1\nlog: {{level: info}}\nstorage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: true}}}}\n\
+             http: {{addr: '127.0.0.1:0'}}\n{auth}",
+            storage.display()
+        );
+        let file = dir.join("config.yml");
+        fs::write(&file, configuration)?;
+        let mut daemon = Daemon::start(
+            Command::new("docker-registry").arg("serve").arg(&file),
+            dir.join("log"),
+        )?;
+        // The port is the kernel's choice, so that no two tests ask for the same one; the log names it.
+        let host = daemon.wait_for(|daemon| {
+            let log = daemon.log();
+            let rest = log.split_once("listening on ")?.1;
+            Some(
+                rest.split(|c: char| c != '.' && c != ':' && !c.is_ascii_digit())
+                    .next()?
+                    .to_owned(),
+            )
+        })?;
+        Ok(Self {
+            daemon,
+            host,
+            storage,
+            credentials,
+        })
+    }
+
+    /// `HOST/NAME`.
+    pub fn reference(&self, name: &str) -> String {
+        format!("{}/{name}", self.host)
+    }
+
+    /// Puts an image of another transport (`oci:…`, `dir:…`) under `name`, digests unchanged.
+    pub fn push(&self, from: &str, name: &str) -> Result<String> {
+        let mut copy = command(
+            "skopeo",
+            [
+                "copy",
+                "--quiet",
+                "--preserve-digests",
+                "--dest-tls-verify=false",
+            ],
+        );
+        if let Some(credentials) = self.credentials {
+            copy.args(["--dest-creds", credentials]);
+        }
+        run(copy.args([from, &format!("docker://{}", self.reference(name))]))?;
+        Ok(self.reference(name))
+    }
+
+    /// The tags of a repository; none where it is unknown.
+    pub fn tags(&self, repository: &str) -> Vec<String> {
+        let dir = self
+            .storage
+            .join("docker/registry/v2/repositories")
+            .join(repository)
+            .join("_manifests/tags");
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
+    }
+
+    /// Ends it: from now on it cannot be reached.
+    pub fn kill(&mut self) -> Result<()> {
+        self.daemon.kill().map(drop)
+    }
+}

@@ -1,0 +1,85 @@
+//! The harness itself: every host runs a container, and leaves nothing behind. Where one of these fails, the machine or
+//! the harness is at fault, not the program.
+
+use anyhow::{Result, ensure};
+
+use crate::host::containerd::{Containerd, PodOptions};
+use crate::host::docker::Docker;
+use crate::host::image::{Base, Format, base};
+use crate::host::podman::Podman;
+use crate::host::registry::Registry;
+use crate::host::{Freezer, Scratch, leftovers};
+use crate::support::{Need, ignored};
+
+#[test]
+fn a_pod_runs_without_kubernetes_and_goes_without_a_trace() -> Result<()> {
+    if ignored(&[
+        Need::Root,
+        Need::Program("containerd"),
+        Need::Program("docker-registry"),
+        Need::Program("buildah"),
+    ]) {
+        return Ok(());
+    }
+    let scratch = Scratch::new()?;
+    let root = scratch.path().to_owned();
+    let registry = Registry::start(&scratch)?;
+    registry.push(&base(Base::Pause, Format::Oci)?, "pause:1")?;
+    let image = registry.push(&base(Base::Small, Format::Oci)?, "small:1")?;
+    let mut containerd = Containerd::start(&scratch, &registry)?;
+    let pod = containerd.run_pod(&image, &PodOptions::default())?;
+    assert_eq!(containerd.shell(&pod, "cat /usr/lib/app/main")?, "main\n");
+    ensure!(pod.rootfs.join("bin/busybox").exists());
+    ensure!(!Freezer::of(pod.pid)?.frozen());
+    containerd.kill()?;
+    ensure!(!leftovers(&root).is_empty());
+    drop((containerd, registry, scratch));
+    assert_eq!(leftovers(&root), Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn docker_runs_a_container_and_goes_without_a_trace() -> Result<()> {
+    if ignored(&[
+        Need::Root,
+        Need::Program("dockerd"),
+        Need::Program("docker-registry"),
+        Need::Program("buildah"),
+    ]) {
+        return Ok(());
+    }
+    let scratch = Scratch::new()?;
+    let root = scratch.path().to_owned();
+    let registry = Registry::start(&scratch)?;
+    let image = registry.push(&base(Base::Small, Format::Docker)?, "small:1")?;
+    let docker = Docker::start(&scratch)?;
+    let container = docker.run("session", &image, &[], &[])?;
+    assert_eq!(docker.shell(&container, "cat /usr/lib/app/main")?, "main");
+    ensure!(container.rootfs.join("bin/busybox").exists());
+    drop((docker, registry, scratch));
+    assert_eq!(leftovers(&root), Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn podman_runs_a_container_and_goes_without_a_trace() -> Result<()> {
+    if ignored(&[
+        Need::Root,
+        Need::Program("podman"),
+        Need::Program("docker-registry"),
+        Need::Program("buildah"),
+    ]) {
+        return Ok(());
+    }
+    let scratch = Scratch::new()?;
+    let root = scratch.path().to_owned();
+    let registry = Registry::start(&scratch)?;
+    let image = registry.push(&base(Base::Small, Format::Oci)?, "small:1")?;
+    let podman = Podman::new(&scratch)?;
+    let container = podman.run("session", &image, &[], &[])?;
+    assert_eq!(podman.shell(&container, "cat /usr/lib/app/main")?, "main");
+    ensure!(container.rootfs.join("bin/busybox").exists());
+    drop((podman, registry, scratch));
+    assert_eq!(leftovers(&root), Vec::<String>::new());
+    Ok(())
+}

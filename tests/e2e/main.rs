@@ -1,0 +1,7 @@
+//! The program against real registries and real container runtimes.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod host;
+mod hosts;
