@@ -2,7 +2,6 @@
 //! from this node or from a registry, or, when it is nowhere, made again from the directory that is mounted.
 
 use std::io::Read;
-use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -16,6 +15,7 @@ use crate::destination::Destination;
 use crate::digest::{DiffId, Digest};
 use crate::job::Event;
 use crate::layer::{self, Compression, Plan};
+use crate::layout::Reader;
 use crate::manifest;
 use crate::registry;
 use crate::scan::{self, Exclusions, Rules, Scan};
@@ -136,13 +136,14 @@ pub(super) async fn bring(
     destination: &Destination,
     container: &Container,
     base: &Base,
+    layout: Option<&Reader>,
     found: Vec<Option<Delivered>>,
 ) -> Result<Vec<Delivered>, Error> {
-    let mut delivered = Vec::with_capacity(found.len());
-    for (index, (layer, found)) in base.layers.iter().zip(found).enumerate() {
+    let mut delivered = Vec::with_capacity(base.layers.len());
+    for (index, found) in found.into_iter().enumerate() {
         let layer = match found {
             Some(found) => found,
-            None => bring_one(context, destination, container, base, layer, index).await?,
+            None => bring_one(context, destination, container, base, layout, index).await?,
         };
         delivered.push(layer);
     }
@@ -154,18 +155,23 @@ async fn bring_one(
     destination: &Destination,
     container: &Container,
     base: &Base,
-    layer: &BaseLayer,
+    layout: Option<&Reader>,
     index: usize,
 ) -> Result<Delivered, Error> {
+    let layer = &base.layers[index];
     let bar = Bar { context, layer: index, layers: base.layers.len() };
     let mut tried = Vec::new();
     if let Some(blob) = Blob::of(layer) {
-        if let Some(path) = &layer.local_blob {
-            match copy_local(destination, &blob, path, &bar).await {
+        for (name, file) in local_copies(&blob, layout) {
+            let copied = match file {
+                Ok(file) => copy_local(destination, &blob, file, &bar).await,
+                Err(reason) => Err(Copy::Source(reason)),
+            };
+            match copied {
                 Ok(size) => return Ok(blob.delivered(size, Origin::Local)),
                 // What is wrong with the destination will be wrong with the next source too.
                 Err(Copy::Destination(error)) => return Err(error),
-                Err(Copy::Source(reason)) => tried.push(format!("{}: {reason}", path.display())),
+                Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
             }
         }
         for name in &layer.repositories {
@@ -203,9 +209,26 @@ impl From<crate::destination::Error> for Copy {
     }
 }
 
-async fn copy_local(destination: &Destination, blob: &Blob<'_>, path: &Path, bar: &Bar<'_>) -> Result<u64, Copy> {
+/// The blob in the runtime's store, and in the layout that `--base` names.
+fn local_copies(blob: &Blob<'_>, layout: Option<&Reader>) -> Vec<(String, Result<Box<dyn Read + Send>, String>)> {
+    let mut copies = Vec::new();
+    if let Some(path) = &blob.layer.local_blob {
+        let file = std::fs::File::open(path).map_err(|e| e.to_string());
+        copies.push((path.display().to_string(), file.map(|file| Box::new(file) as Box<dyn Read + Send>)));
+    }
+    if let Some(layout) = layout {
+        copies.push(("--base".to_owned(), layout.open_blob(&blob.digest, blob.size()).map_err(|e| e.to_string())));
+    }
+    copies
+}
+
+async fn copy_local(
+    destination: &Destination,
+    blob: &Blob<'_>,
+    mut file: Box<dyn Read + Send>,
+    bar: &Bar<'_>,
+) -> Result<u64, Copy> {
     let source = |error: std::io::Error| Copy::Source(error.to_string());
-    let mut file = std::fs::File::open(path).map_err(source)?;
     let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
     let bar = bar.shared();
     let (writer, digest, size) = tokio::task::spawn_blocking(move || -> Result<_, Copy> {
@@ -299,18 +322,18 @@ async fn remake(
             exclusions: &exclusions,
             caps: context.caps,
             runtime_root_mode: None,
-            cancel: &context.cancel,
+            cancel: context.cancel.flag(),
         },
     )?;
     let plan = Plan::new(Arc::new(scan), None);
     let total = plan.tar_size();
     let writer = destination.begin_blob(tokio::runtime::Handle::current())?;
     let compression = Compression::Gzip;
-    let (jobs, cancel, bar) = (context.jobs, Arc::clone(&context.cancel), bar.shared());
+    let (jobs, cancel, bar) = (context.jobs, context.cancel.clone(), bar.shared());
     let made = tokio::task::spawn_blocking(move || {
         let mut writer = writer;
         let options =
-            layer::Options { compression, level: compression.default_level(), jobs, cancel: &cancel };
+            layer::Options { compression, level: compression.default_level(), jobs, cancel: cancel.flag() };
         let made = layer::stream::write(&plan, options, |bytes| writer.write(bytes), &|at| {
             bar.progress(at.tar_bytes, total);
         });

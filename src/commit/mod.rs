@@ -7,7 +7,6 @@ mod outcome;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -19,6 +18,7 @@ use crate::freeze::{self, Frozen};
 use crate::job::{Event, Observer, Phase};
 pub use crate::layer::Compression;
 use crate::layer::{self, Layer, Plan};
+use crate::layout;
 use crate::manifest;
 use crate::registry::{Access, Registries};
 use crate::scan::{self, Caps, Exclusions, Report, Rules, Scan};
@@ -90,7 +90,7 @@ struct Context {
     roots: container::Roots,
     registries: Registries,
     observer: Arc<dyn Observer>,
-    cancel: Arc<AtomicBool>,
+    cancel: Cancel,
     jobs: usize,
     caps: Caps,
 }
@@ -135,14 +135,14 @@ async fn save(
         roots,
         registries: Registries::new(access),
         observer,
-        cancel: cancel.flag(),
+        cancel: cancel.clone(),
         jobs: options.jobs.unwrap_or_else(cores),
         caps: options.caps,
     };
 
     context.phase(Phase::Locating);
     let container = container::find(&context.roots, &options.container)?;
-    let base = prove_base(&context, &container, options).await?;
+    let (base, layout) = prove_base(&context, &container, options).await?;
     // A destination that takes nothing is found out before anybody's work is stopped for it.
     let destination = Destination::open(&target, &context.registries)?;
     destination.check().await?;
@@ -152,7 +152,7 @@ async fn save(
     warn_of(&context, &taken);
 
     context.phase(Phase::Base);
-    let delivered = base::bring(&context, &destination, &container, &base, found).await?;
+    let delivered = base::bring(&context, &destination, &container, &base, layout.as_ref(), found).await?;
 
     context.phase(Phase::Finishing);
     let image = assemble(options, &base, &delivered, taken.layer.as_ref())?;
@@ -193,14 +193,18 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// The base as the runtime's own state proves it, or as the user named it.
-async fn prove_base(context: &Context, container: &Container, options: &Options) -> Result<Base, Error> {
+/// The base as the runtime's own state proves it, or as the user named it, then perhaps with a layout that has it.
+async fn prove_base(
+    context: &Context,
+    container: &Container,
+    options: &Options,
+) -> Result<(Base, Option<layout::Reader>), Error> {
     match &options.base {
         Some(name) => named::base(context, container, name).await,
         None if container.runtime == container::Runtime::Process => {
             Err(Error::BaseNotNamed { container: options.container.clone() })
         }
-        None => Ok(container::prove_base(&context.roots, container)?),
+        None => Ok((container::prove_base(&context.roots, container)?, None)),
     }
 }
 
@@ -314,7 +318,7 @@ async fn scan_upper(context: &Context, options: &Options, container: &Container)
         namespace: overlay.namespace,
     };
     let (uid_map, gid_map) = (container.uid_map.clone(), container.gid_map.clone());
-    let (jobs, caps, cancel) = (context.jobs, context.caps, Arc::clone(&context.cancel));
+    let (jobs, caps, cancel) = (context.jobs, context.caps, context.cancel.clone());
     let runtime_root_mode = container.runtime_root_mode;
     let scan = tokio::task::spawn_blocking(move || {
         Scan::new(
@@ -326,7 +330,7 @@ async fn scan_upper(context: &Context, options: &Options, container: &Container)
                 exclusions: &exclusions,
                 caps,
                 runtime_root_mode,
-                cancel: &cancel,
+                cancel: cancel.flag(),
             },
         )
     });
@@ -343,10 +347,10 @@ async fn stream(
 ) -> Result<(Layer, crate::destination::BlobWriter), Error> {
     let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
     let observer = Arc::clone(&context.observer);
-    let (jobs, cancel) = (context.jobs, Arc::clone(&context.cancel));
+    let (jobs, cancel) = (context.jobs, context.cancel.clone());
     let made = tokio::task::spawn_blocking(move || {
         let (bytes_total, entries_total) = (plan.tar_size(), plan.len() as u64);
-        let options = layer::Options { compression, level, jobs, cancel: &cancel };
+        let options = layer::Options { compression, level, jobs, cancel: cancel.flag() };
         let layer = layer::stream::write(&plan, options, |bytes| writer.write(bytes), &|at| {
             let (bytes_done, bytes_sent) = (at.tar_bytes, at.sent_bytes);
             observer.event(Event::Progress { bytes_done, bytes_total, bytes_sent, entries_total });

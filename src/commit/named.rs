@@ -14,7 +14,8 @@ use crate::digest::{ChainId, DiffId, Digest};
 use crate::layout;
 use crate::overlay::owner;
 use crate::prove;
-use crate::registry::{self, Platform, Reference, Repository};
+use crate::registry::platform::Platform;
+use crate::registry::{self, Reference, Repository};
 
 /// Where a named base is read from.
 enum Source {
@@ -22,8 +23,12 @@ enum Source {
     Registry(Repository),
 }
 
-/// Reads the base and proves it.
-pub(super) async fn base(context: &Context, container: &Container, name: &str) -> Result<Base, Error> {
+/// Reads the base and proves it. The second part is the layout that has its blobs, if it is one.
+pub(super) async fn base(
+    context: &Context,
+    container: &Container,
+    name: &str,
+) -> Result<(Base, Option<layout::Reader>), Error> {
     let unusable = |reason: String| Error::BaseUnusable { name: name.to_owned(), reason };
     let target: Target = name.parse()?;
     let platform = Platform::host();
@@ -69,14 +74,11 @@ pub(super) async fn base(context: &Context, container: &Container, name: &str) -
         lower: one_each.then(|| lowers[lowers.len() - 1 - index].clone()),
         descriptor: Some(descriptor.clone()),
         size_known: true,
-        local_blob: match &source {
-            Source::Layout(reader) => reader.blob_path(descriptor.digest().as_ref()),
-            Source::Registry(_) => None,
-        },
+        local_blob: None,
         repositories: reference.iter().map(Reference::name).collect(),
     });
-    Ok(Base {
-        name: reference.map(|reference| reference.to_string()),
+    let base = Base {
+        name: reference.as_ref().map(ToString::to_string),
         manifest: Some(RawManifest {
             bytes: manifest.bytes.to_vec(),
             media_type: manifest.media_type,
@@ -85,6 +87,10 @@ pub(super) async fn base(context: &Context, container: &Container, name: &str) -
         config: config.to_vec(),
         layers: layers.collect(),
         proof,
+    };
+    Ok(match source {
+        Source::Layout(reader) => (base, Some(reader)),
+        Source::Registry(_) => (base, None),
     })
 }
 
