@@ -7,40 +7,19 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
 
 use globset::{Candidate, GlobBuilder, GlobSet, GlobSetBuilder};
-
-/// What an entry of the upper directory is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A directory.
-    Directory,
-    /// A regular file.
-    File,
-    /// A symbolic link.
-    Symlink,
-    /// A character device that is no whiteout.
-    CharDevice,
-    /// A block device.
-    BlockDevice,
-    /// A FIFO.
-    Fifo,
-    /// A socket.
-    Socket,
-    /// The mark that something of a lower directory was deleted, in either form.
-    Whiteout,
-}
+use rustix::fs::FileType;
 
 /// What is known of an entry besides its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts<'a> {
-    /// What it is.
-    pub kind: Kind,
+    /// What it is; none for a whiteout in either form.
+    pub file_type: Option<FileType>,
     /// Apparent size of a file in bytes; 0 for all else.
     pub size: u64,
     /// Where a symbolic link points to.
-    pub target: Option<&'a [u8]>,
+    pub link: Option<&'a [u8]>,
     /// For a symbolic link of which [`Exclusions::wants_dangling`] is true: it leads, in the merged tree, to nothing
     /// or to an empty file. Otherwise not looked at.
     pub dangling: bool,
@@ -48,11 +27,24 @@ pub struct Facts<'a> {
     pub in_base: bool,
 }
 
+impl Facts<'_> {
+    /// Something was deleted: a whiteout in either form, or a name hidden by an opaque directory.
+    pub fn deletion(in_base: bool) -> Self {
+        Self {
+            file_type: None,
+            size: 0,
+            link: None,
+            dangling: false,
+            in_base,
+        }
+    }
+}
+
 /// Why an entry stays out.
 #[derive(
     Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
-#[serde(rename_all = "snake_case")]
+#[serde(tag = "reason", content = "pattern", rename_all = "snake_case")]
 pub enum Reason {
     /// At or below the destination of a mount.
     Mount,
@@ -74,7 +66,7 @@ pub enum Reason {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rules<'a> {
     /// Absolute destinations of the container's mounts. The root itself is ignored.
-    pub mounts: &'a [&'a Path],
+    pub mounts: &'a [Vec<u8>],
     /// The user's patterns, see [`Exclusions::new`].
     pub user: &'a [String],
     /// Keep [`CREDENTIALS`] out.
@@ -88,14 +80,14 @@ pub struct Rules<'a> {
 /// A pattern that cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("exclude pattern {pattern:?}: {why}")]
-pub struct Error {
+pub struct PatternError {
     /// As the user wrote it.
     pub pattern: String,
     /// In words, for people.
     pub why: String,
 }
 
-impl Error {
+impl PatternError {
     /// The program's exit code for it: usage.
     pub fn exit_code(&self) -> u8 {
         2
@@ -213,7 +205,7 @@ impl Exclusions {
     /// A leading slash binds it to the root, else it matches anywhere. A trailing slash makes it match directories
     /// only. What matches a directory takes all below it along. `!` is not to be had. Deletions match too: then the
     /// base's version shows.
-    pub fn new(rules: Rules<'_>) -> Result<Self, Error> {
+    pub fn new(rules: Rules<'_>) -> Result<Self, PatternError> {
         let mounts: HashSet<Vec<u8>> = rules
             .mounts
             .iter()
@@ -275,20 +267,19 @@ impl Exclusions {
             return Some(Reason::Gpu);
         }
         if let Some(patterns) = &self.user
-            && let Some(pattern) = patterns.matching(path, facts.kind == Kind::Directory)
+            && let Some(pattern) =
+                patterns.matching(path, facts.file_type == Some(FileType::Directory))
         {
             return Some(Reason::Pattern(pattern.to_owned()));
         }
-        let deletion = facts.kind == Kind::Whiteout;
-        let frame = facts.kind == Kind::Directory && facts.in_base;
-        if deletion || frame {
-            None
-        } else {
-            self.listed(path, facts.kind)
+        let frame = facts.file_type == Some(FileType::Directory) && facts.in_base;
+        match facts.file_type {
+            Some(file_type) if !frame => self.listed(path, file_type),
+            _ => None,
         }
     }
 
-    fn listed(&self, path: &[u8], kind: Kind) -> Option<Reason> {
+    fn listed(&self, path: &[u8], file_type: FileType) -> Option<Reason> {
         if self.lists.is_empty() {
             return None;
         }
@@ -301,7 +292,9 @@ impl Exclusions {
                 let matches = match rule.reach {
                     Reach::Tree => ends_with_components(prefix, rule.path),
                     Reach::File => {
-                        whole && kind != Kind::Directory && ends_with_components(prefix, rule.path)
+                        whole
+                            && file_type != FileType::Directory
+                            && ends_with_components(prefix, rule.path)
                     }
                     Reach::Contents => !whole && prefix == rule.path,
                 };
@@ -310,7 +303,8 @@ impl Exclusions {
                 }
             }
         }
-        (self.caches && kind == Kind::File && is_conda_archive(path)).then_some(Reason::Cache)
+        (self.caches && file_type == FileType::RegularFile && is_conda_archive(path))
+            .then_some(Reason::Cache)
     }
 
     /// Whether a directory is one that a runtime makes to have something to mount on: an ancestor of a mount's
@@ -349,9 +343,9 @@ fn ends_with_components(path: &[u8], tail: &[u8]) -> bool {
 }
 
 /// An absolute path without its leading slash, empty and `.` components gone, `..` taken back.
-fn relative(path: &Path) -> Vec<u8> {
+fn relative(path: &[u8]) -> Vec<u8> {
     let mut parts: Vec<&[u8]> = Vec::new();
-    for part in path.as_os_str().as_bytes().split(|&b| b == b'/') {
+    for part in path.split(|&b| b == b'/') {
         match part {
             b"" | b"." => {}
             b".." => {
@@ -374,23 +368,26 @@ fn stub(path: &[u8], facts: &Facts<'_>) -> Option<Reason> {
         return None;
     }
     let in_dev = path.strip_prefix(b"dev/");
-    let device = matches!(facts.kind, Kind::CharDevice | Kind::BlockDevice);
+    let device = matches!(
+        facts.file_type,
+        Some(FileType::CharacterDevice | FileType::BlockDevice)
+    );
     if device
         && in_dev.is_some_and(|name| DEFAULT_DEVICES.contains(&name) || name.starts_with(b"pts/"))
     {
         return Some(Reason::RuntimeDevice);
     }
-    let stub = match facts.kind {
+    let stub = match facts.file_type {
         // Some runtimes bind the host's devices over empty files.
-        Kind::File => {
+        Some(FileType::RegularFile) => {
             facts.size == 0
                 && (EMPTY_STUBS.contains(&path)
                     || in_dev.is_some_and(|name| DEFAULT_DEVICES.contains(&name)))
         }
-        Kind::Symlink => LINK_STUBS
+        Some(FileType::Symlink) => LINK_STUBS
             .iter()
-            .any(|(link, target)| path == *link && facts.target == Some(target)),
-        Kind::Whiteout => {
+            .any(|(link, target)| path == *link && facts.link == Some(target)),
+        None => {
             EMPTY_STUBS.contains(&path)
                 || LINK_STUBS.iter().any(|(link, _)| path == *link)
                 || DIRECTORY_STUBS.contains(&path)
@@ -405,8 +402,8 @@ fn stub(path: &[u8], facts: &Facts<'_>) -> Option<Reason> {
 /// and `ldconfig` adds links to them (libnvidia-container#50, nvidia-docker#1488).
 fn is_gpu_remnant(path: &[u8], facts: &Facts<'_>) -> bool {
     let name = basename(path);
-    match facts.kind {
-        Kind::File if facts.size == 0 => {
+    match facts.file_type {
+        Some(FileType::RegularFile) if facts.size == 0 => {
             is_driver_library(name)
                 || path
                     .strip_prefix(b"usr/bin/")
@@ -416,8 +413,8 @@ fn is_gpu_remnant(path: &[u8], facts: &Facts<'_>) -> bool {
                     .unwrap_or(path)
                     .starts_with(b"lib/firmware/nvidia/")
         }
-        Kind::Symlink => facts.dangling && is_driver_library(name),
-        Kind::CharDevice => path.starts_with(b"dev/nvidia"),
+        Some(FileType::Symlink) => facts.dangling && is_driver_library(name),
+        Some(FileType::CharacterDevice) => path.starts_with(b"dev/nvidia"),
         _ => false,
     }
 }
@@ -445,7 +442,7 @@ fn is_conda_archive(path: &[u8]) -> bool {
     };
     let parent = path[..path.len() - name.len()].strip_suffix(b"/");
     parent.is_some_and(|parent| basename(parent) == b"pkgs")
-        && stem.iter().filter(|&&b| b == b'-').count() >= 2
+        && stem.split(|&b| b == b'-').count() >= 3
 }
 
 /// The user's patterns, compiled.
@@ -458,11 +455,11 @@ struct Patterns {
 }
 
 impl Patterns {
-    fn new(texts: &[String]) -> Result<Self, Error> {
+    fn new(texts: &[String]) -> Result<Self, PatternError> {
         let mut set = GlobSetBuilder::new();
         let mut directories_only = Vec::with_capacity(texts.len());
         for text in texts {
-            let bad = |why: String| Error {
+            let bad = |why: String| PatternError {
                 pattern: text.clone(),
                 why,
             };
@@ -506,7 +503,7 @@ impl Patterns {
             }
             directories_only.push(directory);
         }
-        let set = set.build().map_err(|e| Error {
+        let set = set.build().map_err(|e| PatternError {
             pattern: texts.join(" "),
             why: e.to_string(),
         })?;
@@ -534,11 +531,11 @@ impl Patterns {
 mod tests {
     use super::*;
 
-    fn facts(kind: Kind) -> Facts<'static> {
+    fn facts(file_type: FileType) -> Facts<'static> {
         Facts {
-            kind,
+            file_type: Some(file_type),
             size: 0,
-            target: None,
+            link: None,
             dangling: false,
             in_base: false,
         }
@@ -547,21 +544,21 @@ mod tests {
     fn file(size: u64) -> Facts<'static> {
         Facts {
             size,
-            ..facts(Kind::File)
+            ..facts(FileType::RegularFile)
         }
     }
 
     fn link(target: &str) -> Facts<'_> {
         Facts {
-            target: Some(target.as_bytes()),
-            ..facts(Kind::Symlink)
+            link: Some(target.as_bytes()),
+            ..facts(FileType::Symlink)
         }
     }
 
     const DIR: Facts<'static> = Facts {
-        kind: Kind::Directory,
+        file_type: Some(FileType::Directory),
         size: 0,
-        target: None,
+        link: None,
         dangling: false,
         in_base: false,
     };
@@ -570,12 +567,12 @@ mod tests {
         ..DIR
     };
     const WHITEOUT: Facts<'static> = Facts {
-        kind: Kind::Whiteout,
+        file_type: None,
         in_base: true,
         ..DIR
     };
 
-    fn rules<'a>(mounts: &'a [&'a Path], user: &'a [String]) -> Rules<'a> {
+    fn rules<'a>(mounts: &'a [Vec<u8>], user: &'a [String]) -> Rules<'a> {
         Rules {
             mounts,
             user,
@@ -610,7 +607,7 @@ mod tests {
             "/",
             "/home/u/vol",
         ]
-        .map(Path::new);
+        .map(|m| m.as_bytes().to_vec());
         let exclusions = Exclusions::new(rules(&mounts, &[])).unwrap();
         table(
             &exclusions,
@@ -693,12 +690,12 @@ mod tests {
                 // Devices.
                 (
                     "dev/null",
-                    facts(Kind::CharDevice),
+                    facts(FileType::CharacterDevice),
                     Some(Reason::RuntimeDevice),
                 ),
                 (
                     "dev/pts/0",
-                    facts(Kind::CharDevice),
+                    facts(FileType::CharacterDevice),
                     Some(Reason::RuntimeDevice),
                 ),
                 ("dev/null", file(0), Some(Reason::MountStub)),
@@ -709,8 +706,8 @@ mod tests {
                     Some(Reason::MountStub),
                 ),
                 ("dev/stdout", link("/var/log/out"), None),
-                ("dev/sda", facts(Kind::BlockDevice), None),
-                ("srv/dev/null", facts(Kind::CharDevice), None),
+                ("dev/sda", facts(FileType::BlockDevice), None),
+                ("srv/dev/null", facts(FileType::CharacterDevice), None),
                 ("dev/console", file(0), Some(Reason::MountStub)),
                 ("dev/shm", DIR, None),
             ],
@@ -764,7 +761,11 @@ mod tests {
                     file(0),
                     Some(Reason::Gpu),
                 ),
-                ("dev/nvidia0", facts(Kind::CharDevice), Some(Reason::Gpu)),
+                (
+                    "dev/nvidia0",
+                    facts(FileType::CharacterDevice),
+                    Some(Reason::Gpu),
+                ),
             ],
         );
         assert!(plain().wants_dangling(b"usr/lib/libcuda.so.1"));
@@ -867,7 +868,7 @@ mod tests {
                 ("tmp", WHITEOUT, None),
                 ("tmp", link("var/tmp"), None),
                 ("var/tmp", DIR, None),
-                ("var/tmp/x", facts(Kind::Fifo), out()),
+                ("var/tmp/x", facts(FileType::Fifo), out()),
                 ("srv/tmp/x", file(9), None),
                 ("var/cache/apt/archives", DIR, None),
                 ("var/cache/apt/archives/bash.deb", file(9), out()),
@@ -990,13 +991,17 @@ mod tests {
     fn reasons_are_written_in_snake_case() {
         let json =
             serde_json::to_string(&[Reason::MountStub, Reason::Pattern("*.o".to_owned())]).unwrap();
-        assert_eq!(json, r#"["mount_stub",{"pattern":"*.o"}]"#);
+        assert_eq!(
+            json,
+            r#"[{"reason":"mount_stub"},{"reason":"pattern","pattern":"*.o"}]"#
+        );
     }
 
     /// A million entries are asked about: a bound with room for a slow machine, against accidental quadratics.
     #[test]
     fn a_check_costs_about_a_microsecond() {
-        let mounts = ["/data", "/etc/hosts", "/proc", "/sys", "/dev"].map(Path::new);
+        let mounts =
+            ["/data", "/etc/hosts", "/proc", "/sys", "/dev"].map(|m| m.as_bytes().to_vec());
         let exclusions = Exclusions::new(rules(&mounts, &[])).unwrap();
         let path = b"usr/local/lib/python3.11/site-packages/numpy/core/include/numpy/arrayobject.h";
         let begun = std::time::Instant::now();

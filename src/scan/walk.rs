@@ -427,7 +427,7 @@ impl Directory<'_> {
             };
             let file_type = FileType::from_raw_mode(stat.st_mode);
             if file_type == FileType::CharacterDevice && stat.st_rdev == 0 {
-                self.whiteout(name, &path, &stat)?;
+                self.whiteout(name, &path)?;
                 continue;
             }
             let mut dropped = Vec::new();
@@ -452,7 +452,7 @@ impl Directory<'_> {
                     }
                 };
                 if marked {
-                    self.whiteout(name, &path, &stat)?;
+                    self.whiteout(name, &path)?;
                     continue;
                 }
             }
@@ -461,9 +461,9 @@ impl Directory<'_> {
         Ok(())
     }
 
-    fn whiteout(&mut self, name: Vec<u8>, path: &[u8], stat: &Stat) -> Result<(), Error> {
+    fn whiteout(&mut self, name: Vec<u8>, path: &[u8]) -> Result<(), Error> {
         let in_base = !matches!(self.base(&name, path)?, Found::Absent);
-        if self.left_out(path, None, stat, None, in_base) {
+        if self.left_out(path, &Facts::deletion(in_base)) {
             self.decided.insert(name);
         } else if self.task.full || self.task.hidden {
             // What the base has under this name is hidden with all else that is not here.
@@ -500,7 +500,18 @@ impl Directory<'_> {
         } else {
             None
         };
-        if self.left_out(&path, Some(file_type), stat, link.as_deref(), in_base) {
+        let dangling = match &link {
+            Some(link) if walker.options.exclusions.wants_dangling(&path) => self.leads_nowhere(dir, link, &path)?,
+            _ => false,
+        };
+        let facts = Facts {
+            file_type: Some(file_type),
+            size: stat.st_size as u64,
+            link: link.as_deref(),
+            dangling,
+            in_base,
+        };
+        if self.left_out(&path, &facts) {
             self.decided.insert(name);
             return Ok(());
         }
@@ -607,7 +618,9 @@ impl Directory<'_> {
                 None
             };
             let in_base = !matches!(base, Found::Absent);
-            if self.left_out(&path, Some(file_type), &stat, link.as_deref(), in_base) {
+            let size = stat.st_size as u64;
+            let facts = Facts { file_type: Some(file_type), size, link: link.as_deref(), dangling: false, in_base };
+            if self.left_out(&path, &facts) {
                 self.decided.insert(name);
                 continue;
             }
@@ -658,12 +671,11 @@ impl Directory<'_> {
         let walker = self.walker;
         let base = walker.lowers.list(&self.task.base).map_err(|e| walker.read_error(&self.task.path, e))?;
         for (name, found) in base {
-            let (Found::Dir { stat, .. } | Found::Other { stat, .. }) = found else { continue };
-            if self.decided.contains(&name) {
+            if matches!(found, Found::Absent) || self.decided.contains(&name) {
                 continue;
             }
             let path = join(&self.task.path, &name);
-            if !self.left_out(&path, None, &stat, None, true) {
+            if !self.left_out(&path, &Facts::deletion(true)) {
                 self.push_mark(Kind::Whiteout, &name)?;
             }
         }
@@ -803,17 +815,35 @@ impl Directory<'_> {
         Ok(())
     }
 
-    /// Asks the rules, and notes what they leave out. No file type means a whiteout.
-    fn left_out(
-        &mut self,
-        path: &[u8],
-        file_type: Option<FileType>,
-        stat: &Stat,
-        link: Option<&[u8]>,
-        in_base: bool,
-    ) -> bool {
-        let facts = Facts { file_type, size: stat.st_size as u64, link, in_base };
-        let Some(reason) = self.walker.options.exclusions.check(path, &facts) else { return false };
+    /// Whether a link's target in the same directory of the merged tree is missing or an empty file.
+    fn leads_nowhere(&self, dir: BorrowedFd<'_>, link: &[u8], path: &[u8]) -> Result<bool, Error> {
+        let mut name = link.to_vec();
+        // A few links in a row are usual (`libx.so -> libx.so.1 -> libx.so.1.2`); what goes elsewhere is not looked at.
+        for _ in 0..8 {
+            if name.contains(&b'/') {
+                return Ok(false);
+            }
+            let failed = |error| self.walker.read_error(path, error);
+            let stat = match (stat_at(dir, &name).map_err(failed)?, self.base(&name, path)?) {
+                (Some(stat), _) | (None, Found::Other { stat, .. } | Found::Dir { stat, .. }) => stat,
+                (None, Found::Absent) => return Ok(true),
+            };
+            match FileType::from_raw_mode(stat.st_mode) {
+                FileType::RegularFile => return Ok(stat.st_size == 0),
+                FileType::CharacterDevice => return Ok(stat.st_rdev == 0),
+                FileType::Symlink => match read_link_at(dir, &name).map_err(failed)? {
+                    Some(next) => name = next,
+                    None => return Ok(false),
+                },
+                _ => return Ok(false),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Asks the rules, and notes what they leave out.
+    fn left_out(&mut self, path: &[u8], facts: &Facts<'_>) -> bool {
+        let Some(reason) = self.walker.options.exclusions.check(path, facts) else { return false };
         if matches!(reason, Reason::Mount | Reason::MountStub | Reason::RuntimeDevice | Reason::Gpu) {
             self.output.stubs = true;
         }
