@@ -1,5 +1,10 @@
 //! Manifest and config against what the real tools make of the same input, and against input that nobody should send.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests, in which a panic is the verdict"
+)]
+
 use std::collections::{BTreeMap, HashMap};
 
 use oci_spec::image::{Descriptor, MediaType};
@@ -46,17 +51,14 @@ fn applied(base: &Value, changes: &[&str]) -> Result<Map<String, Value>, change:
     Ok(config)
 }
 
-/// What the tool of a table made of a case, and what we made of it; an error of either is `None`.
-fn compare(
-    table: &str,
-) -> Result<
-    Vec<(
-        String,
-        Option<BTreeMap<String, Value>>,
-        Option<BTreeMap<String, Value>>,
-    )>,
-    serde_json::Error,
-> {
+/// A case of a table: the changes, what the tool made of them, what we made of them (none: an error).
+type Compared = (
+    String,
+    Option<BTreeMap<String, Value>>,
+    Option<BTreeMap<String, Value>>,
+);
+
+fn compare(table: &str) -> Result<Vec<Compared>, serde_json::Error> {
     let mut bases = HashMap::new();
     let mut compared = Vec::new();
     for line in table.lines() {
@@ -299,7 +301,7 @@ fn base_config() -> Value {
         "variant": "v8",
         "os": "linux",
         "config": {"Env": ["A=1"], "Labels": {"l": "1"}, "Healthcheck": {"Test": ["CMD", "true"]}, "Shell": ["/bin/bash", "-c"],
-            "OnBuild": ["RUN x"], "Cmd": ["sh"], "X-Unknown": {"deep": [1, 2.5, 18446744073709551615_u64, -9223372036854775808_i64]}},
+            "OnBuild": ["RUN x"], "Cmd": ["sh"], "X-Unknown": {"deep": [1, 2.5, u64::MAX, i64::MIN]}},
         "rootfs": {"type": "layers", "diff_ids": [DiffId(digest("d0"))]},
         "history": [{"created_by": "base"}],
         "x.unknown": 0.1,

@@ -62,14 +62,12 @@ pub enum Error {
         /// Which one.
         diff_id: DiffId,
     },
-    /// The container had to stand still for longer than it may.
+    /// The container would have to stand still for longer than it may.
     #[error(
-        "the container stood still for {pause_ms:.0} ms, longer than --max-pause allows ({limit_ms:.0} ms); \
+        "reading the container takes longer than it may stand still (--max-pause, {limit_ms:.0} ms); \
          nothing was saved: raise the bound, or save with --pause none"
     )]
     PausedTooLong {
-        /// How long, in milliseconds.
-        pause_ms: f64,
         /// The bound, in milliseconds.
         limit_ms: f64,
     },
@@ -127,22 +125,20 @@ impl Error {
                 Kind::Cancelled
             }
             Self::Scan(scan::Error::MarksUnreadable | scan::Error::Cap { .. }) => Kind::NotPermitted,
-            Self::Layer(layer::Error::Sink(source)) => {
-                source.downcast_ref::<destination::Error>().map_or(Kind::Final, destination_kind)
-            }
             Self::Manifest(error) if error.is_usage() => Kind::Usage,
             Self::Manifest(error) if error.is_base() => Kind::BaseUnproven,
             Self::Prove(_) | Self::BaseNotNamed { .. } | Self::BaseUnusable { .. } | Self::BaseLayerNowhere { .. } => {
                 Kind::BaseUnproven
             }
-            Self::PausedTooLong { .. } => Kind::Retryable,
-            Self::Scan(_) | Self::Layer(_) | Self::Manifest(_) | Self::Report { .. } | Self::Worker => Kind::Final,
+            Self::Scan(_) | Self::Layer(_) | Self::Manifest(_) | Self::Report { .. } | Self::PausedTooLong { .. } | Self::Worker => {
+                Kind::Final
+            },
         }
     }
 
     /// Whether it was the destination that failed, not what was read.
     pub(super) fn is_of_destination(&self) -> bool {
-        matches!(self, Self::Destination(_) | Self::Layer(layer::Error::Sink(_)))
+        matches!(self, Self::Destination(_))
     }
 
     /// A stable name in snake case, for `--progress json` and the service.

@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 use crate::cancel::Cancel;
 use crate::container::{self, Base, Container};
-use crate::destination::{Destination, Target};
+use crate::destination::{BlobWriter, Destination, Target};
 use crate::freeze::{self, Frozen};
 use crate::job::{Event, Observer, Phase};
 pub use crate::layer::Compression;
@@ -257,18 +257,15 @@ async fn take_once(
         (None, None)
     } else {
         context.phase(Phase::Streaming);
-        let (layer, writer) = stream(context, options.compression, level, plan, destination).await?;
+        let bound = frozen.as_ref().filter(|f| !f.was_frozen()).and(options.max_pause);
+        let (layer, writer) = stream(context, (options.compression, level), plan, destination, bound).await?;
         (Some(layer), Some(writer))
     };
     container::recheck(&context.roots, container)?;
     // All is read: the container runs on while the destination finishes.
     let pause = frozen.map(Frozen::thaw).transpose()?;
     if let (Some(pause), false) = (pause, was_frozen) {
-        let pause_ms = pause.as_secs_f64() * 1000.0;
-        context.observer.event(Event::Paused { pause_ms });
-        if let Some(limit) = options.max_pause.filter(|&limit| pause > limit) {
-            return Err(Error::PausedTooLong { pause_ms, limit_ms: limit.as_secs_f64() * 1000.0 });
-        }
+        context.observer.event(Event::Paused { pause_ms: pause.as_secs_f64() * 1000.0 });
     }
     if let (Some(layer), Some(writer)) = (&layer, writer) {
         writer.finish(&layer.digest, layer.size).await?;
@@ -338,27 +335,40 @@ async fn scan_upper(context: &Context, options: &Options, container: &Container)
 }
 
 /// Makes the layer and hands it on, as it is made. What is returned is all read, and not yet finished.
+///
+/// Given up when the container, frozen meanwhile, would have to stand still for longer than `bound`.
 async fn stream(
     context: &Context,
-    compression: Compression,
-    level: u32,
+    (compression, level): (Compression, u32),
     plan: Plan,
     destination: &Destination,
-) -> Result<(Layer, crate::destination::BlobWriter), Error> {
+    bound: Option<Duration>,
+) -> Result<(Layer, BlobWriter), Error> {
     let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
     let observer = Arc::clone(&context.observer);
     let (jobs, cancel) = (context.jobs, context.cancel.clone());
+    let started = Instant::now();
     let made = tokio::task::spawn_blocking(move || {
         let (bytes_total, entries_total) = (plan.tar_size(), plan.len() as u64);
         let options = layer::Options { compression, level, jobs, cancel: cancel.flag() };
-        let layer = layer::stream::write(&plan, options, |bytes| writer.write(bytes), &|at| {
+        let sink = |bytes| match bound.filter(|&bound| started.elapsed() > bound) {
+            Some(bound) => Err(Error::PausedTooLong { limit_ms: bound.as_secs_f64() * 1000.0 }),
+            None => Ok(writer.write(bytes)?),
+        };
+        let layer = layer::stream::write(&plan, options, sink, &|at| {
             let (bytes_done, bytes_sent) = (at.tar_bytes, at.sent_bytes);
             observer.event(Event::Progress { bytes_done, bytes_total, bytes_sent, entries_total });
         });
         // A writer that is dropped leaves nothing behind.
         layer.map(|layer| (layer, writer))
     });
-    Ok(made.await.map_err(|_| Error::Worker)??)
+    made.await.map_err(|_| Error::Worker)?.map_err(|error| match error {
+        layer::Error::Sink(source) => match source.downcast::<Error>() {
+            Ok(own) => *own,
+            Err(source) => layer::Error::Sink(source).into(),
+        },
+        other => other.into(),
+    })
 }
 
 /// What the user should hear of without asking.

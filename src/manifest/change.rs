@@ -160,14 +160,14 @@ impl Directive<'_> {
 
     fn cmd(self, rest: &str) -> Result<(), String> {
         let command = self.command(rest)?;
-        set_list(self.config, "Cmd", command);
+        set_list(self.config, "Cmd", &command);
         *self.cmd_given = true;
         Ok(())
     }
 
     fn entrypoint(self, rest: &str) -> Result<(), String> {
         let command = self.command(rest)?;
-        set_list(self.config, "Entrypoint", command);
+        set_list(self.config, "Entrypoint", &command);
         // The base's CMD was written for the base's ENTRYPOINT.
         if !*self.cmd_given {
             self.config.shift_remove("Cmd");
@@ -200,7 +200,7 @@ impl Directive<'_> {
                 None => env.push(line),
             }
         }
-        set_list(self.config, "Env", env);
+        set_list(self.config, "Env", &env);
         Ok(())
     }
 
@@ -355,7 +355,7 @@ impl Directive<'_> {
         }
         let mut triggers = strings(self.config.get("OnBuild"));
         triggers.push(rest.to_owned());
-        set_list(self.config, "OnBuild", triggers);
+        set_list(self.config, "OnBuild", &triggers);
         Ok(())
     }
 
@@ -487,7 +487,7 @@ fn strings(value: Option<&Value>) -> Vec<String> {
 }
 
 /// Sets a list; an empty one is left out, which means the same.
-fn set_list(config: &mut Map<String, Value>, key: &str, list: Vec<String>) {
+fn set_list(config: &mut Map<String, Value>, key: &str, list: &[String]) {
     if list.is_empty() {
         config.shift_remove(key);
     } else {

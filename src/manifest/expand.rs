@@ -147,9 +147,7 @@ impl Expansion<'_> {
             .value(&name)
             .filter(|value| !(empty_is_unset && value.is_empty()));
         match (operator, value) {
-            ('-', None) => Ok(word),
-            ('+', None) => Ok(String::new()),
-            ('+', Some(_)) => Ok(word),
+            ('-', None) | ('+', Some(_)) => Ok(word),
             ('?', None) if word.is_empty() => Err(format!("{name} is not set")),
             ('?', None) => Err(format!("{name}: {word}")),
             (_, Some(value)) => Ok(value),

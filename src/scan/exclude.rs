@@ -20,24 +20,8 @@ pub struct Facts<'a> {
     pub size: u64,
     /// Where a symbolic link points to.
     pub link: Option<&'a [u8]>,
-    /// For a symbolic link of which [`Exclusions::wants_dangling`] is true: it leads, in the merged tree, to nothing
-    /// or to an empty file. Otherwise not looked at.
-    pub dangling: bool,
     /// The base has an entry of this path.
     pub in_base: bool,
-}
-
-impl Facts<'_> {
-    /// Something was deleted: a whiteout in either form, or a name hidden by an opaque directory.
-    pub fn deletion(in_base: bool) -> Self {
-        Self {
-            file_type: None,
-            size: 0,
-            link: None,
-            dangling: false,
-            in_base,
-        }
-    }
 }
 
 /// Why an entry stays out.
@@ -314,8 +298,9 @@ impl Exclusions {
         self.ancestors.contains(path)
     }
 
-    /// Whether [`Facts::dangling`] of a symbolic link matters: it takes a look-up, and few links are worth one.
-    pub fn wants_dangling(&self, path: &[u8]) -> bool {
+    /// Whether a symbolic link is the GPU hook's if it leads, in the merged tree, to nothing or to an empty file. That
+    /// takes a look-up, so the caller does it for these few.
+    pub fn gpu_link(&self, path: &[u8]) -> bool {
         self.gpu && is_driver_library(basename(path))
     }
 }
@@ -413,7 +398,6 @@ fn is_gpu_remnant(path: &[u8], facts: &Facts<'_>) -> bool {
                     .unwrap_or(path)
                     .starts_with(b"lib/firmware/nvidia/")
         }
-        Some(FileType::Symlink) => facts.dangling && is_driver_library(name),
         Some(FileType::CharacterDevice) => path.starts_with(b"dev/nvidia"),
         _ => false,
     }
@@ -536,7 +520,6 @@ mod tests {
             file_type: Some(file_type),
             size: 0,
             link: None,
-            dangling: false,
             in_base: false,
         }
     }
@@ -559,7 +542,6 @@ mod tests {
         file_type: Some(FileType::Directory),
         size: 0,
         link: None,
-        dangling: false,
         in_base: false,
     };
     const BASE_DIR: Facts<'static> = Facts {
@@ -716,10 +698,6 @@ mod tests {
 
     #[test]
     fn gpu_remnants_are_empty_or_lead_nowhere() {
-        let dangling = Facts {
-            dangling: true,
-            ..link("libcuda.so.535.129.03")
-        };
         let lib = "usr/lib/x86_64-linux-gnu/";
         let cases = [
             ("libcuda.so.535.129.03", file(0), true),
@@ -727,14 +705,11 @@ mod tests {
             ("libnvidia-ml.so.1", file(0), true),
             ("libnvcuvid.so.1", file(0), true),
             ("libnvoptix.so.535", file(0), true),
-            ("libcuda.so.1", dangling, true),
-            ("libcuda.so", dangling, true),
             // The toolkit's own, which the user installed.
             ("libcudart.so.12", file(700_000), false),
             ("libcudart.so", link("libcudart.so.12"), false),
             ("libnvidia.txt", file(0), false),
             ("libm.so.6", file(0), false),
-            ("libm.so.6", dangling, false),
             ("libcuda.so.1", WHITEOUT, false),
         ];
         for (name, facts, expected) in cases {
@@ -768,11 +743,12 @@ mod tests {
                 ),
             ],
         );
-        assert!(plain().wants_dangling(b"usr/lib/libcuda.so.1"));
-        assert!(!plain().wants_dangling(b"usr/lib/libc.so.6"));
+        assert!(plain().gpu_link(b"usr/lib/libcuda.so.1"));
+        assert!(plain().gpu_link(b"usr/lib64/libnvidia-ml.so"));
+        assert!(!plain().gpu_link(b"usr/lib/libc.so.6"));
         let off = Exclusions::new(Rules::default()).unwrap();
         assert_eq!(off.check(b"usr/lib/libcuda.so.1", &file(0)), None);
-        assert!(!off.wants_dangling(b"usr/lib/libcuda.so.1"));
+        assert!(!off.gpu_link(b"usr/lib/libcuda.so.1"));
     }
 
     #[test]

@@ -427,7 +427,7 @@ impl Directory<'_> {
             };
             let file_type = FileType::from_raw_mode(stat.st_mode);
             if file_type == FileType::CharacterDevice && stat.st_rdev == 0 {
-                self.whiteout(name, &path)?;
+                self.whiteout(name, &path, &stat)?;
                 continue;
             }
             let mut dropped = Vec::new();
@@ -452,7 +452,7 @@ impl Directory<'_> {
                     }
                 };
                 if marked {
-                    self.whiteout(name, &path)?;
+                    self.whiteout(name, &path, &stat)?;
                     continue;
                 }
             }
@@ -461,10 +461,10 @@ impl Directory<'_> {
         Ok(())
     }
 
-    fn whiteout(&mut self, name: Vec<u8>, path: &[u8]) -> Result<(), Error> {
+    fn whiteout(&mut self, name: Vec<u8>, path: &[u8], stat: &Stat) -> Result<(), Error> {
         let in_base = !matches!(self.base(&name, path)?, Found::Absent);
-        if self.left_out(path, &Facts::deletion(in_base)) {
-            self.decided.insert(name);
+        if self.left_out(path, None, stat, None, in_base) {
+            self.decide(&name);
         } else if self.task.full || self.task.hidden {
             // What the base has under this name is hidden with all else that is not here.
             self.deleted.insert(name);
@@ -472,7 +472,6 @@ impl Directory<'_> {
             if in_base || !self.walker.lowers_known {
                 self.push_mark(Kind::Whiteout, &name)?;
             }
-            self.decided.insert(name);
         }
         Ok(())
     }
@@ -500,19 +499,16 @@ impl Directory<'_> {
         } else {
             None
         };
-        let dangling = match &link {
-            Some(link) if walker.options.exclusions.wants_dangling(&path) => self.leads_nowhere(dir, link, &path)?,
-            _ => false,
-        };
-        let facts = Facts {
-            file_type: Some(file_type),
-            size: stat.st_size as u64,
-            link: link.as_deref(),
-            dangling,
-            in_base,
-        };
-        if self.left_out(&path, &facts) {
-            self.decided.insert(name);
+        if let Some(link) = &link
+            && walker.options.exclusions.gpu_link(&path)
+            && self.leads_nowhere(dir, link, &path)?
+        {
+            self.note_left_out(&path, Reason::Gpu);
+            self.decide(&name);
+            return Ok(());
+        }
+        if self.left_out(&path, Some(file_type), stat, link.as_deref(), in_base) {
+            self.decide(&name);
             return Ok(());
         }
         let Some(kind) = kind_of(file_type) else {
@@ -573,7 +569,7 @@ impl Directory<'_> {
             }
         }
         self.privilege(&entry, &extra, &base, &path)?;
-        self.decided.insert(name.clone());
+        self.decide(&name);
         let index = self.push(entry, &name, extra)?;
         if kind == Kind::Dir {
             let full = self.task.full || moved;
@@ -618,10 +614,8 @@ impl Directory<'_> {
                 None
             };
             let in_base = !matches!(base, Found::Absent);
-            let size = stat.st_size as u64;
-            let facts = Facts { file_type: Some(file_type), size, link: link.as_deref(), dangling: false, in_base };
-            if self.left_out(&path, &facts) {
-                self.decided.insert(name);
+            if self.left_out(&path, Some(file_type), &stat, link.as_deref(), in_base) {
+                self.decide(&name);
                 continue;
             }
             let Some(kind) = kind_of(file_type) else {
@@ -642,7 +636,7 @@ impl Directory<'_> {
             } else {
                 None
             };
-            self.decided.insert(name.clone());
+            self.decide(&name);
             let index = self.push(entry, &name, Extra { link, xattrs: kept, content, ..Extra::default() })?;
             if kind == Kind::Dir {
                 let base = match base {
@@ -671,15 +665,23 @@ impl Directory<'_> {
         let walker = self.walker;
         let base = walker.lowers.list(&self.task.base).map_err(|e| walker.read_error(&self.task.path, e))?;
         for (name, found) in base {
-            if matches!(found, Found::Absent) || self.decided.contains(&name) {
+            let (Found::Dir { stat, .. } | Found::Other { stat, .. }) = found else { continue };
+            if self.decided.contains(&name) {
                 continue;
             }
             let path = join(&self.task.path, &name);
-            if !self.left_out(&path, &Facts::deletion(true)) {
+            if !self.left_out(&path, None, &stat, None, true) {
                 self.push_mark(Kind::Whiteout, &name)?;
             }
         }
         Ok(())
+    }
+
+    /// Nothing is merged in or hidden under this name any more: only directories where either happens need to know.
+    fn decide(&mut self, name: &[u8]) {
+        if self.task.full || self.task.hidden {
+            self.decided.insert(name.to_vec());
+        }
     }
 
     fn base(&self, name: &[u8], path: &[u8]) -> Result<Found, Error> {
@@ -815,6 +817,28 @@ impl Directory<'_> {
         Ok(())
     }
 
+    /// Asks the rules, and notes what they leave out. No file type means a whiteout.
+    fn left_out(
+        &mut self,
+        path: &[u8],
+        file_type: Option<FileType>,
+        stat: &Stat,
+        link: Option<&[u8]>,
+        in_base: bool,
+    ) -> bool {
+        let facts = Facts { file_type, size: stat.st_size as u64, link, in_base };
+        let Some(reason) = self.walker.options.exclusions.check(path, &facts) else { return false };
+        self.note_left_out(path, reason);
+        true
+    }
+
+    fn note_left_out(&mut self, path: &[u8], reason: Reason) {
+        if matches!(reason, Reason::Mount | Reason::MountStub | Reason::RuntimeDevice | Reason::Gpu) {
+            self.output.stubs = true;
+        }
+        self.report.excluded.push(Excluded { path: printable(path), reason });
+    }
+
     /// Whether a link's target in the same directory of the merged tree is missing or an empty file.
     fn leads_nowhere(&self, dir: BorrowedFd<'_>, link: &[u8], path: &[u8]) -> Result<bool, Error> {
         let mut name = link.to_vec();
@@ -839,16 +863,6 @@ impl Directory<'_> {
             }
         }
         Ok(false)
-    }
-
-    /// Asks the rules, and notes what they leave out.
-    fn left_out(&mut self, path: &[u8], facts: &Facts<'_>) -> bool {
-        let Some(reason) = self.walker.options.exclusions.check(path, facts) else { return false };
-        if matches!(reason, Reason::Mount | Reason::MountStub | Reason::RuntimeDevice | Reason::Gpu) {
-            self.output.stubs = true;
-        }
-        self.report.excluded.push(Excluded { path: printable(path), reason });
-        true
     }
 
     fn depth_below(&self) -> Result<u32, Error> {
