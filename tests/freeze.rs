@@ -66,6 +66,8 @@ fn versions() -> Vec<Version> {
     found
 }
 
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// A cgroup with processes that count, in a mount namespace of their own; gone when dropped.
 struct Counters {
     /// Many counting at once would starve each other.
@@ -88,7 +90,6 @@ impl Counters {
         let cgroup = hierarchy(version).ok_or("no hierarchy")?.join(name);
         fs::create_dir(&cgroup)?;
         let dir = tempfile::tempdir()?;
-        static ALONE: Mutex<()> = Mutex::new(());
         let alone = with
             .is_none()
             .then(|| ALONE.lock().unwrap_or_else(PoisonError::into_inner));
@@ -723,9 +724,9 @@ fn survives_the_end_of_the_callers_whole_cgroup() -> Result {
 fn kill_and_check(child: &mut Child, counters: &Counters, group: bool) -> Result<Duration> {
     let pid = Pid::from_raw(child.id() as i32);
     if group {
-        killpg(pid, Signal::SIGKILL)?
+        killpg(pid, Signal::SIGKILL)?;
     } else {
-        kill(pid, Signal::SIGKILL)?
+        kill(pid, Signal::SIGKILL)?;
     }
     let killed = Instant::now();
     child.wait()?;
