@@ -290,7 +290,7 @@ impl OverlayOptions {
             for (at, lower) in all.iter().enumerate() {
                 let candidate = base.join(lower);
                 let Some(path) = look(locate, &candidate)? else {
-                    missing = at;
+                    missing = missing.max(at);
                     tried.push(candidate);
                     break;
                 };
