@@ -1,5 +1,11 @@
 //! The state that real runtimes left on disk: found, told apart, proven, and harmless when it is damaged.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "helpers of tests fail by panic and say why on stderr"
+)]
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};

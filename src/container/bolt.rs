@@ -256,7 +256,7 @@ enum Node {
     Inline(Rc<[u8]>),
 }
 
-impl<'f> Snapshot<'f> {
+impl Snapshot<'_> {
     /// The bucket of buckets.
     pub fn root(&self) -> Bucket<'_> {
         Bucket {
@@ -553,9 +553,9 @@ impl<'p> Page<'p> {
         while low < high {
             let middle = low.midpoint(high);
             if self.key(middle)? < key {
-                low = middle + 1
+                low = middle + 1;
             } else {
-                high = middle
+                high = middle;
             }
         }
         Ok(low)
@@ -592,12 +592,11 @@ mod tests {
         for (at, (key, element_flags, value)) in items.iter().enumerate() {
             let element = PAGE_HEADER + at * ELEMENT;
             let pos = (page.len() - element) as u32;
-            let words = match flags {
-                FLAG_LEAF => [*element_flags, pos, key.len() as u32, value.len() as u32],
-                _ => {
-                    let child = u64_at(value, 0);
-                    [pos, key.len() as u32, child as u32, (child >> 32) as u32]
-                }
+            let words = if flags == FLAG_LEAF {
+                [*element_flags, pos, key.len() as u32, value.len() as u32]
+            } else {
+                let child = u64_at(value, 0);
+                [pos, key.len() as u32, child as u32, (child >> 32) as u32]
             };
             for (n, word) in words.into_iter().enumerate() {
                 page[element + 4 * n..element + 4 * n + 4].copy_from_slice(&word.to_le_bytes());
