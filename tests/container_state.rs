@@ -931,6 +931,126 @@ fn dockers_records_are_checked_against_the_mount_and_against_each_other() -> Out
     Ok(())
 }
 
+/// Podman keeps the spec with the data and the pid with the state; with mapped ids it mounts copies of the lowers that
+/// have no name afterwards.
+#[test]
+fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome {
+    let mut node = Node::empty()?;
+    node.roots.storage = Roots::default().storage;
+    let root = "var/lib/containers/storage";
+    let id = "8d02c7ad2323c50cfb5e9f02231b42cb60b83602e51f34ee949009b6327b5aac";
+    let diff_ids = [DiffId(Digest::of("one")), DiffId(Digest::of("two"))];
+    let config = format!(
+        r#"{{"rootfs":{{"type":"layers","diff_ids":["{}","{}"]}}}}"#,
+        diff_ids[0], diff_ids[1]
+    );
+    let image = Digest::of(&config);
+    let layer = |text: &str| {
+        let digest = Digest::of(text);
+        format!(
+            r#"{{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip","digest":"{digest}","size":7}}"#
+        )
+    };
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"config":{{"digest":"{image}","size":1}},"layers":[{},{}]}}"#,
+        layer("gzip one"),
+        layer("gzip two")
+    );
+    let key = base64::Engine::encode(
+        &base64::engine::general_purpose::STANDARD,
+        image.to_string(),
+    );
+    node.write(
+        &format!("{root}/overlay-images/{}/manifest", image.hex()),
+        &manifest,
+    )?;
+    node.write(
+        &format!("{root}/overlay-images/{}/={key}", image.hex()),
+        &config,
+    )?;
+    node.write(
+        &format!("{root}/overlay-images/images.json"),
+        format!(
+            r#"[{{"id":"{}","names":["localhost/two:1","quay.io/lab/two:1"],
+                "big-data-digests":{{"manifest":"{}"}}}}]"#,
+            image.hex(),
+            Digest::of(&manifest)
+        ),
+    )?;
+    let layers = format!(
+        r#"[{{"id":"aa","diff-digest":"{}"}},{{"id":"bb","parent":"aa","diff-digest":"{}"}},{{"id":"cc","parent":"bb"}}]"#,
+        diff_ids[0], diff_ids[1]
+    );
+    node.write(&format!("{root}/overlay-layers/layers.json"), layers)?;
+    let container = serde_json::json!([{
+        "id": id, "names": ["lab"], "image": image.hex(), "layer": "cc",
+        "metadata": r#"{"image-name":"localhost/two:1","name":"lab"}"#,
+    }]);
+    node.write(
+        &format!("{root}/overlay-containers/containers.json"),
+        container.to_string(),
+    )?;
+    let spec = r#"{"annotations":{"io.container.manager":"libpod"},"mounts":[
+        {"destination":"/vol","type":"bind","source":"/srv","options":["rbind"]}]}"#;
+    node.write(
+        &format!("{root}/overlay-containers/{id}/userdata/config.json"),
+        spec,
+    )?;
+    node.write(
+        &format!("run/containers/storage/overlay-containers/{id}/userdata/pidfile"),
+        "77",
+    )?;
+    let diff = |layer: &str| node.path(&format!("{root}/overlay/{layer}/diff"));
+    for layer in ["aa", "bb", "cc"] {
+        fs::create_dir_all(diff(layer))?;
+    }
+    let mapped = format!("/{root}/overlay/cc/mapped/0/l");
+    let line = format!(
+        "173 143 0:61 / / rw - overlay overlay rw,lowerdir={mapped}/B:{mapped}/A,upperdir=/{root}/overlay/cc/diff\n"
+    );
+    node.process(77, 5, line.as_bytes(), "0 100000 65536\n")?;
+
+    assert_eq!(list(&node.roots).problems, []);
+    let found = find(&node.roots, "lab")?;
+    assert_eq!(
+        (found.runtime, found.id.as_str(), found.uid_map[0].outside),
+        (Runtime::Podman, id, 100_000)
+    );
+    assert!(
+        found.pod.is_none()
+            && found
+                .mounts
+                .iter()
+                .any(|m| m.destination == Path::new("/vol") && m.volume)
+    );
+    assert_eq!(
+        (&found.overlay.upper, found.overlay.lowers.as_slice()),
+        (&diff("cc"), [diff("bb"), diff("aa")].as_slice())
+    );
+    let base = prove_base(&node.roots, &found)?;
+    assert_eq!(Digest::of(&base.config), image);
+    assert_eq!(base.name.as_deref(), Some("localhost/two:1"));
+    assert_eq!(base.layers[0].lower, Some(diff("aa")));
+    // What is only local is no registry to ask.
+    assert_eq!(base.layers[0].repositories, ["quay.io/lab/two"]);
+    assert_eq!(
+        base.layers[1]
+            .descriptor
+            .as_ref()
+            .map(oci_spec::image::Descriptor::size),
+        Some(7)
+    );
+
+    // A layer whose whole tar nobody has seen proves nothing.
+    let layers = fs::read_to_string(node.path(&format!("{root}/overlay-layers/layers.json")))?;
+    node.write(
+        &format!("{root}/overlay-layers/layers.json"),
+        layers.replacen("diff-digest", "toc-digest", 1),
+    )?;
+    assert_eq!(prove_base(&node.roots, &found).unwrap_err().exit_code(), 69);
+    Ok(())
+}
+
 /// Absolute symlinks of the node must not lead into the agent's own files.
 #[test]
 fn symlinks_below_the_host_root_stay_there() -> Outcome {
