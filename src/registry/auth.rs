@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::credentials::Secret;
 
 /// A token that was fetched this recently is beyond doubt: a 401 with it means "not permitted".
-const FRESH: Duration = Duration::from_secs(10);
+const FRESH: Duration = Duration::from_secs(5);
 /// What the token specification gives a token that says nothing of its life.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// No service means more than this.
@@ -242,7 +242,7 @@ mod tests {
         assert_eq!(harbor.value.expose(), "t");
         let at = |seconds| now + Duration::from_secs(seconds);
         assert!(!harbor.stale(at(1679)) && harbor.stale(at(1680)));
-        assert!(harbor.fresh(at(9)) && !harbor.fresh(at(10)));
+        assert!(harbor.fresh(at(4)) && !harbor.fresh(at(5)));
         let oauth = read(r#"{"token":"","access_token":"a"}"#).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(oauth.value.expose(), "a");
         assert!(!oauth.stale(at(44)) && oauth.stale(at(45)), "60 s without expires_in");
