@@ -957,9 +957,15 @@ async fn an_image_goes_to_docker_registry_and_comes_back() {
     stream_blob(&second, Bytes::new()).await.unwrap();
     assert_eq!(second.has_blob(&Digest::of(""), None).await.unwrap(), Some(0));
 
-    // Nothing of checks and cancelled uploads stays.
+    // No upload of checks and refused mounts stays open (distribution 2.8 leaves an empty hash state of each).
     let uploads = server.dir.path().join("data/docker/registry/v2/repositories/team/second/_uploads");
-    assert_eq!(std::fs::read_dir(&uploads).map_or(0, Iterator::count), 0);
+    let open: Vec<_> = std::fs::read_dir(&uploads)
+        .into_iter()
+        .flatten()
+        .map(|e| e.unwrap().path())
+        .filter(|upload| upload.join("startedat").exists() || upload.join("data").exists())
+        .collect();
+    assert_eq!(open, Vec::<PathBuf>::new());
 
     // Others read what was written.
     let docker = format!("docker://{target}");

@@ -365,11 +365,11 @@ fn is_certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
     if let Some(tls) = error.downcast_ref::<rustls::Error>() {
         return of(tls);
     }
+    // An I/O error's source is its content's source: the content itself, often another I/O error, is reached so.
     error
         .downcast_ref::<std::io::Error>()
         .and_then(std::io::Error::get_ref)
-        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
-        .is_some_and(of)
+        .is_some_and(|inner| is_certificate_error(inner))
 }
 
 /// The error document of the distribution-spec ("Error Codes"), with what Harbor's API and others leave out allowed for.

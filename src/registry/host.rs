@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use http::header::{AUTHORIZATION, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Client, Response, Url};
@@ -355,8 +355,8 @@ impl Host {
             headers: HeaderMap::new(),
             body: Bytes::new(),
             wait: self.settings.silence,
-            tries: self.settings.retry.tries,
-            tries_at_500: self.settings.retry.tries,
+            tries: 1,
+            tries_at_500: 1,
             accept: &[],
             tag: None,
         };
@@ -386,25 +386,13 @@ impl Host {
         let client = if origin.is_same(&call.url) { &self.own } else { &self.other };
         let asked = Instant::now();
         let request = Request::new(&call.method, &call.url);
-        let mut failed = 0;
-        let response = loop {
-            let answer = match self.fire(client, &call, &call.url, authorization.clone()).await {
-                Ok(response) => self.judge(&call, response).await,
-                Err(e) => Err(e),
-            };
-            match answer {
-                // A redirect would carry the credentials on.
-                Ok(response) if response.status().is_redirection() => {
-                    return Err(Error::Reply(Box::new(reply_of(&call, response).await)));
-                }
-                Ok(response) => break response,
-                Err(e) => {
-                    failed += 1;
-                    let pause = self.settings.retry.pause(failed, &e).ok_or(e)?;
-                    tokio::time::sleep(pause).await;
-                }
-            }
-        };
+        // Whoever needs the token repeats this with his own request.
+        let response = self.fire(client, &call, &call.url, authorization).await?;
+        let response = self.judge(&call, response).await?;
+        if response.status().is_redirection() {
+            // It would carry the credentials on.
+            return Err(Error::Reply(Box::new(reply_of(&call, response).await)));
+        }
         let body = self.read_body(&request, "the token", response, MAX_DOCUMENT).await?;
         let token = Token::read(&body, asked);
         if let Ok(mut body) = body.try_into_mut() {
@@ -422,7 +410,7 @@ impl Host {
                 Err(e) => e,
             };
             failed += 1;
-            let is_500 = matches!(&error, Error::Reply(reply) if reply.status == 500);
+            let is_500 = matches!(&error, Error::Reply(reply) if reply.status == 500 && reply.step == call.step);
             let tries = if is_500 { call.tries_at_500 } else { call.tries };
             let pause = self.settings.retry.pause(failed, &error).filter(|_| failed < tries);
             let Some(pause) = pause else { return Err(error) };
@@ -495,6 +483,10 @@ impl Host {
         let mut request = client.request(call.method.clone(), url.clone()).headers(call.headers.clone());
         if let Some(value) = authorization {
             request = request.header(AUTHORIZATION, value);
+        }
+        // Servers that want a length want this one too, and HTTP libraries leave it out.
+        if call.body.is_empty() && !matches!(call.method, Method::GET | Method::HEAD) {
+            request = request.header(CONTENT_LENGTH, 0);
         }
         let shown = || Request::new(&call.method, url);
         match tokio::time::timeout(call.wait, request.body(call.body.clone()).send()).await {

@@ -502,7 +502,8 @@ mod tests {
         let [manifest, index, docker, _] = MANIFEST_TYPES.map(str::to_owned);
         assert_eq!(of(None, r#"{"schemaVersion":2,"layers":[]}"#), Ok(manifest.clone()));
         assert_eq!(of(Some("application/json"), r#"{"manifests":[]}"#), Ok(index));
-        assert_eq!(of(Some(&format!("{docker}; charset=utf-8")), r#"{"layers":[]}"#), Ok(docker));
+        let header = format!("{docker}; charset=utf-8");
+        assert_eq!(of(Some(&header), r#"{"layers":[]}"#), Ok(docker));
         assert_eq!(of(Some("text/plain"), &format!(r#"{{"mediaType":"{manifest}"}}"#)), Ok(manifest));
         for bad in [r#"{"schemaVersion":1,"fsLayers":[]}"#, "{}", "[]", "", r#"{"mediaType":"x/y","layers":[]}"#] {
             assert!(of(None, bad).is_err(), "{bad}");
