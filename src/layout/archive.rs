@@ -176,7 +176,7 @@ impl Shared {
                     slot = self
                         .returned
                         .wait(slot)
-                        .unwrap_or_else(PoisonError::into_inner)
+                        .unwrap_or_else(PoisonError::into_inner);
                 }
                 Slot::Closed => {
                     *slot = Slot::Closed;
@@ -346,5 +346,25 @@ impl Drop for ArchiveBlob {
             };
             self.shared.give_back(state);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_takes_any_size_in_place() -> io::Result<()> {
+        // Eleven octal digits end at 8 GiB.
+        for size in [0, 511, (1 << 33) - 1, 1 << 33, 1 << 50] {
+            let name = blob_path(&Digest::of("x"));
+            let header = header(&name, size)?;
+            assert_eq!(header.as_bytes().len() as u64, BLOCK);
+            assert_eq!(
+                (header.size()?, header.path_bytes().as_ref()),
+                (size, name.as_bytes())
+            );
+        }
+        Ok(())
     }
 }
