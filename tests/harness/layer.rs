@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use upperdeck::layer::{self, Compression, Layer, Plan};
 use upperdeck::overlay::owner::IdMapping;
 use upperdeck::overlay::xattr::Namespace;
-use upperdeck::scan::{Caps, Exclusions, Options, Report, Roots, Rules, Scan};
+use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
 
 /// What a layer is made from.
 pub struct Source {
@@ -62,9 +62,11 @@ pub struct Made {
     /// The compressed bytes.
     pub bytes: Vec<u8>,
     /// Whether the plan says that there is nothing to save.
+    #[allow(
+        dead_code,
+        reason = "each test program compiles this module and uses what it needs"
+    )]
     pub empty: bool,
-    /// What the scan reported.
-    pub report: Report,
 }
 
 /// Makes the layer. The error is the whole message that a user would see.
@@ -108,8 +110,7 @@ pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Ma
         runtime_root_mode: None,
         cancel: &cancel,
     };
-    let mut scan = Scan::new(&roots, &options).map_err(|error| message(&error))?;
-    let report = std::mem::take(&mut scan.report);
+    let scan = Scan::new(&roots, &options).map_err(|error| message(&error))?;
     let plan = Plan::new(Arc::new(scan), source.timestamp);
     let level = compression.default_level();
     let options = layer::Options {
@@ -129,6 +130,5 @@ pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Ma
         layer,
         bytes,
         empty: plan.is_empty(),
-        report,
     })
 }
