@@ -9,6 +9,7 @@ pub mod container;
 pub mod demo;
 pub mod destination;
 pub mod digest;
+pub mod escape;
 pub mod freeze;
 pub mod job;
 pub mod layer;

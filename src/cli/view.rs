@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::text::{self, Align, escaped};
+use super::text::{self, Align};
+use crate::escape::text as escaped;
 use crate::container::{Base, Container, IdMapping, Pod, Runtime};
 use crate::digest::{ChainId, DiffId, Digest};
 

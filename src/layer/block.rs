@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{SeekFrom, Stat};
 
 use super::plan::{Item, Plan};
-use crate::scan::{Entry, printable};
+use crate::escape;
+use crate::scan::Entry;
 
 /// How a file turned out when its content was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -119,7 +120,7 @@ fn read_part(
         None => (0, scratch.path.as_slice(), entry.ino),
     };
     let fail = |source: io::Error| ReadError {
-        path: format!("/{}", printable(&scratch.path)),
+        path: format!("/{}", escape::path(&scratch.path)),
         source,
     };
     let found = match scan.root(root).open_file(path, ino).map_err(fail)? {
@@ -139,7 +140,7 @@ fn read_part(
     };
     if let Some(what) = found {
         unstable.push(Unstable {
-            path: printable(&scratch.path),
+            path: escape::path(&scratch.path),
             what,
         });
     }

@@ -182,7 +182,7 @@ impl Reader {
             };
             images
                 .iter()
-                .map(|d| crate::registry::error::printable(&name(d), 200))
+                .map(|d| crate::escape::limited(&name(d), 200))
                 .take(50)
                 .collect()
         };

@@ -400,21 +400,3 @@ pub enum Error {
     #[error("cancelled")]
     Cancelled,
 }
-
-/// A path for messages: control characters and bytes that are not UTF-8 escaped.
-pub fn printable(path: &[u8]) -> String {
-    let mut out = String::with_capacity(path.len());
-    for chunk in path.utf8_chunks() {
-        for c in chunk.valid().chars() {
-            if c.is_control() {
-                out.extend(c.escape_default())
-            } else {
-                out.push(c)
-            }
-        }
-        for byte in chunk.invalid() {
-            out.push_str(&format!("\\x{byte:02x}"));
-        }
-    }
-    out
-}

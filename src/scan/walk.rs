@@ -12,8 +12,9 @@ use rustix::fs::{FileType, OFlags, Stat};
 
 use super::{
     Caps, Elsewhere, Entry, Error, Excluded, Extra, Facts, Flags, Kind, Options, Reason, Report,
-    Roots, Scan, Xattr, printable,
+    Roots, Scan, Xattr,
 };
+use crate::escape;
 use crate::overlay::lower::{Found, Lowers, Place, Stack, join};
 use crate::overlay::owner;
 use crate::overlay::root::{
@@ -345,7 +346,7 @@ impl Walker<'_> {
 
     fn owner_of(&self, stat: &Stat, path: &[u8]) -> Result<(u32, u32), Error> {
         let unmapped = |what, id| Error::Unmapped {
-            path: printable(path),
+            path: escape::path(path),
             what,
             id,
         };
@@ -388,7 +389,7 @@ impl Walker<'_> {
                         let value =
                             self.value_inside(&kept, value)
                                 .map_err(|source| Error::Xattr {
-                                    path: printable(path),
+                                    path: escape::path(path),
                                     source,
                                 })?;
                         attributes.kept.push((kept.into_owned(), value));
@@ -494,7 +495,7 @@ impl Directory<'_> {
         let fd = match walker.upper.open_dir(&self.task.path) {
             Ok(fd) => fd,
             Err(error) if is_absent(&error) => {
-                self.report.vanished.push(printable(&self.task.path));
+                self.report.vanished.push(escape::path(&self.task.path));
                 return Ok(());
             }
             Err(source) => return Err(walker.read_error(&self.task.path, source)),
@@ -506,7 +507,7 @@ impl Directory<'_> {
             let path = join(&self.task.path, &name);
             let stat = stat_at(fd.as_fd(), &name).map_err(|e| walker.read_error(&path, e))?;
             let Some(stat) = stat else {
-                self.report.vanished.push(printable(&path));
+                self.report.vanished.push(escape::path(&path));
                 continue;
             };
             let file_type = FileType::from_raw_mode(stat.st_mode);
@@ -520,7 +521,7 @@ impl Directory<'_> {
             at.extend(&name);
             let attributes = match walker.attributes_of(at, Follow::No, &path, &mut dropped) {
                 Err(Error::Read { source, .. }) if is_absent(&source) => {
-                    self.report.vanished.push(printable(&path));
+                    self.report.vanished.push(escape::path(&path));
                     continue;
                 }
                 other => other?,
@@ -575,7 +576,7 @@ impl Directory<'_> {
         let link = if file_type == FileType::Symlink {
             let link = read_link_at(dir, &name).map_err(|e| walker.read_error(&path, e))?;
             if link.is_none() {
-                self.report.vanished.push(printable(&path));
+                self.report.vanished.push(escape::path(&path));
                 return Ok(());
             }
             link
@@ -595,7 +596,7 @@ impl Directory<'_> {
             return Ok(());
         }
         let Some(kind) = kind_of(file_type) else {
-            self.report.sockets.push(printable(&path));
+            self.report.sockets.push(escape::path(&path));
             // The container sees a socket here, never what the base has.
             if in_base && !self.task.full && !self.task.hidden {
                 self.push_mark(Kind::Whiteout, &name)?;
@@ -605,7 +606,7 @@ impl Directory<'_> {
         };
         if name.starts_with(b".wh.") {
             return Err(Error::ReservedName {
-                path: printable(&path),
+                path: escape::path(&path),
             });
         }
         for name in dropped {
@@ -614,7 +615,7 @@ impl Directory<'_> {
                 *self
                     .report
                     .dropped_xattrs
-                    .entry(printable(&name))
+                    .entry(escape::path(&name))
                     .or_default() += 1;
             }
         }
@@ -724,12 +725,12 @@ impl Directory<'_> {
                 continue;
             }
             let Some(kind) = kind_of(file_type) else {
-                self.report.sockets.push(printable(&path));
+                self.report.sockets.push(escape::path(&path));
                 continue;
             };
             if name.starts_with(b".wh.") {
                 return Err(Error::ReservedName {
-                    path: printable(&path),
+                    path: escape::path(&path),
                 });
             }
             let mut entry = walker.entry(&stat, place.root + 1, kind, &path)?;
@@ -828,7 +829,7 @@ impl Directory<'_> {
             Found::Dir { stack, .. } => Ok(stack),
             // The kernel's view of a redirect that leads nowhere is an empty directory; ours is doubt.
             _ if redirect.is_some() => Err(Error::Dangling {
-                path: printable(path),
+                path: escape::path(path),
                 mark: "redirect",
             }),
             _ => Ok(Stack::new()),
@@ -967,7 +968,7 @@ impl Directory<'_> {
                 return Ok(());
             }
         }
-        self.report.privileged.push(printable(path));
+        self.report.privileged.push(escape::path(path));
         Ok(())
     }
 
@@ -1001,7 +1002,7 @@ impl Directory<'_> {
             self.output.stubs = true;
         }
         self.report.excluded.push(Excluded {
-            path: printable(path),
+            path: escape::path(path),
             reason,
         });
     }
@@ -1093,7 +1094,7 @@ fn elsewhere(
 ) -> Result<Elsewhere, Error> {
     let Some((place, stat)) = data else {
         return Err(Error::Dangling {
-            path: printable(path),
+            path: escape::path(path),
             mark: "metacopy",
         });
     };
@@ -1222,7 +1223,7 @@ fn check_indexed(flat: &Flat) -> Result<(), Error> {
             let mut path = Vec::new();
             super::path_of(&flat.entries, &flat.names, index as u32, &mut path);
             return Err(Error::IndexedLink {
-                path: printable(&path),
+                path: escape::path(&path),
             });
         }
     }
@@ -1344,7 +1345,7 @@ fn read_error(root: &Path, path: &[u8], source: io::Error) -> Error {
         full.extend(path);
     }
     Error::Read {
-        path: printable(&full),
+        path: escape::path(&full),
         source,
     }
 }
