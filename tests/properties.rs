@@ -4,10 +4,10 @@
 //! `UPPERDECK_PROPTEST_CASES=5000 cargo test --test properties` runs that many cases for each kind of mount instead of
 //! the few that CI has time for.
 
-#[path = "support/layer.rs"]
+#[path = "harness/layer.rs"]
 mod layer;
-#[path = "support/mod.rs"]
-mod support;
+#[path = "harness/mod.rs"]
+mod harness;
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -27,7 +27,7 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen,
 };
-use support::{Outcome, Stop, Test};
+use harness::{Outcome, Stop, Test};
 use upperdeck::layer::Compression;
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::spec::layers::Layers;
@@ -495,7 +495,7 @@ fn same(what: &str, expected: &Tree, found: &Tree, ignore: &Ignore) -> Result<()
 }
 
 fn property(kind: Kind) -> Outcome {
-    support::need_root()?;
+    harness::need_root()?;
     let empty = tempfile::tempdir()?;
     let (a, b) = (empty.path().join("a"), empty.path().join("b"));
     fs::create_dir(&a)?;
@@ -548,7 +548,7 @@ fn main() -> ExitCode {
         ("index", Kind::Index),
         ("userxattr", Kind::Userxattr),
     ];
-    support::main(
+    harness::main(
         kinds
             .into_iter()
             .map(|(name, kind)| {

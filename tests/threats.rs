@@ -1,10 +1,10 @@
 //! A tenant who changes the tree while it is read: nothing from outside the upper directory may ever get into a layer,
 //! and nothing may hang the builder (CVE-2018-15664 and its kin).
 
-#[path = "support/layer.rs"]
+#[path = "harness/layer.rs"]
 mod layer;
-#[path = "support/mod.rs"]
-mod support;
+#[path = "harness/mod.rs"]
+mod harness;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use layer::{Source, make};
 use rustix::fs::{CWD, FileType, Mode, RenameFlags};
-use support::{Outcome, Stop, Test};
+use harness::{Outcome, Stop, Test};
 use upperdeck::layer::Compression;
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::spec::archive::Archive;
@@ -118,7 +118,7 @@ fn contains(bytes: &[u8], needle: &[u8]) -> bool {
 }
 
 fn race() -> Outcome {
-    support::need_root()?;
+    harness::need_root()?;
     let home = tempfile::Builder::new()
         .prefix("upperdeck-threat")
         .tempdir()?;
@@ -212,7 +212,7 @@ fn attack(upper: &Path, lower: &Path, secrets: &[Vec<u8>]) -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    support::main(vec![Test::new(
+    harness::main(vec![Test::new(
         "a_tree_that_changes_while_it_is_read",
         race,
     )])
