@@ -6,6 +6,7 @@ pub mod docker;
 pub mod grpc;
 pub mod image;
 pub mod podman;
+pub mod process;
 pub mod registry;
 
 use std::collections::BTreeSet;
