@@ -8,7 +8,8 @@ use crate::host::podman::Podman;
 use crate::host::registry::Registry;
 use crate::host::{Freezer, Roots, Scratch};
 use crate::save::{
-    LEFT_OUT, TOUCHED_BY_RUNTIMES, WORK, config, layers, manifest, same_tree, save, unpack,
+    LEFT_OUT, TOUCHED_BY_RUNTIMES, WORK, config, layers, manifest, same_tree, save, set_attributes,
+    unpack,
 };
 use crate::support::{Need, ignored};
 
@@ -88,6 +89,7 @@ fn a_docker_container_is_saved_and_runs_again() -> Result<()> {
     let docker = Docker::start(&scratch)?;
     let container = docker.run("session", &image, &["-e", "TOKEN=hunter2"], &[])?;
     docker.shell(&container, WORK)?;
+    set_attributes(container.pid, true)?;
     docker.shell(&container, "echo volume > /data/in-the-volume")?;
     let destination = check(
         &scratch,
@@ -119,6 +121,7 @@ fn a_podman_container_is_saved_and_runs_again() -> Result<()> {
     let podman = Podman::new(&scratch)?;
     let container = podman.run("session", &image, &["-e", "TOKEN=hunter2"], &[])?;
     podman.shell(&container, WORK)?;
+    set_attributes(container.pid, true)?;
     podman.shell(&container, "echo volume > /data/in-the-volume")?;
     let destination = check(
         &scratch,

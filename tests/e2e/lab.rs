@@ -6,7 +6,7 @@ use crate::host::containerd::{Containerd, Pod, PodOptions};
 use crate::host::image::{Base, Format, base};
 use crate::host::registry::Registry;
 use crate::host::{Roots, Scratch};
-use crate::save::WORK;
+use crate::save::{WORK, set_attributes};
 use crate::support::{Need, ignored};
 
 /// Dropped in this order: servers first, their directories last.
@@ -62,6 +62,7 @@ impl Lab {
             .containerd
             .run_pod(&self.image, &PodOptions::default())?;
         self.containerd.shell(&pod, WORK)?;
+        set_attributes(pod.pid, true)?;
         Ok(pod)
     }
 

@@ -5,13 +5,15 @@ use anyhow::{Context, Result, ensure};
 use crate::host::process::{Mount, Process};
 use crate::host::{Freezer, Roots, Scratch};
 use crate::save::{
-    LEFT_OUT, TOUCHED_BY_RUNTIMES, TREE, WORK, refuse, same_tree_by, save, unpack_layout,
+    LEFT_OUT, TOUCHED_BY_RUNTIMES, TREE, WORK, refuse, same_tree_by, save, set_attributes,
+    unpack_layout,
 };
 use crate::support::{Need, ignored};
 
 fn scratch() -> Result<Option<Scratch>> {
     let mut needs = [
-        "buildah", "skopeo", "umoci", "busybox", "python3", "unshare", "nsenter", "tar",
+        "buildah", "skopeo", "umoci", "busybox", "python3", "setfattr", "setfacl", "unshare",
+        "nsenter", "tar",
     ]
     .map(Need::Program)
     .to_vec();
@@ -35,6 +37,7 @@ fn round_trip(mount: &Mount<'_>, more_work: &str) -> Result<()> {
         .filter(|line| mount.shift == 0 || !line.starts_with("mknod"))
         .collect();
     process.shell(&work.join("\n"))?;
+    set_attributes(process.pid, mount.shift == 0)?;
     process.shell(more_work)?;
     let layout = scratch.path().join("saved");
     let destination = format!("oci:{}:saved", layout.display());

@@ -30,7 +30,7 @@ ln /var/lib/data/noise /home/researcher/work/noise
 chown -R 1000:1000 /home/researcher
 mkfifo /home/researcher/work/queue
 mknod /home/researcher/work/null c 1 3
-setfattr -n user.note -v kept /home/researcher/work/deep
+echo more >> /usr/lib/app/plugins/p1
 dd if=/dev/zero of=/home/researcher/work/sparse bs=1 count=1 seek=8388608 2> /dev/null
 dd if=/dev/urandom of=/home/researcher/work/noise2 bs=65536 count=40 2> /dev/null
 echo a > /home/researcher/work/$(printf 'two\nlines')
@@ -41,6 +41,22 @@ echo new > /home/researcher/work/new && touch -d '2100-01-02 03:04:05' /home/res
 mkdir -p /root/.ssh /home/researcher/.cache/pip && echo key > /root/.ssh/id_ed25519 && echo wheel > /home/researcher/.cache/pip/wheel
 echo gone > /tmp/scratch
 ";
+
+/// What busybox cannot do of a user's work: attributes and access lists, set in the root of a process.
+pub fn set_attributes(pid: i32, access_lists: bool) -> Result<()> {
+    let dir = format!("/proc/{pid}/root/home/researcher/work/deep");
+    run(&mut command(
+        "setfattr",
+        ["-n", "user.note", "-v", "kept", &dir],
+    ))?;
+    if access_lists {
+        run(&mut command(
+            "setfacl",
+            ["-m", "u:1234:rwx,d:u:1234:rx", &dir],
+        ))?;
+    }
+    Ok(())
+}
 
 /// What a save leaves out of [`WORK`] on purpose, and what runtimes put into every container for themselves.
 pub const LEFT_OUT: &[&str] = &[
