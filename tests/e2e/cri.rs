@@ -1,6 +1,8 @@
 //! Pods of Kubernetes on containerd: saved to a registry, compared, pulled and run again.
 
 use std::env;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -142,6 +144,7 @@ fn a_jupyter_session_with_hundreds_of_megabytes_of_packages() -> Result<()> {
         return Ok(());
     };
     let home = lab.scratch.dir("home")?;
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o777))?;
     let certificates = Path::new("/etc/ssl/certs");
     let mut mounts = vec![(home.as_path(), "/mnt/home", false)];
     if certificates.is_dir() {

@@ -192,7 +192,7 @@ pub fn refuse(
             .args(options)
             .args([container, destination]),
     )?;
-    failed(&done, exit).with_context(|| format!("{commit:?}"))
+    failed(&done, exit).map_err(|error| anyhow::anyhow!("{error:#} (of {commit:?})"))
 }
 
 /// Checks that a run ended with `exit`, with a message and without a result. Returns the message.

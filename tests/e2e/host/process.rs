@@ -110,7 +110,8 @@ impl Process {
         } else {
             None
         };
-        let script = "set -e; read -r _; cd \"$1\"; mount -t overlay overlay -o \"$2\" \"$3\"; exec chroot \"$3\" /bin/sleep 100000";
+        let script = "set -e; read -r _; cd \"$1\"; mount -t overlay overlay -o \"$2\" \"$3\"; \
+                      mount --rbind /dev \"$3/dev\"; exec chroot \"$3\" /bin/sleep 100000";
         let unshare = ["unshare", "--mount", "bash", "-c", script, "process"];
         let mut start = match &holder {
             // As the namespace's root: whoever has no id in it loses his capabilities with the next exec.
