@@ -29,6 +29,11 @@ impl Digest {
         Self(Sha256::digest(bytes.as_ref()).into())
     }
 
+    /// The digest of all that was fed to `hasher`.
+    pub fn finish(hasher: Sha256) -> Self {
+        Self(hasher.finalize().into())
+    }
+
     /// The 64 hex digits without the algorithm.
     pub fn hex(&self) -> String {
         hex::encode(self.0)
@@ -148,7 +153,7 @@ impl<W: Write> HashingWriter<W> {
 
     /// Ends the count: the inner writer, the digest and the number of bytes.
     pub fn complete(self) -> (W, Digest, u64) {
-        (self.inner, Digest(self.hasher.finalize().into()), self.written)
+        (self.inner, Digest::finish(self.hasher), self.written)
     }
 }
 

@@ -14,6 +14,7 @@ pub mod layout;
 pub mod destination;
 pub mod prove;
 pub mod job;
+pub mod cancel;
 pub mod commit;
 pub mod spec;
 pub mod demo;

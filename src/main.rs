@@ -1,5 +1,9 @@
 //! The `upperdeck` program: everything is in the library, this file only hands over and sets the exit code.
 
 fn main() -> std::process::ExitCode {
+    // This program started by itself, as something else than a command.
+    if let Some(code) = upperdeck::freeze::watchdog_entry() {
+        return code;
+    }
     upperdeck::cli::main()
 }

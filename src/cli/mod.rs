@@ -1,8 +1,116 @@
-//! The command line.
+//! The command line: flags as typed (`args`) become options as meant (`options`), one `match` hands them to a verb, and
+//! what comes back becomes an exit code (`exit`).
 
+mod args;
+mod exit;
+pub mod options;
+mod progress;
+mod signals;
+mod text;
+mod verbs;
+pub mod view;
+
+use std::io::{self, Write};
 use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use args::{Cli, Global, Verb};
+pub use exit::{Exit, Failure, Usage};
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    ExitCode::from(1)
+    // The freeze watchdog is this program under another name; it takes no flags.
+    if let Some(code) = crate::freeze::watchdog_entry() {
+        return code;
+    }
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come here, too. A reader that is gone needs no help.
+            let _ = error.print();
+            return if error.use_stderr() {
+                Exit::Usage
+            } else {
+                Exit::Saved
+            }
+            .into();
+        }
+    };
+    match run(cli) {
+        Ok(()) => Exit::Saved.into(),
+        // `upperdeck ps | head -1` is no failure.
+        Err(error)
+            if error
+                .downcast_ref::<Stdout>()
+                .is_some_and(Stdout::reader_is_gone) =>
+        {
+            Exit::Saved.into()
+        }
+        Err(error) => {
+            // Nobody is left to tell when stderr cannot be written to.
+            let _ = writeln!(
+                io::stderr(),
+                "upperdeck: {}",
+                text::escaped(&format!("{error:#}"))
+            );
+            Failure::of(&error).exit.into()
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    start_log(&cli.global)?;
+    let verbose = cli.global.verbose > 0 || cli.global.log.is_some();
+    let roots = options::roots(&cli.global);
+    match cli.verb {
+        Verb::Ps(args) => verbs::ps(&roots, &args),
+        Verb::Inspect(args) => verbs::inspect(&roots, &args),
+        Verb::Diff(args) => verbs::diff(&roots, &args),
+        Verb::Commit(args) => verbs::commit(&roots, *args, verbose),
+        Verb::Layer(args) => verbs::layer(&args),
+        Verb::Validate(args) => verbs::validate(&args),
+        Verb::Demo => verbs::demo(),
+        Verb::Completions { shell } => verbs::completions(shell),
+        Verb::Man { dir } => verbs::man(dir.as_deref()),
+    }
+}
+
+/// Log lines go to stderr; the libraries below speak only when asked.
+fn start_log(global: &Global) -> Result<(), Usage> {
+    let filter = match (&global.log, global.verbose) {
+        (Some(filter), 0) => filter.as_str(),
+        (None, 0) => "warn",
+        (_, 1) => "warn,upperdeck=info",
+        (_, 2) => "warn,upperdeck=debug",
+        _ => "debug,upperdeck=trace",
+    };
+    let filter =
+        EnvFilter::try_new(filter).map_err(|error| Usage(format!("--log {filter:?}: {error}")))?;
+    // Fails only when somebody (a test) has set one already, and then that one serves.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .try_init();
+    Ok(())
+}
+
+/// The result could not be written. A type of its own: a pipe that breaks elsewhere (a registry's) is another matter.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write to stdout: {0}")]
+struct Stdout(#[source] io::Error);
+
+impl Stdout {
+    fn reader_is_gone(&self) -> bool {
+        self.0.kind() == io::ErrorKind::BrokenPipe
+    }
+}
+
+fn write_stdout(bytes: &[u8]) -> Result<(), Stdout> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(bytes)
+        .and_then(|()| stdout.flush())
+        .map_err(Stdout)
 }

@@ -1,4 +1,7 @@
 //! Finding a container from the runtime's state on disk alone, and proving the image it stands on.
+//!
+//! Each runtime's module drafts what its files say of every container; `survey` holds the drafts against what the
+//! kernel says of their processes; what both agree on is a [`Container`].
 
 use std::path::PathBuf;
 
@@ -6,6 +9,22 @@ use oci_spec::image::Descriptor;
 
 use crate::digest::{ChainId, DiffId, Digest};
 use crate::overlay::mount::OverlayMount;
+pub use crate::overlay::owner::IdMapping;
+
+pub mod bolt;
+mod bundle;
+mod containerd;
+mod docker;
+mod error;
+mod image;
+mod process;
+mod roots;
+mod storage;
+mod survey;
+
+pub use error::{Error, Problem};
+pub use roots::{ContainerdRoot, Roots, StorageRoot};
+pub use survey::{Listing, find, list, recheck};
 
 /// Who runs a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
@@ -34,17 +53,6 @@ pub struct Pod {
     pub container: String,
     /// Pod UID where the runtime recorded it.
     pub uid: Option<String>,
-}
-
-/// One line of `/proc/PID/uid_map`: `count` ids from `inside` on are `outside` on the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct IdMapping {
-    /// First id as the container sees it.
-    pub inside: u32,
-    /// First id as the host (and the disk) sees it.
-    pub outside: u32,
-    /// Number of ids.
-    pub count: u32,
 }
 
 /// A mount inside the container other than its root: nothing at or below `destination` belongs to the image.
@@ -134,4 +142,22 @@ pub struct BaseLayer {
     pub local_blob: Option<PathBuf>,
     /// `HOST/REPOSITORY`s that are known to have (had) the blob, best first.
     pub repositories: Vec<String>,
+}
+
+/// Proves which image a container stands on: the mounted lower directories give a chain of snapshots, the chain gives
+/// chain IDs, and the base is the image whose config's diff IDs give exactly these. A tag is never believed.
+///
+/// Fails with [`Error::BaseUnproven`] when no image on this node fits, always so for [`Runtime::Process`].
+pub fn prove_base(roots: &Roots, container: &Container) -> Result<Base, Error> {
+    match container.runtime {
+        Runtime::Containerd => containerd::prove(roots, container),
+        Runtime::Docker => docker::prove(roots, container),
+        Runtime::Podman | Runtime::Crio => storage::prove(roots, container),
+        Runtime::Process => Err(Error::BaseUnproven {
+            container: container.id.clone(),
+            compared: vec![
+                "no runtime on this node says what this process was started from".to_owned(),
+            ],
+        }),
+    }
 }

@@ -2,5 +2,8 @@
 //!
 //! Source: kernel `Documentation/filesystems/overlayfs.rst` and `fs/overlayfs/`.
 
+pub mod lower;
 pub mod mount;
+pub mod owner;
+pub mod root;
 pub mod xattr;

@@ -1,1 +1,528 @@
-//! A repository of a distribution registry.
+//! Registries by the distribution API: where saved images go, and where missing base layers come from.
+//!
+//! Requests, tokens and uploads are made here, on reqwest, and not by a client crate: a layer whose digest is not known
+//! until its end has to go out as one stream, mounts need a token with two scopes, and what a registry answers decides
+//! over retries and exit codes.
+//!
+//! Format: OCI distribution-spec 1.1.
+
+mod auth;
+pub mod credentials;
+pub mod error;
+mod host;
+pub mod platform;
+pub mod reference;
+pub mod retry;
+mod tls;
+pub mod upload;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use reqwest::{Response, Url};
+use sha2::{Digest as _, Sha256};
+
+pub use credentials::Credentials;
+pub use error::Error;
+pub use reference::Reference;
+pub use retry::Retry;
+pub use upload::Writer;
+
+use credentials::{AuthFiles, Found};
+use error::{Request, Step};
+use host::{Call, Host, SILENCE, Scopes, Settings};
+
+/// Manifests, indexes and configs are read and written up to this size: registries take no larger ones.
+pub const MAX_MANIFEST: u64 = 4 << 20;
+/// So many uploads at once are worth it: registries serialise a project's quota, more is slower.
+pub const UPLOADS_AT_ONCE: usize = 4;
+
+/// Media types of what a tag can name.
+pub const MANIFEST_TYPES: [&str; 4] = [
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+];
+
+/// How registries are reached, and as whom.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// `--authfile`.
+    pub authfile: Option<PathBuf>,
+    /// `--creds`.
+    pub creds: Option<Credentials>,
+    /// `--tls-verify`. False: certificates are not checked, and plain HTTP is tried where there is no TLS.
+    pub tls_verify: bool,
+    /// `--cert-dir`.
+    pub cert_dir: Option<PathBuf>,
+    /// The host that `creds`, `tls_verify` and `cert_dir` were meant for, as in references. Other hosts (those that
+    /// base layers come from) are reached with the auth files' credentials and checked TLS. None: meant for all.
+    pub host: Option<String>,
+    /// How often what can be repeated is.
+    pub retry: Retry,
+    /// How long nothing may move, in an answer or an upload.
+    pub silence: Duration,
+}
+
+impl Default for Access {
+    fn default() -> Self {
+        Self {
+            authfile: None,
+            creds: None,
+            tls_verify: true,
+            cert_dir: None,
+            host: None,
+            retry: Retry::default(),
+            silence: SILENCE,
+        }
+    }
+}
+
+/// All registries of a save. Repositories on one host share connections and tokens. Clones are the same thing.
+#[derive(Clone)]
+pub struct Registries {
+    access: Arc<Access>,
+    hosts: Arc<Mutex<HashMap<String, Arc<Host>>>>,
+}
+
+impl Registries {
+    /// Nothing is asked before the first request.
+    pub fn new(access: Access) -> Self {
+        Self { access: Arc::new(access), hosts: Arc::default() }
+    }
+
+    /// A repository to read from. `name` is `HOST/REPOSITORY`.
+    pub fn repository(&self, name: &str) -> Result<Repository, Error> {
+        let reference: Reference = name.parse()?;
+        self.open(&reference, "pull")
+    }
+
+    /// The repository of `reference`, to push to.
+    pub fn push_to(&self, reference: &Reference) -> Result<Repository, Error> {
+        self.open(reference, "pull,push")
+    }
+
+    /// The repository of `reference`, to read from.
+    pub fn pull_from(&self, reference: &Reference) -> Result<Repository, Error> {
+        self.open(reference, "pull")
+    }
+
+    fn open(&self, reference: &Reference, actions: &'static str) -> Result<Repository, Error> {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let host = match hosts.get(&reference.host) {
+            Some(host) => Arc::clone(host),
+            None => {
+                let host = Arc::new(Host::new(self.settings(&reference.host))?);
+                hosts.insert(reference.host.clone(), Arc::clone(&host));
+                host
+            }
+        };
+        Ok(Repository { host, name: reference.repository.clone(), actions })
+    }
+
+    fn settings(&self, host: &str) -> Settings {
+        let access = &self.access;
+        let meant = access.host.as_deref().is_none_or(|h| h == host);
+        let creds = access.creds.clone().filter(|_| meant);
+        let authfile = access.authfile.clone();
+        let name = host.to_owned();
+        Settings {
+            name: host.to_owned(),
+            tls_verify: access.tls_verify || !meant,
+            cert_dir: access.cert_dir.clone().filter(|_| meant),
+            retry: access.retry,
+            silence: access.silence,
+            credentials: Box::new(move |repository| match &creds {
+                Some(credentials) => {
+                    Ok(Found::Credentials { credentials: credentials.clone(), source: "--creds".to_owned() })
+                }
+                None => {
+                    let uid = rustix::process::getuid().as_raw();
+                    AuthFiles::find(authfile.as_deref(), credentials::environment, uid).search(&name, repository)
+                }
+            }),
+        }
+    }
+}
+
+/// A manifest, an index or any other JSON document as a registry or a layout has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawManifest {
+    /// The bytes that the digest is over.
+    pub bytes: Bytes,
+    /// Its media type.
+    pub media_type: String,
+    /// Its digest.
+    pub digest: Digest,
+}
+
+impl RawManifest {
+    /// Whether it lists manifests instead of layers.
+    pub fn is_index(&self) -> bool {
+        self.media_type == MANIFEST_TYPES[1] || self.media_type == MANIFEST_TYPES[3]
+    }
+}
+
+use crate::digest::Digest;
+
+/// One repository on one host. Clones are the same thing.
+#[derive(Clone)]
+pub struct Repository {
+    host: Arc<Host>,
+    name: String,
+    actions: &'static str,
+}
+
+impl Repository {
+    /// `HOST/REPOSITORY`.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.host.name(), self.name)
+    }
+
+    /// Whether `other` is on the same registry, so that blobs can be mounted.
+    pub fn same_host(&self, other: &str) -> bool {
+        other.parse::<Reference>().is_ok_and(|r| r.host == self.host.name())
+    }
+
+    async fn url(&self, rest: &str) -> Result<Url, Error> {
+        self.host.url(&format!("/v2/{}/{rest}", self.name)).await
+    }
+
+    fn call(&self, step: Step, method: Method, url: Url) -> Call {
+        let retry = self.host.retry();
+        Call {
+            step,
+            method,
+            url,
+            scopes: Scopes::new(&self.name, self.actions),
+            headers: HeaderMap::new(),
+            body: Bytes::new(),
+            wait: self.host.silence(),
+            tries: retry.tries,
+            tries_at_500: retry.tries,
+            accept: &[],
+            tag: None,
+        }
+    }
+
+    /// The manifest or index under a tag or digest, byte for byte; under a digest it is checked.
+    pub async fn manifest(&self, tag_or_digest: &str) -> Result<RawManifest, Error> {
+        let wanted: Option<Digest> = match tag_or_digest.contains(':') {
+            true => Some(tag_or_digest.parse().map_err(reference::ReferenceError::from)?),
+            false => {
+                reference::check_tag(tag_or_digest)?;
+                None
+            }
+        };
+        let url = self.url(&format!("manifests/{tag_or_digest}")).await?;
+        let mut call = self.call(Step::ReadManifest, Method::GET, url);
+        for media_type in MANIFEST_TYPES {
+            call.headers.append(ACCEPT, HeaderValue::from_static(media_type));
+        }
+        let response = self.host.call(&call).await?;
+        let request = Request::new(&call.method, &call.url);
+        let said = header_text(response.headers(), &CONTENT_TYPE);
+        let bytes = self.host.read_body(&request, "the manifest", response, MAX_MANIFEST).await?;
+        let digest = Digest::of(&bytes);
+        if let Some(expected) = wanted.filter(|&w| w != digest) {
+            return Err(Error::Digest { what: "manifest", from: self.name(), expected, found: digest });
+        }
+        let media_type = manifest_type(said.as_deref(), &bytes)
+            .map_err(|reason| Error::Nonsense { request, reason })?;
+        Ok(RawManifest { bytes, media_type, digest })
+    }
+
+    /// A small blob (a config) as a whole, checked.
+    pub async fn blob(&self, digest: &Digest) -> Result<Bytes, Error> {
+        let url = self.url(&format!("blobs/{digest}")).await?;
+        let call = self.call(Step::ReadBlob, Method::GET, url);
+        let response = self.host.call(&call).await?;
+        let request = Request::new(&call.method, &call.url);
+        let bytes = self.host.read_body(&request, "the config", response, MAX_MANIFEST).await?;
+        let found = Digest::of(&bytes);
+        if found != *digest {
+            return Err(Error::Digest { what: "blob", from: self.name(), expected: *digest, found });
+        }
+        Ok(bytes)
+    }
+
+    /// A blob as a stream, checked at its end. `size` in bytes, where it is known.
+    pub async fn blob_stream(&self, digest: &Digest, size: Option<u64>) -> Result<BlobStream, Error> {
+        let url = self.url(&format!("blobs/{digest}")).await?;
+        let call = self.call(Step::ReadBlob, Method::GET, url);
+        let response = self.host.call(&call).await?;
+        if let (Some(expected), Some(found)) = (size, response.content_length()) {
+            if expected != found {
+                return Err(Error::Size { what: format!("blob {digest} from {}", self.name()), expected, found });
+            }
+        }
+        Ok(BlobStream {
+            repository: self.clone(),
+            call,
+            response: Some(response),
+            hasher: Sha256::new(),
+            digest: *digest,
+            size,
+            read: 0,
+            skip: 0,
+            failed: 0,
+        })
+    }
+
+    /// The size in bytes of a blob that is there.
+    pub async fn head_blob(&self, digest: &Digest) -> Result<Option<u64>, Error> {
+        let url = self.url(&format!("blobs/{digest}")).await?;
+        let mut call = self.call(Step::ReadBlob, Method::HEAD, url);
+        call.accept = &[404];
+        let response = self.host.call(&call).await?;
+        if response.status() == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        // reqwest's content_length is that of the body, which an answer to HEAD has none of.
+        Ok(header_text(response.headers(), &CONTENT_LENGTH).and_then(|n| n.parse().ok()))
+    }
+
+    /// Whether one may push here: opens an upload and cancels it.
+    pub async fn check_push(&self) -> Result<(), Error> {
+        upload::probe(self).await
+    }
+
+    /// Makes a blob of another repository (`HOST/REPOSITORY`) appear in this one. False where that is not possible, for
+    /// whatever reason the registry has: then the blob has to be uploaded. An error only where nothing would work.
+    pub async fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool, Error> {
+        let Ok(source) = from.parse::<Reference>() else { return Ok(false) };
+        if source.host != self.host.name() || source.repository == self.name {
+            return Ok(false);
+        }
+        let url = self.url(&format!("blobs/uploads/?mount={digest}&from={}", source.repository)).await?;
+        let mut call = self.call(Step::Mount, Method::POST, url);
+        call.scopes = call.scopes.and_pull(&source.repository);
+        // Twice: uploading is always a way, so nothing is waited for long here.
+        call.tries = call.tries.min(2);
+        let response = match self.host.call(&call).await {
+            Ok(response) => response,
+            // A bad or unreadable source is 401, 400, 403, 404, ... by registry; a token service may refuse it too.
+            Err(e @ (Error::Reply(_) | Error::Nonsense { .. } | Error::LeadsAway { .. })) => {
+                tracing::debug!(registry.error = %e, "not mounted");
+                return Ok(false);
+            }
+            Err(e) => return Err(e),
+        };
+        if response.status() == StatusCode::CREATED {
+            return Ok(true);
+        }
+        // 202: the registry has opened an upload instead. It is not used, so that there is one way of uploading.
+        let request = Request::new(&call.method, &call.url);
+        if let Ok(url) = self.host.own_location(&request, &call.url, response.headers()).await {
+            upload::cancel_at(self, url).await;
+        }
+        Ok(false)
+    }
+
+    /// Uploads a blob that is in memory, unless it is there.
+    pub async fn put_blob(&self, bytes: Bytes, digest: &Digest) -> Result<(), Error> {
+        if self.head_blob(digest).await? == Some(bytes.len() as u64) {
+            return Ok(());
+        }
+        upload::send_bytes(self, bytes, digest).await
+    }
+
+    /// Begins the upload of a blob whose digest is known at its end. The requests run on `handle`'s runtime.
+    pub fn begin_blob(&self, handle: tokio::runtime::Handle) -> Writer {
+        Writer::begin(self.clone(), handle)
+    }
+
+    /// Puts a manifest under a tag. Returns its digest, which the registry has confirmed if it confirms any.
+    pub async fn put_manifest(&self, bytes: Bytes, media_type: &str, tag: &str) -> Result<Digest, Error> {
+        reference::check_tag(tag)?;
+        let digest = Digest::of(&bytes);
+        if bytes.len() as u64 > MAX_MANIFEST {
+            return Err(Error::TooLarge { what: "the manifest".to_owned(), limit: MAX_MANIFEST });
+        }
+        let url = self.url(&format!("manifests/{tag}")).await?;
+        let mut call = self.call(Step::WriteManifest, Method::PUT, url);
+        let media_type = HeaderValue::from_str(media_type).map_err(|_| Error::Nonsense {
+            request: Request::new(&call.method, &call.url),
+            reason: "the manifest's media type is no header value".to_owned(),
+        })?;
+        call.headers.insert(CONTENT_TYPE, media_type);
+        call.body = bytes;
+        call.tag = Some(tag.to_owned());
+        // Harbor says 500 of a manifest that it cannot read, however often it is asked.
+        call.tries_at_500 = 2;
+        let response = self.host.call(&call).await?;
+        check_digest_header(&call, response.headers(), &digest)?;
+        Ok(digest)
+    }
+}
+
+/// A blob that is being read from a registry.
+pub struct BlobStream {
+    repository: Repository,
+    call: Call,
+    response: Option<Response>,
+    hasher: Sha256,
+    digest: Digest,
+    size: Option<u64>,
+    read: u64,
+    /// Bytes at the front of the answer that were read before, from a registry without ranges.
+    skip: u64,
+    failed: u32,
+}
+
+impl BlobStream {
+    /// The next bytes; none at the end, and only when size and digest are right.
+    ///
+    /// A connection that breaks is replaced by one that goes on where it broke.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        loop {
+            let error = match self.read_some().await {
+                Ok(Some(mut bytes)) => {
+                    let skipped = self.skip.min(bytes.len() as u64);
+                    self.skip -= skipped;
+                    let bytes = bytes.split_off(skipped as usize);
+                    if bytes.is_empty() {
+                        continue;
+                    }
+                    self.hasher.update(&bytes);
+                    self.read += bytes.len() as u64;
+                    if let Some(expected) = self.size.filter(|&size| self.read > size) {
+                        return Err(self.wrong_size(expected));
+                    }
+                    // What moves has not failed.
+                    self.failed = 0;
+                    return Ok(Some(bytes));
+                }
+                Ok(None) => {
+                    if let Some(expected) = self.size.filter(|&size| self.read != size) {
+                        return Err(self.wrong_size(expected));
+                    }
+                    let raw: [u8; 32] = std::mem::take(&mut self.hasher).finalize().into();
+                    let found = Digest::from_hex(&hex::encode(raw)).map_err(reference::ReferenceError::from)?;
+                    if found != self.digest {
+                        let from = self.repository.name();
+                        return Err(Error::Digest { what: "blob", from, expected: self.digest, found });
+                    }
+                    return Ok(None);
+                }
+                Err(e) => e,
+            };
+            self.response = None;
+            self.failed += 1;
+            let pause = self.repository.host.retry().pause(self.failed, &error).ok_or(error)?;
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn read_some(&mut self) -> Result<Option<Bytes>, Error> {
+        let host = &self.repository.host;
+        let request = Request::new(&self.call.method, &self.call.url);
+        let response = match &mut self.response {
+            Some(response) => response,
+            None => {
+                let mut call = self.call.clone();
+                if let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", self.read)) {
+                    call.headers.insert(RANGE, range);
+                }
+                let response = host.attempt(&call).await?;
+                let resumed = header_text(response.headers(), &CONTENT_RANGE)
+                    .is_some_and(|r| r.starts_with(&format!("bytes {}-", self.read)));
+                self.skip = if resumed { 0 } else { self.read };
+                self.response.insert(response)
+            }
+        };
+        match tokio::time::timeout(host.silence(), response.chunk()).await {
+            Ok(chunk) => chunk.map_err(|e| Error::transport(request, &e)),
+            Err(_) => Err(Error::Silent { request, after: host.silence() }),
+        }
+    }
+
+    fn wrong_size(&self, expected: u64) -> Error {
+        let what = format!("blob {} from {}", self.digest, self.repository.name());
+        Error::Size { what, expected, found: self.read }
+    }
+}
+
+fn header_text(headers: &HeaderMap, name: &http::HeaderName) -> Option<String> {
+    headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned)
+}
+
+/// Where a registry says which digest it has stored, it must be the right one.
+fn check_digest_header(call: &Call, headers: &HeaderMap, expected: &Digest) -> Result<(), Error> {
+    match headers.get("docker-content-digest").and_then(|v| v.to_str().ok()?.parse::<Digest>().ok()) {
+        Some(found) if found != *expected => Err(Error::Nonsense {
+            request: Request::new(&call.method, &call.url),
+            reason: format!("expected to store {expected}, the registry has stored {found}"),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The media type of a manifest: the document's own word where it has one, else the header's, else its form.
+pub(crate) fn manifest_type(header: Option<&str>, bytes: &[u8]) -> Result<String, String> {
+    #[derive(serde::Deserialize)]
+    struct Shape {
+        #[serde(rename = "mediaType")]
+        media_type: Option<String>,
+        #[serde(rename = "schemaVersion")]
+        schema_version: Option<u64>,
+        manifests: Option<serde::de::IgnoredAny>,
+        layers: Option<serde::de::IgnoredAny>,
+    }
+    let shape: Shape = serde_json::from_slice(bytes).map_err(|e| format!("not a manifest: {e}"))?;
+    if shape.schema_version == Some(1) {
+        return Err("a manifest of schema version 1, which is not supported: pull and push the image again".to_owned());
+    }
+    let header = header.map(|h| h.split(';').next().unwrap_or_default().trim().to_owned());
+    let said = shape.media_type.or(header.filter(|h| MANIFEST_TYPES.contains(&h.as_str())));
+    match (said, shape.manifests.is_some(), shape.layers.is_some()) {
+        (Some(said), _, _) if MANIFEST_TYPES.contains(&said.as_str()) => Ok(said),
+        (Some(said), _, _) => {
+            Err(format!("expected an image manifest or index, found media type {:?}", error::printable(&said, 100)))
+        }
+        (None, true, false) => Ok(MANIFEST_TYPES[1].to_owned()),
+        (None, false, true) => Ok(MANIFEST_TYPES[0].to_owned()),
+        (None, _, _) => Err("expected an image manifest or index, found neither manifests nor layers".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn manifest_types() {
+        let of = |header, body: &str| manifest_type(header, body.as_bytes());
+        let [manifest, index, docker, _] = MANIFEST_TYPES.map(str::to_owned);
+        assert_eq!(of(None, r#"{"schemaVersion":2,"layers":[]}"#), Ok(manifest.clone()));
+        assert_eq!(of(Some("application/json"), r#"{"manifests":[]}"#), Ok(index));
+        assert_eq!(of(Some(&format!("{docker}; charset=utf-8")), r#"{"layers":[]}"#), Ok(docker));
+        assert_eq!(of(Some("text/plain"), &format!(r#"{{"mediaType":"{manifest}"}}"#)), Ok(manifest));
+        for bad in [r#"{"schemaVersion":1,"fsLayers":[]}"#, "{}", "[]", "", r#"{"mediaType":"x/y","layers":[]}"#] {
+            assert!(of(None, bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_was_meant_for_one_host_stays_there() {
+        let access = Access {
+            creds: Some("u:p".parse().unwrap()),
+            tls_verify: false,
+            cert_dir: Some("/nonexistent".into()),
+            authfile: Some("/nonexistent".into()),
+            host: Some("r.example".to_owned()),
+            ..Access::default()
+        };
+        let registries = Registries::new(access);
+        let meant = registries.settings("r.example");
+        assert!(!meant.tls_verify && meant.cert_dir.is_some() && (meant.credentials)("x").is_ok());
+        let other = registries.settings("s.example");
+        assert!(other.tls_verify && other.cert_dir.is_none() && (other.credentials)("x").is_err());
+    }
+}

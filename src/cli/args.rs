@@ -1,0 +1,541 @@
+//! The flags as typed, and the help that teaches them. What they mean is decided in `options`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap_complete::Shell;
+
+use super::exit::Exit;
+use super::progress::Mode;
+use crate::commit::{Compression, Pause};
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Yellow.on_default().bold())
+    .usage(AnsiColor::Yellow.on_default().bold())
+    .literal(AnsiColor::Green.on_default())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+const ABOUT: &str = "\
+Saves a running container as an OCI image, without a container daemon.
+
+upperdeck reads what the container changed (the upper directory of its overlay) and the image that it stands on from \
+disk, makes one layer of the changes and puts a new image on top of the base: in a registry, an OCI layout directory or \
+an OCI archive. It works for containers of containerd (Kubernetes, nerdctl, ctr), CRI-O, Podman and Docker, and for any \
+process whose root is an overlay.";
+
+/// The exit codes as text, one a line.
+fn exit_codes() -> String {
+    Exit::TABLE
+        .map(|(exit, meaning)| format!("  {:<4} {meaning}\n", exit.code()))
+        .concat()
+}
+
+fn after_help() -> String {
+    format!(
+        "\
+Examples:
+  upperdeck ps
+      What can be saved on this node.
+  upperdeck commit jupyter/notebook-0 registry.example.org/alice/notebook:monday
+      Save a pod's only container to a registry.
+  upperdeck commit 3f2a oci:/srv/images/notebook:monday
+      Save the container whose ID begins with 3f2a to an OCI layout directory.
+
+CONTAINER:
+  An ID or a unique beginning of one; a name (Docker, Podman, nerdctl); NAMESPACE/POD[/CONTAINER]; pid:N.
+
+Exit codes:
+{}
+Environment:
+  UPPERDECK_HOST_ROOT, UPPERDECK_CONTAINERD_ROOT, UPPERDECK_CONTAINERD_STATE, UPPERDECK_DOCKER_ROOT,
+  UPPERDECK_STORAGE_ROOT, UPPERDECK_STORAGE_RUNROOT, UPPERDECK_LOG
+      As the flags of the same name.
+  SOURCE_DATE_EPOCH
+      As --timestamp of commit and layer.
+  REGISTRY_AUTH_FILE, DOCKER_CONFIG, XDG_RUNTIME_DIR
+      Where credentials for registries are looked for.
+  NO_COLOR
+      No colours in the help and the bar.",
+        exit_codes()
+    )
+}
+
+/// The command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "upperdeck",
+    version,
+    about = "Saves a running container as an OCI image, without a container daemon",
+    long_about = ABOUT,
+    after_long_help = after_help(),
+    after_help = "'upperdeck --help' has examples, exit codes and the environment; 'upperdeck VERB --help' teaches a verb.",
+    styles = STYLES,
+    propagate_version = true,
+    max_term_width = 100
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub(super) global: Global,
+    #[command(subcommand)]
+    pub(super) verb: Verb,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Global {
+    /// Find everything of the node below DIR (an agent in a pod sees its node's files there)
+    #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_HOST_ROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
+    pub(super) host_root: Option<PathBuf>,
+    /// containerd's "root" [usually /var/lib/containerd, and k3s' and RKE2's]
+    #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_CONTAINERD_ROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
+    pub(super) containerd_root: Option<PathBuf>,
+    /// containerd's "state" [usually /run/containerd, and k3s' and RKE2's]
+    #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_CONTAINERD_STATE", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
+    pub(super) containerd_state: Option<PathBuf>,
+    /// Docker's "data-root" [usually /var/lib/docker]
+    #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_DOCKER_ROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
+    pub(super) docker_root: Option<PathBuf>,
+    /// "graphroot" of Podman and CRI-O [usually /var/lib/containers/storage]
+    #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_STORAGE_ROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
+    pub(super) storage_root: Option<PathBuf>,
+    /// "runroot" of Podman and CRI-O [usually /run/containers/storage]
+    #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_STORAGE_RUNROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
+    pub(super) storage_runroot: Option<PathBuf>,
+    /// What to log on stderr: error, warn, info, debug, trace, or a filter such as upperdeck::registry=debug
+    #[arg(long, global = true, value_name = "FILTER", env = "UPPERDECK_LOG", hide_env_values = true, help_heading = LOGGING)]
+    pub(super) log: Option<String>,
+    /// Log more, whatever --log says; twice for much more
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = LOGGING)]
+    pub(super) verbose: u8,
+}
+
+const STATE: &str = "Where runtimes keep their state";
+const LOGGING: &str = "Logging";
+const CONTENT: &str = "What goes into the layer";
+const METADATA: &str = "What the image says";
+const REGISTRY: &str = "Registry";
+const REPORT: &str = "Report";
+const LIMITS: &str = "Limits against hostile trees";
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// List the containers on this node that can be saved
+    #[command(after_long_help = PS_HELP)]
+    Ps(Ps),
+    /// Show base, layers, size of the changes and what will not be saved
+    #[command(after_long_help = INSPECT_HELP)]
+    Inspect(Inspect),
+    /// List what the container changed: A added, C changed, D deleted
+    #[command(after_long_help = DIFF_HELP)]
+    Diff(Diff),
+    /// Save a running container as an image
+    #[command(after_long_help = commit_help())]
+    Commit(Box<Commit>),
+    /// Make only the layer, from directories
+    #[command(after_long_help = LAYER_HELP)]
+    Layer(Layer),
+    /// Check a layer or an image against a specification
+    #[command(after_long_help = VALIDATE_HELP)]
+    Validate(Validate),
+    /// Make a container, work in it, save it, unpack it, compare; then once more
+    #[command(after_long_help = DEMO_HELP)]
+    Demo,
+    /// Print shell completions
+    #[command(after_long_help = COMPLETIONS_HELP)]
+    Completions {
+        /// For which shell
+        shell: Shell,
+    },
+    /// Print the man page, or write the pages of all verbs to a directory
+    #[command(
+        after_long_help = "Examples:\n  upperdeck man | man -l -\n  upperdeck man /usr/local/share/man/man1"
+    )]
+    Man {
+        /// Where to write upperdeck.1, upperdeck-commit.1, ...; must exist
+        #[arg(value_hint = ValueHint::DirPath)]
+        dir: Option<PathBuf>,
+    },
+}
+
+/// `--format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// For people
+    Table,
+    /// For programs; fields are only ever added
+    Json,
+}
+
+const PS_HELP: &str = "\
+Examples:
+  upperdeck ps
+  upperdeck ps --format json | jq -r '.[] | select(.pod.namespace == \"jupyter\") | .id'
+
+JSON: an array of objects with
+  runtime      containerd, docker, podman, crio or process
+  id           full ID
+  names        names, best first (Docker, Podman, nerdctl)
+  namespace    containerd's namespace, or null
+  pod          {namespace, name, container, uid}, or null
+  image        name of the image as the runtime recorded it, or null
+  pid          first process
+  upper_bytes  allocated bytes of the upper directory, or null where it cannot be read";
+
+#[derive(Debug, Args)]
+pub(super) struct Ps {
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    /// Print IDs in full
+    #[arg(long)]
+    pub(super) no_trunc: bool,
+}
+
+const INSPECT_HELP: &str = "\
+Examples:
+  upperdeck inspect jupyter/notebook-0
+  upperdeck inspect --format json 3f2a | jq .base.layers
+
+JSON: one object with the fields of 'ps' and
+  base         {name, manifest_digest, config_digest, proof, layers}, or null when it could not be proven;
+               a layer: {diff_id, chain_id, digest, size, media_type, lower, local}
+  base_error   why it could not be proven, or null
+  upper        {path, bytes, entries}
+  uid_map, gid_map
+               [{inside, outside, count}]; empty without a user namespace
+  not_saved    mounts whose content does not belong to the image: [{destination, kind, source, volume}]
+Paths are text: a byte that is not UTF-8 is \\xNN, a control character \\u{N}, a backslash \\\\.";
+
+#[derive(Debug, Args)]
+pub(super) struct Inspect {
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    pub(super) container: String,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    /// The image that a pid:N stands on
+    #[arg(long, value_name = "IMAGE")]
+    pub(super) base: Option<String>,
+}
+
+const DIFF_HELP: &str = "\
+Examples:
+  upperdeck diff jupyter/notebook-0
+  upperdeck diff --format json 3f2a | jq -r '.[] | select(.change == \"D\") | .path'
+
+JSON: an array of {change, path}; change is A, C or D. Paths are text: a byte that is not UTF-8 is \\xNN, a control
+character \\u{N}, a backslash \\\\.
+What 'commit' leaves out (mounts, credentials, caches) is not listed.";
+
+#[derive(Debug, Args)]
+pub(super) struct Diff {
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    pub(super) container: String,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+}
+
+fn commit_help() -> String {
+    format!(
+        "\
+DESTINATION:
+  [docker://]HOST[:PORT]/REPOSITORY[:TAG]   a registry; nothing is spooled to disk
+  oci:DIRECTORY[:TAG]                       an OCI layout; made if it is not there, other tags in it stay
+  oci-archive:FILE[:TAG]                    an OCI layout as one tar file
+  Without a TAG: latest. The tag appears last of all: a save that fails leaves nothing visible.
+
+Examples:
+  upperdeck commit jupyter/notebook-0 registry.example.org/alice/notebook:monday
+  upperdeck commit -m 'with pandas' -c 'ENV MPLBACKEND=Agg' -c 'CMD [\"jupyter\",\"lab\"]' 3f2a oci:/srv/images:a
+  upperdeck commit --creds-file /run/secrets/robot --metadata-file save.json web harbor.example.org/web/app:1
+  upperdeck commit --base oci:/srv/bases:debian pid:4242 oci-archive:/tmp/it.tar
+  SOURCE_DATE_EPOCH=0 upperdeck commit --pause none --progress json web localhost:5000/web:1
+
+--change takes what 'docker commit' takes: CMD, ENTRYPOINT, ENV, EXPOSE, HEALTHCHECK, LABEL, ONBUILD, STOPSIGNAL,
+  USER, VOLUME and WORKDIR, in shell and JSON form, with $VARIABLES of the image's ENV. ENTRYPOINT without a CMD beside
+  it clears the base's CMD, as in a Dockerfile. Nothing of the running container's environment gets into the image.
+
+Left out, with a report: everything mounted into the container, what the runtime put there, and by default credentials
+  (.ssh, .netrc, .aws, .docker/config.json, histories, ...) and caches (.cache/pip, /tmp, ...).
+
+stdout carries the result: HOST/REPOSITORY@sha256:... (or the layout with the digest). With --progress json it carries
+  JSON lines instead, each {{\"version\":1,\"time\":RFC 3339,\"event\":NAME,...}}:
+  phase          phase: locating, scanning, streaming, base, finishing
+  progress       bytes_done, bytes_total (of the tar; known before the first byte is read), bytes_sent, entries_total
+  base_progress  layer (0 is the bottom), layers, bytes_done, bytes_total (0: not known)
+  warning        code, message
+  paused         pause_ms
+  saved          reference, digest                           always the last line of a save that succeeded
+  failed         exit, code, message, retryable              always the last line of one that did not
+  New events and fields may come; 'version' grows when one changes its meaning or goes away.
+
+Exit codes:
+{}",
+        exit_codes()
+    )
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Commit {
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    pub(super) container: String,
+    /// HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
+    pub(super) destination: String,
+
+    /// Who made it: in the history entry and the config
+    #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
+    pub(super) author: Option<String>,
+    /// Comment of the history entry
+    #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
+    pub(super) message: Option<String>,
+    /// Apply a Dockerfile directive to the image's settings; may be repeated
+    #[arg(short, long, value_name = "DIRECTIVE", allow_hyphen_values = true, help_heading = METADATA)]
+    pub(super) change: Vec<String>,
+    /// Set a label; may be repeated
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
+    pub(super) label: Vec<(String, String)>,
+    /// Set an annotation of the manifest; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
+    pub(super) annotation: Vec<(String, String)>,
+    /// The image that the container stands on, for pid:N: oci:DIR[:TAG], oci-archive:FILE[:TAG] or HOST/REPOSITORY[:TAG]
+    #[arg(long, value_name = "IMAGE", help_heading = METADATA)]
+    pub(super) base: Option<String>,
+
+    /// What becomes of the container while its files are read
+    #[arg(short, long, value_enum, default_value_t = Pause::Full, value_name = "HOW")]
+    pub(super) pause: Pause,
+    /// The longest that the container may stand still, e.g. 30s
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(super) max_pause: Option<Duration>,
+
+    #[command(flatten)]
+    pub(super) content: Content,
+    #[command(flatten)]
+    pub(super) registry: Registry,
+
+    /// Write all figures of the save to FILE, as JSON
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]
+    pub(super) metadata_file: Option<PathBuf>,
+    /// Write the digest of the manifest to FILE
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]
+    pub(super) digestfile: Option<PathBuf>,
+    /// Print the result and nothing else
+    #[arg(short, long, conflicts_with = "progress", help_heading = REPORT)]
+    pub(super) quiet: bool,
+    /// How to show what happens
+    #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW", help_heading = REPORT)]
+    pub(super) progress: Mode,
+}
+
+/// What `commit` and `layer` share: what goes into the layer, and how it is made.
+#[derive(Debug, Args)]
+pub(super) struct Content {
+    /// How the layer is compressed
+    #[arg(long, value_enum, default_value_t = Compression::Gzip, value_name = "CODEC", help_heading = CONTENT)]
+    pub(super) compression: Compression,
+    /// Level of the codec: gzip 1 to 9, zstd 1 to 19
+    #[arg(long, value_name = "N", help_heading = CONTENT)]
+    pub(super) compression_level: Option<u32>,
+    /// Threads; the result is the same for any number [default: all cores]
+    #[arg(short, long, value_name = "N", help_heading = CONTENT)]
+    pub(super) jobs: Option<NonZeroUsize>,
+    /// Leave out what matches, e.g. 'home/*/scratch' or '**/*.pyc'; may be repeated
+    #[arg(long, value_name = "PATTERN", help_heading = CONTENT)]
+    pub(super) exclude: Vec<String>,
+    /// Keep credentials and histories (.ssh, .netrc, .aws, ...)
+    #[arg(long, help_heading = CONTENT)]
+    pub(super) include_credentials: bool,
+    /// Keep caches (.cache/pip, var/cache/apt/archives, /tmp, ...)
+    #[arg(long, help_heading = CONTENT)]
+    pub(super) include_caches: bool,
+    /// No time in the result is later than this, in seconds since 1970; it is the image's time of creation, too
+    #[arg(long, value_name = "SECONDS", env = "SOURCE_DATE_EPOCH", hide_env_values = true, allow_negative_numbers = true, help_heading = CONTENT)]
+    pub(super) timestamp: Option<i64>,
+    /// Most entries that a tree may have
+    #[arg(long, value_name = "N", help_heading = LIMITS)]
+    pub(super) max_entries: Option<u64>,
+    /// Most levels of directories
+    #[arg(long, value_name = "N", help_heading = LIMITS)]
+    pub(super) max_depth: Option<u32>,
+    /// Largest sum of file sizes, e.g. 500G
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
+    pub(super) max_size: Option<u64>,
+    /// Most bytes in the holes of sparse files, e.g. 64G
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
+    pub(super) max_holes: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Registry {
+    /// Credentials file, as 'podman login' and 'docker login' write it
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REGISTRY)]
+    pub(super) authfile: Option<PathBuf>,
+    /// Credentials for the destination. Other users of this machine can see them: prefer --creds-file
+    #[arg(long, value_name = "USER:PASSWORD", help_heading = REGISTRY)]
+    pub(super) creds: Option<String>,
+    /// File with USER:PASSWORD for the destination
+    #[arg(long, value_name = "FILE", conflicts_with = "creds", value_hint = ValueHint::FilePath, help_heading = REGISTRY)]
+    pub(super) creds_file: Option<PathBuf>,
+    /// Open descriptor to read USER:PASSWORD for the destination from
+    #[arg(long, value_name = "N", conflicts_with_all = ["creds", "creds_file"], help_heading = REGISTRY)]
+    pub(super) creds_fd: Option<u32>,
+    /// Whether the destination's certificate is checked; false also allows plain HTTP
+    #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, help_heading = REGISTRY)]
+    pub(super) tls_verify: bool,
+    /// Directory with *.crt of further authorities, and *.cert with *.key of this client
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = REGISTRY)]
+    pub(super) cert_dir: Option<PathBuf>,
+}
+
+const LAYER_HELP: &str = "\
+Examples:
+  upperdeck layer --upper /srv/o/upper --lower /srv/o/lower2 --lower /srv/o/lower1 -o layer.tar.gz
+  upperdeck layer --upper upper --compression none -o layer.tar | jq -r .diffID
+
+stdout carries one JSON object: the descriptor (mediaType, digest, size) and diffID.
+Without --lower, what is deleted in a lower directory that is not known is written as the upper says it.";
+
+#[derive(Debug, Args)]
+pub(super) struct Layer {
+    /// The upper directory of an overlay
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(super) upper: PathBuf,
+    /// A lower directory, topmost first; may be repeated
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(super) lower: Vec<PathBuf>,
+    /// The overlay keeps its marks in user.overlay.* (mount option userxattr)
+    #[arg(long)]
+    pub(super) userxattr: bool,
+    /// Where the layer goes
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(super) output: PathBuf,
+    #[command(flatten)]
+    pub(super) content: Content,
+}
+
+const VALIDATE_HELP: &str = "\
+Examples:
+  upperdeck validate layer.tar.gz --against fixtures/whiteouts/expected
+  upperdeck validate oci:/srv/images:monday --against fixtures/whiteouts/expected
+
+Names the first entries that differ and ends with 1 when any does.";
+
+#[derive(Debug, Args)]
+pub(super) struct Validate {
+    /// A layer (tar, gzip, zstd) or an image (oci:DIRECTORY[:TAG], oci-archive:FILE[:TAG])
+    #[arg(value_name = "IMAGE|LAYER")]
+    pub(super) subject: String,
+    /// What it has to hold
+    #[arg(long, value_name = "SPEC", value_hint = ValueHint::FilePath)]
+    pub(super) against: PathBuf,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+}
+
+const DEMO_HELP: &str = "\
+Needs nothing but Linux: root, or a user namespace where the kernel lets. Everything is made in a temporary directory
+and is gone afterwards; no registry, no daemon and no network are used.";
+
+const COMPLETIONS_HELP: &str = "\
+Examples:
+  upperdeck completions bash > /etc/bash_completion.d/upperdeck
+  upperdeck completions zsh > \"${fpath[1]}/_upperdeck\"
+  upperdeck completions fish > ~/.config/fish/completions/upperdeck.fish";
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE".to_owned()),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let parsed = text
+        .parse::<jiff::SignedDuration>()
+        .ok()
+        .and_then(|duration| Duration::try_from(duration).ok());
+    parsed
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| "expected a duration such as 500ms, 30s or 2m".to_owned())
+}
+
+/// Bytes: a number with K, M, G or T (powers of 1024; `KiB` and `kB` mean the same here).
+fn size(text: &str) -> Result<u64, String> {
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let unit = unit.trim_start().to_ascii_uppercase();
+    let unit = unit
+        .strip_suffix("IB")
+        .or(unit.strip_suffix('B'))
+        .unwrap_or(&unit);
+    let shift = ["", "K", "M", "G", "T", "P"]
+        .iter()
+        .position(|known| *known == unit);
+    let value = number
+        .parse::<u64>()
+        .ok()
+        .zip(shift)
+        .and_then(|(number, shift)| number.checked_mul(1 << (10 * shift)));
+    value.ok_or_else(|| "expected a size such as 4096, 500M, 64G or 4T".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn clap_finds_no_contradiction() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_durations() {
+        for (text, expected) in [
+            ("0", Some(0)),
+            ("4096", Some(4096)),
+            ("1k", Some(1024)),
+            ("64GiB", Some(64 << 30)),
+            ("4 TB", Some(4 << 40)),
+            ("99999999P", None),
+            ("x", None),
+            ("1.5G", None),
+            ("-1", None),
+            ("1X", None),
+            ("", None),
+        ] {
+            assert_eq!(size(text).ok(), expected, "{text}");
+        }
+        for (text, expected) in [
+            ("500ms", Some(500)),
+            ("2m", Some(120_000)),
+            ("1m30s", Some(90_000)),
+            ("0s", None),
+            ("-1s", None),
+            ("5", None),
+            ("", None),
+        ] {
+            assert_eq!(
+                duration(text).ok(),
+                expected.map(Duration::from_millis),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_verb_teaches() {
+        for verb in Cli::command().get_subcommands() {
+            let help = verb.clone().render_long_help().to_string();
+            let taught = help.contains("Examples:") || verb.get_name() == "demo";
+            assert!(taught, "{} has no examples", verb.get_name());
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! The one place where an error becomes an exit code, so that scripts can rely on it.
+
+use std::io;
+use std::process::ExitCode;
+
+use crate::cancel::Cancelled;
+use crate::commit;
+
+/// How the program ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done; for `commit`: the image is at the destination under its tag.
+    Saved = 0,
+    /// Failed for good: trying again without changing something will not help.
+    Failed = 1,
+    /// The command line is wrong.
+    Usage = 2,
+    /// There is no such container, or it ended.
+    NoContainer = 66,
+    /// The base image could not be proven, or is nowhere to be had.
+    Base = 69,
+    /// Worth retrying: registry unreachable, 5xx, 429.
+    Retry = 75,
+    /// Not permitted: credentials, quota, policy, a missing capability.
+    NotPermitted = 77,
+    /// Cancelled by SIGINT or SIGTERM; the container runs.
+    Cancelled = 130,
+}
+
+impl Exit {
+    /// All of them with their meaning, for the help and the man page.
+    pub const TABLE: [(Self, &'static str); 8] = [
+        (Self::Saved, "saved (or done)"),
+        (Self::Failed, "failed for good"),
+        (Self::Usage, "usage: the command line is wrong"),
+        (Self::NoContainer, "no such container, or it ended"),
+        (Self::Base, "base image unproven or unavailable"),
+        (
+            Self::Retry,
+            "failed, worth retrying (registry unreachable, 5xx, 429)",
+        ),
+        (
+            Self::NotPermitted,
+            "not permitted (credentials, quota, policy, missing capability)",
+        ),
+        (Self::Cancelled, "cancelled"),
+    ];
+
+    /// The number.
+    pub fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// From the number that a module's error names; one that is in no table is a plain failure.
+    pub fn from_code(code: u8) -> Self {
+        Self::TABLE
+            .iter()
+            .map(|(exit, _)| *exit)
+            .find(|exit| exit.code() == code)
+            .unwrap_or(Self::Failed)
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit.code())
+    }
+}
+
+/// A request that cannot be meant: what clap cannot see by itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// An error as scripts see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Exit code.
+    pub exit: Exit,
+    /// Stable word in snake case, for the `failed` event.
+    pub code: &'static str,
+    /// Whether the same call may succeed later.
+    pub retryable: bool,
+}
+
+impl Failure {
+    const fn new(exit: Exit, code: &'static str) -> Self {
+        Self {
+            exit,
+            code,
+            retryable: matches!(exit, Exit::Retry),
+        }
+    }
+
+    /// What `error` means: the outermost cause of a type that is known here decides. A typed error has to be a cause
+    /// (`?`, `#[source]`); one that was only attached with `context` is text.
+    pub fn of(error: &anyhow::Error) -> Self {
+        error
+            .chain()
+            .find_map(Self::of_cause)
+            .unwrap_or(Self::new(Exit::Failed, "failed"))
+    }
+
+    /// By type and by what the type says of itself, never by its text.
+    fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Self> {
+        if cause.is::<Cancelled>() {
+            return Some(Self::new(Exit::Cancelled, "cancelled"));
+        }
+        if cause.is::<Usage>() {
+            return Some(Self::new(Exit::Usage, "usage"));
+        }
+        if let Some(error) = cause.downcast_ref::<commit::Error>() {
+            let exit = match error.kind() {
+                commit::Kind::Final => Exit::Failed,
+                commit::Kind::Usage => Exit::Usage,
+                commit::Kind::ContainerGone => Exit::NoContainer,
+                commit::Kind::BaseUnproven => Exit::Base,
+                commit::Kind::Retryable => Exit::Retry,
+                commit::Kind::NotPermitted => Exit::NotPermitted,
+                commit::Kind::Cancelled => Exit::Cancelled,
+            };
+            return Some(Self::new(exit, error.code()));
+        }
+        // Last, as modules wrap it with more knowledge.
+        let error = cause.downcast_ref::<io::Error>()?;
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                Some(Self::new(Exit::NotPermitted, "permission_denied"))
+            }
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Some(Self::new(Exit::Failed, "no_space"))
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+    use crate::manifest;
+
+    #[test]
+    fn codes_are_those_of_the_design() {
+        let codes: Vec<u8> = Exit::TABLE.iter().map(|(exit, _)| exit.code()).collect();
+        assert_eq!(codes, [0, 1, 2, 66, 69, 75, 77, 130]);
+        assert_eq!(Exit::from_code(66), Exit::NoContainer);
+        assert_eq!(Exit::from_code(200), Exit::Failed);
+    }
+
+    #[test]
+    fn the_type_decides_not_the_text() {
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        for (error, exit, code) in [
+            (anyhow!("usage: cancelled"), Exit::Failed, "failed"),
+            (
+                anyhow::Error::new(Cancelled).context("while saving"),
+                Exit::Cancelled,
+                "cancelled",
+            ),
+            (anyhow::Error::new(Usage("x".into())), Exit::Usage, "usage"),
+            (
+                anyhow::Error::new(commit::Error::from(manifest::Error::Time(1))).context("assembling"),
+                Exit::Usage,
+                "usage",
+            ),
+            (
+                anyhow::Error::new(commit::Error::from(manifest::Error::ConfigType("x".into()))),
+                Exit::Base,
+                "base_unproven",
+            ),
+            (
+                anyhow::Error::new(commit::Error::from(manifest::Error::TooManyLayers(128))),
+                Exit::Failed,
+                "internal",
+            ),
+            (
+                anyhow::Error::new(denied()).context("opening /x"),
+                Exit::NotPermitted,
+                "permission_denied",
+            ),
+        ] {
+            let failure = Failure::of(&error);
+            assert_eq!((failure.exit, failure.code), (exit, code), "{error:?}");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! From flags as typed to options as meant: defaults, files and descriptors read, contradictions refused.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use zeroize::Zeroizing;
+
+use super::args;
+use super::exit::Usage;
+use crate::commit::{self, Rules};
+use crate::container::{ContainerdRoot, Roots, StorageRoot};
+use crate::destination::Target;
+use crate::registry::credentials::{Credentials, CredentialsError};
+use crate::registry;
+use crate::scan::Caps;
+
+/// A credentials file is one line; what is larger is another file.
+const MAX_CREDS: u64 = 64 << 10;
+
+/// Everything for `commit`.
+#[derive(Clone, Debug)]
+pub struct Commit {
+    /// What to save, and how.
+    pub options: commit::Options,
+    /// How registries are reached.
+    pub access: registry::Access,
+}
+
+/// Where runtimes keep their state, from the global flags. What is not named is looked for in the usual places.
+pub(super) fn roots(global: &args::Global) -> Roots {
+    let or = |path: &Option<PathBuf>, usual: &str| path.clone().unwrap_or_else(|| usual.into());
+    let mut roots = Roots { host_root: global.host_root.clone(), ..Roots::default() };
+    // Naming one half of a pair leaves the other where the system has it.
+    if global.containerd_state.is_some() || global.containerd_root.is_some() {
+        roots.containerd = vec![ContainerdRoot {
+            state: or(&global.containerd_state, "/run/containerd"),
+            root: or(&global.containerd_root, "/var/lib/containerd"),
+        }];
+    }
+    if let Some(docker) = &global.docker_root {
+        roots.docker = vec![docker.clone()];
+    }
+    if global.storage_root.is_some() || global.storage_runroot.is_some() {
+        roots.storage = vec![StorageRoot {
+            root: or(&global.storage_root, "/var/lib/containers/storage"),
+            runroot: or(&global.storage_runroot, "/run/containers/storage"),
+        }];
+    }
+    roots
+}
+
+/// What goes into a layer, from the flags of `commit` and `layer`.
+pub(super) fn rules(content: &args::Content) -> Rules {
+    let usual = Caps::default();
+    Rules {
+        exclude: content.exclude.clone(),
+        include_credentials: content.include_credentials,
+        include_caches: content.include_caches,
+        caps: Caps {
+            entries: content.max_entries.unwrap_or(usual.entries),
+            depth: content.max_depth.unwrap_or(usual.depth),
+            bytes: content.max_size.unwrap_or(usual.bytes),
+            holes: content.max_holes.unwrap_or(usual.holes),
+        },
+    }
+}
+
+/// The level, if the codec has it.
+pub(super) fn level(content: &args::Content) -> Result<u32, Usage> {
+    let levels = content.compression.levels();
+    let level = content.compression_level.unwrap_or_else(|| content.compression.default_level());
+    if levels.contains(&level) {
+        return Ok(level);
+    }
+    let (first, last) = (levels.start(), levels.end());
+    Err(Usage(format!("--compression-level {level}: this codec has {first} to {last}")))
+}
+
+impl Commit {
+    /// Reads the credentials, so that all that can be wrong with the command line is found before anything begins.
+    pub(super) fn new(args: args::Commit) -> anyhow::Result<Self> {
+        let level = level(&args.content)?;
+        let creds = creds(&args.registry)?;
+        let rules = rules(&args.content);
+        let target = Target::for_saving(&args.destination).ok();
+        let options = commit::Options {
+            container: args.container,
+            destination: args.destination,
+            author: args.author,
+            message: args.message,
+            changes: args.change,
+            labels: args.label,
+            annotations: args.annotation,
+            pause: args.pause,
+            max_pause: args.max_pause,
+            compression: args.content.compression,
+            level,
+            jobs: args.content.jobs.map(Into::into),
+            rules,
+            base: args.base,
+            timestamp: args.content.timestamp,
+            metadata_file: args.metadata_file,
+            digestfile: args.digestfile,
+        };
+        let access = registry::Access {
+            authfile: args.registry.authfile,
+            creds,
+            tls_verify: args.registry.tls_verify,
+            cert_dir: args.registry.cert_dir,
+            // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
+            host: match target {
+                Some(Target::Registry(reference)) => Some(reference.host),
+                _ => None,
+            },
+            ..registry::Access::default()
+        };
+        Ok(Self { options, access })
+    }
+}
+
+fn creds(registry: &args::Registry) -> anyhow::Result<Option<Credentials>> {
+    let text = match (&registry.creds, &registry.creds_file, registry.creds_fd) {
+        (Some(creds), ..) => Zeroizing::new(creds.clone()),
+        (None, Some(file), _) => read_creds(file)?,
+        (None, None, Some(fd)) => read_creds(Path::new(&format!("/dev/fd/{fd}")))?,
+        (None, None, None) => return Ok(None),
+    };
+    // The error does not show what was given: it may be the password alone.
+    text.parse().map(Some).map_err(|error: CredentialsError| Usage(error.to_string()).into())
+}
+
+/// The first line of a file or descriptor.
+fn read_creds(path: &Path) -> anyhow::Result<Zeroizing<String>> {
+    let context = || format!("cannot read credentials from {}", super::text::path(path));
+    let file = File::open(path).with_context(context)?;
+    // Large enough from the start: growing would leave copies behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_CREDS as usize + 1));
+    file.take(MAX_CREDS + 1)
+        .read_to_end(&mut bytes)
+        .with_context(context)?;
+    if bytes.len() as u64 > MAX_CREDS {
+        return Err(Usage(format!(
+            "{} is no credentials file: it is larger than {MAX_CREDS} bytes",
+            super::text::path(path)
+        ))
+        .into());
+    }
+    let line = bytes
+        .split(|byte| *byte == b'\n')
+        .next()
+        .unwrap_or_default();
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    let text = std::str::from_utf8(line)
+        .map_err(|_| Usage(format!("{} is not text", super::text::path(path))))?;
+    Ok(Zeroizing::new(text.to_owned()))
+}

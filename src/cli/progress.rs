@@ -1,0 +1,480 @@
+//! What a save shows while it runs: a bar for people at a terminal, sparse lines for logs, JSON lines for programs.
+
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
+
+use super::text::escaped;
+use crate::job::{EVENT_VERSION, Event, Observer, Phase};
+
+/// Between two JSON lines about bytes.
+const JSON_EVERY: Duration = Duration::from_millis(100);
+/// Between two plain lines about bytes.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// `--progress`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// A bar on a terminal, else a line now and then; on stderr.
+    Auto,
+    /// A bar on a terminal, even beside log lines.
+    Bar,
+    /// One JSON object a line, on stdout.
+    Json,
+    /// Warnings only, on stderr.
+    None,
+}
+
+/// The observer for a mode. `quiet` shows nothing at all, `verbose` says that log lines share the terminal.
+pub(super) fn observer(mode: Mode, quiet: bool, verbose: bool) -> Box<dyn Observer> {
+    match mode {
+        Mode::Json => Box::new(Json::new(io::stdout(), JSON_EVERY)),
+        _ if quiet => Box::new(()),
+        Mode::None => Box::new(Lines::new(io::stderr(), None)),
+        // Without a terminal the bar would swallow the warnings; log lines would tear it.
+        Mode::Auto | Mode::Bar
+            if !io::stderr().is_terminal() || (verbose && mode == Mode::Auto) =>
+        {
+            Box::new(Lines::new(io::stderr(), Some(LINE_EVERY)))
+        }
+        Mode::Auto | Mode::Bar => Box::new(Bar::new()),
+    }
+}
+
+fn phase_text(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Locating => "finding the container and its base image",
+        Phase::Scanning => "reading the upper directory",
+        Phase::Streaming => "saving",
+        Phase::Base => "delivering base layers",
+        Phase::Finishing => "delivering config, manifest and tag",
+    }
+}
+
+fn warning_text(code: &str, message: &str) -> String {
+    format!("warning: {} ({})", escaped(message), escaped(code))
+}
+
+/// Runs `use_it` on what a mutex guards; a panic of another thread does not stop the telling.
+fn with<T, R>(mutex: &Mutex<T>, use_it: impl FnOnce(&mut T) -> R) -> R {
+    use_it(&mut mutex.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// JSON lines: `{"version":1,"time":"…","event":"…",…}`.
+struct Json<W> {
+    state: Mutex<JsonState<W>>,
+    every: Duration,
+}
+
+struct JsonState<W> {
+    out: W,
+    /// When the last line about bytes was written.
+    last: Option<Instant>,
+}
+
+impl<W: Write + Send> Json<W> {
+    fn new(out: W, every: Duration) -> Self {
+        Self {
+            state: Mutex::new(JsonState { out, last: None }),
+            every,
+        }
+    }
+}
+
+#[derive(serde::Serialize)]
+struct Line<'a> {
+    version: u32,
+    time: String,
+    #[serde(flatten)]
+    event: &'a Event,
+}
+
+/// One event as a line, without the newline. `time` is RFC 3339, UTC.
+fn json_line(event: &Event, time: jiff::Timestamp) -> serde_json::Result<String> {
+    serde_json::to_string(&Line {
+        version: EVENT_VERSION,
+        time: format!("{time:.3}"),
+        event,
+    })
+}
+
+impl<W: Write + Send> Observer for Json<W> {
+    fn event(&self, event: Event) {
+        with(&self.state, |state| {
+            let frequent = match event {
+                Event::Progress {
+                    bytes_done,
+                    bytes_total,
+                    ..
+                } => bytes_done < bytes_total,
+                Event::BaseProgress {
+                    bytes_done,
+                    bytes_total,
+                    ..
+                } => bytes_done < bytes_total || bytes_total == 0,
+                _ => false,
+            };
+            if frequent && state.last.is_some_and(|last| last.elapsed() < self.every) {
+                return;
+            }
+            if frequent {
+                state.last = Some(Instant::now());
+            }
+            if let Ok(line) = json_line(&event, jiff::Timestamp::now()) {
+                // A reader that is gone does not stop the save.
+                let _ = writeln!(state.out, "{line}").and_then(|()| state.out.flush());
+            }
+        });
+    }
+}
+
+/// Plain lines. Without an interval only warnings.
+struct Lines<W> {
+    state: Mutex<LinesState<W>>,
+    every: Option<Duration>,
+}
+
+struct LinesState<W> {
+    out: W,
+    last: Instant,
+}
+
+impl<W: Write + Send> Lines<W> {
+    fn new(out: W, every: Option<Duration>) -> Self {
+        Self {
+            state: Mutex::new(LinesState {
+                out,
+                last: Instant::now(),
+            }),
+            every,
+        }
+    }
+}
+
+impl<W: Write + Send> Observer for Lines<W> {
+    fn event(&self, event: Event) {
+        with(&self.state, |state| {
+            let line = match (event, self.every) {
+                (Event::Warning { code, message }, _) => warning_text(&code, &message),
+                (Event::Phase { phase }, Some(_)) => {
+                    state.last = Instant::now();
+                    phase_text(phase).to_owned()
+                }
+                (Event::Paused { pause_ms }, Some(_)) => {
+                    format!("the container stood still for {pause_ms:.1} ms")
+                }
+                (
+                    Event::Progress {
+                        bytes_done,
+                        bytes_total,
+                        bytes_sent,
+                        ..
+                    },
+                    Some(every),
+                ) if state.last.elapsed() >= every => {
+                    state.last = Instant::now();
+                    let percent = bytes_done
+                        .saturating_mul(100)
+                        .checked_div(bytes_total)
+                        .unwrap_or(100);
+                    let (done, total, sent) = (
+                        HumanBytes(bytes_done),
+                        HumanBytes(bytes_total),
+                        HumanBytes(bytes_sent),
+                    );
+                    format!("{percent} %: {done} of {total} read, {sent} delivered")
+                }
+                (
+                    Event::BaseProgress {
+                        layer,
+                        layers,
+                        bytes_done,
+                        ..
+                    },
+                    Some(every),
+                ) if state.last.elapsed() >= every => {
+                    state.last = Instant::now();
+                    format!(
+                        "base layer {} of {layers}: {}",
+                        layer + 1,
+                        HumanBytes(bytes_done)
+                    )
+                }
+                _ => return,
+            };
+            // stderr that cannot be written to leaves nobody to tell.
+            let _ = writeln!(state.out, "{line}");
+        });
+    }
+}
+
+/// A bar for the layer, and below it one for each base layer on its way (several are at once).
+struct Bar {
+    all: MultiProgress,
+    main: ProgressBar,
+    base: Mutex<BTreeMap<usize, ProgressBar>>,
+}
+
+impl Bar {
+    fn new() -> Self {
+        let all = MultiProgress::new();
+        let main = all.add(ProgressBar::new_spinner());
+        main.enable_steady_tick(Duration::from_millis(120));
+        Self {
+            all,
+            main,
+            base: Mutex::new(BTreeMap::new()),
+        }
+    }
+
+    fn say(&self, line: &str) {
+        // Above the bars; a terminal that is gone leaves nobody to tell.
+        let _ = self.all.println(line);
+    }
+}
+
+/// A template is checked by the tests; should one be wrong, the default style serves.
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("━╸─")
+}
+
+const MAIN: &str = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} eta {eta}";
+const BASE: &str = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
+const BASE_UNKNOWN: &str = "{msg} {bytes} {bytes_per_sec}";
+
+impl Observer for Bar {
+    fn event(&self, event: Event) {
+        match event {
+            Event::Phase { phase } => self.main.set_message(phase_text(phase)),
+            Event::Progress {
+                bytes_done,
+                bytes_total,
+                entries_total,
+                ..
+            } => {
+                if self.main.length() != Some(bytes_total) {
+                    self.main.set_style(style(MAIN));
+                    self.main.set_length(bytes_total);
+                    self.main.reset_eta();
+                    self.main
+                        .set_message(format!("saving {entries_total} entries"));
+                }
+                self.main.set_position(bytes_done);
+            }
+            Event::BaseProgress {
+                layer,
+                layers,
+                bytes_done,
+                bytes_total,
+            } => self.base(layer, layers, bytes_done, bytes_total),
+            Event::Warning { code, message } => self.say(&warning_text(&code, &message)),
+            Event::Paused { pause_ms } => {
+                self.say(&format!("the container stood still for {pause_ms:.1} ms"));
+            }
+            Event::Saved { .. } => {
+                let (bytes, time) = (
+                    HumanBytes(self.main.position()),
+                    HumanDuration(self.main.elapsed()),
+                );
+                self.say(&format!("saved: {bytes} of changes in {time}"));
+                self.clear();
+            }
+            Event::Failed { .. } => self.clear(),
+        }
+    }
+}
+
+impl Bar {
+    fn base(&self, layer: usize, layers: usize, bytes_done: u64, bytes_total: u64) {
+        with(&self.base, |base| {
+            let bar = base.entry(layer).or_insert_with(|| {
+                let template = if bytes_total == 0 { BASE_UNKNOWN } else { BASE };
+                let bar = ProgressBar::new(bytes_total)
+                    .with_style(style(template))
+                    .with_message(format!("base layer {} of {layers}", layer + 1));
+                self.all.add(bar)
+            });
+            bar.set_position(bytes_done);
+            if bytes_total > 0 && bytes_done >= bytes_total {
+                bar.finish_and_clear();
+                base.remove(&layer);
+            }
+        });
+    }
+
+    fn clear(&self) {
+        self.main.finish_and_clear();
+        with(&self.base, |base| {
+            for bar in std::mem::take(base).values() {
+                bar.finish_and_clear();
+            }
+        });
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        // Only the screen: a save that ended early must not leave half a bar behind.
+        self.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::Digest;
+
+    fn progress(bytes_done: u64) -> Event {
+        Event::Progress {
+            bytes_done,
+            bytes_total: 100,
+            bytes_sent: 7,
+            entries_total: 3,
+        }
+    }
+
+    #[test]
+    fn the_schema_of_a_line() -> anyhow::Result<()> {
+        let time: jiff::Timestamp = "2026-01-02T03:04:05.678912Z".parse()?;
+        let at = r#"{"version":1,"time":"2026-01-02T03:04:05.678Z","event":"#;
+        let digest = Digest::of("");
+        for (event, rest) in [
+            (
+                Event::Phase {
+                    phase: Phase::Streaming,
+                },
+                r#""phase","phase":"streaming"}"#.to_owned(),
+            ),
+            (
+                progress(50),
+                r#""progress","bytes_done":50,"bytes_total":100,"bytes_sent":7,"entries_total":3}"#
+                    .to_owned(),
+            ),
+            (
+                Event::BaseProgress {
+                    layer: 0,
+                    layers: 2,
+                    bytes_done: 1,
+                    bytes_total: 0,
+                },
+                r#""base_progress","layer":0,"layers":2,"bytes_done":1,"bytes_total":0}"#
+                    .to_owned(),
+            ),
+            (
+                Event::Warning {
+                    code: "unstable_file".into(),
+                    message: "a\x1b".into(),
+                },
+                r#""warning","code":"unstable_file","message":"a\u001b"}"#.to_owned(),
+            ),
+            (
+                Event::Paused { pause_ms: 1.5 },
+                r#""paused","pause_ms":1.5}"#.to_owned(),
+            ),
+            (
+                Event::Saved {
+                    reference: "h/r".into(),
+                    digest,
+                },
+                format!(r#""saved","reference":"h/r","digest":"{digest}"}}"#),
+            ),
+            (
+                Event::Failed {
+                    exit: 69,
+                    code: "base_unproven".into(),
+                    message: "m".into(),
+                    retryable: false,
+                },
+                r#""failed","exit":69,"code":"base_unproven","message":"m","retryable":false}"#
+                    .to_owned(),
+            ),
+        ] {
+            assert_eq!(json_line(&event, time)?, format!("{at}{rest}"));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn json_thins_progress_and_nothing_else() {
+        let json = Json::new(Vec::new(), Duration::from_secs(3600));
+        for done in [0, 1, 2, 50] {
+            json.event(progress(done));
+        }
+        json.event(Event::Paused { pause_ms: 0.0 });
+        json.event(Event::BaseProgress {
+            layer: 0,
+            layers: 1,
+            bytes_done: 1,
+            bytes_total: 2,
+        });
+        // The last one of a count is never left out.
+        json.event(progress(100));
+        json.event(Event::BaseProgress {
+            layer: 0,
+            layers: 1,
+            bytes_done: 2,
+            bytes_total: 2,
+        });
+        let text = with(&json.state, |state| {
+            String::from_utf8_lossy(&state.out).into_owned()
+        });
+        let events: Vec<serde_json::Value> = text
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect();
+        let seen: Vec<(&str, Option<u64>)> = events
+            .iter()
+            .map(|e| (e["event"].as_str().unwrap_or(""), e["bytes_done"].as_u64()))
+            .collect();
+        let expected = [
+            ("progress", Some(0)),
+            ("paused", None),
+            ("progress", Some(100)),
+            ("base_progress", Some(2)),
+        ];
+        assert_eq!(seen, expected);
+    }
+
+    #[test]
+    fn lines_are_sparse_and_escaped() {
+        let text = |every| {
+            let lines = Lines::new(Vec::new(), every);
+            lines.event(Event::Phase {
+                phase: Phase::Scanning,
+            });
+            lines.event(progress(25));
+            lines.event(Event::Warning {
+                code: "x".into(),
+                message: "bad \x1b]0;name".into(),
+            });
+            lines.event(Event::Paused { pause_ms: 12.34 });
+            with(&lines.state, |state| {
+                String::from_utf8_lossy(&state.out).into_owned()
+            })
+        };
+        let warning = "warning: bad \\u{1b}]0;name (x)\n";
+        assert_eq!(text(None), warning);
+        let pause = "the container stood still for 12.3 ms\n";
+        assert_eq!(
+            text(Some(Duration::from_secs(3600))),
+            format!("reading the upper directory\n{warning}{pause}")
+        );
+        let all = text(Some(Duration::ZERO));
+        assert!(
+            all.contains("25 %: 25 B of 100 B read, 7 B delivered\n"),
+            "{all}"
+        );
+    }
+
+    #[test]
+    fn templates_are_right() {
+        for template in [MAIN, BASE, BASE_UNKNOWN] {
+            assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
+        }
+    }
+}

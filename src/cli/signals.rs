@@ -1,0 +1,63 @@
+//! SIGINT and SIGTERM become a request to stop, so that a frozen container is thawed on the way out.
+
+use std::io;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::exit::Exit;
+use crate::cancel::Cancel;
+
+/// The first signal cancels, the second ends the process at once (the freeze watchdog then thaws).
+pub(super) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
+    let cancel = cancel.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    // Registered here and now: a signal that comes before the thread runs is not lost.
+    let (mut interrupt, mut terminate) = {
+        let _inside = runtime.enter();
+        (
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+        )
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            runtime.block_on(async {
+                loop {
+                    tokio::select! {
+                        _ = interrupt.recv() => {}
+                        _ = terminate.recv() => {}
+                    }
+                    if cancel.is_cancelled() {
+                        std::process::exit(i32::from(Exit::Cancelled.code()));
+                    }
+                    cancel.cancel();
+                }
+            });
+        })?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use nix::sys::signal::{Signal, raise};
+
+    use super::*;
+
+    #[test]
+    fn a_signal_cancels_and_does_not_kill() -> anyhow::Result<()> {
+        let cancel = Cancel::default();
+        cancel_on_signals(&cancel)?;
+        raise(Signal::SIGTERM)?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !cancel.is_cancelled() {
+            anyhow::ensure!(Instant::now() < deadline, "the signal was not heard");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+}

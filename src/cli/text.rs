@@ -1,0 +1,131 @@
+//! Text for people: what comes from a container must not steer the terminal, and columns line up.
+
+use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// `text` without anything that a terminal would obey or hide: control characters, and those that turn the direction
+/// of writing or have no width (names can be made to look like others with them).
+pub(super) fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        let hidden = matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+        if c.is_control() || hidden {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// A path as text: bytes that are not UTF-8 as `\xNN`, a backslash as `\\`, so that each text stands for one path.
+/// Control characters are escaped as well.
+pub(super) fn path(path: &Path) -> String {
+    let mut out = String::new();
+    for chunk in path.as_os_str().as_bytes().utf8_chunks() {
+        out.push_str(&escaped(&chunk.valid().replace('\\', "\\\\")));
+        for byte in chunk.invalid() {
+            // Writing to a String cannot fail.
+            let _ = write!(out, "\\x{byte:02x}");
+        }
+    }
+    out
+}
+
+/// `1.4 MiB`; a dash where the number is not known.
+pub(super) fn bytes(bytes: Option<u64>) -> String {
+    bytes.map_or_else(
+        || "-".to_owned(),
+        |bytes| indicatif::HumanBytes(bytes).to_string(),
+    )
+}
+
+/// Where a column's cells stand.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Align {
+    Left,
+    Right,
+}
+
+/// Rows under a header, two spaces between the columns, nothing behind the last. Cells are escaped here.
+pub(super) fn table(header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| escaped(cell)).collect())
+        .collect();
+    let width = |column: usize| {
+        let cells = rows
+            .iter()
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.chars().count());
+        cells
+            .max()
+            .unwrap_or(0)
+            .max(header[column].0.chars().count())
+    };
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let mut out = String::new();
+    let mut line = |cells: &mut dyn Iterator<Item = &str>| {
+        let mut text = String::new();
+        for ((cell, (_, align)), width) in cells.zip(header).zip(&widths) {
+            let _ = match align {
+                Align::Left => write!(text, "{cell:<width$}  "),
+                Align::Right => write!(text, "{cell:>width$}  "),
+            };
+        }
+        out.push_str(text.trim_end());
+        out.push('\n');
+    };
+    line(&mut header.iter().map(|(name, _)| *name));
+    for row in &rows {
+        line(&mut row.iter().map(String::as_str));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+
+    use super::*;
+
+    #[test]
+    fn nothing_steers_the_terminal() {
+        assert_eq!(
+            escaped("a\x1b[2Jb\n\u{202e}c\u{9b}ü"),
+            "a\\u{1b}[2Jb\\n\\u{202e}c\\u{9b}ü"
+        );
+        assert_eq!(
+            path(Path::new(OsStr::from_bytes(b"a\\x\xff\x1bz"))),
+            "a\\\\x\\xff\\u{1b}z"
+        );
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [
+            vec!["a".to_owned(), "1".to_owned()],
+            vec!["long\n".to_owned(), "22".to_owned()],
+        ];
+        let header = [("NAME", Align::Left), ("N", Align::Right)];
+        assert_eq!(
+            table(&header, &rows),
+            "NAME     N\na        1\nlong\\n  22\n"
+        );
+        assert_eq!(table(&header, &[]), "NAME  N\n");
+        assert_eq!(
+            table(
+                &[("A", Align::Left), ("B", Align::Left)],
+                &[vec!["x".into(), String::new()]]
+            ),
+            "A  B\nx\n"
+        );
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(bytes(None), "-");
+        assert_eq!(bytes(Some(1536)), "1.50 KiB");
+    }
+}

@@ -1,0 +1,234 @@
+//! What each verb does: options in, result on stdout. The work is in the modules that they call.
+
+use std::ffi::OsStr;
+use std::fs::{File, Permissions};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::CommandFactory;
+
+use super::args::{self, Cli, Format};
+use super::exit::{Failure, Usage};
+use super::{options, progress, signals, view, write_stdout};
+use crate::cancel::Cancel;
+use crate::commit;
+use crate::container::{self, Roots};
+use crate::destination::Target;
+use crate::job::{Event, Observer};
+use crate::layer::{self, Plan};
+use crate::overlay::xattr::Namespace;
+use crate::registry::platform::Platform;
+use crate::scan::{self, Kind, Scan};
+use crate::spec::validate::{self, Expected};
+
+/// Prints a result: JSON for programs, else what `table` makes of it.
+fn print<T: serde::Serialize + ?Sized>(
+    format: Format,
+    result: &T,
+    table: impl FnOnce(&T) -> String,
+) -> anyhow::Result<()> {
+    let text = match format {
+        Format::Table => table(result),
+        Format::Json => serde_json::to_string_pretty(result)? + "\n",
+    };
+    Ok(write_stdout(text.as_bytes())?)
+}
+
+pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
+    let listing = container::list(roots);
+    for problem in &listing.problems {
+        tracing::warn!("{problem}");
+    }
+    let views = listing.containers.iter().map(|container| {
+        let usage = scan::usage(&container.overlay.upper).ok();
+        view::ContainerView::new(container, usage.map(|usage| usage.bytes))
+    });
+    let views: Vec<_> = views.collect();
+    print(args.format, views.as_slice(), |containers| view::ps_table(containers, args.no_trunc))
+}
+
+pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()> {
+    let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
+    let base = container::prove_base(roots, &container).map_err(|error| error.to_string());
+    let usage = scan::usage(&container.overlay.upper).ok();
+    let view = view::InspectView::new(
+        &container,
+        base.as_ref().map_err(Clone::clone),
+        usage.map(|usage| usage.bytes),
+        usage.map(|usage| usage.entries),
+    );
+    print(args.format, &view, view::InspectView::table)
+}
+
+/// A whiteout is D, what the base has C, anything else A.
+pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
+    let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
+    let scan = commit::Rules::default().scan(&container, commit::cores(), &Cancel::default())?;
+    let lines = scan.emitted().map(|index| {
+        let entry = &scan.entries()[index as usize];
+        let change = match entry.kind {
+            Kind::Whiteout | Kind::Opaque => view::Change::D,
+            _ if index == 0 || scan.in_base(entry) => view::Change::C,
+            _ => view::Change::A,
+        };
+        view::DiffView::new(change, Path::new(OsStr::from_bytes(&scan.path(index))))
+    });
+    let lines: Vec<_> = lines.collect();
+    print(args.format, lines.as_slice(), view::diff_table)
+}
+
+/// Saves, tells the observer how it ended, and prints the reference where the observer does not.
+pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow::Result<()> {
+    let observer: Arc<dyn Observer> = progress::observer(args.progress, args.quiet, verbose).into();
+    let json = args.progress == progress::Mode::Json;
+    let outcome = commit_with(roots, args, Arc::clone(&observer));
+    match outcome {
+        Ok(saved) => {
+            let line = format!("{}\n", saved.reference);
+            observer.event(Event::Saved {
+                reference: saved.reference,
+                digest: saved.digest,
+            });
+            drop(observer);
+            if !json {
+                write_stdout(line.as_bytes())?;
+            }
+            Ok(())
+        }
+        Err(error) => {
+            let failure = Failure::of(&error);
+            observer.event(Event::Failed {
+                exit: failure.exit.code(),
+                code: failure.code.to_owned(),
+                message: format!("{error:#}"),
+                retryable: failure.retryable,
+            });
+            Err(error)
+        }
+    }
+}
+
+fn commit_with(roots: &Roots, args: args::Commit, observer: Arc<dyn Observer>) -> anyhow::Result<commit::Saved> {
+    let options = options::Commit::new(args)?;
+    let cancel = Cancel::default();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
+    let saved = runtime.block_on(commit::commit(
+        &options.options,
+        roots.clone(),
+        options.access,
+        observer,
+        &cancel,
+    ));
+    // A thread that waits for a slow disk must not keep a cancelled save from ending.
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    Ok(saved?)
+}
+
+/// Makes a layer from directories: into a temporary file beside the output, then renamed.
+pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
+    let level = options::level(&args.content)?;
+    let rules = options::rules(&args.content);
+    let exclusions = rules.exclusions(&[]).map_err(commit::Error::from)?;
+    let cancel = Cancel::default();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    let jobs = args.content.jobs.map_or_else(commit::cores, usize::from);
+    let roots = scan::Roots {
+        upper: args.upper.clone(),
+        lowers: args.lower.clone(),
+        data_only: Vec::new(),
+        lowers_known: !args.lower.is_empty(),
+        namespace: if args.userxattr { Namespace::User } else { Namespace::Trusted },
+    };
+    let scan = scan::Options {
+        jobs,
+        uid_map: &[],
+        gid_map: &[],
+        exclusions: &exclusions,
+        caps: rules.caps,
+        runtime_root_mode: None,
+        cancel: cancel.flag(),
+    };
+    let scan = Scan::new(&roots, &scan).map_err(commit::Error::from)?;
+    let plan = Plan::new(Arc::new(scan), args.content.timestamp);
+    let shown = || super::text::path(&args.output);
+    let dir = args.output.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir).with_context(|| format!("cannot write {}", shown()))?;
+    let compression = args.content.compression;
+    let options = layer::Options { compression, level, jobs, cancel: cancel.flag() };
+    let sink = |bytes: bytes::Bytes| file.write_all(&bytes);
+    let made = layer::stream::write(&plan, options, sink, &|_| {}).map_err(commit::Error::from);
+    let made = made.with_context(|| format!("cannot make {}", shown()))?;
+    file.as_file().sync_all().with_context(|| format!("cannot write {}", shown()))?;
+    file.as_file().set_permissions(Permissions::from_mode(0o644)).with_context(|| format!("cannot write {}", shown()))?;
+    file.persist(&args.output).map_err(|e| e.error).with_context(|| format!("cannot write {}", shown()))?;
+    for file in &made.unstable {
+        tracing::warn!(path = file.path, what = ?file.what, "changed while it was read");
+    }
+    let json = serde_json::json!({
+        "mediaType": made.media_type,
+        "digest": made.digest,
+        "size": made.size,
+        "diffID": made.diff_id,
+        "tarSize": made.tar_size,
+        "entries": made.entries,
+    });
+    Ok(write_stdout(format!("{json}\n").as_bytes())?)
+}
+
+/// Differences that `validate` names.
+const NAMED_DIFFERENCES: usize = 20;
+
+pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {
+    let expected = Expected::load(&args.against)?;
+    let report = match args.subject.parse::<Target>() {
+        Ok(target @ (Target::Layout { .. } | Target::Archive { .. })) => {
+            let opened = target.open_layout().map_err(|e| commit::Error::Destination(e.into()))?;
+            let (reader, tag) = opened.context("a registry's image cannot be validated: copy it to a layout first")?;
+            let manifest = reader.manifest(tag, &Platform::host())?;
+            let manifest: oci_spec::image::ImageManifest =
+                serde_json::from_slice(&manifest.bytes).context("the image's manifest")?;
+            let layers = manifest.layers().iter().map(|layer| {
+                let digest = layer.digest().to_string().parse().map_err(std::io::Error::other)?;
+                reader.open_blob(&digest, Some(layer.size())).map_err(std::io::Error::other)
+            });
+            validate::image(layers, &expected, NAMED_DIFFERENCES)?
+        }
+        _ => {
+            let file = File::open(&args.subject).with_context(|| format!("cannot open {:?}", args.subject))?;
+            validate::layer(std::io::BufReader::new(file), &expected, NAMED_DIFFERENCES)?
+        }
+    };
+    print(args.format, &report, |report| format!("{report}\n"))?;
+    anyhow::ensure!(report.is_valid(), "{:?} is not as expected", args.subject);
+    Ok(())
+}
+
+/// WIRE HERE: demo.
+pub(super) fn demo() -> anyhow::Result<()> {
+    anyhow::bail!("'demo' is not part of this build")
+}
+
+pub(super) fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "upperdeck", &mut script);
+    Ok(write_stdout(&script)?)
+}
+
+pub(super) fn man(dir: Option<&Path>) -> anyhow::Result<()> {
+    let Some(dir) = dir else {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+        return Ok(write_stdout(&page)?);
+    };
+    if !dir.is_dir() {
+        return Err(Usage(format!("{} is not a directory", super::text::path(dir))).into());
+    }
+    clap_mangen::generate_to(Cli::command(), dir)
+        .with_context(|| format!("cannot write to {}", super::text::path(dir)))
+}

@@ -1,0 +1,543 @@
+//! What `ps`, `inspect` and `diff` print. The JSON is an interface: it is made of these types, not of the internal ones.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::text::{self, Align, escaped};
+use crate::container::{Base, Container, IdMapping, Pod, Runtime};
+use crate::digest::{ChainId, DiffId, Digest};
+
+/// Digits of an ID in a table, as `docker ps` has them.
+const SHORT_ID: usize = 12;
+
+/// A line of `ps`, and the head of `inspect`.
+#[derive(Clone, Debug, Serialize)]
+pub struct ContainerView {
+    /// Who runs it.
+    pub runtime: Runtime,
+    /// Full ID.
+    pub id: String,
+    /// Best first.
+    pub names: Vec<String>,
+    /// containerd's.
+    pub namespace: Option<String>,
+    /// Its pod.
+    pub pod: Option<Pod>,
+    /// As the runtime recorded it.
+    pub image: Option<String>,
+    /// First process.
+    pub pid: u32,
+    /// Allocated bytes of the upper directory.
+    pub upper_bytes: Option<u64>,
+}
+
+impl ContainerView {
+    /// `upper_bytes`: none where it could not be counted.
+    pub fn new(container: &Container, upper_bytes: Option<u64>) -> Self {
+        Self {
+            runtime: container.runtime,
+            id: container.id.clone(),
+            names: container.names.clone(),
+            namespace: container.namespace.clone(),
+            pod: container.pod.clone(),
+            image: container.image_name.clone(),
+            pid: container.pid,
+            upper_bytes,
+        }
+    }
+
+    /// What people call it, in a form that CONTAINER takes.
+    fn name(&self) -> String {
+        match (&self.pod, self.names.first()) {
+            (Some(pod), _) => format!("{}/{}/{}", pod.namespace, pod.name, pod.container),
+            (None, Some(name)) => name.clone(),
+            (None, None) => "-".to_owned(),
+        }
+    }
+
+    fn short_id(&self) -> &str {
+        // An ID of another form (`pid:N`, a name given to ctr) is shown as it is.
+        let hex = self.id.len() == 64 && self.id.bytes().all(|b| b.is_ascii_hexdigit());
+        if hex { &self.id[..SHORT_ID] } else { &self.id }
+    }
+}
+
+/// The word that JSON has for it, too.
+fn runtime_name(runtime: Runtime) -> &'static str {
+    match runtime {
+        Runtime::Containerd => "containerd",
+        Runtime::Docker => "docker",
+        Runtime::Podman => "podman",
+        Runtime::Crio => "crio",
+        Runtime::Process => "process",
+    }
+}
+
+/// `ps` as a table.
+pub fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
+    let header = [
+        ("RUNTIME", Align::Left),
+        ("ID", Align::Left),
+        ("NAME", Align::Left),
+        ("IMAGE", Align::Left),
+        ("PID", Align::Right),
+        ("CHANGES", Align::Right),
+    ];
+    let row = |view: &ContainerView| {
+        vec![
+            runtime_name(view.runtime).to_owned(),
+            if no_trunc {
+                view.id.clone()
+            } else {
+                view.short_id().to_owned()
+            },
+            view.name(),
+            view.image.clone().unwrap_or_else(|| "-".to_owned()),
+            view.pid.to_string(),
+            text::bytes(view.upper_bytes),
+        ]
+    };
+    text::table(&header, &containers.iter().map(row).collect::<Vec<_>>())
+}
+
+/// `inspect`.
+#[derive(Clone, Debug, Serialize)]
+pub struct InspectView {
+    /// The fields of `ps`.
+    #[serde(flatten)]
+    pub container: ContainerView,
+    /// The base, if it could be proven.
+    pub base: Option<BaseView>,
+    /// Why not.
+    pub base_error: Option<String>,
+    /// The changes.
+    pub upper: UpperView,
+    /// Empty without a user namespace.
+    pub uid_map: Vec<IdMapping>,
+    /// Likewise.
+    pub gid_map: Vec<IdMapping>,
+    /// Mounts whose content does not belong to the image.
+    pub not_saved: Vec<MountView>,
+}
+
+/// The proven base.
+#[derive(Clone, Debug, Serialize)]
+pub struct BaseView {
+    /// Reference under which it was pulled.
+    pub name: Option<String>,
+    /// None where the runtime keeps no manifest.
+    pub manifest_digest: Option<Digest>,
+    /// The image ID.
+    pub config_digest: Digest,
+    /// In words.
+    pub proof: String,
+    /// Bottom first.
+    pub layers: Vec<LayerView>,
+}
+
+/// A layer of the base.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayerView {
+    /// Of the tar.
+    pub diff_id: DiffId,
+    /// Of the stack up to this one.
+    pub chain_id: ChainId,
+    /// Of the compressed blob, where it is known.
+    pub digest: Option<String>,
+    /// Compressed bytes, where they are known.
+    pub size: Option<u64>,
+    /// Of the blob.
+    pub media_type: Option<String>,
+    /// The directory that holds it unpacked.
+    pub lower: Option<String>,
+    /// Whether the compressed blob is on this node.
+    pub local: bool,
+}
+
+/// The upper directory.
+#[derive(Clone, Debug, Serialize)]
+pub struct UpperView {
+    /// Where.
+    pub path: String,
+    /// Allocated bytes.
+    pub bytes: Option<u64>,
+    /// Entries.
+    pub entries: Option<u64>,
+}
+
+/// A mount.
+#[derive(Clone, Debug, Serialize)]
+pub struct MountView {
+    /// In the container.
+    pub destination: String,
+    /// File system type.
+    pub kind: String,
+    /// Where it comes from.
+    pub source: String,
+    /// Somebody's data, as opposed to what runtimes mount.
+    pub volume: bool,
+}
+
+impl InspectView {
+    /// `entries`: of the upper, none where they could not be counted.
+    pub fn new(
+        container: &Container,
+        base: Result<&Base, String>,
+        upper_bytes: Option<u64>,
+        entries: Option<u64>,
+    ) -> Self {
+        let (base, base_error) = match base {
+            Ok(base) => (Some(BaseView::new(base)), None),
+            Err(error) => (None, Some(error)),
+        };
+        let mount = |mount: &crate::container::MountPoint| MountView {
+            destination: text::path(&mount.destination),
+            kind: mount.kind.clone(),
+            source: mount.source.clone(),
+            volume: mount.volume,
+        };
+        Self {
+            container: ContainerView::new(container, upper_bytes),
+            base,
+            base_error,
+            upper: UpperView {
+                path: text::path(&container.overlay.upper),
+                bytes: upper_bytes,
+                entries,
+            },
+            uid_map: container.uid_map.clone(),
+            gid_map: container.gid_map.clone(),
+            not_saved: container.mounts.iter().map(mount).collect(),
+        }
+    }
+
+    /// For people. Mounts that every runtime makes (`/proc`, `/dev`, ...) are only counted.
+    pub fn table(&self) -> String {
+        let container = &self.container;
+        let mut rows: Vec<[String; 2]> = Vec::new();
+        let mut add = |name: &str, value: String| rows.push([name.to_owned(), value]);
+        add("ID", container.id.clone());
+        add("Runtime", runtime_name(container.runtime).to_owned());
+        add("Name", container.name());
+        add("PID", container.pid.to_string());
+        add(
+            "Image",
+            container.image.clone().unwrap_or_else(|| "-".to_owned()),
+        );
+        match (&self.base, &self.base_error) {
+            (Some(base), _) => {
+                add("Base", base.name.clone().unwrap_or_else(|| "-".to_owned()));
+                add(
+                    "  manifest",
+                    base.manifest_digest
+                        .map_or_else(|| "not kept by the runtime".to_owned(), |d| d.to_string()),
+                );
+                add("  config", base.config_digest.to_string());
+                add("  proven", base.proof.clone());
+                for (i, layer) in base.layers.iter().enumerate() {
+                    let blob = if layer.local {
+                        "blob on this node"
+                    } else {
+                        "blob not on this node"
+                    };
+                    add(
+                        &format!("  layer {}", i + 1),
+                        format!("{}  {}  {blob}", layer.diff_id, text::bytes(layer.size)),
+                    );
+                }
+            }
+            (None, Some(error)) => add("Base", format!("not proven: {error}")),
+            (None, None) => add("Base", "-".to_owned()),
+        }
+        let entries = self
+            .upper
+            .entries
+            .map_or_else(|| "-".to_owned(), |entries| entries.to_string());
+        add(
+            "Changes",
+            format!("{} in {entries} entries", text::bytes(self.upper.bytes)),
+        );
+        add("  upper", self.upper.path.clone());
+        for (name, map) in [("User ids", &self.uid_map), ("Group ids", &self.gid_map)] {
+            for line in map {
+                add(
+                    name,
+                    format!(
+                        "{} to {} are {} to {} on this node",
+                        line.inside,
+                        last(line.inside, line.count),
+                        line.outside,
+                        last(line.outside, line.count)
+                    ),
+                );
+            }
+        }
+        for mount in self.not_saved.iter().filter(|mount| mount.volume) {
+            add(
+                "Not saved",
+                format!(
+                    "{} ({} from {})",
+                    mount.destination, mount.kind, mount.source
+                ),
+            );
+        }
+        let others = self.not_saved.iter().filter(|mount| !mount.volume).count();
+        if others > 0 {
+            add("", format!("and {others} mounts of the runtime's own"));
+        }
+        let width = rows.iter().map(|[name, _]| name.len()).max().unwrap_or(0);
+        rows.iter()
+            .map(|[name, value]| format!("{name:<width$}  {}\n", escaped(value)))
+            .collect::<Vec<_>>()
+            .concat()
+    }
+}
+
+fn last(first: u32, count: u32) -> u64 {
+    u64::from(first) + u64::from(count.saturating_sub(1))
+}
+
+impl BaseView {
+    fn new(base: &Base) -> Self {
+        let layer = |layer: &crate::container::BaseLayer| LayerView {
+            diff_id: layer.diff_id,
+            chain_id: layer.chain_id,
+            digest: layer
+                .descriptor
+                .as_ref()
+                .map(|descriptor| descriptor.digest().to_string()),
+            size: layer
+                .descriptor
+                .as_ref()
+                .filter(|_| layer.size_known)
+                .map(oci_spec::image::Descriptor::size),
+            media_type: layer
+                .descriptor
+                .as_ref()
+                .map(|descriptor| descriptor.media_type().to_string()),
+            lower: layer.lower.as_deref().map(text::path),
+            local: layer.local_blob.is_some(),
+        };
+        Self {
+            name: base.name.clone(),
+            manifest_digest: base.manifest.as_ref().map(|manifest| manifest.digest),
+            config_digest: Digest::of(&base.config),
+            proof: base.proof.clone(),
+            layers: base.layers.iter().map(layer).collect(),
+        }
+    }
+}
+
+/// What happened to a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Change {
+    /// Added.
+    A,
+    /// Changed.
+    C,
+    /// Deleted.
+    D,
+}
+
+/// A line of `diff`.
+#[derive(Clone, Debug, Serialize)]
+pub struct DiffView {
+    /// What happened.
+    pub change: Change,
+    /// Absolute, as text.
+    pub path: String,
+}
+
+impl DiffView {
+    /// `path` is relative to the root or absolute.
+    pub fn new(change: Change, path: &Path) -> Self {
+        Self {
+            change,
+            path: format!("/{}", text::path(path).trim_matches('/')),
+        }
+    }
+}
+
+/// `diff` as `docker diff` prints it.
+pub fn diff_table(lines: &[DiffView]) -> String {
+    lines
+        .iter()
+        .map(|line| format!("{:?} {}\n", line.change, line.path))
+        .collect::<Vec<_>>()
+        .concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::container::{BaseLayer, MountPoint, RawManifest};
+    use crate::overlay::mount::OverlayMount;
+    use crate::overlay::xattr::Namespace;
+
+    fn container() -> Container {
+        Container {
+            runtime: Runtime::Containerd,
+            id: "ab".repeat(32),
+            names: vec![],
+            namespace: Some("k8s.io".into()),
+            pod: Some(Pod {
+                namespace: "jupyter".into(),
+                name: "nb-0".into(),
+                container: "notebook".into(),
+                uid: None,
+            }),
+            pid: 42,
+            pid_start: 7,
+            overlay: OverlayMount {
+                upper: OsStr::from_bytes(b"/u\xff").into(),
+                lowers: vec!["/l".into()],
+                data_only: vec![],
+                namespace: Namespace::Trusted,
+                index: false,
+            },
+            uid_map: vec![IdMapping {
+                inside: 0,
+                outside: 100_000,
+                count: 65_536,
+            }],
+            gid_map: vec![],
+            mounts: vec![
+                MountPoint {
+                    destination: "/home".into(),
+                    kind: "nfs4".into(),
+                    source: "nas:/h\x1b".into(),
+                    volume: true,
+                },
+                MountPoint {
+                    destination: "/proc".into(),
+                    kind: "proc".into(),
+                    source: "proc".into(),
+                    volume: false,
+                },
+            ],
+            image_name: Some("registry.example/nb:1".into()),
+            runtime_root_mode: None,
+        }
+    }
+
+    fn base() -> anyhow::Result<Base> {
+        let digest = Digest::of("blob");
+        let descriptor =
+            serde_json::from_value(json!({"mediaType": "t", "digest": digest, "size": 0}))?;
+        let diff_id = DiffId(Digest::of("diff"));
+        let layer = BaseLayer {
+            diff_id,
+            chain_id: ChainId::bottom(diff_id),
+            lower: Some("/l".into()),
+            descriptor: Some(descriptor),
+            size_known: false,
+            local_blob: None,
+            repositories: vec![],
+        };
+        Ok(Base {
+            name: Some("registry.example/nb:1".into()),
+            manifest: Some(RawManifest {
+                bytes: vec![],
+                media_type: String::new(),
+                digest: Digest::of(""),
+            }),
+            config: b"{}".to_vec(),
+            layers: vec![layer],
+            proof: "1 chain ID".into(),
+        })
+    }
+
+    #[test]
+    fn ps_for_people_and_programs() -> anyhow::Result<()> {
+        let mut plain = container();
+        (plain.runtime, plain.pod, plain.names, plain.image_name) =
+            (Runtime::Docker, None, vec!["web".into()], None);
+        let mut process = container();
+        (process.runtime, process.pod, process.id) = (Runtime::Process, None, "pid:42".into());
+        let views = [
+            ContainerView::new(&container(), Some(3 << 20)),
+            ContainerView::new(&plain, None),
+            ContainerView::new(&process, Some(0)),
+        ];
+        let expected = "\
+RUNTIME     ID            NAME                   IMAGE                  PID   CHANGES
+containerd  abababababab  jupyter/nb-0/notebook  registry.example/nb:1   42  3.00 MiB
+docker      abababababab  web                    -                       42         -
+process     pid:42        -                      registry.example/nb:1   42       0 B
+";
+        assert_eq!(ps_table(&views, false), expected);
+        assert!(ps_table(&views, true).contains(&"ab".repeat(32)));
+        let expected = json!({
+            "runtime": "containerd", "id": "ab".repeat(32), "names": [], "namespace": "k8s.io",
+            "pod": {"namespace": "jupyter", "name": "nb-0", "container": "notebook", "uid": null},
+            "image": "registry.example/nb:1", "pid": 42, "upper_bytes": 3 << 20,
+        });
+        assert_eq!(serde_json::to_value(&views[0])?, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn inspect_for_people_and_programs() -> anyhow::Result<()> {
+        let view = InspectView::new(&container(), Ok(&base()?), Some(1024), Some(3));
+        let json = serde_json::to_value(&view)?;
+        assert_eq!(
+            json["upper"],
+            json!({"path": "/u\\xff", "bytes": 1024, "entries": 3})
+        );
+        assert_eq!(
+            json["base"]["layers"][0]["size"],
+            json!(null),
+            "a size that is not known is not 0"
+        );
+        assert_eq!(
+            json["base"]["layers"][0]["digest"],
+            json!(Digest::of("blob"))
+        );
+        assert_eq!(json["base"]["config_digest"], json!(Digest::of("{}")));
+        assert_eq!(json["base_error"], json!(null));
+        assert_eq!(
+            json["uid_map"],
+            json!([{"inside": 0, "outside": 100_000, "count": 65_536}])
+        );
+        assert_eq!(json["not_saved"][0]["destination"], "/home");
+        let table = view.table();
+        assert!(
+            table.contains("User ids    0 to 65535 are 100000 to 165535 on this node\n"),
+            "{table}"
+        );
+        assert!(
+            table.contains("Not saved   /home (nfs4 from nas:/h\\u{1b})\n"),
+            "{table}"
+        );
+        assert!(
+            table.contains("and 1 mounts of the runtime's own\n"),
+            "{table}"
+        );
+
+        let view = InspectView::new(&container(), Err("compared \x1b with b".into()), None, None);
+        assert!(view.table().contains("not proven: compared \\u{1b} with b"));
+        assert_eq!(serde_json::to_value(&view)?["base"], json!(null));
+        Ok(())
+    }
+
+    #[test]
+    fn diff_is_docker_diff() -> anyhow::Result<()> {
+        let lines = [
+            DiffView::new(Change::C, Path::new("etc")),
+            DiffView::new(Change::A, Path::new("/etc/new\nline")),
+            DiffView::new(Change::D, Path::new("gone/")),
+        ];
+        assert_eq!(diff_table(&lines), "C /etc\nA /etc/new\\nline\nD /gone\n");
+        assert_eq!(
+            serde_json::to_value(&lines[2])?,
+            json!({"change": "D", "path": "/gone"})
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,385 @@
+//! Every base layer must be at the destination before a manifest may name it: there already, mounted, copied
+//! from this node or from a registry, or, when it is nowhere, made again from the directory that is mounted.
+
+use std::io::Read;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use oci_spec::image::Descriptor;
+
+use super::{Context, Error};
+use crate::container::{Base, BaseLayer, Container};
+use crate::destination::Destination;
+use crate::digest::{DiffId, Digest};
+use crate::job::Event;
+use crate::layer::{self, Compression, Plan};
+use crate::layout::Reader;
+use crate::manifest;
+use crate::registry;
+use crate::scan::{self, Exclusions, Rules, Scan};
+
+/// Questions to a registry at the same time.
+const LOOKUPS: usize = 4;
+/// Bytes read from a local blob at a time.
+const PIECE: usize = 1 << 20;
+
+/// Where a base layer at the destination came from.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(tag = "from", rename_all = "snake_case")]
+pub enum Origin {
+    /// The destination had it.
+    Present,
+    /// The destination's registry took it over from another of its repositories.
+    Mounted {
+        /// `HOST/REPOSITORY`.
+        repository: String,
+    },
+    /// The compressed blob in the runtime's store on this node, byte for byte.
+    Local,
+    /// Streamed through from a registry.
+    Registry {
+        /// `HOST/REPOSITORY`.
+        repository: String,
+    },
+    /// Made again from the mounted directory, with a new diff ID: its blob was nowhere.
+    Remade,
+}
+
+/// A base layer as it is at the destination.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Delivered {
+    /// Digest of the compressed blob.
+    pub digest: Digest,
+    /// Digest of its tar.
+    pub diff_id: DiffId,
+    /// Compressed size in bytes.
+    pub size: u64,
+    /// Its media type.
+    pub media_type: String,
+    /// Where it came from.
+    #[serde(flatten)]
+    pub origin: Origin,
+}
+
+impl Delivered {
+    pub(super) fn layer(&self) -> manifest::Layer {
+        manifest::Layer { descriptor: descriptor(&self.media_type, self.digest, self.size), diff_id: self.diff_id }
+    }
+}
+
+/// The descriptor of a blob.
+pub(super) fn descriptor(media_type: &str, digest: Digest, size: u64) -> Descriptor {
+    let digest = oci_spec::image::Sha256Digest::from_str(&digest.hex());
+    // 64 hex digits are a digest to everybody.
+    Descriptor::new(media_type.into(), size, digest.unwrap_or_else(|_| unreachable!()))
+}
+
+/// What has to be known of a base layer's blob before it can be looked for.
+struct Blob<'a> {
+    digest: Digest,
+    /// 0 when it is not known.
+    size: u64,
+    media_type: String,
+    layer: &'a BaseLayer,
+}
+
+impl<'a> Blob<'a> {
+    fn of(layer: &'a BaseLayer) -> Option<Self> {
+        let descriptor = layer.descriptor.as_ref()?;
+        Some(Self {
+            digest: descriptor.digest().to_string().parse().ok()?,
+            size: if layer.size_known { descriptor.size() } else { 0 },
+            media_type: descriptor.media_type().to_string(),
+            layer,
+        })
+    }
+
+    fn size(&self) -> Option<u64> {
+        (self.size != 0).then_some(self.size)
+    }
+
+    fn delivered(&self, size: u64, origin: Origin) -> Delivered {
+        let media_type = self.media_type.clone();
+        Delivered { digest: self.digest, diff_id: self.layer.diff_id, size, media_type, origin }
+    }
+}
+
+/// Which base layers the destination has, or takes over by itself: questions only, no content is moved.
+///
+/// One answer a layer, bottom first; `None` where the content has to be brought.
+pub(super) async fn look_up(destination: &Destination, base: &Base) -> Result<Vec<Option<Delivered>>, Error> {
+    let answers = base.layers.iter().map(|layer| async move {
+        let Some(blob) = Blob::of(layer) else { return Ok(None) };
+        if let Some(size) = destination.has_blob(&blob.digest, blob.size()).await? {
+            return Ok(Some(blob.delivered(size, Origin::Present)));
+        }
+        for repository in &layer.repositories {
+            if destination.mount_blob(&blob.digest, repository).await? {
+                let size = destination.has_blob(&blob.digest, blob.size()).await?;
+                // Believed only when it can be seen: some registries say yes and mean later.
+                if let Some(size) = size {
+                    return Ok(Some(blob.delivered(size, Origin::Mounted { repository: repository.clone() })));
+                }
+            }
+        }
+        Ok(None)
+    });
+    let answers: Vec<Result<_, Error>> = futures_util::stream::iter(answers).buffered(LOOKUPS).collect().await;
+    answers.into_iter().collect()
+}
+
+/// Brings what [`look_up`] did not find, bottom first.
+pub(super) async fn bring(
+    context: &Context,
+    destination: &Destination,
+    container: &Container,
+    base: &Base,
+    layout: Option<&Reader>,
+    found: Vec<Option<Delivered>>,
+) -> Result<Vec<Delivered>, Error> {
+    let mut delivered = Vec::with_capacity(base.layers.len());
+    for (index, found) in found.into_iter().enumerate() {
+        let layer = match found {
+            Some(found) => found,
+            None => bring_one(context, destination, container, base, layout, index).await?,
+        };
+        delivered.push(layer);
+    }
+    Ok(delivered)
+}
+
+async fn bring_one(
+    context: &Context,
+    destination: &Destination,
+    container: &Container,
+    base: &Base,
+    layout: Option<&Reader>,
+    index: usize,
+) -> Result<Delivered, Error> {
+    let layer = &base.layers[index];
+    let bar = Bar { context, layer: index, layers: base.layers.len() };
+    let mut tried = Vec::new();
+    if let Some(blob) = Blob::of(layer) {
+        for (name, file) in local_copies(&blob, layout) {
+            let copied = match file {
+                Ok(file) => copy_local(destination, &blob, file, &bar).await,
+                Err(reason) => Err(Copy::Source(reason)),
+            };
+            match copied {
+                Ok(size) => return Ok(blob.delivered(size, Origin::Local)),
+                // What is wrong with the destination will be wrong with the next source too.
+                Err(Copy::Destination(error)) => return Err(error),
+                Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+            }
+        }
+        for name in &layer.repositories {
+            match copy_remote(context, destination, &blob, name, &bar).await {
+                Ok(size) => return Ok(blob.delivered(size, Origin::Registry { repository: name.clone() })),
+                Err(Copy::Destination(error)) => return Err(error),
+                Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+            }
+        }
+        if tried.is_empty() {
+            tried.push("no copy on this node, and no registry known that has it".to_owned());
+        }
+    }
+    context.warn(
+        "base_layer_remade",
+        format!(
+            "base layer {} ({}) is made again from its directory, with a new digest: {}",
+            index + 1,
+            layer.diff_id,
+            tried.join("; ")
+        ),
+    );
+    remake(context, destination, container, base, index, &bar).await
+}
+
+/// Which side of a copy failed.
+enum Copy {
+    Source(String),
+    Destination(Error),
+}
+
+impl From<crate::destination::Error> for Copy {
+    fn from(error: crate::destination::Error) -> Self {
+        Self::Destination(error.into())
+    }
+}
+
+/// The blob in the runtime's store, and in the layout that `--base` names.
+fn local_copies(blob: &Blob<'_>, layout: Option<&Reader>) -> Vec<(String, Result<Box<dyn Read + Send>, String>)> {
+    let mut copies = Vec::new();
+    if let Some(path) = &blob.layer.local_blob {
+        let file = std::fs::File::open(path).map_err(|e| e.to_string());
+        copies.push((path.display().to_string(), file.map(|file| Box::new(file) as Box<dyn Read + Send>)));
+    }
+    if let Some(layout) = layout {
+        copies.push(("--base".to_owned(), layout.open_blob(&blob.digest, blob.size()).map_err(|e| e.to_string())));
+    }
+    copies
+}
+
+async fn copy_local(
+    destination: &Destination,
+    blob: &Blob<'_>,
+    mut file: Box<dyn Read + Send>,
+    bar: &Bar<'_>,
+) -> Result<u64, Copy> {
+    let source = |error: std::io::Error| Copy::Source(error.to_string());
+    let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
+    let bar = bar.shared();
+    let (writer, digest, size) = tokio::task::spawn_blocking(move || -> Result<_, Copy> {
+        use sha2::Digest as _;
+        let mut hasher = sha2::Sha256::new();
+        let mut size = 0;
+        loop {
+            let mut piece = vec![0; PIECE];
+            let n = file.read(&mut piece).map_err(source)?;
+            if n == 0 {
+                return Ok((writer, Digest::finish(hasher), size));
+            }
+            piece.truncate(n);
+            hasher.update(&piece);
+            size += n as u64;
+            writer.write(Bytes::from(piece))?;
+            bar.progress(size, 0);
+        }
+    })
+    .await
+    .map_err(|_| Copy::Destination(Error::Worker))??;
+    if digest != blob.digest {
+        writer.abort().await;
+        return Err(Copy::Source(format!("its content is {digest}, not {}", blob.digest)));
+    }
+    writer.finish(&digest, size).await?;
+    Ok(size)
+}
+
+async fn copy_remote(
+    context: &Context,
+    destination: &Destination,
+    blob: &Blob<'_>,
+    name: &str,
+    bar: &Bar<'_>,
+) -> Result<u64, Copy> {
+    let source = |error: registry::Error| Copy::Source(error.to_string());
+    let repository = context.registries.repository(name).map_err(source)?;
+    let mut stream = repository.blob_stream(&blob.digest, blob.size()).await.map_err(source)?;
+    let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
+    let mut size = 0;
+    loop {
+        match stream.next().await {
+            Ok(Some(bytes)) => {
+                size += bytes.len() as u64;
+                // The writer blocks when the destination is slower than the source.
+                writer = tokio::task::spawn_blocking(move || writer.write(bytes).map(|()| writer))
+                    .await
+                    .map_err(|_| Copy::Destination(Error::Worker))??;
+                bar.shared().progress(size, blob.size);
+            }
+            Ok(None) => break,
+            Err(error) => {
+                writer.abort().await;
+                return Err(source(error));
+            }
+        }
+    }
+    writer.finish(&blob.digest, size).await?;
+    Ok(size)
+}
+
+/// Makes a layer from the directory that holds it unpacked, against those below it.
+async fn remake(
+    context: &Context,
+    destination: &Destination,
+    container: &Container,
+    base: &Base,
+    index: usize,
+    bar: &Bar<'_>,
+) -> Result<Delivered, Error> {
+    let lowers: Option<Vec<_>> = base.layers[..=index].iter().rev().map(|layer| layer.lower.clone()).collect();
+    let lowers = lowers.filter(|lowers| !lowers.is_empty());
+    let Some((upper, below)) = lowers.as_ref().and_then(|lowers| lowers.split_first()) else {
+        return Err(Error::BaseLayerNowhere { diff_id: base.layers[index].diff_id });
+    };
+    let exclusions = Exclusions::new(Rules::default())?;
+    let roots = scan::Roots {
+        upper: upper.clone(),
+        lowers: below.to_vec(),
+        data_only: container.overlay.data_only.clone(),
+        lowers_known: true,
+        namespace: container.overlay.namespace,
+    };
+    let scan = Scan::new(
+        &roots,
+        &scan::Options {
+            jobs: context.jobs,
+            uid_map: &container.uid_map,
+            gid_map: &container.gid_map,
+            exclusions: &exclusions,
+            caps: context.caps,
+            runtime_root_mode: None,
+            cancel: context.cancel.flag(),
+        },
+    )?;
+    let plan = Plan::new(Arc::new(scan), None);
+    let total = plan.tar_size();
+    let writer = destination.begin_blob(tokio::runtime::Handle::current())?;
+    let compression = Compression::Gzip;
+    let (jobs, cancel, bar) = (context.jobs, context.cancel.clone(), bar.shared());
+    let made = tokio::task::spawn_blocking(move || {
+        let mut writer = writer;
+        let options =
+            layer::Options { compression, level: compression.default_level(), jobs, cancel: cancel.flag() };
+        let made = layer::stream::write(&plan, options, |bytes| writer.write(bytes), &|at| {
+            bar.progress(at.tar_bytes, total);
+        });
+        (made, writer)
+    });
+    let (made, writer) = made.await.map_err(|_| Error::Worker)?;
+    let layer = match made {
+        Ok(layer) => layer,
+        Err(error) => {
+            writer.abort().await;
+            return Err(error.into());
+        }
+    };
+    writer.finish(&layer.digest, layer.size).await?;
+    Ok(Delivered {
+        digest: layer.digest,
+        diff_id: layer.diff_id,
+        size: layer.size,
+        media_type: layer.media_type.to_owned(),
+        origin: Origin::Remade,
+    })
+}
+
+/// Whom to tell how far a base layer is.
+struct Bar<'a> {
+    context: &'a Context,
+    layer: usize,
+    layers: usize,
+}
+
+/// The same, for another thread.
+struct SharedBar {
+    observer: Arc<dyn crate::job::Observer>,
+    layer: usize,
+    layers: usize,
+}
+
+impl Bar<'_> {
+    fn shared(&self) -> SharedBar {
+        SharedBar { observer: Arc::clone(&self.context.observer), layer: self.layer, layers: self.layers }
+    }
+}
+
+impl SharedBar {
+    fn progress(&self, bytes_done: u64, bytes_total: u64) {
+        let (layer, layers) = (self.layer, self.layers);
+        self.observer.event(Event::BaseProgress { layer, layers, bytes_done, bytes_total });
+    }
+}

@@ -1,0 +1,186 @@
+//! What a save came to: the result for stdout and all figures for `--metadata-file`.
+
+use serde::Serialize;
+
+use super::{Delivered, Error, Options, Taken};
+use crate::container::{Base, Container, MountPoint, Pod, Runtime};
+use crate::destination::Target;
+use crate::digest::{DiffId, Digest};
+use crate::layer::block::Unstable;
+use crate::manifest::Image;
+use crate::scan::Report;
+
+/// Version of [`Metadata`]; it grows when a field changes its meaning or goes away, not when one is added.
+pub const METADATA_VERSION: u32 = 1;
+
+/// A finished save.
+#[derive(Clone, Debug)]
+pub struct Saved {
+    /// `HOST/REPO@sha256:…`, or the layout's path with the digest.
+    pub reference: String,
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// All figures.
+    pub metadata: Metadata,
+}
+
+/// All figures of a save. Sizes in bytes, times as their names say.
+#[derive(Clone, Debug, Serialize)]
+pub struct Metadata {
+    /// [`METADATA_VERSION`].
+    pub version: u32,
+    /// As on stdout.
+    pub reference: String,
+    /// Where it was put, with the tag.
+    pub destination: String,
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// Digest of the config.
+    pub config_digest: Digest,
+    /// Sum of all layers, compressed.
+    pub size_bytes: u64,
+    /// What was saved.
+    pub container: ContainerOutcome,
+    /// What it stood on.
+    pub base: BaseOutcome,
+    /// The layer that was added; none when nothing had changed.
+    pub layer: Option<LayerOutcome>,
+    /// From freeze written to thaw read back; none when nothing was frozen.
+    pub pause_ms: Option<f64>,
+    /// Somebody else had paused the container; it is paused still.
+    pub was_paused: bool,
+    /// What is not in the image, and why.
+    #[serde(flatten)]
+    pub report: Report,
+    /// Files that changed while they were read.
+    pub unstable: Vec<Unstable>,
+    /// Volumes: mounted, and not saved.
+    pub volumes: Vec<MountPoint>,
+    /// The whole save.
+    pub seconds: f64,
+}
+
+/// The container that was saved.
+#[derive(Clone, Debug, Serialize)]
+pub struct ContainerOutcome {
+    /// Who runs it.
+    pub runtime: Runtime,
+    /// Its ID.
+    pub id: String,
+    /// Its names.
+    pub names: Vec<String>,
+    /// Its pod.
+    pub pod: Option<Pod>,
+}
+
+/// The base of the image.
+#[derive(Clone, Debug, Serialize)]
+pub struct BaseOutcome {
+    /// Reference that it was pulled under.
+    pub name: Option<String>,
+    /// Digest of its manifest, where the runtime keeps one.
+    pub digest: Option<Digest>,
+    /// How it was proven.
+    pub proof: String,
+    /// Its layers, bottom first, and where each came from.
+    pub layers: Vec<Delivered>,
+}
+
+/// The layer that a save added.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayerOutcome {
+    /// Digest of the compressed bytes.
+    pub digest: Digest,
+    /// Digest of the tar.
+    pub diff_id: DiffId,
+    /// Media type of the compressed bytes.
+    pub media_type: String,
+    /// Compressed size.
+    pub size_bytes: u64,
+    /// Size of the tar.
+    pub tar_size_bytes: u64,
+    /// Number of entries.
+    pub entries: usize,
+}
+
+pub(super) struct Parts<'a> {
+    pub(super) target: &'a Target,
+    pub(super) digest: Digest,
+    pub(super) image: &'a Image,
+    pub(super) container: &'a Container,
+    pub(super) base: &'a Base,
+    pub(super) delivered: Vec<Delivered>,
+    pub(super) taken: Taken,
+    pub(super) seconds: f64,
+}
+
+pub(super) fn saved(parts: Parts<'_>) -> Saved {
+    let Parts { target, digest, image, container, base, delivered, taken, seconds } = parts;
+    let reference = target.with_digest(&digest);
+    let (unstable, layer) = match taken.layer {
+        Some(layer) => (
+            layer.unstable,
+            Some(LayerOutcome {
+                digest: layer.digest,
+                diff_id: layer.diff_id,
+                media_type: layer.media_type.to_owned(),
+                size_bytes: layer.size,
+                tar_size_bytes: layer.tar_size,
+                entries: layer.entries,
+            }),
+        ),
+        None => (Vec::new(), None),
+    };
+    let metadata = Metadata {
+        version: METADATA_VERSION,
+        reference: reference.clone(),
+        destination: target.to_string(),
+        digest,
+        config_digest: image.config.digest,
+        size_bytes: image.layers.iter().map(oci_spec::image::Descriptor::size).sum(),
+        container: ContainerOutcome {
+            runtime: container.runtime,
+            id: container.id.clone(),
+            names: container.names.clone(),
+            pod: container.pod.clone(),
+        },
+        base: BaseOutcome {
+            name: base.name.clone(),
+            digest: base.manifest.as_ref().map(|manifest| manifest.digest),
+            proof: base.proof.clone(),
+            layers: delivered,
+        },
+        layer,
+        pause_ms: taken.pause.filter(|_| !taken.was_frozen).map(|pause| pause.as_secs_f64() * 1000.0),
+        was_paused: taken.was_frozen,
+        report: taken.report,
+        unstable,
+        volumes: container.mounts.iter().filter(|mount| mount.volume).cloned().collect(),
+        seconds,
+    };
+    Saved { reference, digest, metadata }
+}
+
+/// Writes `--metadata-file` and `--digestfile`.
+pub(super) fn write_files(options: &Options, saved: &Saved) -> Result<(), Error> {
+    let write = |path: &std::path::Path, bytes: &[u8]| {
+        std::fs::write(path, bytes).map_err(|source| Error::Report {
+            reference: saved.reference.clone(),
+            path: path.display().to_string(),
+            source,
+        })
+    };
+    if let Some(path) = &options.metadata_file {
+        let mut json = serde_json::to_vec_pretty(&saved.metadata).map_err(|e| Error::Report {
+            reference: saved.reference.clone(),
+            path: path.display().to_string(),
+            source: e.into(),
+        })?;
+        json.push(b'\n');
+        write(path, &json)?;
+    }
+    if let Some(path) = &options.digestfile {
+        write(path, saved.digest.to_string().as_bytes())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,576 @@
+//! Reading a bbolt file that its owner is writing: containerd's metadata, without containerd and without its lock.
+//!
+//! Format: go.etcd.io/bbolt, version 2 (`internal/common/{page,meta,bucket}.go`). Numbers are the machine's own,
+//! little-endian wherever this program runs.
+//!
+//! Why no lock is needed: a writer never changes a page that the newest committed transaction uses; it writes to free
+//! pages and then switches one of two meta pages. Transaction N+1 may only use pages that N no longer holds, N+2 may
+//! use pages that N held. So what was read is whole if N is still the newest transaction afterwards; if it is not, the
+//! read is done again. (N+1 seen afterwards is not enough: N+2 may already have written pages and not yet its meta.)
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::hash::Hasher;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+const MAGIC: u32 = 0xED0C_DAED;
+const VERSION: u32 = 2;
+const PAGE_HEADER: usize = 16;
+const ELEMENT: usize = 16;
+const META: usize = 64;
+const BUCKET_HEADER: usize = 16;
+const FLAG_BRANCH: u16 = 0x01;
+const FLAG_LEAF: u16 = 0x02;
+const FLAG_META: u16 = 0x04;
+const LEAF_IS_BUCKET: u32 = 0x01;
+/// The sizes that a page can have: that of the machine's memory pages.
+const PAGE_SIZES: [u64; 5] = [4096, 8192, 16384, 32768, 65536];
+
+/// A tree deeper than this is damaged: four levels hold more than any node has.
+const MAX_DEPTH: usize = 32;
+/// Pages looked at in one read; a file made to be slow ends here.
+const MAX_VISITS: u64 = 1_000_000;
+/// Entries that one listing returns.
+const MAX_ENTRIES: usize = 1_000_000;
+/// One page with its overflow pages.
+const MAX_PAGE_BYTES: u64 = 64 << 20;
+/// Reads that a busy writer may spoil before giving up.
+const ATTEMPTS: u32 = 64;
+
+/// Why a database cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be opened or read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The file is not a bbolt database, or a broken one.
+    #[error("{} is not a sound bbolt database: {detail}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        detail: String,
+    },
+    /// Its owner wrote faster than it could be read.
+    #[error("{} changed during each of {attempts} reads; try again", path.display())]
+    Busy {
+        /// The file.
+        path: PathBuf,
+        /// How often it was tried.
+        attempts: u32,
+    },
+}
+
+/// Opens `path` and runs `query` on a snapshot of it, again and again until the file did not change underneath.
+/// `query` may therefore run several times, and its errors count only when the snapshot was whole.
+pub fn read<T, E: From<Error>>(
+    path: &Path,
+    query: impl Fn(&Snapshot<'_>) -> Result<T, E>,
+) -> Result<T, E> {
+    let io_error = |source| Error::Io {
+        path: path.to_path_buf(),
+        source,
+    };
+    let file = File::open(path).map_err(io_error)?;
+    let mut invalid = None;
+    for attempt in 0..ATTEMPTS {
+        if attempt > 0 {
+            std::thread::sleep(Duration::from_millis(u64::from(attempt.min(20))));
+        }
+        let len = file.metadata().map_err(io_error)?.len();
+        let meta = match newest_meta(&file).map_err(io_error)? {
+            Ok(meta) => meta,
+            // Both metas are only ever invalid together in a file that is none, or that is just being made.
+            Err(detail) if attempt < 3 => {
+                invalid = Some(detail);
+                continue;
+            }
+            Err(detail) => {
+                return Err(Error::Damaged {
+                    path: path.to_path_buf(),
+                    detail,
+                }
+                .into());
+            }
+        };
+        let snapshot = Snapshot {
+            path,
+            file: &file,
+            meta,
+            len,
+            pages: RefCell::default(),
+            loaded: Cell::new(0),
+            visits: Cell::new(0),
+        };
+        let result = query(&snapshot);
+        if matches!(newest_meta(&file).map_err(io_error)?, Ok(after) if after.txid == meta.txid) {
+            return result;
+        }
+    }
+    Err(match invalid {
+        Some(detail) => Error::Damaged {
+            path: path.to_path_buf(),
+            detail,
+        },
+        None => Error::Busy {
+            path: path.to_path_buf(),
+            attempts: ATTEMPTS,
+        },
+    }
+    .into())
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Meta {
+    page_size: u64,
+    root: u64,
+    /// Pages from here on are not part of the database.
+    high_water: u64,
+    txid: u64,
+}
+
+/// The valid meta page with the higher transaction number; the inner error says what was wrong with both.
+fn newest_meta(file: &File) -> io::Result<Result<Meta, String>> {
+    let first = meta_at(file, 0)?;
+    // The second stands one page further on, and without a valid first the page size is unknown.
+    let sizes: Vec<u64> = match &first {
+        Ok(meta) => vec![meta.page_size],
+        Err(_) => PAGE_SIZES.to_vec(),
+    };
+    let mut newest = first;
+    for size in sizes {
+        let second = meta_at(file, size)?;
+        newest = match (newest, second) {
+            (Ok(a), Ok(b)) => Ok(if b.txid > a.txid { b } else { a }),
+            (Ok(a), Err(_)) => Ok(a),
+            (Err(_), Ok(b)) if b.page_size == size => Ok(b),
+            (Err(a), _) => Err(a),
+        };
+    }
+    Ok(newest)
+}
+
+fn meta_at(file: &File, offset: u64) -> io::Result<Result<Meta, String>> {
+    let mut bytes = [0; PAGE_HEADER + META];
+    match file.read_exact_at(&mut bytes, offset) {
+        Ok(()) => Ok(parse_meta(&bytes)),
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+            Ok(Err("it ends before its meta page".to_owned()))
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn parse_meta(page: &[u8; PAGE_HEADER + META]) -> Result<Meta, String> {
+    let meta = &page[PAGE_HEADER..];
+    let (magic, version) = (u32_at(meta, 0), u32_at(meta, 4));
+    if magic != MAGIC {
+        return Err(format!("magic number {magic:#x}, expected {MAGIC:#x}"));
+    }
+    if version != VERSION {
+        return Err(format!("version {version}, expected {VERSION}"));
+    }
+    if u16_at(page, 8) & FLAG_META == 0 {
+        return Err("its first pages are not marked as meta pages".to_owned());
+    }
+    let mut hasher = Fnv64a::default();
+    hasher.write(&meta[..56]);
+    let (sum, expected) = (u64_at(meta, 56), hasher.finish());
+    if sum != expected {
+        return Err(format!("meta checksum {sum:#x}, expected {expected:#x}"));
+    }
+    let page_size = u64::from(u32_at(meta, 8));
+    if !PAGE_SIZES.contains(&page_size) {
+        return Err(format!("page size {page_size}"));
+    }
+    Ok(Meta {
+        page_size,
+        root: u64_at(meta, 16),
+        high_water: u64_at(meta, 40),
+        txid: u64_at(meta, 48),
+    })
+}
+
+/// FNV-1a with 64 bits, as Go's `hash/fnv` has it.
+struct Fnv64a(u64);
+
+impl Default for Fnv64a {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Hasher for Fnv64a {
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+/// One transaction's view of the file, for the length of a query.
+pub struct Snapshot<'f> {
+    path: &'f Path,
+    file: &'f File,
+    meta: Meta,
+    len: u64,
+    pages: RefCell<HashMap<u64, Rc<[u8]>>>,
+    loaded: Cell<u64>,
+    visits: Cell<u64>,
+}
+
+/// A bucket: sorted keys, each with bytes or another bucket behind it.
+#[derive(Clone)]
+pub struct Bucket<'s> {
+    snapshot: &'s Snapshot<'s>,
+    root: Node,
+}
+
+/// What stands behind a key.
+#[derive(Clone)]
+pub enum Value<'s> {
+    /// Bytes.
+    Bytes(Vec<u8>),
+    /// A bucket.
+    Bucket(Bucket<'s>),
+}
+
+/// A page, or the part of a leaf in which a small bucket lies.
+#[derive(Clone)]
+enum Node {
+    Page(u64),
+    Inline(Rc<[u8]>),
+}
+
+impl<'f> Snapshot<'f> {
+    /// The bucket of buckets.
+    pub fn root(&self) -> Bucket<'_> {
+        Bucket {
+            snapshot: self,
+            root: Node::Page(self.meta.root),
+        }
+    }
+
+    /// The bucket at the end of a path of keys, if each of them is one.
+    pub fn bucket(&self, path: &[&[u8]]) -> Result<Option<Bucket<'_>>, Error> {
+        let mut bucket = self.root();
+        for key in path {
+            match bucket.bucket(key)? {
+                Some(next) => bucket = next,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(bucket))
+    }
+
+    fn damaged(&self, detail: impl Into<String>) -> Error {
+        Error::Damaged {
+            path: self.path.to_path_buf(),
+            detail: detail.into(),
+        }
+    }
+
+    fn page(&self, id: u64) -> Result<Rc<[u8]>, Error> {
+        self.visits.set(self.visits.get() + 1);
+        if self.visits.get() > MAX_VISITS {
+            return Err(self.damaged(format!("more than {MAX_VISITS} page visits")));
+        }
+        if let Some(page) = self.pages.borrow().get(&id) {
+            return Ok(Rc::clone(page));
+        }
+        if id < 2 || id >= self.meta.high_water {
+            return Err(self.damaged(format!("page {id}, expected 2 to {}", self.meta.high_water)));
+        }
+        let mut header = [0; PAGE_HEADER];
+        self.read(id, &mut header)?;
+        let found = u64_at(&header, 0);
+        if found != id {
+            return Err(self.damaged(format!("page {id} says it is page {found}")));
+        }
+        let overflow = u64::from(u32_at(&header, 12));
+        let bytes = (overflow + 1).saturating_mul(self.meta.page_size);
+        if bytes > MAX_PAGE_BYTES || overflow >= self.meta.high_water - id {
+            return Err(self.damaged(format!("page {id} goes on for {overflow} pages")));
+        }
+        // Pages do not overlap in a sound file, so no more than the file can be read.
+        self.loaded.set(self.loaded.get() + bytes);
+        if self.loaded.get() > self.len.saturating_add(MAX_PAGE_BYTES) {
+            return Err(self.damaged("its pages overlap"));
+        }
+        let mut page = vec![0; usize::try_from(bytes).map_err(|_| self.damaged("page too long"))?];
+        self.read(id, &mut page)?;
+        let page: Rc<[u8]> = page.into();
+        self.pages.borrow_mut().insert(id, Rc::clone(&page));
+        Ok(page)
+    }
+
+    fn read(&self, id: u64, buffer: &mut [u8]) -> Result<(), Error> {
+        let offset = id
+            .checked_mul(self.meta.page_size)
+            .ok_or_else(|| self.damaged(format!("page {id}")))?;
+        // Checked before reading: a short file must not cost a large allocation.
+        if offset.saturating_add(buffer.len() as u64) > self.len {
+            return Err(self.damaged(format!("it ends before page {id}")));
+        }
+        self.file
+            .read_exact_at(buffer, offset)
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::UnexpectedEof => self.damaged(format!("it ends before page {id}")),
+                _ => Error::Io {
+                    path: self.path.to_path_buf(),
+                    source,
+                },
+            })
+    }
+
+    fn load(&self, node: &Node) -> Result<Rc<[u8]>, Error> {
+        match node {
+            Node::Page(id) => self.page(*id),
+            Node::Inline(bytes) => Ok(Rc::clone(bytes)),
+        }
+    }
+
+    fn parse<'p>(&self, node: &Node, page: &'p [u8]) -> Result<Page<'p>, Error> {
+        Page::parse(page).map_err(|detail| match node {
+            Node::Page(id) => self.damaged(format!("page {id}: {detail}")),
+            Node::Inline(_) => self.damaged(format!("inline bucket: {detail}")),
+        })
+    }
+
+    fn value(&self, flags: u32, value: &[u8]) -> Result<Value<'_>, Error> {
+        if flags & LEAF_IS_BUCKET == 0 {
+            return Ok(Value::Bytes(value.to_vec()));
+        }
+        if value.len() < BUCKET_HEADER {
+            return Err(self.damaged(format!("a bucket of {} bytes", value.len())));
+        }
+        let root = match u64_at(value, 0) {
+            0 => Node::Inline(value[BUCKET_HEADER..].into()),
+            page => Node::Page(page),
+        };
+        Ok(Value::Bucket(Bucket {
+            snapshot: self,
+            root,
+        }))
+    }
+}
+
+impl<'s> Bucket<'s> {
+    /// What stands behind `key`.
+    pub fn value(&self, key: &[u8]) -> Result<Option<Value<'s>>, Error> {
+        let snapshot = self.snapshot;
+        let mut node = self.root.clone();
+        for _ in 0..MAX_DEPTH {
+            let bytes = snapshot.load(&node)?;
+            let page = snapshot.parse(&node, &bytes)?;
+            let damaged = |detail: String| snapshot.damaged(detail);
+            match page.kind {
+                Kind::Leaf => {
+                    let at = page.lower_bound(key).map_err(damaged)?;
+                    if at == page.count {
+                        return Ok(None);
+                    }
+                    let (flags, found, value) = page.leaf(at).map_err(damaged)?;
+                    return if found == key {
+                        snapshot.value(flags, value).map(Some)
+                    } else {
+                        Ok(None)
+                    };
+                }
+                Kind::Branch => {
+                    let at = page.lower_bound(key).map_err(damaged)?;
+                    let exact = at < page.count && page.key(at).map_err(damaged)? == key;
+                    let at = if exact { at } else { at.saturating_sub(1) };
+                    node = Node::Page(page.child(at).map_err(damaged)?);
+                }
+            }
+        }
+        Err(snapshot.damaged(format!("a tree deeper than {MAX_DEPTH}")))
+    }
+
+    /// The bytes behind `key`; none also if it is a bucket.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+        Ok(self.value(key)?.and_then(|value| match value {
+            Value::Bytes(bytes) => Some(bytes),
+            Value::Bucket(_) => None,
+        }))
+    }
+
+    /// The bucket behind `key`; none also if it is bytes.
+    pub fn bucket(&self, key: &[u8]) -> Result<Option<Bucket<'s>>, Error> {
+        Ok(self.value(key)?.and_then(|value| match value {
+            Value::Bucket(bucket) => Some(bucket),
+            Value::Bytes(_) => None,
+        }))
+    }
+
+    /// Every key with what stands behind it, in order.
+    pub fn entries(&self) -> Result<Vec<(Vec<u8>, Value<'s>)>, Error> {
+        let snapshot = self.snapshot;
+        let mut entries = Vec::new();
+        let mut seen = HashSet::new();
+        let mut stack = vec![(self.root.clone(), 0)];
+        while let Some((node, depth)) = stack.pop() {
+            if depth == MAX_DEPTH {
+                return Err(snapshot.damaged(format!("a tree deeper than {MAX_DEPTH}")));
+            }
+            if let Node::Page(id) = &node
+                && !seen.insert(*id)
+            {
+                return Err(snapshot.damaged(format!("page {id} is in a tree twice")));
+            }
+            let bytes = snapshot.load(&node)?;
+            let page = snapshot.parse(&node, &bytes)?;
+            let damaged = |detail: String| snapshot.damaged(detail);
+            match page.kind {
+                Kind::Leaf => {
+                    if entries.len() + page.count > MAX_ENTRIES {
+                        return Err(snapshot
+                            .damaged(format!("more than {MAX_ENTRIES} entries in a bucket")));
+                    }
+                    for at in 0..page.count {
+                        let (flags, key, value) = page.leaf(at).map_err(damaged)?;
+                        entries.push((key.to_vec(), snapshot.value(flags, value)?));
+                    }
+                }
+                Kind::Branch => {
+                    for at in (0..page.count).rev() {
+                        stack.push((Node::Page(page.child(at).map_err(damaged)?), depth + 1));
+                    }
+                }
+            }
+        }
+        Ok(entries)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Branch,
+    Leaf,
+}
+
+/// One branch or leaf page; nothing in it is believed before it was checked against its length.
+struct Page<'p> {
+    bytes: &'p [u8],
+    kind: Kind,
+    count: usize,
+}
+
+impl<'p> Page<'p> {
+    fn parse(bytes: &'p [u8]) -> Result<Self, String> {
+        if bytes.len() < PAGE_HEADER {
+            return Err(format!("{} bytes are no page", bytes.len()));
+        }
+        let kind = match u16_at(bytes, 8) {
+            flags if flags & FLAG_LEAF != 0 => Kind::Leaf,
+            flags if flags & FLAG_BRANCH != 0 => Kind::Branch,
+            flags => {
+                return Err(format!(
+                    "flags {flags:#x} are neither of a branch nor of a leaf"
+                ));
+            }
+        };
+        let count = usize::from(u16_at(bytes, 10));
+        if PAGE_HEADER + count * ELEMENT > bytes.len() {
+            return Err(format!("{count} elements in {} bytes", bytes.len()));
+        }
+        if kind == Kind::Branch && count == 0 {
+            return Err("a branch without children".to_owned());
+        }
+        Ok(Self { bytes, kind, count })
+    }
+
+    /// `len` bytes that start `pos` after the element's own start.
+    fn slice(&self, element: usize, pos: u32, len: u32) -> Result<&'p [u8], String> {
+        let start = element + pos as usize;
+        start
+            .checked_add(len as usize)
+            .and_then(|end| self.bytes.get(start..end))
+            .ok_or_else(|| {
+                format!(
+                    "a key or value of {len} bytes at {start} of {}",
+                    self.bytes.len()
+                )
+            })
+    }
+
+    fn key(&self, at: usize) -> Result<&'p [u8], String> {
+        let element = PAGE_HEADER + at * ELEMENT;
+        match self.kind {
+            Kind::Branch => self.slice(
+                element,
+                u32_at(self.bytes, element),
+                u32_at(self.bytes, element + 4),
+            ),
+            Kind::Leaf => self.slice(
+                element,
+                u32_at(self.bytes, element + 4),
+                u32_at(self.bytes, element + 8),
+            ),
+        }
+    }
+
+    /// Flags, key and value.
+    fn leaf(&self, at: usize) -> Result<(u32, &'p [u8], &'p [u8]), String> {
+        let element = PAGE_HEADER + at * ELEMENT;
+        let (pos, key_len) = (
+            u32_at(self.bytes, element + 4),
+            u32_at(self.bytes, element + 8),
+        );
+        let key = self.slice(element, pos, key_len)?;
+        let value_pos = pos
+            .checked_add(key_len)
+            .ok_or_else(|| format!("a key of {key_len} bytes"))?;
+        let value = self.slice(element, value_pos, u32_at(self.bytes, element + 12))?;
+        Ok((u32_at(self.bytes, element), key, value))
+    }
+
+    fn child(&self, at: usize) -> Result<u64, String> {
+        if at >= self.count {
+            return Err(format!("child {at} of {}", self.count));
+        }
+        Ok(u64_at(self.bytes, PAGE_HEADER + at * ELEMENT + 8))
+    }
+
+    /// The first element whose key is not below `key`.
+    fn lower_bound(&self, key: &[u8]) -> Result<usize, String> {
+        let (mut low, mut high) = (0, self.count);
+        while low < high {
+            let middle = low.midpoint(high);
+            if self.key(middle)? < key {
+                low = middle + 1
+            } else {
+                high = middle
+            }
+        }
+        Ok(low)
+    }
+}
+
+// Callers have checked that the bytes are there.
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}

@@ -1,0 +1,265 @@
+//! What can go wrong between a container's name and its proven base, with what a caller needs to choose an exit code.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::bolt;
+use crate::overlay::mount::MountError;
+
+/// Candidates named in one message; the rest is counted.
+const SHOWN: usize = 10;
+
+/// Something of a runtime's state that could not be read, while the rest could.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Problem {
+    /// The file or directory.
+    pub path: PathBuf,
+    /// What was expected, what was found.
+    pub reason: String,
+    /// The kernel refused: more privilege may help.
+    pub permission: bool,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.path.display(), self.reason)
+    }
+}
+
+/// Why a container cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The name is none that could ever fit.
+    #[error("{wanted:?} cannot name a container: {expected}")]
+    BadName {
+        /// As given.
+        wanted: String,
+        /// What a name looks like.
+        expected: &'static str,
+    },
+    /// Nothing on this node has that name.
+    #[error(
+        "no running container {wanted:?} on this node{}{}",
+        offered("; there are", candidates),
+        unread(problems)
+    )]
+    NotFound {
+        /// As given.
+        wanted: String,
+        /// What there is, most similar first.
+        candidates: Vec<String>,
+        /// Where it could also have been, if that could have been read.
+        problems: Vec<Problem>,
+    },
+    /// Several have that name.
+    #[error("{wanted:?} can mean several containers{}", offered(":", candidates))]
+    Ambiguous {
+        /// As given.
+        wanted: String,
+        /// All that it can mean, in a form that is not ambiguous.
+        candidates: Vec<String>,
+    },
+    /// It has ended, or its pid belongs to another process by now.
+    #[error("container {container} has ended: {detail}")]
+    Gone {
+        /// Its ID.
+        container: String,
+        /// How that shows.
+        detail: String,
+    },
+    /// No image on this node gives the chain that is mounted.
+    #[error(
+        "the image that container {container} stands on cannot be proven:{}\nname it with --base to save nevertheless",
+        compared.iter().map(|line| format!("\n  {line}")).collect::<String>()
+    )]
+    BaseUnproven {
+        /// The container's ID.
+        container: String,
+        /// What was compared with what, one line each.
+        compared: Vec<String>,
+    },
+    /// The kernel refused.
+    #[error("{}: permission denied; run as root, with CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE", path.display())]
+    NotPermitted {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Its root cannot be saved from an upper directory.
+    #[error("container {container} cannot be saved: {detail}")]
+    NotOverlay {
+        /// Its ID.
+        container: String,
+        /// What its root is.
+        detail: String,
+    },
+    /// Its root is not the one that the runtime made: somebody else's directories may stand behind it.
+    #[error("container {container}: its root is not the one that its runtime mounted: {detail}")]
+    ForeignRoot {
+        /// Its ID.
+        container: String,
+        /// What was expected and what was found.
+        detail: String,
+    },
+    /// A directory of its root could not be found.
+    #[error("container {container}: {source}")]
+    Mount {
+        /// Its ID.
+        container: String,
+        /// Which and why.
+        source: MountError,
+    },
+    /// A file of the runtime is not what that runtime writes.
+    #[error("{} is damaged: {detail}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        detail: String,
+    },
+    /// A database changed faster than it could be read.
+    #[error("{} keeps changing; try again", path.display())]
+    Busy {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file of the runtime cannot be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// The exit code of the design: 1 failed for good, 2 usage, 66 no such container, 69 base unproven, 75 worth
+    /// retrying, 77 not permitted.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::BadName { .. } | Self::Ambiguous { .. } => 2,
+            Self::NotFound { .. } | Self::Gone { .. } => 66,
+            Self::BaseUnproven { .. } => 69,
+            Self::Busy { .. } => 75,
+            Self::NotPermitted { .. } => 77,
+            Self::NotOverlay { .. }
+            | Self::ForeignRoot { .. }
+            | Self::Mount { .. }
+            | Self::Damaged { .. }
+            | Self::Io { .. } => 1,
+        }
+    }
+
+    /// A stable word for the event line of a failed save.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::BadName { .. } => "bad_name",
+            Self::NotFound { .. } => "container_not_found",
+            Self::Ambiguous { .. } => "container_ambiguous",
+            Self::Gone { .. } => "container_gone",
+            Self::BaseUnproven { .. } => "base_unproven",
+            Self::NotPermitted { .. } => "not_permitted",
+            Self::NotOverlay { .. } => "not_overlay",
+            Self::ForeignRoot { .. } => "foreign_root",
+            Self::Mount { .. } => "overlay_mount",
+            Self::Damaged { .. } => "state_damaged",
+            Self::Busy { .. } => "state_busy",
+            Self::Io { .. } => "state_io",
+        }
+    }
+
+    /// Whether the same call may succeed later.
+    pub fn retryable(&self) -> bool {
+        matches!(self, Self::Busy { .. })
+    }
+
+    /// An answer of the kernel about `path`.
+    pub(super) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
+        let path = path.into();
+        match source.kind() {
+            io::ErrorKind::PermissionDenied => Self::NotPermitted { path },
+            _ => Self::Io { path, source },
+        }
+    }
+
+    pub(super) fn damaged(path: impl Into<PathBuf>, detail: impl fmt::Display) -> Self {
+        Self::Damaged {
+            path: path.into(),
+            detail: detail.to_string(),
+        }
+    }
+
+    /// Whether `path` is simply not there (any more): a container that ends takes its files with it.
+    pub(super) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// As an entry of a listing that goes on.
+    pub(super) fn into_problem(self, at: &Path) -> Problem {
+        let permission = matches!(self, Self::NotPermitted { .. });
+        match self {
+            Self::Damaged { path, detail } => Problem {
+                path,
+                reason: detail,
+                permission,
+            },
+            Self::Io { path, source } => Problem {
+                path,
+                reason: source.to_string(),
+                permission,
+            },
+            Self::NotPermitted { path } => Problem {
+                path,
+                reason: "permission denied".to_owned(),
+                permission,
+            },
+            other => Problem {
+                path: at.to_path_buf(),
+                reason: other.to_string(),
+                permission,
+            },
+        }
+    }
+}
+
+impl From<bolt::Error> for Error {
+    fn from(error: bolt::Error) -> Self {
+        match error {
+            bolt::Error::Io { path, source } => Self::io(path, source),
+            bolt::Error::Damaged { path, detail } => Self::Damaged { path, detail },
+            bolt::Error::Busy { path, .. } => Self::Busy { path },
+        }
+    }
+}
+
+fn offered(lead: &str, candidates: &[String]) -> String {
+    if candidates.is_empty() {
+        return String::new();
+    }
+    let mut text = format!(
+        "{lead} {}",
+        candidates[..candidates.len().min(SHOWN)].join(", ")
+    );
+    if candidates.len() > SHOWN {
+        text.push_str(&format!(
+            " and {} more (upperdeck ps lists them)",
+            candidates.len() - SHOWN
+        ));
+    }
+    text
+}
+
+fn unread(problems: &[Problem]) -> String {
+    if problems.is_empty() {
+        return String::new();
+    }
+    let mut text = "; not everything could be read: ".to_owned();
+    let shown: Vec<String> = problems
+        .iter()
+        .take(SHOWN)
+        .map(ToString::to_string)
+        .collect();
+    text.push_str(&shown.join("; "));
+    text
+}

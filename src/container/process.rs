@@ -1,0 +1,213 @@
+//! What the kernel says about a process: whether it is still the same one, its root, its mounts, its id maps.
+//!
+//! Format: `proc_pid_stat(5)`, `proc_pid_mountinfo(5)`, `user_namespaces(7)`.
+
+use std::fs;
+use std::path::PathBuf;
+
+use super::IdMapping;
+use super::error::Error;
+use super::roots::{Roots, read_file};
+use crate::overlay::mount::{MountInfo, parse_mountinfo, root_mount};
+
+/// mountinfo of a node with many pods is a few megabytes long.
+const MOUNTINFO_CAP: u64 = 64 << 20;
+
+/// A living process.
+#[derive(Clone, Debug)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// Clock ticks since boot.
+    pub(super) start: u64,
+    pub(super) mounts: Vec<MountInfo>,
+    pub(super) uid_map: Vec<IdMapping>,
+    pub(super) gid_map: Vec<IdMapping>,
+}
+
+impl Process {
+    /// The mount that is its root.
+    pub(super) fn root(&self) -> Option<&MountInfo> {
+        root_mount(&self.mounts)
+    }
+}
+
+/// When the process started, in clock ticks since boot; none if there is none or only its zombie is left.
+pub(super) fn start_of(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
+    let path = roots.proc(&format!("{pid}/stat"));
+    let stat = match read_file(&path, 64 << 10) {
+        Ok(stat) => stat,
+        Err(e) if is_gone(&e) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    parse_stat(&stat)
+        .ok_or_else(|| Error::damaged(&path, "expected a state and, as field 22, a start time"))
+}
+
+/// Everything about a process; none if there is none.
+pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
+    let Some(start) = start_of(roots, pid)? else {
+        return Ok(None);
+    };
+    let read = |name: &str, cap| match read_file(&roots.proc(&format!("{pid}/{name}")), cap) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if is_gone(&e) => Ok(None),
+        Err(e) => Err(e),
+    };
+    let (Some(mountinfo), Some(uid_map), Some(gid_map)) = (
+        read("mountinfo", MOUNTINFO_CAP)?,
+        read("uid_map", 64 << 10)?,
+        read("gid_map", 64 << 10)?,
+    ) else {
+        return Ok(None);
+    };
+    let path = |name: &str| roots.proc(&format!("{pid}/{name}"));
+    let mounts = parse_mountinfo(&mountinfo).map_err(|e| Error::damaged(path("mountinfo"), e))?;
+    let ids = |bytes: &[u8], name| parse_id_map(bytes).map_err(|e| Error::damaged(path(name), e));
+    let (mut uid_map, mut gid_map) = (ids(&uid_map, "uid_map")?, ids(&gid_map, "gid_map")?);
+    // In our own user namespace the map leads to the parent's ids, which are not the ones that we see.
+    let user_namespace = |pid: &str| fs::read_link(roots.proc(&format!("{pid}/ns/user"))).ok();
+    if user_namespace(&pid.to_string())
+        .is_some_and(|theirs| user_namespace("self").is_some_and(|ours| ours == theirs))
+    {
+        (uid_map, gid_map) = (Vec::new(), Vec::new());
+    }
+    // The pid may have passed to another process while it was being read.
+    if start_of(roots, pid)? != Some(start) {
+        return Ok(None);
+    }
+    Ok(Some(Process {
+        pid,
+        start,
+        mounts,
+        uid_map,
+        gid_map,
+    }))
+}
+
+/// The node's own mounts, which no container can change.
+pub(super) fn node_mounts(roots: &Roots) -> Option<Vec<MountInfo>> {
+    let bytes = read_file(&roots.proc("1/mountinfo"), MOUNTINFO_CAP).ok()?;
+    parse_mountinfo(&bytes).ok()
+}
+
+/// Whether overlays keep an index unless told otherwise: the module's parameter, `N` if the kernel has none.
+pub(super) fn index_default() -> bool {
+    let parameter = PathBuf::from("/sys/module/overlay/parameters/index");
+    read_file(&parameter, 16).is_ok_and(|value| value.starts_with(b"Y"))
+}
+
+/// The file is not there, or the process ended with the file already open (ESRCH).
+fn is_gone(error: &Error) -> bool {
+    let ended = rustix::io::Errno::SRCH.raw_os_error();
+    error.is_not_found()
+        || matches!(error, Error::Io { source, .. } if source.raw_os_error() == Some(ended))
+}
+
+/// `pid (comm) state ppid ... starttime`: the start time, none inside for a zombie, none outside for nonsense.
+#[allow(clippy::option_option)] // two kinds of nothing: no process, no sense
+fn parse_stat(stat: &[u8]) -> Option<Option<u64>> {
+    // The name in parentheses may hold parentheses and spaces: the last one ends it.
+    let after = stat.iter().rposition(|&b| b == b')')? + 1;
+    let mut fields = std::str::from_utf8(&stat[after..])
+        .ok()?
+        .split_ascii_whitespace();
+    let state = fields.next()?;
+    let start = fields.nth(18)?.parse().ok()?;
+    Some(if matches!(state, "Z" | "X" | "x") {
+        None
+    } else {
+        Some(start)
+    })
+}
+
+/// Lines of three numbers; the identity over everything is no map at all.
+fn parse_id_map(bytes: &[u8]) -> Result<Vec<IdMapping>, String> {
+    let text = std::str::from_utf8(bytes).map_err(|e| e.to_string())?;
+    let mut map = Vec::new();
+    for line in text.lines() {
+        let numbers: Vec<u32> = line
+            .split_ascii_whitespace()
+            .map_while(|n| n.parse().ok())
+            .collect();
+        let &[inside, outside, count] = numbers.as_slice() else {
+            return Err(format!("{line:?} is not three numbers"));
+        };
+        map.push(IdMapping {
+            inside,
+            outside,
+            count,
+        });
+    }
+    if map
+        == [IdMapping {
+            inside: 0,
+            outside: 0,
+            count: u32::MAX,
+        }]
+    {
+        map.clear();
+    }
+    Ok(map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_parentheses_does_not_shift_the_start_time() {
+        let fields = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 439451 20";
+        assert_eq!(
+            parse_stat(format!("7 (a) b (c) {fields}").as_bytes()),
+            Some(Some(439_451))
+        );
+        assert_eq!(
+            parse_stat(format!("7 (Z) {}", fields.replace('S', "Z")).as_bytes()),
+            Some(None)
+        );
+        for bad in [
+            "",
+            "7 (a",
+            "7 (a) S 1 2",
+            "7 (a) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 x",
+        ] {
+            assert_eq!(parse_stat(bad.as_bytes()), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_full_identity_is_no_map_and_a_part_of_it_is() {
+        assert_eq!(
+            parse_id_map(b"         0          0 4294967295\n"),
+            Ok(vec![])
+        );
+        assert_eq!(
+            parse_id_map(b"0 100000 65536\n65536 1000 1\n"),
+            Ok(vec![
+                IdMapping {
+                    inside: 0,
+                    outside: 100_000,
+                    count: 65536
+                },
+                IdMapping {
+                    inside: 65536,
+                    outside: 1000,
+                    count: 1
+                },
+            ])
+        );
+        assert_eq!(parse_id_map(b"0 0 65536\n").map(|m| m.len()), Ok(1));
+        assert!(parse_id_map(b"0 0\n").is_err());
+        assert!(parse_id_map(b"0 0 -1\n").is_err());
+    }
+
+    #[test]
+    fn this_process_can_be_read_and_has_the_start_time_it_keeps() {
+        let roots = Roots::default();
+        let process = read(&roots, std::process::id()).unwrap().unwrap();
+        assert_eq!(start_of(&roots, process.pid).unwrap(), Some(process.start));
+        assert!(process.uid_map.is_empty());
+        assert!(process.root().is_some());
+        assert!(read(&roots, u32::MAX).unwrap().is_none());
+    }
+}

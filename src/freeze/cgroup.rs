@@ -1,0 +1,480 @@
+//! One cgroup that can be frozen, in either version of the interface, and where it is found.
+//!
+//! Sources: kernel `Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst`, `cgroup-v2.rst` (`cgroup.freeze`,
+//! `cgroup.events`); `cgroups(7)` for `/proc/PID/cgroup`; `proc(5)` for `/proc/PID/mountinfo`.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::Error;
+
+/// How long a thaw may take to be read back; it is immediate but for a loaded machine.
+const THAW_BOUND: Duration = Duration::from_secs(1);
+
+/// A v1 group that hangs in FREEZING for this long is thawed for a moment and asked again: a task that waits for a
+/// child which was frozen before it (vfork, ptrace) cannot stop otherwise.
+const STUCK: Duration = Duration::from_millis(500);
+
+/// The interface that a cgroup hierarchy speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Version {
+    /// A hierarchy with the `freezer` controller.
+    V1,
+    /// The unified hierarchy.
+    V2,
+}
+
+impl Version {
+    /// As the watchdog's command line writes it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        }
+    }
+
+    /// The reverse of [`Version::name`].
+    pub(super) fn from_name(name: &OsStr) -> Option<Self> {
+        [Self::V1, Self::V2].into_iter().find(|v| name == v.name())
+    }
+
+    fn control_file(self) -> &'static str {
+        match self {
+            Self::V1 => "freezer.state",
+            Self::V2 => "cgroup.freeze",
+        }
+    }
+}
+
+/// The path of a process within the hierarchy that can freeze it, from the text of `/proc/PID/cgroup`.
+///
+/// `None` when the process is in no such hierarchy. Paths are relative to the root of the reader's cgroup namespace.
+pub(super) fn membership(text: &[u8], version: Version) -> Option<&[u8]> {
+    text.split(|&b| b == b'\n').find_map(|line| {
+        // A path may hold colons itself: only the first two separate.
+        let mut fields = line.splitn(3, |&b| b == b':');
+        let (id, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        let ours = match version {
+            Version::V1 => controllers.split(|&b| b == b',').any(|c| c == b"freezer"),
+            Version::V2 => id == b"0" && controllers.is_empty(),
+        };
+        ours.then_some(path)
+    })
+}
+
+/// A mounted hierarchy that has a freezer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Mount {
+    pub(super) version: Version,
+    /// The cgroup that is seen at the mount point.
+    root: Vec<u8>,
+    pub(super) point: PathBuf,
+    pub(super) writable: bool,
+}
+
+/// The freezer hierarchies in the text of `/proc/PID/mountinfo`, v2 first: its frozen processes can still be killed.
+pub(super) fn mounts(text: &[u8]) -> Vec<Mount> {
+    let mut mounts: Vec<Mount> = text.split(|&b| b == b'\n').filter_map(mount).collect();
+    mounts.sort_by_key(|m| (m.version == Version::V1, !m.writable));
+    mounts
+}
+
+/// Where any cgroup hierarchy is mounted, freezer or not.
+pub(super) fn all_mount_points(text: &[u8]) -> Vec<PathBuf> {
+    let point = |line: &[u8]| {
+        let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
+        let separator = fields.iter().position(|&f| f == b"-")?;
+        let kind = *fields.get(separator + 1)?;
+        matches!(kind, b"cgroup" | b"cgroup2").then_some(path(fields.get(4)?))
+    };
+    text.split(|&b| b == b'\n').filter_map(point).collect()
+}
+
+fn mount(line: &[u8]) -> Option<Mount> {
+    let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
+    let separator = fields.iter().position(|&f| f == b"-")?;
+    let (&root, &point, &options) = (fields.get(3)?, fields.get(4)?, fields.get(5)?);
+    let (&kind, &super_options) = (fields.get(separator + 1)?, fields.get(separator + 3)?);
+    let has = |list: &[u8], wanted: &[u8]| list.split(|&b| b == b',').any(|o| o == wanted);
+    let version = match kind {
+        b"cgroup2" => Version::V2,
+        b"cgroup" if has(super_options, b"freezer") => Version::V1,
+        _ => return None,
+    };
+    Some(Mount {
+        version,
+        root: unescape(root),
+        point: path(point),
+        writable: has(options, b"rw") && has(super_options, b"rw"),
+    })
+}
+
+fn path(field: &[u8]) -> PathBuf {
+    PathBuf::from(OsString::from_vec(unescape(field)))
+}
+
+/// mountinfo writes space, tab, newline and backslash as three octal digits.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        if let (b'\\', &[a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..]) = (first, tail) {
+            out.push((a - b'0') * 64 + (b - b'0') * 8 + (c - b'0'));
+            rest = &tail[3..];
+        } else {
+            out.push(first);
+            rest = tail;
+        }
+    }
+    out
+}
+
+impl Mount {
+    /// The directory of a cgroup, or `None` when this mount does not show it.
+    ///
+    /// With a cgroup namespace in between, both sides begin with `/..`: those are compared like any other component,
+    /// but none may be left in what is below the mount point.
+    pub(super) fn directory(&self, cgroup: &[u8]) -> Option<PathBuf> {
+        let below = Path::new(OsStr::from_bytes(cgroup))
+            .strip_prefix(OsStr::from_bytes(&self.root))
+            .ok()?;
+        let plain = below
+            .components()
+            .all(|c| matches!(c, Component::Normal(_)));
+        // What the kernel appends to the path of a process whose cgroup was removed.
+        (plain && !cgroup.ends_with(b" (deleted)")).then(|| self.point.join(below))
+    }
+}
+
+/// How far a freeze is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Running,
+    /// Asked for, here or by an ancestor (v1), and not every process has stopped yet.
+    Freezing,
+    Frozen,
+}
+
+/// A cgroup below the root of its hierarchy, its control files held open: a cgroup of the same name that is made
+/// later is another one.
+#[derive(Debug)]
+pub(super) struct Group {
+    version: Version,
+    dir: PathBuf,
+    control: File,
+    /// v2 only: `cgroup.events`.
+    events: Option<File>,
+}
+
+impl Group {
+    /// Opens the control files for reading and writing.
+    pub(super) fn open(version: Version, dir: PathBuf) -> Result<Self, Error> {
+        let open = |name: &str, write: bool| {
+            let path = dir.join(name);
+            let file = OpenOptions::new().read(true).write(write).open(&path);
+            file.map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => Error::Unsupported {
+                    why: format!("{path:?} does not exist: the root cgroup cannot be frozen, nor can v2 before Linux 5.2"),
+                },
+                _ => Error::io(path, error),
+            })
+        };
+        let control = open(version.control_file(), true)?;
+        let events = match version {
+            Version::V1 => None,
+            Version::V2 => Some(open("cgroup.events", false)?),
+        };
+        Ok(Self {
+            version,
+            dir,
+            control,
+            events,
+        })
+    }
+
+    pub(super) fn version(&self) -> Version {
+        self.version
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn control_path(&self) -> PathBuf {
+        self.dir.join(self.version.control_file())
+    }
+
+    /// Reads a control file from its start; they are a few bytes long.
+    fn read(&self, file: &File) -> Result<Vec<u8>, Error> {
+        let mut buffer = [0; 512];
+        let n = file
+            .read_at(&mut buffer, 0)
+            .map_err(|e| Error::io(self.control_path(), e))?;
+        Ok(buffer[..n].to_vec())
+    }
+
+    /// Asks for a freeze or a thaw.
+    pub(super) fn request(&self, freeze: bool) -> Result<(), Error> {
+        let word: &[u8] = match (self.version, freeze) {
+            (Version::V1, true) => b"FROZEN",
+            (Version::V1, false) => b"THAWED",
+            (Version::V2, true) => b"1",
+            (Version::V2, false) => b"0",
+        };
+        self.control
+            .write_all_at(word, 0)
+            .map_err(|e| Error::io(self.control_path(), e))
+    }
+
+    /// Whether the processes stand still, for whatever reason.
+    pub(super) fn state(&self) -> Result<State, Error> {
+        let control = self.read(&self.control)?;
+        match &self.events {
+            None => match control.trim_ascii() {
+                b"THAWED" => Ok(State::Running),
+                b"FREEZING" => Ok(State::Freezing),
+                b"FROZEN" => Ok(State::Frozen),
+                other => Err(Error::Unsupported {
+                    why: format!(
+                        "{:?} reads {:?}, expected THAWED, FREEZING or FROZEN",
+                        self.control_path(),
+                        other.escape_ascii().to_string()
+                    ),
+                }),
+            },
+            Some(events) => {
+                // Frozen by an ancestor, the group's own `cgroup.freeze` reads 0.
+                let events = self.read(events)?;
+                if events
+                    .split(|&b| b == b'\n')
+                    .any(|line| line == b"frozen 1")
+                {
+                    Ok(State::Frozen)
+                } else if control.trim_ascii() == b"1" {
+                    Ok(State::Freezing)
+                } else {
+                    Ok(State::Running)
+                }
+            }
+        }
+    }
+
+    /// Waits until every process stands still, asking again where the interface wants that. `false`: not by `deadline`.
+    ///
+    /// `ask` is off when somebody else began the freeze.
+    pub(super) fn wait_frozen(&self, deadline: Instant, ask: bool) -> Result<bool, Error> {
+        let mut asked_from_scratch = Instant::now();
+        let mut pause = Pause::default();
+        loop {
+            if self.state()? == State::Frozen {
+                return Ok(true);
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Ok(false);
+            }
+            if ask && self.version == Version::V1 {
+                if now - asked_from_scratch > STUCK {
+                    self.request(false)?;
+                    asked_from_scratch = now;
+                }
+                // Tasks forked while the freeze was on its way are reached by asking again only.
+                self.request(true)?;
+            }
+            self.sleep(pause.next().min(deadline - now))?;
+        }
+    }
+
+    /// Thaws, and waits until that is read back (or until it is plain that somebody else holds an ancestor frozen).
+    pub(super) fn thaw(&self) -> Result<(), Error> {
+        self.request(false)?;
+        let deadline = Instant::now() + THAW_BOUND;
+        let mut pause = Pause::default();
+        while self.state()? != State::Running {
+            if self.held_from_above()? {
+                return Ok(());
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(Error::Timeout {
+                    cgroup: self.dir.clone(),
+                    waited: THAW_BOUND,
+                    wanted: "thaw",
+                });
+            }
+            self.sleep(pause.next().min(deadline - now))?;
+        }
+        Ok(())
+    }
+
+    /// Whether an ancestor is frozen by its own setting; this group's thaw then changes nothing and is complete.
+    fn held_from_above(&self) -> Result<bool, Error> {
+        let flag = |path: PathBuf| match std::fs::read(&path) {
+            Ok(text) => Ok(text.trim_ascii() == b"1"),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(Error::io(path, e)),
+        };
+        match self.version {
+            Version::V1 => flag(self.dir.join("freezer.parent_freezing")),
+            Version::V2 => {
+                for ancestor in self.dir.ancestors().skip(1) {
+                    if flag(ancestor.join("cgroup.freeze"))? {
+                        return Ok(true);
+                    }
+                }
+                Ok(false)
+            }
+        }
+    }
+
+    /// Until the kernel announces a change, at most `bound`: announcements of v2 come up to 10 ms late when there was
+    /// another shortly before, and v1 has none.
+    fn sleep(&self, bound: Duration) -> Result<(), Error> {
+        let Some(events) = &self.events else {
+            std::thread::sleep(bound);
+            return Ok(());
+        };
+        let timeout = Timespec {
+            tv_sec: 0,
+            tv_nsec: i64::from(bound.min(Pause::LONGEST).subsec_nanos()),
+        };
+        match poll(&mut [PollFd::new(events, PollFlags::PRI)], Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(e) => Err(Error::io(self.dir.join("cgroup.events"), e.into())),
+        }
+    }
+}
+
+/// Growing pauses: most freezes are there within microseconds, and the container's standstill is what counts.
+struct Pause(Duration);
+
+impl Default for Pause {
+    fn default() -> Self {
+        Self(Duration::from_micros(50))
+    }
+}
+
+impl Pause {
+    const LONGEST: Duration = Duration::from_millis(10);
+
+    fn next(&mut self) -> Duration {
+        let pause = self.0;
+        self.0 = (pause * 2).min(Self::LONGEST);
+        pause
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[allow(clippy::type_complexity)]
+    fn membership_is_found_in_all_layouts() {
+        let hybrid: &[u8] = b"9:name=systemd:/a\n6:freezer:/kube/pod:1/x\n0::/unified\n";
+        let cases: &[(&[u8], Version, Option<&[u8]>)] = &[
+            (hybrid, Version::V1, Some(b"/kube/pod:1/x")),
+            (hybrid, Version::V2, Some(b"/unified")),
+            // Co-mounted controllers; a named hierarchy that only sounds like it.
+            (b"3:cpu,freezer:/c\n", Version::V1, Some(b"/c")),
+            (b"3:name=freezer:/c\n", Version::V1, None),
+            (b"0::/only/v2\n", Version::V1, None),
+            (b"7::/not-unified\n", Version::V2, None),
+            (b"", Version::V2, None),
+            (b"garbage\n0:\n::\n", Version::V2, None),
+            (b"0::/\xff\xfe", Version::V2, Some(b"/\xff\xfe")),
+        ];
+        for (text, version, expected) in cases {
+            assert_eq!(
+                membership(text, *version),
+                *expected,
+                "{} {version:?}",
+                text.escape_ascii()
+            );
+        }
+    }
+
+    #[test]
+    fn mounts_are_told_apart_and_ordered() {
+        let text = b"36 31 0:33 / /cg/devices rw - cgroup cgroup rw,devices\n\
+            37 31 0:34 / /cg/freezer rw,relatime - cgroup cgroup rw,freezer\n\
+            40 31 0:35 / /ro/unified ro - cgroup2 cgroup2 rw\n\
+            41 31 0:35 /a\\040b /cg/uni\\011fied rw shared:5 master:1 - cgroup2 cgroup2 rw\n\
+            27 1 254:0 / / rw - ext4 /dev/vda rw\nshort line\n- - -\n";
+        let found: Vec<_> = mounts(text)
+            .into_iter()
+            .map(|m| (m.version, m.root, m.point, m.writable))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                (
+                    Version::V2,
+                    b"/a b".to_vec(),
+                    PathBuf::from("/cg/uni\tfied"),
+                    true
+                ),
+                (
+                    Version::V2,
+                    b"/".to_vec(),
+                    PathBuf::from("/ro/unified"),
+                    false
+                ),
+                (
+                    Version::V1,
+                    b"/".to_vec(),
+                    PathBuf::from("/cg/freezer"),
+                    true
+                ),
+            ]
+        );
+    }
+
+    #[test]
+    fn directories_stay_below_the_mount() {
+        let cases: &[(&str, &str, Option<&str>)] = &[
+            ("/", "/kube/x", Some("/m/kube/x")),
+            ("/kube", "/kube/x", Some("/m/x")),
+            ("/kube", "/kubernetes/x", None),
+            ("/kube", "/", None),
+            // Seen from inside a cgroup namespace.
+            ("/../..", "/../../kube/x", Some("/m/kube/x")),
+            ("/", "/../x", None),
+            ("/", "/a/../../x", None),
+            ("/", "/gone (deleted)", None),
+        ];
+        for (root, cgroup, expected) in cases {
+            let mount = Mount {
+                version: Version::V2,
+                root: root.as_bytes().to_vec(),
+                point: PathBuf::from("/m"),
+                writable: true,
+            };
+            assert_eq!(
+                mount.directory(cgroup.as_bytes()),
+                expected.map(PathBuf::from),
+                "{root} {cgroup}"
+            );
+        }
+    }
+
+    #[test]
+    fn unescape_leaves_what_is_no_escape() {
+        for (text, expected) in [
+            ("a\\040b", "a b"),
+            ("\\134", "\\"),
+            ("a\\04", "a\\04"),
+            ("\\999", "\\999"),
+            ("\\", "\\"),
+        ] {
+            assert_eq!(unescape(text.as_bytes()), expected.as_bytes(), "{text}");
+        }
+    }
+}

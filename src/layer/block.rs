@@ -1,0 +1,189 @@
+//! Tar bytes of any stretch of a layer, made from the plan and the files: any thread, any order, any number of times.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{SeekFrom, Stat};
+
+use super::plan::{Item, Plan};
+use crate::scan::{Entry, printable};
+
+/// How a file turned out when its content was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Instability {
+    /// It was written to: the layer may hold some of the old and some of the new.
+    Changed,
+    /// It became shorter: the rest is zeros.
+    Shrank,
+    /// It became longer: what was added is not in the layer.
+    Grew,
+    /// It is gone, or something else is there now: its content is zeros.
+    Vanished,
+}
+
+/// A file that was not the same when it was read as when it was found.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+pub struct Unstable {
+    /// Path in the layer, printable.
+    pub path: String,
+    /// In what way.
+    pub what: Instability,
+}
+
+/// A file that could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read {path}: {source}")]
+pub struct ReadError {
+    /// Path in the container, printable.
+    pub path: String,
+    /// What the system said.
+    pub source: io::Error,
+}
+
+/// Buffers of one worker.
+#[derive(Default)]
+pub struct Scratch {
+    path: Vec<u8>,
+    link: Vec<u8>,
+    header: Vec<u8>,
+}
+
+/// Appends to `out` the bytes `start..end` of the tar; `unstable` collects what changed meanwhile.
+pub fn fill(
+    plan: &Plan,
+    start: u64,
+    end: u64,
+    out: &mut Vec<u8>,
+    scratch: &mut Scratch,
+    unstable: &mut Vec<Unstable>,
+) -> Result<(), ReadError> {
+    let base = out.len();
+    let end = end.min(plan.tar_size());
+    // Zeros are padding, holes, the archive's end, and what a file that shrank no longer has.
+    out.resize(base + (end - start) as usize, 0);
+    let target = &mut out[base..];
+    let items = plan.items();
+    let first = items.partition_point(|item| item.offset <= start).saturating_sub(1);
+    for item in &items[first..] {
+        if item.offset >= end {
+            break;
+        }
+        let content_at = item.offset + u64::from(item.header_len);
+        if content_at > start {
+            scratch.header.clear();
+            let header = &mut scratch.header;
+            plan.header(item, &mut scratch.path, &mut scratch.link, |h| h.write(header));
+            copy_overlap(target, start, &scratch.header, item.offset);
+        }
+        let content_end = content_at + plan.content_size(item);
+        let (from, to) = (content_at.max(start), content_end.min(end));
+        if from < to {
+            let part = &mut target[(from - start) as usize..(to - start) as usize];
+            read_part(plan, item, from - content_at, part, scratch, unstable)?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies what of `bytes`, which stand at `at` in the tar, falls into `target`, which begins at `start`.
+fn copy_overlap(target: &mut [u8], start: u64, bytes: &[u8], at: u64) {
+    let skip = start.saturating_sub(at) as usize;
+    let to = at.saturating_sub(start) as usize;
+    let len = bytes.len().saturating_sub(skip).min(target.len().saturating_sub(to));
+    target[to..to + len].copy_from_slice(&bytes[skip..skip + len]);
+}
+
+/// Reads `part.len()` bytes of a file's content from `offset` on. What is not there stays zero.
+fn read_part(
+    plan: &Plan,
+    item: &Item,
+    offset: u64,
+    part: &mut [u8],
+    scratch: &mut Scratch,
+    unstable: &mut Vec<Unstable>,
+) -> Result<(), ReadError> {
+    let scan = plan.scan();
+    let entry = plan.entry(item);
+    scan.path_into(item.entry, &mut scratch.path);
+    let elsewhere = scan.elsewhere(entry);
+    let (root, path, ino) = match elsewhere {
+        Some(place) => (place.root, place.path.as_slice(), place.ino),
+        None => (0, scratch.path.as_slice(), entry.ino),
+    };
+    let fail = |source: io::Error| ReadError { path: format!("/{}", printable(&scratch.path)), source };
+    let found = match scan.root(root).open_file(path, ino).map_err(fail)? {
+        Some(file) => {
+            let read = read_sparse(&file, offset, part, entry).map_err(fail)?;
+            let stat = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?;
+            // A lower does not change, and its times are not the entry's.
+            let changed = elsewhere.is_none() && !same_file(&stat, entry);
+            match (stat.st_size as u64).cmp(&entry.size) {
+                std::cmp::Ordering::Less => Some(Instability::Shrank),
+                std::cmp::Ordering::Greater => Some(Instability::Grew),
+                std::cmp::Ordering::Equal if read < part.len() => Some(Instability::Shrank),
+                std::cmp::Ordering::Equal => changed.then_some(Instability::Changed),
+            }
+        }
+        None => Some(Instability::Vanished),
+    };
+    if let Some(what) = found {
+        unstable.push(Unstable { path: printable(&scratch.path), what });
+    }
+    Ok(())
+}
+
+/// The kernel moves ctime at every change, and nobody can set it.
+fn same_file(stat: &Stat, entry: &Entry) -> bool {
+    (stat.st_ctime, stat.st_ctime_nsec as u32) == (entry.ctime, entry.ctime_nsec)
+        && (stat.st_mtime, stat.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec)
+}
+
+/// Reads without touching holes. Returns how far into `part` the file reaches.
+fn read_sparse(file: &OwnedFd, offset: u64, part: &mut [u8], entry: &Entry) -> io::Result<usize> {
+    if entry.allocated >= entry.size {
+        return read_full(file.as_fd(), offset, part);
+    }
+    let mut done = 0;
+    while done < part.len() {
+        let at = offset + done as u64;
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            // Only a hole, up to the end of the file; or the file is shorter by now, which its status will tell.
+            Err(rustix::io::Errno::NXIO) => return Ok(part.len()),
+            // A file system without holes: then all of it is data.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => at,
+            Err(error) => return Err(error.into()),
+        };
+        let skip = usize::try_from(data - at).unwrap_or(usize::MAX);
+        if skip >= part.len() - done {
+            return Ok(part.len());
+        }
+        done += skip;
+        let hole = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
+            Ok(hole) => hole,
+            Err(_) => u64::MAX,
+        };
+        let len = usize::try_from(hole.saturating_sub(data)).unwrap_or(usize::MAX).min(part.len() - done);
+        let len = if len == 0 { part.len() - done } else { len };
+        let n = read_full(file.as_fd(), data, &mut part[done..done + len])?;
+        done += n;
+        if n < len {
+            break;
+        }
+    }
+    Ok(done)
+}
+
+fn read_full(file: BorrowedFd<'_>, offset: u64, part: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < part.len() {
+        match rustix::io::pread(file, &mut part[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(done)
+}

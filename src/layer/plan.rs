@@ -1,0 +1,173 @@
+//! The layout of a layer: where in the tar each entry begins, known before one content byte is read.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::tar::{END, Header, RECORD};
+use crate::overlay::lower::join;
+use crate::scan::{Entry, Kind, Scan};
+
+/// No link target: the entry stands for itself.
+const ITSELF: u32 = u32::MAX;
+
+/// One entry's place.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Item {
+    /// Where its header begins.
+    pub(super) offset: u64,
+    /// Index of the scan's entry.
+    pub(super) entry: u32,
+    /// Index of the scan's entry that this is a hard link to, or [`ITSELF`].
+    link_to: u32,
+    /// Length of its header, PAX records included.
+    pub(super) header_len: u32,
+}
+
+/// A layer's layout. The bytes of the tar depend on it, and on the files, alone.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    scan: Arc<Scan>,
+    items: Vec<Item>,
+    tar_size: u64,
+    timestamp: Option<i64>,
+}
+
+impl Plan {
+    /// Lays out everything that the scan emits. Times later than `timestamp` (seconds since the epoch) become it.
+    pub fn new(scan: Arc<Scan>, timestamp: Option<i64>) -> Self {
+        let mut plan = Self { items: Vec::new(), tar_size: 0, timestamp, scan };
+        let scan = Arc::clone(&plan.scan);
+        plan.items.reserve_exact(scan.emitted().count());
+        let mut first_names: HashMap<(u16, u64), u32> = HashMap::new();
+        let (mut path, mut link) = (Vec::new(), Vec::new());
+        let mut offset = 0;
+        for index in scan.emitted() {
+            let entry = &scan.entries()[index as usize];
+            let mut item = Item { offset, entry: index, link_to: ITSELF, header_len: 0 };
+            let linkable = !matches!(entry.kind, Kind::Dir | Kind::Whiteout | Kind::Opaque);
+            if linkable && entry.nlink > 1 {
+                let first = *first_names.entry((entry.root, entry.ino)).or_insert(index);
+                if first != index {
+                    item.link_to = first;
+                }
+            }
+            let mut header_len = 0;
+            plan.header(&item, &mut path, &mut link, |header| header_len = header.encoded_len() as u32);
+            item.header_len = header_len;
+            offset += u64::from(item.header_len) + plan.content_size(&item).next_multiple_of(RECORD);
+            plan.items.push(item);
+        }
+        plan.tar_size = offset + END;
+        plan
+    }
+
+    /// Length of the tar in bytes, its end included.
+    pub fn tar_size(&self) -> u64 {
+        self.tar_size
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Whether there is nothing to save.
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// What is laid out.
+    pub fn scan(&self) -> &Scan {
+        &self.scan
+    }
+
+    pub(super) fn items(&self) -> &[Item] {
+        &self.items
+    }
+
+    pub(super) fn entry(&self, item: &Item) -> &Entry {
+        &self.scan.entries()[item.entry as usize]
+    }
+
+    /// Bytes of content that follow an item's header, without padding.
+    pub(super) fn content_size(&self, item: &Item) -> u64 {
+        if item.link_to == ITSELF { self.entry(item).size } else { 0 }
+    }
+
+    /// Hands an item's header to `use_it`; `path` and `link` are buffers.
+    pub(super) fn header<'b>(
+        &'b self,
+        item: &Item,
+        path: &'b mut Vec<u8>,
+        link: &'b mut Vec<u8>,
+        use_it: impl FnOnce(Header<'_>),
+    ) {
+        let scan = &*self.scan;
+        let entry = self.entry(item);
+        scan.path_into(item.entry, path);
+        if let Some(typeflag) = mark_name(entry.kind, path) {
+            return use_it(Header {
+                path,
+                typeflag,
+                mode: 0,
+                uid: 0,
+                gid: 0,
+                size: 0,
+                mtime: 0,
+                link: b"",
+                device: (0, 0),
+                xattrs: &[],
+            });
+        }
+        let is_link = item.link_to != ITSELF;
+        let typeflag = match entry.kind {
+            _ if is_link => b'1',
+            Kind::Symlink => b'2',
+            Kind::Char => b'3',
+            Kind::Block => b'4',
+            Kind::Dir => b'5',
+            Kind::Fifo => b'6',
+            Kind::File | Kind::Whiteout | Kind::Opaque => b'0',
+        };
+        if entry.kind == Kind::Dir {
+            path.extend(if path.is_empty() { b"./".as_slice() } else { b"/" });
+        }
+        let link: &[u8] = if is_link {
+            scan.path_into(item.link_to, link);
+            link
+        } else {
+            scan.link(entry).unwrap_or_default()
+        };
+        use_it(Header {
+            path,
+            typeflag,
+            mode: entry.mode,
+            uid: entry.uid,
+            gid: entry.gid,
+            size: self.content_size(item),
+            mtime: self.timestamp.map_or(entry.mtime, |most| entry.mtime.min(most)),
+            link,
+            device: (rustix::fs::major(entry.rdev), rustix::fs::minor(entry.rdev)),
+            // The first name of a link group carries them: they belong to the inode.
+            xattrs: if is_link { &[] } else { scan.xattrs(entry) },
+        });
+    }
+}
+
+/// Turns the path of a mark into the name that says it; `None` for everything that is no mark.
+fn mark_name(kind: Kind, path: &mut Vec<u8>) -> Option<u8> {
+    let cut = path.iter().rposition(|&b| b == b'/');
+    match kind {
+        Kind::Opaque => {
+            // The mark's own name is empty: the path is its directory's, with a slash.
+            let dir = path.strip_suffix(b"/").unwrap_or(path).to_vec();
+            *path = join(&dir, b".wh..wh..opq");
+        }
+        Kind::Whiteout => {
+            let at = cut.map_or(0, |cut| cut + 1);
+            path.splice(at..at, *b".wh.");
+        }
+        _ => return None,
+    }
+    Some(b'0')
+}

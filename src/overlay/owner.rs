@@ -1,0 +1,42 @@
+//! Owners in a user namespace: the ids on disk are the host's, the image wants the container's.
+
+/// One line of `/proc/PID/uid_map`: `count` ids from `inside` on are `outside` on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct IdMapping {
+    /// First id as the container sees it.
+    pub inside: u32,
+    /// First id as the host (and the disk) sees it.
+    pub outside: u32,
+    /// Number of ids.
+    pub count: u32,
+}
+
+/// The container's id for the host's `outside`; an empty map means that they are the same.
+pub fn inside(map: &[IdMapping], outside: u32) -> Option<u32> {
+    if map.is_empty() {
+        return Some(outside);
+    }
+    map.iter().find_map(|m| {
+        let offset = outside.checked_sub(m.outside)?;
+        if offset < m.count { m.inside.checked_add(offset) } else { None }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_outside_every_range_have_no_inside() {
+        let map = [
+            IdMapping { inside: 0, outside: 100_000, count: 1000 },
+            IdMapping { inside: 1000, outside: 1000, count: 1 },
+        ];
+        for (outside, expected) in
+            [(100_000, Some(0)), (100_999, Some(999)), (101_000, None), (1000, Some(1000)), (0, None)]
+        {
+            assert_eq!(inside(&map, outside), expected, "{outside}");
+        }
+        assert_eq!(inside(&[], 7), Some(7));
+    }
+}

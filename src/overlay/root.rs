@@ -1,0 +1,246 @@
+//! One directory of an overlay, opened so that nothing in it can lead out of it.
+//!
+//! The upper belongs to a stranger who changes it while it is read. Every path is resolved by the kernel
+//! relative to the root's descriptor with `openat2`: no symlink is followed, no mount is crossed, nothing
+//! above the root is reached (CVE-2018-15664 and its kin).
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::path::Arg;
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
+
+/// Longest path handed to the kernel in one piece; PATH_MAX is 4096 with the terminator.
+const PATH_PIECE: usize = 4000;
+/// Longest attribute value, and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
+const XATTR_MAX: usize = 65_536;
+
+/// The root of one upper or lower directory.
+#[derive(Debug)]
+pub struct Root {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl Root {
+    /// Opens the directory at `path`. This path comes from the runtime, not from the tenant.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty())?;
+        Ok(Self { fd, path: path.to_owned() })
+    }
+
+    /// Where it is, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens `path` below the root without following anything. An empty path is the root itself.
+    pub fn open_beneath(&self, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlags::BENEATH
+            | ResolveFlags::NO_SYMLINKS
+            | ResolveFlags::NO_MAGICLINKS
+            | ResolveFlags::NO_XDEV;
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let flags = if flags.contains(OFlags::PATH) { flags - OFlags::NONBLOCK } else { flags };
+        let mut at: Option<OwnedFd> = None;
+        let mut rest = if path.is_empty() { b".".as_slice() } else { path };
+        loop {
+            let dir = at.as_ref().map_or(self.fd.as_fd(), AsFd::as_fd);
+            let cut = if rest.len() <= PATH_PIECE {
+                None
+            } else {
+                rest[..PATH_PIECE].iter().rposition(|&b| b == b'/')
+            };
+            let (piece, flags) = match cut {
+                Some(cut) => (&rest[..cut], OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC),
+                None => (rest, flags),
+            };
+            let fd = retry_again(|| {
+                rustix::fs::openat2(dir, OsStr::from_bytes(piece), flags, Mode::empty(), resolve)
+            })?;
+            match cut {
+                Some(cut) => {
+                    rest = &rest[cut + 1..];
+                    at = Some(fd);
+                }
+                None => return Ok(fd),
+            }
+        }
+    }
+
+    /// Opens a directory for listing.
+    pub fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
+        self.open_beneath(path, OFlags::RDONLY | OFlags::DIRECTORY)
+    }
+
+    /// Status of `path` itself, never of what it points to; `None` when it is not there.
+    pub fn stat(&self, path: &[u8]) -> io::Result<Option<Stat>> {
+        let fd = match self.open_beneath(path, OFlags::PATH) {
+            Ok(fd) => fd,
+            Err(error) if is_absent(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        Ok(Some(rustix::fs::fstat(&fd)?))
+    }
+
+    /// Target of the symlink at `path`.
+    pub fn read_link(&self, path: &[u8]) -> io::Result<Vec<u8>> {
+        let fd = self.open_beneath(path, OFlags::PATH)?;
+        Ok(rustix::fs::readlinkat(&fd, "", Vec::new())?.into_bytes())
+    }
+
+    /// Opens `path` for reading if, and only if, it is a regular file with the inode number `ino`.
+    ///
+    /// A device or FIFO is never opened: the entry is looked at through an `O_PATH` descriptor first, and that
+    /// very inode is then reopened. `Ok(None)` says that something else, or nothing, is there now.
+    pub fn open_file(&self, path: &[u8], ino: u64) -> io::Result<Option<OwnedFd>> {
+        let handle = match self.open_beneath(path, OFlags::PATH) {
+            Ok(handle) => handle,
+            Err(error) if is_absent(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let stat = rustix::fs::fstat(&handle)?;
+        let regular = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
+        if !regular || stat.st_ino != ino {
+            return Ok(None);
+        }
+        let by_handle = proc_path(handle.as_fd());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        // NOATIME needs the file's owner or CAP_FOWNER: a save must not touch access times where it can help it.
+        match rustix::fs::open(&by_handle, flags | OFlags::NOATIME, Mode::empty()) {
+            Err(rustix::io::Errno::PERM) => {
+                Ok(Some(rustix::fs::open(&by_handle, flags, Mode::empty())?))
+            }
+            other => Ok(Some(other?)),
+        }
+    }
+
+    /// One extended attribute of `path` itself; `None` when it has none of that name, or is not there.
+    pub fn xattr(&self, path: &[u8], name: &str) -> io::Result<Option<Vec<u8>>> {
+        let handle = match self.open_beneath(path, OFlags::PATH) {
+            Ok(handle) => handle,
+            Err(error) if is_absent(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // An O_PATH descriptor refuses fgetxattr; through /proc the same inode is reached, and for a
+        // symlink too, because the magic link leads to the inode and not to what its text names.
+        xattr_at(proc_path(handle.as_fd()).as_str(), name, Follow::Yes)
+    }
+}
+
+/// Whether the last component of a path may be a link that is followed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Follow {
+    /// Only for `/proc/self/fd` links, which lead to one inode.
+    Yes,
+    /// For names in a directory.
+    No,
+}
+
+/// Value of the attribute `name`, or `None`.
+pub fn xattr_at(path: impl Arg + Copy, name: impl Arg + Copy, follow: Follow) -> io::Result<Option<Vec<u8>>> {
+    use rustix::io::Errno;
+    let get = |buffer: &mut [u8]| match follow {
+        Follow::Yes => rustix::fs::getxattr(path, name, buffer),
+        Follow::No => rustix::fs::lgetxattr(path, name, buffer),
+    };
+    let mut small = [0u8; 256];
+    match get(&mut small) {
+        Ok(n) => return Ok(Some(small[..n].to_vec())),
+        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOENT) => return Ok(None),
+        Err(Errno::RANGE) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let mut large = vec![0u8; XATTR_MAX];
+    match get(&mut large) {
+        Ok(n) => {
+            large.truncate(n);
+            Ok(Some(large))
+        }
+        Err(Errno::NODATA | Errno::NOENT) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Names of all attributes, each ended by a NUL byte.
+pub fn xattr_names_at(path: impl Arg + Copy, follow: Follow) -> io::Result<Vec<u8>> {
+    use rustix::io::Errno;
+    let list = |buffer: &mut [u8]| match follow {
+        Follow::Yes => rustix::fs::listxattr(path, buffer),
+        Follow::No => rustix::fs::llistxattr(path, buffer),
+    };
+    let mut small = [0u8; 512];
+    match list(&mut small) {
+        Ok(n) => return Ok(small[..n].to_vec()),
+        Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
+        Err(Errno::RANGE) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let mut large = vec![0u8; XATTR_MAX];
+    let n = list(&mut large)?;
+    large.truncate(n);
+    Ok(large)
+}
+
+/// A path by which the `*xattr` calls, which refuse `O_PATH` descriptors, reach the inode behind one.
+pub fn proc_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Target of the symlink `name` in `dir`; `None` when it is no longer one.
+pub fn read_link_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    use rustix::io::Errno;
+    match rustix::fs::readlinkat(dir, OsStr::from_bytes(name), Vec::new()) {
+        Ok(target) => Ok(Some(target.into_bytes())),
+        Err(Errno::NOENT | Errno::INVAL) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Names in the directory `fd`, unsorted, without `.` and `..`.
+pub fn names(fd: BorrowedFd<'_>) -> io::Result<Vec<Vec<u8>>> {
+    let mut names = Vec::new();
+    let mut buffer = Vec::with_capacity(32 * 1024);
+    let mut dir = rustix::fs::RawDir::new(fd, buffer.spare_capacity_mut());
+    while let Some(entry) = dir.next() {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(name.to_vec());
+        }
+    }
+    Ok(names)
+}
+
+/// Status of `name` in the directory `dir`, not following it; `None` when it vanished.
+pub fn stat_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
+    match rustix::fs::statat(dir, OsStr::from_bytes(name), AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(rustix::io::Errno::NOENT) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Errors that say "not there (any more), or something else now": a component vanished or became a link.
+pub fn is_absent(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    matches!(
+        error.raw_os_error().map(Errno::from_raw_os_error),
+        Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::STALE)
+    )
+}
+
+/// `openat2` answers EAGAIN when a rename somewhere raced with the resolution; the name must then be tried again.
+fn retry_again<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {
+    for _ in 0..10_000 {
+        match call() {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => std::thread::yield_now(),
+            other => return Ok(other?),
+        }
+    }
+    Ok(call()?)
+}

@@ -1,0 +1,302 @@
+//! Challenges and tokens: what a registry asks for, what its token service answers, and whom credentials may be sent to.
+//!
+//! Format: RFC 9110 section 11 (challenges); distribution's "Token Authentication Specification" and its OAuth2 form.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+use reqwest::Url;
+use serde_json::Value;
+
+use super::credentials::Secret;
+
+/// A token that was fetched this recently is beyond doubt: a 401 with it means "not permitted".
+const FRESH: Duration = Duration::from_secs(10);
+/// What the token specification gives a token that says nothing of its life.
+const DEFAULT_LIFE: Duration = Duration::from_secs(60);
+/// No service means more than this.
+const LONGEST_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// Tokens are renewed this long before their end, or after three quarters of a short life: a long request that starts
+/// with a token must find it valid when its turn comes.
+const LONGEST_MARGIN: Duration = Duration::from_secs(120);
+
+/// What a registry wants to see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Challenge {
+    /// User and password with each request.
+    Basic,
+    /// A token from its token service.
+    Bearer {
+        /// URL of the token service, as the registry wrote it.
+        realm: String,
+        /// The name by which the token service knows the registry.
+        service: Option<String>,
+    },
+}
+
+/// The challenge to follow among those that an answer carries: Bearer where there is one, because a password costs the
+/// registry a key derivation each time.
+pub(super) fn read_challenge<'a>(headers: impl Iterator<Item = &'a str>) -> Option<Challenge> {
+    let mut basic = false;
+    for header in headers {
+        for (scheme, parameters) in parse_challenges(header) {
+            let value = |name: &str| {
+                parameters.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.clone())
+            };
+            if scheme.eq_ignore_ascii_case("bearer") {
+                if let Some(realm) = value("realm") {
+                    return Some(Challenge::Bearer { realm, service: value("service") });
+                }
+            }
+            basic |= scheme.eq_ignore_ascii_case("basic");
+        }
+    }
+    basic.then_some(Challenge::Basic)
+}
+
+type Parsed = (String, Vec<(String, String)>);
+
+/// `scheme name=value, name="value", scheme2 ...`: a word before `=` is a parameter, any other begins a challenge.
+fn parse_challenges(header: &str) -> Vec<Parsed> {
+    let mut found: Vec<Parsed> = Vec::new();
+    let mut rest = header;
+    loop {
+        rest = rest.trim_start_matches([' ', '\t', ',']);
+        let end = rest.find([' ', '\t', ',', '=', '"']).unwrap_or(rest.len());
+        if end == 0 {
+            return found;
+        }
+        let (word, after) = rest.split_at(end);
+        let after_space = after.trim_start_matches([' ', '\t']);
+        let Some(value) = after_space.strip_prefix('=') else {
+            found.push((word.to_owned(), Vec::new()));
+            rest = after;
+            continue;
+        };
+        let (value, after) = parse_value(value.trim_start_matches([' ', '\t']));
+        if let Some((_, parameters)) = found.last_mut() {
+            parameters.push((word.to_owned(), value));
+        }
+        rest = after;
+    }
+}
+
+fn parse_value(text: &str) -> (String, &str) {
+    let Some(quoted) = text.strip_prefix('"') else {
+        let end = text.find([' ', '\t', ',']).unwrap_or(text.len());
+        return (text[..end].to_owned(), &text[end..]);
+    };
+    let mut value = String::new();
+    let mut chars = quoted.char_indices();
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '"' => return (value, &quoted[at + 1..]),
+            '\\' => value.extend(chars.next().map(|(_, escaped)| escaped)),
+            c => value.push(c),
+        }
+    }
+    (value, "")
+}
+
+/// A token and how long it is good for.
+pub(super) struct Token {
+    pub(super) value: Secret,
+    fetched: Instant,
+    life: Duration,
+}
+
+impl Token {
+    /// Reads a token service's answer: `token` or `access_token`, either of which may be empty (Harbor), `expires_in`
+    /// in seconds. `fetched` is when it was asked for.
+    pub(super) fn read(body: &[u8], fetched: Instant) -> Result<Self, &'static str> {
+        let document: Value = serde_json::from_slice(body).map_err(|_| "the token service's answer is not JSON")?;
+        let text = |name: &str| document.get(name).and_then(Value::as_str).filter(|t| !t.is_empty());
+        let value = text("token").or_else(|| text("access_token")).ok_or("the token service's answer has no token")?;
+        let seconds = document.get("expires_in").and_then(Value::as_f64).filter(|&s| s >= 1.0);
+        let life = seconds.map_or(DEFAULT_LIFE, |s| Duration::from_secs(s.min(1e9) as u64)).min(LONGEST_LIFE);
+        Ok(Self { value: Secret::new(value.to_owned()), fetched, life })
+    }
+
+    /// Whether it is time for a new one.
+    pub(super) fn stale(&self, now: Instant) -> bool {
+        let margin = (self.life / 4).min(LONGEST_MARGIN);
+        now.saturating_duration_since(self.fetched) >= self.life.saturating_sub(margin)
+    }
+
+    /// Whether a 401 with it cannot be a matter of age.
+    pub(super) fn fresh(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.fetched) < FRESH
+    }
+}
+
+/// Where a registry was reached, as far as trust depends on it.
+#[derive(Clone, Debug)]
+pub(super) struct Origin {
+    /// Scheme, host and port.
+    pub(super) url: Url,
+    /// TLS with a certificate that was checked.
+    pub(super) verified: bool,
+    /// The user named this very machine.
+    pub(super) loopback: bool,
+}
+
+impl Origin {
+    /// Same scheme, host and port.
+    pub(super) fn is_same(&self, url: &Url) -> bool {
+        self.url.origin() == url.origin()
+    }
+
+    fn same_host(&self, url: &Url) -> bool {
+        self.url.host_str().is_some() && self.url.host_str() == url.host_str()
+    }
+
+    /// Whether an address that the registry gave (realm, redirect) may be asked at all.
+    ///
+    /// What a registry answers is input, and this program may stand where the registry cannot reach: so no address
+    /// leads from another machine to this one or to its link (cloud metadata services live there), and none from TLS
+    /// to plain HTTP.
+    pub(super) fn may_visit(&self, url: &Url) -> Result<(), &'static str> {
+        match url.scheme() {
+            "https" => {}
+            "http" if self.url.scheme() == "http" => {}
+            "http" => return Err("it leaves TLS"),
+            _ => return Err("it is not an http address"),
+        }
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err("it carries a user name");
+        }
+        if !self.same_host(url) && !self.loopback && url.host_str().is_none_or(is_local_name) {
+            return Err("a registry on another machine may not send us to this one or to its link");
+        }
+        Ok(())
+    }
+
+    /// Whether the user's credentials for this registry may be sent to a token service at `url`.
+    ///
+    /// Yes where it is on the registry's own host. To another host only when the registry itself named it over TLS with
+    /// a checked certificate, and it is reached by TLS too (so Docker Hub and GitLab work): then nobody on the way can
+    /// have put it there. And between ports and names of this very machine.
+    pub(super) fn may_confide(&self, url: &Url) -> Result<(), &'static str> {
+        self.may_visit(url)?;
+        let both_here = self.loopback && url.host_str().is_some_and(is_local_name);
+        if self.same_host(url) || both_here || (self.verified && url.scheme() == "https") {
+            Ok(())
+        } else {
+            Err("credentials go to a token service on another host only when the registry names it over TLS with a \
+                 certificate that is checked: use https and --cert-dir")
+        }
+    }
+}
+
+/// Whether a host of a URL is this machine or its link, by name or as an address.
+fn is_local_name(host: &str) -> bool {
+    let name = host.trim_end_matches('.').to_ascii_lowercase();
+    if name == "localhost" || name.ends_with(".localhost") {
+        return true;
+    }
+    name.trim_start_matches('[').trim_end_matches(']').parse().is_ok_and(is_local_address)
+}
+
+/// Loopback, link-local (169.254.0.0/16, fe80::/10) or unspecified, also when wrapped into IPv6.
+pub(super) fn is_local_address(address: IpAddr) -> bool {
+    let v4 = |a: Ipv4Addr| a.is_loopback() || a.is_link_local() || a.octets()[0] == 0;
+    let v6 = |a: Ipv6Addr| a.is_loopback() || a.is_unspecified() || (a.segments()[0] & 0xffc0) == 0xfe80;
+    match address {
+        IpAddr::V4(a) => v4(a),
+        IpAddr::V6(a) => v6(a) || a.to_ipv4().is_some_and(v4),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bearer(realm: &str, service: Option<&str>) -> Option<Challenge> {
+        Some(Challenge::Bearer { realm: realm.into(), service: service.map(Into::into) })
+    }
+
+    #[test]
+    fn challenges() {
+        let of = |headers: &[&'static str]| read_challenge(headers.iter().copied());
+        assert_eq!(
+            of(&[r#"Bearer realm="https://a/t",service="s",scope="repository:x:pull,push",error="invalid_token""#]),
+            bearer("https://a/t", Some("s"))
+        );
+        assert_eq!(of(&[r#"bearer REALM=https://a/t"#]), bearer("https://a/t", None));
+        assert_eq!(of(&[r#"Basic realm="x", Bearer realm="https://a/t" , service = "a \"b\", c""#]), bearer("https://a/t", Some("a \"b\", c")));
+        assert_eq!(of(&["Basic realm=\"r\"", "Bearer realm=\"https://a\""]), bearer("https://a", None));
+        assert_eq!(of(&["Basic"]), Some(Challenge::Basic));
+        assert_eq!(of(&["Negotiate abc==, Basic realm=x"]), Some(Challenge::Basic));
+        // Harbor answers for a missing project with an empty header.
+        for none in ["", ",", "=", "\"", "Bearer", "Bearer service=\"x\"", "Digest realm=x", "Bearer realm", "= = ="] {
+            assert_eq!(of(&[none]), None, "{none}");
+        }
+        assert_eq!(of(&["Bearer realm=\"unterminated"]), bearer("unterminated", None));
+    }
+
+    #[test]
+    fn tokens() {
+        let now = Instant::now();
+        let read = |body: &str| Token::read(body.as_bytes(), now);
+        let harbor = read(r#"{"token":"t","access_token":"","expires_in":1800}"#).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(harbor.value.expose(), "t");
+        let at = |seconds| now + Duration::from_secs(seconds);
+        assert!(!harbor.stale(at(1679)) && harbor.stale(at(1680)));
+        assert!(harbor.fresh(at(9)) && !harbor.fresh(at(10)));
+        let oauth = read(r#"{"token":"","access_token":"a"}"#).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(oauth.value.expose(), "a");
+        assert!(!oauth.stale(at(44)) && oauth.stale(at(45)), "60 s without expires_in");
+        for (odd, life) in [("-5", 60), ("0", 60), ("\"x\"", 60), ("1e300", 24 * 3600), ("2.5", 2)] {
+            let token = read(&format!(r#"{{"token":"t","expires_in":{odd}}}"#)).unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(token.life.as_secs(), life, "{odd}");
+        }
+        for bad in ["", "{}", "[]", r#"{"token":""}"#, r#"{"token":3}"#] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+    }
+
+    fn origin(url: &str, verified: bool) -> Origin {
+        let url: Url = url.parse().unwrap();
+        let loopback = super::super::reference::is_loopback(url.host_str().unwrap());
+        Origin { url, verified, loopback }
+    }
+
+    #[test]
+    fn where_a_registry_may_lead() {
+        for (from, verified, to, visit, confide) in [
+            ("https://r.example", true, "https://r.example/token", true, true),
+            ("https://r.example", true, "https://auth.example/token", true, true),
+            ("https://r.example", true, "http://r.example/token", false, false),
+            ("https://r.example", false, "https://r.example:8443/token", true, true),
+            // Nobody has checked who named that host.
+            ("https://r.example", false, "https://auth.example/token", true, false),
+            ("http://r.example", false, "http://r.example/token", true, true),
+            ("http://r.example", false, "http://evil.example/token", true, false),
+            ("http://r.example", false, "https://evil.example/token", true, false),
+            ("https://r.example", true, "https://127.0.0.1/token", false, false),
+            ("https://r.example", true, "https://127.1/token", false, false),
+            ("https://r.example", true, "https://2130706433/token", false, false),
+            ("https://r.example", true, "https://localhost:8080/token", false, false),
+            ("https://r.example", true, "https://LOCALHOST./token", false, false),
+            ("https://r.example", true, "https://[::1]/token", false, false),
+            ("https://r.example", true, "https://[::ffff:127.0.0.1]/token", false, false),
+            ("https://r.example", true, "https://0.0.0.0/token", false, false),
+            ("http://r.example", false, "http://169.254.169.254/latest/meta-data", false, false),
+            ("https://r.example", true, "https://[fe80::1]/token", false, false),
+            ("https://r.example", true, "ftp://r.example/token", false, false),
+            ("https://r.example", true, "file:///etc/shadow", false, false),
+            ("https://r.example", true, "https://u:p@r.example/token", false, false),
+            ("https://r.example", true, "https://10.0.0.1/token", true, true),
+            ("http://127.0.0.1:5000", false, "http://127.0.0.1:5001/token", true, true),
+            ("http://localhost:5000", false, "http://127.0.0.1:5001/token", true, true),
+            ("http://localhost:5000", false, "http://evil.example/token", true, false),
+        ] {
+            let (from_, to_) = (origin(from, verified), to.parse().unwrap());
+            assert_eq!(
+                (from_.may_visit(&to_).is_ok(), from_.may_confide(&to_).is_ok()),
+                (visit, confide),
+                "{from} -> {to}"
+            );
+        }
+    }
+}

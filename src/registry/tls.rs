@@ -1,0 +1,142 @@
+//! Whom to trust and who to be in TLS: the machine's certificates, private CAs and client certificates of one registry.
+//!
+//! Format of the directories: containers-certs.d(5), Docker's `certs.d`.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use super::error::Error;
+
+/// What a `certs.d` directory holds for one registry.
+#[derive(Default)]
+pub(super) struct Certificates {
+    /// CAs that are trusted besides the machine's.
+    pub(super) authorities: Vec<reqwest::Certificate>,
+    /// Who this client is.
+    pub(super) identity: Option<reqwest::Identity>,
+}
+
+/// The directories that are looked into for `host` when the user names none, best first.
+pub(super) fn usual_directories(host: &str, var: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
+    let set = |name| var(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let config = set("XDG_CONFIG_HOME").or_else(|| set("HOME").map(|h| h.join(".config")));
+    config
+        .map(|dir| dir.join("containers/certs.d"))
+        .into_iter()
+        .chain(["/etc/containers/certs.d".into(), "/etc/docker/certs.d".into()])
+        .map(|dir| dir.join(host))
+        .collect()
+}
+
+/// Reads `explicit` (which has to be there), or else the first of `usual` that is.
+pub(super) fn read(explicit: Option<&Path>, usual: &[PathBuf]) -> Result<Certificates, Error> {
+    if let Some(dir) = explicit {
+        return read_directory(dir).map_err(|(path, e)| file_error(path, &e));
+    }
+    for dir in usual {
+        match read_directory(dir) {
+            Err((path, e)) if path == *dir && matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+            // Nobody asked for this directory: what this user may not list is not for this user.
+            Err((path, e)) if path == *dir && e.kind() == io::ErrorKind::PermissionDenied => {}
+            other => return other.map_err(|(path, e)| file_error(path, &e)),
+        }
+    }
+    Ok(Certificates::default())
+}
+
+fn file_error(path: PathBuf, error: &io::Error) -> Error {
+    let denied = error.kind() == io::ErrorKind::PermissionDenied;
+    Error::File { path, reason: error.to_string(), denied }
+}
+
+fn read_directory(dir: &Path) -> Result<Certificates, (PathBuf, io::Error)> {
+    let at = |path: &Path| {
+        let path = path.to_path_buf();
+        move |e| (path, e)
+    };
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(dir).map_err(at(dir))?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>().map_err(at(dir))?;
+    files.sort();
+    let mut found = Certificates::default();
+    for file in files {
+        match file.extension().and_then(OsStr::to_str) {
+            Some("crt") => {
+                let pem = fs::read(&file).map_err(at(&file))?;
+                let bundle = reqwest::Certificate::from_pem_bundle(&pem).ok().filter(|b| !b.is_empty());
+                found.authorities.extend(bundle.ok_or_else(|| (file, invalid("no PEM certificate in it")))?);
+            }
+            Some("cert") if found.identity.is_none() => {
+                let key = file.with_extension("key");
+                let mut pem = zeroize::Zeroizing::new(fs::read(&file).map_err(at(&file))?);
+                pem.push(b'\n');
+                pem.extend_from_slice(&zeroize::Zeroizing::new(fs::read(&key).map_err(at(&key))?));
+                let identity = reqwest::Identity::from_pem(&pem)
+                    .map_err(|_| (file, invalid("not a PEM client certificate with a PEM key of the same name in .key")))?;
+                found.identity = Some(identity);
+            }
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+/// The certificates that this machine trusts; read once. None is no error: plain HTTP and private CAs work without.
+pub(super) fn machine_roots() -> &'static [reqwest::Certificate] {
+    static ROOTS: OnceLock<Vec<reqwest::Certificate>> = OnceLock::new();
+    ROOTS.get_or_init(|| {
+        let found = rustls_native_certs::load_native_certs();
+        for error in &found.errors {
+            tracing::debug!(tls.error = %error, "a part of the machine's certificates cannot be read");
+        }
+        if found.certs.is_empty() {
+            tracing::warn!("this machine has no CA certificates (package ca-certificates): only private CAs will be trusted");
+        }
+        found.certs.iter().filter_map(|der| reqwest::Certificate::from_der(der).ok()).collect()
+    })
+}
+
+/// Makes ring the cryptography of this process, if nobody chose before.
+pub(super) fn install_provider() {
+    // An error says that there is one already, which is fine.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_are_those_of_the_tools() {
+        let dirs = usual_directories("r.example:5000", |n| (n == "HOME").then(|| "/h".into()));
+        let shown: Vec<_> = dirs.iter().map(|d| d.display().to_string()).collect();
+        assert_eq!(
+            shown,
+            [
+                "/h/.config/containers/certs.d/r.example:5000",
+                "/etc/containers/certs.d/r.example:5000",
+                "/etc/docker/certs.d/r.example:5000"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_no_certificate_is_an_error_with_the_path() -> io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        assert!(read(Some(&dir.path().join("none")), &[]).is_err());
+        assert!(read(None, &[dir.path().join("none")]).is_ok());
+        fs::write(dir.path().join("readme.txt"), "x")?;
+        assert!(read(Some(dir.path()), &[]).is_ok_and(|c| c.authorities.is_empty() && c.identity.is_none()));
+        fs::write(dir.path().join("client.cert"), "x")?;
+        let error = read(Some(dir.path()), &[]).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("client.key"), "{error}");
+        fs::remove_file(dir.path().join("client.cert"))?;
+        fs::write(dir.path().join("ca.crt"), "x")?;
+        let error = read(Some(dir.path()), &[]).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("ca.crt"), "{error}");
+        Ok(())
+    }
+}

@@ -1,1 +1,0 @@
-//! The walk of the upper directory.

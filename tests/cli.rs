@@ -1,0 +1,357 @@
+//! The program as scripts and people meet it: exit codes, streams, help, pages.
+
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_upperdeck"));
+    command
+        .args(args)
+        .env_remove("SOURCE_DATE_EPOCH")
+        .env("NO_COLOR", "1");
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("UPPERDECK_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+fn upperdeck(args: &[&str]) -> std::io::Result<Output> {
+    command(args).output()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
+    let cases: &[&[&str]] = &[
+        &[],
+        &["no-such-verb"],
+        &["commit"],
+        &["commit", "web"],
+        &["commit", "--pause", "live", "web", "oci:x"],
+        &["commit", "--full", "web", "oci:x"],
+        &["commit", "--label", "novalue", "web", "oci:x"],
+        &["commit", "--annotation", "=x", "web", "oci:x"],
+        &["commit", "--jobs", "0", "web", "oci:x"],
+        &["commit", "--compression-level", "10", "web", "oci:x"],
+        &[
+            "commit",
+            "--compression",
+            "none",
+            "--compression-level",
+            "1",
+            "web",
+            "oci:x",
+        ],
+        &[
+            "commit",
+            "--compression",
+            "zstd",
+            "--compression-level",
+            "20",
+            "web",
+            "oci:x",
+        ],
+        &["commit", "--max-pause", "10", "web", "oci:x"],
+        &["commit", "--max-size", "1.5G", "web", "oci:x"],
+        &["commit", "--timestamp", "2020-01-01", "web", "oci:x"],
+        &["commit", "--quiet", "--progress", "bar", "web", "oci:x"],
+        &[
+            "commit",
+            "--creds",
+            "a:b",
+            "--creds-file",
+            "f",
+            "web",
+            "oci:x",
+        ],
+        &["commit", "--creds", "nocolon", "web", "oci:x"],
+        &["commit", "--creds", ":nouser", "web", "oci:x"],
+        &["commit", "--tls-verify=maybe", "web", "oci:x"],
+        &["inspect"],
+        &["ps", "--format", "xml"],
+        &["ps", "--log", "upperdeck=loudly"],
+        &["layer", "--upper", "/x"],
+        &["validate", "x"],
+        &["completions", "cmd.exe"],
+        &["man", "/nonexistent"],
+        // What does not exist yet is not offered.
+        &["manager"],
+        &["commit", "--include-volume", "/home", "web", "oci:x"],
+    ];
+    for args in cases {
+        let output = upperdeck(args)?;
+        assert_eq!(
+            output.status.code(),
+            Some(2),
+            "{args:?}: {}",
+            text(&output.stderr)
+        );
+        assert_eq!(text(&output.stdout), "", "{args:?}");
+        assert!(!output.stderr.is_empty(), "{args:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_time_from_the_environment_is_checked_too() -> Outcome {
+    let output = command(&["commit", "web", "oci:x"])
+        .env("SOURCE_DATE_EPOCH", "yesterday")
+        .output()?;
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("SECONDS"),
+        "{}",
+        text(&output.stderr)
+    );
+    Ok(())
+}
+
+#[test]
+fn the_last_json_line_says_how_it_failed() -> Outcome {
+    let output = upperdeck(&[
+        "commit",
+        "--progress",
+        "json",
+        "--creds",
+        "hunter2",
+        "web",
+        "localhost:1/x",
+    ])?;
+    assert_eq!(output.status.code(), Some(2));
+    let stdout = text(&output.stdout);
+    let last: Value = serde_json::from_str(stdout.lines().last().unwrap_or_default())?;
+    assert_eq!(
+        (&last["version"], &last["event"], &last["exit"]),
+        (&1.into(), &"failed".into(), &2.into())
+    );
+    assert_eq!(
+        (&last["code"], &last["retryable"]),
+        (&"usage".into(), &false.into())
+    );
+    assert!(
+        last["time"]
+            .as_str()
+            .is_some_and(|time| time.ends_with('Z') && time.contains('T')),
+        "{last}"
+    );
+    // What was given may be the password alone.
+    assert!(!stdout.contains("hunter2") && !text(&output.stderr).contains("hunter2"));
+    Ok(())
+}
+
+#[test]
+fn credentials_come_from_a_file_or_a_descriptor() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("creds");
+    let run = |args: &[&str], stdin: &[u8]| -> Result<Output, Box<dyn std::error::Error>> {
+        let mut child = command(&[&["commit"], args, &["web", "oci:/nonexistent/x"]].concat())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        child.stdin.take().ok_or("no stdin")?.write_all(stdin)?;
+        Ok(child.wait_with_output()?)
+    };
+    let path = file.to_str().ok_or("not UTF-8")?;
+    for (content, usage_error) in [
+        ("robot$x+y:s3cret\n", false),
+        ("a:b:c\r\nsecond line", false),
+        ("nocolon\n", true),
+        ("", true),
+    ] {
+        std::fs::write(&file, content)?;
+        for (args, stdin) in [(["--creds-file", path], ""), (["--creds-fd", "0"], content)] {
+            let output = run(&args, stdin.as_bytes())?;
+            assert_eq!(
+                output.status.code() == Some(2),
+                usage_error,
+                "{content:?} {args:?}: {}",
+                text(&output.stderr)
+            );
+        }
+    }
+    let output = run(&["--creds-file", "/nonexistent"], b"")?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("cannot read credentials from /nonexistent"),
+        "{}",
+        text(&output.stderr)
+    );
+    // A path that never ends.
+    let output = run(&["--creds-file", "/dev/zero"], b"")?;
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+    Ok(())
+}
+
+#[test]
+fn help_teaches() -> Outcome {
+    let long = upperdeck(&["--help"])?;
+    assert_eq!(long.status.code(), Some(0));
+    let help = text(&long.stdout);
+    for part in [
+        "Examples:",
+        "NAMESPACE/POD[/CONTAINER]",
+        "pid:N",
+        "Exit codes:",
+        "  69   base image",
+        "  130  cancelled",
+        "UPPERDECK_HOST_ROOT",
+        "SOURCE_DATE_EPOCH",
+    ] {
+        assert!(help.contains(part), "{part} is not in:\n{help}");
+    }
+    for verb in [
+        "ps",
+        "inspect",
+        "diff",
+        "commit",
+        "layer",
+        "validate",
+        "demo",
+        "completions",
+        "man",
+    ] {
+        assert!(
+            help.contains(&format!("\n  {verb} ")),
+            "{verb} is not in:\n{help}"
+        );
+    }
+    let help = text(&upperdeck(&["commit", "--help"])?.stdout);
+    for part in [
+        "[docker://]HOST[:PORT]/REPOSITORY[:TAG]",
+        "oci-archive:FILE",
+        "HEALTHCHECK",
+        "--creds-fd",
+        "Other users of this machine can see",
+        "base_progress",
+        "\"version\":1",
+        "Exit codes:",
+        "--max-pause",
+        "--include-caches",
+        "--cert-dir",
+    ] {
+        assert!(help.contains(part), "{part} is not in:\n{help}");
+    }
+    let short = text(&upperdeck(&["commit", "-h"])?.stdout);
+    assert!(
+        short.lines().count() < help.lines().count(),
+        "-h is the short one"
+    );
+    let version = text(&upperdeck(&["--version"])?.stdout);
+    assert_eq!(
+        version,
+        format!("upperdeck {}\n", env!("CARGO_PKG_VERSION"))
+    );
+    Ok(())
+}
+
+#[test]
+fn help_is_the_same_whatever_is_in_the_environment() -> Outcome {
+    let plain = upperdeck(&["commit", "--help"])?.stdout;
+    let set = command(&["commit", "--help"])
+        .env("UPPERDECK_HOST_ROOT", "/secret")
+        .env("SOURCE_DATE_EPOCH", "17")
+        .output()?;
+    assert_eq!(text(&plain), text(&set.stdout));
+    Ok(())
+}
+
+#[test]
+fn completions_for_every_shell() -> Outcome {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let output = upperdeck(&["completions", shell])?;
+        assert_eq!(output.status.code(), Some(0));
+        assert!(text(&output.stdout).contains("metadata-file"), "{shell}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_man_page_for_every_verb() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let output = upperdeck(&["man", dir.path().to_str().ok_or("not UTF-8")?])?;
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    for page in [
+        "upperdeck",
+        "upperdeck-ps",
+        "upperdeck-commit",
+        "upperdeck-validate",
+    ] {
+        let page = std::fs::read_to_string(dir.path().join(format!("{page}.1")))?;
+        assert!(page.contains(".TH"), "{page}");
+    }
+    assert!(text(&upperdeck(&["man"])?.stdout).contains(".TH upperdeck 1"));
+    Ok(())
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() -> Outcome {
+    let mut child = command(&["completions", "bash"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    drop(child.stdout.take());
+    let output = child.wait_with_output()?;
+    assert_eq!(
+        (output.status.code(), text(&output.stderr)),
+        (Some(0), String::new())
+    );
+    Ok(())
+}
+
+#[test]
+fn the_readme_says_what_the_program_does() -> Outcome {
+    let readme = include_str!("../README.md");
+    let help = text(&upperdeck(&["--help"])?.stdout);
+    let table = readme
+        .split("| exit | meaning |")
+        .nth(1)
+        .ok_or("no table of exit codes")?;
+    let rows = table
+        .lines()
+        .skip(2)
+        .take_while(|line| line.starts_with('|'));
+    let mut codes = Vec::new();
+    for row in rows {
+        let mut cells = row.split('|').map(str::trim).skip(1);
+        let (code, meaning) = (
+            cells.next().unwrap_or_default(),
+            cells.next().unwrap_or_default(),
+        );
+        // The first words are the help's own.
+        let words = meaning.split(['(', ':']).next().unwrap_or_default().trim();
+        assert!(
+            help.contains(&format!("  {code:<4} {words}")),
+            "{row} is not in:\n{help}"
+        );
+        codes.push(code);
+    }
+    assert_eq!(codes, ["0", "1", "2", "66", "69", "75", "77", "130"]);
+    // Every flag that the README names exists.
+    let commit = text(&upperdeck(&["commit", "--help"])?.stdout);
+    let layer = text(&upperdeck(&["layer", "--help"])?.stdout);
+    let ps = text(&upperdeck(&["ps", "--help"])?.stdout);
+    for flag in readme
+        .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
+        .filter(|word| word.starts_with("--") && word.len() > 3)
+    {
+        let foreign = ["--release", "--path", "--against"].contains(&flag);
+        assert!(
+            foreign
+                || [&help, &commit, &layer, &ps]
+                    .iter()
+                    .any(|text| text.contains(flag)),
+            "{flag}"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,124 @@
+//! A layer is the same bytes for any number of threads, and a plan's length is what the stream has.
+
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use upperdeck::layer::{self, Compression, Layer, Plan};
+use upperdeck::overlay::xattr::Namespace;
+use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+fn scan(upper: &Path) -> Result<Scan> {
+    let roots = Roots {
+        upper: upper.to_owned(),
+        lowers: Vec::new(),
+        data_only: Vec::new(),
+        lowers_known: false,
+        namespace: Namespace::User,
+    };
+    let exclusions = Exclusions::new(Rules::default())?;
+    Ok(Scan::new(
+        &roots,
+        &Options {
+            jobs: 2,
+            uid_map: &[],
+            gid_map: &[],
+            exclusions: &exclusions,
+            caps: Caps::default(),
+            runtime_root_mode: None,
+            cancel: &NEVER,
+        },
+    )?)
+}
+
+fn write(plan: &Plan, compression: Compression, jobs: usize) -> Result<(Vec<u8>, Layer)> {
+    let mut out = Vec::new();
+    let options =
+        layer::Options { compression, level: compression.default_level(), jobs, cancel: &NEVER };
+    let layer = layer::stream::write(
+        plan,
+        options,
+        |bytes| -> std::io::Result<()> {
+            out.extend_from_slice(&bytes);
+            Ok(())
+        },
+        &|_| {},
+    )?;
+    Ok((out, layer))
+}
+
+/// Content over several blocks: text, noise, a hole, nothing.
+fn tree(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir.join("a/b"))?;
+    std::fs::write(dir.join("a/text"), "upperdeck ".repeat(400_000))?;
+    let mut state = 1u64;
+    let noise: Vec<u8> = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 56) as u8
+    })
+    .take(3_000_001)
+    .collect();
+    std::fs::write(dir.join("a/b/noise"), &noise)?;
+    std::fs::write(dir.join("a-b"), "")?;
+    let sparse = std::fs::File::create(dir.join("sparse"))?;
+    sparse.set_len(5 << 20)?;
+    std::os::unix::fs::FileExt::write_all_at(&sparse, b"in the middle", 2_500_000)?;
+    for n in 0..2000 {
+        std::fs::write(dir.join(format!("a/small{n}")), format!("{n}\n"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    tree(dir.path())?;
+    let plan = Plan::new(Arc::new(scan(dir.path())?), None);
+    let (tar, plain) = write(&plan, Compression::None, 2)?;
+    assert_eq!(tar.len() as u64, plan.tar_size());
+    assert_eq!(plain.diff_id.0, plain.digest);
+    assert!(plain.unstable.is_empty());
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        let (bytes, layer) = write(&plan, compression, 1)?;
+        for jobs in [2, 3, 8] {
+            let (again, other) = write(&plan, compression, jobs)?;
+            assert_eq!(again, bytes, "{compression:?} with {jobs} jobs");
+            assert_eq!(other.digest, layer.digest);
+        }
+        assert_eq!(layer.diff_id, plain.diff_id);
+        assert_eq!(layer.digest, upperdeck::digest::Digest::of(&bytes));
+        let mut back = Vec::new();
+        match compression {
+            // A reader of one member only: there must be no second.
+            Compression::Gzip => {
+                flate2::read::GzDecoder::new(bytes.as_slice()).read_to_end(&mut back)?;
+            }
+            _ => {
+                back.resize(tar.len(), 0);
+                let n = structured_zstd::decoding::FrameDecoder::new().decode_all(&bytes, &mut back)?;
+                assert_eq!(n, tar.len());
+            }
+        }
+        assert!(back == tar, "{compression:?} gives the tar back");
+    }
+    let mut names = Vec::new();
+    for entry in tar::Archive::new(tar.as_slice()).entries()? {
+        let mut entry = entry?;
+        let name = String::from_utf8(entry.path_bytes().into_owned())?;
+        let mut content = Vec::new();
+        entry.read_to_end(&mut content)?;
+        if !name.ends_with('/') {
+            assert_eq!(content, std::fs::read(dir.path().join(&name))?, "{name}");
+        }
+        names.push(name);
+    }
+    // A directory's content stands right behind it, as if a slash sorted before every other byte.
+    let order: Vec<&str> = names.iter().map(String::as_str).filter(|n| !n.contains("small")).collect();
+    assert_eq!(order, ["a/", "a/b/", "a/b/noise", "a/text", "a-b", "sparse"]);
+    Ok(())
+}
