@@ -31,10 +31,13 @@ fn round_trip(mount: &Mount<'_>, more_work: &str) -> Result<()> {
         return Ok(());
     };
     let process = Process::start(&scratch, mount)?;
-    // A user namespace has no devices to make.
+    // A user namespace has no devices to make; and in one the kernel shows the two names of a lower file that was linked as
+    // two files, as long as it has the first one cached.
     let work: Vec<&str> = WORK
         .lines()
-        .filter(|line| mount.shift == 0 || !line.starts_with("mknod"))
+        .filter(|line| {
+            mount.shift == 0 || !(line.starts_with("mknod") || line.starts_with("ln /var/lib"))
+        })
         .collect();
     process.shell(&work.join("\n"))?;
     set_attributes(process.pid, mount.shift == 0)?;
@@ -54,11 +57,12 @@ fn round_trip(mount: &Mount<'_>, more_work: &str) -> Result<()> {
     // Where the merged view is mounted, with the host's own interpreter.
     let mut compare = process.enter(false);
     compare.args(["python3", TREE, "--shift", &mount.shift.to_string()]);
+    let except: Vec<&str> = LEFT_OUT.iter().chain(&["dev"]).copied().collect();
     same_tree_by(
         compare,
         &process.merged,
         &rootfs,
-        LEFT_OUT,
+        &except,
         TOUCHED_BY_RUNTIMES,
         60,
     )
