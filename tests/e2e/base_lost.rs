@@ -10,7 +10,8 @@ use crate::host::image::{Base, Format, base};
 use crate::host::registry::Registry;
 use crate::lab::Lab;
 use crate::save::{
-    LEFT_OUT, TOUCHED_BY_RUNTIMES, layers, manifest, refuse, same_tree, save, unpack,
+    LEFT_OUT, TOUCHED_BY_ENGINES, TOUCHED_BY_RUNTIMES, layers, manifest, refuse, same_tree, save,
+    unpack,
 };
 
 #[test]
@@ -160,7 +161,7 @@ fn a_base_that_is_nowhere_is_made_again_from_the_mounted_directories() -> Result
     let copy = lab
         .containerd
         .run_pod(&destination, &PodOptions::default())?;
-    same_tree(&pod.rootfs, &copy.rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)
+    same_tree(&pod.rootfs, &copy.rootfs, LEFT_OUT, TOUCHED_BY_ENGINES, 60)
 }
 
 #[test]

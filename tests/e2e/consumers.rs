@@ -12,7 +12,8 @@ use crate::host::podman::Podman;
 use crate::host::{command, run};
 use crate::lab::Lab;
 use crate::save::{
-    LEFT_OUT, TOUCHED_BY_RUNTIMES, manifest, same_tree, save, schemas, unpack, unpack_layout,
+    LEFT_OUT, TOUCHED_BY_ENGINES, TOUCHED_BY_RUNTIMES, manifest, same_tree, save, schemas, unpack,
+    unpack_layout,
 };
 use crate::support::{Need, ignore, ignored};
 
@@ -68,7 +69,7 @@ fn skopeo_umoci_docker_and_podman_read_what_was_saved() -> Result<()> {
             &pod.rootfs,
             &container.rootfs,
             LEFT_OUT,
-            TOUCHED_BY_RUNTIMES,
+            TOUCHED_BY_ENGINES,
             60,
         )
         .context("Docker")?;
@@ -82,7 +83,7 @@ fn skopeo_umoci_docker_and_podman_read_what_was_saved() -> Result<()> {
             &pod.rootfs,
             &container.rootfs,
             LEFT_OUT,
-            TOUCHED_BY_RUNTIMES,
+            TOUCHED_BY_ENGINES,
             60,
         )
         .context("Podman")?;
@@ -176,16 +177,17 @@ fn the_schemas_of_the_specification_accept_the_image() -> Result<()> {
     Ok(())
 }
 
-/// Schemas refer to each other by file name.
+/// Schemas refer to each other by URLs whose last part is the file name.
 const VALIDATE: &str = r"
 import json, os, sys
 import jsonschema
 folder, schema, document = sys.argv[1:]
 load = lambda name: json.load(open(os.path.join(folder, name)))
+class Beside(jsonschema.RefResolver):
+    def resolve_remote(self, uri):
+        return load(uri.rsplit('/', 1)[-1])
 whole = load(schema)
-base = whole.get('id') or whole.get('$id') or ''
-store = {base.rsplit('/', 1)[0] + '/' + name: load(name) for name in os.listdir(folder)}
-resolver = jsonschema.RefResolver(base, whole, store=store)
+resolver = Beside(whole.get('id', ''), whole)
 jsonschema.Draft4Validator(whole, resolver=resolver).validate(json.load(open(document)))
 ";
 

@@ -13,7 +13,8 @@ use crate::host::containerd::PodOptions;
 use crate::host::image::{Base, Format};
 use crate::lab::Lab;
 use crate::save::{
-    LEFT_OUT, TOUCHED_BY_RUNTIMES, config, layers, manifest, same_tree, save, unpack, upperdeck,
+    LEFT_OUT, TOUCHED_BY_ENGINES, TOUCHED_BY_RUNTIMES, config, layers, manifest, same_tree, save,
+    unpack, upperdeck,
 };
 use crate::support;
 
@@ -66,7 +67,7 @@ fn round_trip(format: Format) -> Result<()> {
     let copy = lab
         .containerd
         .run_pod(&destination, &PodOptions::default())?;
-    same_tree(&pod.rootfs, &copy.rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)?;
+    same_tree(&pod.rootfs, &copy.rootfs, LEFT_OUT, TOUCHED_BY_ENGINES, 60)?;
     assert_eq!(
         lab.containerd
             .shell(&copy, "cat /home/researcher/work/b.ipynb; echo $ADDED")?,

@@ -44,15 +44,26 @@ echo gone > /tmp/scratch
 
 /// What busybox cannot do of a user's work: attributes and access lists, set in the root of a process.
 pub fn set_attributes(pid: i32, access_lists: bool) -> Result<()> {
-    let dir = format!("/proc/{pid}/root/home/researcher/work/deep");
+    let home = format!("/proc/{pid}/root/home/researcher");
     run(&mut command(
         "setfattr",
-        ["-n", "user.note", "-v", "kept", &dir],
+        [
+            "-n",
+            "user.note",
+            "-v",
+            "kept",
+            &format!("{home}/work/deep"),
+        ],
     ))?;
     if access_lists {
         run(&mut command(
             "setfacl",
-            ["-m", "u:1234:rwx,d:u:1234:rx", &dir],
+            ["-m", "u:1234:rwx", &format!("{home}/work/deep")],
+        ))?;
+        // A default list on an empty directory only: containerd and Docker set it before they make what is in it.
+        run(&mut command(
+            "setfacl",
+            ["-m", "d:u:1234:rx", &format!("{home}/empty")],
         ))?;
     }
     Ok(())
@@ -91,6 +102,20 @@ pub const TOUCHED_BY_RUNTIMES: &[&str] = &[
     "root",
 ];
 
+/// The same, and a time before 1970, which containerd and Docker unpack as 1970.
+pub const TOUCHED_BY_ENGINES: &[&str] = &[
+    ".",
+    "dev",
+    "etc",
+    "proc",
+    "sys",
+    "run",
+    "tmp",
+    "home/researcher/.cache",
+    "root",
+    "home/researcher/work/old",
+];
+
 /// The comparison, which shares no code with the program.
 pub const TREE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/host/tree.py");
 
@@ -124,9 +149,15 @@ pub fn upperdeck(verb: &str, roots: &Roots) -> Command {
     ] {
         command.env_remove(variable);
     }
-    command
-        .env("DOCKER_CONFIG", "/nonexistent")
-        .env("REGISTRY_AUTH_FILE", "/nonexistent/auth.json");
+    command.env("HOME", "/nonexistent");
+    for variable in [
+        "DOCKER_CONFIG",
+        "REGISTRY_AUTH_FILE",
+        "XDG_RUNTIME_DIR",
+        "XDG_CONFIG_HOME",
+    ] {
+        command.env_remove(variable);
+    }
     command
 }
 
@@ -192,7 +223,9 @@ pub fn refuse(
             .args(options)
             .args([container, destination]),
     )?;
-    failed(&done, exit).map_err(|error| anyhow::anyhow!("{error:#} (of {commit:?})"))
+    failed(&done, exit).map_err(|error| {
+        anyhow::anyhow!("{error:#} (of upperdeck commit {container} {destination} {options:?})")
+    })
 }
 
 /// Checks that a run ended with `exit`, with a message and without a result. Returns the message.
