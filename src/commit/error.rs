@@ -105,19 +105,29 @@ pub enum Kind {
     Cancelled,
 }
 
+impl Kind {
+    /// The kind that a module's own exit code means.
+    fn of_exit(code: u8) -> Self {
+        match code {
+            2 => Self::Usage,
+            66 => Self::ContainerGone,
+            69 => Self::BaseUnproven,
+            75 => Self::Retryable,
+            77 => Self::NotPermitted,
+            130 => Self::Cancelled,
+            _ => Self::Final,
+        }
+    }
+}
+
 impl Error {
     /// What kind of failure it is.
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Container(error) => container_kind(error),
+            Self::Container(error) => Kind::of_exit(error.exit_code()),
             Self::Target(_) | Self::Pattern(_) => Kind::Usage,
             Self::Destination(error) => destination_kind(error),
-            Self::Freeze(error) => match error.exit_code() {
-                66 => Kind::ContainerGone,
-                75 => Kind::Retryable,
-                77 => Kind::NotPermitted,
-                _ => Kind::Final,
-            },
+            Self::Freeze(error) => Kind::of_exit(error.exit_code()),
             Self::Scan(scan::Error::Cancelled) | Self::Layer(layer::Error::Cancelled) | Self::Cancelled => {
                 Kind::Cancelled
             }
@@ -159,17 +169,5 @@ fn destination_kind(error: &destination::Error) -> Kind {
         Kind::Retryable
     } else {
         Kind::Final
-    }
-}
-
-fn container_kind(error: &container::Error) -> Kind {
-    use container::Error as E;
-    match error {
-        E::NotFound { .. } | E::Gone { .. } | E::Ambiguous { .. } => Kind::ContainerGone,
-        E::BadName { .. } => Kind::Usage,
-        E::BaseUnproven { .. } => Kind::BaseUnproven,
-        E::NotPermitted { .. } => Kind::NotPermitted,
-        E::Busy { .. } => Kind::Retryable,
-        _ => Kind::Final,
     }
 }

@@ -26,18 +26,27 @@ impl Platform {
             "loongarch64" => ("loong64", None),
             other => (other, None),
         };
-        Self { architecture: architecture.to_owned(), variant: variant.map(str::to_owned) }
+        Self {
+            architecture: architecture.to_owned(),
+            variant: variant.map(str::to_owned),
+        }
     }
 
     /// The manifest for this platform; among several variants the best that runs here.
     pub fn choose<'a>(&self, index: &'a ImageIndex) -> Option<&'a Descriptor> {
         let mut best = None;
         for descriptor in index.manifests() {
-            let Some(platform) = descriptor.platform() else { continue };
-            if platform.os().to_string() != "linux" || platform.architecture().to_string() != self.architecture {
+            let Some(platform) = descriptor.platform() else {
+                continue;
+            };
+            if platform.os().to_string() != "linux"
+                || platform.architecture().to_string() != self.architecture
+            {
                 continue;
             }
-            let Some(rank) = self.rank(platform.variant().as_deref()) else { continue };
+            let Some(rank) = self.rank(platform.variant().as_deref()) else {
+                continue;
+            };
             // Of equals the first, as all clients do.
             if best.is_none_or(|(_, known)| rank > known) {
                 best = Some((descriptor, rank));
@@ -48,7 +57,9 @@ impl Platform {
 
     /// How well a variant suits; none: it does not run here.
     fn rank(&self, variant: Option<&str>) -> Option<u32> {
-        let number = |v: Option<&str>, default| v.map_or(Some(default), |v| v.strip_prefix('v')?.parse::<u32>().ok());
+        let number = |v: Option<&str>, default| {
+            v.map_or(Some(default), |v| v.strip_prefix('v')?.parse::<u32>().ok())
+        };
         // What a missing variant means.
         let default = match self.architecture.as_str() {
             "arm64" => 8,
@@ -81,7 +92,8 @@ mod tests {
                 })
             })
             .collect();
-        serde_json::from_value(serde_json::json!({"schemaVersion": 2, "manifests": manifests})).unwrap()
+        serde_json::from_value(serde_json::json!({"schemaVersion": 2, "manifests": manifests}))
+            .unwrap()
     }
 
     #[test]
@@ -96,7 +108,10 @@ mod tests {
             ("linux", "arm64", Some("v8")),
         ]);
         let of = |architecture: &str, variant: Option<&str>| {
-            let platform = Platform { architecture: architecture.into(), variant: variant.map(Into::into) };
+            let platform = Platform {
+                architecture: architecture.into(),
+                variant: variant.map(Into::into),
+            };
             platform.choose(&index).map(Descriptor::size)
         };
         assert_eq!(of("amd64", None), Some(3));
