@@ -4,10 +4,10 @@
 //! `UPPERDECK_PROPTEST_CASES=5000 cargo test --test properties` runs that many cases for each kind of mount instead of
 //! the few that CI has time for.
 
-#[path = "harness/layer.rs"]
-mod layer;
 #[path = "harness/mod.rs"]
 mod harness;
+#[path = "harness/layer.rs"]
+mod layer;
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use harness::{Outcome, Stop, Test};
 use layer::{Source, make};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
@@ -27,7 +28,6 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen,
 };
-use harness::{Outcome, Stop, Test};
 use upperdeck::layer::Compression;
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::spec::layers::Layers;

@@ -1,10 +1,10 @@
 //! A tenant who changes the tree while it is read: nothing from outside the upper directory may ever get into a layer,
 //! and nothing may hang the builder (CVE-2018-15664 and its kin).
 
-#[path = "harness/layer.rs"]
-mod layer;
 #[path = "harness/mod.rs"]
 mod harness;
+#[path = "harness/layer.rs"]
+mod layer;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,9 +17,9 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use harness::{Outcome, Stop, Test};
 use layer::{Source, make};
 use rustix::fs::{CWD, FileType, Mode, RenameFlags};
-use harness::{Outcome, Stop, Test};
 use upperdeck::layer::Compression;
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::spec::archive::Archive;
