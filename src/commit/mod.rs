@@ -23,7 +23,7 @@ use crate::layer::{self, Layer, Plan};
 use crate::layout;
 use crate::manifest;
 use crate::registry::{Access, Registries};
-use crate::scan::{Report, Scan};
+use crate::scan::{Caps, Report, Scan};
 
 pub use base::{Delivered, Origin};
 pub use error::{Error, Kind};
