@@ -76,10 +76,12 @@ impl ProveError {
 }
 
 fn list(differences: &[Difference]) -> String {
-    differences
-        .iter()
-        .map(|difference| format!("\n  {difference}"))
-        .collect()
+    let mut list = String::new();
+    for difference in differences {
+        list.push_str("\n  ");
+        list.push_str(&difference.to_string());
+    }
+    list
 }
 
 /// Compares the base's layers (plain, gzip or zstd; bottom first) with the lowers, and says in words what was proven.

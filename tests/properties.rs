@@ -298,9 +298,9 @@ fn apply(root: &Path, change: &Change) -> io::Result<()> {
         }
         Change::ReplaceByFile { path } => {
             if fs::symlink_metadata(at(path))?.is_dir() {
-                fs::remove_dir_all(at(path))?
+                fs::remove_dir_all(at(path))?;
             } else {
-                fs::remove_file(at(path))?
+                fs::remove_file(at(path))?;
             }
             File::create_new(at(path))?.write_all(b"replaced")
         }
@@ -548,14 +548,10 @@ fn main() -> ExitCode {
         ("index", Kind::Index),
         ("userxattr", Kind::Userxattr),
     ];
-    harness::main(
-        kinds
-            .into_iter()
-            .map(|(name, kind)| {
-                Test::new(format!("layer_over_base_is_the_view::{name}"), move || {
-                    property(kind)
-                })
-            })
-            .collect(),
-    )
+    let tests = kinds.map(|(name, kind)| {
+        Test::new(format!("layer_over_base_is_the_view::{name}"), move || {
+            property(kind)
+        })
+    });
+    harness::main(&tests)
 }

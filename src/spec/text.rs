@@ -175,7 +175,7 @@ impl Content {
             let chunk = &mut buffer[..length];
             match &self.base {
                 Base::Bytes(bytes) => {
-                    chunk.copy_from_slice(&bytes[at as usize..at as usize + length])
+                    chunk.copy_from_slice(&bytes[at as usize..at as usize + length]);
                 }
                 Base::Random { seed, .. } => {
                     // `at` is a multiple of the buffer's length, so of 8.

@@ -301,7 +301,7 @@ fn entries(expected: &[Item], found: &[(Entry, Option<Digest>)]) -> Vec<Differen
         }
         match by_name.get(entry.name.as_slice()) {
             Some(item) => fields(item, entry, *digest, &mut |field, a, b| {
-                report(&entry.name, field, a, b)
+                report(&entry.name, field, a, b);
             }),
             None => report(
                 &entry.name,

@@ -38,6 +38,10 @@ pub struct Source {
 
 impl Source {
     /// An upper directory over lowers, nothing special.
+    #[allow(
+        dead_code,
+        reason = "each test program compiles this module and uses what it needs"
+    )]
     pub fn new(upper: PathBuf, lowers: Vec<PathBuf>, namespace: Namespace) -> Self {
         Self {
             upper,
