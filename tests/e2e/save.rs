@@ -1,6 +1,7 @@
 //! What every scenario does: run the program, look at what it said, take the image apart with other people's tools, and
 //! compare it with what the container sees.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -366,5 +367,23 @@ pub fn layers(manifest: &Value) -> Vec<(String, String)> {
     layers
         .iter()
         .map(|layer| (text(&layer["mediaType"]), text(&layer["digest"])))
+        .collect()
+}
+
+/// The digests of a manifest's layers alone.
+pub fn digests(manifest: &Value) -> Vec<String> {
+    layers(manifest)
+        .into_iter()
+        .map(|(_, digest)| digest)
+        .collect()
+}
+
+/// An image's `config` without what says nothing (null) and what Docker writes of the container that an image was made in.
+pub fn meaningful(config: &Value) -> BTreeMap<String, Value> {
+    let stale = ["Hostname", "Domainname", "Image", "MacAddress"];
+    let fields = config.as_object().into_iter().flatten();
+    fields
+        .filter(|(key, value)| !value.is_null() && !stale.contains(&key.as_str()))
+        .map(|(key, value)| (key.clone(), value.clone()))
         .collect()
 }
