@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use upperdeck::destination::Target;
 use upperdeck::digest::Digest;
 use upperdeck::layout::{Archive, Directory, Error, Reader};
-use upperdeck::registry::platform::Platform;
+use upperdeck::manifest::Platform;
 
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";

@@ -1733,7 +1733,7 @@ async fn layouts_are_read_by_the_other_tools() {
         let target: Target = theirs.parse().unwrap();
         let (reader, tag) = target.open_layout().unwrap().unwrap();
         let manifest = reader
-            .manifest(tag, &upperdeck::registry::platform::Platform::host())
+            .manifest(tag, &upperdeck::manifest::Platform::host())
             .unwrap();
         assert_eq!(manifest.digest, digest);
     }

@@ -54,7 +54,9 @@ pub enum Error {
         reason: String,
     },
     /// A base layer whose blob is nowhere, and whose directory is not mounted either.
-    #[error("the base layer {diff_id} is in no store and no known registry, and no directory holds it unpacked")]
+    #[error(
+        "the base layer {diff_id} is in no store and no known registry, and no directory holds it unpacked"
+    )]
     BaseLayerNowhere {
         /// Which one.
         diff_id: DiffId,
@@ -128,18 +130,24 @@ impl Error {
             Self::Target(_) | Self::Pattern(_) => Kind::Usage,
             Self::Destination(error) => destination_kind(error),
             Self::Freeze(error) => Kind::of_exit(error.exit_code()),
-            Self::Scan(scan::Error::Cancelled) | Self::Layer(layer::Error::Cancelled) | Self::Cancelled => {
-                Kind::Cancelled
+            Self::Scan(scan::Error::Cancelled)
+            | Self::Layer(layer::Error::Cancelled)
+            | Self::Cancelled => Kind::Cancelled,
+            Self::Scan(scan::Error::MarksUnreadable | scan::Error::Cap { .. }) => {
+                Kind::NotPermitted
             }
-            Self::Scan(scan::Error::MarksUnreadable | scan::Error::Cap { .. }) => Kind::NotPermitted,
             Self::Manifest(error) if error.is_usage() => Kind::Usage,
             Self::Manifest(error) if error.is_base() => Kind::BaseUnproven,
-            Self::Prove(_) | Self::BaseNotNamed { .. } | Self::BaseUnusable { .. } | Self::BaseLayerNowhere { .. } => {
-                Kind::BaseUnproven
-            }
-            Self::Scan(_) | Self::Layer(_) | Self::Manifest(_) | Self::Report { .. } | Self::PausedTooLong { .. } | Self::Worker => {
-                Kind::Final
-            },
+            Self::Prove(_)
+            | Self::BaseNotNamed { .. }
+            | Self::BaseUnusable { .. }
+            | Self::BaseLayerNowhere { .. } => Kind::BaseUnproven,
+            Self::Scan(_)
+            | Self::Layer(_)
+            | Self::Manifest(_)
+            | Self::Report { .. }
+            | Self::PausedTooLong { .. }
+            | Self::Worker => Kind::Final,
         }
     }
 

@@ -13,8 +13,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Error, MAX_DOCUMENT, REF_NAME, blob_path, io_error};
 use crate::digest::Digest;
-use crate::registry::platform::Platform;
-use crate::registry::{MANIFEST_TYPES, RawManifest, manifest_type};
+use crate::manifest::Platform;
+use crate::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 
 /// containerd's annotation with the full name of an image in an export.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
@@ -182,7 +182,7 @@ impl Reader {
             };
             images
                 .iter()
-                .map(|d| crate::registry::error::printable(&name(d), 200))
+                .map(|d| crate::escape::limited(&name(d), 200))
                 .take(50)
                 .collect()
         };

@@ -112,7 +112,7 @@ impl Found {
                 credentials: Credentials::Basic { user, .. },
                 source,
             } => {
-                format!("{:?} from {source}", super::error::printable(user, 100))
+                format!("{:?} from {source}", crate::escape::limited(user, 100))
             }
             Self::Credentials {
                 credentials: Credentials::IdentityToken(_),
@@ -124,7 +124,7 @@ impl Found {
                 "{} names the credential helper docker-credential-{} for {host}, and upperdeck runs no other programs: \
                  use --creds, or --authfile with a file that holds the credentials",
                 file.display(),
-                super::error::printable(helper, 60)
+                crate::escape::limited(helper, 60)
             ),
             Self::Nothing => {
                 format!("none were found for {host}: log in, or use --creds or --authfile")

@@ -345,7 +345,7 @@ pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool
         certificate |= is_certificate_error(error);
         let text = match error.downcast_ref::<reqwest::Error>() {
             Some(_) => String::new(),
-            None => printable(&error.to_string(), 300),
+            None => crate::escape::limited(&error.to_string(), 300),
         };
         // Wrappers often repeat what they wrap.
         if !text.is_empty() && !reason.contains(&text) {
@@ -410,8 +410,8 @@ pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
     if let Ok(document) = serde_json::from_slice::<ErrorDocument>(body) {
         return match document.errors.into_iter().next() {
             Some(first) => (
-                some(printable(&first.code, 64)),
-                some(printable(&first.message, 512)),
+                some(crate::escape::limited(&first.code, 64)),
+                some(crate::escape::limited(&first.message, 512)),
             ),
             None => (None, None),
         };
@@ -421,27 +421,7 @@ pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
     if text.trim_start().starts_with('<') {
         return (None, None);
     }
-    (None, some(printable(text.trim(), 200)))
-}
-
-/// At most `limit` characters of a stranger's text, control characters escaped.
-pub(crate) fn printable(text: &str, limit: usize) -> String {
-    let mut out = String::new();
-    for (n, c) in text.chars().enumerate() {
-        if n == limit {
-            out.push('…');
-            break;
-        }
-        if c.is_control()
-            || ('\u{202a}'..='\u{202e}').contains(&c)
-            || ('\u{2066}'..='\u{2069}').contains(&c)
-        {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
+    (None, some(crate::escape::limited(text.trim(), 200)))
 }
 
 #[cfg(test)]
@@ -536,6 +516,6 @@ mod tests {
                 .count(),
             201
         );
-        assert_eq!(printable("a\u{202e}b", 9), "a\\u{202e}b");
+        assert_eq!(crate::escape::limited("a\u{202e}b", 9), "a\\u{202e}b");
     }
 }

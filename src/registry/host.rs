@@ -17,7 +17,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::auth::{Challenge, Origin, Token, is_local_address, read_challenge};
 use super::credentials::{Credentials, Found, basic_header, bearer_header, environment};
-use super::error::{Error, Reply, Request, Step, causes, printable, read_error_body};
+use super::error::{Error, Reply, Request, Step, causes, read_error_body};
 use super::reference::{authority, is_loopback};
 use super::retry::{Retry, read_retry_after};
 use super::tls;
@@ -405,7 +405,7 @@ impl Host {
     ) -> Result<Token, Error> {
         let away = |why| Error::LeadsAway {
             request: Request::new(&Method::GET, &origin.url),
-            to: printable(realm.split('?').next().unwrap_or_default(), 200),
+            to: crate::escape::limited(realm.split('?').next().unwrap_or_default(), 200),
             why,
         };
         let mut url: Url = realm.parse().map_err(|_| away("it is no address"))?;
