@@ -131,9 +131,20 @@ pub struct Saved {
     pub stderr: String,
 }
 
-/// The program with a verb, and with the state roots of a host.
+/// The program with a verb, and with the state roots of a host. Killed where it hangs: no save here takes minutes.
 pub fn upperdeck(verb: &str, roots: &Roots) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_upperdeck"));
+    let bounded = command("timeout", ["--signal=KILL", "300", PROGRAM]);
+    arranged(bounded, verb, roots)
+}
+
+/// As [`upperdeck`], the child being the program itself, for tests that send it signals.
+pub fn upperdeck_itself(verb: &str, roots: &Roots) -> Command {
+    arranged(Command::new(PROGRAM), verb, roots)
+}
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_upperdeck");
+
+fn arranged(mut command: Command, verb: &str, roots: &Roots) -> Command {
     // Whatever credentials and proxies this machine has are not for tests.
     command
         .arg(verb)
