@@ -5,6 +5,7 @@ mod error;
 mod named;
 mod outcome;
 mod upper;
+mod warnings;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::layer::{self, Layer, Plan};
 use crate::layout;
 use crate::manifest;
 use crate::registry::{Access, Registries};
-use crate::scan::{self, Caps, Report, Scan};
+use crate::scan::{Caps, Report, Scan};
 
 pub use base::{Delivered, Origin};
 pub use error::{Error, Kind};
@@ -147,7 +148,7 @@ async fn save(
     let found = base::look_up(&destination, &base).await?;
 
     let taken = take_layer(&context, options, &container, &destination).await?;
-    warn_of(&context, &taken);
+    warnings::tell(&context, &taken);
 
     context.phase(Phase::Base);
     let delivered = base::bring(
@@ -381,70 +382,6 @@ async fn stream(
             },
             other => other.into(),
         })
-}
-
-/// What the user should hear of without asking.
-fn warn_of(context: &Context, taken: &Taken) {
-    for file in taken.layer.iter().flat_map(|layer| &layer.unstable) {
-        let what = match file.what {
-            layer::block::Instability::Changed => "was written to while it was read",
-            layer::block::Instability::Shrank => {
-                "became shorter while it was read; the rest is zeros"
-            }
-            layer::block::Instability::Grew => {
-                "became longer while it was read; what was added is not in the image"
-            }
-            layer::block::Instability::Vanished => {
-                "vanished before it was read; its content is zeros"
-            }
-        };
-        context.warn("unstable_file", format!("/{} {what}", file.path));
-    }
-    for path in &taken.report.vanished {
-        context.warn(
-            "unstable_file",
-            format!("/{path} vanished while the tree was walked"),
-        );
-    }
-    for path in &taken.report.privileged {
-        context.warn(
-            "privileged_file",
-            format!(
-                "/{path} is setuid, setgid or has file capabilities, which the base does not have"
-            ),
-        );
-    }
-    if !taken.report.sockets.is_empty() {
-        let (count, first) = (taken.report.sockets.len(), &taken.report.sockets[0]);
-        context.warn(
-            "sockets",
-            format!("{count} sockets cannot be in an image and are left out, e.g. /{first}"),
-        );
-    }
-    for (name, count) in &taken.report.dropped_xattrs {
-        context.warn(
-            "xattrs",
-            format!("the attribute {name} of {count} entries belongs to the host and is left out"),
-        );
-    }
-    let kept_out =
-        |reason: &scan::Reason| matches!(reason, scan::Reason::Credential | scan::Reason::Cache);
-    let excluded: Vec<_> = taken
-        .report
-        .excluded
-        .iter()
-        .filter(|e| kept_out(&e.reason))
-        .collect();
-    if let Some(first) = excluded.first() {
-        context.warn(
-            "excluded",
-            format!(
-                "{} paths with credentials or caches are left out, e.g. /{} (--include-credentials, --include-caches)",
-                excluded.len(),
-                first.path
-            ),
-        );
-    }
 }
 
 fn assemble(

@@ -300,7 +300,8 @@ impl<R: Read> Archive<R> {
     /// Digest of the rest of the current entry's content.
     pub fn content_digest(&mut self) -> Result<Digest, ArchiveError> {
         let mut hash = HashingWriter::new(io::sink());
-        let mut buffer = vec![0; 64 * 1024];
+        // Most files are small, and there may be millions of them.
+        let mut buffer = vec![0; self.content.clamp(1, 64 * 1024) as usize];
         loop {
             match self.read_content(&mut buffer)? {
                 0 => return Ok(hash.complete().1),

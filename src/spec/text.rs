@@ -166,7 +166,8 @@ impl Content {
     /// Writes all of it. What is only stated cannot be written: [`io::ErrorKind::Unsupported`].
     pub fn write(&self, sink: &mut dyn Write) -> io::Result<()> {
         let mut at = 0;
-        let mut buffer = vec![0; 64 * 1024];
+        // A multiple of 8 wherever there is more than one round: random content comes in words.
+        let mut buffer = vec![0; self.len().min(64 * 1024) as usize];
         while at < self.len() {
             let length = usize::try_from(self.len() - at)
                 .unwrap_or(usize::MAX)
