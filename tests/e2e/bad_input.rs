@@ -190,7 +190,7 @@ fn a_full_disk_fails_the_save_and_says_where() -> Result<()> {
         &pod.container,
         &format!("oci:{}/layout", read_only.display()),
         &[],
-        1,
+        77,
     )?;
     ensure!(said.contains("Read-only file system"), "{said}");
     Ok(())

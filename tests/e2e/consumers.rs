@@ -79,10 +79,12 @@ fn skopeo_umoci_docker_and_podman_read_what_was_saved() -> Result<()> {
         );
         let podman = Podman::new(&lab.scratch)?;
         let container = podman.run("copy", &destination, &[], &[])?;
+        // Podman gives its own mode to a root that no layer describes.
+        let except = [LEFT_OUT, &["."]].concat();
         same_tree(
             &pod.rootfs,
             &container.rootfs,
-            LEFT_OUT,
+            &except,
             TOUCHED_BY_ENGINES,
             60,
         )

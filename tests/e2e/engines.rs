@@ -8,8 +8,8 @@ use crate::host::podman::Podman;
 use crate::host::registry::Registry;
 use crate::host::{Freezer, Roots, Scratch};
 use crate::save::{
-    LEFT_OUT, TOUCHED_BY_ENGINES, TOUCHED_BY_RUNTIMES, WORK, config, layers, manifest, same_tree,
-    save, set_attributes, unpack,
+    LEFT_OUT, TOUCHED_BY_ENGINES, TOUCHED_BY_RUNTIMES, WORK, config, digests, layers, manifest,
+    meaningful, same_tree, save, set_attributes, unpack,
 };
 use crate::support::{Need, ignored};
 
@@ -33,16 +33,12 @@ fn check(
         "a volume's file is in the image"
     );
     // An unpacked base is gone from these engines' disks: its layers come from where they are known to be, as they were.
-    // (Docker keeps no manifest: the media types are the program's choice.)
-    let digests = |reference: &str| -> Result<Vec<String>> {
-        Ok(layers(&manifest(reference)?)
-            .into_iter()
-            .map(|(_, digest)| digest)
-            .collect())
-    };
-    assert_eq!(digests(&saved.reference)?[..3], digests(base)?[..]);
+    assert_eq!(
+        digests(&manifest(&saved.reference)?)[..3],
+        digests(&manifest(base)?)[..]
+    );
     let (before, after) = (config(base)?, config(&saved.reference)?);
-    assert_eq!(after["config"], before["config"]);
+    assert_eq!(meaningful(&after["config"]), meaningful(&before["config"]));
     // The short ID works as the name does.
     let again = save(
         scratch,

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use crate::host::image::{Base, Format};
 use crate::host::{Freezer, wait_at_most};
 use crate::lab::Lab;
-use crate::save::{LEFT_OUT, TOUCHED_BY_RUNTIMES, same_tree, save, unpack, upperdeck};
+use crate::save::{LEFT_OUT, TOUCHED_BY_RUNTIMES, same_tree, save, unpack, upperdeck_itself};
 
 #[test]
 fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()> {
@@ -34,7 +34,7 @@ fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()
         // Spread over the whole run and a little beyond its end, by a step that does not repeat.
         let moment = whole.mul_f64(f64::from(round * 7 % 20) / 19.0);
         let repository = format!("kill/round-{round}");
-        let mut child = upperdeck("commit", &lab.roots)
+        let mut child = upperdeck_itself("commit", &lab.roots)
             .args([
                 "--progress",
                 "none",
@@ -92,7 +92,7 @@ fn interrupted_it_says_so_and_thaws() -> Result<()> {
     )?;
     let freezer = Freezer::of(pod.pid)?;
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
-        let child = upperdeck("commit", &lab.roots)
+        let child = upperdeck_itself("commit", &lab.roots)
             .args([
                 "--progress",
                 "none",

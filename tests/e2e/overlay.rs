@@ -124,15 +124,38 @@ fn owners_of_a_user_namespace_are_mapped_back() -> Result<()> {
     )
 }
 
+/// The names that changed with it are not in the upper: refused by path, never half of it.
 #[test]
-fn an_index_on_keeps_links_together() -> Result<()> {
-    round_trip(
-        &Mount {
-            options: "index=on",
-            ..Mount::default()
-        },
-        "echo more >> /var/lib/data/main-elsewhere",
-    )
+fn a_link_group_that_changed_as_one_is_refused() -> Result<()> {
+    let Some(scratch) = scratch()? else {
+        return Ok(());
+    };
+    let mount = Mount {
+        options: "index=on",
+        ..Mount::default()
+    };
+    let process = Process::start(&scratch, &mount)?;
+    let container = format!("pid:{}", process.pid);
+    let destination = format!("oci:{}:saved", scratch.path().join("saved").display());
+    let roots = Roots::none(&scratch);
+    process.shell("echo mine > /root/mine")?;
+    save(
+        &scratch,
+        &roots,
+        &container,
+        &destination,
+        &["--base", &process.base],
+    )?;
+    process.shell("echo more >> /var/lib/data/main-elsewhere")?;
+    let said = refuse(
+        &roots,
+        &container,
+        &destination,
+        &["--base", &process.base],
+        1,
+    )?;
+    ensure!(said.contains("var/lib/data/main-elsewhere"), "{said}");
+    Ok(())
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What every scenario does: run the program, look at what it said, take the image apart with other people's tools, and
 //! compare it with what the container sees.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -130,9 +131,20 @@ pub struct Saved {
     pub stderr: String,
 }
 
-/// The program with a verb, and with the state roots of a host.
+/// The program with a verb, and with the state roots of a host. Killed where it hangs: no save here takes minutes.
 pub fn upperdeck(verb: &str, roots: &Roots) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_upperdeck"));
+    let bounded = command("timeout", ["--signal=KILL", "300", PROGRAM]);
+    arranged(bounded, verb, roots)
+}
+
+/// As [`upperdeck`], the child being the program itself, for tests that send it signals.
+pub fn upperdeck_itself(verb: &str, roots: &Roots) -> Command {
+    arranged(Command::new(PROGRAM), verb, roots)
+}
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_upperdeck");
+
+fn arranged(mut command: Command, verb: &str, roots: &Roots) -> Command {
     // Whatever credentials and proxies this machine has are not for tests.
     command
         .arg(verb)
@@ -366,5 +378,23 @@ pub fn layers(manifest: &Value) -> Vec<(String, String)> {
     layers
         .iter()
         .map(|layer| (text(&layer["mediaType"]), text(&layer["digest"])))
+        .collect()
+}
+
+/// The digests of a manifest's layers alone.
+pub fn digests(manifest: &Value) -> Vec<String> {
+    layers(manifest)
+        .into_iter()
+        .map(|(_, digest)| digest)
+        .collect()
+}
+
+/// An image's `config` without what says nothing (null) and what Docker writes of the container that an image was made in.
+pub fn meaningful(config: &Value) -> BTreeMap<String, Value> {
+    let stale = ["Hostname", "Domainname", "Image", "MacAddress"];
+    let fields = config.as_object().into_iter().flatten();
+    fields
+        .filter(|(key, value)| !value.is_null() && !stale.contains(&key.as_str()))
+        .map(|(key, value)| (key.clone(), value.clone()))
         .collect()
 }

@@ -17,7 +17,7 @@ pub struct Mount<'a> {
     pub options: &'a str,
     /// `trusted` or `user`: whose extended attributes the kernel keeps its marks in.
     pub prefix: &'a str,
-    /// Lowers named relative to the directory that they are in, as containerd does where the options get long.
+    /// Lowers named relative to a directory above them and the upper, as containerd does where the options get long.
     pub relative: bool,
     /// Layers put on the three of the small base.
     pub more_layers: usize,
@@ -81,14 +81,13 @@ impl Process {
             run(unpack.args(["--shift", &mount.shift.to_string()]))?;
             names.insert(0, number.to_string());
         }
-        let names: Vec<String> = if mount.relative {
-            names
-        } else {
-            names
-                .iter()
-                .map(|name| lowers.join(name).display().to_string())
-                .collect()
-        };
+        let names: Vec<String> = names
+            .iter()
+            .map(|name| match mount.relative {
+                true => format!("l/{name}"),
+                false => lowers.join(name).display().to_string(),
+            })
+            .collect();
         let (upper, work, merged) = (
             scratch.dir("process/upper")?,
             scratch.dir("process/work")?,
@@ -129,7 +128,7 @@ impl Process {
             None => command("unshare", &unshare[1..]),
         };
         let mut child = start
-            .arg(&lowers)
+            .arg(&dir)
             .arg(options)
             .arg(&merged)
             .stdin(Stdio::piped())
