@@ -129,7 +129,10 @@ where
             });
         }
         drop(work);
-        collect(plan, options, &order, &spare_in, &mut sink, progress)
+        let outcome = collect(plan, options, &order, &spare_in, &mut sink, progress);
+        // Given up early, the other threads wait for a place in it; the scope waits for them.
+        drop(order);
+        outcome
     })
 }
 
