@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 use flate2::Compression;
@@ -79,7 +80,7 @@ pub(super) fn make(layout: &Path, lowers: [&Path; 2], owned: bool) -> Result<(),
         destination.put_blob(&blob, &digest)?;
         descriptors.push(json!({"mediaType": LAYER, "digest": digest, "size": blob.len()}));
         diff_ids.push(Digest::of(&tar));
-        unpack(&tar, lower, owned).map_err(Error::io("unpacking the base image"))?;
+        unpack(items, &tar, lower, owned).map_err(Error::io("unpacking the base image"))?;
     }
     let config = json!({
         "architecture": Platform::host().architecture,
@@ -116,12 +117,17 @@ fn tar(items: &[Item]) -> io::Result<Vec<u8>> {
     builder.into_inner()
 }
 
-fn unpack(tar: &[u8], lower: &Path, owned: bool) -> io::Result<()> {
+fn unpack(items: &[Item], tar: &[u8], lower: &Path, owned: bool) -> io::Result<()> {
     fs::create_dir(lower)?;
     fs::set_permissions(lower, fs::Permissions::from_mode(0o755))?;
     let mut archive = tar::Archive::new(tar);
     archive.set_preserve_permissions(true);
     archive.set_preserve_ownerships(owned);
     archive.set_preserve_mtime(true);
-    archive.unpack(lower)
+    archive.unpack(lower)?;
+    // The crate sets the times of files only.
+    for (path, ..) in items.iter().filter(|(path, ..)| path.ends_with('/')) {
+        fs::File::open(lower.join(path))?.set_modified(UNIX_EPOCH + Duration::from_secs(MTIME))?;
+    }
+    Ok(())
 }

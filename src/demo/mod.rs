@@ -64,7 +64,7 @@ pub enum Error {
     #[error("the saved image: {0}")]
     Image(String),
     /// The image is not what the container saw. It would be a bug.
-    #[error("the image differs from what the container saw in {} points:{}", .0.len(), list(.0))]
+    #[error("the image differs from what the container saw in {} points: {}", .0.len(), list(.0))]
     Differs(Vec<Difference>),
     /// SIGINT or SIGTERM.
     #[error(transparent)]
@@ -95,8 +95,9 @@ impl Error {
 }
 
 fn list(differences: &[Difference]) -> String {
-    const SHOWN: usize = 10;
-    differences.iter().take(SHOWN).map(|difference| format!("\n  {difference}")).collect()
+    const SHOWN: usize = 5;
+    let shown: Vec<String> = differences.iter().take(SHOWN).map(ToString::to_string).collect();
+    shown.join("; ")
 }
 
 /// Shows it all, telling the story to `out`. Everything made is gone afterwards, whatever happens.
