@@ -46,7 +46,9 @@ pub enum TargetError {
     #[error("{0:?} names a digest: an image is saved under a tag, HOST[:PORT]/REPOSITORY[:TAG]")]
     Digest(String),
     /// Another tool's transport, or a URL.
-    #[error("{0:?} is not supported: write HOST[:PORT]/REPOSITORY[:TAG], oci:DIR[:TAG] or oci-archive:FILE[:TAG]")]
+    #[error(
+        "{0:?} is not supported: write HOST[:PORT]/REPOSITORY[:TAG], oci:DIR[:TAG] or oci-archive:FILE[:TAG]"
+    )]
     Transport(String),
     /// Nothing after the colon.
     #[error("{0:?} names no path: write {0}PATH[:TAG]")]
@@ -73,10 +75,23 @@ impl FromStr for Target {
             let (path, tag) = split_layout("oci-archive:", rest)?;
             return Ok(Self::Archive { file: path, tag });
         }
-        let scheme = text.split_once("://").map(|(scheme, _)| scheme).filter(|&s| s != "docker");
-        let others = ["docker-archive", "docker-daemon", "containers-storage", "dir", "docker", "ostree", "sif"];
+        let scheme = text
+            .split_once("://")
+            .map(|(scheme, _)| scheme)
+            .filter(|&s| s != "docker");
+        let others = [
+            "docker-archive",
+            "docker-daemon",
+            "containers-storage",
+            "dir",
+            "docker",
+            "ostree",
+            "sif",
+        ];
         let transport = text.split_once(':').is_some_and(|(t, rest)| {
-            others.contains(&t) && !rest.starts_with("//") && !rest.bytes().next().is_some_and(|b| b.is_ascii_digit())
+            others.contains(&t)
+                && !rest.starts_with("//")
+                && !rest.bytes().next().is_some_and(|b| b.is_ascii_digit())
         });
         if scheme.is_some() || transport {
             return Err(TargetError::Transport(text.chars().take(200).collect()));
@@ -89,10 +104,12 @@ impl Target {
     /// `text` as DESTINATION: a tag, or none for `latest`, but no digest.
     pub fn for_saving(text: &str) -> Result<Self, TargetError> {
         match text.parse()? {
-            Self::Registry(Reference { digest: Some(_), .. }) => {
-                Err(TargetError::Digest(text.chars().take(400).collect()))
-            }
-            Self::Layout { tag: Some(tag), .. } | Self::Archive { tag: Some(tag), .. } if tag.contains("@sha256:") => {
+            Self::Registry(Reference {
+                digest: Some(_), ..
+            }) => Err(TargetError::Digest(text.chars().take(400).collect())),
+            Self::Layout { tag: Some(tag), .. } | Self::Archive { tag: Some(tag), .. }
+                if tag.contains("@sha256:") =>
+            {
                 Err(TargetError::Digest(text.chars().take(400).collect()))
             }
             target => Ok(target),
@@ -130,14 +147,21 @@ impl Target {
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Registry(Reference { host, repository, .. }) => write!(f, "{host}/{repository}:{}", self.tag()),
+            Self::Registry(Reference {
+                host, repository, ..
+            }) => write!(f, "{host}/{repository}:{}", self.tag()),
             Self::Layout { dir, .. } => write!(f, "oci:{}:{}", dir.display(), self.tag()),
-            Self::Archive { file, .. } => write!(f, "oci-archive:{}:{}", file.display(), self.tag()),
+            Self::Archive { file, .. } => {
+                write!(f, "oci-archive:{}:{}", file.display(), self.tag())
+            }
         }
     }
 }
 
-fn split_layout(prefix: &'static str, rest: &str) -> Result<(PathBuf, Option<String>), TargetError> {
+fn split_layout(
+    prefix: &'static str,
+    rest: &str,
+) -> Result<(PathBuf, Option<String>), TargetError> {
     let (path, tag) = match rest.split_once(':') {
         Some((path, tag)) => (path, Some(tag)),
         None => (rest, None),
@@ -235,10 +259,13 @@ impl Destination {
     pub async fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
         let digest = *digest;
         match &self.0 {
-            Kind::Registry(repository) => {
-                Ok(repository.head_blob(&digest).await?.filter(|&found| size.is_none_or(|s| s == found)))
+            Kind::Registry(repository) => Ok(repository
+                .head_blob(&digest)
+                .await?
+                .filter(|&found| size.is_none_or(|s| s == found))),
+            Kind::Directory(directory) => {
+                blocking(directory.clone(), move |d| d.has_blob(&digest, size)).await
             }
-            Kind::Directory(directory) => blocking(directory.clone(), move |d| d.has_blob(&digest, size)).await,
             Kind::Archive(archive) => Ok(archive.has_blob(&digest, size)),
         }
     }
@@ -246,7 +273,9 @@ impl Destination {
     /// Makes a blob of another repository (`HOST/REPOSITORY`) on the same registry appear here. False: upload it.
     pub async fn mount_blob(&self, digest: &Digest, from_repository: &str) -> Result<bool, Error> {
         match &self.0 {
-            Kind::Registry(repository) => Ok(repository.mount_blob(digest, from_repository).await?),
+            Kind::Registry(repository) => {
+                Ok(repository.mount_blob(digest, from_repository).await?)
+            }
             Kind::Directory(_) | Kind::Archive(_) => Ok(false),
         }
     }
@@ -256,8 +285,12 @@ impl Destination {
         let digest = *digest;
         match &self.0 {
             Kind::Registry(repository) => Ok(repository.put_blob(bytes, &digest).await?),
-            Kind::Directory(directory) => blocking(directory.clone(), move |d| d.put_blob(&bytes, &digest)).await,
-            Kind::Archive(archive) => blocking(archive.clone(), move |a| a.put_blob(&bytes, &digest)).await,
+            Kind::Directory(directory) => {
+                blocking(directory.clone(), move |d| d.put_blob(&bytes, &digest)).await
+            }
+            Kind::Archive(archive) => {
+                blocking(archive.clone(), move |a| a.put_blob(&bytes, &digest)).await
+            }
         }
     }
 
@@ -273,15 +306,28 @@ impl Destination {
     }
 
     /// Puts the manifest under its tag, last of all: before, nothing can be seen. Returns its digest.
-    pub async fn put_manifest(&self, bytes: Bytes, media_type: &str, tag: &str) -> Result<Digest, Error> {
+    pub async fn put_manifest(
+        &self,
+        bytes: Bytes,
+        media_type: &str,
+        tag: &str,
+    ) -> Result<Digest, Error> {
         let (media_type_, tag_) = (media_type.to_owned(), tag.to_owned());
         match &self.0 {
-            Kind::Registry(repository) => Ok(repository.put_manifest(bytes, media_type, tag).await?),
+            Kind::Registry(repository) => {
+                Ok(repository.put_manifest(bytes, media_type, tag).await?)
+            }
             Kind::Directory(directory) => {
-                blocking(directory.clone(), move |d| d.put_manifest(&bytes, &media_type_, &tag_)).await
+                blocking(directory.clone(), move |d| {
+                    d.put_manifest(&bytes, &media_type_, &tag_)
+                })
+                .await
             }
             Kind::Archive(archive) => {
-                blocking(archive.clone(), move |a| a.put_manifest(&bytes, &media_type_, &tag_)).await
+                blocking(archive.clone(), move |a| {
+                    a.put_manifest(&bytes, &media_type_, &tag_)
+                })
+                .await
             }
         }
     }
@@ -348,10 +394,17 @@ mod tests {
             ("docker://r.example/a:1", "r.example/a:1"),
             ("oci:/tmp/x", "oci:/tmp/x:latest"),
             ("oci:x:v1", "oci:x:v1"),
-            ("oci-archive:x.tar:docker.io/library/debian:12", "oci-archive:x.tar:docker.io/library/debian:12"),
+            (
+                "oci-archive:x.tar:docker.io/library/debian:12",
+                "oci-archive:x.tar:docker.io/library/debian:12",
+            ),
             ("dir:5000/x", "dir:5000/x:latest"), // a host may be called so
         ] {
-            assert_eq!(Target::for_saving(text).map(|t| t.to_string()), Ok(shown.to_owned()), "{text}");
+            assert_eq!(
+                Target::for_saving(text).map(|t| t.to_string()),
+                Ok(shown.to_owned()),
+                "{text}"
+            );
         }
         let digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         for bad in [

@@ -42,7 +42,9 @@ impl Digest {
     /// From 64 hex digits without the algorithm, as containers/storage and Docker write some of them.
     pub fn from_hex(hex: &str) -> Result<Self, DigestError> {
         let mut raw = [0; 32];
-        let lower = hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        let lower = hex
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
         if !lower || hex::decode_to_slice(hex, &mut raw).is_err() {
             return Err(DigestError::Malformed(hex.to_owned()));
         }
@@ -92,7 +94,9 @@ impl<'de> serde::Deserialize<'de> for Digest {
 }
 
 /// The digest of a layer's *uncompressed* tar: what `rootfs.diff_ids` of an image config lists.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize, serde::Deserialize,
+)]
 #[serde(transparent)]
 pub struct DiffId(pub Digest);
 
@@ -103,7 +107,9 @@ impl fmt::Display for DiffId {
 }
 
 /// The identity of a *stack* of layers: what snapshotters key their directories by.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize, serde::Deserialize,
+)]
 #[serde(transparent)]
 pub struct ChainId(pub Digest);
 
@@ -148,7 +154,11 @@ pub struct HashingWriter<W> {
 impl<W: Write> HashingWriter<W> {
     /// Wraps `inner`.
     pub fn new(inner: W) -> Self {
-        Self { inner, hasher: Sha256::new(), written: 0 }
+        Self {
+            inner,
+            hasher: Sha256::new(),
+            written: 0,
+        }
     }
 
     /// Ends the count: the inner writer, the digest and the number of bytes.
@@ -180,8 +190,18 @@ mod tests {
         let text = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(digest.to_string(), text);
         assert_eq!(text.parse(), Ok(digest));
-        assert!(matches!("sha512:00".parse::<Digest>(), Err(DigestError::Algorithm(a)) if a == "sha512"));
-        for bad in ["", "sha256", "sha256:", ":00", "sha256:E3B0", &text.to_uppercase(), &format!("{text}0")] {
+        assert!(
+            matches!("sha512:00".parse::<Digest>(), Err(DigestError::Algorithm(a)) if a == "sha512")
+        );
+        for bad in [
+            "",
+            "sha256",
+            "sha256:",
+            ":00",
+            "sha256:E3B0",
+            &text.to_uppercase(),
+            &format!("{text}0"),
+        ] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
     }

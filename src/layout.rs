@@ -133,11 +133,19 @@ fn advice(error: &io::Error) -> &'static str {
 }
 
 fn list(found: &[String]) -> String {
-    if found.is_empty() { "nothing".to_owned() } else { found.join(", ") }
+    if found.is_empty() {
+        "nothing".to_owned()
+    } else {
+        found.join(", ")
+    }
 }
 
 fn io_error<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) -> Error + 'a {
-    move |source| Error::Io { path: path.to_path_buf(), action, source }
+    move |source| Error::Io {
+        path: path.to_path_buf(),
+        action,
+        source,
+    }
 }
 
 /// Where a blob lies within a layout.
@@ -159,15 +167,26 @@ fn add_to_index(
             "mediaType": "application/vnd.oci.image.index.v1+json",
             "manifests": [],
         }),
-        Some(bytes) => serde_json::from_slice(bytes).map_err(|e| format!("expected an image index: {e}"))?,
+        Some(bytes) => {
+            serde_json::from_slice(bytes).map_err(|e| format!("expected an image index: {e}"))?
+        }
     };
-    let root: &mut Map<String, Value> = index.as_object_mut().ok_or("expected an image index, found no object")?;
+    let root: &mut Map<String, Value> = index
+        .as_object_mut()
+        .ok_or("expected an image index, found no object")?;
     if root.get("schemaVersion").and_then(Value::as_u64) != Some(2) {
         return Err("expected schemaVersion 2".to_owned());
     }
     let manifests = root.entry("manifests").or_insert_with(|| json!([]));
-    let manifests = manifests.as_array_mut().ok_or("expected a list of manifests")?;
-    manifests.retain(|m| m.pointer("/annotations").and_then(|a| a.get(REF_NAME)).and_then(Value::as_str) != Some(tag));
+    let manifests = manifests
+        .as_array_mut()
+        .ok_or("expected a list of manifests")?;
+    manifests.retain(|m| {
+        m.pointer("/annotations")
+            .and_then(|a| a.get(REF_NAME))
+            .and_then(Value::as_str)
+            != Some(tag)
+    });
     manifests.push(json!({
         "mediaType": media_type,
         "digest": digest,
@@ -186,7 +205,9 @@ mod tests {
         let (one, two) = (Digest::of("1"), Digest::of("2"));
         let first = add_to_index(None, "m/t", &one, 1, "a").unwrap();
         let second = add_to_index(Some(&first), "m/t", &two, 2, "b").unwrap();
-        let with_more = String::from_utf8(second).unwrap().replacen('{', r#"{"x-unknown":7,"#, 1);
+        let with_more = String::from_utf8(second)
+            .unwrap()
+            .replacen('{', r#"{"x-unknown":7,"#, 1);
         let third = add_to_index(Some(with_more.as_bytes()), "m/t", &two, 2, "a").unwrap();
         let index: Value = serde_json::from_slice(&third).unwrap();
         assert_eq!(index["x-unknown"], 7);
@@ -194,11 +215,25 @@ mod tests {
             .as_array()
             .unwrap()
             .iter()
-            .map(|m| (m["digest"].clone(), m["annotations"][REF_NAME].as_str().unwrap()))
+            .map(|m| {
+                (
+                    m["digest"].clone(),
+                    m["annotations"][REF_NAME].as_str().unwrap(),
+                )
+            })
             .collect();
         assert_eq!(shown, [(json!(two), "b"), (json!(two), "a")]);
-        for bad in ["", "[]", "{}", r#"{"schemaVersion":1}"#, r#"{"schemaVersion":2,"manifests":{}}"#] {
-            assert!(add_to_index(Some(bad.as_bytes()), "m/t", &one, 1, "a").is_err(), "{bad}");
+        for bad in [
+            "",
+            "[]",
+            "{}",
+            r#"{"schemaVersion":1}"#,
+            r#"{"schemaVersion":2,"manifests":{}}"#,
+        ] {
+            assert!(
+                add_to_index(Some(bad.as_bytes()), "m/t", &one, 1, "a").is_err(),
+                "{bad}"
+            );
         }
     }
 
@@ -207,7 +242,10 @@ mod tests {
         let full = io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
         let error = io_error(Path::new("/x/blobs"), "write")(full);
         let text = error.to_string();
-        assert!(text.contains("/x/blobs") && text.contains("free some space"), "{text}");
+        assert!(
+            text.contains("/x/blobs") && text.contains("free some space"),
+            "{text}"
+        );
         assert!(!error.retryable() && !error.not_permitted());
         let read_only = io::Error::from_raw_os_error(rustix::io::Errno::ROFS.raw_os_error());
         assert!(io_error(Path::new("/x"), "write")(read_only).not_permitted());

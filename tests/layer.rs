@@ -38,8 +38,12 @@ fn scan(upper: &Path) -> Result<Scan> {
 
 fn write(plan: &Plan, compression: Compression, jobs: usize) -> Result<(Vec<u8>, Layer)> {
     let mut out = Vec::new();
-    let options =
-        layer::Options { compression, level: compression.default_level(), jobs, cancel: &NEVER };
+    let options = layer::Options {
+        compression,
+        level: compression.default_level(),
+        jobs,
+        cancel: &NEVER,
+    };
     let layer = layer::stream::write(
         plan,
         options,
@@ -58,7 +62,9 @@ fn tree(dir: &Path) -> Result<()> {
     std::fs::write(dir.join("a/text"), "upperdeck ".repeat(400_000))?;
     let mut state = 1u64;
     let noise: Vec<u8> = std::iter::repeat_with(|| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         (state >> 56) as u8
     })
     .take(3_000_001)
@@ -100,7 +106,8 @@ fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
             }
             _ => {
                 back.resize(tar.len(), 0);
-                let n = structured_zstd::decoding::FrameDecoder::new().decode_all(&bytes, &mut back)?;
+                let n =
+                    structured_zstd::decoding::FrameDecoder::new().decode_all(&bytes, &mut back)?;
                 assert_eq!(n, tar.len());
             }
         }
@@ -118,7 +125,14 @@ fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
         names.push(name);
     }
     // A directory's content stands right behind it, as if a slash sorted before every other byte.
-    let order: Vec<&str> = names.iter().map(String::as_str).filter(|n| !n.contains("small")).collect();
-    assert_eq!(order, ["a/", "a/b/", "a/b/noise", "a/text", "a-b", "sparse"]);
+    let order: Vec<&str> = names
+        .iter()
+        .map(String::as_str)
+        .filter(|n| !n.contains("small"))
+        .collect();
+    assert_eq!(
+        order,
+        ["a/", "a/b/", "a/b/noise", "a/text", "a-b", "sparse"]
+    );
     Ok(())
 }

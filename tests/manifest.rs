@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use upperdeck::digest::{DiffId, Digest};
 use upperdeck::manifest::{
     self, BaseManifest, CONFIG, DOCKER_LIST, DOCKER_MANIFEST, Error, Image, Input, Layer, MANIFEST,
-    NewLayer, assemble, candidates, change, select_platform,
+    NewLayer, assemble, change,
 };
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -859,78 +859,6 @@ fn index(platforms: &[(&str, Value)]) -> Vec<u8> {
         .into_bytes()
 }
 
-fn linux(architecture: &str, variant: &str) -> Value {
-    match variant {
-        "" => json!({"os": "linux", "architecture": architecture}),
-        variant => json!({"os": "linux", "architecture": architecture, "variant": variant}),
-    }
-}
-
-#[test]
-fn the_running_platform_is_chosen() -> Outcome {
-    let index = index(&[
-        ("windows", json!({"os": "windows", "architecture": "amd64"})),
-        (
-            "attestation",
-            json!({"os": "unknown", "architecture": "unknown"}),
-        ),
-        ("amd64", linux("amd64", "")),
-        ("amd64v3", linux("amd64", "v3")),
-        ("armv6", linux("arm", "v6")),
-        ("armv7", linux("arm", "v7")),
-        ("arm64", linux("arm64", "")),
-        ("odd", linux("riscv64", "rva23")),
-    ]);
-    for (architecture, variant, expected) in [
-        ("amd64", None, "amd64v3"),
-        ("amd64", Some("v2"), "amd64"),
-        ("amd64", Some("v4"), "amd64v3"),
-        ("arm64", Some("v8"), "arm64"),
-        ("arm", Some("v7"), "armv7"),
-        ("arm", Some("v6"), "armv6"),
-    ] {
-        let found = select_platform(&index, architecture, variant)?;
-        assert_eq!(
-            found.digest().to_string(),
-            digest(expected).to_string(),
-            "{architecture}/{variant:?}"
-        );
-    }
-    for (architecture, variant) in [
-        ("arm", Some("v5")),
-        ("s390x", None),
-        ("riscv64", Some("v1")),
-        ("unknown", None),
-    ] {
-        let error = select_platform(&index, architecture, variant).unwrap_err();
-        assert!(error.to_string().contains("linux/arm/v7"), "{error}");
-    }
-    // For the proof every image is a candidate, best first, and the attestation none.
-    let all = candidates(&index, "arm", Some("v7"))?;
-    assert_eq!(all.len(), 7);
-    assert_eq!(all[0].digest().to_string(), digest("armv7").to_string());
-    Ok(())
-}
-
-#[test]
-fn an_index_without_platforms_has_one_image_or_none() -> Outcome {
-    let one = index(&[("only", Value::Null)]);
-    assert_eq!(
-        select_platform(&one, "amd64", None)?.digest().to_string(),
-        digest("only").to_string()
-    );
-    let two = index(&[("a", Value::Null), ("b", Value::Null)]);
-    assert!(
-        matches!(select_platform(&two, "amd64", None), Err(Error::Platform { available, .. }) if available.len() == 2)
-    );
-    let both = br#"{"manifests":[],"layers":[]}"#;
-    assert!(matches!(
-        select_platform(both, "amd64", None),
-        Err(Error::Shape { .. })
-    ));
-    Ok(())
-}
-
 // ---- hostile input
 
 fn any_json() -> impl Strategy<Value = Value> {
@@ -983,7 +911,6 @@ proptest! {
     fn bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let _ = assemble(&input(None, &bytes));
         let _ = assemble(&input(Some(&bytes), b"{}"));
-        let _ = select_platform(&bytes, "amd64", None);
     }
 
     #[test]
@@ -1007,11 +934,5 @@ proptest! {
     #[test]
     fn changes_never_panic(directive in prop::sample::select(&change::DIRECTIVES[..]), rest in "[ \\[\\]\"'$\\{\\}:\\\\a-c0-9=/\\-+?\n#,.µ]{0,40}") {
         let _ = applied(&json!({"Env": ["a=b"]}), &[&format!("{directive} {rest}")]);
-    }
-
-    #[test]
-    fn indexes_never_panic(value in any_json()) {
-        let index = json!({"manifests": [value, {"mediaType": MANIFEST, "digest": digest("x"), "size": 1, "platform": value}]});
-        let _ = select_platform(index.to_string().as_bytes(), "arm", Some("v7"));
     }
 }

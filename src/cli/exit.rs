@@ -163,7 +163,8 @@ mod tests {
             ),
             (anyhow::Error::new(Usage("x".into())), Exit::Usage, "usage"),
             (
-                anyhow::Error::new(commit::Error::from(manifest::Error::Time(1))).context("assembling"),
+                anyhow::Error::new(commit::Error::from(manifest::Error::Time(1)))
+                    .context("assembling"),
                 Exit::Usage,
                 "usage",
             ),

@@ -53,7 +53,7 @@ pub fn main() -> ExitCode {
             let _ = writeln!(
                 io::stderr(),
                 "upperdeck: {}",
-                text::escaped(&format!("{error:#}"))
+                crate::escape::text(&format!("{error:#}"))
             );
             Failure::of(&error).exit.into()
         }

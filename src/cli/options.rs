@@ -12,8 +12,8 @@ use super::exit::Usage;
 use crate::commit::{self, Rules};
 use crate::container::{ContainerdRoot, Roots, StorageRoot};
 use crate::destination::Target;
-use crate::registry::credentials::{Credentials, CredentialsError};
 use crate::registry;
+use crate::registry::credentials::{Credentials, CredentialsError};
 use crate::scan::Caps;
 
 /// A credentials file is one line; what is larger is another file.
@@ -31,7 +31,10 @@ pub struct Commit {
 /// Where runtimes keep their state, from the global flags. What is not named is looked for in the usual places.
 pub(super) fn roots(global: &args::Global) -> Roots {
     let or = |path: &Option<PathBuf>, usual: &str| path.clone().unwrap_or_else(|| usual.into());
-    let mut roots = Roots { host_root: global.host_root.clone(), ..Roots::default() };
+    let mut roots = Roots {
+        host_root: global.host_root.clone(),
+        ..Roots::default()
+    };
     // Naming one half of a pair leaves the other where the system has it.
     if global.containerd_state.is_some() || global.containerd_root.is_some() {
         roots.containerd = vec![ContainerdRoot {
@@ -70,12 +73,16 @@ pub(super) fn rules(content: &args::Content) -> Rules {
 /// The level, if the codec has it.
 pub(super) fn level(content: &args::Content) -> Result<u32, Usage> {
     let levels = content.compression.levels();
-    let level = content.compression_level.unwrap_or_else(|| content.compression.default_level());
+    let level = content
+        .compression_level
+        .unwrap_or_else(|| content.compression.default_level());
     if levels.contains(&level) {
         return Ok(level);
     }
     let (first, last) = (levels.start(), levels.end());
-    Err(Usage(format!("--compression-level {level}: this codec has {first} to {last}")))
+    Err(Usage(format!(
+        "--compression-level {level}: this codec has {first} to {last}"
+    )))
 }
 
 impl Commit {
@@ -128,7 +135,9 @@ fn creds(registry: &args::Registry) -> anyhow::Result<Option<Credentials>> {
         (None, None, None) => return Ok(None),
     };
     // The error does not show what was given: it may be the password alone.
-    text.parse().map(Some).map_err(|error: CredentialsError| Usage(error.to_string()).into())
+    text.parse()
+        .map(Some)
+        .map_err(|error: CredentialsError| Usage(error.to_string()).into())
 }
 
 /// The first line of a file or descriptor.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
-use super::text::escaped;
+use crate::escape::text as escaped;
 use crate::job::{EVENT_VERSION, Event, Observer, Phase};
 
 /// Between two JSON lines about bytes.

@@ -4,33 +4,11 @@ use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// `text` without anything that a terminal would obey or hide: control characters, and those that turn the direction
-/// of writing or have no width (names can be made to look like others with them).
-pub(super) fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        let hidden = matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-        if c.is_control() || hidden {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
+use crate::escape;
 
-/// A path as text: bytes that are not UTF-8 as `\xNN`, a backslash as `\\`, so that each text stands for one path.
-/// Control characters are escaped as well.
+/// A path as text.
 pub(super) fn path(path: &Path) -> String {
-    let mut out = String::new();
-    for chunk in path.as_os_str().as_bytes().utf8_chunks() {
-        out.push_str(&escaped(&chunk.valid().replace('\\', "\\\\")));
-        for byte in chunk.invalid() {
-            // Writing to a String cannot fail.
-            let _ = write!(out, "\\x{byte:02x}");
-        }
-    }
-    out
+    escape::path(path.as_os_str().as_bytes())
 }
 
 /// `1.4 MiB`; a dash where the number is not known.
@@ -52,7 +30,7 @@ pub(super) enum Align {
 pub(super) fn table(header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> = rows
         .iter()
-        .map(|row| row.iter().map(|cell| escaped(cell)).collect())
+        .map(|row| row.iter().map(|cell| escape::text(cell)).collect())
         .collect();
     let width = |column: usize| {
         let cells = rows
@@ -93,7 +71,7 @@ mod tests {
     #[test]
     fn nothing_steers_the_terminal() {
         assert_eq!(
-            escaped("a\x1b[2Jb\n\u{202e}c\u{9b}ü"),
+            escape::text("a\x1b[2Jb\n\u{202e}c\u{9b}ü"),
             "a\\u{1b}[2Jb\\n\\u{202e}c\\u{9b}ü"
         );
         assert_eq!(

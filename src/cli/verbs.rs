@@ -21,8 +21,8 @@ use crate::container::{self, Roots};
 use crate::destination::Target;
 use crate::job::{Event, Observer};
 use crate::layer::{self, Plan};
+use crate::manifest::Platform;
 use crate::overlay::xattr::Namespace;
-use crate::registry::platform::Platform;
 use crate::scan::{self, Kind, Scan};
 use crate::spec::validate::{self, Expected};
 
@@ -49,7 +49,9 @@ pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
         view::ContainerView::new(container, usage.map(|usage| usage.bytes))
     });
     let views: Vec<_> = views.collect();
-    print(args.format, views.as_slice(), |containers| view::ps_table(containers, args.no_trunc))
+    print(args.format, views.as_slice(), |containers| {
+        view::ps_table(containers, args.no_trunc)
+    })
 }
 
 pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()> {
@@ -113,7 +115,11 @@ pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow
     }
 }
 
-fn commit_with(roots: &Roots, args: args::Commit, observer: Arc<dyn Observer>) -> anyhow::Result<commit::Saved> {
+fn commit_with(
+    roots: &Roots,
+    args: args::Commit,
+    observer: Arc<dyn Observer>,
+) -> anyhow::Result<commit::Saved> {
     let options = options::Commit::new(args)?;
     let cancel = Cancel::default();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
@@ -143,7 +149,11 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         lowers: args.lower.clone(),
         data_only: Vec::new(),
         lowers_known: !args.lower.is_empty(),
-        namespace: if args.userxattr { Namespace::User } else { Namespace::Trusted },
+        namespace: if args.userxattr {
+            Namespace::User
+        } else {
+            Namespace::Trusted
+        },
     };
     let scan = scan::Options {
         jobs,
@@ -157,16 +167,32 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     let scan = Scan::new(&roots, &scan).map_err(commit::Error::from)?;
     let plan = Plan::new(Arc::new(scan), args.content.timestamp);
     let shown = || super::text::path(&args.output);
-    let dir = args.output.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir).with_context(|| format!("cannot write {}", shown()))?;
+    let dir = args
+        .output
+        .parent()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)
+        .with_context(|| format!("cannot write {}", shown()))?;
     let compression = args.content.compression;
-    let options = layer::Options { compression, level, jobs, cancel: cancel.flag() };
+    let options = layer::Options {
+        compression,
+        level,
+        jobs,
+        cancel: cancel.flag(),
+    };
     let sink = |bytes: bytes::Bytes| file.write_all(&bytes);
     let made = layer::stream::write(&plan, options, sink, &|_| {}).map_err(commit::Error::from);
     let made = made.with_context(|| format!("cannot make {}", shown()))?;
-    file.as_file().sync_all().with_context(|| format!("cannot write {}", shown()))?;
-    file.as_file().set_permissions(Permissions::from_mode(0o644)).with_context(|| format!("cannot write {}", shown()))?;
-    file.persist(&args.output).map_err(|e| e.error).with_context(|| format!("cannot write {}", shown()))?;
+    file.as_file()
+        .sync_all()
+        .with_context(|| format!("cannot write {}", shown()))?;
+    file.as_file()
+        .set_permissions(Permissions::from_mode(0o644))
+        .with_context(|| format!("cannot write {}", shown()))?;
+    file.persist(&args.output)
+        .map_err(|e| e.error)
+        .with_context(|| format!("cannot write {}", shown()))?;
     for file in &made.unstable {
         tracing::warn!(path = file.path, what = ?file.what, "changed while it was read");
     }
@@ -188,19 +214,29 @@ pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {
     let expected = Expected::load(&args.against)?;
     let report = match args.subject.parse::<Target>() {
         Ok(target @ (Target::Layout { .. } | Target::Archive { .. })) => {
-            let opened = target.open_layout().map_err(|e| commit::Error::Destination(e.into()))?;
-            let (reader, tag) = opened.context("a registry's image cannot be validated: copy it to a layout first")?;
+            let opened = target
+                .open_layout()
+                .map_err(|e| commit::Error::Destination(e.into()))?;
+            let (reader, tag) = opened
+                .context("a registry's image cannot be validated: copy it to a layout first")?;
             let manifest = reader.manifest(tag, &Platform::host())?;
             let manifest: oci_spec::image::ImageManifest =
                 serde_json::from_slice(&manifest.bytes).context("the image's manifest")?;
             let layers = manifest.layers().iter().map(|layer| {
-                let digest = layer.digest().to_string().parse().map_err(std::io::Error::other)?;
-                reader.open_blob(&digest, Some(layer.size())).map_err(std::io::Error::other)
+                let digest = layer
+                    .digest()
+                    .to_string()
+                    .parse()
+                    .map_err(std::io::Error::other)?;
+                reader
+                    .open_blob(&digest, Some(layer.size()))
+                    .map_err(std::io::Error::other)
             });
             validate::image(layers, &expected, NAMED_DIFFERENCES)?
         }
         _ => {
-            let file = File::open(&args.subject).with_context(|| format!("cannot open {:?}", args.subject))?;
+            let file = File::open(&args.subject)
+                .with_context(|| format!("cannot open {:?}", args.subject))?;
             validate::layer(std::io::BufReader::new(file), &expected, NAMED_DIFFERENCES)?
         }
     };

@@ -4,9 +4,10 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::text::{self, Align, escaped};
+use super::text::{self, Align};
 use crate::container::{Base, Container, IdMapping, Pod, Runtime};
 use crate::digest::{ChainId, DiffId, Digest};
+use crate::escape::text as escaped;
 
 /// Digits of an ID in a table, as `docker ps` has them.
 const SHORT_ID: usize = 12;

@@ -65,7 +65,10 @@ pub struct Delivered {
 
 impl Delivered {
     pub(super) fn layer(&self) -> manifest::Layer {
-        manifest::Layer { descriptor: descriptor(&self.media_type, self.digest, self.size), diff_id: self.diff_id }
+        manifest::Layer {
+            descriptor: descriptor(&self.media_type, self.digest, self.size),
+            diff_id: self.diff_id,
+        }
     }
 }
 
@@ -73,7 +76,11 @@ impl Delivered {
 pub(super) fn descriptor(media_type: &str, digest: Digest, size: u64) -> Descriptor {
     let digest = oci_spec::image::Sha256Digest::from_str(&digest.hex());
     // 64 hex digits are a digest to everybody.
-    Descriptor::new(media_type.into(), size, digest.unwrap_or_else(|_| unreachable!()))
+    Descriptor::new(
+        media_type.into(),
+        size,
+        digest.unwrap_or_else(|_| unreachable!()),
+    )
 }
 
 /// What has to be known of a base layer's blob before it can be looked for.
@@ -90,7 +97,11 @@ impl<'a> Blob<'a> {
         let descriptor = layer.descriptor.as_ref()?;
         Some(Self {
             digest: descriptor.digest().to_string().parse().ok()?,
-            size: if layer.size_known { descriptor.size() } else { 0 },
+            size: if layer.size_known {
+                descriptor.size()
+            } else {
+                0
+            },
             media_type: descriptor.media_type().to_string(),
             layer,
         })
@@ -102,16 +113,27 @@ impl<'a> Blob<'a> {
 
     fn delivered(&self, size: u64, origin: Origin) -> Delivered {
         let media_type = self.media_type.clone();
-        Delivered { digest: self.digest, diff_id: self.layer.diff_id, size, media_type, origin }
+        Delivered {
+            digest: self.digest,
+            diff_id: self.layer.diff_id,
+            size,
+            media_type,
+            origin,
+        }
     }
 }
 
 /// Which base layers the destination has, or takes over by itself: questions only, no content is moved.
 ///
 /// One answer a layer, bottom first; `None` where the content has to be brought.
-pub(super) async fn look_up(destination: &Destination, base: &Base) -> Result<Vec<Option<Delivered>>, Error> {
+pub(super) async fn look_up(
+    destination: &Destination,
+    base: &Base,
+) -> Result<Vec<Option<Delivered>>, Error> {
     let answers = base.layers.iter().map(|layer| async move {
-        let Some(blob) = Blob::of(layer) else { return Ok(None) };
+        let Some(blob) = Blob::of(layer) else {
+            return Ok(None);
+        };
         if let Some(size) = destination.has_blob(&blob.digest, blob.size()).await? {
             return Ok(Some(blob.delivered(size, Origin::Present)));
         }
@@ -120,13 +142,21 @@ pub(super) async fn look_up(destination: &Destination, base: &Base) -> Result<Ve
                 let size = destination.has_blob(&blob.digest, blob.size()).await?;
                 // Believed only when it can be seen: some registries say yes and mean later.
                 if let Some(size) = size {
-                    return Ok(Some(blob.delivered(size, Origin::Mounted { repository: repository.clone() })));
+                    return Ok(Some(blob.delivered(
+                        size,
+                        Origin::Mounted {
+                            repository: repository.clone(),
+                        },
+                    )));
                 }
             }
         }
         Ok(None)
     });
-    let answers: Vec<Result<_, Error>> = futures_util::stream::iter(answers).buffered(LOOKUPS).collect().await;
+    let answers: Vec<Result<_, Error>> = futures_util::stream::iter(answers)
+        .buffered(LOOKUPS)
+        .collect()
+        .await;
     answers.into_iter().collect()
 }
 
@@ -159,7 +189,11 @@ async fn bring_one(
     index: usize,
 ) -> Result<Delivered, Error> {
     let layer = &base.layers[index];
-    let bar = Bar { context, layer: index, layers: base.layers.len() };
+    let bar = Bar {
+        context,
+        layer: index,
+        layers: base.layers.len(),
+    };
     let mut tried = Vec::new();
     if let Some(blob) = Blob::of(layer) {
         for (name, file) in local_copies(&blob, layout) {
@@ -176,7 +210,14 @@ async fn bring_one(
         }
         for name in &layer.repositories {
             match copy_remote(context, destination, &blob, name, &bar).await {
-                Ok(size) => return Ok(blob.delivered(size, Origin::Registry { repository: name.clone() })),
+                Ok(size) => {
+                    return Ok(blob.delivered(
+                        size,
+                        Origin::Registry {
+                            repository: name.clone(),
+                        },
+                    ));
+                }
                 Err(Copy::Destination(error)) => return Err(error),
                 Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
             }
@@ -209,15 +250,26 @@ impl From<crate::destination::Error> for Copy {
     }
 }
 
+/// A copy of a blob on this node, or why it cannot be read.
+type Opened = Result<Box<dyn Read + Send>, String>;
+
 /// The blob in the runtime's store, and in the layout that `--base` names.
-fn local_copies(blob: &Blob<'_>, layout: Option<&Reader>) -> Vec<(String, Result<Box<dyn Read + Send>, String>)> {
+fn local_copies(blob: &Blob<'_>, layout: Option<&Reader>) -> Vec<(String, Opened)> {
     let mut copies = Vec::new();
     if let Some(path) = &blob.layer.local_blob {
         let file = std::fs::File::open(path).map_err(|e| e.to_string());
-        copies.push((path.display().to_string(), file.map(|file| Box::new(file) as Box<dyn Read + Send>)));
+        copies.push((
+            path.display().to_string(),
+            file.map(|file| Box::new(file) as Box<dyn Read + Send>),
+        ));
     }
     if let Some(layout) = layout {
-        copies.push(("--base".to_owned(), layout.open_blob(&blob.digest, blob.size()).map_err(|e| e.to_string())));
+        copies.push((
+            "--base".to_owned(),
+            layout
+                .open_blob(&blob.digest, blob.size())
+                .map_err(|e| e.to_string()),
+        ));
     }
     copies
 }
@@ -252,7 +304,10 @@ async fn copy_local(
     .map_err(|_| Copy::Destination(Error::Worker))??;
     if digest != blob.digest {
         writer.abort().await;
-        return Err(Copy::Source(format!("its content is {digest}, not {}", blob.digest)));
+        return Err(Copy::Source(format!(
+            "its content is {digest}, not {}",
+            blob.digest
+        )));
     }
     writer.finish(&digest, size).await?;
     Ok(size)
@@ -267,7 +322,10 @@ async fn copy_remote(
 ) -> Result<u64, Copy> {
     let source = |error: registry::Error| Copy::Source(error.to_string());
     let repository = context.registries.repository(name).map_err(source)?;
-    let mut stream = repository.blob_stream(&blob.digest, blob.size()).await.map_err(source)?;
+    let mut stream = repository
+        .blob_stream(&blob.digest, blob.size())
+        .await
+        .map_err(source)?;
     let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
     let mut size = 0;
     loop {
@@ -300,10 +358,16 @@ async fn remake(
     index: usize,
     bar: &Bar<'_>,
 ) -> Result<Delivered, Error> {
-    let lowers: Option<Vec<_>> = base.layers[..=index].iter().rev().map(|layer| layer.lower.clone()).collect();
+    let lowers: Option<Vec<_>> = base.layers[..=index]
+        .iter()
+        .rev()
+        .map(|layer| layer.lower.clone())
+        .collect();
     let lowers = lowers.filter(|lowers| !lowers.is_empty());
     let Some((upper, below)) = lowers.as_ref().and_then(|lowers| lowers.split_first()) else {
-        return Err(Error::BaseLayerNowhere { diff_id: base.layers[index].diff_id });
+        return Err(Error::BaseLayerNowhere {
+            diff_id: base.layers[index].diff_id,
+        });
     };
     let exclusions = Exclusions::new(Rules::default())?;
     let roots = scan::Roots {
@@ -332,8 +396,12 @@ async fn remake(
     let (jobs, cancel, bar) = (context.jobs, context.cancel.clone(), bar.shared());
     let made = tokio::task::spawn_blocking(move || {
         let mut writer = writer;
-        let options =
-            layer::Options { compression, level: compression.default_level(), jobs, cancel: cancel.flag() };
+        let options = layer::Options {
+            compression,
+            level: compression.default_level(),
+            jobs,
+            cancel: cancel.flag(),
+        };
         let made = layer::stream::write(&plan, options, |bytes| writer.write(bytes), &|at| {
             bar.progress(at.tar_bytes, total);
         });
@@ -373,13 +441,22 @@ struct SharedBar {
 
 impl Bar<'_> {
     fn shared(&self) -> SharedBar {
-        SharedBar { observer: Arc::clone(&self.context.observer), layer: self.layer, layers: self.layers }
+        SharedBar {
+            observer: Arc::clone(&self.context.observer),
+            layer: self.layer,
+            layers: self.layers,
+        }
     }
 }
 
 impl SharedBar {
     fn progress(&self, bytes_done: u64, bytes_total: u64) {
         let (layer, layers) = (self.layer, self.layers);
-        self.observer.event(Event::BaseProgress { layer, layers, bytes_done, bytes_total });
+        self.observer.event(Event::BaseProgress {
+            layer,
+            layers,
+            bytes_done,
+            bytes_total,
+        });
     }
 }

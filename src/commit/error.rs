@@ -54,7 +54,9 @@ pub enum Error {
         reason: String,
     },
     /// A base layer whose blob is nowhere, and whose directory is not mounted either.
-    #[error("the base layer {diff_id} is in no store and no known registry, and no directory holds it unpacked")]
+    #[error(
+        "the base layer {diff_id} is in no store and no known registry, and no directory holds it unpacked"
+    )]
     BaseLayerNowhere {
         /// Which one.
         diff_id: DiffId,
@@ -105,31 +107,47 @@ pub enum Kind {
     Cancelled,
 }
 
+impl Kind {
+    /// The kind that a module's own exit code means.
+    fn of_exit(code: u8) -> Self {
+        match code {
+            2 => Self::Usage,
+            66 => Self::ContainerGone,
+            69 => Self::BaseUnproven,
+            75 => Self::Retryable,
+            77 => Self::NotPermitted,
+            130 => Self::Cancelled,
+            _ => Self::Final,
+        }
+    }
+}
+
 impl Error {
     /// What kind of failure it is.
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Container(error) => container_kind(error),
+            Self::Container(error) => Kind::of_exit(error.exit_code()),
             Self::Target(_) | Self::Pattern(_) => Kind::Usage,
             Self::Destination(error) => destination_kind(error),
-            Self::Freeze(error) => match error.exit_code() {
-                66 => Kind::ContainerGone,
-                75 => Kind::Retryable,
-                77 => Kind::NotPermitted,
-                _ => Kind::Final,
-            },
-            Self::Scan(scan::Error::Cancelled) | Self::Layer(layer::Error::Cancelled) | Self::Cancelled => {
-                Kind::Cancelled
+            Self::Freeze(error) => Kind::of_exit(error.exit_code()),
+            Self::Scan(scan::Error::Cancelled)
+            | Self::Layer(layer::Error::Cancelled)
+            | Self::Cancelled => Kind::Cancelled,
+            Self::Scan(scan::Error::MarksUnreadable | scan::Error::Cap { .. }) => {
+                Kind::NotPermitted
             }
-            Self::Scan(scan::Error::MarksUnreadable | scan::Error::Cap { .. }) => Kind::NotPermitted,
             Self::Manifest(error) if error.is_usage() => Kind::Usage,
             Self::Manifest(error) if error.is_base() => Kind::BaseUnproven,
-            Self::Prove(_) | Self::BaseNotNamed { .. } | Self::BaseUnusable { .. } | Self::BaseLayerNowhere { .. } => {
-                Kind::BaseUnproven
-            }
-            Self::Scan(_) | Self::Layer(_) | Self::Manifest(_) | Self::Report { .. } | Self::PausedTooLong { .. } | Self::Worker => {
-                Kind::Final
-            },
+            Self::Prove(_)
+            | Self::BaseNotNamed { .. }
+            | Self::BaseUnusable { .. }
+            | Self::BaseLayerNowhere { .. } => Kind::BaseUnproven,
+            Self::Scan(_)
+            | Self::Layer(_)
+            | Self::Manifest(_)
+            | Self::Report { .. }
+            | Self::PausedTooLong { .. }
+            | Self::Worker => Kind::Final,
         }
     }
 
@@ -159,17 +177,5 @@ fn destination_kind(error: &destination::Error) -> Kind {
         Kind::Retryable
     } else {
         Kind::Final
-    }
-}
-
-fn container_kind(error: &container::Error) -> Kind {
-    use container::Error as E;
-    match error {
-        E::NotFound { .. } | E::Gone { .. } | E::Ambiguous { .. } => Kind::ContainerGone,
-        E::BadName { .. } => Kind::Usage,
-        E::BaseUnproven { .. } => Kind::BaseUnproven,
-        E::NotPermitted { .. } => Kind::NotPermitted,
-        E::Busy { .. } => Kind::Retryable,
-        _ => Kind::Final,
     }
 }

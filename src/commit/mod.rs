@@ -97,7 +97,10 @@ impl Context {
     }
 
     fn warn(&self, code: &str, message: String) {
-        self.observer.event(Event::Warning { code: code.to_owned(), message });
+        self.observer.event(Event::Warning {
+            code: code.to_owned(),
+            message,
+        });
     }
 }
 
@@ -147,16 +150,28 @@ async fn save(
     warn_of(&context, &taken);
 
     context.phase(Phase::Base);
-    let delivered = base::bring(&context, &destination, &container, &base, layout.as_ref(), found).await?;
+    let delivered = base::bring(
+        &context,
+        &destination,
+        &container,
+        &base,
+        layout.as_ref(),
+        found,
+    )
+    .await?;
 
     context.phase(Phase::Finishing);
     let image = assemble(options, &base, &delivered, taken.layer.as_ref())?;
     for warning in &image.warnings {
         context.warn(warning.code, warning.message.clone());
     }
-    destination.put_blob(image.config.bytes.clone().into(), &image.config.digest).await?;
+    destination
+        .put_blob(image.config.bytes.clone().into(), &image.config.digest)
+        .await?;
     let manifest = Bytes::from(image.manifest.bytes.clone());
-    let digest = destination.put_manifest(manifest, image.manifest.media_type, target.tag()).await?;
+    let digest = destination
+        .put_manifest(manifest, image.manifest.media_type, target.tag())
+        .await?;
     let saved = outcome::saved(outcome::Parts {
         target: &target,
         digest,
@@ -184,9 +199,9 @@ async fn prove_base(
 ) -> Result<(Base, Option<layout::Reader>), Error> {
     match &options.base {
         Some(name) => named::base(context, container, name).await,
-        None if container.runtime == container::Runtime::Process => {
-            Err(Error::BaseNotNamed { container: options.container.clone() })
-        }
+        None if container.runtime == container::Runtime::Process => Err(Error::BaseNotNamed {
+            container: options.container.clone(),
+        }),
         None => Ok((container::prove_base(&context.roots, container)?, None)),
     }
 }
@@ -211,7 +226,11 @@ async fn take_layer(
     let mut attempt = 1;
     loop {
         match take_once(context, options, container, destination).await {
-            Err(error) if error.kind() == Kind::Retryable && error.is_of_destination() && attempt < TRIES => {
+            Err(error)
+                if error.kind() == Kind::Retryable
+                    && error.is_of_destination()
+                    && attempt < TRIES =>
+            {
                 context.warn("again", format!("the layer is made again: {error}"));
                 attempt += 1;
             }
@@ -238,23 +257,44 @@ async fn take_once(
         (None, None)
     } else {
         context.phase(Phase::Streaming);
-        let bound = frozen.as_ref().filter(|f| !f.was_frozen()).and(options.max_pause);
-        let (layer, writer) = stream(context, (options.compression, options.level), plan, destination, bound).await?;
+        let bound = frozen
+            .as_ref()
+            .filter(|f| !f.was_frozen())
+            .and(options.max_pause);
+        let (layer, writer) = stream(
+            context,
+            (options.compression, options.level),
+            plan,
+            destination,
+            bound,
+        )
+        .await?;
         (Some(layer), Some(writer))
     };
     container::recheck(&context.roots, container)?;
     // All is read: the container runs on while the destination finishes.
     let pause = frozen.map(Frozen::thaw).transpose()?;
     if let (Some(pause), false) = (pause, was_frozen) {
-        context.observer.event(Event::Paused { pause_ms: pause.as_secs_f64() * 1000.0 });
+        context.observer.event(Event::Paused {
+            pause_ms: pause.as_secs_f64() * 1000.0,
+        });
     }
     if let (Some(layer), Some(writer)) = (&layer, writer) {
         writer.finish(&layer.digest, layer.size).await?;
     }
-    Ok(Taken { layer, report, pause, was_frozen })
+    Ok(Taken {
+        layer,
+        report,
+        pause,
+        was_frozen,
+    })
 }
 
-fn freeze(context: &Context, options: &Options, container: &Container) -> Result<Option<Frozen>, Error> {
+fn freeze(
+    context: &Context,
+    options: &Options,
+    container: &Container,
+) -> Result<Option<Frozen>, Error> {
     if options.pause == Pause::None {
         return Ok(None);
     }
@@ -265,16 +305,27 @@ fn freeze(context: &Context, options: &Options, container: &Container) -> Result
     };
     let frozen = freeze::freeze(container.pid, Some(container.pid_start), &how)?;
     if !frozen.outside().is_empty() {
-        let pids = frozen.outside().iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+        let pids = frozen
+            .outside()
+            .iter()
+            .map(u32::to_string)
+            .collect::<Vec<_>>()
+            .join(", ");
         context.warn(
             "not_frozen",
-            format!("processes outside the container's cgroup see its root and are not frozen: {pids}"),
+            format!(
+                "processes outside the container's cgroup see its root and are not frozen: {pids}"
+            ),
         );
     }
     Ok(Some(frozen))
 }
 
-async fn scan_upper(context: &Context, options: &Options, container: &Container) -> Result<Scan, Error> {
+async fn scan_upper(
+    context: &Context,
+    options: &Options,
+    container: &Container,
+) -> Result<Scan, Error> {
     let (rules, container) = (options.rules.clone(), container.clone());
     let (jobs, cancel) = (context.jobs, context.cancel.clone());
     let scan = tokio::task::spawn_blocking(move || rules.scan(&container, jobs, &cancel));
@@ -297,25 +348,39 @@ async fn stream(
     let started = Instant::now();
     let made = tokio::task::spawn_blocking(move || {
         let (bytes_total, entries_total) = (plan.tar_size(), plan.len() as u64);
-        let options = layer::Options { compression, level, jobs, cancel: cancel.flag() };
+        let options = layer::Options {
+            compression,
+            level,
+            jobs,
+            cancel: cancel.flag(),
+        };
         let sink = |bytes| match bound.filter(|&bound| started.elapsed() > bound) {
-            Some(bound) => Err(Error::PausedTooLong { limit_ms: bound.as_secs_f64() * 1000.0 }),
+            Some(bound) => Err(Error::PausedTooLong {
+                limit_ms: bound.as_secs_f64() * 1000.0,
+            }),
             None => Ok(writer.write(bytes)?),
         };
         let layer = layer::stream::write(&plan, options, sink, &|at| {
             let (bytes_done, bytes_sent) = (at.tar_bytes, at.sent_bytes);
-            observer.event(Event::Progress { bytes_done, bytes_total, bytes_sent, entries_total });
+            observer.event(Event::Progress {
+                bytes_done,
+                bytes_total,
+                bytes_sent,
+                entries_total,
+            });
         });
         // A writer that is dropped leaves nothing behind.
         layer.map(|layer| (layer, writer))
     });
-    made.await.map_err(|_| Error::Worker)?.map_err(|error| match error {
-        layer::Error::Sink(source) => match source.downcast::<Error>() {
-            Ok(own) => *own,
-            Err(source) => layer::Error::Sink(source).into(),
-        },
-        other => other.into(),
-    })
+    made.await
+        .map_err(|_| Error::Worker)?
+        .map_err(|error| match error {
+            layer::Error::Sink(source) => match source.downcast::<Error>() {
+                Ok(own) => *own,
+                Err(source) => layer::Error::Sink(source).into(),
+            },
+            other => other.into(),
+        })
 }
 
 /// What the user should hear of without asking.
@@ -323,27 +388,53 @@ fn warn_of(context: &Context, taken: &Taken) {
     for file in taken.layer.iter().flat_map(|layer| &layer.unstable) {
         let what = match file.what {
             layer::block::Instability::Changed => "was written to while it was read",
-            layer::block::Instability::Shrank => "became shorter while it was read; the rest is zeros",
-            layer::block::Instability::Grew => "became longer while it was read; what was added is not in the image",
-            layer::block::Instability::Vanished => "vanished before it was read; its content is zeros",
+            layer::block::Instability::Shrank => {
+                "became shorter while it was read; the rest is zeros"
+            }
+            layer::block::Instability::Grew => {
+                "became longer while it was read; what was added is not in the image"
+            }
+            layer::block::Instability::Vanished => {
+                "vanished before it was read; its content is zeros"
+            }
         };
         context.warn("unstable_file", format!("/{} {what}", file.path));
     }
     for path in &taken.report.vanished {
-        context.warn("unstable_file", format!("/{path} vanished while the tree was walked"));
+        context.warn(
+            "unstable_file",
+            format!("/{path} vanished while the tree was walked"),
+        );
     }
     for path in &taken.report.privileged {
-        context.warn("privileged_file", format!("/{path} is setuid, setgid or has file capabilities, which the base does not have"));
+        context.warn(
+            "privileged_file",
+            format!(
+                "/{path} is setuid, setgid or has file capabilities, which the base does not have"
+            ),
+        );
     }
     if !taken.report.sockets.is_empty() {
         let (count, first) = (taken.report.sockets.len(), &taken.report.sockets[0]);
-        context.warn("sockets", format!("{count} sockets cannot be in an image and are left out, e.g. /{first}"));
+        context.warn(
+            "sockets",
+            format!("{count} sockets cannot be in an image and are left out, e.g. /{first}"),
+        );
     }
     for (name, count) in &taken.report.dropped_xattrs {
-        context.warn("xattrs", format!("the attribute {name} of {count} entries belongs to the host and is left out"));
+        context.warn(
+            "xattrs",
+            format!("the attribute {name} of {count} entries belongs to the host and is left out"),
+        );
     }
-    let kept_out = |reason: &scan::Reason| matches!(reason, scan::Reason::Credential | scan::Reason::Cache);
-    let excluded: Vec<_> = taken.report.excluded.iter().filter(|e| kept_out(&e.reason)).collect();
+    let kept_out =
+        |reason: &scan::Reason| matches!(reason, scan::Reason::Credential | scan::Reason::Cache);
+    let excluded: Vec<_> = taken
+        .report
+        .excluded
+        .iter()
+        .filter(|e| kept_out(&e.reason))
+        .collect();
     if let Some(first) = excluded.first() {
         context.warn(
             "excluded",
@@ -362,12 +453,17 @@ fn assemble(
     delivered: &[Delivered],
     layer: Option<&Layer>,
 ) -> Result<manifest::Image, Error> {
-    let base_manifest = base.manifest.as_ref().map(|manifest| manifest::BaseManifest {
-        bytes: &manifest.bytes,
-        media_type: &manifest.media_type,
-        digest: manifest.digest,
-    });
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |t| t.as_secs() as i64);
+    let base_manifest = base
+        .manifest
+        .as_ref()
+        .map(|manifest| manifest::BaseManifest {
+            bytes: &manifest.bytes,
+            media_type: &manifest.media_type,
+            digest: manifest.digest,
+        });
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |t| t.as_secs() as i64);
     Ok(manifest::assemble(&manifest::Input {
         base_manifest,
         base_config: &base.config,

@@ -12,9 +12,9 @@ use crate::container::{Base, BaseLayer, Container, RawManifest};
 use crate::destination::Target;
 use crate::digest::{ChainId, DiffId, Digest};
 use crate::layout;
+use crate::manifest::Platform;
 use crate::overlay::owner;
 use crate::prove;
-use crate::registry::platform::Platform;
 use crate::registry::{self, Reference, Repository};
 
 /// Where a named base is read from.
@@ -29,30 +29,47 @@ pub(super) async fn base(
     container: &Container,
     name: &str,
 ) -> Result<(Base, Option<layout::Reader>), Error> {
-    let unusable = |reason: String| Error::BaseUnusable { name: name.to_owned(), reason };
+    let unusable = |reason: String| Error::BaseUnusable {
+        name: name.to_owned(),
+        reason,
+    };
     let target: Target = name.parse()?;
     let platform = Platform::host();
-    let (source, manifest, reference) = match target.open_layout().map_err(|e| unusable(e.to_string()))? {
-        Some((reader, tag)) => {
-            let manifest = reader.manifest(tag, &platform).map_err(|e| unusable(e.to_string()))?;
-            (Source::Layout(reader), manifest, None)
-        }
-        None => {
-            let Target::Registry(reference) = target else { return Err(Error::Worker) };
-            let repository = context.registries.pull_from(&reference).map_err(reach)?;
-            let manifest = pull(&repository, &reference, &platform).await.map_err(|e| match e {
-                Pull::Registry(error) => reach(error),
-                Pull::Unusable(reason) => unusable(reason),
-            })?;
-            (Source::Registry(repository), manifest, Some(reference))
-        }
-    };
-    let parsed: ImageManifest =
-        serde_json::from_slice(&manifest.bytes).map_err(|e| unusable(format!("its manifest: {e}")))?;
-    let config_digest: Digest =
-        parsed.config().digest().to_string().parse().map_err(|e| unusable(format!("its config: {e}")))?;
+    let (source, manifest, reference) =
+        match target.open_layout().map_err(|e| unusable(e.to_string()))? {
+            Some((reader, tag)) => {
+                let manifest = reader
+                    .manifest(tag, &platform)
+                    .map_err(|e| unusable(e.to_string()))?;
+                (Source::Layout(reader), manifest, None)
+            }
+            None => {
+                let Target::Registry(reference) = target else {
+                    return Err(Error::Worker);
+                };
+                let repository = context.registries.pull_from(&reference).map_err(reach)?;
+                let manifest =
+                    pull(&repository, &reference, &platform)
+                        .await
+                        .map_err(|e| match e {
+                            Pull::Registry(error) => reach(error),
+                            Pull::Unusable(reason) => unusable(reason),
+                        })?;
+                (Source::Registry(repository), manifest, Some(reference))
+            }
+        };
+    let parsed: ImageManifest = serde_json::from_slice(&manifest.bytes)
+        .map_err(|e| unusable(format!("its manifest: {e}")))?;
+    let config_digest: Digest = parsed
+        .config()
+        .digest()
+        .to_string()
+        .parse()
+        .map_err(|e| unusable(format!("its config: {e}")))?;
     let config = match &source {
-        Source::Layout(reader) => reader.blob(&config_digest).map_err(|e| unusable(e.to_string()))?,
+        Source::Layout(reader) => reader
+            .blob(&config_digest)
+            .map_err(|e| unusable(e.to_string()))?,
         Source::Registry(repository) => repository.blob(&config_digest).await.map_err(reach)?,
     };
     let diff_ids = diff_ids(&config).map_err(unusable)?;
@@ -103,19 +120,27 @@ async fn pull(
     repository: &Repository,
     reference: &Reference,
     platform: &Platform,
-) -> Result<registry::RawManifest, Pull> {
+) -> Result<crate::manifest::raw::RawManifest, Pull> {
     let wanted = reference.digest.map(|digest| digest.to_string());
-    let wanted = wanted.or_else(|| reference.tag.clone()).unwrap_or_else(|| "latest".to_owned());
+    let wanted = wanted
+        .or_else(|| reference.tag.clone())
+        .unwrap_or_else(|| "latest".to_owned());
     let manifest = repository.manifest(&wanted).await.map_err(Pull::Registry)?;
     if !manifest.is_index() {
         return Ok(manifest);
     }
-    let index: ImageIndex =
-        serde_json::from_slice(&manifest.bytes).map_err(|e| Pull::Unusable(format!("its index: {e}")))?;
+    let index: ImageIndex = serde_json::from_slice(&manifest.bytes)
+        .map_err(|e| Pull::Unusable(format!("its index: {e}")))?;
     let Some(chosen) = platform.choose(&index) else {
-        return Err(Pull::Unusable(format!("its index has nothing for {}", platform.architecture)));
+        return Err(Pull::Unusable(format!(
+            "its index has nothing for {}",
+            platform.architecture
+        )));
     };
-    repository.manifest(chosen.digest().as_ref()).await.map_err(Pull::Registry)
+    repository
+        .manifest(chosen.digest().as_ref())
+        .await
+        .map_err(Pull::Registry)
 }
 
 fn diff_ids(config: &[u8]) -> Result<Vec<DiffId>, String> {
@@ -131,21 +156,34 @@ fn diff_ids(config: &[u8]) -> Result<Vec<DiffId>, String> {
     Ok(config.rootfs.diff_ids)
 }
 
-async fn prove(container: &Container, source: &Source, layers: &[Descriptor]) -> Result<String, Error> {
+async fn prove(
+    container: &Container,
+    source: &Source,
+    layers: &[Descriptor],
+) -> Result<String, Error> {
     let (uid_map, gid_map) = (container.uid_map.clone(), container.gid_map.clone());
     let directories = container.overlay.lowers.clone();
     let namespace = container.overlay.namespace;
     let mut readers: Vec<io::Result<Box<dyn Read + Send>>> = Vec::new();
     for descriptor in layers {
-        let digest: Digest = descriptor.digest().to_string().parse().map_err(|e| Error::BaseUnusable {
-            name: descriptor.digest().to_string(),
-            reason: format!("{e}"),
-        })?;
+        let digest: Digest =
+            descriptor
+                .digest()
+                .to_string()
+                .parse()
+                .map_err(|e| Error::BaseUnusable {
+                    name: descriptor.digest().to_string(),
+                    reason: format!("{e}"),
+                })?;
         readers.push(match source {
-            Source::Layout(reader) => {
-                reader.open_blob(&digest, Some(descriptor.size())).map_err(io::Error::other)
-            }
-            Source::Registry(repository) => Ok(Box::new(Piped::start(repository.clone(), digest, descriptor.size()))),
+            Source::Layout(reader) => reader
+                .open_blob(&digest, Some(descriptor.size()))
+                .map_err(io::Error::other),
+            Source::Registry(repository) => Ok(Box::new(Piped::start(
+                repository.clone(),
+                digest,
+                descriptor.size(),
+            ))),
         });
     }
     let proven = tokio::task::spawn_blocking(move || {
@@ -179,7 +217,11 @@ impl Piped {
             handle.spawn(async move {
                 let mut stream = match repository.blob_stream(&digest, Some(size)).await {
                     Ok(stream) => stream,
-                    Err(error) => return sender.send(Err(io::Error::other(error))).unwrap_or_default(),
+                    Err(error) => {
+                        return sender
+                            .send(Err(io::Error::other(error)))
+                            .unwrap_or_default();
+                    }
                 };
                 loop {
                     let piece = match stream.next().await {
@@ -190,14 +232,19 @@ impl Piped {
                     let failed = piece.is_err();
                     let sender = sender.clone();
                     // The reader may be slower than the registry, or gone.
-                    let sent = tokio::task::spawn_blocking(move || sender.send(piece).is_ok()).await;
+                    let sent =
+                        tokio::task::spawn_blocking(move || sender.send(piece).is_ok()).await;
                     if failed || !sent.unwrap_or(false) {
                         return;
                     }
                 }
             });
         };
-        Self { begin: Some(Box::new(begin)), pieces, piece: Bytes::new() }
+        Self {
+            begin: Some(Box::new(begin)),
+            pieces,
+            piece: Bytes::new(),
+        }
     }
 }
 

@@ -115,7 +115,16 @@ pub(super) struct Parts<'a> {
 }
 
 pub(super) fn saved(parts: Parts<'_>) -> Saved {
-    let Parts { target, digest, image, container, base, delivered, taken, seconds } = parts;
+    let Parts {
+        target,
+        digest,
+        image,
+        container,
+        base,
+        delivered,
+        taken,
+        seconds,
+    } = parts;
     let reference = target.with_digest(&digest);
     let (unstable, layer) = match taken.layer {
         Some(layer) => (
@@ -137,7 +146,11 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
         destination: target.to_string(),
         digest,
         config_digest: image.config.digest,
-        size_bytes: image.layers.iter().map(oci_spec::image::Descriptor::size).sum(),
+        size_bytes: image
+            .layers
+            .iter()
+            .map(oci_spec::image::Descriptor::size)
+            .sum(),
         container: ContainerOutcome {
             runtime: container.runtime,
             id: container.id.clone(),
@@ -151,14 +164,26 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
             layers: delivered,
         },
         layer,
-        pause_ms: taken.pause.filter(|_| !taken.was_frozen).map(|pause| pause.as_secs_f64() * 1000.0),
+        pause_ms: taken
+            .pause
+            .filter(|_| !taken.was_frozen)
+            .map(|pause| pause.as_secs_f64() * 1000.0),
         was_paused: taken.was_frozen,
         report: taken.report,
         unstable,
-        volumes: container.mounts.iter().filter(|mount| mount.volume).cloned().collect(),
+        volumes: container
+            .mounts
+            .iter()
+            .filter(|mount| mount.volume)
+            .cloned()
+            .collect(),
         seconds,
     };
-    Saved { reference, digest, metadata }
+    Saved {
+        reference,
+        digest,
+        metadata,
+    }
 }
 
 /// Writes `--metadata-file` and `--digestfile`.

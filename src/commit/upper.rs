@@ -35,8 +35,11 @@ impl Rules {
 
     /// Scans the container's upper directory.
     pub fn scan(&self, container: &Container, jobs: usize, cancel: &Cancel) -> Result<Scan, Error> {
-        let mounts: Vec<Vec<u8>> =
-            container.mounts.iter().map(|mount| mount.destination.as_os_str().as_bytes().to_vec()).collect();
+        let mounts: Vec<Vec<u8>> = container
+            .mounts
+            .iter()
+            .map(|mount| mount.destination.as_os_str().as_bytes().to_vec())
+            .collect();
         let exclusions = self.exclusions(&mounts)?;
         let overlay = &container.overlay;
         let roots = scan::Roots {

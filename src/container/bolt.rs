@@ -256,7 +256,7 @@ enum Node {
     Inline(Rc<[u8]>),
 }
 
-impl<'f> Snapshot<'f> {
+impl Snapshot<'_> {
     /// The bucket of buckets.
     pub fn root(&self) -> Bucket<'_> {
         Bucket {
@@ -553,9 +553,9 @@ impl<'p> Page<'p> {
         while low < high {
             let middle = low.midpoint(high);
             if self.key(middle)? < key {
-                low = middle + 1
+                low = middle + 1;
             } else {
-                high = middle
+                high = middle;
             }
         }
         Ok(low)
@@ -573,4 +573,345 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Seek, SeekFrom, Write};
+
+    const SIZE: usize = 4096;
+    type Item<'a> = (&'a [u8], u32, Vec<u8>);
+
+    /// A page of one kind with its elements; what is longer than a page takes overflow pages.
+    fn page(id: u64, flags: u16, items: &[Item<'_>]) -> Vec<u8> {
+        let mut page = vec![0; PAGE_HEADER + items.len() * ELEMENT];
+        page[..8].copy_from_slice(&id.to_le_bytes());
+        page[8..10].copy_from_slice(&flags.to_le_bytes());
+        page[10..12].copy_from_slice(&(items.len() as u16).to_le_bytes());
+        for (at, (key, element_flags, value)) in items.iter().enumerate() {
+            let element = PAGE_HEADER + at * ELEMENT;
+            let pos = (page.len() - element) as u32;
+            let words = if flags == FLAG_LEAF {
+                [*element_flags, pos, key.len() as u32, value.len() as u32]
+            } else {
+                let child = u64_at(value, 0);
+                [pos, key.len() as u32, child as u32, (child >> 32) as u32]
+            };
+            for (n, word) in words.into_iter().enumerate() {
+                page[element + 4 * n..element + 4 * n + 4].copy_from_slice(&word.to_le_bytes());
+            }
+            page.extend_from_slice(key);
+            if flags == FLAG_LEAF {
+                page.extend_from_slice(value);
+            }
+        }
+        page
+    }
+
+    fn padded(mut page: Vec<u8>) -> Vec<u8> {
+        let overflow = page.len().div_ceil(SIZE) - 1;
+        page[12..16].copy_from_slice(&(overflow as u32).to_le_bytes());
+        page.resize((overflow + 1) * SIZE, 0);
+        page
+    }
+
+    fn meta(id: u64, root: u64, high_water: u64, txid: u64) -> Vec<u8> {
+        let mut page = vec![0; SIZE];
+        page[..8].copy_from_slice(&id.to_le_bytes());
+        page[8..10].copy_from_slice(&FLAG_META.to_le_bytes());
+        let mut fields = Vec::new();
+        fields.extend(
+            [MAGIC, VERSION, SIZE as u32, 0]
+                .map(u32::to_le_bytes)
+                .concat(),
+        );
+        fields.extend(
+            [root, 0, u64::MAX, high_water, txid]
+                .map(u64::to_le_bytes)
+                .concat(),
+        );
+        let mut hasher = Fnv64a::default();
+        hasher.write(&fields);
+        fields.extend(hasher.finish().to_le_bytes());
+        page[PAGE_HEADER..PAGE_HEADER + META].copy_from_slice(&fields);
+        page
+    }
+
+    fn bucket_at(root: u64) -> Vec<u8> {
+        [root, 0].map(u64::to_le_bytes).concat()
+    }
+
+    fn inline(items: &[Item<'_>]) -> Vec<u8> {
+        [bucket_at(0), page(0, FLAG_LEAF, items)].concat()
+    }
+
+    fn child(id: u64) -> Vec<u8> {
+        id.to_le_bytes().to_vec()
+    }
+
+    /// Root leaf 2 -> bucket `tree` at branch 3 -> leaves 4 and 5 (with one page of overflow); inline bucket `small`.
+    fn sample() -> Vec<u8> {
+        let long = vec![b'x'; 5000];
+        [
+            meta(0, 2, 7, 8),
+            meta(1, 9, 7, 7),
+            padded(page(
+                2,
+                FLAG_LEAF,
+                &[
+                    (
+                        b"small",
+                        LEAF_IS_BUCKET,
+                        inline(&[(b"k", 0, b"v".to_vec())]),
+                    ),
+                    (b"tree", LEAF_IS_BUCKET, bucket_at(3)),
+                ],
+            )),
+            padded(page(
+                3,
+                FLAG_BRANCH,
+                &[(b"a", 0, child(4)), (b"m", 0, child(5))],
+            )),
+            padded(page(
+                4,
+                FLAG_LEAF,
+                &[(b"a", 0, b"1".to_vec()), (b"c", 0, b"".to_vec())],
+            )),
+            padded(page(
+                5,
+                FLAG_LEAF,
+                &[(b"m", 0, b"3".to_vec()), (b"z", 0, long)],
+            )),
+        ]
+        .concat()
+    }
+
+    fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    /// Every key with its path; buckets within buckets to a depth that ends.
+    fn walk(
+        bucket: &Bucket<'_>,
+        depth: usize,
+        out: &mut Vec<(Vec<u8>, usize)>,
+    ) -> Result<(), Error> {
+        for (key, value) in bucket.entries()? {
+            match value {
+                Value::Bytes(bytes) => out.push((key, bytes.len())),
+                Value::Bucket(inner) if depth < 6 => walk(&inner, depth + 1, out)?,
+                Value::Bucket(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn walked(bytes: &[u8]) -> Result<Vec<(Vec<u8>, usize)>, Error> {
+        let file = file(bytes);
+        read(file.path(), |db| {
+            let mut out = Vec::new();
+            walk(&db.root(), 0, &mut out)?;
+            Ok(out)
+        })
+    }
+
+    #[test]
+    fn branches_overflow_and_inline_buckets_are_read() {
+        let file = file(&sample());
+        let got = read(file.path(), |db| {
+            let tree = db.bucket(&[b"tree"])?.expect("bucket");
+            let keys: [&[u8]; 7] = [b"a", b"b", b"c", b"m", b"z", b"zz", b""];
+            let values = keys
+                .iter()
+                .map(|key| tree.get(key))
+                .collect::<Result<Vec<_>, Error>>()?;
+            assert!(db.bucket(&[b"tree", b"a"])?.is_none());
+            assert!(db.bucket(&[b"nothing"])?.is_none());
+            assert_eq!(
+                db.bucket(&[b"small"])?.expect("bucket").get(b"k")?,
+                Some(b"v".to_vec())
+            );
+            assert_eq!(db.root().get(b"tree")?, None);
+            Ok::<_, Error>(
+                values
+                    .into_iter()
+                    .map(|v| v.map(|v| v.len()))
+                    .collect::<Vec<_>>(),
+            )
+        });
+        assert_eq!(
+            got.unwrap(),
+            [Some(1), None, Some(0), Some(1), Some(5000), None, None]
+        );
+        let keys: Vec<_> = walked(&sample())
+            .unwrap()
+            .into_iter()
+            .map(|(key, _)| String::from_utf8(key).unwrap())
+            .collect();
+        assert_eq!(keys, ["k", "a", "c", "m", "z"]);
+    }
+
+    #[test]
+    fn the_newer_meta_wins_and_a_torn_one_does_not_count() {
+        // Meta 1 of the sample is older and points nowhere. Newer, it must be believed:
+        let mut bytes = sample();
+        bytes[SIZE..2 * SIZE].copy_from_slice(&meta(1, 4, 7, 9));
+        assert_eq!(walked(&bytes).unwrap().len(), 2);
+        // torn, it must not.
+        bytes[SIZE + PAGE_HEADER + 16] ^= 1;
+        assert_eq!(walked(&bytes).unwrap().len(), 5);
+        // And without the first, the second is found although nothing says how long a page is.
+        let mut bytes = sample();
+        bytes[SIZE..2 * SIZE].copy_from_slice(&meta(1, 2, 7, 7));
+        bytes[..SIZE].fill(0);
+        assert_eq!(walked(&bytes).unwrap().len(), 5);
+        bytes[SIZE..2 * SIZE].fill(0);
+        let error = walked(&bytes).unwrap_err();
+        assert!(
+            matches!(&error, Error::Damaged { detail, .. } if detail.contains("magic")),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_read_that_was_overtaken_is_done_again() {
+        let file = file(&sample());
+        let runs = Cell::new(0);
+        let result = read(file.path(), |_| {
+            runs.set(runs.get() + 1);
+            if runs.get() == 1 {
+                let mut writer = std::fs::OpenOptions::new()
+                    .write(true)
+                    .open(file.path())
+                    .unwrap();
+                writer.seek(SeekFrom::Start(SIZE as u64)).unwrap();
+                writer.write_all(&meta(1, 2, 7, 9)).unwrap();
+                // What a torn read makes of the pages must not be believed either.
+                return Err(Error::Damaged {
+                    path: PathBuf::new(),
+                    detail: String::new(),
+                });
+            }
+            Ok(())
+        });
+        assert!(result.is_ok(), "{result:?}");
+        assert_eq!(runs.get(), 2);
+    }
+
+    #[test]
+    fn a_writer_that_is_always_faster_ends_in_busy() {
+        let file = file(&sample());
+        let txid = Cell::new(9);
+        let result = read(file.path(), |_| {
+            let mut writer = std::fs::OpenOptions::new()
+                .write(true)
+                .open(file.path())
+                .unwrap();
+            writer
+                .seek(SeekFrom::Start(SIZE as u64 * (txid.get() % 2)))
+                .unwrap();
+            writer
+                .write_all(&meta(txid.get() % 2, 2, 7, txid.get()))
+                .unwrap();
+            txid.set(txid.get() + 1);
+            Ok::<_, Error>(())
+        });
+        assert!(
+            matches!(
+                result,
+                Err(Error::Busy {
+                    attempts: ATTEMPTS,
+                    ..
+                })
+            ),
+            "{result:?}"
+        );
+    }
+
+    #[test]
+    fn trees_made_to_trap_the_reader_are_damaged() {
+        let root = |pages: &[Vec<u8>]| {
+            [vec![meta(0, 2, 40, 8), meta(1, 2, 40, 7)], pages.to_vec()]
+                .concat()
+                .concat()
+        };
+        let branch = |id, children: &[u64]| {
+            let keys: Vec<[u8; 1]> = (0..children.len()).map(|n| [n as u8]).collect();
+            let items: Vec<Item<'_>> = keys
+                .iter()
+                .zip(children)
+                .map(|(key, &c)| (key.as_slice(), 0, child(c)))
+                .collect();
+            padded(page(id, FLAG_BRANCH, &items))
+        };
+        let mut long_overflow = branch(2, &[3]);
+        long_overflow[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
+        let mut many_elements = branch(2, &[3]);
+        many_elements[10..12].copy_from_slice(&u16::MAX.to_le_bytes());
+        let mut far_key = padded(page(2, FLAG_LEAF, &[(b"a", 0, b"b".to_vec())]));
+        far_key[PAGE_HEADER + 4..PAGE_HEADER + 8].copy_from_slice(&u32::MAX.to_le_bytes());
+        let mut long_value = padded(page(2, FLAG_LEAF, &[(b"a", 0, b"b".to_vec())]));
+        long_value[PAGE_HEADER + 12..PAGE_HEADER + 16].copy_from_slice(&u32::MAX.to_le_bytes());
+        let cases = [
+            ("its own child", root(&[branch(2, &[2])])),
+            (
+                "a child twice",
+                root(&[branch(2, &[3, 3]), padded(page(3, FLAG_LEAF, &[]))]),
+            ),
+            ("a circle of two", root(&[branch(2, &[3]), branch(3, &[2])])),
+            ("a meta page as child", root(&[branch(2, &[0])])),
+            ("beyond the high water", root(&[branch(2, &[41])])),
+            ("beyond the end", root(&[branch(2, &[39])])),
+            (
+                "another page's number",
+                root(&[branch(2, &[3]), padded(page(7, FLAG_LEAF, &[]))]),
+            ),
+            ("no children", root(&[branch(2, &[])])),
+            ("endless overflow", root(&[long_overflow])),
+            ("more elements than bytes", root(&[many_elements])),
+            ("a key outside", root(&[far_key])),
+            ("a value outside", root(&[long_value])),
+            (
+                "a bucket without header",
+                root(&[padded(page(
+                    2,
+                    FLAG_LEAF,
+                    &[(b"a", LEAF_IS_BUCKET, vec![0; 15])],
+                ))]),
+            ),
+            (
+                "an inline page cut short",
+                root(&[padded(page(
+                    2,
+                    FLAG_LEAF,
+                    &[(b"a", LEAF_IS_BUCKET, bucket_at(0))],
+                ))]),
+            ),
+        ];
+        for (what, bytes) in cases {
+            let error = walked(&bytes).expect_err(what);
+            assert!(matches!(error, Error::Damaged { .. }), "{what}: {error}");
+            // A search goes other ways; it must end as well.
+            let file = file(&bytes);
+            let _ = read(file.path(), |db| db.root().get(b"b"));
+        }
+    }
+
+    #[test]
+    fn no_truncation_and_no_flipped_bit_does_harm() {
+        let whole = sample();
+        for len in (0..whole.len()).step_by(61) {
+            let _ = walked(&whole[..len]);
+        }
+        for at in (2 * SIZE..whole.len()).filter(|at| whole[*at] != 0) {
+            for bit in [0, 3, 7] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 1 << bit;
+                let _ = walked(&bytes);
+            }
+        }
+    }
 }

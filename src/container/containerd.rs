@@ -792,10 +792,18 @@ fn prove_record(
         .as_ref()
         .map(|manifest| manifest.layers.clone())
         .unwrap_or_default();
+    let hosts: BTreeSet<String> = named
+        .iter()
+        .filter_map(|image| {
+            repository(&image.name)?
+                .split_once('/')
+                .map(|(host, _)| host.to_owned())
+        })
+        .collect();
     let sources = bolt::read(meta, |db| {
         descriptors
             .iter()
-            .map(|layer| sources(db, namespace, layer))
+            .map(|layer| sources(db, namespace, layer, &hosts))
             .collect::<Result<Vec<_>, Error>>()
     })?;
     let mut layers = stack.layers;
@@ -950,8 +958,14 @@ fn is_remapped(name: &str, below: &str) -> bool {
     ids.is_some_and(|(uid, gid)| uid.parse::<u32>().is_ok() && gid.parse::<u32>().is_ok())
 }
 
-/// The repositories that the content store says a blob came from.
-fn sources(db: &Snapshot<'_>, namespace: &str, layer: &Descriptor) -> Result<Vec<String>, Error> {
+/// The repositories that the content store says a blob came from. The labels name hosts without their ports; where
+/// images of this namespace name the same host with one, that is meant.
+fn sources(
+    db: &Snapshot<'_>,
+    namespace: &str,
+    layer: &Descriptor,
+    hosts: &BTreeSet<String>,
+) -> Result<Vec<String>, Error> {
     let digest = layer.digest().to_string();
     let Some(blob) = db.bucket(&[
         b"v1",
@@ -965,16 +979,30 @@ fn sources(db: &Snapshot<'_>, namespace: &str, layer: &Descriptor) -> Result<Vec
     };
     let mut repositories = Vec::new();
     for (key, value) in labels(&blob)? {
-        if let Some(host) = key.strip_prefix("containerd.io/distribution.source.") {
-            repositories.extend(
-                value
-                    .split(',')
-                    .filter(|r| !r.is_empty())
-                    .map(|path| format!("{host}/{path}")),
-            );
+        let Some(host) = key.strip_prefix("containerd.io/distribution.source.") else {
+            continue;
+        };
+        let mut meant: Vec<&str> = hosts
+            .iter()
+            .map(String::as_str)
+            .filter(|h| without_port(h) == host)
+            .collect();
+        if meant.is_empty() {
+            meant.push(host);
+        }
+        for path in value.split(',').filter(|path| !path.is_empty()) {
+            repositories.extend(meant.iter().map(|host| format!("{host}/{path}")));
         }
     }
     Ok(repositories)
+}
+
+/// `[::1]:5000` -> `[::1]`.
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => host,
+    }
 }
 
 #[cfg(test)]
@@ -1015,6 +1043,18 @@ mod tests {
             b"\x08\x01",
         ] {
             assert_eq!(any_value(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_port_is_told_from_an_address() {
+        for (host, expected) in [
+            ("a:5000", "a"),
+            ("a", "a"),
+            ("[::1]:5000", "[::1]"),
+            ("[::1]", "[::1]"),
+        ] {
+            assert_eq!(without_port(host), expected);
         }
     }
 

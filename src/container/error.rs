@@ -1,6 +1,6 @@
 //! What can go wrong between a container's name and its proven base, with what a caller needs to choose an exit code.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -71,7 +71,7 @@ pub enum Error {
     /// No image on this node gives the chain that is mounted.
     #[error(
         "the image that container {container} stands on cannot be proven:{}\nname it with --base to save nevertheless",
-        compared.iter().map(|line| format!("\n  {line}")).collect::<String>()
+        lines(compared)
     )]
     BaseUnproven {
         /// The container's ID.
@@ -233,6 +233,13 @@ impl From<bolt::Error> for Error {
     }
 }
 
+fn lines(lines: &[String]) -> String {
+    lines
+        .iter()
+        .flat_map(|line| ["\n  ", line.as_str()])
+        .collect()
+}
+
 fn offered(lead: &str, candidates: &[String]) -> String {
     if candidates.is_empty() {
         return String::new();
@@ -242,10 +249,8 @@ fn offered(lead: &str, candidates: &[String]) -> String {
         candidates[..candidates.len().min(SHOWN)].join(", ")
     );
     if candidates.len() > SHOWN {
-        text.push_str(&format!(
-            " and {} more (upperdeck ps lists them)",
-            candidates.len() - SHOWN
-        ));
+        let more = candidates.len() - SHOWN;
+        let _ = write!(text, " and {more} more (upperdeck ps lists them)");
     }
     text
 }

@@ -50,7 +50,7 @@ struct Metadata {
     #[serde(rename = "pod-id")]
     pod_id: String,
     #[serde(rename = "metadata-name")]
-    metadata_name: String,
+    name: String,
     uid: String,
     namespace: String,
     /// It is a pod's infrastructure container.
@@ -216,8 +216,8 @@ fn draft(
             let sandbox = metadata(sandbox);
             Pod {
                 namespace: sandbox.namespace,
-                name: sandbox.metadata_name,
-                container: own.metadata_name.clone(),
+                name: sandbox.name,
+                container: own.name.clone(),
                 uid: Some(sandbox.uid).filter(|uid| !uid.is_empty()),
             }
         });
@@ -366,7 +366,7 @@ fn prove_stored(
                 ));
             }
             Err(error) if recorded => {
-                compared.push(format!("recorded image {}: {error}", image.id))
+                compared.push(format!("recorded image {}: {error}", image.id));
             }
             _ => {}
         }

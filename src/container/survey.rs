@@ -120,6 +120,9 @@ pub fn list(roots: &Roots) -> Listing {
 
 /// The one container that `name` means: a full ID, a unique prefix of one (3 characters at least), a name,
 /// `NAMESPACE/POD[/CONTAINER]`, or `pid:N` for a process (if that runs in a container, the container).
+///
+/// A process that no runtime knows is taken at its mount table's word, which in a user namespace is its owner's word:
+/// `pid:N` is for administrators, a service must not pass it on from its users.
 pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
     let wanted = name.parse::<Wanted>()?;
     let mut problems = Vec::new();
@@ -309,7 +312,7 @@ fn find_process(
     let (root, options) = overlay_of(name, &process)?;
     // A process of a container is that container: only its runtime knows the base. Same file system, same container.
     for draft in drafts {
-        let Some(first) = process::read(roots, draft.pid)? else {
+        let Ok(Some(first)) = process::read(roots, draft.pid) else {
             continue;
         };
         if draft.pid == pid

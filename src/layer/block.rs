@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{SeekFrom, Stat};
 
 use super::plan::{Item, Plan};
-use crate::scan::{Entry, printable};
+use crate::escape;
+use crate::scan::Entry;
 
 /// How a file turned out when its content was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -64,7 +65,9 @@ pub fn fill(
     out.resize(base + (end - start) as usize, 0);
     let target = &mut out[base..];
     let items = plan.items();
-    let first = items.partition_point(|item| item.offset <= start).saturating_sub(1);
+    let first = items
+        .partition_point(|item| item.offset <= start)
+        .saturating_sub(1);
     for item in &items[first..] {
         if item.offset >= end {
             break;
@@ -73,7 +76,9 @@ pub fn fill(
         if content_at > start {
             scratch.header.clear();
             let header = &mut scratch.header;
-            plan.header(item, &mut scratch.path, &mut scratch.link, |h| h.write(header));
+            plan.header(item, &mut scratch.path, &mut scratch.link, |h| {
+                h.write(header)
+            });
             copy_overlap(target, start, &scratch.header, item.offset);
         }
         let content_end = content_at + plan.content_size(item);
@@ -90,7 +95,10 @@ pub fn fill(
 fn copy_overlap(target: &mut [u8], start: u64, bytes: &[u8], at: u64) {
     let skip = start.saturating_sub(at) as usize;
     let to = at.saturating_sub(start) as usize;
-    let len = bytes.len().saturating_sub(skip).min(target.len().saturating_sub(to));
+    let len = bytes
+        .len()
+        .saturating_sub(skip)
+        .min(target.len().saturating_sub(to));
     target[to..to + len].copy_from_slice(&bytes[skip..skip + len]);
 }
 
@@ -111,7 +119,10 @@ fn read_part(
         Some(place) => (place.root, place.path.as_slice(), place.ino),
         None => (0, scratch.path.as_slice(), entry.ino),
     };
-    let fail = |source: io::Error| ReadError { path: format!("/{}", printable(&scratch.path)), source };
+    let fail = |source: io::Error| ReadError {
+        path: format!("/{}", escape::path(&scratch.path)),
+        source,
+    };
     let found = match scan.root(root).open_file(path, ino).map_err(fail)? {
         Some(file) => {
             let read = read_sparse(&file, offset, part, entry).map_err(fail)?;
@@ -128,7 +139,10 @@ fn read_part(
         None => Some(Instability::Vanished),
     };
     if let Some(what) = found {
-        unstable.push(Unstable { path: printable(&scratch.path), what });
+        unstable.push(Unstable {
+            path: escape::path(&scratch.path),
+            what,
+        });
     }
     Ok(())
 }
@@ -160,11 +174,10 @@ fn read_sparse(file: &OwnedFd, offset: u64, part: &mut [u8], entry: &Entry) -> i
             return Ok(part.len());
         }
         done += skip;
-        let hole = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
-            Ok(hole) => hole,
-            Err(_) => u64::MAX,
-        };
-        let len = usize::try_from(hole.saturating_sub(data)).unwrap_or(usize::MAX).min(part.len() - done);
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(data)).unwrap_or(u64::MAX);
+        let len = usize::try_from(hole.saturating_sub(data))
+            .unwrap_or(usize::MAX)
+            .min(part.len() - done);
         let len = if len == 0 { part.len() - done } else { len };
         let n = read_full(file.as_fd(), data, &mut part[done..done + len])?;
         done += n;

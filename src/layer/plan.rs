@@ -35,7 +35,12 @@ pub struct Plan {
 impl Plan {
     /// Lays out everything that the scan emits. Times later than `timestamp` (seconds since the epoch) become it.
     pub fn new(scan: Arc<Scan>, timestamp: Option<i64>) -> Self {
-        let mut plan = Self { items: Vec::new(), tar_size: 0, timestamp, scan };
+        let mut plan = Self {
+            items: Vec::new(),
+            tar_size: 0,
+            timestamp,
+            scan,
+        };
         let scan = Arc::clone(&plan.scan);
         plan.items.reserve_exact(scan.emitted().count());
         let mut first_names: HashMap<(u16, u64), u32> = HashMap::new();
@@ -43,7 +48,12 @@ impl Plan {
         let mut offset = 0;
         for index in scan.emitted() {
             let entry = &scan.entries()[index as usize];
-            let mut item = Item { offset, entry: index, link_to: ITSELF, header_len: 0 };
+            let mut item = Item {
+                offset,
+                entry: index,
+                link_to: ITSELF,
+                header_len: 0,
+            };
             let linkable = !matches!(entry.kind, Kind::Dir | Kind::Whiteout | Kind::Opaque);
             if linkable && entry.nlink > 1 {
                 let first = *first_names.entry((entry.root, entry.ino)).or_insert(index);
@@ -52,9 +62,12 @@ impl Plan {
                 }
             }
             let mut header_len = 0;
-            plan.header(&item, &mut path, &mut link, |header| header_len = header.encoded_len() as u32);
+            plan.header(&item, &mut path, &mut link, |header| {
+                header_len = header.encoded_len() as u32
+            });
             item.header_len = header_len;
-            offset += u64::from(item.header_len) + plan.content_size(&item).next_multiple_of(RECORD);
+            offset +=
+                u64::from(item.header_len) + plan.content_size(&item).next_multiple_of(RECORD);
             plan.items.push(item);
         }
         plan.tar_size = offset + END;
@@ -91,7 +104,11 @@ impl Plan {
 
     /// Bytes of content that follow an item's header, without padding.
     pub(super) fn content_size(&self, item: &Item) -> u64 {
-        if item.link_to == ITSELF { self.entry(item).size } else { 0 }
+        if item.link_to == ITSELF {
+            self.entry(item).size
+        } else {
+            0
+        }
     }
 
     /// Hands an item's header to `use_it`; `path` and `link` are buffers.
@@ -130,7 +147,11 @@ impl Plan {
             Kind::File | Kind::Whiteout | Kind::Opaque => b'0',
         };
         if entry.kind == Kind::Dir {
-            path.extend(if path.is_empty() { b"./".as_slice() } else { b"/" });
+            path.extend(if path.is_empty() {
+                b"./".as_slice()
+            } else {
+                b"/"
+            });
         }
         let link: &[u8] = if is_link {
             scan.path_into(item.link_to, link);
@@ -145,7 +166,9 @@ impl Plan {
             uid: entry.uid,
             gid: entry.gid,
             size: self.content_size(item),
-            mtime: self.timestamp.map_or(entry.mtime, |most| entry.mtime.min(most)),
+            mtime: self
+                .timestamp
+                .map_or(entry.mtime, |most| entry.mtime.min(most)),
             link,
             device: (rustix::fs::major(entry.rdev), rustix::fs::minor(entry.rdev)),
             // The first name of a link group carries them: they belong to the inode.

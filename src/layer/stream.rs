@@ -97,7 +97,9 @@ where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let blocks = plan.tar_size().div_ceil(BLOCK);
-    let jobs = options.jobs.clamp(1, usize::try_from(blocks).unwrap_or(usize::MAX).max(1));
+    let jobs = options
+        .jobs
+        .clamp(1, usize::try_from(blocks).unwrap_or(usize::MAX).max(1));
     // In order: a place for each block's result, put there before the block is given out.
     let (order_in, order) = bounded::<Receiver<Made>>(2 * jobs);
     let (work_in, work) = bounded::<(u64, Sender<Made>)>(2 * jobs);
@@ -131,16 +133,34 @@ where
     })
 }
 
-fn make(plan: &Plan, number: u64, mut tar: Vec<u8>, codec: &mut Codec, scratch: &mut Scratch) -> Made {
+fn make(
+    plan: &Plan,
+    number: u64,
+    mut tar: Vec<u8>,
+    codec: &mut Codec,
+    scratch: &mut Scratch,
+) -> Made {
     let mut unstable = Vec::new();
     tar.clear();
-    block::fill(plan, number * BLOCK, (number + 1) * BLOCK, &mut tar, scratch, &mut unstable)?;
+    block::fill(
+        plan,
+        number * BLOCK,
+        (number + 1) * BLOCK,
+        &mut tar,
+        scratch,
+        &mut unstable,
+    )?;
     let compressed = codec.compress(&tar)?;
     let mut crc = crc32fast::Hasher::new();
     if matches!(codec, Codec::Gzip(_)) {
         crc.update(&tar);
     }
-    Ok(Block { tar, compressed, crc, unstable })
+    Ok(Block {
+        tar,
+        compressed,
+        crc,
+        unstable,
+    })
 }
 
 fn collect<E>(
@@ -158,12 +178,19 @@ where
     let mut tar_hash = Sha256::new();
     let mut hash = Sha256::new();
     let mut crc = crc32fast::Hasher::new();
-    let mut at = Progress { tar_bytes: 0, sent_bytes: 0 };
+    let mut at = Progress {
+        tar_bytes: 0,
+        sent_bytes: 0,
+    };
     let mut unstable = Vec::new();
     let mut send = |bytes: Bytes, at: &mut Progress| -> Result<(), Error> {
         hash.update(&bytes);
         at.sent_bytes += bytes.len() as u64;
-        if bytes.is_empty() { Ok(()) } else { sink(bytes).map_err(|e| Error::Sink(e.into())) }
+        if bytes.is_empty() {
+            Ok(())
+        } else {
+            sink(bytes).map_err(|e| Error::Sink(e.into()))
+        }
     };
     send(Bytes::from_static(compression.head()), &mut at)?;
     for result in order {

@@ -54,11 +54,24 @@ impl Header<'_> {
             let name = self.path.strip_suffix(b"/").unwrap_or(self.path);
             let name = name.rsplit(|&b| b == b'/').next().unwrap_or(name);
             let mut path = b"PaxHeaders.0/".to_vec();
-            path.extend(name.iter().filter(|b| b.is_ascii_graphic()).take(100 - path.len()));
+            path.extend(
+                name.iter()
+                    .filter(|b| b.is_ascii_graphic())
+                    .take(100 - path.len()),
+            );
             let size = records.len() as u64;
-            Header { path: &path, typeflag: b'x', size, ..Header::EMPTY }.write_ustar(out);
+            Header {
+                path: &path,
+                typeflag: b'x',
+                size,
+                ..Header::EMPTY
+            }
+            .write_ustar(out);
             out.extend(&records);
-            out.resize(out.len() + (size.next_multiple_of(RECORD) - size) as usize, 0);
+            out.resize(
+                out.len() + (size.next_multiple_of(RECORD) - size) as usize,
+                0,
+            );
         }
         self.write_ustar(out);
     }
@@ -80,7 +93,11 @@ impl Header<'_> {
     fn pax_records(&self) -> Vec<u8> {
         let mut records = Vec::new();
         for (name, value) in self.xattrs {
-            record(&mut records, &[b"SCHILY.xattr.", name.as_slice()].concat(), value);
+            record(
+                &mut records,
+                &[b"SCHILY.xattr.", name.as_slice()].concat(),
+                value,
+            );
         }
         if self.gid > MAX_OCTAL_7 {
             record(&mut records, b"gid", self.gid.to_string().as_bytes());
@@ -105,7 +122,8 @@ impl Header<'_> {
 
     fn write_ustar(&self, out: &mut Vec<u8>) {
         let mut header = ::tar::Header::new_ustar();
-        let ascii = |bytes: &[u8]| -> Vec<u8> { bytes.iter().copied().filter(u8::is_ascii).collect() };
+        let ascii =
+            |bytes: &[u8]| -> Vec<u8> { bytes.iter().copied().filter(u8::is_ascii).collect() };
         let fields = header.as_mut_bytes();
         let mut put = |at: usize, len: usize, bytes: &[u8]| {
             let n = bytes.len().min(len);
@@ -120,9 +138,21 @@ impl Header<'_> {
         }
         let or_zero = |value: u64, max: u64| if value > max { 0 } else { value };
         put(100, 8, format!("{:07o}\0", self.mode).as_bytes());
-        put(108, 8, format!("{:07o}\0", or_zero(self.uid.into(), MAX_OCTAL_7.into())).as_bytes());
-        put(116, 8, format!("{:07o}\0", or_zero(self.gid.into(), MAX_OCTAL_7.into())).as_bytes());
-        put(124, 12, format!("{:011o}\0", or_zero(self.size, MAX_OCTAL_11)).as_bytes());
+        put(
+            108,
+            8,
+            format!("{:07o}\0", or_zero(self.uid.into(), MAX_OCTAL_7.into())).as_bytes(),
+        );
+        put(
+            116,
+            8,
+            format!("{:07o}\0", or_zero(self.gid.into(), MAX_OCTAL_7.into())).as_bytes(),
+        );
+        put(
+            124,
+            12,
+            format!("{:011o}\0", or_zero(self.size, MAX_OCTAL_11)).as_bytes(),
+        );
         let mtime = u64::try_from(self.mtime).map_or(0, |t| or_zero(t, MAX_OCTAL_11));
         put(136, 12, format!("{mtime:011o}\0").as_bytes());
         put(156, 1, &[self.typeflag]);
@@ -158,7 +188,10 @@ fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
         return None;
     }
     // The last slash that leaves a prefix of at most 155 bytes; a directory's own trailing slash is no cut.
-    let cut = path[..path.len() - 1].iter().take(156).rposition(|&b| b == b'/')?;
+    let cut = path[..path.len() - 1]
+        .iter()
+        .take(156)
+        .rposition(|&b| b == b'/')?;
     let (prefix, name) = (&path[..cut], &path[cut + 1..]);
     (!prefix.is_empty() && name.len() <= 100).then_some((prefix, name))
 }
@@ -179,22 +212,35 @@ mod tests {
         let mut bytes = encoded(header);
         bytes.resize(bytes.len() + header.size.min(1024) as usize + 1024, 0);
         let mut archive = ::tar::Archive::new(bytes.as_slice());
-        let mut entry = archive.entries()?.next().ok_or(std::io::ErrorKind::NotFound)??;
+        let mut entry = archive
+            .entries()?
+            .next()
+            .ok_or(std::io::ErrorKind::NotFound)??;
         let mut mtime = entry.header().mtime()? as i64;
         for extension in entry.pax_extensions()?.into_iter().flatten() {
             let extension = extension?;
             if extension.key_bytes() == b"mtime" {
-                mtime = extension.value().ok().and_then(|v| v.parse().ok()).unwrap_or(mtime);
+                mtime = extension
+                    .value()
+                    .ok()
+                    .and_then(|v| v.parse().ok())
+                    .unwrap_or(mtime);
             }
         }
         let link = entry.link_name_bytes().map(std::borrow::Cow::into_owned);
-        Ok((entry.path_bytes().into_owned(), link, mtime, entry.header().uid()?, entry.size()))
+        Ok((
+            entry.path_bytes().into_owned(),
+            link,
+            mtime,
+            entry.header().uid()?,
+            entry.size(),
+        ))
     }
 
     #[test]
     fn every_name_comes_back() -> std::io::Result<()> {
         let deep = format!("{}/{}", "d".repeat(150), "f".repeat(100));
-        let long = format!("{}/", ["x".repeat(99); 3].join("/"));
+        let long = format!("{}/", vec!["x".repeat(99); 3].join("/"));
         let names: [&[u8]; 8] = [
             b"a",
             b"dir/",
@@ -206,8 +252,20 @@ mod tests {
             b"new\nline",
         ];
         for path in names {
-            assert_eq!(read_back(Header { path, ..Header::EMPTY })?.0, path);
-            let linked = read_back(Header { path: b"l", typeflag: b'2', link: path, ..Header::EMPTY })?;
+            assert_eq!(
+                read_back(Header {
+                    path,
+                    ..Header::EMPTY
+                })?
+                .0,
+                path
+            );
+            let linked = read_back(Header {
+                path: b"l",
+                typeflag: b'2',
+                link: path,
+                ..Header::EMPTY
+            })?;
             assert_eq!(linked.1.as_deref(), Some(path));
         }
         Ok(())
@@ -216,16 +274,52 @@ mod tests {
     #[test]
     fn ustar_where_it_fits() {
         let deep = format!("{}/{}", "d".repeat(155), "f".repeat(100));
-        for (path, len) in [("a", 512), (deep.as_str(), 512), (&format!("{deep}x"), 2048 - 512)] {
-            assert_eq!(encoded(Header { path: path.as_bytes(), ..Header::EMPTY }).len(), len, "{path}");
+        for (path, len) in [
+            ("a", 512),
+            (deep.as_str(), 512),
+            (&format!("{deep}x"), 2048 - 512),
+        ] {
+            assert_eq!(
+                encoded(Header {
+                    path: path.as_bytes(),
+                    ..Header::EMPTY
+                })
+                .len(),
+                len,
+                "{path}"
+            );
         }
-        assert_eq!(encoded(Header { path: b"a", uid: 2_097_151, mtime: 0o777_7777_7777, ..Header::EMPTY }).len(), 512);
+        assert_eq!(
+            encoded(Header {
+                path: b"a",
+                uid: 2_097_151,
+                mtime: 0o777_7777_7777,
+                ..Header::EMPTY
+            })
+            .len(),
+            512
+        );
         for header in [
-            Header { uid: 2_097_152, ..Header::EMPTY },
-            Header { gid: 2_097_152, ..Header::EMPTY },
-            Header { mtime: -1, ..Header::EMPTY },
-            Header { mtime: 1 << 33, ..Header::EMPTY },
-            Header { size: 8 << 30, ..Header::EMPTY },
+            Header {
+                uid: 2_097_152,
+                ..Header::EMPTY
+            },
+            Header {
+                gid: 2_097_152,
+                ..Header::EMPTY
+            },
+            Header {
+                mtime: -1,
+                ..Header::EMPTY
+            },
+            Header {
+                mtime: 1 << 33,
+                ..Header::EMPTY
+            },
+            Header {
+                size: 8 << 30,
+                ..Header::EMPTY
+            },
         ] {
             assert_eq!(encoded(header).len(), 1536, "{header:?}");
         }
@@ -234,7 +328,15 @@ mod tests {
     #[test]
     fn times_before_1970_and_after_2242() -> std::io::Result<()> {
         for mtime in [-86_400, 0, 1 << 31, 1 << 40] {
-            assert_eq!(read_back(Header { path: b"a", mtime, ..Header::EMPTY })?.2, mtime);
+            assert_eq!(
+                read_back(Header {
+                    path: b"a",
+                    mtime,
+                    ..Header::EMPTY
+                })?
+                .2,
+                mtime
+            );
         }
         Ok(())
     }

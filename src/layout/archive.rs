@@ -54,7 +54,9 @@ impl Archive {
             returned: Condvar::new(),
             blobs: Mutex::default(),
         };
-        Self { shared: Arc::new(shared) }
+        Self {
+            shared: Arc::new(shared),
+        }
     }
 
     /// Whether the file can be written: its directory is there and takes files, and the name is no directory or device.
@@ -63,32 +65,53 @@ impl Archive {
         match std::fs::metadata(path) {
             Ok(found) if !found.is_file() => {
                 let reason = "it is no regular file".to_owned();
-                return Err(Error::NotALayout { path: path.clone(), reason });
+                return Err(Error::NotALayout {
+                    path: path.clone(),
+                    reason,
+                });
             }
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error(path, "open")(e)),
             _ => {}
         }
         let dir = directory_of(path);
-        Staged::create(dir).map(drop).map_err(io_error(dir, "write into"))
+        Staged::create(dir)
+            .map(drop)
+            .map_err(io_error(dir, "write into"))
     }
 
     /// The size in bytes of a blob that was written; one of another size than `size` is not there.
     pub fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Option<u64> {
-        let blobs = self.shared.blobs.lock().unwrap_or_else(PoisonError::into_inner);
-        blobs.get(digest).copied().filter(|&n| size.is_none_or(|s| s == n))
+        let blobs = self
+            .shared
+            .blobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        blobs
+            .get(digest)
+            .copied()
+            .filter(|&n| size.is_none_or(|s| s == n))
     }
 
     /// Begins a blob whose digest is known at its end. Its first write waits until no other blob is being written: who
     /// holds two at once in one thread waits for himself.
     pub fn begin_blob(&self) -> ArchiveBlob {
-        ArchiveBlob { shared: Arc::clone(&self.shared), tar: None, start: 0, written: 0 }
+        ArchiveBlob {
+            shared: Arc::clone(&self.shared),
+            tar: None,
+            start: 0,
+            written: 0,
+        }
     }
 
     /// Writes a blob that is in memory.
     pub fn put_blob(&self, bytes: &Bytes, digest: &Digest) -> Result<(), Error> {
         let found = Digest::of(bytes);
         if found != *digest {
-            return Err(Error::Digest { path: self.shared.path.clone(), expected: *digest, found });
+            return Err(Error::Digest {
+                path: self.shared.path.clone(),
+                expected: *digest,
+                found,
+            });
         }
         if self.has_blob(digest, Some(bytes.len() as u64)).is_some() {
             return Ok(());
@@ -99,12 +122,23 @@ impl Archive {
     }
 
     /// Writes the manifest, the index with `tag`, and gives the archive its name. Nothing can be written after.
-    pub fn put_manifest(&self, bytes: &Bytes, media_type: &str, tag: &str) -> Result<Digest, Error> {
+    pub fn put_manifest(
+        &self,
+        bytes: &Bytes,
+        media_type: &str,
+        tag: &str,
+    ) -> Result<Digest, Error> {
         let digest = Digest::of(bytes);
         self.put_blob(bytes, &digest)?;
         let path = &self.shared.path;
-        let index = add_to_index(None, media_type, &digest, bytes.len() as u64, tag)
-            .map_err(|reason| Error::Document { path: path.clone(), what: "index.json".to_owned(), reason })?;
+        let index =
+            add_to_index(None, media_type, &digest, bytes.len() as u64, tag).map_err(|reason| {
+                Error::Document {
+                    path: path.clone(),
+                    what: "index.json".to_owned(),
+                    reason,
+                }
+            })?;
         let mut tar = self.shared.take()?;
         // Not given back: whatever happens now, the archive is closed.
         let publish = || {
@@ -121,7 +155,9 @@ impl Archive {
 }
 
 fn directory_of(path: &Path) -> &Path {
-    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    path.parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
 }
 
 impl Shared {
@@ -136,10 +172,17 @@ impl Shared {
                     });
                 }
                 Slot::Free(tar) => return Ok(tar),
-                Slot::Taken => slot = self.returned.wait(slot).unwrap_or_else(PoisonError::into_inner),
+                Slot::Taken => {
+                    slot = self
+                        .returned
+                        .wait(slot)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
                 Slot::Closed => {
                     *slot = Slot::Closed;
-                    return Err(Error::Closed { path: self.path.clone() });
+                    return Err(Error::Closed {
+                        path: self.path.clone(),
+                    });
                 }
             }
         }
@@ -153,7 +196,10 @@ impl Shared {
 
 impl Tar {
     fn create(dir: &Path) -> io::Result<Self> {
-        let mut tar = Self { staged: Staged::create(dir)?, end: 0 };
+        let mut tar = Self {
+            staged: Staged::create(dir)?,
+            end: 0,
+        };
         for name in ["blobs/", "blobs/sha256/"] {
             let mut header = header(name, 0)?;
             header.set_entry_type(tar::EntryType::Directory);
@@ -176,7 +222,9 @@ impl Tar {
     /// Up to the next block.
     fn pad(&mut self) -> io::Result<()> {
         let missing = self.end.next_multiple_of(BLOCK) - self.end;
-        self.staged.file.write_all(&[0; BLOCK as usize][..missing as usize])?;
+        self.staged
+            .file
+            .write_all(&[0; BLOCK as usize][..missing as usize])?;
         self.end += missing;
         Ok(())
     }
@@ -217,7 +265,10 @@ impl ArchiveBlob {
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let shared = Arc::clone(&self.shared);
         let tar = self.tar()?;
-        tar.staged.file.write_all(bytes).map_err(io_error(&shared.path, "write"))?;
+        tar.staged
+            .file
+            .write_all(bytes)
+            .map_err(io_error(&shared.path, "write"))?;
         tar.end += bytes.len() as u64;
         self.written += bytes.len() as u64;
         Ok(())
@@ -234,7 +285,9 @@ impl ArchiveBlob {
             self.tar = Some(tar);
             room.map_err(io_error(&self.shared.path, "write"))?;
         }
-        self.tar.as_mut().ok_or_else(|| Error::Closed { path: self.shared.path.clone() })
+        self.tar.as_mut().ok_or_else(|| Error::Closed {
+            path: self.shared.path.clone(),
+        })
     }
 
     /// Fills in the header. `size` is checked against what was written. A blob that is there already is not kept twice.
@@ -242,9 +295,19 @@ impl ArchiveBlob {
         let path = self.shared.path.clone();
         if self.written != size {
             let what = "the blob that was written".to_owned();
-            return Err(Error::Size { path, what, expected: size, found: self.written });
+            return Err(Error::Size {
+                path,
+                what,
+                expected: size,
+                found: self.written,
+            });
         }
-        let known = self.shared.blobs.lock().unwrap_or_else(PoisonError::into_inner).contains_key(digest);
+        let known = self
+            .shared
+            .blobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains_key(digest);
         if known {
             return Ok(());
         }
@@ -256,7 +319,11 @@ impl ArchiveBlob {
             tar.staged.file.write_all_at(header.as_bytes(), start)
         };
         fill(tar).map_err(io_error(&path, "write"))?;
-        self.shared.blobs.lock().unwrap_or_else(PoisonError::into_inner).insert(*digest, size);
+        self.shared
+            .blobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(*digest, size);
         if let Some(tar) = self.tar.take() {
             self.shared.give_back(Slot::Free(tar));
         }
@@ -279,5 +346,25 @@ impl Drop for ArchiveBlob {
             };
             self.shared.give_back(state);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_takes_any_size_in_place() -> io::Result<()> {
+        // Eleven octal digits end at 8 GiB.
+        for size in [0, 511, (1 << 33) - 1, 1 << 33, 1 << 50] {
+            let name = blob_path(&Digest::of("x"));
+            let header = header(&name, size)?;
+            assert_eq!(header.as_bytes().len() as u64, BLOCK);
+            assert_eq!(
+                (header.size()?, header.path_bytes().as_ref()),
+                (size, name.as_bytes())
+            );
+        }
+        Ok(())
     }
 }

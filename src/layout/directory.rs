@@ -37,36 +37,46 @@ impl Directory {
         }
         let mut probed = self.path.join("blobs/sha256");
         while !probed.exists() && probed.pop() {}
-        let place = if probed.as_os_str().is_empty() { Path::new(".") } else { &probed };
-        Staged::create(place).map(drop).map_err(io_error(place, "write into"))
+        let place = if probed.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            &probed
+        };
+        Staged::create(place)
+            .map(drop)
+            .map_err(io_error(place, "write into"))
     }
 
     fn not_a_layout(&self, reason: &str) -> Error {
-        Error::NotALayout { path: self.path.clone(), reason: reason.to_owned() }
+        Error::NotALayout {
+            path: self.path.clone(),
+            reason: reason.to_owned(),
+        }
     }
 
     /// `oci-layout` says that it is one, or there is nothing at all. False: nothing.
     fn check_version(&self) -> Result<bool, Error> {
-        match read_document(&self.path.join("oci-layout"))? {
-            Some(bytes) => {
-                let version = serde_json::from_slice::<serde_json::Value>(&bytes)
-                    .ok()
-                    .and_then(|v| Some(v.get("imageLayoutVersion")?.as_str()?.to_owned()));
-                match version {
-                    Some(v) if v.starts_with("1.") => Ok(true),
-                    Some(v) => Err(self.not_a_layout(&format!("expected imageLayoutVersion 1, found {v:?}"))),
-                    None => Err(self.not_a_layout("its oci-layout names no version")),
+        if let Some(bytes) = read_document(&self.path.join("oci-layout"))? {
+            let version = serde_json::from_slice::<serde_json::Value>(&bytes)
+                .ok()
+                .and_then(|v| Some(v.get("imageLayoutVersion")?.as_str()?.to_owned()));
+            match version {
+                Some(v) if v.starts_with("1.") => Ok(true),
+                Some(v) => {
+                    Err(self.not_a_layout(&format!("expected imageLayoutVersion 1, found {v:?}")))
                 }
+                None => Err(self.not_a_layout("its oci-layout names no version")),
             }
-            None => {
-                let mut entries = fs::read_dir(&self.path).map_err(io_error(&self.path, "read"))?;
-                // What an interrupted save into a new directory has left is ours to go on with.
-                let ours = |name: &std::ffi::OsStr| name == "blobs" || name.as_encoded_bytes().starts_with(b".upperdeck-");
-                let foreign = entries.find(|e| e.as_ref().map_or(true, |e| !ours(&e.file_name())));
-                match foreign {
-                    None => Ok(false),
-                    Some(_) => Err(self.not_a_layout("it has files and no oci-layout")),
-                }
+        } else {
+            let mut entries = fs::read_dir(&self.path).map_err(io_error(&self.path, "read"))?;
+            // What an interrupted save into a new directory has left is ours to go on with.
+            let ours = |name: &std::ffi::OsStr| {
+                name == "blobs" || name.as_encoded_bytes().starts_with(b".upperdeck-")
+            };
+            let foreign = entries.find(|e| e.as_ref().map_or(true, |e| !ours(&e.file_name())));
+            match foreign {
+                None => Ok(false),
+                Some(_) => Err(self.not_a_layout("it has files and no oci-layout")),
             }
         }
     }
@@ -101,9 +111,18 @@ impl Directory {
     pub fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
         let path = self.path.join(blob_path(digest));
         match fs::metadata(&path) {
-            Ok(found) if found.is_file() => Ok(Some(found.len()).filter(|&n| size.is_none_or(|s| s == n))),
+            Ok(found) if found.is_file() => {
+                Ok(Some(found.len()).filter(|&n| size.is_none_or(|s| s == n)))
+            }
             Ok(_) => Ok(None),
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                Ok(None)
+            }
             Err(e) => Err(io_error(&path, "open")(e)),
         }
     }
@@ -112,14 +131,23 @@ impl Directory {
     pub fn begin_blob(&self) -> Result<DirectoryBlob, Error> {
         let blobs = self.prepare()?;
         let staged = Staged::create(&blobs).map_err(io_error(&blobs, "write into"))?;
-        Ok(DirectoryBlob { layout: self.clone(), blobs, staged, written: 0 })
+        Ok(DirectoryBlob {
+            layout: self.clone(),
+            blobs,
+            staged,
+            written: 0,
+        })
     }
 
     /// Writes a blob that is in memory.
     pub fn put_blob(&self, bytes: &Bytes, digest: &Digest) -> Result<(), Error> {
         let found = Digest::of(bytes);
         if found != *digest {
-            return Err(Error::Digest { path: self.path.clone(), expected: *digest, found });
+            return Err(Error::Digest {
+                path: self.path.clone(),
+                expected: *digest,
+                found,
+            });
         }
         let mut blob = self.begin_blob()?;
         blob.write(bytes)?;
@@ -128,7 +156,12 @@ impl Directory {
 
     /// Writes a manifest and puts `tag` on it, taking the tag off whatever had it. Others who write into the same layout
     /// at the same time wait for each other.
-    pub fn put_manifest(&self, bytes: &Bytes, media_type: &str, tag: &str) -> Result<Digest, Error> {
+    pub fn put_manifest(
+        &self,
+        bytes: &Bytes,
+        media_type: &str,
+        tag: &str,
+    ) -> Result<Digest, Error> {
         let digest = Digest::of(bytes);
         self.put_blob(bytes, &digest)?;
         let blobs = self.path.join("blobs/sha256");
@@ -138,8 +171,17 @@ impl Directory {
         rustix::fs::flock(&lock, FlockOperation::LockExclusive)
             .map_err(|e| io_error(&self.path, "lock")(e.into()))?;
         let existing = read_document(&self.path.join("index.json"))?;
-        let index = add_to_index(existing.as_deref(), media_type, &digest, bytes.len() as u64, tag).map_err(|reason| {
-            Error::Document { path: self.path.clone(), what: "index.json".to_owned(), reason }
+        let index = add_to_index(
+            existing.as_deref(),
+            media_type,
+            &digest,
+            bytes.len() as u64,
+            tag,
+        )
+        .map_err(|reason| Error::Document {
+            path: self.path.clone(),
+            what: "index.json".to_owned(),
+            reason,
         })?;
         self.replace("index.json", &index)?;
         drop(lock);
@@ -155,7 +197,9 @@ fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Error> {
         Err(e) => return Err(io_error(path, "open")(e)),
     };
     let mut bytes = Vec::new();
-    file.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes).map_err(io_error(path, "read"))?;
+    file.take(MAX_DOCUMENT + 1)
+        .read_to_end(&mut bytes)
+        .map_err(io_error(path, "read"))?;
     if bytes.len() as u64 > MAX_DOCUMENT {
         return Err(io_error(path, "read")(io::ErrorKind::FileTooLarge.into()));
     }
@@ -173,7 +217,10 @@ pub struct DirectoryBlob {
 impl DirectoryBlob {
     /// Writes bytes.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.staged.file.write_all(bytes).map_err(io_error(&self.blobs, "write into"))?;
+        self.staged
+            .file
+            .write_all(bytes)
+            .map_err(io_error(&self.blobs, "write into"))?;
         self.written += bytes.len() as u64;
         Ok(())
     }
@@ -192,6 +239,8 @@ impl DirectoryBlob {
             return Ok(());
         }
         let target = self.blobs.join(digest.hex());
-        self.staged.publish(&target).map_err(io_error(&target, "write"))
+        self.staged
+            .publish(&target)
+            .map_err(io_error(&target, "write"))
     }
 }

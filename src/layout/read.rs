@@ -13,8 +13,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Error, MAX_DOCUMENT, REF_NAME, blob_path, io_error};
 use crate::digest::Digest;
-use crate::registry::platform::Platform;
-use crate::registry::{MANIFEST_TYPES, RawManifest, manifest_type};
+use crate::manifest::Platform;
+use crate::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 
 /// containerd's annotation with the full name of an image in an export.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
@@ -32,14 +32,20 @@ pub struct Reader {
 enum Files {
     Directory,
     /// Offset and length of each file by its name in the archive.
-    Archive { file: Arc<File>, entries: HashMap<Vec<u8>, (u64, u64)> },
+    Archive {
+        file: Arc<File>,
+        entries: HashMap<Vec<u8>, (u64, u64)>,
+    },
 }
 
 impl Reader {
     /// Opens a layout directory.
     pub fn directory(path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
-        let reader = Self { path, files: Files::Directory };
+        let reader = Self {
+            path,
+            files: Files::Directory,
+        };
         reader.check()?;
         Ok(reader)
     }
@@ -53,7 +59,13 @@ impl Reader {
             path: path.clone(),
             reason: format!("expected a tar archive: {e}"),
         })?;
-        let reader = Self { path, files: Files::Archive { file: Arc::new(file), entries } };
+        let reader = Self {
+            path,
+            files: Files::Archive {
+                file: Arc::new(file),
+                entries,
+            },
+        };
         reader.check()?;
         Ok(reader)
     }
@@ -62,7 +74,10 @@ impl Reader {
         match self.open("oci-layout") {
             Ok(_) => Ok(()),
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Err(Error::NotALayout { path: self.path.clone(), reason: "it has no oci-layout".to_owned() })
+                Err(Error::NotALayout {
+                    path: self.path.clone(),
+                    reason: "it has no oci-layout".to_owned(),
+                })
             }
             Err(e) => Err(e),
         }
@@ -77,10 +92,17 @@ impl Reader {
                 Ok((Box::new(file), length))
             }
             Files::Archive { file, entries } => {
-                let &(offset, length) = entries
-                    .get(name.as_bytes())
-                    .ok_or_else(|| io_error(&self.path.join(name), "open")(io::ErrorKind::NotFound.into()))?;
-                Ok((Box::new(Section { file: Arc::clone(file), offset, left: length }), length))
+                let &(offset, length) = entries.get(name.as_bytes()).ok_or_else(|| {
+                    io_error(&self.path.join(name), "open")(io::ErrorKind::NotFound.into())
+                })?;
+                Ok((
+                    Box::new(Section {
+                        file: Arc::clone(file),
+                        offset,
+                        left: length,
+                    }),
+                    length,
+                ))
             }
         }
     }
@@ -95,21 +117,41 @@ impl Reader {
             let digest = self.digest_of(&descriptor)?;
             let bytes = self.blob(&digest)?;
             let media_type = manifest_type(Some(descriptor.media_type().as_ref()), &bytes)
-                .map_err(|reason| Error::Document { path: self.path.clone(), what: digest.to_string(), reason })?;
-            let manifest = RawManifest { bytes, media_type, digest };
+                .map_err(|reason| Error::Document {
+                    path: self.path.clone(),
+                    what: digest.to_string(),
+                    reason,
+                })?;
+            let manifest = RawManifest {
+                bytes,
+                media_type,
+                digest,
+            };
             if !manifest.is_index() {
                 return Ok(manifest);
             }
             let index = self.parse_index(&digest.to_string(), &manifest.bytes)?;
             let chosen = platform.choose(&index).ok_or_else(|| Error::NoSuchImage {
                 path: self.path.clone(),
-                reason: format!("no image for linux/{} in index {digest}", platform.architecture),
-                found: index.manifests().iter().filter_map(|m| m.platform().as_ref()).map(|p| format!("{}/{}", p.os(), p.architecture())).collect(),
+                reason: format!(
+                    "no image for linux/{} in index {digest}",
+                    platform.architecture
+                ),
+                found: index
+                    .manifests()
+                    .iter()
+                    .filter_map(|m| m.platform().as_ref())
+                    .map(|p| format!("{}/{}", p.os(), p.architecture()))
+                    .collect(),
             })?;
             descriptor = chosen.clone();
         }
         let reason = format!("more than {MAX_DEPTH} indexes within each other");
-        Err(Error::Document { path: self.path.clone(), what: "index.json".to_owned(), reason })
+        Err(Error::Document {
+            path: self.path.clone(),
+            what: "index.json".to_owned(),
+            reason,
+        })
     }
 
     fn parse_index(&self, what: &str, bytes: &[u8]) -> Result<ImageIndex, Error> {
@@ -120,36 +162,66 @@ impl Reader {
         })
     }
 
-    fn choose<'a>(&self, index: &'a ImageIndex, tag: Option<&str>) -> Result<&'a Descriptor, Error> {
-        let annotation = |d: &'a Descriptor, name: &str| d.annotations().as_ref().and_then(|a| a.get(name));
-        let images: Vec<&Descriptor> =
-            index.manifests().iter().filter(|d| MANIFEST_TYPES.contains(&d.media_type().as_ref())).collect();
+    fn choose<'a>(
+        &self,
+        index: &'a ImageIndex,
+        tag: Option<&str>,
+    ) -> Result<&'a Descriptor, Error> {
+        let annotation =
+            |d: &'a Descriptor, name: &str| d.annotations().as_ref().and_then(|a| a.get(name));
+        let images: Vec<&Descriptor> = index
+            .manifests()
+            .iter()
+            .filter(|d| MANIFEST_TYPES.contains(&d.media_type().as_ref()))
+            .collect();
         let found = || {
-            let name = |d: &&'a Descriptor| annotation(d, REF_NAME).cloned().unwrap_or_else(|| d.digest().to_string());
-            images.iter().map(|d| crate::registry::error::printable(&name(d), 200)).take(50).collect()
+            let name = |d: &&'a Descriptor| {
+                annotation(d, REF_NAME)
+                    .cloned()
+                    .unwrap_or_else(|| d.digest().to_string())
+            };
+            images
+                .iter()
+                .map(|d| crate::escape::limited(&name(d), 200))
+                .take(50)
+                .collect()
         };
-        let none = |reason: String| Error::NoSuchImage { path: self.path.clone(), reason, found: found() };
+        let none = |reason: String| Error::NoSuchImage {
+            path: self.path.clone(),
+            reason,
+            found: found(),
+        };
         match tag {
             Some(tag) => images
                 .iter()
                 .find(|d| annotation(d, REF_NAME).is_some_and(|n| n == tag))
-                .or_else(|| images.iter().find(|d| annotation(d, CONTAINERD_NAME).is_some_and(|n| n == tag)))
+                .or_else(|| {
+                    images
+                        .iter()
+                        .find(|d| annotation(d, CONTAINERD_NAME).is_some_and(|n| n == tag))
+                })
                 .copied()
                 .ok_or_else(|| none(format!("no image is tagged {tag:?}"))),
             None => match images.as_slice() {
                 [only] => Ok(only),
                 [] => Err(none("there is no image".to_owned())),
-                _ => Err(none("there are several images: name one by its tag".to_owned())),
+                _ => Err(none(
+                    "there are several images: name one by its tag".to_owned(),
+                )),
             },
         }
     }
 
     fn digest_of(&self, descriptor: &Descriptor) -> Result<Digest, Error> {
-        descriptor.digest().to_string().parse().map_err(|e: crate::digest::DigestError| Error::Document {
-            path: self.path.clone(),
-            what: "index.json".to_owned(),
-            reason: e.to_string(),
-        })
+        descriptor
+            .digest()
+            .to_string()
+            .parse()
+            .map_err(|e: crate::digest::DigestError| Error::Document {
+                path: self.path.clone(),
+                what: "index.json".to_owned(),
+                reason: e.to_string(),
+            })
     }
 
     /// A small blob (a manifest, a config) as a whole, checked.
@@ -158,24 +230,45 @@ impl Reader {
         let bytes = self.read_whole(file, &digest.to_string())?;
         let found = Digest::of(&bytes);
         if found != *digest {
-            return Err(Error::Digest { path: self.path.clone(), expected: *digest, found });
+            return Err(Error::Digest {
+                path: self.path.clone(),
+                expected: *digest,
+                found,
+            });
         }
         Ok(bytes.into())
     }
 
     /// A blob as a stream. Its end is an error when size or digest are not as promised. `size` in bytes, if known.
-    pub fn open_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Box<dyn Read + Send>, Error> {
+    pub fn open_blob(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Box<dyn Read + Send>, Error> {
         let (file, found) = self.open_named(digest)?;
         if let Some(expected) = size.filter(|&s| s != found) {
-            return Err(Error::Size { path: self.path.clone(), what: digest.to_string(), expected, found });
+            return Err(Error::Size {
+                path: self.path.clone(),
+                what: digest.to_string(),
+                expected,
+                found,
+            });
         }
-        Ok(Box::new(Checked { inner: file, hasher: Sha256::new(), expected: *digest, done: false }))
+        Ok(Box::new(Checked {
+            inner: file,
+            hasher: Sha256::new(),
+            expected: *digest,
+            done: false,
+        }))
     }
 
     fn open_named(&self, digest: &Digest) -> Result<(Box<dyn Read + Send>, u64), Error> {
         self.open(&blob_path(digest)).map_err(|e| match e {
             Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                Error::NoSuchBlob { path: self.path.clone(), digest: *digest }
+                Error::NoSuchBlob {
+                    path: self.path.clone(),
+                    digest: *digest,
+                }
             }
             other => other,
         })
@@ -183,10 +276,16 @@ impl Reader {
 
     fn read_whole(&self, file: Box<dyn Read + Send>, what: &str) -> Result<Vec<u8>, Error> {
         let mut bytes = Vec::new();
-        file.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes).map_err(io_error(&self.path, "read"))?;
+        file.take(MAX_DOCUMENT + 1)
+            .read_to_end(&mut bytes)
+            .map_err(io_error(&self.path, "read"))?;
         if bytes.len() as u64 > MAX_DOCUMENT {
             let reason = format!("larger than {MAX_DOCUMENT} bytes");
-            return Err(Error::Document { path: self.path.clone(), what: what.to_owned(), reason });
+            return Err(Error::Document {
+                path: self.path.clone(),
+                what: what.to_owned(),
+                reason,
+            });
         }
         Ok(bytes)
     }
@@ -195,9 +294,15 @@ impl Reader {
 /// A FIFO in a stranger's layout must not hang us.
 fn open_regular(path: &Path) -> io::Result<File> {
     let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(path)?;
     if !file.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file",
+        ));
     }
     Ok(file)
 }
@@ -215,7 +320,10 @@ fn list_archive(file: &File, length: u64) -> io::Result<HashMap<Vec<u8>, (u64, u
         }
         let (offset, size) = (entry.raw_file_position(), entry.size());
         if offset.checked_add(size).is_none_or(|end| end > length) {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "an entry is longer than the archive"));
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "an entry is longer than the archive",
+            ));
         }
         let name = entry.path_bytes();
         let name = name.strip_prefix(b"./").unwrap_or(&name);
@@ -259,7 +367,10 @@ impl<R: Read> Read for Checked<R> {
         if n == 0 && !buffer.is_empty() && !self.done {
             let found = hex::encode(std::mem::take(&mut self.hasher).finalize());
             if found != self.expected.hex() {
-                let text = format!("expected blob {}, found sha256:{found}: the copy is damaged", self.expected);
+                let text = format!(
+                    "expected blob {}, found sha256:{found}: the copy is damaged",
+                    self.expected
+                );
                 return Err(io::Error::new(io::ErrorKind::InvalidData, text));
             }
             self.done = true;

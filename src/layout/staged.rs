@@ -23,7 +23,11 @@ impl Staged {
     pub(super) fn create(dir: &Path) -> io::Result<Self> {
         let mode = Mode::from_raw_mode(0o644);
         match rustix::fs::open(dir, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, mode) {
-            Ok(fd) => Ok(Self { file: fd.into(), dir: dir.to_path_buf(), temporary: None }),
+            Ok(fd) => Ok(Self {
+                file: fd.into(),
+                dir: dir.to_path_buf(),
+                temporary: None,
+            }),
             // ISDIR is what kernels and file systems without O_TMPFILE make of the flag.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
                 let (file, path) = tempfile::Builder::new()
@@ -31,7 +35,11 @@ impl Staged {
                     .permissions(std::fs::Permissions::from_mode(0o644))
                     .tempfile_in(dir)?
                     .into_parts();
-                Ok(Self { file, dir: dir.to_path_buf(), temporary: Some(path) })
+                Ok(Self {
+                    file,
+                    dir: dir.to_path_buf(),
+                    temporary: Some(path),
+                })
             }
             Err(e) => Err(e.into()),
         }
@@ -48,8 +56,13 @@ impl Staged {
             other => return Ok(other?),
         }
         // link(2) does not replace; rename(2) does, and needs a name to start from.
-        let between = tempfile::Builder::new().prefix(".upperdeck-").make_in(&self.dir, |path| Ok(link(&self.file, path)?))?;
-        between.into_temp_path().persist(target).map_err(|e| e.error)
+        let between = tempfile::Builder::new()
+            .prefix(".upperdeck-")
+            .make_in(&self.dir, |path| Ok(link(&self.file, path)?))?;
+        between
+            .into_temp_path()
+            .persist(target)
+            .map_err(|e| e.error)
     }
 }
 

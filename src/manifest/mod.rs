@@ -8,14 +8,15 @@
 
 pub mod change;
 mod expand;
-mod platform;
+pub mod platform;
+pub mod raw;
 
 use oci_spec::image::Descriptor;
 use serde_json::{Map, Value, json};
 
 use crate::digest::{DiffId, Digest};
 
-pub use platform::{candidates, host_architecture, select_platform};
+pub use platform::Platform;
 
 /// Media type of every manifest made here.
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -267,14 +268,6 @@ pub enum Error {
         "{0} seconds since the epoch is no time that an image can carry: the years are 0 to 9999"
     )]
     Time(i64),
-    /// An index without anything for this platform.
-    #[error("the index has no image for {wanted}; it has {}", if available.is_empty() { "none".to_owned() } else { available.join(", ") })]
-    Platform {
-        /// `os/architecture[/variant]`.
-        wanted: String,
-        /// The same, of each image in the index.
-        available: Vec<String>,
-    },
 }
 
 impl Error {
@@ -366,7 +359,11 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
         expect(BASE_CONFIG, "", &root, key, Kind::Text)?;
     }
     expect(BASE_CONFIG, "", &root, "os.features", Kind::Texts)?;
-    for (key, assumed) in [("architecture", host_architecture()), ("os", "linux")] {
+    let host = Platform::host();
+    for (key, assumed) in [
+        ("architecture", host.architecture.as_str()),
+        ("os", "linux"),
+    ] {
         expect(BASE_CONFIG, "", &root, key, Kind::Text)?;
         if root
             .get(key)

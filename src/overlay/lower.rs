@@ -68,7 +68,12 @@ pub struct Lowers {
 impl Lowers {
     /// The stack of the root directory.
     pub fn root_stack(&self) -> Stack {
-        (0..self.merged).map(|root| Place { root: root as u16, path: Vec::new() }).collect()
+        (0..self.merged)
+            .map(|root| Place {
+                root: root as u16,
+                path: Vec::new(),
+            })
+            .collect()
     }
 
     /// What is under `name` in the merged directory `parent`.
@@ -90,7 +95,12 @@ impl Lowers {
     /// Where the data of a metacopy file is that says `redirect`, or, without one, is looked for as `name` in `parent`.
     ///
     /// Absolute redirects may lead into the data-only lowers.
-    pub fn data(&self, parent: &Stack, name: &[u8], redirect: Option<&[u8]>) -> io::Result<Option<(Place, Stat)>> {
+    pub fn data(
+        &self,
+        parent: &Stack,
+        name: &[u8],
+        redirect: Option<&[u8]>,
+    ) -> io::Result<Option<(Place, Stat)>> {
         let found = match redirect {
             Some(redirect) => self.lookup_redirect(parent, redirect)?,
             None => self.lookup(parent, name)?,
@@ -108,16 +118,28 @@ impl Lowers {
 
     /// The place that really holds the data of the lower file at `place`, found as `name` in `parent`: it may
     /// be metadata only itself.
-    pub fn data_of(&self, place: Place, stat: Stat, parent: &Stack, name: &[u8]) -> io::Result<Option<(Place, Stat)>> {
+    pub fn data_of(
+        &self,
+        place: Place,
+        stat: Stat,
+        parent: &Stack,
+        name: &[u8],
+    ) -> io::Result<Option<(Place, Stat)>> {
         if !self.has_mark(&place, "metacopy")? {
             return Ok(Some((place, stat)));
         }
         let redirect = self.mark(&place, "redirect")?;
         let below = place.root + 1;
         if let Some(path) = redirect.as_deref().and_then(|r| r.strip_prefix(b"/")) {
-            let stack: Stack =
-                (below..self.merged as u16).map(|root| Place { root, path: Vec::new() }).collect();
-            if let Found::Other { place, stat } = self.search(&stack, Name::Absolute(path.to_vec()))? {
+            let stack: Stack = (below..self.merged as u16)
+                .map(|root| Place {
+                    root,
+                    path: Vec::new(),
+                })
+                .collect();
+            if let Found::Other { place, stat } =
+                self.search(&stack, Name::Absolute(path.to_vec()))?
+            {
                 return self.data_of(place, stat, &stack, path);
             }
             return self.data_only(path);
@@ -134,7 +156,13 @@ impl Lowers {
             if let Some(stat) = self.roots[root].stat(path)?
                 && FileType::from_raw_mode(stat.st_mode).is_file()
             {
-                return Ok(Some((Place { root: root as u16, path: path.to_vec() }, stat)));
+                return Ok(Some((
+                    Place {
+                        root: root as u16,
+                        path: path.to_vec(),
+                    },
+                    stat,
+                )));
             }
         }
         Ok(None)
@@ -203,7 +231,10 @@ impl Lowers {
                     if let Some(absolute) = redirect.strip_prefix(b"/") {
                         name = Name::Absolute(absolute.to_vec());
                         parents = (root + 1..self.merged as u16)
-                            .map(|root| Place { root, path: Vec::new() })
+                            .map(|root| Place {
+                                root,
+                                path: Vec::new(),
+                            })
                             .collect();
                         at = 0;
                     } else {
@@ -229,9 +260,19 @@ impl Lowers {
     /// counts), and whether one is opaque (then this root is the last that counts).
     fn walk_parents(&self, root: u16, path: &[u8]) -> io::Result<(bool, bool)> {
         let mut ends = false;
-        for cut in path.iter().enumerate().filter(|(_, b)| **b == b'/').map(|(i, _)| i) {
-            let place = Place { root, path: path[..cut].to_vec() };
-            let Some(stat) = self.roots[usize::from(root)].stat(&place.path)? else { return Ok((false, ends)) };
+        for cut in path
+            .iter()
+            .enumerate()
+            .filter(|(_, b)| **b == b'/')
+            .map(|(i, _)| i)
+        {
+            let place = Place {
+                root,
+                path: path[..cut].to_vec(),
+            };
+            let Some(stat) = self.roots[usize::from(root)].stat(&place.path)? else {
+                return Ok((false, ends));
+            };
             if self.is_whiteout(&place, &stat)? {
                 return Ok((true, true));
             }
@@ -243,10 +284,14 @@ impl Lowers {
     fn is_whiteout(&self, place: &Place, stat: &Stat) -> io::Result<bool> {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::CharacterDevice => Ok(stat.st_rdev == 0),
-            FileType::RegularFile if stat.st_size == 0 => Ok(self.has_mark(place, "whiteout")? && {
-                let parent = Place { root: place.root, path: dirname(&place.path).to_vec() };
-                self.mark(&parent, "opaque")?.as_deref() == Some(b"x")
-            }),
+            FileType::RegularFile if stat.st_size == 0 => Ok(self.has_mark(place, "whiteout")?
+                && {
+                    let parent = Place {
+                        root: place.root,
+                        path: dirname(&place.path).to_vec(),
+                    };
+                    self.mark(&parent, "opaque")?.as_deref() == Some(b"x")
+                }),
             _ => Ok(false),
         }
     }
@@ -262,10 +307,16 @@ impl Lowers {
 
 /// `dir/name`, or `name` in the root.
 pub fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
-    if dir.is_empty() { name.to_vec() } else { [dir, b"/", name].concat() }
+    if dir.is_empty() {
+        name.to_vec()
+    } else {
+        [dir, b"/", name].concat()
+    }
 }
 
 /// Everything before the last slash; empty for a name in the root.
 pub fn dirname(path: &[u8]) -> &[u8] {
-    path.iter().rposition(|&b| b == b'/').map_or(b"".as_slice(), |cut| &path[..cut])
+    path.iter()
+        .rposition(|&b| b == b'/')
+        .map_or(b"".as_slice(), |cut| &path[..cut])
 }

@@ -3,9 +3,9 @@
 //! Sources: `proc_pid_mountinfo(5)` for the lines; `fs/overlayfs/params.c` of the kernel for the options and their two
 //! layers of escapes (octal by `seq_show_option`, backslashes by the mounter); each was tried on Linux 6.18.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use super::xattr::Namespace;
@@ -290,7 +290,7 @@ impl OverlayOptions {
             for (at, lower) in all.iter().enumerate() {
                 let candidate = base.join(lower);
                 let Some(path) = look(locate, &candidate)? else {
-                    missing = at;
+                    missing = missing.max(at);
                     tried.push(candidate);
                     break;
                 };
@@ -424,9 +424,9 @@ fn split_lowerdir(value: &[u8]) -> Option<(Vec<PathBuf>, Vec<PathBuf>)> {
         }
         let part = path(std::mem::take(&mut current));
         if in_data {
-            data_only.push(part)
+            data_only.push(part);
         } else {
-            merged.push(part)
+            merged.push(part);
         }
         match end_of_part {
             Some(double) => in_data |= double,
@@ -473,7 +473,7 @@ fn unescape_backslash(bytes: &[u8]) -> Vec<u8> {
 }
 
 fn path(bytes: Vec<u8>) -> PathBuf {
-    PathBuf::from(OsStr::from_bytes(&bytes))
+    PathBuf::from(OsString::from_vec(bytes))
 }
 
 #[cfg(test)]

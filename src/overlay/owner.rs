@@ -18,7 +18,11 @@ pub fn inside(map: &[IdMapping], outside: u32) -> Option<u32> {
     }
     map.iter().find_map(|m| {
         let offset = outside.checked_sub(m.outside)?;
-        if offset < m.count { m.inside.checked_add(offset) } else { None }
+        if offset < m.count {
+            m.inside.checked_add(offset)
+        } else {
+            None
+        }
     })
 }
 
@@ -29,12 +33,24 @@ mod tests {
     #[test]
     fn ids_outside_every_range_have_no_inside() {
         let map = [
-            IdMapping { inside: 0, outside: 100_000, count: 1000 },
-            IdMapping { inside: 1000, outside: 1000, count: 1 },
+            IdMapping {
+                inside: 0,
+                outside: 100_000,
+                count: 1000,
+            },
+            IdMapping {
+                inside: 1000,
+                outside: 1000,
+                count: 1,
+            },
         ];
-        for (outside, expected) in
-            [(100_000, Some(0)), (100_999, Some(999)), (101_000, None), (1000, Some(1000)), (0, None)]
-        {
+        for (outside, expected) in [
+            (100_000, Some(0)),
+            (100_999, Some(999)),
+            (101_000, None),
+            (1000, Some(1000)),
+            (0, None),
+        ] {
             assert_eq!(inside(&map, outside), expected, "{outside}");
         }
         assert_eq!(inside(&[], 7), Some(7));

@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::path::Arg;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
+use rustix::path::Arg;
 
 /// Longest path handed to the kernel in one piece; PATH_MAX is 4096 with the terminator.
 const PATH_PIECE: usize = 4000;
@@ -30,7 +30,10 @@ impl Root {
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty())?;
-        Ok(Self { fd, path: path.to_owned() })
+        Ok(Self {
+            fd,
+            path: path.to_owned(),
+        })
     }
 
     /// Where it is, for messages.
@@ -45,9 +48,17 @@ impl Root {
             | ResolveFlags::NO_MAGICLINKS
             | ResolveFlags::NO_XDEV;
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let flags = if flags.contains(OFlags::PATH) { flags - OFlags::NONBLOCK } else { flags };
+        let flags = if flags.contains(OFlags::PATH) {
+            flags - OFlags::NONBLOCK
+        } else {
+            flags
+        };
         let mut at: Option<OwnedFd> = None;
-        let mut rest = if path.is_empty() { b".".as_slice() } else { path };
+        let mut rest = if path.is_empty() {
+            b".".as_slice()
+        } else {
+            path
+        };
         loop {
             let dir = at.as_ref().map_or(self.fd.as_fd(), AsFd::as_fd);
             let cut = if rest.len() <= PATH_PIECE {
@@ -56,7 +67,10 @@ impl Root {
                 rest[..PATH_PIECE].iter().rposition(|&b| b == b'/')
             };
             let (piece, flags) = match cut {
-                Some(cut) => (&rest[..cut], OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC),
+                Some(cut) => (
+                    &rest[..cut],
+                    OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                ),
                 None => (rest, flags),
             };
             let fd = retry_again(|| {
@@ -142,7 +156,11 @@ pub enum Follow {
 }
 
 /// Value of the attribute `name`, or `None`.
-pub fn xattr_at(path: impl Arg + Copy, name: impl Arg + Copy, follow: Follow) -> io::Result<Option<Vec<u8>>> {
+pub fn xattr_at(
+    path: impl Arg + Copy,
+    name: impl Arg + Copy,
+    follow: Follow,
+) -> io::Result<Option<Vec<u8>>> {
     use rustix::io::Errno;
     let get = |buffer: &mut [u8]| match follow {
         Follow::Yes => rustix::fs::getxattr(path, name, buffer),

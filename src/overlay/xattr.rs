@@ -69,7 +69,9 @@ pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
             b"nlink" => Fate::Mark(Mark::Nlink),
             // A nested overlay's own mark, escaped by the kernel (6.7 and later).
             _ => match mark.strip_prefix(b"overlay.") {
-                Some(inner) => Fate::Keep(Cow::Owned([namespace.prefix().as_bytes(), inner].concat())),
+                Some(inner) => {
+                    Fate::Keep(Cow::Owned([namespace.prefix().as_bytes(), inner].concat()))
+                }
                 None => Fate::Mark(Mark::Kernel),
             },
         };
@@ -79,7 +81,11 @@ pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
         || name == b"system.posix_acl_access"
         || name == b"system.posix_acl_default";
     // The rest is the host's: trusted.*, security.{selinux,ima,evm,...}, system.nfs4_acl, a file system's own.
-    if keep { Fate::Keep(Cow::Borrowed(name)) } else { Fate::Drop }
+    if keep {
+        Fate::Keep(Cow::Borrowed(name))
+    } else {
+        Fate::Drop
+    }
 }
 
 /// An attribute whose value cannot be carried into the image.
@@ -112,18 +118,24 @@ pub fn capability_inside(
     map_uid: impl Fn(u32) -> Option<u32>,
 ) -> Result<Vec<u8>, ValueError> {
     let word = |at: usize| {
-        value.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes)
+        value
+            .get(at..at + 4)
+            .and_then(|b| b.try_into().ok())
+            .map(u32::from_le_bytes)
     };
     let magic = word(0).ok_or(ValueError::Malformed("file capability"))?;
     match (magic & CAP_REVISION_MASK, value.len()) {
         (CAP_REVISION_3, 24) => {
             let outside = word(20).ok_or(ValueError::Malformed("file capability"))?;
-            let root =
-                map_uid(outside).ok_or(ValueError::Unmapped { what: "file capability", id: outside })?;
+            let root = map_uid(outside).ok_or(ValueError::Unmapped {
+                what: "file capability",
+                id: outside,
+            })?;
             let mut inside = value.to_vec();
             if root == 0 {
                 inside.truncate(20);
-                inside[..4].copy_from_slice(&(magic & !CAP_REVISION_MASK | CAP_REVISION_2).to_le_bytes());
+                inside[..4]
+                    .copy_from_slice(&(magic & !CAP_REVISION_MASK | CAP_REVISION_2).to_le_bytes());
             } else {
                 inside[20..].copy_from_slice(&root.to_le_bytes());
             }
@@ -171,19 +183,39 @@ mod tests {
         let keep = |name: &'static str| Fate::Keep(Cow::Borrowed(name.as_bytes()));
         for (namespace, name, expected) in [
             (Trusted, "trusted.overlay.opaque", Fate::Mark(Mark::Opaque)),
-            (Trusted, "trusted.overlay.redirect", Fate::Mark(Mark::Redirect)),
-            (Trusted, "trusted.overlay.metacopy", Fate::Mark(Mark::Metacopy)),
+            (
+                Trusted,
+                "trusted.overlay.redirect",
+                Fate::Mark(Mark::Redirect),
+            ),
+            (
+                Trusted,
+                "trusted.overlay.metacopy",
+                Fate::Mark(Mark::Metacopy),
+            ),
             (Trusted, "trusted.overlay.origin", Fate::Mark(Mark::Kernel)),
             (Trusted, "trusted.overlay.uuid", Fate::Mark(Mark::Kernel)),
-            (Trusted, "trusted.overlay.overlay.opaque", keep("trusted.overlay.opaque")),
+            (
+                Trusted,
+                "trusted.overlay.overlay.opaque",
+                keep("trusted.overlay.opaque"),
+            ),
             (User, "user.overlay.opaque", Fate::Mark(Mark::Opaque)),
-            (User, "user.overlay.overlay.redirect", keep("user.overlay.redirect")),
+            (
+                User,
+                "user.overlay.overlay.redirect",
+                keep("user.overlay.redirect"),
+            ),
             // Another overlay's namespace is data: rootless containers inside this one keep their marks there.
             (Trusted, "user.overlay.opaque", keep("user.overlay.opaque")),
             (User, "trusted.overlay.opaque", Fate::Drop),
             (Trusted, "user.note", keep("user.note")),
             (Trusted, "security.capability", keep("security.capability")),
-            (Trusted, "system.posix_acl_default", keep("system.posix_acl_default")),
+            (
+                Trusted,
+                "system.posix_acl_default",
+                keep("system.posix_acl_default"),
+            ),
             (Trusted, "security.selinux", Fate::Drop),
             (Trusted, "security.ima", Fate::Drop),
             (Trusted, "system.nfs4_acl", Fate::Drop),
@@ -207,20 +239,35 @@ mod tests {
         assert_eq!(capability_inside(&v2, Some), Ok(v2));
         assert_eq!(
             capability_inside(&v3, |_| None),
-            Err(ValueError::Unmapped { what: "file capability", id: 100_000 })
+            Err(ValueError::Unmapped {
+                what: "file capability",
+                id: 100_000
+            })
         );
-        assert_eq!(capability_inside(&v3[..7], Some), Err(ValueError::Malformed("file capability")));
+        assert_eq!(
+            capability_inside(&v3[..7], Some),
+            Err(ValueError::Malformed("file capability"))
+        );
     }
 
     #[test]
     fn acl_ids_are_mapped_and_the_rest_stays() {
         let mut acl = 2u32.to_le_bytes().to_vec();
-        for (tag, perm, id) in [(1u16, 7u16, u32::MAX), (2, 6, 100_033), (8, 4, 100_050), (0x20, 5, u32::MAX)] {
+        for (tag, perm, id) in [
+            (1u16, 7u16, u32::MAX),
+            (2, 6, 100_033),
+            (8, 4, 100_050),
+            (0x20, 5, u32::MAX),
+        ] {
             acl.extend(tag.to_le_bytes());
             acl.extend(perm.to_le_bytes());
             acl.extend(id.to_le_bytes());
         }
-        let mapped = acl_inside(&acl, |id| id.checked_sub(100_000), |id| id.checked_sub(100_000));
+        let mapped = acl_inside(
+            &acl,
+            |id| id.checked_sub(100_000),
+            |id| id.checked_sub(100_000),
+        );
         let mut expected = acl.clone();
         expected[16..20].copy_from_slice(&33u32.to_le_bytes());
         expected[24..28].copy_from_slice(&50u32.to_le_bytes());

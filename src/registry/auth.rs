@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::credentials::Secret;
 
 /// A token that was fetched this recently is beyond doubt: a 401 with it means "not permitted".
-const FRESH: Duration = Duration::from_secs(10);
+const FRESH: Duration = Duration::from_secs(5);
 /// What the token specification gives a token that says nothing of its life.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// No service means more than this.
@@ -41,12 +41,18 @@ pub(super) fn read_challenge<'a>(headers: impl Iterator<Item = &'a str>) -> Opti
     for header in headers {
         for (scheme, parameters) in parse_challenges(header) {
             let value = |name: &str| {
-                parameters.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.clone())
+                parameters
+                    .iter()
+                    .find(|(n, _)| n.eq_ignore_ascii_case(name))
+                    .map(|(_, v)| v.clone())
             };
-            if scheme.eq_ignore_ascii_case("bearer") {
-                if let Some(realm) = value("realm") {
-                    return Some(Challenge::Bearer { realm, service: value("service") });
-                }
+            if scheme.eq_ignore_ascii_case("bearer")
+                && let Some(realm) = value("realm")
+            {
+                return Some(Challenge::Bearer {
+                    realm,
+                    service: value("service"),
+                });
             }
             basic |= scheme.eq_ignore_ascii_case("basic");
         }
@@ -109,12 +115,29 @@ impl Token {
     /// Reads a token service's answer: `token` or `access_token`, either of which may be empty (Harbor), `expires_in`
     /// in seconds. `fetched` is when it was asked for.
     pub(super) fn read(body: &[u8], fetched: Instant) -> Result<Self, &'static str> {
-        let document: Value = serde_json::from_slice(body).map_err(|_| "the token service's answer is not JSON")?;
-        let text = |name: &str| document.get(name).and_then(Value::as_str).filter(|t| !t.is_empty());
-        let value = text("token").or_else(|| text("access_token")).ok_or("the token service's answer has no token")?;
-        let seconds = document.get("expires_in").and_then(Value::as_f64).filter(|&s| s >= 1.0);
-        let life = seconds.map_or(DEFAULT_LIFE, |s| Duration::from_secs(s.min(1e9) as u64)).min(LONGEST_LIFE);
-        Ok(Self { value: Secret::new(value.to_owned()), fetched, life })
+        let document: Value =
+            serde_json::from_slice(body).map_err(|_| "the token service's answer is not JSON")?;
+        let text = |name: &str| {
+            document
+                .get(name)
+                .and_then(Value::as_str)
+                .filter(|t| !t.is_empty())
+        };
+        let value = text("token")
+            .or_else(|| text("access_token"))
+            .ok_or("the token service's answer has no token")?;
+        let seconds = document
+            .get("expires_in")
+            .and_then(Value::as_f64)
+            .filter(|&s| s >= 1.0);
+        let life = seconds
+            .map_or(DEFAULT_LIFE, |s| Duration::from_secs(s.min(1e9) as u64))
+            .min(LONGEST_LIFE);
+        Ok(Self {
+            value: Secret::new(value.to_owned()),
+            fetched,
+            life,
+        })
     }
 
     /// Whether it is time for a new one.
@@ -182,8 +205,10 @@ impl Origin {
         if self.same_host(url) || both_here || (self.verified && url.scheme() == "https") {
             Ok(())
         } else {
-            Err("credentials go to a token service on another host only when the registry names it over TLS with a \
-                 certificate that is checked: use https and --cert-dir")
+            Err(
+                "credentials go to a token service on another host only when the registry names it over TLS with a \
+                 certificate that is checked: use https and --cert-dir",
+            )
         }
     }
 }
@@ -194,13 +219,17 @@ fn is_local_name(host: &str) -> bool {
     if name == "localhost" || name.ends_with(".localhost") {
         return true;
     }
-    name.trim_start_matches('[').trim_end_matches(']').parse().is_ok_and(is_local_address)
+    name.trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse()
+        .is_ok_and(is_local_address)
 }
 
 /// Loopback, link-local (169.254.0.0/16, fe80::/10) or unspecified, also when wrapped into IPv6.
 pub(super) fn is_local_address(address: IpAddr) -> bool {
     let v4 = |a: Ipv4Addr| a.is_loopback() || a.is_link_local() || a.octets()[0] == 0;
-    let v6 = |a: Ipv6Addr| a.is_loopback() || a.is_unspecified() || (a.segments()[0] & 0xffc0) == 0xfe80;
+    let v6 =
+        |a: Ipv6Addr| a.is_loopback() || a.is_unspecified() || (a.segments()[0] & 0xffc0) == 0xfe80;
     match address {
         IpAddr::V4(a) => v4(a),
         IpAddr::V6(a) => v6(a) || a.to_ipv4().is_some_and(v4),
@@ -211,43 +240,84 @@ pub(super) fn is_local_address(address: IpAddr) -> bool {
 mod tests {
     use super::*;
 
-    fn bearer(realm: &str, service: Option<&str>) -> Option<Challenge> {
-        Some(Challenge::Bearer { realm: realm.into(), service: service.map(Into::into) })
+    fn bearer(realm: &str, service: Option<&str>) -> Challenge {
+        Challenge::Bearer {
+            realm: realm.into(),
+            service: service.map(Into::into),
+        }
     }
 
     #[test]
     fn challenges() {
         let of = |headers: &[&'static str]| read_challenge(headers.iter().copied());
         assert_eq!(
-            of(&[r#"Bearer realm="https://a/t",service="s",scope="repository:x:pull,push",error="invalid_token""#]),
-            bearer("https://a/t", Some("s"))
+            of(&[
+                r#"Bearer realm="https://a/t",service="s",scope="repository:x:pull,push",error="invalid_token""#
+            ]),
+            Some(bearer("https://a/t", Some("s")))
         );
-        assert_eq!(of(&[r#"bearer REALM=https://a/t"#]), bearer("https://a/t", None));
-        assert_eq!(of(&[r#"Basic realm="x", Bearer realm="https://a/t" , service = "a \"b\", c""#]), bearer("https://a/t", Some("a \"b\", c")));
-        assert_eq!(of(&["Basic realm=\"r\"", "Bearer realm=\"https://a\""]), bearer("https://a", None));
+        assert_eq!(
+            of(&[r"bearer REALM=https://a/t"]),
+            Some(bearer("https://a/t", None))
+        );
+        assert_eq!(
+            of(&[r#"Basic realm="x", Bearer realm="https://a/t" , service = "a \"b\", c""#]),
+            Some(bearer("https://a/t", Some("a \"b\", c")))
+        );
+        assert_eq!(
+            of(&["Basic realm=\"r\"", "Bearer realm=\"https://a\""]),
+            Some(bearer("https://a", None))
+        );
         assert_eq!(of(&["Basic"]), Some(Challenge::Basic));
-        assert_eq!(of(&["Negotiate abc==, Basic realm=x"]), Some(Challenge::Basic));
+        assert_eq!(
+            of(&["Negotiate abc==, Basic realm=x"]),
+            Some(Challenge::Basic)
+        );
         // Harbor answers for a missing project with an empty header.
-        for none in ["", ",", "=", "\"", "Bearer", "Bearer service=\"x\"", "Digest realm=x", "Bearer realm", "= = ="] {
+        for none in [
+            "",
+            ",",
+            "=",
+            "\"",
+            "Bearer",
+            "Bearer service=\"x\"",
+            "Digest realm=x",
+            "Bearer realm",
+            "= = =",
+        ] {
             assert_eq!(of(&[none]), None, "{none}");
         }
-        assert_eq!(of(&["Bearer realm=\"unterminated"]), bearer("unterminated", None));
+        assert_eq!(
+            of(&["Bearer realm=\"unterminated"]),
+            Some(bearer("unterminated", None))
+        );
     }
 
     #[test]
     fn tokens() {
         let now = Instant::now();
         let read = |body: &str| Token::read(body.as_bytes(), now);
-        let harbor = read(r#"{"token":"t","access_token":"","expires_in":1800}"#).unwrap_or_else(|e| panic!("{e}"));
+        let harbor = read(r#"{"token":"t","access_token":"","expires_in":1800}"#)
+            .unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(harbor.value.expose(), "t");
         let at = |seconds| now + Duration::from_secs(seconds);
         assert!(!harbor.stale(at(1679)) && harbor.stale(at(1680)));
-        assert!(harbor.fresh(at(9)) && !harbor.fresh(at(10)));
+        assert!(harbor.fresh(at(4)) && !harbor.fresh(at(5)));
         let oauth = read(r#"{"token":"","access_token":"a"}"#).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(oauth.value.expose(), "a");
-        assert!(!oauth.stale(at(44)) && oauth.stale(at(45)), "60 s without expires_in");
-        for (odd, life) in [("-5", 60), ("0", 60), ("\"x\"", 60), ("1e300", 24 * 3600), ("2.5", 2)] {
-            let token = read(&format!(r#"{{"token":"t","expires_in":{odd}}}"#)).unwrap_or_else(|e| panic!("{e}"));
+        assert!(
+            !oauth.stale(at(44)) && oauth.stale(at(45)),
+            "60 s without expires_in"
+        );
+        for (odd, life) in [
+            ("-5", 60),
+            ("0", 60),
+            ("\"x\"", 60),
+            ("1e300", 24 * 3600),
+            ("2.5", 2),
+        ] {
+            let token = read(&format!(r#"{{"token":"t","expires_in":{odd}}}"#))
+                .unwrap_or_else(|e| panic!("{e}"));
             assert_eq!(token.life.as_secs(), life, "{odd}");
         }
         for bad in ["", "{}", "[]", r#"{"token":""}"#, r#"{"token":3}"#] {
@@ -258,42 +328,199 @@ mod tests {
     fn origin(url: &str, verified: bool) -> Origin {
         let url: Url = url.parse().unwrap();
         let loopback = super::super::reference::is_loopback(url.host_str().unwrap());
-        Origin { url, verified, loopback }
+        Origin {
+            url,
+            verified,
+            loopback,
+        }
     }
 
     #[test]
     fn where_a_registry_may_lead() {
         for (from, verified, to, visit, confide) in [
-            ("https://r.example", true, "https://r.example/token", true, true),
-            ("https://r.example", true, "https://auth.example/token", true, true),
-            ("https://r.example", true, "http://r.example/token", false, false),
-            ("https://r.example", false, "https://r.example:8443/token", true, true),
+            (
+                "https://r.example",
+                true,
+                "https://r.example/token",
+                true,
+                true,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://auth.example/token",
+                true,
+                true,
+            ),
+            (
+                "https://r.example",
+                true,
+                "http://r.example/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                false,
+                "https://r.example:8443/token",
+                true,
+                true,
+            ),
             // Nobody has checked who named that host.
-            ("https://r.example", false, "https://auth.example/token", true, false),
-            ("http://r.example", false, "http://r.example/token", true, true),
-            ("http://r.example", false, "http://evil.example/token", true, false),
-            ("http://r.example", false, "https://evil.example/token", true, false),
-            ("https://r.example", true, "https://127.0.0.1/token", false, false),
-            ("https://r.example", true, "https://127.1/token", false, false),
-            ("https://r.example", true, "https://2130706433/token", false, false),
-            ("https://r.example", true, "https://localhost:8080/token", false, false),
-            ("https://r.example", true, "https://LOCALHOST./token", false, false),
-            ("https://r.example", true, "https://[::1]/token", false, false),
-            ("https://r.example", true, "https://[::ffff:127.0.0.1]/token", false, false),
-            ("https://r.example", true, "https://0.0.0.0/token", false, false),
-            ("http://r.example", false, "http://169.254.169.254/latest/meta-data", false, false),
-            ("https://r.example", true, "https://[fe80::1]/token", false, false),
-            ("https://r.example", true, "ftp://r.example/token", false, false),
-            ("https://r.example", true, "file:///etc/shadow", false, false),
-            ("https://r.example", true, "https://u:p@r.example/token", false, false),
-            ("https://r.example", true, "https://10.0.0.1/token", true, true),
-            ("http://127.0.0.1:5000", false, "http://127.0.0.1:5001/token", true, true),
-            ("http://localhost:5000", false, "http://127.0.0.1:5001/token", true, true),
-            ("http://localhost:5000", false, "http://evil.example/token", true, false),
+            (
+                "https://r.example",
+                false,
+                "https://auth.example/token",
+                true,
+                false,
+            ),
+            (
+                "http://r.example",
+                false,
+                "http://r.example/token",
+                true,
+                true,
+            ),
+            (
+                "http://r.example",
+                false,
+                "http://evil.example/token",
+                true,
+                false,
+            ),
+            (
+                "http://r.example",
+                false,
+                "https://evil.example/token",
+                true,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://127.0.0.1/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://127.1/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://2130706433/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://localhost:8080/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://LOCALHOST./token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://[::1]/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://[::ffff:127.0.0.1]/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://0.0.0.0/token",
+                false,
+                false,
+            ),
+            (
+                "http://r.example",
+                false,
+                "http://169.254.169.254/latest/meta-data",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://[fe80::1]/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "ftp://r.example/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "file:///etc/shadow",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://u:p@r.example/token",
+                false,
+                false,
+            ),
+            (
+                "https://r.example",
+                true,
+                "https://10.0.0.1/token",
+                true,
+                true,
+            ),
+            (
+                "http://127.0.0.1:5000",
+                false,
+                "http://127.0.0.1:5001/token",
+                true,
+                true,
+            ),
+            (
+                "http://localhost:5000",
+                false,
+                "http://127.0.0.1:5001/token",
+                true,
+                true,
+            ),
+            (
+                "http://localhost:5000",
+                false,
+                "http://evil.example/token",
+                true,
+                false,
+            ),
         ] {
             let (from_, to_) = (origin(from, verified), to.parse().unwrap());
             assert_eq!(
-                (from_.may_visit(&to_).is_ok(), from_.may_confide(&to_).is_ok()),
+                (
+                    from_.may_visit(&to_).is_ok(),
+                    from_.may_confide(&to_).is_ok()
+                ),
                 (visit, confide),
                 "{from} -> {to}"
             );

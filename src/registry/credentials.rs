@@ -74,9 +74,10 @@ impl FromStr for Credentials {
     /// `USER:PASSWORD`; the password may hold colons.
     fn from_str(text: &str) -> Result<Self, CredentialsError> {
         match text.split_once(':') {
-            Some((user, password)) if !user.is_empty() => {
-                Ok(Self::Basic { user: user.to_owned(), password: Secret::new(password.to_owned()) })
-            }
+            Some((user, password)) if !user.is_empty() => Ok(Self::Basic {
+                user: user.to_owned(),
+                password: Secret::new(password.to_owned()),
+            }),
             _ => Err(CredentialsError),
         }
     }
@@ -107,19 +108,27 @@ impl Found {
     /// For errors: who one was, or why nobody.
     pub fn describe(&self, host: &str) -> String {
         match self {
-            Self::Credentials { credentials: Credentials::Basic { user, .. }, source } => {
-                format!("{:?} from {source}", super::error::printable(user, 100))
+            Self::Credentials {
+                credentials: Credentials::Basic { user, .. },
+                source,
+            } => {
+                format!("{:?} from {source}", crate::escape::limited(user, 100))
             }
-            Self::Credentials { credentials: Credentials::IdentityToken(_), source } => {
+            Self::Credentials {
+                credentials: Credentials::IdentityToken(_),
+                source,
+            } => {
                 format!("the identity token from {source}")
             }
             Self::OnlyHelper { file, helper } => format!(
                 "{} names the credential helper docker-credential-{} for {host}, and upperdeck runs no other programs: \
                  use --creds, or --authfile with a file that holds the credentials",
                 file.display(),
-                super::error::printable(helper, 60)
+                crate::escape::limited(helper, 60)
             ),
-            Self::Nothing => format!("none were found for {host}: log in, or use --creds or --authfile"),
+            Self::Nothing => {
+                format!("none were found for {host}: log in, or use --creds or --authfile")
+            }
         }
     }
 }
@@ -136,8 +145,14 @@ impl AuthFiles {
     /// `authfile` is `--authfile`; the environment is asked through `var`.
     pub fn find(authfile: Option<&Path>, var: impl Fn(&str) -> Option<OsString>, uid: u32) -> Self {
         let set = |name| var(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-        if let Some(file) = authfile.map(Path::to_path_buf).or_else(|| set("REGISTRY_AUTH_FILE")) {
-            return Self { files: vec![file], explicit: true };
+        if let Some(file) = authfile
+            .map(Path::to_path_buf)
+            .or_else(|| set("REGISTRY_AUTH_FILE"))
+        {
+            return Self {
+                files: vec![file],
+                explicit: true,
+            };
         }
         let home = set("HOME");
         let runtime = set("XDG_RUNTIME_DIR")
@@ -151,7 +166,10 @@ impl AuthFiles {
             config.map(|dir| dir.join("containers/auth.json")),
             docker.map(|dir| dir.join("config.json")),
         ];
-        Self { files: files.into_iter().flatten().collect(), explicit: false }
+        Self {
+            files: files.into_iter().flatten().collect(),
+            explicit: false,
+        }
     }
 
     /// Credentials for `host` and `repository` (without host), the longest matching key first.
@@ -164,16 +182,30 @@ impl AuthFiles {
                 Err(e) if e.kind() == io::ErrorKind::NotADirectory && !self.explicit => continue,
                 Err(e) => {
                     let denied = e.kind() == io::ErrorKind::PermissionDenied;
-                    return Err(Error::File { path: path.clone(), reason: e.to_string(), denied });
+                    return Err(Error::File {
+                        path: path.clone(),
+                        reason: e.to_string(),
+                        denied,
+                    });
                 }
             };
-            let bad = |reason: String| Error::File { path: path.clone(), reason, denied: false };
+            let bad = |reason: String| Error::File {
+                path: path.clone(),
+                reason,
+                denied: false,
+            };
             match look_up(&bytes, host, repository).map_err(bad)? {
                 Entry::Credentials(credentials) => {
-                    return Ok(Found::Credentials { credentials, source: path.display().to_string() });
+                    return Ok(Found::Credentials {
+                        credentials,
+                        source: path.display().to_string(),
+                    });
                 }
                 Entry::Helper(name) => {
-                    helper.get_or_insert_with(|| Found::OnlyHelper { file: path.clone(), helper: name });
+                    helper.get_or_insert_with(|| Found::OnlyHelper {
+                        file: path.clone(),
+                        helper: name,
+                    });
                 }
                 Entry::None => {}
             }
@@ -189,7 +221,10 @@ fn read_bounded(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(room));
     file.take(MAX_AUTH_FILE + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_AUTH_FILE {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 4 MiB: not an auth file"));
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            "larger than 4 MiB: not an auth file",
+        ));
     }
     Ok(bytes)
 }
@@ -222,8 +257,14 @@ enum Entry {
 /// What one auth file says of a repository.
 fn look_up(bytes: &[u8], host: &str, repository: &str) -> Result<Entry, String> {
     // serde_json's messages name line and column, not contents.
-    let document: AuthDocument = serde_json::from_slice(bytes)
-        .map_err(|e| format!("not an auth file ({}, line {}, column {}): expected {{\"auths\": {{...}}}}", kind(&e), e.line(), e.column()))?;
+    let document: AuthDocument = serde_json::from_slice(bytes).map_err(|e| {
+        format!(
+            "not an auth file ({}, line {}, column {}): expected {{\"auths\": {{...}}}}",
+            kind(&e),
+            e.line(),
+            e.column()
+        )
+    })?;
     let hosts: &[&str] = match host {
         DOCKER_HUB => &[DOCKER_HUB, "index.docker.io", "registry-1.docker.io"],
         other => &[other],
@@ -231,18 +272,29 @@ fn look_up(bytes: &[u8], host: &str, repository: &str) -> Result<Entry, String> 
     let auths = document.auths.unwrap_or_default();
     let helpers = document.cred_helpers.unwrap_or_default();
     // containers-auth.json(5): a configured helper takes the place of the file's entry for that registry.
-    if let Some(name) = hosts.iter().find_map(|h| helpers.get(*h)).filter(|name| !name.is_empty()) {
+    if let Some(name) = hosts
+        .iter()
+        .find_map(|h| helpers.get(*h))
+        .filter(|name| !name.is_empty())
+    {
         return Ok(Entry::Helper(name.clone()));
     }
     let mut known = false;
     for key in keys(hosts, repository) {
         let entry = auths.get(&key).or_else(|| {
             // Docker writes URLs; only a host may be written so, not a namespace.
-            hosts.contains(&key.as_str()).then(|| auths.iter().find(|(k, _)| host_of_url(k) == Some(&key)).map(|(_, e)| e))?
+            hosts.contains(&key.as_str()).then(|| {
+                auths
+                    .iter()
+                    .find(|(k, _)| host_of_url(k) == Some(&key))
+                    .map(|(_, e)| e)
+            })?
         });
         let Some(entry) = entry else { continue };
         known = true;
-        if let Some(credentials) = read_entry(entry).map_err(|e| format!("the entry {key:?}: {e}"))? {
+        if let Some(credentials) =
+            read_entry(entry).map_err(|e| format!("the entry {key:?}: {e}"))?
+        {
             return Ok(Entry::Credentials(credentials));
         }
     }
@@ -254,7 +306,11 @@ fn look_up(bytes: &[u8], host: &str, repository: &str) -> Result<Entry, String> 
 }
 
 fn kind(error: &serde_json::Error) -> &'static str {
-    if error.is_data() { "unexpected types" } else { "broken JSON" }
+    if error.is_data() {
+        "unexpected types"
+    } else {
+        "broken JSON"
+    }
 }
 
 /// `host/a/b`, `host/a`, `host` for each name of the host.
@@ -271,7 +327,9 @@ fn keys(hosts: &[&str], repository: &str) -> Vec<String> {
 
 /// `https://index.docker.io/v1/` is `index.docker.io`.
 fn host_of_url(key: &str) -> Option<&str> {
-    let rest = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://"))?;
+    let rest = key
+        .strip_prefix("https://")
+        .or_else(|| key.strip_prefix("http://"))?;
     rest.split('/').next()
 }
 
@@ -282,16 +340,21 @@ fn read_entry(entry: &AuthEntry) -> Result<Option<Credentials>, String> {
     }
     if let Some(auth) = filled(&entry.auth) {
         let broken = || "\"auth\" is not the base64 form of USER:PASSWORD".to_owned();
-        let raw = Zeroizing::new(STANDARD.decode(auth.expose().trim()).map_err(|_| broken())?);
+        let raw = Zeroizing::new(
+            STANDARD
+                .decode(auth.expose().trim())
+                .map_err(|_| broken())?,
+        );
         let text = std::str::from_utf8(&raw).map_err(|_| broken())?;
         // Old Docker versions pad with NUL.
         let text = text.trim_end_matches('\0');
         return text.parse().map(Some).map_err(|_| broken());
     }
     match (&entry.username, filled(&entry.password)) {
-        (Some(user), Some(password)) if !user.is_empty() => {
-            Ok(Some(Credentials::Basic { user: user.clone(), password }))
-        }
+        (Some(user), Some(password)) if !user.is_empty() => Ok(Some(Credentials::Basic {
+            user: user.clone(),
+            password,
+        })),
         _ => Ok(None),
     }
 }
@@ -328,7 +391,10 @@ mod tests {
     use super::*;
 
     fn basic(user: &str, password: &str) -> Entry {
-        Entry::Credentials(Credentials::Basic { user: user.into(), password: Secret::new(password.into()) })
+        Entry::Credentials(Credentials::Basic {
+            user: user.into(),
+            password: Secret::new(password.into()),
+        })
     }
 
     fn b64(text: &str) -> String {
@@ -352,22 +418,49 @@ mod tests {
 
     #[test]
     fn docker_hub_has_many_names() {
-        for key in ["docker.io", "index.docker.io", "https://index.docker.io/v1/", "registry-1.docker.io"] {
+        for key in [
+            "docker.io",
+            "index.docker.io",
+            "https://index.docker.io/v1/",
+            "registry-1.docker.io",
+        ] {
             let file = format!(r#"{{"auths":{{"{key}":{{"auth":"{}"}}}}}}"#, b64("u:p"));
-            assert_eq!(look_up(file.as_bytes(), "docker.io", "library/x").unwrap(), basic("u", "p"), "{key}");
+            assert_eq!(
+                look_up(file.as_bytes(), "docker.io", "library/x").unwrap(),
+                basic("u", "p"),
+                "{key}"
+            );
         }
-        let file = format!(r#"{{"auths":{{"https://r.example/v2/":{{"auth":"{}"}}}}}}"#, b64("u:p"));
-        assert_eq!(look_up(file.as_bytes(), "r.example", "x").unwrap(), basic("u", "p"));
+        let file = format!(
+            r#"{{"auths":{{"https://r.example/v2/":{{"auth":"{}"}}}}}}"#,
+            b64("u:p")
+        );
+        assert_eq!(
+            look_up(file.as_bytes(), "r.example", "x").unwrap(),
+            basic("u", "p")
+        );
     }
 
     #[test]
     fn helpers_are_named_and_not_run() {
         let of = |file: &str| look_up(file.as_bytes(), "r.example", "x").unwrap();
-        assert_eq!(of(r#"{"credHelpers":{"r.example":"ecr-login"}}"#), Entry::Helper("ecr-login".into()));
-        assert_eq!(of(r#"{"auths":{"r.example":{}},"credsStore":"desktop"}"#), Entry::Helper("desktop".into()));
-        assert_eq!(of(r#"{"auths":{"other":{}},"credsStore":"desktop"}"#), Entry::None);
+        assert_eq!(
+            of(r#"{"credHelpers":{"r.example":"ecr-login"}}"#),
+            Entry::Helper("ecr-login".into())
+        );
+        assert_eq!(
+            of(r#"{"auths":{"r.example":{}},"credsStore":"desktop"}"#),
+            Entry::Helper("desktop".into())
+        );
+        assert_eq!(
+            of(r#"{"auths":{"other":{}},"credsStore":"desktop"}"#),
+            Entry::None
+        );
         // Credentials that are there are used.
-        let file = format!(r#"{{"auths":{{"r.example":{{"auth":"{}"}}}},"credsStore":"desktop"}}"#, b64("u:p"));
+        let file = format!(
+            r#"{{"auths":{{"r.example":{{"auth":"{}"}}}},"credsStore":"desktop"}}"#,
+            b64("u:p")
+        );
         assert_eq!(of(&file), basic("u", "p"));
         assert_eq!(
             of(r#"{"auths":{"r.example":{"auth":"","identitytoken":"tok"}}}"#),
@@ -377,7 +470,14 @@ mod tests {
 
     #[test]
     fn broken_files_do_not_show_what_they_hold() {
-        for file in ["", "{", "[]", r#"{"auths":3}"#, r#"{"auths":{"h":{"auth":"hunter2!"}}}"#, r#"{"auths":{"h":{"auth":"aHVudGVyMg=="}}}"#] {
+        for file in [
+            "",
+            "{",
+            "3",
+            r#"{"auths":3}"#,
+            r#"{"auths":{"h":{"auth":"hunter2!"}}}"#,
+            r#"{"auths":{"h":{"auth":"aHVudGVyMg=="}}}"#,
+        ] {
             let error = look_up(file.as_bytes(), "h", "x").unwrap_err();
             assert!(!error.contains("hunter2"), "{error}");
         }
@@ -388,30 +488,69 @@ mod tests {
     #[test]
     fn files_are_looked_for_where_the_tools_keep_them() {
         let env = |pairs: &'static [(&str, &str)]| {
-            move |name: &str| pairs.iter().find(|(n, _)| *n == name).map(|(_, v)| OsString::from(*v))
+            move |name: &str| {
+                pairs
+                    .iter()
+                    .find(|(n, _)| *n == name)
+                    .map(|(_, v)| OsString::from(*v))
+            }
         };
-        let files = |found: AuthFiles| found.files.iter().map(|p| p.display().to_string()).collect::<Vec<_>>();
+        let files = |found: AuthFiles| {
+            found
+                .files
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
+        };
         let all = AuthFiles::find(None, env(&[("HOME", "/h"), ("XDG_RUNTIME_DIR", "/r")]), 7);
         assert_eq!(
             files(all),
-            ["/r/containers/auth.json", "/h/.config/containers/auth.json", "/h/.docker/config.json"]
+            [
+                "/r/containers/auth.json",
+                "/h/.config/containers/auth.json",
+                "/h/.docker/config.json"
+            ]
         );
         let bare = AuthFiles::find(None, env(&[("DOCKER_CONFIG", "/d")]), 7);
-        assert_eq!(files(bare), ["/run/containers/7/auth.json", "/d/config.json"]);
-        let by_variable = AuthFiles::find(None, env(&[("HOME", "/h"), ("REGISTRY_AUTH_FILE", "/f")]), 7);
-        assert_eq!((by_variable.explicit, files(by_variable)), (true, vec!["/f".to_owned()]));
-        let by_flag = AuthFiles::find(Some(Path::new("/g")), env(&[("REGISTRY_AUTH_FILE", "/f")]), 7);
+        assert_eq!(
+            files(bare),
+            ["/run/containers/7/auth.json", "/d/config.json"]
+        );
+        let by_variable = AuthFiles::find(
+            None,
+            env(&[("HOME", "/h"), ("REGISTRY_AUTH_FILE", "/f")]),
+            7,
+        );
+        assert_eq!(
+            (by_variable.explicit, files(by_variable)),
+            (true, vec!["/f".to_owned()])
+        );
+        let by_flag = AuthFiles::find(
+            Some(Path::new("/g")),
+            env(&[("REGISTRY_AUTH_FILE", "/f")]),
+            7,
+        );
         assert_eq!(files(by_flag), ["/g"]);
         // A file that the user named has to be there; the usual places need not.
-        assert!(AuthFiles::find(Some(Path::new("/nonexistent/x")), |_| None, 7).search("h", "x").is_err());
+        assert!(
+            AuthFiles::find(Some(Path::new("/nonexistent/x")), |_| None, 7)
+                .search("h", "x")
+                .is_err()
+        );
         let nowhere = env(&[("XDG_RUNTIME_DIR", "/nonexistent")]);
-        assert_eq!(AuthFiles::find(None, nowhere, 7).search("h", "x").unwrap(), Found::Nothing);
+        assert_eq!(
+            AuthFiles::find(None, nowhere, 7).search("h", "x").unwrap(),
+            Found::Nothing
+        );
     }
 
     #[test]
     fn secrets_do_not_show() {
         let credentials: Credentials = "robot$p+n:hunter2".parse().unwrap();
-        let found = Found::Credentials { credentials: credentials.clone(), source: "--creds".into() };
+        let found = Found::Credentials {
+            credentials: credentials.clone(),
+            source: "--creds".into(),
+        };
         assert!(!format!("{credentials:?} {found:?} {}", found.describe("h")).contains("hunter2"));
         let header = basic_header("u", &Secret::new("hunter2".into())).unwrap();
         assert_eq!(header, "Basic dTpodW50ZXIy");

@@ -48,7 +48,10 @@ impl Request {
         // Neither can fail on http URLs, and what has no host has no user either.
         let _ = url.set_password(None);
         let _ = url.set_username("");
-        Self { method: method.to_string(), url: url.to_string() }
+        Self {
+            method: method.to_string(),
+            url: url.to_string(),
+        }
     }
 }
 
@@ -83,7 +86,12 @@ pub struct Reply {
 
 impl Reply {
     fn advice(&self) -> String {
-        let credentials = || self.credentials.as_ref().map(|c| format!(" ({c})")).unwrap_or_default();
+        let credentials = || {
+            self.credentials
+                .as_ref()
+                .map(|c| format!(" ({c})"))
+                .unwrap_or_default()
+        };
         match (self.status, self.step) {
             (401, Step::Token) => {
                 format!("the token service does not accept the credentials{}", credentials())
@@ -143,7 +151,9 @@ pub enum Error {
     #[error(transparent)]
     Reference(#[from] ReferenceError),
     /// No connection, or it broke.
-    #[error("{request}: {reason}: the registry cannot be reached; check its name, the network and the proxy variables")]
+    #[error(
+        "{request}: {reason}: the registry cannot be reached; check its name, the network and the proxy variables"
+    )]
     Unreachable {
         /// The request.
         request: Request,
@@ -209,7 +219,9 @@ pub enum Error {
         denied: bool,
     },
     /// Bytes that are not what their digest says.
-    #[error("{what} from {from}: expected {expected}, found {found}: the registry's copy is damaged or was changed on the way")]
+    #[error(
+        "{what} from {from}: expected {expected}, found {found}: the registry's copy is damaged or was changed on the way"
+    )]
     Digest {
         /// `manifest` or `blob`.
         what: &'static str,
@@ -291,7 +303,9 @@ impl Error {
     pub(super) fn passing(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::Silent { .. } => true,
-            Self::Reply(reply) => matches!(reply.status, 408 | 429 | 499 | 500 | 502 | 503 | 504 | 522),
+            Self::Reply(reply) => {
+                matches!(reply.status, 408 | 429 | 499 | 500 | 502 | 503 | 504 | 522)
+            }
             _ => false,
         }
     }
@@ -314,7 +328,11 @@ impl Error {
     /// A failed request of reqwest's. Its own text carries the whole URL, so only the causes are taken.
     pub(super) fn transport(request: Request, error: &(dyn std::error::Error + 'static)) -> Self {
         let (reason, certificate) = causes(error);
-        if certificate { Self::Certificate { request, reason } } else { Self::Unreachable { request, reason } }
+        if certificate {
+            Self::Certificate { request, reason }
+        } else {
+            Self::Unreachable { request, reason }
+        }
     }
 }
 
@@ -327,7 +345,7 @@ pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool
         certificate |= is_certificate_error(error);
         let text = match error.downcast_ref::<reqwest::Error>() {
             Some(_) => String::new(),
-            None => printable(&error.to_string(), 300),
+            None => crate::escape::limited(&error.to_string(), 300),
         };
         // Wrappers often repeat what they wrap.
         if !text.is_empty() && !reason.contains(&text) {
@@ -365,11 +383,11 @@ fn is_certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
     if let Some(tls) = error.downcast_ref::<rustls::Error>() {
         return of(tls);
     }
+    // An I/O error's source is its content's source: the content itself, often another I/O error, is reached so.
     error
         .downcast_ref::<std::io::Error>()
         .and_then(std::io::Error::get_ref)
-        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
-        .is_some_and(of)
+        .is_some_and(|inner| is_certificate_error(inner))
 }
 
 /// The error document of the distribution-spec ("Error Codes"), with what Harbor's API and others leave out allowed for.
@@ -391,7 +409,10 @@ pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
     let some = |text: String| (!text.is_empty()).then_some(text);
     if let Ok(document) = serde_json::from_slice::<ErrorDocument>(body) {
         return match document.errors.into_iter().next() {
-            Some(first) => (some(printable(&first.code, 64)), some(printable(&first.message, 512))),
+            Some(first) => (
+                some(crate::escape::limited(&first.code, 64)),
+                some(crate::escape::limited(&first.message, 512)),
+            ),
             None => (None, None),
         };
     }
@@ -400,24 +421,7 @@ pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
     if text.trim_start().starts_with('<') {
         return (None, None);
     }
-    (None, some(printable(text.trim(), 200)))
-}
-
-/// At most `limit` characters of a stranger's text, control characters escaped.
-pub(crate) fn printable(text: &str, limit: usize) -> String {
-    let mut out = String::new();
-    for (n, c) in text.chars().enumerate() {
-        if n == limit {
-            out.push('…');
-            break;
-        }
-        if c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c) || ('\u{2066}'..='\u{2069}').contains(&c) {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
+    (None, some(crate::escape::limited(text.trim(), 200)))
 }
 
 #[cfg(test)]
@@ -425,7 +429,9 @@ mod tests {
     use super::*;
 
     fn reply(status: u16, step: Step) -> Error {
-        let url = "http://r.example/v2/a/blobs/uploads/1?_state=secret".parse().unwrap();
+        let url = "http://r.example/v2/a/blobs/uploads/1?_state=secret"
+            .parse()
+            .unwrap();
         Error::Reply(Box::new(Reply {
             request: Request::new(&http::Method::PUT, &url),
             step,
@@ -463,7 +469,11 @@ mod tests {
             (522, Step::BeginUpload, true, false),
         ] {
             let error = reply(status, step);
-            assert_eq!((error.retryable(), error.not_permitted()), (retryable, not_permitted), "{status} {step:?}");
+            assert_eq!(
+                (error.retryable(), error.not_permitted()),
+                (retryable, not_permitted),
+                "{status} {step:?}"
+            );
         }
         // Lost sessions: this request is final, the blob is not.
         assert!(reply(404, Step::FinishBlob).in_mid_upload().retryable());
@@ -474,19 +484,38 @@ mod tests {
     #[test]
     fn errors_show_the_tag_and_no_query() {
         let text = reply(412, Step::WriteManifest).to_string();
-        assert!(text.contains("tag v1") && text.contains("DENIED") && text.contains("\"quota\""), "{text}");
+        assert!(
+            text.contains("tag v1") && text.contains("DENIED") && text.contains("\"quota\""),
+            "{text}"
+        );
         assert!(!text.contains("secret"), "{text}");
     }
 
     #[test]
     fn error_bodies_are_bounded_and_escaped() {
         let body = br#"{"errors":[{"code":"DENIED","message":"a\u001b[31mb","detail":{}}]}"#;
-        assert_eq!(read_error_body(body), (Some("DENIED".into()), Some("a\\u{1b}[31mb".into())));
+        assert_eq!(
+            read_error_body(body),
+            (Some("DENIED".into()), Some("a\\u{1b}[31mb".into()))
+        );
         assert_eq!(read_error_body(br#"{"errors":[]}"#), (None, None));
         assert_eq!(read_error_body(b"<html>x"), (None, None));
-        assert_eq!(read_error_body(b"404 page not found\n"), (None, Some("404 page not found".into())));
-        assert_eq!(read_error_body(b"\xff\x00"), (None, Some("\u{fffd}\\u{0}".into())));
-        assert_eq!(read_error_body("x".repeat(5000).as_bytes()).1.unwrap().chars().count(), 201);
-        assert_eq!(printable("a\u{202e}b", 9), "a\\u{202e}b");
+        assert_eq!(
+            read_error_body(b"404 page not found\n"),
+            (None, Some("404 page not found".into()))
+        );
+        assert_eq!(
+            read_error_body(b"\xff\x00"),
+            (None, Some("\u{fffd}\\u{0}".into()))
+        );
+        assert_eq!(
+            read_error_body("x".repeat(5000).as_bytes())
+                .1
+                .unwrap()
+                .chars()
+                .count(),
+            201
+        );
+        assert_eq!(crate::escape::limited("a\u{202e}b", 9), "a\\u{202e}b");
     }
 }

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use http::header::{AUTHORIZATION, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{
+    AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Client, Response, Url};
@@ -15,7 +17,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::auth::{Challenge, Origin, Token, is_local_address, read_challenge};
 use super::credentials::{Credentials, Found, basic_header, bearer_header, environment};
-use super::error::{Error, Reply, Request, Step, causes, printable, read_error_body};
+use super::error::{Error, Reply, Request, Step, causes, read_error_body};
 use super::reference::{authority, is_loopback};
 use super::retry::{Retry, read_retry_after};
 use super::tls;
@@ -29,7 +31,11 @@ const MAX_DOCUMENT: u64 = 1 << 20;
 const MAX_ERROR_BODY: u64 = 64 << 10;
 const MAX_REDIRECTS: usize = 5;
 /// What need not be escaped in a query's value; registries and token services read `:` and `/` either way.
-const QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+const QUERY: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
 
 /// What is asked of the token service, and as whom.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +49,10 @@ pub(super) struct Scopes {
 impl Scopes {
     /// One repository.
     pub(super) fn new(repository: &str, actions: &str) -> Self {
-        Self { repository: repository.to_owned(), scopes: vec![format!("repository:{repository}:{actions}")] }
+        Self {
+            repository: repository.to_owned(),
+            scopes: vec![format!("repository:{repository}:{actions}")],
+        }
     }
 
     /// And another, to read a blob from it.
@@ -117,7 +126,10 @@ impl Host {
         };
         let certificates = tls::read(settings.cert_dir.as_deref(), &usual)?;
         let builder = || {
-            let roots = tls::machine_roots().iter().chain(&certificates.authorities).cloned();
+            let roots = tls::machine_roots()
+                .iter()
+                .chain(&certificates.authorities)
+                .cloned();
             let builder = Client::builder()
                 .user_agent(concat!("upperdeck/", env!("CARGO_PKG_VERSION")))
                 .redirect(reqwest::redirect::Policy::none())
@@ -129,9 +141,16 @@ impl Host {
                 .tls_certs_only(roots)
                 .tls_danger_accept_invalid_certs(!settings.tls_verify);
             // A proxy cannot know what this machine calls itself.
-            if loopback { builder.no_proxy() } else { builder }
+            if loopback {
+                builder.no_proxy()
+            } else {
+                builder
+            }
         };
-        let setup = |e: reqwest::Error| Error::Setup { host: settings.name.clone(), reason: causes(&e).0 };
+        let setup = |e: reqwest::Error| Error::Setup {
+            host: settings.name.clone(),
+            reason: causes(&e).0,
+        };
         let own = match certificates.identity.clone() {
             Some(identity) => builder().identity(identity),
             None => builder(),
@@ -139,8 +158,12 @@ impl Host {
         let own = own.build().map_err(setup)?;
         let mut other = builder();
         if !loopback {
-            let exempt = proxy_hosts().chain([host_of(&settings.name).to_owned()]).collect();
-            other = other.dns_resolver(Arc::new(GuardedResolver { exempt: Arc::new(exempt) }));
+            let exempt = proxy_hosts()
+                .chain([host_of(&settings.name).to_owned()])
+                .collect();
+            other = other.dns_resolver(Arc::new(GuardedResolver {
+                exempt: Arc::new(exempt),
+            }));
         }
         let other = other.build().map_err(setup)?;
         Ok(Self {
@@ -185,11 +208,25 @@ impl Host {
 
     /// Where `Location` leads, on this host: its path and query count, its host does not. Harbor makes it from its
     /// configured external address, and an upload with credentials never goes to a host that an answer names.
-    pub(super) async fn own_location(&self, call: &Request, asked: &Url, headers: &HeaderMap) -> Result<Url, Error> {
-        let nonsense = |reason: &str| Error::Nonsense { request: call.clone(), reason: reason.to_owned() };
-        let location = headers.get(LOCATION).ok_or_else(|| nonsense("the answer has no Location"))?;
-        let location = location.to_str().map_err(|_| nonsense("its Location is not text"))?;
-        let target = asked.join(location).map_err(|_| nonsense("its Location is no address"))?;
+    pub(super) async fn own_location(
+        &self,
+        call: &Request,
+        asked: &Url,
+        headers: &HeaderMap,
+    ) -> Result<Url, Error> {
+        let nonsense = |reason: &str| Error::Nonsense {
+            request: call.clone(),
+            reason: reason.to_owned(),
+        };
+        let location = headers
+            .get(LOCATION)
+            .ok_or_else(|| nonsense("the answer has no Location"))?;
+        let location = location
+            .to_str()
+            .map_err(|_| nonsense("its Location is not text"))?;
+        let target = asked
+            .join(location)
+            .map_err(|_| nonsense("its Location is no address"))?;
         if target.cannot_be_a_base() {
             return Err(nonsense("its Location is no address on a host"));
         }
@@ -222,7 +259,11 @@ impl Host {
         let plain = self.loopback || !self.settings.tls_verify;
         let over_tls = match self.ping("https").await {
             Ok(url) => {
-                return Ok(Origin { url, verified: self.settings.tls_verify, loopback: self.loopback });
+                return Ok(Origin {
+                    url,
+                    verified: self.settings.tls_verify,
+                    loopback: self.loopback,
+                });
             }
             Err(e) => e,
         };
@@ -231,19 +272,29 @@ impl Host {
             return Err(over_tls);
         }
         let url = self.ping("http").await?;
-        Ok(Origin { url, verified: false, loopback: self.loopback })
+        Ok(Origin {
+            url,
+            verified: false,
+            loopback: self.loopback,
+        })
     }
 
     /// `GET /v2/`: is it a registry, and what does it ask for? Returns the address of the host.
     async fn ping(&self, scheme: &str) -> Result<Url, Error> {
         let name = authority(&self.settings.name);
-        let setup = |_| Error::Setup { host: name.to_owned(), reason: "not the host of an address".to_owned() };
+        let setup = |_| Error::Setup {
+            host: name.to_owned(),
+            reason: "not the host of an address".to_owned(),
+        };
         let url: Url = format!("{scheme}://{name}/v2/").parse().map_err(setup)?;
         let call = Call {
             step: Step::Ping,
             method: Method::GET,
             url,
-            scopes: Scopes { repository: String::new(), scopes: Vec::new() },
+            scopes: Scopes {
+                repository: String::new(),
+                scopes: Vec::new(),
+            },
             headers: HeaderMap::new(),
             body: Bytes::new(),
             wait: self.settings.silence,
@@ -265,9 +316,17 @@ impl Host {
 
     /// Takes note of what an answer asks for; true if that is news.
     fn learn(&self, headers: &HeaderMap) -> bool {
-        let values = headers.get_all(WWW_AUTHENTICATE).into_iter().filter_map(|v| v.to_str().ok());
-        let Some(asked) = read_challenge(values) else { return false };
-        let mut known = self.challenge.lock().unwrap_or_else(PoisonError::into_inner);
+        let values = headers
+            .get_all(WWW_AUTHENTICATE)
+            .into_iter()
+            .filter_map(|v| v.to_str().ok());
+        let Some(asked) = read_challenge(values) else {
+            return false;
+        };
+        let mut known = self
+            .challenge
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         // Harbor names Basic when a token does not suffice: that is an answer, not a way in.
         if known.as_ref() == Some(&asked) || (known.is_some() && asked == Challenge::Basic) {
             return false;
@@ -287,15 +346,23 @@ impl Host {
     }
 
     /// The `Authorization` for a request, and whether a 401 with it is final.
-    pub(super) async fn authorization(&self, scopes: &Scopes) -> Result<(Option<HeaderValue>, bool), Error> {
-        let challenge = self.challenge.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    pub(super) async fn authorization(
+        &self,
+        scopes: &Scopes,
+    ) -> Result<(Option<HeaderValue>, bool), Error> {
+        let challenge = self
+            .challenge
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         let origin = self.origin().await?;
         match challenge {
             None => Ok((None, true)),
             Some(Challenge::Basic) => match self.credentials(&scopes.repository)? {
-                Found::Credentials { credentials: Credentials::Basic { user, password }, .. } => {
-                    Ok((basic_header(&user, &password), true))
-                }
+                Found::Credentials {
+                    credentials: Credentials::Basic { user, password },
+                    ..
+                } => Ok((basic_header(&user, &password), true)),
                 found => Err(Error::NoCredentials {
                     request: Request::new(&Method::GET, &origin.url),
                     why: match found {
@@ -314,7 +381,9 @@ impl Host {
                 if let Some(token) = tokens.get(&key).filter(|t| !t.stale(now)) {
                     return Ok((bearer_header(&token.value), token.fresh(now)));
                 }
-                let token = self.fetch_token(origin, &realm, service.as_deref(), scopes).await?;
+                let token = self
+                    .fetch_token(origin, &realm, service.as_deref(), scopes)
+                    .await?;
                 let header = bearer_header(&token.value);
                 tokens.insert(key, token);
                 Ok((header, true))
@@ -336,7 +405,7 @@ impl Host {
     ) -> Result<Token, Error> {
         let away = |why| Error::LeadsAway {
             request: Request::new(&Method::GET, &origin.url),
-            to: printable(realm.split('?').next().unwrap_or_default(), 200),
+            to: crate::escape::limited(realm.split('?').next().unwrap_or_default(), 200),
             why,
         };
         let mut url: Url = realm.parse().map_err(|_| away("it is no address"))?;
@@ -355,13 +424,16 @@ impl Host {
             headers: HeaderMap::new(),
             body: Bytes::new(),
             wait: self.settings.silence,
-            tries: self.settings.retry.tries,
-            tries_at_500: self.settings.retry.tries,
+            tries: 1,
+            tries_at_500: 1,
             accept: &[],
             tag: None,
         };
         match &found {
-            Found::Credentials { credentials: Credentials::IdentityToken(token), .. } => {
+            Found::Credentials {
+                credentials: Credentials::IdentityToken(token),
+                ..
+            } => {
                 let form = Zeroizing::new(format!(
                     "grant_type=refresh_token&client_id=upperdeck&service={}&scope={}&refresh_token={}",
                     escape(service.unwrap_or_default()),
@@ -370,7 +442,10 @@ impl Host {
                 ));
                 call.method = Method::POST;
                 call.body = Bytes::from_owner(form);
-                call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
+                call.headers.insert(
+                    CONTENT_TYPE,
+                    HeaderValue::from_static("application/x-www-form-urlencoded"),
+                );
             }
             found => {
                 let mut query: Vec<String> = url.query().map(str::to_owned).into_iter().collect();
@@ -378,39 +453,40 @@ impl Host {
                 query.extend(scopes.scopes.iter().map(|s| format!("scope={}", escape(s))));
                 url.set_query(Some(&query.join("&")));
                 call.url = url;
-                if let Found::Credentials { credentials: Credentials::Basic { user, password }, .. } = found {
+                if let Found::Credentials {
+                    credentials: Credentials::Basic { user, password },
+                    ..
+                } = found
+                {
                     authorization = basic_header(user, password);
                 }
             }
         }
-        let client = if origin.is_same(&call.url) { &self.own } else { &self.other };
+        let client = if origin.is_same(&call.url) {
+            &self.own
+        } else {
+            &self.other
+        };
         let asked = Instant::now();
         let request = Request::new(&call.method, &call.url);
-        let mut failed = 0;
-        let response = loop {
-            let answer = match self.fire(client, &call, &call.url, authorization.clone()).await {
-                Ok(response) => self.judge(&call, response).await,
-                Err(e) => Err(e),
-            };
-            match answer {
-                // A redirect would carry the credentials on.
-                Ok(response) if response.status().is_redirection() => {
-                    return Err(Error::Reply(Box::new(reply_of(&call, response).await)));
-                }
-                Ok(response) => break response,
-                Err(e) => {
-                    failed += 1;
-                    let pause = self.settings.retry.pause(failed, &e).ok_or(e)?;
-                    tokio::time::sleep(pause).await;
-                }
-            }
-        };
-        let body = self.read_body(&request, "the token", response, MAX_DOCUMENT).await?;
+        // Whoever needs the token repeats this with his own request.
+        let response = self.fire(client, &call, &call.url, authorization).await?;
+        let response = self.judge(&call, response).await?;
+        if response.status().is_redirection() {
+            // It would carry the credentials on.
+            return Err(Error::Reply(Box::new(reply_of(&call, response).await)));
+        }
+        let body = self
+            .read_body(&request, "the token", response, MAX_DOCUMENT)
+            .await?;
         let token = Token::read(&body, asked);
         if let Ok(mut body) = body.try_into_mut() {
             body.as_mut().zeroize();
         }
-        token.map_err(|reason| Error::Nonsense { request, reason: reason.to_owned() })
+        token.map_err(|reason| Error::Nonsense {
+            request,
+            reason: reason.to_owned(),
+        })
     }
 
     /// Sends a request until it is answered by more than a passing trouble.
@@ -422,10 +498,20 @@ impl Host {
                 Err(e) => e,
             };
             failed += 1;
-            let is_500 = matches!(&error, Error::Reply(reply) if reply.status == 500);
-            let tries = if is_500 { call.tries_at_500 } else { call.tries };
-            let pause = self.settings.retry.pause(failed, &error).filter(|_| failed < tries);
-            let Some(pause) = pause else { return Err(error) };
+            let is_500 = matches!(&error, Error::Reply(reply) if reply.status == 500 && reply.step == call.step);
+            let tries = if is_500 {
+                call.tries_at_500
+            } else {
+                call.tries
+            };
+            let pause = self
+                .settings
+                .retry
+                .pause(failed, &error)
+                .filter(|_| failed < tries);
+            let Some(pause) = pause else {
+                return Err(error);
+            };
             tracing::debug!(registry.error = %error, registry.pause_ms = pause.as_millis() as u64, "trying again");
             tokio::time::sleep(pause).await;
         }
@@ -443,13 +529,21 @@ impl Host {
                 self.fire(&self.other, call, &url, None).await?
             };
             let response = self.judge(call, response).await?;
-            if !response.status().is_redirection() || call.accept.contains(&response.status().as_u16()) {
+            if !response.status().is_redirection()
+                || call.accept.contains(&response.status().as_u16())
+            {
                 return Ok(response);
             }
             let request = Request::new(&call.method, &url);
-            let to = response.headers().get(LOCATION).and_then(|v| v.to_str().ok());
+            let to = response
+                .headers()
+                .get(LOCATION)
+                .and_then(|v| v.to_str().ok());
             let Some(next) = to.and_then(|to| url.join(to).ok()) else {
-                return Err(Error::Nonsense { request, reason: "a redirect to nowhere".to_owned() });
+                return Err(Error::Nonsense {
+                    request,
+                    reason: "a redirect to nowhere".to_owned(),
+                });
             };
             let away = |why| Error::LeadsAway {
                 request: request.clone(),
@@ -459,13 +553,17 @@ impl Host {
             origin.may_visit(&next).map_err(away)?;
             let reading = call.method == Method::GET || call.method == Method::HEAD;
             let keeps_method = matches!(response.status().as_u16(), 307 | 308);
-            if !reading && !(keeps_method && origin.is_same(&next)) {
+            let stays = keeps_method && origin.is_same(&next);
+            if !reading && !stays {
                 return Err(away("what is written goes to the registry itself"));
             }
             url = next;
         }
         let request = Request::new(&call.method, &call.url);
-        Err(Error::Nonsense { request, reason: format!("more than {MAX_REDIRECTS} redirects") })
+        Err(Error::Nonsense {
+            request,
+            reason: format!("more than {MAX_REDIRECTS} redirects"),
+        })
     }
 
     /// To the registry itself, with one more try after a 401 that may be a matter of the token's age.
@@ -492,22 +590,32 @@ impl Host {
         url: &Url,
         authorization: Option<HeaderValue>,
     ) -> Result<Response, Error> {
-        let mut request = client.request(call.method.clone(), url.clone()).headers(call.headers.clone());
+        let mut request = client
+            .request(call.method.clone(), url.clone())
+            .headers(call.headers.clone());
         if let Some(value) = authorization {
             request = request.header(AUTHORIZATION, value);
+        }
+        // Servers that want a length want this one too, and HTTP libraries leave it out.
+        if call.body.is_empty() && !matches!(call.method, Method::GET | Method::HEAD) {
+            request = request.header(CONTENT_LENGTH, 0);
         }
         let shown = || Request::new(&call.method, url);
         match tokio::time::timeout(call.wait, request.body(call.body.clone()).send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(e)) => Err(Error::transport(shown(), &e)),
-            Err(_) => Err(Error::Silent { request: shown(), after: call.wait }),
+            Err(_) => Err(Error::Silent {
+                request: shown(),
+                after: call.wait,
+            }),
         }
     }
 
     /// An answer, or the error that it is. Redirects are answers.
     pub(super) async fn judge(&self, call: &Call, response: Response) -> Result<Response, Error> {
         let status = response.status();
-        if status.is_success() || status.is_redirection() || call.accept.contains(&status.as_u16()) {
+        if status.is_success() || status.is_redirection() || call.accept.contains(&status.as_u16())
+        {
             return Ok(response);
         }
         let mut reply = reply_of(call, response).await;
@@ -528,7 +636,10 @@ impl Host {
         mut response: Response,
         limit: u64,
     ) -> Result<Bytes, Error> {
-        let too_large = || Error::TooLarge { what: what.to_owned(), limit };
+        let too_large = || Error::TooLarge {
+            what: what.to_owned(),
+            limit,
+        };
         if response.content_length().is_some_and(|n| n > limit) {
             return Err(too_large());
         }
@@ -536,11 +647,18 @@ impl Host {
         loop {
             let next = tokio::time::timeout(self.settings.silence, response.chunk()).await;
             match next {
-                Ok(Ok(Some(chunk))) if (body.len() + chunk.len()) as u64 > limit => return Err(too_large()),
+                Ok(Ok(Some(chunk))) if (body.len() + chunk.len()) as u64 > limit => {
+                    return Err(too_large());
+                }
                 Ok(Ok(Some(chunk))) => body.extend_from_slice(&chunk),
                 Ok(Ok(None)) => return Ok(body.freeze()),
                 Ok(Err(e)) => return Err(Error::transport(request.clone(), &e)),
-                Err(_) => return Err(Error::Silent { request: request.clone(), after: self.settings.silence }),
+                Err(_) => {
+                    return Err(Error::Silent {
+                        request: request.clone(),
+                        after: self.settings.silence,
+                    });
+                }
             }
         }
     }
@@ -590,9 +708,21 @@ fn host_of(name: &str) -> &str {
 
 /// Host names of the proxies that the environment names: they may be on this machine, whoever we go to.
 fn proxy_hosts() -> impl Iterator<Item = String> {
-    ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"].into_iter().filter_map(|name| {
+    [
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ]
+    .into_iter()
+    .filter_map(|name| {
         let value = environment(name)?.into_string().ok()?;
-        let url = Url::parse(&value).ok().filter(Url::has_host).or_else(|| Url::parse(&format!("http://{value}")).ok())?;
+        let url = Url::parse(&value)
+            .ok()
+            .filter(Url::has_host)
+            .or_else(|| Url::parse(&format!("http://{value}")).ok())?;
         url.host_str().map(str::to_owned)
     })
 }
@@ -609,10 +739,15 @@ impl reqwest::dns::Resolve for GuardedResolver {
         Box::pin(async move {
             let name = name.as_str();
             let found: Vec<SocketAddr> = tokio::net::lookup_host((name, 0)).await?.collect();
-            let allowed: Vec<SocketAddr> =
-                found.into_iter().filter(|a| exempt.contains(name) || !is_local_address(a.ip())).collect();
+            let allowed: Vec<SocketAddr> = found
+                .into_iter()
+                .filter(|a| exempt.contains(name) || !is_local_address(a.ip()))
+                .collect();
             if allowed.is_empty() {
-                return Err(format!("{name} has no address but of this machine or its link: refused").into());
+                return Err(format!(
+                    "{name} has no address but of this machine or its link: refused"
+                )
+                .into());
             }
             Ok(Box::new(allowed.into_iter()) as reqwest::dns::Addrs)
         })

@@ -10,7 +10,6 @@ mod auth;
 pub mod credentials;
 pub mod error;
 mod host;
-pub mod platform;
 pub mod reference;
 pub mod retry;
 mod tls;
@@ -27,6 +26,7 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use reqwest::{Response, Url};
 use sha2::{Digest as _, Sha256};
 
+use crate::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 pub use credentials::Credentials;
 pub use error::Error;
 pub use reference::Reference;
@@ -41,14 +41,6 @@ use host::{Call, Host, SILENCE, Scopes, Settings};
 pub const MAX_MANIFEST: u64 = 4 << 20;
 /// So many uploads at once are worth it: registries serialise a project's quota, more is slower.
 pub const UPLOADS_AT_ONCE: usize = 4;
-
-/// Media types of what a tag can name.
-pub const MANIFEST_TYPES: [&str; 4] = [
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-];
 
 /// How registries are reached, and as whom.
 #[derive(Clone, Debug)]
@@ -94,7 +86,10 @@ pub struct Registries {
 impl Registries {
     /// Nothing is asked before the first request.
     pub fn new(access: Access) -> Self {
-        Self { access: Arc::new(access), hosts: Arc::default() }
+        Self {
+            access: Arc::new(access),
+            hosts: Arc::default(),
+        }
     }
 
     /// A repository to read from. `name` is `HOST/REPOSITORY`.
@@ -115,15 +110,18 @@ impl Registries {
 
     fn open(&self, reference: &Reference, actions: &'static str) -> Result<Repository, Error> {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        let host = match hosts.get(&reference.host) {
-            Some(host) => Arc::clone(host),
-            None => {
-                let host = Arc::new(Host::new(self.settings(&reference.host))?);
-                hosts.insert(reference.host.clone(), Arc::clone(&host));
-                host
-            }
+        let host = if let Some(host) = hosts.get(&reference.host) {
+            Arc::clone(host)
+        } else {
+            let host = Arc::new(Host::new(self.settings(&reference.host))?);
+            hosts.insert(reference.host.clone(), Arc::clone(&host));
+            host
         };
-        Ok(Repository { host, name: reference.repository.clone(), actions })
+        Ok(Repository {
+            host,
+            name: reference.repository.clone(),
+            actions,
+        })
     }
 
     fn settings(&self, host: &str) -> Settings {
@@ -138,34 +136,19 @@ impl Registries {
             cert_dir: access.cert_dir.clone().filter(|_| meant),
             retry: access.retry,
             silence: access.silence,
-            credentials: Box::new(move |repository| match &creds {
-                Some(credentials) => {
-                    Ok(Found::Credentials { credentials: credentials.clone(), source: "--creds".to_owned() })
-                }
-                None => {
+            credentials: Box::new(move |repository| {
+                if let Some(credentials) = &creds {
+                    Ok(Found::Credentials {
+                        credentials: credentials.clone(),
+                        source: "--creds".to_owned(),
+                    })
+                } else {
                     let uid = rustix::process::getuid().as_raw();
-                    AuthFiles::find(authfile.as_deref(), credentials::environment, uid).search(&name, repository)
+                    AuthFiles::find(authfile.as_deref(), credentials::environment, uid)
+                        .search(&name, repository)
                 }
             }),
         }
-    }
-}
-
-/// A manifest, an index or any other JSON document as a registry or a layout has it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RawManifest {
-    /// The bytes that the digest is over.
-    pub bytes: Bytes,
-    /// Its media type.
-    pub media_type: String,
-    /// Its digest.
-    pub digest: Digest,
-}
-
-impl RawManifest {
-    /// Whether it lists manifests instead of layers.
-    pub fn is_index(&self) -> bool {
-        self.media_type == MANIFEST_TYPES[1] || self.media_type == MANIFEST_TYPES[3]
     }
 }
 
@@ -187,7 +170,9 @@ impl Repository {
 
     /// Whether `other` is on the same registry, so that blobs can be mounted.
     pub fn same_host(&self, other: &str) -> bool {
-        other.parse::<Reference>().is_ok_and(|r| r.host == self.host.name())
+        other
+            .parse::<Reference>()
+            .is_ok_and(|r| r.host == self.host.name())
     }
 
     async fn url(&self, rest: &str) -> Result<Url, Error> {
@@ -213,29 +198,45 @@ impl Repository {
 
     /// The manifest or index under a tag or digest, byte for byte; under a digest it is checked.
     pub async fn manifest(&self, tag_or_digest: &str) -> Result<RawManifest, Error> {
-        let wanted: Option<Digest> = match tag_or_digest.contains(':') {
-            true => Some(tag_or_digest.parse().map_err(reference::ReferenceError::from)?),
-            false => {
-                reference::check_tag(tag_or_digest)?;
-                None
-            }
+        let wanted: Option<Digest> = if tag_or_digest.contains(':') {
+            Some(
+                tag_or_digest
+                    .parse()
+                    .map_err(reference::ReferenceError::from)?,
+            )
+        } else {
+            reference::check_tag(tag_or_digest)?;
+            None
         };
         let url = self.url(&format!("manifests/{tag_or_digest}")).await?;
         let mut call = self.call(Step::ReadManifest, Method::GET, url);
         for media_type in MANIFEST_TYPES {
-            call.headers.append(ACCEPT, HeaderValue::from_static(media_type));
+            call.headers
+                .append(ACCEPT, HeaderValue::from_static(media_type));
         }
         let response = self.host.call(&call).await?;
         let request = Request::new(&call.method, &call.url);
         let said = header_text(response.headers(), &CONTENT_TYPE);
-        let bytes = self.host.read_body(&request, "the manifest", response, MAX_MANIFEST).await?;
+        let bytes = self
+            .host
+            .read_body(&request, "the manifest", response, MAX_MANIFEST)
+            .await?;
         let digest = Digest::of(&bytes);
         if let Some(expected) = wanted.filter(|&w| w != digest) {
-            return Err(Error::Digest { what: "manifest", from: self.name(), expected, found: digest });
+            return Err(Error::Digest {
+                what: "manifest",
+                from: self.name(),
+                expected,
+                found: digest,
+            });
         }
         let media_type = manifest_type(said.as_deref(), &bytes)
             .map_err(|reason| Error::Nonsense { request, reason })?;
-        Ok(RawManifest { bytes, media_type, digest })
+        Ok(RawManifest {
+            bytes,
+            media_type,
+            digest,
+        })
     }
 
     /// A small blob (a config) as a whole, checked.
@@ -244,23 +245,39 @@ impl Repository {
         let call = self.call(Step::ReadBlob, Method::GET, url);
         let response = self.host.call(&call).await?;
         let request = Request::new(&call.method, &call.url);
-        let bytes = self.host.read_body(&request, "the config", response, MAX_MANIFEST).await?;
+        let bytes = self
+            .host
+            .read_body(&request, "the config", response, MAX_MANIFEST)
+            .await?;
         let found = Digest::of(&bytes);
         if found != *digest {
-            return Err(Error::Digest { what: "blob", from: self.name(), expected: *digest, found });
+            return Err(Error::Digest {
+                what: "blob",
+                from: self.name(),
+                expected: *digest,
+                found,
+            });
         }
         Ok(bytes)
     }
 
     /// A blob as a stream, checked at its end. `size` in bytes, where it is known.
-    pub async fn blob_stream(&self, digest: &Digest, size: Option<u64>) -> Result<BlobStream, Error> {
+    pub async fn blob_stream(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<BlobStream, Error> {
         let url = self.url(&format!("blobs/{digest}")).await?;
         let call = self.call(Step::ReadBlob, Method::GET, url);
         let response = self.host.call(&call).await?;
-        if let (Some(expected), Some(found)) = (size, response.content_length()) {
-            if expected != found {
-                return Err(Error::Size { what: format!("blob {digest} from {}", self.name()), expected, found });
-            }
+        if let (Some(expected), Some(found)) = (size, response.content_length())
+            && expected != found
+        {
+            return Err(Error::Size {
+                what: format!("blob {digest} from {}", self.name()),
+                expected,
+                found,
+            });
         }
         Ok(BlobStream {
             repository: self.clone(),
@@ -296,11 +313,18 @@ impl Repository {
     /// Makes a blob of another repository (`HOST/REPOSITORY`) appear in this one. False where that is not possible, for
     /// whatever reason the registry has: then the blob has to be uploaded. An error only where nothing would work.
     pub async fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool, Error> {
-        let Ok(source) = from.parse::<Reference>() else { return Ok(false) };
+        let Ok(source) = from.parse::<Reference>() else {
+            return Ok(false);
+        };
         if source.host != self.host.name() || source.repository == self.name {
             return Ok(false);
         }
-        let url = self.url(&format!("blobs/uploads/?mount={digest}&from={}", source.repository)).await?;
+        let url = self
+            .url(&format!(
+                "blobs/uploads/?mount={digest}&from={}",
+                source.repository
+            ))
+            .await?;
         let mut call = self.call(Step::Mount, Method::POST, url);
         call.scopes = call.scopes.and_pull(&source.repository);
         // Twice: uploading is always a way, so nothing is waited for long here.
@@ -319,7 +343,11 @@ impl Repository {
         }
         // 202: the registry has opened an upload instead. It is not used, so that there is one way of uploading.
         let request = Request::new(&call.method, &call.url);
-        if let Ok(url) = self.host.own_location(&request, &call.url, response.headers()).await {
+        if let Ok(url) = self
+            .host
+            .own_location(&request, &call.url, response.headers())
+            .await
+        {
             upload::cancel_at(self, url).await;
         }
         Ok(false)
@@ -339,11 +367,19 @@ impl Repository {
     }
 
     /// Puts a manifest under a tag. Returns its digest, which the registry has confirmed if it confirms any.
-    pub async fn put_manifest(&self, bytes: Bytes, media_type: &str, tag: &str) -> Result<Digest, Error> {
+    pub async fn put_manifest(
+        &self,
+        bytes: Bytes,
+        media_type: &str,
+        tag: &str,
+    ) -> Result<Digest, Error> {
         reference::check_tag(tag)?;
         let digest = Digest::of(&bytes);
         if bytes.len() as u64 > MAX_MANIFEST {
-            return Err(Error::TooLarge { what: "the manifest".to_owned(), limit: MAX_MANIFEST });
+            return Err(Error::TooLarge {
+                what: "the manifest".to_owned(),
+                limit: MAX_MANIFEST,
+            });
         }
         let url = self.url(&format!("manifests/{tag}")).await?;
         let mut call = self.call(Step::WriteManifest, Method::PUT, url);
@@ -404,10 +440,16 @@ impl BlobStream {
                         return Err(self.wrong_size(expected));
                     }
                     let raw: [u8; 32] = std::mem::take(&mut self.hasher).finalize().into();
-                    let found = Digest::from_hex(&hex::encode(raw)).map_err(reference::ReferenceError::from)?;
+                    let found = Digest::from_hex(&hex::encode(raw))
+                        .map_err(reference::ReferenceError::from)?;
                     if found != self.digest {
                         let from = self.repository.name();
-                        return Err(Error::Digest { what: "blob", from, expected: self.digest, found });
+                        return Err(Error::Digest {
+                            what: "blob",
+                            from,
+                            expected: self.digest,
+                            found,
+                        });
                     }
                     return Ok(None);
                 }
@@ -415,7 +457,12 @@ impl BlobStream {
             };
             self.response = None;
             self.failed += 1;
-            let pause = self.repository.host.retry().pause(self.failed, &error).ok_or(error)?;
+            let pause = self
+                .repository
+                .host
+                .retry()
+                .pause(self.failed, &error)
+                .ok_or(error)?;
             tokio::time::sleep(pause).await;
         }
     }
@@ -423,39 +470,51 @@ impl BlobStream {
     async fn read_some(&mut self) -> Result<Option<Bytes>, Error> {
         let host = &self.repository.host;
         let request = Request::new(&self.call.method, &self.call.url);
-        let response = match &mut self.response {
-            Some(response) => response,
-            None => {
-                let mut call = self.call.clone();
-                if let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", self.read)) {
-                    call.headers.insert(RANGE, range);
-                }
-                let response = host.attempt(&call).await?;
-                let resumed = header_text(response.headers(), &CONTENT_RANGE)
-                    .is_some_and(|r| r.starts_with(&format!("bytes {}-", self.read)));
-                self.skip = if resumed { 0 } else { self.read };
-                self.response.insert(response)
+        let response = if let Some(response) = &mut self.response {
+            response
+        } else {
+            let mut call = self.call.clone();
+            if let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", self.read)) {
+                call.headers.insert(RANGE, range);
             }
+            let response = host.attempt(&call).await?;
+            let resumed = header_text(response.headers(), &CONTENT_RANGE)
+                .is_some_and(|r| r.starts_with(&format!("bytes {}-", self.read)));
+            self.skip = if resumed { 0 } else { self.read };
+            self.response.insert(response)
         };
         match tokio::time::timeout(host.silence(), response.chunk()).await {
             Ok(chunk) => chunk.map_err(|e| Error::transport(request, &e)),
-            Err(_) => Err(Error::Silent { request, after: host.silence() }),
+            Err(_) => Err(Error::Silent {
+                request,
+                after: host.silence(),
+            }),
         }
     }
 
     fn wrong_size(&self, expected: u64) -> Error {
         let what = format!("blob {} from {}", self.digest, self.repository.name());
-        Error::Size { what, expected, found: self.read }
+        Error::Size {
+            what,
+            expected,
+            found: self.read,
+        }
     }
 }
 
 fn header_text(headers: &HeaderMap, name: &http::HeaderName) -> Option<String> {
-    headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned)
+    headers
+        .get(name)
+        .and_then(|v| v.to_str().ok())
+        .map(str::to_owned)
 }
 
 /// Where a registry says which digest it has stored, it must be the right one.
 fn check_digest_header(call: &Call, headers: &HeaderMap, expected: &Digest) -> Result<(), Error> {
-    match headers.get("docker-content-digest").and_then(|v| v.to_str().ok()?.parse::<Digest>().ok()) {
+    match headers
+        .get("docker-content-digest")
+        .and_then(|v| v.to_str().ok()?.parse::<Digest>().ok())
+    {
         Some(found) if found != *expected => Err(Error::Nonsense {
             request: Request::new(&call.method, &call.url),
             reason: format!("expected to store {expected}, the registry has stored {found}"),
@@ -464,50 +523,9 @@ fn check_digest_header(call: &Call, headers: &HeaderMap, expected: &Digest) -> R
     }
 }
 
-/// The media type of a manifest: the document's own word where it has one, else the header's, else its form.
-pub(crate) fn manifest_type(header: Option<&str>, bytes: &[u8]) -> Result<String, String> {
-    #[derive(serde::Deserialize)]
-    struct Shape {
-        #[serde(rename = "mediaType")]
-        media_type: Option<String>,
-        #[serde(rename = "schemaVersion")]
-        schema_version: Option<u64>,
-        manifests: Option<serde::de::IgnoredAny>,
-        layers: Option<serde::de::IgnoredAny>,
-    }
-    let shape: Shape = serde_json::from_slice(bytes).map_err(|e| format!("not a manifest: {e}"))?;
-    if shape.schema_version == Some(1) {
-        return Err("a manifest of schema version 1, which is not supported: pull and push the image again".to_owned());
-    }
-    let header = header.map(|h| h.split(';').next().unwrap_or_default().trim().to_owned());
-    let said = shape.media_type.or(header.filter(|h| MANIFEST_TYPES.contains(&h.as_str())));
-    match (said, shape.manifests.is_some(), shape.layers.is_some()) {
-        (Some(said), _, _) if MANIFEST_TYPES.contains(&said.as_str()) => Ok(said),
-        (Some(said), _, _) => {
-            Err(format!("expected an image manifest or index, found media type {:?}", error::printable(&said, 100)))
-        }
-        (None, true, false) => Ok(MANIFEST_TYPES[1].to_owned()),
-        (None, false, true) => Ok(MANIFEST_TYPES[0].to_owned()),
-        (None, _, _) => Err("expected an image manifest or index, found neither manifests nor layers".to_owned()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn manifest_types() {
-        let of = |header, body: &str| manifest_type(header, body.as_bytes());
-        let [manifest, index, docker, _] = MANIFEST_TYPES.map(str::to_owned);
-        assert_eq!(of(None, r#"{"schemaVersion":2,"layers":[]}"#), Ok(manifest.clone()));
-        assert_eq!(of(Some("application/json"), r#"{"manifests":[]}"#), Ok(index));
-        assert_eq!(of(Some(&format!("{docker}; charset=utf-8")), r#"{"layers":[]}"#), Ok(docker));
-        assert_eq!(of(Some("text/plain"), &format!(r#"{{"mediaType":"{manifest}"}}"#)), Ok(manifest));
-        for bad in [r#"{"schemaVersion":1,"fsLayers":[]}"#, "{}", "[]", "", r#"{"mediaType":"x/y","layers":[]}"#] {
-            assert!(of(None, bad).is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn what_was_meant_for_one_host_stays_there() {

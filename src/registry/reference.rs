@@ -29,7 +29,9 @@ pub struct Reference {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ReferenceError {
     /// Nothing that looks like a registry's host stands before the first slash.
-    #[error("{0:?} names no registry: write HOST[:PORT]/REPOSITORY[:TAG], for Docker Hub docker.io/USER/NAME")]
+    #[error(
+        "{0:?} names no registry: write HOST[:PORT]/REPOSITORY[:TAG], for Docker Hub docker.io/USER/NAME"
+    )]
     NoHost(String),
     /// The host is none.
     #[error("{0:?} is not a registry's HOST[:PORT]")]
@@ -77,7 +79,9 @@ impl FromStr for Reference {
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
         let shown = || shorten(text);
         let rest = text.strip_prefix("docker://").unwrap_or(text);
-        let (host, rest) = rest.split_once('/').ok_or_else(|| ReferenceError::NoHost(shown()))?;
+        let (host, rest) = rest
+            .split_once('/')
+            .ok_or_else(|| ReferenceError::NoHost(shown()))?;
         if !looks_like_host(host) {
             return Err(ReferenceError::NoHost(shown()));
         }
@@ -99,7 +103,12 @@ impl FromStr for Reference {
             repository.to_owned()
         };
         check_repository(&repository)?;
-        Ok(Self { host, repository, tag, digest })
+        Ok(Self {
+            host,
+            repository,
+            tag,
+            digest,
+        })
     }
 }
 
@@ -118,7 +127,11 @@ impl fmt::Display for Reference {
 
 /// Where the API of a host answers: the host itself, but for Docker Hub.
 pub fn authority(host: &str) -> &str {
-    if host == DOCKER_HUB { "registry-1.docker.io" } else { host }
+    if host == DOCKER_HUB {
+        "registry-1.docker.io"
+    } else {
+        host
+    }
 }
 
 /// Whether `host` (with or without a port) is this machine by its very name: `localhost`, 127.0.0.0/8, `[::1]`.
@@ -128,12 +141,17 @@ pub fn is_loopback(host: &str) -> bool {
     if name == "localhost" || name.ends_with(".localhost") {
         return true;
     }
-    name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    name.trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse::<IpAddr>()
+        .is_ok_and(|ip| ip.is_loopback())
 }
 
 fn without_port(host: &str) -> &str {
     match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !name.ends_with(':') => name,
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !name.ends_with(':') => {
+            name
+        }
         _ => host,
     }
 }
@@ -144,7 +162,10 @@ fn check_host(host: &str) -> Result<String, ReferenceError> {
         Some(rest) => {
             let (address, after) = rest.split_once(']').ok_or_else(bad)?;
             address.parse::<Ipv6Addr>().map_err(|_| bad())?;
-            (&host[..address.len() + 2], (!after.is_empty()).then_some(after))
+            (
+                &host[..address.len() + 2],
+                (!after.is_empty()).then_some(after),
+            )
         }
         None => match host.find(':') {
             Some(at) => (&host[..at], Some(&host[at..])),
@@ -175,7 +196,11 @@ fn check_host(host: &str) -> Result<String, ReferenceError> {
 /// Checks a repository name (without host) against the distribution-spec's grammar.
 pub fn check_repository(name: &str) -> Result<&str, ReferenceError> {
     let fine = name.len() <= 255 && name.split('/').all(is_path_component);
-    if fine { Ok(name) } else { Err(ReferenceError::Repository(shorten(name))) }
+    if fine {
+        Ok(name)
+    } else {
+        Err(ReferenceError::Repository(shorten(name)))
+    }
 }
 
 /// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`
@@ -186,7 +211,9 @@ fn is_path_component(part: &str) -> bool {
         return false;
     }
     part.split(|c: char| c.is_ascii() && alnum(c as u8))
-        .all(|separator| matches!(separator, "" | "." | "_" | "__") || separator.bytes().all(|b| b == b'-'))
+        .all(|separator| {
+            matches!(separator, "" | "." | "_" | "__") || separator.bytes().all(|b| b == b'-')
+        })
 }
 
 /// Checks a tag: `[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`.
@@ -195,12 +222,20 @@ pub fn check_tag(tag: &str) -> Result<&str, ReferenceError> {
     let fine = tag.len() <= 128
         && tag.bytes().next().is_some_and(word)
         && tag.bytes().all(|b| word(b) || b == b'.' || b == b'-');
-    if fine { Ok(tag) } else { Err(ReferenceError::Tag(shorten(tag))) }
+    if fine {
+        Ok(tag)
+    } else {
+        Err(ReferenceError::Tag(shorten(tag)))
+    }
 }
 
 /// What an error shows of a text that may be of any length.
 fn shorten(text: &str) -> String {
-    if text.chars().count() <= 200 { text.to_owned() } else { text.chars().take(200).chain(['…']).collect() }
+    if text.chars().count() <= 200 {
+        text.to_owned()
+    } else {
+        text.chars().take(200).chain(['…']).collect()
+    }
 }
 
 #[cfg(test)]
@@ -212,15 +247,29 @@ mod tests {
         let digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         for (text, host, repository, tag) in [
             ("127.0.0.1:5000/a", "127.0.0.1:5000", "a", None),
-            ("docker://Reg.Example/a/b-c/d__e:1.0", "reg.example", "a/b-c/d__e", Some("1.0")),
+            (
+                "docker://Reg.Example/a/b-c/d__e:1.0",
+                "reg.example",
+                "a/b-c/d__e",
+                Some("1.0"),
+            ),
             ("localhost/x:_t", "localhost", "x", Some("_t")),
             ("[::1]:5000/x--y", "[::1]:5000", "x--y", None),
             ("docker.io/debian", "docker.io", "library/debian", None),
-            ("index.docker.io/u/debian:12", "docker.io", "u/debian", Some("12")),
+            (
+                "index.docker.io/u/debian:12",
+                "docker.io",
+                "u/debian",
+                Some("12"),
+            ),
         ] {
             let parsed: Reference = text.parse().unwrap();
             assert_eq!(
-                (parsed.host.as_str(), parsed.repository.as_str(), parsed.tag.as_deref()),
+                (
+                    parsed.host.as_str(),
+                    parsed.repository.as_str(),
+                    parsed.tag.as_deref()
+                ),
                 (host, repository, tag),
                 "{text}"
             );
@@ -277,15 +326,32 @@ mod tests {
         assert_eq!(of("debian:12"), "docker.io/library/debian:12");
         assert_eq!(of("user/x"), "docker.io/user/x");
         assert_eq!(of("localhost:1/x"), "localhost:1/x");
-        assert_eq!("debian:12".parse::<Reference>(), Err(ReferenceError::NoHost("debian:12".to_owned())));
+        assert_eq!(
+            "debian:12".parse::<Reference>(),
+            Err(ReferenceError::NoHost("debian:12".to_owned()))
+        );
     }
 
     #[test]
     fn loopback_is_a_matter_of_the_name() {
-        for yes in ["localhost", "localhost:5000", "127.0.0.1", "127.9.9.9:1", "[::1]", "[::1]:5000", "x.localhost"] {
+        for yes in [
+            "localhost",
+            "localhost:5000",
+            "127.0.0.1",
+            "127.9.9.9:1",
+            "[::1]",
+            "[::1]:5000",
+            "x.localhost",
+        ] {
             assert!(is_loopback(yes), "{yes}");
         }
-        for no in ["localhost.example", "128.0.0.1:1", "example:127", "[::2]:1", "127.0.0.1.example"] {
+        for no in [
+            "localhost.example",
+            "128.0.0.1:1",
+            "example:127",
+            "[::2]:1",
+            "127.0.0.1.example",
+        ] {
             assert!(!is_loopback(no), "{no}");
         }
     }

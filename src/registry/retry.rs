@@ -21,7 +21,10 @@ pub struct Retry {
 
 impl Default for Retry {
     fn default() -> Self {
-        Self { tries: 5, first_pause: Duration::from_millis(500) }
+        Self {
+            tries: 5,
+            first_pause: Duration::from_millis(500),
+        }
     }
 }
 
@@ -38,7 +41,9 @@ impl Retry {
         if let Some(asked) = error.retry_after() {
             return (asked <= LONGEST_RETRY_AFTER).then_some(asked);
         }
-        let doubled = self.first_pause.saturating_mul(1 << failed.saturating_sub(1).min(16));
+        let doubled = self
+            .first_pause
+            .saturating_mul(1 << failed.saturating_sub(1).min(16));
         Some(doubled.min(LONGEST_PAUSE).mul_f64(jitter))
     }
 }
@@ -75,7 +80,9 @@ mod tests {
     #[test]
     fn pauses_double_and_end() {
         let retry = Retry::default();
-        let pauses: Vec<_> = (1..=5).map(|n| retry.pause_with(n, &reply(503, None), 1.0)).collect();
+        let pauses: Vec<_> = (1..=5)
+            .map(|n| retry.pause_with(n, &reply(503, None), 1.0))
+            .collect();
         let ms = |n| Some(Duration::from_millis(n));
         assert_eq!(pauses, [ms(500), ms(1000), ms(2000), ms(4000), None]);
         assert_eq!(retry.pause_with(1, &reply(404, None), 1.0), None);
@@ -87,12 +94,21 @@ mod tests {
     #[test]
     fn retry_after_is_obeyed_or_left_to_the_caller() {
         let retry = Retry::default();
-        assert_eq!(retry.pause_with(1, &reply(429, Some(7)), 0.5), Some(Duration::from_secs(7)));
+        assert_eq!(
+            retry.pause_with(1, &reply(429, Some(7)), 0.5),
+            Some(Duration::from_secs(7))
+        );
         assert_eq!(retry.pause_with(1, &reply(429, Some(3600)), 0.5), None);
         let now = "2026-11-23T22:00:00Z".parse().unwrap();
         assert_eq!(read_retry_after("7", now), Some(Duration::from_secs(7)));
-        assert_eq!(read_retry_after("Mon, 23 Nov 2026 22:00:09 GMT", now), Some(Duration::from_secs(9)));
-        assert_eq!(read_retry_after("Mon, 23 Nov 2026 21:00:00 GMT", now), Some(Duration::ZERO));
+        assert_eq!(
+            read_retry_after("Mon, 23 Nov 2026 22:00:09 GMT", now),
+            Some(Duration::from_secs(9))
+        );
+        assert_eq!(
+            read_retry_after("Mon, 23 Nov 2026 21:00:00 GMT", now),
+            Some(Duration::ZERO)
+        );
         for bad in ["", "-1", "soon", "1.5", "99999999999999999999999"] {
             assert_eq!(read_retry_after(bad, now), None, "{bad}");
         }

@@ -20,13 +20,19 @@ pub(super) struct Certificates {
 }
 
 /// The directories that are looked into for `host` when the user names none, best first.
-pub(super) fn usual_directories(host: &str, var: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
+pub(super) fn usual_directories(
+    host: &str,
+    var: impl Fn(&str) -> Option<OsString>,
+) -> Vec<PathBuf> {
     let set = |name| var(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let config = set("XDG_CONFIG_HOME").or_else(|| set("HOME").map(|h| h.join(".config")));
     config
         .map(|dir| dir.join("containers/certs.d"))
         .into_iter()
-        .chain(["/etc/containers/certs.d".into(), "/etc/docker/certs.d".into()])
+        .chain([
+            "/etc/containers/certs.d".into(),
+            "/etc/docker/certs.d".into(),
+        ])
         .map(|dir| dir.join(host))
         .collect()
 }
@@ -38,7 +44,12 @@ pub(super) fn read(explicit: Option<&Path>, usual: &[PathBuf]) -> Result<Certifi
     }
     for dir in usual {
         match read_directory(dir) {
-            Err((path, e)) if path == *dir && matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+            Err((path, e))
+                if path == *dir
+                    && matches!(
+                        e.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                    ) => {}
             // Nobody asked for this directory: what this user may not list is not for this user.
             Err((path, e)) if path == *dir && e.kind() == io::ErrorKind::PermissionDenied => {}
             other => return other.map_err(|(path, e)| file_error(path, &e)),
@@ -49,7 +60,11 @@ pub(super) fn read(explicit: Option<&Path>, usual: &[PathBuf]) -> Result<Certifi
 
 fn file_error(path: PathBuf, error: &io::Error) -> Error {
     let denied = error.kind() == io::ErrorKind::PermissionDenied;
-    Error::File { path, reason: error.to_string(), denied }
+    Error::File {
+        path,
+        reason: error.to_string(),
+        denied,
+    }
 }
 
 fn read_directory(dir: &Path) -> Result<Certificates, (PathBuf, io::Error)> {
@@ -58,24 +73,37 @@ fn read_directory(dir: &Path) -> Result<Certificates, (PathBuf, io::Error)> {
         move |e| (path, e)
     };
     let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
-    let mut files: Vec<PathBuf> =
-        fs::read_dir(dir).map_err(at(dir))?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>().map_err(at(dir))?;
+    let mut files: Vec<PathBuf> = fs::read_dir(dir)
+        .map_err(at(dir))?
+        .map(|e| e.map(|e| e.path()))
+        .collect::<Result<_, _>>()
+        .map_err(at(dir))?;
     files.sort();
     let mut found = Certificates::default();
     for file in files {
         match file.extension().and_then(OsStr::to_str) {
             Some("crt") => {
                 let pem = fs::read(&file).map_err(at(&file))?;
-                let bundle = reqwest::Certificate::from_pem_bundle(&pem).ok().filter(|b| !b.is_empty());
-                found.authorities.extend(bundle.ok_or_else(|| (file, invalid("no PEM certificate in it")))?);
+                let bundle = reqwest::Certificate::from_pem_bundle(&pem)
+                    .ok()
+                    .filter(|b| !b.is_empty());
+                found
+                    .authorities
+                    .extend(bundle.ok_or_else(|| (file, invalid("no PEM certificate in it")))?);
             }
             Some("cert") if found.identity.is_none() => {
                 let key = file.with_extension("key");
                 let mut pem = zeroize::Zeroizing::new(fs::read(&file).map_err(at(&file))?);
                 pem.push(b'\n');
                 pem.extend_from_slice(&zeroize::Zeroizing::new(fs::read(&key).map_err(at(&key))?));
-                let identity = reqwest::Identity::from_pem(&pem)
-                    .map_err(|_| (file, invalid("not a PEM client certificate with a PEM key of the same name in .key")))?;
+                let identity = reqwest::Identity::from_pem(&pem).map_err(|_| {
+                    (
+                        file,
+                        invalid(
+                            "not a PEM client certificate with a PEM key of the same name in .key",
+                        ),
+                    )
+                })?;
                 found.identity = Some(identity);
             }
             _ => {}
@@ -129,13 +157,22 @@ mod tests {
         assert!(read(Some(&dir.path().join("none")), &[]).is_err());
         assert!(read(None, &[dir.path().join("none")]).is_ok());
         fs::write(dir.path().join("readme.txt"), "x")?;
-        assert!(read(Some(dir.path()), &[]).is_ok_and(|c| c.authorities.is_empty() && c.identity.is_none()));
+        assert!(
+            read(Some(dir.path()), &[])
+                .is_ok_and(|c| c.authorities.is_empty() && c.identity.is_none())
+        );
         fs::write(dir.path().join("client.cert"), "x")?;
-        let error = read(Some(dir.path()), &[]).err().map(|e| e.to_string()).unwrap_or_default();
+        let error = read(Some(dir.path()), &[])
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default();
         assert!(error.contains("client.key"), "{error}");
         fs::remove_file(dir.path().join("client.cert"))?;
         fs::write(dir.path().join("ca.crt"), "x")?;
-        let error = read(Some(dir.path()), &[]).err().map(|e| e.to_string()).unwrap_or_default();
+        let error = read(Some(dir.path()), &[])
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default();
         assert!(error.contains("ca.crt"), "{error}");
         Ok(())
     }

@@ -4,8 +4,8 @@
 //! the PUT's length for the blob's, and many PATCHes are slow everywhere.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,13 @@ impl Writer {
     pub(super) fn begin(repository: Repository, handle: Handle) -> Self {
         let (pieces, taken) = mpsc::channel(PIECES_IN_FLIGHT);
         let task = handle.spawn(stream(repository.clone(), taken));
-        Self { repository, handle, pieces: Some(pieces), task: Some(task), sent: 0 }
+        Self {
+            repository,
+            handle,
+            pieces: Some(pieces),
+            task: Some(task),
+            sent: 0,
+        }
     }
 
     /// Hands bytes over, waiting while the connection is behind. For plain threads: within a runtime it panics, as all
@@ -85,14 +91,24 @@ impl Writer {
     /// Ends the blob: it is there under `digest` when this returns. `size` is checked against what was written.
     pub async fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         if self.sent != size {
-            return Err(Error::Size { what: "the blob that was written".to_owned(), expected: size, found: self.sent });
+            return Err(Error::Size {
+                what: "the blob that was written".to_owned(),
+                expected: size,
+                found: self.sent,
+            });
         }
-        let (pieces, task) = self.pieces.take().zip(self.task.take()).ok_or(Error::Abandoned)?;
+        let (pieces, task) = self
+            .pieces
+            .take()
+            .zip(self.task.take())
+            .ok_or(Error::Abandoned)?;
         // Refused only when the task has ended, and then the task says why.
         let _ = pieces.send(Piece::End).await;
         drop(pieces);
         let session = task.await.map_err(|_| Error::Abandoned)??;
-        close(&self.repository, &session, digest, size).await.map_err(Error::in_mid_upload)
+        close(&self.repository, &session, digest, size)
+            .await
+            .map_err(Error::in_mid_upload)
     }
 
     /// Gives the blob up and waits until the registry was told.
@@ -105,7 +121,11 @@ impl Writer {
 }
 
 /// Sends a blob that is in memory: what fails is sent again as a whole.
-pub(super) async fn send_bytes(repository: &Repository, bytes: Bytes, digest: &Digest) -> Result<(), Error> {
+pub(super) async fn send_bytes(
+    repository: &Repository,
+    bytes: Bytes,
+    digest: &Digest,
+) -> Result<(), Error> {
     let mut failed = 0;
     loop {
         let error = match try_send_bytes(repository, bytes.clone(), digest).await {
@@ -114,21 +134,31 @@ pub(super) async fn send_bytes(repository: &Repository, bytes: Bytes, digest: &D
         };
         failed += 1;
         let retry = repository.host.retry();
-        let lost_session = matches!(&error, Error::Reply(reply) if reply.mid_upload) && error.retryable();
+        let lost_session =
+            matches!(&error, Error::Reply(reply) if reply.mid_upload) && error.retryable();
         let pause = match retry.pause(failed, &error) {
             None if lost_session && failed < retry.tries => Some(retry.first_pause),
             other => other,
         };
-        let Some(pause) = pause else { return Err(error) };
+        let Some(pause) = pause else {
+            return Err(error);
+        };
         tokio::time::sleep(pause).await;
     }
 }
 
-async fn try_send_bytes(repository: &Repository, bytes: Bytes, digest: &Digest) -> Result<(), Error> {
+async fn try_send_bytes(
+    repository: &Repository,
+    bytes: Bytes,
+    digest: &Digest,
+) -> Result<(), Error> {
     let session = open(repository).await?;
     let size = bytes.len() as u64;
     let mut call = repository.call(Step::SendBlob, Method::PATCH, session.url.clone());
-    call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    call.headers.insert(
+        CONTENT_TYPE,
+        HeaderValue::from_static("application/octet-stream"),
+    );
     call.body = bytes;
     let sent = async {
         let response = repository.host.attempt(&call).await?;
@@ -154,17 +184,30 @@ async fn open(repository: &Repository) -> Result<Session, Error> {
     let call = repository.call(Step::BeginUpload, Method::POST, url);
     let response = repository.host.call(&call).await?;
     let request = Request::new(&call.method, &call.url);
-    let url = repository.host.own_location(&request, &call.url, response.headers()).await?;
+    let url = repository
+        .host
+        .own_location(&request, &call.url, response.headers())
+        .await?;
     Ok(Session { url })
 }
 
 /// The upload after an answer that may name a new address for it.
-async fn next(repository: &Repository, call: &Call, session: &Session, headers: &HeaderMap) -> Result<Session, Error> {
+async fn next(
+    repository: &Repository,
+    call: &Call,
+    session: &Session,
+    headers: &HeaderMap,
+) -> Result<Session, Error> {
     if !headers.contains_key(http::header::LOCATION) {
-        return Ok(Session { url: session.url.clone() });
+        return Ok(Session {
+            url: session.url.clone(),
+        });
     }
     let request = Request::new(&call.method, &call.url);
-    let url = repository.host.own_location(&request, &call.url, headers).await?;
+    let url = repository
+        .host
+        .own_location(&request, &call.url, headers)
+        .await?;
     Ok(Session { url })
 }
 
@@ -193,7 +236,11 @@ impl Movement {
     const IDLE: u64 = u64::MAX;
 
     fn note(&self, idle: bool) {
-        let now = if idle { Self::IDLE } else { self.started.elapsed().as_millis() as u64 };
+        let now = if idle {
+            Self::IDLE
+        } else {
+            self.started.elapsed().as_millis() as u64
+        };
         self.taken.store(now, Ordering::Relaxed);
     }
 
@@ -202,7 +249,9 @@ impl Movement {
         loop {
             tokio::time::sleep((silence / 10).max(Duration::from_millis(10))).await;
             let taken = self.taken.load(Ordering::Relaxed);
-            if taken != Self::IDLE && self.started.elapsed() > Duration::from_millis(taken) + silence {
+            if taken != Self::IDLE
+                && self.started.elapsed() > Duration::from_millis(taken) + silence
+            {
                 return;
             }
         }
@@ -210,9 +259,15 @@ impl Movement {
 }
 
 /// POST and the one PATCH.
-async fn stream(repository: Repository, mut pieces: mpsc::Receiver<Piece>) -> Result<Session, Error> {
+async fn stream(
+    repository: Repository,
+    mut pieces: mpsc::Receiver<Piece>,
+) -> Result<Session, Error> {
     let session = open(&repository).await?;
-    let movement = Arc::new(Movement { started: Instant::now(), taken: AtomicU64::new(0) });
+    let movement = Arc::new(Movement {
+        started: Instant::now(),
+        taken: AtomicU64::new(0),
+    });
     let watched = Arc::clone(&movement);
     let mut ended = false;
     let body = futures_util::stream::poll_fn(move |context| {
@@ -234,7 +289,13 @@ async fn stream(repository: Repository, mut pieces: mpsc::Receiver<Piece>) -> Re
             }
         }
     });
-    let result = patch(&repository, &session, reqwest::Body::wrap_stream(body), &movement).await;
+    let result = patch(
+        &repository,
+        &session,
+        reqwest::Body::wrap_stream(body),
+        &movement,
+    )
+    .await;
     if result.is_err() {
         cancel(&repository, &session).await;
     }
@@ -251,7 +312,10 @@ async fn patch(
     let call = repository.call(Step::SendBlob, Method::PATCH, session.url.clone());
     let request = Request::new(&call.method, &call.url);
     let (authorization, _) = host.authorization(&call.scopes).await?;
-    let mut sending = host.client().patch(call.url.clone()).header(CONTENT_TYPE, "application/octet-stream");
+    let mut sending = host
+        .client()
+        .patch(call.url.clone())
+        .header(CONTENT_TYPE, "application/octet-stream");
     if let Some(value) = authorization {
         sending = sending.header(AUTHORIZATION, value);
     }
@@ -277,7 +341,12 @@ async fn patch(
 }
 
 /// The empty PUT. Where its answer is lost, the blob itself is asked for.
-async fn close(repository: &Repository, session: &Session, digest: &Digest, size: u64) -> Result<(), Error> {
+async fn close(
+    repository: &Repository,
+    session: &Session,
+    digest: &Digest,
+    size: u64,
+) -> Result<(), Error> {
     let mut url = session.url.clone();
     let query = match url.query() {
         Some(query) if !query.is_empty() => format!("{query}&digest={digest}"),
@@ -285,7 +354,10 @@ async fn close(repository: &Repository, session: &Session, digest: &Digest, size
     };
     url.set_query(Some(&query));
     let mut call = repository.call(Step::FinishBlob, Method::PUT, url);
-    call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    call.headers.insert(
+        CONTENT_TYPE,
+        HeaderValue::from_static("application/octet-stream"),
+    );
     call.wait += Duration::from_secs(size / FINISH_BYTES_PER_SECOND);
     let retry = repository.host.retry();
     let mut failed = 0;
@@ -301,12 +373,14 @@ async fn close(repository: &Repository, session: &Session, digest: &Digest, size
             return Err(error);
         }
         // An answer was lost before: the blob may be there, and the upload gone for that reason.
-        if let Ok(Some(found)) = repository.head_blob(digest).await {
-            if found == size {
-                return Ok(());
-            }
+        if let Ok(Some(found)) = repository.head_blob(digest).await
+            && found == size
+        {
+            return Ok(());
         }
-        let Some(pause) = pause else { return Err(error) };
+        let Some(pause) = pause else {
+            return Err(error);
+        };
         tokio::time::sleep(pause).await;
     }
 }

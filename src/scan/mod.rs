@@ -50,7 +50,12 @@ pub struct Caps {
 
 impl Default for Caps {
     fn default() -> Self {
-        Self { entries: 20_000_000, depth: 4096, bytes: 4 << 40, holes: 64 << 30 }
+        Self {
+            entries: 20_000_000,
+            depth: 4096,
+            bytes: 4 << 40,
+            holes: 64 << 30,
+        }
     }
 }
 
@@ -246,7 +251,10 @@ impl Scan {
 
     /// The entries that a layer has: all, less the root directory when nothing about it changed.
     pub fn emitted(&self) -> impl Iterator<Item = u32> + '_ {
-        let silent = self.entries.first().is_some_and(|root| root.flags.has(Flags::SILENT_ROOT));
+        let silent = self
+            .entries
+            .first()
+            .is_some_and(|root| root.flags.has(Flags::SILENT_ROOT));
         u32::from(silent)..self.entries.len() as u32
     }
 
@@ -391,18 +399,4 @@ pub enum Error {
     /// Somebody asked to stop.
     #[error("cancelled")]
     Cancelled,
-}
-
-/// A path for messages: control characters and bytes that are not UTF-8 escaped.
-pub fn printable(path: &[u8]) -> String {
-    let mut out = String::with_capacity(path.len());
-    for chunk in path.utf8_chunks() {
-        for c in chunk.valid().chars() {
-            if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
-        }
-        for byte in chunk.invalid() {
-            out.push_str(&format!("\\x{byte:02x}"));
-        }
-    }
-    out
 }

@@ -30,7 +30,9 @@ pub fn usage(path: &Path) -> io::Result<Usage> {
             Err(error) => return Err(error),
         };
         for name in names(dir.as_fd())? {
-            let Some(stat) = stat_at(dir.as_fd(), &name)? else { continue };
+            let Some(stat) = stat_at(dir.as_fd(), &name)? else {
+                continue;
+            };
             usage.entries += 1;
             usage.bytes += stat.st_blocks as u64 * 512;
             if FileType::from_raw_mode(stat.st_mode).is_dir() {

@@ -11,15 +11,18 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{FileType, OFlags, Stat};
 
 use super::{
-    Caps, Elsewhere, Entry, Error, Excluded, Extra, Facts, Flags, Kind, Options, Reason, Report, Roots, Scan, Xattr,
-    printable,
+    Caps, Elsewhere, Entry, Error, Excluded, Extra, Facts, Flags, Kind, Options, Reason, Report,
+    Roots, Scan, Xattr,
 };
+use crate::escape;
 use crate::overlay::lower::{Found, Lowers, Place, Stack, join};
 use crate::overlay::owner;
 use crate::overlay::root::{
     self, Follow, Root, is_absent, proc_path, read_link_at, stat_at, xattr_at, xattr_names_at,
 };
-use crate::overlay::xattr::{Fate, Mark, Namespace, ValueError, acl_inside, capability_inside, fate};
+use crate::overlay::xattr::{
+    Fate, Mark, Namespace, ValueError, acl_inside, capability_inside, fate,
+};
 
 /// `Entry::extra` of entries without any.
 const NO_EXTRA: u32 = u32::MAX;
@@ -110,7 +113,12 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
     let open = |path: &Path| Root::open(path).map_err(|source| read_error(path, b"", source));
     let upper = open(&roots.upper)?;
     let lowers = Lowers {
-        roots: roots.lowers.iter().chain(&roots.data_only).map(|p| open(p)).collect::<Result<_, _>>()?,
+        roots: roots
+            .lowers
+            .iter()
+            .chain(&roots.data_only)
+            .map(|p| open(p))
+            .collect::<Result<_, _>>()?,
         merged: roots.lowers.len(),
         namespace: roots.namespace,
     };
@@ -120,7 +128,13 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
         lowers_known: roots.lowers_known,
         namespace: roots.namespace,
         options,
-        queue: Mutex::new(Queue { tasks: Vec::new(), outputs: Vec::new(), working: 0, next_id: 1, failed: None }),
+        queue: Mutex::new(Queue {
+            tasks: Vec::new(),
+            outputs: Vec::new(),
+            working: 0,
+            next_id: 1,
+            failed: None,
+        }),
         changed: Condvar::new(),
         report: Mutex::new(Report::default()),
         count: Counters::default(),
@@ -158,7 +172,13 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
     report.vanished.sort();
     let mut all_roots = vec![upper];
     all_roots.extend(lowers.roots);
-    Ok(Scan { entries: flat.entries, names: flat.names, extras: flat.extras, roots: all_roots, report })
+    Ok(Scan {
+        entries: flat.entries,
+        names: flat.names,
+        extras: flat.extras,
+        roots: all_roots,
+        report,
+    })
 }
 
 impl Walker<'_> {
@@ -176,7 +196,10 @@ impl Walker<'_> {
                 if queue.working == 0 {
                     return;
                 }
-                queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                queue = self
+                    .changed
+                    .wait(queue)
+                    .unwrap_or_else(PoisonError::into_inner);
             };
             drop(queue);
             let result = if self.options.cancel.load(Ordering::Relaxed) {
@@ -206,11 +229,18 @@ impl Walker<'_> {
 
     /// The entry of the root directory itself: in the layer only if its mode, owner or attributes changed.
     fn root_entry(&self) -> Result<Output, Error> {
-        let stat = self.upper.stat(b"").and_then(|s| s.ok_or(io::ErrorKind::NotFound.into()));
+        let stat = self
+            .upper
+            .stat(b"")
+            .and_then(|s| s.ok_or(io::ErrorKind::NotFound.into()));
         let stat = stat.map_err(|source| self.read_error(b"", source))?;
-        let handle = self.upper.open_dir(b"").map_err(|source| self.read_error(b"", source))?;
+        let handle = self
+            .upper
+            .open_dir(b"")
+            .map_err(|source| self.read_error(b"", source))?;
         let mut output = Output::default();
-        let attributes = self.attributes_of(proc_path(handle.as_fd()), Follow::Yes, b"", &mut Vec::new())?;
+        let attributes =
+            self.attributes_of(proc_path(handle.as_fd()), Follow::Yes, b"", &mut Vec::new())?;
         let mut entry = self.entry(&stat, 0, Kind::Dir, b"")?;
         let mut silent = !self.lowers_known || self.lowers.merged == 0;
         if let (false, Some(place)) = (silent, self.lowers.root_stack().first()) {
@@ -224,7 +254,10 @@ impl Walker<'_> {
             entry.flags.set(Flags::SILENT_ROOT);
         }
         if !attributes.kept.is_empty() {
-            output.extras.push(Extra { xattrs: attributes.kept, ..Extra::default() });
+            output.extras.push(Extra {
+                xattrs: attributes.kept,
+                ..Extra::default()
+            });
             entry.extra = 0;
         }
         output.entries.push(entry);
@@ -235,7 +268,10 @@ impl Walker<'_> {
         let mut dir = Directory {
             walker: self,
             task,
-            output: Output { id: task.id, ..Output::default() },
+            output: Output {
+                id: task.id,
+                ..Output::default()
+            },
             tasks: Vec::new(),
             decided: HashSet::new(),
             deleted: HashSet::new(),
@@ -253,7 +289,12 @@ impl Walker<'_> {
         if task.hidden {
             dir.hide_base()?;
         }
-        let Directory { output, tasks, report, .. } = dir;
+        let Directory {
+            output,
+            tasks,
+            report,
+            ..
+        } = dir;
         self.add_to_report(report);
         Ok(sorted(output, tasks))
     }
@@ -271,7 +312,11 @@ impl Walker<'_> {
 
     fn entry(&self, stat: &Stat, root: u16, kind: Kind, path: &[u8]) -> Result<Entry, Error> {
         let (uid, gid) = self.owner_of(stat, path)?;
-        let size = if kind == Kind::File { u64::try_from(stat.st_size).unwrap_or(0) } else { 0 };
+        let size = if kind == Kind::File {
+            u64::try_from(stat.st_size).unwrap_or(0)
+        } else {
+            0
+        };
         Ok(Entry {
             parent: 0,
             name_at: 0,
@@ -287,7 +332,11 @@ impl Walker<'_> {
             ino: stat.st_ino,
             size,
             allocated: stat.st_blocks as u64 * 512,
-            rdev: if matches!(kind, Kind::Char | Kind::Block) { stat.st_rdev } else { 0 },
+            rdev: if matches!(kind, Kind::Char | Kind::Block) {
+                stat.st_rdev
+            } else {
+                0
+            },
             mtime: stat.st_mtime,
             mtime_nsec: stat.st_mtime_nsec as u32,
             ctime: stat.st_ctime,
@@ -296,7 +345,11 @@ impl Walker<'_> {
     }
 
     fn owner_of(&self, stat: &Stat, path: &[u8]) -> Result<(u32, u32), Error> {
-        let unmapped = |what, id| Error::Unmapped { path: printable(path), what, id };
+        let unmapped = |what, id| Error::Unmapped {
+            path: escape::path(path),
+            what,
+            id,
+        };
         let uid = owner::inside(self.options.uid_map, stat.st_uid);
         let gid = owner::inside(self.options.gid_map, stat.st_gid);
         Ok((
@@ -320,7 +373,8 @@ impl Walker<'_> {
         for name in list.split(|&b| b == 0).filter(|n| !n.is_empty()) {
             let value = || -> Result<Option<Vec<u8>>, Error> {
                 let name = CString::new(name).map_err(|e| self.read_error(path, e.into()))?;
-                xattr_at(at, name.as_c_str(), follow).map_err(|source| self.read_error(path, source))
+                xattr_at(at, name.as_c_str(), follow)
+                    .map_err(|source| self.read_error(path, source))
             };
             match fate(name, self.namespace) {
                 Fate::Mark(Mark::Opaque) => attributes.opaque = value()?,
@@ -332,10 +386,12 @@ impl Walker<'_> {
                 Fate::Drop => dropped.push(name.to_vec()),
                 Fate::Keep(kept) => {
                     if let Some(value) = value()? {
-                        let value = self.value_inside(&kept, value).map_err(|source| Error::Xattr {
-                            path: printable(path),
-                            source,
-                        })?;
+                        let value =
+                            self.value_inside(&kept, value)
+                                .map_err(|source| Error::Xattr {
+                                    path: escape::path(path),
+                                    source,
+                                })?;
                         attributes.kept.push((kept.into_owned(), value));
                     }
                 }
@@ -361,7 +417,12 @@ impl Walker<'_> {
         let fail = |source| read_error(root.path(), &place.path, source);
         let handle = root.open_beneath(&place.path, OFlags::PATH).map_err(fail)?;
         let stat = rustix::fs::fstat(&handle).map_err(|e| fail(e.into()))?;
-        let attributes = self.attributes_of(proc_path(handle.as_fd()), Follow::Yes, &place.path, &mut Vec::new())?;
+        let attributes = self.attributes_of(
+            proc_path(handle.as_fd()),
+            Follow::Yes,
+            &place.path,
+            &mut Vec::new(),
+        )?;
         Ok((stat, attributes.kept))
     }
 
@@ -370,22 +431,46 @@ impl Walker<'_> {
     }
 
     fn count(&self, entry: &Entry) -> Result<(), Error> {
-        let Caps { entries, bytes, holes, .. } = self.options.caps;
+        let Caps {
+            entries,
+            bytes,
+            holes,
+            ..
+        } = self.options.caps;
         let over = |what: &str, limit, flag| {
-            Err(Error::Cap { what: what.to_owned(), limit, flag })
+            Err(Error::Cap {
+                what: what.to_owned(),
+                limit,
+                flag,
+            })
         };
         if self.count.entries.fetch_add(1, Ordering::Relaxed) >= entries {
             return over("the number of entries", entries, "--max-entries");
         }
-        if self.count.bytes.fetch_add(entry.size, Ordering::Relaxed).saturating_add(entry.size) > bytes {
+        if self
+            .count
+            .bytes
+            .fetch_add(entry.size, Ordering::Relaxed)
+            .saturating_add(entry.size)
+            > bytes
+        {
             return over("the size of all files in bytes", bytes, "--max-size");
         }
         let hole = entry.size.saturating_sub(entry.allocated);
         // A metacopy file is all hole here, its data are elsewhere; the bound is for what would be expanded.
         if entry.kind == Kind::File
-            && self.count.holes.fetch_add(hole, Ordering::Relaxed).saturating_add(hole) > holes
+            && self
+                .count
+                .holes
+                .fetch_add(hole, Ordering::Relaxed)
+                .saturating_add(hole)
+                > holes
         {
-            return over("the size of the holes in sparse files in bytes", holes, "--max-holes");
+            return over(
+                "the size of the holes in sparse files in bytes",
+                holes,
+                "--max-holes",
+            );
         }
         Ok(())
     }
@@ -410,7 +495,7 @@ impl Directory<'_> {
         let fd = match walker.upper.open_dir(&self.task.path) {
             Ok(fd) => fd,
             Err(error) if is_absent(&error) => {
-                self.report.vanished.push(printable(&self.task.path));
+                self.report.vanished.push(escape::path(&self.task.path));
                 return Ok(());
             }
             Err(source) => return Err(walker.read_error(&self.task.path, source)),
@@ -422,7 +507,7 @@ impl Directory<'_> {
             let path = join(&self.task.path, &name);
             let stat = stat_at(fd.as_fd(), &name).map_err(|e| walker.read_error(&path, e))?;
             let Some(stat) = stat else {
-                self.report.vanished.push(printable(&path));
+                self.report.vanished.push(escape::path(&path));
                 continue;
             };
             let file_type = FileType::from_raw_mode(stat.st_mode);
@@ -436,7 +521,7 @@ impl Directory<'_> {
             at.extend(&name);
             let attributes = match walker.attributes_of(at, Follow::No, &path, &mut dropped) {
                 Err(Error::Read { source, .. }) if is_absent(&source) => {
-                    self.report.vanished.push(printable(&path));
+                    self.report.vanished.push(escape::path(&path));
                     continue;
                 }
                 other => other?,
@@ -446,7 +531,8 @@ impl Directory<'_> {
                     Some(marked) => marked,
                     None => {
                         let name = walker.namespace.name("opaque");
-                        let value = xattr_at(proc_path(fd.as_fd()).as_str(), name.as_str(), Follow::Yes);
+                        let value =
+                            xattr_at(proc_path(fd.as_fd()).as_str(), name.as_str(), Follow::Yes);
                         let value = value.map_err(|e| walker.read_error(&self.task.path, e))?;
                         *holds_whiteout_files.insert(value.as_deref() == Some(b"x"))
                     }
@@ -468,10 +554,8 @@ impl Directory<'_> {
         } else if self.task.full || self.task.hidden {
             // What the base has under this name is hidden with all else that is not here.
             self.deleted.insert(name);
-        } else {
-            if in_base || !self.walker.lowers_known {
-                self.push_mark(Kind::Whiteout, &name)?;
-            }
+        } else if in_base || !self.walker.lowers_known {
+            self.push_mark(Kind::Whiteout, &name)?;
         }
         Ok(())
     }
@@ -492,7 +576,7 @@ impl Directory<'_> {
         let link = if file_type == FileType::Symlink {
             let link = read_link_at(dir, &name).map_err(|e| walker.read_error(&path, e))?;
             if link.is_none() {
-                self.report.vanished.push(printable(&path));
+                self.report.vanished.push(escape::path(&path));
                 return Ok(());
             }
             link
@@ -512,7 +596,7 @@ impl Directory<'_> {
             return Ok(());
         }
         let Some(kind) = kind_of(file_type) else {
-            self.report.sockets.push(printable(&path));
+            self.report.sockets.push(escape::path(&path));
             // The container sees a socket here, never what the base has.
             if in_base && !self.task.full && !self.task.hidden {
                 self.push_mark(Kind::Whiteout, &name)?;
@@ -521,12 +605,18 @@ impl Directory<'_> {
             return Ok(());
         };
         if name.starts_with(b".wh.") {
-            return Err(Error::ReservedName { path: printable(&path) });
+            return Err(Error::ReservedName {
+                path: escape::path(&path),
+            });
         }
         for name in dropped {
             // Labels of the host's security module are on every file: that they stay behind is no news.
             if !name.starts_with(b"security.") && !name.starts_with(b"trusted.") {
-                *self.report.dropped_xattrs.entry(printable(&name)).or_default() += 1;
+                *self
+                    .report
+                    .dropped_xattrs
+                    .entry(escape::path(&name))
+                    .or_default() += 1;
             }
         }
         let opaque = attributes.opaque.as_deref() == Some(b"y");
@@ -542,21 +632,31 @@ impl Directory<'_> {
         } else {
             Stack::new()
         };
-        let mut extra = Extra { link, xattrs: attributes.kept, content, ..Extra::default() };
+        let mut extra = Extra {
+            link,
+            xattrs: attributes.kept,
+            content,
+            ..Extra::default()
+        };
         if let (Kind::File, Some(nlink)) = (kind, &attributes.nlink) {
-            extra.indexed_nlink = self.indexed_nlink(nlink, stat, &base);
+            extra.indexed_nlink = indexed_nlink(nlink, stat, &base);
         }
         let mut base_stack = Stack::new();
         let shown = !self.task.full && !self.task.hidden;
         match &base {
             Found::Absent => {
-                if kind == Kind::Dir && walker.lowers_known && walker.options.exclusions.mount_ancestor(&path) {
+                if kind == Kind::Dir
+                    && walker.lowers_known
+                    && walker.options.exclusions.mount_ancestor(&path)
+                {
                     entry.flags.set(Flags::MOUNT_PARENT);
                 }
             }
             Found::Dir { stack, .. } => {
                 entry.flags.set(Flags::IN_BASE);
-                if let (Kind::Dir, true, false, false, Some(place)) = (kind, shown, opaque, moved, stack.first()) {
+                if let (Kind::Dir, true, false, false, Some(place)) =
+                    (kind, shown, opaque, moved, stack.first())
+                {
                     self.compare_dir(&mut entry, &extra, place)?;
                 }
                 base_stack.clone_from(stack);
@@ -592,7 +692,10 @@ impl Directory<'_> {
     /// In a directory that was moved here: what is merged from where it was.
     fn merged_entries(&mut self) -> Result<(), Error> {
         let walker = self.walker;
-        let merged = walker.lowers.list(&self.task.merge).map_err(|e| walker.read_error(&self.task.path, e))?;
+        let merged = walker
+            .lowers
+            .list(&self.task.merge)
+            .map_err(|e| walker.read_error(&self.task.path, e))?;
         for (name, found) in merged {
             if self.decided.contains(&name) || self.deleted.contains(&name) {
                 continue;
@@ -609,7 +712,10 @@ impl Directory<'_> {
             let base = self.base(&name, &path)?;
             let root = &walker.lowers.roots[usize::from(place.root)];
             let link = if file_type == FileType::Symlink {
-                Some(root.read_link(&place.path).map_err(|e| read_error(root.path(), &place.path, e))?)
+                Some(
+                    root.read_link(&place.path)
+                        .map_err(|e| read_error(root.path(), &place.path, e))?,
+                )
             } else {
                 None
             };
@@ -619,11 +725,13 @@ impl Directory<'_> {
                 continue;
             }
             let Some(kind) = kind_of(file_type) else {
-                self.report.sockets.push(printable(&path));
+                self.report.sockets.push(escape::path(&path));
                 continue;
             };
             if name.starts_with(b".wh.") {
-                return Err(Error::ReservedName { path: printable(&path) });
+                return Err(Error::ReservedName {
+                    path: escape::path(&path),
+                });
             }
             let mut entry = walker.entry(&stat, place.root + 1, kind, &path)?;
             if in_base {
@@ -637,7 +745,16 @@ impl Directory<'_> {
                 None
             };
             self.decide(&name);
-            let index = self.push(entry, &name, Extra { link, xattrs: kept, content, ..Extra::default() })?;
+            let index = self.push(
+                entry,
+                &name,
+                Extra {
+                    link,
+                    xattrs: kept,
+                    content,
+                    ..Extra::default()
+                },
+            )?;
             if kind == Kind::Dir {
                 let base = match base {
                     Found::Dir { stack, .. } => stack,
@@ -663,9 +780,14 @@ impl Directory<'_> {
     /// Where the base's content must not shine through: a whiteout for each name that is not here.
     fn hide_base(&mut self) -> Result<(), Error> {
         let walker = self.walker;
-        let base = walker.lowers.list(&self.task.base).map_err(|e| walker.read_error(&self.task.path, e))?;
+        let base = walker
+            .lowers
+            .list(&self.task.base)
+            .map_err(|e| walker.read_error(&self.task.path, e))?;
         for (name, found) in base {
-            let (Found::Dir { stat, .. } | Found::Other { stat, .. }) = found else { continue };
+            let (Found::Dir { stat, .. } | Found::Other { stat, .. }) = found else {
+                continue;
+            };
             if self.decided.contains(&name) {
                 continue;
             }
@@ -685,11 +807,19 @@ impl Directory<'_> {
     }
 
     fn base(&self, name: &[u8], path: &[u8]) -> Result<Found, Error> {
-        self.walker.lowers.lookup(&self.task.base, name).map_err(|e| self.walker.read_error(path, e))
+        self.walker
+            .lowers
+            .lookup(&self.task.base, name)
+            .map_err(|e| self.walker.read_error(path, e))
     }
 
     /// The directories that the overlay merges beneath the upper's directory `name`.
-    fn merged_with(&self, name: &[u8], path: &[u8], redirect: Option<&[u8]>) -> Result<Stack, Error> {
+    fn merged_with(
+        &self,
+        name: &[u8],
+        path: &[u8],
+        redirect: Option<&[u8]>,
+    ) -> Result<Stack, Error> {
         let lowers = self.walker.lowers;
         let found = match redirect {
             Some(redirect) => lowers.lookup_redirect(&self.task.merge, redirect),
@@ -698,7 +828,10 @@ impl Directory<'_> {
         match found.map_err(|e| self.walker.read_error(path, e))? {
             Found::Dir { stack, .. } => Ok(stack),
             // The kernel's view of a redirect that leads nowhere is an empty directory; ours is doubt.
-            _ if redirect.is_some() => Err(Error::Dangling { path: printable(path), mark: "redirect" }),
+            _ if redirect.is_some() => Err(Error::Dangling {
+                path: escape::path(path),
+                mark: "redirect",
+            }),
             _ => Ok(Stack::new()),
         }
     }
@@ -711,19 +844,11 @@ impl Directory<'_> {
         entry: &mut Entry,
     ) -> Result<Elsewhere, Error> {
         let data = self.walker.lowers.data(&self.task.merge, name, redirect);
-        elsewhere(data.map_err(|e| self.walker.read_error(path, e))?, path, entry)
-    }
-
-    /// Hard links that the container sees of an indexed file (`ovl_get_nlink` in the kernel's `util.c`).
-    fn indexed_nlink(&self, mark: &[u8], stat: &Stat, base: &Found) -> Option<u32> {
-        let (of, difference) = mark.split_first()?;
-        let difference: i64 = std::str::from_utf8(difference).ok()?.parse().ok()?;
-        let on_disk = match (of, base) {
-            (b'U', _) => stat.st_nlink as i64,
-            (b'L', Found::Other { stat, .. }) => stat.st_nlink as i64,
-            _ => return None,
-        };
-        u32::try_from(on_disk + difference).ok()
+        elsewhere(
+            data.map_err(|e| self.walker.read_error(path, e))?,
+            path,
+            entry,
+        )
     }
 
     fn compare_dir(&self, entry: &mut Entry, extra: &Extra, place: &Place) -> Result<(), Error> {
@@ -732,13 +857,24 @@ impl Directory<'_> {
         if mode_of(&base) != entry.mode || owner != (entry.uid, entry.gid) || kept != extra.xattrs {
             return Ok(());
         }
-        let same_time = (base.st_mtime, base.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec);
-        entry.flags.set(if same_time { Flags::UNCHANGED } else { Flags::TIME_ONLY });
+        let same_time =
+            (base.st_mtime, base.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec);
+        entry.flags.set(if same_time {
+            Flags::UNCHANGED
+        } else {
+            Flags::TIME_ONLY
+        });
         Ok(())
     }
 
     /// Whether a copied-up entry still equals the base's: metadata first, then content.
-    fn compare_other(&self, entry: &mut Entry, extra: &mut Extra, place: &Place, path: &[u8]) -> Result<(), Error> {
+    fn compare_other(
+        &self,
+        entry: &mut Entry,
+        extra: &mut Extra,
+        place: &Place,
+        path: &[u8],
+    ) -> Result<(), Error> {
         let walker = self.walker;
         let (base, kept) = walker.base_facts(place)?;
         let same = kind_of(FileType::from_raw_mode(base.st_mode)) == Some(entry.kind)
@@ -754,14 +890,19 @@ impl Directory<'_> {
         let equal = match entry.kind {
             Kind::File if base.st_size as u64 != entry.size => false,
             Kind::File => {
-                let data = walker.lowers.data_of(place.clone(), base, &self.task.merge, basename(path));
+                let data =
+                    walker
+                        .lowers
+                        .data_of(place.clone(), base, &self.task.merge, basename(path));
                 match data.map_err(|e| walker.read_error(path, e))? {
                     Some((data, stat)) => self.same_content(entry, extra, path, &data, &stat)?,
                     None => false,
                 }
             }
             Kind::Symlink => {
-                let target = root.read_link(&place.path).map_err(|e| read_error(root.path(), &place.path, e))?;
+                let target = root
+                    .read_link(&place.path)
+                    .map_err(|e| read_error(root.path(), &place.path, e))?;
                 extra.link.as_deref() == Some(&target)
             }
             Kind::Char | Kind::Block => base.st_rdev == entry.rdev,
@@ -787,19 +928,33 @@ impl Directory<'_> {
             return Ok(elsewhere.root == base.root + 1 && elsewhere.ino == base_stat.st_ino);
         }
         let base_root = &walker.lowers.roots[usize::from(base.root)];
-        let ours = walker.upper.open_file(path, entry.ino).map_err(|e| walker.read_error(path, e))?;
+        let ours = walker
+            .upper
+            .open_file(path, entry.ino)
+            .map_err(|e| walker.read_error(path, e))?;
         let theirs = base_root
             .open_file(&base.path, base_stat.st_ino)
             .map_err(|e| read_error(base_root.path(), &base.path, e))?;
-        let (Some(ours), Some(theirs)) = (ours, theirs) else { return Ok(false) };
+        let (Some(ours), Some(theirs)) = (ours, theirs) else {
+            return Ok(false);
+        };
         same_bytes(ours.into(), theirs.into()).map_err(|e| walker.read_error(path, e))
     }
 
     /// Notes files that give whoever runs them somebody else's rights, unless the base has them so.
-    fn privilege(&mut self, entry: &Entry, extra: &Extra, base: &Found, path: &[u8]) -> Result<(), Error> {
+    fn privilege(
+        &mut self,
+        entry: &Entry,
+        extra: &Extra,
+        base: &Found,
+        path: &[u8],
+    ) -> Result<(), Error> {
         const SET_ID: u16 = 0o6000;
         let capability = |xattrs: &[Xattr]| {
-            xattrs.iter().find(|(name, _)| name == b"security.capability").map(|(_, value)| value.clone())
+            xattrs
+                .iter()
+                .find(|(name, _)| name == b"security.capability")
+                .map(|(_, value)| value.clone())
         };
         let ours = (entry.mode & SET_ID, capability(&extra.xattrs));
         if entry.kind != Kind::File || ours == (0, None) {
@@ -813,7 +968,7 @@ impl Directory<'_> {
                 return Ok(());
             }
         }
-        self.report.privileged.push(printable(path));
+        self.report.privileged.push(escape::path(path));
         Ok(())
     }
 
@@ -826,17 +981,30 @@ impl Directory<'_> {
         link: Option<&[u8]>,
         in_base: bool,
     ) -> bool {
-        let facts = Facts { file_type, size: stat.st_size as u64, link, in_base };
-        let Some(reason) = self.walker.options.exclusions.check(path, &facts) else { return false };
+        let facts = Facts {
+            file_type,
+            size: stat.st_size as u64,
+            link,
+            in_base,
+        };
+        let Some(reason) = self.walker.options.exclusions.check(path, &facts) else {
+            return false;
+        };
         self.note_left_out(path, reason);
         true
     }
 
     fn note_left_out(&mut self, path: &[u8], reason: Reason) {
-        if matches!(reason, Reason::Mount | Reason::MountStub | Reason::RuntimeDevice | Reason::Gpu) {
+        if matches!(
+            reason,
+            Reason::Mount | Reason::MountStub | Reason::RuntimeDevice | Reason::Gpu
+        ) {
             self.output.stubs = true;
         }
-        self.report.excluded.push(Excluded { path: printable(path), reason });
+        self.report.excluded.push(Excluded {
+            path: escape::path(path),
+            reason,
+        });
     }
 
     /// Whether a link's target in the same directory of the merged tree is missing or an empty file.
@@ -848,8 +1016,13 @@ impl Directory<'_> {
                 return Ok(false);
             }
             let failed = |error| self.walker.read_error(path, error);
-            let stat = match (stat_at(dir, &name).map_err(failed)?, self.base(&name, path)?) {
-                (Some(stat), _) | (None, Found::Other { stat, .. } | Found::Dir { stat, .. }) => stat,
+            let stat = match (
+                stat_at(dir, &name).map_err(failed)?,
+                self.base(&name, path)?,
+            ) {
+                (Some(stat), _) | (None, Found::Other { stat, .. } | Found::Dir { stat, .. }) => {
+                    stat
+                }
                 (None, Found::Absent) => return Ok(true),
             };
             match FileType::from_raw_mode(stat.st_mode) {
@@ -869,13 +1042,21 @@ impl Directory<'_> {
         let limit = self.walker.options.caps.depth;
         if self.task.depth >= limit {
             let what = "the depth of directories".to_owned();
-            return Err(Error::Cap { what, limit: u64::from(limit), flag: "--max-depth" });
+            return Err(Error::Cap {
+                what,
+                limit: u64::from(limit),
+                flag: "--max-depth",
+            });
         }
         Ok(self.task.depth + 1)
     }
 
     fn push_mark(&mut self, kind: Kind, name: &[u8]) -> Result<(), Error> {
-        let entry = Entry { kind, extra: NO_EXTRA, ..Entry::default() };
+        let entry = Entry {
+            kind,
+            extra: NO_EXTRA,
+            ..Entry::default()
+        };
         self.push(entry, name, Extra::default()).map(|_| ())
     }
 
@@ -893,14 +1074,37 @@ impl Directory<'_> {
     }
 }
 
+/// Hard links that the container sees of an indexed file (`ovl_get_nlink` in the kernel's `util.c`).
+fn indexed_nlink(mark: &[u8], stat: &Stat, base: &Found) -> Option<u32> {
+    let (of, difference) = mark.split_first()?;
+    let difference: i64 = std::str::from_utf8(difference).ok()?.parse().ok()?;
+    let on_disk = match (of, base) {
+        (b'U', _) => stat.st_nlink as i64,
+        (b'L', Found::Other { stat, .. }) => stat.st_nlink as i64,
+        _ => return None,
+    };
+    u32::try_from(on_disk + difference).ok()
+}
+
 /// The content of a file that is not where its metadata are.
-fn elsewhere(data: Option<(Place, Stat)>, path: &[u8], entry: &mut Entry) -> Result<Elsewhere, Error> {
+fn elsewhere(
+    data: Option<(Place, Stat)>,
+    path: &[u8],
+    entry: &mut Entry,
+) -> Result<Elsewhere, Error> {
     let Some((place, stat)) = data else {
-        return Err(Error::Dangling { path: printable(path), mark: "metacopy" });
+        return Err(Error::Dangling {
+            path: escape::path(path),
+            mark: "metacopy",
+        });
     };
     entry.size = stat.st_size as u64;
     entry.allocated = stat.st_blocks as u64 * 512;
-    Ok(Elsewhere { root: place.root + 1, path: place.path, ino: stat.st_ino })
+    Ok(Elsewhere {
+        root: place.root + 1,
+        path: place.path,
+        ino: stat.st_ino,
+    })
 }
 
 /// Puts a directory's entries into the order of the layer.
@@ -913,14 +1117,25 @@ fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Vec<(u32, Tas
             Kind::Whiteout => 1,
             _ => 2,
         };
-        rank(a).cmp(&rank(b)).then_with(|| output.name(a).cmp(output.name(b)))
+        rank(a)
+            .cmp(&rank(b))
+            .then_with(|| output.name(a).cmp(output.name(b)))
     });
     let mut place = vec![0u32; order.len()];
     for (new, &old) in order.iter().enumerate() {
         place[old as usize] = new as u32;
     }
-    output.entries = order.iter().map(|&old| output.entries[old as usize]).collect();
-    (output, tasks.into_iter().map(|(old, task)| (place[old as usize], task)).collect())
+    output.entries = order
+        .iter()
+        .map(|&old| output.entries[old as usize])
+        .collect();
+    (
+        output,
+        tasks
+            .into_iter()
+            .map(|(old, task)| (place[old as usize], task))
+            .collect(),
+    )
 }
 
 /// All entries in one list.
@@ -938,7 +1153,8 @@ impl Flat {
         self.names.extend(output.name(&entry));
         entry.name_at = name_at;
         if entry.extra != NO_EXTRA {
-            self.extras.push(std::mem::take(&mut output.extras[entry.extra as usize]));
+            self.extras
+                .push(std::mem::take(&mut output.extras[entry.extra as usize]));
             entry.extra = self.extras.len() as u32 - 1;
         }
         self.entries.push(entry);
@@ -951,8 +1167,10 @@ fn flatten(mut root: Output, outputs: Vec<Output>, count: u32) -> Flat {
     let mut by_id: Vec<Option<Output>> = Vec::new();
     by_id.resize_with(count as usize, || None);
     let mut flat = Flat::default();
-    flat.entries.reserve_exact(1 + outputs.iter().map(|o| o.entries.len()).sum::<usize>());
-    flat.names.reserve_exact(outputs.iter().map(|o| o.names.len()).sum());
+    flat.entries
+        .reserve_exact(1 + outputs.iter().map(|o| o.entries.len()).sum::<usize>());
+    flat.names
+        .reserve_exact(outputs.iter().map(|o| o.names.len()).sum());
     for output in outputs {
         let id = output.id as usize;
         by_id[id] = Some(output);
@@ -987,17 +1205,26 @@ fn flatten(mut root: Output, outputs: Vec<Output>, count: u32) -> Flat {
 /// With `index=on` a base file's other names change with the one that was written to, without being in the upper.
 fn check_indexed(flat: &Flat) -> Result<(), Error> {
     let mut names: HashMap<u64, u32> = HashMap::new();
-    for entry in flat.entries.iter().filter(|e| e.root == 0 && e.kind == Kind::File && e.nlink > 1) {
+    for entry in flat
+        .entries
+        .iter()
+        .filter(|e| e.root == 0 && e.kind == Kind::File && e.nlink > 1)
+    {
         *names.entry(entry.ino).or_default() += 1;
     }
     for (index, entry) in flat.entries.iter().enumerate() {
-        let expected = flat.extras.get(entry.extra as usize).and_then(|e| e.indexed_nlink);
+        let expected = flat
+            .extras
+            .get(entry.extra as usize)
+            .and_then(|e| e.indexed_nlink);
         if let Some(expected) = expected
             && names.get(&entry.ino).copied().unwrap_or(1) < expected
         {
             let mut path = Vec::new();
             super::path_of(&flat.entries, &flat.names, index as u32, &mut path);
-            return Err(Error::IndexedLink { path: printable(&path) });
+            return Err(Error::IndexedLink {
+                path: escape::path(&path),
+            });
         }
     }
     Ok(())
@@ -1008,7 +1235,10 @@ fn prune(flat: &mut Flat) {
     let mut groups: HashMap<(u16, u64), Vec<u32>> = HashMap::new();
     for (index, entry) in flat.entries.iter().enumerate() {
         if entry.nlink > 1 && !matches!(entry.kind, Kind::Dir | Kind::Whiteout | Kind::Opaque) {
-            groups.entry((entry.root, entry.ino)).or_default().push(index as u32);
+            groups
+                .entry((entry.root, entry.ino))
+                .or_default()
+                .push(index as u32);
         }
     }
     // A group of hard links is left out as a whole or not at all: half of it would be another file.
@@ -1016,7 +1246,11 @@ fn prune(flat: &mut Flat) {
         let base = |&index: &u32| {
             let entry = &flat.entries[index as usize];
             let base = flat.extras.get(entry.extra as usize).and_then(|e| e.base);
-            if entry.flags.has(Flags::UNCHANGED) { base } else { None }
+            if entry.flags.has(Flags::UNCHANGED) {
+                base
+            } else {
+                None
+            }
         };
         let first = group.first().and_then(base);
         let whole = first.is_some()
@@ -1047,7 +1281,10 @@ fn prune(flat: &mut Flat) {
             real |= !inside[index] && !stubs_only;
         }
     }
-    real |= flat.entries.first().is_some_and(|root| !root.flags.has(Flags::SILENT_ROOT));
+    real |= flat
+        .entries
+        .first()
+        .is_some_and(|root| !root.flags.has(Flags::SILENT_ROOT));
     let mut moved = vec![0u32; count];
     let mut to = 0;
     for from in 0..count {
@@ -1096,7 +1333,9 @@ fn mode_of(stat: &Stat) -> u16 {
 }
 
 fn basename(path: &[u8]) -> &[u8] {
-    path.iter().rposition(|&b| b == b'/').map_or(path, |cut| &path[cut + 1..])
+    path.iter()
+        .rposition(|&b| b == b'/')
+        .map_or(path, |cut| &path[cut + 1..])
 }
 
 fn read_error(root: &Path, path: &[u8], source: io::Error) -> Error {
@@ -1105,7 +1344,10 @@ fn read_error(root: &Path, path: &[u8], source: io::Error) -> Error {
         full.push(b'/');
         full.extend(path);
     }
-    Error::Read { path: printable(&full), source }
+    Error::Read {
+        path: escape::path(&full),
+        source,
+    }
 }
 
 /// A panicked thread leaves nothing half done here: every change under the lock is a whole one.
@@ -1117,12 +1359,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// kernel reads them as absent, and deletions would silently come back.
 fn may_read_trusted() -> bool {
     const CAP_SYS_ADMIN: u32 = 21;
-    let effective = std::fs::read_to_string("/proc/self/status").ok().and_then(|status| {
-        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-        u64::from_str_radix(line.trim(), 16).ok()
-    });
-    let initial = std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| {
-        map.split_whitespace().collect::<Vec<_>>() == ["0", "0", "4294967295"]
-    });
+    let effective = std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| {
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix("CapEff:"))?;
+            u64::from_str_radix(line.trim(), 16).ok()
+        });
+    let initial = std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().collect::<Vec<_>>() == ["0", "0", "4294967295"]);
     initial && effective.is_some_and(|set| set & (1 << CAP_SYS_ADMIN) != 0)
 }

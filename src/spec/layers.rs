@@ -51,6 +51,18 @@ impl Layers {
         layers
     }
 
+    /// A tree that is there already, to apply layers over.
+    pub fn over(tree: Tree) -> Self {
+        let mut layers = Self::new();
+        let top = tree.nodes.values().map(|node| node.inode).max();
+        layers.inode += top.unwrap_or(0);
+        layers
+            .written
+            .extend(tree.nodes.keys().map(|path| (path.clone(), 0)));
+        layers.tree.nodes.extend(tree.nodes);
+        layers
+    }
+
     /// Applies one more layer (plain, gzip or zstd) and says what its tar was.
     ///
     /// After an error the tree holds part of the layer and must not be used.

@@ -261,7 +261,11 @@ pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
                 let directory = name
                     .strip_suffix('/')
                     .ok_or_else(|| fail("/deep makes directories: NAME/".to_owned()))?;
-                let last = directory.rsplit('/').next().unwrap_or(directory).to_owned();
+                let last = directory
+                    .rsplit(['/', '}'])
+                    .next()
+                    .unwrap_or(directory)
+                    .to_owned();
                 let mut nested = directory.to_owned();
                 for _ in 0..count {
                     let item = item(&format!("{nested}/"), words.iter().copied()).map_err(fail)?;

@@ -1,14 +1,18 @@
 //! The harness itself: every host runs a container, and leaves nothing behind. Where one of these fails, the machine or
 //! the harness is at fault, not the program.
 
+use std::path::Path;
+
 use anyhow::{Result, ensure};
 
 use crate::host::containerd::{Containerd, PodOptions};
 use crate::host::docker::Docker;
 use crate::host::image::{Base, Format, base};
 use crate::host::podman::Podman;
+use crate::host::process::{Mount, Process};
 use crate::host::registry::Registry;
 use crate::host::{Freezer, Scratch, leftovers};
+use crate::save::{TREE, same_tree_by, unpack_layout};
 use crate::support::{Need, ignored};
 
 #[test]
@@ -81,5 +85,68 @@ fn podman_runs_a_container_and_goes_without_a_trace() -> Result<()> {
     ensure!(container.rootfs.join("bin/busybox").exists());
     drop((podman, registry, scratch));
     assert_eq!(leftovers(&root), Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn processes_run_on_overlays_of_every_kind() -> Result<()> {
+    if ignored(&[
+        Need::Root,
+        Need::Program("buildah"),
+        Need::Program("umoci"),
+        Need::Program("unshare"),
+    ]) {
+        return Ok(());
+    }
+    for mount in [
+        Mount::default(),
+        Mount {
+            options: "redirect_dir=on,metacopy=on",
+            ..Mount::default()
+        },
+        Mount {
+            options: "userxattr",
+            prefix: "user",
+            ..Mount::default()
+        },
+        Mount {
+            relative: true,
+            more_layers: 97,
+            ..Mount::default()
+        },
+        Mount {
+            options: "userxattr",
+            prefix: "user",
+            shift: 200_000,
+            ..Mount::default()
+        },
+    ] {
+        let scratch = Scratch::new()?;
+        let root = scratch.path().to_owned();
+        let process = Process::start(&scratch, &mount)?;
+        assert_eq!(
+            process.shell("cat /usr/lib/app/main; echo x > /srv/new; rm /srv/new")?,
+            "main",
+            "{mount:?}"
+        );
+        // Nothing has changed but times: the merged view is the image.
+        let layout = process
+            .base
+            .trim_start_matches("oci:")
+            .trim_end_matches(":latest");
+        let rootfs = unpack_layout(Path::new(layout), "latest")?;
+        let mut compare = process.enter(false);
+        compare.args(["python3", TREE, "--shift", &mount.shift.to_string()]);
+        same_tree_by(
+            compare,
+            &process.merged,
+            &rootfs,
+            &["dev"],
+            &["srv", "."],
+            60,
+        )?;
+        drop((process, scratch));
+        assert_eq!(leftovers(&root), Vec::<String>::new());
+    }
     Ok(())
 }

@@ -3,5 +3,14 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bad_input;
+mod base_lost;
+mod consumers;
+mod cri;
+mod engines;
 mod host;
 mod hosts;
+mod kill;
+mod lab;
+mod overlay;
+mod save;

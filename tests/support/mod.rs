@@ -57,3 +57,12 @@ pub fn ignore(reason: &str) {
     );
     let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
 }
+
+/// Says something that a reader of the log should know, past the capture.
+pub fn note(text: &str) {
+    let line = format!(
+        "note: {}: {text}\n",
+        std::thread::current().name().unwrap_or("a test")
+    );
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+}

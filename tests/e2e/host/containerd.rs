@@ -244,7 +244,7 @@ impl Containerd {
         let done = self.exec(pod, &["/bin/sh", "-ec", script])?;
         ensure!(
             done.code == 0,
-            "{script:?} in the pod ended with {}: {}{}",
+            "in the pod, exit {}: {}{}\n(of {script})",
             done.code,
             done.stdout,
             done.stderr

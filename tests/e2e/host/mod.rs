@@ -6,6 +6,7 @@ pub mod docker;
 pub mod grpc;
 pub mod image;
 pub mod podman;
+pub mod process;
 pub mod registry;
 
 use std::collections::BTreeSet;
@@ -18,7 +19,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -408,36 +409,44 @@ impl Roots {
     }
 }
 
-/// Where the freezer of a process stands.
+/// The freezers of a process: on a hybrid machine there are two, and either stops it.
 #[derive(Clone, Debug)]
-pub struct Freezer(PathBuf);
+pub struct Freezer(Vec<PathBuf>);
 
 impl Freezer {
     pub fn of(pid: i32) -> Result<Self> {
-        let dirs = cgroups_of(pid);
-        let v1 = dirs.iter().find(|dir| dir.join("freezer.state").exists());
-        let v2 = dirs.iter().find(|dir| dir.join("cgroup.freeze").exists());
-        Ok(Self(
-            v1.or(v2)
-                .context("the process is in no cgroup with a freezer")?
-                .clone(),
-        ))
+        let mut files = Vec::new();
+        for dir in cgroups_of(pid) {
+            files.extend(["freezer.state", "cgroup.freeze"].map(|name| dir.join(name)));
+        }
+        files.retain(|file| file.exists());
+        ensure!(
+            !files.is_empty(),
+            "the process is in no cgroup with a freezer"
+        );
+        Ok(Self(files))
     }
 
     pub fn frozen(&self) -> bool {
-        let read = |name: &str| fs::read_to_string(self.0.join(name)).unwrap_or_default();
-        read("freezer.state").trim().starts_with("FR") || read("cgroup.freeze").trim() == "1"
+        let states = self
+            .0
+            .iter()
+            .map(|file| fs::read_to_string(file).unwrap_or_default());
+        states
+            .into_iter()
+            .any(|state| state.starts_with("FR") || state.trim() == "1")
     }
 
-    /// As somebody else's `pause` would.
+    /// As somebody else's `pause` would: engines use the first hierarchy where there are two.
     pub fn set(&self, frozen: bool) -> Result<()> {
-        let v1 = self.0.join("freezer.state");
-        if v1.exists() {
-            fs::write(v1, if frozen { "FROZEN" } else { "THAWED" })?;
-        } else {
-            fs::write(self.0.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
-        }
-        Ok(())
+        let file = &self.0[0];
+        let state = match (file.ends_with("freezer.state"), frozen) {
+            (true, true) => "FROZEN",
+            (true, false) => "THAWED",
+            (false, true) => "1",
+            (false, false) => "0",
+        };
+        Ok(fs::write(file, state)?)
     }
 }
 

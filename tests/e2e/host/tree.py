@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Compares two directory trees entry by entry. Knows nothing of the program under test: no code is shared with it.
 
-    tree.py A B [--except GLOB]... [--except-mtime GLOB]...
+    tree.py A B [--except GLOB]... [--except-mtime GLOB]... [--shift N]
 
 Looked at: type, mode, owner, size, whole seconds of the mtime, content, link target, device numbers, extended attributes,
 and which names are links of one file. GLOBs match whole paths without a leading slash ("*" matches "/" too; "." is the
@@ -25,8 +25,8 @@ KINDS = {
 }
 
 
-def look(root):
-    """{path: {what: value}}; paths are bytes relative to the root."""
+def look(root, shift=0):
+    """{path: {what: value}}; paths are bytes relative to the root. `shift` is taken off owners."""
     entries, links = {}, collections.defaultdict(list)
     mounts = mount_points(root)
 
@@ -36,10 +36,10 @@ def look(root):
         seen = {
             "type": KINDS[kind],
             "mode": oct(stat.S_IMODE(status.st_mode)),
-            "owner": f"{status.st_uid}:{status.st_gid}",
+            "owner": f"{status.st_uid - shift}:{status.st_gid - shift}",
             "mtime": int(status.st_mtime_ns // 1_000_000_000),
             "xattrs": {
-                key: os.getxattr(path, key, follow_symlinks=False).hex()
+                key: attribute(path, key, shift)
                 for key in sorted(os.listxattr(path, follow_symlinks=False))
                 if not key.startswith(FOREIGN)
             },
@@ -75,6 +75,14 @@ def look(root):
     return entries
 
 
+def attribute(path, key, shift):
+    value = os.getxattr(path, key, follow_symlinks=False)
+    # A file capability of the root of a user namespace: seen from outside it names that root, from inside it does not.
+    if key == "security.capability" and shift and value[3] == 3 and value[20:] == shift.to_bytes(4, "little"):
+        value = value[:3] + b"\x02" + value[4:20]
+    return value.hex()
+
+
 def content(path):
     with open(path, "rb") as file:
         digest = hashlib.sha256()
@@ -101,9 +109,10 @@ def main():
     parser.add_argument("b", type=os.fsencode)
     parser.add_argument("--except", dest="excepted", action="append", default=[])
     parser.add_argument("--except-mtime", dest="no_mtime", action="append", default=[])
+    parser.add_argument("--shift", type=int, default=0, help="what A's owners are above B's")
     parser.add_argument("--at-least", type=int, default=1, help="entries that A must have, lest nothing be compared")
     arguments = parser.parse_args()
-    a, b = look(os.path.realpath(arguments.a)), look(os.path.realpath(arguments.b))
+    a, b = look(os.path.realpath(arguments.a), arguments.shift), look(os.path.realpath(arguments.b))
     if len(a) < arguments.at_least:
         sys.exit(f"{printable(arguments.a)} has only {len(a)} entries")
 

@@ -1,0 +1,1297 @@
+//! The state that real runtimes left on disk: found, told apart, proven, and harmless when it is damaged.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "helpers of tests fail by panic and say why on stderr"
+)]
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use upperdeck::container::{
+    Container, ContainerdRoot, Error, Roots, Runtime, StorageRoot, bolt, find, list, prove_base,
+    recheck,
+};
+use upperdeck::digest::{ChainId, DiffId, Digest};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+/// `../shared/runtime-state/NAME`, which is no part of the repository. In CI its absence is a failure.
+fn recording(name: &str) -> Option<PathBuf> {
+    let shared = std::env::var_os("UPPERDECK_SHARED").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"),
+        PathBuf::from,
+    );
+    let path = shared.join("runtime-state").join(name);
+    if path.is_dir() {
+        return Some(path);
+    }
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "{} is not there",
+        path.display()
+    );
+    eprintln!("ignored: {} is not there", path.display());
+    None
+}
+
+/// A node's root directory below which everything that a test needs is made.
+struct Node {
+    dir: TempDir,
+    roots: Roots,
+}
+
+impl Node {
+    fn empty() -> std::io::Result<Self> {
+        let dir = TempDir::new()?;
+        // What an agent in a pod has: the node's files under a mount.
+        let roots = Roots {
+            host_root: Some(dir.path().canonicalize()?),
+            containerd: Vec::new(),
+            docker: Vec::new(),
+            storage: Vec::new(),
+            proc: "/proc".into(),
+        };
+        Ok(Self { dir, roots })
+    }
+
+    fn path(&self, inside: &str) -> PathBuf {
+        self.dir.path().canonicalize().unwrap().join(inside)
+    }
+
+    fn write(&self, inside: &str, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
+        let path = self.path(inside);
+        fs::create_dir_all(path.parent().unwrap())?;
+        fs::write(path, bytes)
+    }
+
+    fn mkdir(&self, inside: &str) -> std::io::Result<()> {
+        fs::create_dir_all(self.path(inside))
+    }
+
+    fn process(&self, pid: u32, start: u64, mountinfo: &[u8], ids: &str) -> std::io::Result<()> {
+        let fields = format!("S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 {start} 20 21");
+        self.write(
+            &format!("proc/{pid}/stat"),
+            format!("{pid} (sle) ep) {fields}\n"),
+        )?;
+        self.write(&format!("proc/{pid}/mountinfo"), mountinfo)?;
+        self.write(&format!("proc/{pid}/uid_map"), ids)?;
+        self.write(&format!("proc/{pid}/gid_map"), ids)
+    }
+}
+
+const IDENTITY: &str = "         0          0 4294967295\n";
+
+fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_tree(&entry.path(), &target)?;
+        } else {
+            // Written anew: the recording is read-only.
+            fs::write(target, fs::read(entry.path())?)?;
+        }
+    }
+    Ok(())
+}
+
+const CONTAINERD_PID: u32 = 12720;
+const CONTAINERD_ID: &str = "e015c37f773b9e8b9e8a3131e0cb0555c9611ff2c6290940db2bafe41e0a3580";
+const SANDBOX_ID: &str = "3fb6f3421198b501ab264bcde444006b64d5d6adac02a91d21861d9077cc2b48";
+const TASKS: &str = "run/containerd-2.2/io.containerd.runtime.v2.task/k8s.io";
+const META: &str = "var/lib/containerd-2.2/io.containerd.metadata.v1.bolt/meta.db";
+const SNAPSHOTS: &str = "var/lib/containerd-2.2/io.containerd.snapshotter.v1.overlayfs/snapshots";
+const BLOBS: &str = "var/lib/containerd-2.2/io.containerd.content.v1.content/blobs/sha256";
+const CONFIG: &str = "235ed3b5e2cd0efe54aa55e4c39083bbf1bc75f1d624a2f98bedc90196f25408";
+const MANIFEST: &str = "5bc6c70b7e0ea14cd862cf6188c170119b3c04079c24c7835e35edbd2c1e5c34";
+const LAYERS: [&str; 2] = [
+    "sha256:425cf83720384715cb2f6fd44065d7c71b293408c8949ac9f9ec687706f7aa67",
+    "sha256:f7ac7b3b051a39baf0f0c4cc9b2111a0a87d64b2c5f61d29429fda47b7f247a2",
+];
+
+fn containerd_node() -> Option<Node> {
+    let recording = recording("containerd-2.2.1")?;
+    let mut node = Node::empty().unwrap();
+    for part in ["var", "run"] {
+        copy_tree(&recording.join(part), &node.path(part)).unwrap();
+    }
+    for snapshot in [1, 2, 5] {
+        node.mkdir(&format!("{SNAPSHOTS}/{snapshot}/fs")).unwrap();
+    }
+    let mountinfo = fs::read(recording.join("proc/mountinfo")).unwrap();
+    node.process(CONTAINERD_PID, 4242, &mountinfo, IDENTITY)
+        .unwrap();
+    node.roots.containerd = vec![ContainerdRoot {
+        state: "/run/containerd-2.2".into(),
+        root: "/var/lib/containerd-2.2".into(),
+    }];
+    Some(node)
+}
+
+const CRIO_PID: u32 = 12508;
+const CRIO_ID: &str = "61a37d454d7d183bb177ccb0e75861185ee2e4d9863bb28156fd1af3f7bd2f15";
+const CRIO: &str = "var/lib/crio-1.36";
+
+fn crio_node() -> Option<Node> {
+    let recording = recording("crio-1.36.3")?;
+    let mut node = Node::empty().unwrap();
+    for part in ["var", "run"] {
+        copy_tree(&recording.join(part), &node.path(part)).unwrap();
+    }
+    for line in fs::read_to_string(recording.join("overlay-l.txt"))
+        .unwrap()
+        .lines()
+    {
+        let Some((link, target)) = line
+            .split_once(" -> ")
+            .filter(|(_, target)| !target.is_empty())
+        else {
+            continue;
+        };
+        let link = format!("{CRIO}/overlay/{link}");
+        fs::create_dir_all(node.path(&link).parent().unwrap()).unwrap();
+        symlink(target, node.path(&link)).unwrap();
+        node.mkdir(&format!(
+            "{CRIO}/overlay/{}",
+            target.trim_start_matches("../")
+        ))
+        .unwrap();
+    }
+    let mountinfo = fs::read(recording.join("proc/mountinfo")).unwrap();
+    node.process(CRIO_PID, 439_451, &mountinfo, IDENTITY)
+        .unwrap();
+    node.roots.storage = vec![StorageRoot {
+        root: "/var/lib/crio-1.36".into(),
+        runroot: "/run/crio-1.36".into(),
+    }];
+    Some(node)
+}
+
+/// What both recordings have in common: the same pod of the same image.
+fn assert_pod(node: &Node, id: &str, pid: u32) -> Container {
+    let listing = list(&node.roots);
+    assert_eq!(listing.problems, []);
+    assert_eq!(listing.containers.len(), 1);
+    let container = listing.containers[0].clone();
+    assert_eq!((container.id.as_str(), container.pid), (id, pid));
+    let pod = container.pod.as_ref().unwrap();
+    assert_eq!(
+        (
+            pod.namespace.as_str(),
+            pod.name.as_str(),
+            pod.container.as_str()
+        ),
+        ("hub", "notebook-alice", "notebook")
+    );
+    assert!(pod.uid.as_ref().unwrap().starts_with("u-17954739"));
+    assert_eq!(
+        container.image_name.as_deref(),
+        Some("127.0.0.1:5000/library/pybase:1")
+    );
+    assert!(container.uid_map.is_empty() && container.gid_map.is_empty());
+    let volumes: Vec<_> = container
+        .mounts
+        .iter()
+        .filter(|m| m.volume)
+        .map(|m| m.destination.as_path())
+        .collect();
+    assert_eq!(volumes, [Path::new("/etc/ssl/certs")]);
+    for destination in [
+        "/proc",
+        "/sys/fs/cgroup/freezer",
+        "/etc/hosts",
+        "/etc/resolv.conf",
+        "/dev/shm",
+    ] {
+        assert!(
+            container
+                .mounts
+                .iter()
+                .any(|m| m.destination == Path::new(destination)),
+            "{destination}"
+        );
+    }
+    for name in [
+        id,
+        &id[..3],
+        "hub/notebook-alice",
+        "hub/notebook-alice/notebook",
+        &format!("pid:{pid}"),
+    ] {
+        assert_eq!(find(&node.roots, name).unwrap().id, id, "{name}");
+    }
+    recheck(&node.roots, &container).unwrap();
+
+    let base = prove_base(&node.roots, &container).unwrap();
+    assert_eq!(
+        base.name.as_deref(),
+        Some("127.0.0.1:5000/library/pybase:1")
+    );
+    assert_eq!(Digest::of(&base.config).hex(), CONFIG);
+    let manifest = base.manifest.unwrap();
+    assert_eq!(
+        (manifest.digest.hex().as_str(), manifest.bytes.len()),
+        (MANIFEST, 750)
+    );
+    assert_eq!(
+        manifest.media_type,
+        "application/vnd.oci.image.manifest.v1+json"
+    );
+    let digests: Vec<_> = base
+        .layers
+        .iter()
+        .map(|l| l.descriptor.as_ref().unwrap().digest().to_string())
+        .collect();
+    assert_eq!(digests, LAYERS);
+    let diff_ids: Vec<DiffId> = base.layers.iter().map(|layer| layer.diff_id).collect();
+    assert_eq!(
+        diff_ids[1].to_string(),
+        "sha256:b1af752f23f18835510153d1f91c3ea2d9f5f179e6573bfbb783804dcf6453fe"
+    );
+    assert_eq!(
+        base.layers.iter().map(|l| l.chain_id).collect::<Vec<_>>(),
+        ChainId::chain(&diff_ids)
+    );
+    let lowers: Vec<_> = base
+        .layers
+        .iter()
+        .rev()
+        .map(|layer| layer.lower.clone().unwrap())
+        .collect();
+    assert_eq!(lowers, container.overlay.lowers);
+    for layer in &base.layers {
+        assert!(layer.size_known && layer.local_blob.is_none());
+        assert_eq!(layer.repositories, ["127.0.0.1:5000/library/pybase"]);
+    }
+    container
+}
+
+#[test]
+fn a_pod_of_containerd_2_2_is_found_and_its_base_proven() {
+    let Some(node) = containerd_node() else {
+        return;
+    };
+    let container = assert_pod(&node, CONTAINERD_ID, CONTAINERD_PID);
+    assert_eq!(
+        (container.runtime, container.namespace.as_deref()),
+        (Runtime::Containerd, Some("k8s.io"))
+    );
+    assert_eq!(
+        container.overlay.upper,
+        node.path(&format!("{SNAPSHOTS}/5/fs"))
+    );
+    assert_eq!(
+        container.overlay.lowers,
+        [
+            node.path(&format!("{SNAPSHOTS}/2/fs")),
+            node.path(&format!("{SNAPSHOTS}/1/fs"))
+        ]
+    );
+    assert_eq!(container.runtime_root_mode, None);
+}
+
+#[test]
+fn a_pod_of_crio_1_36_is_found_and_its_base_proven() {
+    let Some(node) = crio_node() else { return };
+    let container = assert_pod(&node, CRIO_ID, CRIO_PID);
+    assert_eq!(container.runtime, Runtime::Crio);
+    let layer = "7e8e755ff9ea5bf877fe0b2cbbf6611900ec9d58938405ae25398fcdaf3e4931";
+    assert_eq!(
+        container.overlay.upper,
+        node.path(&format!("{CRIO}/overlay/{layer}/diff"))
+    );
+    assert_eq!(container.runtime_root_mode, Some(0o555));
+    // CRI-O gives its containers names as well.
+    let name = "k8s_notebook_notebook-alice_hub_u-1795473973013157754_0";
+    assert_eq!(find(&node.roots, name).unwrap().id, CRIO_ID);
+}
+
+/// A pod can write annotations; who it is comes from what the kubelet asked for.
+#[test]
+fn annotations_of_a_pod_do_not_make_it_another() -> Outcome {
+    let crio_sandbox = "run/crio-1.36/overlay-containers/\
+        97a645262be70442c09edce68ffd640c694884cff6091201a7ac5fd9e70bd186/userdata/config.json";
+    for (node, file, key) in [
+        (
+            containerd_node(),
+            format!("{TASKS}/{CONTAINERD_ID}/config.json"),
+            r#""io.kubernetes.cri.sandbox-name":"notebook-alice""#,
+        ),
+        (
+            crio_node(),
+            crio_sandbox.to_owned(),
+            r#""io.kubernetes.cri-o.KubeName": "notebook-alice""#,
+        ),
+    ] {
+        let Some(node) = node else { continue };
+        let config = fs::read_to_string(node.path(&file))?;
+        assert!(config.contains(key));
+        node.write(&file, config.replace(key, &key.replace("alice", "carol")))?;
+        assert!(find(&node.roots, "hub/notebook-alice").is_ok());
+        assert!(matches!(
+            find(&node.roots, "hub/notebook-carol"),
+            Err(Error::NotFound { .. })
+        ));
+    }
+    Ok(())
+}
+
+#[test]
+fn an_unknown_name_lists_what_there_is() {
+    let Some(node) = containerd_node() else {
+        return;
+    };
+    for name in [
+        "e0",
+        "hub/notebook-bob",
+        "hub/notebook-alice/other",
+        "pid:7",
+        &SANDBOX_ID[..16],
+    ] {
+        let error = find(&node.roots, name).unwrap_err();
+        assert_eq!(error.exit_code(), 66, "{name}: {error}");
+        if name.starts_with("hub") {
+            assert!(
+                error
+                    .to_string()
+                    .contains("hub/notebook-alice/notebook (e015c37f773b)"),
+                "{error}"
+            );
+        }
+    }
+    for name in [
+        "",
+        "/",
+        "a//b",
+        "a/b/c/d",
+        "pid:",
+        "pid:0",
+        "pid:-1",
+        "pid:99999999999",
+    ] {
+        assert_eq!(
+            find(&node.roots, name).unwrap_err().exit_code(),
+            2,
+            "{name}"
+        );
+    }
+}
+
+/// A second container of the pod makes the pod's name alone ambiguous; a running sandbox does not.
+#[test]
+fn a_pod_with_several_containers_needs_the_containers_name() -> Outcome {
+    let Some(node) = crio_node() else {
+        return Ok(());
+    };
+    let list_file = format!("{CRIO}/overlay-containers/volatile-containers.json");
+    let second = CRIO_ID.replace("61a37d", "61a37e");
+    let mut containers: Vec<serde_json::Value> =
+        serde_json::from_slice(&fs::read(node.path(&list_file))?)?;
+    let mut copy = containers[1].clone();
+    copy["id"] = second.clone().into();
+    copy["names"] = serde_json::json!(["k8s_sidecar"]);
+    let metadata = copy["metadata"].as_str().ok_or("metadata")?;
+    copy["metadata"] = metadata
+        .replace(
+            r#""metadata-name":"notebook""#,
+            r#""metadata-name":"sidecar""#,
+        )
+        .into();
+    containers.push(copy);
+    node.write(&list_file, serde_json::to_vec(&containers)?)?;
+    let userdata = |id: &str| format!("run/crio-1.36/overlay-containers/{id}/userdata");
+    copy_tree(
+        &node.path(&userdata(CRIO_ID)),
+        &node.path(&userdata(&second)),
+    )?;
+
+    let error = find(&node.roots, "hub/notebook-alice").unwrap_err();
+    assert!(
+        matches!(&error, Error::Ambiguous { candidates, .. } if candidates.len() == 2),
+        "{error}"
+    );
+    assert!(
+        error.to_string().contains("hub/notebook-alice/sidecar"),
+        "{error}"
+    );
+    assert!(matches!(
+        find(&node.roots, "61a37"),
+        Err(Error::Ambiguous { .. })
+    ));
+    assert_eq!(find(&node.roots, "hub/notebook-alice/sidecar")?.id, second);
+    assert_eq!(find(&node.roots, "61a37e")?.id, second);
+    Ok(())
+}
+
+/// In a user namespace of its own a tenant can mount an overlay of any names it likes and make it its root.
+#[test]
+fn a_root_that_the_runtime_did_not_make_is_refused() -> Outcome {
+    let Some(node) = containerd_node() else {
+        return Ok(());
+    };
+    let proc = format!("proc/{CONTAINERD_PID}/mountinfo");
+    let honest = fs::read_to_string(node.path(&proc))?;
+    node.mkdir("root/.ssh")?;
+    let upper = format!("upperdir=/{SNAPSHOTS}/5/fs");
+    assert!(honest.contains(&upper));
+    node.write(&proc, honest.replace(&upper, "upperdir=/root/.ssh"))?;
+    let error = find(&node.roots, CONTAINERD_ID).unwrap_err();
+    assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
+    let listing = list(&node.roots);
+    assert_eq!((listing.containers.len(), listing.problems.len()), (0, 1));
+
+    // But where the node's own table has that very file system at the bundle's root, the runtime did make it (a
+    // snapshotter that keeps its directories elsewhere).
+    let line = |device: &str| {
+        format!(
+            "900 27 {device} / /{TASKS}/{CONTAINERD_ID}/rootfs rw - overlay overlay rw,lowerdir=/a,upperdir=/b\n"
+        )
+    };
+    node.write("proc/1/mountinfo", line("0:107"))?;
+    assert!(matches!(
+        find(&node.roots, CONTAINERD_ID),
+        Err(Error::ForeignRoot { .. })
+    ));
+    node.write("proc/1/mountinfo", line("0:108"))?;
+    assert_eq!(
+        find(&node.roots, CONTAINERD_ID)?.overlay.upper,
+        node.path("root/.ssh")
+    );
+    Ok(())
+}
+
+#[test]
+fn roots_that_are_no_overlay_with_an_upper_are_refused() -> Outcome {
+    let Some(node) = containerd_node() else {
+        return Ok(());
+    };
+    let proc = format!("proc/{CONTAINERD_PID}/mountinfo");
+    let honest = fs::read_to_string(node.path(&proc))?;
+    let line = honest.lines().next().unwrap_or_default();
+    let upper = line.find(",upperdir").ok_or("upperdir")?;
+    for (forged, why) in [
+        (
+            "305 219 0:108 / / rw - btrfs /dev/sda rw".to_owned(),
+            "btrfs",
+        ),
+        (line[..upper].to_owned(), "read-only"),
+        (
+            line.replace("0:108 / /", "0:108 /sub /"),
+            "within an overlay",
+        ),
+        (
+            line.replace("0:108 / /", "0:108 / /elsewhere"),
+            "not the root of a mount",
+        ),
+    ] {
+        node.write(&proc, &forged)?;
+        let error = find(&node.roots, CONTAINERD_ID).unwrap_err();
+        assert!(
+            matches!(error, Error::NotOverlay { .. }) && error.to_string().contains(why),
+            "{why}: {error}"
+        );
+    }
+    Ok(())
+}
+
+/// With mapped ids runtimes mount copies of the lowers whose names are gone afterwards; the records name the originals,
+/// and they count only if they are as many as were mounted.
+#[test]
+fn lowers_without_a_name_come_from_the_records() -> Outcome {
+    let Some(node) = containerd_node() else {
+        return Ok(());
+    };
+    let proc = format!("proc/{CONTAINERD_PID}/mountinfo");
+    let honest = fs::read_to_string(node.path(&proc))?;
+    let mapped = honest.replace(&format!("/{SNAPSHOTS}/2/fs"), "/tmp/ovl-idmapped1/0");
+    node.write(&proc, &mapped)?;
+    let container = find(&node.roots, CONTAINERD_ID)?;
+    assert_eq!(
+        container.overlay.lowers[0],
+        node.path(&format!("{SNAPSHOTS}/2/fs"))
+    );
+    prove_base(&node.roots, &container)?;
+    node.write(
+        &proc,
+        mapped.replace("lowerdir=", "lowerdir=/tmp/ovl-idmapped1/1:"),
+    )?;
+    let error = find(&node.roots, CONTAINERD_ID).unwrap_err();
+    assert!(matches!(error, Error::Mount { .. }), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_base_is_proven_by_what_is_mounted_or_not_at_all() -> Outcome {
+    let Some(node) = containerd_node() else {
+        return Ok(());
+    };
+    let container = find(&node.roots, CONTAINERD_ID)?;
+
+    // Another stack under the container than its image has.
+    let mut other = container.clone();
+    node.mkdir(&format!("{SNAPSHOTS}/3/fs"))?;
+    other.overlay.lowers[0] = node.path(&format!("{SNAPSHOTS}/3/fs"));
+    let error = prove_base(&node.roots, &other).unwrap_err();
+    assert_eq!(error.exit_code(), 69);
+    assert!(error.to_string().contains("snapshots/3/fs"), "{error}");
+
+    // The manifest is gone: the config, recorded by its digest, still proves what is mounted.
+    let manifest = node.path(&format!("{BLOBS}/{MANIFEST}"));
+    let text = fs::read_to_string(&manifest)?;
+    fs::remove_file(&manifest)?;
+    let base = prove_base(&node.roots, &container)?;
+    assert!(base.manifest.is_none() && base.layers.iter().all(|layer| layer.descriptor.is_none()));
+    assert_eq!(Digest::of(&base.config).hex(), CONFIG);
+    // It is there under its name with other contents: not it.
+    fs::write(&manifest, text.replace("95054920", "95054921"))?;
+    assert!(prove_base(&node.roots, &container)?.manifest.is_none());
+    fs::write(&manifest, &text)?;
+    assert!(prove_base(&node.roots, &container)?.manifest.is_some());
+
+    // The config is gone: nothing proves anything.
+    fs::remove_file(node.path(&format!("{BLOBS}/{CONFIG}")))?;
+    let error = prove_base(&node.roots, &container).unwrap_err();
+    assert_eq!(error.exit_code(), 69);
+    assert!(
+        error
+            .to_string()
+            .contains(&format!("config sha256:{CONFIG} is not on this node")),
+        "{error}"
+    );
+    Ok(())
+}
+
+/// A layer's blob counts only with the length that the manifest says.
+#[test]
+fn a_local_blob_has_its_descriptors_size() -> Outcome {
+    let Some(node) = containerd_node() else {
+        return Ok(());
+    };
+    let container = find(&node.roots, CONTAINERD_ID)?;
+    let blob = node.path(&format!("{BLOBS}/{}", &LAYERS[1]["sha256:".len()..]));
+    let file = fs::File::create(&blob)?;
+    for (len, is_taken) in [(0, false), (81_681_609, false), (81_681_610, true)] {
+        file.set_len(len)?;
+        let base = prove_base(&node.roots, &container)?;
+        assert_eq!(base.layers[1].local_blob.is_some(), is_taken, "{len}");
+        assert_eq!(base.layers[0].local_blob, None);
+    }
+    Ok(())
+}
+
+#[test]
+fn crio_bases_are_proven_or_not_at_all() -> Outcome {
+    let Some(node) = crio_node() else {
+        return Ok(());
+    };
+    let container = find(&node.roots, CRIO_ID)?;
+    let mut other = container.clone();
+    other.overlay.lowers.remove(0);
+    assert_eq!(prove_base(&node.roots, &other).unwrap_err().exit_code(), 69);
+    let config = "=c2hhMjU2OjIzNWVkM2I1ZTJjZDBlZmU1NGFhNTVlNGMzOTA4M2JiZjFiYzc1ZjFkNjI0YTJmOThiZWRjOTAxOTZmMjU0MDg=";
+    let config = node.path(&format!("{CRIO}/overlay-images/{CONFIG}/{config}"));
+    let text = fs::read_to_string(&config)?;
+    fs::write(
+        &config,
+        text.replace("JUPYTER_PORT=8888", "JUPYTER_PORT=8889"),
+    )?;
+    let error = prove_base(&node.roots, &container).unwrap_err();
+    assert_eq!(error.exit_code(), 69);
+    assert!(error.to_string().contains(CONFIG), "{error}");
+    Ok(())
+}
+
+#[test]
+fn another_process_with_the_same_number_is_not_the_container() -> Outcome {
+    for (node, id, pid) in [
+        (containerd_node(), CONTAINERD_ID, CONTAINERD_PID),
+        (crio_node(), CRIO_ID, CRIO_PID),
+    ] {
+        let Some(node) = node else { continue };
+        let container = find(&node.roots, id)?;
+        let mountinfo = fs::read(node.path(&format!("proc/{pid}/mountinfo")))?;
+        node.process(pid, container.pid_start + 1, &mountinfo, IDENTITY)?;
+        assert!(matches!(
+            recheck(&node.roots, &container),
+            Err(Error::Gone { .. })
+        ));
+        node.process(
+            pid,
+            container.pid_start,
+            b"1 0 0:1 / / rw - ext4 /dev/sda rw\n",
+            IDENTITY,
+        )?;
+        assert!(matches!(
+            recheck(&node.roots, &container),
+            Err(Error::Gone { .. })
+        ));
+        fs::remove_dir_all(node.path(&format!("proc/{pid}")))?;
+        assert!(matches!(
+            recheck(&node.roots, &container),
+            Err(Error::Gone { .. })
+        ));
+        assert!(matches!(find(&node.roots, id), Err(Error::Gone { .. })));
+        assert_eq!(list(&node.roots).containers.len(), 0);
+    }
+    Ok(())
+}
+
+fn files_below(directory: &Path, out: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => files_below(&path, out),
+            Ok(kind) if kind.is_file() => out.push(path),
+            _ => {}
+        }
+    }
+}
+
+/// Everything there is, asked of a node whose files are not what they should be.
+fn ask(node: &Node, id: &str) {
+    let listing = list(&node.roots);
+    for container in listing.containers.iter().chain(&listing.sandboxes) {
+        let _ = prove_base(&node.roots, container);
+        let _ = recheck(&node.roots, container);
+    }
+    if let Err(error) = find(&node.roots, id) {
+        assert!([1, 66, 69, 75, 77].contains(&error.exit_code()), "{error}");
+    }
+}
+
+#[test]
+fn garbage_in_any_file_is_an_error_and_never_a_panic() -> Outcome {
+    for (node, id) in [(containerd_node(), CONTAINERD_ID), (crio_node(), CRIO_ID)] {
+        let Some(node) = node else { continue };
+        let mut files = Vec::new();
+        files_below(&node.path("."), &mut files);
+        files.sort();
+        assert!(files.len() > 10);
+        let deep = [b"[".repeat(100_000), b"]".repeat(100_000)].concat();
+        for file in files {
+            let whole = fs::read(&file)?;
+            let cases: [&[u8]; 6] = [
+                b"",
+                b"{",
+                b"null",
+                b"\xff\xfe\0",
+                &whole[..whole.len() / 2],
+                &deep,
+            ];
+            for garbage in cases {
+                fs::write(&file, garbage)?;
+                ask(&node, id);
+            }
+            // Nothing in its place, and a directory in its place.
+            fs::remove_file(&file)?;
+            ask(&node, id);
+            fs::create_dir(&file)?;
+            ask(&node, id);
+            fs::remove_dir(&file)?;
+            fs::write(&file, whole)?;
+        }
+        assert!(list(&node.roots).problems.is_empty());
+    }
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_read_is_a_problem_with_its_path() -> Outcome {
+    let Some(node) = containerd_node() else {
+        return Ok(());
+    };
+    let bundle = format!("{TASKS}/{CONTAINERD_ID}/config.json");
+    for file in [META, &bundle] {
+        let whole = fs::read(node.path(file))?;
+        node.write(file, b"{")?;
+        let listing = list(&node.roots);
+        assert!(
+            listing.problems.iter().any(|p| p.path == node.path(file)),
+            "{file}: {:?}",
+            listing.problems
+        );
+        assert!(find(&node.roots, CONTAINERD_ID).is_err());
+        node.write(file, whole)?;
+    }
+    let Some(node) = crio_node() else {
+        return Ok(());
+    };
+    node.write(
+        &format!("{CRIO}/overlay-containers/volatile-containers.json"),
+        b"[{]",
+    )?;
+    assert_eq!(list(&node.roots).problems.len(), 1);
+    Ok(())
+}
+
+fn walk(bucket: &bolt::Bucket<'_>, depth: usize) -> Result<usize, bolt::Error> {
+    let mut keys = 0;
+    for (_, value) in bucket.entries()? {
+        keys += 1;
+        if let bolt::Value::Bucket(inner) = value
+            && depth < 8
+        {
+            keys += walk(&inner, depth + 1)?;
+        }
+    }
+    Ok(keys)
+}
+
+/// Truncations and flipped bits of a real database: read or refused, never a panic, never a hang.
+#[test]
+fn a_real_database_can_be_damaged_at_will() -> Outcome {
+    let Some(recording) = recording("containerd-2.2.1") else {
+        return Ok(());
+    };
+    let whole = fs::read(recording.join(META))?;
+    let dir = TempDir::new()?;
+    let path = dir.path().join("meta.db");
+    let keys = |bytes: &[u8]| {
+        fs::write(&path, bytes)?;
+        let began = Instant::now();
+        let keys = bolt::read(&path, |db| walk(&db.root(), 0));
+        assert!(began.elapsed() < Duration::from_secs(5));
+        std::io::Result::Ok(keys)
+    };
+    assert!(keys(&whole)?? > 100);
+    for len in (0..whole.len()).step_by(4096 * 5 + 321) {
+        let _ = keys(&whole[..len])?;
+    }
+    // By a stride that is prime: spread over the file, and the same bits in every run.
+    let mut at = 0;
+    for round in 0..400 {
+        at = (at + 104_729) % whole.len();
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1 << (round % 8);
+        // And one in a page's header, where it hurts.
+        let page = (round % (whole.len() / 4096)) * 4096;
+        bytes[page + 8 + round % 8] ^= 1 << (round % 7);
+        let _ = keys(&bytes)?;
+    }
+    Ok(())
+}
+
+const DOCKER_ID: &str = "175bcd10f408acce2d70bebe8edb74cccda20d520650eb39f04447056a6ef619";
+const DOCKER: &str = "var/lib/docker";
+const IMAGEDB: &str = "var/lib/docker/image/overlay2/imagedb/content/sha256";
+
+/// Docker's files, as dockerd 20.10 lays them out for a container on an image of two layers.
+fn docker_node() -> std::io::Result<(Node, Digest)> {
+    let mut node = Node::empty()?;
+    let diff_ids = [DiffId(Digest::of("one")), DiffId(Digest::of("two"))];
+    let chain = ChainId::chain(&diff_ids);
+    let config = format!(
+        r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":["{}","{}"]}}}}"#,
+        diff_ids[0], diff_ids[1]
+    );
+    let image = Digest::of(&config);
+    node.write(&format!("{IMAGEDB}/{}", image.hex()), &config)?;
+    for (at, cache) in ["aa", "bb"].iter().enumerate() {
+        let layer = format!(
+            "{DOCKER}/image/overlay2/layerdb/sha256/{}",
+            chain[at].0.hex()
+        );
+        node.write(&format!("{layer}/diff"), diff_ids[at].to_string())?;
+        node.write(&format!("{layer}/cache-id"), cache)?;
+        if at > 0 {
+            node.write(&format!("{layer}/parent"), chain[at - 1].to_string())?;
+        }
+    }
+    let known = |text: &str, repository: &str| {
+        format!(
+            r#"{{"Digest":"{}","SourceRepository":"{repository}","HMAC":""}}"#,
+            Digest::of(text)
+        )
+    };
+    node.write(
+        &format!(
+            "{DOCKER}/image/overlay2/distribution/v2metadata-by-diffid/sha256/{}",
+            diff_ids[0].0.hex()
+        ),
+        format!(
+            "[{},{}]",
+            known("old", "docker.io/library/old"),
+            known("new", "127.0.0.1:5000/library/two")
+        ),
+    )?;
+    let mount = format!("{DOCKER}/image/overlay2/layerdb/mounts/{DOCKER_ID}");
+    node.write(&format!("{mount}/mount-id"), "cc")?;
+    node.write(&format!("{mount}/init-id"), "cc-init")?;
+    node.write(&format!("{mount}/parent"), chain[1].to_string())?;
+    node.mkdir(&format!("{DOCKER}/overlay2/l"))?;
+    for (id, link) in [
+        ("aa", "AAA"),
+        ("bb", "BBB"),
+        ("cc-init", "III"),
+        ("cc", "CCC"),
+    ] {
+        node.mkdir(&format!("{DOCKER}/overlay2/{id}/diff"))?;
+        symlink(
+            format!("../{id}/diff"),
+            node.path(&format!("{DOCKER}/overlay2/l/{link}")),
+        )?;
+    }
+    node.write(
+        &format!("{DOCKER}/containers/{DOCKER_ID}/config.v2.json"),
+        format!(
+            r#"{{"State":{{"Running":true,"Pid":77}},"ID":"{DOCKER_ID}","Image":"{image}","Name":"/lab",
+                "Driver":"overlay2","Config":{{"Image":"127.0.0.1:5000/library/two:1"}}}}"#
+        ),
+    )?;
+    // Relative, the upper too: what Docker does when the options get too long.
+    let root = "72 48 0:39 / / rw,relatime - overlay overlay rw,lowerdir=l/III:l/BBB:l/AAA,upperdir=cc/diff,workdir=w\n";
+    node.process(77, 5, root.as_bytes(), "0 100000 65536\n")?;
+    node.roots.docker = vec!["/var/lib/docker".into()];
+    Ok((node, image))
+}
+
+#[test]
+fn a_docker_container_stands_on_its_image_without_the_init_layer() -> Outcome {
+    let (node, image) = docker_node()?;
+    assert_eq!(list(&node.roots).problems, []);
+    for name in ["lab", "175", DOCKER_ID, "pid:77"] {
+        assert_eq!(find(&node.roots, name)?.id, DOCKER_ID, "{name}");
+    }
+    let container = find(&node.roots, "lab")?;
+    recheck(&node.roots, &container)?;
+    let diff = |id: &str| node.path(&format!("{DOCKER}/overlay2/{id}/diff"));
+    assert_eq!(container.overlay.upper, diff("cc"));
+    assert_eq!(
+        container.overlay.lowers,
+        [diff("cc-init"), diff("bb"), diff("aa")]
+    );
+    assert_eq!(container.uid_map.len(), 1);
+    let base = prove_base(&node.roots, &container)?;
+    assert_eq!(Digest::of(&base.config), image);
+    assert!(base.manifest.is_none());
+    let lowers: Vec<_> = base
+        .layers
+        .iter()
+        .map(|layer| layer.lower.clone().unwrap_or_default())
+        .collect();
+    assert_eq!(lowers, [diff("aa"), diff("bb")]);
+    let known = base.layers[0].descriptor.as_ref().ok_or("descriptor")?;
+    assert_eq!(
+        (known.digest().to_string(), base.layers[0].size_known),
+        (Digest::of("new").to_string(), false)
+    );
+    assert_eq!(
+        base.layers[0].repositories,
+        ["127.0.0.1:5000/library/two", "docker.io/library/old"]
+    );
+    assert!(base.layers[1].descriptor.is_none());
+    Ok(())
+}
+
+#[test]
+fn dockers_records_are_checked_against_the_mount_and_against_each_other() -> Outcome {
+    let (node, image) = docker_node()?;
+    let container = find(&node.roots, "lab")?;
+    let mut other = container.clone();
+    other.overlay.lowers.swap(1, 2);
+    assert_eq!(prove_base(&node.roots, &other).unwrap_err().exit_code(), 69);
+
+    // The image was removed by force: no other config with the same layers is silently taken for it.
+    let config = fs::read_to_string(node.path(&format!("{IMAGEDB}/{}", image.hex())))?;
+    for os in ["one", "two"] {
+        let fake = config.replace("linux", os);
+        node.write(&format!("{IMAGEDB}/{}", Digest::of(&fake).hex()), &fake)?;
+    }
+    assert_eq!(
+        Digest::of(prove_base(&node.roots, &container)?.config),
+        image
+    );
+    fs::remove_file(node.path(&format!("{IMAGEDB}/{}", image.hex())))?;
+    let error = prove_base(&node.roots, &container).unwrap_err();
+    assert!(
+        error.exit_code() == 69 && error.to_string().contains("another configuration"),
+        "{error}"
+    );
+
+    // A directory of the layerdb whose name is not the chain of its contents.
+    let bottom = Digest::of("one").hex();
+    let layer = format!("{DOCKER}/image/overlay2/layerdb/sha256/{bottom}/diff");
+    node.write(&layer, Digest::of("other").to_string())?;
+    assert!(matches!(
+        prove_base(&node.roots, &container),
+        Err(Error::Damaged { .. })
+    ));
+
+    // IDs become paths.
+    let mount_id = format!("{DOCKER}/image/overlay2/layerdb/mounts/{DOCKER_ID}/mount-id");
+    node.write(&mount_id, "../../../../root")?;
+    assert!(find(&node.roots, "lab").is_err());
+    Ok(())
+}
+
+/// Podman keeps the spec with the data and the pid with the state; with mapped ids it mounts copies of the lowers that
+/// have no name afterwards.
+#[test]
+fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome {
+    let mut node = Node::empty()?;
+    node.roots.storage = Roots::default().storage;
+    let root = "var/lib/containers/storage";
+    let id = "8d02c7ad2323c50cfb5e9f02231b42cb60b83602e51f34ee949009b6327b5aac";
+    let diff_ids = [DiffId(Digest::of("one")), DiffId(Digest::of("two"))];
+    let config = format!(
+        r#"{{"rootfs":{{"type":"layers","diff_ids":["{}","{}"]}}}}"#,
+        diff_ids[0], diff_ids[1]
+    );
+    let image = Digest::of(&config);
+    let layer = |text: &str| {
+        let digest = Digest::of(text);
+        format!(
+            r#"{{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip","digest":"{digest}","size":7}}"#
+        )
+    };
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"config":{{"digest":"{image}","size":1}},"layers":[{},{}]}}"#,
+        layer("gzip one"),
+        layer("gzip two")
+    );
+    let key = base64::Engine::encode(
+        &base64::engine::general_purpose::STANDARD,
+        image.to_string(),
+    );
+    node.write(
+        &format!("{root}/overlay-images/{}/manifest", image.hex()),
+        &manifest,
+    )?;
+    node.write(
+        &format!("{root}/overlay-images/{}/={key}", image.hex()),
+        &config,
+    )?;
+    node.write(
+        &format!("{root}/overlay-images/images.json"),
+        format!(
+            r#"[{{"id":"{}","names":["localhost/two:1","quay.io/lab/two:1"],
+                "big-data-digests":{{"manifest":"{}"}}}}]"#,
+            image.hex(),
+            Digest::of(&manifest)
+        ),
+    )?;
+    let layers = format!(
+        r#"[{{"id":"aa","diff-digest":"{}"}},{{"id":"bb","parent":"aa","diff-digest":"{}"}},{{"id":"cc","parent":"bb"}}]"#,
+        diff_ids[0], diff_ids[1]
+    );
+    node.write(&format!("{root}/overlay-layers/layers.json"), layers)?;
+    let container = serde_json::json!([{
+        "id": id, "names": ["lab"], "image": image.hex(), "layer": "cc",
+        "metadata": r#"{"image-name":"localhost/two:1","name":"lab"}"#,
+    }]);
+    node.write(
+        &format!("{root}/overlay-containers/containers.json"),
+        container.to_string(),
+    )?;
+    let spec = r#"{"annotations":{"io.container.manager":"libpod"},"mounts":[
+        {"destination":"/vol","type":"bind","source":"/srv","options":["rbind"]}]}"#;
+    node.write(
+        &format!("{root}/overlay-containers/{id}/userdata/config.json"),
+        spec,
+    )?;
+    node.write(
+        &format!("run/containers/storage/overlay-containers/{id}/userdata/pidfile"),
+        "77",
+    )?;
+    let diff = |layer: &str| node.path(&format!("{root}/overlay/{layer}/diff"));
+    for layer in ["aa", "bb", "cc"] {
+        fs::create_dir_all(diff(layer))?;
+    }
+    let mapped = format!("/{root}/overlay/cc/mapped/0/l");
+    let line = format!(
+        "173 143 0:61 / / rw - overlay overlay rw,lowerdir={mapped}/B:{mapped}/A,upperdir=/{root}/overlay/cc/diff\n"
+    );
+    node.process(77, 5, line.as_bytes(), "0 100000 65536\n")?;
+
+    assert_eq!(list(&node.roots).problems, []);
+    let found = find(&node.roots, "lab")?;
+    assert_eq!(
+        (found.runtime, found.id.as_str(), found.uid_map[0].outside),
+        (Runtime::Podman, id, 100_000)
+    );
+    assert!(
+        found.pod.is_none()
+            && found
+                .mounts
+                .iter()
+                .any(|m| m.destination == Path::new("/vol") && m.volume)
+    );
+    assert_eq!(
+        (&found.overlay.upper, found.overlay.lowers.as_slice()),
+        (&diff("cc"), [diff("bb"), diff("aa")].as_slice())
+    );
+    let base = prove_base(&node.roots, &found)?;
+    assert_eq!(Digest::of(&base.config), image);
+    assert_eq!(base.name.as_deref(), Some("localhost/two:1"));
+    assert_eq!(base.layers[0].lower, Some(diff("aa")));
+    // What is only local is no registry to ask.
+    assert_eq!(base.layers[0].repositories, ["quay.io/lab/two"]);
+    assert_eq!(
+        base.layers[1]
+            .descriptor
+            .as_ref()
+            .map(oci_spec::image::Descriptor::size),
+        Some(7)
+    );
+
+    // A layer whose whole tar nobody has seen proves nothing.
+    let layers = fs::read_to_string(node.path(&format!("{root}/overlay-layers/layers.json")))?;
+    node.write(
+        &format!("{root}/overlay-layers/layers.json"),
+        layers.replacen("diff-digest", "toc-digest", 1),
+    )?;
+    assert_eq!(prove_base(&node.roots, &found).unwrap_err().exit_code(), 69);
+    Ok(())
+}
+
+/// Absolute symlinks of the node must not lead into the agent's own files.
+#[test]
+fn symlinks_below_the_host_root_stay_there() -> Outcome {
+    let (node, _) = docker_node()?;
+    node.mkdir("data")?;
+    fs::rename(node.path(DOCKER), node.path("data/docker"))?;
+    symlink("/data/docker", node.path(DOCKER))?;
+    let container = find(&node.roots, "lab")?;
+    assert_eq!(
+        container.overlay.upper,
+        node.path("data/docker/overlay2/cc/diff")
+    );
+    prove_base(&node.roots, &container)?;
+    Ok(())
+}
+
+/// What the kernel of this machine makes of names, told by the mount options it shows afterwards.
+mod real_mounts {
+    use super::*;
+    use rustix::fs::CWD;
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create,
+        fsconfig_set_string, fsmount, fsopen, move_mount,
+    };
+    use upperdeck::overlay::mount::{OverlayMount, OverlayOptions, parse_mountinfo};
+    use upperdeck::overlay::xattr::Namespace;
+
+    struct Mounted(PathBuf);
+
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+
+    /// Whether overlays can be mounted here; in CI they must.
+    fn can_mount() -> bool {
+        if rustix::process::geteuid().is_root() {
+            return true;
+        }
+        assert!(
+            std::env::var("CI").as_deref() != Ok("true"),
+            "CI must run as root"
+        );
+        eprintln!("ignored: mounting an overlay takes root");
+        false
+    }
+
+    /// Mounts with the options given one by one, which need no escapes but the overlay's own.
+    fn mount(at: &Path, options: &[(&str, &Path)]) -> Result<Mounted, Box<dyn std::error::Error>> {
+        fs::create_dir_all(at)?;
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        for (name, value) in options {
+            fsconfig_set_string(&context, *name, *value)?;
+        }
+        fsconfig_create(&context)?;
+        let mount = fsmount(
+            &context,
+            FsMountFlags::FSMOUNT_CLOEXEC,
+            MountAttrFlags::empty(),
+        )?;
+        move_mount(&mount, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+        Ok(Mounted(at.to_path_buf()))
+    }
+
+    fn read_back(at: &Path) -> Result<OverlayMount, Box<dyn std::error::Error>> {
+        let mounts = parse_mountinfo(&fs::read("/proc/self/mountinfo")?)?;
+        let line = mounts
+            .iter()
+            .find(|m| m.mount_point == at)
+            .ok_or("the mount is not listed")?;
+        assert_eq!(line.fs_type, "overlay");
+        Ok(OverlayOptions::parse(&line.super_options)?
+            .resolve(&[], false, &|p| fs::canonicalize(p))?)
+    }
+
+    fn escaped(path: &Path) -> PathBuf {
+        let text = path
+            .to_str()
+            .unwrap()
+            .replace('\\', "\\\\")
+            .replace(':', "\\:")
+            .replace(',', "\\,");
+        text.into()
+    }
+
+    #[test]
+    fn odd_names_are_read_back_from_the_kernel() -> Outcome {
+        if !can_mount() {
+            return Ok(());
+        }
+        let dir = TempDir::new()?;
+        let root = dir.path().canonicalize()?;
+        for (at, name) in [
+            "plain", "a:b", "c,d", "e f", "g\\h", "n\nl", "t\tb", "h#i", "j=k", "é", "\\:",
+        ]
+        .iter()
+        .enumerate()
+        {
+            let base = root.join(at.to_string()).join(name);
+            let (upper, work) = (base.join("upper"), base.join("work"));
+            let lowers = [base.join("one"), base.join("two")];
+            for path in lowers.iter().chain([&upper, &work]) {
+                fs::create_dir_all(path)?;
+            }
+            // One option a layer: nothing is escaped in these, but still in upperdir and workdir.
+            let merged = base.join("m1");
+            let options = [
+                ("lowerdir+", lowers[0].as_path()),
+                ("lowerdir+", &lowers[1]),
+                ("upperdir", &escaped(&upper)),
+                ("workdir", &escaped(&work)),
+            ];
+            let guard = mount(&merged, &options)?;
+            let read = read_back(&merged)?;
+            assert_eq!(
+                (&read.upper, read.lowers.as_slice()),
+                (&upper, lowers.as_slice()),
+                "{name:?}"
+            );
+            drop(guard);
+            // All in one.
+            let merged = base.join("m2");
+            let mut joined = escaped(&lowers[0]).into_os_string();
+            joined.push(":");
+            joined.push(escaped(&lowers[1]));
+            let joined = PathBuf::from(joined);
+            let options = [
+                ("lowerdir", joined.as_path()),
+                ("upperdir", &escaped(&upper)),
+                ("workdir", &escaped(&work)),
+            ];
+            let _guard = mount(&merged, &options)?;
+            let read = read_back(&merged)?;
+            assert_eq!(
+                (&read.upper, read.lowers.as_slice()),
+                (&upper, lowers.as_slice()),
+                "{name:?}"
+            );
+            assert!(read.namespace == Namespace::Trusted && !read.index);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn data_only_lowers_and_flags_are_read_back_from_the_kernel() -> Outcome {
+        if !can_mount() {
+            return Ok(());
+        }
+        let dir = TempDir::new()?;
+        let root = dir.path().canonicalize()?;
+        let at = |name: &str| root.join(name);
+        for name in ["one", "data1", "data2", "upper", "work"] {
+            fs::create_dir(at(name))?;
+        }
+        let joined = PathBuf::from(format!(
+            "{}::{}::{}",
+            at("one").display(),
+            at("data1").display(),
+            at("data2").display()
+        ));
+        let on = Path::new("on");
+        let guard = mount(
+            &at("merged"),
+            &[
+                ("lowerdir", joined.as_path()),
+                ("metacopy", on),
+                ("redirect_dir", on),
+                ("index", on),
+                ("upperdir", &at("upper")),
+                ("workdir", &at("work")),
+            ],
+        )?;
+        let read = read_back(&at("merged"))?;
+        assert_eq!(
+            (read.lowers.as_slice(), read.data_only.as_slice()),
+            (
+                [at("one")].as_slice(),
+                [at("data1"), at("data2")].as_slice()
+            )
+        );
+        assert!(read.index);
+        drop(guard);
+        let context_free = [
+            ("lowerdir", at("one")),
+            ("upperdir", at("data1")),
+            ("workdir", at("data2")),
+        ];
+        let status = std::process::Command::new("mount")
+            .args(["-t", "overlay", "overlay", "-o"])
+            .arg(format!(
+                "userxattr,{}",
+                context_free
+                    .iter()
+                    .map(|(n, p)| format!("{n}={}", p.display()))
+                    .collect::<Vec<_>>()
+                    .join(",")
+            ))
+            .arg(at("merged"))
+            .status()?;
+        assert!(status.success());
+        let _guard = Mounted(at("merged"));
+        assert_eq!(read_back(&at("merged"))?.namespace, Namespace::User);
+        Ok(())
+    }
+
+    /// What a runtime does when the options get longer than a page.
+    #[test]
+    fn a_hundred_relative_lowers_are_found_again() -> Outcome {
+        if !can_mount() {
+            return Ok(());
+        }
+        let dir = TempDir::new()?;
+        let root = dir.path().canonicalize()?;
+        let names: Vec<String> = (0..100).map(|n| format!("{n}/fs")).collect();
+        for name in names
+            .iter()
+            .map(String::as_str)
+            .chain(["up/fs", "up/work", "merged"])
+        {
+            fs::create_dir_all(root.join(name))?;
+        }
+        let options = format!(
+            "lowerdir={},upperdir={2}/up/fs,workdir={1}/up/work",
+            names.join(":"),
+            root.display(),
+            root.display()
+        );
+        let status = std::process::Command::new("mount")
+            .current_dir(&root)
+            .args(["-t", "overlay", "overlay", "-o", &options])
+            .arg(root.join("merged"))
+            .status()?;
+        assert!(status.success());
+        let _guard = Mounted(root.join("merged"));
+        let read = read_back(&root.join("merged"))?;
+        assert_eq!(
+            read.lowers,
+            names.iter().map(|name| root.join(name)).collect::<Vec<_>>()
+        );
+        assert_eq!(read.upper, root.join("up/fs"));
+        Ok(())
+    }
+}

@@ -1,0 +1,73 @@
+//! A node with pods: a registry, a containerd, and the small base in three layers, as most scenarios want it.
+
+use anyhow::Result;
+
+use crate::host::containerd::{Containerd, Pod, PodOptions};
+use crate::host::image::{Base, Format, base};
+use crate::host::registry::Registry;
+use crate::host::{Roots, Scratch};
+use crate::save::{WORK, set_attributes};
+use crate::support::{Need, ignored};
+
+/// Dropped in this order: servers first, their directories last.
+#[derive(Debug)]
+pub struct Lab {
+    pub containerd: Containerd,
+    pub registry: Registry,
+    pub roots: Roots,
+    pub scratch: Scratch,
+    /// The base, in the registry.
+    pub image: String,
+}
+
+impl Lab {
+    /// None where this machine cannot have it.
+    pub fn new(kind: Base, format: Format) -> Result<Option<Self>> {
+        let programs = [
+            "containerd",
+            "runc",
+            "docker-registry",
+            "buildah",
+            "skopeo",
+            "umoci",
+            "busybox",
+            "python3",
+        ];
+        let mut needs: Vec<Need<'_>> = programs.map(Need::Program).into();
+        needs.push(Need::Root);
+        if kind == Base::Big {
+            needs.push(Need::Program("debootstrap"));
+        }
+        if ignored(&needs) {
+            return Ok(None);
+        }
+        let scratch = Scratch::new()?;
+        let registry = Registry::start(&scratch)?;
+        registry.push(&base(Base::Pause, Format::Oci)?, "pause:1")?;
+        let image = registry.push(&base(kind, format)?, "bases/notebook:1")?;
+        let containerd = Containerd::start(&scratch, &registry)?;
+        let roots = containerd.roots(&scratch);
+        Ok(Some(Self {
+            containerd,
+            registry,
+            roots,
+            scratch,
+            image,
+        }))
+    }
+
+    /// A pod on the base in which somebody has worked.
+    pub fn session(&self) -> Result<Pod> {
+        let pod = self
+            .containerd
+            .run_pod(&self.image, &PodOptions::default())?;
+        self.containerd.shell(&pod, WORK)?;
+        set_attributes(pod.pid, true)?;
+        Ok(pod)
+    }
+
+    /// Where to save to: a repository of its own, so that nothing of the base is there.
+    pub fn destination(&self, repository: &str) -> String {
+        self.registry.reference(&format!("{repository}:saved"))
+    }
+}

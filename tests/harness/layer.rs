@@ -1,0 +1,134 @@
+//! The one place where tests call the code that makes layers.
+
+use std::convert::Infallible;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use upperdeck::layer::{self, Compression, Layer, Plan};
+use upperdeck::overlay::owner::IdMapping;
+use upperdeck::overlay::xattr::Namespace;
+use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
+
+/// What a layer is made from.
+pub struct Source {
+    /// The upper directory.
+    pub upper: PathBuf,
+    /// Topmost first.
+    pub lowers: Vec<PathBuf>,
+    /// Data-only lowers.
+    pub data_only: Vec<PathBuf>,
+    /// Whether the lowers are all there are.
+    pub lowers_known: bool,
+    /// Where the marks are.
+    pub namespace: Namespace,
+    /// User ids of the container.
+    pub uid_map: Vec<IdMapping>,
+    /// Group ids of the container.
+    pub gid_map: Vec<IdMapping>,
+    /// Mount points inside the container, absolute.
+    pub mounts: Vec<String>,
+    /// `--exclude` patterns.
+    pub exclude: Vec<String>,
+    /// Leave out credentials, caches and the GPU hook's remnants.
+    pub policy: bool,
+    /// `--timestamp`.
+    pub timestamp: Option<i64>,
+}
+
+impl Source {
+    /// An upper directory over lowers, nothing special.
+    pub fn new(upper: PathBuf, lowers: Vec<PathBuf>, namespace: Namespace) -> Self {
+        Self {
+            upper,
+            lowers,
+            data_only: Vec::new(),
+            lowers_known: true,
+            namespace,
+            uid_map: Vec::new(),
+            gid_map: Vec::new(),
+            mounts: Vec::new(),
+            exclude: Vec::new(),
+            policy: false,
+            timestamp: None,
+        }
+    }
+}
+
+/// A layer with its bytes.
+pub struct Made {
+    /// As the library describes it.
+    pub layer: Layer,
+    /// The compressed bytes.
+    pub bytes: Vec<u8>,
+    /// Whether the plan says that there is nothing to save.
+    #[allow(
+        dead_code,
+        reason = "each test program compiles this module and uses what it needs"
+    )]
+    pub empty: bool,
+}
+
+/// Makes the layer. The error is the whole message that a user would see.
+pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Made, String> {
+    let message = |error: &dyn std::error::Error| {
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        text
+    };
+    let mounts: Vec<Vec<u8>> = source
+        .mounts
+        .iter()
+        .map(|mount| mount.as_bytes().to_vec())
+        .collect();
+    let rules = Rules {
+        mounts: &mounts,
+        user: &source.exclude,
+        credentials: source.policy,
+        caches: source.policy,
+        gpu: source.policy,
+    };
+    let exclusions = Exclusions::new(rules).map_err(|error| message(&error))?;
+    let roots = Roots {
+        upper: source.upper.clone(),
+        lowers: source.lowers.clone(),
+        data_only: source.data_only.clone(),
+        lowers_known: source.lowers_known,
+        namespace: source.namespace,
+    };
+    let cancel = AtomicBool::new(false);
+    let options = Options {
+        jobs,
+        uid_map: &source.uid_map,
+        gid_map: &source.gid_map,
+        exclusions: &exclusions,
+        caps: Caps::default(),
+        runtime_root_mode: None,
+        cancel: &cancel,
+    };
+    let scan = Scan::new(&roots, &options).map_err(|error| message(&error))?;
+    let plan = Plan::new(Arc::new(scan), source.timestamp);
+    let level = compression.default_level();
+    let options = layer::Options {
+        compression,
+        level,
+        jobs,
+        cancel: &cancel,
+    };
+    let mut bytes = Vec::new();
+    let sink = |chunk: bytes::Bytes| {
+        bytes.extend_from_slice(&chunk);
+        Ok::<(), Infallible>(())
+    };
+    let layer =
+        layer::stream::write(&plan, options, sink, &|_| ()).map_err(|error| message(&error))?;
+    Ok(Made {
+        layer,
+        bytes,
+        empty: plan.is_empty(),
+    })
+}

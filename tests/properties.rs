@@ -1,0 +1,561 @@
+//! The promise itself: a random tree, random changes made through a real overlay mount, and the layer applied over the
+//! base is what the mount showed, in every detail.
+//!
+//! `UPPERDECK_PROPTEST_CASES=5000 cargo test --test properties` runs that many cases for each kind of mount instead of
+//! the few that CI has time for.
+
+#[path = "harness/mod.rs"]
+mod harness;
+#[path = "harness/layer.rs"]
+mod layer;
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek as _, Write as _};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, lchown, symlink};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use harness::{Outcome, Stop, Test};
+use layer::{Source, make};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen,
+};
+use upperdeck::layer::Compression;
+use upperdeck::overlay::xattr::Namespace;
+use upperdeck::spec::layers::Layers;
+use upperdeck::spec::tree::{Ignore, Tree, compare};
+
+/// Cases of each kind where the environment does not say otherwise.
+const CASES: u32 = 40;
+
+/// Something that a user does. Paths are short and few, so that one change meets another.
+#[derive(Clone, Debug)]
+enum Change {
+    Write {
+        path: String,
+        seed: u8,
+        length: u32,
+    },
+    Append {
+        path: String,
+        seed: u8,
+    },
+    Patch {
+        path: String,
+        at: u32,
+    },
+    Truncate {
+        path: String,
+        length: u32,
+    },
+    OpenOnly {
+        path: String,
+    },
+    Unlink {
+        path: String,
+    },
+    Rmdir {
+        path: String,
+    },
+    RemoveAll {
+        path: String,
+    },
+    Mkdir {
+        path: String,
+        mode: u32,
+    },
+    RemoveAndMkdir {
+        path: String,
+    },
+    Rename {
+        from: String,
+        to: String,
+    },
+    Exchange {
+        from: String,
+        to: String,
+    },
+    Chmod {
+        path: String,
+        mode: u32,
+    },
+    Chown {
+        path: String,
+        uid: u32,
+        gid: u32,
+    },
+    Times {
+        path: String,
+        seconds: i64,
+        nanos: u32,
+    },
+    Symlink {
+        path: String,
+        target: String,
+    },
+    Link {
+        from: String,
+        to: String,
+    },
+    SetXattr {
+        path: String,
+        name: String,
+        value: Vec<u8>,
+    },
+    RemoveXattr {
+        path: String,
+        name: String,
+    },
+    Node {
+        path: String,
+        kind: u8,
+    },
+    ReplaceByFile {
+        path: String,
+    },
+}
+
+fn path() -> impl Strategy<Value = String> {
+    let name = prop::sample::select(vec!["a", "b", "c", "a-b", "\u{e9}", "n\nl"]);
+    prop::collection::vec(name, 1..4).prop_map(|names| names.join("/"))
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let mode = prop::sample::select(vec![0o644, 0o600, 0o755, 0o700, 0o4755, 0o2755, 0o1777, 0]);
+    let name = || prop::sample::select(vec!["user.a", "user.b"]).prop_map(str::to_owned);
+    let value = prop::collection::vec(any::<u8>(), 0..20);
+    let seconds = prop_oneof![
+        -3i64..3,
+        999_999_990i64..1_000_000_010,
+        Just(8_589_934_592i64)
+    ];
+    let target = prop_oneof![
+        path(),
+        Just("/absolute".to_owned()),
+        Just("../up".to_owned())
+    ];
+    prop_oneof![
+        4 => (path(), any::<u8>(), 0u32..20_000).prop_map(|(path, seed, length)| Change::Write { path, seed, length }),
+        1 => (path(), any::<u8>()).prop_map(|(path, seed)| Change::Append { path, seed }),
+        1 => (path(), 0u32..70_000).prop_map(|(path, at)| Change::Patch { path, at }),
+        1 => (path(), 0u32..30_000).prop_map(|(path, length)| Change::Truncate { path, length }),
+        1 => path().prop_map(|path| Change::OpenOnly { path }),
+        3 => path().prop_map(|path| Change::Unlink { path }),
+        1 => path().prop_map(|path| Change::Rmdir { path }),
+        2 => path().prop_map(|path| Change::RemoveAll { path }),
+        4 => (path(), mode.clone()).prop_map(|(path, mode)| Change::Mkdir { path, mode }),
+        2 => path().prop_map(|path| Change::RemoveAndMkdir { path }),
+        4 => (path(), path()).prop_map(|(from, to)| Change::Rename { from, to }),
+        1 => (path(), path()).prop_map(|(from, to)| Change::Exchange { from, to }),
+        2 => (path(), mode).prop_map(|(path, mode)| Change::Chmod { path, mode }),
+        1 => (path(), 0u32..3, 0u32..3).prop_map(|(path, uid, gid)| Change::Chown { path, uid, gid }),
+        2 => (path(), seconds, 0u32..2).prop_map(|(path, seconds, nanos)| Change::Times { path, seconds, nanos }),
+        2 => (path(), target).prop_map(|(path, target)| Change::Symlink { path, target }),
+        3 => (path(), path()).prop_map(|(from, to)| Change::Link { from, to }),
+        2 => (path(), name(), value).prop_map(|(path, name, value)| Change::SetXattr { path, name, value }),
+        1 => (path(), name()).prop_map(|(path, name)| Change::RemoveXattr { path, name }),
+        1 => (path(), 0u8..3).prop_map(|(path, kind)| Change::Node { path, kind }),
+        2 => path().prop_map(|path| Change::ReplaceByFile { path }),
+    ]
+}
+
+/// Does it, as far as it can be done: most changes do not fit the tree that they meet.
+fn apply(root: &Path, change: &Change) -> io::Result<()> {
+    let at = |path: &str| root.join(path);
+    let bytes = |seed: u8, length: u32| -> Vec<u8> {
+        (0..length)
+            .map(|i| seed.wrapping_add((i % 251) as u8))
+            .collect()
+    };
+    // A stranger's link or FIFO in the way is not to be followed or waited for.
+    let no_follow = rustix::fs::OFlags::NOFOLLOW
+        .union(rustix::fs::OFlags::NONBLOCK)
+        .bits() as i32;
+    let open =
+        |options: &mut OpenOptions, path: &str| options.custom_flags(no_follow).open(at(path));
+    let regular = |path: &str| -> io::Result<()> {
+        if fs::symlink_metadata(at(path))?.is_file() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::InvalidInput.into())
+        }
+    };
+    let fresh = |path: &str| {
+        if fs::symlink_metadata(at(path)).is_ok() {
+            regular(path)
+        } else {
+            Ok(())
+        }
+    };
+    match change {
+        Change::Write { path, seed, length } => {
+            fresh(path)?;
+            open(
+                OpenOptions::new().write(true).create(true).truncate(true),
+                path,
+            )?
+            .write_all(&bytes(*seed, *length))
+        }
+        Change::Append { path, seed } => {
+            regular(path)?;
+            open(OpenOptions::new().append(true), path)?.write_all(&bytes(*seed, 10))
+        }
+        Change::Patch { path, at } => {
+            regular(path)?;
+            let mut file = open(OpenOptions::new().write(true), path)?;
+            file.seek(io::SeekFrom::Start(u64::from(*at)))?;
+            file.write_all(b"patch")
+        }
+        Change::Truncate { path, length } => {
+            regular(path)?;
+            open(OpenOptions::new().write(true), path)?.set_len(u64::from(*length))
+        }
+        Change::OpenOnly { path } => {
+            regular(path)?;
+            open(OpenOptions::new().read(true).write(true), path).map(drop)
+        }
+        Change::Unlink { path } => fs::remove_file(at(path)),
+        Change::Rmdir { path } => fs::remove_dir(at(path)),
+        Change::RemoveAll { path } => fs::remove_dir_all(at(path)),
+        Change::Mkdir { path, mode } => {
+            fs::create_dir(at(path))?;
+            fs::set_permissions(at(path), fs::Permissions::from_mode(*mode))
+        }
+        Change::RemoveAndMkdir { path } => {
+            fs::remove_dir_all(at(path))?;
+            fs::create_dir(at(path))
+        }
+        Change::Rename { from, to } => fs::rename(at(from), at(to)),
+        Change::Exchange { from, to } => {
+            let flags = rustix::fs::RenameFlags::EXCHANGE;
+            Ok(rustix::fs::renameat_with(
+                CWD,
+                at(from),
+                CWD,
+                at(to),
+                flags,
+            )?)
+        }
+        Change::Chmod { path, mode } => {
+            if fs::symlink_metadata(at(path))?.is_symlink() {
+                return Ok(());
+            }
+            fs::set_permissions(at(path), fs::Permissions::from_mode(*mode))
+        }
+        Change::Chown { path, uid, gid } => lchown(at(path), Some(*uid), Some(*gid)),
+        Change::Times {
+            path,
+            seconds,
+            nanos,
+        } => {
+            let time = Timespec {
+                tv_sec: *seconds,
+                tv_nsec: i64::from(*nanos),
+            };
+            let times = Timestamps {
+                last_access: time,
+                last_modification: time,
+            };
+            Ok(rustix::fs::utimensat(
+                CWD,
+                at(path),
+                &times,
+                AtFlags::SYMLINK_NOFOLLOW,
+            )?)
+        }
+        Change::Symlink { path, target } => symlink(target, at(path)),
+        Change::Link { from, to } => fs::hard_link(at(from), at(to)),
+        Change::SetXattr { path, name, value } => Ok(rustix::fs::lsetxattr(
+            at(path),
+            OsStr::from_bytes(name.as_bytes()),
+            value,
+            XattrFlags::empty(),
+        )?),
+        Change::RemoveXattr { path, name } => {
+            Ok(rustix::fs::lremovexattr(at(path), name.as_str())?)
+        }
+        Change::Node { path, kind } => {
+            let (kind, device) = match kind {
+                0 => (FileType::Fifo, 0),
+                1 => (FileType::CharacterDevice, rustix::fs::makedev(1, 3)),
+                _ => (FileType::BlockDevice, rustix::fs::makedev(7, 200)),
+            };
+            Ok(rustix::fs::mknodat(
+                CWD,
+                at(path),
+                kind,
+                Mode::RUSR,
+                device,
+            )?)
+        }
+        Change::ReplaceByFile { path } => {
+            if fs::symlink_metadata(at(path))?.is_dir() {
+                fs::remove_dir_all(at(path))?
+            } else {
+                fs::remove_file(at(path))?
+            }
+            File::create_new(at(path))?.write_all(b"replaced")
+        }
+    }
+}
+
+/// How the overlay is mounted.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Default,
+    Redirect,
+    Index,
+    Userxattr,
+}
+
+impl Kind {
+    fn namespace(self) -> Namespace {
+        if matches!(self, Self::Userxattr) {
+            Namespace::User
+        } else {
+            Namespace::Trusted
+        }
+    }
+
+    fn options(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Default => &[
+                ("redirect_dir", "off"),
+                ("metacopy", "off"),
+                ("index", "off"),
+            ],
+            Self::Redirect => &[("redirect_dir", "on"), ("metacopy", "on"), ("index", "off")],
+            Self::Index => &[
+                ("redirect_dir", "off"),
+                ("metacopy", "off"),
+                ("index", "on"),
+            ],
+            Self::Userxattr => &[("index", "off")],
+        }
+    }
+}
+
+/// A mount that is attached nowhere, reached through its descriptor: nothing is left behind, whatever happens.
+struct Overlay(OwnedFd);
+
+impl Overlay {
+    /// `lowers` topmost first.
+    fn new(kind: Kind, upper: Option<(&Path, &Path)>, lowers: &[PathBuf]) -> Result<Self> {
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).context("fsopen overlay")?;
+        let fs = context.as_fd();
+        fsconfig_set_string(fs, "source", "upperdeck-test")?;
+        for (name, value) in kind.options() {
+            fsconfig_set_string(fs, *name, *value)?;
+        }
+        if matches!(kind, Kind::Userxattr) {
+            fsconfig_set_flag(fs, "userxattr")?;
+        }
+        for lower in lowers {
+            fsconfig_set_string(fs, "lowerdir+", lower)?;
+        }
+        if let Some((upper, work)) = upper {
+            fsconfig_set_string(fs, "upperdir", upper)?;
+            fsconfig_set_string(fs, "workdir", work)?;
+        }
+        fsconfig_create(fs).context("mounting the overlay (see dmesg)")?;
+        Ok(Self(fsmount(
+            fs,
+            FsMountFlags::FSMOUNT_CLOEXEC,
+            MountAttrFlags::empty(),
+        )?))
+    }
+
+    fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/.", self.0.as_raw_fd()))
+    }
+
+    fn tree(&self) -> Result<Tree> {
+        Ok(Tree::from_directory(&self.path(), false)?)
+    }
+}
+
+/// Each list of changes is a layer, the last one the upper. Whether the case counted.
+fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
+    let home = tempfile::Builder::new()
+        .prefix("upperdeck-property")
+        .tempdir()?;
+    let directory = |name: String| -> Result<PathBuf> {
+        let path = home.path().join(name);
+        fs::create_dir(&path)?;
+        Ok(path)
+    };
+    let empty = directory("empty".to_owned())?;
+    // Topmost first; the kernel wants one to begin with.
+    let mut lowers = vec![empty.clone()];
+    let (changes, base) = history.split_last().context("no history")?;
+    for (number, changes) in base.iter().enumerate() {
+        let (upper, work) = (
+            directory(format!("lower{number}"))?,
+            directory(format!("work{number}"))?,
+        );
+        // As image layers are unpacked: without redirects and metacopy.
+        let plain = if matches!(kind, Kind::Userxattr) {
+            Kind::Userxattr
+        } else {
+            Kind::Default
+        };
+        let overlay = Overlay::new(plain, Some((&upper, &work)), &lowers)?;
+        for change in changes {
+            apply(&overlay.path(), change).ok();
+        }
+        drop(overlay);
+        lowers.insert(0, upper);
+    }
+    let mut two = lowers.clone();
+    two.push(directory("empty2".to_owned())?);
+    let before = Overlay::new(kind, None, &two)?.tree()?;
+    let (upper, work) = (
+        directory("upper".to_owned())?,
+        directory("work".to_owned())?,
+    );
+    let overlay = Overlay::new(kind, Some((&upper, &work)), &lowers)?;
+    for change in changes {
+        apply(&overlay.path(), change).ok();
+    }
+    let live = overlay.tree()?;
+    drop(overlay);
+    // Mounted again: a mount goes on showing links that it made itself to copied-up symbolic links as two files.
+    let merged = Overlay::new(kind, Some((&upper, &work)), &lowers)?.tree()?;
+    let made = match make(
+        &Source::new(upper.clone(), lowers.clone(), kind.namespace()),
+        Compression::None,
+        2,
+    ) {
+        // What cannot be represented is refused: a changed base file whose other names are not in the upper.
+        Err(message) if matches!(kind, Kind::Index) && message.contains("index=on") => {
+            return Ok(false);
+        }
+        other => other.map_err(anyhow::Error::msg)?,
+    };
+    ensure!(
+        made.layer.unstable.is_empty(),
+        "unstable: {:?}",
+        made.layer.unstable
+    );
+    let mut layers = Layers::over(before.clone());
+    layers.apply(made.bytes.as_slice())?;
+    let after = layers.complete();
+    let ignore = Ignore {
+        mtime_nanos: true,
+        root: true,
+        xattrs: vec![b"security.selinux".to_vec()],
+        ..Ignore::default()
+    };
+    same(
+        "the layer over the base, and the mount",
+        &merged,
+        &after,
+        &ignore,
+    )?;
+    let links = Ignore {
+        hardlinks: true,
+        ..ignore
+    };
+    same(
+        "the layer over the base, and the mount while it was in use",
+        &live,
+        &after,
+        &links,
+    )?;
+    // The reader that proves bases sees the lowers as the kernel does. It does not follow hard links into other layers.
+    let ours = Tree::from_lowers(&lowers, kind.namespace())?;
+    same(
+        "the lowers, by the kernel and by us",
+        &before,
+        &ours,
+        &links,
+    )?;
+    Ok(true)
+}
+
+fn same(what: &str, expected: &Tree, found: &Tree, ignore: &Ignore) -> Result<()> {
+    let differences: Vec<String> = compare(expected, found, ignore)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    ensure!(
+        differences.is_empty(),
+        "{what}:\n{}",
+        differences.join("\n")
+    );
+    Ok(())
+}
+
+fn property(kind: Kind) -> Outcome {
+    harness::need_root()?;
+    let empty = tempfile::tempdir()?;
+    let (a, b) = (empty.path().join("a"), empty.path().join("b"));
+    fs::create_dir(&a)?;
+    fs::create_dir(&b)?;
+    if let Err(error) = Overlay::new(kind, None, &[a, b]) {
+        return Err(Stop::Ignored(format!(
+            "the kernel does not mount such an overlay: {error:#}"
+        )));
+    }
+    let cases = match std::env::var("UPPERDECK_PROPTEST_CASES") {
+        Ok(text) => text.parse()?,
+        Err(_) => CASES,
+    };
+    let config = Config {
+        cases,
+        failure_persistence: None,
+        max_shrink_iters: 400,
+        ..Config::default()
+    };
+    let base = prop::collection::vec(prop::collection::vec(change(), 0..30), 1..=5);
+    let history = (base, prop::collection::vec(change(), 1..30)).prop_map(|(mut base, upper)| {
+        base.push(upper);
+        base
+    });
+    let counted = std::cell::Cell::new(0);
+    let result = TestRunner::new(config).run(&history, |history| match case(kind, &history) {
+        Ok(counts) => {
+            counted.set(counted.get() + u32::from(counts));
+            Ok(())
+        }
+        Err(error) => Err(TestCaseError::fail(format!("{error:#}"))),
+    });
+    match result {
+        Ok(()) if counted.get() * 4 < cases => Err(Stop::Failed(format!(
+            "only {} of {cases} cases were not refused",
+            counted.get()
+        ))),
+        Ok(()) => Ok(()),
+        Err(TestError::Fail(reason, history)) => {
+            Err(Stop::Failed(format!("{reason}\n{history:#?}")))
+        }
+        Err(other) => Err(Stop::Failed(other.to_string())),
+    }
+}
+
+fn main() -> ExitCode {
+    let kinds = [
+        ("default", Kind::Default),
+        ("redirect_dir_and_metacopy", Kind::Redirect),
+        ("index", Kind::Index),
+        ("userxattr", Kind::Userxattr),
+    ];
+    harness::main(
+        kinds
+            .into_iter()
+            .map(|(name, kind)| {
+                Test::new(format!("layer_over_base_is_the_view::{name}"), move || {
+                    property(kind)
+                })
+            })
+            .collect(),
+    )
+}
