@@ -14,10 +14,9 @@ use serde_json::json;
 use super::Error;
 use crate::digest::Digest;
 use crate::layout::Directory;
-use crate::registry::platform::Platform;
+use crate::manifest::platform::Platform;
+use crate::manifest::{CONFIG, MANIFEST};
 
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
 /// An instant in November 2023, so that what the container changes is plainly younger.
@@ -32,8 +31,16 @@ const SYSTEM: &[Item] = &[
     ("dev/", 0o755, b""),
     ("etc/", 0o755, b""),
     ("etc/motd", 0o644, b"Welcome to the demonstration.\n"),
-    ("etc/os-release", 0o644, b"ID=demo\nNAME=\"upperdeck demonstration\"\n"),
-    ("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n"),
+    (
+        "etc/os-release",
+        0o644,
+        b"ID=demo\nNAME=\"upperdeck demonstration\"\n",
+    ),
+    (
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
+    ),
     ("home/", 0o755, b""),
     ("home/user/", 0o755, b""),
     ("opt/", 0o755, b""),
@@ -74,8 +81,12 @@ pub(super) fn make(layout: &Path, lowers: [&Path; 2], owned: bool) -> Result<(),
     for (items, lower) in [SYSTEM, NOTEBOOK].into_iter().zip(lowers) {
         let tar = tar(items).map_err(Error::io("making the base image's tar"))?;
         let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
-        gzip.write_all(&tar).map_err(Error::io("compressing the base image"))?;
-        let blob = Bytes::from(gzip.finish().map_err(Error::io("compressing the base image"))?);
+        gzip.write_all(&tar)
+            .map_err(Error::io("compressing the base image"))?;
+        let blob = Bytes::from(
+            gzip.finish()
+                .map_err(Error::io("compressing the base image"))?,
+        );
         let digest = Digest::of(&blob);
         destination.put_blob(&blob, &digest)?;
         descriptors.push(json!({"mediaType": LAYER, "digest": digest, "size": blob.len()}));
@@ -106,7 +117,11 @@ fn tar(items: &[Item]) -> io::Result<Vec<u8>> {
     let mut builder = tar::Builder::new(Vec::new());
     for (path, mode, content) in items {
         let mut header = tar::Header::new_ustar();
-        header.set_entry_type(if path.ends_with('/') { tar::EntryType::Directory } else { tar::EntryType::Regular });
+        header.set_entry_type(if path.ends_with('/') {
+            tar::EntryType::Directory
+        } else {
+            tar::EntryType::Regular
+        });
         header.set_mode(*mode);
         header.set_uid(0);
         header.set_gid(0);

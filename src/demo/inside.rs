@@ -52,7 +52,9 @@ fn failed<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl FnOnce(E) 
 
 /// Namespaces and overlay; then starts the container's process and waits for it.
 fn make(args: &[OsString]) -> Result<(), String> {
-    let [dir, user] = args else { return Err("expected DIR root|user".to_owned()) };
+    let [dir, user] = args else {
+        return Err("expected DIR root|user".to_owned());
+    };
     let (dir, in_user_namespace) = (Path::new(dir), user == "user");
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(failed("prctl"))?;
     // The other side may want to put this process into a cgroup first. One byte: what follows is not for this process.
@@ -63,7 +65,8 @@ fn make(args: &[OsString]) -> Result<(), String> {
         let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
         flags |= CloneFlags::CLONE_NEWUSER;
         unshare(flags).map_err(failed("making a user namespace"))?;
-        let write = |file: &str, text: String| fs::write(file, text).map_err(failed(file.to_owned()));
+        let write =
+            |file: &str, text: String| fs::write(file, text).map_err(failed(file.to_owned()));
         write("/proc/self/setgroups", "deny".to_owned())?;
         write("/proc/self/uid_map", format!("0 {uid} 1"))?;
         write("/proc/self/gid_map", format!("0 {gid} 1"))?;
@@ -72,7 +75,8 @@ fn make(args: &[OsString]) -> Result<(), String> {
         unshare(flags).map_err(failed("making mount and PID namespaces"))?;
     }
     let none = None::<&OsStr>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(failed("making mounts private"))?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(failed("making mounts private"))?;
     let path = |name: &str| dir.join(name).display().to_string();
     let options = format!(
         "lowerdir={}:{},upperdir={},workdir={}{options}",
@@ -82,8 +86,14 @@ fn make(args: &[OsString]) -> Result<(), String> {
         path("work")
     );
     let merged = dir.join("merged");
-    mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
-        .map_err(failed(format!("mounting an overlay in {dir:?}")))?;
+    mount(
+        Some("overlay"),
+        &merged,
+        Some("overlay"),
+        MsFlags::empty(),
+        Some(options.as_str()),
+    )
+    .map_err(failed(format!("mounting an overlay in {}", dir.display())))?;
     let mut process = Command::new("/proc/self/exe")
         .arg(PROCESS)
         .arg(&merged)
@@ -92,7 +102,9 @@ fn make(args: &[OsString]) -> Result<(), String> {
         .spawn()
         .map_err(failed("starting the container's process"))?;
     say(&format!("pid {}", process.id())).map_err(failed("stdout"))?;
-    process.wait().map_err(failed("waiting for the container"))?;
+    process
+        .wait()
+        .map_err(failed("waiting for the container"))?;
     Ok(())
 }
 
@@ -108,14 +120,28 @@ fn read_byte() -> Result<(), String> {
 
 /// Process 1 of the container: takes its root, then does what it is told, line by line.
 fn be(args: &[OsString]) -> Result<(), String> {
-    let [merged] = args else { return Err("expected DIR".to_owned()) };
+    let [merged] = args else {
+        return Err("expected DIR".to_owned());
+    };
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(failed("prctl"))?;
     let merged = Path::new(merged);
     let none = None::<&OsStr>;
     // Where /proc is masked (in a container) a new one may not be mounted: it is not needed.
-    let _ = mount(Some("proc"), &merged.join("proc"), Some("proc"), MsFlags::empty(), none);
-    mount(Some("volume"), &merged.join("data"), Some("tmpfs"), MsFlags::empty(), Some("size=1m"))
-        .map_err(failed("mounting a volume"))?;
+    let _ = mount(
+        Some("proc"),
+        &merged.join("proc"),
+        Some("proc"),
+        MsFlags::empty(),
+        none,
+    );
+    mount(
+        Some("volume"),
+        &merged.join("data"),
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("size=1m"),
+    )
+    .map_err(failed("mounting a volume"))?;
     std::env::set_current_dir(merged).map_err(failed("chdir"))?;
     pivot_root(".", ".").map_err(failed("pivot_root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(failed("leaving the old root"))?;
@@ -149,7 +175,10 @@ fn first() -> io::Result<()> {
     fs::write("/home/user/analysis.py", "print(6 * 7)\n")?;
     fs::hard_link("/home/user/analysis.py", "/home/user/analysis-v1.py")?;
     symlink("analysis.py", "/home/user/latest")?;
-    fs::write("/home/user/notebook.ipynb", "{\"cells\": [{\"source\": \"1 + 1\"}]}\n")?;
+    fs::write(
+        "/home/user/notebook.ipynb",
+        "{\"cells\": [{\"source\": \"1 + 1\"}]}\n",
+    )?;
     fs::write("/home/user/results.bin", noise(12 << 20, 1))?;
     fs::write("/home/user/naïve name.txt", "names are bytes\n")?;
     // Tidies up.
@@ -190,7 +219,10 @@ fn second() -> io::Result<()> {
 }
 
 fn append(path: &str, text: &str) -> io::Result<()> {
-    fs::OpenOptions::new().append(true).open(path)?.write_all(text.as_bytes())
+    fs::OpenOptions::new()
+        .append(true)
+        .open(path)?
+        .write_all(text.as_bytes())
 }
 
 /// `mv`: renames, and where an overlay does not rename a directory of the base, copies and removes.

@@ -24,8 +24,8 @@ use crate::container;
 use crate::digest::Digest;
 use crate::job::{Event, Observer};
 use crate::layout::{self, Reader};
+use crate::manifest::platform::Platform;
 use crate::registry::Access;
-use crate::registry::platform::Platform;
 use crate::scan::Caps;
 use crate::spec::directory::DirectoryError;
 use crate::spec::layers::Layers;
@@ -37,7 +37,8 @@ pub use inside::entry;
 const FIRST: &str = "installs 20 packages, writes programs and 12 MB of results, links, renames, deletes,\n\
     \x20    replaces a directory; and leaves a key in ~/.ssh, a cache, /tmp and a volume";
 /// What it does before the second.
-const SECOND: &str = "edits a file, deletes the results, turns a link into a directory, renames 300 files' parent";
+const SECOND: &str =
+    "edits a file, deletes the results, turns a link into a directory, renames 300 files' parent";
 
 /// The container's process ends when it is told; a machine under load gets this long.
 const END: Duration = Duration::from_secs(3);
@@ -96,24 +97,55 @@ impl Error {
 
 fn list(differences: &[Difference]) -> String {
     const SHOWN: usize = 5;
-    let shown: Vec<String> = differences.iter().take(SHOWN).map(ToString::to_string).collect();
+    let shown: Vec<String> = differences
+        .iter()
+        .take(SHOWN)
+        .map(ToString::to_string)
+        .collect();
     shown.join("; ")
 }
 
 /// Shows it all, telling the story to `out`. Everything made is gone afterwards, whatever happens.
 pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
     let begun = Instant::now();
-    let mut story = Story { out, step: 0, begun };
-    let told = |error| Error::Io { doing: "writing to stdout", source: error };
+    let mut story = Story {
+        out,
+        step: 0,
+        begun,
+    };
+    let told = |error| Error::Io {
+        doing: "writing to stdout",
+        source: error,
+    };
 
-    story.step("A base image of two layers, and a container on it").map_err(told)?;
+    story
+        .step("A base image of two layers, and a container on it")
+        .map_err(told)?;
     let mut stage = Stage::open()?;
-    let kind = if stage.rootless { "user, mount and PID namespaces" } else { "mount and PID namespaces" };
-    story.line(&format!("process {} in its own {kind}, its root an overlay", stage.container.pid)).map_err(told)?;
+    let kind = if stage.rootless {
+        "user, mount and PID namespaces"
+    } else {
+        "mount and PID namespaces"
+    };
+    story
+        .line(&format!(
+            "process {} in its own {kind}, its root an overlay",
+            stage.container.pid
+        ))
+        .map_err(told)?;
 
-    for (round, (work, what)) in [("first", FIRST), ("second", SECOND)].into_iter().enumerate() {
+    for (round, (work, what)) in [("first", FIRST), ("second", SECOND)]
+        .into_iter()
+        .enumerate()
+    {
         cancel.check()?;
-        story.step(if round == 0 { "Somebody works in it" } else { "The work goes on" }).map_err(told)?;
+        story
+            .step(if round == 0 {
+                "Somebody works in it"
+            } else {
+                "The work goes on"
+            })
+            .map_err(told)?;
         stage.container.tell(work)?;
         story.line(what).map_err(told)?;
 
@@ -122,7 +154,10 @@ pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
         let base = format!("oci:{}:base", stage.layout().display());
         story.step("Save it while it is there").map_err(told)?;
         story
-            .line(&format!("upperdeck commit --base {base} pid:{} {destination}", stage.container.pid))
+            .line(&format!(
+                "upperdeck commit --base {base} pid:{} {destination}",
+                stage.container.pid
+            ))
             .map_err(told)?;
         let (saved, warnings) = save(&stage, destination, base, cancel)?;
         for line in figures(&saved, &warnings) {
@@ -130,7 +165,9 @@ pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
         }
 
         cancel.check()?;
-        story.step("Unpack the image and compare it with what the container sees").map_err(told)?;
+        story
+            .step("Unpack the image and compare it with what the container sees")
+            .map_err(told)?;
         let paths = check(&stage, &saved)?;
         story
             .line(&format!("{paths} paths: types, modes, owners, sizes, times, links, attributes, contents: no difference"))
@@ -150,18 +187,30 @@ struct Story<'a> {
 impl Story<'_> {
     fn step(&mut self, title: &str) -> io::Result<()> {
         self.step += 1;
-        writeln!(self.out, "{:>6.2} s  {}. {title}", self.begun.elapsed().as_secs_f64(), self.step)?;
+        writeln!(
+            self.out,
+            "{:>6.2} s  {}. {title}",
+            self.begun.elapsed().as_secs_f64(),
+            self.step
+        )?;
         self.out.flush()
     }
 
     fn line(&mut self, text: &str) -> io::Result<()> {
-        writeln!(self.out, "             {}", text.replace('\n', "\n        "))?;
+        writeln!(
+            self.out,
+            "             {}",
+            text.replace('\n', "\n        ")
+        )?;
         self.out.flush()
     }
 
     fn end(&mut self) -> io::Result<()> {
         let seconds = self.begun.elapsed().as_secs_f64();
-        writeln!(self.out, "{seconds:>6.2} s  Done: two saves, both exact. The container and all files are gone again.")?;
+        writeln!(
+            self.out,
+            "{seconds:>6.2} s  Done: two saves, both exact. The container and all files are gone again."
+        )?;
         self.out.flush()
     }
 }
@@ -181,7 +230,10 @@ impl Stage {
         let root = nix::unistd::geteuid().is_root();
         let places = [std::env::temp_dir(), "/var/tmp".into(), "/dev/shm".into()];
         let mut refusals = Vec::new();
-        for rootless in [false, true].into_iter().filter(|&rootless| root || rootless) {
+        for rootless in [false, true]
+            .into_iter()
+            .filter(|&rootless| root || rootless)
+        {
             for place in &places {
                 match Self::open_in(place, rootless) {
                     Err(Error::Container(why)) if !refusals.contains(&why) => refusals.push(why),
@@ -197,14 +249,23 @@ impl Stage {
     fn open_in(place: &Path, rootless: bool) -> Result<Self, Error> {
         let dir = TemporaryDirectory::new(place)?;
         let path = |name: &str| dir.path().join(name);
-        base::make(&path("images"), [&path("lower1"), &path("lower2")], !rootless)?;
+        base::make(
+            &path("images"),
+            [&path("lower1"), &path("lower2")],
+            !rootless,
+        )?;
         for name in ["upper", "work", "merged"] {
             fs::create_dir(path(name)).map_err(Error::io("making the overlay's directories"))?;
         }
         fs::set_permissions(path("upper"), fs::Permissions::from_mode(0o755))
             .map_err(Error::io("making the overlay's directories"))?;
         let (container, cgroup) = Running::start(dir.path(), rootless)?;
-        Ok(Self { container, rootless, cgroup, dir })
+        Ok(Self {
+            container,
+            rootless,
+            cgroup,
+            dir,
+        })
     }
 
     fn layout(&self) -> PathBuf {
@@ -212,7 +273,12 @@ impl Stage {
     }
 
     fn close(self) -> Result<(), Error> {
-        let Self { container, cgroup, dir, .. } = self;
+        let Self {
+            container,
+            cgroup,
+            dir,
+            ..
+        } = self;
         drop(container);
         drop(cgroup);
         dir.remove()
@@ -228,11 +294,14 @@ fn obstacles() -> Vec<String> {
         ("kernel.unprivileged_userns_clone", "0", "1"),
         ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
     ];
-    let read = |name: &str| fs::read_to_string(format!("/proc/sys/{}", name.replace('.', "/"))).ok();
+    let read =
+        |name: &str| fs::read_to_string(format!("/proc/sys/{}", name.replace('.', "/"))).ok();
     let mut found: Vec<String> = settings
         .into_iter()
         .filter(|(name, bad, _)| read(name).is_some_and(|value| value.trim() == *bad))
-        .map(|(name, bad, good)| format!("{name} is {bad}: `sysctl -w {name}` with {good}, or run as root"))
+        .map(|(name, bad, good)| {
+            format!("{name} is {bad}: `sysctl -w {name}` with {good}, or run as root")
+        })
         .collect();
     if found.is_empty() {
         found.push("run it as root, or outside a container, or set TMPDIR to a directory on ext4, XFS or tmpfs".into());
@@ -245,10 +314,15 @@ struct TemporaryDirectory(Option<tempfile::TempDir>, PathBuf);
 
 impl TemporaryDirectory {
     fn new(place: &Path) -> Result<Self, Error> {
-        let dir = tempfile::Builder::new().prefix("upperdeck-demo-").tempdir_in(place);
+        let dir = tempfile::Builder::new()
+            .prefix("upperdeck-demo-")
+            .tempdir_in(place);
         let dir = dir.map_err(Error::io("making a temporary directory"))?;
         // The kernel shows the overlay's directories without links in them.
-        let path = dir.path().canonicalize().map_err(Error::io("making a temporary directory"))?;
+        let path = dir
+            .path()
+            .canonicalize()
+            .map_err(Error::io("making a temporary directory"))?;
         Ok(Self(Some(dir), path))
     }
 
@@ -258,7 +332,10 @@ impl TemporaryDirectory {
 
     fn remove(mut self) -> Result<(), Error> {
         self.open_up();
-        self.0.take().map_or(Ok(()), tempfile::TempDir::close).map_err(Error::io("removing the temporary directory"))
+        self.0
+            .take()
+            .map_or(Ok(()), tempfile::TempDir::close)
+            .map_err(Error::io("removing the temporary directory"))
     }
 
     fn open_up(&self) {
@@ -279,7 +356,9 @@ impl Cgroup {
     /// Puts `pid` into one, where that is permitted: it takes root.
     fn around(pid: u32) -> Option<Self> {
         let unified = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
-        let unified = unified.into_iter().find(|path| path.join("cgroup.controllers").exists());
+        let unified = unified
+            .into_iter()
+            .find(|path| path.join("cgroup.controllers").exists());
         let freezer = Some(Path::new("/sys/fs/cgroup/freezer"));
         unified.into_iter().chain(freezer).find_map(|hierarchy| {
             let path = hierarchy.join(format!("upperdeck-demo-{}", std::process::id()));
@@ -329,7 +408,12 @@ impl Running {
         };
         let cgroup = Cgroup::around(maker.id());
         let sent = commands.write_all(b"\n");
-        let mut running = Self { maker, commands: Some(commands), answers: BufReader::new(answers), pid: 0 };
+        let mut running = Self {
+            maker,
+            commands: Some(commands),
+            answers: BufReader::new(answers),
+            pid: 0,
+        };
         sent.map_err(Error::io("starting the container"))?;
         let mut ready = false;
         // Two processes answer, in either order.
@@ -346,7 +430,10 @@ impl Running {
 
     fn answer(&mut self) -> Result<String, Error> {
         let mut line = String::new();
-        let n = self.answers.read_line(&mut line).map_err(Error::io("hearing from the container"))?;
+        let n = self
+            .answers
+            .read_line(&mut line)
+            .map_err(Error::io("hearing from the container"))?;
         let line = line.trim_end();
         match line.strip_prefix("error ") {
             Some(why) => Err(Error::Container(why.to_owned())),
@@ -357,7 +444,10 @@ impl Running {
 
     /// Has it do a piece of work, and waits until that is done.
     fn tell(&mut self, work: &str) -> Result<(), Error> {
-        let mut commands = self.commands.as_ref().ok_or_else(|| Error::Container("it ended".to_owned()))?;
+        let mut commands = self
+            .commands
+            .as_ref()
+            .ok_or_else(|| Error::Container("it ended".to_owned()))?;
         writeln!(commands, "{work}").map_err(Error::io("talking to the container"))?;
         match self.answer()?.as_str() {
             "done" => Ok(()),
@@ -390,12 +480,20 @@ struct Warnings(Mutex<Vec<String>>);
 impl Observer for Warnings {
     fn event(&self, event: Event) {
         if let Event::Warning { message, .. } = event {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(message);
+            self.0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(message);
         }
     }
 }
 
-fn save(stage: &Stage, destination: String, base: String, cancel: &Cancel) -> Result<(Saved, Vec<String>), Error> {
+fn save(
+    stage: &Stage,
+    destination: String,
+    base: String,
+    cancel: &Cancel,
+) -> Result<(Saved, Vec<String>), Error> {
     let options = commit::Options {
         container: format!("pid:{}", stage.container.pid),
         destination,
@@ -404,12 +502,21 @@ fn save(stage: &Stage, destination: String, base: String, cancel: &Cancel) -> Re
         changes: Vec::new(),
         labels: Vec::new(),
         annotations: Vec::new(),
-        pause: if stage.cgroup.is_some() { Pause::Full } else { Pause::None },
+        pause: if stage.cgroup.is_some() {
+            Pause::Full
+        } else {
+            Pause::None
+        },
         max_pause: None,
         compression: Compression::Gzip,
         level: Compression::Gzip.default_level(),
         jobs: None,
-        rules: Rules { exclude: Vec::new(), include_credentials: false, include_caches: false, caps: Caps::default() },
+        rules: Rules {
+            exclude: Vec::new(),
+            include_credentials: false,
+            include_caches: false,
+            caps: Caps::default(),
+        },
         base: Some(base),
         timestamp: None,
         metadata_file: None,
@@ -419,7 +526,16 @@ fn save(stage: &Stage, destination: String, base: String, cancel: &Cancel) -> Re
     let runtime = tokio::runtime::Runtime::new().map_err(Error::io("starting the I/O threads"))?;
     let observer: Arc<dyn Observer> = Arc::<Warnings>::clone(&warnings);
     let roots = container::Roots::default();
-    let saved = runtime.block_on(commit::commit(&options, roots, Access::default(), observer, cancel))?;
+    let saved = runtime.block_on(commit::commit(
+        &options,
+        roots,
+        Access::default(),
+        observer,
+        cancel,
+    ));
+    // A thread that waits for a slow disk must not keep a cancelled save from ending.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    let saved = saved?;
     let warnings = std::mem::take(&mut *warnings.0.lock().unwrap_or_else(PoisonError::into_inner));
     Ok((saved, warnings))
 }
@@ -443,7 +559,11 @@ fn figures(saved: &Saved, warnings: &[String]) -> Vec<String> {
         None => "the container was not frozen: a cgroup of its own takes root".to_owned(),
     });
     lines.extend(warnings.iter().cloned());
-    let volumes: Vec<_> = metadata.volumes.iter().map(|volume| volume.destination.display().to_string()).collect();
+    let volumes: Vec<_> = metadata
+        .volumes
+        .iter()
+        .map(|volume| volume.destination.display().to_string())
+        .collect();
     if !volumes.is_empty() {
         lines.push(format!("not saved, being volumes: {}", volumes.join(", ")));
     }
@@ -470,25 +590,40 @@ fn check(stage: &Stage, saved: &Saved) -> Result<usize, Error> {
     let manifest = reader.manifest(tag, &Platform::host())?;
     let unreadable = |error: &dyn std::fmt::Display| Error::Image(error.to_string());
     if manifest.digest != saved.digest {
-        return Err(Error::Image(format!("the tag shows {}, saved was {}", manifest.digest, saved.digest)));
+        return Err(Error::Image(format!(
+            "the tag shows {}, saved was {}",
+            manifest.digest, saved.digest
+        )));
     }
     let manifest: Manifest = serde_json::from_slice(&manifest.bytes).map_err(|e| unreadable(&e))?;
     let mut layers = Layers::new();
     for blob in &manifest.layers {
-        layers.apply(reader.open_blob(&blob.digest, Some(blob.size))?).map_err(|e| unreadable(&e))?;
+        layers
+            .apply(reader.open_blob(&blob.digest, Some(blob.size))?)
+            .map_err(|e| unreadable(&e))?;
     }
     let image = layers.complete();
 
     let root = PathBuf::from(format!("/proc/{}/root/", stage.container.pid));
     let seen = Tree::from_directory(&root, true)?;
     let seen = if stage.rootless {
-        let ours = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        let ours = (
+            nix::unistd::geteuid().as_raw(),
+            nix::unistd::getegid().as_raw(),
+        );
         seen.map_owners(|uid, gid| ((uid, gid) == ours).then_some((0, 0)))
-            .map_err(|(path, ..)| Error::Container(format!("a stranger's file: {}", path.escape_ascii())))?
+            .map_err(|(path, ..)| {
+                Error::Container(format!("a stranger's file: {}", path.escape_ascii()))
+            })?
     } else {
         seen
     };
-    let excluded = saved.metadata.report.excluded.iter().map(|excluded| excluded.path.clone().into_bytes());
+    let excluded = saved
+        .metadata
+        .report
+        .excluded
+        .iter()
+        .map(|excluded| excluded.path.clone().into_bytes());
     let mounts = ["proc", "data"].map(|path| path.as_bytes().to_vec());
     let ignore = Ignore {
         // The layer carries whole seconds.
@@ -499,5 +634,9 @@ fn check(stage: &Stage, saved: &Saved) -> Result<usize, Error> {
         ..Ignore::default()
     };
     let differences = compare(&seen, &image, &ignore);
-    if differences.is_empty() { Ok(seen.len()) } else { Err(Error::Differs(differences)) }
+    if differences.is_empty() {
+        Ok(seen.len())
+    } else {
+        Err(Error::Differs(differences))
+    }
 }
