@@ -227,7 +227,12 @@ struct Stage {
 impl Stage {
     /// As root where that works, else in a user namespace; in the first temporary directory that can hold an overlay.
     fn open() -> Result<Self, Error> {
-        let root = nix::unistd::geteuid().is_root();
+        // Root of a user namespace is none to an overlay: it may not keep its marks in `trusted.*`.
+        let everybody = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+        let root = nix::unistd::geteuid().is_root()
+            && everybody
+                .split_ascii_whitespace()
+                .eq(["0", "0", "4294967295"]);
         let places = [std::env::temp_dir(), "/var/tmp".into(), "/dev/shm".into()];
         let mut refusals = Vec::new();
         for rootless in [false, true]
