@@ -1,4 +1,5 @@
 //! Real cgroups of both versions, real processes that count, and a freezer that is killed at every moment.
+#![allow(clippy::print_stderr, reason = "why a test is ignored, and figures")]
 #![allow(
     clippy::unnecessary_debug_formatting,
     reason = "control characters in paths are escaped that way"

@@ -80,6 +80,29 @@ fn tree(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A full disk or a registry that hangs up in the middle of a long layer: the error comes back, and nobody waits for
+/// anybody (the container stands still meanwhile).
+#[test]
+fn a_sink_that_fails_ends_the_stream() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    std::fs::File::create(dir.path().join("large"))?.set_len(256 << 20)?;
+    let plan = Plan::new(Arc::new(scan(dir.path())?), None);
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let options = layer::Options {
+            compression: Compression::None,
+            level: 0,
+            jobs: 2,
+            cancel: &NEVER,
+        };
+        let full = |_| Err(std::io::Error::from(std::io::ErrorKind::StorageFull));
+        let outcome = layer::stream::write(&plan, options, full, &|_| {});
+        done.send(outcome.is_err())
+    });
+    assert!(ended.recv_timeout(std::time::Duration::from_secs(30))?);
+    Ok(())
+}
+
 #[test]
 fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
     let dir = tempfile::tempdir()?;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use crate::cancel::Cancelled;
 use crate::commit;
+use crate::demo;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -121,6 +122,13 @@ impl Failure {
                 commit::Kind::Cancelled => Exit::Cancelled,
             };
             return Some(Self::new(exit, error.code()));
+        }
+        if let Some(error) = cause.downcast_ref::<demo::Error>() {
+            return match error {
+                demo::Error::Commit(error) => Self::of_cause(error),
+                demo::Error::Cancelled(error) => Self::of_cause(error),
+                error => Some(Self::new(Exit::from_code(error.exit_code()), "demo")),
+            };
         }
         // Last, as modules wrap it with more knowledge.
         let error = cause.downcast_ref::<io::Error>()?;

@@ -245,9 +245,10 @@ pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// WIRE HERE: demo.
 pub(super) fn demo() -> anyhow::Result<()> {
-    anyhow::bail!("'demo' is not part of this build")
+    let cancel = Cancel::default();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    Ok(crate::demo::run(&mut std::io::stdout(), &cancel)?)
 }
 
 pub(super) fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {

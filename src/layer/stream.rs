@@ -129,10 +129,8 @@ where
             });
         }
         drop(work);
-        let outcome = collect(plan, options, &order, &spare_in, &mut sink, progress);
-        // Given up early, the other threads wait for a place in it; the scope waits for them.
-        drop(order);
-        outcome
+        // `order` goes with it: when it gives up early, whoever fills the queue has to hear of it, or waits for ever.
+        collect(plan, options, order, &spare_in, &mut sink, progress)
     })
 }
 
@@ -169,7 +167,7 @@ fn make(
 fn collect<E>(
     plan: &Plan,
     options: Options<'_>,
-    order: &Receiver<Receiver<Made>>,
+    order: Receiver<Receiver<Made>>,
     spare: &Sender<Vec<u8>>,
     sink: &mut impl FnMut(Bytes) -> Result<(), E>,
     progress: &dyn Fn(Progress),

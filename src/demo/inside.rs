@@ -1,0 +1,258 @@
+//! The demonstration's container: this program again, first to make the namespaces, then as the process in them.
+//!
+//! Nothing of the host's has to be in the container's root: the program is started before the root is changed. The
+//! container ends with its standard input, so it cannot outlive the demonstration.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{self, BufRead as _, Write as _};
+use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::Signal;
+use nix::unistd::pivot_root;
+
+/// The first argument of a process that makes the container.
+pub(super) const ARGUMENT: &str = "__demo-container";
+/// The first argument of the container's own process.
+const PROCESS: &str = "__demo-process";
+
+/// If this process was started as a part of the demonstration: runs that part. For `main`, before anything else.
+pub fn entry() -> Option<ExitCode> {
+    let mut args = std::env::args_os().skip(1);
+    let part = args.next()?;
+    let args: Vec<OsString> = args.collect();
+    let outcome = match part.to_str()? {
+        ARGUMENT => make(&args),
+        PROCESS => be(&args),
+        _ => return None,
+    };
+    Some(match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            let _ = say(&format!("error {}", why.escape_debug()));
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn say(line: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{line}")?;
+    stdout.flush()
+}
+
+/// For `map_err`: what was being done, in front of what the kernel said.
+fn failed<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl FnOnce(E) -> String {
+    move |error| format!("{what}: {error}")
+}
+
+/// Namespaces and overlay; then starts the container's process and waits for it.
+fn make(args: &[OsString]) -> Result<(), String> {
+    let [dir, user] = args else {
+        return Err("expected DIR root|user".to_owned());
+    };
+    let (dir, in_user_namespace) = (Path::new(dir), user == "user");
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(failed("prctl"))?;
+    // The other side may want to put this process into a cgroup first. One byte: what follows is not for this process.
+    read_byte()?;
+    let mut flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWUTS;
+    let mut options = String::new();
+    if in_user_namespace {
+        let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+        flags |= CloneFlags::CLONE_NEWUSER;
+        unshare(flags).map_err(failed("making a user namespace"))?;
+        let write =
+            |file: &str, text: String| fs::write(file, text).map_err(failed(file.to_owned()));
+        write("/proc/self/setgroups", "deny".to_owned())?;
+        write("/proc/self/uid_map", format!("0 {uid} 1"))?;
+        write("/proc/self/gid_map", format!("0 {gid} 1"))?;
+        options.push_str(",userxattr");
+    } else {
+        unshare(flags).map_err(failed("making mount and PID namespaces"))?;
+    }
+    let none = None::<&OsStr>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(failed("making mounts private"))?;
+    let path = |name: &str| dir.join(name).display().to_string();
+    let options = format!(
+        "lowerdir={}:{},upperdir={},workdir={}{options}",
+        path("lower2"),
+        path("lower1"),
+        path("upper"),
+        path("work")
+    );
+    let merged = dir.join("merged");
+    mount(
+        Some("overlay"),
+        &merged,
+        Some("overlay"),
+        MsFlags::empty(),
+        Some(options.as_str()),
+    )
+    .map_err(failed(format!("mounting an overlay in {}", dir.display())))?;
+    let mut process = Command::new("/proc/self/exe")
+        .arg(PROCESS)
+        .arg(&merged)
+        .stdin(Stdio::inherit())
+        .stdout(Stdio::inherit())
+        .spawn()
+        .map_err(failed("starting the container's process"))?;
+    say(&format!("pid {}", process.id())).map_err(failed("stdout"))?;
+    process
+        .wait()
+        .map_err(failed("waiting for the container"))?;
+    Ok(())
+}
+
+fn read_byte() -> Result<(), String> {
+    // Not through `io::stdin`, which reads ahead.
+    let mut byte = [0];
+    match rustix::io::read(io::stdin(), &mut byte) {
+        Ok(1) => Ok(()),
+        Ok(_) => Err("nobody is there any more".to_owned()),
+        Err(error) => Err(format!("stdin: {error}")),
+    }
+}
+
+/// Process 1 of the container: takes its root, then does what it is told, line by line.
+fn be(args: &[OsString]) -> Result<(), String> {
+    let [merged] = args else {
+        return Err("expected DIR".to_owned());
+    };
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(failed("prctl"))?;
+    let merged = Path::new(merged);
+    let none = None::<&OsStr>;
+    // Where /proc is masked (in a container) a new one may not be mounted: it is not needed.
+    let _ = mount(
+        Some("proc"),
+        &merged.join("proc"),
+        Some("proc"),
+        MsFlags::empty(),
+        none,
+    );
+    mount(
+        Some("volume"),
+        &merged.join("data"),
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("size=1m"),
+    )
+    .map_err(failed("mounting a volume"))?;
+    std::env::set_current_dir(merged).map_err(failed("chdir"))?;
+    pivot_root(".", ".").map_err(failed("pivot_root"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(failed("leaving the old root"))?;
+    std::env::set_current_dir("/").map_err(failed("chdir"))?;
+    nix::unistd::sethostname("demo").map_err(failed("sethostname"))?;
+    say("ready").map_err(failed("stdout"))?;
+    for line in io::stdin().lock().lines() {
+        let done = match line.map_err(failed("stdin"))?.as_str() {
+            "first" => first(),
+            "second" => second(),
+            other => return Err(format!("no such work: {other}")),
+        };
+        done.map_err(failed("working"))?;
+        say("done").map_err(failed("stdout"))?;
+    }
+    Ok(())
+}
+
+/// What somebody does in the first hour. Told to people by [`super::FIRST`].
+fn first() -> io::Result<()> {
+    // Installs packages.
+    for package in 0..20 {
+        let dir = format!("/usr/lib/python3/site-packages/package{package}");
+        fs::create_dir_all(&dir)?;
+        for module in 0..15 {
+            let line = format!("def f{module}(x):\n    return x + {package}\n\n");
+            fs::write(format!("{dir}/module{module}.py"), line.repeat(20 + module))?;
+        }
+    }
+    // Writes a program and results.
+    fs::write("/home/user/analysis.py", "print(6 * 7)\n")?;
+    fs::hard_link("/home/user/analysis.py", "/home/user/analysis-v1.py")?;
+    symlink("analysis.py", "/home/user/latest")?;
+    fs::write(
+        "/home/user/notebook.ipynb",
+        "{\"cells\": [{\"source\": \"1 + 1\"}]}\n",
+    )?;
+    fs::write("/home/user/results.bin", noise(12 << 20, 1))?;
+    fs::write("/home/user/naïve name.txt", "names are bytes\n")?;
+    // Tidies up.
+    append("/etc/motd", "Changed in the container.\n")?;
+    fs::remove_dir_all("/usr/share/doc")?;
+    rename("/opt/tool", "/opt/tool-2")?;
+    fs::set_permissions("/srv", fs::Permissions::from_mode(0o2750))?;
+    // A user namespace with one user in it has nobody else to give a file to.
+    let _ = chown("/etc/app.conf", Some(1000), Some(1000));
+    let _ = rustix::fs::setxattr(
+        "/home/user/analysis.py",
+        "user.comment",
+        b"an attribute",
+        rustix::fs::XattrFlags::empty(),
+    );
+    // A directory replaced by a new one: nothing old may shine through.
+    fs::remove_dir_all("/var/lib/app")?;
+    fs::create_dir("/var/lib/app")?;
+    fs::write("/var/lib/app/state", "2\n")?;
+    // What must not get into an image.
+    fs::create_dir_all("/root/.ssh")?;
+    fs::write("/root/.ssh/id_ed25519", "a private key\n")?;
+    fs::create_dir_all("/root/.cache/pip")?;
+    fs::write("/root/.cache/pip/wheel", noise(1 << 20, 2))?;
+    fs::write("/tmp/scratch", noise(1 << 20, 3))?;
+    fs::write("/data/survey.csv", "on a volume\n")
+}
+
+/// What is changed before the second save. Told to people by [`super::SECOND`].
+fn second() -> io::Result<()> {
+    append("/home/user/analysis.py", "print('one more line')\n")?;
+    fs::remove_file("/home/user/results.bin")?;
+    fs::remove_file("/home/user/latest")?;
+    fs::create_dir("/home/user/latest")?;
+    fs::write("/home/user/latest/figure.png", noise(2 << 20, 4))?;
+    rename("/usr/lib/python3", "/usr/lib/python4")?;
+    fs::remove_file("/etc/os-release")
+}
+
+fn append(path: &str, text: &str) -> io::Result<()> {
+    fs::OpenOptions::new()
+        .append(true)
+        .open(path)?
+        .write_all(text.as_bytes())
+}
+
+/// `mv`: renames, and where an overlay does not rename a directory of the base, copies and removes.
+fn rename(from: &str, to: &str) -> io::Result<()> {
+    match fs::rename(from, to) {
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {}
+        other => return other,
+    }
+    for entry in walkdir::WalkDir::new(from) {
+        let entry = entry.map_err(io::Error::from)?;
+        let target = Path::new(to).join(entry.path().strip_prefix(from).map_err(io::Error::other)?);
+        if entry.file_type().is_dir() {
+            fs::create_dir(target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    fs::remove_dir_all(from)
+}
+
+/// Bytes that compress to about half, the same for the same seed (xorshift64).
+fn noise(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend((state & 0x0f0f_0f0f_0f0f_0f0f).to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}

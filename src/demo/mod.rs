@@ -1,0 +1,647 @@
+//! `upperdeck demo`: a container made, worked in, saved, unpacked and compared, with nothing but this program.
+//!
+//! The container is real (namespaces over an overlay mount) and the save is the one of `upperdeck commit`. As root, or
+//! in a user namespace where the kernel lets.
+
+mod base;
+mod inside;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, BufRead as _, BufReader, Write};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+
+use crate::cancel::{Cancel, Cancelled};
+use crate::commit::{self, Compression, Pause, Rules, Saved};
+use crate::container;
+use crate::digest::Digest;
+use crate::job::{Event, Observer};
+use crate::layout::{self, Reader};
+use crate::manifest::platform::Platform;
+use crate::registry::Access;
+use crate::scan::Caps;
+use crate::spec::directory::DirectoryError;
+use crate::spec::layers::Layers;
+use crate::spec::tree::{Difference, Ignore, Tree, compare};
+
+pub use inside::entry;
+
+/// What the container does before the first save.
+const FIRST: &str = "installs 20 packages, writes programs and 12 MB of results, links, renames, deletes,\n\
+    \x20    replaces a directory; and leaves a key in ~/.ssh, a cache, /tmp and a volume";
+/// What it does before the second.
+const SECOND: &str =
+    "edits a file, deletes the results, turns a link into a directory, renames 300 files' parent";
+
+/// The container's process ends when it is told; a machine under load gets this long.
+const END: Duration = Duration::from_secs(3);
+
+/// Why the demonstration did not come to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Neither as root nor in a user namespace.
+    #[error("this machine does not let a container be made here: {0}")]
+    NoContainer(String),
+    /// The container did not do its work.
+    #[error("the demonstration's container: {0}")]
+    Container(String),
+    /// The save failed.
+    #[error(transparent)]
+    Commit(#[from] commit::Error),
+    /// The image cannot be written or read.
+    #[error(transparent)]
+    Layout(#[from] layout::Error),
+    /// The container's tree cannot be read.
+    #[error("what the container sees: {0}")]
+    Directory(#[from] DirectoryError),
+    /// A layer of the image cannot be read, or its manifest.
+    #[error("the saved image: {0}")]
+    Image(String),
+    /// The image is not what the container saw. It would be a bug.
+    #[error("the image differs from what the container saw in {} points: {}", .0.len(), list(.0))]
+    Differs(Vec<Difference>),
+    /// SIGINT or SIGTERM.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
+    /// Anything else that the system refused.
+    #[error("{doing}: {source}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    fn io(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { doing, source }
+    }
+
+    /// The program's exit code for it where no [`commit::Error`] inside says it.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoContainer(_) => 77,
+            Self::Cancelled(_) => 130,
+            _ => 1,
+        }
+    }
+}
+
+fn list(differences: &[Difference]) -> String {
+    const SHOWN: usize = 5;
+    let shown: Vec<String> = differences
+        .iter()
+        .take(SHOWN)
+        .map(ToString::to_string)
+        .collect();
+    shown.join("; ")
+}
+
+/// Shows it all, telling the story to `out`. Everything made is gone afterwards, whatever happens.
+pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
+    let begun = Instant::now();
+    let mut story = Story {
+        out,
+        step: 0,
+        begun,
+    };
+    let told = |error| Error::Io {
+        doing: "writing to stdout",
+        source: error,
+    };
+
+    story
+        .step("A base image of two layers, and a container on it")
+        .map_err(told)?;
+    let mut stage = Stage::open()?;
+    let kind = if stage.rootless {
+        "user, mount and PID namespaces"
+    } else {
+        "mount and PID namespaces"
+    };
+    story
+        .line(&format!(
+            "process {} in its own {kind}, its root an overlay",
+            stage.container.pid
+        ))
+        .map_err(told)?;
+
+    for (round, (work, what)) in [("first", FIRST), ("second", SECOND)]
+        .into_iter()
+        .enumerate()
+    {
+        cancel.check()?;
+        story
+            .step(if round == 0 {
+                "Somebody works in it"
+            } else {
+                "The work goes on"
+            })
+            .map_err(told)?;
+        stage.container.tell(work)?;
+        story.line(what).map_err(told)?;
+
+        cancel.check()?;
+        let destination = format!("oci:{}:{work}", stage.layout().display());
+        let base = format!("oci:{}:base", stage.layout().display());
+        story.step("Save it while it is there").map_err(told)?;
+        story
+            .line(&format!(
+                "upperdeck commit --base {base} pid:{} {destination}",
+                stage.container.pid
+            ))
+            .map_err(told)?;
+        let (saved, warnings) = save(&stage, destination, base, cancel)?;
+        for line in figures(&saved, &warnings) {
+            story.line(&line).map_err(told)?;
+        }
+
+        cancel.check()?;
+        story
+            .step("Unpack the image and compare it with what the container sees")
+            .map_err(told)?;
+        let paths = check(&stage, &saved)?;
+        story
+            .line(&format!("{paths} paths: types, modes, owners, sizes, times, links, attributes, contents: no difference"))
+            .map_err(told)?;
+    }
+    stage.close()?;
+    story.end().map_err(told)
+}
+
+/// The lines on the terminal.
+struct Story<'a> {
+    out: &'a mut dyn Write,
+    step: usize,
+    begun: Instant,
+}
+
+impl Story<'_> {
+    fn step(&mut self, title: &str) -> io::Result<()> {
+        self.step += 1;
+        writeln!(
+            self.out,
+            "{:>6.2} s  {}. {title}",
+            self.begun.elapsed().as_secs_f64(),
+            self.step
+        )?;
+        self.out.flush()
+    }
+
+    fn line(&mut self, text: &str) -> io::Result<()> {
+        writeln!(
+            self.out,
+            "             {}",
+            text.replace('\n', "\n        ")
+        )?;
+        self.out.flush()
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        let seconds = self.begun.elapsed().as_secs_f64();
+        writeln!(
+            self.out,
+            "{seconds:>6.2} s  Done: two saves, both exact. The container and all files are gone again."
+        )?;
+        self.out.flush()
+    }
+}
+
+/// A directory with everything in it, and the container.
+struct Stage {
+    container: Running,
+    rootless: bool,
+    cgroup: Option<Cgroup>,
+    // Last: removed when the container is gone.
+    dir: TemporaryDirectory,
+}
+
+impl Stage {
+    /// As root where that works, else in a user namespace; in the first temporary directory that can hold an overlay.
+    fn open() -> Result<Self, Error> {
+        // Root of a user namespace is none to an overlay: it may not keep its marks in `trusted.*`.
+        let everybody = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+        let root = nix::unistd::geteuid().is_root()
+            && everybody
+                .split_ascii_whitespace()
+                .eq(["0", "0", "4294967295"]);
+        let places = [std::env::temp_dir(), "/var/tmp".into(), "/dev/shm".into()];
+        let mut refusals = Vec::new();
+        for rootless in [false, true]
+            .into_iter()
+            .filter(|&rootless| root || rootless)
+        {
+            for place in &places {
+                match Self::open_in(place, rootless) {
+                    Err(Error::Container(why)) if !refusals.contains(&why) => refusals.push(why),
+                    Err(Error::Container(_)) => {}
+                    opened => return opened,
+                }
+            }
+        }
+        refusals.extend(obstacles());
+        Err(Error::NoContainer(refusals.join("; ")))
+    }
+
+    fn open_in(place: &Path, rootless: bool) -> Result<Self, Error> {
+        let dir = TemporaryDirectory::new(place)?;
+        let path = |name: &str| dir.path().join(name);
+        base::make(
+            &path("images"),
+            [&path("lower1"), &path("lower2")],
+            !rootless,
+        )?;
+        for name in ["upper", "work", "merged"] {
+            fs::create_dir(path(name)).map_err(Error::io("making the overlay's directories"))?;
+        }
+        fs::set_permissions(path("upper"), fs::Permissions::from_mode(0o755))
+            .map_err(Error::io("making the overlay's directories"))?;
+        let (container, cgroup) = Running::start(dir.path(), rootless)?;
+        Ok(Self {
+            container,
+            rootless,
+            cgroup,
+            dir,
+        })
+    }
+
+    fn layout(&self) -> PathBuf {
+        self.dir.path().join("images")
+    }
+
+    fn close(self) -> Result<(), Error> {
+        let Self {
+            container,
+            cgroup,
+            dir,
+            ..
+        } = self;
+        drop(container);
+        drop(cgroup);
+        dir.remove()
+    }
+}
+
+/// The settings that stand in the way of user namespaces, where they do.
+fn obstacles() -> Vec<String> {
+    let settings = [
+        ("user.max_user_namespaces", "0", "a number above 0"),
+        ("user.max_mnt_namespaces", "0", "a number above 0"),
+        ("user.max_pid_namespaces", "0", "a number above 0"),
+        ("kernel.unprivileged_userns_clone", "0", "1"),
+        ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
+    ];
+    let read =
+        |name: &str| fs::read_to_string(format!("/proc/sys/{}", name.replace('.', "/"))).ok();
+    let mut found: Vec<String> = settings
+        .into_iter()
+        .filter(|(name, bad, _)| read(name).is_some_and(|value| value.trim() == *bad))
+        .map(|(name, bad, good)| {
+            format!("{name} is {bad}: `sysctl -w {name}` with {good}, or run as root")
+        })
+        .collect();
+    if found.is_empty() {
+        found.push("run it as root, or outside a container, or set TMPDIR to a directory on ext4, XFS or tmpfs".into());
+    }
+    found
+}
+
+/// A temporary directory that can be removed although the kernel's `work` directory may not be listed by its owner.
+struct TemporaryDirectory(Option<tempfile::TempDir>, PathBuf);
+
+impl TemporaryDirectory {
+    fn new(place: &Path) -> Result<Self, Error> {
+        let dir = tempfile::Builder::new()
+            .prefix("upperdeck-demo-")
+            .tempdir_in(place);
+        let dir = dir.map_err(Error::io("making a temporary directory"))?;
+        // The kernel shows the overlay's directories without links in them.
+        let path = dir
+            .path()
+            .canonicalize()
+            .map_err(Error::io("making a temporary directory"))?;
+        Ok(Self(Some(dir), path))
+    }
+
+    fn path(&self) -> &Path {
+        &self.1
+    }
+
+    fn remove(mut self) -> Result<(), Error> {
+        self.open_up();
+        self.0
+            .take()
+            .map_or(Ok(()), tempfile::TempDir::close)
+            .map_err(Error::io("removing the temporary directory"))
+    }
+
+    fn open_up(&self) {
+        let _ = fs::set_permissions(self.1.join("work/work"), fs::Permissions::from_mode(0o700));
+    }
+}
+
+impl Drop for TemporaryDirectory {
+    fn drop(&mut self) {
+        self.open_up();
+    }
+}
+
+/// A cgroup of the container's own, so that it can be frozen; removed when dropped.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// Puts `pid` into one, where that is permitted: it takes root.
+    fn around(pid: u32) -> Option<Self> {
+        let unified = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
+        let unified = unified
+            .into_iter()
+            .find(|path| path.join("cgroup.controllers").exists());
+        let freezer = Some(Path::new("/sys/fs/cgroup/freezer"));
+        unified.into_iter().chain(freezer).find_map(|hierarchy| {
+            let path = hierarchy.join(format!("upperdeck-demo-{}", std::process::id()));
+            fs::create_dir(&path).ok()?;
+            let cgroup = Self(path);
+            fs::write(cgroup.0.join("cgroup.procs"), pid.to_string()).ok()?;
+            Some(cgroup)
+        })
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + END;
+        // The last process may still be on its way out.
+        while fs::remove_dir(&self.0).is_err() && self.0.exists() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// The container, as seen from outside. Ends when dropped, or when this process does.
+struct Running {
+    maker: Child,
+    commands: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+    /// Of its first process.
+    pid: u32,
+}
+
+impl Running {
+    fn start(dir: &Path, rootless: bool) -> Result<(Self, Option<Cgroup>), Error> {
+        let mut maker = Command::new("/proc/self/exe")
+            .arg(inside::ARGUMENT)
+            .arg(dir)
+            .arg(if rootless { "user" } else { "root" })
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            // Ctrl-C is for this process, which then ends the container.
+            .process_group(0)
+            .spawn()
+            .map_err(Error::io("starting the container"))?;
+        let pipes = (maker.stdin.take(), maker.stdout.take());
+        let (Some(mut commands), Some(answers)) = pipes else {
+            return Err(Error::Container("its pipes are missing".to_owned()));
+        };
+        let cgroup = Cgroup::around(maker.id());
+        let sent = commands.write_all(b"\n");
+        let mut running = Self {
+            maker,
+            commands: Some(commands),
+            answers: BufReader::new(answers),
+            pid: 0,
+        };
+        sent.map_err(Error::io("starting the container"))?;
+        let mut ready = false;
+        // Two processes answer, in either order.
+        while !ready || running.pid == 0 {
+            let line = running.answer()?;
+            match line.strip_prefix("pid ").map(str::parse) {
+                Some(Ok(pid)) => running.pid = pid,
+                None if line == "ready" => ready = true,
+                _ => return Err(Error::Container(format!("it said {line:?}"))),
+            }
+        }
+        Ok((running, cgroup))
+    }
+
+    fn answer(&mut self) -> Result<String, Error> {
+        let mut line = String::new();
+        let n = self
+            .answers
+            .read_line(&mut line)
+            .map_err(Error::io("hearing from the container"))?;
+        let line = line.trim_end();
+        match line.strip_prefix("error ") {
+            Some(why) => Err(Error::Container(why.to_owned())),
+            None if n == 0 => Err(Error::Container("it ended".to_owned())),
+            None => Ok(line.to_owned()),
+        }
+    }
+
+    /// Has it do a piece of work, and waits until that is done.
+    fn tell(&mut self, work: &str) -> Result<(), Error> {
+        let mut commands = self
+            .commands
+            .as_ref()
+            .ok_or_else(|| Error::Container("it ended".to_owned()))?;
+        writeln!(commands, "{work}").map_err(Error::io("talking to the container"))?;
+        match self.answer()?.as_str() {
+            "done" => Ok(()),
+            other => Err(Error::Container(format!("it said {other:?}"))),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // The end of its standard input is the end of the container's first process, and that of all in it.
+        drop(self.commands.take());
+        let deadline = Instant::now() + END;
+        while matches!(self.maker.try_wait(), Ok(None)) {
+            if Instant::now() >= deadline {
+                // Takes the container along.
+                let _ = self.maker.kill();
+                let _ = self.maker.wait();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// Keeps what a save has to tell.
+#[derive(Default)]
+struct Warnings(Mutex<Vec<String>>);
+
+impl Observer for Warnings {
+    fn event(&self, event: Event) {
+        if let Event::Warning { message, .. } = event {
+            self.0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(message);
+        }
+    }
+}
+
+fn save(
+    stage: &Stage,
+    destination: String,
+    base: String,
+    cancel: &Cancel,
+) -> Result<(Saved, Vec<String>), Error> {
+    let options = commit::Options {
+        container: format!("pid:{}", stage.container.pid),
+        destination,
+        author: None,
+        message: Some("saved by the demonstration".to_owned()),
+        changes: Vec::new(),
+        labels: Vec::new(),
+        annotations: Vec::new(),
+        pause: if stage.cgroup.is_some() {
+            Pause::Full
+        } else {
+            Pause::None
+        },
+        max_pause: None,
+        compression: Compression::Gzip,
+        level: Compression::Gzip.default_level(),
+        jobs: None,
+        rules: Rules {
+            exclude: Vec::new(),
+            include_credentials: false,
+            include_caches: false,
+            caps: Caps::default(),
+        },
+        base: Some(base),
+        timestamp: None,
+        metadata_file: None,
+        digestfile: None,
+    };
+    let warnings = Arc::new(Warnings::default());
+    let runtime = tokio::runtime::Runtime::new().map_err(Error::io("starting the I/O threads"))?;
+    let observer: Arc<dyn Observer> = Arc::<Warnings>::clone(&warnings);
+    let roots = container::Roots::default();
+    let saved = runtime.block_on(commit::commit(
+        &options,
+        roots,
+        Access::default(),
+        observer,
+        cancel,
+    ));
+    // A thread that waits for a slow disk must not keep a cancelled save from ending.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    let saved = saved?;
+    let warnings = std::mem::take(&mut *warnings.0.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok((saved, warnings))
+}
+
+fn figures(saved: &Saved, warnings: &[String]) -> Vec<String> {
+    let metadata = &saved.metadata;
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    let mut lines = vec![format!("base proven {}", metadata.base.proof)];
+    match &metadata.layer {
+        Some(layer) => lines.push(format!(
+            "a layer of {} entries, {:.1} MB, compressed {:.1} MB, in {:.2} s",
+            layer.entries,
+            megabytes(layer.tar_size_bytes),
+            megabytes(layer.size_bytes),
+            metadata.seconds
+        )),
+        None => lines.push(format!("nothing had changed ({:.2} s)", metadata.seconds)),
+    }
+    lines.push(match metadata.pause_ms {
+        Some(pause) => format!("the container stood still for {pause:.0} ms"),
+        None => "the container was not frozen: a cgroup of its own takes root".to_owned(),
+    });
+    lines.extend(warnings.iter().cloned());
+    let volumes: Vec<_> = metadata
+        .volumes
+        .iter()
+        .map(|volume| volume.destination.display().to_string())
+        .collect();
+    if !volumes.is_empty() {
+        lines.push(format!("not saved, being volumes: {}", volumes.join(", ")));
+    }
+    lines.push(saved.digest.to_string());
+    lines
+}
+
+/// What is needed of a manifest.
+#[derive(Deserialize)]
+struct Manifest {
+    layers: Vec<Blob>,
+}
+
+#[derive(Deserialize)]
+struct Blob {
+    digest: Digest,
+    size: u64,
+}
+
+/// Unpacks the image and compares it with the container's root as the container sees it; the number of its paths.
+fn check(stage: &Stage, saved: &Saved) -> Result<usize, Error> {
+    let reader = Reader::directory(stage.layout())?;
+    let tag = saved.metadata.destination.rsplit(':').next();
+    let manifest = reader.manifest(tag, &Platform::host())?;
+    let unreadable = |error: &dyn std::fmt::Display| Error::Image(error.to_string());
+    if manifest.digest != saved.digest {
+        return Err(Error::Image(format!(
+            "the tag shows {}, saved was {}",
+            manifest.digest, saved.digest
+        )));
+    }
+    let manifest: Manifest = serde_json::from_slice(&manifest.bytes).map_err(|e| unreadable(&e))?;
+    let mut layers = Layers::new();
+    for blob in &manifest.layers {
+        layers
+            .apply(reader.open_blob(&blob.digest, Some(blob.size))?)
+            .map_err(|e| unreadable(&e))?;
+    }
+    let image = layers.complete();
+
+    let root = PathBuf::from(format!("/proc/{}/root/", stage.container.pid));
+    let seen = Tree::from_directory(&root, true)?;
+    let seen = if stage.rootless {
+        let ours = (
+            nix::unistd::geteuid().as_raw(),
+            nix::unistd::getegid().as_raw(),
+        );
+        seen.map_owners(|uid, gid| ((uid, gid) == ours).then_some((0, 0)))
+            .map_err(|(path, ..)| {
+                Error::Container(format!("a stranger's file: {}", path.escape_ascii()))
+            })?
+    } else {
+        seen
+    };
+    let excluded = saved
+        .metadata
+        .report
+        .excluded
+        .iter()
+        .map(|excluded| excluded.path.clone().into_bytes());
+    let mounts = ["proc", "data"].map(|path| path.as_bytes().to_vec());
+    let ignore = Ignore {
+        // The layer carries whole seconds.
+        mtime_nanos: true,
+        // No layer describes the root directory; every unpacker makes its own.
+        root: true,
+        paths: excluded.chain(mounts).collect::<BTreeSet<_>>(),
+        ..Ignore::default()
+    };
+    let differences = compare(&seen, &image, &ignore);
+    if differences.is_empty() {
+        Ok(seen.len())
+    } else {
+        Err(Error::Differs(differences))
+    }
+}

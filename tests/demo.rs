@@ -1,0 +1,83 @@
+//! The demonstration shows what it says, as whoever runs the tests, and leaves nothing behind.
+#![allow(clippy::print_stdout, reason = "why a test is ignored")]
+
+use std::process::{Command, Output};
+
+type Result = std::result::Result<(), Box<dyn std::error::Error>>;
+
+/// Runs it in a temporary directory of its own; none when this machine does not let a container be made.
+fn demo(wrapper: &[&str]) -> std::result::Result<Option<Output>, Box<dyn std::error::Error>> {
+    let dir = tempfile::tempdir()?;
+    std::os::unix::fs::chown(dir.path(), Some(65534), Some(65534)).or_else(|error| {
+        if wrapper.is_empty() {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    })?;
+    // Others may not enter the build directory.
+    let program = dir.path().join("upperdeck");
+    std::fs::copy(env!("CARGO_BIN_EXE_upperdeck"), &program)?;
+    let (first, rest) = wrapper
+        .split_first()
+        .map_or((program.to_str(), &[][..]), |(first, rest)| {
+            (Some(*first), rest)
+        });
+    let mut command = Command::new(first.ok_or("path")?);
+    command.args(rest);
+    if !wrapper.is_empty() {
+        command.arg(&program);
+    }
+    let output = command.arg("demo").env("TMPDIR", dir.path()).output()?;
+    if output.status.code() == Some(77) {
+        let reason = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(std::env::var_os("CI").is_none(), "{reason}");
+        println!("ignored: {reason}");
+        return Ok(None);
+    }
+    let left: Vec<_> = std::fs::read_dir(dir.path())?
+        .filter_map(|e| Some(e.ok()?.file_name()))
+        .collect();
+    assert_eq!(left, ["upperdeck"], "left behind");
+    Ok(Some(output))
+}
+
+fn assert_tells_it_all(output: &Output) {
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{text}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert_eq!(text.matches("no difference").count(), 2, "{text}");
+    assert!(
+        text.contains("/root/"),
+        "credentials and caches are told: {text}"
+    );
+}
+
+#[test]
+fn as_the_user_who_tests() -> Result {
+    if let Some(output) = demo(&[])? {
+        assert_tells_it_all(&output);
+    }
+    Ok(())
+}
+
+#[test]
+fn in_a_user_namespace() -> Result {
+    if !nix::unistd::geteuid().is_root() {
+        // Then the other test is this one.
+        return Ok(());
+    }
+    if let Some(output) = demo(&[
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+    ])? {
+        assert_tells_it_all(&output);
+        assert!(String::from_utf8_lossy(&output.stdout).contains("user, mount and PID namespaces"));
+    }
+    Ok(())
+}
