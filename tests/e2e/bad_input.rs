@@ -12,6 +12,9 @@ use crate::host::{Freezer, command, output, run};
 use crate::lab::Lab;
 use crate::save::{layers, manifest, refuse, save, upperdeck};
 
+/// What is done to the bytes of a file.
+type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+
 /// A file that is put back as it was.
 struct Damaged {
     path: PathBuf,
@@ -84,7 +87,7 @@ fn damaged_state_of_containerd_is_an_error_with_its_path() -> Result<()> {
         }
     };
     let text = |bytes: &mut Vec<u8>| *bytes = b"{\"not\": [json".to_vec();
-    let cases: [(&Path, &str, &dyn Fn(&mut Vec<u8>), &[i32]); 12] = [
+    let cases: [(&Path, &str, Damage<'_>, &[i32]); 12] = [
         (&snapshots, "cut", &cut, &[1, 69]),
         (&snapshots, "empty", &empty, &[1, 69]),
         (&snapshots, "zeros", &zero, &[1, 69]),

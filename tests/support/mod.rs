@@ -2,7 +2,7 @@
 //! in CI (`CI=true`) a test that cannot run is a failure, elsewhere it says `ignored: REASON` and passes.
 
 use std::env;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// What a test cannot do without.
 #[derive(Clone, Copy, Debug)]
@@ -11,8 +11,6 @@ pub enum Need<'a> {
     Root,
     /// A program that must be found in `PATH` or in the sbin directories.
     Program(&'a str),
-    /// A file or directory that must exist.
-    Path(&'a Path),
 }
 
 /// Where `PATH` (or an administrator's `PATH`) finds `name`.
@@ -34,7 +32,6 @@ pub fn ignored(needs: &[Need<'_>]) -> bool {
             Need::Program(name) => find_program(name)
                 .is_none()
                 .then(|| format!("the program {name}")),
-            Need::Path(path) => (!path.exists()).then(|| path.display().to_string()),
         })
         .collect();
     if missing.is_empty() {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::grpc::{Fields, Message, call};
 use super::registry::Registry;
-use super::{Daemon, Roots, Scratch, command, run, wait_until};
+use super::{Daemon, Roots, Scratch, command, run};
 
 const RUNTIME: &str = "/runtime.v1.RuntimeService";
 /// `NamespaceMode` of CRI: the node's own network, so that no CNI is needed.
@@ -67,20 +67,23 @@ impl Containerd {
             &configuration,
             format!(
                 "version = 2\n\
-                 root = {root:?}\nstate = {state:?}\n\
+                 root = \"{}\"\nstate = \"{}\"\n\
                  disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \
                  \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.devmapper\"]\n\
-                 [grpc]\naddress = {socket:?}\n\
-                 [ttrpc]\naddress = {:?}\n\
-                 [debug]\naddress = {:?}\n\
+                 [grpc]\naddress = \"{}\"\n\
+                 [ttrpc]\naddress = \"{}\"\n\
+                 [debug]\naddress = \"{}\"\n\
                  [plugins.\"io.containerd.grpc.v1.cri\"]\n\
                  restrict_oom_score_adj = true\n\
                  sandbox_image = {:?}\n\
-                 [plugins.\"io.containerd.grpc.v1.cri\".cni]\nconf_dir = {:?}\n",
-                dir.join("ttrpc"),
-                dir.join("debug"),
+                 [plugins.\"io.containerd.grpc.v1.cri\".cni]\nconf_dir = \"{}\"\n",
+                root.display(),
+                state.display(),
+                socket.display(),
+                dir.join("ttrpc").display(),
+                dir.join("debug").display(),
                 registry.reference("pause:1"),
-                dir.join("no-cni"),
+                dir.join("no-cni").display(),
             ),
         )?;
         let mut containerd = Self {
@@ -250,19 +253,6 @@ impl Containerd {
             done.stderr
         );
         Ok(done.stdout)
-    }
-
-    /// Removes a pod and all in it.
-    pub fn remove(&self, pod: &Pod) -> Result<()> {
-        let sandbox = Message::new().bytes(1, &pod.sandbox);
-        self.cri(
-            "StopContainer",
-            &Message::new().bytes(1, &pod.container).int(2, 0),
-        )?;
-        self.cri("StopPodSandbox", &sandbox)?;
-        self.cri("RemovePodSandbox", &sandbox)?;
-        let bundle = self.bundle(&pod.container);
-        wait_until("the pod's bundle is gone", || !bundle.exists()).map(drop)
     }
 
     /// A container without CRI, as `ctr run -d` makes it. The image must have been pulled. Returns its process.

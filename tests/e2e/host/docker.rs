@@ -121,9 +121,4 @@ impl Docker {
             ..Roots::none(scratch)
         }
     }
-
-    /// Kills the daemon; containers end with it or not, as they like.
-    pub fn kill(&mut self) -> Result<()> {
-        self.daemon.kill().map(drop)
-    }
 }

@@ -26,15 +26,17 @@ impl Podman {
             format!(
                 "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n\
                  [engine]\nruntime = \"runc\"\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"none\"\n\
-                 lock_type = \"file\"\ntmp_dir = {:?}\n",
-                dir.join("tmp")
+                 lock_type = \"file\"\ntmp_dir = \"{}\"\n",
+                dir.join("tmp").display()
             ),
         )?;
         let (root, runroot) = (dir.join("root"), dir.join("runroot"));
         fs::write(
             dir.join("storage.conf"),
             format!(
-                "[storage]\ndriver = \"overlay\"\ngraphroot = {root:?}\nrunroot = {runroot:?}\n"
+                "[storage]\ndriver = \"overlay\"\ngraphroot = \"{}\"\nrunroot = \"{}\"\n",
+                root.display(),
+                runroot.display()
             ),
         )?;
         Ok(Self { dir, root, runroot })

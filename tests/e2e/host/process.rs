@@ -83,9 +83,12 @@ impl Process {
         }
         let names: Vec<String> = names
             .iter()
-            .map(|name| match mount.relative {
-                true => format!("l/{name}"),
-                false => lowers.join(name).display().to_string(),
+            .map(|name| {
+                if mount.relative {
+                    format!("l/{name}")
+                } else {
+                    lowers.join(name).display().to_string()
+                }
             })
             .collect();
         let (upper, work, merged) = (
