@@ -842,23 +842,6 @@ fn a_config_without_platform_gets_one_and_says_so() -> Outcome {
 
 // ---- platforms
 
-fn index(platforms: &[(&str, Value)]) -> Vec<u8> {
-    let entry = |(name, platform): &(&str, Value)| {
-        let mut entry = json!({"mediaType": MANIFEST, "digest": digest(name), "size": 5});
-        if !platform.is_null() {
-            entry["platform"] = platform.clone();
-        }
-        if *name == "attestation" {
-            entry["annotations"] = json!({"vnd.docker.reference.type": "attestation-manifest"});
-        }
-        entry
-    };
-    let manifests: Vec<Value> = platforms.iter().map(entry).collect();
-    json!({"schemaVersion": 2, "mediaType": manifest::INDEX, "manifests": manifests})
-        .to_string()
-        .into_bytes()
-}
-
 // ---- hostile input
 
 fn any_json() -> impl Strategy<Value = Value> {

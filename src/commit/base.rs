@@ -225,6 +225,8 @@ async fn bring_one(
         if tried.is_empty() {
             tried.push("no copy on this node, and no registry known that has it".to_owned());
         }
+    } else {
+        tried.push(format!("nothing says which blob it is: {}", base.proof));
     }
     context.warn(
         "base_layer_remade",
@@ -369,7 +371,10 @@ async fn remake(
             diff_id: base.layers[index].diff_id,
         });
     };
-    let exclusions = Exclusions::new(Rules::default())?;
+    let exclusions = Exclusions::new(Rules {
+        of_image: true,
+        ..Rules::default()
+    })?;
     let roots = scan::Roots {
         upper: upper.clone(),
         lowers: below.to_vec(),

@@ -30,6 +30,7 @@ impl Rules {
             credentials: !self.include_credentials,
             caches: !self.include_caches,
             gpu: true,
+            of_image: false,
         })
     }
 

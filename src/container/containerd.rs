@@ -841,7 +841,10 @@ fn prove_record(
         },
         match &fit.manifest {
             Some(manifest) => format!(", manifest {}", manifest.raw.digest),
-            None => ", whose manifest is not on this node".to_owned(),
+            None => format!(
+                ", whose manifest is not on this node ({})",
+                compared.join("; ")
+            ),
         }
     );
     Ok(Base {

@@ -77,7 +77,7 @@ pub fn fill(
             scratch.header.clear();
             let header = &mut scratch.header;
             plan.header(item, &mut scratch.path, &mut scratch.link, |h| {
-                h.write(header)
+                h.write(header);
             });
             copy_overlap(target, start, &scratch.header, item.offset);
         }

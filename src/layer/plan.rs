@@ -63,7 +63,7 @@ impl Plan {
             }
             let mut header_len = 0;
             plan.header(&item, &mut path, &mut link, |header| {
-                header_len = header.encoded_len() as u32
+                header_len = header.encoded_len() as u32;
             });
             item.header_len = header_len;
             offset +=

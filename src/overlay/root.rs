@@ -243,12 +243,13 @@ pub fn stat_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
     }
 }
 
-/// Errors that say "not there (any more), or something else now": a component vanished or became a link.
+/// Errors that say "not there (any more), or something else now": a component vanished or became a link, or was
+/// exchanged while the kernel walked over it (EXDEV).
 pub fn is_absent(error: &io::Error) -> bool {
     use rustix::io::Errno;
     matches!(
         error.raw_os_error().map(Errno::from_raw_os_error),
-        Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::STALE)
+        Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::STALE | Errno::XDEV)
     )
 }
 

@@ -59,6 +59,8 @@ pub struct Rules<'a> {
     pub caches: bool,
     /// Keep the GPU hook's remnants out.
     pub gpu: bool,
+    /// The tree is an image's own layer: nothing in it is a runtime's placeholder.
+    pub of_image: bool,
 }
 
 /// A pattern that cannot be used.
@@ -172,6 +174,7 @@ pub struct Exclusions {
     lists: HashMap<&'static [u8], Vec<Listed>>,
     caches: bool,
     gpu: bool,
+    of_image: bool,
     user: Option<Patterns>,
 }
 
@@ -232,6 +235,7 @@ impl Exclusions {
             lists,
             caches: rules.caches,
             gpu: rules.gpu,
+            of_image: rules.of_image,
             user,
         })
     }
@@ -244,7 +248,9 @@ impl Exclusions {
         if !self.mounts.is_empty() && prefixes(path).any(|prefix| self.mounts.contains(prefix)) {
             return Some(Reason::Mount);
         }
-        if let Some(reason) = stub(path, facts) {
+        if !self.of_image
+            && let Some(reason) = stub(path, facts)
+        {
             return Some(reason);
         }
         if self.gpu && is_gpu_remnant(path, facts) {
@@ -561,6 +567,7 @@ mod tests {
             credentials: true,
             caches: true,
             gpu: true,
+            of_image: false,
         }
     }
 

@@ -638,7 +638,7 @@ impl Directory<'_> {
             content,
             ..Extra::default()
         };
-        if let (Kind::File, Some(nlink)) = (kind, &attributes.nlink) {
+        if let (true, Some(nlink)) = (kind != Kind::Dir, &attributes.nlink) {
             extra.indexed_nlink = indexed_nlink(nlink, stat, &base);
         }
         let mut base_stack = Stack::new();
@@ -1208,7 +1208,7 @@ fn check_indexed(flat: &Flat) -> Result<(), Error> {
     for entry in flat
         .entries
         .iter()
-        .filter(|e| e.root == 0 && e.kind == Kind::File && e.nlink > 1)
+        .filter(|e| e.root == 0 && e.kind != Kind::Dir && e.nlink > 1)
     {
         *names.entry(entry.ino).or_default() += 1;
     }

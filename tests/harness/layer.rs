@@ -95,6 +95,7 @@ pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Ma
         credentials: source.policy,
         caches: source.policy,
         gpu: source.policy,
+        of_image: false,
     };
     let exclusions = Exclusions::new(rules).map_err(|error| message(&error))?;
     let roots = Roots {
