@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use upperdeck::digest::{DiffId, Digest};
 use upperdeck::manifest::{
-    self, BaseManifest, CONFIG, DOCKER_LIST, DOCKER_MANIFEST, Error, Image, Input, Layer, MANIFEST,
+    BaseManifest, CONFIG, DOCKER_LIST, DOCKER_MANIFEST, Error, Image, Input, Layer, MANIFEST,
     NewLayer, assemble, change,
 };
 
