@@ -1,4 +1,9 @@
 //! The flags as typed, and the help that teaches them. What they mean is decided in `options`.
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    rustdoc::invalid_html_tags,
+    reason = "the comments are what --help prints: brackets there mean that a part may be left out"
+)]
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;

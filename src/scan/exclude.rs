@@ -199,8 +199,8 @@ impl Exclusions {
             .map(|path| relative(path))
             .filter(|path| !path.is_empty())
             .collect();
-        let mut ancestors: HashSet<Vec<u8>> =
-            DIRECTORY_STUBS.iter().map(|path| path.to_vec()).collect();
+        let made = if rules.of_image { &[] } else { DIRECTORY_STUBS };
+        let mut ancestors: HashSet<Vec<u8>> = made.iter().map(|path| path.to_vec()).collect();
         for mount in &mounts {
             ancestors.extend(
                 prefixes(mount)
