@@ -27,7 +27,7 @@ pub struct Saved {
 /// All figures of a save. Sizes in bytes, times as their names say.
 #[derive(Clone, Debug, Serialize)]
 pub struct Metadata {
-    /// [`METADATA_VERSION`].
+    /// Version of this structure: `METADATA_VERSION`.
     pub version: u32,
     /// As on stdout.
     pub reference: String,

@@ -26,7 +26,7 @@ pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// Docker's manifest, taken as a base.
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
-/// Docker's manifest list, taken by [`select_platform`].
+/// Docker's manifest list, an index in Docker's words.
 pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 /// Docker's image config.
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";

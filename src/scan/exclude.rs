@@ -53,9 +53,9 @@ pub struct Rules<'a> {
     pub mounts: &'a [Vec<u8>],
     /// The user's patterns, see [`Exclusions::new`].
     pub user: &'a [String],
-    /// Keep [`CREDENTIALS`] out.
+    /// Keep `CREDENTIALS` out.
     pub credentials: bool,
-    /// Keep [`CACHES`] out.
+    /// Keep `CACHES` out.
     pub caches: bool,
     /// Keep the GPU hook's remnants out.
     pub gpu: bool,
