@@ -33,6 +33,10 @@ pub(super) fn tell(context: &Context, taken: &Taken) {
         format!("/{path} is setuid, setgid or has file capabilities, which the base does not have")
     });
     some(context, "privileged_file", privileged);
+    let split = report.split_links.iter().map(|path| {
+        format!("/{path} has hard links outside the renamed directory it is in, and is a file of its own in the image")
+    });
+    some(context, "split_links", split);
     if let Some(first) = report.sockets.first() {
         let count = report.sockets.len();
         context.warn(

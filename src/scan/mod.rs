@@ -218,6 +218,8 @@ pub struct Report {
     pub privileged: Vec<String>,
     /// Extended attributes that belong to the host and were left out: name to number of entries.
     pub dropped_xattrs: BTreeMap<String, u64>,
+    /// Files in renamed directories that have hard links elsewhere in the base: those come out as files of their own.
+    pub split_links: Vec<String>,
     /// Entries that vanished while the tree was walked (only when the container runs).
     pub vanished: Vec<String>,
 }

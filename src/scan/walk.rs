@@ -165,6 +165,7 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
     }
     let mut flat = flatten(root, queue.outputs, queue.next_id);
     check_indexed(&flat)?;
+    report.split_links = split_links(&flat);
     prune(&mut flat);
     report.excluded.sort_by(|a, b| a.path.cmp(&b.path));
     report.sockets.sort();
@@ -1228,6 +1229,28 @@ fn check_indexed(flat: &Flat) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Files taken from a lower (a renamed directory's) of which the lower has more names than were taken.
+fn split_links(flat: &Flat) -> Vec<String> {
+    let linked = |e: &&Entry| e.root != 0 && e.kind != Kind::Dir && e.nlink > 1;
+    let mut names: HashMap<(u16, u64), u32> = HashMap::new();
+    for entry in flat.entries.iter().filter(linked) {
+        *names.entry((entry.root, entry.ino)).or_default() += 1;
+    }
+    let mut split = Vec::new();
+    for (index, entry) in flat.entries.iter().enumerate() {
+        if linked(&entry)
+            && names
+                .get(&(entry.root, entry.ino))
+                .is_some_and(|&n| n < entry.nlink)
+        {
+            let mut path = Vec::new();
+            super::path_of(&flat.entries, &flat.names, index as u32, &mut path);
+            split.push(escape::path(&path));
+        }
+    }
+    split
 }
 
 /// Takes out what needs no entry: what equals the base, and what only the runtime made. The root stays.
