@@ -320,3 +320,10 @@ pub fn dirname(path: &[u8]) -> &[u8] {
         .rposition(|&b| b == b'/')
         .map_or(b"".as_slice(), |cut| &path[..cut])
 }
+
+/// Everything after the last slash.
+pub fn basename(path: &[u8]) -> &[u8] {
+    path.iter()
+        .rposition(|&b| b == b'/')
+        .map_or(path, |cut| &path[cut + 1..])
+}

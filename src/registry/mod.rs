@@ -26,6 +26,7 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use reqwest::{Response, Url};
 use sha2::{Digest as _, Sha256};
 
+use crate::manifest::MAX_MANIFEST_BYTES;
 use crate::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 pub use credentials::Credentials;
 pub use error::Error;
@@ -37,8 +38,6 @@ use credentials::{AuthFiles, Found};
 use error::{Request, Step};
 use host::{Call, Host, SILENCE, Scopes, Settings};
 
-/// Manifests, indexes and configs are read and written up to this size: registries take no larger ones.
-pub const MAX_MANIFEST: u64 = 4 << 20;
 /// So many uploads at once are worth it: registries serialise a project's quota, more is slower.
 pub const UPLOADS_AT_ONCE: usize = 4;
 
@@ -219,7 +218,12 @@ impl Repository {
         let said = header_text(response.headers(), &CONTENT_TYPE);
         let bytes = self
             .host
-            .read_body(&request, "the manifest", response, MAX_MANIFEST)
+            .read_body(
+                &request,
+                "the manifest",
+                response,
+                MAX_MANIFEST_BYTES as u64,
+            )
             .await?;
         let digest = Digest::of(&bytes);
         if let Some(expected) = wanted.filter(|&w| w != digest) {
@@ -247,7 +251,7 @@ impl Repository {
         let request = Request::new(&call.method, &call.url);
         let bytes = self
             .host
-            .read_body(&request, "the config", response, MAX_MANIFEST)
+            .read_body(&request, "the config", response, MAX_MANIFEST_BYTES as u64)
             .await?;
         let found = Digest::of(&bytes);
         if found != *digest {
@@ -375,10 +379,10 @@ impl Repository {
     ) -> Result<Digest, Error> {
         reference::check_tag(tag)?;
         let digest = Digest::of(&bytes);
-        if bytes.len() as u64 > MAX_MANIFEST {
+        if bytes.len() as u64 > MAX_MANIFEST_BYTES as u64 {
             return Err(Error::TooLarge {
                 what: "the manifest".to_owned(),
-                limit: MAX_MANIFEST,
+                limit: MAX_MANIFEST_BYTES as u64,
             });
         }
         let url = self.url(&format!("manifests/{tag}")).await?;

@@ -11,6 +11,8 @@ use std::os::unix::ffi::OsStrExt as _;
 use globset::{Candidate, GlobBuilder, GlobSet, GlobSetBuilder};
 use rustix::fs::FileType;
 
+use crate::overlay::lower::basename;
+
 /// What is known of an entry besides its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts<'a> {
@@ -320,12 +322,6 @@ fn prefixes(path: &[u8]) -> impl Iterator<Item = &[u8]> {
         .map(|(i, _)| i);
     let ends = slashes.chain((!path.is_empty()).then_some(path.len()));
     ends.map(|end| &path[..end])
-}
-
-fn basename(path: &[u8]) -> &[u8] {
-    path.iter()
-        .rposition(|&b| b == b'/')
-        .map_or(path, |slash| &path[slash + 1..])
 }
 
 fn ends_with_components(path: &[u8], tail: &[u8]) -> bool {

@@ -15,7 +15,7 @@ use super::{
     Roots, Scan, Xattr,
 };
 use crate::escape;
-use crate::overlay::lower::{Found, Lowers, Place, Stack, join};
+use crate::overlay::lower::{Found, Lowers, Place, Stack, basename, join};
 use crate::overlay::owner;
 use crate::overlay::root::{
     self, Follow, Root, is_absent, proc_path, read_link_at, stat_at, xattr_at, xattr_names_at,
@@ -1353,12 +1353,6 @@ fn kind_of(file_type: FileType) -> Option<Kind> {
 
 fn mode_of(stat: &Stat) -> u16 {
     (stat.st_mode & 0o7777) as u16
-}
-
-fn basename(path: &[u8]) -> &[u8] {
-    path.iter()
-        .rposition(|&b| b == b'/')
-        .map_or(path, |cut| &path[cut + 1..])
 }
 
 fn read_error(root: &Path, path: &[u8], source: io::Error) -> Error {
