@@ -1,19 +1,21 @@
 """Runs one save of one tool and notes what it took, as a line of JSON.
 
-    measure.py --records FILE --round N --container NAME --tool NAME [--daemon PID]... [--probe GAPS]
-               [--registry-pid PID] [--registry HOST --storage DIR --repository NAME --base-layers N | --size BYTES | --size-of FILE]
+    measure.py --records FILE --round N --container NAME --tool NAME --registry-pid PID [--daemon PID]...
+               [--probe GAPS] [--registry HOST --storage DIR --repository NAME --base-layers N | --size BYTES | --size-of FILE]
                -- STEP...
 
 Every STEP is a shell command; they run one after the other. CPU seconds are those of the steps' processes and, for tools
 that let a daemon work, what the daemon and its children used meanwhile. The layer's size is what the registry's manifest
 says; a layer that was not uploaded in this very run is an error, since then a cache answered. The image is removed from
-the registry afterwards.
+the registry afterwards. What everything else on the machine used of its cores meanwhile is noted too: with much of it the
+figures are worth nothing.
 """
 import argparse
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +48,14 @@ def cpu_of_tree(root):
             ancestor = parents.get(ancestor, 0)
         total += seconds[process] if ancestor == root else 0.0
     return total
+
+
+def cpu_of_machine():
+    """CPU seconds of everything, and those that the hypervisor gave to others. See proc_stat(5)."""
+    user, nice, system, _, _, interrupts, soft_interrupts, stolen = (
+        int(field) / TICK for field in pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+    )
+    return user + nice + system + interrupts + soft_interrupts, stolen
 
 
 def run(step):
@@ -89,6 +99,9 @@ def layers(arguments, started):
     return [descriptor["size"] for descriptor in added]
 
 
+# An interrupt is the caller's to tell.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 parser = argparse.ArgumentParser(usage=__doc__)
 parser.add_argument("--records", type=pathlib.Path, required=True)
 parser.add_argument("--round", type=int, required=True)
@@ -96,7 +109,7 @@ parser.add_argument("--container", required=True)
 parser.add_argument("--tool", required=True)
 parser.add_argument("--daemon", type=int, action="append", default=[])
 parser.add_argument("--registry")
-parser.add_argument("--registry-pid", type=int)
+parser.add_argument("--registry-pid", type=int, required=True)
 parser.add_argument("--storage", type=pathlib.Path)
 parser.add_argument("--repository")
 parser.add_argument("--base-layers", type=int)
@@ -108,9 +121,12 @@ arguments = parser.parse_args()
 
 clock, started = time.time(), time.monotonic()
 before = [cpu_of_tree(daemon) for daemon in arguments.daemon]
-registry_before = cpu_of_tree(arguments.registry_pid) if arguments.registry_pid else 0.0
+registry_before = cpu_of_tree(arguments.registry_pid)
+busy_before, stolen_before = cpu_of_machine()
 done = [run(step) for step in arguments.steps]
 ended = time.monotonic()
+busy, stolen = cpu_of_machine()
+registry_cpu = cpu_of_tree(arguments.registry_pid) - registry_before
 daemons = sum(cpu_of_tree(daemon) - was for daemon, was in zip(arguments.daemon, before))
 
 record = {
@@ -123,8 +139,9 @@ record = {
     # Of the largest process of the steps; nothing of daemons.
     "peak_rss_bytes": max(usage.ru_maxrss for _, usage in done) * 1024,
 }
-if arguments.registry_pid:
-    record["registry_cpu_s"] = cpu_of_tree(arguments.registry_pid) - registry_before
+record["registry_cpu_s"] = registry_cpu
+record["others_cpu_s"] = max(0.0, busy - busy_before - record["cpu_s"] - registry_cpu)
+record["stolen_cpu_s"] = stolen - stolen_before
 if arguments.probe:
     stood_still = pauses(arguments.probe, started, ended)
     record["stood_still_s"] = sum(stood_still)

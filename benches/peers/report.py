@@ -49,7 +49,7 @@ def ratios(container, group):
     return found
 
 
-fields = ("wall_s", "cpu_s", "registry_cpu_s", "layer_bytes", "layers", "stood_still_s", "longest_pause_s", "peak_rss_bytes")
+fields = ("wall_s", "cpu_s", "registry_cpu_s", "others_cpu_s", "stolen_cpu_s", "layer_bytes", "layers", "stood_still_s", "longest_pause_s", "peak_rss_bytes")
 summary = []
 for (container, tool), group in groups.items():
     row = {"container": container, "tool": tool, "runs": len(group)}
@@ -145,6 +145,13 @@ if same_size:
     print(f"{same_size['save']} takes {same_size['cpu']:.2f} of the CPU seconds of pigz alone at the same size "
           f"({same_size['pigz_cpu_s']:.2f} s, between its levels)")
 
+
+# A tenth of the time of one core.
+disturbed = [record for record in records if record["others_cpu_s"] + record["stolen_cpu_s"] > 0.1 * record["wall_s"]]
+if disturbed:
+    share = max((record["others_cpu_s"] + record["stolen_cpu_s"]) / record["wall_s"] for record in disturbed)
+    print(f"\nIn {len(disturbed)} of {len(records)} saves other programs, or the hypervisor, used up to {share:.2f} cores: measure again on "
+          "a quiet machine")
 if arguments.json:
     whole = {"about": about, "summary": order, "pigz_at_the_same_size": same_size, "runs": records}
     arguments.json.write_text(json.dumps(whole, indent=1) + "\n")
