@@ -13,7 +13,7 @@ use super::plan::Plan;
 use crate::digest::{DiffId, Digest};
 
 /// Tar bytes of a block. Part of the format that `--jobs` must not change: the same plan gives the same bytes.
-const BLOCK: u64 = 1 << 20;
+pub const BLOCK: u64 = 1 << 20;
 
 /// How to make the layer.
 #[derive(Clone, Copy, Debug)]
