@@ -57,7 +57,7 @@ fn threads() -> Vec<usize> {
 fn settings() -> Vec<(Compression, u32, usize)> {
     let codecs = [
         (Compression::Gzip, 1),
-        (Compression::Gzip, 4),
+        (Compression::Gzip, 3),
         (Compression::Zstd, 1),
         (Compression::Zstd, 2),
     ];
@@ -145,6 +145,7 @@ fn save(bencher: Bencher, codec: &str) {
         },
         jobs: cores(),
         timestamp: None,
+        layer_size: None,
     };
     bencher
         .counter(BytesCount::new(stage.plan.tar_size()))

@@ -6,7 +6,7 @@
 //!
 //! - the processor time of all of this together, divided by the cores;
 //! - the workers' part of it, divided by the workers, where `--jobs` lets fewer work than there are cores;
-//! - the one thing that cannot be divided, one core's SHA-256 over the tar of a layer (of the largest, with `--layer-size`);
+//! - the one thing that cannot be divided, one core's SHA-256 over the tar of a layer (with `--layer-size`, four at a time, of one size);
 //! - the destination, with the same bytes at hand from the start.
 //!
 //! The slowest of the four binds. What is assumed in favour of the node, so that the limit is one: nothing waits for
@@ -63,9 +63,12 @@ pub struct Hands {
     pub cores: usize,
     /// Workers.
     pub jobs: usize,
-    /// Layers that are hashed side by side.
+    /// Layers; no more than [`SIDE_BY_SIDE`] are hashed at once.
     pub layers: usize,
 }
+
+/// Layers that a save makes at once.
+pub const SIDE_BY_SIDE: usize = 4;
 
 /// What no save can get past.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -94,7 +97,7 @@ pub struct Limit {
     pub cores: f64,
     /// Seconds that the workers need for their part.
     pub jobs: f64,
-    /// Seconds of one core's SHA-256 over the tar of the largest layer.
+    /// Seconds of SHA-256 over the tar, one core a layer.
     pub sha256: f64,
     /// Seconds that the destination needs.
     pub destination: f64,
@@ -109,7 +112,10 @@ impl Limit {
         let parts = [
             (Bound::Cores, costs.stream() / cores),
             (Bound::Jobs, costs.workers() / workers),
-            (Bound::Sha256, costs.hash_tar / hands.layers.max(1) as f64),
+            (
+                Bound::Sha256,
+                costs.hash_tar / hands.layers.clamp(1, SIDE_BY_SIDE) as f64,
+            ),
             (Bound::Destination, costs.hand_on_wall),
         ];
         // The first of equals: cores before what follows from them.
@@ -156,9 +162,9 @@ pub fn enough_layers(costs: &Costs, hands: Hands) -> usize {
     }
     let next = limit.cores.max(limit.jobs).max(limit.destination);
     if next <= 0.0 {
-        return hands.cores.max(1);
+        return SIDE_BY_SIDE;
     }
-    ((costs.hash_tar / next).ceil() as usize).clamp(2, hands.cores.max(2))
+    ((costs.hash_tar / next).ceil() as usize).clamp(2, SIDE_BY_SIDE)
 }
 
 #[cfg(test)]

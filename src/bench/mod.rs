@@ -105,6 +105,8 @@ pub struct Options {
     pub settings: Vec<Setting>,
     /// Times later than this become it.
     pub timestamp: Option<i64>,
+    /// Tar bytes after which whole saves begin another layer, see [`commit::cut`].
+    pub layer_size: Option<u64>,
 }
 
 /// Measures. `told` hears in a few words what is being done.
@@ -247,6 +249,7 @@ struct Way<'a> {
     deliver: Rounds,
     registry_cpu: Vec<f64>,
     save: Rounds,
+    layers: usize,
     sent_bytes: u64,
 }
 
@@ -359,10 +362,12 @@ impl Bench<'_> {
                     setting: options.setting,
                     jobs,
                     timestamp: options.timestamp,
+                    layer_size: options.layer_size,
                 };
-                let (spent, layer) = stages::save(&self.source, how, way.place, cancel)?;
-                way.save.add(spent);
-                way.sent_bytes = layer.size;
+                let saved = stages::save(&self.source, how, way.place, cancel)?;
+                way.save.add(saved.spent);
+                way.layers = saved.layers.len();
+                way.sent_bytes = saved.layers.iter().map(|layer| layer.size).sum();
             }
         }
 
@@ -389,6 +394,10 @@ impl Bench<'_> {
                     hash_compressed: sha_per_byte * way.sent_bytes as f64,
                     ..way.costs(common)
                 };
+                let hands = Hands {
+                    layers: way.layers,
+                    ..hands
+                };
                 let limit = Limit::of(&costs, hands);
                 let seconds = way.save.wall();
                 Save {
@@ -396,7 +405,7 @@ impl Bench<'_> {
                     compression: options.setting.codec,
                     level: options.setting.level,
                     jobs,
-                    layers: hands.layers,
+                    layers: way.layers,
                     seconds,
                     cpu_seconds: way.save.cpu(),
                     sent_bytes: way.sent_bytes,
@@ -592,6 +601,7 @@ impl<'a> Way<'a> {
             deliver: Rounds::default(),
             registry_cpu: Vec::new(),
             save: Rounds::default(),
+            layers: 1,
             sent_bytes: 0,
         }
     }

@@ -21,7 +21,7 @@ use crate::destination;
 use crate::layer::block::{self, Scratch};
 use crate::layer::codec::Codec;
 use crate::layer::stream::BLOCK;
-use crate::layer::{self, Compression, Layer, Plan};
+use crate::layer::{self, Compression, Layer, Part, Plan};
 use crate::overlay::xattr::Namespace;
 use crate::registry::{Repository, Writer};
 use crate::scan::{self, Scan};
@@ -412,34 +412,61 @@ pub struct How<'a> {
     pub jobs: usize,
     /// Times later than this become it.
     pub timestamp: Option<i64>,
+    /// Tar bytes after which another layer begins, see [`commit::cut`].
+    pub layer_size: Option<u64>,
+}
+
+/// What a whole save made.
+#[derive(Clone, Debug)]
+pub struct Saved {
+    /// What it took.
+    pub spent: Spent,
+    /// Bottom first.
+    pub layers: Vec<Layer>,
 }
 
 /// A whole save: scan, plan, stream, deliver.
-pub fn save(
-    source: &Source,
-    how: How<'_>,
-    place: &Place,
-    cancel: &Cancel,
-) -> Result<(Spent, Layer), Error> {
+pub fn save(source: &Source, how: How<'_>, place: &Place, cancel: &Cancel) -> Result<Saved, Error> {
     let clock = Clock::start();
     let scan = source.scan(how.rules, how.jobs, cancel)?;
-    let plan = Plan::new(Arc::new(scan), how.timestamp);
-    let mut delivery = place.begin()?;
+    let plans = commit::cut(Plan::new(Arc::new(scan), how.timestamp), how.layer_size);
+    let mut deliveries = plans
+        .iter()
+        .map(|_| place.begin())
+        .collect::<Result<Vec<_>, _>>()?;
     let options = layer::Options {
         compression: how.setting.codec,
         level: how.setting.level,
         jobs: how.jobs,
         cancel: cancel.flag(),
     };
-    let sink = |bytes: Bytes| delivery.write(bytes);
-    let made = layer::stream::write(&plan, options, sink, &|_| ());
-    let layer = made.map_err(|error| match error {
+    let parts = plans
+        .iter()
+        .zip(&mut deliveries)
+        .map(|(plan, delivery)| Part {
+            plan,
+            sink: |bytes: Bytes| delivery.write(bytes),
+        });
+    let made = layer::stream::write_all(parts.collect(), options, &|_| ());
+    let layers = made
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(of_layer)?;
+    let mut end = Instant::now();
+    for delivery in deliveries {
+        end = end.max(delivery.end()?);
+    }
+    let spent = clock.spent_until(end);
+    Ok(Saved { spent, layers })
+}
+
+/// What the sink said, where it was the sink.
+fn of_layer(error: layer::Error) -> Error {
+    match error {
         layer::Error::Sink(source) => match source.downcast::<Error>() {
             Ok(own) => *own,
             Err(source) => commit::Error::from(layer::Error::Sink(source)).into(),
         },
         other => commit::Error::from(other).into(),
-    })?;
-    let end = delivery.end()?;
-    Ok((clock.spent_until(end), layer))
+    }
 }

@@ -106,6 +106,7 @@ impl Commit {
             compression: args.content.compression,
             level,
             jobs: args.content.jobs.map(Into::into),
+            layer_size: args.layer_size,
             rules,
             base: args.base,
             timestamp: args.content.timestamp,
@@ -122,9 +123,10 @@ impl Commit {
 }
 
 /// The codecs and levels that `bench` measures when none are named: from fast to small, and no slower than people wait.
-const USUAL: [(Compression, u32); 7] = [
+const USUAL: [(Compression, u32); 8] = [
     (Compression::Gzip, 1),
     (Compression::Gzip, 2),
+    (Compression::Gzip, 3),
     (Compression::Gzip, 4),
     (Compression::Gzip, 6),
     (Compression::Zstd, 1),
@@ -169,6 +171,7 @@ pub(super) fn bench(args: args::Bench) -> anyhow::Result<bench::Options> {
         setting,
         settings,
         timestamp: args.content.timestamp,
+        layer_size: args.layer_size,
     })
 }
 
