@@ -575,6 +575,12 @@ impl Bench<'_> {
              behind, and what the registry does when a blob is finished is not measured."
                 .to_owned(),
         );
+        if self.options.layer_size.is_some() {
+            notes.push(
+                "The destination alone is measured with one upload; several layers make several."
+                    .to_owned(),
+            );
+        }
         notes.push(match upload.neighbour {
             Neighbour::Elsewhere => "The registry is on another machine: it takes none of these cores.".to_owned(),
             Neighbour::Process(pid) => format!(

@@ -359,6 +359,13 @@ impl Delivery {
         }
     }
 
+    /// Tells a registry that no more will come, and waits until it was told.
+    fn give_up(self) {
+        if let Self::Registry(writer, handle) = self {
+            handle.block_on(writer.abort());
+        }
+    }
+
     /// Waits until all of it is there: on the disk, or confirmed by the registry. Returns when it was.
     pub fn end(self) -> Result<Instant, Error> {
         match self {
@@ -388,14 +395,19 @@ pub fn deliver(
     let clock = Clock::start();
     let mut delivery = place.begin()?;
     let mut left = bytes;
-    for piece in pieces.iter().filter(|piece| !piece.is_empty()).cycle() {
-        if left == 0 {
-            break;
+    let mut endless = pieces.iter().filter(|piece| !piece.is_empty()).cycle();
+    let mut next = || -> Result<(), Error> {
+        while let Some(piece) = endless.next().filter(|_| left > 0) {
+            cancel.check()?;
+            let len = piece.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            left -= len as u64;
+            delivery.write(piece.slice(..len))?;
         }
-        cancel.check()?;
-        let piece = piece.slice(..piece.len().min(usize::try_from(left).unwrap_or(usize::MAX)));
-        left -= piece.len() as u64;
-        delivery.write(piece)?;
+        Ok(())
+    };
+    if let Err(error) = next() {
+        delivery.give_up();
+        return Err(error);
     }
     let end = delivery.end()?;
     Ok(clock.spent_until(end))
@@ -448,10 +460,13 @@ pub fn save(source: &Source, how: How<'_>, place: &Place, cancel: &Cancel) -> Re
             sink: |bytes: Bytes| delivery.write(bytes),
         });
     let made = layer::stream::write_all(parts.collect(), options, &|_| ());
-    let layers = made
-        .into_iter()
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(of_layer)?;
+    let layers = match made.into_iter().collect::<Result<Vec<_>, _>>() {
+        Ok(layers) => layers,
+        Err(error) => {
+            deliveries.into_iter().for_each(Delivery::give_up);
+            return Err(of_layer(error));
+        }
+    };
     let mut end = Instant::now();
     for delivery in deliveries {
         end = end.max(delivery.end()?);
