@@ -65,7 +65,7 @@ pub fn advise(
     if let Some(c) = fastest.filter(|c| seconds(best) >= WORTH * seconds(c)) {
         advice.push(one(c, hands, tar_bytes, compared(c, "")));
     }
-    // The smallest zstd layer that is both faster and no larger, else the fastest.
+    // The fastest zstd layer, of those that are no larger where there are any.
     if asked.setting.codec != Compression::Zstd {
         let both = of(Compression::Zstd)
             .filter(|c| seconds(c) <= seconds(best) && c.sent_bytes <= best.sent_bytes)
