@@ -292,7 +292,7 @@ impl Bench<'_> {
     fn measure(&self, plan: &Plan, mut subject: Subject) -> Result<Report, Error> {
         let (options, cancel) = (self.options, self.cancel);
         let (tar_bytes, jobs) = (plan.tar_size(), self.jobs);
-        let first = stages::read(plan, jobs, cancel)?;
+        let first = stages::read_first(plan, jobs, cancel)?;
         let sample = Sample::new(plan, SAMPLE, cancel)?;
         subject.sample_bytes = sample.bytes();
         let pieces = sample.pieces(options.setting, cancel)?;
@@ -559,7 +559,7 @@ impl Bench<'_> {
 
     fn notes(&self) -> Vec<String> {
         let mut notes = vec![
-            "Figures are medians of the rounds; after 'read_first' all files are in the page cache.".to_owned(),
+            "Figures are medians of the rounds. Every file is first read into the page cache ('read_first'), which a save leaves as it finds it: a save of files that are not in memory waits for the disk besides.".to_owned(),
             "A whole save is scan, plan, stream and delivery; finding the container, proving its base, config and \
              manifest are not in it, and the container is not frozen."
                 .to_owned(),

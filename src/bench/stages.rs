@@ -18,13 +18,14 @@ use crate::cancel::Cancel;
 use crate::commit::{self, Rules};
 use crate::container::Container;
 use crate::destination;
+use crate::layer::ahead::Ahead;
 use crate::layer::block::{self, Scratch};
 use crate::layer::codec::Codec;
 use crate::layer::stream::BLOCK;
 use crate::layer::{self, Compression, Layer, Part, Plan};
 use crate::overlay::xattr::Namespace;
 use crate::registry::{Repository, Writer};
-use crate::scan::{self, Scan};
+use crate::scan::{self, Kind, Scan};
 
 /// A codec at a level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -115,7 +116,7 @@ fn blocks(plan: &Plan) -> u64 {
 
 /// Makes block `number` of the tar into `tar`.
 fn fill(
-    plan: &Plan,
+    ahead: &Ahead<'_>,
     number: u64,
     tar: &mut Vec<u8>,
     scratch: &mut Scratch,
@@ -124,19 +125,57 @@ fn fill(
     // A container goes on while it is measured: what changes under it does not matter here.
     let mut unstable = Vec::new();
     let (start, end) = (number * BLOCK, (number + 1) * BLOCK);
-    block::fill(plan, start, end, tar, scratch, &mut unstable)
+    block::fill(ahead, start, end, tar, scratch, &mut unstable)
         .map_err(|error| layer::Error::from(error).into())
+}
+
+/// Reads every file once and leaves it in the page cache, as a save would not: the rounds are to be alike.
+pub fn read_first(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent, Error> {
+    let scan = plan.scan();
+    let clock = Clock::start();
+    side_by_side(
+        threads,
+        scan.entries().len() as u64,
+        cancel,
+        || vec![0; 1 << 20],
+        |buffer, number| {
+            let entry = &scan.entries()[number as usize];
+            let path = scan.path(number as u32);
+            let (root, path, ino) = match scan.elsewhere(entry) {
+                Some(place) => (place.root, &place.path, place.ino),
+                None => (0, &path, entry.ino),
+            };
+            if entry.kind != Kind::File || entry.size == 0 {
+                return Ok(());
+            }
+            // What is gone or cannot be read, the stages that count will say.
+            let Ok(Some(file)) = scan.root(root).open_file(path, ino) else {
+                return Ok(());
+            };
+            let mut at = 0;
+            while at < entry.size && !cancel.is_cancelled() {
+                match rustix::io::pread(&file, &mut buffer[..], at) {
+                    Ok(0) | Err(_) => break,
+                    Ok(n) => at += n as u64,
+                }
+            }
+            Ok(())
+        },
+        drop,
+    )?;
+    Ok(clock.spent())
 }
 
 /// Plan to tar bytes: files are read, headers written, nothing is hashed or compressed.
 pub fn read(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent, Error> {
+    let ahead = Ahead::new(plan);
     let clock = Clock::start();
     side_by_side(
         threads,
         blocks(plan),
         cancel,
         || (Vec::new(), Scratch::default()),
-        |(tar, scratch), number| fill(plan, number, tar, scratch),
+        |(tar, scratch), number| fill(&ahead, number, tar, scratch),
         drop,
     )?;
     Ok(clock.spent())
@@ -165,6 +204,7 @@ pub fn make(plan: &Plan, setting: Setting, threads: usize, cancel: &Cancel) -> R
         scratch: Scratch,
         made: Made,
     }
+    let ahead = Ahead::new(plan);
     let clock = Clock::start();
     let parts = side_by_side(
         threads,
@@ -178,7 +218,7 @@ pub fn make(plan: &Plan, setting: Setting, threads: usize, cancel: &Cancel) -> R
         },
         |worker, number| {
             let begun = clock::of_thread();
-            fill(plan, number, &mut worker.tar, &mut worker.scratch)?;
+            fill(&ahead, number, &mut worker.tar, &mut worker.scratch)?;
             let read = clock::of_thread();
             if setting.codec == Compression::Gzip {
                 std::hint::black_box(crc32fast::hash(&worker.tar));
@@ -225,13 +265,14 @@ impl Sample {
     /// At most `most` bytes of the tar, at least one block.
     pub fn new(plan: &Plan, most: u64, cancel: &Cancel) -> Result<Self, Error> {
         let all = blocks(plan);
+        let ahead = Ahead::new(plan);
         let taken = (most / BLOCK).clamp(1, all.max(1));
         let mut scratch = Scratch::default();
         let mut sample = Vec::new();
         for number in 0..taken {
             cancel.check()?;
             let mut tar = Vec::new();
-            fill(plan, number * all / taken, &mut tar, &mut scratch)?;
+            fill(&ahead, number * all / taken, &mut tar, &mut scratch)?;
             sample.push(tar);
         }
         let bytes = sample.iter().map(|block| block.len() as u64).sum();
