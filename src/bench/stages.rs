@@ -137,7 +137,7 @@ pub fn read_first(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent,
         threads,
         scan.entries().len() as u64,
         cancel,
-        || vec![0; 1 << 20],
+        || vec![0_u8; 1 << 20],
         |buffer, number| {
             let entry = &scan.entries()[number as usize];
             let path = scan.path(number as u32);
