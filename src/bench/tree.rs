@@ -10,6 +10,8 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
+
 use super::Error;
 use crate::cancel::Cancel;
 
@@ -217,7 +219,19 @@ impl Writer<'_> {
             self.file(&root.join(name), &mut numbers, bytes, content)?;
         }
         let link = root.join("latest.so");
-        symlink("_core.cpython-313-x86_64-linux-gnu.so", &link).map_err(Error::io(&link))
+        let write = || -> io::Result<()> {
+            symlink("_core.cpython-313-x86_64-linux-gnu.so", &link)?;
+            let time = Timespec {
+                tv_sec: WRITTEN.as_secs().cast_signed(),
+                tv_nsec: 0,
+            };
+            let times = Timestamps {
+                last_access: time,
+                last_modification: time,
+            };
+            Ok(utimensat(CWD, &link, &times, AtFlags::SYMLINK_NOFOLLOW)?)
+        };
+        write().map_err(Error::io(&link))
     }
 
     fn file(
