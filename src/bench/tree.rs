@@ -309,8 +309,9 @@ impl Writer<'_> {
     /// Byte code with its constants between.
     fn compiled(&mut self, numbers: &mut Numbers, bytes: usize) {
         while self.buffer.len() < bytes {
+            self.again(numbers, 7);
             for _ in 0..20 + numbers.below(60) {
-                let operand = numbers.few(24) as u8;
+                let operand = numbers.few(16) as u8;
                 self.buffer
                     .extend_from_slice(&[(numbers.few(40) * 3) as u8, operand]);
                 if numbers.below(4) == 0 {
@@ -330,9 +331,12 @@ impl Writer<'_> {
         let mut address = 0x1000_u64;
         while self.buffer.len() < bytes {
             for _ in 0..400 {
+                if numbers.below(3) == 0 {
+                    self.again(numbers, 1);
+                }
                 let form = self.forms[numbers.few(400)];
                 self.buffer.extend_from_slice(&form[..3 + numbers.few(4)]);
-                if numbers.below(3) == 0 {
+                if numbers.below(5) == 0 {
                     let operand = (numbers.next() as u16).to_le_bytes();
                     self.buffer
                         .extend_from_slice(&[operand[0], operand[1] & 0x0f, 0, 0]);
@@ -341,6 +345,18 @@ impl Writer<'_> {
             for _ in 0..numbers.below(60) {
                 address += 8 * (1 + numbers.few(12) as u64);
                 self.buffer.extend_from_slice(&address.to_le_bytes());
+            }
+        }
+    }
+
+    /// Some stretches that stand not far above, as a compiler writes the same thing again.
+    fn again(&mut self, numbers: &mut Numbers, stretches: usize) {
+        const FAR: usize = 16 << 10;
+        for _ in 0..stretches {
+            let length = 8 + numbers.few(60);
+            let back = length + numbers.few(FAR);
+            if let Some(from) = self.buffer.len().checked_sub(back) {
+                self.buffer.extend_from_within(from..from + length);
             }
         }
     }
