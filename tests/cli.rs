@@ -81,6 +81,17 @@ fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
         &["ps", "--log", "upperdeck=loudly"],
         &["layer", "--upper", "/x"],
         &["validate", "x"],
+        &["bench", "--rounds", "0"],
+        &["bench", "--size", "0"],
+        &["bench", "--size", "many"],
+        &["bench", "--codec", "gzip"],
+        &["bench", "--codec", "gzip:10"],
+        &["bench", "--codec", "lzma:1"],
+        &["bench", "--compression-level", "10"],
+        &["bench", "--directory", "/x", "web"],
+        &["bench", "--size", "8M", "web"],
+        &["bench", "--registry", "oci:/x"],
+        &["bench", "--registry", "no host"],
         &["completions", "cmd.exe"],
         &["man", "/nonexistent"],
         // What does not exist yet is not offered.
@@ -216,6 +227,7 @@ fn help_teaches() -> Outcome {
         "commit",
         "layer",
         "validate",
+        "bench",
         "demo",
         "completions",
         "man",
@@ -340,6 +352,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
     let commit = text(&upperdeck(&["commit", "--help"])?.stdout);
     let layer = text(&upperdeck(&["layer", "--help"])?.stdout);
     let ps = text(&upperdeck(&["ps", "--help"])?.stdout);
+    let bench = text(&upperdeck(&["bench", "--help"])?.stdout);
     for flag in readme
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
@@ -347,7 +360,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
         let foreign = ["--release", "--path", "--against"].contains(&flag);
         assert!(
             foreign
-                || [&help, &commit, &layer, &ps]
+                || [&help, &commit, &layer, &ps, &bench]
                     .iter()
                     .any(|text| text.contains(flag)),
             "{flag}"

@@ -245,6 +245,17 @@ pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {
     Ok(())
 }
 
+pub(super) fn bench(roots: &Roots, args: args::Bench) -> anyhow::Result<()> {
+    let format = args.format;
+    let options = options::bench(args)?;
+    let cancel = Cancel::default();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    let line = progress::StatusLine::new();
+    let report = crate::bench::run(&options, roots, &cancel, &|what| line.say(what))?;
+    drop(line);
+    print(format, &report, view::bench_table)
+}
+
 pub(super) fn demo() -> anyhow::Result<()> {
     let cancel = Cancel::default();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;

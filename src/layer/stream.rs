@@ -20,7 +20,7 @@ use super::plan::Plan;
 use crate::digest::{DiffId, Digest};
 
 /// Tar bytes of a block. Part of the format that `--jobs` must not change: the same plan gives the same bytes.
-const BLOCK: u64 = 1 << 20;
+pub const BLOCK: u64 = 1 << 20;
 /// Layers made at once: a registry serialises what more would do (see [`write_all`]).
 const SIDE_BY_SIDE: usize = 4;
 /// Compressed blocks that wait for the destination, a layer.
