@@ -203,6 +203,36 @@ fn credentials_come_from_a_file_or_a_descriptor() -> Outcome {
     Ok(())
 }
 
+/// A FIFO (or a device: `/dev/null`) is written to, never replaced by a file.
+#[test]
+fn a_layer_goes_into_a_fifo() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let upper = dir.path().join("upper");
+    std::fs::create_dir(&upper)?;
+    std::fs::write(upper.join("file"), "content")?;
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
+    let reader = std::thread::spawn({
+        let fifo = fifo.clone();
+        move || std::fs::read(fifo)
+    });
+    let made = upperdeck(&[
+        "layer",
+        "--userxattr",
+        "--compression",
+        "none",
+        "--upper",
+        &upper.to_string_lossy(),
+        "-o",
+        &fifo.to_string_lossy(),
+    ])?;
+    assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
+    let tar = reader.join().map_err(|_| "the reader died")??;
+    assert_eq!(tar.len(), 512 + 512 + 1024);
+    assert!(!std::fs::symlink_metadata(&fifo)?.is_file());
+    Ok(())
+}
+
 #[test]
 fn help_teaches() -> Outcome {
     let long = upperdeck(&["--help"])?;
