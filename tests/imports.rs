@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 16] = [
+const TABLE: [(&str, &[&str]); 17] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
@@ -37,6 +37,19 @@ const TABLE: [(&str, &[&str]); 16] = [
             "manifest",
             "overlay",
             "prove",
+            "registry",
+            "scan",
+        ],
+    ),
+    (
+        "bench",
+        &[
+            "cancel",
+            "commit",
+            "container",
+            "destination",
+            "layer",
+            "overlay",
             "registry",
             "scan",
         ],

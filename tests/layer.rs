@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use upperdeck::layer::{self, Compression, Layer, Plan};
+use upperdeck::layer::{self, Compression, Layer, Part, Plan};
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
 
@@ -100,6 +100,214 @@ fn a_sink_that_fails_ends_the_stream() -> Result<()> {
         done.send(outcome.is_err())
     });
     assert!(ended.recv_timeout(std::time::Duration::from_secs(30))?);
+    Ok(())
+}
+
+/// Paths in a tar, and where its hard links point.
+fn listing(tar: &[u8]) -> Result<Vec<(String, Option<String>)>> {
+    let mut listed = Vec::new();
+    for entry in tar::Archive::new(tar).entries()? {
+        let entry = entry?;
+        let hard = entry.header().entry_type().is_hard_link();
+        let target = entry.link_name_bytes().filter(|_| hard);
+        listed.push((
+            String::from_utf8(entry.path_bytes().into_owned())?,
+            target.map(|t| String::from_utf8_lossy(&t).into_owned()),
+        ));
+    }
+    Ok(listed)
+}
+
+fn write_all(plans: &[Plan], jobs: usize) -> Result<Vec<(Vec<u8>, Layer)>> {
+    let mut outs = vec![Vec::new(); plans.len()];
+    let options = layer::Options {
+        compression: Compression::Gzip,
+        level: 1,
+        jobs,
+        cancel: &NEVER,
+    };
+    let parts = plans.iter().zip(&mut outs).map(|(plan, out)| Part {
+        plan,
+        sink: |bytes: bytes::Bytes| -> std::io::Result<()> {
+            out.extend_from_slice(&bytes);
+            Ok(())
+        },
+    });
+    let layers = layer::stream::write_all(parts.collect(), options, &|_| {});
+    outs.into_iter()
+        .zip(layers)
+        .map(|(out, layer)| Ok((out, layer?)))
+        .collect()
+}
+
+/// Several layers: cut at directories, every path in one of them, links beside their files, parents everywhere; and the
+/// same layers for any number of threads.
+#[test]
+fn a_plan_is_cut_at_directories() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for top in ["a", "b", "c", "d"] {
+        for sub in ["x", "y"] {
+            let at = dir.path().join(top).join(sub);
+            std::fs::create_dir_all(&at)?;
+            for n in 0..4 {
+                std::fs::write(at.join(format!("f{n}")), vec![b'.'; 100_000])?;
+            }
+        }
+    }
+    // The file's first name is in the first part, its last in the last.
+    std::fs::write(dir.path().join("a/linked"), "one file")?;
+    std::fs::hard_link(dir.path().join("a/linked"), dir.path().join("d/y/linked"))?;
+    let plan =
+        |size| -> Result<Vec<Plan>> { Ok(Plan::new(Arc::new(scan(dir.path())?), None).cut(size)) };
+    assert_eq!(plan(u64::MAX)?.len(), 1);
+    let plans = plan(1 << 20)?;
+    let layers = write_all(&plans, 2)?;
+    for jobs in [1, 8] {
+        let again = write_all(&plan(1 << 20)?, jobs)?;
+        assert!(
+            again
+                .iter()
+                .map(|(out, _)| out)
+                .eq(layers.iter().map(|(out, _)| out)),
+            "with {jobs} jobs"
+        );
+    }
+    let tars = plans
+        .iter()
+        .map(|plan| listing(&write(plan, Compression::None, 2)?.0))
+        .collect::<Result<Vec<_>>>()?;
+    let names = |part: &[(String, Option<String>)]| -> Vec<String> {
+        part.iter().map(|(name, _)| name.clone()).collect()
+    };
+    // 400 kB a directory: a part ends with the third.
+    let files: Vec<usize> = tars
+        .iter()
+        .map(|part| part.iter().filter(|(name, _)| name.contains("/f")).count())
+        .collect();
+    assert_eq!(files, [12, 12, 8]);
+    let links: Vec<_> = tars
+        .iter()
+        .enumerate()
+        .flat_map(|(n, part)| part.iter().map(move |entry| (n, entry)))
+        .filter(|(_, (name, _))| name.ends_with("linked"))
+        .collect();
+    assert_eq!(
+        links,
+        [
+            (2, &("a/linked".to_owned(), None)),
+            (2, &("d/y/linked".to_owned(), Some("a/linked".to_owned())))
+        ]
+    );
+    for part in &tars {
+        let names = names(part);
+        for (at, name) in names.iter().enumerate() {
+            let parent = name
+                .trim_end_matches('/')
+                .rsplit_once('/')
+                .map(|(parent, _)| format!("{parent}/"));
+            if let Some(parent) = parent {
+                assert!(names[..at].contains(&parent), "{parent} before {name}");
+            }
+        }
+    }
+    let mut all: Vec<String> = tars
+        .iter()
+        .flat_map(|part| names(part))
+        .filter(|name| !name.ends_with('/'))
+        .collect();
+    let count = all.len();
+    all.sort();
+    all.dedup();
+    assert_eq!((count, all.len()), (34, 34), "each path once");
+    Ok(())
+}
+
+/// Whether the first page of a file is in memory.
+fn in_memory(path: &Path) -> Result<bool> {
+    let file = std::fs::File::open(path)?;
+    let mut byte = [0];
+    let mut into = [std::io::IoSliceMut::new(&mut byte)];
+    match rustix::io::preadv2(&file, &mut into, 0, rustix::io::ReadWriteFlags::NOWAIT) {
+        Ok(_) => Ok(true),
+        Err(rustix::io::Errno::AGAIN) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A save must not push out of the node's memory what others use: what was there stays, what was not there goes again.
+#[test]
+fn the_page_cache_is_left_as_it_was() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let content = |n: usize| format!("{n} ").repeat(30_000);
+    let name = |n: usize| dir.path().join(format!("f{n:03}"));
+    for n in 0..200 {
+        std::fs::write(name(n), content(n))?;
+        let file = std::fs::File::open(name(n))?;
+        file.sync_all()?;
+        // Every third stays.
+        if n % 3 != 0 {
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
+    }
+    let before = (0..200)
+        .map(|n| in_memory(&name(n)))
+        .collect::<Result<Vec<_>>>()?;
+    if before.iter().all(|there| *there) {
+        println!("ignored: this file system keeps everything in memory, or cannot tell");
+        return Ok(());
+    }
+    let plan = Plan::new(Arc::new(scan(dir.path())?), None);
+    let (tar, _) = write(&plan, Compression::None, 2)?;
+    let mut read = 0;
+    for entry in tar::Archive::new(tar.as_slice()).entries()? {
+        let mut entry = entry?;
+        let mut text = String::new();
+        entry.read_to_string(&mut text)?;
+        assert_eq!(text, content(read), "content read ahead of need and not");
+        read += 1;
+    }
+    assert_eq!(read, 200);
+    let after = (0..200)
+        .map(|n| in_memory(&name(n)))
+        .collect::<Result<Vec<_>>>()?;
+    let (mut kept, mut left) = (0, 0);
+    for (there, still) in before.iter().zip(&after) {
+        kept += usize::from(*there && *still);
+        left += usize::from(!there && *still);
+    }
+    assert_eq!(kept, before.iter().filter(|there| **there).count());
+    // What a worker takes at the very moment in which it is asked for may stay.
+    assert!(left < 10, "{left} of {} files stay", 200 - kept);
+    Ok(())
+}
+
+/// One destination that fails leaves the other layers alone.
+#[test]
+fn a_layer_that_cannot_be_delivered_fails_alone() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for top in ["a", "b", "c"] {
+        std::fs::create_dir(dir.path().join(top))?;
+        std::fs::File::create(dir.path().join(top).join("large"))?.set_len(20 << 20)?;
+    }
+    let plans = Plan::new(Arc::new(scan(dir.path())?), None).cut(10 << 20);
+    assert_eq!(plans.len(), 3);
+    let options = layer::Options {
+        compression: Compression::Gzip,
+        level: 1,
+        jobs: 2,
+        cancel: &NEVER,
+    };
+    let parts = plans.iter().enumerate().map(|(n, plan)| {
+        let sink = move |_| match n {
+            1 => Err(std::io::Error::from(std::io::ErrorKind::StorageFull)),
+            _ => Ok(()),
+        };
+        Part { plan, sink }
+    });
+    let layers = layer::stream::write_all(parts.collect(), options, &|_| {});
+    let ok: Vec<bool> = layers.iter().map(std::result::Result::is_ok).collect();
+    assert_eq!(ok, [true, false, true]);
+    assert!(matches!(layers[1], Err(layer::Error::Sink(_))));
     Ok(())
 }
 
