@@ -352,26 +352,51 @@ enum Writing {
     Registry(Writer),
     Directory(DirectoryBlob),
     Archive(ArchiveBlob),
+    /// A layout's blob that has ended.
+    Over,
 }
 
 impl BlobWriter {
     /// Hands bytes over; waits while the destination is behind. For plain threads, not for async tasks. An error is the
-    /// destination's own; when it is retryable, the blob can be made again with a new writer.
+    /// destination's own; when it is retryable, [`BlobWriter::again`] has to be asked for a writer for another try.
     pub fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
         match &mut self.0 {
             Writing::Registry(writer) => Ok(writer.write(bytes)?),
             Writing::Directory(blob) => Ok(blob.write(&bytes)?),
             Writing::Archive(blob) => Ok(blob.write(&bytes)?),
+            Writing::Over => Err(Error::Ended),
         }
     }
 
     /// Ends the blob under `digest`; `size` is checked against what was written.
-    pub async fn finish(self, digest: &Digest, size: u64) -> Result<(), Error> {
+    pub async fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+        self.end(digest, size).await
+    }
+
+    /// As [`BlobWriter::finish`], and keeps the writer, so that a failure can be answered with [`BlobWriter::again`].
+    pub async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         let digest = *digest;
-        match self.0 {
-            Writing::Registry(writer) => Ok(writer.finish(&digest, size).await?),
+        if let Writing::Registry(writer) = &mut self.0 {
+            return Ok(writer.end(&digest, size).await?);
+        }
+        match std::mem::replace(&mut self.0, Writing::Over) {
             Writing::Directory(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
             Writing::Archive(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
+            Writing::Registry(_) | Writing::Over => Err(Error::Ended),
+        }
+    }
+
+    /// A writer for another try after `error`, once the pause that the try takes is over. The same bytes have to be
+    /// written to it from their beginning, whatever of them is sent again.
+    ///
+    /// The error comes back where another try is not worth it: the blob has had its tries, or the save all of its, or
+    /// the destination is a layout, whose errors do not pass.
+    pub async fn again(self, error: Error) -> Result<Self, Error> {
+        match (self.0, error) {
+            (Writing::Registry(writer), Error::Registry(error)) => {
+                Ok(Self(Writing::Registry(writer.again(error).await?)))
+            }
+            (_, error) => Err(error),
         }
     }
 

@@ -243,6 +243,7 @@ fn quick() -> Access {
         retry: Retry {
             tries: 5,
             first_pause: Duration::from_millis(10),
+            ..Retry::default()
         },
         ..Access::default()
     }
@@ -1684,6 +1685,7 @@ async fn a_read_only_registry_is_a_matter_of_permission() {
         retry: Retry {
             tries: 8,
             first_pause: Duration::from_millis(100),
+            ..Retry::default()
         },
         ..quick()
     };

@@ -36,10 +36,14 @@ pub use upload::Writer;
 
 use credentials::{AuthFiles, Found};
 use error::{Request, Step};
+use retry::Budget;
 use host::{Call, Host, SILENCE, Scopes, Settings};
 
 /// So many uploads at once are worth it: registries serialise a project's quota, more is slower.
 pub const UPLOADS_AT_ONCE: usize = 4;
+
+/// What moves, however slowly, may go on for so long: a terabyte over a line of 25 MB/s.
+pub const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
 /// How registries are reached, and as whom.
 #[derive(Clone, Debug)]
@@ -59,6 +63,8 @@ pub struct Access {
     pub retry: Retry,
     /// How long nothing may move, in an answer or an upload.
     pub silence: Duration,
+    /// How long the whole save may take with its registries, from [`Registries::new`] on.
+    pub deadline: Duration,
 }
 
 impl Default for Access {
@@ -71,6 +77,7 @@ impl Default for Access {
             host: None,
             retry: Retry::default(),
             silence: SILENCE,
+            deadline: DEADLINE,
         }
     }
 }
@@ -79,6 +86,7 @@ impl Default for Access {
 #[derive(Clone)]
 pub struct Registries {
     access: Arc<Access>,
+    budget: Arc<Budget>,
     hosts: Arc<Mutex<HashMap<String, Arc<Host>>>>,
 }
 
@@ -86,6 +94,7 @@ impl Registries {
     /// Nothing is asked before the first request.
     pub fn new(access: Access) -> Self {
         Self {
+            budget: Arc::new(Budget::new(access.retry, access.deadline)),
             access: Arc::new(access),
             hosts: Arc::default(),
         }
@@ -135,6 +144,7 @@ impl Registries {
             cert_dir: access.cert_dir.clone().filter(|_| meant),
             retry: access.retry,
             silence: access.silence,
+            budget: Arc::clone(&self.budget),
             credentials: Box::new(move |repository| {
                 if let Some(credentials) = &creds {
                     Ok(Found::Credentials {
@@ -296,13 +306,14 @@ impl Repository {
         })
     }
 
-    /// The size in bytes of a blob that is there.
+    /// The size in bytes of a blob that is there. Who may push and not read cannot ask, and has to send it: so a no is
+    /// the same as not there.
     pub async fn head_blob(&self, digest: &Digest) -> Result<Option<u64>, Error> {
         let url = self.url(&format!("blobs/{digest}")).await?;
         let mut call = self.call(Step::ReadBlob, Method::HEAD, url);
-        call.accept = &[404];
+        call.accept = &[400, 401, 403, 404, 405];
         let response = self.host.call(&call).await?;
-        if response.status() == StatusCode::NOT_FOUND {
+        if !response.status().is_success() {
             return Ok(None);
         }
         // reqwest's content_length is that of the body, which an answer to HEAD has none of.
@@ -464,7 +475,6 @@ impl BlobStream {
             let pause = self
                 .repository
                 .host
-                .retry()
                 .pause(self.failed, &error)
                 .ok_or(error)?;
             tokio::time::sleep(pause).await;
@@ -487,12 +497,10 @@ impl BlobStream {
             self.skip = if resumed { 0 } else { self.read };
             self.response.insert(response)
         };
-        match tokio::time::timeout(host.silence(), response.chunk()).await {
+        let wait = host.silence().min(host.remaining());
+        match tokio::time::timeout(wait, response.chunk()).await {
             Ok(chunk) => chunk.map_err(|e| Error::transport(request, &e)),
-            Err(_) => Err(Error::Silent {
-                request,
-                after: host.silence(),
-            }),
+            Err(_) => Err(host.waited(request, host.silence())),
         }
     }
 
