@@ -109,6 +109,13 @@ impl Reply {
             (403, Step::FinishBlob | Step::WriteManifest | Step::SendBlob) => {
                 "refused after upload: a quota is used up, or a policy of the project forbids it".to_owned()
             }
+            (403, Step::Api | Step::Delete | Step::List) => {
+                format!("these credentials may not do this{}", credentials())
+            }
+            (400 | 405, Step::Delete) => {
+                "this registry does not delete: its administrator has to allow it (storage.delete.enabled)".to_owned()
+            }
+            (412, Step::Api) => "a rule of the project forbids it: the tag is immutable, or something refers to it".to_owned(),
             (403 | 405, Step::BeginUpload) => format!(
                 "one cannot push there: no right to push{}, a proxy-cache project, a read-only registry, or no quota left",
                 credentials()
@@ -318,8 +325,8 @@ impl Error {
             Self::Reply(reply) => match reply.status {
                 401 => !reply.mid_upload,
                 402 | 403 => true,
-                405 => reply.step == Step::BeginUpload,
-                412 => reply.step == Step::WriteManifest,
+                405 => matches!(reply.step, Step::BeginUpload | Step::Delete),
+                412 => matches!(reply.step, Step::WriteManifest | Step::Api),
                 _ => false,
             },
             Self::NoCredentials { .. } => true,

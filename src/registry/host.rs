@@ -423,6 +423,29 @@ impl Host {
         }
     }
 
+    /// Realm and service of the token service, once an answer has named them.
+    pub(super) fn token_service(&self) -> Option<(String, Option<String>)> {
+        let known = self
+            .challenge
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match &*known {
+            Some(Challenge::Bearer { realm, service }) => Some((realm.clone(), service.clone())),
+            _ => None,
+        }
+    }
+
+    /// For the host's own API: user and password where there are some, and never a token.
+    fn api_authorization(&self, scopes: &Scopes) -> Result<Option<HeaderValue>, Error> {
+        match self.credentials(&scopes.repository)? {
+            Found::Credentials {
+                credentials: Credentials::Basic { user, password },
+                ..
+            } => Ok(basic_header(&user, &password)),
+            _ => Ok(None),
+        }
+    }
+
     /// Forgets a token that a registry did not take.
     pub(super) async fn forget_token(&self, scopes: &Scopes) {
         self.tokens.lock().await.remove(&scopes.key());
@@ -609,6 +632,10 @@ impl Host {
     async fn authorized(&self, call: &Call, url: &Url) -> Result<Response, Error> {
         let mut renewed = 0;
         loop {
+            if call.step == Step::Api {
+                let header = self.api_authorization(&call.scopes)?;
+                return self.fire(&self.own, call, url, header).await;
+            }
             let (header, age) = self.authorization(&call.scopes).await?;
             let response = self.fire(&self.own, call, url, header).await?;
             if response.status() != StatusCode::UNAUTHORIZED {

@@ -6,7 +6,9 @@
 //!
 //! Format: OCI distribution-spec 1.1.
 
+pub mod api;
 mod auth;
+mod catalog;
 pub mod credentials;
 pub mod error;
 mod host;
@@ -28,6 +30,8 @@ use sha2::{Digest as _, Sha256};
 
 use crate::manifest::MAX_MANIFEST_BYTES;
 use crate::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
+pub use api::Api;
+pub use catalog::Tagged;
 pub use credentials::Credentials;
 pub use error::Error;
 pub use reference::Reference;
@@ -65,6 +69,8 @@ pub struct Access {
     pub silence: Duration,
     /// How long the whole save may take with its registries, from [`Registries::new`] on.
     pub deadline: Duration,
+    /// `--create-project`: a project of Harbor's that is not there is made.
+    pub create_project: bool,
 }
 
 impl Default for Access {
@@ -78,6 +84,7 @@ impl Default for Access {
             retry: Retry::default(),
             silence: SILENCE,
             deadline: DEADLINE,
+            create_project: false,
         }
     }
 }
@@ -100,6 +107,11 @@ impl Registries {
         }
     }
 
+    /// Whether a missing project is made.
+    pub fn creates_projects(&self) -> bool {
+        self.access.create_project
+    }
+
     /// A repository to read from. `name` is `HOST/REPOSITORY`.
     pub fn repository(&self, name: &str) -> Result<Repository, Error> {
         let reference: Reference = name.parse()?;
@@ -117,19 +129,21 @@ impl Registries {
     }
 
     fn open(&self, reference: &Reference, actions: &'static str) -> Result<Repository, Error> {
-        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        let host = if let Some(host) = hosts.get(&reference.host) {
-            Arc::clone(host)
-        } else {
-            let host = Arc::new(Host::new(self.settings(&reference.host))?);
-            hosts.insert(reference.host.clone(), Arc::clone(&host));
-            host
-        };
         Ok(Repository {
-            host,
+            host: self.host(&reference.host)?,
             name: reference.repository.clone(),
             actions,
         })
+    }
+
+    fn host(&self, name: &str) -> Result<Arc<Host>, Error> {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(host) = hosts.get(name) {
+            return Ok(Arc::clone(host));
+        }
+        let host = Arc::new(Host::new(self.settings(name))?);
+        hosts.insert(name.to_owned(), Arc::clone(&host));
+        Ok(host)
     }
 
     fn settings(&self, host: &str) -> Settings {
@@ -175,6 +189,11 @@ impl Repository {
     /// `HOST/REPOSITORY`.
     pub fn name(&self) -> String {
         format!("{}/{}", self.host.name(), self.name)
+    }
+
+    /// Within its host.
+    pub fn path(&self) -> &str {
+        &self.name
     }
 
     /// Whether `other` is on the same registry, so that blobs can be mounted.

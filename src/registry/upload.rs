@@ -99,6 +99,11 @@ impl Writer {
         }
     }
 
+    /// Where the blob goes.
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
     /// Hands bytes over, waiting while the connection is behind. For plain threads: within a runtime it panics, as all
     /// of tokio's blocking calls do.
     ///
