@@ -111,20 +111,43 @@ impl Commit {
             metadata_file: args.metadata_file,
             digestfile: args.digestfile,
         };
+        // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
+        let host = match target {
+            Some(Target::Registry(reference)) => Some(reference.host),
+            _ => None,
+        };
         let access = registry::Access {
-            authfile: args.registry.authfile,
-            creds,
-            tls_verify: args.registry.tls_verify,
-            cert_dir: args.registry.cert_dir,
-            // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
-            host: match target {
-                Some(Target::Registry(reference)) => Some(reference.host),
-                _ => None,
-            },
-            ..registry::Access::default()
+            create_project: args.create_project,
+            ..access(&args.registry, creds, host)
         };
         Ok(Self { options, access })
     }
+}
+
+/// How registries are reached, from the flags that all verbs share. `host`: whom they are meant for.
+fn access(
+    registry: &args::Registry,
+    creds: Option<Credentials>,
+    host: Option<String>,
+) -> registry::Access {
+    registry::Access {
+        authfile: registry.authfile.clone(),
+        creds,
+        tls_verify: registry.tls_verify,
+        cert_dir: registry.cert_dir.clone(),
+        host,
+        deadline: registry.deadline.unwrap_or(registry::DEADLINE),
+        ..registry::Access::default()
+    }
+}
+
+/// The registries of a verb that looks at one place; `host` is that place's.
+pub(super) fn registries(
+    args: &args::Registry,
+    host: Option<String>,
+) -> anyhow::Result<registry::Registries> {
+    let creds = creds(args)?;
+    Ok(registry::Registries::new(access(args, creds, host)))
 }
 
 fn creds(registry: &args::Registry) -> anyhow::Result<Option<Credentials>> {

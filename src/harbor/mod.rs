@@ -393,6 +393,12 @@ impl Harbor {
         self.page(&path).await
     }
 
+    /// Whether there is such a repository, for these credentials: to a list, what is not there is merely empty.
+    pub async fn repository_exists(&self, project: &str, repository: &str) -> Result<bool, Error> {
+        let path = repository_path(project, repository);
+        Ok(self.api.get(&path, &[404]).await?.status != 404)
+    }
+
     /// Artifacts of a repository, with tags, labels and accessories.
     pub async fn artifacts(
         &self,

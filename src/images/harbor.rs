@@ -57,6 +57,9 @@ impl HarborImages {
                 .harbor
                 .artifacts(project, name, &Self::query(query, by))
                 .await?;
+            if page.total == 0 {
+                self.must_exist(repository).await?;
+            }
             return Ok(Listed {
                 items: page.items.into_iter().map(entry).collect(),
                 total: page.total,
@@ -78,8 +81,22 @@ impl HarborImages {
             }
             part.page += 1;
         }
+        if all.is_empty() {
+            self.must_exist(repository).await?;
+        }
         sort(&mut all, Sort::Name);
         Ok(query.cut(all))
+    }
+
+    /// Harbor has an empty list of what is not there.
+    async fn must_exist(&self, repository: &str) -> Result<(), Error> {
+        let (project, name) = self.parts(repository)?;
+        let there = self.harbor.project_exists(project).await?
+            && self.harbor.repository_exists(project, name).await?;
+        if there {
+            return Ok(());
+        }
+        Err(Error::NotThere(format!("{}/{repository}", self.harbor.host())))
     }
 
     async fn take_out(
@@ -174,6 +191,11 @@ impl Images for HarborImages {
             }
             let project = Some(project).filter(|p| !p.is_empty());
             let page = self.harbor.repositories(project, &asked).await?;
+            if let Some(project) = project.filter(|_| page.total == 0)
+                && !self.harbor.project_exists(project).await?
+            {
+                return Err(Error::NotThere(format!("{}/{project}", self.harbor.host())));
+            }
             let items = page.items.into_iter().map(|found| RepositoryEntry {
                 name: found.name,
                 images: Some(found.artifact_count),

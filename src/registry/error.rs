@@ -311,7 +311,7 @@ impl Error {
             | Self::Garbled { .. } => true,
             Self::Reply(reply) => {
                 matches!(reply.status, 408 | 429 | 499 | 500 | 502..=504 | 506..=599)
-                    || (reply.mid_upload && matches!(reply.status, 401 | 404 | 416))
+                    || (reply.mid_upload && matches!(reply.status, 401 | 404 | 411 | 416))
             }
             // A damaged download: another try may read another copy.
             Self::Digest { what, .. } => *what == "blob",

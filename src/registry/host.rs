@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -115,6 +116,10 @@ pub(super) struct Host {
     challenge: Mutex<Option<Challenge>>,
     tokens: tokio::sync::Mutex<HashMap<String, Token>>,
     found: Mutex<HashMap<String, Found>>,
+    /// It takes no body whose length is not told beforehand.
+    wants_lengths: AtomicBool,
+    /// The smallest piece of a blob that it takes, but for the last.
+    least_chunk: AtomicU64,
 }
 
 impl Host {
@@ -176,6 +181,8 @@ impl Host {
             challenge: Mutex::new(None),
             tokens: tokio::sync::Mutex::new(HashMap::new()),
             found: Mutex::new(HashMap::new()),
+            wants_lengths: AtomicBool::new(false),
+            least_chunk: AtomicU64::new(0),
         })
     }
 
@@ -221,6 +228,24 @@ impl Host {
         } else {
             Error::Silent { request, after }
         }
+    }
+
+    /// Whether the registry has refused a stream of unknown length (411).
+    pub(super) fn wants_lengths(&self) -> bool {
+        self.wants_lengths.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_wants_lengths(&self) {
+        self.wants_lengths.store(true, Ordering::Relaxed);
+    }
+
+    /// `OCI-Chunk-Min-Length`, in bytes; 0 where it was not said.
+    pub(super) fn least_chunk(&self) -> u64 {
+        self.least_chunk.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_least_chunk(&self, bytes: u64) {
+        self.least_chunk.store(bytes, Ordering::Relaxed);
     }
 
     /// The client for requests to the registry itself that the other methods cannot make: streamed ones.

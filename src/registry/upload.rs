@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf as _, Bytes};
-use http::header::{AUTHORIZATION, CONTENT_TYPE, RANGE};
+use bytes::{Buf as _, Bytes, BytesMut};
+use http::header::{AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, RANGE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use reqwest::Url;
 use tokio::runtime::Handle;
@@ -27,6 +27,10 @@ use crate::digest::Digest;
 const PIECES_IN_FLIGHT: usize = 8;
 /// A registry reads a blob again at its end (S3 storage copies it): it gets one second more for so many bytes.
 const FINISH_BYTES_PER_SECOND: u64 = 16 << 20;
+/// Bytes of a request to a registry that wants to know each one's length beforehand: held in memory.
+const CHUNK: usize = 16 << 20;
+/// A line over which it is still worth sending a piece that is at hand.
+const SLOWEST_BYTES_PER_SECOND: u64 = 64 << 10;
 /// Tidying up is worth no more than this.
 const CANCEL_WAIT: Duration = Duration::from_secs(5);
 
@@ -85,7 +89,8 @@ impl Writer {
     ) -> Self {
         let (session, skip) = resumed.unzip();
         let (pieces, taken) = mpsc::channel(PIECES_IN_FLIGHT);
-        let task = handle.spawn(stream(repository.clone(), taken, session, failed));
+        let resumed = session.zip(skip);
+        let task = handle.spawn(stream(repository.clone(), taken, resumed, failed));
         Self {
             repository,
             handle,
@@ -186,7 +191,9 @@ impl Writer {
         }
         let host = &self.repository.host;
         let again = error.is_again() && self.failed < host.retry().tries;
-        let pause = if again {
+        let pause = if again && self.wants_other_form(&error) {
+            Some(Duration::ZERO)
+        } else if again {
             host.pause(self.failed.max(1), &error)
                 .or_else(|| host.pause_after_loss(self.failed.max(1), &error))
         } else {
@@ -206,6 +213,12 @@ impl Writer {
         }
         let (repository, handle) = (self.repository.clone(), self.handle.clone());
         Ok(Self::start(repository, handle, resumed, self.failed))
+    }
+
+    /// Whether the registry has only said that it wants to know lengths: no pause is due for that.
+    fn wants_other_form(&self, error: &Error) -> bool {
+        matches!(error, Error::Reply(reply) if reply.status == 411)
+            && self.repository.host.wants_lengths()
     }
 
     /// Gives the blob up and waits until the registry was told.
@@ -303,12 +316,7 @@ async fn try_send_bytes(
 ) -> Result<(), Error> {
     let session = open(repository, failed).await?;
     let size = bytes.len() as u64;
-    let mut call = repository.call(Step::SendBlob, Method::PATCH, session.url.clone());
-    call.headers.insert(
-        CONTENT_TYPE,
-        HeaderValue::from_static("application/octet-stream"),
-    );
-    call.body = bytes;
+    let call = sized(repository, &session, bytes, 0);
     let sent = async {
         let response = repository
             .host
@@ -339,6 +347,10 @@ async fn open(repository: &Repository, failed: &mut u32) -> Result<Session, Erro
     let call = repository.call(Step::BeginUpload, Method::POST, url);
     let response = repository.host.call_after(&call, failed).await?;
     let request = Request::new(&call.method, &call.url);
+    let least = response.headers().get("oci-chunk-min-length");
+    if let Some(least) = least.and_then(|v| v.to_str().ok()?.parse().ok()) {
+        repository.host.note_least_chunk(least);
+    }
     let url = repository
         .host
         .own_location(&request, &call.url, response.headers())
@@ -417,13 +429,13 @@ impl Movement {
 async fn stream(
     repository: Repository,
     mut pieces: mpsc::Receiver<Piece>,
-    resumed: Option<Session>,
+    resumed: Option<(Session, u64)>,
     mut failed: u32,
 ) -> Outcome {
-    let session = match resumed {
-        Some(session) => session,
+    let (session, have) = match resumed {
+        Some(resumed) => resumed,
         None => match open(&repository, &mut failed).await {
-            Ok(session) => session,
+            Ok(session) => (session, 0),
             Err(error) => {
                 let (session, error) = (None, Some(error));
                 return Outcome {
@@ -434,6 +446,11 @@ async fn stream(
             }
         },
     };
+    if repository.host.wants_lengths() {
+        let mut session = session;
+        let sent = chunks(&repository, &mut session, &mut pieces, have, &mut failed).await;
+        return after(&repository, session, sent, failed).await;
+    }
     let movement = Arc::new(Movement {
         started: Instant::now(),
         taken: AtomicU64::new(0),
@@ -462,25 +479,105 @@ async fn stream(
         }
     });
     let body = reqwest::Body::wrap_stream(body);
-    match patch(&repository, &session, body, &movement).await {
-        Ok(session) => Outcome {
-            session: Some(session),
-            failed,
-            error: None,
-        },
+    let sent = patch(&repository, &session, body, &movement).await;
+    let (session, sent) = match sent {
+        Ok(next) => (next, Ok(())),
+        Err(_) if given_up.load(Ordering::Relaxed) => (session, Err(Error::Abandoned)),
         Err(error) => {
-            let error = error.in_mid_upload();
-            let goes_on = error.is_again() && !given_up.load(Ordering::Relaxed);
-            if !goes_on {
-                cancel(&repository, &session).await;
+            if matches!(&error, Error::Reply(reply) if reply.status == 411) {
+                repository.host.note_wants_lengths();
             }
-            Outcome {
-                session: goes_on.then_some(session),
-                failed: failed + 1,
-                error: Some(error),
+            failed += 1;
+            (session, Err(error))
+        }
+    };
+    after(&repository, session, sent, failed).await
+}
+
+/// What remains of a stream: the upload to close, or to go on with, or nothing, and then the registry is told.
+async fn after(
+    repository: &Repository,
+    session: Session,
+    sent: Result<(), Error>,
+    failed: u32,
+) -> Outcome {
+    let error = sent.err().map(Error::in_mid_upload);
+    let goes_on = error.as_ref().is_none_or(Error::is_again);
+    if !goes_on {
+        cancel(repository, &session).await;
+    }
+    Outcome {
+        session: goes_on.then_some(session),
+        failed,
+        error,
+    }
+}
+
+/// For a registry that takes no request without `Content-Length`: pieces of a known size, each with its place, as the
+/// specification has them. A piece that fails is at hand and sent again.
+async fn chunks(
+    repository: &Repository,
+    session: &mut Session,
+    pieces: &mut mpsc::Receiver<Piece>,
+    mut at: u64,
+    failed: &mut u32,
+) -> Result<(), Error> {
+    let host = &repository.host;
+    let size = usize::try_from(host.least_chunk()).unwrap_or(CHUNK).clamp(CHUNK, 8 * CHUNK);
+    let mut ended = false;
+    while !ended {
+        let mut chunk = BytesMut::new();
+        while chunk.len() < size && !ended {
+            match pieces.recv().await {
+                Some(Piece::Bytes(bytes)) => chunk.extend_from_slice(&bytes),
+                Some(Piece::End) => ended = true,
+                None => return Err(Error::Abandoned),
             }
         }
+        if chunk.is_empty() {
+            break;
+        }
+        let end = at + chunk.len() as u64;
+        let chunk = chunk.freeze();
+        loop {
+            let call = sized(repository, session, chunk.clone(), at);
+            let error = match host.attempt(&call).await {
+                Ok(response) => {
+                    *session = next(repository, &call, session, response.headers()).await?;
+                    break;
+                }
+                Err(error) => error,
+            };
+            *failed += 1;
+            let pause = host.pause(*failed, &error).ok_or(error)?;
+            tokio::time::sleep(pause).await;
+            // The answer may be all that was lost.
+            if let Some((found, has)) = status(repository, session, end + 1).await {
+                *session = found;
+                if has == end {
+                    break;
+                }
+            }
+        }
+        at = end;
     }
+    Ok(())
+}
+
+/// A PATCH of bytes that are at hand, which begin at `at`.
+fn sized(repository: &Repository, session: &Session, bytes: Bytes, at: u64) -> Call {
+    let mut call = repository.call(Step::SendBlob, Method::PATCH, session.url.clone());
+    let octets = HeaderValue::from_static("application/octet-stream");
+    call.headers.insert(CONTENT_TYPE, octets);
+    let range = format!("{at}-{}", (at + bytes.len() as u64).saturating_sub(1));
+    if let Ok(range) = HeaderValue::from_str(&range)
+        && !bytes.is_empty()
+    {
+        call.headers.insert(CONTENT_RANGE, range);
+    }
+    call.wait += Duration::from_secs(bytes.len() as u64 / SLOWEST_BYTES_PER_SECOND);
+    call.body = bytes;
+    call
 }
 
 async fn patch(
