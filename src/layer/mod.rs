@@ -12,4 +12,4 @@ pub mod tar;
 
 pub use codec::Compression;
 pub use plan::Plan;
-pub use stream::{Error, Layer, Options, Progress};
+pub use stream::{Error, Layer, Options, Part, Progress};

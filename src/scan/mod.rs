@@ -252,7 +252,7 @@ impl Scan {
     }
 
     /// The entries that a layer has: all, less the root directory when nothing about it changed.
-    pub fn emitted(&self) -> impl Iterator<Item = u32> + '_ {
+    pub fn emitted(&self) -> std::ops::Range<u32> {
         let silent = self
             .entries
             .first()
