@@ -342,7 +342,7 @@ impl Harbor {
         self.api.host()
     }
 
-    /// Whether there is a project of this name. Everybody may ask.
+    /// Whether there is a project of this name. Every user may ask, of any.
     pub async fn project_exists(&self, name: &str) -> Result<bool, Error> {
         let path = format!("{BASE}/projects?project_name={}", escaped(name));
         Ok(self.api.head(&path, &[404]).await?.status != 404)

@@ -190,12 +190,12 @@ impl Images for HarborImages {
                 asked.search = below.map(|below| format!("{project}/{below}/"));
             }
             let project = Some(project).filter(|p| !p.is_empty());
-            let page = self.harbor.repositories(project, &asked).await?;
-            if let Some(project) = project.filter(|_| page.total == 0)
-                && !self.harbor.project_exists(project).await?
-            {
-                return Err(Error::NotThere(format!("{}/{project}", self.harbor.host())));
-            }
+            let page = match self.harbor.repositories(project, &asked).await {
+                Err(harbor::Error::Registry(error)) if error.not_found() => {
+                    return Err(Error::NotThere(format!("{}/{path}", self.harbor.host())));
+                }
+                page => page?,
+            };
             let items = page.items.into_iter().map(|found| RepositoryEntry {
                 name: found.name,
                 images: Some(found.artifact_count),

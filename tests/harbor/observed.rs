@@ -143,7 +143,8 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
         if n == 82 {
             // The PATCH that was dropped between the two is not in the record.
             let mut cut = std::net::TcpStream::connect(stand_in.server.address)?;
-            let (_, _, token) = tokens.last().ok_or("no token")?;
+            let with_push = tokens.iter().rev().find(|(_, scopes, _)| scopes.contains("repository:bob/x:pull,push"));
+            let (_, _, token) = with_push.ok_or("no token")?;
             write!(
                 cut,
                 "PATCH {url} HTTP/1.1\r\nHost: harbor.example\r\nAuthorization: Bearer {token}\r\n\

@@ -573,8 +573,7 @@ impl State {
 
     fn api(&mut self, request: &Request, path: &str) -> Response {
         let user = self.user(request);
-        // Who gives a wrong password is nobody, which here is worth a no.
-        let wrong = request.basic().is_some() && user.is_none();
+        // Whose password is wrong is nobody, who may see what is public.
         let who = user.as_deref();
         let parts: Vec<String> = path
             .trim_start_matches('/')
@@ -583,9 +582,6 @@ impl State {
             .collect();
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
         let no = || errors(401, "UNAUTHORIZED", "unauthorized");
-        if wrong {
-            return no();
-        }
         if let Some(size) = request.one("page_size").and_then(|n| n.parse::<u64>().ok())
             && size > 100
         {
@@ -593,6 +589,7 @@ impl State {
             return errors(422, "UNPROCESSABLE_ENTITY", said);
         }
         match (request.method.as_str(), parts.as_slice()) {
+            ("HEAD", ["projects"]) if who.is_none() => no(),
             ("HEAD", ["projects"]) => {
                 let name = request.one("project_name").unwrap_or_default();
                 if self.projects.contains_key(&name) {
@@ -638,8 +635,11 @@ impl State {
             (method, ["projects", name, rest @ ..]) => {
                 let name = (*name).to_owned();
                 if !self.projects.contains_key(&name) {
-                    // To a list, what is not there is empty.
-                    return if method == "GET" && rest.first() == Some(&"repositories") && rest.last() != rest.get(1) {
+                    if who.is_none() {
+                        return no();
+                    }
+                    // To a list of artifacts, what is not there is empty; to one of repositories it is not.
+                    return if method == "GET" && matches!(rest, ["repositories", _, "artifacts"]) {
                         page(request, Vec::new())
                     } else {
                         errors(404, "NOT_FOUND", &format!("project {name} not found"))
