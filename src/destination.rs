@@ -283,9 +283,7 @@ impl Destination {
     /// Whether `needed` bytes more fit, as far as the destination says what it has room for.
     pub async fn check_room(&self, needed: u64) -> Result<(), Error> {
         match &self.0 {
-            Kind::Registry { repository, .. } => {
-                Ok(harbor::check_room(repository, needed).await?)
-            }
+            Kind::Registry { repository, .. } => Ok(harbor::check_room(repository, needed).await?),
             Kind::Directory(_) | Kind::Archive(_) => Ok(()),
         }
     }

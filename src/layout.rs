@@ -264,10 +264,18 @@ mod tests {
         let left = |bytes: &[u8]| {
             let index: Value = serde_json::from_slice(bytes).unwrap();
             let manifests = index["manifests"].as_array().unwrap().iter();
-            manifests.map(|m| m["annotations"][REF_NAME].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+            manifests
+                .map(|m| m["annotations"][REF_NAME].as_str().unwrap().to_owned())
+                .collect::<Vec<_>>()
         };
-        assert_eq!(left(&take_from_index(&index, &one, Some("a")).unwrap()), ["b", "c"]);
-        assert_eq!(left(&take_from_index(&index, &one, Some("c")).unwrap()), ["a", "b", "c"]);
+        assert_eq!(
+            left(&take_from_index(&index, &one, Some("a")).unwrap()),
+            ["b", "c"]
+        );
+        assert_eq!(
+            left(&take_from_index(&index, &one, Some("c")).unwrap()),
+            ["a", "b", "c"]
+        );
         assert_eq!(left(&take_from_index(&index, &one, None).unwrap()), ["c"]);
         assert!(take_from_index(b"{}", &one, None).is_err());
     }

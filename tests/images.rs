@@ -75,7 +75,9 @@ async fn save(target: &str, image: &Image) -> Result<(), DestinationError> {
     let target = Target::for_saving(target).unwrap();
     let destination = Destination::open(&target, &registries())?;
     for blob in [&image.layer, &image.config] {
-        destination.put_blob(blob.clone(), &Digest::of(blob)).await?;
+        destination
+            .put_blob(blob.clone(), &Digest::of(blob))
+            .await?;
     }
     let put = destination.put_manifest(image.manifest.clone(), MANIFEST_TYPE, target.tag());
     put.await.map(drop)
@@ -93,7 +95,9 @@ impl Drop for Registry {
 impl Registry {
     fn start(delete: bool) -> Result<Self, Box<dyn std::error::Error>> {
         let dir = tempfile::tempdir()?;
-        let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")?
+            .local_addr()?
+            .port();
         let config = format!(
             "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: {delete}}}}}\n\
              http: {{addr: \"127.0.0.1:{port}\"}}\n",
@@ -118,7 +122,11 @@ impl Registry {
 }
 
 async fn place(text: &str) -> Box<dyn Images> {
-    text.parse::<Place>().unwrap().open(&registries()).await.unwrap()
+    text.parse::<Place>()
+        .unwrap()
+        .open(&registries())
+        .await
+        .unwrap()
 }
 
 /// What holds of every place. `target` takes a tag; one image has two of them.
@@ -132,10 +140,19 @@ async fn lists(images: &dyn Images, target: &str, repository: &str) -> Outcome {
     let newest: Vec<_> = listed.items.iter().map(|i| i.digest).collect();
     assert_eq!(newest, [two.digest(), one.digest()]);
     let found = &listed.items[1];
-    assert_eq!((found.tags.as_slice(), found.size), (["a".to_owned(), "b".to_owned()].as_slice(), one.size()));
+    assert_eq!(
+        (found.tags.as_slice(), found.size),
+        (["a".to_owned(), "b".to_owned()].as_slice(), one.size())
+    );
     assert_eq!(found.created.as_deref(), Some("2026-11-01T00:00:00Z"));
     assert_eq!(found.architecture.as_deref(), Some("arm64"));
-    assert_eq!((found.labels["of"].as_str(), found.annotations["note"].as_str()), ("one", "one"));
+    assert_eq!(
+        (
+            found.labels["of"].as_str(),
+            found.annotations["note"].as_str()
+        ),
+        ("one", "one")
+    );
     let query = |sort, search: Option<&str>| Query {
         sort,
         search: search.map(str::to_owned),
@@ -146,14 +163,34 @@ async fn lists(images: &dyn Images, target: &str, repository: &str) -> Outcome {
         (query(Sort::Size, None), two.digest()),
         (query(Sort::Updated, Some("b")), one.digest()),
     ] {
-        assert_eq!(images.images(repository, &query).await?.items[0].digest, expected, "{query:?}");
+        assert_eq!(
+            images.images(repository, &query).await?.items[0].digest,
+            expected,
+            "{query:?}"
+        );
     }
-    let page = Query { page: 2, page_size: 1, ..Query::default() };
+    let page = Query {
+        page: 2,
+        page_size: 1,
+        ..Query::default()
+    };
     let second = images.images(repository, &page).await?;
-    assert_eq!((second.total, second.items.len(), second.items[0].digest), (2, 1, one.digest()));
-    let error = images.remove(repository, &Which::Digest(one.digest()), false).await.unwrap_err();
-    assert!(matches!(&error, Error::Tagged { tags, .. } if tags == &["a", "b"]), "{error}");
-    let error = images.remove(repository, &Which::Tag("none".into()), false).await.unwrap_err();
+    assert_eq!(
+        (second.total, second.items.len(), second.items[0].digest),
+        (2, 1, one.digest())
+    );
+    let error = images
+        .remove(repository, &Which::Digest(one.digest()), false)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::Tagged { tags, .. } if tags == &["a", "b"]),
+        "{error}"
+    );
+    let error = images
+        .remove(repository, &Which::Tag("none".into()), false)
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::NotThere(_)), "{error}");
     Ok(())
 }
@@ -165,17 +202,29 @@ async fn a_layout_directory() -> Outcome {
     let images = place(&target).await;
     lists(images.as_ref(), &target, "").await?;
     let removed = images.remove("", &Which::Tag("a".into()), false).await?;
-    assert_eq!((removed.image_deleted, removed.kept), (false, vec!["b".to_owned()]));
+    assert_eq!(
+        (removed.image_deleted, removed.kept),
+        (false, vec!["b".to_owned()])
+    );
     let removed = images.remove("", &Which::Tag("b".into()), false).await?;
     assert!(removed.image_deleted && removed.space.contains("umoci gc"));
     let left = images.images("", &Query::default()).await?;
-    assert_eq!((left.total, left.items[0].tags.as_slice()), (1, ["c".to_owned()].as_slice()));
+    assert_eq!(
+        (left.total, left.items[0].tags.as_slice()),
+        (1, ["c".to_owned()].as_slice())
+    );
     let removed = images.remove("", &Which::Tag("c".into()), true).await?;
     assert!(removed.image_deleted);
     // What is left is a layout still, and takes the next save.
     save(&format!("{target}:d"), &image("three", 10, 3)).await?;
     assert_eq!(images.images("", &Query::default()).await?.total, 1);
-    assert!(place("oci:/nonexistent/x").await.images("", &Query::default()).await.is_err());
+    assert!(
+        place("oci:/nonexistent/x")
+            .await
+            .images("", &Query::default())
+            .await
+            .is_err()
+    );
     Ok(())
 }
 
@@ -192,20 +241,39 @@ async fn a_plain_registry() -> Outcome {
         save(&format!("{host}/{name}:1"), &image(name, 100, 3)).await?;
     }
     let names = |listed: upperdeck::images::Listed<upperdeck::images::RepositoryEntry>| {
-        listed.items.into_iter().map(|entry| entry.name).collect::<Vec<_>>()
+        listed
+            .items
+            .into_iter()
+            .map(|entry| entry.name)
+            .collect::<Vec<_>>()
     };
     assert!(images.is_group("") && images.is_group("alice/") && !images.is_group("alice"));
     let all = images.repositories("", &Query::default()).await?;
-    assert_eq!(names(all), ["alice-two/x", "alice/note", "alice/other", "zed"]);
+    assert_eq!(
+        names(all),
+        ["alice-two/x", "alice/note", "alice/other", "zed"]
+    );
     let below = images.repositories("alice/", &Query::default()).await?;
     assert_eq!(names(below), ["alice/note", "alice/other"]);
-    let error = images.images("nobody/x", &Query::default()).await.unwrap_err();
+    let error = images
+        .images("nobody/x", &Query::default())
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::NotThere(_)), "{error}");
 
     // This registry deletes images only, and one of two tags is no image.
-    let error = images.remove("alice/note", &Which::Tag("a".into()), false).await.unwrap_err();
-    assert!(matches!(&error, Error::SharedTag { others, .. } if others == &["b"]), "{error}");
-    assert_eq!(images.images("alice/note", &Query::default()).await?.total, 2);
+    let error = images
+        .remove("alice/note", &Which::Tag("a".into()), false)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::SharedTag { others, .. } if others == &["b"]),
+        "{error}"
+    );
+    assert_eq!(
+        images.images("alice/note", &Query::default()).await?.total,
+        2
+    );
     // An index needs its images.
     let two = image("two", 9000, 2);
     let index = json!({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [{
@@ -214,23 +282,50 @@ async fn a_plain_registry() -> Outcome {
     }]});
     let target = Target::for_saving(&format!("{host}/alice/note:multi"))?;
     let destination = Destination::open(&target, &registries())?;
-    destination.put_manifest(index.to_string().into(), INDEX_TYPE, "multi").await?;
-    let error = images.remove("alice/note", &Which::Tag("c".into()), false).await.unwrap_err();
+    destination
+        .put_manifest(index.to_string().into(), INDEX_TYPE, "multi")
+        .await?;
+    let error = images
+        .remove("alice/note", &Which::Tag("c".into()), false)
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::Needed { .. }), "{error}");
-    assert!(images.remove("alice/note", &Which::Tag("multi".into()), false).await?.image_deleted);
+    assert!(
+        images
+            .remove("alice/note", &Which::Tag("multi".into()), false)
+            .await?
+            .image_deleted
+    );
 
-    assert!(images.remove("alice/note", &Which::Tag("c".into()), false).await?.image_deleted);
-    let removed = images.remove("alice/note", &Which::Tag("a".into()), true).await?;
+    assert!(
+        images
+            .remove("alice/note", &Which::Tag("c".into()), false)
+            .await?
+            .image_deleted
+    );
+    let removed = images
+        .remove("alice/note", &Which::Tag("a".into()), true)
+        .await?;
     assert_eq!((removed.image_deleted, removed.tags.len()), (true, 2));
     assert!(removed.space.contains("garbage-collect"));
-    assert_eq!(images.images("alice/note", &Query::default()).await?.total, 0);
+    assert_eq!(
+        images.images("alice/note", &Query::default()).await?.total,
+        0
+    );
 
     // Where deletion is off, that is what is said.
     let registry = Registry::start(false)?;
     let host = format!("127.0.0.1:{}", registry.1);
     save(&format!("{host}/x:1"), &image("x", 10, 1)).await?;
-    let error = place(&host).await.remove("x", &Which::Tag("1".into()), false).await.unwrap_err();
-    assert!(error.not_permitted() && error.to_string().contains("storage.delete.enabled"), "{error}");
+    let error = place(&host)
+        .await
+        .remove("x", &Which::Tag("1".into()), false)
+        .await
+        .unwrap_err();
+    assert!(
+        error.not_permitted() && error.to_string().contains("storage.delete.enabled"),
+        "{error}"
+    );
     Ok(())
 }
 
@@ -241,11 +336,22 @@ fn the_shell_speaks_of_a_layout() -> Outcome {
     tokio::runtime::Runtime::new()?.block_on(save(&format!("{target}:a"), &image("one", 50, 1)))?;
     let run = |arguments: &[&str]| {
         let program = env!("CARGO_BIN_EXE_upperdeck");
-        Command::new(program).arg("image").args(arguments).output().unwrap()
+        Command::new(program)
+            .arg("image")
+            .args(arguments)
+            .output()
+            .unwrap()
     };
     let output = run(&["ls", "--format", "json", &target]);
     let listed: Value = serde_json::from_slice(&output.stdout)?;
-    assert_eq!((&listed["images"][0]["tags"][0], &listed["total"], &listed["quota"]), (&json!("a"), &json!(1), &Value::Null));
+    assert_eq!(
+        (
+            &listed["images"][0]["tags"][0],
+            &listed["total"],
+            &listed["quota"]
+        ),
+        (&json!("a"), &json!(1), &Value::Null)
+    );
     let output = run(&["rm", "--format", "json", &format!("{target}:a")]);
     let removed: Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!(removed[0]["image_deleted"], json!(true));

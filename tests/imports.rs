@@ -20,7 +20,10 @@ const TABLE: [(&str, &[&str]); 18] = [
     ("registry", &["manifest", "digest"]),
     ("layout", &["manifest", "digest"]),
     ("harbor", &["registry", "digest"]),
-    ("images", &["harbor", "registry", "layout", "manifest", "digest"]),
+    (
+        "images",
+        &["harbor", "registry", "layout", "manifest", "digest"],
+    ),
     ("destination", &["harbor", "registry", "layout", "digest"]),
     ("spec", &["overlay", "digest"]),
     ("prove", &["spec", "overlay"]),

@@ -1265,6 +1265,7 @@ async fn tls_of_today_and_no_other() {
         .args(["-keyout", &at("key.pem"), "-out", &at("ca.crt")])
         .args(["-subj", "/CN=127.0.0.1", "-addext"])
         .arg("subjectAltName=IP:127.0.0.1")
+        .args(["-addext", "basicConstraints=critical,CA:FALSE"])
         .stderr(Stdio::null())
         .status();
     if !made.is_ok_and(|status| status.success()) {

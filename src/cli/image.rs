@@ -91,7 +91,11 @@ fn table(view: &ListView, no_trunc: bool) -> String {
     let number = |n: Option<u64>| n.map_or_else(|| "-".to_owned(), |n| n.to_string());
     // To the second: the rest of an RFC 3339 time is for programs.
     let time = |time: Option<&str>| match time {
-        Some(time) => time.split(['.', 'Z']).next().unwrap_or_default().replace('T', " "),
+        Some(time) => time
+            .split(['.', 'Z'])
+            .next()
+            .unwrap_or_default()
+            .replace('T', " "),
         None => "-".to_owned(),
     };
     let (mut out, shown) = match &view.what {
@@ -125,8 +129,16 @@ fn table(view: &ListView, no_trunc: bool) -> String {
                 let digest = entry.digest.to_string();
                 let short = &digest[..SHORT_DIGEST.min(digest.len())];
                 vec![
-                    if entry.tags.is_empty() { "-".to_owned() } else { entry.tags.join(",") },
-                    if no_trunc { digest.clone() } else { short.to_owned() },
+                    if entry.tags.is_empty() {
+                        "-".to_owned()
+                    } else {
+                        entry.tags.join(",")
+                    },
+                    if no_trunc {
+                        digest.clone()
+                    } else {
+                        short.to_owned()
+                    },
                     or_dash(entry.architecture.as_deref()),
                     text::bytes(entry.size),
                     time(entry.pushed.as_deref()),
@@ -137,7 +149,12 @@ fn table(view: &ListView, no_trunc: bool) -> String {
         }
     };
     if (shown as u64) < view.total {
-        out.push_str(&format!("page {} of {}: {shown} of {}\n", view.page, view.total.div_ceil(u64::from(view.page_size)), view.total));
+        out.push_str(&format!(
+            "page {} of {}: {shown} of {}\n",
+            view.page,
+            view.total.div_ceil(u64::from(view.page_size)),
+            view.total
+        ));
     }
     if let Some(room) = view.quota {
         let bytes = |n| text::bytes(Some(n));
@@ -176,9 +193,11 @@ pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
     let mut views = Vec::new();
     let mut failure = None;
     for (image, place) in places {
-        let removed = run(&args.registry, &place, async |images| match place.inside() {
-            (path, Some(which)) => images.remove(path, which, args.all_tags).await,
-            _ => Err(Error::NotThere(image.clone())),
+        let removed = run(&args.registry, &place, async |images| {
+            match place.inside() {
+                (path, Some(which)) => images.remove(path, which, args.all_tags).await,
+                _ => Err(Error::NotThere(image.clone())),
+            }
         });
         match removed {
             Ok(removed) => views.push(RemovedView {

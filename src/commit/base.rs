@@ -126,10 +126,7 @@ impl<'a> Blob<'a> {
 /// Which base layers the destination has, or takes over by itself: questions only, no content is moved.
 ///
 /// One answer a layer, bottom first; `None` where the content has to be brought.
-async fn look_up(
-    destination: &Destination,
-    base: &Base,
-) -> Result<Vec<Option<Delivered>>, Error> {
+async fn look_up(destination: &Destination, base: &Base) -> Result<Vec<Option<Delivered>>, Error> {
     let answers = base.layers.iter().map(|layer| async move {
         let Some(blob) = Blob::of(layer) else {
             return Ok(None);
@@ -172,7 +169,11 @@ pub(super) async fn look_up_with_room(
 
 /// Bytes that have to be brought, as far as their sizes are known.
 fn missing_bytes(base: &Base, found: &[Option<Delivered>]) -> u64 {
-    let missing = base.layers.iter().zip(found).filter(|(_, found)| found.is_none());
+    let missing = base
+        .layers
+        .iter()
+        .zip(found)
+        .filter(|(_, found)| found.is_none());
     let sizes = missing.filter_map(|(layer, _)| Blob::of(layer)?.size());
     sizes.fold(0, u64::saturating_add)
 }
@@ -186,12 +187,15 @@ pub(super) async fn bring(
     layout: Option<&Reader>,
     found: Vec<Option<Delivered>>,
 ) -> Result<Vec<Delivered>, Error> {
-    let brought = found.into_iter().enumerate().map(|(index, found)| async move {
-        match found {
-            Some(found) => Ok(found),
-            None => bring_one(context, destination, container, base, layout, index).await,
-        }
-    });
+    let brought = found
+        .into_iter()
+        .enumerate()
+        .map(|(index, found)| async move {
+            match found {
+                Some(found) => Ok(found),
+                None => bring_one(context, destination, container, base, layout, index).await,
+            }
+        });
     futures_util::stream::iter(brought)
         .buffered(destination.blobs_at_once())
         .try_collect()

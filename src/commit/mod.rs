@@ -451,7 +451,9 @@ async fn stream_once(
         });
         let layers = layers.into_iter().map(|layer| layer.map_err(of_the_sink));
         let parts = numbers.into_iter().zip(layers).zip(writers);
-        parts.map(|((n, layer), writer)| (n, layer, writer)).collect()
+        parts
+            .map(|((n, layer), writer)| (n, layer, writer))
+            .collect()
     });
     made.await.map_err(|_| Error::Worker)
 }

@@ -45,7 +45,9 @@ pub enum Error {
         project: String,
     },
     /// A project that holds copies of another registry's images.
-    #[error("the project {project:?} on {host} is a proxy cache: nobody can push there; name another project")]
+    #[error(
+        "the project {project:?} on {host} is a proxy cache: nobody can push there; name another project"
+    )]
     ProxyCache {
         /// `HOST[:PORT]`.
         host: String,
@@ -521,7 +523,10 @@ mod tests {
             r#"{"quota":{"hard":{"storage":1048576},"used":{"storage":700000}},"repo_count":0}"#,
         );
         assert_eq!(room.map(|r| r.free()), Some(348_576));
-        assert_eq!(of(r#"{"quota":{"hard":{"storage":-1},"used":{"storage":7}}}"#), None);
+        assert_eq!(
+            of(r#"{"quota":{"hard":{"storage":-1},"used":{"storage":7}}}"#),
+            None
+        );
         assert_eq!(of(r#"{"repo_count":1}"#), None);
         let over = of(r#"{"quota":{"hard":{"storage":5},"used":{"storage":7}}}"#);
         assert_eq!(over.map(|r| r.free()), Some(0));
@@ -532,6 +537,9 @@ mod tests {
             needed: 3 << 20,
         }
         .to_string();
-        assert!(text.contains("683.6 KiB of 1.0 MiB are used") && text.contains("needs 3.0 MiB"), "{text}");
+        assert!(
+            text.contains("683.6 KiB of 1.0 MiB are used") && text.contains("needs 3.0 MiB"),
+            "{text}"
+        );
     }
 }

@@ -2,7 +2,9 @@
 
 use futures_util::future::BoxFuture;
 
-use super::{Error, ImageEntry, Images, Listed, Query, Removed, RepositoryEntry, Sort, Which, sort};
+use super::{
+    Error, ImageEntry, Images, Listed, Query, Removed, RepositoryEntry, Sort, Which, sort,
+};
 use crate::harbor::{self, Artifact, Harbor, MAX_PAGE_SIZE, Room, split};
 
 /// What becomes of the space of what is deleted.
@@ -96,7 +98,10 @@ impl HarborImages {
         if there {
             return Ok(());
         }
-        Err(Error::NotThere(format!("{}/{repository}", self.harbor.host())))
+        Err(Error::NotThere(format!(
+            "{}/{repository}",
+            self.harbor.host()
+        )))
     }
 
     async fn take_out(

@@ -55,17 +55,15 @@ fn read(reader: &Reader, listing: Listing) -> Result<ImageEntry, Error> {
 
 /// Whether an index of the layout names `needed`.
 fn index_that_needs(reader: &Reader, all: &[Listing], needed: &Digest) -> Option<String> {
-    let others = all.iter().filter(|other| other.digest != *needed);
-    others
-        .filter(|other| {
-            reader
-                .manifest_of(&other.digest, &other.media_type)
-                .is_ok_and(|found| {
-                    found.is_index()
-                        && String::from_utf8_lossy(&found.bytes).contains(&needed.hex())
-                })
+    let mut others = all.iter().filter(|other| other.digest != *needed);
+    let found = others.find(|other| {
+        let read = reader.manifest_of(&other.digest, &other.media_type);
+        read.is_ok_and(|found| {
+            found.is_index() && String::from_utf8_lossy(&found.bytes).contains(&needed.hex())
         })
-        .find_map(|other| Some(other.tags.first().cloned().unwrap_or_else(|| other.digest.to_string())))
+    })?;
+    let tag = found.tags.first().cloned();
+    Some(tag.unwrap_or_else(|| found.digest.to_string()))
 }
 
 impl Images for LayoutImages {
@@ -106,7 +104,9 @@ impl Images for LayoutImages {
                 all.retain(|listing| {
                     asked.search.is_none() || listing.tags.iter().any(|tag| asked.finds(tag))
                 });
-                all.into_iter().map(|listing| read(&reader, listing)).collect::<Result<Vec<_>, _>>()
+                all.into_iter()
+                    .map(|listing| read(&reader, listing))
+                    .collect::<Result<Vec<_>, _>>()
             })
             .await?;
             sort(&mut entries, query.sort);
@@ -129,7 +129,10 @@ impl Images for LayoutImages {
                     Which::Tag(tag) => listing.tags.contains(tag),
                     Which::Digest(digest) => listing.digest == *digest,
                 };
-                let found = all.iter().find(is_it).ok_or_else(|| Error::NotThere(shown.clone()))?;
+                let found = all
+                    .iter()
+                    .find(is_it)
+                    .ok_or_else(|| Error::NotThere(shown.clone()))?;
                 let removed = |tags, image_deleted, kept| Removed {
                     tags,
                     digest: found.digest,
@@ -147,7 +150,10 @@ impl Images for LayoutImages {
                     return Err(Error::Tagged { image: shown, tags });
                 }
                 if let Some(index) = index_that_needs(&reader, &all, &found.digest) {
-                    return Err(Error::Needed { image: shown, index });
+                    return Err(Error::Needed {
+                        image: shown,
+                        index,
+                    });
                 }
                 directory.remove(&found.digest, None)?;
                 Ok(removed(found.tags.clone(), true, Vec::new()))

@@ -42,7 +42,9 @@ pub enum Error {
     #[error(transparent)]
     Layout(#[from] on_disk::Error),
     /// Not a place for images.
-    #[error("{text:?} names no images: {reason}; write HOST[:PORT][/PATH], HOST/REPOSITORY:TAG or oci:DIRECTORY[:TAG]")]
+    #[error(
+        "{text:?} names no images: {reason}; write HOST[:PORT][/PATH], HOST/REPOSITORY:TAG or oci:DIRECTORY[:TAG]"
+    )]
     Place {
         /// As written.
         text: String,
@@ -181,7 +183,9 @@ impl Query {
     }
 
     fn finds(&self, name: &str) -> bool {
-        self.search.as_ref().is_none_or(|s| name.contains(s.as_str()))
+        self.search
+            .as_ref()
+            .is_none_or(|s| name.contains(s.as_str()))
     }
 }
 
@@ -256,9 +260,8 @@ impl ImageEntry {
 
     /// Takes in what an image's config says.
     fn read_config(&mut self, config: &serde_json::Value) {
-        let text = |value: &serde_json::Value| {
-            value.as_str().filter(|t| !t.is_empty()).map(str::to_owned)
-        };
+        let text =
+            |value: &serde_json::Value| value.as_str().filter(|t| !t.is_empty()).map(str::to_owned);
         self.architecture = text(&config["architecture"]);
         self.created = text(&config["created"]);
         let labels = config["config"]["Labels"].as_object();
@@ -279,7 +282,12 @@ fn sort(images: &mut [ImageEntry], by: Sort) {
     match by {
         // RFC 3339 in UTC sorts as text.
         Sort::Updated => images.sort_by(|a, b| b.time().cmp(&a.time()).then(a.tags.cmp(&b.tags))),
-        Sort::Name => images.sort_by(|a, b| a.tags.is_empty().cmp(&b.tags.is_empty()).then(a.tags.cmp(&b.tags))),
+        Sort::Name => images.sort_by(|a, b| {
+            a.tags
+                .is_empty()
+                .cmp(&b.tags.is_empty())
+                .then(a.tags.cmp(&b.tags))
+        }),
         Sort::Size => images.sort_by_key(|image| std::cmp::Reverse(image.size)),
     }
 }
@@ -375,7 +383,9 @@ impl FromStr for Place {
             };
             let (dir, which) = match (dir.split_once("@sha256:"), tag) {
                 (Some((dir, hex)), None) => {
-                    let digest = format!("sha256:{hex}").parse().map_err(ReferenceError::from)?;
+                    let digest = format!("sha256:{hex}")
+                        .parse()
+                        .map_err(ReferenceError::from)?;
                     (dir, Some(Which::Digest(digest)))
                 }
                 (None, Some(tag)) if !tag.is_empty() => (dir, Some(Which::Tag(tag.to_owned()))),
@@ -385,7 +395,9 @@ impl FromStr for Place {
             // DIRECTORY@sha256:… has its colon in the digest.
             let (dir, which) = match (dir.strip_suffix("@sha256"), which) {
                 (Some(dir), Some(Which::Tag(hex))) => {
-                    let digest = format!("sha256:{hex}").parse().map_err(ReferenceError::from)?;
+                    let digest = format!("sha256:{hex}")
+                        .parse()
+                        .map_err(ReferenceError::from)?;
                     (dir, Some(Which::Digest(digest)))
                 }
                 (_, which) => (dir, which),
@@ -412,7 +424,11 @@ impl FromStr for Place {
             (None, None) => None,
             (Some(tag), None) if !group => Some(Which::Tag(check_tag(&tag)?.to_owned())),
             (None, Some(digest)) if !group => Some(Which::Digest(digest)),
-            _ => return Err(wrong("a tag and a digest, or one of them and no repository")),
+            _ => {
+                return Err(wrong(
+                    "a tag and a digest, or one of them and no repository",
+                ));
+            }
         };
         let mut path = if inside.is_empty() {
             String::new()
@@ -470,7 +486,10 @@ mod tests {
             ("h.example", registry("h.example", "", None)),
             ("localhost:5000/", registry("localhost:5000", "", None)),
             ("h.example/alice", registry("h.example", "alice", None)),
-            ("docker://h.example/alice/", registry("h.example", "alice/", None)),
+            (
+                "docker://h.example/alice/",
+                registry("h.example", "alice/", None),
+            ),
             (
                 "h.example/alice/x:1",
                 registry("h.example", "alice/x", Some(Which::Tag("1".into()))),
@@ -492,7 +511,9 @@ mod tests {
             layout(Some(Which::Tag("a".into())))
         );
         assert_eq!(
-            format!("oci:/srv/images@{digest}").parse::<Place>().unwrap(),
+            format!("oci:/srv/images@{digest}")
+                .parse::<Place>()
+                .unwrap(),
             layout(Some(Which::Digest(digest)))
         );
         for bad in [

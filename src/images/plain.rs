@@ -7,7 +7,9 @@ use futures_util::future::BoxFuture;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde_json::Value;
 
-use super::{Error, ImageEntry, Images, Listed, Query, Removed, RepositoryEntry, Sort, Which, sort};
+use super::{
+    Error, ImageEntry, Images, Listed, Query, Removed, RepositoryEntry, Sort, Which, sort,
+};
 use crate::digest::Digest;
 use crate::harbor::Room;
 use crate::manifest::raw::RawManifest;
@@ -51,7 +53,9 @@ impl PlainImages {
         let prefix = path.trim_end_matches('/');
         names.retain(|name| {
             let inside = prefix.is_empty()
-                || name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('/'));
+                || name
+                    .strip_prefix(prefix)
+                    .is_some_and(|rest| rest.starts_with('/'));
             inside && query.finds(name)
         });
         names.sort();
@@ -89,12 +93,7 @@ impl PlainImages {
         Ok(query.cut(entries))
     }
 
-    async fn take_out(
-        &self,
-        name: &str,
-        which: &Which,
-        all_tags: bool,
-    ) -> Result<Removed, Error> {
+    async fn take_out(&self, name: &str, which: &Which, all_tags: bool) -> Result<Removed, Error> {
         let repository = self.registries.delete_from(&self.reference(name)?)?;
         let not_there = || Error::NotThere(self.shown(name, which));
         let reference = match which {
@@ -139,7 +138,10 @@ impl PlainImages {
             if self.is_in_index(&repository, other, &digest).await? {
                 return Err(Error::Needed {
                     image: self.shown(name, which),
-                    index: self.shown(name, &Which::Tag(names.first().cloned().unwrap_or_default())),
+                    index: self.shown(
+                        name,
+                        &Which::Tag(names.first().cloned().unwrap_or_default()),
+                    ),
                 });
             }
         }
@@ -162,7 +164,9 @@ impl PlainImages {
         let index: Value = serde_json::from_slice(&found.bytes).unwrap_or_default();
         let named = index["manifests"].as_array().into_iter().flatten();
         let needed = needed.to_string();
-        Ok(named.filter_map(|m| m["digest"].as_str()).any(|d| d == needed))
+        Ok(named
+            .filter_map(|m| m["digest"].as_str())
+            .any(|d| d == needed))
     }
 }
 
@@ -189,7 +193,9 @@ async fn digests(
     for (tag, digest) in heads.into_iter().flatten() {
         found.entry(digest).or_default().push(tag);
     }
-    found.values_mut().for_each(|tags| tags.sort());
+    for tags in found.values_mut() {
+        tags.sort();
+    }
     Ok(found)
 }
 
@@ -231,7 +237,9 @@ pub(super) fn describe(entry: &mut ImageEntry, manifest: &RawManifest) -> Option
         return None;
     }
     let layers = document["layers"].as_array().into_iter().flatten();
-    let sizes = layers.chain([&document["config"]]).map(|d| d["size"].as_u64().unwrap_or(0));
+    let sizes = layers
+        .chain([&document["config"]])
+        .map(|d| d["size"].as_u64().unwrap_or(0));
     let content: u64 = sizes.fold(0, u64::saturating_add);
     entry.size = Some(content.saturating_add(manifest.bytes.len() as u64));
     document["config"]["digest"].as_str()?.parse().ok()

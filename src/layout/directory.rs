@@ -199,12 +199,11 @@ impl Directory {
     pub fn remove(&self, digest: &Digest, tag: Option<&str>) -> Result<(), Error> {
         let lock = self.lock()?;
         let existing = read_document(&self.path.join("index.json"))?.unwrap_or_default();
-        let index =
-            take_from_index(&existing, digest, tag).map_err(|reason| Error::Document {
-                path: self.path.clone(),
-                what: "index.json".to_owned(),
-                reason,
-            })?;
+        let index = take_from_index(&existing, digest, tag).map_err(|reason| Error::Document {
+            path: self.path.clone(),
+            what: "index.json".to_owned(),
+            reason,
+        })?;
         self.replace("index.json", &index)?;
         drop(lock);
         Ok(())

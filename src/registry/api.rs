@@ -151,8 +151,10 @@ impl Api {
         let mut failed = 0;
         let response = self.host.call_after(&call, &mut failed).await?;
         let request = Request::new(&call.method, &call.url);
-        let text = |name: &http::HeaderName| Some(response.headers().get(name)?.to_str().ok()?.to_owned());
-        let total = text(&http::HeaderName::from_static("x-total-count")).and_then(|n| n.parse().ok());
+        let text =
+            |name: &http::HeaderName| Some(response.headers().get(name)?.to_str().ok()?.to_owned());
+        let total =
+            text(&http::HeaderName::from_static("x-total-count")).and_then(|n| n.parse().ok());
         let more = text(&LINK).is_some_and(|link| link.contains("rel=\"next\""));
         let status = response.status().as_u16();
         let body = if call.method == Method::HEAD {

@@ -47,7 +47,10 @@ impl Registries {
             repository: String::new(),
             scopes: vec!["registry:catalog:*".to_owned()],
         };
-        let url = repository.host.url(&format!("/v2/_catalog?n={PAGE}")).await?;
+        let url = repository
+            .host
+            .url(&format!("/v2/_catalog?n={PAGE}"))
+            .await?;
         let names = repository
             .names(url, &scopes, |page| page.repositories)
             .await?;
@@ -136,7 +139,9 @@ impl Repository {
             return Ok(None);
         }
         let headers = response.headers();
-        let said = headers.get("docker-content-digest").and_then(|v| v.to_str().ok()?.parse().ok());
+        let said = headers
+            .get("docker-content-digest")
+            .and_then(|v| v.to_str().ok()?.parse().ok());
         let digest = match said {
             Some(digest) => digest,
             // The header is optional; the manifest has one in any case.
@@ -182,8 +187,14 @@ mod tests {
     #[test]
     fn the_next_page_is_the_one_called_so() {
         for (link, expected) in [
-            (r#"</v2/_catalog?last=b&n=2>; rel="next""#, Some("/v2/_catalog?last=b&n=2")),
-            (r#"</p?page=1>; rel="prev" , </p?page=3>; rel="next""#, Some("/p?page=3")),
+            (
+                r#"</v2/_catalog?last=b&n=2>; rel="next""#,
+                Some("/v2/_catalog?last=b&n=2"),
+            ),
+            (
+                r#"</p?page=1>; rel="prev" , </p?page=3>; rel="next""#,
+                Some("/p?page=3"),
+            ),
             (r#"</p?page=1>; rel="prev""#, None),
             ("nonsense", None),
             ("", None),

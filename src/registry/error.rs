@@ -203,7 +203,9 @@ pub enum Error {
         after: Duration,
     },
     /// The registry has other bytes of a blob than were sent.
-    #[error("{request}: what has arrived of the blob is not what was sent: it has to be sent again")]
+    #[error(
+        "{request}: what has arrived of the blob is not what was sent: it has to be sent again"
+    )]
     Torn {
         /// The request that found it out.
         request: Request,

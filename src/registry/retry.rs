@@ -135,7 +135,10 @@ mod tests {
         };
         let (second, hour) = (Duration::from_secs(1), Duration::from_secs(3600));
         let budget = Budget::new(retry, hour);
-        assert_eq!([0; 4].map(|_| budget.take(second)), [true, true, true, false]);
+        assert_eq!(
+            [0; 4].map(|_| budget.take(second)),
+            [true, true, true, false]
+        );
         let budget = Budget::new(retry, hour);
         assert_eq!(
             [6, 6, 4, 1].map(|n| budget.take(n * second)),

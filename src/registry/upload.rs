@@ -114,7 +114,10 @@ impl Writer {
     ///
     /// An error is the upload's own. Where it is retryable, [`Writer::again`] has to be asked for another writer.
     pub fn write(&mut self, mut bytes: Bytes) -> Result<(), Error> {
-        let known = self.skip.saturating_sub(self.written).min(bytes.len() as u64);
+        let known = self
+            .skip
+            .saturating_sub(self.written)
+            .min(bytes.len() as u64);
         self.written += bytes.len() as u64;
         bytes.advance(known as usize);
         if bytes.is_empty() {
@@ -259,12 +262,19 @@ async fn status(
         return None;
     }
     let range = response.headers().get(RANGE)?.to_str().ok()?;
-    let last: u64 = range.strip_prefix("bytes=").unwrap_or(range).strip_prefix("0-")?.parse().ok()?;
+    let last: u64 = range
+        .strip_prefix("bytes=")
+        .unwrap_or(range)
+        .strip_prefix("0-")?
+        .parse()
+        .ok()?;
     // 0-0 is what registries say of one byte and of none.
     if last == 0 || last >= reached {
         return None;
     }
-    let session = next(repository, &call, session, response.headers()).await.ok()?;
+    let session = next(repository, &call, session, response.headers())
+        .await
+        .ok()?;
     Some((session, last + 1))
 }
 
@@ -523,7 +533,9 @@ async fn chunks(
     failed: &mut u32,
 ) -> Result<(), Error> {
     let host = &repository.host;
-    let size = usize::try_from(host.least_chunk()).unwrap_or(CHUNK).clamp(CHUNK, 8 * CHUNK);
+    let size = usize::try_from(host.least_chunk())
+        .unwrap_or(CHUNK)
+        .clamp(CHUNK, 8 * CHUNK);
     let mut ended = false;
     while !ended {
         let mut chunk = BytesMut::new();
@@ -640,7 +652,16 @@ async fn close(
     let mut asked = 0;
     loop {
         let error = match repository.host.attempt(&call).await {
-            Ok(response) => return check_digest_header(&call, response.headers(), digest),
+            Ok(response) => {
+                let Err(e) = check_digest_header(&call, response.headers(), digest) else {
+                    return Ok(());
+                };
+                // Another digest in the answer: the registry itself is asked what it has.
+                return match repository.head_blob(digest).await {
+                    Ok(Some(found)) if found == size => Ok(()),
+                    _ => Err(e),
+                };
+            }
             Err(e) => e,
         };
         (*failed, asked) = (*failed + 1, asked + 1);

@@ -37,7 +37,10 @@ impl Description {
         }
         let mut compiler = Compiler::new();
         compiler.set_default_draft(Draft::V4);
-        compiler.add_resource("http://h/definitions.json", json!({"definitions": definitions}))?;
+        compiler.add_resource(
+            "http://h/definitions.json",
+            json!({"definitions": definitions}),
+        )?;
         Ok(Some(Self {
             document,
             schemas: Schemas::new(),
@@ -60,10 +63,16 @@ impl Description {
         let fits = |template: &str| {
             let wanted: Vec<&str> = template.split('/').collect();
             wanted.len() == parts.len()
-                && wanted.iter().zip(&parts).all(|(w, p)| w == p || (w.starts_with('{') && !p.is_empty()))
+                && wanted
+                    .iter()
+                    .zip(&parts)
+                    .all(|(w, p)| w == p || (w.starts_with('{') && !p.is_empty()))
         };
         // A literal segment is meant before a parameter.
-        let found = paths.keys().filter(|t| fits(t)).min_by_key(|t| t.matches('{').count())?;
+        let found = paths
+            .keys()
+            .filter(|t| fits(t))
+            .min_by_key(|t| t.matches('{').count())?;
         let operation = paths[found].get(method.to_ascii_lowercase())?;
         Some((found.clone(), operation.clone()))
     }
@@ -91,11 +100,15 @@ impl Description {
         for pair in request.query.split('&').filter(|pair| !pair.is_empty()) {
             let name = pair.split('=').next().unwrap_or_default();
             let value = request.one(name).unwrap_or_default();
-            let known = parameters.iter().find(|p| p["in"] == "query" && p["name"] == name);
+            let known = parameters
+                .iter()
+                .find(|p| p["in"] == "query" && p["name"] == name);
             let right = known.is_some_and(|p| match p["type"].as_str() {
                 Some("integer") => value.parse::<i64>().is_ok_and(|n| {
                     // A request that is over the limit is for the reply to refuse.
-                    p["maximum"].as_i64().is_none_or(|most| n <= most || response.status == 422)
+                    p["maximum"]
+                        .as_i64()
+                        .is_none_or(|most| n <= most || response.status == 422)
                 }),
                 Some("boolean") => matches!(value.as_str(), "true" | "false"),
                 _ => true,
@@ -107,7 +120,9 @@ impl Description {
         for parameter in parameters.iter().filter(|p| p["required"] == true) {
             let name = parameter["name"].as_str().unwrap_or_default();
             match parameter["in"].as_str() {
-                Some("query") if request.one(name).is_none() => wrong.push(format!("{shown}: lacks {name}")),
+                Some("query") if request.one(name).is_none() => {
+                    wrong.push(format!("{shown}: lacks {name}"))
+                }
                 Some("body") => {
                     let said = self.check(&parameter["schema"], &request.body)?;
                     wrong.extend(said.map(|said| format!("{shown}: the body: {said}")));
@@ -138,12 +153,22 @@ impl Description {
     fn check(&mut self, schema: &Value, body: &[u8]) -> Result<Option<String>> {
         let mut document: Value = serde_json::from_slice(body)?;
         without_nulls(&mut document);
-        let text = schema.to_string().replace("#/definitions", "http://h/definitions.json#/definitions");
+        let text = schema
+            .to_string()
+            .replace("#/definitions", "http://h/definitions.json#/definitions");
         self.count += 1;
         let url = format!("http://h/{}.json", self.count);
-        self.compiler.add_resource(&url, serde_json::from_str(&text)?)?;
-        let index: SchemaIndex = self.compiler.compile(&url, &mut self.schemas).map_err(|e| format!("{e:#}"))?;
-        Ok(self.schemas.validate(&document, index).err().map(|e| format!("{e:#}")))
+        self.compiler
+            .add_resource(&url, serde_json::from_str(&text)?)?;
+        let index: SchemaIndex = self
+            .compiler
+            .compile(&url, &mut self.schemas)
+            .map_err(|e| format!("{e:#}"))?;
+        Ok(self
+            .schemas
+            .validate(&document, index)
+            .err()
+            .map(|e| format!("{e:#}")))
     }
 }
 

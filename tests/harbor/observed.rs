@@ -10,9 +10,9 @@ use serde_json::Value;
 use upperdeck::digest::Digest;
 
 use crate::description::{Description, shared};
+use crate::http::{Request, Response};
 use crate::stand_in::{ADMIN, StandIn};
 use crate::support;
-use crate::http::{Request, Response};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -54,14 +54,19 @@ fn upload_id(url: &str) -> Option<&str> {
 }
 
 fn parameter<'a>(url: &'a str, name: &str) -> Option<&'a str> {
-    url.split(['?', '&']).find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+    url.split(['?', '&'])
+        .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
 }
 
 /// Bytes that stand for a blob of which only digest and size are known.
 fn content(digest: &str, size: usize) -> Vec<u8> {
     match size {
         2 => b"{}".to_vec(),
-        100 => format!("{:<100}", r#"{"architecture":"amd64","os":"linux","config":{}}"#).into_bytes(),
+        100 => format!(
+            "{:<100}",
+            r#"{"architecture":"amd64","os":"linux","config":{}}"#
+        )
+        .into_bytes(),
         _ => digest.bytes().cycle().skip(7).take(size).collect(),
     }
 }
@@ -93,7 +98,11 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
         let document: Value = serde_json::from_slice(manifest)?;
         for layer in document["layers"].as_array().into_iter().flatten() {
             let digest = layer["digest"].as_str().unwrap_or_default();
-            state.seed("library", digest, layer["size"].as_u64().unwrap_or_default());
+            state.seed(
+                "library",
+                digest,
+                layer["size"].as_u64().unwrap_or_default(),
+            );
         }
         state.seed_manifest("library/pybase", "1", manifest);
     }
@@ -101,9 +110,11 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
     let mut ours = BTreeMap::<String, String>::new();
     let mut locations = BTreeMap::<String, String>::new();
     let mut tokens = Vec::<(usize, String, String)>::new();
-    let mut robot = Default::default();
+    let mut robot = (String::new(), String::new());
     let translate = |text: &str, ours: &BTreeMap<String, String>| {
-        ours.iter().fold(text.to_owned(), |text, (theirs, own)| text.replace(theirs, own))
+        ours.iter().fold(text.to_owned(), |text, (theirs, own)| {
+            text.replace(theirs, own)
+        })
     };
     let client = reqwest_client();
     let mut wrong = Vec::new();
@@ -112,22 +123,37 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
             Some("<stream>") => {
                 let id = upload_id(&exchange.url).ok_or("a stream without an upload")?;
                 let range = exchange.headers["Range"].trim_start_matches("0-");
-                let closing = exchanges[n..].iter().find(|e| e.method == "PUT" && e.url.contains(id));
-                let digest = parameter(&closing.ok_or("an upload that is not closed")?.url, "digest");
+                let closing = exchanges[n..]
+                    .iter()
+                    .find(|e| e.method == "PUT" && e.url.contains(id));
+                let digest = parameter(
+                    &closing.ok_or("an upload that is not closed")?.url,
+                    "digest",
+                );
                 content(digest.unwrap_or_default(), range.parse::<usize>()? + 1)
             }
-            Some("<3000000 bytes>") => content(parameter(&exchange.url, "digest").unwrap_or_default(), 3_000_000),
+            Some("<3000000 bytes>") => content(
+                parameter(&exchange.url, "digest").unwrap_or_default(),
+                3_000_000,
+            ),
             Some(text) => translate(text, &ours).into_bytes(),
             None => Vec::new(),
         };
-        if let Some(theirs) = exchange.body.as_ref().and_then(|_| exchange.headers.get("Docker-Content-Digest")) {
+        if let Some(theirs) = exchange
+            .body
+            .as_ref()
+            .and_then(|_| exchange.headers.get("Docker-Content-Digest"))
+        {
             ours.insert(theirs.clone(), Digest::of(&body).to_string());
         }
         let mut url = translate(&exchange.url, &ours);
         if let Some(id) = upload_id(&exchange.url) {
             url.clone_from(&locations[id]);
             if let Some(theirs) = parameter(&exchange.url, "digest") {
-                let previous = exchanges[..n].iter().rev().find(|e| e.method == "PATCH" && e.url.contains(id));
+                let previous = exchanges[..n]
+                    .iter()
+                    .rev()
+                    .find(|e| e.method == "PATCH" && e.url.contains(id));
                 if body.is_empty()
                     && let Some(range) = previous.and_then(|e| e.headers.get("Range"))
                 {
@@ -143,7 +169,10 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
         if n == 82 {
             // The PATCH that was dropped between the two is not in the record.
             let mut cut = std::net::TcpStream::connect(stand_in.server.address)?;
-            let with_push = tokens.iter().rev().find(|(_, scopes, _)| scopes.contains("repository:bob/x:pull,push"));
+            let with_push = tokens
+                .iter()
+                .rev()
+                .find(|(_, scopes, _)| scopes.contains("repository:bob/x:pull,push"));
             let (_, _, token) = with_push.ok_or("no token")?;
             write!(
                 cut,
@@ -162,19 +191,28 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
                 sending = sending.basic_auth(user, Some(password));
             }
             "bearer" => {
-                let named = exchange.url.trim_start_matches("/v2/").split(['?']).next().unwrap_or_default();
-                let fits = |scopes: &str| scopes.split("repository:").any(|s| {
-                    let name = s.split(':').next().unwrap_or_default();
-                    !name.is_empty() && named.starts_with(&format!("{name}/"))
-                });
+                let named = exchange
+                    .url
+                    .trim_start_matches("/v2/")
+                    .split('?')
+                    .next()
+                    .unwrap_or_default();
+                let fits = |scopes: &str| {
+                    scopes.split("repository:").any(|s| {
+                        let name = s.split(':').next().unwrap_or_default();
+                        !name.is_empty() && named.starts_with(&format!("{name}/"))
+                    })
+                };
                 // These were made to show what too small a token does.
                 let only = match n {
-                    11 => Some(1),
+                    11 | 16 => Some(1),
                     12..=15 => Some(7),
-                    16 => Some(1),
                     _ => None,
                 };
-                let token = tokens.iter().rev().find(|(at, scopes, _)| only.map_or_else(|| fits(scopes), |n| *at == n));
+                let token = tokens
+                    .iter()
+                    .rev()
+                    .find(|(at, scopes, _)| only.map_or_else(|| fits(scopes), |n| *at == n));
                 sending = sending.bearer_auth(&token.ok_or_else(|| format!("{n}: no token"))?.2);
             }
             _ => {}
@@ -186,18 +224,31 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
         let answer = sending.body(sent.clone()).send().await?;
         let status = answer.status().as_u16();
         let headers = answer.headers().clone();
-        let header = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let header = |name: &str| {
+            headers
+                .get(name)
+                .and_then(|v| v.to_str().ok())
+                .unwrap_or_default()
+                .to_owned()
+        };
         let bytes = answer.bytes().await?;
         let said = String::from_utf8_lossy(&bytes).into_owned();
         let shown = format!("{n}: {} {}", exchange.method, exchange.url);
         if status != exchange.status {
-            wrong.push(format!("{shown}: {status} and not {}: {said}", exchange.status));
+            wrong.push(format!(
+                "{shown}: {status} and not {}: {said}",
+                exchange.status
+            ));
             continue;
         }
         if exchange.url.starts_with("/service/token") {
             let token: Value = serde_json::from_slice(&bytes)?;
             let scopes = crate::http::unescape(&exchange.url);
-            tokens.push((n, scopes, token["token"].as_str().unwrap_or_default().to_owned()));
+            tokens.push((
+                n,
+                scopes,
+                token["token"].as_str().unwrap_or_default().to_owned(),
+            ));
         }
         if let Some(id) = exchange.headers.get("Docker-Upload-Uuid") {
             let location = header("location").replace("http://harbor.example", "");
@@ -224,7 +275,10 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
         }
         let expected = translate(&exchange.answer, &ours);
         if exchange.method != "HEAD" {
-            match (serde_json::from_str::<Value>(&expected), serde_json::from_slice::<Value>(&bytes)) {
+            match (
+                serde_json::from_str::<Value>(&expected),
+                serde_json::from_slice::<Value>(&bytes),
+            ) {
                 (Ok(theirs), Ok(own)) => differences(&shown, "", &theirs, &own, &mut wrong),
                 _ if expected.trim() == said.trim() => {}
                 _ => wrong.push(format!("{shown}: {said:?} and not {expected:?}")),
@@ -257,16 +311,24 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
 fn shape(location: &str) -> String {
     let path = location.split('?').next().unwrap_or_default();
     let (start, last) = path.rsplit_once('/').unwrap_or(("", path));
-    let query = if location.contains("?_state=") { "?_state" } else { "" };
-    match last.starts_with("sha256:") {
-        true => format!("{path}{query}"),
-        false => format!("{start}/*{query}"),
+    let query = if location.contains("?_state=") {
+        "?_state"
+    } else {
+        ""
+    };
+    if last.starts_with("sha256:") {
+        format!("{path}{query}")
+    } else {
+        format!("{start}/*{query}")
     }
 }
 
 /// What a server chooses.
 fn is_chosen(key: &str) -> bool {
-    key == "id" || key.ends_with("_id") || key.ends_with("_time") || matches!(key, "token" | "issued_at" | "secret")
+    key == "id"
+        || key.ends_with("_id")
+        || key.ends_with("_time")
+        || matches!(key, "token" | "issued_at" | "secret")
 }
 
 fn differences(shown: &str, at: &str, theirs: &Value, own: &Value, wrong: &mut Vec<String>) {
@@ -280,7 +342,9 @@ fn differences(shown: &str, at: &str, theirs: &Value, own: &Value, wrong: &mut V
                             wrong.push(format!("{shown}: {at}.{key}: {right} and not {left}"));
                         }
                     }
-                    (Some(left), Some(right)) => differences(shown, &format!("{at}.{key}"), left, right, wrong),
+                    (Some(left), Some(right)) => {
+                        differences(shown, &format!("{at}.{key}"), left, right, wrong)
+                    }
                     _ => wrong.push(format!("{shown}: {at}.{key}: {right:?} and not {left:?}")),
                 }
             }

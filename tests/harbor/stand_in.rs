@@ -93,7 +93,8 @@ fn errors(status: u16, code: &str, message: &str) -> Response {
 }
 
 fn unauthorized(challenge: &str, message: &str) -> Response {
-    errors(401, "UNAUTHORIZED", &format!("{message}: {message}")).with("Www-Authenticate", challenge)
+    errors(401, "UNAUTHORIZED", &format!("{message}: {message}"))
+        .with("Www-Authenticate", challenge)
 }
 
 /// As go-units says it.
@@ -106,13 +107,22 @@ fn human(bytes: u64) -> String {
 }
 
 fn stamp(n: u64) -> String {
-    format!("2026-11-23T{:02}:{:02}:{:02}.{:03}Z", 8 + n / 3_600_000, n / 60_000 % 60, n / 1000 % 60, n % 1000)
+    format!(
+        "2026-11-23T{:02}:{:02}:{:02}.{:03}Z",
+        8 + n / 3_600_000,
+        n / 60_000 % 60,
+        n / 1000 % 60,
+        n % 1000
+    )
 }
 
 impl StandIn {
     pub fn start() -> std::io::Result<Self> {
         let state = Arc::new(Mutex::new(State::default()));
-        state.lock().unwrap_or_else(PoisonError::into_inner).project("library", true, None);
+        state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .project("library", true, None);
         let shared = Arc::clone(&state);
         let server = Server::start(move |request| {
             let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -146,7 +156,13 @@ impl State {
 
     /// A blob that was there before, without its bytes, in a project.
     pub fn seed(&mut self, project: &str, digest: &str, size: u64) {
-        self.blobs.insert(digest.to_owned(), Blob { size, content: None });
+        self.blobs.insert(
+            digest.to_owned(),
+            Blob {
+                size,
+                content: None,
+            },
+        );
         if let Some(project) = self.projects.get_mut(project) {
             project.holds.insert(digest.to_owned(), size);
         }
@@ -195,7 +211,10 @@ impl State {
     fn user(&self, request: &Request) -> Option<String> {
         let (user, password) = request.basic()?;
         let right = (user == ADMIN.0 && password == ADMIN.1)
-            || self.robots.get(&user).is_some_and(|robot| robot.secret == password);
+            || self
+                .robots
+                .get(&user)
+                .is_some_and(|robot| robot.secret == password);
         right.then_some(user)
     }
 
@@ -208,7 +227,8 @@ impl State {
             Some(user) if user == ADMIN.0 => true,
             Some(user) => self.robots.get(user).is_some_and(|robot| {
                 let granted = (resource.to_owned(), action.to_owned());
-                (robot.project == project && robot.access.contains(&granted)) || (found.public && reads)
+                (robot.project == project && robot.access.contains(&granted))
+                    || (found.public && reads)
             }),
             None => found.public && reads,
         }
@@ -220,7 +240,9 @@ impl State {
         let mut grants = BTreeMap::<String, BTreeSet<String>>::new();
         for scope in request.all("scope") {
             let mut parts = scope.splitn(3, ':');
-            if let (Some("repository"), Some(name), Some(actions)) = (parts.next(), parts.next(), parts.next()) {
+            if let (Some("repository"), Some(name), Some(actions)) =
+                (parts.next(), parts.next(), parts.next())
+            {
                 let project = name.split('/').next().unwrap_or_default();
                 let granted = actions
                     .split(',')
@@ -245,16 +267,24 @@ impl State {
         if let Some(token) = request.bearer() {
             let token = self.tokens.get(token);
             return token.is_some_and(|token| {
-                token.grants.get(repository).is_some_and(|actions| actions.contains(action))
+                token
+                    .grants
+                    .get(repository)
+                    .is_some_and(|actions| actions.contains(action))
             });
         }
         self.may(self.user(request).as_deref(), project, "repository", action)
     }
 
     fn v2(&mut self, request: &Request, path: &str) -> Response {
-        let challenge = format!("Bearer realm=\"http://{}/service/token\",service=\"harbor-registry\"", request.header("host"));
+        let challenge = format!(
+            "Bearer realm=\"http://{}/service/token\",service=\"harbor-registry\"",
+            request.header("host")
+        );
         if path.is_empty() {
-            let known = request.bearer().map(|token| self.tokens.get(token).is_some_and(|t| t.user.is_some()));
+            let known = request
+                .bearer()
+                .map(|token| self.tokens.get(token).is_some_and(|t| t.user.is_some()));
             if known.unwrap_or_else(|| self.user(request).is_some()) {
                 return Response::new(200);
             }
@@ -262,9 +292,18 @@ impl State {
                 "{\"errors\":[{\"code\":\"UNAUTHORIZED\",\"message\":\"unauthorized: unauthorized\"}]}\n",
             );
         }
-        let split = ["/blobs/uploads/", "/blobs/", "/manifests/", "/tags/", "/referrers/"]
-            .into_iter()
-            .find_map(|kind| path.rfind(kind).map(|at| (&path[..at], kind, &path[at + kind.len()..])));
+        let split = [
+            "/blobs/uploads/",
+            "/blobs/",
+            "/manifests/",
+            "/tags/",
+            "/referrers/",
+        ]
+        .into_iter()
+        .find_map(|kind| {
+            path.rfind(kind)
+                .map(|at| (&path[..at], kind, &path[at + kind.len()..]))
+        });
         let Some((repository, kind, rest)) = split else {
             return errors(404, "NOT_FOUND", "no such thing");
         };
@@ -272,7 +311,8 @@ impl State {
         if !self.projects.contains_key(project) {
             return unauthorized("", &format!("project {project} not found"));
         }
-        let writes = !matches!(request.method.as_str(), "GET" | "HEAD") || kind == "/blobs/uploads/";
+        let writes =
+            !matches!(request.method.as_str(), "GET" | "HEAD") || kind == "/blobs/uploads/";
         let action = if request.method == "DELETE" && kind == "/manifests/" {
             "delete"
         } else if writes {
@@ -284,9 +324,16 @@ impl State {
         let mount = request.one("mount").zip(request.one("from"));
         if let Some((_, from)) = &mount {
             if !from.contains('/') {
-                return errors(400, "BAD_REQUEST", &format!("bad request: invalid repository name: {from}"));
+                return errors(
+                    400,
+                    "BAD_REQUEST",
+                    &format!("bad request: invalid repository name: {from}"),
+                );
             }
-            if !self.projects.contains_key(from.split('/').next().unwrap_or_default()) {
+            if !self
+                .projects
+                .contains_key(from.split('/').next().unwrap_or_default())
+            {
                 let said = format!("unauthorized to access repository: {repository}, action: push");
                 return unauthorized("Basic realm=\"harbor\"", &said);
             }
@@ -305,10 +352,18 @@ impl State {
         }
         if writes && request.method != "GET" {
             if self.read_only {
-                return errors(403, "DENIED", "The system is in read only mode. Any modification is prohibited.");
+                return errors(
+                    403,
+                    "DENIED",
+                    "The system is in read only mode. Any modification is prohibited.",
+                );
             }
             if self.projects[project].registry.is_some() {
-                return errors(403, "DENIED", &format!("can not push artifact to a proxy project: {project}"));
+                return errors(
+                    403,
+                    "DENIED",
+                    &format!("can not push artifact to a proxy project: {project}"),
+                );
             }
         }
         match kind {
@@ -318,9 +373,17 @@ impl State {
             "/tags/" => {
                 let name = repository.split_once('/').map_or("", |(_, name)| name);
                 let Some(found) = self.projects[project].repositories.get(name) else {
-                    return errors(404, "NOT_FOUND", &format!("repository {repository} not found"));
+                    return errors(
+                        404,
+                        "NOT_FOUND",
+                        &format!("repository {repository} not found"),
+                    );
                 };
-                let tags = found.artifacts.iter().flat_map(|a| &a.tags).map(|(_, name, _)| name);
+                let tags = found
+                    .artifacts
+                    .iter()
+                    .flat_map(|a| &a.tags)
+                    .map(|(_, name, _)| name);
                 let tags: BTreeSet<_> = tags.collect();
                 Response::json(200, &json!({"name": repository, "tags": tags}))
             }
@@ -332,7 +395,8 @@ impl State {
                     .flat_map(|found| &found.artifacts)
                     .filter(|artifact| artifact.subject.as_deref() == Some(rest))
                     .map(|artifact| {
-                        let manifest: Value = serde_json::from_slice(&artifact.bytes).unwrap_or_default();
+                        let manifest: Value =
+                            serde_json::from_slice(&artifact.bytes).unwrap_or_default();
                         json!({
                             "mediaType": artifact.media_type, "digest": artifact.digest,
                             "size": artifact.bytes.len(), "artifactType": manifest["artifactType"],
@@ -359,7 +423,8 @@ impl State {
         id: &str,
         mount: Option<(String, String)>,
     ) -> Response {
-        let location = |id: &str| format!("{EXTERNAL}/v2/{repository}/blobs/uploads/{id}?_state=s{id}%3D");
+        let location =
+            |id: &str| format!("{EXTERNAL}/v2/{repository}/blobs/uploads/{id}?_state=s{id}%3D");
         let progress = |status, id: &str, length: usize| {
             Response::new(status)
                 .with("Docker-Upload-Uuid", id)
@@ -369,12 +434,19 @@ impl State {
         if request.method == "POST" {
             if let Some((digest, from)) = mount {
                 let source = from.split('/').next().unwrap_or_default();
-                let size = self.projects.get(source).and_then(|p| p.holds.get(&digest)).copied();
+                let size = self
+                    .projects
+                    .get(source)
+                    .and_then(|p| p.holds.get(&digest))
+                    .copied();
                 if let (Some(size), Some(target)) = (size, self.projects.get_mut(project)) {
                     target.holds.insert(digest.clone(), size);
                     return Response::new(201)
                         .with("Docker-Content-Digest", &digest)
-                        .with("Location", format!("{EXTERNAL}/v2/{repository}/blobs/{digest}"));
+                        .with(
+                            "Location",
+                            format!("{EXTERNAL}/v2/{repository}/blobs/{digest}"),
+                        );
                 }
             }
             let id = format!("u{}", self.id());
@@ -391,7 +463,11 @@ impl State {
             self.uploads.remove(id);
             return lost();
         }
-        let Some(upload) = self.uploads.get_mut(id).filter(|u| u.repository == repository) else {
+        let Some(upload) = self
+            .uploads
+            .get_mut(id)
+            .filter(|u| u.repository == repository)
+        else {
             return lost();
         };
         match request.method.as_str() {
@@ -410,10 +486,18 @@ impl State {
                 bytes.extend_from_slice(&request.body);
                 let digest = request.one("digest").unwrap_or_default();
                 if Digest::of(&bytes).to_string() != digest {
-                    return errors(400, "DIGEST_INVALID", "provided digest did not match uploaded content");
+                    return errors(
+                        400,
+                        "DIGEST_INVALID",
+                        "provided digest did not match uploaded content",
+                    );
                 }
                 // The length of the PUT is the blob's, to Harbor, when it has one.
-                let size = if request.body.is_empty() { bytes.len() } else { request.body.len() } as u64;
+                let size = if request.body.is_empty() {
+                    bytes.len()
+                } else {
+                    request.body.len()
+                } as u64;
                 if let Err(answer) = self.count(project, &digest, size) {
                     return answer;
                 }
@@ -425,7 +509,10 @@ impl State {
                 self.blobs.insert(digest.clone(), blob);
                 Response::new(201)
                     .with("Docker-Content-Digest", &digest)
-                    .with("Location", format!("{EXTERNAL}/v2/{repository}/blobs/{digest}"))
+                    .with(
+                        "Location",
+                        format!("{EXTERNAL}/v2/{repository}/blobs/{digest}"),
+                    )
             }
         }
     }
@@ -456,7 +543,10 @@ impl State {
     }
 
     fn blob(&mut self, request: &Request, project: &str, digest: &str) -> Response {
-        let there = self.projects.get(project).is_some_and(|p| p.holds.contains_key(digest));
+        let there = self
+            .projects
+            .get(project)
+            .is_some_and(|p| p.holds.contains_key(digest));
         let Some(blob) = self.blobs.get(digest).filter(|_| there) else {
             let missing = errors(404, "BLOB_UNKNOWN", "blob unknown to registry");
             return if request.method == "HEAD" {
@@ -473,25 +563,51 @@ impl State {
             .body(content)
     }
 
-    fn manifest(&mut self, request: &Request, project: &str, repository: &str, reference: &str) -> Response {
-        let name = repository.split_once('/').map_or("", |(_, name)| name).to_owned();
+    fn manifest(
+        &mut self,
+        request: &Request,
+        project: &str,
+        repository: &str,
+        reference: &str,
+    ) -> Response {
+        let name = repository
+            .split_once('/')
+            .map_or("", |(_, name)| name)
+            .to_owned();
         if request.method == "PUT" {
             return self.put_manifest(request, project, repository, &name, reference);
         }
-        let Some(repository_) = self.projects.get_mut(project).and_then(|p| p.repositories.get_mut(&name)) else {
-            return errors(404, "NOT_FOUND", &format!("repository {repository} not found"));
+        let Some(repository_) = self
+            .projects
+            .get_mut(project)
+            .and_then(|p| p.repositories.get_mut(&name))
+        else {
+            return errors(
+                404,
+                "NOT_FOUND",
+                &format!("repository {repository} not found"),
+            );
         };
         if request.method == "DELETE" {
             if !reference.contains(':') {
-                let said = format!("unsupported digest {reference}: invalid checksum digest format");
+                let said =
+                    format!("unsupported digest {reference}: invalid checksum digest format");
                 return errors(400, "UNSUPPORTED", &said);
             }
             let before = repository_.artifacts.len();
             repository_.artifacts.retain(|a| a.digest != reference);
-            return Response::new(if repository_.artifacts.len() < before { 202 } else { 404 });
+            return Response::new(if repository_.artifacts.len() < before {
+                202
+            } else {
+                404
+            });
         }
         let Some(found) = repository_.artifacts.iter().find(|a| a.is(reference)) else {
-            return errors(404, "NOT_FOUND", &format!("artifact {repository}:{reference} not found"));
+            return errors(
+                404,
+                "NOT_FOUND",
+                &format!("artifact {repository}:{reference} not found"),
+            );
         };
         Response::new(200)
             .with("Content-Type", &found.media_type)
@@ -510,16 +626,23 @@ impl State {
     ) -> Response {
         let manifest: Value = serde_json::from_slice(&request.body).unwrap_or_default();
         if manifest["schemaVersion"] != 2 {
-            let body = json!({"errors": [{"code": "UNKNOWN", "message": "unknown error", "detail": {}}]});
+            let body =
+                json!({"errors": [{"code": "UNKNOWN", "message": "unknown error", "detail": {}}]});
             return Response::new(500)
                 .with("Content-Type", "application/json; charset=utf-8")
                 .body(format!("{body}\n"));
         }
         let digest = Digest::of(&request.body).to_string();
-        if self.projects[project].immutable.iter().any(|tag| tag == reference) {
+        if self.projects[project]
+            .immutable
+            .iter()
+            .any(|tag| tag == reference)
+        {
             let tagged = self.projects[project].repositories.get(name);
             if tagged.is_some_and(|r| r.artifacts.iter().any(|a| a.is(reference))) {
-                let said = format!("Failed to process request due to '{name}:{reference}' configured as immutable.");
+                let said = format!(
+                    "Failed to process request due to '{name}:{reference}' configured as immutable."
+                );
                 return errors(412, "PRECONDITION", &said);
             }
         }
@@ -568,7 +691,10 @@ impl State {
         }
         Response::new(201)
             .with("Docker-Content-Digest", &digest)
-            .with("Location", format!("{EXTERNAL}/v2/{repository}/manifests/{digest}"))
+            .with(
+                "Location",
+                format!("{EXTERNAL}/v2/{repository}/manifests/{digest}"),
+            )
     }
 
     fn api(&mut self, request: &Request, path: &str) -> Response {
@@ -585,7 +711,8 @@ impl State {
         if let Some(size) = request.one("page_size").and_then(|n| n.parse::<u64>().ok())
             && size > 100
         {
-            let said = "validation failure list:\npage_size in query should be less than or equal to 100";
+            let said =
+                "validation failure list:\npage_size in query should be less than or equal to 100";
             return errors(422, "UNPROCESSABLE_ENTITY", said);
         }
         match (request.method.as_str(), parts.as_slice()) {
@@ -606,7 +733,11 @@ impl State {
                     _ => return no(),
                 }
                 if self.projects.contains_key(&name) {
-                    return errors(409, "CONFLICT", &format!("The project named {name} already exists"));
+                    return errors(
+                        409,
+                        "CONFLICT",
+                        &format!("The project named {name} already exists"),
+                    );
                 }
                 let public = body["metadata"]["public"] == "true";
                 let id = self.project(&name, public, body["storage_limit"].as_i64());
@@ -653,14 +784,25 @@ impl State {
 
     fn make_robot(&mut self, request: &Request) -> Response {
         let body: Value = serde_json::from_slice(&request.body).unwrap_or_default();
-        let project = body["permissions"][0]["namespace"].as_str().unwrap_or_default().to_owned();
-        let name = format!("robot${project}+{}", body["name"].as_str().unwrap_or_default());
-        let access = body["permissions"][0]["access"].as_array().into_iter().flatten();
+        let project = body["permissions"][0]["namespace"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        let name = format!(
+            "robot${project}+{}",
+            body["name"].as_str().unwrap_or_default()
+        );
+        let access = body["permissions"][0]["access"]
+            .as_array()
+            .into_iter()
+            .flatten();
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let robot = Robot {
             secret: format!("Secret{}", self.id()),
             project,
-            access: access.map(|a| (text(&a["resource"]), text(&a["action"]))).collect(),
+            access: access
+                .map(|a| (text(&a["resource"]), text(&a["action"])))
+                .collect(),
         };
         let id = self.id();
         let answer = json!({
@@ -670,7 +812,13 @@ impl State {
         Response::json(201, &answer).with("Location", format!("/api/v2.0/robots/{id}"))
     }
 
-    fn in_project(&mut self, request: &Request, who: Option<&str>, name: &str, rest: &[&str]) -> Response {
+    fn in_project(
+        &mut self,
+        request: &Request,
+        who: Option<&str>,
+        name: &str,
+        rest: &[&str],
+    ) -> Response {
         let no = |who: Option<&str>| match who {
             None => errors(401, "UNAUTHORIZED", "unauthorized"),
             Some(_) => errors(403, "FORBIDDEN", "forbidden"),
@@ -696,18 +844,28 @@ impl State {
             }
             ("POST", ["immutabletagrules"]) if who == Some(ADMIN.0) => {
                 let body: Value = serde_json::from_slice(&request.body).unwrap_or_default();
-                let pattern = body["tag_selectors"][0]["pattern"].as_str().unwrap_or_default().to_owned();
+                let pattern = body["tag_selectors"][0]["pattern"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .to_owned();
                 if let Some(project) = self.projects.get_mut(name) {
                     project.immutable.push(pattern);
                 }
-                Response::new(201).with("Location", format!("/api/v2.0/projects/{name}/immutabletagrules/{id}"))
+                Response::new(201).with(
+                    "Location",
+                    format!("/api/v2.0/projects/{name}/immutabletagrules/{id}"),
+                )
             }
             ("DELETE", []) if who == Some(ADMIN.0) => {
                 if self.projects[name].repositories.is_empty() {
                     self.projects.remove(name);
                     Response::new(200)
                 } else {
-                    errors(412, "PRECONDITION", "the project contains repositories, can not be deleted")
+                    errors(
+                        412,
+                        "PRECONDITION",
+                        "the project contains repositories, can not be deleted",
+                    )
                 }
             }
             ("GET", ["repositories"]) if self.may(who, name, "repository", "list") => {
@@ -730,7 +888,13 @@ impl State {
         }
     }
 
-    fn in_repository(&mut self, request: &Request, project: &str, name: &str, rest: &[&str]) -> Response {
+    fn in_repository(
+        &mut self,
+        request: &Request,
+        project: &str,
+        name: &str,
+        rest: &[&str],
+    ) -> Response {
         let missing = |what: &str| errors(404, "NOT_FOUND", &format!("{what} not found"));
         let Some(held) = self.projects.get_mut(project) else {
             return missing("project");
@@ -742,7 +906,13 @@ impl State {
             };
         };
         let not_here = |reference: &str| missing(&format!("artifact {project}/{name}:{reference}"));
-        let immutable = |tag: &str| errors(412, "PRECONDITION", &format!("the tag {tag} configured as immutable, cannot be deleted"));
+        let immutable = |tag: &str| {
+            errors(
+                412,
+                "PRECONDITION",
+                &format!("the tag {tag} configured as immutable, cannot be deleted"),
+            )
+        };
         match (request.method.as_str(), rest) {
             ("GET", []) => Response::json(200, &found.document(project, name, held.id)),
             ("DELETE", []) => {
@@ -753,13 +923,19 @@ impl State {
                 let with = request.one("with_accessory").as_deref() == Some("true");
                 // An accessory is listed with what it belongs to.
                 let listed = found.artifacts.iter().filter(|a| a.subject.is_none());
-                let all = listed.map(|a| found.artifact(a, project, name, held.id, with, &self.blobs));
+                let all =
+                    listed.map(|a| found.artifact(a, project, name, held.id, with, &self.blobs));
                 page(request, all.collect())
             }
-            ("GET", ["artifacts", reference]) => match found.artifacts.iter().find(|a| a.is(reference)) {
-                Some(a) => Response::json(200, &found.artifact(a, project, name, held.id, true, &self.blobs)),
-                None => not_here(reference),
-            },
+            ("GET", ["artifacts", reference]) => {
+                match found.artifacts.iter().find(|a| a.is(reference)) {
+                    Some(a) => Response::json(
+                        200,
+                        &found.artifact(a, project, name, held.id, true, &self.blobs),
+                    ),
+                    None => not_here(reference),
+                }
+            }
             ("DELETE", ["artifacts", reference, "tags", tag]) => {
                 if held.immutable.iter().any(|t| t == tag) {
                     return immutable(tag);
@@ -780,11 +956,15 @@ impl State {
                     return not_here(reference);
                 };
                 let tags = &found.artifacts[at].tags;
-                if let Some((_, tag, _)) = tags.iter().find(|(_, tag, _)| held.immutable.contains(tag)) {
+                if let Some((_, tag, _)) =
+                    tags.iter().find(|(_, tag, _)| held.immutable.contains(tag))
+                {
                     return immutable(tag);
                 }
                 let gone = found.artifacts.remove(at);
-                found.artifacts.retain(|a| a.subject.as_deref() != Some(&gone.digest));
+                found
+                    .artifacts
+                    .retain(|a| a.subject.as_deref() != Some(&gone.digest));
                 Response::new(200)
             }
             _ => missing("it"),
@@ -800,7 +980,9 @@ impl Artifact {
     fn size(&self) -> u64 {
         let manifest: Value = serde_json::from_slice(&self.bytes).unwrap_or_default();
         let layers = manifest["layers"].as_array().into_iter().flatten();
-        let sizes = layers.chain([&manifest["config"]]).map(|d| d["size"].as_u64().unwrap_or(0));
+        let sizes = layers
+            .chain([&manifest["config"]])
+            .map(|d| d["size"].as_u64().unwrap_or(0));
         sizes.sum::<u64>() + self.bytes.len() as u64
     }
 }
@@ -823,7 +1005,8 @@ impl Project {
 
     fn repositories(&self, project: &str) -> Vec<Value> {
         let all = self.repositories.iter();
-        all.map(|(name, found)| found.document(project, name, self.id)).collect()
+        all.map(|(name, found)| found.document(project, name, self.id))
+            .collect()
     }
 }
 
@@ -846,9 +1029,19 @@ impl Repository {
         blobs: &BTreeMap<String, Blob>,
     ) -> Value {
         let manifest: Value = serde_json::from_slice(&artifact.bytes).unwrap_or_default();
-        let config = manifest["config"]["digest"].as_str().and_then(|digest| blobs.get(digest)?.content.as_ref());
-        let config: Value = config.and_then(|bytes| serde_json::from_slice(bytes).ok()).unwrap_or_default();
-        let or_empty = |value: &Value| if value.is_null() { json!("") } else { value.clone() };
+        let config = manifest["config"]["digest"]
+            .as_str()
+            .and_then(|digest| blobs.get(digest)?.content.as_ref());
+        let config: Value = config
+            .and_then(|bytes| serde_json::from_slice(bytes).ok())
+            .unwrap_or_default();
+        let or_empty = |value: &Value| {
+            if value.is_null() {
+                json!("")
+            } else {
+                value.clone()
+            }
+        };
         let encoded = name.replace('/', "%252F");
         let href = format!(
             "/api/v2.0/projects/{project}/repositories/{encoded}/artifacts/{}/additions/build_history",
@@ -861,7 +1054,10 @@ impl Repository {
             })
         });
         let tags: Vec<Value> = tags.collect();
-        let belonging = self.artifacts.iter().filter(|a| a.subject.as_deref() == Some(&artifact.digest));
+        let belonging = self
+            .artifacts
+            .iter()
+            .filter(|a| a.subject.as_deref() == Some(&artifact.digest));
         let accessories: Vec<Value> = belonging
             .map(|a| {
                 json!({
@@ -871,7 +1067,13 @@ impl Repository {
                 })
             })
             .collect();
-        let or_null = |list: Vec<Value>| if list.is_empty() { Value::Null } else { json!(list) };
+        let or_null = |list: Vec<Value>| {
+            if list.is_empty() {
+                Value::Null
+            } else {
+                json!(list)
+            }
+        };
         json!({
             "accessories": if with_accessories { or_null(accessories) } else { Value::Null },
             "addition_links": {"build_history": {"absolute": false, "href": href}},
@@ -897,13 +1099,17 @@ fn page(request: &Request, mut all: Vec<Value>) -> Response {
     let query = request.one("q").unwrap_or_default();
     if let Some((field, text)) = query.split_once("=~") {
         all.retain(|item| match &item[field] {
-            Value::Array(tags) => tags.iter().any(|t| t["name"].as_str().is_some_and(|n| n.contains(text))),
+            Value::Array(tags) => tags
+                .iter()
+                .any(|t| t["name"].as_str().is_some_and(|n| n.contains(text))),
             Value::String(name) => name.contains(text),
             _ => false,
         });
     }
     if let Some(sort) = request.one("sort") {
-        let (field, down) = sort.strip_prefix('-').map_or((sort.as_str(), false), |field| (field, true));
+        let (field, down) = sort
+            .strip_prefix('-')
+            .map_or((sort.as_str(), false), |field| (field, true));
         all.sort_by(|a, b| {
             let order = match (a[field].as_u64(), b[field].as_u64()) {
                 (Some(a), Some(b)) => a.cmp(&b),
@@ -912,13 +1118,23 @@ fn page(request: &Request, mut all: Vec<Value>) -> Response {
             if down { order.reverse() } else { order }
         });
     }
-    let number = |name: &str, usual: usize| request.one(name).and_then(|n| n.parse().ok()).unwrap_or(usual);
+    let number = |name: &str, usual: usize| {
+        request
+            .one(name)
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(usual)
+    };
     let (page, size) = (number("page", 1).max(1), number("page_size", 10));
     let total = all.len();
     let items: Vec<Value> = all.into_iter().skip((page - 1) * size).take(size).collect();
-    let mut answer = Response::json(200, &Value::Array(items)).with("X-Total-Count", total.to_string());
+    let mut answer =
+        Response::json(200, &Value::Array(items)).with("X-Total-Count", total.to_string());
     if page * size < total {
-        let next = format!("<{}?page={}&page_size={size}>; rel=\"next\"", request.path, page + 1);
+        let next = format!(
+            "<{}?page={}&page_size={size}>; rel=\"next\"",
+            request.path,
+            page + 1
+        );
         answer = answer.with("Link", next);
     }
     answer.body.push(b'\n');

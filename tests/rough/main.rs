@@ -42,9 +42,9 @@ const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const PIECE: usize = 64 << 10;
 
 /// docker-registry, which can be ended and started again over the same storage.
-pub struct Registry {
+struct Registry {
     child: Option<Child>,
-    pub address: SocketAddr,
+    address: SocketAddr,
     config: std::path::PathBuf,
     _dir: tempfile::TempDir,
 }
@@ -58,7 +58,9 @@ impl Drop for Registry {
 impl Registry {
     fn start(more: &str) -> Result<Self, Box<dyn std::error::Error>> {
         let dir = tempfile::tempdir()?;
-        let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")?
+            .local_addr()?
+            .port();
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         let root = dir.path().display();
         let config = dir.path().join("config.yml");
@@ -78,7 +80,8 @@ impl Registry {
     }
 
     fn go(&mut self) -> Outcome {
-        let program = std::env::var("UPPERDECK_TEST_REGISTRY").unwrap_or("docker-registry".to_owned());
+        let program =
+            std::env::var("UPPERDECK_TEST_REGISTRY").unwrap_or("docker-registry".to_owned());
         let child = Command::new(&program)
             .arg("serve")
             .arg(&self.config)
@@ -102,7 +105,7 @@ impl Registry {
     }
 }
 
-pub fn access(creds: Option<(&str, &str)>) -> Access {
+fn access(creds: Option<(&str, &str)>) -> Access {
     Access {
         authfile: Some("/dev/null".into()),
         creds: creds.map(|(user, password)| format!("{user}:{password}").parse().unwrap()),
@@ -114,20 +117,20 @@ pub fn access(creds: Option<(&str, &str)>) -> Access {
     }
 }
 
-pub fn open(address: SocketAddr, path: &str, access: Access) -> Destination {
+fn open(address: SocketAddr, path: &str, access: Access) -> Destination {
     let target = Target::for_saving(&format!("{address}/{path}")).unwrap();
     Destination::open(&target, &Registries::new(access)).unwrap()
 }
 
 /// Bytes that do not repeat.
-pub fn noise(seed: u64, size: usize) -> Bytes {
+fn noise(seed: u64, size: usize) -> Bytes {
     let mut bytes = vec![0; size];
     SmallRng::seed_from_u64(seed).fill(&mut bytes[..]);
     bytes.into()
 }
 
 /// Writes a blob as a save does: from a thread, in pieces; again from its start where that is worth it.
-pub async fn deliver(destination: &Destination, blob: &Bytes) -> Result<u32, Error> {
+async fn deliver(destination: &Destination, blob: &Bytes) -> Result<u32, Error> {
     let (digest, size) = (Digest::of(blob), blob.len() as u64);
     let mut writer = destination.begin_blob(Handle::current())?;
     let mut again = 0;
@@ -158,7 +161,7 @@ pub async fn deliver(destination: &Destination, blob: &Bytes) -> Result<u32, Err
     }
 }
 
-pub struct Image {
+struct Image {
     layers: Vec<Bytes>,
     config: Bytes,
     manifest: Bytes,
@@ -199,14 +202,20 @@ async fn save(destination: &Destination, image: &Image, tag: &str) -> Result<Dig
             deliver(destination, layer).await?;
         }
     }
-    destination.put_blob(image.config.clone(), &Digest::of(&image.config)).await?;
-    destination.put_manifest(image.manifest.clone(), MANIFEST_TYPE, tag).await
+    destination
+        .put_blob(image.config.clone(), &Digest::of(&image.config))
+        .await?;
+    destination
+        .put_manifest(image.manifest.clone(), MANIFEST_TYPE, tag)
+        .await
 }
 
 /// What stands under a tag is, if there is anything, the image with every byte of it.
 async fn verify(address: SocketAddr, path: &str, tag: &str, image: &Image) -> Result<bool, String> {
     let registries = Registries::new(access(Some(USER)));
-    let repository = registries.repository(&format!("{address}/{path}")).map_err(|e| e.to_string())?;
+    let repository = registries
+        .repository(&format!("{address}/{path}"))
+        .map_err(|e| e.to_string())?;
     let manifest = match repository.manifest(tag).await {
         Ok(manifest) => manifest,
         Err(error) if error.not_found() => return Ok(false),
@@ -216,7 +225,10 @@ async fn verify(address: SocketAddr, path: &str, tag: &str, image: &Image) -> Re
         return Err("another manifest".to_owned());
     }
     for blob in image.layers.iter().chain([&image.config]) {
-        let mut stream = repository.blob_stream(&Digest::of(blob), Some(blob.len() as u64)).await.map_err(|e| e.to_string())?;
+        let mut stream = repository
+            .blob_stream(&Digest::of(blob), Some(blob.len() as u64))
+            .await
+            .map_err(|e| e.to_string())?;
         while stream.next().await.map_err(|e| e.to_string())?.is_some() {}
     }
     Ok(true)
@@ -240,9 +252,25 @@ async fn tokens_that_the_registry_verifies() -> Outcome {
     // A mount asks for both repositories in one token.
     let destination = open(registry.address, "team/saved", access_());
     let layer = Digest::of(&base.layers[0]);
-    assert!(destination.mount_blob(&layer, &format!("{}/team/base", registry.address)).await?);
-    let scopes = tokens.scopes.lock().unwrap().last().cloned().unwrap_or_default();
-    assert_eq!(scopes, ["repository:team/saved:pull,push", "repository:team/base:pull"]);
+    assert!(
+        destination
+            .mount_blob(&layer, &format!("{}/team/base", registry.address))
+            .await?
+    );
+    let scopes = tokens
+        .scopes
+        .lock()
+        .unwrap()
+        .last()
+        .cloned()
+        .unwrap_or_default();
+    assert_eq!(
+        scopes,
+        [
+            "repository:team/saved:pull,push",
+            "repository:team/base:pull"
+        ]
+    );
     assert_eq!(destination.has_blob(&layer, None).await?, Some(200_000));
 
     // A token that has ended while a slow blob went up: the PUT after it has a new one.
@@ -252,13 +280,26 @@ async fn tokens_that_the_registry_verifies() -> Outcome {
         _ => Fault::None,
     })?;
     let before = tokens.given.load(Ordering::SeqCst);
-    let again = deliver(&open(slow.address, "team/slow", access_()), &noise(2, 350_000)).await?;
+    let again = deliver(
+        &open(slow.address, "team/slow", access_()),
+        &noise(2, 350_000),
+    )
+    .await?;
     assert_eq!(again, 0);
-    assert!(tokens.given.load(Ordering::SeqCst) >= before + 2, "one for the POST, another for the PUT");
+    assert!(
+        tokens.given.load(Ordering::SeqCst) >= before + 2,
+        "one for the POST, another for the PUT"
+    );
 
-    let error = open(registry.address, "team/x", access(Some(("user", "wrong")))).check().await.unwrap_err();
+    let error = open(registry.address, "team/x", access(Some(("user", "wrong"))))
+        .check()
+        .await
+        .unwrap_err();
     let text = error.to_string();
-    assert!(error.not_permitted() && text.contains("wrong password") && text.contains("token service"), "{text}");
+    assert!(
+        error.not_permitted() && text.contains("wrong password") && text.contains("token service"),
+        "{text}"
+    );
     tokens.fails.store(true, Ordering::SeqCst);
     tokens.life.store(300, Ordering::SeqCst);
     save(&open(registry.address, "team/y", access_()), &base, "1").await?;
@@ -291,14 +332,24 @@ async fn nothing_that_the_registry_has_is_sent() -> Outcome {
     // Another repository: mounted, not one byte.
     let before = sent();
     let other = open(counted.address, "b/two", access(None));
-    assert!(other.mount_blob(&Digest::of(&base), &format!("{}/a/one", counted.address)).await?);
-    assert_eq!(other.has_blob(&Digest::of(&base), Some(3_000_000)).await?, Some(3_000_000));
+    assert!(
+        other
+            .mount_blob(&Digest::of(&base), &format!("{}/a/one", counted.address))
+            .await?
+    );
+    assert_eq!(
+        other.has_blob(&Digest::of(&base), Some(3_000_000)).await?,
+        Some(3_000_000)
+    );
     assert_eq!(sent(), before);
     Ok(())
 }
 
 fn number(variable: &str, usual: u64) -> u64 {
-    std::env::var(variable).ok().and_then(|n| n.parse().ok()).unwrap_or(usual)
+    std::env::var(variable)
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(usual)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -373,8 +424,16 @@ async fn a_layer_arrives_over_a_line_that_breaks_three_times() -> Outcome {
 /// The most memory that this process has had, in bytes.
 fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmHWM:"))
+        .unwrap();
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<u64>()
+        .unwrap()
+        << 10
 }
 
 /// Every save of a random mix of troubles ends in an image that is right, or in an error that is in the table.
@@ -423,10 +482,16 @@ async fn no_trouble_makes_a_wrong_image() -> Outcome {
         match random.random_range(0..120) {
             0..4 => Fault::CutRequest(random.random_range(0..300_000)),
             4..8 => Fault::CutAnswer(random.random_range(0..600)),
-            8..10 => Fault::Say(429, format!("Retry-After: {}\r\n", random.random_range(0..2))),
+            8..10 => Fault::Say(
+                429,
+                format!("Retry-After: {}\r\n", random.random_range(0..2)),
+            ),
             10..14 => {
                 let statuses = [500, 502, 503, 504, 408, 499, 522];
-                Fault::Say(statuses[random.random_range(0..statuses.len())], String::new())
+                Fault::Say(
+                    statuses[random.random_range(0..statuses.len())],
+                    String::new(),
+                )
             }
             14 => Fault::BlackHole,
             15..19 => Fault::Slow(random.random_range(500_000..5_000_000)),
@@ -463,7 +528,10 @@ async fn no_trouble_makes_a_wrong_image() -> Outcome {
             }
             Err(error) => {
                 let text = error.to_string();
-                assert!(!text.contains(USER.1) && !text.contains("eyJ"), "a secret shows: {text}");
+                assert!(
+                    !text.contains(USER.1) && !text.contains("eyJ"),
+                    "a secret shows: {text}"
+                );
                 let exit = match (error.not_permitted(), error.retryable()) {
                     (true, _) => 77,
                     (_, true) => 75,
@@ -480,25 +548,51 @@ async fn no_trouble_makes_a_wrong_image() -> Outcome {
         calm.store(false, Ordering::SeqCst);
         match there {
             Ok(there) => {
-                assert!(there || saved.is_err(), "save {n} said that it was done, and there is nothing");
+                assert!(
+                    there || saved.is_err(),
+                    "save {n} said that it was done, and there is nothing"
+                );
                 right += u64::from(there);
             }
             Err(wrong) => panic!("save {n}: a wrong image: {wrong}"),
         }
     }
-    let met = line.seen().iter().filter(|seen| seen.fault != Fault::None).count();
-    support::note(&format!("{saves} saves, {met} troubles: {ends:?}; {right} images, all right"));
-    assert!(stray.lock().unwrap().is_empty(), "credentials at another host: {stray:?}");
+    let met = line
+        .seen()
+        .iter()
+        .filter(|seen| seen.fault != Fault::None)
+        .count();
+    support::note(&format!(
+        "{saves} saves, {met} troubles: {ends:?}; {right} images, all right"
+    ));
+    assert!(
+        stray.lock().unwrap().is_empty(),
+        "credentials at another host: {stray:?}"
+    );
     assert!(met as u64 > saves / 2, "only {met} troubles");
     assert!(ends["saved"] * 10 >= saves * 7, "{ends:?}");
     // Passwords went to the token service alone, and tokens to the registry alone.
-    assert!(line.seen().iter().all(|seen| !seen.headers.get("authorization").is_some_and(|a| a.starts_with("Basic"))));
-    assert!(token_line.seen().iter().all(|seen| seen.headers.get("authorization").is_some_and(|a| a.starts_with("Basic"))));
+    assert!(line.seen().iter().all(|seen| {
+        !seen
+            .headers
+            .get("authorization")
+            .is_some_and(|a| a.starts_with("Basic"))
+    }));
+    assert!(token_line.seen().iter().all(|seen| {
+        seen.headers
+            .get("authorization")
+            .is_some_and(|a| a.starts_with("Basic"))
+    }));
     Ok(())
 }
 
 /// The token service is behind trouble here, too, so it may take more than one look.
-async fn verify_patiently(address: SocketAddr, path: &str, tag: &str, image: &Image) -> Result<bool, String> {
+async fn verify_patiently(
+    address: SocketAddr,
+    path: &str,
+    tag: &str,
+    image: &Image,
+) -> Result<bool, String> {
     let mut last = String::new();
     for _ in 0..4 {
         match verify(address, path, tag, image).await {

@@ -31,7 +31,6 @@ pub enum Fault {
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub method: String,
-    pub target: String,
     pub headers: BTreeMap<String, String>,
     /// Bytes of the body that came.
     pub bytes: u64,
@@ -63,21 +62,32 @@ impl Proxy {
     ) -> std::io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
-        let (seen, ended) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
+        let (seen, ended) = (
+            Arc::new(Mutex::new(Vec::new())),
+            Arc::new(AtomicBool::new(false)),
+        );
         let count = Arc::new(AtomicU64::new(0));
-        let (plan, log, over): (Arc<Plan>, _, _) = (Arc::new(plan), Arc::clone(&seen), Arc::clone(&ended));
+        let (plan, log, over): (Arc<Plan>, _, _) =
+            (Arc::new(plan), Arc::clone(&seen), Arc::clone(&ended));
         std::thread::spawn(move || {
             for client in listener.incoming() {
                 if over.load(Ordering::SeqCst) {
                     return;
                 }
                 let Ok(client) = client else { continue };
-                let (plan, log, count, over) =
-                    (Arc::clone(&plan), Arc::clone(&log), Arc::clone(&count), Arc::clone(&over));
+                let (plan, log, count, over) = (
+                    Arc::clone(&plan),
+                    Arc::clone(&log),
+                    Arc::clone(&count),
+                    Arc::clone(&over),
+                );
                 std::thread::spawn(move || {
                     let _ = client.set_nodelay(true);
                     let mut reader = BufReader::new(&client);
-                    while let Ok(true) = relay(&client, &mut reader, upstream, &*plan, &log, &count, &over) {}
+                    while let Ok(true) =
+                        relay(&client, &mut reader, upstream, &*plan, &log, &count, &over)
+                    {
+                    }
                     let _ = client.shutdown(std::net::Shutdown::Both);
                 });
             }
@@ -90,7 +100,10 @@ impl Proxy {
     }
 
     pub fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -131,12 +144,16 @@ fn relay(
         return Ok(false);
     };
     let mut words = first.split(' ');
-    let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let (method, target) = (
+        words.next().unwrap_or_default(),
+        words.next().unwrap_or_default(),
+    );
     let fault = plan(method, target, count.fetch_add(1, Ordering::SeqCst));
-    let lowered = headers.iter().map(|(n, v)| (n.to_ascii_lowercase(), v.clone()));
+    let lowered = headers
+        .iter()
+        .map(|(n, v)| (n.to_ascii_lowercase(), v.clone()));
     let entry = Seen {
         method: method.to_owned(),
-        target: target.to_owned(),
         headers: lowered.collect(),
         bytes: 0,
         fault: fault.clone(),
@@ -154,7 +171,9 @@ fn relay(
     match &fault {
         Fault::Say(status, more) => {
             note(&|seen| seen.status = *status);
-            let text = format!("HTTP/1.1 {status} x\r\n{more}Content-Length: 0\r\nConnection: close\r\n\r\n");
+            let text = format!(
+                "HTTP/1.1 {status} x\r\n{more}Content-Length: 0\r\nConnection: close\r\n\r\n"
+            );
             out.write_all(text.as_bytes())?;
             // Read on for a while: a connection that is closed over unread bytes is reset, and the answer lost.
             client.set_read_timeout(Some(Duration::from_millis(200)))?;
@@ -167,7 +186,14 @@ fn relay(
             while !over.load(Ordering::SeqCst) {
                 match reader.read(&mut buffer) {
                     Ok(0) => break,
-                    Err(e) if !matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => break,
+                    Err(e)
+                        if !matches!(
+                            e.kind(),
+                            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut
+                        ) =>
+                    {
+                        break;
+                    }
                     _ => {}
                 }
             }
@@ -240,21 +266,33 @@ fn relay(
     if method != "HEAD" {
         answer.read_to_end(&mut body)?;
     }
-    let status = first.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+    let status = first
+        .split(' ')
+        .nth(1)
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(0);
     note(&|seen| seen.status = status);
     if fault == Fault::WrongDigest
-        && let Some((_, value)) = headers.iter_mut().find(|(n, _)| n.eq_ignore_ascii_case("docker-content-digest"))
+        && let Some((_, value)) = headers
+            .iter_mut()
+            .find(|(n, _)| n.eq_ignore_ascii_case("docker-content-digest"))
     {
         *value = format!("sha256:{}", "0".repeat(64));
     }
-    if fault == Fault::ShortBody && value(&headers, "content-length").is_some() && method != "HEAD" {
+    if fault == Fault::ShortBody && value(&headers, "content-length").is_some() && method != "HEAD"
+    {
         body.truncate(body.len() / 2);
         let length = body.len().to_string();
-        if let Some((_, value)) = headers.iter_mut().find(|(n, _)| n.eq_ignore_ascii_case("content-length")) {
+        if let Some((_, value)) = headers
+            .iter_mut()
+            .find(|(n, _)| n.eq_ignore_ascii_case("content-length"))
+        {
             *value = length;
         }
     }
-    let framed = method == "HEAD" || status == 204 || value(&headers, "content-length").is_some()
+    let framed = method == "HEAD"
+        || status == 204
+        || value(&headers, "content-length").is_some()
         || value(&headers, "transfer-encoding").is_some();
     let mut text = format!("{first}\r\n");
     for (name, value) in &headers {
@@ -262,7 +300,11 @@ fn relay(
             text.extend([name, ": ", value, "\r\n"]);
         }
     }
-    text.push_str(if framed { "\r\n" } else { "Connection: close\r\n\r\n" });
+    text.push_str(if framed {
+        "\r\n"
+    } else {
+        "Connection: close\r\n\r\n"
+    });
     let mut bytes = text.into_bytes();
     bytes.extend_from_slice(&body);
     if let Fault::CutAnswer(after) = fault {

@@ -41,8 +41,25 @@ impl Tokens {
         let dir = tempfile::tempdir()?;
         let at = |name: &str| dir.path().join(name).display().to_string();
         let made = Command::new("openssl")
-            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"])
-            .args(["-keyout", &at("key.pem"), "-out", &at("cert.pem"), "-days", "2", "-subj", "/CN=tokens"])
+            .args([
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+            ])
+            .args([
+                "-keyout",
+                &at("key.pem"),
+                "-out",
+                &at("cert.pem"),
+                "-days",
+                "2",
+                "-subj",
+                "/CN=tokens",
+            ])
             .stderr(Stdio::null())
             .status();
         if !made.is_ok_and(|status| status.success()) {
@@ -54,22 +71,33 @@ impl Tokens {
             Ok(STANDARD.decode(lines)?)
         };
         let random = SystemRandom::new();
-        let key = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &pem("key.pem")?, &random)
-            .map_err(|e| e.to_string())?;
+        let key =
+            EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &pem("key.pem")?, &random)
+                .map_err(|e| e.to_string())?;
         let certificate = STANDARD.encode(pem("cert.pem")?);
         let given = Arc::new(AtomicU64::new(0));
-        let (life, fails) = (Arc::new(AtomicI64::new(300)), Arc::new(AtomicBool::new(false)));
+        let (life, fails) = (
+            Arc::new(AtomicI64::new(300)),
+            Arc::new(AtomicBool::new(false)),
+        );
         let scopes = Arc::new(Mutex::new(Vec::new()));
-        let (count, seconds, failing, log) =
-            (Arc::clone(&given), Arc::clone(&life), Arc::clone(&fails), Arc::clone(&scopes));
+        let (count, seconds, failing, log) = (
+            Arc::clone(&given),
+            Arc::clone(&life),
+            Arc::clone(&fails),
+            Arc::clone(&scopes),
+        );
         let server = Server::start(move |request: Request| {
             let n = count.fetch_add(1, Ordering::SeqCst);
             if failing.load(Ordering::SeqCst) && n % 3 == 1 {
                 return Response::new(503);
             }
-            let known = request.basic().is_some_and(|(u, p)| u == USER.0 && p == USER.1);
+            let known = request
+                .basic()
+                .is_some_and(|(u, p)| u == USER.0 && p == USER.1);
             if !known {
-                let body = json!({"errors": [{"code": "UNAUTHORIZED", "message": "wrong password"}]});
+                let body =
+                    json!({"errors": [{"code": "UNAUTHORIZED", "message": "wrong password"}]});
                 return Response::json(401, &body);
             }
             let asked = request.all("scope");
@@ -82,8 +110,12 @@ impl Tokens {
                     Some(json!({"type": kind, "name": name, "actions": actions}))
                 })
                 .collect();
-            log.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
-            let now = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_secs() as i64);
+            log.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(asked);
+            let now = std::time::SystemTime::UNIX_EPOCH
+                .elapsed()
+                .map_or(0, |t| t.as_secs() as i64);
             let seconds = seconds.load(Ordering::SeqCst);
             let head = json!({"typ": "JWT", "alg": "ES256", "x5c": [certificate]});
             let claims = json!({

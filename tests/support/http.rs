@@ -47,7 +47,9 @@ impl Request {
     /// User and password of `Authorization: Basic`.
     pub fn basic(&self) -> Option<(String, String)> {
         let encoded = self.header("authorization").strip_prefix("Basic ")?;
-        let raw = base64::engine::general_purpose::STANDARD.decode(encoded).ok()?;
+        let raw = base64::engine::general_purpose::STANDARD
+            .decode(encoded)
+            .ok()?;
         let text = String::from_utf8(raw).ok()?;
         let (user, password) = text.split_once(':')?;
         Some((user.to_owned(), password.to_owned()))
@@ -59,7 +61,9 @@ impl Request {
 }
 
 pub fn unescape(text: &str) -> String {
-    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
+    percent_encoding::percent_decode_str(text)
+        .decode_utf8_lossy()
+        .into_owned()
 }
 
 /// What goes back.
@@ -95,7 +99,10 @@ impl Response {
     }
 
     pub fn header(&self, name: &str) -> Option<&str> {
-        let found = self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name));
+        let found = self
+            .headers
+            .iter()
+            .find(|(n, _)| n.eq_ignore_ascii_case(name));
         found.map(|(_, v)| v.as_str())
     }
 }
@@ -110,7 +117,9 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn start(handler: impl Fn(Request) -> Response + Send + Sync + 'static) -> std::io::Result<Self> {
+    pub fn start(
+        handler: impl Fn(Request) -> Response + Send + Sync + 'static,
+    ) -> std::io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let ended = Arc::new(AtomicBool::new(false));
@@ -151,6 +160,7 @@ fn serve(stream: &TcpStream, handler: &Handler) -> std::io::Result<()> {
     while let Some(request) = read(&mut reader)? {
         let head = request.method == "HEAD";
         let cut = request.cut;
+        let last = request.header("connection").eq_ignore_ascii_case("close");
         let answer = handler(request);
         if cut {
             return Ok(());
@@ -169,6 +179,9 @@ fn serve(stream: &TcpStream, handler: &Handler) -> std::io::Result<()> {
         }
         let mut out = stream;
         out.write_all(&bytes)?;
+        if last {
+            break;
+        }
     }
     Ok(())
 }
