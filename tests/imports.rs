@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 18] = [
+const TABLE: [(&str, &[&str]); 19] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
@@ -42,6 +42,19 @@ const TABLE: [(&str, &[&str]); 18] = [
             "manifest",
             "overlay",
             "prove",
+            "registry",
+            "scan",
+        ],
+    ),
+    (
+        "bench",
+        &[
+            "cancel",
+            "commit",
+            "container",
+            "destination",
+            "layer",
+            "overlay",
             "registry",
             "scan",
         ],

@@ -74,6 +74,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Image(args::Image::Ls(args)) => image::ls(&args),
         Verb::Image(args::Image::Rm(args)) => image::rm(&args),
         Verb::Validate(args) => verbs::validate(&args),
+        Verb::Bench(args) => verbs::bench(&roots, *args),
         Verb::Demo => verbs::demo(),
         Verb::Completions { shell } => verbs::completions(shell),
         Verb::Man { dir } => verbs::man(dir.as_deref()),
