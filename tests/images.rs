@@ -66,8 +66,8 @@ impl Image {
         Digest::of(&self.manifest)
     }
 
-    fn size(&self) -> Option<u64> {
-        Some((self.layer.len() + self.config.len() + self.manifest.len()) as u64)
+    fn size(&self) -> u64 {
+        (self.layer.len() + self.config.len() + self.manifest.len()) as u64
     }
 }
 
@@ -142,7 +142,10 @@ async fn lists(images: &dyn Images, target: &str, repository: &str) -> Outcome {
     let found = &listed.items[1];
     assert_eq!(
         (found.tags.as_slice(), found.size),
-        (["a".to_owned(), "b".to_owned()].as_slice(), one.size())
+        (
+            ["a".to_owned(), "b".to_owned()].as_slice(),
+            Some(one.size())
+        )
     );
     assert_eq!(found.created.as_deref(), Some("2026-11-01T00:00:00Z"));
     assert_eq!(found.architecture.as_deref(), Some("arm64"));

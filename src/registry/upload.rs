@@ -235,7 +235,8 @@ impl Writer {
         // Refused only when the task has ended, and then the task says why.
         let _ = pieces.send(Piece::End).await;
         drop(pieces);
-        let session = task.await.map_err(|_| Error::Abandoned)??;
+        let outcome = task.await.map_err(|_| Error::Abandoned)?;
+        let session = self.take_in(outcome)?;
         let confirmed = Instant::now();
         cancel(&self.repository, &session).await;
         Ok(confirmed)

@@ -121,7 +121,7 @@ impl Description {
             let name = parameter["name"].as_str().unwrap_or_default();
             match parameter["in"].as_str() {
                 Some("query") if request.one(name).is_none() => {
-                    wrong.push(format!("{shown}: lacks {name}"))
+                    wrong.push(format!("{shown}: lacks {name}"));
                 }
                 Some("body") => {
                     let said = self.check(&parameter["schema"], &request.body)?;

@@ -87,7 +87,7 @@ impl Lab {
         name
     }
 
-    fn access(&self, creds: &str) -> Access {
+    fn access(creds: &str) -> Access {
         Access {
             authfile: Some("/dev/null".into()),
             creds: Some(creds.parse().unwrap()),
@@ -101,7 +101,7 @@ impl Lab {
     }
 
     fn registries(&self) -> Registries {
-        Registries::new(self.access(&self.admin))
+        Registries::new(Self::access(&self.admin))
     }
 
     async fn harbor(&self) -> Harbor {
@@ -122,7 +122,7 @@ impl Lab {
     }
 
     fn to(&self, path: &str) -> Destination {
-        self.destination(path, self.access(&self.admin))
+        self.destination(path, Self::access(&self.admin))
     }
 
     /// What the program itself does not do: a request to the API as the administrator.
@@ -171,7 +171,8 @@ impl Lab {
 
     /// Takes away what the test made, and holds all that was said against the description.
     async fn end(self) -> Outcome {
-        for project in self.projects.lock().unwrap().clone() {
+        let projects = self.projects.lock().unwrap().clone();
+        for project in projects {
             let listed = self
                 .harbor()
                 .await
@@ -536,7 +537,7 @@ async fn a_missing_project_is_named_or_made() -> Outcome {
     );
     let access = Access {
         create_project: true,
-        ..lab.access(&lab.admin)
+        ..Lab::access(&lab.admin)
     };
     let destination = lab.destination(&format!("{name}/x"), access.clone());
     save(&destination, &image(&name, 100), "1").await?;
@@ -633,9 +634,9 @@ async fn a_robot_does_what_it_may() -> Outcome {
         ("quota", "read"),
     ];
     let robot = lab.robot(&project, &granted).await;
-    let registries = Registries::new(lab.access(&robot));
+    let registries = Registries::new(Lab::access(&robot));
     let repository = format!("{project}/of/robot");
-    let destination = lab.destination(&repository, lab.access(&robot));
+    let destination = lab.destination(&repository, Lab::access(&robot));
     let image = image(&project, 100);
     save(&destination, &image, "1").await?;
     save(&destination, &image, "2").await?;
@@ -663,7 +664,7 @@ async fn a_robot_does_what_it_may() -> Outcome {
     // Elsewhere it may do nothing.
     let other = lab.project(None).await;
     let error = lab
-        .destination(&format!("{other}/x"), lab.access(&robot))
+        .destination(&format!("{other}/x"), Lab::access(&robot))
         .check()
         .await
         .unwrap_err();
@@ -677,7 +678,7 @@ async fn wrong_credentials_get_a_token_and_then_a_no() -> Outcome {
     let project = lab.project(None).await;
     // Not the administrator's name: Harbor shuts out for a moment whose password was wrong, with all who use it.
     let error = lab
-        .destination(&format!("{project}/x"), lab.access("nobody:hunter2"))
+        .destination(&format!("{project}/x"), Lab::access("nobody:hunter2"))
         .check()
         .await
         .unwrap_err();
@@ -715,7 +716,7 @@ async fn layers_are_mounted_where_they_may_be_read_and_uploaded_where_not() -> O
     let robot = lab
         .robot(&target, &[("repository", "push"), ("repository", "pull")])
         .await;
-    let restricted = lab.destination(&format!("{target}/y"), lab.access(&robot));
+    let restricted = lab.destination(&format!("{target}/y"), Lab::access(&robot));
     assert!(
         !restricted
             .mount_blob(&layer, &from(&format!("{source}/base")))

@@ -158,7 +158,7 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
                     && let Some(range) = previous.and_then(|e| e.headers.get("Range"))
                 {
                     let size = range.trim_start_matches("0-").parse::<usize>()? + 1;
-                    let own = Digest::of(&content(theirs, size)).to_string();
+                    let own = Digest::of(content(theirs, size)).to_string();
                     ours.insert(theirs.to_owned(), own);
                 } else {
                     ours.insert(theirs.to_owned(), Digest::of(&body).to_string());
@@ -343,7 +343,7 @@ fn differences(shown: &str, at: &str, theirs: &Value, own: &Value, wrong: &mut V
                         }
                     }
                     (Some(left), Some(right)) => {
-                        differences(shown, &format!("{at}.{key}"), left, right, wrong)
+                        differences(shown, &format!("{at}.{key}"), left, right, wrong);
                     }
                     _ => wrong.push(format!("{shown}: {at}.{key}: {right:?} and not {left:?}")),
                 }

@@ -107,7 +107,9 @@ impl Proxy {
     }
 }
 
-fn head(from: &mut impl BufRead) -> std::io::Result<Option<(String, Vec<(String, String)>)>> {
+type Head = (String, Vec<(String, String)>);
+
+fn head(from: &mut impl BufRead) -> std::io::Result<Option<Head>> {
     let mut first = String::new();
     if from.read_line(&mut first)? == 0 || first.len() < 3 || !first.is_ascii() {
         return Ok(None);
@@ -182,7 +184,7 @@ fn relay(
         }
         Fault::BlackHole => {
             client.set_read_timeout(Some(Duration::from_millis(100)))?;
-            let mut buffer = [0; 65536];
+            let mut buffer = [0; 4096];
             while !over.load(Ordering::SeqCst) {
                 match reader.read(&mut buffer) {
                     Ok(0) => break,
