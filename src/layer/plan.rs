@@ -42,7 +42,7 @@ impl Plan {
     /// Lays out everything that the scan emits. Times later than `timestamp` (seconds since the epoch) become it.
     pub fn new(scan: Arc<Scan>, timestamp: Option<i64>) -> Self {
         let emitted = scan.emitted();
-        Self::of(Arc::clone(&scan), emitted, timestamp)
+        Self::of(scan, emitted, timestamp)
     }
 
     /// Lays out `entries`, which stand in the order of the scan, with all the parents that are to be in the layer.
