@@ -155,7 +155,7 @@ async fn save(
     // Questions only, asked meanwhile. Content of the base is moved when nobody stands still for it.
     let (taken, found) = tokio::try_join!(
         take_layers(&context, options, &container, &destination),
-        base::look_up(&destination, &base),
+        base::look_up_with_room(&destination, &base),
     )?;
     warnings::tell(&context, &taken);
 
@@ -359,50 +359,51 @@ async fn stream(
     let until = bound.map(|bound| (Instant::now() + bound, bound));
     let plans = Arc::new(plans);
     let mut made: Vec<Option<(Layer, BlobWriter)>> = plans.iter().map(|_| None).collect();
-    let mut attempt = 1;
-    loop {
-        let missing: Vec<usize> = (0..plans.len()).filter(|&n| made[n].is_none()).collect();
-        if missing.is_empty() {
-            return Ok(made.into_iter().flatten().collect());
-        }
+    let handle = tokio::runtime::Handle::current();
+    let begin = |n| Ok((n, destination.begin_blob(handle.clone())?));
+    let mut missing = (0..plans.len())
+        .map(begin)
+        .collect::<Result<Vec<_>, Error>>()?;
+    while !missing.is_empty() {
         let mut failed = None;
-        for (number, outcome) in
-            stream_once(context, codec, &plans, missing, destination, until).await?
-        {
+        let outcomes = stream_once(context, codec, &plans, missing, until).await?;
+        missing = Vec::new();
+        for (number, outcome, writer) in outcomes {
             match outcome {
-                Ok(layer) => made[number] = Some(layer),
+                Ok(layer) => made[number] = Some((layer, writer)),
                 // What was given up because another failed for good does not say why.
                 Err(Error::Cancelled) if failed.is_some() => {}
+                Err(Error::Destination(error)) if error.retryable() => {
+                    let said = error.to_string();
+                    match writer.again(error).await {
+                        Ok(writer) => {
+                            context.warn("again", format!("a layer is made again: {said}"));
+                            missing.push((number, writer));
+                        }
+                        Err(error) => failed = Some(error.into()),
+                    }
+                }
                 Err(error) => failed = Some(error),
             }
         }
-        match failed {
-            None => {}
-            Some(error) if attempt < TRIES && error.may_pass_at_destination() => {
-                context.warn("again", format!("a layer is made again: {error}"));
-                attempt += 1;
-            }
-            Some(error) => return Err(error),
+        if let Some(error) = failed {
+            return Err(error);
         }
     }
+    Ok(made.into_iter().flatten().collect())
 }
 
-type Outcome = Result<(Layer, BlobWriter), Error>;
+type Outcome = Result<Layer, Error>;
 
-/// Each of the plans `numbers` once, side by side.
+/// Each of the plans that are named once, side by side, each into its writer.
 async fn stream_once(
     context: &Context,
     (compression, level): (Compression, u32),
     plans: &Arc<Vec<Plan>>,
-    numbers: Vec<usize>,
-    destination: &Destination,
+    parts: Vec<(usize, BlobWriter)>,
     until: Option<(Instant, Duration)>,
-) -> Result<Vec<(usize, Outcome)>, Error> {
-    let handle = tokio::runtime::Handle::current();
-    let mut writers = numbers
-        .iter()
-        .map(|_| destination.begin_blob(handle.clone()))
-        .collect::<Result<Vec<_>, _>>()?;
+) -> Result<Vec<(usize, Outcome, BlobWriter)>, Error> {
+    let (numbers, mut writers): (Vec<usize>, Vec<BlobWriter>) = parts.into_iter().unzip();
     let observer = Arc::clone(&context.observer);
     let (jobs, cancel, plans) = (context.jobs, context.cancel.clone(), Arc::clone(plans));
     let made = tokio::task::spawn_blocking(move || {
@@ -448,12 +449,11 @@ async fn stream_once(
                 entries_total,
             });
         });
-        // A writer that is dropped leaves nothing behind.
-        let layers = layers
-            .into_iter()
-            .zip(writers)
-            .map(|(layer, writer)| layer.map(|layer| (layer, writer)).map_err(of_the_sink));
-        numbers.into_iter().zip(layers).collect()
+        let layers = layers.into_iter().map(|layer| layer.map_err(of_the_sink));
+        let parts = numbers.into_iter().zip(layers).zip(writers);
+        parts
+            .map(|((n, layer), writer)| (n, layer, writer))
+            .collect()
     });
     made.await.map_err(|_| Error::Worker)
 }
