@@ -75,15 +75,16 @@ pub struct Made {
 
 /// Makes the layer. The error is the whole message that a user would see.
 pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Made, String> {
-    let message = |error: &dyn std::error::Error| {
-        let mut text = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            text = format!("{text}: {error}");
-            cause = error.source();
-        }
-        text
-    };
+    write(
+        scan(source, jobs, None)?,
+        source.timestamp,
+        compression,
+        jobs,
+    )
+}
+
+/// Scans, again where there is an earlier scan.
+pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan, String> {
     let mounts: Vec<Vec<u8>> = source
         .mounts
         .iter()
@@ -115,8 +116,24 @@ pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Ma
         runtime_root_mode: None,
         cancel: &cancel,
     };
-    let scan = Scan::new(&roots, &options).map_err(|error| message(&error))?;
-    let plan = Plan::new(Arc::new(scan), source.timestamp);
+    if let Some(earlier) = earlier
+        && let Some(scan) =
+            Scan::again(earlier, &roots, &options).map_err(|error| message(&error))?
+    {
+        return Ok(scan);
+    }
+    Scan::new(&roots, &options).map_err(|error| message(&error))
+}
+
+/// Makes a layer of everything that a scan emits.
+pub fn write(
+    scan: Scan,
+    timestamp: Option<i64>,
+    compression: Compression,
+    jobs: usize,
+) -> Result<Made, String> {
+    let cancel = AtomicBool::new(false);
+    let plan = Plan::new(Arc::new(scan), timestamp);
     let level = compression.default_level();
     let options = layer::Options {
         compression,
@@ -136,4 +153,14 @@ pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Ma
         bytes,
         empty: plan.is_empty(),
     })
+}
+
+fn message(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
