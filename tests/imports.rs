@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 16] = [
+const TABLE: [(&str, &[&str]); 17] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
@@ -22,6 +22,7 @@ const TABLE: [(&str, &[&str]); 16] = [
     ("destination", &["registry", "layout", "digest"]),
     ("spec", &["overlay", "digest"]),
     ("prove", &["spec", "overlay"]),
+    ("state", &["scan", "digest"]),
     ("job", &["digest"]),
     (
         "commit",
@@ -39,6 +40,7 @@ const TABLE: [(&str, &[&str]); 16] = [
             "prove",
             "registry",
             "scan",
+            "state",
         ],
     ),
 ];

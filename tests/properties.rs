@@ -514,10 +514,7 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
         drop(overlay);
         if settle {
             // So that scanning again may trust the stamps.
-            let now = upperdeck::scan::Clock::now();
-            while !upperdeck::scan::Clock::now().settles(now.seconds, now.nanos) {
-                std::thread::sleep(std::time::Duration::from_millis(1));
-            }
+            std::thread::sleep(4 * upperdeck::scan::tick());
         }
         let merged = Overlay::new(kind, Some((&upper, &work)), &lowers)?.tree()?;
         let fresh = match scan(&source, 2, None) {

@@ -12,6 +12,7 @@
 )]
 
 mod cgroup;
+mod mapped;
 mod members;
 mod watchdog;
 
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cgroup::{Group, State, Version};
+pub use mapped::{SharedMapping, shared_mappings};
 pub use members::Stranger;
 use members::{Processes, Stat};
 use watchdog::Watchdog;

@@ -114,6 +114,14 @@ fn read_part(
     let scan = plan.scan();
     let entry = plan.entry(item);
     scan.path_into(item.entry, &mut scratch.path);
+    if let Some(content) = plan.held(item) {
+        return content
+            .read(offset, part, entry)
+            .map_err(|source| ReadError {
+                path: format!("/{}", escape::path(&scratch.path)),
+                source,
+            });
+    }
     let elsewhere = scan.elsewhere(entry);
     let (root, path, ino) = match elsewhere {
         Some(place) => (place.root, place.path.as_slice(), place.ino),
@@ -148,13 +156,18 @@ fn read_part(
 }
 
 /// The kernel moves ctime at every change, and nobody can set it.
-fn same_file(stat: &Stat, entry: &Entry) -> bool {
+pub(super) fn same_file(stat: &Stat, entry: &Entry) -> bool {
     (stat.st_ctime, stat.st_ctime_nsec as u32) == (entry.ctime, entry.ctime_nsec)
         && (stat.st_mtime, stat.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec)
 }
 
 /// Reads without touching holes. Returns how far into `part` the file reaches.
-fn read_sparse(file: &OwnedFd, offset: u64, part: &mut [u8], entry: &Entry) -> io::Result<usize> {
+pub(super) fn read_sparse(
+    file: &OwnedFd,
+    offset: u64,
+    part: &mut [u8],
+    entry: &Entry,
+) -> io::Result<usize> {
     if entry.allocated >= entry.size {
         return read_full(file.as_fd(), offset, part);
     }
@@ -188,7 +201,7 @@ fn read_sparse(file: &OwnedFd, offset: u64, part: &mut [u8], entry: &Entry) -> i
     Ok(done)
 }
 
-fn read_full(file: BorrowedFd<'_>, offset: u64, part: &mut [u8]) -> io::Result<usize> {
+pub(super) fn read_full(file: BorrowedFd<'_>, offset: u64, part: &mut [u8]) -> io::Result<usize> {
     let mut done = 0;
     while done < part.len() {
         match rustix::io::pread(file, &mut part[done..], offset + done as u64) {

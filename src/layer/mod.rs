@@ -1,15 +1,17 @@
 //! From a scan to a layer: a plan that knows every byte's place, blocks that any thread can make in any
 //! order, and one ordered stream of them.
 //!
-//! `tar` writes headers, `plan` lays entries out, `block` makes tar bytes, `codec` compresses them,
+//! `tar` writes headers, `plan` lays entries out, `held` keeps contents of an instant, `block` makes tar bytes, `codec` compresses them,
 //! `stream` puts all of it to work.
 
 pub mod block;
 pub mod codec;
+pub mod held;
 pub mod plan;
 pub mod stream;
 pub mod tar;
 
 pub use codec::Compression;
+pub use held::Held;
 pub use plan::Plan;
 pub use stream::{Error, Layer, Options, Progress};

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::held::{Content, Held};
 use super::tar::{END, Header, RECORD};
 use crate::overlay::lower::join;
 use crate::scan::{Entry, Kind, Scan};
@@ -30,6 +31,7 @@ pub struct Plan {
     items: Vec<Item>,
     tar_size: u64,
     timestamp: Option<i64>,
+    held: Arc<Held>,
 }
 
 impl Plan {
@@ -39,6 +41,7 @@ impl Plan {
             items: Vec::new(),
             tar_size: 0,
             timestamp,
+            held: Arc::default(),
             scan,
         };
         let scan = Arc::clone(&plan.scan);
@@ -72,6 +75,17 @@ impl Plan {
         }
         plan.tar_size = offset + END;
         plan
+    }
+
+    /// The same with contents that are read from `held` where it has them, and not from the tree.
+    #[must_use]
+    pub fn with(mut self, held: Held) -> Self {
+        self.held = Arc::new(held);
+        self
+    }
+
+    pub(super) fn held(&self, item: &Item) -> Option<&Content> {
+        self.held.get(item.entry)
     }
 
     /// Length of the tar in bytes, its end included.

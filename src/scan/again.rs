@@ -15,7 +15,7 @@ use super::changes::same_stamps;
 use super::walk::{self, Flat, Output, Task, Walker};
 use super::{Clock, Entry, Error, Flags, Kind, Options, Report, Roots, Scan};
 use crate::overlay::lower::{Found, Stack};
-use crate::overlay::root::{Follow, Root, is_absent, proc_path, stat_at};
+use crate::overlay::root::{Follow, is_absent, proc_path, stat_at};
 
 /// Directories that a thread takes at a time.
 const CHUNK: usize = 16;
@@ -51,6 +51,19 @@ impl Scan {
         }
         let clock = Clock::now();
         let (upper, lowers) = walk::open(roots)?;
+        let last = u16::try_from(lowers.roots.len()).unwrap_or(u16::MAX);
+        let content = earlier
+            .extras
+            .iter()
+            .filter_map(|extra| extra.content.as_ref());
+        let places = earlier
+            .entries
+            .iter()
+            .map(|e| e.root)
+            .chain(content.map(|content| content.root));
+        if places.max() > Some(last) {
+            return Ok(None);
+        }
         let mut known = Earlier::new(earlier);
         let root = {
             let walker = Walker::new(&upper, &lowers, roots, options, None);
@@ -466,9 +479,4 @@ impl<'a> Earlier<'a> {
         }
         new
     }
-}
-
-/// The opened directories of a scan that was kept on disk are opened when it is scanned again.
-pub(super) fn no_roots() -> Arc<Vec<Root>> {
-    Arc::new(Vec::new())
 }

@@ -2,12 +2,13 @@
 //! header needs, known before one content byte is read.
 //!
 //! `walk` makes it, `again` makes it anew where little changed, `changes` tells two of them apart, `clock` says what
-//! can be told by time stamps, `exclude` says what must not get in.
+//! can be told by time stamps, `stored` keeps one for the next save, `exclude` says what must not get in.
 
 mod again;
 mod changes;
 mod clock;
 mod exclude;
+mod stored;
 mod usage;
 mod walk;
 
@@ -17,8 +18,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-pub use clock::Clock;
+pub use clock::{Clock, tick};
 pub use exclude::{Exclusions, Facts, PatternError, Reason, Rules};
+pub use stored::Stored;
 pub use usage::{Usage, usage};
 
 use crate::overlay::owner::IdMapping;
