@@ -382,6 +382,18 @@ mod tests {
                 ctime_nsec: 3,
                 ..Entry::default()
             };
+            let entry = if kind == Kind::Whiteout {
+                Entry {
+                    parent,
+                    name_at: entry.name_at,
+                    name_len: entry.name_len,
+                    kind,
+                    extra: u32::MAX,
+                    ..Entry::default()
+                }
+            } else {
+                entry
+            };
             scan.names.extend(name);
             scan.extras.extend(extra);
             scan.entries.push(entry);
