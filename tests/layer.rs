@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use upperdeck::layer::{self, Compression, Layer, Plan};
+use upperdeck::layer::{self, Compression, Layer, Part, Plan};
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
 
@@ -100,6 +100,155 @@ fn a_sink_that_fails_ends_the_stream() -> Result<()> {
         done.send(outcome.is_err())
     });
     assert!(ended.recv_timeout(std::time::Duration::from_secs(30))?);
+    Ok(())
+}
+
+/// Paths in a tar, and where its hard links point.
+fn listing(tar: &[u8]) -> Result<Vec<(String, Option<String>)>> {
+    let mut listed = Vec::new();
+    for entry in tar::Archive::new(tar).entries()? {
+        let entry = entry?;
+        let hard = entry.header().entry_type().is_hard_link();
+        let target = entry.link_name_bytes().filter(|_| hard);
+        listed.push((
+            String::from_utf8(entry.path_bytes().into_owned())?,
+            target.map(|t| String::from_utf8_lossy(&t).into_owned()),
+        ));
+    }
+    Ok(listed)
+}
+
+fn write_all(plans: &[Plan], jobs: usize) -> Result<Vec<(Vec<u8>, Layer)>> {
+    let mut outs = vec![Vec::new(); plans.len()];
+    let options = layer::Options {
+        compression: Compression::Gzip,
+        level: 1,
+        jobs,
+        cancel: &NEVER,
+    };
+    let parts = plans.iter().zip(&mut outs).map(|(plan, out)| Part {
+        plan,
+        sink: |bytes: bytes::Bytes| -> std::io::Result<()> {
+            out.extend_from_slice(&bytes);
+            Ok(())
+        },
+    });
+    let layers = layer::stream::write_all(parts.collect(), options, &|_| {});
+    outs.into_iter()
+        .zip(layers)
+        .map(|(out, layer)| Ok((out, layer?)))
+        .collect()
+}
+
+/// Several layers: cut at directories, every path in one of them, links beside their files, parents everywhere; and the
+/// same layers for any number of threads.
+#[test]
+fn a_plan_is_cut_at_directories() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for top in ["a", "b", "c", "d"] {
+        for sub in ["x", "y"] {
+            let at = dir.path().join(top).join(sub);
+            std::fs::create_dir_all(&at)?;
+            for n in 0..4 {
+                std::fs::write(at.join(format!("f{n}")), vec![b'.'; 100_000])?;
+            }
+        }
+    }
+    // The file's first name is in the first part, its last in the last.
+    std::fs::write(dir.path().join("a/linked"), "one file")?;
+    std::fs::hard_link(dir.path().join("a/linked"), dir.path().join("d/y/linked"))?;
+    let plan =
+        |size| -> Result<Vec<Plan>> { Ok(Plan::new(Arc::new(scan(dir.path())?), None).cut(size)) };
+    assert_eq!(plan(u64::MAX)?.len(), 1);
+    let plans = plan(1 << 20)?;
+    let layers = write_all(&plans, 2)?;
+    for jobs in [1, 8] {
+        let again = write_all(&plan(1 << 20)?, jobs)?;
+        assert!(
+            again
+                .iter()
+                .map(|(out, _)| out)
+                .eq(layers.iter().map(|(out, _)| out)),
+            "with {jobs} jobs"
+        );
+    }
+    let tars = plans
+        .iter()
+        .map(|plan| Ok(listing(&write(plan, Compression::None, 2)?.0)?))
+        .collect::<Result<Vec<_>>>()?;
+    let names = |part: &[(String, Option<String>)]| -> Vec<String> {
+        part.iter().map(|(name, _)| name.clone()).collect()
+    };
+    // 400 kB a directory: a part ends with the third.
+    let files: Vec<usize> = tars
+        .iter()
+        .map(|part| part.iter().filter(|(name, _)| name.contains("/f")).count())
+        .collect();
+    assert_eq!(files, [12, 12, 8]);
+    let links: Vec<_> = tars
+        .iter()
+        .enumerate()
+        .flat_map(|(n, part)| part.iter().map(move |entry| (n, entry)))
+        .filter(|(_, (name, _))| name.ends_with("linked"))
+        .collect();
+    assert_eq!(
+        links,
+        [
+            (2, &("a/linked".to_owned(), None)),
+            (2, &("d/y/linked".to_owned(), Some("a/linked".to_owned())))
+        ]
+    );
+    for part in &tars {
+        let names = names(part);
+        for (at, name) in names.iter().enumerate() {
+            let parent = name
+                .trim_end_matches('/')
+                .rsplit_once('/')
+                .map(|(parent, _)| format!("{parent}/"));
+            if let Some(parent) = parent {
+                assert!(names[..at].contains(&parent), "{parent} before {name}");
+            }
+        }
+    }
+    let mut all: Vec<String> = tars
+        .iter()
+        .flat_map(|part| names(part))
+        .filter(|name| !name.ends_with('/'))
+        .collect();
+    let count = all.len();
+    all.sort();
+    all.dedup();
+    assert_eq!((count, all.len()), (34, 34), "each path once");
+    Ok(())
+}
+
+/// One destination that fails leaves the other layers alone.
+#[test]
+fn a_layer_that_cannot_be_delivered_fails_alone() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for top in ["a", "b", "c"] {
+        std::fs::create_dir(dir.path().join(top))?;
+        std::fs::File::create(dir.path().join(top).join("large"))?.set_len(20 << 20)?;
+    }
+    let plans = Plan::new(Arc::new(scan(dir.path())?), None).cut(10 << 20);
+    assert_eq!(plans.len(), 3);
+    let options = layer::Options {
+        compression: Compression::Gzip,
+        level: 1,
+        jobs: 2,
+        cancel: &NEVER,
+    };
+    let parts = plans.iter().enumerate().map(|(n, plan)| {
+        let sink = move |_| match n {
+            1 => Err(std::io::Error::from(std::io::ErrorKind::StorageFull)),
+            _ => Ok(()),
+        };
+        Part { plan, sink }
+    });
+    let layers = layer::stream::write_all(parts.collect(), options, &|_| {});
+    let ok: Vec<bool> = layers.iter().map(std::result::Result::is_ok).collect();
+    assert_eq!(ok, [true, false, true]);
+    assert!(matches!(layers[1], Err(layer::Error::Sink(_))));
     Ok(())
 }
 

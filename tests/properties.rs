@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use harness::{Outcome, Stop, Test};
-use layer::{Source, make, scan, write};
+use layer::{Source, layer_of, make, make_cut, scan};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
@@ -440,11 +440,8 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
     drop(overlay);
     // Mounted again: a mount goes on showing links that it made itself to copied-up symbolic links as two files.
     let merged = Overlay::new(kind, Some((&upper, &work)), &lowers)?.tree()?;
-    let made = match make(
-        &Source::new(upper.clone(), lowers.clone(), kind.namespace()),
-        Compression::None,
-        2,
-    ) {
+    let source = Source::new(upper.clone(), lowers.clone(), kind.namespace());
+    let made = match make(&source, Compression::None, 2) {
         // What cannot be represented is refused: a changed base file whose other names are not in the upper.
         Err(message) if matches!(kind, Kind::Index) && message.contains("index=on") => {
             return Ok(false);
@@ -471,6 +468,14 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
         &after,
         &ignore,
     )?;
+    // Cut wherever it can be.
+    let cut = make_cut(&source, 1).map_err(anyhow::Error::msg)?;
+    let mut layers = Layers::over(before.clone());
+    for (_, bytes) in &cut {
+        layers.apply(bytes.as_slice())?;
+    }
+    let parts = layers.complete();
+    same("one layer, and several", &after, &parts, &ignore)?;
     let links = Ignore {
         hardlinks: true,
         ..ignore
@@ -536,12 +541,12 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
         let made = match delta {
             Some(delta) => {
                 on_top += 1;
-                write(delta, None, Compression::None, 2)
+                layer_of(delta)
             }
             None => {
                 layers = Layers::over(before.clone());
                 let scan = scan(&source, 2, None).map_err(anyhow::Error::msg)?;
-                write(scan, None, Compression::None, 2)
+                layer_of(scan)
             }
         };
         let made = made.map_err(anyhow::Error::msg)?;

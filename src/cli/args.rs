@@ -318,6 +318,10 @@ pub(super) struct Commit {
 
     #[command(flatten)]
     pub(super) content: Content,
+    /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
+    /// by side; 0 for never [default: 4G where there are more than 8G]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]
+    pub(super) layer_size: Option<u64>,
     #[command(flatten)]
     pub(super) registry: Registry,
 

@@ -105,6 +105,7 @@ impl Commit {
             compression: args.content.compression,
             level,
             jobs: args.content.jobs.map(Into::into),
+            layer_size: args.layer_size,
             rules,
             base: args.base,
             timestamp: args.content.timestamp,

@@ -151,9 +151,9 @@ impl Error {
         }
     }
 
-    /// Whether it was the destination that failed, not what was read.
-    pub(super) fn is_of_destination(&self) -> bool {
-        matches!(self, Self::Destination(_))
+    /// Whether it was the destination that failed, not what was read, and it may work when it is tried again.
+    pub(super) fn may_pass_at_destination(&self) -> bool {
+        matches!(self, Self::Destination(_)) && self.kind() == Kind::Retryable
     }
 
     /// A stable name in snake case, for `--progress json` and the service.

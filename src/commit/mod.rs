@@ -9,6 +9,7 @@ mod warnings;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -19,7 +20,7 @@ use crate::destination::{BlobWriter, Destination, Target};
 use crate::freeze::{self, Frozen};
 use crate::job::{Event, Observer, Phase};
 pub use crate::layer::Compression;
-use crate::layer::{self, Layer, Plan};
+use crate::layer::{self, Layer, Part, Plan};
 use crate::layout;
 use crate::manifest;
 use crate::registry::{Access, Registries};
@@ -30,8 +31,12 @@ pub use error::{Error, Kind};
 pub use outcome::{BaseOutcome, Metadata, Saved};
 pub use upper::Rules;
 
-/// Saves of one layer that are begun again because what failed may pass.
+/// Tries of a layer, and of the whole of them: what failed may pass.
 const TRIES: u32 = 3;
+/// Tar bytes from which on a save is cut into several layers by itself, and of how many bytes each then is: one core's
+/// SHA-256 needs four seconds for as much, and fewer layers are better for everybody.
+const CUT_FROM: u64 = 8 << 30;
+const CUT_INTO: u64 = 4 << 30;
 
 /// What becomes of the container while its files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
@@ -70,6 +75,8 @@ pub struct Options {
     pub level: u32,
     /// Threads; none: all cores.
     pub jobs: Option<usize>,
+    /// Tar bytes of a layer from which on another is begun; 0: never; none: only where the change set is large.
+    pub layer_size: Option<u64>,
     /// What goes into the layer.
     pub rules: Rules,
     /// `--base` IMAGE, for `pid:N`: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or a registry reference.
@@ -145,9 +152,11 @@ async fn save(
     // A destination that takes nothing is found out before anybody's work is stopped for it.
     let destination = Destination::open(&target, &context.registries)?;
     destination.check().await?;
-    let found = base::look_up(&destination, &base).await?;
-
-    let taken = take_layer(&context, options, &container, &destination).await?;
+    // Questions only, asked meanwhile. Content of the base is moved when nobody stands still for it.
+    let (taken, found) = tokio::try_join!(
+        take_layers(&context, options, &container, &destination),
+        base::look_up(&destination, &base),
+    )?;
     warnings::tell(&context, &taken);
 
     context.phase(Phase::Base);
@@ -162,7 +171,7 @@ async fn save(
     .await?;
 
     context.phase(Phase::Finishing);
-    let image = assemble(options, &base, &delivered, taken.layer.as_ref())?;
+    let image = assemble(options, &base, &delivered, &taken.layers)?;
     for warning in &image.warnings {
         context.warn(warning.code, warning.message.clone());
     }
@@ -209,16 +218,17 @@ async fn prove_base(
 
 /// What was read of the container.
 struct Taken {
-    /// None when nothing had changed.
-    layer: Option<Layer>,
+    /// In the order in which they are applied; none when nothing had changed.
+    layers: Vec<Layer>,
     report: Report,
     pause: Option<Duration>,
     /// Somebody else had paused it, and it stays so.
     was_frozen: bool,
 }
 
-/// Freeze, scan, plan, stream, thaw. Again from the start when the destination failed in a way that may pass.
-async fn take_layer(
+/// Freeze, scan, plan, stream, thaw. Again from the start when the end of a blob failed in a way that may pass: by then
+/// the container runs again.
+async fn take_layers(
     context: &Context,
     options: &Options,
     container: &Container,
@@ -227,12 +237,8 @@ async fn take_layer(
     let mut attempt = 1;
     loop {
         match take_once(context, options, container, destination).await {
-            Err(error)
-                if error.kind() == Kind::Retryable
-                    && error.is_of_destination()
-                    && attempt < TRIES =>
-            {
-                context.warn("again", format!("the layer is made again: {error}"));
+            Err(error) if attempt < TRIES && error.may_pass_at_destination() => {
+                context.warn("again", format!("the layers are made again: {error}"));
                 attempt += 1;
             }
             taken => return taken,
@@ -254,23 +260,17 @@ async fn take_once(
     let report = scan.report.clone();
     let plan = Plan::new(Arc::new(scan), options.timestamp);
 
-    let (layer, writer) = if plan.is_empty() {
-        (None, None)
+    let made = if plan.is_empty() {
+        Vec::new()
     } else {
         context.phase(Phase::Streaming);
         let bound = frozen
             .as_ref()
             .filter(|f| !f.was_frozen())
             .and(options.max_pause);
-        let (layer, writer) = stream(
-            context,
-            (options.compression, options.level),
-            plan,
-            destination,
-            bound,
-        )
-        .await?;
-        (Some(layer), Some(writer))
+        let codec = (options.compression, options.level);
+        let plans = cut(plan, options.layer_size);
+        stream(context, codec, plans, destination, bound).await?
     };
     container::recheck(&context.roots, container)?;
     // All is read: the container runs on while the destination finishes.
@@ -280,15 +280,27 @@ async fn take_once(
             pause_ms: pause.as_secs_f64() * 1000.0,
         });
     }
-    if let (Some(layer), Some(writer)) = (&layer, writer) {
+    let finish = |(layer, writer): (Layer, BlobWriter)| async move {
         writer.finish(&layer.digest, layer.size).await?;
-    }
+        Ok::<_, Error>(layer)
+    };
+    let layers = futures_util::future::try_join_all(made.into_iter().map(finish)).await?;
     Ok(Taken {
-        layer,
+        layers,
         report,
         pause,
         was_frozen,
     })
+}
+
+/// Several layers where that was asked for, or where one would be very large.
+fn cut(plan: Plan, layer_size: Option<u64>) -> Vec<Plan> {
+    match layer_size {
+        Some(0) => vec![plan],
+        Some(size) => plan.cut(size),
+        None if plan.tar_size() > CUT_FROM => plan.cut(CUT_INTO),
+        None => vec![plan],
+    }
 }
 
 fn freeze(
@@ -333,35 +345,101 @@ async fn scan_upper(
     scan.await.map_err(|_| Error::Worker)?
 }
 
-/// Makes the layer and hands it on, as it is made. What is returned is all read, and not yet finished.
+/// Makes the layers and hands them on, as they are made; those whose upload failed in a way that may pass are made again
+/// from their plans. What is returned is all read, and not yet finished.
 ///
 /// Given up when the container, frozen meanwhile, would have to stand still for longer than `bound`.
 async fn stream(
     context: &Context,
-    (compression, level): (Compression, u32),
-    plan: Plan,
+    codec: (Compression, u32),
+    plans: Vec<Plan>,
     destination: &Destination,
     bound: Option<Duration>,
-) -> Result<(Layer, BlobWriter), Error> {
-    let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
+) -> Result<Vec<(Layer, BlobWriter)>, Error> {
+    let until = bound.map(|bound| (Instant::now() + bound, bound));
+    let plans = Arc::new(plans);
+    let mut made: Vec<Option<(Layer, BlobWriter)>> = plans.iter().map(|_| None).collect();
+    let mut attempt = 1;
+    loop {
+        let missing: Vec<usize> = (0..plans.len()).filter(|&n| made[n].is_none()).collect();
+        if missing.is_empty() {
+            return Ok(made.into_iter().flatten().collect());
+        }
+        let mut failed = None;
+        for (number, outcome) in
+            stream_once(context, codec, &plans, missing, destination, until).await?
+        {
+            match outcome {
+                Ok(layer) => made[number] = Some(layer),
+                // What was given up because another failed for good does not say why.
+                Err(Error::Cancelled) if failed.is_some() => {}
+                Err(error) => failed = Some(error),
+            }
+        }
+        match failed {
+            None => {}
+            Some(error) if attempt < TRIES && error.may_pass_at_destination() => {
+                context.warn("again", format!("a layer is made again: {error}"));
+                attempt += 1;
+            }
+            Some(error) => return Err(error),
+        }
+    }
+}
+
+type Outcome = Result<(Layer, BlobWriter), Error>;
+
+/// Each of the plans `numbers` once, side by side.
+async fn stream_once(
+    context: &Context,
+    (compression, level): (Compression, u32),
+    plans: &Arc<Vec<Plan>>,
+    numbers: Vec<usize>,
+    destination: &Destination,
+    until: Option<(Instant, Duration)>,
+) -> Result<Vec<(usize, Outcome)>, Error> {
+    let handle = tokio::runtime::Handle::current();
+    let mut writers = numbers
+        .iter()
+        .map(|_| destination.begin_blob(handle.clone()))
+        .collect::<Result<Vec<_>, _>>()?;
     let observer = Arc::clone(&context.observer);
-    let (jobs, cancel) = (context.jobs, context.cancel.clone());
-    let started = Instant::now();
+    let (jobs, cancel, plans) = (context.jobs, context.cancel.clone(), Arc::clone(plans));
     let made = tokio::task::spawn_blocking(move || {
-        let (bytes_total, entries_total) = (plan.tar_size(), plan.len() as u64);
+        let planned = |n: &usize| &plans[*n];
+        let bytes_total: u64 = numbers.iter().map(planned).map(Plan::tar_size).sum();
+        let entries_total = numbers.iter().map(planned).map(Plan::len).sum::<usize>() as u64;
         let options = layer::Options {
             compression,
             level,
             jobs,
             cancel: cancel.flag(),
         };
-        let sink = |bytes| match bound.filter(|&bound| started.elapsed() > bound) {
-            Some(bound) => Err(Error::PausedTooLong {
-                limit_ms: bound.as_secs_f64() * 1000.0,
-            }),
-            None => Ok(writer.write(bytes)?),
-        };
-        let layer = layer::stream::write(&plan, options, sink, &|at| {
+        let given_up = AtomicBool::new(false);
+        let parts = numbers.iter().map(planned).zip(&mut writers);
+        let parts = parts.map(|(plan, writer)| {
+            let given_up = &given_up;
+            let sink = move |bytes| {
+                if given_up.load(Ordering::Relaxed) {
+                    return Err(Error::Cancelled);
+                }
+                let written = match until.filter(|(until, _)| Instant::now() > *until) {
+                    Some((_, bound)) => Err(Error::PausedTooLong {
+                        limit_ms: bound.as_secs_f64() * 1000.0,
+                    }),
+                    None => writer.write(bytes).map_err(Error::from),
+                };
+                if written
+                    .as_ref()
+                    .is_err_and(|e| !e.may_pass_at_destination())
+                {
+                    given_up.store(true, Ordering::Relaxed);
+                }
+                written
+            };
+            Part { plan, sink }
+        });
+        let layers = layer::stream::write_all(parts.collect(), options, &|at| {
             let (bytes_done, bytes_sent) = (at.tar_bytes, at.sent_bytes);
             observer.event(Event::Progress {
                 bytes_done,
@@ -371,24 +449,31 @@ async fn stream(
             });
         });
         // A writer that is dropped leaves nothing behind.
-        layer.map(|layer| (layer, writer))
+        let layers = layers
+            .into_iter()
+            .zip(writers)
+            .map(|(layer, writer)| layer.map(|layer| (layer, writer)).map_err(of_the_sink));
+        numbers.into_iter().zip(layers).collect()
     });
-    made.await
-        .map_err(|_| Error::Worker)?
-        .map_err(|error| match error {
-            layer::Error::Sink(source) => match source.downcast::<Error>() {
-                Ok(own) => *own,
-                Err(source) => layer::Error::Sink(source).into(),
-            },
-            other => other.into(),
-        })
+    made.await.map_err(|_| Error::Worker)
+}
+
+/// The sink's own error, which the stream handed through.
+fn of_the_sink(error: layer::Error) -> Error {
+    match error {
+        layer::Error::Sink(source) => match source.downcast::<Error>() {
+            Ok(own) => *own,
+            Err(source) => layer::Error::Sink(source).into(),
+        },
+        other => other.into(),
+    }
 }
 
 fn assemble(
     options: &Options,
     base: &Base,
     delivered: &[Delivered],
-    layer: Option<&Layer>,
+    layers: &[Layer],
 ) -> Result<manifest::Image, Error> {
     let base_manifest = base
         .manifest
@@ -406,7 +491,8 @@ fn assemble(
         base_config: &base.config,
         base_name: base.name.as_deref(),
         base_layers: delivered.iter().map(Delivered::layer).collect(),
-        layers: layer
+        layers: layers
+            .iter()
             .map(|layer| manifest::NewLayer {
                 layer: manifest::Layer {
                     descriptor: base::descriptor(layer.media_type, layer.digest, layer.size),
@@ -414,7 +500,6 @@ fn assemble(
                 },
                 created_by: None,
             })
-            .into_iter()
             .collect(),
         changes: &options.changes,
         labels: &options.labels,

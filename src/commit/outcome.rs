@@ -11,7 +11,7 @@ use crate::manifest::Image;
 use crate::scan::Report;
 
 /// Version of [`Metadata`]; it grows when a field changes its meaning or goes away, not when one is added.
-pub const METADATA_VERSION: u32 = 1;
+pub const METADATA_VERSION: u32 = 2;
 
 /// A finished save.
 #[derive(Clone, Debug)]
@@ -43,8 +43,8 @@ pub struct Metadata {
     pub container: ContainerOutcome,
     /// What it stood on.
     pub base: BaseOutcome,
-    /// The layer that was added; none when nothing had changed.
-    pub layer: Option<LayerOutcome>,
+    /// The layers that were added, bottom first; none when nothing had changed.
+    pub layers: Vec<LayerOutcome>,
     /// From freeze written to thaw read back; none when nothing was frozen.
     pub pause_ms: Option<f64>,
     /// Somebody else had paused the container; it is paused still.
@@ -86,7 +86,7 @@ pub struct BaseOutcome {
     pub layers: Vec<Delivered>,
 }
 
-/// The layer that a save added.
+/// A layer that a save added.
 #[derive(Clone, Debug, Serialize)]
 pub struct LayerOutcome {
     /// Digest of the compressed bytes.
@@ -126,20 +126,18 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
         seconds,
     } = parts;
     let reference = target.with_digest(&digest);
-    let (unstable, layer) = match taken.layer {
-        Some(layer) => (
-            layer.unstable,
-            Some(LayerOutcome {
-                digest: layer.digest,
-                diff_id: layer.diff_id,
-                media_type: layer.media_type.to_owned(),
-                size_bytes: layer.size,
-                tar_size_bytes: layer.tar_size,
-                entries: layer.entries,
-            }),
-        ),
-        None => (Vec::new(), None),
-    };
+    let (mut unstable, mut layers) = (Vec::new(), Vec::new());
+    for layer in taken.layers {
+        unstable.extend(layer.unstable);
+        layers.push(LayerOutcome {
+            digest: layer.digest,
+            diff_id: layer.diff_id,
+            media_type: layer.media_type.to_owned(),
+            size_bytes: layer.size,
+            tar_size_bytes: layer.tar_size,
+            entries: layer.entries,
+        });
+    }
     let metadata = Metadata {
         version: METADATA_VERSION,
         reference: reference.clone(),
@@ -163,7 +161,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
             proof: base.proof.clone(),
             layers: delivered,
         },
-        layer,
+        layers,
         pause_ms: taken
             .pause
             .filter(|_| !taken.was_frozen)

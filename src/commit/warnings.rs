@@ -9,7 +9,7 @@ const NAMED: usize = 10;
 
 pub(super) fn tell(context: &Context, taken: &Taken) {
     let unstable = taken
-        .layer
+        .layers
         .iter()
         .flat_map(|layer| &layer.unstable)
         .map(|file| {

@@ -516,6 +516,7 @@ fn save(
         compression: Compression::Gzip,
         level: Compression::Gzip.default_level(),
         jobs: None,
+        layer_size: None,
         rules: Rules {
             exclude: Vec::new(),
             include_credentials: false,
@@ -549,15 +550,17 @@ fn figures(saved: &Saved, warnings: &[String]) -> Vec<String> {
     let metadata = &saved.metadata;
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     let mut lines = vec![format!("base proven {}", metadata.base.proof)];
-    match &metadata.layer {
-        Some(layer) => lines.push(format!(
+    if metadata.layers.is_empty() {
+        lines.push(format!("nothing had changed ({:.2} s)", metadata.seconds));
+    }
+    for layer in &metadata.layers {
+        lines.push(format!(
             "a layer of {} entries, {:.1} MB, compressed {:.1} MB, in {:.2} s",
             layer.entries,
             megabytes(layer.tar_size_bytes),
             megabytes(layer.size_bytes),
             metadata.seconds
-        )),
-        None => lines.push(format!("nothing had changed ({:.2} s)", metadata.seconds)),
+        ));
     }
     lines.push(match metadata.pause_ms {
         Some(pause) => format!("the container stood still for {pause:.0} ms"),

@@ -14,4 +14,4 @@ pub mod tar;
 pub use codec::Compression;
 pub use held::Held;
 pub use plan::Plan;
-pub use stream::{Error, Layer, Options, Progress};
+pub use stream::{Error, Layer, Options, Part, Progress};

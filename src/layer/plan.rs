@@ -1,6 +1,7 @@
-//! The layout of a layer: where in the tar each entry begins, known before one content byte is read.
+//! The layout of a layer: where in the tar each entry begins, known before one content byte is read. A large one can be
+//! cut into several, which are then hashed, compressed, uploaded and later pulled side by side.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::held::{Content, Held};
@@ -10,6 +11,9 @@ use crate::scan::{Entry, Kind, Scan};
 
 /// No link target: the entry stands for itself.
 const ITSELF: u32 = u32::MAX;
+
+/// Most layers that one scan is cut into: every image has 127 to spend, and a registry takes four at a time.
+const MOST_PARTS: u64 = 16;
 
 /// One entry's place.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +41,16 @@ pub struct Plan {
 impl Plan {
     /// Lays out everything that the scan emits. Times later than `timestamp` (seconds since the epoch) become it.
     pub fn new(scan: Arc<Scan>, timestamp: Option<i64>) -> Self {
+        let emitted = scan.emitted();
+        Self::of(Arc::clone(&scan), emitted, timestamp)
+    }
+
+    /// Lays out `entries`, which stand in the order of the scan, with all the parents that are to be in the layer.
+    fn of(
+        scan: Arc<Scan>,
+        entries: impl Iterator<Item = u32> + Clone,
+        timestamp: Option<i64>,
+    ) -> Self {
         let mut plan = Self {
             items: Vec::new(),
             tar_size: 0,
@@ -45,11 +59,11 @@ impl Plan {
             scan,
         };
         let scan = Arc::clone(&plan.scan);
-        plan.items.reserve_exact(scan.emitted().count());
+        plan.items.reserve_exact(entries.clone().count());
         let mut first_names: HashMap<(u16, u64), u32> = HashMap::new();
         let (mut path, mut link) = (Vec::new(), Vec::new());
         let mut offset = 0;
-        for index in scan.emitted() {
+        for index in entries {
             let entry = &scan.entries()[index as usize];
             let mut item = Item {
                 offset,
@@ -57,9 +71,8 @@ impl Plan {
                 link_to: ITSELF,
                 header_len: 0,
             };
-            let linkable = !matches!(entry.kind, Kind::Dir | Kind::Whiteout | Kind::Opaque);
-            if linkable && entry.nlink > 1 {
-                let first = *first_names.entry((entry.root, entry.ino)).or_insert(index);
+            if let Some(group) = link_group(entry) {
+                let first = *first_names.entry(group).or_insert(index);
                 if first != index {
                     item.link_to = first;
                 }
@@ -86,6 +99,68 @@ impl Plan {
 
     pub(super) fn held(&self, item: &Item) -> Option<&Content> {
         self.held.get(item.entry)
+    }
+
+    /// Cuts the layer where a directory begins or ends into parts of about `size` bytes of tar each (sixteen at most: then
+    /// they are larger), to be applied in this order. A file is never cut, so a part with a large one is larger; a
+    /// directory that is larger by itself is cut between its files. The cuts depend on the plan alone.
+    pub fn cut(self, size: u64) -> Vec<Self> {
+        let size = size.max(self.tar_size.div_ceil(MOST_PARTS)).max(1);
+        if self.tar_size <= size {
+            return vec![self];
+        }
+        let part_of = self.parts(size);
+        let count = part_of.iter().max().map_or(0, |last| last + 1);
+        let scan = &self.scan;
+        let part = |number: u16| {
+            let mut entries = BTreeSet::new();
+            for (item, _) in self.items.iter().zip(&part_of).filter(|of| *of.1 == number) {
+                // With every directory on the way to it. The root directory stands for itself.
+                let mut at = item.entry;
+                while entries.insert(at) && scan.entries()[at as usize].parent != 0 {
+                    at = scan.entries()[at as usize].parent;
+                }
+            }
+            let mut part = Self::of(Arc::clone(scan), entries.iter().copied(), self.timestamp);
+            part.held = Arc::clone(&self.held);
+            part
+        };
+        (0..count).map(part).collect()
+    }
+
+    /// Which part each item falls into.
+    fn parts(&self, size: u64) -> Vec<u16> {
+        let mut part_of = Vec::with_capacity(self.items.len());
+        // Hard links need their file in the same layer. A group goes where its last name is: later never hurts, while
+        // earlier could put a name below an opaque mark that hides it.
+        let mut groups: HashMap<(u16, u64), u16> = HashMap::new();
+        let (mut part, mut begins_at, mut before) = (0, 0, 0);
+        for item in &self.items {
+            let entry = self.entry(item);
+            let filled = item.offset - begins_at;
+            let boundary = entry.kind == Kind::Dir || entry.parent != before;
+            if filled >= 2 * size || filled >= size && boundary {
+                part += 1;
+                begins_at = item.offset;
+            }
+            before = if entry.kind == Kind::Dir {
+                item.entry
+            } else {
+                entry.parent
+            };
+            part_of.push(part);
+            if let Some(group) = link_group(entry) {
+                groups.insert(group, part);
+            }
+        }
+        if !groups.is_empty() {
+            for (item, part) in self.items.iter().zip(&mut part_of) {
+                if let Some(last) = link_group(self.entry(item)).and_then(|g| groups.get(&g)) {
+                    *part = *last;
+                }
+            }
+        }
+        part_of
     }
 
     /// Length of the tar in bytes, its end included.
@@ -189,6 +264,12 @@ impl Plan {
             xattrs: if is_link { &[] } else { scan.xattrs(entry) },
         });
     }
+}
+
+/// What an entry shares with the other names of its file, if it may have others.
+fn link_group(entry: &Entry) -> Option<(u16, u64)> {
+    let linkable = !matches!(entry.kind, Kind::Dir | Kind::Whiteout | Kind::Opaque);
+    (linkable && entry.nlink > 1).then_some((entry.root, entry.ino))
 }
 
 /// Turns the path of a mark into the name that says it; `None` for everything that is no mark.

@@ -1,10 +1,16 @@
-//! Blocks in order: workers make and compress them, one thread hashes and hands them on, memory is bounded.
+//! Blocks in order: workers make and compress them; for each layer one thread puts them into order and hashes the tar, and
+//! another hashes the compressed bytes and hands them on. Memory is bounded.
+//!
+//! Workers are shared by all layers that are made side by side, and never wait for anything but work: a layer whose
+//! destination is slow, or takes one blob at a time, holds up no other.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use sha2::{Digest as _, Sha256};
 
 use super::block::{self, ReadError, Scratch, Unstable};
@@ -14,6 +20,10 @@ use crate::digest::{DiffId, Digest};
 
 /// Tar bytes of a block. Part of the format that `--jobs` must not change: the same plan gives the same bytes.
 const BLOCK: u64 = 1 << 20;
+/// Layers made at once: a registry serialises what more would do (see [`write_all`]).
+const SIDE_BY_SIDE: usize = 4;
+/// Compressed blocks that wait for the destination, a layer.
+const READY: usize = 2;
 
 /// How to make the layer.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +38,15 @@ pub struct Options<'a> {
     pub cancel: &'a AtomicBool,
 }
 
-/// How far the stream is.
+/// A layer to be made, and what takes its bytes.
+pub struct Part<'a, S> {
+    /// Its layout.
+    pub plan: &'a Plan,
+    /// Called with the compressed bytes, in order, from one thread.
+    pub sink: S,
+}
+
+/// How far the stream is, all layers together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Tar bytes made, hashed and handed on.
@@ -86,52 +104,101 @@ struct Block {
 
 type Made = Result<Block, Error>;
 
-/// Makes the layer and hands its bytes, in order, to `sink`. It may be called again: the plan gives the same blocks.
+/// A block to be made, and where it goes.
+struct Work<'a> {
+    plan: &'a Plan,
+    number: u64,
+    result: Sender<Made>,
+}
+
+/// What all layers of a call share.
+struct Shared<'a> {
+    options: Options<'a>,
+    /// Blocks of one layer that are given out or wait for their turn.
+    ahead: usize,
+    tar_bytes: AtomicU64,
+    sent_bytes: AtomicU64,
+    progress: &'a (dyn Fn(Progress) + Sync),
+}
+
+/// Makes one layer and hands its bytes, in order, to `sink`. It may be called again: the plan gives the same blocks.
 pub fn write<E>(
     plan: &Plan,
     options: Options<'_>,
-    mut sink: impl FnMut(Bytes) -> Result<(), E>,
-    progress: &dyn Fn(Progress),
+    sink: impl FnMut(Bytes) -> Result<(), E> + Send,
+    progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Layer, Error>
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let blocks = plan.tar_size().div_ceil(BLOCK);
-    let jobs = options
-        .jobs
-        .clamp(1, usize::try_from(blocks).unwrap_or(usize::MAX).max(1));
-    // In order: a place for each block's result, put there before the block is given out.
-    let (order_in, order) = bounded::<Receiver<Made>>(2 * jobs);
-    let (work_in, work) = bounded::<(u64, Sender<Made>)>(2 * jobs);
+    let mut layers = write_all(vec![Part { plan, sink }], options, progress);
+    layers.pop().unwrap_or(Err(Error::Worker))
+}
+
+/// Makes several layers side by side, four at a time, on one set of workers. The answers stand in the order of the parts:
+/// one that failed leaves the others alone, and may be made again.
+pub fn write_all<E, S>(
+    parts: Vec<Part<'_, S>>,
+    options: Options<'_>,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Vec<Result<Layer, Error>>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    S: FnMut(Bytes) -> Result<(), E> + Send,
+{
+    let blocks = |part: &Part<'_, S>| part.plan.tar_size().div_ceil(BLOCK);
+    let blocks = usize::try_from(parts.iter().map(blocks).sum::<u64>()).unwrap_or(usize::MAX);
+    let jobs = options.jobs.clamp(1, blocks.max(1));
+    let lanes = parts.len().min(SIDE_BY_SIDE);
+    let shared = Shared {
+        options,
+        ahead: (2 * jobs).div_ceil(lanes.max(1)).max(2),
+        tar_bytes: AtomicU64::new(0),
+        sent_bytes: AtomicU64::new(0),
+        progress,
+    };
+    // Bounded by what each layer may have under way.
+    let (work_in, work) = unbounded::<Work<'_>>();
     // Tar buffers come back from here.
     let (spare_in, spare) = bounded::<Vec<u8>>(2 * jobs + 2);
+    let mut layers: Vec<_> = parts.iter().map(|_| Err(Error::Worker)).collect();
+    let waiting = Mutex::new(parts.into_iter().zip(&mut layers));
+    let take = || {
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.next()
+    };
     thread::scope(|scope| {
-        scope.spawn(move || {
-            for number in 0..blocks {
-                let (result_in, result) = bounded(1);
-                // Either fails only when the other side gave up, and it knows why.
-                if order_in.send(result).is_err() || work_in.send((number, result_in)).is_err() {
-                    return;
-                }
-            }
-        });
         for _ in 0..jobs {
             let (work, spare) = (work.clone(), spare.clone());
             scope.spawn(move || {
                 let mut codec = Codec::new(options.compression, options.level);
                 let mut scratch = Scratch::default();
-                for (number, result) in work {
+                for Work {
+                    plan,
+                    number,
+                    result,
+                } in work
+                {
                     let tar = spare.try_recv().unwrap_or_default();
                     let made = make(plan, number, tar, &mut codec, &mut scratch);
-                    // The receiver is gone only when the stream was given up.
+                    // The receiver is gone only when the layer was given up.
                     result.send(made).ok();
                 }
             });
         }
         drop(work);
-        // `order` goes with it: when it gives up early, whoever fills the queue has to hear of it, or waits for ever.
-        collect(plan, options, order, &spare_in, &mut sink, progress)
-    })
+        for _ in 0..lanes {
+            let (work, spare, shared, take) = (work_in.clone(), spare_in.clone(), &shared, &take);
+            scope.spawn(move || {
+                while let Some((part, layer)) = take() {
+                    *layer = write_one(part, shared, &work, &spare);
+                }
+            });
+        }
+        // The workers end with the last lane.
+        drop(work_in);
+    });
+    layers
 }
 
 fn make(
@@ -164,67 +231,134 @@ fn make(
     })
 }
 
-fn collect<E>(
-    plan: &Plan,
-    options: Options<'_>,
-    order: Receiver<Receiver<Made>>,
+fn write_one<'a, E, S>(
+    part: Part<'a, S>,
+    shared: &Shared<'_>,
+    work: &Sender<Work<'a>>,
     spare: &Sender<Vec<u8>>,
-    sink: &mut impl FnMut(Bytes) -> Result<(), E>,
-    progress: &dyn Fn(Progress),
 ) -> Result<Layer, Error>
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    S: FnMut(Bytes) -> Result<(), E> + Send,
 {
-    let compression = options.compression;
-    let mut tar_hash = Sha256::new();
+    let Part { plan, sink } = part;
+    let (ready_in, ready) = bounded(READY);
+    thread::scope(|scope| {
+        let delivery = scope.spawn(move || deliver(ready, sink, &shared.sent_bytes));
+        // The channel's end goes with it, which is what ends the delivery.
+        let tar = in_order(plan, shared, work, spare, ready_in);
+        // Where the destination failed the order was given up for that reason.
+        let (digest, size) = delivery.join().map_err(|_| Error::Worker)??;
+        let tar = tar?;
+        Ok(Layer {
+            digest,
+            diff_id: tar.diff_id,
+            size,
+            tar_size: tar.size,
+            entries: plan.len(),
+            media_type: shared.options.compression.media_type(),
+            unstable: tar.unstable,
+        })
+    })
+}
+
+/// What is known of a tar at its end.
+struct Tar {
+    diff_id: DiffId,
+    size: u64,
+    unstable: Vec<Unstable>,
+}
+
+/// Gives out the plan's blocks, takes them back in order, hashes the tar and hands what is to be delivered to `ready`.
+fn in_order<'a>(
+    plan: &'a Plan,
+    shared: &Shared<'_>,
+    work: &Sender<Work<'a>>,
+    spare: &Sender<Vec<u8>>,
+    ready: Sender<Bytes>,
+) -> Result<Tar, Error> {
+    let compression = shared.options.compression;
+    let send = |bytes: Bytes| {
+        // Refused only when the delivery has ended, and it knows why.
+        ready.send(bytes).map_err(|_| Error::Worker)
+    };
     let mut hash = Sha256::new();
     let mut crc = crc32fast::Hasher::new();
-    let mut at = Progress {
-        tar_bytes: 0,
-        sent_bytes: 0,
-    };
+    let mut size = 0;
     let mut unstable = Vec::new();
-    let mut send = |bytes: Bytes, at: &mut Progress| -> Result<(), Error> {
-        hash.update(&bytes);
-        at.sent_bytes += bytes.len() as u64;
-        if bytes.is_empty() {
-            Ok(())
-        } else {
-            sink(bytes).map_err(|e| Error::Sink(e.into()))
+    let mut numbers = 0..plan.tar_size().div_ceil(BLOCK);
+    let mut under_way: VecDeque<Receiver<Made>> = VecDeque::with_capacity(shared.ahead);
+    send(Bytes::from_static(compression.head()))?;
+    loop {
+        while under_way.len() < shared.ahead
+            && let Some(number) = numbers.next()
+        {
+            let (result, made) = bounded(1);
+            let given = Work {
+                plan,
+                number,
+                result,
+            };
+            work.send(given).map_err(|_| Error::Worker)?;
+            under_way.push_back(made);
         }
-    };
-    send(Bytes::from_static(compression.head()), &mut at)?;
-    for result in order {
-        if options.cancel.load(Ordering::Relaxed) {
+        let Some(made) = under_way.pop_front() else {
+            break;
+        };
+        if shared.options.cancel.load(Ordering::Relaxed) {
             return Err(Error::Cancelled);
         }
-        let block = result.recv().map_err(|_| Error::Worker)??;
-        tar_hash.update(&block.tar);
+        let block = made.recv().map_err(|_| Error::Worker)??;
+        let len = block.tar.len() as u64;
+        hash.update(&block.tar);
         crc.combine(&block.crc);
-        at.tar_bytes += block.tar.len() as u64;
+        size += len;
         unstable.extend(block.unstable);
         match block.compressed {
             Some(compressed) => {
-                send(compressed.into(), &mut at)?;
+                send(compressed.into())?;
                 spare.try_send(block.tar).ok();
             }
-            None => send(block.tar.into(), &mut at)?,
+            None => send(block.tar.into())?,
         }
-        progress(at);
+        (shared.progress)(Progress {
+            tar_bytes: shared.tar_bytes.fetch_add(len, Ordering::Relaxed) + len,
+            sent_bytes: shared.sent_bytes.load(Ordering::Relaxed),
+        });
     }
-    if at.tar_bytes != plan.tar_size() {
+    if size != plan.tar_size() {
         return Err(Error::Worker);
     }
-    send(compression.tail(&crc, at.tar_bytes).into(), &mut at)?;
+    send(compression.tail(&crc, size).into())?;
     unstable.sort();
     unstable.dedup_by(|a, b| a.path == b.path);
-    Ok(Layer {
-        digest: Digest::finish(hash),
-        diff_id: DiffId(Digest::finish(tar_hash)),
-        size: at.sent_bytes,
-        tar_size: at.tar_bytes,
-        entries: plan.len(),
-        media_type: compression.media_type(),
+    Ok(Tar {
+        diff_id: DiffId(Digest::finish(hash)),
+        size,
         unstable,
     })
+}
+
+/// Hashes the compressed bytes and hands them on. The digest is that of a whole layer only if the tar came to its end.
+fn deliver<E>(
+    ready: Receiver<Bytes>,
+    mut sink: impl FnMut(Bytes) -> Result<(), E>,
+    sent_bytes: &AtomicU64,
+) -> Result<(Digest, u64), Error>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let mut hash = Sha256::new();
+    let mut size = 0;
+    for bytes in ready {
+        if bytes.is_empty() {
+            continue;
+        }
+        hash.update(&bytes);
+        let len = bytes.len() as u64;
+        sink(bytes).map_err(|e| Error::Sink(e.into()))?;
+        size += len;
+        sent_bytes.fetch_add(len, Ordering::Relaxed);
+    }
+    Ok((Digest::finish(hash), size))
 }

@@ -271,7 +271,7 @@ impl Scan {
     }
 
     /// The entries that a layer has: all but those that equal the base.
-    pub fn emitted(&self) -> impl Iterator<Item = u32> + '_ {
+    pub fn emitted(&self) -> impl Iterator<Item = u32> + Clone + '_ {
         (0..self.entries.len() as u32)
             .filter(|&i| !self.entries[i as usize].flags.has(Flags::SILENT))
     }

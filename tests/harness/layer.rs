@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use upperdeck::layer::{self, Compression, Layer, Plan};
+use upperdeck::layer::{self, Compression, Layer, Part, Plan};
 use upperdeck::overlay::owner::IdMapping;
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
@@ -73,14 +73,59 @@ pub struct Made {
     pub empty: bool,
 }
 
-/// Makes the layer. The error is the whole message that a user would see.
+/// The whole message that a user would see.
+fn message(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// Makes the layer.
 pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Made, String> {
-    write(
-        scan(source, jobs, None)?,
-        source.timestamp,
-        compression,
-        jobs,
-    )
+    let plan = plan(source, jobs)?;
+    let empty = plan.is_empty();
+    let mut layers = write(vec![plan], compression, jobs)?;
+    let (layer, bytes) = layers.pop().ok_or("no layer")?;
+    Ok(Made {
+        layer,
+        bytes,
+        empty,
+    })
+}
+
+/// Makes several layers of about `size` bytes of tar, in the order in which they are applied.
+#[allow(
+    dead_code,
+    reason = "each test program compiles this module and uses what it needs"
+)]
+pub fn make_cut(source: &Source, size: u64) -> Result<Vec<(Layer, Vec<u8>)>, String> {
+    write(plan(source, 2)?.cut(size), Compression::None, 2)
+}
+
+fn plan(source: &Source, jobs: usize) -> Result<Plan, String> {
+    let scan = scan(source, jobs, None)?;
+    Ok(Plan::new(Arc::new(scan), source.timestamp))
+}
+
+/// Makes one layer of everything that a scan emits.
+#[allow(
+    dead_code,
+    reason = "each test program compiles this module and uses what it needs"
+)]
+pub fn layer_of(scan: Scan) -> Result<Made, String> {
+    let plan = Plan::new(Arc::new(scan), None);
+    let empty = plan.is_empty();
+    let mut layers = write(vec![plan], Compression::None, 2)?;
+    let (layer, bytes) = layers.pop().ok_or("no layer")?;
+    Ok(Made {
+        layer,
+        bytes,
+        empty,
+    })
 }
 
 /// Scans, again where there is an earlier scan.
@@ -125,42 +170,30 @@ pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan
     Scan::new(&roots, &options).map_err(|error| message(&error))
 }
 
-/// Makes a layer of everything that a scan emits.
-pub fn write(
-    scan: Scan,
-    timestamp: Option<i64>,
+fn write(
+    plans: Vec<Plan>,
     compression: Compression,
     jobs: usize,
-) -> Result<Made, String> {
+) -> Result<Vec<(Layer, Vec<u8>)>, String> {
     let cancel = AtomicBool::new(false);
-    let plan = Plan::new(Arc::new(scan), timestamp);
-    let level = compression.default_level();
     let options = layer::Options {
         compression,
-        level,
+        level: compression.default_level(),
         jobs,
         cancel: &cancel,
     };
-    let mut bytes = Vec::new();
-    let sink = |chunk: bytes::Bytes| {
-        bytes.extend_from_slice(&chunk);
-        Ok::<(), Infallible>(())
-    };
-    let layer =
-        layer::stream::write(&plan, options, sink, &|_| ()).map_err(|error| message(&error))?;
-    Ok(Made {
-        layer,
-        bytes,
-        empty: plan.is_empty(),
-    })
-}
-
-fn message(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
+    let mut bytes = vec![Vec::new(); plans.len()];
+    let parts = plans.iter().zip(&mut bytes).map(|(plan, bytes)| Part {
+        plan,
+        sink: |chunk: bytes::Bytes| {
+            bytes.extend_from_slice(&chunk);
+            Ok::<(), Infallible>(())
+        },
+    });
+    let layers = layer::stream::write_all(parts.collect(), options, &|_| ());
+    layers
+        .into_iter()
+        .zip(bytes)
+        .map(|(layer, bytes)| Ok((layer.map_err(|error| message(&error))?, bytes)))
+        .collect()
 }
