@@ -128,9 +128,9 @@ impl<'a> Blob<'a> {
 /// One answer a layer, bottom first; `None` where the content has to be brought.
 pub(super) async fn look_up(
     destination: &Destination,
-    base: &Base,
+    layers: &[BaseLayer],
 ) -> Result<Vec<Option<Delivered>>, Error> {
-    let answers = base.layers.iter().map(|layer| async move {
+    let answers = layers.iter().map(|layer| async move {
         let Some(blob) = Blob::of(layer) else {
             return Ok(None);
         };
@@ -194,40 +194,13 @@ async fn bring_one(
         layer: index,
         layers: base.layers.len(),
     };
-    let mut tried = Vec::new();
-    if let Some(blob) = Blob::of(layer) {
-        for (name, file) in local_copies(&blob, layout) {
-            let copied = match file {
-                Ok(file) => copy_local(destination, &blob, file, &bar).await,
-                Err(reason) => Err(Copy::Source(reason)),
-            };
-            match copied {
-                Ok(size) => return Ok(blob.delivered(size, Origin::Local)),
-                // What is wrong with the destination will be wrong with the next source too.
-                Err(Copy::Destination(error)) => return Err(error),
-                Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
-            }
-        }
-        for name in &layer.repositories {
-            match copy_remote(context, destination, &blob, name, &bar).await {
-                Ok(size) => {
-                    return Ok(blob.delivered(
-                        size,
-                        Origin::Registry {
-                            repository: name.clone(),
-                        },
-                    ));
-                }
-                Err(Copy::Destination(error)) => return Err(error),
-                Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
-            }
-        }
-        if tried.is_empty() {
-            tried.push("no copy on this node, and no registry known that has it".to_owned());
-        }
-    } else {
-        tried.push(format!("nothing says which blob it is: {}", base.proof));
-    }
+    let tried = match Blob::of(layer) {
+        Some(blob) => match copy_blob(context, destination, &blob, layout, &bar).await? {
+            Ok(delivered) => return Ok(delivered),
+            Err(tried) => tried,
+        },
+        None => vec![format!("nothing says which blob it is: {}", base.proof)],
+    };
     context.warn(
         "base_layer_remade",
         format!(
@@ -238,6 +211,60 @@ async fn bring_one(
         ),
     );
     remake(context, destination, container, base, index, &bar).await
+}
+
+/// Copies a layer that is no base's from where it is known to be, or says what was tried.
+pub(super) async fn copy(
+    context: &Context,
+    destination: &Destination,
+    layer: &BaseLayer,
+) -> Result<Result<Delivered, Vec<String>>, Error> {
+    let bar = Bar {
+        context,
+        layer: 0,
+        layers: 1,
+    };
+    match Blob::of(layer) {
+        Some(blob) => copy_blob(context, destination, &blob, None, &bar).await,
+        None => Ok(Err(vec!["nothing says which blob it is".to_owned()])),
+    }
+}
+
+/// The first source that gives the blob, or what was tried.
+async fn copy_blob(
+    context: &Context,
+    destination: &Destination,
+    blob: &Blob<'_>,
+    layout: Option<&Reader>,
+    bar: &Bar<'_>,
+) -> Result<Result<Delivered, Vec<String>>, Error> {
+    let mut tried = Vec::new();
+    for (name, file) in local_copies(blob, layout) {
+        let copied = match file {
+            Ok(file) => copy_local(destination, blob, file, bar).await,
+            Err(reason) => Err(Copy::Source(reason)),
+        };
+        match copied {
+            Ok(size) => return Ok(Ok(blob.delivered(size, Origin::Local))),
+            // What is wrong with the destination will be wrong with the next source too.
+            Err(Copy::Destination(error)) => return Err(error),
+            Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+        }
+    }
+    for name in &blob.layer.repositories {
+        match copy_remote(context, destination, blob, name, bar).await {
+            Ok(size) => {
+                let repository = name.clone();
+                return Ok(Ok(blob.delivered(size, Origin::Registry { repository })));
+            }
+            Err(Copy::Destination(error)) => return Err(error),
+            Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+        }
+    }
+    if tried.is_empty() {
+        tried.push("no copy on this node, and no registry known that has it".to_owned());
+    }
+    Ok(Err(tried))
 }
 
 /// Which side of a copy failed.

@@ -21,6 +21,8 @@ use crate::scan::{Entry, Scan};
 
 /// Files up to this size are read where they fit: a clone costs as much as reading so many bytes.
 const SMALL: u64 = 128 << 10;
+/// What opening a file costs, in bytes that could be read meanwhile.
+const OPENING: u64 = 16 << 10;
 /// Descriptors that are left to everybody else in this process.
 const SPARE_DESCRIPTORS: u64 = 256;
 /// Items that a thread takes at a time.
@@ -102,12 +104,16 @@ pub fn way(plan: &Plan, limit: u64) -> Way {
             .filter(|item| plan.content_size(item) > 0)
     };
     let weights = || files().map(|item| weight(plan.entry(item)));
-    if weights().sum::<u64>() <= limit {
+    let opening = |count: usize| count as u64 * OPENING;
+    if weights().sum::<u64>() + opening(weights().count()) <= limit {
         return Way::Memory;
     }
     let small: u64 = weights().filter(|&size| size <= SMALL).sum();
     let large = weights().filter(|&size| size > SMALL).count() as u64;
-    if small <= limit && large <= descriptors() && can_clone(plan.scan()) {
+    if small + opening(weights().count()) <= limit
+        && large <= descriptors()
+        && can_clone(plan.scan())
+    {
         Way::Clones
     } else {
         Way::No

@@ -323,6 +323,14 @@ impl Scan {
         self.clock
     }
 
+    /// The same, with less trust in stamps: `clock` is what it showed before the walk, and before what was to be done
+    /// for the stamps to tell.
+    #[must_use]
+    pub fn since(mut self, clock: Clock) -> Self {
+        self.clock = self.clock.min(clock);
+        self
+    }
+
     fn extra(&self, entry: &Entry) -> Option<&Extra> {
         self.extras.get(entry.extra as usize)
     }
