@@ -227,7 +227,15 @@ async fn stand_still(
 ) -> Result<Option<Instantly>, Error> {
     context.phase(Phase::Scanning);
     let bound = options.max_pause.filter(|bound| !bound.is_zero());
-    let frozen = freeze(context, options, container)?.ok_or(Error::Worker)?;
+    let frozen = match (freeze(context, options, container), bound) {
+        // Asked to stop, they did not in the time that they may stand still.
+        (Err(Error::Freeze(crate::freeze::Error::Timeout { waited, .. })), Some(bound))
+            if waited >= bound =>
+        {
+            return Err(too_long(bound));
+        }
+        (frozen, _) => frozen?.ok_or(Error::Worker)?,
+    };
     let since = Instant::now();
     let taken = take_frozen(
         context,

@@ -9,9 +9,9 @@ use crate::host::docker::Running;
 use crate::host::image::{Base, Format, base};
 use crate::host::podman::Podman;
 use crate::host::registry::Registry;
-use crate::host::{Freezer, Roots, Scratch, command, output, run};
+use crate::host::{Freezer, Roots, Scratch, command, output, run, wait_until};
 use crate::save::{
-    self, LEFT_OUT, Saved, TOUCHED_BY_RUNTIMES, same_tree, unpack, upperdeck_itself,
+    self, LEFT_OUT, Saved, TOUCHED_BY_RUNTIMES, same_tree, unpack_layout, upperdeck_itself,
 };
 use crate::support::{Need, ignored};
 
@@ -81,14 +81,10 @@ impl Session {
         let merged = &self.container.rootfs;
         fs::create_dir_all(merged.join("opt"))?;
         fs::write(merged.join("opt/writers.py"), script)?;
-        self.podman.podman([
-            "exec",
-            "-d",
-            &self.container.id,
-            "/usr/bin/python3",
-            "/opt/writers.py",
-            what,
-        ])?;
+        let background = format!(
+            "setsid /usr/bin/python3 /opt/writers.py {what} > /tmp/{what}.log 2>&1 < /dev/null &"
+        );
+        self.podman.shell(&self.container, &background)?;
         Ok(())
     }
 
@@ -118,16 +114,28 @@ impl Session {
         ))
     }
 
+    /// Unpacks the image, and compares it with what the container sees.
     fn same(&self, saved: &Saved) -> Result<()> {
-        let rootfs = unpack(&self.scratch, &saved.reference)?;
+        let destination = saved.metadata["destination"]
+            .as_str()
+            .context("destination")?;
+        self.same_as(destination)
+    }
+
+    /// As [`Session::same`], by `oci:DIR:TAG`.
+    fn same_as(&self, destination: &str) -> Result<()> {
+        let name = destination.strip_prefix("oci:").context("a layout")?;
+        let (dir, tag) = name.rsplit_once(':').context("a tag")?;
+        let rootfs = unpack_layout(Path::new(dir), tag)?;
         let same = same_tree(
             &self.container.rootfs,
             &rootfs,
-            LEFT_OUT,
+            // Podman itself makes the root 0555.
+            &[LEFT_OUT, &["."]].concat(),
             TOUCHED_BY_RUNTIMES,
             1,
         );
-        fs::remove_dir_all(&rootfs)?;
+        fs::remove_dir_all(rootfs.parent().context("a bundle")?)?;
         same
     }
 }
@@ -143,6 +151,17 @@ fn whatever_is_written_meanwhile_every_image_is_one_instant() -> Result<()> {
     };
     for what in ["counters", "database", "tree"] {
         session.write(what)?;
+    }
+    for written in ["last", "db", "tree"] {
+        let path = session.container.rootfs.join("home/w").join(written);
+        wait_until("the writers write", || path.exists()).with_context(|| {
+            let log =
+                |what: &str| fs::read_to_string(session.container.rootfs.join("tmp").join(what));
+            format!(
+                "{:?}",
+                ["counters.log", "database.log", "tree.log"].map(log)
+            )
+        })?;
     }
     let freezer = Freezer::of(session.container.pid)?;
     let mut pauses = Vec::new();
@@ -304,7 +323,8 @@ fn whatever_is_wrong_with_the_state_the_image_is_right() -> Result<()> {
     fs::remove_file(&state)?;
     // A full disk.
     fs::create_dir(&state)?;
-    run(command("mount", ["-t", "tmpfs", "-o", "size=4k", "tmpfs"]).arg(&state))?;
+    run(command("mount", ["-t", "tmpfs", "-o", "size=8k", "tmpfs"]).arg(&state))?;
+    fs::write(state.join("of-somebody-else"), [0; 8192])?;
     let saved = session.save("full-disk", &[]);
     run(command("umount", ["-l"]).arg(&state))?;
     let saved = saved?;
@@ -331,23 +351,14 @@ fn two_saves_at_once_wait_for_each_other() -> Result<()> {
             .spawn()
     };
     let children = [begin("a")?, begin("b")?, begin("c")?];
-    for child in children {
+    for (child, tag) in children.into_iter().zip(["a", "b", "c"]) {
         let done = child.wait_with_output()?;
         ensure!(
             done.status.success(),
             "{}",
             String::from_utf8_lossy(&done.stderr)
         );
-        let reference = String::from_utf8(done.stdout)?.trim_end().to_owned();
-        let rootfs = unpack(&session.scratch, &reference)?;
-        same_tree(
-            &session.container.rootfs,
-            &rootfs,
-            LEFT_OUT,
-            TOUCHED_BY_RUNTIMES,
-            1,
-        )?;
-        fs::remove_dir_all(&rootfs)?;
+        session.same_as(&format!("oci:{}-{tag}:x", session.layout()))?;
     }
     Ok(())
 }
