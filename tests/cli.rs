@@ -81,6 +81,17 @@ fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
         &["ps", "--log", "upperdeck=loudly"],
         &["layer", "--upper", "/x"],
         &["validate", "x"],
+        &["bench", "--rounds", "0"],
+        &["bench", "--size", "0"],
+        &["bench", "--size", "many"],
+        &["bench", "--codec", "gzip"],
+        &["bench", "--codec", "gzip:10"],
+        &["bench", "--codec", "lzma:1"],
+        &["bench", "--compression-level", "10"],
+        &["bench", "--directory", "/x", "web"],
+        &["bench", "--size", "8M", "web"],
+        &["bench", "--registry", "oci:/x"],
+        &["bench", "--registry", "no host"],
         &["completions", "cmd.exe"],
         &["man", "/nonexistent"],
         // What does not exist yet is not offered.
@@ -192,6 +203,36 @@ fn credentials_come_from_a_file_or_a_descriptor() -> Outcome {
     Ok(())
 }
 
+/// A FIFO (or a device: `/dev/null`) is written to, never replaced by a file.
+#[test]
+fn a_layer_goes_into_a_fifo() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let upper = dir.path().join("upper");
+    std::fs::create_dir(&upper)?;
+    std::fs::write(upper.join("file"), "content")?;
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
+    let reader = std::thread::spawn({
+        let fifo = fifo.clone();
+        move || std::fs::read(fifo)
+    });
+    let made = upperdeck(&[
+        "layer",
+        "--userxattr",
+        "--compression",
+        "none",
+        "--upper",
+        &upper.to_string_lossy(),
+        "-o",
+        &fifo.to_string_lossy(),
+    ])?;
+    assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
+    let tar = reader.join().map_err(|_| "the reader died")??;
+    assert_eq!(tar.len(), 512 + 512 + 1024);
+    assert!(!std::fs::symlink_metadata(&fifo)?.is_file());
+    Ok(())
+}
+
 #[test]
 fn help_teaches() -> Outcome {
     let long = upperdeck(&["--help"])?;
@@ -216,6 +257,7 @@ fn help_teaches() -> Outcome {
         "commit",
         "layer",
         "validate",
+        "bench",
         "demo",
         "completions",
         "man",
@@ -340,6 +382,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
     let commit = text(&upperdeck(&["commit", "--help"])?.stdout);
     let layer = text(&upperdeck(&["layer", "--help"])?.stdout);
     let ps = text(&upperdeck(&["ps", "--help"])?.stdout);
+    let bench = text(&upperdeck(&["bench", "--help"])?.stdout);
     for flag in readme
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
@@ -347,7 +390,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
         let foreign = ["--release", "--path", "--against"].contains(&flag);
         assert!(
             foreign
-                || [&help, &commit, &layer, &ps]
+                || [&help, &commit, &layer, &ps, &bench]
                     .iter()
                     .any(|text| text.contains(flag)),
             "{flag}"

@@ -43,6 +43,19 @@ const TABLE: [(&str, &[&str]); 17] = [
             "state",
         ],
     ),
+    (
+        "bench",
+        &[
+            "cancel",
+            "commit",
+            "container",
+            "destination",
+            "layer",
+            "overlay",
+            "registry",
+            "scan",
+        ],
+    ),
 ];
 /// These may import anything.
 const EDGES: [&str; 4] = ["cli", "demo", "lib", "main"];

@@ -222,6 +222,65 @@ fn a_plan_is_cut_at_directories() -> Result<()> {
     Ok(())
 }
 
+/// Whether the first page of a file is in memory.
+fn in_memory(path: &Path) -> Result<bool> {
+    let file = std::fs::File::open(path)?;
+    let mut byte = [0];
+    let mut into = [std::io::IoSliceMut::new(&mut byte)];
+    match rustix::io::preadv2(&file, &mut into, 0, rustix::io::ReadWriteFlags::NOWAIT) {
+        Ok(_) => Ok(true),
+        Err(rustix::io::Errno::AGAIN) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A save must not push out of the node's memory what others use: what was there stays, what was not there goes again.
+#[test]
+fn the_page_cache_is_left_as_it_was() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let content = |n: usize| format!("{n} ").repeat(30_000);
+    let name = |n: usize| dir.path().join(format!("f{n:03}"));
+    for n in 0..200 {
+        std::fs::write(name(n), content(n))?;
+        let file = std::fs::File::open(name(n))?;
+        file.sync_all()?;
+        // Every third stays.
+        if n % 3 != 0 {
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
+    }
+    let before = (0..200)
+        .map(|n| in_memory(&name(n)))
+        .collect::<Result<Vec<_>>>()?;
+    if before.iter().all(|there| *there) {
+        println!("ignored: this file system keeps everything in memory, or cannot tell");
+        return Ok(());
+    }
+    let plan = Plan::new(Arc::new(scan(dir.path())?), None);
+    let (tar, _) = write(&plan, Compression::None, 2)?;
+    let mut read = 0;
+    for entry in tar::Archive::new(tar.as_slice()).entries()? {
+        let mut entry = entry?;
+        let mut text = String::new();
+        entry.read_to_string(&mut text)?;
+        assert_eq!(text, content(read), "content read ahead of need and not");
+        read += 1;
+    }
+    assert_eq!(read, 200);
+    let after = (0..200)
+        .map(|n| in_memory(&name(n)))
+        .collect::<Result<Vec<_>>>()?;
+    let (mut kept, mut left) = (0, 0);
+    for (there, still) in before.iter().zip(&after) {
+        kept += usize::from(*there && *still);
+        left += usize::from(!there && *still);
+    }
+    assert_eq!(kept, before.iter().filter(|there| **there).count());
+    // What a worker takes at the very moment in which it is asked for may stay.
+    assert!(left < 10, "{left} of {} files stay", 200 - kept);
+    Ok(())
+}
+
 /// One destination that fails leaves the other layers alone.
 #[test]
 fn a_layer_that_cannot_be_delivered_fails_alone() -> Result<()> {

@@ -15,6 +15,7 @@ use clap_complete::Shell;
 
 use super::exit::Exit;
 use super::progress::Mode;
+use crate::bench::stages::Setting;
 use crate::commit::{Compression, Pause};
 
 const STYLES: Styles = Styles::styled()
@@ -144,6 +145,9 @@ pub(super) enum Verb {
     /// Check a layer or an image against a specification
     #[command(after_long_help = VALIDATE_HELP)]
     Validate(Validate),
+    /// Measure what this node can do, stage by stage, and how near a save comes to it
+    #[command(after_long_help = BENCH_HELP)]
+    Bench(Box<Bench>),
     /// Make a container, work in it, save it, unpack it, compare; then once more
     #[command(after_long_help = DEMO_HELP)]
     Demo,
@@ -350,6 +354,7 @@ pub(super) struct Commit {
 pub(super) struct State {
     /// Where this node keeps what it needs to save only what changed since the last save; empty for nowhere
     #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = CONTENT)]
+    #[allow(clippy::struct_field_names, reason = "named as its flag")]
     pub(super) state_dir: Option<PathBuf>,
     /// Layers above the base from which on everything is saved anew
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=100), help_heading = CONTENT)]
@@ -465,6 +470,68 @@ pub(super) struct Validate {
     pub(super) format: Format,
 }
 
+const BENCH_HELP: &str = "\
+Examples:
+  upperdeck bench
+      On a generated tree like a Jupyter session's.
+  upperdeck bench --registry registry.example.org/bench/tries jupyter/notebook-0
+      On what a container changed; the container runs on, nothing is saved, no blob is left in the registry.
+  upperdeck bench --size 2G --rounds 9 --codec zstd:1 --codec zstd:3 --compression zstd --format json | jq .advice
+
+JSON: one object; figures are medians of the rounds, MB are 1,000,000 bytes
+  version      1; it grows when a field changes its meaning or goes away
+  node         {cores, jobs}
+  subject      {kind, name, entries, tar_bytes, sample_bytes}; kind is container, directory or generated
+  rounds       how often everything was measured
+  stages       [{stage, threads, seconds, cpu_seconds, bytes, mb_per_second, entries_per_second}]: scan, plan,
+               read_first (whatever was in the page cache), read (by threads), sha256 (one core, on the sample),
+               make (read, checksum, compress), write_file and upload (the compressed bytes alone)
+  codecs       [{compression, level, ratio, by_threads}] on the sample; by_threads is
+               [{threads, mb_per_second, cpu_seconds_per_gb}]
+  saves        [{to, compression, level, jobs, layers, seconds, cpu_seconds, sent_bytes, mb_per_second, costs, limit,
+               limit_percent}]: whole saves to nothing, file and registry
+  costs        seconds of each stage of such a save: scan, plan, read, checksum, compress, hash_tar, hash_compressed,
+               hand_on, registry (what one on this machine takes of its cores), hand_on_wall (delivery alone)
+  limit        {seconds, bound_by, before, cores, jobs, sha256, destination}: the fastest possible, and the seconds that
+               each bound sets; bound_by is cores, jobs, sha256 or destination
+  advice       [{flags, limit_seconds, sent_bytes, why}], the best first; sizes are estimated from the sample
+  notes        what has to be known to read the figures";
+
+#[derive(Debug, Args)]
+pub(super) struct Bench {
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N [default: a generated tree]
+    pub(super) container: Option<String>,
+    /// Measure on a directory
+    #[arg(long, value_name = "DIR", conflicts_with = "container", value_hint = ValueHint::DirPath)]
+    pub(super) directory: Option<PathBuf>,
+    /// Bytes of the generated tree
+    #[arg(long, value_name = "SIZE", value_parser = tree_size, default_value = "256M", conflicts_with_all = ["container", "directory"])]
+    pub(super) size: u64,
+    /// Where the generated tree, and the file that a save is written to, are for a while [default: $TMPDIR or /tmp]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(super) scratch: Option<PathBuf>,
+    /// Try uploads there; they are cancelled at their end
+    #[arg(long = "registry", value_name = "HOST[:PORT]/REPOSITORY", help_heading = REGISTRY)]
+    pub(super) to: Option<String>,
+    /// How often everything is measured
+    #[arg(long, value_name = "N", default_value = "5")]
+    pub(super) rounds: NonZeroUsize,
+    /// Measure this codec and level instead of the usual ones, e.g. zstd:3; may be repeated
+    #[arg(long, value_name = "CODEC:LEVEL", value_parser = codec_level)]
+    pub(super) codec: Vec<Setting>,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    #[command(flatten)]
+    pub(super) content: Content,
+    /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
+    /// by side; 0 for never [default: 4G where there are more than 8G]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]
+    pub(super) layer_size: Option<u64>,
+    #[command(flatten)]
+    pub(super) registry: Registry,
+}
+
 const DEMO_HELP: &str = "\
 Needs nothing but Linux: root, or a user namespace where the kernel lets. Everything is made in a temporary directory
 and is gone afterwards; no registry, no daemon and no network are used.";
@@ -480,6 +547,26 @@ fn key_value(text: &str) -> Result<(String, String), String> {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("expected KEY=VALUE".to_owned()),
     }
+}
+
+fn codec_level(text: &str) -> Result<Setting, String> {
+    let parsed = text.split_once(':').and_then(|(codec, level)| {
+        let codec = Compression::from_str(codec, false).ok()?;
+        let level = level.parse().ok()?;
+        codec
+            .levels()
+            .contains(&level)
+            .then_some(Setting { codec, level })
+    });
+    parsed.ok_or_else(|| "expected gzip:1 to gzip:9, zstd:1 to zstd:19, or none:0".to_owned())
+}
+
+/// A tree of nothing cannot be measured.
+fn tree_size(text: &str) -> Result<u64, String> {
+    size(text).and_then(|bytes| match bytes {
+        0 => Err("expected more than nothing".to_owned()),
+        bytes => Ok(bytes),
+    })
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

@@ -3,6 +3,7 @@
 use std::io;
 use std::process::ExitCode;
 
+use crate::bench;
 use crate::cancel::Cancelled;
 use crate::commit;
 use crate::demo;
@@ -122,6 +123,17 @@ impl Failure {
                 commit::Kind::Cancelled => Exit::Cancelled,
             };
             return Some(Self::new(exit, error.code()));
+        }
+        if let Some(error) = cause.downcast_ref::<bench::Error>() {
+            return match error {
+                bench::Error::Save(error) => Self::of_cause(error),
+                bench::Error::Cancelled(error) => Self::of_cause(error),
+                bench::Error::Scratch { source, .. } | bench::Error::Runtime(source) => {
+                    Self::of_cause(source)
+                }
+                bench::Error::Empty { .. } => None,
+            }
+            .or(Some(Self::new(Exit::Failed, "bench")));
         }
         if let Some(error) = cause.downcast_ref::<demo::Error>() {
             return match error {

@@ -71,6 +71,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Commit(args) => verbs::commit(&roots, *args, verbose),
         Verb::Layer(args) => verbs::layer(&args),
         Verb::Validate(args) => verbs::validate(&args),
+        Verb::Bench(args) => verbs::bench(&roots, *args),
         Verb::Demo => verbs::demo(),
         Verb::Completions { shell } => verbs::completions(shell),
         Verb::Man { dir } => verbs::man(dir.as_deref()),

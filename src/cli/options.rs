@@ -9,7 +9,8 @@ use zeroize::Zeroizing;
 
 use super::args;
 use super::exit::Usage;
-use crate::commit::{self, Rules};
+use crate::bench::{self, stages::Setting};
+use crate::commit::{self, Compression, Rules};
 use crate::container::{ContainerdRoot, Roots, StorageRoot};
 use crate::destination::Target;
 use crate::registry;
@@ -121,19 +122,81 @@ impl Commit {
             metadata_file: args.metadata_file,
             digestfile: args.digestfile,
         };
-        let access = registry::Access {
-            authfile: args.registry.authfile,
-            creds,
-            tls_verify: args.registry.tls_verify,
-            cert_dir: args.registry.cert_dir,
-            // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
-            host: match target {
-                Some(Target::Registry(reference)) => Some(reference.host),
-                _ => None,
-            },
-            ..registry::Access::default()
+        let host = match target {
+            Some(Target::Registry(reference)) => Some(reference.host),
+            _ => None,
         };
+        let access = access(args.registry, creds, host);
         Ok(Self { options, access })
+    }
+}
+
+/// The codecs and levels that `bench` measures when none are named: from fast to small, and no slower than people wait.
+const USUAL: [(Compression, u32); 8] = [
+    (Compression::Gzip, 1),
+    (Compression::Gzip, 2),
+    (Compression::Gzip, 3),
+    (Compression::Gzip, 4),
+    (Compression::Gzip, 6),
+    (Compression::Zstd, 1),
+    (Compression::Zstd, 2),
+    (Compression::Zstd, 3),
+];
+
+/// Everything for `bench`.
+pub(super) fn bench(args: args::Bench) -> anyhow::Result<bench::Options> {
+    let setting = Setting {
+        codec: args.content.compression,
+        level: level(&args.content)?,
+    };
+    let creds = creds(&args.registry)?;
+    let registry = match &args.to {
+        Some(to) => {
+            let reference = bench::registry(to)?;
+            let access = access(args.registry, creds, Some(reference.host.clone()));
+            Some((reference, access))
+        }
+        None => None,
+    };
+    let settings = if args.codec.is_empty() {
+        USUAL
+            .map(|(codec, level)| Setting { codec, level })
+            .to_vec()
+    } else {
+        args.codec
+    };
+    let on = match (args.container, args.directory) {
+        (Some(container), _) => bench::On::Container(container),
+        (None, Some(directory)) => bench::On::Directory(directory),
+        (None, None) => bench::On::Generated(args.size),
+    };
+    Ok(bench::Options {
+        on,
+        rules: rules(&args.content),
+        scratch: args.scratch.unwrap_or_else(std::env::temp_dir),
+        registry,
+        rounds: args.rounds.into(),
+        jobs: args.content.jobs.map(Into::into),
+        setting,
+        settings,
+        timestamp: args.content.timestamp,
+        layer_size: args.layer_size,
+    })
+}
+
+/// Credentials and lowered guards are meant for `host`, not for wherever a base came from.
+fn access(
+    registry: args::Registry,
+    creds: Option<Credentials>,
+    host: Option<String>,
+) -> registry::Access {
+    registry::Access {
+        authfile: registry.authfile,
+        creds,
+        tls_verify: registry.tls_verify,
+        cert_dir: registry.cert_dir,
+        host,
+        ..registry::Access::default()
     }
 }
 

@@ -44,6 +44,34 @@ pub(super) fn observer(mode: Mode, quiet: bool, verbose: bool) -> Box<dyn Observ
     }
 }
 
+/// One line at the bottom of a terminal that says what is being done; silent elsewhere. Gone when dropped.
+pub(super) struct StatusLine(Option<ProgressBar>);
+
+impl StatusLine {
+    pub(super) fn new() -> Self {
+        let shown = io::stderr().is_terminal();
+        Self(shown.then(|| {
+            let line = ProgressBar::new_spinner();
+            line.enable_steady_tick(Duration::from_millis(120));
+            line
+        }))
+    }
+
+    pub(super) fn say(&self, what: &str) {
+        if let Some(line) = &self.0 {
+            line.set_message(what.to_owned());
+        }
+    }
+}
+
+impl Drop for StatusLine {
+    fn drop(&mut self) {
+        if let Some(line) = &self.0 {
+            line.finish_and_clear();
+        }
+    }
+}
+
 fn phase_text(phase: Phase) -> &'static str {
     match phase {
         Phase::Locating => "finding the container and its base image",

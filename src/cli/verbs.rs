@@ -137,7 +137,7 @@ fn commit_with(
     Ok(saved?)
 }
 
-/// Makes a layer from directories: into a temporary file beside the output, then renamed.
+/// Makes a layer from directories.
 pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     let level = options::level(&args.content)?;
     let rules = options::rules(&args.content);
@@ -167,33 +167,13 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     };
     let scan = Scan::new(&roots, &scan).map_err(commit::Error::from)?;
     let plan = Plan::new(Arc::new(scan), args.content.timestamp);
-    let shown = || super::text::path(&args.output);
-    let dir = args
-        .output
-        .parent()
-        .filter(|dir| !dir.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir)
-        .with_context(|| format!("cannot write {}", shown()))?;
-    let compression = args.content.compression;
     let options = layer::Options {
-        compression,
+        compression: args.content.compression,
         level,
         jobs,
         cancel: cancel.flag(),
     };
-    let sink = |bytes: bytes::Bytes| file.write_all(&bytes);
-    let made = layer::stream::write(&plan, options, sink, &|_| {}).map_err(commit::Error::from);
-    let made = made.with_context(|| format!("cannot make {}", shown()))?;
-    file.as_file()
-        .sync_all()
-        .with_context(|| format!("cannot write {}", shown()))?;
-    file.as_file()
-        .set_permissions(Permissions::from_mode(0o644))
-        .with_context(|| format!("cannot write {}", shown()))?;
-    file.persist(&args.output)
-        .map_err(|e| e.error)
-        .with_context(|| format!("cannot write {}", shown()))?;
+    let made = write_layer(&args.output, &plan, options)?;
     for file in &made.unstable {
         tracing::warn!(path = file.path, what = ?file.what, "changed while it was read");
     }
@@ -206,6 +186,42 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         "entries": made.entries,
     });
     Ok(write_stdout(format!("{json}\n").as_bytes())?)
+}
+
+/// Into a temporary file beside `output`, then renamed: what is there is whole. A device or FIFO is written to as it is.
+fn write_layer(
+    output: &Path,
+    plan: &Plan,
+    options: layer::Options<'_>,
+) -> anyhow::Result<layer::Layer> {
+    let shown = || super::text::path(output);
+    let cannot_write = || format!("cannot write {}", shown());
+    let make = |file: &mut File| {
+        let sink = |bytes: bytes::Bytes| file.write_all(&bytes);
+        let made = layer::stream::write(plan, options, sink, &|_| {}).map_err(commit::Error::from);
+        made.with_context(|| format!("cannot make {}", shown()))
+    };
+    if std::fs::metadata(output).is_ok_and(|there| !there.is_file()) {
+        let mut file = File::options()
+            .write(true)
+            .open(output)
+            .with_context(cannot_write)?;
+        return make(&mut file);
+    }
+    let dir = output
+        .parent()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir).with_context(cannot_write)?;
+    let made = make(file.as_file_mut())?;
+    file.as_file().sync_all().with_context(cannot_write)?;
+    file.as_file()
+        .set_permissions(Permissions::from_mode(0o644))
+        .with_context(cannot_write)?;
+    file.persist(output)
+        .map_err(|e| e.error)
+        .with_context(cannot_write)?;
+    Ok(made)
 }
 
 /// Differences that `validate` names.
@@ -244,6 +260,17 @@ pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {
     print(args.format, &report, |report| format!("{report}\n"))?;
     anyhow::ensure!(report.is_valid(), "{:?} is not as expected", args.subject);
     Ok(())
+}
+
+pub(super) fn bench(roots: &Roots, args: args::Bench) -> anyhow::Result<()> {
+    let format = args.format;
+    let options = options::bench(args)?;
+    let cancel = Cancel::default();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    let line = progress::StatusLine::new();
+    let report = crate::bench::run(&options, roots, &cancel, &|what| line.say(what))?;
+    drop(line);
+    print(format, &report, view::bench_table)
 }
 
 pub(super) fn demo() -> anyhow::Result<()> {

@@ -55,7 +55,8 @@ pub(super) struct Under {
 pub(super) struct Earlier {
     store: Option<Store>,
     /// Held until this save is kept.
-    _lock: Option<Lock>,
+    #[expect(dead_code, reason = "held, not looked at")]
+    lock: Option<Lock>,
     fingerprint: Digest,
     upper_inode: (u64, u64),
     pub(super) under: Option<Under>,
@@ -71,7 +72,7 @@ pub(super) async fn find(
 ) -> Result<Earlier, Error> {
     let mut earlier = Earlier {
         store: None,
-        _lock: None,
+        lock: None,
         fingerprint: Digest::of(b""),
         upper_inode: (0, 0),
         under: None,
@@ -87,7 +88,7 @@ pub(super) async fn find(
     let store = Store::new(dir);
     earlier.upper_inode = inode_of(container)?;
     earlier.fingerprint = fingerprint(options, container, base, earlier.upper_inode);
-    earlier._lock = lock(context, &store, container).await;
+    earlier.lock = lock(context, &store, container).await;
     let kept = store.load(&container.id);
     earlier.store = Some(store);
     let full = |why: &str| context.warn("full_save", format!("everything is saved anew: {why}"));
@@ -238,6 +239,10 @@ fn inode_of(container: &Container) -> Result<(u64, u64), Error> {
 }
 
 /// Over everything that a scan and its layers take for granted.
+#[allow(
+    clippy::unnecessary_debug_formatting,
+    reason = "quotes and escapes keep the parts apart"
+)]
 fn fingerprint(options: &Options, container: &Container, base: &Base, upper: (u64, u64)) -> Digest {
     // Time stamps of what was not on disk yet may be lost with a crash, and what was written after them not.
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();

@@ -354,7 +354,7 @@ async fn finish(made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
 }
 
 /// Several layers where that was asked for, or where one would be very large.
-fn cut(plan: Plan, layer_size: Option<u64>) -> Vec<Plan> {
+pub fn cut(plan: Plan, layer_size: Option<u64>) -> Vec<Plan> {
     match layer_size {
         Some(0) => vec![plan],
         Some(size) => plan.cut(size),

@@ -1,11 +1,12 @@
 //! Tar bytes of any stretch of a layer, made from the plan and the files: any thread, any order, any number of times.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{SeekFrom, Stat};
 
-use super::plan::{Item, Plan};
+use super::ahead::Ahead;
+use super::plan::Item;
 use crate::escape;
 use crate::scan::Entry;
 
@@ -52,28 +53,21 @@ pub struct Scratch {
 
 /// Appends to `out` the bytes `start..end` of the tar; `unstable` collects what changed meanwhile.
 pub fn fill(
-    plan: &Plan,
+    ahead: &Ahead<'_>,
     start: u64,
     end: u64,
     out: &mut Vec<u8>,
     scratch: &mut Scratch,
     unstable: &mut Vec<Unstable>,
 ) -> Result<(), ReadError> {
+    let plan = ahead.plan();
     let base = out.len();
     let end = end.min(plan.tar_size());
     // Zeros are padding, holes, the archive's end, and what a file that shrank no longer has.
     out.resize(base + (end - start) as usize, 0);
     let target = &mut out[base..];
-    let items = plan.items();
-    let first = items
-        .partition_point(|item| item.offset <= start)
-        .saturating_sub(1);
-    for item in &items[first..] {
-        if item.offset >= end {
-            break;
-        }
-        let content_at = item.offset + u64::from(item.header_len);
-        if content_at > start {
+    for item in plan.items_in(start, end) {
+        if item.offset + u64::from(item.header_len) > start {
             scratch.header.clear();
             let header = &mut scratch.header;
             plan.header(item, &mut scratch.path, &mut scratch.link, |h| {
@@ -81,12 +75,11 @@ pub fn fill(
             });
             copy_overlap(target, start, &scratch.header, item.offset);
         }
-        let content_end = content_at + plan.content_size(item);
-        let (from, to) = (content_at.max(start), content_end.min(end));
-        if from < to {
-            let part = &mut target[(from - start) as usize..(to - start) as usize];
-            read_part(plan, item, from - content_at, part, scratch, unstable)?;
-        }
+    }
+    for (index, item, from, to) in plan.contents(start, end) {
+        let at = item.offset + u64::from(item.header_len) + from - start;
+        let part = &mut target[at as usize..][..(to - from) as usize];
+        read_part(ahead, index, item, from, part, scratch, unstable)?;
     }
     Ok(())
 }
@@ -104,39 +97,39 @@ fn copy_overlap(target: &mut [u8], start: u64, bytes: &[u8], at: u64) {
 
 /// Reads `part.len()` bytes of a file's content from `offset` on. What is not there stays zero.
 fn read_part(
-    plan: &Plan,
+    ahead: &Ahead<'_>,
+    index: usize,
     item: &Item,
     offset: u64,
     part: &mut [u8],
     scratch: &mut Scratch,
     unstable: &mut Vec<Unstable>,
 ) -> Result<(), ReadError> {
-    let scan = plan.scan();
+    let plan = ahead.plan();
     let entry = plan.entry(item);
-    scan.path_into(item.entry, &mut scratch.path);
     if let Some(content) = plan.held(item) {
         return content
             .read(offset, part, entry)
             .map_err(|source| ReadError {
-                path: format!("/{}", escape::path(&scratch.path)),
+                path: format!("/{}", escape::path(&plan.scan().path(item.entry))),
                 source,
             });
     }
-    let elsewhere = scan.elsewhere(entry);
-    let (root, path, ino) = match elsewhere {
-        Some(place) => (place.root, place.path.as_slice(), place.ino),
-        None => (0, scratch.path.as_slice(), entry.ino),
+    let opened = plan.open(item, &mut scratch.path);
+    let fail = |source: io::Error| {
+        let path = plan.scan().path(item.entry);
+        ReadError {
+            path: format!("/{}", escape::path(&path)),
+            source,
+        }
     };
-    let fail = |source: io::Error| ReadError {
-        path: format!("/{}", escape::path(&scratch.path)),
-        source,
-    };
-    let found = match scan.root(root).open_file(path, ino).map_err(fail)? {
+    let found = match opened.map_err(fail)? {
         Some(file) => {
-            let read = read_sparse(&file, offset, part, entry).map_err(fail)?;
+            let read = |at, part: &mut [u8]| ahead.read(index, &file, at, part);
+            let read = read_sparse(&file, read, offset, part, entry).map_err(fail)?;
             let stat = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?;
             // A lower does not change, and its times are not the entry's.
-            let changed = elsewhere.is_none() && !same_file(&stat, entry);
+            let changed = plan.scan().elsewhere(entry).is_none() && !same_file(&stat, entry);
             match (stat.st_size as u64).cmp(&entry.size) {
                 std::cmp::Ordering::Less => Some(Instability::Shrank),
                 std::cmp::Ordering::Greater => Some(Instability::Grew),
@@ -148,7 +141,7 @@ fn read_part(
     };
     if let Some(what) = found {
         unstable.push(Unstable {
-            path: escape::path(&scratch.path),
+            path: escape::path(&plan.scan().path(item.entry)),
             what,
         });
     }
@@ -163,13 +156,14 @@ pub(super) fn same_file(stat: &Stat, entry: &Entry) -> bool {
 
 /// Reads without touching holes. Returns how far into `part` the file reaches.
 pub(super) fn read_sparse(
-    file: &OwnedFd,
+    file: &File,
+    read: impl Fn(u64, &mut [u8]) -> io::Result<usize>,
     offset: u64,
     part: &mut [u8],
     entry: &Entry,
 ) -> io::Result<usize> {
     if entry.allocated >= entry.size {
-        return read_full(file.as_fd(), offset, part);
+        return read(offset, part);
     }
     let mut done = 0;
     while done < part.len() {
@@ -192,7 +186,7 @@ pub(super) fn read_sparse(
             .unwrap_or(usize::MAX)
             .min(part.len() - done);
         let len = if len == 0 { part.len() - done } else { len };
-        let n = read_full(file.as_fd(), data, &mut part[done..done + len])?;
+        let n = read(data, &mut part[done..done + len])?;
         done += n;
         if n < len {
             break;
@@ -201,7 +195,8 @@ pub(super) fn read_sparse(
     Ok(done)
 }
 
-pub(super) fn read_full(file: BorrowedFd<'_>, offset: u64, part: &mut [u8]) -> io::Result<usize> {
+/// Reads until `part` is full or the file ends.
+pub(super) fn read_full(file: &File, offset: u64, part: &mut [u8]) -> io::Result<usize> {
     let mut done = 0;
     while done < part.len() {
         match rustix::io::pread(file, &mut part[done..], offset + done as u64) {

@@ -77,14 +77,18 @@ impl Compression {
 pub struct CodecError(String);
 
 /// The state of one worker's compressor, reused from block to block.
-pub(super) enum Codec {
+pub enum Codec {
+    /// Deflate; head and tail of the member are the stream's.
     Gzip(Compress),
+    /// A frame a block.
     Zstd(Box<FrameCompressor>),
+    /// Blocks go out as they are.
     None,
 }
 
 impl Codec {
-    pub(super) fn new(compression: Compression, level: u32) -> Self {
+    /// `level` within [`Compression::levels`].
+    pub fn new(compression: Compression, level: u32) -> Self {
         match compression {
             Compression::Gzip => Self::Gzip(Compress::new(flate2::Compression::new(level), false)),
             Compression::Zstd => {
@@ -96,7 +100,7 @@ impl Codec {
     }
 
     /// Compresses one block. `None` means that the block goes out as it is.
-    pub(super) fn compress(&mut self, block: &[u8]) -> Result<Option<Vec<u8>>, CodecError> {
+    pub fn compress(&mut self, block: &[u8]) -> Result<Option<Vec<u8>>, CodecError> {
         if !matches!(self, Self::None) && is_hopeless(block)? {
             return Ok(Some(match self {
                 Self::Gzip(_) => stored_deflate(block),

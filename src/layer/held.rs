@@ -5,8 +5,9 @@
 //! this process whatever way it ends.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -42,7 +43,7 @@ pub enum Content {
     /// Data by offset; between them are holes.
     Memory(Vec<(u64, Vec<u8>)>),
     /// A file that nobody else writes to.
-    Clone(OwnedFd),
+    Clone(File),
 }
 
 /// How the contents of a plan can be kept.
@@ -77,7 +78,8 @@ impl Content {
                 }
             }
             Self::Clone(file) => {
-                block::read_sparse(file, offset, part, entry)?;
+                let read = |at, part: &mut [u8]| block::read_full(file, at, part);
+                block::read_sparse(file, read, offset, part, entry)?;
             }
         }
         Ok(())
@@ -221,24 +223,23 @@ fn keep(
         source,
     };
     let elsewhere = scan.elsewhere(entry);
-    let (root, place, ino) = match elsewhere {
-        Some(elsewhere) => (elsewhere.root, elsewhere.path.as_slice(), elsewhere.ino),
-        None => (0, path.as_slice(), entry.ino),
-    };
     let mut note = |what| {
         unstable.push(Unstable {
             path: escape::path(&path),
             what,
-        })
+        });
     };
-    let Some(file) = scan.root(root).open_file(place, ino).map_err(fail)? else {
+    let Some(file) = plan.open(item, &mut Vec::new()).map_err(fail)? else {
         note(Instability::Vanished);
         return Ok(Content::Memory(Vec::new()));
     };
-    let content = if way == Way::Clones && weight(entry) > SMALL && root == 0 {
+    let content = if way == Way::Clones
+        && weight(entry) > SMALL
+        && elsewhere.is_none_or(|place| place.root == 0)
+    {
         let clone = scan.root(0).nameless_file().map_err(fail)?;
         rustix::fs::ioctl_ficlone(&clone, &file).map_err(|e| fail(e.into()))?;
-        Content::Clone(clone)
+        Content::Clone(clone.into())
     } else {
         Content::Memory(pieces(&file, entry.size).map_err(fail)?)
     };
@@ -252,7 +253,7 @@ fn keep(
 }
 
 /// Everything of a file that is no hole.
-fn pieces(file: &OwnedFd, size: u64) -> io::Result<Vec<(u64, Vec<u8>)>> {
+fn pieces(file: &File, size: u64) -> io::Result<Vec<(u64, Vec<u8>)>> {
     let mut pieces = Vec::new();
     let mut at = 0;
     while at < size {
@@ -270,7 +271,7 @@ fn pieces(file: &OwnedFd, size: u64) -> io::Result<Vec<(u64, Vec<u8>)>> {
             .min(size);
         let end = if hole > data { hole } else { size };
         let mut bytes = vec![0; (end - data) as usize];
-        let n = block::read_full(file.as_fd(), data, &mut bytes)?;
+        let n = block::read_full(file, data, &mut bytes)?;
         bytes.truncate(n);
         let short = (n as u64) < end - data;
         pieces.push((data, bytes));

@@ -2,6 +2,8 @@
 //! cut into several, which are then hashed, compressed, uploaded and later pulled side by side.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use super::held::{Content, Held};
@@ -41,8 +43,8 @@ pub struct Plan {
 impl Plan {
     /// Lays out everything that the scan emits. Times later than `timestamp` (seconds since the epoch) become it.
     pub fn new(scan: Arc<Scan>, timestamp: Option<i64>) -> Self {
-        let emitted = scan.emitted();
-        Self::of(Arc::clone(&scan), emitted, timestamp)
+        let emitting = Arc::clone(&scan);
+        Self::of(scan, emitting.emitted(), timestamp)
     }
 
     /// Lays out `entries`, which stand in the order of the scan, with all the parents that are to be in the layer.
@@ -183,8 +185,47 @@ impl Plan {
         &self.scan
     }
 
+    /// The items of which something lies in the bytes `start..end` of the tar.
     pub(super) fn items(&self) -> &[Item] {
         &self.items
+    }
+
+    pub(super) fn items_in(&self, start: u64, end: u64) -> &[Item] {
+        let from = self.items.partition_point(|item| item.offset <= start);
+        let to = self.items.partition_point(|item| item.offset < end);
+        &self.items[from.saturating_sub(1)..to]
+    }
+
+    /// Files of which content lies in the bytes `start..end` of the tar: the item's index, the item, and from where to where
+    /// in the file.
+    pub(super) fn contents(
+        &self,
+        start: u64,
+        end: u64,
+    ) -> impl Iterator<Item = (usize, &Item, u64, u64)> {
+        let first = self.items.partition_point(|item| item.offset <= start);
+        let first = first.saturating_sub(1);
+        let items = self.items_in(start, end).iter().enumerate();
+        items.filter_map(move |(at, item)| {
+            let begin = item.offset + u64::from(item.header_len);
+            let from = start.saturating_sub(begin);
+            let to = end.saturating_sub(begin).min(self.content_size(item));
+            (from < to).then_some((first + at, item, from, to))
+        })
+    }
+
+    /// Opens the file that holds an item's content; none when something else, or nothing, is there now. `path` is a buffer.
+    pub(super) fn open(&self, item: &Item, path: &mut Vec<u8>) -> io::Result<Option<File>> {
+        let scan = self.scan();
+        let entry = self.entry(item);
+        let opened = match scan.elsewhere(entry) {
+            Some(place) => scan.root(place.root).open_file(&place.path, place.ino),
+            None => {
+                scan.path_into(item.entry, path);
+                scan.root(0).open_file(path, entry.ino)
+            }
+        };
+        Ok(opened?.map(File::from))
     }
 
     pub(super) fn entry(&self, item: &Item) -> &Entry {

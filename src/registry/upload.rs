@@ -111,6 +111,23 @@ impl Writer {
             .map_err(Error::in_mid_upload)
     }
 
+    /// Waits until the registry has confirmed every byte, then gives the blob up: what an upload costs can be measured
+    /// without leaving one behind. Returns when the registry had confirmed.
+    pub async fn rehearse(mut self) -> Result<Instant, Error> {
+        let (pieces, task) = self
+            .pieces
+            .take()
+            .zip(self.task.take())
+            .ok_or(Error::Abandoned)?;
+        // Refused only when the task has ended, and then the task says why.
+        let _ = pieces.send(Piece::End).await;
+        drop(pieces);
+        let session = task.await.map_err(|_| Error::Abandoned)??;
+        let confirmed = Instant::now();
+        cancel(&self.repository, &session).await;
+        Ok(confirmed)
+    }
+
     /// Gives the blob up and waits until the registry was told.
     pub async fn abort(mut self) {
         self.pieces = None;

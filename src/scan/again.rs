@@ -294,10 +294,12 @@ impl<'a> Earlier<'a> {
             return Ok(None);
         };
         let path = self.scan.path(dir);
-        let depth = match path.as_slice() {
-            [] => 0,
-            path => 1 + path.iter().filter(|&&b| b == b'/').count() as u32,
-        };
+        let mut depth = 0;
+        let mut at = dir;
+        while at != 0 {
+            depth += 1;
+            at = self.scan.entries[at as usize].parent;
+        }
         Ok(Some(Task {
             id: 0,
             depth,

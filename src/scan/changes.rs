@@ -249,7 +249,7 @@ impl Comparison<'_> {
             entry_of(self.now, now),
         ) {
             // Deleted then and now.
-            (true, _, true, _) => {}
+            (true, _, true, _) | (false, None, false, None) => {}
             (false, _, true, _) => self.take[mark_now as usize] = true,
             (true, _, false, Some(entry)) => self.subtree(now, &entry, Take::OverNothing)?,
             // The base is to be seen where the image has it deleted.
@@ -284,7 +284,6 @@ impl Comparison<'_> {
                     self.gone.entry(dir).or_default().push(before);
                 }
             }
-            (false, None, false, None) => {}
         }
         Ok(None)
     }
@@ -339,7 +338,7 @@ impl Comparison<'_> {
 
     /// Every parent directory of a change is there, with what it is like now.
     fn parents(&mut self) {
-        for (&dir, _) in &self.gone {
+        for &dir in self.gone.keys() {
             self.take[dir as usize] |= dir != 0;
         }
         for index in (1..self.take.len()).rev() {

@@ -1,0 +1,252 @@
+//! Which flags follow from the figures. Pure: the level never changes without saying what that costs in bytes.
+
+use super::limit::{Bound, Costs, Hands, Limit, enough_jobs, enough_layers};
+use super::report::Advice;
+use super::stages::Setting;
+use crate::layer::Compression;
+
+/// Time that a smaller layer may cost and still be free.
+const FREE: f64 = 1.05;
+/// Gain below which another setting is not worth naming.
+const WORTH: f64 = 1.2;
+/// Below this size of a layer its own requests cost more than a second hash gains.
+const SMALLEST_LAYER: u64 = 64 << 20;
+
+/// What a codec at a level would cost this save.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate {
+    /// Codec and level.
+    pub setting: Setting,
+    /// Of the whole save.
+    pub costs: Costs,
+    /// Compressed bytes.
+    pub sent_bytes: u64,
+}
+
+/// Best first: for readers of everything, then faster and smaller ones with their price. `asked` is what was measured.
+pub fn advise(
+    candidates: &[Candidate],
+    asked: Setting,
+    hands: Hands,
+    tar_bytes: u64,
+) -> Vec<Advice> {
+    let seconds = |c: &Candidate| Limit::of(&c.costs, hands).seconds;
+    let of = |codec: Compression| candidates.iter().filter(move |c| c.setting.codec == codec);
+    let Some(asked) = candidates.iter().find(|c| c.setting == asked) else {
+        return Vec::new();
+    };
+    // A smaller layer that costs no time is better for everybody.
+    let free = of(asked.setting.codec)
+        .filter(|c| c.sent_bytes < asked.sent_bytes && seconds(c) <= FREE * seconds(asked))
+        .min_by_key(|c| c.sent_bytes);
+    let best = free.unwrap_or(asked);
+    let bound = Limit::of(&best.costs, hands).bound_by;
+    let why = match (bound, free.is_some()) {
+        (Bound::Cores, false) => {
+            "the cores bind: this level's layer costs all of their time".to_owned()
+        }
+        (Bound::Jobs, false) => {
+            "the workers bind: more of them, up to the cores, are faster".to_owned()
+        }
+        (Bound::Sha256, _) => "one core's SHA-256 over the tar binds, not the codec".to_owned(),
+        (Bound::Destination, _) => "the destination binds, not the codec".to_owned(),
+        (_, true) => "a higher level costs next to no time here".to_owned(),
+    };
+    let mut advice = vec![one(best, hands, tar_bytes, why)];
+    let compared = |c: &Candidate, note: &str| {
+        let (faster, larger) = (
+            seconds(best) / seconds(c),
+            c.sent_bytes as f64 / best.sent_bytes as f64,
+        );
+        format!("{faster:.1} times as fast, the layer {larger:.2} of the size{note}")
+    };
+    // Fastest of the same codec.
+    let fastest = of(asked.setting.codec).min_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+    if let Some(c) = fastest.filter(|c| seconds(best) >= WORTH * seconds(c)) {
+        advice.push(one(c, hands, tar_bytes, compared(c, "")));
+    }
+    // The fastest zstd layer, of those that are no larger where there are any.
+    if asked.setting.codec != Compression::Zstd {
+        let both = of(Compression::Zstd)
+            .filter(|c| seconds(c) <= seconds(best) && c.sent_bytes <= best.sent_bytes)
+            .min_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+        let zstd =
+            both.or_else(|| of(Compression::Zstd).min_by(|a, b| seconds(a).total_cmp(&seconds(b))));
+        if let Some(c) =
+            zstd.filter(|c| seconds(c) < seconds(best) || c.sent_bytes < best.sent_bytes)
+        {
+            advice.push(one(
+                c,
+                hands,
+                tar_bytes,
+                compared(c, "; only where everything that pulls reads zstd"),
+            ));
+        }
+    }
+    advice
+}
+
+/// Flags for a candidate, with as many workers and layers as pay.
+fn one(candidate: &Candidate, hands: Hands, tar_bytes: u64, mut why: String) -> Advice {
+    let Setting { codec, level } = candidate.setting;
+    let mut flags = vec!["--compression".to_owned(), word(codec).to_owned()];
+    if codec != Compression::None {
+        flags.extend(["--compression-level".to_owned(), level.to_string()]);
+    }
+    let mut hands = hands;
+    let layers = enough_layers(&candidate.costs, hands);
+    let size = tar_bytes.div_ceil(layers as u64).next_multiple_of(1 << 20);
+    if layers > 1 && size >= SMALLEST_LAYER {
+        flags.extend(["--layer-size".to_owned(), format!("{}M", size >> 20)]);
+        why += &format!("; {layers} layers are hashed side by side");
+        hands.layers = layers;
+    }
+    let jobs = enough_jobs(&candidate.costs, hands);
+    if jobs < hands.cores {
+        flags.extend(["--jobs".to_owned(), jobs.to_string()]);
+        why += &format!("; more than {jobs} workers would only wait");
+    }
+    Advice {
+        flags,
+        limit_seconds: Limit::of(&candidate.costs, hands).seconds,
+        sent_bytes: candidate.sent_bytes,
+        why,
+    }
+}
+
+/// As the flag takes it.
+pub fn word(codec: Compression) -> &'static str {
+    match codec {
+        Compression::Gzip => "gzip",
+        Compression::Zstd => "zstd",
+        Compression::None => "none",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GB: u64 = 1_000_000_000;
+
+    fn candidate(codec: Compression, level: u32, compress: f64, sent_bytes: u64) -> Candidate {
+        let costs = Costs {
+            read: 0.5,
+            compress,
+            hash_tar: 0.6,
+            hand_on_wall: sent_bytes as f64 / 1e9,
+            ..Costs::default()
+        };
+        Candidate {
+            setting: Setting { codec, level },
+            costs,
+            sent_bytes,
+        }
+    }
+
+    fn candidates() -> [Candidate; 4] {
+        [
+            candidate(Compression::Gzip, 1, 6.0, 400_000_000),
+            candidate(Compression::Gzip, 4, 14.0, 310_000_000),
+            candidate(Compression::Gzip, 6, 19.0, 300_000_000),
+            candidate(Compression::Zstd, 2, 4.0, 290_000_000),
+        ]
+    }
+
+    const ASKED: Setting = Setting {
+        codec: Compression::Gzip,
+        level: 4,
+    };
+
+    fn flags(advice: &[Advice]) -> Vec<String> {
+        advice.iter().map(|advice| advice.flags.join(" ")).collect()
+    }
+
+    #[test]
+    fn where_the_cores_bind_speed_has_its_price() {
+        let hands = Hands {
+            cores: 2,
+            jobs: 2,
+            layers: 1,
+        };
+        let advice = advise(&candidates(), ASKED, hands, GB);
+        assert_eq!(
+            flags(&advice),
+            [
+                "--compression gzip --compression-level 4",
+                "--compression gzip --compression-level 1",
+                "--compression zstd --compression-level 2",
+            ]
+        );
+        assert!(
+            advice[1].why.contains("2.1 times as fast, the layer 1.29"),
+            "{}",
+            advice[1].why
+        );
+        assert!(advice[2].why.contains("reads zstd"), "{}", advice[2].why);
+    }
+
+    #[test]
+    fn a_slow_destination_makes_a_smaller_layer_free_and_workers_idle() {
+        let slow = candidates().map(|c| Candidate {
+            costs: Costs {
+                hand_on_wall: c.sent_bytes as f64 / 10e6,
+                ..c.costs
+            },
+            ..c
+        });
+        let hands = Hands {
+            cores: 8,
+            jobs: 8,
+            layers: 1,
+        };
+        let advice = advise(&slow, ASKED, hands, GB);
+        assert_eq!(
+            flags(&advice),
+            [
+                "--compression gzip --compression-level 6 --jobs 1",
+                "--compression zstd --compression-level 2 --jobs 1",
+            ]
+        );
+    }
+
+    #[test]
+    fn many_cores_are_worth_several_layers() {
+        let many = candidates().map(|c| Candidate {
+            costs: Costs {
+                hand_on_wall: 0.01,
+                ..c.costs
+            },
+            ..c
+        });
+        let hands = Hands {
+            cores: 64,
+            jobs: 64,
+            layers: 1,
+        };
+        let advice = advise(&many, ASKED, hands, GB);
+        assert_eq!(
+            advice[0].flags[..4],
+            ["--compression", "gzip", "--compression-level", "6"]
+        );
+        assert_eq!(advice[0].flags[4..6], ["--layer-size", "477M"]);
+        assert!(
+            advise(
+                &many,
+                Setting {
+                    codec: Compression::None,
+                    level: 0
+                },
+                hands,
+                GB
+            )
+            .is_empty()
+        );
+        // A small save gains nothing by it.
+        let small = advise(&many, ASKED, hands, 50_000_000);
+        assert!(
+            !small[0].flags.contains(&"--layer-size".to_owned()),
+            "{small:?}"
+        );
+    }
+}
