@@ -23,3 +23,4 @@ pub mod prove;
 pub mod registry;
 pub mod scan;
 pub mod spec;
+pub mod state;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 19] = [
+const TABLE: [(&str, &[&str]); 20] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
@@ -27,6 +27,7 @@ const TABLE: [(&str, &[&str]); 19] = [
     ("destination", &["harbor", "registry", "layout", "digest"]),
     ("spec", &["overlay", "digest"]),
     ("prove", &["spec", "overlay"]),
+    ("state", &["scan", "digest"]),
     ("job", &["digest"]),
     (
         "commit",
@@ -44,6 +45,7 @@ const TABLE: [(&str, &[&str]); 19] = [
             "prove",
             "registry",
             "scan",
+            "state",
         ],
     ),
     (

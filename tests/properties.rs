@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use harness::{Outcome, Stop, Test};
-use layer::{Source, make, make_cut};
+use layer::{Source, layer_of, make, make_cut, scan};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
@@ -30,6 +30,7 @@ use rustix::mount::{
 };
 use upperdeck::layer::Compression;
 use upperdeck::overlay::xattr::Namespace;
+use upperdeck::scan::Scan;
 use upperdeck::spec::layers::Layers;
 use upperdeck::spec::tree::{Ignore, Tree, compare};
 
@@ -382,20 +383,15 @@ impl Overlay {
     }
 }
 
-/// Each list of changes is a layer, the last one the upper. Whether the case counted.
-fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
-    let home = tempfile::Builder::new()
-        .prefix("upperdeck-property")
-        .tempdir()?;
+/// Makes each list of changes a base layer: the lowers, topmost first, and what they show.
+fn lowers(kind: Kind, home: &Path, base: &[Vec<Change>]) -> Result<(Vec<PathBuf>, Tree)> {
     let directory = |name: String| -> Result<PathBuf> {
-        let path = home.path().join(name);
+        let path = home.join(name);
         fs::create_dir(&path)?;
         Ok(path)
     };
-    let empty = directory("empty".to_owned())?;
-    // Topmost first; the kernel wants one to begin with.
-    let mut lowers = vec![empty.clone()];
-    let (changes, base) = history.split_last().context("no history")?;
+    // The kernel wants one to begin with.
+    let mut lowers = vec![directory("empty".to_owned())?];
     for (number, changes) in base.iter().enumerate() {
         let (upper, work) = (
             directory(format!("lower{number}"))?,
@@ -417,6 +413,21 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
     let mut two = lowers.clone();
     two.push(directory("empty2".to_owned())?);
     let before = Overlay::new(kind, None, &two)?.tree()?;
+    Ok((lowers, before))
+}
+
+/// Each list of changes is a layer, the last one the upper. Whether the case counted.
+fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
+    let home = tempfile::Builder::new()
+        .prefix("upperdeck-property")
+        .tempdir()?;
+    let directory = |name: String| -> Result<PathBuf> {
+        let path = home.path().join(name);
+        fs::create_dir(&path)?;
+        Ok(path)
+    };
+    let (changes, base) = history.split_last().context("no history")?;
+    let (lowers, before) = lowers(kind, home.path(), base)?;
     let (upper, work) = (
         directory("upper".to_owned())?,
         directory("work".to_owned())?,
@@ -486,6 +497,121 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
     Ok(true)
 }
 
+/// Base layers as in [`case`]; then each list of changes is made in the upper and saved on top of what was saved before.
+/// How many saves there were on top of another.
+fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) -> Result<u32> {
+    let home = tempfile::Builder::new()
+        .prefix("upperdeck-property")
+        .tempdir()?;
+    let (lowers, before) = lowers(kind, home.path(), base)?;
+    let (upper, work) = (home.path().join("upper"), home.path().join("work"));
+    fs::create_dir(&upper)?;
+    fs::create_dir(&work)?;
+    let source = Source::new(upper.clone(), lowers.clone(), kind.namespace());
+    let mut earlier: Option<Scan> = None;
+    let mut layers = Layers::over(before.clone());
+    let mut on_top = 0;
+    for changes in saves {
+        let overlay = Overlay::new(kind, Some((&upper, &work)), &lowers)?;
+        for change in changes {
+            apply(&overlay.path(), change).ok();
+        }
+        drop(overlay);
+        if settle {
+            // So that scanning again may trust the stamps.
+            std::thread::sleep(4 * upperdeck::scan::tick());
+        }
+        let merged = Overlay::new(kind, Some((&upper, &work)), &lowers)?.tree()?;
+        let fresh = match scan(&source, 2, None) {
+            Err(message) if matches!(kind, Kind::Index) && message.contains("index=on") => {
+                return Ok(on_top);
+            }
+            other => other.map_err(anyhow::Error::msg)?,
+        };
+        let now = scan(&source, 2, earlier.as_ref()).map_err(anyhow::Error::msg)?;
+        ensure!(
+            listing(&fresh) == listing(&now),
+            "scanned from nothing, and again:\n{:#?}\n{:#?}",
+            listing(&fresh),
+            listing(&now)
+        );
+        let delta = earlier
+            .as_ref()
+            .and_then(|earlier| now.changes_since(earlier, &|_| false));
+        let made = match delta {
+            Some(delta) => {
+                on_top += 1;
+                layer_of(delta)
+            }
+            None => {
+                layers = Layers::over(before.clone());
+                let scan = scan(&source, 2, None).map_err(anyhow::Error::msg)?;
+                layer_of(scan)
+            }
+        };
+        let made = made.map_err(anyhow::Error::msg)?;
+        layers.apply(made.bytes.as_slice())?;
+        let after = layers.complete();
+        let ignore = Ignore {
+            mtime_nanos: true,
+            root: true,
+            xattrs: vec![b"security.selinux".to_vec()],
+            ..Ignore::default()
+        };
+        same(
+            "the layers over the base, and the mount",
+            &merged,
+            &after,
+            &ignore,
+        )?;
+        layers = Layers::over(after);
+        earlier = Some(now);
+    }
+    // And nothing changed: nothing is taken again but what is too young to tell.
+    if let (Some(earlier), true) = (&earlier, settle) {
+        let now = scan(&source, 2, Some(earlier)).map_err(anyhow::Error::msg)?;
+        let delta = now.changes_since(earlier, &|_| false);
+        ensure!(
+            delta.as_ref().is_some_and(Scan::is_empty),
+            "changes where there are none: {:#?}",
+            delta.as_ref().map(listing)
+        );
+    }
+    Ok(on_top)
+}
+
+/// Everything that a scan says.
+fn listing(scan: &Scan) -> Vec<String> {
+    let emitted: std::collections::HashSet<u32> = scan.emitted().collect();
+    (0..scan.entries().len() as u32)
+        .map(|index| {
+            let e = &scan.entries()[index as usize];
+            format!(
+                "{} {} {:?} {:o} {}:{} {} {} {} {}.{} {:?} {:?} {:?} {}",
+                if emitted.contains(&index) { "+" } else { "-" },
+                scan.path(index).escape_ascii(),
+                e.kind,
+                e.mode,
+                e.uid,
+                e.gid,
+                e.size,
+                e.ino,
+                if e.kind == upperdeck::scan::Kind::Dir {
+                    0
+                } else {
+                    e.nlink
+                },
+                e.ctime,
+                e.ctime_nsec,
+                scan.link(e),
+                scan.xattrs(e),
+                scan.elsewhere(e),
+                scan.in_base(e),
+            )
+        })
+        .collect()
+}
+
 fn same(what: &str, expected: &Tree, found: &Tree, ignore: &Ignore) -> Result<()> {
     let differences: Vec<String> = compare(expected, found, ignore)
         .iter()
@@ -499,7 +625,8 @@ fn same(what: &str, expected: &Tree, found: &Tree, ignore: &Ignore) -> Result<()
     Ok(())
 }
 
-fn property(kind: Kind) -> Outcome {
+/// How many cases, if the kernel mounts such overlays.
+fn cases(kind: Kind) -> Result<u32, Stop> {
     harness::need_root()?;
     let empty = tempfile::tempdir()?;
     let (a, b) = (empty.path().join("a"), empty.path().join("b"));
@@ -510,40 +637,84 @@ fn property(kind: Kind) -> Outcome {
             "the kernel does not mount such an overlay: {error:#}"
         )));
     }
-    let cases = match std::env::var("UPPERDECK_PROPTEST_CASES") {
-        Ok(text) => text.parse()?,
-        Err(_) => CASES,
-    };
-    let config = Config {
+    match std::env::var("UPPERDECK_PROPTEST_CASES") {
+        Ok(text) => Ok(text.parse()?),
+        Err(_) => Ok(CASES),
+    }
+}
+
+fn config(cases: u32) -> Config {
+    Config {
         cases,
         failure_persistence: None,
         max_shrink_iters: 400,
         ..Config::default()
-    };
-    let base = prop::collection::vec(prop::collection::vec(change(), 0..30), 1..=5);
-    let history = (base, prop::collection::vec(change(), 1..30)).prop_map(|(mut base, upper)| {
-        base.push(upper);
-        base
-    });
-    let counted = std::cell::Cell::new(0);
-    let result = TestRunner::new(config).run(&history, |history| match case(kind, &history) {
-        Ok(counts) => {
-            counted.set(counted.get() + u32::from(counts));
-            Ok(())
-        }
-        Err(error) => Err(TestCaseError::fail(format!("{error:#}"))),
-    });
+    }
+}
+
+fn verdict<T: std::fmt::Debug>(result: Result<(), TestError<T>>) -> Outcome {
     match result {
-        Ok(()) if counted.get() * 4 < cases => Err(Stop::Failed(format!(
-            "only {} of {cases} cases were not refused",
-            counted.get()
-        ))),
         Ok(()) => Ok(()),
         Err(TestError::Fail(reason, history)) => {
             Err(Stop::Failed(format!("{reason}\n{history:#?}")))
         }
         Err(other) => Err(Stop::Failed(other.to_string())),
     }
+}
+
+fn property(kind: Kind) -> Outcome {
+    let cases = cases(kind)?;
+    let base = prop::collection::vec(prop::collection::vec(change(), 0..30), 1..=5);
+    let history = (base, prop::collection::vec(change(), 1..30)).prop_map(|(mut base, upper)| {
+        base.push(upper);
+        base
+    });
+    let counted = std::cell::Cell::new(0);
+    verdict(
+        TestRunner::new(config(cases)).run(&history, |history| match case(kind, &history) {
+            Ok(counts) => {
+                counted.set(counted.get() + u32::from(counts));
+                Ok(())
+            }
+            Err(error) => Err(TestCaseError::fail(format!("{error:#}"))),
+        }),
+    )?;
+    if counted.get() * 4 < cases {
+        return Err(Stop::Failed(format!(
+            "only {} of {cases} cases were not refused",
+            counted.get()
+        )));
+    }
+    Ok(())
+}
+
+fn chain_property(kind: Kind) -> Outcome {
+    let cases = cases(kind)?;
+    let base = prop::collection::vec(prop::collection::vec(change(), 0..30), 0..=3);
+    let saves = prop::collection::vec(prop::collection::vec(change(), 0..12), 2..=4);
+    let on_top = std::cell::Cell::new(0);
+    let history = (base, saves, any::<bool>());
+    verdict(
+        TestRunner::new(config(cases)).run(&history, |(base, saves, settle)| {
+            let saved = chain(kind, &base, &saves, settle);
+            saved
+                .map(|saves| on_top.set(on_top.get() + saves))
+                .map_err(|error| TestCaseError::fail(format!("{error:#}")))
+        }),
+    )?;
+    // One or more saves on top of another a case, were none of them given up.
+    let least = if matches!(kind, Kind::Default | Kind::Userxattr) {
+        cases
+    } else {
+        cases / 4
+    };
+    if on_top.get() < least {
+        return Err(Stop::Failed(format!(
+            "only {} saves in {cases} cases were made on top of another",
+            on_top.get()
+        )));
+    }
+    Ok(())
 }
 
 fn main() -> ExitCode {
@@ -553,10 +724,17 @@ fn main() -> ExitCode {
         ("index", Kind::Index),
         ("userxattr", Kind::Userxattr),
     ];
-    let tests = kinds.map(|(name, kind)| {
+    let whole = kinds.map(|(name, kind)| {
         Test::new(format!("layer_over_base_is_the_view::{name}"), move || {
             property(kind)
         })
     });
+    let chains = kinds.map(|(name, kind)| {
+        Test::new(
+            format!("changes_over_what_was_saved_are_the_view::{name}"),
+            move || chain_property(kind),
+        )
+    });
+    let tests: Vec<Test> = whole.into_iter().chain(chains).collect();
     harness::main(&tests)
 }

@@ -318,11 +318,17 @@ pub(super) struct Commit {
     pub(super) base: Option<String>,
 
     /// What becomes of the container while its files are read
-    #[arg(short, long, value_enum, default_value_t = Pause::Full, value_name = "HOW")]
+    #[arg(short, long, value_enum, default_value_t = Pause::Live, value_name = "HOW")]
     pub(super) pause: Pause,
-    /// The longest that the container may stand still, e.g. 30s
+    /// The longest that the container may stand still, e.g. 300ms; 0 for no bound [default: 1s with --pause live]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(super) max_pause: Option<Duration>,
+    /// How much of what changes during the save may be kept in memory; where it is more, another round comes first
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "32M")]
+    pub(super) live_limit: u64,
+
+    #[command(flatten)]
+    pub(super) state: State,
 
     #[command(flatten)]
     pub(super) content: Content,
@@ -348,6 +354,21 @@ pub(super) struct Commit {
     /// How to show what happens
     #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW", help_heading = REPORT)]
     pub(super) progress: Mode,
+}
+
+/// What is kept of a save for the next one of the same container.
+#[derive(Clone, Debug, Args)]
+pub(super) struct State {
+    /// Where this node keeps what it needs to save only what changed since the last save; empty for nowhere
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = CONTENT)]
+    #[allow(clippy::struct_field_names, reason = "named as its flag")]
+    pub(super) state_dir: Option<PathBuf>,
+    /// Layers above the base from which on everything is saved anew
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=100), help_heading = CONTENT)]
+    pub(super) max_layers: u8,
+    /// Save everything anew, not only what changed since the last save
+    #[arg(long, help_heading = CONTENT)]
+    pub(super) full: bool,
 }
 
 /// What `commit` and `layer` share: what goes into the layer, and how it is made.
@@ -649,6 +670,9 @@ fn tree_size(text: &str) -> Result<u64, String> {
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
     let parsed = text
         .parse::<jiff::SignedDuration>()
         .ok()

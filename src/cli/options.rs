@@ -102,7 +102,16 @@ impl Commit {
             labels: args.label,
             annotations: args.annotation,
             pause: args.pause,
-            max_pause: args.max_pause,
+            max_pause: args
+                .max_pause
+                .or((args.pause == commit::Pause::Live).then_some(commit::MAX_PAUSE)),
+            live_limit: args.live_limit,
+            state_dir: args
+                .state
+                .state_dir
+                .filter(|dir| !dir.as_os_str().is_empty()),
+            max_layers: args.state.max_layers.into(),
+            full: args.state.full,
             compression: args.content.compression,
             level,
             jobs: args.content.jobs.map(Into::into),

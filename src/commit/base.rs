@@ -126,8 +126,11 @@ impl<'a> Blob<'a> {
 /// Which base layers the destination has, or takes over by itself: questions only, no content is moved.
 ///
 /// One answer a layer, bottom first; `None` where the content has to be brought.
-async fn look_up(destination: &Destination, base: &Base) -> Result<Vec<Option<Delivered>>, Error> {
-    let answers = base.layers.iter().map(|layer| async move {
+pub(super) async fn look_up(
+    destination: &Destination,
+    layers: &[BaseLayer],
+) -> Result<Vec<Option<Delivered>>, Error> {
+    let answers = layers.iter().map(|layer| async move {
         let Some(blob) = Blob::of(layer) else {
             return Ok(None);
         };
@@ -162,7 +165,7 @@ pub(super) async fn look_up_with_room(
     destination: &Destination,
     base: &Base,
 ) -> Result<Vec<Option<Delivered>>, Error> {
-    let found = look_up(destination, base).await?;
+    let found = look_up(destination, &base.layers).await?;
     destination.check_room(missing_bytes(base, &found)).await?;
     Ok(found)
 }
@@ -216,36 +219,13 @@ async fn bring_one(
         layer: index,
         layers: base.layers.len(),
     };
-    let mut tried = Vec::new();
-    if let Some(blob) = Blob::of(layer) {
-        for (name, open) in local_copies(&blob, layout) {
-            match copy_local(destination, &blob, &*open, &bar).await {
-                Ok(size) => return Ok(blob.delivered(size, Origin::Local)),
-                // What is wrong with the destination will be wrong with the next source too.
-                Err(Copy::Destination(error)) => return Err(error),
-                Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
-            }
-        }
-        for name in &layer.repositories {
-            match copy_remote(context, destination, &blob, name, &bar).await {
-                Ok(size) => {
-                    return Ok(blob.delivered(
-                        size,
-                        Origin::Registry {
-                            repository: name.clone(),
-                        },
-                    ));
-                }
-                Err(Copy::Destination(error)) => return Err(error),
-                Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
-            }
-        }
-        if tried.is_empty() {
-            tried.push("no copy on this node, and no registry known that has it".to_owned());
-        }
-    } else {
-        tried.push(format!("nothing says which blob it is: {}", base.proof));
-    }
+    let tried = match Blob::of(layer) {
+        Some(blob) => match copy_blob(context, destination, &blob, layout, &bar).await? {
+            Ok(delivered) => return Ok(delivered),
+            Err(tried) => tried,
+        },
+        None => vec![format!("nothing says which blob it is: {}", base.proof)],
+    };
     context.warn(
         "base_layer_remade",
         format!(
@@ -256,6 +236,56 @@ async fn bring_one(
         ),
     );
     remake(context, destination, container, base, index, &bar).await
+}
+
+/// Copies a layer that is no base's from where it is known to be, or says what was tried.
+pub(super) async fn copy(
+    context: &Context,
+    destination: &Destination,
+    layer: &BaseLayer,
+) -> Result<Result<Delivered, Vec<String>>, Error> {
+    let bar = Bar {
+        context,
+        layer: 0,
+        layers: 1,
+    };
+    match Blob::of(layer) {
+        Some(blob) => copy_blob(context, destination, &blob, None, &bar).await,
+        None => Ok(Err(vec!["nothing says which blob it is".to_owned()])),
+    }
+}
+
+/// The first source that gives the blob, or what was tried.
+async fn copy_blob(
+    context: &Context,
+    destination: &Destination,
+    blob: &Blob<'_>,
+    layout: Option<&Reader>,
+    bar: &Bar<'_>,
+) -> Result<Result<Delivered, Vec<String>>, Error> {
+    let mut tried = Vec::new();
+    for (name, open) in local_copies(blob, layout) {
+        match copy_local(destination, blob, &*open, bar).await {
+            Ok(size) => return Ok(Ok(blob.delivered(size, Origin::Local))),
+            // What is wrong with the destination will be wrong with the next source too.
+            Err(Copy::Destination(error)) => return Err(error),
+            Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+        }
+    }
+    for name in &blob.layer.repositories {
+        match copy_remote(context, destination, blob, name, bar).await {
+            Ok(size) => {
+                let repository = name.clone();
+                return Ok(Ok(blob.delivered(size, Origin::Registry { repository })));
+            }
+            Err(Copy::Destination(error)) => return Err(error),
+            Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+        }
+    }
+    if tried.is_empty() {
+        tried.push("no copy on this node, and no registry known that has it".to_owned());
+    }
+    Ok(Err(tried))
 }
 
 /// Which side of a copy failed.

@@ -1,7 +1,10 @@
 //! The save itself: one function that reads as the data flow of the design.
 
 mod base;
+mod earlier;
 mod error;
+mod live;
+mod mapped;
 mod named;
 mod outcome;
 mod upper;
@@ -25,9 +28,13 @@ use crate::layout;
 use crate::manifest;
 use crate::registry::{Access, Registries};
 use crate::scan::{Caps, Report, Scan};
+use crate::state;
+
+use earlier::{Earlier, Known};
 
 pub use base::{Delivered, Origin};
 pub use error::{Error, Kind};
+pub use live::MAX_PAUSE;
 pub use outcome::{BaseOutcome, Metadata, Saved};
 pub use upper::Rules;
 
@@ -42,6 +49,8 @@ const CUT_INTO: u64 = 4 << 30;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pause {
+    /// Frozen for an instant, to take what changed while the rest was read and delivered.
+    Live,
     /// Frozen while the layer is read.
     Full,
     /// Not frozen: files that change while they are read are reported.
@@ -67,8 +76,16 @@ pub struct Options {
     pub annotations: Vec<(String, String)>,
     /// Freeze or not.
     pub pause: Pause,
-    /// The longest the container may stand still; none: no bound.
+    /// The longest the container may stand still; none, or zero: no bound.
     pub max_pause: Option<Duration>,
+    /// Bytes that may be kept in memory of what changed while the container ran.
+    pub live_limit: u64,
+    /// Where what the next save needs is kept; none: nowhere.
+    pub state_dir: Option<PathBuf>,
+    /// Layers above the base from which on everything is saved anew.
+    pub max_layers: usize,
+    /// Save everything anew in any case.
+    pub full: bool,
     /// Codec.
     pub compression: Compression,
     /// Level of the codec, within [`Compression::levels`].
@@ -152,9 +169,10 @@ async fn save(
     // A destination that takes nothing is found out before anybody's work is stopped for it.
     let destination = Destination::open(&target, &context.registries)?;
     destination.check().await?;
+    let earlier = earlier::find(&context, options, &container, &base, &destination).await?;
     // Questions only, asked meanwhile. Content of the base is moved when nobody stands still for it.
     let (taken, found) = tokio::try_join!(
-        take_layers(&context, options, &container, &destination),
+        take_layers(&context, options, &container, &destination, &earlier),
         base::look_up_with_room(&destination, &base),
     )?;
     warnings::tell(&context, &taken);
@@ -171,7 +189,7 @@ async fn save(
     .await?;
 
     context.phase(Phase::Finishing);
-    let image = assemble(options, &base, &delivered, &taken.layers)?;
+    let image = assemble(options, &base, &delivered, &earlier.layers(&taken))?;
     for warning in &image.warnings {
         context.warn(warning.code, warning.message.clone());
     }
@@ -182,6 +200,7 @@ async fn save(
     let digest = destination
         .put_manifest(manifest, image.manifest.media_type, target.tag())
         .await?;
+    earlier.keep(&context, &container, &target, &taken);
     let saved = outcome::saved(outcome::Parts {
         target: &target,
         digest,
@@ -189,6 +208,7 @@ async fn save(
         container: &container,
         base: &base,
         delivered,
+        layers_above_base: earlier.layers(&taken).len(),
         taken,
         seconds: started.elapsed().as_secs_f64(),
     });
@@ -220,10 +240,14 @@ async fn prove_base(
 struct Taken {
     /// In the order in which they are applied; none when nothing had changed.
     layers: Vec<Layer>,
+    /// Whether they go on top of an earlier save's.
+    on_top: bool,
     report: Report,
     pause: Option<Duration>,
     /// Somebody else had paused it, and it stays so.
     was_frozen: bool,
+    /// What the image shows, for the next save; none where that cannot be told.
+    seen: Option<Known>,
 }
 
 /// Freeze, scan, plan, stream, thaw. Again from the start when the end of a blob failed in a way that may pass: by then
@@ -233,10 +257,14 @@ async fn take_layers(
     options: &Options,
     container: &Container,
     destination: &Destination,
+    earlier: &Earlier,
 ) -> Result<Taken, Error> {
+    if options.pause == Pause::Live {
+        live::check(context, container)?;
+    }
     let mut attempt = 1;
     loop {
-        match take_once(context, options, container, destination).await {
+        match take_once(context, options, container, destination, earlier).await {
             Err(error) if attempt < TRIES && error.may_pass_at_destination() => {
                 context.warn("again", format!("the layers are made again: {error}"));
                 attempt += 1;
@@ -251,14 +279,28 @@ async fn take_once(
     options: &Options,
     container: &Container,
     destination: &Destination,
+    earlier: &Earlier,
 ) -> Result<Taken, Error> {
+    if options.pause == Pause::Live
+        && let Some(taken) = live::take(context, options, container, destination, earlier).await?
+    {
+        return Ok(taken);
+    }
     context.phase(Phase::Scanning);
     let frozen = freeze(context, options, container)?;
     let was_frozen = frozen.as_ref().is_some_and(Frozen::was_frozen);
     container::recheck(&context.roots, container)?;
-    let scan = scan_upper(context, options, container).await?;
+    let under = earlier.under.as_ref().map(|under| &under.known);
+    let before = under.map(|known| Arc::clone(&known.scan));
+    let scan = Arc::new(scan_upper(context, options, container, before).await?);
     let report = scan.report.clone();
-    let plan = Plan::new(Arc::new(scan), options.timestamp);
+    let seen = match frozen {
+        Some(_) => seen_frozen(context, container, &scan)?,
+        None => None,
+    };
+    let changes = under.and_then(|known| known.changes(&scan)).map(Arc::new);
+    let on_top = changes.is_some();
+    let plan = Plan::new(changes.unwrap_or(scan), options.timestamp);
 
     let made = if plan.is_empty() {
         Vec::new()
@@ -267,7 +309,8 @@ async fn take_once(
         let bound = frozen
             .as_ref()
             .filter(|f| !f.was_frozen())
-            .and(options.max_pause);
+            .and(options.max_pause)
+            .filter(|bound| !bound.is_zero());
         let codec = (options.compression, options.level);
         let plans = cut(plan, options.layer_size);
         stream(context, codec, plans, destination, bound).await?
@@ -280,17 +323,34 @@ async fn take_once(
             pause_ms: pause.as_secs_f64() * 1000.0,
         });
     }
+    Ok(Taken {
+        layers: finish(made).await?,
+        on_top,
+        report,
+        pause,
+        was_frozen,
+        seen,
+    })
+}
+
+/// What is known of a container that stands still, and which files may be written to without a trace once it runs.
+fn seen_frozen(
+    context: &Context,
+    container: &Container,
+    scan: &Arc<Scan>,
+) -> Result<Option<Known>, Error> {
+    let mapped = mapped::list(context, container)?;
+    let tells = mapped.elsewhere.is_none();
+    Ok(tells.then(|| Known::new(Arc::clone(scan), &mapped.dirty)))
+}
+
+/// Ends the blobs of layers that are all read.
+async fn finish(made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
     let finish = |(layer, writer): (Layer, BlobWriter)| async move {
         writer.finish(&layer.digest, layer.size).await?;
         Ok::<_, Error>(layer)
     };
-    let layers = futures_util::future::try_join_all(made.into_iter().map(finish)).await?;
-    Ok(Taken {
-        layers,
-        report,
-        pause,
-        was_frozen,
-    })
+    futures_util::future::try_join_all(made.into_iter().map(finish)).await
 }
 
 /// Several layers where that was asked for, or where one would be very large.
@@ -313,7 +373,7 @@ fn freeze(
     }
     let how = freeze::Options {
         host_root: context.roots.host_root.clone(),
-        hold: options.max_pause,
+        hold: options.max_pause.filter(|bound| !bound.is_zero()),
         ..freeze::Options::default()
     };
     let frozen = freeze::freeze(container.pid, Some(container.pid_start), &how)?;
@@ -338,10 +398,13 @@ async fn scan_upper(
     context: &Context,
     options: &Options,
     container: &Container,
+    earlier: Option<Arc<Scan>>,
 ) -> Result<Scan, Error> {
     let (rules, container) = (options.rules.clone(), container.clone());
     let (jobs, cancel) = (context.jobs, context.cancel.clone());
-    let scan = tokio::task::spawn_blocking(move || rules.scan(&container, jobs, &cancel));
+    let scan = tokio::task::spawn_blocking(move || {
+        rules.scan(&container, earlier.as_deref(), jobs, &cancel)
+    });
     scan.await.map_err(|_| Error::Worker)?
 }
 
@@ -473,7 +536,7 @@ fn assemble(
     options: &Options,
     base: &Base,
     delivered: &[Delivered],
-    layers: &[Layer],
+    layers: &[state::Layer],
 ) -> Result<manifest::Image, Error> {
     let base_manifest = base
         .manifest
@@ -491,16 +554,7 @@ fn assemble(
         base_config: &base.config,
         base_name: base.name.as_deref(),
         base_layers: delivered.iter().map(Delivered::layer).collect(),
-        layers: layers
-            .iter()
-            .map(|layer| manifest::NewLayer {
-                layer: manifest::Layer {
-                    descriptor: base::descriptor(layer.media_type, layer.digest, layer.size),
-                    diff_id: layer.diff_id,
-                },
-                created_by: None,
-            })
-            .collect(),
+        layers: earlier::listed(layers),
         changes: &options.changes,
         labels: &options.labels,
         annotations: &options.annotations,

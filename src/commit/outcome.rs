@@ -45,6 +45,8 @@ pub struct Metadata {
     pub base: BaseOutcome,
     /// The layers that were added, bottom first; none when nothing had changed.
     pub layers: Vec<LayerOutcome>,
+    /// Layers above the base, those of earlier saves that this one stands on included.
+    pub layers_above_base: usize,
     /// From freeze written to thaw read back; none when nothing was frozen.
     pub pause_ms: Option<f64>,
     /// Somebody else had paused the container; it is paused still.
@@ -111,6 +113,7 @@ pub(super) struct Parts<'a> {
     pub(super) base: &'a Base,
     pub(super) delivered: Vec<Delivered>,
     pub(super) taken: Taken,
+    pub(super) layers_above_base: usize,
     pub(super) seconds: f64,
 }
 
@@ -123,6 +126,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
         base,
         delivered,
         taken,
+        layers_above_base,
         seconds,
     } = parts;
     let reference = target.with_digest(&digest);
@@ -162,6 +166,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
             layers: delivered,
         },
         layers,
+        layers_above_base,
         pause_ms: taken
             .pause
             .filter(|_| !taken.was_frozen)

@@ -35,7 +35,15 @@ impl Rules {
     }
 
     /// Scans the container's upper directory.
-    pub fn scan(&self, container: &Container, jobs: usize, cancel: &Cancel) -> Result<Scan, Error> {
+    ///
+    /// From nothing, or again where there is an earlier scan.
+    pub fn scan(
+        &self,
+        container: &Container,
+        earlier: Option<&Scan>,
+        jobs: usize,
+        cancel: &Cancel,
+    ) -> Result<Scan, Error> {
         let mounts: Vec<Vec<u8>> = container
             .mounts
             .iter()
@@ -59,6 +67,10 @@ impl Rules {
             runtime_root_mode: container.runtime_root_mode,
             cancel: cancel.flag(),
         };
-        Ok(Scan::new(&roots, &options)?)
+        let again = earlier.map(|earlier| Scan::again(earlier, &roots, &options));
+        match again.transpose()?.flatten() {
+            Some(scan) => Ok(scan),
+            None => Ok(Scan::new(&roots, &options)?),
+        }
     }
 }

@@ -513,6 +513,10 @@ fn save(
             Pause::None
         },
         max_pause: None,
+        live_limit: 32 << 20,
+        state_dir: None,
+        max_layers: 16,
+        full: false,
         compression: Compression::Gzip,
         level: Compression::Gzip.default_level(),
         jobs: None,

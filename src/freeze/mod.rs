@@ -12,6 +12,7 @@
 )]
 
 mod cgroup;
+mod mapped;
 mod members;
 mod watchdog;
 
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cgroup::{Group, State, Version};
+pub use mapped::{SharedMapping, shared_mappings};
 pub use members::Stranger;
 use members::{Processes, Stat};
 use watchdog::Watchdog;
@@ -204,6 +206,36 @@ pub fn freeze(pid: u32, start: Option<u64>, options: &Options) -> Result<Frozen,
     target.alive()?;
     // The end of a container makes many calls fail; it alone is what is to be said then.
     find_and_stop(&target, options).map_err(|error| target.alive().err().unwrap_or(error))
+}
+
+/// Whether [`freeze`] would find something to freeze. Nothing is.
+pub fn can_be_frozen(pid: u32, start: Option<u64>, options: &Options) -> Result<(), Error> {
+    let proc = options
+        .host_root
+        .as_deref()
+        .unwrap_or(Path::new("/"))
+        .join("proc");
+    let target = Target { proc, pid, start };
+    target.alive()?;
+    let look = || {
+        let mut processes = Processes::new(&target.proc, pid)?;
+        let groups = groups(&target.proc, pid, options.host_root.as_deref())?;
+        for group in &groups {
+            if group.state()? != State::Running {
+                return Ok(());
+            }
+        }
+        let in_root = processes.in_root()?;
+        let mut refusals = Vec::new();
+        for group in groups {
+            match container_group(&group, &target.proc, &mut processes, &in_root) {
+                Ok(_) => return Ok(()),
+                Err(refusal) => refusals.push(refusal),
+            }
+        }
+        Err(best_refusal(refusals))
+    };
+    look().map_err(|error| target.alive().err().unwrap_or(error))
 }
 
 fn find_and_stop(target: &Target, options: &Options) -> Result<Frozen, Error> {

@@ -61,6 +61,9 @@ impl<'a> Ahead<'a> {
             if self.given.load(Ordering::Relaxed) > start {
                 return;
             }
+            if self.plan.held(item).is_some() {
+                continue;
+            }
             let Ok(Some(file)) = self.plan.open(item, path) else {
                 continue;
             };

@@ -107,6 +107,14 @@ fn read_part(
 ) -> Result<(), ReadError> {
     let plan = ahead.plan();
     let entry = plan.entry(item);
+    if let Some(content) = plan.held(item) {
+        return content
+            .read(offset, part, entry)
+            .map_err(|source| ReadError {
+                path: format!("/{}", escape::path(&plan.scan().path(item.entry))),
+                source,
+            });
+    }
     let opened = plan.open(item, &mut scratch.path);
     let fail = |source: io::Error| {
         let path = plan.scan().path(item.entry);
@@ -141,13 +149,13 @@ fn read_part(
 }
 
 /// The kernel moves ctime at every change, and nobody can set it.
-fn same_file(stat: &Stat, entry: &Entry) -> bool {
+pub(super) fn same_file(stat: &Stat, entry: &Entry) -> bool {
     (stat.st_ctime, stat.st_ctime_nsec as u32) == (entry.ctime, entry.ctime_nsec)
         && (stat.st_mtime, stat.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec)
 }
 
 /// Reads without touching holes. Returns how far into `part` the file reaches.
-fn read_sparse(
+pub(super) fn read_sparse(
     file: &File,
     read: impl Fn(u64, &mut [u8]) -> io::Result<usize>,
     offset: u64,
@@ -182,6 +190,20 @@ fn read_sparse(
         done += n;
         if n < len {
             break;
+        }
+    }
+    Ok(done)
+}
+
+/// Reads until `part` is full or the file ends.
+pub(super) fn read_full(file: &File, offset: u64, part: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < part.len() {
+        match rustix::io::pread(file, &mut part[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(done)

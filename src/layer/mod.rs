@@ -1,17 +1,19 @@
 //! From a scan to a layer: a plan that knows every byte's place, blocks that any thread can make in any
 //! order, and one ordered stream of them.
 //!
-//! `tar` writes headers, `plan` lays entries out, `block` makes tar bytes with
+//! `tar` writes headers, `plan` lays entries out, `held` keeps contents of an instant, `block` makes tar bytes with
 //! `ahead` minding the page cache, `codec` compresses them,
 //! `stream` puts all of it to work.
 
 pub mod ahead;
 pub mod block;
 pub mod codec;
+pub mod held;
 pub mod plan;
 pub mod stream;
 pub mod tar;
 
 pub use codec::Compression;
+pub use held::Held;
 pub use plan::Plan;
 pub use stream::{Error, Layer, Options, Part, Progress};

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use super::held::{Content, Held};
 use super::tar::{END, Header, RECORD};
 use crate::overlay::lower::join;
 use crate::scan::{Entry, Kind, Scan};
@@ -36,13 +37,14 @@ pub struct Plan {
     items: Vec<Item>,
     tar_size: u64,
     timestamp: Option<i64>,
+    held: Arc<Held>,
 }
 
 impl Plan {
     /// Lays out everything that the scan emits. Times later than `timestamp` (seconds since the epoch) become it.
     pub fn new(scan: Arc<Scan>, timestamp: Option<i64>) -> Self {
-        let emitted = scan.emitted();
-        Self::of(scan, emitted, timestamp)
+        let emitting = Arc::clone(&scan);
+        Self::of(scan, emitting.emitted(), timestamp)
     }
 
     /// Lays out `entries`, which stand in the order of the scan, with all the parents that are to be in the layer.
@@ -55,6 +57,7 @@ impl Plan {
             items: Vec::new(),
             tar_size: 0,
             timestamp,
+            held: Arc::default(),
             scan,
         };
         let scan = Arc::clone(&plan.scan);
@@ -89,6 +92,17 @@ impl Plan {
         plan
     }
 
+    /// The same with contents that are read from `held` where it has them, and not from the tree.
+    #[must_use]
+    pub fn with(mut self, held: Held) -> Self {
+        self.held = Arc::new(held);
+        self
+    }
+
+    pub(super) fn held(&self, item: &Item) -> Option<&Content> {
+        self.held.get(item.entry)
+    }
+
     /// Cuts the layer where a directory begins or ends into parts of about `size` bytes of tar each (sixteen at most: then
     /// they are larger), to be applied in this order. A file is never cut, so a part with a large one is larger; a
     /// directory that is larger by itself is cut between its files. The cuts depend on the plan alone.
@@ -109,7 +123,9 @@ impl Plan {
                     at = scan.entries()[at as usize].parent;
                 }
             }
-            Self::of(Arc::clone(scan), entries.iter().copied(), self.timestamp)
+            let mut part = Self::of(Arc::clone(scan), entries.iter().copied(), self.timestamp);
+            part.held = Arc::clone(&self.held);
+            part
         };
         (0..count).map(part).collect()
     }
@@ -170,6 +186,10 @@ impl Plan {
     }
 
     /// The items of which something lies in the bytes `start..end` of the tar.
+    pub(super) fn items(&self) -> &[Item] {
+        &self.items
+    }
+
     pub(super) fn items_in(&self, start: u64, end: u64) -> &[Item] {
         let from = self.items.partition_point(|item| item.offset <= start);
         let to = self.items.partition_point(|item| item.offset < end);

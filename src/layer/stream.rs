@@ -296,6 +296,10 @@ struct Tar {
 }
 
 /// Gives out the plan's blocks, takes them back in order, hashes the tar and hands what is to be delivered to `ready`.
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "its end, with this function's, tells that nothing more comes"
+)]
 fn in_order<'a>(
     ahead: &'a Ahead<'a>,
     shared: &Shared<'_>,

@@ -2,6 +2,7 @@
 //!
 //! Source: kernel `Documentation/filesystems/overlayfs.rst` and `fs/overlayfs/`.
 
+pub mod flush;
 pub mod lower;
 pub mod mount;
 pub mod owner;

@@ -133,6 +133,17 @@ impl Root {
         }
     }
 
+    /// A file without a name on the same file system: it vanishes with its descriptor.
+    pub fn nameless_file(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(
+            &self.fd,
+            ".",
+            flags,
+            Mode::RUSR | Mode::WUSR,
+        )?)
+    }
+
     /// One extended attribute of `path` itself; `None` when it has none of that name, or is not there.
     pub fn xattr(&self, path: &[u8], name: &str) -> io::Result<Option<Vec<u8>>> {
         let handle = match self.open_beneath(path, OFlags::PATH) {

@@ -1,18 +1,26 @@
 //! What is in an upper directory: a list of entries in the order of the layer, each with all that its tar
 //! header needs, known before one content byte is read.
 //!
-//! `walk` makes it, `exclude` says what must not get in.
+//! `walk` makes it, `again` makes it anew where little changed, `changes` tells two of them apart, `clock` says what
+//! can be told by time stamps, `stored` keeps one for the next save, `exclude` says what must not get in.
 
+mod again;
+mod changes;
+mod clock;
 mod exclude;
+mod stored;
 mod usage;
 mod walk;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+pub use clock::{Clock, tick};
 pub use exclude::{Exclusions, Facts, PatternError, Reason, Rules};
+pub use stored::Stored;
 pub use usage::{Usage, usage};
 
 use crate::overlay::owner::IdMapping;
@@ -153,10 +161,15 @@ impl Flags {
     const MOUNT_PARENT: Self = Self(4);
     /// The base has something at this path.
     const IN_BASE: Self = Self(8);
-    /// The root directory, with nothing changed that counts.
-    const SILENT_ROOT: Self = Self(16);
+    /// Not in the layer: what the base has at this path is what it is to be. The root, when nothing about it changed
+    /// that counts, and what equals the base.
+    const SILENT: Self = Self(16);
     /// A directory in which something was left out that the runtime had made.
     const STUBS: Self = Self(32);
+    /// A directory in which there is more than the entries say: left out, or without meaning for the image.
+    const PARTIAL: Self = Self(64);
+    /// A directory marked opaque.
+    const OPAQUE: Self = Self(128);
 
     fn has(self, other: Self) -> bool {
         self.0 & other.0 != 0
@@ -195,6 +208,8 @@ struct Extra {
     base: Option<(u16, u64)>,
     /// Hard links that the container sees, where the overlay's index keeps them together.
     indexed_nlink: Option<u32>,
+    /// A directory that was moved here, and is merged with what lies elsewhere.
+    moved: bool,
 }
 
 /// Something that is not in the layer on purpose.
@@ -230,7 +245,11 @@ pub struct Scan {
     entries: Vec<Entry>,
     names: Vec<u8>,
     extras: Vec<Extra>,
-    roots: Vec<Root>,
+    roots: Arc<Vec<Root>>,
+    /// Whether the lowers were all there are.
+    lowers_known: bool,
+    /// When the walk began.
+    clock: Clock,
     /// What the walk has to tell.
     pub report: Report,
 }
@@ -251,13 +270,10 @@ impl Scan {
         self.emitted().next().is_none()
     }
 
-    /// The entries that a layer has: all, less the root directory when nothing about it changed.
-    pub fn emitted(&self) -> std::ops::Range<u32> {
-        let silent = self
-            .entries
-            .first()
-            .is_some_and(|root| root.flags.has(Flags::SILENT_ROOT));
-        u32::from(silent)..self.entries.len() as u32
+    /// The entries that a layer has: all but those that equal the base.
+    pub fn emitted(&self) -> impl Iterator<Item = u32> + Clone + '_ {
+        (0..self.entries.len() as u32)
+            .filter(|&i| !self.entries[i as usize].flags.has(Flags::SILENT))
     }
 
     /// Name of an entry in its directory; of a whiteout, the name that is deleted.
@@ -302,8 +318,31 @@ impl Scan {
         entry.flags.has(Flags::IN_BASE)
     }
 
+    /// When the walk began: what is stamped earlier, and not too closely, shows every later change.
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// The same, with less trust in stamps: `clock` is what it showed before the walk, and before what was to be done
+    /// for the stamps to tell.
+    #[must_use]
+    pub fn since(mut self, clock: Clock) -> Self {
+        self.clock = self.clock.min(clock);
+        self
+    }
+
     fn extra(&self, entry: &Entry) -> Option<&Extra> {
         self.extras.get(entry.extra as usize)
+    }
+
+    /// For each entry, the index after its last descendant.
+    fn ends(&self) -> Vec<u32> {
+        let mut ends: Vec<u32> = (1..=self.entries.len() as u32).collect();
+        for index in (1..self.entries.len()).rev() {
+            let parent = self.entries[index].parent as usize;
+            ends[parent] = ends[parent].max(ends[index]);
+        }
+        ends
     }
 }
 

@@ -6,14 +6,15 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{FileType, OFlags, Stat};
 
+use super::again::Earlier;
 use super::{
-    Caps, Elsewhere, Entry, Error, Excluded, Extra, Facts, Flags, Kind, Options, Reason, Report,
-    Roots, Scan, Xattr,
+    Caps, Clock, Elsewhere, Entry, Error, Excluded, Extra, Facts, Flags, Kind, Options, Reason,
+    Report, Roots, Scan, Xattr,
 };
 use crate::escape;
 use crate::overlay::lower::{Found, Lowers, Place, Stack, basename, join};
@@ -25,44 +26,65 @@ use crate::overlay::xattr::{
     Fate, Mark, Namespace, ValueError, acl_inside, capability_inside, fate,
 };
 
+/// setuid and setgid.
+const SET_ID: u16 = 0o6000;
+/// The attribute that holds file capabilities.
+const CAPABILITY: &[u8] = b"security.capability";
 /// `Entry::extra` of entries without any.
-const NO_EXTRA: u32 = u32::MAX;
+pub(super) const NO_EXTRA: u32 = u32::MAX;
 
 /// A directory to be walked.
-struct Task {
+pub(super) struct Task {
     /// Index of its output.
-    id: u32,
-    depth: u32,
+    pub(super) id: u32,
+    pub(super) depth: u32,
     /// Path in the layer.
-    path: Vec<u8>,
+    pub(super) path: Vec<u8>,
+    /// The earlier scan's directory of this path, if what it says of what is in it holds where nothing changed.
+    pub(super) earlier: Option<u32>,
     /// Whether the upper has it (then under the same path).
-    upper: bool,
+    pub(super) upper: bool,
     /// What the overlay merges beneath the upper's.
-    merge: Stack,
+    pub(super) merge: Stack,
     /// What the base has at the layer's path.
-    base: Stack,
+    pub(super) base: Stack,
     /// The directory was moved here: all that is merged must be in the layer, not the upper's part alone.
-    full: bool,
+    pub(super) full: bool,
     /// What the base has here must not shine through.
-    hidden: bool,
+    pub(super) hidden: bool,
     /// The same, but what the base has here is not known.
-    opaque: bool,
+    pub(super) opaque: bool,
 }
 
 /// What walking one directory gave.
 #[derive(Default)]
-struct Output {
-    id: u32,
-    entries: Vec<Entry>,
+pub(super) struct Output {
+    pub(super) id: u32,
+    pub(super) entries: Vec<Entry>,
     names: Vec<u8>,
     extras: Vec<Extra>,
     /// Entry index (in this output) of each subdirectory, and its output.
-    children: HashMap<u32, u32>,
+    pub(super) children: HashMap<u32, u32>,
+    /// Entry index of each subdirectory that was not walked, and the earlier scan's directory that it equals.
+    pub(super) kept: HashMap<u32, u32>,
     /// Something was left out here that the runtime had made.
-    stubs: bool,
+    pub(super) stubs: bool,
+    /// The entries are not all that is here.
+    pub(super) partial: bool,
 }
 
 impl Output {
+    /// Notes on a directory's entry what walking it told.
+    pub(super) fn mark(&self, directory: &mut Entry) {
+        for (is, flag) in [(self.stubs, Flags::STUBS), (self.partial, Flags::PARTIAL)] {
+            if is {
+                directory.flags.set(flag);
+            } else {
+                directory.flags.clear(flag);
+            }
+        }
+    }
+
     fn name(&self, entry: &Entry) -> &[u8] {
         let at = entry.name_at as usize;
         &self.names[at..at + usize::from(entry.name_len)]
@@ -77,12 +99,14 @@ struct Queue {
     failed: Option<Error>,
 }
 
-struct Walker<'a> {
-    upper: &'a Root,
-    lowers: &'a Lowers,
+pub(super) struct Walker<'a> {
+    pub(super) upper: &'a Root,
+    pub(super) lowers: &'a Lowers,
     lowers_known: bool,
     namespace: Namespace,
-    options: &'a Options<'a>,
+    pub(super) options: &'a Options<'a>,
+    /// What is held against, where the tree was scanned before.
+    pub(super) earlier: Option<&'a Earlier<'a>>,
     queue: Mutex<Queue>,
     changed: Condvar,
     report: Mutex<Report>,
@@ -98,16 +122,29 @@ struct Counters {
 
 /// Attributes of one entry, sorted by what becomes of them.
 #[derive(Default)]
-struct Attributes {
+pub(super) struct Attributes {
     kept: Vec<Xattr>,
-    opaque: Option<Vec<u8>>,
-    redirect: Option<Vec<u8>>,
+    pub(super) opaque: Option<Vec<u8>>,
+    pub(super) redirect: Option<Vec<u8>>,
     metacopy: bool,
     whiteout: bool,
     nlink: Option<Vec<u8>>,
 }
 
 pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> {
+    let clock = Clock::now();
+    let (upper, lowers) = open(roots)?;
+    let walker = Walker::new(&upper, &lowers, roots, options, None);
+    let root = walker.root_entry()?;
+    let (outputs, count, report) = walker.run(vec![walker.root_task()])?;
+    let flat = flatten(root, outputs, count);
+    let mut all_roots = vec![upper];
+    all_roots.extend(lowers.roots);
+    finish(flat, Arc::new(all_roots), roots.lowers_known, clock, report)
+}
+
+/// Opens the directories of an overlay, if their marks can be read.
+pub(super) fn open(roots: &Roots) -> Result<(Root, Lowers), Error> {
     if roots.namespace == Namespace::Trusted && !may_read_trusted() {
         return Err(Error::MarksUnreadable);
     }
@@ -123,48 +160,17 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
         merged: roots.lowers.len(),
         namespace: roots.namespace,
     };
-    let walker = Walker {
-        upper: &upper,
-        lowers: &lowers,
-        lowers_known: roots.lowers_known,
-        namespace: roots.namespace,
-        options,
-        queue: Mutex::new(Queue {
-            tasks: Vec::new(),
-            outputs: Vec::new(),
-            working: 0,
-            next_id: 1,
-            failed: None,
-        }),
-        changed: Condvar::new(),
-        report: Mutex::new(Report::default()),
-        count: Counters::default(),
-    };
-    let root = walker.root_entry()?;
-    let base = lowers.root_stack();
-    lock(&walker.queue).tasks.push(Task {
-        id: 0,
-        depth: 0,
-        path: Vec::new(),
-        upper: true,
-        merge: base.clone(),
-        base,
-        full: false,
-        hidden: false,
-        opaque: false,
-    });
-    std::thread::scope(|scope| {
-        for _ in 0..options.jobs.max(1) {
-            scope.spawn(|| walker.work());
-        }
-    });
-    let Walker { queue, report, .. } = walker;
-    let queue = queue.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let mut report = report.into_inner().unwrap_or_else(PoisonError::into_inner);
-    if let Some(error) = queue.failed {
-        return Err(error);
-    }
-    let mut flat = flatten(root, queue.outputs, queue.next_id);
+    Ok((upper, lowers))
+}
+
+/// Takes out what needs no entry, and puts the scan together.
+pub(super) fn finish(
+    mut flat: Flat,
+    roots: Arc<Vec<Root>>,
+    lowers_known: bool,
+    clock: Clock,
+    mut report: Report,
+) -> Result<Scan, Error> {
     check_indexed(&flat)?;
     report.split_links = split_links(&flat);
     prune(&mut flat);
@@ -172,15 +178,89 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
     report.sockets.sort();
     report.privileged.sort();
     report.vanished.sort();
-    let mut all_roots = vec![upper];
-    all_roots.extend(lowers.roots);
     Ok(Scan {
         entries: flat.entries,
         names: flat.names,
         extras: flat.extras,
-        roots: all_roots,
+        roots,
+        lowers_known,
+        clock,
         report,
     })
+}
+
+impl<'a> Walker<'a> {
+    pub(super) fn new(
+        upper: &'a Root,
+        lowers: &'a Lowers,
+        roots: &Roots,
+        options: &'a Options<'a>,
+        earlier: Option<&'a Earlier<'a>>,
+    ) -> Self {
+        Self {
+            upper,
+            lowers,
+            lowers_known: roots.lowers_known,
+            namespace: roots.namespace,
+            options,
+            earlier,
+            queue: Mutex::new(Queue {
+                tasks: Vec::new(),
+                outputs: Vec::new(),
+                working: 0,
+                next_id: 0,
+                failed: None,
+            }),
+            changed: Condvar::new(),
+            report: Mutex::new(Report::default()),
+            count: Counters::default(),
+        }
+    }
+
+    /// The root directory, as all walks begin.
+    pub(super) fn root_task(&self) -> Task {
+        let base = self.lowers.root_stack();
+        Task {
+            id: 0,
+            depth: 0,
+            path: Vec::new(),
+            earlier: None,
+            upper: true,
+            merge: base.clone(),
+            base,
+            full: false,
+            hidden: false,
+            opaque: false,
+        }
+    }
+
+    /// Walks the directories of `tasks` and what is to be walked below them: the outputs (those of `tasks` numbered as
+    /// they come), how many there are, and what there is to tell.
+    pub(super) fn run(&self, mut tasks: Vec<Task>) -> Result<(Vec<Output>, u32, Report), Error> {
+        {
+            let mut queue = lock(&self.queue);
+            for (id, task) in tasks.iter_mut().enumerate() {
+                task.id = id as u32;
+            }
+            queue.next_id = tasks.len() as u32;
+            queue.tasks = tasks;
+        }
+        std::thread::scope(|scope| {
+            for _ in 0..self.options.jobs.max(1) {
+                scope.spawn(|| self.work());
+            }
+        });
+        let mut queue = lock(&self.queue);
+        if let Some(error) = queue.failed.take() {
+            return Err(error);
+        }
+        let outputs = std::mem::take(&mut queue.outputs);
+        Ok((
+            outputs,
+            queue.next_id,
+            std::mem::take(&mut *lock(&self.report)),
+        ))
+    }
 }
 
 impl Walker<'_> {
@@ -233,7 +313,7 @@ impl Walker<'_> {
     }
 
     /// The entry of the root directory itself: in the layer only if its mode, owner or attributes changed.
-    fn root_entry(&self) -> Result<Output, Error> {
+    pub(super) fn root_entry(&self) -> Result<Output, Error> {
         let stat = self
             .upper
             .stat(b"")
@@ -256,7 +336,7 @@ impl Walker<'_> {
                 && kept == attributes.kept;
         }
         if silent {
-            entry.flags.set(Flags::SILENT_ROOT);
+            entry.flags.set(Flags::SILENT);
         }
         if !attributes.kept.is_empty() {
             output.extras.push(Extra {
@@ -281,6 +361,10 @@ impl Walker<'_> {
             tasks: Vec::new(),
             decided: HashSet::new(),
             deleted: HashSet::new(),
+            known: match (self.earlier, task.earlier) {
+                (Some(earlier), Some(dir)) => earlier.children(dir).collect(),
+                _ => HashMap::new(),
+            },
             report: Report::default(),
         };
         if task.opaque {
@@ -316,7 +400,13 @@ impl Walker<'_> {
         }
     }
 
-    fn entry(&self, stat: &Stat, root: u16, kind: Kind, path: &[u8]) -> Result<Entry, Error> {
+    pub(super) fn entry(
+        &self,
+        stat: &Stat,
+        root: u16,
+        kind: Kind,
+        path: &[u8],
+    ) -> Result<Entry, Error> {
         let (uid, gid) = self.owner_of(stat, path)?;
         let size = if kind == Kind::File {
             u64::try_from(stat.st_size).unwrap_or(0)
@@ -365,7 +455,7 @@ impl Walker<'_> {
     }
 
     /// Attributes of what `at` names, told apart; `dropped` collects the names of those that stay behind.
-    fn attributes_of(
+    pub(super) fn attributes_of(
         &self,
         at: impl Into<Vec<u8>>,
         follow: Follow,
@@ -432,11 +522,11 @@ impl Walker<'_> {
         Ok((stat, attributes.kept))
     }
 
-    fn read_error(&self, path: &[u8], source: io::Error) -> Error {
+    pub(super) fn read_error(&self, path: &[u8], source: io::Error) -> Error {
         read_error(self.upper.path(), path, source)
     }
 
-    fn count(&self, entry: &Entry) -> Result<(), Error> {
+    pub(super) fn count(&self, entry: &Entry) -> Result<(), Error> {
         let Caps {
             entries,
             bytes,
@@ -494,6 +584,8 @@ struct Directory<'a> {
     decided: HashSet<Vec<u8>>,
     /// Names that the upper deleted: nothing is merged in under them.
     deleted: HashSet<Vec<u8>>,
+    /// What the earlier scan has here.
+    known: HashMap<&'a [u8], u32>,
     report: Report,
 }
 
@@ -524,8 +616,20 @@ impl Directory<'_> {
                 continue;
             };
             let file_type = FileType::from_raw_mode(stat.st_mode);
+            if self.as_before(&name, &path, &stat)? {
+                continue;
+            }
             if file_type == FileType::CharacterDevice && stat.st_rdev == 0 {
                 self.whiteout(name, &path, &stat)?;
+                continue;
+            }
+            // Nothing about a file that is no directory's frame depends on the base or on attributes: a cache full of
+            // them is not worth reading either. An empty one may be a whiteout.
+            if file_type == FileType::RegularFile
+                && stat.st_size > 0
+                && self.left_out(&path, Some(file_type), &stat, None, false)
+            {
+                self.decide(&name);
                 continue;
             }
             let mut dropped = Vec::new();
@@ -567,8 +671,39 @@ impl Directory<'_> {
             self.deleted.insert(name);
         } else if in_base || !self.walker.lowers_known {
             self.push_mark(Kind::Whiteout, &name)?;
+        } else {
+            self.output.partial = true;
         }
         Ok(())
+    }
+
+    /// Takes over the earlier scan's entry of that name, if nothing about it changed. False: it has to be looked at.
+    fn as_before(&mut self, name: &[u8], path: &[u8], stat: &Stat) -> Result<bool, Error> {
+        let (Some(earlier), Some(&index)) = (self.walker.earlier, self.known.get(name)) else {
+            return Ok(false);
+        };
+        let before = &earlier.scan.entries()[index as usize];
+        if before.kind == Kind::Whiteout {
+            let device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
+            let still = device && stat.st_rdev == 0 && !self.task.hidden;
+            if still {
+                self.push_mark(Kind::Whiteout, name)?;
+            }
+            return Ok(still);
+        }
+        if !earlier.holds(self.walker, index, stat, path)? || earlier.is_dirty(index) {
+            return Ok(false);
+        }
+        let mut entry = *before;
+        entry.flags.clear(Flags::SILENT);
+        entry.flags.clear(Flags::STUBS);
+        let extra = earlier.scan.extra(before).cloned().unwrap_or_default();
+        self.decide(name);
+        let at = self.push(entry, name, extra)?;
+        if entry.kind == Kind::Dir {
+            self.output.kept.insert(at, index);
+        }
+        Ok(true)
     }
 
     fn upper_entry(
@@ -607,6 +742,7 @@ impl Directory<'_> {
             return Ok(());
         }
         let Some(kind) = kind_of(file_type) else {
+            self.output.partial = true;
             self.report.sockets.push(escape::path(&path));
             // The container sees a socket here, never what the base has.
             if in_base && !self.task.full && !self.task.hidden {
@@ -647,8 +783,12 @@ impl Directory<'_> {
             link,
             xattrs: attributes.kept,
             content,
+            moved,
             ..Extra::default()
         };
+        if kind == Kind::Dir && opaque {
+            entry.flags.set(Flags::OPAQUE);
+        }
         if let (true, Some(nlink)) = (kind != Kind::Dir, &attributes.nlink) {
             extra.indexed_nlink = indexed_nlink(nlink, stat, &base);
         }
@@ -684,10 +824,16 @@ impl Directory<'_> {
         let index = self.push(entry, &name, extra)?;
         if kind == Kind::Dir {
             let full = self.task.full || moved;
+            let before = self.known.get(name.as_slice());
             let task = Task {
                 id: 0,
                 depth: self.depth_below()?,
                 path,
+                earlier: walker
+                    .earlier
+                    .zip(before)
+                    .and_then(|(earlier, &index)| earlier.same_directory(index, &entry))
+                    .filter(|_| !full),
                 upper: true,
                 merge,
                 hidden: !base_stack.is_empty() && (self.task.hidden || full || opaque),
@@ -775,6 +921,7 @@ impl Directory<'_> {
                     id: 0,
                     depth: self.depth_below()?,
                     path,
+                    earlier: None,
                     upper: false,
                     merge,
                     hidden: !base.is_empty(),
@@ -960,11 +1107,10 @@ impl Directory<'_> {
         base: &Found,
         path: &[u8],
     ) -> Result<(), Error> {
-        const SET_ID: u16 = 0o6000;
         let capability = |xattrs: &[Xattr]| {
             xattrs
                 .iter()
-                .find(|(name, _)| name == b"security.capability")
+                .find(|(name, _)| name == CAPABILITY)
                 .map(|(_, value)| value.clone())
         };
         let ours = (entry.mode & SET_ID, capability(&extra.xattrs));
@@ -1012,6 +1158,7 @@ impl Directory<'_> {
         ) {
             self.output.stubs = true;
         }
+        self.output.partial = true;
         self.report.excluded.push(Excluded {
             path: escape::path(path),
             reason,
@@ -1140,6 +1287,10 @@ fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Vec<(u32, Tas
         .iter()
         .map(|&old| output.entries[old as usize])
         .collect();
+    output.kept = std::mem::take(&mut output.kept)
+        .into_iter()
+        .map(|(old, earlier)| (place[old as usize], earlier))
+        .collect();
     (
         output,
         tasks
@@ -1151,14 +1302,48 @@ fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Vec<(u32, Tas
 
 /// All entries in one list.
 #[derive(Default)]
-struct Flat {
-    entries: Vec<Entry>,
+pub(super) struct Flat {
+    pub(super) entries: Vec<Entry>,
     names: Vec<u8>,
     extras: Vec<Extra>,
 }
 
 impl Flat {
-    fn append(&mut self, mut entry: Entry, parent: u32, output: &mut Output) -> u32 {
+    /// As [`Flat::append`], from an earlier scan.
+    pub(super) fn take_over(&mut self, scan: &Scan, index: u32, parent: u32) -> u32 {
+        let mut entry = scan.entries()[index as usize];
+        entry.flags.clear(Flags::SILENT);
+        entry.flags.clear(Flags::STUBS);
+        entry.parent = parent;
+        entry.name_at = self.names.len() as u32;
+        self.names
+            .extend(scan.name(&scan.entries()[index as usize]));
+        if let Some(extra) = scan.extra(&entry) {
+            self.extras.push(extra.clone());
+            entry.extra = self.extras.len() as u32 - 1;
+        }
+        self.entries.push(entry);
+        self.entries.len() as u32 - 1
+    }
+
+    /// Printable paths of the files that may give whoever runs them somebody else's rights.
+    pub(super) fn set_ids(&self) -> HashSet<String> {
+        let capable = |entry: &Entry| {
+            let extra = self.extras.get(entry.extra as usize);
+            extra.is_some_and(|extra| extra.xattrs.iter().any(|(name, _)| name == CAPABILITY))
+        };
+        let mut path = Vec::new();
+        let entries = self.entries.iter().enumerate();
+        entries
+            .filter(|(_, e)| e.kind == Kind::File && (e.mode & SET_ID != 0 || capable(e)))
+            .map(|(index, _)| {
+                super::path_of(&self.entries, &self.names, index as u32, &mut path);
+                escape::path(&path)
+            })
+            .collect()
+    }
+
+    pub(super) fn append(&mut self, mut entry: Entry, parent: u32, output: &mut Output) -> u32 {
         entry.parent = parent;
         let name_at = self.names.len() as u32;
         self.names.extend(output.name(&entry));
@@ -1191,9 +1376,7 @@ fn flatten(mut root: Output, outputs: Vec<Output>, count: u32) -> Flat {
     let mut open: Vec<(Output, usize, u32)> = Vec::new();
     let mut enter = |flat: &mut Flat, open: &mut Vec<(Output, usize, u32)>, id: u32, index: u32| {
         if let Some(output) = by_id[id as usize].take() {
-            if output.stubs {
-                flat.entries[index as usize].flags.set(Flags::STUBS);
-            }
+            output.mark(&mut flat.entries[index as usize]);
             open.push((output, 0, index));
         }
     };
@@ -1296,8 +1479,9 @@ fn prune(flat: &mut Flat) {
         }
     }
     let count = flat.entries.len();
-    let mut keep = vec![false; count];
+    let mut dropped = vec![false; count];
     let mut inside = vec![false; count];
+    let mut keep = vec![false; count];
     let mut real = false;
     // Children stand behind their parents: backwards, each parent is seen after all of its children.
     for index in (1..count).rev() {
@@ -1305,6 +1489,8 @@ fn prune(flat: &mut Flat) {
         let parent = entry.parent as usize;
         if entry.flags.has(Flags::MOUNT_PARENT) && !inside[index] {
             flat.entries[parent].flags.set(Flags::STUBS);
+            flat.entries[parent].flags.set(Flags::PARTIAL);
+            dropped[index] = true;
             continue;
         }
         let stubs_only = entry.flags.has(Flags::TIME_ONLY) && entry.flags.has(Flags::STUBS);
@@ -1317,14 +1503,19 @@ fn prune(flat: &mut Flat) {
     real |= flat
         .entries
         .first()
-        .is_some_and(|root| !root.flags.has(Flags::SILENT_ROOT));
+        .is_some_and(|root| !root.flags.has(Flags::SILENT));
     let mut moved = vec![0u32; count];
     let mut to = 0;
     for from in 0..count {
-        if from != 0 && !(keep[from] && real) {
+        let mut entry = flat.entries[from];
+        // What equals the base stays, silently: when it changes, that has to be told from what is new.
+        dropped[from] |= from != 0 && dropped[entry.parent as usize];
+        if dropped[from] {
             continue;
         }
-        let mut entry = flat.entries[from];
+        if from != 0 && !(keep[from] && real) {
+            entry.flags.set(Flags::SILENT);
+        }
         entry.parent = moved[entry.parent as usize];
         moved[from] = to as u32;
         flat.entries[to] = entry;
@@ -1349,7 +1540,7 @@ fn same_bytes(mut a: std::fs::File, mut b: std::fs::File) -> io::Result<bool> {
     }
 }
 
-fn kind_of(file_type: FileType) -> Option<Kind> {
+pub(super) fn kind_of(file_type: FileType) -> Option<Kind> {
     match file_type {
         FileType::Directory => Some(Kind::Dir),
         FileType::RegularFile => Some(Kind::File),

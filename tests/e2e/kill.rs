@@ -25,22 +25,25 @@ fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()
         &lab.roots,
         &pod.container,
         &lab.destination("kill/whole"),
-        &[],
+        &["--pause", "full", "--full"],
     )?;
     let whole = start.elapsed();
 
     let (mut while_frozen, mut finished) = (0, 0);
-    for round in 0..20_u32 {
+    for round in 0..30_u32 {
+        // The last ten with pauses that are too short to be hit often: every other phase of a save is.
+        let how: &[&str] = if round < 20 {
+            &["--pause", "full", "--full"]
+        } else {
+            &[]
+        };
         // Spread over the whole run and a little beyond its end, by a step that does not repeat.
         let moment = whole.mul_f64(f64::from(round * 7 % 20) / 19.0);
         let repository = format!("kill/round-{round}");
         let mut child = upperdeck_itself("commit", &lab.roots)
-            .args([
-                "--progress",
-                "none",
-                &pod.container,
-                &lab.destination(&repository),
-            ])
+            .args(["--progress", "none"])
+            .args(how)
+            .args([&pod.container, &lab.destination(&repository)])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
@@ -65,7 +68,7 @@ fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()
     }
     ensure!(
         while_frozen >= 3,
-        "only {while_frozen} of 20 kills came while the container was frozen ({finished} too late)"
+        "only {while_frozen} of 30 kills came while the container was frozen ({finished} too late)"
     );
 
     let saved = save(
@@ -93,12 +96,8 @@ fn interrupted_it_says_so_and_thaws() -> Result<()> {
     let freezer = Freezer::of(pod.pid)?;
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
         let child = upperdeck_itself("commit", &lab.roots)
-            .args([
-                "--progress",
-                "none",
-                &pod.container,
-                &lab.destination("kill/interrupted"),
-            ])
+            .args(["--progress", "none", "--pause", "full", "--full"])
+            .args([&pod.container, &lab.destination("kill/interrupted")])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;

@@ -12,5 +12,6 @@ mod host;
 mod hosts;
 mod kill;
 mod lab;
+mod live;
 mod overlay;
 mod save;

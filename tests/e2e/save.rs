@@ -144,12 +144,29 @@ pub fn upperdeck_itself(verb: &str, roots: &Roots) -> Command {
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_upperdeck");
 
+/// Where the program keeps what it needs for the next save.
+pub fn state_dir(roots: &Roots) -> PathBuf {
+    let any = [
+        &roots.docker_root,
+        &roots.storage_root,
+        &roots.containerd_root,
+    ];
+    let dirs = any.into_iter().flat_map(|dir| dir.ancestors());
+    let scratch = dirs.filter(|dir| dir.parent() == Some(Path::new("/tmp")));
+    scratch
+        .into_iter()
+        .next()
+        .unwrap_or(Path::new("/tmp/upperdeck-test-none"))
+        .join("state")
+}
+
 fn arranged(mut command: Command, verb: &str, roots: &Roots) -> Command {
     // Whatever credentials and proxies this machine has are not for tests.
     command
         .arg(verb)
         .args(roots.flags())
         .env("RUST_BACKTRACE", "1")
+        .env("UPPERDECK_STATE_DIR", state_dir(roots))
         .env_remove("SOURCE_DATE_EPOCH");
     for variable in [
         "http_proxy",

@@ -107,6 +107,29 @@ pub fn make_cut(source: &Source, size: u64) -> Result<Vec<(Layer, Vec<u8>)>, Str
 }
 
 fn plan(source: &Source, jobs: usize) -> Result<Plan, String> {
+    let scan = scan(source, jobs, None)?;
+    Ok(Plan::new(Arc::new(scan), source.timestamp))
+}
+
+/// Makes one layer of everything that a scan emits.
+#[allow(
+    dead_code,
+    reason = "each test program compiles this module and uses what it needs"
+)]
+pub fn layer_of(scan: Scan) -> Result<Made, String> {
+    let plan = Plan::new(Arc::new(scan), None);
+    let empty = plan.is_empty();
+    let mut layers = write(&[plan], Compression::None, 2)?;
+    let (layer, bytes) = layers.pop().ok_or("no layer")?;
+    Ok(Made {
+        layer,
+        bytes,
+        empty,
+    })
+}
+
+/// Scans, again where there is an earlier scan.
+pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan, String> {
     let mounts: Vec<Vec<u8>> = source
         .mounts
         .iter()
@@ -138,8 +161,13 @@ fn plan(source: &Source, jobs: usize) -> Result<Plan, String> {
         runtime_root_mode: None,
         cancel: &cancel,
     };
-    let scan = Scan::new(&roots, &options).map_err(|error| message(&error))?;
-    Ok(Plan::new(Arc::new(scan), source.timestamp))
+    if let Some(earlier) = earlier
+        && let Some(scan) =
+            Scan::again(earlier, &roots, &options).map_err(|error| message(&error))?
+    {
+        return Ok(scan);
+    }
+    Scan::new(&roots, &options).map_err(|error| message(&error))
 }
 
 fn write(

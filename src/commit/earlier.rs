@@ -1,0 +1,337 @@
+//! What this node kept of the last save of a container, if the next one can be made on top of it.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Context, Error, Options, Taken, base};
+use crate::container::{Base, BaseLayer, Container};
+use crate::destination::{Destination, Target};
+use crate::digest::{ChainId, Digest};
+use crate::manifest;
+use crate::scan::{Entry, Scan};
+use crate::state::{Description, Layer, Lock, Store, Unusable};
+
+/// How often a save that waits for another of the same container looks.
+const WAIT: Duration = Duration::from_millis(100);
+
+/// A scan, and the entries of it whose content may not be what their stamps stand for.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    pub(super) scan: Arc<Scan>,
+    pub(super) unsure: Arc<Vec<bool>>,
+}
+
+impl Known {
+    /// `dirty` are inodes of the upper.
+    pub(super) fn new(scan: Arc<Scan>, dirty: &HashSet<u64>) -> Self {
+        let unsure = |e: &Entry| e.root == 0 && dirty.contains(&e.ino);
+        let unsure = scan.entries().iter().map(unsure).collect();
+        Self {
+            scan,
+            unsure: Arc::new(unsure),
+        }
+    }
+
+    /// What a layer on top has to have, if one can do it.
+    pub(super) fn changes(&self, now: &Scan) -> Option<Scan> {
+        now.changes_since(&self.scan, &|index| self.unsure[index as usize])
+    }
+}
+
+/// A save that another can be made on top of.
+#[derive(Debug)]
+pub(super) struct Under {
+    pub(super) known: Known,
+    /// Bottom first, above the base; all at the destination.
+    pub(super) layers: Vec<Layer>,
+}
+
+/// What is known of earlier saves, and the place where this one is to be kept.
+#[derive(Debug)]
+pub(super) struct Earlier {
+    store: Option<Store>,
+    /// Held until this save is kept.
+    lock: Option<Lock>,
+    fingerprint: Digest,
+    upper_inode: (u64, u64),
+    pub(super) under: Option<Under>,
+}
+
+/// Looks for the last save of the container. Nothing that is wrong with it fails the save at hand.
+pub(super) async fn find(
+    context: &Context,
+    options: &Options,
+    container: &Container,
+    base: &Base,
+    destination: &Destination,
+) -> Result<Earlier, Error> {
+    let mut earlier = Earlier {
+        store: None,
+        lock: None,
+        fingerprint: Digest::of(b""),
+        upper_inode: (0, 0),
+        under: None,
+    };
+    // What was read while the container ran is no ground to build on.
+    let Some(dir) = options
+        .state_dir
+        .as_ref()
+        .filter(|_| options.pause != super::Pause::None)
+    else {
+        return Ok(earlier);
+    };
+    let store = Store::new(dir);
+    earlier.upper_inode = inode_of(container)?;
+    earlier.fingerprint = fingerprint(options, container, base, earlier.upper_inode);
+    earlier.lock = lock(context, &store, container).await;
+    let kept = store.load(&container.id);
+    earlier.store = Some(store);
+    let full = |why: &str| context.warn("full_save", format!("everything is saved anew: {why}"));
+    let kept = match kept {
+        _ if options.full => return Ok(earlier),
+        Err(Unusable::Absent) => return Ok(earlier),
+        Err(unusable) => {
+            full(&unusable.to_string());
+            return Ok(earlier);
+        }
+        Ok(kept) => kept,
+    };
+    let Description {
+        fingerprint,
+        layers,
+        destination: where_kept,
+        ..
+    } = kept.description;
+    if fingerprint != earlier.fingerprint {
+        full("the last save was with other options, or of another base, mount or boot");
+        return Ok(earlier);
+    }
+    if let Some(why) = too_long(&layers, options.max_layers, base.layers.len()) {
+        full(&why);
+        return Ok(earlier);
+    }
+    if let Err(missing) = bring(context, destination, &layers, &where_kept).await? {
+        full(&missing);
+        return Ok(earlier);
+    }
+    let known = Known {
+        scan: Arc::new(kept.stored.scan),
+        unsure: Arc::new(kept.stored.unsure),
+    };
+    earlier.under = Some(Under { known, layers });
+    Ok(earlier)
+}
+
+/// One save of a container at a time. Without a place for the lock there is none.
+async fn lock(context: &Context, store: &Store, container: &Container) -> Option<Lock> {
+    let mut told = false;
+    loop {
+        match store.try_lock(&container.id) {
+            Ok(Some(lock)) => return Some(lock),
+            Ok(None) => {}
+            Err(error) => {
+                context.warn(
+                    "state_not_kept",
+                    format!("nothing is kept for the next save: {error}"),
+                );
+                return None;
+            }
+        }
+        if !told {
+            context.warn(
+                "waiting",
+                "another save of this container is under way: waiting for its end".to_owned(),
+            );
+            told = true;
+        }
+        // Cancelling drops this.
+        tokio::time::sleep(WAIT).await;
+    }
+}
+
+/// Why a chain of layers ends here, if it does.
+fn too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
+    let size = |full: bool| {
+        layers
+            .iter()
+            .filter(|l| l.full == full)
+            .map(|l| l.tar_size)
+            .sum::<u64>()
+    };
+    if layers.len() >= most || base + layers.len() >= manifest::MAX_LAYERS {
+        return Some(format!(
+            "the image has {} layers above its base by now",
+            layers.len()
+        ));
+    }
+    (size(false) * 2 > size(true) && size(false) > SMALL_CHAIN)
+        .then(|| "what changed since the last full save is half as much as that".to_owned())
+}
+
+/// Changes that are no burden whatever the size of the full save, in bytes of tar.
+const SMALL_CHAIN: u64 = 16 << 20;
+
+/// Sees to it that the layers are at the destination, or says why they are not.
+async fn bring(
+    context: &Context,
+    destination: &Destination,
+    layers: &[Layer],
+    where_kept: &str,
+) -> Result<Result<(), String>, Error> {
+    let layers: Vec<BaseLayer> = layers
+        .iter()
+        .map(|layer| as_base(layer, where_kept))
+        .collect();
+    let found = base::look_up(destination, &layers).await?;
+    for (layer, found) in layers.iter().zip(found) {
+        if found.is_none()
+            && let Err(tried) = base::copy(context, destination, layer).await?
+        {
+            return Ok(Err(format!(
+                "a layer of the last save is not at the destination, and not to be had: {}",
+                tried.join("; ")
+            )));
+        }
+    }
+    Ok(Ok(()))
+}
+
+fn as_base(layer: &Layer, where_kept: &str) -> BaseLayer {
+    let (mut local_blob, mut repositories) = (None, Vec::new());
+    match where_kept.parse::<Target>() {
+        Ok(Target::Registry(reference)) => repositories.push(reference.name()),
+        Ok(Target::Layout { dir, .. }) => {
+            let blob = dir.join("blobs/sha256").join(layer.digest.hex());
+            local_blob = blob.exists().then_some(blob);
+        }
+        _ => {}
+    }
+    BaseLayer {
+        diff_id: layer.diff_id,
+        chain_id: ChainId::bottom(layer.diff_id),
+        lower: None,
+        descriptor: Some(base::descriptor(
+            &layer.media_type,
+            layer.digest,
+            layer.size,
+        )),
+        size_known: true,
+        local_blob,
+        repositories,
+    }
+}
+
+fn inode_of(container: &Container) -> Result<(u64, u64), Error> {
+    use std::os::unix::fs::MetadataExt as _;
+    let upper = &container.overlay.upper;
+    let meta = std::fs::metadata(upper).map_err(|source| {
+        Error::Scan(crate::scan::Error::Read {
+            path: upper.display().to_string(),
+            source,
+        })
+    })?;
+    Ok((meta.dev(), meta.ino()))
+}
+
+/// Over everything that a scan and its layers take for granted.
+#[allow(
+    clippy::unnecessary_debug_formatting,
+    reason = "quotes and escapes keep the parts apart"
+)]
+fn fingerprint(options: &Options, container: &Container, base: &Base, upper: (u64, u64)) -> Digest {
+    // Time stamps of what was not on disk yet may be lost with a crash, and what was written after them not.
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let overlay = &container.overlay;
+    let rules = &options.rules;
+    let diff_ids: Vec<_> = base.layers.iter().map(|layer| layer.diff_id).collect();
+    let mounts: Vec<&PathBuf> = container
+        .mounts
+        .iter()
+        .map(|mount| &mount.destination)
+        .collect();
+    let text = format!(
+        "{boot:?} {upper:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {mounts:?} {:?} {:?} {:?} {diff_ids:?} {:?}",
+        overlay.upper,
+        overlay.lowers,
+        overlay.data_only,
+        overlay.namespace,
+        container.uid_map,
+        container.gid_map,
+        container.runtime_root_mode,
+        rules.exclude,
+        (rules.include_credentials, rules.include_caches),
+        options.timestamp,
+        Digest::of(&base.config),
+    );
+    let mut hasher = Sha256::new();
+    hasher.update(text.as_bytes());
+    Digest::finish(hasher)
+}
+
+impl Earlier {
+    /// The layers of the image above the base: those of earlier saves that this one stands on, then its own.
+    pub(super) fn layers(&self, taken: &Taken) -> Vec<Layer> {
+        let under = self
+            .under
+            .iter()
+            .filter(|_| taken.on_top)
+            .flat_map(|under| under.layers.clone());
+        let new = taken.layers.iter().map(|layer| Layer {
+            digest: layer.digest,
+            diff_id: layer.diff_id,
+            size: layer.size,
+            media_type: layer.media_type.to_owned(),
+            tar_size: layer.tar_size,
+            full: !taken.on_top,
+        });
+        under.chain(new).collect()
+    }
+
+    /// Keeps a save that is at its destination. That it cannot be is told, and costs the next save its time.
+    pub(super) fn keep(
+        &self,
+        context: &Context,
+        container: &Container,
+        target: &Target,
+        taken: &Taken,
+    ) {
+        let Some(store) = &self.store else { return };
+        let kept = match &taken.seen {
+            Some(known) => {
+                let description = Description {
+                    fingerprint: self.fingerprint,
+                    upper: container.overlay.upper.clone(),
+                    upper_inode: self.upper_inode,
+                    destination: target.to_string(),
+                    layers: self.layers(taken),
+                };
+                let scan = known.scan.store(&|index| known.unsure[index as usize]);
+                store.keep(&container.id, &description, &scan)
+            }
+            None => store.forget(&container.id),
+        };
+        if let Err(error) = kept {
+            // What was kept before is of an image that is older, and good for the next save all the same.
+            context.warn(
+                "state_not_kept",
+                format!("nothing is kept for the next save: {error}"),
+            );
+        }
+    }
+}
+
+/// The layers as a manifest lists them.
+pub(super) fn listed(layers: &[Layer]) -> Vec<manifest::NewLayer> {
+    let listed = |layer: &Layer| manifest::NewLayer {
+        layer: manifest::Layer {
+            descriptor: base::descriptor(&layer.media_type, layer.digest, layer.size),
+            diff_id: layer.diff_id,
+        },
+        created_by: None,
+    };
+    layers.iter().map(listed).collect()
+}

@@ -1,0 +1,169 @@
+//! Which files a container's processes have mapped shared: through such a mapping a page that is dirty already can be
+//! written to without moving any time stamp.
+//!
+//! Source: `proc_pid_maps(5)`; kernel `fs/proc/task_mmu.c`. The text is a stranger's: paths in it are of his making.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::io::{self, BufRead as _, BufReader, Read as _};
+use std::path::{Path, PathBuf};
+
+use super::{Error, Processes, groups, members};
+
+/// Bytes of one process's list that are read: four times what the kernel's default of 65,530 mappings take with short
+/// names.
+const MAX_MAPS: u64 = 32 << 20;
+
+/// A file that a process has mapped shared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedMapping {
+    /// Absolute path as the process's mount namespace has it, without the mark of a deleted file. Newlines in names are
+    /// written `\012`.
+    pub path: Vec<u8>,
+    /// Whether it says that the file has no name any more. A file may be called so, too.
+    pub deleted: bool,
+    /// Whether it can be written through now. Otherwise `mprotect` may allow it later.
+    pub writable: bool,
+    /// Device numbers of the file system.
+    pub device: (u32, u32),
+    /// A link of the kernel's that leads to the file, for as long as the process has it mapped.
+    pub link: PathBuf,
+}
+
+/// Every shared mapping of a file by a process of the container of `pid`, each file once.
+///
+/// Mappings made, and processes started, after this list was taken are not in it. They need not be: a mapping's first
+/// write to a page faults, which moves the file's time stamps, in a forked child too.
+pub fn shared_mappings(pid: u32, host_root: Option<&Path>) -> Result<Vec<SharedMapping>, Error> {
+    let proc = host_root.unwrap_or(Path::new("/")).join("proc");
+    let mut pids: HashSet<u32> = Processes::new(&proc, pid)?.in_root()?;
+    for group in groups(&proc, pid, host_root)? {
+        pids.extend(members::pids_below(group.dir())?);
+    }
+    let mut found = BTreeMap::new();
+    for pid in pids {
+        let path = proc.join(pid.to_string()).join("maps");
+        let result = File::open(&path).and_then(|file| collect(file, &path, &mut found));
+        match result {
+            Ok(()) => {}
+            // It ended: it writes no more.
+            Err(error) if is_gone(&error) => {}
+            Err(error) => return Err(Error::io(path, error)),
+        }
+    }
+    Ok(found.into_values().collect())
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+}
+
+type Found = BTreeMap<(Vec<u8>, bool, (u32, u32)), SharedMapping>;
+
+fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<()> {
+    let mut lines = BufReader::with_capacity(64 << 10, file.take(MAX_MAPS + 1));
+    let (mut line, mut read) = (Vec::new(), 0);
+    loop {
+        line.clear();
+        let n = lines.read_until(b'\n', &mut line)?;
+        read += n as u64;
+        if n == 0 {
+            return Ok(());
+        }
+        if read > MAX_MAPS {
+            return Err(io::Error::other(format!(
+                "more than {MAX_MAPS} bytes of mappings"
+            )));
+        }
+        if let Some((range, mapping)) = parse(line.trim_ascii_end()) {
+            let key = (mapping.path.clone(), mapping.deleted, mapping.device);
+            let entry = found.entry(key).or_insert_with(|| SharedMapping {
+                link: path.with_file_name("map_files").join(range),
+                ..mapping.clone()
+            });
+            entry.writable |= mapping.writable;
+        }
+    }
+}
+
+/// One line: `START-END PERMS OFFSET MAJOR:MINOR INODE PATH`. None for what is private, or no file.
+fn parse(line: &[u8]) -> Option<(&str, SharedMapping)> {
+    let mut rest = line;
+    let mut field = || {
+        let start = rest.iter().position(|&b| b != b' ')?;
+        let end = rest[start..]
+            .iter()
+            .position(|&b| b == b' ')
+            .map_or(rest.len(), |n| start + n);
+        let field = &rest[start..end];
+        rest = &rest[end..];
+        Some(field)
+    };
+    let (range, perms, _offset, device, inode) = (field()?, field()?, field()?, field()?, field()?);
+    let path = rest.trim_ascii_start();
+    if perms.get(3) != Some(&b's') || inode == b"0" || !path.starts_with(b"/") {
+        return None;
+    }
+    let range = std::str::from_utf8(range).ok()?;
+    let plain = |b: u8| b.is_ascii_hexdigit() || b == b'-';
+    let device = std::str::from_utf8(device).ok()?;
+    let (major, minor) = device.split_once(':')?;
+    let device = (
+        u32::from_str_radix(major, 16).ok()?,
+        u32::from_str_radix(minor, 16).ok()?,
+    );
+    let alive = path.strip_suffix(b" (deleted)");
+    range.bytes().all(plain).then(|| {
+        let mapping = SharedMapping {
+            path: alive.unwrap_or(path).to_vec(),
+            deleted: alive.is_some(),
+            writable: perms.get(1) == Some(&b'w'),
+            device,
+            link: PathBuf::new(),
+        };
+        (range, mapping)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_shared_files_are_listed_whatever_they_are_called() {
+        let file = |line: &str| {
+            parse(line.as_bytes()).map(|(range, m)| {
+                (
+                    range.to_owned(),
+                    String::from_utf8_lossy(&m.path).into_owned(),
+                    m.deleted,
+                    m.writable,
+                    m.device,
+                )
+            })
+        };
+        let some = |range: &str, path: &str, deleted, writable, device| {
+            Some((range.to_owned(), path.to_owned(), deleted, writable, device))
+        };
+        assert_eq!(
+            file("7f0a-7f0b rw-s 00000000 00:3e 1234                       /data/a b"),
+            some("7f0a-7f0b", "/data/a b", false, true, (0, 0x3e))
+        );
+        assert_eq!(
+            file("7f0a-7f0b r--s 00001000 fe:00 9 /x (deleted)"),
+            some("7f0a-7f0b", "/x", true, false, (0xfe, 0))
+        );
+        for none in [
+            "",
+            "7f0a-7f0b rw-p 00000000 00:3e 1234 /private",
+            "7f0a-7f0b rw-s 00000000 00:01 0 /anonymous",
+            "7f0a-7f0b rw-s 00000000 00:01 1 anon_inode:[x]",
+            "../../x rw-s 00000000 00:01 1 /x",
+            "7f0a-7f0b rw-s 00000000 0001 1 /x",
+            "7f0a-7f0b rw-s",
+        ] {
+            assert_eq!(file(none), None, "{none}");
+        }
+    }
+}

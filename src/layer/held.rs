@@ -1,0 +1,284 @@
+//! The contents of an instant: what a layer's files hold while the container stands still, kept for when it runs on.
+//!
+//! Small ones are read into memory. Where the file system can clone (`FICLONE`: XFS with reflinks, Btrfs), large ones
+//! are cloned into files without a name, which share the data until the original is written to, and which vanish with
+//! this process whatever way it ends.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use rustix::fs::SeekFrom;
+
+use super::block::{self, Instability, ReadError, Unstable};
+use super::plan::{Item, Plan};
+use crate::escape;
+use crate::overlay::flush::flush;
+use crate::scan::{Entry, Scan};
+
+/// Files up to this size are read where they fit: a clone costs as much as reading so many bytes.
+const SMALL: u64 = 128 << 10;
+/// What opening a file costs, in bytes that could be read meanwhile.
+const OPENING: u64 = 16 << 10;
+/// Descriptors that are left to everybody else in this process.
+const SPARE_DESCRIPTORS: u64 = 256;
+/// Items that a thread takes at a time.
+const CHUNK: usize = 8;
+
+/// What is kept, by entry of the plan's scan.
+#[derive(Debug, Default)]
+pub struct Held {
+    contents: HashMap<u32, Content>,
+    /// Files that changed while they were read, all the same.
+    pub unstable: Vec<Unstable>,
+}
+
+/// The content of one file.
+#[derive(Debug)]
+pub enum Content {
+    /// Data by offset; between them are holes.
+    Memory(Vec<(u64, Vec<u8>)>),
+    /// A file that nobody else writes to.
+    Clone(File),
+}
+
+/// How the contents of a plan can be kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// All of it in memory.
+    Memory,
+    /// In memory what is small, clones of the rest.
+    Clones,
+    /// There is too much.
+    No,
+}
+
+impl Held {
+    pub(super) fn get(&self, entry: u32) -> Option<&Content> {
+        self.contents.get(&entry)
+    }
+}
+
+impl Content {
+    /// Reads from `offset` on into `part`, which is all zeros.
+    pub(super) fn read(&self, offset: u64, part: &mut [u8], entry: &Entry) -> io::Result<()> {
+        match self {
+            Self::Memory(pieces) => {
+                for (at, bytes) in pieces {
+                    let from = offset.max(*at);
+                    let to = (offset + part.len() as u64).min(at + bytes.len() as u64);
+                    if from < to {
+                        part[(from - offset) as usize..(to - offset) as usize]
+                            .copy_from_slice(&bytes[(from - at) as usize..(to - at) as usize]);
+                    }
+                }
+            }
+            Self::Clone(file) => {
+                let read = |at, part: &mut [u8]| block::read_full(file, at, part);
+                block::read_sparse(file, read, offset, part, entry)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes that are on disk of a file's content, as far as they are to be kept in memory.
+fn weight(entry: &Entry) -> u64 {
+    // A file whose data are not on disk yet may have nothing allocated.
+    if entry.allocated == 0 {
+        entry.size
+    } else {
+        entry.size.min(entry.allocated)
+    }
+}
+
+/// Which way the contents of `plan` can be kept in at most `limit` bytes of memory.
+///
+/// Whether there are clones is found out by trying, on a file without a name.
+pub fn way(plan: &Plan, limit: u64) -> Way {
+    let files = || {
+        plan.items()
+            .iter()
+            .filter(|item| plan.content_size(item) > 0)
+    };
+    let weights = || files().map(|item| weight(plan.entry(item)));
+    let opening = |count: usize| count as u64 * OPENING;
+    if weights().sum::<u64>() + opening(weights().count()) <= limit {
+        return Way::Memory;
+    }
+    let small: u64 = weights().filter(|&size| size <= SMALL).sum();
+    let large = weights().filter(|&size| size > SMALL).count() as u64;
+    if small + opening(weights().count()) <= limit
+        && large <= descriptors()
+        && can_clone(plan.scan())
+    {
+        Way::Clones
+    } else {
+        Way::No
+    }
+}
+
+/// Whether files of the upper can be cloned.
+pub fn can_clone(scan: &Scan) -> bool {
+    let try_it = || -> io::Result<()> {
+        let (from, to) = (scan.root(0).nameless_file()?, scan.root(0).nameless_file()?);
+        rustix::io::pwrite(&from, &[0; 4096], 0)?;
+        Ok(rustix::fs::ioctl_ficlone(&to, &from)?)
+    };
+    try_it().is_ok()
+}
+
+/// How many files can be held open, after asking for as many as may be had.
+fn descriptors() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let now = getrlimit(Resource::Nofile);
+    let most = now.maximum.unwrap_or(1 << 20).min(1 << 16);
+    let wanted = Rlimit {
+        current: Some(most.max(now.current.unwrap_or(0))),
+        ..now
+    };
+    let have = match setrlimit(Resource::Nofile, wanted) {
+        Ok(()) => most,
+        Err(_) => now.current.unwrap_or(most),
+    };
+    have.saturating_sub(SPARE_DESCRIPTORS)
+}
+
+/// Writes the dirty pages of the plan's large files to disk, so that cloning them later finds little to do: the kernel
+/// writes them before it shares the data.
+pub fn prepare_clones(plan: &Plan) {
+    for item in plan.items() {
+        let entry = plan.entry(item);
+        if plan.content_size(item) > SMALL && plan.scan().elsewhere(entry).is_none() {
+            let path = plan.scan().path(item.entry);
+            // It may be gone by now, and the clone will do what is left.
+            if let Ok(Some(file)) = plan.scan().root(0).open_file(&path, entry.ino) {
+                flush(file.as_fd()).ok();
+            }
+        }
+    }
+}
+
+/// Keeps the contents of a plan, `way` as [`way`] said.
+pub fn hold(plan: &Plan, way: Way, jobs: usize, cancel: &AtomicBool) -> Result<Held, ReadError> {
+    let items: Vec<&Item> = plan
+        .items()
+        .iter()
+        .filter(|item| plan.content_size(item) > 0)
+        .collect();
+    let held: Mutex<Held> = Mutex::default();
+    let failed: Mutex<Option<ReadError>> = Mutex::default();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut mine = Held::default();
+        loop {
+            let from = next.fetch_add(CHUNK, Ordering::Relaxed).min(items.len());
+            let chunk = &items[from..items.len().min(from + CHUNK)];
+            if chunk.is_empty() || cancel.load(Ordering::Relaxed) {
+                break;
+            }
+            for item in chunk {
+                match keep(plan, item, way, &mut mine.unstable) {
+                    Ok(content) => {
+                        mine.contents.insert(item.entry, content);
+                    }
+                    Err(error) => {
+                        *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                        return;
+                    }
+                }
+            }
+        }
+        let mut all = held.lock().unwrap_or_else(PoisonError::into_inner);
+        all.contents.extend(mine.contents);
+        all.unstable.append(&mut mine.unstable);
+    };
+    let threads = jobs.clamp(1, items.len().div_ceil(CHUNK).max(1));
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(held.into_inner().unwrap_or_else(PoisonError::into_inner)),
+    }
+}
+
+fn keep(
+    plan: &Plan,
+    item: &Item,
+    way: Way,
+    unstable: &mut Vec<Unstable>,
+) -> Result<Content, ReadError> {
+    let (scan, entry) = (plan.scan(), plan.entry(item));
+    let path = scan.path(item.entry);
+    let fail = |source: io::Error| ReadError {
+        path: format!("/{}", escape::path(&path)),
+        source,
+    };
+    let elsewhere = scan.elsewhere(entry);
+    let mut note = |what| {
+        unstable.push(Unstable {
+            path: escape::path(&path),
+            what,
+        });
+    };
+    let Some(file) = plan.open(item, &mut Vec::new()).map_err(fail)? else {
+        note(Instability::Vanished);
+        return Ok(Content::Memory(Vec::new()));
+    };
+    let content = if way == Way::Clones
+        && weight(entry) > SMALL
+        && elsewhere.is_none_or(|place| place.root == 0)
+    {
+        let clone = scan.root(0).nameless_file().map_err(fail)?;
+        rustix::fs::ioctl_ficlone(&clone, &file).map_err(|e| fail(e.into()))?;
+        Content::Clone(clone.into())
+    } else {
+        Content::Memory(pieces(&file, entry.size).map_err(fail)?)
+    };
+    if elsewhere.is_none() {
+        let stat = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?;
+        if !block::same_file(&stat, entry) {
+            note(Instability::Changed);
+        }
+    }
+    Ok(content)
+}
+
+/// Everything of a file that is no hole.
+fn pieces(file: &File, size: u64) -> io::Result<Vec<(u64, Vec<u8>)>> {
+    let mut pieces = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => at,
+            Err(error) => return Err(error.into()),
+        };
+        if data >= size {
+            break;
+        }
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(data))
+            .unwrap_or(size)
+            .min(size);
+        let end = if hole > data { hole } else { size };
+        let mut bytes = vec![0; (end - data) as usize];
+        let n = block::read_full(file, data, &mut bytes)?;
+        bytes.truncate(n);
+        let short = (n as u64) < end - data;
+        pieces.push((data, bytes));
+        if short {
+            break;
+        }
+        at = end;
+    }
+    Ok(pieces)
+}

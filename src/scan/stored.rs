@@ -1,0 +1,471 @@
+//! A scan as bytes, to be kept until the next save of the same container.
+//!
+//! Compact, because a node keeps many: numbers have variable length, times are told against the entry before. Reading
+//! takes nothing for granted: what is not exactly what writing makes is no scan.
+
+use std::sync::Arc;
+
+use super::{Clock, Elsewhere, Entry, Extra, Flags, Kind, Report, Scan};
+
+/// Longest name of a directory entry.
+const MAX_NAME: usize = 255;
+/// Longest path, attribute or link target that a file system hands out, with room.
+const MAX_BYTES: u64 = 1 << 20;
+/// Attributes of one entry: more do not fit into the 64 KiB of their list.
+const MAX_XATTRS: u64 = 1 << 16;
+
+const KINDS: [Kind; 8] = [
+    Kind::Opaque,
+    Kind::Whiteout,
+    Kind::Dir,
+    Kind::File,
+    Kind::Symlink,
+    Kind::Char,
+    Kind::Block,
+    Kind::Fifo,
+];
+
+/// Bits of an entry's second byte, beside its kind.
+const EXTRA: u8 = 0x80;
+const UNSURE: u8 = 0x40;
+
+/// A scan that was kept, and the entries of it whose content may have changed without their stamps showing it.
+#[derive(Debug)]
+pub struct Stored {
+    /// The scan. Its directories are opened when it is scanned again.
+    pub scan: Scan,
+    /// By entry.
+    pub unsure: Vec<bool>,
+}
+
+impl Scan {
+    /// The scan as bytes. `unsure` as for [`Scan::changes_since`]; those stamped too late to tell are added.
+    pub fn store(&self, unsure: &dyn Fn(u32) -> bool) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.entries.len() * 40);
+        number(&mut out, self.entries.len() as u64);
+        signed(&mut out, self.clock.seconds);
+        number(&mut out, self.clock.nanos.into());
+        number(&mut out, self.report.privileged.len() as u64);
+        for path in &self.report.privileged {
+            bytes(&mut out, path.as_bytes());
+        }
+        number(&mut out, self.report.dropped_xattrs.len() as u64);
+        for (name, count) in &self.report.dropped_xattrs {
+            bytes(&mut out, name.as_bytes());
+            number(&mut out, *count);
+        }
+        let mut before = Entry::default();
+        for (index, entry) in (0..).zip(&self.entries) {
+            let extra = self.extra(entry);
+            let kind = KINDS
+                .iter()
+                .position(|&kind| kind == entry.kind)
+                .unwrap_or(0) as u8;
+            let late = !matches!(entry.kind, Kind::Whiteout | Kind::Opaque) && !self.settled(entry);
+            let unsure = late || unsure(index);
+            out.push(entry.flags.0);
+            out.push(
+                kind | if extra.is_some() { EXTRA } else { 0 } | if unsure { UNSURE } else { 0 },
+            );
+            number(&mut out, u64::from(index - entry.parent));
+            bytes(&mut out, self.name(entry));
+            if matches!(entry.kind, Kind::Whiteout | Kind::Opaque) {
+                continue;
+            }
+            for value in [
+                u64::from(entry.root),
+                entry.mode.into(),
+                entry.uid.into(),
+                entry.gid.into(),
+                entry.nlink.into(),
+                entry.size,
+                entry.allocated,
+                entry.rdev,
+                entry.mtime_nsec.into(),
+                entry.ctime_nsec.into(),
+            ] {
+                number(&mut out, value);
+            }
+            signed(&mut out, entry.ino.wrapping_sub(before.ino) as i64);
+            signed(&mut out, entry.mtime.wrapping_sub(before.mtime));
+            signed(&mut out, entry.ctime.wrapping_sub(before.ctime));
+            before = *entry;
+            if let Some(extra) = extra {
+                write_extra(&mut out, extra);
+            }
+        }
+        out
+    }
+
+    /// Reads what [`Scan::store`] wrote; none if it is anything else.
+    pub fn restore(stored: &[u8]) -> Option<Stored> {
+        let mut from = Reader(stored);
+        let count = usize::try_from(from.number()?).ok()?;
+        // The least that an entry takes.
+        if count == 0 || count > stored.len() / 4 || count >= u32::MAX as usize {
+            return None;
+        }
+        let clock = Clock {
+            seconds: from.signed()?,
+            nanos: from.small()?,
+        };
+        let mut report = Report::default();
+        for _ in 0..from.number()? {
+            report.privileged.push(from.text()?);
+        }
+        for _ in 0..from.number()? {
+            let (name, count) = (from.text()?, from.number()?);
+            report.dropped_xattrs.insert(name, count);
+        }
+        let mut scan = Scan {
+            entries: Vec::with_capacity(count),
+            names: Vec::new(),
+            extras: Vec::new(),
+            roots: Arc::default(),
+            lowers_known: true,
+            clock,
+            report,
+        };
+        let mut unsure = Vec::with_capacity(count);
+        // The directories that the last entry is in, each with the last of its entries.
+        let mut open: Vec<(u32, Option<u32>)> = Vec::new();
+        let mut before = Entry::default();
+        for index in 0..count as u32 {
+            let (flags, kind) = (from.byte()?, from.byte()?);
+            let back: u32 = from.small()?;
+            let name = from.bytes()?;
+            let mut entry = Entry {
+                flags: Flags(flags),
+                kind: *KINDS.get(usize::from(kind & !(EXTRA | UNSURE)))?,
+                extra: u32::MAX,
+                parent: index.checked_sub(back)?,
+                name_at: u32::try_from(scan.names.len()).ok()?,
+                name_len: name.len() as u16,
+                ..Entry::default()
+            };
+            if index == 0 {
+                if !name.is_empty() || entry.kind != Kind::Dir {
+                    return None;
+                }
+            } else {
+                let plain = !name.is_empty()
+                    && name.len() <= MAX_NAME
+                    && !name.contains(&b'/')
+                    && !name.contains(&0);
+                if !plain
+                    || name == b"."
+                    || name == b".."
+                    || back == 0
+                    || entry.kind == Kind::Opaque
+                {
+                    return None;
+                }
+                // Parents first, each directory's entries right after it, in order.
+                while open.last()?.0 != entry.parent {
+                    open.pop();
+                }
+                let last = open.last_mut()?;
+                if let Some(sibling) = last.1.replace(index) {
+                    let sibling = &scan.entries[sibling as usize];
+                    let rank = |e: &Entry| e.kind != Kind::Whiteout;
+                    if (rank(sibling), scan.name(sibling)) >= (rank(&entry), name) {
+                        return None;
+                    }
+                }
+            }
+            scan.names.extend(name);
+            if entry.kind == Kind::Whiteout {
+                if kind & EXTRA != 0 {
+                    return None;
+                }
+            } else {
+                entry.root = from.small()?;
+                entry.mode = from.small()?;
+                entry.uid = from.small()?;
+                entry.gid = from.small()?;
+                entry.nlink = from.small()?;
+                entry.size = from.number()?;
+                entry.allocated = from.number()?;
+                entry.rdev = from.number()?;
+                entry.mtime_nsec = from.small()?;
+                entry.ctime_nsec = from.small()?;
+                entry.ino = before.ino.wrapping_add(from.signed()? as u64);
+                entry.mtime = before.mtime.wrapping_add(from.signed()?);
+                entry.ctime = before.ctime.wrapping_add(from.signed()?);
+                before = entry;
+                if kind & EXTRA != 0 {
+                    entry.extra = scan.extras.len() as u32;
+                    scan.extras.push(read_extra(&mut from)?);
+                }
+            }
+            if entry.kind == Kind::Dir {
+                open.push((index, None));
+            }
+            unsure.push(kind & UNSURE != 0);
+            scan.entries.push(entry);
+        }
+        from.0.is_empty().then_some(Stored { scan, unsure })
+    }
+}
+
+fn write_extra(out: &mut Vec<u8>, extra: &Extra) {
+    let has = [
+        extra.link.is_some(),
+        extra.content.is_some(),
+        extra.base.is_some(),
+        extra.indexed_nlink.is_some(),
+        extra.moved,
+    ];
+    out.push((0..).zip(has).map(|(bit, has)| u8::from(has) << bit).sum());
+    if let Some(link) = &extra.link {
+        bytes(out, link);
+    }
+    if let Some(content) = &extra.content {
+        number(out, content.root.into());
+        bytes(out, &content.path);
+        number(out, content.ino);
+    }
+    if let Some((root, ino)) = extra.base {
+        number(out, root.into());
+        number(out, ino);
+    }
+    if let Some(nlink) = extra.indexed_nlink {
+        number(out, nlink.into());
+    }
+    number(out, extra.xattrs.len() as u64);
+    for (name, value) in &extra.xattrs {
+        bytes(out, name);
+        bytes(out, value);
+    }
+}
+
+fn read_extra(from: &mut Reader<'_>) -> Option<Extra> {
+    let has = from.byte()?;
+    let bit = |n: u8| has & (1 << n) != 0;
+    if has >= 1 << 5 {
+        return None;
+    }
+    let mut extra = Extra {
+        moved: bit(4),
+        ..Extra::default()
+    };
+    if bit(0) {
+        extra.link = Some(from.bytes()?.to_vec());
+    }
+    if bit(1) {
+        extra.content = Some(Elsewhere {
+            root: from.small()?,
+            path: from.bytes()?.to_vec(),
+            ino: from.number()?,
+        });
+    }
+    if bit(2) {
+        extra.base = Some((from.small()?, from.number()?));
+    }
+    if bit(3) {
+        extra.indexed_nlink = Some(from.small()?);
+    }
+    let xattrs = from.number()?;
+    if xattrs > MAX_XATTRS {
+        return None;
+    }
+    for _ in 0..xattrs {
+        extra
+            .xattrs
+            .push((from.bytes()?.to_vec(), from.bytes()?.to_vec()));
+    }
+    Some(extra)
+}
+
+/// Seven bits a byte, the lowest first.
+fn number(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+/// Small either side of zero.
+fn signed(out: &mut Vec<u8>, value: i64) {
+    number(out, ((value << 1) ^ (value >> 63)) as u64);
+}
+
+fn bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    number(out, bytes.len() as u64);
+    out.extend(bytes);
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn byte(&mut self) -> Option<u8> {
+        let (&first, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(first)
+    }
+
+    fn number(&mut self) -> Option<u64> {
+        let mut value = 0u64;
+        for shift in (0..64).step_by(7) {
+            let byte = self.byte()?;
+            let bits = u64::from(byte & 0x7f);
+            if bits << shift >> shift != bits {
+                return None;
+            }
+            value |= bits << shift;
+            if byte < 0x80 {
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    fn small<T: TryFrom<u64>>(&mut self) -> Option<T> {
+        T::try_from(self.number()?).ok()
+    }
+
+    fn signed(&mut self) -> Option<i64> {
+        let value = self.number()?;
+        Some((value >> 1) as i64 ^ -((value & 1) as i64))
+    }
+
+    fn bytes(&mut self) -> Option<&'a [u8]> {
+        let len = self
+            .number()
+            .filter(|&len| len <= MAX_BYTES && len <= self.0.len() as u64)?;
+        let (bytes, rest) = self.0.split_at(len as usize);
+        self.0 = rest;
+        Some(bytes)
+    }
+
+    fn text(&mut self) -> Option<String> {
+        String::from_utf8(self.bytes()?.to_vec()).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scan() -> Scan {
+        let mut scan = Scan {
+            entries: Vec::new(),
+            names: Vec::new(),
+            extras: Vec::new(),
+            roots: Arc::default(),
+            lowers_known: true,
+            clock: Clock {
+                seconds: 1_000,
+                nanos: 7,
+            },
+            report: Report {
+                privileged: vec!["a/s".to_owned()],
+                ..Report::default()
+            },
+        };
+        let mut add = |parent, name: &[u8], kind, extra: Option<Extra>| {
+            let entry = Entry {
+                parent,
+                name_at: scan.names.len() as u32,
+                name_len: name.len() as u16,
+                kind,
+                extra: if extra.is_some() {
+                    scan.extras.len() as u32
+                } else {
+                    u32::MAX
+                },
+                mode: 0o644,
+                ino: u64::MAX - scan.names.len() as u64,
+                mtime: -5,
+                ctime: 900,
+                ctime_nsec: 3,
+                ..Entry::default()
+            };
+            let entry = if kind == Kind::Whiteout {
+                Entry {
+                    parent,
+                    name_at: entry.name_at,
+                    name_len: entry.name_len,
+                    kind,
+                    extra: u32::MAX,
+                    ..Entry::default()
+                }
+            } else {
+                entry
+            };
+            scan.names.extend(name);
+            scan.extras.extend(extra);
+            scan.entries.push(entry);
+        };
+        add(0, b"", Kind::Dir, None);
+        add(0, b"gone", Kind::Whiteout, None);
+        add(0, b"a", Kind::Dir, None);
+        let link = Extra {
+            link: Some(b"to".to_vec()),
+            xattrs: vec![(b"user.a".to_vec(), vec![0, 255])],
+            base: Some((1, 9)),
+            ..Extra::default()
+        };
+        add(2, b"l", Kind::Symlink, Some(link));
+        add(0, b"b", Kind::File, None);
+        scan
+    }
+
+    fn told(scan: &Scan) -> String {
+        let entries: Vec<_> = (0..)
+            .zip(scan.entries())
+            .map(|(i, e)| (scan.path(i), *e, scan.extra(e).cloned()))
+            .collect();
+        format!("{entries:?} {:?} {:?}", scan.clock, scan.report)
+    }
+
+    #[test]
+    fn what_was_stored_comes_back() {
+        let scan = scan();
+        let stored = scan.store(&|index| index == 4);
+        let back = Scan::restore(&stored).expect("it is whole");
+        assert_eq!(told(&scan), told(&back.scan));
+        assert_eq!(back.unsure, [false, false, false, false, true]);
+    }
+
+    #[test]
+    fn damaged_bytes_are_no_scan_or_a_sane_one() {
+        let stored = scan().store(&|_| false);
+        for cut in 0..stored.len() {
+            assert!(Scan::restore(&stored[..cut]).is_none(), "cut at {cut}");
+        }
+        for at in 0..stored.len() {
+            for value in [
+                0,
+                1,
+                2,
+                0x2f,
+                0x7f,
+                0x80,
+                0xff,
+                stored[at] ^ 1,
+                stored[at] ^ 0x10,
+            ] {
+                let mut damaged = stored.clone();
+                damaged[at] = value;
+                let Some(Stored { scan, .. }) = Scan::restore(&damaged) else {
+                    continue;
+                };
+                let ends = scan.ends();
+                for (index, entry) in scan.entries().iter().enumerate().skip(1) {
+                    assert!((entry.parent as usize) < index, "a parent after its child");
+                    assert!(ends[entry.parent as usize] > index as u32);
+                    assert_eq!(scan.entries()[entry.parent as usize].kind, Kind::Dir);
+                    let path = scan.path(index as u32);
+                    assert!(
+                        !path.starts_with(b"/")
+                            && !path
+                                .split(|&b| b == b'/')
+                                .any(|n| matches!(n, b"" | b".." | b"."))
+                    );
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,68 @@
+"""Whether an image holds one instant of what writers.py writes: LAYOUT DIGEST LAYERS-OF-THE-BASE. Applies the layers above
+the base by itself, sharing no code with the program."""
+import json, os, shutil, sqlite3, sys, tarfile, tempfile
+
+layout, digest, base = sys.argv[1], sys.argv[2], int(sys.argv[3])
+blob = lambda digest: f"{layout}/blobs/sha256/{digest.split(':')[1]}"
+layers = json.load(open(blob(digest)))["layers"][base:]
+root = tempfile.mkdtemp()
+inside = lambda name: name.strip("/") == "home/w" or name.startswith("home/w/")
+try:
+    for layer in layers:
+        with tarfile.open(blob(layer["digest"])) as tar:
+            seen = set()
+            for member in tar:
+                path = os.path.join(root, member.name)
+                assert member.name not in seen, f"{member.name} twice in one layer"
+                seen.add(member.name)
+                parent, name = os.path.split(path)
+                if not inside(member.name):
+                    continue
+                if name.startswith(".wh."):
+                    gone = os.path.join(parent, name[4:])
+                    assert os.path.lexists(gone), f"a whiteout of nothing: {member.name}"
+                    shutil.rmtree(gone) if os.path.isdir(gone) else os.remove(gone)
+                elif member.isdir():
+                    os.makedirs(path, exist_ok=True)
+                else:
+                    assert member.isfile(), member.name
+                    if os.path.lexists(path):
+                        os.remove(path)
+                    with open(path, "wb") as file:
+                        shutil.copyfileobj(tar.extractfile(member), file)
+    home = os.path.join(root, "home/w")
+    read = lambda name, at=0, size=16: open(f"{home}/{name}", "rb").read()[at:at + size]
+    if os.path.exists(f"{home}/last"):
+        log = open(f"{home}/log", "rb").read()
+        lines = log.split(b"\n")
+        whole = lines[:-1]
+        assert lines[-1] == b"", f"half a line: {lines[-1]}"
+        assert [int(line) for line in whole] == list(range(1, len(whole) + 1)), "a hole in the log"
+        names = os.listdir(f"{home}/names")
+        assert len(names) == 1, f"renamed into {names}"
+        order = [int(read("first")), int(read("map1", 4096)), int(read("map2", 500000)), len(whole), int(names[0]), int(read("last"))]
+        assert order == sorted(order, reverse=True) and order[0] - order[-1] <= 1, f"not one instant: {order}"
+        print("counters", order[0], end=" ")
+    if os.path.exists(f"{home}/db"):
+        db = sqlite3.connect(f"{home}/db")
+        assert db.execute("pragma integrity_check").fetchall() == [("ok",)]
+        if db.execute("select count(*) from sqlite_master where type = 'table'").fetchone()[0] == 2:
+            a, b = (db.execute(f"select * from {table} order by n").fetchall() for table in "ab")
+            assert a == b, "half a transaction"
+            print("rows", len(a), end=" ")
+        db.close()
+    if os.path.exists(f"{home}/tree"):
+        there = {}
+        for directory, _, files in os.walk(f"{home}/tree"):
+            for name in files:
+                there[name] = open(os.path.join(directory, name)).read()
+        parts = [name for name in there if name.endswith(".part")]
+        numbers = sorted(int(name) for name in there if not name.endswith(".part"))
+        assert len(parts) <= 1 and all(there[str(n)] == str(n) * 200 for n in numbers), "a file of the tree is torn"
+        if numbers:
+            assert numbers == list(range(numbers[0], numbers[-1] + 1)), "a hole in the tree"
+            assert len(numbers) <= 1001
+        print("tree", len(numbers), end=" ")
+    print("layers", len(layers))
+finally:
+    shutil.rmtree(root)

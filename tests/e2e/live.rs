@@ -1,0 +1,396 @@
+//! Saving a container that writes as hard as it can: every image is one instant, and a second save costs what changed.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::host::docker::Running;
+use crate::host::image::{Base, Format, base};
+use crate::host::podman::Podman;
+use crate::host::registry::Registry;
+use crate::host::{Freezer, Roots, Scratch, command, output, run, wait_until};
+use crate::save::{
+    self, LEFT_OUT, Saved, TOUCHED_BY_RUNTIMES, same_tree, unpack_layout, upperdeck_itself,
+};
+use crate::support::{Need, ignored};
+
+const WRITERS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/host/writers.py");
+const INSTANT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/host/instant.py");
+
+/// Saves of each kind. `UPPERDECK_SOAK=300` for as many as it takes to believe it.
+fn saves(usual: u32) -> Result<u32> {
+    Ok(match std::env::var("UPPERDECK_SOAK") {
+        Ok(text) => text.parse()?,
+        Err(_) => usual,
+    })
+}
+
+/// A Podman container with Python in it.
+struct Session {
+    container: Running,
+    podman: Podman,
+    roots: Roots,
+    _registry: Registry,
+    scratch: Scratch,
+}
+
+impl Session {
+    fn new(kind: Base) -> Result<Option<Self>> {
+        let mut needs: Vec<Need<'_>> = [
+            "podman",
+            "runc",
+            "docker-registry",
+            "buildah",
+            "skopeo",
+            "umoci",
+            "busybox",
+            "python3",
+        ]
+        .map(Need::Program)
+        .into();
+        needs.push(Need::Root);
+        if kind == Base::Big {
+            needs.push(Need::Program("debootstrap"));
+        }
+        if ignored(&needs) {
+            return Ok(None);
+        }
+        let scratch = Scratch::new()?;
+        let registry = Registry::start(&scratch)?;
+        let image = registry.push(&base(kind, Format::Oci)?, "bases/python:1")?;
+        let podman = Podman::new(&scratch)?;
+        let container = podman.run(
+            "session",
+            &image,
+            &["--init=false"],
+            &["/bin/sleep", "1000000"],
+        )?;
+        let roots = podman.roots(&scratch);
+        Ok(Some(Self {
+            container,
+            podman,
+            roots,
+            _registry: registry,
+            scratch,
+        }))
+    }
+
+    fn write(&self, what: &str) -> Result<()> {
+        let script = fs::read(WRITERS)?;
+        let merged = &self.container.rootfs;
+        fs::create_dir_all(merged.join("opt"))?;
+        fs::write(merged.join("opt/writers.py"), script)?;
+        let background = format!(
+            "setsid /usr/bin/python3 /opt/writers.py {what} > /tmp/{what}.log 2>&1 < /dev/null &"
+        );
+        self.podman.shell(&self.container, &background)?;
+        Ok(())
+    }
+
+    fn layout(&self) -> String {
+        self.scratch.path().join("images").display().to_string()
+    }
+
+    fn save(&self, tag: &str, options: &[&str]) -> Result<Saved> {
+        let destination = format!("oci:{}:{tag}", self.layout());
+        save::save(
+            &self.scratch,
+            &self.roots,
+            &self.container.id,
+            &destination,
+            options,
+        )
+    }
+
+    fn instant(&self, saved: &Saved) -> Result<String> {
+        let layers = saved.metadata["base"]["layers"]
+            .as_array()
+            .context("layers")?
+            .len();
+        run(&mut command(
+            "python3",
+            [INSTANT, &self.layout(), &saved.digest, &layers.to_string()],
+        ))
+    }
+
+    /// Unpacks the image, and compares it with what the container sees.
+    fn same(&self, saved: &Saved) -> Result<()> {
+        let destination = saved.metadata["destination"]
+            .as_str()
+            .context("destination")?;
+        self.same_as(destination)
+    }
+
+    /// As [`Session::same`], by `oci:DIR:TAG`.
+    fn same_as(&self, destination: &str) -> Result<()> {
+        let name = destination.strip_prefix("oci:").context("a layout")?;
+        let (dir, tag) = name.rsplit_once(':').context("a tag")?;
+        let rootfs = unpack_layout(Path::new(dir), tag)?;
+        let same = same_tree(
+            &self.container.rootfs,
+            &rootfs,
+            // Podman itself makes the root 0555.
+            &[LEFT_OUT, &["."]].concat(),
+            TOUCHED_BY_RUNTIMES,
+            1,
+        );
+        fs::remove_dir_all(rootfs.parent().context("a bundle")?)?;
+        same
+    }
+}
+
+fn layers(saved: &Saved) -> usize {
+    saved.metadata["layers"].as_array().map_or(0, Vec::len)
+}
+
+#[test]
+fn whatever_is_written_meanwhile_every_image_is_one_instant() -> Result<()> {
+    let Some(session) = Session::new(Base::Big)? else {
+        return Ok(());
+    };
+    for what in ["counters", "database", "tree"] {
+        session.write(what)?;
+    }
+    for written in ["last", "db", "tree"] {
+        let path = session.container.rootfs.join("home/w").join(written);
+        wait_until("the writers write", || path.exists()).with_context(|| {
+            let log =
+                |what: &str| fs::read_to_string(session.container.rootfs.join("tmp").join(what));
+            format!(
+                "{:?}",
+                ["counters.log", "database.log", "tree.log"].map(log)
+            )
+        })?;
+    }
+    let freezer = Freezer::of(session.container.pid)?;
+    let mut pauses = Vec::new();
+    let mut on_top = 0;
+    for number in 0..saves(12)? {
+        let saved = session.save(&format!("n{number}"), &["--max-pause", "0"])?;
+        let seen = session
+            .instant(&saved)
+            .with_context(|| format!("save {number}: {}", saved.stderr))?;
+        ensure!(seen.contains("counters"), "nothing was written: {seen}");
+        ensure!(!freezer.frozen(), "it stands still after a save");
+        ensure!(
+            saved.metadata["unstable"]
+                .as_array()
+                .is_some_and(Vec::is_empty),
+            "{}",
+            saved.metadata["unstable"]
+        );
+        on_top += u32::from(!saved.stderr.contains("saved anew"));
+        pauses.push(saved.metadata["pause_ms"].as_f64().context("pause_ms")?);
+    }
+    pauses.sort_by(f64::total_cmp);
+    eprintln!(
+        "pause: median {:.0} ms, worst {:.0} ms",
+        pauses[pauses.len() / 2],
+        pauses[pauses.len() - 1]
+    );
+    ensure!(on_top >= 2, "no save was made on top of another");
+    Ok(())
+}
+
+#[test]
+fn a_second_save_is_what_changed_and_the_image_is_whole() -> Result<()> {
+    let Some(session) = Session::new(Base::Small)? else {
+        return Ok(());
+    };
+    session.podman.shell(&session.container, save::WORK)?;
+    let first = session.save("first", &[])?;
+    session.same(&first)?;
+    let again = session.save("again", &[])?;
+    ensure!(
+        layers(&again) == 0,
+        "layers for nothing: {}",
+        again.metadata["layers"]
+    );
+    session.same(&again)?;
+    let changes = [
+        "echo more >> /usr/lib/app/main; rm /opt/new/other; mkdir /usr/bin/app/deeper",
+        "rm -rf /home/researcher/work/deep; echo x > /home/researcher/work/b.ipynb; chmod 700 /srv",
+        "rm -rf /opt/new; echo file > /opt/new; ln /home/researcher/work/noise /home/researcher/third",
+        "mv /home/researcher/work /home/researcher/works; rm /opt/new; mkdir -p /opt/new/again",
+        "rm -rf /srv; mkdir /srv; touch /srv/only",
+    ];
+    for (number, change) in changes.iter().enumerate() {
+        session.podman.shell(&session.container, change)?;
+        let saved = session.save(&format!("change-{number}"), &["--max-layers", "100"])?;
+        ensure!(!saved.stderr.contains("saved anew"), "{}", saved.stderr);
+        ensure!(
+            layers(&saved) == 1,
+            "{change}: {}",
+            saved.metadata["layers"]
+        );
+        session.same(&saved).with_context(|| change.to_string())?;
+    }
+    // Somewhere else, the earlier layers are copied; asked for, everything is made anew.
+    let elsewhere = format!(
+        "oci:{}:x",
+        session.scratch.path().join("elsewhere").display()
+    );
+    let saved = save::save(
+        &session.scratch,
+        &session.roots,
+        &session.container.id,
+        &elsewhere,
+        &[],
+    )?;
+    ensure!(layers(&saved) == 0, "{}", saved.metadata["layers"]);
+    session.same(&saved)?;
+    let full = session.save("full", &["--full"])?;
+    ensure!(layers(&full) == 1, "{}", full.metadata["layers"]);
+    session.same(&full)
+}
+
+#[test]
+fn chains_end_at_the_cap_and_every_image_is_the_container() -> Result<()> {
+    let Some(session) = Session::new(Base::Small)? else {
+        return Ok(());
+    };
+    session.podman.shell(&session.container, save::WORK)?;
+    let mut anew = 0;
+    for number in 0..saves(14)? {
+        // What is done depends on the number alone, and undoes some of what was done before.
+        let script = format!(
+            "cd /home/researcher; n={number}; echo $n > file$((n % 5)); rm -rf dir$((n % 3)); mkdir dir$((n % 3)); \
+             echo $n > dir$((n % 3))/a; ln dir$((n % 3))/a dir$((n % 3))/b; rm -f file$(((n + 2) % 5)); \
+             mv dir$(((n + 1) % 3)) moved 2> /dev/null && mv moved dir$(((n + 1) % 3)); chmod 7$((n % 8))5 /opt; \
+             rm -rf /usr/lib/app/plugins; mkdir /usr/lib/app/plugins; echo $n > /usr/lib/app/plugins/p$((n % 4))"
+        );
+        session.podman.shell(&session.container, &script)?;
+        let saved = session.save(&format!("n{number}"), &["--max-layers", "5"])?;
+        anew += u32::from(saved.stderr.contains("saved anew"));
+        let above = saved.metadata["layers_above_base"]
+            .as_u64()
+            .context("layers_above_base")?;
+        ensure!(above <= 6, "{above} layers");
+        session
+            .same(&saved)
+            .with_context(|| format!("save {number}"))?;
+    }
+    ensure!(anew >= 2, "saved anew {anew} times");
+    Ok(())
+}
+
+#[test]
+fn whatever_is_wrong_with_the_state_the_image_is_right() -> Result<()> {
+    let Some(session) = Session::new(Base::Small)? else {
+        return Ok(());
+    };
+    session.podman.shell(&session.container, save::WORK)?;
+    let state = state_of(&session.roots);
+    let only = || -> Result<std::path::PathBuf> {
+        let mut files = fs::read_dir(&state)?.flatten().map(|e| e.path());
+        files
+            .find(|path| path.extension().is_some_and(|e| e == "state"))
+            .context("no state was kept")
+    };
+    session.save("first", &[])?;
+    let whole = fs::read(only()?)?;
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 4;
+    let mut future = whole.clone();
+    future[8] = 99;
+    let damages: [(&str, Vec<u8>); 4] = [
+        ("its checksum does not fit", flipped),
+        ("it is cut off", whole[..10].to_vec()),
+        ("another version", future),
+        ("no such file", b"something else entirely".to_vec()),
+    ];
+    for (number, (why, bytes)) in damages.into_iter().enumerate() {
+        session.podman.shell(
+            &session.container,
+            &format!("echo {number} > /opt/changed; rm -f /srv/share/*"),
+        )?;
+        fs::write(only()?, bytes)?;
+        let saved = session.save(&format!("damaged-{number}"), &[])?;
+        ensure!(
+            saved.stderr.contains("saved anew") && saved.stderr.contains(why),
+            "{why}: {}",
+            saved.stderr
+        );
+        session.same(&saved)?;
+    }
+    // Nothing can be kept: told, and saved all the same.
+    fs::remove_dir_all(&state)?;
+    fs::write(&state, "in the way")?;
+    let saved = session.save("no-place", &[])?;
+    ensure!(saved.stderr.contains("nothing is kept"), "{}", saved.stderr);
+    session.same(&saved)?;
+    fs::remove_file(&state)?;
+    // A full disk.
+    fs::create_dir(&state)?;
+    run(command("mount", ["-t", "tmpfs", "-o", "size=8k", "tmpfs"]).arg(&state))?;
+    fs::write(state.join("of-somebody-else"), [0; 8192])?;
+    let saved = session.save("full-disk", &[]);
+    run(command("umount", ["-l"]).arg(&state))?;
+    let saved = saved?;
+    ensure!(saved.stderr.contains("nothing is kept"), "{}", saved.stderr);
+    session.same(&saved)
+}
+
+#[test]
+fn two_saves_at_once_wait_for_each_other() -> Result<()> {
+    let Some(session) = Session::new(Base::Small)? else {
+        return Ok(());
+    };
+    session.podman.shell(&session.container, save::WORK)?;
+    let begin = |tag: &str| {
+        upperdeck_itself("commit", &session.roots)
+            .args([
+                "--progress",
+                "none",
+                &session.container.id,
+                &format!("oci:{}-{tag}:x", session.layout()),
+            ])
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+    };
+    let children = [begin("a")?, begin("b")?, begin("c")?];
+    for (child, tag) in children.into_iter().zip(["a", "b", "c"]) {
+        let done = child.wait_with_output()?;
+        ensure!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        session.same_as(&format!("oci:{}-{tag}:x", session.layout()))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pause_that_cannot_be_kept_ends_the_save() -> Result<()> {
+    let Some(session) = Session::new(Base::Small)? else {
+        return Ok(());
+    };
+    session.podman.shell(&session.container, save::WORK)?;
+    let freezer = Freezer::of(session.container.pid)?;
+    let destination = format!("oci:{}:bound", session.layout());
+    let mut commit = save::upperdeck("commit", &session.roots);
+    commit.args([
+        "--progress",
+        "none",
+        "--max-pause",
+        "1ms",
+        &session.container.id,
+        &destination,
+    ]);
+    let message = save::failed(&output(&mut commit)?, 1)?;
+    ensure!(message.contains("--max-pause"), "{message}");
+    ensure!(!freezer.frozen());
+    ensure!(
+        !Path::new(&session.layout()).join("index.json").exists(),
+        "an image of a save that failed"
+    );
+    session.same(&session.save("after", &[])?)
+}
+
+/// Where [`save::upperdeck`] lets the state be kept.
+fn state_of(roots: &Roots) -> std::path::PathBuf {
+    save::state_dir(roots)
+}
