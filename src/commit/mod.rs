@@ -38,7 +38,7 @@ pub use live::MAX_PAUSE;
 pub use outcome::{BaseOutcome, Metadata, Saved};
 pub use upper::Rules;
 
-/// Tries of a layer, and of the whole of them: what failed may pass.
+/// Tries of a save whose layers were read while the container stood still, and could not be ended: what failed may pass.
 const TRIES: u32 = 3;
 /// Tar bytes from which on a save is cut into several layers by itself, and of how many bytes each then is: one core's
 /// SHA-256 needs four seconds for as much, and fewer layers are better for everybody.
@@ -408,8 +408,8 @@ async fn scan_upper(
     scan.await.map_err(|_| Error::Worker)?
 }
 
-/// Makes the layers and hands them on, as they are made; those whose upload failed in a way that may pass are made again
-/// from their plans. What is returned is all read, and not yet finished.
+/// Makes the layers and hands them on, as they are made. What is returned is all read, and not yet finished: whoever
+/// stands still for it may go on before [`finish`].
 ///
 /// Given up when the container, frozen meanwhile, would have to stand still for longer than `bound`.
 async fn stream(
@@ -418,6 +418,29 @@ async fn stream(
     plans: Vec<Plan>,
     destination: &Destination,
     bound: Option<Duration>,
+) -> Result<Vec<(Layer, BlobWriter)>, Error> {
+    repeat(context, codec, plans, destination, bound, false).await
+}
+
+/// The same for what can be read as often as it takes, with the ends of the blobs.
+async fn deliver(
+    context: &Context,
+    codec: (Compression, u32),
+    plans: Vec<Plan>,
+    destination: &Destination,
+) -> Result<Vec<Layer>, Error> {
+    let made = repeat(context, codec, plans, destination, None, true).await?;
+    Ok(made.into_iter().map(|(layer, _)| layer).collect())
+}
+
+/// Layers whose upload failed in a way that may pass are made again from their plans.
+async fn repeat(
+    context: &Context,
+    codec: (Compression, u32),
+    plans: Vec<Plan>,
+    destination: &Destination,
+    bound: Option<Duration>,
+    ends: bool,
 ) -> Result<Vec<(Layer, BlobWriter)>, Error> {
     let until = bound.map(|bound| (Instant::now() + bound, bound));
     let plans = Arc::new(plans);
@@ -430,8 +453,20 @@ async fn stream(
     while !missing.is_empty() {
         let mut failed = None;
         let outcomes = stream_once(context, codec, &plans, missing, until).await?;
+        let ended = outcomes
+            .into_iter()
+            .map(|(number, outcome, mut writer)| async move {
+                let outcome = match outcome {
+                    Ok(layer) if ends => match writer.end(&layer.digest, layer.size).await {
+                        Ok(()) => Ok(layer),
+                        Err(error) => Err(error.into()),
+                    },
+                    outcome => outcome,
+                };
+                (number, outcome, writer)
+            });
         missing = Vec::new();
-        for (number, outcome, writer) in outcomes {
+        for (number, outcome, writer) in futures_util::future::join_all(ended).await {
             match outcome {
                 Ok(layer) => made[number] = Some((layer, writer)),
                 // What was given up because another failed for good does not say why.
