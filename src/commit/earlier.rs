@@ -55,7 +55,6 @@ pub(super) struct Under {
 pub(super) struct Earlier {
     store: Option<Store>,
     /// Held until this save is kept.
-    #[expect(dead_code, reason = "held, not looked at")]
     lock: Option<Lock>,
     fingerprint: Digest,
     upper_inode: (u64, u64),
