@@ -600,7 +600,15 @@ impl Directory<'_> {
             }
             Err(source) => return Err(walker.read_error(&self.task.path, source)),
         };
-        let names = root::names(fd.as_fd()).map_err(|e| walker.read_error(&self.task.path, e))?;
+        let names = match root::names(fd.as_fd()) {
+            Ok(names) => names,
+            // Removed since it was opened.
+            Err(error) if is_absent(&error) => {
+                self.report.vanished.push(escape::path(&self.task.path));
+                return Ok(());
+            }
+            Err(source) => return Err(walker.read_error(&self.task.path, source)),
+        };
         let within = if self.own_cwd && rustix::process::fchdir(&fd).is_ok() {
             Vec::new()
         } else {
