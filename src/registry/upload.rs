@@ -162,6 +162,18 @@ impl Writer {
                 found: self.written,
             });
         }
+        let session = self.all_sent().await?;
+        let closed = close(&self.repository, &session, digest, size, &mut self.failed).await;
+        closed.map_err(|error| {
+            let error = torn(error).in_mid_upload();
+            // Of bytes that are wrong nothing can be kept.
+            self.lost = (!matches!(error, Error::Torn { .. })).then_some(session);
+            error
+        })
+    }
+
+    /// Nothing is missing: waits until the registry has taken it all.
+    async fn all_sent(&mut self) -> Result<Session, Error> {
         let (pieces, task) = self
             .pieces
             .take()
@@ -171,14 +183,7 @@ impl Writer {
         let _ = pieces.send(Piece::End).await;
         drop(pieces);
         let outcome = task.await.map_err(|_| Error::Abandoned)?;
-        let session = self.take_in(outcome)?;
-        let closed = close(&self.repository, &session, digest, size, &mut self.failed).await;
-        closed.map_err(|error| {
-            let error = torn(error).in_mid_upload();
-            // Of bytes that are wrong nothing can be kept.
-            self.lost = (!matches!(error, Error::Torn { .. })).then_some(session);
-            error
-        })
+        self.take_in(outcome)
     }
 
     /// A writer for another try after `error`, once the pause that it takes is over. The same bytes have to be written
@@ -227,16 +232,7 @@ impl Writer {
     /// Waits until the registry has confirmed every byte, then gives the blob up: what an upload costs can be measured
     /// without leaving one behind. Returns when the registry had confirmed.
     pub async fn rehearse(mut self) -> Result<Instant, Error> {
-        let (pieces, task) = self
-            .pieces
-            .take()
-            .zip(self.task.take())
-            .ok_or(Error::Abandoned)?;
-        // Refused only when the task has ended, and then the task says why.
-        let _ = pieces.send(Piece::End).await;
-        drop(pieces);
-        let outcome = task.await.map_err(|_| Error::Abandoned)?;
-        let session = self.take_in(outcome)?;
+        let session = self.all_sent().await?;
         let confirmed = Instant::now();
         cancel(&self.repository, &session).await;
         Ok(confirmed)
