@@ -88,7 +88,7 @@ fn message(error: &dyn std::error::Error) -> String {
 pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Made, String> {
     let plan = plan(source, jobs)?;
     let empty = plan.is_empty();
-    let mut layers = write(vec![plan], compression, jobs)?;
+    let mut layers = write(&[plan], compression, jobs)?;
     let (layer, bytes) = layers.pop().ok_or("no layer")?;
     Ok(Made {
         layer,
@@ -103,7 +103,7 @@ pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Ma
     reason = "each test program compiles this module and uses what it needs"
 )]
 pub fn make_cut(source: &Source, size: u64) -> Result<Vec<(Layer, Vec<u8>)>, String> {
-    write(plan(source, 2)?.cut(size), Compression::None, 2)
+    write(&plan(source, 2)?.cut(size), Compression::None, 2)
 }
 
 fn plan(source: &Source, jobs: usize) -> Result<Plan, String> {
@@ -119,7 +119,7 @@ fn plan(source: &Source, jobs: usize) -> Result<Plan, String> {
 pub fn layer_of(scan: Scan) -> Result<Made, String> {
     let plan = Plan::new(Arc::new(scan), None);
     let empty = plan.is_empty();
-    let mut layers = write(vec![plan], Compression::None, 2)?;
+    let mut layers = write(&[plan], Compression::None, 2)?;
     let (layer, bytes) = layers.pop().ok_or("no layer")?;
     Ok(Made {
         layer,
@@ -171,7 +171,7 @@ pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan
 }
 
 fn write(
-    plans: Vec<Plan>,
+    plans: &[Plan],
     compression: Compression,
     jobs: usize,
 ) -> Result<Vec<(Layer, Vec<u8>)>, String> {
