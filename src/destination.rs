@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use crate::digest::Digest;
+use crate::harbor;
 use crate::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob, Reader};
 use crate::registry::reference::ReferenceError;
 use crate::registry::{self, Reference, Registries, Repository, Writer};
@@ -195,6 +196,9 @@ pub enum Error {
     /// A registry.
     #[error(transparent)]
     Registry(#[from] registry::Error),
+    /// A registry that is Harbor, which says more.
+    #[error(transparent)]
+    Harbor(harbor::Error),
     /// A layout.
     #[error(transparent)]
     Layout(#[from] layout::Error),
@@ -209,6 +213,7 @@ impl Error {
     pub fn retryable(&self) -> bool {
         match self {
             Self::Registry(e) => e.retryable(),
+            Self::Harbor(e) => e.retryable(),
             Self::Layout(e) => e.retryable(),
             Self::Ended => false,
         }
@@ -218,8 +223,19 @@ impl Error {
     pub fn not_permitted(&self) -> bool {
         match self {
             Self::Registry(e) => e.not_permitted(),
+            Self::Harbor(e) => e.not_permitted(),
             Self::Layout(e) => e.not_permitted(),
             Self::Ended => false,
+        }
+    }
+}
+
+impl From<harbor::Error> for Error {
+    /// What Harbor has nothing to add to stays the registry's.
+    fn from(error: harbor::Error) -> Self {
+        match error {
+            harbor::Error::Registry(error) => Self::Registry(error),
+            error => Self::Harbor(error),
         }
     }
 }
@@ -230,7 +246,10 @@ pub struct Destination(Kind);
 
 #[derive(Clone)]
 enum Kind {
-    Registry(Repository),
+    Registry {
+        repository: Repository,
+        create_project: bool,
+    },
     Directory(Directory),
     Archive(Archive),
 }
@@ -239,18 +258,41 @@ impl Destination {
     /// Opens `target`. Nothing is asked or touched before the first call.
     pub fn open(target: &Target, registries: &Registries) -> Result<Self, Error> {
         Ok(Self(match target {
-            Target::Registry(reference) => Kind::Registry(registries.push_to(reference)?),
+            Target::Registry(reference) => Kind::Registry {
+                repository: registries.push_to(reference)?,
+                create_project: registries.creates_projects(),
+            },
             Target::Layout { dir, .. } => Kind::Directory(Directory::new(dir)),
             Target::Archive { file, .. } => Kind::Archive(Archive::new(file)),
         }))
     }
 
-    /// Whether an image can be put here: credentials and rights, or a place that can be written. Leaves nothing behind.
+    /// Whether an image can be put here: credentials and rights, a quota that is not used up, or a place that can be
+    /// written. Leaves nothing behind, but for a project of Harbor's where it was asked to make one.
     pub async fn check(&self) -> Result<(), Error> {
         match &self.0 {
-            Kind::Registry(repository) => Ok(repository.check_push().await?),
+            Kind::Registry {
+                repository,
+                create_project,
+            } => Ok(harbor::check_push(repository, *create_project).await?),
             Kind::Directory(directory) => blocking(directory.clone(), |d| d.check()).await,
             Kind::Archive(archive) => blocking(archive.clone(), |a| a.check()).await,
+        }
+    }
+
+    /// Whether `needed` bytes more fit, as far as the destination says what it has room for.
+    pub async fn check_room(&self, needed: u64) -> Result<(), Error> {
+        match &self.0 {
+            Kind::Registry { repository, .. } => Ok(harbor::check_room(repository, needed).await?),
+            Kind::Directory(_) | Kind::Archive(_) => Ok(()),
+        }
+    }
+
+    /// How many blobs are worth bringing at the same time.
+    pub fn blobs_at_once(&self) -> usize {
+        match &self.0 {
+            Kind::Registry { .. } => registry::UPLOADS_AT_ONCE,
+            Kind::Directory(_) | Kind::Archive(_) => 1,
         }
     }
 
@@ -259,7 +301,7 @@ impl Destination {
     pub async fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
         let digest = *digest;
         match &self.0 {
-            Kind::Registry(repository) => Ok(repository
+            Kind::Registry { repository, .. } => Ok(repository
                 .head_blob(&digest)
                 .await?
                 .filter(|&found| size.is_none_or(|s| s == found))),
@@ -273,7 +315,7 @@ impl Destination {
     /// Makes a blob of another repository (`HOST/REPOSITORY`) on the same registry appear here. False: upload it.
     pub async fn mount_blob(&self, digest: &Digest, from_repository: &str) -> Result<bool, Error> {
         match &self.0 {
-            Kind::Registry(repository) => {
+            Kind::Registry { repository, .. } => {
                 Ok(repository.mount_blob(digest, from_repository).await?)
             }
             Kind::Directory(_) | Kind::Archive(_) => Ok(false),
@@ -284,7 +326,7 @@ impl Destination {
     pub async fn put_blob(&self, bytes: Bytes, digest: &Digest) -> Result<(), Error> {
         let digest = *digest;
         match &self.0 {
-            Kind::Registry(repository) => Ok(repository.put_blob(bytes, &digest).await?),
+            Kind::Registry { repository, .. } => Ok(repository.put_blob(bytes, &digest).await?),
             Kind::Directory(directory) => {
                 blocking(directory.clone(), move |d| d.put_blob(&bytes, &digest)).await
             }
@@ -299,7 +341,7 @@ impl Destination {
     /// An archive takes one blob at a time: another's first write waits for the end of this one.
     pub fn begin_blob(&self, handle: Handle) -> Result<BlobWriter, Error> {
         Ok(BlobWriter(match &self.0 {
-            Kind::Registry(repository) => Writing::Registry(repository.begin_blob(handle)),
+            Kind::Registry { repository, .. } => Writing::Registry(repository.begin_blob(handle)),
             Kind::Directory(directory) => Writing::Directory(directory.begin_blob()?),
             Kind::Archive(archive) => Writing::Archive(archive.begin_blob()),
         }))
@@ -314,8 +356,11 @@ impl Destination {
     ) -> Result<Digest, Error> {
         let (media_type_, tag_) = (media_type.to_owned(), tag.to_owned());
         match &self.0 {
-            Kind::Registry(repository) => {
-                Ok(repository.put_manifest(bytes, media_type, tag).await?)
+            Kind::Registry { repository, .. } => {
+                match repository.put_manifest(bytes, media_type, tag).await {
+                    Ok(digest) => Ok(digest),
+                    Err(error) => Err(harbor::explain(repository, error).await.into()),
+                }
             }
             Kind::Directory(directory) => {
                 blocking(directory.clone(), move |d| {
@@ -352,26 +397,54 @@ enum Writing {
     Registry(Writer),
     Directory(DirectoryBlob),
     Archive(ArchiveBlob),
+    /// A layout's blob that has ended.
+    Over,
 }
 
 impl BlobWriter {
     /// Hands bytes over; waits while the destination is behind. For plain threads, not for async tasks. An error is the
-    /// destination's own; when it is retryable, the blob can be made again with a new writer.
+    /// destination's own; when it is retryable, [`BlobWriter::again`] has to be asked for a writer for another try.
     pub fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
         match &mut self.0 {
             Writing::Registry(writer) => Ok(writer.write(bytes)?),
             Writing::Directory(blob) => Ok(blob.write(&bytes)?),
             Writing::Archive(blob) => Ok(blob.write(&bytes)?),
+            Writing::Over => Err(Error::Ended),
         }
     }
 
     /// Ends the blob under `digest`; `size` is checked against what was written.
-    pub async fn finish(self, digest: &Digest, size: u64) -> Result<(), Error> {
+    pub async fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+        self.end(digest, size).await
+    }
+
+    /// As [`BlobWriter::finish`], and keeps the writer, so that a failure can be answered with [`BlobWriter::again`].
+    pub async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         let digest = *digest;
-        match self.0 {
-            Writing::Registry(writer) => Ok(writer.finish(&digest, size).await?),
+        if let Writing::Registry(writer) = &mut self.0 {
+            return match writer.end(&digest, size).await {
+                Ok(()) => Ok(()),
+                Err(error) => Err(harbor::explain(writer.repository(), error).await.into()),
+            };
+        }
+        match std::mem::replace(&mut self.0, Writing::Over) {
             Writing::Directory(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
             Writing::Archive(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
+            Writing::Registry(_) | Writing::Over => Err(Error::Ended),
+        }
+    }
+
+    /// A writer for another try after `error`, once the pause that the try takes is over. The same bytes have to be
+    /// written to it from their beginning, whatever of them is sent again.
+    ///
+    /// The error comes back where another try is not worth it: the blob has had its tries, or the save all of its, or
+    /// the destination is a layout, whose errors do not pass.
+    pub async fn again(self, error: Error) -> Result<Self, Error> {
+        match (self.0, error) {
+            (Writing::Registry(writer), Error::Registry(error)) => {
+                Ok(Self(Writing::Registry(writer.again(error).await?)))
+            }
+            (_, error) => Err(error),
         }
     }
 

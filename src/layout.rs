@@ -16,7 +16,7 @@ use crate::digest::Digest;
 
 pub use archive::{Archive, ArchiveBlob};
 pub use directory::{Directory, DirectoryBlob};
-pub use read::Reader;
+pub use read::{Listing, Reader};
 
 /// The annotation that carries a tag in `index.json`.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
@@ -196,6 +196,23 @@ fn add_to_index(
     serde_json::to_vec(&index).map_err(|e| e.to_string())
 }
 
+/// `index.json` without a manifest, or without one of its tags. All that is not understood stays.
+fn take_from_index(existing: &[u8], digest: &Digest, tag: Option<&str>) -> Result<Vec<u8>, String> {
+    let mut index: Value =
+        serde_json::from_slice(existing).map_err(|e| format!("expected an image index: {e}"))?;
+    let manifests = index
+        .get_mut("manifests")
+        .and_then(Value::as_array_mut)
+        .ok_or("expected a list of manifests")?;
+    let digest = digest.to_string();
+    manifests.retain(|m| {
+        let this = m.get("digest").and_then(Value::as_str) == Some(&digest);
+        let named = m.pointer("/annotations").and_then(|a| a.get(REF_NAME));
+        !(this && tag.is_none_or(|tag| named.and_then(Value::as_str) == Some(tag)))
+    });
+    serde_json::to_vec(&index).map_err(|e| e.to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,6 +252,32 @@ mod tests {
                 "{bad}"
             );
         }
+    }
+
+    #[test]
+    fn one_tag_of_two_is_taken_and_the_rest_stays() {
+        let (one, two) = (Digest::of("1"), Digest::of("2"));
+        let mut index = add_to_index(None, "m/t", &one, 1, "a").unwrap();
+        for (digest, tag) in [(one, "b"), (two, "c")] {
+            index = add_to_index(Some(&index), "m/t", &digest, 1, tag).unwrap();
+        }
+        let left = |bytes: &[u8]| {
+            let index: Value = serde_json::from_slice(bytes).unwrap();
+            let manifests = index["manifests"].as_array().unwrap().iter();
+            manifests
+                .map(|m| m["annotations"][REF_NAME].as_str().unwrap().to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            left(&take_from_index(&index, &one, Some("a")).unwrap()),
+            ["b", "c"]
+        );
+        assert_eq!(
+            left(&take_from_index(&index, &one, Some("c")).unwrap()),
+            ["a", "b", "c"]
+        );
+        assert_eq!(left(&take_from_index(&index, &one, None).unwrap()), ["c"]);
+        assert!(take_from_index(b"{}", &one, None).is_err());
     }
 
     #[test]

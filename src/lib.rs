@@ -12,6 +12,8 @@ pub mod destination;
 pub mod digest;
 pub mod escape;
 pub mod freeze;
+pub mod harbor;
+pub mod images;
 pub mod job;
 pub mod layer;
 pub mod layout;

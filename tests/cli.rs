@@ -383,6 +383,8 @@ fn the_readme_says_what_the_program_does() -> Outcome {
     let layer = text(&upperdeck(&["layer", "--help"])?.stdout);
     let ps = text(&upperdeck(&["ps", "--help"])?.stdout);
     let bench = text(&upperdeck(&["bench", "--help"])?.stdout);
+    let list = text(&upperdeck(&["image", "ls", "--help"])?.stdout);
+    let remove = text(&upperdeck(&["image", "rm", "--help"])?.stdout);
     for flag in readme
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
@@ -390,7 +392,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
         let foreign = ["--release", "--path", "--against"].contains(&flag);
         assert!(
             foreign
-                || [&help, &commit, &layer, &ps, &bench]
+                || [&help, &commit, &layer, &ps, &bench, &list, &remove]
                     .iter()
                     .any(|text| text.contains(flag)),
             "{flag}"

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 18] = [
+const TABLE: [(&str, &[&str]); 20] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
@@ -19,7 +19,12 @@ const TABLE: [(&str, &[&str]); 18] = [
     ("manifest", &["digest"]),
     ("registry", &["manifest", "digest"]),
     ("layout", &["manifest", "digest"]),
-    ("destination", &["registry", "layout", "digest"]),
+    ("harbor", &["registry", "digest"]),
+    (
+        "images",
+        &["harbor", "registry", "layout", "manifest", "digest"],
+    ),
+    ("destination", &["harbor", "registry", "layout", "digest"]),
     ("spec", &["overlay", "digest"]),
     ("prove", &["spec", "overlay"]),
     ("state", &["scan", "digest"]),

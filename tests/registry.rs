@@ -243,6 +243,7 @@ fn quick() -> Access {
         retry: Retry {
             tries: 5,
             first_pause: Duration::from_millis(10),
+            ..Retry::default()
         },
         ..Access::default()
     }
@@ -757,6 +758,85 @@ async fn silence_is_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_save_ends_when_its_time_is_over() {
+    let access = Access {
+        deadline: Duration::from_millis(400),
+        ..quick()
+    };
+    // In an answer that does not come, in a stream that nobody takes, and between tries.
+    for slow in ["POST", "PATCH", "PUT"] {
+        let fake = Fake::start(move |seen, _| match seen.method.as_str() {
+            method if method == slow => Answer {
+                wait: Duration::from_secs(20),
+                ..lenient(seen)
+            },
+            _ => lenient(seen),
+        })
+        .await;
+        let error = upload(&fake.repository(access.clone(), "a/b"), b"content")
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, registry::Error::Deadline { .. }) && error.retryable(),
+            "{slow}: {error}"
+        );
+        assert!(error.to_string().contains("--deadline"), "{slow}: {error}");
+    }
+    let fake = Fake::start(|seen, _| match seen.method.as_str() {
+        "POST" => answer(503).with("Retry-After", "30"),
+        _ => lenient(seen),
+    })
+    .await;
+    let error = fake
+        .repository(access, "a/b")
+        .check_push()
+        .await
+        .unwrap_err();
+    assert!(error.retryable(), "{error}");
+    assert_eq!(fake.count("POST", "/v2/a/b/blobs/uploads/"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_save_has_only_so_many_tries_in_all() {
+    let fake = Fake::start(|seen, _| match seen.method.as_str() {
+        "POST" => answer(503),
+        _ => lenient(seen),
+    })
+    .await;
+    let access = Access {
+        retry: Retry {
+            in_all: 6,
+            ..quick().retry
+        },
+        ..quick()
+    };
+    let repository = fake.repository(access, "a/b");
+    for _ in 0..3 {
+        repository.check_push().await.unwrap_err();
+    }
+    // Five, then three that use up what was left, then none is repeated.
+    assert_eq!(fake.count("POST", "/v2/a/b/blobs/uploads/"), 9);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_not_look_uploads() {
+    for status in [400, 401, 403, 404, 405] {
+        let fake = Fake::start(move |seen, _| match seen.method.as_str() {
+            "HEAD" => answer(status),
+            _ => lenient(seen),
+        })
+        .await;
+        let repository = fake.repository(quick(), "a/b");
+        let found = repository.head_blob(&Digest::of("x")).await.unwrap();
+        assert_eq!(found, None, "{status}");
+        repository
+            .put_blob(Bytes::from_static(b"x"), &Digest::of("x"))
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn mounts_never_fail_a_save() {
     let digest = Digest::of("layer");
     for (status, mounted) in [
@@ -1132,6 +1212,102 @@ async fn plain_http_is_for_those_who_ask() {
         "{:?}",
         fake.seen()
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_proxy_is_obeyed() {
+    let fake = Fake::start(|seen, _| match seen.method.as_str() {
+        "CONNECT" => answer(405),
+        _ => lenient(seen),
+    })
+    .await;
+    for (exempt, through) in [
+        ("elsewhere.example", true),
+        ("registry.invalid", false),
+        (".invalid", false),
+        ("*", false),
+    ] {
+        for variable in ["no_proxy", "NO_PROXY"] {
+            let before = fake.seen().len();
+            let output = tokio::process::Command::new(std::env::current_exe().unwrap())
+                .args([
+                    "--exact",
+                    "client_behind_a_proxy",
+                    "--ignored",
+                    "--nocapture",
+                ])
+                .env_remove("no_proxy")
+                .env_remove("NO_PROXY")
+                .env("https_proxy", format!("http://{}", fake.address))
+                .env(variable, exempt)
+                .env("UPPERDECK_TEST_REGISTRY", "registry.invalid")
+                .output()
+                .await
+                .unwrap();
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(text.contains("cannot be reached"), "{exempt}: {text}");
+            assert_eq!(
+                fake.seen().len() > before,
+                through,
+                "{variable}={exempt}: {text}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_of_today_and_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt"])
+        .args(["ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
+        .args(["-keyout", &at("key.pem"), "-out", &at("ca.crt")])
+        .args(["-subj", "/CN=127.0.0.1", "-addext"])
+        .arg("subjectAltName=IP:127.0.0.1")
+        .args(["-addext", "basicConstraints=critical,CA:FALSE"])
+        .stderr(Stdio::null())
+        .status();
+    if !made.is_ok_and(|status| status.success()) {
+        return ignored("openssl cannot make a certificate");
+    }
+    for (version, spoken) in [("-tls1_1", false), ("-tls1_2", true), ("-tls1_3", true)] {
+        let port = free_port();
+        let child = Command::new("openssl")
+            .args(["s_server", "-www", "-quiet", version])
+            .args(["-cipher", "DEFAULT@SECLEVEL=0"])
+            .args(["-accept", &format!("127.0.0.1:{port}")])
+            .args(["-cert", &at("ca.crt"), "-key", &at("key.pem")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let _server = Server {
+            child,
+            port,
+            dir: tempfile::tempdir().unwrap(),
+        };
+        let until = Instant::now() + Duration::from_secs(10);
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(Instant::now() < until, "openssl does not listen");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let access = Access {
+            cert_dir: Some(dir.path().to_path_buf()),
+            retry: Retry {
+                tries: 2,
+                ..quick().retry
+            },
+            ..quick()
+        };
+        let repository = Registries::new(access)
+            .pull_from(&format!("127.0.0.1:{port}/a/b").parse().unwrap())
+            .unwrap();
+        // What answers is no registry, but it has answered, over TLS with a certificate that was checked.
+        let error = repository.manifest("1").await.unwrap_err();
+        let answered = matches!(error, registry::Error::Nonsense { .. });
+        assert_eq!(answered, spoken, "{version}: {error}");
+    }
 }
 
 // ---------------------------------------------------------------- docker-registry
@@ -1684,6 +1860,7 @@ async fn a_read_only_registry_is_a_matter_of_permission() {
         retry: Retry {
             tries: 8,
             first_pause: Duration::from_millis(100),
+            ..Retry::default()
         },
         ..quick()
     };

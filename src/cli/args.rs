@@ -17,6 +17,7 @@ use super::exit::Exit;
 use super::progress::Mode;
 use crate::bench::stages::Setting;
 use crate::commit::{Compression, Pause};
+use crate::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -142,6 +143,9 @@ pub(super) enum Verb {
     /// Make only the layer, from directories
     #[command(after_long_help = LAYER_HELP)]
     Layer(Layer),
+    /// List and delete saved images: in Harbor, a plain registry or an OCI layout directory
+    #[command(subcommand, after_long_help = IMAGE_HELP)]
+    Image(Image),
     /// Check a layer or an image against a specification
     #[command(after_long_help = VALIDATE_HELP)]
     Validate(Validate),
@@ -334,6 +338,9 @@ pub(super) struct Commit {
     pub(super) layer_size: Option<u64>,
     #[command(flatten)]
     pub(super) registry: Registry,
+    /// Make the project in Harbor, if it is not there
+    #[arg(long, help_heading = REGISTRY)]
+    pub(super) create_project: bool,
 
     /// Write all figures of the save to FILE, as JSON
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]
@@ -422,6 +429,99 @@ pub(super) struct Registry {
     /// Directory with *.crt of further authorities, and *.cert with *.key of this client
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = REGISTRY)]
     pub(super) cert_dir: Option<PathBuf>,
+    /// The longest that everything with registries may take together, e.g. 2h [default: 12h]
+    #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = REGISTRY)]
+    pub(super) deadline: Option<Duration>,
+}
+
+const IMAGE_HELP: &str = "\
+Examples:
+  upperdeck image ls harbor.example.org/alice
+  upperdeck image ls --format json oci:/srv/images
+  upperdeck image rm harbor.example.org/alice/notebook:monday";
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Image {
+    /// List repositories, or the images of one
+    #[command(after_long_help = IMAGE_LS_HELP)]
+    Ls(ImageLs),
+    /// Delete images, or tags of images that have others
+    #[command(after_long_help = IMAGE_RM_HELP)]
+    Rm(ImageRm),
+}
+
+const IMAGE_LS_HELP: &str = "\
+WHERE:
+  HOST[:PORT]              all repositories that the credentials see
+  HOST[:PORT]/PROJECT      Harbor: the repositories of a project, and its quota
+  HOST[:PORT]/PATH/        a plain registry: the repositories below PATH
+  HOST[:PORT]/REPOSITORY   the images of a repository
+  oci:DIRECTORY            the images of a layout
+
+Examples:
+  upperdeck image ls harbor.example.org/alice
+  upperdeck image ls harbor.example.org/alice/notebook --sort size
+  upperdeck image ls registry.example.org/alice/ --search note --page 2
+  upperdeck image ls --format json oci:/srv/images | jq -r '.images[] | .tags[]'
+
+JSON: one object with page, page_size, total (on all pages), quota ({limit, used} in bytes, or null), and either
+  repositories   [{name, images, pulls, updated}]
+  images         [{digest, tags, size, media_type, architecture, created, pushed, pulled, labels (of the config),
+                 annotations (of the manifest), marks (Harbor's labels), accessories}]
+What a place does not know is null. Sizes are compressed bytes, times RFC 3339.";
+
+#[derive(Debug, Args)]
+pub(super) struct ImageLs {
+    /// HOST[:PORT][/PATH] or oci:DIRECTORY
+    #[arg(value_name = "WHERE")]
+    pub(super) place: String,
+    /// Only what has TEXT in its name, or in one of its tags
+    #[arg(long, value_name = "TEXT")]
+    pub(super) search: Option<String>,
+    /// In which order
+    #[arg(long, value_enum, default_value_t = Sort::Updated, value_name = "BY")]
+    pub(super) sort: Sort,
+    /// Which page
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) page: u32,
+    /// How much of the list is a page
+    #[arg(long, value_name = "N", default_value_t = PAGE_SIZE, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_PAGE_SIZE)))]
+    pub(super) page_size: u32,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    /// Print digests in full
+    #[arg(long)]
+    pub(super) no_trunc: bool,
+    #[command(flatten)]
+    pub(super) registry: Registry,
+}
+
+const IMAGE_RM_HELP: &str = "\
+Examples:
+  upperdeck image rm harbor.example.org/alice/notebook:monday
+  upperdeck image rm --all-tags harbor.example.org/alice/notebook@sha256:88b852e0...
+  upperdeck image rm oci:/srv/images:monday oci:/srv/images:tuesday
+
+A tag is deleted, and its image with it when that was the last one. An image that has other tags goes only with
+--all-tags. Registries before distribution 3 cannot delete one tag of several: that is said, and nothing deleted.
+The space comes back later, by garbage collection: what that means for this place is said, too.
+
+JSON: an array of {image, tags, digest, image_deleted, kept, space}.";
+
+#[derive(Debug, Args)]
+pub(super) struct ImageRm {
+    /// HOST/REPOSITORY:TAG, HOST/REPOSITORY@sha256:..., oci:DIRECTORY:TAG or oci:DIRECTORY@sha256:...
+    #[arg(value_name = "IMAGE", required = true)]
+    pub(super) images: Vec<String>,
+    /// Delete the image, whatever other tags it has
+    #[arg(long)]
+    pub(super) all_tags: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    #[command(flatten)]
+    pub(super) registry: Registry,
 }
 
 const LAYER_HELP: &str = "\

@@ -7,6 +7,7 @@ use crate::bench;
 use crate::cancel::Cancelled;
 use crate::commit;
 use crate::demo;
+use crate::images;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -123,6 +124,17 @@ impl Failure {
                 commit::Kind::Cancelled => Exit::Cancelled,
             };
             return Some(Self::new(exit, error.code()));
+        }
+        if let Some(error) = cause.downcast_ref::<images::Error>() {
+            return Some(if error.is_usage() {
+                Self::new(Exit::Usage, "usage")
+            } else if error.not_permitted() {
+                Self::new(Exit::NotPermitted, "not_permitted")
+            } else if error.retryable() {
+                Self::new(Exit::Retry, "registry_unavailable")
+            } else {
+                Self::new(Exit::Failed, "failed")
+            });
         }
         if let Some(error) = cause.downcast_ref::<bench::Error>() {
             return match error {

@@ -3,6 +3,7 @@
 
 mod args;
 mod exit;
+mod image;
 pub mod options;
 mod progress;
 mod signals;
@@ -70,6 +71,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Diff(args) => verbs::diff(&roots, &args),
         Verb::Commit(args) => verbs::commit(&roots, *args, verbose),
         Verb::Layer(args) => verbs::layer(&args),
+        Verb::Image(args::Image::Ls(args)) => image::ls(&args),
+        Verb::Image(args::Image::Rm(args)) => image::rm(&args),
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(&roots, *args),
         Verb::Demo => verbs::demo(),

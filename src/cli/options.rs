@@ -122,11 +122,15 @@ impl Commit {
             metadata_file: args.metadata_file,
             digestfile: args.digestfile,
         };
+        // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
         let host = match target {
             Some(Target::Registry(reference)) => Some(reference.host),
             _ => None,
         };
-        let access = access(args.registry, creds, host);
+        let access = registry::Access {
+            create_project: args.create_project,
+            ..access(&args.registry, creds, host)
+        };
         Ok(Self { options, access })
     }
 }
@@ -153,7 +157,7 @@ pub(super) fn bench(args: args::Bench) -> anyhow::Result<bench::Options> {
     let registry = match &args.to {
         Some(to) => {
             let reference = bench::registry(to)?;
-            let access = access(args.registry, creds, Some(reference.host.clone()));
+            let access = access(&args.registry, creds, Some(reference.host.clone()));
             Some((reference, access))
         }
         None => None,
@@ -184,20 +188,31 @@ pub(super) fn bench(args: args::Bench) -> anyhow::Result<bench::Options> {
     })
 }
 
-/// Credentials and lowered guards are meant for `host`, not for wherever a base came from.
+/// How registries are reached, from the flags that all verbs share. Credentials and lowered guards are meant for `host`,
+/// not for wherever a base came from.
 fn access(
-    registry: args::Registry,
+    registry: &args::Registry,
     creds: Option<Credentials>,
     host: Option<String>,
 ) -> registry::Access {
     registry::Access {
-        authfile: registry.authfile,
+        authfile: registry.authfile.clone(),
         creds,
         tls_verify: registry.tls_verify,
-        cert_dir: registry.cert_dir,
+        cert_dir: registry.cert_dir.clone(),
         host,
+        deadline: registry.deadline.unwrap_or(registry::DEADLINE),
         ..registry::Access::default()
     }
+}
+
+/// The registries of a verb that looks at one place; `host` is that place's.
+pub(super) fn registries(
+    args: &args::Registry,
+    host: Option<String>,
+) -> anyhow::Result<registry::Registries> {
+    let creds = creds(args)?;
+    Ok(registry::Registries::new(access(args, creds, host)))
 }
 
 fn creds(registry: &args::Registry) -> anyhow::Result<Option<Credentials>> {

@@ -27,7 +27,7 @@ use crate::scan::{self, Kind, Scan};
 use crate::spec::validate::{self, Expected};
 
 /// Prints a result: JSON for programs, else what `table` makes of it.
-fn print<T: serde::Serialize + ?Sized>(
+pub(super) fn print<T: serde::Serialize + ?Sized>(
     format: Format,
     result: &T,
     table: impl FnOnce(&T) -> String,

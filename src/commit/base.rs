@@ -6,12 +6,12 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use oci_spec::image::Descriptor;
 
 use super::{Context, Error};
 use crate::container::{Base, BaseLayer, Container};
-use crate::destination::Destination;
+use crate::destination::{self, BlobWriter, Destination};
 use crate::digest::{DiffId, Digest};
 use crate::job::Event;
 use crate::layer::{self, Compression, Plan};
@@ -160,7 +160,28 @@ pub(super) async fn look_up(
     answers.into_iter().collect()
 }
 
-/// Brings what [`look_up`] did not find, bottom first.
+/// The same, and whether the destination has room for what is missing, where it says so.
+pub(super) async fn look_up_with_room(
+    destination: &Destination,
+    base: &Base,
+) -> Result<Vec<Option<Delivered>>, Error> {
+    let found = look_up(destination, &base.layers).await?;
+    destination.check_room(missing_bytes(base, &found)).await?;
+    Ok(found)
+}
+
+/// Bytes that have to be brought, as far as their sizes are known.
+fn missing_bytes(base: &Base, found: &[Option<Delivered>]) -> u64 {
+    let missing = base
+        .layers
+        .iter()
+        .zip(found)
+        .filter(|(_, found)| found.is_none());
+    let sizes = missing.filter_map(|(layer, _)| Blob::of(layer)?.size());
+    sizes.fold(0, u64::saturating_add)
+}
+
+/// Brings what [`look_up`] did not find, several at the same time.
 pub(super) async fn bring(
     context: &Context,
     destination: &Destination,
@@ -169,15 +190,19 @@ pub(super) async fn bring(
     layout: Option<&Reader>,
     found: Vec<Option<Delivered>>,
 ) -> Result<Vec<Delivered>, Error> {
-    let mut delivered = Vec::with_capacity(base.layers.len());
-    for (index, found) in found.into_iter().enumerate() {
-        let layer = match found {
-            Some(found) => found,
-            None => bring_one(context, destination, container, base, layout, index).await?,
-        };
-        delivered.push(layer);
-    }
-    Ok(delivered)
+    let brought = found
+        .into_iter()
+        .enumerate()
+        .map(|(index, found)| async move {
+            match found {
+                Some(found) => Ok(found),
+                None => bring_one(context, destination, container, base, layout, index).await,
+            }
+        });
+    futures_util::stream::iter(brought)
+        .buffered(destination.blobs_at_once())
+        .try_collect()
+        .await
 }
 
 async fn bring_one(
@@ -239,12 +264,8 @@ async fn copy_blob(
     bar: &Bar<'_>,
 ) -> Result<Result<Delivered, Vec<String>>, Error> {
     let mut tried = Vec::new();
-    for (name, file) in local_copies(blob, layout) {
-        let copied = match file {
-            Ok(file) => copy_local(destination, blob, file, bar).await,
-            Err(reason) => Err(Copy::Source(reason)),
-        };
-        match copied {
+    for (name, open) in local_copies(blob, layout) {
+        match copy_local(destination, blob, &*open, bar).await {
             Ok(size) => return Ok(Ok(blob.delivered(size, Origin::Local))),
             // What is wrong with the destination will be wrong with the next source too.
             Err(Copy::Destination(error)) => return Err(error),
@@ -281,65 +302,86 @@ impl From<crate::destination::Error> for Copy {
 
 /// A copy of a blob on this node, or why it cannot be read.
 type Opened = Result<Box<dyn Read + Send>, String>;
+/// Opens it, as often as it has to be sent.
+type Open<'a> = Box<dyn Fn() -> Opened + Send + Sync + 'a>;
 
 /// The blob in the runtime's store, and in the layout that `--base` names.
-fn local_copies(blob: &Blob<'_>, layout: Option<&Reader>) -> Vec<(String, Opened)> {
-    let mut copies = Vec::new();
+fn local_copies<'a>(blob: &'a Blob<'_>, layout: Option<&'a Reader>) -> Vec<(String, Open<'a>)> {
+    let mut copies: Vec<(String, Open<'a>)> = Vec::new();
     if let Some(path) = &blob.layer.local_blob {
-        let file = std::fs::File::open(path).map_err(|e| e.to_string());
-        copies.push((
-            path.display().to_string(),
-            file.map(|file| Box::new(file) as Box<dyn Read + Send>),
-        ));
+        let open = move || match std::fs::File::open(path) {
+            Ok(file) => Ok(Box::new(file) as Box<dyn Read + Send>),
+            Err(error) => Err(error.to_string()),
+        };
+        copies.push((path.display().to_string(), Box::new(open)));
     }
     if let Some(layout) = layout {
-        copies.push((
-            "--base".to_owned(),
+        let open = move || {
             layout
                 .open_blob(&blob.digest, blob.size())
-                .map_err(|e| e.to_string()),
-        ));
+                .map_err(|e| e.to_string())
+        };
+        copies.push(("--base".to_owned(), Box::new(open)));
     }
     copies
 }
 
+/// Copies until the destination has it or has failed for good: what broke is read and written again.
 async fn copy_local(
     destination: &Destination,
     blob: &Blob<'_>,
-    mut file: Box<dyn Read + Send>,
+    open: &(dyn Fn() -> Opened + Send + Sync),
     bar: &Bar<'_>,
 ) -> Result<u64, Copy> {
-    let source = |error: std::io::Error| Copy::Source(error.to_string());
     let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
-    let bar = bar.shared();
-    let (writer, digest, size) = tokio::task::spawn_blocking(move || -> Result<_, Copy> {
-        use sha2::Digest as _;
-        let mut hasher = sha2::Sha256::new();
-        let mut size = 0;
-        loop {
-            let mut piece = vec![0; PIECE];
-            let n = file.read(&mut piece).map_err(source)?;
-            if n == 0 {
-                return Ok((writer, Digest::finish(hasher), size));
+    loop {
+        let mut file = open().map_err(Copy::Source)?;
+        let bar = bar.shared();
+        let read = tokio::task::spawn_blocking(move || {
+            use sha2::Digest as _;
+            let mut hasher = sha2::Sha256::new();
+            let mut size = 0;
+            loop {
+                let mut piece = vec![0; PIECE];
+                match file.read(&mut piece) {
+                    Ok(0) => return (writer, Ok(Ok((Digest::finish(hasher), size)))),
+                    Ok(n) => piece.truncate(n),
+                    Err(error) => return (writer, Err(Copy::Source(error.to_string()))),
+                }
+                hasher.update(&piece);
+                size += piece.len() as u64;
+                if let Err(error) = writer.write(Bytes::from(piece)) {
+                    return (writer, Ok(Err(error)));
+                }
+                bar.progress(size, 0);
             }
-            piece.truncate(n);
-            hasher.update(&piece);
-            size += n as u64;
-            writer.write(Bytes::from(piece))?;
-            bar.progress(size, 0);
-        }
-    })
-    .await
-    .map_err(|_| Copy::Destination(Error::Worker))??;
-    if digest != blob.digest {
-        writer.abort().await;
-        return Err(Copy::Source(format!(
-            "its content is {digest}, not {}",
-            blob.digest
-        )));
+        });
+        let (mut written, read) = read.await.map_err(|_| Copy::Destination(Error::Worker))?;
+        let error = match read? {
+            Ok((digest, _)) if digest != blob.digest => {
+                written.abort().await;
+                return Err(Copy::Source(format!(
+                    "its content is {digest}, not {}",
+                    blob.digest
+                )));
+            }
+            Ok((digest, size)) => match written.end(&digest, size).await {
+                Ok(()) => return Ok(size),
+                Err(error) => error,
+            },
+            Err(error) => error,
+        };
+        writer = again(written, error).await?;
     }
-    writer.finish(&digest, size).await?;
-    Ok(size)
+}
+
+/// A writer for another try, or the error where none is worth it.
+async fn again(writer: BlobWriter, error: destination::Error) -> Result<BlobWriter, Copy> {
+    if error.retryable() {
+        Ok(writer.again(error).await?)
+    } else {
+        Err(error.into())
+    }
 }
 
 async fn copy_remote(
@@ -351,31 +393,42 @@ async fn copy_remote(
 ) -> Result<u64, Copy> {
     let source = |error: registry::Error| Copy::Source(error.to_string());
     let repository = context.registries.repository(name).map_err(source)?;
-    let mut stream = repository
-        .blob_stream(&blob.digest, blob.size())
-        .await
-        .map_err(source)?;
     let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
-    let mut size = 0;
     loop {
-        match stream.next().await {
-            Ok(Some(bytes)) => {
-                size += bytes.len() as u64;
-                // The writer blocks when the destination is slower than the source.
-                writer = tokio::task::spawn_blocking(move || writer.write(bytes).map(|()| writer))
+        let mut stream = repository
+            .blob_stream(&blob.digest, blob.size())
+            .await
+            .map_err(source)?;
+        let mut size = 0;
+        let error = loop {
+            match stream.next().await {
+                Ok(Some(bytes)) => {
+                    size += bytes.len() as u64;
+                    // The writer blocks when the destination is slower than the source.
+                    let written;
+                    (writer, written) = tokio::task::spawn_blocking(move || {
+                        let written = writer.write(bytes);
+                        (writer, written)
+                    })
                     .await
-                    .map_err(|_| Copy::Destination(Error::Worker))??;
-                bar.shared().progress(size, blob.size);
+                    .map_err(|_| Copy::Destination(Error::Worker))?;
+                    if let Err(error) = written {
+                        break error;
+                    }
+                    bar.shared().progress(size, blob.size);
+                }
+                Ok(None) => match writer.end(&blob.digest, size).await {
+                    Ok(()) => return Ok(size),
+                    Err(error) => break error,
+                },
+                Err(error) => {
+                    writer.abort().await;
+                    return Err(source(error));
+                }
             }
-            Ok(None) => break,
-            Err(error) => {
-                writer.abort().await;
-                return Err(source(error));
-            }
-        }
+        };
+        writer = again(writer, error).await?;
     }
-    writer.finish(&blob.digest, size).await?;
-    Ok(size)
 }
 
 /// Makes a layer from the directory that holds it unpacked, against those below it.
@@ -421,33 +474,43 @@ async fn remake(
             cancel: context.cancel.flag(),
         },
     )?;
-    let plan = Plan::new(Arc::new(scan), None);
+    let plan = Arc::new(Plan::new(Arc::new(scan), None));
     let total = plan.tar_size();
-    let writer = destination.begin_blob(tokio::runtime::Handle::current())?;
+    let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
     let compression = Compression::Gzip;
-    let (jobs, cancel, bar) = (context.jobs, context.cancel.clone(), bar.shared());
-    let made = tokio::task::spawn_blocking(move || {
-        let mut writer = writer;
-        let options = layer::Options {
-            compression,
-            level: compression.default_level(),
-            jobs,
-            cancel: cancel.flag(),
-        };
-        let made = layer::stream::write(&plan, options, |bytes| writer.write(bytes), &|at| {
-            bar.progress(at.tar_bytes, total);
+    let layer = loop {
+        let (jobs, cancel, bar) = (context.jobs, context.cancel.clone(), bar.shared());
+        let plan = Arc::clone(&plan);
+        let made = tokio::task::spawn_blocking(move || {
+            let options = layer::Options {
+                compression,
+                level: compression.default_level(),
+                jobs,
+                cancel: cancel.flag(),
+            };
+            let sink = |bytes| writer.write(bytes).map_err(Error::from);
+            let made = layer::stream::write(&plan, options, sink, &|at| {
+                bar.progress(at.tar_bytes, total);
+            });
+            (made.map_err(super::of_the_sink), writer)
         });
-        (made, writer)
-    });
-    let (made, writer) = made.await.map_err(|_| Error::Worker)?;
-    let layer = match made {
-        Ok(layer) => layer,
-        Err(error) => {
-            writer.abort().await;
+        let (made, mut written) = made.await.map_err(|_| Error::Worker)?;
+        let error = match made {
+            Ok(layer) => match written.end(&layer.digest, layer.size).await {
+                Ok(()) => break layer,
+                Err(error) => error,
+            },
+            Err(Error::Destination(error)) => error,
+            Err(error) => {
+                written.abort().await;
+                return Err(error);
+            }
+        };
+        if !error.retryable() {
             return Err(error.into());
         }
+        writer = written.again(error).await?;
     };
-    writer.finish(&layer.digest, layer.size).await?;
     Ok(Delivered {
         digest: layer.digest,
         diff_id: layer.diff_id,

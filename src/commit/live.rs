@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::earlier::{Earlier, Known};
 use super::mapped::{self, Mapped};
-use super::{Context, Error, Options, Taken, cut, finish, freeze, scan_upper, stream};
+use super::{Context, Error, Options, Taken, cut, deliver, finish, freeze, scan_upper, stream};
 use crate::container::{self, Container};
 use crate::destination::Destination;
 use crate::escape;
@@ -69,15 +69,8 @@ pub(super) async fn take(
         context.phase(Phase::Streaming);
         let unstable = held.unstable.clone();
         let plans = cut(plan.with(held), options.layer_size);
-        let made = stream(
-            context,
-            (options.compression, options.level),
-            plans,
-            destination,
-            None,
-        )
-        .await?;
-        let mut made = finish(made).await?;
+        let codec = (options.compression, options.level);
+        let mut made = deliver(context, codec, plans, destination).await?;
         if let Some(layer) = made.first_mut() {
             layer.unstable = unstable;
         }
@@ -165,15 +158,8 @@ async fn approach(
         if !plan.is_empty() {
             context.phase(Phase::Streaming);
             let plans = cut(plan, options.layer_size);
-            let made = stream(
-                context,
-                (options.compression, options.level),
-                plans,
-                destination,
-                None,
-            )
-            .await?;
-            let mut made = finish(made).await?;
+            let codec = (options.compression, options.level);
+            let mut made = deliver(context, codec, plans, destination).await?;
             dirty.extend(unstable(&scan, &mut made));
             layers.extend(made);
         }

@@ -38,7 +38,7 @@ pub use live::MAX_PAUSE;
 pub use outcome::{BaseOutcome, Metadata, Saved};
 pub use upper::Rules;
 
-/// Tries of a layer, and of the whole of them: what failed may pass.
+/// Tries of a save whose layers were read while the container stood still, and could not be ended: what failed may pass.
 const TRIES: u32 = 3;
 /// Tar bytes from which on a save is cut into several layers by itself, and of how many bytes each then is: one core's
 /// SHA-256 needs four seconds for as much, and fewer layers are better for everybody.
@@ -173,7 +173,7 @@ async fn save(
     // Questions only, asked meanwhile. Content of the base is moved when nobody stands still for it.
     let (taken, found) = tokio::try_join!(
         take_layers(&context, options, &container, &destination, &earlier),
-        base::look_up(&destination, &base.layers),
+        base::look_up_with_room(&destination, &base),
     )?;
     warnings::tell(&context, &taken);
 
@@ -408,8 +408,8 @@ async fn scan_upper(
     scan.await.map_err(|_| Error::Worker)?
 }
 
-/// Makes the layers and hands them on, as they are made; those whose upload failed in a way that may pass are made again
-/// from their plans. What is returned is all read, and not yet finished.
+/// Makes the layers and hands them on, as they are made. What is returned is all read, and not yet finished: whoever
+/// stands still for it may go on before [`finish`].
 ///
 /// Given up when the container, frozen meanwhile, would have to stand still for longer than `bound`.
 async fn stream(
@@ -419,53 +419,89 @@ async fn stream(
     destination: &Destination,
     bound: Option<Duration>,
 ) -> Result<Vec<(Layer, BlobWriter)>, Error> {
+    repeat(context, codec, plans, destination, bound, false).await
+}
+
+/// The same for what can be read as often as it takes, with the ends of the blobs.
+async fn deliver(
+    context: &Context,
+    codec: (Compression, u32),
+    plans: Vec<Plan>,
+    destination: &Destination,
+) -> Result<Vec<Layer>, Error> {
+    let made = repeat(context, codec, plans, destination, None, true).await?;
+    Ok(made.into_iter().map(|(layer, _)| layer).collect())
+}
+
+/// Layers whose upload failed in a way that may pass are made again from their plans.
+async fn repeat(
+    context: &Context,
+    codec: (Compression, u32),
+    plans: Vec<Plan>,
+    destination: &Destination,
+    bound: Option<Duration>,
+    ends: bool,
+) -> Result<Vec<(Layer, BlobWriter)>, Error> {
     let until = bound.map(|bound| (Instant::now() + bound, bound));
     let plans = Arc::new(plans);
     let mut made: Vec<Option<(Layer, BlobWriter)>> = plans.iter().map(|_| None).collect();
-    let mut attempt = 1;
-    loop {
-        let missing: Vec<usize> = (0..plans.len()).filter(|&n| made[n].is_none()).collect();
-        if missing.is_empty() {
-            return Ok(made.into_iter().flatten().collect());
-        }
+    let handle = tokio::runtime::Handle::current();
+    let begin = |n| Ok((n, destination.begin_blob(handle.clone())?));
+    let mut missing = (0..plans.len())
+        .map(begin)
+        .collect::<Result<Vec<_>, Error>>()?;
+    while !missing.is_empty() {
         let mut failed = None;
-        for (number, outcome) in
-            stream_once(context, codec, &plans, missing, destination, until).await?
-        {
+        let outcomes = stream_once(context, codec, &plans, missing, until).await?;
+        let ended = outcomes
+            .into_iter()
+            .map(|(number, outcome, mut writer)| async move {
+                let outcome = match outcome {
+                    Ok(layer) if ends => match writer.end(&layer.digest, layer.size).await {
+                        Ok(()) => Ok(layer),
+                        Err(error) => Err(error.into()),
+                    },
+                    outcome => outcome,
+                };
+                (number, outcome, writer)
+            });
+        missing = Vec::new();
+        for (number, outcome, writer) in futures_util::future::join_all(ended).await {
             match outcome {
-                Ok(layer) => made[number] = Some(layer),
+                Ok(layer) => made[number] = Some((layer, writer)),
                 // What was given up because another failed for good does not say why.
                 Err(Error::Cancelled) if failed.is_some() => {}
+                Err(Error::Destination(error)) if error.retryable() => {
+                    let said = error.to_string();
+                    match writer.again(error).await {
+                        Ok(writer) => {
+                            context.warn("again", format!("a layer is made again: {said}"));
+                            missing.push((number, writer));
+                        }
+                        Err(error) => failed = Some(error.into()),
+                    }
+                }
                 Err(error) => failed = Some(error),
             }
         }
-        match failed {
-            None => {}
-            Some(error) if attempt < TRIES && error.may_pass_at_destination() => {
-                context.warn("again", format!("a layer is made again: {error}"));
-                attempt += 1;
-            }
-            Some(error) => return Err(error),
+        if let Some(error) = failed {
+            return Err(error);
         }
     }
+    Ok(made.into_iter().flatten().collect())
 }
 
-type Outcome = Result<(Layer, BlobWriter), Error>;
+type Outcome = Result<Layer, Error>;
 
-/// Each of the plans `numbers` once, side by side.
+/// Each of the plans that are named once, side by side, each into its writer.
 async fn stream_once(
     context: &Context,
     (compression, level): (Compression, u32),
     plans: &Arc<Vec<Plan>>,
-    numbers: Vec<usize>,
-    destination: &Destination,
+    parts: Vec<(usize, BlobWriter)>,
     until: Option<(Instant, Duration)>,
-) -> Result<Vec<(usize, Outcome)>, Error> {
-    let handle = tokio::runtime::Handle::current();
-    let mut writers = numbers
-        .iter()
-        .map(|_| destination.begin_blob(handle.clone()))
-        .collect::<Result<Vec<_>, _>>()?;
+) -> Result<Vec<(usize, Outcome, BlobWriter)>, Error> {
+    let (numbers, mut writers): (Vec<usize>, Vec<BlobWriter>) = parts.into_iter().unzip();
     let observer = Arc::clone(&context.observer);
     let (jobs, cancel, plans) = (context.jobs, context.cancel.clone(), Arc::clone(plans));
     let made = tokio::task::spawn_blocking(move || {
@@ -511,12 +547,11 @@ async fn stream_once(
                 entries_total,
             });
         });
-        // A writer that is dropped leaves nothing behind.
-        let layers = layers
-            .into_iter()
-            .zip(writers)
-            .map(|(layer, writer)| layer.map(|layer| (layer, writer)).map_err(of_the_sink));
-        numbers.into_iter().zip(layers).collect()
+        let layers = layers.into_iter().map(|layer| layer.map_err(of_the_sink));
+        let parts = numbers.into_iter().zip(layers).zip(writers);
+        parts
+            .map(|((n, layer), writer)| (n, layer, writer))
+            .collect()
     });
     made.await.map_err(|_| Error::Worker)
 }

@@ -308,7 +308,7 @@ fn in_order<'a>(
 ) -> Result<Tar, Error> {
     let plan = ahead.plan();
     let compression = shared.options.compression;
-    let send = |bytes: Bytes| {
+    let send = move |bytes: Bytes| {
         // Refused only when the delivery has ended, and it knows why.
         ready.send(bytes).map_err(|_| Error::Worker)
     };

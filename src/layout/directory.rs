@@ -8,7 +8,7 @@ use bytes::Bytes;
 use rustix::fs::FlockOperation;
 
 use super::staged::{Staged, sync_directory};
-use super::{Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error};
+use super::{Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, take_from_index};
 use crate::digest::Digest;
 
 /// A layout directory as a destination. It may exist, with other images in it, or not.
@@ -166,10 +166,7 @@ impl Directory {
         self.put_blob(bytes, &digest)?;
         let blobs = self.path.join("blobs/sha256");
         sync_directory(&blobs).map_err(io_error(&blobs, "write"))?;
-        // The directory itself is the lock: no file of ours stays in the layout.
-        let lock = File::open(&self.path).map_err(io_error(&self.path, "open"))?;
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive)
-            .map_err(|e| io_error(&self.path, "lock")(e.into()))?;
+        let lock = self.lock()?;
         let existing = read_document(&self.path.join("index.json"))?;
         let index = add_to_index(
             existing.as_deref(),
@@ -186,6 +183,35 @@ impl Directory {
         self.replace("index.json", &index)?;
         drop(lock);
         Ok(digest)
+    }
+
+    /// Others who write into the same layout wait until the file is closed.
+    fn lock(&self) -> Result<File, Error> {
+        // The directory itself is the lock: no file of ours stays in the layout.
+        let lock = File::open(&self.path).map_err(io_error(&self.path, "open"))?;
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+            .map_err(|e| io_error(&self.path, "lock")(e.into()))?;
+        Ok(lock)
+    }
+
+    /// Takes an image out of the index, or only one tag off it. Its blobs stay: others may share them, and a save that is
+    /// under way may count on them.
+    pub fn remove(&self, digest: &Digest, tag: Option<&str>) -> Result<(), Error> {
+        let lock = self.lock()?;
+        let existing = read_document(&self.path.join("index.json"))?.unwrap_or_default();
+        let index = take_from_index(&existing, digest, tag).map_err(|reason| Error::Document {
+            path: self.path.clone(),
+            what: "index.json".to_owned(),
+            reason,
+        })?;
+        self.replace("index.json", &index)?;
+        drop(lock);
+        Ok(())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 }
 

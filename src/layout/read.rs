@@ -23,6 +23,17 @@ const MAX_ENTRIES: usize = 100_000;
 /// Indexes within indexes.
 const MAX_DEPTH: usize = 3;
 
+/// An image that an index lists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// Of its manifest.
+    pub digest: Digest,
+    /// Of its manifest.
+    pub media_type: String,
+    /// Sorted; none for an image that lost its tag to another.
+    pub tags: Vec<String>,
+}
+
 /// A layout to read from.
 pub struct Reader {
     path: PathBuf,
@@ -105,6 +116,56 @@ impl Reader {
                 ))
             }
         }
+    }
+
+    /// All images of the index, each once, whatever number of tags it has.
+    pub fn list(&self) -> Result<Vec<Listing>, Error> {
+        let bytes = match self.open("index.json") {
+            Ok((index, _)) => self.read_whole(index, "index.json")?,
+            // A layout that a first save has begun.
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(Vec::new());
+            }
+            Err(e) => return Err(e),
+        };
+        let index = self.parse_index("index.json", &bytes)?;
+        let mut found: Vec<Listing> = Vec::new();
+        for descriptor in index.manifests() {
+            let digest = self.digest_of(descriptor)?;
+            let tag = descriptor
+                .annotations()
+                .as_ref()
+                .and_then(|a| a.get(REF_NAME).or_else(|| a.get(CONTAINERD_NAME)))
+                .cloned();
+            match found.iter_mut().find(|listing| listing.digest == digest) {
+                Some(listing) => listing.tags.extend(tag),
+                None => found.push(Listing {
+                    digest,
+                    media_type: descriptor.media_type().to_string(),
+                    tags: tag.into_iter().collect(),
+                }),
+            }
+        }
+        for listing in &mut found {
+            listing.tags.sort();
+        }
+        Ok(found)
+    }
+
+    /// The manifest or index of an image that [`Reader::list`] named.
+    pub fn manifest_of(&self, digest: &Digest, media_type: &str) -> Result<RawManifest, Error> {
+        let bytes = self.blob(digest)?;
+        let media_type =
+            manifest_type(Some(media_type), &bytes).map_err(|reason| Error::Document {
+                path: self.path.clone(),
+                what: digest.to_string(),
+                reason,
+            })?;
+        Ok(RawManifest {
+            bytes,
+            media_type,
+            digest: *digest,
+        })
     }
 
     /// The manifest under `tag`, or, without one, the only image there is; of an index the manifest for `platform`.

@@ -146,9 +146,31 @@ impl Token {
         now.saturating_duration_since(self.fetched) >= self.life.saturating_sub(margin)
     }
 
+    /// When it was asked for and how long it lives.
+    pub(super) fn age(&self) -> Age {
+        Age {
+            fetched: self.fetched,
+            life: self.life,
+        }
+    }
+}
+
+/// How old a token is, when an answer to a request with it has come.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Age {
+    fetched: Instant,
+    life: Duration,
+}
+
+impl Age {
     /// Whether a 401 with it cannot be a matter of age.
-    pub(super) fn fresh(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.fetched) < FRESH
+    pub(super) fn is_fresh(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.fetched) < FRESH.min(self.life / 4)
+    }
+
+    /// Whether it has ended meanwhile.
+    pub(super) fn is_over(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.fetched) >= self.life
     }
 }
 
@@ -302,7 +324,10 @@ mod tests {
         assert_eq!(harbor.value.expose(), "t");
         let at = |seconds| now + Duration::from_secs(seconds);
         assert!(!harbor.stale(at(1679)) && harbor.stale(at(1680)));
-        assert!(harbor.fresh(at(4)) && !harbor.fresh(at(5)));
+        assert!(harbor.age().is_fresh(at(4)) && !harbor.age().is_fresh(at(5)));
+        assert!(!harbor.age().is_over(at(1799)) && harbor.age().is_over(at(1800)));
+        let short = read(r#"{"token":"t","expires_in":2}"#).unwrap_or_else(|e| panic!("{e}"));
+        assert!(!short.age().is_fresh(at(1)), "it may have ended on the way");
         let oauth = read(r#"{"token":"","access_token":"a"}"#).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(oauth.value.expose(), "a");
         assert!(

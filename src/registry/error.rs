@@ -30,6 +30,12 @@ pub enum Step {
     Mount,
     /// Writing a manifest under a tag.
     WriteManifest,
+    /// Listing repositories or tags.
+    List,
+    /// Deleting a manifest or a tag.
+    Delete,
+    /// Harbor's own API.
+    Api,
 }
 
 /// A request as it may be shown: without query, which can carry signatures and upload state.
@@ -103,6 +109,13 @@ impl Reply {
             (403, Step::FinishBlob | Step::WriteManifest | Step::SendBlob) => {
                 "refused after upload: a quota is used up, or a policy of the project forbids it".to_owned()
             }
+            (403, Step::Api | Step::Delete | Step::List) => {
+                format!("these credentials may not do this{}", credentials())
+            }
+            (400 | 405, Step::Delete) => {
+                "this registry does not delete: its administrator has to allow it (storage.delete.enabled)".to_owned()
+            }
+            (412, Step::Api) => "a rule of the project forbids it: the tag is immutable, or something refers to it".to_owned(),
             (403 | 405, Step::BeginUpload) => format!(
                 "one cannot push there: no right to push{}, a proxy-cache project, a read-only registry, or no quota left",
                 credentials()
@@ -179,6 +192,24 @@ pub enum Error {
         /// How long it was waited for.
         after: Duration,
     },
+    /// The save takes longer than it may.
+    #[error(
+        "{request}: the save has taken the {} seconds that it may take with its registries (--deadline)", after.as_secs()
+    )]
+    Deadline {
+        /// The request that was under way.
+        request: Request,
+        /// The bound.
+        after: Duration,
+    },
+    /// The registry has other bytes of a blob than were sent.
+    #[error(
+        "{request}: what has arrived of the blob is not what was sent: it has to be sent again"
+    )]
+    Torn {
+        /// The request that found it out.
+        request: Request,
+    },
     /// The registry or its token service said no.
     #[error("{0}")]
     Reply(Box<Reply>),
@@ -188,6 +219,14 @@ pub enum Error {
         /// The request.
         request: Request,
         /// What was expected and found.
+        reason: String,
+    },
+    /// A document that was damaged on the way, or is a proxy's page in the place of the registry's.
+    #[error("{request}: {reason}: damaged on the way, or not from the registry; try again later")]
+    Garbled {
+        /// The request.
+        request: Request,
+        /// What was expected.
         reason: String,
     },
     /// Realm, Location or a redirect leads where it must not.
@@ -267,10 +306,14 @@ impl Error {
     /// Whether doing the same again later may succeed (exit code 75). Within one call, what can be repeated has been.
     pub fn retryable(&self) -> bool {
         match self {
-            Self::Unreachable { .. } | Self::Silent { .. } => true,
+            Self::Unreachable { .. }
+            | Self::Silent { .. }
+            | Self::Deadline { .. }
+            | Self::Torn { .. }
+            | Self::Garbled { .. } => true,
             Self::Reply(reply) => {
                 matches!(reply.status, 408 | 429 | 499 | 500 | 502..=504 | 506..=599)
-                    || (reply.mid_upload && matches!(reply.status, 401 | 404 | 416))
+                    || (reply.mid_upload && matches!(reply.status, 401 | 404 | 411 | 416))
             }
             // A damaged download: another try may read another copy.
             Self::Digest { what, .. } => *what == "blob",
@@ -284,8 +327,8 @@ impl Error {
             Self::Reply(reply) => match reply.status {
                 401 => !reply.mid_upload,
                 402 | 403 => true,
-                405 => reply.step == Step::BeginUpload,
-                412 => reply.step == Step::WriteManifest,
+                405 => matches!(reply.step, Step::BeginUpload | Step::Delete),
+                412 => matches!(reply.step, Step::WriteManifest | Step::Api),
                 _ => false,
             },
             Self::NoCredentials { .. } => true,
@@ -302,12 +345,17 @@ impl Error {
     /// Whether repeating the request at once, after a pause, is worth it: a narrower thing than [`Error::retryable`].
     pub(super) fn passing(&self) -> bool {
         match self {
-            Self::Unreachable { .. } | Self::Silent { .. } => true,
+            Self::Unreachable { .. } | Self::Silent { .. } | Self::Garbled { .. } => true,
             Self::Reply(reply) => {
                 matches!(reply.status, 408 | 429 | 499 | 500 | 502 | 503 | 504 | 522)
             }
             _ => false,
         }
+    }
+
+    /// Whether sending the blob once more, from its start or from where the registry has it, is worth it now.
+    pub(super) fn is_again(&self) -> bool {
+        self.retryable() && !matches!(self, Self::Deadline { .. })
     }
 
     pub(super) fn retry_after(&self) -> Option<Duration> {

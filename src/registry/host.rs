@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,11 +16,11 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Client, Response, Url};
 use zeroize::{Zeroize, Zeroizing};
 
-use super::auth::{Challenge, Origin, Token, is_local_address, read_challenge};
+use super::auth::{Age, Challenge, Origin, Token, is_local_address, read_challenge};
 use super::credentials::{Credentials, Found, basic_header, bearer_header, environment};
 use super::error::{Error, Reply, Request, Step, causes, read_error_body};
 use super::reference::{authority, is_loopback};
-use super::retry::{Retry, read_retry_after};
+use super::retry::{Budget, Retry, read_retry_after};
 use super::tls;
 
 /// For a TCP and TLS connection.
@@ -98,6 +99,7 @@ pub(super) struct Settings {
     pub(super) cert_dir: Option<PathBuf>,
     pub(super) retry: Retry,
     pub(super) silence: Duration,
+    pub(super) budget: Arc<Budget>,
     /// Credentials by repository.
     pub(super) credentials: CredentialSource,
 }
@@ -114,6 +116,10 @@ pub(super) struct Host {
     challenge: Mutex<Option<Challenge>>,
     tokens: tokio::sync::Mutex<HashMap<String, Token>>,
     found: Mutex<HashMap<String, Found>>,
+    /// It takes no body whose length is not told beforehand.
+    wants_lengths: AtomicBool,
+    /// The smallest piece of a blob that it takes, but for the last.
+    least_chunk: AtomicU64,
 }
 
 impl Host {
@@ -175,6 +181,8 @@ impl Host {
             challenge: Mutex::new(None),
             tokens: tokio::sync::Mutex::new(HashMap::new()),
             found: Mutex::new(HashMap::new()),
+            wants_lengths: AtomicBool::new(false),
+            least_chunk: AtomicU64::new(0),
         })
     }
 
@@ -189,6 +197,55 @@ impl Host {
 
     pub(super) fn silence(&self) -> Duration {
         self.settings.silence
+    }
+
+    /// The pause before the next try after `failed` tries; none: give up, this is no passing trouble, or the save has
+    /// repeated enough.
+    pub(super) fn pause(&self, failed: u32, error: &Error) -> Option<Duration> {
+        let pause = self.settings.retry.pause(failed, error)?;
+        self.settings.budget.take(pause).then_some(pause)
+    }
+
+    /// The same for a blob whose upload the registry has lost: its request is final, the blob is not.
+    pub(super) fn pause_after_loss(&self, failed: u32, error: &Error) -> Option<Duration> {
+        if error.passing() || failed >= self.settings.retry.tries {
+            return None;
+        }
+        let pause = self.settings.retry.first_pause;
+        self.settings.budget.take(pause).then_some(pause)
+    }
+
+    /// How long the whole save may still go on.
+    pub(super) fn remaining(&self) -> Duration {
+        self.settings.budget.remaining()
+    }
+
+    /// The error of a wait that brought nothing.
+    pub(super) fn waited(&self, request: Request, after: Duration) -> Error {
+        if self.remaining().is_zero() {
+            let after = self.settings.budget.whole();
+            Error::Deadline { request, after }
+        } else {
+            Error::Silent { request, after }
+        }
+    }
+
+    /// Whether the registry has refused a stream of unknown length (411).
+    pub(super) fn wants_lengths(&self) -> bool {
+        self.wants_lengths.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_wants_lengths(&self) {
+        self.wants_lengths.store(true, Ordering::Relaxed);
+    }
+
+    /// `OCI-Chunk-Min-Length`, in bytes; 0 where it was not said.
+    pub(super) fn least_chunk(&self) -> u64 {
+        self.least_chunk.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_least_chunk(&self, bytes: u64) {
+        self.least_chunk.store(bytes, Ordering::Relaxed);
     }
 
     /// The client for requests to the registry itself that the other methods cannot make: streamed ones.
@@ -248,7 +305,7 @@ impl Host {
                 Ok(origin) => return Ok(origin),
                 Err(e) => {
                     failed += 1;
-                    let pause = self.settings.retry.pause(failed, &e).ok_or(e)?;
+                    let pause = self.pause(failed, &e).ok_or(e)?;
                     tokio::time::sleep(pause).await;
                 }
             }
@@ -345,11 +402,11 @@ impl Host {
         Ok(found)
     }
 
-    /// The `Authorization` for a request, and whether a 401 with it is final.
+    /// The `Authorization` for a request, and the age of the token in it.
     pub(super) async fn authorization(
         &self,
         scopes: &Scopes,
-    ) -> Result<(Option<HeaderValue>, bool), Error> {
+    ) -> Result<(Option<HeaderValue>, Option<Age>), Error> {
         let challenge = self
             .challenge
             .lock()
@@ -357,12 +414,12 @@ impl Host {
             .clone();
         let origin = self.origin().await?;
         match challenge {
-            None => Ok((None, true)),
+            None => Ok((None, None)),
             Some(Challenge::Basic) => match self.credentials(&scopes.repository)? {
                 Found::Credentials {
                     credentials: Credentials::Basic { user, password },
                     ..
-                } => Ok((basic_header(&user, &password), true)),
+                } => Ok((basic_header(&user, &password), None)),
                 found => Err(Error::NoCredentials {
                     request: Request::new(&Method::GET, &origin.url),
                     why: match found {
@@ -379,15 +436,38 @@ impl Host {
                 let key = scopes.key();
                 let now = Instant::now();
                 if let Some(token) = tokens.get(&key).filter(|t| !t.stale(now)) {
-                    return Ok((bearer_header(&token.value), token.fresh(now)));
+                    return Ok((bearer_header(&token.value), Some(token.age())));
                 }
                 let token = self
                     .fetch_token(origin, &realm, service.as_deref(), scopes)
                     .await?;
-                let header = bearer_header(&token.value);
+                let (header, age) = (bearer_header(&token.value), token.age());
                 tokens.insert(key, token);
-                Ok((header, true))
+                Ok((header, Some(age)))
             }
+        }
+    }
+
+    /// Realm and service of the token service, once an answer has named them.
+    pub(super) fn token_service(&self) -> Option<(String, Option<String>)> {
+        let known = self
+            .challenge
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match &*known {
+            Some(Challenge::Bearer { realm, service }) => Some((realm.clone(), service.clone())),
+            _ => None,
+        }
+    }
+
+    /// For the host's own API: user and password where there are some, and never a token.
+    fn api_authorization(&self, scopes: &Scopes) -> Result<Option<HeaderValue>, Error> {
+        match self.credentials(&scopes.repository)? {
+            Found::Credentials {
+                credentials: Credentials::Basic { user, password },
+                ..
+            } => Ok(basic_header(&user, &password)),
+            _ => Ok(None),
         }
     }
 
@@ -483,7 +563,7 @@ impl Host {
         if let Ok(mut body) = body.try_into_mut() {
             body.as_mut().zeroize();
         }
-        token.map_err(|reason| Error::Nonsense {
+        token.map_err(|reason| Error::Garbled {
             request,
             reason: reason.to_owned(),
         })
@@ -491,24 +571,30 @@ impl Host {
 
     /// Sends a request until it is answered by more than a passing trouble.
     pub(super) async fn call(&self, call: &Call) -> Result<Response, Error> {
-        let mut failed = 0;
+        self.call_after(call, &mut 0).await
+    }
+
+    /// The same for a request that is a part of something that has `failed` so often before, and counts on.
+    pub(super) async fn call_after(
+        &self,
+        call: &Call,
+        failed: &mut u32,
+    ) -> Result<Response, Error> {
         loop {
             let error = match self.attempt(call).await {
                 Ok(response) => return Ok(response),
                 Err(e) => e,
             };
-            failed += 1;
+            *failed += 1;
             let is_500 = matches!(&error, Error::Reply(reply) if reply.status == 500 && reply.step == call.step);
             let tries = if is_500 {
                 call.tries_at_500
             } else {
                 call.tries
             };
-            let pause = self
-                .settings
-                .retry
-                .pause(failed, &error)
-                .filter(|_| failed < tries);
+            let pause = (*failed < tries)
+                .then(|| self.pause(*failed, &error))
+                .flatten();
             let Some(pause) = pause else {
                 return Err(error);
             };
@@ -566,20 +652,33 @@ impl Host {
         })
     }
 
-    /// To the registry itself, with one more try after a 401 that may be a matter of the token's age.
+    /// To the registry itself, with one more try after a 401 that may be a matter of the token's age. A second more only
+    /// where the new token has ended on its way, too: some live for seconds.
     async fn authorized(&self, call: &Call, url: &Url) -> Result<Response, Error> {
-        let (header, last_word) = self.authorization(&call.scopes).await?;
-        let response = self.fire(&self.own, call, url, header).await?;
-        if response.status() != StatusCode::UNAUTHORIZED {
-            return Ok(response);
+        let mut renewed = 0;
+        loop {
+            if call.step == Step::Api {
+                let header = self.api_authorization(&call.scopes)?;
+                return self.fire(&self.own, call, url, header).await;
+            }
+            let (header, age) = self.authorization(&call.scopes).await?;
+            let response = self.fire(&self.own, call, url, header).await?;
+            if response.status() != StatusCode::UNAUTHORIZED {
+                return Ok(response);
+            }
+            let now = Instant::now();
+            let news = self.learn(response.headers());
+            let worth = match renewed {
+                0 => news || age.is_some_and(|age| !age.is_fresh(now)),
+                1 => age.is_some_and(|age| age.is_over(now)),
+                _ => false,
+            };
+            if !worth {
+                return Ok(response);
+            }
+            self.forget_token(&call.scopes).await;
+            renewed += 1;
         }
-        let news = self.learn(response.headers());
-        if last_word && !news {
-            return Ok(response);
-        }
-        self.forget_token(&call.scopes).await;
-        let (header, _) = self.authorization(&call.scopes).await?;
-        self.fire(&self.own, call, url, header).await
     }
 
     /// One request, one answer.
@@ -601,13 +700,11 @@ impl Host {
             request = request.header(CONTENT_LENGTH, 0);
         }
         let shown = || Request::new(&call.method, url);
-        match tokio::time::timeout(call.wait, request.body(call.body.clone()).send()).await {
+        let wait = call.wait.min(self.remaining());
+        match tokio::time::timeout(wait, request.body(call.body.clone()).send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(e)) => Err(Error::transport(shown(), &e)),
-            Err(_) => Err(Error::Silent {
-                request: shown(),
-                after: call.wait,
-            }),
+            Err(_) => Err(self.waited(shown(), call.wait)),
         }
     }
 
@@ -645,7 +742,8 @@ impl Host {
         }
         let mut body = BytesMut::new();
         loop {
-            let next = tokio::time::timeout(self.settings.silence, response.chunk()).await;
+            let wait = self.settings.silence.min(self.remaining());
+            let next = tokio::time::timeout(wait, response.chunk()).await;
             match next {
                 Ok(Ok(Some(chunk))) if (body.len() + chunk.len()) as u64 > limit => {
                     return Err(too_large());
@@ -653,12 +751,7 @@ impl Host {
                 Ok(Ok(Some(chunk))) => body.extend_from_slice(&chunk),
                 Ok(Ok(None)) => return Ok(body.freeze()),
                 Ok(Err(e)) => return Err(Error::transport(request.clone(), &e)),
-                Err(_) => {
-                    return Err(Error::Silent {
-                        request: request.clone(),
-                        after: self.settings.silence,
-                    });
-                }
+                Err(_) => return Err(self.waited(request.clone(), self.settings.silence)),
             }
         }
     }

@@ -6,7 +6,9 @@
 //!
 //! Format: OCI distribution-spec 1.1.
 
+pub mod api;
 mod auth;
+mod catalog;
 pub mod credentials;
 pub mod error;
 mod host;
@@ -28,6 +30,8 @@ use sha2::{Digest as _, Sha256};
 
 use crate::manifest::MAX_MANIFEST_BYTES;
 use crate::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
+pub use api::Api;
+pub use catalog::Tagged;
 pub use credentials::Credentials;
 pub use error::Error;
 pub use reference::Reference;
@@ -37,9 +41,13 @@ pub use upload::Writer;
 use credentials::{AuthFiles, Found};
 use error::{Request, Step};
 use host::{Call, Host, SILENCE, Scopes, Settings};
+use retry::Budget;
 
 /// So many uploads at once are worth it: registries serialise a project's quota, more is slower.
 pub const UPLOADS_AT_ONCE: usize = 4;
+
+/// What moves, however slowly, may go on for so long: a terabyte over a line of 25 MB/s.
+pub const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
 /// How registries are reached, and as whom.
 #[derive(Clone, Debug)]
@@ -59,6 +67,10 @@ pub struct Access {
     pub retry: Retry,
     /// How long nothing may move, in an answer or an upload.
     pub silence: Duration,
+    /// How long the whole save may take with its registries, from [`Registries::new`] on.
+    pub deadline: Duration,
+    /// `--create-project`: a project of Harbor's that is not there is made.
+    pub create_project: bool,
 }
 
 impl Default for Access {
@@ -71,6 +83,8 @@ impl Default for Access {
             host: None,
             retry: Retry::default(),
             silence: SILENCE,
+            deadline: DEADLINE,
+            create_project: false,
         }
     }
 }
@@ -79,6 +93,7 @@ impl Default for Access {
 #[derive(Clone)]
 pub struct Registries {
     access: Arc<Access>,
+    budget: Arc<Budget>,
     hosts: Arc<Mutex<HashMap<String, Arc<Host>>>>,
 }
 
@@ -86,9 +101,15 @@ impl Registries {
     /// Nothing is asked before the first request.
     pub fn new(access: Access) -> Self {
         Self {
+            budget: Arc::new(Budget::new(access.retry, access.deadline)),
             access: Arc::new(access),
             hosts: Arc::default(),
         }
+    }
+
+    /// Whether a missing project is made.
+    pub fn creates_projects(&self) -> bool {
+        self.access.create_project
     }
 
     /// A repository to read from. `name` is `HOST/REPOSITORY`.
@@ -108,19 +129,21 @@ impl Registries {
     }
 
     fn open(&self, reference: &Reference, actions: &'static str) -> Result<Repository, Error> {
-        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        let host = if let Some(host) = hosts.get(&reference.host) {
-            Arc::clone(host)
-        } else {
-            let host = Arc::new(Host::new(self.settings(&reference.host))?);
-            hosts.insert(reference.host.clone(), Arc::clone(&host));
-            host
-        };
         Ok(Repository {
-            host,
+            host: self.host(&reference.host)?,
             name: reference.repository.clone(),
             actions,
         })
+    }
+
+    fn host(&self, name: &str) -> Result<Arc<Host>, Error> {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(host) = hosts.get(name) {
+            return Ok(Arc::clone(host));
+        }
+        let host = Arc::new(Host::new(self.settings(name))?);
+        hosts.insert(name.to_owned(), Arc::clone(&host));
+        Ok(host)
     }
 
     fn settings(&self, host: &str) -> Settings {
@@ -135,6 +158,7 @@ impl Registries {
             cert_dir: access.cert_dir.clone().filter(|_| meant),
             retry: access.retry,
             silence: access.silence,
+            budget: Arc::clone(&self.budget),
             credentials: Box::new(move |repository| {
                 if let Some(credentials) = &creds {
                     Ok(Found::Credentials {
@@ -165,6 +189,11 @@ impl Repository {
     /// `HOST/REPOSITORY`.
     pub fn name(&self) -> String {
         format!("{}/{}", self.host.name(), self.name)
+    }
+
+    /// Within its host.
+    pub fn path(&self) -> &str {
+        &self.name
     }
 
     /// Whether `other` is on the same registry, so that blobs can be mounted.
@@ -296,13 +325,14 @@ impl Repository {
         })
     }
 
-    /// The size in bytes of a blob that is there.
+    /// The size in bytes of a blob that is there. Who may push and not read cannot ask, and has to send it: so a no is
+    /// the same as not there.
     pub async fn head_blob(&self, digest: &Digest) -> Result<Option<u64>, Error> {
         let url = self.url(&format!("blobs/{digest}")).await?;
         let mut call = self.call(Step::ReadBlob, Method::HEAD, url);
-        call.accept = &[404];
+        call.accept = &[400, 401, 403, 404, 405];
         let response = self.host.call(&call).await?;
-        if response.status() == StatusCode::NOT_FOUND {
+        if !response.status().is_success() {
             return Ok(None);
         }
         // reqwest's content_length is that of the body, which an answer to HEAD has none of.
@@ -397,8 +427,14 @@ impl Repository {
         // Harbor says 500 of a manifest that it cannot read, however often it is asked.
         call.tries_at_500 = 2;
         let response = self.host.call(&call).await?;
-        check_digest_header(&call, response.headers(), &digest)?;
-        Ok(digest)
+        let Err(error) = check_digest_header(&call, response.headers(), &digest) else {
+            return Ok(digest);
+        };
+        // Another digest in the answer: what stands under the tag decides.
+        match self.manifest(tag).await {
+            Ok(found) if found.digest == digest => Ok(digest),
+            _ => Err(error),
+        }
     }
 }
 
@@ -464,7 +500,6 @@ impl BlobStream {
             let pause = self
                 .repository
                 .host
-                .retry()
                 .pause(self.failed, &error)
                 .ok_or(error)?;
             tokio::time::sleep(pause).await;
@@ -487,12 +522,10 @@ impl BlobStream {
             self.skip = if resumed { 0 } else { self.read };
             self.response.insert(response)
         };
-        match tokio::time::timeout(host.silence(), response.chunk()).await {
+        let wait = host.silence().min(host.remaining());
+        match tokio::time::timeout(wait, response.chunk()).await {
             Ok(chunk) => chunk.map_err(|e| Error::transport(request, &e)),
-            Err(_) => Err(Error::Silent {
-                request,
-                after: host.silence(),
-            }),
+            Err(_) => Err(host.waited(request, host.silence())),
         }
     }
 

@@ -1,6 +1,7 @@
-//! How often and after what pause a request that can be repeated is repeated.
+//! How often and after what pause a request that can be repeated is repeated, and what all repeating may cost a save.
 
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::error::Error;
 
@@ -17,6 +18,10 @@ pub struct Retry {
     /// The first pause; each further one is twice as long. Each is shortened by chance by up to a half, so that many
     /// clients of a registry that comes back do not knock at once.
     pub first_pause: Duration,
+    /// Repetitions in the whole save, of whatever: what fails this often is no passing trouble.
+    pub in_all: u32,
+    /// All pauses of the whole save together are no longer than this.
+    pub pauses: Duration,
 }
 
 impl Default for Retry {
@@ -24,7 +29,51 @@ impl Default for Retry {
         Self {
             tries: 5,
             first_pause: Duration::from_millis(500),
+            in_all: 60,
+            pauses: Duration::from_secs(15 * 60),
         }
+    }
+}
+
+/// What a save has left for repeating, shared by all its requests, and when it has to be over.
+#[derive(Debug)]
+pub(super) struct Budget {
+    left: Mutex<(u32, Duration)>,
+    started: Instant,
+    whole: Duration,
+}
+
+impl Budget {
+    /// The clock starts now; `whole` is the longest that the save may take.
+    pub(super) fn new(retry: Retry, whole: Duration) -> Self {
+        Self {
+            left: Mutex::new((retry.in_all, retry.pauses)),
+            started: Instant::now(),
+            whole,
+        }
+    }
+
+    /// Takes one repetition and its pause; false: there is nothing left for it.
+    pub(super) fn take(&self, pause: Duration) -> bool {
+        if pause > self.remaining() {
+            return false;
+        }
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let (Some(times), Some(pauses)) = (left.0.checked_sub(1), left.1.checked_sub(pause)) else {
+            return false;
+        };
+        *left = (times, pauses);
+        true
+    }
+
+    /// How long the save may still go on.
+    pub(super) fn remaining(&self) -> Duration {
+        self.whole.saturating_sub(self.started.elapsed())
+    }
+
+    /// The longest that the save may take.
+    pub(super) fn whole(&self) -> Duration {
+        self.whole
     }
 }
 
@@ -75,6 +124,29 @@ mod tests {
             credentials: None,
             mid_upload: false,
         }))
+    }
+
+    #[test]
+    fn a_save_does_not_repeat_for_ever() {
+        let retry = Retry {
+            in_all: 3,
+            pauses: Duration::from_secs(10),
+            ..Retry::default()
+        };
+        let (second, hour) = (Duration::from_secs(1), Duration::from_secs(3600));
+        let budget = Budget::new(retry, hour);
+        assert_eq!(
+            [0; 4].map(|_| budget.take(second)),
+            [true, true, true, false]
+        );
+        let budget = Budget::new(retry, hour);
+        assert_eq!(
+            [6, 6, 4, 1].map(|n| budget.take(n * second)),
+            [true, false, true, false],
+            "ten seconds in all"
+        );
+        // No pause reaches beyond the end of the save.
+        assert!(!Budget::new(retry, second).take(2 * second));
     }
 
     #[test]

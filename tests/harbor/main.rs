@@ -1,0 +1,863 @@
+//! Harbor: pushing, listing, deleting, and its ways of saying no.
+//!
+//! Runs against the stand-in, or against the Harbor that `UPPERDECK_HARBOR` (its URL) and `UPPERDECK_HARBOR_ADMIN`
+//! (`USER:PASSWORD`) name: everything is made in projects of the tests' own, which are taken away again.
+// What a test's helpers unwrap fails the test, as it should.
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+mod description;
+#[path = "../support/http.rs"]
+mod http;
+mod observed;
+mod stand_in;
+#[path = "../support/mod.rs"]
+#[allow(dead_code)]
+mod support;
+
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use tokio::runtime::Handle;
+use upperdeck::destination::{Destination, Error, Target};
+use upperdeck::digest::Digest;
+use upperdeck::harbor::{self, Harbor};
+use upperdeck::images::{self, Images, Place, Query, Sort, Which};
+use upperdeck::registry::{self, Access, Registries, Retry};
+
+use description::Description;
+use stand_in::StandIn;
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// A Harbor to test against.
+struct Lab {
+    host: String,
+    admin: String,
+    stand_in: Option<StandIn>,
+    projects: std::sync::Mutex<Vec<String>>,
+}
+
+impl Lab {
+    fn start() -> Result<Self, Box<dyn std::error::Error>> {
+        let projects = std::sync::Mutex::default();
+        if let Ok(url) = std::env::var("UPPERDECK_HARBOR") {
+            let host = url
+                .split("://")
+                .last()
+                .unwrap_or_default()
+                .trim_end_matches('/')
+                .to_owned();
+            let admin = std::env::var("UPPERDECK_HARBOR_ADMIN")?;
+            let stand_in = None;
+            return Ok(Self {
+                host,
+                admin,
+                stand_in,
+                projects,
+            });
+        }
+        let stand_in = StandIn::start()?;
+        Ok(Self {
+            host: stand_in.server.address.to_string(),
+            admin: format!("{}:{}", stand_in::ADMIN.0, stand_in::ADMIN.1),
+            stand_in: Some(stand_in),
+            projects,
+        })
+    }
+
+    /// A name that no other test or run has.
+    fn name(&self) -> String {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let now = std::time::SystemTime::UNIX_EPOCH
+            .elapsed()
+            .unwrap()
+            .as_millis()
+            % 1_000_000_000;
+        let name = format!(
+            "ud-{now}-{}-{}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::SeqCst)
+        );
+        self.projects.lock().unwrap().push(name.clone());
+        name
+    }
+
+    fn access(creds: &str) -> Access {
+        Access {
+            authfile: Some("/dev/null".into()),
+            creds: Some(creds.parse().unwrap()),
+            tls_verify: false,
+            retry: Retry {
+                first_pause: Duration::from_millis(20),
+                ..Retry::default()
+            },
+            ..Access::default()
+        }
+    }
+
+    fn registries(&self) -> Registries {
+        Registries::new(Self::access(&self.admin))
+    }
+
+    async fn harbor(&self) -> Harbor {
+        Harbor::find(&self.registries(), &self.host, "x/y")
+            .await
+            .unwrap()
+            .unwrap()
+    }
+
+    async fn images(&self) -> Box<dyn Images> {
+        let place: Place = self.host.parse().unwrap();
+        place.open(&self.registries()).await.unwrap()
+    }
+
+    fn destination(&self, path: &str, access: Access) -> Destination {
+        let target = Target::for_saving(&format!("{}/{path}", self.host)).unwrap();
+        Destination::open(&target, &Registries::new(access)).unwrap()
+    }
+
+    fn to(&self, path: &str) -> Destination {
+        self.destination(path, Self::access(&self.admin))
+    }
+
+    /// What the program itself does not do: a request to the API as the administrator.
+    async fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+        let api = self.registries().api(&self.host, "").unwrap();
+        let path = format!("/api/v2.0{path}");
+        let answer = match method {
+            "POST" => api.post(&path, body, &[]).await,
+            "DELETE" => api.delete(&path, &[404, 412]).await,
+            _ => api.get(&path, &[]).await,
+        };
+        let answer = answer.unwrap();
+        (
+            answer.status,
+            serde_json::from_slice(&answer.body).unwrap_or_default(),
+        )
+    }
+
+    async fn project(&self, limit: Option<u64>) -> String {
+        let name = self.name();
+        let mut body = json!({"project_name": name, "metadata": {"public": "false"}});
+        if let Some(limit) = limit {
+            body["storage_limit"] = json!(limit);
+        }
+        let (status, _) = self.ask("POST", "/projects", &body).await;
+        assert_eq!(status, 201);
+        name
+    }
+
+    /// A robot of a project: `USER:PASSWORD`.
+    async fn robot(&self, project: &str, access: &[(&str, &str)]) -> String {
+        let access = access
+            .iter()
+            .map(|(r, a)| json!({"resource": r, "action": a}));
+        let body = json!({
+            "name": "saver", "level": "project", "duration": -1,
+            "permissions": [{"kind": "project", "namespace": project, "access": access.collect::<Vec<_>>()}],
+        });
+        let (_, made) = self.ask("POST", "/robots", &body).await;
+        format!(
+            "{}:{}",
+            made["name"].as_str().unwrap(),
+            made["secret"].as_str().unwrap()
+        )
+    }
+
+    /// Takes away what the test made, and holds all that was said against the description.
+    async fn end(self) -> Outcome {
+        let projects = self.projects.lock().unwrap().clone();
+        for project in projects {
+            let listed = self
+                .harbor()
+                .await
+                .repositories(Some(&project), &all())
+                .await;
+            for repository in listed.map(|page| page.items).unwrap_or_default() {
+                let name = repository
+                    .name
+                    .split_once('/')
+                    .unwrap()
+                    .1
+                    .replace('/', "%252F");
+                self.ask(
+                    "DELETE",
+                    &format!("/projects/{project}/repositories/{name}"),
+                    &Value::Null,
+                )
+                .await;
+            }
+            self.ask("DELETE", &format!("/projects/{project}"), &Value::Null)
+                .await;
+        }
+        let Some(stand_in) = &self.stand_in else {
+            return Ok(());
+        };
+        let Some(mut description) = Description::load()? else {
+            support::ignore("the API's description is not at ../shared/harbor");
+            return Ok(());
+        };
+        // Seen on a running Harbor, see `observed`.
+        for path in [
+            "/api/v2.0/projects/a/repositories/b/artifacts/c",
+            "/api/v2.0/projects/a/repositories/b/artifacts/c/tags/d",
+        ] {
+            description.allow("DELETE", path, 412);
+        }
+        // For a wrong password.
+        description.allow("HEAD", "/api/v2.0/projects", 401);
+        let seen = std::mem::take(&mut stand_in.state.lock().unwrap().seen);
+        assert!(!seen.is_empty());
+        let mut wrong = Vec::new();
+        for (request, response) in &seen {
+            if !(response.body.is_empty() && response.status < 400) {
+                wrong.extend(description.judge(request, response)?);
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        Ok(())
+    }
+}
+
+fn all() -> harbor::Query {
+    harbor::Query {
+        page_size: 100,
+        ..harbor::Query::default()
+    }
+}
+
+/// An image of one layer of `size` bytes that nothing else has.
+struct Image {
+    layer: Bytes,
+    config: Bytes,
+    manifest: Bytes,
+}
+
+fn image(name: &str, size: usize) -> Image {
+    let seed = Digest::of(name).hex();
+    let layer: Vec<u8> = seed.bytes().cycle().take(size).collect();
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "created": "2026-01-02T03:04:05Z",
+        "config": {"Labels": {"org.example.of": name}},
+        "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer)]},
+    })
+    .to_string();
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": MANIFEST_TYPE,
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": Digest::of(&config), "size": config.len(),
+        },
+        "layers": [{
+            "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": Digest::of(&layer), "size": layer.len(),
+        }],
+        "annotations": {"org.example.note": name},
+    })
+    .to_string();
+    Image {
+        layer: layer.into(),
+        config: config.into(),
+        manifest: manifest.into(),
+    }
+}
+
+impl Image {
+    fn digest(&self) -> Digest {
+        Digest::of(&self.manifest)
+    }
+
+    fn size(&self) -> u64 {
+        (self.layer.len() + self.config.len() + self.manifest.len()) as u64
+    }
+}
+
+async fn send(destination: &Destination, blob: Bytes) -> Result<(), Error> {
+    let (digest, size) = (Digest::of(&blob), blob.len() as u64);
+    let mut writer = destination.begin_blob(Handle::current())?;
+    let writer = tokio::task::spawn_blocking(move || writer.write(blob).map(|()| writer));
+    writer.await.unwrap()?.finish(&digest, size).await
+}
+
+async fn save(destination: &Destination, image: &Image, tag: &str) -> Result<Digest, Error> {
+    destination.check().await?;
+    send(destination, image.layer.clone()).await?;
+    destination
+        .put_blob(image.config.clone(), &Digest::of(&image.config))
+        .await?;
+    destination
+        .put_manifest(image.manifest.clone(), MANIFEST_TYPE, tag)
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_saved_is_listed_and_deleted_as_it_is() -> Outcome {
+    let lab = Lab::start()?;
+    let project = lab.project(None).await;
+    let repository = format!("{project}/deep/er.note");
+    let (one, two) = (
+        image(&format!("{project} one"), 5000),
+        image(&format!("{project} two"), 9000),
+    );
+    let destination = lab.to(&repository);
+    save(&destination, &one, "a").await?;
+    save(&destination, &one, "b").await?;
+    save(&destination, &two, "c").await?;
+    let images = lab.images().await;
+    assert!(images.is_group(&project) && !images.is_group(&repository));
+
+    let listed = images.repositories(&project, &Query::default()).await?;
+    assert_eq!(listed.total, 1);
+    assert_eq!(
+        (listed.items[0].name.as_str(), listed.items[0].images),
+        (repository.as_str(), Some(2))
+    );
+    let listed = images.images(&repository, &Query::default()).await?;
+    assert_eq!(listed.total, 2);
+    let found = listed
+        .items
+        .iter()
+        .find(|i| i.digest == one.digest())
+        .unwrap();
+    assert_eq!(found.tags, ["a", "b"]);
+    assert_eq!(found.size, Some(one.size()));
+    assert_eq!(found.architecture.as_deref(), Some("amd64"));
+    assert_eq!(found.created.as_deref(), Some("2026-01-02T03:04:05Z"));
+    assert_eq!(found.labels["org.example.of"], format!("{project} one"));
+    assert_eq!(
+        found.annotations["org.example.note"],
+        format!("{project} one")
+    );
+    assert!(found.pushed.is_some() && found.media_type.as_deref() == Some(MANIFEST_TYPE));
+    let by_size = images
+        .images(
+            &repository,
+            &Query {
+                sort: Sort::Size,
+                ..Query::default()
+            },
+        )
+        .await?;
+    assert_eq!(by_size.items[0].digest, two.digest());
+    let by_name = images
+        .images(
+            &repository,
+            &Query {
+                sort: Sort::Name,
+                ..Query::default()
+            },
+        )
+        .await?;
+    assert_eq!(by_name.items[0].digest, one.digest());
+    let searched = Query {
+        search: Some("c".into()),
+        ..Query::default()
+    };
+    assert_eq!(
+        images.images(&repository, &searched).await?.items[0].digest,
+        two.digest()
+    );
+
+    // An image that has tags is not deleted by its digest, unless with all of them.
+    let by_digest = Which::Digest(one.digest());
+    let error = images
+        .remove(&repository, &by_digest, false)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, images::Error::Tagged { tags, .. } if tags == &["a", "b"]),
+        "{error}"
+    );
+    let removed = images
+        .remove(&repository, &Which::Tag("a".into()), false)
+        .await?;
+    assert_eq!(
+        (removed.image_deleted, removed.kept),
+        (false, vec!["b".to_owned()])
+    );
+    let removed = images
+        .remove(&repository, &Which::Tag("b".into()), false)
+        .await?;
+    assert!(removed.image_deleted && removed.space.contains("garbage collection"));
+    let error = images
+        .remove(&repository, &Which::Tag("b".into()), false)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, images::Error::NotThere(_)), "{error}");
+    let removed = images
+        .remove(&repository, &Which::Digest(two.digest()), true)
+        .await?;
+    assert_eq!(
+        (removed.image_deleted, removed.tags),
+        (true, vec!["c".to_owned()])
+    );
+    assert_eq!(
+        images.images(&repository, &Query::default()).await?.total,
+        0
+    );
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_come_in_pages_and_whole() -> Outcome {
+    let lab = Lab::start()?;
+    let project = lab.project(None).await;
+    let mut expected = Vec::new();
+    for n in 0..7 {
+        let image = image(&format!("{project} {n}"), 100);
+        save(&lab.to(&format!("{project}/r{n}")), &image, "1").await?;
+        save(&lab.to(&format!("{project}/all")), &image, &format!("t{n}")).await?;
+        expected.push(image.digest());
+    }
+    let images = lab.images().await;
+    let mut seen = Vec::new();
+    for page in 1..=4 {
+        let query = Query {
+            page,
+            page_size: 3,
+            sort: Sort::Name,
+            ..Query::default()
+        };
+        let listed = images.images(&format!("{project}/all"), &query).await?;
+        assert_eq!(listed.total, 7);
+        seen.extend(listed.items.iter().map(|i| i.digest));
+        let listed = images.repositories(&project, &query).await?;
+        assert_eq!(
+            (listed.total, listed.items.len()),
+            (8, [3, 3, 2, 0][page as usize - 1])
+        );
+    }
+    assert_eq!(seen, expected);
+    let query = Query {
+        page: 2,
+        page_size: 3,
+        ..Query::default()
+    };
+    let newest: Vec<_> = images
+        .images(&format!("{project}/all"), &query)
+        .await?
+        .items
+        .iter()
+        .map(|i| i.digest)
+        .collect();
+    assert_eq!(newest, [expected[3], expected[2], expected[1]]);
+    // What is not there is not an empty list.
+    for path in [format!("{project}/none"), "nosuch-project/x".to_owned()] {
+        let error = images.images(&path, &Query::default()).await.unwrap_err();
+        assert!(matches!(error, images::Error::NotThere(_)), "{error}");
+    }
+    let error = images
+        .repositories("nosuch-project", &Query::default())
+        .await
+        .unwrap_err();
+    assert!(matches!(error, images::Error::NotThere(_)), "{error}");
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_is_asked_before_and_explained_after() -> Outcome {
+    let lab = Lab::start()?;
+    let project = lab.project(Some(1 << 20)).await;
+    let destination = lab.to(&format!("{project}/x"));
+    save(&destination, &image(&project, 700_000), "1").await?;
+    // What is known to be too much is refused with not a byte sent.
+    let error = destination.check_room(500_000).await.unwrap_err();
+    let text = error.to_string();
+    assert!(
+        error.not_permitted() && text.contains("KiB of 1.0 MiB are used"),
+        "{text}"
+    );
+    assert!(text.contains("needs 488.3 KiB"), "{text}");
+    destination.check_room(100_000).await?;
+    destination.check().await?;
+    // What was not known comes back at the end of the blob, with what is left.
+    let error = send(&destination, image("big", 700_000).layer)
+        .await
+        .unwrap_err();
+    let text = error.to_string();
+    assert!(error.not_permitted() && !error.retryable(), "{text}");
+    assert!(
+        text.contains("DENIED") && text.contains("storage resource") && text.contains("free"),
+        "{text}"
+    );
+    // And a project that is full to the brim takes nothing more, which is said at the first question.
+    let room = lab
+        .images()
+        .await
+        .room(&format!("{project}/x"))
+        .await?
+        .unwrap();
+    let rest = usize::try_from(room.free())?;
+    send(&destination, image("filler", rest).layer).await?;
+    let error = destination.check().await.unwrap_err();
+    assert!(
+        matches!(error, Error::Harbor(harbor::Error::Quota { .. })),
+        "{error}"
+    );
+    assert!(
+        error.not_permitted() && error.to_string().contains("garbage collection"),
+        "{error}"
+    );
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_manifest_can_be_what_is_too_much() -> Outcome {
+    let lab = Lab::start()?;
+    let image = image("brim", 10_000);
+    let limit = image.size() - 10;
+    let project = lab.project(Some(limit)).await;
+    let error = save(&lab.to(&format!("{project}/x")), &image, "1")
+        .await
+        .unwrap_err();
+    let text = error.to_string();
+    assert!(
+        error.not_permitted() && text.contains("/manifests/1") && text.contains("free"),
+        "{text}"
+    );
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_project_is_named_or_made() -> Outcome {
+    let lab = Lab::start()?;
+    let name = lab.name();
+    let error = lab.to(&format!("{name}/x")).check().await.unwrap_err();
+    assert!(
+        matches!(&error, Error::Harbor(harbor::Error::NoProject { project, .. }) if *project == name),
+        "{error}"
+    );
+    assert!(
+        error.not_permitted() && error.to_string().contains("--create-project"),
+        "{error}"
+    );
+    let access = Access {
+        create_project: true,
+        ..Lab::access(&lab.admin)
+    };
+    let destination = lab.destination(&format!("{name}/x"), access.clone());
+    save(&destination, &image(&name, 100), "1").await?;
+    // The second time there is one.
+    save(
+        &lab.destination(&format!("{name}/x"), access),
+        &image(&name, 200),
+        "2",
+    )
+    .await?;
+    assert!(lab.harbor().await.project_exists(&name).await?);
+    assert!(!lab.harbor().await.create_project(&name).await?);
+    assert!(
+        !lab.harbor()
+            .await
+            .project(&name)
+            .await?
+            .unwrap()
+            .is_proxy_cache()
+    );
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_immutable_tag_stays() -> Outcome {
+    let lab = Lab::start()?;
+    let project = lab.project(None).await;
+    let destination = lab.to(&format!("{project}/x"));
+    save(&destination, &image("one", 100), "fixed").await?;
+    let rule = json!({
+        "scope_selectors": {"repository": [{"kind": "doublestar", "decoration": "repoMatches", "pattern": "**"}]},
+        "tag_selectors": [{"kind": "doublestar", "decoration": "matches", "pattern": "fixed"}],
+    });
+    lab.ask(
+        "POST",
+        &format!("/projects/{project}/immutabletagrules"),
+        &rule,
+    )
+    .await;
+    let error = save(&destination, &image("two", 100), "fixed")
+        .await
+        .unwrap_err();
+    let text = error.to_string();
+    assert!(
+        error.not_permitted() && text.contains("the tag fixed cannot be overwritten"),
+        "{text}"
+    );
+    let images = lab.images().await;
+    let (repository, tag) = (format!("{project}/x"), Which::Tag("fixed".into()));
+    for all_tags in [false, true] {
+        let error = images
+            .remove(&repository, &tag, all_tags)
+            .await
+            .unwrap_err();
+        assert!(
+            error.not_permitted() && error.to_string().contains("immutable"),
+            "{error}"
+        );
+    }
+    assert_eq!(
+        images.images(&repository, &Query::default()).await?.items[0].tags,
+        ["fixed"]
+    );
+    if lab.stand_in.is_none() {
+        // So that the project can be taken away again.
+        let rules = format!("/projects/{project}/immutabletagrules");
+        for rule in lab
+            .ask("GET", &rules, &Value::Null)
+            .await
+            .1
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
+            lab.ask("DELETE", &format!("{rules}/{}", rule["id"]), &Value::Null)
+                .await;
+        }
+    }
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_robot_does_what_it_may() -> Outcome {
+    let lab = Lab::start()?;
+    let project = lab.project(Some(1 << 30)).await;
+    let granted = [
+        ("repository", "push"),
+        ("repository", "pull"),
+        ("repository", "list"),
+        ("artifact", "list"),
+        ("artifact", "read"),
+        ("tag", "delete"),
+        ("project", "read"),
+        ("quota", "read"),
+    ];
+    let robot = lab.robot(&project, &granted).await;
+    let registries = Registries::new(Lab::access(&robot));
+    let repository = format!("{project}/of/robot");
+    let destination = lab.destination(&repository, Lab::access(&robot));
+    let image = image(&project, 100);
+    save(&destination, &image, "1").await?;
+    save(&destination, &image, "2").await?;
+    let place: Place = format!("{}/{repository}", lab.host).parse()?;
+    let images = place.open(&registries).await?;
+    assert_eq!(
+        images.images(&repository, &Query::default()).await?.items[0].tags,
+        ["1", "2"]
+    );
+    assert!(
+        images.room(&repository).await?.is_some(),
+        "it may read the quota"
+    );
+    assert!(
+        !images
+            .remove(&repository, &Which::Tag("1".into()), false)
+            .await?
+            .image_deleted
+    );
+    let error = images
+        .remove(&repository, &Which::Digest(image.digest()), true)
+        .await
+        .unwrap_err();
+    assert!(error.not_permitted(), "{error}");
+    // Elsewhere it may do nothing.
+    let other = lab.project(None).await;
+    let error = lab
+        .destination(&format!("{other}/x"), Lab::access(&robot))
+        .check()
+        .await
+        .unwrap_err();
+    assert!(error.not_permitted() && !error.retryable(), "{error}");
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_credentials_get_a_token_and_then_a_no() -> Outcome {
+    let lab = Lab::start()?;
+    let project = lab.project(None).await;
+    // Not the administrator's name: Harbor shuts out for a moment whose password was wrong, with all who use it.
+    let error = lab
+        .destination(&format!("{project}/x"), Lab::access("nobody:hunter2"))
+        .check()
+        .await
+        .unwrap_err();
+    let text = error.to_string();
+    assert!(error.not_permitted() && !error.retryable(), "{text}");
+    assert!(!text.contains("hunter2"), "{text}");
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_are_mounted_where_they_may_be_read_and_uploaded_where_not() -> Outcome {
+    let lab = Lab::start()?;
+    let (source, target) = (lab.project(None).await, lab.project(None).await);
+    let image = image(&source, 3000);
+    save(&lab.to(&format!("{source}/base")), &image, "1").await?;
+    let layer = Digest::of(&image.layer);
+    let destination = lab.to(&format!("{target}/x"));
+    let from = |path: &str| format!("{}/{path}", lab.host);
+    assert!(
+        destination
+            .mount_blob(&layer, &from(&format!("{source}/base")))
+            .await?
+    );
+    assert_eq!(destination.has_blob(&layer, Some(3000)).await?, Some(3000));
+    for (digest, path) in [
+        (Digest::of("unknown"), format!("{source}/base")),
+        (layer, "nosuch-project/base".to_owned()),
+        (layer, "base".to_owned()),
+    ] {
+        assert!(
+            !destination.mount_blob(&digest, &from(&path)).await?,
+            "{path}"
+        );
+    }
+    let robot = lab
+        .robot(&target, &[("repository", "push"), ("repository", "pull")])
+        .await;
+    let restricted = lab.destination(&format!("{target}/y"), Lab::access(&robot));
+    assert!(
+        !restricted
+            .mount_blob(&layer, &from(&format!("{source}/base")))
+            .await?
+    );
+    // 202 means: upload it. And so it goes.
+    save(&restricted, &image, "1").await?;
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_manifest_is_tried_twice_and_no_more() -> Outcome {
+    let lab = Lab::start()?;
+    let project = lab.project(None).await;
+    let destination = lab.to(&format!("{project}/x"));
+    let error = destination
+        .put_manifest("{}".into(), MANIFEST_TYPE, "1")
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::Registry(registry::Error::Reply(reply)) if reply.status == 500),
+        "{error}"
+    );
+    // A layer that is not there.
+    let error = destination
+        .put_manifest(image("none", 9).manifest, MANIFEST_TYPE, "1")
+        .await
+        .unwrap_err();
+    assert!(
+        !error.retryable() && error.to_string().contains("MANIFEST_BLOB_UNKNOWN"),
+        "{error}"
+    );
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_broke_is_made_again() -> Outcome {
+    let lab = Lab::start()?;
+    let project = lab.project(None).await;
+    let destination = lab.to(&format!("{project}/x"));
+    destination.check().await?;
+    let blob = image("again", 3_000_000).layer;
+    let (digest, size) = (Digest::of(&blob), blob.len() as u64);
+    // A digest that is not the blob's: the upload breaks at its end, and only the whole can be sent again.
+    let mut writer = destination.begin_blob(Handle::current())?;
+    let half = blob.slice(..1_000_000);
+    let mut writer =
+        tokio::task::spawn_blocking(move || writer.write(half).map(|()| writer)).await??;
+    let error = writer.end(&digest, 1_000_000).await.unwrap_err();
+    assert!(error.retryable(), "{error}");
+    let mut writer = writer.again(error).await?;
+    let mut writer =
+        tokio::task::spawn_blocking(move || writer.write(blob).map(|()| writer)).await??;
+    writer.end(&digest, size).await?;
+    assert_eq!(destination.has_blob(&digest, Some(size)).await?, Some(size));
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn proxy_caches_and_read_only_registries_say_what_they_are() -> Outcome {
+    let lab = Lab::start()?;
+    let Some(stand_in) = &lab.stand_in else {
+        // A running Harbor would be changed for all who use it.
+        return Ok(());
+    };
+    stand_in.state.lock().unwrap().proxy("cache");
+    let error = lab.to("cache/x").check().await.unwrap_err();
+    assert!(
+        matches!(error, Error::Harbor(harbor::Error::ProxyCache { .. })),
+        "{error}"
+    );
+    assert!(error.not_permitted(), "{error}");
+    let project = lab.project(None).await;
+    stand_in.state.lock().unwrap().read_only = true;
+    let error = lab.to(&format!("{project}/x")).check().await.unwrap_err();
+    assert!(
+        error.not_permitted() && error.to_string().contains("read only mode"),
+        "{error}"
+    );
+    stand_in.state.lock().unwrap().read_only = false;
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_shell_lists_and_deletes() -> Outcome {
+    let lab = Lab::start()?;
+    let project = lab.project(Some(1 << 30)).await;
+    let image = image(&project, 4000);
+    for tag in ["monday", "tuesday"] {
+        save(&lab.to(&format!("{project}/note")), &image, tag).await?;
+    }
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_upperdeck"))
+            .arg("image")
+            .args(arguments)
+            .args(["--creds", &lab.admin, "--tls-verify=false"])
+            .env("HOME", "/nonexistent")
+            .env_remove("http_proxy")
+            .output()
+            .unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (
+            output.status.code(),
+            text(&output.stdout),
+            text(&output.stderr),
+        )
+    };
+    let place = format!("{}/{project}/note", lab.host);
+    let (code, out, err) = run(&["ls", &place, "--format", "json"]);
+    assert_eq!(code, Some(0), "{err}");
+    let listed: Value = serde_json::from_str(&out)?;
+    assert_eq!(
+        (&listed["total"], &listed["images"][0]["tags"]),
+        (&json!(1), &json!(["monday", "tuesday"]))
+    );
+    assert_eq!(listed["quota"]["limit"], json!(1 << 30));
+    let (_, out, _) = run(&["ls", &format!("{}/{project}", lab.host)]);
+    assert!(
+        out.contains(&format!("{project}/note")) && out.contains("free"),
+        "{out}"
+    );
+    let (_, out, _) = run(&["ls", &place]);
+    assert!(
+        out.contains("monday,tuesday") && out.contains("amd64"),
+        "{out}"
+    );
+    let (code, _, err) = run(&["rm", &format!("{place}@{}", image.digest())]);
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.contains("tagged monday, tuesday"), "{err}");
+    let (code, out, err) = run(&[
+        "rm",
+        &format!("{place}:monday"),
+        &format!("{place}:tuesday"),
+    ]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(
+        out.contains("untagged") && out.contains("deleted") && out.contains("note: "),
+        "{out}"
+    );
+    assert_eq!(run(&["rm", &format!("{place}:monday")]).0, Some(1));
+    assert_eq!(run(&["rm", &place]).0, Some(2));
+    assert_eq!(run(&["ls", "https://x/y"]).0, Some(2));
+    lab.end().await
+}

@@ -1,0 +1,363 @@
+//! Listing and deleting without Harbor: over docker-registry and over a layout directory, the same questions.
+// What a test's helpers unwrap fails the test, as it should.
+#![allow(clippy::unwrap_used)]
+
+#[path = "support/mod.rs"]
+#[allow(dead_code)]
+mod support;
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use support::{Need, ignored};
+use upperdeck::destination::{Destination, Error as DestinationError, Target};
+use upperdeck::digest::Digest;
+use upperdeck::images::{Error, Images, Place, Query, Sort, Which};
+use upperdeck::registry::{Access, Registries};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
+
+fn registries() -> Registries {
+    Registries::new(Access {
+        authfile: Some("/dev/null".into()),
+        ..Access::default()
+    })
+}
+
+struct Image {
+    layer: Bytes,
+    config: Bytes,
+    manifest: Bytes,
+}
+
+fn image(name: &str, size: usize, day: u32) -> Image {
+    let layer = Bytes::from(name.repeat(size / name.len() + 1).into_bytes()).slice(..size);
+    let config = json!({
+        "architecture": "arm64", "os": "linux", "created": format!("2026-11-{day:02}T00:00:00Z"),
+        "config": {"Labels": {"of": name}}, "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer)]},
+    })
+    .to_string();
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": MANIFEST_TYPE,
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": Digest::of(&config), "size": config.len(),
+        },
+        "layers": [{
+            "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": Digest::of(&layer), "size": layer.len(),
+        }],
+        "annotations": {"note": name},
+    })
+    .to_string();
+    Image {
+        layer,
+        config: config.into(),
+        manifest: manifest.into(),
+    }
+}
+
+impl Image {
+    fn digest(&self) -> Digest {
+        Digest::of(&self.manifest)
+    }
+
+    fn size(&self) -> u64 {
+        (self.layer.len() + self.config.len() + self.manifest.len()) as u64
+    }
+}
+
+async fn save(target: &str, image: &Image) -> Result<(), DestinationError> {
+    let target = Target::for_saving(target).unwrap();
+    let destination = Destination::open(&target, &registries())?;
+    for blob in [&image.layer, &image.config] {
+        destination
+            .put_blob(blob.clone(), &Digest::of(blob))
+            .await?;
+    }
+    let put = destination.put_manifest(image.manifest.clone(), MANIFEST_TYPE, target.tag());
+    put.await.map(drop)
+}
+
+struct Registry(Child, u16, #[allow(dead_code)] tempfile::TempDir);
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Registry {
+    fn start(delete: bool) -> Result<Self, Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let port = std::net::TcpListener::bind("127.0.0.1:0")?
+            .local_addr()?
+            .port();
+        let config = format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: {delete}}}}}\n\
+             http: {{addr: \"127.0.0.1:{port}\"}}\n",
+            dir.path().display()
+        );
+        let file = dir.path().join("config.yml");
+        std::fs::write(&file, config)?;
+        let child = Command::new("docker-registry")
+            .arg("serve")
+            .arg(file)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let registry = Self(child, port, dir);
+        let until = Instant::now() + Duration::from_secs(20);
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(Instant::now() < until, "docker-registry does not listen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(registry)
+    }
+}
+
+async fn place(text: &str) -> Box<dyn Images> {
+    text.parse::<Place>()
+        .unwrap()
+        .open(&registries())
+        .await
+        .unwrap()
+}
+
+/// What holds of every place. `target` takes a tag; one image has two of them.
+async fn lists(images: &dyn Images, target: &str, repository: &str) -> Outcome {
+    let (one, two) = (image("one", 5000, 1), image("two", 9000, 2));
+    for (tag, image) in [("a", &one), ("b", &one), ("c", &two)] {
+        save(&format!("{target}:{tag}"), image).await?;
+    }
+    let listed = images.images(repository, &Query::default()).await?;
+    assert_eq!(listed.total, 2);
+    let newest: Vec<_> = listed.items.iter().map(|i| i.digest).collect();
+    assert_eq!(newest, [two.digest(), one.digest()]);
+    let found = &listed.items[1];
+    assert_eq!(
+        (found.tags.as_slice(), found.size),
+        (
+            ["a".to_owned(), "b".to_owned()].as_slice(),
+            Some(one.size())
+        )
+    );
+    assert_eq!(found.created.as_deref(), Some("2026-11-01T00:00:00Z"));
+    assert_eq!(found.architecture.as_deref(), Some("arm64"));
+    assert_eq!(
+        (
+            found.labels["of"].as_str(),
+            found.annotations["note"].as_str()
+        ),
+        ("one", "one")
+    );
+    let query = |sort, search: Option<&str>| Query {
+        sort,
+        search: search.map(str::to_owned),
+        ..Query::default()
+    };
+    for (query, expected) in [
+        (query(Sort::Name, None), one.digest()),
+        (query(Sort::Size, None), two.digest()),
+        (query(Sort::Updated, Some("b")), one.digest()),
+    ] {
+        assert_eq!(
+            images.images(repository, &query).await?.items[0].digest,
+            expected,
+            "{query:?}"
+        );
+    }
+    let page = Query {
+        page: 2,
+        page_size: 1,
+        ..Query::default()
+    };
+    let second = images.images(repository, &page).await?;
+    assert_eq!(
+        (second.total, second.items.len(), second.items[0].digest),
+        (2, 1, one.digest())
+    );
+    let error = images
+        .remove(repository, &Which::Digest(one.digest()), false)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::Tagged { tags, .. } if tags == &["a", "b"]),
+        "{error}"
+    );
+    let error = images
+        .remove(repository, &Which::Tag("none".into()), false)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::NotThere(_)), "{error}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layout_directory() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let target = format!("oci:{}", dir.path().display());
+    let images = place(&target).await;
+    lists(images.as_ref(), &target, "").await?;
+    let removed = images.remove("", &Which::Tag("a".into()), false).await?;
+    assert_eq!(
+        (removed.image_deleted, removed.kept),
+        (false, vec!["b".to_owned()])
+    );
+    let removed = images.remove("", &Which::Tag("b".into()), false).await?;
+    assert!(removed.image_deleted && removed.space.contains("umoci gc"));
+    let left = images.images("", &Query::default()).await?;
+    assert_eq!(
+        (left.total, left.items[0].tags.as_slice()),
+        (1, ["c".to_owned()].as_slice())
+    );
+    let removed = images.remove("", &Which::Tag("c".into()), true).await?;
+    assert!(removed.image_deleted);
+    // What is left is a layout still, and takes the next save.
+    save(&format!("{target}:d"), &image("three", 10, 3)).await?;
+    assert_eq!(images.images("", &Query::default()).await?.total, 1);
+    assert!(
+        place("oci:/nonexistent/x")
+            .await
+            .images("", &Query::default())
+            .await
+            .is_err()
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plain_registry() -> Outcome {
+    if ignored(&[Need::Program("docker-registry")]) {
+        return Ok(());
+    }
+    let registry = Registry::start(true)?;
+    let host = format!("127.0.0.1:{}", registry.1);
+    let images = place(&host).await;
+    lists(images.as_ref(), &format!("{host}/alice/note"), "alice/note").await?;
+    for name in ["alice/other", "alice-two/x", "zed"] {
+        save(&format!("{host}/{name}:1"), &image(name, 100, 3)).await?;
+    }
+    let names = |listed: upperdeck::images::Listed<upperdeck::images::RepositoryEntry>| {
+        listed
+            .items
+            .into_iter()
+            .map(|entry| entry.name)
+            .collect::<Vec<_>>()
+    };
+    assert!(images.is_group("") && images.is_group("alice/") && !images.is_group("alice"));
+    let all = images.repositories("", &Query::default()).await?;
+    assert_eq!(
+        names(all),
+        ["alice-two/x", "alice/note", "alice/other", "zed"]
+    );
+    let below = images.repositories("alice/", &Query::default()).await?;
+    assert_eq!(names(below), ["alice/note", "alice/other"]);
+    let error = images
+        .images("nobody/x", &Query::default())
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::NotThere(_)), "{error}");
+
+    // This registry deletes images only, and one of two tags is no image.
+    let error = images
+        .remove("alice/note", &Which::Tag("a".into()), false)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::SharedTag { others, .. } if others == &["b"]),
+        "{error}"
+    );
+    assert_eq!(
+        images.images("alice/note", &Query::default()).await?.total,
+        2
+    );
+    // An index needs its images.
+    let two = image("two", 9000, 2);
+    let index = json!({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [{
+        "mediaType": MANIFEST_TYPE, "digest": two.digest(), "size": two.manifest.len(),
+        "platform": {"os": "linux", "architecture": "arm64"},
+    }]});
+    let target = Target::for_saving(&format!("{host}/alice/note:multi"))?;
+    let destination = Destination::open(&target, &registries())?;
+    destination
+        .put_manifest(index.to_string().into(), INDEX_TYPE, "multi")
+        .await?;
+    let error = images
+        .remove("alice/note", &Which::Tag("c".into()), false)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::Needed { .. }), "{error}");
+    assert!(
+        images
+            .remove("alice/note", &Which::Tag("multi".into()), false)
+            .await?
+            .image_deleted
+    );
+
+    assert!(
+        images
+            .remove("alice/note", &Which::Tag("c".into()), false)
+            .await?
+            .image_deleted
+    );
+    let removed = images
+        .remove("alice/note", &Which::Tag("a".into()), true)
+        .await?;
+    assert_eq!((removed.image_deleted, removed.tags.len()), (true, 2));
+    assert!(removed.space.contains("garbage-collect"));
+    assert_eq!(
+        images.images("alice/note", &Query::default()).await?.total,
+        0
+    );
+
+    // Where deletion is off, that is what is said.
+    let registry = Registry::start(false)?;
+    let host = format!("127.0.0.1:{}", registry.1);
+    save(&format!("{host}/x:1"), &image("x", 10, 1)).await?;
+    let error = place(&host)
+        .await
+        .remove("x", &Which::Tag("1".into()), false)
+        .await
+        .unwrap_err();
+    assert!(
+        error.not_permitted() && error.to_string().contains("storage.delete.enabled"),
+        "{error}"
+    );
+    Ok(())
+}
+
+#[test]
+fn the_shell_speaks_of_a_layout() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let target = format!("oci:{}", dir.path().display());
+    tokio::runtime::Runtime::new()?.block_on(save(&format!("{target}:a"), &image("one", 50, 1)))?;
+    let run = |arguments: &[&str]| {
+        let program = env!("CARGO_BIN_EXE_upperdeck");
+        Command::new(program)
+            .arg("image")
+            .args(arguments)
+            .output()
+            .unwrap()
+    };
+    let output = run(&["ls", "--format", "json", &target]);
+    let listed: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(
+        (
+            &listed["images"][0]["tags"][0],
+            &listed["total"],
+            &listed["quota"]
+        ),
+        (&json!("a"), &json!(1), &Value::Null)
+    );
+    let output = run(&["rm", "--format", "json", &format!("{target}:a")]);
+    let removed: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(removed[0]["image_deleted"], json!(true));
+    assert_eq!(run(&["rm", &format!("{target}:a")]).status.code(), Some(1));
+    Ok(())
+}
