@@ -36,7 +36,6 @@ fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
         &["no-such-verb"],
         &["commit"],
         &["commit", "web"],
-        &["commit", "--pause", "live", "web", "oci:x"],
         &["commit", "--full", "web", "oci:x"],
         &["commit", "--label", "novalue", "web", "oci:x"],
         &["commit", "--annotation", "=x", "web", "oci:x"],
