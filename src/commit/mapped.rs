@@ -8,7 +8,7 @@
 //! stamps say then ([`crate::scan::Scan::changes_since`]), and so is what could not be written out in time.
 //!
 //! A mapping that is made after the list was taken is not in it, and need not be: its first write to each page faults,
-//! dirty or not (`shared-rules`: measured for the same process, another one and a forked child).
+//! dirty or not (measured for the same process, another one and a forked child).
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
