@@ -15,9 +15,16 @@ fn demo(wrapper: &[&str]) -> std::result::Result<Option<Output>, Box<dyn std::er
             Err(error)
         }
     })?;
-    // Others may not enter the build directory.
+    // Others may not enter the build directory. By a process of its own: a child that the other test forks meanwhile would
+    // hold the descriptor that this one writes to, and a program that is open for writing cannot be started.
     let program = dir.path().join("upperdeck");
-    std::fs::copy(env!("CARGO_BIN_EXE_upperdeck"), &program)?;
+    let copied = Command::new("cp")
+        .args([
+            env!("CARGO_BIN_EXE_upperdeck").as_ref(),
+            program.as_os_str(),
+        ])
+        .status()?;
+    assert!(copied.success());
     let (first, rest) = wrapper
         .split_first()
         .map_or((program.to_str(), &[][..]), |(first, rest)| {
