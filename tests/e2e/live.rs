@@ -2,8 +2,12 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
+use upperdeck::layer::held;
+use upperdeck::overlay::xattr::Namespace;
+use upperdeck::scan::{self, Caps, Exclusions, Rules, Scan};
 
 use crate::host::docker::Running;
 use crate::host::image::{Base, Format, base};
@@ -37,6 +41,11 @@ struct Session {
 
 impl Session {
     fn new(kind: Base) -> Result<Option<Self>> {
+        Self::on(kind, None)
+    }
+
+    /// With its storage on a file system of its own, made by `mkfs`.
+    fn on(kind: Base, mkfs: Option<&'static str>) -> Result<Option<Self>> {
         let mut needs: Vec<Need<'_>> = [
             "podman",
             "runc",
@@ -50,6 +59,7 @@ impl Session {
         .map(Need::Program)
         .into();
         needs.push(Need::Root);
+        needs.extend(mkfs.map(Need::Program));
         if kind == Base::Big {
             needs.push(Need::Program("debootstrap"));
         }
@@ -57,6 +67,12 @@ impl Session {
             return Ok(None);
         }
         let scratch = Scratch::new()?;
+        if let Some(mkfs) = mkfs {
+            let (image, at) = (scratch.path().join("disk"), scratch.dir("podman")?);
+            fs::File::create(&image)?.set_len(4 << 30)?;
+            run(command(mkfs, ["-q"]).arg(&image))?;
+            run(command("mount", ["-o", "loop"]).arg(&image).arg(&at))?;
+        }
         let registry = Registry::start(&scratch)?;
         let image = registry.push(&base(kind, Format::Oci)?, "bases/python:1")?;
         let podman = Podman::new(&scratch)?;
@@ -191,6 +207,67 @@ fn whatever_is_written_meanwhile_every_image_is_one_instant() -> Result<()> {
     );
     ensure!(on_top >= 2, "no save was made on top of another");
     Ok(())
+}
+
+/// Where files can be cloned, large ones that never rest are taken as they are at the instant, and read afterwards.
+#[test]
+fn large_files_on_xfs_are_cloned_at_one_instant() -> Result<()> {
+    let Some(session) = Session::on(Base::Big, Some("mkfs.xfs"))? else {
+        return Ok(());
+    };
+    let mut upper = session.podman.podman([
+        "inspect",
+        "--format",
+        "{{.GraphDriver.Data.UpperDir}}",
+        &session.container.id,
+    ])?;
+    upper.truncate(upper.trim_end().len());
+    ensure!(
+        can_clone(Path::new(&upper))?,
+        "no clones on a new XFS: they were not tried"
+    );
+    session.write("pages")?;
+    let ready = session.container.rootfs.join("home/w/pages");
+    wait_until("the pages are written", || ready.exists())?;
+    for number in 0..saves(4)? {
+        let saved = session.save(&format!("n{number}"), &["--max-pause", "0"])?;
+        let seen = session
+            .instant(&saved)
+            .with_context(|| format!("save {number}: {}", saved.stderr))?;
+        ensure!(seen.contains("pages"), "nothing was written: {seen}");
+        ensure!(
+            saved.metadata["unstable"]
+                .as_array()
+                .is_some_and(Vec::is_empty),
+            "{}",
+            saved.metadata["unstable"]
+        );
+        eprintln!("{seen} pause {} ms", saved.metadata["pause_ms"]);
+    }
+    Ok(())
+}
+
+/// What the program itself finds out about the file system of a directory.
+fn can_clone(dir: &Path) -> Result<bool> {
+    let exclusions = Exclusions::new(Rules::default())?;
+    let roots = scan::Roots {
+        upper: dir.to_owned(),
+        lowers: Vec::new(),
+        data_only: Vec::new(),
+        lowers_known: false,
+        namespace: Namespace::Trusted,
+    };
+    let never = AtomicBool::new(false);
+    let options = scan::Options {
+        jobs: 1,
+        uid_map: &[],
+        gid_map: &[],
+        exclusions: &exclusions,
+        caps: Caps::default(),
+        runtime_root_mode: None,
+        cancel: &never,
+    };
+    Ok(held::can_clone(&Scan::new(&roots, &options)?))
 }
 
 #[test]

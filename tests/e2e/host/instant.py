@@ -63,6 +63,14 @@ try:
             assert numbers == list(range(numbers[0], numbers[-1] + 1)), "a hole in the tree"
             assert len(numbers) <= 1001
         print("tree", len(numbers), end=" ")
+    if os.path.exists(f"{home}/pages"):
+        one, two = (open(f"{home}/pages{k}", "rb").read() for k in (1, 2))
+        assert len(one) == len(two) == 64 << 20
+        places = range(0, len(one), 4096)
+        differ = [at for at in places if one[at:at + 4096] != two[at:at + 4096]]
+        assert len(differ) <= 1, f"{len(differ)} pages are not of one instant"
+        assert all(one[at:at + 16] > two[at:at + 16] for at in differ), "the second file is ahead of the first"
+        print("pages", max(int(one[at:at + 16]) for at in places), end=" ")
     print("layers", len(layers))
 finally:
     shutil.rmtree(root)

@@ -1,5 +1,5 @@
 """Programs that write hard and in an order that an instant cannot break: run in a container, checked by instant.py."""
-import mmap, os, sqlite3, sys
+import mmap, os, random, sqlite3, sys
 
 home = "/home/w"
 what = sys.argv[1]
@@ -65,4 +65,20 @@ def tree():
                 os.rmdir(os.path.dirname(name(n - 1000)))
 
 
-{"counters": counters, "database": database, "tree": tree}[what]()
+def pages():
+    """Two large files in which the same pages are rewritten at random, one after the other: they differ in one at most."""
+    size = 64 << 20
+    files = [os.open(f"{home}/pages{k}", os.O_RDWR | os.O_CREAT) for k in (1, 2)]
+    for file in files:
+        for at in range(0, size, 1 << 20):
+            os.pwrite(file, b"0" * (1 << 20), at)
+    open(f"{home}/pages", "w").close()
+    n = 0
+    while True:
+        n += 1
+        at = random.randrange(size // 4096) * 4096
+        for file in files:
+            os.pwrite(file, b"%016d" % n, at)
+
+
+{"counters": counters, "database": database, "tree": tree, "pages": pages}[what]()
