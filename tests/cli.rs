@@ -36,7 +36,7 @@ fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
         &["no-such-verb"],
         &["commit"],
         &["commit", "web"],
-        &["commit", "--full", "web", "oci:x"],
+        &["commit", "--max-layers", "0", "web", "oci:x"],
         &["commit", "--label", "novalue", "web", "oci:x"],
         &["commit", "--annotation", "=x", "web", "oci:x"],
         &["commit", "--jobs", "0", "web", "oci:x"],
