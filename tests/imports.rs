@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 20] = [
+const TABLE: [(&str, &[&str]); 25] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
@@ -46,6 +46,25 @@ const TABLE: [(&str, &[&str]); 20] = [
             "registry",
             "scan",
             "state",
+        ],
+    ),
+    ("queue", &["job"]),
+    ("record", &["job"]),
+    ("agent", &["container", "freeze", "job", "queue", "state"]),
+    ("portal", &["job"]),
+    (
+        "manager",
+        &[
+            "destination",
+            "digest",
+            "harbor",
+            "images",
+            "job",
+            "layout",
+            "portal",
+            "queue",
+            "record",
+            "registry",
         ],
     ),
     (

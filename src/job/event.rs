@@ -1,6 +1,7 @@
 //! What a save tells the outside while it runs: one event type for the bar, for `--progress json` and for the service.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::digest::Digest;
 
@@ -8,7 +9,7 @@ use crate::digest::Digest;
 pub const EVENT_VERSION: u32 = 1;
 
 /// What a save is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Reading the runtime's state, proving the base.
