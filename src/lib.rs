@@ -21,6 +21,7 @@ pub mod layout;
 pub mod manager;
 pub mod manifest;
 pub mod overlay;
+pub mod portal;
 pub mod prove;
 pub mod queue;
 pub mod registry;
