@@ -2,6 +2,7 @@
 //!
 //! The modules stand in the order in which a save flows through them; see `commit` for the flow itself.
 
+pub mod agent;
 pub mod bench;
 pub mod cancel;
 pub mod cli;
@@ -20,6 +21,7 @@ pub mod layout;
 pub mod manager;
 pub mod manifest;
 pub mod overlay;
+pub mod portal;
 pub mod prove;
 pub mod queue;
 pub mod registry;
