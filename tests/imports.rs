@@ -50,7 +50,10 @@ const TABLE: [(&str, &[&str]); 25] = [
     ),
     ("queue", &["job"]),
     ("record", &["job"]),
-    ("agent", &["container", "freeze", "job", "queue", "state"]),
+    (
+        "agent",
+        &["cancel", "container", "digest", "freeze", "job", "queue"],
+    ),
     ("portal", &["job"]),
     (
         "manager",
