@@ -101,7 +101,9 @@ pub enum AuthError {
         reason: String,
     },
     /// An address range.
-    #[error("{0:?} is no range of addresses: write ADDRESS or ADDRESS/BITS, or unix for those on a socket file")]
+    #[error(
+        "{0:?} is no range of addresses: write ADDRESS or ADDRESS/BITS, or unix for those on a socket file"
+    )]
     Range(String),
     /// A header's name.
     #[error("{0:?} is no name of a header")]
@@ -297,8 +299,13 @@ impl Proxies {
         from: &[String],
         administrators: Vec<String>,
     ) -> Result<Self, AuthError> {
-        let name = header.parse().map_err(|_| AuthError::Header(header.to_owned()))?;
-        let from = from.iter().map(|range| range.parse()).collect::<Result<_, _>>()?;
+        let name = header
+            .parse()
+            .map_err(|_| AuthError::Header(header.to_owned()))?;
+        let from = from
+            .iter()
+            .map(|range| range.parse())
+            .collect::<Result<_, _>>()?;
         Ok(Self {
             header: name,
             from,
@@ -425,26 +432,31 @@ impl Gate {
                     .get(&jwt.user_claim)
                     .and_then(Value::as_str)
                     .filter(|user| target::component(user).is_ok())
-                    .ok_or(Rejected::Unknown("the token names no user that can be one here"))?;
+                    .ok_or(Rejected::Unknown(
+                        "the token names no user that can be one here",
+                    ))?;
                 let listed = jwt.administrators.iter().any(|name| name == user);
-                let claimed = jwt.administrator_claim.as_ref().is_some_and(|(path, value)| {
-                    let mut at = claims.get(path);
-                    if at.is_none() {
-                        let mut parts = path.split('.');
-                        at = parts.next().and_then(|first| claims.get(first));
-                        for part in parts {
-                            at = at.and_then(|claim| claim.get(part));
+                let claimed = jwt
+                    .administrator_claim
+                    .as_ref()
+                    .is_some_and(|(path, value)| {
+                        let mut at = claims.get(path);
+                        if at.is_none() {
+                            let mut parts = path.split('.');
+                            at = parts.next().and_then(|first| claims.get(first));
+                            for part in parts {
+                                at = at.and_then(|claim| claim.get(part));
+                            }
                         }
-                    }
-                    match at {
-                        Some(Value::String(text)) => text == value,
-                        Some(Value::Array(all)) => {
-                            all.iter().any(|one| one.as_str() == Some(value))
+                        match at {
+                            Some(Value::String(text)) => text == value,
+                            Some(Value::Array(all)) => {
+                                all.iter().any(|one| one.as_str() == Some(value))
+                            }
+                            Some(Value::Bool(yes)) => *yes && value == "true",
+                            _ => false,
                         }
-                        Some(Value::Bool(yes)) => *yes && value == "true",
-                        _ => false,
-                    }
-                });
+                    });
                 Ok(person("jwt", user, listed || claimed))
             }
             _ => Err(WRONG),
@@ -472,7 +484,9 @@ impl Gate {
             .to_str()
             .ok()
             .filter(|user| said.next().is_none() && target::component(user).is_ok())
-            .ok_or(Rejected::Unknown("the proxy names no user that can be one here"))?;
+            .ok_or(Rejected::Unknown(
+                "the proxy names no user that can be one here",
+            ))?;
         let administrator = proxies.administrators.iter().any(|name| name == user);
         Ok(Some(person("proxy", user, administrator)))
     }
@@ -501,7 +515,8 @@ impl Gate {
                 return Err(FOREIGN);
             }
         }
-        let json = text(header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/json"));
+        let json =
+            text(header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/json"));
         if headers.contains_key(OWN_REQUEST) || json {
             Ok(())
         } else {
