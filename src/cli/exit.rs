@@ -3,6 +3,7 @@
 use std::io;
 use std::process::ExitCode;
 
+use super::client;
 use crate::bench;
 use crate::cancel::Cancelled;
 use crate::commit;
@@ -153,6 +154,14 @@ impl Failure {
                 demo::Error::Cancelled(error) => Self::of_cause(error),
                 error => Some(Self::new(Exit::from_code(error.exit_code()), "demo")),
             };
+        }
+        if let Some(error) = cause.downcast_ref::<client::Error>() {
+            let code = match error {
+                client::Error::Save { code, .. } => code.name(),
+                client::Error::Unreachable { .. } => "manager_unreachable",
+                client::Error::Refused { .. } | client::Error::Strange { .. } => "refused",
+            };
+            return Some(Self::new(error.exit(), code));
         }
         // Last, as modules wrap it with more knowledge.
         let error = cause.downcast_ref::<io::Error>()?;
