@@ -4,11 +4,14 @@ use std::io;
 use std::process::ExitCode;
 
 use super::client;
+use crate::agent;
 use crate::bench;
 use crate::cancel::Cancelled;
 use crate::commit;
 use crate::demo;
 use crate::images;
+use crate::queue;
+use crate::record;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -162,6 +165,23 @@ impl Failure {
                 client::Error::Refused { .. } | client::Error::Strange { .. } => "refused",
             };
             return Some(Self::new(error.exit(), code));
+        }
+        if let Some(error) = cause.downcast_ref::<queue::Error>() {
+            return Some(match error {
+                queue::Error::Unusable(_) => Self::new(Exit::Usage, "usage"),
+                queue::Error::Unreachable { .. } | queue::Error::Refused { .. } => {
+                    Self::new(Exit::Retry, "queue_unavailable")
+                }
+            });
+        }
+        if let Some(agent::Error::Options(_)) = cause.downcast_ref::<agent::Error>() {
+            return Some(Self::new(Exit::Usage, "usage"));
+        }
+        if let Some(error) = cause.downcast_ref::<record::Error>() {
+            return Some(match error {
+                record::Error::Place(_) => Self::new(Exit::Usage, "usage"),
+                _ => Self::new(Exit::Retry, "record_unavailable"),
+            });
         }
         // Last, as modules wrap it with more knowledge.
         let error = cause.downcast_ref::<io::Error>()?;

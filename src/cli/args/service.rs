@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueHint};
 
-use super::{LIMITS, REGISTRY, duration};
+use super::{LIMITS, REGISTRY, duration, key_value};
 
 const QUEUE: &str = "Queue";
 const SERVE: &str = "API and portal";
@@ -76,9 +76,10 @@ pub(in super::super) struct Serve {
     /// How browsers reach it, e.g. https://save.example.org/ [default: as they say, over plain HTTP]
     #[arg(long, value_name = "URL", value_hint = ValueHint::Url, help_heading = SERVE)]
     pub(in super::super) public_url: Option<String>,
-    /// The record: sqlite:FILE or postgres://[USER@]HOST[:PORT]/DATABASE
-    #[arg(long, value_name = "URL", default_value = "sqlite:/var/lib/upperdeck/manager.db", help_heading = SERVE)]
-    pub(in super::super) record: String,
+    /// The record: sqlite:FILE or postgres://[USER@]HOST[:PORT]/DATABASE [default: sqlite:/var/lib/upperdeck/manager.db,
+    /// with 'up' manager.db in --state-dir]
+    #[arg(long, value_name = "URL", help_heading = SERVE)]
+    pub(in super::super) record: Option<String>,
     /// File with the password for it (/dev/fd/N for a descriptor)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = SERVE)]
     pub(in super::super) record_password_file: Option<PathBuf>,
@@ -104,16 +105,16 @@ pub(in super::super) struct Serve {
     /// The claim that is the user's name
     #[arg(long, value_name = "CLAIM", default_value = "sub", help_heading = CALLERS)]
     pub(in super::super) jwt_user_claim: String,
-    /// The claim, a text or a list, that makes administrators
-    #[arg(long, value_name = "CLAIM", default_value = "groups", help_heading = CALLERS)]
-    pub(in super::super) jwt_admin_claim: String,
-    /// What that claim has to be or to have; may be repeated
-    #[arg(long, value_name = "VALUE", help_heading = CALLERS)]
-    pub(in super::super) jwt_admin: Vec<String>,
+    /// The claim and the value that it is or has for administrators, e.g. realm_access.roles=upperdeck-admin
+    #[arg(long, value_name = "CLAIM=VALUE", value_parser = key_value, help_heading = CALLERS)]
+    pub(in super::super) jwt_admin_claim: Option<(String, String)>,
+    /// A user, by token or by proxy, who is an administrator; may be repeated
+    #[arg(long, value_name = "USER", help_heading = CALLERS)]
+    pub(in super::super) administrator: Vec<String>,
     /// Header in which a proxy says who the user is; believed only from --proxy-from
     #[arg(long, value_name = "NAME", help_heading = CALLERS)]
     pub(in super::super) proxy_header: Option<String>,
-    /// Addresses of that proxy, e.g. 10.1.0.0/16; may be repeated
+    /// Addresses of that proxy, e.g. 10.1.0.0/16, or unix for a socket file; may be repeated
     #[arg(long, value_name = "CIDR", help_heading = CALLERS)]
     pub(in super::super) proxy_from: Vec<String>,
 
@@ -149,9 +150,10 @@ pub(in super::super) struct Work {
     /// Whose a session is: namespace[:PATTERN], pod:PATTERN, env:NAME or fixed:USER; the pattern's group is the user
     #[arg(long, value_name = "RULE", help_heading = WORK)]
     pub(in super::super) owner: Option<String>,
-    /// Where the agent notes what runs, so that its own death costs nothing
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck/agent", value_hint = ValueHint::DirPath, help_heading = WORK)]
-    pub(in super::super) spool_dir: PathBuf,
+    /// Where the agent notes what runs, so that its own death costs nothing [default: /var/lib/upperdeck/agent, with 'up'
+    /// agent in --state-dir]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = WORK)]
+    pub(in super::super) spool_dir: Option<PathBuf>,
     /// Where this node keeps what it needs to save only what changed since the last save; empty for nowhere
     #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", value_hint = ValueHint::DirPath, help_heading = WORK)]
     pub(in super::super) state_dir: PathBuf,
@@ -176,9 +178,9 @@ pub(in super::super) struct Work {
     /// The longest that a save may run on this node, whatever its order says
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "12h", help_heading = WORK)]
     pub(in super::super) max_time: Duration,
-    /// How long running saves may go on when the agent is told to end
-    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "5m", help_heading = WORK)]
-    pub(in super::super) drain: Duration,
+    /// How long running saves may go on when the agent is told to end [default: 5m, with 'up' 10s]
+    #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = WORK)]
+    pub(in super::super) drain: Option<Duration>,
     /// A further flag of 'commit' for every save, e.g. --commit-flag=--max-size=500G; may be repeated
     #[arg(long, value_name = "FLAG", allow_hyphen_values = true, help_heading = WORK)]
     pub(in super::super) commit_flag: Vec<String>,
@@ -269,9 +271,9 @@ Examples:
   upperdeck up --redis redis://localhost --key-file key --registry localhost:5000/sessions
       A manager and an agent that others can join.
 
-All of it in one process, as root: the manager, this node's agent, the record and, without --redis, the queue. Without
---owner all sessions are the caller's own. The token is made anew at every start, unless --token-file has one;
-'upperdeck job' and 'upperdeck image' on this machine find it by themselves.";
+All of it in one process, as root: the manager, this node's agent, the record and, without --redis, the queue; the files
+are in --state-dir. Without --owner all sessions are the caller's own. The token is made anew at every start, unless
+--token-file has one; 'upperdeck job' and 'upperdeck image' on this machine find it by themselves, as root.";
 
 /// `up`.
 #[derive(Debug, Args)]
@@ -283,9 +285,9 @@ pub(in super::super) struct Up {
     /// Where images go: HOST[:PORT][/PROJECT] [default: OCI layouts in --store]
     #[arg(long, value_name = "PREFIX", help_heading = REGISTRY)]
     pub(in super::super) registry: Option<String>,
-    /// Directory of the OCI layouts, one for each image's name
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck/images", conflicts_with = "registry", value_hint = ValueHint::DirPath, help_heading = REGISTRY)]
-    pub(in super::super) store: PathBuf,
+    /// Directory of the OCI layouts, one for each image's name [default: images in --state-dir]
+    #[arg(long, value_name = "DIR", conflicts_with = "registry", value_hint = ValueHint::DirPath, help_heading = REGISTRY)]
+    pub(in super::super) store: Option<PathBuf>,
     /// File with the token to log in with [default: a new one]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]
     pub(in super::super) token_file: Option<PathBuf>,
