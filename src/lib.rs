@@ -25,6 +25,7 @@ pub mod overlay;
 pub mod portal;
 pub mod prove;
 pub mod queue;
+pub mod record;
 pub mod registry;
 pub mod scan;
 pub mod spec;

@@ -28,6 +28,11 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// A save that was asked for by way of a manager waits. Never said by `commit`.
+    Queued {
+        /// So many are before it.
+        place: u64,
+    },
     /// A phase began.
     Phase {
         /// Which one.
