@@ -5,6 +5,10 @@
 // What a test's helpers unwrap fails the test, as it should.
 #![allow(clippy::unwrap_used)]
 
+mod chaos;
+mod hostile;
+mod outages;
+mod record;
 mod scenarios;
 mod server;
 #[path = "../support/mod.rs"]
