@@ -352,7 +352,7 @@ async fn garbled_keys_never_act_nor_stand_in_the_way() -> Outcome {
 
 /// One random change to one random key.
 async fn garble(redis: &mut MultiplexedConnection, rng: &mut SmallRng) -> Outcome {
-    let Some(name): Option<String> = cmd("RANDOMKEY").query_async(redis).await? else {
+    let Some(name): Option<Vec<u8>> = cmd("RANDOMKEY").query_async(redis).await? else {
         return Ok(());
     };
     let kind: String = cmd("TYPE").arg(&name).query_async(redis).await?;
@@ -384,7 +384,7 @@ async fn garble(redis: &mut MultiplexedConnection, rng: &mut SmallRng) -> Outcom
             change.arg(&name).arg(field.choose(rng).unwrap()).arg(noise);
         }
         "zset" => {
-            let some: Option<String> = cmd("ZRANDMEMBER")
+            let some: Option<Vec<u8>> = cmd("ZRANDMEMBER")
                 .arg(&name)
                 .query_async(redis)
                 .await

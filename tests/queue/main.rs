@@ -11,6 +11,7 @@ mod outages;
 mod record;
 mod scenarios;
 mod server;
+mod storm;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)]
 mod support;
