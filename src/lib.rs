@@ -3,6 +3,7 @@
 //! The modules stand in the order in which a save flows through them; see `commit` for the flow itself.
 
 pub mod agent;
+pub mod background;
 pub mod bench;
 pub mod cancel;
 pub mod cli;

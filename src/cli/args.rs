@@ -286,6 +286,7 @@ stdout carries the result: HOST/REPOSITORY@sha256:... (or the layout with the di
   base_progress  layer (0 is the bottom), layers, bytes_done, bytes_total (0: not known)
   warning        code, message
   paused         pause_ms
+  ready          with --gate-fd: all is delivered but the tag
   saved          reference, digest                           always the last line of a save that succeeded
   failed         exit, code, message, retryable              always the last line of one that did not
   New events and fields may come; 'version' grows when one changes its meaning or goes away.
@@ -331,6 +332,17 @@ pub(super) struct Commit {
     /// How much of what changes during the save may be kept in memory; where it is more, another round comes first
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "32M")]
     pub(super) live_limit: u64,
+
+    /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
+    #[arg(long)]
+    pub(super) background: bool,
+    /// Ask before the tag is put on: 'ready' is told, then a byte read from this open descriptor. 'y' goes on, anything
+    /// else cancels, and so does its end at any time
+    #[arg(long, value_name = "N")]
+    pub(super) gate_fd: Option<u32>,
+    /// A file that is there while the container may stand still by this save's doing
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(super) freeze_mark: Option<PathBuf>,
 
     #[command(flatten)]
     pub(super) state: State,

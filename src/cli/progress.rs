@@ -322,6 +322,7 @@ impl Observer for Bar {
                 self.clear();
             }
             Event::Failed { .. } => self.clear(),
+            Event::Ready => {}
         }
     }
 }

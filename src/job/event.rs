@@ -72,6 +72,8 @@ pub enum Event {
         /// From freeze written to thaw read back, in milliseconds.
         pause_ms: f64,
     },
+    /// All is delivered but the tag; with `--gate-fd` the save waits for the answer.
+    Ready,
     /// The last line of a save that succeeded.
     Saved {
         /// `HOST/REPO@sha256:…`, or the layout's path with the digest.
