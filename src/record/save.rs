@@ -93,6 +93,9 @@ pub struct Progress {
     pub bytes_total: u64,
     /// Compressed bytes sent.
     pub bytes_sent: u64,
+    /// Entries in all.
+    #[serde(default)]
+    pub entries_total: u64,
     /// Bytes packed a second.
     pub rate: Option<f64>,
     /// When the agent said so.
@@ -505,6 +508,13 @@ impl Draft {
             });
         }
         self.send(Errand::Withdraw, self.now_ms);
+    }
+
+    /// Its end is wanted, and the queue may not have heard so.
+    pub fn remind_of_end(&mut self) {
+        if self.save.cancelling && !self.save.state.is_final() {
+            self.send(Errand::Withdraw, self.now_ms);
+        }
     }
 
     /// An administrator wants another attempt. False: it has not failed.

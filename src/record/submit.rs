@@ -53,6 +53,20 @@ impl Record {
         Err(Error::Contended(save.id))
     }
 
+    /// The save that was asked for under this key with this request, if one was.
+    pub async fn repeated(&self, request: &Request) -> Result<Option<Save>, Error> {
+        let row = sqlx::query(
+            "SELECT saves.id AS id, body, progress FROM saves JOIN idempotency ON idempotency.save = saves.id
+             WHERE caller = $1 AND request_key = $2 AND request_hash = $3",
+        )
+        .bind(&request.caller)
+        .bind(&request.key)
+        .bind(&request.hash)
+        .fetch_optional(&self.pool)
+        .await?;
+        row.as_ref().map(super::change::save_of).transpose()
+    }
+
     async fn try_submit(
         &self,
         save: &Save,

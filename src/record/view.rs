@@ -1,11 +1,12 @@
 //! Reading: one save, the history, what is open, what has changed for those who watch; and forgetting what is old.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use sqlx::{Any, Row as _, Transaction};
 
 use super::change::save_of;
-use super::{Error, Record, Save, id_of, now_ms, read, state_of};
+use super::{Error, Progress, Record, Save, id_of, now_ms, read, state_of};
 use crate::job::{JobId, State};
 
 /// Every version of a save is kept for so long after its end: a watcher who was away for longer sees the last one only.
@@ -31,14 +32,16 @@ pub struct Filter {
 }
 
 /// How a save stands, for those who watch many.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Head {
     /// The save.
     pub id: JobId,
     /// Its version.
     pub version: u64,
-    /// Grows with its progress.
-    pub progress: (i64, i64),
+    /// Grows with its progress: fence and number of the report.
+    pub heard: (i64, i64),
+    /// Its progress.
+    pub progress: Option<Progress>,
 }
 
 /// A save that is not done, as much as is compared with the queue.
@@ -182,7 +185,7 @@ impl Record {
                 .unwrap_or(ids.len());
             let places: Vec<_> = (1..=size).map(|n| format!("${n}")).collect();
             let text = format!(
-                "SELECT id, version, progress_fence, progress_seq FROM saves WHERE id IN ({})",
+                "SELECT id, version, progress, progress_fence, progress_seq FROM saves WHERE id IN ({})",
                 places.join(", ")
             );
             let mut query = sqlx::query(&text);
@@ -190,10 +193,13 @@ impl Record {
                 query = query.bind(ids.get(at).map(JobId::to_string).unwrap_or_default());
             }
             for row in query.fetch_all(&self.pool).await? {
+                let id: String = row.try_get("id")?;
+                let progress = row.try_get::<Option<String>, _>("progress")?;
                 heads.push(Head {
-                    id: id_of(&row.try_get::<String, _>("id")?)?,
+                    progress: progress.map(|text| read(&id, &text)).transpose()?,
+                    id: id_of(&id)?,
                     version: row.try_get::<i64, _>("version")? as u64,
-                    progress: (row.try_get("progress_fence")?, row.try_get("progress_seq")?),
+                    heard: (row.try_get("progress_fence")?, row.try_get("progress_seq")?),
                 });
             }
         }
@@ -212,6 +218,18 @@ impl Record {
         let id = id.to_string();
         rows.iter()
             .map(|row| read(&id, &row.try_get::<String, _>("body")?))
+            .collect()
+    }
+
+    /// How many saves wait for each node.
+    pub async fn waiting_by_node(&self) -> Result<BTreeMap<String, u64>, Error> {
+        let rows = sqlx::query(
+            "SELECT node, count(*) AS n FROM saves WHERE state = 'queued' GROUP BY node",
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter()
+            .map(|row| Ok((row.try_get("node")?, row.try_get::<i64, _>("n")? as u64)))
             .collect()
     }
 
