@@ -86,14 +86,6 @@ impl Hub {
         self.wake.notify_one();
     }
 
-    /// How many watch.
-    pub(super) fn watchers(&self) -> usize {
-        self.lock()
-            .values()
-            .map(|watched| watched.sender.receiver_count())
-            .sum()
-    }
-
     fn subscribe(&self, save: &Save) -> broadcast::Receiver<Arc<Told>> {
         let mut watched = self.lock();
         let entry = watched.entry(save.id).or_insert_with(|| Watched {
