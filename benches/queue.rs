@@ -114,7 +114,7 @@ impl Look {
     fn since(&self, before: &Self) -> String {
         let wall = (self.at - before.at).as_secs_f64();
         format!(
-            "{:.0} commands/s in Redis, which is {:.0} % of a core busy; this process {:.0} %",
+            "{:.0} commands/s in Redis, with those inside scripts, which is {:.0} % of a core busy; this process {:.0} %",
             (self.calls - before.calls) / wall,
             100.0 * (self.redis_cpu - before.redis_cpu) / wall,
             100.0 * (self.own_cpu - before.own_cpu) / wall,
@@ -188,7 +188,7 @@ impl Run {
     }
 }
 
-/// One save as an agent sees it: eight words, of which the last ends it.
+/// One save as an agent sees it: seven reports, of which the last ends it.
 async fn save(queue: &Queue, claim: &Claim, run: &Run) {
     let mut seq = 0;
     let mut say = async |said: Said| {
@@ -428,7 +428,7 @@ async fn backlog(jobs: usize, agents: usize) {
     let after = server.look().await;
     let wall = (after.at - before.at).as_secs_f64();
     println!(
-        "- done: {:.0} jobs/s with 8 words each, all in {wall:.1} s; {}",
+        "- done: {:.0} jobs/s with 7 reports each, all in {wall:.1} s; {}",
         jobs as f64 / wall,
         after.since(&before)
     );
@@ -436,7 +436,11 @@ async fn backlog(jobs: usize, agents: usize) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let idle = server.look().await;
-    assert!(run.heard.load(Ordering::Relaxed) >= jobs * 7);
+    println!(
+        "- words that two managers took: {} of {}; the others were of passing progress, left out while more than 10,000 waited",
+        run.heard.load(Ordering::Relaxed),
+        jobs * 7
+    );
     tokio::time::sleep(Duration::from_secs(10)).await;
     let later = server.look().await;
     println!("- with nothing to do: {}", later.since(&idle));
