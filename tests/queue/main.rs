@@ -15,4 +15,5 @@ mod storm;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)]
 mod support;
+mod tls;
 mod world;
