@@ -260,6 +260,9 @@ pub(super) struct Inspect {
     /// The image that a pid:N stands on
     #[arg(long, value_name = "IMAGE")]
     pub(super) base: Option<String>,
+    /// Take only what nobody else on the node wants of its cores
+    #[arg(long)]
+    pub(super) background: bool,
 }
 
 const DIFF_HELP: &str = "\
