@@ -65,9 +65,9 @@ impl Inventory {
             .iter()
             .map(|container| session(options, container))
             .collect();
-        sessions
-            .iter_mut()
-            .for_each(|session| state.inside(session));
+        for session in &mut sessions {
+            state.inside(session);
+        }
         state.sessions = sessions;
         state.processes = containers
             .iter()
@@ -91,10 +91,11 @@ impl Inventory {
     pub(super) fn looked_into(&self, id: &str, found: Inside) {
         let mut state = self.state();
         state.looked.insert(id.to_owned(), (found, Instant::now()));
-        let state = &mut *state;
-        if let Some(session) = state.sessions.iter_mut().find(|session| session.id == id) {
+        let mut sessions = std::mem::take(&mut state.sessions);
+        for session in sessions.iter_mut().filter(|session| session.id == id) {
             state.inside(session);
         }
+        state.sessions = sessions;
     }
 
     /// It was saved: what the next save would be is another matter now.

@@ -191,7 +191,7 @@ impl Agent {
         let mut pause = BACKOFF.0;
         while !self.cancel.is_cancelled() {
             while let Some(ended) = jobs.try_join_next() {
-                told_of_panic(ended);
+                told_of_panic(&ended);
             }
             let node = &self.options.node;
             let claims = if reclaimed {
@@ -199,7 +199,7 @@ impl Agent {
                 let free = (slots as usize).saturating_sub(jobs.len());
                 if free == 0 {
                     tokio::select! {
-                        Some(ended) = jobs.join_next() => told_of_panic(ended),
+                        Some(ended) = jobs.join_next() => told_of_panic(&ended),
                         () = tokio::time::sleep(ROOM_EVERY) => {}
                         _ = self.cancel.cancelled() => {}
                     }
@@ -270,13 +270,13 @@ impl Agent {
     async fn drain(&self, jobs: &mut JoinSet<()>) {
         let all = async {
             while let Some(ended) = jobs.join_next().await {
-                told_of_panic(ended);
+                told_of_panic(&ended);
             }
         };
         if tokio::time::timeout(self.options.drain, all).await.is_err() {
             self.drain_over.cancel();
             while let Some(ended) = jobs.join_next().await {
-                told_of_panic(ended);
+                told_of_panic(&ended);
             }
         }
     }
@@ -381,7 +381,7 @@ impl Drop for Gone {
     }
 }
 
-fn told_of_panic(ended: Result<(), tokio::task::JoinError>) {
+fn told_of_panic(ended: &Result<(), tokio::task::JoinError>) {
     if ended.is_err() {
         tracing::error!("a job's task died; this is a defect of upperdeck, and its lease will end");
     }
