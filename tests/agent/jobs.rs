@@ -223,7 +223,7 @@ async fn a_child_that_is_killed_leaves_a_container_that_runs_and_a_failure_that_
     let order = node.order();
     service.queue.offer(&order).await?;
     wait("the container stands still", || node.frozen().then_some(())).await?;
-    let child = node.child(order.job).context("no note")?;
+    let child = wait("the agent's note", || node.child(order.job)).await?;
     kill(Pid::from_raw(child as i32), Signal::SIGKILL)?;
     let outcome = service.outcome(order.job).await?;
     assert!(
