@@ -57,6 +57,7 @@ const TABLE: [(&str, &[&str]); 26] = [
     (
         "manager",
         &[
+            "cancel",
             "destination",
             "digest",
             "harbor",
