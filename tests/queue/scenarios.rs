@@ -60,6 +60,7 @@ on_both! {
     a_pause_is_kept: FREE;
     an_order_that_expired_is_offered_again: FREE;
     who_waits_is_woken: FREE;
+    each_who_waits_on_a_node_is_woken: FREE;
     each_report_goes_to_one_manager_until_it_is_taken: FREE;
     nodes_and_sessions_are_those_last_heard_of: FREE;
     how_full_it_is: FREE;
@@ -581,6 +582,25 @@ async fn who_waits_is_woken(world: World) -> Outcome {
             .await?
             .is_empty()
     );
+    Ok(())
+}
+
+async fn each_who_waits_on_a_node_is_woken(world: World) -> Outcome {
+    let mut waiting = Vec::new();
+    for name in ["a", "a", "b"] {
+        let queue = world.queue.clone();
+        waiting.push(tokio::spawn(async move {
+            queue.claim("n1", name, 1, LONG).await
+        }));
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    for _ in 0..3 {
+        world.offer("n1", "ada").await?;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for one in waiting {
+        assert_eq!(one.await??.len(), 1);
+    }
     Ok(())
 }
 
