@@ -2,6 +2,7 @@
 
 #[path = "../support/postgres.rs"]
 mod postgres;
+#[allow(dead_code, reason = "each test program uses its part")]
 #[path = "../support/mod.rs"]
 mod support;
 
