@@ -87,7 +87,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(&roots, *args),
         Verb::Up(args) => service::up(roots, *args),
-        Verb::Manager(args) => service::manager(*args),
+        Verb::Manager(args) => service::manager(&args),
         Verb::Agent(args) => service::agent(roots, *args),
         Verb::Demo => verbs::demo(),
         Verb::Completions { shell } => verbs::completions(shell),
