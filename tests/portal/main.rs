@@ -1,0 +1,23 @@
+//! The page in a real browser.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "what a test's helpers unwrap fails the test, as it should"
+)]
+
+mod browser;
+mod looks;
+mod standin;
+
+/// The browser and the stand-in of a test; none, said why, where there is no browser.
+fn begin(look: &browser::Look) -> browser::Outcome<Option<(browser::Browser, standin::Standin)>> {
+    if let Some(reason) = browser::missing() {
+        assert!(std::env::var_os("CI").is_none(), "{reason}");
+        eprintln!("ignored: {reason}");
+        return Ok(None);
+    }
+    Ok(Some((
+        browser::Browser::start(look)?,
+        standin::Standin::start()?,
+    )))
+}
