@@ -32,7 +32,7 @@ export const named = (text, attributes = {}) => element("bdi", attributes, plain
 
 /** A list that follows data: what stays keeps its element, and with it the focus and what was typed. */
 export function follow(list, items, key, make) {
-  const before = list.rows ?? new Map();
+  const before = list.kept ?? new Map();
   const rows = new Map();
   for (const item of items) {
     const row = before.get(key(item)) ?? make(item);
@@ -45,7 +45,7 @@ export function follow(list, items, key, make) {
     if (row.element === at) at = at.nextElementSibling;
     else list.insertBefore(row.element, at);
   }
-  list.rows = rows;
+  list.kept = rows;
 }
 
 /** Tells those who do not see it what happened. */

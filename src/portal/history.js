@@ -84,5 +84,5 @@ export function view(main, signal, me) {
       fill(empty, words(error)[0]);
     }
   });
-  changes.addEventListener("change", ({ detail: save }) => list.rows?.get(save.id)?.update(save), { signal });
+  changes.addEventListener("change", ({ detail: save }) => list.kept?.get(save.id)?.update(save), { signal });
 }

@@ -15,7 +15,10 @@ export function quotaBar(quota) {
   if (typeof quota.hard !== "number") return element("p", { class: "dim" }, sentence("quota.unbounded", { used: bytes(quota.used), scope: named(quota.scope) }));
   const share = quota.hard > 0 ? quota.used / quota.hard : 1;
   const text = { used: bytes(quota.used), hard: bytes(quota.hard), free: bytes(Math.max(0, quota.hard - quota.used)) };
-  const meter = element("meter", { min: "0", max: "1", high: "0.9", optimum: "0", value: Math.min(1, share), "aria-label": t("quota.label", { ...text, share: percent(share) }) });
+  const used = element("div", { class: share > 0.9 ? "full" : null });
+  used.style.inlineSize = `${100 * Math.min(1, share)}%`;
+  const meter = element("div", { class: "meter", role: "meter", "aria-valuemin": "0", "aria-valuemax": "100", "aria-valuenow": Math.round(100 * share),
+    "aria-label": t("quota.label", { ...text, share: percent(share) }) }, used);
   return element("div", { class: "quota" }, element("p", {}, sentence("quota", text), " ", element("span", { class: "dim" }, named(quota.scope))), meter,
     share > 0.9 ? element("p", { class: "wrong" }, t("quota.full")) : null);
 }
@@ -32,7 +35,7 @@ async function remove(image, tag, done) {
     element("p", {}, t("delete.forever")),
   ];
   const what = `${image.name}:${tag.name}`;
-  if (!await ask(sentence("delete.title", { image: named(what) }), body, t("delete.yes", { image: what }))) return;
+  if (!await ask(sentence("delete.title", { image: named(what) }), body, t("delete.yes"))) return;
   try {
     await insist("DELETE", path("images", image.name, "tags", tag.name));
     done(t("deleted", { image: what }));

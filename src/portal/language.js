@@ -17,11 +17,14 @@ export const plain = (text) =>
   String(text).replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
     (found) => `⟨U+${found.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 
+// Scripts that run from right to left.
+const LEFTWARD = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
+
 /** What is put into a sentence keeps its direction to itself. */
 function inside(value) {
   if (typeof value === "number") return numbers.format(value);
   const text = plain(value);
-  return /[^ -~]/.test(text) ? `\u2068${text}\u2069` : text;
+  return LEFTWARD.test(text) ? `\u2068${text}\u2069` : text;
 }
 
 /** Whether there are words for it. */

@@ -7,7 +7,7 @@ import { t } from "./language.js";
 import { changes, image, over, take, words } from "./saves.js";
 import { entry } from "./history.js";
 
-const COLUMNS = ["node", "alive", "sessions", "running", "waiting", "load", "slots", "version", "heard"];
+const COLUMNS = ["node", "alive", "sessions", "running", "waiting", "load", "slots", "heard"];
 
 function node(first) {
   const line = element("tr");
@@ -15,7 +15,7 @@ function node(first) {
     const state = !now.alive ? "lost" : now.draining ? "draining" : "well";
     const pressure = now.load.cpu_pressure;
     fill(line,
-      element("th", { scope: "row" }, named(now.name), now.problems.length
+      element("th", { scope: "row" }, named(now.name), element("span", { class: "dim" }, named(now.version)), now.problems.length
         ? element("details", {}, element("summary", {}, t("node.problems", { n: now.problems.length })), element("ul", {}, now.problems.map((text) => element("li", { lang: "en" }, named(text)))))
         : null),
       element("td", {}, element("span", { class: `verdict ${{ lost: "failed", draining: "cancelled", well: "succeeded" }[state]}` }, t(`node.${state}`))),
@@ -23,7 +23,7 @@ function node(first) {
       element("td", {}, t("node.load", { load: number(Math.round(now.load.load1 * 10) / 10), cores: now.load.cores }),
         typeof pressure === "number" ? element("span", { class: "dim" }, " ", t("node.pressure", { share: percent(pressure / 100) })) : null),
       element("td", {}, t("node.slots", { slots: now.load.slots, threads: now.load.threads })),
-      element("td", {}, named(now.version)), element("td", {}, when(now.heard)));
+      element("td", {}, when(now.heard)));
   };
   return { element: line, update };
 }
@@ -84,5 +84,5 @@ export function view(main, signal, me) {
       }, fine),
     ]);
   });
-  changes.addEventListener("change", ({ detail: save }) => queue.rows?.get(save.id)?.update(save), { signal });
+  changes.addEventListener("change", ({ detail: save }) => queue.kept?.get(save.id)?.update(save), { signal });
 }

@@ -215,7 +215,7 @@ export function view(main, signal, me) {
 
   let sessions = [];
   let saves = [];
-  const rows = () => [...(list.rows?.values() ?? [])];
+  const rows = () => [...(list.kept?.values() ?? [])];
   const draw = () => {
     const mine = sessions.filter((session) => session.owner === me.user);
     const pool = me.administrator && (all.checked || mine.length === 0) ? sessions : mine.length || me.administrator ? mine : sessions;
@@ -256,7 +256,7 @@ export function view(main, signal, me) {
   all.addEventListener("change", draw);
   changes.addEventListener("change", ({ detail: save }) => {
     for (const row of rows()) if (row.of(save)) row.show(save);
-    for (const [id, row] of others.rows ?? []) if (id === save.id) row.update(save);
+    for (const [id, row] of others.kept ?? []) if (id === save.id) row.update(save);
     // The size of the next save is another one now.
     if (over(save)) setTimeout(run, 1500);
   }, { signal });

@@ -6,8 +6,11 @@
 )]
 
 mod browser;
+mod delivery;
 mod looks;
+mod saving;
 mod standin;
+mod words;
 
 /// The browser and the stand-in of a test; none, said why, where there is no browser.
 fn begin(look: &browser::Look) -> browser::Outcome<Option<(browser::Browser, standin::Standin)>> {

@@ -368,10 +368,15 @@ impl World {
             }
         }
         if state == State::Succeeded {
+            let category = self
+                .sessions
+                .iter()
+                .find(|one| one.id == save.session)
+                .map_or(Category::Cpu, |one| one.category);
             let mut image = self.image(
                 &save.name,
                 &[&save.tag],
-                Category::Gpu,
+                category,
                 8_900_000_000,
                 0,
                 save.message.as_deref(),
