@@ -2,6 +2,8 @@
 //!
 //! The modules stand in the order in which a save flows through them; see `commit` for the flow itself.
 
+pub mod agent;
+pub mod background;
 pub mod bench;
 pub mod cancel;
 pub mod cli;
@@ -23,6 +25,7 @@ pub mod overlay;
 pub mod portal;
 pub mod prove;
 pub mod queue;
+pub mod record;
 pub mod registry;
 pub mod scan;
 pub mod spec;

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 25] = [
+const TABLE: [(&str, &[&str]); 26] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
+    ("background", &["overlay"]),
     ("overlay", &[]),
     ("container", &["overlay", "digest"]),
     ("freeze", &[]),
@@ -32,6 +33,7 @@ const TABLE: [(&str, &[&str]); 25] = [
     (
         "commit",
         &[
+            "background",
             "cancel",
             "container",
             "destination",
@@ -50,7 +52,10 @@ const TABLE: [(&str, &[&str]); 25] = [
     ),
     ("queue", &["job"]),
     ("record", &["job"]),
-    ("agent", &["container", "freeze", "job", "queue", "state"]),
+    (
+        "agent",
+        &["cancel", "container", "digest", "freeze", "job", "queue"],
+    ),
     ("portal", &["job"]),
     (
         "manager",

@@ -18,6 +18,7 @@ use super::progress::Mode;
 use crate::bench::stages::Setting;
 use crate::commit::{Compression, Pause};
 use crate::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
+use crate::job;
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -124,6 +125,7 @@ const CONTENT: &str = "What goes into the layer";
 const METADATA: &str = "What the image says";
 const REGISTRY: &str = "Registry";
 const REPORT: &str = "Report";
+const SERVER: &str = "Manager";
 const LIMITS: &str = "Limits against hostile trees";
 
 #[derive(Debug, Subcommand)]
@@ -152,6 +154,9 @@ pub(super) enum Verb {
     /// Measure what this node can do, stage by stage, and how near a save comes to it
     #[command(after_long_help = BENCH_HELP)]
     Bench(Box<Bench>),
+    /// Save by way of a manager, and follow what becomes of it
+    #[command(subcommand, after_long_help = JOB_HELP)]
+    Job(Job),
     /// Make a container, work in it, save it, unpack it, compare; then once more
     #[command(after_long_help = DEMO_HELP)]
     Demo,
@@ -281,6 +286,7 @@ stdout carries the result: HOST/REPOSITORY@sha256:... (or the layout with the di
   base_progress  layer (0 is the bottom), layers, bytes_done, bytes_total (0: not known)
   warning        code, message
   paused         pause_ms
+  ready          with --gate-fd: all is delivered but the tag
   saved          reference, digest                           always the last line of a save that succeeded
   failed         exit, code, message, retryable              always the last line of one that did not
   New events and fields may come; 'version' grows when one changes its meaning or goes away.
@@ -326,6 +332,17 @@ pub(super) struct Commit {
     /// How much of what changes during the save may be kept in memory; where it is more, another round comes first
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "32M")]
     pub(super) live_limit: u64,
+
+    /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
+    #[arg(long)]
+    pub(super) background: bool,
+    /// Ask before the tag is put on: 'ready' is told, then a byte read from this open descriptor. 'y' goes on, anything
+    /// else cancels, and so does its end at any time
+    #[arg(long, value_name = "N")]
+    pub(super) gate_fd: Option<u32>,
+    /// A file that is there while the container may stand still by this save's doing
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(super) freeze_mark: Option<PathBuf>,
 
     #[command(flatten)]
     pub(super) state: State,
@@ -524,6 +541,178 @@ pub(super) struct ImageRm {
     pub(super) registry: Registry,
 }
 
+/// The manager that is asked.
+#[derive(Clone, Debug, Args)]
+pub(super) struct Server {
+    /// The manager's address, perhaps with ?token=... as 'upperdeck up' prints it [default: the 'upperdeck up' of this machine]
+    #[arg(long, value_name = "URL", env = "UPPERDECK_SERVER", hide_env_values = true, value_hint = ValueHint::Url, help_heading = SERVER)]
+    #[allow(clippy::struct_field_names, reason = "named as its flag")]
+    pub(super) server: Option<String>,
+    /// File whose first line is the token (/dev/fd/N for a descriptor)
+    #[arg(long, value_name = "FILE", env = "UPPERDECK_TOKEN_FILE", hide_env_values = true, value_hint = ValueHint::FilePath, help_heading = SERVER)]
+    pub(super) token_file: Option<PathBuf>,
+    /// The token itself. Other users of this machine can see it: prefer --token-file
+    #[arg(long, value_name = "TOKEN", env = "UPPERDECK_TOKEN", hide_env_values = true, conflicts_with = "token_file", help_heading = SERVER)]
+    pub(super) token: Option<String>,
+    /// For whom, where the token is a portal's
+    #[arg(long = "as-user", value_name = "USER", env = "UPPERDECK_AS_USER", hide_env_values = true, help_heading = SERVER)]
+    pub(super) user: Option<String>,
+    /// Where an 'upperdeck up' of this machine says how it is reached
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_UP_DIR", hide_env_values = true, hide = true, help_heading = SERVER)]
+    pub(super) up_dir: PathBuf,
+}
+
+const JOB_HELP: &str = "\
+Examples:
+  upperdeck job sessions
+  upperdeck job submit --watch jupyter/notebook-0 notebook:monday
+  upperdeck job ls --state running
+  upperdeck job watch 0198f0c4-0000-7000-8000-000000000000
+  upperdeck job submit --server https://save.example.org --token-file ~/.upperdeck-token --message 'with pandas' 3f2a9c51d0b7
+
+The manager is named by --server or UPPERDECK_SERVER; without either it is the 'upperdeck up' of this machine.";
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Job {
+    /// List the sessions that may be saved
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job sessions\n  upperdeck job sessions --format json | jq -r '.[].id'\n\nJSON: an array of objects as GET /api/v1/sessions has them."
+    )]
+    Sessions(JobSessions),
+    /// Ask for a save; prints its ID
+    #[command(after_long_help = JOB_SUBMIT_HELP)]
+    Submit(Box<JobSubmit>),
+    /// Show what a save is doing, or what became of it
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job status 0198f0c4-0000-7000-8000-000000000000\n\nJSON: an object as GET /api/v1/saves/{id} has it."
+    )]
+    Status(JobOne),
+    /// Follow a save to its end, with the bar of 'commit'; prints the reference
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job watch 0198f0c4-0000-7000-8000-000000000000\n\nThe exit code is that of the save, as of 'commit'. A manager that is started again is waited for."
+    )]
+    Watch(JobWatch),
+    /// End a save that waits or runs; nothing is left in the registry under its tag
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job cancel 0198f0c4-0000-7000-8000-000000000000"
+    )]
+    Cancel(JobCancel),
+    /// List saves, the latest first
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job ls\n  upperdeck job ls --state failed --format json | jq -r '.saves[].error.code'\n\nJSON: an object as GET /api/v1/saves has it."
+    )]
+    Ls(JobLs),
+}
+
+const JOB_SUBMIT_HELP: &str = "\
+Examples:
+  upperdeck job submit jupyter/notebook-0
+      Under the name and tag that the manager suggests.
+  upperdeck job submit --watch --message 'with pandas' jupyter/notebook-0 notebook:monday
+  id=$(upperdeck job submit 3f2a9c51d0b7 :tuesday)
+
+The manager puts registry, project and user in front of NAME:TAG. JSON: an object as POST /api/v1/saves answers.";
+
+#[derive(Debug, Args)]
+pub(super) struct JobSessions {
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobSubmit {
+    /// A session's ID or a unique beginning of it, or NAMESPACE/POD[/CONTAINER]
+    pub(super) session: String,
+    /// NAME[:TAG] or :TAG [default: what the manager suggests]
+    pub(super) image: Option<String>,
+    /// What it is, in your words
+    #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
+    pub(super) message: Option<String>,
+    /// Set a label; may be repeated
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
+    pub(super) label: Vec<(String, String)>,
+    /// Save everything anew, not only what changed since the last save
+    #[arg(long, help_heading = CONTENT)]
+    pub(super) full: bool,
+    /// How the layer is compressed [default: as the agent is configured]
+    #[arg(long, value_enum, value_name = "CODEC", help_heading = CONTENT)]
+    pub(super) compression: Option<Compression>,
+    /// Leave out what matches, e.g. 'home/*/scratch'; may be repeated
+    #[arg(long, value_name = "PATTERN", help_heading = CONTENT)]
+    pub(super) exclude: Vec<String>,
+    /// Save the data of the volume that is mounted at PATH, too; may be repeated
+    #[arg(long, value_name = "PATH", help_heading = CONTENT)]
+    pub(super) include_volume: Vec<String>,
+    /// Follow it to its end
+    #[arg(short, long, help_heading = REPORT)]
+    pub(super) watch: bool,
+    /// How to show what happens, with --watch
+    #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW", help_heading = REPORT)]
+    pub(super) progress: Mode,
+    /// How to print, without --watch
+    #[arg(long, value_enum, default_value_t = Format::Table, conflicts_with = "watch", help_heading = REPORT)]
+    pub(super) format: Format,
+    /// Said again with the same KEY it is the same save [default: another one each time]
+    #[arg(long, value_name = "KEY")]
+    pub(super) idempotency_key: Option<String>,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobOne {
+    /// The save's ID
+    pub(super) id: uuid::Uuid,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobWatch {
+    /// The save's ID
+    pub(super) id: uuid::Uuid,
+    /// How to show what happens
+    #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW")]
+    pub(super) progress: Mode,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobCancel {
+    /// The save's ID
+    pub(super) id: uuid::Uuid,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobLs {
+    /// Only those in this state
+    #[arg(long, value_name = "STATE", value_parser = state)]
+    pub(super) state: Option<job::State>,
+    /// Only this user's (administrators see all)
+    #[arg(long = "user", value_name = "USER")]
+    pub(super) of: Option<String>,
+    /// At most so many
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub(super) limit: u32,
+    /// Those after the ones already seen, as the list before said
+    #[arg(long, value_name = "WHERE")]
+    pub(super) after: Option<String>,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
 const LAYER_HELP: &str = "\
 Examples:
   upperdeck layer --upper /srv/o/upper --lower /srv/o/lower2 --lower /srv/o/lower1 -o layer.tar.gz
@@ -647,6 +836,13 @@ fn key_value(text: &str) -> Result<(String, String), String> {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("expected KEY=VALUE".to_owned()),
     }
+}
+
+fn state(text: &str) -> Result<job::State, String> {
+    job::State::named(text).ok_or_else(|| {
+        let names = job::State::ALL.map(job::State::name);
+        format!("expected one of {}", names.join(", "))
+    })
 }
 
 fn codec_level(text: &str) -> Result<Setting, String> {

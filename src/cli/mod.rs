@@ -2,10 +2,14 @@
 //! what comes back becomes an exit code (`exit`).
 
 mod args;
+mod client;
+mod config;
 mod exit;
 mod image;
+mod job;
 pub mod options;
 mod progress;
+mod service;
 mod signals;
 mod text;
 mod verbs;
@@ -73,6 +77,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Layer(args) => verbs::layer(&args),
         Verb::Image(args::Image::Ls(args)) => image::ls(&args),
         Verb::Image(args::Image::Rm(args)) => image::rm(&args),
+        Verb::Job(args) => job::run(args, verbose),
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(&roots, *args),
         Verb::Demo => verbs::demo(),

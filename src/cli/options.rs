@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -9,8 +10,10 @@ use zeroize::Zeroizing;
 
 use super::args;
 use super::exit::Usage;
+use crate::background::Background;
 use crate::bench::{self, stages::Setting};
-use crate::commit::{self, Compression, Rules};
+use crate::cancel::Cancel;
+use crate::commit::{self, Compression, Gate, Rules};
 use crate::container::{ContainerdRoot, Roots, StorageRoot};
 use crate::destination::Target;
 use crate::registry;
@@ -88,7 +91,13 @@ pub(super) fn level(content: &args::Content) -> Result<u32, Usage> {
 
 impl Commit {
     /// Reads the credentials, so that all that can be wrong with the command line is found before anything begins.
-    pub(super) fn new(args: args::Commit) -> anyhow::Result<Self> {
+    ///
+    /// `cancel` is what an agent's answer may do.
+    pub(super) fn new(
+        args: args::Commit,
+        host_root: Option<&Path>,
+        cancel: &Cancel,
+    ) -> anyhow::Result<Self> {
         let level = level(&args.content)?;
         let creds = creds(&args.registry)?;
         let rules = rules(&args.content);
@@ -121,6 +130,9 @@ impl Commit {
             timestamp: args.content.timestamp,
             metadata_file: args.metadata_file,
             digestfile: args.digestfile,
+            gate: args.gate_fd.map(|fd| gate(fd, cancel)).transpose()?,
+            freeze_mark: args.freeze_mark,
+            background: args.background.then(|| Background::enter(host_root)),
         };
         // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
         let host = match target {
@@ -133,6 +145,20 @@ impl Commit {
         };
         Ok(Self { options, access })
     }
+}
+
+/// Listens to an agent on an open descriptor.
+fn gate(fd: u32, cancel: &Cancel) -> anyhow::Result<Gate> {
+    let context = || format!("cannot read from descriptor {fd}");
+    let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
+    // A socket cannot be opened by its name in /dev/fd, and one that answers is most likely where the events go.
+    let answers = match fd {
+        0 => own(std::io::stdin().as_fd()),
+        1 => own(std::io::stdout().as_fd()),
+        fd => File::open(format!("/dev/fd/{fd}")),
+    };
+    let answers = answers.with_context(context)?;
+    Gate::new(answers, cancel.clone()).with_context(context)
 }
 
 /// The codecs and levels that `bench` measures when none are named: from fast to small, and no slower than people wait.

@@ -121,8 +121,9 @@ fn commit_with(
     args: args::Commit,
     observer: Arc<dyn Observer>,
 ) -> anyhow::Result<commit::Saved> {
-    let options = options::Commit::new(args)?;
     let cancel = Cancel::default();
+    // Before the threads: they are in the background if the one is that makes them.
+    let options = options::Commit::new(args, roots.host_root.as_deref(), &cancel)?;
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
     let saved = runtime.block_on(commit::commit(

@@ -575,6 +575,7 @@ mod tests {
             ],
             image_name: Some("registry.example/nb:1".into()),
             runtime_root_mode: None,
+            spec: crate::container::Spec::default(),
         }
     }
 

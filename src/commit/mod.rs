@@ -3,6 +3,7 @@
 mod base;
 mod earlier;
 mod error;
+mod gate;
 mod live;
 mod mapped;
 mod named;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
+use crate::background::{Background, Hurry};
 use crate::cancel::Cancel;
 use crate::container::{self, Base, Container};
 use crate::destination::{BlobWriter, Destination, Target};
@@ -34,6 +36,7 @@ use earlier::{Earlier, Known};
 
 pub use base::{Delivered, Origin};
 pub use error::{Error, Kind};
+pub use gate::Gate;
 pub use live::MAX_PAUSE;
 pub use outcome::{BaseOutcome, Metadata, Saved};
 pub use upper::Rules;
@@ -104,6 +107,19 @@ pub struct Options {
     pub metadata_file: Option<PathBuf>,
     /// File that gets the manifest's digest.
     pub digestfile: Option<PathBuf>,
+    /// Whoever has to agree before the tag is put on.
+    pub gate: Option<Gate>,
+    /// File that is there while the container may stand still by this save's doing ([`freeze::Options::mark`]).
+    pub freeze_mark: Option<PathBuf>,
+    /// Where nobody on the node is to feel the save: left while the container stands still.
+    pub background: Option<Background>,
+}
+
+impl Options {
+    /// For as long as somebody waits for the save.
+    fn hurry(&self) -> Option<Hurry> {
+        self.background.as_ref().map(Background::hurry)
+    }
 }
 
 /// What a save works with besides its options.
@@ -196,6 +212,10 @@ async fn save(
     destination
         .put_blob(image.config.bytes.clone().into(), &image.config.digest)
         .await?;
+    if let Some(gate) = &options.gate {
+        context.observer.event(Event::Ready);
+        gate.pass().await?;
+    }
     let manifest = Bytes::from(image.manifest.bytes.clone());
     let digest = destination
         .put_manifest(manifest, image.manifest.media_type, target.tag())
@@ -287,6 +307,7 @@ async fn take_once(
         return Ok(taken);
     }
     context.phase(Phase::Scanning);
+    let hurry = options.hurry().filter(|_| options.pause != Pause::None);
     let frozen = freeze(context, options, container)?;
     let was_frozen = frozen.as_ref().is_some_and(Frozen::was_frozen);
     container::recheck(&context.roots, container)?;
@@ -318,6 +339,7 @@ async fn take_once(
     container::recheck(&context.roots, container)?;
     // All is read: the container runs on while the destination finishes.
     let pause = frozen.map(Frozen::thaw).transpose()?;
+    drop(hurry);
     if let (Some(pause), false) = (pause, was_frozen) {
         context.observer.event(Event::Paused {
             pause_ms: pause.as_secs_f64() * 1000.0,
@@ -374,6 +396,7 @@ fn freeze(
     let how = freeze::Options {
         host_root: context.roots.host_root.clone(),
         hold: options.max_pause.filter(|bound| !bound.is_zero()),
+        mark: options.freeze_mark.clone(),
         ..freeze::Options::default()
     };
     let frozen = freeze::freeze(container.pid, Some(container.pid_start), &how)?;

@@ -28,6 +28,11 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// A save that was asked for by way of a manager waits. Never said by `commit`.
+    Queued {
+        /// So many are before it.
+        place: u64,
+    },
     /// A phase began.
     Phase {
         /// Which one.
@@ -67,6 +72,8 @@ pub enum Event {
         /// From freeze written to thaw read back, in milliseconds.
         pause_ms: f64,
     },
+    /// All is delivered but the tag; with `--gate-fd` the save waits for the answer.
+    Ready,
     /// The last line of a save that succeeded.
     Saved {
         /// `HOST/REPO@sha256:…`, or the layout's path with the digest.

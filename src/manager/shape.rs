@@ -159,6 +159,8 @@ pub struct Progress {
     pub bytes_total: u64,
     /// Compressed bytes sent.
     pub bytes_sent: u64,
+    /// Entries of the layer.
+    pub entries_total: u64,
     /// Bytes packed a second, over the last seconds.
     pub rate: Option<f64>,
     /// Seconds that it will still take at that rate.

@@ -7,6 +7,8 @@
 mod local;
 mod redis;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::job::{JobId, Node, Order, Report, Session};
@@ -22,6 +24,50 @@ pub const RENEW_EVERY: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
 /// An agent that has not been heard of for so long is not there.
 pub const HEARTBEAT_LOST: Duration = Duration::from_secs(20);
+/// For so long a node is remembered after its last heartbeat.
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// For so many leases after the end of one under which the tag was being put on, nobody can say whether it is on.
+const TAG_DOUBT: u32 = 4;
+
+/// What is the same everywhere but in tests. The default is what serves.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Before every key in Redis. What stands in braces keeps the keys of one queue in one place of a cluster.
+    pub prefix: String,
+    /// A claim that is not renewed for so long is lost.
+    pub lease: Duration,
+    /// A report that a manager has not taken for so long goes to another one.
+    pub patience: Duration,
+    /// What time it is.
+    pub clock: Clock,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            prefix: "{upperdeck}:".to_owned(),
+            lease: LEASE,
+            patience: LEASE,
+            clock: Clock::default(),
+        }
+    }
+}
+
+/// The time of a queue: that of this process or of Redis, and so far ahead of it as somebody put it. Clones are the same
+/// one.
+#[derive(Clone, Debug, Default)]
+pub struct Clock(Arc<AtomicU64>);
+
+impl Clock {
+    /// Puts it forward, for tests that do not want to wait. Who waits already does not notice.
+    pub fn advance(&self, time: Duration) {
+        self.0.fetch_add(time.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    fn ahead(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::SeqCst))
+    }
+}
 
 /// How many saves may run at once. A limit of 0 is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +87,6 @@ pub struct Claim {
     pub order: Order,
     /// The fencing token: greater than that of any earlier claim of this job.
     pub fence: u64,
-    /// The queue's own name for the delivery.
-    pub(super) entry: String,
 }
 
 /// What is left of a claim.
@@ -72,7 +116,7 @@ pub enum Withdrawn {
     Taken,
     /// An agent has it and is told.
     Told,
-    /// The agent is putting the tag on: it will succeed.
+    /// The agent is putting the tag on, or its last word is on its way: it will succeed, or fail by itself.
     TooLate,
     /// The queue does not know it.
     Unknown,
@@ -85,7 +129,8 @@ pub enum Place {
     Waiting(u64),
     /// An agent has it; the lease ends after this many milliseconds.
     Held {
-        /// Milliseconds; 0: it has ended, and nobody took the job over yet.
+        /// Milliseconds; 0: it has ended, and nobody took the job over yet, or the last word about it is among the
+        /// reports.
         lease_ms: u64,
     },
 }
@@ -134,6 +179,15 @@ pub enum Error {
     Unusable(String),
 }
 
+/// The host into which `destination` goes, with its port; `oci` for what lies in files.
+fn registry_of(destination: &str) -> &str {
+    let rest = destination.strip_prefix("docker://").unwrap_or(destination);
+    if rest.starts_with("oci:") || rest.starts_with("oci-archive:") {
+        return "oci";
+    }
+    rest.split('/').next().unwrap_or_default()
+}
+
 /// The queue. Clones are the same one.
 #[derive(Clone)]
 pub enum Queue {
@@ -155,17 +209,20 @@ macro_rules! on {
 
 /// For managers.
 impl Queue {
-    /// Lets `order` wait for its node, unless the job is there already. Does nothing a second time.
+    /// Lets `order` wait for its node, unless the job is there already. A second time it does nothing but replace what
+    /// waits, which keeps its place: so an order is renewed before it expires. A job whose last word no manager has
+    /// [`Queue::taken`] yet is there too, for any but a later attempt.
     pub async fn offer(&self, order: &Order) -> Result<Offered, Error> {
         on!(self, offer(order))
     }
 
-    /// Takes a job back, whoever has it.
+    /// Takes a job back, whoever has it. A claim of which the lease has ended is nobody's.
     pub async fn withdraw(&self, job: JobId) -> Result<Withdrawn, Error> {
         on!(self, withdraw(job))
     }
 
-    /// Where each of `jobs` is; none: the queue does not know it, and the manager has to offer it again.
+    /// Where each of `jobs` is; none: the queue does not know it, and the manager has to offer it again. It reads the
+    /// record in between: what ended meanwhile is in there before the queue forgets it.
     pub async fn places(&self, jobs: &[JobId]) -> Result<Vec<Option<Place>>, Error> {
         on!(self, places(jobs))
     }
@@ -209,12 +266,16 @@ impl Queue {
 
 /// For agents.
 impl Queue {
-    /// Takes over what this node's agents held before (a predecessor's claims, or those of which the lease has ended).
+    /// Takes over what this node's agents held before: claims of which the lease has ended and, for the agent that showed
+    /// up last on this node, those of its predecessors at once. So the caller makes sure before that they are dead. As
+    /// far as the limits allow; the rest the next time.
     pub async fn reclaim(&self, node: &str, agent: &str) -> Result<Vec<Claim>, Error> {
         on!(self, reclaim(node, agent))
     }
 
-    /// Admits and takes at most `most` orders; waits up to `wait` for the first. `agent` is this process' own name.
+    /// Admits and takes at most `most` orders; waits up to `wait` for the first. `agent` is this process' own name. Claims
+    /// of this node of which the lease has ended come first, the caller's own too: one for a job that it still works on
+    /// tells it that the former claim is lost.
     pub async fn claim(
         &self,
         node: &str,
@@ -225,7 +286,7 @@ impl Queue {
         on!(self, claim(node, agent, most, wait))
     }
 
-    /// Another [`LEASE`].
+    /// Another [`LEASE`]. One that has ended comes back to life while nobody took the job over and the limits allow it.
     pub async fn renew(&self, claim: &Claim) -> Result<Hold, Error> {
         on!(self, renew(claim))
     }
@@ -242,7 +303,7 @@ impl Queue {
     }
 
     /// The last word, [`crate::job::Said::Ended`] or [`crate::job::Said::GivenBack`]: the report goes out and the claim
-    /// ends, both or neither.
+    /// ends, both or neither. [`Hold::Held`]: that is so; said again, it is not done again.
     pub async fn complete(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
         on!(self, complete(claim, report))
     }
