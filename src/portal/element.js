@@ -99,9 +99,9 @@ export const reference = (text) =>
   element("div", { class: "reference" }, element("code", { dir: "ltr" }, plain(text)), copier(text));
 
 /** Asks; true when the answer is `yes`. The focus begins on the harmless answer. */
-export function ask(title, body, yes) {
+export function ask(title, body, yes, keep = t("keep")) {
   return new Promise((answer) => {
-    const no = element("button", { type: "button", autofocus: true }, t("keep"));
+    const no = element("button", { type: "button", autofocus: true }, keep);
     const go = element("button", { type: "button", class: "danger" }, yes);
     const dialog = element("dialog", { "aria-labelledby": "question", "aria-describedby": "consequence" },
       element("h2", { id: "question" }, title),

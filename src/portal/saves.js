@@ -155,7 +155,7 @@ function share({ progress }) {
 }
 
 export async function cancel(save) {
-  const yes = await ask(t("cancel.title", { image: image(save) }), element("p", {}, t("cancel.body")), t("cancel.yes"));
+  const yes = await ask(t("cancel.title", { image: image(save) }), element("p", {}, t("cancel.body")), t("cancel.yes"), t("cancel.no"));
   if (!yes) return;
   try {
     const answer = await insist("DELETE", path("saves", save.id));
@@ -214,7 +214,7 @@ export function running(first) {
   const label = element("div", { class: "over-bar" }, phase, portion);
   const bar = element("progress", { max: "1" });
   const numbers = element("p", { class: "numbers" });
-  const stop = element("button", { type: "button", click: () => cancel(latest(first.id) ?? first) }, t("cancel"));
+  const stop = element("button", { type: "button", click: () => (latest(first.id)?.cancelling ? null : cancel(latest(first.id) ?? first)) }, t("cancel"));
   stop.setAttribute("aria-label", t("cancel.what", { image: image(first) }));
   const block = element("section", { class: "running", "aria-label": t("saving.what", { image: image(first) }) },
     label, bar, element("div", { class: "under-bar" }, numbers, stop));
@@ -237,7 +237,8 @@ export function running(first) {
     }
     if (save.attempt > 1) said.push(t("attempt", { count: save.attempt }));
     fill(numbers, said.join(" · "));
-    stop.disabled = save.cancelling;
+    // Not `disabled`, which would drop the focus.
+    if (save.cancelling) stop.setAttribute("aria-disabled", "true");
   };
   update(first);
   return { element: block, update, focus: () => look(block) };

@@ -288,10 +288,7 @@ impl Browser {
     }
 
     pub fn screenshot(&self, file: &Path) -> Outcome {
-        let shot = self.cdp(
-            "Page.captureScreenshot",
-            json!({ "format": "png", "captureBeyondViewport": true }),
-        )?;
+        let shot = self.cdp("Page.captureScreenshot", json!({ "format": "png" }))?;
         self.keep(&shot["data"], file)
     }
 

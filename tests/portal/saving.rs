@@ -69,7 +69,15 @@ fn one_press_a_bar_to_the_end_an_image_that_is_found_and_deleted() -> Outcome {
     browser.click("dialog .danger")?;
     browser.see("1 image")?;
     browser.see("2026-11-23-1804")?;
-    assert!(!browser.shows("2026-11-24-1530")?);
+    let left = browser.run(
+        "return document.querySelector('.cards').innerText",
+        json!([]),
+    )?;
+    assert!(
+        left.as_str()
+            .is_some_and(|text| !text.contains("2026-11-24-1530")),
+        "{left}"
+    );
     assert_clean(&browser, &standin)
 }
 
@@ -164,12 +172,13 @@ fn a_save_that_somebody_else_began_is_shown_instead_of_an_error() -> Outcome {
     };
     standin.world().hold_at = Some(0.5);
     open(&browser, &standin)?;
+    let session = standin.world().sessions[0].id.clone();
     // Another program asks between two looks of the page.
     let begun = browser.run(
         "const [id] = arguments; return fetch('api/v1/saves', { method: 'POST',
             headers: { 'Content-Type': 'application/json', 'Upperdeck-Request': '1' },
             body: JSON.stringify({ session: id }) }).then((answer) => answer.status)",
-        json!([standin.world().sessions[0].id]),
+        json!([session]),
     )?;
     assert_eq!(begun, 202);
     browser.click(SAVE)?;
@@ -334,7 +343,6 @@ fn the_keyboard_alone_does_everything() -> Outcome {
     let name = "Save jupyter-minji-training";
     tab_to(&browser, name)?;
     browser.keys("\u{e007}")?;
-    let focus = "return document.activeElement.className";
     browser.until(
         "the focus on the bar",
         "return document.activeElement.className === 'running'",
@@ -344,7 +352,7 @@ fn the_keyboard_alone_does_everything() -> Outcome {
     let cancel = "Cancel saving jupyter-minji-training:2026-11-24-1530";
     tab_to(&browser, cancel)?;
     browser.keys("\u{e00d}")?;
-    tab_to(&browser, "Keep it")?;
+    tab_to(&browser, "Go on saving")?;
     browser.keys("\u{e00c}")?;
     browser.until(
         "the question to go",
@@ -361,9 +369,7 @@ fn the_keyboard_alone_does_everything() -> Outcome {
         "return document.activeElement.className === 'last'",
         json!([]),
     )?;
-    assert_eq!(browser.run(focus, json!([]))?, "last");
     standin.world().hold_at = None;
-    browser.keys(&"\u{e008}\u{e004}\u{e008}".repeat(0))?;
     browser.run("document.querySelector('.skip').focus()", json!([]))?;
     browser.keys("\u{e007}")?;
     // With a name, from the field, by Enter.

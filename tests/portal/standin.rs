@@ -332,6 +332,7 @@ impl World {
                 bytes_done: TOTAL,
                 bytes_total: TOTAL,
                 bytes_sent: TOTAL / 3,
+                entries_total: 4_211,
                 rate: None,
                 seconds_left: None,
             });
@@ -440,6 +441,7 @@ impl World {
                             bytes_done: done,
                             bytes_total: TOTAL,
                             bytes_sent: done / 3,
+                            entries_total: 4_211,
                             rate: Some(154_000_000.0),
                             seconds_left: Some((TOTAL - done) as f64 / 154_000_000.0),
                         });
