@@ -178,6 +178,7 @@ impl Client {
         query: &[(&str, String)],
     ) -> reqwest::RequestBuilder {
         let mut url = self.server.clone();
+        // Parts that came from outside are encoded where the path is made.
         url.set_path(&format!("{}api/v1/{path}", self.server.path()));
         if !query.is_empty() {
             url.query_pairs_mut()

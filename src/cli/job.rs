@@ -286,7 +286,8 @@ fn age(time: &str, now: Timestamp) -> String {
     }
 }
 
-fn word<T: serde::Serialize>(value: &T) -> String {
+/// What a word of the API's is in JSON.
+pub(super) fn word<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_value(value)
         .ok()
         .and_then(|value| value.as_str().map(str::to_owned))

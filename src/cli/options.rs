@@ -248,9 +248,17 @@ fn creds(registry: &args::Registry) -> anyhow::Result<Option<Credentials>> {
         (None, None, Some(fd)) => read_creds(Path::new(&format!("/dev/fd/{fd}")))?,
         (None, None, None) => return Ok(None),
     };
+    parse_creds(&text).map(Some)
+}
+
+/// The credentials in a file or descriptor.
+pub(super) fn creds_of(file: &Path) -> anyhow::Result<Credentials> {
+    parse_creds(&read_creds(file)?)
+}
+
+fn parse_creds(text: &str) -> anyhow::Result<Credentials> {
     // The error does not show what was given: it may be the password alone.
     text.parse()
-        .map(Some)
         .map_err(|error: CredentialsError| Usage(error.to_string()).into())
 }
 

@@ -6,4 +6,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod scenarios;
+mod server;
+#[path = "../support/mod.rs"]
+#[allow(dead_code)]
+mod support;
 mod world;

@@ -20,6 +20,16 @@ macro_rules! on_both {
                 super::$scenario(World::local($limits)).await
             })*
         }
+        mod redis {
+            use super::*;
+            $(#[tokio::test]
+            async fn $scenario() -> super::Outcome {
+                match World::redis($limits) {
+                    Some(world) => super::$scenario(world).await,
+                    None => Ok(()),
+                }
+            })*
+        }
     };
 }
 

@@ -5,6 +5,8 @@
     reason = "the comments are what --help prints: brackets there mean that a part may be left out"
 )]
 
+pub(super) mod service;
+
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,6 +21,7 @@ use crate::bench::stages::Setting;
 use crate::commit::{Compression, Pause};
 use crate::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
 use crate::job;
+pub(super) use service::{Agent, Manager, Up};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -59,8 +62,8 @@ Exit codes:
 {}
 Environment:
   UPPERDECK_HOST_ROOT, UPPERDECK_CONTAINERD_ROOT, UPPERDECK_CONTAINERD_STATE, UPPERDECK_DOCKER_ROOT,
-  UPPERDECK_STORAGE_ROOT, UPPERDECK_STORAGE_RUNROOT, UPPERDECK_LOG
-      As the flags of the same name.
+  UPPERDECK_STORAGE_ROOT, UPPERDECK_STORAGE_RUNROOT, UPPERDECK_LOG, UPPERDECK_LOG_FORMAT
+      As the flags of the same name. Every flag of manager, agent and up has such a variable.
   SOURCE_DATE_EPOCH
       As --timestamp of commit and layer.
   REGISTRY_AUTH_FILE, DOCKER_CONFIG, XDG_RUNTIME_DIR
@@ -114,6 +117,9 @@ pub(super) struct Global {
     /// What to log on stderr: error, warn, info, debug, trace, or a filter such as upperdeck::registry=debug
     #[arg(long, global = true, value_name = "FILTER", env = "UPPERDECK_LOG", hide_env_values = true, help_heading = LOGGING)]
     pub(super) log: Option<String>,
+    /// How log lines are written
+    #[arg(long, global = true, value_enum, value_name = "HOW", default_value_t = LogFormat::Text, env = "UPPERDECK_LOG_FORMAT", hide_env_values = true, help_heading = LOGGING)]
+    pub(super) log_format: LogFormat,
     /// Log more, whatever --log says; twice for much more
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = LOGGING)]
     pub(super) verbose: u8,
@@ -157,6 +163,15 @@ pub(super) enum Verb {
     /// Save by way of a manager, and follow what becomes of it
     #[command(subcommand, after_long_help = JOB_HELP)]
     Job(Job),
+    /// Everything on one machine, in one process: API, portal, agent
+    #[command(after_long_help = service::UP_HELP)]
+    Up(Box<Up>),
+    /// Run the image manager: API and portal, record, queue
+    #[command(after_long_help = service::MANAGER_HELP)]
+    Manager(Box<Manager>),
+    /// Run a node's agent: saves what the managers ask for
+    #[command(after_long_help = service::AGENT_HELP)]
+    Agent(Box<Agent>),
     /// Make a container, work in it, save it, unpack it, compare; then once more
     #[command(after_long_help = DEMO_HELP)]
     Demo,
@@ -175,6 +190,15 @@ pub(super) enum Verb {
         #[arg(value_hint = ValueHint::DirPath)]
         dir: Option<PathBuf>,
     },
+}
+
+/// `--log-format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum LogFormat {
+    /// A line for people
+    Text,
+    /// One JSON object a line
+    Json,
 }
 
 /// `--format`.
@@ -453,6 +477,8 @@ pub(super) struct Registry {
 
 const IMAGE_HELP: &str = "\
 Examples:
+  upperdeck image ls
+      The caller's images, as a manager shows them.
   upperdeck image ls harbor.example.org/alice
   upperdeck image ls --format json oci:/srv/images
   upperdeck image rm harbor.example.org/alice/notebook:monday";
@@ -469,6 +495,7 @@ pub(super) enum Image {
 
 const IMAGE_LS_HELP: &str = "\
 WHERE:
+  (nothing)                the caller's images, by way of a manager (--server)
   HOST[:PORT]              all repositories that the credentials see
   HOST[:PORT]/PROJECT      Harbor: the repositories of a project, and its quota
   HOST[:PORT]/PATH/        a plain registry: the repositories below PATH
@@ -485,13 +512,14 @@ JSON: one object with page, page_size, total (on all pages), quota ({limit, used
   repositories   [{name, images, pulls, updated}]
   images         [{digest, tags, size, media_type, architecture, created, pushed, pulled, labels (of the config),
                  annotations (of the manifest), marks (Harbor's labels), accessories}]
-What a place does not know is null. Sizes are compressed bytes, times RFC 3339.";
+What a place does not know is null. Sizes are compressed bytes, times RFC 3339.
+By way of a manager: an object as GET /api/v1/images has it.";
 
 #[derive(Debug, Args)]
 pub(super) struct ImageLs {
-    /// HOST[:PORT][/PATH] or oci:DIRECTORY
+    /// HOST[:PORT][/PATH] or oci:DIRECTORY [default: what a manager shows]
     #[arg(value_name = "WHERE")]
-    pub(super) place: String,
+    pub(super) place: Option<String>,
     /// Only what has TEXT in its name, or in one of its tags
     #[arg(long, value_name = "TEXT")]
     pub(super) search: Option<String>,
@@ -512,6 +540,8 @@ pub(super) struct ImageLs {
     pub(super) no_trunc: bool,
     #[command(flatten)]
     pub(super) registry: Registry,
+    #[command(flatten)]
+    pub(super) server: Server,
 }
 
 const IMAGE_RM_HELP: &str = "\
@@ -519,6 +549,8 @@ Examples:
   upperdeck image rm harbor.example.org/alice/notebook:monday
   upperdeck image rm --all-tags harbor.example.org/alice/notebook@sha256:88b852e0...
   upperdeck image rm oci:/srv/images:monday oci:/srv/images:tuesday
+  upperdeck image rm notebook:monday
+      By way of a manager (--server): NAME:TAG, without a host.
 
 A tag is deleted, and its image with it when that was the last one. An image that has other tags goes only with
 --all-tags. Registries before distribution 3 cannot delete one tag of several: that is said, and nothing deleted.
@@ -528,7 +560,7 @@ JSON: an array of {image, tags, digest, image_deleted, kept, space}.";
 
 #[derive(Debug, Args)]
 pub(super) struct ImageRm {
-    /// HOST/REPOSITORY:TAG, HOST/REPOSITORY@sha256:..., oci:DIRECTORY:TAG or oci:DIRECTORY@sha256:...
+    /// HOST/REPOSITORY:TAG, HOST/REPOSITORY@sha256:..., oci:DIRECTORY:TAG or oci:DIRECTORY@sha256:...; NAME:TAG of a manager
     #[arg(value_name = "IMAGE", required = true)]
     pub(super) images: Vec<String>,
     /// Delete the image, whatever other tags it has
@@ -539,6 +571,8 @@ pub(super) struct ImageRm {
     pub(super) format: Format,
     #[command(flatten)]
     pub(super) registry: Registry,
+    #[command(flatten)]
+    pub(super) server: Server,
 }
 
 /// The manager that is asked.
@@ -869,6 +903,13 @@ fn duration(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
     }
+    // A day of the calendar may have 23 hours; one that is waited has not.
+    let days = text
+        .strip_suffix('d')
+        .and_then(|days| days.parse::<u32>().ok());
+    if let Some(days) = days.filter(|days| *days > 0) {
+        return Ok(Duration::from_secs(u64::from(days) * 86_400));
+    }
     let parsed = text
         .parse::<jiff::SignedDuration>()
         .ok()
@@ -932,7 +973,9 @@ mod tests {
             ("500ms", Some(500)),
             ("2m", Some(120_000)),
             ("1m30s", Some(90_000)),
+            ("2d", Some(172_800_000)),
             ("0s", None),
+            ("0d", None),
             ("-1s", None),
             ("5", None),
             ("", None),
