@@ -100,7 +100,7 @@ async function start() {
       await new Promise((over) => setTimeout(over, 3000));
     }
   }
-  fill(who, named(me.user), me.administrator ? element("span", { class: "badge" }, t("administrator")) : null);
+  fill(who, me.user ? named(me.user) : null, me.administrator ? element("span", { class: "badge" }, t("administrator")) : null);
   show(false);
 }
 

@@ -20,11 +20,32 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** Gives an element other children, unless they look the same: what the focus or a screen reader is at stays. */
+/** An element alone; whether somebody has opened it does not count. */
+function shell(node) {
+  const bare = node.cloneNode(false);
+  if (bare.localName) bare.removeAttribute("open");
+  return bare;
+}
+
+/** Changes what differs and nothing else. */
+function settle(old, fresh) {
+  const before = [...old.childNodes];
+  const after = [...fresh.childNodes];
+  after.forEach((node, at) => {
+    const was = before[at];
+    if (!was) old.append(node);
+    else if (was.isEqualNode(node)) return;
+    else if (was.localName && shell(was).isEqualNode(shell(node))) settle(was, node);
+    else was.replaceWith(node);
+  });
+  for (const node of before.slice(after.length)) node.remove();
+}
+
+/** Gives an element other children: what stays the same keeps the focus, and stays open where somebody opened it. */
 export function fill(parent, ...children) {
   const fresh = parent.cloneNode(false);
   append(fresh, children);
-  if (!fresh.isEqualNode(parent)) parent.replaceChildren(...fresh.childNodes);
+  settle(parent, fresh);
 }
 
 /** What a person or another program has named, apart from the direction of what is around it. */

@@ -23,7 +23,7 @@ export function quotaBar(quota) {
     share > 0.9 ? element("p", { class: "wrong" }, t("quota.full")) : null);
 }
 
-async function remove(image, tag, done) {
+async function remove(image, tag, me, done) {
   const last = image.tags.length === 1;
   const others = image.tags.filter((other) => other !== tag).map((other) => other.name);
   const body = [
@@ -37,7 +37,7 @@ async function remove(image, tag, done) {
   const what = `${image.name}:${tag.name}`;
   if (!await ask(sentence("delete.title", { image: named(what) }), body, t("delete.yes"))) return;
   try {
-    await insist("DELETE", path("images", image.name, "tags", tag.name));
+    await insist("DELETE", path("images", image.name, "tags", tag.name), { query: { user: me.administrator ? image.user : null } });
     done(t("deleted", { image: what }));
   } catch (error) {
     if (error instanceof Refused && error.status === 404) return done(t("deleted.before", { image: what }));
@@ -71,7 +71,7 @@ function row(first, me, done) {
         copier(tag.reference),
         tag.immutable ? element("span", { class: "dim" }, t("immutable"))
           : element("button", { type: "button", class: "quiet danger", "aria-label": t("delete.what", { image: `${image.name}:${tag.name}` }),
-            click: () => remove(image, tag, done) }, t("delete"))),
+            click: () => remove(image, tag, me, done) }, t("delete"))),
       update() {},
     }));
   };
@@ -89,6 +89,7 @@ export function view(main, signal, me, heading) {
   const search = element("input", { type: "search", id: "find-image", autocomplete: "off" });
   const sort = choice("sort", t("sort"), "sort", ["updated", "name", "size"]);
   const category = choice("category", t("category"), "category", ["", "cpu", "gpu"]);
+  const all = element("input", { type: "checkbox", id: "everyone", checked: !me.user });
   const error = element("div", { class: "alert" });
   const count = element("p", { class: "dim", role: "status" });
   const list = element("div", { class: "cards" });
@@ -97,14 +98,16 @@ export function view(main, signal, me, heading) {
   const where = element("span", { class: "dim" });
   const pages = element("nav", { class: "pages", "aria-label": t("pages"), hidden: true }, back, where, on);
   main.append(room, element("form", { class: "tools", role: "search", submit: (event) => event.preventDefault() },
-    element("div", { class: "field grow" }, element("label", { for: "find-image" }, t("images.search")), search), sort.element, category.element),
+    element("div", { class: "field grow" }, element("label", { for: "find-image" }, t("images.search")), search), sort.element, category.element,
+  me.administrator && me.user ? element("div", { class: "check" }, all, element("label", { for: "everyone" }, t("images.everyone"))) : null),
   error, count, list, pages);
 
   let page = 1;
   const run = repeat(30_000, signal, async () => {
     get("quota").then((quota) => fill(room, quotaBar(quota)), () => {});
     try {
-      const query = { page, page_size: PAGE, search: search.value.trim(), sort: sort.select.value, category: category.select.value };
+      const query = { page, page_size: PAGE, search: search.value.trim(), sort: sort.select.value, category: category.select.value,
+        user: me.administrator && !all.checked ? me.user : null };
       const found = await get("images", query);
       if (!found.images.length && page > 1) {
         page = 1;
@@ -130,7 +133,7 @@ export function view(main, signal, me, heading) {
   };
   let typed;
   const changed = () => { page = 1; clearTimeout(typed); typed = setTimeout(run, 250); };
-  for (const [control, event] of [[search, "input"], [sort.select, "change"], [category.select, "change"]]) control.addEventListener(event, changed);
+  for (const [control, event] of [[search, "input"], [sort.select, "change"], [category.select, "change"], [all, "change"]]) control.addEventListener(event, changed);
   const turn = (by) => { page += by; run(); look(heading); };
   back.addEventListener("click", () => turn(-1));
   on.addEventListener("click", () => turn(1));

@@ -7,8 +7,10 @@ import { has, t } from "./language.js";
 
 // Browsers open six connections to a host over HTTP/1.1, for all tabs: streams must leave room for calls.
 const STREAMS = 2;
-// A stream that says nothing for so long may be one that a closed lid has cut.
-const SILENCE = 10_000;
+// A stream says something every 8 s; one that is silent for so long has been cut, and the browser does not know.
+const SILENCE = 20_000;
+// A clock that jumps: the machine has slept.
+const SLEPT = 8_000;
 const ASK_EVERY = 3_000;
 const ASK_UNSEEN = 20_000;
 
@@ -63,9 +65,7 @@ function open(entry) {
   });
   source.addEventListener("progress", (event) => {
     entry.heard = Date.now();
-    const said = JSON.parse(event.data);
-    const progress = said.progress ?? (said.bytes_total === undefined ? entry.save.progress : said);
-    take({ ...entry.save, progress, place: said.place ?? entry.save.place, phase: said.phase ?? entry.save.phase });
+    take(JSON.parse(event.data));
   });
   source.addEventListener("error", () => {
     // The browser tries again by itself, from the last event on; it gives up when the answer is no stream.
@@ -103,8 +103,11 @@ function follow() {
   }
 }
 
+let ticked = Date.now();
 setInterval(() => {
   const now = Date.now();
+  if (now - ticked > SLEPT) refresh();
+  ticked = now;
   for (const entry of known.values()) {
     if (over(entry.save)) continue;
     const silent = now - entry.heard > SILENCE;

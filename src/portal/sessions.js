@@ -112,10 +112,13 @@ function card(first, me, again) {
 
   const refused = async (caught) => {
     if (caught instanceof Refused && caught.code === "conflict" && caught.save) {
-      // Another tab, or somebody else, was first: that save is as good.
-      take(await get(path("saves", caught.save)));
-      announce(t("save.already"));
-      return;
+      const other = await get(path("saves", caught.save));
+      if (other.session === session.id) {
+        // Another tab was first: that save is as good.
+        take(other);
+        announce(t("save.already"));
+        return;
+      }
     }
     const wrong = { "image.name": name, "image.tag": tag, message }[caught.field];
     if (wrong) {

@@ -650,7 +650,7 @@ async fn events(Given(world): Given<Shared>, headers: HeaderMap, Path(id): Path<
                     .json_data(&save)
             } else if told != save.progress {
                 told = save.progress;
-                Event::default().event("progress").json_data(save.progress)
+                Event::default().event("progress").json_data(&save)
             } else {
                 tokio::time::sleep(STEP).await;
                 continue;

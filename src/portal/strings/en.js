@@ -150,6 +150,7 @@ export default {
   "quota.unbounded": "{used} used in {scope}",
   "quota.full": "Little room is left. Delete images that you no longer need.",
   "images.search": "Find an image",
+  "images.everyone": "Everyone’s images",
   "images.none": "There are no images yet. Save a session, and it appears here.",
   "images.no-match": "No image matches.",
   "images.count.one": "{n} image",

@@ -147,6 +147,7 @@ export default {
   "quota.unbounded": "{scope}에서 {used} 사용",
   "quota.full": "공간이 얼마 남지 않았습니다. 필요 없는 이미지를 삭제하십시오.",
   "images.search": "이미지 찾기",
+  "images.everyone": "모든 사용자의 이미지",
   "images.none": "아직 이미지가 없습니다. 세션을 저장하면 여기에 나타납니다.",
   "images.no-match": "일치하는 이미지가 없습니다.",
   "images.count.other": "이미지 {n}개",
