@@ -396,7 +396,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
     {
-        let foreign = ["--release", "--path", "--against"].contains(&flag);
+        let foreign = ["--release", "--path", "--against", "--now"].contains(&flag);
         assert!(
             foreign
                 || [
@@ -548,5 +548,37 @@ fn what_the_service_cannot_do_without_is_named() -> Outcome {
         "{said}"
     );
     assert!(!said.contains("secret"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn the_settings_that_we_hand_out_are_understood() -> Outcome {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/upperdeck.toml");
+    for verb in ["manager", "agent"] {
+        let output = upperdeck(&[verb, "--config", file, "--print-config"])?;
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        let printed = text(&output.stdout);
+        assert!(printed.contains("running_per_user = 2    # /"), "{printed}");
+    }
+    // Every flag in the units and in the compose file is one.
+    let help = ["manager", "agent"].map(|verb| upperdeck(&[verb, "--help"]));
+    let help: String = help
+        .into_iter()
+        .map(|output| output.map(|output| text(&output.stdout)))
+        .collect::<Result<_, _>>()?;
+    let handed_out = concat!(
+        include_str!("../deploy/upperdeck-manager.service"),
+        include_str!("../deploy/upperdeck-agent.service"),
+        include_str!("../deploy/compose.yaml")
+    );
+    let flags: Vec<&str> = handed_out
+        .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
+        .filter(|word| word.starts_with("--") && word.len() > 3)
+        .collect();
+    assert!(flags.len() > 10, "{flags:?}");
+    for flag in flags {
+        let foreign = ["--requirepass", "--appendonly"].contains(&flag);
+        assert!(foreign || help.contains(flag), "{flag}");
+    }
     Ok(())
 }

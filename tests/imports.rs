@@ -54,7 +54,7 @@ const TABLE: [(&str, &[&str]); 26] = [
     ("record", &["job"]),
     (
         "agent",
-        &["cancel", "container", "digest", "freeze", "job", "queue"],
+        &["cancel", "container", "freeze", "job", "queue", "scan"],
     ),
     ("portal", &["job"]),
     (

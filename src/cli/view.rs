@@ -67,17 +67,6 @@ impl ContainerView {
     }
 }
 
-/// The word that JSON has for it, too.
-fn runtime_name(runtime: Runtime) -> &'static str {
-    match runtime {
-        Runtime::Containerd => "containerd",
-        Runtime::Docker => "docker",
-        Runtime::Podman => "podman",
-        Runtime::Crio => "crio",
-        Runtime::Process => "process",
-    }
-}
-
 /// `ps` as a table.
 pub fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
     let header = [
@@ -90,7 +79,7 @@ pub fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
     ];
     let row = |view: &ContainerView| {
         vec![
-            runtime_name(view.runtime).to_owned(),
+            view.runtime.name().to_owned(),
             if no_trunc {
                 view.id.clone()
             } else {
@@ -222,7 +211,7 @@ impl InspectView {
         let mut rows: Vec<[String; 2]> = Vec::new();
         let mut add = |name: &str, value: String| rows.push([name.to_owned(), value]);
         add("ID", container.id.clone());
-        add("Runtime", runtime_name(container.runtime).to_owned());
+        add("Runtime", container.runtime.name().to_owned());
         add("Name", container.name());
         add("PID", container.pid.to_string());
         add(

@@ -43,6 +43,19 @@ pub enum Runtime {
     Process,
 }
 
+impl Runtime {
+    /// Its word in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Containerd => "containerd",
+            Self::Docker => "docker",
+            Self::Podman => "podman",
+            Self::Crio => "crio",
+            Self::Process => "process",
+        }
+    }
+}
+
 /// The pod that a container belongs to, as the runtime (not the pod) wrote it down.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Pod {
@@ -200,4 +213,10 @@ pub fn prove_base(roots: &Roots, container: &Container) -> Result<Base, Error> {
             ],
         }),
     }
+}
+
+/// When a process of this program's own PID namespace was started, in clock ticks since boot; none where there is none, or
+/// only its zombie.
+pub fn process_start(pid: u32) -> Option<u64> {
+    process::start_of(&Roots::default(), pid).ok().flatten()
 }

@@ -150,6 +150,58 @@ pub struct Save {
     pub version: u64,
 }
 
+/// `GET /api/v1/saves/{id}/audit`, for administrators.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Audit {
+    /// The first one first.
+    pub transitions: Vec<AuditLine>,
+}
+
+/// A transition of a save.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AuditLine {
+    /// The version of the save that it led to.
+    pub version: u64,
+    /// When.
+    pub at: String,
+    /// None: it was asked for.
+    pub from: Option<State>,
+    /// Equal to `from` where only a wish was written down.
+    pub to: State,
+    /// The number of the order.
+    pub attempt: u32,
+    /// The highest fencing token heard of then.
+    pub fence: u64,
+    /// `token:NAME`, `jwt:USER`, `proxy:USER`, `node:NAME`, `manager:NAME`.
+    pub actor: String,
+    /// Why; may be empty.
+    pub detail: String,
+}
+
+/// `DELETE /api/v1/images/{name}/tags/{tag}`: DEL.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Deleted {
+    /// Tags that are gone.
+    pub tags: Vec<String>,
+    /// Digest of the image that had the tag.
+    pub digest: String,
+    /// Whether the image is gone, too: it was its last tag.
+    pub image_deleted: bool,
+    /// Tags that the image keeps.
+    pub kept: Vec<String>,
+    /// What becomes of the space, as a sentence.
+    pub space: String,
+}
+
+/// `/readyz`, and `/healthz`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// Whether it serves.
+    pub ready: bool,
+    /// What is missing: `record`, `queue`, each with a reason.
+    pub missing: Vec<String>,
+}
+
 /// How far a save is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Progress {
