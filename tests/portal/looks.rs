@@ -12,9 +12,9 @@ use crate::standin::{Standin, World};
 fn furnish(standin: &Standin) {
     let mut world = standin.world();
     world.me.administrator = true;
-    world.ended(1, State::Succeeded, None, 90_000);
-    let failed = world.ended(1, State::Failed, Some(Code::QuotaExceeded), 4_000);
+    let failed = world.ended(1, State::Failed, Some(Code::QuotaExceeded), 90_000);
     world.dead.push(failed.id);
+    world.ended(1, State::Succeeded, None, 4_000);
     world.ended(0, State::Cancelled, None, 7_000);
     world.nodes = vec![
         World::node("cpu-11", true),
@@ -55,7 +55,7 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
     )?;
     standin.world().hold_at = None;
     browser.click("article:nth-of-type(2) form button.main")?;
-    browser.see("8.9")?;
+    browser.until("the end", "return !document.querySelector('progress') && [...document.querySelectorAll('.last time')].at(-1).textContent.match(/just now|방금/)", json!([]))?;
     each("saved")?;
     for (view, count) in [("images", 3), ("history", 3), ("operations", 1)] {
         browser.go(&standin.url(view))?;

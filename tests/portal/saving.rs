@@ -411,3 +411,43 @@ fn the_keyboard_alone_does_everything() -> Outcome {
     browser.see("Asked for")?;
     assert_clean(&browser, &standin)
 }
+
+#[test]
+fn an_administrator_puts_back_what_failed_for_good() -> Outcome {
+    let Some((browser, standin)) = begin(&Look::default())? else {
+        return Ok(());
+    };
+    {
+        let mut world = standin.world();
+        world.me.administrator = true;
+        let failed = world.ended(0, State::Failed, Some(Code::RegistryUnavailable), 600);
+        world.dead.push(failed.id);
+        world.hold_at = Some(0.3);
+        world
+            .nodes
+            .push(crate::standin::World::node("gpu-03", false));
+    }
+    browser.go(&standin.url("operations"))?;
+    browser.see("Not heard of")?;
+    browser.click("section:last-of-type .entry > summary")?;
+    browser.click("section:last-of-type .inside > button")?;
+    browser.see("Nothing here. Good.")?;
+    let under_way =
+        "return document.querySelectorAll('section:nth-of-type(2) .entry').length === 1";
+    browser.until("the save under way", under_way, json!([]))?;
+    assert!(standin.world().dead.is_empty());
+    browser.click("section:nth-of-type(2) .entry > summary")?;
+    browser.see("attempt 2")?;
+    // What somebody opened stays open while the list is read again.
+    browser.run(
+        "window.open_one = document.querySelector('section:nth-of-type(2) .entry')",
+        json!([]),
+    )?;
+    standin.world().nodes[0].alive = true;
+    browser.see("Well")?;
+    assert_eq!(
+        browser.run("return open_one.isConnected && open_one.open", json!([]))?,
+        true
+    );
+    assert_clean(&browser, &standin)
+}
