@@ -5,16 +5,9 @@
     reason = "what a test's helpers unwrap fails the test, as it should"
 )]
 
-#[allow(dead_code, reason = "the service needs a part of it")]
-#[path = "../e2e/host/mod.rs"]
-mod host;
-#[path = "../support/mod.rs"]
-mod support;
-
 mod browser;
 mod delivery;
 mod looks;
-mod real;
 mod saving;
 mod standin;
 mod words;

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::browser::{Browser, Look, Outcome, missing};
 use crate::host::containerd::{Containerd, Pod, PodOptions};
 use crate::host::image::{Base, Format, base};
+use crate::host::redis::Redis;
 use crate::host::registry::Registry;
 use crate::host::{Daemon, Roots, Scratch, wait_until};
 use crate::support::{Need, ignored};
@@ -31,7 +32,7 @@ fn port() -> Outcome<u16> {
 struct Centre {
     agent: Daemon,
     manager: Daemon,
-    _redis: Daemon,
+    _redis: Redis,
     containerd: Containerd,
     registry: Registry,
     manager_port: u16,
@@ -76,22 +77,8 @@ impl Centre {
         let containerd = Containerd::start(&scratch, &registry)?;
         let roots = containerd.roots(&scratch);
 
-        let redis_port = port()?;
-        let mut redis = Daemon::start(
-            Command::new("redis-server")
-                .args(["--bind", "127.0.0.1", "--save", "", "--port"])
-                .arg(redis_port.to_string())
-                .arg("--dir")
-                .arg(scratch.dir("redis")?),
-            scratch.path().join("redis.log"),
-        )?;
-        redis.wait_for(|redis| {
-            redis
-                .log()
-                .contains("Ready to accept connections")
-                .then_some(())
-        })?;
-        let redis_url = format!("redis://127.0.0.1:{redis_port}");
+        let redis = Redis::start(&scratch)?;
+        let redis_url = redis.url();
 
         std::fs::write(
             scratch.path().join("key"),
