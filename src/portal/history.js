@@ -56,7 +56,7 @@ export function view(main, signal, me) {
   const run = repeat(20_000, signal, async () => {
     try {
       const first = await get("saves", query());
-      for (const save of first.saves) if (!over(save) || latest(save.id)) take(save);
+      for (const save of first.saves) if ((!over(save) && save.user === me.user) || latest(save.id)) take(save);
       // Pages that were asked for stay below the first.
       const oldest = first.saves.at(-1);
       const below = first.next && saves.length > PAGE ? saves.filter((save) => save.id < oldest.id) : [];

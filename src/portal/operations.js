@@ -4,7 +4,7 @@ import { Lost, Refused, get, insist, path, repeat } from "./api.js";
 import { announce, element, fill, follow, named } from "./element.js";
 import { number, percent, when } from "./format.js";
 import { t } from "./language.js";
-import { changes, image, over, take, words } from "./saves.js";
+import { changes, image, latest, over, take, words } from "./saves.js";
 import { entry } from "./history.js";
 
 const COLUMNS = ["node", "alive", "sessions", "running", "waiting", "load", "slots", "heard"];
@@ -74,6 +74,7 @@ export function view(main, signal, me) {
       part(async () => {
         const pages = await Promise.all(["running", "assigned", "queued"].map((state) => get("saves", { state, limit: 100 })));
         const seen = new Map(pages.flatMap((page) => page.saves).filter((save) => !over(save)).map((save) => [save.id, save]));
+        for (const save of seen.values()) if (latest(save.id)) take(save);
         follow(queue, [...seen.values()], (save) => save.id, (save) => entry(save, me));
         fill(idle, seen.size ? "" : t("queue.none"));
       }, idle),

@@ -7,12 +7,15 @@ import { has, t } from "./language.js";
 
 // Browsers open six connections to a host over HTTP/1.1, for all tabs: streams must leave room for calls.
 const STREAMS = 2;
-// A stream says something every 8 s; one that is silent for so long has been cut, and the browser does not know.
-const SILENCE = 20_000;
+// A stream says something every 8 s. When it does not, the page asks; when it stays silent, it has been cut, and the browser
+// does not know.
+const QUIET = 10_000;
+const CUT = 20_000;
 // A clock that jumps: the machine has slept.
 const SLEPT = 8_000;
 const ASK_EVERY = 3_000;
 const ASK_UNSEEN = 20_000;
+const ASK_AT_ONCE = 3;
 
 export const over = (save) => ["succeeded", "failed", "cancelled"].includes(save.state);
 export const image = (save) => `${save.name}:${save.tag}`;
@@ -27,12 +30,20 @@ export function take(save) {
   if (!entry) known.set(save.id, (entry = { save, heard: 0, asked: Date.now() }));
   else if (save.version < entry.save.version) return entry.save;
   else {
-    tell(entry.save, save);
-    entry.save = save;
+    const before = entry.save;
+    entry.save = save.version === before.version ? settled(before, save) : save;
+    tell(before, entry.save);
   }
   changes.dispatchEvent(new CustomEvent("change", { detail: entry.save }));
   follow();
   return entry.save;
+}
+
+/** Of the same version: an answer that was overtaken by an event does not turn the bar back. */
+function settled(before, save) {
+  const { progress } = before;
+  const overtaken = progress && progress.bytes_total === save.progress?.bytes_total && progress.bytes_done > save.progress.bytes_done;
+  return { ...save, progress: overtaken ? progress : save.progress, place: save.state === "queued" ? save.place ?? before.place : save.place };
 }
 
 export const latest = (id) => known.get(id)?.save;
@@ -58,7 +69,6 @@ function open(entry) {
   const { id } = entry.save;
   const source = new EventSource(address(`${path("saves", id)}/events`));
   entry.source = source;
-  entry.heard = Date.now();
   source.addEventListener("save", (event) => {
     entry.heard = Date.now();
     take(JSON.parse(event.data));
@@ -108,13 +118,14 @@ setInterval(() => {
   const now = Date.now();
   if (now - ticked > SLEPT) refresh();
   ticked = now;
-  for (const entry of known.values()) {
-    if (over(entry.save)) continue;
-    const silent = now - entry.heard > SILENCE;
-    if (silent && entry.source) close(entry);
-    const every = document.hidden ? ASK_UNSEEN : ASK_EVERY;
-    if (silent && now - entry.asked > every) lookAgain(entry);
-  }
+  const every = document.hidden ? ASK_UNSEEN : ASK_EVERY;
+  const due = [...known.values()].filter((entry) => {
+    if (over(entry.save) || now - entry.heard <= QUIET) return false;
+    if (entry.source && now - entry.opened > CUT) close(entry);
+    return now - entry.asked > every;
+  });
+  // However many there are: the service has more to do than to answer one page.
+  due.sort((a, b) => a.asked - b.asked).slice(0, ASK_AT_ONCE).forEach(lookAgain);
   follow();
   title();
 }, 1000);
@@ -125,9 +136,9 @@ function refresh() {
   for (const entry of known.values()) {
     if (over(entry.save)) continue;
     close(entry);
-    entry.opened = 0;
-    lookAgain(entry);
+    entry.opened = entry.asked = entry.heard = 0;
   }
+  [...known.values()].filter((entry) => !over(entry.save)).slice(0, ASK_AT_ONCE).forEach(lookAgain);
 }
 document.addEventListener("visibilitychange", refresh);
 window.addEventListener("online", refresh);

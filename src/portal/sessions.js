@@ -245,7 +245,7 @@ export function view(main, signal, me) {
       const [now, before] = await Promise.all([get("sessions"), get("saves", { limit: 100 })]);
       sessions = now.sessions;
       saves = before.saves;
-      for (const save of saves) if (!over(save) || latest(save.id)) take(save);
+      for (const save of saves) if ((!over(save) && save.user === me.user) || latest(save.id)) take(save);
       draw();
     } catch (error) {
       if (!rows().length) {
