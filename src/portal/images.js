@@ -10,7 +10,7 @@ import { badges } from "./sessions.js";
 const PAGE = 50;
 
 /** Used of what there is. */
-export function quotaBar(quota) {
+function quotaBar(quota) {
   if (typeof quota.used !== "number") return [];
   if (typeof quota.hard !== "number") return element("p", { class: "dim" }, sentence("quota.unbounded", { used: bytes(quota.used), scope: named(quota.scope) }));
   const share = quota.hard > 0 ? quota.used / quota.hard : 1;

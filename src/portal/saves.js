@@ -168,7 +168,7 @@ function share({ progress }) {
   return progress?.bytes_total ? Math.min(1, progress.bytes_done / progress.bytes_total) : 0;
 }
 
-export async function cancel(save) {
+async function cancel(save) {
   const yes = await ask(t("cancel.title", { image: image(save) }), element("p", {}, t("cancel.body")), t("cancel.yes"), t("cancel.no"));
   if (!yes) return;
   try {
@@ -199,7 +199,7 @@ export function failure(save) {
 }
 
 /** What the user should know of a save that succeeded. */
-export const remarks = (save) => save.warnings?.length
+const remarks = (save) => save.warnings?.length
   ? element("details", { class: "remarks" },
     element("summary", {}, t("warnings", { n: save.warnings.length })),
     element("ul", {}, save.warnings.map((warning) => element("li", { lang: "en" }, named(warning.message)))))

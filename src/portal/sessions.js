@@ -9,7 +9,7 @@ import { changes, failure, image, latest, outcome, over, running, take, trouble,
 const NAME = /^[a-z0-9]+(?:[._-][a-z0-9]+|__[a-z0-9]+|-+[a-z0-9]+)*$/;
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
 
-export const title = (session) => session.pod ?? session.container ?? session.id.slice(0, 12);
+const title = (session) => session.pod ?? session.container ?? session.id.slice(0, 12);
 
 export const badges = (item) => [
   item.kind && item.kind !== "other" ? element("span", { class: "badge" }, t(`kind.${item.kind}`)) : null,
@@ -65,7 +65,7 @@ function field(id, label, hint, input) {
   return { input, complain, element: element("div", { class: "field" }, element("label", { for: id }, label), input, wrong, element("p", { id: `${id}-hint`, class: "dim" }, hint)) };
 }
 
-function card(first, me, again) {
+function card(first, me) {
   let session = first;
   let save = null;
   let shown = null;
@@ -199,7 +199,7 @@ function card(first, me, again) {
     // What this page was told meanwhile may be newer than the list.
     const best = [newest, mine].filter(Boolean).sort((a, b) => (a.created < b.created ? 1 : -1))[0] ?? null;
     show(best ? latest(best.id) ?? best : null);
-    if (now.save && !latest(now.save)) get(path("saves", now.save)).then(take, again);
+    if (now.save && !latest(now.save)) get(path("saves", now.save)).then(take, () => {});
   };
   return { element: block, update, show, of: (one) => one.session === session.id && (!save || one.id === save.id || one.created >= save.created) };
 }
@@ -227,7 +227,7 @@ export function view(main, signal, me) {
       !word || [session.pod, session.namespace, session.container, session.image, session.node, session.owner].some((text) => text?.toLowerCase().includes(word)));
     tools.hidden = sessions.length < 4 && !(me.administrator && sessions.length > mine.length);
     follow(list, found, (session) => session.id, (session) => {
-      const row = card(session, me, () => {});
+      const row = card(session, me);
       return { ...row, update: (now) => row.update(now, saves) };
     });
     // A save may outlive its session's place in the list: it must not vanish from sight.
