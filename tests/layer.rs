@@ -20,6 +20,7 @@ fn scan(upper: &Path) -> Result<Scan> {
         data_only: Vec::new(),
         lowers_known: false,
         namespace: Namespace::User,
+        volume: None,
     };
     let exclusions = Exclusions::new(Rules::default())?;
     Ok(Scan::new(

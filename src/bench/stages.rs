@@ -62,6 +62,7 @@ impl Source {
                     } else {
                         Namespace::User
                     },
+                    volume: None,
                 };
                 let exclusions = rules.exclusions(&[]).map_err(commit::Error::from)?;
                 let options = scan::Options {

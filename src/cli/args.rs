@@ -332,6 +332,9 @@ pub(super) struct Commit {
 
     #[command(flatten)]
     pub(super) content: Content,
+    /// Save what is in the volume that is mounted at PATH in the container, too, in a layer of its own; may be repeated
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
+    pub(super) include_volume: Vec<PathBuf>,
     /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
     /// by side; 0 for never [default: 4G where there are more than 8G]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]

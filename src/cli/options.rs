@@ -117,6 +117,7 @@ impl Commit {
             jobs: args.content.jobs.map(Into::into),
             layer_size: args.layer_size,
             rules,
+            volumes: args.include_volume,
             base: args.base,
             timestamp: args.content.timestamp,
             metadata_file: args.metadata_file,

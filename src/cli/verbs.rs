@@ -155,6 +155,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         } else {
             Namespace::Trusted
         },
+        volume: None,
     };
     let scan = scan::Options {
         jobs,

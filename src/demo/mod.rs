@@ -527,6 +527,7 @@ fn save(
             include_caches: false,
             caps: Caps::default(),
         },
+        volumes: Vec::new(),
         base: Some(base),
         timestamp: None,
         metadata_file: None,

@@ -96,16 +96,17 @@ fn weight(entry: &Entry) -> u64 {
     }
 }
 
-/// Which way the contents of `plan` can be kept in at most `limit` bytes of memory.
+/// Which way the contents of `plans` can be kept in at most `limit` bytes of memory together.
 ///
 /// Whether there are clones is found out by trying, on a file without a name.
-pub fn way(plan: &Plan, limit: u64) -> Way {
-    let files = || {
-        plan.items()
-            .iter()
-            .filter(|item| plan.content_size(item) > 0)
+pub fn way(plans: &[Plan], limit: u64) -> Way {
+    let weights_of = |plan: &Plan| -> Vec<u64> {
+        let items = plan.items().iter();
+        let files = items.filter(|item| plan.content_size(item) > 0);
+        files.map(|item| weight(plan.entry(item))).collect()
     };
-    let weights = || files().map(|item| weight(plan.entry(item)));
+    let by_plan: Vec<Vec<u64>> = plans.iter().map(weights_of).collect();
+    let weights = || by_plan.iter().flatten().copied();
     let opening = |count: usize| count as u64 * OPENING;
     if weights().sum::<u64>() + opening(weights().count()) <= limit {
         return Way::Memory;
@@ -114,7 +115,11 @@ pub fn way(plan: &Plan, limit: u64) -> Way {
     let large = weights().filter(|&size| size > SMALL).count() as u64;
     if small + opening(weights().count()) <= limit
         && large <= descriptors()
-        && can_clone(plan.scan())
+        && plans
+            .iter()
+            .zip(&by_plan)
+            .filter(|(_, weights)| weights.iter().any(|&size| size > SMALL))
+            .all(|(plan, _)| can_clone(plan.scan()))
     {
         Way::Clones
     } else {

@@ -256,6 +256,7 @@ fn can_clone(dir: &Path) -> Result<bool> {
         data_only: Vec::new(),
         lowers_known: false,
         namespace: Namespace::Trusted,
+        volume: None,
     };
     let never = AtomicBool::new(false);
     let options = scan::Options {

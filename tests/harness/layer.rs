@@ -150,6 +150,7 @@ pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan
         data_only: source.data_only.clone(),
         lowers_known: source.lowers_known,
         namespace: source.namespace,
+        volume: None,
     };
     let cancel = AtomicBool::new(false);
     let options = Options {
