@@ -70,8 +70,13 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
 /// A whiteout is D, what the base has C, anything else A.
 pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
     let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
-    let scan =
-        commit::Rules::default().scan(&container, None, commit::cores(), &Cancel::default())?;
+    let scan = commit::Rules::default().scan(
+        &container,
+        &[],
+        None,
+        commit::cores(),
+        &Cancel::default(),
+    )?;
     let lines = scan.emitted().map(|index| {
         let entry = &scan.entries()[index as usize];
         let change = match entry.kind {

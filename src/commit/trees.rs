@@ -83,7 +83,7 @@ pub(super) fn scan_all(
     cancel: &crate::cancel::Cancel,
 ) -> Result<Vec<Scan>, Error> {
     let before = |tree: usize| earlier.and_then(|earlier| earlier.get(tree)).map(|s| &**s);
-    let mut scans = vec![rules.scan(container, before(0), jobs, cancel)?];
+    let mut scans = vec![rules.scan(container, volumes, before(0), jobs, cancel)?];
     for (tree, volume) in (1..).zip(volumes) {
         scans.push(rules.scan_volume(container, volume, before(tree), jobs, cancel)?);
     }
@@ -146,10 +146,16 @@ pub(super) fn changes(known: &[Known], now: &[Arc<Scan>]) -> Option<Vec<Arc<Scan
         return None;
     }
     let changes = |(known, now): (&Known, &Arc<Scan>)| {
-        let changes = now.changes_since(&known.scan, &|index| known.unsure[index as usize]);
-        changes.map(Arc::new)
+        now.changes_since(&known.scan, &|index| known.unsure[index as usize])
     };
-    known.iter().zip(now).map(changes).collect()
+    let changes = known.iter().zip(now).map(changes);
+    let mut changes = changes.collect::<Option<Vec<Scan>>>()?;
+    if let Some((upper, volumes)) = changes.split_first_mut() {
+        for volume in volumes {
+            volume.leave_to(upper);
+        }
+    }
+    Some(changes.into_iter().map(Arc::new).collect())
 }
 
 /// A layout for each.

@@ -25,8 +25,17 @@ pub struct Rules {
 impl Rules {
     /// What must not get in, where `mounts` are mounted.
     pub fn exclusions(&self, mounts: &[Vec<u8>]) -> Result<Exclusions, scan::PatternError> {
+        self.exclusions_but(mounts, &[])
+    }
+
+    fn exclusions_but(
+        &self,
+        mounts: &[Vec<u8>],
+        saved: &[Vec<u8>],
+    ) -> Result<Exclusions, scan::PatternError> {
         Exclusions::new(scan::Rules {
             mounts,
+            saved,
             user: &self.exclude,
             credentials: !self.include_credentials,
             caches: !self.include_caches,
@@ -35,18 +44,23 @@ impl Rules {
         })
     }
 
-    /// Scans the container's upper directory.
+    /// Scans the container's upper directory, of which `volumes` are saved, too.
     ///
     /// From nothing, or again where there is an earlier scan.
     pub fn scan(
         &self,
         container: &Container,
+        volumes: &[Volume],
         earlier: Option<&Scan>,
         jobs: usize,
         cancel: &Cancel,
     ) -> Result<Scan, Error> {
         let mounts = destinations(container, |_| true);
-        let exclusions = self.exclusions(&mounts)?;
+        let saved: Vec<Vec<u8>> = volumes
+            .iter()
+            .map(|volume| volume.opened.at().to_vec())
+            .collect();
+        let exclusions = self.exclusions_but(&mounts, &saved)?;
         self.scan_roots(container, None, &exclusions, earlier, jobs, cancel)
     }
 

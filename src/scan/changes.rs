@@ -81,6 +81,25 @@ impl Scan {
         Some(comparison.scan())
     }
 
+    /// Takes everything out of the changes of a volume that are none but of directories above it, where those of the
+    /// tree that they belong to have them as well.
+    pub fn leave_to(&mut self, tree: &Scan) {
+        let mut directories = None;
+        let told = |index: u32| {
+            let directories = directories.get_or_insert_with(|| {
+                let emitted = tree.emitted();
+                let there = emitted.filter(|&at| tree.entries[at as usize].kind == Kind::Dir);
+                there.map(|at| tree.path(at)).collect::<HashSet<_>>()
+            });
+            index < self.above && directories.contains(&self.path(index))
+        };
+        if self.emitted().all(told) {
+            for entry in &mut self.entries {
+                entry.flags.set(Flags::SILENT);
+            }
+        }
+    }
+
     /// Whether an entry's stamps show every change that came after this scan.
     pub fn settled(&self, entry: &Entry) -> bool {
         entry.root != 0 || self.clock.settles(entry.ctime, entry.ctime_nsec)
@@ -250,7 +269,7 @@ impl Comparison<'_> {
         ) {
             // A directory above what was scanned is another layer's; here only what it looks like.
             (false, Some(was), false, Some(is)) if now < self.now.above => {
-                let looks = |e: &Entry| (e.mode, e.uid, e.gid);
+                let looks = |e: &Entry| (e.mode, e.uid, e.gid, e.mtime);
                 self.take[now as usize] |=
                     looks(&was) != looks(&is) || self.now.xattrs(&is) != self.earlier.xattrs(&was);
                 return Ok(Some(self.pair(before, now)));
