@@ -13,7 +13,7 @@ use crate::destination::{Destination, Target};
 use crate::digest::{ChainId, Digest};
 use crate::manifest;
 use crate::scan::Stored;
-use crate::state::{Description, Layer, Lock, Store, Unusable};
+use crate::state::{Description, Kept, Layer, Lock, Store, Unusable};
 
 /// How often a save that waits for another of the same container looks.
 const WAIT: Duration = Duration::from_millis(100);
@@ -67,32 +67,31 @@ pub(super) async fn find(
     let granted = Granted::of(options);
     earlier.fingerprint = fingerprint(&granted, container, volumes, base, earlier.upper_inode)?;
     earlier.lock = lock(context, &store, container).await;
-    let kept = store.load(&container.id);
+    let last = match options.full {
+        true => Last::Nothing,
+        false => Last::of(
+            &store,
+            container,
+            base,
+            earlier.fingerprint,
+            options.max_layers,
+        ),
+    };
     earlier.store = Some(store);
     let full = |why: &str| context.warn("full_save", format!("everything is saved anew: {why}"));
-    let kept = match kept {
-        _ if options.full => return Ok(earlier),
-        Err(Unusable::Absent) => return Ok(earlier),
-        Err(unusable) => {
-            full(&unusable.to_string());
+    let kept = match last {
+        Last::Nothing => return Ok(earlier),
+        Last::NotUsed(why) => {
+            full(&why);
             return Ok(earlier);
         }
-        Ok(kept) => kept,
+        Last::Save(kept) => kept,
     };
     let Description {
-        fingerprint,
         layers,
         destination: where_kept,
         ..
     } = kept.description;
-    if fingerprint != earlier.fingerprint {
-        full("the last save was with other options, or of another base, mount or boot");
-        return Ok(earlier);
-    }
-    if let Some(why) = too_long(&layers, options.max_layers, base.layers.len()) {
-        full(&why);
-        return Ok(earlier);
-    }
     if let Err(missing) = bring(context, destination, &layers, &where_kept).await? {
         full(&missing);
         return Ok(earlier);
@@ -100,6 +99,41 @@ pub(super) async fn find(
     let known = restored(kept.stored);
     earlier.under = Some(Under { known, layers });
     Ok(earlier)
+}
+
+/// What this node has of the last save.
+pub(super) enum Last {
+    /// Nothing, and that is no news.
+    Nothing,
+    /// Something, or a reason not to look, which says why nothing is built on it.
+    NotUsed(String),
+    /// What the next save can be made on top of.
+    Save(Box<Kept>),
+}
+
+impl Last {
+    /// Looks for it.
+    pub(super) fn of(
+        store: &Store,
+        container: &Container,
+        base: &Base,
+        fingerprint: Digest,
+        max_layers: usize,
+    ) -> Self {
+        let kept = match store.load(&container.id) {
+            Err(Unusable::Absent) => return Self::Nothing,
+            Err(unusable) => return Self::NotUsed(unusable.to_string()),
+            Ok(kept) => kept,
+        };
+        if kept.description.fingerprint != fingerprint {
+            let why = "the last save was with other options, or of another base, mount or boot";
+            return Self::NotUsed(why.to_owned());
+        }
+        match too_long(&kept.description.layers, max_layers, base.layers.len()) {
+            Some(why) => Self::NotUsed(why),
+            None => Self::Save(Box::new(kept)),
+        }
+    }
 }
 
 /// One save of a container at a time. Without a place for the lock there is none.
@@ -130,7 +164,7 @@ async fn lock(context: &Context, store: &Store, container: &Container) -> Option
 }
 
 /// Why a chain of layers ends here, if it does.
-pub(super) fn too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
+fn too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
     let size = |full: bool| {
         layers
             .iter()

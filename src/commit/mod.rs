@@ -6,6 +6,7 @@ mod error;
 mod live;
 mod mapped;
 mod named;
+mod next;
 mod outcome;
 mod trees;
 mod upper;
@@ -37,6 +38,7 @@ use trees::Known;
 pub use base::{Delivered, Origin};
 pub use error::{Error, Kind};
 pub use live::MAX_PAUSE;
+pub use next::{Kind as NextKind, NextSave, Question, next_save};
 pub use outcome::{BaseOutcome, Metadata, Saved};
 pub use upper::Rules;
 
