@@ -9,6 +9,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::TypedValueParser as _;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
@@ -380,7 +381,7 @@ pub(super) struct Commit {
 #[derive(Clone, Debug, Args)]
 pub(super) struct State {
     /// Where this node keeps what it needs to save only what changed since the last save; empty for nowhere
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = CONTENT)]
+    #[arg(long, value_name = "DIR", value_parser = clap::builder::OsStringValueParser::new().map(PathBuf::from), default_value = "/var/lib/upperdeck", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = CONTENT)]
     #[allow(clippy::struct_field_names, reason = "named as its flag")]
     pub(super) state_dir: Option<PathBuf>,
     /// Layers above the base from which on everything is saved anew

@@ -1,5 +1,7 @@
 //! Saving a container that writes as hard as it can: every image is one instant, and a second save costs what changed.
 
+mod programs;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -35,7 +37,7 @@ struct Session {
     container: Running,
     podman: Podman,
     roots: Roots,
-    _registry: Registry,
+    registry: Registry,
     scratch: Scratch,
 }
 
@@ -94,7 +96,7 @@ impl Session {
             container,
             podman,
             roots,
-            _registry: registry,
+            registry,
             scratch,
         }))
     }
@@ -228,10 +230,19 @@ fn whatever_is_written_meanwhile_every_image_is_one_instant() -> Result<()> {
     Ok(())
 }
 
-/// Where files can be cloned, large ones that never rest are taken as they are at the instant, and read afterwards.
 #[test]
 fn large_files_on_xfs_are_cloned_at_one_instant() -> Result<()> {
-    let Some(session) = Session::on(Base::Big, Some("mkfs.xfs"), &|_| Ok(Vec::new()))? else {
+    clones_are_of_one_instant("mkfs.xfs")
+}
+
+#[test]
+fn large_files_on_btrfs_are_cloned_at_one_instant() -> Result<()> {
+    clones_are_of_one_instant("mkfs.btrfs")
+}
+
+/// Where files can be cloned, large ones that never rest are taken as they are at the instant, and read afterwards.
+fn clones_are_of_one_instant(mkfs: &'static str) -> Result<()> {
+    let Some(session) = Session::on(Base::Big, Some(mkfs), &|_| Ok(Vec::new()))? else {
         return Ok(());
     };
     let mut upper = session.podman.podman([
@@ -243,7 +254,7 @@ fn large_files_on_xfs_are_cloned_at_one_instant() -> Result<()> {
     upper.truncate(upper.trim_end().len());
     ensure!(
         can_clone(Path::new(&upper))?,
-        "no clones on a new XFS: they were not tried"
+        "no clones on a file system of {mkfs}: they were not tried"
     );
     session.write("pages")?;
     let ready = session.container.rootfs.join("home/w/pages");
