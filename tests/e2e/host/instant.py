@@ -75,7 +75,7 @@ try:
         print("page", int(read("page", 4096) or 0), end=" ")
     if os.path.exists(f"{home}/installed"):
         installed = int(read("installed"))
-        site = next(os.path.join(at, "site-packages") for at, below, _ in os.walk(f"{home}/site") if "site-packages" in below)
+        site = next(at for at, below, _ in os.walk(f"{home}/site") if at.endswith("-packages"))
         for n in range(1, installed + 1):
             with open(f"{site}/swing_{n}-1.dist-info/RECORD") as record:
                 rows = list(csv.reader(record))

@@ -201,17 +201,16 @@ fn a_pod_that_is_written_to_is_one_instant() -> Result<()> {
     };
     let pod = lab.containerd.run_pod(&lab.image, &PodOptions::default())?;
     fs::write(pod.rootfs.join("opt/writers.py"), fs::read(WRITERS)?)?;
-    for what in ["counters", "tree"] {
-        let script = format!(
-            "mkdir -p /tmp/w; setsid /usr/bin/python3 /opt/writers.py {what} > /tmp/w/{what} 2>&1 < /dev/null &"
-        );
-        let mut exec = command(
-            "nsenter",
-            ["--target", &pod.pid.to_string(), "--mount", "--root"],
-        );
-        run(exec.args(["/bin/sh", "-ec", &script]))?;
-    }
     let home = pod.rootfs.join("home/w");
+    fs::create_dir(&home)?;
+    std::os::unix::fs::chown(&home, Some(1000), Some(1000))?;
+    for what in ["counters", "tree"] {
+        // By the runtime, so that it is in the pod's cgroup.
+        let script = format!(
+            "setsid /usr/bin/python3 /opt/writers.py {what} > /tmp/{what}.log 2>&1 < /dev/null &"
+        );
+        lab.containerd.shell(&pod, &script)?;
+    }
     wait_until("the writers write", || {
         home.join("last").exists() && home.join("tree").exists()
     })?;
