@@ -205,12 +205,12 @@ def part_xfs():
     print("\nXFS, a file of 2 GB rewritten at random in blocks of 4 KiB\n")
     head("saves", "n", "median ms", "worst ms", "probe median ms", "probe less pause", "save s")
     fast = ["--compression", "none", "--max-layers", "100"]
-    to = f"oci:{arguments.work}/disk/images:1"
+    to = f"oci:{arguments.work}/images:1"
     first = save(*fast, to=to)
     saved = []
     for _ in range(min(arguments.saves, 10)):
         saved.append(save(*fast, "--full", to=to))
-        subprocess.run(["rm", "-rf", arguments.work / "disk/images"])
+        subprocess.run(["rm", "-rf", arguments.work / "images"])
     pauses("everything", saved)
     row("bytes of one save's layers", sum(layer["tar_size_bytes"] for layer in first["layers"]), "", "", "", "", "")
     end([process])

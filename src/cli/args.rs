@@ -291,6 +291,9 @@ Examples:
 
 Left out, with a report: everything mounted into the container, what the runtime put there, and by default credentials
   (.ssh, .netrc, .aws, .docker/config.json, histories, ...) and caches (.cache/pip, /tmp, ...).
+--include-volume PATH takes a mounted directory in, in layers of its own on top, of the same instant. PATH is where it is
+  mounted ('upperdeck inspect' lists that); memory, the kernel's own, single files and FUSE are refused. The limits below
+  are for each tree by itself. What others than the container write to a shared volume is not held still.
 
 stdout carries the result: HOST/REPOSITORY@sha256:... (or the layout with the digest). With --progress json it carries
   JSON lines instead, each {{\"version\":1,\"time\":RFC 3339,\"event\":NAME,...}}:

@@ -90,6 +90,11 @@ impl Commit {
     /// Reads the credentials, so that all that can be wrong with the command line is found before anything begins.
     pub(super) fn new(args: args::Commit) -> anyhow::Result<Self> {
         let level = level(&args.content)?;
+        if let Some(path) = args.include_volume.iter().find(|path| !path.is_absolute()) {
+            let shown = super::text::path(path);
+            let why = "expected an absolute path in the container";
+            return Err(Usage(format!("--include-volume {shown}: {why}")).into());
+        }
         let creds = creds(&args.registry)?;
         let rules = rules(&args.content.choice);
         let target = Target::for_saving(&args.destination).ok();

@@ -407,7 +407,6 @@ fn what_is_no_volume_is_refused_with_those_that_are() -> Result<()> {
         ("/home/researcher/link", "nothing is mounted there"),
         ("/data/deeper", "a path in what is mounted at /data"),
         ("/data/../data", "expected an absolute path"),
-        ("data", "expected an absolute path"),
         ("/opt/one-file", "a single file is mounted there"),
     ] {
         let destination = format!("oci:{}:refused", session.layout());
