@@ -2,6 +2,8 @@
 //!
 //! The modules stand in the order in which a save flows through them; see `commit` for the flow itself.
 
+pub mod agent;
+pub mod background;
 pub mod bench;
 pub mod cancel;
 pub mod cli;
@@ -17,9 +19,13 @@ pub mod images;
 pub mod job;
 pub mod layer;
 pub mod layout;
+pub mod manager;
 pub mod manifest;
 pub mod overlay;
+pub mod portal;
 pub mod prove;
+pub mod queue;
+pub mod record;
 pub mod registry;
 pub mod scan;
 pub mod spec;

@@ -257,6 +257,10 @@ fn help_teaches() -> Outcome {
         "layer",
         "validate",
         "bench",
+        "job",
+        "up",
+        "manager",
+        "agent",
         "demo",
         "completions",
         "man",
@@ -384,18 +388,197 @@ fn the_readme_says_what_the_program_does() -> Outcome {
     let bench = text(&upperdeck(&["bench", "--help"])?.stdout);
     let list = text(&upperdeck(&["image", "ls", "--help"])?.stdout);
     let remove = text(&upperdeck(&["image", "rm", "--help"])?.stdout);
+    let submit = text(&upperdeck(&["job", "submit", "--help"])?.stdout);
+    let manager = text(&upperdeck(&["manager", "--help"])?.stdout);
+    let agent = text(&upperdeck(&["agent", "--help"])?.stdout);
+    let up = text(&upperdeck(&["up", "--help"])?.stdout);
     for flag in readme
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
     {
-        let foreign = ["--release", "--path", "--against"].contains(&flag);
+        let foreign = ["--release", "--path", "--against", "--now"].contains(&flag);
         assert!(
             foreign
-                || [&help, &commit, &layer, &ps, &bench, &list, &remove]
-                    .iter()
-                    .any(|text| text.contains(flag)),
+                || [
+                    &help, &commit, &layer, &ps, &bench, &list, &remove, &submit, &manager, &agent,
+                    &up,
+                ]
+                .iter()
+                .any(|text| text.contains(flag)),
             "{flag}"
         );
+    }
+    Ok(())
+}
+
+#[test]
+fn settings_come_from_flags_then_the_environment_then_a_file() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("upperdeck.toml");
+    std::fs::write(
+        &file,
+        "redis = \"redis://us:secret@r.example.org\"\n\
+         slots = 2\n\
+         [agent]\n\
+         slots = 3\n\
+         min_threads = 2\n\
+         drain = \"1m\"\n\
+         allow = [\"a.example.org\", \"oci:/srv\"]\n\
+         foreground = true\n\
+         [manager]\n\
+         listen = \"127.0.0.1:1\"\n",
+    )?;
+    let file = file.to_str().ok_or("not UTF-8")?;
+    let output = command(&["agent", "--config", file, "--drain", "3m", "--print-config"])
+        .env("UPPERDECK_DRAIN", "2m")
+        .env("UPPERDECK_MIN_THREADS", "4")
+        .output()?;
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let printed = text(&output.stdout);
+    let settings: toml::Table = printed.parse()?;
+    let agent = settings["agent"].as_table().ok_or("no table")?;
+    for (key, expected) in [
+        ("redis", toml::Value::from("redis://us:***@r.example.org")),
+        ("slots", 3.into()),
+        ("min_threads", 4.into()),
+        ("drain", "3m".into()),
+        ("foreground", true.into()),
+        ("max_time", "12h".into()),
+        (
+            "allow",
+            toml::Value::from(vec!["a.example.org", "oci:/srv"]),
+        ),
+    ] {
+        assert_eq!(agent.get(key), Some(&expected), "{key} in:\n{printed}");
+    }
+    assert!(printed.contains("drain = \"3m\"    # command line\n"));
+    assert!(printed.contains("min_threads = 4    # environment\n"));
+    assert!(printed.contains("max_time = \"12h\"    # default\n"));
+    assert!(!printed.contains("secret"), "{printed}");
+    Ok(())
+}
+
+#[test]
+fn a_settings_file_that_is_wrong_is_told_by_file_and_key() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("upperdeck.toml");
+    for (content, expected) in [
+        (
+            "[agent]\nslotz = 1\n",
+            "agent.slotz: no such key; is slots meant?",
+        ),
+        (
+            "nothing_like_it_at_all = 1\n",
+            "nothing_like_it_at_all: no such key",
+        ),
+        ("[manager]\nslots = 1\n", "manager.slots: no such key"),
+        (
+            "[agent]\nslots = \"many\"\n",
+            "agent.slots: invalid value 'many'",
+        ),
+        (
+            "[agent]\nslots = [1, 2]\n",
+            "agent.slots: expected one value",
+        ),
+        (
+            "[agent]\nforeground = 1\n",
+            "agent.foreground: expected true or false",
+        ),
+        (
+            "[agent]\nowner = {a = 1}\n",
+            "agent.owner: expected a string",
+        ),
+        ("[agnet]\nslots = 1\n", "[agnet]: no such table"),
+        ("[agent]\nconfig = \"x\"\n", "agent.config: no such key"),
+        ("a = 1\n[agent\n", "line 2: "),
+    ] {
+        std::fs::write(&file, content)?;
+        let output = upperdeck(&["agent", "--config", file.to_str().ok_or("not UTF-8")?])?;
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{content}: {said}");
+        assert!(
+            said.contains(&format!("upperdeck.toml: {expected}")),
+            "{content}: {said}"
+        );
+    }
+    let output = upperdeck(&["agent", "--config", "/nowhere/x.toml"])?;
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("/nowhere/x.toml: No such file"));
+    Ok(())
+}
+
+#[test]
+fn what_the_service_cannot_do_without_is_named() -> Outcome {
+    for (args, expected) in [
+        (
+            &["agent"][..],
+            "--owner, UPPERDECK_OWNER or owner in the settings file",
+        ),
+        (
+            &["agent", "--owner", "namespace"],
+            "--allow, UPPERDECK_ALLOW or allow in the settings file",
+        ),
+        (
+            &["agent", "--owner", "namespace", "--allow", "a.example.org"],
+            "--redis, UPPERDECK_REDIS or redis in the settings file",
+        ),
+        (
+            &["agent", "--owner", "user", "--allow", "a.example.org"],
+            "--owner user: ",
+        ),
+        (
+            &["job", "ls", "--up-dir", "/nowhere"],
+            "no manager is named (--server, UPPERDECK_SERVER), and no 'upperdeck up' runs here",
+        ),
+        (
+            &["job", "ls", "--server", "ftp://x"],
+            "--server: not a web address",
+        ),
+    ] {
+        let output = upperdeck(args)?;
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
+        assert!(said.contains(expected), "{args:?}: {said}");
+    }
+    let output = upperdeck(&["job", "ls", "--server", "http://127.0.0.1:9/?token=secret"])?;
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(75), "{said}");
+    assert!(
+        said.contains("http://127.0.0.1:9/ cannot be reached"),
+        "{said}"
+    );
+    assert!(!said.contains("secret"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn the_settings_that_we_hand_out_are_understood() -> Outcome {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/upperdeck.toml");
+    for verb in ["manager", "agent"] {
+        let output = upperdeck(&[verb, "--config", file, "--print-config"])?;
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        let printed = text(&output.stdout);
+        assert!(printed.contains("running_per_user = 2    # /"), "{printed}");
+    }
+    // Every flag in the units and in the compose file is one.
+    let help = ["manager", "agent"].map(|verb| upperdeck(&[verb, "--help"]));
+    let help: String = help
+        .into_iter()
+        .map(|output| output.map(|output| text(&output.stdout)))
+        .collect::<Result<_, _>>()?;
+    let handed_out = concat!(
+        include_str!("../deploy/upperdeck-manager.service"),
+        include_str!("../deploy/upperdeck-agent.service"),
+        include_str!("../deploy/compose.yaml")
+    );
+    let flags: Vec<&str> = handed_out
+        .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
+        .filter(|word| word.starts_with("--") && word.len() > 3)
+        .collect();
+    assert!(flags.len() > 10, "{flags:?}");
+    for flag in flags {
+        let foreign = ["--requirepass", "--appendonly"].contains(&flag);
+        assert!(foreign || help.contains(flag), "{flag}");
     }
     Ok(())
 }

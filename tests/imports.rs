@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 20] = [
+const TABLE: [(&str, &[&str]); 26] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
+    ("background", &["overlay"]),
     ("overlay", &[]),
     ("container", &["overlay", "digest"]),
     ("freeze", &[]),
@@ -32,6 +33,7 @@ const TABLE: [(&str, &[&str]); 20] = [
     (
         "commit",
         &[
+            "background",
             "cancel",
             "container",
             "destination",
@@ -46,6 +48,28 @@ const TABLE: [(&str, &[&str]); 20] = [
             "registry",
             "scan",
             "state",
+        ],
+    ),
+    ("queue", &["job"]),
+    ("record", &["job"]),
+    (
+        "agent",
+        &["cancel", "container", "freeze", "job", "queue", "scan"],
+    ),
+    ("portal", &["job"]),
+    (
+        "manager",
+        &[
+            "destination",
+            "digest",
+            "harbor",
+            "images",
+            "job",
+            "layout",
+            "portal",
+            "queue",
+            "record",
+            "registry",
         ],
     ),
     (

@@ -3,11 +3,15 @@
 use std::io;
 use std::process::ExitCode;
 
+use super::client;
+use crate::agent;
 use crate::bench;
 use crate::cancel::Cancelled;
 use crate::commit;
 use crate::demo;
 use crate::images;
+use crate::queue;
+use crate::record;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -153,6 +157,31 @@ impl Failure {
                 demo::Error::Cancelled(error) => Self::of_cause(error),
                 error => Some(Self::new(Exit::from_code(error.exit_code()), "demo")),
             };
+        }
+        if let Some(error) = cause.downcast_ref::<client::Error>() {
+            let code = match error {
+                client::Error::Save { code, .. } => code.name(),
+                client::Error::Unreachable { .. } => "manager_unreachable",
+                client::Error::Refused { .. } | client::Error::Strange { .. } => "refused",
+            };
+            return Some(Self::new(error.exit(), code));
+        }
+        if let Some(error) = cause.downcast_ref::<queue::Error>() {
+            return Some(match error {
+                queue::Error::Unusable(_) => Self::new(Exit::Usage, "usage"),
+                queue::Error::Unreachable { .. } | queue::Error::Refused { .. } => {
+                    Self::new(Exit::Retry, "queue_unavailable")
+                }
+            });
+        }
+        if let Some(agent::Error::Options(_)) = cause.downcast_ref::<agent::Error>() {
+            return Some(Self::new(Exit::Usage, "usage"));
+        }
+        if let Some(error) = cause.downcast_ref::<record::Error>() {
+            return Some(match error {
+                record::Error::Place(_) => Self::new(Exit::Usage, "usage"),
+                _ => Self::new(Exit::Retry, "record_unavailable"),
+            });
         }
         // Last, as modules wrap it with more knowledge.
         let error = cause.downcast_ref::<io::Error>()?;

@@ -2,10 +2,14 @@
 //! what comes back becomes an exit code (`exit`).
 
 mod args;
+mod client;
+mod config;
 mod exit;
 mod image;
+mod job;
 pub mod options;
 mod progress;
+mod service;
 mod signals;
 mod text;
 mod verbs;
@@ -14,10 +18,9 @@ pub mod view;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use args::{Cli, Global, Verb};
+use args::{Cli, Global, LogFormat, Verb};
 pub use exit::{Exit, Failure, Usage};
 
 /// Runs the program.
@@ -26,9 +29,9 @@ pub fn main() -> ExitCode {
     if let Some(code) = crate::freeze::watchdog_entry() {
         return code;
     }
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => {
+    let parsed = match config::parse(std::env::args_os()) {
+        Ok(parsed) => parsed,
+        Err(config::Error::Clap(error)) => {
             // Help and version come here, too. A reader that is gone needs no help.
             let _ = error.print();
             return if error.use_stderr() {
@@ -38,8 +41,13 @@ pub fn main() -> ExitCode {
             }
             .into();
         }
+        Err(config::Error::File(error)) => return fail(&error.into()),
     };
-    match run(cli) {
+    let done = match parsed.print {
+        Some(settings) => write_stdout(settings.as_bytes()).map_err(Into::into),
+        None => run(parsed.cli),
+    };
+    match done {
         Ok(()) => Exit::Saved.into(),
         // `upperdeck ps | head -1` is no failure.
         Err(error)
@@ -49,16 +57,18 @@ pub fn main() -> ExitCode {
         {
             Exit::Saved.into()
         }
-        Err(error) => {
-            // Nobody is left to tell when stderr cannot be written to.
-            let _ = writeln!(
-                io::stderr(),
-                "upperdeck: {}",
-                crate::escape::text(&format!("{error:#}"))
-            );
-            Failure::of(&error).exit.into()
-        }
+        Err(error) => fail(&error),
     }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    // Nobody is left to tell when stderr cannot be written to.
+    let _ = writeln!(
+        io::stderr(),
+        "upperdeck: {}",
+        crate::escape::text(&format!("{error:#}"))
+    );
+    Failure::of(error).exit.into()
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -73,8 +83,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Layer(args) => verbs::layer(&args),
         Verb::Image(args::Image::Ls(args)) => image::ls(&args),
         Verb::Image(args::Image::Rm(args)) => image::rm(&args),
+        Verb::Job(args) => job::run(args, verbose),
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(&roots, *args),
+        Verb::Up(args) => service::up(roots, *args),
+        Verb::Manager(args) => service::manager(*args),
+        Verb::Agent(args) => service::agent(roots, *args),
         Verb::Demo => verbs::demo(),
         Verb::Completions { shell } => verbs::completions(shell),
         Verb::Man { dir } => verbs::man(dir.as_deref()),
@@ -92,11 +106,14 @@ fn start_log(global: &Global) -> Result<(), Usage> {
     };
     let filter =
         EnvFilter::try_new(filter).map_err(|error| Usage(format!("--log {filter:?}: {error}")))?;
-    // Fails only when somebody (a test) has set one already, and then that one serves.
-    let _ = tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .try_init();
+        .with_writer(io::stderr);
+    // Fails only when somebody (a test) has set one already, and then that one serves.
+    let _ = match global.log_format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
     Ok(())
 }
 

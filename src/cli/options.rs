@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -9,8 +10,10 @@ use zeroize::Zeroizing;
 
 use super::args;
 use super::exit::Usage;
+use crate::background::Background;
 use crate::bench::{self, stages::Setting};
-use crate::commit::{self, Compression, Rules};
+use crate::cancel::Cancel;
+use crate::commit::{self, Compression, Gate, Rules};
 use crate::container::{ContainerdRoot, Roots, StorageRoot};
 use crate::destination::Target;
 use crate::registry;
@@ -88,7 +91,13 @@ pub(super) fn level(content: &args::Content) -> Result<u32, Usage> {
 
 impl Commit {
     /// Reads the credentials, so that all that can be wrong with the command line is found before anything begins.
-    pub(super) fn new(args: args::Commit) -> anyhow::Result<Self> {
+    ///
+    /// `cancel` is what an agent's answer may do.
+    pub(super) fn new(
+        args: args::Commit,
+        host_root: Option<&Path>,
+        cancel: &Cancel,
+    ) -> anyhow::Result<Self> {
         let level = level(&args.content)?;
         if let Some(path) = args.include_volume.iter().find(|path| !path.is_absolute()) {
             let shown = super::text::path(path);
@@ -127,6 +136,9 @@ impl Commit {
             timestamp: args.content.choice.timestamp,
             metadata_file: args.metadata_file,
             digestfile: args.digestfile,
+            gate: args.gate_fd.map(|fd| gate(fd, cancel)).transpose()?,
+            freeze_mark: args.freeze_mark,
+            background: args.background.then(|| Background::enter(host_root)),
         };
         // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
         let host = match target {
@@ -139,6 +151,20 @@ impl Commit {
         };
         Ok(Self { options, access })
     }
+}
+
+/// Listens to an agent on an open descriptor.
+fn gate(fd: u32, cancel: &Cancel) -> anyhow::Result<Gate> {
+    let context = || format!("cannot read from descriptor {fd}");
+    let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
+    // A socket cannot be opened by its name in /dev/fd, and one that answers is most likely where the events go.
+    let answers = match fd {
+        0 => own(std::io::stdin().as_fd()),
+        1 => own(std::io::stdout().as_fd()),
+        fd => File::open(format!("/dev/fd/{fd}")),
+    };
+    let answers = answers.with_context(context)?;
+    Gate::new(answers, cancel.clone()).with_context(context)
 }
 
 /// The codecs and levels that `bench` measures when none are named: from fast to small, and no slower than people wait.
@@ -228,9 +254,17 @@ fn creds(registry: &args::Registry) -> anyhow::Result<Option<Credentials>> {
         (None, None, Some(fd)) => read_creds(Path::new(&format!("/dev/fd/{fd}")))?,
         (None, None, None) => return Ok(None),
     };
+    parse_creds(&text).map(Some)
+}
+
+/// The credentials in a file or descriptor.
+pub(super) fn creds_of(file: &Path) -> anyhow::Result<Credentials> {
+    parse_creds(&read_creds(file)?)
+}
+
+fn parse_creds(text: &str) -> anyhow::Result<Credentials> {
     // The error does not show what was given: it may be the password alone.
     text.parse()
-        .map(Some)
         .map_err(|error: CredentialsError| Usage(error.to_string()).into())
 }
 

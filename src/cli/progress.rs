@@ -82,6 +82,13 @@ fn phase_text(phase: Phase) -> &'static str {
     }
 }
 
+fn queued_text(place: u64) -> String {
+    match place {
+        0 => "queued: next".to_owned(),
+        place => format!("queued: {place} before it"),
+    }
+}
+
 fn warning_text(code: &str, message: &str) -> String {
     format!("warning: {} ({})", escaped(message), escaped(code))
 }
@@ -187,6 +194,7 @@ impl<W: Write + Send> Observer for Lines<W> {
         with(&self.state, |state| {
             let line = match (event, self.every) {
                 (Event::Warning { code, message }, _) => warning_text(&code, &message),
+                (Event::Queued { place }, Some(_)) => queued_text(place),
                 (Event::Phase { phase }, Some(_)) => {
                     state.last = Instant::now();
                     phase_text(phase).to_owned()
@@ -278,6 +286,7 @@ const BASE_UNKNOWN: &str = "{msg} {bytes} {bytes_per_sec}";
 impl Observer for Bar {
     fn event(&self, event: Event) {
         match event {
+            Event::Queued { place } => self.main.set_message(queued_text(place)),
             Event::Phase { phase } => self.main.set_message(phase_text(phase)),
             Event::Progress {
                 bytes_done,
@@ -313,6 +322,7 @@ impl Observer for Bar {
                 self.clear();
             }
             Event::Failed { .. } => self.clear(),
+            Event::Ready => {}
         }
     }
 }

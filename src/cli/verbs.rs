@@ -10,9 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::CommandFactory;
 
-use super::args::{self, Cli, Format};
+use super::args::{self, Format};
 use super::exit::{Failure, Usage};
 use super::{options, progress, signals, view, write_stdout};
 use crate::cancel::Cancel;
@@ -145,8 +144,9 @@ fn commit_with(
     args: args::Commit,
     observer: Arc<dyn Observer>,
 ) -> anyhow::Result<commit::Saved> {
-    let options = options::Commit::new(args)?;
     let cancel = Cancel::default();
+    // Before the threads: they are in the background if the one is that makes them.
+    let options = options::Commit::new(args, roots.host_root.as_deref(), &cancel)?;
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
     let saved = runtime.block_on(commit::commit(
@@ -306,19 +306,24 @@ pub(super) fn demo() -> anyhow::Result<()> {
 
 pub(super) fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "upperdeck", &mut script);
+    clap_complete::generate(
+        shell,
+        &mut super::config::command(),
+        "upperdeck",
+        &mut script,
+    );
     Ok(write_stdout(&script)?)
 }
 
 pub(super) fn man(dir: Option<&Path>) -> anyhow::Result<()> {
     let Some(dir) = dir else {
         let mut page = Vec::new();
-        clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+        clap_mangen::Man::new(super::config::command()).render(&mut page)?;
         return Ok(write_stdout(&page)?);
     };
     if !dir.is_dir() {
         return Err(Usage(format!("{} is not a directory", super::text::path(dir))).into());
     }
-    clap_mangen::generate_to(Cli::command(), dir)
+    clap_mangen::generate_to(super::config::command(), dir)
         .with_context(|| format!("cannot write to {}", super::text::path(dir)))
 }

@@ -68,17 +68,6 @@ impl ContainerView {
     }
 }
 
-/// The word that JSON has for it, too.
-fn runtime_name(runtime: Runtime) -> &'static str {
-    match runtime {
-        Runtime::Containerd => "containerd",
-        Runtime::Docker => "docker",
-        Runtime::Podman => "podman",
-        Runtime::Crio => "crio",
-        Runtime::Process => "process",
-    }
-}
-
 /// `ps` as a table.
 pub fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
     let header = [
@@ -91,7 +80,7 @@ pub fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
     ];
     let row = |view: &ContainerView| {
         vec![
-            runtime_name(view.runtime).to_owned(),
+            view.runtime.name().to_owned(),
             if no_trunc {
                 view.id.clone()
             } else {
@@ -240,7 +229,7 @@ impl InspectView {
         let mut rows: Vec<[String; 2]> = Vec::new();
         let mut add = |name: &str, value: String| rows.push([name.to_owned(), value]);
         add("ID", container.id.clone());
-        add("Runtime", runtime_name(container.runtime).to_owned());
+        add("Runtime", container.runtime.name().to_owned());
         add("Name", container.name());
         add("PID", container.pid.to_string());
         add(
@@ -612,6 +601,7 @@ mod tests {
             ],
             image_name: Some("registry.example/nb:1".into()),
             runtime_root_mode: None,
+            spec: crate::container::Spec::default(),
         }
     }
 

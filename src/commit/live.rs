@@ -227,6 +227,7 @@ async fn stand_still(
 ) -> Result<Option<Instantly>, Error> {
     context.phase(Phase::Scanning);
     let bound = options.max_pause.filter(|bound| !bound.is_zero());
+    let hurry = options.hurry();
     let frozen = match (freeze(context, options, container), bound) {
         // Asked to stop, they did not in the time that they may stand still.
         (Err(Error::Freeze(crate::freeze::Error::Timeout { waited, .. })), Some(bound))
@@ -250,6 +251,7 @@ async fn stand_still(
     .await;
     let was_frozen = frozen.was_frozen();
     let thawed = frozen.thaw();
+    drop(hurry);
     // What was taken while it ran on is of no use, whatever came of it.
     let pause = match (thawed, bound) {
         (Ok(pause), _) => pause,

@@ -3,6 +3,7 @@
 mod base;
 mod earlier;
 mod error;
+mod gate;
 mod live;
 mod mapped;
 mod named;
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
+use crate::background::{Background, Hurry};
 use crate::cancel::Cancel;
 use crate::container::{self, Base, Container, Volume};
 use crate::destination::{BlobWriter, Destination, Target};
@@ -37,6 +39,7 @@ use trees::Known;
 
 pub use base::{Delivered, Origin};
 pub use error::{Error, Kind};
+pub use gate::Gate;
 pub use live::MAX_PAUSE;
 pub use next::{Kind as NextKind, NextSave, Question, next_save};
 pub use outcome::{BaseOutcome, Metadata, Saved};
@@ -110,6 +113,19 @@ pub struct Options {
     pub metadata_file: Option<PathBuf>,
     /// File that gets the manifest's digest.
     pub digestfile: Option<PathBuf>,
+    /// Whoever has to agree before the tag is put on.
+    pub gate: Option<Gate>,
+    /// File that is there while the container may stand still by this save's doing ([`freeze::Options::mark`]).
+    pub freeze_mark: Option<PathBuf>,
+    /// Where nobody on the node is to feel the save: left while the container stands still.
+    pub background: Option<Background>,
+}
+
+impl Options {
+    /// For as long as somebody waits for the save.
+    fn hurry(&self) -> Option<Hurry> {
+        self.background.as_ref().map(Background::hurry)
+    }
 }
 
 /// What a save works with besides its options.
@@ -211,6 +227,10 @@ async fn save(
     destination
         .put_blob(image.config.bytes.clone().into(), &image.config.digest)
         .await?;
+    if let Some(gate) = &options.gate {
+        context.observer.event(Event::Ready);
+        gate.pass().await?;
+    }
     let manifest = Bytes::from(image.manifest.bytes.clone());
     let digest = destination
         .put_manifest(manifest, image.manifest.media_type, target.tag())
@@ -306,6 +326,7 @@ async fn take_once(
         return Ok(taken);
     }
     context.phase(Phase::Scanning);
+    let hurry = options.hurry().filter(|_| options.pause != Pause::None);
     let frozen = freeze(context, options, container)?;
     let was_frozen = frozen.as_ref().is_some_and(Frozen::was_frozen);
     trees::recheck(context, container, volumes)?;
@@ -337,6 +358,7 @@ async fn take_once(
     trees::recheck(context, container, volumes)?;
     // All is read: the container runs on while the destination finishes.
     let pause = frozen.map(Frozen::thaw).transpose()?;
+    drop(hurry);
     if let (Some(pause), false) = (pause, was_frozen) {
         context.observer.event(Event::Paused {
             pause_ms: pause.as_secs_f64() * 1000.0,
@@ -394,6 +416,7 @@ fn freeze(
     let how = freeze::Options {
         host_root: context.roots.host_root.clone(),
         hold: options.max_pause.filter(|bound| !bound.is_zero()),
+        mark: options.freeze_mark.clone(),
         ..freeze::Options::default()
     };
     let frozen = freeze::freeze(container.pid, Some(container.pid_start), &how)?;

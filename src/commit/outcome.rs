@@ -41,6 +41,8 @@ pub struct Metadata {
     pub config_digest: Digest,
     /// Sum of all layers, compressed.
     pub size_bytes: u64,
+    /// Size of the config.
+    pub config_size_bytes: u64,
     /// What was saved.
     pub container: ContainerOutcome,
     /// What it stood on.
@@ -160,6 +162,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
             .iter()
             .map(oci_spec::image::Descriptor::size)
             .sum(),
+        config_size_bytes: image.config.bytes.len() as u64,
         container: ContainerOutcome {
             runtime: container.runtime,
             id: container.id.clone(),

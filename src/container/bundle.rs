@@ -8,10 +8,10 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::MountPoint;
 use super::error::Error;
 use super::process::Process;
 use super::roots::read_json;
+use super::{MountPoint, Spec};
 use crate::overlay::mount::MountInfo;
 
 /// A config.json with large environments and thousands of mounts stays below this.
@@ -26,6 +26,53 @@ pub(super) struct Bundle {
     mounts: Option<Vec<SpecMount>>,
     #[serde(default)]
     root: Option<SpecRoot>,
+    #[serde(default)]
+    process: Option<SpecProcess>,
+    #[serde(default)]
+    linux: Option<SpecLinux>,
+    #[serde(default)]
+    hooks: Option<BTreeMap<String, Option<Vec<SpecHook>>>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct SpecProcess {
+    #[serde(default)]
+    args: Option<Vec<String>>,
+    #[serde(default)]
+    env: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct SpecLinux {
+    #[serde(default)]
+    devices: Option<Vec<SpecDevice>>,
+    #[serde(default)]
+    resources: Option<SpecResources>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct SpecDevice {
+    path: PathBuf,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct SpecResources {
+    #[serde(default)]
+    devices: Option<Vec<SpecAccess>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct SpecAccess {
+    #[serde(default)]
+    allow: bool,
+    #[serde(default)]
+    major: Option<i64>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct SpecHook {
+    #[serde(default)]
+    path: PathBuf,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -56,6 +103,33 @@ impl Bundle {
     /// Where the runtime mounted the root, on the node; relative ones are relative to the bundle's directory.
     pub(super) fn root_path(&self, directory: &Path) -> Option<PathBuf> {
         self.root.as_ref().map(|root| directory.join(&root.path))
+    }
+
+    /// What tells a session's purpose and owner.
+    pub(super) fn spec(&self) -> Spec {
+        let process = self.process.as_ref();
+        let linux = self.linux.as_ref();
+        let resources = linux.and_then(|linux| linux.resources.as_ref());
+        let access = resources.and_then(|resources| resources.devices.as_ref());
+        let hooks = self.hooks.iter().flat_map(BTreeMap::values).flatten();
+        Spec {
+            args: process.and_then(|p| p.args.clone()).unwrap_or_default(),
+            env: process.and_then(|p| p.env.clone()).unwrap_or_default(),
+            annotations: self.annotations.clone().unwrap_or_default(),
+            devices: linux
+                .and_then(|linux| linux.devices.as_ref())
+                .into_iter()
+                .flatten()
+                .map(|device| device.path.clone())
+                .collect(),
+            majors: access
+                .into_iter()
+                .flatten()
+                .filter(|access| access.allow)
+                .filter_map(|access| access.major)
+                .collect(),
+            hooks: hooks.flatten().map(|hook| hook.path.clone()).collect(),
+        }
     }
 
     fn mount_points(&self) -> Vec<MountPoint> {
@@ -317,6 +391,27 @@ mod tests {
                 "{destination} from {source}"
             );
         }
+    }
+
+    #[test]
+    fn the_spec_says_what_a_container_was_started_with() {
+        let json = r#"{"process":{"args":["jupyter","lab"],"env":["A=1","B=2","B=3","C=4","C=4","AB=5"]},
+            "annotations":{"k":"v"},"hooks":{"prestart":[{"path":"/usr/bin/x"}],"poststop":null},
+            "linux":{"devices":[{"path":"/dev/nvidia0","type":"c","major":195,"minor":0}],
+            "resources":{"devices":[{"allow":false,"access":"rwm"},{"allow":true,"major":195,"minor":0}]}}}"#;
+        let spec = serde_json::from_str::<Bundle>(json).unwrap().spec();
+        assert_eq!(spec.args, ["jupyter", "lab"]);
+        assert_eq!(spec.variable("A"), Some("1"));
+        assert_eq!(spec.variable("C"), Some("4"));
+        // Which of two counts depends on who reads them.
+        assert_eq!(spec.variable("B"), None);
+        assert_eq!(spec.variable("D"), None);
+        assert_eq!(spec.devices, [Path::new("/dev/nvidia0")]);
+        assert_eq!(spec.majors, [195]);
+        assert_eq!(spec.hooks, [Path::new("/usr/bin/x")]);
+        assert_eq!(spec.annotations["k"], "v");
+        let nothing = serde_json::from_str::<Bundle>("{}").unwrap().spec();
+        assert_eq!(nothing, Spec::default());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Each runtime's module drafts what its files say of every container; `survey` holds the drafts against what the
 //! kernel says of their processes; what both agree on is a [`Container`].
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use oci_spec::image::Descriptor;
@@ -42,6 +43,19 @@ pub enum Runtime {
     Crio,
     /// Any process whose root is an overlay (`pid:N`).
     Process,
+}
+
+impl Runtime {
+    /// Its word in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Containerd => "containerd",
+            Self::Docker => "docker",
+            Self::Podman => "podman",
+            Self::Crio => "crio",
+            Self::Process => "process",
+        }
+    }
 }
 
 /// The pod that a container belongs to, as the runtime (not the pod) wrote it down.
@@ -99,6 +113,45 @@ pub struct Container {
     pub image_name: Option<String>,
     /// The mode that the runtime itself gives the upper's root whatever the base says (CRI-O: 0555).
     pub runtime_root_mode: Option<u32>,
+    /// What the runtime started it with; empty where nothing says so.
+    pub spec: Spec,
+}
+
+/// What a container was started with, from the runtime's spec: nothing that runs in it can change that afterwards.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spec {
+    /// The first process' command line.
+    pub args: Vec<String>,
+    /// Its environment: `NAME=VALUE`.
+    pub env: Vec<String>,
+    /// Annotations, those of the runtime itself included.
+    pub annotations: BTreeMap<String, String>,
+    /// Device nodes that the runtime makes.
+    pub devices: Vec<PathBuf>,
+    /// Major numbers of devices that it may use.
+    pub majors: Vec<i64>,
+    /// Programs that run when it starts and ends.
+    pub hooks: Vec<PathBuf>,
+}
+
+impl Spec {
+    /// The value of an environment variable; none when there are several that differ.
+    pub fn variable(&self, name: &str) -> Option<&str> {
+        let pairs = self.env.iter().filter_map(|line| line.split_once('='));
+        let mut values = pairs
+            .filter(|(key, _)| *key == name)
+            .map(|(_, value)| value);
+        let first = values.next()?;
+        values.all(|value| value == first).then_some(first)
+    }
+}
+
+impl Container {
+    /// When its first process was started: milliseconds since the epoch, UTC; none where `/proc/stat` does not say when
+    /// the node was.
+    pub fn started_ms(&self, roots: &Roots) -> Option<i64> {
+        process::started_ms(roots, self.pid_start)
+    }
 }
 
 /// The image that a container stands on, proven against the mounted lowers.
@@ -162,4 +215,10 @@ pub fn prove_base(roots: &Roots, container: &Container) -> Result<Base, Error> {
             ],
         }),
     }
+}
+
+/// When a process of this program's own PID namespace was started, in clock ticks since boot; none where there is none, or
+/// only its zombie.
+pub fn process_start(pid: u32) -> Option<u64> {
+    process::start_of(&Roots::default(), pid).ok().flatten()
 }

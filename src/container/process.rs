@@ -84,6 +84,28 @@ pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
     }))
 }
 
+/// The instant of a process' start time, in milliseconds since the epoch: `btime` of `proc_stat(5)` and the ticks.
+pub(super) fn started_ms(roots: &Roots, start: u64) -> Option<i64> {
+    let stat = read_file(&roots.proc("stat"), 16 << 20).ok()?;
+    let booted = boot_time(&stat)?;
+    let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK);
+    let hertz = u64::try_from(hertz.ok().flatten()?)
+        .ok()
+        .filter(|hz| *hz > 0)?;
+    let since_boot = start.checked_mul(1000)? / hertz;
+    booted
+        .checked_mul(1000)?
+        .checked_add(i64::try_from(since_boot).ok()?)
+}
+
+/// The line `btime SECONDS`.
+fn boot_time(stat: &[u8]) -> Option<i64> {
+    let line = stat
+        .split(|&b| b == b'\n')
+        .find_map(|line| line.strip_prefix(b"btime "))?;
+    std::str::from_utf8(line).ok()?.trim().parse().ok()
+}
+
 /// The node's own mounts, which no container can change.
 pub(super) fn node_mounts(roots: &Roots) -> Option<Vec<MountInfo>> {
     let bytes = read_file(&roots.proc("1/mountinfo"), MOUNTINFO_CAP).ok()?;
@@ -173,6 +195,28 @@ mod tests {
         ] {
             assert_eq!(parse_stat(bad.as_bytes()), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_process_was_started_after_the_node_and_before_now() {
+        assert_eq!(
+            boot_time(b"cpu 1 2\nbtime 1700000000\n"),
+            Some(1_700_000_000)
+        );
+        assert_eq!(boot_time(b"cpu 1 2\n"), None);
+        let roots = Roots::default();
+        let start = start_of(&roots, std::process::id()).unwrap().unwrap();
+        let started = started_ms(&roots, start).unwrap();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap()
+            .as_millis() as i64;
+        // The kernel's clock of boot is adjusted apart from the wall clock.
+        assert!(
+            (now - 3_600_000..=now + 60_000).contains(&started),
+            "{started} {now}"
+        );
+        assert_eq!(started_ms(&roots, u64::MAX), None);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::bundle::{self, Bundle};
 use super::error::{Error, Problem};
 use super::process::{self, Process};
 use super::roots::Roots;
-use super::{Container, Pod, Runtime, containerd, docker, storage};
+use super::{Container, Pod, Runtime, Spec, containerd, docker, storage};
 use crate::overlay::mount::{MountError, MountInfo, OverlayOptions};
 
 /// Shorter prefixes of an ID are more likely a mistake than a name.
@@ -343,6 +343,7 @@ fn find_process(
         gid_map: process.gid_map,
         image_name: None,
         runtime_root_mode: None,
+        spec: Spec::default(),
     })
 }
 
@@ -487,5 +488,6 @@ fn assemble(
         mounts: bundle::unite(draft.bundle.as_ref(), process),
         image_name: draft.image_name.clone(),
         runtime_root_mode: draft.runtime_root_mode,
+        spec: draft.bundle.as_ref().map(Bundle::spec).unwrap_or_default(),
     })
 }

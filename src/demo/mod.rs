@@ -532,6 +532,9 @@ fn save(
         timestamp: None,
         metadata_file: None,
         digestfile: None,
+        gate: None,
+        freeze_mark: None,
+        background: None,
     };
     let warnings = Arc::new(Warnings::default());
     let runtime = tokio::runtime::Runtime::new().map_err(Error::io("starting the I/O threads"))?;

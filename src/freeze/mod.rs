@@ -13,6 +13,7 @@
 
 mod cgroup;
 mod mapped;
+mod mark;
 mod members;
 mod watchdog;
 
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use cgroup::{Group, State, Version};
 pub use mapped::{SharedMapping, shared_mappings};
+pub use mark::{Left, thaw_left};
 pub use members::Stranger;
 use members::{Processes, Stat};
 use watchdog::Watchdog;
@@ -167,6 +169,9 @@ pub struct Options {
     pub hold: Option<Duration>,
     /// The program that is started as the watchdog with [`WATCHDOG_ARGUMENT`]: it has to call [`watchdog_entry`].
     pub program: PathBuf,
+    /// A file that is there while the container may stand still by this process' doing. Whoever finds it when this
+    /// process is dead calls [`thaw_left`].
+    pub mark: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -176,6 +181,7 @@ impl Default for Options {
             wait: Duration::from_secs(10),
             hold: None,
             program: PathBuf::from("/proc/self/exe"),
+            mark: None,
         }
     }
 }
@@ -191,6 +197,7 @@ pub struct Frozen {
     since: Instant,
     hold: Option<Duration>,
     outside: Vec<u32>,
+    mark: Option<PathBuf>,
 }
 
 /// Freezes the container of process `pid`, whose start time (field 22 of `/proc/PID/stat`) is `start` where known.
@@ -375,6 +382,7 @@ fn already_frozen(group: &Arc<Group>, target: &Target, options: &Options) -> Res
         since: Instant::now(),
         hold: None,
         outside: Vec::new(),
+        mark: None,
     })
 }
 
@@ -450,7 +458,12 @@ fn stop(
     target: &Target,
     options: &Options,
 ) -> Result<Frozen, Error> {
-    let watchdog = Watchdog::start(&options.program, &group, options.hold)?;
+    let watchdog = Watchdog::start(
+        &options.program,
+        &group,
+        options.hold,
+        options.mark.as_deref(),
+    )?;
     let since = Instant::now();
     // From here on the guard's drop thaws, whatever goes wrong.
     let target = target.clone();
@@ -461,7 +474,11 @@ fn stop(
         since,
         hold: options.hold,
         outside,
+        mark: options.mark.clone(),
     };
+    if let Some(mark) = &frozen.mark {
+        mark::write(mark, &frozen.group)?;
+    }
     let wait = options
         .hold
         .map_or(options.wait, |hold| options.wait.min(hold));
@@ -539,6 +556,9 @@ impl Frozen {
     fn release(&mut self, thawed: bool) {
         if let Some(mut watchdog) = self.watchdog.take() {
             watchdog.dismiss(thawed);
+        }
+        if thawed && let Some(mark) = &self.mark {
+            mark::remove(mark);
         }
     }
 }

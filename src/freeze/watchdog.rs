@@ -49,6 +49,7 @@ impl Watchdog {
         program: &Path,
         group: &Arc<Group>,
         hold: Option<Duration>,
+        mark: Option<&Path>,
     ) -> Result<Self, Error> {
         let failed = |why: String| Error::Watchdog { why };
         let millis = hold.map_or_else(String::new, |d| d.as_millis().max(1).to_string());
@@ -57,6 +58,7 @@ impl Watchdog {
             .arg(group.version().name())
             .arg(group.dir())
             .arg(millis)
+            .arg(mark.unwrap_or(Path::new("")))
             .env_clear()
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -169,18 +171,18 @@ fn wait_readable(pipe: impl std::os::fd::AsFd, deadline: Option<Instant>) -> io:
     }
 }
 
-/// The watchdog's own `main`: `ARGUMENT` is taken off, `args` are the version, the cgroup's directory and the longest
-/// time in milliseconds that it may stand still (empty: no bound). Talks over stdin and stdout, see [`super::freeze`].
+/// The watchdog's own `main`: `ARGUMENT` is taken off, `args` are the version, the cgroup's directory, the longest
+/// time in milliseconds that it may stand still (empty: no bound) and the mark of the freeze (empty: none). Talks over stdin and stdout, see [`super::freeze`].
 pub fn watchdog_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
     let mut stdout = io::stdout();
     match prepare(&args) {
-        Ok((group, deadline)) => {
+        Ok((group, deadline, mark)) => {
             let told = stdout.write_all(READY).and_then(|()| stdout.flush());
             if told.is_err() {
                 return ExitCode::FAILURE;
             }
-            watch(&group, deadline)
+            watch(&group, deadline, mark.as_deref())
         }
         Err(why) => {
             // One line: the other side reads up to its end.
@@ -190,10 +192,10 @@ pub fn watchdog_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn prepare(args: &[OsString]) -> Result<(Group, Option<Instant>), String> {
-    let [version, dir, millis] = args else {
+fn prepare(args: &[OsString]) -> Result<(Group, Option<Instant>, Option<PathBuf>), String> {
+    let [version, dir, millis, mark] = args else {
         return Err(format!(
-            "expected VERSION DIRECTORY MILLISECONDS, got {} arguments",
+            "expected VERSION DIRECTORY MILLISECONDS MARK, got {} arguments",
             args.len()
         ));
     };
@@ -228,7 +230,8 @@ fn prepare(args: &[OsString]) -> Result<(Group, Option<Instant>), String> {
     {
         return Err(format!("it is in {dir:?} itself"));
     }
-    Ok((group, deadline))
+    let mark = (!mark.is_empty()).then(|| PathBuf::from(mark));
+    Ok((group, deadline, mark))
 }
 
 /// Descriptors that the caller's parent left open would keep pipes and mounts of strangers alive.
@@ -257,26 +260,30 @@ fn leave_cgroups(proc: &Path) {
     }
 }
 
-fn watch(group: &Group, deadline: Option<Instant>) -> ExitCode {
+fn watch(group: &Group, deadline: Option<Instant>, mark: Option<&Path>) -> ExitCode {
     let stdin = io::stdin();
     if !wait_readable(stdin.as_fd(), deadline).unwrap_or(true) {
-        thaw(group);
+        thaw(group, None);
         // The caller may still be about to freeze (it was stopped): its end is waited for, and thawed again then.
         let _ = wait_readable(stdin.as_fd(), None);
     }
     let mut word = [0];
     match stdin.lock().read(&mut word) {
         Ok(1) if word[0] == DONE => ExitCode::SUCCESS,
-        _ => thaw(group),
+        _ => thaw(group, mark),
     }
 }
 
-fn thaw(group: &Group) -> ExitCode {
+/// Until it is thawed; then nobody has to know any more that it was frozen.
+fn thaw(group: &Group, mark: Option<&Path>) -> ExitCode {
     let deadline = Instant::now() + THAW_TRIES;
     loop {
         match group.thaw() {
             // When the cgroup is gone, nothing is left that could be frozen.
-            Ok(()) | Err(Error::Gone { .. }) => return ExitCode::SUCCESS,
+            Ok(()) | Err(Error::Gone { .. }) => {
+                mark.into_iter().for_each(super::mark::remove);
+                return ExitCode::SUCCESS;
+            }
             Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
             Err(_) => return ExitCode::FAILURE,
         }

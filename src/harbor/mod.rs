@@ -410,7 +410,7 @@ impl Harbor {
     ) -> Result<Page<Artifact>, Error> {
         let query = query.text("tags")?;
         let path = format!(
-            "{}/artifacts?with_tag=true&with_label=true&with_accessory=true&{query}",
+            "{}/artifacts?with_tag=true&with_label=true&with_accessory=true&with_immutable_status=true&{query}",
             repository_path(project, repository)
         );
         self.page(&path).await

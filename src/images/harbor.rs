@@ -163,6 +163,9 @@ fn entry(artifact: Artifact) -> ImageEntry {
     }
     entry.tags = artifact.tag_names();
     entry.tags.sort();
+    let tags = artifact.tags.iter().flatten();
+    let immutable = tags.filter(|tag| tag.immutable);
+    entry.immutable = immutable.map(|tag| tag.name.clone()).collect();
     entry.size = Some(artifact.size);
     entry.media_type = artifact.manifest_media_type;
     entry.pushed = artifact.push_time;

@@ -135,7 +135,8 @@ impl Error {
 }
 
 /// In which order.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Sort {
     /// The newest first
     #[default]
@@ -218,6 +219,9 @@ pub struct ImageEntry {
     pub digest: Digest,
     /// Sorted.
     pub tags: Vec<String>,
+    /// Those of them that the place forbids to move or delete.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub immutable: Vec<String>,
     /// Compressed bytes of manifest, config and all layers.
     pub size: Option<u64>,
     /// Media type of the manifest.
@@ -245,6 +249,7 @@ impl ImageEntry {
         Self {
             digest,
             tags: Vec::new(),
+            immutable: Vec::new(),
             size: None,
             media_type: None,
             architecture: None,

@@ -49,6 +49,23 @@ pub const UPLOADS_AT_ONCE: usize = 4;
 /// What moves, however slowly, may go on for so long: a terabyte over a line of 25 MB/s.
 pub const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
+/// The beginning of a client for what is no registry (a manager, a key set) at `host`: with this machine's certificates, its
+/// proxies but for loopback addresses, and no redirects, as a token goes to nobody else.
+pub fn http_client(host: &str) -> reqwest::ClientBuilder {
+    tls::install_provider();
+    let builder = reqwest::Client::builder()
+        .user_agent(concat!("upperdeck/", env!("CARGO_PKG_VERSION")))
+        .redirect(reqwest::redirect::Policy::none())
+        .referer(false)
+        .tls_backend_rustls()
+        .tls_certs_only(tls::machine_roots().iter().cloned());
+    if reference::is_loopback(host) {
+        builder.no_proxy()
+    } else {
+        builder
+    }
+}
+
 /// How registries are reached, and as whom.
 #[derive(Clone, Debug)]
 pub struct Access {

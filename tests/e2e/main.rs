@@ -15,3 +15,4 @@ mod lab;
 mod live;
 mod overlay;
 mod save;
+mod service;

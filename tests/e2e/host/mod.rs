@@ -7,7 +7,9 @@ pub mod grpc;
 pub mod image;
 pub mod podman;
 pub mod process;
+pub mod redis;
 pub mod registry;
+pub mod service;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -188,6 +190,7 @@ fn processes_of(root: &Path) -> Vec<i32> {
                 "containerd",
                 "dockerd",
                 "docker-registry",
+                "redis-server",
                 "conmon",
                 "runc",
                 "upperdeck",

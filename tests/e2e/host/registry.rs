@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::{Daemon, Scratch, command, run};
 
@@ -116,6 +116,23 @@ impl Registry {
         entries
             .filter_map(|entry| entry.file_name().into_string().ok())
             .collect()
+    }
+
+    /// SIGKILL, and up again at the same address.
+    pub fn crash(&mut self) -> Result<()> {
+        self.daemon.kill()?;
+        let dir = self.storage.parent().context("it has a directory")?;
+        let file = dir.join("config.yml");
+        let configuration = fs::read_to_string(&file)?;
+        fs::write(&file, configuration.replace("127.0.0.1:0", &self.host))?;
+        self.daemon = Daemon::start(
+            Command::new("docker-registry").arg("serve").arg(&file),
+            dir.join("log-again"),
+        )?;
+        let host = self.host.clone();
+        self.daemon
+            .wait_for(|_| std::net::TcpStream::connect(&host).ok())
+            .map(drop)
     }
 
     /// Ends it: from now on it cannot be reached.

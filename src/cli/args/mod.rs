@@ -5,6 +5,8 @@
     reason = "the comments are what --help prints: brackets there mean that a part may be left out"
 )]
 
+pub(super) mod service;
+
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,6 +21,8 @@ use super::progress::Mode;
 use crate::bench::stages::Setting;
 use crate::commit::{Compression, Pause};
 use crate::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
+use crate::job;
+pub(super) use service::{Agent, Manager, Up};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -59,8 +63,8 @@ Exit codes:
 {}
 Environment:
   UPPERDECK_HOST_ROOT, UPPERDECK_CONTAINERD_ROOT, UPPERDECK_CONTAINERD_STATE, UPPERDECK_DOCKER_ROOT,
-  UPPERDECK_STORAGE_ROOT, UPPERDECK_STORAGE_RUNROOT, UPPERDECK_LOG
-      As the flags of the same name.
+  UPPERDECK_STORAGE_ROOT, UPPERDECK_STORAGE_RUNROOT, UPPERDECK_LOG, UPPERDECK_LOG_FORMAT
+      As the flags of the same name. Every flag of manager, agent and up has such a variable.
   SOURCE_DATE_EPOCH
       As --timestamp of commit and layer.
   REGISTRY_AUTH_FILE, DOCKER_CONFIG, XDG_RUNTIME_DIR
@@ -114,6 +118,9 @@ pub(super) struct Global {
     /// What to log on stderr: error, warn, info, debug, trace, or a filter such as upperdeck::registry=debug
     #[arg(long, global = true, value_name = "FILTER", env = "UPPERDECK_LOG", hide_env_values = true, help_heading = LOGGING)]
     pub(super) log: Option<String>,
+    /// How log lines are written
+    #[arg(long, global = true, value_enum, value_name = "HOW", default_value_t = LogFormat::Text, env = "UPPERDECK_LOG_FORMAT", hide_env_values = true, help_heading = LOGGING)]
+    pub(super) log_format: LogFormat,
     /// Log more, whatever --log says; twice for much more
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = LOGGING)]
     pub(super) verbose: u8,
@@ -125,6 +132,7 @@ const CONTENT: &str = "What goes into the layer";
 const METADATA: &str = "What the image says";
 const REGISTRY: &str = "Registry";
 const REPORT: &str = "Report";
+const SERVER: &str = "Manager";
 const LIMITS: &str = "Limits against hostile trees";
 
 #[derive(Debug, Subcommand)]
@@ -153,6 +161,18 @@ pub(super) enum Verb {
     /// Measure what this node can do, stage by stage, and how near a save comes to it
     #[command(after_long_help = BENCH_HELP)]
     Bench(Box<Bench>),
+    /// Save by way of a manager, and follow what becomes of it
+    #[command(subcommand, after_long_help = JOB_HELP)]
+    Job(Job),
+    /// Everything on one machine, in one process: API, portal, agent
+    #[command(after_long_help = service::UP_HELP)]
+    Up(Box<Up>),
+    /// Run the image manager: API and portal, record, queue
+    #[command(after_long_help = service::MANAGER_HELP)]
+    Manager(Box<Manager>),
+    /// Run a node's agent: saves what the managers ask for
+    #[command(after_long_help = service::AGENT_HELP)]
+    Agent(Box<Agent>),
     /// Make a container, work in it, save it, unpack it, compare; then once more
     #[command(after_long_help = DEMO_HELP)]
     Demo,
@@ -171,6 +191,15 @@ pub(super) enum Verb {
         #[arg(value_hint = ValueHint::DirPath)]
         dir: Option<PathBuf>,
     },
+}
+
+/// `--log-format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum LogFormat {
+    /// A line for people
+    Text,
+    /// One JSON object a line
+    Json,
 }
 
 /// `--format`.
@@ -302,6 +331,7 @@ stdout carries the result: HOST/REPOSITORY@sha256:... (or the layout with the di
   base_progress  layer (0 is the bottom), layers, bytes_done, bytes_total (0: not known)
   warning        code, message
   paused         pause_ms
+  ready          with --gate-fd: all is delivered but the tag
   saved          reference, digest                           always the last line of a save that succeeded
   failed         exit, code, message, retryable              always the last line of one that did not
   New events and fields may come; 'version' grows when one changes its meaning or goes away.
@@ -347,6 +377,17 @@ pub(super) struct Commit {
     /// How much of what changes during the save may be kept in memory; where it is more, another round comes first
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "32M")]
     pub(super) live_limit: u64,
+
+    /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
+    #[arg(long)]
+    pub(super) background: bool,
+    /// Ask before the tag is put on: 'ready' is told, then a byte read from this open descriptor. 'y' goes on, anything
+    /// else cancels, and so does its end at any time
+    #[arg(long, value_name = "N")]
+    pub(super) gate_fd: Option<u32>,
+    /// A file that is there while the container may stand still by this save's doing
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(super) freeze_mark: Option<PathBuf>,
 
     #[command(flatten)]
     pub(super) state: State,
@@ -467,6 +508,8 @@ pub(super) struct Registry {
 
 const IMAGE_HELP: &str = "\
 Examples:
+  upperdeck image ls
+      The caller's images, as a manager shows them.
   upperdeck image ls harbor.example.org/alice
   upperdeck image ls --format json oci:/srv/images
   upperdeck image rm harbor.example.org/alice/notebook:monday";
@@ -483,6 +526,7 @@ pub(super) enum Image {
 
 const IMAGE_LS_HELP: &str = "\
 WHERE:
+  (nothing)                the caller's images, by way of a manager (--server)
   HOST[:PORT]              all repositories that the credentials see
   HOST[:PORT]/PROJECT      Harbor: the repositories of a project, and its quota
   HOST[:PORT]/PATH/        a plain registry: the repositories below PATH
@@ -499,13 +543,14 @@ JSON: one object with page, page_size, total (on all pages), quota ({limit, used
   repositories   [{name, images, pulls, updated}]
   images         [{digest, tags, size, media_type, architecture, created, pushed, pulled, labels (of the config),
                  annotations (of the manifest), marks (Harbor's labels), accessories}]
-What a place does not know is null. Sizes are compressed bytes, times RFC 3339.";
+What a place does not know is null. Sizes are compressed bytes, times RFC 3339.
+By way of a manager: an object as GET /api/v1/images has it.";
 
 #[derive(Debug, Args)]
 pub(super) struct ImageLs {
-    /// HOST[:PORT][/PATH] or oci:DIRECTORY
+    /// HOST[:PORT][/PATH] or oci:DIRECTORY [default: what a manager shows]
     #[arg(value_name = "WHERE")]
-    pub(super) place: String,
+    pub(super) place: Option<String>,
     /// Only what has TEXT in its name, or in one of its tags
     #[arg(long, value_name = "TEXT")]
     pub(super) search: Option<String>,
@@ -526,6 +571,8 @@ pub(super) struct ImageLs {
     pub(super) no_trunc: bool,
     #[command(flatten)]
     pub(super) registry: Registry,
+    #[command(flatten)]
+    pub(super) server: Server,
 }
 
 const IMAGE_RM_HELP: &str = "\
@@ -533,6 +580,8 @@ Examples:
   upperdeck image rm harbor.example.org/alice/notebook:monday
   upperdeck image rm --all-tags harbor.example.org/alice/notebook@sha256:88b852e0...
   upperdeck image rm oci:/srv/images:monday oci:/srv/images:tuesday
+  upperdeck image rm notebook:monday
+      By way of a manager (--server): NAME:TAG, without a host.
 
 A tag is deleted, and its image with it when that was the last one. An image that has other tags goes only with
 --all-tags. Registries before distribution 3 cannot delete one tag of several: that is said, and nothing deleted.
@@ -542,7 +591,7 @@ JSON: an array of {image, tags, digest, image_deleted, kept, space}.";
 
 #[derive(Debug, Args)]
 pub(super) struct ImageRm {
-    /// HOST/REPOSITORY:TAG, HOST/REPOSITORY@sha256:..., oci:DIRECTORY:TAG or oci:DIRECTORY@sha256:...
+    /// HOST/REPOSITORY:TAG, HOST/REPOSITORY@sha256:..., oci:DIRECTORY:TAG or oci:DIRECTORY@sha256:...; NAME:TAG of a manager
     #[arg(value_name = "IMAGE", required = true)]
     pub(super) images: Vec<String>,
     /// Delete the image, whatever other tags it has
@@ -553,6 +602,180 @@ pub(super) struct ImageRm {
     pub(super) format: Format,
     #[command(flatten)]
     pub(super) registry: Registry,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+/// The manager that is asked.
+#[derive(Clone, Debug, Args)]
+pub(super) struct Server {
+    /// The manager's address, perhaps with ?token=... as 'upperdeck up' prints it [default: the 'upperdeck up' of this machine]
+    #[arg(long, value_name = "URL", env = "UPPERDECK_SERVER", hide_env_values = true, value_hint = ValueHint::Url, help_heading = SERVER)]
+    #[allow(clippy::struct_field_names, reason = "named as its flag")]
+    pub(super) server: Option<String>,
+    /// File whose first line is the token (/dev/fd/N for a descriptor)
+    #[arg(long, value_name = "FILE", env = "UPPERDECK_TOKEN_FILE", hide_env_values = true, value_hint = ValueHint::FilePath, help_heading = SERVER)]
+    pub(super) token_file: Option<PathBuf>,
+    /// The token itself. Other users of this machine can see it: prefer --token-file
+    #[arg(long, value_name = "TOKEN", env = "UPPERDECK_TOKEN", hide_env_values = true, conflicts_with = "token_file", help_heading = SERVER)]
+    pub(super) token: Option<String>,
+    /// For whom, where the token is a portal's
+    #[arg(long = "as-user", value_name = "USER", env = "UPPERDECK_AS_USER", hide_env_values = true, help_heading = SERVER)]
+    pub(super) user: Option<String>,
+    /// Where an 'upperdeck up' of this machine says how it is reached
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_UP_DIR", hide_env_values = true, hide = true, help_heading = SERVER)]
+    pub(super) up_dir: PathBuf,
+}
+
+const JOB_HELP: &str = "\
+Examples:
+  upperdeck job sessions
+  upperdeck job submit --watch jupyter/notebook-0 notebook:monday
+  upperdeck job ls --state running
+  upperdeck job watch 0198f0c4-0000-7000-8000-000000000000
+  upperdeck job submit --server https://save.example.org --token-file ~/.upperdeck-token --message 'with pandas' 3f2a9c51d0b7
+
+The manager is named by --server or UPPERDECK_SERVER; without either it is the 'upperdeck up' of this machine.";
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Job {
+    /// List the sessions that may be saved
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job sessions\n  upperdeck job sessions --format json | jq -r '.[].id'\n\nJSON: an array of objects as GET /api/v1/sessions has them."
+    )]
+    Sessions(JobSessions),
+    /// Ask for a save; prints its ID
+    #[command(after_long_help = JOB_SUBMIT_HELP)]
+    Submit(Box<JobSubmit>),
+    /// Show what a save is doing, or what became of it
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job status 0198f0c4-0000-7000-8000-000000000000\n\nJSON: an object as GET /api/v1/saves/{id} has it."
+    )]
+    Status(JobOne),
+    /// Follow a save to its end, with the bar of 'commit'; prints the reference
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job watch 0198f0c4-0000-7000-8000-000000000000\n\nThe exit code is that of the save, as of 'commit'. A manager that is started again is waited for."
+    )]
+    Watch(JobWatch),
+    /// End a save that waits or runs; nothing is left in the registry under its tag
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job cancel 0198f0c4-0000-7000-8000-000000000000"
+    )]
+    Cancel(JobCancel),
+    /// List saves, the latest first
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job ls\n  upperdeck job ls --state failed --format json | jq -r '.saves[].error.code'\n\nJSON: an object as GET /api/v1/saves has it."
+    )]
+    Ls(JobLs),
+}
+
+const JOB_SUBMIT_HELP: &str = "\
+Examples:
+  upperdeck job submit jupyter/notebook-0
+      Under the name and tag that the manager suggests.
+  upperdeck job submit --watch --message 'with pandas' jupyter/notebook-0 notebook:monday
+  id=$(upperdeck job submit 3f2a9c51d0b7 :tuesday)
+
+The manager puts registry, project and user in front of NAME:TAG. JSON: an object as POST /api/v1/saves answers.";
+
+#[derive(Debug, Args)]
+pub(super) struct JobSessions {
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobSubmit {
+    /// A session's ID or a unique beginning of it, or NAMESPACE/POD[/CONTAINER]
+    pub(super) session: String,
+    /// NAME[:TAG] or :TAG [default: what the manager suggests]
+    pub(super) image: Option<String>,
+    /// What it is, in your words
+    #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
+    pub(super) message: Option<String>,
+    /// Set a label; may be repeated
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
+    pub(super) label: Vec<(String, String)>,
+    /// Save everything anew, not only what changed since the last save
+    #[arg(long, help_heading = CONTENT)]
+    pub(super) full: bool,
+    /// How the layer is compressed [default: as the agent is configured]
+    #[arg(long, value_enum, value_name = "CODEC", help_heading = CONTENT)]
+    pub(super) compression: Option<Compression>,
+    /// Leave out what matches, e.g. 'home/*/scratch'; may be repeated
+    #[arg(long, value_name = "PATTERN", help_heading = CONTENT)]
+    pub(super) exclude: Vec<String>,
+    /// Save the data of the volume that is mounted at PATH, too; may be repeated
+    #[arg(long, value_name = "PATH", help_heading = CONTENT)]
+    pub(super) include_volume: Vec<String>,
+    /// Follow it to its end
+    #[arg(short, long, help_heading = REPORT)]
+    pub(super) watch: bool,
+    /// How to show what happens, with --watch
+    #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW", help_heading = REPORT)]
+    pub(super) progress: Mode,
+    /// How to print, without --watch
+    #[arg(long, value_enum, default_value_t = Format::Table, conflicts_with = "watch", help_heading = REPORT)]
+    pub(super) format: Format,
+    /// Said again with the same KEY it is the same save [default: another one each time]
+    #[arg(long, value_name = "KEY")]
+    pub(super) idempotency_key: Option<String>,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobOne {
+    /// The save's ID
+    pub(super) id: uuid::Uuid,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobWatch {
+    /// The save's ID
+    pub(super) id: uuid::Uuid,
+    /// How to show what happens
+    #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW")]
+    pub(super) progress: Mode,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobCancel {
+    /// The save's ID
+    pub(super) id: uuid::Uuid,
+    #[command(flatten)]
+    pub(super) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JobLs {
+    /// Only those in this state
+    #[arg(long, value_name = "STATE", value_parser = state)]
+    pub(super) state: Option<job::State>,
+    /// Only this user's (administrators see all)
+    #[arg(long = "user", value_name = "USER")]
+    pub(super) of: Option<String>,
+    /// At most so many
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub(super) limit: u32,
+    /// Those after the ones already seen, as the list before said
+    #[arg(long, value_name = "WHERE")]
+    pub(super) after: Option<String>,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(super) format: Format,
+    #[command(flatten)]
+    pub(super) server: Server,
 }
 
 const LAYER_HELP: &str = "\
@@ -680,6 +903,13 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     }
 }
 
+fn state(text: &str) -> Result<job::State, String> {
+    job::State::named(text).ok_or_else(|| {
+        let names = job::State::ALL.map(job::State::name);
+        format!("expected one of {}", names.join(", "))
+    })
+}
+
 fn codec_level(text: &str) -> Result<Setting, String> {
     let parsed = text.split_once(':').and_then(|(codec, level)| {
         let codec = Compression::from_str(codec, false).ok()?;
@@ -703,6 +933,13 @@ fn tree_size(text: &str) -> Result<u64, String> {
 fn duration(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
+    }
+    // A day of the calendar may have 23 hours; one that is waited has not.
+    let days = text
+        .strip_suffix('d')
+        .and_then(|days| days.parse::<u32>().ok());
+    if let Some(days) = days.filter(|days| *days > 0) {
+        return Ok(Duration::from_secs(u64::from(days) * 86_400));
     }
     let parsed = text
         .parse::<jiff::SignedDuration>()
@@ -767,7 +1004,9 @@ mod tests {
             ("500ms", Some(500)),
             ("2m", Some(120_000)),
             ("1m30s", Some(90_000)),
+            ("2d", Some(172_800_000)),
             ("0s", None),
+            ("0d", None),
             ("-1s", None),
             ("5", None),
             ("", None),

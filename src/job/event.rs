@@ -1,6 +1,7 @@
 //! What a save tells the outside while it runs: one event type for the bar, for `--progress json` and for the service.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::digest::Digest;
 
@@ -8,7 +9,7 @@ use crate::digest::Digest;
 pub const EVENT_VERSION: u32 = 1;
 
 /// What a save is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Reading the runtime's state, proving the base.
@@ -27,6 +28,11 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// A save that was asked for by way of a manager waits. Never said by `commit`.
+    Queued {
+        /// So many are before it.
+        place: u64,
+    },
     /// A phase began.
     Phase {
         /// Which one.
@@ -66,6 +72,8 @@ pub enum Event {
         /// From freeze written to thaw read back, in milliseconds.
         pause_ms: f64,
     },
+    /// All is delivered but the tag; with `--gate-fd` the save waits for the answer.
+    Ready,
     /// The last line of a save that succeeded.
     Saved {
         /// `HOST/REPO@sha256:…`, or the layout's path with the digest.

@@ -1,0 +1,317 @@
+//! What an agent has on disk, so that its own death loses nothing: which children run, what they may have frozen, and how
+//! jobs ended that the queue has not heard of, or has forgotten.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::Error;
+use crate::job::{JobId, Order, Saved};
+
+/// An image that was saved longer ago may have been deleted since: the job is done again then.
+const KEEP_OUTCOMES: Duration = Duration::from_secs(24 * 60 * 60);
+/// The oldest go first beyond.
+const MAX_OUTCOMES: usize = 10_000;
+/// Larger files are none of ours.
+const MAX_NOTE: u64 = 4 << 20;
+
+/// The directory, and the lock on it.
+#[derive(Debug)]
+pub(super) struct Spool {
+    running: PathBuf,
+    outcomes: PathBuf,
+    _lock: File,
+}
+
+/// A child that runs.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Note {
+    /// The container that it saves.
+    pub(super) session: String,
+    /// Its process, which leads a group of its own.
+    pub(super) pid: u32,
+    /// When that was started, in ticks since boot.
+    pub(super) pid_start: u64,
+}
+
+/// A success.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Kept {
+    session: String,
+    destination: String,
+    at_ms: i64,
+    saved: Saved,
+}
+
+/// A file of one running job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Of {
+    /// [`Note`].
+    Note,
+    /// The mark of a freeze.
+    Mark,
+    /// What `commit --metadata-file` writes.
+    Metadata,
+}
+
+impl Of {
+    const ALL: [Self; 3] = [Self::Note, Self::Mark, Self::Metadata];
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Note => "note",
+            Self::Mark => "frozen",
+            Self::Metadata => "metadata",
+        }
+    }
+}
+
+impl Spool {
+    /// Opens `dir`, which is made if it is not there. One agent at a time.
+    pub(super) fn open(dir: &Path) -> Result<Self, Error> {
+        let (running, outcomes) = (dir.join("running"), dir.join("outcomes"));
+        let failed = |source| Error::Directory {
+            path: dir.display().to_string(),
+            source,
+        };
+        for dir in [&running, &outcomes] {
+            let mut make = fs::DirBuilder::new();
+            make.recursive(true)
+                .mode(0o700)
+                .create(dir)
+                .map_err(failed)?;
+        }
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(dir.join("lock"))
+            .map_err(failed)?;
+        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self {
+                running,
+                outcomes,
+                _lock: lock,
+            }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Taken {
+                path: dir.display().to_string(),
+            }),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
+    /// Where a running job's file is.
+    pub(super) fn file(&self, job: JobId, of: Of) -> PathBuf {
+        self.running.join(format!("{job}.{}", of.suffix()))
+    }
+
+    /// A child runs.
+    pub(super) fn begin(&self, job: JobId, note: &Note) -> io::Result<()> {
+        write(&self.file(job, Of::Note), note)
+    }
+
+    /// It does not any more, and nothing of it is frozen.
+    pub(super) fn end(&self, job: JobId) {
+        for of in [Of::Metadata, Of::Note] {
+            remove(&self.file(job, of));
+        }
+    }
+
+    /// Jobs of which something is left, with the note of those that have one that can be read.
+    pub(super) fn left(&self) -> Vec<(JobId, Option<Note>)> {
+        let mut jobs: Vec<JobId> = names(&self.running)
+            .iter()
+            .filter_map(|name| {
+                let (job, suffix) = name.split_once('.')?;
+                let known = Of::ALL.iter().any(|of| of.suffix() == suffix);
+                known.then(|| job.parse().ok()).flatten()
+            })
+            .collect();
+        jobs.sort_unstable();
+        jobs.dedup();
+        jobs.into_iter()
+            .map(|job| (job, read(&self.file(job, Of::Note))))
+            .collect()
+    }
+
+    fn outcome(&self, job: JobId) -> PathBuf {
+        self.outcomes.join(format!("{job}.json"))
+    }
+
+    /// The image of `order` is there. On disk before anybody is told.
+    pub(super) fn keep(&self, order: &Order, saved: &Saved, now_ms: i64) -> io::Result<()> {
+        let kept = Kept {
+            session: order.session.clone(),
+            destination: order.destination.clone(),
+            at_ms: now_ms,
+            saved: saved.clone(),
+        };
+        write(&self.outcome(order.job), &kept)
+    }
+
+    /// What became of `order` in an attempt that succeeded, and of which the queue did not hear or does not know any more.
+    pub(super) fn kept(&self, order: &Order, now_ms: i64) -> Option<Saved> {
+        let kept: Kept = read(&self.outcome(order.job))?;
+        let age = now_ms.checked_sub(kept.at_ms)?;
+        let fresh = (0..KEEP_OUTCOMES.as_millis() as i64).contains(&age);
+        let same = kept.session == order.session && kept.destination == order.destination;
+        (fresh && same).then_some(kept.saved)
+    }
+
+    /// Removes outcomes that are too old or too many. Names sort by when their jobs were made.
+    pub(super) fn tidy(&self, now_ms: i64) {
+        let mut names = names(&self.outcomes);
+        names.sort_unstable();
+        let surplus = names.len().saturating_sub(MAX_OUTCOMES);
+        for (n, name) in names.iter().enumerate() {
+            let path = self.outcomes.join(name);
+            let old = || {
+                let kept: Option<Kept> = read(&path);
+                kept.is_none_or(|kept| now_ms - kept.at_ms >= KEEP_OUTCOMES.as_millis() as i64)
+            };
+            if n < surplus || old() {
+                remove(&path);
+            }
+        }
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect()
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    if fs::metadata(path).ok()?.len() > MAX_NOTE {
+        return None;
+    }
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// Beside, to the disk, then renamed: what is there is whole.
+fn write<T: Serialize>(path: &Path, content: &T) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(&serde_json::to_vec(content)?)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    File::open(dir)?.sync_all()
+}
+
+fn remove(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), %error, "cannot remove a file of the spool");
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::job::SaveOptions;
+
+    pub(in crate::agent) fn order() -> Order {
+        Order {
+            job: JobId::new(),
+            node: "node-1".to_owned(),
+            session: "ab".repeat(32),
+            owner: "alice".to_owned(),
+            destination: "oci:/srv/images/alice/x:1".to_owned(),
+            message: None,
+            options: SaveOptions::default(),
+            attempt: 1,
+            fence_after: 0,
+            not_before_ms: 0,
+            expires_ms: i64::MAX,
+            timeout_s: 600,
+        }
+    }
+
+    fn saved() -> Saved {
+        Saved {
+            reference: "x".to_owned(),
+            digest: "sha256:0".to_owned(),
+            layer_bytes: 1,
+            image_bytes: 2,
+            sent_bytes: 3,
+            entries: 4,
+            delta: false,
+            base_name: None,
+            base_digest: None,
+            pause_ms: Some(1.5),
+            seconds: 0.5,
+        }
+    }
+
+    #[test]
+    fn a_success_is_told_again_only_for_the_same_save_and_not_for_ever()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let spool = Spool::open(dir.path())?;
+        let order = order();
+        assert_eq!(spool.kept(&order, 5), None);
+        spool.keep(&order, &saved(), 1000)?;
+        assert_eq!(spool.kept(&order, 2000), Some(saved()));
+        let day = KEEP_OUTCOMES.as_millis() as i64;
+        assert_eq!(spool.kept(&order, 1000 + day), None);
+        assert_eq!(
+            spool.kept(&order, 10),
+            None,
+            "a clock that was put back proves nothing"
+        );
+        let elsewhere = Order {
+            destination: "oci:/srv/images/alice/y:1".to_owned(),
+            ..order.clone()
+        };
+        assert_eq!(spool.kept(&elsewhere, 2000), None);
+        fs::write(spool.outcome(order.job), b"{")?;
+        assert_eq!(spool.kept(&order, 2000), None);
+        spool.tidy(2000);
+        assert!(
+            !spool.outcome(order.job).exists(),
+            "what cannot be read is of no use"
+        );
+        spool.keep(&order, &saved(), 1000)?;
+        spool.tidy(1000 + day - 1);
+        assert_eq!(spool.kept(&order, 2000), Some(saved()));
+        spool.tidy(1000 + day);
+        assert_eq!(spool.kept(&order, 2000), None);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_left_of_jobs_is_found_and_a_spool_has_one_agent()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let spool = Spool::open(dir.path())?;
+        assert!(matches!(Spool::open(dir.path()), Err(Error::Taken { .. })));
+        let (noted, marked) = (JobId::new(), JobId::new());
+        let note = || Note {
+            session: "x".to_owned(),
+            pid: 7,
+            pid_start: 9,
+        };
+        spool.begin(noted, &note())?;
+        fs::write(spool.file(marked, Of::Mark), b"{}")?;
+        fs::write(spool.running.join("stranger"), b"")?;
+        fs::write(spool.running.join("x.note"), b"")?;
+        assert_eq!(spool.left(), [(noted, Some(note())), (marked, None)]);
+        spool.end(noted);
+        assert_eq!(spool.left(), [(marked, None)]);
+        drop(spool);
+        Spool::open(dir.path())?;
+        Ok(())
+    }
+}

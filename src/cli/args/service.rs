@@ -1,0 +1,300 @@
+//! The flags of the service: `manager`, `agent`, `up`. Each is a setting too: in the environment and in a file, see
+//! `config`. So none of them is required here; what is missing is found when options are made of them.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueHint};
+
+use super::{LIMITS, REGISTRY, duration, key_value};
+
+const QUEUE: &str = "Queue";
+const SERVE: &str = "API and portal";
+const CALLERS: &str = "Who may call";
+const WORK: &str = "Node";
+const SETTINGS: &str = "Settings";
+
+/// Where settings come from besides the flags.
+#[derive(Debug, Args)]
+pub(in super::super) struct Settings {
+    /// Settings in TOML: the flags' names with '_' for '-', at the top for all verbs or in [manager], [agent], [up]
+    /// [default: /etc/upperdeck/upperdeck.toml, if it is there]
+    #[arg(long, value_name = "FILE", env = "UPPERDECK_CONFIG", hide_env_values = true, value_hint = ValueHint::FilePath, help_heading = SETTINGS)]
+    pub(in super::super) config: Option<PathBuf>,
+    /// Print all settings as such a file, each with where it comes from, and end
+    #[arg(long, help_heading = SETTINGS)]
+    pub(in super::super) print_config: bool,
+}
+
+/// What managers and agents share.
+#[derive(Debug, Args)]
+pub(in super::super) struct Queue {
+    /// Redis or Valkey, 6.2 or later: redis://[USER@]HOST[:PORT][/DB], rediss:// with TLS, redis+unix:///SOCKET
+    #[arg(long, value_name = "URL", value_hint = ValueHint::Url, help_heading = QUEUE)]
+    pub(in super::super) redis: Option<String>,
+    /// File with the password for it (/dev/fd/N for a descriptor)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = QUEUE)]
+    pub(in super::super) redis_password_file: Option<PathBuf>,
+    /// File with the keys that messages between managers and agents are signed with, one a line; the first signs, all
+    /// are accepted
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = QUEUE)]
+    pub(in super::super) key_file: Option<PathBuf>,
+    /// Saves of one user that run at once, on all nodes; 0 for no bound
+    #[arg(long, value_name = "N", default_value_t = 2, help_heading = QUEUE)]
+    pub(in super::super) running_per_user: u32,
+    /// Saves that run at once on one node; 0 for no bound but the agent's own
+    #[arg(long, value_name = "N", default_value_t = 4, help_heading = QUEUE)]
+    pub(in super::super) running_per_node: u32,
+    /// Saves that run at once into one registry, from all nodes; 0 for no bound
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = QUEUE)]
+    pub(in super::super) running_per_registry: u32,
+}
+
+/// How registries are reached.
+#[derive(Debug, Args)]
+pub(in super::super) struct Push {
+    /// File with USER:PASSWORD for the registry (/dev/fd/N for a descriptor)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REGISTRY)]
+    pub(in super::super) creds_file: Option<PathBuf>,
+    /// Credentials file, as 'podman login' and 'docker login' write it
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REGISTRY)]
+    pub(in super::super) authfile: Option<PathBuf>,
+    /// Directory with *.crt of further authorities, and *.cert with *.key of this client
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = REGISTRY)]
+    pub(in super::super) cert_dir: Option<PathBuf>,
+    /// Whether the registry's certificate is checked; false also allows plain HTTP
+    #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, help_heading = REGISTRY)]
+    pub(in super::super) tls_verify: bool,
+}
+
+/// What a manager decides.
+#[derive(Debug, Args)]
+pub(in super::super) struct Serve {
+    /// IP:PORT or unix:PATH
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8787", help_heading = SERVE)]
+    pub(in super::super) listen: String,
+    /// How browsers reach it, e.g. https://save.example.org/ [default: as they say, over plain HTTP]
+    #[arg(long, value_name = "URL", value_hint = ValueHint::Url, help_heading = SERVE)]
+    pub(in super::super) public_url: Option<String>,
+    /// The record: sqlite:FILE or postgres://[USER@]HOST[:PORT]/DATABASE [default: sqlite:/var/lib/upperdeck/manager.db,
+    /// with 'up' manager.db in --state-dir]
+    #[arg(long, value_name = "URL", help_heading = SERVE)]
+    pub(in super::super) record: Option<String>,
+    /// File with the password for it (/dev/fd/N for a descriptor)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = SERVE)]
+    pub(in super::super) record_password_file: Option<PathBuf>,
+    /// A tag that no save may take, '*' at its end for anything; may be repeated
+    #[arg(long, value_name = "TAG", help_heading = SERVE)]
+    pub(in super::super) reserved_tag: Vec<String>,
+    /// How long done saves stay in the history, e.g. 90d; 0 for ever
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "365d", help_heading = SERVE)]
+    pub(in super::super) retention: Duration,
+
+    /// API tokens: a TOML file
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]
+    pub(in super::super) tokens_file: Option<PathBuf>,
+    /// Key set that users' JSON Web Tokens are checked with: a file, or an https:// address
+    #[arg(long, value_name = "FILE|URL", help_heading = CALLERS)]
+    pub(in super::super) jwks: Option<String>,
+    /// Who must have issued them
+    #[arg(long, value_name = "ISSUER", help_heading = CALLERS)]
+    pub(in super::super) jwt_issuer: Option<String>,
+    /// For whom they must be
+    #[arg(long, value_name = "AUDIENCE", help_heading = CALLERS)]
+    pub(in super::super) jwt_audience: Option<String>,
+    /// The claim that is the user's name
+    #[arg(long, value_name = "CLAIM", default_value = "sub", help_heading = CALLERS)]
+    pub(in super::super) jwt_user_claim: String,
+    /// The claim and the value that it is or has for administrators, e.g. realm_access.roles=upperdeck-admin
+    #[arg(long, value_name = "CLAIM=VALUE", value_parser = key_value, help_heading = CALLERS)]
+    pub(in super::super) jwt_admin_claim: Option<(String, String)>,
+    /// A user, by token or by proxy, who is an administrator; may be repeated
+    #[arg(long, value_name = "USER", help_heading = CALLERS)]
+    pub(in super::super) administrator: Vec<String>,
+    /// Header in which a proxy says who the user is; believed only from --proxy-from
+    #[arg(long, value_name = "NAME", help_heading = CALLERS)]
+    pub(in super::super) proxy_header: Option<String>,
+    /// Addresses of that proxy, e.g. 10.1.0.0/16, or unix for a socket file; may be repeated
+    #[arg(long, value_name = "CIDR", help_heading = CALLERS)]
+    pub(in super::super) proxy_from: Vec<String>,
+
+    /// Saves of one user that may wait or run at once; 0 for no bound
+    #[arg(long, value_name = "N", default_value_t = 100, help_heading = LIMITS)]
+    pub(in super::super) open_per_user: u32,
+    /// Requests a second of one caller, in the long run; 0 for no bound
+    #[arg(long, value_name = "N", default_value_t = 50, help_heading = LIMITS)]
+    pub(in super::super) rate: u32,
+    /// How often a save is tried in all
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub(in super::super) attempts: u32,
+    /// The pause before the second attempt; each further one is twice as long
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "10s", help_heading = LIMITS)]
+    pub(in super::super) backoff: Duration,
+    /// The longest that one attempt may run
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "4h", help_heading = LIMITS)]
+    pub(in super::super) timeout: Duration,
+    /// A node that has not been heard of for so long is lost, and with it the saves of its sessions
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "5m", help_heading = LIMITS)]
+    pub(in super::super) node_lost: Duration,
+    /// A save that has waited for so long fails
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "24h", help_heading = LIMITS)]
+    pub(in super::super) order_expiry: Duration,
+}
+
+/// What a node's agent decides.
+#[derive(Debug, Args)]
+pub(in super::super) struct Work {
+    /// This node's name, unique [default: the host's]
+    #[arg(long, value_name = "NAME", help_heading = WORK)]
+    pub(in super::super) node: Option<String>,
+    /// Whose a session is: namespace[:PATTERN], pod:PATTERN, env:NAME or fixed:USER; the pattern's group is the user
+    #[arg(long, value_name = "RULE", help_heading = WORK)]
+    pub(in super::super) owner: Option<String>,
+    /// Where the agent notes what runs, so that its own death costs nothing [default: /var/lib/upperdeck/agent, with 'up'
+    /// agent in --state-dir]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = WORK)]
+    pub(in super::super) spool_dir: Option<PathBuf>,
+    /// Where this node keeps what it needs to save only what changed since the last save; empty for nowhere
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", value_hint = ValueHint::DirPath, help_heading = WORK)]
+    pub(in super::super) state_dir: PathBuf,
+    /// Saves at once, at most; the pressure on the node may make it fewer
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..), help_heading = WORK)]
+    pub(in super::super) slots: u32,
+    /// Threads of one save, at least
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), help_heading = WORK)]
+    pub(in super::super) min_threads: u32,
+    /// Threads of one save, at most [default: the cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = WORK)]
+    pub(in super::super) max_threads: Option<u32>,
+    /// Run saves at the usual priority, and not at the lowest
+    #[arg(long, help_heading = WORK)]
+    pub(in super::super) foreground: bool,
+    /// Codec where a save asks for none: gzip or zstd
+    #[arg(long, value_name = "CODEC", value_parser = ["gzip", "zstd"], help_heading = WORK)]
+    pub(in super::super) compression: Option<String>,
+    /// The longest that a container may stand still, e.g. 300ms
+    #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = WORK)]
+    pub(in super::super) max_pause: Option<Duration>,
+    /// The longest that a save may run on this node, whatever its order says
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "12h", help_heading = WORK)]
+    pub(in super::super) max_time: Duration,
+    /// How long running saves may go on when the agent is told to end [default: 5m, with 'up' 10s]
+    #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = WORK)]
+    pub(in super::super) drain: Option<Duration>,
+    /// A further flag of 'commit' for every save, e.g. --commit-flag=--max-size=500G; may be repeated
+    #[arg(long, value_name = "FLAG", allow_hyphen_values = true, help_heading = WORK)]
+    pub(in super::super) commit_flag: Vec<String>,
+    /// Make a missing project in Harbor
+    #[arg(long, help_heading = REGISTRY)]
+    pub(in super::super) create_project: bool,
+}
+
+pub(super) const MANAGER_HELP: &str = "\
+Examples:
+  upperdeck manager --redis redis://redis.example.org --key-file /etc/upperdeck/key \\
+      --target 'harbor.example.org/sessions/{user}/{name}:{tag}' --creds-file /etc/upperdeck/robot \\
+      --tokens-file /etc/upperdeck/tokens.toml
+  upperdeck manager --config /etc/upperdeck/upperdeck.toml --print-config
+  UPPERDECK_RECORD=postgres://upperdeck@db.example.org/upperdeck upperdeck manager
+
+The API is described at /openapi.json, the portal is at /, metrics at /metrics, liveness at /healthz, readiness at
+/readyz. SIGTERM lets requests under way end.
+
+--target has exactly the places {user}, {name} and {tag}; the caller never names a host. Two managers at once work on one
+PostgreSQL record.
+
+A tokens file:
+  [[token]]
+  name = \"portal\"
+  role = \"portal\"            # may act for any user (header Upperdeck-User); or user, administrator
+  sha256 = \"...\"             # of the token: printf %s \"$token\" | sha256sum
+  [[token]]
+  name = \"alice\"
+  role = \"user\"
+  user = \"alice\"
+  sha256 = \"...\"";
+
+/// `manager`.
+#[derive(Debug, Args)]
+pub(in super::super) struct Manager {
+    #[command(flatten)]
+    pub(in super::super) settings: Settings,
+    #[command(flatten)]
+    pub(in super::super) queue: Queue,
+    /// Where images go, e.g. harbor.example.org/sessions/{user}/{name}:{tag} or oci:/srv/images/{user}/{name}:{tag}
+    #[arg(long, value_name = "TEMPLATE", help_heading = SERVE)]
+    pub(in super::super) target: Option<String>,
+    #[command(flatten)]
+    pub(in super::super) serve: Serve,
+    #[command(flatten)]
+    pub(in super::super) push: Push,
+}
+
+pub(super) const AGENT_HELP: &str = "\
+Examples:
+  upperdeck agent --redis redis://redis.example.org --key-file /etc/upperdeck/key --owner env:JUPYTERHUB_USER \\
+      --allow harbor.example.org/sessions --creds-file /etc/upperdeck/robot
+  upperdeck agent --host-root /host --node \"$NODE_NAME\" --owner 'pod:jupyter-(.+)' --allow registry.example.org
+  upperdeck agent --config /etc/upperdeck/upperdeck.toml --print-config
+
+One a node, as root. Every save is a process of its own ('upperdeck commit'), at the lowest priority, with its
+credentials on a descriptor. SIGTERM: takes no more, lets what runs end within --drain, gives the rest back.
+
+--owner says whose a session is, from what the runtime wrote down:
+  namespace              the pod's namespace is the user
+  namespace:user-(.+)    a part of it is
+  pod:jupyter-(.+)       a part of the pod's name is
+  env:JUPYTERHUB_USER    a variable of the container's environment is, as the runtime started it
+  fixed:alice            always the same";
+
+/// `agent`.
+#[derive(Debug, Args)]
+pub(in super::super) struct Agent {
+    #[command(flatten)]
+    pub(in super::super) settings: Settings,
+    #[command(flatten)]
+    pub(in super::super) queue: Queue,
+    /// Where images may go: HOST[:PORT][/PROJECT] or oci:/DIRECTORY; may be repeated
+    #[arg(long, value_name = "PREFIX", help_heading = WORK)]
+    pub(in super::super) allow: Vec<String>,
+    #[command(flatten)]
+    pub(in super::super) work: Work,
+    #[command(flatten)]
+    pub(in super::super) push: Push,
+}
+
+pub(super) const UP_HELP: &str = "\
+Examples:
+  upperdeck up
+      Saves of this machine's containers, into OCI layouts below /var/lib/upperdeck/images; prints a URL with a token.
+  upperdeck up --registry registry.example.org/sessions --creds-file robot
+  upperdeck up --redis redis://localhost --key-file key --registry localhost:5000/sessions
+      A manager and an agent that others can join.
+
+All of it in one process, as root: the manager, this node's agent, the record and, without --redis, the queue; the files
+are in --state-dir. Without --owner all sessions are the caller's own. The token is made anew at every start, unless
+--token-file has one; 'upperdeck job' and 'upperdeck image' on this machine find it by themselves, as root.";
+
+/// `up`.
+#[derive(Debug, Args)]
+pub(in super::super) struct Up {
+    #[command(flatten)]
+    pub(in super::super) settings: Settings,
+    #[command(flatten)]
+    pub(in super::super) queue: Queue,
+    /// Where images go: HOST[:PORT][/PROJECT] [default: OCI layouts in --store]
+    #[arg(long, value_name = "PREFIX", help_heading = REGISTRY)]
+    pub(in super::super) registry: Option<String>,
+    /// Directory of the OCI layouts, one for each image's name [default: images in --state-dir]
+    #[arg(long, value_name = "DIR", conflicts_with = "registry", value_hint = ValueHint::DirPath, help_heading = REGISTRY)]
+    pub(in super::super) store: Option<PathBuf>,
+    /// File with the token to log in with [default: a new one]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]
+    pub(in super::super) token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(in super::super) serve: Serve,
+    #[command(flatten)]
+    pub(in super::super) work: Work,
+    #[command(flatten)]
+    pub(in super::super) push: Push,
+}

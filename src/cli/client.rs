@@ -1,0 +1,442 @@
+//! The shell's side of the REST API: one request, one reply, and the events of a save as they come.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use futures_util::StreamExt;
+use reqwest::{Method, StatusCode, Url};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use zeroize::Zeroizing;
+
+use super::args;
+use super::exit::{Exit, Usage};
+use crate::job::Code;
+use crate::manager::shape::{ErrorBody, Save};
+
+/// A reply is read up to this many bytes: a page of a list is far smaller.
+const MAX_REPLY: usize = 16 << 20;
+/// A token is one line.
+const MAX_TOKEN: u64 = 64 << 10;
+/// Nothing may stand still for so long; the events have a sign of life more often.
+const SILENCE: Duration = Duration::from_secs(60);
+/// How long a manager that is away (it is started again) is asked anew while a save is watched.
+const AWAY: Duration = Duration::from_secs(120);
+/// Between two such tries.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// What a manager answers when it does not do what was asked, or why it cannot be asked.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    /// Not there, or it breaks off.
+    #[error("the manager at {server} cannot be reached: {reason}")]
+    Unreachable { server: String, reason: String },
+    /// It says no, in its own words.
+    #[error("{message} ({code})")]
+    Refused {
+        code: String,
+        message: String,
+        retryable: bool,
+        status: u16,
+    },
+    /// Something else than a manager.
+    #[error("{server} does not answer as a manager does: {reason}")]
+    Strange { server: String, reason: String },
+    /// A save that was waited for ended without an image.
+    #[error("{message} ({})", code.name())]
+    Save {
+        code: Code,
+        message: String,
+        retryable: bool,
+    },
+}
+
+impl Error {
+    /// As scripts see it.
+    pub(super) fn exit(&self) -> Exit {
+        match self {
+            Self::Unreachable { .. } => Exit::Retry,
+            Self::Refused {
+                status, retryable, ..
+            } => match status {
+                401 | 403 => Exit::NotPermitted,
+                400 | 405 | 413 | 415 | 422 => Exit::Usage,
+                _ if *retryable => Exit::Retry,
+                _ => Exit::Failed,
+            },
+            Self::Strange { .. } => Exit::Failed,
+            Self::Save {
+                code, retryable, ..
+            } => match code {
+                Code::ContainerGone => Exit::NoContainer,
+                Code::BaseUnproven => Exit::Base,
+                Code::QuotaExceeded | Code::NotPermitted | Code::Policy => Exit::NotPermitted,
+                _ if *retryable => Exit::Retry,
+                _ => Exit::Failed,
+            },
+        }
+    }
+}
+
+/// A manager, and who asks it.
+pub(super) struct Client {
+    http: reqwest::Client,
+    server: Url,
+    token: Option<Zeroizing<String>>,
+    user: Option<String>,
+}
+
+impl Client {
+    /// From the flags; without any, the `upperdeck up` of this machine.
+    pub(super) fn new(server: &args::Server) -> anyhow::Result<Self> {
+        let (text, found) = match &server.server {
+            Some(text) => (Zeroizing::new(text.clone()), None),
+            None => {
+                let file = server.up_file();
+                let text = read_line(&file).map_err(|error| {
+                    Usage(format!(
+                        "no manager is named (--server, UPPERDECK_SERVER), and no 'upperdeck up' runs here: {}: {error}",
+                        super::text::path(&file)
+                    ))
+                })?;
+                (text, Some(file))
+            }
+        };
+        let unusable = |reason: &str| {
+            let whence = found.as_ref().map_or_else(
+                || "--server".to_owned(),
+                |file| super::text::path(file).to_string(),
+            );
+            Usage(format!(
+                "{whence}: {reason}; expected http://HOST:PORT or https://HOST"
+            ))
+        };
+        let mut url = Url::parse(&text).map_err(|error| unusable(&error.to_string()))?;
+        if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+            return Err(unusable("not a web address").into());
+        }
+        // As `upperdeck up` prints it.
+        let in_url = url
+            .query_pairs()
+            .find(|(key, _)| key == "token")
+            .map(|(_, token)| Zeroizing::new(token.into_owned()));
+        url.set_query(None);
+        url.set_fragment(None);
+        if !url.path().ends_with('/') {
+            let path = format!("{}/", url.path());
+            url.set_path(&path);
+        }
+        let token = match (&server.token_file, &server.token) {
+            (Some(file), _) => Some(read_line(file).map_err(|error| {
+                Usage(format!(
+                    "cannot read a token from {}: {error}",
+                    super::text::path(file)
+                ))
+            })?),
+            (None, Some(token)) => Some(Zeroizing::new(token.clone())),
+            (None, None) => in_url,
+        };
+        let host = url.host_str().unwrap_or_default();
+        let http = crate::registry::http_client(host)
+            .read_timeout(SILENCE)
+            .build()
+            .map_err(|error| Usage(format!("cannot speak HTTP: {error}")))?;
+        Ok(Self {
+            http,
+            server: url,
+            token,
+            user: server.user.clone(),
+        })
+    }
+
+    fn unreachable(&self, error: &reqwest::Error) -> Error {
+        // The whole chain: "error sending request" alone helps nobody.
+        let mut reason = String::new();
+        let mut cause: Option<&dyn std::error::Error> = Some(error);
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if !reason.contains(&text) {
+                reason = if reason.is_empty() {
+                    text
+                } else {
+                    format!("{reason}: {text}")
+                };
+            }
+            cause = error.source();
+        }
+        Error::Unreachable {
+            server: self.server.to_string(),
+            reason,
+        }
+    }
+
+    fn request(
+        &self,
+        method: Method,
+        path: &str,
+        query: &[(&str, String)],
+    ) -> reqwest::RequestBuilder {
+        let mut url = self.server.clone();
+        // Parts that came from outside are encoded where the path is made.
+        url.set_path(&format!("{}api/v1/{path}", self.server.path()));
+        if !query.is_empty() {
+            url.query_pairs_mut()
+                .extend_pairs(query.iter().map(|(key, value)| (*key, value.as_str())));
+        }
+        let mut request = self
+            .http
+            .request(method, url)
+            .header("Upperdeck-Request", "1");
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token.as_str());
+        }
+        if let Some(user) = &self.user {
+            request = request.header("Upperdeck-User", user);
+        }
+        request
+    }
+
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, Error> {
+        let reply = request
+            .send()
+            .await
+            .map_err(|error| self.unreachable(&error))?;
+        let status = reply.status();
+        if status.is_success() {
+            return Ok(reply);
+        }
+        let body = self.body(reply).await.unwrap_or_default();
+        Err(match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(ErrorBody { error }) => Error::Refused {
+                code: error.code,
+                message: error.message,
+                retryable: error.retryable,
+                status: status.as_u16(),
+            },
+            Err(_) if status == StatusCode::BAD_GATEWAY || status.is_server_error() => {
+                Error::Unreachable {
+                    server: self.server.to_string(),
+                    reason: status.to_string(),
+                }
+            }
+            Err(_) => self.strange(status.to_string()),
+        })
+    }
+
+    fn strange(&self, reason: String) -> Error {
+        Error::Strange {
+            server: self.server.to_string(),
+            reason,
+        }
+    }
+
+    async fn body(&self, reply: reqwest::Response) -> Result<Vec<u8>, Error> {
+        let mut body = Vec::new();
+        let mut stream = reply.bytes_stream();
+        while let Some(chunk) = stream.next().await {
+            body.extend_from_slice(&chunk.map_err(|error| self.unreachable(&error))?);
+            if body.len() > MAX_REPLY {
+                return Err(self.strange(format!("a reply of more than {MAX_REPLY} bytes")));
+            }
+        }
+        Ok(body)
+    }
+
+    async fn json<T: DeserializeOwned>(
+        &self,
+        request: reqwest::RequestBuilder,
+    ) -> Result<T, Error> {
+        let reply = self.send(request).await?;
+        let body = self.body(reply).await?;
+        serde_json::from_slice(&body).map_err(|error| self.strange(error.to_string()))
+    }
+
+    /// `GET`.
+    pub(super) async fn get<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &[(&str, String)],
+    ) -> Result<T, Error> {
+        self.json(self.request(Method::GET, path, query)).await
+    }
+
+    /// `POST` with a body that may be sent again under the same key.
+    pub(super) async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        key: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Error> {
+        let request = self
+            .request(Method::POST, path, &[])
+            .header("Idempotency-Key", key)
+            .json(body);
+        self.json(request).await
+    }
+
+    /// `DELETE`; what it answers is not looked at.
+    pub(super) async fn delete(&self, path: &str) -> Result<(), Error> {
+        self.send(self.request(Method::DELETE, path, &[])).await?;
+        Ok(())
+    }
+
+    /// Calls `seen` with a save whenever something of it changes, until it is done. A connection that breaks and a
+    /// manager that is started again are waited for.
+    pub(super) async fn watch(&self, id: &str, mut seen: impl FnMut(&Save)) -> Result<Save, Error> {
+        let mut last: Option<String> = None;
+        let mut away = tokio::time::Instant::now();
+        loop {
+            let broke = match self.follow(id, &mut last, &mut seen, &mut away).await {
+                Ok(Some(save)) => return Ok(save),
+                Ok(None) => None,
+                Err(error @ Error::Unreachable { .. }) => Some(error),
+                Err(error) => return Err(error),
+            };
+            if let Some(error) = broke.filter(|_| away.elapsed() > AWAY) {
+                return Err(error);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// One connection's events; none: it ended before the save did.
+    async fn follow(
+        &self,
+        id: &str,
+        last: &mut Option<String>,
+        seen: &mut impl FnMut(&Save),
+        away: &mut tokio::time::Instant,
+    ) -> Result<Option<Save>, Error> {
+        let mut request = self
+            .request(Method::GET, &format!("saves/{id}/events"), &[])
+            .header("Accept", "text/event-stream");
+        if let Some(last) = last {
+            request = request.header("Last-Event-ID", last.as_str());
+        }
+        let reply = self.send(request).await?;
+        let mut stream = reply.bytes_stream();
+        let mut events = Events::default();
+        while let Some(chunk) = stream.next().await {
+            events.add(&chunk.map_err(|error| self.unreachable(&error))?);
+            if events.rest.len() > MAX_REPLY {
+                return Err(self.strange("an event without an end".to_owned()));
+            }
+            *away = tokio::time::Instant::now();
+            while let Some(event) = events.next() {
+                if !event.id.is_empty() {
+                    *last = Some(event.id);
+                }
+                let save: Save = serde_json::from_str(&event.data)
+                    .map_err(|error| self.strange(format!("an event: {error}")))?;
+                seen(&save);
+                if save.state.is_final() {
+                    return Ok(Some(save));
+                }
+            }
+        }
+        // It may have ended while nobody looked.
+        let save: Save = self.get(&format!("saves/{id}"), &[]).await?;
+        seen(&save);
+        Ok(save.state.is_final().then_some(save))
+    }
+}
+
+/// One of an event stream (HTML standard, server-sent events). What it is called does not matter here: each carries a
+/// whole save.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct SseEvent {
+    id: String,
+    data: String,
+}
+
+/// Bytes as they come, cut into events.
+#[derive(Default)]
+struct Events {
+    rest: BytesMut,
+}
+
+impl Events {
+    fn add(&mut self, bytes: &[u8]) {
+        self.rest.extend_from_slice(bytes);
+    }
+
+    /// The next whole event that has data.
+    fn next(&mut self) -> Option<SseEvent> {
+        loop {
+            let end = self.rest.windows(2).position(|two| two == b"\n\n")?;
+            let block = self.rest.split_to(end + 2);
+            let text = String::from_utf8_lossy(&block);
+            let mut event = SseEvent::default();
+            for line in text.lines() {
+                let (field, value) = line.split_once(':').unwrap_or((line, ""));
+                let value = value.strip_prefix(' ').unwrap_or(value);
+                match field {
+                    "id" => value.clone_into(&mut event.id),
+                    "data" => {
+                        if !event.data.is_empty() {
+                            event.data.push('\n');
+                        }
+                        event.data.push_str(value);
+                    }
+                    _ => {}
+                }
+            }
+            if !event.data.is_empty() {
+                return Some(event);
+            }
+        }
+    }
+}
+
+/// The first line of a file or descriptor.
+pub(super) fn read_line(path: &Path) -> std::io::Result<Zeroizing<String>> {
+    use std::io::Read;
+    let mut text = Zeroizing::new(String::with_capacity(MAX_TOKEN as usize + 1));
+    std::fs::File::open(path)?
+        .take(MAX_TOKEN + 1)
+        .read_to_string(&mut text)?;
+    let line = text.lines().next().unwrap_or_default().trim();
+    if line.is_empty() {
+        return Err(std::io::Error::other("it is empty"));
+    }
+    Ok(Zeroizing::new(line.to_owned()))
+}
+
+impl args::Server {
+    /// Where `upperdeck up` of this machine says how it is reached.
+    fn up_file(&self) -> PathBuf {
+        self.up_dir.join(super::service::UP_FILE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Events, SseEvent};
+
+    #[test]
+    fn events_are_whole_however_they_come() {
+        let text = b": hello\n\nid: 7\nevent: save\ndata: {\"a\":1,\ndata: \"b\":2}\n\nretry: 5\n\ndata:x\n\nid: 8\n";
+        let expected = [
+            SseEvent {
+                id: "7".to_owned(),
+                data: "{\"a\":1,\n\"b\":2}".to_owned(),
+            },
+            SseEvent {
+                id: String::new(),
+                data: "x".to_owned(),
+            },
+        ];
+        for size in 1..text.len() {
+            let mut events = Events::default();
+            let mut found = Vec::new();
+            for chunk in text.chunks(size) {
+                events.add(chunk);
+                while let Some(event) = events.next() {
+                    found.push(event);
+                }
+            }
+            assert_eq!(found, expected, "in pieces of {size}");
+        }
+    }
+}

@@ -1,0 +1,485 @@
+//! `job`: saves by way of a manager, from the shell.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::ValueEnum;
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use super::args::{self, Format, Job};
+use super::client::{Client, Error};
+use super::exit::Usage;
+use super::progress::{self, Mode};
+use super::text::{self, Align};
+use super::{signals, verbs, write_stdout};
+use crate::cancel::{Cancel, Cancelled};
+use crate::job::{Code, Event, Observer, SaveOptions, State};
+use crate::manager::shape::{ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Which};
+
+/// Digits of a container's ID in a table.
+const SHORT_ID: usize = 12;
+
+pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
+    match job {
+        Job::Sessions(args) => on(&args.server, async |client| {
+            let found: Sessions = client.get("sessions", &[]).await?;
+            verbs::print(args.format, found.sessions.as_slice(), sessions_table)
+        }),
+        Job::Submit(args) => {
+            let server = args.server.clone();
+            on(&server, async |client| submit(client, *args, verbose).await)
+        }
+        Job::Status(args) => on(&args.server, async |client| {
+            let save: Save = client.get(&format!("saves/{}", args.id), &[]).await?;
+            verbs::print(args.format, &save, status_text)
+        }),
+        Job::Watch(args) => on(&args.server, async |client| {
+            watch(client, &args.id.to_string(), args.progress, verbose).await
+        }),
+        Job::Cancel(args) => on(&args.server, async |client| {
+            client.delete(&format!("saves/{}", args.id)).await?;
+            let save: Save = client.get(&format!("saves/{}", args.id), &[]).await?;
+            let said = if save.state.is_final() {
+                format!("{}\n", save.state.name())
+            } else {
+                "cancelling: its node is told\n".to_owned()
+            };
+            Ok(write_stdout(said.as_bytes())?)
+        }),
+        Job::Ls(args) => on(&args.server, async |client| {
+            let mut query = vec![("limit", args.limit.to_string())];
+            query.extend(args.state.map(|state| ("state", state.name().to_owned())));
+            query.extend(args.of.clone().map(|of| ("user", of)));
+            query.extend(args.after.clone().map(|after| ("after", after)));
+            let found: Saves = client.get("saves", &query).await?;
+            verbs::print(args.format, &found, |found| {
+                saves_table(found, Timestamp::now())
+            })
+        }),
+    }
+}
+
+/// Does `work` with a manager, until somebody asks to stop.
+pub(super) fn on(
+    server: &args::Server,
+    work: impl AsyncFnOnce(&Client) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let client = Client::new(server)?;
+    let cancel = Cancel::default();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
+    runtime.block_on(async {
+        tokio::select! {
+            done = work(&client) => done,
+            _ = cancel.cancelled() => Err(Cancelled.into()),
+        }
+    })
+}
+
+/// `NAMESPACE/POD[/CONTAINER]`, or an ID.
+fn which(text: &str) -> Result<Which, Usage> {
+    let parts: Vec<&str> = text.split('/').collect();
+    match parts.as_slice() {
+        [id] if !id.is_empty() => Ok(Which::Id((*id).to_owned())),
+        [namespace, pod] | [namespace, pod, _] if !namespace.is_empty() && !pod.is_empty() => {
+            Ok(Which::Pod {
+                namespace: (*namespace).to_owned(),
+                pod: (*pod).to_owned(),
+                container: parts.get(2).map(|name| (*name).to_owned()),
+            })
+        }
+        _ => Err(Usage(format!(
+            "{text:?}: expected a session's ID or NAMESPACE/POD[/CONTAINER]"
+        ))),
+    }
+}
+
+/// `NAME[:TAG]`, `:TAG`.
+fn image_name(text: Option<&str>) -> ImageName {
+    let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    match text.map(|text| text.split_once(':').unwrap_or((text, ""))) {
+        Some((name, tag)) => ImageName {
+            name: some(name),
+            tag: some(tag),
+        },
+        None => ImageName::default(),
+    }
+}
+
+async fn submit(client: &Client, args: args::JobSubmit, verbose: bool) -> anyhow::Result<()> {
+    let request = SaveRequest {
+        session: which(&args.session)?,
+        image: image_name(args.image.as_deref()),
+        message: args.message,
+        options: SaveOptions {
+            full: args.full,
+            compression: args
+                .compression
+                .and_then(|codec| codec.to_possible_value())
+                .map(|codec| codec.get_name().to_owned()),
+            exclude: args.exclude,
+            include_volumes: args.include_volume,
+            labels: args.label.into_iter().collect(),
+        },
+    };
+    // Said again under the same key it is the same save: a reply that was lost costs no second one.
+    let key = args
+        .idempotency_key
+        .unwrap_or_else(|| Uuid::now_v7().to_string());
+    let mut tries = 0;
+    let save: Save = loop {
+        match client.post("saves", &key, &request).await {
+            Err(Error::Unreachable { .. }) if tries < 2 => {
+                tries += 1;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            result => break result?,
+        }
+    };
+    if args.watch {
+        return watch(client, &save.id.to_string(), args.progress, verbose).await;
+    }
+    match args.format {
+        Format::Table => Ok(write_stdout(format!("{}\n", save.id).as_bytes())?),
+        Format::Json => verbs::print(Format::Json, &save, status_text),
+    }
+}
+
+/// The bar of `commit`, from the manager's events; the reference on stdout at the end.
+async fn watch(client: &Client, id: &str, mode: Mode, verbose: bool) -> anyhow::Result<()> {
+    let observer = progress::observer(mode, false, verbose);
+    let mut told = Told::default();
+    let save = client
+        .watch(id, |save| told.tell(save, observer.as_ref()))
+        .await?;
+    told.end(&save, observer.as_ref());
+    drop(observer);
+    match (save.state, save.result, save.error) {
+        (State::Succeeded, Some(result), _) => {
+            if mode != Mode::Json {
+                write_stdout(format!("{}\n", result.reference).as_bytes())?;
+            }
+            Ok(())
+        }
+        (State::Cancelled, ..) => Err(Cancelled.into()),
+        (_, _, Some(error)) => Err(Error::Save {
+            code: error.code,
+            message: error.message,
+            retryable: error.retryable,
+        }
+        .into()),
+        (state, ..) => Err(Error::Save {
+            code: Code::Internal,
+            message: format!("it ended as {} without a result", state.name()),
+            retryable: false,
+        }
+        .into()),
+    }
+}
+
+/// What of a save has been told to the bar: each thing once.
+#[derive(Default)]
+struct Told {
+    phase: Option<crate::job::Phase>,
+    place: Option<u64>,
+    attempt: u32,
+    warnings: usize,
+    pause: bool,
+}
+
+impl Told {
+    fn tell(&mut self, save: &Save, observer: &dyn Observer) {
+        if self.attempt != save.attempt {
+            if self.attempt != 0 {
+                observer.event(Event::Warning {
+                    code: "again".to_owned(),
+                    message: format!("attempt {}", save.attempt),
+                });
+            }
+            *self = Self {
+                attempt: save.attempt,
+                warnings: self.warnings,
+                ..Self::default()
+            };
+        }
+        if save.place != self.place {
+            self.place = save.place;
+            if let Some(place) = save.place {
+                observer.event(Event::Queued { place });
+            }
+        }
+        if save.phase != self.phase {
+            self.phase = save.phase;
+            if let Some(phase) = save.phase {
+                observer.event(Event::Phase { phase });
+            }
+        }
+        if let Some(progress) = save.progress.filter(|progress| progress.bytes_total > 0) {
+            observer.event(Event::Progress {
+                bytes_done: progress.bytes_done,
+                bytes_total: progress.bytes_total,
+                bytes_sent: progress.bytes_sent,
+                entries_total: progress.entries_total,
+            });
+        }
+        for warning in save.warnings.iter().skip(self.warnings) {
+            observer.event(Event::Warning {
+                code: warning.code.clone(),
+                message: warning.message.clone(),
+            });
+        }
+        self.warnings = self.warnings.max(save.warnings.len());
+        if let (false, Some(pause_ms)) = (self.pause, save.pause_ms) {
+            self.pause = true;
+            observer.event(Event::Paused { pause_ms });
+        }
+    }
+
+    /// The last line, for programs.
+    fn end(&self, save: &Save, observer: &dyn Observer) {
+        if let (Some(result), Ok(digest)) = (
+            &save.result,
+            save.result
+                .as_ref()
+                .map_or("", |result| result.digest.as_str())
+                .parse(),
+        ) {
+            observer.event(Event::Saved {
+                reference: result.reference.clone(),
+                digest,
+            });
+        } else if let Some(error) = &save.error {
+            let failed = Error::Save {
+                code: error.code,
+                message: error.message.clone(),
+                retryable: error.retryable,
+            };
+            observer.event(Event::Failed {
+                exit: failed.exit().code(),
+                code: error.code.name().to_owned(),
+                message: error.message.clone(),
+                retryable: error.retryable,
+            });
+        } else if save.state == State::Cancelled {
+            observer.event(Event::Failed {
+                exit: super::Exit::Cancelled.code(),
+                code: "cancelled".to_owned(),
+                message: "cancelled".to_owned(),
+                retryable: false,
+            });
+        }
+    }
+}
+
+/// `2h`, as people say how long ago something was.
+fn age(time: &str, now: Timestamp) -> String {
+    let Ok(time) = time.parse::<Timestamp>() else {
+        return "-".to_owned();
+    };
+    let seconds = now.duration_since(time).as_secs().max(0);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m", seconds / 60),
+        3600..86_400 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+/// What a word of the API's is in JSON.
+pub(super) fn word<T: serde::Serialize>(value: &T) -> String {
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|value| value.as_str().map(str::to_owned))
+        .unwrap_or_else(|| "-".to_owned())
+}
+
+fn sessions_table(sessions: &[SessionView]) -> String {
+    let header = [
+        ("SESSION", Align::Left),
+        ("NAME", Align::Left),
+        ("KIND", Align::Left),
+        ("ON", Align::Left),
+        ("NODE", Align::Left),
+        ("OWNER", Align::Left),
+        ("CHANGED", Align::Right),
+        ("AGE", Align::Right),
+        ("SAVE", Align::Left),
+    ];
+    let now = Timestamp::now();
+    let rows = sessions.iter().map(|session| {
+        let name = match (&session.namespace, &session.pod, &session.container) {
+            (Some(namespace), Some(pod), Some(container)) => {
+                format!("{namespace}/{pod}/{container}")
+            }
+            (_, _, Some(container)) => container.clone(),
+            _ => "-".to_owned(),
+        };
+        vec![
+            session.id.chars().take(SHORT_ID).collect(),
+            name,
+            word(&session.kind),
+            word(&session.category),
+            session.node.clone(),
+            session.owner.clone().unwrap_or_else(|| "-".to_owned()),
+            text::bytes(session.upper_bytes),
+            age(&session.started, now),
+            session
+                .save
+                .map_or_else(|| "-".to_owned(), |save| save.to_string()),
+        ]
+    });
+    text::table(&header, &rows.collect::<Vec<_>>())
+}
+
+fn saves_table(found: &Saves, now: Timestamp) -> String {
+    let header = [
+        ("ID", Align::Left),
+        ("SESSION", Align::Left),
+        ("USER", Align::Left),
+        ("IMAGE", Align::Left),
+        ("STATE", Align::Left),
+        ("SIZE", Align::Right),
+        ("PAUSE", Align::Right),
+        ("AGE", Align::Right),
+    ];
+    let rows = found.saves.iter().map(|save| {
+        let state = match (&save.error, save.phase) {
+            (Some(error), _) => format!("{} ({})", save.state.name(), error.code.name()),
+            (None, Some(phase)) if save.state == State::Running => {
+                format!("{} ({})", save.state.name(), word(&phase))
+            }
+            _ => save.state.name().to_owned(),
+        };
+        vec![
+            save.id.to_string(),
+            save.session_name.clone(),
+            save.user.clone(),
+            format!("{}:{}", save.name, save.tag),
+            state,
+            text::bytes(save.result.as_ref().map(|result| result.image_bytes)),
+            save.pause_ms
+                .map_or_else(|| "-".to_owned(), |pause| format!("{pause:.0} ms")),
+            age(&save.created, now),
+        ]
+    });
+    let mut out = text::table(&header, &rows.collect::<Vec<_>>());
+    if let Some(next) = &found.next {
+        out.push_str(&format!("more: --after {}\n", crate::escape::text(next)));
+    }
+    out
+}
+
+fn status_text(save: &Save) -> String {
+    let mut lines = vec![
+        ("save", save.id.to_string()),
+        ("session", format!("{} on {}", save.session_name, save.node)),
+        ("user", save.user.clone()),
+        ("target", save.target.clone()),
+    ];
+    lines.extend(save.message.clone().map(|message| ("message", message)));
+    let mut state = save.state.name().to_owned();
+    if let Some(phase) = save.phase.filter(|_| save.state == State::Running) {
+        state.push_str(&format!(", {}", word(&phase)));
+    }
+    if save.cancelling && !save.state.is_final() {
+        state.push_str(", cancelling");
+    }
+    if save.attempt > 1 {
+        state.push_str(&format!(", attempt {}", save.attempt));
+    }
+    lines.push(("state", state));
+    lines.extend(
+        save.place
+            .map(|place| ("place", format!("{place} before it"))),
+    );
+    if let Some(progress) = save.progress.filter(|_| !save.state.is_final()) {
+        let left = progress
+            .seconds_left
+            .map_or_else(String::new, |left| format!(", {left:.0} s left"));
+        lines.push((
+            "progress",
+            format!(
+                "{} of {}, {} sent{left}",
+                text::bytes(Some(progress.bytes_done)),
+                text::bytes(Some(progress.bytes_total)),
+                text::bytes(Some(progress.bytes_sent))
+            ),
+        ));
+    }
+    lines.extend(
+        save.pause_ms
+            .map(|pause| ("pause", format!("{pause:.0} ms"))),
+    );
+    if let Some(result) = &save.result {
+        lines.push(("image", result.reference.clone()));
+        lines.push((
+            "size",
+            format!(
+                "{} in all, {} of this save",
+                text::bytes(Some(result.image_bytes)),
+                text::bytes(Some(result.layer_bytes))
+            ),
+        ));
+    }
+    if let Some(error) = &save.error {
+        lines.push((
+            "error",
+            format!("{} ({})", error.message, error.code.name()),
+        ));
+    }
+    for warning in &save.warnings {
+        lines.push(("warning", format!("{} ({})", warning.message, warning.code)));
+    }
+    lines
+        .iter()
+        .map(|(name, value)| format!("{name:<9} {}\n", crate::escape::text(value)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sessions_and_images_as_people_write_them() -> Result<(), Usage> {
+        assert_eq!(which("3f2a")?, Which::Id("3f2a".to_owned()));
+        assert_eq!(
+            which("jupyter/notebook-0/main")?,
+            Which::Pod {
+                namespace: "jupyter".to_owned(),
+                pod: "notebook-0".to_owned(),
+                container: Some("main".to_owned())
+            }
+        );
+        for wrong in ["", "/", "a/", "a/b/c/d"] {
+            assert!(which(wrong).is_err(), "{wrong}");
+        }
+        let name = |text| {
+            let ImageName { name, tag } = image_name(text);
+            (name, tag)
+        };
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(name(Some("a:b")), (some("a"), some("b")));
+        assert_eq!(name(Some("a")), (some("a"), None));
+        assert_eq!(name(Some(":b")), (None, some("b")));
+        assert_eq!(name(None), (None, None));
+        Ok(())
+    }
+
+    #[test]
+    fn ages_are_short() -> Result<(), jiff::Error> {
+        let now: Timestamp = "2026-11-24T12:00:00Z".parse()?;
+        for (time, expected) in [
+            ("2026-11-24T11:59:30Z", "30s"),
+            ("2026-11-24T11:00:01Z", "59m"),
+            ("2026-11-23T13:00:00Z", "23h"),
+            ("2026-11-20T12:00:00Z", "4d"),
+            ("2026-11-24T12:00:10Z", "0s"),
+            ("yesterday", "-"),
+        ] {
+            assert_eq!(age(time, now), expected, "{time}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,445 @@
+//! `manager`, `agent` and `up`: the service, from its settings.
+
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::args::{self, service};
+use super::exit::Usage;
+use super::{client, signals, text};
+use crate::agent;
+use crate::cancel::Cancel;
+use crate::container::Roots;
+use crate::job::Keys;
+use crate::manager::auth::{self, Jwt, Proxies, Tokens};
+use crate::manager::target::{self, Template};
+use crate::manager::{self, Listen};
+use crate::queue::{self, Limits, Queue};
+use crate::record::Record;
+use crate::registry;
+
+/// In the state directory of an `upperdeck up`: how it is reached, with its token. Only its owner can read it.
+pub(super) const UP_FILE: &str = "up.url";
+
+/// Where a manager's record is when nobody says.
+const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
+/// Who presses Ctrl-C does not wait as long as a node that is drained.
+const UP_DRAIN: Duration = Duration::from_secs(10);
+/// How long the manager waits for the agent's last words to be in the record.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// What is needed and was said nowhere.
+fn missing(flag: &str, what: &str) -> Usage {
+    let (variable, key) = (
+        flag.to_uppercase().replace('-', "_"),
+        flag.replace('-', "_"),
+    );
+    Usage(format!(
+        "{what}: --{flag}, UPPERDECK_{variable} or {key} in the settings file"
+    ))
+}
+
+fn limits(queue: &service::Queue) -> Limits {
+    Limits {
+        user: queue.running_per_user,
+        node: queue.running_per_node,
+        registry: queue.running_per_registry,
+    }
+}
+
+/// A secret from a file; which setting named it is said when it cannot be read.
+fn secret(flag: &str, file: &Path) -> Result<zeroize::Zeroizing<String>, Usage> {
+    client::read_line(file)
+        .map_err(|error| Usage(format!("--{flag} {}: {error}", text::path(file))))
+}
+
+/// `url` with the password from a file in it.
+fn with_password(flag: &str, url: &str, file: Option<&Path>) -> Result<String, Usage> {
+    let Some(file) = file else {
+        return Ok(url.to_owned());
+    };
+    let password = secret(flag, file)?;
+    let mut url = reqwest::Url::parse(url).map_err(|error| Usage(format!("{url}: {error}")))?;
+    url.set_password(Some(&password))
+        .map_err(|()| Usage(format!("--{flag}: {url} has no place for a password")))?;
+    Ok(url.into())
+}
+
+fn keys(queue: &service::Queue) -> anyhow::Result<Keys> {
+    let file = queue
+        .key_file
+        .as_ref()
+        .ok_or_else(|| missing("key-file", "messages have to be signed"))?;
+    let text = std::fs::read_to_string(file)
+        .map(zeroize::Zeroizing::new)
+        .map_err(|error| Usage(format!("--key-file {}: {error}", text::path(file))))?;
+    let keys = Keys::parse(&text)
+        .map_err(|error| Usage(format!("--key-file {}: {error}", text::path(file))))?;
+    Ok(keys)
+}
+
+/// Redis, where the settings name it.
+async fn redis(queue: &service::Queue) -> anyhow::Result<Option<Queue>> {
+    let Some(url) = &queue.redis else {
+        return Ok(None);
+    };
+    let keys = keys(queue)?;
+    let url = with_password(
+        "redis-password-file",
+        url,
+        queue.redis_password_file.as_deref(),
+    )?;
+    let redis = queue::Redis::connect(&url, keys, limits(queue)).await?;
+    Ok(Some(Queue::Redis(redis)))
+}
+
+/// Runs `work` until a signal asks it to end.
+fn serve(work: impl AsyncFnOnce(Cancel) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let cancel = Cancel::default();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
+    runtime.block_on(work(cancel))
+}
+
+/// The settings of an agent that may write where `allowed` says.
+fn agent_options(
+    roots: Roots,
+    work: service::Work,
+    push: &service::Push,
+    owner: &str,
+    allowed: Vec<agent::Allowed>,
+) -> anyhow::Result<agent::Options> {
+    let owner = owner
+        .parse()
+        .map_err(|error| Usage(format!("--owner {owner}: {error}")))?;
+    let mut options = agent::Options::new(owner);
+    if let Some(node) = work.node {
+        options.node = node;
+    }
+    options.roots = roots;
+    options.registry = agent::Registry {
+        creds_file: push.creds_file.clone(),
+        authfile: push.authfile.clone(),
+        cert_dir: push.cert_dir.clone(),
+        tls_verify: push.tls_verify,
+        create_project: work.create_project,
+    };
+    options.allowed = allowed;
+    options.state_dir = Some(work.state_dir).filter(|dir| !dir.as_os_str().is_empty());
+    if let Some(dir) = work.spool_dir {
+        options.spool_dir = dir;
+    }
+    options.slots = work.slots;
+    options.threads = (work.min_threads, work.max_threads);
+    options.compression = work.compression;
+    options.max_pause = work.max_pause;
+    options.max_time = work.max_time;
+    if let Some(drain) = work.drain {
+        options.drain = drain;
+    }
+    options.background = !work.foreground;
+    options.flags = work.commit_flag;
+    Ok(options)
+}
+
+pub(super) fn agent(roots: Roots, args: args::Agent) -> anyhow::Result<()> {
+    let owner = args
+        .work
+        .owner
+        .clone()
+        .ok_or_else(|| missing("owner", "somebody has to say whose a session is"))?;
+    if args.allow.is_empty() {
+        return Err(missing("allow", "somebody has to say where images may go").into());
+    }
+    let allowed = args.allow.iter().map(|prefix| {
+        prefix
+            .parse()
+            .map_err(|error| Usage(format!("--allow: {error}")))
+    });
+    let allowed = allowed.collect::<Result<_, _>>()?;
+    let options = agent_options(roots, args.work, &args.push, &owner, allowed)?;
+    serve(async |cancel| {
+        let queue = redis(&args.queue)
+            .await?
+            .ok_or_else(|| missing("redis", "an agent needs a queue"))?;
+        Ok(agent::run(options, queue, cancel).await?)
+    })
+}
+
+pub(super) fn manager(args: args::Manager) -> anyhow::Result<()> {
+    let target = args
+        .target
+        .as_deref()
+        .ok_or_else(|| missing("target", "somebody has to say where images go"))?;
+    let tokens = tokens(&args.serve)?;
+    let options = manager_options(&args.serve, &args.push, target, tokens)?;
+    if options.tokens.is_empty() && options.jwt.is_none() && options.proxies.is_none() {
+        return Err(missing(
+            "tokens-file",
+            "nobody could log in (nor by --jwks, nor by --proxy-header)",
+        )
+        .into());
+    }
+    let record = args.serve.record.as_deref().unwrap_or(RECORD);
+    serve(async |cancel| {
+        let queue = redis(&args.queue)
+            .await?
+            .ok_or_else(|| missing("redis", "a manager needs a queue ('up' has its own)"))?;
+        let record = open_record(&args.serve, record).await?;
+        let server = manager::Server::bind(options, queue, record).await?;
+        tracing::info!(address = ?server.address(), "the manager listens");
+        Ok(server.run(cancel).await?)
+    })
+}
+
+fn tokens(serve: &service::Serve) -> Result<Tokens, Usage> {
+    let Some(file) = &serve.tokens_file else {
+        return Ok(Tokens::default());
+    };
+    let wrong = |reason: String| Usage(format!("--tokens-file {}: {reason}", text::path(file)));
+    let content = std::fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
+    Tokens::parse(&content).map_err(|error| wrong(error.to_string()))
+}
+
+async fn open_record(serve: &service::Serve, place: &str) -> anyhow::Result<Record> {
+    let place = with_password(
+        "record-password-file",
+        place,
+        serve.record_password_file.as_deref(),
+    )?;
+    Ok(Record::open(&place).await?)
+}
+
+/// Who may call besides those with tokens.
+fn jwt(serve: &service::Serve) -> Result<Option<Jwt>, Usage> {
+    let Some(jwks) = &serve.jwks else {
+        return Ok(None);
+    };
+    let keys = if jwks.contains("://") {
+        auth::Keys::Url(jwks.clone())
+    } else {
+        auth::Keys::File(jwks.into())
+    };
+    let issuer = serve.jwt_issuer.clone();
+    let audience = serve.jwt_audience.clone();
+    Ok(Some(Jwt {
+        keys,
+        issuer: issuer.ok_or_else(|| missing("jwt-issuer", "--jwks needs it"))?,
+        audience: audience.ok_or_else(|| missing("jwt-audience", "--jwks needs it"))?,
+        user_claim: serve.jwt_user_claim.clone(),
+        administrator_claim: serve.jwt_admin_claim.clone(),
+        administrators: serve.administrator.clone(),
+    }))
+}
+
+/// The settings of a manager that sends images to `target`.
+fn manager_options(
+    serve: &service::Serve,
+    push: &service::Push,
+    target: &str,
+    tokens: Tokens,
+) -> anyhow::Result<manager::Options> {
+    let listen: Listen = serve
+        .listen
+        .parse()
+        .map_err(|error| Usage(format!("--listen: {error}")))?;
+    let target: Template = target
+        .parse()
+        .map_err(|error| Usage(format!("--target: {error}")))?;
+    let host = target.host().map(str::to_owned);
+    let mut options = manager::Options::new(listen, target);
+    options.public_url.clone_from(&serve.public_url);
+    options.tokens = tokens;
+    options.jwt = jwt(serve)?;
+    if let Some(header) = &serve.proxy_header {
+        if serve.proxy_from.is_empty() {
+            return Err(missing("proxy-from", "--proxy-header needs it").into());
+        }
+        let proxies = Proxies::new(header, &serve.proxy_from, serve.administrator.clone())
+            .map_err(|error| Usage(format!("--proxy-header, --proxy-from: {error}")))?;
+        options.proxies = Some(proxies);
+    }
+    options.open_per_user = serve.open_per_user;
+    options.attempts = serve.attempts;
+    options.backoff = serve.backoff;
+    options.timeout = serve.timeout;
+    options.node_lost = serve.node_lost;
+    options.order_expiry = serve.order_expiry;
+    options.retention = Some(serve.retention).filter(|retention| !retention.is_zero());
+    options.reserved_tags.clone_from(&serve.reserved_tag);
+    options.rate = (serve.rate > 0).then(|| manager::Rate {
+        per_second: serve.rate.into(),
+        burst: f64::from(serve.rate) * 10.0,
+    });
+    options.access = registry::Access {
+        authfile: push.authfile.clone(),
+        creds: push
+            .creds_file
+            .as_ref()
+            .map(|file| super::options::creds_of(file))
+            .transpose()?,
+        tls_verify: push.tls_verify,
+        cert_dir: push.cert_dir.clone(),
+        host,
+        ..registry::Access::default()
+    };
+    Ok(options)
+}
+
+/// Who `up` is for, where nobody says whose the sessions are.
+fn login() -> String {
+    ["SUDO_USER", "USER", "LOGNAME"]
+        .into_iter()
+        .filter_map(|name| std::env::var(name).ok())
+        .find(|name| target::component(name).is_ok_and(|plain| plain == *name))
+        .unwrap_or_else(|| "root".to_owned())
+}
+
+/// A file that nobody else can read.
+fn write_private(file: &Path, content: &str) -> std::io::Result<()> {
+    let dir = file.parent().unwrap_or(Path::new("."));
+    let mut made = tempfile::NamedTempFile::new_in(dir)?;
+    made.write_all(content.as_bytes())?;
+    made.persist(file)?;
+    Ok(())
+}
+
+pub(super) fn up(roots: Roots, mut args: args::Up) -> anyhow::Result<()> {
+    let state = args.work.state_dir.clone();
+    let state = if state.as_os_str().is_empty() {
+        PathBuf::from("/var/lib/upperdeck")
+    } else {
+        state
+    };
+    std::fs::create_dir_all(&state)
+        .with_context(|| format!("cannot make {}", text::path(&state)))?;
+    let (template, allowed) = match &args.registry {
+        Some(registry) => {
+            let prefix = registry.trim_end_matches('/');
+            (
+                format!("{prefix}/{{user}}/{{name}}:{{tag}}"),
+                prefix.to_owned(),
+            )
+        }
+        None => {
+            let store = args.store.clone().unwrap_or_else(|| state.join("images"));
+            let store = std::path::absolute(&store).context("the working directory is gone")?;
+            std::fs::create_dir_all(&store)
+                .with_context(|| format!("cannot make {}", text::path(&store)))?;
+            let store = store
+                .to_str()
+                .ok_or_else(|| Usage("--store is not UTF-8".to_owned()))?;
+            (
+                format!("oci:{store}/{{user}}/{{name}}:{{tag}}"),
+                format!("oci:{store}"),
+            )
+        }
+    };
+    let user = login();
+    let token = match &args.token_file {
+        Some(file) => secret("token-file", file)?,
+        None => zeroize::Zeroizing::new(hex::encode(rand::random::<[u8; 24]>())),
+    };
+    let tokens = tokens(&args.serve)?
+        .with("up", auth::Role::Administrator, Some(&user), &token)
+        .map_err(|error| Usage(error.to_string()))?;
+    let serve_options = manager_options(&args.serve, &args.push, &template, tokens)?;
+    let allowed = allowed
+        .parse()
+        .map_err(|error| Usage(format!("where images go: {error}")))?;
+    let record = args.serve.record.clone();
+    let record = record.unwrap_or_else(|| format!("sqlite:{}", state.join("manager.db").display()));
+    args.work
+        .spool_dir
+        .get_or_insert_with(|| state.join("agent"));
+    args.work.drain.get_or_insert(UP_DRAIN);
+    if args.queue.redis.is_some() && args.queue.key_file.is_none() {
+        let file = state.join("key");
+        if !file.exists() {
+            let key = hex::encode(rand::random::<[u8; 32]>());
+            write_private(&file, &format!("{key}\n"))
+                .with_context(|| format!("cannot write {}", text::path(&file)))?;
+        }
+        args.queue.key_file = Some(file);
+    }
+    let owner = args
+        .work
+        .owner
+        .clone()
+        .unwrap_or_else(|| format!("fixed:{user}"));
+    let work = agent_options(roots, args.work, &args.push, &owner, vec![allowed])?;
+    serve(async |cancel| {
+        let queue = match redis(&args.queue).await? {
+            Some(queue) => queue,
+            None => Queue::Local(queue::Local::new(limits(&args.queue))),
+        };
+        let record = open_record(&args.serve, &record).await?;
+        let server = manager::Server::bind(serve_options, queue.clone(), record).await?;
+        let up_file = state.join(UP_FILE);
+        if let Some(address) = server.address() {
+            let url = format!("http://{}/?token={}", reachable(address), token.as_str());
+            write_private(&up_file, &format!("{url}\n"))
+                .with_context(|| format!("cannot write {}", text::path(&up_file)))?;
+            super::write_stdout(format!("{url}\n").as_bytes())?;
+        }
+        let ended = run_up(server, work, queue, cancel).await;
+        // Gone already, or not written: nobody is misled.
+        let _ = std::fs::remove_file(&up_file);
+        ended
+    })
+}
+
+/// Both until `cancel`: first the agent ends, then, when the record has its last words, the manager. If one fails the
+/// other ends, too.
+async fn run_up(
+    server: manager::Server,
+    work: agent::Options,
+    queue: Queue,
+    cancel: Cancel,
+) -> anyhow::Result<()> {
+    let (stop_agent, stop_manager) = (Cancel::default(), Cancel::default());
+    let manager = tokio::spawn(server.run(stop_manager.clone()));
+    tokio::pin!(manager);
+    let agent = tokio::spawn(agent::run(work, queue.clone(), stop_agent.clone()));
+    tokio::pin!(agent);
+    let mut early = None;
+    let mut worked = None;
+    tokio::select! {
+        _ = cancel.cancelled() => {}
+        ended = &mut manager => early = Some(ended),
+        ended = &mut agent => worked = Some(ended),
+    }
+    stop_agent.cancel();
+    let worked = match worked {
+        Some(worked) => worked,
+        None => agent.await,
+    };
+    let last_words = async {
+        while early.is_none() && queue.depth().await.is_ok_and(|depth| depth.reports > 0) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    // What is not told by then is found out after the next start.
+    let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
+    stop_manager.cancel();
+    let managed = match early {
+        Some(managed) => managed,
+        None => manager.await,
+    };
+    worked.context("the agent broke down")??;
+    managed.context("the manager broke down")??;
+    Ok(())
+}
+
+/// An address that a browser on this machine can use.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}

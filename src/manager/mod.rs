@@ -1,0 +1,245 @@
+//! The image manager: SAVE, CHK, LIST and DEL for portals and people, over the record and the queue.
+//!
+//! A manager holds nothing that another one, or its successor, would miss: what was accepted is in the record before it is
+//! answered, and everything else follows from the record.
+
+pub mod auth;
+mod events;
+mod front;
+mod input;
+mod inventory;
+mod metrics;
+mod options;
+mod page;
+mod refusal;
+mod saves;
+pub mod shape;
+mod store;
+pub mod target;
+mod time;
+mod work;
+
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use axum::Router;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Notify;
+
+use crate::cancel::Cancel;
+use crate::queue::{self, Queue};
+use crate::record::{self, Policy, Record};
+
+pub use self::front::description;
+pub use self::options::{Listen, Options, Rate};
+
+/// Why a manager cannot start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot listen there.
+    #[error("cannot listen on {at}: {reason}")]
+    Listen {
+        /// Address or path.
+        at: String,
+        /// What the system says.
+        reason: String,
+    },
+    /// Settings about callers.
+    #[error(transparent)]
+    Auth(#[from] auth::AuthError),
+    /// The record.
+    #[error(transparent)]
+    Record(#[from] record::Error),
+    /// The queue.
+    #[error(transparent)]
+    Queue(#[from] queue::Error),
+}
+
+/// What handlers and background work share.
+#[derive(Clone)]
+struct App(Arc<Inner>);
+
+struct Inner {
+    options: Options,
+    name: String,
+    policy: Policy,
+    queue: Queue,
+    record: Record,
+    gate: auth::Gate,
+    rates: input::Rates,
+    inventory: inventory::Inventory,
+    store: store::Store,
+    hub: events::Hub,
+    metrics: metrics::Metrics,
+    /// There is something in the outbox.
+    errands: Notify,
+    cancel: Cancel,
+}
+
+enum Bound {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+/// A manager that listens, and answers once it runs.
+pub struct Server {
+    app: App,
+    bound: Bound,
+    address: Option<SocketAddr>,
+}
+
+impl Server {
+    /// Takes the address.
+    pub async fn bind(options: Options, queue: Queue, record: Record) -> Result<Self, Error> {
+        let gate = auth::Gate::new(
+            options.tokens.clone(),
+            options.jwt.clone(),
+            options.proxies.clone(),
+            options.public_url.as_deref(),
+        );
+        gate.check().await?;
+        let (bound, address) = match &options.listen {
+            Listen::Tcp(address) => {
+                let wrong = |error: std::io::Error| Error::Listen {
+                    at: address.to_string(),
+                    reason: error.to_string(),
+                };
+                let listener = TcpListener::bind(address).await.map_err(wrong)?;
+                let address = listener.local_addr().map_err(wrong)?;
+                (Bound::Tcp(listener), Some(address))
+            }
+            Listen::Unix(path) => {
+                let listener = listen_on(path).map_err(|error| Error::Listen {
+                    at: path.display().to_string(),
+                    reason: error.to_string(),
+                })?;
+                (Bound::Unix(listener, path.clone()), None)
+            }
+        };
+        let name = options.name.clone().unwrap_or_else(own_name);
+        let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let app = App(Arc::new(Inner {
+            policy: Policy {
+                attempts: options.attempts.max(1),
+                backoff_ms: ms(options.backoff),
+                backoff_most_ms: ms(options.backoff_most),
+            },
+            gate,
+            rates: input::Rates::new(options.rate),
+            inventory: inventory::Inventory::default(),
+            store: store::Store::new(options.target.clone(), options.access.clone()),
+            hub: events::Hub::default(),
+            metrics: metrics::Metrics::new(&name),
+            errands: Notify::new(),
+            cancel: Cancel::default(),
+            name,
+            queue,
+            record,
+            options,
+        }));
+        Ok(Self {
+            app,
+            bound,
+            address,
+        })
+    }
+
+    /// Where it listens; none on a socket file.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    /// Answers and works in the background until `cancel`, and then until what is under way is done, or
+    /// [`Options::grace`] is over.
+    pub async fn run(self, cancel: Cancel) -> Result<(), Error> {
+        let app = self.app;
+        let at = match &self.bound {
+            Bound::Tcp(_) => self.address.map(|at| at.to_string()).unwrap_or_default(),
+            Bound::Unix(_, path) => path.display().to_string(),
+        };
+        tracing::info!(manager = app.name, listen = at, target = %app.options.target, "the manager serves");
+        let router = front::router(app.clone());
+        let work = tokio::spawn(work::run(app.clone()));
+        let ending = {
+            let (app, cancel) = (app.clone(), cancel.clone());
+            async move {
+                cancel.cancelled().await;
+                tracing::info!(manager = app.name, "the manager ends");
+                // Streams and background work stop, requests under way are finished.
+                app.cancel.cancel();
+            }
+        };
+        let serving = serve(self.bound, router, ending);
+        let grace = async {
+            cancel.cancelled().await;
+            tokio::time::sleep(app.options.grace).await;
+        };
+        let served = tokio::select! {
+            served = serving => served,
+            () = grace => Ok(()),
+        };
+        app.cancel.cancel();
+        let _ = tokio::time::timeout(app.options.grace, work).await;
+        served.map_err(|error| Error::Listen {
+            at,
+            reason: error.to_string(),
+        })
+    }
+}
+
+async fn serve(
+    bound: Bound,
+    router: Router,
+    ending: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    let service = router.into_make_service_with_connect_info::<input::Peer>();
+    match bound {
+        Bound::Tcp(listener) => {
+            axum::serve(input::Prompt(listener), service)
+                .with_graceful_shutdown(ending)
+                .await
+        }
+        Bound::Unix(listener, path) => {
+            let served = axum::serve(listener, service)
+                .with_graceful_shutdown(ending)
+                .await;
+            let _ = std::fs::remove_file(path);
+            served
+        }
+    }
+}
+
+/// A socket file that nobody answers on any more is in the way of a new one.
+fn listen_on(path: &Path) -> std::io::Result<UnixListener> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+/// Two managers on one host are two.
+fn own_name() -> String {
+    let host = nix::unistd::gethostname()
+        .ok()
+        .and_then(|name| name.into_string().ok())
+        .unwrap_or_else(|| "manager".to_owned());
+    format!("{host}-{:08x}", rand::random::<u32>())
+}
+
+/// Takes the address and runs until `cancel`.
+pub async fn run(
+    options: Options,
+    queue: Queue,
+    record: Record,
+    cancel: Cancel,
+) -> Result<(), Error> {
+    Server::bind(options, queue, record)
+        .await?
+        .run(cancel)
+        .await
+}

@@ -1,0 +1,1 @@
+/* The room for it; it is being built. */

@@ -1,0 +1,184 @@
+//! The page that researchers see: files in the program, served as they are. It talks to the REST API like everybody else.
+//!
+//! Everything but the page itself lies under a path with a digest of all the files, so that browsers keep it for good and
+//! never mix two versions; a poor line carries it once. Links are relative: a gate may put the whole under a prefix.
+
+use std::io::Write as _;
+use std::sync::LazyLock;
+
+use axum::Router;
+use axum::extract::Path;
+use axum::http::header::{
+    ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG,
+    IF_NONE_MATCH, REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+};
+use axum::http::{HeaderMap, HeaderName, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use sha2::{Digest as _, Sha256};
+
+/// What the page may do: its own scripts and styles, calls to where it came from, and nothing else. Trusted types without a
+/// policy turn every way to make markup of text into an error.
+pub const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
+    connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
+    require-trusted-types-for 'script'; trusted-types 'none'";
+
+const HTML: &str = "text/html; charset=utf-8";
+const CSS: &str = "text/css; charset=utf-8";
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+
+/// The page itself; `{build}` and `{preload}` stand for what [`File::page`] puts in.
+const PAGE: &str = include_str!("index.html");
+/// Name, content type, content. Languages are fetched when they are needed, the rest at once.
+const FILES: [(&str, &str, &str); 13] = [
+    ("style.css", CSS, include_str!("style.css")),
+    ("app.js", SCRIPT, include_str!("app.js")),
+    ("api.js", SCRIPT, include_str!("api.js")),
+    ("element.js", SCRIPT, include_str!("element.js")),
+    ("format.js", SCRIPT, include_str!("format.js")),
+    ("language.js", SCRIPT, include_str!("language.js")),
+    ("saves.js", SCRIPT, include_str!("saves.js")),
+    ("sessions.js", SCRIPT, include_str!("sessions.js")),
+    ("images.js", SCRIPT, include_str!("images.js")),
+    ("history.js", SCRIPT, include_str!("history.js")),
+    ("operations.js", SCRIPT, include_str!("operations.js")),
+    ("strings/en.js", SCRIPT, include_str!("strings/en.js")),
+    ("strings/ko.js", SCRIPT, include_str!("strings/ko.js")),
+];
+
+/// A file as it goes out.
+struct File {
+    name: &'static str,
+    content_type: &'static str,
+    plain: Vec<u8>,
+    gzip: Vec<u8>,
+    etag: String,
+}
+
+impl File {
+    fn new(name: &'static str, content_type: &'static str, content: &str) -> Self {
+        let digest = hex::encode(Sha256::digest(content));
+        // Into memory, where nothing fails; without it the plain bytes go out.
+        let mut packed = GzEncoder::new(Vec::new(), Compression::best());
+        let gzip = packed
+            .write_all(content.as_bytes())
+            .and_then(|()| packed.finish())
+            .unwrap_or_default();
+        Self {
+            name,
+            content_type,
+            plain: content.into(),
+            gzip,
+            etag: format!("\"{}\"", &digest[..16]),
+        }
+    }
+
+    fn page(build: &str) -> Self {
+        let preload: String = FILES
+            .iter()
+            .filter(|(name, kind, _)| *kind == SCRIPT && !name.contains('/'))
+            .map(|(name, _, _)| {
+                format!("<link rel=\"modulepreload\" href=\"portal/{build}/{name}\">\n")
+            })
+            .collect();
+        let page = PAGE
+            .replace("{preload}\n", &preload)
+            .replace("{build}", build);
+        Self::new("", HTML, &page)
+    }
+
+    /// `cache`: what browsers may do with it.
+    fn answer(&self, asked: &HeaderMap, cache: &'static str) -> Response {
+        let says = |name: HeaderName, word: &str| {
+            asked
+                .get_all(name)
+                .iter()
+                .filter_map(|value| value.to_str().ok())
+                .flat_map(|value| value.split(','))
+                .any(|part| {
+                    let (part, weight) = part.split_once(';').unwrap_or((part, ""));
+                    part.trim().trim_start_matches("W/") == word && weight.trim() != "q=0"
+                })
+        };
+        let common = [
+            (CACHE_CONTROL, cache),
+            (ETAG, &self.etag),
+            (VARY, "Accept-Encoding"),
+            (CONTENT_SECURITY_POLICY, POLICY),
+            (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+            (X_FRAME_OPTIONS, "DENY"),
+            (REFERRER_POLICY, "no-referrer"),
+            (
+                HeaderName::from_static("cross-origin-opener-policy"),
+                "same-origin",
+            ),
+            (
+                HeaderName::from_static("cross-origin-resource-policy"),
+                "same-origin",
+            ),
+            (
+                HeaderName::from_static("permissions-policy"),
+                "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
+            ),
+        ];
+        if says(IF_NONE_MATCH, &self.etag) {
+            return (StatusCode::NOT_MODIFIED, common).into_response();
+        }
+        let content_type = [(CONTENT_TYPE, self.content_type)];
+        if says(ACCEPT_ENCODING, "gzip") && !self.gzip.is_empty() {
+            let packed = [(CONTENT_ENCODING, "gzip")];
+            return (common, content_type, packed, self.gzip.clone()).into_response();
+        }
+        (common, content_type, self.plain.clone()).into_response()
+    }
+}
+
+/// All of it, packed once.
+struct Portal {
+    build: String,
+    page: File,
+    files: Vec<File>,
+}
+
+static PORTAL: LazyLock<Portal> = LazyLock::new(|| {
+    let mut all = Sha256::new_with_prefix(PAGE);
+    for (name, _, content) in FILES {
+        all.update(name);
+        all.update(content);
+    }
+    let build = hex::encode(all.finalize())[..12].to_owned();
+    let files = FILES.map(|(name, kind, content)| File::new(name, kind, content));
+    Portal {
+        page: File::page(&build),
+        files: files.into(),
+        build,
+    }
+});
+
+/// The page at `/` and what it loads below `/portal/`. A manager puts its own calls beside it, and exchanges `/?token=…` for
+/// a cookie in front of it.
+pub fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    Router::new()
+        .route("/", get(page))
+        .route("/portal/{build}/{*name}", get(file))
+}
+
+/// Asked for each time, answered with 304 mostly: it says which build the rest is of.
+async fn page(asked: HeaderMap) -> Response {
+    PORTAL.page.answer(&asked, "no-cache")
+}
+
+async fn file(Path((build, name)): Path<(String, String)>, asked: HeaderMap) -> Response {
+    let Some(file) = PORTAL.files.iter().find(|file| file.name == name) else {
+        return (StatusCode::NOT_FOUND, "there is no such file\n").into_response();
+    };
+    // A page of another manager's version asks this one while they are being replaced: better these files than none.
+    let cache = if build == PORTAL.build {
+        "public, max-age=31536000, immutable"
+    } else {
+        "no-store"
+    };
+    file.answer(&asked, cache)
+}

@@ -1,0 +1,125 @@
+//! The tables, and how they come to be. One text for SQLite and PostgreSQL: INT8, TEXT, partial indexes.
+
+use sqlx::{AnyPool, Row as _};
+
+use super::Error;
+
+/// Each brings the tables from one version to the next. What was once released is never changed here.
+const VERSIONS: [&[&str]; 1] = [&[
+    // What is asked for by column; the whole save is `body`, JSON. Progress moves without being a change.
+    "CREATE TABLE saves (
+        id TEXT PRIMARY KEY,
+        session TEXT NOT NULL,
+        user_name TEXT NOT NULL,
+        destination TEXT NOT NULL,
+        node TEXT NOT NULL,
+        state TEXT NOT NULL,
+        version INT8 NOT NULL,
+        cancelling INT8 NOT NULL,
+        queued_ms INT8 NOT NULL,
+        changed_ms INT8 NOT NULL,
+        body TEXT NOT NULL,
+        progress TEXT,
+        progress_fence INT8 NOT NULL,
+        progress_seq INT8 NOT NULL
+    )",
+    "CREATE UNIQUE INDEX saves_one_open_a_session ON saves (session)
+        WHERE state IN ('queued', 'assigned', 'running')",
+    "CREATE UNIQUE INDEX saves_one_open_a_tag ON saves (destination)
+        WHERE state IN ('queued', 'assigned', 'running')",
+    "CREATE INDEX saves_by_user ON saves (user_name, id)",
+    "CREATE INDEX saves_by_state ON saves (state, id)",
+    // Every version of a save, for those who watch it. Thrown away some time after its end.
+    "CREATE TABLE changes (
+        save TEXT NOT NULL,
+        version INT8 NOT NULL,
+        body TEXT NOT NULL,
+        PRIMARY KEY (save, version)
+    )",
+    // Every transition, for good. Nothing updates it.
+    "CREATE TABLE audit (
+        save TEXT NOT NULL,
+        version INT8 NOT NULL,
+        step INT8 NOT NULL,
+        at_ms INT8 NOT NULL,
+        from_state TEXT NOT NULL,
+        to_state TEXT NOT NULL,
+        attempt INT8 NOT NULL,
+        fence INT8 NOT NULL,
+        actor TEXT NOT NULL,
+        detail TEXT NOT NULL,
+        PRIMARY KEY (save, version, step)
+    )",
+    // What the queue has to hear of. Written with the change that it follows from; whoever takes it holds it for a while.
+    "CREATE TABLE outbox (
+        save TEXT NOT NULL,
+        errand TEXT NOT NULL,
+        due_ms INT8 NOT NULL,
+        taken_ms INT8 NOT NULL,
+        taken_by TEXT NOT NULL,
+        PRIMARY KEY (save, errand)
+    )",
+    "CREATE INDEX outbox_by_due ON outbox (due_ms)",
+    // Reports that are in the record already.
+    "CREATE TABLE reports (
+        save TEXT NOT NULL,
+        fence INT8 NOT NULL,
+        seq INT8 NOT NULL,
+        PRIMARY KEY (save, fence, seq)
+    )",
+    "CREATE TABLE idempotency (
+        caller TEXT NOT NULL,
+        request_key TEXT NOT NULL,
+        request_hash TEXT NOT NULL,
+        save TEXT NOT NULL,
+        created_ms INT8 NOT NULL,
+        PRIMARY KEY (caller, request_key)
+    )",
+]];
+
+/// Any number; who migrates holds it.
+const LOCK: &str = "SELECT count(*) FROM pg_advisory_xact_lock(7236101)";
+
+/// Brings the tables up to this version. Of several managers that begin at once one does it, the others wait.
+pub(super) async fn migrate(pool: &AnyPool, sqlite: bool) -> Result<(), Error> {
+    // SQLite: the only writer from its first statement on.
+    let begin = if sqlite { "BEGIN IMMEDIATE" } else { "BEGIN" };
+    let mut work = pool.begin_with(begin).await?;
+    if !sqlite {
+        sqlx::query(LOCK).fetch_one(&mut *work).await?;
+    }
+    sqlx::query("CREATE TABLE IF NOT EXISTS upperdeck_schema (version INT8 NOT NULL)")
+        .execute(&mut *work)
+        .await?;
+    let row = sqlx::query("SELECT count(*) AS n, max(version) AS version FROM upperdeck_schema")
+        .fetch_one(&mut *work)
+        .await?;
+    let fresh = row.try_get::<i64, _>("n")? == 0;
+    let found = if fresh {
+        0
+    } else {
+        row.try_get::<i64, _>("version")?
+    };
+    let known = VERSIONS.len() as i64;
+    if found > known {
+        return Err(Error::Newer { found, known });
+    }
+    for statements in VERSIONS.iter().skip(found as usize) {
+        for statement in *statements {
+            sqlx::query(statement).execute(&mut *work).await?;
+        }
+    }
+    if fresh {
+        sqlx::query("INSERT INTO upperdeck_schema (version) VALUES ($1)")
+            .bind(known)
+            .execute(&mut *work)
+            .await?;
+    } else if found < known {
+        sqlx::query("UPDATE upperdeck_schema SET version = $1")
+            .bind(known)
+            .execute(&mut *work)
+            .await?;
+    }
+    work.commit().await?;
+    Ok(())
+}

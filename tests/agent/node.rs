@@ -1,0 +1,436 @@
+//! A node as an agent sees it: a container with an overlay as its root in a cgroup of its own, what Docker would have
+//! written down about it, and a queue in this process.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use bytes::Bytes;
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use upperdeck::agent::{self, Options, OwnerRule};
+use upperdeck::cancel::Cancel;
+use upperdeck::container::{ContainerdRoot, Roots};
+use upperdeck::digest::Digest;
+use upperdeck::job::{JobId, Order, Outcome, Report, Said, SaveOptions};
+use upperdeck::layout::Directory;
+use upperdeck::queue::{Limits, Local, Queue};
+
+use crate::support::{Need, ignored};
+
+pub const UPPERDECK: &str = env!("CARGO_BIN_EXE_upperdeck");
+const NODE: &str = "node-1";
+/// Longer than anything takes on a machine that others work on.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Everything; what runs is ended when it is dropped.
+pub struct Node {
+    pub id: String,
+    pub pid: u32,
+    pub cgroup: PathBuf,
+    pub roots: Roots,
+    container: Child,
+    dir: TempDir,
+}
+
+/// Waits for something that happens by itself.
+pub async fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return Ok(found);
+        }
+        ensure!(Instant::now() < until, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn run(program: &str, args: &[&str]) -> Result<()> {
+    let done = Command::new(program).args(args).output()?;
+    let told = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.success(), "{program} {args:?}: {told}");
+    Ok(())
+}
+
+/// A cgroup that can be frozen.
+fn cgroup() -> Result<PathBuf> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("upperdeck-agent-test-{}-{number}", std::process::id());
+    for place in [
+        "/sys/fs/cgroup/freezer",
+        "/sys/fs/cgroup/unified",
+        "/sys/fs/cgroup",
+    ] {
+        let dir = Path::new(place).join(&name);
+        if Path::new(place).join("cgroup.procs").exists() && fs::create_dir(&dir).is_ok() {
+            return Ok(dir);
+        }
+    }
+    bail!("no cgroup can be made")
+}
+
+/// An image of one layer in a layout, and the same unpacked: busybox, and places to write to.
+fn base(layout: &Path, lower: &Path) -> Result<()> {
+    let tree = tempfile::tempdir()?;
+    for dir in ["bin", "proc", "home", "tmp"] {
+        fs::create_dir(tree.path().join(dir))?;
+    }
+    let busybox = crate::support::find_program("busybox").context("busybox")?;
+    fs::copy(busybox, tree.path().join("bin/busybox"))?;
+    let archive = tree.path().join("base.tar");
+    let (root, file) = (
+        tree.path().display().to_string(),
+        archive.display().to_string(),
+    );
+    run(
+        "tar",
+        &[
+            "-C",
+            &root,
+            "--owner=0",
+            "--group=0",
+            "-cf",
+            &file,
+            "bin",
+            "proc",
+            "home",
+            "tmp",
+        ],
+    )?;
+    fs::create_dir(lower)?;
+    run("tar", &["-C", &lower.display().to_string(), "-xpf", &file])?;
+    let tar = Bytes::from(fs::read(&archive)?);
+    let destination = Directory::new(layout);
+    let digest = Digest::of(&tar);
+    destination.put_blob(&tar, &digest)?;
+    let config = json!({
+        "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
+        "os": "linux",
+        "config": {},
+        "rootfs": {"type": "layers", "diff_ids": [digest]},
+    });
+    let config = Bytes::from(config.to_string());
+    let config_digest = Digest::of(&config);
+    destination.put_blob(&config, &config_digest)?;
+    let manifest_type = "application/vnd.oci.image.manifest.v1+json";
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": manifest_type,
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config_digest, "size": config.len()},
+        "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest, "size": tar.len()}],
+    });
+    destination.put_manifest(&Bytes::from(manifest.to_string()), manifest_type, "base")?;
+    Ok(())
+}
+
+impl Node {
+    /// None where this machine cannot have one.
+    pub async fn new() -> Result<Option<Self>> {
+        let programs = ["busybox", "unshare", "tar", "chroot"].map(Need::Program);
+        if ignored(&[&[Need::Root], &programs[..]].concat()) {
+            return Ok(None);
+        }
+        let dir = tempfile::tempdir()?;
+        let at = |name: &str| dir.path().join(name);
+        let id = format!(
+            "{:064x}",
+            u128::from_str_radix(&JobId::new().to_string().replace('-', ""), 16)?
+        );
+        let docker = at("docker");
+        let overlay = docker.join("overlay2/mounted");
+        for name in ["diff", "work", "merged"] {
+            fs::create_dir_all(overlay.join(name))?;
+        }
+        base(&at("base"), &at("lower"))?;
+        let cgroup = cgroup()?;
+        let script = "mount -t overlay overlay -o \"lowerdir=$1,upperdir=$2/diff,workdir=$2/work\" \"$2/merged\" && \
+                      mount -t proc proc \"$2/merged/proc\" && exec chroot \"$2/merged\" /bin/busybox sleep 100000";
+        let container = Command::new("unshare")
+            .args([
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-c",
+                script,
+                "sh",
+            ])
+            .args([&at("lower"), &overlay])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let pid = container.id();
+        fs::write(cgroup.join("cgroup.procs"), pid.to_string())?;
+        let write = |path: PathBuf, text: String| -> io::Result<()> {
+            fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+            fs::write(path, text)
+        };
+        let config = json!({
+            "ID": id, "Name": "/web", "State": {"Pid": pid}, "Config": {"Image": "jupyter/base:1"},
+            "Driver": "overlay2", "Image": Digest::of(b"unknown"),
+        });
+        write(
+            docker.join(format!("containers/{id}/config.v2.json")),
+            config.to_string(),
+        )?;
+        write(
+            docker.join(format!("image/overlay2/layerdb/mounts/{id}/mount-id")),
+            "mounted".to_owned(),
+        )?;
+        let spec = json!({
+            "process": {"args": ["start-notebook.py"], "env": ["JUPYTERHUB_USER=alice"]},
+            "root": {"path": "rootfs"},
+        });
+        let bundle = at("containerd")
+            .join("io.containerd.runtime.v2.task/moby")
+            .join(&id);
+        write(bundle.join("config.json"), spec.to_string())?;
+        let node = Self {
+            id,
+            pid,
+            cgroup,
+            roots: Roots {
+                containerd: vec![ContainerdRoot {
+                    state: at("containerd"),
+                    root: at("containerd-root"),
+                }],
+                docker: vec![docker],
+                storage: Vec::new(),
+                ..Roots::default()
+            },
+            container,
+            dir,
+        };
+        wait("the container is up", || {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            command.starts_with(b"/bin/busybox").then_some(())
+        })
+        .await?;
+        node.work("home/notes", b"something\n")?;
+        Ok(Some(node))
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Somebody works in the container.
+    pub fn work(&self, path: &str, content: &[u8]) -> io::Result<()> {
+        fs::write(format!("/proc/{}/root/{path}", self.pid), content)
+    }
+
+    /// So much that a full pause can be seen: it does not compress.
+    pub fn work_a_lot(&self) -> Result<()> {
+        let mut bytes = vec![0; 48 << 20];
+        io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut bytes)?;
+        Ok(self.work("home/big", &bytes)?)
+    }
+
+    pub fn frozen(&self) -> bool {
+        if let Ok(state) = fs::read_to_string(self.cgroup.join("freezer.state")) {
+            return state.trim() != "THAWED";
+        }
+        let events = fs::read_to_string(self.cgroup.join("cgroup.events"));
+        events.is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
+    }
+
+    /// As an administrator does it.
+    pub fn pause(&self, pause: bool) -> io::Result<()> {
+        let v1 = self.cgroup.join("freezer.state");
+        if v1.exists() {
+            return fs::write(v1, if pause { "FROZEN" } else { "THAWED" });
+        }
+        fs::write(
+            self.cgroup.join("cgroup.freeze"),
+            if pause { "1" } else { "0" },
+        )
+    }
+
+    pub fn options(&self) -> Options {
+        let rule = OwnerRule::Env("JUPYTERHUB_USER".to_owned());
+        let images = format!("oci:{}", self.path("images").display());
+        Options {
+            node: NODE.to_owned(),
+            roots: self.roots.clone(),
+            program: UPPERDECK.into(),
+            allowed: images.parse().into_iter().collect(),
+            state_dir: Some(self.path("state")),
+            spool_dir: self.path("spool"),
+            background: false,
+            // The base is not in this Docker's store.
+            flags: vec![format!("--base=oci:{}:base", self.path("base").display())],
+            ..Options::new(rule)
+        }
+    }
+
+    pub fn order(&self) -> Order {
+        Order {
+            job: JobId::new(),
+            node: NODE.to_owned(),
+            session: self.id.clone(),
+            owner: "alice".to_owned(),
+            destination: format!("oci:{}:monday", self.path("images/alice/x").display()),
+            message: Some("--with pandas".to_owned()),
+            options: SaveOptions::default(),
+            attempt: 1,
+            fence_after: 0,
+            not_before_ms: 0,
+            expires_ms: i64::MAX,
+            timeout_s: 600,
+        }
+    }
+
+    /// Whether there is an image under a tag where orders put theirs.
+    pub fn tagged(&self) -> bool {
+        let index = fs::read_to_string(self.path("images/alice/x/index.json"));
+        index.is_ok_and(|index| index.contains("monday"))
+    }
+
+    /// A program that does `lines` instead of saving.
+    pub fn program(&self, lines: &str) -> Result<PathBuf> {
+        let path = self.path(&format!("program-{}", JobId::new()));
+        // By a process of its own: a child that another test forks meanwhile would hold the descriptor, and what is open
+        // for writing cannot be started.
+        let mut cat = Command::new("sh")
+            .args(["-c", "cat > \"$1\" && chmod 755 \"$1\"", "sh"])
+            .arg(&path)
+            .stdin(Stdio::piped())
+            .spawn()?;
+        let mut input = cat.stdin.take().context("stdin")?;
+        input.write_all(format!("#!/bin/sh\n{lines}\n").as_bytes())?;
+        drop(input);
+        ensure!(cat.wait()?.success());
+        Ok(path)
+    }
+
+    /// The child of a running job, from the agent's own notes.
+    pub fn child(&self, job: JobId) -> Option<u32> {
+        let note = fs::read(self.path(&format!("spool/running/{job}.note"))).ok()?;
+        let note: serde_json::Value = serde_json::from_slice(&note).ok()?;
+        u32::try_from(note["pid"].as_u64()?).ok()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.pause(false);
+        let _ = self.container.kill();
+        let _ = self.container.wait();
+        for _ in 0..200 {
+            if fs::remove_dir(&self.cgroup).is_ok() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+pub fn alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+/// A queue, what is told by it, and an agent that works from it.
+pub struct Service {
+    pub queue: Queue,
+    pub reports: Arc<Mutex<Vec<Report>>>,
+    cancel: Cancel,
+    agent: JoinHandle<Result<(), agent::Error>>,
+    manager: JoinHandle<()>,
+}
+
+pub fn local() -> Queue {
+    Queue::Local(Local::new(Limits {
+        user: 0,
+        node: 0,
+        registry: 0,
+    }))
+}
+
+impl Service {
+    pub fn start(options: Options, queue: Queue) -> Self {
+        let reports: Arc<Mutex<Vec<Report>>> = Arc::default();
+        let manager = {
+            let (queue, reports) = (queue.clone(), Arc::clone(&reports));
+            tokio::spawn(async move {
+                loop {
+                    let Ok(delivered) = queue
+                        .reports("manager", 100, Duration::from_millis(200))
+                        .await
+                    else {
+                        continue;
+                    };
+                    let entries: Vec<String> = delivered.iter().map(|d| d.entry.clone()).collect();
+                    let new = delivered.into_iter().map(|delivered| delivered.report);
+                    reports
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .extend(new);
+                    let _ = queue.taken(&entries).await;
+                }
+            })
+        };
+        let cancel = Cancel::default();
+        let agent = tokio::spawn(agent::run(options, queue.clone(), cancel.clone()));
+        Self {
+            queue,
+            reports,
+            cancel,
+            agent,
+            manager,
+        }
+    }
+
+    pub fn said(&self, job: JobId) -> Vec<Report> {
+        let reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        reports
+            .iter()
+            .filter(|report| report.job == job)
+            .cloned()
+            .collect()
+    }
+
+    /// The last word about a job.
+    pub async fn last_word(&self, job: JobId) -> Result<Said> {
+        wait("the job's last word", || {
+            let mut said = self.said(job).into_iter().map(|report| report.said);
+            said.find(|said| matches!(said, Said::Ended { .. } | Said::GivenBack { .. }))
+        })
+        .await
+        .with_context(|| format!("said so far: {:#?}", self.said(job)))
+    }
+
+    pub async fn outcome(&self, job: JobId) -> Result<Outcome> {
+        match self.last_word(job).await? {
+            Said::Ended { outcome } => Ok(outcome),
+            other => bail!("{other:?}"),
+        }
+    }
+
+    /// Asks the agent to end; returns when it has.
+    pub async fn end(self) -> Result<Vec<Report>> {
+        self.cancel.cancel();
+        let ended = tokio::time::timeout(PATIENCE, self.agent).await;
+        ended.context("the agent does not end")???;
+        // The manager takes what was said last.
+        let reports = Arc::clone(&self.reports);
+        let depth = || async { self.queue.depth().await.map(|depth| depth.reports) };
+        let until = Instant::now() + PATIENCE;
+        while depth().await? > 0 {
+            ensure!(Instant::now() < until, "reports are left");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.manager.abort();
+        Ok(reports
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone())
+    }
+}

@@ -1,0 +1,212 @@
+//! A manager and an agent as a centre has them, each a process of its own, and the shell that asks them.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::redis::Redis;
+use super::registry::Registry;
+use super::{Daemon, Roots, Scratch, output, wait_until};
+use crate::save::upperdeck_itself;
+
+/// Tokens, and their SHA-256 as the manager's file has them.
+const PORTAL: &str = "the portal's token";
+const ADMINISTRATOR: &str = "the administrator's token";
+
+#[derive(Debug)]
+pub struct Service {
+    manager: Daemon,
+    agent: Daemon,
+    dir: PathBuf,
+    roots: Roots,
+    port: u16,
+    redis: String,
+    registry: String,
+    state: PathBuf,
+}
+
+impl Service {
+    /// Sessions are whose `JUPYTERHUB_USER` says; images go to `sessions/` of the registry.
+    pub fn start(
+        scratch: &Scratch,
+        roots: &Roots,
+        redis: &Redis,
+        registry: &Registry,
+    ) -> Result<Self> {
+        let dir = scratch.dir("service")?;
+        fs::write(dir.join("key"), "a key that is long enough for this\n")?;
+        fs::write(dir.join("portal"), PORTAL)?;
+        fs::write(dir.join("administrator"), ADMINISTRATOR)?;
+        let token = |name: &str, token: &str| {
+            let digest = <sha2::Sha256 as sha2::Digest>::digest(token);
+            format!(
+                "[[token]]\nname = \"{name}\"\nrole = \"{name}\"\nsha256 = \"{}\"\n",
+                hex::encode(digest)
+            )
+        };
+        let tokens = token("portal", PORTAL) + &token("administrator", ADMINISTRATOR);
+        fs::write(dir.join("tokens.toml"), tokens)?;
+        // Free now, and hardly taken by anybody before the manager comes.
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let (redis, registry) = (redis.url(), registry.host.clone());
+        let mut service = Self {
+            manager: Self::spawn_manager(&dir, roots, port, &redis, &registry)?,
+            agent: Self::spawn_agent(&dir, roots, &redis, &registry)?,
+            state: crate::save::state_dir(roots),
+            dir,
+            roots: roots.clone(),
+            port,
+            redis,
+            registry,
+        };
+        service.wait_ready()?;
+        Ok(service)
+    }
+
+    fn spawn_manager(
+        dir: &PathBuf,
+        roots: &Roots,
+        port: u16,
+        redis: &str,
+        registry: &str,
+    ) -> Result<Daemon> {
+        let mut manager = upperdeck_itself("manager", roots);
+        manager
+            .args(["--log", "info", "--tls-verify=false", "--redis", redis])
+            .args(["--running-per-user", "2", "--running-per-node", "4"])
+            .args(["--backoff", "1s", "--attempts", "20", "--rate", "0"])
+            .args(["--listen", &format!("127.0.0.1:{port}")])
+            .args([
+                "--target",
+                &format!("{registry}/sessions/{{user}}/{{name}}:{{tag}}"),
+            ])
+            .arg(format!(
+                "--record=sqlite:{}",
+                dir.join("manager.db").display()
+            ))
+            .arg("--key-file")
+            .arg(dir.join("key"))
+            .arg("--tokens-file")
+            .arg(dir.join("tokens.toml"));
+        Daemon::start(&mut manager, dir.join("manager.log"))
+    }
+
+    fn spawn_agent(dir: &PathBuf, roots: &Roots, redis: &str, registry: &str) -> Result<Daemon> {
+        let mut agent = upperdeck_itself("agent", roots);
+        agent
+            .args(["--log", "info", "--tls-verify=false", "--redis", redis])
+            .args(["--node", "node-1", "--owner", "env:JUPYTERHUB_USER"])
+            .args(["--allow", &format!("{registry}/sessions")])
+            .arg("--key-file")
+            .arg(dir.join("key"))
+            .arg("--spool-dir")
+            .arg(dir.join("spool"));
+        Daemon::start(&mut agent, dir.join("agent.log"))
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let port = self.port;
+        self.manager
+            .wait_for(|_| std::net::TcpStream::connect(("127.0.0.1", port)).ok())
+            .map(drop)
+    }
+
+    /// SIGKILL, and a new one.
+    pub fn crash_manager(&mut self) -> Result<()> {
+        self.manager.kill()?;
+        self.manager = Self::spawn_manager(
+            &self.dir,
+            &self.roots,
+            self.port,
+            &self.redis,
+            &self.registry,
+        )?;
+        self.wait_ready()
+    }
+
+    /// SIGKILL, and a new one.
+    pub fn crash_agent(&mut self) -> Result<()> {
+        self.agent.kill()?;
+        self.agent = Self::spawn_agent(&self.dir, &self.roots, &self.redis, &self.registry)?;
+        Ok(())
+    }
+
+    /// Where the agent's children keep what the next save needs; one of them is running while this can be found in its
+    /// command line.
+    pub fn children(&self) -> Vec<i32> {
+        let needle = self.state.display().to_string();
+        let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+        pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+            .filter(|pid| {
+                let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                let line = String::from_utf8_lossy(&line).replace('\0', " ");
+                line.contains(" commit ") && line.contains(&needle)
+            })
+            .collect()
+    }
+
+    pub fn log(&self, who: &str) -> String {
+        fs::read_to_string(self.dir.join(format!("{who}.log"))).unwrap_or_default()
+    }
+
+    /// The program as a client of the manager, for `user` by the portal's token; for the administrator where there is none.
+    pub fn shell(&self, user: Option<&str>, words: &[&str]) -> Command {
+        let mut shell = Command::new("timeout");
+        shell
+            .args(["--signal=KILL", "600", env!("CARGO_BIN_EXE_upperdeck")])
+            .args(words)
+            .arg(format!("--server=http://127.0.0.1:{}", self.port));
+        match user {
+            Some(user) => shell
+                .arg("--token-file")
+                .arg(self.dir.join("portal"))
+                .args(["--as-user", user]),
+            None => shell
+                .arg("--token-file")
+                .arg(self.dir.join("administrator")),
+        };
+        shell
+    }
+
+    /// What it answers, as JSON; an error with its words where it refuses.
+    pub fn ask(&self, user: Option<&str>, words: &[&str]) -> Result<Value> {
+        let done = self.output(user, words)?;
+        if !done.status.success() {
+            bail!(
+                "{words:?}: {}: {}",
+                done.status,
+                String::from_utf8_lossy(&done.stderr)
+            );
+        }
+        serde_json::from_slice(&done.stdout)
+            .with_context(|| String::from_utf8_lossy(&done.stdout).into_owned())
+    }
+
+    pub fn output(&self, user: Option<&str>, words: &[&str]) -> Result<Output> {
+        output(&mut self.shell(user, words))
+    }
+
+    /// Waits until the manager knows of `count` sessions.
+    pub fn wait_for_sessions(&self, count: usize) -> Result<()> {
+        let mut last = String::new();
+        let waited = wait_until("the manager knows the sessions", || {
+            match self.ask(None, &["job", "sessions", "--format", "json"]) {
+                Ok(found) => {
+                    last = found.to_string();
+                    found.as_array().is_some_and(|found| found.len() >= count)
+                }
+                Err(error) => {
+                    last = error.to_string();
+                    false
+                }
+            }
+        });
+        waited.with_context(|| format!("{last}\n{}", self.log("agent")))?;
+        ensure!(!last.is_empty());
+        Ok(())
+    }
+}

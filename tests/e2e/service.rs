@@ -1,0 +1,359 @@
+//! The whole service: Redis, a manager, an agent, pods on containerd and a registry, asked by `upperdeck job`.
+
+use std::collections::BTreeMap;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use serde_json::Value;
+
+use crate::host::containerd::{Pod, PodOptions};
+use crate::host::image::{Base, Format};
+use crate::host::redis::Redis;
+use crate::host::service::Service;
+use crate::host::{Freezer, wait_at_most};
+use crate::lab::Lab;
+use crate::save::{LEFT_OUT, TOUCHED_BY_RUNTIMES, WORK, same_tree, set_attributes, unpack};
+use crate::support::{Need, ignored, note};
+
+/// A lab with a service on it. Dropped in this order.
+struct Centre {
+    service: Service,
+    redis: Redis,
+    lab: Lab,
+}
+
+impl Centre {
+    fn new() -> Result<Option<Self>> {
+        if ignored(&[Need::Program("redis-server"), Need::Program("redis-cli")]) {
+            return Ok(None);
+        }
+        let Some(lab) = Lab::new(Base::Small, Format::Oci)? else {
+            return Ok(None);
+        };
+        let redis = Redis::start(&lab.scratch)?;
+        let service = Service::start(&lab.scratch, &lab.roots, &redis, &lab.registry)?;
+        Ok(Some(Self {
+            service,
+            redis,
+            lab,
+        }))
+    }
+
+    /// A pod of `user`'s.
+    fn session(&self, user: &str) -> Result<Pod> {
+        let options = PodOptions {
+            environment: &[("JUPYTERHUB_USER", user)],
+            ..PodOptions::default()
+        };
+        self.lab.containerd.run_pod(&self.lab.image, &options)
+    }
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value[key].as_str().unwrap_or_default()
+}
+
+#[test]
+fn twenty_users_save_their_sessions_at_once() -> Result<()> {
+    let Some(centre) = Centre::new()? else {
+        return Ok(());
+    };
+    let mut sessions = Vec::new();
+    for number in 0..20 {
+        let user = format!("user{number}");
+        let pod = centre.session(&user)?;
+        centre.lab.containerd.shell(&pod, WORK)?;
+        centre
+            .lab
+            .containerd
+            .shell(&pod, &format!("echo {user} > /home/researcher/whose"))?;
+        set_attributes(pod.pid, true)?;
+        sessions.push((user, pod));
+    }
+    let service = &centre.service;
+    service.wait_for_sessions(sessions.len())?;
+
+    // Each sees his own session, and nobody else's.
+    let (user, pod) = &sessions[3];
+    let seen = service.ask(Some(user), &["job", "sessions", "--format", "json"])?;
+    assert_eq!(seen.as_array().map(Vec::len), Some(1), "{seen}");
+    assert_eq!(text(&seen[0], "id"), pod.container);
+    assert_eq!(text(&seen[0], "owner"), user);
+    let foreign = service.output(Some(user), &["job", "submit", &sessions[4].1.container])?;
+    ensure!(!foreign.status.success(), "another's session was saved");
+
+    let mut saves = Vec::new();
+    for (user, pod) in &sessions {
+        let words = [
+            "job",
+            "submit",
+            "--watch",
+            "--message=my work",
+            &pod.container,
+            "mine:first",
+        ];
+        let child = service
+            .shell(Some(user), &words)
+            .args(["--progress", "json"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        saves.push(child);
+    }
+    for ((user, pod), save) in sessions.iter().zip(saves) {
+        let done = save.wait_with_output()?;
+        let said = String::from_utf8_lossy(&done.stdout).into_owned();
+        ensure!(
+            done.status.success(),
+            "{user}: {}\n{said}{}\n{}",
+            done.status,
+            String::from_utf8_lossy(&done.stderr),
+            service.log("agent")
+        );
+        let last: Value = serde_json::from_str(said.lines().last().context("no events")?)?;
+        assert_eq!(last["event"], "saved", "{user}: {said}");
+        let repository = centre
+            .lab
+            .registry
+            .reference(&format!("sessions/{user}/mine"));
+        let reference = text(&last, "reference");
+        ensure!(
+            reference.starts_with(&format!("{repository}@sha256:")),
+            "{reference}"
+        );
+        let rootfs = unpack(&centre.lab.scratch, reference)?;
+        same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)
+            .with_context(|| user.clone())?;
+        std::fs::remove_dir_all(rootfs.ancestors().nth(2).context("its directory")?)?;
+        ensure!(!Freezer::of(pod.pid)?.frozen(), "{user}'s pod stands still");
+    }
+
+    // LIST and DEL, of one's own.
+    let images = service.ask(Some(user), &["image", "ls", "--format", "json"])?;
+    assert_eq!(images["total"], 1, "{images}");
+    let image = &images["images"][0];
+    assert_eq!(
+        (text(image, "name"), text(image, "message")),
+        ("mine", "my work")
+    );
+    assert_eq!(text(&image["tags"][0], "name"), "first");
+    let removed = service.output(Some(user), &["image", "rm", "mine:first"])?;
+    ensure!(removed.status.success(), "{removed:?}");
+    ensure!(
+        centre
+            .lab
+            .registry
+            .tags(&format!("sessions/{user}/mine"))
+            .is_empty()
+    );
+    ensure!(!centre.lab.registry.tags("sessions/user4/mine").is_empty());
+    Ok(())
+}
+
+/// A session under saves: what was asked for last, and what the pod held then. Nobody changes it before that save is done.
+struct Under {
+    user: String,
+    pod: Pod,
+    serial: u32,
+    open: Option<String>,
+}
+
+/// Kills in the suite; `UPPERDECK_KILLS` asks for more.
+const KILLS: u32 = 12;
+
+#[test]
+fn killed_at_random_every_save_ends_in_the_right_image_or_in_a_failure_with_a_code() -> Result<()> {
+    let Some(mut centre) = Centre::new()? else {
+        return Ok(());
+    };
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let kills = number("UPPERDECK_KILLS").unwrap_or(KILLS);
+    let seed = u64::from(number("UPPERDECK_TEST_SEED").unwrap_or_else(rand::random));
+    note(&format!("UPPERDECK_TEST_SEED={seed}, {kills} kills"));
+    let mut random = StdRng::seed_from_u64(seed);
+
+    let mut sessions = Vec::new();
+    for number in 0..4 {
+        let user = format!("user{number}");
+        let pod = centre.session(&user)?;
+        let fill = "dd if=/dev/urandom of=/home/noise bs=1048576 count=24 2> /dev/null";
+        centre.lab.containerd.shell(&pod, fill)?;
+        sessions.push(Under {
+            user,
+            pod,
+            serial: 0,
+            open: None,
+        });
+    }
+    centre.service.wait_for_sessions(sessions.len())?;
+
+    let mut ended: BTreeMap<String, u32> = BTreeMap::new();
+    let mut killed: BTreeMap<&str, u32> = BTreeMap::new();
+    for round in 0..kills {
+        advance(&centre, &mut sessions, &mut ended)?;
+        std::thread::sleep(Duration::from_millis(random.random_range(0..2500)));
+        let who = [
+            "manager", "agent", "child", "child", "redis", "flush", "registry",
+        ][random.random_range(0..7)];
+        match who {
+            "manager" => centre.service.crash_manager()?,
+            "agent" => centre.service.crash_agent()?,
+            "redis" => centre.redis.crash()?,
+            "flush" => centre.redis.flush()?,
+            "registry" => centre.lab.registry.crash()?,
+            _ => {
+                for child in centre.service.children() {
+                    // It may have ended by itself.
+                    let child = nix::unistd::Pid::from_raw(child);
+                    let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
+                }
+            }
+        }
+        *killed.entry(who).or_default() += 1;
+        if round % 20 == 19 {
+            note(&format!("{} kills, ended: {ended:?}", round + 1));
+        }
+    }
+    // Nothing dies any more: all that is open comes to its end.
+    let start = Instant::now();
+    while sessions.iter().any(|session| session.open.is_some()) {
+        ensure!(
+            start.elapsed() < Duration::from_secs(300),
+            "not ended: {:?}\n{}\n{}",
+            sessions
+                .iter()
+                .filter_map(|session| session.open.as_ref())
+                .collect::<Vec<_>>(),
+            centre.service.log("manager"),
+            centre.service.log("agent")
+        );
+        finish(&centre, &mut sessions, &mut ended)?;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    for session in &sessions {
+        let freezer = Freezer::of(session.pod.pid)?;
+        wait_at_most(Duration::from_secs(2), "the container runs", || {
+            !freezer.frozen()
+        })?;
+    }
+    let running = centre.service.ask(
+        None,
+        &["job", "ls", "--state", "running", "--format", "json"],
+    )?;
+    assert_eq!(
+        running["saves"].as_array().map(Vec::len),
+        Some(0),
+        "{running}"
+    );
+    note(&format!("killed: {killed:?}; ended: {ended:?}"));
+    ensure!(ended.contains_key("succeeded"), "none succeeded: {ended:?}");
+    Ok(())
+}
+
+/// Looks at what is open, and asks for a new save where nothing is.
+fn advance(
+    centre: &Centre,
+    sessions: &mut [Under],
+    ended: &mut BTreeMap<String, u32>,
+) -> Result<()> {
+    finish(centre, sessions, ended)?;
+    for session in sessions.iter_mut().filter(|session| session.open.is_none()) {
+        let serial = session.serial + 1;
+        let work = format!(
+            "echo {serial} > /home/serial; dd if=/dev/urandom of=/home/noise bs=1048576 count=8 conv=notrunc 2> /dev/null"
+        );
+        centre.lab.containerd.shell(&session.pod, &work)?;
+        session.serial = serial;
+        let image = format!("mine:s{serial}");
+        let key = format!("{}-{serial}", session.user);
+        let words = [
+            "job",
+            "submit",
+            "--format",
+            "json",
+            "--full",
+            "--idempotency-key",
+            &key,
+            &session.pod.container,
+            &image,
+        ];
+        // Accepted or not, as the manager may be away; under the same key it is one save.
+        let accepted = (0..100).find_map(|_| {
+            let save = centre.service.ask(Some(&session.user), &words);
+            if save.is_err() {
+                std::thread::sleep(Duration::from_millis(300));
+            }
+            save.ok()
+        });
+        let Some(save) = accepted else {
+            let last = centre.service.ask(Some(&session.user), &words);
+            bail!(
+                "a save is not accepted: {last:?}\n{}",
+                centre.service.log("manager")
+            );
+        };
+        session.open = Some(text(&save, "id").to_owned());
+    }
+    Ok(())
+}
+
+/// Takes those that are done, and looks whether what became of them is right.
+fn finish(
+    centre: &Centre,
+    sessions: &mut [Under],
+    ended: &mut BTreeMap<String, u32>,
+) -> Result<()> {
+    for session in sessions.iter_mut() {
+        let Some(id) = &session.open else {
+            continue;
+        };
+        // The manager may be away.
+        let Ok(save) = centre.service.ask(
+            Some(&session.user),
+            &["job", "status", "--format", "json", id],
+        ) else {
+            continue;
+        };
+        let tag = format!("s{}", session.serial);
+        let tags = || {
+            centre
+                .lab
+                .registry
+                .tags(&format!("sessions/{}/mine", session.user))
+        };
+        let how = match text(&save, "state") {
+            "succeeded" => {
+                ensure!(tags().contains(&tag), "{save}: no tag among {:?}", tags());
+                let reference = text(&save["result"], "reference");
+                let rootfs = unpack(&centre.lab.scratch, reference)?;
+                let serial = std::fs::read_to_string(rootfs.join("home/serial"))?;
+                assert_eq!(serial.trim(), session.serial.to_string(), "{save}");
+                same_tree(
+                    &session.pod.rootfs,
+                    &rootfs,
+                    LEFT_OUT,
+                    TOUCHED_BY_RUNTIMES,
+                    60,
+                )
+                .with_context(|| save.to_string())?;
+                std::fs::remove_dir_all(rootfs.ancestors().nth(2).context("its directory")?)?;
+                "succeeded".to_owned()
+            }
+            "failed" => {
+                let code = text(&save["error"], "code");
+                ensure!(!code.is_empty(), "{save}");
+                ensure!(!tags().contains(&tag), "a tag of a failed save: {save}");
+                format!("failed: {code}")
+            }
+            "cancelled" => bail!("nobody asked for that: {save}"),
+            _ => continue,
+        };
+        *ended.entry(how).or_default() += 1;
+        session.open = None;
+    }
+    Ok(())
+}

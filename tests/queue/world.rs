@@ -1,0 +1,199 @@
+//! What a scenario plays in: a queue, whichever it is, and a clock that a test can move.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use upperdeck::job::{
+    Category, JobId, Kind, Load, Node, Order, Outcome as Ending, Report, Said, SaveOptions, Saved,
+    Session,
+};
+use upperdeck::queue::{Claim, Clock, Hold, Limits, Local, Queue, Settings};
+
+pub type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+/// None at all.
+pub const FREE: Limits = Limits {
+    user: 0,
+    node: 0,
+    registry: 0,
+};
+/// No wait.
+pub const NOW: Duration = Duration::ZERO;
+/// Longer than any test may last.
+pub const LONG: Duration = Duration::from_secs(300);
+
+pub struct World {
+    pub queue: Queue,
+    /// How long a claim lives.
+    pub lease: Duration,
+    /// For so long a manager may keep a report to itself.
+    pub patience: Duration,
+    pub clock: Clock,
+    /// What has to outlive the queue.
+    pub _kept: Box<dyn std::any::Any + Send>,
+}
+
+impl World {
+    pub fn local(limits: Limits) -> Self {
+        let settings = settings();
+        let queue = Queue::Local(Local::with(limits, settings.clone()));
+        Self::of(queue, settings, Box::new(()))
+    }
+
+    pub fn of(queue: Queue, settings: Settings, kept: Box<dyn std::any::Any + Send>) -> Self {
+        Self {
+            queue,
+            lease: settings.lease,
+            patience: settings.patience,
+            clock: settings.clock,
+            _kept: kept,
+        }
+    }
+
+    pub fn pass(&self, time: Duration) {
+        self.clock.advance(time);
+    }
+
+    /// Past the end of every lease that is not renewed.
+    pub fn pass_lease(&self) {
+        self.pass(self.lease + Duration::from_secs(1));
+    }
+
+    /// Offers an order of `user` for `node`.
+    pub async fn offer(&self, node: &str, user: &str) -> Result<Order, Box<dyn std::error::Error>> {
+        let order = order(node, user);
+        self.queue.offer(&order).await?;
+        Ok(order)
+    }
+
+    /// The one order that `agent` of `node` gets now.
+    pub async fn claim(
+        &self,
+        node: &str,
+        agent: &str,
+    ) -> Result<Option<Claim>, Box<dyn std::error::Error>> {
+        let mut got = self.queue.claim(node, agent, 1, NOW).await?;
+        assert!(got.len() <= 1);
+        Ok(got.pop())
+    }
+
+    /// As [`World::claim`], where there is one.
+    pub async fn get(&self, node: &str, agent: &str) -> Result<Claim, Box<dyn std::error::Error>> {
+        Ok(self.claim(node, agent).await?.ok_or("no order")?)
+    }
+
+    /// Ends `claim` well and says so to the managers, who write it down.
+    pub async fn finish(&self, claim: &Claim) -> Outcome {
+        let hold = self.queue.complete(claim, &succeeded(claim)).await?;
+        assert_eq!(hold, Hold::Held);
+        self.take_all().await.map(drop)
+    }
+
+    /// What the managers have not read yet; they write it down.
+    pub async fn take_all(&self) -> Result<Vec<Report>, Box<dyn std::error::Error>> {
+        let got = self.queue.reports("m", 10_000, NOW).await?;
+        let entries: Vec<_> = got.iter().map(|one| one.entry.clone()).collect();
+        self.queue.taken(&entries).await?;
+        Ok(got.into_iter().map(|one| one.report).collect())
+    }
+}
+
+/// A lease that no slow machine lets end, and a manager who is soon thought dead.
+pub fn settings() -> Settings {
+    Settings {
+        lease: Duration::from_secs(600),
+        patience: Duration::from_millis(400),
+        ..Settings::default()
+    }
+}
+
+pub fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as i64)
+}
+
+/// An order that is good for a day.
+pub fn order(node: &str, user: &str) -> Order {
+    Order {
+        job: JobId::new(),
+        node: node.to_owned(),
+        session: format!("{:064x}", rand::random::<u128>()),
+        owner: user.to_owned(),
+        destination: format!("registry.example.org/research/{user}/session:2026-11-24"),
+        message: Some("before the upgrade of numpy".to_owned()),
+        options: SaveOptions::default(),
+        attempt: 1,
+        fence_after: 0,
+        not_before_ms: 0,
+        expires_ms: now_ms() + 86_400_000,
+        timeout_s: 3600,
+    }
+}
+
+pub fn report(claim: &Claim, seq: u64, said: Said) -> Report {
+    Report {
+        job: claim.order.job,
+        node: claim.order.node.clone(),
+        attempt: claim.order.attempt,
+        fence: claim.fence,
+        seq,
+        at_ms: now_ms(),
+        said,
+    }
+}
+
+pub fn ended(claim: &Claim, outcome: Ending) -> Report {
+    static SEQ: AtomicU64 = AtomicU64::new(1000);
+    let seq = SEQ.fetch_add(1, Ordering::Relaxed);
+    report(claim, seq, Said::Ended { outcome })
+}
+
+pub fn succeeded(claim: &Claim) -> Report {
+    let saved = Saved {
+        reference: format!("{}@sha256:{:064x}", claim.order.destination, 7),
+        digest: format!("sha256:{:064x}", 7),
+        layer_bytes: 1,
+        image_bytes: 2,
+        sent_bytes: 1,
+        entries: 1,
+        delta: false,
+        base_name: None,
+        base_digest: None,
+        pause_ms: Some(1.5),
+        seconds: 2.25,
+    };
+    ended(claim, Ending::Succeeded { saved })
+}
+
+pub fn node(name: &str) -> Node {
+    Node {
+        name: name.to_owned(),
+        version: "0.1.0".to_owned(),
+        started_ms: now_ms(),
+        at_ms: now_ms(),
+        draining: false,
+        running: Vec::new(),
+        load: Load::default(),
+        problems: Vec::new(),
+    }
+}
+
+pub fn session(node: &str, id: &str) -> Session {
+    Session {
+        id: id.to_owned(),
+        node: node.to_owned(),
+        owner: Some("ada".to_owned()),
+        namespace: None,
+        pod: None,
+        container: None,
+        runtime: "containerd".to_owned(),
+        kind: Kind::Jupyter,
+        category: Category::Cpu,
+        image: None,
+        started_ms: 0,
+        upper_bytes: None,
+        upper_entries: None,
+        next: None,
+        unsaved: Vec::new(),
+    }
+}
