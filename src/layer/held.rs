@@ -7,10 +7,11 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::fs::SeekFrom;
 
@@ -26,6 +27,9 @@ const SMALL: u64 = 128 << 10;
 const OPENING: u64 = 16 << 10;
 /// Descriptors that are left to everybody else in this process.
 const SPARE_DESCRIPTORS: u64 = 256;
+/// How often a file is flushed before it is cloned, at most, and what is little of it.
+const FLUSHES: u32 = 8;
+const LITTLE: Duration = Duration::from_millis(15);
 /// Items that a thread takes at a time.
 const CHUNK: usize = 8;
 
@@ -162,9 +166,27 @@ pub fn prepare_clones(plan: &Plan) {
             let path = plan.scan().path(item.entry);
             // It may be gone by now, and the clone will do what is left.
             if let Ok(Some(file)) = plan.scan().root(0).open_file(&path, entry.ino) {
-                flush(file.as_fd()).ok();
+                flush_until_little_is_left(file.as_fd());
             }
         }
+    }
+}
+
+/// What is written to a file while it is flushed is dirty again: each time that is less, as long as the disk is faster
+/// than the writer.
+fn flush_until_little_is_left(file: BorrowedFd<'_>) {
+    let mut before = None;
+    for _ in 0..FLUSHES {
+        let begun = Instant::now();
+        if flush(file).is_err() {
+            return;
+        }
+        let took = begun.elapsed();
+        // It will take about as long under the freeze.
+        if took < LITTLE || before.is_some_and(|before| took > before * 3 / 4) {
+            return;
+        }
+        before = Some(took);
     }
 }
 
