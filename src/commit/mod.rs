@@ -448,7 +448,7 @@ async fn stream(
     destination: &Destination,
     bound: Option<Duration>,
 ) -> Result<Vec<(Layer, BlobWriter)>, Error> {
-    repeat(context, codec, plans, destination, bound, false).await
+    repeat(context, codec, plans, destination, bound, Ends::Later).await
 }
 
 /// The same for what can be read as often as it takes, with the ends of the blobs.
@@ -458,8 +458,17 @@ async fn deliver(
     plans: Vec<Plan>,
     destination: &Destination,
 ) -> Result<Vec<Layer>, Error> {
-    let made = repeat(context, codec, plans, destination, None, true).await?;
+    let made = repeat(context, codec, plans, destination, None, Ends::AtOnce).await?;
     Ok(made.into_iter().map(|(layer, _)| layer).collect())
+}
+
+/// When the destination is asked to finish a blob.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    /// As soon as it is all there: what fails then is made again.
+    AtOnce,
+    /// By the caller, when nobody stands still for it any more.
+    Later,
 }
 
 /// Layers whose upload failed in a way that may pass are made again from their plans.
@@ -469,7 +478,7 @@ async fn repeat(
     plans: Vec<Plan>,
     destination: &Destination,
     bound: Option<Duration>,
-    ends: bool,
+    ends: Ends,
 ) -> Result<Vec<(Layer, BlobWriter)>, Error> {
     let until = bound.map(|bound| (Instant::now() + bound, bound));
     let plans = Arc::new(plans);
@@ -486,10 +495,12 @@ async fn repeat(
             .into_iter()
             .map(|(number, outcome, mut writer)| async move {
                 let outcome = match outcome {
-                    Ok(layer) if ends => match writer.end(&layer.digest, layer.size).await {
-                        Ok(()) => Ok(layer),
-                        Err(error) => Err(error.into()),
-                    },
+                    Ok(layer) if ends == Ends::AtOnce => {
+                        match writer.end(&layer.digest, layer.size).await {
+                            Ok(()) => Ok(layer),
+                            Err(error) => Err(error.into()),
+                        }
+                    }
                     outcome => outcome,
                 };
                 (number, outcome, writer)
