@@ -67,15 +67,16 @@ pub(super) async fn find(
     let granted = Granted::of(options);
     earlier.fingerprint = fingerprint(&granted, container, volumes, base, earlier.upper_inode)?;
     earlier.lock = lock(context, &store, container).await;
-    let last = match options.full {
-        true => Last::Nothing,
-        false => Last::of(
+    let last = if options.full {
+        Last::Nothing
+    } else {
+        Last::of(
             &store,
             container,
             base,
             earlier.fingerprint,
             options.max_layers,
-        ),
+        )
     };
     earlier.store = Some(store);
     let full = |why: &str| context.warn("full_save", format!("everything is saved anew: {why}"));
