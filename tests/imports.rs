@@ -52,14 +52,12 @@ const TABLE: [(&str, &[&str]); 26] = [
     ),
     ("queue", &["job"]),
     ("record", &["job"]),
-    (
-        "agent",
-        &["cancel", "container", "freeze", "job", "queue", "scan"],
-    ),
+    ("agent", &["cancel", "container", "freeze", "job", "queue"]),
     ("portal", &["job"]),
     (
         "manager",
         &[
+            "cancel",
             "destination",
             "digest",
             "harbor",
