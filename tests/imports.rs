@@ -60,6 +60,7 @@ const TABLE: [(&str, &[&str]); 26] = [
     (
         "manager",
         &[
+            "cancel",
             "destination",
             "digest",
             "harbor",

@@ -278,7 +278,7 @@ pub(super) async fn submit(
             "this tag is reserved; take another one",
         ));
     }
-    app.store.check_room(&user, &name).await?;
+    app.store.check_room(&user).await?;
     let save = Save {
         id: JobId::new(),
         session: session.id.clone(),
