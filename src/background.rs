@@ -79,6 +79,11 @@ impl Background {
             holds,
         }));
         background.relax();
+        tracing::debug!(
+            ?holds,
+            groups = background.0.groups.len(),
+            "in the background"
+        );
         background
     }
 

@@ -219,6 +219,14 @@ impl Error {
         }
     }
 
+    /// Whether there is no room: a quota is used up, or would be.
+    pub fn is_quota(&self) -> bool {
+        matches!(
+            self,
+            Self::Harbor(harbor::Error::Quota { .. } | harbor::Error::NoRoom { .. })
+        )
+    }
+
     /// Whether it is a matter of permission: credentials, quota, policy (exit code 77).
     pub fn not_permitted(&self) -> bool {
         match self {

@@ -52,10 +52,7 @@ const TABLE: [(&str, &[&str]); 26] = [
     ),
     ("queue", &["job"]),
     ("record", &["job"]),
-    (
-        "agent",
-        &["cancel", "container", "freeze", "job", "queue", "scan"],
-    ),
+    ("agent", &["cancel", "container", "freeze", "job", "queue"]),
     ("portal", &["job"]),
     (
         "manager",

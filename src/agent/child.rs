@@ -40,6 +40,10 @@ const MAX_LOGGED: usize = 200;
 const MAX_LOGGED_LINE: usize = 1000;
 /// A pipe takes as much without a reader.
 const MAX_CREDS: u64 = 16 << 10;
+/// A look into a session takes as long as a walk of its tree, with what is left over of the cores.
+const INSPECT_BOUND: Duration = Duration::from_secs(300);
+/// What is larger was not written by `inspect`.
+const MAX_INSPECTED: u64 = 16 << 20;
 /// From asking it to end to ending it.
 const GRACE: Duration = Duration::from_secs(10);
 /// What the child needs of the environment: how the node reaches the world. Neither `HOME` nor anything else in which
@@ -281,6 +285,37 @@ impl Child {
             _ => String::new(),
         }
     }
+}
+
+/// What `inspect` says of a session, as JSON; none where it cannot, or not in time.
+pub(super) async fn inspect(options: &Options, session: &str) -> Option<Vec<u8>> {
+    let mut command = Command::new(&options.program);
+    let mut flags = roots_flags(&options.roots);
+    flags.extend(["inspect", "--format=json"].map(Into::into));
+    if options.background {
+        flags.push("--background".into());
+    }
+    let state_dir = options.state_dir.as_deref().unwrap_or(Path::new(""));
+    command
+        .args(flags)
+        .args(["--", session])
+        .env_clear()
+        .env("UPPERDECK_STATE_DIR", state_dir)
+        .current_dir("/")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    let mut child = command.spawn().ok()?;
+    let said = child.stdout.take()?;
+    let read = async {
+        let mut json = Vec::new();
+        said.take(MAX_INSPECTED).read_to_end(&mut json).await.ok()?;
+        let status = child.wait().await.ok()?;
+        status.success().then_some(json)
+    };
+    tokio::time::timeout(INSPECT_BOUND, read).await.ok()?
 }
 
 /// Ends what a dead agent left running. Returns when it is gone.

@@ -2,20 +2,18 @@
 //! word for itself.
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use serde::Deserialize;
 
 use super::kind;
 use super::options::Options;
 use crate::container::{self, Container, MountPoint, Runtime};
-use crate::job::{Session, Unsaved};
-use crate::scan::{self, Usage};
+use crate::job::{NextSave, Session, Unsaved};
 
 /// Problems that a heartbeat tells of at most.
 const MAX_PROBLEMS: usize = 20;
-/// The nicest: a look at a large tree is not to be felt.
-const NICEST: i32 = 19;
 
 /// What was seen last.
 #[derive(Debug, Default)]
@@ -25,9 +23,11 @@ pub(super) struct Inventory(Mutex<Seen>);
 struct Seen {
     sessions: Vec<Session>,
     processes: HashMap<String, (u32, u64)>,
-    uppers: HashMap<String, PathBuf>,
     problems: Vec<String>,
-    sizes: HashMap<String, (Usage, Instant)>,
+    /// What is in them, and when somebody looked.
+    looked: HashMap<String, (Inside, Instant)>,
+    /// How long the last save of each took.
+    seconds: HashMap<String, f64>,
 }
 
 impl Inventory {
@@ -58,63 +58,92 @@ impl Inventory {
             problems.push(format!("and {more} more"));
         }
         let mut state = self.state();
-        state
-            .sizes
-            .retain(|id, _| containers.iter().any(|container| container.id == *id));
-        state.sessions = containers
+        let is_there = |id: &String| containers.iter().any(|container| container.id == *id);
+        state.looked.retain(|id, _| is_there(id));
+        state.seconds.retain(|id, _| is_there(id));
+        let mut sessions: Vec<Session> = containers
             .iter()
-            .map(|container| {
-                session(
-                    options,
-                    container,
-                    state.sizes.get(&container.id).map(|(usage, _)| *usage),
-                )
-            })
+            .map(|container| session(options, container))
             .collect();
+        for session in &mut sessions {
+            state.inside(session);
+        }
+        state.sessions = sessions;
         state.processes = containers
             .iter()
             .map(|container| (container.id.clone(), (container.pid, container.pid_start)))
             .collect();
-        state.uppers = containers
-            .iter()
-            .map(|container| (container.id.clone(), container.overlay.upper.clone()))
-            .collect();
         state.problems = problems;
     }
 
-    /// Counts the upper directories that were not counted for `every`, one after another, as a thread that is not felt.
-    pub(super) fn count(&self, every: Duration, stop: &dyn Fn() -> bool) {
-        let _ = rustix::process::setpriority_process(None, NICEST);
-        let due: Vec<(String, PathBuf)> = {
-            let state = self.state();
-            let fresh = |id: &String| {
-                state
-                    .sizes
-                    .get(id)
-                    .is_some_and(|(_, at)| at.elapsed() < every)
-            };
-            let due = state.uppers.iter().filter(|(id, _)| !fresh(id));
-            due.map(|(id, upper)| (id.clone(), upper.clone())).collect()
+    /// Sessions that nobody looked into for `every`.
+    pub(super) fn due(&self, every: Duration) -> Vec<String> {
+        let state = self.state();
+        let fresh = |session: &&Session| {
+            let looked = state.looked.get(&session.id);
+            looked.is_some_and(|(_, at)| at.elapsed() < every)
         };
-        for (id, upper) in due {
-            if stop() {
-                return;
-            }
-            // What cannot be read is not known.
-            let Ok(usage) = scan::usage(&upper) else {
-                continue;
-            };
-            let mut state = self.state();
-            if let Some(session) = state.sessions.iter_mut().find(|session| session.id == id) {
-                session.upper_bytes = Some(usage.bytes);
-                session.upper_entries = Some(usage.entries);
-            }
-            state.sizes.insert(id, (usage, Instant::now()));
+        let due = state.sessions.iter().filter(|session| !fresh(session));
+        due.map(|session| session.id.clone()).collect()
+    }
+
+    /// What a look into a session came to; nothing of it is known where that failed.
+    pub(super) fn looked_into(&self, id: &str, found: Inside) {
+        let mut state = self.state();
+        state.looked.insert(id.to_owned(), (found, Instant::now()));
+        let mut sessions = std::mem::take(&mut state.sessions);
+        for session in sessions.iter_mut().filter(|session| session.id == id) {
+            state.inside(session);
+        }
+        state.sessions = sessions;
+    }
+
+    /// It was saved: what the next save would be is another matter now.
+    pub(super) fn saved(&self, id: &str, seconds: f64) {
+        let mut state = self.state();
+        state.looked.remove(id);
+        state.seconds.insert(id.to_owned(), seconds);
+    }
+}
+
+impl Seen {
+    fn inside(&self, session: &mut Session) {
+        if let Some((found, _)) = self.looked.get(&session.id) {
+            session.upper_bytes = found.upper.bytes;
+            session.upper_entries = found.upper.entries;
+            session.next = found.next_save.as_ref().map(|next| NextSave {
+                delta: next.kind == "delta",
+                bytes: Some(next.bytes),
+                last_seconds: self.seconds.get(&session.id).copied(),
+            });
         }
     }
 }
 
-fn session(options: &Options, container: &Container, usage: Option<Usage>) -> Session {
+/// What of `upperdeck inspect --format json` a heartbeat tells.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub(super) struct Inside {
+    #[serde(default)]
+    upper: Upper,
+    #[serde(default)]
+    next_save: Option<Next>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+struct Upper {
+    #[serde(default)]
+    bytes: Option<u64>,
+    #[serde(default)]
+    entries: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+struct Next {
+    kind: String,
+    bytes: u64,
+}
+
+fn session(options: &Options, container: &Container) -> Session {
     let pod = container.pod.as_ref();
     Session {
         id: container.id.clone(),
@@ -130,8 +159,8 @@ fn session(options: &Options, container: &Container, usage: Option<Usage>) -> Se
         category: kind::category(container),
         image: container.image_name.clone(),
         started_ms: container.started_ms(&options.roots).unwrap_or(0),
-        upper_bytes: usage.map(|usage| usage.bytes),
-        upper_entries: usage.map(|usage| usage.entries),
+        upper_bytes: None,
+        upper_entries: None,
         next: None,
         unsaved: unsaved(&container.mounts),
     }
@@ -179,16 +208,8 @@ mod tests {
             mount("/home/alice", true),
             mount("/home/alice", true),
         ];
-        let usage = Usage {
-            entries: 3,
-            bytes: 4096,
-        };
-        let session = session(&options, &it, Some(usage));
+        let session = session(&options, &it);
         assert_eq!(session.owner.as_deref(), Some("alice"));
-        assert_eq!(
-            (session.upper_bytes, session.upper_entries),
-            (Some(4096), Some(3))
-        );
         assert_eq!(
             (session.container.as_deref(), session.runtime.as_str()),
             (Some("web"), "containerd")
@@ -207,6 +228,36 @@ mod tests {
             ]
         );
         it.spec.env = vec!["JUPYTERHUB_USER=../x".to_owned()];
-        assert_eq!(super::session(&options, &it, None).owner, None);
+        assert_eq!(super::session(&options, &it).owner, None);
+    }
+
+    #[test]
+    fn what_is_in_a_session_is_kept_until_it_is_saved_or_gone() -> Result<(), serde_json::Error> {
+        let inventory = Inventory::default();
+        let options = Options::new(OwnerRule::Namespace(None));
+        inventory.state().sessions = vec![session(&options, &container())];
+        let id = container().id;
+        let hour = Duration::from_secs(3600);
+        assert_eq!(inventory.due(hour), [id.clone()]);
+        inventory.saved(&id, 2.5);
+        let json = r#"{"id":"x","upper":{"path":"/u","bytes":4096,"entries":3},
+            "next_save":{"kind":"delta","reason":"r","entries":1,"bytes":7,"layers":2}}"#;
+        inventory.looked_into(&id, serde_json::from_str(json)?);
+        assert_eq!(inventory.due(hour), Vec::<String>::new());
+        assert_eq!(inventory.due(Duration::ZERO), [id.clone()]);
+        let told = &inventory.told().0[0];
+        let next = NextSave {
+            delta: true,
+            bytes: Some(7),
+            last_seconds: Some(2.5),
+        };
+        assert_eq!(
+            (told.upper_bytes, told.upper_entries),
+            (Some(4096), Some(3))
+        );
+        assert_eq!(told.next, Some(next));
+        inventory.saved(&id, 1.0);
+        assert_eq!(inventory.due(hour), [id]);
+        Ok(())
     }
 }

@@ -114,10 +114,12 @@ pub async fn run(options: Options, queue: Queue, cancel: Cancel) -> Result<(), E
     agent.end_leftovers().await;
     let heart = tokio::spawn(Arc::clone(&agent).beat());
     let looker = tokio::spawn(Arc::clone(&agent).look());
+    let reader = tokio::spawn(Arc::clone(&agent).look_into());
     let mut jobs = JoinSet::new();
     agent.serve(&mut jobs).await;
     agent.drain(&mut jobs).await;
     looker.abort();
+    reader.abort();
     heart.abort();
     agent.say(true, false).await;
     Ok(())
@@ -189,7 +191,7 @@ impl Agent {
         let mut pause = BACKOFF.0;
         while !self.cancel.is_cancelled() {
             while let Some(ended) = jobs.try_join_next() {
-                told_of_panic(ended);
+                told_of_panic(&ended);
             }
             let node = &self.options.node;
             let claims = if reclaimed {
@@ -197,7 +199,7 @@ impl Agent {
                 let free = (slots as usize).saturating_sub(jobs.len());
                 if free == 0 {
                     tokio::select! {
-                        Some(ended) = jobs.join_next() => told_of_panic(ended),
+                        Some(ended) = jobs.join_next() => told_of_panic(&ended),
                         () = tokio::time::sleep(ROOM_EVERY) => {}
                         _ = self.cancel.cancelled() => {}
                     }
@@ -268,13 +270,13 @@ impl Agent {
     async fn drain(&self, jobs: &mut JoinSet<()>) {
         let all = async {
             while let Some(ended) = jobs.join_next().await {
-                told_of_panic(ended);
+                told_of_panic(&ended);
             }
         };
         if tokio::time::timeout(self.options.drain, all).await.is_err() {
             self.drain_over.cancel();
             while let Some(ended) = jobs.join_next().await {
-                told_of_panic(ended);
+                told_of_panic(&ended);
             }
         }
     }
@@ -325,7 +327,6 @@ impl Agent {
 
     /// Looks again and again at what runs on the node, and at what may have been left frozen.
     async fn look(self: Arc<Self>) {
-        let mut counting: Option<std::thread::JoinHandle<()>> = None;
         loop {
             let agent = Arc::clone(&self);
             let looked = tokio::task::spawn_blocking(move || {
@@ -337,23 +338,29 @@ impl Agent {
                     "looking at the node's containers: a thread died; this is a defect of upperdeck"
                 );
             }
-            if counting
-                .as_ref()
-                .is_none_or(std::thread::JoinHandle::is_finished)
-            {
-                let agent = Arc::clone(&self);
-                let count = move || {
-                    let stop = || agent.cancel.is_cancelled();
-                    agent.inventory.count(agent.options.sizes_every, &stop);
-                };
-                let thread = std::thread::Builder::new().name("sizes".to_owned());
-                counting = thread.spawn(count).ok();
-            }
             for (job, _) in self.spool.left() {
                 let at_work = self.running().contains_key(&job);
                 if !at_work && work::settle(&self, job).await {
                     self.spool.end(job);
                 }
+            }
+            tokio::time::sleep(self.options.inventory_every).await;
+        }
+    }
+}
+
+impl Agent {
+    /// Looks into sessions, one after another: by children, as trees are strangers' and large.
+    async fn look_into(self: Arc<Self>) {
+        loop {
+            for session in self.inventory.due(self.options.sizes_every) {
+                if self.cancel.is_cancelled() {
+                    return;
+                }
+                let found = child::inspect(&self.options, &session).await;
+                let inside = found.and_then(|json| serde_json::from_slice(&json).ok());
+                self.inventory
+                    .looked_into(&session, inside.unwrap_or_default());
             }
             tokio::time::sleep(self.options.inventory_every).await;
         }
@@ -374,7 +381,7 @@ impl Drop for Gone {
     }
 }
 
-fn told_of_panic(ended: Result<(), tokio::task::JoinError>) {
+fn told_of_panic(ended: &Result<(), tokio::task::JoinError>) {
     if ended.is_err() {
         tracing::error!("a job's task died; this is a defect of upperdeck, and its lease will end");
     }

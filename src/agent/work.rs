@@ -116,10 +116,11 @@ async fn one_end(agent: &Arc<Agent>, teller: &mut Teller, order: &Order, lost: &
         Err(_) => return End::Outcome(defect("looking at the container").outcome()),
     }
     let end = attempt(agent, teller, order, lost).await;
-    if let End::Outcome(Outcome::Succeeded { saved }) = &end
-        && let Err(error) = agent.spool.keep(order, saved, now_ms())
-    {
-        tracing::warn!(job.id = %order.job, %error, "the outcome is not on disk: if the queue loses it, the job is done again");
+    if let End::Outcome(Outcome::Succeeded { saved }) = &end {
+        agent.inventory.saved(&order.session, saved.seconds);
+        if let Err(error) = agent.spool.keep(order, saved, now_ms()) {
+            tracing::warn!(job.id = %order.job, %error, "the outcome is not on disk: if the queue loses it, the job is done again");
+        }
     }
     agent.spool.end(order.job);
     end

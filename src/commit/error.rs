@@ -158,6 +158,11 @@ impl Error {
 
     /// A stable name in snake case, for `--progress json` and the service.
     pub fn code(&self) -> &'static str {
+        match self {
+            Self::Destination(error) if error.is_quota() => return "quota_exceeded",
+            Self::Scan(scan::Error::Cap { .. }) => return "policy",
+            _ => {}
+        }
         match self.kind() {
             Kind::Final => "internal",
             Kind::Usage => "usage",

@@ -8,3 +8,4 @@ mod gate;
 mod jobs;
 mod node;
 mod recovery;
+mod redis;

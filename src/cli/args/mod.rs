@@ -260,6 +260,9 @@ pub(super) struct Inspect {
     /// The image that a pid:N stands on
     #[arg(long, value_name = "IMAGE")]
     pub(super) base: Option<String>,
+    /// Take only what nobody else on the node wants of its cores
+    #[arg(long)]
+    pub(super) background: bool,
 }
 
 const DIFF_HELP: &str = "\
@@ -401,7 +404,7 @@ pub(super) struct Commit {
 #[derive(Clone, Debug, Args)]
 pub(super) struct State {
     /// Where this node keeps what it needs to save only what changed since the last save; empty for nowhere
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = CONTENT)]
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_parser = any_path(), value_hint = ValueHint::DirPath, help_heading = CONTENT)]
     #[allow(clippy::struct_field_names, reason = "named as its flag")]
     pub(super) state_dir: Option<PathBuf>,
     /// Layers above the base from which on everything is saved anew
@@ -919,6 +922,12 @@ fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "expected a duration such as 500ms, 30s or 2m".to_owned())
 }
 
+/// A path that may be empty: clap's own parser takes that for a value that is missing.
+fn any_path() -> impl clap::builder::TypedValueParser<Value = PathBuf> {
+    use clap::builder::{OsStringValueParser, TypedValueParser as _};
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
 /// Bytes: a number with K, M, G or T (powers of 1024; `KiB` and `kB` mean the same here).
 fn size(text: &str) -> Result<u64, String> {
     let end = text
@@ -986,6 +995,19 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn an_empty_state_directory_is_none() {
+        let words = ["upperdeck", "commit", "--state-dir=", "x", "oci:y"];
+        let Ok(Cli {
+            verb: Verb::Commit(commit),
+            ..
+        }) = Cli::try_parse_from(words)
+        else {
+            panic!("refused");
+        };
+        assert_eq!(commit.state.state_dir, Some(PathBuf::new()));
     }
 
     #[test]
