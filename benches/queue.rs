@@ -272,12 +272,17 @@ async fn agent(queue: Queue, name: String, run: Arc<Run>) {
         }
     };
     let slot = || async {
+        // All at once they would not find room in the queue of the socket.
+        tokio::time::sleep(Duration::from_secs(2).mul_f64(rand::random::<f64>())).await;
         loop {
-            for claim in queue
+            let Ok(claims) = queue
                 .claim(&name, "agent", 1, Duration::from_secs(30))
                 .await
-                .unwrap()
-            {
+            else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            for claim in claims {
                 run.claimed(&claim);
                 save(&queue, &claim, &run).await;
             }

@@ -59,8 +59,8 @@ async fn only_whom_the_systems_roots_vouch_for_is_spoken_to() -> Outcome {
         .to_string();
     let file = |name: &str| at.join(name).display().to_string();
     let (ca, cert, key) = (file("ca.pem"), file("cert.pem"), file("key.pem"));
-    let rules = "ada on >s3cret ~{upperdeck}:* +@read +@write +@scripting +@connection";
-    let more = [
+    let rules = "ada on >s3cret ~{upperdeck}:* +@read +@write +@scripting +@connection +time";
+    let mut more = vec![
         "--tls-port",
         &port,
         "--bind",
@@ -74,8 +74,8 @@ async fn only_whom_the_systems_roots_vouch_for_is_spoken_to() -> Outcome {
         "--tls-key-file",
         &key,
         "--user",
-        rules,
     ];
+    more.extend(rules.split(' '));
     let Some(_server) = Server::start(&more) else {
         return Ok(());
     };

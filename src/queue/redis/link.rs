@@ -216,7 +216,8 @@ impl Link {
         if let Some(password) = &self.0.password {
             reason = reason.replace(password.as_str(), "…");
         }
-        let reason: String = reason.escape_debug().take(300).collect();
+        let plain = |c: char| if c.is_control() { ' ' } else { c };
+        let reason: String = reason.chars().map(plain).take(300).collect();
         let at = self.0.at.clone();
         match error.kind() {
             ErrorKind::Io => Error::Unreachable { at, reason },
