@@ -44,6 +44,7 @@ on_both! {
     an_order_that_waits_is_replaced_in_its_place: FREE;
     who_queues_fifty_does_not_stand_before_who_queues_one: FREE;
     who_comes_back_each_time_does_not_keep_another_waiting: FREE;
+    who_queues_five_thousand_delays_another_by_one_job: Limits { node: 1, ..FREE };
     places_are_those_in_which_orders_go_out: FREE;
     a_user_has_no_more_than_the_limit_on_all_nodes: of_user(2);
     a_node_has_no_more_than_the_limit: Limits { node: 2, ..FREE };
@@ -207,6 +208,20 @@ async fn who_comes_back_each_time_does_not_keep_another_waiting(world: World) ->
     }
     let ada = served.iter().filter(|user| *user == "ada").count();
     assert_eq!((ada, served.len()), (10, 20), "{served:?}");
+    Ok(())
+}
+
+async fn who_queues_five_thousand_delays_another_by_one_job(world: World) -> Outcome {
+    for _ in 0..5000 {
+        world.offer("n1", "ada").await?;
+    }
+    let running = world.get("n1", "a").await?;
+    let one = world.offer("n1", "bob").await?;
+    assert!(world.claim("n1", "a").await?.is_none());
+    assert_eq!(place(&world, one.job).await?, Some(Place::Waiting(0)));
+    world.finish(&running).await?;
+    assert_eq!(world.get("n1", "a").await?.order.job, one.job);
+    assert_eq!(world.queue.depth().await?.waiting, 4999);
     Ok(())
 }
 

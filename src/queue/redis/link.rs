@@ -19,7 +19,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// A call that is not answered in this time, beyond what it was to wait, is not answered.
 const ANSWER: Duration = Duration::from_secs(10);
 /// Idle connections kept for those that wait.
-const IDLE: usize = 64;
+const IDLE: usize = 256;
 
 #[derive(Clone)]
 pub(super) struct Link(Arc<Inner>);
