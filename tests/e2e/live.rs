@@ -272,7 +272,6 @@ fn clones_are_of_one_instant(mkfs: &'static str) -> Result<()> {
             "{}",
             saved.metadata["unstable"]
         );
-        eprintln!("{seen} pause {} ms", saved.metadata["pause_ms"]);
     }
     Ok(())
 }
@@ -322,7 +321,7 @@ fn volumes_hide_what_the_image_has_there_and_are_saved_by_what_changed() -> Resu
         fs::create_dir_all(outer.join("dash/kept"))?;
         fs::write(outer.join("inner/below"), "covered by the other volume")?;
         fs::write(outer.join("dash/kept/file"), "of the volume")?;
-        fs::write(inner.join("data"), [7; 70_000])?;
+        fs::write(inner.join("data"), vec![7; 70_000])?;
         fs::hard_link(inner.join("data"), inner.join("again"))?;
         let volume = |dir: &Path, at: &str| format!("--volume={}:{at}", dir.display());
         Ok(vec![volume(&outer, "/srv"), volume(&inner, "/srv/inner")])
