@@ -1,6 +1,11 @@
 //! Chromium by ChromeDriver: the few words of the WebDriver protocol that the tests speak, and what they watch everywhere:
 //! violations of the page's policy and errors of its scripts.
 
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "arguments are written down as json!() where they are passed"
+)]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
