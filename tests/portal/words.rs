@@ -49,7 +49,11 @@ fn every_language_has_every_word() -> Outcome {
                 "{language}: {key}"
             );
         }
-        for key in english.keys().filter(|key| !key.ends_with(".one")) {
+        // Not every language tells one from many.
+        let general = english
+            .keys()
+            .filter(|key| key.rsplit('.').next() != Some("one"));
+        for key in general {
             assert!(words.contains_key(key), "{language} has no {key}");
         }
         for code in Code::ALL {
