@@ -21,7 +21,7 @@ use super::target::is_reserved;
 use super::time::rfc3339;
 use crate::job::{JobId, SaveOptions, State};
 use crate::queue::{Place, Withdrawn};
-use crate::record::{Filter, Request, Save, Submitted, now_ms};
+use crate::record::{Draft, Filter, Request, Save, Submitted, now_ms};
 
 const MAX_MESSAGE: usize = 1000;
 const MAX_PATTERNS: usize = 100;
@@ -278,7 +278,7 @@ pub(super) async fn submit(
             "this tag is reserved; take another one",
         ));
     }
-    app.store.check_room(&user, &name).await?;
+    app.store.check_room(&user).await?;
     let save = Save {
         id: JobId::new(),
         session: session.id.clone(),
@@ -520,7 +520,7 @@ pub(super) async fn cancel(
     match app.queue.withdraw(save.id).await {
         Ok(Withdrawn::TooLate) => {
             app.record
-                .change(save.id, &caller.name, |draft| draft.too_late_to_end())
+                .change(save.id, &caller.name, Draft::too_late_to_end)
                 .await?;
             app.hub.touch(&[save.id]);
             return Err(too_late("its tag is being put on at this moment"));

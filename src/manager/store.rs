@@ -274,7 +274,7 @@ impl Store {
     }
 
     /// Refuses what cannot fit, where the registry says so in time.
-    pub(super) async fn check_room(&self, user: &str, _name: &str) -> Result<(), Refusal> {
+    pub(super) async fn check_room(&self, user: &str) -> Result<(), Refusal> {
         let asked = tokio::time::timeout(ROOM_PATIENCE, self.room(user)).await;
         let Ok(Ok((scope, Some(room)))) = asked else {
             return Ok(());

@@ -24,6 +24,8 @@ const ERRANDS_AT_ONCE: usize = 16;
 const PAUSE: Duration = Duration::from_secs(1);
 /// Saves compared in one question.
 const COMPARED: u32 = 500;
+/// A queue that has not answered for so long, and two rounds more, was away.
+const DEAF: Duration = Duration::from_secs(2);
 /// What the queue does not know although reports wait to be taken is not lost before this.
 const REPORTS_PATIENCE: Duration = Duration::from_secs(120);
 /// An agent that was told to stop is told again.
@@ -428,12 +430,30 @@ fn remedy(save: &Standing, look: &Look, every: Duration, expiry: Duration) -> Op
 
 /// When each node was heard of last, by this manager's clock: those of the nodes may go wrong.
 #[derive(Default)]
-struct Heard(HashMap<String, (i64, Instant)>);
+struct Heard {
+    nodes: HashMap<String, (i64, Instant)>,
+    listened: Option<Instant>,
+}
 
 impl Heard {
+    /// The queue answers. While it did not, nobody could be heard: that time is no node's fault, and after it each has
+    /// to be there again only as if it had been heard of now.
+    fn listen(&mut self, patience: Duration) {
+        let now = Instant::now();
+        let deaf = self
+            .listened
+            .is_none_or(|at| now.duration_since(at) > patience);
+        self.listened = Some(now);
+        if deaf {
+            for heard in self.nodes.values_mut() {
+                heard.1 = now;
+            }
+        }
+    }
+
     fn hear(&mut self, name: &str, at_ms: i64) {
         let now = Instant::now();
-        let heard = self.0.entry(name.to_owned()).or_insert((at_ms, now));
+        let heard = self.nodes.entry(name.to_owned()).or_insert((at_ms, now));
         if heard.0 != at_ms {
             *heard = (at_ms, now);
         }
@@ -442,7 +462,7 @@ impl Heard {
     /// A node that was never heard of is so from now on.
     fn silent_for(&mut self, name: &str) -> Duration {
         let now = Instant::now();
-        let heard = self.0.entry(name.to_owned()).or_insert((0, now));
+        let heard = self.nodes.entry(name.to_owned()).or_insert((0, now));
         now.duration_since(heard.1)
     }
 }
@@ -470,7 +490,9 @@ async fn reconcile(app: &App) {
 
 async fn compare(app: &App, before: Seen, heard: &mut Heard) -> Result<Seen, Trouble> {
     let mut seen = Seen::new();
-    for node in app.queue.nodes().await? {
+    let nodes = app.queue.nodes().await?;
+    heard.listen(DEAF + app.options.reconcile_every * 2);
+    for node in nodes {
         heard.hear(&node.name, node.at_ms);
     }
     let mut after = None;
@@ -705,6 +727,21 @@ mod tests {
             Some(Remedy::GiveUp(Code::TimedOut))
         );
         assert_eq!(remedy(&standing(Running, false), &old, EVERY, HOUR), None);
+    }
+
+    #[test]
+    fn while_the_queue_is_away_no_node_is_lost() {
+        let long_ago = Instant::now()
+            .checked_sub(HOUR)
+            .unwrap_or_else(Instant::now);
+        let mut heard = Heard::default();
+        heard.listen(EVERY);
+        heard.nodes.insert("n".into(), (1, long_ago));
+        heard.listen(EVERY);
+        assert!(heard.silent_for("n") >= HOUR);
+        heard.listened = Some(long_ago);
+        heard.listen(EVERY);
+        assert!(heard.silent_for("n") < HOUR);
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub struct Taken {
     pub save: JobId,
     /// What is to be done.
     pub errand: Errand,
-    taken_ms: i64,
+    since_ms: i64,
 }
 
 /// Writes an errand down; one that is there already becomes new.
@@ -79,7 +79,7 @@ impl Record {
                         reason: format!("{errand:?} is no errand"),
                     })?,
                     save: id_of(&save)?,
-                    taken_ms: now,
+                    since_ms: now,
                 })
             })
             .collect()
@@ -93,7 +93,7 @@ impl Record {
         .bind(taken.save.to_string())
         .bind(taken.errand.name())
         .bind(manager)
-        .bind(taken.taken_ms)
+        .bind(taken.since_ms)
         .execute(&self.pool)
         .await?;
         Ok(())
@@ -113,7 +113,7 @@ impl Record {
         .bind(taken.save.to_string())
         .bind(taken.errand.name())
         .bind(manager)
-        .bind(taken.taken_ms)
+        .bind(taken.since_ms)
         .bind(now_ms() + pause.as_millis() as i64)
         .execute(&self.pool)
         .await?;

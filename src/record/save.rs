@@ -309,7 +309,8 @@ impl Draft {
 
     /// What an agent said. `chance` is between 0 and 1, for the pause before a retry.
     pub fn hear(&mut self, report: &Report, policy: &Policy, chance: f64) {
-        if report.fence < self.save.fence {
+        // A job is its node's: no other one has a word in it.
+        if report.fence < self.save.fence || report.node != self.save.node {
             return;
         }
         let taken_over = report.fence > self.save.fence;
@@ -732,6 +733,22 @@ pub(super) mod tests {
             hear(at, 1, 7, 2, done()).into_save().state,
             State::Succeeded
         );
+    }
+
+    #[test]
+    fn another_node_is_not_heard() {
+        let mut draft = Draft::new(save(), 100);
+        let report = Report {
+            job: draft.save.id,
+            node: "n2".into(),
+            attempt: 1,
+            fence: 9,
+            seq: 0,
+            at_ms: 50,
+            said: done(),
+        };
+        draft.hear(&report, &POLICY, 0.0);
+        assert!(!draft.is_touched());
     }
 
     #[test]

@@ -12,3 +12,4 @@ mod store;
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "../support/mod.rs"]
 mod support;
+mod watchers;

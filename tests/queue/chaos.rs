@@ -277,7 +277,6 @@ impl Chaos {
                 let last = match work.stage {
                     Stage::Tagged => succeeded(claim),
                     Stage::Cancelled => ended(claim, Ending::Cancelled),
-                    Stage::Confirmed => return Ok(()),
                     Stage::Claimed if self.rng.random_bool(0.3) => ended(
                         claim,
                         Ending::Failed {
@@ -290,7 +289,7 @@ impl Chaos {
                         let reason = "drains".to_owned();
                         report(claim, seq, Said::GivenBack { reason })
                     }
-                    Stage::Claimed => return Ok(()),
+                    Stage::Claimed | Stage::Confirmed => return Ok(()),
                 };
                 let hold = self.queue.complete(claim, &last).await?;
                 if hold == Hold::Held {

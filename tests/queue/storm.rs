@@ -300,20 +300,21 @@ async fn everything_dies_while_everybody_works() -> Outcome {
     for task in storm.agents.iter().chain(&storm.managers) {
         task.abort();
     }
-    let record = storm.kept.record.lock().unwrap();
-    let tags = storm.kept.tags.lock().unwrap();
-    for (job, row) in &record.rows {
-        assert_eq!(row.ends, 1, "{job} ended {} times", row.ends);
-        if row.at == Where::Succeeded {
-            assert!(tags.contains_key(job), "{job} has no tag");
+    {
+        let record = storm.kept.record.lock().unwrap();
+        let tags = storm.kept.tags.lock().unwrap();
+        for (job, row) in &record.rows {
+            assert_eq!(row.ends, 1, "{job} ended {} times", row.ends);
+            if row.at == Where::Succeeded {
+                assert!(tags.contains_key(job), "{job} has no tag");
+            }
         }
+        let twice = tags.values().filter(|tags| **tags > 1).count();
+        note(&format!(
+            "{accepted} jobs ended once each; {} kills, {} times everything was lost; {twice} tags were put on again",
+            storm.kills, storm.flushes
+        ));
     }
-    let twice = tags.values().filter(|tags| **tags > 1).count();
-    note(&format!(
-        "{accepted} jobs ended once each; {} kills, {} times everything was lost; {twice} tags were put on again",
-        storm.kills, storm.flushes
-    ));
-    drop((record, tags));
     // And the queue lets go of all of it, once what was said last is taken.
     let queue = storm.server.queue(LIMITS, &storm.settings);
     assert!(queue.claim("n0", "last", 10, NOW).await.is_ok());
