@@ -95,7 +95,7 @@ fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
         &["man", "/nonexistent"],
         // What does not exist yet is not offered.
         &["manager"],
-        &["commit", "--include-volume", "/home", "web", "oci:x"],
+        &["commit", "--include-volume", "home", "web", "oci:x"],
     ];
     for args in cases {
         let output = upperdeck(args)?;

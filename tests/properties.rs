@@ -25,10 +25,12 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_bind,
+    mount_change, move_mount,
 };
 use upperdeck::layer::Compression;
+use upperdeck::overlay::volume::Volume;
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::scan::Scan;
 use upperdeck::spec::layers::Layers;
@@ -580,6 +582,185 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
     Ok(on_top)
 }
 
+/// A container with a volume mounted at `at`: its root in a mount namespace of this thread's own.
+struct Mounted {
+    merged: PathBuf,
+    id: u64,
+    volume: Volume,
+}
+
+impl Mounted {
+    fn new(home: &Path, lowers: &[PathBuf], upper: &Path, work: &Path, at: &str) -> Result<Self> {
+        nix::sched::unshare(
+            nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS,
+        )?;
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private)?;
+        let (merged, volume) = (home.join("merged"), home.join("volume"));
+        fs::create_dir(&merged)?;
+        fs::create_dir(&volume)?;
+        let overlay = Overlay::new(Kind::Default, Some((upper, work)), lowers)?;
+        move_mount(
+            overlay.0.as_fd(),
+            "",
+            CWD,
+            &merged,
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        )?;
+        // As a runtime does it: directories where there are none.
+        let mut point = merged.clone();
+        for name in at.split('/') {
+            point.push(name);
+            if fs::symlink_metadata(&point).is_ok_and(|meta| !meta.is_dir()) {
+                fs::remove_file(&point)?;
+            }
+            if fs::symlink_metadata(&point).is_err() {
+                fs::create_dir(&point)?;
+            }
+        }
+        mount_bind(&volume, &point)?;
+        let table = fs::read("/proc/thread-self/mountinfo")?;
+        let mounts = upperdeck::overlay::mount::parse_mountinfo(&table)?;
+        let mount = mounts.iter().find(|mount| mount.mount_point == point);
+        let id = mount.context("no mount")?.id;
+        let volume = Volume::open(&merged, at.as_bytes(), id)?.context("another mount")?;
+        Ok(Self { merged, id, volume })
+    }
+}
+
+/// As [`chain`], in a container with a volume: what changes in it and beside it is saved in layers of their own.
+fn volume_chain(
+    base: &[Vec<Change>],
+    saves: &[Vec<Change>],
+    at: &str,
+    settle: bool,
+) -> Result<u32> {
+    let home = tempfile::Builder::new()
+        .prefix("upperdeck-property")
+        .tempdir()?;
+    let (lowers, before) = lowers(Kind::Default, home.path(), base)?;
+    let (upper, work) = (home.path().join("upper"), home.path().join("work"));
+    fs::create_dir(&upper)?;
+    fs::create_dir(&work)?;
+    let container = Mounted::new(home.path(), &lowers, &upper, &work, at)?;
+    let mut sources = [(); 2].map(|()| {
+        let mut source = Source::new(upper.clone(), lowers.clone(), Namespace::Trusted);
+        source.mounts = vec![format!("/{at}")];
+        source.saved = vec![format!("/{at}")];
+        source
+    });
+    sources[1].volume = Some(container.volume.clone());
+    sources[1].mounts.clear();
+    let mut earlier: [Option<Scan>; 2] = [None, None];
+    let mut layers = Layers::over(before.clone());
+    let mut on_top = 0;
+    for changes in saves {
+        for change in changes {
+            apply(&container.merged, change).ok();
+        }
+        // A directory above it was renamed: then a save says that it is gone.
+        let there = Volume::open(&container.merged, at.as_bytes(), container.id);
+        if !there.is_ok_and(|there| there.is_some()) {
+            return Ok(on_top);
+        }
+        if settle {
+            std::thread::sleep(4 * upperdeck::scan::tick());
+        }
+        let seen = Tree::from_directory(&container.merged, false)?;
+        let mut scans = Vec::new();
+        for (source, earlier) in sources.iter().zip(&earlier) {
+            let fresh = scan(source, 2, None).map_err(anyhow::Error::msg)?;
+            let now = scan(source, 2, earlier.as_ref()).map_err(anyhow::Error::msg)?;
+            ensure!(
+                listing(&fresh) == listing(&now),
+                "scanned from nothing, and again:\n{:#?}\n{:#?}",
+                listing(&fresh),
+                listing(&now)
+            );
+            // What is kept for the next save is as good.
+            let stored = Scan::restore(&now.store(&|_| false)).context("it is damaged")?;
+            ensure!(listing(&stored.scan) == listing(&now), "kept, and back");
+            scans.push(now);
+        }
+        let deltas: Option<Vec<Scan>> = scans
+            .iter()
+            .zip(&earlier)
+            .map(|(now, earlier)| now.changes_since(earlier.as_ref()?, &|_| false))
+            .collect();
+        let changes = match deltas {
+            Some(mut deltas) => {
+                let (upper, volume) = deltas.split_at_mut(1);
+                volume[0].leave_to(&upper[0]);
+                on_top += 1;
+                deltas
+            }
+            None => {
+                layers = Layers::over(before.clone());
+                let scans = sources.iter().map(|source| scan(source, 2, None));
+                let scans: Result<Vec<Scan>, String> = scans.collect();
+                scans.map_err(anyhow::Error::msg)?
+            }
+        };
+        for changes in changes {
+            let made = layer_of(changes).map_err(anyhow::Error::msg)?;
+            if !made.empty {
+                layers.apply(made.bytes.as_slice())?;
+            }
+        }
+        let after = layers.complete();
+        let ignore = Ignore {
+            mtime_nanos: true,
+            root: true,
+            xattrs: vec![b"security.selinux".to_vec()],
+            ..Ignore::default()
+        };
+        same(
+            "the layers over the base, and the container",
+            &seen,
+            &after,
+            &ignore,
+        )?;
+        layers = Layers::over(after);
+        earlier = scans
+            .into_iter()
+            .map(Some)
+            .collect::<Vec<_>>()
+            .try_into()
+            .map_err(|_| anyhow::anyhow!("two scans"))?;
+    }
+    Ok(on_top)
+}
+
+/// In a thread that may go its own ways.
+fn aside<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| scope.spawn(work).join())
+        .map_err(|_| anyhow::anyhow!("a thread died"))?
+}
+
+fn volume_property() -> Outcome {
+    let cases = cases(Kind::Default)?;
+    let base = prop::collection::vec(prop::collection::vec(change(), 0..30), 0..=3);
+    let saves = prop::collection::vec(prop::collection::vec(change(), 0..15), 2..=4);
+    let at = prop::sample::select(vec!["a", "a/b", "c/a/b"]);
+    let on_top = std::cell::Cell::new(0);
+    let history = (base, saves, at, any::<bool>());
+    verdict(
+        TestRunner::new(config(cases)).run(&history, |(base, saves, at, settle)| {
+            let saved = aside(|| volume_chain(&base, &saves, at, settle));
+            saved
+                .map(|saves| on_top.set(on_top.get() + saves))
+                .map_err(|error| TestCaseError::fail(format!("{error:#}")))
+        }),
+    )?;
+    if on_top.get() < cases {
+        return Err(Stop::Failed(format!(
+            "only {} saves in {cases} cases were made on top of another",
+            on_top.get()
+        )));
+    }
+    Ok(())
+}
+
 /// Everything that a scan says.
 fn listing(scan: &Scan) -> Vec<String> {
     let emitted: std::collections::HashSet<u32> = scan.emitted().collect();
@@ -735,6 +916,7 @@ fn main() -> ExitCode {
             move || chain_property(kind),
         )
     });
-    let tests: Vec<Test> = whole.into_iter().chain(chains).collect();
+    let volumes = Test::new("a_volume_over_the_image_is_the_view", volume_property);
+    let tests: Vec<Test> = whole.into_iter().chain(chains).chain([volumes]).collect();
     harness::main(&tests)
 }

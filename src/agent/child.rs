@@ -484,7 +484,7 @@ mod tests {
         let mut seen = Vec::new();
         let text = b"one\n\ntoo long a line\ntwo\nlast";
         read_lines(&text[..], 5, |line| {
-            seen.push(String::from_utf8_lossy(line).into_owned())
+            seen.push(String::from_utf8_lossy(line).into_owned());
         })
         .await;
         assert_eq!(seen, ["one", "", "two", "last"]);

@@ -238,13 +238,13 @@ mod tests {
         inventory.state().sessions = vec![session(&options, &container())];
         let id = container().id;
         let hour = Duration::from_secs(3600);
-        assert_eq!(inventory.due(hour), [id.clone()]);
+        assert_eq!(inventory.due(hour), std::slice::from_ref(&id));
         inventory.saved(&id, 2.5);
         let json = r#"{"id":"x","upper":{"path":"/u","bytes":4096,"entries":3},
             "next_save":{"kind":"delta","reason":"r","entries":1,"bytes":7,"layers":2}}"#;
         inventory.looked_into(&id, serde_json::from_str(json)?);
         assert_eq!(inventory.due(hour), Vec::<String>::new());
-        assert_eq!(inventory.due(Duration::ZERO), [id.clone()]);
+        assert_eq!(inventory.due(Duration::ZERO), std::slice::from_ref(&id));
         let told = &inventory.told().0[0];
         let next = NextSave {
             delta: true,

@@ -152,9 +152,19 @@ pub(super) mod tests {
         words.iter().map(|&word| word.to_owned()).collect()
     }
 
+    /// What it is called, arguments, environment, image, pod, and what it is.
+    type Case = (
+        &'static str,
+        &'static [&'static str],
+        &'static [&'static str],
+        Option<&'static str>,
+        Option<&'static str>,
+        Kind,
+    );
+
     #[test]
     fn kinds() {
-        let cases: [(&str, &[&str], &[&str], Option<&str>, Option<&str>, Kind); 10] = [
+        let cases: [Case; 10] = [
             (
                 "command",
                 &["tini", "--", "jupyterhub-singleuser"],
@@ -285,11 +295,8 @@ pub(super) mod tests {
             (
                 "CDI",
                 |c| {
-                    drop(
-                        c.spec
-                            .annotations
-                            .insert("cdi.k8s.io/x".into(), "nvidia.com/gpu=0".into()),
-                    )
+                    let (key, device) = ("cdi.k8s.io/x", "nvidia.com/gpu=0");
+                    c.spec.annotations.insert(key.into(), device.into());
                 },
                 Category::Gpu,
             ),

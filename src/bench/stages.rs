@@ -49,7 +49,7 @@ impl Source {
     /// The first stage: the walk, on `jobs` threads.
     pub fn scan(&self, rules: &Rules, jobs: usize, cancel: &Cancel) -> Result<Scan, Error> {
         match self {
-            Self::Container(container) => Ok(rules.scan(container, None, jobs, cancel)?),
+            Self::Container(container) => Ok(rules.scan(container, &[], None, jobs, cancel)?),
             Self::Directory(directory) => {
                 let roots = scan::Roots {
                     upper: directory.clone(),
@@ -62,6 +62,7 @@ impl Source {
                     } else {
                         Namespace::User
                     },
+                    volume: None,
                 };
                 let exclusions = rules.exclusions(&[]).map_err(commit::Error::from)?;
                 let options = scan::Options {

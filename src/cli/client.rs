@@ -104,10 +104,9 @@ impl Client {
             }
         };
         let unusable = |reason: &str| {
-            let whence = found.as_ref().map_or_else(
-                || "--server".to_owned(),
-                |file| super::text::path(file).to_string(),
-            );
+            let whence = found
+                .as_ref()
+                .map_or_else(|| "--server".to_owned(), |file| super::text::path(file));
             Usage(format!(
                 "{whence}: {reason}; expected http://HOST:PORT or https://HOST"
             ))

@@ -293,9 +293,7 @@ fn printed(
         }
         let key = long.replace('-', "_");
         let source = match asked.value_source(id) {
-            _ if from_file.contains(&id) => {
-                file.map_or_else(String::new, |file| super::text::path(file).to_string())
-            }
+            _ if from_file.contains(&id) => file.map_or_else(String::new, super::text::path),
             Some(ValueSource::CommandLine) => "command line".to_owned(),
             Some(ValueSource::EnvVariable) => "environment".to_owned(),
             Some(_) => "default".to_owned(),

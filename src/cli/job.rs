@@ -153,7 +153,7 @@ async fn watch(client: &Client, id: &str, mode: Mode, verbose: bool) -> anyhow::
     let save = client
         .watch(id, |save| told.tell(save, observer.as_ref()))
         .await?;
-    told.end(&save, observer.as_ref());
+    Told::end(&save, observer.as_ref());
     drop(observer);
     match (save.state, save.result, save.error) {
         (State::Succeeded, Some(result), _) => {
@@ -237,7 +237,7 @@ impl Told {
     }
 
     /// The last line, for programs.
-    fn end(&self, save: &Save, observer: &dyn Observer) {
+    fn end(save: &Save, observer: &dyn Observer) {
         if let (Some(result), Ok(digest)) = (
             &save.result,
             save.result

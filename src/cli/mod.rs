@@ -15,7 +15,7 @@ mod text;
 mod verbs;
 pub mod view;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
@@ -87,7 +87,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(&roots, *args),
         Verb::Up(args) => service::up(roots, *args),
-        Verb::Manager(args) => service::manager(*args),
+        Verb::Manager(args) => service::manager(&args),
         Verb::Agent(args) => service::agent(roots, *args),
         Verb::Demo => verbs::demo(),
         Verb::Completions { shell } => verbs::completions(shell),
@@ -108,7 +108,8 @@ fn start_log(global: &Global) -> Result<(), Usage> {
         EnvFilter::try_new(filter).map_err(|error| Usage(format!("--log {filter:?}: {error}")))?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr);
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
     // Fails only when somebody (a test) has set one already, and then that one serves.
     let _ = match global.log_format {
         LogFormat::Text => log.try_init(),

@@ -58,18 +58,18 @@ pub(super) fn roots(global: &args::Global) -> Roots {
     roots
 }
 
-/// What goes into a layer, from the flags of `commit` and `layer`.
-pub(super) fn rules(content: &args::Content) -> Rules {
+/// What goes into a layer, from the flags of the verbs.
+pub(super) fn rules(choice: &args::Choice) -> Rules {
     let usual = Caps::default();
     Rules {
-        exclude: content.exclude.clone(),
-        include_credentials: content.include_credentials,
-        include_caches: content.include_caches,
+        exclude: choice.exclude.clone(),
+        include_credentials: choice.include_credentials,
+        include_caches: choice.include_caches,
         caps: Caps {
-            entries: content.max_entries.unwrap_or(usual.entries),
-            depth: content.max_depth.unwrap_or(usual.depth),
-            bytes: content.max_size.unwrap_or(usual.bytes),
-            holes: content.max_holes.unwrap_or(usual.holes),
+            entries: choice.max_entries.unwrap_or(usual.entries),
+            depth: choice.max_depth.unwrap_or(usual.depth),
+            bytes: choice.max_size.unwrap_or(usual.bytes),
+            holes: choice.max_holes.unwrap_or(usual.holes),
         },
     }
 }
@@ -99,8 +99,13 @@ impl Commit {
         cancel: &Cancel,
     ) -> anyhow::Result<Self> {
         let level = level(&args.content)?;
+        if let Some(path) = args.include_volume.iter().find(|path| !path.is_absolute()) {
+            let shown = super::text::path(path);
+            let why = "expected an absolute path in the container";
+            return Err(Usage(format!("--include-volume {shown}: {why}")).into());
+        }
         let creds = creds(&args.registry)?;
-        let rules = rules(&args.content);
+        let rules = rules(&args.content.choice);
         let target = Target::for_saving(&args.destination).ok();
         let options = commit::Options {
             container: args.container,
@@ -126,8 +131,9 @@ impl Commit {
             jobs: args.content.jobs.map(Into::into),
             layer_size: args.layer_size,
             rules,
+            volumes: args.include_volume,
             base: args.base,
-            timestamp: args.content.timestamp,
+            timestamp: args.content.choice.timestamp,
             metadata_file: args.metadata_file,
             digestfile: args.digestfile,
             gate: args.gate_fd.map(|fd| gate(fd, cancel)).transpose()?,
@@ -202,14 +208,14 @@ pub(super) fn bench(args: args::Bench) -> anyhow::Result<bench::Options> {
     };
     Ok(bench::Options {
         on,
-        rules: rules(&args.content),
+        rules: rules(&args.content.choice),
         scratch: args.scratch.unwrap_or_else(std::env::temp_dir),
         registry,
         rounds: args.rounds.into(),
         jobs: args.content.jobs.map(Into::into),
         setting,
         settings,
-        timestamp: args.content.timestamp,
+        timestamp: args.content.choice.timestamp,
         layer_size: args.layer_size,
     })
 }

@@ -169,7 +169,7 @@ pub(super) fn agent(roots: Roots, args: args::Agent) -> anyhow::Result<()> {
     })
 }
 
-pub(super) fn manager(args: args::Manager) -> anyhow::Result<()> {
+pub(super) fn manager(args: &args::Manager) -> anyhow::Result<()> {
     let target = args
         .target
         .as_deref()

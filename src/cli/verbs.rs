@@ -62,20 +62,44 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
     let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
     let base = container::prove_base(roots, &container).map_err(|error| error.to_string());
     let usage = scan::usage(&container.overlay.upper).ok();
-    let view = view::InspectView::new(
+    let mut view = view::InspectView::new(
         &container,
         base.as_ref().map_err(Clone::clone),
         usage.map(|usage| usage.bytes),
         usage.map(|usage| usage.entries),
     );
+    if let Ok(base) = &base {
+        let rules = options::rules(&args.choice);
+        let state_dir = args.state.state_dir.as_deref();
+        let question = commit::Question {
+            rules: &rules,
+            volumes: &args.include_volume,
+            timestamp: args.choice.timestamp,
+            state_dir: state_dir.filter(|dir| !dir.as_os_str().is_empty()),
+            max_layers: args.state.max_layers.into(),
+            full: args.state.full,
+            jobs: commit::cores(),
+        };
+        match commit::next_save(roots, &container, base, &question, &Cancel::default()) {
+            Ok(next) => view.saved_next(next, &args.include_volume),
+            Err(error) if error.kind() == commit::Kind::Usage => return Err(error.into()),
+            // What the save would say; all else about the container is worth showing.
+            Err(error) => view.next_save_error = Some(error.to_string()),
+        }
+    }
     print(args.format, &view, view::InspectView::table)
 }
 
 /// A whiteout is D, what the base has C, anything else A.
 pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
     let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
-    let scan =
-        commit::Rules::default().scan(&container, None, commit::cores(), &Cancel::default())?;
+    let scan = commit::Rules::default().scan(
+        &container,
+        &[],
+        None,
+        commit::cores(),
+        &Cancel::default(),
+    )?;
     let lines = scan.emitted().map(|index| {
         let entry = &scan.entries()[index as usize];
         let change = match entry.kind {
@@ -145,7 +169,7 @@ fn commit_with(
 /// Makes a layer from directories.
 pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     let level = options::level(&args.content)?;
-    let rules = options::rules(&args.content);
+    let rules = options::rules(&args.content.choice);
     let exclusions = rules.exclusions(&[]).map_err(commit::Error::from)?;
     let cancel = Cancel::default();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
@@ -160,6 +184,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         } else {
             Namespace::Trusted
         },
+        volume: None,
     };
     let scan = scan::Options {
         jobs,
@@ -171,7 +196,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         cancel: cancel.flag(),
     };
     let scan = Scan::new(&roots, &scan).map_err(commit::Error::from)?;
-    let plan = Plan::new(Arc::new(scan), args.content.timestamp);
+    let plan = Plan::new(Arc::new(scan), args.content.choice.timestamp);
     let options = layer::Options {
         compression: args.content.compression,
         level,

@@ -1,6 +1,6 @@
 //! What `ps`, `inspect` and `diff` print. The JSON is an interface: it is made of these types, not of the internal ones.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -8,6 +8,7 @@ use super::text::{self, Align};
 use crate::bench::advice::word;
 use crate::bench::limit::Bound;
 use crate::bench::report::Report;
+use crate::commit::{NextKind, NextSave};
 use crate::container::{Base, Container, IdMapping, Pod, Runtime};
 use crate::digest::{ChainId, DiffId, Digest};
 use crate::escape::text as escaped;
@@ -110,8 +111,12 @@ pub struct InspectView {
     pub uid_map: Vec<IdMapping>,
     /// Likewise.
     pub gid_map: Vec<IdMapping>,
-    /// Mounts whose content does not belong to the image.
+    /// Mounts whose content would not be in the image.
     pub not_saved: Vec<MountView>,
+    /// What a save would be; none where the base is not proven.
+    pub next_save: Option<NextSave>,
+    /// Why it would fail.
+    pub next_save_error: Option<String>,
 }
 
 /// The proven base.
@@ -202,7 +207,20 @@ impl InspectView {
             uid_map: container.uid_map.clone(),
             gid_map: container.gid_map.clone(),
             not_saved: container.mounts.iter().map(mount).collect(),
+            next_save: None,
+            next_save_error: None,
         }
+    }
+
+    /// Adds what the next save would be, with the volumes at `volumes` in it.
+    pub fn saved_next(&mut self, next: NextSave, volumes: &[PathBuf]) {
+        self.next_save = Some(next);
+        let saved: Vec<String> = volumes
+            .iter()
+            .map(|path| text::path(&path.components().collect::<PathBuf>()))
+            .collect();
+        self.not_saved
+            .retain(|mount| !saved.contains(&mount.destination));
     }
 
     /// For people. Mounts that every runtime makes (`/proc`, `/dev`, ...) are only counted.
@@ -252,6 +270,25 @@ impl InspectView {
             format!("{} in {entries} entries", text::bytes(self.upper.bytes)),
         );
         add("  upper", self.upper.path.clone());
+        if let Some(error) = &self.next_save_error {
+            add("Next save", format!("would fail: {error}"));
+        }
+        if let Some(next) = &self.next_save {
+            let what = match next.kind {
+                NextKind::Delta => "what changed",
+                NextKind::Full => "everything",
+            };
+            add(
+                "Next save",
+                format!(
+                    "{what}: {} in {} entries; {} layers above the base then",
+                    text::bytes(Some(next.bytes)),
+                    next.entries,
+                    next.layers
+                ),
+            );
+            add("  as", next.reason.clone());
+        }
         for (name, map) in [("User ids", &self.uid_map), ("Group ids", &self.gid_map)] {
             for line in map {
                 add(
@@ -661,6 +698,29 @@ process     pid:42        -                      registry.example/nb:1   42     
             table.contains("and 1 mounts of the runtime's own\n"),
             "{table}"
         );
+
+        let mut view = view;
+        let next = NextSave {
+            kind: NextKind::Delta,
+            reason: "it can".into(),
+            entries: 7,
+            bytes: 2048,
+            layers: 3,
+        };
+        view.saved_next(next, &["/home/".into()]);
+        assert_eq!(
+            view.not_saved.len(),
+            1,
+            "what is saved is not listed as not saved"
+        );
+        assert_eq!(
+            serde_json::to_value(&view)?["next_save"],
+            json!({"kind": "delta", "reason": "it can", "entries": 7, "bytes": 2048, "layers": 3})
+        );
+        let table = view.table();
+        let line =
+            "Next save   what changed: 2.00 KiB in 7 entries; 3 layers above the base then\n";
+        assert!(table.contains(line), "{table}");
 
         let view = InspectView::new(&container(), Err("compared \x1b with b".into()), None, None);
         assert!(view.table().contains("not proven: compared \\u{1b} with b"));

@@ -461,6 +461,7 @@ async fn remake(
         data_only: container.overlay.data_only.clone(),
         lowers_known: true,
         namespace: container.overlay.namespace,
+        volume: None,
     };
     let scan = Scan::new(
         &roots,

@@ -1,51 +1,28 @@
 //! What this node kept of the last save of a container, if the next one can be made on top of it.
 
-use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Context, Error, Options, Taken, base};
-use crate::container::{Base, BaseLayer, Container};
+use super::trees::Known;
+use super::{Context, Error, Options, Rules, Taken, base};
+use crate::container::{Base, BaseLayer, Container, Volume};
 use crate::destination::{Destination, Target};
 use crate::digest::{ChainId, Digest};
 use crate::manifest;
-use crate::scan::{Entry, Scan};
-use crate::state::{Description, Layer, Lock, Store, Unusable};
+use crate::scan::Stored;
+use crate::state::{Description, Kept, Layer, Lock, Store, Unusable};
 
 /// How often a save that waits for another of the same container looks.
 const WAIT: Duration = Duration::from_millis(100);
 
-/// A scan, and the entries of it whose content may not be what their stamps stand for.
-#[derive(Clone, Debug)]
-pub(super) struct Known {
-    pub(super) scan: Arc<Scan>,
-    pub(super) unsure: Arc<Vec<bool>>,
-}
-
-impl Known {
-    /// `dirty` are inodes of the upper.
-    pub(super) fn new(scan: Arc<Scan>, dirty: &HashSet<u64>) -> Self {
-        let unsure = |e: &Entry| e.root == 0 && dirty.contains(&e.ino);
-        let unsure = scan.entries().iter().map(unsure).collect();
-        Self {
-            scan,
-            unsure: Arc::new(unsure),
-        }
-    }
-
-    /// What a layer on top has to have, if one can do it.
-    pub(super) fn changes(&self, now: &Scan) -> Option<Scan> {
-        now.changes_since(&self.scan, &|index| self.unsure[index as usize])
-    }
-}
-
 /// A save that another can be made on top of.
 #[derive(Debug)]
 pub(super) struct Under {
-    pub(super) known: Known,
+    /// One for each tree.
+    pub(super) known: Vec<Known>,
     /// Bottom first, above the base; all at the destination.
     pub(super) layers: Vec<Layer>,
 }
@@ -66,6 +43,7 @@ pub(super) async fn find(
     context: &Context,
     options: &Options,
     container: &Container,
+    volumes: &[Volume],
     base: &Base,
     destination: &Destination,
 ) -> Result<Earlier, Error> {
@@ -86,44 +64,77 @@ pub(super) async fn find(
     };
     let store = Store::new(dir);
     earlier.upper_inode = inode_of(container)?;
-    earlier.fingerprint = fingerprint(options, container, base, earlier.upper_inode);
+    let granted = Granted::of(options);
+    earlier.fingerprint = fingerprint(&granted, container, volumes, base, earlier.upper_inode)?;
     earlier.lock = lock(context, &store, container).await;
-    let kept = store.load(&container.id);
+    let last = if options.full {
+        Last::Nothing
+    } else {
+        Last::of(
+            &store,
+            container,
+            base,
+            earlier.fingerprint,
+            options.max_layers,
+        )
+    };
     earlier.store = Some(store);
     let full = |why: &str| context.warn("full_save", format!("everything is saved anew: {why}"));
-    let kept = match kept {
-        _ if options.full => return Ok(earlier),
-        Err(Unusable::Absent) => return Ok(earlier),
-        Err(unusable) => {
-            full(&unusable.to_string());
+    let kept = match last {
+        Last::Nothing => return Ok(earlier),
+        Last::NotUsed(why) => {
+            full(&why);
             return Ok(earlier);
         }
-        Ok(kept) => kept,
+        Last::Save(kept) => kept,
     };
     let Description {
-        fingerprint,
         layers,
         destination: where_kept,
         ..
     } = kept.description;
-    if fingerprint != earlier.fingerprint {
-        full("the last save was with other options, or of another base, mount or boot");
-        return Ok(earlier);
-    }
-    if let Some(why) = too_long(&layers, options.max_layers, base.layers.len()) {
-        full(&why);
-        return Ok(earlier);
-    }
     if let Err(missing) = bring(context, destination, &layers, &where_kept).await? {
         full(&missing);
         return Ok(earlier);
     }
-    let known = Known {
-        scan: Arc::new(kept.stored.scan),
-        unsure: Arc::new(kept.stored.unsure),
-    };
+    let known = restored(kept.stored);
     earlier.under = Some(Under { known, layers });
     Ok(earlier)
+}
+
+/// What this node has of the last save.
+pub(super) enum Last {
+    /// Nothing, and that is no news.
+    Nothing,
+    /// Something, or a reason not to look, which says why nothing is built on it.
+    NotUsed(String),
+    /// What the next save can be made on top of.
+    Save(Box<Kept>),
+}
+
+impl Last {
+    /// Looks for it.
+    pub(super) fn of(
+        store: &Store,
+        container: &Container,
+        base: &Base,
+        fingerprint: Digest,
+        max_layers: usize,
+    ) -> Self {
+        let kept = match store.load(&container.id) {
+            Err(Unusable::Absent) => return Self::Nothing,
+            Err(unusable) => return Self::NotUsed(unusable.to_string()),
+            Ok(kept) => kept,
+        };
+        if kept.description.fingerprint != fingerprint {
+            let why = "the last save was with other options, or of another base, mount or boot";
+            return Self::NotUsed(why.to_owned());
+        }
+        match too_long(&kept.description.layers, max_layers, base.layers.len()) {
+            Some(why) => Self::NotUsed(why),
+            None => Self::Save(Box::new(kept)),
+        }
+    }
 }
 
 /// One save of a container at a time. Without a place for the lock there is none.
@@ -225,16 +236,42 @@ fn as_base(layer: &Layer, where_kept: &str) -> BaseLayer {
     }
 }
 
-fn inode_of(container: &Container) -> Result<(u64, u64), Error> {
+/// What was kept, as scans that new ones are held against.
+pub(super) fn restored(stored: Vec<Stored>) -> Vec<Known> {
+    let known = |stored: Stored| Known {
+        scan: Arc::new(stored.scan),
+        unsure: Arc::new(stored.unsure),
+    };
+    stored.into_iter().map(known).collect()
+}
+
+/// What of a save's options decides what its layers show.
+pub(super) struct Granted<'o> {
+    pub(super) rules: &'o Rules,
+    pub(super) timestamp: Option<i64>,
+}
+
+impl<'o> Granted<'o> {
+    fn of(options: &'o Options) -> Self {
+        Self {
+            rules: &options.rules,
+            timestamp: options.timestamp,
+        }
+    }
+}
+
+pub(super) fn inode_of(container: &Container) -> Result<(u64, u64), Error> {
     use std::os::unix::fs::MetadataExt as _;
     let upper = &container.overlay.upper;
-    let meta = std::fs::metadata(upper).map_err(|source| {
-        Error::Scan(crate::scan::Error::Read {
-            path: upper.display().to_string(),
-            source,
-        })
-    })?;
+    let meta = std::fs::metadata(upper).map_err(|source| unreadable(upper, source))?;
     Ok((meta.dev(), meta.ino()))
+}
+
+fn unreadable(path: &Path, source: std::io::Error) -> Error {
+    Error::Scan(crate::scan::Error::Read {
+        path: path.display().to_string(),
+        source,
+    })
 }
 
 /// Over everything that a scan and its layers take for granted.
@@ -242,19 +279,39 @@ fn inode_of(container: &Container) -> Result<(u64, u64), Error> {
     clippy::unnecessary_debug_formatting,
     reason = "quotes and escapes keep the parts apart"
 )]
-fn fingerprint(options: &Options, container: &Container, base: &Base, upper: (u64, u64)) -> Digest {
+pub(super) fn fingerprint(
+    granted: &Granted<'_>,
+    container: &Container,
+    volumes: &[Volume],
+    base: &Base,
+    upper: (u64, u64),
+) -> Result<Digest, Error> {
     // Time stamps of what was not on disk yet may be lost with a crash, and what was written after them not.
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let overlay = &container.overlay;
-    let rules = &options.rules;
+    let rules = granted.rules;
     let diff_ids: Vec<_> = base.layers.iter().map(|layer| layer.diff_id).collect();
     let mounts: Vec<&PathBuf> = container
         .mounts
         .iter()
         .map(|mount| &mount.destination)
         .collect();
+    // Another directory may be mounted where one was, by the same name.
+    let volume = |volume: &Volume| {
+        let stat = volume.opened.root().stat(volume.opened.at());
+        let stat = stat.map_err(|source| unreadable(&volume.destination, source))?;
+        let inode = stat.map(|stat| (stat.st_dev, stat.st_ino));
+        Ok(format!(
+            "{:?} {} {inode:?}",
+            volume.destination, volume.kind
+        ))
+    };
+    let volumes: Vec<_> = volumes
+        .iter()
+        .map(volume)
+        .collect::<Result<Vec<String>, Error>>()?;
     let text = format!(
-        "{boot:?} {upper:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {mounts:?} {:?} {:?} {:?} {diff_ids:?} {:?}",
+        "{boot:?} {upper:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {mounts:?} {:?} {:?} {:?} {diff_ids:?} {:?} {volumes:?}",
         overlay.upper,
         overlay.lowers,
         overlay.data_only,
@@ -264,12 +321,12 @@ fn fingerprint(options: &Options, container: &Container, base: &Base, upper: (u6
         container.runtime_root_mode,
         rules.exclude,
         (rules.include_credentials, rules.include_caches),
-        options.timestamp,
+        granted.timestamp,
         Digest::of(&base.config),
     );
     let mut hasher = Sha256::new();
     hasher.update(text.as_bytes());
-    Digest::finish(hasher)
+    Ok(Digest::finish(hasher))
 }
 
 impl Earlier {
@@ -309,8 +366,10 @@ impl Earlier {
                     destination: target.to_string(),
                     layers: self.layers(taken),
                 };
-                let scan = known.scan.store(&|index| known.unsure[index as usize]);
-                store.keep(&container.id, &description, &scan)
+                let stored =
+                    |known: &Known| known.scan.store(&|index| known.unsure[index as usize]);
+                let scans: Vec<Vec<u8>> = known.iter().map(stored).collect();
+                store.keep(&container.id, &description, &scans)
             }
             None => store.forget(&container.id),
         };

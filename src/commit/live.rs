@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::earlier::{Earlier, Known};
+use super::earlier::Earlier;
 use super::mapped::{self, Mapped};
-use super::{Context, Error, Options, Taken, cut, deliver, finish, freeze, scan_upper, stream};
-use crate::container::{self, Container};
+use super::trees::{self, File, Known};
+use super::{Context, Error, Options, Taken, deliver, finish, freeze, stream};
+use crate::container::{Container, Volume};
 use crate::destination::Destination;
 use crate::escape;
 use crate::job::{Event, Phase};
@@ -31,33 +32,35 @@ const KEEP_LOOK: usize = 200_000;
 /// What a save has so far.
 struct Rounds {
     /// What the image shows by now, with the layers of earlier saves and of the rounds.
-    known: Option<Known>,
+    known: Option<Vec<Known>>,
     on_top: bool,
     layers: Vec<Layer>,
     /// The shared mappings before the last look.
     mapped: Mapped,
     /// The last look.
-    look: Option<Arc<Scan>>,
+    look: Option<Vec<Arc<Scan>>>,
 }
 
-/// Takes the container's tree as it is at one instant. `None` when it can only be done while it stands still.
+/// Takes the container's trees as they are at one instant. `None` when it can only be done while it stands still.
 pub(super) async fn take(
     context: &Context,
     options: &Options,
     container: &Container,
+    volumes: &[Volume],
     destination: &Destination,
     earlier: &Earlier,
 ) -> Result<Option<Taken>, Error> {
-    let Some(rounds) = approach(context, options, container, destination, earlier).await? else {
+    let rounds = approach(context, options, container, volumes, destination, earlier).await?;
+    let Some(rounds) = rounds else {
         return Ok(None);
     };
-    let Some(instant) = stand_still(context, options, container, destination, &rounds).await?
-    else {
+    let instant = stand_still(context, options, container, volumes, destination, &rounds).await?;
+    let Some(instant) = instant else {
         return Ok(None);
     };
     let Instantly {
         now,
-        plan,
+        plans,
         held,
         streamed,
         pause,
@@ -65,10 +68,12 @@ pub(super) async fn take(
         dirty,
     } = instant;
     let mut layers = rounds.layers;
-    if let Some(held) = held.filter(|_| !plan.is_empty()) {
+    if let Some(held) = held.filter(|_| !plans.iter().all(Plan::is_empty)) {
         context.phase(Phase::Streaming);
-        let unstable = held.unstable.clone();
-        let plans = cut(plan.with(held), options.layer_size);
+        let unstable = held.iter().flat_map(|held| held.unstable.clone()).collect();
+        let plans = plans.into_iter().zip(held);
+        let plans = plans.map(|(plan, held)| plan.with(held)).collect();
+        let plans = trees::cut(plans, options.layer_size);
         let codec = (options.compression, options.level);
         let mut made = deliver(context, codec, plans, destination).await?;
         if let Some(layer) = made.first_mut() {
@@ -77,14 +82,14 @@ pub(super) async fn take(
         layers.extend(made);
     }
     layers.extend(streamed);
-    container::recheck(&context.roots, container)?;
+    trees::recheck(context, container, volumes)?;
     Ok(Some(Taken {
         layers,
         on_top: rounds.on_top,
-        report: now.report.clone(),
+        report: trees::report(&now),
         pause: Some(pause),
         was_frozen,
-        seen: dirty.map(|dirty| Known::new(now, &dirty)),
+        seen: dirty.map(|dirty| Known::all(now, &dirty)),
     }))
 }
 
@@ -93,6 +98,7 @@ async fn approach(
     context: &Context,
     options: &Options,
     container: &Container,
+    volumes: &[Volume],
     destination: &Destination,
     earlier: &Earlier,
 ) -> Result<Option<Rounds>, Error> {
@@ -102,7 +108,7 @@ async fn approach(
     let mut round = 0;
     loop {
         context.phase(Phase::Scanning);
-        let mapped = mapped::write_out(context, container).await?;
+        let mapped = mapped::write_out(context, container, volumes).await?;
         if let Some(path) = &mapped.elsewhere {
             context.warn(
                 "mapped_elsewhere",
@@ -113,14 +119,14 @@ async fn approach(
             );
             return Ok(None);
         }
-        container::recheck(&context.roots, container)?;
-        let before = known.as_ref().map(|known| Arc::clone(&known.scan));
+        trees::recheck(context, container, volumes)?;
+        let before = known.as_deref().map(trees::scans);
         // What was stamped while the mappings were written out may have dirty pages.
-        let scan = scan_upper(context, options, container, before).await?;
-        let scan = Arc::new(scan.since(mapped.since));
+        let since = Some(mapped.since);
+        let scans = trees::scan(context, options, container, volumes, before, since).await?;
         let changes = match &known {
-            None => Some(Arc::clone(&scan)),
-            Some(known) => known.changes(&scan).map(Arc::new),
+            None => Some(scans.clone()),
+            Some(known) => trees::changes(known, &scans),
         };
         let Some(changes) = changes else {
             // No layer on top can say it. From nothing, then; what was delivered of this save is of no use.
@@ -136,15 +142,20 @@ async fn approach(
             layers.clear();
             continue;
         };
-        let plan = Plan::new(changes, options.timestamp);
-        let way = held::way(&plan, options.live_limit);
+        let plans = trees::plans(changes, options.timestamp);
+        let way = held::way(&plans, options.live_limit);
         if way != Way::No || round == ROUNDS {
-            let plan = (way == Way::Clones).then_some(plan);
-            let prepare = move || plan.iter().for_each(held::prepare_clones);
+            let plans = if way == Way::Clones {
+                plans
+            } else {
+                Vec::new()
+            };
+            let prepare = move || plans.iter().for_each(held::prepare_clones);
             tokio::task::spawn_blocking(prepare)
                 .await
                 .map_err(|_| Error::Worker)?;
-            let look = (scan.entries().len() <= KEEP_LOOK || known.is_none()).then_some(scan);
+            let entries: usize = scans.iter().map(|scan| scan.entries().len()).sum();
+            let look = (entries <= KEEP_LOOK || known.is_none()).then_some(scans);
             return Ok(Some(Rounds {
                 known,
                 on_top,
@@ -155,20 +166,20 @@ async fn approach(
         }
         round += 1;
         let mut dirty = mapped.dirty;
-        if !plan.is_empty() {
+        let plans = trees::cut(plans, options.layer_size);
+        if !plans.is_empty() {
             context.phase(Phase::Streaming);
-            let plans = cut(plan, options.layer_size);
             let codec = (options.compression, options.level);
             let mut made = deliver(context, codec, plans, destination).await?;
-            dirty.extend(unstable(&scan, &mut made));
+            dirty.extend(unstable(&scans, &mut made));
             layers.extend(made);
         }
-        known = Some(Known::new(scan, &dirty));
+        known = Some(Known::all(scans, &dirty));
     }
 }
 
-/// Inodes of the files that changed while they were read. They are read again, so nobody needs to hear of them.
-fn unstable(scan: &Scan, layers: &mut [Layer]) -> HashSet<u64> {
+/// The files that changed while they were read. They are read again, so nobody needs to hear of them.
+fn unstable(scans: &[Arc<Scan>], layers: &mut [Layer]) -> HashSet<File> {
     let paths: HashSet<String> = layers
         .iter_mut()
         .flat_map(|layer| std::mem::take(&mut layer.unstable))
@@ -179,11 +190,13 @@ fn unstable(scan: &Scan, layers: &mut [Layer]) -> HashSet<u64> {
     }
     let mut path = Vec::new();
     let mut found = HashSet::new();
-    for (index, entry) in (0..).zip(scan.entries()) {
-        if entry.kind == Kind::File {
-            scan.path_into(index, &mut path);
-            if paths.contains(&escape::path(&path)) {
-                found.insert(entry.ino);
+    for (tree, scan) in scans.iter().enumerate() {
+        for (index, entry) in (0..).zip(scan.entries()) {
+            if entry.kind == Kind::File {
+                scan.path_into(index, &mut path);
+                if paths.contains(&escape::path(&path)) {
+                    found.insert((tree, entry.ino));
+                }
             }
         }
     }
@@ -192,15 +205,15 @@ fn unstable(scan: &Scan, layers: &mut [Layer]) -> HashSet<u64> {
 
 /// What there was at the instant of the freeze.
 struct Instantly {
-    now: Arc<Scan>,
-    plan: Plan,
-    /// The contents, or none: then they were streamed.
-    held: Option<Held>,
+    now: Vec<Arc<Scan>>,
+    plans: Vec<Plan>,
+    /// The contents by plan, or none: then they were streamed.
+    held: Option<Vec<Held>>,
     streamed: Vec<Layer>,
     pause: Duration,
     was_frozen: bool,
-    /// Inodes that may be written to from now on without it showing; none when they cannot be told.
-    dirty: Option<HashSet<u64>>,
+    /// Files that may be written to from now on without it showing; none when they cannot be told.
+    dirty: Option<HashSet<File>>,
 }
 
 /// Freeze, scan, take what changed, thaw.
@@ -208,6 +221,7 @@ async fn stand_still(
     context: &Context,
     options: &Options,
     container: &Container,
+    volumes: &[Volume],
     destination: &Destination,
     rounds: &Rounds,
 ) -> Result<Option<Instantly>, Error> {
@@ -228,6 +242,7 @@ async fn stand_still(
         context,
         options,
         container,
+        volumes,
         destination,
         rounds,
         bound,
@@ -245,7 +260,7 @@ async fn stand_still(
         }
         (Err(error), _) => return Err(error.into()),
     };
-    let Some((now, plan, held, made, mappings)) = taken? else {
+    let Some((now, plans, held, made, mappings)) = taken? else {
         return Ok(None);
     };
     if !was_frozen {
@@ -262,16 +277,14 @@ async fn stand_still(
         Some(mapped) => {
             let mut dirty = rounds.mapped.dirty.clone();
             // Stamped before the files were written out: clean since.
-            let late =
-                |e: &&crate::scan::Entry| !rounds.mapped.since.settles(e.ctime, e.ctime_nsec);
-            let written = now.entries().iter().filter(late).map(|e| e.ino);
-            dirty.extend(written.filter(|ino| mapped.dirty.contains(ino)));
+            let written = late(&now, volumes, rounds.mapped.since);
+            dirty.extend(written.filter(|file| mapped.dirty.contains(file)));
             Some(dirty)
         }
     };
     Ok(Some(Instantly {
         now,
-        plan,
+        plans,
         held,
         streamed,
         pause,
@@ -280,18 +293,39 @@ async fn stand_still(
     }))
 }
 
+/// Files that were stamped at `clock` or later.
+fn late(
+    scans: &[Arc<Scan>],
+    volumes: &[Volume],
+    clock: crate::scan::Clock,
+) -> impl Iterator<Item = File> {
+    scans.iter().enumerate().flat_map(move |(tree, scan)| {
+        let clock = trees::since(volumes, tree, clock);
+        let files = scan.entries().iter();
+        let late = move |e: &&crate::scan::Entry| {
+            e.kind == Kind::File && e.root == 0 && !clock.settles(e.ctime, e.ctime_nsec)
+        };
+        files.filter(late).map(move |e| (tree, e.ino))
+    })
+}
+
 type Frozenly = (
-    Arc<Scan>,
-    Plan,
-    Option<Held>,
+    Vec<Arc<Scan>>,
+    Vec<Plan>,
+    Option<Vec<Held>>,
     Vec<(Layer, crate::destination::BlobWriter)>,
     Option<Mapped>,
 );
 
+#[allow(
+    clippy::too_many_arguments,
+    reason = "what a save works with, and the moment"
+)]
 async fn take_frozen(
     context: &Context,
     options: &Options,
     container: &Container,
+    volumes: &[Volume],
     destination: &Destination,
     rounds: &Rounds,
     bound: Option<Duration>,
@@ -300,37 +334,34 @@ async fn take_frozen(
     let before = rounds
         .look
         .clone()
-        .or_else(|| rounds.known.as_ref().map(|known| Arc::clone(&known.scan)));
-    let now = Arc::new(scan_upper(context, options, container, before).await?);
+        .or_else(|| rounds.known.as_deref().map(trees::scans));
+    let now = trees::scan(context, options, container, volumes, before, None).await?;
     let changes = match &rounds.known {
-        None => Some(Arc::clone(&now)),
-        Some(known) => known.changes(&now).map(Arc::new),
+        None => Some(now.clone()),
+        Some(known) => trees::changes(known, &now),
     };
     let Some(changes) = changes else {
         return Ok(None);
     };
     // Only what was written to since its pages were clean may be written to without a trace after the thaw.
-    let written = |e: &crate::scan::Entry| {
-        e.kind == Kind::File && e.root == 0 && !rounds.mapped.since.settles(e.ctime, e.ctime_nsec)
-    };
-    let mappings = if now.entries().iter().any(written) {
-        Some(mapped::list(context, container)?)
+    let written = late(&now, volumes, rounds.mapped.since).next().is_some();
+    let mappings = if written {
+        Some(mapped::list(context, container, volumes)?)
     } else {
         None
     };
-    let plan = Plan::new(changes, options.timestamp);
+    let plans = trees::plans(changes, options.timestamp);
     if bound.is_some_and(|bound| since.elapsed() >= bound) {
         return Err(too_long(bound.unwrap_or_default()));
     }
-    match held::way(&plan, options.live_limit) {
+    match held::way(&plans, options.live_limit) {
         Way::No => {
             context.phase(Phase::Streaming);
             let left = bound.map(|bound| bound.saturating_sub(since.elapsed()));
-            let plans = cut(plan.clone(), options.layer_size);
             let made = stream(
                 context,
                 (options.compression, options.level),
-                plans,
+                trees::cut(plans.clone(), options.layer_size),
                 destination,
                 left,
             )
@@ -339,20 +370,21 @@ async fn take_frozen(
                 (Error::PausedTooLong { .. }, Some(bound)) => too_long(bound),
                 (error, _) => error,
             })?;
-            Ok(Some((now, plan, None, made, mappings)))
+            Ok(Some((now, plans, None, made, mappings)))
         }
         way => {
             let (jobs, cancel) = (context.jobs, context.cancel.clone());
             let work = move || {
                 let flag: &AtomicBool = cancel.flag();
-                let held = held::hold(&plan, way, jobs, flag);
-                (plan, held)
+                let hold = |plan: &Plan| held::hold(plan, way, jobs, flag);
+                let held = plans.iter().map(hold).collect::<Result<Vec<_>, _>>();
+                (plans, held)
             };
-            let (plan, held) = tokio::task::spawn_blocking(work)
+            let (plans, held) = tokio::task::spawn_blocking(work)
                 .await
                 .map_err(|_| Error::Worker)?;
             let held = held.map_err(crate::layer::Error::from)?;
-            Ok(Some((now, plan, Some(held), Vec::new(), mappings)))
+            Ok(Some((now, plans, Some(held), Vec::new(), mappings)))
         }
     }
 }

@@ -15,11 +15,13 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use super::trees::File;
 use super::{Context, Error};
-use crate::container::Container;
+use crate::container::{Container, Volume};
 use crate::freeze::{self, SharedMapping};
 use crate::overlay::flush::flush;
 use crate::overlay::root::Root;
@@ -35,21 +37,26 @@ const LOOKS: u32 = 3;
 pub(super) struct Mapped {
     /// The clock before anything was looked at.
     pub(super) since: Clock,
-    /// Inodes of the upper that are mapped, and may have dirty pages.
-    pub(super) dirty: HashSet<u64>,
-    /// A file of the container's that is written to under a name that is not to be found in the upper: nothing can be
+    /// Files that are mapped, and may have dirty pages.
+    pub(super) dirty: HashSet<File>,
+    /// A file of the container's that is written to under a name that is not to be found where it should be: nothing can be
     /// said about what changes in it.
     pub(super) elsewhere: Option<String>,
 }
 
 /// Lists them and writes them out.
-pub(super) async fn write_out(context: &Context, container: &Container) -> Result<Mapped, Error> {
+pub(super) async fn write_out(
+    context: &Context,
+    container: &Container,
+    volumes: &[Volume],
+) -> Result<Mapped, Error> {
     let (host_root, container) = (context.roots.host_root.clone(), container.clone());
+    let volumes = volumes.to_vec();
     let work = move || {
         let since = Clock::now();
         let mut looks = 1;
         let (files, elsewhere) = loop {
-            let found = find(host_root.as_deref(), &container)?;
+            let found = find(host_root.as_deref(), &container, &volumes)?;
             if found.1.is_none() || looks == LOOKS {
                 break found;
             }
@@ -68,9 +75,13 @@ pub(super) async fn write_out(context: &Context, container: &Container) -> Resul
 }
 
 /// Lists them only: for a container that stands still.
-pub(super) fn list(context: &Context, container: &Container) -> Result<Mapped, Error> {
+pub(super) fn list(
+    context: &Context,
+    container: &Container,
+    volumes: &[Volume],
+) -> Result<Mapped, Error> {
     let since = Clock::now();
-    let (files, elsewhere) = find(context.roots.host_root.as_deref(), container)?;
+    let (files, elsewhere) = find(context.roots.host_root.as_deref(), container, volumes)?;
     Ok(Mapped {
         since,
         dirty: files.into_keys().collect(),
@@ -78,14 +89,18 @@ pub(super) fn list(context: &Context, container: &Container) -> Result<Mapped, E
     })
 }
 
-/// Files by inode, and a mapping whose file is not to be found.
-type Found = (HashMap<u64, OwnedFd>, Option<String>);
+/// Files, opened where they can be written out, and a mapping whose file is not to be found.
+type Found = (HashMap<File, Option<OwnedFd>>, Option<String>);
 
-fn find(host_root: Option<&std::path::Path>, container: &Container) -> Result<Found, Error> {
+fn find(
+    host_root: Option<&Path>,
+    container: &Container,
+    volumes: &[Volume],
+) -> Result<Found, Error> {
     let upper =
         Root::open(&container.overlay.upper).map_err(|source| unreadable(container, source))?;
     let device = |dev: u64| (rustix::fs::major(dev), rustix::fs::minor(dev));
-    let proc = host_root.unwrap_or(std::path::Path::new("/")).join("proc");
+    let proc = host_root.unwrap_or(Path::new("/")).join("proc");
     let root = fs::metadata(proc.join(container.pid.to_string()).join("root"));
     // Kernels differ in whose numbers the list shows: the overlay's, or those of the file underneath.
     let mut devices = vec![device(
@@ -96,9 +111,27 @@ fn find(host_root: Option<&std::path::Path>, container: &Container) -> Result<Fo
     devices.extend(root.ok().map(|root| device(root.dev())));
     let (mut files, mut elsewhere) = (HashMap::new(), None);
     for mapping in freeze::shared_mappings(container.pid, host_root)? {
-        match in_upper(&upper, &mapping) {
+        if let Some((number, volume)) = volume_of(volumes, container, &mapping) {
+            match named(volume.opened.root(), &mapping) {
+                Some((ino, file)) => {
+                    files.insert((number, ino), Some(file));
+                }
+                None if mapping.writable && has_a_name(&mapping) => {
+                    elsewhere = Some(crate::escape::path(&mapping.path));
+                }
+                None => {}
+            }
+            continue;
+        }
+        // Mounted in another place as well, or at it alone: the inode tells, and it is not written out.
+        for (number, volume) in (1..).zip(volumes) {
+            if volume.device == mapping.device {
+                files.entry((number, mapping.inode)).or_insert(None);
+            }
+        }
+        match named(&upper, &mapping) {
             Some((ino, file)) => {
-                files.insert(ino, file);
+                files.insert((0, ino), Some(file));
             }
             None if mapping.writable
                 && devices.contains(&mapping.device)
@@ -121,7 +154,7 @@ fn unreadable(container: &Container, source: std::io::Error) -> Error {
     })
 }
 
-fn in_upper(upper: &Root, mapping: &SharedMapping) -> Option<(u64, OwnedFd)> {
+fn named(root: &Root, mapping: &SharedMapping) -> Option<(u64, OwnedFd)> {
     let mut names = vec![mapping.path.clone()];
     if mapping.deleted {
         names.push([&mapping.path[..], b" (deleted)"].concat());
@@ -141,14 +174,28 @@ fn in_upper(upper: &Root, mapping: &SharedMapping) -> Option<(u64, OwnedFd)> {
     names.extend(names.iter().map(with_newlines).collect::<Vec<_>>());
     names.iter().find_map(|name| {
         let path = name.strip_prefix(b"/")?;
-        let ino = upper.stat(path).ok()??.st_ino;
-        let file = upper.open_file(path, ino).ok()??;
+        let ino = root.stat(path).ok()??.st_ino;
+        let file = root.open_file(path, ino).ok()??;
         Some((ino, file))
     })
 }
 
+/// The volume that a mapping's path leads into, with the number of its tree: not into what is mounted in it.
+fn volume_of<'v>(
+    volumes: &'v [Volume],
+    container: &Container,
+    mapping: &SharedMapping,
+) -> Option<(usize, &'v Volume)> {
+    let path = Path::new(std::ffi::OsStr::from_bytes(&mapping.path));
+    let mounts = container.mounts.iter().map(|mount| &mount.destination);
+    let deepest = mounts
+        .filter(|at| path.starts_with(at))
+        .max_by_key(|at| at.as_os_str().len())?;
+    (1..).zip(volumes).find(|(_, v)| v.destination == *deepest)
+}
+
 fn on_a_mount(container: &Container, mapping: &SharedMapping) -> bool {
-    let path = std::path::Path::new(std::ffi::OsStr::from_bytes(&mapping.path));
+    let path = Path::new(std::ffi::OsStr::from_bytes(&mapping.path));
     container
         .mounts
         .iter()
@@ -164,23 +211,24 @@ fn has_a_name(mapping: &SharedMapping) -> bool {
 }
 
 /// Writes the files out. Those that are not done in time are returned.
-fn flush_all(files: HashMap<u64, OwnedFd>) -> HashSet<u64> {
-    let mut dirty: HashSet<u64> = files.keys().copied().collect();
+fn flush_all(files: HashMap<File, Option<OwnedFd>>) -> HashSet<File> {
+    let mut dirty: HashSet<File> = files.keys().copied().collect();
     if files.is_empty() {
         return dirty;
     }
     let (done, flushed) = mpsc::channel();
     // Not waited for beyond the bound: a disk may hang for longer than anybody wants to.
     std::thread::spawn(move || {
-        for (ino, file) in files {
-            if flush(file.as_fd()).is_ok() && done.send(ino).is_err() {
+        let opened = files.into_iter();
+        for (which, file) in opened.filter_map(|(which, file)| Some((which, file?))) {
+            if flush(file.as_fd()).is_ok() && done.send(which).is_err() {
                 return;
             }
         }
     });
     let until = Instant::now() + FLUSH_BOUND;
-    while let Ok(ino) = flushed.recv_timeout(until.saturating_duration_since(Instant::now())) {
-        dirty.remove(&ino);
+    while let Ok(which) = flushed.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        dirty.remove(&which);
     }
     dirty
 }

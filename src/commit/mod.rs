@@ -7,7 +7,9 @@ mod gate;
 mod live;
 mod mapped;
 mod named;
+mod next;
 mod outcome;
+mod trees;
 mod upper;
 mod warnings;
 
@@ -20,7 +22,7 @@ use bytes::Bytes;
 
 use crate::background::{Background, Hurry};
 use crate::cancel::Cancel;
-use crate::container::{self, Base, Container};
+use crate::container::{self, Base, Container, Volume};
 use crate::destination::{BlobWriter, Destination, Target};
 use crate::freeze::{self, Frozen};
 use crate::job::{Event, Observer, Phase};
@@ -32,12 +34,14 @@ use crate::registry::{Access, Registries};
 use crate::scan::{Caps, Report, Scan};
 use crate::state;
 
-use earlier::{Earlier, Known};
+use earlier::Earlier;
+use trees::Known;
 
 pub use base::{Delivered, Origin};
 pub use error::{Error, Kind};
 pub use gate::Gate;
 pub use live::MAX_PAUSE;
+pub use next::{Kind as NextKind, NextSave, Question, next_save};
 pub use outcome::{BaseOutcome, Metadata, Saved};
 pub use upper::Rules;
 
@@ -99,6 +103,8 @@ pub struct Options {
     pub layer_size: Option<u64>,
     /// What goes into the layer.
     pub rules: Rules,
+    /// `--include-volume`: where the volumes are mounted that are saved, too.
+    pub volumes: Vec<PathBuf>,
     /// `--base` IMAGE, for `pid:N`: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or a registry reference.
     pub base: Option<String>,
     /// Clamp times to at most this, in seconds since the epoch; also `created`.
@@ -181,14 +187,23 @@ async fn save(
 
     context.phase(Phase::Locating);
     let container = container::find(&context.roots, &options.container)?;
+    let volumes = trees::open(&context.roots, &container, &options.volumes)?;
     let (base, layout) = prove_base(&context, &container, options).await?;
     // A destination that takes nothing is found out before anybody's work is stopped for it.
     let destination = Destination::open(&target, &context.registries)?;
     destination.check().await?;
-    let earlier = earlier::find(&context, options, &container, &base, &destination).await?;
+    let earlier =
+        earlier::find(&context, options, &container, &volumes, &base, &destination).await?;
     // Questions only, asked meanwhile. Content of the base is moved when nobody stands still for it.
     let (taken, found) = tokio::try_join!(
-        take_layers(&context, options, &container, &destination, &earlier),
+        take_layers(
+            &context,
+            options,
+            &container,
+            &volumes,
+            &destination,
+            &earlier
+        ),
         base::look_up_with_room(&destination, &base),
     )?;
     warnings::tell(&context, &taken);
@@ -226,6 +241,7 @@ async fn save(
         digest,
         image: &image,
         container: &container,
+        volumes: &volumes,
         base: &base,
         delivered,
         layers_above_base: earlier.layers(&taken).len(),
@@ -266,8 +282,8 @@ struct Taken {
     pause: Option<Duration>,
     /// Somebody else had paused it, and it stays so.
     was_frozen: bool,
-    /// What the image shows, for the next save; none where that cannot be told.
-    seen: Option<Known>,
+    /// What the image shows of each tree, for the next save; none where that cannot be told.
+    seen: Option<Vec<Known>>,
 }
 
 /// Freeze, scan, plan, stream, thaw. Again from the start when the end of a blob failed in a way that may pass: by then
@@ -276,6 +292,7 @@ async fn take_layers(
     context: &Context,
     options: &Options,
     container: &Container,
+    volumes: &[Volume],
     destination: &Destination,
     earlier: &Earlier,
 ) -> Result<Taken, Error> {
@@ -284,7 +301,7 @@ async fn take_layers(
     }
     let mut attempt = 1;
     loop {
-        match take_once(context, options, container, destination, earlier).await {
+        match take_once(context, options, container, volumes, destination, earlier).await {
             Err(error) if attempt < TRIES && error.may_pass_at_destination() => {
                 context.warn("again", format!("the layers are made again: {error}"));
                 attempt += 1;
@@ -298,11 +315,13 @@ async fn take_once(
     context: &Context,
     options: &Options,
     container: &Container,
+    volumes: &[Volume],
     destination: &Destination,
     earlier: &Earlier,
 ) -> Result<Taken, Error> {
     if options.pause == Pause::Live
-        && let Some(taken) = live::take(context, options, container, destination, earlier).await?
+        && let Some(taken) =
+            live::take(context, options, container, volumes, destination, earlier).await?
     {
         return Ok(taken);
     }
@@ -310,20 +329,21 @@ async fn take_once(
     let hurry = options.hurry().filter(|_| options.pause != Pause::None);
     let frozen = freeze(context, options, container)?;
     let was_frozen = frozen.as_ref().is_some_and(Frozen::was_frozen);
-    container::recheck(&context.roots, container)?;
+    trees::recheck(context, container, volumes)?;
     let under = earlier.under.as_ref().map(|under| &under.known);
-    let before = under.map(|known| Arc::clone(&known.scan));
-    let scan = Arc::new(scan_upper(context, options, container, before).await?);
-    let report = scan.report.clone();
+    let before = under.map(|known| trees::scans(known));
+    let scans = trees::scan(context, options, container, volumes, before, None).await?;
+    let report = trees::report(&scans);
     let seen = match frozen {
-        Some(_) => seen_frozen(context, container, &scan)?,
+        Some(_) => seen_frozen(context, container, volumes, &scans)?,
         None => None,
     };
-    let changes = under.and_then(|known| known.changes(&scan)).map(Arc::new);
+    let changes = under.and_then(|known| trees::changes(known, &scans));
     let on_top = changes.is_some();
-    let plan = Plan::new(changes.unwrap_or(scan), options.timestamp);
+    let plans = trees::plans(changes.unwrap_or(scans), options.timestamp);
+    let plans = trees::cut(plans, options.layer_size);
 
-    let made = if plan.is_empty() {
+    let made = if plans.is_empty() {
         Vec::new()
     } else {
         context.phase(Phase::Streaming);
@@ -333,10 +353,9 @@ async fn take_once(
             .and(options.max_pause)
             .filter(|bound| !bound.is_zero());
         let codec = (options.compression, options.level);
-        let plans = cut(plan, options.layer_size);
         stream(context, codec, plans, destination, bound).await?
     };
-    container::recheck(&context.roots, container)?;
+    trees::recheck(context, container, volumes)?;
     // All is read: the container runs on while the destination finishes.
     let pause = frozen.map(Frozen::thaw).transpose()?;
     drop(hurry);
@@ -359,11 +378,12 @@ async fn take_once(
 fn seen_frozen(
     context: &Context,
     container: &Container,
-    scan: &Arc<Scan>,
-) -> Result<Option<Known>, Error> {
-    let mapped = mapped::list(context, container)?;
+    volumes: &[Volume],
+    scans: &[Arc<Scan>],
+) -> Result<Option<Vec<Known>>, Error> {
+    let mapped = mapped::list(context, container, volumes)?;
     let tells = mapped.elsewhere.is_none();
-    Ok(tells.then(|| Known::new(Arc::clone(scan), &mapped.dirty)))
+    Ok(tells.then(|| Known::all(scans.to_vec(), &mapped.dirty)))
 }
 
 /// Ends the blobs of layers that are all read.
@@ -417,20 +437,6 @@ fn freeze(
     Ok(Some(frozen))
 }
 
-async fn scan_upper(
-    context: &Context,
-    options: &Options,
-    container: &Container,
-    earlier: Option<Arc<Scan>>,
-) -> Result<Scan, Error> {
-    let (rules, container) = (options.rules.clone(), container.clone());
-    let (jobs, cancel) = (context.jobs, context.cancel.clone());
-    let scan = tokio::task::spawn_blocking(move || {
-        rules.scan(&container, earlier.as_deref(), jobs, &cancel)
-    });
-    scan.await.map_err(|_| Error::Worker)?
-}
-
 /// Makes the layers and hands them on, as they are made. What is returned is all read, and not yet finished: whoever
 /// stands still for it may go on before [`finish`].
 ///
@@ -442,7 +448,7 @@ async fn stream(
     destination: &Destination,
     bound: Option<Duration>,
 ) -> Result<Vec<(Layer, BlobWriter)>, Error> {
-    repeat(context, codec, plans, destination, bound, false).await
+    repeat(context, codec, plans, destination, bound, Ends::Later).await
 }
 
 /// The same for what can be read as often as it takes, with the ends of the blobs.
@@ -452,8 +458,17 @@ async fn deliver(
     plans: Vec<Plan>,
     destination: &Destination,
 ) -> Result<Vec<Layer>, Error> {
-    let made = repeat(context, codec, plans, destination, None, true).await?;
+    let made = repeat(context, codec, plans, destination, None, Ends::AtOnce).await?;
     Ok(made.into_iter().map(|(layer, _)| layer).collect())
+}
+
+/// When the destination is asked to finish a blob.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    /// As soon as it is all there: what fails then is made again.
+    AtOnce,
+    /// By the caller, when nobody stands still for it any more.
+    Later,
 }
 
 /// Layers whose upload failed in a way that may pass are made again from their plans.
@@ -463,7 +478,7 @@ async fn repeat(
     plans: Vec<Plan>,
     destination: &Destination,
     bound: Option<Duration>,
-    ends: bool,
+    ends: Ends,
 ) -> Result<Vec<(Layer, BlobWriter)>, Error> {
     let until = bound.map(|bound| (Instant::now() + bound, bound));
     let plans = Arc::new(plans);
@@ -480,10 +495,12 @@ async fn repeat(
             .into_iter()
             .map(|(number, outcome, mut writer)| async move {
                 let outcome = match outcome {
-                    Ok(layer) if ends => match writer.end(&layer.digest, layer.size).await {
-                        Ok(()) => Ok(layer),
-                        Err(error) => Err(error.into()),
-                    },
+                    Ok(layer) if ends == Ends::AtOnce => {
+                        match writer.end(&layer.digest, layer.size).await {
+                            Ok(()) => Ok(layer),
+                            Err(error) => Err(error.into()),
+                        }
+                    }
                     outcome => outcome,
                 };
                 (number, outcome, writer)

@@ -1,9 +1,11 @@
 //! What a save came to: the result for stdout and all figures for `--metadata-file`.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use super::{Delivered, Error, Options, Taken};
-use crate::container::{Base, Container, MountPoint, Pod, Runtime};
+use crate::container::{Base, Container, MountPoint, Pod, Runtime, Volume};
 use crate::destination::Target;
 use crate::digest::{DiffId, Digest};
 use crate::layer::block::Unstable;
@@ -60,6 +62,9 @@ pub struct Metadata {
     pub unstable: Vec<Unstable>,
     /// Volumes: mounted, and not saved.
     pub volumes: Vec<MountPoint>,
+    /// Volumes that were saved, each by where it is mounted: the layers above the base hold them after the container's own
+    /// changes.
+    pub saved_volumes: Vec<PathBuf>,
     /// The whole save.
     pub seconds: f64,
 }
@@ -112,6 +117,7 @@ pub(super) struct Parts<'a> {
     pub(super) digest: Digest,
     pub(super) image: &'a Image,
     pub(super) container: &'a Container,
+    pub(super) volumes: &'a [Volume],
     pub(super) base: &'a Base,
     pub(super) delivered: Vec<Delivered>,
     pub(super) taken: Taken,
@@ -125,6 +131,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
         digest,
         image,
         container,
+        volumes,
         base,
         delivered,
         taken,
@@ -181,8 +188,10 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
             .mounts
             .iter()
             .filter(|mount| mount.volume)
+            .filter(|mount| volumes.iter().all(|v| v.destination != mount.destination))
             .cloned()
             .collect(),
+        saved_volumes: volumes.iter().map(|v| v.destination.clone()).collect(),
         seconds,
     };
     Saved {

@@ -240,7 +240,7 @@ const RUNTIMES_OWN: [&str; 11] = [
     "/.dockerenv",
 ];
 
-fn made_by_runtime(destination: &Path) -> bool {
+pub(super) fn made_by_runtime(destination: &Path) -> bool {
     RUNTIMES_OWN.iter().any(|own| destination.starts_with(own))
 }
 
@@ -272,7 +272,7 @@ fn made_by_kubelet(source: &str) -> bool {
     }
 }
 
-fn is_virtual(fs_type: &str) -> bool {
+pub(super) fn is_virtual(fs_type: &str) -> bool {
     const VIRTUAL: [&str; 18] = [
         "autofs",
         "binfmt_misc",

@@ -79,6 +79,20 @@ pub enum Error {
         /// What was compared with what, one line each.
         compared: Vec<String>,
     },
+    /// What `--include-volume` names is none.
+    #[error(
+        "{} is no volume that can be saved: {why}; {}",
+        path.display(),
+        volumes(mounts)
+    )]
+    NotAVolume {
+        /// As given.
+        path: PathBuf,
+        /// What it is.
+        why: String,
+        /// What could be named.
+        mounts: Vec<String>,
+    },
     /// The kernel refused.
     #[error("{}: permission denied; run as root, with CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE", path.display())]
     NotPermitted {
@@ -138,7 +152,7 @@ impl Error {
     /// retrying, 77 not permitted.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::BadName { .. } | Self::Ambiguous { .. } => 2,
+            Self::BadName { .. } | Self::Ambiguous { .. } | Self::NotAVolume { .. } => 2,
             Self::NotFound { .. } | Self::Gone { .. } => 66,
             Self::BaseUnproven { .. } => 69,
             Self::Busy { .. } => 75,
@@ -159,6 +173,7 @@ impl Error {
             Self::Ambiguous { .. } => "container_ambiguous",
             Self::Gone { .. } => "container_gone",
             Self::BaseUnproven { .. } => "base_unproven",
+            Self::NotAVolume { .. } => "not_a_volume",
             Self::NotPermitted { .. } => "not_permitted",
             Self::NotOverlay { .. } => "not_overlay",
             Self::ForeignRoot { .. } => "foreign_root",
@@ -230,6 +245,14 @@ impl From<bolt::Error> for Error {
             bolt::Error::Damaged { path, detail } => Self::Damaged { path, detail },
             bolt::Error::Busy { path, .. } => Self::Busy { path },
         }
+    }
+}
+
+fn volumes(mounts: &[String]) -> String {
+    if mounts.is_empty() {
+        "nothing in the container is".to_owned()
+    } else {
+        format!("mounted are {}", mounts.join(", "))
     }
 }
 

@@ -22,10 +22,12 @@ mod process;
 mod roots;
 mod storage;
 mod survey;
+mod volume;
 
 pub use error::{Error, Problem};
 pub use roots::{ContainerdRoot, Roots, StorageRoot};
 pub use survey::{Listing, find, list, recheck};
+pub use volume::{Volume, recheck_volume, volume};
 
 /// Who runs a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]

@@ -508,13 +508,13 @@ fn save(
         labels: Vec::new(),
         annotations: Vec::new(),
         pause: if stage.cgroup.is_some() {
-            Pause::Full
+            Pause::Live
         } else {
             Pause::None
         },
-        max_pause: None,
+        max_pause: Some(commit::MAX_PAUSE),
         live_limit: 32 << 20,
-        state_dir: None,
+        state_dir: Some(stage.dir.path().join("state")),
         max_layers: 16,
         full: false,
         compression: Compression::Gzip,
@@ -527,6 +527,7 @@ fn save(
             include_caches: false,
             caps: Caps::default(),
         },
+        volumes: Vec::new(),
         base: Some(base),
         timestamp: None,
         metadata_file: None,
@@ -559,6 +560,13 @@ fn figures(saved: &Saved, warnings: &[String]) -> Vec<String> {
     let mut lines = vec![format!("base proven {}", metadata.base.proof)];
     if metadata.layers.is_empty() {
         lines.push(format!("nothing had changed ({:.2} s)", metadata.seconds));
+    }
+    let below = metadata.layers_above_base - metadata.layers.len();
+    if below > 0 {
+        lines.push(format!(
+            "only what changed since the save before, on top of {below} {} of it",
+            if below == 1 { "layer" } else { "layers" }
+        ));
     }
     for layer in &metadata.layers {
         lines.push(format!(

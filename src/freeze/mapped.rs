@@ -26,6 +26,8 @@ pub struct SharedMapping {
     pub writable: bool,
     /// Device numbers of the file system.
     pub device: (u32, u32),
+    /// Inode number in it.
+    pub inode: u64,
     /// A link of the kernel's that leads to the file, for as long as the process has it mapped.
     pub link: PathBuf,
 }
@@ -106,6 +108,7 @@ fn parse(line: &[u8]) -> Option<(&str, SharedMapping)> {
         return None;
     }
     let range = std::str::from_utf8(range).ok()?;
+    let inode = std::str::from_utf8(inode).ok()?.parse().ok()?;
     let plain = |b: u8| b.is_ascii_hexdigit() || b == b'-';
     let device = std::str::from_utf8(device).ok()?;
     let (major, minor) = device.split_once(':')?;
@@ -120,6 +123,7 @@ fn parse(line: &[u8]) -> Option<(&str, SharedMapping)> {
             deleted: alive.is_some(),
             writable: perms.get(1) == Some(&b'w'),
             device,
+            inode,
             link: PathBuf::new(),
         };
         (range, mapping)

@@ -7,10 +7,11 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::fs::SeekFrom;
 
@@ -26,6 +27,9 @@ const SMALL: u64 = 128 << 10;
 const OPENING: u64 = 16 << 10;
 /// Descriptors that are left to everybody else in this process.
 const SPARE_DESCRIPTORS: u64 = 256;
+/// How often a file is flushed before it is cloned, at most, and what is little of it.
+const FLUSHES: u32 = 8;
+const LITTLE: Duration = Duration::from_millis(15);
 /// Items that a thread takes at a time.
 const CHUNK: usize = 8;
 
@@ -96,16 +100,17 @@ fn weight(entry: &Entry) -> u64 {
     }
 }
 
-/// Which way the contents of `plan` can be kept in at most `limit` bytes of memory.
+/// Which way the contents of `plans` can be kept in at most `limit` bytes of memory together.
 ///
 /// Whether there are clones is found out by trying, on a file without a name.
-pub fn way(plan: &Plan, limit: u64) -> Way {
-    let files = || {
-        plan.items()
-            .iter()
-            .filter(|item| plan.content_size(item) > 0)
+pub fn way(plans: &[Plan], limit: u64) -> Way {
+    let weights_of = |plan: &Plan| -> Vec<u64> {
+        let items = plan.items().iter();
+        let files = items.filter(|item| plan.content_size(item) > 0);
+        files.map(|item| weight(plan.entry(item))).collect()
     };
-    let weights = || files().map(|item| weight(plan.entry(item)));
+    let by_plan: Vec<Vec<u64>> = plans.iter().map(weights_of).collect();
+    let weights = || by_plan.iter().flatten().copied();
     let opening = |count: usize| count as u64 * OPENING;
     if weights().sum::<u64>() + opening(weights().count()) <= limit {
         return Way::Memory;
@@ -114,7 +119,11 @@ pub fn way(plan: &Plan, limit: u64) -> Way {
     let large = weights().filter(|&size| size > SMALL).count() as u64;
     if small + opening(weights().count()) <= limit
         && large <= descriptors()
-        && can_clone(plan.scan())
+        && plans
+            .iter()
+            .zip(&by_plan)
+            .filter(|(_, weights)| weights.iter().any(|&size| size > SMALL))
+            .all(|(plan, _)| can_clone(plan.scan()))
     {
         Way::Clones
     } else {
@@ -157,9 +166,27 @@ pub fn prepare_clones(plan: &Plan) {
             let path = plan.scan().path(item.entry);
             // It may be gone by now, and the clone will do what is left.
             if let Ok(Some(file)) = plan.scan().root(0).open_file(&path, entry.ino) {
-                flush(file.as_fd()).ok();
+                flush_until_little_is_left(file.as_fd());
             }
         }
+    }
+}
+
+/// What is written to a file while it is flushed is dirty again: each time that is less, as long as the disk is faster
+/// than the writer.
+fn flush_until_little_is_left(file: BorrowedFd<'_>) {
+    let mut before = None;
+    for _ in 0..FLUSHES {
+        let begun = Instant::now();
+        if flush(file).is_err() {
+            return;
+        }
+        let took = begun.elapsed();
+        // It will take about as long under the freeze.
+        if took < LITTLE || before.is_some_and(|before| took > before * 3 / 4) {
+            return;
+        }
+        before = Some(took);
     }
 }
 

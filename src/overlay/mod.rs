@@ -7,4 +7,5 @@ pub mod lower;
 pub mod mount;
 pub mod owner;
 pub mod root;
+pub mod volume;
 pub mod xattr;

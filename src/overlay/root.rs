@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
 use rustix::path::Arg;
@@ -18,11 +19,13 @@ const PATH_PIECE: usize = 4000;
 /// Longest attribute value, and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const XATTR_MAX: usize = 65_536;
 
-/// The root of one upper or lower directory.
-#[derive(Debug)]
+/// The root of one upper or lower directory, or of a volume.
+#[derive(Clone, Debug)]
 pub struct Root {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     path: PathBuf,
+    /// What every path begins with that leads in here; empty but for volumes.
+    at: Vec<u8>,
 }
 
 impl Root {
@@ -31,9 +34,31 @@ impl Root {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty())?;
         Ok(Self {
-            fd,
+            fd: Arc::new(fd),
             path: path.to_owned(),
+            at: Vec::new(),
         })
+    }
+
+    /// An opened directory that is mounted at `at` below `path`: its paths are those of the tree that it is mounted in.
+    pub(super) fn mounted(fd: OwnedFd, path: &Path, at: &[u8]) -> Self {
+        Self {
+            fd: Arc::new(fd),
+            path: path.to_owned(),
+            at: at.to_vec(),
+        }
+    }
+
+    /// A path as it is from the opened directory on; `None` where it does not lead in here.
+    fn inside<'p>(&self, path: &'p [u8]) -> Option<&'p [u8]> {
+        if self.at.is_empty() {
+            return Some(path);
+        }
+        match path.strip_prefix(self.at.as_slice())? {
+            [] => Some(b""),
+            [b'/', rest @ ..] => Some(rest),
+            _ => None,
+        }
     }
 
     /// Where it is, for messages.
@@ -53,6 +78,9 @@ impl Root {
         } else {
             flags
         };
+        let path = self
+            .inside(path)
+            .ok_or(io::Error::from(rustix::io::Errno::NOENT))?;
         let mut at: Option<OwnedFd> = None;
         let mut rest = if path.is_empty() {
             b".".as_slice()
@@ -137,7 +165,7 @@ impl Root {
     pub fn nameless_file(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(
-            &self.fd,
+            self.fd.as_fd(),
             ".",
             flags,
             Mode::RUSR | Mode::WUSR,
@@ -265,7 +293,7 @@ pub fn is_absent(error: &io::Error) -> bool {
 }
 
 /// `openat2` answers EAGAIN when a rename somewhere raced with the resolution; the name must then be tried again.
-fn retry_again<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {
+pub(super) fn retry_again<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {
     for _ in 0..10_000 {
         match call() {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => std::thread::yield_now(),

@@ -76,6 +76,11 @@ pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
             },
         };
     }
+    plain_fate(name)
+}
+
+/// The table for a file system that is no overlay's: there nobody keeps marks.
+pub fn plain_fate(name: &[u8]) -> Fate<'_> {
     let keep = name == b"security.capability"
         || name.starts_with(b"user.")
         || name == b"system.posix_acl_access"

@@ -1,1 +1,126 @@
-/* The room for it; it is being built. */
+// Calls to the manager that this page came from. Addresses are relative: a gate may put the page under a prefix.
+
+import { clock } from "./format.js";
+
+const ROOT = new URL("api/v1/", document.baseURI);
+const PATIENCE = 20_000;
+
+/** An answer that is no success: `code`, `message`, `retryable`, perhaps `field` and `save`, as the API has them. */
+export class Refused extends Error {
+  constructor(status, detail) {
+    super(detail?.message ?? `HTTP ${status}`);
+    this.status = status;
+    this.code = detail?.code ?? (status === 401 ? "unauthenticated" : status < 500 ? "invalid" : "unavailable");
+    this.retryable = detail?.retryable ?? status >= 500;
+    this.field = detail?.field;
+    this.save = detail?.save;
+  }
+}
+
+/** No answer: the line, or the manager, is away. */
+export class Lost extends Error {}
+
+/** Tells `lost`, `back` and `signed-out`. */
+export const line = new EventTarget();
+let lost = false;
+
+function heard(yes) {
+  if (lost === !yes) return;
+  lost = !yes;
+  line.dispatchEvent(new Event(lost ? "lost" : "back"));
+}
+
+export const address = (path) => new URL(path, ROOT);
+
+/** Each part of a path, whatever is in it. */
+export const path = (...names) => names.map(encodeURIComponent).join("/");
+
+/** One call; the body of its answer. `key` lets the same request be sent again without being done again. */
+export async function call(method, where, { body, key, query } = {}) {
+  const url = address(where);
+  for (const [name, value] of Object.entries(query ?? {})) {
+    if (value !== undefined && value !== null && value !== "") url.searchParams.set(name, value);
+  }
+  const headers = { Accept: "application/json" };
+  if (method !== "GET") {
+    // No form of another site can say these.
+    headers["Content-Type"] = "application/json";
+    headers["Upperdeck-Request"] = "1";
+  }
+  if (key) headers["Idempotency-Key"] = key;
+  let answer, text;
+  try {
+    answer = await fetch(url, {
+      method,
+      headers,
+      body: body && JSON.stringify(body),
+      cache: "no-store",
+      credentials: "same-origin",
+      redirect: "error",
+      signal: AbortSignal.timeout(PATIENCE),
+    });
+    text = await answer.text();
+  } catch (error) {
+    heard(false);
+    throw new Lost(error.message);
+  }
+  // A gate in front says so when the manager is away.
+  const away = [502, 503, 504].includes(answer.status) && !text.startsWith("{");
+  heard(!away);
+  if (away) throw new Lost(`HTTP ${answer.status}`);
+  const date = Date.parse(answer.headers.get("Date") ?? "");
+  if (!Number.isNaN(date) && Math.abs(date - Date.now()) > 2000) clock.ahead = date - Date.now();
+  let said = null;
+  try {
+    said = JSON.parse(text || "null");
+  } catch {
+    if (answer.ok) throw new Refused(500, { code: "internal", message: "the answer is no JSON", retryable: true });
+  }
+  if (answer.ok) return said;
+  if (answer.status === 401) line.dispatchEvent(new Event("signed-out"));
+  throw new Refused(answer.status, said?.error);
+}
+
+export const get = (where, query) => call("GET", where, { query });
+
+/** The same, sent again while there is no answer: only for what is safe to repeat. */
+export async function insist(method, where, options) {
+  for (let pause = 1000; ; pause *= 2) {
+    try {
+      return await call(method, where, options);
+    } catch (error) {
+      if (!(error instanceof Lost) || pause > 8000) throw error;
+      await new Promise((over) => setTimeout(over, pause));
+    }
+  }
+}
+
+/** A key for one press of a button. Not `randomUUID`, which is missing without TLS. */
+export const pressed = () =>
+  [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+
+/** Does something now and again while the page is seen, and at once when it is seen again or the line is back. */
+export function repeat(every, signal, work) {
+  let timer, busy = false, again = false;
+  const run = async () => {
+    clearTimeout(timer);
+    if (busy) { again = true; return; }
+    busy = true;
+    try {
+      await work();
+    } catch (error) {
+      if (!(error instanceof Lost || error instanceof Refused)) throw error;
+    } finally {
+      busy = false;
+      if (!signal.aborted) timer = setTimeout(() => (document.hidden ? null : run()), again ? 0 : lost ? 2000 : every);
+      again = false;
+    }
+  };
+  const seen = () => { if (!document.hidden) run(); };
+  document.addEventListener("visibilitychange", seen, { signal });
+  window.addEventListener("online", run, { signal });
+  line.addEventListener("back", run, { signal });
+  signal.addEventListener("abort", () => clearTimeout(timer));
+  run();
+  return run;
+}

@@ -1,1 +1,141 @@
-/* The room for it; it is being built. */
+// My images: find one, copy its reference, delete it; and how much room there is.
+
+import { Lost, Refused, get, insist, path, repeat } from "./api.js";
+import { announce, ask, copier, element, fill, follow, look, named } from "./element.js";
+import { bytes, percent, when } from "./format.js";
+import { plain, sentence, t } from "./language.js";
+import { changes, words } from "./saves.js";
+import { badges } from "./sessions.js";
+
+const PAGE = 50;
+
+/** Used of what there is. */
+function quotaBar(quota) {
+  if (typeof quota.used !== "number") return [];
+  if (typeof quota.hard !== "number") return element("p", { class: "dim" }, sentence("quota.unbounded", { used: bytes(quota.used), scope: named(quota.scope) }));
+  const share = quota.hard > 0 ? quota.used / quota.hard : 1;
+  const text = { used: bytes(quota.used), hard: bytes(quota.hard), free: bytes(Math.max(0, quota.hard - quota.used)) };
+  const used = element("div", { class: share > 0.9 ? "full" : null });
+  used.style.inlineSize = `${100 * Math.min(1, share)}%`;
+  const meter = element("div", { class: "meter", role: "meter", "aria-valuemin": "0", "aria-valuemax": "100", "aria-valuenow": Math.round(100 * share),
+    "aria-label": t("quota.label", { ...text, share: percent(share) }) }, used);
+  return element("div", { class: "quota" }, element("p", {}, sentence("quota", text), " ", element("span", { class: "dim" }, named(quota.scope))), meter,
+    share > 0.9 ? element("p", { class: "wrong" }, t("quota.full")) : null);
+}
+
+async function remove(image, tag, me, done) {
+  const last = image.tags.length === 1;
+  const others = image.tags.filter((other) => other !== tag).map((other) => other.name);
+  const body = [
+    element("p", {}, last
+      ? sentence("delete.last", { size: typeof image.size === "number" ? bytes(image.size) : t("size.unknown") })
+      : sentence("delete.other", { tags: named(others.join(", ")) })),
+    element("p", { class: "mono" }, named(tag.reference)),
+    image.message ? element("p", { class: "message" }, named(image.message)) : null,
+    element("p", {}, t("delete.forever")),
+  ];
+  const what = `${image.name}:${tag.name}`;
+  if (!await ask(sentence("delete.title", { image: named(what) }), body, t("delete.yes"))) return;
+  try {
+    await insist("DELETE", path("images", image.name, "tags", tag.name), { query: { user: me.administrator ? image.user : null } });
+    done(t("deleted", { image: what }));
+  } catch (error) {
+    if (error instanceof Refused && error.status === 404) return done(t("deleted.before", { image: what }));
+    if (!(error instanceof Refused || error instanceof Lost)) throw error;
+    done(null, [error.code === "conflict" ? t("delete.busy") : words(error)[0], words(error)[1]]);
+  }
+}
+
+function row(first, me, done) {
+  const heading = element("h2");
+  const message = element("p", { class: "message" });
+  const meta = element("p", { class: "dim metas" });
+  const tags = element("ul", { class: "tags" });
+  const block = element("article", { class: "card image" }, heading, message, meta, tags);
+  const update = (image) => {
+    fill(heading, named(image.name), " ", element("span", { class: "badges" }, badges(image)));
+    message.hidden = !image.message;
+    fill(message, image.message ? named(image.message) : "");
+    const told = [
+      typeof image.size === "number" ? bytes(image.size) : null,
+      image.changed ? sentence("image.changed", { time: when(image.changed) }) : null,
+      image.base ? sentence("image.base", { base: named(image.base) }) : null,
+      image.session_name ? sentence("image.session", { session: named(image.session_name) }) : null,
+      typeof image.pulls === "number" ? t("image.pulls", { n: image.pulls }) : null,
+      image.user !== me.user ? sentence("image.user", { user: named(image.user) }) : null,
+    ].filter(Boolean);
+    fill(meta, told.map((part) => element("span", {}, part)));
+    follow(tags, image.tags, (tag) => tag.name + tag.immutable, (tag) => ({
+      element: element("li", {},
+        element("code", { title: plain(tag.reference), dir: "ltr" }, named(tag.name)),
+        copier(tag.reference),
+        tag.immutable ? element("span", { class: "dim" }, t("immutable"))
+          : element("button", { type: "button", class: "quiet danger", "aria-label": t("delete.what", { image: `${image.name}:${tag.name}` }),
+            click: () => remove(image, tag, me, done) }, t("delete"))),
+      update() {},
+    }));
+  };
+  return { element: block, update };
+}
+
+const choice = (id, label, key, values) => {
+  const select = element("select", { id }, values.map((value) => element("option", { value }, t(`${key}.${value || "any"}`))));
+  return { select, element: element("div", { class: "field" }, element("label", { for: id }, label), select) };
+};
+
+/** The view. */
+export function view(main, signal, me, heading) {
+  const room = element("div");
+  const search = element("input", { type: "search", id: "find-image", autocomplete: "off" });
+  const sort = choice("sort", t("sort"), "sort", ["updated", "name", "size"]);
+  const category = choice("category", t("category"), "category", ["", "cpu", "gpu"]);
+  const all = element("input", { type: "checkbox", id: "everyone", checked: !me.user });
+  const error = element("div", { class: "alert" });
+  const count = element("p", { class: "dim", role: "status" });
+  const list = element("div", { class: "cards" });
+  const back = element("button", { type: "button" }, t("page.before"));
+  const on = element("button", { type: "button" }, t("page.next"));
+  const where = element("span", { class: "dim" });
+  const pages = element("nav", { class: "pages", "aria-label": t("pages"), hidden: true }, back, where, on);
+  main.append(room, element("form", { class: "tools", role: "search", submit: (event) => event.preventDefault() },
+    element("div", { class: "field grow" }, element("label", { for: "find-image" }, t("images.search")), search), sort.element, category.element,
+  me.administrator && me.user ? element("div", { class: "check" }, all, element("label", { for: "everyone" }, t("images.everyone"))) : null),
+  error, count, list, pages);
+
+  let page = 1;
+  const run = repeat(30_000, signal, async () => {
+    get("quota").then((quota) => fill(room, quotaBar(quota)), () => {});
+    try {
+      const query = { page, page_size: PAGE, search: search.value.trim(), sort: sort.select.value, category: category.select.value,
+        user: me.administrator && !all.checked ? me.user : null };
+      const found = await get("images", query);
+      if (!found.images.length && page > 1) {
+        page = 1;
+        return setTimeout(run);
+      }
+      follow(list, found.images, (image) => `${image.user}/${image.name}@${image.digest}`, (image) => row(image, me, done));
+      const last = Math.max(1, Math.ceil(found.total / found.page_size));
+      pages.hidden = last === 1;
+      back.disabled = page === 1;
+      on.disabled = page >= last;
+      fill(where, t("page", { page, last }));
+      fill(count, found.total ? t("images.count", { n: found.total }) : t(query.search || query.category ? "images.no-match" : "images.none"));
+    } catch (caught) {
+      fill(count, words(caught)[0]);
+      throw caught;
+    }
+  });
+  const done = (said, wrong) => {
+    fill(error, wrong ? element("p", { class: "problem" }, element("strong", {}, wrong[0]), " ", named(wrong[1])) : "");
+    announce(said ?? wrong.join(" "), !said);
+    if (said) look(heading);
+    run();
+  };
+  let typed;
+  const changed = () => { page = 1; clearTimeout(typed); typed = setTimeout(run, 250); };
+  for (const [control, event] of [[search, "input"], [sort.select, "change"], [category.select, "change"], [all, "change"]]) control.addEventListener(event, changed);
+  const turn = (by) => { page += by; run(); look(heading); };
+  back.addEventListener("click", () => turn(-1));
+  on.addEventListener("click", () => turn(1));
+  changes.addEventListener("change", ({ detail: save }) => { if (save.state === "succeeded") run(); }, { signal });
+}

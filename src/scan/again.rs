@@ -49,6 +49,9 @@ impl Scan {
         if !roots.lowers_known || !earlier.lowers_known || earlier.entries.is_empty() {
             return Ok(None);
         }
+        if earlier.above != walk::above(roots.volume.as_ref()) {
+            return Ok(None);
+        }
         let clock = Clock::now();
         let (upper, lowers) = walk::open(roots)?;
         let last = u16::try_from(lowers.roots.len()).unwrap_or(u16::MAX);
@@ -65,12 +68,15 @@ impl Scan {
             return Ok(None);
         }
         let mut known = Earlier::new(earlier);
-        let root = {
+        let top = {
             let walker = Walker::new(&upper, &lowers, roots, options, None);
             // The root's stamps are read before its names, as those of every directory.
-            let root = walker.root_entry()?;
-            known.look(&walker, &root.entries[0])?;
-            root
+            let top = walker.top()?;
+            let Some(begin) = top.entries.last() else {
+                return Ok(None);
+            };
+            known.look(&walker, begin)?;
+            top
         };
         let walker = Walker::new(&upper, &lowers, roots, options, Some(&known));
         let tops = known.tops();
@@ -82,7 +88,7 @@ impl Scan {
             }
         }
         let (outputs, count, report) = walker.run(tasks)?;
-        let flat = known.flatten(root, &tops, outputs, count);
+        let flat = known.flatten(top, &tops, outputs, count);
         // The bounds are for all there is, not for what was walked.
         let counter = Walker::new(&upper, &lowers, roots, options, None);
         flat.entries
@@ -90,14 +96,14 @@ impl Scan {
             .skip(1)
             .try_for_each(|entry| counter.count(entry))?;
         let report = known.report(report, &flat);
-        let roots = if earlier.roots.is_empty() {
+        let opened = if earlier.roots.is_empty() {
             let mut all = vec![upper];
             all.extend(lowers.roots);
             Arc::new(all)
         } else {
             Arc::clone(&earlier.roots)
         };
-        walk::finish(flat, roots, true, clock, report).map(Some)
+        walk::finish(flat, opened, roots, clock, report).map(Some)
     }
 }
 
@@ -185,7 +191,7 @@ impl<'a> Earlier<'a> {
                     continue;
                 }
             }
-            if entry.kind == Kind::Dir {
+            if entry.kind == Kind::Dir && index as u32 >= self.scan.above {
                 directories.push(index as u32);
             }
         }
@@ -232,16 +238,17 @@ impl<'a> Earlier<'a> {
         for index in found.into_inner().unwrap_or_else(PoisonError::into_inner) {
             self.dirty[index as usize] = true;
         }
-        let before = &entries[0];
-        self.dirty[0] |= !same_stamps(root, before) || !self.scan.settled(before);
+        let begin = self.scan.above as usize;
+        let before = &entries[begin];
+        self.dirty[begin] |= !same_stamps(root, before) || !self.scan.settled(before);
         Ok(())
     }
 
     /// Whether a directory, and which of its subdirectories, have to be walked, as far as can be told from in here.
     fn look_into(&self, walker: &Walker<'_>, dir: u32, dirty: &mut Vec<u32>) -> Result<(), Error> {
         let entry = &self.scan.entries[dir as usize];
-        let mut changed =
-            entry.flags.has(Flags::PARTIAL) || (dir != 0 && !self.scan.settled(entry));
+        let mut changed = entry.flags.has(Flags::PARTIAL)
+            || (dir != self.scan.above && !self.scan.settled(entry));
         let path = self.scan.path(dir);
         let fd = match walker
             .upper
@@ -283,7 +290,7 @@ impl<'a> Earlier<'a> {
         (0..self.dirty.len() as u32)
             .filter(|&index| {
                 let parent = self.scan.entries[index as usize].parent as usize;
-                self.dirty[index as usize] && (index == 0 || !self.dirty[parent])
+                self.dirty[index as usize] && (index == self.scan.above || !self.dirty[parent])
             })
             .collect()
     }
@@ -322,13 +329,13 @@ impl<'a> Earlier<'a> {
             if let Some(context) = contexts().get(&at) {
                 break Arc::clone(context);
             }
-            if at == 0 {
+            if at == self.scan.above {
                 let Task {
                     merge,
                     base,
                     hidden,
                     ..
-                } = walker.root_task();
+                } = walker.root_task()?;
                 break Arc::new(Context {
                     merge,
                     base,
@@ -388,7 +395,7 @@ impl<'a> Earlier<'a> {
     }
 
     /// The earlier scan's entries where nothing changed, and what was walked where something did.
-    fn flatten(&self, mut root: Output, tops: &[u32], outputs: Vec<Output>, count: u32) -> Flat {
+    fn flatten(&self, mut top: Output, tops: &[u32], outputs: Vec<Output>, count: u32) -> Flat {
         enum Open {
             /// An output, the next entry in it, and the index of the directory.
             Walked(Output, usize, u32),
@@ -404,8 +411,7 @@ impl<'a> Earlier<'a> {
         }
         let mut flat = Flat::default();
         flat.entries.reserve(self.scan.entries.len());
-        let root_entry = root.entries[0];
-        flat.append(root_entry, 0, &mut root);
+        let begin = flat.append_chain(&mut top);
         let mut walked = |flat: &mut Flat, id: u32, index: u32| {
             let output = by_id[id as usize].take()?;
             output.mark(&mut flat.entries[index as usize]);
@@ -421,7 +427,9 @@ impl<'a> Earlier<'a> {
                     None => Some(Open::Kept(dir + 1, self.ends[dir as usize], index)),
                 }
             };
-        let mut open: Vec<Open> = kept(&mut flat, 0, 0, &mut walked).into_iter().collect();
+        let mut open: Vec<Open> = kept(&mut flat, self.scan.above, begin, &mut walked)
+            .into_iter()
+            .collect();
         while let Some(top) = open.last_mut() {
             let below = match top {
                 Open::Walked(output, next, parent) => {

@@ -63,7 +63,7 @@ impl Scan {
     /// `None` when no layer on top can do it, because the base would have to be seen where the earlier layer has
     /// something: then everything has to be saved anew.
     pub fn changes_since(&self, earlier: &Scan, unsure: &dyn Fn(u32) -> bool) -> Option<Scan> {
-        if !self.lowers_known || !earlier.lowers_known {
+        if !self.lowers_known || !earlier.lowers_known || self.above != earlier.above {
             return None;
         }
         let mut comparison = Comparison {
@@ -79,6 +79,25 @@ impl Scan {
         comparison.link_groups();
         comparison.parents();
         Some(comparison.scan())
+    }
+
+    /// Takes everything out of the changes of a volume that are none but of directories above it, where those of the
+    /// tree that they belong to have them as well.
+    pub fn leave_to(&mut self, tree: &Scan) {
+        let mut directories = None;
+        let told = |index: u32| {
+            let directories = directories.get_or_insert_with(|| {
+                let emitted = tree.emitted();
+                let there = emitted.filter(|&at| tree.entries[at as usize].kind == Kind::Dir);
+                there.map(|at| tree.path(at)).collect::<HashSet<_>>()
+            });
+            index < self.above && directories.contains(&self.path(index))
+        };
+        if self.emitted().all(told) {
+            for entry in &mut self.entries {
+                entry.flags.set(Flags::SILENT);
+            }
+        }
     }
 
     /// Whether an entry's stamps show every change that came after this scan.
@@ -248,6 +267,13 @@ impl Comparison<'_> {
             is_mark.is_some(),
             entry_of(self.now, now),
         ) {
+            // A directory above what was scanned is another layer's; here only what it looks like.
+            (false, Some(was), false, Some(is)) if now < self.now.above => {
+                let looks = |e: &Entry| (e.mode, e.uid, e.gid, e.mtime);
+                self.take[now as usize] |=
+                    looks(&was) != looks(&is) || self.now.xattrs(&is) != self.earlier.xattrs(&was);
+                return Ok(Some(self.pair(before, now)));
+            }
             // Deleted then and now.
             (true, _, true, _) | (false, None, false, None) => {}
             (false, _, true, _) => self.take[mark_now as usize] = true,
@@ -355,6 +381,7 @@ impl Comparison<'_> {
             extras: Vec::new(),
             roots: Arc::clone(&now.roots),
             lowers_known: true,
+            above: now.above,
             clock: now.clock,
             report: Report::default(),
         };

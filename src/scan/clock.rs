@@ -28,6 +28,15 @@ impl Clock {
         }
     }
 
+    /// What it showed a while before.
+    #[must_use]
+    pub fn before(self, a_while: Duration) -> Self {
+        Self {
+            seconds: self.seconds.saturating_sub_unsigned(a_while.as_secs()),
+            nanos: self.nanos,
+        }
+    }
+
     /// Whether what was stamped so and is looked at from now on shows every later change.
     pub fn settles(&self, ctime: i64, ctime_nsec: u32) -> bool {
         let at = |seconds: i64, nanos: u32| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);

@@ -53,6 +53,8 @@ pub enum Reason {
 pub struct Rules<'a> {
     /// Absolute destinations of the container's mounts. The root itself is ignored.
     pub mounts: &'a [Vec<u8>],
+    /// Those of them that are saved by themselves: the directories above them are in the image.
+    pub saved: &'a [Vec<u8>],
     /// The user's patterns, see [`Exclusions::new`].
     pub user: &'a [String],
     /// Keep `CREDENTIALS` out.
@@ -209,6 +211,11 @@ impl Exclusions {
                     .filter(|p| p.len() < mount.len())
                     .map(<[u8]>::to_vec),
             );
+        }
+        for saved in rules.saved {
+            for above in prefixes(&relative(saved)) {
+                ancestors.remove(above);
+            }
         }
         let mut lists: HashMap<&'static [u8], Vec<Listed>> = HashMap::new();
         let both = [
@@ -559,12 +566,30 @@ mod tests {
     fn rules<'a>(mounts: &'a [Vec<u8>], user: &'a [String]) -> Rules<'a> {
         Rules {
             mounts,
+            saved: &[],
             user,
             credentials: true,
             caches: true,
             gpu: true,
             of_image: false,
         }
+    }
+
+    #[test]
+    fn directories_above_a_mount_are_placeholders_unless_it_is_saved() {
+        let mounts = ["/home/w/data", "/home/w/cache"].map(|m| m.as_bytes().to_vec());
+        let none = Exclusions::new(rules(&mounts, &[])).unwrap();
+        let one = Exclusions::new(Rules {
+            saved: &mounts[..1],
+            ..rules(&mounts, &[])
+        })
+        .unwrap();
+        for above in [&b"home"[..], b"home/w"] {
+            assert!(none.mount_ancestor(above));
+            assert!(!one.mount_ancestor(above));
+        }
+        // The mount itself stays out of its parent's layer.
+        assert_eq!(one.check(b"home/w/data", &DIR), Some(Reason::Mount));
     }
 
     fn plain() -> Exclusions {

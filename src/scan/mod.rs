@@ -25,6 +25,7 @@ pub use usage::{Usage, usage};
 
 use crate::overlay::owner::IdMapping;
 use crate::overlay::root::Root;
+use crate::overlay::volume::Volume;
 use crate::overlay::xattr::{Namespace, ValueError};
 
 /// The directories of an overlay.
@@ -41,6 +42,9 @@ pub struct Roots {
     pub lowers_known: bool,
     /// Where the overlay keeps its marks.
     pub namespace: Namespace,
+    /// What is scanned instead of `upper`: a directory that is mounted over the tree. Everything in it is its own, and
+    /// what the lowers have at its path is hidden. Paths are those of the container.
+    pub volume: Option<Volume>,
 }
 
 /// Bounds on what a hostile tree can make this program do. A refusal names the bound and its flag.
@@ -239,6 +243,20 @@ pub struct Report {
     pub vanished: Vec<String>,
 }
 
+impl Report {
+    /// Adds what another walk has to tell.
+    pub fn add(&mut self, other: Self) {
+        self.excluded.extend(other.excluded);
+        self.sockets.extend(other.sockets);
+        self.privileged.extend(other.privileged);
+        self.split_links.extend(other.split_links);
+        self.vanished.extend(other.vanished);
+        for (name, count) in other.dropped_xattrs {
+            *self.dropped_xattrs.entry(name).or_default() += count;
+        }
+    }
+}
+
 /// The entries of a tree in the order of the layer: parents first, siblings by bytes, whiteouts before their siblings.
 #[derive(Debug)]
 pub struct Scan {
@@ -248,6 +266,8 @@ pub struct Scan {
     roots: Arc<Vec<Root>>,
     /// Whether the lowers were all there are.
     lowers_known: bool,
+    /// The first entries that are directories above the tree, the root included; 0 where that is the tree.
+    above: u32,
     /// When the walk began.
     clock: Clock,
     /// What the walk has to tell.
@@ -399,6 +419,15 @@ pub enum Error {
          rename it, or leave it out with --exclude"
     )]
     ReservedName {
+        /// The path.
+        path: String,
+    },
+    /// A device that is a deletion where layers are unpacked.
+    #[error(
+        "{path} cannot be put into a layer: character devices 0:0 mean deletions where it is unpacked; \
+         remove it, or leave it out with --exclude"
+    )]
+    WhiteoutDevice {
         /// The path.
         path: String,
     },

@@ -43,6 +43,7 @@ impl Scan {
     pub fn store(&self, unsure: &dyn Fn(u32) -> bool) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.entries.len() * 40);
         number(&mut out, self.entries.len() as u64);
+        number(&mut out, self.above.into());
         signed(&mut out, self.clock.seconds);
         number(&mut out, self.clock.nanos.into());
         number(&mut out, self.report.privileged.len() as u64);
@@ -105,6 +106,10 @@ impl Scan {
         if count == 0 || count > stored.len() / 4 || count >= u32::MAX as usize {
             return None;
         }
+        let above: u32 = from.small()?;
+        if above as usize >= count {
+            return None;
+        }
         let clock = Clock {
             seconds: from.signed()?,
             nanos: from.small()?,
@@ -123,6 +128,7 @@ impl Scan {
             extras: Vec::new(),
             roots: Arc::default(),
             lowers_known: true,
+            above,
             clock,
             report,
         };
@@ -200,6 +206,12 @@ impl Scan {
             }
             if entry.kind == Kind::Dir {
                 open.push((index, None));
+            }
+            // The directories above are a chain, each all that is in the one before.
+            if index <= above && (entry.kind != Kind::Dir || (index > 0 && back != 1))
+                || index > above && entry.parent < above
+            {
+                return None;
             }
             unsure.push(kind & UNSURE != 0);
             scan.entries.push(entry);
@@ -355,6 +367,7 @@ mod tests {
             extras: Vec::new(),
             roots: Arc::default(),
             lowers_known: true,
+            above: 0,
             clock: Clock {
                 seconds: 1_000,
                 nanos: 7,

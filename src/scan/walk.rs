@@ -22,8 +22,9 @@ use crate::overlay::owner;
 use crate::overlay::root::{
     self, Follow, Root, is_absent, proc_path, read_link_at, stat_at, xattr_at, xattr_names_at,
 };
+use crate::overlay::volume::Volume;
 use crate::overlay::xattr::{
-    Fate, Mark, Namespace, ValueError, acl_inside, capability_inside, fate,
+    Fate, Mark, Namespace, ValueError, acl_inside, capability_inside, fate, plain_fate,
 };
 
 /// setuid and setgid.
@@ -104,6 +105,9 @@ pub(super) struct Walker<'a> {
     pub(super) lowers: &'a Lowers,
     lowers_known: bool,
     namespace: Namespace,
+    /// What is walked instead of an upper directory: nothing in it is a mark of an overlay's, and nothing that the base
+    /// has at its path is to be seen.
+    volume: Option<&'a Volume>,
     pub(super) options: &'a Options<'a>,
     /// What is held against, where the tree was scanned before.
     pub(super) earlier: Option<&'a Earlier<'a>>,
@@ -135,12 +139,12 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
     let clock = Clock::now();
     let (upper, lowers) = open(roots)?;
     let walker = Walker::new(&upper, &lowers, roots, options, None);
-    let root = walker.root_entry()?;
-    let (outputs, count, report) = walker.run(vec![walker.root_task()])?;
-    let flat = flatten(root, outputs, count);
+    let top = walker.top()?;
+    let (outputs, count, report) = walker.run(vec![walker.root_task()?])?;
+    let flat = flatten(top, outputs, count);
     let mut all_roots = vec![upper];
     all_roots.extend(lowers.roots);
-    finish(flat, Arc::new(all_roots), roots.lowers_known, clock, report)
+    finish(flat, Arc::new(all_roots), roots, clock, report)
 }
 
 /// Opens the directories of an overlay, if their marks can be read.
@@ -149,7 +153,10 @@ pub(super) fn open(roots: &Roots) -> Result<(Root, Lowers), Error> {
         return Err(Error::MarksUnreadable);
     }
     let open = |path: &Path| Root::open(path).map_err(|source| read_error(path, b"", source));
-    let upper = open(&roots.upper)?;
+    let upper = match &roots.volume {
+        Some(volume) => volume.root().clone(),
+        None => open(&roots.upper)?,
+    };
     let lowers = Lowers {
         roots: roots
             .lowers
@@ -166,8 +173,8 @@ pub(super) fn open(roots: &Roots) -> Result<(Root, Lowers), Error> {
 /// Takes out what needs no entry, and puts the scan together.
 pub(super) fn finish(
     mut flat: Flat,
-    roots: Arc<Vec<Root>>,
-    lowers_known: bool,
+    opened: Arc<Vec<Root>>,
+    roots: &Roots,
     clock: Clock,
     mut report: Report,
 ) -> Result<Scan, Error> {
@@ -182,18 +189,24 @@ pub(super) fn finish(
         entries: flat.entries,
         names: flat.names,
         extras: flat.extras,
-        roots,
-        lowers_known,
+        roots: opened,
+        lowers_known: roots.lowers_known,
+        above: above(roots.volume.as_ref()),
         clock,
         report,
     })
+}
+
+/// Directories above what is walked, the root included: none where that is the root.
+pub(super) fn above(volume: Option<&Volume>) -> u32 {
+    volume.map_or(0, |volume| volume.above().count() as u32 + 1)
 }
 
 impl<'a> Walker<'a> {
     pub(super) fn new(
         upper: &'a Root,
         lowers: &'a Lowers,
-        roots: &Roots,
+        roots: &'a Roots,
         options: &'a Options<'a>,
         earlier: Option<&'a Earlier<'a>>,
     ) -> Self {
@@ -202,6 +215,7 @@ impl<'a> Walker<'a> {
             lowers,
             lowers_known: roots.lowers_known,
             namespace: roots.namespace,
+            volume: roots.volume.as_ref(),
             options,
             earlier,
             queue: Mutex::new(Queue {
@@ -217,21 +231,43 @@ impl<'a> Walker<'a> {
         }
     }
 
-    /// The root directory, as all walks begin.
-    pub(super) fn root_task(&self) -> Task {
+    /// The directory with which all walks begin: the root, or that which is mounted.
+    pub(super) fn root_task(&self) -> Result<Task, Error> {
         let base = self.lowers.root_stack();
-        Task {
+        let Some(volume) = self.volume else {
+            return Ok(Task {
+                id: 0,
+                depth: 0,
+                path: Vec::new(),
+                earlier: None,
+                upper: true,
+                merge: base.clone(),
+                base,
+                full: false,
+                hidden: false,
+                opaque: false,
+            });
+        };
+        let mut base = base;
+        for name in volume.at().split(|&b| b == b'/') {
+            let found = self.lowers.lookup(&base, name);
+            base = match found.map_err(|e| self.read_error(volume.at(), e))? {
+                Found::Dir { stack, .. } => stack,
+                Found::Absent | Found::Other { .. } => Stack::new(),
+            };
+        }
+        Ok(Task {
             id: 0,
-            depth: 0,
-            path: Vec::new(),
+            depth: above(Some(volume)),
+            path: volume.at().to_vec(),
             earlier: None,
             upper: true,
-            merge: base.clone(),
+            merge: Stack::new(),
+            hidden: !base.is_empty(),
             base,
             full: false,
-            hidden: false,
-            opaque: false,
-        }
+            opaque: !self.lowers_known,
+        })
     }
 
     /// Walks the directories of `tasks` and what is to be walked below them: the outputs (those of `tasks` numbered as
@@ -312,8 +348,50 @@ impl Walker<'_> {
         }
     }
 
-    /// The entry of the root directory itself: in the layer only if its mode, owner or attributes changed.
-    pub(super) fn root_entry(&self) -> Result<Output, Error> {
+    /// The entry of the root directory itself; for what is mounted elsewhere, all from the root on down to it.
+    pub(super) fn top(&self) -> Result<Output, Error> {
+        match self.volume {
+            None => self.root_entry(),
+            Some(volume) => self.entries_down_to(volume),
+        }
+    }
+
+    /// The directories on the way are as the container sees them, the mounted one as it is itself. What the image has at
+    /// the root is another layer's.
+    fn entries_down_to(&self, volume: &Volume) -> Result<Output, Error> {
+        let mut output = Output::default();
+        output.entries.push(Entry {
+            kind: Kind::Dir,
+            extra: NO_EXTRA,
+            flags: Flags::SILENT,
+            ..Entry::default()
+        });
+        let handle = self.upper.open_dir(volume.at());
+        let handle = handle.map_err(|source| self.read_error(volume.at(), source))?;
+        let mounted = (volume.name(), handle.as_fd());
+        for (name, fd) in volume.above().chain([mounted]) {
+            let failed = |source| self.read_error(volume.at(), source);
+            let stat = rustix::fs::fstat(fd).map_err(|e| failed(e.into()))?;
+            let attributes =
+                self.attributes_of(proc_path(fd), Follow::Yes, volume.at(), &mut Vec::new())?;
+            let mut entry = self.entry(&stat, 0, Kind::Dir, volume.at())?;
+            entry.name_at = output.names.len() as u32;
+            entry.name_len = name.len() as u16;
+            output.names.extend(name);
+            if !attributes.kept.is_empty() {
+                entry.extra = output.extras.len() as u32;
+                output.extras.push(Extra {
+                    xattrs: attributes.kept,
+                    ..Extra::default()
+                });
+            }
+            output.entries.push(entry);
+        }
+        Ok(output)
+    }
+
+    /// In the layer only if its mode, owner or attributes changed.
+    fn root_entry(&self) -> Result<Output, Error> {
         let stat = self
             .upper
             .stat(b"")
@@ -385,19 +463,8 @@ impl Walker<'_> {
             report,
             ..
         } = dir;
-        self.add_to_report(report);
+        lock(&self.report).add(report);
         Ok(sorted(output, tasks))
-    }
-
-    fn add_to_report(&self, mut new: Report) {
-        let mut report = lock(&self.report);
-        report.excluded.append(&mut new.excluded);
-        report.sockets.append(&mut new.sockets);
-        report.privileged.append(&mut new.privileged);
-        report.vanished.append(&mut new.vanished);
-        for (name, n) in new.dropped_xattrs {
-            *report.dropped_xattrs.entry(name).or_default() += n;
-        }
     }
 
     pub(super) fn entry(
@@ -472,7 +539,11 @@ impl Walker<'_> {
                 xattr_at(at, name.as_c_str(), follow)
                     .map_err(|source| self.read_error(path, source))
             };
-            match fate(name, self.namespace) {
+            let fate = match self.volume {
+                Some(_) => plain_fate(name),
+                None => fate(name, self.namespace),
+            };
+            match fate {
                 Fate::Mark(Mark::Opaque) => attributes.opaque = value()?,
                 Fate::Mark(Mark::Redirect) => attributes.redirect = value()?,
                 Fate::Mark(Mark::Metacopy) => attributes.metacopy = true,
@@ -628,6 +699,15 @@ impl Directory<'_> {
                 continue;
             }
             if file_type == FileType::CharacterDevice && stat.st_rdev == 0 {
+                if walker.volume.is_some() {
+                    if !self.left_out(&path, Some(file_type), &stat, None, false) {
+                        return Err(Error::WhiteoutDevice {
+                            path: escape::path(&path),
+                        });
+                    }
+                    self.decide(&name);
+                    continue;
+                }
                 self.whiteout(name, &path, &stat)?;
                 continue;
             }
@@ -805,12 +885,16 @@ impl Directory<'_> {
         match &base {
             Found::Absent => {
                 if kind == Kind::Dir
+                    && walker.volume.is_none()
                     && walker.lowers_known
                     && walker.options.exclusions.mount_ancestor(&path)
                 {
                     entry.flags.set(Flags::MOUNT_PARENT);
                 }
             }
+            // All of it is hidden: nothing here depends on it.
+            Found::Dir { stack, .. } if walker.volume.is_some() => base_stack.clone_from(stack),
+            Found::Other { .. } if walker.volume.is_some() => {}
             Found::Dir { stack, .. } => {
                 entry.flags.set(Flags::IN_BASE);
                 if let (Kind::Dir, true, false, false, Some(place)) =
@@ -1351,6 +1435,16 @@ impl Flat {
             .collect()
     }
 
+    /// Adds entries each of which is in the one before. The index of the last.
+    pub(super) fn append_chain(&mut self, chain: &mut Output) -> u32 {
+        let mut parent = 0;
+        for at in 0..chain.entries.len() {
+            let entry = chain.entries[at];
+            parent = self.append(entry, parent, chain);
+        }
+        parent
+    }
+
     pub(super) fn append(&mut self, mut entry: Entry, parent: u32, output: &mut Output) -> u32 {
         entry.parent = parent;
         let name_at = self.names.len() as u32;
@@ -1367,7 +1461,7 @@ impl Flat {
 }
 
 /// Parents first, each directory's content right after it.
-fn flatten(mut root: Output, outputs: Vec<Output>, count: u32) -> Flat {
+fn flatten(mut top: Output, outputs: Vec<Output>, count: u32) -> Flat {
     let mut by_id: Vec<Option<Output>> = Vec::new();
     by_id.resize_with(count as usize, || None);
     let mut flat = Flat::default();
@@ -1379,8 +1473,7 @@ fn flatten(mut root: Output, outputs: Vec<Output>, count: u32) -> Flat {
         let id = output.id as usize;
         by_id[id] = Some(output);
     }
-    let root_entry = root.entries[0];
-    flat.append(root_entry, 0, &mut root);
+    let begin = flat.append_chain(&mut top);
     let mut open: Vec<(Output, usize, u32)> = Vec::new();
     let mut enter = |flat: &mut Flat, open: &mut Vec<(Output, usize, u32)>, id: u32, index: u32| {
         if let Some(output) = by_id[id as usize].take() {
@@ -1388,7 +1481,7 @@ fn flatten(mut root: Output, outputs: Vec<Output>, count: u32) -> Flat {
             open.push((output, 0, index));
         }
     };
-    enter(&mut flat, &mut open, 0, 0);
+    enter(&mut flat, &mut open, 0, begin);
     while let Some((output, next, parent)) = open.last_mut() {
         let Some(&entry) = output.entries.get(*next) else {
             open.pop();

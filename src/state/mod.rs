@@ -3,8 +3,8 @@
 //! Losing it costs one full save and nothing else, so nothing here fails a save. A file is as trustworthy as its
 //! checksum: what is damaged, cut off, of another version or about another upper directory is not used.
 //!
-//! One file a container: magic, version, length of the description, description (JSON), the scan, and the SHA-256 of all
-//! that. Written beside and renamed; who saves the container holds a lock on a file beside it meanwhile.
+//! One file a container: magic, version, length of the description, description (JSON), the scans of the upper and of the
+//! volumes that were saved with it, each with its length before it, and the SHA-256 of all that. Written beside and renamed; who saves the container holds a lock on a file beside it meanwhile.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -18,7 +18,7 @@ use crate::scan::{Scan, Stored};
 
 const MAGIC: &[u8; 8] = b"updeckst";
 /// Grows when the meaning of anything in a file changes, the scan's included: flags, what is emitted, what is left out.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Largest description.
 const MAX_DESCRIPTION: u64 = 4 << 20;
 /// Largest file. A million entries take some 60 MB.
@@ -65,8 +65,8 @@ pub struct Description {
 pub struct Kept {
     /// What was saved.
     pub description: Description,
-    /// What was there.
-    pub stored: Stored,
+    /// What was there: the upper, then the volumes.
+    pub stored: Vec<Stored>,
 }
 
 /// Why nothing that was kept can be used.
@@ -168,9 +168,14 @@ impl Store {
     }
 
     /// Keeps a save instead of what was kept before, atomically, within the bound on all.
-    pub fn keep(&self, container: &str, description: &Description, scan: &[u8]) -> io::Result<()> {
+    pub fn keep(
+        &self,
+        container: &str,
+        description: &Description,
+        scans: &[Vec<u8>],
+    ) -> io::Result<()> {
         self.make_dir()?;
-        let bytes = write(description, scan)?;
+        let bytes = write(description, scans)?;
         self.clear(bytes.len() as u64);
         let mut file = tempfile::Builder::new()
             .prefix(".new-")
@@ -250,14 +255,18 @@ fn is_orphan(path: &Path) -> bool {
     })
 }
 
-fn write(description: &Description, scan: &[u8]) -> io::Result<Vec<u8>> {
+fn write(description: &Description, scans: &[Vec<u8>]) -> io::Result<Vec<u8>> {
     let json = serde_json::to_vec(description)?;
-    let mut bytes = Vec::with_capacity(16 + json.len() + scan.len() + 32);
+    let length: usize = scans.iter().map(|scan| scan.len() + 8).sum();
+    let mut bytes = Vec::with_capacity(16 + json.len() + length + 32);
     bytes.extend(MAGIC);
     bytes.extend(VERSION.to_le_bytes());
     bytes.extend((json.len() as u32).to_le_bytes());
     bytes.extend(&json);
-    bytes.extend(scan);
+    for scan in scans {
+        bytes.extend((scan.len() as u64).to_le_bytes());
+        bytes.extend(scan);
+    }
     bytes.extend(checksum(&bytes));
     Ok(bytes)
 }
@@ -299,7 +308,17 @@ fn parse(bytes: &[u8]) -> Result<Kept, &'static str> {
     if checksum(&bytes[..end]) != bytes[end..] {
         return Err("its checksum does not fit");
     }
-    let stored = Scan::restore(&bytes[at..end]).ok_or("it is damaged")?;
+    let mut rest = &bytes[at..end];
+    let mut stored = Vec::new();
+    while let Some((length, after)) = rest.split_first_chunk::<8>() {
+        let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| "it is damaged")?;
+        let (scan, after) = after.split_at_checked(length).ok_or("it is damaged")?;
+        stored.push(Scan::restore(scan).ok_or("it is damaged")?);
+        rest = after;
+    }
+    if !rest.is_empty() || stored.is_empty() {
+        return Err("it is damaged");
+    }
     Ok(Kept {
         description,
         stored,

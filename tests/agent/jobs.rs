@@ -162,7 +162,7 @@ async fn what_the_node_does_not_see_itself_is_not_done() -> Result<()> {
         "oci-archive:/tmp/x.tar",
     ] {
         let code = refused(&node, &service, |order| {
-            order.destination = elsewhere.to_owned()
+            order.destination = elsewhere.to_owned();
         })
         .await?;
         assert_eq!(code, Code::Policy, "{elsewhere}");

@@ -2,8 +2,10 @@
 //! asks.
 
 #[path = "../support/mod.rs"]
+#[allow(dead_code, reason = "other tests use the rest of it")]
 mod support;
 
+mod background;
 mod gate;
 mod jobs;
 mod node;

@@ -1,7 +1,9 @@
 //! Saving a container that writes as hard as it can: every image is one instant, and a second save costs what changed.
 
+mod programs;
+
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
@@ -35,17 +37,26 @@ struct Session {
     container: Running,
     podman: Podman,
     roots: Roots,
-    _registry: Registry,
+    registry: Registry,
     scratch: Scratch,
 }
 
 impl Session {
     fn new(kind: Base) -> Result<Option<Self>> {
-        Self::on(kind, None)
+        Self::on(kind, None, &|_| Ok(Vec::new()))
+    }
+
+    /// With what `mounts` says to Podman, told the scratch directory.
+    fn with(kind: Base, mounts: &dyn Fn(&Scratch) -> Result<Vec<String>>) -> Result<Option<Self>> {
+        Self::on(kind, None, mounts)
     }
 
     /// With its storage on a file system of its own, made by `mkfs`.
-    fn on(kind: Base, mkfs: Option<&'static str>) -> Result<Option<Self>> {
+    fn on(
+        kind: Base,
+        mkfs: Option<&'static str>,
+        mounts: &dyn Fn(&Scratch) -> Result<Vec<String>>,
+    ) -> Result<Option<Self>> {
         let mut needs: Vec<Need<'_>> = [
             "podman",
             "runc",
@@ -76,25 +87,23 @@ impl Session {
         let registry = Registry::start(&scratch)?;
         let image = registry.push(&base(kind, Format::Oci)?, "bases/python:1")?;
         let podman = Podman::new(&scratch)?;
-        let container = podman.run(
-            "session",
-            &image,
-            &["--init=false"],
-            &["/bin/sleep", "1000000"],
-        )?;
+        let mounts = mounts(&scratch)?;
+        let mut options = vec!["--init=false"];
+        options.extend(mounts.iter().map(String::as_str));
+        let container = podman.run("session", &image, &options, &["/bin/sleep", "1000000"])?;
         let roots = podman.roots(&scratch);
         Ok(Some(Self {
             container,
             podman,
             roots,
-            _registry: registry,
+            registry,
             scratch,
         }))
     }
 
     fn write(&self, what: &str) -> Result<()> {
         let script = fs::read(WRITERS)?;
-        let merged = &self.container.rootfs;
+        let merged = &self.root();
         fs::create_dir_all(merged.join("opt"))?;
         fs::write(merged.join("opt/writers.py"), script)?;
         let background = format!(
@@ -102,6 +111,11 @@ impl Session {
         );
         self.podman.shell(&self.container, &background)?;
         Ok(())
+    }
+
+    /// As the container sees it, with what is mounted in it.
+    fn root(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root", self.container.pid))
     }
 
     fn layout(&self) -> String {
@@ -128,6 +142,13 @@ impl Session {
             "python3",
             [INSTANT, &self.layout(), &saved.digest, &layers.to_string()],
         ))
+    }
+
+    /// The image, unpacked.
+    fn unpacked(&self, saved: &Saved) -> Result<PathBuf> {
+        let destination = saved.metadata["destination"].as_str();
+        let tag = destination.and_then(|name| name.rsplit_once(':'));
+        unpack_layout(Path::new(&self.layout()), tag.context("a tag")?.1)
     }
 
     /// Unpacks the image, and compares it with what the container sees.
@@ -209,10 +230,19 @@ fn whatever_is_written_meanwhile_every_image_is_one_instant() -> Result<()> {
     Ok(())
 }
 
-/// Where files can be cloned, large ones that never rest are taken as they are at the instant, and read afterwards.
 #[test]
 fn large_files_on_xfs_are_cloned_at_one_instant() -> Result<()> {
-    let Some(session) = Session::on(Base::Big, Some("mkfs.xfs"))? else {
+    clones_are_of_one_instant("mkfs.xfs")
+}
+
+#[test]
+fn large_files_on_btrfs_are_cloned_at_one_instant() -> Result<()> {
+    clones_are_of_one_instant("mkfs.btrfs")
+}
+
+/// Where files can be cloned, large ones that never rest are taken as they are at the instant, and read afterwards.
+fn clones_are_of_one_instant(mkfs: &'static str) -> Result<()> {
+    let Some(session) = Session::on(Base::Big, Some(mkfs), &|_| Ok(Vec::new()))? else {
         return Ok(());
     };
     let mut upper = session.podman.podman([
@@ -224,7 +254,7 @@ fn large_files_on_xfs_are_cloned_at_one_instant() -> Result<()> {
     upper.truncate(upper.trim_end().len());
     ensure!(
         can_clone(Path::new(&upper))?,
-        "no clones on a new XFS: they were not tried"
+        "no clones on a file system of {mkfs}: they were not tried"
     );
     session.write("pages")?;
     let ready = session.container.rootfs.join("home/w/pages");
@@ -242,7 +272,155 @@ fn large_files_on_xfs_are_cloned_at_one_instant() -> Result<()> {
             "{}",
             saved.metadata["unstable"]
         );
-        eprintln!("{seen} pause {} ms", saved.metadata["pause_ms"]);
+    }
+    Ok(())
+}
+
+/// A home on a volume, which everybody writes to: it is of the same instant as all else.
+#[test]
+fn a_volume_that_is_written_to_is_saved_at_the_same_instant() -> Result<()> {
+    let mounts = |scratch: &Scratch| {
+        let home = scratch.dir("home")?;
+        Ok(vec![format!("--volume={}:/home/w", home.display())])
+    };
+    let Some(session) = Session::with(Base::Big, &mounts)? else {
+        return Ok(());
+    };
+    for what in ["counters", "database", "tree"] {
+        session.write(what)?;
+    }
+    for written in ["last", "db", "tree"] {
+        let path = session.root().join("home/w").join(written);
+        wait_until("the writers write", || path.exists())?;
+    }
+    let mut on_top = 0;
+    for number in 0..saves(4)? {
+        let options = ["--max-pause", "0", "--include-volume", "/home/w/"];
+        let saved = session.save(&format!("n{number}"), &options)?;
+        let seen = session
+            .instant(&saved)
+            .with_context(|| format!("save {number}: {}", saved.stderr))?;
+        ensure!(seen.contains("counters"), "nothing was written: {seen}");
+        ensure!(
+            saved.metadata["saved_volumes"] == serde_json::json!(["/home/w"]),
+            "{}",
+            saved.metadata["saved_volumes"]
+        );
+        on_top += u32::from(!saved.stderr.contains("saved anew"));
+    }
+    ensure!(on_top >= 2, "no save was made on top of another");
+    Ok(())
+}
+
+/// Volumes over what the image has, and in another volume.
+#[test]
+fn volumes_hide_what_the_image_has_there_and_are_saved_by_what_changed() -> Result<()> {
+    let mounts = |scratch: &Scratch| {
+        let (outer, inner) = (scratch.dir("outer")?, scratch.dir("inner")?);
+        fs::create_dir_all(outer.join("inner"))?;
+        fs::create_dir_all(outer.join("dash/kept"))?;
+        fs::write(outer.join("inner/below"), "covered by the other volume")?;
+        fs::write(outer.join("dash/kept/file"), "of the volume")?;
+        fs::write(inner.join("data"), vec![7; 70_000])?;
+        fs::hard_link(inner.join("data"), inner.join("again"))?;
+        let volume = |dir: &Path, at: &str| format!("--volume={}:{at}", dir.display());
+        Ok(vec![volume(&outer, "/srv"), volume(&inner, "/srv/inner")])
+    };
+    let Some(session) = Session::with(Base::Small, &mounts)? else {
+        return Ok(());
+    };
+    session
+        .podman
+        .shell(&session.container, save::WORK_WITHOUT_SRV)?;
+    let both = ["--include-volume", "/srv/inner", "--include-volume", "/srv"];
+    let check = |saved: &Saved, expected: usize| -> Result<()> {
+        ensure!(layers(saved) == expected, "{}", saved.metadata["layers"]);
+        let rootfs = session.unpacked(saved)?;
+        for (directory, at, except) in [
+            ("outer", "srv", &["inner", "inner/*"][..]),
+            ("inner", "srv/inner", &[]),
+        ] {
+            let volume = session.scratch.path().join(directory);
+            same_tree(&volume, &rootfs.join(at), except, &[], 1).with_context(|| at.to_owned())?;
+        }
+        // The mount points in the container's own tree are the base's.
+        let left_out = [LEFT_OUT, &[".", "srv", "srv/*"]].concat();
+        let root = &session.container.rootfs;
+        same_tree(root, &rootfs, &left_out, TOUCHED_BY_RUNTIMES, 1)?;
+        fs::remove_dir_all(rootfs.parent().context("a bundle")?)?;
+        Ok(())
+    };
+    check(&session.save("first", &both)?, 3)?;
+    check(&session.save("nothing", &both)?, 0)?;
+    let change = |script: &str| session.podman.shell(&session.container, script);
+    change(
+        "echo more >> /srv/inner/again; rm -r /srv/dash; mkdir /srv/share; echo x > /srv/share/x",
+    )?;
+    check(&session.save("changed", &both)?, 2)?;
+    change("mkdir /srv/dash; rm -r /srv/inner/data; echo own > /opt/own")?;
+    let saved = session.save("deleted", &both)?;
+    ensure!(!saved.stderr.contains("saved anew"), "{}", saved.stderr);
+    check(&saved, 3)?;
+    // With one of them alone all is another image.
+    let saved = session.save("one", &["--include-volume", "/srv/inner"])?;
+    ensure!(saved.stderr.contains("saved anew"), "{}", saved.stderr);
+    let rootfs = session.unpacked(&saved)?;
+    ensure!(rootfs.join("srv/inner/again").exists());
+    ensure!(
+        rootfs.join("srv/dash/a-b").exists() && !rootfs.join("srv/share/x").exists(),
+        "what is on a volume that nobody asked for is in the image"
+    );
+    let not_saved = saved.metadata["volumes"].to_string();
+    ensure!(
+        not_saved.contains("\"/srv\"") && !not_saved.contains("/srv/inner\""),
+        "{not_saved}"
+    );
+    Ok(())
+}
+
+#[test]
+fn what_is_no_volume_is_refused_with_those_that_are() -> Result<()> {
+    let mounts = |scratch: &Scratch| {
+        let data = scratch.dir("volume")?;
+        fs::write(data.join("file"), "x")?;
+        let file = data.join("file");
+        Ok(vec![
+            format!("--volume={}:/data", data.display()),
+            format!("--volume={}:/opt/one-file", file.display()),
+            "--tmpfs=/scratch".to_owned(),
+        ])
+    };
+    let Some(session) = Session::with(Base::Small, &mounts)? else {
+        return Ok(());
+    };
+    session.podman.shell(
+        &session.container,
+        "ln -s /data /home/researcher/link; mkdir -p /home/researcher/plain",
+    )?;
+    for (path, why) in [
+        ("/proc", "proc is mounted there"),
+        ("/scratch", "tmpfs is mounted there"),
+        ("/dev/shm", "tmpfs is mounted there"),
+        ("/", "saved in any case"),
+        ("/home/researcher/plain", "nothing is mounted there"),
+        ("/home/researcher/link", "nothing is mounted there"),
+        ("/data/deeper", "a path in what is mounted at /data"),
+        ("/data/../data", "expected an absolute path"),
+        ("/opt/one-file", "a single file is mounted there"),
+    ] {
+        let destination = format!("oci:{}:refused", session.layout());
+        let mut commit = save::upperdeck("commit", &session.roots);
+        commit.args([
+            "--include-volume",
+            path,
+            &session.container.id,
+            &destination,
+        ]);
+        let message = save::failed(&output(&mut commit)?, 2).with_context(|| path.to_owned())?;
+        ensure!(
+            message.contains(why) && message.contains("mounted are /data ("),
+            "{path}: {message}"
+        );
     }
     Ok(())
 }
@@ -256,6 +434,7 @@ fn can_clone(dir: &Path) -> Result<bool> {
         data_only: Vec::new(),
         lowers_known: false,
         namespace: Namespace::Trusted,
+        volume: None,
     };
     let never = AtomicBool::new(false);
     let options = scan::Options {

@@ -3,6 +3,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+#[allow(dead_code, reason = "the page's own tests use all of it")]
+#[path = "../portal/browser.rs"]
+mod browser;
+
 mod bad_input;
 mod base_lost;
 mod consumers;
@@ -14,5 +18,6 @@ mod kill;
 mod lab;
 mod live;
 mod overlay;
+mod portal;
 mod save;
 mod service;

@@ -43,6 +43,16 @@ mkdir -p /root/.ssh /home/researcher/.cache/pip && echo key > /root/.ssh/id_ed25
 echo gone > /tmp/scratch
 ";
 
+/// The same without what is done below `/srv`, where a volume may be.
+pub const WORK_WITHOUT_SRV: &str = r"
+echo changed >> /usr/lib/app/main
+rm /usr/lib/app/plugins/p2 /usr/lib/app/dangling
+rm -rf /opt/new && mkdir /opt/new && echo other > /opt/new/other
+mkdir -p /home/researcher/work/deep/er /home/researcher/empty
+echo notebook > /home/researcher/work/deep/er/a.ipynb
+ln /home/researcher/work/deep/er/a.ipynb /home/researcher/work/b.ipynb
+";
+
 /// What busybox cannot do of a user's work: attributes and access lists, set in the root of a process.
 pub fn set_attributes(pid: i32, access_lists: bool) -> Result<()> {
     let home = format!("/proc/{pid}/root/home/researcher");

@@ -357,3 +357,146 @@ fn finish(
     }
     Ok(())
 }
+
+/// `upperdeck up` until it is dropped, as its user sees it.
+struct Up {
+    child: std::process::Child,
+    /// With the token.
+    url: String,
+}
+
+impl Up {
+    fn start(lab: &Lab, state: &std::path::Path) -> Result<Self> {
+        let mut up = crate::save::upperdeck_itself("up", &lab.roots);
+        let mut child = up
+            .env("USER", "ada")
+            .env_remove("SUDO_USER")
+            .arg(format!("--state-dir={}", state.display()))
+            .args(["--listen", "127.0.0.1:0", "--backoff", "1s"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut url = String::new();
+        let stdout = child.stdout.take().context("stdout")?;
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut url)?;
+        let url = url.trim().to_owned();
+        ensure!(
+            url.starts_with("http://127.0.0.1:") && url.contains("/?token="),
+            "{url:?}"
+        );
+        Ok(Self { child, url })
+    }
+
+    /// Killed where it hangs.
+    fn shell(&self, words: &[&str]) -> Result<std::process::Output> {
+        let mut shell = crate::host::command("timeout", ["--signal=KILL", "120"]);
+        shell.arg(env!("CARGO_BIN_EXE_upperdeck")).args(words);
+        crate::host::output(shell.arg(format!("--server={}", self.url)))
+    }
+
+    fn ask(&self, words: &[&str]) -> Result<Value> {
+        let done = self.shell(words)?;
+        ensure!(
+            done.status.success(),
+            "{words:?}: {}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        Ok(serde_json::from_slice(&done.stdout)?)
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn up_is_all_of_it_on_one_machine_and_a_crash_loses_nothing() -> Result<()> {
+    let Some(lab) = Lab::new(Base::Small, Format::Oci)? else {
+        return Ok(());
+    };
+    let pod = lab.session()?;
+    let state = lab.scratch.dir("up")?;
+    let up = Up::start(&lab, &state)?;
+    let here = || format!("--up-dir={}", state.display());
+    wait_at_most(Duration::from_secs(60), "the session is known", || {
+        up.ask(&["job", "sessions", "--format", "json"])
+            .is_ok_and(|found| found.as_array().map(Vec::len) == Some(1))
+    })?;
+    let sessions = up.ask(&["job", "sessions", "--format", "json"])?;
+    assert_eq!(text(&sessions[0], "id"), pod.container);
+    assert_eq!(text(&sessions[0], "owner"), "ada");
+
+    // Without a server's name the shell finds the one of this machine.
+    let mut submit = crate::host::command(env!("CARGO_BIN_EXE_upperdeck"), ["job", "submit"]);
+    let done = crate::host::output(submit.args([
+        "--watch",
+        &here(),
+        &format!("jupyter/{}", pod.name),
+        "notebook:monday",
+    ]))?;
+    ensure!(
+        done.status.success(),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+    let layout = state.join("images/ada/notebook");
+    let said = String::from_utf8(done.stdout)?;
+    ensure!(
+        said.starts_with(&format!("oci:{}@sha256:", layout.display())),
+        "{said}"
+    );
+    let rootfs = crate::save::unpack_layout(&layout, "monday")?;
+    same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)?;
+
+    // Killed in the middle of a save, and started again: the save that was accepted is done.
+    lab.containerd.shell(
+        &pod,
+        "dd if=/dev/urandom of=/home/researcher/big bs=1048576 count=48 2> /dev/null",
+    )?;
+    let save = up.ask(&[
+        "job",
+        "submit",
+        "--full",
+        "--format",
+        "json",
+        &pod.container,
+        "notebook:tuesday",
+    ])?;
+    let id = text(&save, "id").to_owned();
+    wait_at_most(Duration::from_secs(60), "the save runs", || {
+        up.ask(&["job", "status", "--format", "json", &id])
+            .is_ok_and(|save| text(&save, "state") == "running")
+    })?;
+    drop(up);
+    let up = Up::start(&lab, &state)?;
+    let done = up.shell(&["job", "watch", &id])?;
+    ensure!(
+        done.status.success(),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+    let rootfs = crate::save::unpack_layout(&layout, "tuesday")?;
+    same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)?;
+    ensure!(!Freezer::of(pod.pid)?.frozen());
+
+    let images = up.ask(&["image", "ls", "--format", "json"])?;
+    assert_eq!(images["total"], 2, "{images}");
+    let done = up.shell(&["image", "rm", "notebook:monday"])?;
+    ensure!(done.status.success(), "{done:?}");
+    let images = up.ask(&["image", "ls", "--format", "json"])?;
+    assert_eq!(images["total"], 1, "{images}");
+
+    // Asked to end, it ends by itself and takes the address with it.
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(up.child.id() as i32),
+        nix::sys::signal::Signal::SIGTERM,
+    )?;
+    wait_at_most(Duration::from_secs(30), "it ends", || {
+        !state.join("up.url").exists()
+    })?;
+    Ok(())
+}

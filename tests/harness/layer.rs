@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};
 use upperdeck::overlay::owner::IdMapping;
+use upperdeck::overlay::volume::Volume;
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
 
@@ -28,6 +29,10 @@ pub struct Source {
     pub gid_map: Vec<IdMapping>,
     /// Mount points inside the container, absolute.
     pub mounts: Vec<String>,
+    /// Those of them that are saved by themselves.
+    pub saved: Vec<String>,
+    /// What is scanned instead of `upper`.
+    pub volume: Option<Volume>,
     /// `--exclude` patterns.
     pub exclude: Vec<String>,
     /// Leave out credentials, caches and the GPU hook's remnants.
@@ -52,6 +57,8 @@ impl Source {
             uid_map: Vec::new(),
             gid_map: Vec::new(),
             mounts: Vec::new(),
+            saved: Vec::new(),
+            volume: None,
             exclude: Vec::new(),
             policy: false,
             timestamp: None,
@@ -135,8 +142,14 @@ pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan
         .iter()
         .map(|mount| mount.as_bytes().to_vec())
         .collect();
+    let saved: Vec<Vec<u8>> = source
+        .saved
+        .iter()
+        .map(|mount| mount.as_bytes().to_vec())
+        .collect();
     let rules = Rules {
         mounts: &mounts,
+        saved: &saved,
         user: &source.exclude,
         credentials: source.policy,
         caches: source.policy,
@@ -150,6 +163,7 @@ pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan
         data_only: source.data_only.clone(),
         lowers_known: source.lowers_known,
         namespace: source.namespace,
+        volume: source.volume.clone(),
     };
     let cancel = AtomicBool::new(false);
     let options = Options {

@@ -409,7 +409,7 @@ impl Events {
                         fields.insert(name.to_owned(), value.to_owned());
                     }
                 }
-                self.rest = rest.to_owned();
+                self.rest = String::from(rest);
                 if let (Some(event), Some(data)) = (fields.get("event"), fields.get("data")) {
                     return Ok(Some(Heard {
                         event: event.clone(),

@@ -5,9 +5,15 @@
 // What a test's helpers unwrap fails the test, as it should.
 #![allow(clippy::unwrap_used)]
 
+mod chaos;
+mod hostile;
+mod outages;
+mod record;
 mod scenarios;
 mod server;
+mod storm;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)]
 mod support;
+mod tls;
 mod world;

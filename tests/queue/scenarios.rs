@@ -44,6 +44,7 @@ on_both! {
     an_order_that_waits_is_replaced_in_its_place: FREE;
     who_queues_fifty_does_not_stand_before_who_queues_one: FREE;
     who_comes_back_each_time_does_not_keep_another_waiting: FREE;
+    who_queues_five_thousand_delays_another_by_one_job: Limits { node: 1, ..FREE };
     places_are_those_in_which_orders_go_out: FREE;
     a_user_has_no_more_than_the_limit_on_all_nodes: of_user(2);
     a_node_has_no_more_than_the_limit: Limits { node: 2, ..FREE };
@@ -59,6 +60,7 @@ on_both! {
     a_pause_is_kept: FREE;
     an_order_that_expired_is_offered_again: FREE;
     who_waits_is_woken: FREE;
+    each_who_waits_on_a_node_is_woken: FREE;
     each_report_goes_to_one_manager_until_it_is_taken: FREE;
     nodes_and_sessions_are_those_last_heard_of: FREE;
     how_full_it_is: FREE;
@@ -207,6 +209,20 @@ async fn who_comes_back_each_time_does_not_keep_another_waiting(world: World) ->
     }
     let ada = served.iter().filter(|user| *user == "ada").count();
     assert_eq!((ada, served.len()), (10, 20), "{served:?}");
+    Ok(())
+}
+
+async fn who_queues_five_thousand_delays_another_by_one_job(world: World) -> Outcome {
+    for _ in 0..5000 {
+        world.offer("n1", "ada").await?;
+    }
+    let running = world.get("n1", "a").await?;
+    let one = world.offer("n1", "bob").await?;
+    assert!(world.claim("n1", "a").await?.is_none());
+    assert_eq!(place(&world, one.job).await?, Some(Place::Waiting(0)));
+    world.finish(&running).await?;
+    assert_eq!(world.get("n1", "a").await?.order.job, one.job);
+    assert_eq!(world.queue.depth().await?.waiting, 4999);
     Ok(())
 }
 
@@ -566,6 +582,25 @@ async fn who_waits_is_woken(world: World) -> Outcome {
             .await?
             .is_empty()
     );
+    Ok(())
+}
+
+async fn each_who_waits_on_a_node_is_woken(world: World) -> Outcome {
+    let mut waiting = Vec::new();
+    for name in ["a", "a", "b"] {
+        let queue = world.queue.clone();
+        waiting.push(tokio::spawn(async move {
+            queue.claim("n1", name, 1, LONG).await
+        }));
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    for _ in 0..3 {
+        world.offer("n1", "ada").await?;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for one in waiting {
+        assert_eq!(one.await??.len(), 1);
+    }
     Ok(())
 }
 

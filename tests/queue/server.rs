@@ -42,10 +42,6 @@ impl Server {
         self.directory.path().join("redis.sock")
     }
 
-    pub fn directory(&self) -> &Path {
-        self.directory.path()
-    }
-
     pub fn url(&self) -> String {
         format!("redis+unix://{}", self.socket().display())
     }

@@ -247,7 +247,17 @@ JSON: one object with the fields of 'ps' and
   upper        {path, bytes, entries}
   uid_map, gid_map
                [{inside, outside, count}]; empty without a user namespace
-  not_saved    mounts whose content does not belong to the image: [{destination, kind, source, volume}]
+  not_saved    mounts whose content would not be in the image: [{destination, kind, source, volume}]
+  next_save    what 'upperdeck commit' with the same flags would make now, or null where the base is not proven:
+               {kind, reason, entries, bytes, layers}
+               kind     delta (what changed since the last save) or full
+               reason   why it is not the other one
+               entries, bytes
+                        of the layers to come, before they are compressed
+               layers   above the base, in the image to come
+               A destination that has lost the layers of the last save makes it full all the same.
+  next_save_error
+               why such a save would fail, or null
 Paths are text: a byte that is not UTF-8 is \\xNN, a control character \\u{N}, a backslash \\\\.";
 
 #[derive(Debug, Args)]
@@ -260,6 +270,13 @@ pub(super) struct Inspect {
     /// The image that a pid:N stands on
     #[arg(long, value_name = "IMAGE")]
     pub(super) base: Option<String>,
+    #[command(flatten)]
+    pub(super) state: State,
+    #[command(flatten)]
+    pub(super) choice: Choice,
+    /// As for 'commit': a volume that would be saved, too; may be repeated
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
+    pub(super) include_volume: Vec<PathBuf>,
     /// Take only what nobody else on the node wants of its cores
     #[arg(long)]
     pub(super) background: bool,
@@ -305,6 +322,9 @@ Examples:
 
 Left out, with a report: everything mounted into the container, what the runtime put there, and by default credentials
   (.ssh, .netrc, .aws, .docker/config.json, histories, ...) and caches (.cache/pip, /tmp, ...).
+--include-volume PATH takes a mounted directory in, in layers of its own on top, of the same instant. PATH is where it is
+  mounted ('upperdeck inspect' lists that); memory, the kernel's own, single files and FUSE are refused. The limits below
+  are for each tree by itself. What others than the container write to a shared volume is not held still.
 
 stdout carries the result: HOST/REPOSITORY@sha256:... (or the layout with the digest). With --progress json it carries
   JSON lines instead, each {{\"version\":1,\"time\":RFC 3339,\"event\":NAME,...}}:
@@ -376,6 +396,9 @@ pub(super) struct Commit {
 
     #[command(flatten)]
     pub(super) content: Content,
+    /// Save what is in the volume that is mounted at PATH in the container, too, in a layer of its own; may be repeated
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
+    pub(super) include_volume: Vec<PathBuf>,
     /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
     /// by side; 0 for never [default: 4G where there are more than 8G]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]
@@ -415,18 +438,9 @@ pub(super) struct State {
     pub(super) full: bool,
 }
 
-/// What `commit` and `layer` share: what goes into the layer, and how it is made.
+/// What decides what the layers show.
 #[derive(Debug, Args)]
-pub(super) struct Content {
-    /// How the layer is compressed
-    #[arg(long, value_enum, default_value_t = Compression::Gzip, value_name = "CODEC", help_heading = CONTENT)]
-    pub(super) compression: Compression,
-    /// Level of the codec: gzip 1 to 9, zstd 1 to 19
-    #[arg(long, value_name = "N", help_heading = CONTENT)]
-    pub(super) compression_level: Option<u32>,
-    /// Threads; the result is the same for any number [default: all cores]
-    #[arg(short, long, value_name = "N", help_heading = CONTENT)]
-    pub(super) jobs: Option<NonZeroUsize>,
+pub(super) struct Choice {
     /// Leave out what matches, e.g. 'home/*/scratch' or '**/*.pyc'; may be repeated
     #[arg(long, value_name = "PATTERN", help_heading = CONTENT)]
     pub(super) exclude: Vec<String>,
@@ -451,6 +465,22 @@ pub(super) struct Content {
     /// Most bytes in the holes of sparse files, e.g. 64G
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
     pub(super) max_holes: Option<u64>,
+}
+
+/// What `commit` and `layer` share: what goes into the layer, and how it is made.
+#[derive(Debug, Args)]
+pub(super) struct Content {
+    /// How the layer is compressed
+    #[arg(long, value_enum, default_value_t = Compression::Gzip, value_name = "CODEC", help_heading = CONTENT)]
+    pub(super) compression: Compression,
+    /// Level of the codec: gzip 1 to 9, zstd 1 to 19
+    #[arg(long, value_name = "N", help_heading = CONTENT)]
+    pub(super) compression_level: Option<u32>,
+    /// Threads; the result is the same for any number [default: all cores]
+    #[arg(short, long, value_name = "N", help_heading = CONTENT)]
+    pub(super) jobs: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub(super) choice: Choice,
 }
 
 #[derive(Debug, Args)]

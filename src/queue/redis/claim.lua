@@ -160,7 +160,8 @@ end
 -- When there may be something to do, in milliseconds.
 local next_ms = 86400000
 if #claims == 0 and waits then
-    redis.call('HSET', desk, 'want', '1')
+    -- Who stopped waiting is still counted: a bell too many wakes somebody for nothing, one too few nobody.
+    redis.call('HSET', desk, 'want', whole(math.max(0, math.min(7, num(redis.call('HGET', desk, 'want')))) + 1))
     if blocked then redis.call('SADD', BLOCKED, node) end
     local due = redis.call('ZRANGE', later, 0, 0, 'WITHSCORES')[2]
     local lapse = redis.call('ZRANGEBYSCORE', held, '(' .. whole(now), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]

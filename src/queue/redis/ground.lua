@@ -27,7 +27,7 @@ local function stream_key(node) return P .. 'stream:' .. node end   -- stream: o
 local function held_key(node) return P .. 'held:' .. node end       -- sorted set: jobs by the end of their leases
 local function later_key(node) return P .. 'later:' .. node end     -- sorted set: jobs by when they may begin
 local function users_key(node) return P .. 'users:' .. node end     -- sorted set: users by their next turns
-local function desk_key(node) return P .. 'desk:' .. node end       -- hash: v the last turn, want somebody waits
+local function desk_key(node) return P .. 'desk:' .. node end       -- hash: v the last turn, want how many wait
 local function agents_key(node) return P .. 'agents:' .. node end   -- sorted set: agents as they showed up
 local function user_key(user) return P .. 'user:' .. user end       -- sorted set: a user's claims by their ends
 local function registry_key(host) return P .. 'into:' .. host end   -- sorted set: a registry's claims by their ends
@@ -42,9 +42,13 @@ local function load(id)
     }
 end
 
--- Wakes an agent of the node that waits for something to do.
+-- Wakes one of those on the node who wait for something to do.
 local function bell(node)
-    if redis.call('HDEL', desk_key(node), 'want') == 1 then redis.call('XADD', stream_key(node), '*', 'bell', '1') end
+    local desk = desk_key(node)
+    local want = num(redis.call('HGET', desk, 'want'))
+    if want <= 0 then return end
+    redis.call('HSET', desk, 'want', whole(want - 1))
+    redis.call('XADD', stream_key(node), '*', 'bell', '1')
 end
 
 -- A place is free: wakes some of the nodes whose jobs wait for one. Those that find none ask again by themselves.

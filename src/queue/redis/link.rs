@@ -19,7 +19,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// A call that is not answered in this time, beyond what it was to wait, is not answered.
 const ANSWER: Duration = Duration::from_secs(10);
 /// Idle connections kept for those that wait.
-const IDLE: usize = 64;
+const IDLE: usize = 256;
 
 #[derive(Clone)]
 pub(super) struct Link(Arc<Inner>);
@@ -216,7 +216,8 @@ impl Link {
         if let Some(password) = &self.0.password {
             reason = reason.replace(password.as_str(), "…");
         }
-        let reason: String = reason.escape_debug().take(300).collect();
+        let plain = |c: char| if c.is_control() { ' ' } else { c };
+        let reason: String = reason.chars().map(plain).take(300).collect();
         let at = self.0.at.clone();
         match error.kind() {
             ErrorKind::Io => Error::Unreachable { at, reason },

@@ -67,6 +67,9 @@ macro_rules! scripts {
 }
 scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard depth);
 
+/// What the script gives out: job, fence, sealed order.
+type Given = (Vec<u8>, Vec<u8>, Vec<u8>);
+
 /// The sessions of a node, as they are signed: an old or another node's list is not taken for this one's.
 #[derive(Serialize, Deserialize)]
 struct Inventory {
@@ -220,7 +223,7 @@ impl Redis {
     ) -> Result<Vec<Delivered>, Error> {
         let end = Instant::now() + wait.min(DAY);
         loop {
-            let mut got = self.from_the_dead(manager, most).await?;
+            let mut got = self.untaken_by_others(manager, most).await?;
             if got.len() < most {
                 let left = if got.is_empty() {
                     end.saturating_duration_since(Instant::now())
@@ -239,7 +242,7 @@ impl Redis {
     }
 
     /// Reports that another manager was given and has not taken for too long.
-    async fn from_the_dead(&self, manager: &str, most: usize) -> Result<Vec<Entry>, Error> {
+    async fn untaken_by_others(&self, manager: &str, most: usize) -> Result<Vec<Entry>, Error> {
         let cursor = {
             let mut cursor = self
                 .mine
@@ -482,7 +485,6 @@ impl Redis {
         self.limited(&mut call)
             .arg(u8::from(reclaim))
             .arg(u8::from(waits));
-        type Given = (Vec<u8>, Vec<u8>, Vec<u8>);
         let (given, dropped, next_ms): (Vec<Given>, Vec<Vec<u8>>, i64) =
             self.link.run(&call).await?;
         for job in dropped {

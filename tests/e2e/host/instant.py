@@ -1,6 +1,6 @@
 """Whether an image holds one instant of what writers.py writes: LAYOUT DIGEST LAYERS-OF-THE-BASE. Applies the layers above
 the base by itself, sharing no code with the program."""
-import json, os, shutil, sqlite3, sys, tarfile, tempfile
+import base64, csv, hashlib, json, os, shutil, sqlite3, sys, tarfile, tempfile
 
 layout, digest, base = sys.argv[1], sys.argv[2], int(sys.argv[3])
 blob = lambda digest: f"{layout}/blobs/sha256/{digest.split(':')[1]}"
@@ -71,6 +71,36 @@ try:
         assert len(differ) <= 1, f"{len(differ)} pages are not of one instant"
         assert all(one[at:at + 16] > two[at:at + 16] for at in differ), "the second file is ahead of the first"
         print("pages", max(int(one[at:at + 16]) for at in places), end=" ")
+    if os.path.exists(f"{home}/page"):
+        print("page", int(read("page", 4096) or 0), end=" ")
+    if os.path.exists(f"{home}/installed"):
+        installed = int(read("installed"))
+        site = next(at for at, below, _ in os.walk(f"{home}/site") if at.endswith("-packages"))
+        for n in range(1, installed + 1):
+            with open(f"{site}/swing_{n}-1.dist-info/RECORD") as record:
+                rows = list(csv.reader(record))
+            assert len(rows) > 600, f"package {n}: {len(rows)} files"
+            for name, digest, _ in rows:
+                content = open(os.path.join(site, name), "rb").read()
+                expected = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+                assert not digest or digest == f"sha256={expected}", f"package {n}: {name} is not what was installed"
+        others = {int(name.split("-")[0].split("_")[1]) for name in os.listdir(site) if name.startswith("swing_")}
+        assert others <= set(range(1, installed + 2)), f"{installed} were installed, and there are {sorted(others)}"
+        print("packages", installed, end=" ")
+    if os.path.exists(f"{home}/removed"):
+        generation, last = divmod(int(read("removed")), 1000)
+        generations = [name for name in os.listdir(f"{home}/large") if not name.endswith(".part")]
+        assert set(generations) <= {str(generation), str(generation + 1)} and len(generations) <= 1, generations
+        for now in generations:
+            gone = last if int(now) == generation else -1
+            there = {int(name) for name in os.listdir(f"{home}/large/{now}")}
+            # The next one may be half removed.
+            assert set(range(gone + 2, 40)) <= there <= set(range(gone + 1, 40)), f"after {gone} there are {sorted(there)}"
+            for directory in range(gone + 2, 40):
+                at = f"{home}/large/{now}/{directory}"
+                assert len(os.listdir(at)) == 200, f"{directory} is not whole after {gone}"
+                assert all(open(f"{at}/{n}").read() == f"{now} {directory} {n}" for n in range(200)), f"{directory} is torn"
+        print("removed", generation, last, end=" ")
     print("layers", len(layers))
 finally:
     shutil.rmtree(root)

@@ -1,6 +1,6 @@
 //! A Redis of its own, on a socket file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
@@ -24,7 +24,7 @@ impl Redis {
         Ok(redis)
     }
 
-    fn spawn(dir: &PathBuf) -> Result<Daemon> {
+    fn spawn(dir: &Path) -> Result<Daemon> {
         // It writes what it holds now and then only, as many a centre has it: a crash loses the last of it.
         Daemon::start(
             Command::new("redis-server")

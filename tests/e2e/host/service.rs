@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -68,7 +68,7 @@ impl Service {
     }
 
     fn spawn_manager(
-        dir: &PathBuf,
+        dir: &Path,
         roots: &Roots,
         port: u16,
         redis: &str,
@@ -95,7 +95,7 @@ impl Service {
         Daemon::start(&mut manager, dir.join("manager.log"))
     }
 
-    fn spawn_agent(dir: &PathBuf, roots: &Roots, redis: &str, registry: &str) -> Result<Daemon> {
+    fn spawn_agent(dir: &Path, roots: &Roots, redis: &str, registry: &str) -> Result<Daemon> {
         let mut agent = upperdeck_itself("agent", roots);
         agent
             .args(["--log", "info", "--tls-verify=false", "--redis", redis])

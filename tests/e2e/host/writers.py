@@ -1,5 +1,5 @@
 """Programs that write hard and in an order that an instant cannot break: run in a container, checked by instant.py."""
-import mmap, os, random, sqlite3, sys
+import base64, hashlib, mmap, os, random, shutil, sqlite3, subprocess, sys, zipfile
 
 home = "/home/w"
 what = sys.argv[1]
@@ -81,4 +81,67 @@ def pages():
             os.pwrite(file, b"%016d" % n, at)
 
 
-{"counters": counters, "database": database, "tree": tree, "pages": pages}[what]()
+def page():
+    """One page of a mapping, and nothing else: while it is dirty nothing moves the file's time stamps."""
+    fd = os.open(f"{home}/page", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 1 << 20)
+    shared = mmap.mmap(fd, 1 << 20)
+    n = 0
+    while True:
+        n += 1
+        shared[4096:4112] = b"%016d" % n
+
+
+def done(marker, n):
+    with open(f"{home}/{marker}.part", "w") as file:
+        file.write(str(n))
+    os.rename(f"{home}/{marker}.part", f"{home}/{marker}")
+
+
+def wheel(n):
+    """A package of 300 modules."""
+    path = f"{home}/wheels/swing_{n}-1-py3-none-any.whl"
+    files = {f"swing_{n}/m{at}.py": f"# {n} {at}\n" * (at % 90) for at in range(300)}
+    files[f"swing_{n}-1.dist-info/METADATA"] = f"Metadata-Version: 2.1\nName: swing-{n}\nVersion: 1\n"
+    files[f"swing_{n}-1.dist-info/WHEEL"] = "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    digest = lambda text: base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+    record = "".join(f"{name},sha256={digest(text)},{len(text)}\n" for name, text in files.items())
+    files[f"swing_{n}-1.dist-info/RECORD"] = record + f"swing_{n}-1.dist-info/RECORD,,\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return path
+
+
+def packages():
+    """pip installs one package after the other; `installed` is how many it has done."""
+    os.makedirs(f"{home}/wheels", exist_ok=True)
+    n = 0
+    while True:
+        n += 1
+        path = wheel(n)
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir",
+                        "--break-system-packages", "--root-user-action=ignore", f"--prefix={home}/site", path], check=True)
+        os.remove(path)
+        done("installed", n)
+
+
+def removal():
+    """A tree of 40 directories with 200 files each is removed with rm -rf, one after the other; then there is a new one."""
+    generation = 0
+    while True:
+        generation += 1
+        top = f"{home}/large/{generation}"
+        for directory in range(40):
+            os.makedirs(f"{top}.part/{directory}")
+            for at in range(200):
+                with open(f"{top}.part/{directory}/{at}", "w") as file:
+                    file.write(f"{generation} {directory} {at}")
+        os.rename(f"{top}.part", top)
+        for directory in range(40):
+            subprocess.run(["rm", "-rf", f"{top}/{directory}"], check=True)
+            done("removed", generation * 1000 + directory)
+        os.rmdir(top)
+
+
+{"page": page, "packages": packages, "removal": removal, "counters": counters, "database": database, "tree": tree, "pages": pages}[what]()

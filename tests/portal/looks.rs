@@ -1,0 +1,196 @@
+//! What each view looks like, light and dark, on a desk and on a phone: pictures to be looked at, in
+//! `target/portal-screenshots`, and what a machine can say about them.
+
+use std::path::Path;
+
+use serde_json::json;
+use upperdeck::job::{Code, State};
+
+use crate::browser::{Browser, Look, Outcome};
+use crate::standin::{Standin, World};
+
+fn furnish(standin: &Standin) {
+    let mut world = standin.world();
+    world.me.administrator = true;
+    let failed = world.ended(1, State::Failed, Some(Code::QuotaExceeded), 90_000);
+    world.dead.push(failed.id);
+    world.ended(1, State::Succeeded, None, 4_000);
+    world.ended(0, State::Cancelled, None, 7_000);
+    world.nodes = vec![
+        World::node("cpu-11", true),
+        World::node("gpu-03", true),
+        World::node("gpu-04", false),
+    ];
+    world.nodes[1]
+        .problems
+        .push("/run/containerd cannot be read: permission denied".to_owned());
+    world.hold_at = Some(0.4);
+}
+
+/// Views with a name, and what to do before the picture is taken.
+fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Outcome) -> Outcome {
+    browser.go(&standin.url("sessions"))?;
+    browser.until(
+        "sessions",
+        "return document.querySelectorAll('article').length === 2",
+        json!([]),
+    )?;
+    each("sessions")?;
+    browser.click("article form .more > summary")?;
+    each("sessions-name")?;
+    browser.click("article form button.main")?;
+    browser.until(
+        "the bar",
+        "return document.querySelector('progress')?.value > 0.35",
+        json!([]),
+    )?;
+    each("saving")?;
+    browser.click(".running button")?;
+    each("cancel")?;
+    browser.click("dialog .danger")?;
+    browser.until(
+        "the end",
+        "return !document.querySelector('progress')",
+        json!([]),
+    )?;
+    standin.world().hold_at = None;
+    browser.click("article:nth-of-type(2) form button.main")?;
+    browser.until("the end", "return !document.querySelector('progress') && [...document.querySelectorAll('.last time')].at(-1).textContent.match(/just now|방금/)", json!([]))?;
+    each("saved")?;
+    for (view, count) in [("images", 3), ("history", 3), ("operations", 1)] {
+        browser.go(&standin.url(view))?;
+        browser.until(
+            view,
+            "return document.querySelectorAll('.card').length >= arguments[0]",
+            json!([count]),
+        )?;
+        each(view)?;
+    }
+    browser.click(".entry > summary")?;
+    each("operations-open")?;
+    browser.go(&standin.url("images"))?;
+    browser.click(".image .danger")?;
+    each("delete")?;
+    standin.world().signed_in = false;
+    browser.reload()?;
+    browser.until(
+        "the sign-in",
+        "return document.getElementById('token')",
+        json!([]),
+    )?;
+    each("sign-in")?;
+    Ok(())
+}
+
+#[test]
+fn pictures() -> Outcome {
+    for (name, look) in [
+        ("light", Look::default()),
+        (
+            "dark",
+            Look {
+                dark: true,
+                ..Look::default()
+            },
+        ),
+        (
+            "phone-light",
+            Look {
+                width: 390,
+                height: 780,
+                ..Look::default()
+            },
+        ),
+        (
+            "phone-dark-ko",
+            Look {
+                width: 390,
+                height: 780,
+                dark: true,
+                language: "ko-KR",
+            },
+        ),
+    ] {
+        let Some((browser, standin)) = crate::begin(&look)? else {
+            return Ok(());
+        };
+        furnish(&standin);
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/portal-screenshots");
+        views(&browser, &standin, &mut |view| {
+            let wide = browser.run(
+                "return document.documentElement.scrollWidth <= innerWidth",
+                json!([]),
+            )?;
+            let picture = dir.join(format!("{view}-{name}.png"));
+            if matches!(view, "cancel" | "delete") {
+                browser.screenshot(&picture)?;
+            } else {
+                browser.whole_page(&picture)?;
+            }
+            assert_eq!(
+                wide, true,
+                "{view} is wider than a window of {}",
+                look.width
+            );
+            browser.assert_clean()
+        })?;
+    }
+    Ok(())
+}
+
+/// axe-core, where `tests/run` has put it.
+const AXE: &str = "target/axe-core/package/axe.min.js";
+
+#[test]
+fn axe_finds_nothing_serious_in_any_view_light_or_dark() -> Outcome {
+    let Ok(axe) = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(AXE)) else {
+        assert!(std::env::var_os("CI").is_none(), "{AXE} is not there");
+        eprintln!("ignored: {AXE} is not there; tests/run fetches it");
+        return Ok(());
+    };
+    let examine = "const found = await axe.run(document, { runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice'] });
+        return { passes: found.passes.length, violations: found.violations.map((one) =>
+            ({ id: one.id, impact: one.impact, nodes: one.nodes.map((node) => node.html.slice(0, 200) + ' ' + node.failureSummary) })) }";
+    let examine = format!("return (async () => {{ {examine} }})()");
+    for look in [
+        Look::default(),
+        Look {
+            dark: true,
+            language: "ko-KR",
+            ..Look::default()
+        },
+        Look {
+            width: 390,
+            height: 780,
+            ..Look::default()
+        },
+    ] {
+        let Some((browser, standin)) = crate::begin(&look)? else {
+            return Ok(());
+        };
+        furnish(&standin);
+        let mut seen = 0;
+        views(&browser, &standin, &mut |view| {
+            if browser.run("return typeof axe", json!([]))? == "undefined" {
+                // Not by an element, which the page's policy would not let in.
+                browser.cdp("Runtime.evaluate", json!({ "expression": &axe }))?;
+            }
+            let found = browser.run(&examine, json!([]))?;
+            assert!(
+                found["passes"].as_u64() > Some(10),
+                "{view}: nothing was examined: {found}"
+            );
+            assert_eq!(
+                found["violations"],
+                json!([]),
+                "{view}, dark: {}, width {}: {found:#}",
+                look.dark,
+                look.width
+            );
+            seen += 1;
+            Ok(())
+        })?;
+        assert_eq!(seen, 11);
+    }
+    Ok(())
+}

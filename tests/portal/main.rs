@@ -1,0 +1,26 @@
+//! The page in a real browser.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "what a test's helpers unwrap fails the test, as it should"
+)]
+
+mod browser;
+mod delivery;
+mod looks;
+mod saving;
+mod standin;
+mod words;
+
+/// The browser and the stand-in of a test; none, said why, where there is no browser.
+fn begin(look: &browser::Look) -> browser::Outcome<Option<(browser::Browser, standin::Standin)>> {
+    if let Some(reason) = browser::missing() {
+        assert!(std::env::var_os("CI").is_none(), "{reason}");
+        eprintln!("ignored: {reason}");
+        return Ok(None);
+    }
+    Ok(Some((
+        browser::Browser::start(look)?,
+        standin::Standin::start()?,
+    )))
+}

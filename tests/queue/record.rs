@@ -1,0 +1,106 @@
+//! A record small enough to see through: what managers must do with reports, and no more.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use upperdeck::job::{JobId, Order, Outcome as Ending, Report, Said};
+
+/// Where a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Where {
+    Queued,
+    Running,
+    Succeeded,
+    Cancelled,
+}
+
+pub struct Row {
+    pub order: Order,
+    pub at: Where,
+    /// Somebody wants it cancelled.
+    pub unwanted: bool,
+    /// How often it came to an end: once.
+    pub ends: u32,
+    seen: BTreeSet<(u64, u64)>,
+}
+
+#[derive(Default)]
+pub struct Record {
+    pub rows: BTreeMap<JobId, Row>,
+}
+
+impl Record {
+    pub fn accept(&mut self, order: &Order) {
+        let row = Row {
+            order: order.clone(),
+            at: Where::Queued,
+            unwanted: false,
+            ends: 0,
+            seen: BTreeSet::new(),
+        };
+        self.rows.insert(order.job, row);
+    }
+
+    /// Writes down what an agent said, once, and only from who had the job last. Whether an agent works on what is over.
+    pub fn apply(&mut self, report: &Report) -> bool {
+        let Some(row) = self.rows.get_mut(&report.job) else {
+            return true;
+        };
+        if report.fence < row.order.fence_after || !row.seen.insert((report.fence, report.seq)) {
+            return false;
+        }
+        row.order.fence_after = report.fence;
+        if row.is_over() {
+            return !matches!(report.said, Said::Ended { .. } | Said::GivenBack { .. });
+        }
+        let again = match &report.said {
+            Said::Ended {
+                outcome: Ending::Succeeded { .. },
+            } => {
+                row.end(Where::Succeeded);
+                false
+            }
+            Said::Ended {
+                outcome: Ending::Cancelled,
+            } => {
+                row.end(Where::Cancelled);
+                false
+            }
+            Said::Ended {
+                outcome: Ending::Failed { .. },
+            }
+            | Said::GivenBack { .. } => true,
+            _ => {
+                row.at = Where::Running;
+                false
+            }
+        };
+        if again {
+            row.order.attempt += 1;
+            row.at = Where::Queued;
+            if row.unwanted {
+                row.end(Where::Cancelled);
+            }
+        }
+        false
+    }
+
+    /// Jobs that are not over.
+    pub fn open(&self) -> Vec<JobId> {
+        self.rows
+            .iter()
+            .filter(|(_, row)| !row.is_over())
+            .map(|(job, _)| *job)
+            .collect()
+    }
+}
+
+impl Row {
+    pub fn is_over(&self) -> bool {
+        matches!(self.at, Where::Succeeded | Where::Cancelled)
+    }
+
+    pub fn end(&mut self, at: Where) {
+        self.at = at;
+        self.ends += 1;
+    }
+}
