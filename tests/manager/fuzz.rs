@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use upperdeck::manager::auth::Role;
 
@@ -63,7 +64,10 @@ async fn no_request_makes_it_fail_and_every_answer_is_described() -> Outcomes {
         );
         assert!(text.contains(" generated, "), "{text}");
     }
-    // Still there, and it works.
-    agent.claim().await?;
+    // Still there, and it works. (What it has found in the lists, it may have cancelled.)
+    agent.heartbeat(&[session(9, Some("bob"))]).await?;
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let job = submit(at, Who::Bob, &id(9), "after").await?;
+    while agent.claim().await?.order.job != job {}
     manager.stop().await
 }

@@ -8,8 +8,8 @@ use upperdeck::job::{Code, Outcome, Said};
 use upperdeck::queue::Hold;
 
 use crate::site::{
-    Agent, Outcomes, Site, Who, ask, empty_queue, get, id, request, session, submit, succeeded,
-    until,
+    Agent, Outcomes, PATIENCE, Site, Who, ask, empty_queue, get, id, request, session, submit,
+    succeeded, until,
 };
 
 fn failed(retryable: bool) -> Outcome {
@@ -453,11 +453,15 @@ async fn figures_and_readiness_are_told() -> Outcomes {
     agent.work(&claim).await?;
     let path = format!("/api/v1/saves/{job}");
     until(at, Who::Alice, &path, |save| save["state"] == "succeeded").await?;
-    let text = request(at, Who::Nobody, Method::GET, "/metrics")?
-        .send()
-        .await?
-        .text()
-        .await?;
+    // The record is a moment ahead of the figures.
+    let begun = std::time::Instant::now();
+    let mut text = String::new();
+    while !text.contains("upperdeck_save_pause_seconds_count 1") && begun.elapsed() < PATIENCE {
+        let answer = request(at, Who::Nobody, Method::GET, "/metrics")?
+            .send()
+            .await?;
+        text = answer.text().await?;
+    }
     for line in [
         "upperdeck_saves_accepted_total 1",
         "upperdeck_saves_ended_total{state=\"succeeded\",code=\"\"} 1",
