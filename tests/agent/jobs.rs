@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use upperdeck::agent::OwnerRule;
 use upperdeck::job::{Category, Code, Event, Kind, Order, Outcome, Phase, Said};
 use upperdeck::queue::{Clock, Limits, Local, Queue, Settings, Withdrawn};
 
@@ -185,6 +186,27 @@ async fn what_the_node_does_not_see_itself_is_not_done() -> Result<()> {
         assert_eq!(code, Code::ContainerGone, "{session}");
     }
     assert!(!ran.exists());
+    service.end().await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_nobody_owns_is_saved_in_nobodys_name_only() -> Result<()> {
+    let Some(node) = Node::new().await? else {
+        return Ok(());
+    };
+    let mut options = node.options();
+    let ran = node.path("ran");
+    options.owner = OwnerRule::Env("NOBODY_SETS_THIS".to_owned());
+    options.program = node.program(&format!("touch {}", ran.display()))?;
+    let service = Service::start(options, local());
+    assert_eq!(refused(&node, &service, |_| ()).await?, Code::NotPermitted);
+    assert!(!ran.exists());
+    let mut order = node.order();
+    order.owner.clear();
+    service.queue.offer(&order).await?;
+    service.outcome(order.job).await?;
+    assert!(ran.exists(), "it was begun");
     service.end().await?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A PostgreSQL of the test program's own, in a directory that goes away with it.
+//! A PostgreSQL of the test program's own. It ends with it; the directory is cleared away by the next one.
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::os::unix::process::CommandExt as _;
@@ -68,10 +68,27 @@ fn as_its_user(command: &mut Command, dir: &Path) -> Result<(), String> {
     Ok(())
 }
 
+const PREFIX: &str = "upperdeck-pg-";
+
+/// Removes the directories of test programs that are no more.
+fn sweep() {
+    for entry in std::fs::read_dir("/tmp").into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX)?.split('-').next());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Another test program may be at it, too.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 fn start() -> Result<PathBuf, String> {
     let (initdb, postgres) = (program("initdb")?, program("postgres")?);
+    sweep();
     let dir = tempfile::Builder::new()
-        .prefix("upperdeck-pg-")
+        .prefix(&format!("{PREFIX}{}-", std::process::id()))
         .tempdir_in("/tmp")
         .map_err(|error| error.to_string())?
         .keep();
@@ -115,14 +132,12 @@ fn start() -> Result<PathBuf, String> {
         .stderr(Stdio::null());
     // It ends with the thread that started it, so that is one that stays for as long as this program.
     let (told, started) = std::sync::mpsc::channel();
-    let gone = dir.clone();
     std::thread::spawn(move || {
         let child = command.spawn();
         let _ = told.send(child.as_ref().map(|_| ()).map_err(ToString::to_string));
         if let Ok(mut child) = child {
             let _ = child.wait();
         }
-        let _ = std::fs::remove_dir_all(gone);
     });
     started.recv().map_err(|error| error.to_string())??;
     let begun = Instant::now();
