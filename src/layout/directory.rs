@@ -76,6 +76,8 @@ impl Directory {
             let foreign = entries.find(|e| e.as_ref().map_or(true, |e| !ours(&e.file_name())));
             match foreign {
                 None => Ok(false),
+                // Another save into a new directory has made it one between the two looks.
+                Some(_) if self.path.join("oci-layout").exists() => self.check_version(),
                 Some(_) => Err(self.not_a_layout("it has files and no oci-layout")),
             }
         }
