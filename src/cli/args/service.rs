@@ -1,6 +1,11 @@
 //! The flags of the service: `manager`, `agent`, `up`. Each is a setting too: in the environment and in a file, see
 //! `config`. So none of them is required here; what is missing is found when options are made of them.
 
+#![allow(
+    rustdoc::bare_urls,
+    reason = "the comments are what --help prints, where an address is text"
+)]
+
 use std::path::PathBuf;
 use std::time::Duration;
 
