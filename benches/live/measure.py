@@ -86,7 +86,12 @@ def inside(*command):
 
 def end(processes):
     """Ends everything in the container but its first process."""
-    namespace = lambda pid: os.readlink(f"/proc/{pid}/ns/mnt")
+    def namespace(pid):
+        try:
+            return os.readlink(f"/proc/{pid}/ns/mnt")
+        except OSError:
+            # It has ended, or is not ours to look at.
+            return None
     for entry in pathlib.Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and int(entry.name) != arguments.pid and namespace(entry.name) == namespace(arguments.pid):
