@@ -274,6 +274,12 @@ impl Client {
         self.json(request).await
     }
 
+    /// Asks for the end of a save; the save as it then is.
+    pub(super) async fn cancel(&self, id: &str) -> Result<Save, Error> {
+        self.json(self.request(Method::DELETE, &format!("saves/{id}"), &[]))
+            .await
+    }
+
     /// `DELETE`; what it answers is not looked at.
     pub(super) async fn delete(&self, path: &str) -> Result<(), Error> {
         self.send(self.request(Method::DELETE, path, &[])).await?;

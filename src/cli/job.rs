@@ -38,8 +38,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
             watch(client, &args.id.to_string(), args.progress, verbose).await
         }),
         Job::Cancel(args) => on(&args.server, async |client| {
-            client.delete(&format!("saves/{}", args.id)).await?;
-            let save: Save = client.get(&format!("saves/{}", args.id), &[]).await?;
+            let save = client.cancel(&args.id.to_string()).await?;
             let said = if save.state.is_final() {
                 format!("{}\n", save.state.name())
             } else {
