@@ -9,11 +9,11 @@ use std::collections::HashMap;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
 use upperdeck::job::{
-    Event, JobId, Keys, Load, Node, Order, Outcome, Report, Said, SaveOptions, Saved,
+    Event, JobId, Keys, Load, Node, Order, Outcome, Report, Said, SaveOptions, Saved, now_ms,
 };
 use upperdeck::queue::{Claim, HEARTBEAT_EVERY, Hold, Limits, Queue, RENEW_EVERY, Redis, Settings};
 
@@ -120,13 +120,6 @@ impl Look {
             100.0 * (self.own_cpu - before.own_cpu) / wall,
         )
     }
-}
-
-fn now_ms() -> i64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap()
-        .as_millis() as i64
 }
 
 fn order(node: &str, user: &str) -> Order {

@@ -19,12 +19,12 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use crate::cancel::Cancel;
-use crate::job::{JobId, Node, Order};
+use crate::job::{JobId, Node, Order, now_ms};
 use crate::queue::{self, Claim, Queue};
 
 use inventory::Inventory;
 use spool::Spool;
-use telling::{CALL, call, now_ms};
+use telling::{CALL, call};
 
 pub use options::{Allowed, AllowedError, Options, Registry};
 pub use owner::{OwnerRule, RuleError};

@@ -1,10 +1,10 @@
 //! What an agent tells of one job, in order and each thing once, over a queue that may be away for a while.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use crate::cancel::Cancel;
-use crate::job::{Event, Report, Said};
+use crate::job::{Event, Report, Said, now_ms};
 use crate::queue::{Claim, Error, Hold, Queue};
 
 /// A call of the queue that takes longer has failed.
@@ -15,12 +15,6 @@ const AGAIN: Duration = Duration::from_secs(1);
 const MAX_WAITING: usize = 2000;
 /// How long an agent that ends goes on trying to tell a job's last word. A success is on disk.
 const LAST_WORD: Duration = Duration::from_secs(20);
-
-/// Milliseconds since the epoch.
-pub(super) fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as i64)
-}
 
 /// A call with a bound on its time.
 pub(super) async fn call<T>(

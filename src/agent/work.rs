@@ -11,12 +11,12 @@ use tokio::time::MissedTickBehavior;
 use super::Agent;
 use super::child::{self, Child};
 use super::spool::{Note, Of};
-use super::telling::{Teller, now_ms};
+use super::telling::Teller;
 use crate::cancel::Cancel;
 use crate::container::{self, Container, Runtime};
 use crate::escape;
 use crate::freeze;
-use crate::job::{Code, Event, JobId, Order, Outcome, Said, Saved};
+use crate::job::{Code, Event, JobId, Order, Outcome, Said, Saved, now_ms};
 use crate::queue::{Claim, Hold, RENEW_EVERY};
 
 /// Between two questions whether the tag may be put on, where nobody answers.

@@ -1,5 +1,5 @@
 //! The words in which the builder, the agents, the queue and the manager speak of a save: what was asked for, what it is
-//! doing, what became of it. Pure data, no I/O.
+//! doing, what became of it. Pure data, no I/O; the clock by which all of it tells the time.
 
 mod event;
 mod order;
@@ -14,3 +14,9 @@ pub use report::{Outcome, Report, Said, Saved};
 pub use seal::{Keys, SealError, Sealed};
 pub use session::{Category, Kind, Load, NextSave, Node, Session, Unsaved};
 pub use state::{Code, State};
+
+/// Milliseconds since the epoch, UTC, as all the `_ms` instants here; 0 on a machine whose clock stands before it.
+pub fn now_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as i64)
+}

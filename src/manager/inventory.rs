@@ -13,9 +13,8 @@ use super::auth::Caller;
 use super::refusal::Refusal;
 use super::shape::{NodeView, Nodes, SessionView, Sessions, Which};
 use super::time::{rfc3339, stamp};
-use crate::job::{JobId, Node, Session};
+use crate::job::{JobId, Node, Session, now_ms};
 use crate::queue::{self, HEARTBEAT_LOST, Queue};
-use crate::record::now_ms;
 
 const FRESH: Duration = Duration::from_secs(1);
 /// Shorter beginnings of IDs could be somebody else's tomorrow.

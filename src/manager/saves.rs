@@ -19,9 +19,9 @@ use super::shape::{
 };
 use super::target::is_reserved;
 use super::time::rfc3339;
-use crate::job::{JobId, SaveOptions, State};
+use crate::job::{JobId, SaveOptions, State, now_ms};
 use crate::queue::{Place, Withdrawn};
-use crate::record::{Draft, Filter, Request, Save, Submitted, now_ms};
+use crate::record::{Draft, Filter, Request, Save, Submitted};
 
 const MAX_MESSAGE: usize = 1000;
 const MAX_PATTERNS: usize = 100;

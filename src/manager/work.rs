@@ -9,9 +9,9 @@ use futures_util::StreamExt as _;
 
 use super::App;
 use super::inventory::is_alive;
-use crate::job::{Code, Event, JobId, Order, Report, Said, State};
+use crate::job::{Code, Event, JobId, Order, Report, Said, State, now_ms};
 use crate::queue::{self, Offered, Place, Withdrawn};
-use crate::record::{self, Errand, Policy, Progress, Save, Standing, Taken, now_ms};
+use crate::record::{self, Errand, Policy, Progress, Save, Standing, Taken};
 
 /// Reports taken in at once, in one transaction.
 const REPORTS: usize = 200;

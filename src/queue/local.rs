@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -12,7 +12,7 @@ use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, registry_of,
 };
-use crate::job::{JobId, Node, Order, Report, Session};
+use crate::job::{JobId, Node, Order, Report, Session, now_ms};
 
 /// See the module.
 #[derive(Clone)]
@@ -91,12 +91,11 @@ impl Local {
 
     /// An empty queue with other settings than the default.
     pub fn with(limits: Limits, settings: Settings) -> Self {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
         Self(Arc::new(Shared {
             limits,
             settings,
             begun: Instant::now(),
-            begun_ms: since.map_or(0, |since| since.as_millis() as i64),
+            begun_ms: now_ms(),
             state: Mutex::default(),
             changed: Notify::new(),
         }))

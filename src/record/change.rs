@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use sqlx::{Any, Row as _, Transaction};
 
-use super::{Draft, Error, Policy, Progress, Record, Save, now_ms, read, view, written};
-use crate::job::{Event, JobId, Report, Said};
+use super::{Draft, Error, Policy, Progress, Record, Save, read, view, written};
+use crate::job::{Event, JobId, Report, Said, now_ms};
 
 /// So often the same change is tried anew.
 const TRIES: u32 = 30;

@@ -168,13 +168,6 @@ fn make_private(path: &Path) -> std::io::Result<()> {
         .map(drop)
 }
 
-/// Milliseconds since the epoch, UTC.
-pub fn now_ms() -> i64 {
-    std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis() as i64)
-}
-
 /// Rows hold what was written, or say whose they are.
 fn read<T: serde::de::DeserializeOwned>(save: &str, text: &str) -> Result<T, Error> {
     serde_json::from_str(text).map_err(|error| Error::Row {

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use sqlx::{Any, Row as _, Transaction};
 
-use super::{Errand, Error, Record, id_of, now_ms};
-use crate::job::JobId;
+use super::{Errand, Error, Record, id_of};
+use crate::job::{JobId, now_ms};
 
 /// Who takes an errand and does not say that it is done has died: another one takes it then.
 const HELD_FOR: Duration = Duration::from_secs(10);

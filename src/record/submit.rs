@@ -3,8 +3,8 @@
 use sqlx::Row as _;
 
 use super::save::Step;
-use super::{Errand, Error, Record, Save, id_of, now_ms, view, written};
-use crate::job::JobId;
+use super::{Errand, Error, Record, Save, id_of, view, written};
+use crate::job::{JobId, now_ms};
 
 /// So often a request is looked at again whose key another one had at the same moment.
 const TRIES: u32 = 10;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use sqlx::{Any, Row as _, Transaction};
 
 use super::change::save_of;
-use super::{Error, Progress, Record, Save, id_of, now_ms, read, state_of};
-use crate::job::{JobId, State};
+use super::{Error, Progress, Record, Save, id_of, read, state_of};
+use crate::job::{JobId, State, now_ms};
 
 /// Every version of a save is kept for so long after its end: a watcher who was away for longer sees the last one only.
 const CHANGES_FOR: Duration = Duration::from_secs(3600);

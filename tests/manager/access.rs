@@ -285,7 +285,7 @@ async fn users_come_with_tokens_of_the_identity_provider_and_with_no_others() ->
     });
     let manager = site.manager_with(options).await?;
     let at = manager.address;
-    let now = upperdeck::record::now_ms() / 1000;
+    let now = upperdeck::job::now_ms() / 1000;
     let claims = |user: &str| json!({"iss": "https://id.example", "aud": "upperdeck", "exp": now + 600, "preferred_username": user});
     let with = |mut claims: Value, name: &str, value: Value| {
         claims[name] = value;

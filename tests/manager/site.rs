@@ -255,7 +255,7 @@ impl Agent {
             name: "n1".into(),
             version: "0".into(),
             started_ms: 0,
-            at_ms: upperdeck::record::now_ms(),
+            at_ms: upperdeck::job::now_ms(),
             draining: false,
             running: Vec::new(),
             load: Load::default(),
@@ -330,7 +330,7 @@ fn report(claim: &Claim, seq: u64, said: Said) -> Report {
         attempt: claim.order.attempt,
         fence: claim.fence,
         seq,
-        at_ms: upperdeck::record::now_ms(),
+        at_ms: upperdeck::job::now_ms(),
         said,
     }
 }

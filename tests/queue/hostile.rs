@@ -106,7 +106,7 @@ async fn a_fence_that_cannot_be_is_not_given_out() -> Outcome {
             .query_async(&mut redis)
             .await?;
         for claim in world.queue.claim("n1", "a", 1, NOW).await? {
-            let ahead = (claim.fence / 1000).saturating_sub(crate::world::now_ms() as u64);
+            let ahead = (claim.fence / 1000).saturating_sub(upperdeck::job::now_ms() as u64);
             assert!(ahead < 86_400_000, "{bad}: {}", claim.fence);
             world.finish(&claim).await?;
         }

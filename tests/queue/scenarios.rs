@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use upperdeck::job::{JobId, Order, Outcome as Ending, Said};
+use upperdeck::job::{JobId, Order, Outcome as Ending, Said, now_ms};
 use upperdeck::queue::{Depth, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Withdrawn};
 
 use crate::world::{
-    FREE, LONG, NOW, Outcome, World, ended, node, now_ms, order, report, session, succeeded,
+    FREE, LONG, NOW, Outcome, World, ended, node, order, report, session, succeeded,
 };
 
 /// Plays each scenario on both kinds of queue.

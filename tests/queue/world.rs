@@ -1,11 +1,11 @@
 //! What a scenario plays in: a queue, whichever it is, and a clock that a test can move.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use upperdeck::job::{
     Category, JobId, Kind, Load, Node, Order, Outcome as Ending, Report, Said, SaveOptions, Saved,
-    Session,
+    Session, now_ms,
 };
 use upperdeck::queue::{Claim, Clock, Hold, Limits, Local, Queue, Settings};
 
@@ -105,11 +105,6 @@ pub fn settings() -> Settings {
         patience: Duration::from_millis(400),
         ..Settings::default()
     }
-}
-
-pub fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as i64)
 }
 
 /// An order that is good for a day.

@@ -42,7 +42,7 @@ fn on_both<F: Future<Output = Outcomes>>(test: impl Fn(String) -> F) -> Outcomes
 }
 
 fn save(user: &str, session: &str, tag: &str) -> Save {
-    let now = upperdeck::record::now_ms();
+    let now = upperdeck::job::now_ms();
     Save {
         id: JobId::new(),
         session: session.to_owned(),

@@ -9,7 +9,7 @@ mod read;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use redis::{Script, Value};
 use serde::de::DeserializeOwned;
@@ -20,7 +20,7 @@ use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, registry_of,
 };
-use crate::job::{Event, JobId, Keys, Node, Order, Report, Said, Sealed, Session};
+use crate::job::{Event, JobId, Keys, Node, Order, Report, Said, Sealed, Session, now_ms};
 use link::Link;
 use read::{Entry, entries, is_entry_id};
 
@@ -106,9 +106,7 @@ impl Redis {
     }
 
     fn now_ms(&self) -> i64 {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = since.map_or(0, |since| since.as_millis() as i64);
-        now + self.settings.clock.ahead().as_millis() as i64
+        now_ms() + self.settings.clock.ahead().as_millis() as i64
     }
 
     /// The script with what every one begins with.
