@@ -400,6 +400,24 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
         1,
         "stamped when the clock showed the same"
     );
+    // The clock goes on by whole ticks, and what is stamped may be a tick behind it: two of them are too close as well.
+    let later = |by: std::time::Duration| {
+        let nanos = u64::from(stamped.nanos) + by.as_nanos() as u64;
+        Clock {
+            seconds: stamped.seconds + (nanos / 1_000_000_000) as i64,
+            nanos: (nanos % 1_000_000_000) as u32,
+        }
+    };
+    assert_eq!(
+        taken(&scanned()?.since(later(tick())), false)?,
+        1,
+        "stamped in the tick before"
+    );
+    assert_eq!(
+        taken(&scanned()?.since(later(3 * tick())), false)?,
+        0,
+        "stamped three ticks before"
+    );
     // What is kept for the next save does not forget it.
     let kept = Scan::restore(&scanned()?.since(stamped).store(&|_| false)).ok_or("damaged")?;
     let unsure = kept.unsure.iter().filter(|unsure| **unsure).count();
