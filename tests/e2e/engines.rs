@@ -169,6 +169,8 @@ fn a_docker_container_is_saved_with_its_volumes() -> Result<()> {
         "rm -r /srv/dash; echo own > /srv/own; echo volume > /data/of-another",
     )?;
     let both = [
+        "--max-pause",
+        "0",
         "--include-volume",
         "/srv",
         "--include-volume",

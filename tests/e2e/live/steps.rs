@@ -15,13 +15,14 @@ use crate::host::image::Base;
 use crate::host::{Freezer, wait_at_most, wait_until};
 use crate::save;
 
-/// Maps a file with the first signal, and writes to one page of it with each.
+/// Maps a file with the first signal, and writes to one page of it with each: in the directory that it is told.
 const MAPPER: &str = r#"
-import mmap, os, signal
-os.makedirs("/home/w")
-fd = os.open("/home/w/page", os.O_RDWR | os.O_CREAT)
+import mmap, os, signal, sys
+home = sys.argv[1]
+os.makedirs(home, exist_ok=True)
+fd = os.open(f"{home}/page", os.O_RDWR | os.O_CREAT)
 os.ftruncate(fd, 1 << 20)
-with open("/home/w/much", "wb") as much:
+with open(f"{home}/much", "wb") as much:
     much.write(os.urandom(4 << 20))
 maps, n = [], 0
 def write(*_):
@@ -30,30 +31,51 @@ def write(*_):
     maps[:] = maps or [mmap.mmap(fd, 1 << 20)]
     maps[0][4096:4112] = b"%016d" % n
 signal.signal(signal.SIGUSR1, write)
-open("/home/w/ready", "w").close()
+open(f"{home}/ready", "w").close()
 while True:
     signal.pause()
 "#;
 
-/// The clock is noted before the mappings are listed. A page that is dirtied right after the list is not written out, and
-/// what is written to it once it was read moves no stamp: only that its file is stamped after the clock tells.
-#[test]
-fn what_is_mapped_after_the_list_was_made_and_written_to_without_a_trace_is_saved() -> Result<()> {
-    // Where files can be cloned there would be no round to read it too early.
+/// A container whose first process is the mapper, with its tree and its volumes where nothing can be cloned: else there
+/// would be no round that reads a file too early.
+fn mapper(at: &str, volumes: &[&str]) -> Result<Option<Session>> {
     let Some(mut session) = Session::on(Base::Big, Some("mkfs.ext4"), &|_| Ok(Vec::new()))? else {
-        return Ok(());
+        return Ok(None);
     };
+    let home = session.scratch.dir("podman/home")?;
+    let volumes: Vec<String> = volumes
+        .iter()
+        .map(|at| format!("--volume={}:{at}", home.display()))
+        .collect();
+    let mut options = vec!["--init=false", "--user=0"];
+    options.extend(volumes.iter().map(String::as_str));
     let image = session.registry.reference("bases/python:1");
-    session.container = session.podman.run(
-        "mapper",
-        &image,
-        &["--init=false", "--user=0"],
-        &["/usr/bin/python3", "-c", MAPPER],
-    )?;
-    let home = session.root().join("home/w");
-    wait_until("it waits for signals", || home.join("ready").exists())?;
+    let program = ["/usr/bin/python3", "-c", MAPPER, at];
+    session.container = session.podman.run("mapper", &image, &options, &program)?;
+    let ready = session.root().join("home/w/ready");
+    wait_until("it waits for signals", || ready.exists())?;
+    Ok(Some(session))
+}
+
+/// When the page is written to for the first time in a save.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum First {
+    /// Long before its first list.
+    BeforeTheList,
+    /// When its first list has been made, through a mapping that is not in it.
+    AfterTheList,
+}
+
+/// Lets a save read the page in a round, writes to it again before the freeze, and sees whether that is in the image.
+/// `unnoticed`: only if that moved no stamp.
+fn is_saved_as_it_was_last(
+    session: &Session,
+    first: First,
+    unnoticed: bool,
+    options: &[&str],
+) -> Result<()> {
     let stamp = || -> Result<(i64, u32)> {
-        let meta = home.join("page").metadata()?;
+        let meta = session.root().join("home/w/page").metadata()?;
         Ok((meta.ctime(), meta.ctime_nsec() as u32))
     };
     let mut number = 0;
@@ -61,35 +83,47 @@ fn what_is_mapped_after_the_list_was_made_and_written_to_without_a_trace_is_save
         number += 1;
         kill(Pid::from_raw(session.container.pid), Signal::SIGUSR1)?;
         wait_until("it is written", || {
-            shown(&session).is_ok_and(|n| n == number)
+            shown(session).is_ok_and(|n| n == number)
         })?;
         Ok(number)
     };
-    for attempt in 0..5 {
-        // Its pages are clean, and the list that is made now has not got it where this is the first attempt.
-        session
-            .podman
-            .shell(&session.container, "sync /home/w/page")?;
-        let options = ["--full", "--live-limit", "1MiB"];
-        let save = Watched::start(&session, &format!("n{attempt}"), &options)?;
-        let list = save.asked()?;
-        let mapped = without(&list.mapped()?, b"/home/w/page");
-        write()?;
+    let settled = || -> Result<()> {
         let stamped = stamp()?;
         wait_until("the clock is well past the stamp", || {
             Clock::now().settles(stamped.0, stamped.1)
         })?;
+        Ok(())
+    };
+    for attempt in 0..5 {
+        // Its pages are clean.
+        session
+            .podman
+            .shell(&session.container, "sync /home/w/page")?;
+        if first == First::BeforeTheList {
+            write()?;
+            settled()?;
+        }
+        let options = [&["--full", "--live-limit", "1MiB"], options].concat();
+        let save = Watched::start(session, &format!("n{attempt}"), &options)?;
+        let list = save.asked()?;
+        let mut mapped = list.mapped()?;
+        if first == First::AfterTheList {
+            mapped = without(&mapped, b"/page");
+            write()?;
+            settled()?;
+        }
         list.answer_with(&mapped)?;
         save.until("streaming")?;
         // The round is over when the next one asks.
         save.until("scanning")?;
         let list = save.asked()?;
+        let before = stamp()?;
         let last = write()?;
-        let unnoticed = stamp()? == stamped;
+        let moved = stamp()? != before;
         list.answer()?;
         let saved = save.finish()?;
         // The kernel may have written the page out by itself in between.
-        if !unnoticed {
+        if unnoticed && moved {
             continue;
         }
         let seen = session.instant(&saved)?;
@@ -100,6 +134,40 @@ fn what_is_mapped_after_the_list_was_made_and_written_to_without_a_trace_is_save
         return Ok(());
     }
     anyhow::bail!("the page never stayed dirty")
+}
+
+/// The clock is noted before the mappings are listed. A page that is dirtied right after the list is not written out, and
+/// what is written to it once it was read moves no stamp: only that its file is stamped after the clock tells.
+#[test]
+fn what_is_mapped_after_the_list_was_made_and_written_to_without_a_trace_is_saved() -> Result<()> {
+    match mapper("/home/w", &[])? {
+        Some(session) => is_saved_as_it_was_last(&session, First::AfterTheList, true, &[]),
+        None => Ok(()),
+    }
+}
+
+/// What is mapped is written out before it is read: a page that was dirty long before the save shows its next change then.
+#[test]
+fn what_was_mapped_and_dirty_before_the_list_shows_its_next_change() -> Result<()> {
+    match mapper("/home/w", &[])? {
+        Some(session) => is_saved_as_it_was_last(&session, First::BeforeTheList, false, &[]),
+        None => Ok(()),
+    }
+}
+
+/// What cannot be written out is read under the freeze, whatever its stamps say: here a file of a volume that is mapped
+/// where the same directory is mounted a second time, so that only its inode is known.
+#[test]
+fn what_is_mapped_and_was_not_written_out_is_read_again() -> Result<()> {
+    match mapper("/elsewhere", &["/home/w", "/elsewhere"])? {
+        Some(session) => is_saved_as_it_was_last(
+            &session,
+            First::BeforeTheList,
+            true,
+            &["--include-volume", "/home/w"],
+        ),
+        None => Ok(()),
+    }
 }
 
 /// What the container has in its page.
