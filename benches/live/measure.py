@@ -11,9 +11,9 @@ import sys
 import time
 
 parser = argparse.ArgumentParser(usage=__doc__)
-for name in ["part", "upperdeck", "registry", "container", "docker", "venv"]:
+for name in ["part", "upperdeck", "registry", "container", "docker", "nerdctl", "venv"]:
     parser.add_argument(f"--{name}")
-for name in ["saves", "most", "pid", "docker-pid"]:
+for name in ["saves", "most", "pid", "docker-pid", "nerdctl-pid"]:
     parser.add_argument(f"--{name}", type=int)
 for name in ["work", "writers"]:
     parser.add_argument(f"--{name}", type=pathlib.Path)
@@ -244,7 +244,10 @@ def part_peers():
     for name, pid, command in [
         ("podman commit --pause", arguments.pid, ["podman", "commit", "--quiet", "--pause", arguments.container, "localhost/peer:1"]),
         ("docker commit", arguments.docker_pid, ["docker", "commit", arguments.docker, "peer:1"]),
+        ("nerdctl commit", arguments.nerdctl_pid, ["nerdctl", "commit", arguments.nerdctl, "localhost/peer:1"]),
     ]:
+        if not pid:
+            continue
         seconds, _, begun, ended = run(command)
         row(name, f"{gap(begun, ended, pid) / 1000:.2f}", f"{seconds:.2f}")
     one = save("--full")

@@ -120,9 +120,9 @@ impl Holding {
         let begun = Instant::now();
         let mut waited = Vec::new();
         for cloning in self.cloning {
-            let fail = |source| ReadError {
+            let fail = |source: io::Error| ReadError {
                 path: cloning.path.clone(),
-                source,
+                source: io::Error::new(source.kind(), format!("cloning it: {source}")),
             };
             loop {
                 match cloning.ended.recv_timeout(SLOW_LOOK) {
