@@ -1,0 +1,266 @@
+//! The walk: directories from a shared queue, one at a time a thread, put into the layer's order at the end.
+//!
+//! `queue` hands out the directories, `directory` reads one, `entry` what is on disk of one name, `moved` finds what lies
+//! elsewhere, `base` compares with what the image has, `left_out` asks the rules, `top` sees to what is above, `flat` puts
+//! all into one list, `links` counts its hard links, `finish` takes out what needs no entry.
+
+mod base;
+mod directory;
+mod entry;
+mod finish;
+mod flat;
+mod left_out;
+mod links;
+mod moved;
+mod queue;
+mod top;
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+pub(super) use entry::kind_of;
+pub(super) use finish::finish;
+pub(super) use flat::{Flat, Output};
+
+use flat::flatten;
+use queue::Queue;
+
+use super::again::Earlier;
+use super::{Caps, Clock, Entry, Error, Kind, Options, Report, Roots, Scan};
+use crate::escape;
+use crate::overlay::lower::{Found, Lowers, Stack};
+use crate::overlay::root::Root;
+use crate::overlay::volume::Volume;
+use crate::overlay::xattr::Namespace;
+
+/// A directory to be walked.
+pub(super) struct Task {
+    /// Index of its output.
+    pub(super) id: u32,
+    pub(super) depth: u32,
+    /// Path in the layer.
+    pub(super) path: Vec<u8>,
+    /// The earlier scan's directory of this path, if what it says of what is in it holds where nothing changed.
+    pub(super) earlier: Option<u32>,
+    /// Whether the upper has it (then under the same path).
+    pub(super) upper: bool,
+    /// What the overlay merges beneath the upper's.
+    pub(super) merge: Stack,
+    /// What the base has at the layer's path.
+    pub(super) base: Stack,
+    /// The directory was moved here: all that is merged must be in the layer, not the upper's part alone.
+    pub(super) full: bool,
+    /// What the base has here must not shine through.
+    pub(super) hidden: bool,
+    /// The same, but what the base has here is not known.
+    pub(super) opaque: bool,
+}
+
+pub(super) struct Walker<'a> {
+    pub(super) upper: &'a Root,
+    pub(super) lowers: &'a Lowers,
+    lowers_known: bool,
+    namespace: Namespace,
+    /// What is walked instead of an upper directory: nothing in it is a mark of an overlay's, and nothing that the base
+    /// has at its path is to be seen.
+    volume: Option<&'a Volume>,
+    pub(super) options: &'a Options<'a>,
+    /// What is held against, where the tree was scanned before.
+    pub(super) earlier: Option<&'a Earlier<'a>>,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    report: Mutex<Report>,
+    count: Counters,
+}
+
+#[derive(Default)]
+struct Counters {
+    entries: AtomicU64,
+    bytes: AtomicU64,
+    holes: AtomicU64,
+}
+
+pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> {
+    let clock = Clock::now();
+    let (upper, lowers) = open(roots)?;
+    let walker = Walker::new(&upper, &lowers, roots, options, None);
+    let top = walker.top()?;
+    let (outputs, count, report) = walker.run(vec![walker.root_task()?])?;
+    let flat = flatten(top, outputs, count);
+    let mut all_roots = vec![upper];
+    all_roots.extend(lowers.roots);
+    finish(flat, Arc::new(all_roots), roots, clock, report)
+}
+
+/// Opens the directories of an overlay, if their marks can be read.
+pub(super) fn open(roots: &Roots) -> Result<(Root, Lowers), Error> {
+    if roots.namespace == Namespace::Trusted && !may_read_trusted() {
+        return Err(Error::MarksUnreadable);
+    }
+    let open = |path: &Path| Root::open(path).map_err(|source| read_error(path, b"", source));
+    let upper = match &roots.volume {
+        Some(volume) => volume.root().clone(),
+        None => open(&roots.upper)?,
+    };
+    let lowers = Lowers {
+        roots: roots
+            .lowers
+            .iter()
+            .chain(&roots.data_only)
+            .map(|p| open(p))
+            .collect::<Result<_, _>>()?,
+        merged: roots.lowers.len(),
+        namespace: roots.namespace,
+    };
+    Ok((upper, lowers))
+}
+
+/// Directories above what is walked, the root included: none where that is the root.
+pub(super) fn above(volume: Option<&Volume>) -> u32 {
+    volume.map_or(0, |volume| volume.above().count() as u32 + 1)
+}
+
+impl<'a> Walker<'a> {
+    pub(super) fn new(
+        upper: &'a Root,
+        lowers: &'a Lowers,
+        roots: &'a Roots,
+        options: &'a Options<'a>,
+        earlier: Option<&'a Earlier<'a>>,
+    ) -> Self {
+        Self {
+            upper,
+            lowers,
+            lowers_known: roots.lowers_known,
+            namespace: roots.namespace,
+            volume: roots.volume.as_ref(),
+            options,
+            earlier,
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            report: Mutex::new(Report::default()),
+            count: Counters::default(),
+        }
+    }
+
+    /// The directory with which all walks begin: the root, or that which is mounted.
+    pub(super) fn root_task(&self) -> Result<Task, Error> {
+        let base = self.lowers.root_stack();
+        let Some(volume) = self.volume else {
+            return Ok(Task {
+                id: 0,
+                depth: 0,
+                path: Vec::new(),
+                earlier: None,
+                upper: true,
+                merge: base.clone(),
+                base,
+                full: false,
+                hidden: false,
+                opaque: false,
+            });
+        };
+        let mut base = base;
+        for name in volume.at().split(|&b| b == b'/') {
+            let found = self.lowers.lookup(&base, name);
+            base = match found.map_err(|e| self.read_error(volume.at(), e))? {
+                Found::Dir { stack, .. } => stack,
+                Found::Absent | Found::Other { .. } => Stack::new(),
+            };
+        }
+        Ok(Task {
+            id: 0,
+            depth: above(Some(volume)),
+            path: volume.at().to_vec(),
+            earlier: None,
+            upper: true,
+            merge: Stack::new(),
+            hidden: !base.is_empty(),
+            base,
+            full: false,
+            opaque: !self.lowers_known,
+        })
+    }
+}
+
+impl Walker<'_> {
+    pub(super) fn read_error(&self, path: &[u8], source: io::Error) -> Error {
+        read_error(self.upper.path(), path, source)
+    }
+
+    pub(super) fn count(&self, entry: &Entry) -> Result<(), Error> {
+        let Caps {
+            entries,
+            bytes,
+            holes,
+            ..
+        } = self.options.caps;
+        let over = |what: &str, limit, flag| {
+            Err(Error::Cap {
+                what: what.to_owned(),
+                limit,
+                flag,
+            })
+        };
+        if self.count.entries.fetch_add(1, Ordering::Relaxed) >= entries {
+            return over("the number of entries", entries, "--max-entries");
+        }
+        if self
+            .count
+            .bytes
+            .fetch_add(entry.size, Ordering::Relaxed)
+            .saturating_add(entry.size)
+            > bytes
+        {
+            return over("the size of all files in bytes", bytes, "--max-size");
+        }
+        let hole = entry.size.saturating_sub(entry.allocated);
+        // A metacopy file is all hole here, its data are elsewhere; the bound is for what would be expanded.
+        if entry.kind == Kind::File
+            && self
+                .count
+                .holes
+                .fetch_add(hole, Ordering::Relaxed)
+                .saturating_add(hole)
+                > holes
+        {
+            return over(
+                "the size of the holes in sparse files in bytes",
+                holes,
+                "--max-holes",
+            );
+        }
+        Ok(())
+    }
+}
+
+fn read_error(root: &Path, path: &[u8], source: io::Error) -> Error {
+    let mut full = std::os::unix::ffi::OsStrExt::as_bytes(root.as_os_str()).to_vec();
+    if !path.is_empty() {
+        full.push(b'/');
+        full.extend(path);
+    }
+    Error::Read {
+        path: escape::path(&full),
+        source,
+    }
+}
+
+/// Whether `trusted.*` attributes can be seen: CAP_SYS_ADMIN in the initial user namespace. Without it the
+/// kernel reads them as absent, and deletions would silently come back.
+fn may_read_trusted() -> bool {
+    const CAP_SYS_ADMIN: u32 = 21;
+    let effective = std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| {
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix("CapEff:"))?;
+            u64::from_str_radix(line.trim(), 16).ok()
+        });
+    let initial = std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().collect::<Vec<_>>() == ["0", "0", "4294967295"]);
+    initial && effective.is_some_and(|set| set & (1 << CAP_SYS_ADMIN) != 0)
+}
