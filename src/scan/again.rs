@@ -123,7 +123,7 @@ impl<'a> Earlier<'a> {
             (at < end).then(|| {
                 let index = at;
                 at = self.ends[index as usize];
-                (self.scan.name(&self.scan.entry(index)), index)
+                (self.scan.rows.name_at(index), index)
             })
         })
     }
@@ -448,7 +448,7 @@ impl<'a> Earlier<'a> {
                     };
                     match (child, same) {
                         (Some(id), _) => walked(&mut rows, id, index),
-                        (None, Some(at)) if self.scan.entry(at).kind == Kind::Dir => {
+                        (None, Some(at)) if self.scan.rows.kind(at) == Kind::Dir => {
                             kept(&mut rows, at, index, &mut walked)
                         }
                         (None, _) => None,
@@ -462,7 +462,7 @@ impl<'a> Earlier<'a> {
                     let at = *next;
                     *next = self.ends[at as usize];
                     let index = self.take_over(&mut rows, at, *parent, share);
-                    if self.scan.entry(at).kind == Kind::Dir {
+                    if self.scan.rows.kind(at) == Kind::Dir {
                         kept(&mut rows, at, index, &mut walked)
                     } else {
                         None

@@ -137,15 +137,15 @@ fn silent(entry: &Entry) -> bool {
     entry.flags.has(Flags::SILENT)
 }
 
-fn is_mark(entry: &Entry) -> bool {
-    matches!(entry.kind, Kind::Whiteout | Kind::Opaque)
+fn is_mark(kind: Kind) -> bool {
+    matches!(kind, Kind::Whiteout | Kind::Opaque)
 }
 
 impl Names {
     fn of(scan: &Scan, ends: &[u32], dir: u32) -> Self {
         let end = ends[dir as usize];
         let mut other = dir + 1;
-        while other < end && is_mark(&scan.entry(other)) {
+        while other < end && is_mark(scan.rows.kind(other)) {
             other += 1;
         }
         Self {
@@ -205,7 +205,7 @@ impl Comparison<'_> {
             ];
             let name = |which: usize, at: u32| {
                 let scan = if which < 2 { self.earlier } else { self.now };
-                scan.name(&scan.entry(at))
+                scan.rows.name_at(at)
             };
             let Some(least) = (0..4)
                 .filter(|&i| heads[i] != NONE)
@@ -334,7 +334,7 @@ impl Comparison<'_> {
             let entry = self.now.entry(index);
             self.take[index as usize] |= match how {
                 Take::OverBase => !silent(&entry),
-                Take::OverNothing => !is_mark(&entry),
+                Take::OverNothing => !is_mark(entry.kind),
             };
         }
         Ok(())
@@ -342,7 +342,7 @@ impl Comparison<'_> {
 
     /// A changed group of hard links is there as a whole, or what links to it would be another file.
     fn link_groups(&mut self) {
-        let linked = |e: &Entry| e.nlink > 1 && e.kind != Kind::Dir && !is_mark(e);
+        let linked = |e: &Entry| e.nlink > 1 && e.kind != Kind::Dir && !is_mark(e.kind);
         let mut changed = HashSet::new();
         for (index, _) in (0..).zip(&self.take).filter(|(_, taken)| **taken) {
             let entry = self.now.entry(index);
@@ -379,7 +379,7 @@ impl Comparison<'_> {
                 continue;
             }
             let entry = now.entry(index);
-            if index != 0 && is_mark(&entry) {
+            if index != 0 && is_mark(entry.kind) {
                 continue;
             }
             let parent = moved.get(&entry.parent).copied().unwrap_or(0);
@@ -410,13 +410,10 @@ impl Comparison<'_> {
         let names = Names::of(self.now, &self.now_ends, dir);
         let mut deleted: Vec<&[u8]> = (names.mark..names.mark_end)
             .filter(|&mark| self.take[mark as usize])
-            .map(|mark| self.now.name(&self.now.entry(mark)))
+            .map(|mark| self.now.rows.name_at(mark))
             .collect();
         let gone = self.gone.remove(&dir).unwrap_or_default();
-        deleted.extend(
-            gone.into_iter()
-                .map(|at| self.earlier.name(&self.earlier.entry(at))),
-        );
+        deleted.extend(gone.into_iter().map(|at| self.earlier.rows.name_at(at)));
         deleted.sort_unstable();
         for name in deleted {
             let mark = Entry {

@@ -241,6 +241,9 @@ impl Rows {
     pub(super) fn add(&mut self, shelf: Shelf) -> u32 {
         let first = self.next_place();
         let facts = shelf.finish();
+        if facts.facts.is_empty() {
+            return first;
+        }
         let store = self.stores.len() as u32;
         let begins = (0..facts.facts.len() as u32).step_by(BLOCK as usize);
         self.blocks.extend(begins.map(|begin| (store, begin)));
@@ -270,12 +273,28 @@ impl Rows {
         self.parents.len()
     }
 
-    pub(super) fn entry(&self, index: u32) -> Entry {
-        let index = index as usize;
-        let place = self.places[index];
+    /// The number of a row's store, and of its fact there.
+    fn find(&self, index: u32) -> (u32, u32) {
+        let place = self.places[index as usize];
         let (store, begin) = self.blocks[(place / BLOCK) as usize];
-        let fact = begin + place % BLOCK;
-        self.stores[store as usize].entry(fact, store, self.parents[index], self.flags[index])
+        (store, begin + place % BLOCK)
+    }
+
+    pub(super) fn entry(&self, index: u32) -> Entry {
+        let (store, fact) = self.find(index);
+        let facts = &self.stores[store as usize];
+        facts.entry(fact, store, self.parent(index), self.flags(index))
+    }
+
+    /// As [`Rows::name`] of the entry there, and cheaper.
+    pub(super) fn name_at(&self, index: u32) -> &[u8] {
+        let (store, fact) = self.find(index);
+        self.stores[store as usize].name(fact)
+    }
+
+    pub(super) fn kind(&self, index: u32) -> Kind {
+        let (store, fact) = self.find(index);
+        self.stores[store as usize].kind(fact)
     }
 
     pub(super) fn iter(
@@ -329,11 +348,8 @@ impl Rows {
             if !path.is_empty() {
                 path.push(b'/');
             }
-            let place = self.places[at as usize];
-            let (store, begin) = self.blocks[(place / BLOCK) as usize];
-            let name = self.stores[store as usize].name(begin + place % BLOCK);
-            path.extend(name.iter().rev());
-            at = self.parents[at as usize];
+            path.extend(self.name_at(at).iter().rev());
+            at = self.parent(at);
         }
         path.reverse();
     }

@@ -105,7 +105,7 @@ impl Scan {
     }
 
     /// Reads the `length` bytes that [`Scan::store`] wrote; none if they are anything else.
-    pub fn restore(from: &mut dyn BufRead, length: u64) -> Option<Stored> {
+    pub fn restore(from: &mut impl BufRead, length: u64) -> Option<Stored> {
         let mut from = Reader { from, left: length };
         let count = from.number()?;
         // The least that an entry takes.
@@ -256,7 +256,7 @@ fn write_extra(out: &mut Vec<u8>, extra: &Extra) {
     }
 }
 
-fn read_extra(from: &mut Reader<'_>) -> Option<Extra> {
+fn read_extra(from: &mut Reader<'_, impl BufRead>) -> Option<Extra> {
     let has = from.byte()?;
     let bit = |n: u8| has & (1 << n) != 0;
     if has >= 1 << 5 {
@@ -311,13 +311,13 @@ fn bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend(bytes);
 }
 
-struct Reader<'a> {
-    from: &'a mut dyn BufRead,
+struct Reader<'a, R> {
+    from: &'a mut R,
     /// Bytes that are still to come.
     left: u64,
 }
 
-impl Reader<'_> {
+impl<R: BufRead> Reader<'_, R> {
     fn byte(&mut self) -> Option<u8> {
         self.left = self.left.checked_sub(1)?;
         let byte = *self.from.fill_buf().ok()?.first()?;

@@ -203,10 +203,7 @@ impl Store {
         let mut file = tempfile::Builder::new()
             .prefix(".new-")
             .tempfile_in(&self.dir)?;
-        let mut to = BufWriter::with_capacity(BUFFER, file.as_file_mut());
-        write(&json, scans.iter().zip(lengths), &mut to)?;
-        to.flush()?;
-        drop(to);
+        write(&json, scans.iter().zip(lengths), file.as_file_mut())?;
         file.as_file().sync_all()?;
         file.persist(self.path(container, SUFFIX))
             .map_err(|error| error.error)?;
@@ -265,17 +262,9 @@ impl Store {
 
 /// Whether the upper directory that a file is about is no more.
 fn is_orphan(path: &Path) -> bool {
-    let description = || -> Option<Description> {
-        let mut head = Vec::new();
-        File::open(path)
-            .ok()?
-            .take(MAX_DESCRIPTION + 16)
-            .read_to_end(&mut head)
-            .ok()?;
-        describe(&head).ok().map(|(description, _)| description)
-    };
+    let description = || -> Result<Description, Flaw> { Ok(describe(&mut File::open(path)?)?.0) };
     // What cannot be read is the next save's to replace.
-    description().is_some_and(|description| match fs::metadata(&description.upper) {
+    description().is_ok_and(|description| match fs::metadata(&description.upper) {
         Ok(meta) => (meta.dev(), meta.ino()) != description.upper_inode,
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     })
@@ -285,12 +274,13 @@ fn is_orphan(path: &Path) -> bool {
 fn write<'a>(
     json: &[u8],
     scans: impl Iterator<Item = (&'a Shown<'a>, u64)>,
-    to: &mut dyn Write,
+    file: &mut File,
 ) -> io::Result<()> {
-    let mut to = Hashed {
-        to,
+    let hashed = Hashed {
+        to: file,
         hash: Sha256::new(),
     };
+    let mut to = BufWriter::with_capacity(BUFFER, hashed);
     to.write_all(MAGIC)?;
     to.write_all(&VERSION.to_le_bytes())?;
     to.write_all(&(json.len() as u32).to_le_bytes())?;
@@ -299,7 +289,7 @@ fn write<'a>(
         to.write_all(&length.to_le_bytes())?;
         scan.write(&mut to)?;
     }
-    let Hashed { to, hash } = to;
+    let Hashed { to, hash } = to.into_inner().map_err(io::IntoInnerError::into_error)?;
     to.write_all(&hash.finalize())
 }
 
@@ -318,7 +308,7 @@ impl Write for Counted {
 }
 
 struct Hashed<'a> {
-    to: &'a mut dyn Write,
+    to: &'a mut File,
     hash: Sha256,
 }
 
@@ -334,25 +324,26 @@ impl Write for Hashed<'_> {
     }
 }
 
-/// The description, and where the scan begins.
-fn describe(bytes: &[u8]) -> Result<(Description, usize), &'static str> {
-    let head = bytes.get(..16).ok_or("it is cut off")?;
-    if &head[..8] != MAGIC {
-        return Err("it is no such file");
+/// The description, from the beginning of a file, and where the first scan's length is.
+fn describe(file: &mut impl io::Read) -> Result<(Description, u64), Flaw> {
+    if &take_array::<8>(file)? != MAGIC {
+        return Err("it is no such file".into());
     }
-    let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    if word(8) != VERSION {
-        return Err("it is of another version of upperdeck");
+    // Before all else: in another version it may be elsewhere.
+    if u32::from_le_bytes(take_array(file)?) != VERSION {
+        return Err("it is of another version of upperdeck".into());
     }
-    let len = word(12);
-    if u64::from(len) > MAX_DESCRIPTION {
-        return Err("it is damaged");
+    let length = u64::from(u32::from_le_bytes(take_array(file)?));
+    if length > MAX_DESCRIPTION {
+        return Err("it is damaged".into());
     }
-    let end = 16 + len as usize;
-    let json = bytes.get(16..end).ok_or("it is cut off")?;
-    serde_json::from_slice(json)
-        .map(|description| (description, end))
-        .map_err(|_| "it is damaged")
+    let mut json = Vec::new();
+    file.take(length).read_to_end(&mut json)?;
+    if (json.len() as u64) < length {
+        return Err("it is cut off".into());
+    }
+    let description = serde_json::from_slice(&json).map_err(|_| "it is damaged")?;
+    Ok((description, 16 + length))
 }
 
 /// Why a file is of no use.
@@ -373,23 +364,18 @@ impl From<&'static str> for Flaw {
 }
 
 /// Reads a file twice: whether it is whole, and then what is in it.
-fn parse(mut file: &File) -> Result<Kept, Flaw> {
+fn parse(file: &File) -> Result<Kept, Flaw> {
     let length = file.metadata()?.len();
     if length > MAX_FILE {
         return Err(Flaw::TooLarge);
     }
-    let mut head = Vec::new();
-    file.take(16 + MAX_DESCRIPTION).read_to_end(&mut head)?;
-    // The version first: another version's checksum may be elsewhere.
-    let (description, at) = describe(&head)?;
-    drop(head);
-    let at = at as u64;
+    let mut from = BufReader::with_capacity(BUFFER, file);
+    let (description, at) = describe(&mut from)?;
     let mut left = length
         .checked_sub(32)
         .and_then(|end| end.checked_sub(at))
         .ok_or("it is cut off")?;
-    file.seek(SeekFrom::Start(0))?;
-    let mut from = BufReader::with_capacity(BUFFER, file);
+    from.seek(SeekFrom::Start(0))?;
     if checksum(&mut from, at + left)?.as_slice() != take_array::<32>(&mut from)?.as_slice() {
         return Err("its checksum does not fit".into());
     }
