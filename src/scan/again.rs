@@ -47,7 +47,7 @@ impl Scan {
         roots: &Roots,
         options: &Options<'_>,
     ) -> Result<Option<Self>, Error> {
-        if !roots.lowers_known || !earlier.lowers_known || earlier.len() == 0 {
+        if !roots.lowers_known || !earlier.lowers_known || earlier.rows.len() == 0 {
             return Ok(None);
         }
         if earlier.above != walk::above(roots.volume.as_ref()) {

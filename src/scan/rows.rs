@@ -54,7 +54,7 @@ struct Fact {
 /// Facts of many entries.
 #[derive(Debug, Default)]
 pub(super) struct Facts {
-    facts: Vec<Fact>,
+    list: Vec<Fact>,
     names: Vec<u8>,
     extras: Vec<Extra>,
     looks: Vec<Look>,
@@ -64,18 +64,18 @@ pub(super) struct Facts {
 
 impl Facts {
     pub(super) fn name(&self, fact: u32) -> &[u8] {
-        let begin = self.facts[fact as usize].name_at as usize;
-        let next = self.facts.get(fact as usize + 1);
+        let begin = self.list[fact as usize].name_at as usize;
+        let next = self.list.get(fact as usize + 1);
         let end = next.map_or(self.names.len(), |next| next.name_at as usize);
         &self.names[begin..end]
     }
 
     pub(super) fn kind(&self, fact: u32) -> Kind {
-        self.looks[self.facts[fact as usize].look as usize].kind
+        self.looks[self.list[fact as usize].look as usize].kind
     }
 
     fn entry(&self, at: u32, store: u32, parent: u32, flags: Flags) -> Entry {
-        let fact = self.facts[at as usize];
+        let fact = self.list[at as usize];
         let look = self.looks[fact.look as usize];
         let (size, allocated) = if fact.size == LARGE {
             self.large.get(&at).copied().unwrap_or_default()
@@ -120,7 +120,7 @@ pub(super) struct Shelf {
 impl Shelf {
     /// Adds an entry's facts; where it is in the tree, and its flags, are left to its row. Their number.
     pub(super) fn push(&mut self, entry: &Entry, name: &[u8], extra: Option<Extra>) -> u32 {
-        let at = self.facts.facts.len() as u32;
+        let at = self.facts.list.len() as u32;
         let high = |whole: u64| (whole >> 32) as u32;
         let look = Look {
             kind: entry.kind,
@@ -161,7 +161,7 @@ impl Shelf {
             ctime_nsec: entry.ctime_nsec,
         };
         self.facts.names.extend(name);
-        self.facts.facts.push(fact);
+        self.facts.list.push(fact);
         at
     }
 
@@ -182,7 +182,7 @@ impl Shelf {
 
     /// How many are collected.
     pub(super) fn len(&self) -> u32 {
-        self.facts.facts.len() as u32
+        self.facts.list.len() as u32
     }
 
     /// What is collected so far.
@@ -191,17 +191,17 @@ impl Shelf {
     }
 
     pub(super) fn reserve(&mut self, entries: usize) {
-        self.facts.facts.reserve_exact(entries);
+        self.facts.list.reserve_exact(entries);
     }
 
     /// Whether the rest belongs on another.
     pub(super) fn is_full(&self) -> bool {
-        self.facts.names.len().max(self.facts.facts.len()) >= FULL
+        self.facts.names.len().max(self.facts.list.len()) >= FULL
     }
 
     fn finish(self) -> Facts {
         let mut facts = self.facts;
-        facts.facts.shrink_to_fit();
+        facts.list.shrink_to_fit();
         facts.names.shrink_to_fit();
         facts.extras.shrink_to_fit();
         facts.looks.shrink_to_fit();
@@ -233,7 +233,7 @@ impl Rows {
 
     /// Whether half of what the stores have is of use here at least: who shares them keeps all of it.
     pub(super) fn is_worth_sharing(&self) -> bool {
-        let facts: usize = self.stores.iter().map(|store| store.facts.len()).sum();
+        let facts: usize = self.stores.iter().map(|store| store.list.len()).sum();
         facts <= 2 * self.len()
     }
 
@@ -241,11 +241,11 @@ impl Rows {
     pub(super) fn add(&mut self, shelf: Shelf) -> u32 {
         let first = self.next_place();
         let facts = shelf.finish();
-        if facts.facts.is_empty() {
+        if facts.list.is_empty() {
             return first;
         }
         let store = self.stores.len() as u32;
-        let begins = (0..facts.facts.len() as u32).step_by(BLOCK as usize);
+        let begins = (0..facts.list.len() as u32).step_by(BLOCK as usize);
         self.blocks.extend(begins.map(|begin| (store, begin)));
         self.stores.push(Arc::new(facts));
         first
@@ -529,7 +529,7 @@ mod tests {
         }
         let second = second.finish();
         assert!(Arc::ptr_eq(&facts, &second.stores[0]));
-        assert_eq!(second.stores[1].facts.len(), 1);
+        assert_eq!(second.stores[1].list.len(), 1);
         drop(first);
         let inodes: Vec<u64> = second.iter().map(|entry| entry.ino).collect();
         let expected = (0..3 * u64::from(BLOCK)).rev();
