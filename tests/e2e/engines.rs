@@ -8,8 +8,8 @@ use crate::host::podman::Podman;
 use crate::host::registry::Registry;
 use crate::host::{Freezer, Roots, Scratch};
 use crate::save::{
-    LEFT_OUT, TOUCHED_BY_ENGINES, TOUCHED_BY_RUNTIMES, WORK, config, digests, layers, manifest,
-    meaningful, same_tree, save, set_attributes, unpack,
+    LEFT_OUT, TOUCHED_BY_ENGINES, TOUCHED_BY_RUNTIMES, WORK, WORK_WITHOUT_SRV, config, digests,
+    layers, manifest, meaningful, same_tree, save, set_attributes, unpack,
 };
 use crate::support::{Need, ignored};
 
@@ -142,4 +142,78 @@ fn a_podman_container_is_saved_and_runs_again() -> Result<()> {
         "notebook"
     );
     Ok(())
+}
+
+/// A named volume and a directory of the host's: saved with what is in them and nothing else, then with what changed.
+#[test]
+fn a_docker_container_is_saved_with_its_volumes() -> Result<()> {
+    let Some((scratch, registry, image)) = lab(&["dockerd", "docker", "runc"])? else {
+        return Ok(());
+    };
+    let docker = Docker::start(&scratch)?;
+    let bound = scratch.dir("bound")?;
+    std::fs::write(bound.join("file"), vec![7; 70_000])?;
+    std::fs::hard_link(bound.join("file"), bound.join("linked"))?;
+    std::fs::create_dir_all(bound.join("deep/er"))?;
+    std::os::unix::fs::symlink("../file", bound.join("deep/link"))?;
+    let bind = format!("{}:/home/researcher", bound.display());
+    let mounts = ["-v", "named:/srv", "-v", &bind];
+    let container = docker.run("session", &image, &mounts, &[])?;
+    let named = docker.docker(["volume", "inspect", "--format", "{{.Mountpoint}}", "named"])?;
+    let named = std::path::Path::new(&named);
+    // Docker copies into an empty volume what the image has there.
+    ensure!(named.join("dash/a/x").exists());
+    docker.shell(&container, WORK_WITHOUT_SRV)?;
+    docker.shell(
+        &container,
+        "rm -r /srv/dash; echo own > /srv/own; echo volume > /data/of-another",
+    )?;
+    let both = [
+        "--max-pause",
+        "0",
+        "--include-volume",
+        "/srv",
+        "--include-volume",
+        "/home/researcher",
+    ];
+    let check = |tag: &str, expected: usize| -> Result<()> {
+        let destination = registry.reference(&format!("users/volumes:{tag}"));
+        let roots = docker.roots(&scratch);
+        let saved = save(&scratch, &roots, "session", &destination, &both)?;
+        ensure!(
+            saved.metadata["saved_volumes"] == serde_json::json!(["/home/researcher", "/srv"]),
+            "{}",
+            saved.metadata["saved_volumes"]
+        );
+        let layers = saved.metadata["layers"].as_array().map(Vec::len);
+        ensure!(
+            layers == Some(expected),
+            "{tag}: {}",
+            saved.metadata["layers"]
+        );
+        ensure!(!saved.stderr.contains("saved anew"), "{}", saved.stderr);
+        let rootfs = unpack(&scratch, &saved.reference)?;
+        same_tree(named, &rootfs.join("srv"), &[], &[], 3)?;
+        same_tree(&bound, &rootfs.join("home/researcher"), &[], &[], 5)?;
+        let volumes = ["srv", "srv/*", "home/researcher", "home/researcher/*"];
+        let except = [LEFT_OUT, &volumes].concat();
+        same_tree(&container.rootfs, &rootfs, &except, TOUCHED_BY_RUNTIMES, 50)?;
+        ensure!(
+            !rootfs.join("data/of-another").exists(),
+            "nobody asked for it"
+        );
+        Ok(())
+    };
+    check("first", 3)?;
+    docker.shell(
+        &container,
+        "echo more >> /srv/own; rm -r /srv/share; mkdir /srv/dash; echo x > /srv/dash/x; ln /srv/dash/x /srv/y",
+    )?;
+    check("named", 1)?;
+    docker.shell(
+        &container,
+        "cd /home/researcher; rm file; mv deep deeper; rm -r work; echo x > linked; touch /opt/own; rm -r /srv/dash",
+    )?;
+    check("all", 3)?;
+    check("nothing", 0)
 }

@@ -100,7 +100,7 @@ fn postgres_starts_from_every_image_with_its_books_balanced() -> Result<()> {
         )
     };
     wait_until("pgbench writes", || written().is_ok_and(|said| said == "t"))?;
-    for number in 0..saves(3)? {
+    for number in 0..saves(2)? {
         let image = session.registry.reference(&format!("db:{number}"));
         let options = ["--max-pause", "0", "--tls-verify=false"];
         let saved = save::save(&session.scratch, &session.roots, &id, &image, &options)?;
@@ -142,8 +142,8 @@ fn pip_install_in_full_swing_and_rm_of_a_large_tree() -> Result<()> {
     wait_until("they work", || {
         marker("installed").exists() && marker("removed").exists()
     })?;
-    for number in 0..saves(4)? {
-        let saved = session.save(&format!("n{number}"), &["--max-pause", "0"])?;
+    for number in 0..saves(2)? {
+        let saved = session.save(&format!("n{number}"), &[])?;
         let seen = session
             .instant(&saved)
             .with_context(|| format!("save {number}: {}", saved.stderr))?;
@@ -176,7 +176,7 @@ fn a_page_that_stays_dirty_is_saved_as_it_is_each_time() -> Result<()> {
     wait_until("the page is written", || shown().is_ok())?;
     for number in 0..saves(3)? {
         let before = shown()?;
-        let saved = session.save(&format!("n{number}"), &["--max-pause", "0"])?;
+        let saved = session.save(&format!("n{number}"), &[])?;
         let seen = session.instant(&saved)?;
         let value = seen.split_once("page ").map(|(_, rest)| rest);
         let value = value.and_then(|rest| rest.split(' ').next());

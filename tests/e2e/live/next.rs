@@ -1,0 +1,90 @@
+//! `upperdeck inspect` says what the next save would be, and it is that.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::{Session, layers};
+use crate::host::image::Base;
+use crate::host::run;
+use crate::save;
+
+/// What it says, with some of the flags of a save.
+fn foretold(session: &Session, flags: &[&str]) -> Result<Value> {
+    let mut inspect = save::upperdeck("inspect", &session.roots);
+    inspect
+        .args(flags)
+        .args(["--format", "json", &session.container.id]);
+    let view: Value = serde_json::from_str(&run(&mut inspect)?)?;
+    ensure!(view["next_save_error"].is_null(), "{view}");
+    Ok(view["next_save"].clone())
+}
+
+/// Holds what is foretold against the save that is made then. Returns why it was to be that.
+fn comes_true(session: &Session, tag: &str, kind: &str, flags: &[&str]) -> Result<String> {
+    let next = foretold(session, flags)?;
+    ensure!(next["kind"] == kind, "{tag}: {next}");
+    let saved = session.save(tag, flags)?;
+    let sum = |name: &str| -> u64 {
+        let layers = saved.metadata["layers"].as_array().into_iter().flatten();
+        layers.filter_map(|layer| layer[name].as_u64()).sum()
+    };
+    ensure!(
+        next["bytes"] == sum("tar_size_bytes")
+            && next["entries"] == sum("entries")
+            && next["layers"] == saved.metadata["layers_above_base"],
+        "{tag}: {next} was to come, and it was {}",
+        saved.metadata
+    );
+    // The first save has nobody to tell that it is no delta.
+    let anew = saved.stderr.contains("saved anew");
+    ensure!(
+        anew == (kind == "full" && tag != "first"),
+        "{}",
+        saved.stderr
+    );
+    session.same(&saved)?;
+    // Nothing but what was there before is in a layer of changes, so the figures are not those of all there is.
+    ensure!(kind == "full" || sum("tar_size_bytes") < 100_000);
+    ensure!(kind == "delta" || (layers(&saved) == 1 && sum("tar_size_bytes") > 2_000_000));
+    next["reason"]
+        .as_str()
+        .map(str::to_owned)
+        .context("a reason")
+}
+
+#[test]
+fn what_inspect_foretells_the_next_save_is() -> Result<()> {
+    let Some(session) = Session::new(Base::Small)? else {
+        return Ok(());
+    };
+    session.podman.shell(&session.container, save::WORK)?;
+    let short = ["--max-layers", "3"];
+    let reason = comes_true(&session, "first", "full", &short)?;
+    ensure!(reason.contains("nothing is kept"), "{reason}");
+    comes_true(&session, "nothing", "delta", &short)?;
+    let again = foretold(&session, &short)?;
+    ensure!(
+        again["bytes"] == 0 && again["entries"] == 0 && again["layers"] == 1,
+        "nothing changed: {again}"
+    );
+    for change in ["one", "two"] {
+        let script =
+            format!("echo {change} > /opt/{change}; rm -rf /srv/dash; echo > /srv/{change}");
+        session.podman.shell(&session.container, &script)?;
+        let next = foretold(&session, &short)?;
+        ensure!(
+            next["entries"].as_u64() > Some(0),
+            "something changed: {next}"
+        );
+        comes_true(&session, change, "delta", &short)?;
+    }
+    // Three layers: the chain ends, but not for whoever allows more.
+    ensure!(foretold(&session, &["--max-layers", "4"])?["kind"] == "delta");
+    let all = foretold(&session, &["--full"])?;
+    ensure!(all["kind"] == "full", "{all}");
+    let reason = comes_true(&session, "cap", "full", &short)?;
+    ensure!(reason.contains("3 layers"), "{reason}");
+    let reason = comes_true(&session, "after", "delta", &short)?;
+    ensure!(reason.contains("can be built on"), "{reason}");
+    Ok(())
+}

@@ -1,0 +1,315 @@
+//! What a live save rests on, one step at a time, each at the moment at which only this step helps: whoever takes it away
+//! sees the test fail.
+
+use std::os::unix::fs::MetadataExt as _;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use upperdeck::scan::Clock;
+
+use super::Session;
+use super::watched::Watched;
+use crate::host::docker::Running;
+use crate::host::image::Base;
+use crate::host::{Freezer, wait_at_most, wait_until};
+use crate::save;
+
+/// Maps a file with the first signal, and writes to one page of it with each: in the directory that it is told.
+const MAPPER: &str = r#"
+import mmap, os, signal, sys
+home = sys.argv[1]
+os.makedirs(home, exist_ok=True)
+fd = os.open(f"{home}/page", os.O_RDWR | os.O_CREAT)
+os.ftruncate(fd, 1 << 20)
+with open(f"{home}/much", "wb") as much:
+    much.write(os.urandom(4 << 20))
+maps, n = [], 0
+def write(*_):
+    global n
+    n += 1
+    maps[:] = maps or [mmap.mmap(fd, 1 << 20)]
+    maps[0][4096:4112] = b"%016d" % n
+signal.signal(signal.SIGUSR1, write)
+open(f"{home}/ready", "w").close()
+while True:
+    signal.pause()
+"#;
+
+/// Starts a container whose first process is the mapper, with a directory mounted at each of `volumes`.
+fn map(session: &mut Session, name: &str, at: &str, volumes: &[&str]) -> Result<()> {
+    // On the file system of the container's own tree.
+    let home = session.scratch.dir(&format!("podman/{name}"))?;
+    let volumes: Vec<String> = volumes
+        .iter()
+        .map(|at| format!("--volume={}:{at}", home.display()))
+        .collect();
+    let mut options = vec!["--init=false", "--user=0"];
+    options.extend(volumes.iter().map(String::as_str));
+    let image = session.registry.reference("bases/python:1");
+    let program = ["/usr/bin/python3", "-c", MAPPER, at];
+    session.container = session.podman.run(name, &image, &options, &program)?;
+    let ready = session.root().join("home/w/ready");
+    wait_until("it waits for signals", || ready.exists())?;
+    Ok(())
+}
+
+/// When the page is written to for the first time in a save.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum First {
+    /// Long before its first list.
+    BeforeTheList,
+    /// When its first list has been made, through a mapping that is not in it.
+    AfterTheList,
+}
+
+/// Lets a save read the page in a round, writes to it again before the freeze, and sees whether that is in the image.
+/// `unnoticed`: only if that moved no stamp.
+fn is_saved_as_it_was_last(
+    session: &Session,
+    tag: &str,
+    first: First,
+    unnoticed: bool,
+    options: &[&str],
+) -> Result<()> {
+    let stamp = || -> Result<(i64, u32)> {
+        let meta = session.root().join("home/w/page").metadata()?;
+        Ok((meta.ctime(), meta.ctime_nsec() as u32))
+    };
+    let mut number = shown(session).unwrap_or(0);
+    let mut write = || -> Result<u64> {
+        number += 1;
+        kill(Pid::from_raw(session.container.pid), Signal::SIGUSR1)?;
+        wait_until("it is written", || {
+            shown(session).is_ok_and(|n| n == number)
+        })?;
+        Ok(number)
+    };
+    let settled = || -> Result<()> {
+        let stamped = stamp()?;
+        wait_until("the clock is well past the stamp", || {
+            Clock::now().settles(stamped.0, stamped.1)
+        })?;
+        Ok(())
+    };
+    for attempt in 0..5 {
+        // Its pages are clean.
+        session
+            .podman
+            .shell(&session.container, "sync /home/w/page")?;
+        if first == First::BeforeTheList {
+            write()?;
+            settled()?;
+        }
+        let options = [&["--full", "--live-limit", "1MiB"], options].concat();
+        let save = Watched::start(session, &format!("{tag}-{attempt}"), &options)?;
+        let list = save.asked()?;
+        let mut mapped = list.mapped()?;
+        if first == First::AfterTheList {
+            mapped = without(&mapped, b"/page");
+            write()?;
+            settled()?;
+        }
+        list.answer_with(&mapped)?;
+        save.until("streaming")?;
+        // The round is over when the next one asks.
+        save.until("scanning")?;
+        let list = save.asked()?;
+        let before = stamp()?;
+        let last = write()?;
+        let moved = stamp()? != before;
+        list.answer()?;
+        let saved = save.finish()?;
+        // The kernel may have written the page out by itself in between.
+        if unnoticed && moved {
+            continue;
+        }
+        let seen = session.instant(&saved)?;
+        ensure!(
+            seen.starts_with(&format!("page {last} ")),
+            "{last} was written before the freeze, and the image has {seen}"
+        );
+        return Ok(());
+    }
+    anyhow::bail!("the page never stayed dirty")
+}
+
+/// The three steps that writes through mappings take, each at the moment at which nothing else helps. One machine for all:
+/// its image is large.
+#[test]
+fn what_is_written_through_a_mapping_is_saved_as_it_was_last() -> Result<()> {
+    // Where files can be cloned there would be no round that reads the page too early.
+    let Some(mut session) = Session::on(Base::Big, Some("mkfs.ext4"), &|_| Ok(Vec::new()))? else {
+        return Ok(());
+    };
+    map(&mut session, "own", "/home/w", &[])?;
+    // The clock is noted before the mappings are listed. A page that is dirtied right after the list is not written out, and
+    // what is written to it once it was read moves no stamp: only that its file is stamped after the clock tells.
+    is_saved_as_it_was_last(&session, "late", First::AfterTheList, true, &[])
+        .context("mapped after the list was made, then written to without a trace")?;
+    // What is listed is written out before it is read: a page that was dirty long before shows its next change then.
+    is_saved_as_it_was_last(&session, "listed", First::BeforeTheList, false, &[])
+        .context("mapped and dirty before the list")?;
+    // What cannot be written out is read under the freeze whatever its stamps say: here a file of a volume that is mapped
+    // where the same directory is mounted a second time, so that only its inode is known.
+    map(
+        &mut session,
+        "twice",
+        "/elsewhere",
+        &["/home/w", "/elsewhere"],
+    )?;
+    let options = ["--include-volume", "/home/w"];
+    is_saved_as_it_was_last(&session, "inode", First::BeforeTheList, true, &options)
+        .context("mapped and not written out")
+}
+
+/// What the container has in its page.
+fn shown(session: &Session) -> Result<u64> {
+    let bytes = std::fs::read(session.root().join("home/w/page"))?;
+    let text = bytes.get(4096..4112).context("16 bytes")?;
+    Ok(std::str::from_utf8(text)?.parse()?)
+}
+
+/// The list as it is before the file is mapped.
+fn without(mapped: &[u8], path: &[u8]) -> Vec<u8> {
+    let lines = mapped.split_inclusive(|&b| b == b'\n');
+    let others = lines.filter(|line| !line.trim_ascii_end().ends_with(path));
+    others.flatten().copied().collect()
+}
+
+/// Where a save is killed.
+#[derive(Clone, Copy, Debug)]
+enum Moment {
+    /// Before the first look at the tree.
+    Scanning,
+    /// In a round beside the running container.
+    Streaming,
+    /// Frozen, the last look taken.
+    Frozen,
+    /// Frozen, while what changed is read into memory.
+    Holding,
+    /// Thawed again, what was held on its way to the destination.
+    Delivering,
+    /// All is delivered but manifest and tag.
+    Manifest,
+}
+
+/// `kill -9` in every phase of a live save: the container runs, no tag shows half an image, and the next save is right and
+/// made on top of the last one that came to its end.
+#[test]
+fn killed_in_any_phase_of_a_live_save_the_container_runs_and_the_next_save_is_right() -> Result<()>
+{
+    // Where files can be cloned, those held would be clones, and there would be no round.
+    let Some(session) = Session::on(Base::Small, Some("mkfs.ext4"), &|_| Ok(Vec::new()))? else {
+        return Ok(());
+    };
+    session.podman.shell(&session.container, save::WORK)?;
+    let random = "dd if=/dev/urandom of=/home/researcher/work/big bs=1048576 count=64 2> /dev/null";
+    session.podman.shell(&session.container, random)?;
+    session.same(&session.save("first", &[])?)?;
+    let freezer = Freezer::of(session.container.pid)?;
+    for moment in [
+        Moment::Scanning,
+        Moment::Streaming,
+        Moment::Frozen,
+        Moment::Holding,
+        Moment::Delivering,
+        Moment::Manifest,
+    ] {
+        let context = || format!("{moment:?}");
+        let script = format!(
+            "echo {moment:?} > /opt/changed; rm -rf /srv/{moment:?}; mkdir -p /srv/{moment:?}"
+        );
+        session.podman.shell(&session.container, &script)?;
+        killed_at(&session, &freezer, moment).with_context(context)?;
+        wait_at_most(std::time::Duration::from_secs(1), "it thaws", || {
+            !freezer.frozen()
+        })
+        .with_context(context)?;
+        alive(&session, &session.container)?;
+        let index = std::fs::read_to_string(format!("{}/index.json", session.layout()))?;
+        ensure!(!index.contains("killed"), "{moment:?}: a tag: {index}");
+        let saved = session.save(&format!("after-{moment:?}"), &[])?;
+        ensure!(
+            !saved.stderr.contains("saved anew"),
+            "{moment:?}: {}",
+            saved.stderr
+        );
+        session.same(&saved).with_context(context)?;
+    }
+    Ok(())
+}
+
+/// Begins a save, and kills it at the moment; again where it was too late.
+fn killed_at(session: &Session, freezer: &Freezer, moment: Moment) -> Result<()> {
+    let limit = match moment {
+        Moment::Streaming => "1MiB",
+        _ => "1GiB",
+    };
+    for attempt in 0..20 {
+        let tag = format!("killed-{moment:?}-{attempt}");
+        let save = Watched::start(session, &tag, &["--full", "--live-limit", limit])?;
+        let list = save.asked()?;
+        ensure!(!freezer.frozen(), "frozen too early");
+        match moment {
+            Moment::Scanning => return save.kill(),
+            Moment::Streaming => {
+                list.answer()?;
+                save.until("streaming")?;
+                ensure!(!freezer.frozen(), "frozen for a round");
+                return save.kill();
+            }
+            _ => {}
+        }
+        // Stamped after the clock: it has to be looked for in the mappings under the freeze.
+        session
+            .podman
+            .shell(&session.container, "touch /opt/stamped")?;
+        list.answer()?;
+        wait_until("the container stands still", || freezer.frozen())?;
+        let list = save.asked()?;
+        ensure!(freezer.frozen(), "thawed too early");
+        if let Moment::Frozen = moment {
+            return save.kill();
+        }
+        list.answer()?;
+        match moment {
+            Moment::Holding => {
+                let mut held = false;
+                while freezer.frozen() && !held {
+                    held = has_open(save.pid(), "/work/big");
+                }
+                let held = held && freezer.frozen();
+                save.kill()?;
+                if held {
+                    return Ok(());
+                }
+            }
+            Moment::Delivering => {
+                save.until("paused")?;
+                save.until("streaming")?;
+                ensure!(!freezer.frozen(), "frozen for the delivery");
+                return save.kill();
+            }
+            _ => {
+                save.until("ready")?;
+                return save.kill();
+            }
+        }
+    }
+    anyhow::bail!("it was never caught")
+}
+
+/// Whether a process has a file open whose path ends so.
+fn has_open(pid: u32, end: &str) -> bool {
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"));
+    let links = descriptors.into_iter().flatten().flatten();
+    let mut links = links.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    links.any(|link| link.to_string_lossy().ends_with(end))
+}
+
+fn alive(session: &Session, container: &Running) -> Result<()> {
+    let said = session.podman.shell(container, "echo alive")?;
+    ensure!(said == "alive", "{said}");
+    Ok(())
+}
