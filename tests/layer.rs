@@ -392,7 +392,7 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
     std::thread::sleep(4 * tick());
     let scanned = || scan_over(dir.path(), true);
     let now = scanned()?;
-    let entry = now.entries().last().ok_or("no file")?;
+    let entry = now.entries().next_back().ok_or("no file")?;
     let stamped = Clock {
         seconds: entry.ctime,
         nanos: entry.ctime_nsec,
@@ -427,7 +427,9 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
         "stamped three ticks before"
     );
     // What is kept for the next save does not forget it.
-    let kept = Scan::restore(&scanned()?.since(stamped).store(&|_| false)).ok_or("damaged")?;
+    let mut bytes = Vec::new();
+    scanned()?.since(stamped).store(&|_| false, &mut bytes)?;
+    let kept = Scan::restore(&mut bytes.as_slice(), bytes.len() as u64).ok_or("damaged")?;
     let unsure = kept.unsure.iter().filter(|unsure| **unsure).count();
     assert!(unsure >= 1, "{:?}", kept.unsure);
     Ok(())

@@ -1,16 +1,28 @@
-//! Memory does not grow with what is saved: at most 64 MiB and 6 MiB a thread, whatever the size of the content.
+//! Memory does not grow with what is saved: at most 64 MiB and 6 MiB a thread, whatever the size of the content; and with
+//! the number of entries no more than it has to.
 
+use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::resource::{UsageWho, getrusage};
+use upperdeck::digest::Digest;
+use upperdeck::layer::Plan;
+use upperdeck::overlay::xattr::Namespace;
+use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan, tick};
+use upperdeck::state::{Description, Shown, Store};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const MIB: u64 = 1 << 20;
 
-/// The only test of this program: the kernel's count is of all of a process's children.
+/// One test after the other: the kernel counts all of a process, and all of its children.
+static ALONE: Mutex<()> = Mutex::new(());
+
 #[test]
 fn peak_memory_is_bounded() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::tempdir()?;
     let upper = dir.path().join("upper");
     for sub in 0..20 {
@@ -47,5 +59,114 @@ fn peak_memory_is_bounded() -> Result<()> {
             bound / MIB
         );
     }
+    Ok(())
+}
+
+/// Entries of the tree below.
+const ENTRIES: u64 = 30_000;
+/// What they may take at most, each: three scans that share nothing are twice as much.
+const BYTES_AN_ENTRY: u64 = 200;
+
+fn scanned(upper: &Path, earlier: Option<&Scan>) -> Result<Scan> {
+    static NEVER: AtomicBool = AtomicBool::new(false);
+    let roots = Roots {
+        upper: upper.to_owned(),
+        lowers: Vec::new(),
+        data_only: Vec::new(),
+        lowers_known: true,
+        namespace: Namespace::User,
+        volume: None,
+    };
+    let exclusions = Exclusions::new(Rules::default())?;
+    let options = Options {
+        jobs: 2,
+        uid_map: &[],
+        gid_map: &[],
+        exclusions: &exclusions,
+        caps: Caps::default(),
+        runtime_root_mode: None,
+        cancel: &NEVER,
+    };
+    match earlier {
+        None => Ok(Scan::new(&roots, &options)?),
+        Some(earlier) => {
+            let again = Scan::again(earlier, &roots, &options)?;
+            Ok(again.ok_or("too much changed meanwhile")?)
+        }
+    }
+}
+
+/// The largest resident set so far, in bytes.
+fn peak() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    Ok(kib.ok_or("no VmHWM")?.trim().parse::<u64>()? * 1024)
+}
+
+fn keep(store: &Store, scan: &Scan) -> Result<()> {
+    let description = Description {
+        fingerprint: Digest::of(b""),
+        upper: "/".into(),
+        upper_inode: (0, 0),
+        destination: "oci:/nowhere:1".to_owned(),
+        layers: Vec::new(),
+    };
+    let unsure = vec![false; scan.len()];
+    let shown = Shown {
+        scan,
+        unsure: &unsure,
+    };
+    Ok(store.keep("container", &description, &[shown])?)
+}
+
+/// What a live save has in memory of a large tree: what the image shows, the look before the freeze, that under it, the
+/// changes and what is kept for the next save; and of the next save, which begins with what was kept. The trees are the
+/// same but for one file, so that what is held is about one of them.
+#[test]
+fn a_live_save_holds_the_tree_about_once() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = tempfile::tempdir()?;
+    let upper = dir.path().join("upper");
+    for number in 0..ENTRIES {
+        let sub = upper.join(format!("d{:03}", number / 200));
+        if number % 200 == 0 {
+            std::fs::create_dir_all(&sub)?;
+        }
+        std::fs::File::create(sub.join(format!("file_{:03}.py", number % 200)))?;
+    }
+    std::thread::sleep(4 * tick());
+    let store = Store::new(&dir.path().join("state"));
+    let before = peak()?;
+    let changed = |known: &Scan, now: &Scan| -> Result<()> {
+        let changes = now.changes_since(known, &|_| false);
+        let plan = Plan::new(Arc::new(changes.ok_or("no layer can say it")?), None);
+        assert_eq!(plan.len(), 2, "a file and its directory");
+        Ok(())
+    };
+    {
+        let known = scanned(&upper, None)?;
+        assert!(known.len() as u64 > ENTRIES);
+        std::fs::write(upper.join("d100/new"), "new")?;
+        let look = scanned(&upper, Some(&known))?;
+        let now = scanned(&upper, Some(&look))?;
+        changed(&known, &now)?;
+        keep(&store, &now)?;
+    }
+    let first = (peak()? - before) / ENTRIES;
+    // From here on the peak of the next one alone, where the kernel can forget the first.
+    std::fs::write("/proc/self/clear_refs", "5").ok();
+    {
+        let known = store.load("container")?.stored.remove(0).scan;
+        std::fs::write(upper.join("d140/new"), "new")?;
+        let now = scanned(&upper, Some(&known))?;
+        changed(&known, &now)?;
+        keep(&store, &now)?;
+    }
+    let next = (peak()?.saturating_sub(before)) / ENTRIES;
+    assert!(
+        first <= BYTES_AN_ENTRY && next <= BYTES_AN_ENTRY,
+        "{first} bytes an entry in the first save, {next} in the next, of {BYTES_AN_ENTRY}"
+    );
     Ok(())
 }

@@ -678,7 +678,10 @@ fn volume_chain(
                 listing(&now)
             );
             // What is kept for the next save is as good.
-            let stored = Scan::restore(&now.store(&|_| false)).context("it is damaged")?;
+            let mut bytes = Vec::new();
+            now.store(&|_| false, &mut bytes)?;
+            let stored = Scan::restore(&mut bytes.as_slice(), bytes.len() as u64);
+            let stored = stored.context("it is damaged")?;
             ensure!(listing(&stored.scan) == listing(&now), "kept, and back");
             scans.push(now);
         }
@@ -764,9 +767,9 @@ fn volume_property() -> Outcome {
 /// Everything that a scan says.
 fn listing(scan: &Scan) -> Vec<String> {
     let emitted: std::collections::HashSet<u32> = scan.emitted().collect();
-    (0..scan.entries().len() as u32)
+    (0..scan.len() as u32)
         .map(|index| {
-            let e = &scan.entries()[index as usize];
+            let e = &scan.entry(index);
             format!(
                 "{} {} {:?} {:o} {}:{} {} {} {} {}.{} {:?} {:?} {:?} {}",
                 if emitted.contains(&index) { "+" } else { "-" },

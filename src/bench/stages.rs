@@ -136,11 +136,11 @@ pub fn read_first(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent,
     let clock = Clock::start();
     side_by_side(
         threads,
-        scan.entries().len() as u64,
+        scan.len() as u64,
         cancel,
         || vec![0_u8; 1 << 20],
         |buffer, number| {
-            let entry = &scan.entries()[number as usize];
+            let entry = &scan.entry(number as u32);
             let path = scan.path(number as u32);
             let (root, path, ino) = match scan.elsewhere(entry) {
                 Some(place) => (place.root, &place.path, place.ino),

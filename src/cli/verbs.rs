@@ -101,10 +101,10 @@ pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
         &Cancel::default(),
     )?;
     let lines = scan.emitted().map(|index| {
-        let entry = &scan.entries()[index as usize];
+        let entry = scan.entry(index);
         let change = match entry.kind {
             Kind::Whiteout | Kind::Opaque => view::Change::D,
-            _ if index == 0 || scan.in_base(entry) => view::Change::C,
+            _ if index == 0 || scan.in_base(&entry) => view::Change::C,
             _ => view::Change::A,
         };
         view::DiffView::new(change, Path::new(OsStr::from_bytes(&scan.path(index))))

@@ -13,7 +13,7 @@ use crate::destination::{Destination, Target};
 use crate::digest::{ChainId, Digest};
 use crate::manifest;
 use crate::scan::Stored;
-use crate::state::{Description, Kept, Layer, Lock, Store, Unusable};
+use crate::state::{Description, Kept, Layer, Lock, Shown, Store, Unusable};
 
 /// How often a save that waits for another of the same container looks.
 const WAIT: Duration = Duration::from_millis(100);
@@ -366,9 +366,10 @@ impl Earlier {
                     destination: target.to_string(),
                     layers: self.layers(taken),
                 };
-                let stored =
-                    |known: &Known| known.scan.store(&|index| known.unsure[index as usize]);
-                let scans: Vec<Vec<u8>> = known.iter().map(stored).collect();
+                let mut scans = Vec::with_capacity(known.len());
+                for Known { scan, unsure } in known {
+                    scans.push(Shown { scan, unsure });
+                }
                 store.keep(&container.id, &description, &scans)
             }
             None => store.forget(&container.id),

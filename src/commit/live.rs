@@ -26,8 +26,6 @@ use crate::scan::{Kind, Scan};
 const ROUNDS: u32 = 3;
 /// The longest pause, where nobody says otherwise.
 pub const MAX_PAUSE: Duration = Duration::from_secs(1);
-/// Entries up to which the last look before the freeze is kept for it: more would be too much memory for three scans.
-const KEEP_LOOK: usize = 200_000;
 /// Writers of one file that wait longer than this for its clone are spoken of.
 const LONG_WAIT: Duration = Duration::from_millis(500);
 
@@ -39,8 +37,8 @@ struct Rounds {
     layers: Vec<Layer>,
     /// The shared mappings before the last look.
     mapped: Mapped,
-    /// The last look.
-    look: Option<Vec<Arc<Scan>>>,
+    /// The last look: the one under the freeze is held against it.
+    look: Vec<Arc<Scan>>,
 }
 
 /// Takes the container's trees as they are at one instant. `None` when it can only be done while it stands still.
@@ -188,14 +186,12 @@ async fn approach(
             tokio::task::spawn_blocking(prepare)
                 .await
                 .map_err(|_| Error::Worker)?;
-            let entries: usize = scans.iter().map(|scan| scan.entries().len()).sum();
-            let look = (entries <= KEEP_LOOK || known.is_none()).then_some(scans);
             return Ok(Some(Rounds {
                 known,
                 on_top,
                 layers,
                 mapped,
-                look,
+                look: scans,
             }));
         }
         round += 1;
@@ -335,8 +331,8 @@ fn late(
 ) -> impl Iterator<Item = File> {
     scans.iter().enumerate().flat_map(move |(tree, scan)| {
         let clock = trees::since(volumes, tree, clock);
-        let files = scan.entries().iter();
-        let late = move |e: &&crate::scan::Entry| {
+        let files = scan.entries();
+        let late = move |e: &crate::scan::Entry| {
             e.kind == Kind::File && e.root == 0 && !clock.settles(e.ctime, e.ctime_nsec)
         };
         files.filter(late).map(move |e| (tree, e.ino))
@@ -365,10 +361,7 @@ async fn take_frozen(
     bound: Option<Duration>,
     since: Instant,
 ) -> Result<Option<Frozenly>, Error> {
-    let before = rounds
-        .look
-        .clone()
-        .or_else(|| rounds.known.as_deref().map(trees::scans));
+    let before = Some(rounds.look.clone());
     let now = trees::scan(context, options, container, volumes, before, None).await?;
     let changes = match &rounds.known {
         None => Some(now.clone()),

@@ -124,8 +124,8 @@ impl Known {
     /// One for each tree. `dirty` are files whose stamps do not tell.
     pub(super) fn all(scans: Vec<Arc<Scan>>, dirty: &HashSet<File>) -> Vec<Self> {
         let known = |(number, scan): (usize, Arc<Scan>)| {
-            let unsure = |e: &Entry| e.root == 0 && dirty.contains(&(number, e.ino));
-            let unsure = scan.entries().iter().map(unsure).collect();
+            let unsure = |e: Entry| e.root == 0 && dirty.contains(&(number, e.ino));
+            let unsure = scan.entries().map(unsure).collect();
             Self {
                 scan,
                 unsure: Arc::new(unsure),

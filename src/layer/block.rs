@@ -106,7 +106,7 @@ fn read_part(
     unstable: &mut Vec<Unstable>,
 ) -> Result<(), ReadError> {
     let plan = ahead.plan();
-    let entry = plan.entry(item);
+    let entry = &plan.entry(item);
     if let Some(content) = plan.held(item) {
         return content
             .read(offset, part, entry)

@@ -189,7 +189,7 @@ pub fn way(plans: &[Plan], limit: u64) -> Way {
     let weights_of = |plan: &Plan| -> Vec<u64> {
         let items = plan.items().iter();
         let files = items.filter(|item| plan.content_size(item) > 0);
-        files.map(|item| weight(plan.entry(item))).collect()
+        files.map(|item| weight(&plan.entry(item))).collect()
     };
     let by_plan: Vec<Vec<u64>> = plans.iter().map(weights_of).collect();
     let weights = || by_plan.iter().flatten().copied();
@@ -243,7 +243,7 @@ fn descriptors() -> u64 {
 /// writes them before it shares the data.
 pub fn prepare_clones(plan: &Plan) {
     for item in plan.items() {
-        let entry = plan.entry(item);
+        let entry = &plan.entry(item);
         if plan.content_size(item) > SMALL && plan.scan().elsewhere(entry).is_none() {
             let path = plan.scan().path(item.entry);
             // It may be gone by now, and the clone will do what is left.
@@ -316,7 +316,7 @@ pub fn hold(plan: &Plan, way: Way, jobs: usize, cancel: &AtomicBool) -> Result<H
 }
 
 fn keep(plan: &Plan, item: &Item, way: Way, kept: &mut Holding) -> Result<(), ReadError> {
-    let (scan, entry) = (plan.scan(), plan.entry(item));
+    let (scan, entry) = (plan.scan(), &plan.entry(item));
     let path = scan.path(item.entry);
     let fail = |source: io::Error| ReadError {
         path: format!("/{}", escape::path(&path)),

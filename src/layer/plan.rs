@@ -66,7 +66,7 @@ impl Plan {
         let (mut path, mut link) = (Vec::new(), Vec::new());
         let mut offset = 0;
         for index in entries {
-            let entry = &scan.entries()[index as usize];
+            let entry = &scan.entry(index);
             let mut item = Item {
                 offset,
                 entry: index,
@@ -119,8 +119,8 @@ impl Plan {
             for (item, _) in self.items.iter().zip(&part_of).filter(|of| *of.1 == number) {
                 // With every directory on the way to it. The root directory stands for itself.
                 let mut at = item.entry;
-                while entries.insert(at) && scan.entries()[at as usize].parent != 0 {
-                    at = scan.entries()[at as usize].parent;
+                while entries.insert(at) && scan.parent(at) != 0 {
+                    at = scan.parent(at);
                 }
             }
             let mut part = Self::of(Arc::clone(scan), entries.iter().copied(), self.timestamp);
@@ -138,7 +138,7 @@ impl Plan {
         let mut groups: HashMap<(u16, u64), u16> = HashMap::new();
         let (mut part, mut begins_at, mut before) = (0, 0, 0);
         for item in &self.items {
-            let entry = self.entry(item);
+            let entry = &self.entry(item);
             let filled = item.offset - begins_at;
             let boundary = entry.kind == Kind::Dir || entry.parent != before;
             if filled >= 2 * size || filled >= size && boundary {
@@ -157,7 +157,7 @@ impl Plan {
         }
         if !groups.is_empty() {
             for (item, part) in self.items.iter().zip(&mut part_of) {
-                if let Some(last) = link_group(self.entry(item)).and_then(|g| groups.get(&g)) {
+                if let Some(last) = link_group(&self.entry(item)).and_then(|g| groups.get(&g)) {
                     *part = *last;
                 }
             }
@@ -217,7 +217,7 @@ impl Plan {
     /// Opens the file that holds an item's content; none when something else, or nothing, is there now. `path` is a buffer.
     pub(super) fn open(&self, item: &Item, path: &mut Vec<u8>) -> io::Result<Option<File>> {
         let scan = self.scan();
-        let entry = self.entry(item);
+        let entry = &self.entry(item);
         let opened = match scan.elsewhere(entry) {
             Some(place) => scan.root(place.root).open_file(&place.path, place.ino),
             None => {
@@ -228,8 +228,8 @@ impl Plan {
         Ok(opened?.map(File::from))
     }
 
-    pub(super) fn entry(&self, item: &Item) -> &Entry {
-        &self.scan.entries()[item.entry as usize]
+    pub(super) fn entry(&self, item: &Item) -> Entry {
+        self.scan.entry(item.entry)
     }
 
     /// Bytes of content that follow an item's header, without padding.
@@ -250,7 +250,7 @@ impl Plan {
         use_it: impl FnOnce(Header<'_>),
     ) {
         let scan = &*self.scan;
-        let entry = self.entry(item);
+        let entry = &self.entry(item);
         scan.path_into(item.entry, path);
         if let Some(typeflag) = mark_name(entry.kind, path) {
             return use_it(Header {

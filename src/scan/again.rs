@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{FileType, OFlags, Stat};
 
 use super::changes::same_stamps;
-use super::walk::{self, Flat, Output, Task, Walker};
+use super::rows::{Builder, Rows};
+use super::walk::{self, Cursor, From, Next, Output, Task, Walk, Walked, Walker};
 use super::{Clock, Entry, Error, Flags, Kind, Options, Report, Roots, Scan};
 use crate::overlay::lower::{Found, Stack};
 use crate::overlay::root::{Follow, is_absent, proc_path, stat_at};
@@ -46,7 +47,7 @@ impl Scan {
         roots: &Roots,
         options: &Options<'_>,
     ) -> Result<Option<Self>, Error> {
-        if !roots.lowers_known || !earlier.lowers_known || earlier.entries.is_empty() {
+        if !roots.lowers_known || !earlier.lowers_known || earlier.rows.len() == 0 {
             return Ok(None);
         }
         if earlier.above != walk::above(roots.volume.as_ref()) {
@@ -55,14 +56,11 @@ impl Scan {
         let clock = Clock::now();
         let (upper, lowers) = walk::open(roots)?;
         let last = u16::try_from(lowers.roots.len()).unwrap_or(u16::MAX);
-        let content = earlier
-            .extras
-            .iter()
-            .filter_map(|extra| extra.content.as_ref());
+        let content = earlier.rows.extras();
+        let content = content.filter_map(|extra| extra.content.as_ref());
         let places = earlier
-            .entries
-            .iter()
-            .map(|e| e.root)
+            .rows
+            .roots()
             .chain(content.map(|content| content.root));
         if places.max() > Some(last) {
             return Ok(None);
@@ -87,15 +85,15 @@ impl Scan {
                 None => return Ok(None),
             }
         }
-        let (outputs, count, report) = walker.run(tasks)?;
-        let flat = known.flatten(top, &tops, outputs, count);
+        let mut walk = walker.run(tasks)?;
+        let report = std::mem::take(&mut walk.report);
+        let rows = known.flatten(top, &tops, walk);
         // The bounds are for all there is, not for what was walked.
         let counter = Walker::new(&upper, &lowers, roots, options, None);
-        flat.entries
-            .iter()
+        rows.iter()
             .skip(1)
-            .try_for_each(|entry| counter.count(entry))?;
-        let report = known.report(report, &flat);
+            .try_for_each(|entry| counter.count(&entry))?;
+        let report = known.report(report, &rows);
         let opened = if earlier.roots.is_empty() {
             let mut all = vec![upper];
             all.extend(lowers.roots);
@@ -103,7 +101,7 @@ impl Scan {
         } else {
             Arc::clone(&earlier.roots)
         };
-        walk::finish(flat, opened, roots, clock, report).map(Some)
+        walk::finish(rows, opened, roots, clock, report).map(Some)
     }
 }
 
@@ -111,8 +109,8 @@ impl<'a> Earlier<'a> {
     fn new(scan: &'a Scan) -> Self {
         Self {
             scan,
-            ends: scan.ends(),
-            dirty: vec![false; scan.entries.len()],
+            ends: scan.rows.ends(),
+            dirty: vec![false; scan.len()],
             contexts: Mutex::new(HashMap::new()),
         }
     }
@@ -125,7 +123,7 @@ impl<'a> Earlier<'a> {
             (at < end).then(|| {
                 let index = at;
                 at = self.ends[index as usize];
-                (self.scan.name(&self.scan.entries[index as usize]), index)
+                (self.scan.rows.name_at(index), index)
             })
         })
     }
@@ -142,7 +140,7 @@ impl<'a> Earlier<'a> {
         stat: &Stat,
         path: &[u8],
     ) -> Result<bool, Error> {
-        let before = &self.scan.entries[index as usize];
+        let before = &self.scan.entry(index);
         if before.root != 0 || !self.scan.settled(before) {
             return Ok(false);
         }
@@ -161,7 +159,7 @@ impl<'a> Earlier<'a> {
 
     /// The earlier scan's directory of the same path, if what is in it stands in the same relation to the base as then.
     pub(super) fn same_directory(&self, index: u32, entry: &Entry) -> Option<u32> {
-        let before = &self.scan.entries[index as usize];
+        let before = &self.scan.entry(index);
         let same = before.kind == Kind::Dir
             && before.ino == entry.ino
             && before.root == 0
@@ -173,20 +171,19 @@ impl<'a> Earlier<'a> {
 
     /// Takes the status of every entry, and notes which directories have to be walked.
     fn look(&mut self, walker: &Walker<'_>, root: &Entry) -> Result<(), Error> {
-        let entries = &self.scan.entries;
         // What was moved is walked in full each time: it is merged with directories from elsewhere.
         let mut moved = vec![
             false;
-            if self.scan.extras.iter().any(|e| e.moved) {
-                entries.len()
+            if self.scan.rows.extras().any(|e| e.moved) {
+                self.scan.len()
             } else {
                 0
             }
         ];
         let mut directories = Vec::new();
-        for (index, entry) in entries.iter().enumerate() {
+        for (index, entry) in self.scan.entries().enumerate() {
             if let Some(above) = moved.get(entry.parent as usize).copied() {
-                moved[index] = above || self.scan.extra(entry).is_some_and(|extra| extra.moved);
+                moved[index] = above || self.scan.extra(&entry).is_some_and(|extra| extra.moved);
                 if moved[index] {
                     continue;
                 }
@@ -238,15 +235,15 @@ impl<'a> Earlier<'a> {
         for index in found.into_inner().unwrap_or_else(PoisonError::into_inner) {
             self.dirty[index as usize] = true;
         }
-        let begin = self.scan.above as usize;
-        let before = &entries[begin];
-        self.dirty[begin] |= !same_stamps(root, before) || !self.scan.settled(before);
+        let before = self.scan.entry(self.scan.above);
+        self.dirty[self.scan.above as usize] |=
+            !same_stamps(root, &before) || !self.scan.settled(&before);
         Ok(())
     }
 
     /// Whether a directory, and which of its subdirectories, have to be walked, as far as can be told from in here.
     fn look_into(&self, walker: &Walker<'_>, dir: u32, dirty: &mut Vec<u32>) -> Result<(), Error> {
-        let entry = &self.scan.entries[dir as usize];
+        let entry = &self.scan.entry(dir);
         let mut changed = entry.flags.has(Flags::PARTIAL)
             || (dir != self.scan.above && !self.scan.settled(entry));
         let path = self.scan.path(dir);
@@ -262,7 +259,7 @@ impl<'a> Earlier<'a> {
             Err(source) => return Err(walker.read_error(&path, source)),
         };
         for (name, index) in self.children(dir) {
-            let before = &self.scan.entries[index as usize];
+            let before = &self.scan.entry(index);
             if matches!(before.kind, Kind::Whiteout | Kind::Opaque) {
                 // A name that is deleted comes back by a change of the directory.
                 continue;
@@ -289,7 +286,7 @@ impl<'a> Earlier<'a> {
     fn tops(&self) -> Vec<u32> {
         (0..self.dirty.len() as u32)
             .filter(|&index| {
-                let parent = self.scan.entries[index as usize].parent as usize;
+                let parent = self.scan.parent(index) as usize;
                 self.dirty[index as usize] && (index == self.scan.above || !self.dirty[parent])
             })
             .collect()
@@ -305,7 +302,7 @@ impl<'a> Earlier<'a> {
         let mut at = dir;
         while at != 0 {
             depth += 1;
-            at = self.scan.entries[at as usize].parent;
+            at = self.scan.parent(at);
         }
         Ok(Some(Task {
             id: 0,
@@ -343,7 +340,7 @@ impl<'a> Earlier<'a> {
                 });
             }
             chain.push(at);
-            at = self.scan.entries[at as usize].parent;
+            at = self.scan.parent(at);
         };
         while let Some(index) = chain.pop() {
             let Some(next) = self.context_below(walker, &context, index)? else {
@@ -361,7 +358,7 @@ impl<'a> Earlier<'a> {
         parent: &Context,
         index: u32,
     ) -> Result<Option<Context>, Error> {
-        let entry = &self.scan.entries[index as usize];
+        let entry = &self.scan.entry(index);
         let (path, name) = (self.scan.path(index), self.scan.name(entry));
         let handle = match walker
             .upper
@@ -395,59 +392,66 @@ impl<'a> Earlier<'a> {
     }
 
     /// The earlier scan's entries where nothing changed, and what was walked where something did.
-    fn flatten(&self, mut top: Output, tops: &[u32], outputs: Vec<Output>, count: u32) -> Flat {
+    fn flatten(&self, top: Output, tops: &[u32], walk: Walk) -> Rows {
         enum Open {
-            /// An output, the next entry in it, and the index of the directory.
-            Walked(Output, usize, u32),
+            /// What was walked, and the index of the directory.
+            Walked(Cursor, u32),
             /// The next of the earlier scan's entries, the end, and the index of the directory.
             Kept(u32, u32, u32),
         }
         let tops: HashMap<u32, u32> = tops.iter().zip(0..).map(|(&top, id)| (top, id)).collect();
-        let mut by_id: Vec<Option<Output>> = Vec::new();
-        by_id.resize_with(count as usize, || None);
-        for output in outputs {
-            let id = output.id as usize;
-            by_id[id] = Some(output);
-        }
-        let mut flat = Flat::default();
-        flat.entries.reserve(self.scan.entries.len());
-        let begin = flat.append_chain(&mut top);
-        let mut walked = |flat: &mut Flat, id: u32, index: u32| {
-            let output = by_id[id as usize].take()?;
-            output.mark(&mut flat.entries[index as usize]);
-            Some(Open::Walked(output, 0, index))
+        let walked: usize = walk.outputs.iter().map(Walked::len).sum();
+        let mut by_id = walk::by_id(walk.outputs, walk.count);
+        let share = self.scan.rows.is_worth_sharing();
+        let mut rows = if share {
+            Rows::sharing(&self.scan.rows)
+        } else {
+            Rows::default()
+        };
+        rows.reserve(self.scan.len() + walked);
+        let begin = walk::append_chain(&mut rows, top);
+        let shelves: Vec<u32> = walk.shelves.into_iter().map(|s| rows.add(s)).collect();
+        let mut rows = Builder::new(rows);
+        let mut walked = |rows: &mut Builder, id: u32, index: u32| {
+            let walked: Walked = by_id[id as usize].take()?;
+            walked.mark(rows.rows.flags_mut(index));
+            Some(Open::Walked(Cursor::new(walked), index))
         };
         let kept =
-            |flat: &mut Flat,
+            |rows: &mut Builder,
              dir: u32,
              index: u32,
-             walked: &mut dyn FnMut(&mut Flat, u32, u32) -> Option<Open>| {
+             walked: &mut dyn FnMut(&mut Builder, u32, u32) -> Option<Open>| {
                 match tops.get(&dir) {
-                    Some(&id) => walked(flat, id, index),
+                    Some(&id) => walked(rows, id, index),
                     None => Some(Open::Kept(dir + 1, self.ends[dir as usize], index)),
                 }
             };
-        let mut open: Vec<Open> = kept(&mut flat, self.scan.above, begin, &mut walked)
+        let mut open: Vec<Open> = kept(&mut rows, self.scan.above, begin, &mut walked)
             .into_iter()
             .collect();
         while let Some(top) = open.last_mut() {
             let below = match top {
-                Open::Walked(output, next, parent) => {
-                    let Some(&entry) = output.entries.get(*next) else {
+                Open::Walked(cursor, parent) => {
+                    let Some(Next { flags, from, child }) = cursor.next() else {
                         open.pop();
                         continue;
                     };
-                    let at = *next as u32;
-                    *next += 1;
-                    let (child, same) = (
-                        output.children.get(&at).copied(),
-                        output.kept.get(&at).copied(),
-                    );
-                    let index = flat.append(entry, *parent, output);
+                    let (index, same) = match from {
+                        From::Shelf(shelf, number) => {
+                            let place = shelves[shelf as usize] + number;
+                            (rows.rows.push(*parent, flags, place), None)
+                        }
+                        From::Earlier(at) => {
+                            (self.take_over(&mut rows, at, *parent, share), Some(at))
+                        }
+                    };
                     match (child, same) {
-                        (Some(id), _) => walked(&mut flat, id, index),
-                        (None, Some(dir)) => kept(&mut flat, dir, index, &mut walked),
-                        (None, None) => None,
+                        (Some(id), _) => walked(&mut rows, id, index),
+                        (None, Some(at)) if self.scan.rows.kind(at) == Kind::Dir => {
+                            kept(&mut rows, at, index, &mut walked)
+                        }
+                        (None, _) => None,
                     }
                 }
                 Open::Kept(next, end, parent) => {
@@ -457,9 +461,9 @@ impl<'a> Earlier<'a> {
                     }
                     let at = *next;
                     *next = self.ends[at as usize];
-                    let index = flat.take_over(self.scan, at, *parent);
-                    if self.scan.entries[at as usize].kind == Kind::Dir {
-                        kept(&mut flat, at, index, &mut walked)
+                    let index = self.take_over(&mut rows, at, *parent, share);
+                    if self.scan.rows.kind(at) == Kind::Dir {
+                        kept(&mut rows, at, index, &mut walked)
                     } else {
                         None
                     }
@@ -467,14 +471,33 @@ impl<'a> Earlier<'a> {
             };
             open.extend(below);
         }
-        flat
+        rows.finish()
+    }
+
+    /// Adds an entry of the earlier scan's. Where its facts are not shared, they are copied.
+    fn take_over(&self, to: &mut Builder, at: u32, parent: u32, share: bool) -> u32 {
+        let rows = &self.scan.rows;
+        let mut flags = rows.flags(at);
+        flags.clear(Flags::SILENT);
+        flags.clear(Flags::STUBS);
+        if share {
+            return to.rows.push(parent, flags, rows.place(at));
+        }
+        let mut entry = rows.entry(at);
+        entry.flags = flags;
+        to.push(
+            &entry,
+            parent,
+            rows.name(&entry),
+            rows.extra(&entry).cloned(),
+        )
     }
 
     /// What was told of entries that were not looked at again, and still are there, holds.
-    fn report(&self, mut new: Report, flat: &Flat) -> Report {
+    fn report(&self, mut new: Report, rows: &Rows) -> Report {
         let old = &self.scan.report;
         if !old.privileged.is_empty() {
-            let there = flat.set_ids();
+            let there = walk::set_ids(rows);
             let still = old
                 .privileged
                 .iter()

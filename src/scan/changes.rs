@@ -5,9 +5,10 @@
 //! it (no entry, or a silent one), something of the upper's, deleted, or (in this scan only) gone without a trace.
 
 use std::collections::{HashMap, HashSet};
-
-use super::{Entry, Flags, Kind, Report, Scan};
 use std::sync::Arc;
+
+use super::rows::{Builder, NO_EXTRA, Rows};
+use super::{Entry, Flags, Kind, Report, Scan};
 
 /// No entry.
 const NONE: u32 = u32::MAX;
@@ -69,9 +70,9 @@ impl Scan {
         let mut comparison = Comparison {
             earlier,
             now: self,
-            earlier_ends: earlier.ends(),
-            now_ends: self.ends(),
-            take: vec![false; self.entries.len()],
+            earlier_ends: earlier.rows.ends(),
+            now_ends: self.rows.ends(),
+            take: vec![false; self.len()],
             gone: HashMap::new(),
         };
         comparison.root(unsure).ok()?;
@@ -88,14 +89,14 @@ impl Scan {
         let told = |index: u32| {
             let directories = directories.get_or_insert_with(|| {
                 let emitted = tree.emitted();
-                let there = emitted.filter(|&at| tree.entries[at as usize].kind == Kind::Dir);
+                let there = emitted.filter(|&at| tree.entry(at).kind == Kind::Dir);
                 there.map(|at| tree.path(at)).collect::<HashSet<_>>()
             });
             index < self.above && directories.contains(&self.path(index))
         };
         if self.emitted().all(told) {
-            for entry in &mut self.entries {
-                entry.flags.set(Flags::SILENT);
+            for index in 0..self.len() as u32 {
+                self.rows.flags_mut(index).set(Flags::SILENT);
             }
         }
     }
@@ -136,15 +137,15 @@ fn silent(entry: &Entry) -> bool {
     entry.flags.has(Flags::SILENT)
 }
 
-fn is_mark(entry: &Entry) -> bool {
-    matches!(entry.kind, Kind::Whiteout | Kind::Opaque)
+fn is_mark(kind: Kind) -> bool {
+    matches!(kind, Kind::Whiteout | Kind::Opaque)
 }
 
 impl Names {
     fn of(scan: &Scan, ends: &[u32], dir: u32) -> Self {
         let end = ends[dir as usize];
         let mut other = dir + 1;
-        while other < end && is_mark(&scan.entries[other as usize]) {
+        while other < end && is_mark(scan.rows.kind(other)) {
             other += 1;
         }
         Self {
@@ -174,19 +175,19 @@ impl Names {
 
 impl Comparison<'_> {
     fn root(&mut self, unsure: &dyn Fn(u32) -> bool) -> Result<(), Inexpressible> {
-        let (Some(now), Some(before)) = (self.now.entries.first(), self.earlier.entries.first())
+        let (Some(now), Some(before)) = (self.now.entries().next(), self.earlier.entries().next())
         else {
             return Err(Inexpressible);
         };
-        match (silent(before), silent(now)) {
+        match (silent(&before), silent(&now)) {
             (true, true) => {}
             (true, false) => self.take[0] = true,
             // What the base has is not what the upper's root has, where a runtime gives that its own mode.
             (false, true) => return Err(Inexpressible),
             (false, false) => {
                 let looks = |e: &Entry| (e.mode, e.uid, e.gid, e.mtime);
-                self.take[0] = looks(now) != looks(before)
-                    || self.now.xattrs(now) != self.earlier.xattrs(before)
+                self.take[0] = looks(&now) != looks(&before)
+                    || self.now.xattrs(&now) != self.earlier.xattrs(&before)
                     || unsure(0);
             }
         }
@@ -204,7 +205,7 @@ impl Comparison<'_> {
             ];
             let name = |which: usize, at: u32| {
                 let scan = if which < 2 { self.earlier } else { self.now };
-                scan.name(&scan.entries[at as usize])
+                scan.rows.name_at(at)
             };
             let Some(least) = (0..4)
                 .filter(|&i| heads[i] != NONE)
@@ -252,7 +253,7 @@ impl Comparison<'_> {
         [mark_before, before, mark_now, now]: [u32; 4],
         unsure: &dyn Fn(u32) -> bool,
     ) -> Result<Option<Pair>, Inexpressible> {
-        let entry_of = |scan: &Scan, at: u32| (at != NONE).then(|| scan.entries[at as usize]);
+        let entry_of = |scan: &Scan, at: u32| (at != NONE).then(|| scan.entry(at));
         let opaque = |mark: Option<Entry>| mark.is_some_and(|mark| mark.kind == Kind::Opaque);
         let (was_mark, is_mark) = (
             entry_of(self.earlier, mark_before),
@@ -302,8 +303,8 @@ impl Comparison<'_> {
             (false, Some(_), false, Some(is)) => self.subtree(now, &is, Take::OverNothing)?,
             (false, Some(was), false, None) => {
                 if silent(&was) || was.flags.has(Flags::IN_BASE) {
-                    let range = before as usize..self.earlier_ends[before as usize] as usize;
-                    if !self.earlier.entries[range].iter().all(silent) {
+                    let mut range = before..self.earlier_ends[before as usize];
+                    if !range.all(|at| self.earlier.rows.flags(at).has(Flags::SILENT)) {
                         return Err(Inexpressible);
                     }
                 } else {
@@ -315,8 +316,7 @@ impl Comparison<'_> {
     }
 
     fn subtree(&mut self, at: u32, entry: &Entry, how: Take) -> Result<(), Inexpressible> {
-        let range = at as usize..self.now_ends[at as usize] as usize;
-        let entries = &self.now.entries[range.clone()];
+        let range = at..self.now_ends[at as usize];
         if how == Take::OverNothing {
             // What the base has in it, and the upper does not, would be missing.
             let shows_base = |e: &Entry| {
@@ -330,10 +330,11 @@ impl Comparison<'_> {
                 return Err(Inexpressible);
             }
         }
-        for (taken, entry) in self.take[range].iter_mut().zip(entries) {
-            *taken |= match how {
-                Take::OverBase => !silent(entry),
-                Take::OverNothing => !is_mark(entry),
+        for index in range {
+            let entry = self.now.entry(index);
+            self.take[index as usize] |= match how {
+                Take::OverBase => !silent(&entry),
+                Take::OverNothing => !is_mark(entry.kind),
             };
         }
         Ok(())
@@ -341,24 +342,19 @@ impl Comparison<'_> {
 
     /// A changed group of hard links is there as a whole, or what links to it would be another file.
     fn link_groups(&mut self) {
-        let linked = |e: &Entry| e.nlink > 1 && e.kind != Kind::Dir && !is_mark(e);
+        let linked = |e: &Entry| e.nlink > 1 && e.kind != Kind::Dir && !is_mark(e.kind);
         let mut changed = HashSet::new();
-        for (entry, _) in self
-            .now
-            .entries
-            .iter()
-            .zip(&self.take)
-            .filter(|(_, taken)| **taken)
-        {
-            if linked(entry) {
+        for (index, _) in (0..).zip(&self.take).filter(|(_, taken)| **taken) {
+            let entry = self.now.entry(index);
+            if linked(&entry) {
                 changed.insert((entry.root, entry.ino));
             }
         }
         if changed.is_empty() {
             return;
         }
-        for (entry, taken) in self.now.entries.iter().zip(&mut self.take) {
-            *taken |= linked(entry) && changed.contains(&(entry.root, entry.ino));
+        for (entry, taken) in self.now.entries().zip(&mut self.take) {
+            *taken |= linked(&entry) && changed.contains(&(entry.root, entry.ino));
         }
     }
 
@@ -368,85 +364,64 @@ impl Comparison<'_> {
             self.take[dir as usize] |= dir != 0;
         }
         for index in (1..self.take.len()).rev() {
-            let parent = self.now.entries[index].parent as usize;
+            let parent = self.now.parent(index as u32) as usize;
             self.take[parent] |= self.take[index] && parent != 0;
         }
     }
 
     fn scan(mut self) -> Scan {
         let now = self.now;
-        let mut changes = Scan {
-            entries: Vec::new(),
-            names: Vec::new(),
-            extras: Vec::new(),
-            roots: Arc::clone(&now.roots),
-            lowers_known: true,
-            above: now.above,
-            clock: now.clock,
-            report: Report::default(),
-        };
+        let mut changes = Builder::new(Rows::sharing(&now.rows));
         let mut moved: HashMap<u32, u32> = HashMap::new();
-        for index in 0..now.entries.len() as u32 {
+        for index in 0..now.len() as u32 {
             let taken = self.take[index as usize];
-            let entry = &now.entries[index as usize];
-            if index != 0 && (!taken || is_mark(entry)) {
+            if index != 0 && !taken {
+                continue;
+            }
+            let entry = now.entry(index);
+            if index != 0 && is_mark(entry.kind) {
                 continue;
             }
             let parent = moved.get(&entry.parent).copied().unwrap_or(0);
-            let to = changes.push(now, entry, parent);
+            let mut flags = entry.flags;
             if index == 0 && !taken {
-                changes.entries[0].flags.set(Flags::SILENT);
+                flags.set(Flags::SILENT);
             } else {
-                changes.entries[to as usize].flags.clear(Flags::SILENT);
+                flags.clear(Flags::SILENT);
             }
+            let to = changes.rows.push(parent, flags, now.rows.place(index));
             if entry.kind == Kind::Dir {
                 moved.insert(index, to);
                 self.whiteouts(&mut changes, index, to);
             }
         }
-        changes
+        Scan {
+            rows: changes.finish(),
+            roots: Arc::clone(&now.roots),
+            lowers_known: true,
+            above: now.above,
+            clock: now.clock,
+            report: Report::default(),
+        }
     }
 
     /// Everything deleted in one directory, by name.
-    fn whiteouts(&mut self, changes: &mut Scan, dir: u32, to: u32) {
+    fn whiteouts(&mut self, changes: &mut Builder, dir: u32, to: u32) {
         let names = Names::of(self.now, &self.now_ends, dir);
         let mut deleted: Vec<&[u8]> = (names.mark..names.mark_end)
             .filter(|&mark| self.take[mark as usize])
-            .map(|mark| self.now.name(&self.now.entries[mark as usize]))
+            .map(|mark| self.now.rows.name_at(mark))
             .collect();
         let gone = self.gone.remove(&dir).unwrap_or_default();
-        deleted.extend(
-            gone.into_iter()
-                .map(|at| self.earlier.name(&self.earlier.entries[at as usize])),
-        );
+        deleted.extend(gone.into_iter().map(|at| self.earlier.rows.name_at(at)));
         deleted.sort_unstable();
         for name in deleted {
             let mark = Entry {
                 kind: Kind::Whiteout,
-                parent: to,
-                extra: u32::MAX,
-                name_at: changes.names.len() as u32,
-                name_len: name.len() as u16,
+                extra: NO_EXTRA,
                 ..Entry::default()
             };
-            changes.names.extend(name);
-            changes.entries.push(mark);
+            changes.push(&mark, to, name, None);
         }
-    }
-}
-
-impl Scan {
-    /// Adds a copy of another scan's entry.
-    pub(super) fn push(&mut self, from: &Scan, entry: &Entry, parent: u32) -> u32 {
-        let mut copy = *entry;
-        copy.parent = parent;
-        copy.name_at = self.names.len() as u32;
-        self.names.extend(from.name(entry));
-        if let Some(extra) = from.extra(entry) {
-            copy.extra = self.extras.len() as u32;
-            self.extras.push(extra.clone());
-        }
-        self.entries.push(copy);
-        self.entries.len() as u32 - 1
     }
 }

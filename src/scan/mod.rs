@@ -1,13 +1,15 @@
 //! What is in an upper directory: a list of entries in the order of the layer, each with all that its tar
 //! header needs, known before one content byte is read.
 //!
-//! `walk` makes it, `again` makes it anew where little changed, `changes` tells two of them apart, `clock` says what
-//! can be told by time stamps, `stored` keeps one for the next save, `exclude` says what must not get in.
+//! `walk` makes it, `again` makes it anew where little changed, `rows` holds it in little memory, `changes` tells two of
+//! them apart, `clock` says what can be told by time stamps, `stored` keeps one for the next save, `exclude` says what must
+//! not get in.
 
 mod again;
 mod changes;
 mod clock;
 mod exclude;
+mod rows;
 mod stored;
 mod usage;
 mod walk;
@@ -27,6 +29,7 @@ use crate::overlay::owner::IdMapping;
 use crate::overlay::root::Root;
 use crate::overlay::volume::Volume;
 use crate::overlay::xattr::{Namespace, ValueError};
+use rows::Rows;
 
 /// The directories of an overlay.
 #[derive(Clone, Debug)]
@@ -112,11 +115,13 @@ pub enum Kind {
     Fifo,
 }
 
-/// One entry. Its name and rarer parts are in the [`Scan`].
+/// One entry, as [`Scan::entry`] puts it together. Its name and rarer parts are in the [`Scan`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Entry {
     /// Index of the directory that it is in; the root is its own parent.
     pub parent: u32,
+    /// Whose names and extras the following are of.
+    store: u32,
     name_at: u32,
     name_len: u16,
     /// Root that it comes from: 0 the upper, n the lower `n - 1`.
@@ -260,9 +265,7 @@ impl Report {
 /// The entries of a tree in the order of the layer: parents first, siblings by bytes, whiteouts before their siblings.
 #[derive(Debug)]
 pub struct Scan {
-    entries: Vec<Entry>,
-    names: Vec<u8>,
-    extras: Vec<Extra>,
+    rows: Rows,
     roots: Arc<Vec<Root>>,
     /// Whether the lowers were all there are.
     lowers_known: bool,
@@ -281,8 +284,25 @@ impl Scan {
     }
 
     /// Every entry; the first is the root directory itself.
-    pub fn entries(&self) -> &[Entry] {
-        &self.entries
+    pub fn entries(
+        &self,
+    ) -> impl ExactSizeIterator<Item = Entry> + DoubleEndedIterator + Clone + '_ {
+        self.rows.iter()
+    }
+
+    /// The entry with this index.
+    pub fn entry(&self, index: u32) -> Entry {
+        self.rows.entry(index)
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Index of the directory that an entry is in.
+    pub fn parent(&self, index: u32) -> u32 {
+        self.rows.parent(index)
     }
 
     /// Whether there is nothing to save.
@@ -292,13 +312,12 @@ impl Scan {
 
     /// The entries that a layer has: all but those that equal the base.
     pub fn emitted(&self) -> impl Iterator<Item = u32> + Clone + '_ {
-        (0..self.entries.len() as u32)
-            .filter(|&i| !self.entries[i as usize].flags.has(Flags::SILENT))
+        (0..self.len() as u32).filter(|&i| !self.rows.flags(i).has(Flags::SILENT))
     }
 
     /// Name of an entry in its directory; of a whiteout, the name that is deleted.
     pub fn name(&self, entry: &Entry) -> &[u8] {
-        name_of(&self.names, entry)
+        self.rows.name(entry)
     }
 
     /// Path of an entry without a leading slash; of a whiteout, the path that is deleted.
@@ -310,7 +329,7 @@ impl Scan {
 
     /// As [`Scan::path`], into a buffer that is cleared first.
     pub fn path_into(&self, index: u32, path: &mut Vec<u8>) {
-        path_of(&self.entries, &self.names, index, path);
+        self.rows.path_into(index, path);
     }
 
     /// Target of a symlink.
@@ -352,38 +371,8 @@ impl Scan {
     }
 
     fn extra(&self, entry: &Entry) -> Option<&Extra> {
-        self.extras.get(entry.extra as usize)
+        self.rows.extra(entry)
     }
-
-    /// For each entry, the index after its last descendant.
-    fn ends(&self) -> Vec<u32> {
-        let mut ends: Vec<u32> = (1..=self.entries.len() as u32).collect();
-        for index in (1..self.entries.len()).rev() {
-            let parent = self.entries[index].parent as usize;
-            ends[parent] = ends[parent].max(ends[index]);
-        }
-        ends
-    }
-}
-
-fn name_of<'a>(names: &'a [u8], entry: &Entry) -> &'a [u8] {
-    let at = entry.name_at as usize;
-    &names[at..at + usize::from(entry.name_len)]
-}
-
-/// Backwards, then once around: no allocation but the buffer.
-fn path_of(entries: &[Entry], names: &[u8], index: u32, path: &mut Vec<u8>) {
-    path.clear();
-    let mut at = index;
-    while at != 0 {
-        let entry = &entries[at as usize];
-        if !path.is_empty() {
-            path.push(b'/');
-        }
-        path.extend(name_of(names, entry).iter().rev());
-        at = entry.parent;
-    }
-    path.reverse();
 }
 
 /// Why a tree cannot be scanned.

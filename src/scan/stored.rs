@@ -1,10 +1,13 @@
 //! A scan as bytes, to be kept until the next save of the same container.
 //!
 //! Compact, because a node keeps many: numbers have variable length, times are told against the entry before. Reading
-//! takes nothing for granted: what is not exactly what writing makes is no scan.
+//! takes nothing for granted: what is not exactly what writing makes is no scan. Either way the bytes pass by, and are
+//! never all in memory.
 
+use std::io::{self, BufRead, Write};
 use std::sync::Arc;
 
+use super::rows::{Builder, NO_EXTRA};
 use super::{Clock, Elsewhere, Entry, Extra, Flags, Kind, Report, Scan};
 
 /// Longest name of a directory entry.
@@ -39,10 +42,10 @@ pub struct Stored {
 }
 
 impl Scan {
-    /// The scan as bytes. `unsure` as for [`Scan::changes_since`]; those stamped too late to tell are added.
-    pub fn store(&self, unsure: &dyn Fn(u32) -> bool) -> Vec<u8> {
-        let mut out = Vec::with_capacity(self.entries.len() * 40);
-        number(&mut out, self.entries.len() as u64);
+    /// Writes the scan as bytes. `unsure` as for [`Scan::changes_since`]; those stamped too late to tell are added.
+    pub fn store(&self, unsure: &dyn Fn(u32) -> bool, to: &mut dyn Write) -> io::Result<()> {
+        let mut out = Vec::new();
+        number(&mut out, self.len() as u64);
         number(&mut out, self.above.into());
         signed(&mut out, self.clock.seconds);
         number(&mut out, self.clock.nanos.into());
@@ -56,20 +59,23 @@ impl Scan {
             number(&mut out, *count);
         }
         let mut before = Entry::default();
-        for (index, entry) in (0..).zip(&self.entries) {
-            let extra = self.extra(entry);
+        for (index, entry) in (0..).zip(self.entries()) {
+            to.write_all(&out)?;
+            out.clear();
+            let extra = self.extra(&entry);
             let kind = KINDS
                 .iter()
                 .position(|&kind| kind == entry.kind)
                 .unwrap_or(0) as u8;
-            let late = !matches!(entry.kind, Kind::Whiteout | Kind::Opaque) && !self.settled(entry);
+            let late =
+                !matches!(entry.kind, Kind::Whiteout | Kind::Opaque) && !self.settled(&entry);
             let unsure = late || unsure(index);
             out.push(entry.flags.0);
             out.push(
                 kind | if extra.is_some() { EXTRA } else { 0 } | if unsure { UNSURE } else { 0 },
             );
             number(&mut out, u64::from(index - entry.parent));
-            bytes(&mut out, self.name(entry));
+            bytes(&mut out, self.name(&entry));
             if matches!(entry.kind, Kind::Whiteout | Kind::Opaque) {
                 continue;
             }
@@ -90,22 +96,23 @@ impl Scan {
             signed(&mut out, entry.ino.wrapping_sub(before.ino) as i64);
             signed(&mut out, entry.mtime.wrapping_sub(before.mtime));
             signed(&mut out, entry.ctime.wrapping_sub(before.ctime));
-            before = *entry;
+            before = entry;
             if let Some(extra) = extra {
                 write_extra(&mut out, extra);
             }
         }
-        out
+        to.write_all(&out)
     }
 
-    /// Reads what [`Scan::store`] wrote; none if it is anything else.
-    pub fn restore(stored: &[u8]) -> Option<Stored> {
-        let mut from = Reader(stored);
-        let count = usize::try_from(from.number()?).ok()?;
+    /// Reads the `length` bytes that [`Scan::store`] wrote; none if they are anything else.
+    pub fn restore(from: &mut impl BufRead, length: u64) -> Option<Stored> {
+        let mut from = Reader { from, left: length };
+        let count = from.number()?;
         // The least that an entry takes.
-        if count == 0 || count > stored.len() / 4 || count >= u32::MAX as usize {
+        if count == 0 || count > length / 4 || count >= u32::MAX.into() {
             return None;
         }
+        let count = usize::try_from(count).ok()?;
         let above: u32 = from.small()?;
         if above as usize >= count {
             return None;
@@ -122,33 +129,25 @@ impl Scan {
             let (name, count) = (from.text()?, from.number()?);
             report.dropped_xattrs.insert(name, count);
         }
-        let mut scan = Scan {
-            entries: Vec::with_capacity(count),
-            names: Vec::new(),
-            extras: Vec::new(),
-            roots: Arc::default(),
-            lowers_known: true,
-            above,
-            clock,
-            report,
-        };
+        let mut scan = Builder::default();
+        scan.reserve(count);
         let mut unsure = Vec::with_capacity(count);
         // The directories that the last entry is in, each with the last of its entries.
         let mut open: Vec<(u32, Option<u32>)> = Vec::new();
         let mut before = Entry::default();
+        let mut name = Vec::new();
         for index in 0..count as u32 {
             let (flags, kind) = (from.byte()?, from.byte()?);
             let back: u32 = from.small()?;
-            let name = from.bytes()?;
+            from.bytes(&mut name)?;
             let mut entry = Entry {
                 flags: Flags(flags),
                 kind: *KINDS.get(usize::from(kind & !(EXTRA | UNSURE)))?,
-                extra: u32::MAX,
+                extra: NO_EXTRA,
                 parent: index.checked_sub(back)?,
-                name_at: u32::try_from(scan.names.len()).ok()?,
-                name_len: name.len() as u16,
                 ..Entry::default()
             };
+            let mut extra = None;
             if index == 0 {
                 if !name.is_empty() || entry.kind != Kind::Dir {
                     return None;
@@ -172,14 +171,13 @@ impl Scan {
                 }
                 let last = open.last_mut()?;
                 if let Some(sibling) = last.1.replace(index) {
-                    let sibling = &scan.entries[sibling as usize];
-                    let rank = |e: &Entry| e.kind != Kind::Whiteout;
-                    if (rank(sibling), scan.name(sibling)) >= (rank(&entry), name) {
+                    let (kind, before) = (scan.own().kind(sibling), scan.own().name(sibling));
+                    let rank = |kind: Kind| kind != Kind::Whiteout;
+                    if (rank(kind), before) >= (rank(entry.kind), &name) {
                         return None;
                     }
                 }
             }
-            scan.names.extend(name);
             if entry.kind == Kind::Whiteout {
                 if kind & EXTRA != 0 {
                     return None;
@@ -200,8 +198,7 @@ impl Scan {
                 entry.ctime = before.ctime.wrapping_add(from.signed()?);
                 before = entry;
                 if kind & EXTRA != 0 {
-                    entry.extra = scan.extras.len() as u32;
-                    scan.extras.push(read_extra(&mut from)?);
+                    extra = Some(read_extra(&mut from)?);
                 }
             }
             if entry.kind == Kind::Dir {
@@ -214,9 +211,17 @@ impl Scan {
                 return None;
             }
             unsure.push(kind & UNSURE != 0);
-            scan.entries.push(entry);
+            scan.push(&entry, entry.parent, &name, extra);
         }
-        from.0.is_empty().then_some(Stored { scan, unsure })
+        let scan = Scan {
+            rows: scan.finish(),
+            roots: Arc::default(),
+            lowers_known: true,
+            above,
+            clock,
+            report,
+        };
+        (from.left == 0).then_some(Stored { scan, unsure })
     }
 }
 
@@ -251,7 +256,7 @@ fn write_extra(out: &mut Vec<u8>, extra: &Extra) {
     }
 }
 
-fn read_extra(from: &mut Reader<'_>) -> Option<Extra> {
+fn read_extra(from: &mut Reader<'_, impl BufRead>) -> Option<Extra> {
     let has = from.byte()?;
     let bit = |n: u8| has & (1 << n) != 0;
     if has >= 1 << 5 {
@@ -262,12 +267,12 @@ fn read_extra(from: &mut Reader<'_>) -> Option<Extra> {
         ..Extra::default()
     };
     if bit(0) {
-        extra.link = Some(from.bytes()?.to_vec());
+        extra.link = Some(from.vec()?);
     }
     if bit(1) {
         extra.content = Some(Elsewhere {
             root: from.small()?,
-            path: from.bytes()?.to_vec(),
+            path: from.vec()?,
             ino: from.number()?,
         });
     }
@@ -282,9 +287,7 @@ fn read_extra(from: &mut Reader<'_>) -> Option<Extra> {
         return None;
     }
     for _ in 0..xattrs {
-        extra
-            .xattrs
-            .push((from.bytes()?.to_vec(), from.bytes()?.to_vec()));
+        extra.xattrs.push((from.vec()?, from.vec()?));
     }
     Some(extra)
 }
@@ -308,13 +311,18 @@ fn bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend(bytes);
 }
 
-struct Reader<'a>(&'a [u8]);
+struct Reader<'a, R> {
+    from: &'a mut R,
+    /// Bytes that are still to come.
+    left: u64,
+}
 
-impl<'a> Reader<'a> {
+impl<R: BufRead> Reader<'_, R> {
     fn byte(&mut self) -> Option<u8> {
-        let (&first, rest) = self.0.split_first()?;
-        self.0 = rest;
-        Some(first)
+        self.left = self.left.checked_sub(1)?;
+        let byte = *self.from.fill_buf().ok()?.first()?;
+        self.from.consume(1);
+        Some(byte)
     }
 
     fn number(&mut self) -> Option<u64> {
@@ -342,17 +350,26 @@ impl<'a> Reader<'a> {
         Some((value >> 1) as i64 ^ -((value & 1) as i64))
     }
 
-    fn bytes(&mut self) -> Option<&'a [u8]> {
-        let len = self
+    /// Into a buffer that is cleared first.
+    fn bytes(&mut self, bytes: &mut Vec<u8>) -> Option<()> {
+        let length = self
             .number()
-            .filter(|&len| len <= MAX_BYTES && len <= self.0.len() as u64)?;
-        let (bytes, rest) = self.0.split_at(len as usize);
-        self.0 = rest;
+            .filter(|&length| length <= MAX_BYTES && length <= self.left)?;
+        bytes.clear();
+        bytes.resize(length as usize, 0);
+        self.from.read_exact(bytes).ok()?;
+        self.left -= length;
+        Some(())
+    }
+
+    fn vec(&mut self) -> Option<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.bytes(&mut bytes)?;
         Some(bytes)
     }
 
     fn text(&mut self) -> Option<String> {
-        String::from_utf8(self.bytes()?.to_vec()).ok()
+        String::from_utf8(self.vec()?).ok()
     }
 }
 
@@ -361,55 +378,25 @@ mod tests {
     use super::*;
 
     fn scan() -> Scan {
-        let mut scan = Scan {
-            entries: Vec::new(),
-            names: Vec::new(),
-            extras: Vec::new(),
-            roots: Arc::default(),
-            lowers_known: true,
-            above: 0,
-            clock: Clock {
-                seconds: 1_000,
-                nanos: 7,
-            },
-            report: Report {
-                privileged: vec!["a/s".to_owned()],
-                ..Report::default()
-            },
-        };
+        let mut rows = Builder::default();
+        let mut ino = u64::MAX;
         let mut add = |parent, name: &[u8], kind, extra: Option<Extra>| {
-            let entry = Entry {
-                parent,
-                name_at: scan.names.len() as u32,
-                name_len: name.len() as u16,
+            let mark = Entry {
                 kind,
-                extra: if extra.is_some() {
-                    scan.extras.len() as u32
-                } else {
-                    u32::MAX
-                },
+                extra: NO_EXTRA,
+                ..Entry::default()
+            };
+            let entry = Entry {
                 mode: 0o644,
-                ino: u64::MAX - scan.names.len() as u64,
+                ino,
                 mtime: -5,
                 ctime: 900,
                 ctime_nsec: 3,
-                ..Entry::default()
+                ..mark
             };
-            let entry = if kind == Kind::Whiteout {
-                Entry {
-                    parent,
-                    name_at: entry.name_at,
-                    name_len: entry.name_len,
-                    kind,
-                    extra: u32::MAX,
-                    ..Entry::default()
-                }
-            } else {
-                entry
-            };
-            scan.names.extend(name);
-            scan.extras.extend(extra);
-            scan.entries.push(entry);
+            ino -= name.len() as u64;
+            let entry = if kind == Kind::Whiteout { mark } else { entry };
+            rows.push(&entry, parent, name, extra);
         };
         add(0, b"", Kind::Dir, None);
         add(0, b"gone", Kind::Whiteout, None);
@@ -422,13 +409,37 @@ mod tests {
         };
         add(2, b"l", Kind::Symlink, Some(link));
         add(0, b"b", Kind::File, None);
-        scan
+        Scan {
+            rows: rows.finish(),
+            roots: Arc::default(),
+            lowers_known: true,
+            above: 0,
+            clock: Clock {
+                seconds: 1_000,
+                nanos: 7,
+            },
+            report: Report {
+                privileged: vec!["a/s".to_owned()],
+                ..Report::default()
+            },
+        }
+    }
+
+    fn stored(scan: &Scan, unsure: &dyn Fn(u32) -> bool) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        scan.store(unsure, &mut bytes).expect("memory takes it all");
+        bytes
+    }
+
+    fn restored(mut bytes: &[u8]) -> Option<Stored> {
+        let length = bytes.len() as u64;
+        Scan::restore(&mut bytes, length)
     }
 
     fn told(scan: &Scan) -> String {
         let entries: Vec<_> = (0..)
             .zip(scan.entries())
-            .map(|(i, e)| (scan.path(i), *e, scan.extra(e).cloned()))
+            .map(|(i, e)| (scan.path(i), e, scan.extra(&e).cloned()))
             .collect();
         format!("{entries:?} {:?} {:?}", scan.clock, scan.report)
     }
@@ -436,17 +447,17 @@ mod tests {
     #[test]
     fn what_was_stored_comes_back() {
         let scan = scan();
-        let stored = scan.store(&|index| index == 4);
-        let back = Scan::restore(&stored).expect("it is whole");
+        let stored = stored(&scan, &|index| index == 4);
+        let back = restored(&stored).expect("it is whole");
         assert_eq!(told(&scan), told(&back.scan));
         assert_eq!(back.unsure, [false, false, false, false, true]);
     }
 
     #[test]
     fn damaged_bytes_are_no_scan_or_a_sane_one() {
-        let stored = scan().store(&|_| false);
+        let stored = stored(&scan(), &|_| false);
         for cut in 0..stored.len() {
-            assert!(Scan::restore(&stored[..cut]).is_none(), "cut at {cut}");
+            assert!(restored(&stored[..cut]).is_none(), "cut at {cut}");
         }
         for at in 0..stored.len() {
             for value in [
@@ -462,14 +473,14 @@ mod tests {
             ] {
                 let mut damaged = stored.clone();
                 damaged[at] = value;
-                let Some(Stored { scan, .. }) = Scan::restore(&damaged) else {
+                let Some(Stored { scan, .. }) = restored(&damaged) else {
                     continue;
                 };
-                let ends = scan.ends();
-                for (index, entry) in scan.entries().iter().enumerate().skip(1) {
+                let ends = scan.rows.ends();
+                for (index, entry) in scan.entries().enumerate().skip(1) {
                     assert!((entry.parent as usize) < index, "a parent after its child");
                     assert!(ends[entry.parent as usize] > index as u32);
-                    assert_eq!(scan.entries()[entry.parent as usize].kind, Kind::Dir);
+                    assert_eq!(scan.entry(entry.parent).kind, Kind::Dir);
                     let path = scan.path(index as u32);
                     assert!(
                         !path.starts_with(b"/")

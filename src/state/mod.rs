@@ -4,14 +4,17 @@
 //! checksum: what is damaged, cut off, of another version or about another upper directory is not used.
 //!
 //! One file a container: magic, version, length of the description, description (JSON), the scans of the upper and of the
-//! volumes that were saved with it, each with its length before it, and the SHA-256 of all that. Written beside and renamed; who saves the container holds a lock on a file beside it meanwhile.
+//! volumes that were saved with it, each with its length before it, and the SHA-256 of all that. Written beside and renamed;
+//! who saves the container holds a lock on a file beside it meanwhile. A scan is large: it is never in memory as it is in
+//! the file.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::digest::{DiffId, Digest};
 use crate::scan::{Scan, Stored};
@@ -21,10 +24,12 @@ const MAGIC: &[u8; 8] = b"updeckst";
 pub const VERSION: u32 = 2;
 /// Largest description.
 const MAX_DESCRIPTION: u64 = 4 << 20;
-/// Largest file. A million entries take some 60 MB.
+/// Largest file. A million entries take some 40 MB.
 const MAX_FILE: u64 = 1 << 30;
 /// All files together; the oldest go first.
 pub const MAX_TOTAL: u64 = 2 << 30;
+/// What is read or written at once of a file.
+const BUFFER: usize = 64 << 10;
 const SUFFIX: &str = "state";
 const LOCK: &str = "lock";
 
@@ -67,6 +72,28 @@ pub struct Kept {
     pub description: Description,
     /// What was there: the upper, then the volumes.
     pub stored: Vec<Stored>,
+}
+
+/// What is to be kept of one tree.
+#[derive(Clone, Copy)]
+pub struct Shown<'a> {
+    /// What was there.
+    pub scan: &'a Scan,
+    /// As [`Stored::unsure`].
+    pub unsure: &'a [bool],
+}
+
+impl Shown<'_> {
+    fn length(&self) -> io::Result<u64> {
+        let mut length = Counted(0);
+        self.write(&mut length)?;
+        Ok(length.0)
+    }
+
+    fn write(&self, to: &mut dyn Write) -> io::Result<()> {
+        let unsure = |index: u32| self.unsure.get(index as usize) == Some(&true);
+        self.scan.store(&unsure, to)
+    }
 }
 
 /// Why nothing that was kept can be used.
@@ -152,19 +179,11 @@ impl Store {
             path: path.display().to_string(),
             why,
         };
-        let mut bytes = Vec::new();
-        match File::open(&path) {
+        let file = match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Unusable::Absent),
-            Err(error) => return Err(damaged(error.to_string())),
-            Ok(file) => match file.take(MAX_FILE + 1).read_to_end(&mut bytes) {
-                Err(error) => return Err(damaged(error.to_string())),
-                Ok(_) if bytes.len() as u64 > MAX_FILE => {
-                    return Err(damaged(format!("it is larger than {MAX_FILE} bytes")));
-                }
-                Ok(_) => {}
-            },
-        }
-        parse(&bytes).map_err(|why| damaged(why.to_owned()))
+            opened => opened.map_err(|error| damaged(error.to_string()))?,
+        };
+        parse(&file).map_err(|why| damaged(why.to_string()))
     }
 
     /// Keeps a save instead of what was kept before, atomically, within the bound on all.
@@ -172,15 +191,19 @@ impl Store {
         &self,
         container: &str,
         description: &Description,
-        scans: &[Vec<u8>],
+        scans: &[Shown<'_>],
     ) -> io::Result<()> {
         self.make_dir()?;
-        let bytes = write(description, scans)?;
-        self.clear(bytes.len() as u64);
+        let json = serde_json::to_vec(description)?;
+        // Written twice, the first time to nowhere: the length comes first.
+        let lengths = scans.iter().map(Shown::length);
+        let lengths = lengths.collect::<io::Result<Vec<u64>>>()?;
+        let all: u64 = lengths.iter().map(|length| 8 + length).sum();
+        self.clear(16 + json.len() as u64 + all + 32);
         let mut file = tempfile::Builder::new()
             .prefix(".new-")
             .tempfile_in(&self.dir)?;
-        file.write_all(&bytes)?;
+        write(&json, scans.iter().zip(lengths), file.as_file_mut())?;
         file.as_file().sync_all()?;
         file.persist(self.path(container, SUFFIX))
             .map_err(|error| error.error)?;
@@ -239,88 +262,161 @@ impl Store {
 
 /// Whether the upper directory that a file is about is no more.
 fn is_orphan(path: &Path) -> bool {
-    let description = || -> Option<Description> {
-        let mut head = Vec::new();
-        File::open(path)
-            .ok()?
-            .take(MAX_DESCRIPTION + 16)
-            .read_to_end(&mut head)
-            .ok()?;
-        describe(&head).ok().map(|(description, _)| description)
-    };
+    let description = || -> Result<Description, Flaw> { Ok(describe(&mut File::open(path)?)?.0) };
     // What cannot be read is the next save's to replace.
-    description().is_some_and(|description| match fs::metadata(&description.upper) {
+    description().is_ok_and(|description| match fs::metadata(&description.upper) {
         Ok(meta) => (meta.dev(), meta.ino()) != description.upper_inode,
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     })
 }
 
-fn write(description: &Description, scans: &[Vec<u8>]) -> io::Result<Vec<u8>> {
-    let json = serde_json::to_vec(description)?;
-    let length: usize = scans.iter().map(|scan| scan.len() + 8).sum();
-    let mut bytes = Vec::with_capacity(16 + json.len() + length + 32);
-    bytes.extend(MAGIC);
-    bytes.extend(VERSION.to_le_bytes());
-    bytes.extend((json.len() as u32).to_le_bytes());
-    bytes.extend(&json);
-    for scan in scans {
-        bytes.extend((scan.len() as u64).to_le_bytes());
-        bytes.extend(scan);
+/// Writes a file from its beginning to its end, scans with their lengths.
+fn write<'a>(
+    json: &[u8],
+    scans: impl Iterator<Item = (&'a Shown<'a>, u64)>,
+    file: &mut File,
+) -> io::Result<()> {
+    let hashed = Hashed {
+        to: file,
+        hash: Sha256::new(),
+    };
+    let mut to = BufWriter::with_capacity(BUFFER, hashed);
+    to.write_all(MAGIC)?;
+    to.write_all(&VERSION.to_le_bytes())?;
+    to.write_all(&(json.len() as u32).to_le_bytes())?;
+    to.write_all(json)?;
+    for (scan, length) in scans {
+        to.write_all(&length.to_le_bytes())?;
+        scan.write(&mut to)?;
     }
-    bytes.extend(checksum(&bytes));
-    Ok(bytes)
+    let Hashed { to, hash } = to.into_inner().map_err(io::IntoInnerError::into_error)?;
+    to.write_all(&hash.finalize())
 }
 
-fn checksum(bytes: &[u8]) -> [u8; 32] {
-    use sha2::Digest as _;
-    sha2::Sha256::digest(bytes).into()
+/// How much was written.
+struct Counted(u64);
+
+impl Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
-/// The description, and where the scan begins.
-fn describe(bytes: &[u8]) -> Result<(Description, usize), &'static str> {
-    let head = bytes.get(..16).ok_or("it is cut off")?;
-    if &head[..8] != MAGIC {
-        return Err("it is no such file");
-    }
-    let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    if word(8) != VERSION {
-        return Err("it is of another version of upperdeck");
-    }
-    let len = word(12);
-    if u64::from(len) > MAX_DESCRIPTION {
-        return Err("it is damaged");
-    }
-    let end = 16 + len as usize;
-    let json = bytes.get(16..end).ok_or("it is cut off")?;
-    serde_json::from_slice(json)
-        .map(|description| (description, end))
-        .map_err(|_| "it is damaged")
+struct Hashed<'a> {
+    to: &'a mut File,
+    hash: Sha256,
 }
 
-fn parse(bytes: &[u8]) -> Result<Kept, &'static str> {
-    // The version first: another version's checksum may be elsewhere.
-    let (description, at) = describe(bytes)?;
-    let end = bytes
-        .len()
+impl Write for Hashed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.to.write(bytes)?;
+        self.hash.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+/// The description, from the beginning of a file, and where the first scan's length is.
+fn describe(file: &mut impl io::Read) -> Result<(Description, u64), Flaw> {
+    if &take_array::<8>(file)? != MAGIC {
+        return Err("it is no such file".into());
+    }
+    // Before all else: in another version it may be elsewhere.
+    if u32::from_le_bytes(take_array(file)?) != VERSION {
+        return Err("it is of another version of upperdeck".into());
+    }
+    let length = u64::from(u32::from_le_bytes(take_array(file)?));
+    if length > MAX_DESCRIPTION {
+        return Err("it is damaged".into());
+    }
+    let mut json = Vec::new();
+    file.take(length).read_to_end(&mut json)?;
+    if (json.len() as u64) < length {
+        return Err("it is cut off".into());
+    }
+    let description = serde_json::from_slice(&json).map_err(|_| "it is damaged")?;
+    Ok((description, 16 + length))
+}
+
+/// Why a file is of no use.
+#[derive(Debug, thiserror::Error)]
+enum Flaw {
+    #[error("{0}")]
+    Read(#[from] io::Error),
+    #[error("it is larger than {MAX_FILE} bytes")]
+    TooLarge,
+    #[error("{0}")]
+    Content(&'static str),
+}
+
+impl From<&'static str> for Flaw {
+    fn from(why: &'static str) -> Self {
+        Self::Content(why)
+    }
+}
+
+/// Reads a file twice: whether it is whole, and then what is in it.
+fn parse(file: &File) -> Result<Kept, Flaw> {
+    let length = file.metadata()?.len();
+    if length > MAX_FILE {
+        return Err(Flaw::TooLarge);
+    }
+    let mut from = BufReader::with_capacity(BUFFER, file);
+    let (description, at) = describe(&mut from)?;
+    let mut left = length
         .checked_sub(32)
-        .filter(|&end| end >= at)
+        .and_then(|end| end.checked_sub(at))
         .ok_or("it is cut off")?;
-    if checksum(&bytes[..end]) != bytes[end..] {
-        return Err("its checksum does not fit");
+    from.seek(SeekFrom::Start(0))?;
+    if checksum(&mut from, at + left)?.as_slice() != take_array::<32>(&mut from)?.as_slice() {
+        return Err("its checksum does not fit".into());
     }
-    let mut rest = &bytes[at..end];
+    from.seek(SeekFrom::Start(at))?;
     let mut stored = Vec::new();
-    while let Some((length, after)) = rest.split_first_chunk::<8>() {
-        let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| "it is damaged")?;
-        let (scan, after) = after.split_at_checked(length).ok_or("it is damaged")?;
-        stored.push(Scan::restore(scan).ok_or("it is damaged")?);
-        rest = after;
+    while left > 0 {
+        left = left.checked_sub(8).ok_or("it is damaged")?;
+        let length = u64::from_le_bytes(take_array(&mut from)?);
+        left = left.checked_sub(length).ok_or("it is damaged")?;
+        stored.push(Scan::restore(&mut from, length).ok_or("it is damaged")?);
     }
-    if !rest.is_empty() || stored.is_empty() {
-        return Err("it is damaged");
+    if stored.is_empty() {
+        return Err("it is damaged".into());
     }
     Ok(Kept {
         description,
         stored,
     })
+}
+
+fn take_array<const N: usize>(from: &mut impl io::Read) -> Result<[u8; N], Flaw> {
+    let mut bytes = [0; N];
+    match from.read_exact(&mut bytes) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err("it is cut off".into()),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(bytes),
+    }
+}
+
+/// SHA-256 of the next `left` bytes.
+fn checksum(from: &mut BufReader<&File>, mut left: u64) -> Result<[u8; 32], Flaw> {
+    let mut hash = Sha256::new();
+    while left > 0 {
+        let bytes = from.fill_buf()?;
+        let taken = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        if taken == 0 {
+            return Err("it is cut off".into());
+        }
+        hash.update(&bytes[..taken]);
+        from.consume(taken);
+        left -= taken as u64;
+    }
+    Ok(hash.finalize().into())
 }

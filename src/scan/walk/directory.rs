@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::fs::{FileType, Stat};
 
-use super::entry::{Attributes, NO_EXTRA, kind_of};
+use super::entry::{Attributes, kind_of};
 use super::flat::{Output, sorted};
 use super::links::indexed_nlink;
 use super::queue::lock;
@@ -13,6 +13,7 @@ use super::{Task, Walker};
 use crate::escape;
 use crate::overlay::lower::{Found, Stack, join};
 use crate::overlay::root::{self, Follow, is_absent, proc_path, read_link_at, stat_at, xattr_at};
+use crate::scan::rows::NO_EXTRA;
 use crate::scan::{Entry, Error, Extra, Flags, Kind, Reason, Report};
 
 /// One directory being walked.
@@ -193,7 +194,7 @@ impl Directory<'_> {
         let (Some(earlier), Some(&index)) = (self.walker.earlier, self.known.get(name)) else {
             return Ok(false);
         };
-        let before = &earlier.scan.entries()[index as usize];
+        let before = earlier.scan.entry(index);
         if before.kind == Kind::Whiteout {
             let device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
             let still = device && stat.st_rdev == 0 && !self.task.hidden;
@@ -205,15 +206,14 @@ impl Directory<'_> {
         if !earlier.holds(self.walker, index, stat, path)? || earlier.is_dirty(index) {
             return Ok(false);
         }
-        let mut entry = *before;
+        let mut entry = before;
+        // The earlier scan has it, with all that is rare about it.
+        entry.extra = NO_EXTRA;
         entry.flags.clear(Flags::SILENT);
         entry.flags.clear(Flags::STUBS);
-        let extra = earlier.scan.extra(before).cloned().unwrap_or_default();
         self.decide(name);
-        let at = self.push(entry, name, extra)?;
-        if entry.kind == Kind::Dir {
-            self.output.kept.insert(at, index);
-        }
+        let at = self.push(entry, name, Extra::default())?;
+        self.output.kept.push((at, index));
         Ok(true)
     }
 

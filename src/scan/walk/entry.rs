@@ -13,6 +13,7 @@ use crate::overlay::root::{Follow, proc_path, xattr_at, xattr_names_at};
 use crate::overlay::xattr::{
     Fate, Mark, ValueError, acl_inside, capability_inside, fate, plain_fate,
 };
+use crate::scan::rows::NO_EXTRA;
 use crate::scan::{Entry, Error, Flags, Kind, Xattr};
 
 /// setuid and setgid.
@@ -20,9 +21,6 @@ pub(super) const SET_ID: u16 = 0o6000;
 
 /// The attribute that holds file capabilities.
 pub(super) const CAPABILITY: &[u8] = b"security.capability";
-
-/// `Entry::extra` of entries without any.
-pub(in crate::scan) const NO_EXTRA: u32 = u32::MAX;
 
 /// Attributes of one entry, sorted by what becomes of them.
 #[derive(Default)]
@@ -51,6 +49,7 @@ impl Walker<'_> {
         };
         Ok(Entry {
             parent: 0,
+            store: 0,
             name_at: 0,
             name_len: 0,
             root,

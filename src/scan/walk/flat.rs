@@ -1,44 +1,177 @@
 //! The directories' entries, put into one list in the order of the layer.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use super::Task;
-use super::entry::{CAPABILITY, NO_EXTRA, SET_ID};
+use super::entry::{CAPABILITY, SET_ID};
 use crate::escape;
-use crate::scan::{Entry, Extra, Flags, Kind, Scan};
+use crate::scan::rows::{Rows, Shelf};
+use crate::scan::{Entry, Extra, Flags, Kind};
 
-/// What walking one directory gave.
+/// What walking one directory gives, as long as it is walked.
 #[derive(Default)]
 pub(in crate::scan) struct Output {
-    pub(in crate::scan) id: u32,
+    pub(super) id: u32,
     pub(in crate::scan) entries: Vec<Entry>,
     pub(super) names: Vec<u8>,
     pub(super) extras: Vec<Extra>,
-    /// Entry index (in this output) of each subdirectory, and its output.
-    pub(in crate::scan) children: HashMap<u32, u32>,
-    /// Entry index of each subdirectory that was not walked, and the earlier scan's directory that it equals.
-    pub(in crate::scan) kept: HashMap<u32, u32>,
+    /// Index of each entry (in this output) that is as it was, and that of the earlier scan's.
+    pub(super) kept: Vec<(u32, u32)>,
     /// Something was left out here that the runtime had made.
-    pub(in crate::scan) stubs: bool,
+    pub(super) stubs: bool,
     /// The entries are not all that is here.
-    pub(in crate::scan) partial: bool,
+    pub(super) partial: bool,
+}
+
+/// What walking one directory gave. What is new in it lies on a shelf by now, as much memory as a scan is made of.
+pub(in crate::scan) struct Walked {
+    pub(in crate::scan) id: u32,
+    /// Number of the shelf, and of the first new entry there.
+    shelf: u32,
+    first: u32,
+    /// Of each entry.
+    flags: Box<[Flags]>,
+    /// As [`Output::kept`], sorted.
+    kept: Box<[(u32, u32)]>,
+    /// Index of each subdirectory that is walked, and its output, sorted.
+    children: Box<[(u32, u32)]>,
+    stubs: bool,
+    partial: bool,
 }
 
 impl Output {
+    fn name(&self, entry: &Entry) -> &[u8] {
+        let at = entry.name_at as usize;
+        &self.names[at..at + usize::from(entry.name_len)]
+    }
+
+    /// Puts what is new onto a shelf. Returns the number of the first.
+    fn shelve(&mut self, shelf: &mut Shelf) -> u32 {
+        let first = shelf.len();
+        let mut kept = self.kept.iter().map(|&(at, _)| at).peekable();
+        for (at, entry) in (0..).zip(&self.entries) {
+            if kept.next_if_eq(&at).is_some() {
+                continue;
+            }
+            let extra = self.extras.get_mut(entry.extra as usize);
+            let extra = extra.map(std::mem::take);
+            let begin = entry.name_at as usize;
+            let name = &self.names[begin..begin + usize::from(entry.name_len)];
+            shelf.push(entry, name, extra);
+        }
+        first
+    }
+
+    /// What is kept of it, with the numbers of the subdirectories' outputs to be filled in. `number` is the shelf's.
+    pub(super) fn finish(
+        mut self,
+        number: u32,
+        shelf: &mut Shelf,
+        tasks: &[(u32, Task)],
+    ) -> Walked {
+        Walked {
+            id: self.id,
+            shelf: number,
+            first: self.shelve(shelf),
+            flags: self.entries.iter().map(|entry| entry.flags).collect(),
+            kept: self.kept.into_boxed_slice(),
+            children: tasks.iter().map(|&(entry, _)| (entry, 0)).collect(),
+            stubs: self.stubs,
+            partial: self.partial,
+        }
+    }
+}
+
+impl Walked {
+    /// Gives the subdirectories, in their order, the numbers of their outputs.
+    pub(super) fn number(&mut self, ids: impl Iterator<Item = u32>) {
+        for (child, id) in self.children.iter_mut().zip(ids) {
+            child.1 = id;
+        }
+    }
+
     /// Notes on a directory's entry what walking it told.
-    pub(in crate::scan) fn mark(&self, directory: &mut Entry) {
+    pub(in crate::scan) fn mark(&self, directory: &mut Flags) {
         for (is, flag) in [(self.stubs, Flags::STUBS), (self.partial, Flags::PARTIAL)] {
             if is {
-                directory.flags.set(flag);
+                directory.set(flag);
             } else {
-                directory.flags.clear(flag);
+                directory.clear(flag);
             }
         }
     }
 
-    pub(super) fn name(&self, entry: &Entry) -> &[u8] {
-        let at = entry.name_at as usize;
-        &self.names[at..at + usize::from(entry.name_len)]
+    /// How many entries it has.
+    pub(in crate::scan) fn len(&self) -> usize {
+        self.flags.len()
+    }
+}
+
+/// An entry of a directory that was walked.
+pub(in crate::scan) struct Next {
+    pub(in crate::scan) flags: Flags,
+    pub(in crate::scan) from: From,
+    /// The output of a subdirectory that was walked.
+    pub(in crate::scan) child: Option<u32>,
+}
+
+/// Where an entry is to be had.
+pub(in crate::scan) enum From {
+    /// Number of its shelf, and its number there.
+    Shelf(u32, u32),
+    /// Its index in the earlier scan.
+    Earlier(u32),
+}
+
+/// A directory that was walked, entry after entry.
+pub(in crate::scan) struct Cursor {
+    walked: Walked,
+    at: u32,
+    /// Of what is kept, and of the children: how many were passed.
+    kept: usize,
+    children: usize,
+}
+
+impl Cursor {
+    pub(in crate::scan) fn new(walked: Walked) -> Self {
+        Self {
+            walked,
+            at: 0,
+            kept: 0,
+            children: 0,
+        }
+    }
+}
+
+impl Iterator for Cursor {
+    type Item = Next;
+
+    fn next(&mut self) -> Option<Next> {
+        let Walked {
+            shelf,
+            first,
+            flags,
+            kept,
+            children,
+            ..
+        } = &self.walked;
+        let flags = *flags.get(self.at as usize)?;
+        let from = match kept.get(self.kept) {
+            Some(&(at, index)) if at == self.at => {
+                self.kept += 1;
+                From::Earlier(index)
+            }
+            _ => From::Shelf(*shelf, first + self.at - self.kept as u32),
+        };
+        let child = match children.get(self.children) {
+            Some(&(at, id)) if at == self.at => {
+                self.children += 1;
+                Some(id)
+            }
+            _ => None,
+        };
+        self.at += 1;
+        Some(Next { flags, from, child })
     }
 }
 
@@ -64,125 +197,85 @@ pub(super) fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Ve
         .iter()
         .map(|&old| output.entries[old as usize])
         .collect();
-    output.kept = std::mem::take(&mut output.kept)
-        .into_iter()
-        .map(|(old, earlier)| (place[old as usize], earlier))
+    for (entry, _) in &mut output.kept {
+        *entry = place[*entry as usize];
+    }
+    output.kept.sort_unstable();
+    let tasks = tasks.into_iter();
+    let mut tasks: Vec<_> = tasks
+        .map(|(old, task)| (place[old as usize], task))
         .collect();
-    (
-        output,
-        tasks
-            .into_iter()
-            .map(|(old, task)| (place[old as usize], task))
-            .collect(),
-    )
+    tasks.sort_unstable_by_key(|(entry, _)| *entry);
+    (output, tasks)
 }
 
-/// All entries in one list.
-#[derive(Default)]
-pub(in crate::scan) struct Flat {
-    pub(in crate::scan) entries: Vec<Entry>,
-    pub(super) names: Vec<u8>,
-    pub(super) extras: Vec<Extra>,
+/// Printable paths of the files that may give whoever runs them somebody else's rights.
+pub(in crate::scan) fn set_ids(rows: &Rows) -> HashSet<String> {
+    let capable = |entry: &Entry| {
+        let extra = rows.extra(entry);
+        extra.is_some_and(|extra| extra.xattrs.iter().any(|(name, _)| name == CAPABILITY))
+    };
+    let mut path = Vec::new();
+    let entries = (0..).zip(rows.iter());
+    entries
+        .filter(|(_, e)| e.kind == Kind::File && (e.mode & SET_ID != 0 || capable(e)))
+        .map(|(index, _)| {
+            rows.path_into(index, &mut path);
+            escape::path(&path)
+        })
+        .collect()
 }
 
-impl Flat {
-    /// As [`Flat::append`], from an earlier scan.
-    pub(in crate::scan) fn take_over(&mut self, scan: &Scan, index: u32, parent: u32) -> u32 {
-        let mut entry = scan.entries()[index as usize];
-        entry.flags.clear(Flags::SILENT);
-        entry.flags.clear(Flags::STUBS);
-        entry.parent = parent;
-        entry.name_at = self.names.len() as u32;
-        self.names
-            .extend(scan.name(&scan.entries()[index as usize]));
-        if let Some(extra) = scan.extra(&entry) {
-            self.extras.push(extra.clone());
-            entry.extra = self.extras.len() as u32 - 1;
-        }
-        self.entries.push(entry);
-        self.entries.len() as u32 - 1
+/// Adds entries each of which is in the one before. The index of the last.
+pub(in crate::scan) fn append_chain(rows: &mut Rows, mut chain: Output) -> u32 {
+    let mut shelf = Shelf::default();
+    chain.shelve(&mut shelf);
+    let first = rows.add(shelf);
+    let mut parent = 0;
+    for (at, entry) in (0..).zip(&chain.entries) {
+        parent = rows.push(parent, entry.flags, first + at);
     }
-
-    /// Printable paths of the files that may give whoever runs them somebody else's rights.
-    pub(in crate::scan) fn set_ids(&self) -> HashSet<String> {
-        let capable = |entry: &Entry| {
-            let extra = self.extras.get(entry.extra as usize);
-            extra.is_some_and(|extra| extra.xattrs.iter().any(|(name, _)| name == CAPABILITY))
-        };
-        let mut path = Vec::new();
-        let entries = self.entries.iter().enumerate();
-        entries
-            .filter(|(_, e)| e.kind == Kind::File && (e.mode & SET_ID != 0 || capable(e)))
-            .map(|(index, _)| {
-                crate::scan::path_of(&self.entries, &self.names, index as u32, &mut path);
-                escape::path(&path)
-            })
-            .collect()
-    }
-
-    /// Adds entries each of which is in the one before. The index of the last.
-    pub(in crate::scan) fn append_chain(&mut self, chain: &mut Output) -> u32 {
-        let mut parent = 0;
-        for at in 0..chain.entries.len() {
-            let entry = chain.entries[at];
-            parent = self.append(entry, parent, chain);
-        }
-        parent
-    }
-
-    pub(in crate::scan) fn append(
-        &mut self,
-        mut entry: Entry,
-        parent: u32,
-        output: &mut Output,
-    ) -> u32 {
-        entry.parent = parent;
-        let name_at = self.names.len() as u32;
-        self.names.extend(output.name(&entry));
-        entry.name_at = name_at;
-        if entry.extra != NO_EXTRA {
-            self.extras
-                .push(std::mem::take(&mut output.extras[entry.extra as usize]));
-            entry.extra = self.extras.len() as u32 - 1;
-        }
-        self.entries.push(entry);
-        self.entries.len() as u32 - 1
-    }
+    parent
 }
 
-/// Parents first, each directory's content right after it.
-pub(super) fn flatten(mut top: Output, outputs: Vec<Output>, count: u32) -> Flat {
-    let mut by_id: Vec<Option<Output>> = Vec::new();
+/// Outputs by their numbers.
+pub(in crate::scan) fn by_id(outputs: Vec<Walked>, count: u32) -> Vec<Option<Walked>> {
+    let mut by_id = Vec::new();
     by_id.resize_with(count as usize, || None);
-    let mut flat = Flat::default();
-    flat.entries
-        .reserve_exact(1 + outputs.iter().map(|o| o.entries.len()).sum::<usize>());
-    flat.names
-        .reserve_exact(outputs.iter().map(|o| o.names.len()).sum());
     for output in outputs {
         let id = output.id as usize;
         by_id[id] = Some(output);
     }
-    let begin = flat.append_chain(&mut top);
-    let mut open: Vec<(Output, usize, u32)> = Vec::new();
-    let mut enter = |flat: &mut Flat, open: &mut Vec<(Output, usize, u32)>, id: u32, index: u32| {
-        if let Some(output) = by_id[id as usize].take() {
-            output.mark(&mut flat.entries[index as usize]);
-            open.push((output, 0, index));
-        }
+    by_id
+}
+
+/// Parents first, each directory's content right after it.
+pub(super) fn flatten(top: Output, walk: super::Walk) -> Rows {
+    let mut rows = Rows::default();
+    rows.reserve(top.entries.len() + walk.outputs.iter().map(Walked::len).sum::<usize>());
+    let begin = append_chain(&mut rows, top);
+    let shelves: Vec<u32> = walk.shelves.into_iter().map(|s| rows.add(s)).collect();
+    let mut by_id = by_id(walk.outputs, walk.count);
+    let mut open: Vec<(Cursor, u32)> = Vec::new();
+    let mut enter = |rows: &mut Rows, id: u32, index: u32| {
+        let walked = by_id[id as usize].take()?;
+        walked.mark(rows.flags_mut(index));
+        Some((Cursor::new(walked), index))
     };
-    enter(&mut flat, &mut open, 0, begin);
-    while let Some((output, next, parent)) = open.last_mut() {
-        let Some(&entry) = output.entries.get(*next) else {
+    open.extend(enter(&mut rows, 0, begin));
+    while let Some((cursor, parent)) = open.last_mut() {
+        let Some(Next { flags, from, child }) = cursor.next() else {
             open.pop();
             continue;
         };
-        let child = output.children.get(&(*next as u32)).copied();
-        *next += 1;
-        let index = flat.append(entry, *parent, output);
+        // Nothing is kept of an earlier scan where there is none.
+        let From::Shelf(shelf, number) = from else {
+            continue;
+        };
+        let index = rows.push(*parent, flags, shelves[shelf as usize] + number);
         if let Some(id) = child {
-            enter(&mut flat, &mut open, id, index);
+            open.extend(enter(&mut rows, id, index));
         }
     }
-    flat
+    rows
 }

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use rustix::fs::Stat;
 
-use super::flat::Flat;
 use crate::escape;
 use crate::overlay::lower::Found;
+use crate::scan::rows::Rows;
 use crate::scan::{Entry, Error, Kind};
 
 /// Hard links that the container sees of an indexed file (`ovl_get_nlink` in the kernel's `util.c`).
@@ -22,25 +22,24 @@ pub(super) fn indexed_nlink(mark: &[u8], stat: &Stat, base: &Found) -> Option<u3
 }
 
 /// With `index=on` a base file's other names change with the one that was written to, without being in the upper.
-pub(super) fn check_indexed(flat: &Flat) -> Result<(), Error> {
+pub(super) fn check_indexed(rows: &Rows) -> Result<(), Error> {
+    if rows.extras().all(|extra| extra.indexed_nlink.is_none()) {
+        return Ok(());
+    }
     let mut names: HashMap<u64, u32> = HashMap::new();
-    for entry in flat
-        .entries
+    for entry in rows
         .iter()
         .filter(|e| e.root == 0 && e.kind != Kind::Dir && e.nlink > 1)
     {
         *names.entry(entry.ino).or_default() += 1;
     }
-    for (index, entry) in flat.entries.iter().enumerate() {
-        let expected = flat
-            .extras
-            .get(entry.extra as usize)
-            .and_then(|e| e.indexed_nlink);
+    for (index, entry) in (0..).zip(rows.iter()) {
+        let expected = rows.extra(&entry).and_then(|e| e.indexed_nlink);
         if let Some(expected) = expected
             && names.get(&entry.ino).copied().unwrap_or(1) < expected
         {
             let mut path = Vec::new();
-            crate::scan::path_of(&flat.entries, &flat.names, index as u32, &mut path);
+            rows.path_into(index, &mut path);
             return Err(Error::IndexedLink {
                 path: escape::path(&path),
             });
@@ -50,21 +49,21 @@ pub(super) fn check_indexed(flat: &Flat) -> Result<(), Error> {
 }
 
 /// Files taken from a lower (a renamed directory's) of which the lower has more names than were taken.
-pub(super) fn split_links(flat: &Flat) -> Vec<String> {
-    let linked = |e: &&Entry| e.root != 0 && e.kind != Kind::Dir && e.nlink > 1;
+pub(super) fn split_links(rows: &Rows) -> Vec<String> {
+    let linked = |e: &Entry| e.root != 0 && e.kind != Kind::Dir && e.nlink > 1;
     let mut names: HashMap<(u16, u64), u32> = HashMap::new();
-    for entry in flat.entries.iter().filter(linked) {
+    for entry in rows.iter().filter(linked) {
         *names.entry((entry.root, entry.ino)).or_default() += 1;
     }
     let mut split = Vec::new();
-    for (index, entry) in flat.entries.iter().enumerate() {
+    for (index, entry) in (0..).zip(rows.iter()) {
         if linked(&entry)
             && names
                 .get(&(entry.root, entry.ino))
                 .is_some_and(|&n| n < entry.nlink)
         {
             let mut path = Vec::new();
-            crate::scan::path_of(&flat.entries, &flat.names, index as u32, &mut path);
+            rows.path_into(index, &mut path);
             split.push(escape::path(&path));
         }
     }

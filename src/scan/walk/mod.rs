@@ -17,17 +17,18 @@ mod top;
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 pub(super) use entry::kind_of;
 pub(super) use finish::finish;
-pub(super) use flat::{Flat, Output};
+pub(super) use flat::{Cursor, From, Next, Output, Walked, append_chain, by_id, set_ids};
 
 use flat::flatten;
 use queue::Queue;
 
 use super::again::Earlier;
+use super::rows::Shelf;
 use super::{Caps, Clock, Entry, Error, Kind, Options, Report, Roots, Scan};
 use crate::escape;
 use crate::overlay::lower::{Found, Lowers, Stack};
@@ -58,6 +59,18 @@ pub(super) struct Task {
     pub(super) opaque: bool,
 }
 
+/// What a walk gave.
+pub(super) struct Walk {
+    /// Those of the directories that it began with are numbered as they came.
+    pub(super) outputs: Vec<Walked>,
+    /// How many numbers there are.
+    pub(super) count: u32,
+    /// What lies where the outputs say, by number.
+    pub(super) shelves: Vec<Shelf>,
+    /// What there is to tell.
+    pub(super) report: Report,
+}
+
 pub(super) struct Walker<'a> {
     pub(super) upper: &'a Root,
     pub(super) lowers: &'a Lowers,
@@ -71,6 +84,7 @@ pub(super) struct Walker<'a> {
     pub(super) earlier: Option<&'a Earlier<'a>>,
     queue: Mutex<Queue>,
     changed: Condvar,
+    next_shelf: AtomicU32,
     report: Mutex<Report>,
     count: Counters,
 }
@@ -87,11 +101,12 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
     let (upper, lowers) = open(roots)?;
     let walker = Walker::new(&upper, &lowers, roots, options, None);
     let top = walker.top()?;
-    let (outputs, count, report) = walker.run(vec![walker.root_task()?])?;
-    let flat = flatten(top, outputs, count);
+    let mut walk = walker.run(vec![walker.root_task()?])?;
+    let report = std::mem::take(&mut walk.report);
+    let rows = flatten(top, walk);
     let mut all_roots = vec![upper];
     all_roots.extend(lowers.roots);
-    finish(flat, Arc::new(all_roots), roots, clock, report)
+    finish(rows, Arc::new(all_roots), roots, clock, report)
 }
 
 /// Opens the directories of an overlay, if their marks can be read.
@@ -140,6 +155,7 @@ impl<'a> Walker<'a> {
             earlier,
             queue: Mutex::default(),
             changed: Condvar::new(),
+            next_shelf: AtomicU32::new(0),
             report: Mutex::new(Report::default()),
             count: Counters::default(),
         }

@@ -1,30 +1,30 @@
 //! The queue of directories that the threads share: what is found below one is for whoever is free.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::flat::Output;
-use super::{Task, Walker};
-use crate::scan::{Error, Report};
+use super::flat::Walked;
+use super::{Task, Walk, Walker};
+use crate::scan::Error;
+use crate::scan::rows::Shelf;
 
 #[derive(Default)]
 pub(super) struct Queue {
     tasks: Vec<Task>,
-    outputs: Vec<Output>,
+    outputs: Vec<Walked>,
+    /// What the threads that are done collected, by number.
+    shelves: BTreeMap<u32, Shelf>,
     working: usize,
     next_id: u32,
     failed: Option<Error>,
 }
 
 impl Walker<'_> {
-    /// Walks the directories of `tasks` and what is to be walked below them: the outputs (those of `tasks` numbered as
-    /// they come), how many there are, and what there is to tell.
-    pub(in crate::scan) fn run(
-        &self,
-        mut tasks: Vec<Task>,
-    ) -> Result<(Vec<Output>, u32, Report), Error> {
+    /// Walks the directories of `tasks` and what is to be walked below them.
+    pub(in crate::scan) fn run(&self, mut tasks: Vec<Task>) -> Result<Walk, Error> {
         {
             let mut queue = lock(&self.queue);
             for (id, task) in tasks.iter_mut().enumerate() {
@@ -35,22 +35,26 @@ impl Walker<'_> {
         }
         std::thread::scope(|scope| {
             for _ in 0..self.options.jobs.max(1) {
-                scope.spawn(|| self.work());
+                scope.spawn(|| {
+                    let mut shelves = BTreeMap::new();
+                    self.work(&mut shelves);
+                    lock(&self.queue).shelves.append(&mut shelves);
+                });
             }
         });
         let mut queue = lock(&self.queue);
         if let Some(error) = queue.failed.take() {
             return Err(error);
         }
-        let outputs = std::mem::take(&mut queue.outputs);
-        Ok((
-            outputs,
-            queue.next_id,
-            std::mem::take(&mut *lock(&self.report)),
-        ))
+        Ok(Walk {
+            outputs: std::mem::take(&mut queue.outputs),
+            count: queue.next_id,
+            shelves: std::mem::take(&mut queue.shelves).into_values().collect(),
+            report: std::mem::take(&mut *lock(&self.report)),
+        })
     }
 
-    fn work(&self) {
+    fn work(&self, shelves: &mut BTreeMap<u32, Shelf>) {
         // A working directory of this thread's own: attributes can only be asked for by path, and a name alone is the
         // shortest. Where that is not granted the way leads through /proc, which takes twice as long.
         let own_cwd = unshare(CloneFlags::CLONE_FS).is_ok();
@@ -78,18 +82,29 @@ impl Walker<'_> {
             } else {
                 self.directory(&task, own_cwd)
             };
+            let result = result.map(|(output, tasks)| {
+                let mut last = shelves.last_entry().filter(|last| !last.get().is_full());
+                let walked = match &mut last {
+                    Some(last) => output.finish(*last.key(), last.get_mut(), &tasks),
+                    None => {
+                        let number = self.next_shelf.fetch_add(1, Ordering::Relaxed);
+                        output.finish(number, shelves.entry(number).or_default(), &tasks)
+                    }
+                };
+                (walked, tasks)
+            });
             let mut queue = lock(&self.queue);
             queue.working -= 1;
             match result {
-                Ok((mut output, tasks)) => {
+                Ok((mut walked, tasks)) => {
                     // Subdirectories get the numbers of their outputs here, where the counter is.
-                    for (entry, mut task) in tasks {
+                    walked.number(queue.next_id..);
+                    for (_, mut task) in tasks {
                         task.id = queue.next_id;
                         queue.next_id += 1;
-                        output.children.insert(entry, task.id);
                         queue.tasks.push(task);
                     }
-                    queue.outputs.push(output);
+                    queue.outputs.push(walked);
                 }
                 Err(error) => queue.failed = Some(error),
             }

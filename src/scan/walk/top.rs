@@ -4,10 +4,11 @@ use std::io;
 use std::os::fd::AsFd;
 
 use super::Walker;
-use super::entry::{NO_EXTRA, mode_of};
+use super::entry::mode_of;
 use super::flat::Output;
 use crate::overlay::root::{Follow, proc_path};
 use crate::overlay::volume::Volume;
+use crate::scan::rows::NO_EXTRA;
 use crate::scan::{Entry, Error, Extra, Flags, Kind};
 
 impl Walker<'_> {
