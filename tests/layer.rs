@@ -1,10 +1,18 @@
 //! A layer is the same bytes for any number of threads, and a plan's length is what the stream has.
 
+#[allow(dead_code, reason = "the parts that layers need")]
+#[path = "support/mod.rs"]
+mod support;
+
 use std::io::Read;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use support::Need;
+use upperdeck::layer::held::{self, Way};
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::scan::{Caps, Clock, Exclusions, Options, Roots, Rules, Scan, tick};
@@ -404,5 +412,100 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
     let kept = Scan::restore(&scanned()?.since(stamped).store(&|_| false)).ok_or("damaged")?;
     let unsure = kept.unsure.iter().filter(|unsure| **unsure).count();
     assert!(unsure >= 1, "{:?}", kept.unsure);
+    Ok(())
+}
+
+/// A file system of its own in a file, mounted for as long as this is.
+struct Disk(tempfile::TempDir);
+
+impl Disk {
+    fn new(mkfs: &str) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let (image, at) = (dir.path().join("image"), dir.path().join("at"));
+        std::fs::File::create(&image)?.set_len(1 << 30)?;
+        std::fs::create_dir(&at)?;
+        run(Command::new(mkfs).arg("-q").arg(&image))?;
+        run(Command::new("mount")
+            .args(["-o", "loop"])
+            .args([&image, &at]))?;
+        Ok(Self(dir))
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.0.path().join("at")
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Err(error) = run(Command::new("umount").arg(self.path())) {
+            support::note(&error.to_string());
+        }
+    }
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.output()?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(format!("{command:?}: {said}").into());
+    }
+    Ok(())
+}
+
+/// A database that was cloned by earlier saves lies in very many pieces, and each takes the kernel its time. The container
+/// runs on before they are cloned: what it writes then must not be in the layer.
+#[test]
+fn a_clone_that_goes_on_is_of_the_instant_at_which_it_began() -> Result<()> {
+    const SIZE: usize = 32 << 20;
+    const PIECE: usize = 4096;
+    for mkfs in ["mkfs.xfs", "mkfs.btrfs"] {
+        if support::ignored(&[Need::Root, Need::Program(mkfs)]) {
+            return Ok(());
+        }
+        let disk = Disk::new(mkfs)?;
+        let (upper, path) = (
+            disk.path().join("upper"),
+            disk.path().join("upper/database"),
+        );
+        std::fs::create_dir(&upper)?;
+        std::fs::write(&path, vec![b'a'; SIZE])?;
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&path)?;
+        let earlier = std::fs::File::create(disk.path().join("earlier"))?;
+        rustix::fs::ioctl_ficlone(&earlier, &file)?;
+        for at in (0..SIZE).step_by(2 * PIECE) {
+            file.write_all_at(&[b'b'; PIECE], at as u64)?;
+        }
+        file.sync_all()?;
+        let pieces: Vec<u8> = [[b'b'; PIECE], [b'a'; PIECE]].concat();
+
+        let plan = Plan::new(Arc::new(scan(&upper)?), None);
+        let holding = held::hold(&plan, Way::Clones, 2, &NEVER)?;
+        let goes_on = holding.cloning();
+        // The last to be cloned.
+        file.write_all_at(&[b'c'; PIECE], (SIZE - PIECE) as u64)?;
+        file.set_len(SIZE as u64 / 2)?;
+        let (held, waited) = holding.complete(&NEVER)?;
+        let (bytes, _) = write(&plan.with(held), Compression::None, 2)?;
+
+        assert_eq!(goes_on, 1, "{mkfs}: cloned before the container ran on");
+        let waited: Vec<_> = waited.into_iter().map(|waited| waited.path).collect();
+        assert_eq!(waited, ["/database"], "{mkfs}");
+        let mut archive = tar::Archive::new(&bytes[..]);
+        let mut found = Vec::new();
+        for entry in archive.entries()? {
+            let mut entry = entry?;
+            if entry.path()?.ends_with("database") {
+                entry.read_to_end(&mut found)?;
+            }
+        }
+        assert!(
+            found.len() == SIZE && found.chunks(2 * PIECE).all(|part| part == pieces),
+            "{mkfs}: not what it was"
+        );
+    }
     Ok(())
 }

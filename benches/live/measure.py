@@ -11,9 +11,9 @@ import sys
 import time
 
 parser = argparse.ArgumentParser(usage=__doc__)
-for name in ["part", "upperdeck", "registry", "container", "docker", "venv"]:
+for name in ["part", "upperdeck", "registry", "container", "docker", "nerdctl", "venv"]:
     parser.add_argument(f"--{name}")
-for name in ["saves", "most", "pid", "docker-pid"]:
+for name in ["saves", "most", "pid", "docker-pid", "nerdctl-pid"]:
     parser.add_argument(f"--{name}", type=int)
 for name in ["work", "writers"]:
     parser.add_argument(f"--{name}", type=pathlib.Path)
@@ -63,12 +63,12 @@ def head(*cells):
     row("---", *["---:"] * (len(cells) - 1))
 
 
-def pauses(name, saved):
+def pauses(name, saved, *more):
     pause = sorted(one["pause_ms"] for one in saved)
     apart = [one["probe"] - one["pause_ms"] for one in saved]
     row(name, len(pause), f"{statistics.median(pause):.0f}", f"{pause[-1]:.0f}",
         f"{statistics.median(one['probe'] for one in saved):.0f}", f"{statistics.median(apart):+.0f}",
-        f"{statistics.median(one['wall'] for one in saved):.2f}")
+        f"{statistics.median(one['wall'] for one in saved):.2f}", *more)
 
 
 def entries():
@@ -198,29 +198,44 @@ file = os.open("/home/large", os.O_RDWR | os.O_CREAT)
 for at in range(0, 2 << 30, 1 << 20):
     os.pwrite(file, os.urandom(1 << 20), at)
 open("/home/ready", "w").close()
-n = 0
+n, longest = 0, 0
 while True:
+    begun = time.monotonic()
     os.pwrite(file, os.urandom(4096), random.randrange((2 << 30) // 4096) * 4096)
+    if time.monotonic() - begun > longest:
+        longest = time.monotonic() - begun
+        with open("/home/waited", "w") as waited:
+            waited.write(str(longest))
     n += 1
     if PACE and n % (PACE // 100) == 0:
         time.sleep(0.01)
 """
 
 
+def pieces(file):
+    """Of a file, as it lies on disk."""
+    said = subprocess.run(["filefrag", file], stdout=subprocess.PIPE, check=True).stdout.decode()
+    return int(said.rsplit(":", 1)[1].split()[0])
+
+
 def part_xfs():
-    """Each save finds a file that was never cloned: what is rewritten after a clone lies in pieces."""
+    """One file at each pace, that every save clones: what is rewritten before the clone is gone lies in pieces of its own."""
     print("\nXFS, a file of 2 GB rewritten at random in blocks of 4 KiB\n")
-    head("writes a second", "n", "median ms", "worst ms", "probe median ms", "probe less pause", "save s")
+    head("writes a second", "n", "median ms", "worst ms", "probe median ms", "probe less pause", "save s", "pieces before the last save",
+         "longest wait of the file's writer, s")
     for pace in [2000, 0]:
+        process = inside("python3", "-c", REWRITE.replace("PACE", str(pace)))
+        while not (root / "home/ready").exists():
+            time.sleep(0.1)
         saved = []
-        for _ in range(min(arguments.saves, 3)):
-            process = inside("python3", "-c", REWRITE.replace("PACE", str(pace)))
-            while not (root / "home/ready").exists():
-                time.sleep(0.1)
+        for _ in range(arguments.saves):
+            lies_in = pieces(root / "home/large")
             saved.append(save("--full", "--compression", "none", to=f"oci:{arguments.work}/images:1"))
-            end([process])
-            subprocess.run(["rm", "-rf", arguments.work / "images", root / "home/ready", root / "home/large"])
-        pauses(pace or "as many as it can", saved)
+            subprocess.run(["rm", "-rf", arguments.work / "images"])
+        waited = float((root / "home/waited").read_text())
+        end([process])
+        subprocess.run(["rm", "-rf", root / "home/ready", root / "home/large", root / "home/waited"])
+        pauses(pace or "as many as it can", saved, lies_in, f"{waited:.1f}")
 
 
 def part_peers():
@@ -229,7 +244,10 @@ def part_peers():
     for name, pid, command in [
         ("podman commit --pause", arguments.pid, ["podman", "commit", "--quiet", "--pause", arguments.container, "localhost/peer:1"]),
         ("docker commit", arguments.docker_pid, ["docker", "commit", arguments.docker, "peer:1"]),
+        ("nerdctl commit", arguments.nerdctl_pid, ["nerdctl", "commit", arguments.nerdctl, "localhost/peer:1"]),
     ]:
+        if not pid:
+            continue
         seconds, _, begun, ended = run(command)
         row(name, f"{gap(begun, ended, pid) / 1000:.2f}", f"{seconds:.2f}")
     one = save("--full")

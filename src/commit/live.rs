@@ -18,7 +18,7 @@ use crate::container::{Container, Volume};
 use crate::destination::Destination;
 use crate::escape;
 use crate::job::{Event, Phase};
-use crate::layer::held::{self, Way};
+use crate::layer::held::{self, Holding, Way};
 use crate::layer::{Held, Layer, Plan};
 use crate::scan::{Kind, Scan};
 
@@ -28,6 +28,8 @@ const ROUNDS: u32 = 3;
 pub const MAX_PAUSE: Duration = Duration::from_secs(1);
 /// Entries up to which the last look before the freeze is kept for it: more would be too much memory for three scans.
 const KEEP_LOOK: usize = 200_000;
+/// Writers of one file that wait longer than this for its clone are spoken of.
+const LONG_WAIT: Duration = Duration::from_millis(500);
 
 /// What a save has so far.
 struct Rounds {
@@ -70,6 +72,7 @@ pub(super) async fn take(
     let mut layers = rounds.layers;
     if let Some(held) = held.filter(|_| !plans.iter().all(Plan::is_empty)) {
         context.phase(Phase::Streaming);
+        let held = complete(context, held).await?;
         let unstable = held.iter().flat_map(|held| held.unstable.clone()).collect();
         let plans = plans.into_iter().zip(held);
         let plans = plans.map(|(plan, held)| plan.with(held)).collect();
@@ -91,6 +94,37 @@ pub(super) async fn take(
         was_frozen,
         seen: dirty.map(|dirty| Known::all(now, &dirty)),
     }))
+}
+
+/// Waits for the clones that were begun while the container stood still.
+async fn complete(context: &Context, holding: Vec<Holding>) -> Result<Vec<Held>, Error> {
+    let cancel = context.cancel.clone();
+    let work = move || {
+        let complete = |holding: Holding| holding.complete(cancel.flag());
+        holding
+            .into_iter()
+            .map(complete)
+            .collect::<Result<Vec<_>, _>>()
+    };
+    let completed = tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| Error::Worker)?
+        .map_err(crate::layer::Error::from)?;
+    let (held, waited): (Vec<_>, Vec<_>) = completed.into_iter().unzip();
+    for waited in waited.into_iter().flatten() {
+        if waited.time >= LONG_WAIT {
+            context.warn(
+                "long_clone",
+                format!(
+                    "{} lies in so many pieces that cloning it went on for {:.1} s after the container did; writes \
+                     to that file waited",
+                    waited.path,
+                    waited.time.as_secs_f64()
+                ),
+            );
+        }
+    }
+    Ok(held)
 }
 
 /// Saves beside the running container until little is left.
@@ -208,7 +242,7 @@ struct Instantly {
     now: Vec<Arc<Scan>>,
     plans: Vec<Plan>,
     /// The contents by plan, or none: then they were streamed.
-    held: Option<Vec<Held>>,
+    held: Option<Vec<Holding>>,
     streamed: Vec<Layer>,
     pause: Duration,
     was_frozen: bool,
@@ -312,7 +346,7 @@ fn late(
 type Frozenly = (
     Vec<Arc<Scan>>,
     Vec<Plan>,
-    Option<Vec<Held>>,
+    Option<Vec<Holding>>,
     Vec<(Layer, crate::destination::BlobWriter)>,
     Option<Mapped>,
 );
