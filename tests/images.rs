@@ -2,6 +2,8 @@
 // What a test's helpers unwrap fails the test, as it should.
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/image.rs"]
+mod image;
 #[path = "support/mod.rs"]
 #[allow(dead_code)]
 mod support;
@@ -10,6 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use image::{Image, MANIFEST_TYPE};
 use serde_json::{Value, json};
 use support::{Need, ignored};
 use upperdeck::destination::{Destination, Error as DestinationError, Target};
@@ -19,7 +22,6 @@ use upperdeck::registry::{Access, Registries};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 
 fn registries() -> Registries {
@@ -29,46 +31,13 @@ fn registries() -> Registries {
     })
 }
 
-struct Image {
-    layer: Bytes,
-    config: Bytes,
-    manifest: Bytes,
-}
-
 fn image(name: &str, size: usize, day: u32) -> Image {
     let layer = Bytes::from(name.repeat(size / name.len() + 1).into_bytes()).slice(..size);
     let config = json!({
         "architecture": "arm64", "os": "linux", "created": format!("2026-11-{day:02}T00:00:00Z"),
-        "config": {"Labels": {"of": name}}, "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer)]},
-    })
-    .to_string();
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": MANIFEST_TYPE,
-        "config": {
-            "mediaType": "application/vnd.oci.image.config.v1+json",
-            "digest": Digest::of(&config), "size": config.len(),
-        },
-        "layers": [{
-            "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": Digest::of(&layer), "size": layer.len(),
-        }],
-        "annotations": {"note": name},
-    })
-    .to_string();
-    Image {
-        layer,
-        config: config.into(),
-        manifest: manifest.into(),
-    }
-}
-
-impl Image {
-    fn digest(&self) -> Digest {
-        Digest::of(&self.manifest)
-    }
-
-    fn size(&self) -> u64 {
-        (self.layer.len() + self.config.len() + self.manifest.len()) as u64
-    }
+        "config": {"Labels": {"of": name}},
+    });
+    Image::new(layer, config, &json!({"note": name}))
 }
 
 async fn save(target: &str, image: &Image) -> Result<(), DestinationError> {

@@ -104,6 +104,18 @@ impl Fake {
         Self { address, seen }
     }
 
+    /// Says `status` to every `method`, and to all else as a registry does.
+    async fn always(method: &'static str, status: u16) -> Self {
+        Self::start(move |seen, _| {
+            if seen.method == method {
+                answer(status)
+            } else {
+                lenient(seen)
+            }
+        })
+        .await
+    }
+
     fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
@@ -567,14 +579,7 @@ async fn what_is_passing_is_waited_for() {
     assert_eq!(fake.count("POST", "/v2/a/b/blobs/uploads/"), 4);
     assert_eq!(fake.count("DELETE", "/v2/a/b/blobs/uploads/1"), 1);
 
-    let fake = Fake::start(|seen, _| {
-        if seen.method == "POST" {
-            answer(503)
-        } else {
-            lenient(seen)
-        }
-    })
-    .await;
+    let fake = Fake::always("POST", 503).await;
     let error = fake
         .repository(quick(), "a/b")
         .check_push()
@@ -583,14 +588,7 @@ async fn what_is_passing_is_waited_for() {
     assert!(error.retryable() && !error.not_permitted(), "{error}");
     assert_eq!(fake.count("POST", "/v2/a/b/blobs/uploads/"), 5);
 
-    let fake = Fake::start(|seen, _| {
-        if seen.method == "POST" {
-            answer(403)
-        } else {
-            lenient(seen)
-        }
-    })
-    .await;
+    let fake = Fake::always("POST", 403).await;
     let error = fake
         .repository(quick(), "a/b")
         .check_push()
@@ -655,14 +653,7 @@ async fn a_no_in_mid_stream_reaches_the_writer() {
     assert!(error.to_string().contains("adding 683.6 KiB"), "{error}");
 
     // The POST fails while the writer has already handed bytes over.
-    let fake = Fake::start(|seen, _| {
-        if seen.method == "POST" {
-            answer(403)
-        } else {
-            lenient(seen)
-        }
-    })
-    .await;
+    let fake = Fake::always("POST", 403).await;
     let error = upload(&fake.repository(quick(), "a/b"), megabytes())
         .await
         .unwrap_err();
@@ -1095,6 +1086,20 @@ async fn nobody_there_is_worth_a_retry() {
 
 // ---------------------------------------------------------------- a registry that is not this machine
 
+/// Starts [`client_behind_a_proxy`] for a registry on `host`; which proxy is to be said in its environment.
+fn behind_a_proxy(host: &str) -> tokio::process::Command {
+    let mut client = tokio::process::Command::new(std::env::current_exe().unwrap());
+    client
+        .args([
+            "--exact",
+            "client_behind_a_proxy",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env("UPPERDECK_TEST_REGISTRY", host);
+    client
+}
+
 /// The proxy variables are read from the environment, so the client runs in a process of its own: this test, started by
 /// the next one. The proxy is the scripted registry, for any host name.
 #[test]
@@ -1158,18 +1163,11 @@ async fn a_registry_elsewhere_may_not_lead_here() {
         })
         .await;
         let proxy = format!("http://{}", fake.address);
-        let output = tokio::process::Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "client_behind_a_proxy",
-                "--ignored",
-                "--nocapture",
-            ])
+        let output = behind_a_proxy("registry.example")
             .env("http_proxy", &proxy)
             .env("https_proxy", &proxy)
             .env_remove("no_proxy")
             .env_remove("NO_PROXY")
-            .env("UPPERDECK_TEST_REGISTRY", "registry.example")
             .env("UPPERDECK_TEST_PLAIN", "1")
             .output()
             .await
@@ -1192,16 +1190,9 @@ async fn plain_http_is_for_those_who_ask() {
     })
     .await;
     let proxy = format!("http://{}", fake.address);
-    let output = tokio::process::Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "client_behind_a_proxy",
-            "--ignored",
-            "--nocapture",
-        ])
+    let output = behind_a_proxy("registry.example")
         .env("http_proxy", &proxy)
         .env("https_proxy", &proxy)
-        .env("UPPERDECK_TEST_REGISTRY", "registry.example")
         .output()
         .await
         .unwrap();
@@ -1229,18 +1220,11 @@ async fn no_proxy_is_obeyed() {
     ] {
         for variable in ["no_proxy", "NO_PROXY"] {
             let before = fake.seen().len();
-            let output = tokio::process::Command::new(std::env::current_exe().unwrap())
-                .args([
-                    "--exact",
-                    "client_behind_a_proxy",
-                    "--ignored",
-                    "--nocapture",
-                ])
+            let output = behind_a_proxy("registry.invalid")
                 .env_remove("no_proxy")
                 .env_remove("NO_PROXY")
                 .env("https_proxy", format!("http://{}", fake.address))
                 .env(variable, exempt)
-                .env("UPPERDECK_TEST_REGISTRY", "registry.invalid")
                 .output()
                 .await
                 .unwrap();

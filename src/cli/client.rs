@@ -1,6 +1,6 @@
 //! The shell's side of the REST API: one request, one reply, and the events of a save as they come.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -10,15 +10,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zeroize::Zeroizing;
 
-use super::args;
 use super::exit::{Exit, Usage};
+use super::{args, secret};
 use crate::job::Code;
 use crate::manager::shape::{ErrorBody, Save};
 
 /// A reply is read up to this many bytes: a page of a list is far smaller.
 const MAX_REPLY: usize = 16 << 20;
-/// A token is one line.
-const MAX_TOKEN: u64 = 64 << 10;
 /// Nothing may stand still for so long; the events have a sign of life more often.
 const SILENCE: Duration = Duration::from_secs(60);
 /// How long a manager that is away (it is started again) is asked anew while a save is watched.
@@ -94,7 +92,7 @@ impl Client {
             Some(text) => (Zeroizing::new(text.clone()), None),
             None => {
                 let file = server.up_file();
-                let text = read_line(&file).map_err(|error| {
+                let text = secret::word(&file).map_err(|error| {
                     Usage(format!(
                         "no manager is named (--server, UPPERDECK_SERVER), and no 'upperdeck up' runs here: {}: {error}",
                         super::text::path(&file)
@@ -127,7 +125,7 @@ impl Client {
             url.set_path(&path);
         }
         let token = match (&server.token_file, &server.token) {
-            (Some(file), _) => Some(read_line(file).map_err(|error| {
+            (Some(file), _) => Some(secret::word(file).map_err(|error| {
                 Usage(format!(
                     "cannot read a token from {}: {error}",
                     super::text::path(file)
@@ -392,20 +390,6 @@ impl Events {
             }
         }
     }
-}
-
-/// The first line of a file or descriptor.
-pub(super) fn read_line(path: &Path) -> std::io::Result<Zeroizing<String>> {
-    use std::io::Read;
-    let mut text = Zeroizing::new(String::with_capacity(MAX_TOKEN as usize + 1));
-    std::fs::File::open(path)?
-        .take(MAX_TOKEN + 1)
-        .read_to_string(&mut text)?;
-    let line = text.lines().next().unwrap_or_default().trim();
-    if line.is_empty() {
-        return Err(std::io::Error::other("it is empty"));
-    }
-    Ok(Zeroizing::new(line.to_owned()))
 }
 
 impl args::Server {

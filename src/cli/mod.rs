@@ -9,6 +9,7 @@ mod image;
 mod job;
 pub mod options;
 mod progress;
+mod secret;
 mod service;
 mod signals;
 mod text;

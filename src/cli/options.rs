@@ -1,7 +1,7 @@
 //! From flags as typed to options as meant: defaults, files and descriptors read, contradictions refused.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::ErrorKind;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
@@ -19,9 +19,6 @@ use crate::destination::Target;
 use crate::registry;
 use crate::registry::credentials::{Credentials, CredentialsError};
 use crate::scan::Caps;
-
-/// A credentials file is one line; what is larger is another file.
-const MAX_CREDS: u64 = 64 << 10;
 
 /// Everything for `commit`.
 #[derive(Clone, Debug)]
@@ -268,28 +265,12 @@ fn parse_creds(text: &str) -> anyhow::Result<Credentials> {
         .map_err(|error: CredentialsError| Usage(error.to_string()).into())
 }
 
-/// The first line of a file or descriptor.
 fn read_creds(path: &Path) -> anyhow::Result<Zeroizing<String>> {
-    let context = || format!("cannot read credentials from {}", super::text::path(path));
-    let file = File::open(path).with_context(context)?;
-    // Large enough from the start: growing would leave copies behind.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_CREDS as usize + 1));
-    file.take(MAX_CREDS + 1)
-        .read_to_end(&mut bytes)
-        .with_context(context)?;
-    if bytes.len() as u64 > MAX_CREDS {
-        return Err(Usage(format!(
-            "{} is no credentials file: it is larger than {MAX_CREDS} bytes",
-            super::text::path(path)
-        ))
-        .into());
+    let shown = super::text::path(path);
+    match super::secret::first_line(path) {
+        Err(error) if error.kind() == ErrorKind::InvalidData => {
+            Err(Usage(format!("{shown} is no credentials file: {error}")).into())
+        }
+        line => line.with_context(|| format!("cannot read credentials from {shown}")),
     }
-    let line = bytes
-        .split(|byte| *byte == b'\n')
-        .next()
-        .unwrap_or_default();
-    let line = line.strip_suffix(b"\r").unwrap_or(line);
-    let text = std::str::from_utf8(line)
-        .map_err(|_| Usage(format!("{} is not text", super::text::path(path))))?;
-    Ok(Zeroizing::new(text.to_owned()))
 }

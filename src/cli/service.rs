@@ -9,7 +9,7 @@ use anyhow::Context;
 
 use super::args::{self, service};
 use super::exit::Usage;
-use super::{client, signals, text};
+use super::{secret as secrets, signals, text};
 use crate::agent;
 use crate::cancel::Cancel;
 use crate::container::Roots;
@@ -52,8 +52,7 @@ fn limits(queue: &service::Queue) -> Limits {
 
 /// A secret from a file; which setting named it is said when it cannot be read.
 fn secret(flag: &str, file: &Path) -> Result<zeroize::Zeroizing<String>, Usage> {
-    client::read_line(file)
-        .map_err(|error| Usage(format!("--{flag} {}: {error}", text::path(file))))
+    secrets::word(file).map_err(|error| Usage(format!("--{flag} {}: {error}", text::path(file))))
 }
 
 /// `url` with the password from a file in it.

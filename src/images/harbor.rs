@@ -1,10 +1,6 @@
 //! Harbor as a place for images.
 
-use futures_util::future::BoxFuture;
-
-use super::{
-    Error, ImageEntry, Images, Listed, Query, Removed, RepositoryEntry, Sort, Which, sort,
-};
+use super::{Error, ImageEntry, Listed, Query, Removed, RepositoryEntry, Sort, Store, Which, sort};
 use crate::harbor::{self, Artifact, Harbor, MAX_PAGE_SIZE, Room, split};
 
 /// What becomes of the space of what is deleted.
@@ -51,7 +47,81 @@ impl HarborImages {
         }
     }
 
-    async fn list(&self, repository: &str, query: &Query) -> Result<Listed<ImageEntry>, Error> {
+    /// Harbor has an empty list of what is not there.
+    async fn must_exist(&self, repository: &str) -> Result<(), Error> {
+        let (project, name) = self.parts(repository)?;
+        let there = self.harbor.project_exists(project).await?
+            && self.harbor.repository_exists(project, name).await?;
+        if there {
+            return Ok(());
+        }
+        Err(Error::NotThere(format!(
+            "{}/{repository}",
+            self.harbor.host()
+        )))
+    }
+}
+
+fn entry(artifact: Artifact) -> ImageEntry {
+    let mut entry = ImageEntry::new(artifact.digest);
+    if let Some(config) = &artifact.extra_attrs {
+        entry.read_config(config);
+    }
+    entry.tags = artifact.tag_names();
+    entry.tags.sort();
+    let tags = artifact.tags.iter().flatten();
+    let immutable = tags.filter(|tag| tag.immutable);
+    entry.immutable = immutable.map(|tag| tag.name.clone()).collect();
+    entry.size = Some(artifact.size);
+    entry.media_type = artifact.manifest_media_type;
+    entry.pushed = artifact.push_time;
+    entry.pulled = artifact.pull_time;
+    entry.annotations = artifact.annotations.unwrap_or_default();
+    let labels = artifact.labels.unwrap_or_default();
+    entry.marks = labels.into_iter().map(|label| label.name).collect();
+    let accessories = artifact.accessories.unwrap_or_default();
+    entry.accessories = accessories.into_iter().map(|a| a.kind).collect();
+    entry
+}
+
+impl Store for HarborImages {
+    fn is_group(&self, path: &str) -> bool {
+        path.ends_with('/') || !path.contains('/')
+    }
+
+    async fn repositories(
+        &self,
+        path: &str,
+        query: &Query,
+    ) -> Result<Listed<RepositoryEntry>, Error> {
+        let path = path.trim_end_matches('/');
+        // Below a project there are no groups: what is asked for there is a part of the names.
+        let (project, below) = split(path).map_or((path, None), |(p, b)| (p, Some(b)));
+        let by = [Some("-update_time"), Some("name"), Some("-pull_count")];
+        let mut asked = Self::query(query, by);
+        if asked.search.is_none() {
+            asked.search = below.map(|below| format!("{project}/{below}/"));
+        }
+        let project = Some(project).filter(|p| !p.is_empty());
+        let page = match self.harbor.repositories(project, &asked).await {
+            Err(harbor::Error::Registry(error)) if error.not_found() => {
+                return Err(Error::NotThere(format!("{}/{path}", self.harbor.host())));
+            }
+            page => page?,
+        };
+        let items = page.items.into_iter().map(|found| RepositoryEntry {
+            name: found.name,
+            images: Some(found.artifact_count),
+            pulls: Some(found.pull_count),
+            updated: found.update_time,
+        });
+        Ok(Listed {
+            items: items.collect(),
+            total: page.total,
+        })
+    }
+
+    async fn images(&self, repository: &str, query: &Query) -> Result<Listed<ImageEntry>, Error> {
         let (project, name) = self.parts(repository)?;
         if query.sort != Sort::Name {
             let by = [Some("-push_time"), None, Some("-size")];
@@ -90,21 +160,7 @@ impl HarborImages {
         Ok(query.cut(all))
     }
 
-    /// Harbor has an empty list of what is not there.
-    async fn must_exist(&self, repository: &str) -> Result<(), Error> {
-        let (project, name) = self.parts(repository)?;
-        let there = self.harbor.project_exists(project).await?
-            && self.harbor.repository_exists(project, name).await?;
-        if there {
-            return Ok(());
-        }
-        Err(Error::NotThere(format!(
-            "{}/{repository}",
-            self.harbor.host()
-        )))
-    }
-
-    async fn take_out(
+    async fn remove(
         &self,
         repository: &str,
         which: &Which,
@@ -154,97 +210,16 @@ impl HarborImages {
         }
         Ok(removed(tags, true, Vec::new()))
     }
-}
 
-fn entry(artifact: Artifact) -> ImageEntry {
-    let mut entry = ImageEntry::new(artifact.digest);
-    if let Some(config) = &artifact.extra_attrs {
-        entry.read_config(config);
-    }
-    entry.tags = artifact.tag_names();
-    entry.tags.sort();
-    let tags = artifact.tags.iter().flatten();
-    let immutable = tags.filter(|tag| tag.immutable);
-    entry.immutable = immutable.map(|tag| tag.name.clone()).collect();
-    entry.size = Some(artifact.size);
-    entry.media_type = artifact.manifest_media_type;
-    entry.pushed = artifact.push_time;
-    entry.pulled = artifact.pull_time;
-    entry.annotations = artifact.annotations.unwrap_or_default();
-    let labels = artifact.labels.unwrap_or_default();
-    entry.marks = labels.into_iter().map(|label| label.name).collect();
-    let accessories = artifact.accessories.unwrap_or_default();
-    entry.accessories = accessories.into_iter().map(|a| a.kind).collect();
-    entry
-}
-
-impl Images for HarborImages {
-    fn is_group(&self, path: &str) -> bool {
-        path.ends_with('/') || !path.contains('/')
-    }
-
-    fn repositories<'a>(
-        &'a self,
-        path: &'a str,
-        query: &'a Query,
-    ) -> BoxFuture<'a, Result<Listed<RepositoryEntry>, Error>> {
-        Box::pin(async move {
-            let path = path.trim_end_matches('/');
-            // Below a project there are no groups: what is asked for there is a part of the names.
-            let (project, below) = split(path).map_or((path, None), |(p, b)| (p, Some(b)));
-            let by = [Some("-update_time"), Some("name"), Some("-pull_count")];
-            let mut asked = Self::query(query, by);
-            if asked.search.is_none() {
-                asked.search = below.map(|below| format!("{project}/{below}/"));
-            }
-            let project = Some(project).filter(|p| !p.is_empty());
-            let page = match self.harbor.repositories(project, &asked).await {
-                Err(harbor::Error::Registry(error)) if error.not_found() => {
-                    return Err(Error::NotThere(format!("{}/{path}", self.harbor.host())));
-                }
-                page => page?,
-            };
-            let items = page.items.into_iter().map(|found| RepositoryEntry {
-                name: found.name,
-                images: Some(found.artifact_count),
-                pulls: Some(found.pull_count),
-                updated: found.update_time,
-            });
-            Ok(Listed {
-                items: items.collect(),
-                total: page.total,
-            })
-        })
-    }
-
-    fn images<'a>(
-        &'a self,
-        repository: &'a str,
-        query: &'a Query,
-    ) -> BoxFuture<'a, Result<Listed<ImageEntry>, Error>> {
-        Box::pin(self.list(repository, query))
-    }
-
-    fn remove<'a>(
-        &'a self,
-        repository: &'a str,
-        which: &'a Which,
-        all_tags: bool,
-    ) -> BoxFuture<'a, Result<Removed, Error>> {
-        Box::pin(self.take_out(repository, which, all_tags))
-    }
-
-    fn room<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<Option<Room>, Error>> {
-        Box::pin(async move {
-            let project = path.split('/').next().unwrap_or_default();
-            if project.is_empty() {
-                return Ok(None);
-            }
-            Ok(self
-                .harbor
-                .summary(project)
-                .await?
-                .and_then(|summary| summary.room()))
-        })
+    async fn room(&self, path: &str) -> Result<Option<Room>, Error> {
+        let project = path.split('/').next().unwrap_or_default();
+        if project.is_empty() {
+            return Ok(None);
+        }
+        Ok(self
+            .harbor
+            .summary(project)
+            .await?
+            .and_then(|summary| summary.room()))
     }
 }

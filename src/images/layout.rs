@@ -1,11 +1,8 @@
 //! A layout directory as a place for images.
 
-use futures_util::future::BoxFuture;
-
 use super::plain::describe;
-use super::{Error, ImageEntry, Images, Listed, Query, Removed, RepositoryEntry, Which, sort};
+use super::{Error, ImageEntry, Listed, Query, Removed, RepositoryEntry, Store, Which, sort};
 use crate::digest::Digest;
-use crate::harbor::Room;
 use crate::layout::{Directory, Listing, Reader};
 
 const SPACE: &str = "the blobs stay in the directory, as a save that is under way may count on them: \
@@ -66,103 +63,80 @@ fn index_that_needs(reader: &Reader, all: &[Listing], needed: &Digest) -> Option
     Some(tag.unwrap_or_else(|| found.digest.to_string()))
 }
 
-impl Images for LayoutImages {
+impl Store for LayoutImages {
     fn is_group(&self, _: &str) -> bool {
         false
     }
 
-    fn repositories<'a>(
-        &'a self,
-        _: &'a str,
-        query: &'a Query,
-    ) -> BoxFuture<'a, Result<Listed<RepositoryEntry>, Error>> {
-        Box::pin(async move {
-            let entry = blocking(&self.directory, |directory| {
-                let images = Reader::directory(directory.path())?.list()?.len() as u64;
-                Ok(RepositoryEntry {
-                    name: directory.path().display().to_string(),
-                    images: Some(images),
-                    pulls: None,
-                    updated: None,
-                })
+    async fn repositories(&self, _: &str, query: &Query) -> Result<Listed<RepositoryEntry>, Error> {
+        let entry = blocking(&self.directory, |directory| {
+            let images = Reader::directory(directory.path())?.list()?.len() as u64;
+            Ok(RepositoryEntry {
+                name: directory.path().display().to_string(),
+                images: Some(images),
+                pulls: None,
+                updated: None,
             })
-            .await?;
-            Ok(query.cut(vec![entry]))
         })
+        .await?;
+        Ok(query.cut(vec![entry]))
     }
 
-    fn images<'a>(
-        &'a self,
-        _: &'a str,
-        query: &'a Query,
-    ) -> BoxFuture<'a, Result<Listed<ImageEntry>, Error>> {
-        Box::pin(async move {
-            let asked = query.clone();
-            let mut entries = blocking(&self.directory, move |directory| {
-                let reader = Reader::directory(directory.path())?;
-                let mut all = reader.list()?;
-                all.retain(|listing| {
-                    asked.search.is_none() || listing.tags.iter().any(|tag| asked.finds(tag))
+    async fn images(&self, _: &str, query: &Query) -> Result<Listed<ImageEntry>, Error> {
+        let asked = query.clone();
+        let mut entries = blocking(&self.directory, move |directory| {
+            let reader = Reader::directory(directory.path())?;
+            let mut all = reader.list()?;
+            all.retain(|listing| {
+                asked.search.is_none() || listing.tags.iter().any(|tag| asked.finds(tag))
+            });
+            all.into_iter()
+                .map(|listing| read(&reader, listing))
+                .collect::<Result<Vec<_>, _>>()
+        })
+        .await?;
+        sort(&mut entries, query.sort);
+        Ok(query.cut(entries))
+    }
+
+    async fn remove(&self, _: &str, which: &Which, all_tags: bool) -> Result<Removed, Error> {
+        let (asked, shown) = (which.clone(), self.shown(which));
+        blocking(&self.directory, move |directory| {
+            let reader = Reader::directory(directory.path())?;
+            let all = reader.list()?;
+            let is_it = |listing: &&Listing| match &asked {
+                Which::Tag(tag) => listing.tags.contains(tag),
+                Which::Digest(digest) => listing.digest == *digest,
+            };
+            let found = all
+                .iter()
+                .find(is_it)
+                .ok_or_else(|| Error::NotThere(shown.clone()))?;
+            let removed = |tags, image_deleted, kept| Removed {
+                tags,
+                digest: found.digest,
+                image_deleted,
+                kept,
+                space: SPACE,
+            };
+            if let (Which::Tag(tag), false) = (&asked, all_tags) {
+                directory.remove(&found.digest, Some(tag))?;
+                let kept: Vec<_> = found.tags.iter().filter(|t| *t != tag).cloned().collect();
+                return Ok(removed(vec![tag.clone()], kept.is_empty(), kept));
+            }
+            if !found.tags.is_empty() && !all_tags {
+                let tags = found.tags.clone();
+                return Err(Error::Tagged { image: shown, tags });
+            }
+            if let Some(index) = index_that_needs(&reader, &all, &found.digest) {
+                return Err(Error::Needed {
+                    image: shown,
+                    index,
                 });
-                all.into_iter()
-                    .map(|listing| read(&reader, listing))
-                    .collect::<Result<Vec<_>, _>>()
-            })
-            .await?;
-            sort(&mut entries, query.sort);
-            Ok(query.cut(entries))
+            }
+            directory.remove(&found.digest, None)?;
+            Ok(removed(found.tags.clone(), true, Vec::new()))
         })
-    }
-
-    fn remove<'a>(
-        &'a self,
-        _: &'a str,
-        which: &'a Which,
-        all_tags: bool,
-    ) -> BoxFuture<'a, Result<Removed, Error>> {
-        Box::pin(async move {
-            let (asked, shown) = (which.clone(), self.shown(which));
-            blocking(&self.directory, move |directory| {
-                let reader = Reader::directory(directory.path())?;
-                let all = reader.list()?;
-                let is_it = |listing: &&Listing| match &asked {
-                    Which::Tag(tag) => listing.tags.contains(tag),
-                    Which::Digest(digest) => listing.digest == *digest,
-                };
-                let found = all
-                    .iter()
-                    .find(is_it)
-                    .ok_or_else(|| Error::NotThere(shown.clone()))?;
-                let removed = |tags, image_deleted, kept| Removed {
-                    tags,
-                    digest: found.digest,
-                    image_deleted,
-                    kept,
-                    space: SPACE,
-                };
-                if let (Which::Tag(tag), false) = (&asked, all_tags) {
-                    directory.remove(&found.digest, Some(tag))?;
-                    let kept: Vec<_> = found.tags.iter().filter(|t| *t != tag).cloned().collect();
-                    return Ok(removed(vec![tag.clone()], kept.is_empty(), kept));
-                }
-                if !found.tags.is_empty() && !all_tags {
-                    let tags = found.tags.clone();
-                    return Err(Error::Tagged { image: shown, tags });
-                }
-                if let Some(index) = index_that_needs(&reader, &all, &found.digest) {
-                    return Err(Error::Needed {
-                        image: shown,
-                        index,
-                    });
-                }
-                directory.remove(&found.digest, None)?;
-                Ok(removed(found.tags.clone(), true, Vec::new()))
-            })
-            .await
-        })
-    }
-
-    fn room<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Option<Room>, Error>> {
-        Box::pin(async { Ok(None) })
+        .await
     }
 }

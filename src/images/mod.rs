@@ -352,6 +352,70 @@ pub trait Images: Send + Sync {
     fn room<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<Option<Room>, Error>>;
 }
 
+/// What each kind of place does; as [`Images`] they are all alike, and may be chosen while the program runs.
+trait Store: Send + Sync {
+    fn is_group(&self, path: &str) -> bool;
+
+    fn repositories(
+        &self,
+        path: &str,
+        query: &Query,
+    ) -> impl Future<Output = Result<Listed<RepositoryEntry>, Error>> + Send;
+
+    fn images(
+        &self,
+        repository: &str,
+        query: &Query,
+    ) -> impl Future<Output = Result<Listed<ImageEntry>, Error>> + Send;
+
+    fn remove(
+        &self,
+        repository: &str,
+        which: &Which,
+        all_tags: bool,
+    ) -> impl Future<Output = Result<Removed, Error>> + Send;
+
+    /// Nowhere but in Harbor is it limited.
+    fn room(&self, _: &str) -> impl Future<Output = Result<Option<Room>, Error>> + Send {
+        async { Ok(None) }
+    }
+}
+
+impl<S: Store> Images for S {
+    fn is_group(&self, path: &str) -> bool {
+        Store::is_group(self, path)
+    }
+
+    fn repositories<'a>(
+        &'a self,
+        path: &'a str,
+        query: &'a Query,
+    ) -> BoxFuture<'a, Result<Listed<RepositoryEntry>, Error>> {
+        Box::pin(Store::repositories(self, path, query))
+    }
+
+    fn images<'a>(
+        &'a self,
+        repository: &'a str,
+        query: &'a Query,
+    ) -> BoxFuture<'a, Result<Listed<ImageEntry>, Error>> {
+        Box::pin(Store::images(self, repository, query))
+    }
+
+    fn remove<'a>(
+        &'a self,
+        repository: &'a str,
+        which: &'a Which,
+        all_tags: bool,
+    ) -> BoxFuture<'a, Result<Removed, Error>> {
+        Box::pin(Store::remove(self, repository, which, all_tags))
+    }
+
+    fn room<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<Option<Room>, Error>> {
+        Box::pin(Store::room(self, path))
+    }
+}
+
 /// A place and what in it is meant, as people write it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {

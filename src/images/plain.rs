@@ -3,15 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use futures_util::future::BoxFuture;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde_json::Value;
 
-use super::{
-    Error, ImageEntry, Images, Listed, Query, Removed, RepositoryEntry, Sort, Which, sort,
-};
+use super::{Error, ImageEntry, Listed, Query, Removed, RepositoryEntry, Sort, Store, Which, sort};
 use crate::digest::Digest;
-use crate::harbor::Room;
 use crate::manifest::raw::RawManifest;
 use crate::registry::error::Step;
 use crate::registry::{self, Reference, Registries, Repository};
@@ -42,113 +38,6 @@ impl PlainImages {
             Which::Tag(tag) => format!("{}/{repository}:{tag}", self.host),
             Which::Digest(digest) => format!("{}/{repository}@{digest}", self.host),
         }
-    }
-
-    async fn list_repositories(
-        &self,
-        path: &str,
-        query: &Query,
-    ) -> Result<Listed<RepositoryEntry>, Error> {
-        let mut names = self.registries.catalog(&self.host).await?;
-        let prefix = path.trim_end_matches('/');
-        names.retain(|name| {
-            let inside = prefix.is_empty()
-                || name
-                    .strip_prefix(prefix)
-                    .is_some_and(|rest| rest.starts_with('/'));
-            inside && query.finds(name)
-        });
-        names.sort();
-        let entries = names.into_iter().map(|name| RepositoryEntry {
-            name,
-            images: None,
-            pulls: None,
-            updated: None,
-        });
-        Ok(query.cut(entries.collect()))
-    }
-
-    async fn list(&self, name: &str, query: &Query) -> Result<Listed<ImageEntry>, Error> {
-        let repository = self.registries.pull_from(&self.reference(name)?)?;
-        let tags = repository.tags().await?;
-        let tags = tags.ok_or_else(|| Error::NotThere(format!("{}/{name}", self.host)))?;
-        let by_digest = digests(&repository, tags).await?;
-        let mut entries = Vec::new();
-        for (digest, tags) in by_digest {
-            if tags.iter().any(|tag| query.finds(tag)) {
-                let mut entry = ImageEntry::new(digest);
-                entry.tags = tags;
-                entries.push(entry);
-            }
-        }
-        // By name, only what is shown has to be read.
-        if query.sort == Sort::Name {
-            sort(&mut entries, Sort::Name);
-            let mut cut = query.cut(entries);
-            cut.items = read_all(&repository, cut.items).await?;
-            return Ok(cut);
-        }
-        let mut entries = read_all(&repository, entries).await?;
-        sort(&mut entries, query.sort);
-        Ok(query.cut(entries))
-    }
-
-    async fn take_out(&self, name: &str, which: &Which, all_tags: bool) -> Result<Removed, Error> {
-        let repository = self.registries.delete_from(&self.reference(name)?)?;
-        let not_there = || Error::NotThere(self.shown(name, which));
-        let reference = match which {
-            Which::Tag(tag) => tag.clone(),
-            Which::Digest(digest) => digest.to_string(),
-        };
-        let found = repository.head_manifest(&reference).await?;
-        let digest = found.ok_or_else(not_there)?.digest;
-        let tags = repository.tags().await?.unwrap_or_default();
-        let by_digest = digests(&repository, tags).await?;
-        let tags = by_digest.get(&digest).cloned().unwrap_or_default();
-        let removed = |tags, image_deleted, kept| Removed {
-            tags,
-            digest,
-            image_deleted,
-            kept,
-            space: SPACE,
-        };
-        match which {
-            Which::Tag(tag) if tags.len() > 1 && !all_tags => {
-                let others: Vec<_> = tags.iter().filter(|t| *t != tag).cloned().collect();
-                return match repository.delete_manifest(tag).await {
-                    Ok(true) => Ok(removed(vec![tag.clone()], false, others)),
-                    Ok(false) => Err(not_there()),
-                    // 2.8 knows no way to take one tag of two: by digest, both would go.
-                    Err(error) if is_unsupported(&error) => Err(Error::SharedTag {
-                        image: self.shown(name, which),
-                        others,
-                    }),
-                    Err(error) => Err(error.into()),
-                };
-            }
-            Which::Digest(_) if !tags.is_empty() && !all_tags => {
-                return Err(Error::Tagged {
-                    image: self.shown(name, which),
-                    tags,
-                });
-            }
-            _ => {}
-        }
-        for (other, names) in by_digest.iter().filter(|(other, _)| **other != digest) {
-            if self.is_in_index(&repository, other, &digest).await? {
-                return Err(Error::Needed {
-                    image: self.shown(name, which),
-                    index: self.shown(
-                        name,
-                        &Which::Tag(names.first().cloned().unwrap_or_default()),
-                    ),
-                });
-            }
-        }
-        if !repository.delete_manifest(&digest.to_string()).await? {
-            return Err(not_there());
-        }
-        Ok(removed(tags, true, Vec::new()))
     }
 
     async fn is_in_index(
@@ -245,37 +134,115 @@ pub(super) fn describe(entry: &mut ImageEntry, manifest: &RawManifest) -> Option
     document["config"]["digest"].as_str()?.parse().ok()
 }
 
-impl Images for PlainImages {
+impl Store for PlainImages {
     fn is_group(&self, path: &str) -> bool {
         path.is_empty() || path.ends_with('/')
     }
 
-    fn repositories<'a>(
-        &'a self,
-        path: &'a str,
-        query: &'a Query,
-    ) -> BoxFuture<'a, Result<Listed<RepositoryEntry>, Error>> {
-        Box::pin(self.list_repositories(path, query))
+    async fn repositories(
+        &self,
+        path: &str,
+        query: &Query,
+    ) -> Result<Listed<RepositoryEntry>, Error> {
+        let mut names = self.registries.catalog(&self.host).await?;
+        let prefix = path.trim_end_matches('/');
+        names.retain(|name| {
+            let inside = prefix.is_empty()
+                || name
+                    .strip_prefix(prefix)
+                    .is_some_and(|rest| rest.starts_with('/'));
+            inside && query.finds(name)
+        });
+        names.sort();
+        let entries = names.into_iter().map(|name| RepositoryEntry {
+            name,
+            images: None,
+            pulls: None,
+            updated: None,
+        });
+        Ok(query.cut(entries.collect()))
     }
 
-    fn images<'a>(
-        &'a self,
-        repository: &'a str,
-        query: &'a Query,
-    ) -> BoxFuture<'a, Result<Listed<ImageEntry>, Error>> {
-        Box::pin(self.list(repository, query))
+    async fn images(&self, name: &str, query: &Query) -> Result<Listed<ImageEntry>, Error> {
+        let repository = self.registries.pull_from(&self.reference(name)?)?;
+        let tags = repository.tags().await?;
+        let tags = tags.ok_or_else(|| Error::NotThere(format!("{}/{name}", self.host)))?;
+        let by_digest = digests(&repository, tags).await?;
+        let mut entries = Vec::new();
+        for (digest, tags) in by_digest {
+            if tags.iter().any(|tag| query.finds(tag)) {
+                let mut entry = ImageEntry::new(digest);
+                entry.tags = tags;
+                entries.push(entry);
+            }
+        }
+        // By name, only what is shown has to be read.
+        if query.sort == Sort::Name {
+            sort(&mut entries, Sort::Name);
+            let mut cut = query.cut(entries);
+            cut.items = read_all(&repository, cut.items).await?;
+            return Ok(cut);
+        }
+        let mut entries = read_all(&repository, entries).await?;
+        sort(&mut entries, query.sort);
+        Ok(query.cut(entries))
     }
 
-    fn remove<'a>(
-        &'a self,
-        repository: &'a str,
-        which: &'a Which,
-        all_tags: bool,
-    ) -> BoxFuture<'a, Result<Removed, Error>> {
-        Box::pin(self.take_out(repository, which, all_tags))
-    }
-
-    fn room<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Option<Room>, Error>> {
-        Box::pin(async { Ok(None) })
+    async fn remove(&self, name: &str, which: &Which, all_tags: bool) -> Result<Removed, Error> {
+        let repository = self.registries.delete_from(&self.reference(name)?)?;
+        let not_there = || Error::NotThere(self.shown(name, which));
+        let reference = match which {
+            Which::Tag(tag) => tag.clone(),
+            Which::Digest(digest) => digest.to_string(),
+        };
+        let found = repository.head_manifest(&reference).await?;
+        let digest = found.ok_or_else(not_there)?.digest;
+        let tags = repository.tags().await?.unwrap_or_default();
+        let by_digest = digests(&repository, tags).await?;
+        let tags = by_digest.get(&digest).cloned().unwrap_or_default();
+        let removed = |tags, image_deleted, kept| Removed {
+            tags,
+            digest,
+            image_deleted,
+            kept,
+            space: SPACE,
+        };
+        match which {
+            Which::Tag(tag) if tags.len() > 1 && !all_tags => {
+                let others: Vec<_> = tags.iter().filter(|t| *t != tag).cloned().collect();
+                return match repository.delete_manifest(tag).await {
+                    Ok(true) => Ok(removed(vec![tag.clone()], false, others)),
+                    Ok(false) => Err(not_there()),
+                    // 2.8 knows no way to take one tag of two: by digest, both would go.
+                    Err(error) if is_unsupported(&error) => Err(Error::SharedTag {
+                        image: self.shown(name, which),
+                        others,
+                    }),
+                    Err(error) => Err(error.into()),
+                };
+            }
+            Which::Digest(_) if !tags.is_empty() && !all_tags => {
+                return Err(Error::Tagged {
+                    image: self.shown(name, which),
+                    tags,
+                });
+            }
+            _ => {}
+        }
+        for (other, names) in by_digest.iter().filter(|(other, _)| **other != digest) {
+            if self.is_in_index(&repository, other, &digest).await? {
+                return Err(Error::Needed {
+                    image: self.shown(name, which),
+                    index: self.shown(
+                        name,
+                        &Which::Tag(names.first().cloned().unwrap_or_default()),
+                    ),
+                });
+            }
+        }
+        if !repository.delete_manifest(&digest.to_string()).await? {
+            return Err(not_there());
+        }
+        Ok(removed(tags, true, Vec::new()))
     }
 }

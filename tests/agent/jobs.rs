@@ -12,6 +12,19 @@ use upperdeck::queue::{Clock, Limits, Local, Queue, Settings, Withdrawn};
 
 use crate::node::{Node, Service, alive, local, wait};
 
+/// An agent with an order, at the moment in which its container stands still.
+async fn stand_still(node: &Node) -> Result<(Service, Order)> {
+    node.work_a_lot()?;
+    let mut options = node.options();
+    options.flags.push("--pause=full".to_owned());
+    options.threads = (1, Some(1));
+    let service = Service::start(options, local());
+    let order = node.order();
+    service.queue.offer(&order).await?;
+    wait("the container stands still", || node.frozen().then_some(())).await?;
+    Ok((service, order))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_is_saved_and_everything_about_it_is_told() -> Result<()> {
     let Some(node) = Node::new().await? else {
@@ -216,14 +229,7 @@ async fn cancelled_while_the_container_stands_still_it_thaws_and_nothing_is_tagg
     let Some(node) = Node::new().await? else {
         return Ok(());
     };
-    node.work_a_lot()?;
-    let mut options = node.options();
-    options.flags.push("--pause=full".to_owned());
-    options.threads = (1, Some(1));
-    let service = Service::start(options, local());
-    let order = node.order();
-    service.queue.offer(&order).await?;
-    wait("the container stands still", || node.frozen().then_some(())).await?;
+    let (service, order) = stand_still(&node).await?;
     assert_eq!(service.queue.withdraw(order.job).await?, Withdrawn::Told);
     assert_eq!(service.outcome(order.job).await?, Outcome::Cancelled);
     ensure!(!node.frozen() && !node.tagged());
@@ -237,14 +243,7 @@ async fn a_child_that_is_killed_leaves_a_container_that_runs_and_a_failure_that_
     let Some(node) = Node::new().await? else {
         return Ok(());
     };
-    node.work_a_lot()?;
-    let mut options = node.options();
-    options.flags.push("--pause=full".to_owned());
-    options.threads = (1, Some(1));
-    let service = Service::start(options, local());
-    let order = node.order();
-    service.queue.offer(&order).await?;
-    wait("the container stands still", || node.frozen().then_some(())).await?;
+    let (service, order) = stand_still(&node).await?;
     let child = wait("the agent's note", || node.child(order.job)).await?;
     kill(Pid::from_raw(child as i32), Signal::SIGKILL)?;
     let outcome = service.outcome(order.job).await?;

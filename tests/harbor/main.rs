@@ -8,6 +8,8 @@
 mod description;
 #[path = "../support/http.rs"]
 mod http;
+#[path = "../support/image.rs"]
+mod image;
 mod observed;
 mod stand_in;
 #[path = "../support/mod.rs"]
@@ -28,11 +30,10 @@ use upperdeck::images::{self, Images, Place, Query, Sort, Which};
 use upperdeck::registry::{self, Access, Registries, Retry};
 
 use description::Description;
+use image::{Image, MANIFEST_TYPE};
 use stand_in::StandIn;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
-
-const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// A Harbor to test against.
 struct Lab {
@@ -232,48 +233,14 @@ fn all() -> harbor::Query {
 }
 
 /// An image of one layer of `size` bytes that nothing else has.
-struct Image {
-    layer: Bytes,
-    config: Bytes,
-    manifest: Bytes,
-}
-
 fn image(name: &str, size: usize) -> Image {
     let seed = Digest::of(name).hex();
     let layer: Vec<u8> = seed.bytes().cycle().take(size).collect();
     let config = json!({
         "architecture": "amd64", "os": "linux", "created": "2026-01-02T03:04:05Z",
         "config": {"Labels": {"org.example.of": name}},
-        "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer)]},
-    })
-    .to_string();
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": MANIFEST_TYPE,
-        "config": {
-            "mediaType": "application/vnd.oci.image.config.v1+json",
-            "digest": Digest::of(&config), "size": config.len(),
-        },
-        "layers": [{
-            "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": Digest::of(&layer), "size": layer.len(),
-        }],
-        "annotations": {"org.example.note": name},
-    })
-    .to_string();
-    Image {
-        layer: layer.into(),
-        config: config.into(),
-        manifest: manifest.into(),
-    }
-}
-
-impl Image {
-    fn digest(&self) -> Digest {
-        Digest::of(&self.manifest)
-    }
-
-    fn size(&self) -> u64 {
-        (self.layer.len() + self.config.len() + self.manifest.len()) as u64
-    }
+    });
+    Image::new(layer.into(), config, &json!({"org.example.note": name}))
 }
 
 async fn send(destination: &Destination, blob: Bytes) -> Result<(), Error> {

@@ -5,9 +5,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use upperdeck::manager::auth::{Jwt, Keys, Proxies, Tokens};
 
-use crate::site::{
-    Agent, Outcomes, Site, Who, ask, get, http, id, request, session, submit, until,
-};
+use crate::site::{Outcomes, Site, Who, ask, get, http, id, request, session, submit, until};
 
 const CALLERS: [Who; 7] = [
     Who::Alice,
@@ -53,13 +51,9 @@ const TABLE: [(&str, &str, &str, [u16; 7]); 26] = [
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_caller_may_do_what_the_table_says() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (_site, manager, agent) =
+        Site::at_work(&[session(1, Some("alice")), session(2, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent
-        .heartbeat(&[session(1, Some("alice")), session(2, Some("alice"))])
-        .await?;
     let done = submit(at, Who::Alice, &id(2), "v2").await?;
     let claim = agent.claim().await?;
     agent.begin(&claim).await?;
@@ -115,16 +109,13 @@ async fn every_caller_may_do_what_the_table_says() -> Outcomes {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn everybody_sees_their_own_and_administrators_all() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
-    let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
     let sessions = [
         session(1, Some("alice")),
         session(2, Some("bob")),
         session(3, None),
     ];
-    agent.heartbeat(&sessions).await?;
+    let (_site, manager, _) = Site::at_work(&sessions).await?;
+    let at = manager.address;
     submit(at, Who::Alice, &id(1), "v1").await?;
     submit(at, Who::PortalFor("bob"), &id(2), "v1").await?;
     let count = |body: &Value, list: &str| body[list].as_array().map_or(0, Vec::len);

@@ -17,11 +17,8 @@ fn check_whole(versions: &[u64], last: u64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watcher_hears_every_change_the_progress_between_and_the_end() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (_site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent.heartbeat(&[session(1, Some("alice"))]).await?;
     let job = submit(at, Who::Alice, &id(1), "v1").await?;
     let mut events = Events::of(at, Who::Alice, job, None).await?;
     let first = events.next().await?.ok_or("no event")?;
@@ -122,10 +119,7 @@ async fn who_drops_and_returns_misses_nothing_though_the_manager_was_started_aga
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_ending_manager_ends_its_streams() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
-    let agent = Agent::new(&site.queue, "a");
-    agent.heartbeat(&[session(1, Some("alice"))]).await?;
+    let (_site, manager, _) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let job = submit(manager.address, Who::Alice, &id(1), "v1").await?;
     let mut events = Events::of(manager.address, Who::Alice, job, None).await?;
     assert!(events.next().await?.is_some());

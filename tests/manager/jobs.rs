@@ -22,13 +22,9 @@ fn failed(retryable: bool) -> Outcome {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_request_is_one_save() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (_site, manager, agent) =
+        Site::at_work(&[session(1, Some("alice")), session(2, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent
-        .heartbeat(&[session(1, Some("alice")), session(2, Some("alice"))])
-        .await?;
     let post = |session: usize, tag: &str, key: &str| {
         let body = json!({"session": id(session), "image": {"name": "torch", "tag": tag}});
         request(at, Who::Alice, Method::POST, "/api/v1/saves").map(|request| {
@@ -111,11 +107,8 @@ async fn a_user_has_so_many_open_saves() -> Outcomes {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn names_that_would_reach_elsewhere_are_refused_with_their_field() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent.heartbeat(&[session(1, Some("alice"))]).await?;
     let long = "a".repeat(200);
     let hostile = [
         json!({"image": {"name": "../bob/torch"}}),
@@ -207,11 +200,8 @@ async fn names_that_would_reach_elsewhere_are_refused_with_their_field() -> Outc
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unwanted_save_ends_wherever_it_is() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (_site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent.heartbeat(&[session(1, Some("alice"))]).await?;
     // Waiting: at once.
     let job = submit(at, Who::Alice, &id(1), "v1").await?;
     let path = format!("/api/v1/saves/{job}");
@@ -257,11 +247,8 @@ async fn an_unwanted_save_ends_wherever_it_is() -> Outcomes {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_may_pass_is_tried_again_and_what_does_not_is_a_dead_letter() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (_site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent.heartbeat(&[session(1, Some("alice"))]).await?;
     let job = submit(at, Who::Alice, &id(1), "v1").await?;
     let path = format!("/api/v1/saves/{job}");
     let mut fence = 0;
@@ -317,12 +304,9 @@ async fn what_may_pass_is_tried_again_and_what_does_not_is_a_dead_letter() -> Ou
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_queue_that_forgot_everything_gets_it_back_from_the_record() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
-    let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
     let sessions: Vec<_> = (0..30).map(|n| session(n, Some("alice"))).collect();
-    agent.heartbeat(&sessions).await?;
+    let (site, manager, agent) = Site::at_work(&sessions).await?;
+    let at = manager.address;
     let mut jobs = Vec::new();
     for (n, session) in sessions.iter().enumerate() {
         jobs.push(submit(at, Who::Alice, &session.id, &format!("v{n}")).await?);
@@ -378,11 +362,8 @@ async fn a_queue_that_forgot_everything_gets_it_back_from_the_record() -> Outcom
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_stays_running_without_a_lease() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent.heartbeat(&[session(1, Some("alice"))]).await?;
     let job = submit(at, Who::Alice, &id(1), "v1").await?;
     let path = format!("/api/v1/saves/{job}");
     let claim = agent.claim().await?;
@@ -443,11 +424,8 @@ async fn a_lost_node_ends_its_saves_and_a_save_that_waits_too_long_ends() -> Out
 
 #[tokio::test(flavor = "multi_thread")]
 async fn figures_and_readiness_are_told() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (_site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent.heartbeat(&[session(1, Some("alice"))]).await?;
     let job = submit(at, Who::Alice, &id(1), "v1").await?;
     let claim = agent.claim().await?;
     agent.work(&claim).await?;

@@ -83,6 +83,15 @@ impl Site {
         })
     }
 
+    /// As most tests begin: with a manager, and a node on which `sessions` run.
+    pub async fn at_work(sessions: &[Session]) -> Fallible<(Self, Manager, Agent)> {
+        let site = Self::new()?;
+        let manager = site.manager().await?;
+        let agent = Agent::new(&site.queue, "a");
+        agent.heartbeat(sessions).await?;
+        Ok((site, manager, agent))
+    }
+
     /// On a PostgreSQL.
     pub fn on(place: String) -> Fallible<Self> {
         Ok(Self {

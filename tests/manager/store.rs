@@ -64,13 +64,9 @@ async fn save_as(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn images_are_listed_with_their_story_searched_sorted_and_turned() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (site, manager, agent) =
+        Site::at_work(&[session(1, Some("alice")), session(2, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent
-        .heartbeat(&[session(1, Some("alice")), session(2, Some("alice"))])
-        .await?;
     assert_eq!(get(at, Who::Alice, "/api/v1/images").await?["total"], 0);
     let one = push(&site, "alice", "torch", "v1", "one")?;
     push(
@@ -149,11 +145,8 @@ async fn images_are_listed_with_their_story_searched_sorted_and_turned() -> Outc
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tag_is_deleted_alone_and_never_anothers() -> Outcomes {
-    let site = Site::new()?;
-    let manager = site.manager().await?;
+    let (site, manager, _) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let at = manager.address;
-    let agent = Agent::new(&site.queue, "a");
-    agent.heartbeat(&[session(1, Some("alice"))]).await?;
     let digest = push(&site, "alice", "torch", "v1", "one")?;
     push(&site, "alice", "torch", "v2", "one")?;
     push(&site, "bob", "torch", "v1", "one")?;

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use clap::{Args, ValueHint};
 
-use super::{LIMITS, REGISTRY, duration, key_value};
+use super::shared::{LIMITS, REGISTRY};
+use super::value::{duration, key_value};
 
 const QUEUE: &str = "Queue";
 const SERVE: &str = "API and portal";

@@ -1,126 +1,13 @@
-//! A save as the record has it, and the one place where its state changes: what follows from an agent's word, from a user's
-//! wish and from a queue that lost something. Pure: no I/O, so that every case is a test.
+//! The one place where a save's state changes: what follows from an agent's word, from a user's wish and from a queue
+//! that lost something. Pure: no I/O, so that every case is a test.
 
-use serde::{Deserialize, Serialize};
-
-use crate::job::{
-    Category, Code, Event, JobId, Kind, Outcome, Phase, Report, Said, SaveOptions, Saved, State,
-};
+use super::{Failure, Remark, Save};
+use crate::job::{Code, Event, Outcome, Report, Said, Saved, State};
 
 /// More remarks than this are counted, not kept: a tree can have any number of odd files.
 const MAX_WARNINGS: usize = 100;
 /// Longest message of an agent that is kept, in bytes.
 const MAX_MESSAGE: usize = 2000;
-
-/// A save.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Save {
-    /// The job.
-    pub id: JobId,
-    /// Full ID of the container.
-    pub session: String,
-    /// The session, for people.
-    pub session_name: String,
-    /// The node that it runs on.
-    pub node: String,
-    /// Whose image it becomes.
-    pub user: String,
-    /// Who owns the session; agents prove it.
-    pub owner: String,
-    /// The image's name.
-    pub name: String,
-    /// The image's tag.
-    pub tag: String,
-    /// The whole place, as `commit` takes it.
-    pub destination: String,
-    /// The user's words.
-    pub message: Option<String>,
-    /// How.
-    pub options: SaveOptions,
-    /// What the session is for.
-    pub kind: Kind,
-    /// What it computes on.
-    pub category: Category,
-    /// The image that the session was started from.
-    pub base: Option<String>,
-    /// Where the job is.
-    pub state: State,
-    /// What it is doing.
-    pub phase: Option<Phase>,
-    /// The number of the order that is out, from 1. What comes back of an earlier one is late.
-    pub attempt: u32,
-    /// Attempts that failed and may be repeated.
-    pub failures: u32,
-    /// The highest fence heard of.
-    pub fence: u64,
-    /// The highest number heard within that fence.
-    pub seq: u64,
-    /// Grows with every change.
-    pub version: u64,
-    /// How far it is; kept beside, and no change.
-    #[serde(skip)]
-    pub progress: Option<Progress>,
-    /// How long the container stood still, in milliseconds.
-    pub pause_ms: Option<f64>,
-    /// Remarks.
-    pub warnings: Vec<Remark>,
-    /// What was saved.
-    pub result: Option<Saved>,
-    /// What went wrong.
-    pub error: Option<Failure>,
-    /// Whether somebody asked for its end.
-    pub cancelling: bool,
-    /// Who asked for it.
-    pub caller: String,
-    /// When it was asked for: milliseconds since the epoch, UTC, as all of these.
-    pub created_ms: i64,
-    /// When it last began to wait.
-    pub queued_ms: i64,
-    /// No agent begins before.
-    pub not_before_ms: i64,
-    /// When an agent began with this attempt.
-    pub started_ms: Option<i64>,
-    /// When it ended.
-    pub finished_ms: Option<i64>,
-}
-
-/// How far a save is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Progress {
-    /// Bytes read and packed.
-    pub bytes_done: u64,
-    /// Bytes in all.
-    pub bytes_total: u64,
-    /// Compressed bytes sent.
-    pub bytes_sent: u64,
-    /// Entries in all.
-    #[serde(default)]
-    pub entries_total: u64,
-    /// Bytes packed a second.
-    pub rate: Option<f64>,
-    /// When the agent said so.
-    pub at_ms: i64,
-}
-
-/// Something that the user should know.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Remark {
-    /// Stable.
-    pub code: String,
-    /// A sentence.
-    pub message: String,
-}
-
-/// Why a save failed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
-    /// Stable.
-    pub code: Code,
-    /// A sentence.
-    pub message: String,
-    /// Whether asking again may help.
-    pub retryable: bool,
-}
 
 /// How failures are repeated.
 #[derive(Clone, Copy, Debug)]
@@ -172,12 +59,12 @@ impl Errand {
 
 /// A transition, for the audit.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Step {
-    pub(super) from: Option<State>,
-    pub(super) to: State,
-    pub(super) attempt: u32,
-    pub(super) fence: u64,
-    pub(super) detail: String,
+pub(in crate::record) struct Step {
+    pub(in crate::record) from: Option<State>,
+    pub(in crate::record) to: State,
+    pub(in crate::record) attempt: u32,
+    pub(in crate::record) fence: u64,
+    pub(in crate::record) detail: String,
 }
 
 /// A change of a save on its way into the record: the save as it will be, the transitions that led there, and what the
@@ -187,13 +74,13 @@ pub struct Draft {
     save: Save,
     before: Save,
     now_ms: i64,
-    pub(super) steps: Vec<Step>,
-    pub(super) errands: Vec<(Errand, i64)>,
-    pub(super) revoked: Vec<Errand>,
+    pub(in crate::record) steps: Vec<Step>,
+    pub(in crate::record) errands: Vec<(Errand, i64)>,
+    pub(in crate::record) revoked: Vec<Errand>,
 }
 
 impl Draft {
-    pub(super) fn new(save: Save, now_ms: i64) -> Self {
+    pub(in crate::record) fn new(save: Save, now_ms: i64) -> Self {
         Self {
             before: save.clone(),
             save,
@@ -217,11 +104,11 @@ impl Draft {
         !self.steps.is_empty() || was != self.save
     }
 
-    pub(super) fn is_touched(&self) -> bool {
+    pub(in crate::record) fn is_touched(&self) -> bool {
         self.is_changed() || self.before.seq != self.save.seq
     }
 
-    pub(super) fn into_save(self) -> Save {
+    pub(in crate::record) fn into_save(self) -> Save {
         self.save
     }
 
@@ -542,8 +429,9 @@ fn clipped(text: &str) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
+    use crate::job::{Category, JobId, Kind, Phase, SaveOptions};
 
     pub(crate) fn save() -> Save {
         Save {

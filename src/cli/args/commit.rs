@@ -1,0 +1,141 @@
+//! Flags of `commit`: the save of a running container.
+
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    rustdoc::invalid_html_tags,
+    reason = "the comments are what --help prints: brackets there mean that a part may be left out"
+)]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueHint};
+
+use super::super::progress::Mode;
+use super::exit_codes;
+use super::shared::{CONTENT, Content, METADATA, REGISTRY, REPORT, Registry, State};
+use super::value::{duration, key_value, size};
+use crate::commit::Pause;
+
+pub(super) fn commit_help() -> String {
+    format!(
+        "\
+DESTINATION:
+  [docker://]HOST[:PORT]/REPOSITORY[:TAG]   a registry; nothing is spooled to disk
+  oci:DIRECTORY[:TAG]                       an OCI layout; made if it is not there, other tags in it stay
+  oci-archive:FILE[:TAG]                    an OCI layout as one tar file
+  Without a TAG: latest. The tag appears last of all: a save that fails leaves nothing visible.
+
+Examples:
+  upperdeck commit jupyter/notebook-0 registry.example.org/alice/notebook:monday
+  upperdeck commit -m 'with pandas' -c 'ENV MPLBACKEND=Agg' -c 'CMD [\"jupyter\",\"lab\"]' 3f2a oci:/srv/images:a
+  upperdeck commit --creds-file /run/secrets/robot --metadata-file save.json web harbor.example.org/web/app:1
+  upperdeck commit --base oci:/srv/bases:debian pid:4242 oci-archive:/tmp/it.tar
+  SOURCE_DATE_EPOCH=0 upperdeck commit --pause none --progress json web localhost:5000/web:1
+
+--change takes what 'docker commit' takes: CMD, ENTRYPOINT, ENV, EXPOSE, HEALTHCHECK, LABEL, ONBUILD, STOPSIGNAL,
+  USER, VOLUME and WORKDIR, in shell and JSON form, with $VARIABLES of the image's ENV. ENTRYPOINT without a CMD beside
+  it clears the base's CMD, as in a Dockerfile. Nothing of the running container's environment gets into the image.
+
+Left out, with a report: everything mounted into the container, what the runtime put there, and by default credentials
+  (.ssh, .netrc, .aws, .docker/config.json, histories, ...) and caches (.cache/pip, /tmp, ...).
+--include-volume PATH takes a mounted directory in, in layers of its own on top, of the same instant. PATH is where it is
+  mounted ('upperdeck inspect' lists that); memory, the kernel's own, single files and FUSE are refused. The limits below
+  are for each tree by itself. What others than the container write to a shared volume is not held still.
+
+stdout carries the result: HOST/REPOSITORY@sha256:... (or the layout with the digest). With --progress json it carries
+  JSON lines instead, each {{\"version\":1,\"time\":RFC 3339,\"event\":NAME,...}}:
+  phase          phase: locating, scanning, streaming, base, finishing
+  progress       bytes_done, bytes_total (of the tar; known before the first byte is read), bytes_sent, entries_total
+  base_progress  layer (0 is the bottom), layers, bytes_done, bytes_total (0: not known)
+  warning        code, message
+  paused         pause_ms
+  ready          with --gate-fd: all is delivered but the tag
+  saved          reference, digest                           always the last line of a save that succeeded
+  failed         exit, code, message, retryable              always the last line of one that did not
+  New events and fields may come; 'version' grows when one changes its meaning or goes away.
+
+Exit codes:
+{}",
+        exit_codes()
+    )
+}
+
+#[derive(Debug, Args)]
+pub(in super::super) struct Commit {
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    pub(in super::super) container: String,
+    /// HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
+    pub(in super::super) destination: String,
+
+    /// Who made it: in the history entry and the config
+    #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
+    pub(in super::super) author: Option<String>,
+    /// Comment of the history entry
+    #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
+    pub(in super::super) message: Option<String>,
+    /// Apply a Dockerfile directive to the image's settings; may be repeated
+    #[arg(short, long, value_name = "DIRECTIVE", allow_hyphen_values = true, help_heading = METADATA)]
+    pub(in super::super) change: Vec<String>,
+    /// Set a label; may be repeated
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
+    pub(in super::super) label: Vec<(String, String)>,
+    /// Set an annotation of the manifest; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
+    pub(in super::super) annotation: Vec<(String, String)>,
+    /// The image that the container stands on, for pid:N: oci:DIR[:TAG], oci-archive:FILE[:TAG] or HOST/REPOSITORY[:TAG]
+    #[arg(long, value_name = "IMAGE", help_heading = METADATA)]
+    pub(in super::super) base: Option<String>,
+
+    /// What becomes of the container while its files are read
+    #[arg(short, long, value_enum, default_value_t = Pause::Live, value_name = "HOW")]
+    pub(in super::super) pause: Pause,
+    /// The longest that the container may stand still, e.g. 300ms; 0 for no bound [default: 1s with --pause live]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(in super::super) max_pause: Option<Duration>,
+    /// How much of what changes during the save may be kept in memory; where it is more, another round comes first
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "32M")]
+    pub(in super::super) live_limit: u64,
+
+    /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
+    #[arg(long)]
+    pub(in super::super) background: bool,
+    /// Ask before the tag is put on: 'ready' is told, then a byte read from this open descriptor. 'y' goes on, anything
+    /// else cancels, and so does its end at any time
+    #[arg(long, value_name = "N")]
+    pub(in super::super) gate_fd: Option<u32>,
+    /// A file that is there while the container may stand still by this save's doing
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(in super::super) freeze_mark: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(in super::super) state: State,
+
+    #[command(flatten)]
+    pub(in super::super) content: Content,
+    /// Save what is in the volume that is mounted at PATH in the container, too, in a layer of its own; may be repeated
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
+    pub(in super::super) include_volume: Vec<PathBuf>,
+    /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
+    /// by side; 0 for never [default: 4G where there are more than 8G]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]
+    pub(in super::super) layer_size: Option<u64>,
+    #[command(flatten)]
+    pub(in super::super) registry: Registry,
+    /// Make the project in Harbor, if it is not there
+    #[arg(long, help_heading = REGISTRY)]
+    pub(in super::super) create_project: bool,
+
+    /// Write all figures of the save to FILE, as JSON
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]
+    pub(in super::super) metadata_file: Option<PathBuf>,
+    /// Write the digest of the manifest to FILE
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]
+    pub(in super::super) digestfile: Option<PathBuf>,
+    /// Print the result and nothing else
+    #[arg(short, long, conflicts_with = "progress", help_heading = REPORT)]
+    pub(in super::super) quiet: bool,
+    /// How to show what happens
+    #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW", help_heading = REPORT)]
+    pub(in super::super) progress: Mode,
+}

@@ -1,0 +1,59 @@
+//! Flags of the verbs that need no container: `layer`, `validate`.
+
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    rustdoc::invalid_html_tags,
+    reason = "the comments are what --help prints: brackets there mean that a part may be left out"
+)]
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueHint};
+
+use super::shared::{Content, Format};
+
+pub(super) const LAYER_HELP: &str = "\
+Examples:
+  upperdeck layer --upper /srv/o/upper --lower /srv/o/lower2 --lower /srv/o/lower1 -o layer.tar.gz
+  upperdeck layer --upper upper --compression none -o layer.tar | jq -r .diffID
+
+stdout carries one JSON object: the descriptor (mediaType, digest, size) and diffID.
+Without --lower, what is deleted in a lower directory that is not known is written as the upper says it.";
+
+#[derive(Debug, Args)]
+pub(in super::super) struct Layer {
+    /// The upper directory of an overlay
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(in super::super) upper: PathBuf,
+    /// A lower directory, topmost first; may be repeated
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(in super::super) lower: Vec<PathBuf>,
+    /// The overlay keeps its marks in user.overlay.* (mount option userxattr)
+    #[arg(long)]
+    pub(in super::super) userxattr: bool,
+    /// Where the layer goes
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(in super::super) output: PathBuf,
+    #[command(flatten)]
+    pub(in super::super) content: Content,
+}
+
+pub(super) const VALIDATE_HELP: &str = "\
+Examples:
+  upperdeck validate layer.tar.gz --against fixtures/whiteouts/expected
+  upperdeck validate oci:/srv/images:monday --against fixtures/whiteouts/expected
+
+Names the first entries that differ and ends with 1 when any does.";
+
+#[derive(Debug, Args)]
+pub(in super::super) struct Validate {
+    /// A layer (tar, gzip, zstd) or an image (oci:DIRECTORY[:TAG], oci-archive:FILE[:TAG])
+    #[arg(value_name = "IMAGE|LAYER")]
+    pub(in super::super) subject: String,
+    /// What it has to hold
+    #[arg(long, value_name = "SPEC", value_hint = ValueHint::FilePath)]
+    pub(in super::super) against: PathBuf,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in super::super) format: Format,
+}

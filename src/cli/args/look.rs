@@ -1,0 +1,103 @@
+//! Flags of the verbs that only look: `ps`, `inspect`, `diff`.
+
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    rustdoc::invalid_html_tags,
+    reason = "the comments are what --help prints: brackets there mean that a part may be left out"
+)]
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueHint};
+
+use super::shared::{CONTENT, Choice, Format, State};
+
+pub(super) const PS_HELP: &str = "\
+Examples:
+  upperdeck ps
+  upperdeck ps --format json | jq -r '.[] | select(.pod.namespace == \"jupyter\") | .id'
+
+JSON: an array of objects with
+  runtime      containerd, docker, podman, crio or process
+  id           full ID
+  names        names, best first (Docker, Podman, nerdctl)
+  namespace    containerd's namespace, or null
+  pod          {namespace, name, container, uid}, or null
+  image        name of the image as the runtime recorded it, or null
+  pid          first process
+  upper_bytes  allocated bytes of the upper directory, or null where it cannot be read";
+
+#[derive(Debug, Args)]
+pub(in super::super) struct Ps {
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in super::super) format: Format,
+    /// Print IDs in full
+    #[arg(long)]
+    pub(in super::super) no_trunc: bool,
+}
+
+pub(super) const INSPECT_HELP: &str = "\
+Examples:
+  upperdeck inspect jupyter/notebook-0
+  upperdeck inspect --format json 3f2a | jq .base.layers
+
+JSON: one object with the fields of 'ps' and
+  base         {name, manifest_digest, config_digest, proof, layers}, or null when it could not be proven;
+               a layer: {diff_id, chain_id, digest, size, media_type, lower, local}
+  base_error   why it could not be proven, or null
+  upper        {path, bytes, entries}
+  uid_map, gid_map
+               [{inside, outside, count}]; empty without a user namespace
+  not_saved    mounts whose content would not be in the image: [{destination, kind, source, volume}]
+  next_save    what 'upperdeck commit' with the same flags would make now, or null where the base is not proven:
+               {kind, reason, entries, bytes, layers}
+               kind     delta (what changed since the last save) or full
+               reason   why it is not the other one
+               entries, bytes
+                        of the layers to come, before they are compressed
+               layers   above the base, in the image to come
+               A destination that has lost the layers of the last save makes it full all the same.
+  next_save_error
+               why such a save would fail, or null
+Paths are text: a byte that is not UTF-8 is \\xNN, a control character \\u{N}, a backslash \\\\.";
+
+#[derive(Debug, Args)]
+pub(in super::super) struct Inspect {
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    pub(in super::super) container: String,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in super::super) format: Format,
+    /// The image that a pid:N stands on
+    #[arg(long, value_name = "IMAGE")]
+    pub(in super::super) base: Option<String>,
+    #[command(flatten)]
+    pub(in super::super) state: State,
+    #[command(flatten)]
+    pub(in super::super) choice: Choice,
+    /// As for 'commit': a volume that would be saved, too; may be repeated
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
+    pub(in super::super) include_volume: Vec<PathBuf>,
+    /// Take only what nobody else on the node wants of its cores
+    #[arg(long)]
+    pub(in super::super) background: bool,
+}
+
+pub(super) const DIFF_HELP: &str = "\
+Examples:
+  upperdeck diff jupyter/notebook-0
+  upperdeck diff --format json 3f2a | jq -r '.[] | select(.change == \"D\") | .path'
+
+JSON: an array of {change, path}; change is A, C or D. Paths are text: a byte that is not UTF-8 is \\xNN, a control
+character \\u{N}, a backslash \\\\.
+What 'commit' leaves out (mounts, credentials, caches) is not listed.";
+
+#[derive(Debug, Args)]
+pub(in super::super) struct Diff {
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    pub(in super::super) container: String,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in super::super) format: Format,
+}

@@ -1,0 +1,100 @@
+//! How the value of a flag is read: sizes, durations, pairs, paths.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE".to_owned()),
+    }
+}
+
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    // A day of the calendar may have 23 hours; one that is waited has not.
+    let days = text
+        .strip_suffix('d')
+        .and_then(|days| days.parse::<u32>().ok());
+    if let Some(days) = days.filter(|days| *days > 0) {
+        return Ok(Duration::from_secs(u64::from(days) * 86_400));
+    }
+    let parsed = text
+        .parse::<jiff::SignedDuration>()
+        .ok()
+        .and_then(|duration| Duration::try_from(duration).ok());
+    parsed
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| "expected a duration such as 500ms, 30s or 2m".to_owned())
+}
+
+/// A path that may be empty: clap's own parser takes that for a value that is missing.
+pub(super) fn any_path() -> impl clap::builder::TypedValueParser<Value = PathBuf> {
+    use clap::builder::{OsStringValueParser, TypedValueParser as _};
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
+/// Bytes: a number with K, M, G or T (powers of 1024; `KiB` and `kB` mean the same here).
+pub(super) fn size(text: &str) -> Result<u64, String> {
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let unit = unit.trim_start().to_ascii_uppercase();
+    let unit = unit
+        .strip_suffix("IB")
+        .or(unit.strip_suffix('B'))
+        .unwrap_or(&unit);
+    let shift = ["", "K", "M", "G", "T", "P"]
+        .iter()
+        .position(|known| *known == unit);
+    let value = number
+        .parse::<u64>()
+        .ok()
+        .zip(shift)
+        .and_then(|(number, shift)| number.checked_mul(1 << (10 * shift)));
+    value.ok_or_else(|| "expected a size such as 4096, 500M, 64G or 4T".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_durations() {
+        for (text, expected) in [
+            ("0", Some(0)),
+            ("4096", Some(4096)),
+            ("1k", Some(1024)),
+            ("64GiB", Some(64 << 30)),
+            ("4 TB", Some(4 << 40)),
+            ("99999999P", None),
+            ("x", None),
+            ("1.5G", None),
+            ("-1", None),
+            ("1X", None),
+            ("", None),
+        ] {
+            assert_eq!(size(text).ok(), expected, "{text}");
+        }
+        for (text, expected) in [
+            ("500ms", Some(500)),
+            ("2m", Some(120_000)),
+            ("1m30s", Some(90_000)),
+            ("2d", Some(172_800_000)),
+            ("0s", None),
+            ("0d", None),
+            ("-1s", None),
+            ("5", None),
+            ("", None),
+        ] {
+            assert_eq!(
+                duration(text).ok(),
+                expected.map(Duration::from_millis),
+                "{text}"
+            );
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! containerd's state: bundles of running containers, metadata, snapshots, content.
+//!
+//! Here are the tasks that run, and what is drafted of each; `record` reads what the metadata say of one, `cri` what
+//! Kubernetes left there, `snapshot` what it is mounted on, `content` the blobs of images, `prove` holds them all together,
+//! `wire` knows how numbers and messages are written.
+//!
+//! Format: containerd 1.6 to 2.2, `core/metadata/buckets.go` and `core/snapshots/storage/bolt.go` for the databases,
+//! `plugins/content/local` for blobs, `internal/cri/annotations` for Kubernetes. Integers are Go's uvarint.
+
+mod content;
+mod cri;
+mod prove;
+mod record;
+mod snapshot;
+mod wire;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+pub(super) use prove::prove;
+
+use record::{Record, record};
+use snapshot::{Snap, chains_of, snapshots_of};
+
+use super::bolt;
+use super::bundle::Bundle;
+use super::error::{Error, Problem};
+use super::roots::{ContainerdRoot, Roots, read_dir, read_file};
+use super::survey::Draft;
+use super::{Pod, Runtime};
+
+const TASKS: &str = "io.containerd.runtime.v2.task";
+const METADATA: &str = "io.containerd.metadata.v1.bolt/meta.db";
+
+/// What a bundle directory says.
+struct Task {
+    namespace: String,
+    id: String,
+    directory: PathBuf,
+    bundle: Bundle,
+    pid: u32,
+}
+
+pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
+    let mut drafts = Vec::new();
+    for containerd in &roots.containerd {
+        // Two roots may be given for one state (k3s and RKE2 share it): the one that is there is meant.
+        let meta_is_there = |c: &ContainerdRoot| roots.locate(&c.root.join(METADATA)).is_ok();
+        let other_is_meant = || {
+            roots
+                .containerd
+                .iter()
+                .any(|c| c.state == containerd.state && c != containerd && meta_is_there(c))
+        };
+        if !meta_is_there(containerd) && other_is_meant() {
+            continue;
+        }
+        let tasks = tasks(roots, containerd, problems);
+        if tasks.is_empty() {
+            continue;
+        }
+        let meta = roots.path(&containerd.root.join(METADATA));
+        let records = bolt::read(&meta, |db| {
+            tasks
+                .iter()
+                .map(|task| record(db, &meta, &task.namespace, &task.id))
+                .collect::<Result<Vec<_>, Error>>()
+        });
+        let records = records.unwrap_or_else(|error| {
+            problems.push(error.into_problem(&meta));
+            vec![None; tasks.len()]
+        });
+        let chains = chains_of(roots, containerd, records.iter().flatten(), problems);
+        for (task, record) in tasks.into_iter().zip(records) {
+            drafts.push(draft(containerd, task, record, &chains));
+        }
+    }
+    drafts
+}
+
+fn draft(
+    containerd: &ContainerdRoot,
+    task: Task,
+    record: Option<Record>,
+    chains: &HashMap<(String, String), Vec<Snap>>,
+) -> Draft {
+    let annotation = |key: &str| task.bundle.annotation(key).map(str::to_owned);
+    let record = record.unwrap_or_default();
+    let pod = match (&record.cri, &record.pod) {
+        (Some(cri), Some(pod)) => Some(Pod {
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            container: cri.config.metadata.name.clone(),
+            uid: Some(pod.uid.clone()).filter(|uid| !uid.is_empty()),
+        }),
+        // Without the records the annotations do; the UID is among them only since late 2022, and before that a pod
+        // could have written one itself.
+        _ => (|| {
+            Some(Pod {
+                namespace: annotation("io.kubernetes.cri.sandbox-namespace")?,
+                name: annotation("io.kubernetes.cri.sandbox-name")?,
+                container: annotation("io.kubernetes.cri.container-name").unwrap_or_default(),
+                uid: None,
+            })
+        })(),
+    };
+    let sandbox = record.sandbox
+        || annotation("io.kubernetes.cri.container-type").as_deref() == Some("sandbox");
+    let snapshots = snapshots_of(containerd, &record.snapshotter);
+    let chain = record
+        .snapshot
+        .and_then(|key| chains.get(&(record.snapshotter.clone(), key)));
+    let directory = |snap: &Snap| snapshots.join(snap.id.to_string()).join("fs");
+    Draft {
+        runtime: Runtime::Containerd,
+        names: record
+            .labels
+            .get("nerdctl/name")
+            .filter(|name| !name.is_empty())
+            .cloned()
+            .into_iter()
+            .collect(),
+        namespace: Some(task.namespace),
+        pod,
+        image_name: annotation("io.kubernetes.cri.image-name")
+            .or(record.image)
+            .filter(|name| !name.is_empty()),
+        runtime_root_mode: None,
+        sandbox,
+        pid: task.pid,
+        mounted_at: task.bundle.root_path(&task.directory),
+        state: task.directory,
+        upper: chain.and_then(|chain| chain.first()).map(directory),
+        lowers: chain.map(|chain| chain.iter().skip(1).map(directory).collect()),
+        bases: vec![snapshots.clone()],
+        bundle: Some(task.bundle),
+        id: task.id,
+    }
+}
+
+fn tasks(roots: &Roots, containerd: &ContainerdRoot, problems: &mut Vec<Problem>) -> Vec<Task> {
+    let mut tasks = Vec::new();
+    let state = containerd.state.join(TASKS);
+    let mut children = |directory: &Path| {
+        let directory = roots.path(directory);
+        read_dir(&directory).unwrap_or_else(|error| {
+            problems.push(error.into_problem(&directory));
+            Vec::new()
+        })
+    };
+    let namespaces = children(&state);
+    let mut found = Vec::new();
+    for namespace in namespaces {
+        for id in children(&state.join(&namespace)) {
+            found.push((namespace.clone(), id));
+        }
+    }
+    for (namespace, id) in found {
+        let directory = state.join(&namespace).join(&id);
+        match task(
+            roots,
+            &directory,
+            &namespace.to_string_lossy(),
+            &id.to_string_lossy(),
+        ) {
+            Ok(task) => tasks.push(task),
+            // Removed meanwhile: it has ended.
+            Err(_) if roots.locate(&directory).is_err() => {}
+            Err(error) => problems.push(error.into_problem(&directory)),
+        }
+    }
+    tasks
+}
+
+fn task(roots: &Roots, directory: &Path, namespace: &str, id: &str) -> Result<Task, Error> {
+    let bundle = Bundle::read(&roots.path(&directory.join("config.json")))?;
+    let pid = pid_file(&roots.path(&directory.join("init.pid")))?;
+    Ok(Task {
+        namespace: namespace.to_owned(),
+        id: id.to_owned(),
+        directory: directory.to_path_buf(),
+        bundle,
+        pid,
+    })
+}
+
+/// A file with nothing but a process number in it.
+pub(super) fn pid_file(path: &Path) -> Result<u32, Error> {
+    let text = read_file(path, 64)?;
+    let pid = std::str::from_utf8(&text)
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    pid.filter(|&pid| pid > 0)
+        .ok_or_else(|| Error::damaged(path, "expected a process number"))
+}

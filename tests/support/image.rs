@@ -1,0 +1,47 @@
+//! A small image of one layer, as registries hold it: what tests push, list and delete.
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use upperdeck::digest::Digest;
+
+pub const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+
+pub struct Image {
+    pub layer: Bytes,
+    pub config: Bytes,
+    pub manifest: Bytes,
+}
+
+impl Image {
+    /// `config` is to come without the layers, which are added.
+    pub fn new(layer: Bytes, mut config: Value, annotations: &Value) -> Self {
+        config["rootfs"] = json!({"type": "layers", "diff_ids": [Digest::of(&layer)]});
+        let config = config.to_string();
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": MANIFEST_TYPE,
+            "config": {
+                "mediaType": "application/vnd.oci.image.config.v1+json",
+                "digest": Digest::of(&config), "size": config.len(),
+            },
+            "layers": [{
+                "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": Digest::of(&layer), "size": layer.len(),
+            }],
+            "annotations": annotations,
+        })
+        .to_string();
+        Self {
+            layer,
+            config: config.into(),
+            manifest: manifest.into(),
+        }
+    }
+
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.manifest)
+    }
+
+    /// All of its blobs, in bytes.
+    pub fn size(&self) -> u64 {
+        (self.layer.len() + self.config.len() + self.manifest.len()) as u64
+    }
+}
