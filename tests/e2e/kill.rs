@@ -47,7 +47,14 @@ fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        std::thread::sleep(moment);
+        if round < 4 {
+            // Whatever else the machine does, some are caught there.
+            wait_at_most(Duration::from_secs(60), "the container is frozen", || {
+                freezer.frozen()
+            })?;
+        } else {
+            std::thread::sleep(moment);
+        }
         let ended = child.try_wait()?.is_some();
         while_frozen += u32::from(freezer.frozen());
         child.kill()?;
@@ -58,11 +65,11 @@ fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()
         .with_context(|| format!("killed after {moment:?}"))?;
         if ended {
             finished += 1;
-        } else {
-            ensure!(
-                lab.registry.tags(&repository).is_empty() || moment > whole.mul_f64(0.8),
-                "a tag after {moment:?}"
-            );
+        } else if !lab.registry.tags(&repository).is_empty() {
+            // All was done but what is kept for the next save.
+            let rootfs = unpack(&lab.scratch, &lab.destination(&repository))?;
+            same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)
+                .with_context(|| format!("a tag after {moment:?}"))?;
         }
         assert_eq!(lab.containerd.shell(&pod, "echo alive")?, "alive\n");
     }
