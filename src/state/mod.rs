@@ -9,14 +9,13 @@
 //! the file.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead as _, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write};
+use std::io::{self, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
-use crate::digest::{DiffId, Digest};
+use crate::digest::{DiffId, Digest, HashingWriter};
 use crate::scan::{Scan, Stored};
 
 const MAGIC: &[u8; 8] = b"updeckst";
@@ -276,11 +275,7 @@ fn write<'a>(
     scans: impl Iterator<Item = (&'a Shown<'a>, u64)>,
     file: &mut File,
 ) -> io::Result<()> {
-    let hashed = Hashed {
-        to: file,
-        hash: Sha256::new(),
-    };
-    let mut to = BufWriter::with_capacity(BUFFER, hashed);
+    let mut to = BufWriter::with_capacity(BUFFER, HashingWriter::new(file));
     to.write_all(MAGIC)?;
     to.write_all(&VERSION.to_le_bytes())?;
     to.write_all(&(json.len() as u32).to_le_bytes())?;
@@ -289,8 +284,9 @@ fn write<'a>(
         to.write_all(&length.to_le_bytes())?;
         scan.write(&mut to)?;
     }
-    let Hashed { to, hash } = to.into_inner().map_err(io::IntoInnerError::into_error)?;
-    to.write_all(&hash.finalize())
+    let hashed = to.into_inner().map_err(io::IntoInnerError::into_error)?;
+    let (file, checksum, _) = hashed.complete();
+    file.write_all(checksum.as_bytes())
 }
 
 /// How much was written.
@@ -304,23 +300,6 @@ impl Write for Counted {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-struct Hashed<'a> {
-    to: &'a mut File,
-    hash: Sha256,
-}
-
-impl Write for Hashed<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.to.write(bytes)?;
-        self.hash.update(&bytes[..written]);
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.to.flush()
     }
 }
 
@@ -376,7 +355,7 @@ fn parse(file: &File) -> Result<Kept, Flaw> {
         .and_then(|end| end.checked_sub(at))
         .ok_or("it is cut off")?;
     from.seek(SeekFrom::Start(0))?;
-    if checksum(&mut from, at + left)?.as_slice() != take_array::<32>(&mut from)?.as_slice() {
+    if checksum(&mut from, at + left)?.as_bytes() != &take_array::<32>(&mut from)? {
         return Err("its checksum does not fit".into());
     }
     from.seek(SeekFrom::Start(at))?;
@@ -405,18 +384,13 @@ fn take_array<const N: usize>(from: &mut impl io::Read) -> Result<[u8; N], Flaw>
     }
 }
 
-/// SHA-256 of the next `left` bytes.
-fn checksum(from: &mut BufReader<&File>, mut left: u64) -> Result<[u8; 32], Flaw> {
-    let mut hash = Sha256::new();
-    while left > 0 {
-        let bytes = from.fill_buf()?;
-        let taken = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        if taken == 0 {
-            return Err("it is cut off".into());
-        }
-        hash.update(&bytes[..taken]);
-        from.consume(taken);
-        left -= taken as u64;
+/// Of the next `length` bytes.
+fn checksum(from: &mut impl io::Read, length: u64) -> Result<Digest, Flaw> {
+    let mut hash = HashingWriter::new(io::sink());
+    io::copy(&mut from.take(length), &mut hash)?;
+    let (_, checksum, read) = hash.complete();
+    if read < length {
+        return Err("it is cut off".into());
     }
-    Ok(hash.finalize().into())
+    Ok(checksum)
 }
