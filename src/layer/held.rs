@@ -7,7 +7,8 @@
 //! A clone takes as long as the file has pieces: 10 microseconds each, and a database that was cloned before and
 //! written to at random has hundreds of thousands. The container need not stand still for that: for as long as it
 //! clones, the kernel lets nobody write to the original, by whatever way (its lock of the inode, and that of its
-//! mappings), so a clone that has begun is of this instant. Only a writer to that very file waits, if any.
+//! mappings), so a clone that has begun is of this instant. Only a writer to that very file waits, if any; on XFS before
+//! Linux 6.8 a reader as well.
 
 use std::collections::HashMap;
 use std::fs::File;
