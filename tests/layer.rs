@@ -4,13 +4,17 @@
 #[path = "support/mod.rs"]
 mod support;
 
+#[allow(dead_code, reason = "the parts that layers need")]
+#[path = "support/disk.rs"]
+mod disk;
+
 use std::io::Read;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use disk::Disk;
 use support::Need;
 use upperdeck::layer::held::{self, Way};
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};
@@ -432,44 +436,6 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
     let kept = Scan::restore(&mut bytes.as_slice(), bytes.len() as u64).ok_or("damaged")?;
     let unsure = kept.unsure.iter().filter(|unsure| **unsure).count();
     assert!(unsure >= 1, "{:?}", kept.unsure);
-    Ok(())
-}
-
-/// A file system of its own in a file, mounted for as long as this is.
-struct Disk(tempfile::TempDir);
-
-impl Disk {
-    fn new(mkfs: &str) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let (image, at) = (dir.path().join("image"), dir.path().join("at"));
-        std::fs::File::create(&image)?.set_len(1 << 30)?;
-        std::fs::create_dir(&at)?;
-        run(Command::new(mkfs).arg("-q").arg(&image))?;
-        run(Command::new("mount")
-            .args(["-o", "loop"])
-            .args([&image, &at]))?;
-        Ok(Self(dir))
-    }
-
-    fn path(&self) -> std::path::PathBuf {
-        self.0.path().join("at")
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        if let Err(error) = run(Command::new("umount").arg(self.path())) {
-            support::note(&error.to_string());
-        }
-    }
-}
-
-fn run(command: &mut Command) -> Result<()> {
-    let output = command.output()?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        return Err(format!("{command:?}: {said}").into());
-    }
     Ok(())
 }
 

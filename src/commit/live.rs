@@ -3,7 +3,8 @@
 //! Rounds beside the running container save what there is, until what changes between two of them is little. Then it is
 //! frozen, scanned again, and the last changes are kept in memory or as clones; it thaws, and they are compressed and
 //! delivered. The image is the container at the instant of the freeze: whatever the rounds read is in it only where
-//! nothing changed it since, which the kernel's stamps tell (`scan::changes`, `mapped`).
+//! nothing changed it since, which the kernel's stamps tell (`scan::changes`, `mapped`), and where no write was under way
+//! that had stamped the file before it was scanned (`layer::settle`).
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,10 +14,11 @@ use std::time::{Duration, Instant};
 use super::earlier::Earlier;
 use super::mapped::{self, Mapped};
 use super::trees::{self, File, Known};
+use super::writing;
 use super::{Context, Error, Options, Taken, deliver, finish, freeze, stream};
 use crate::container::{Container, Volume};
 use crate::destination::Destination;
-use crate::escape;
+use crate::freeze::Ways;
 use crate::job::{Event, Phase};
 use crate::layer::held::{self, Holding, Way};
 use crate::layer::{Held, Layer, Plan};
@@ -39,6 +41,8 @@ struct Rounds {
     mapped: Mapped,
     /// The last look: the one under the freeze is held against it.
     look: Vec<Arc<Scan>>,
+    /// How the container's processes could write right before the freeze.
+    ways: Ways,
 }
 
 /// Takes the container's trees as they are at one instant. `None` when it can only be done while it stands still.
@@ -65,13 +69,15 @@ pub(super) async fn take(
         streamed,
         pause,
         was_frozen,
-        dirty,
+        mut dirty,
     } = instant;
     let mut layers = rounds.layers;
+    let mut unsettled = HashSet::new();
     if let Some(held) = held.filter(|_| !plans.iter().all(Plan::is_empty)) {
         context.phase(Phase::Streaming);
         let held = complete(context, held).await?;
-        let unstable = held.iter().flat_map(|held| held.unstable.clone()).collect();
+        let mut unstable = held.iter().flat_map(|held| held.unstable.clone()).collect();
+        unsettled = writing::take_unsettled(&mut unstable);
         let plans = plans.into_iter().zip(held);
         let plans = plans.map(|(plan, held)| plan.with(held)).collect();
         let plans = trees::cut(plans, options.layer_size);
@@ -82,7 +88,14 @@ pub(super) async fn take(
         }
         layers.extend(made);
     }
-    layers.extend(streamed);
+    for mut layer in streamed {
+        unsettled.extend(writing::take_unsettled(&mut layer.unstable));
+        layers.push(layer);
+    }
+    writing::tell_unsettled(context, &unsettled);
+    if let Some(dirty) = &mut dirty {
+        dirty.extend(writing::files_of(&now, &unsettled));
+    }
     trees::recheck(context, container, volumes)?;
     Ok(Some(Taken {
         layers,
@@ -174,7 +187,10 @@ async fn approach(
             layers.clear();
             continue;
         };
+        // After the scan: what is under way since before it is by what is still there.
+        let ways = writing::ways(context, container).await?;
         let plans = trees::plans(changes, options.timestamp);
+        let plans = writing::beside(plans, volumes, ways);
         let way = held::way(&plans, options.live_limit);
         if way != Way::No || round == ROUNDS {
             let plans = if way == Way::Clones {
@@ -192,6 +208,7 @@ async fn approach(
                 layers,
                 mapped,
                 look: scans,
+                ways,
             }));
         }
         round += 1;
@@ -208,29 +225,12 @@ async fn approach(
     }
 }
 
-/// The files that changed while they were read. They are read again, so nobody needs to hear of them.
+/// The files that changed while they were read, or may have. They are read again, so nobody needs to hear of them.
 fn unstable(scans: &[Arc<Scan>], layers: &mut [Layer]) -> HashSet<File> {
-    let paths: HashSet<String> = layers
-        .iter_mut()
-        .flat_map(|layer| std::mem::take(&mut layer.unstable))
-        .map(|unstable| unstable.path)
-        .collect();
-    if paths.is_empty() {
-        return HashSet::new();
-    }
-    let mut path = Vec::new();
-    let mut found = HashSet::new();
-    for (tree, scan) in scans.iter().enumerate() {
-        for (index, entry) in (0..).zip(scan.entries()) {
-            if entry.kind == Kind::File {
-                scan.path_into(index, &mut path);
-                if paths.contains(&escape::path(&path)) {
-                    found.insert((tree, entry.ino));
-                }
-            }
-        }
-    }
-    found
+    let layers = layers.iter_mut();
+    let unstable = layers.flat_map(|layer| std::mem::take(&mut layer.unstable));
+    let paths = unstable.map(|unstable| unstable.path).collect();
+    writing::files_of(scans, &paths)
 }
 
 /// What there was at the instant of the freeze.
@@ -378,6 +378,7 @@ async fn take_frozen(
         None
     };
     let plans = trees::plans(changes, options.timestamp);
+    let plans = writing::frozen(plans, volumes, rounds.ways);
     if bound.is_some_and(|bound| since.elapsed() >= bound) {
         return Err(too_long(bound.unwrap_or_default()));
     }

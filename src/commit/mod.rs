@@ -12,6 +12,7 @@ mod outcome;
 mod trees;
 mod upper;
 mod warnings;
+mod writing;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -326,6 +327,7 @@ async fn take_once(
         return Ok(taken);
     }
     context.phase(Phase::Scanning);
+    let ways = writing::ways(context, container).await?;
     let hurry = options.hurry().filter(|_| options.pause != Pause::None);
     let frozen = freeze(context, options, container)?;
     let was_frozen = frozen.as_ref().is_some_and(Frozen::was_frozen);
@@ -334,16 +336,20 @@ async fn take_once(
     let before = under.map(|known| trees::scans(known));
     let scans = trees::scan(context, options, container, volumes, before, None).await?;
     let report = trees::report(&scans);
-    let seen = match frozen {
+    let mut seen = match frozen {
         Some(_) => seen_frozen(context, container, volumes, &scans)?,
         None => None,
     };
     let changes = under.and_then(|known| trees::changes(known, &scans));
     let on_top = changes.is_some();
-    let plans = trees::plans(changes.unwrap_or(scans), options.timestamp);
+    let plans = trees::plans(changes.unwrap_or_else(|| scans.clone()), options.timestamp);
+    let plans = match frozen {
+        Some(_) => writing::frozen(plans, volumes, ways),
+        None => writing::beside(plans, volumes, ways),
+    };
     let plans = trees::cut(plans, options.layer_size);
 
-    let made = if plans.is_empty() {
+    let mut made = if plans.is_empty() {
         Vec::new()
     } else {
         context.phase(Phase::Streaming);
@@ -357,12 +363,24 @@ async fn take_once(
     };
     trees::recheck(context, container, volumes)?;
     // All is read: the container runs on while the destination finishes.
+    let stood_still = frozen.is_some();
     let pause = frozen.map(Frozen::thaw).transpose()?;
     drop(hurry);
     if let (Some(pause), false) = (pause, was_frozen) {
         context.observer.event(Event::Paused {
             pause_ms: pause.as_secs_f64() * 1000.0,
         });
+    }
+    if stood_still {
+        let layers = made.iter_mut().map(|(layer, _)| &mut layer.unstable);
+        let unsettled = layers.flat_map(writing::take_unsettled).collect();
+        writing::tell_unsettled(context, &unsettled);
+        let files = writing::files_of(&scans, &unsettled);
+        if let Some(seen) = &mut seen {
+            seen.iter_mut()
+                .enumerate()
+                .for_each(|(tree, known)| known.doubt(tree, &files));
+        }
     }
     Ok(Taken {
         layers: finish(made).await?,

@@ -133,6 +133,14 @@ impl Known {
         };
         scans.into_iter().enumerate().map(known).collect()
     }
+
+    /// Takes the stamps of more files of this tree, which is number `tree`, for no proof.
+    pub(super) fn doubt(&mut self, tree: usize, files: &HashSet<File>) {
+        let doubted = |e: Entry| e.root == 0 && files.contains(&(tree, e.ino));
+        let doubted = self.scan.entries().map(doubted);
+        let unsure = self.unsure.iter().zip(doubted).map(|(a, b)| *a || b);
+        self.unsure = Arc::new(unsure.collect());
+    }
 }
 
 /// What was scanned of each.

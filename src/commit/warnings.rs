@@ -19,6 +19,7 @@ pub(super) fn tell(context: &Context, taken: &Taken) {
                 Instability::Grew => {
                     "became longer while it was read; what was added is not in the image"
                 }
+                Instability::Unsettled => "may have been in the middle of a write when it was read",
                 Instability::Vanished => "vanished before it was read; its content is zeros",
             };
             format!("/{} {what}", file.path)

@@ -38,12 +38,8 @@ pub struct SharedMapping {
 /// write to a page faults, which moves the file's time stamps, in a forked child too.
 pub fn shared_mappings(pid: u32, host_root: Option<&Path>) -> Result<Vec<SharedMapping>, Error> {
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
-    let mut pids: HashSet<u32> = Processes::new(&proc, pid)?.in_root()?;
-    for group in groups(&proc, pid, host_root)? {
-        pids.extend(members::pids_below(group.dir())?);
-    }
     let mut found = BTreeMap::new();
-    for pid in pids {
+    for pid in container_pids(&proc, pid, host_root)? {
         let path = proc.join(pid.to_string()).join("maps");
         let result = File::open(&path).and_then(|file| collect(file, &path, &mut found));
         match result {
@@ -56,14 +52,27 @@ pub fn shared_mappings(pid: u32, host_root: Option<&Path>) -> Result<Vec<SharedM
     Ok(found.into_values().collect())
 }
 
-fn is_gone(error: &io::Error) -> bool {
+/// Everybody who sees the container's root, or is in its cgroup.
+pub(super) fn container_pids(
+    proc: &Path,
+    pid: u32,
+    host_root: Option<&Path>,
+) -> Result<HashSet<u32>, Error> {
+    let mut pids: HashSet<u32> = Processes::new(proc, pid)?.in_root()?;
+    for group in groups(proc, pid, host_root)? {
+        pids.extend(members::pids_below(group.dir())?);
+    }
+    Ok(pids)
+}
+
+pub(super) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
 }
 
-type Found = BTreeMap<(Vec<u8>, bool, (u32, u32)), SharedMapping>;
+pub(super) type Found = BTreeMap<(Vec<u8>, bool, (u32, u32)), SharedMapping>;
 
-fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<()> {
+pub(super) fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<()> {
     let mut lines = BufReader::with_capacity(64 << 10, file.take(MAX_MAPS + 1));
     let (mut line, mut read) = (Vec::new(), 0);
     loop {

@@ -12,6 +12,7 @@
 )]
 
 mod cgroup;
+mod direct;
 mod mapped;
 mod mark;
 mod members;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cgroup::{Group, State, Version};
+pub use direct::{Ways, ways_to_write};
 pub use mapped::{SharedMapping, shared_mappings};
 pub use mark::{Left, thaw_left};
 pub use members::Stranger;

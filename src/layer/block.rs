@@ -22,6 +22,8 @@ pub enum Instability {
     Grew,
     /// It is gone, or something else is there now: its content is zeros.
     Vanished,
+    /// A write that had begun before it was found may have been under way: part of it may be in the layer.
+    Unsettled,
 }
 
 /// A file that was not the same when it was read as when it was found.
@@ -125,6 +127,7 @@ fn read_part(
     };
     let found = match opened.map_err(fail)? {
         Some(file) => {
+            let settled = plan.settled(item, &file);
             let read = |at, part: &mut [u8]| ahead.read(index, &file, at, part);
             let read = read_sparse(&file, read, offset, part, entry).map_err(fail)?;
             let stat = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?;
@@ -134,7 +137,8 @@ fn read_part(
                 std::cmp::Ordering::Less => Some(Instability::Shrank),
                 std::cmp::Ordering::Greater => Some(Instability::Grew),
                 std::cmp::Ordering::Equal if read < part.len() => Some(Instability::Shrank),
-                std::cmp::Ordering::Equal => changed.then_some(Instability::Changed),
+                std::cmp::Ordering::Equal if changed => Some(Instability::Changed),
+                std::cmp::Ordering::Equal => (!settled).then_some(Instability::Unsettled),
             }
         }
         None => Some(Instability::Vanished),

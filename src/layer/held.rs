@@ -336,6 +336,9 @@ fn keep(plan: &Plan, item: &Item, way: Way, kept: &mut Holding) -> Result<(), Re
         kept.held.contents.insert(item.entry, nothing);
         return Ok(());
     };
+    if !plan.settled(item, &file) {
+        note(Instability::Unsettled);
+    }
     if way == Way::Clones && weight(entry) > SMALL && elsewhere.is_none_or(|place| place.root == 0)
     {
         let clone = scan.root(0).nameless_file().map_err(fail)?.into();

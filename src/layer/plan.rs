@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::held::{Content, Held};
+use super::settle::{Settling, Writers};
 use super::tar::{END, Header, RECORD};
 use crate::overlay::lower::join;
 use crate::scan::{Entry, Kind, Scan};
@@ -38,6 +39,7 @@ pub struct Plan {
     tar_size: u64,
     timestamp: Option<i64>,
     held: Arc<Held>,
+    settling: Arc<Settling>,
 }
 
 impl Plan {
@@ -58,6 +60,7 @@ impl Plan {
             tar_size: 0,
             timestamp,
             held: Arc::default(),
+            settling: Arc::new(Settling::new(Writers::default())),
             scan,
         };
         let scan = Arc::clone(&plan.scan);
@@ -99,6 +102,21 @@ impl Plan {
         self
     }
 
+    /// The same, told who may be writing to the files.
+    #[must_use]
+    pub fn beside(mut self, writers: Writers) -> Self {
+        self.settling = Arc::new(Settling::new(writers));
+        self
+    }
+
+    /// Whether `file`, of which something is about to be read, has no write under way that its stamps stand for already.
+    pub(super) fn settled(&self, item: &Item, file: &File) -> bool {
+        let entry = &self.entry(item);
+        // A lower does not change.
+        self.scan.elsewhere(entry).is_some()
+            || self.settling.settled(file, entry, self.scan.root(0))
+    }
+
     pub(super) fn held(&self, item: &Item) -> Option<&Content> {
         self.held.get(item.entry)
     }
@@ -125,6 +143,7 @@ impl Plan {
             }
             let mut part = Self::of(Arc::clone(scan), entries.iter().copied(), self.timestamp);
             part.held = Arc::clone(&self.held);
+            part.settling = Arc::clone(&self.settling);
             part
         };
         (0..count).map(part).collect()

@@ -1,0 +1,154 @@
+//! Whether a container's processes can write to files past the page cache, or without waiting for it: `O_DIRECT`, `libaio`,
+//! `io_uring`. Locks and stamps tell least of those.
+//!
+//! Source: `proc_pid_fdinfo(5)`; kernel `fs/aio.c` (the ring is mapped, under a name of its own), `io_uring/fdinfo.c`.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::path::Path;
+
+use super::mapped::{collect, container_pids, is_gone};
+use super::{Error, SharedMapping};
+
+/// Descriptors that are looked at. With more, everything is reckoned with.
+const MAX_DESCRIPTORS: usize = 100_000;
+/// Bytes of what is said of one: enough for the flags and the first word of a ring.
+const MAX_INFO: u64 = 1 << 10;
+
+/// In which ways the processes may write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ways {
+    /// A file is open with `O_DIRECT`.
+    pub direct: bool,
+    /// There is a ring of `libaio` or `io_uring`: writes go on while their process stands still.
+    pub asynchronous: bool,
+}
+
+/// In which ways the processes of the container of `pid` can write now.
+///
+/// What was asked for before, and is still under way, is by a ring or descriptor that is still there, but for programs
+/// that close theirs without waiting.
+pub fn ways_to_write(pid: u32, host_root: Option<&Path>) -> Result<Ways, Error> {
+    let proc = host_root.unwrap_or(Path::new("/")).join("proc");
+    let mut ways = Ways::default();
+    let mut left = MAX_DESCRIPTORS;
+    for pid in container_pids(&proc, pid, host_root)? {
+        let process = proc.join(pid.to_string());
+        let looked = descriptors(&process.join("fdinfo"), &mut left, &mut ways)
+            .and_then(|()| rings(&process.join("maps"), &mut ways));
+        match looked {
+            Ok(()) => {}
+            // It ended: its writes are waited for by the kernel.
+            Err(error) if is_gone(&error) => {}
+            Err(error) => return Err(Error::io(process, error)),
+        }
+        if ways.direct && ways.asynchronous {
+            break;
+        }
+    }
+    Ok(ways)
+}
+
+fn descriptors(dir: &Path, left: &mut usize, ways: &mut Ways) -> io::Result<()> {
+    let mut text = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let Some(fewer) = left.checked_sub(1) else {
+            (ways.direct, ways.asynchronous) = (true, true);
+            return Ok(());
+        };
+        *left = fewer;
+        text.clear();
+        let read = File::open(entry?.path()).and_then(|file| {
+            let mut file = file.take(MAX_INFO);
+            file.read_to_end(&mut text)
+        });
+        match read {
+            Ok(_) => note(&text, ways),
+            // Closed by now.
+            Err(error) if is_gone(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn note(info: &[u8], ways: &mut Ways) {
+    for line in info.split(|&b| b == b'\n') {
+        if let Some(flags) = line.strip_prefix(b"flags:") {
+            let flags = std::str::from_utf8(flags.trim_ascii()).ok();
+            let flags = flags.and_then(|text| u32::from_str_radix(text, 8).ok());
+            ways.direct |= flags.is_some_and(|flags| flags & libc::O_DIRECT as u32 != 0);
+        }
+        ways.asynchronous |= line.starts_with(b"SqMask:");
+    }
+}
+
+fn rings(maps: &Path, ways: &mut Ways) -> io::Result<()> {
+    let mut found = std::collections::BTreeMap::new();
+    collect(File::open(maps)?, maps, &mut found)?;
+    let ring = |mapping: &SharedMapping| mapping.path == b"/[aio]";
+    ways.asynchronous |= found.values().any(ring);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_and_rings_are_told_from_all_else() {
+        let of = |info: &str| {
+            let mut ways = Ways::default();
+            note(info.as_bytes(), &mut ways);
+            (ways.direct, ways.asynchronous)
+        };
+        let direct = format!(
+            "pos:\t0\nflags:\t0{:o}\nmnt_id:\t15\n",
+            0o100_001 | libc::O_DIRECT
+        );
+        assert_eq!(of(&direct), (true, false));
+        assert_eq!(
+            of("pos:\t0\nflags:\t0100001\nmnt_id:\t15\n"),
+            (false, false)
+        );
+        assert_eq!(
+            of("flags:\t02000002\nino:\t3\nSqMask:\t0x7\n"),
+            (false, true)
+        );
+        for none in [
+            "",
+            "flags:",
+            "flags:\tx\n",
+            "flags:\t99999999999999\n",
+            "x SqMask:",
+        ] {
+            assert_eq!(of(none), (false, false), "{none:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_open_for_direct_io_is_found() {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let fds = Path::new("/proc/self/fdinfo");
+        let look = || {
+            let (mut ways, mut left) = (Ways::default(), MAX_DESCRIPTORS);
+            descriptors(fds, &mut left, &mut ways).unwrap();
+            ways.direct
+        };
+        let mut options = fs::File::options();
+        options
+            .write(true)
+            .create(true)
+            .custom_flags(libc::O_DIRECT);
+        // Not every file system has it.
+        let Ok(file) = options.open(dir.path().join("file")) else {
+            return;
+        };
+        assert!(look());
+        drop(file);
+        let (mut ways, mut left) = (Ways::default(), 0);
+        descriptors(fds, &mut left, &mut ways).unwrap();
+        assert!(ways.direct && ways.asynchronous, "too many to look at");
+    }
+}

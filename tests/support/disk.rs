@@ -1,0 +1,104 @@
+//! File systems of their own, and disks that are slow.
+
+use std::error::Error;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// A file system of its own in a file, mounted for as long as this is.
+pub struct Disk(tempfile::TempDir);
+
+impl Disk {
+    pub fn new(mkfs: &str) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let (image, at) = (dir.path().join("image"), dir.path().join("at"));
+        std::fs::File::create(&image)?.set_len(1 << 30)?;
+        std::fs::create_dir(&at)?;
+        run(Command::new(mkfs).arg("-q").arg(&image))?;
+        run(Command::new("mount")
+            .args(["-o", "loop"])
+            .args([&image, &at]))?;
+        Ok(Self(dir))
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.0.path().join("at")
+    }
+
+    /// `MAJOR:MINOR` of the disk under the file system.
+    fn device(&self) -> Result<String> {
+        let found = Command::new("findmnt")
+            .args(["-n", "-o", "SOURCE"])
+            .arg(self.path())
+            .output()?;
+        let name = String::from_utf8(found.stdout)?;
+        let number = std::fs::metadata(name.trim())?.rdev();
+        let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+        Ok(format!("{major}:{minor}"))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Err(error) = run(Command::new("umount").arg(self.path())) {
+            crate::support::note(&error.to_string());
+        }
+    }
+}
+
+/// A cgroup whose processes write slowly to one disk.
+pub struct Slow(PathBuf);
+
+impl Slow {
+    /// At `rate` bytes a second.
+    pub fn new(disk: &Disk, rate: u64) -> Result<Self> {
+        let name = format!("upperdeck-slow-{}", std::process::id());
+        let (v1, v2) = (
+            Path::new("/sys/fs/cgroup/blkio"),
+            Path::new("/sys/fs/cgroup"),
+        );
+        let device = disk.device()?;
+        let (at, file, text) = if v1.exists() {
+            let text = format!("{device} {rate}");
+            (v1.join(name), "blkio.throttle.write_bps_device", text)
+        } else {
+            std::fs::write(v2.join("cgroup.subtree_control"), "+io")?;
+            (v2.join(name), "io.max", format!("{device} wbps={rate}"))
+        };
+        std::fs::create_dir(&at)?;
+        let slow = Self(at);
+        std::fs::write(slow.0.join(file), text)?;
+        Ok(slow)
+    }
+
+    pub fn take(&self, child: &Child) -> Result<()> {
+        Ok(std::fs::write(
+            self.0.join("cgroup.procs"),
+            child.id().to_string(),
+        )?)
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        // Its last process was waited for, and leaves it a moment later.
+        for _ in 0..100 {
+            if std::fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        crate::support::note(&format!("{} stays", self.0.display()));
+    }
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.output()?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(format!("{command:?}: {said}").into());
+    }
+    Ok(())
+}
