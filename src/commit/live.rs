@@ -285,10 +285,12 @@ async fn stand_still(
     // What was taken while it ran on is of no use, whatever came of it.
     let pause = match (thawed, bound) {
         (Ok(pause), _) => pause,
-        (Err(crate::freeze::Error::NotHeld { .. }), Some(bound)) if since.elapsed() >= bound => {
+        (Err(Error::Freeze(crate::freeze::Error::NotHeld { .. })), Some(bound))
+            if since.elapsed() >= bound =>
+        {
             return Err(too_long(bound));
         }
-        (Err(error), _) => return Err(error.into()),
+        (Err(error), _) => return Err(error),
     };
     let Some((now, plans, held, made, mappings)) = taken? else {
         return Ok(None);

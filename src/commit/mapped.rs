@@ -1,5 +1,6 @@
-//! Files that the container's processes write to through shared mappings: the one way to change a file that need not
-//! show in its time stamps.
+//! Files that the container's processes write to through shared mappings: a way to change a file that need not show in
+//! its time stamps. (Another is a write that had stamped it before it was looked at, and is still under way when it is
+//! read: `layer::settle`.)
 //!
 //! While a page is dirty, more writes to it move nothing. Once it was written to disk it is clean and protected, and the
 //! next write faults, which moves the change time. So before each scan these files, and no others, are written out, the

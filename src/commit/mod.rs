@@ -330,7 +330,7 @@ async fn take_once(
     let ways = writing::ways(context, container).await?;
     let hurry = options.hurry().filter(|_| options.pause != Pause::None);
     let frozen = freeze(context, options, container)?;
-    let was_frozen = frozen.as_ref().is_some_and(Frozen::was_frozen);
+    let was_frozen = frozen.as_ref().is_some_and(Still::was_frozen);
     trees::recheck(context, container, volumes)?;
     let under = earlier.under.as_ref().map(|under| &under.known);
     let before = under.map(|known| trees::scans(known));
@@ -364,7 +364,7 @@ async fn take_once(
     trees::recheck(context, container, volumes)?;
     // All is read: the container runs on while the destination finishes.
     let stood_still = frozen.is_some();
-    let pause = frozen.map(Frozen::thaw).transpose()?;
+    let pause = frozen.map(Still::thaw).transpose()?;
     drop(hurry);
     if let (Some(pause), false) = (pause, was_frozen) {
         context.observer.event(Event::Paused {
@@ -423,11 +423,43 @@ pub fn cut(plan: Plan, layer_size: Option<u64>) -> Vec<Plan> {
     }
 }
 
+/// A container that stands still. To freeze and to thaw may take seconds: the runtime's other tasks do not wait for it.
+struct Still(Option<Frozen>);
+
+impl Still {
+    fn was_frozen(&self) -> bool {
+        self.0.as_ref().is_some_and(Frozen::was_frozen)
+    }
+
+    fn thaw(mut self) -> Result<Duration, Error> {
+        let frozen = self.0.take().ok_or(Error::Worker)?;
+        Ok(beside_others(|| frozen.thaw())?)
+    }
+}
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        if let Some(frozen) = self.0.take() {
+            beside_others(|| drop(frozen));
+        }
+    }
+}
+
+/// Does what blocks, here and now, so that it is over when this returns; the tasks that this thread has to see to are
+/// given to another.
+fn beside_others<T>(work: impl FnOnce() -> T) -> T {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
+
 fn freeze(
     context: &Context,
     options: &Options,
     container: &Container,
-) -> Result<Option<Frozen>, Error> {
+) -> Result<Option<Still>, Error> {
     if options.pause == Pause::None {
         return Ok(None);
     }
@@ -437,7 +469,7 @@ fn freeze(
         mark: options.freeze_mark.clone(),
         ..freeze::Options::default()
     };
-    let frozen = freeze::freeze(container.pid, Some(container.pid_start), &how)?;
+    let frozen = beside_others(|| freeze::freeze(container.pid, Some(container.pid_start), &how))?;
     if !frozen.outside().is_empty() {
         let pids = frozen
             .outside()
@@ -452,7 +484,7 @@ fn freeze(
             ),
         );
     }
-    Ok(Some(frozen))
+    Ok(Some(Still(Some(frozen))))
 }
 
 /// Makes the layers and hands them on, as they are made. What is returned is all read, and not yet finished: whoever
@@ -656,4 +688,28 @@ fn assemble(
         created: options.timestamp.unwrap_or(now),
         created_by: "upperdeck commit",
     })?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_freeze_that_takes_long_keeps_no_other_task_waiting() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .build()
+            .unwrap();
+        let (say, heard) = std::sync::mpsc::channel();
+        let save = async move {
+            let other = tokio::spawn(async move { say.send(()) });
+            // As long as the container takes to stand still, the other task runs.
+            let heard = beside_others(|| heard.recv_timeout(Duration::from_secs(60)));
+            other.await.unwrap().unwrap();
+            heard
+        };
+        let heard = runtime.block_on(async { tokio::spawn(save).await.unwrap() });
+        assert_eq!(heard, Ok(()));
+        assert_eq!(beside_others(|| 7), 7, "without a runtime");
+    }
 }

@@ -392,6 +392,9 @@ pub enum Error {
          run as root in the initial user namespace with CAP_SYS_ADMIN"
     )]
     MarksUnreadable,
+    /// A thread of the walk panicked.
+    #[error("a thread that walks the tree died; this is a defect of upperdeck")]
+    Worker,
     /// A bound was reached.
     #[error("refused: {what} is over the limit of {limit}; if that is meant, raise it with {flag}")]
     Cap {

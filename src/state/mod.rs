@@ -20,7 +20,7 @@ use crate::scan::{Scan, Stored};
 
 const MAGIC: &[u8; 8] = b"updeckst";
 /// Grows when the meaning of anything in a file changes, the scan's included: flags, what is emitted, what is left out.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Largest description.
 const MAX_DESCRIPTION: u64 = 4 << 20;
 /// Largest file. A million entries take some 40 MB.
@@ -119,7 +119,21 @@ pub struct Store {
 
 /// A container that nobody else saves meanwhile (who asks here).
 #[derive(Debug)]
-pub struct Lock(#[expect(dead_code, reason = "the lock goes with the descriptor")] File);
+pub struct Lock {
+    /// The lock goes with the descriptor.
+    file: File,
+    path: PathBuf,
+}
+
+impl Drop for Lock {
+    /// Where nothing is kept of the container, no file of its lock stays either.
+    fn drop(&mut self) {
+        if !self.path.with_extension(SUFFIX).exists() && is_at(&self.file, &self.path) {
+            // Otherwise it is left to `Store::clear`.
+            fs::remove_file(&self.path).ok();
+        }
+    }
+}
 
 impl Store {
     /// The store in `dir`, which is made when it is needed.
@@ -161,12 +175,8 @@ impl Store {
                 Err(error) => return Err(error.into()),
             }
             // Cleared away by somebody else in between: then it locks nothing.
-            let same =
-                |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
-            if fs::metadata(&path)
-                .is_ok_and(|there| file.metadata().is_ok_and(|ours| same(&there, &ours)))
-            {
-                return Ok(Some(Lock(file)));
+            if is_at(&file, &path) {
+                return Ok(Some(Lock { file, path }));
             }
         }
     }
@@ -223,7 +233,7 @@ impl Store {
         let Ok(entries) = fs::read_dir(&self.dir) else {
             return;
         };
-        let mut files = Vec::new();
+        let (mut files, mut locks) = (Vec::new(), Vec::new());
         for entry in entries.flatten() {
             let path = entry.path();
             let Ok(meta) = entry.metadata() else { continue };
@@ -240,10 +250,11 @@ impl Store {
             } else if name.ends_with(&format!(".{SUFFIX}")) {
                 if is_orphan(&path) {
                     fs::remove_file(&path).ok();
-                    fs::remove_file(path.with_extension(LOCK)).ok();
                 } else {
                     files.push((meta.modified().ok(), meta.len(), path));
                 }
+            } else if name.ends_with(&format!(".{LOCK}")) {
+                locks.push(path);
             }
         }
         files.sort();
@@ -256,6 +267,28 @@ impl Store {
                 total -= size;
             }
         }
+        for path in locks {
+            if !path.with_extension(SUFFIX).exists() {
+                remove_unless_held(&path);
+            }
+        }
+    }
+}
+
+/// Whether `path` is still the name of this file.
+fn is_at(file: &File, path: &Path) -> bool {
+    let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    fs::metadata(path).is_ok_and(|there| file.metadata().is_ok_and(|ours| same(&there, &ours)))
+}
+
+/// Removes the file of a lock that nobody has. Whoever takes it at this moment sees that it is gone, and makes another.
+fn remove_unless_held(path: &Path) {
+    let Ok(file) = OpenOptions::new().write(true).open(path) else {
+        return;
+    };
+    let how = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    if rustix::fs::flock(&file, how).is_ok() {
+        fs::remove_file(path).ok();
     }
 }
 

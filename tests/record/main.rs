@@ -215,6 +215,31 @@ fn a_session_and_a_tag_have_one_open_save_and_a_user_so_many() -> Outcomes {
 }
 
 #[test]
+fn a_user_has_so_many_open_saves_though_they_are_asked_for_at_once() -> Outcomes {
+    on_both(async |place: String| {
+        let (one, two) = (Record::open(&place).await?, Record::open(&place).await?);
+        for round in 0..20 {
+            let user = format!("user{round}");
+            let sent = (0..12).map(|n| {
+                let record = if n % 2 == 0 { one.clone() } else { two.clone() };
+                let save = save(&user, &format!("s{round}-{n}"), &format!("v{n}"));
+                tokio::spawn(async move { record.submit(&save, None, 2).await })
+            });
+            let mut new = 0;
+            for answer in futures_util::future::join_all(sent.collect::<Vec<_>>()).await {
+                match answer?? {
+                    Submitted::New(_) => new += 1,
+                    Submitted::TooMany(open) => assert_eq!(open, 2),
+                    other => return Err(format!("{other:?}").into()),
+                }
+            }
+            assert_eq!(new, 2, "{user}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
     on_both(async |place: String| {
         let (one, two) = (Record::open(&place).await?, Record::open(&place).await?);

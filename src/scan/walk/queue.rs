@@ -7,9 +7,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use nix::sched::{CloneFlags, unshare};
 
 use super::flat::Walked;
-use super::{Task, Walk, Walker};
+use super::{Output, Task, Walk, Walker};
 use crate::scan::Error;
 use crate::scan::rows::Shelf;
+
+/// What a directory gave: its entries, and the directories below it that are to be walked, by entry.
+type Found = (Output, Vec<(u32, Task)>);
 
 #[derive(Default)]
 pub(super) struct Queue {
@@ -24,7 +27,15 @@ pub(super) struct Queue {
 
 impl Walker<'_> {
     /// Walks the directories of `tasks` and what is to be walked below them.
-    pub(in crate::scan) fn run(&self, mut tasks: Vec<Task>) -> Result<Walk, Error> {
+    pub(in crate::scan) fn run(&self, tasks: Vec<Task>) -> Result<Walk, Error> {
+        self.run_with(tasks, &|task, own_cwd| self.directory(task, own_cwd))
+    }
+
+    fn run_with(
+        &self,
+        mut tasks: Vec<Task>,
+        directory: &(dyn Fn(&Task, bool) -> Result<Found, Error> + Sync),
+    ) -> Result<Walk, Error> {
         {
             let mut queue = lock(&self.queue);
             for (id, task) in tasks.iter_mut().enumerate() {
@@ -34,12 +45,16 @@ impl Walker<'_> {
             queue.tasks = tasks;
         }
         std::thread::scope(|scope| {
-            for _ in 0..self.options.jobs.max(1) {
-                scope.spawn(|| {
-                    let mut shelves = BTreeMap::new();
-                    self.work(&mut shelves);
-                    lock(&self.queue).shelves.append(&mut shelves);
-                });
+            let work = || {
+                let mut shelves = BTreeMap::new();
+                self.work(&mut shelves, directory);
+                lock(&self.queue).shelves.append(&mut shelves);
+            };
+            let jobs = 0..self.options.jobs.max(1);
+            let threads: Vec<_> = jobs.map(|_| scope.spawn(work)).collect();
+            for thread in threads {
+                // One that panicked has said so in the queue.
+                let _ = thread.join();
             }
         });
         let mut queue = lock(&self.queue);
@@ -54,7 +69,11 @@ impl Walker<'_> {
         })
     }
 
-    fn work(&self, shelves: &mut BTreeMap<u32, Shelf>) {
+    fn work(
+        &self,
+        shelves: &mut BTreeMap<u32, Shelf>,
+        directory: &(dyn Fn(&Task, bool) -> Result<Found, Error> + Sync),
+    ) {
         // A working directory of this thread's own: attributes can only be asked for by path, and a name alone is the
         // shortest. Where that is not granted the way leads through /proc, which takes twice as long.
         let own_cwd = unshare(CloneFlags::CLONE_FS).is_ok();
@@ -77,10 +96,11 @@ impl Walker<'_> {
                     .unwrap_or_else(PoisonError::into_inner);
             };
             drop(queue);
+            let working = Working(self);
             let result = if self.options.cancel.load(Ordering::Relaxed) {
                 Err(Error::Cancelled)
             } else {
-                self.directory(&task, own_cwd)
+                directory(&task, own_cwd)
             };
             let result = result.map(|(output, tasks)| {
                 let mut last = shelves.last_entry().filter(|last| !last.get().is_full());
@@ -94,7 +114,6 @@ impl Walker<'_> {
                 (walked, tasks)
             });
             let mut queue = lock(&self.queue);
-            queue.working -= 1;
             match result {
                 Ok((mut walked, tasks)) => {
                     // Subdirectories get the numbers of their outputs here, where the counter is.
@@ -109,12 +128,71 @@ impl Walker<'_> {
                 Err(error) => queue.failed = Some(error),
             }
             drop(queue);
-            self.changed.notify_all();
+            drop(working);
         }
+    }
+}
+
+/// A thread that has a directory in hand. The others wait for what it finds there, so it must not leave without a word,
+/// whatever way it leaves.
+struct Working<'w, 'a>(&'w Walker<'a>);
+
+impl Drop for Working<'_, '_> {
+    fn drop(&mut self) {
+        let mut queue = lock(&self.0.queue);
+        queue.working -= 1;
+        if std::thread::panicking() {
+            queue.failed = Some(Error::Worker);
+        }
+        drop(queue);
+        self.0.changed.notify_all();
     }
 }
 
 /// A panicked thread leaves nothing half done here: every change under the lock is a whole one.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::overlay::xattr::Namespace;
+    use crate::scan::{Caps, Exclusions, Options, Roots, Rules};
+
+    #[test]
+    fn a_thread_that_panics_ends_the_walk() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots {
+            upper: dir.path().to_owned(),
+            lowers: Vec::new(),
+            data_only: Vec::new(),
+            lowers_known: true,
+            namespace: Namespace::User,
+            volume: None,
+        };
+        let (exclusions, cancel) = (
+            Exclusions::new(Rules::default()).unwrap(),
+            AtomicBool::new(false),
+        );
+        let options = Options {
+            jobs: 3,
+            uid_map: &[],
+            gid_map: &[],
+            exclusions: &exclusions,
+            caps: Caps::default(),
+            runtime_root_mode: None,
+            cancel: &cancel,
+        };
+        let (upper, lowers) = super::super::open(&roots).unwrap();
+        let walker = Walker::new(&upper, &lowers, &roots, &options, None);
+        // The other threads wait for what this one finds.
+        let ended = walker.run_with(vec![walker.root_task().unwrap()], &|_, _| {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            panic!("a defect, for the test");
+        });
+        assert!(matches!(ended, Err(Error::Worker)), "{:?}", ended.err());
+    }
 }
