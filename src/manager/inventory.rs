@@ -26,7 +26,21 @@ const SUGGESTION: usize = 60;
 #[derive(Default)]
 pub(super) struct Inventory {
     sessions: Mutex<Option<(Instant, Arc<Vec<Session>>)>>,
-    nodes: Mutex<Option<(Instant, Arc<Vec<Node>>)>>,
+    nodes: Mutex<Option<(Instant, Arc<Vec<Heard>>)>>,
+}
+
+/// A node, and when it was heard of.
+pub(super) struct Heard {
+    pub(super) node: Node,
+    /// For how long it was not, by the queue's clock: that of the node may be wrong.
+    silence: Duration,
+}
+
+impl Heard {
+    /// Whether its agent was heard of lately.
+    pub(super) fn is_alive(&self) -> bool {
+        self.silence < HEARTBEAT_LOST
+    }
 }
 
 impl Inventory {
@@ -44,24 +58,25 @@ impl Inventory {
         Ok(sessions)
     }
 
-    pub(super) async fn nodes(&self, queue: &Queue) -> Result<Arc<Vec<Node>>, queue::Error> {
+    pub(super) async fn nodes(&self, queue: &Queue) -> Result<Arc<Vec<Heard>>, queue::Error> {
         let mut held = self.nodes.lock().await;
         if let Some((at, nodes)) = &*held
             && at.elapsed() < FRESH
         {
             return Ok(nodes.clone());
         }
-        let mut nodes = queue.nodes().await?;
+        let (mut nodes, silences) = (queue.nodes().await?, queue.silences().await?);
         nodes.sort_by(|a, b| a.name.cmp(&b.name));
-        let nodes = Arc::new(nodes);
+        // What the queue does not know any more has been silent for very long.
+        let silence = |node: &Node| silences.get(&node.name).copied().unwrap_or(Duration::MAX);
+        let heard = nodes.into_iter().map(|node| Heard {
+            silence: silence(&node),
+            node,
+        });
+        let nodes = Arc::new(heard.collect::<Vec<_>>());
         *held = Some((Instant::now(), nodes.clone()));
         Ok(nodes)
     }
-}
-
-/// Whether an agent was heard of lately.
-pub(super) fn is_alive(node: &Node) -> bool {
-    now_ms() - node.at_ms < HEARTBEAT_LOST.as_millis() as i64
 }
 
 /// The session, for people.
@@ -231,14 +246,16 @@ pub(super) async fn nodes(
         *sessions_on.entry(&session.node).or_default() += 1;
     }
     let waiting = app.record.waiting_by_node().await?;
+    let ago = |silence: Duration| i64::try_from(silence.as_millis()).unwrap_or(now_ms());
     let nodes = nodes
         .iter()
-        .map(|node| NodeView {
+        .map(|heard| (heard, &heard.node))
+        .map(|(heard, node)| NodeView {
             name: node.name.clone(),
             version: node.version.clone(),
             started: rfc3339(node.started_ms),
-            heard: rfc3339(node.at_ms),
-            alive: is_alive(node),
+            heard: rfc3339(now_ms() - ago(heard.silence)),
+            alive: heard.is_alive(),
             draining: node.draining,
             sessions: sessions_on.get(node.name.as_str()).copied().unwrap_or(0),
             running: node.running.clone(),

@@ -296,6 +296,15 @@ impl Local {
     }
 
     #[allow(clippy::unused_async)]
+    pub(super) async fn silences(&self) -> Result<HashMap<String, Duration>, Error> {
+        let (state, now) = (self.state(), self.now());
+        let silence = |(name, heard): (&String, &Heard)| {
+            (name.clone(), now.saturating_duration_since(heard.at))
+        };
+        Ok(state.heard.iter().map(silence).collect())
+    }
+
+    #[allow(clippy::unused_async)]
     pub(super) async fn sessions(&self) -> Result<Vec<Session>, Error> {
         let now = self.now();
         Ok(self

@@ -7,6 +7,7 @@
 mod local;
 mod redis;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -246,6 +247,11 @@ impl Queue {
     /// The nodes that were heard of within a day, with their last heartbeats.
     pub async fn nodes(&self) -> Result<Vec<Node>, Error> {
         on!(self, nodes())
+    }
+
+    /// For how long each node was not heard of, by the queue's own clock: what an agent says of the time is its own.
+    pub async fn silences(&self) -> Result<HashMap<String, Duration>, Error> {
+        on!(self, silences())
     }
 
     /// The sessions of the nodes that were heard of within [`HEARTBEAT_LOST`].

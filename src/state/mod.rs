@@ -427,3 +427,32 @@ fn checksum(from: &mut impl io::Read, length: u64) -> Result<Digest, Flaw> {
     }
     Ok(checksum)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_file_of_a_lock_stays_without_a_save() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        let there = || fs::read_dir(dir.path()).unwrap().count();
+        let lock = store.try_lock("a").unwrap().unwrap();
+        assert!(store.try_lock("a").unwrap().is_none(), "two have it");
+        store.clear(0);
+        assert_eq!(there(), 1, "the file of a lock that is held is gone");
+        assert!(store.try_lock("a").unwrap().is_none(), "two have it");
+        drop(lock);
+        assert_eq!(there(), 0, "it stays when its holder ends");
+
+        // What is kept of a container keeps the file of its lock, and both go together.
+        let kept = store.path("a", SUFFIX);
+        fs::write(&kept, "damaged").unwrap();
+        drop(store.try_lock("a").unwrap().unwrap());
+        assert_eq!(there(), 2);
+        fs::remove_file(&kept).unwrap();
+        // As a process leaves it that was killed.
+        store.clear(0);
+        assert_eq!(there(), 0, "it stays when nothing is kept any more");
+    }
+}

@@ -2,6 +2,7 @@
 
 mod next;
 mod programs;
+mod rewritten;
 mod steps;
 mod watched;
 
@@ -109,8 +110,9 @@ impl Session {
         let merged = &self.root();
         fs::create_dir_all(merged.join("opt"))?;
         fs::write(merged.join("opt/writers.py"), script)?;
+        let log = what.replace(' ', "-");
         let background = format!(
-            "setsid /usr/bin/python3 /opt/writers.py {what} > /tmp/{what}.log 2>&1 < /dev/null &"
+            "setsid /usr/bin/python3 /opt/writers.py {what} > /tmp/{log}.log 2>&1 < /dev/null &"
         );
         self.podman.shell(&self.container, &background)?;
         Ok(())
@@ -139,13 +141,22 @@ impl Session {
     }
 
     fn instant(&self, saved: &Saved) -> Result<String> {
+        self.instant_but(saved, &[])
+    }
+
+    /// With what the save has said of it.
+    fn instant_but(&self, saved: &Saved, said: &[&str]) -> Result<String> {
         let layers = saved.metadata["base"]["layers"]
             .as_array()
             .context("layers")?
             .len();
         run(&mut command(
             "python3",
-            [INSTANT, &self.layout(), &saved.digest, &layers.to_string()],
+            [
+                &[INSTANT, &self.layout(), &saved.digest, &layers.to_string()],
+                said,
+            ]
+            .concat(),
         ))
     }
 

@@ -264,7 +264,8 @@ impl Agent {
             name: "n1".into(),
             version: "0".into(),
             started_ms: 0,
-            at_ms: upperdeck::job::now_ms(),
+            // Its clock is an hour behind.
+            at_ms: upperdeck::job::now_ms() - 3_600_000,
             draining: false,
             running: Vec::new(),
             load: Load::default(),

@@ -654,12 +654,18 @@ async fn nodes_and_sessions_are_those_last_heard_of(world: World) -> Outcome {
     world.pass(HEARTBEAT_LOST / 2);
     let one = upperdeck::job::Node {
         draining: true,
+        at_ms: one.at_ms - 3_600_000,
         ..one
     };
     queue.heartbeat(&one, None).await?;
     world.pass(HEARTBEAT_LOST / 2 + Duration::from_secs(1));
     assert_eq!(queue.sessions().await?, sessions);
     assert_eq!(queue.nodes().await?.len(), 2);
+    // Whatever an agent takes for the time.
+    let silences = queue.silences().await?;
+    assert_eq!(silences.len(), 2);
+    assert!(silences["n1"] < HEARTBEAT_LOST, "{silences:?}");
+    assert!(silences["n2"] > HEARTBEAT_LOST, "{silences:?}");
     queue.heartbeat(&one, Some(&[])).await?;
     assert!(queue.sessions().await?.is_empty());
     world.pass(Duration::from_secs(86_400 - 5));

@@ -14,7 +14,6 @@ use hear::hear;
 use reconcile::reconcile;
 
 use super::App;
-use super::inventory::is_alive;
 use crate::queue;
 use crate::record;
 
@@ -86,7 +85,7 @@ async fn measure(app: &App) -> Result<(), Trouble> {
     let depth = app.queue.depth().await;
     app.metrics.queue(depth.as_ref().ok().copied());
     let nodes = app.inventory.nodes(&app.queue).await?;
-    let alive = nodes.iter().filter(|node| is_alive(node)).count();
+    let alive = nodes.iter().filter(|node| node.is_alive()).count();
     app.metrics.nodes(alive, nodes.len() - alive);
     depth?;
     Ok(())

@@ -65,7 +65,7 @@ macro_rules! scripts {
         }
     };
 }
-scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard depth);
+scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence depth);
 
 /// What the script gives out: job, fence, sealed order.
 type Given = (Vec<u8>, Vec<u8>, Vec<u8>);
@@ -387,6 +387,17 @@ impl Redis {
             found.extend(some.iter().cloned().zip(values));
         }
         Ok(found)
+    }
+
+    pub(super) async fn silences(&self) -> Result<HashMap<String, Duration>, Error> {
+        let mut call = self.call(&self.scripts.silence);
+        call.arg(DAY.as_millis() as u64);
+        let answers: Vec<(Vec<u8>, i64)> = self.link.run(&call).await?;
+        let silence = |(name, ms): (Vec<u8>, i64)| {
+            let silence = Duration::from_millis(ms.try_into().unwrap_or(0));
+            Some((String::from_utf8(name).ok()?, silence))
+        };
+        Ok(answers.into_iter().filter_map(silence).collect())
     }
 
     pub(super) async fn nodes(&self) -> Result<Vec<Node>, Error> {

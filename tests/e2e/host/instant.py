@@ -1,4 +1,5 @@
-"""Whether an image holds one instant of what writers.py writes: LAYOUT DIGEST LAYERS-OF-THE-BASE. Applies the layers above
+"""Whether an image holds one instant of what writers.py writes: LAYOUT DIGEST LAYERS-OF-THE-BASE
+[unsettled]. With the last, requests that nobody waited for may be in it in part, as the save has said. Applies the layers above
 the base by itself, sharing no code with the program."""
 import base64, csv, hashlib, json, os, shutil, sqlite3, sys, tarfile, tempfile
 
@@ -76,6 +77,18 @@ try:
         assert len(differ) <= 1, f"{len(differ)} pages are not of one instant"
         assert all(one[at:at + 16] > two[at:at + 16] for at in differ), "the second file is ahead of the first"
         print("pages", max(int(one[at:at + 16]) for at in places), end=" ")
+    for name in sorted(name for name in os.listdir(home) if name.startswith("rewrite-") and "." not in name):
+        data, way = open(f"{home}/{name}", "rb").read(), name.split("-")[1]
+        numbers = [int(data[at:at + 16].strip(b"\0") or 0) for block in range(0, len(data), 4096) for at in (block, block + 4080)]
+        kinds, emptied = set(numbers), way == "zero" and not any(numbers) or way == "truncate" and not data
+        if way == "mmap":
+            assert numbers == sorted(numbers, reverse=True) and max(numbers) - min(numbers) <= 1, f"{name} is torn: {kinds}"
+        elif len(kinds) != 1 and not emptied:
+            asked = way in ("libaio", "io_uring") and "unsettled" in sys.argv[4:] and max(numbers) - min(numbers) == 1
+            assert asked, f"{name} is torn: {kinds}"
+            print(way, "in part", end=" ")
+        assert emptied or len(data) == 48 << 20, f"{name} has {len(data)} bytes"
+        print(way, max(numbers, default=0), end=" ")
     if os.path.exists(f"{home}/page"):
         print("page", int(read("page", 4096) or 0), end=" ")
     if os.path.exists(f"{home}/installed"):

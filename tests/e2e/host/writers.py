@@ -1,5 +1,5 @@
 """Programs that write hard and in an order that an instant cannot break: run in a container, checked by instant.py."""
-import base64, hashlib, mmap, os, random, shutil, sqlite3, subprocess, sys, zipfile
+import base64, ctypes, fcntl, hashlib, mmap, os, random, shutil, sqlite3, struct, subprocess, sys, time, zipfile
 
 home = "/home/w"
 what = sys.argv[1]
@@ -95,6 +95,85 @@ def page():
         shared[4096:4112] = b"%016d" % n
 
 
+def rewrite(way):
+    """A file of 48 MB that is rewritten in place by one call, every now and then: all of it is of one number, at any instant."""
+    size = 48 << 20
+    path = f"{home}/rewrite-{way}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+    def call(number, *arguments):
+        result = libc.syscall(ctypes.c_long(number), *[ctypes.c_long(argument) for argument in arguments])
+        if result < 0:
+            raise OSError(ctypes.get_errno(), f"system call {number}")
+        return result
+
+    def fill(n):
+        memory[:] = (b"%016d" % n) * (size // 16)
+
+    def write(fd):
+        assert os.pwrite(fd, memory, 0) == size
+
+    fill(0)
+    with open(path + ".new", "wb") as file:
+        file.write(memory)
+        os.fsync(file.fileno())
+    direct = os.O_DIRECT if way in ("direct", "libaio", "io_uring") else 0
+    fd = os.open(path + ".new", os.O_RDWR | direct)
+    shared = mmap.mmap(fd, size) if way == "mmap" else None
+    if way == "libaio":
+        context = ctypes.c_ulong()
+        call(206, 8, ctypes.addressof(context))
+        request = ctypes.create_string_buffer(struct.pack("<QIIHhIQQqQII", 1, 0, 0, 1, 0, fd, address, size, 0, 0, 0, 0))
+        requests = (ctypes.c_void_p * 1)(ctypes.addressof(request))
+        event = ctypes.create_string_buffer(32)
+    if way == "io_uring":
+        parameters = ctypes.create_string_buffer(120)
+        ring = call(425, 8, ctypes.addressof(parameters))
+        submission, completion = (struct.unpack_from("10I", parameters.raw, at) for at in (40, 80))
+        queue, entries = mmap.mmap(ring, 1 << 14), mmap.mmap(ring, 8 * 64, offset=0x10000000)
+        entries[:64] = struct.pack("<BBHiQQIIQ24x", 23, 0, 0, fd, 0, address, size, 0, 7)
+        struct.pack_into("I", queue, submission[6], 0)
+    if way == "clone":
+        source = os.open(path + ".source", os.O_RDWR | os.O_CREAT)
+    os.rename(path + ".new", path)
+    n = 0
+    while True:
+        n += 1
+        fill(n)
+        if way in ("buffered", "direct"):
+            write(fd)
+        elif way == "libaio":
+            call(209, context.value, 1, ctypes.addressof(requests))
+            call(208, context.value, 1, 1, ctypes.addressof(event), 0)
+        elif way == "io_uring":
+            tail, = struct.unpack_from("I", queue, submission[1])
+            struct.pack_into("I", queue, submission[6] + 4 * (tail % 8), 0)
+            struct.pack_into("I", queue, submission[1], tail + 1)
+            assert call(426, ring, 1, 1, 1, 0, 0) == 1
+            head, = struct.unpack_from("I", queue, completion[0])
+            struct.pack_into("I", queue, completion[0], head + 1)
+        elif way == "mmap":
+            for at in range(0, size, 4096):
+                shared[at:at + 4096] = memory[at:at + 4096]
+        elif way == "rename":
+            with open(path + ".part", "wb") as file:
+                file.write(memory)
+            os.rename(path + ".part", path)
+        elif way == "truncate":
+            os.ftruncate(fd, 0)
+            write(fd)
+        elif way == "zero":
+            # FALLOC_FL_ZERO_RANGE
+            call(285, fd, 0x10, 0, size)
+            write(fd)
+        elif way == "clone":
+            write(source)
+            fcntl.ioctl(fd, 0x40049409, source)
+        time.sleep(random.random() * 2)
+
+
 def done(marker, n):
     with open(f"{home}/{marker}.part", "w") as file:
         file.write(str(n))
@@ -147,4 +226,5 @@ def removal():
         os.rmdir(top)
 
 
-{"page": page, "packages": packages, "removal": removal, "counters": counters, "database": database, "tree": tree, "pages": pages}[what]()
+{"page": page, "packages": packages, "removal": removal, "counters": counters, "database": database, "tree": tree, "pages": pages,
+ "rewrite": lambda: rewrite(sys.argv[2])}[what]()
