@@ -66,7 +66,9 @@ fn whole_on(mkfs: &'static str, ways: &[&str]) -> Result<()> {
             ensure!(seen.contains(way), "{way} is not in {seen}");
         }
     }
-    eprintln!("{mkfs}: {in_part} saves had a request that was under way, in part, and said so");
+    crate::support::note(&format!(
+        "{mkfs}: {in_part} saves had a request that was under way, in part, and said so"
+    ));
     Ok(())
 }
 
