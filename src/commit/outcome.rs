@@ -13,7 +13,7 @@ use crate::manifest::Image;
 use crate::scan::Report;
 
 /// Version of [`Metadata`]; it grows when a field changes its meaning or goes away, not when one is added.
-pub const METADATA_VERSION: u32 = 2;
+pub const METADATA_VERSION: u32 = 3;
 
 /// A finished save.
 #[derive(Clone, Debug)]

@@ -1,8 +1,8 @@
-//! What the user should hear of a save without asking: a few lines here, all of it in the metadata file.
+//! What the user should hear of a save without asking: a few lines here, more examples in the metadata file.
 
 use super::{Context, Taken};
 use crate::layer::block::Instability;
-use crate::scan::Reason;
+use crate::scan::{Reason, Sample};
 
 /// Files named one by one in warnings of one kind.
 const NAMED: usize = 10;
@@ -25,40 +25,44 @@ pub(super) fn tell(context: &Context, taken: &Taken) {
             format!("/{} {what}", file.path)
         });
     let report = &taken.report;
-    let vanished = report
-        .vanished
-        .iter()
-        .map(|path| format!("/{path} vanished while the tree was walked"));
-    some(context, "unstable_file", unstable.chain(vanished));
-    let privileged = report.privileged.iter().map(|path| {
-        format!("/{path} is setuid, setgid or has file capabilities, which the base does not have")
-    });
-    some(context, "privileged_file", privileged);
-    let split = report.split_links.iter().map(|path| {
-        format!("/{path} has hard links outside the renamed directory it is in, and is a file of its own in the image")
-    });
-    some(context, "split_links", split);
-    if let Some(first) = report.sockets.first() {
-        let count = report.sockets.len();
+    some(context, "unstable_file", 0, unstable);
+    let each = |code: &str, of: &Sample<String>, what: &str| {
+        let messages = of.examples().iter().map(|path| format!("/{path} {what}"));
+        some(context, code, of.more(), messages);
+    };
+    each(
+        "unstable_file",
+        &report.vanished,
+        "vanished while the tree was walked",
+    );
+    each(
+        "privileged_file",
+        &report.privileged,
+        "is setuid, setgid or has file capabilities, which the base does not have",
+    );
+    each(
+        "split_links",
+        &report.split_links,
+        "has hard links outside the renamed directory it is in, and is a file of its own in the image",
+    );
+    if let Some(first) = report.sockets.examples().first() {
+        let count = report.sockets.count();
         context.warn(
             "sockets",
             format!("{count} sockets cannot be in an image and are left out, e.g. /{first}"),
         );
     }
-    for (name, count) in &report.dropped_xattrs {
-        context.warn(
-            "xattrs",
-            format!("the attribute {name} of {count} entries belongs to the host and is left out"),
-        );
-    }
-    let kept_out = |reason: &Reason| matches!(reason, Reason::Credential | Reason::Cache);
-    let excluded: Vec<_> = report
-        .excluded
+    let dropped = report.dropped_xattrs.iter().map(|(name, count)| {
+        format!("the attribute {name} of {count} entries belongs to the host and is left out")
+    });
+    some(context, "xattrs", 0, dropped);
+    let kept_out = [Reason::Credential, Reason::Cache];
+    let excluded = kept_out
         .iter()
-        .filter(|e| kept_out(&e.reason))
-        .collect();
-    if let Some(first) = excluded.first() {
-        let count = excluded.len();
+        .filter_map(|reason| report.excluded.get(reason.kind()));
+    let count: u64 = excluded.clone().map(Sample::count).sum();
+    let first = excluded.filter_map(|of_kind| of_kind.examples().first());
+    if let Some(first) = first.min() {
         let flags = "--include-credentials, --include-caches";
         let what = format!(
             "{count} paths with credentials or caches are left out, e.g. /{} ({flags})",
@@ -68,17 +72,17 @@ pub(super) fn tell(context: &Context, taken: &Taken) {
     }
 }
 
-/// The first few, and how many more there are.
-fn some(context: &Context, code: &str, messages: impl Iterator<Item = String>) {
+/// The first few, and how many there are besides: `more` of them have no message.
+fn some(context: &Context, code: &str, more: u64, messages: impl Iterator<Item = String>) {
     let mut messages = messages.fuse();
     for message in messages.by_ref().take(NAMED) {
         context.warn(code, message);
     }
-    let more = messages.count();
+    let more = more + messages.count() as u64;
     if more > 0 {
         context.warn(
             code,
-            format!("and {more} more, all listed in --metadata-file"),
+            format!("and {more} more, counted with examples in --metadata-file"),
         );
     }
 }

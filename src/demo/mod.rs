@@ -645,7 +645,8 @@ fn check(stage: &Stage, saved: &Saved) -> Result<usize, Error> {
         .metadata
         .report
         .excluded
-        .iter()
+        .values()
+        .flat_map(|of_kind| of_kind.examples())
         .map(|excluded| excluded.path.clone().into_bytes());
     let mounts = ["proc", "data"].map(|path| path.as_bytes().to_vec());
     let ignore = Ignore {

@@ -93,7 +93,7 @@ impl Scan {
         rows.iter()
             .skip(1)
             .try_for_each(|entry| counter.count(&entry))?;
-        let report = known.report(report, &rows);
+        let report = known.report(report);
         let opened = if earlier.roots.is_empty() {
             let mut all = vec![upper];
             all.extend(lowers.roots);
@@ -493,22 +493,10 @@ impl<'a> Earlier<'a> {
         )
     }
 
-    /// What was told of entries that were not looked at again, and still are there, holds.
-    fn report(&self, mut new: Report, rows: &Rows) -> Report {
-        let old = &self.scan.report;
-        if !old.privileged.is_empty() {
-            let there = walk::set_ids(rows);
-            let still = old
-                .privileged
-                .iter()
-                .filter(|path| there.contains(path.as_str()));
-            new.privileged.extend(still.cloned());
-            new.privileged.sort();
-            new.privileged.dedup();
-        }
-        for (name, &count) in &old.dropped_xattrs {
-            let known = new.dropped_xattrs.entry(name.clone()).or_default();
-            *known = count.max(*known);
+    /// What was told of entries that were not looked at again holds.
+    fn report(&self, mut new: Report) -> Report {
+        for (name, count) in self.scan.report.dropped_xattrs.iter() {
+            new.dropped_xattrs.at_least(name, count);
         }
         new
     }

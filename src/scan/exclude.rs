@@ -48,6 +48,21 @@ pub enum Reason {
     Pattern(String),
 }
 
+impl Reason {
+    /// As JSON has it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Mount => "mount",
+            Self::MountStub => "mount_stub",
+            Self::RuntimeDevice => "runtime_device",
+            Self::Gpu => "gpu",
+            Self::Credential => "credential",
+            Self::Cache => "cache",
+            Self::Pattern(_) => "pattern",
+        }
+    }
+}
+
 /// What to keep out.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rules<'a> {

@@ -3,13 +3,14 @@
 //!
 //! `walk` makes it, `again` makes it anew where little changed, `rows` holds it in little memory, `changes` tells two of
 //! them apart, `clock` says what can be told by time stamps, `stored` keeps one for the next save, `exclude` says what must
-//! not get in.
+//! not get in, `sample` keeps reports short.
 
 mod again;
 mod changes;
 mod clock;
 mod exclude;
 mod rows;
+mod sample;
 mod stored;
 mod usage;
 mod walk;
@@ -22,6 +23,7 @@ use std::sync::atomic::AtomicBool;
 
 pub use clock::{Clock, tick};
 pub use exclude::{Exclusions, Facts, PatternError, Reason, Rules};
+pub use sample::{Counts, Example, Sample};
 pub use stored::Stored;
 pub use usage::{Usage, usage};
 
@@ -219,10 +221,12 @@ struct Extra {
     indexed_nlink: Option<u32>,
     /// A directory that was moved here, and is merged with what lies elsewhere.
     moved: bool,
+    /// A file with setuid, setgid or file capabilities that the base does not have so.
+    privileged: bool,
 }
 
 /// Something that is not in the layer on purpose.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct Excluded {
     /// Path without a leading slash; a directory stands for all below it. Lossy where it is not UTF-8.
     pub path: String,
@@ -231,33 +235,41 @@ pub struct Excluded {
     pub reason: Reason,
 }
 
+impl Example for Excluded {
+    fn bytes(&self) -> usize {
+        self.path.len()
+    }
+}
+
 /// What the walk has to tell besides the entries. Paths are lossy where they are not UTF-8.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Report {
-    /// What was left out by the rules.
-    pub excluded: Vec<Excluded>,
+    /// What was left out by the rules, by the kind of reason ([`Reason::kind`]).
+    pub excluded: BTreeMap<&'static str, Sample<Excluded>>,
     /// Sockets: no archive can hold one.
-    pub sockets: Vec<String>,
+    pub sockets: Sample<String>,
     /// Files with setuid, setgid or file capabilities that the base does not have so.
-    pub privileged: Vec<String>,
+    pub privileged: Sample<String>,
     /// Extended attributes that belong to the host and were left out: name to number of entries.
-    pub dropped_xattrs: BTreeMap<String, u64>,
+    pub dropped_xattrs: Counts,
     /// Files in renamed directories that have hard links elsewhere in the base: those come out as files of their own.
-    pub split_links: Vec<String>,
+    pub split_links: Sample<String>,
     /// Entries that vanished while the tree was walked (only when the container runs).
-    pub vanished: Vec<String>,
+    pub vanished: Sample<String>,
 }
 
 impl Report {
     /// Adds what another walk has to tell.
     pub fn add(&mut self, other: Self) {
-        self.excluded.extend(other.excluded);
-        self.sockets.extend(other.sockets);
-        self.privileged.extend(other.privileged);
-        self.split_links.extend(other.split_links);
-        self.vanished.extend(other.vanished);
-        for (name, count) in other.dropped_xattrs {
-            *self.dropped_xattrs.entry(name).or_default() += count;
+        for (kind, sample) in other.excluded {
+            self.excluded.entry(kind).or_default().append(sample);
+        }
+        self.sockets.append(other.sockets);
+        self.privileged.append(other.privileged);
+        self.split_links.append(other.split_links);
+        self.vanished.append(other.vanished);
+        for (name, count) in other.dropped_xattrs.iter() {
+            self.dropped_xattrs.add(name, count);
         }
     }
 }

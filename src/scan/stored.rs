@@ -49,14 +49,10 @@ impl Scan {
         number(&mut out, self.above.into());
         signed(&mut out, self.clock.seconds);
         number(&mut out, self.clock.nanos.into());
-        number(&mut out, self.report.privileged.len() as u64);
-        for path in &self.report.privileged {
-            bytes(&mut out, path.as_bytes());
-        }
-        number(&mut out, self.report.dropped_xattrs.len() as u64);
-        for (name, count) in &self.report.dropped_xattrs {
+        number(&mut out, self.report.dropped_xattrs.iter().count() as u64);
+        for (name, count) in self.report.dropped_xattrs.iter() {
             bytes(&mut out, name.as_bytes());
-            number(&mut out, *count);
+            number(&mut out, count);
         }
         let mut before = Entry::default();
         for (index, entry) in (0..).zip(self.entries()) {
@@ -123,11 +119,8 @@ impl Scan {
         };
         let mut report = Report::default();
         for _ in 0..from.number()? {
-            report.privileged.push(from.text()?);
-        }
-        for _ in 0..from.number()? {
             let (name, count) = (from.text()?, from.number()?);
-            report.dropped_xattrs.insert(name, count);
+            report.dropped_xattrs.at_least(&name, count);
         }
         let mut scan = Builder::default();
         scan.reserve(count);
@@ -232,6 +225,7 @@ fn write_extra(out: &mut Vec<u8>, extra: &Extra) {
         extra.base.is_some(),
         extra.indexed_nlink.is_some(),
         extra.moved,
+        extra.privileged,
     ];
     out.push((0..).zip(has).map(|(bit, has)| u8::from(has) << bit).sum());
     if let Some(link) = &extra.link {
@@ -259,11 +253,12 @@ fn write_extra(out: &mut Vec<u8>, extra: &Extra) {
 fn read_extra(from: &mut Reader<'_, impl BufRead>) -> Option<Extra> {
     let has = from.byte()?;
     let bit = |n: u8| has & (1 << n) != 0;
-    if has >= 1 << 5 {
+    if has >= 1 << 6 {
         return None;
     }
     let mut extra = Extra {
         moved: bit(4),
+        privileged: bit(5),
         ..Extra::default()
     };
     if bit(0) {
@@ -405,6 +400,7 @@ mod tests {
             link: Some(b"to".to_vec()),
             xattrs: vec![(b"user.a".to_vec(), vec![0, 255])],
             base: Some((1, 9)),
+            privileged: true,
             ..Extra::default()
         };
         add(2, b"l", Kind::Symlink, Some(link));
@@ -419,7 +415,7 @@ mod tests {
                 nanos: 7,
             },
             report: Report {
-                privileged: vec!["a/s".to_owned()],
+                dropped_xattrs: [("system.nfs4_acl", 2)].into_iter().collect(),
                 ..Report::default()
             },
         }

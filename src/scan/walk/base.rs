@@ -7,7 +7,6 @@ use rustix::fs::{FileType, Stat};
 use super::directory::Directory;
 use super::entry::{CAPABILITY, SET_ID, kind_of, mode_of};
 use super::read_error;
-use crate::escape;
 use crate::overlay::lower::{Found, Place, basename};
 use crate::scan::{Entry, Error, Extra, Flags, Kind, Xattr};
 
@@ -107,14 +106,14 @@ impl Directory<'_> {
         same_bytes(ours.into(), theirs.into()).map_err(|e| walker.read_error(path, e))
     }
 
-    /// Notes files that give whoever runs them somebody else's rights, unless the base has them so.
-    pub(super) fn privilege(
-        &mut self,
+    /// Whether a file gives whoever runs it another user's rights, unless the base has it so.
+    pub(super) fn is_privileged(
+        &self,
         entry: &Entry,
         extra: &Extra,
         base: &Found,
         path: &[u8],
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let capability = |xattrs: &[Xattr]| {
             xattrs
                 .iter()
@@ -123,18 +122,17 @@ impl Directory<'_> {
         };
         let ours = (entry.mode & SET_ID, capability(&extra.xattrs));
         if entry.kind != Kind::File || ours == (0, None) {
-            return Ok(());
+            return Ok(false);
         }
         if let Found::Other { place, .. } = base {
             let (stat, kept) = self.walker.base_facts(place)?;
             if (mode_of(&stat) & SET_ID, capability(&kept)) == ours
                 && self.walker.owner_of(&stat, path)? == (entry.uid, entry.gid)
             {
-                return Ok(());
+                return Ok(false);
             }
         }
-        self.report.privileged.push(escape::path(path));
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -85,7 +85,7 @@ impl Directory<'_> {
         let fd = match walker.upper.open_dir(&self.task.path) {
             Ok(fd) => fd,
             Err(error) if is_absent(&error) => {
-                self.report.vanished.push(escape::path(&self.task.path));
+                self.report.vanished.add(escape::path(&self.task.path));
                 return Ok(());
             }
             Err(source) => return Err(walker.read_error(&self.task.path, source)),
@@ -94,7 +94,7 @@ impl Directory<'_> {
             Ok(names) => names,
             // Removed since it was opened.
             Err(error) if is_absent(&error) => {
-                self.report.vanished.push(escape::path(&self.task.path));
+                self.report.vanished.add(escape::path(&self.task.path));
                 return Ok(());
             }
             Err(source) => return Err(walker.read_error(&self.task.path, source)),
@@ -110,7 +110,7 @@ impl Directory<'_> {
             let path = join(&self.task.path, &name);
             let stat = stat_at(fd.as_fd(), &name).map_err(|e| walker.read_error(&path, e))?;
             let Some(stat) = stat else {
-                self.report.vanished.push(escape::path(&path));
+                self.report.vanished.add(escape::path(&path));
                 continue;
             };
             let file_type = FileType::from_raw_mode(stat.st_mode);
@@ -143,7 +143,7 @@ impl Directory<'_> {
             let at = [within.as_slice(), &name].concat();
             let attributes = match walker.attributes_of(at, Follow::No, &path, &mut dropped) {
                 Err(Error::Read { source, .. }) if is_absent(&source) => {
-                    self.report.vanished.push(escape::path(&path));
+                    self.report.vanished.add(escape::path(&path));
                     continue;
                 }
                 other => other?,
@@ -233,7 +233,7 @@ impl Directory<'_> {
         let link = if file_type == FileType::Symlink {
             let link = read_link_at(dir, &name).map_err(|e| walker.read_error(&path, e))?;
             if link.is_none() {
-                self.report.vanished.push(escape::path(&path));
+                self.report.vanished.add(escape::path(&path));
                 return Ok(());
             }
             link
@@ -254,7 +254,7 @@ impl Directory<'_> {
         }
         let Some(kind) = kind_of(file_type) else {
             self.output.partial = true;
-            self.report.sockets.push(escape::path(&path));
+            self.report.sockets.add(escape::path(&path));
             // The container sees a socket here, never what the base has.
             if in_base && !self.task.full && !self.task.hidden {
                 self.push_mark(Kind::Whiteout, &name)?;
@@ -270,11 +270,7 @@ impl Directory<'_> {
         for name in dropped {
             // Labels of the host's security module are on every file: that they stay behind is no news.
             if !name.starts_with(b"security.") && !name.starts_with(b"trusted.") {
-                *self
-                    .report
-                    .dropped_xattrs
-                    .entry(escape::path(&name))
-                    .or_default() += 1;
+                self.report.dropped_xattrs.add(&escape::path(&name), 1);
             }
         }
         let opaque = attributes.opaque.as_deref() == Some(b"y");
@@ -334,7 +330,7 @@ impl Directory<'_> {
                 }
             }
         }
-        self.privilege(&entry, &extra, &base, &path)?;
+        extra.privileged = self.is_privileged(&entry, &extra, &base, &path)?;
         self.decide(&name);
         let index = self.push(entry, &name, extra)?;
         if kind == Kind::Dir {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::above;
 use super::links::{check_indexed, split_links};
+use crate::escape;
 use crate::overlay::root::Root;
 use crate::scan::rows::Rows;
-use crate::scan::{Clock, Error, Flags, Kind, Report, Roots, Scan};
+use crate::scan::{Clock, Error, Flags, Kind, Report, Roots, Sample, Scan};
 
 /// Takes out what needs no entry, and puts the scan together.
 pub(in crate::scan) fn finish(
@@ -19,11 +20,8 @@ pub(in crate::scan) fn finish(
 ) -> Result<Scan, Error> {
     check_indexed(&rows)?;
     report.split_links = split_links(&rows);
+    report.privileged = privileged(&rows);
     prune(&mut rows);
-    report.excluded.sort_by(|a, b| a.path.cmp(&b.path));
-    report.sockets.sort();
-    report.privileged.sort();
-    report.vanished.sort();
     Ok(Scan {
         rows,
         roots: opened,
@@ -32,6 +30,22 @@ pub(in crate::scan) fn finish(
         clock,
         report,
     })
+}
+
+/// Files that give whoever runs them another user's rights, as they were found now or by the scan before this one.
+fn privileged(rows: &Rows) -> Sample<String> {
+    let mut found = Sample::default();
+    if !rows.extras().any(|extra| extra.privileged) {
+        return found;
+    }
+    let mut path = Vec::new();
+    for (index, entry) in (0..).zip(rows.iter()) {
+        if rows.extra(&entry).is_some_and(|extra| extra.privileged) {
+            rows.path_into(index, &mut path);
+            found.add(escape::path(&path));
+        }
+    }
+    found
 }
 
 /// Takes out what needs no entry: what equals the base, and what only the runtime made. The root stays.

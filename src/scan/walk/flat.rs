@@ -1,10 +1,6 @@
 //! The directories' entries, put into one list in the order of the layer.
 
-use std::collections::HashSet;
-
 use super::Task;
-use super::entry::{CAPABILITY, SET_ID};
-use crate::escape;
 use crate::scan::rows::{Rows, Shelf};
 use crate::scan::{Entry, Extra, Flags, Kind};
 
@@ -207,23 +203,6 @@ pub(super) fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Ve
         .collect();
     tasks.sort_unstable_by_key(|(entry, _)| *entry);
     (output, tasks)
-}
-
-/// Printable paths of the files that may give whoever runs them somebody else's rights.
-pub(in crate::scan) fn set_ids(rows: &Rows) -> HashSet<String> {
-    let capable = |entry: &Entry| {
-        let extra = rows.extra(entry);
-        extra.is_some_and(|extra| extra.xattrs.iter().any(|(name, _)| name == CAPABILITY))
-    };
-    let mut path = Vec::new();
-    let entries = (0..).zip(rows.iter());
-    entries
-        .filter(|(_, e)| e.kind == Kind::File && (e.mode & SET_ID != 0 || capable(e)))
-        .map(|(index, _)| {
-            rows.path_into(index, &mut path);
-            escape::path(&path)
-        })
-        .collect()
 }
 
 /// Adds entries each of which is in the one before. The index of the last.

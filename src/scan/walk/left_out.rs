@@ -41,7 +41,8 @@ impl Directory<'_> {
             self.output.stubs = true;
         }
         self.output.partial = true;
-        self.report.excluded.push(Excluded {
+        let of_kind = self.report.excluded.entry(reason.kind()).or_default();
+        of_kind.add(Excluded {
             path: escape::path(path),
             reason,
         });

@@ -7,7 +7,7 @@ use rustix::fs::Stat;
 use crate::escape;
 use crate::overlay::lower::Found;
 use crate::scan::rows::Rows;
-use crate::scan::{Entry, Error, Kind};
+use crate::scan::{Entry, Error, Kind, Sample};
 
 /// Hard links that the container sees of an indexed file (`ovl_get_nlink` in the kernel's `util.c`).
 pub(super) fn indexed_nlink(mark: &[u8], stat: &Stat, base: &Found) -> Option<u32> {
@@ -49,13 +49,13 @@ pub(super) fn check_indexed(rows: &Rows) -> Result<(), Error> {
 }
 
 /// Files taken from a lower (a renamed directory's) of which the lower has more names than were taken.
-pub(super) fn split_links(rows: &Rows) -> Vec<String> {
+pub(super) fn split_links(rows: &Rows) -> Sample<String> {
     let linked = |e: &Entry| e.root != 0 && e.kind != Kind::Dir && e.nlink > 1;
     let mut names: HashMap<(u16, u64), u32> = HashMap::new();
     for entry in rows.iter().filter(linked) {
         *names.entry((entry.root, entry.ino)).or_default() += 1;
     }
-    let mut split = Vec::new();
+    let mut split = Sample::default();
     for (index, entry) in (0..).zip(rows.iter()) {
         if linked(&entry)
             && names
@@ -64,7 +64,7 @@ pub(super) fn split_links(rows: &Rows) -> Vec<String> {
         {
             let mut path = Vec::new();
             rows.path_into(index, &mut path);
-            split.push(escape::path(&path));
+            split.add(escape::path(&path));
         }
     }
     split

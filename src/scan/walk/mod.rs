@@ -22,7 +22,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 pub(super) use entry::kind_of;
 pub(super) use finish::finish;
-pub(super) use flat::{Cursor, From, Next, Output, Walked, append_chain, by_id, set_ids};
+pub(super) use flat::{Cursor, From, Next, Output, Walked, append_chain, by_id};
 
 use flat::flatten;
 use queue::Queue;

@@ -47,7 +47,7 @@ impl Directory<'_> {
                 continue;
             }
             let Some(kind) = kind_of(file_type) else {
-                self.report.sockets.push(escape::path(&path));
+                self.report.sockets.add(escape::path(&path));
                 continue;
             };
             if name.starts_with(b".wh.") {
