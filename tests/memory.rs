@@ -1,6 +1,12 @@
 //! Memory does not grow with what is saved: at most 64 MiB and 6 MiB a thread, whatever the size of the content; and with
 //! the number of entries no more than it has to.
 
+#[allow(
+    dead_code,
+    reason = "shared by all tests, each of which needs some of it"
+)]
+mod support;
+
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
@@ -68,6 +74,10 @@ const ENTRIES: u64 = 30_000;
 const BYTES_AN_ENTRY: u64 = 200;
 
 fn scanned(upper: &Path, earlier: Option<&Scan>) -> Result<Scan> {
+    bounded(upper, earlier, Caps::default())
+}
+
+fn bounded(upper: &Path, earlier: Option<&Scan>, caps: Caps) -> Result<Scan> {
     static NEVER: AtomicBool = AtomicBool::new(false);
     let roots = Roots {
         upper: upper.to_owned(),
@@ -83,7 +93,7 @@ fn scanned(upper: &Path, earlier: Option<&Scan>) -> Result<Scan> {
         uid_map: &[],
         gid_map: &[],
         exclusions: &exclusions,
-        caps: Caps::default(),
+        caps,
         runtime_root_mode: None,
         cancel: &NEVER,
     };
@@ -168,5 +178,139 @@ fn a_live_save_holds_the_tree_about_once() -> Result<()> {
         first <= BYTES_AN_ENTRY && next <= BYTES_AN_ENTRY,
         "{first} bytes an entry in the first save, {next} in the next, of {BYTES_AN_ENTRY}"
     );
+    Ok(())
+}
+
+/// How much the largest resident set grows while `work` is done, in bytes.
+fn growth<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
+    std::fs::write("/proc/self/clear_refs", "5").ok();
+    let before = peak()?;
+    let made = work()?;
+    Ok((made, peak()? - before))
+}
+
+/// Directories in one another with names of 250 control characters: each is written as five characters in a report.
+fn long_path(from: &Path, levels: usize) -> Result<std::fs::File> {
+    use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let name = "\u{1}".repeat(250);
+    let mut at = openat(CWD, from, flags, Mode::empty())?;
+    for _ in 0..levels {
+        mkdirat(&at, name.as_str(), Mode::RWXU)?;
+        at = openat(&at, name.as_str(), flags, Mode::empty())?;
+    }
+    Ok(at.into())
+}
+
+/// Hard links to a socket cost a tenant next to nothing; a list of them with their paths was gigabytes.
+#[test]
+fn sockets_under_a_long_path_are_counted_and_not_listed() -> Result<()> {
+    use rustix::fs::{AtFlags, FileType, Mode, linkat, mknodat};
+    const SOCKETS: u64 = 20_000;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = tempfile::tempdir()?;
+    let at = long_path(dir.path(), 15)?;
+    mknodat(&at, "0", FileType::Socket, Mode::RUSR, 0)?;
+    for number in 1..SOCKETS {
+        linkat(&at, "0", &at, number.to_string(), AtFlags::empty())?;
+    }
+    let (scan, grown) = growth(|| scanned(dir.path(), None))?;
+    let sockets = &scan.report.sockets;
+    assert_eq!(sockets.count(), SOCKETS);
+    assert!((1..=100).contains(&sockets.examples().len()));
+    let report = serde_json::to_vec(&scan.report)?.len();
+    assert!(report < 256 << 10, "the report has {report} bytes");
+    assert!(
+        grown < 16 * MIB,
+        "{} MiB for a list of sockets",
+        grown / MIB
+    );
+    Ok(())
+}
+
+/// Files that all have the same attributes, as file systems keep them once, too.
+fn with_attributes(upper: &Path, files: usize, value: impl Fn(usize) -> Vec<u8>) -> Result<bool> {
+    for number in 0..files {
+        let file = std::fs::File::create(upper.join(number.to_string()))?;
+        let set = rustix::fs::fsetxattr(
+            &file,
+            "user.a",
+            &value(number),
+            rustix::fs::XattrFlags::empty(),
+        );
+        match set {
+            Err(rustix::io::Errno::OPNOTSUPP) => return Ok(false),
+            other => other?,
+        }
+    }
+    Ok(true)
+}
+
+#[test]
+fn attributes_that_many_files_have_are_kept_once() -> Result<()> {
+    const FILES: usize = 20_000;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = tempfile::tempdir()?;
+    let value = vec![b'x'; 3900];
+    if !with_attributes(dir.path(), FILES, |_| value.clone())? {
+        support::ignore("no user attributes in the temporary directory");
+        return Ok(());
+    }
+    let (scan, grown) = growth(|| scanned(dir.path(), None))?;
+    assert_eq!(scan.len(), FILES + 1);
+    for entry in scan.entries().skip(1) {
+        assert_eq!(scan.xattrs(&entry), [(b"user.a".to_vec(), value.clone())]);
+    }
+    assert!(grown < 24 * MIB, "{} MiB for one value", grown / MIB);
+    // The next save begins with them once, too.
+    let store = Store::new(&dir.path().join("state"));
+    keep(&store, &scan)?;
+    drop(scan);
+    let (loaded, grown) = growth(|| Ok(store.load("container")?))?;
+    assert_eq!(loaded.stored[0].scan.len(), FILES + 1);
+    assert!(grown < 24 * MIB, "{} MiB for one value", grown / MIB);
+    Ok(())
+}
+
+#[test]
+fn attributes_names_and_listings_count_against_a_bound_that_has_a_flag() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let caps = |memory| Caps {
+        memory,
+        ..Caps::default()
+    };
+    let refused = |upper: &Path, earlier: Option<&Scan>, memory| -> Result<()> {
+        let Err(error) = bounded(upper, earlier, caps(memory)) else {
+            return Err(format!("{memory} bytes were enough").into());
+        };
+        let told = format!(
+            "refused: the memory for names, attributes and directory listings in bytes is over the limit of {memory}; \
+             if that is meant, raise it with --max-memory"
+        );
+        assert_eq!(error.to_string(), told);
+        Ok(())
+    };
+    let attributes = tempfile::tempdir()?;
+    let value = |number: usize| format!("{number:03000}").into_bytes();
+    if with_attributes(attributes.path(), 2000, value)? {
+        refused(attributes.path(), None, 5 << 20)?;
+        let scan = bounded(attributes.path(), None, caps(8 << 20))?;
+        // What is not looked at again counts as well.
+        refused(attributes.path(), Some(&scan), 5 << 20)?;
+    }
+    let names = tempfile::tempdir()?;
+    for number in 0..5000 {
+        std::fs::File::create(names.path().join(format!("{number:0200}")))?;
+    }
+    refused(names.path(), None, 1 << 20)?;
+    bounded(names.path(), None, caps(4 << 20))?;
+    // Directories that wait to be walked, each with its whole path.
+    let waiting = tempfile::tempdir()?;
+    let at = long_path(waiting.path(), 14)?;
+    for number in 0..2000 {
+        rustix::fs::mkdirat(&at, number.to_string(), rustix::fs::Mode::RWXU)?;
+    }
+    refused(waiting.path(), None, 4 << 20)?;
+    bounded(waiting.path(), None, caps(16 << 20))?;
     Ok(())
 }

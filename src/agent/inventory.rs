@@ -10,10 +10,17 @@ use serde::Deserialize;
 use super::kind;
 use super::options::Options;
 use crate::container::{self, Container, MountPoint, Runtime};
+use crate::escape;
 use crate::job::{NextSave, Session, Unsaved};
 
-/// Problems that a heartbeat tells of at most.
+/// Problems that a heartbeat tells of at most, and characters of each.
 const MAX_PROBLEMS: usize = 20;
+const MAX_PROBLEM: usize = 500;
+/// Mounts of one session that are told of, and bytes of their names together.
+const MAX_MOUNTS: usize = 64;
+const MAX_MOUNT_BYTES: usize = 16 << 10;
+/// Characters of a name of a session.
+const MAX_NAME: usize = 256;
 
 /// What was seen last.
 #[derive(Debug, Default)]
@@ -51,7 +58,11 @@ impl Inventory {
         let listing = container::list(&options.roots);
         let of_runtime = |container: &&Container| container.runtime != Runtime::Process;
         let containers: Vec<&Container> = listing.containers.iter().filter(of_runtime).collect();
-        let mut problems: Vec<String> = listing.problems.iter().map(ToString::to_string).collect();
+        let mut problems: Vec<String> = listing
+            .problems
+            .iter()
+            .map(|problem| escape::limited(&problem.to_string(), MAX_PROBLEM))
+            .collect();
         if problems.len() > MAX_PROBLEMS {
             let more = problems.len() - MAX_PROBLEMS;
             problems.truncate(MAX_PROBLEMS);
@@ -145,35 +156,43 @@ struct Next {
 
 fn session(options: &Options, container: &Container) -> Session {
     let pod = container.pod.as_ref();
+    let (unsaved, more) = unsaved(&container.mounts);
+    let name = |text: &String| escape::limited(text, MAX_NAME);
     Session {
         id: container.id.clone(),
         node: options.node.clone(),
         owner: options.owner.owner(container),
-        namespace: pod.map(|pod| pod.namespace.clone()),
-        pod: pod.map(|pod| pod.name.clone()),
+        namespace: pod.map(|pod| name(&pod.namespace)),
+        pod: pod.map(|pod| name(&pod.name)),
         container: pod
-            .map(|pod| pod.container.clone())
-            .or_else(|| container.names.first().cloned()),
+            .map(|pod| &pod.container)
+            .or_else(|| container.names.first())
+            .map(name),
         runtime: container.runtime.name().to_owned(),
         kind: kind::kind(container),
         category: kind::category(container),
-        image: container.image_name.clone(),
+        image: container.image_name.as_ref().map(name),
         started_ms: container.started_ms(&options.roots).unwrap_or(0),
         upper_bytes: None,
         upper_entries: None,
         next: None,
-        unsaved: unsaved(&container.mounts),
+        unsaved,
+        unsaved_more: more,
+        problem: container.mounts_cut.then(|| {
+            "more is mounted in it than is listed; a save is refused where it is more than a save can take".to_owned()
+        }),
     }
 }
 
-/// Each place once. What the runtime mounts for itself is told of too, as what it is.
-fn unsaved(mounts: &[MountPoint]) -> Vec<Unsaved> {
+/// Each place once, as far as there is room, and how many more there are. What the runtime mounts for itself is told of too,
+/// as what it is.
+fn unsaved(mounts: &[MountPoint]) -> (Vec<Unsaved>, u64) {
     let mut told = HashSet::new();
     let mut unsaved: Vec<Unsaved> = mounts
         .iter()
         .map(|mount| Unsaved {
-            path: mount.destination.to_string_lossy().into_owned(),
-            kind: mount.kind.clone(),
+            path: escape::text(&mount.destination.to_string_lossy()),
+            kind: escape::limited(&mount.kind, MAX_NAME),
             data: mount.volume,
         })
         // Below /proc, /sys and /dev everything is the kernel's: one line for each tells as much.
@@ -186,7 +205,15 @@ fn unsaved(mounts: &[MountPoint]) -> Vec<Unsaved> {
         .filter(|mount| told.insert(mount.path.clone()))
         .collect();
     unsaved.sort_by(|a, b| (!a.data, &a.path).cmp(&(!b.data, &b.path)));
-    unsaved
+    let mut bytes = 0;
+    let fits = unsaved.iter().take_while(|mount| {
+        bytes += mount.path.len() + mount.kind.len();
+        bytes <= MAX_MOUNT_BYTES
+    });
+    let fits = fits.count().min(MAX_MOUNTS);
+    let more = unsaved.len() - fits;
+    unsaved.truncate(fits);
+    (unsaved, more as u64)
 }
 
 #[cfg(test)]
@@ -229,6 +256,31 @@ mod tests {
         );
         it.spec.env = vec!["JUPYTERHUB_USER=../x".to_owned()];
         assert_eq!(super::session(&options, &it).owner, None);
+    }
+
+    #[test]
+    fn what_is_told_of_one_session_is_bounded() -> Result<(), serde_json::Error> {
+        let options = Options::new(OwnerRule::Namespace(None));
+        let mut it = container();
+        let long = "\u{1}".repeat(3700);
+        it.names = vec![long.clone()];
+        it.pod = None;
+        it.image_name = Some(long.clone());
+        it.mounts = (0..750)
+            .map(|number| mount(&format!("/mnt/{long}{number}"), false))
+            .chain([mount("/home/alice", true)])
+            .collect();
+        let told = session(&options, &it);
+        assert_eq!(told.unsaved[0].path, "/home/alice");
+        assert_eq!(told.unsaved.len() as u64 + told.unsaved_more, 751);
+        let json = serde_json::to_string(&told)?;
+        assert!(json.len() < 64 << 10, "{} bytes", json.len());
+        it.mounts = (0..750)
+            .map(|number| mount(&format!("/m{number}"), true))
+            .collect();
+        let told = session(&options, &it);
+        assert_eq!((told.unsaved.len(), told.unsaved_more), (64, 686));
+        Ok(())
     }
 
     #[test]

@@ -142,6 +142,7 @@ pub(super) mod tests {
             uid_map: vec![],
             gid_map: vec![],
             mounts: vec![],
+            mounts_cut: false,
             image_name: None,
             runtime_root_mode: None,
             spec: Spec::default(),

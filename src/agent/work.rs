@@ -229,6 +229,7 @@ fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
         .exit_code()
     {
         66 => gone(),
+        _ if error.code() == "policy" => Refusal::of(Code::Policy, error.to_string()),
         77 => Refusal::of(Code::NotPermitted, error.to_string()),
         _ => Refusal::of(Code::Internal, error.to_string()),
     })?;

@@ -67,6 +67,7 @@ pub(super) fn rules(choice: &args::Choice) -> Rules {
             depth: choice.max_depth.unwrap_or(usual.depth),
             bytes: choice.max_size.unwrap_or(usual.bytes),
             holes: choice.max_holes.unwrap_or(usual.holes),
+            memory: choice.max_memory.unwrap_or(usual.memory),
         },
     }
 }

@@ -11,10 +11,14 @@ use crate::bench::report::Report;
 use crate::commit::{NextKind, NextSave};
 use crate::container::{Base, Container, IdMapping, Pod, Runtime};
 use crate::digest::{ChainId, DiffId, Digest};
-use crate::escape::text as escaped;
+use crate::escape::{limited, text as escaped};
 
 /// Digits of an ID in a table, as `docker ps` has them.
 const SHORT_ID: usize = 12;
+/// Mounts that `inspect` lists, bytes of them together, and characters of where one comes from.
+const MAX_MOUNTS: usize = 200;
+const MAX_MOUNT_BYTES: usize = 128 << 10;
+const MAX_SOURCE: usize = 1024;
 
 /// A line of `ps`, and the head of `inspect`.
 #[derive(Clone, Debug, Serialize)]
@@ -111,8 +115,10 @@ pub struct InspectView {
     pub uid_map: Vec<IdMapping>,
     /// Likewise.
     pub gid_map: Vec<IdMapping>,
-    /// Mounts whose content would not be in the image.
+    /// Mounts whose content would not be in the image, volumes first.
     pub not_saved: Vec<MountView>,
+    /// Mounts that are not listed there, for there are too many.
+    pub not_saved_more: usize,
     /// What a save would be; none where the base is not proven.
     pub next_save: Option<NextSave>,
     /// Why it would fail.
@@ -192,9 +198,22 @@ impl InspectView {
         let mount = |mount: &crate::container::MountPoint| MountView {
             destination: text::path(&mount.destination),
             kind: mount.kind.clone(),
-            source: mount.source.clone(),
+            source: limited(&mount.source, MAX_SOURCE),
             volume: mount.volume,
         };
+        let all = container.mounts.iter();
+        let (volumes, others): (Vec<_>, Vec<_>) = all.partition(|mount| mount.volume);
+        let mut bytes = 0;
+        let not_saved: Vec<MountView> = volumes
+            .into_iter()
+            .chain(others)
+            .take(MAX_MOUNTS)
+            .map(mount)
+            .take_while(|mount| {
+                bytes += mount.destination.len() + mount.source.len();
+                bytes <= MAX_MOUNT_BYTES
+            })
+            .collect();
         Self {
             container: ContainerView::new(container, upper_bytes),
             base,
@@ -206,7 +225,8 @@ impl InspectView {
             },
             uid_map: container.uid_map.clone(),
             gid_map: container.gid_map.clone(),
-            not_saved: container.mounts.iter().map(mount).collect(),
+            not_saved_more: container.mounts.len() - not_saved.len(),
+            not_saved,
             next_save: None,
             next_save_error: None,
         }
@@ -313,6 +333,7 @@ impl InspectView {
             );
         }
         let others = self.not_saved.iter().filter(|mount| !mount.volume).count();
+        let others = others + self.not_saved_more;
         if others > 0 {
             add("", format!("and {others} mounts of the runtime's own"));
         }
@@ -599,6 +620,7 @@ mod tests {
                     volume: false,
                 },
             ],
+            mounts_cut: false,
             image_name: Some("registry.example/nb:1".into()),
             runtime_root_mode: None,
             spec: crate::container::Spec::default(),
@@ -658,6 +680,28 @@ process     pid:42        -                      registry.example/nb:1   42     
             "image": "registry.example/nb:1", "pid": 42, "upper_bytes": 3 << 20,
         });
         assert_eq!(serde_json::to_value(&views[0])?, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn inspect_lists_volumes_first_and_no_more_mounts_than_it_may() -> anyhow::Result<()> {
+        let mut it = container();
+        let home = it.mounts[0].clone();
+        it.mounts = (0..750)
+            .map(|number| MountPoint {
+                destination: format!("/a/{}{number}", "\u{1}".repeat(3700)).into(),
+                kind: "tmpfs".into(),
+                source: "\u{1}".repeat(4000),
+                volume: false,
+            })
+            .chain([home])
+            .collect();
+        let view = InspectView::new(&it, Ok(&base()?), None, None);
+        assert_eq!(view.not_saved[0].destination, "/home");
+        assert_eq!(view.not_saved.len() + view.not_saved_more, 751);
+        let json = serde_json::to_vec(&view)?;
+        assert!(json.len() < 256 << 10, "{} bytes", json.len());
+        assert!(view.table().contains("and 750 mounts of the runtime's own"));
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! What a save came to: the result for stdout and all figures for `--metadata-file`.
 
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -8,9 +9,10 @@ use super::{Delivered, Error, Options, Taken};
 use crate::container::{Base, Container, MountPoint, Pod, Runtime, Volume};
 use crate::destination::Target;
 use crate::digest::{DiffId, Digest};
+use crate::escape;
 use crate::layer::block::Unstable;
 use crate::manifest::Image;
-use crate::scan::Report;
+use crate::scan::{Example, Report, Sample};
 
 /// Version of [`Metadata`]; it grows when a field changes its meaning or goes away, not when one is added.
 pub const METADATA_VERSION: u32 = 3;
@@ -61,12 +63,39 @@ pub struct Metadata {
     /// Files that changed while they were read.
     pub unstable: Vec<Unstable>,
     /// Volumes: mounted, and not saved.
-    pub volumes: Vec<MountPoint>,
+    pub volumes: Sample<VolumeOutcome>,
     /// Volumes that were saved, each by where it is mounted: the layers above the base hold them after the container's own
     /// changes.
     pub saved_volumes: Vec<PathBuf>,
     /// The whole save.
     pub seconds: f64,
+}
+
+/// A volume that is not in the image.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct VolumeOutcome {
+    /// Where the container sees it, printable.
+    pub destination: String,
+    /// File system type.
+    pub kind: String,
+    /// Where it comes from, as the runtime or the kernel says.
+    pub source: String,
+}
+
+impl Example for VolumeOutcome {
+    fn bytes(&self) -> usize {
+        self.destination.len() + self.kind.len() + self.source.len()
+    }
+}
+
+impl VolumeOutcome {
+    fn new(mount: &MountPoint) -> Self {
+        Self {
+            destination: escape::path(mount.destination.as_os_str().as_bytes()),
+            kind: mount.kind.clone(),
+            source: escape::limited(&mount.source, 4096),
+        }
+    }
 }
 
 /// The container that was saved.
@@ -189,7 +218,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
             .iter()
             .filter(|mount| mount.volume)
             .filter(|mount| volumes.iter().all(|v| v.destination != mount.destination))
-            .cloned()
+            .map(VolumeOutcome::new)
             .collect(),
         saved_volumes: volumes.iter().map(|v| v.destination.clone()).collect(),
         seconds,

@@ -15,7 +15,10 @@ use super::{MountPoint, Spec};
 use crate::overlay::mount::MountInfo;
 
 /// A config.json with large environments and thousands of mounts stays below this.
-const CONFIG_CAP: u64 = 64 << 20;
+const CONFIG_CAP: u64 = 8 << 20;
+/// Variables, arguments or annotations of one container that are kept, and bytes of each kind. Kubernetes takes 256 KiB of
+/// annotations; the kernel's bound on arguments and variables together is 2 MiB for the usual stack.
+const MOST: (usize, usize) = (4096, 1 << 20);
 
 /// What of a config.json concerns a save.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -93,7 +96,34 @@ struct SpecRoot {
 
 impl Bundle {
     pub(super) fn read(path: &Path) -> Result<Self, Error> {
-        read_json(path, CONFIG_CAP)
+        let mut bundle: Self = read_json(path, CONFIG_CAP)?;
+        bundle.bound();
+        Ok(bundle)
+    }
+
+    /// Keeps what is not too much. Of too many variables or annotations none is believed: one that is left out could be the
+    /// second of its name, and they say whose a session is.
+    fn bound(&mut self) {
+        let too_much = |count: usize, bytes: usize| count > MOST.0 || bytes > MOST.1;
+        let length = |texts: &[String]| texts.iter().map(String::len).sum();
+        if let Some(process) = &mut self.process {
+            for texts in [&mut process.env, &mut process.args] {
+                if texts
+                    .as_ref()
+                    .is_some_and(|texts| too_much(texts.len(), length(texts)))
+                {
+                    *texts = None;
+                }
+            }
+        }
+        if self.annotations.as_ref().is_some_and(|annotations| {
+            let bytes = annotations
+                .iter()
+                .map(|(key, value)| key.len() + value.len());
+            too_much(annotations.len(), bytes.sum())
+        }) {
+            self.annotations = None;
+        }
     }
 
     pub(super) fn annotation(&self, key: &str) -> Option<&str> {
@@ -325,6 +355,7 @@ mod tests {
             pid: 1,
             start: 1,
             mounts,
+            mounts_cut: false,
             uid_map: vec![],
             gid_map: vec![],
         }

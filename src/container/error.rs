@@ -115,6 +115,19 @@ pub enum Error {
         /// What was expected and what was found.
         detail: String,
     },
+    /// Its mount table is larger than is taken.
+    #[error(
+        "process {pid} has more than {mounts} mounts, or {bytes} bytes of them: what is mounted is no part of an image, \
+         and without the whole table it cannot be told; unmount what is not needed"
+    )]
+    ManyMounts {
+        /// The process.
+        pid: u32,
+        /// Mounts that are taken.
+        mounts: usize,
+        /// Bytes of `mountinfo` that are taken.
+        bytes: usize,
+    },
     /// A directory of its root could not be found.
     #[error("container {container}: {source}")]
     Mount {
@@ -156,7 +169,7 @@ impl Error {
             Self::NotFound { .. } | Self::Gone { .. } => 66,
             Self::BaseUnproven { .. } => 69,
             Self::Busy { .. } => 75,
-            Self::NotPermitted { .. } => 77,
+            Self::NotPermitted { .. } | Self::ManyMounts { .. } => 77,
             Self::NotOverlay { .. }
             | Self::ForeignRoot { .. }
             | Self::Mount { .. }
@@ -176,6 +189,7 @@ impl Error {
             Self::NotAVolume { .. } => "not_a_volume",
             Self::NotPermitted { .. } => "not_permitted",
             Self::NotOverlay { .. } => "not_overlay",
+            Self::ManyMounts { .. } => "policy",
             Self::ForeignRoot { .. } => "foreign_root",
             Self::Mount { .. } => "overlay_mount",
             Self::Damaged { .. } => "state_damaged",

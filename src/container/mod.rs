@@ -109,6 +109,8 @@ pub struct Container {
     pub gid_map: Vec<IdMapping>,
     /// Every mount inside it but the root, from the runtime's spec and the kernel's mountinfo together.
     pub mounts: Vec<MountPoint>,
+    /// There are more than are listed: only in a list of all containers, never for a save.
+    pub mounts_cut: bool,
     /// The image's name as the runtime recorded it (a tag: it may have moved since).
     pub image_name: Option<String>,
     /// The mode that the runtime itself gives the upper's root whatever the base says (CRI-O: 0555).

@@ -2,8 +2,9 @@
 //!
 //! Format: `proc_pid_stat(5)`, `proc_pid_mountinfo(5)`, `user_namespaces(7)`.
 
-use std::fs;
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
 
 use super::IdMapping;
 use super::error::Error;
@@ -13,6 +14,25 @@ use crate::overlay::mount::{MountInfo, parse_mountinfo, root_mount};
 /// mountinfo of a node with many pods is a few megabytes long.
 const MOUNTINFO_CAP: u64 = 64 << 20;
 
+/// How much of a process' mount table is taken. What runs in a container can mount as much as it likes, under names as long
+/// as it likes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Most {
+    pub(super) mounts: usize,
+    pub(super) bytes: usize,
+}
+
+/// For a save, which has to know every mount: what is mounted is no part of the image.
+pub(super) const TO_SAVE: Most = Most {
+    mounts: 8192,
+    bytes: 4 << 20,
+};
+/// For lists of all that runs.
+pub(super) const TO_LIST: Most = Most {
+    mounts: 512,
+    bytes: 256 << 10,
+};
+
 /// A living process.
 #[derive(Clone, Debug)]
 pub(super) struct Process {
@@ -20,6 +40,8 @@ pub(super) struct Process {
     /// Clock ticks since boot.
     pub(super) start: u64,
     pub(super) mounts: Vec<MountInfo>,
+    /// There are more mounts.
+    pub(super) mounts_cut: bool,
     pub(super) uid_map: Vec<IdMapping>,
     pub(super) gid_map: Vec<IdMapping>,
 }
@@ -29,6 +51,25 @@ impl Process {
     pub(super) fn root(&self) -> Option<&MountInfo> {
         root_mount(&self.mounts)
     }
+}
+
+/// The first whole lines of a file, and whether there are more. No more is read than that.
+fn read_lines(path: &Path, most: Most) -> Result<(Vec<u8>, bool), Error> {
+    let failed = |source| Error::io(path, source);
+    let file = File::open(path).map_err(failed)?;
+    let mut text = Vec::new();
+    file.take(most.bytes as u64 + 1)
+        .read_to_end(&mut text)
+        .map_err(failed)?;
+    let ends = text.iter().enumerate().filter(|(_, byte)| **byte == b'\n');
+    let (lines, end) = ends
+        .take(most.mounts)
+        .fold((0, 0), |(lines, _), (at, _)| (lines + 1, at + 1));
+    let cut = text.len() > most.bytes || (lines == most.mounts && end < text.len());
+    if cut {
+        text.truncate(end);
+    }
+    Ok((text, cut))
 }
 
 /// When the process started, in clock ticks since boot; none if there is none or only its zombie is left.
@@ -43,8 +84,20 @@ pub(super) fn start_of(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
         .ok_or_else(|| Error::damaged(&path, "expected a state and, as field 22, a start time"))
 }
 
-/// Everything about a process; none if there is none.
+/// Everything about a process; none if there is none. Fails where its mount table is larger than [`TO_SAVE`] says.
 pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
+    match read_most(roots, pid, TO_SAVE)? {
+        Some(process) if process.mounts_cut => Err(Error::ManyMounts {
+            pid,
+            mounts: TO_SAVE.mounts,
+            bytes: TO_SAVE.bytes,
+        }),
+        process => Ok(process),
+    }
+}
+
+/// As [`read`], with no more of its mount table than `most`.
+pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Process>, Error> {
     let Some(start) = start_of(roots, pid)? else {
         return Ok(None);
     };
@@ -53,8 +106,13 @@ pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
         Err(e) if is_gone(&e) => Ok(None),
         Err(e) => Err(e),
     };
-    let (Some(mountinfo), Some(uid_map), Some(gid_map)) = (
-        read("mountinfo", MOUNTINFO_CAP)?,
+    let mountinfo = match read_lines(&roots.proc(&format!("{pid}/mountinfo")), most) {
+        Ok(lines) => Some(lines),
+        Err(e) if is_gone(&e) => None,
+        Err(e) => return Err(e),
+    };
+    let (Some((mountinfo, mounts_cut)), Some(uid_map), Some(gid_map)) = (
+        mountinfo,
         read("uid_map", 64 << 10)?,
         read("gid_map", 64 << 10)?,
     ) else {
@@ -79,6 +137,7 @@ pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
         pid,
         start,
         mounts,
+        mounts_cut,
         uid_map,
         gid_map,
     }))
@@ -243,6 +302,26 @@ mod tests {
         assert_eq!(parse_id_map(b"0 0 65536\n").map(|m| m.len()), Ok(1));
         assert!(parse_id_map(b"0 0\n").is_err());
         assert!(parse_id_map(b"0 0 -1\n").is_err());
+    }
+
+    #[test]
+    fn a_mount_table_is_taken_in_whole_lines_up_to_a_bound() -> Result<(), Error> {
+        let file = tempfile::NamedTempFile::new().map_err(|e| Error::io("a temporary file", e))?;
+        let text = b"one\ntwo\nthree\n";
+        fs::write(file.path(), text).map_err(|e| Error::io(file.path(), e))?;
+        for (mounts, bytes, lines, cut) in [
+            (3, 100, &text[..], false),
+            (3, 14, text, false),
+            (2, 100, b"one\ntwo\n", true),
+            (9, 13, b"one\ntwo\n", true),
+            (9, 7, b"one\n", true),
+            (9, 2, b"", true),
+            (0, 100, b"", true),
+        ] {
+            let got = read_lines(file.path(), Most { mounts, bytes })?;
+            assert_eq!(got, (lines.to_vec(), cut), "{mounts} mounts, {bytes} bytes");
+        }
+        Ok(())
     }
 
     #[test]

@@ -93,7 +93,8 @@ pub fn list(roots: &Roots) -> Listing {
     let mut listing = Listing::default();
     let node = NodeMounts::default();
     for draft in drafts(roots, &mut listing.problems) {
-        let result = process::read(roots, draft.pid).and_then(|process| {
+        let process = process::read_most(roots, draft.pid, process::TO_LIST);
+        let result = process.and_then(|process| {
             process
                 .map(|p| assemble(roots, &node, &draft, &p))
                 .transpose()
@@ -312,7 +313,7 @@ fn find_process(
     let (root, options) = overlay_of(name, &process)?;
     // A process of a container is that container: only its runtime knows the base. Same file system, same container.
     for draft in drafts {
-        let Ok(Some(first)) = process::read(roots, draft.pid) else {
+        let Ok(Some(first)) = process::read_most(roots, draft.pid, process::TO_LIST) else {
             continue;
         };
         if draft.pid == pid
@@ -320,7 +321,13 @@ fn find_process(
                 .root()
                 .is_some_and(|r| r.fs_type == "overlay" && r.device == root.device)
         {
-            return assemble(roots, node, draft, &first);
+            return match process::read(roots, draft.pid)? {
+                Some(whole) => assemble(roots, node, draft, &whole),
+                None => Err(Error::Gone {
+                    container: draft.id.clone(),
+                    detail: format!("its process {} is no longer there", draft.pid),
+                }),
+            };
         }
     }
     let overlay = options
@@ -339,6 +346,7 @@ fn find_process(
         pid_start: process.start,
         overlay,
         mounts: bundle::unite(None, &process),
+        mounts_cut: process.mounts_cut,
         uid_map: process.uid_map,
         gid_map: process.gid_map,
         image_name: None,
@@ -486,6 +494,7 @@ fn assemble(
         uid_map: process.uid_map.clone(),
         gid_map: process.gid_map.clone(),
         mounts: bundle::unite(draft.bundle.as_ref(), process),
+        mounts_cut: process.mounts_cut,
         image_name: draft.image_name.clone(),
         runtime_root_mode: draft.runtime_root_mode,
         spec: draft.bundle.as_ref().map(Bundle::spec).unwrap_or_default(),

@@ -584,8 +584,9 @@ fn figures(saved: &Saved, warnings: &[String]) -> Vec<String> {
     lines.extend(warnings.iter().cloned());
     let volumes: Vec<_> = metadata
         .volumes
+        .examples()
         .iter()
-        .map(|volume| volume.destination.display().to_string())
+        .map(|volume| volume.destination.as_str())
         .collect();
     if !volumes.is_empty() {
         lines.push(format!("not saved, being volumes: {}", volumes.join(", ")));

@@ -60,6 +60,12 @@ pub struct Session {
     pub next: Option<NextSave>,
     /// What is mounted and will not be saved.
     pub unsaved: Vec<Unsaved>,
+    /// Mounts that are not listed in `unsaved`, for there are too many; at least so many.
+    #[serde(default)]
+    pub unsaved_more: u64,
+    /// What is wrong with it: the reason why not all of it is told, or why it cannot be saved.
+    #[serde(default)]
+    pub problem: Option<String>,
 }
 
 /// What the next save of a session would be.

@@ -221,6 +221,8 @@ pub(super) async fn sessions(
             upper_entries: session.upper_entries,
             next: session.next.clone(),
             unsaved: session.unsaved.clone(),
+            unsaved_more: session.unsaved_more,
+            problem: session.problem.clone(),
             suggested_name: suggested_name(session),
             suggested_tag: suggested_tag(now),
             save: open.get(&session.id).copied(),
@@ -289,6 +291,8 @@ mod tests {
             upper_entries: None,
             next: None,
             unsaved: Vec::new(),
+            unsaved_more: 0,
+            problem: None,
         }
     }
 

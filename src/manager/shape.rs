@@ -46,6 +46,10 @@ pub struct SessionView {
     pub next: Option<NextSave>,
     /// What is mounted and will not be saved.
     pub unsaved: Vec<Unsaved>,
+    /// Mounts that are not listed there, for there are too many; at least so many.
+    pub unsaved_more: u64,
+    /// What is wrong with it: the reason why not all of it is told, or why it cannot be saved.
+    pub problem: Option<String>,
     /// The name that a save gets when none is said.
     pub suggested_name: String,
     /// The tag that a save gets when none is said.

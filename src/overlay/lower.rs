@@ -3,7 +3,7 @@
 //! Follows `ovl_lookup` of the kernel (`fs/overlayfs/namei.c`): whiteouts end a search, opaque directories
 //! end a stack, redirects change the name that is looked for in the layers below.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -168,23 +168,25 @@ impl Lowers {
         Ok(None)
     }
 
-    /// Everything in the merged directory, by name.
-    pub fn list(&self, stack: &Stack) -> io::Result<BTreeMap<Vec<u8>, Found>> {
+    /// Names in the merged directory, each once, in order; of some the topmost says that they are deleted. `room` is told
+    /// of each how long it is before it is kept.
+    pub fn names<E: From<io::Error>>(
+        &self,
+        stack: &Stack,
+        mut room: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<BTreeSet<Vec<u8>>, E> {
         let mut all = BTreeSet::new();
         for place in stack {
             let fd = self.roots[usize::from(place.root)].open_dir(&place.path)?;
-            all.extend(names(fd.as_fd())?);
-        }
-        let mut found = BTreeMap::new();
-        for name in all {
-            match self.lookup(stack, &name)? {
-                Found::Absent => {}
-                other => {
-                    found.insert(name, other);
+            for name in names(fd.as_fd()) {
+                let name = name?;
+                if !all.contains(&name) {
+                    room(name.len())?;
+                    all.insert(name);
                 }
             }
         }
-        Ok(found)
+        Ok(all)
     }
 
     fn search(&self, parent: &Stack, name: Name) -> io::Result<Found> {

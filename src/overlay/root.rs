@@ -258,19 +258,77 @@ pub fn read_link_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Vec<u
     }
 }
 
-/// Names in the directory `fd`, unsorted, without `.` and `..`.
-pub fn names(fd: BorrowedFd<'_>) -> io::Result<Vec<Vec<u8>>> {
-    let mut names = Vec::new();
-    let mut buffer = Vec::with_capacity(32 * 1024);
-    let mut dir = rustix::fs::RawDir::new(fd, buffer.spare_capacity_mut());
-    while let Some(entry) = dir.next() {
-        let entry = entry?;
-        let name = entry.file_name().to_bytes();
-        if name != b"." && name != b".." {
-            names.push(name.to_vec());
+/// Bytes of a directory that are read at a time.
+const PIECE: usize = 32 * 1024;
+
+/// Names in a directory, unsorted, without `.` and `..`, read in pieces: a directory may be larger than memory.
+///
+/// A name that is taken away and made again meanwhile may come twice, but never twice in one piece.
+pub struct Names<'fd> {
+    fd: BorrowedFd<'fd>,
+    buffer: Vec<u8>,
+    piece: std::vec::IntoIter<Vec<u8>>,
+    pieces: u32,
+    ended: bool,
+}
+
+/// The names in the directory `fd`.
+pub fn names(fd: BorrowedFd<'_>) -> Names<'_> {
+    Names {
+        fd,
+        buffer: Vec::with_capacity(PIECE),
+        piece: Vec::new().into_iter(),
+        pieces: 0,
+        ended: false,
+    }
+}
+
+impl Names<'_> {
+    /// Whether they came in more than one piece so far.
+    pub fn in_pieces(&self) -> bool {
+        self.pieces > 1
+    }
+
+    fn read(&mut self) -> io::Result<()> {
+        let mut dir = rustix::fs::RawDir::new(self.fd, self.buffer.spare_capacity_mut());
+        let mut names = Vec::new();
+        loop {
+            let Some(entry) = dir.next() else {
+                self.ended = true;
+                break;
+            };
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if name != b"." && name != b".." {
+                names.push(name.to_vec());
+            }
+            if dir.is_buffer_empty() {
+                break;
+            }
+        }
+        self.pieces += u32::from(!names.is_empty());
+        self.piece = names.into_iter();
+        Ok(())
+    }
+}
+
+impl Iterator for Names<'_> {
+    type Item = io::Result<Vec<u8>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(name) = self.piece.next() {
+                return Some(Ok(name));
+            }
+            if self.ended {
+                return None;
+            }
+            if let Err(error) = self.read() {
+                self.ended = true;
+                return Some(Err(error));
+            }
         }
     }
-    Ok(names)
 }
 
 /// Status of `name` in the directory `dir`, not following it; `None` when it vanished.

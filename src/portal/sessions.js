@@ -44,11 +44,13 @@ function amount(session, saves) {
 function outside(session) {
   const data = session.unsaved.filter((mount) => mount.data);
   const rest = session.unsaved.filter((mount) => !mount.data);
+  // Some may only be counted.
+  const others = rest.length + (session.unsaved_more ?? 0);
   const lines = (mounts) => element("ul", { class: "mounts" }, mounts.map((mount) =>
     element("li", {}, element("code", {}, named(mount.path)), " ", element("span", { class: "dim" }, named(mount.kind)))));
   return [
     data.length ? [lines(data), element("p", { class: "dim" }, t("unsaved.why"))] : t("unsaved.none"),
-    rest.length ? element("details", {}, element("summary", {}, t("unsaved.rest", { n: rest.length })), lines(rest)) : null,
+    others ? element("details", {}, element("summary", {}, t("unsaved.rest", { n: others })), lines(rest)) : null,
   ];
 }
 

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
-    TAG_DOUBT, Withdrawn, registry_of,
+    TAG_DOUBT, Withdrawn, fitting, registry_of,
 };
 use crate::job::{JobId, Node, Order, Report, Session, now_ms};
 
@@ -581,7 +581,10 @@ impl Local {
         let mut state = self.state();
         let heard = state.heard.remove(&node.name);
         let sessions = match sessions {
-            Some(sessions) => sessions.to_vec(),
+            Some(sessions) => sessions
+                .iter()
+                .map(|one| fitting(one).into_owned())
+                .collect(),
             None => heard.map(|heard| heard.sessions).unwrap_or_default(),
         };
         let heard = Heard {

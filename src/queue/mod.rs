@@ -7,11 +7,13 @@
 mod local;
 mod redis;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::escape;
 use crate::job::{JobId, Node, Order, Report, Session};
 
 pub use self::local::Local;
@@ -178,6 +180,41 @@ pub enum Error {
     /// A URL or key that cannot be used.
     #[error("{0}")]
     Unusable(String),
+}
+
+/// The longest record of one session, in bytes of JSON. An agent tells far less of each.
+const MAX_RECORD: usize = 64 << 10;
+
+/// The session, with no more said of it than a record holds: one tenant's mounts and names do not become everyone's load.
+fn fitting(session: &Session) -> Cow<'_, Session> {
+    let length =
+        |session: &Session| serde_json::to_vec(session).map_or(usize::MAX, |json| json.len());
+    // Some room for what is signed with it.
+    if length(session) <= MAX_RECORD - 1024 {
+        return Cow::Borrowed(session);
+    }
+    let short = |text: &Option<String>| text.as_deref().map(|text| escape::limited(text, 256));
+    Cow::Owned(Session {
+        id: session.id.clone(),
+        node: session.node.clone(),
+        owner: session.owner.clone().filter(|owner| owner.len() <= 1024),
+        namespace: short(&session.namespace),
+        pod: short(&session.pod),
+        container: short(&session.container),
+        runtime: session.runtime.clone(),
+        image: short(&session.image),
+        unsaved: Vec::new(),
+        unsaved_more: session.unsaved_more + session.unsaved.len() as u64,
+        problem: Some(
+            "more is mounted in it, or its names are longer, than is told here".to_owned(),
+        ),
+        kind: session.kind,
+        category: session.category,
+        started_ms: session.started_ms,
+        upper_bytes: session.upper_bytes,
+        upper_entries: session.upper_entries,
+        next: session.next.clone(),
+    })
 }
 
 /// The host into which `destination` goes, with its port; `oci` for what lies in files.

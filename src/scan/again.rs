@@ -4,7 +4,7 @@
 //! moves its change time, and whatever adds, removes or renames a name moves that of the directory. Entries and
 //! directories that were stamped too close to the earlier scan's clock are looked at as if they had changed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,7 +15,7 @@ use super::changes::same_stamps;
 use super::rows::{Builder, Rows};
 use super::walk::{self, Cursor, From, Next, Output, Task, Walk, Walked, Walker};
 use super::{Clock, Entry, Error, Flags, Kind, Options, Report, Roots, Scan};
-use crate::overlay::lower::{Found, Stack};
+use crate::overlay::lower::{Found, Place, Stack};
 use crate::overlay::root::{Follow, is_absent, proc_path, stat_at};
 
 /// Directories that a thread takes at a time.
@@ -35,6 +35,17 @@ struct Context {
     merge: Stack,
     base: Stack,
     hidden: bool,
+}
+
+impl Context {
+    /// Bytes that it takes.
+    fn weight(&self) -> u64 {
+        let places = self.merge.iter().chain(&self.base);
+        let places: usize = places
+            .map(|place| size_of::<Place>() + place.path.len())
+            .sum();
+        (size_of::<Self>() + places) as u64
+    }
 }
 
 impl Scan {
@@ -79,10 +90,14 @@ impl Scan {
         let walker = Walker::new(&upper, &lowers, roots, options, Some(&known));
         let tops = known.tops();
         let mut tasks = Vec::with_capacity(tops.len());
-        for &top in &tops {
-            match known.task(&walker, top)? {
-                Some(task) => tasks.push(task),
-                None => return Ok(None),
+        {
+            let mut share = walker.memory.share();
+            for &top in &tops {
+                let Some(task) = known.task(&walker, top)? else {
+                    return Ok(None);
+                };
+                share.hold(task.weight())?;
+                tasks.push(task);
             }
         }
         let mut walk = walker.run(tasks)?;
@@ -90,9 +105,18 @@ impl Scan {
         let rows = known.flatten(top, &tops, walk);
         // The bounds are for all there is, not for what was walked.
         let counter = Walker::new(&upper, &lowers, roots, options, None);
-        rows.iter()
-            .skip(1)
-            .try_for_each(|entry| counter.count(&entry))?;
+        let mut share = counter.memory.share();
+        let mut sets = HashSet::new();
+        for entry in rows.iter().skip(1) {
+            counter.count(&entry)?;
+            let extra = rows.extra(&entry);
+            share.keep_entry(rows.name(&entry), extra)?;
+            if let Some(set) = extra.and_then(|extra| extra.xattrs.as_ref())
+                && sets.insert(set.as_ptr())
+            {
+                share.keep_set(set)?;
+            }
+        }
         let report = known.report(report);
         let opened = if earlier.roots.is_empty() {
             let mut all = vec![upper];
@@ -346,6 +370,7 @@ impl<'a> Earlier<'a> {
             let Some(next) = self.context_below(walker, &context, index)? else {
                 return Ok(None);
             };
+            walker.memory.share().keep(next.weight())?;
             context = Arc::new(next);
             contexts().insert(index, Arc::clone(&context));
         }

@@ -115,7 +115,7 @@ impl Scan {
                     a.link == b.link && a.xattrs == b.xattrs && a.content == b.content
                 }
                 (Some(a), None) | (None, Some(a)) => {
-                    a.link.is_none() && a.xattrs.is_empty() && a.content.is_none()
+                    a.link.is_none() && a.xattrs.is_none() && a.content.is_none()
                 }
             }
         }

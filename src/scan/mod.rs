@@ -3,12 +3,13 @@
 //!
 //! `walk` makes it, `again` makes it anew where little changed, `rows` holds it in little memory, `changes` tells two of
 //! them apart, `clock` says what can be told by time stamps, `stored` keeps one for the next save, `exclude` says what must
-//! not get in, `sample` keeps reports short.
+//! not get in, `sample` keeps reports short, `memory` counts what all of it takes.
 
 mod again;
 mod changes;
 mod clock;
 mod exclude;
+mod memory;
 mod rows;
 mod sample;
 mod stored;
@@ -31,6 +32,7 @@ use crate::overlay::owner::IdMapping;
 use crate::overlay::root::Root;
 use crate::overlay::volume::Volume;
 use crate::overlay::xattr::{Namespace, ValueError};
+use memory::Xattrs;
 use rows::Rows;
 
 /// The directories of an overlay.
@@ -63,6 +65,9 @@ pub struct Caps {
     pub bytes: u64,
     /// Apparent size less allocated size, in bytes, of all files (`--max-holes`).
     pub holes: u64,
+    /// Bytes of memory for what one look at a tree finds: names, attributes, link targets, and the directories under way
+    /// (`--max-memory`).
+    pub memory: u64,
 }
 
 impl Default for Caps {
@@ -72,6 +77,7 @@ impl Default for Caps {
             depth: 4096,
             bytes: 4 << 40,
             holes: 64 << 30,
+            memory: 1 << 30,
         }
     }
 }
@@ -213,7 +219,7 @@ pub struct Elsewhere {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Extra {
     link: Option<Vec<u8>>,
-    xattrs: Vec<Xattr>,
+    xattrs: Option<Xattrs>,
     content: Option<Elsewhere>,
     /// Root and inode of the base's file of the same path, for hard link groups.
     base: Option<(u16, u64)>,
@@ -223,6 +229,13 @@ struct Extra {
     moved: bool,
     /// A file with setuid, setgid or file capabilities that the base does not have so.
     privileged: bool,
+}
+
+impl Extra {
+    /// Extended attributes, sorted by name.
+    fn xattrs(&self) -> &[Xattr] {
+        self.xattrs.as_deref().unwrap_or_default()
+    }
 }
 
 /// Something that is not in the layer on purpose.
@@ -351,7 +364,7 @@ impl Scan {
 
     /// Extended attributes for the image, sorted by name.
     pub fn xattrs(&self, entry: &Entry) -> &[Xattr] {
-        self.extra(entry).map_or(&[], |extra| &extra.xattrs)
+        self.extra(entry).map_or(&[], Extra::xattrs)
     }
 
     /// Where the content is, if it is not in the upper under the entry's own path.

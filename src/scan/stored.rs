@@ -4,11 +4,13 @@
 //! takes nothing for granted: what is not exactly what writing makes is no scan. Either way the bytes pass by, and are
 //! never all in memory.
 
+use std::collections::HashMap;
 use std::io::{self, BufRead, Write};
 use std::sync::Arc;
 
+use super::memory::Xattrs;
 use super::rows::{Builder, NO_EXTRA};
-use super::{Clock, Elsewhere, Entry, Extra, Flags, Kind, Report, Scan};
+use super::{Clock, Elsewhere, Entry, Extra, Flags, Kind, Report, Scan, Xattr};
 
 /// Longest name of a directory entry.
 const MAX_NAME: usize = 255;
@@ -16,6 +18,11 @@ const MAX_NAME: usize = 255;
 const MAX_BYTES: u64 = 1 << 20;
 /// Attributes of one entry: more do not fit into the 64 KiB of their list.
 const MAX_XATTRS: u64 = 1 << 16;
+
+/// In the place of a set of attributes: it follows.
+const NEW_SET: u64 = 1;
+/// The number by which the first set is meant later on.
+const FIRST_SET: u64 = 2;
 
 const KINDS: [Kind; 8] = [
     Kind::Opaque,
@@ -55,6 +62,7 @@ impl Scan {
             number(&mut out, count);
         }
         let mut before = Entry::default();
+        let mut sets = HashMap::new();
         for (index, entry) in (0..).zip(self.entries()) {
             to.write_all(&out)?;
             out.clear();
@@ -94,7 +102,7 @@ impl Scan {
             signed(&mut out, entry.ctime.wrapping_sub(before.ctime));
             before = entry;
             if let Some(extra) = extra {
-                write_extra(&mut out, extra);
+                write_extra(&mut out, extra, &mut sets);
             }
         }
         to.write_all(&out)
@@ -128,6 +136,7 @@ impl Scan {
         // The directories that the last entry is in, each with the last of its entries.
         let mut open: Vec<(u32, Option<u32>)> = Vec::new();
         let mut before = Entry::default();
+        let mut sets = Vec::new();
         let mut name = Vec::new();
         for index in 0..count as u32 {
             let (flags, kind) = (from.byte()?, from.byte()?);
@@ -191,7 +200,7 @@ impl Scan {
                 entry.ctime = before.ctime.wrapping_add(from.signed()?);
                 before = entry;
                 if kind & EXTRA != 0 {
-                    extra = Some(read_extra(&mut from)?);
+                    extra = Some(read_extra(&mut from, &mut sets)?);
                 }
             }
             if entry.kind == Kind::Dir {
@@ -218,7 +227,8 @@ impl Scan {
     }
 }
 
-fn write_extra(out: &mut Vec<u8>, extra: &Extra) {
+/// `sets`: the sets of attributes that were written, and their numbers.
+fn write_extra(out: &mut Vec<u8>, extra: &Extra, sets: &mut HashMap<*const Xattr, u64>) {
     let has = [
         extra.link.is_some(),
         extra.content.is_some(),
@@ -243,14 +253,27 @@ fn write_extra(out: &mut Vec<u8>, extra: &Extra) {
     if let Some(nlink) = extra.indexed_nlink {
         number(out, nlink.into());
     }
-    number(out, extra.xattrs.len() as u64);
-    for (name, value) in &extra.xattrs {
+    // 0: none. 1: a set that was not written yet. More: one that was.
+    let Some(xattrs) = &extra.xattrs else {
+        number(out, 0);
+        return;
+    };
+    let next = sets.len() as u64 + FIRST_SET;
+    if let Some(known) = sets.insert(xattrs.as_ptr(), next) {
+        sets.insert(xattrs.as_ptr(), known);
+        number(out, known);
+        return;
+    }
+    number(out, NEW_SET);
+    number(out, xattrs.len() as u64);
+    for (name, value) in xattrs.iter() {
         bytes(out, name);
         bytes(out, value);
     }
 }
 
-fn read_extra(from: &mut Reader<'_, impl BufRead>) -> Option<Extra> {
+/// `sets`: those that were read.
+fn read_extra(from: &mut Reader<'_, impl BufRead>, sets: &mut Vec<Xattrs>) -> Option<Extra> {
     let has = from.byte()?;
     let bit = |n: u8| has & (1 << n) != 0;
     if has >= 1 << 6 {
@@ -277,14 +300,31 @@ fn read_extra(from: &mut Reader<'_, impl BufRead>) -> Option<Extra> {
     if bit(3) {
         extra.indexed_nlink = Some(from.small()?);
     }
-    let xattrs = from.number()?;
-    if xattrs > MAX_XATTRS {
+    extra.xattrs = match from.number()? {
+        0 => None,
+        NEW_SET => {
+            let set = read_set(from)?;
+            sets.push(Arc::clone(&set));
+            Some(set)
+        }
+        known => {
+            let number = usize::try_from(known - FIRST_SET).ok()?;
+            Some(Arc::clone(sets.get(number)?))
+        }
+    };
+    Some(extra)
+}
+
+fn read_set(from: &mut Reader<'_, impl BufRead>) -> Option<Xattrs> {
+    let count = from.number()?;
+    if count == 0 || count > MAX_XATTRS {
         return None;
     }
-    for _ in 0..xattrs {
-        extra.xattrs.push((from.vec()?, from.vec()?));
+    let mut xattrs = Vec::new();
+    for _ in 0..count {
+        xattrs.push((from.vec()?, from.vec()?));
     }
-    Some(extra)
+    Some(xattrs.into())
 }
 
 /// Seven bits a byte, the lowest first.
@@ -396,15 +436,20 @@ mod tests {
         add(0, b"", Kind::Dir, None);
         add(0, b"gone", Kind::Whiteout, None);
         add(0, b"a", Kind::Dir, None);
+        let set = Xattrs::from([(b"user.a".to_vec(), vec![0, 255])]);
+        let file = Extra {
+            xattrs: Some(set.clone()),
+            ..Extra::default()
+        };
         let link = Extra {
             link: Some(b"to".to_vec()),
-            xattrs: vec![(b"user.a".to_vec(), vec![0, 255])],
+            xattrs: Some(set.clone()),
             base: Some((1, 9)),
             privileged: true,
             ..Extra::default()
         };
         add(2, b"l", Kind::Symlink, Some(link));
-        add(0, b"b", Kind::File, None);
+        add(0, b"b", Kind::File, Some(file));
         Scan {
             rows: rows.finish(),
             roots: Arc::default(),
@@ -447,6 +492,8 @@ mod tests {
         let back = restored(&stored).expect("it is whole");
         assert_eq!(told(&scan), told(&back.scan));
         assert_eq!(back.unsure, [false, false, false, false, true]);
+        let set = |index| back.scan.xattrs(&back.scan.entry(index)).as_ptr();
+        assert_eq!(set(3), set(4), "the same attributes are kept once");
     }
 
     #[test]

@@ -241,6 +241,8 @@ pub fn session(n: usize, owner: Option<&str>) -> Session {
         upper_entries: Some(10),
         next: None,
         unsaved: Vec::new(),
+        unsaved_more: 0,
+        problem: None,
     }
 }
 

@@ -98,6 +98,8 @@ impl World {
             upper_entries: Some(31_877),
             next: None,
             unsaved: vec![],
+            unsaved_more: 0,
+            problem: None,
             suggested_name: pod.to_owned(),
             suggested_tag: "2026-11-24-1530".to_owned(),
             save: None,

@@ -181,29 +181,41 @@ async fn nodes_and_sessions_that_nobody_signed_are_not_shown() -> Outcome {
         .queue
         .heartbeat(&node("n2"), Some(&[session("n2", "bb")]))
         .await?;
-    for kind in ["beat", "sessions"] {
-        // Another node's, shown as this one's.
-        let stolen: Vec<u8> = cmd("GET")
-            .arg(key(&format!("{kind}:n1")))
+    // Another node's, shown as this one's.
+    let beat: Vec<u8> = cmd("GET")
+        .arg(key("beat:n1"))
+        .query_async(&mut redis)
+        .await?;
+    let record: Vec<u8> = cmd("HGET")
+        .arg(key("sessions:n1"))
+        .arg("aa")
+        .query_async(&mut redis)
+        .await?;
+    for (name, beat, record) in [
+        ("n2", &beat, &record),
+        ("n3", &beat, &record),
+        ("\u{1b}[2J", &vec![0; 300], &vec![0; 300]),
+    ] {
+        let _: Value = cmd("SET")
+            .arg(key(&format!("beat:{name}")))
+            .arg(beat)
             .query_async(&mut redis)
             .await?;
-        for (name, value) in [
-            ("n2", stolen.clone()),
-            ("n3", stolen),
-            ("\u{1b}[2J", vec![0; 300]),
-        ] {
-            let _: Value = cmd("SET")
-                .arg(key(&format!("{kind}:{name}")))
-                .arg(value)
-                .query_async(&mut redis)
-                .await?;
-            let _: Value = cmd("ZADD")
-                .arg(key("nodes"))
-                .arg("inf")
-                .arg(name)
+        // Beside what the node said, and in its place.
+        for id in ["aa", "bb", "\u{1b}[2J"] {
+            let _: Value = cmd("HSET")
+                .arg(key(&format!("sessions:{name}")))
+                .arg(id)
+                .arg(record)
                 .query_async(&mut redis)
                 .await?;
         }
+        let _: Value = cmd("ZADD")
+            .arg(key("nodes"))
+            .arg("inf")
+            .arg(name)
+            .query_async(&mut redis)
+            .await?;
     }
     let nodes: Vec<String> = world
         .queue
@@ -221,6 +233,42 @@ async fn nodes_and_sessions_that_nobody_signed_are_not_shown() -> Outcome {
         .map(|one| one.id)
         .collect();
     assert_eq!(sessions, ["aa"]);
+    Ok(())
+}
+
+/// One session of a node with a record that is too long, that another one signed, or that is no record.
+#[tokio::test]
+async fn what_lies_under_one_session_does_not_hide_the_others() -> Outcome {
+    let Some((world, mut redis)) = world().await else {
+        return Ok(());
+    };
+    let all = [
+        session("n1", "aa"),
+        session("n1", "bb"),
+        session("n1", "cc"),
+    ];
+    world.queue.heartbeat(&node("n1"), Some(&all)).await?;
+    for (id, record) in [
+        ("bb", vec![b'x'; 1 << 20]),
+        ("", vec![0; 9]),
+        ("dd", vec![]),
+    ] {
+        let _: Value = cmd("HSET")
+            .arg(key("sessions:n1"))
+            .arg(id)
+            .arg(record)
+            .query_async(&mut redis)
+            .await?;
+    }
+    let mut ids: Vec<String> = world
+        .queue
+        .sessions()
+        .await?
+        .into_iter()
+        .map(|one| one.id)
+        .collect();
+    ids.sort();
+    assert_eq!(ids, ["aa", "cc"]);
     Ok(())
 }
 

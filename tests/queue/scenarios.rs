@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use upperdeck::job::{JobId, Order, Outcome as Ending, Said, now_ms};
+use upperdeck::job::{JobId, Order, Outcome as Ending, Said, now_ms, Unsaved};
 use upperdeck::queue::{Depth, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Withdrawn};
 
 use crate::world::{
@@ -63,6 +63,7 @@ on_both! {
     each_who_waits_on_a_node_is_woken: FREE;
     each_report_goes_to_one_manager_until_it_is_taken: FREE;
     nodes_and_sessions_are_those_last_heard_of: FREE;
+    one_session_cannot_spoil_the_others: FREE;
     how_full_it_is: FREE;
 }
 
@@ -636,6 +637,35 @@ async fn each_report_goes_to_one_manager_until_it_is_taken(world: World) -> Outc
     queue.taken(&entries).await?;
     queue.taken(&entries).await?;
     assert_eq!(queue.depth().await?.reports, 0);
+    Ok(())
+}
+
+/// A session with 750 mounts of 3.7 KB each, as a tenant can make them: it is told of shortly, and the others as they are.
+async fn one_session_cannot_spoil_the_others(world: World) -> Outcome {
+    let queue = &world.queue;
+    let mut hostile = session("n1", "bb");
+    hostile.unsaved = (0..15_500)
+        .map(|number| Unsaved {
+            path: format!("/mnt/{}{number}", "\u{1}".repeat(3700)),
+            kind: "tmpfs".to_owned(),
+            data: false,
+        })
+        .collect();
+    hostile.image = Some("\u{1}".repeat(1 << 20));
+    let all = [session("n1", "aa"), hostile, session("n1", "cc")];
+    queue.heartbeat(&node("n1"), Some(&all)).await?;
+    let mut told = queue.sessions().await?;
+    told.sort_by(|a, b| a.id.cmp(&b.id));
+    assert_eq!((&told[0], &told[2]), (&all[0], &all[2]));
+    assert_eq!((told.len(), told[1].id.as_str()), (3, "bb"));
+    assert_eq!((told[1].unsaved.len(), told[1].unsaved_more), (0, 15_500));
+    assert!(told[1].problem.is_some());
+    assert!(
+        told[1]
+            .image
+            .as_ref()
+            .is_some_and(|image| image.len() < 4096)
+    );
     Ok(())
 }
 

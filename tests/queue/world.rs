@@ -190,5 +190,7 @@ pub fn session(node: &str, id: &str) -> Session {
         upper_entries: None,
         next: None,
         unsaved: Vec::new(),
+        unsaved_more: 0,
+        problem: None,
     }
 }

@@ -49,7 +49,8 @@ JSON: one object with the fields of 'ps' and
   upper        {path, bytes, entries}
   uid_map, gid_map
                [{inside, outside, count}]; empty without a user namespace
-  not_saved    mounts whose content would not be in the image: [{destination, kind, source, volume}]
+  not_saved    mounts whose content would not be in the image: [{destination, kind, source, volume}];
+               not_saved_more how many are not listed
   next_save    what 'upperdeck commit' with the same flags would make now, or null where the base is not proven:
                {kind, reason, entries, bytes, layers}
                kind     delta (what changed since the last save) or full

@@ -73,6 +73,9 @@ pub(in super::super) struct Choice {
     /// Most bytes in the holes of sparse files, e.g. 64G
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
     pub(in super::super) max_holes: Option<u64>,
+    /// Most memory for names, attributes and listings of a tree, e.g. 2G [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
+    pub(in super::super) max_memory: Option<u64>,
 }
 
 /// What `commit` and `layer` share: what goes into the layer, and how it is made.

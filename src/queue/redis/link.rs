@@ -232,8 +232,8 @@ fn kind_of(name: &str) -> Option<&'static str> {
         "reports" | "stream" => "stream",
         "nodes" | "held" | "later" | "users" | "agents" | "user" | "into" => "zset",
         "busy" | "blocked" => "set",
-        "job" | "desk" => "hash",
-        "order" | "beat" | "sessions" => "string",
+        "job" | "desk" | "sessions" => "hash",
+        "order" | "beat" => "string",
         "list" => "list",
         _ => return None,
     })

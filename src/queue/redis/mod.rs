@@ -4,6 +4,7 @@
 //! makes anybody act is signed, and what does not fit is thrown away with a warning, so that it stands in nobody's way.
 //! Real orders that go away with it are offered again by their managers, as is everything that Redis loses.
 
+mod inventory;
 mod link;
 mod read;
 
@@ -12,15 +13,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use redis::{Script, Value};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, registry_of,
 };
-use crate::job::{Event, JobId, Keys, Node, Order, Report, Said, Sealed, Session, now_ms};
+use crate::job::{Event, JobId, Keys, Order, Report, Said, Sealed, now_ms};
 use link::Link;
 use read::{Entry, entries, is_entry_id};
 
@@ -46,7 +47,7 @@ pub struct Redis {
 #[derive(Default)]
 struct Mine {
     /// Sealed inventories by node, for a Redis that lost them.
-    inventories: Mutex<HashMap<String, Vec<u8>>>,
+    inventories: Mutex<HashMap<String, inventory::Records>>,
     /// Where the search for the reports of dead managers goes on.
     cursor: Mutex<Option<String>>,
 }
@@ -65,18 +66,10 @@ macro_rules! scripts {
         }
     };
 }
-scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence depth);
+scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence inventories depth);
 
 /// What the script gives out: job, fence, sealed order.
 type Given = (Vec<u8>, Vec<u8>, Vec<u8>);
-
-/// The sessions of a node, as they are signed: an old or another node's list is not taken for this one's.
-#[derive(Serialize, Deserialize)]
-struct Inventory {
-    node: String,
-    at_ms: i64,
-    sessions: Vec<Session>,
-}
 
 impl Redis {
     /// For the queue at `url`: `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://` with TLS (the system's roots),
@@ -363,32 +356,6 @@ impl Redis {
         Ok(())
     }
 
-    /// The nodes that were heard of within `within`, and of each what lies under `kind`.
-    async fn heard(
-        &self,
-        within: Duration,
-        kind: &str,
-    ) -> Result<Vec<(String, Option<Vec<u8>>)>, Error> {
-        let mut call = self.call(&self.scripts.heard);
-        call.arg(within.as_millis() as u64)
-            .arg(DAY.as_millis() as u64);
-        let names: Vec<Vec<u8>> = self.link.run(&call).await?;
-        let names: Vec<String> = names
-            .into_iter()
-            .filter_map(|name| String::from_utf8(name).ok())
-            .collect();
-        let mut found = Vec::with_capacity(names.len());
-        for some in names.chunks(64) {
-            let mut command = redis::cmd("MGET");
-            for name in some {
-                command.arg(self.key(&format!("{kind}:{name}")));
-            }
-            let values: Vec<Option<Vec<u8>>> = self.link.ask(&command).await?;
-            found.extend(some.iter().cloned().zip(values));
-        }
-        Ok(found)
-    }
-
     pub(super) async fn silences(&self) -> Result<HashMap<String, Duration>, Error> {
         let mut call = self.call(&self.scripts.silence);
         call.arg(DAY.as_millis() as u64);
@@ -398,42 +365,6 @@ impl Redis {
             Some((String::from_utf8(name).ok()?, silence))
         };
         Ok(answers.into_iter().filter_map(silence).collect())
-    }
-
-    pub(super) async fn nodes(&self) -> Result<Vec<Node>, Error> {
-        let mut nodes = Vec::new();
-        for (name, sealed) in self.heard(DAY, "beat").await? {
-            let Some(sealed) = sealed else { continue };
-            match self.open::<Node>("heartbeat", &sealed) {
-                Ok(node) if node.name == name && self.is_of_today(node.at_ms) => nodes.push(node),
-                Ok(_) => {
-                    tracing::warn!(node.name = %name.escape_debug(), "an old or another node's heartbeat is not believed");
-                }
-                Err(reason) => {
-                    tracing::warn!(node.name = %name.escape_debug(), %reason, "a heartbeat is not believed");
-                }
-            }
-        }
-        Ok(nodes)
-    }
-
-    pub(super) async fn sessions(&self) -> Result<Vec<Session>, Error> {
-        let mut sessions = Vec::new();
-        for (name, sealed) in self.heard(HEARTBEAT_LOST, "sessions").await? {
-            let Some(sealed) = sealed else { continue };
-            match self.open::<Inventory>("inventory", &sealed) {
-                Ok(inventory) if inventory.node == name && self.is_of_today(inventory.at_ms) => {
-                    sessions.extend(inventory.sessions);
-                }
-                Ok(_) => {
-                    tracing::warn!(node.name = %name.escape_debug(), "an old or another node's inventory is not believed");
-                }
-                Err(reason) => {
-                    tracing::warn!(node.name = %name.escape_debug(), %reason, "an inventory is not believed");
-                }
-            }
-        }
-        Ok(sessions)
     }
 
     /// With room for clocks that differ, and for tests that put theirs forward.
@@ -607,53 +538,6 @@ impl Redis {
         let mut call = self.about(&self.scripts.complete, claim);
         call.arg(self.seal("report", report)?);
         self.link.run(&call).await.map(hold)
-    }
-
-    pub(super) async fn heartbeat(
-        &self,
-        node: &Node,
-        sessions: Option<&[Session]>,
-    ) -> Result<(), Error> {
-        let beat = self.seal("heartbeat", node)?;
-        let fresh = match sessions {
-            Some(sessions) => {
-                let inventory = Inventory {
-                    node: node.name.clone(),
-                    at_ms: node.at_ms,
-                    sessions: sessions.to_vec(),
-                };
-                let sealed = self.seal("inventory", &inventory)?;
-                self.inventories().insert(node.name.clone(), sealed.clone());
-                Some(sealed)
-            }
-            None => None,
-        };
-        if self.beat(&node.name, &beat, fresh.as_deref()).await? {
-            return Ok(());
-        }
-        let kept = self.inventories().get(&node.name).cloned();
-        if let Some(kept) = kept {
-            self.beat(&node.name, &beat, Some(&kept)).await?;
-        }
-        Ok(())
-    }
-
-    fn inventories(&self) -> std::sync::MutexGuard<'_, HashMap<String, Vec<u8>>> {
-        self.mine
-            .inventories
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn beat(&self, node: &str, beat: &[u8], inventory: Option<&[u8]>) -> Result<bool, Error> {
-        let mut call = self.call(&self.scripts.heartbeat);
-        call.arg(node)
-            .arg(beat)
-            .arg(inventory.unwrap_or_default())
-            .arg(DAY.as_millis() as u64)
-            // The script that lists the nodes is exact; this only keeps Redis clean.
-            .arg(HEARTBEAT_LOST.as_millis() as u64 * 3);
-        Ok(self.link.run::<i64>(&call).await? == 1)
     }
 }
 

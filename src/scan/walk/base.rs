@@ -19,7 +19,8 @@ impl Directory<'_> {
     ) -> Result<(), Error> {
         let (base, kept) = self.walker.base_facts(place)?;
         let owner = self.walker.owner_of(&base, &place.path)?;
-        if mode_of(&base) != entry.mode || owner != (entry.uid, entry.gid) || kept != extra.xattrs {
+        if mode_of(&base) != entry.mode || owner != (entry.uid, entry.gid) || kept != extra.xattrs()
+        {
             return Ok(());
         }
         let same_time =
@@ -47,7 +48,7 @@ impl Directory<'_> {
             && walker.owner_of(&base, &place.path)? == (entry.uid, entry.gid)
             && (base.st_mtime, base.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec)
             && base.st_nlink as u32 == entry.nlink
-            && kept == extra.xattrs;
+            && kept == extra.xattrs();
         if !same {
             return Ok(());
         }
@@ -120,7 +121,7 @@ impl Directory<'_> {
                 .find(|(name, _)| name == CAPABILITY)
                 .map(|(_, value)| value.clone())
         };
-        let ours = (entry.mode & SET_ID, capability(&extra.xattrs));
+        let ours = (entry.mode & SET_ID, capability(extra.xattrs()));
         if entry.kind != Kind::File || ours == (0, None) {
             return Ok(false);
         }

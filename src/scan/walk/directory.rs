@@ -1,6 +1,7 @@
 //! One directory: what the upper has in it, and what of the base must not shine through.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::fs::{FileType, Stat};
@@ -13,6 +14,7 @@ use super::{Task, Walker};
 use crate::escape;
 use crate::overlay::lower::{Found, Stack, join};
 use crate::overlay::root::{self, Follow, is_absent, proc_path, read_link_at, stat_at, xattr_at};
+use crate::scan::memory::Share;
 use crate::scan::rows::NO_EXTRA;
 use crate::scan::{Entry, Error, Extra, Flags, Kind, Reason, Report};
 
@@ -31,14 +33,42 @@ pub(super) struct Directory<'a> {
     /// What the earlier scan has here.
     known: HashMap<&'a [u8], u32>,
     pub(super) report: Report,
+    /// What all of this takes.
+    pub(super) share: Share<'a>,
 }
 
+/// What stops a listing of the base.
+enum Stop {
+    Read(io::Error),
+    Full(Error),
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        Self::Read(error)
+    }
+}
+
+/// What a set takes of a name, besides its bytes.
+const IN_SET: usize = 48;
+/// What is kept of each directory beside its entries, until all are walked.
+const OF_DIRECTORY: u64 = 128;
+
 impl Walker<'_> {
-    pub(super) fn directory(
-        &self,
-        task: &Task,
+    pub(super) fn directory<'a>(
+        &'a self,
+        task: &'a Task,
         own_cwd: bool,
-    ) -> Result<(Output, Vec<(u32, Task)>), Error> {
+    ) -> Result<(Output, Vec<(u32, Task)>, Share<'a>), Error> {
+        let mut share = self.memory.share();
+        share.keep(OF_DIRECTORY)?;
+        let mut known = HashMap::new();
+        if let (Some(earlier), Some(dir)) = (self.earlier, task.earlier) {
+            for (name, index) in earlier.children(dir) {
+                share.hold(IN_SET as u64)?;
+                known.insert(name, index);
+            }
+        }
         let mut dir = Directory {
             walker: self,
             task,
@@ -50,11 +80,9 @@ impl Walker<'_> {
             tasks: Vec::new(),
             decided: HashSet::new(),
             deleted: HashSet::new(),
-            known: match (self.earlier, task.earlier) {
-                (Some(earlier), Some(dir)) => earlier.children(dir).collect(),
-                _ => HashMap::new(),
-            },
+            known,
             report: Report::default(),
+            share,
         };
         if task.opaque {
             dir.push_mark(Kind::Opaque, b"")?;
@@ -72,10 +100,12 @@ impl Walker<'_> {
             output,
             tasks,
             report,
+            share,
             ..
         } = dir;
         lock(&self.report).add(report);
-        Ok(sorted(output, tasks))
+        let (output, tasks) = sorted(output, tasks);
+        Ok((output, tasks, share))
     }
 }
 
@@ -90,15 +120,6 @@ impl Directory<'_> {
             }
             Err(source) => return Err(walker.read_error(&self.task.path, source)),
         };
-        let names = match root::names(fd.as_fd()) {
-            Ok(names) => names,
-            // Removed since it was opened.
-            Err(error) if is_absent(&error) => {
-                self.report.vanished.add(escape::path(&self.task.path));
-                return Ok(());
-            }
-            Err(source) => return Err(walker.read_error(&self.task.path, source)),
-        };
         let within = if self.own_cwd && rustix::process::fchdir(&fd).is_ok() {
             Vec::new()
         } else {
@@ -106,7 +127,18 @@ impl Directory<'_> {
         };
         // Regular files are whiteouts only in a directory that says so.
         let mut holds_whiteout_files = None;
-        for name in names {
+        let mut names = root::names(fd.as_fd());
+        while let Some(name) = names.next() {
+            let name = match name {
+                Ok(name) => name,
+                // Removed since it was opened.
+                Err(error) if is_absent(&error) => {
+                    self.report.vanished.add(escape::path(&self.task.path));
+                    return Ok(());
+                }
+                Err(source) => return Err(walker.read_error(&self.task.path, source)),
+            };
+            self.output.in_pieces = names.in_pieces();
             let path = join(&self.task.path, &name);
             let stat = stat_at(fd.as_fd(), &name).map_err(|e| walker.read_error(&path, e))?;
             let Some(stat) = stat else {
@@ -124,7 +156,7 @@ impl Directory<'_> {
                             path: escape::path(&path),
                         });
                     }
-                    self.decide(&name);
+                    self.decide(&name)?;
                     continue;
                 }
                 self.whiteout(name, &path, &stat)?;
@@ -136,7 +168,7 @@ impl Directory<'_> {
                 && stat.st_size > 0
                 && self.left_out(&path, Some(file_type), &stat, None, false)
             {
-                self.decide(&name);
+                self.decide(&name)?;
                 continue;
             }
             let mut dropped = Vec::new();
@@ -177,10 +209,10 @@ impl Directory<'_> {
     ) -> Result<(), Error> {
         let in_base = !matches!(self.base(&name, path)?, Found::Absent);
         if self.left_out(path, None, stat, None, in_base) {
-            self.decide(&name);
+            self.decide(&name)?;
         } else if self.task.full || self.task.hidden {
             // What the base has under this name is hidden with all else that is not here.
-            self.deleted.insert(name);
+            self.delete(name)?;
         } else if in_base || !self.walker.lowers_known {
             self.push_mark(Kind::Whiteout, &name)?;
         } else {
@@ -211,7 +243,7 @@ impl Directory<'_> {
         entry.extra = NO_EXTRA;
         entry.flags.clear(Flags::SILENT);
         entry.flags.clear(Flags::STUBS);
-        self.decide(name);
+        self.decide(name)?;
         let at = self.push(entry, name, Extra::default())?;
         self.output.kept.push((at, index));
         Ok(true)
@@ -245,11 +277,11 @@ impl Directory<'_> {
             && self.leads_nowhere(dir, link, &path)?
         {
             self.note_left_out(&path, Reason::Gpu);
-            self.decide(&name);
+            self.decide(&name)?;
             return Ok(());
         }
         if self.left_out(&path, Some(file_type), stat, link.as_deref(), in_base) {
-            self.decide(&name);
+            self.decide(&name)?;
             return Ok(());
         }
         let Some(kind) = kind_of(file_type) else {
@@ -259,8 +291,7 @@ impl Directory<'_> {
             if in_base && !self.task.full && !self.task.hidden {
                 self.push_mark(Kind::Whiteout, &name)?;
             }
-            self.deleted.insert(name);
-            return Ok(());
+            return self.delete(name);
         };
         if name.starts_with(b".wh.") {
             return Err(Error::ReservedName {
@@ -288,7 +319,7 @@ impl Directory<'_> {
         };
         let mut extra = Extra {
             link,
-            xattrs: attributes.kept,
+            xattrs: self.share.set_of(attributes.kept)?,
             content,
             moved,
             ..Extra::default()
@@ -331,7 +362,7 @@ impl Directory<'_> {
             }
         }
         extra.privileged = self.is_privileged(&entry, &extra, &base, &path)?;
-        self.decide(&name);
+        self.decide(&name)?;
         let index = self.push(entry, &name, extra)?;
         if kind == Kind::Dir {
             let full = self.task.full || moved;
@@ -352,25 +383,21 @@ impl Directory<'_> {
                 full,
                 opaque: opaque && !walker.lowers_known,
             };
-            self.tasks.push((index, task));
+            self.later(index, task)?;
         }
         Ok(())
     }
 
     /// Where the base's content must not shine through: a whiteout for each name that is not here.
     fn hide_base(&mut self) -> Result<(), Error> {
-        let walker = self.walker;
-        let base = walker
-            .lowers
-            .list(&self.task.base)
-            .map_err(|e| walker.read_error(&self.task.path, e))?;
-        for (name, found) in base {
-            let (Found::Dir { stat, .. } | Found::Other { stat, .. }) = found else {
-                continue;
-            };
+        for name in self.base_names(&self.task.base)? {
             if self.decided.contains(&name) {
                 continue;
             }
+            let found = self.base(&name, &self.task.path)?;
+            let (Found::Dir { stat, .. } | Found::Other { stat, .. }) = found else {
+                continue;
+            };
             let path = join(&self.task.path, &name);
             if !self.left_out(&path, None, &stat, None, true) {
                 self.push_mark(Kind::Whiteout, &name)?;
@@ -380,10 +407,41 @@ impl Directory<'_> {
     }
 
     /// Nothing is merged in or hidden under this name any more: only directories where either happens need to know.
-    pub(super) fn decide(&mut self, name: &[u8]) {
+    pub(super) fn decide(&mut self, name: &[u8]) -> Result<(), Error> {
         if self.task.full || self.task.hidden {
+            self.share.hold((name.len() + IN_SET) as u64)?;
             self.decided.insert(name.to_vec());
         }
+        Ok(())
+    }
+
+    /// Nothing is merged in under this name: only directories where that happens need to know.
+    fn delete(&mut self, name: Vec<u8>) -> Result<(), Error> {
+        if self.task.full {
+            self.share.hold((name.len() + IN_SET) as u64)?;
+            self.deleted.insert(name);
+        }
+        Ok(())
+    }
+
+    /// A subdirectory to be walked.
+    pub(super) fn later(&mut self, index: u32, task: Task) -> Result<(), Error> {
+        self.share.keep(task.weight())?;
+        self.tasks.push((index, task));
+        Ok(())
+    }
+
+    /// Names in a directory of the base, of which some may be deleted there.
+    pub(super) fn base_names(&mut self, stack: &Stack) -> Result<BTreeSet<Vec<u8>>, Error> {
+        let (walker, share) = (self.walker, &mut self.share);
+        let room = |length: usize| {
+            let held = share.hold((length + IN_SET) as u64);
+            held.map_err(Stop::Full)
+        };
+        walker.lowers.names(stack, room).map_err(|stop| match stop {
+            Stop::Read(source) => walker.read_error(&self.task.path, source),
+            Stop::Full(error) => error,
+        })
     }
 
     pub(super) fn base(&self, name: &[u8], path: &[u8]) -> Result<Found, Error> {
@@ -422,10 +480,13 @@ impl Directory<'_> {
         extra: Extra,
     ) -> Result<u32, Error> {
         self.walker.count(&entry)?;
+        self.share.hold_entry(name)?;
         entry.name_at = self.output.names.len() as u32;
         entry.name_len = name.len() as u16;
         self.output.names.extend(name);
-        if extra != Extra::default() {
+        let rare = extra != Extra::default();
+        self.share.keep_entry(name, rare.then_some(&extra))?;
+        if rare {
             entry.extra = self.output.extras.len() as u32;
             self.output.extras.push(extra);
         }

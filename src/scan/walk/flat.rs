@@ -17,6 +17,8 @@ pub(in crate::scan) struct Output {
     pub(super) stubs: bool,
     /// The entries are not all that is here.
     pub(super) partial: bool,
+    /// The directory was read in more than one piece: a name may be here twice.
+    pub(super) in_pieces: bool,
 }
 
 /// What walking one directory gave. What is new in it lies on a shelf by now, as much memory as a scan is made of.
@@ -174,6 +176,9 @@ impl Iterator for Cursor {
 /// Puts a directory's entries into the order of the layer.
 pub(super) fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Vec<(u32, Task)>) {
     let mut order: Vec<u32> = (0..output.entries.len() as u32).collect();
+    if output.in_pieces {
+        only_last(&output, &mut order);
+    }
     order.sort_unstable_by(|&a, &b| {
         let (a, b) = (&output.entries[a as usize], &output.entries[b as usize]);
         let rank = |entry: &Entry| match entry.kind {
@@ -185,7 +190,7 @@ pub(super) fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Ve
             .cmp(&rank(b))
             .then_with(|| output.name(a).cmp(output.name(b)))
     });
-    let mut place = vec![0u32; order.len()];
+    let mut place = vec![GONE; output.entries.len()];
     for (new, &old) in order.iter().enumerate() {
         place[old as usize] = new as u32;
     }
@@ -196,13 +201,26 @@ pub(super) fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Ve
     for (entry, _) in &mut output.kept {
         *entry = place[*entry as usize];
     }
+    output.kept.retain(|&(entry, _)| entry != GONE);
     output.kept.sort_unstable();
     let tasks = tasks.into_iter();
     let mut tasks: Vec<_> = tasks
         .map(|(old, task)| (place[old as usize], task))
+        .filter(|&(entry, _)| entry != GONE)
         .collect();
     tasks.sort_unstable_by_key(|(entry, _)| *entry);
     (output, tasks)
+}
+
+/// Place of an entry that is not taken over.
+const GONE: u32 = u32::MAX;
+
+/// Of names that came twice leaves that which was looked at last: `order` are the entries as they came.
+fn only_last(output: &Output, order: &mut Vec<u32>) {
+    let name = |at: u32| output.name(&output.entries[at as usize]);
+    // The mark of an opaque directory has no name.
+    order.sort_unstable_by(|&a, &b| name(a).cmp(name(b)).then(b.cmp(&a)));
+    order.dedup_by(|later, kept| name(*later) == name(*kept));
 }
 
 /// Adds entries each of which is in the one before. The index of the last.
@@ -257,4 +275,56 @@ pub(super) fn flatten(top: Output, walk: super::Walk) -> Rows {
         }
     }
     rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_came_twice_is_there_once_as_it_was_looked_at_last() {
+        let mut output = Output {
+            in_pieces: true,
+            ..Output::default()
+        };
+        for (ino, name, kind) in [
+            (1, "b", Kind::Dir),
+            (2, "a", Kind::File),
+            (3, "b", Kind::Dir),
+            (4, "c", Kind::File),
+            (0, "a", Kind::Whiteout),
+        ] {
+            output.entries.push(Entry {
+                kind,
+                ino,
+                name_at: output.names.len() as u32,
+                name_len: 1,
+                ..Entry::default()
+            });
+            output.names.extend(name.as_bytes());
+        }
+        output.kept = vec![(1, 7), (3, 9)];
+        let task = || Task {
+            id: 0,
+            depth: 0,
+            path: Vec::new(),
+            earlier: None,
+            upper: true,
+            merge: Vec::new(),
+            base: Vec::new(),
+            full: false,
+            hidden: false,
+            opaque: false,
+        };
+        let (output, tasks) = sorted(output, vec![(0, task()), (2, task())]);
+        let left: Vec<(&[u8], u64)> = output
+            .entries
+            .iter()
+            .map(|entry| (output.name(entry), entry.ino))
+            .collect();
+        assert_eq!(left, [(&b"a"[..], 0), (b"b", 3), (b"c", 4)]);
+        assert_eq!(output.kept, [(2, 9)]);
+        let tasks: Vec<u32> = tasks.iter().map(|(entry, _)| *entry).collect();
+        assert_eq!(tasks, [1]);
+    }
 }

@@ -28,10 +28,11 @@ use flat::flatten;
 use queue::Queue;
 
 use super::again::Earlier;
+use super::memory::Memory;
 use super::rows::Shelf;
 use super::{Caps, Clock, Entry, Error, Kind, Options, Report, Roots, Scan};
 use crate::escape;
-use crate::overlay::lower::{Found, Lowers, Stack};
+use crate::overlay::lower::{Found, Lowers, Place, Stack};
 use crate::overlay::root::Root;
 use crate::overlay::volume::Volume;
 use crate::overlay::xattr::Namespace;
@@ -57,6 +58,17 @@ pub(super) struct Task {
     pub(super) hidden: bool,
     /// The same, but what the base has here is not known.
     pub(super) opaque: bool,
+}
+
+impl Task {
+    /// Bytes that it takes until it is done.
+    pub(super) fn weight(&self) -> u64 {
+        let places = self.merge.iter().chain(&self.base);
+        let places: usize = places
+            .map(|place| size_of::<Place>() + place.path.len())
+            .sum();
+        (size_of::<Self>() + self.path.len() + places) as u64
+    }
 }
 
 /// What a walk gave.
@@ -87,6 +99,7 @@ pub(super) struct Walker<'a> {
     next_shelf: AtomicU32,
     report: Mutex<Report>,
     count: Counters,
+    pub(super) memory: Memory,
 }
 
 #[derive(Default)]
@@ -158,6 +171,7 @@ impl<'a> Walker<'a> {
             next_shelf: AtomicU32::new(0),
             report: Mutex::new(Report::default()),
             count: Counters::default(),
+            memory: Memory::new(options.caps.memory),
         }
     }
 

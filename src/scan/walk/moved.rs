@@ -14,15 +14,13 @@ impl Directory<'_> {
     /// In a directory that was moved here: what is merged from where it was.
     pub(super) fn merged_entries(&mut self) -> Result<(), Error> {
         let walker = self.walker;
-        let merged = walker
-            .lowers
-            .list(&self.task.merge)
-            .map_err(|e| walker.read_error(&self.task.path, e))?;
-        for (name, found) in merged {
+        for name in self.base_names(&self.task.merge)? {
             if self.decided.contains(&name) || self.deleted.contains(&name) {
                 continue;
             }
             let path = join(&self.task.path, &name);
+            let found = walker.lowers.lookup(&self.task.merge, &name);
+            let found = found.map_err(|e| walker.read_error(&self.task.path, e))?;
             let (place, merge) = match &found {
                 Found::Absent => continue,
                 Found::Dir { stack, .. } => (stack.first().cloned(), stack.clone()),
@@ -43,7 +41,7 @@ impl Directory<'_> {
             };
             let in_base = !matches!(base, Found::Absent);
             if self.left_out(&path, Some(file_type), &stat, link.as_deref(), in_base) {
-                self.decide(&name);
+                self.decide(&name)?;
                 continue;
             }
             let Some(kind) = kind_of(file_type) else {
@@ -66,13 +64,14 @@ impl Directory<'_> {
             } else {
                 None
             };
-            self.decide(&name);
+            self.decide(&name)?;
+            let xattrs = self.share.set_of(kept)?;
             let index = self.push(
                 entry,
                 &name,
                 Extra {
                     link,
-                    xattrs: kept,
+                    xattrs,
                     content,
                     ..Extra::default()
                 },
@@ -94,7 +93,7 @@ impl Directory<'_> {
                     full: true,
                     opaque: false,
                 };
-                self.tasks.push((index, task));
+                self.later(index, task)?;
             }
         }
         Ok(())

@@ -37,6 +37,10 @@ impl Walker<'_> {
         directory: &(dyn Fn(&Task, bool) -> Result<Found, Error> + Sync),
     ) -> Result<Walk, Error> {
         {
+            let mut share = self.memory.share();
+            for task in &tasks {
+                share.keep(task.weight())?;
+            }
             let mut queue = lock(&self.queue);
             for (id, task) in tasks.iter_mut().enumerate() {
                 task.id = id as u32;
@@ -102,7 +106,7 @@ impl Walker<'_> {
             } else {
                 directory(&task, own_cwd)
             };
-            let result = result.map(|(output, tasks)| {
+            let result = result.map(|(output, tasks, share)| {
                 let mut last = shelves.last_entry().filter(|last| !last.get().is_full());
                 let walked = match &mut last {
                     Some(last) => output.finish(*last.key(), last.get_mut(), &tasks),
@@ -111,6 +115,8 @@ impl Walker<'_> {
                         output.finish(number, shelves.entry(number).or_default(), &tasks)
                     }
                 };
+                drop(share);
+                self.memory.release(task.weight());
                 (walked, tasks)
             });
             let mut queue = lock(&self.queue);

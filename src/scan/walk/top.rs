@@ -42,10 +42,11 @@ impl Walker<'_> {
             entry.name_at = output.names.len() as u32;
             entry.name_len = name.len() as u16;
             output.names.extend(name);
-            if !attributes.kept.is_empty() {
+            let xattrs = self.memory.share().set_of(attributes.kept)?;
+            if xattrs.is_some() {
                 entry.extra = output.extras.len() as u32;
                 output.extras.push(Extra {
-                    xattrs: attributes.kept,
+                    xattrs,
                     ..Extra::default()
                 });
             }
@@ -80,9 +81,10 @@ impl Walker<'_> {
         if silent {
             entry.flags.set(Flags::SILENT);
         }
-        if !attributes.kept.is_empty() {
+        let xattrs = self.memory.share().set_of(attributes.kept)?;
+        if xattrs.is_some() {
             output.extras.push(Extra {
-                xattrs: attributes.kept,
+                xattrs,
                 ..Extra::default()
             });
             entry.extra = 0;

@@ -1,0 +1,188 @@
+//! The memory that a scan may take, counted as it is taken: names, attributes and the directories under way are as many
+//! and as long as whoever wrote the tree likes.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{Entry, Error, Extra, Xattr};
+
+/// Of which a [`Share`] takes a whole number, so that threads do not meet at every name.
+const PIECE: u64 = 4 << 10;
+/// What is kept of an entry besides its name: its facts, and its row.
+const KEPT: u64 = 49;
+
+/// Attributes of an entry, one copy for all entries that have the same.
+pub(super) type Xattrs = Arc<[Xattr]>;
+
+/// What a scan has taken, and may take.
+#[derive(Debug)]
+pub(super) struct Memory {
+    limit: u64,
+    used: AtomicU64,
+    /// The sets of attributes of this scan.
+    sets: Mutex<HashSet<Xattrs>>,
+}
+
+impl Memory {
+    pub(super) fn new(limit: u64) -> Self {
+        Self {
+            limit,
+            used: AtomicU64::new(0),
+            sets: Mutex::default(),
+        }
+    }
+
+    /// Gives back what was kept.
+    pub(super) fn release(&self, bytes: u64) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn share(&self) -> Share<'_> {
+        Share {
+            of: self,
+            taken: 0,
+            used: 0,
+            kept: 0,
+        }
+    }
+}
+
+/// What one thread takes of it for one directory. What was held is given back in the end, what was kept is not.
+#[derive(Debug)]
+pub(super) struct Share<'a> {
+    of: &'a Memory,
+    taken: u64,
+    used: u64,
+    kept: u64,
+}
+
+impl Share<'_> {
+    /// Takes `bytes` until this share is dropped.
+    pub(super) fn hold(&mut self, bytes: u64) -> Result<(), Error> {
+        self.used = self.used.saturating_add(bytes);
+        if self.used <= self.taken {
+            return Ok(());
+        }
+        let more = (self.used - self.taken).next_multiple_of(PIECE);
+        let before = self.of.used.fetch_add(more, Ordering::Relaxed);
+        self.taken += more;
+        if before.saturating_add(more) <= self.of.limit {
+            return Ok(());
+        }
+        Err(Error::Cap {
+            what: "the memory for names, attributes and directory listings in bytes".to_owned(),
+            limit: self.of.limit,
+            flag: "--max-memory",
+        })
+    }
+
+    /// Takes `bytes` for as long as there is the scan.
+    pub(super) fn keep(&mut self, bytes: u64) -> Result<(), Error> {
+        self.kept += bytes;
+        self.hold(bytes)
+    }
+
+    /// Takes what an entry takes in the scan; and, beside its attributes, what is rare about it.
+    pub(super) fn keep_entry(&mut self, name: &[u8], extra: Option<&Extra>) -> Result<(), Error> {
+        self.keep(KEPT + name.len() as u64 + extra.map_or(0, weight))
+    }
+
+    /// Takes what an entry takes in a directory under way, besides.
+    pub(super) fn hold_entry(&mut self, name: &[u8]) -> Result<(), Error> {
+        self.hold((size_of::<Entry>() + name.len()) as u64)
+    }
+
+    /// The one copy of a set of attributes that this scan has, which is taken if there was none; none of the empty set.
+    pub(super) fn set_of(&mut self, xattrs: Vec<Xattr>) -> Result<Option<Xattrs>, Error> {
+        if xattrs.is_empty() {
+            return Ok(None);
+        }
+        let known = self.sets().get(xattrs.as_slice()).cloned();
+        if known.is_some() {
+            return Ok(known);
+        }
+        self.keep_set(&xattrs)?;
+        let set = Xattrs::from(xattrs);
+        self.sets().insert(Arc::clone(&set));
+        Ok(Some(set))
+    }
+
+    /// Takes what a set of attributes takes.
+    pub(super) fn keep_set(&mut self, xattrs: &[Xattr]) -> Result<(), Error> {
+        let bytes: usize = xattrs
+            .iter()
+            .map(|(name, value)| size_of::<Xattr>() + name.len() + value.len())
+            .sum();
+        self.keep((bytes + size_of::<Xattrs>()) as u64)
+    }
+
+    fn sets(&self) -> std::sync::MutexGuard<'_, HashSet<Xattrs>> {
+        self.of.sets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Share<'_> {
+    fn drop(&mut self) {
+        let held = self.taken.saturating_sub(self.kept);
+        self.of.used.fetch_sub(held, Ordering::Relaxed);
+    }
+}
+
+fn weight(extra: &Extra) -> u64 {
+    let link = extra.link.as_ref().map_or(0, Vec::len);
+    let content = extra
+        .content
+        .as_ref()
+        .map_or(0, |content| content.path.len());
+    (size_of::<Extra>() + link + content) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn used(memory: &Memory) -> u64 {
+        memory.used.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn what_is_held_is_given_back_and_what_is_kept_is_not() -> Result<(), Error> {
+        let memory = Memory::new(10 * PIECE);
+        let mut share = memory.share();
+        share.hold(3 * PIECE)?;
+        share.keep(100)?;
+        assert_eq!(used(&memory), 4 * PIECE);
+        drop(share);
+        assert_eq!(used(&memory), 100);
+        let mut share = memory.share();
+        assert!(share.hold(9 * PIECE).is_ok());
+        let refused = share.hold(PIECE).map_err(|error| error.to_string());
+        let told = "refused: the memory for names, attributes and directory listings in bytes is over the limit of 40960; \
+                    if that is meant, raise it with --max-memory";
+        assert_eq!(refused, Err(told.to_owned()));
+        drop(share);
+        assert_eq!(used(&memory), 100);
+        Ok(())
+    }
+
+    #[test]
+    fn the_same_attributes_are_kept_once() -> Result<(), Error> {
+        let memory = Memory::new(1 << 20);
+        let mut share = memory.share();
+        let set = |value: u8| vec![(b"user.a".to_vec(), vec![value; 4000])];
+        let first = share.set_of(set(1))?;
+        for _ in 0..1000 {
+            assert_eq!(
+                share.set_of(set(1))?.map(|set| set.as_ptr()),
+                first.as_ref().map(|set| set.as_ptr())
+            );
+        }
+        assert!(share.set_of(Vec::new())?.is_none());
+        drop(share);
+        assert!((4000..5000).contains(&used(&memory)), "{}", used(&memory));
+        let other = memory.share().set_of(set(2))?;
+        assert_ne!(other, first);
+        Ok(())
+    }
+}
