@@ -17,8 +17,17 @@ use rustix::process::Pid;
 
 use crate::overlay::mount::{MountInfo, parse_mountinfo};
 
+mod memory;
+
+pub use memory::Bound;
+
 /// The cgroup in which such processes are. It stays: empty it costs nothing.
 const GROUP: &str = "upperdeck-idle";
+/// The same for processes at the usual priority whose memory is bounded.
+const NORMAL: &str = "upperdeck-saves";
+/// In the idle group of the unified hierarchy, where processes are without a bound on their memory: a group with groups
+/// that share out memory holds none itself.
+const UNBOUNDED: &str = "unbounded";
 /// The least there is.
 const NICEST: i32 = 19;
 
@@ -53,10 +62,12 @@ pub enum Holds {
 pub struct Hurry(Background);
 
 impl Background {
-    /// Moves this process there. `host_root`: cgroup file systems that are mounted below it are the node's.
+    /// Moves this process there, and bounds its memory where that is asked for. `host_root`: cgroup file systems that are
+    /// mounted below it are the node's.
     ///
     /// What cannot be had is done without: see [`Background::holds`].
-    pub fn enter(host_root: Option<&Path>) -> Self {
+    pub fn enter(host_root: Option<&Path>, bound: Option<&Bound>) -> Self {
+        let bounded = bound.and_then(|bound| bound.hold(host_root, true));
         let read = |path: &str| fs::read(path).unwrap_or_default();
         let mounts = parse_mountinfo(&read("/proc/self/mountinfo")).unwrap_or_default();
         let own = read("/proc/self/cgroup");
@@ -69,7 +80,12 @@ impl Background {
                     holds = held;
                 }
                 let procs = |dir: &Path| dir.join("cgroup.procs");
-                groups.push((procs(&place.idle), procs(&place.own)));
+                let idle = if place.unified {
+                    bounded.clone().unwrap_or_else(|| unbounded(&place.idle))
+                } else {
+                    place.idle
+                };
+                groups.push((procs(&idle), procs(&place.own)));
             }
         }
         let usual = rustix::process::getpriority_process(None).unwrap_or(0);
@@ -85,6 +101,11 @@ impl Background {
             "in the background"
         );
         background
+    }
+
+    /// Bounds the memory of this process, which stays at its usual priority.
+    pub fn bound_only(host_root: Option<&Path>, bound: &Bound) {
+        bound.hold(host_root, false);
     }
 
     /// What it rests on.
@@ -140,32 +161,55 @@ struct Place {
     idle: PathBuf,
     own: PathBuf,
     cpu: bool,
+    unified: bool,
 }
 
-/// The hierarchies that share out cores and disks, from `/proc/self/mountinfo` and `/proc/self/cgroup`.
-fn places(mounts: &[MountInfo], own: &[u8], host_root: Option<&Path>) -> Vec<Place> {
-    let own = String::from_utf8_lossy(own);
-    let mut places: Vec<Place> = Vec::new();
-    for line in own.lines() {
+/// A hierarchy that this process is in.
+struct Hierarchy<'a> {
+    /// The mount that shows the most of it.
+    mount: &'a MountInfo,
+    /// This process' group there.
+    path: PathBuf,
+    /// The first of the wanted controllers that it has.
+    controller: &'a str,
+    unified: bool,
+}
+
+/// The hierarchies that have one of `wanted`, and the unified one, from `/proc/self/mountinfo` and `/proc/self/cgroup`.
+fn hierarchies<'a>(
+    mounts: &'a [MountInfo],
+    own: &[u8],
+    host_root: Option<&'a Path>,
+    wanted: &'a [&'a str],
+) -> impl Iterator<Item = Hierarchy<'a>> {
+    let own = String::from_utf8_lossy(own).into_owned();
+    let lines: Vec<String> = own.lines().map(str::to_owned).collect();
+    lines.into_iter().flat_map(move |line| {
         let mut fields = line.splitn(3, ':');
         let (Some(id), Some(controllers), Some(path)) =
             (fields.next(), fields.next(), fields.next())
         else {
-            continue;
+            return Vec::new();
         };
         let unified = id == "0" && controllers.is_empty();
-        let has = |name: &str| controllers.split(',').any(|controller| controller == name);
-        let cpu = unified || has("cpu");
-        if !cpu && !has("blkio") {
-            continue;
-        }
+        let has = |name: &&&str| {
+            controllers
+                .split(',')
+                .any(|controller| controller == **name)
+        };
+        let Some(controller) = wanted
+            .iter()
+            .find(has)
+            .or_else(|| wanted.first().filter(|_| unified))
+        else {
+            return Vec::new();
+        };
         let fits = |mount: &&MountInfo| {
             if unified {
                 return mount.fs_type == "cgroup2";
             }
-            let wanted: &[u8] = if cpu { b"cpu" } else { b"blkio" };
             let mut options = mount.super_options.split(|&b| b == b',');
-            mount.fs_type == "cgroup" && options.any(|option| option == wanted)
+            mount.fs_type == "cgroup" && options.any(|option| option == controller.as_bytes())
         };
         let mut fitting: Vec<&MountInfo> = mounts.iter().filter(fits).collect();
         // The node's own mount shows the whole tree.
@@ -173,22 +217,56 @@ fn places(mounts: &[MountInfo], own: &[u8], host_root: Option<&Path>) -> Vec<Pla
             let host = host_root.is_some_and(|root| mount.mount_point.starts_with(root));
             (mount.root != Path::new("/"), !host)
         });
-        let found = fitting.iter().find_map(|mount| {
-            let below = Path::new(path).strip_prefix(&mount.root).ok()?;
-            below
-                .components()
-                .all(|part| matches!(part, Component::Normal(_)))
-                .then(|| Place {
-                    idle: mount.mount_point.join(GROUP),
-                    own: mount.mount_point.join(below),
-                    cpu,
-                })
-        });
-        places.extend(
-            found.filter(|place| !own.ends_with(" (deleted)") && !place.own.ends_with(GROUP)),
-        );
+        let hierarchy = |mount| Hierarchy {
+            mount,
+            path: PathBuf::from(path),
+            controller,
+            unified,
+        };
+        fitting.into_iter().map(hierarchy).collect()
+    })
+}
+
+/// An idle group in each of the hierarchies that share out cores and disks.
+fn places(mounts: &[MountInfo], own: &[u8], host_root: Option<&Path>) -> Vec<Place> {
+    let mut places: Vec<Place> = Vec::new();
+    if own.ends_with(b" (deleted)") {
+        return places;
+    }
+    let mut known = Vec::new();
+    for hierarchy in hierarchies(mounts, own, host_root, &["cpu", "blkio"]) {
+        let kind = (hierarchy.controller, hierarchy.unified);
+        if known.contains(&kind) {
+            continue;
+        }
+        let Ok(below) = hierarchy.path.strip_prefix(&hierarchy.mount.root) else {
+            continue;
+        };
+        if !below
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)))
+        {
+            continue;
+        }
+        known.push(kind);
+        let place = Place {
+            idle: hierarchy.mount.mount_point.join(GROUP),
+            own: hierarchy.mount.mount_point.join(below),
+            cpu: hierarchy.unified || hierarchy.controller == "cpu",
+            unified: hierarchy.unified,
+        };
+        // It is there already.
+        let inside = below.components().any(|part| part.as_os_str() == GROUP);
+        places.extend((!inside).then_some(place));
     }
     places
+}
+
+/// Where in an idle group of the unified hierarchy a process is whose memory is not bounded.
+fn unbounded(idle: &Path) -> PathBuf {
+    let dir = idle.join(UNBOUNDED);
+    let _ = fs::create_dir(&dir);
+    if dir.is_dir() { dir } else { idle.to_owned() }
 }
 
 /// Makes the group and sets what it has. None where it can share out nothing.

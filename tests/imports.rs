@@ -52,7 +52,17 @@ const TABLE: [(&str, &[&str]); 26] = [
     ),
     ("queue", &["job"]),
     ("record", &["job"]),
-    ("agent", &["cancel", "container", "freeze", "job", "queue"]),
+    (
+        "agent",
+        &[
+            "background",
+            "cancel",
+            "container",
+            "freeze",
+            "job",
+            "queue",
+        ],
+    ),
     ("portal", &["job"]),
     (
         "manager",

@@ -25,6 +25,7 @@ use zeroize::Zeroizing;
 use super::options::Options;
 use super::spool::Of;
 use super::spool::Spool;
+use crate::background::Bound;
 use crate::container::{Roots, process_start};
 use crate::escape;
 use crate::job::{Event, JobId, Order};
@@ -43,7 +44,7 @@ const MAX_CREDS: u64 = 16 << 10;
 /// A look into a session takes as long as a walk of its tree, with what is left over of the cores.
 const INSPECT_BOUND: Duration = Duration::from_secs(300);
 /// What is larger was not written by `inspect`.
-const MAX_INSPECTED: u64 = 16 << 20;
+const MAX_INSPECTED: u64 = 1 << 20;
 /// From asking it to end to ending it.
 const GRACE: Duration = Duration::from_secs(10);
 /// What the child needs of the environment: how the node reaches the world. Neither `HOME` nor anything else in which
@@ -102,6 +103,7 @@ pub(super) fn arguments(
     if options.background {
         all.push("--background".into());
     }
+    all.extend(memory_flags(options, &save_group(order.job)));
     if let Some(pause) = options.max_pause {
         all.push(format!("--max-pause={}ms", pause.as_millis().max(1)).into());
     }
@@ -149,6 +151,37 @@ pub(super) fn arguments(
         order.destination.clone().into(),
     ]);
     all
+}
+
+/// The name of a save's cgroup.
+fn save_group(job: JobId) -> String {
+    format!("save-{job}")
+}
+
+/// The flags with which a child bounds its memory.
+fn memory_flags(options: &Options, group: &str) -> Vec<OsString> {
+    let bound = options.memory.map(|bytes| {
+        [
+            format!("--memory-limit={bytes}").into(),
+            format!("--memory-group={group}").into(),
+        ]
+    });
+    bound.into_iter().flatten().collect()
+}
+
+/// Removes the cgroup of a child that has ended. Whether it was ended for want of memory.
+fn release_memory(options: &Options, group: String) -> bool {
+    let Some(bytes) = options.memory else {
+        return false;
+    };
+    let host_root = options.roots.host_root.as_deref();
+    Bound { bytes, group }.release(host_root, options.background)
+}
+
+/// The same for a save's. What it could not have any more it says itself, where no cgroup held it.
+pub(super) fn lacked_memory(options: &Options, job: JobId, words: &str) -> bool {
+    release_memory(options, save_group(job))
+        || (words.starts_with("memory allocation of ") && words.ends_with(" bytes failed"))
 }
 
 /// The flags that lead a child to the same roots.
@@ -295,6 +328,8 @@ pub(super) async fn inspect(options: &Options, session: &str) -> Option<Vec<u8>>
     if options.background {
         flags.push("--background".into());
     }
+    let group = format!("look-{}", JobId::new());
+    flags.extend(memory_flags(options, &group));
     let state_dir = options.state_dir.as_deref().unwrap_or(Path::new(""));
     command
         .args(flags)
@@ -315,7 +350,20 @@ pub(super) async fn inspect(options: &Options, session: &str) -> Option<Vec<u8>>
         let status = child.wait().await.ok()?;
         status.success().then_some(json)
     };
-    tokio::time::timeout(INSPECT_BOUND, read).await.ok()?
+    let told = tokio::time::timeout(INSPECT_BOUND, read)
+        .await
+        .ok()
+        .flatten();
+    if told.is_none() {
+        let _ = tokio::time::timeout(GRACE, child.kill()).await;
+    }
+    if release_memory(options, group) {
+        tracing::warn!(
+            session.id = session,
+            "looking into a session took more memory than it may"
+        );
+    }
+    told
 }
 
 /// Ends what a dead agent left running. Returns when it is gone.
@@ -465,6 +513,8 @@ mod tests {
                 "--state-dir=/var/lib/upperdeck",
                 "--jobs=3",
                 "--background",
+                "--memory-limit=3221225472",
+                &format!("--memory-group=save-{}", order.job),
                 "--creds-fd=0",
                 "--max-size=500G",
                 "--message=--full\n-x",

@@ -10,6 +10,10 @@ use crate::queue::HEARTBEAT_EVERY;
 
 use super::owner::OwnerRule;
 
+/// What a child takes of memory, at most: twice what the names and attributes of a tree may take (`--max-memory`), with
+/// room for all threads.
+const MEMORY: u64 = 3 << 30;
+
 /// Everything about an agent. `Options::new` has the usual values of all but the rule.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -49,6 +53,8 @@ pub struct Options {
     pub sizes_every: Duration,
     /// Whether children run at the lowest CPU and I/O priority.
     pub background: bool,
+    /// The most memory that a child may take, in bytes; none: no bound.
+    pub memory: Option<u64>,
     /// Further flags of `commit` for every job, as the administrator wants them: caps, `--pause`, `--include-caches`.
     pub flags: Vec<String>,
 }
@@ -97,6 +103,7 @@ impl Options {
             inventory_every: Duration::from_secs(10),
             sizes_every: Duration::from_secs(5 * 60),
             background: true,
+            memory: Some(MEMORY),
             flags: Vec::new(),
         }
     }

@@ -280,6 +280,7 @@ async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cance
     let (why, status, said) = follow(agent, teller, order, lost, &mut child).await;
     let thawed = settle(agent, order.job).await;
     let words = child.last_words().await;
+    let lacked_memory = child::lacked_memory(&agent.options, order.job, &words);
     if !thawed {
         let why = "the save ended, and whether the session runs again could not be seen: have an administrator look at it";
         return End::Outcome(Refusal::of(Code::Internal, why).outcome());
@@ -310,6 +311,9 @@ async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cance
                 agent.bound(order).as_secs()
             );
             End::Outcome(Refusal::of(Code::TimedOut, why).outcome())
+        }
+        None if lacked_memory && said.failed.is_none() => {
+            End::Outcome(too_much_memory(agent.options.memory).outcome())
         }
         None => End::Outcome(refusal_of(status, said.failed, &words).outcome()),
     }
@@ -407,6 +411,16 @@ pub(super) async fn settle(agent: &Agent, job: JobId) -> bool {
             Ok(Err(_)) => tokio::time::sleep(Duration::from_millis(200)).await,
         }
     }
+}
+
+/// What took more memory than it may takes it again, however often it is tried.
+fn too_much_memory(bound: Option<u64>) -> Refusal {
+    let bytes = bound.unwrap_or_default();
+    let why = format!(
+        "the save needs more memory than a save may take on this node ({bytes} bytes): an administrator may raise it with \
+         --save-memory"
+    );
+    Refusal::of(Code::Policy, why)
 }
 
 /// Why a child ended without an image that nobody ended.

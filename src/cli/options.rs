@@ -136,7 +136,7 @@ impl Commit {
             digestfile: args.digestfile,
             gate: args.gate_fd.map(|fd| gate(fd, cancel)).transpose()?,
             freeze_mark: args.freeze_mark,
-            background: args.background.then(|| Background::enter(host_root)),
+            background: background(args.background, &args.memory, host_root),
         };
         // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
         let host = match target {
@@ -149,6 +149,22 @@ impl Commit {
         };
         Ok(Self { options, access })
     }
+}
+
+/// Moves this process into the background, where that is asked for, and bounds its memory likewise.
+pub(super) fn background(
+    wanted: bool,
+    memory: &args::Memory,
+    host_root: Option<&Path>,
+) -> Option<Background> {
+    let bound = memory.bound();
+    if wanted {
+        return Some(Background::enter(host_root, bound.as_ref()));
+    }
+    if let Some(bound) = &bound {
+        Background::bound_only(host_root, bound);
+    }
+    None
 }
 
 /// Listens to an agent on an open descriptor.

@@ -140,6 +140,7 @@ fn agent_options(
         options.drain = drain;
     }
     options.background = !work.foreground;
+    options.memory = (work.save_memory > 0).then_some(work.save_memory);
     options.flags = work.commit_flag;
     Ok(options)
 }

@@ -61,15 +61,17 @@ fn read_lines(path: &Path, most: Most) -> Result<(Vec<u8>, bool), Error> {
     file.take(most.bytes as u64 + 1)
         .read_to_end(&mut text)
         .map_err(failed)?;
+    let longer = text.len() > most.bytes;
+    text.truncate(most.bytes);
     let ends = text.iter().enumerate().filter(|(_, byte)| **byte == b'\n');
-    let (lines, end) = ends
-        .take(most.mounts)
-        .fold((0, 0), |(lines, _), (at, _)| (lines + 1, at + 1));
-    let cut = text.len() > most.bytes || (lines == most.mounts && end < text.len());
-    if cut {
-        text.truncate(end);
+    let ends: Vec<usize> = ends.take(most.mounts).map(|(at, _)| at + 1).collect();
+    let end = ends.last().copied().unwrap_or(0);
+    // A last line without an end is whole where nothing follows.
+    if !longer && (end == text.len() || ends.len() < most.mounts) {
+        return Ok((text, false));
     }
-    Ok((text, cut))
+    text.truncate(end);
+    Ok((text, true))
 }
 
 /// When the process started, in clock ticks since boot; none if there is none or only its zombie is left.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use upperdeck::job::{JobId, Order, Outcome as Ending, Said, now_ms, Unsaved};
+use upperdeck::job::{JobId, Order, Outcome as Ending, Said, Unsaved, now_ms};
 use upperdeck::queue::{Depth, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Withdrawn};
 
 use crate::world::{

@@ -13,7 +13,7 @@ use clap::{Args, ValueHint};
 
 use super::super::progress::Mode;
 use super::exit_codes;
-use super::shared::{CONTENT, Content, METADATA, REGISTRY, REPORT, Registry, State};
+use super::shared::{CONTENT, Content, METADATA, Memory, REGISTRY, REPORT, Registry, State};
 use super::value::{duration, key_value, size};
 use crate::commit::Pause;
 
@@ -100,6 +100,8 @@ pub(in super::super) struct Commit {
     /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
     #[arg(long)]
     pub(in super::super) background: bool,
+    #[command(flatten)]
+    pub(in super::super) memory: Memory,
     /// Ask before the tag is put on: 'ready' is told, then a byte read from this open descriptor. 'y' goes on, anything
     /// else cancels, and so does its end at any time
     #[arg(long, value_name = "N")]

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
 
-use super::shared::{CONTENT, Choice, Format, State};
+use super::shared::{CONTENT, Choice, Format, Memory, State};
 
 pub(super) const PS_HELP: &str = "\
 Examples:
@@ -83,6 +83,8 @@ pub(in super::super) struct Inspect {
     /// Take only what nobody else on the node wants of its cores
     #[arg(long)]
     pub(in super::super) background: bool,
+    #[command(flatten)]
+    pub(in super::super) memory: Memory,
 }
 
 pub(super) const DIFF_HELP: &str = "\

@@ -31,7 +31,7 @@ pub(super) use job::{Job, JobSubmit};
 pub(super) use layer::{Layer, Validate};
 pub(super) use look::{Diff, Inspect, Ps};
 pub(super) use service::{Agent, Manager, Up};
-pub(super) use shared::{Choice, Content, Format, Registry, Server};
+pub(super) use shared::{Choice, Content, Format, Memory, Registry, Server};
 
 use bench::BENCH_HELP;
 use commit::commit_help;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 
 use super::shared::{LIMITS, REGISTRY};
-use super::value::{duration, key_value};
+use super::value::{duration, key_value, size};
 
 const QUEUE: &str = "Queue";
 const SERVE: &str = "API and portal";
@@ -175,6 +175,9 @@ pub(in super::super) struct Work {
     /// Run saves at the usual priority, and not at the lowest
     #[arg(long, help_heading = WORK)]
     pub(in super::super) foreground: bool,
+    /// The most memory that one save, or one look into a session, may take; 0 for no bound
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "3G", help_heading = WORK)]
+    pub(in super::super) save_memory: u64,
     /// Codec where a save asks for none: gzip or zstd
     #[arg(long, value_name = "CODEC", value_parser = ["gzip", "zstd"], help_heading = WORK)]
     pub(in super::super) compression: Option<String>,

@@ -13,6 +13,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum, ValueHint};
 
 use super::value::{any_path, duration, size};
+use crate::background::Bound;
 use crate::commit::Compression;
 
 pub(super) const CONTENT: &str = "What goes into the layer";
@@ -76,6 +77,34 @@ pub(in super::super) struct Choice {
     /// Most memory for names, attributes and listings of a tree, e.g. 2G [default: 1G]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
     pub(in super::super) max_memory: Option<u64>,
+}
+
+/// What an agent gives its children on the way.
+#[derive(Debug, Args)]
+pub(in super::super) struct Memory {
+    /// The most memory that this process may take
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "memory_group", hide = true)]
+    memory_limit: Option<u64>,
+    /// Name of the cgroup that it is bounded by
+    #[arg(long, value_name = "NAME", value_parser = group_name, requires = "memory_limit", hide = true)]
+    memory_group: Option<String>,
+}
+
+impl Memory {
+    /// The bound, where there is one.
+    pub(in super::super) fn bound(&self) -> Option<Bound> {
+        let (bytes, group) = (self.memory_limit?, self.memory_group.clone()?);
+        Some(Bound { bytes, group })
+    }
+}
+
+/// One plain component of a path.
+fn group_name(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    if text.is_empty() || text.len() > 100 || !text.chars().all(plain) {
+        return Err("expected letters, digits and -".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 /// What `commit` and `layer` share: what goes into the layer, and how it is made.
