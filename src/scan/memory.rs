@@ -25,12 +25,12 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    pub(super) fn new(limit: u64) -> Self {
-        Self {
+    pub(super) fn new(limit: u64) -> Arc<Self> {
+        Arc::new(Self {
             limit,
             used: AtomicU64::new(0),
             sets: Mutex::default(),
-        }
+        })
     }
 
     /// Gives back what was kept.
@@ -38,9 +38,9 @@ impl Memory {
         self.used.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    pub(super) fn share(&self) -> Share<'_> {
+    pub(super) fn share(self: &Arc<Self>) -> Share {
         Share {
-            of: self,
+            of: Arc::clone(self),
             taken: 0,
             used: 0,
             kept: 0,
@@ -50,14 +50,14 @@ impl Memory {
 
 /// What one thread takes of it for one directory. What was held is given back in the end, what was kept is not.
 #[derive(Debug)]
-pub(super) struct Share<'a> {
-    of: &'a Memory,
+pub(super) struct Share {
+    of: Arc<Memory>,
     taken: u64,
     used: u64,
     kept: u64,
 }
 
-impl Share<'_> {
+impl Share {
     /// Takes `bytes` until this share is dropped.
     pub(super) fn hold(&mut self, bytes: u64) -> Result<(), Error> {
         self.used = self.used.saturating_add(bytes);
@@ -122,7 +122,7 @@ impl Share<'_> {
     }
 }
 
-impl Drop for Share<'_> {
+impl Drop for Share {
     fn drop(&mut self) {
         let held = self.taken.saturating_sub(self.kept);
         self.of.used.fetch_sub(held, Ordering::Relaxed);

@@ -9,7 +9,7 @@ use rustix::fs::{FileType, Stat};
 use super::entry::{Attributes, kind_of};
 use super::flat::{Output, sorted};
 use super::links::indexed_nlink;
-use super::queue::lock;
+use super::queue::{Collected, lock};
 use super::{Task, Walker};
 use crate::escape;
 use crate::overlay::lower::{Found, Stack, join};
@@ -34,7 +34,7 @@ pub(super) struct Directory<'a> {
     known: HashMap<&'a [u8], u32>,
     pub(super) report: Report,
     /// What all of this takes.
-    pub(super) share: Share<'a>,
+    pub(super) share: Share,
 }
 
 /// What stops a listing of the base.
@@ -55,11 +55,7 @@ const IN_SET: usize = 48;
 const OF_DIRECTORY: u64 = 128;
 
 impl Walker<'_> {
-    pub(super) fn directory<'a>(
-        &'a self,
-        task: &'a Task,
-        own_cwd: bool,
-    ) -> Result<(Output, Vec<(u32, Task)>, Share<'a>), Error> {
+    pub(super) fn directory(&self, task: &Task, own_cwd: bool) -> Result<Collected, Error> {
         let mut share = self.memory.share();
         share.keep(OF_DIRECTORY)?;
         let mut known = HashMap::new();

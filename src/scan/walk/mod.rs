@@ -99,7 +99,7 @@ pub(super) struct Walker<'a> {
     next_shelf: AtomicU32,
     report: Mutex<Report>,
     count: Counters,
-    pub(super) memory: Memory,
+    pub(super) memory: Arc<Memory>,
 }
 
 #[derive(Default)]

@@ -9,10 +9,11 @@ use nix::sched::{CloneFlags, unshare};
 use super::flat::Walked;
 use super::{Output, Task, Walk, Walker};
 use crate::scan::Error;
+use crate::scan::memory::Share;
 use crate::scan::rows::Shelf;
 
-/// What a directory gave: its entries, and the directories below it that are to be walked, by entry.
-type Found = (Output, Vec<(u32, Task)>);
+/// What a directory gave: its entries, the directories below it that are to be walked, by entry, and what both take.
+pub(super) type Collected = (Output, Vec<(u32, Task)>, Share);
 
 #[derive(Default)]
 pub(super) struct Queue {
@@ -34,7 +35,7 @@ impl Walker<'_> {
     fn run_with(
         &self,
         mut tasks: Vec<Task>,
-        directory: &(dyn Fn(&Task, bool) -> Result<Found, Error> + Sync),
+        directory: &(dyn Fn(&Task, bool) -> Result<Collected, Error> + Sync),
     ) -> Result<Walk, Error> {
         {
             let mut share = self.memory.share();
@@ -76,7 +77,7 @@ impl Walker<'_> {
     fn work(
         &self,
         shelves: &mut BTreeMap<u32, Shelf>,
-        directory: &(dyn Fn(&Task, bool) -> Result<Found, Error> + Sync),
+        directory: &(dyn Fn(&Task, bool) -> Result<Collected, Error> + Sync),
     ) {
         // A working directory of this thread's own: attributes can only be asked for by path, and a name alone is the
         // shortest. Where that is not granted the way leads through /proc, which takes twice as long.
