@@ -127,6 +127,7 @@ fn agent_options(
         create_project: work.create_project,
     };
     options.allowed = allowed;
+    options.volumes = work.allow_volume;
     options.state_dir = Some(work.state_dir).filter(|dir| !dir.as_os_str().is_empty());
     if let Some(dir) = work.spool_dir {
         options.spool_dir = dir;

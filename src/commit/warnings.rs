@@ -45,6 +45,16 @@ pub(super) fn tell(context: &Context, taken: &Taken) {
             format!("{count} sockets cannot be in an image and are left out, e.g. /{first}"),
         );
     }
+    if report.unreadable.count > 0 {
+        let examples: Vec<_> = report.unreadable.examples.iter().take(3).collect();
+        let shown: Vec<String> = examples.iter().map(|path| format!("/{path}")).collect();
+        let what = format!(
+            "{} files or directories in volumes may not be read by the container itself and are left out, e.g. {}",
+            report.unreadable.count,
+            shown.join(", ")
+        );
+        context.warn("unreadable", what);
+    }
     for (name, count) in &report.dropped_xattrs {
         context.warn(
             "xattrs",

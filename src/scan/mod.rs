@@ -246,6 +246,36 @@ pub struct Report {
     pub split_links: Vec<String>,
     /// Entries that vanished while the tree was walked (only when the container runs).
     pub vanished: Vec<String>,
+    /// What the container may not read itself in its volumes, and what is therefore left out.
+    pub unreadable: Unreadable,
+}
+
+/// Files and directories that may not be read: how many, and a few of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Unreadable {
+    /// How many; a directory stands for all below it.
+    pub count: u64,
+    /// The first ones, as [`Excluded::path`].
+    pub examples: Vec<String>,
+}
+
+impl Unreadable {
+    /// Paths that are kept.
+    const EXAMPLES: usize = 10;
+
+    fn add(&mut self, path: &[u8]) {
+        self.count += 1;
+        if self.examples.len() < Self::EXAMPLES {
+            self.examples.push(crate::escape::path(path));
+        }
+    }
+
+    fn append(&mut self, other: Self) {
+        self.count += other.count;
+        self.examples.extend(other.examples);
+        self.examples.sort();
+        self.examples.truncate(Self::EXAMPLES);
+    }
 }
 
 impl Report {
@@ -256,6 +286,7 @@ impl Report {
         self.privileged.extend(other.privileged);
         self.split_links.extend(other.split_links);
         self.vanished.extend(other.vanished);
+        self.unreadable.append(other.unreadable);
         for (name, count) in other.dropped_xattrs {
             *self.dropped_xattrs.entry(name).or_default() += count;
         }

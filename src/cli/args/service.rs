@@ -13,6 +13,7 @@ use clap::{Args, ValueHint};
 
 use super::shared::{LIMITS, REGISTRY};
 use super::value::{duration, key_value};
+use crate::container::Pattern;
 
 const QUEUE: &str = "Queue";
 const SERVE: &str = "API and portal";
@@ -156,6 +157,10 @@ pub(in super::super) struct Work {
     /// Whose a session is: namespace[:PATTERN], pod:PATTERN, env:NAME or fixed:USER; the pattern's group is the user
     #[arg(long, value_name = "RULE", help_heading = WORK)]
     pub(in super::super) owner: Option<String>,
+    /// Volumes that sessions may have saved with them: /PATH on the node or TYPE:SOURCE, with {user} for the session's
+    /// owner; may be repeated [default: none]
+    #[arg(long, value_name = "PATTERN", help_heading = WORK)]
+    pub(in super::super) allow_volume: Vec<Pattern>,
     /// Where the agent notes what runs, so that its own death costs nothing [default: /var/lib/upperdeck/agent, with 'up'
     /// agent in --state-dir]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = WORK)]
@@ -251,7 +256,13 @@ credentials on a descriptor. SIGTERM: takes no more, lets what runs end within -
   namespace:user-(.+)    a part of it is
   pod:jupyter-(.+)       a part of the pod's name is
   env:JUPYTERHUB_USER    a variable of the container's environment is, as the runtime started it
-  fixed:alice            always the same";
+  fixed:alice            always the same
+
+Volumes are saved only where --allow-volume lists them, and read with the user, groups and capabilities of the session's
+first process: what it may not read is left out, with a warning.
+  --allow-volume /home/{user}                     what lies there on this node, and below: a bind mount of it
+  --allow-volume nfs4:nas.example.org:/home/{user}  what is mounted from there: the type, source and directory of the mount
+The kernel's word on the mount is compared, in whole components, never a path in the session.";
 
 /// `agent`.
 #[derive(Debug, Args)]
