@@ -80,7 +80,8 @@ pub(in super::super) struct Serve {
     /// IP:PORT or unix:PATH
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8787", help_heading = SERVE)]
     pub(in super::super) listen: String,
-    /// How browsers reach it, e.g. https://save.example.org/ [default: as they say, over plain HTTP]
+    /// How browsers reach it, e.g. https://save.example.org/; its path is the cookie's [default: as they say, over plain
+    /// HTTP]
     #[arg(long, value_name = "URL", value_hint = ValueHint::Url, help_heading = SERVE)]
     pub(in super::super) public_url: Option<String>,
     /// The record: sqlite:FILE or postgres://[USER@]HOST[:PORT]/DATABASE [default: sqlite:/var/lib/upperdeck/manager.db,
@@ -121,7 +122,8 @@ pub(in super::super) struct Serve {
     /// Header in which a proxy says who the user is; believed only from --proxy-from
     #[arg(long, value_name = "NAME", help_heading = CALLERS)]
     pub(in super::super) proxy_header: Option<String>,
-    /// Addresses of that proxy, e.g. 10.1.0.0/16, or unix for a socket file; may be repeated
+    /// Addresses of the proxy in front, e.g. 10.1.0.0/16, or unix for a socket file; its connections are many people's and
+    /// not bound by --connections-per-peer; may be repeated
     #[arg(long, value_name = "CIDR", help_heading = CALLERS)]
     pub(in super::super) proxy_from: Vec<String>,
 
@@ -131,6 +133,21 @@ pub(in super::super) struct Serve {
     /// Requests a second of one caller, in the long run; 0 for no bound
     #[arg(long, value_name = "N", default_value_t = 50, help_heading = LIMITS)]
     pub(in super::super) rate: u32,
+    /// Saves that one user may ask for in 24 hours; 0 for no bound
+    #[arg(long, value_name = "N", default_value_t = 1000, help_heading = LIMITS)]
+    pub(in super::super) saves_per_day: u32,
+    /// Connections at once; fewer where the hard limit of open files is lower
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub(in super::super) connections: u32,
+    /// Connections at once of one address (with IPv6: of one /64); name a proxy in --proxy-from
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub(in super::super) connections_per_peer: u32,
+    /// Event streams at once of one user
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub(in super::super) streams_per_user: u32,
+    /// Requests at once of one caller
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub(in super::super) requests_per_user: u32,
     /// How often a save is tried in all
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
     pub(in super::super) attempts: u32,
