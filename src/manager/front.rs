@@ -18,8 +18,8 @@ use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::refusal::Refusal;
 use super::input::Held;
+use super::refusal::Refusal;
 use super::{App, events, inventory, page, saves, shape, signin, store};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -194,7 +194,12 @@ fn log(app: &App, known: bool, path: &str, status: u16, took: Duration) {
         None => {}
         Some(0) => tracing::info!(http.status = status, http.ms = ms, "answered"),
         Some(more) => {
-            tracing::info!(http.status = status, http.ms = ms, more, "answered, and more like it");
+            tracing::info!(
+                http.status = status,
+                http.ms = ms,
+                more,
+                "answered, and more like it"
+            );
         }
     }
 }
@@ -208,7 +213,11 @@ async fn front(Extracted(app): Extracted<App>, request: Request, next: Next) -> 
         .get::<MatchedPath>()
         .map_or_else(|| "(none)".to_owned(), |path| path.as_str().to_owned());
     let span = tracing::info_span!(
-        "request", request.id = id, http.method = method, http.path = path, caller = tracing::field::Empty
+        "request",
+        request.id = id,
+        http.method = method,
+        http.path = path,
+        caller = tracing::field::Empty
     );
     let (mut parts, body) = request.into_parts();
     let held = Held::default();

@@ -325,11 +325,7 @@ pub(super) async fn submit(
             day: app.options.saves_per_day,
         }
     };
-    match app
-        .record
-        .submit(&save, request.as_ref(), most)
-        .await?
-    {
+    match app.record.submit(&save, request.as_ref(), most).await? {
         Submitted::New(save) => {
             tracing::info!(
                 job = %save.id, user = save.user, node = save.node, target = save.destination, "a save is accepted"
@@ -356,7 +352,9 @@ pub(super) async fn submit(
             TOO_MANY_S,
         )),
         Submitted::TooManyToday(asked) => Err(Refusal::too_many(
-            format!("{asked} saves of this user were asked for in 24 hours; that is as many as may be"),
+            format!(
+                "{asked} saves of this user were asked for in 24 hours; that is as many as may be"
+            ),
             TOO_MANY_TODAY_S,
         )),
     }

@@ -162,13 +162,12 @@ impl Record {
             }
         }
         if most.day > 0 {
-            let row = sqlx::query(
-                "SELECT count(*) AS n FROM saves WHERE user_name = $1 AND id > $2",
-            )
-            .bind(&save.user)
-            .bind(JobId::earliest(now - DAY_MS).to_string())
-            .fetch_one(&mut *work)
-            .await?;
+            let row =
+                sqlx::query("SELECT count(*) AS n FROM saves WHERE user_name = $1 AND id > $2")
+                    .bind(&save.user)
+                    .bind(JobId::earliest(now - DAY_MS).to_string())
+                    .fetch_one(&mut *work)
+                    .await?;
             let asked = row.try_get::<i64, _>("n")? as u64;
             if asked >= u64::from(most.day) {
                 return Ok(Some(Submitted::TooManyToday(asked)));

@@ -217,7 +217,11 @@ impl Centre {
     fn enter(&self, browser: &Browser, pod: &Pod) -> Outcome {
         browser.go(&format!("{}?token={TOKEN}", self.url()))?;
         browser.click("#enter")?;
-        browser.until("the page", "return document.getElementById('leave')", json!([]))?;
+        browser.until(
+            "the page",
+            "return document.getElementById('leave')",
+            json!([]),
+        )?;
         browser.see("minji")?;
         let address = browser.run("return location.href", json!([]))?;
         assert!(

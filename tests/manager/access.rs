@@ -183,8 +183,7 @@ impl Provider {
         head[field] = value;
         let signed = format!("{}.{}", code(&head), code(claims));
         let algorithm = jsonwebtoken::Algorithm::EdDSA;
-        let signature =
-            jsonwebtoken::crypto::sign(signed.as_bytes(), &self.key, algorithm)?;
+        let signature = jsonwebtoken::crypto::sign(signed.as_bytes(), &self.key, algorithm)?;
         Ok(format!("{signed}.{signature}"))
     }
 
@@ -229,7 +228,10 @@ async fn users_come_with_tokens_of_the_identity_provider_and_with_no_others() ->
     let (status, body) = me(&ours.token("k1", &claims("alice"))?).await?;
     assert_eq!(
         (status, body),
-        (200, json!({"user": "alice", "administrator": false, "via": "token"}))
+        (
+            200,
+            json!({"user": "alice", "administrator": false, "via": "token"})
+        )
     );
     // A head with more than we ask for is no harm.
     let more = ours.token_with("k1", "x", json!(1), &claims("alice"))?;

@@ -202,17 +202,26 @@ async fn figures_and_lists_do_not_grow_with_what_requests_say() -> Outcomes {
         .await?
         .text()
         .await?;
-    assert!(!text.contains("METHOD") && !text.contains("path1"), "{text}");
+    assert!(
+        !text.contains("METHOD") && !text.contains("path1"),
+        "{text}"
+    );
     assert!(text.contains("method=\"other\""), "{text}");
     // More headers, or longer ones, than a request has.
     for text in [
         format!("GET /healthz HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(200)),
-        format!("GET /healthz HTTP/1.1\r\nX: {}\r\n\r\n", "y".repeat(200_000)),
+        format!(
+            "GET /healthz HTTP/1.1\r\nX: {}\r\n\r\n",
+            "y".repeat(200_000)
+        ),
     ] {
         let mut stream = TcpStream::connect(at).await?;
         let _ = stream.write_all(text.as_bytes()).await;
         let answer = head(&mut stream).await?;
-        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431"), "{answer}");
+        assert!(
+            answer.is_empty() || answer.starts_with("HTTP/1.1 431"),
+            "{answer}"
+        );
     }
     // HTTP/2 is not spoken: there are no streams and resets to count.
     let mut stream = connect(at, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
@@ -234,7 +243,10 @@ async fn a_user_has_so_many_requests_at_once_and_saves_a_day() -> Outcomes {
     let path = format!("/api/v1/saves/{save}");
     let (status, _) = ask(at, Who::Alice, reqwest::Method::DELETE, &path, None).await?;
     assert_eq!(status, 200);
-    let error = submit(at, Who::Alice, &id(1), "v2").await.err().ok_or("a second one")?;
+    let error = submit(at, Who::Alice, &id(1), "v2")
+        .await
+        .err()
+        .ok_or("a second one")?;
     assert!(error.to_string().contains("in 24 hours"), "{error}");
     // Two bodies that are still to come; the third request is refused, another user's answered.
     let half = "POST /api/v1/saves HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer token-alice\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{";
@@ -251,4 +263,94 @@ async fn a_user_has_so_many_requests_at_once_and_saves_a_day() -> Outcomes {
     }
     assert_eq!(get(at, Who::Bob, "/api/v1/me").await?["user"], "bob");
     manager.stop().await
+}
+
+/// `upperdeck up` with so few files, and what it says; ended when dropped.
+struct Up {
+    child: std::process::Child,
+    at: SocketAddr,
+    log: std::path::PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Up {
+    fn start(limit: &str) -> Fallible<Self> {
+        use std::io::BufRead as _;
+        let dir = tempfile::tempdir()?;
+        let (host, log) = (dir.path().join("host"), dir.path().join("log"));
+        std::fs::create_dir(&host)?;
+        let mut child = std::process::Command::new("sh")
+            .arg("-c")
+            .arg(format!("ulimit {limit}; exec \"$0\" \"$@\""))
+            .arg(env!("CARGO_BIN_EXE_upperdeck"))
+            .arg("--host-root")
+            .arg(&host)
+            .args(["up", "--listen", "127.0.0.1:0", "--foreground"])
+            .arg("--state-dir")
+            .arg(dir.path().join("state"))
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::fs::File::create(&log)?)
+            .spawn()?;
+        let mut url = String::new();
+        let stdout = child.stdout.take().ok_or("no stdout")?;
+        std::io::BufReader::new(stdout).read_line(&mut url)?;
+        let at = url
+            .strip_prefix("http://")
+            .and_then(|rest| rest.split('/').next())
+            .and_then(|at| at.parse().ok());
+        let Some(at) = at else {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(format!("{url:?}: {}", std::fs::read_to_string(&log)?).into());
+        };
+        Ok(Self {
+            child,
+            at,
+            log,
+            _dir: dir,
+        })
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn up_raises_its_limit_and_bears_a_low_one() -> Outcomes {
+    if !nix::unistd::geteuid().is_root() {
+        crate::support::ignore("up needs root");
+        return Ok(());
+    }
+    let up = Up::start("-S -n 200")?;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", up.child.id()))?;
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"))
+        .ok_or("no line")?;
+    let words: Vec<_> = line.split_whitespace().collect();
+    assert_eq!(words[3], words[4], "{line}");
+    drop(up);
+    // Fewer files than the connections that are counted on: accept(2) fails, and who asks is answered all the same.
+    let up = Up::start("-n 48")?;
+    let mut held = Vec::new();
+    for _ in 0..100 {
+        held.push(connect(up.at, "GET /healthz HTTP/1.1\r\nHo").await?);
+    }
+    let (status, _) = ask(up.at, Who::Nobody, reqwest::Method::GET, "/healthz", None).await?;
+    assert_eq!(status, 200);
+    drop(held);
+    let (status, _) = ask(up.at, Who::Nobody, reqwest::Method::GET, "/healthz", None).await?;
+    assert_eq!(status, 200);
+    let log = std::fs::read_to_string(&up.log)?;
+    assert_eq!(
+        log.matches("no connection can be taken in").count(),
+        1,
+        "{log}"
+    );
+    Ok(())
 }

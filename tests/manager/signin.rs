@@ -88,7 +88,11 @@ async fn a_cookie_is_no_token_and_a_token_no_cookie() -> Outcomes {
     );
     let me = format!("http://{at}/api/v1/me");
     let http = http()?;
-    for bearer in [browser.value(), browser.key.as_str(), browser.cookie.as_str()] {
+    for bearer in [
+        browser.value(),
+        browser.key.as_str(),
+        browser.cookie.as_str(),
+    ] {
         assert_eq!(status(http.get(&me).bearer_auth(bearer)).await?, 401);
     }
     for cookie in [
@@ -108,7 +112,11 @@ async fn a_cookie_is_no_token_and_a_token_no_cookie() -> Outcomes {
     for file in [file.clone(), file.with_extension("db-wal")] {
         let bytes = std::fs::read(&file).unwrap_or_default();
         for secret in [browser.value(), browser.key.as_str()] {
-            assert!(!bytes.windows(secret.len()).any(|part| part == secret.as_bytes()));
+            assert!(
+                !bytes
+                    .windows(secret.len())
+                    .any(|part| part == secret.as_bytes())
+            );
         }
     }
     manager.stop().await
@@ -122,7 +130,14 @@ async fn another_port_that_gets_the_cookie_cannot_use_it() -> Outcomes {
     let browser = Browser::new(at, "token-alice").await?;
     let other = Browser::new(at, "token-bob").await?;
     let http = http()?;
-    for path in ["me", "sessions", "saves", "images", "quota", &format!("saves/{save}")] {
+    for path in [
+        "me",
+        "sessions",
+        "saves",
+        "images",
+        "quota",
+        &format!("saves/{save}"),
+    ] {
         let stolen = http
             .get(format!("http://{at}/api/v1/{path}"))
             .header("Cookie", &browser.cookie);
@@ -272,7 +287,10 @@ async fn two_managers_know_a_sign_in_and_each_ends_it() -> Outcomes {
         .await?;
     assert_eq!(out.status(), 204);
     let set = out.headers()["set-cookie"].to_str()?;
-    assert!(set.starts_with("__Secure-upperdeck=;") && set.contains("Max-Age=0"), "{set}");
+    assert!(
+        set.starts_with("__Secure-upperdeck=;") && set.contains("Max-Age=0"),
+        "{set}"
+    );
     browser.at = one.address;
     assert_eq!(browser.me().await?, 401);
     two.stop().await?;
@@ -311,11 +329,13 @@ async fn a_proxy_goes_before_any_cookie() -> Outcomes {
         ..alice
     };
     assert_eq!(alice.me().await?, 200);
-    let both = alice.ask(Method::GET, "/api/v1/me")?.header("X-User", "bob");
+    let both = alice
+        .ask(Method::GET, "/api/v1/me")?
+        .header("X-User", "bob");
     let me: Value = both.send().await?.json().await?;
     assert_eq!((&me["user"], &me["via"]), (&json!("bob"), &json!("proxy")));
-    let signing = sign_in(manager.address, "token-alice", &json!({"replace": true}))?
-        .header("X-User", "bob");
+    let signing =
+        sign_in(manager.address, "token-alice", &json!({"replace": true}))?.header("X-User", "bob");
     assert_eq!(status(signing).await?, 409);
     manager.stop().await
 }
@@ -323,8 +343,11 @@ async fn a_proxy_goes_before_any_cookie() -> Outcomes {
 /// An identity provider that answers when it is told to.
 async fn slow_provider(
     set: String,
-) -> Fallible<(SocketAddr, std::sync::Arc<tokio::sync::Semaphore>, std::sync::Arc<std::sync::atomic::AtomicUsize>)>
-{
+) -> Fallible<(
+    SocketAddr,
+    std::sync::Arc<tokio::sync::Semaphore>,
+    std::sync::Arc<std::sync::atomic::AtomicUsize>,
+)> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let at = listener.local_addr()?;
@@ -340,7 +363,10 @@ async fn slow_provider(
                 if let Ok(permit) = permits.acquire().await {
                     permit.forget();
                 }
-                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", set.len());
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                    set.len()
+                );
                 let _ = stream.write_all((head + &set).as_bytes()).await;
             });
         }
@@ -366,7 +392,8 @@ async fn a_key_that_is_fetched_holds_up_nobody_else() -> Outcomes {
     let manager = site.manager_with(options).await?;
     let me = format!("http://{}/api/v1/me", manager.address);
     let now = upperdeck::job::now_ms() / 1000;
-    let claims = json!({"iss": "https://id.example", "aud": "upperdeck", "exp": now + 600, "sub": "alice"});
+    let claims =
+        json!({"iss": "https://id.example", "aud": "upperdeck", "exp": now + 600, "sub": "alice"});
     let good = provider.token("k1", &claims)?;
     let http = http()?;
     // The keys were fetched at the start; the next fetch may come ten seconds later, and hangs.
@@ -393,7 +420,10 @@ async fn a_key_that_is_fetched_holds_up_nobody_else() -> Outcomes {
         *statuses.entry(answer.status().as_u16()).or_default() += 1;
     }
     // A few waited, the others were asked to come again.
-    assert!(statuses.keys().all(|status| [401, 503].contains(status)), "{statuses:?}");
+    assert!(
+        statuses.keys().all(|status| [401, 503].contains(status)),
+        "{statuses:?}"
+    );
     assert!(statuses[&401] <= 33, "{statuses:?}");
     let unknown = provider.token("unknown", &claims)?;
     assert_eq!(status(http.get(&me).bearer_auth(&unknown)).await?, 401);

@@ -14,7 +14,8 @@ use upperdeck::job::{
     Category, Code, Event, JobId, Kind, Outcome, Phase, Report, Said, SaveOptions, Saved, State,
 };
 use upperdeck::record::{
-    Errand, Error, Filter, Policy, Progress, Record, Request, Save, Submitted, Most, SignIn};
+    Errand, Error, Filter, Most, Policy, Progress, Record, Request, Save, SignIn, Submitted,
+};
 
 type Outcomes = Result<(), Box<dyn std::error::Error>>;
 
@@ -186,19 +187,27 @@ fn a_session_and_a_tag_have_one_open_save_and_a_user_so_many() -> Outcomes {
         accept(&record, &first).await?;
         let one_open = Most { open: 1, day: 0 };
         assert_eq!(
-            record.submit(&save("alice", "s1", "v2"), None, Most::default()).await?,
+            record
+                .submit(&save("alice", "s1", "v2"), None, Most::default())
+                .await?,
             Submitted::Busy(first.id)
         );
         assert_eq!(
-            record.submit(&save("alice", "s2", "v1"), None, Most::default()).await?,
+            record
+                .submit(&save("alice", "s2", "v1"), None, Most::default())
+                .await?,
             Submitted::TagBusy(first.id)
         );
         assert_eq!(
-            record.submit(&save("alice", "s2", "v2"), None, one_open).await?,
+            record
+                .submit(&save("alice", "s2", "v2"), None, one_open)
+                .await?,
             Submitted::TooMany(1)
         );
         assert_eq!(
-            record.submit(&save("alice", "s1", "v2"), None, one_open).await?,
+            record
+                .submit(&save("alice", "s1", "v2"), None, one_open)
+                .await?,
             Submitted::Busy(first.id)
         );
         let other = save("bob", "s2", "v1");
@@ -213,11 +222,15 @@ fn a_session_and_a_tag_have_one_open_save_and_a_user_so_many() -> Outcomes {
         // Two in a day, whatever became of the first.
         let two_a_day = Most { open: 0, day: 2 };
         assert_eq!(
-            record.submit(&save("alice", "s3", "v3"), None, two_a_day).await?,
+            record
+                .submit(&save("alice", "s3", "v3"), None, two_a_day)
+                .await?,
             Submitted::TooManyToday(2)
         );
         assert!(matches!(
-            record.submit(&save("bob", "s3", "v3"), None, two_a_day).await?,
+            record
+                .submit(&save("bob", "s3", "v3"), None, two_a_day)
+                .await?,
             Submitted::New(_)
         ));
         Ok(())
@@ -241,16 +254,23 @@ fn a_sign_in_is_known_to_all_managers_until_it_ends() -> Outcomes {
         let (first, other) = (made(1, "a", now + 9000), made(2, "b", now + 9000));
         one.sign_in(&first, now, 3).await?;
         one.sign_in(&other, now, 3).await?;
-        assert_eq!(two.signed_in(&first.cookie, now).await?, Some(first.clone()));
+        assert_eq!(
+            two.signed_in(&first.cookie, now).await?,
+            Some(first.clone())
+        );
         assert_eq!(two.signed_in(&first.cookie, first.expires_ms).await?, None);
         assert_eq!(two.signed_in(&first.page, now).await?, None);
         // Of each caller the latest stay.
         for n in 3..6 {
-            one.sign_in(&made(n, "a", now + 9000), now + i64::from(n), 3).await?;
+            one.sign_in(&made(n, "a", now + 9000), now + i64::from(n), 3)
+                .await?;
         }
         assert_eq!(two.signed_in(&first.cookie, now).await?, None);
         for n in 2..6 {
-            assert!(two.signed_in(&format!("{n:064}"), now).await?.is_some(), "{n}");
+            assert!(
+                two.signed_in(&format!("{n:064}"), now).await?.is_some(),
+                "{n}"
+            );
         }
         two.sign_out(&other.cookie).await?;
         assert_eq!(one.signed_in(&other.cookie, now).await?, None);
@@ -320,7 +340,8 @@ fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
         assert_eq!((new, ids.len()), (1, 1));
         let other = save("alice", "s99", "v99");
         assert_eq!(
-            one.submit(&other, Some(&request("another")), Most::default()).await?,
+            one.submit(&other, Some(&request("another")), Most::default())
+                .await?,
             Submitted::OtherRequest
         );
         let others = Request {

@@ -226,7 +226,8 @@ Examples:
   UPPERDECK_RECORD=postgres://upperdeck@db.example.org/upperdeck upperdeck manager
 
 The API is described at /openapi.json, the portal is at /, metrics at /metrics, liveness at /healthz, readiness at
-/readyz. SIGTERM lets requests under way end.
+/readyz. SIGTERM lets requests under way end. HTTP/1.1 without TLS: a proxy in front has that, and is named in --proxy-from.
+A request's head has 10 s, its body 30 s, an answer that is not taken 30 s, a connection without a request 75 s.
 
 --target has exactly the places {user}, {name} and {tag}; the caller never names a host. Two managers at once work on one
 PostgreSQL record.

@@ -123,7 +123,10 @@ mod tests {
             headers.insert(header::COOKIE, text.parse().unwrap());
             cookie.of(&headers).map(str::to_owned)
         };
-        assert_eq!(of(format!("a=b; upperdeck-1={}", *value)).as_ref(), Some(&*value));
+        assert_eq!(
+            of(format!("a=b; upperdeck-1={}", *value)).as_ref(),
+            Some(&*value)
+        );
         for text in [
             format!("upperdeck-2={}", *value),
             format!("upperdeck-1x={}", *value),

@@ -173,7 +173,7 @@ impl Table {
             // Who has most gives way first.
             let largest = seats.of.iter().max_by_key(|(_, count)| **count);
             let largest = largest.map(|(group, _)| *group);
-            if !(largest.is_some() && seats.make_room(largest)) && !seats.make_room(None) {
+            if !seats.make_room(largest) && !seats.make_room(None) {
                 return None;
             }
         }
@@ -188,6 +188,11 @@ impl Table {
     /// The connection has ended.
     pub(super) fn leave(&self, seat: &Seat) {
         self.lock().remove(seat.number);
+    }
+
+    /// The system has no place for more: the longest wait ends.
+    pub(super) fn give_up_one(&self) {
+        self.lock().make_room(None);
     }
 
     /// Ends what has waited too long.
@@ -214,7 +219,7 @@ impl Table {
 fn network(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << 64)).into(),
-        ip => ip,
+        ip @ IpAddr::V4(_) => ip,
     }
 }
 
@@ -302,7 +307,10 @@ mod tests {
         let second = from(&table, "10.0.0.1").unwrap();
         let answered = first.work();
         let third = from(&table, "10.0.0.1").unwrap();
-        assert_eq!((first.ended(), second.ended()), (None, Some(Closed::Replaced)));
+        assert_eq!(
+            (first.ended(), second.ended()),
+            (None, Some(Closed::Replaced))
+        );
         let _third = third.work();
         assert!(from(&table, "10.0.0.1").is_none());
         assert!(from(&table, "10.0.0.2").is_some());
@@ -331,7 +339,12 @@ mod tests {
         from(&table, "2001:db8:0:1::1").unwrap();
         let proxied: Vec<_> = (0..5).filter_map(|_| from(&table, "10.0.0.9")).collect();
         let local: Vec<_> = (0..5).filter_map(|_| table.seat(None)).collect();
-        assert!(proxied.iter().chain(&local).all(|seat| seat.ended().is_none()));
+        assert!(
+            proxied
+                .iter()
+                .chain(&local)
+                .all(|seat| seat.ended().is_none())
+        );
     }
 
     #[test]
@@ -352,7 +365,10 @@ mod tests {
         let answered = seat.work();
         assert_eq!(seat.late(&limits, begun + Duration::from_secs(9000)), None);
         seat.wrote(false, begun);
-        assert_eq!(seat.late(&limits, begun + limits.write), Some(Closed::Write));
+        assert_eq!(
+            seat.late(&limits, begun + limits.write),
+            Some(Closed::Write)
+        );
         seat.wrote(true, begun);
         drop(answered);
         assert_eq!(seat.late(&limits, begun + limits.head * 2), None);

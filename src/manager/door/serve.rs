@@ -30,6 +30,8 @@ const SWEEP: Duration = Duration::from_millis(500);
 /// After an error of the system, e.g. when there are no descriptors.
 const BACK_OFF: Duration = Duration::from_millis(100);
 const BACK_OFF_MOST: Duration = Duration::from_secs(1);
+/// So often it is said at most.
+const SAID_FOR: Duration = Duration::from_secs(300);
 
 /// Where connections come in.
 pub(in super::super) enum Bound {
@@ -67,12 +69,35 @@ fn of_the_peer(error: &std::io::Error) -> bool {
     )
 }
 
+/// Errors of the system while connections are taken in: they are waited out, each time longer, and said once.
+#[derive(Default)]
+struct Trouble {
+    pause: Duration,
+    until: Option<tokio::time::Instant>,
+    said: Option<Instant>,
+}
+
+impl Trouble {
+    fn met(&mut self, error: &std::io::Error) {
+        if self.said.is_none_or(|said| said.elapsed() >= SAID_FOR) {
+            self.said = Some(Instant::now());
+            tracing::error!(error = %error, "no connection can be taken in; it is tried again and again");
+        }
+        self.pause = (self.pause * 2).clamp(BACK_OFF, BACK_OFF_MOST);
+        self.until = Some(tokio::time::Instant::now() + self.pause);
+    }
+
+    fn over(&mut self) {
+        (self.pause, self.until) = (Duration::ZERO, None);
+    }
+}
+
 /// Serves until the manager ends, and then until what is under way is answered.
 pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
     let mut connections = JoinSet::new();
     let mut clock = tokio::time::interval(SWEEP);
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut trouble: Option<(Duration, tokio::time::Instant)> = None;
+    let mut trouble = Trouble::default();
     loop {
         let accepted = tokio::select! {
             _ = app.cancel.cancelled() => break,
@@ -83,7 +108,7 @@ pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
                 continue;
             }
             accepted = async {
-                if let Some((_, until)) = trouble {
+                if let Some(until) = trouble.until {
                     tokio::time::sleep_until(until).await;
                 }
                 bound.accept().await
@@ -93,18 +118,13 @@ pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
             Ok(accepted) => accepted,
             Err(error) if of_the_peer(&error) => continue,
             Err(error) => {
-                // Once, not for each try: this goes on until there are descriptors again.
-                if trouble.is_none() {
-                    tracing::error!(error = %error, "no connection can be taken in; it is tried again and again");
-                }
-                let pause = trouble.map_or(BACK_OFF, |(pause, _)| (pause * 2).min(BACK_OFF_MOST));
-                trouble = Some((pause, tokio::time::Instant::now() + pause));
+                // Who waits gives up a descriptor, so that who asks is answered.
+                app.table.give_up_one();
+                trouble.met(&error);
                 continue;
             }
         };
-        if trouble.take().is_some() {
-            tracing::info!("connections are taken in again");
-        }
+        trouble.over();
         let Some(seat) = app.table.seat(peer) else {
             app.metrics.closed(Closed::Full);
             continue;
