@@ -290,7 +290,9 @@ fn a_user_has_so_many_open_saves_though_they_are_asked_for_at_once() -> Outcomes
             let sent = (0..12).map(|n| {
                 let record = if n % 2 == 0 { one.clone() } else { two.clone() };
                 let save = save(&user, &format!("s{round}-{n}"), &format!("v{n}"));
-                tokio::spawn(async move { record.submit(&save, None, 2).await })
+                tokio::spawn(
+                    async move { record.submit(&save, None, Most { open: 2, day: 0 }).await },
+                )
             });
             let mut new = 0;
             for answer in futures_util::future::join_all(sent.collect::<Vec<_>>()).await {
