@@ -30,7 +30,7 @@ use rustix::mount::{
     mount_change, move_mount,
 };
 use upperdeck::layer::Compression;
-use upperdeck::overlay::volume::Volume;
+use upperdeck::overlay::volume::{Volume, Way};
 use upperdeck::overlay::xattr::Namespace;
 use upperdeck::scan::Scan;
 use upperdeck::spec::layers::Layers;
@@ -623,9 +623,25 @@ impl Mounted {
         let mounts = upperdeck::overlay::mount::parse_mountinfo(&table)?;
         let mount = mounts.iter().find(|mount| mount.mount_point == point);
         let id = mount.context("no mount")?.id;
-        let volume = Volume::open(&merged, at.as_bytes(), id)?.context("another mount")?;
+        let volume = open_volume(&merged, at, id).context("another mount")?;
         Ok(Self { merged, id, volume })
     }
+}
+
+/// The volume in the container at `merged`, if it is that mount.
+fn open_volume(merged: &Path, at: &str, mount: u64) -> Option<Volume> {
+    let table = || {
+        let table = fs::read("/proc/thread-self/mountinfo")?;
+        upperdeck::overlay::mount::parse_mountinfo(&table).map_err(std::io::Error::other)
+    };
+    let way = Way {
+        container: merged,
+        at: at.as_bytes(),
+        mount,
+        table: &table,
+        passable: &|_| false,
+    };
+    way.go().ok()?.open(&way, None, true).ok()
 }
 
 /// As [`chain`], in a container with a volume: what changes in it and beside it is saved in layers of their own.
@@ -659,8 +675,7 @@ fn volume_chain(
             apply(&container.merged, change).ok();
         }
         // A directory above it was renamed: then a save says that it is gone.
-        let there = Volume::open(&container.merged, at.as_bytes(), container.id);
-        if !there.is_ok_and(|there| there.is_some()) {
+        if open_volume(&container.merged, at, container.id).is_none() {
             return Ok(on_top);
         }
         if settle {

@@ -25,8 +25,9 @@ use zeroize::Zeroizing;
 use super::options::Options;
 use super::spool::Of;
 use super::spool::Spool;
+use super::stuck::Stuck;
 use crate::background::Bound;
-use crate::container::{Roots, process_start};
+use crate::container::{Pattern, Roots, process_start};
 use crate::escape;
 use crate::job::{Event, JobId, Order};
 
@@ -47,6 +48,8 @@ const INSPECT_BOUND: Duration = Duration::from_secs(300);
 const MAX_INSPECTED: u64 = 1 << 20;
 /// From asking it to end to ending it.
 const GRACE: Duration = Duration::from_secs(10);
+/// From ending it to giving it up: what waits in the kernel for an answer that does not come cannot be ended.
+const REAP_BOUND: Duration = Duration::from_secs(20);
 /// What the child needs of the environment: how the node reaches the world. Neither `HOME` nor anything else in which
 /// credentials are looked for.
 const KEPT_VARIABLES: [&str; 11] = [
@@ -145,6 +148,10 @@ pub(super) fn arguments(
     );
     let volumes = chosen.include_volumes.iter();
     all.extend(volumes.map(|volume| flag("include-volume", volume)));
+    if !chosen.include_volumes.is_empty() {
+        let allowed = allowed_volumes(options, &order.owner);
+        all.extend(allowed.map(|pattern| flag("allow-volume", &pattern.to_string())));
+    }
     all.extend([
         "--".into(),
         order.session.clone().into(),
@@ -182,6 +189,12 @@ fn release_memory(options: &Options, group: String) -> bool {
 pub(super) fn lacked_memory(options: &Options, job: JobId, words: &str) -> bool {
     release_memory(options, save_group(job))
         || (words.starts_with("memory allocation of ") && words.ends_with(" bytes failed"))
+}
+
+/// The volumes that a session of this owner may have saved with it.
+pub(super) fn allowed_volumes(options: &Options, owner: &str) -> impl Iterator<Item = Pattern> {
+    let volumes = options.volumes.iter();
+    volumes.filter_map(move |pattern| pattern.of(owner))
 }
 
 /// The flags that lead a child to the same roots.
@@ -291,7 +304,8 @@ impl Child {
         }
     }
 
-    /// Asks it to end, and ends it and all that it started where it does not.
+    /// Asks it to end, and ends it and all that it started where it does not. Fails with [`io::ErrorKind::TimedOut`] where
+    /// it cannot be ended: it is reaped whenever that may be.
     pub(super) async fn stop(&mut self) -> io::Result<ExitStatus> {
         self.gate = None;
         self.signal(Signal::SIGTERM);
@@ -299,7 +313,10 @@ impl Child {
             return ended;
         }
         self.signal(Signal::SIGKILL);
-        self.process.wait().await
+        match tokio::time::timeout(REAP_BOUND, self.process.wait()).await {
+            Ok(ended) => ended,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
     }
 
     fn signal(&self, signal: Signal) {
@@ -321,7 +338,7 @@ impl Child {
 }
 
 /// What `inspect` says of a session, as JSON; none where it cannot, or not in time.
-pub(super) async fn inspect(options: &Options, session: &str) -> Option<Vec<u8>> {
+pub(super) async fn inspect(options: &Options, stuck: &Stuck, session: &str) -> Option<Vec<u8>> {
     let mut command = Command::new(&options.program);
     let mut flags = roots_flags(&options.roots);
     flags.extend(["inspect", "--format=json"].map(Into::into));
@@ -344,18 +361,24 @@ pub(super) async fn inspect(options: &Options, session: &str) -> Option<Vec<u8>>
         .kill_on_drop(true);
     let mut child = command.spawn().ok()?;
     let said = child.stdout.take()?;
+    let child = &mut child;
     let read = async {
         let mut json = Vec::new();
         said.take(MAX_INSPECTED).read_to_end(&mut json).await.ok()?;
         let status = child.wait().await.ok()?;
         status.success().then_some(json)
     };
-    let told = tokio::time::timeout(INSPECT_BOUND, read)
-        .await
-        .ok()
-        .flatten();
-    if told.is_none() {
-        let _ = tokio::time::timeout(GRACE, child.kill()).await;
+    let told = tokio::time::timeout(INSPECT_BOUND, read).await;
+    if told.is_err()
+        && let Some(pid) = child.id()
+    {
+        child.start_kill().ok();
+        if tokio::time::timeout(REAP_BOUND, child.wait())
+            .await
+            .is_err()
+        {
+            stuck.add(session, pid);
+        }
     }
     if release_memory(options, group) {
         tracing::warn!(
@@ -363,7 +386,7 @@ pub(super) async fn inspect(options: &Options, session: &str) -> Option<Vec<u8>>
             "looking into a session took more memory than it may"
         );
     }
-    told
+    told.ok().flatten()
 }
 
 /// Ends what a dead agent left running. Returns when it is gone.

@@ -8,6 +8,7 @@ mod load;
 mod options;
 mod owner;
 mod spool;
+mod stuck;
 mod telling;
 mod work;
 
@@ -22,8 +23,9 @@ use crate::cancel::Cancel;
 use crate::job::{JobId, Node, Order, now_ms};
 use crate::queue::{self, Claim, Queue};
 
-use inventory::Inventory;
+use inventory::{Inside, Inventory};
 use spool::Spool;
+use stuck::Stuck;
 use telling::{CALL, call};
 
 pub use options::{Allowed, AllowedError, Options, Registry};
@@ -73,6 +75,7 @@ struct Agent {
     name: String,
     spool: Spool,
     inventory: Inventory,
+    stuck: Stuck,
     started_ms: i64,
     /// It is to end.
     cancel: Cancel,
@@ -103,6 +106,7 @@ pub async fn run(options: Options, queue: Queue, cancel: Cancel) -> Result<(), E
         name: format!("{}-{}", options.node, JobId::new()),
         spool,
         inventory: Inventory::default(),
+        stuck: Stuck::default(),
         started_ms: now_ms(),
         drain_over: Cancel::default(),
         running: Mutex::default(),
@@ -306,7 +310,8 @@ impl Agent {
 
     /// One heartbeat. Whether it was heard.
     async fn say(&self, draining: bool, with_sessions: bool) -> bool {
-        let (sessions, problems) = self.inventory.told();
+        let (sessions, mut problems) = self.inventory.told();
+        problems.splice(0..0, self.stuck.told());
         let mut running: Vec<JobId> = self.running().keys().copied().collect();
         running.sort_unstable();
         let node = Node {
@@ -357,7 +362,12 @@ impl Agent {
                 if self.cancel.is_cancelled() {
                     return;
                 }
-                let found = child::inspect(&self.options, &session).await;
+                // Another look would get stuck as the one before did.
+                if self.stuck.of(&session).is_some() {
+                    self.inventory.looked_into(&session, Inside::default());
+                    continue;
+                }
+                let found = child::inspect(&self.options, &self.stuck, &session).await;
                 let inside = found.and_then(|json| serde_json::from_slice(&json).ok());
                 self.inventory
                     .looked_into(&session, inside.unwrap_or_default());

@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::container::Roots;
+use crate::container::{Pattern, Roots};
 use crate::queue::HEARTBEAT_EVERY;
 
 use super::owner::OwnerRule;
@@ -29,6 +29,8 @@ pub struct Options {
     pub registry: Registry,
     /// Where images may go. What begins with none of these is refused, so an empty list refuses everything.
     pub allowed: Vec<Allowed>,
+    /// Volumes that may be saved, with the owner's name still to be put in. What none covers is refused.
+    pub volumes: Vec<Pattern>,
     /// Where the children keep what they need to save only what changed (`--state-dir`); none: nowhere.
     pub state_dir: Option<PathBuf>,
     /// Where the agent notes what runs and how it ended, so that its own death costs nothing.
@@ -91,6 +93,7 @@ impl Options {
                 create_project: false,
             },
             allowed: Vec::new(),
+            volumes: Vec::new(),
             spool_dir: state.join("agent"),
             state_dir: Some(state),
             slots: 4,

@@ -23,6 +23,8 @@ use crate::queue::{Claim, Hold, RENEW_EVERY};
 const CONFIRM_AGAIN: Duration = Duration::from_secs(1);
 /// How long a child's own watchdog, and then the agent, may take to thaw what a dead child froze.
 const THAW_BOUND: Duration = Duration::from_secs(60);
+/// From a child's last word to its end. A thread of it that waits in the kernel keeps it from ending.
+const END_BOUND: Duration = Duration::from_secs(30);
 /// Characters of a message that goes to people.
 const MAX_MESSAGE: usize = 2000;
 /// What is larger was not written by `commit`.
@@ -161,6 +163,23 @@ fn prove(agent: &Agent, order: &Order) -> Result<(), Refusal> {
         return Err(Refusal::of(Code::Policy, why));
     }
     chosen(order)?;
+    if !order.options.include_volumes.is_empty()
+        && child::allowed_volumes(options, &order.owner)
+            .next()
+            .is_none()
+    {
+        return Err(Refusal::of(
+            Code::Policy,
+            "this node's agent saves no volumes of this session: its administrator lists none (--allow-volume)",
+        ));
+    }
+    if let Some(pid) = agent.stuck.of(&order.session) {
+        let why = format!(
+            "an earlier save of this session hangs in the kernel (process {pid}) and cannot be ended: \
+             a file system in the session does not answer"
+        );
+        return Err(Refusal::of(Code::Policy, why));
+    }
     let container = find(agent, &order.session)?;
     // A session that nobody owns is an administrator's to save, and its order says nobody's name.
     let owner = options.owner.owner(&container).unwrap_or_default();
@@ -278,6 +297,10 @@ async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cance
         tracing::warn!(job.id = %order.job, %error, "the spool cannot be written");
     }
     let (why, status, said) = follow(agent, teller, order, lost, &mut child).await;
+    let given_up = matches!(&status, Err(error) if error.kind() == std::io::ErrorKind::TimedOut);
+    if given_up {
+        agent.stuck.add(&order.session, child.pid);
+    }
     let thawed = settle(agent, order.job).await;
     let words = child.last_words().await;
     let lacked_memory = child::lacked_memory(&agent.options, order.job, &words);
@@ -285,10 +308,8 @@ async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cance
         let why = "the save ended, and whether the session runs again could not be seen: have an administrator look at it";
         return End::Outcome(Refusal::of(Code::Internal, why).outcome());
     }
-    // Who was asked to stop may have been done by then.
-    if let Ok(status) = &status
-        && status.success()
-    {
+    // Who was asked to stop may have been done by then. One that said so was, whatever kept it from ending.
+    if said.saved.is_some() || matches!(&status, Ok(status) if status.success()) {
         let saved = read_saved(
             &agent.spool.file(order.job, Of::Metadata),
             said.saved,
@@ -306,8 +327,13 @@ async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cance
         Some(Why::Lost) => End::Silent,
         Some(Why::Drained) => End::GivenBack("the agent ends, and the save did not end in time"),
         Some(Why::TimedOut) => {
+            let hangs = if given_up {
+                "; it hangs in the kernel and cannot be ended: a file system in the session does not answer"
+            } else {
+                ""
+            };
             let why = format!(
-                "the save took longer than it may ({} s)",
+                "the save took longer than it may ({} s){hangs}",
                 agent.bound(order).as_secs()
             );
             End::Outcome(Refusal::of(Code::TimedOut, why).outcome())
@@ -343,6 +369,8 @@ async fn follow(
     let mut ask = tokio::time::interval(CONFIRM_AGAIN);
     ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut asking = false;
+    let last_word = tokio::time::sleep(Duration::MAX);
+    tokio::pin!(last_word);
     let mut hold = teller.tell(Said::Started).await;
     let mut open = true;
     let why = loop {
@@ -362,9 +390,11 @@ async fn follow(
                         }
                         Event::Saved { reference, digest } => {
                             said.saved = Some((reference.clone(), digest.to_string()));
+                            last_word.as_mut().reset(tokio::time::Instant::now() + END_BOUND);
                         }
                         Event::Failed { code, message, retryable, .. } => {
                             said.failed = Some((code.clone(), message.clone(), *retryable));
+                            last_word.as_mut().reset(tokio::time::Instant::now() + END_BOUND);
                         }
                         _ => {}
                     }
@@ -381,6 +411,7 @@ async fn follow(
             },
             status = child.process.wait(), if !open => return (None, status, said),
             _ = renew.tick() => hold = teller.renew().await,
+            () = &mut last_word => break None,
             () = &mut ends => break Some(Why::TimedOut),
             _ = lost.cancelled() => break Some(Why::Lost),
             _ = agent.drain_over.cancelled() => break Some(Why::Drained),

@@ -14,7 +14,7 @@ use crate::background::Background;
 use crate::bench::{self, stages::Setting};
 use crate::cancel::Cancel;
 use crate::commit::{self, Compression, Gate, Rules};
-use crate::container::{ContainerdRoot, Roots, StorageRoot};
+use crate::container::{ContainerdRoot, Roots, StorageRoot, VolumeRules};
 use crate::destination::Target;
 use crate::registry;
 use crate::registry::credentials::{Credentials, CredentialsError};
@@ -130,6 +130,10 @@ impl Commit {
             layer_size: args.layer_size,
             rules,
             volumes: args.include_volume,
+            volume_rules: VolumeRules {
+                own_rights: args.volume_identity == args::VolumeIdentity::Own,
+                allowed: (!args.allow_volume.is_empty()).then_some(args.allow_volume),
+            },
             base: args.base,
             timestamp: args.content.choice.timestamp,
             metadata_file: args.metadata_file,

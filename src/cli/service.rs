@@ -97,6 +97,10 @@ async fn redis(queue: &service::Queue) -> anyhow::Result<Option<Queue>> {
 
 /// Runs `work` until a signal asks it to end.
 fn serve(work: impl AsyncFnOnce(Cancel) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    // Connections are descriptors. What cannot be raised is no reason not to serve: there are fewer of them.
+    if let Err(error) = manager::raise_open_files() {
+        tracing::warn!(error = %error, "the limit of open files cannot be raised");
+    }
     let cancel = Cancel::default();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
@@ -127,6 +131,7 @@ fn agent_options(
         create_project: work.create_project,
     };
     options.allowed = allowed;
+    options.volumes = work.allow_volume;
     options.state_dir = Some(work.state_dir).filter(|dir| !dir.as_os_str().is_empty());
     if let Some(dir) = work.spool_dir {
         options.spool_dir = dir;
@@ -235,6 +240,23 @@ fn jwt(serve: &service::Serve) -> Result<Option<Jwt>, Usage> {
     }))
 }
 
+/// What connections and requests may take.
+fn doors(serve: &service::Serve) -> Result<manager::Doors, Usage> {
+    let proxies = serve.proxy_from.iter().map(|range| {
+        range
+            .parse()
+            .map_err(|error| Usage(format!("--proxy-from: {error}")))
+    });
+    Ok(manager::Doors {
+        connections: serve.connections as usize,
+        connections_per_peer: serve.connections_per_peer as usize,
+        proxies: proxies.collect::<Result<_, _>>()?,
+        streams_per_user: serve.streams_per_user as usize,
+        requests_per_user: serve.requests_per_user as usize,
+        ..manager::Doors::default()
+    })
+}
+
 /// The settings of a manager that sends images to `target`.
 fn manager_options(
     serve: &service::Serve,
@@ -262,7 +284,9 @@ fn manager_options(
             .map_err(|error| Usage(format!("--proxy-header, --proxy-from: {error}")))?;
         options.proxies = Some(proxies);
     }
+    options.doors = doors(serve)?;
     options.open_per_user = serve.open_per_user;
+    options.saves_per_day = serve.saves_per_day;
     options.attempts = serve.attempts;
     options.backoff = serve.backoff;
     options.timeout = serve.timeout;

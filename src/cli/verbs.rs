@@ -16,7 +16,7 @@ use super::exit::{Failure, Usage};
 use super::{options, progress, signals, view, write_stdout};
 use crate::cancel::Cancel;
 use crate::commit;
-use crate::container::{self, Roots};
+use crate::container::{self, Roots, VolumeRules};
 use crate::destination::Target;
 use crate::job::{Event, Observer};
 use crate::layer::{self, Plan};
@@ -72,6 +72,7 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
         let question = commit::Question {
             rules: &rules,
             volumes: &args.include_volume,
+            volume_rules: &VolumeRules::default(),
             timestamp: args.choice.timestamp,
             state_dir: state_dir.filter(|dir| !dir.as_os_str().is_empty()),
             max_layers: args.state.max_layers.into(),

@@ -302,8 +302,10 @@ pub(super) fn fingerprint(
         let stat = stat.map_err(|source| unreadable(&volume.destination, source))?;
         let inode = stat.map(|stat| (stat.st_dev, stat.st_ino));
         Ok(format!(
-            "{:?} {} {inode:?}",
-            volume.destination, volume.kind
+            "{:?} {} {inode:?} {:?}",
+            volume.destination,
+            volume.kind,
+            volume.opened.root().who()
         ))
     };
     let volumes: Vec<_> = volumes

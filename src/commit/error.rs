@@ -70,6 +70,17 @@ pub enum Error {
         /// The bound, in milliseconds.
         limit_ms: f64,
     },
+    /// Something about the container's processes cannot be had in time: one of them keeps the kernel waiting.
+    #[error(
+        "{what} cannot be read within {seconds} s: a process of the container waits in the kernel, most likely for a file \
+         system that does not answer; nothing was saved"
+    )]
+    Unanswered {
+        /// What was asked for.
+        what: &'static str,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// `--metadata-file` or `--digestfile` cannot be written: the image is saved all the same.
     #[error("the image {reference} is saved, but {path} cannot be written: {source}")]
     Report {
@@ -147,6 +158,7 @@ impl Error {
             | Self::Manifest(_)
             | Self::Report { .. }
             | Self::PausedTooLong { .. }
+            | Self::Unanswered { .. }
             | Self::Worker => Kind::Final,
         }
     }

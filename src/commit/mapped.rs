@@ -16,7 +16,7 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,8 @@ use crate::scan::Clock;
 const FLUSH_BOUND: Duration = Duration::from_secs(5);
 /// Lists that are taken until one has no name in it that changed meanwhile.
 const LOOKS: u32 = 3;
+/// How long one list may take. A process that waits for a file system of its own may keep the lock that its list needs.
+const LOOK_BOUND: Duration = Duration::from_secs(10);
 
 /// What is known of shared mappings at one time.
 #[derive(Debug)]
@@ -57,7 +59,7 @@ pub(super) async fn write_out(
         let since = Clock::now();
         let mut looks = 1;
         let (files, elsewhere) = loop {
-            let found = find(host_root.as_deref(), &container, &volumes)?;
+            let found = find_in_time(host_root.clone(), &container, &volumes)?;
             if found.1.is_none() || looks == LOOKS {
                 break found;
             }
@@ -82,7 +84,7 @@ pub(super) fn list(
     volumes: &[Volume],
 ) -> Result<Mapped, Error> {
     let since = Clock::now();
-    let (files, elsewhere) = find(context.roots.host_root.as_deref(), container, volumes)?;
+    let (files, elsewhere) = find_in_time(context.roots.host_root.clone(), container, volumes)?;
     Ok(Mapped {
         since,
         dirty: files.into_keys().collect(),
@@ -93,6 +95,41 @@ pub(super) fn list(
 /// Files, opened where they can be written out, and a mapping whose file is not to be found.
 type Found = (HashMap<File, Option<OwnedFd>>, Option<String>);
 
+/// As [`find`], and no longer than [`LOOK_BOUND`]. A thread that got stuck is left behind: it ends with this process.
+fn find_in_time(
+    host_root: Option<PathBuf>,
+    container: &Container,
+    volumes: &[Volume],
+) -> Result<Found, Error> {
+    let (container, volumes) = (container.clone(), volumes.to_vec());
+    in_time(LOOK_BOUND, move || {
+        find(host_root.as_deref(), &container, &volumes)
+    })
+    .unwrap_or(Err(Error::Unanswered {
+        what: "the lists of what its processes have mapped",
+        seconds: LOOK_BOUND.as_secs(),
+    }))
+}
+
+/// What `work` comes to, if it does within `bound`.
+fn in_time<T: Send + 'static>(
+    bound: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let (done, result) = mpsc::channel();
+    std::thread::spawn(move || done.send(work()));
+    result.recv_timeout(bound).ok()
+}
+
+/// Device numbers of what `path` leads to. Whoever serves it is not asked.
+fn device_of(path: &Path) -> Option<(u32, u32)> {
+    use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statx};
+    let root = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let found = statx(&root, "", flags, StatxFlags::TYPE).ok()?;
+    Some((found.stx_dev_major, found.stx_dev_minor))
+}
+
 fn find(
     host_root: Option<&Path>,
     container: &Container,
@@ -102,14 +139,14 @@ fn find(
         Root::open(&container.overlay.upper).map_err(|source| unreadable(container, source))?;
     let device = |dev: u64| (rustix::fs::major(dev), rustix::fs::minor(dev));
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
-    let root = fs::metadata(proc.join(container.pid.to_string()).join("root"));
+    let root = device_of(&proc.join(container.pid.to_string()).join("root"));
     // Kernels differ in whose numbers the list shows: the overlay's, or those of the file underneath.
     let mut devices = vec![device(
         fs::metadata(&container.overlay.upper)
             .map_err(|source| unreadable(container, source))?
             .dev(),
     )];
-    devices.extend(root.ok().map(|root| device(root.dev())));
+    devices.extend(root);
     let (mut files, mut elsewhere) = (HashMap::new(), None);
     for mapping in freeze::shared_mappings(container.pid, host_root)? {
         if let Some((number, volume)) = volume_of(volumes, container, &mapping) {
@@ -117,7 +154,11 @@ fn find(
                 Some((ino, file)) => {
                     files.insert((number, ino), Some(file));
                 }
-                None if mapping.writable && has_a_name(&mapping) => {
+                // Of another device it is a file of a mount that came later, which is not asked for its status.
+                None if mapping.writable
+                    && mapping.device == volume.device
+                    && has_a_name(&mapping) =>
+                {
                     elsewhere = Some(crate::escape::path(&mapping.path));
                 }
                 None => {}
@@ -232,4 +273,25 @@ fn flush_all(files: HashMap<File, Option<OwnedFd>>) -> HashSet<File> {
         dirty.remove(&which);
     }
     dirty
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_come_in_time_is_given_up() {
+        let (_never, waits) = mpsc::channel::<()>();
+        let late = in_time(Duration::from_millis(20), move || waits.recv().is_ok());
+        assert_eq!(late, None);
+        assert_eq!(in_time(Duration::from_secs(60), || 7), Some(7));
+    }
+
+    #[test]
+    fn a_device_is_the_one_that_a_status_tells() {
+        let dev = fs::metadata("/proc/self/root").map(|root| root.dev());
+        let told = device_of(Path::new("/proc/self/root"));
+        let same = |dev: u64| (rustix::fs::major(dev), rustix::fs::minor(dev));
+        assert_eq!(told, dev.ok().map(same));
+    }
 }

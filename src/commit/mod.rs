@@ -23,7 +23,7 @@ use bytes::Bytes;
 
 use crate::background::{Background, Hurry};
 use crate::cancel::Cancel;
-use crate::container::{self, Base, Container, Volume};
+use crate::container::{self, Base, Container, Volume, VolumeRules};
 use crate::destination::{BlobWriter, Destination, Target};
 use crate::freeze::{self, Frozen};
 use crate::job::{Event, Observer, Phase};
@@ -106,6 +106,8 @@ pub struct Options {
     pub rules: Rules,
     /// `--include-volume`: where the volumes are mounted that are saved, too.
     pub volumes: Vec<PathBuf>,
+    /// `--allow-volume`, `--volume-identity`: which of them may be, and with whose rights they are read.
+    pub volume_rules: VolumeRules,
     /// `--base` IMAGE, for `pid:N`: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or a registry reference.
     pub base: Option<String>,
     /// Clamp times to at most this, in seconds since the epoch; also `created`.
@@ -188,7 +190,12 @@ async fn save(
 
     context.phase(Phase::Locating);
     let container = container::find(&context.roots, &options.container)?;
-    let volumes = trees::open(&context.roots, &container, &options.volumes)?;
+    let volumes = trees::open(
+        &context.roots,
+        &container,
+        &options.volumes,
+        &options.volume_rules,
+    )?;
     let (base, layout) = prove_base(&context, &container, options).await?;
     // A destination that takes nothing is found out before anybody's work is stopped for it.
     let destination = Destination::open(&target, &context.registries)?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::earlier::{self, Granted, Last};
 use super::{Error, Rules, trees};
 use crate::cancel::Cancel;
-use crate::container::{self, Base, Container};
+use crate::container::{self, Base, Container, VolumeRules};
 use crate::layer::Plan;
 use crate::scan::Scan;
 use crate::state::Store;
@@ -19,6 +19,8 @@ pub struct Question<'a> {
     pub rules: &'a Rules,
     /// Where the volumes are mounted that would be saved, too.
     pub volumes: &'a [PathBuf],
+    /// As [`super::Options::volume_rules`].
+    pub volume_rules: &'a VolumeRules,
     /// As [`super::Options::timestamp`].
     pub timestamp: Option<i64>,
     /// Where what the last save left is kept; none: nowhere.
@@ -67,7 +69,7 @@ pub fn next_save(
     question: &Question<'_>,
     cancel: &Cancel,
 ) -> Result<NextSave, Error> {
-    let volumes = trees::open(roots, container, question.volumes)?;
+    let volumes = trees::open(roots, container, question.volumes, question.volume_rules)?;
     let scan = |earlier: Option<&[Arc<Scan>]>| {
         let scans = trees::scan_all(
             question.rules,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Context, Error, Options};
-use crate::container::{self, Container, Volume};
+use crate::container::{self, Container, Volume, VolumeRules};
 use crate::layer::Plan;
 use crate::scan::{Clock, Entry, Report, Scan};
 
@@ -23,10 +23,11 @@ pub(super) fn open(
     roots: &container::Roots,
     container: &Container,
     paths: &[PathBuf],
+    rules: &VolumeRules,
 ) -> Result<Vec<Volume>, container::Error> {
     let mut volumes = paths
         .iter()
-        .map(|path| container::volume(roots, container, path))
+        .map(|path| container::volume(roots, container, path, rules))
         .collect::<Result<Vec<_>, _>>()?;
     volumes.sort_by(|a, b| a.destination.cmp(&b.destination));
     volumes.dedup_by(|a, b| a.destination == b.destination);

@@ -52,6 +52,16 @@ pub(super) fn tell(context: &Context, taken: &Taken) {
             format!("{count} sockets cannot be in an image and are left out, e.g. /{first}"),
         );
     }
+    if !report.unreadable.is_empty() {
+        let examples = report.unreadable.examples().iter().take(3);
+        let shown: Vec<String> = examples.map(|path| format!("/{path}")).collect();
+        let what = format!(
+            "{} files or directories in volumes may not be read by the container itself and are left out, e.g. {}",
+            report.unreadable.count(),
+            shown.join(", ")
+        );
+        context.warn("unreadable", what);
+    }
     let dropped = report.dropped_xattrs.iter().map(|(name, count)| {
         format!("the attribute {name} of {count} entries belongs to the host and is left out")
     });

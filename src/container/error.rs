@@ -93,6 +93,14 @@ pub enum Error {
         /// What could be named.
         mounts: Vec<String>,
     },
+    /// A volume that is none of those that may be saved.
+    #[error("the volume at {} is not saved: {why}", path.display())]
+    VolumeNotAllowed {
+        /// Where it is mounted in the container.
+        path: PathBuf,
+        /// By whose word.
+        why: String,
+    },
     /// The kernel refused.
     #[error("{}: permission denied; run as root, with CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE", path.display())]
     NotPermitted {
@@ -169,7 +177,9 @@ impl Error {
             Self::NotFound { .. } | Self::Gone { .. } => 66,
             Self::BaseUnproven { .. } => 69,
             Self::Busy { .. } => 75,
-            Self::NotPermitted { .. } | Self::ManyMounts { .. } => 77,
+            Self::NotPermitted { .. } | Self::ManyMounts { .. } | Self::VolumeNotAllowed { .. } => {
+                77
+            }
             Self::NotOverlay { .. }
             | Self::ForeignRoot { .. }
             | Self::Mount { .. }
@@ -188,6 +198,7 @@ impl Error {
             Self::BaseUnproven { .. } => "base_unproven",
             Self::NotAVolume { .. } => "not_a_volume",
             Self::NotPermitted { .. } => "not_permitted",
+            Self::VolumeNotAllowed { .. } => "volume_not_allowed",
             Self::NotOverlay { .. } => "not_overlay",
             Self::ManyMounts { .. } => "policy",
             Self::ForeignRoot { .. } => "foreign_root",

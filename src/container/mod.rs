@@ -18,6 +18,7 @@ mod containerd;
 mod docker;
 mod error;
 mod image;
+mod pattern;
 mod process;
 mod roots;
 mod storage;
@@ -25,9 +26,10 @@ mod survey;
 mod volume;
 
 pub use error::{Error, Problem};
+pub use pattern::{Pattern, PatternError};
 pub use roots::{ContainerdRoot, Roots, StorageRoot};
 pub use survey::{Listing, find, list, recheck};
-pub use volume::{Volume, recheck_volume, volume};
+pub use volume::{Volume, VolumeRules, recheck_volume, volume};
 
 /// Who runs a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::IdMapping;
 use super::error::Error;
 use super::roots::{Roots, read_file};
+use crate::overlay::identity::{Beyond, Identity};
 use crate::overlay::mount::{MountInfo, parse_mountinfo, root_mount};
 
 /// mountinfo of a node with many pods is a few megabytes long.
@@ -145,6 +146,59 @@ pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Pr
     }))
 }
 
+/// The mounts that a process sees, and nothing else about it.
+pub(super) fn mounts(roots: &Roots, pid: u32) -> Result<Vec<MountInfo>, Error> {
+    let path = roots.proc(&format!("{pid}/mountinfo"));
+    let bytes = read_file(&path, MOUNTINFO_CAP)?;
+    parse_mountinfo(&bytes).map_err(|e| Error::damaged(path, e))
+}
+
+/// The process' rights to files, as it has them now.
+pub(super) fn identity(roots: &Roots, process: &Process) -> Result<Identity, Error> {
+    let path = roots.proc(&format!("{}/status", process.pid));
+    let status = read_file(&path, 64 << 10)?;
+    let (mut identity, reads) = parse_status(&status)
+        .ok_or_else(|| Error::damaged(&path, "expected Uid, Gid, Groups and CapEff"))?;
+    if reads {
+        // Capabilities are those of its user namespace, whose ids a map says where it is not ours.
+        identity.beyond = if process.uid_map.is_empty() && process.gid_map.is_empty() {
+            Beyond::All
+        } else {
+            Beyond::Mapped {
+                uids: process.uid_map.clone(),
+                gids: process.gid_map.clone(),
+            }
+        };
+    }
+    Ok(identity)
+}
+
+/// `proc_pid_status(5)`: the ids by which files are opened, and whether a capability reads past permissions.
+fn parse_status(status: &[u8]) -> Option<(Identity, bool)> {
+    let field = |name: &str| {
+        let mut lines = status.split(|&b| b == b'\n');
+        let value = lines.find_map(|line| line.strip_prefix(name.as_bytes()))?;
+        std::str::from_utf8(value).ok()
+    };
+    // Real, effective, saved, file system.
+    let id = |name| field(name)?.split_ascii_whitespace().nth(3)?.parse().ok();
+    let groups = field("Groups:")?.split_ascii_whitespace();
+    let mut groups = groups
+        .map(|group| group.parse().ok())
+        .collect::<Option<Vec<u32>>>()?;
+    groups.sort_unstable();
+    let effective = u64::from_str_radix(field("CapEff:")?.trim(), 16).ok()?;
+    // CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+    let reads = effective & 0b110 != 0;
+    let identity = Identity {
+        uid: id("Uid:")?,
+        gid: id("Gid:")?,
+        groups,
+        beyond: Beyond::Nothing,
+    };
+    Some((identity, reads))
+}
+
 /// The instant of a process' start time, in milliseconds since the epoch: `btime` of `proc_stat(5)` and the ticks.
 pub(super) fn started_ms(roots: &Roots, start: u64) -> Option<i64> {
     let stat = read_file(&roots.proc("stat"), 16 << 20).ok()?;
@@ -255,6 +309,36 @@ mod tests {
             "7 (a) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 x",
         ] {
             assert_eq!(parse_stat(bad.as_bytes()), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn rights_are_those_by_which_files_are_opened() {
+        let status = |groups: &str, caps: &str| {
+            format!(
+                "Name:\tsh\nUid:\t0\t1\t2\t1000\nGid:\t0\t1\t2\t1001\nGroups:\t{groups}\nCapPrm:\t000001ffffffffff\n\
+                 CapEff:\t{caps}\n"
+            )
+        };
+        let (identity, reads) =
+            parse_status(status("2000 27 ", "0000000000000000").as_bytes()).unwrap();
+        assert_eq!((identity.uid, identity.gid, reads), (1000, 1001, false));
+        assert_eq!(identity.groups, [27, 2000]);
+        for (caps, expected) in [
+            ("0000000000000002", true),
+            ("0000000000000004", true),
+            ("00000000a80425fb", true),
+            ("00000000a80425f9", false),
+            ("0000000000200000", false),
+        ] {
+            let parsed = parse_status(status("", caps).as_bytes());
+            assert_eq!(parsed.map(|(_, reads)| reads), Some(expected), "{caps}");
+        }
+        for bad in [
+            "",
+            "Uid:\t0\t0\t0\nGid:\t0\t0\t0\t0\nGroups:\t\nCapEff:\t0\n",
+        ] {
+            assert_eq!(parse_status(bad.as_bytes()), None, "{bad}");
         }
     }
 

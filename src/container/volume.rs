@@ -1,22 +1,40 @@
 //! What is mounted into a container and can be saved with it, beside its own root: volumes on disk.
 //!
-//! Format: `proc_pid_mountinfo(5)`. The container's mount table decides what is mounted where, and the path is resolved
-//! in the container's root and held against that ([`crate::overlay::volume`]).
+//! Format: `proc_pid_mountinfo(5)`. The container's mount table decides what is mounted where; the way there is held
+//! against it step by step ([`crate::overlay::volume`]). A volume is read with the rights of the container's first process
+//! ([`crate::overlay::identity`]), and in the service only if the node's administrator lists it ([`super::Pattern`]).
 
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use super::error::Error;
-use super::process;
+use super::pattern::Pattern;
+use super::process::{self, Process};
 use super::roots::Roots;
 use super::{Container, bundle};
+use crate::overlay::identity::Identity;
 use crate::overlay::mount::MountInfo;
-use crate::overlay::volume as overlay;
+use crate::overlay::volume::{self as overlay, Reached, Refusal, Way};
 
-/// File systems on this node's own disks, whose time stamps are this kernel's.
+/// File systems on this node's own disks, whose time stamps are this kernel's, and which always answer.
 const LOCAL: [&str; 9] = [
     "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "xfs", "zfs",
 ];
+/// Others that always answer: memory, and what is only read.
+const ANSWERING: [&str; 7] = [
+    "erofs", "iso9660", "ramfs", "squashfs", "tmpfs", "udf", "vfat",
+];
+
+/// Which volumes may be saved, and with whose rights they are read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VolumeRules {
+    /// With this program's own rights, and not with those of the container's first process.
+    pub own_rights: bool,
+    /// Only what one of these covers; none: any.
+    pub allowed: Option<Vec<Pattern>>,
+}
 
 /// A volume that is saved with its container.
 #[derive(Clone, Debug)]
@@ -37,60 +55,50 @@ pub struct Volume {
 /// The volume that is mounted at `path` in the container.
 ///
 /// Fails with [`Error::NotAVolume`] for all that is no directory of a file system on a disk or a server: it names the
-/// mounts that are.
-pub fn volume(roots: &Roots, container: &Container, path: &Path) -> Result<Volume, Error> {
-    let mounts = mounts(roots, container)?;
+/// mounts that are. With [`Error::VolumeNotAllowed`] where `rules` do not let it be saved, and where the container may not
+/// read it.
+pub fn volume(
+    roots: &Roots,
+    container: &Container,
+    path: &Path,
+    rules: &VolumeRules,
+) -> Result<Volume, Error> {
+    let process = living(roots, container)?;
     let refuse = |why: String| Error::NotAVolume {
         path: path.to_path_buf(),
         why,
-        mounts: listed(&mounts),
+        mounts: listed(&process.mounts),
     };
-    let plain = path.is_absolute()
-        && path
-            .components()
-            .all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
-    // Without slashes at its end.
-    let destination: PathBuf = path.components().collect();
-    if !plain {
-        return Err(refuse(
-            "expected an absolute path in the container, without ..".to_owned(),
-        ));
+    let (destination, mount) = meant(path, &process.mounts).map_err(refuse)?;
+    let fail = |refusal| failed(container, &destination, refusal, &refuse);
+    let way = Mounted::new(roots, container, &destination, mount.id);
+    let reached = way.go().map_err(fail)?;
+    // What the table said before may have been of another mount with the same number.
+    let line = reached.line.clone();
+    if let Some(why) = unfit(&line.fs_type) {
+        return Err(refuse(format!("{} is mounted there, {why}", line.fs_type)));
     }
-    if destination == Path::new("/") {
-        return Err(refuse(
-            "that is the container's root, which is saved in any case".to_owned(),
-        ));
-    }
-    let Some(mount) = topmost(&mounts, &destination) else {
-        let below = mounts
-            .iter()
-            .filter(|m| m.mount_point != Path::new("/") && destination.starts_with(&m.mount_point))
-            .max_by_key(|m| m.mount_point.as_os_str().len());
-        return Err(refuse(match below {
-            Some(mount) => format!(
-                "it is a path in what is mounted at {}, not a mount",
-                mount.mount_point.display()
-            ),
-            None => "nothing is mounted there".to_owned(),
-        }));
-    };
-    if let Some(why) = unfit(&mount.fs_type) {
-        return Err(refuse(format!("{} is mounted there, {why}", mount.fs_type)));
-    }
-    let opened = open(roots, container, &destination, mount.id).map_err(|error| match error {
-        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotADirectory => {
-            refuse("a single file is mounted there, not a directory".to_owned())
+    if let Some(allowed) = &rules.allowed {
+        let node = process::node_mounts(roots).unwrap_or_default();
+        if !allowed.iter().any(|pattern| pattern.covers(&line, &node)) {
+            return Err(Error::VolumeNotAllowed {
+                path: destination.clone(),
+                why: "the node's administrator does not list it (--allow-volume)".to_owned(),
+            });
         }
-        other => other,
-    })?;
-    let opened = opened.ok_or_else(|| {
-        refuse("the path leads elsewhere than the container's mount table says".to_owned())
-    })?;
+    }
+    let who = if rules.own_rights {
+        None
+    } else {
+        Some(Arc::new(process::identity(roots, &process)?))
+    };
+    let local = LOCAL.contains(&line.fs_type.as_str());
+    let opened = way.open(reached, who, local).map_err(fail)?;
     Ok(Volume {
-        local: LOCAL.contains(&mount.fs_type.as_str()),
-        kind: mount.fs_type.clone(),
-        device: mount.device,
-        mount: mount.id,
+        local,
+        kind: line.fs_type,
+        device: line.device,
+        mount: line.id,
         opened,
         destination,
     })
@@ -98,45 +106,149 @@ pub fn volume(roots: &Roots, container: &Container, path: &Path) -> Result<Volum
 
 /// Whether the volume is still what is mounted there.
 pub fn recheck_volume(roots: &Roots, container: &Container, volume: &Volume) -> Result<(), Error> {
-    match open(roots, container, &volume.destination, volume.mount) {
-        Ok(Some(_)) => Ok(()),
-        Ok(None) => Err(Error::Gone {
-            container: container.id.clone(),
-            detail: format!("another mount is at {} now", volume.destination.display()),
-        }),
-        Err(Error::Io { source, .. }) => Err(Error::Gone {
-            container: container.id.clone(),
-            detail: format!("{}: {source}", volume.destination.display()),
-        }),
-        Err(other) => Err(other),
+    let gone = |detail: String| Error::Gone {
+        container: container.id.clone(),
+        detail,
+    };
+    let way = Mounted::new(roots, container, &volume.destination, volume.mount);
+    let at = volume.destination.display();
+    match way.go() {
+        Ok(_) => Ok(()),
+        Err(Refusal::Io(source)) => Err(gone(format!("{at}: {source}"))),
+        Err(_) => Err(gone(format!("another mount is at {at} now"))),
     }
 }
 
-fn open(
-    roots: &Roots,
-    container: &Container,
-    destination: &Path,
-    mount: u64,
-) -> Result<Option<overlay::Volume>, Error> {
-    let root = roots.proc(&format!("{}/root", container.pid));
-    let at = destination.as_os_str().as_bytes();
-    let at = at.strip_prefix(b"/").unwrap_or(at);
-    overlay::Volume::open(&root, at, mount).map_err(|source| {
-        Error::io(
-            root.join(destination.strip_prefix("/").unwrap_or(destination)),
-            source,
-        )
-    })
+/// The mount that `path` names, by the container's mount table, and the path without slashes at its end.
+fn meant<'m>(path: &Path, mounts: &'m [MountInfo]) -> Result<(PathBuf, &'m MountInfo), String> {
+    let plain = path.is_absolute()
+        && path
+            .components()
+            .all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+    let destination: PathBuf = path.components().collect();
+    if !plain {
+        return Err("expected an absolute path in the container, without ..".to_owned());
+    }
+    if destination == Path::new("/") {
+        return Err("that is the container's root, which is saved in any case".to_owned());
+    }
+    let Some(mount) = topmost(mounts, &destination) else {
+        let below = mounts
+            .iter()
+            .filter(|m| m.mount_point != Path::new("/") && destination.starts_with(&m.mount_point))
+            .max_by_key(|m| m.mount_point.as_os_str().len());
+        return Err(match below {
+            Some(mount) => format!(
+                "it is a path in what is mounted at {}, not a mount",
+                mount.mount_point.display()
+            ),
+            None => "nothing is mounted there".to_owned(),
+        });
+    };
+    match unfit(&mount.fs_type) {
+        Some(why) => Err(format!("{} is mounted there, {why}", mount.fs_type)),
+        None => Ok((destination, mount)),
+    }
 }
 
-fn mounts(roots: &Roots, container: &Container) -> Result<Vec<MountInfo>, Error> {
-    let process = process::read(roots, container.pid)?
+fn failed(
+    container: &Container,
+    destination: &Path,
+    refusal: Refusal,
+    refuse: &dyn Fn(String) -> Error,
+) -> Error {
+    match refusal {
+        Refusal::NoDirectory => {
+            refuse("a single file is mounted there, not a directory".to_owned())
+        }
+        Refusal::Elsewhere => {
+            refuse("the path leads elsewhere than the container's mount table says".to_owned())
+        }
+        Refusal::Through { at, fs_type } => refuse(format!(
+            "the way to it leads through {fs_type} at {}, which might never answer",
+            at.display()
+        )),
+        Refusal::Denied => Error::VolumeNotAllowed {
+            path: destination.to_path_buf(),
+            why: "the container's first process may not read it itself".to_owned(),
+        },
+        Refusal::Io(source) if source.kind() == io::ErrorKind::NotADirectory => {
+            refuse("a single file is mounted there, not a directory".to_owned())
+        }
+        Refusal::Io(source) => Error::io(
+            Path::new(&container.id).join(destination.strip_prefix("/").unwrap_or(destination)),
+            source,
+        ),
+    }
+}
+
+/// Where a volume is mounted in a container, and how to get there.
+struct Mounted<'a> {
+    roots: &'a Roots,
+    pid: u32,
+    container: PathBuf,
+    at: &'a [u8],
+    mount: u64,
+}
+
+impl<'a> Mounted<'a> {
+    fn new(roots: &'a Roots, container: &Container, destination: &'a Path, mount: u64) -> Self {
+        let at = destination.as_os_str().as_bytes();
+        Self {
+            roots,
+            pid: container.pid,
+            container: roots.proc(&format!("{}/root", container.pid)),
+            at: at.strip_prefix(b"/").unwrap_or(at),
+            mount,
+        }
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&Way<'_>) -> T) -> T {
+        let table = || {
+            process::mounts(self.roots, self.pid)
+                .map_err(|error| io::Error::other(error.to_string()))
+        };
+        work(&Way {
+            container: &self.container,
+            at: self.at,
+            mount: self.mount,
+            table: &table,
+            passable: &passable,
+        })
+    }
+
+    #[allow(
+        clippy::redundant_closure_for_method_calls,
+        reason = "the method by its name would have one lifetime only"
+    )]
+    fn go(&self) -> Result<Reached, Refusal> {
+        self.with(|way| way.go())
+    }
+
+    fn open(
+        &self,
+        reached: Reached,
+        who: Option<Arc<Identity>>,
+        local: bool,
+    ) -> Result<overlay::Volume, Refusal> {
+        self.with(|way| reached.open(way, who, local))
+    }
+}
+
+fn living(roots: &Roots, container: &Container) -> Result<Process, Error> {
+    process::read(roots, container.pid)?
         .filter(|process| process.start == container.pid_start)
         .ok_or_else(|| Error::Gone {
             container: container.id.clone(),
             detail: format!("its process {} is no longer there", container.pid),
-        })?;
-    Ok(process.mounts)
+        })
+}
+
+/// Whether names may be looked up in it: it answers by itself, whatever a tenant does. Overlays and FUSE can be mounted by
+/// anybody, over anything; servers may be away.
+fn passable(mount: &MountInfo) -> bool {
+    let fs_type = mount.fs_type.as_str();
+    LOCAL.contains(&fs_type) || ANSWERING.contains(&fs_type)
 }
 
 /// The mount at a path that no other at the same path covers.

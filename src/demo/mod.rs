@@ -528,6 +528,7 @@ fn save(
             caps: Caps::default(),
         },
         volumes: Vec::new(),
+        volume_rules: container::VolumeRules::default(),
         base: Some(base),
         timestamp: None,
         metadata_file: None,

@@ -20,6 +20,12 @@ impl JobId {
     pub fn new() -> Self {
         Self(Uuid::now_v7())
     }
+
+    /// Before every one that was made from `ms` (milliseconds since 1970) on.
+    pub fn earliest(ms: i64) -> Self {
+        let ms = u64::try_from(ms).unwrap_or(0);
+        Self(uuid::Builder::from_unix_timestamp_millis(ms, &[0; 10]).into_uuid())
+    }
 }
 
 impl Default for JobId {

@@ -19,6 +19,7 @@ use tokio::sync::{Notify, broadcast};
 
 use super::App;
 use super::auth::Caller;
+use super::door::One;
 use super::refusal::Refusal;
 use super::saves::{get, shown};
 use crate::cancel::Cancel;
@@ -34,6 +35,9 @@ const AT_LEAST: Duration = Duration::from_secs(8);
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Places in the queue are looked up every so many rounds.
 const PLACES_EVERY: u64 = 2;
+
+/// The one path that a browser asks for without a header of the page's own.
+pub(super) const PATH: &str = "/api/v1/saves/{id}/events";
 
 /// What the watchers of a save are told; made once for all of them.
 #[derive(Debug)]
@@ -256,12 +260,15 @@ struct Watcher {
     _counted: Counted,
 }
 
-/// Counts a watcher while it is there.
-struct Counted(App);
+/// Counts a watcher while it is there, and among those of its user.
+struct Counted {
+    app: App,
+    _one: One,
+}
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.metrics.watchers(-1);
+        self.app.metrics.watchers(-1);
     }
 }
 
@@ -365,6 +372,14 @@ pub(super) async fn events(
     if seen.state.is_final() && heard.is_some_and(|heard| heard >= seen.version) {
         return Ok(axum::http::StatusCode::NO_CONTENT.into_response());
     }
+    let most = app.options.doors.streams_per_user;
+    let user = caller.user.as_deref().unwrap_or(&caller.name);
+    let one = app.watching.one(user, most).ok_or_else(|| {
+        Refusal::too_many(
+            format!("{most} event streams of this user are open; ask for the save itself"),
+            AT_LEAST.as_secs(),
+        )
+    })?;
     // Listening first, reading then: what happens between is heard twice and told once.
     let receiver = app.hub.subscribe(&seen);
     let now = get(&app, &caller, &id).await?;
@@ -386,7 +401,10 @@ pub(super) async fn events(
         backlog: backlog.into(),
         done: false,
         text: text_of(&seen, None),
-        _counted: Counted(app.clone()),
+        _counted: Counted {
+            app: app.clone(),
+            _one: one,
+        },
         app,
     };
     let events = stream::unfold(watcher, |mut watcher| async move {

@@ -1,21 +1,26 @@
 //! The way of every request: its ID, its log line, its limits and the headers of its answer; and the table of calls.
 
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::body::{Body, HttpBody as _};
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State as Extracted};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
+use futures_util::{StreamExt as _, stream};
 use tracing::Instrument as _;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::input::Held;
 use super::refusal::Refusal;
-use super::{App, auth, events, inventory, page, saves, shape, store};
+use super::{App, events, inventory, page, saves, shape, signin, store};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// For answers that are no page: they may do nothing, even when a browser is led to show one.
@@ -47,8 +52,10 @@ impl utoipa::Modify for Schemes {
             .build();
         components.add_security_scheme("token", SecurityScheme::Http(bearer));
         let cookie = ApiKeyValue::with_description(
-            auth::COOKIE,
-            "Set by `/?token=…`. What changes something also needs the Upperdeck-Request header, or a JSON body.",
+            "upperdeck",
+            "Set by `POST /api/v1/signin`, with a name that also has the port or a prefix. Everything but event streams \
+             also needs the Upperdeck-Page header with the page's key; what changes something, the Upperdeck-Request \
+             header or a JSON body.",
         );
         components.add_security_scheme("cookie", SecurityScheme::ApiKey(ApiKey::Cookie(cookie)));
     }
@@ -57,6 +64,7 @@ impl utoipa::Modify for Schemes {
 fn api() -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(page::me))
+        .routes(routes!(signin::sign_in, signin::sign_out))
         .routes(routes!(inventory::sessions))
         .routes(routes!(saves::submit, saves::history))
         .routes(routes!(saves::check, saves::cancel))
@@ -97,7 +105,6 @@ pub(super) fn router(app: App) -> Router {
                 "this address does not know this method",
             )
         })
-        .layer(from_fn_with_state(app.clone(), page::token_for_cookie))
         .layer(DefaultBodyLimit::max(app.options.body_bytes))
         .layer(from_fn_with_state(app.clone(), front))
         .with_state(app)
@@ -118,46 +125,123 @@ fn request_id(request: &Request) -> String {
         .map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned)
 }
 
+/// A word of ours for a method: there is no end of those that a request can name.
+fn method_name(method: &Method) -> &'static str {
+    const KNOWN: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
+    let known = KNOWN.into_iter().find(|known| method == *known);
+    known.unwrap_or("other")
+}
+
+/// Lines about requests of nobody we know: so many a second, and how many more there were.
+#[derive(Default)]
+pub(super) struct Hush(Mutex<(Option<Instant>, u32, u64)>);
+
+impl Hush {
+    const A_SECOND: u32 = 10;
+
+    /// Whether to write a line, and how many were not written before it.
+    fn line(&self) -> Option<u64> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, written, hushed) = &mut *state;
+        if since.is_none_or(|since| since.elapsed() >= Duration::from_secs(1)) {
+            (*since, *written) = (Some(Instant::now()), 0);
+        }
+        if *written >= Self::A_SECOND {
+            *hushed += 1;
+            return None;
+        }
+        *written += 1;
+        Some(std::mem::take(hushed))
+    }
+}
+
+/// The body, as long as it comes in time; whether it did not.
+fn timely(body: Body, most: Duration) -> (Body, Arc<AtomicBool>) {
+    let late = Arc::new(AtomicBool::new(false));
+    if body.is_end_stream() {
+        return (body, late);
+    }
+    let until = tokio::time::Instant::now() + most;
+    let state = (body.into_data_stream(), late.clone());
+    let timely = stream::unfold(state, move |(mut stream, late)| async move {
+        match tokio::time::timeout_at(until, stream.next()).await {
+            Ok(next) => next.map(|part| (part, (stream, late))),
+            Err(_) => {
+                late.store(true, Ordering::Relaxed);
+                let error = axum::Error::new("the body did not come in time");
+                Some((Err(error), (stream, late)))
+            }
+        }
+    });
+    (Body::from_stream(timely), late)
+}
+
+fn log(app: &App, known: bool, path: &str, status: u16, took: Duration) {
+    let ms = took.as_millis() as u64;
+    if known {
+        if status >= 500 {
+            tracing::error!(http.status = status, http.ms = ms, "answered");
+        } else {
+            tracing::info!(http.status = status, http.ms = ms, "answered");
+        }
+        return;
+    }
+    if status < 500 && matches!(path, "/healthz" | "/readyz" | "/metrics") {
+        tracing::trace!(http.status = status, http.ms = ms, "answered");
+        return;
+    }
+    match app.hush.line() {
+        None => {}
+        Some(0) => tracing::info!(http.status = status, http.ms = ms, "answered"),
+        Some(more) => {
+            tracing::info!(
+                http.status = status,
+                http.ms = ms,
+                more,
+                "answered, and more like it"
+            );
+        }
+    }
+}
+
 async fn front(Extracted(app): Extracted<App>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(&request);
-    let method = request.method().clone();
+    let method = method_name(request.method());
     let path = request
         .extensions()
         .get::<MatchedPath>()
         .map_or_else(|| "(none)".to_owned(), |path| path.as_str().to_owned());
     let span = tracing::info_span!(
-        "request", request.id = id, http.method = %method, http.path = path, caller = tracing::field::Empty
+        "request",
+        request.id = id,
+        http.method = method,
+        http.path = path,
+        caller = tracing::field::Empty
     );
+    let (mut parts, body) = request.into_parts();
+    let held = Held::default();
+    parts.extensions.insert(held.clone());
+    let (body, late) = timely(body, app.options.doors.body);
+    let request = Request::from_parts(parts, body);
     let mut response = async {
-        let response = next.run(request).await;
-        let status = response.status().as_u16();
-        let took = started.elapsed();
-        let quiet = matches!(path.as_str(), "/healthz" | "/readyz" | "/metrics");
-        if status >= 500 {
-            tracing::error!(
-                http.status = status,
-                http.ms = took.as_millis() as u64,
-                "answered"
+        let mut response = next.run(request).await;
+        if late.load(Ordering::Relaxed) {
+            let refusal = Refusal::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "timed_out",
+                "the body did not come in time",
             );
-        } else if quiet {
-            tracing::trace!(
-                http.status = status,
-                http.ms = took.as_millis() as u64,
-                "answered"
-            );
-        } else {
-            tracing::info!(
-                http.status = status,
-                http.ms = took.as_millis() as u64,
-                "answered"
-            );
+            response = refusal.into_response();
         }
-        app.metrics.request(method.as_str(), &path, status, took);
+        let (status, took) = (response.status().as_u16(), started.elapsed());
+        log(&app, held.known(), &path, status, took);
+        app.metrics.request(method, &path, status, took);
         response
     }
     .instrument(span)
     .await;
+    drop(held);
     // An error of the framework's own is told like ours.
     if response.status() == StatusCode::METHOD_NOT_ALLOWED
         && !response.headers().contains_key(header::CONTENT_TYPE)

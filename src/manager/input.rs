@@ -1,60 +1,43 @@
 //! What handlers take from a request: who asks, the body, the query; turned down with our errors.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, PoisonError};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use axum::Json;
-use axum::extract::connect_info::Connected;
-use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Query, Request};
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, MatchedPath, Query, Request};
 use axum::http::Method;
 use axum::http::request::Parts;
-use axum::serve::{IncomingStream, Listener};
 use serde::de::DeserializeOwned;
-use tokio::net::{TcpListener, TcpStream, UnixListener};
 
 use super::auth::Caller;
+use super::door::One;
 use super::options::Rate;
 use super::refusal::Refusal;
 use super::{App, Inner};
 use crate::job::JobId;
 
-/// So many callers' rates are remembered; then the memory begins anew.
+/// So many callers' rates are remembered; then those who have not asked lately are forgotten.
 const MAX_CALLERS: usize = 20_000;
 
 /// From where a connection comes; none: a socket file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Peer(pub(super) Option<IpAddr>);
 
-/// TCP connections on which small things do not wait for more: events are small.
-pub(super) struct Prompt(pub(super) TcpListener);
+/// What a request holds until it is answered, and who it was of. Put there by the middleware, filled in when the caller is
+/// known.
+#[derive(Clone, Default)]
+pub(super) struct Held(Arc<Mutex<Option<One>>>);
 
-impl Listener for Prompt {
-    type Io = TcpStream;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
-        let (stream, address) = Listener::accept(&mut self.0).await;
-        // Without it, it merely takes longer.
-        let _ = stream.set_nodelay(true);
-        (stream, address)
+impl Held {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<One>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        self.0.local_addr()
-    }
-}
-
-impl Connected<IncomingStream<'_, Prompt>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, Prompt>) -> Self {
-        Self(Some(stream.remote_addr().ip()))
-    }
-}
-
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(_: IncomingStream<'_, UnixListener>) -> Self {
-        Self(None)
+    /// Whether the caller is known.
+    pub(super) fn known(&self) -> bool {
+        self.lock().is_some()
     }
 }
 
@@ -67,8 +50,22 @@ impl FromRequestParts<App> for Caller {
             .get::<ConnectInfo<Peer>>()
             .and_then(|info| info.0.0);
         let changes = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
-        let caller = app.gate.caller(&parts.headers, peer, changes).await?;
+        let events = parts
+            .extensions
+            .get::<MatchedPath>()
+            .is_some_and(|path| path.as_str() == super::events::PATH);
+        let caller = app
+            .gate
+            .caller(&parts.headers, peer, changes, events)
+            .await?;
         tracing::Span::current().record("caller", caller.name.as_str());
+        let most = app.options.doors.requests_per_user;
+        let one = app.asking.one(&caller.name, most).ok_or_else(|| {
+            Refusal::too_many(format!("{most} requests are being answered already"), 1)
+        })?;
+        if let Some(held) = parts.extensions.get::<Held>() {
+            *held.lock() = Some(one);
+        }
         app.rates.take(&caller.name)?;
         Ok(caller)
     }
@@ -156,12 +153,19 @@ impl Rates {
         }
     }
 
-    fn take(&self, caller: &str) -> Result<(), Refusal> {
+    pub(super) fn take(&self, caller: &str) -> Result<(), Refusal> {
         let Some(rate) = self.rate else { return Ok(()) };
         let now = Instant::now();
         let mut all = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        if all.len() > MAX_CALLERS {
-            all.clear();
+        if all.len() >= MAX_CALLERS && !all.contains_key(caller) {
+            // Whose bound is full again is as good as new.
+            let full = |left: f64, at: Instant| {
+                left + now.duration_since(at).as_secs_f64() * rate.per_second >= rate.burst
+            };
+            all.retain(|_, (left, at)| !full(*left, *at));
+            if all.len() >= MAX_CALLERS {
+                return Err(Refusal::too_many("too many callers at once", 5));
+            }
         }
         let (left, at) = all.entry(caller.to_owned()).or_insert((rate.burst, now));
         *left = (*left + now.duration_since(*at).as_secs_f64() * rate.per_second).min(rate.burst);

@@ -301,6 +301,7 @@ mod tests {
             name: "x".into(),
             user: user.map(str::to_owned),
             administrator,
+            via: super::super::auth::Via::Token,
         }
     }
 

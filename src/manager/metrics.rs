@@ -12,13 +12,14 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
+use super::door::Closed;
 use crate::job::State;
 use crate::queue::Depth;
 use crate::record::Save;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Asked {
-    method: String,
+    method: &'static str,
     path: String,
     status: u16,
 }
@@ -45,6 +46,11 @@ struct Task {
     task: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Why {
+    why: &'static str,
+}
+
 type Int = Gauge<i64, AtomicI64>;
 
 /// All of them.
@@ -66,6 +72,8 @@ pub(super) struct Metrics {
     queue_up: Int,
     nodes: Family<InState, Int>,
     watchers: Int,
+    connections: Int,
+    closed: Family<Why, Counter>,
     reports: Counter,
     offered_again: Counter,
     errors: Family<Task, Counter>,
@@ -157,6 +165,18 @@ impl Metrics {
         );
         let watchers = Int::default();
         registry.register("watchers", "Event streams that are open", watchers.clone());
+        let connections = Int::default();
+        registry.register(
+            "connections",
+            "Connections that are open",
+            connections.clone(),
+        );
+        let closed = Family::default();
+        registry.register(
+            "connections_closed",
+            "Connections that the manager broke off: no request in time, idle, an answer not taken, no place",
+            closed.clone(),
+        );
         let reports = Counter::default();
         registry.register(
             "reports_taken",
@@ -193,6 +213,8 @@ impl Metrics {
             queue_up,
             nodes,
             watchers,
+            connections,
+            closed,
             reports,
             offered_again,
             errors,
@@ -207,9 +229,10 @@ impl Metrics {
         text
     }
 
-    pub(super) fn request(&self, method: &str, path: &str, status: u16, took: Duration) {
+    /// `method` and `path` are of our own words: what a request says would be figures without end.
+    pub(super) fn request(&self, method: &'static str, path: &str, status: u16, took: Duration) {
         let asked = Asked {
-            method: method.to_owned(),
+            method,
             path: path.to_owned(),
             status,
         };
@@ -267,6 +290,15 @@ impl Metrics {
 
     pub(super) fn error(&self, task: &'static str) {
         self.errors.get_or_create(&Task { task }).inc();
+    }
+
+    pub(super) fn connections(&self, count: usize) {
+        self.connections.set(count as i64);
+    }
+
+    pub(super) fn closed(&self, why: Closed) {
+        let why = why.name();
+        self.closed.get_or_create(&Why { why }).inc();
     }
 
     pub(super) fn watchers(&self, more: i64) {

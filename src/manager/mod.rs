@@ -4,6 +4,7 @@
 //! answered, and everything else follows from the record.
 
 pub mod auth;
+mod door;
 mod events;
 mod front;
 mod input;
@@ -14,6 +15,7 @@ mod page;
 mod refusal;
 mod saves;
 pub mod shape;
+mod signin;
 mod store;
 pub mod target;
 mod time;
@@ -21,10 +23,9 @@ mod work;
 
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use axum::Router;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Notify;
 
@@ -32,6 +33,9 @@ use crate::cancel::Cancel;
 use crate::queue::{self, Queue};
 use crate::record::{self, Policy, Record};
 
+use self::door::Bound;
+
+pub use self::door::{Doors, raise_open_files};
 pub use self::front::description;
 pub use self::options::{Listen, Options, Rate};
 
@@ -68,6 +72,12 @@ struct Inner {
     queue: Queue,
     record: Record,
     gate: auth::Gate,
+    table: door::Table,
+    /// Requests and event streams under way.
+    asking: Arc<door::Tally>,
+    watching: Arc<door::Tally>,
+    hush: front::Hush,
+    ready: page::Ready,
     rates: input::Rates,
     inventory: inventory::Inventory,
     store: store::Store,
@@ -76,11 +86,6 @@ struct Inner {
     /// There is something in the outbox.
     errands: Notify,
     cancel: Cancel,
-}
-
-enum Bound {
-    Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
 }
 
 /// A manager that listens, and answers once it runs.
@@ -93,13 +98,6 @@ pub struct Server {
 impl Server {
     /// Takes the address.
     pub async fn bind(options: Options, queue: Queue, record: Record) -> Result<Self, Error> {
-        let gate = auth::Gate::new(
-            options.tokens.clone(),
-            options.jwt.clone(),
-            options.proxies.clone(),
-            options.public_url.as_deref(),
-        );
-        gate.check().await?;
         let (bound, address) = match &options.listen {
             Listen::Tcp(address) => {
                 let wrong = |error: std::io::Error| Error::Listen {
@@ -118,6 +116,15 @@ impl Server {
                 (Bound::Unix(listener, path.clone()), None)
             }
         };
+        let gate = auth::Gate::new(
+            options.tokens.clone(),
+            options.jwt.clone(),
+            options.proxies.clone(),
+            options.public_url.as_deref(),
+            address.map(|address| address.port()),
+            record.clone(),
+        );
+        gate.check().await?;
         let name = options.name.clone().unwrap_or_else(own_name);
         let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let app = App(Arc::new(Inner {
@@ -127,6 +134,11 @@ impl Server {
                 backoff_most_ms: ms(options.backoff_most),
             },
             gate,
+            table: door::Table::new(options.doors.clone(), door::open_files()),
+            asking: Arc::default(),
+            watching: Arc::default(),
+            hush: front::Hush::default(),
+            ready: page::Ready::default(),
             rates: input::Rates::new(options.rate),
             inventory: inventory::Inventory::default(),
             store: store::Store::new(options.target.clone(), options.access.clone()),
@@ -162,52 +174,21 @@ impl Server {
         tracing::info!(manager = app.name, listen = at, target = %app.options.target, "the manager serves");
         let router = front::router(app.clone());
         let work = tokio::spawn(work::run(app.clone()));
-        let ending = {
-            let (app, cancel) = (app.clone(), cancel.clone());
-            async move {
-                cancel.cancelled().await;
-                tracing::info!(manager = app.name, "the manager ends");
-                // Streams and background work stop, requests under way are finished.
-                app.cancel.cancel();
-            }
-        };
-        let serving = serve(self.bound, router, ending);
-        let grace = async {
+        let ending = async {
             cancel.cancelled().await;
+            tracing::info!(manager = app.name, "the manager ends");
+            // Streams and background work stop, requests under way are finished.
+            app.cancel.cancel();
             tokio::time::sleep(app.options.grace).await;
         };
-        let served = tokio::select! {
-            served = serving => served,
-            () = grace => Ok(()),
-        };
+        let serving = door::serve(self.bound, router, app.clone());
+        tokio::select! {
+            () = serving => {}
+            () = ending => {}
+        }
         app.cancel.cancel();
         let _ = tokio::time::timeout(app.options.grace, work).await;
-        served.map_err(|error| Error::Listen {
-            at,
-            reason: error.to_string(),
-        })
-    }
-}
-
-async fn serve(
-    bound: Bound,
-    router: Router,
-    ending: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    let service = router.into_make_service_with_connect_info::<input::Peer>();
-    match bound {
-        Bound::Tcp(listener) => {
-            axum::serve(input::Prompt(listener), service)
-                .with_graceful_shutdown(ending)
-                .await
-        }
-        Bound::Unix(listener, path) => {
-            let served = axum::serve(listener, service)
-                .with_graceful_shutdown(ending)
-                .await;
-            let _ = std::fs::remove_file(path);
-            served
-        }
+        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::auth::{Jwt, Proxies, Tokens};
+use super::door::Doors;
 use super::target::Template;
 use crate::registry::Access;
 
@@ -48,8 +49,8 @@ pub struct Rate {
 pub struct Options {
     /// Where it listens.
     pub listen: Listen,
-    /// How browsers reach it, e.g. `https://save.example.org/`: the origin that a page's requests must come from, and
-    /// whether cookies are for TLS only. None: what the `Host` header says, over plain HTTP.
+    /// How browsers reach it, e.g. `https://save.example.org/`: the origin that a page's requests must come from, the
+    /// path of the cookie, and whether that is for TLS only. None: what the `Host` header says, over plain HTTP.
     pub public_url: Option<String>,
     /// Where images go.
     pub target: Template,
@@ -85,6 +86,10 @@ pub struct Options {
     pub body_bytes: usize,
     /// A bound for each caller. None: no bound.
     pub rate: Option<Rate>,
+    /// Bounds for connections and requests under way.
+    pub doors: Doors,
+    /// Saves that one user may ask for in 24 hours; 0: no bound.
+    pub saves_per_day: u32,
     /// How often the record is compared with the queue.
     pub reconcile_every: Duration,
     /// How often other managers' changes are looked for while somebody watches.
@@ -120,6 +125,8 @@ impl Options {
                 per_second: 50.0,
                 burst: 500.0,
             }),
+            doors: Doors::default(),
+            saves_per_day: 1000,
             reconcile_every: Duration::from_secs(3),
             watch_every: Duration::from_secs(1),
             grace: Duration::from_secs(20),

@@ -1,69 +1,16 @@
-//! What is asked for beside the API: the portal with its cookie, health, metrics, the API's description.
+//! What is asked for beside the API: who the caller is, health, metrics.
 
 use axum::Json;
-use axum::body::Body;
-use axum::extract::{Request, State as Extracted};
-use axum::http::{HeaderValue, StatusCode, header};
-use axum::middleware::Next;
+use axum::extract::State as Extracted;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
+use std::time::{Duration, Instant};
+use tokio::sync::Mutex;
 
 use super::App;
-use super::auth::{COOKIE, Caller};
+use super::auth::Caller;
 use super::refusal::Refusal;
 use super::shape::{Health, Me};
-
-/// Exchanges the token of `/?token=…` for a cookie that no script can read and no other site can make a browser send, and
-/// sends the browser on to the bare page, so that the token stays in no history and no `Referer`.
-pub(super) async fn token_for_cookie(
-    Extracted(app): Extracted<App>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let token = (request.uri().path() == "/")
-        .then(|| request.uri().query())
-        .flatten()
-        .and_then(|query| {
-            query
-                .split('&')
-                .find_map(|pair| pair.strip_prefix("token="))
-        });
-    let Some(token) = token else {
-        return next.run(request).await;
-    };
-    let token = percent_encoding::percent_decode_str(token)
-        .decode_utf8_lossy()
-        .into_owned();
-    // What a cookie cannot hold is no token of ours.
-    let plain = token
-        .bytes()
-        .all(|b| b.is_ascii_alphanumeric() || b"._-+/=~".contains(&b));
-    let valid = match (plain, app.gate.bearer(&token).await) {
-        (true, Ok(_)) => true,
-        (_, Err(rejected @ super::auth::Rejected::Unavailable(_))) => {
-            return Refusal::from(rejected).into_response();
-        }
-        _ => false,
-    };
-    let mut response = Response::new(Body::empty());
-    *response.status_mut() = StatusCode::SEE_OTHER;
-    let headers = response.headers_mut();
-    // Relative: a gate may put the page under a prefix. Without a valid token the page asks for one.
-    headers.insert(header::LOCATION, HeaderValue::from_static("./"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(
-        header::REFERRER_POLICY,
-        HeaderValue::from_static("no-referrer"),
-    );
-    if valid {
-        let secure = if app.gate.secure() { "; Secure" } else { "" };
-        let cookie =
-            format!("{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/; Max-Age=604800{secure}");
-        if let Ok(cookie) = HeaderValue::from_str(&cookie) {
-            headers.insert(header::SET_COOKIE, cookie);
-        }
-    }
-    response
-}
 
 /// Who the caller is.
 #[utoipa::path(
@@ -79,6 +26,7 @@ pub(super) async fn me(caller: Caller) -> Result<Json<Me>, Refusal> {
     Ok(Json(Me {
         user,
         administrator: caller.administrator,
+        via: caller.via,
     }))
 }
 
@@ -103,7 +51,40 @@ pub(super) async fn healthz() -> Json<Health> {
     )
 )]
 pub(super) async fn readyz(Extracted(app): Extracted<App>) -> (StatusCode, Json<Health>) {
-    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+    let mut missing = app.ready.missing(&app).await;
+    if app.cancel.is_cancelled() {
+        missing.push("manager: it is about to end".to_owned());
+    }
+    let ready = missing.is_empty();
+    let status = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (status, Json(Health { ready, missing }))
+}
+
+/// What was missing a moment ago: anybody may ask, and the record and the queue are asked once a second at most.
+#[derive(Default)]
+pub(super) struct Ready(Mutex<Option<(Instant, Vec<String>)>>);
+
+impl Ready {
+    async fn missing(&self, app: &App) -> Vec<String> {
+        const FRESH: Duration = Duration::from_secs(1);
+        let mut held = self.0.lock().await;
+        if let Some((at, missing)) = &*held
+            && at.elapsed() < FRESH
+        {
+            return missing.clone();
+        }
+        let missing = look(app).await;
+        *held = Some((Instant::now(), missing.clone()));
+        missing
+    }
+}
+
+async fn look(app: &App) -> Vec<String> {
+    const PATIENCE: Duration = Duration::from_secs(5);
     let mut missing = Vec::new();
     let (record, queue) = tokio::join!(
         tokio::time::timeout(PATIENCE, app.record.ping()),
@@ -126,16 +107,7 @@ pub(super) async fn readyz(Extracted(app): Extracted<App>) -> (StatusCode, Json<
         }
         Err(_) => missing.push("queue: no answer".to_owned()),
     }
-    if app.cancel.is_cancelled() {
-        missing.push("manager: it is about to end".to_owned());
-    }
-    let ready = missing.is_empty();
-    let status = if ready {
-        StatusCode::OK
-    } else {
-        StatusCode::SERVICE_UNAVAILABLE
-    };
-    (status, Json(Health { ready, missing }))
+    missing
 }
 
 /// Figures for Prometheus.

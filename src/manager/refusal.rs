@@ -126,6 +126,7 @@ impl utoipa::IntoResponses for Refusal {
                 "404",
                 "It is not there, or is not shown to this caller: `not_found`",
             ),
+            ("408", "The body did not come in time: `timed_out`"),
             ("405", "Not with this method: `invalid`"),
             (
                 "409",
@@ -208,11 +209,14 @@ impl From<Rejected> for Refusal {
                 Self::new(StatusCode::UNAUTHORIZED, "unauthenticated", message)
             }
             Rejected::Forbidden(message) => Self::forbidden(message),
-            Rejected::Unavailable(message) => {
-                tracing::error!(auth.error = %message, "nobody can log in by token");
-                Self::unavailable(
-                    "the identity provider's keys cannot be read; try again in a moment",
-                )
+            // Logged where it arises, not for each who asks.
+            Rejected::Unavailable(_) => Self::unavailable(
+                "the identity provider's keys are being fetched; try again in a moment",
+            ),
+            Rejected::Record(message) => {
+                // The work in the background says so where it is seen; here it would be a line for each who asks.
+                tracing::debug!(error = %message, "the record does not answer");
+                Self::unavailable("the record does not answer; try again in a moment")
             }
         }
     }

@@ -21,7 +21,7 @@ use super::target::is_reserved;
 use super::time::rfc3339;
 use crate::job::{JobId, SaveOptions, State, now_ms};
 use crate::queue::{Place, Withdrawn};
-use crate::record::{Draft, Filter, Request, Save, Submitted};
+use crate::record::{Draft, Filter, Most, Request, Save, Submitted};
 
 const MAX_MESSAGE: usize = 1000;
 const MAX_PATTERNS: usize = 100;
@@ -35,6 +35,9 @@ const LIMIT: u32 = 50;
 const MAX_LIMIT: u32 = 200;
 /// Seconds after which somebody with too many open saves may try again.
 const TOO_MANY_S: u64 = 30;
+
+/// The same for who has asked for too many in a day.
+const TOO_MANY_TODAY_S: u64 = 900;
 
 /// A save as the API shows it.
 pub(super) fn shown(save: &Save, place: Option<u64>) -> Shown {
@@ -314,16 +317,15 @@ pub(super) async fn submit(
         started_ms: None,
         finished_ms: None,
     };
-    let open_most = if caller.administrator {
-        0
+    let most = if caller.administrator {
+        Most::default()
     } else {
-        app.options.open_per_user
+        Most {
+            open: app.options.open_per_user,
+            day: app.options.saves_per_day,
+        }
     };
-    match app
-        .record
-        .submit(&save, request.as_ref(), open_most)
-        .await?
-    {
+    match app.record.submit(&save, request.as_ref(), most).await? {
         Submitted::New(save) => {
             tracing::info!(
                 job = %save.id, user = save.user, node = save.node, target = save.destination, "a save is accepted"
@@ -348,6 +350,12 @@ pub(super) async fn submit(
         Submitted::TooMany(open) => Err(Refusal::too_many(
             format!("{open} saves of this user are not done; that is as many as may be"),
             TOO_MANY_S,
+        )),
+        Submitted::TooManyToday(asked) => Err(Refusal::too_many(
+            format!(
+                "{asked} saves of this user were asked for in 24 hours; that is as many as may be"
+            ),
+            TOO_MANY_TODAY_S,
         )),
     }
 }

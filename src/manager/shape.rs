@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::auth::Via;
 use crate::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, SaveOptions, Saved, State, Unsaved,
 };
@@ -361,6 +362,29 @@ pub struct Me {
     pub user: String,
     /// Whether nodes, all users' saves and the dead letters are shown.
     pub administrator: bool,
+    /// What says who the caller is.
+    pub via: Via,
+}
+
+/// `POST /api/v1/signin`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SignIn {
+    /// Take the place of another user who is signed in in this browser.
+    pub replace: bool,
+}
+
+/// Someone who has signed in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SignedIn {
+    /// The user; empty: an administrator without a user's name.
+    pub user: String,
+    /// Whether this is an administrator.
+    pub administrator: bool,
+    /// What the page sends in the Upperdeck-Page header, and keeps where no other origin reads it.
+    pub key: String,
+    /// When the sign-in ends.
+    pub expires: String,
 }
 
 /// Every error.

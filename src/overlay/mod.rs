@@ -3,6 +3,7 @@
 //! Source: kernel `Documentation/filesystems/overlayfs.rst` and `fs/overlayfs/`.
 
 pub mod flush;
+pub mod identity;
 pub mod lower;
 pub mod mount;
 pub mod owner;

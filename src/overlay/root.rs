@@ -14,6 +14,8 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
 use rustix::path::Arg;
 
+use super::identity::{self, Entered, Identity};
+
 /// Longest path handed to the kernel in one piece; PATH_MAX is 4096 with the terminator.
 const PATH_PIECE: usize = 4000;
 /// Longest attribute value, and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
@@ -26,6 +28,8 @@ pub struct Root {
     path: PathBuf,
     /// What every path begins with that leads in here; empty but for volumes.
     at: Vec<u8>,
+    /// With whose rights it is read; none: with this program's own.
+    who: Option<Arc<Identity>>,
 }
 
 impl Root {
@@ -37,16 +41,30 @@ impl Root {
             fd: Arc::new(fd),
             path: path.to_owned(),
             at: Vec::new(),
+            who: None,
         })
     }
 
     /// An opened directory that is mounted at `at` below `path`: its paths are those of the tree that it is mounted in.
-    pub(super) fn mounted(fd: OwnedFd, path: &Path, at: &[u8]) -> Self {
+    /// All in it is read with the rights of `who`.
+    pub(super) fn mounted(fd: OwnedFd, path: &Path, at: &[u8], who: Option<Arc<Identity>>) -> Self {
         Self {
             fd: Arc::new(fd),
             path: path.to_owned(),
             at: at.to_vec(),
+            who,
         }
+    }
+
+    /// With whose rights it is read, where they are not this program's own.
+    pub fn who(&self) -> Option<&Identity> {
+        self.who.as_deref()
+    }
+
+    /// Gives this thread the rights with which this root is read, until what is returned is dropped. Every call here does
+    /// it by itself; who makes many, or works with descriptors, does it once for all of them.
+    pub fn enter(&self) -> io::Result<Entered> {
+        identity::enter(self.who.as_ref())
     }
 
     /// A path as it is from the opened directory on; `None` where it does not lead in here.
@@ -68,6 +86,7 @@ impl Root {
 
     /// Opens `path` below the root without following anything. An empty path is the root itself.
     pub fn open_beneath(&self, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+        let _rights = self.enter()?;
         let resolve = ResolveFlags::BENEATH
             | ResolveFlags::NO_SYMLINKS
             | ResolveFlags::NO_MAGICLINKS
@@ -89,10 +108,15 @@ impl Root {
         };
         loop {
             let dir = at.as_ref().map_or(self.fd.as_fd(), AsFd::as_fd);
-            let cut = if rest.len() <= PATH_PIECE {
-                None
-            } else {
-                rest[..PATH_PIECE].iter().rposition(|&b| b == b'/')
+            let cut = match self.stepwise() {
+                Some(who) => {
+                    if rest != b"." && !who.may_search(dir)? {
+                        return Err(io::ErrorKind::PermissionDenied.into());
+                    }
+                    rest.iter().position(|&b| b == b'/')
+                }
+                None if rest.len() <= PATH_PIECE => None,
+                None => rest[..PATH_PIECE].iter().rposition(|&b| b == b'/'),
             };
             let (piece, flags) = match cut {
                 Some(cut) => (
@@ -114,9 +138,24 @@ impl Root {
         }
     }
 
+    /// Set where the kernel alone cannot tell what may be read here.
+    fn stepwise(&self) -> Option<&Identity> {
+        self.who.as_deref().filter(|who| who.is_mapped())
+    }
+
     /// Opens a directory for listing.
     pub fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
-        self.open_beneath(path, OFlags::RDONLY | OFlags::DIRECTORY)
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let Some(who) = self.stepwise() else {
+            return self.open_beneath(path, flags);
+        };
+        let _rights = self.enter()?;
+        let handle = self.open_beneath(path, OFlags::PATH | OFlags::DIRECTORY)?;
+        if !who.may_read(&handle, true)? {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        Ok(rustix::fs::openat(&handle, ".", flags, Mode::empty())?)
     }
 
     /// Status of `path` itself, never of what it points to; `None` when it is not there.
@@ -131,6 +170,7 @@ impl Root {
 
     /// Target of the symlink at `path`.
     pub fn read_link(&self, path: &[u8]) -> io::Result<Vec<u8>> {
+        let _rights = self.enter()?;
         let fd = self.open_beneath(path, OFlags::PATH)?;
         Ok(rustix::fs::readlinkat(&fd, "", Vec::new())?.into_bytes())
     }
@@ -138,16 +178,31 @@ impl Root {
     /// Opens `path` for reading if, and only if, it is a regular file with the inode number `ino`.
     ///
     /// A device or FIFO is never opened: the entry is looked at through an `O_PATH` descriptor first, and that
-    /// very inode is then reopened. `Ok(None)` says that something else, or nothing, is there now.
+    /// very inode is then reopened. `Ok(None)` says that something else, or nothing, is there now, or what is read with
+    /// another's rights and may not be read any more.
     pub fn open_file(&self, path: &[u8], ino: u64) -> io::Result<Option<OwnedFd>> {
-        let handle = match self.open_beneath(path, OFlags::PATH) {
-            Ok(handle) => handle,
-            Err(error) if is_absent(&error) => return Ok(None),
-            Err(error) => return Err(error),
-        };
+        let _rights = self.enter()?;
+        match self.open_that_file(path, ino) {
+            Err(error) if is_absent(&error) || self.is_denied(&error) => Ok(None),
+            other => other,
+        }
+    }
+
+    /// Whether a call failed because those with whose rights this is read may not do that.
+    pub fn is_denied(&self, error: &io::Error) -> bool {
+        self.who.is_some() && error.kind() == io::ErrorKind::PermissionDenied
+    }
+
+    fn open_that_file(&self, path: &[u8], ino: u64) -> io::Result<Option<OwnedFd>> {
+        let handle = self.open_beneath(path, OFlags::PATH)?;
         let stat = rustix::fs::fstat(&handle)?;
         let regular = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
         if !regular || stat.st_ino != ino {
+            return Ok(None);
+        }
+        if let Some(who) = self.stepwise()
+            && !who.may_read(&handle, false)?
+        {
             return Ok(None);
         }
         let by_handle = proc_path(handle.as_fd());
@@ -161,7 +216,7 @@ impl Root {
         }
     }
 
-    /// A file without a name on the same file system: it vanishes with its descriptor.
+    /// A file without a name on the same file system: it vanishes with its descriptor. It is this program's own.
     pub fn nameless_file(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(
@@ -174,6 +229,7 @@ impl Root {
 
     /// One extended attribute of `path` itself; `None` when it has none of that name, or is not there.
     pub fn xattr(&self, path: &[u8], name: &str) -> io::Result<Option<Vec<u8>>> {
+        let _rights = self.enter()?;
         let handle = match self.open_beneath(path, OFlags::PATH) {
             Ok(handle) => handle,
             Err(error) if is_absent(&error) => return Ok(None),

@@ -35,8 +35,28 @@ export const address = (path) => new URL(path, ROOT);
 /** Each part of a path, whatever is in it. */
 export const path = (...names) => names.map(encodeURIComponent).join("/");
 
-/** One call; the body of its answer. `key` lets the same request be sent again without being done again. */
-export async function call(method, where, { body, key, query } = {}) {
+// What the cookie is worth nothing without. It is kept where other ports of the host read nothing; a browser that keeps
+// nothing has it until the page is closed.
+const PLACE = `upperdeck-page ${ROOT.pathname}`;
+let pageKey = null;
+try {
+  pageKey = localStorage.getItem(PLACE);
+} catch { /* It is forbidden. */ }
+
+/** Keeps the key of a sign-in. */
+export function keep(key) {
+  pageKey = key;
+  try {
+    if (key) localStorage.setItem(PLACE, key);
+    else localStorage.removeItem(PLACE);
+  } catch { /* It is forbidden. */ }
+}
+
+export const forget = () => keep(null);
+
+/** One call; the body of its answer. `key` lets the same request be sent again without being done again. `token`: instead of
+ *  who is signed in. */
+export async function call(method, where, { body, key, query, token } = {}) {
   const url = address(where);
   for (const [name, value] of Object.entries(query ?? {})) {
     if (value !== undefined && value !== null && value !== "") url.searchParams.set(name, value);
@@ -48,7 +68,15 @@ export async function call(method, where, { body, key, query } = {}) {
     headers["Upperdeck-Request"] = "1";
   }
   if (key) headers["Idempotency-Key"] = key;
+  if (token) headers.Authorization = `Bearer ${token}`;
+  else if (pageKey) headers["Upperdeck-Page"] = pageKey;
   let answer, text;
+  try {
+    // What cannot be in a header was no token: it is refused like one.
+    new Headers(headers);
+  } catch {
+    throw new Refused(401, { code: "unauthenticated", message: "", retryable: false });
+  }
   try {
     answer = await fetch(url, {
       method,
@@ -77,7 +105,7 @@ export async function call(method, where, { body, key, query } = {}) {
     if (answer.ok) throw new Refused(500, { code: "internal", message: "the answer is no JSON", retryable: true });
   }
   if (answer.ok) return said;
-  if (answer.status === 401) line.dispatchEvent(new Event("signed-out"));
+  if (answer.status === 401 && !token) line.dispatchEvent(new Event("signed-out"));
   throw new Refused(answer.status, said?.error);
 }
 

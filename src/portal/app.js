@@ -7,6 +7,7 @@ import { view as history } from "./history.js";
 import { view as images } from "./images.js";
 import { view as operations } from "./operations.js";
 import { view as sessions } from "./sessions.js";
+import { form, leave as out, ofLink, offer } from "./signin.js";
 import { words } from "./saves.js";
 
 const VIEWS = { sessions, images, history, operations };
@@ -63,49 +64,41 @@ function show(moved) {
   if (moved) look(heading);
 }
 
-/** What to do for who is not signed in. A link or a token may be put in. */
+/** Who is not signed in, or not any more. */
 function signIn() {
-  if (document.getElementById("token")) return;
   leave.abort();
   me = current = null;
   links.replaceChildren();
   fill(who);
-  const input = element("input", { id: "token", autocomplete: "off", spellcheck: "false", autocapitalize: "none", dir: "ltr" });
-  const heading = element("h1", {}, t("signin"));
-  main.replaceChildren(heading, element("form", {
-    class: "card",
-    submit: (event) => {
-      event.preventDefault();
-      const text = input.value.trim();
-      const token = text.includes("?") ? new URLSearchParams(text.slice(text.indexOf("?"))).get("token") : text;
-      if (token) location.assign(`./?token=${encodeURIComponent(token)}${location.hash}`);
-    },
-  },
-  element("p", {}, t("signin.how")),
-  element("div", { class: "field" }, element("label", { for: "token" }, t("signin.field")), input),
-  element("button", { class: "main" }, t("signin.go"))));
-  document.title = `${t("signin")} – upperdeck`;
-  look(heading);
+  form(main);
 }
 
-async function start() {
+/** Who is signed in, as soon as the server says; none: nobody. */
+async function whoIs() {
   for (;;) {
     try {
-      me = await get("me");
-      break;
+      return await get("me");
     } catch (error) {
-      if (error instanceof Refused && error.status === 401) return;
+      if (error instanceof Refused && error.status === 401) return null;
       if (!(error instanceof Lost || error instanceof Refused)) throw error;
       main.replaceChildren(element("h1", {}, "upperdeck"), element("p", { class: "empty" }, words(error)[0]));
       await new Promise((over) => setTimeout(over, 3000));
     }
   }
-  fill(who, me.user ? named(me.user) : null, me.administrator ? element("span", { class: "badge" }, t("administrator")) : null);
+}
+
+async function start() {
+  const token = ofLink();
+  const found = await whoIs();
+  if (token && !await offer(main, token, found)) return;
+  if (!found) return signIn();
+  me = found;
+  line.addEventListener("signed-out", signIn);
+  fill(who, me.user ? named(me.user) : null, me.administrator ? element("span", { class: "badge" }, t("administrator")) : null, out(me));
   show(false);
 }
 
 line.addEventListener("lost", () => fill(lostLine, t("line.lost")));
 line.addEventListener("back", () => fill(lostLine));
-line.addEventListener("signed-out", signIn);
 window.addEventListener("hashchange", () => show(true));
 start();

@@ -32,7 +32,7 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 /// The page itself; `{build}` and `{preload}` stand for what [`File::page`] puts in.
 const PAGE: &str = include_str!("index.html");
 /// Name, content type, content. Languages are fetched when they are needed, the rest at once.
-const FILES: [(&str, &str, &str); 13] = [
+const FILES: [(&str, &str, &str); 14] = [
     ("style.css", CSS, include_str!("style.css")),
     ("app.js", SCRIPT, include_str!("app.js")),
     ("api.js", SCRIPT, include_str!("api.js")),
@@ -44,6 +44,7 @@ const FILES: [(&str, &str, &str); 13] = [
     ("images.js", SCRIPT, include_str!("images.js")),
     ("history.js", SCRIPT, include_str!("history.js")),
     ("operations.js", SCRIPT, include_str!("operations.js")),
+    ("signin.js", SCRIPT, include_str!("signin.js")),
     ("strings/en.js", SCRIPT, include_str!("strings/en.js")),
     ("strings/ko.js", SCRIPT, include_str!("strings/ko.js")),
 ];
@@ -157,8 +158,8 @@ static PORTAL: LazyLock<Portal> = LazyLock::new(|| {
     }
 });
 
-/// The page at `/` and what it loads below `/portal/`. A manager puts its own calls beside it, and exchanges `/?token=…` for
-/// a cookie in front of it.
+/// The page at `/` and what it loads below `/portal/`. A manager puts its own calls beside it. What
+/// comes with `/?token=…` is for the page's scripts, which ask before they sign in with it.
 pub fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/", get(page))

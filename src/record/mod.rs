@@ -9,6 +9,7 @@ mod change;
 mod outbox;
 mod save;
 mod schema;
+mod signin;
 mod submit;
 mod view;
 
@@ -23,7 +24,8 @@ use crate::job::{JobId, State};
 pub use self::audit::Transition;
 pub use self::outbox::Taken;
 pub use self::save::{Draft, Errand, Failure, Policy, Progress, Remark, Save};
-pub use self::submit::{Request, Submitted};
+pub use self::signin::SignIn;
+pub use self::submit::{Most, Request, Submitted};
 pub use self::view::{Filter, Head, OpenSave, Standing};
 
 /// PostgreSQL connections of one manager.

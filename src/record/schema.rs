@@ -5,7 +5,9 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// Each brings the tables from one version to the next. What was once released is never changed here.
-const VERSIONS: [&[&str]; 1] = [&[
+const VERSIONS: [&[&str]; 2] = [FIRST, SIGN_INS];
+
+const FIRST: &[&str] = &[
     // What is asked for by column; the whole save is `body`, JSON. Progress moves without being a change.
     "CREATE TABLE saves (
         id TEXT PRIMARY KEY,
@@ -75,7 +77,23 @@ const VERSIONS: [&[&str]; 1] = [&[
         created_ms INT8 NOT NULL,
         PRIMARY KEY (caller, request_key)
     )",
-]];
+];
+
+const SIGN_INS: &[&str] = &[
+    // Who is signed in in a browser; cookie and page are digests of what it holds.
+    "CREATE TABLE signins (
+        cookie TEXT PRIMARY KEY,
+        page TEXT NOT NULL,
+        caller TEXT NOT NULL,
+        basis TEXT NOT NULL,
+        user_name TEXT NOT NULL,
+        administrator INT8 NOT NULL,
+        created_ms INT8 NOT NULL,
+        expires_ms INT8 NOT NULL
+    )",
+    "CREATE INDEX signins_by_caller ON signins (caller, created_ms)",
+    "CREATE INDEX signins_by_end ON signins (expires_ms)",
+];
 
 /// Any number; who migrates holds it.
 const LOCK: &str = "SELECT count(*) FROM pg_advisory_xact_lock(7236101)";

@@ -35,18 +35,31 @@ pub enum Submitted {
     TagBusy(JobId),
     /// The user has so many open saves.
     TooMany(u64),
+    /// The user has asked for so many in the last 24 hours.
+    TooManyToday(u64),
 }
 
+/// How many saves of a user are written down; 0: no bound.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Most {
+    /// Open at once.
+    pub open: u32,
+    /// In 24 hours, whatever became of them.
+    pub day: u32,
+}
+
+const DAY_MS: i64 = 24 * 3600 * 1000;
+
 impl Record {
-    /// Writes `save` down as queued. At most `open_most` saves of its user are open then; 0: no bound.
+    /// Writes `save` down as queued, within `most` of its user.
     pub async fn submit(
         &self,
         save: &Save,
         request: Option<&Request>,
-        open_most: u32,
+        most: Most,
     ) -> Result<Submitted, Error> {
         for _ in 0..TRIES {
-            if let Some(submitted) = self.try_submit(save, request, open_most).await? {
+            if let Some(submitted) = self.try_submit(save, request, most).await? {
                 return Ok(submitted);
             }
         }
@@ -90,7 +103,7 @@ impl Record {
         &self,
         save: &Save,
         request: Option<&Request>,
-        open_most: u32,
+        most: Most,
     ) -> Result<Option<Submitted>, Error> {
         let (id, now) = (save.id.to_string(), now_ms());
         let mut work = self.begin().await?;
@@ -123,8 +136,10 @@ impl Record {
                 return Ok(save.map(|save| Submitted::Repeated(Box::new(save))));
             }
         }
-        if open_most > 0 {
+        if most.open > 0 || most.day > 0 {
             self.one_at_a_time(&mut work, &save.user).await?;
+        }
+        if most.open > 0 {
             let row = sqlx::query(
                 "SELECT count(*) AS n FROM saves WHERE user_name = $1 AND state IN ('queued', 'assigned', 'running')",
             )
@@ -132,7 +147,7 @@ impl Record {
             .fetch_one(&mut *work)
             .await?;
             let open = row.try_get::<i64, _>("n")? as u64;
-            if open >= u64::from(open_most) {
+            if open >= u64::from(most.open) {
                 // A session that is being saved is named even so.
                 let busy = sqlx::query(
                     "SELECT id FROM saves WHERE session = $1 AND state IN ('queued', 'assigned', 'running')",
@@ -144,6 +159,18 @@ impl Record {
                     Some(row) => Submitted::Busy(id_of(&row.try_get::<String, _>("id")?)?),
                     None => Submitted::TooMany(open),
                 }));
+            }
+        }
+        if most.day > 0 {
+            let row =
+                sqlx::query("SELECT count(*) AS n FROM saves WHERE user_name = $1 AND id > $2")
+                    .bind(&save.user)
+                    .bind(JobId::earliest(now - DAY_MS).to_string())
+                    .fetch_one(&mut *work)
+                    .await?;
+            let asked = row.try_get::<i64, _>("n")? as u64;
+            if asked >= u64::from(most.day) {
+                return Ok(Some(Submitted::TooManyToday(asked)));
             }
         }
         let body = written(save.id, save)?;

@@ -246,7 +246,7 @@ impl Record {
             .collect()
     }
 
-    /// Forgets what is old: versions nobody waits for, keys, and (with `retention`) saves that ended before it.
+    /// Forgets what is old: versions nobody waits for, keys, sign-ins, and (with `retention`) saves that ended before it.
     pub async fn forget(&self, retention: Option<Duration>) -> Result<u64, Error> {
         const DONE: &str = "SELECT id FROM saves WHERE state IN ('succeeded', 'failed', 'cancelled') AND changed_ms < $1";
         let before =
@@ -260,6 +260,10 @@ impl Record {
         }
         sqlx::query("DELETE FROM idempotency WHERE created_ms < $1")
             .bind(before(KEYS_FOR))
+            .execute(&self.pool)
+            .await?;
+        sqlx::query("DELETE FROM signins WHERE expires_ms <= $1")
+            .bind(now_ms())
             .execute(&self.pool)
             .await?;
         let Some(retention) = retention else {

@@ -16,7 +16,7 @@ use super::rows::{Builder, Rows};
 use super::walk::{self, Cursor, From, Next, Output, Task, Walk, Walked, Walker};
 use super::{Clock, Entry, Error, Flags, Kind, Options, Report, Roots, Scan};
 use crate::overlay::lower::{Found, Place, Stack};
-use crate::overlay::root::{Follow, is_absent, proc_path, stat_at};
+use crate::overlay::root::{Follow, is_absent, proc_path};
 
 /// Directories that a thread takes at a time.
 const CHUNK: usize = 16;
@@ -224,6 +224,7 @@ impl<'a> Earlier<'a> {
             for _ in 0..walker.options.jobs.max(1) {
                 scope.spawn(|| {
                     let mut dirty = Vec::new();
+                    let rights = walker.upper.enter();
                     loop {
                         let from = next.fetch_add(CHUNK, Ordering::Relaxed);
                         let Some(chunk) =
@@ -236,6 +237,9 @@ impl<'a> Earlier<'a> {
                         }
                         let looked = if walker.options.cancel.load(Ordering::Relaxed) {
                             Err(Error::Cancelled)
+                        } else if let Err(error) = &rights {
+                            let error = std::io::Error::other(error.to_string());
+                            Err(walker.read_error(b"", error))
                         } else {
                             chunk
                                 .iter()
@@ -276,7 +280,7 @@ impl<'a> Earlier<'a> {
             .open_beneath(&path, OFlags::PATH | OFlags::DIRECTORY)
         {
             Ok(fd) => fd,
-            Err(error) if is_absent(&error) => {
+            Err(error) if is_absent(&error) || walker.upper.is_denied(&error) => {
                 dirty.push(dir);
                 return Ok(());
             }
@@ -288,7 +292,9 @@ impl<'a> Earlier<'a> {
                 // A name that is deleted comes back by a change of the directory.
                 continue;
             }
-            let stat = stat_at(fd.as_fd(), name).map_err(|e| walker.read_error(&path, e))?;
+            let stat = walker
+                .status(fd.as_fd(), name)
+                .map_err(|e| walker.read_error(&path, e))?;
             let holds = match &stat {
                 Some(stat) => self.holds(walker, index, stat, &path)?,
                 None => false,
@@ -390,7 +396,7 @@ impl<'a> Earlier<'a> {
             .open_beneath(&path, OFlags::PATH | OFlags::DIRECTORY)
         {
             Ok(handle) => handle,
-            Err(error) if is_absent(&error) => return Ok(None),
+            Err(error) if is_absent(&error) || walker.upper.is_denied(&error) => return Ok(None),
             Err(source) => return Err(walker.read_error(&path, source)),
         };
         let at = proc_path(handle.as_fd());

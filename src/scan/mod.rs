@@ -269,6 +269,9 @@ pub struct Report {
     pub split_links: Sample<String>,
     /// Entries that vanished while the tree was walked (only when the container runs).
     pub vanished: Sample<String>,
+    /// What the container may not read itself in its volumes, and what is therefore left out. A directory stands for all below
+    /// it.
+    pub unreadable: Sample<String>,
 }
 
 impl Report {
@@ -281,6 +284,7 @@ impl Report {
         self.privileged.append(other.privileged);
         self.split_links.append(other.split_links);
         self.vanished.append(other.vanished);
+        self.unreadable.append(other.unreadable);
         for (name, count) in other.dropped_xattrs.iter() {
             self.dropped_xattrs.add(name, count);
         }

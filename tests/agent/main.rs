@@ -11,3 +11,4 @@ mod jobs;
 mod node;
 mod recovery;
 mod redis;
+mod volumes;

@@ -133,6 +133,20 @@ fn base(layout: &Path, lower: &Path) -> Result<()> {
 impl Node {
     /// None where this machine cannot have one.
     pub async fn new() -> Result<Option<Self>> {
+        Self::start("", "").await
+    }
+
+    /// With the directory `volume` of [`Self::path`] mounted at `/srv/data`; `chroot` are flags of chroot(1), for the user
+    /// that its first process is.
+    pub async fn with_volume(chroot: &str) -> Result<Option<Self>> {
+        Self::start(
+            "mkdir -p \"$3/srv/data\" && mount --bind \"$4\" \"$3/srv/data\" &&",
+            chroot,
+        )
+        .await
+    }
+
+    async fn start(mounts: &str, chroot: &str) -> Result<Option<Self>> {
         let programs = ["busybox", "unshare", "tar", "chroot"].map(Need::Program);
         if ignored(&[&[Need::Root], &programs[..]].concat()) {
             return Ok(None);
@@ -150,8 +164,11 @@ impl Node {
         }
         base(&at("base"), &at("lower"))?;
         let cgroup = cgroup()?;
-        let script = "mount -t overlay overlay -o \"lowerdir=$1,upperdir=$2/diff,workdir=$2/work\" \"$2/merged\" && \
-                      mount -t proc proc \"$2/merged/proc\" && exec chroot \"$2/merged\" /bin/busybox sleep 100000";
+        fs::create_dir(at("volume"))?;
+        let script = format!(
+            "mount -t overlay overlay -o \"lowerdir=$1,upperdir=$2/diff,workdir=$2/work\" \"$3\" && \
+             mount -t proc proc \"$3/proc\" && {mounts} exec chroot {chroot} \"$3\" /bin/busybox sleep 100000"
+        );
         let container = Command::new("unshare")
             .args([
                 "--mount",
@@ -159,10 +176,15 @@ impl Node {
                 "private",
                 "sh",
                 "-c",
-                script,
+                &script,
                 "sh",
             ])
-            .args([&at("lower"), &overlay])
+            .args([
+                &at("lower"),
+                &overlay,
+                &overlay.join("merged"),
+                &at("volume"),
+            ])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;
@@ -219,6 +241,11 @@ impl Node {
 
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// Where the container's root is mounted, in its own mount namespace.
+    pub fn merged(&self) -> PathBuf {
+        self.path("docker/overlay2/mounted/merged")
     }
 
     /// Somebody works in the container.

@@ -216,6 +216,12 @@ impl Centre {
     /// Signs in by the token's link and waits for the session.
     fn enter(&self, browser: &Browser, pod: &Pod) -> Outcome {
         browser.go(&format!("{}?token={TOKEN}", self.url()))?;
+        browser.click("#enter")?;
+        browser.until(
+            "the page",
+            "return document.getElementById('leave')",
+            json!([]),
+        )?;
         browser.see("minji")?;
         let address = browser.run("return location.href", json!([]))?;
         assert!(

@@ -2,11 +2,13 @@
 //! speaks the queue's language.
 
 mod access;
+mod doors;
 mod events;
 mod fuzz;
 mod jobs;
 #[path = "../support/postgres.rs"]
 mod postgres;
+mod signin;
 mod site;
 mod store;
 #[allow(dead_code, reason = "each test program uses its part")]

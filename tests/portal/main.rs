@@ -9,6 +9,7 @@ mod browser;
 mod delivery;
 mod looks;
 mod saving;
+mod signin;
 mod standin;
 mod words;
 

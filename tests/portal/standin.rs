@@ -21,6 +21,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::ReceiverStream;
 use upperdeck::job::{Category, Code, JobId, Kind, Load, NextSave, Phase, Saved, State, Unsaved};
+use upperdeck::manager::auth::Via;
 use upperdeck::manager::shape::{
     ErrorBody, ErrorDetail, ImageTag, ImageView, Images, Me, NodeView, Nodes, Progress, Quota,
     Save, SaveError, SaveRequest, Saves, SessionView, Sessions, Warning, Which,
@@ -150,6 +151,7 @@ impl World {
             me: Me {
                 user: "minji".to_owned(),
                 administrator: false,
+                via: Via::SignIn,
             },
             signed_in: true,
             sessions: vec![training, statistics],

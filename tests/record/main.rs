@@ -14,7 +14,7 @@ use upperdeck::job::{
     Category, Code, Event, JobId, Kind, Outcome, Phase, Report, Said, SaveOptions, Saved, State,
 };
 use upperdeck::record::{
-    Errand, Error, Filter, Policy, Progress, Record, Request, Save, Submitted,
+    Errand, Error, Filter, Most, Policy, Progress, Record, Request, Save, SignIn, Submitted,
 };
 
 type Outcomes = Result<(), Box<dyn std::error::Error>>;
@@ -134,7 +134,7 @@ fn failed(retryable: bool) -> Said {
 }
 
 async fn accept(record: &Record, save: &Save) -> Outcomes {
-    match record.submit(save, None, 0).await? {
+    match record.submit(save, None, Most::default()).await? {
         Submitted::New(_) => Ok(()),
         other => Err(format!("{other:?}").into()),
     }
@@ -185,31 +185,98 @@ fn a_session_and_a_tag_have_one_open_save_and_a_user_so_many() -> Outcomes {
         let record = Record::open(&place).await?;
         let first = save("alice", "s1", "v1");
         accept(&record, &first).await?;
+        let one_open = Most { open: 1, day: 0 };
         assert_eq!(
-            record.submit(&save("alice", "s1", "v2"), None, 0).await?,
+            record
+                .submit(&save("alice", "s1", "v2"), None, Most::default())
+                .await?,
             Submitted::Busy(first.id)
         );
         assert_eq!(
-            record.submit(&save("alice", "s2", "v1"), None, 0).await?,
+            record
+                .submit(&save("alice", "s2", "v1"), None, Most::default())
+                .await?,
             Submitted::TagBusy(first.id)
         );
         assert_eq!(
-            record.submit(&save("alice", "s2", "v2"), None, 1).await?,
+            record
+                .submit(&save("alice", "s2", "v2"), None, one_open)
+                .await?,
             Submitted::TooMany(1)
         );
         assert_eq!(
-            record.submit(&save("alice", "s1", "v2"), None, 1).await?,
+            record
+                .submit(&save("alice", "s1", "v2"), None, one_open)
+                .await?,
             Submitted::Busy(first.id)
         );
         let other = save("bob", "s2", "v1");
         assert!(matches!(
-            record.submit(&other, None, 1).await?,
+            record.submit(&other, None, one_open).await?,
             Submitted::New(_)
         ));
         record
             .hear(&[report(first.id, 1, 1, 0, done())], &POLICY)
             .await?;
         accept(&record, &save("alice", "s1", "v1")).await?;
+        // Two in a day, whatever became of the first.
+        let two_a_day = Most { open: 0, day: 2 };
+        assert_eq!(
+            record
+                .submit(&save("alice", "s3", "v3"), None, two_a_day)
+                .await?,
+            Submitted::TooManyToday(2)
+        );
+        assert!(matches!(
+            record
+                .submit(&save("bob", "s3", "v3"), None, two_a_day)
+                .await?,
+            Submitted::New(_)
+        ));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_sign_in_is_known_to_all_managers_until_it_ends() -> Outcomes {
+    on_both(async |place: String| {
+        let (one, two) = (Record::open(&place).await?, Record::open(&place).await?);
+        let made = |n: u32, caller: &str, ends| SignIn {
+            cookie: format!("{n:064}"),
+            page: format!("{:064}", n + 1000),
+            caller: caller.to_owned(),
+            basis: "token:x".to_owned(),
+            user: "alice".to_owned(),
+            administrator: n == 1,
+            expires_ms: ends,
+        };
+        let now = upperdeck::job::now_ms();
+        let (first, other) = (made(1, "a", now + 9000), made(2, "b", now + 9000));
+        one.sign_in(&first, now, 3).await?;
+        one.sign_in(&other, now, 3).await?;
+        assert_eq!(
+            two.signed_in(&first.cookie, now).await?,
+            Some(first.clone())
+        );
+        assert_eq!(two.signed_in(&first.cookie, first.expires_ms).await?, None);
+        assert_eq!(two.signed_in(&first.page, now).await?, None);
+        // Of each caller the latest stay.
+        for n in 3..6 {
+            one.sign_in(&made(n, "a", now + 9000), now + i64::from(n), 3)
+                .await?;
+        }
+        assert_eq!(two.signed_in(&first.cookie, now).await?, None);
+        for n in 2..6 {
+            assert!(
+                two.signed_in(&format!("{n:064}"), now).await?.is_some(),
+                "{n}"
+            );
+        }
+        two.sign_out(&other.cookie).await?;
+        assert_eq!(one.signed_in(&other.cookie, now).await?, None);
+        one.sign_in(&made(9, "c", now - 1), now - 2, 3).await?;
+        one.forget(None).await?;
+        assert_eq!(one.signed_in(&format!("{:064}", 9), now - 2).await?, None);
         Ok(())
     })
 }
@@ -223,7 +290,9 @@ fn a_user_has_so_many_open_saves_though_they_are_asked_for_at_once() -> Outcomes
             let sent = (0..12).map(|n| {
                 let record = if n % 2 == 0 { one.clone() } else { two.clone() };
                 let save = save(&user, &format!("s{round}-{n}"), &format!("v{n}"));
-                tokio::spawn(async move { record.submit(&save, None, 2).await })
+                tokio::spawn(
+                    async move { record.submit(&save, None, Most { open: 2, day: 0 }).await },
+                )
             });
             let mut new = 0;
             for answer in futures_util::future::join_all(sent.collect::<Vec<_>>()).await {
@@ -254,7 +323,7 @@ fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
                 request("h"),
                 save("alice", &format!("s{n}"), &format!("v{n}")),
             );
-            tokio::spawn(async move { record.submit(&save, Some(&request), 0).await })
+            tokio::spawn(async move { record.submit(&save, Some(&request), Most::default()).await })
         });
         let mut ids = BTreeSet::new();
         let mut new = 0;
@@ -273,7 +342,8 @@ fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
         assert_eq!((new, ids.len()), (1, 1));
         let other = save("alice", "s99", "v99");
         assert_eq!(
-            one.submit(&other, Some(&request("another")), 0).await?,
+            one.submit(&other, Some(&request("another")), Most::default())
+                .await?,
             Submitted::OtherRequest
         );
         let others = Request {
@@ -281,7 +351,7 @@ fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
             ..request("another")
         };
         assert!(matches!(
-            one.submit(&other, Some(&others), 0).await?,
+            one.submit(&other, Some(&others), Most::default()).await?,
             Submitted::New(_)
         ));
         // A request that is refused does not use its key up.
@@ -290,12 +360,12 @@ fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
             ..request("h")
         };
         assert!(matches!(
-            one.submit(&other, Some(&busy), 0).await?,
+            one.submit(&other, Some(&busy), Most::default()).await?,
             Submitted::Busy(_)
         ));
         let free = save("alice", "s100", "v100");
         assert!(matches!(
-            one.submit(&free, Some(&busy), 0).await?,
+            one.submit(&free, Some(&busy), Most::default()).await?,
             Submitted::New(_)
         ));
         Ok(())

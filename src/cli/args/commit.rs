@@ -9,13 +9,24 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, ValueHint};
+use clap::{Args, ValueEnum, ValueHint};
 
 use super::super::progress::Mode;
 use super::exit_codes;
 use super::shared::{CONTENT, Content, METADATA, Memory, REGISTRY, REPORT, Registry, State};
 use super::value::{duration, key_value, size};
 use crate::commit::Pause;
+use crate::container::Pattern;
+
+/// Whose rights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(in super::super) enum VolumeIdentity {
+    /// Those of the container's first process: user, groups and capabilities
+    Container,
+    /// Those of this program, which reads everything as root
+    #[value(name = "self")]
+    Own,
+}
 
 pub(super) fn commit_help() -> String {
     format!(
@@ -41,7 +52,11 @@ Left out, with a report: everything mounted into the container, what the runtime
   (.ssh, .netrc, .aws, .docker/config.json, histories, ...) and caches (.cache/pip, /tmp, ...).
 --include-volume PATH takes a mounted directory in, in layers of its own on top, of the same instant. PATH is where it is
   mounted ('upperdeck inspect' lists that); memory, the kernel's own, single files and FUSE are refused. The limits below
-  are for each tree by itself. What others than the container write to a shared volume is not held still.
+  are for each tree by itself. What others than the container write to a shared volume is not held still. Volumes are
+  read with the user, groups and capabilities of the container's first process: what it may not read is left out, with
+  a warning. --volume-identity self reads them with this program's rights, for an administrator who saves for itself.
+--allow-volume /PATH covers what lies there on the node, and below; TYPE:SOURCE what is mounted from there, e.g.
+  nfs4:nas.example.org:/home. The kernel's word on the mount is compared, never a path in the container.
 
 stdout carries the result: HOST/REPOSITORY@sha256:... (or the layout with the digest). With --progress json it carries
   JSON lines instead, each {{\"version\":1,\"time\":RFC 3339,\"event\":NAME,...}}:
@@ -118,6 +133,12 @@ pub(in super::super) struct Commit {
     /// Save what is in the volume that is mounted at PATH in the container, too, in a layer of its own; may be repeated
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
     pub(in super::super) include_volume: Vec<PathBuf>,
+    /// Refuse volumes that no PATTERN covers: /PATH on the node, or TYPE:SOURCE of a file system; may be repeated
+    #[arg(long, value_name = "PATTERN", help_heading = CONTENT)]
+    pub(in super::super) allow_volume: Vec<Pattern>,
+    /// With whose rights volumes are read
+    #[arg(long, value_enum, default_value_t = VolumeIdentity::Container, value_name = "WHOSE", help_heading = CONTENT)]
+    pub(in super::super) volume_identity: VolumeIdentity,
     /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
     /// by side; 0 for never [default: 4G where there are more than 8G]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]

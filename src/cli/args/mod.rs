@@ -25,7 +25,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
 pub(super) use bench::Bench;
-pub(super) use commit::Commit;
+pub(super) use commit::{Commit, VolumeIdentity};
 pub(super) use image::{Image, ImageLs, ImageRm};
 pub(super) use job::{Job, JobSubmit};
 pub(super) use layer::{Layer, Validate};

@@ -13,6 +13,7 @@ use clap::{Args, ValueHint};
 
 use super::shared::{LIMITS, REGISTRY};
 use super::value::{duration, key_value, size};
+use crate::container::Pattern;
 
 const QUEUE: &str = "Queue";
 const SERVE: &str = "API and portal";
@@ -79,7 +80,8 @@ pub(in super::super) struct Serve {
     /// IP:PORT or unix:PATH
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8787", help_heading = SERVE)]
     pub(in super::super) listen: String,
-    /// How browsers reach it, e.g. https://save.example.org/ [default: as they say, over plain HTTP]
+    /// How browsers reach it, e.g. https://save.example.org/; its path is the cookie's [default: as they say, over plain
+    /// HTTP]
     #[arg(long, value_name = "URL", value_hint = ValueHint::Url, help_heading = SERVE)]
     pub(in super::super) public_url: Option<String>,
     /// The record: sqlite:FILE or postgres://[USER@]HOST[:PORT]/DATABASE [default: sqlite:/var/lib/upperdeck/manager.db,
@@ -120,7 +122,8 @@ pub(in super::super) struct Serve {
     /// Header in which a proxy says who the user is; believed only from --proxy-from
     #[arg(long, value_name = "NAME", help_heading = CALLERS)]
     pub(in super::super) proxy_header: Option<String>,
-    /// Addresses of that proxy, e.g. 10.1.0.0/16, or unix for a socket file; may be repeated
+    /// Addresses of the proxy in front, e.g. 10.1.0.0/16, or unix for a socket file; its connections are many people's and
+    /// not bound by --connections-per-peer; may be repeated
     #[arg(long, value_name = "CIDR", help_heading = CALLERS)]
     pub(in super::super) proxy_from: Vec<String>,
 
@@ -130,6 +133,21 @@ pub(in super::super) struct Serve {
     /// Requests a second of one caller, in the long run; 0 for no bound
     #[arg(long, value_name = "N", default_value_t = 50, help_heading = LIMITS)]
     pub(in super::super) rate: u32,
+    /// Saves that one user may ask for in 24 hours; 0 for no bound
+    #[arg(long, value_name = "N", default_value_t = 1000, help_heading = LIMITS)]
+    pub(in super::super) saves_per_day: u32,
+    /// Connections at once; fewer where the hard limit of open files is lower
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub(in super::super) connections: u32,
+    /// Connections at once of one address (with IPv6: of one /64); name a proxy in --proxy-from
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub(in super::super) connections_per_peer: u32,
+    /// Event streams at once of one user
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub(in super::super) streams_per_user: u32,
+    /// Requests at once of one caller
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub(in super::super) requests_per_user: u32,
     /// How often a save is tried in all
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
     pub(in super::super) attempts: u32,
@@ -156,6 +174,10 @@ pub(in super::super) struct Work {
     /// Whose a session is: namespace[:PATTERN], pod:PATTERN, env:NAME or fixed:USER; the pattern's group is the user
     #[arg(long, value_name = "RULE", help_heading = WORK)]
     pub(in super::super) owner: Option<String>,
+    /// Volumes that sessions may have saved with them: /PATH on the node or TYPE:SOURCE, with {user} for the session's
+    /// owner; may be repeated [default: none]
+    #[arg(long, value_name = "PATTERN", help_heading = WORK)]
+    pub(in super::super) allow_volume: Vec<Pattern>,
     /// Where the agent notes what runs, so that its own death costs nothing [default: /var/lib/upperdeck/agent, with 'up'
     /// agent in --state-dir]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = WORK)]
@@ -207,7 +229,8 @@ Examples:
   UPPERDECK_RECORD=postgres://upperdeck@db.example.org/upperdeck upperdeck manager
 
 The API is described at /openapi.json, the portal is at /, metrics at /metrics, liveness at /healthz, readiness at
-/readyz. SIGTERM lets requests under way end.
+/readyz. SIGTERM lets requests under way end. HTTP/1.1 without TLS: a proxy in front has that, and is named in --proxy-from.
+A request's head has 10 s, its body 30 s, an answer that is not taken 30 s, a connection without a request 75 s.
 
 --target has exactly the places {user}, {name} and {tag}; the caller never names a host. Two managers at once work on one
 PostgreSQL record.
@@ -254,7 +277,13 @@ credentials on a descriptor. SIGTERM: takes no more, lets what runs end within -
   namespace:user-(.+)    a part of it is
   pod:jupyter-(.+)       a part of the pod's name is
   env:JUPYTERHUB_USER    a variable of the container's environment is, as the runtime started it
-  fixed:alice            always the same";
+  fixed:alice            always the same
+
+Volumes are saved only where --allow-volume lists them, and read with the user, groups and capabilities of the session's
+first process: what it may not read is left out, with a warning.
+  --allow-volume /home/{user}                     what lies there on this node, and below: a bind mount of it
+  --allow-volume nfs4:nas.example.org:/home/{user}  what is mounted from there: the type, source and directory of the mount
+The kernel's word on the mount is compared, in whole components, never a path in the session.";
 
 /// `agent`.
 #[derive(Debug, Args)]

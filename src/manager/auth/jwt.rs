@@ -1,13 +1,19 @@
 //! JSON Web Tokens of an identity provider, and its keys, fetched when they are needed.
+//!
+//! Nothing is locked while keys are fetched: tokens by keys that are here are checked meanwhile. One fetch runs at a time and
+//! not more often than [`JWKS_AT_MOST`], whoever asks for a key that is not there; a few may wait for it.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::jwk::{Jwk, JwkSet};
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde_json::Value;
+use tokio::sync::{Semaphore, watch};
 
 use super::{AuthError, Rejected};
 
@@ -16,6 +22,12 @@ use super::{AuthError, Rejected};
 const JWKS_FOR: Duration = Duration::from_secs(3600);
 const JWKS_AT_MOST: Duration = Duration::from_secs(10);
 const JWKS_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest key set, in bytes.
+const JWKS_BYTES: usize = 1 << 20;
+/// Keys of it that are used: a token without a key's name is tried with each.
+const JWKS_KEYS: usize = 64;
+/// Requests that wait for keys at once.
+const WAITING: usize = 32;
 /// Clocks may differ by so many seconds.
 const LEEWAY_S: u64 = 30;
 
@@ -62,90 +74,122 @@ pub struct Jwt {
 /// An identity provider's keys, fetched when they are needed.
 pub(super) struct KeySet {
     from: Keys,
-    held: tokio::sync::Mutex<Option<Held>>,
+    held: Mutex<Held>,
+    waiting: Semaphore,
 }
 
+#[derive(Default)]
 struct Held {
-    keys: Arc<JwkSet>,
-    at: Instant,
-    tried: Instant,
+    keys: Arc<Vec<Jwk>>,
+    /// When they were fetched; none: never.
+    at: Option<Instant>,
+    tried: Option<Instant>,
+    /// A fetch that runs: closed at its end.
+    running: Option<watch::Receiver<()>>,
 }
 
 impl KeySet {
-    pub(super) fn new(from: Keys) -> Self {
-        Self {
+    pub(super) fn new(from: Keys) -> Arc<Self> {
+        Arc::new(Self {
             from,
-            held: tokio::sync::Mutex::new(None),
-        }
+            held: Mutex::default(),
+            waiting: Semaphore::new(WAITING),
+        })
     }
 
-    pub(super) async fn read(&self) -> Result<JwkSet, AuthError> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads them now, and keeps them.
+    pub(super) async fn read(&self) -> Result<(), AuthError> {
         let (at, text) = match &self.from {
-            Keys::File(path) => {
-                let at = path.display().to_string();
-                let text = tokio::fs::read_to_string(path)
-                    .await
-                    .map_err(|error| error.to_string());
-                (at, text)
-            }
+            Keys::File(path) => (path.display().to_string(), read_file(path).await),
             Keys::Url(url) => (url.clone(), fetch(url).await),
         };
-        let keys = text.and_then(|text| serde_json::from_str(&text).map_err(|e| e.to_string()));
-        keys.map_err(|reason| AuthError::Keys { at, reason })
+        let read = text.and_then(|text| {
+            serde_json::from_str::<JwkSet>(&text).map_err(|error| error.to_string())
+        });
+        let mut held = self.lock();
+        held.tried = Some(Instant::now());
+        match read {
+            Ok(mut set) => {
+                set.keys.truncate(JWKS_KEYS);
+                held.keys = Arc::new(set.keys);
+                held.at = held.tried;
+                Ok(())
+            }
+            Err(reason) => Err(AuthError::Keys { at, reason }),
+        }
     }
 
-    /// The keys, fetched again when they are old or (`missed`) when one was not among them.
-    async fn get(&self, missed: bool) -> Result<Arc<JwkSet>, AuthError> {
-        let mut held = self.held.lock().await;
-        if let Some(held) = &*held {
-            let fresh = held.at.elapsed() < JWKS_FOR && !missed;
-            if fresh || held.tried.elapsed() < JWKS_AT_MOST {
-                return Ok(held.keys.clone());
-            }
+    /// A fetch that runs, begun here unless one ran lately.
+    fn fetching(self: &Arc<Self>) -> Option<watch::Receiver<()>> {
+        let mut held = self.lock();
+        if held.running.is_some() {
+            return held.running.clone();
         }
-        match (self.read().await, &mut *held) {
-            (Ok(keys), _) => {
-                let (keys, at) = (Arc::new(keys), Instant::now());
-                *held = Some(Held {
-                    keys: keys.clone(),
-                    at,
-                    tried: at,
-                });
-                Ok(keys)
-            }
-            (Err(error), Some(old)) => {
+        if held.tried.is_some_and(|at| at.elapsed() < JWKS_AT_MOST) {
+            return None;
+        }
+        let (done, running) = watch::channel(());
+        held.running = Some(running.clone());
+        drop(held);
+        let keys = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = keys.read().await {
                 tracing::warn!(auth.error = %error, "the old keys of the identity provider are used on");
-                old.tried = Instant::now();
-                Ok(old.keys.clone())
             }
-            (Err(error), None) => Err(error),
+            keys.lock().running = None;
+            drop(done);
+        });
+        Some(running)
+    }
+
+    /// The keys that a token may be signed with. None of them: they are fetched, and waited for.
+    async fn for_token(self: &Arc<Self>, kid: Option<&str>) -> Result<Vec<Jwk>, Rejected> {
+        let fitting = || -> Vec<Jwk> {
+            let keys = self.lock().keys.clone();
+            let fits = |key: &&Jwk| match (kid, &key.common.key_id) {
+                (Some(asked), Some(id)) => asked == id,
+                _ => true,
+            };
+            keys.iter().filter(fits).cloned().collect()
+        };
+        let old = self.lock().at.is_none_or(|at| at.elapsed() >= JWKS_FOR);
+        let found = fitting();
+        if !found.is_empty() {
+            if old {
+                self.fetching();
+            }
+            return Ok(found);
         }
+        let Some(mut running) = self.fetching() else {
+            return Ok(found);
+        };
+        let Ok(_place) = self.waiting.try_acquire() else {
+            return Err(Rejected::Unavailable(
+                "others wait for the identity provider's keys already".to_owned(),
+            ));
+        };
+        // Ends when the fetch does: its other end is dropped then.
+        let _ = tokio::time::timeout(JWKS_TIMEOUT * 2, running.changed()).await;
+        Ok(fitting())
     }
 
     /// The claims of a token that is valid by one of the keys; none: it is not.
     pub(super) async fn claims(
-        &self,
+        self: &Arc<Self>,
         jwt: &Jwt,
         token: &str,
     ) -> Result<Option<HashMap<String, Value>>, Rejected> {
         let Ok(head) = jsonwebtoken::decode_header(token) else {
             return Ok(None);
         };
-        if !ALGORITHMS.contains(&head.alg) {
+        if !ALGORITHMS.contains(&head.alg) || has_conditions(token) {
             return Ok(None);
         }
-        let unavailable = |error: AuthError| Rejected::Unavailable(error.to_string());
-        let of = |keys: &JwkSet| -> Vec<Jwk> {
-            let fits = |key: &&Jwk| match (&head.kid, &key.common.key_id) {
-                (Some(asked), Some(id)) => asked == id,
-                _ => true,
-            };
-            keys.keys.iter().filter(fits).cloned().collect()
-        };
-        let mut keys = of(&*self.get(false).await.map_err(unavailable)?);
-        if keys.is_empty() {
-            keys = of(&*self.get(true).await.map_err(unavailable)?);
-        }
+        let keys = self.for_token(head.kid.as_deref()).await?;
         let mut rules = Validation::new(head.alg);
         rules.leeway = LEEWAY_S;
         rules.validate_nbf = true;
@@ -160,8 +204,32 @@ impl KeySet {
     }
 }
 
+/// Whether the head says that there are extensions without which the token is not understood (`crit`, RFC 7515, 4.1.11):
+/// we understand none. A head that cannot be read says so, too.
+fn has_conditions(token: &str) -> bool {
+    let head = token.split('.').next().unwrap_or_default();
+    let head = URL_SAFE_NO_PAD.decode(head).ok();
+    let head = head.and_then(|head| serde_json::from_slice::<HashMap<String, Value>>(&head).ok());
+    head.is_none_or(|head| head.contains_key("crit") || head.contains_key("b64"))
+}
+
+async fn read_file(path: &std::path::Path) -> Result<String, String> {
+    use tokio::io::AsyncReadExt as _;
+    let file = tokio::fs::File::open(path)
+        .await
+        .map_err(|error| error.to_string())?;
+    let mut text = String::new();
+    file.take(JWKS_BYTES as u64 + 1)
+        .read_to_string(&mut text)
+        .await
+        .map_err(|error| error.to_string())?;
+    if text.len() > JWKS_BYTES {
+        return Err("it is too large".to_owned());
+    }
+    Ok(text)
+}
+
 async fn fetch(url: &str) -> Result<String, String> {
-    const MOST: usize = 1 << 20;
     let parsed = reqwest::Url::parse(url).map_err(|error| error.to_string())?;
     let host = parsed.host_str().unwrap_or_default().to_owned();
     let plain = parsed.scheme() == "http" && crate::registry::reference::is_loopback(&host);
@@ -172,15 +240,18 @@ async fn fetch(url: &str) -> Result<String, String> {
         .timeout(JWKS_TIMEOUT)
         .build()
         .map_err(|error| error.to_string())?;
-    let answer = client
+    let mut answer = client
         .get(parsed)
         .send()
         .await
         .and_then(reqwest::Response::error_for_status)
         .map_err(|error| error.to_string())?;
-    let bytes = answer.bytes().await.map_err(|error| error.to_string())?;
-    if bytes.len() > MOST {
-        return Err("it is too large".to_owned());
+    let mut bytes = Vec::new();
+    while let Some(more) = answer.chunk().await.map_err(|error| error.to_string())? {
+        bytes.extend_from_slice(&more);
+        if bytes.len() > JWKS_BYTES {
+            return Err("it is too large".to_owned());
+        }
     }
-    String::from_utf8(bytes.into()).map_err(|error| error.to_string())
+    String::from_utf8(bytes).map_err(|error| error.to_string())
 }

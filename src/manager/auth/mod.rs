@@ -1,16 +1,19 @@
 //! Who asks, and what each may do.
 //!
 //! Here is the gate that every request comes through: `tokens` knows the API's own tokens, `jwt` those of an identity provider,
-//! `proxy` from where a header is believed.
+//! `proxy` from where a header is believed, `cookie` what a browser holds of someone who has signed in.
 
+mod cookie;
 mod jwt;
 mod proxy;
 mod tokens;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use axum::http::{HeaderMap, HeaderName, header};
 use serde_json::Value;
+use subtle::ConstantTimeEq as _;
 
 pub use jwt::{Jwt, Keys};
 pub use proxy::{Proxies, Range};
@@ -19,13 +22,17 @@ pub use tokens::{Role, Tokens};
 use jwt::KeySet;
 
 use super::target;
+use crate::job::now_ms;
+use crate::record::{self, Record, SignIn};
+
+pub(super) use cookie::{Cookie, digest, secret};
 
 /// The header in which a portal (or an administrator) names the user for whom it acts.
 pub const ACTS_FOR: HeaderName = HeaderName::from_static("upperdeck-user");
 /// A header that no form of another site can send: with it a request by cookie is the page's own.
 pub const OWN_REQUEST: HeaderName = HeaderName::from_static("upperdeck-request");
-/// The cookie of the page. It holds the token of `/?token=…`, for the browser and for no script.
-pub const COOKIE: &str = "upperdeck_token";
+/// The header with the key that a page got when its user signed in: without it the cookie is worth nothing.
+pub const PAGE: HeaderName = HeaderName::from_static("upperdeck-page");
 /// Longest token that is looked at, in bytes: those of identity providers grow with the groups of a user.
 const MAX_TOKEN: usize = 16 << 10;
 
@@ -62,6 +69,32 @@ pub struct Caller {
     pub user: Option<String>,
     /// Whether it may see and do everything.
     pub administrator: bool,
+    /// What says so.
+    pub via: Via,
+}
+
+/// What says who asks.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Via {
+    /// A token with the request.
+    Token,
+    /// A proxy in front.
+    Proxy,
+    /// The cookie of a page in which the user has signed in.
+    SignIn,
+}
+
+/// Someone who has shown a token, and what a sign-in with it rests on.
+pub(super) struct Bearer {
+    pub(super) role: Role,
+    pub(super) caller: Caller,
+    /// `token:FINGERPRINT` or `jwt:ISSUER`.
+    pub(super) basis: String,
+    /// When the token ends; none: it does not.
+    pub(super) expires_ms: Option<i64>,
 }
 
 /// Why a caller is sent away.
@@ -73,14 +106,24 @@ pub enum Rejected {
     Forbidden(&'static str),
     /// The identity provider's keys cannot be had: it may pass.
     Unavailable(String),
+    /// The record cannot be asked.
+    Record(String),
+}
+
+impl From<record::Error> for Rejected {
+    fn from(error: record::Error) -> Self {
+        Self::Record(error.to_string())
+    }
 }
 
 /// The settings about callers, ready to be asked.
 pub(super) struct Gate {
     tokens: Tokens,
-    jwt: Option<(Jwt, KeySet)>,
+    jwt: Option<(Jwt, Arc<KeySet>)>,
     proxies: Option<Proxies>,
     origin: Option<String>,
+    pub(super) cookie: Cookie,
+    record: Record,
 }
 
 impl Gate {
@@ -89,6 +132,8 @@ impl Gate {
         jwt: Option<Jwt>,
         proxies: Option<Proxies>,
         public_url: Option<&str>,
+        port: Option<u16>,
+        record: Record,
     ) -> Self {
         let jwt = jwt.map(|jwt| {
             let keys = KeySet::new(jwt.keys.clone());
@@ -99,44 +144,34 @@ impl Gate {
             jwt,
             proxies,
             origin: public_url.and_then(origin_of),
+            cookie: Cookie::new(public_url, port),
+            record,
         }
-    }
-
-    /// Whether the cookie is for TLS only.
-    pub(super) fn secure(&self) -> bool {
-        self.origin
-            .as_ref()
-            .is_some_and(|origin| origin.starts_with("https://"))
     }
 
     /// Reads the key set once, so that a wrong setting shows at the start.
     pub(super) async fn check(&self) -> Result<(), AuthError> {
         match &self.jwt {
-            Some((_, keys)) => keys.read().await.map(|_| ()),
+            Some((_, keys)) => keys.read().await,
             None => Ok(()),
         }
     }
 
-    /// Who asks. `peer`: none on a socket file. `changes`: whether the request may change something.
+    /// Who asks. `peer`: none on a socket file. `changes`: whether the request may change something. `events`: whether it is
+    /// for an event stream, with which browsers send no header of a page.
     pub(super) async fn caller(
         &self,
         headers: &HeaderMap,
         peer: Option<IpAddr>,
         changes: bool,
+        events: bool,
     ) -> Result<Caller, Rejected> {
-        let (found, ambient) = if let Some(said) = headers.get(header::AUTHORIZATION) {
-            let token = said
-                .to_str()
-                .ok()
-                .and_then(|text| {
-                    let (scheme, token) = text.split_once(' ')?;
-                    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
-                })
-                .ok_or(Rejected::Unknown("Authorization has no Bearer token"))?;
-            (self.bearer(token).await?, false)
-        } else if let Some(token) = cookie(headers) {
-            (self.bearer(token).await?, true)
+        let (found, ambient) = if headers.contains_key(header::AUTHORIZATION) {
+            let bearer = self.bearer(headers).await?;
+            ((bearer.role, bearer.caller), false)
         } else if let Some(found) = self.by_proxy(headers, peer)? {
+            (found, true)
+        } else if let Some(found) = self.by_cookie(headers, events).await? {
             (found, true)
         } else {
             return Err(Rejected::Unknown(
@@ -150,19 +185,89 @@ impl Gate {
         acting_for(found, headers)
     }
 
-    /// Who has this token; for `/?token=…` as well.
-    pub(super) async fn bearer(&self, token: &str) -> Result<(Role, Caller), Rejected> {
+    /// Who is signed in by the cookie of this request, whatever page it comes from.
+    pub(super) async fn signed_in(
+        &self,
+        headers: &HeaderMap,
+    ) -> Result<Option<(SignIn, Role, Caller)>, Rejected> {
+        let Some(value) = self.cookie.of(headers) else {
+            return Ok(None);
+        };
+        let found = self.record.signed_in(&digest(value), now_ms()).await?;
+        Ok(found.and_then(|found| {
+            let (role, mut caller) = self.rests_on(&found)?;
+            caller.via = Via::SignIn;
+            Some((found, role, caller))
+        }))
+    }
+
+    /// None: there is no cookie of ours.
+    async fn by_cookie(
+        &self,
+        headers: &HeaderMap,
+        events: bool,
+    ) -> Result<Option<(Role, Caller)>, Rejected> {
+        if self.cookie.of(headers).is_none() {
+            return Ok(None);
+        }
+        let Some((found, role, caller)) = self.signed_in(headers).await? else {
+            return Err(Rejected::Unknown("you are not signed in any more"));
+        };
+        let mut keys = headers.get_all(PAGE).iter();
+        let own = match keys.next() {
+            // Of one save, whose ID nothing tells that has only the cookie.
+            None => events,
+            Some(key) => {
+                let given = digest(key.to_str().unwrap_or_default());
+                bool::from(given.as_bytes().ct_eq(found.page.as_bytes())) && keys.next().is_none()
+            }
+        };
+        if !own {
+            return Err(Rejected::Unknown(
+                "the cookie alone is not enough: sign in on this page",
+            ));
+        }
+        Ok(Some((role, caller)))
+    }
+
+    /// Who a sign-in is by today's settings; none: what it rests on is gone.
+    fn rests_on(&self, found: &SignIn) -> Option<(Role, Caller)> {
+        match found.basis.split_once(':')? {
+            ("token", print) => Some(of_token(self.tokens.by_fingerprint(print)?)),
+            ("jwt", issuer) => {
+                let (jwt, _) = self.jwt.as_ref().filter(|(jwt, _)| jwt.issuer == issuer)?;
+                let listed = jwt.administrators.contains(&found.user);
+                let administrator = listed || found.administrator;
+                Some(person(Via::Token, "jwt", &found.user, administrator))
+            }
+            _ => None,
+        }
+    }
+
+    /// Who has the token of this request.
+    pub(super) async fn bearer(&self, headers: &HeaderMap) -> Result<Bearer, Rejected> {
         const WRONG: Rejected = Rejected::Unknown("the token is not valid, or not any more");
+        let mut said = headers.get_all(header::AUTHORIZATION).iter();
+        let token = said
+            .next()
+            .filter(|_| said.next().is_none())
+            .and_then(|text| text.to_str().ok())
+            .and_then(|text| {
+                let (scheme, token) = text.split_once(' ')?;
+                scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+            })
+            .ok_or(Rejected::Unknown("Authorization has no Bearer token"))?;
         if token.is_empty() || token.len() > MAX_TOKEN {
             return Err(WRONG);
         }
         if let Some(token) = self.tokens.find(token) {
-            let caller = Caller {
-                name: format!("token:{}", token.name),
-                user: token.user.clone(),
-                administrator: token.role == Role::Administrator,
-            };
-            return Ok((token.role, caller));
+            let (role, caller) = of_token(token);
+            return Ok(Bearer {
+                role,
+                caller,
+                basis: format!("token:{}", token.fingerprint()),
+                expires_ms: None,
+            });
         }
         match &self.jwt {
             Some((jwt, keys)) if token.bytes().filter(|&b| b == b'.').count() == 2 => {
@@ -196,13 +301,21 @@ impl Gate {
                             _ => false,
                         }
                     });
-                Ok(person("jwt", user, listed || claimed))
+                let (role, caller) = person(Via::Token, "jwt", user, listed || claimed);
+                let ends = claims.get("exp").and_then(Value::as_f64);
+                Ok(Bearer {
+                    role,
+                    caller,
+                    basis: format!("jwt:{}", jwt.issuer),
+                    expires_ms: Some(ends.map_or(0, |seconds| (seconds * 1000.0) as i64)),
+                })
             }
             _ => Err(WRONG),
         }
     }
 
-    fn by_proxy(
+    /// Who the proxy says it is, if one does.
+    pub(super) fn by_proxy(
         &self,
         headers: &HeaderMap,
         peer: Option<IpAddr>,
@@ -227,11 +340,11 @@ impl Gate {
                 "the proxy names no user that can be one here",
             ))?;
         let administrator = proxies.administrators.iter().any(|name| name == user);
-        Ok(Some(person("proxy", user, administrator)))
+        Ok(Some(person(Via::Proxy, "proxy", user, administrator)))
     }
 
     /// A request of our own page: its origin is ours, and it has what no form of another page can have.
-    fn own_request(&self, headers: &HeaderMap) -> Result<(), Rejected> {
+    pub(super) fn own_request(&self, headers: &HeaderMap) -> Result<(), Rejected> {
         const FOREIGN: Rejected = Rejected::Forbidden(
             "the request comes from another page; with a cookie or by a proxy, send the Upperdeck-Request header",
         );
@@ -264,7 +377,17 @@ impl Gate {
     }
 }
 
-fn person(by: &str, user: &str, administrator: bool) -> (Role, Caller) {
+fn of_token(token: &tokens::Token) -> (Role, Caller) {
+    let caller = Caller {
+        name: format!("token:{}", token.name),
+        user: token.user.clone(),
+        administrator: token.role == Role::Administrator,
+        via: Via::Token,
+    };
+    (token.role, caller)
+}
+
+fn person(via: Via, by: &str, user: &str, administrator: bool) -> (Role, Caller) {
     let role = if administrator {
         Role::Administrator
     } else {
@@ -274,6 +397,7 @@ fn person(by: &str, user: &str, administrator: bool) -> (Role, Caller) {
         name: format!("{by}:{user}"),
         user: Some(user.to_owned()),
         administrator,
+        via,
     };
     (role, caller)
 }
@@ -316,16 +440,6 @@ fn origin_of(url: &str) -> Option<String> {
     };
     let host = host.strip_suffix(default).unwrap_or(host);
     Some(format!("{scheme}://{host}").to_ascii_lowercase())
-}
-
-/// The token in the page's cookie.
-fn cookie(headers: &HeaderMap) -> Option<&str> {
-    headers
-        .get_all(header::COOKIE)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(';'))
-        .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
 }
 
 #[cfg(test)]

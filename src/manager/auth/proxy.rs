@@ -42,7 +42,7 @@ impl std::str::FromStr for Range {
 
 impl Range {
     /// `None` is a peer on a socket file.
-    pub(super) fn holds(self, peer: Option<IpAddr>) -> bool {
+    pub(in super::super) fn holds(self, peer: Option<IpAddr>) -> bool {
         match (self, peer) {
             (Self::Unix, None) => true,
             (Self::Net(net, bits), Some(peer)) => match (net, peer.to_canonical()) {

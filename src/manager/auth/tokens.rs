@@ -44,6 +44,13 @@ pub(super) struct Token {
     sha256: [u8; 32],
 }
 
+impl Token {
+    /// What a sign-in with it rests on: another token of the same name is another one.
+    pub(super) fn fingerprint(&self) -> String {
+        hex::encode(Sha256::digest(self.sha256))
+    }
+}
+
 /// API tokens, by their digests: the tokens themselves are nowhere.
 #[derive(Clone, Debug, Default)]
 pub struct Tokens(Vec<Token>);
@@ -120,6 +127,11 @@ impl Tokens {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// The one that a sign-in rests on, if it still is one.
+    pub(super) fn by_fingerprint(&self, print: &str) -> Option<&Token> {
+        self.0.iter().find(|token| token.fingerprint() == print)
     }
 
     /// Compares with all of them, in a time that says nothing of which and how far.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, Stat};
 
@@ -13,7 +13,7 @@ use super::queue::{Collected, lock};
 use super::{Task, Walker};
 use crate::escape;
 use crate::overlay::lower::{Found, Stack, join};
-use crate::overlay::root::{self, Follow, is_absent, proc_path, read_link_at, stat_at, xattr_at};
+use crate::overlay::root::{self, Follow, is_absent, proc_path, read_link_at, xattr_at};
 use crate::scan::memory::Share;
 use crate::scan::rows::NO_EXTRA;
 use crate::scan::{Entry, Error, Extra, Flags, Kind, Reason, Report};
@@ -114,6 +114,12 @@ impl Directory<'_> {
                 self.report.vanished.add(escape::path(&self.task.path));
                 return Ok(());
             }
+            // Its mode changed since it was come to.
+            Err(error) if walker.upper.is_denied(&error) => {
+                self.report.unreadable.add(escape::path(&self.task.path));
+                self.output.partial = true;
+                return Ok(());
+            }
             Err(source) => return Err(walker.read_error(&self.task.path, source)),
         };
         let within = if self.own_cwd && rustix::process::fchdir(&fd).is_ok() {
@@ -136,9 +142,7 @@ impl Directory<'_> {
             };
             self.output.in_pieces = names.in_pieces();
             let path = join(&self.task.path, &name);
-            let stat = stat_at(fd.as_fd(), &name).map_err(|e| walker.read_error(&path, e))?;
-            let Some(stat) = stat else {
-                self.report.vanished.add(escape::path(&path));
+            let Some(stat) = self.status(fd.as_fd(), &name, &path)? else {
                 continue;
             };
             let file_type = FileType::from_raw_mode(stat.st_mode);
@@ -168,8 +172,23 @@ impl Directory<'_> {
                 continue;
             }
             let mut dropped = Vec::new();
-            let at = [within.as_slice(), &name].concat();
-            let attributes = match walker.attributes_of(at, Follow::No, &path, &mut dropped) {
+            let mut handle = None;
+            let (at, follow) = match walker.volume {
+                None => ([within.as_slice(), &name].concat(), Follow::No),
+                Some(volume) => {
+                    let Some(opened) = self.readable(volume, fd.as_fd(), &name, &path, &stat)?
+                    else {
+                        continue;
+                    };
+                    let opened: &OwnedFd = handle.insert(opened);
+                    (proc_path(opened.as_fd()).into_bytes(), Follow::Yes)
+                }
+            };
+            let attributes = match walker.attributes_of(at, follow, &path, &mut dropped) {
+                Err(Error::Read { source, .. }) if walker.upper.is_denied(&source) => {
+                    self.note_unreadable(&name, &path)?;
+                    continue;
+                }
                 Err(Error::Read { source, .. }) if is_absent(&source) => {
                     self.report.vanished.add(escape::path(&path));
                     continue;

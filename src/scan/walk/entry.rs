@@ -150,6 +150,7 @@ impl Walker<'_> {
     pub(super) fn base_facts(&self, place: &Place) -> Result<(Stat, Vec<Xattr>), Error> {
         let root = &self.lowers.roots[usize::from(place.root)];
         let fail = |source| read_error(root.path(), &place.path, source);
+        let _rights = root.enter().map_err(fail)?;
         let handle = root.open_beneath(&place.path, OFlags::PATH).map_err(fail)?;
         let stat = rustix::fs::fstat(&handle).map_err(|e| fail(e.into()))?;
         let attributes = self.attributes_of(

@@ -1,6 +1,6 @@
 //! What the rules keep out of the layer, and what is noted of it.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, Stat};
 
@@ -8,6 +8,7 @@ use super::directory::Directory;
 use crate::escape;
 use crate::overlay::lower::Found;
 use crate::overlay::root::{read_link_at, stat_at};
+use crate::overlay::volume::{Look, Volume};
 use crate::scan::{Error, Excluded, Facts, Reason};
 
 impl Directory<'_> {
@@ -48,6 +49,80 @@ impl Directory<'_> {
         });
     }
 
+    /// Leaves out what the container may not read itself. Looked at again each time: it may come to be readable.
+    pub(super) fn note_unreadable(&mut self, name: &[u8], path: &[u8]) -> Result<(), Error> {
+        self.report.unreadable.add(escape::path(path));
+        self.output.partial = true;
+        self.decide(name)
+    }
+
+    /// The status of a name in the directory; none where there is nothing to be put into the layer, which is noted.
+    pub(super) fn status(
+        &mut self,
+        dir: BorrowedFd<'_>,
+        name: &[u8],
+        path: &[u8],
+    ) -> Result<Option<Stat>, Error> {
+        let failed = |error| self.walker.read_error(path, error);
+        let look = match self.walker.volume {
+            Some(volume) => volume.look(dir, name).map_err(failed)?,
+            None => match stat_at(dir, name).map_err(failed)? {
+                Some(stat) => return Ok(Some(stat)),
+                None => Look::Gone,
+            },
+        };
+        self.there(look, name, path)
+    }
+
+    fn there(&mut self, look: Look, name: &[u8], path: &[u8]) -> Result<Option<Stat>, Error> {
+        match look {
+            Look::There(stat) => return Ok(Some(*stat)),
+            Look::Gone => self.report.vanished.add(escape::path(path)),
+            Look::Denied => self.note_unreadable(name, path)?,
+            Look::Mounted => {
+                self.note_left_out(path, Reason::Mount);
+                self.decide(name)?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Opens for a closer look what has the status `stat`; none where it is not there any more, or may not be read.
+    pub(super) fn readable(
+        &mut self,
+        volume: &Volume,
+        dir: BorrowedFd<'_>,
+        name: &[u8],
+        path: &[u8],
+        stat: &Stat,
+    ) -> Result<Option<OwnedFd>, Error> {
+        let failed = |error| self.walker.read_error(path, error);
+        let handle = match volume.handle(dir, name) {
+            Ok(handle) => handle,
+            Err(error) => {
+                let look = volume.not_there(error).map_err(failed)?;
+                self.there(look, name, path)?;
+                return Ok(None);
+            }
+        };
+        let now = rustix::fs::fstat(&handle).map_err(|e| failed(e.into()))?;
+        if (now.st_ino, now.st_mode) != (stat.st_ino, stat.st_mode) {
+            self.report.vanished.add(escape::path(path));
+            return Ok(None);
+        }
+        let file_type = FileType::from_raw_mode(stat.st_mode);
+        let may = match (volume.root().who(), file_type) {
+            (Some(who), FileType::RegularFile) => who.may_read(&handle, false).map_err(failed)?,
+            (Some(who), FileType::Directory) => who.may_read(&handle, true).map_err(failed)?,
+            // There is nothing to read in others but what their directory tells.
+            _ => true,
+        };
+        if !may {
+            self.note_unreadable(name, path)?;
+        }
+        Ok(may.then_some(handle))
+    }
+
     /// Whether a link's target in the same directory of the merged tree is missing or an empty file.
     pub(super) fn leads_nowhere(
         &self,
@@ -63,7 +138,7 @@ impl Directory<'_> {
             }
             let failed = |error| self.walker.read_error(path, error);
             let stat = match (
-                stat_at(dir, &name).map_err(failed)?,
+                self.walker.status(dir, &name).map_err(failed)?,
                 self.base(&name, path)?,
             ) {
                 (Some(stat), _) | (None, Found::Other { stat, .. } | Found::Dir { stat, .. }) => {

@@ -16,9 +16,12 @@ mod queue;
 mod top;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
+
+use rustix::fs::Stat;
 
 pub(super) use entry::kind_of;
 pub(super) use finish::finish;
@@ -33,8 +36,8 @@ use super::rows::Shelf;
 use super::{Caps, Clock, Entry, Error, Kind, Options, Report, Roots, Scan};
 use crate::escape;
 use crate::overlay::lower::{Found, Lowers, Place, Stack};
-use crate::overlay::root::Root;
-use crate::overlay::volume::Volume;
+use crate::overlay::root::{Root, stat_at};
+use crate::overlay::volume::{Look, Volume};
 use crate::overlay::xattr::Namespace;
 
 /// A directory to be walked.
@@ -218,6 +221,17 @@ impl<'a> Walker<'a> {
 impl Walker<'_> {
     pub(super) fn read_error(&self, path: &[u8], source: io::Error) -> Error {
         read_error(self.upper.path(), path, source)
+    }
+
+    /// The status of a name in a directory of what is walked; none where there is nothing, or nothing that may be seen.
+    pub(super) fn status(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
+        match self.volume {
+            None => stat_at(dir, name),
+            Some(volume) => Ok(match volume.look(dir, name)? {
+                Look::There(stat) => Some(*stat),
+                Look::Gone | Look::Mounted | Look::Denied => None,
+            }),
+        }
     }
 
     pub(super) fn count(&self, entry: &Entry) -> Result<(), Error> {

@@ -1,6 +1,7 @@
 //! The queue of directories that the threads share: what is found below one is for whoever is free.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -82,6 +83,7 @@ impl Walker<'_> {
         // A working directory of this thread's own: attributes can only be asked for by path, and a name alone is the
         // shortest. Where that is not granted the way leads through /proc, which takes twice as long.
         let own_cwd = unshare(CloneFlags::CLONE_FS).is_ok();
+        let rights = self.upper.enter();
         loop {
             let mut queue = lock(&self.queue);
             let task = loop {
@@ -104,6 +106,9 @@ impl Walker<'_> {
             let working = Working(self);
             let result = if self.options.cancel.load(Ordering::Relaxed) {
                 Err(Error::Cancelled)
+            } else if let Err(error) = &rights {
+                let error = io::Error::other(error.to_string());
+                Err(self.read_error(&task.path, error))
             } else {
                 directory(&task, own_cwd)
             };

@@ -1,0 +1,96 @@
+//! Processes that were ended and do not end: they wait in the kernel for an answer that does not come, from a file system
+//! that a tenant mounted, or from a disk or server that is gone. Nobody can end them; they are given up and told of.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Those of which is known.
+#[derive(Debug, Default)]
+pub(super) struct Stuck(Mutex<HashMap<String, Vec<Process>>>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Process {
+    pid: u32,
+    /// Ticks since boot.
+    start: u64,
+}
+
+impl Stuck {
+    fn all(&self) -> MutexGuard<'_, HashMap<String, Vec<Process>>> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, processes| {
+            processes.retain(|process| start_of(process.pid) == Some(process.start));
+            !processes.is_empty()
+        });
+        all
+    }
+
+    /// One that worked on `session` does not end.
+    pub(super) fn add(&self, session: &str, pid: u32) {
+        let Some(start) = start_of(pid) else {
+            return;
+        };
+        tracing::error!(
+            session.id = session,
+            child.pid = pid,
+            "a child was killed and does not end: it waits in the kernel; its slot is free again"
+        );
+        let process = Process { pid, start };
+        self.all()
+            .entry(session.to_owned())
+            .or_default()
+            .push(process);
+    }
+
+    /// One that works on `session` still.
+    pub(super) fn of(&self, session: &str) -> Option<u32> {
+        self.all().get(session)?.first().map(|process| process.pid)
+    }
+
+    /// For whoever looks after the node.
+    pub(super) fn told(&self) -> Vec<String> {
+        let all = self.all();
+        let mut told: Vec<String> = all
+            .iter()
+            .map(|(session, processes)| {
+                let pids: Vec<String> = processes.iter().map(|p| p.pid.to_string()).collect();
+                format!(
+                    "process {} of a save of session {session} was killed and waits in the kernel: a file system does not answer",
+                    pids.join(", ")
+                )
+            })
+            .collect();
+        told.sort();
+        told
+    }
+}
+
+/// Field 22 of `/proc/PID/stat`, of a process whose threads have not all ended, too.
+fn start_of(pid: u32) -> Option<u64> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let after = stat.iter().rposition(|&b| b == b')')? + 1;
+    let fields = std::str::from_utf8(&stat[after..]).ok()?;
+    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn what_ended_after_all_is_forgotten() -> std::io::Result<()> {
+        let stuck = Stuck::default();
+        let mut child = Command::new("sleep").arg("600").spawn()?;
+        stuck.add("a", child.id());
+        assert_eq!(stuck.of("a"), Some(child.id()));
+        assert_eq!(stuck.of("b"), None);
+        assert!(stuck.told()[0].contains("session a"), "{:?}", stuck.told());
+        child.kill()?;
+        child.wait()?;
+        assert_eq!(stuck.of("a"), None);
+        assert!(stuck.told().is_empty());
+        Ok(())
+    }
+}

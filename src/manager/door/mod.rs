@@ -1,0 +1,393 @@
+//! The doors of a manager: how many connections there are, of whom, and how long each may keep its place without asking
+//! for anything. All of it is decided before a byte of a request is understood.
+//!
+//! Every connection has a [`Seat`]. Where the seats of a peer (or all) are taken, a new connection gets the place of the one
+//! that has waited longest without a whole request, or with an answer that it does not read: who only holds a connection
+//! open loses it, who asks is answered.
+
+mod seat;
+mod serve;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::auth::Range;
+
+pub(super) use self::seat::Seat;
+pub(super) use self::serve::{Bound, serve};
+
+/// Descriptors that are not for connections: the record, the queue, registries, files.
+const RESERVE: u64 = 128;
+
+/// What connections and requests may take.
+#[derive(Clone, Debug)]
+pub struct Doors {
+    /// Connections at once, of all peers; fewer where the limit of open files is lower.
+    pub connections: usize,
+    /// Connections at once of one address (of one /64 network with IPv6).
+    pub connections_per_peer: usize,
+    /// Reverse proxies, through which many people come: not bound by `connections_per_peer`. Peers on a socket file never
+    /// are.
+    pub proxies: Vec<Range>,
+    /// Event streams at once of one user.
+    pub streams_per_user: usize,
+    /// Requests at once of one caller, event streams not counted.
+    pub requests_per_user: usize,
+    /// For the head of a request, from its first byte on; for the first one from the beginning of the connection on.
+    pub head: Duration,
+    /// For the whole body of a request.
+    pub body: Duration,
+    /// Between two requests. Longer than the 60 s after which proxies let go of an idle connection themselves.
+    pub idle: Duration,
+    /// For a peer that takes nothing of an answer.
+    pub write: Duration,
+}
+
+impl Default for Doors {
+    fn default() -> Self {
+        Self {
+            connections: 4096,
+            connections_per_peer: 512,
+            proxies: Vec::new(),
+            streams_per_user: 32,
+            requests_per_user: 64,
+            head: Duration::from_secs(10),
+            body: Duration::from_secs(30),
+            idle: Duration::from_secs(75),
+            write: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Why a connection was closed, or did not get a seat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Closed {
+    /// Its request did not come.
+    Head,
+    /// It asked for nothing more.
+    Idle,
+    /// It did not take its answer.
+    Write,
+    /// Another one needed the place.
+    Replaced,
+    /// There was no place: all others are being answered.
+    Full,
+}
+
+impl Closed {
+    /// For figures.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Head => "head",
+            Self::Idle => "idle",
+            Self::Write => "write",
+            Self::Replaced => "replaced",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// Whose connections are counted together. None: a proxy's, or those on a socket file.
+type Group = Option<IpAddr>;
+
+/// The seats.
+pub(super) struct Table {
+    limits: Doors,
+    most: usize,
+    seats: Mutex<Seats>,
+}
+
+#[derive(Default)]
+struct Seats {
+    next: u64,
+    taken: HashMap<u64, Arc<Seat>>,
+    of: HashMap<Group, usize>,
+}
+
+impl Seats {
+    fn remove(&mut self, number: u64) -> Option<Arc<Seat>> {
+        let seat = self.taken.remove(&number)?;
+        if let Some(count) = self.of.get_mut(&seat.group) {
+            *count -= 1;
+            if *count == 0 {
+                self.of.remove(&seat.group);
+            }
+        }
+        Some(seat)
+    }
+
+    /// The seat that has gone longest without a reason, of those in `group` or of all.
+    fn longest(&self, group: Option<Group>) -> Option<u64> {
+        self.taken
+            .values()
+            .filter(|seat| group.is_none_or(|group| group == seat.group))
+            .filter_map(|seat| Some((seat.waits_since()?, seat.number)))
+            .min()
+            .map(|(_, number)| number)
+    }
+
+    /// Gives up the seat that has waited longest.
+    fn make_room(&mut self, group: Option<Group>) -> bool {
+        let Some(seat) = self.longest(group).and_then(|number| self.remove(number)) else {
+            return false;
+        };
+        seat.end(Closed::Replaced);
+        true
+    }
+}
+
+impl Table {
+    /// `files`: how many files the process may have open.
+    pub(super) fn new(limits: Doors, files: u64) -> Self {
+        let room = usize::try_from(files.saturating_sub(RESERVE).max(RESERVE / 2));
+        Self {
+            most: limits.connections.max(1).min(room.unwrap_or(usize::MAX)),
+            limits,
+            seats: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Seats> {
+        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn group(&self, peer: Option<IpAddr>) -> Group {
+        let proxy = self.limits.proxies.iter().any(|range| range.holds(peer));
+        peer.filter(|_| !proxy).map(network)
+    }
+
+    /// A seat for a connection from `peer` (none: on a socket file). `None`: there is no place.
+    pub(super) fn seat(&self, peer: Option<IpAddr>) -> Option<Arc<Seat>> {
+        let group = self.group(peer);
+        let mut seats = self.lock();
+        let own = seats.of.get(&group).copied().unwrap_or(0);
+        if group.is_some()
+            && own >= self.limits.connections_per_peer.max(1)
+            && !seats.make_room(Some(group))
+        {
+            return None;
+        }
+        if seats.taken.len() >= self.most {
+            // Who has most gives way first.
+            let largest = seats.of.iter().max_by_key(|(_, count)| **count);
+            let largest = largest.map(|(group, _)| *group);
+            if !seats.make_room(largest) && !seats.make_room(None) {
+                return None;
+            }
+        }
+        let number = seats.next;
+        seats.next += 1;
+        let seat = Arc::new(Seat::new(number, group, Instant::now()));
+        seats.taken.insert(number, seat.clone());
+        *seats.of.entry(group).or_default() += 1;
+        Some(seat)
+    }
+
+    /// The connection has ended.
+    pub(super) fn leave(&self, seat: &Seat) {
+        self.lock().remove(seat.number);
+    }
+
+    /// The system has no place for more: the longest wait ends.
+    pub(super) fn give_up_one(&self) {
+        self.lock().make_room(None);
+    }
+
+    /// Ends what has waited too long.
+    pub(super) fn sweep(&self, now: Instant) {
+        let mut seats = self.lock();
+        let late: Vec<(u64, Closed)> = seats
+            .taken
+            .values()
+            .filter_map(|seat| Some((seat.number, seat.late(&self.limits, now)?)))
+            .collect();
+        for (number, why) in late {
+            if let Some(seat) = seats.remove(number) {
+                seat.end(why);
+            }
+        }
+    }
+
+    pub(super) fn taken(&self) -> usize {
+        self.lock().taken.len()
+    }
+}
+
+/// A host has one IPv4 address, and as many of an IPv6 network as it likes.
+fn network(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << 64)).into(),
+        ip @ IpAddr::V4(_) => ip,
+    }
+}
+
+/// How many of a thing each user has under way; the entries go with the last of them.
+#[derive(Default)]
+pub(super) struct Tally(Mutex<HashMap<String, usize>>);
+
+/// One of a user's; gone when dropped.
+pub(super) struct One {
+    tally: Arc<Tally>,
+    user: String,
+}
+
+impl Tally {
+    /// One more of `user`'s. `None`: there are `most` already.
+    pub(super) fn one(self: &Arc<Self>, user: &str, most: usize) -> Option<One> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = all.get(user).copied().unwrap_or(0);
+        if count >= most {
+            return None;
+        }
+        all.insert(user.to_owned(), count + 1);
+        Some(One {
+            tally: self.clone(),
+            user: user.to_owned(),
+        })
+    }
+}
+
+impl Drop for One {
+    fn drop(&mut self) {
+        let mut all = self.tally.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = all.get_mut(&self.user) {
+            *count -= 1;
+            if *count == 0 {
+                all.remove(&self.user);
+            }
+        }
+    }
+}
+
+/// Raises the limit of open files to what the process may set itself. Returns the limit.
+pub fn raise_open_files() -> std::io::Result<u64> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum {
+        let raised = Rlimit {
+            current: maximum,
+            maximum,
+        };
+        setrlimit(Resource::Nofile, raised)?;
+    }
+    Ok(maximum.unwrap_or(u64::MAX))
+}
+
+/// How many files the process may have open.
+pub(super) fn open_files() -> u64 {
+    rustix::process::getrlimit(rustix::process::Resource::Nofile)
+        .current
+        .unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(all: usize, each: usize) -> Table {
+        let limits = Doors {
+            connections: all,
+            connections_per_peer: each,
+            proxies: vec!["10.0.0.9".parse().unwrap()],
+            ..Doors::default()
+        };
+        Table::new(limits, 100_000)
+    }
+
+    fn from(table: &Table, peer: &str) -> Option<Arc<Seat>> {
+        table.seat(Some(peer.parse().unwrap()))
+    }
+
+    #[test]
+    fn who_waits_longest_gives_way_and_who_is_answered_stays() {
+        let table = table(100, 2);
+        let first = from(&table, "10.0.0.1").unwrap();
+        let second = from(&table, "10.0.0.1").unwrap();
+        let answered = first.work();
+        let third = from(&table, "10.0.0.1").unwrap();
+        assert_eq!(
+            (first.ended(), second.ended()),
+            (None, Some(Closed::Replaced))
+        );
+        let _third = third.work();
+        assert!(from(&table, "10.0.0.1").is_none());
+        assert!(from(&table, "10.0.0.2").is_some());
+        drop(answered);
+        assert!(from(&table, "10.0.0.1").is_some());
+        assert_eq!(first.ended(), Some(Closed::Replaced));
+        assert_eq!(table.taken(), 3);
+    }
+
+    #[test]
+    fn one_peer_does_not_take_the_places_of_others() {
+        let table = table(4, 4);
+        let other = from(&table, "10.0.0.2").unwrap();
+        let flood: Vec<_> = (0..10).filter_map(|_| from(&table, "10.0.0.1")).collect();
+        assert_eq!(flood.len(), 10);
+        assert_eq!(table.taken(), 4);
+        assert_eq!(other.ended(), None);
+    }
+
+    #[test]
+    fn a_network_is_one_peer_and_a_proxy_is_none() {
+        let table = table(100, 1);
+        let one = from(&table, "2001:db8::1").unwrap();
+        from(&table, "2001:db8::2").unwrap();
+        assert_eq!(one.ended(), Some(Closed::Replaced));
+        from(&table, "2001:db8:0:1::1").unwrap();
+        let proxied: Vec<_> = (0..5).filter_map(|_| from(&table, "10.0.0.9")).collect();
+        let local: Vec<_> = (0..5).filter_map(|_| table.seat(None)).collect();
+        assert!(
+            proxied
+                .iter()
+                .chain(&local)
+                .all(|seat| seat.ended().is_none())
+        );
+    }
+
+    #[test]
+    fn few_open_files_are_fewer_connections() {
+        let table = Table::new(Doors::default(), 256);
+        assert_eq!(table.most, 128);
+        assert_eq!(Table::new(Doors::default(), 0).most, 64);
+    }
+
+    #[test]
+    fn each_wait_has_its_time() {
+        let table = table(10, 10);
+        let limits = Doors::default();
+        let seat = from(&table, "10.0.0.1").unwrap();
+        let begun = Instant::now();
+        assert_eq!(seat.late(&limits, begun), None);
+        assert_eq!(seat.late(&limits, begun + limits.head), Some(Closed::Head));
+        let answered = seat.work();
+        assert_eq!(seat.late(&limits, begun + Duration::from_secs(9000)), None);
+        seat.wrote(false, begun);
+        assert_eq!(
+            seat.late(&limits, begun + limits.write),
+            Some(Closed::Write)
+        );
+        seat.wrote(true, begun);
+        drop(answered);
+        assert_eq!(seat.late(&limits, begun + limits.head * 2), None);
+        assert_eq!(
+            seat.late(&limits, begun + limits.idle * 2),
+            Some(Closed::Idle)
+        );
+        seat.read(1, begun);
+        assert_eq!(seat.late(&limits, begun + limits.head), Some(Closed::Head));
+        table.sweep(begun + limits.head);
+        assert_eq!((seat.ended(), table.taken()), (Some(Closed::Head), 0));
+    }
+
+    #[test]
+    fn a_tally_forgets_who_has_nothing() {
+        let tally = Arc::new(Tally::default());
+        let one = tally.one("alice", 1);
+        assert!(one.is_some() && tally.one("alice", 1).is_none() && tally.one("bob", 1).is_some());
+        drop(one);
+        assert!(tally.0.lock().unwrap().is_empty());
+    }
+}

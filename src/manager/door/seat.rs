@@ -1,0 +1,246 @@
+//! One connection: what it is doing, since when, and the streams that tell.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes, HttpBody};
+use hyper::body::{Frame, SizeHint};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
+
+use super::{Closed, Doors, Group};
+
+/// Who takes nothing for so long gives way to others.
+const STUCK: Duration = Duration::from_secs(3);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doing {
+    /// The head of a request is to come.
+    Asking,
+    /// Nothing, after an answer.
+    Nothing,
+    /// A request is being answered.
+    Working,
+}
+
+struct State {
+    doing: Doing,
+    since: Instant,
+    /// The peer takes nothing of what is written, since then.
+    stuck: Option<Instant>,
+    ended: Option<Closed>,
+}
+
+/// A connection's place.
+pub(in super::super) struct Seat {
+    pub(super) number: u64,
+    pub(super) group: Group,
+    state: Mutex<State>,
+    close: Notify,
+}
+
+impl Seat {
+    pub(super) fn new(number: u64, group: Group, now: Instant) -> Self {
+        Self {
+            number,
+            group,
+            state: Mutex::new(State {
+                doing: Doing::Asking,
+                since: now,
+                stuck: None,
+                ended: None,
+            }),
+            close: Notify::new(),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Since when it has had no request, or has not taken its answer; none: it is being answered.
+    pub(super) fn waits_since(&self) -> Option<Instant> {
+        let state = self.lock();
+        match state.doing {
+            // A moment says nothing.
+            Doing::Working => state.stuck.filter(|since| since.elapsed() >= STUCK),
+            _ => Some(state.since),
+        }
+    }
+
+    /// Whether it has waited too long at `now`.
+    pub(super) fn late(&self, limits: &Doors, now: Instant) -> Option<Closed> {
+        let state = self.lock();
+        let past = |since: Instant, most| now.saturating_duration_since(since) >= most;
+        if state.stuck.is_some_and(|since| past(since, limits.write)) {
+            return Some(Closed::Write);
+        }
+        match state.doing {
+            Doing::Asking if past(state.since, limits.head) => Some(Closed::Head),
+            Doing::Nothing if past(state.since, limits.idle) => Some(Closed::Idle),
+            _ => None,
+        }
+    }
+
+    /// Has the connection closed.
+    pub(super) fn end(&self, why: Closed) {
+        self.lock().ended.get_or_insert(why);
+        self.close.notify_one();
+    }
+
+    /// Why it is to be closed, if it is.
+    pub(super) fn ended(&self) -> Option<Closed> {
+        self.lock().ended
+    }
+
+    /// Until it is to be closed.
+    pub(super) async fn closed(&self) {
+        self.close.notified().await;
+    }
+
+    /// So many bytes came.
+    pub(super) fn read(&self, bytes: usize, now: Instant) {
+        let mut state = self.lock();
+        if bytes > 0 && state.doing == Doing::Nothing {
+            state.doing = Doing::Asking;
+            state.since = now;
+        }
+    }
+
+    /// The peer took something, or not.
+    pub(super) fn wrote(&self, some: bool, now: Instant) {
+        let mut state = self.lock();
+        if some {
+            state.stuck = None;
+        } else {
+            state.stuck.get_or_insert(now);
+        }
+    }
+
+    /// A whole head has come: it is answered until the returned guard is dropped.
+    pub(super) fn work(self: &Arc<Self>) -> Working {
+        self.lock().doing = Doing::Working;
+        Working(self.clone())
+    }
+}
+
+/// A request is being answered.
+pub(super) struct Working(Arc<Seat>);
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.doing = Doing::Nothing;
+        state.since = Instant::now();
+    }
+}
+
+/// A stream that tells the seat what passes.
+pub(super) struct Watched<S> {
+    stream: S,
+    seat: Arc<Seat>,
+}
+
+impl<S> Watched<S> {
+    pub(super) fn new(stream: S, seat: Arc<Seat>) -> Self {
+        Self { stream, seat }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if polled.is_ready() {
+            let bytes = buffer.filled().len() - before;
+            self.seat.read(bytes, Instant::now());
+        }
+        polled
+    }
+}
+
+impl<S: AsyncWrite + Unpin> Watched<S> {
+    fn told<T>(&self, polled: Poll<T>) -> Poll<T> {
+        self.seat.wrote(polled.is_ready(), Instant::now());
+        polled
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.told(polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write_vectored(context, parts);
+        self.told(polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// An answer's body: the request is being answered until its end.
+pub(super) struct Answer {
+    body: Body,
+    _working: Working,
+}
+
+impl Answer {
+    pub(super) fn new(body: Body, working: Working) -> Self {
+        Self {
+            body,
+            _working: working,
+        }
+    }
+}
+
+impl HttpBody for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

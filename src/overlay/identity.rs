@@ -1,0 +1,253 @@
+//! With whose rights a volume is read: those of the container's process, so that nothing gets into an image that the
+//! container could not have read itself.
+//!
+//! A thread takes them on for as long as it reads: file system user and group, supplementary groups, and of the
+//! capabilities none that reads past permissions unless the container has it (`credentials(7)`, `capabilities(7)`). The
+//! kernel decides then, by mode, access control list or whatever else the file system asks. All of it belongs to one
+//! thread: `setfsuid(2)` and the raw `setgroups` and `capset` calls change no other.
+
+use std::cell::{OnceCell, RefCell};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use nix::unistd::{setfsgid, setfsuid};
+use rustix::fs::{Access, AtFlags, CWD};
+use rustix::process::{Gid, getgroups};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_thread_groups,
+};
+
+use super::owner::{self, IdMapping};
+use super::root::proc_path;
+
+/// What a process may read beyond what modes and access control lists say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Beyond {
+    /// Nothing.
+    Nothing,
+    /// Everything: `CAP_DAC_OVERRIDE` or `CAP_DAC_READ_SEARCH` in the user namespace of this program.
+    All,
+    /// What belongs to ids of its own user namespace, where it has one of these capabilities.
+    Mapped {
+        /// Users.
+        uids: Vec<IdMapping>,
+        /// Groups.
+        gids: Vec<IdMapping>,
+    },
+}
+
+/// A process' rights to files. Ids are those that this program sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Supplementary groups, sorted.
+    pub groups: Vec<u32>,
+    /// What capabilities add.
+    pub beyond: Beyond,
+}
+
+/// What a thread was before it took on another identity.
+struct Own {
+    uid: nix::unistd::Uid,
+    gid: nix::unistd::Gid,
+    groups: Vec<Gid>,
+    sets: CapabilitySets,
+}
+
+thread_local! {
+    static CURRENT: RefCell<Option<Arc<Identity>>> = const { RefCell::new(None) };
+    static OWN: OnceCell<Own> = const { OnceCell::new() };
+}
+
+/// The thread is what it was before as soon as this is dropped.
+#[must_use = "the thread is what it was before as soon as this is dropped"]
+#[derive(Debug)]
+#[allow(
+    clippy::option_option,
+    reason = "two kinds of nothing: nothing changed, and this program's own"
+)]
+pub struct Entered {
+    /// What it was, where that was something else.
+    before: Option<Option<Arc<Identity>>>,
+}
+
+/// This thread reads as `who` from now on; without one, as this program. Costs nothing where it does already.
+///
+/// Fails where this program may not take the identity on: then nothing is read. That is no [`io::ErrorKind::PermissionDenied`],
+/// which says what the identity may not do.
+pub fn enter(who: Option<&Arc<Identity>>) -> io::Result<Entered> {
+    let same = CURRENT.with_borrow(|current| match (current, who) {
+        (None, None) => true,
+        (Some(current), Some(who)) => Arc::ptr_eq(current, who),
+        _ => false,
+    });
+    if same {
+        return Ok(Entered { before: None });
+    }
+    let before = CURRENT.with_borrow(Clone::clone);
+    if let Err(error) = become_one(who) {
+        // Part of it may have been done.
+        let _ = become_one(before.as_ref());
+        let uid = who.map_or(0, |who| who.uid);
+        return Err(io::Error::other(format!(
+            "reading as user {uid} is not permitted (CAP_SETUID, CAP_SETGID): {error}"
+        )));
+    }
+    CURRENT.set(who.cloned());
+    Ok(Entered {
+        before: Some(before),
+    })
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if let Some(before) = self.before.take() {
+            if let Err(error) = become_one(before.as_ref()) {
+                tracing::error!(%error, "a thread cannot take its own rights back; it goes on with fewer");
+            }
+            CURRENT.set(before);
+        }
+    }
+}
+
+fn become_one(who: Option<&Arc<Identity>>) -> io::Result<()> {
+    OWN.with(|own| {
+        let own = match own.get() {
+            Some(own) => own,
+            None => {
+                let _ = own.set(Own::now()?);
+                own.get().ok_or_else(|| io::Error::other("no identity"))?
+            }
+        };
+        match who {
+            Some(who) => own.leave_for(who),
+            None => own.restore(),
+        }
+    })
+}
+
+/// No id: `setfsuid` then changes nothing, and says what there is.
+const ASK: u32 = u32::MAX;
+
+impl Own {
+    fn now() -> io::Result<Self> {
+        Ok(Self {
+            uid: setfsuid(ASK.into()),
+            gid: setfsgid(ASK.into()),
+            groups: getgroups()?,
+            sets: capabilities(None)?,
+        })
+    }
+
+    fn restore(&self) -> io::Result<()> {
+        become_user(self.uid, self.gid)?;
+        set_groups(&self.groups)?;
+        set_capabilities(None, self.sets)?;
+        Ok(())
+    }
+
+    fn leave_for(&self, who: &Identity) -> io::Result<()> {
+        let groups: Vec<Gid> = who.groups.iter().map(|&gid| Gid::from_raw(gid)).collect();
+        set_groups(&groups)?;
+        become_user(who.uid.into(), who.gid.into())?;
+        // The change of the user took some away that are harmless, and need not have taken all that are not.
+        let reads = who.beyond != Beyond::Nothing;
+        set_capabilities(None, self.without(reads))?;
+        Ok(())
+    }
+
+    fn without(&self, reads: bool) -> CapabilitySets {
+        let mut sets = self.sets;
+        sets.effective.remove(CapabilitySet::DAC_OVERRIDE);
+        if !reads {
+            sets.effective.remove(CapabilitySet::DAC_READ_SEARCH);
+        }
+        sets
+    }
+}
+
+/// The order of groups does not count.
+fn set_groups(groups: &[Gid]) -> io::Result<()> {
+    let sorted = |groups: &[Gid]| {
+        let mut raw: Vec<u32> = groups.iter().map(|gid| gid.as_raw()).collect();
+        raw.sort_unstable();
+        raw
+    };
+    // Where there is nothing to change, no right to change it is needed.
+    if sorted(&getgroups()?) != sorted(groups) {
+        set_thread_groups(groups)?;
+    }
+    Ok(())
+}
+
+fn become_user(uid: nix::unistd::Uid, gid: nix::unistd::Gid) -> io::Result<()> {
+    setfsgid(gid);
+    setfsuid(uid);
+    // Neither call says whether it did anything.
+    if setfsgid(ASK.into()) == gid && setfsuid(ASK.into()) == uid {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+}
+
+impl Identity {
+    /// Whether it may open what `fd` is for reading; a directory, look up names in it, too. For a thread that has taken
+    /// the identity on.
+    pub fn may_read(&self, fd: impl AsFd, directory: bool) -> io::Result<bool> {
+        let access = if directory {
+            Access::READ_OK | Access::EXEC_OK
+        } else {
+            Access::READ_OK
+        };
+        self.may(fd.as_fd(), access)
+    }
+
+    /// Whether it may look up names in the directory.
+    pub fn may_search(&self, fd: impl AsFd) -> io::Result<bool> {
+        self.may(fd.as_fd(), Access::EXEC_OK)
+    }
+
+    /// Whether the kernel alone cannot decide: then every step of a path is looked at.
+    pub(super) fn is_mapped(&self) -> bool {
+        matches!(self.beyond, Beyond::Mapped { .. })
+    }
+
+    fn may(&self, fd: BorrowedFd<'_>, access: Access) -> io::Result<bool> {
+        let Beyond::Mapped { uids, gids } = &self.beyond else {
+            return allowed(fd, access);
+        };
+        // As the kernel's capable_wrt_inode_uidgid: a capability of a user namespace counts for ids that it maps.
+        let stat = rustix::fs::fstat(fd)?;
+        if owner::inside(uids, stat.st_uid).is_some() && owner::inside(gids, stat.st_gid).is_some()
+        {
+            return Ok(true);
+        }
+        with_reading(false)?;
+        let answer = allowed(fd, access);
+        with_reading(true)?;
+        answer
+    }
+}
+
+/// With or without the capability to read past permissions.
+fn with_reading(reads: bool) -> io::Result<()> {
+    OWN.with(|own| match own.get() {
+        Some(own) => Ok(set_capabilities(None, own.without(reads))?),
+        None => Err(io::ErrorKind::PermissionDenied.into()),
+    })
+}
+
+fn allowed(fd: BorrowedFd<'_>, access: Access) -> io::Result<bool> {
+    use rustix::io::Errno;
+    let path = proc_path(fd);
+    match rustix::fs::accessat(CWD, path, access, AtFlags::EACCESS) {
+        Ok(()) => Ok(true),
+        Err(Errno::ACCESS | Errno::PERM) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
