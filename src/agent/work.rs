@@ -248,6 +248,7 @@ fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
         .exit_code()
     {
         66 => gone(),
+        69 => Refusal::of(Code::BaseUnproven, error.to_string()),
         77 => Refusal::of(Code::NotPermitted, error.to_string()),
         _ => Refusal::of(Code::Internal, error.to_string()),
     })?;
@@ -484,6 +485,7 @@ fn of_child(code: &str) -> Code {
         // What a user chose, such as a pattern that is none.
         "usage" => Code::Policy,
         "permission_denied" => Code::NotPermitted,
+        "foreign_root" => Code::BaseUnproven,
         code => Code::named(code).unwrap_or(Code::Internal),
     }
 }
