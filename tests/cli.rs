@@ -240,7 +240,8 @@ fn help_teaches() -> Outcome {
     for part in [
         "Examples:",
         "NAMESPACE/POD[/CONTAINER]",
-        "pid:N",
+        "pid:N is any process on an overlay",
+        "For administrators",
         "Exit codes:",
         "  69   base image",
         "  130  cancelled",

@@ -175,9 +175,11 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     let cancel = Cancel::default();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let jobs = args.content.jobs.map_or_else(commit::cores, usize::from);
+    // Without links on the way, which are not followed. What is not there is said by name when it is opened.
+    let resolved = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
     let roots = scan::Roots {
-        upper: args.upper.clone(),
-        lowers: args.lower.clone(),
+        upper: resolved(&args.upper),
+        lowers: args.lower.iter().map(resolved).collect(),
         data_only: Vec::new(),
         lowers_known: !args.lower.is_empty(),
         namespace: if args.userxattr {

@@ -12,6 +12,7 @@ mod base_lost;
 mod consumers;
 mod cri;
 mod engines;
+mod forged;
 mod host;
 mod hosts;
 mod kill;

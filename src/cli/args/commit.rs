@@ -78,7 +78,7 @@ Exit codes:
 
 #[derive(Debug, Args)]
 pub(in super::super) struct Commit {
-    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only)
     pub(in super::super) container: String,
     /// HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
     pub(in super::super) destination: String,

@@ -76,6 +76,8 @@ Examples:
 
 CONTAINER:
   An ID or a unique beginning of one; a name (Docker, Podman, nerdctl); NAMESPACE/POD[/CONTAINER]; pid:N.
+  pid:N is any process on an overlay. No runtime answers for it: what its mount table says of its directories is believed,
+  and they are read with this program's rights. For administrators, of processes that they trust.
 
 Exit codes:
 {}
