@@ -324,6 +324,8 @@ mod tests {
         Process {
             pid: 1,
             start: 1,
+            parent: 1,
+            root: None,
             mounts,
             uid_map: vec![],
             gid_map: vec![],

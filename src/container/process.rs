@@ -26,7 +26,7 @@ pub(super) struct Process {
     /// The process that waits for its end; 0 where that is in another PID namespace.
     pub(super) parent: u32,
     /// The mount that its root lies in, as the kernel follows it; none where `proc` is only a copy of one.
-    root: Option<u64>,
+    pub(super) root: Option<u64>,
     pub(super) mounts: Vec<MountInfo>,
     pub(super) uid_map: Vec<IdMapping>,
     pub(super) gid_map: Vec<IdMapping>,

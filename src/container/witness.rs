@@ -87,23 +87,6 @@ impl Table {
                     .is_ok_and(|at| roots.locate(path).is_ok_and(|path| path == at))
         })
     }
-
-    /// The mount in which the directory `path` lies; `path` has no symbolic links.
-    pub(super) fn mount_of(&self, path: &Path) -> Option<&MountInfo> {
-        let mut at = crate::overlay::mount::root_mount(&self.mounts)?;
-        // From the root downwards, as the kernel walks: what was mounted elsewhere and covered since does not count.
-        let prefixes: Vec<&Path> = path.ancestors().collect();
-        for prefix in prefixes.into_iter().rev() {
-            while let Some(over) = self
-                .mounts
-                .iter()
-                .find(|m| m.parent == at.id && m.id != at.id && m.mount_point == prefix)
-            {
-                at = over;
-            }
-        }
-        Some(at)
-    }
 }
 
 /// The node's tables, read when first needed.
