@@ -8,7 +8,7 @@ use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use redis::aio::MultiplexedConnection;
 use redis::{Value, cmd};
-use upperdeck::job::{JobId, Keys, Order, Said};
+use upperdeck::job::{JobId, Keys, Message, Order, Said, Sealed};
 use upperdeck::queue::{Claim, Error, Hold, Offered, Queue, Redis};
 
 use crate::server::{KEY, Server};
@@ -27,8 +27,12 @@ fn key(name: &str) -> String {
     format!("{{upperdeck}}:{name}")
 }
 
-fn sealed(keys: &str, purpose: &'static str, order: &Order) -> Vec<u8> {
-    let sealed = Keys::parse(keys).unwrap().seal(purpose, order).unwrap();
+fn sealed<T: serde::Serialize>(keys: &str, message: Message, node: &str, what: &T) -> Vec<u8> {
+    bytes(Keys::parse(keys).unwrap().seal(message, node, what).unwrap())
+}
+
+/// As it lies in Redis.
+fn bytes(sealed: Sealed) -> Vec<u8> {
     [sealed.mac.into_bytes(), sealed.body.into_bytes()].concat()
 }
 
@@ -39,7 +43,7 @@ async fn an_order_that_is_not_ours_is_not_acted_on_and_blocks_nothing() -> Outco
     };
     let elsewhere = order("n2", "ada");
     let another = order("n1", "ada");
-    let genuine = sealed(KEY, "order", &another);
+    let genuine = sealed(KEY, Message::Order, "n1", &another);
     let mut cut = genuine.clone();
     cut.truncate(100);
     let mut changed = genuine.clone();
@@ -53,10 +57,10 @@ async fn an_order_that_is_not_ours_is_not_acted_on_and_blocks_nothing() -> Outco
         ("changed", changed),
         (
             "another key",
-            sealed("a key that nobody gave us", "order", &another),
+            sealed("a key that nobody gave us", Message::Order, "n1", &another),
         ),
-        ("another purpose", sealed(KEY, "report", &another)),
-        ("another node's", sealed(KEY, "order", &elsewhere)),
+        ("another purpose", sealed(KEY, Message::Report, "n1", &another)),
+        ("another node's", sealed(KEY, Message::Order, "n2", &elsewhere)),
         ("another job's", genuine),
     ];
     for (what, bytes) in forgeries {

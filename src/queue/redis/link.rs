@@ -234,7 +234,7 @@ fn kind_of(name: &str) -> Option<&'static str> {
         "busy" | "blocked" => "set",
         "job" | "desk" => "hash",
         "order" | "beat" | "sessions" => "string",
-        "list" => "list",
+        "list" | "asks" | "answer" => "list",
         _ => return None,
     })
 }

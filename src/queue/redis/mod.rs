@@ -6,6 +6,7 @@
 
 mod link;
 mod read;
+mod words;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,7 +21,9 @@ use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, registry_of,
 };
-use crate::job::{Event, JobId, Keys, Node, Order, Report, Said, Sealed, Session, now_ms};
+use crate::job::{
+    Event, JobId, Keys, Message, Node, Order, Report, Said, Sealed, Session, now_ms,
+};
 use link::Link;
 use read::{Entry, entries, is_entry_id};
 
@@ -28,6 +31,8 @@ use read::{Entry, entries, is_entry_id};
 const POLL: Duration = Duration::from_secs(5);
 /// Jobs that one call asks for, so that no script holds Redis up.
 const BATCH: usize = 500;
+/// A node tells its sessions every half minute. What is older was put back by somebody else, or a clock is wrong by as much.
+const INVENTORY_LIVES: Duration = Duration::from_secs(10 * 60);
 /// Length of a signature at the head of a message: SHA-256 in hexadecimal.
 const MAC: usize = 64;
 
@@ -65,7 +70,7 @@ macro_rules! scripts {
         }
     };
 }
-scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence depth);
+scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence depth ask answer);
 
 /// What the script gives out: job, fence, sealed order.
 type Given = (Vec<u8>, Vec<u8>, Vec<u8>);
@@ -137,16 +142,27 @@ impl Redis {
         format!("{}{name}", self.settings.prefix)
     }
 
-    fn seal<T: Serialize>(&self, purpose: &'static str, message: &T) -> Result<Vec<u8>, Error> {
+    /// Signs what goes to `node` or comes from it.
+    fn seal<T: Serialize>(
+        &self,
+        message: Message,
+        node: &str,
+        content: &T,
+    ) -> Result<Vec<u8>, Error> {
         let sealed = self
             .keys
-            .seal(purpose, message)
+            .seal(message, node, content)
             .map_err(|error| Error::Unusable(error.to_string()))?;
         Ok([sealed.mac.into_bytes(), sealed.body.into_bytes()].concat())
     }
 
-    /// The message in `bytes`, if one of ours made it for `purpose`; otherwise why not.
-    fn open<T: DeserializeOwned>(&self, purpose: &'static str, bytes: &[u8]) -> Result<T, String> {
+    /// The message in `bytes`, if it was signed as one to or from `node`; otherwise why not.
+    fn open<T: DeserializeOwned>(
+        &self,
+        message: Message,
+        node: &str,
+        bytes: &[u8],
+    ) -> Result<T, String> {
         let (mac, body) = bytes.split_at_checked(MAC).ok_or("it is too short")?;
         let text = |part: &[u8]| {
             std::str::from_utf8(part)
@@ -158,7 +174,7 @@ impl Redis {
             body: text(body)?,
         };
         self.keys
-            .open(purpose, &sealed)
+            .open(message, node, &sealed)
             .map_err(|error| error.to_string())
     }
 
@@ -172,7 +188,7 @@ impl Redis {
             .arg(order.not_before_ms)
             .arg(order.expires_ms)
             .arg(order.attempt);
-        self.limited(&mut call).arg(self.seal("order", order)?);
+        self.limited(&mut call).arg(self.seal(Message::Order, &order.node, order)?);
         let new: i64 = self.link.run(&call).await?;
         Ok(if new == 1 {
             Offered::New
@@ -332,11 +348,7 @@ impl Redis {
     async fn only_genuine(&self, got: Vec<Entry>) -> Result<Vec<Delivered>, Error> {
         let (mut good, mut bad) = (Vec::new(), Vec::new());
         for entry in got {
-            let sealed = entry.fields.get(b"m".as_slice());
-            let opened = sealed
-                .ok_or_else(|| "it has no message".to_owned())
-                .and_then(|sealed| self.open("report", sealed));
-            match opened {
+            match self.genuine(&entry) {
                 Ok(report) => good.push(Delivered {
                     entry: entry.id,
                     report,
@@ -349,6 +361,17 @@ impl Redis {
         }
         self.taken(&bad).await?;
         Ok(good)
+    }
+
+    /// What the node whose name is beside it signed: its own word, as no other node has its key.
+    fn genuine(&self, entry: &Entry) -> Result<Report, String> {
+        let field = |name: &[u8]| entry.fields.get(name).ok_or("it has no message or no node");
+        let node = std::str::from_utf8(field(b"n")?).map_err(|_| "its node is no text")?;
+        let report: Report = self.open(Message::Report, node, field(b"m")?)?;
+        if report.node != node {
+            return Err("it speaks for another node than signed it".to_owned());
+        }
+        Ok(report)
     }
 
     pub(super) async fn taken(&self, entries: &[String]) -> Result<(), Error> {
@@ -404,7 +427,7 @@ impl Redis {
         let mut nodes = Vec::new();
         for (name, sealed) in self.heard(DAY, "beat").await? {
             let Some(sealed) = sealed else { continue };
-            match self.open::<Node>("heartbeat", &sealed) {
+            match self.open::<Node>(Message::Heartbeat, &name, &sealed) {
                 Ok(node) if node.name == name && self.is_of_today(node.at_ms) => nodes.push(node),
                 Ok(_) => {
                     tracing::warn!(node.name = %name.escape_debug(), "an old or another node's heartbeat is not believed");
@@ -421,12 +444,14 @@ impl Redis {
         let mut sessions = Vec::new();
         for (name, sealed) in self.heard(HEARTBEAT_LOST, "sessions").await? {
             let Some(sealed) = sealed else { continue };
-            match self.open::<Inventory>("inventory", &sealed) {
-                Ok(inventory) if inventory.node == name && self.is_of_today(inventory.at_ms) => {
-                    sessions.extend(inventory.sessions);
+            match self.open::<Inventory>(Message::Inventory, &name, &sealed) {
+                Ok(inventory) if inventory.node == name && is_fresh(inventory.at_ms) => {
+                    // A node speaks for what runs on it.
+                    let own = |session: &Session| session.node == name;
+                    sessions.extend(inventory.sessions.into_iter().filter(own));
                 }
                 Ok(_) => {
-                    tracing::warn!(node.name = %name.escape_debug(), "an old or another node's inventory is not believed");
+                    tracing::warn!(node.name = %name.escape_debug(), "an old or another node's inventory is not believed: it was put back into Redis, or the node's clock is wrong");
                 }
                 Err(reason) => {
                     tracing::warn!(node.name = %name.escape_debug(), %reason, "an inventory is not believed");
@@ -519,7 +544,7 @@ impl Redis {
     /// Whether what was delivered is an order to this node, signed by a manager, not too old, under its own name, with a
     /// fence that can be.
     fn check(&self, node: &str, job: &[u8], fence: &[u8], sealed: &[u8]) -> Result<Claim, String> {
-        let order: Order = self.open("order", sealed)?;
+        let order: Order = self.open(Message::Order, node, sealed)?;
         if order.node != node {
             return Err(format!("it is for {}", order.node.escape_debug()));
         }
@@ -598,14 +623,16 @@ impl Redis {
         );
         let mut call = self.about(&self.scripts.report, claim);
         self.limited(&mut call)
-            .arg(self.seal("report", report)?)
-            .arg(u8::from(passing));
+            .arg(self.seal(Message::Report, &report.node, report)?)
+            .arg(u8::from(passing))
+            .arg(&report.node);
         self.link.run(&call).await.map(hold)
     }
 
     pub(super) async fn complete(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
         let mut call = self.about(&self.scripts.complete, claim);
-        call.arg(self.seal("report", report)?);
+        call.arg(self.seal(Message::Report, &report.node, report)?)
+            .arg(&report.node);
         self.link.run(&call).await.map(hold)
     }
 
@@ -614,7 +641,7 @@ impl Redis {
         node: &Node,
         sessions: Option<&[Session]>,
     ) -> Result<(), Error> {
-        let beat = self.seal("heartbeat", node)?;
+        let beat = self.seal(Message::Heartbeat, &node.name, node)?;
         let fresh = match sessions {
             Some(sessions) => {
                 let inventory = Inventory {
@@ -622,7 +649,7 @@ impl Redis {
                     at_ms: node.at_ms,
                     sessions: sessions.to_vec(),
                 };
-                let sealed = self.seal("inventory", &inventory)?;
+                let sealed = self.seal(Message::Inventory, &node.name, &inventory)?;
                 self.inventories().insert(node.name.clone(), sealed.clone());
                 Some(sealed)
             }
@@ -655,6 +682,10 @@ impl Redis {
             .arg(HEARTBEAT_LOST.as_millis() as u64 * 3);
         Ok(self.link.run::<i64>(&call).await? == 1)
     }
+}
+
+fn is_fresh(at_ms: i64) -> bool {
+    now_ms().saturating_sub(at_ms) <= INVENTORY_LIVES.as_millis() as i64
 }
 
 fn hold(answer: i64) -> Hold {
