@@ -23,6 +23,7 @@ pub mod manager;
 pub mod manifest;
 pub mod overlay;
 pub mod portal;
+pub mod private;
 pub mod prove;
 pub mod queue;
 pub mod record;

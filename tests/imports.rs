@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 26] = [
+const TABLE: [(&str, &[&str]); 27] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
+    ("private", &[]),
     ("background", &["overlay"]),
     ("overlay", &[]),
     ("container", &["overlay", "digest"]),
@@ -19,16 +20,19 @@ const TABLE: [(&str, &[&str]); 26] = [
     ("layer", &["scan", "overlay", "digest"]),
     ("manifest", &["digest"]),
     ("registry", &["manifest", "digest"]),
-    ("layout", &["manifest", "digest"]),
+    ("layout", &["manifest", "digest", "private"]),
     ("harbor", &["registry", "digest"]),
     (
         "images",
         &["harbor", "registry", "layout", "manifest", "digest"],
     ),
-    ("destination", &["harbor", "registry", "layout", "digest"]),
+    (
+        "destination",
+        &["harbor", "registry", "layout", "digest", "private"],
+    ),
     ("spec", &["overlay", "digest"]),
     ("prove", &["spec", "overlay"]),
-    ("state", &["scan", "digest"]),
+    ("state", &["scan", "digest", "private"]),
     ("job", &["digest"]),
     (
         "commit",
@@ -44,6 +48,7 @@ const TABLE: [(&str, &[&str]); 26] = [
             "layout",
             "manifest",
             "overlay",
+            "private",
             "prove",
             "registry",
             "scan",
@@ -52,7 +57,10 @@ const TABLE: [(&str, &[&str]); 26] = [
     ),
     ("queue", &["job"]),
     ("record", &["job"]),
-    ("agent", &["cancel", "container", "freeze", "job", "queue"]),
+    (
+        "agent",
+        &["cancel", "container", "freeze", "job", "private", "queue"],
+    ),
     ("portal", &["job"]),
     (
         "manager",

@@ -75,7 +75,11 @@ impl Metadata {
 }
 
 /// From the metadata file; where that cannot be read, what the child's last event says.
-pub(super) fn read_saved(path: &Path, told: Option<(String, String)>, took: Duration) -> Option<Saved> {
+pub(super) fn read_saved(
+    path: &Path,
+    told: Option<(String, String)>,
+    took: Duration,
+) -> Option<Saved> {
     let read = || {
         let size = std::fs::metadata(path).ok()?.len();
         if size > MAX_METADATA {

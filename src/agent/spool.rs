@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Error;
 use crate::job::{JobId, Order, Outcome};
+use crate::private;
 use crate::queue::Claim;
 
 /// An image that was saved longer ago may have been deleted since: a later attempt does the job again then.
@@ -90,12 +91,10 @@ impl Spool {
             path: dir.display().to_string(),
             source,
         };
+        let ours = |name: &str| matches!(name, "running" | "outcomes" | "lock");
+        private::own_dir(dir, ours).map_err(failed)?;
         for dir in [&running, &outcomes] {
-            let mut make = fs::DirBuilder::new();
-            make.recursive(true)
-                .mode(0o700)
-                .create(dir)
-                .map_err(failed)?;
+            private::own_dir(dir, |_| true).map_err(failed)?;
         }
         let lock = OpenOptions::new()
             .write(true)

@@ -90,6 +90,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Up(args) => service::up(roots, *args),
         Verb::Manager(args) => service::manager(&args),
         Verb::Agent(args) => service::agent(roots, *args),
+        Verb::Key(args) => service::key(&args),
         Verb::Demo => verbs::demo(),
         Verb::Completions { shell } => verbs::completions(shell),
         Verb::Man { dir } => verbs::man(dir.as_deref()),

@@ -1,10 +1,9 @@
 //! What each verb does: options in, result on stdout. The work is in the modules that they call.
 
 use std::ffi::OsStr;
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +22,7 @@ use crate::job::{Event, Observer};
 use crate::layer::{self, Plan};
 use crate::manifest::Platform;
 use crate::overlay::xattr::Namespace;
+use crate::private::FileMode;
 use crate::scan::{self, Kind, Scan};
 use crate::spec::validate::{self, Expected};
 
@@ -206,7 +206,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         jobs,
         cancel: cancel.flag(),
     };
-    let made = write_layer(&args.output, &plan, options)?;
+    let made = write_layer(&args.output, args.output_mode, &plan, options)?;
     for file in &made.unstable {
         tracing::warn!(path = file.path, what = ?file.what, "changed while it was read");
     }
@@ -224,6 +224,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
 /// Into a temporary file beside `output`, then renamed: what is there is whole. A device or FIFO is written to as it is.
 fn write_layer(
     output: &Path,
+    mode: FileMode,
     plan: &Plan,
     options: layer::Options<'_>,
 ) -> anyhow::Result<layer::Layer> {
@@ -248,9 +249,7 @@ fn write_layer(
     let mut file = tempfile::NamedTempFile::new_in(dir).with_context(cannot_write)?;
     let made = make(file.as_file_mut())?;
     file.as_file().sync_all().with_context(cannot_write)?;
-    file.as_file()
-        .set_permissions(Permissions::from_mode(0o644))
-        .with_context(cannot_write)?;
+    mode.set(file.as_file()).with_context(cannot_write)?;
     file.persist(output)
         .map_err(|e| e.error)
         .with_context(cannot_write)?;

@@ -129,7 +129,9 @@ pub enum SealError {
     #[error("line {0} is no node's key: print it anew with 'upperdeck key'")]
     Broken(usize),
     /// A name that cannot be a node's.
-    #[error("{0:?} cannot be a node's name: 1 to {MAX_NODE} bytes, no blanks at its ends, no control characters")]
+    #[error(
+        "{0:?} cannot be a node's name: 1 to {MAX_NODE} bytes, no blanks at its ends, no control characters"
+    )]
     Name(String),
     /// A key of one node for another one's message.
     #[error("the key of node {0:?} neither signs nor checks what is another node's")]

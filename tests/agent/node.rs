@@ -372,7 +372,7 @@ pub struct Service {
     pub queue: Queue,
     pub reports: Arc<Mutex<Vec<Report>>>,
     /// What the manager says where it does not say that a save is wanted; none: nothing.
-    pub words: Words,
+    words: Words,
     cancel: Cancel,
     agent: JoinHandle<Result<(), agent::Error>>,
     manager: JoinHandle<()>,
@@ -450,6 +450,13 @@ impl Service {
             manager,
             answers,
         }
+    }
+
+    /// What the manager says from now on where it is asked; none: nothing.
+    pub fn say(&self, before: Before, word: Option<Word>) {
+        let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        words.retain(|(known, _)| *known != before);
+        words.push((before, word));
     }
 
     pub fn said(&self, job: JobId) -> Vec<Report> {

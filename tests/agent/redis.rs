@@ -13,7 +13,7 @@ use crate::node::{NODE, Node, Service, UPPERDECK, wait};
 use crate::support::{Need, ignored};
 
 /// On a socket in a directory of its own; it keeps nothing.
-struct Server {
+pub struct Server {
     child: Child,
     dir: tempfile::TempDir,
 }
@@ -25,7 +25,7 @@ fn program() -> String {
 }
 
 impl Server {
-    async fn start() -> Result<Option<Self>> {
+    pub async fn start() -> Result<Option<Self>> {
         let name = program();
         if !PathBuf::from(&name).is_file() && ignored(&[Need::Program(&name)]) {
             return Ok(None);
@@ -71,8 +71,15 @@ impl Server {
         self.up().await
     }
 
+    /// For mischief.
+    pub async fn connection(&self) -> Result<redis::aio::MultiplexedConnection> {
+        let socket = self.dir.path().join("redis.sock");
+        let client = redis::Client::open(format!("redis+unix://{}", socket.display()))?;
+        Ok(client.get_multiplexed_async_connection().await?)
+    }
+
     /// With the key of the tests' node.
-    async fn node_queue(&self) -> Result<Queue> {
+    pub async fn node_queue(&self) -> Result<Queue> {
         let master = Keys::parse(KEY)?;
         self.with(Keys::parse_node(&master.node_file(NODE)?, NODE)?)
             .await

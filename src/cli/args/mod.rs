@@ -30,7 +30,7 @@ pub(super) use image::{Image, ImageLs, ImageRm};
 pub(super) use job::{Job, JobSubmit};
 pub(super) use layer::{Layer, Validate};
 pub(super) use look::{Diff, Inspect, Ps};
-pub(super) use service::{Agent, Manager, Up};
+pub(super) use service::{Agent, Key, Manager, Up};
 pub(super) use shared::{Choice, Content, Format, Registry, Server};
 
 use bench::BENCH_HELP;
@@ -187,6 +187,9 @@ pub(super) enum Verb {
     /// Run a node's agent: saves what the managers ask for
     #[command(after_long_help = service::AGENT_HELP)]
     Agent(Box<Agent>),
+    /// Make the key of one node's agent from the managers' master key
+    #[command(after_long_help = service::KEY_HELP)]
+    Key(Key),
     /// Make a container, work in it, save it, unpack it, compare; then once more
     #[command(after_long_help = DEMO_HELP)]
     Demo,

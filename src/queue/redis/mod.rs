@@ -21,9 +21,7 @@ use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, registry_of,
 };
-use crate::job::{
-    Event, JobId, Keys, Message, Node, Order, Report, Said, Sealed, Session, now_ms,
-};
+use crate::job::{Event, JobId, Keys, Message, Node, Order, Report, Said, Sealed, Session, now_ms};
 use link::Link;
 use read::{Entry, entries, is_entry_id};
 
@@ -188,7 +186,8 @@ impl Redis {
             .arg(order.not_before_ms)
             .arg(order.expires_ms)
             .arg(order.attempt);
-        self.limited(&mut call).arg(self.seal(Message::Order, &order.node, order)?);
+        self.limited(&mut call)
+            .arg(self.seal(Message::Order, &order.node, order)?);
         let new: i64 = self.link.run(&call).await?;
         Ok(if new == 1 {
             Offered::New

@@ -71,7 +71,8 @@ impl Redis {
         if question.node != node {
             return Err("it speaks for another node than signed it".to_owned());
         }
-        let plain = question.nonce.len() <= 64 && question.nonce.chars().all(|c| c.is_ascii_hexdigit());
+        let plain =
+            question.nonce.len() <= 64 && question.nonce.chars().all(|c| c.is_ascii_hexdigit());
         plain
             .then_some(question)
             .ok_or_else(|| "its nonce is none".to_owned())
