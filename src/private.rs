@@ -190,13 +190,13 @@ mod tests {
         own_dir(&loose, |_| false)?;
         assert_eq!(mode(&loose), 0o700, "an empty one");
         fs::set_permissions(&loose, Permissions::from_mode(0o755))?;
-        fs::write(loose.join("x.state"), "")?;
-        own_dir(&loose, |name| name.ends_with(".state"))?;
+        fs::write(loose.join("ours"), "")?;
+        own_dir(&loose, |name| name.starts_with("our"))?;
         assert_eq!(mode(&loose), 0o700);
         fs::write(loose.join("somebody's"), "")?;
-        own_dir(&loose, |name| name.ends_with(".state"))?;
+        own_dir(&loose, |name| name.starts_with("our"))?;
         fs::set_permissions(&loose, Permissions::from_mode(0o755))?;
-        let refused = own_dir(&loose, |name| name.ends_with(".state"));
+        let refused = own_dir(&loose, |name| name.starts_with("our"));
         let told = refused.err().map(|error| error.to_string());
         assert!(told.is_some_and(|told| told.contains("chmod 700")));
         assert_eq!(mode(&loose), 0o755, "left as it is");

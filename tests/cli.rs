@@ -620,7 +620,6 @@ fn a_nodes_key_is_made_and_each_side_takes_its_own() -> Outcome {
             "--redis=redis://127.0.0.1:1",
             "--owner=fixed:a",
             "--allow=r.example",
-            "--state-dir=",
             "--spool-dir",
             &spool,
             "--key-file",

@@ -81,7 +81,7 @@ fn keys(file: Option<&Path>, node: Option<&str>) -> anyhow::Result<Keys> {
 }
 
 /// Prints a node's key, or writes it to a file.
-pub(super) fn key(args: &args::Key) -> anyhow::Result<()> {
+pub(super) fn key(args: &args::NodeKey) -> anyhow::Result<()> {
     let master = keys(Some(&args.key_file), None)?;
     let file = master
         .node_file(&args.node)

@@ -142,7 +142,10 @@ async fn up(state: &Path, umask: &str, more: &[String]) -> Result<String> {
     let url = state.join("up.url");
     let ended = wait("the service", || {
         let ended = child.try_wait().ok().flatten();
-        (ended.is_some() || url.exists() && state.join("agent/outcomes").exists()).then_some(ended)
+        // The last that an agent makes, or tightens.
+        let last = fs::metadata(state.join("agent/outcomes"));
+        let tight = last.is_ok_and(|there| there.mode() & 0o077 == 0);
+        (ended.is_some() || url.exists() && tight).then_some(ended)
     })
     .await?;
     let checked = if ended.is_some() {

@@ -30,7 +30,7 @@ pub(super) use image::{Image, ImageLs, ImageRm};
 pub(super) use job::{Job, JobSubmit};
 pub(super) use layer::{Layer, Validate};
 pub(super) use look::{Diff, Inspect, Ps};
-pub(super) use service::{Agent, Key, Manager, Up};
+pub(super) use service::{Agent, Manager, NodeKey, Up};
 pub(super) use shared::{Choice, Content, Format, Registry, Server};
 
 use bench::BENCH_HELP;
@@ -189,7 +189,7 @@ pub(super) enum Verb {
     Agent(Box<Agent>),
     /// Make the key of one node's agent from the managers' master key
     #[command(after_long_help = service::KEY_HELP)]
-    Key(Key),
+    Key(NodeKey),
     /// Make a container, work in it, save it, unpack it, compare; then once more
     #[command(after_long_help = DEMO_HELP)]
     Demo,

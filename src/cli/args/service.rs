@@ -309,7 +309,7 @@ and name give the same key each time; one with several lines gives a key for eac
 
 /// `key`.
 #[derive(Debug, Args)]
-pub(in super::super) struct Key {
+pub(in super::super) struct NodeKey {
     /// File with the managers' master keys
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(in super::super) key_file: PathBuf,

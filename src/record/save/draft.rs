@@ -215,6 +215,9 @@ impl Draft {
             }
         );
         if !current && !made {
+            if let Said::Event { event } = &report.said {
+                self.note(event, false);
+            }
             return;
         }
         if taken_over {
