@@ -14,7 +14,7 @@ use upperdeck::job::{
 };
 use upperdeck::manager::{self, Listen};
 use upperdeck::queue::{Queue, Withdrawn};
-use upperdeck::record::{Record, Save, Submitted};
+use upperdeck::record::{Most, Record, Save, Submitted};
 
 use crate::node::{NODE, Node, Service, UPPERDECK, local, wait};
 use crate::redis::Server;
@@ -130,7 +130,7 @@ impl Site {
             started_ms: None,
             finished_ms: None,
         };
-        match self.record.submit(&save, None, 0).await? {
+        match self.record.submit(&save, None, Most::default()).await? {
             Submitted::New(_) => Ok(order.job),
             other => bail!("{other:?}"),
         }
