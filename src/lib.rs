@@ -8,6 +8,7 @@ pub mod bench;
 pub mod cancel;
 pub mod cli;
 pub mod commit;
+pub mod confine;
 pub mod container;
 pub mod demo;
 pub mod destination;

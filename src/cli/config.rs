@@ -13,6 +13,7 @@ use toml::{Table, Value};
 
 use super::args::Cli;
 use super::exit::Usage;
+use crate::confine;
 
 /// The verbs that a file can configure.
 const VERBS: [&str; 3] = ["manager", "agent", "up"];
@@ -38,6 +39,8 @@ pub(super) struct Parsed {
     pub(super) cli: Cli,
     /// What `--print-config` prints, where that was asked for.
     pub(super) print: Option<String>,
+    /// Open descriptors that a setting names: `--creds-fd 3`, `/dev/fd/5`.
+    pub(super) descriptors: Vec<u32>,
 }
 
 /// The command line as clap knows it: every setting of a configurable verb can come from the environment, too.
@@ -69,6 +72,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
         return Ok(Parsed {
             cli: cli(&typed)?,
             print: None,
+            descriptors: descriptors(&typed),
         });
     };
     let Some((file, table)) = read(asked.get_one::<PathBuf>("config"))? else {
@@ -77,6 +81,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
                 .get_flag("print_config")
                 .then(|| printed(&command, verb, asked, &[], None)),
             cli: cli(&typed)?,
+            descriptors: descriptors(&typed),
         });
     };
     let settings = settings(&command, verb, &table).map_err(|reason| in_file(&file, &reason))?;
@@ -119,7 +124,30 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
             .get_flag("print_config")
             .then(|| printed(&command, verb, asked, &ids, Some(&file))),
         cli: cli(&all)?,
+        descriptors: descriptors(&all),
     })
+}
+
+/// Which open descriptors the values name, of this verb and those below it.
+fn descriptors(matches: &ArgMatches) -> Vec<u32> {
+    let mut found = Vec::new();
+    for id in matches.ids() {
+        // Groups of flags are ids, too, and have no values of their own.
+        let Ok(Some(values)) = matches.try_get_raw(id.as_str()) else {
+            continue;
+        };
+        for value in values.filter_map(|value| value.to_str()) {
+            found.extend(if id.as_str().ends_with("_fd") {
+                value.parse().ok()
+            } else {
+                confine::descriptor_named_by(value)
+            });
+        }
+    }
+    if let Some((_, below)) = matches.subcommand() {
+        found.extend(descriptors(below));
+    }
+    found
 }
 
 fn matches(command: &Command, args: &[OsString]) -> Result<ArgMatches, Error> {

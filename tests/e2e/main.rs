@@ -20,5 +20,6 @@ mod lab;
 mod live;
 mod overlay;
 mod portal;
+mod privilege;
 mod save;
 mod service;
