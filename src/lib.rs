@@ -13,6 +13,7 @@ pub mod container;
 pub mod demo;
 pub mod destination;
 pub mod digest;
+pub mod doctor;
 pub mod escape;
 pub mod freeze;
 pub mod harbor;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 27] = [
+const TABLE: [(&str, &[&str]); 28] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
@@ -61,6 +61,18 @@ const TABLE: [(&str, &[&str]); 27] = [
     (
         "agent",
         &["cancel", "container", "freeze", "job", "private", "queue"],
+    ),
+    (
+        "doctor",
+        &[
+            "confine",
+            "container",
+            "harbor",
+            "overlay",
+            "queue",
+            "record",
+            "registry",
+        ],
     ),
     ("portal", &["job"]),
     (

@@ -4,6 +4,7 @@
 mod args;
 mod client;
 mod config;
+mod doctor;
 mod exit;
 mod image;
 mod job;
@@ -80,6 +81,7 @@ fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
     let roots = options::roots(&cli.global);
     let mut watchdog = None;
     if let Some(role) = role(&cli.verb) {
+        confine::close_inherited(descriptors);
         if let Verb::Commit(commit) = &cli.verb
             && commit.pause != crate::commit::Pause::None
         {
@@ -87,7 +89,7 @@ fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
             watchdog = crate::freeze::stand_by().ok();
         }
         // Before the first thread: what is given up is given up by those that are made later, too.
-        confine::apply(role, descriptors);
+        confine::apply(role);
     }
     let done = dispatch(cli.verb, roots, verbose);
     drop(watchdog);
@@ -106,6 +108,7 @@ fn role(verb: &Verb) -> Option<Role> {
         Verb::Image(_)
         | Verb::Job(_)
         | Verb::Validate(_)
+        | Verb::Doctor(_)
         | Verb::Demo
         | Verb::Completions { .. }
         | Verb::Man { .. } => return None,
@@ -124,6 +127,7 @@ fn dispatch(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()> {
         Verb::Job(args) => job::run(args, verbose),
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(&roots, *args),
+        Verb::Doctor(args) => doctor::doctor(roots, *args),
         Verb::Up(args) => service::up(roots, *args),
         Verb::Manager(args) => service::manager(&args),
         Verb::Agent(args) => service::agent(roots, *args),

@@ -26,7 +26,7 @@ use crate::registry;
 pub(super) const UP_FILE: &str = "up.url";
 
 /// Where a manager's record is when nobody says.
-const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
+pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
 /// Who presses Ctrl-C does not wait as long as a node that is drained.
 const UP_DRAIN: Duration = Duration::from_secs(10);
 /// How long the manager waits for the agent's last words to be in the record.
@@ -57,7 +57,7 @@ fn secret(flag: &str, file: &Path) -> Result<zeroize::Zeroizing<String>, Usage> 
 }
 
 /// `url` with the password from a file in it.
-fn with_password(flag: &str, url: &str, file: Option<&Path>) -> Result<String, Usage> {
+pub(super) fn with_password(flag: &str, url: &str, file: Option<&Path>) -> Result<String, Usage> {
     let Some(file) = file else {
         return Ok(url.to_owned());
     };

@@ -69,11 +69,16 @@ impl Applied {
     }
 }
 
-/// Gives up what `role` does not need, for this thread and those that it makes later. Descriptors above 2 are closed, but
-/// for `kept`.
-pub fn apply(role: Role, kept: &[u32]) -> Applied {
+/// Closes all descriptors above 2 but `kept`. Only before this program has opened any itself.
+pub fn close_inherited(kept: &[u32]) {
+    if let Err(error) = descriptors::close(kept) {
+        tracing::debug!(%error, "inherited descriptors are not closed");
+    }
+}
+
+/// Gives up what `role` does not need, for this thread and those that it makes later.
+pub fn apply(role: Role) -> Applied {
     let mut applied = Applied::default();
-    applied.note("closing inherited descriptors", descriptors::close(kept));
     apply_to_thread(role, &mut applied);
     // Neither a core file nor another process of the same user shows the credentials in memory.
     let none = Rlimit {

@@ -402,7 +402,8 @@ fn leave() -> Result<(), String> {
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     leave_cgroups(&PathBuf::from("/proc"));
     // Descriptors that the caller's parent left open would keep pipes and mounts of strangers alive: they are closed, too.
-    confine::apply(Role::Watchdog, &[]);
+    confine::close_inherited(&[]);
+    confine::apply(Role::Watchdog);
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use crate::job::{Answer, JobId, Node, Order, Question, Report, Session};
 
 pub use self::local::Local;
-pub use self::redis::Redis;
+pub use self::redis::{Examined, Redis, examine};
 
 /// A claim that is not renewed for so long is lost.
 pub const LEASE: Duration = Duration::from_secs(30);

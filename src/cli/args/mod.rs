@@ -10,6 +10,7 @@
 
 mod bench;
 mod commit;
+mod doctor;
 mod image;
 mod job;
 mod layer;
@@ -26,6 +27,7 @@ use clap_complete::Shell;
 
 pub(super) use bench::Bench;
 pub(super) use commit::{Commit, VolumeIdentity};
+pub(super) use doctor::Doctor;
 pub(super) use image::{Image, ImageLs, ImageRm};
 pub(super) use job::{Job, JobSubmit};
 pub(super) use layer::{Layer, Validate};
@@ -35,6 +37,7 @@ pub(super) use shared::{Choice, Content, Format, Registry, Server};
 
 use bench::BENCH_HELP;
 use commit::commit_help;
+use doctor::DOCTOR_HELP;
 use image::IMAGE_HELP;
 use job::JOB_HELP;
 use layer::{LAYER_HELP, VALIDATE_HELP};
@@ -84,7 +87,7 @@ Exit codes:
 Environment:
   UPPERDECK_HOST_ROOT, UPPERDECK_CONTAINERD_ROOT, UPPERDECK_CONTAINERD_STATE, UPPERDECK_DOCKER_ROOT,
   UPPERDECK_STORAGE_ROOT, UPPERDECK_STORAGE_RUNROOT, UPPERDECK_LOG, UPPERDECK_LOG_FORMAT
-      As the flags of the same name. Every flag of manager, agent and up has such a variable.
+      As the flags of the same name. Every flag of manager, agent, up and doctor has such a variable.
   SOURCE_DATE_EPOCH
       As --timestamp of commit and layer.
   REGISTRY_AUTH_FILE, DOCKER_CONFIG, XDG_RUNTIME_DIR
@@ -175,6 +178,9 @@ pub(super) enum Verb {
     /// Measure what this node can do, stage by stage, and how near a save comes to it
     #[command(after_long_help = BENCH_HELP)]
     Bench(Box<Bench>),
+    /// Say what is missing or weak on this machine, and what to do about it
+    #[command(after_long_help = DOCTOR_HELP)]
+    Doctor(Box<Doctor>),
     /// Save by way of a manager, and follow what becomes of it
     #[command(subcommand, after_long_help = JOB_HELP)]
     Job(Job),

@@ -4,6 +4,7 @@
 //! makes anybody act is signed, and what does not fit is thrown away with a warning, so that it stands in nobody's way.
 //! Real orders that go away with it are offered again by their managers, as is everything that Redis loses.
 
+mod examine;
 mod link;
 mod read;
 mod words;
@@ -22,6 +23,7 @@ use super::{
     TAG_DOUBT, Withdrawn, registry_of,
 };
 use crate::job::{Event, JobId, Keys, Message, Node, Order, Report, Said, Sealed, Session, now_ms};
+pub use examine::{Examined, examine};
 use link::Link;
 use read::{Entry, entries, is_entry_id};
 
