@@ -217,12 +217,16 @@ fn table(report: &Report) -> String {
     if !advised.is_empty() {
         out.push_str("\nWhat to do:\n");
     }
-    for finding in advised {
-        let advice = finding.advice.as_deref().unwrap_or_default();
-        let line = format!("  {}: {}: {advice}\n", word(finding.state), finding.check);
-        out.push_str(&crate::escape::text(line.trim_end()));
-        out.push('\n');
-    }
+    let mut lines: Vec<String> = advised
+        .into_iter()
+        .map(|finding| {
+            let advice = finding.advice.as_deref().unwrap_or_default();
+            let line = format!("  {}: {}: {advice}", word(finding.state), finding.check);
+            crate::escape::text(&line) + "\n"
+        })
+        .collect();
+    lines.dedup();
+    out.extend(lines);
     out
 }
 

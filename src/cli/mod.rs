@@ -104,6 +104,7 @@ fn role(verb: &Verb) -> Option<Role> {
         Verb::Commit(_) | Verb::Bench(_) => Role::Commit,
         Verb::Agent(_) => Role::Agent,
         Verb::Up(_) => Role::Up,
+        Verb::Manager(args) if service::has_files_of_others(args) => Role::ManagerOfOthers,
         Verb::Manager(_) => Role::Manager,
         Verb::Image(_)
         | Verb::Job(_)

@@ -215,6 +215,37 @@ pub(super) fn manager(args: &args::Manager) -> anyhow::Result<()> {
     })
 }
 
+/// Whether a manager that runs as root has files or directories of other users to read or write: that takes a capability.
+pub(super) fn has_files_of_others(args: &args::Manager) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+
+    let record = args.serve.record.as_deref().unwrap_or(RECORD);
+    let record = record.strip_prefix("sqlite:").unwrap_or(record);
+    let store = args.target.as_deref().unwrap_or_default();
+    let store = store.strip_prefix("oci:").and_then(|s| s.split('{').next());
+    let named = [
+        args.queue.key_file.as_deref(),
+        args.queue.redis_password_file.as_deref(),
+        args.serve.record_password_file.as_deref(),
+        args.serve.tokens_file.as_deref(),
+        args.push.creds_file.as_deref(),
+        args.push.authfile.as_deref(),
+        args.push.cert_dir.as_deref(),
+        args.serve.jwks.as_deref().map(Path::new),
+        Some(Path::new(record)).filter(|path| path.is_absolute()),
+        Some(Path::new(record))
+            .filter(|path| path.is_absolute())
+            .and_then(Path::parent),
+        store.map(Path::new),
+    ];
+    let own = rustix::process::geteuid().as_raw();
+    named
+        .into_iter()
+        .flatten()
+        .filter_map(|path| std::fs::metadata(path).ok())
+        .any(|file| file.uid() != own)
+}
+
 fn tokens(serve: &service::Serve) -> Result<Tokens, Usage> {
     let Some(file) = &serve.tokens_file else {
         return Ok(Tokens::default());

@@ -131,7 +131,7 @@ fn rules(role: Role) -> Result<Rules, seccompiler::BackendError> {
     if !matches!(role, Role::Agent | Role::Up) {
         denied.extend(PROGRAMS);
     }
-    if !matches!(role, Role::Manager | Role::Up) {
+    if !matches!(role, Role::Manager | Role::ManagerOfOthers | Role::Up) {
         denied.extend(SERVING);
     }
     if role == Role::Watchdog {

@@ -4,8 +4,8 @@ use std::io;
 
 use rustix::io::Errno;
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities,
+    CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set,
+    clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
 };
 
 use super::Role;
@@ -132,6 +132,7 @@ const UP: &[Need] = &[
     NET_BIND_SERVICE,
 ];
 const MANAGER: &[Need] = &[NET_BIND_SERVICE];
+const MANAGER_OF_OTHERS: &[Need] = &[NET_BIND_SERVICE, DAC_OVERRIDE];
 const WATCHDOG: &[Need] = &[DAC_OVERRIDE];
 
 /// What `role` has a use for. An agent needs nothing beyond what the builders need that it starts: a process that runs as
@@ -143,6 +144,7 @@ pub fn needs(role: Role) -> &'static [Need] {
         Role::Commit | Role::Agent => COMMIT,
         Role::Up => UP,
         Role::Manager => MANAGER,
+        Role::ManagerOfOthers => MANAGER_OF_OTHERS,
         Role::Watchdog => WATCHDOG,
     }
 }
@@ -172,10 +174,14 @@ pub(super) fn keep(role: Role) -> io::Result<()> {
         if kept.contains(bit) {
             continue;
         }
+        match capability_is_in_bounding_set(bit) {
+            Ok(false) => continue,
+            Ok(true) => {}
+            // No capability has this number.
+            Err(_) => break,
+        }
         match remove_capability_from_bounding_set(bit) {
             Ok(()) => {}
-            // No capability has this number.
-            Err(Errno::INVAL) => break,
             Err(error) => failed = Some(error),
         }
     }

@@ -37,19 +37,22 @@ pub enum Role {
     Up,
     /// `manager`: serves the API.
     Manager,
+    /// A `manager` that runs as root on files of other users.
+    ManagerOfOthers,
     /// The freeze watchdog: writes to one cgroup.
     Watchdog,
 }
 
 impl Role {
     /// All of them, with the names of their verbs.
-    pub const ALL: [(Self, &'static str); 7] = [
+    pub const ALL: [(Self, &'static str); 8] = [
         (Self::Look, "inspect"),
         (Self::Layer, "layer"),
         (Self::Commit, "commit"),
         (Self::Agent, "agent"),
         (Self::Up, "up"),
         (Self::Manager, "manager"),
+        (Self::ManagerOfOthers, "manager, of others' files"),
         (Self::Watchdog, "watchdog"),
     ];
 }

@@ -11,6 +11,7 @@ mod bad_input;
 mod base_lost;
 mod consumers;
 mod cri;
+mod doctor;
 mod engines;
 mod forged;
 mod host;

@@ -44,6 +44,7 @@ use layer::{LAYER_HELP, VALIDATE_HELP};
 use look::{DIFF_HELP, INSPECT_HELP, PS_HELP};
 
 use super::exit::Exit;
+use crate::confine::{self, Role};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -64,6 +65,21 @@ fn exit_codes() -> String {
     Exit::TABLE
         .map(|(exit, meaning)| format!("  {:<4} {meaning}\n", exit.code()))
         .concat()
+}
+
+/// The capabilities that are kept, and why, one a line.
+fn rights() -> String {
+    let needs = confine::needs(Role::Commit).iter();
+    needs
+        .map(|need| {
+            let less = if need.indispensable {
+                ""
+            } else {
+                " (else without)"
+            };
+            format!("  CAP_{:<16} {}{less}\n", need.name, need.purpose)
+        })
+        .collect()
 }
 
 fn after_help() -> String {
@@ -93,8 +109,16 @@ Environment:
   REGISTRY_AUTH_FILE, DOCKER_CONFIG, XDG_RUNTIME_DIR
       Where credentials for registries are looked for.
   NO_COLOR
-      No colours in the help and the bar.",
-        exit_codes()
+      No colours in the help and the bar.
+
+Rights:
+  Before it reads what a container wrote, every process gives up all capabilities but these, as far as it has them, and
+  takes no new ones (no_new_privs); system calls for mounts, namespaces, other processes' memory, kernel code and other
+  programs are refused (seccomp); it leaves no core file; inherited descriptors that no flag names are closed. A manager
+  keeps none but for a port below 1024. 'upperdeck doctor' says what is missing.
+{}",
+        exit_codes(),
+        rights()
     )
 }
 
