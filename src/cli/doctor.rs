@@ -19,7 +19,7 @@ use crate::registry;
 /// cancelled.
 const REPOSITORY: &str = "upperdeck-doctor";
 
-pub(super) fn doctor(roots: Roots, args: args::Doctor) -> anyhow::Result<()> {
+pub(super) fn doctor(roots: Roots, args: &args::Doctor) -> anyhow::Result<()> {
     let (format, strict) = (args.format, args.strict);
     let report = doctor::run(&what(roots, args)?);
     verbs::print(format, &report, table)?;
@@ -31,17 +31,17 @@ pub(super) fn doctor(roots: Roots, args: args::Doctor) -> anyhow::Result<()> {
 }
 
 /// From flags to what is looked at.
-fn what(roots: Roots, args: args::Doctor) -> anyhow::Result<doctor::Options> {
+fn what(roots: Roots, args: &args::Doctor) -> anyhow::Result<doctor::Options> {
     let purpose = args.purpose;
     let mut options = doctor::Options {
         purpose,
         roots,
-        missing: missing(&args),
-        directories: directories(&args),
-        secrets: secrets(&args),
+        missing: missing(args),
+        directories: directories(args),
+        secrets: secrets(args),
         redis: None,
         record: None,
-        registries: registries(&args)?,
+        registries: registries(args)?,
         access: registry::Access {
             authfile: args.push.authfile.clone(),
             // A file that cannot be read is a finding already, of the secrets.
@@ -243,7 +243,7 @@ mod tests {
         let Verb::Doctor(args) = Cli::from_arg_matches(&matches)?.verb else {
             anyhow::bail!("another verb");
         };
-        what(Roots::default(), *args)
+        what(Roots::default(), &args)
     }
 
     #[test]

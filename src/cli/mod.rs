@@ -128,7 +128,7 @@ fn dispatch(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()> {
         Verb::Job(args) => job::run(args, verbose),
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(&roots, *args),
-        Verb::Doctor(args) => doctor::doctor(roots, *args),
+        Verb::Doctor(args) => doctor::doctor(roots, &args),
         Verb::Up(args) => service::up(roots, *args),
         Verb::Manager(args) => service::manager(&args),
         Verb::Agent(args) => service::agent(roots, *args),

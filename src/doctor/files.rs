@@ -249,6 +249,7 @@ mod tests {
 
     #[test]
     fn directories_are_private_writable_and_have_room() {
+        use State::{Failed, Ok, Skipped, Warning};
         let states = |there, writable, room| -> Vec<State> {
             judge_directory("state", there, writable, room)
                 .iter()
@@ -256,7 +257,6 @@ mod tests {
                 .collect()
         };
         let much = Some(1 << 40);
-        use State::{Failed, Ok, Skipped, Warning};
         assert_eq!(states(Some(file(0o700, 0)), true, much), [Ok, Ok]);
         assert_eq!(states(Some(file(0o755, 0)), true, much), [Warning, Ok]);
         assert_eq!(states(Some(file(0o777, 0)), true, much), [Failed, Ok]);

@@ -130,6 +130,8 @@ mod tests {
     use super::super::State;
     use super::*;
 
+    type Spoil = fn(&mut Facts);
+
     fn facts() -> Facts {
         Facts {
             release: "6.18.44-generic".to_owned(),
@@ -156,7 +158,6 @@ mod tests {
                 .iter()
                 .all(|finding| finding.state == State::Ok)
         );
-        type Spoil = fn(&mut Facts);
         let cases: [(&str, Spoil, State); 7] = [
             (
                 "kernel",

@@ -247,6 +247,8 @@ mod tests {
     use super::super::State;
     use super::*;
 
+    type Spoil = fn(&mut Examined);
+
     fn examined() -> Examined {
         Examined {
             at: "redis:6379".to_owned(),
@@ -276,7 +278,6 @@ mod tests {
                 .iter()
                 .all(|f| f.state == State::Ok)
         );
-        type Spoil = fn(&mut Examined);
         let cases: [(&str, Spoil, State); 9] = [
             (
                 "redis",

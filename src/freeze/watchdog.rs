@@ -368,15 +368,19 @@ fn read_order() -> io::Result<Option<Vec<OsString>>> {
     let mut stdin = io::stdin().lock();
     let mut text = Vec::new();
     let mut byte = [0];
+    let mut ends = 0;
     // One byte after the other: what follows is not for this function.
-    while text.iter().filter(|&&b| b == 0).count() < ORDER_FIELDS {
+    while ends < ORDER_FIELDS {
         if text.len() > MAX_ORDER {
             return Err(io::Error::other(format!("longer than {MAX_ORDER} bytes")));
         }
         match stdin.read(&mut byte) {
             Ok(0) if text.is_empty() => return Ok(None),
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) => text.push(byte[0]),
+            Ok(_) => {
+                text.push(byte[0]);
+                ends += usize::from(byte[0] == 0);
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }

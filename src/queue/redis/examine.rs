@@ -77,7 +77,7 @@ pub async fn examine(url: &str) -> Result<Examined, Error> {
     let script = Script::new(include_str!("examine.lua"));
     let key = format!("{prefix}doctor:{:016x}", rand::random::<u64>());
     let mut call = script.key(key.as_str());
-    match link.run::<Vec<String>>(&call.arg(0)).await {
+    match link.run::<Vec<String>>(call.arg(0)).await {
         Ok(names) => refused.extend(names),
         // The reason names what scripts may not: all that is used is used by scripts.
         Err(Error::Refused { reason, .. }) => refused.push(format!("EVALSHA ({reason})")),
