@@ -22,7 +22,7 @@ const OF_A_WATCHDOG: u64 = 1 << 1;
 
 /// The fields of `/proc/PID/task/TID/status`.
 fn status(file: &Path) -> Result<BTreeMap<String, String>> {
-    let text = fs::read_to_string(file).with_context(|| format!("{file:?}"))?;
+    let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
     let fields = text.lines().filter_map(|line| line.split_once(':'));
     Ok(fields
         .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
