@@ -393,6 +393,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
     let manager = text(&upperdeck(&["manager", "--help"])?.stdout);
     let agent = text(&upperdeck(&["agent", "--help"])?.stdout);
     let up = text(&upperdeck(&["up", "--help"])?.stdout);
+    let doctor = text(&upperdeck(&["doctor", "--help"])?.stdout);
     for flag in readme
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
@@ -402,7 +403,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
             foreign
                 || [
                     &help, &commit, &layer, &ps, &bench, &list, &remove, &submit, &manager, &agent,
-                    &up,
+                    &up, &doctor,
                 ]
                 .iter()
                 .any(|text| text.contains(flag)),
