@@ -110,6 +110,7 @@ fn role(verb: &Verb) -> Option<Role> {
         | Verb::Job(_)
         | Verb::Validate(_)
         | Verb::Doctor(_)
+        | Verb::Key(_)
         | Verb::Demo
         | Verb::Completions { .. }
         | Verb::Man { .. } => return None,

@@ -67,6 +67,12 @@ const FOWNER: Need = need(
     false,
     "to read without changing access times",
 );
+const LEASE: Need = need(
+    CapabilitySet::LEASE,
+    "LEASE",
+    false,
+    "to learn at once that no process is writing to a file; else every file changed of late is waited for",
+);
 const SETUID: Need = need(
     CapabilitySet::SETUID,
     "SETUID",
@@ -106,13 +112,14 @@ const LOOK: &[Need] = &[
     SETUID,
     SETGID,
 ];
-const LAYER: &[Need] = &[SYS_ADMIN, DAC_READ_SEARCH, DAC_OVERRIDE, FOWNER];
+const LAYER: &[Need] = &[SYS_ADMIN, DAC_READ_SEARCH, DAC_OVERRIDE, FOWNER, LEASE];
 const COMMIT: &[Need] = &[
     SYS_ADMIN,
     DAC_READ_SEARCH,
     SYS_PTRACE,
     DAC_OVERRIDE,
     FOWNER,
+    LEASE,
     SETUID,
     SETGID,
     SYS_NICE,
@@ -125,6 +132,7 @@ const UP: &[Need] = &[
     SYS_PTRACE,
     DAC_OVERRIDE,
     FOWNER,
+    LEASE,
     SETUID,
     SETGID,
     SYS_NICE,
