@@ -133,6 +133,7 @@ fn order(node: &str, user: &str) -> Order {
         options: SaveOptions::default(),
         attempt: 1,
         fence_after: 0,
+        issued_ms: now_ms(),
         not_before_ms: 0,
         expires_ms: now_ms() + 86_400_000,
         timeout_s: 3600,

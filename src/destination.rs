@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 use crate::digest::Digest;
 use crate::harbor;
 use crate::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob, Reader};
+use crate::private::FileMode;
 use crate::registry::reference::ReferenceError;
 use crate::registry::{self, Reference, Registries, Repository, Writer};
 
@@ -265,13 +266,25 @@ enum Kind {
 impl Destination {
     /// Opens `target`. Nothing is asked or touched before the first call.
     pub fn open(target: &Target, registries: &Registries) -> Result<Self, Error> {
+        Self::open_as(target, registries, None)
+    }
+
+    /// The same with the mode of the files, where it is files. None: for their owner alone, or as the layout has it that
+    /// is there.
+    pub fn open_as(
+        target: &Target,
+        registries: &Registries,
+        mode: Option<FileMode>,
+    ) -> Result<Self, Error> {
         Ok(Self(match target {
             Target::Registry(reference) => Kind::Registry {
                 repository: registries.push_to(reference)?,
                 create_project: registries.creates_projects(),
             },
-            Target::Layout { dir, .. } => Kind::Directory(Directory::new(dir)),
-            Target::Archive { file, .. } => Kind::Archive(Archive::new(file)),
+            Target::Layout { dir, .. } => Kind::Directory(Directory::new(dir).with_mode(mode)),
+            Target::Archive { file, .. } => {
+                Kind::Archive(Archive::with_mode(file, mode.unwrap_or(FileMode::PRIVATE)))
+            }
         }))
     }
 

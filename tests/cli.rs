@@ -240,7 +240,8 @@ fn help_teaches() -> Outcome {
     for part in [
         "Examples:",
         "NAMESPACE/POD[/CONTAINER]",
-        "pid:N",
+        "pid:N is any process on an overlay",
+        "For administrators",
         "Exit codes:",
         "  69   base image",
         "  130  cancelled",
@@ -392,6 +393,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
     let manager = text(&upperdeck(&["manager", "--help"])?.stdout);
     let agent = text(&upperdeck(&["agent", "--help"])?.stdout);
     let up = text(&upperdeck(&["up", "--help"])?.stdout);
+    let doctor = text(&upperdeck(&["doctor", "--help"])?.stdout);
     for flag in readme
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
@@ -401,7 +403,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
             foreign
                 || [
                     &help, &commit, &layer, &ps, &bench, &list, &remove, &submit, &manager, &agent,
-                    &up,
+                    &up, &doctor,
                 ]
                 .iter()
                 .any(|text| text.contains(flag)),
@@ -580,5 +582,86 @@ fn the_settings_that_we_hand_out_are_understood() -> Outcome {
         let foreign = ["--requirepass", "--appendonly"].contains(&flag);
         assert!(foreign || help.contains(flag), "{flag}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_nodes_key_is_made_and_each_side_takes_its_own() -> Outcome {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let dir = tempfile::tempdir()?;
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let private = |name: &str, mode| {
+        std::fs::set_permissions(dir.path().join(name), std::fs::Permissions::from_mode(mode))
+    };
+    std::fs::write(at("master"), "a key of the tests, long enough\n")?;
+    private("master", 0o600)?;
+    let (master, node) = (at("master"), at("node"));
+    let made = upperdeck(&["key", "--key-file", &master, "--node", "n1"])?;
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let written = upperdeck(&["key", "--key-file", &master, "--node", "n1", "-o", &node])?;
+    assert!(written.status.success() && written.stdout.is_empty());
+    assert_eq!(std::fs::read(&node)?, made.stdout);
+    assert_eq!(
+        std::fs::metadata(&node)?.permissions().mode() & 0o777,
+        0o600
+    );
+    let refused = |args: &[&str], told: &str| -> Outcome {
+        let done = upperdeck(args)?;
+        let said = text(&done.stderr);
+        assert_eq!(done.status.code(), Some(2), "{args:?}: {said}");
+        assert!(said.contains(told), "{args:?}: {said}");
+        Ok(())
+    };
+    let (spool, record) = (at("spool"), format!("sqlite:{}", at("record.db")));
+    let agent = |key: &str, told: &str| {
+        let args = [
+            "agent",
+            "--node=n1",
+            "--redis=redis://127.0.0.1:1",
+            "--owner=fixed:a",
+            "--allow=r.example",
+            "--spool-dir",
+            &spool,
+            "--key-file",
+            key,
+        ];
+        refused(&args, told)
+    };
+    agent(&master, "this is a master key")?;
+    let other = at("other");
+    upperdeck(&["key", "--key-file", &master, "--node", "n2", "-o", &other])?;
+    agent(&other, "is the key of node \"n2\"")?;
+    let tokens = at("tokens.toml");
+    std::fs::write(
+        &tokens,
+        format!(
+            "[[token]]\nname = \"a\"\nrole = \"administrator\"\nsha256 = \"{:064x}\"\n",
+            1
+        ),
+    )?;
+    let manager = [
+        "manager",
+        "--redis=redis://127.0.0.1:1",
+        "--target=r.example/{user}/{name}:{tag}",
+        "--listen=127.0.0.1:0",
+        "--tokens-file",
+        &tokens,
+        "--record",
+        &record,
+        "--key-file",
+        &node,
+    ];
+    refused(&manager, "this is the key of one node")?;
+    refused(
+        &["key", "--key-file", &node, "--node", "n1"],
+        "this is the key of one node",
+    )?;
+    refused(
+        &["key", "--key-file", &master, "--node", " "],
+        "cannot be a node's name",
+    )?;
+    private("master", 0o644)?;
+    refused(&["key", "--key-file", &master, "--node", "n1"], "chmod 600")?;
     Ok(())
 }

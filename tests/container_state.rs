@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use upperdeck::container::{
-    Container, ContainerdRoot, Error, Roots, Runtime, StorageRoot, bolt, find, list, prove_base,
-    recheck,
+    Container, ContainerdRoot, Error, Roots, Runtime, StorageRoot, Witness, bolt, find, list,
+    prove_base, recheck,
 };
 use upperdeck::digest::{ChainId, DiffId, Digest};
+use upperdeck::overlay::xattr::Namespace;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -85,6 +86,13 @@ impl Node {
     }
 }
 
+/// As the node's own table shows the root that is the first line of a container's.
+fn as_mounted(mountinfo: &str, at: &str) -> String {
+    let line = mountinfo.lines().next().unwrap_or_default();
+    let fields: Vec<&str> = line.splitn(6, ' ').collect();
+    format!("900 27 {} / {at} {}\n", fields[2], fields[5])
+}
+
 const IDENTITY: &str = "         0          0 4294967295\n";
 
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
@@ -116,6 +124,11 @@ const LAYERS: [&str; 2] = [
     "sha256:f7ac7b3b051a39baf0f0c4cc9b2111a0a87d64b2c5f61d29429fda47b7f247a2",
 ];
 
+/// Where containerd mounts the root of the container.
+fn rootfs() -> String {
+    format!("/{TASKS}/{CONTAINERD_ID}/rootfs")
+}
+
 fn containerd_node() -> Option<Node> {
     let recording = recording("containerd-2.2.1")?;
     let mut node = Node::empty().unwrap();
@@ -128,6 +141,8 @@ fn containerd_node() -> Option<Node> {
     let mountinfo = fs::read(recording.join("proc/mountinfo")).unwrap();
     node.process(CONTAINERD_PID, 4242, &mountinfo, IDENTITY)
         .unwrap();
+    let line = as_mounted(&String::from_utf8(mountinfo).unwrap(), &rootfs());
+    node.write("proc/1/mountinfo", line).unwrap();
     node.roots.containerd = vec![ContainerdRoot {
         state: "/run/containerd-2.2".into(),
         root: "/var/lib/containerd-2.2".into(),
@@ -167,6 +182,8 @@ fn crio_node() -> Option<Node> {
     let mountinfo = fs::read(recording.join("proc/mountinfo")).unwrap();
     node.process(CRIO_PID, 439_451, &mountinfo, IDENTITY)
         .unwrap();
+    let line = as_mounted(&String::from_utf8(mountinfo).unwrap(), "/merged");
+    node.write("proc/1/mountinfo", line).unwrap();
     node.roots.storage = vec![StorageRoot {
         root: "/var/lib/crio-1.36".into(),
         runroot: "/run/crio-1.36".into(),
@@ -430,40 +447,214 @@ fn a_pod_with_several_containers_needs_the_containers_name() -> Outcome {
     Ok(())
 }
 
-/// In a user namespace of its own a tenant can mount an overlay of any names it likes and make it its root.
+/// In a user namespace of its own a tenant can mount an overlay of any names it likes and make it its root: with the names
+/// that the runtime recorded, and more.
 #[test]
 fn a_root_that_the_runtime_did_not_make_is_refused() -> Outcome {
+    for (node, id, pid) in [
+        (containerd_node(), CONTAINERD_ID, CONTAINERD_PID),
+        (crio_node(), CRIO_ID, CRIO_PID),
+        (Some(docker_node()?.0), DOCKER_ID, 77),
+    ] {
+        let Some(node) = node else { continue };
+        let container = find(&node.roots, id)?;
+        let proc = format!("proc/{pid}/mountinfo");
+        let honest = fs::read_to_string(node.path(&proc))?;
+        node.mkdir("etc")?;
+        let (major, minor) = container.root.device;
+        let device = format!("{major}:{minor} / / ");
+        assert!(honest.contains(&device));
+        let other = honest.replacen(&device, "0:9999 / / ", 1);
+        let data_only = other.replacen(",upperdir=", "::/etc,userxattr,upperdir=", 1);
+        let upper = other.replacen(",upperdir=", ",upperdir=/etc,workdir=", 1);
+        for forged in [&other, &data_only, &upper] {
+            node.write(&proc, forged)?;
+            let error = find(&node.roots, id).unwrap_err();
+            assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
+            assert!(error.to_string().contains("0:9999"), "{error}");
+            assert_eq!((error.exit_code(), error.retryable()), (69, false));
+            let listing = list(&node.roots);
+            assert_eq!((listing.containers.len(), listing.problems.len()), (0, 1));
+            // A container that was honest when the save began.
+            assert!(matches!(
+                recheck(&node.roots, &container),
+                Err(Error::Gone { .. })
+            ));
+        }
+        // Of the right file system the container's text counts for nothing.
+        for (from, to) in [
+            (",upperdir=", "::/etc,upperdir="),
+            (",upperdir=", ",userxattr,upperdir="),
+            (
+                ",upperdir=",
+                ",index=on,metacopy=on,redirect_dir=on,upperdir=",
+            ),
+            (",upperdir=", ",upperdir=/etc,workdir="),
+            ("lowerdir=", "lowerdir=/etc:"),
+        ] {
+            node.write(&proc, honest.replacen(from, to, 1))?;
+            let found = find(&node.roots, id)?;
+            assert_eq!(found.overlay, container.overlay, "{to}");
+            recheck(&node.roots, &container)?;
+        }
+    }
+    Ok(())
+}
+
+/// What the node's own mount has beside the record is refused, too, whoever made it.
+#[test]
+fn a_mount_that_is_not_the_records_is_refused() -> Outcome {
+    for (node, id, lower) in [
+        (containerd_node(), CONTAINERD_ID, SNAPSHOTS),
+        (crio_node(), CRIO_ID, CRIO),
+        (Some(docker_node()?.0), DOCKER_ID, DOCKER),
+    ] {
+        let Some(node) = node else { continue };
+        let honest = fs::read_to_string(node.path("proc/1/mountinfo"))?;
+        let container = find(&node.roots, id)?;
+        node.mkdir(&format!("{lower}/other"))?;
+        let other = format!("/{lower}/other");
+        let options = honest.split("lowerdir=").nth(1).ok_or("lowerdir")?;
+        let lowers = options.split(',').next().ok_or("lowerdir")?;
+        let first = lowers.split(':').next().ok_or("lowerdir")?;
+        for (from, to, why) in [
+            (lowers, format!("{lowers}:{other}"), "lower directories"),
+            (lowers, lowers.replacen(first, &other, 1), "lower directory"),
+            (
+                ",upperdir=",
+                format!(",upperdir={other},workdir="),
+                "writes to",
+            ),
+        ] {
+            node.write("proc/1/mountinfo", honest.replacen(from, &to, 1))?;
+            let error = find(&node.roots, id).unwrap_err();
+            assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
+            assert!(error.to_string().contains(why), "{error}");
+            // After the container was found, it is another one.
+            assert!(matches!(
+                recheck(&node.roots, &container),
+                Err(Error::Gone { .. })
+            ));
+        }
+        node.write("proc/1/mountinfo", &honest)?;
+        recheck(&node.roots, &container)?;
+    }
+    Ok(())
+}
+
+/// Directories of the record are the runtime's own, below its store: no link leads elsewhere.
+#[test]
+fn a_directory_that_became_a_symbolic_link_is_not_followed() -> Outcome {
+    for (node, id) in [
+        (containerd_node(), CONTAINERD_ID),
+        (crio_node(), CRIO_ID),
+        (Some(docker_node()?.0), DOCKER_ID),
+    ] {
+        let Some(node) = node else { continue };
+        let overlay = find(&node.roots, id)?.overlay;
+        for directory in overlay.lowers.iter().chain([&overlay.upper]) {
+            let aside = directory.with_file_name("aside");
+            fs::rename(directory, &aside)?;
+            symlink("/etc", directory)?;
+            let error = find(&node.roots, id).unwrap_err();
+            assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
+            assert!(error.to_string().contains("symbolic link"), "{error}");
+            fs::remove_file(directory)?;
+            fs::rename(&aside, directory)?;
+        }
+        find(&node.roots, id)?;
+    }
+    Ok(())
+}
+
+/// Where the runtime mounts in another mount namespace than the node's first process, the one that waits for the
+/// container has the mount: conmon, a shim. In a user namespace it is a user's word, and only the record counts.
+#[test]
+fn the_monitors_table_has_what_the_nodes_has_not() -> Outcome {
+    let Some(node) = crio_node() else {
+        return Ok(());
+    };
+    let container = find(&node.roots, CRIO_ID)?;
+    let honest = fs::read_to_string(node.path("proc/1/mountinfo"))?;
+    let nothing = "27 1 254:0 / / rw - ext4 /dev/sda rw\n";
+    node.write("proc/1/mountinfo", nothing)?;
+    let stat = node.path(&format!("proc/{CRIO_PID}/stat"));
+    let text = fs::read_to_string(&stat)?;
+    fs::write(&stat, text.replacen("S 1 ", "S 600 ", 1))?;
+    node.process(600, 4, honest.as_bytes(), IDENTITY)?;
+    let namespaces = |pid: &str, mounts: &str, users: &str| -> Outcome {
+        let ns = format!("proc/{pid}/ns");
+        node.mkdir(&ns)?;
+        for (kind, id) in [("mnt", mounts), ("user", users)] {
+            let link = node.path(&ns).join(kind);
+            let _ = fs::remove_file(&link);
+            symlink(format!("{kind}:[{id}]"), link)?;
+        }
+        Ok(())
+    };
+    namespaces("self", "1", "10")?;
+    namespaces(&CRIO_PID.to_string(), "2", "10")?;
+    namespaces("600", "1", "10")?;
+    let found = find(&node.roots, CRIO_ID)?;
+    assert_eq!(found.overlay, container.overlay);
+    assert_eq!(found.root.witness, Witness::Monitor { pid: 600, start: 4 });
+    recheck(&node.roots, &found)?;
+
+    // In a user namespace of its own: the record's directories, with the attributes of users.
+    let with =
+        |from: &str, to: &str| node.write("proc/600/mountinfo", honest.replacen(from, to, 1));
+    namespaces("600", "1", "11")?;
+    with(",upperdir=", ",userxattr,upperdir=")?;
+    let found = find(&node.roots, CRIO_ID)?;
+    assert_eq!(found.overlay.namespace, Namespace::User);
+    assert_eq!(found.overlay.lowers, container.overlay.lowers);
+    with(",upperdir=", "::/etc,upperdir=")?;
+    let error = find(&node.roots, CRIO_ID).unwrap_err();
+    assert!(error.to_string().contains("do not name"), "{error}");
+
+    // It stands in the container's own mount namespace: there the tenant says what is mounted.
+    with("x", "x")?;
+    namespaces("600", "2", "10")?;
+    let error = find(&node.roots, CRIO_ID).unwrap_err();
+    assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
+    Ok(())
+}
+
+/// A snapshotter of its own keeps its records elsewhere: the node's mount counts, where the runtime mounts the root.
+#[test]
+fn of_another_snapshotter_the_nodes_mount_counts() -> Outcome {
     let Some(node) = containerd_node() else {
         return Ok(());
     };
-    let proc = format!("proc/{CONTAINERD_PID}/mountinfo");
-    let honest = fs::read_to_string(node.path(&proc))?;
-    node.mkdir("root/.ssh")?;
-    let upper = format!("upperdir=/{SNAPSHOTS}/5/fs");
-    assert!(honest.contains(&upper));
-    node.write(&proc, honest.replace(&upper, "upperdir=/root/.ssh"))?;
-    let error = find(&node.roots, CONTAINERD_ID).unwrap_err();
-    assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
-    let listing = list(&node.roots);
-    assert_eq!((listing.containers.len(), listing.problems.len()), (0, 1));
-
-    // But where the node's own table has that very file system at the bundle's root, the runtime did make it (a
-    // snapshotter that keeps its directories elsewhere).
-    let line = |device: &str| {
+    let meta = node.path(META);
+    let mut bytes = fs::read(&meta)?;
+    let (old, new) = (b"overlayfs", b"overlaybd");
+    let at: Vec<usize> = (0..bytes.len() - old.len())
+        .filter(|&at| bytes[at..].starts_with(old))
+        .collect();
+    assert!(!at.is_empty());
+    for at in at {
+        bytes[at..at + new.len()].copy_from_slice(new);
+    }
+    fs::write(&meta, bytes)?;
+    for name in ["a", "b", "etc"] {
+        node.mkdir(&format!("other/{name}"))?;
+    }
+    let line = |device: &str, at: &str| {
         format!(
-            "900 27 {device} / /{TASKS}/{CONTAINERD_ID}/rootfs rw - overlay overlay rw,lowerdir=/a,upperdir=/b\n"
+            "900 27 {device} / {at} rw - overlay overlay rw,lowerdir=/other/a,upperdir=/other/b\n"
         )
     };
-    node.write("proc/1/mountinfo", line("0:107"))?;
-    assert!(matches!(
-        find(&node.roots, CONTAINERD_ID),
-        Err(Error::ForeignRoot { .. })
-    ));
-    node.write("proc/1/mountinfo", line("0:108"))?;
-    assert_eq!(
-        find(&node.roots, CONTAINERD_ID)?.overlay.upper,
-        node.path("root/.ssh")
-    );
+    node.write("proc/1/mountinfo", line("0:108", &rootfs()))?;
+    let container = find(&node.roots, CONTAINERD_ID)?;
+    assert_eq!(container.overlay.upper, node.path("other/b"));
+    assert_eq!(container.overlay.lowers, [node.path("other/a")]);
+    // The container's own table names the directories that the record of overlayfs would.
+    for (device, at) in [("0:107", rootfs()), ("0:108", "/elsewhere".to_owned())] {
+        node.write("proc/1/mountinfo", line(device, &at))?;
+        let error = find(&node.roots, CONTAINERD_ID).unwrap_err();
+        assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
+    }
     Ok(())
 }
 
@@ -475,13 +666,11 @@ fn roots_that_are_no_overlay_with_an_upper_are_refused() -> Outcome {
     let proc = format!("proc/{CONTAINERD_PID}/mountinfo");
     let honest = fs::read_to_string(node.path(&proc))?;
     let line = honest.lines().next().unwrap_or_default();
-    let upper = line.find(",upperdir").ok_or("upperdir")?;
     for (forged, why) in [
         (
             "305 219 0:108 / / rw - btrfs /dev/sda rw".to_owned(),
             "btrfs",
         ),
-        (line[..upper].to_owned(), "read-only"),
         (
             line.replace("0:108 / /", "0:108 /sub /"),
             "within an overlay",
@@ -498,6 +687,15 @@ fn roots_that_are_no_overlay_with_an_upper_are_refused() -> Outcome {
             "{why}: {error}"
         );
     }
+    node.write(&proc, &honest)?;
+    let mounted = fs::read_to_string(node.path("proc/1/mountinfo"))?;
+    let upper = mounted.find(",upperdir").ok_or("upperdir")?;
+    node.write("proc/1/mountinfo", &mounted[..upper])?;
+    let error = find(&node.roots, CONTAINERD_ID).unwrap_err();
+    assert!(
+        matches!(error, Error::NotOverlay { .. }) && error.to_string().contains("read-only"),
+        "{error}"
+    );
     Ok(())
 }
 
@@ -508,10 +706,10 @@ fn lowers_without_a_name_come_from_the_records() -> Outcome {
     let Some(node) = containerd_node() else {
         return Ok(());
     };
-    let proc = format!("proc/{CONTAINERD_PID}/mountinfo");
-    let honest = fs::read_to_string(node.path(&proc))?;
+    let proc = "proc/1/mountinfo";
+    let honest = fs::read_to_string(node.path(proc))?;
     let mapped = honest.replace(&format!("/{SNAPSHOTS}/2/fs"), "/tmp/ovl-idmapped1/0");
-    node.write(&proc, &mapped)?;
+    node.write(proc, &mapped)?;
     let container = find(&node.roots, CONTAINERD_ID)?;
     assert_eq!(
         container.overlay.lowers[0],
@@ -519,11 +717,11 @@ fn lowers_without_a_name_come_from_the_records() -> Outcome {
     );
     prove_base(&node.roots, &container)?;
     node.write(
-        &proc,
+        proc,
         mapped.replace("lowerdir=", "lowerdir=/tmp/ovl-idmapped1/1:"),
     )?;
     let error = find(&node.roots, CONTAINERD_ID).unwrap_err();
-    assert!(matches!(error, Error::Mount { .. }), "{error}");
+    assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
     Ok(())
 }
 
@@ -717,7 +915,9 @@ fn what_cannot_be_read_is_a_problem_with_its_path() -> Outcome {
             "{file}: {:?}",
             listing.problems
         );
-        assert!(find(&node.roots, CONTAINERD_ID).is_err());
+        // The node's own mount still says what its root is, but nothing what image that is.
+        let found = find(&node.roots, CONTAINERD_ID);
+        assert!(found.is_err() || prove_base(&node.roots, &found?).is_err());
         node.write(file, whole)?;
     }
     let Some(node) = crio_node() else {
@@ -848,6 +1048,8 @@ fn docker_node() -> std::io::Result<(Node, Digest)> {
     // Relative, the upper too: what Docker does when the options get too long.
     let root = "72 48 0:39 / / rw,relatime - overlay overlay rw,lowerdir=l/III:l/BBB:l/AAA,upperdir=cc/diff,workdir=w\n";
     node.process(77, 5, root.as_bytes(), "0 100000 65536\n")?;
+    let merged = format!("/{DOCKER}/overlay2/cc/merged");
+    node.write("proc/1/mountinfo", as_mounted(root, &merged))?;
     node.roots.docker = vec!["/var/lib/docker".into()];
     Ok((node, image))
 }
@@ -1009,6 +1211,10 @@ fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome 
         "173 143 0:61 / / rw - overlay overlay rw,lowerdir={mapped}/B:{mapped}/A,upperdir=/{root}/overlay/cc/diff\n"
     );
     node.process(77, 5, line.as_bytes(), "0 100000 65536\n")?;
+    node.write(
+        "proc/1/mountinfo",
+        as_mounted(&line, &format!("/{root}/overlay/cc/merged")),
+    )?;
 
     assert_eq!(list(&node.roots).problems, []);
     let found = find(&node.roots, "lab")?;
@@ -1076,7 +1282,6 @@ mod real_mounts {
         fsconfig_set_string, fsmount, fsopen, move_mount,
     };
     use upperdeck::overlay::mount::{OverlayMount, OverlayOptions, parse_mountinfo};
-    use upperdeck::overlay::xattr::Namespace;
 
     struct Mounted(PathBuf);
 

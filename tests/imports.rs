@@ -7,28 +7,33 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 26] = [
+const TABLE: [(&str, &[&str]); 29] = [
     ("digest", &[]),
     ("escape", &[]),
     ("cancel", &[]),
+    ("private", &[]),
     ("background", &["overlay"]),
     ("overlay", &[]),
     ("container", &["overlay", "digest"]),
-    ("freeze", &[]),
+    ("confine", &[]),
+    ("freeze", &["confine"]),
     ("scan", &["overlay"]),
     ("layer", &["scan", "overlay", "digest"]),
     ("manifest", &["digest"]),
     ("registry", &["manifest", "digest"]),
-    ("layout", &["manifest", "digest"]),
+    ("layout", &["manifest", "digest", "private"]),
     ("harbor", &["registry", "digest"]),
     (
         "images",
         &["harbor", "registry", "layout", "manifest", "digest"],
     ),
-    ("destination", &["harbor", "registry", "layout", "digest"]),
+    (
+        "destination",
+        &["harbor", "registry", "layout", "digest", "private"],
+    ),
     ("spec", &["overlay", "digest"]),
     ("prove", &["spec", "overlay"]),
-    ("state", &["scan", "digest"]),
+    ("state", &["scan", "digest", "private"]),
     ("job", &["digest"]),
     (
         "commit",
@@ -44,6 +49,7 @@ const TABLE: [(&str, &[&str]); 26] = [
             "layout",
             "manifest",
             "overlay",
+            "private",
             "prove",
             "registry",
             "scan",
@@ -60,7 +66,20 @@ const TABLE: [(&str, &[&str]); 26] = [
             "container",
             "freeze",
             "job",
+            "private",
             "queue",
+        ],
+    ),
+    (
+        "doctor",
+        &[
+            "confine",
+            "container",
+            "harbor",
+            "overlay",
+            "queue",
+            "record",
+            "registry",
         ],
     ),
     ("portal", &["job"]),

@@ -132,6 +132,7 @@ pub(super) mod tests {
             pod: None,
             pid: 42,
             pid_start: 7,
+            root: crate::container::RootMount::default(),
             overlay: OverlayMount {
                 upper: "/u".into(),
                 lowers: vec!["/l".into()],

@@ -5,6 +5,7 @@ mod child;
 mod inventory;
 mod kind;
 mod load;
+mod made;
 mod options;
 mod owner;
 mod spool;

@@ -45,6 +45,9 @@ pub struct Options {
     pub max_pause: Option<Duration>,
     /// The longest that a save may run, whatever its order says.
     pub max_time: Duration,
+    /// How long a save waits for a manager to say that it is wanted: before it begins, and before the tag. The container
+    /// runs meanwhile.
+    pub manager_wait: Duration,
     /// How long running saves may go on when the agent is asked to end.
     pub drain: Duration,
     /// Between two heartbeats.
@@ -101,6 +104,7 @@ impl Options {
             compression: None,
             max_pause: None,
             max_time: Duration::from_secs(12 * 60 * 60),
+            manager_wait: Duration::from_secs(5 * 60),
             drain: Duration::from_secs(5 * 60),
             heartbeat_every: HEARTBEAT_EVERY,
             inventory_every: Duration::from_secs(10),

@@ -3,20 +3,27 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-use crate::job::{JobId, Order, Saved};
+use crate::job::{JobId, Order, Outcome};
+use crate::private;
+use crate::queue::Claim;
 
-/// An image that was saved longer ago may have been deleted since: the job is done again then.
+/// An image that was saved longer ago may have been deleted since: a later attempt does the job again then.
 const KEEP_OUTCOMES: Duration = Duration::from_secs(24 * 60 * 60);
+/// By so much the clocks of managers and nodes may differ.
+const CLOCKS: Duration = Duration::from_secs(60 * 60);
 /// The oldest go first beyond.
 const MAX_OUTCOMES: usize = 10_000;
+/// Between two searches for outcomes that are too old.
+const TIDY_EVERY: Duration = Duration::from_secs(5 * 60);
 /// Larger files are none of ours.
 const MAX_NOTE: u64 = 4 << 20;
 
@@ -25,6 +32,7 @@ const MAX_NOTE: u64 = 4 << 20;
 pub(super) struct Spool {
     running: PathBuf,
     outcomes: PathBuf,
+    tidied: Mutex<Option<Instant>>,
     _lock: File,
 }
 
@@ -39,13 +47,17 @@ pub(super) struct Note {
     pub(super) pid_start: u64,
 }
 
-/// A success.
+/// How an attempt ended.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Kept {
     session: String,
     destination: String,
+    attempt: u32,
+    fence: u64,
     at_ms: i64,
-    saved: Saved,
+    /// No order for the attempt can be good after this.
+    until_ms: i64,
+    outcome: Outcome,
 }
 
 /// A file of one running job.
@@ -79,12 +91,10 @@ impl Spool {
             path: dir.display().to_string(),
             source,
         };
+        let ours = |name: &str| matches!(name, "running" | "outcomes" | "lock");
+        private::own_dir(dir, ours).map_err(failed)?;
         for dir in [&running, &outcomes] {
-            let mut make = fs::DirBuilder::new();
-            make.recursive(true)
-                .mode(0o700)
-                .create(dir)
-                .map_err(failed)?;
+            private::own_dir(dir, |_| true).map_err(failed)?;
         }
         let lock = OpenOptions::new()
             .write(true)
@@ -97,6 +107,7 @@ impl Spool {
             Ok(()) => Ok(Self {
                 running,
                 outcomes,
+                tidied: Mutex::default(),
                 _lock: lock,
             }),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Taken {
@@ -144,28 +155,52 @@ impl Spool {
         self.outcomes.join(format!("{job}.json"))
     }
 
-    /// The image of `order` is there. On disk before anybody is told.
-    pub(super) fn keep(&self, order: &Order, saved: &Saved, now_ms: i64) -> io::Result<()> {
+    /// How `claim` ended. On disk before the managers are told.
+    pub(super) fn keep(&self, claim: &Claim, outcome: &Outcome, now_ms: i64) -> io::Result<()> {
+        let order = &claim.order;
+        // All orders for an attempt are signed before it ends and live as long as this one.
+        let lives = order.expires_ms.saturating_sub(order.issued_ms);
+        let lives = lives.max(KEEP_OUTCOMES.as_millis() as i64);
         let kept = Kept {
             session: order.session.clone(),
             destination: order.destination.clone(),
+            attempt: order.attempt,
+            fence: claim.fence,
             at_ms: now_ms,
-            saved: saved.clone(),
+            until_ms: now_ms
+                .saturating_add(lives)
+                .saturating_add(CLOCKS.as_millis() as i64),
+            outcome: outcome.clone(),
         };
         write(&self.outcome(order.job), &kept)
     }
 
-    /// What became of `order` in an attempt that succeeded, and of which the queue did not hear or does not know any more.
-    pub(super) fn kept(&self, order: &Order, now_ms: i64) -> Option<Saved> {
+    /// How the attempt of `order`, or a later one, has ended already: it is told again and not done again, whether the
+    /// queue did not hear of it, has forgotten it, or was given an old order by somebody who can write to it. A later
+    /// attempt is something new, unless an earlier one made the very image not long ago.
+    pub(super) fn kept(&self, order: &Order, now_ms: i64) -> Option<Outcome> {
         let kept: Kept = read(&self.outcome(order.job))?;
+        if order.attempt <= kept.attempt {
+            return Some(kept.outcome);
+        }
         let age = now_ms.checked_sub(kept.at_ms)?;
         let fresh = (0..KEEP_OUTCOMES.as_millis() as i64).contains(&age);
         let same = kept.session == order.session && kept.destination == order.destination;
-        (fresh && same).then_some(kept.saved)
+        let there = matches!(kept.outcome, Outcome::Succeeded { .. });
+        (fresh && same && there).then_some(kept.outcome)
     }
 
-    /// Removes outcomes that are too old or too many. Names sort by when their jobs were made.
+    /// Removes outcomes that are too old or too many, now and then.
     pub(super) fn tidy(&self, now_ms: i64) {
+        let mut tidied = self.tidied.lock().unwrap_or_else(PoisonError::into_inner);
+        if tidied.is_none_or(|at| at.elapsed() >= TIDY_EVERY) {
+            *tidied = Some(Instant::now());
+            self.tidy_now(now_ms);
+        }
+    }
+
+    /// Names sort by when their jobs were made.
+    fn tidy_now(&self, now_ms: i64) {
         let mut names = names(&self.outcomes);
         names.sort_unstable();
         let surplus = names.len().saturating_sub(MAX_OUTCOMES);
@@ -173,7 +208,7 @@ impl Spool {
             let path = self.outcomes.join(name);
             let old = || {
                 let kept: Option<Kept> = read(&path);
-                kept.is_none_or(|kept| now_ms - kept.at_ms >= KEEP_OUTCOMES.as_millis() as i64)
+                kept.is_none_or(|kept| now_ms >= kept.until_ms)
             };
             if n < surplus || old() {
                 remove(&path);
@@ -220,7 +255,9 @@ fn remove(path: &Path) {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::job::SaveOptions;
+    use crate::job::{SaveOptions, Saved};
+
+    const DAY: i64 = 24 * 3600 * 1000;
 
     pub(in crate::agent) fn order() -> Order {
         Order {
@@ -233,14 +270,15 @@ pub(super) mod tests {
             options: SaveOptions::default(),
             attempt: 1,
             fence_after: 0,
+            issued_ms: 0,
             not_before_ms: 0,
-            expires_ms: i64::MAX,
+            expires_ms: DAY,
             timeout_s: 600,
         }
     }
 
-    fn saved() -> Saved {
-        Saved {
+    fn succeeded() -> Outcome {
+        let saved = Saved {
             reference: "x".to_owned(),
             digest: "sha256:0".to_owned(),
             layer_bytes: 1,
@@ -252,20 +290,31 @@ pub(super) mod tests {
             base_digest: None,
             pause_ms: Some(1.5),
             seconds: 0.5,
+        };
+        Outcome::Succeeded { saved }
+    }
+
+    fn claim(order: &Order) -> Claim {
+        Claim {
+            order: order.clone(),
+            fence: 7,
         }
     }
 
     #[test]
-    fn a_success_is_told_again_only_for_the_same_save_and_not_for_ever()
+    fn a_success_is_told_to_later_attempts_of_the_same_save_and_not_for_ever()
     -> Result<(), Box<dyn std::error::Error>> {
         let dir = tempfile::tempdir()?;
         let spool = Spool::open(dir.path())?;
-        let order = order();
+        let first = order();
+        let order = Order {
+            attempt: 2,
+            ..first.clone()
+        };
         assert_eq!(spool.kept(&order, 5), None);
-        spool.keep(&order, &saved(), 1000)?;
-        assert_eq!(spool.kept(&order, 2000), Some(saved()));
-        let day = KEEP_OUTCOMES.as_millis() as i64;
-        assert_eq!(spool.kept(&order, 1000 + day), None);
+        spool.keep(&claim(&first), &succeeded(), 1000)?;
+        assert_eq!(spool.kept(&order, 2000), Some(succeeded()));
+        assert_eq!(spool.kept(&order, 1000 + DAY), None);
         assert_eq!(
             spool.kept(&order, 10),
             None,
@@ -278,16 +327,79 @@ pub(super) mod tests {
         assert_eq!(spool.kept(&elsewhere, 2000), None);
         fs::write(spool.outcome(order.job), b"{")?;
         assert_eq!(spool.kept(&order, 2000), None);
-        spool.tidy(2000);
+        spool.tidy_now(2000);
         assert!(
             !spool.outcome(order.job).exists(),
             "what cannot be read is of no use"
         );
-        spool.keep(&order, &saved(), 1000)?;
-        spool.tidy(1000 + day - 1);
-        assert_eq!(spool.kept(&order, 2000), Some(saved()));
-        spool.tidy(1000 + day);
-        assert_eq!(spool.kept(&order, 2000), None);
+        Ok(())
+    }
+
+    #[test]
+    fn what_has_ended_is_remembered_as_long_as_an_order_for_it_lives()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let week = Order {
+            attempt: 3,
+            issued_ms: DAY,
+            expires_ms: 8 * DAY,
+            ..order()
+        };
+        let failed = Outcome::Failed {
+            code: crate::job::Code::Internal,
+            message: "why".to_owned(),
+            retryable: true,
+        };
+        for outcome in [Outcome::Cancelled, failed, succeeded()] {
+            let order = Order {
+                job: JobId::new(),
+                ..week.clone()
+            };
+            Spool::open(dir.path())?.keep(&claim(&order), &outcome, 2 * DAY)?;
+            // By another agent, too, and whatever the clock says.
+            let spool = Spool::open(dir.path())?;
+            for at in [0, 2 * DAY, 9 * DAY] {
+                spool.tidy_now(at);
+                assert_eq!(spool.kept(&order, at).as_ref(), Some(&outcome));
+                let earlier = Order {
+                    attempt: 1,
+                    destination: "oci:/srv/images/alice/y:1".to_owned(),
+                    ..order.clone()
+                };
+                assert_eq!(spool.kept(&earlier, at).as_ref(), Some(&outcome));
+            }
+            let later = Order {
+                attempt: 4,
+                ..order.clone()
+            };
+            let told = spool.kept(&later, 2 * DAY);
+            assert_eq!(told, (outcome == succeeded()).then(succeeded));
+            spool.tidy_now(9 * DAY + CLOCKS.as_millis() as i64);
+            assert_eq!(spool.kept(&order, 9 * DAY), None);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_more_is_remembered_than_there_is_room_for() -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let spool = Spool::open(dir.path())?;
+        let orders: Vec<Order> = (0..MAX_OUTCOMES + 3)
+            .map(|_| Order {
+                job: JobId::new(),
+                ..order()
+            })
+            .collect();
+        spool.keep(&claim(&orders[0]), &Outcome::Cancelled, 0)?;
+        for order in &orders[1..] {
+            fs::hard_link(spool.outcome(orders[0].job), spool.outcome(order.job))?;
+        }
+        spool.tidy_now(1);
+        let left = names(&spool.outcomes);
+        assert_eq!(left.len(), MAX_OUTCOMES);
+        let kept = |order: &Order| left.contains(&format!("{}.json", order.job));
+        let newest = orders.last().ok_or("none")?;
+        assert!(!kept(&orders[0]) && kept(newest));
         Ok(())
     }
 

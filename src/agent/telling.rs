@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::cancel::Cancel;
-use crate::job::{Event, Report, Said, now_ms};
+use crate::job::{Before, Event, Question, Report, Said, Word, now_ms};
 use crate::queue::{Claim, Error, Hold, Queue};
 
 /// A call of the queue that takes longer has failed.
 pub(super) const CALL: Duration = Duration::from_secs(5);
+/// How long a manager may take to answer. It is asked again then, as the question may have been lost.
+const ANSWER: Duration = Duration::from_secs(3);
 /// Between two tries at a queue that cannot be reached.
 const AGAIN: Duration = Duration::from_secs(1);
 /// Reports that wait for it at most.
@@ -130,7 +132,28 @@ impl Teller {
         }
     }
 
-    /// Whether the tag may be put on.
+    /// What a manager says, asked now: whether the save is wanted. None: none answered within the bound of a call. What was
+    /// answered to an earlier question counts for nothing, so a word is never older than this call.
+    pub(super) async fn wanted(&self, before: Before) -> Option<Word> {
+        let order = &self.claim.order;
+        let question = Question::new(
+            order.job,
+            &self.node,
+            order.attempt,
+            self.claim.fence,
+            before,
+        );
+        let asked = self.queue.ask(&question, ANSWER);
+        match call(asked, ANSWER + CALL).await {
+            Ok(answer) => answer.map(|answer| answer.word),
+            Err(error) => {
+                tracing::debug!(job.id = %order.job, %error, "no manager can be asked");
+                None
+            }
+        }
+    }
+
+    /// Whether the claim holds, so that the tag may be put on.
     pub(super) async fn confirm(&mut self) -> Option<Hold> {
         match call(self.queue.confirm(&self.claim), CALL).await {
             Ok(hold) => Some(hold),

@@ -1,22 +1,21 @@
 //! One job from the claim to its last word.
 
-use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
 use tokio::time::MissedTickBehavior;
 
 use super::Agent;
 use super::child::{self, Child};
+use super::made::read_saved;
 use super::spool::{Note, Of};
 use super::telling::Teller;
 use crate::cancel::Cancel;
 use crate::container::{self, Container, Runtime};
 use crate::escape;
 use crate::freeze;
-use crate::job::{Code, Event, JobId, Order, Outcome, Said, Saved, now_ms};
+use crate::job::{Before, Code, Event, JobId, Order, Outcome, Said, Word, now_ms};
 use crate::queue::{Claim, Hold, RENEW_EVERY};
 
 /// Between two questions whether the tag may be put on, where nobody answers.
@@ -27,10 +26,12 @@ const THAW_BOUND: Duration = Duration::from_secs(60);
 const END_BOUND: Duration = Duration::from_secs(30);
 /// Characters of a message that goes to people.
 const MAX_MESSAGE: usize = 2000;
-/// What is larger was not written by `commit`.
-const MAX_METADATA: u64 = 64 << 20;
 /// Bytes of everything that users choose. The kernel takes 128 KiB for one argument, and 2 MiB for all.
 const MAX_CHOSEN: usize = 96 << 10;
+
+/// Why a save does not begin, or does not end well, though nothing is wrong with it.
+const NO_MANAGER: &str =
+    "no manager said in time that the save is wanted; it is tried again when one can be reached";
 
 /// Why there is no image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +69,8 @@ impl Refusal {
 /// How an attempt ended.
 enum End {
     Outcome(Outcome),
+    /// It was so before, and is on disk; or nothing was begun.
+    Known(Outcome),
     GivenBack(&'static str),
     /// The claim is somebody else's.
     Silent,
@@ -77,10 +80,13 @@ enum End {
 pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: Cancel) {
     let order = claim.order.clone();
     let mut teller = Teller::new(agent.queue.clone(), agent.options.node.clone(), claim);
-    let end = match teller.tell(Said::Assigned).await {
-        Some(Hold::Lost) => End::Silent,
-        Some(Hold::Cancelled) => End::Outcome(Outcome::Cancelled),
-        Some(Hold::Held) | None => one_end(&agent, &mut teller, &order, &lost).await,
+    let end = match permission(&agent, &mut teller, &order, &lost).await {
+        Some(end) => end,
+        None => match teller.tell(Said::Assigned).await {
+            Some(Hold::Lost) => End::Silent,
+            Some(Hold::Cancelled) => End::Outcome(Outcome::Cancelled),
+            Some(Hold::Held) | None => one_end(&agent, &mut teller, &order, &lost).await,
+        },
     };
     let said = match end {
         End::Silent => {
@@ -90,7 +96,13 @@ pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: Cancel) {
         End::GivenBack(reason) => Said::GivenBack {
             reason: reason.to_owned(),
         },
-        End::Outcome(outcome) => Said::Ended { outcome },
+        End::Outcome(outcome) => {
+            if let Err(error) = agent.spool.keep(&teller.claim, &outcome, now_ms()) {
+                tracing::warn!(job.id = %order.job, %error, "how a job ended is not on disk: only the managers know that it is not to be done again");
+            }
+            Said::Ended { outcome }
+        }
+        End::Known(outcome) => Said::Ended { outcome },
     };
     tracing::info!(job.id = %order.job, job.attempt = order.attempt, said = ?said, "a job has ended");
     let hold = teller.complete(said, &agent.drain_over).await;
@@ -99,12 +111,52 @@ pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: Cancel) {
     }
 }
 
-async fn one_end(agent: &Arc<Agent>, teller: &mut Teller, order: &Order, lost: &Cancel) -> End {
-    // The queue forgot that it was told, or never was.
-    if let Some(saved) = agent.spool.kept(order, now_ms()) {
-        teller.tell(Said::Started).await;
-        return End::Outcome(Outcome::Succeeded { saved });
+/// None: the save may begin; otherwise how it ends. A signed order says that it was wanted once: this node's own memory
+/// and a manager, asked now, say whether it still is. Nothing of the container has been looked at before.
+async fn permission(
+    agent: &Agent,
+    teller: &mut Teller,
+    order: &Order,
+    lost: &Cancel,
+) -> Option<End> {
+    if let Some(outcome) = agent.spool.kept(order, now_ms()) {
+        return Some(End::Known(outcome));
     }
+    let begun = Instant::now();
+    let mut renewed = begun;
+    loop {
+        if agent.cancel.is_cancelled() {
+            return Some(End::GivenBack("the agent ends"));
+        }
+        if lost.is_cancelled() {
+            return Some(End::Silent);
+        }
+        match teller.wanted(Before::Save).await {
+            Some(Word::Wanted) => return None,
+            Some(Word::Unwanted) => return Some(End::Known(Outcome::Cancelled)),
+            Some(Word::Superseded) => return Some(End::Silent),
+            None if begun.elapsed() >= agent.options.manager_wait => {
+                return Some(End::GivenBack(NO_MANAGER));
+            }
+            None => {}
+        }
+        if renewed.elapsed() >= RENEW_EVERY {
+            renewed = Instant::now();
+            match teller.renew().await {
+                Some(Hold::Lost) => return Some(End::Silent),
+                Some(Hold::Cancelled) => return Some(End::Known(Outcome::Cancelled)),
+                Some(Hold::Held) | None => {}
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(CONFIRM_AGAIN) => {}
+            _ = agent.cancel.cancelled() => {}
+            _ = lost.cancelled() => {}
+        }
+    }
+}
+
+async fn one_end(agent: &Arc<Agent>, teller: &mut Teller, order: &Order, lost: &Cancel) -> End {
     if agent.cancel.is_cancelled() {
         return End::GivenBack("the agent ends");
     }
@@ -120,9 +172,6 @@ async fn one_end(agent: &Arc<Agent>, teller: &mut Teller, order: &Order, lost: &
     let end = attempt(agent, teller, order, lost).await;
     if let End::Outcome(Outcome::Succeeded { saved }) = &end {
         agent.inventory.saved(&order.session, saved.seconds);
-        if let Err(error) = agent.spool.keep(order, saved, now_ms()) {
-            tracing::warn!(job.id = %order.job, %error, "the outcome is not on disk: if the queue loses it, the job is done again");
-        }
     }
     agent.spool.end(order.job);
     end
@@ -249,6 +298,7 @@ fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
     {
         66 => gone(),
         _ if error.code() == "policy" => Refusal::of(Code::Policy, error.to_string()),
+        69 => Refusal::of(Code::BaseUnproven, error.to_string()),
         77 => Refusal::of(Code::NotPermitted, error.to_string()),
         _ => Refusal::of(Code::Internal, error.to_string()),
     })?;
@@ -273,6 +323,8 @@ enum Why {
     Lost,
     TimedOut,
     Drained,
+    /// No manager said that the tag is wanted.
+    NoManager,
 }
 
 async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cancel) -> End {
@@ -326,6 +378,9 @@ async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cance
         Some(Why::Cancelled) => End::Outcome(Outcome::Cancelled),
         Some(Why::Lost) => End::Silent,
         Some(Why::Drained) => End::GivenBack("the agent ends, and the save did not end in time"),
+        Some(Why::NoManager) => {
+            End::Outcome(Refusal::passing(Code::TimedOut, NO_MANAGER).outcome())
+        }
         Some(Why::TimedOut) => {
             let hangs = if given_up {
                 "; it hangs in the kernel and cannot be ended: a file system in the session does not answer"
@@ -368,7 +423,7 @@ async fn follow(
     renew.reset();
     let mut ask = tokio::time::interval(CONFIRM_AGAIN);
     ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut asking = false;
+    let mut asking: Option<Instant> = None;
     let last_word = tokio::time::sleep(Duration::MAX);
     tokio::pin!(last_word);
     let mut hold = teller.tell(Said::Started).await;
@@ -385,7 +440,7 @@ async fn follow(
                 Some(event) => {
                     match &event {
                         Event::Ready => {
-                            asking = true;
+                            asking = Some(Instant::now());
                             ask.reset_immediately();
                         }
                         Event::Saved { reference, digest } => {
@@ -401,13 +456,17 @@ async fn follow(
                     hold = teller.tell(Said::Event { event }).await;
                 }
             },
-            _ = ask.tick(), if asking => match teller.confirm().await {
-                Some(Hold::Held) => {
-                    asking = false;
+            _ = ask.tick(), if asking.is_some() => match may_tag(teller).await {
+                Ok(()) => {
+                    asking = None;
                     // One that is gone will say so by its end.
                     let _ = child.open_gate().await;
                 }
-                other => hold = other,
+                Err(Some(why)) => break Some(why),
+                Err(None) if asking.is_some_and(|at| at.elapsed() >= agent.options.manager_wait) => {
+                    break Some(Why::NoManager);
+                }
+                Err(None) => {}
             },
             status = child.process.wait(), if !open => return (None, status, said),
             _ = renew.tick() => hold = teller.renew().await,
@@ -419,6 +478,23 @@ async fn follow(
     };
     let status = child.stop().await;
     (why, status, said)
+}
+
+/// Whether the tag may be put on: a manager says, now, that it is wanted, and then the queue that it can be cancelled no
+/// more. Otherwise why the save ends; none: not known yet.
+async fn may_tag(teller: &mut Teller) -> Result<(), Option<Why>> {
+    match teller.wanted(Before::Tag).await {
+        Some(Word::Wanted) => {}
+        Some(Word::Unwanted) => return Err(Some(Why::Cancelled)),
+        Some(Word::Superseded) => return Err(Some(Why::Lost)),
+        None => return Err(None),
+    }
+    match teller.confirm().await {
+        Some(Hold::Held) => Ok(()),
+        Some(Hold::Cancelled) => Err(Some(Why::Cancelled)),
+        Some(Hold::Lost) => Err(Some(Why::Lost)),
+        None => Err(None),
+    }
 }
 
 /// Sees to it that the container of a job whose child has ended runs again, unless somebody else paused it. False: that
@@ -499,100 +575,9 @@ fn of_child(code: &str) -> Code {
         // What a user chose, such as a pattern that is none.
         "usage" => Code::Policy,
         "permission_denied" => Code::NotPermitted,
+        "foreign_root" => Code::BaseUnproven,
         code => Code::named(code).unwrap_or(Code::Internal),
     }
-}
-
-/// What of `commit --metadata-file` goes to the record. Read field by field: the child may be newer than this program.
-#[derive(Deserialize)]
-struct Metadata {
-    reference: String,
-    digest: String,
-    #[serde(default)]
-    size_bytes: u64,
-    #[serde(default)]
-    config_size_bytes: u64,
-    base: Base,
-    #[serde(default)]
-    layers: Vec<Layer>,
-    #[serde(default)]
-    layers_above_base: usize,
-    pause_ms: Option<f64>,
-    seconds: f64,
-}
-
-#[derive(Deserialize)]
-struct Base {
-    name: Option<String>,
-    digest: Option<String>,
-    #[serde(default)]
-    layers: Vec<BaseLayer>,
-}
-
-#[derive(Deserialize)]
-struct BaseLayer {
-    #[serde(default)]
-    size: u64,
-    #[serde(default)]
-    from: String,
-}
-
-#[derive(Deserialize)]
-struct Layer {
-    #[serde(default)]
-    size_bytes: u64,
-    #[serde(default)]
-    entries: u64,
-}
-
-impl Metadata {
-    fn saved(self) -> Saved {
-        let layer_bytes = self.layers.iter().map(|layer| layer.size_bytes).sum();
-        // Those that the destination had, or took over from a neighbour, were not sent.
-        let sent = |layer: &&BaseLayer| !matches!(layer.from.as_str(), "present" | "mounted");
-        let base_bytes: u64 = self.base.layers.iter().filter(sent).map(|l| l.size).sum();
-        Saved {
-            reference: self.reference,
-            digest: self.digest,
-            layer_bytes,
-            image_bytes: self.size_bytes + self.config_size_bytes,
-            sent_bytes: layer_bytes + base_bytes + self.config_size_bytes,
-            entries: self.layers.iter().map(|layer| layer.entries).sum(),
-            delta: self.layers_above_base > self.layers.len(),
-            base_name: self.base.name,
-            base_digest: self.base.digest,
-            pause_ms: self.pause_ms,
-            seconds: self.seconds,
-        }
-    }
-}
-
-/// From the metadata file; where that cannot be read, what the child's last event says.
-fn read_saved(path: &Path, told: Option<(String, String)>, took: Duration) -> Option<Saved> {
-    let read = || {
-        let size = std::fs::metadata(path).ok()?.len();
-        if size > MAX_METADATA {
-            return None;
-        }
-        serde_json::from_slice::<Metadata>(&std::fs::read(path).ok()?).ok()
-    };
-    if let Some(metadata) = read() {
-        return Some(metadata.saved());
-    }
-    let (reference, digest) = told?;
-    Some(Saved {
-        reference,
-        digest,
-        layer_bytes: 0,
-        image_bytes: 0,
-        sent_bytes: 0,
-        entries: 0,
-        delta: false,
-        base_name: None,
-        base_digest: None,
-        pause_ms: None,
-        seconds: took.as_secs_f64(),
-    })
 }
 
 #[cfg(test)]
@@ -742,32 +727,5 @@ mod tests {
             change(&mut it);
             assert_eq!(chosen(&it).is_ok(), fine, "{case}");
         }
-    }
-
-    #[test]
-    fn figures_come_from_the_metadata() -> Result<(), serde_json::Error> {
-        let json = serde_json::json!({
-            "version": 2, "reference": "r/x@sha256:1", "digest": "sha256:1", "size_bytes": 100, "config_size_bytes": 5,
-            "base": {"name": "b:1", "digest": null, "proof": "x", "layers": [
-                {"digest": "d", "size": 50, "from": "present"},
-                {"digest": "d", "size": 7, "from": "mounted", "repository": "r/y"},
-                {"digest": "d", "size": 20, "from": "local"}]},
-            "layers": [{"size_bytes": 10, "entries": 3}, {"size_bytes": 1, "entries": 1}],
-            "layers_above_base": 3, "pause_ms": 2.5, "seconds": 1.5, "new_field": [],
-        });
-        let saved = serde_json::from_value::<Metadata>(json)?.saved();
-        assert_eq!(
-            (saved.layer_bytes, saved.image_bytes, saved.sent_bytes),
-            (11, 105, 36)
-        );
-        assert_eq!(
-            (saved.entries, saved.delta, saved.pause_ms),
-            (4, true, Some(2.5))
-        );
-        assert_eq!(
-            (saved.base_name.as_deref(), saved.base_digest),
-            (Some("b:1"), None)
-        );
-        Ok(())
     }
 }

@@ -52,7 +52,9 @@ impl Source {
             Self::Container(container) => Ok(rules.scan(container, &[], None, jobs, cancel)?),
             Self::Directory(directory) => {
                 let roots = scan::Roots {
-                    upper: directory.clone(),
+                    upper: directory
+                        .canonicalize()
+                        .unwrap_or_else(|_| directory.clone()),
                     lowers: Vec::new(),
                     data_only: Vec::new(),
                     lowers_known: false,

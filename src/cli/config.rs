@@ -13,15 +13,28 @@ use toml::{Table, Value};
 
 use super::args::Cli;
 use super::exit::Usage;
+use crate::confine;
 
 /// The verbs that a file can configure.
 const VERBS: [&str; 3] = ["manager", "agent", "up"];
+/// Takes the settings of the verb that it is for.
+const DOCTOR: &str = "doctor";
 /// Read when `--config` does not say another, and when it is there.
 const USUAL: &str = "/etc/upperdeck/upperdeck.toml";
 /// A file of settings is small; what is larger is another file.
 const MAX_FILE: u64 = 1 << 20;
 /// Flags that are about the program, and no settings.
-const NO_SETTINGS: [&str; 5] = ["config", "print-config", "help", "version", "verbose"];
+const NO_SETTINGS: [&str; 9] = [
+    "config",
+    "print-config",
+    "help",
+    "version",
+    "verbose",
+    "for",
+    "format",
+    "strict",
+    "check-timeout",
+];
 
 /// Why the command line cannot be meant.
 #[derive(Debug)]
@@ -38,12 +51,14 @@ pub(super) struct Parsed {
     pub(super) cli: Cli,
     /// What `--print-config` prints, where that was asked for.
     pub(super) print: Option<String>,
+    /// Open descriptors that a setting names: `--creds-fd 3`, `/dev/fd/5`.
+    pub(super) descriptors: Vec<u32>,
 }
 
 /// The command line as clap knows it: every setting of a configurable verb can come from the environment, too.
 pub(super) fn command() -> Command {
     let mut command = Cli::command();
-    for verb in VERBS {
+    for verb in VERBS.into_iter().chain([DOCTOR]) {
         command = command.mut_subcommand(verb, |verb| verb.mut_args(with_environment));
     }
     command
@@ -65,10 +80,12 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
     let mut command = command();
     command.build();
     let typed = matches(&command, &args)?;
-    let Some((verb, asked)) = typed.subcommand().filter(|(verb, _)| VERBS.contains(verb)) else {
+    let configurable = |verb: &str| VERBS.contains(&verb) || verb == DOCTOR;
+    let Some((verb, asked)) = typed.subcommand().filter(|(verb, _)| configurable(verb)) else {
         return Ok(Parsed {
             cli: cli(&typed)?,
             print: None,
+            descriptors: descriptors(&typed),
         });
     };
     let Some((file, table)) = read(asked.get_one::<PathBuf>("config"))? else {
@@ -77,9 +94,14 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
                 .get_flag("print_config")
                 .then(|| printed(&command, verb, asked, &[], None)),
             cli: cli(&typed)?,
+            descriptors: descriptors(&typed),
         });
     };
-    let settings = settings(&command, verb, &table).map_err(|reason| in_file(&file, &reason))?;
+    let section = match asked.try_get_one::<crate::doctor::Purpose>("purpose") {
+        Ok(Some(purpose)) if verb == DOCTOR => purpose.name(),
+        _ => verb,
+    };
+    let settings = settings(&command, section, &table).map_err(|reason| in_file(&file, &reason))?;
     let added: Vec<Setting> = settings
         .into_iter()
         .filter(|setting| {
@@ -119,7 +141,30 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
             .get_flag("print_config")
             .then(|| printed(&command, verb, asked, &ids, Some(&file))),
         cli: cli(&all)?,
+        descriptors: descriptors(&all),
     })
+}
+
+/// Which open descriptors the values name, of this verb and those below it.
+fn descriptors(matches: &ArgMatches) -> Vec<u32> {
+    let mut found = Vec::new();
+    for id in matches.ids() {
+        // Groups of flags are ids, too, and have no values of their own.
+        let Ok(Some(values)) = matches.try_get_raw(id.as_str()) else {
+            continue;
+        };
+        for value in values.filter_map(|value| value.to_str()) {
+            found.extend(if id.as_str().ends_with("_fd") {
+                value.parse().ok()
+            } else {
+                confine::descriptor_named_by(value)
+            });
+        }
+    }
+    if let Some((_, below)) = matches.subcommand() {
+        found.extend(descriptors(below));
+    }
+    found
 }
 
 fn matches(command: &Command, args: &[OsString]) -> Result<ArgMatches, Error> {
@@ -178,7 +223,7 @@ fn flag_of<'a>(command: &'a Command, verb: &str, key: &str) -> Option<&'a Arg> {
         .find(|arg| arg.get_long() == Some(&long) && !NO_SETTINGS.contains(&long.as_str()))
 }
 
-/// The settings for `verb`; the reason names the key that is wrong, also one for another verb.
+/// The settings for `verb` (`commit` has none in a file); the reason names the key that is wrong, also one for another verb.
 fn settings(command: &Command, verb: &str, table: &Table) -> Result<Vec<Setting>, String> {
     let mut found: Vec<Setting> = Vec::new();
     let mut own = Vec::new();
@@ -207,7 +252,9 @@ fn settings(command: &Command, verb: &str, table: &Table) -> Result<Vec<Setting>
                 {
                     return Err(unknown(command, &VERBS, key, key));
                 }
-                if let Some(arg) = flag_of(command, verb, key) {
+                if VERBS.contains(&verb)
+                    && let Some(arg) = flag_of(command, verb, key)
+                {
                     found.push(setting(key, arg, value)?);
                 }
             }

@@ -42,7 +42,7 @@ impl Exit {
         (Self::Failed, "failed for good"),
         (Self::Usage, "usage: the command line is wrong"),
         (Self::NoContainer, "no such container, or it ended"),
-        (Self::Base, "base image unproven or unavailable"),
+        (Self::Base, "base image or root unproven, or unavailable"),
         (
             Self::Retry,
             "failed, worth retrying (registry unreachable, 5xx, 429)",

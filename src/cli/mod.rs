@@ -4,6 +4,7 @@
 mod args;
 mod client;
 mod config;
+mod doctor;
 mod exit;
 mod image;
 mod job;
@@ -21,6 +22,8 @@ use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
 
+use crate::confine::{self, Role};
+use crate::container::Roots;
 use args::{Cli, Global, LogFormat, Verb};
 pub use exit::{Exit, Failure, Usage};
 
@@ -46,7 +49,7 @@ pub fn main() -> ExitCode {
     };
     let done = match parsed.print {
         Some(settings) => write_stdout(settings.as_bytes()).map_err(Into::into),
-        None => run(parsed.cli),
+        None => run(parsed.cli, &parsed.descriptors),
     };
     match done {
         Ok(()) => Exit::Saved.into(),
@@ -72,11 +75,50 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     Failure::of(error).exit.into()
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
     start_log(&cli.global)?;
     let verbose = cli.global.verbose > 0 || cli.global.log.is_some();
     let roots = options::roots(&cli.global);
-    match cli.verb {
+    let mut watchdog = None;
+    if let Some(role) = role(&cli.verb) {
+        confine::close_inherited(descriptors);
+        if let Verb::Commit(commit) = &cli.verb
+            && commit.pause != crate::commit::Pause::None
+        {
+            // Once it has given up what it does not need it cannot start one any more. Where that fails the freeze says so.
+            watchdog = crate::freeze::stand_by().ok();
+        }
+        // Before the first thread: what is given up is given up by those that are made later, too.
+        confine::apply(role);
+    }
+    let done = dispatch(cli.verb, roots, verbose);
+    drop(watchdog);
+    done
+}
+
+/// What the process of a verb is there for; none for those that read nothing of strangers.
+fn role(verb: &Verb) -> Option<Role> {
+    Some(match verb {
+        Verb::Ps(_) | Verb::Inspect(_) | Verb::Diff(_) => Role::Look,
+        Verb::Layer(_) => Role::Layer,
+        Verb::Commit(_) | Verb::Bench(_) => Role::Commit,
+        Verb::Agent(_) => Role::Agent,
+        Verb::Up(_) => Role::Up,
+        Verb::Manager(args) if service::has_files_of_others(args) => Role::ManagerOfOthers,
+        Verb::Manager(_) => Role::Manager,
+        Verb::Image(_)
+        | Verb::Job(_)
+        | Verb::Validate(_)
+        | Verb::Doctor(_)
+        | Verb::Key(_)
+        | Verb::Demo
+        | Verb::Completions { .. }
+        | Verb::Man { .. } => return None,
+    })
+}
+
+fn dispatch(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()> {
+    match verb {
         Verb::Ps(args) => verbs::ps(&roots, &args),
         Verb::Inspect(args) => verbs::inspect(&roots, &args),
         Verb::Diff(args) => verbs::diff(&roots, &args),
@@ -87,9 +129,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Job(args) => job::run(args, verbose),
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(&roots, *args),
+        Verb::Doctor(args) => doctor::doctor(roots, &args),
         Verb::Up(args) => service::up(roots, *args),
         Verb::Manager(args) => service::manager(&args),
         Verb::Agent(args) => service::agent(roots, *args),
+        Verb::Key(args) => service::key(&args),
         Verb::Demo => verbs::demo(),
         Verb::Completions { shell } => verbs::completions(shell),
         Verb::Man { dir } => verbs::man(dir.as_deref()),

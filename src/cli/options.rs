@@ -137,6 +137,7 @@ impl Commit {
             base: args.base,
             timestamp: args.content.choice.timestamp,
             metadata_file: args.metadata_file,
+            output_mode: args.output_mode,
             digestfile: args.digestfile,
             gate: args.gate_fd.map(|fd| gate(fd, cancel)).transpose()?,
             freeze_mark: args.freeze_mark,

@@ -17,6 +17,7 @@ use crate::job::Keys;
 use crate::manager::auth::{self, Jwt, Proxies, Tokens};
 use crate::manager::target::{self, Template};
 use crate::manager::{self, Listen};
+use crate::private;
 use crate::queue::{self, Limits, Queue};
 use crate::record::Record;
 use crate::registry;
@@ -25,7 +26,7 @@ use crate::registry;
 pub(super) const UP_FILE: &str = "up.url";
 
 /// Where a manager's record is when nobody says.
-const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
+pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
 /// Who presses Ctrl-C does not wait as long as a node that is drained.
 const UP_DRAIN: Duration = Duration::from_secs(10);
 /// How long the manager waits for the agent's last words to be in the record.
@@ -56,7 +57,7 @@ fn secret(flag: &str, file: &Path) -> Result<zeroize::Zeroizing<String>, Usage> 
 }
 
 /// `url` with the password from a file in it.
-fn with_password(flag: &str, url: &str, file: Option<&Path>) -> Result<String, Usage> {
+pub(super) fn with_password(flag: &str, url: &str, file: Option<&Path>) -> Result<String, Usage> {
     let Some(file) = file else {
         return Ok(url.to_owned());
     };
@@ -67,25 +68,37 @@ fn with_password(flag: &str, url: &str, file: Option<&Path>) -> Result<String, U
     Ok(url.into())
 }
 
-fn keys(queue: &service::Queue) -> anyhow::Result<Keys> {
-    let file = queue
-        .key_file
-        .as_ref()
-        .ok_or_else(|| missing("key-file", "messages have to be signed"))?;
-    let text = std::fs::read_to_string(file)
-        .map(zeroize::Zeroizing::new)
-        .map_err(|error| Usage(format!("--key-file {}: {error}", text::path(file))))?;
-    let keys = Keys::parse(&text)
-        .map_err(|error| Usage(format!("--key-file {}: {error}", text::path(file))))?;
-    Ok(keys)
+/// The keys in `file`: master keys, or those of `node`.
+fn keys(file: Option<&Path>, node: Option<&str>) -> anyhow::Result<Keys> {
+    let file = file.ok_or_else(|| missing("key-file", "messages have to be signed"))?;
+    let wrong = |reason: String| Usage(format!("--key-file {}: {reason}", text::path(file)));
+    let text = secrets::keys(file).map_err(|error| wrong(error.to_string()))?;
+    let keys = match node {
+        None => Keys::parse(&text),
+        Some(node) => Keys::parse_node(&text, node),
+    };
+    Ok(keys.map_err(|error| wrong(error.to_string()))?)
 }
 
-/// Redis, where the settings name it.
-async fn redis(queue: &service::Queue) -> anyhow::Result<Option<Queue>> {
+/// Prints a node's key, or writes it to a file.
+pub(super) fn key(args: &args::NodeKey) -> anyhow::Result<()> {
+    let master = keys(Some(&args.key_file), None)?;
+    let file = master
+        .node_file(&args.node)
+        .map_err(|error| Usage(format!("--node: {error}")))?;
+    match &args.output {
+        None => Ok(super::write_stdout(file.as_bytes())?),
+        Some(output) => write_private(output, &file)
+            .with_context(|| format!("cannot write {}", text::path(output))),
+    }
+}
+
+/// Redis, where the settings name it; for a manager, or for the agent of `node`.
+async fn redis(queue: &service::Queue, node: Option<&str>) -> anyhow::Result<Option<Queue>> {
     let Some(url) = &queue.redis else {
         return Ok(None);
     };
-    let keys = keys(queue)?;
+    let keys = keys(queue.key_file.as_deref(), node)?;
     let url = with_password(
         "redis-password-file",
         url,
@@ -118,6 +131,9 @@ fn agent_options(
     let owner = owner
         .parse()
         .map_err(|error| Usage(format!("--owner {owner}: {error}")))?;
+    if let Some(file) = &push.creds_file {
+        secrets::warn_if_shared(file);
+    }
     let mut options = agent::Options::new(owner);
     if let Some(node) = work.node {
         options.node = node;
@@ -167,7 +183,7 @@ pub(super) fn agent(roots: Roots, args: args::Agent) -> anyhow::Result<()> {
     let allowed = allowed.collect::<Result<_, _>>()?;
     let options = agent_options(roots, args.work, &args.push, &owner, allowed)?;
     serve(async |cancel| {
-        let queue = redis(&args.queue)
+        let queue = redis(&args.queue, Some(&options.node))
             .await?
             .ok_or_else(|| missing("redis", "an agent needs a queue"))?;
         Ok(agent::run(options, queue, cancel).await?)
@@ -190,7 +206,7 @@ pub(super) fn manager(args: &args::Manager) -> anyhow::Result<()> {
     }
     let record = args.serve.record.as_deref().unwrap_or(RECORD);
     serve(async |cancel| {
-        let queue = redis(&args.queue)
+        let queue = redis(&args.queue, None)
             .await?
             .ok_or_else(|| missing("redis", "a manager needs a queue ('up' has its own)"))?;
         let record = open_record(&args.serve, record).await?;
@@ -200,12 +216,44 @@ pub(super) fn manager(args: &args::Manager) -> anyhow::Result<()> {
     })
 }
 
+/// Whether a manager that runs as root has files or directories of other users to read or write: that takes a capability.
+pub(super) fn has_files_of_others(args: &args::Manager) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+
+    let record = args.serve.record.as_deref().unwrap_or(RECORD);
+    let record = record.strip_prefix("sqlite:").unwrap_or(record);
+    let store = args.target.as_deref().unwrap_or_default();
+    let store = store.strip_prefix("oci:").and_then(|s| s.split('{').next());
+    let named = [
+        args.queue.key_file.as_deref(),
+        args.queue.redis_password_file.as_deref(),
+        args.serve.record_password_file.as_deref(),
+        args.serve.tokens_file.as_deref(),
+        args.push.creds_file.as_deref(),
+        args.push.authfile.as_deref(),
+        args.push.cert_dir.as_deref(),
+        args.serve.jwks.as_deref().map(Path::new),
+        Some(Path::new(record)).filter(|path| path.is_absolute()),
+        Some(Path::new(record))
+            .filter(|path| path.is_absolute())
+            .and_then(Path::parent),
+        store.map(Path::new),
+    ];
+    let own = rustix::process::geteuid().as_raw();
+    named
+        .into_iter()
+        .flatten()
+        .filter_map(|path| std::fs::metadata(path).ok())
+        .any(|file| file.uid() != own)
+}
+
 fn tokens(serve: &service::Serve) -> Result<Tokens, Usage> {
     let Some(file) = &serve.tokens_file else {
         return Ok(Tokens::default());
     };
     let wrong = |reason: String| Usage(format!("--tokens-file {}: {reason}", text::path(file)));
     let content = std::fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
+    secrets::warn_if_shared(file);
     Tokens::parse(&content).map_err(|error| wrong(error.to_string()))
 }
 
@@ -338,8 +386,8 @@ pub(super) fn up(roots: Roots, mut args: args::Up) -> anyhow::Result<()> {
     } else {
         state
     };
-    std::fs::create_dir_all(&state)
-        .with_context(|| format!("cannot make {}", text::path(&state)))?;
+    private::own_dir(&state, crate::state::is_ours)
+        .with_context(|| format!("cannot use {}", text::path(&state)))?;
     let (template, allowed) = match &args.registry {
         Some(registry) => {
             let prefix = registry.trim_end_matches('/');
@@ -351,8 +399,10 @@ pub(super) fn up(roots: Roots, mut args: args::Up) -> anyhow::Result<()> {
         None => {
             let store = args.store.clone().unwrap_or_else(|| state.join("images"));
             let store = std::path::absolute(&store).context("the working directory is gone")?;
-            std::fs::create_dir_all(&store)
-                .with_context(|| format!("cannot make {}", text::path(&store)))?;
+            // What lies in one of the administrator's choice was perhaps meant to be seen.
+            let own = args.store.is_none();
+            private::own_dir(&store, |_| own)
+                .with_context(|| format!("cannot use {}", text::path(&store)))?;
             let store = store
                 .to_str()
                 .ok_or_else(|| Usage("--store is not UTF-8".to_owned()))?;
@@ -396,7 +446,7 @@ pub(super) fn up(roots: Roots, mut args: args::Up) -> anyhow::Result<()> {
         .unwrap_or_else(|| format!("fixed:{user}"));
     let work = agent_options(roots, args.work, &args.push, &owner, vec![allowed])?;
     serve(async |cancel| {
-        let queue = match redis(&args.queue).await? {
+        let queue = match redis(&args.queue, None).await? {
             Some(queue) => queue,
             None => Queue::Local(queue::Local::new(limits(&args.queue))),
         };

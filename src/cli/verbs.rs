@@ -1,11 +1,10 @@
 //! What each verb does: options in, result on stdout. The work is in the modules that they call.
 
 use std::ffi::OsStr;
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +21,7 @@ use crate::job::{Event, Observer};
 use crate::layer::{self, Plan};
 use crate::manifest::Platform;
 use crate::overlay::xattr::Namespace;
+use crate::private::FileMode;
 use crate::scan::{self, Kind, Scan};
 use crate::spec::validate::{self, Expected};
 
@@ -173,9 +173,11 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     let cancel = Cancel::default();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let jobs = args.content.jobs.map_or_else(commit::cores, usize::from);
+    // Without links on the way, which are not followed. What is not there is said by name when it is opened.
+    let resolved = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
     let roots = scan::Roots {
-        upper: args.upper.clone(),
-        lowers: args.lower.clone(),
+        upper: resolved(&args.upper),
+        lowers: args.lower.iter().map(resolved).collect(),
         data_only: Vec::new(),
         lowers_known: !args.lower.is_empty(),
         namespace: if args.userxattr {
@@ -202,7 +204,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         jobs,
         cancel: cancel.flag(),
     };
-    let made = write_layer(&args.output, &plan, options)?;
+    let made = write_layer(&args.output, args.output_mode, &plan, options)?;
     for file in &made.unstable {
         tracing::warn!(path = file.path, what = ?file.what, "changed while it was read");
     }
@@ -220,6 +222,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
 /// Into a temporary file beside `output`, then renamed: what is there is whole. A device or FIFO is written to as it is.
 fn write_layer(
     output: &Path,
+    mode: FileMode,
     plan: &Plan,
     options: layer::Options<'_>,
 ) -> anyhow::Result<layer::Layer> {
@@ -244,9 +247,7 @@ fn write_layer(
     let mut file = tempfile::NamedTempFile::new_in(dir).with_context(cannot_write)?;
     let made = make(file.as_file_mut())?;
     file.as_file().sync_all().with_context(cannot_write)?;
-    file.as_file()
-        .set_permissions(Permissions::from_mode(0o644))
-        .with_context(cannot_write)?;
+    mode.set(file.as_file()).with_context(cannot_write)?;
     file.persist(output)
         .map_err(|e| e.error)
         .with_context(cannot_write)?;

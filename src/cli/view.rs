@@ -593,6 +593,7 @@ mod tests {
             }),
             pid: 42,
             pid_start: 7,
+            root: crate::container::RootMount::default(),
             overlay: OverlayMount {
                 upper: OsStr::from_bytes(b"/u\xff").into(),
                 lowers: vec!["/l".into()],

@@ -31,6 +31,7 @@ pub use crate::layer::Compression;
 use crate::layer::{self, Layer, Part, Plan};
 use crate::layout;
 use crate::manifest;
+use crate::private::FileMode;
 use crate::registry::{Access, Registries};
 use crate::scan::{Caps, Report, Scan};
 use crate::state;
@@ -114,6 +115,9 @@ pub struct Options {
     pub timestamp: Option<i64>,
     /// JSON with all figures.
     pub metadata_file: Option<PathBuf>,
+    /// The mode of the files that are made: layout, archive, metadata, digest. None: for their owner alone, or as the
+    /// layout has it that is there.
+    pub output_mode: Option<FileMode>,
     /// File that gets the manifest's digest.
     pub digestfile: Option<PathBuf>,
     /// Whoever has to agree before the tag is put on.
@@ -198,7 +202,7 @@ async fn save(
     )?;
     let (base, layout) = prove_base(&context, &container, options).await?;
     // A destination that takes nothing is found out before anybody's work is stopped for it.
-    let destination = Destination::open(&target, &context.registries)?;
+    let destination = Destination::open_as(&target, &context.registries, options.output_mode)?;
     destination.check().await?;
     let earlier =
         earlier::find(&context, options, &container, &volumes, &base, &destination).await?;

@@ -12,6 +12,7 @@ use crate::digest::{DiffId, Digest};
 use crate::escape;
 use crate::layer::block::Unstable;
 use crate::manifest::Image;
+use crate::private::{self, FileMode};
 use crate::scan::{Example, Report, Sample};
 
 /// Version of [`Metadata`]; it grows when a field changes its meaning or goes away, not when one is added.
@@ -233,7 +234,8 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
 /// Writes `--metadata-file` and `--digestfile`.
 pub(super) fn write_files(options: &Options, saved: &Saved) -> Result<(), Error> {
     let write = |path: &std::path::Path, bytes: &[u8]| {
-        std::fs::write(path, bytes).map_err(|source| Error::Report {
+        let mode = options.output_mode.unwrap_or(FileMode::PRIVATE);
+        private::write(path, bytes, mode).map_err(|source| Error::Report {
             reference: saved.reference.clone(),
             path: path.display().to_string(),
             source,

@@ -354,6 +354,8 @@ mod tests {
         Process {
             pid: 1,
             start: 1,
+            parent: 1,
+            root: None,
             mounts,
             mounts_cut: false,
             uid_map: vec![],

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use super::bundle::Bundle;
 use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, add_repositories, repository};
+use super::mounted::Record;
 use super::roots::{Roots, read_dir, read_file, read_json};
 use super::survey::Draft;
 use super::{Base, BaseLayer, Container, Runtime, containerd};
@@ -21,6 +22,8 @@ use crate::digest::{ChainId, DiffId, Digest};
 const NAMESPACE: &str = "moby";
 /// A config.v2.json holds the whole environment and network settings of one container.
 const CONFIG_CAP: u64 = 16 << 20;
+/// What is mounted on what, below the data root.
+const MOUNTS: &str = "image/overlay2/layerdb/mounts";
 /// Docker stacks no more layers than this (moby#20298).
 const MAX_CHAIN: usize = 512;
 
@@ -125,9 +128,8 @@ fn draft(
         None => (None, None),
     };
     let overlay2 = root.join("overlay2");
-    let upper = if config.driver == "overlay2" {
-        let mount_id = mount_file(roots, root, &config.id, "mount-id")?;
-        Some(overlay2.join(mount_id).join("diff"))
+    let record = if config.driver == "overlay2" {
+        Some(record(roots, root, &config.id)?)
     } else {
         None
     };
@@ -145,12 +147,35 @@ fn draft(
         pid: config.state.pid,
         bundle,
         state: directory.to_path_buf(),
-        upper,
-        lowers: None,
+        record,
         bases: vec![overlay2],
         mounted_at,
         id: config.id,
     }))
+}
+
+/// What Docker's layerdb says of a container's root.
+fn record(roots: &Roots, root: &Path, id: &str) -> Result<Record, Error> {
+    let diff = |id: String| Path::new(&id).join("diff");
+    let upper = diff(mount_file(roots, root, id, "mount-id")?);
+    let init = diff(mount_file(roots, root, id, "init-id")?);
+    let parents = match mount_file(roots, root, id, "parent") {
+        Ok(parent) => {
+            let parent = parent
+                .parse()
+                .map_err(|e| Error::damaged(root.join(MOUNTS).join(id).join("parent"), e))?;
+            layer_chain(roots, root, ChainId(parent))?
+        }
+        // Not started from an image.
+        Err(error) if error.is_not_found() => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    let parents = parents.into_iter().map(|layer| diff(layer.cache_id));
+    Ok(Record {
+        store: root.join("overlay2"),
+        upper,
+        lowers: Some(std::iter::once(init).chain(parents).collect()),
+    })
 }
 
 /// Where containerd keeps the runtime spec that Docker gave it.
@@ -168,14 +193,7 @@ fn bundle_directory(roots: &Roots, id: &str) -> Option<PathBuf> {
 
 /// A one-line file about a container's mount: `mount-id`, `init-id` or `parent`.
 fn mount_file(roots: &Roots, root: &Path, id: &str, name: &str) -> Result<String, Error> {
-    one_line(
-        &roots.path(
-            &root
-                .join("image/overlay2/layerdb/mounts")
-                .join(id)
-                .join(name),
-        ),
-    )
+    one_line(&roots.path(&root.join(MOUNTS).join(id).join(name)))
 }
 
 /// The text becomes part of a path: what Docker writes there has neither slashes nor dots.
@@ -205,6 +223,7 @@ fn diff(roots: &Roots, root: &Path, id: &str) -> PathBuf {
 struct Layer {
     chain_id: ChainId,
     diff_id: DiffId,
+    cache_id: String,
     directory: PathBuf,
 }
 
@@ -255,7 +274,7 @@ fn prove_overlay2(
     let parent = mount_file("parent").and_then(|parent| {
         parent
             .parse::<Digest>()
-            .map_err(|e| Error::damaged(root.join("image/overlay2/layerdb/mounts"), e))
+            .map_err(|e| Error::damaged(root.join(MOUNTS), e))
     });
     let parent = match parent {
         Err(error) if error.is_not_found() => {
@@ -367,6 +386,7 @@ fn layer_chain(roots: &Roots, root: &Path, top: ChainId) -> Result<Vec<Layer>, E
             chain_id,
             diff_id,
             directory: diff(roots, root, &cache_id),
+            cache_id,
         });
         if layers.len() > MAX_CHAIN {
             return Err(Error::damaged(

@@ -169,19 +169,18 @@ pub enum Error {
 }
 
 impl Error {
-    /// The exit code of the design: 1 failed for good, 2 usage, 66 no such container, 69 base unproven, 75 worth
+    /// The exit code of the design: 1 failed for good, 2 usage, 66 no such container, 69 root or base unproven, 75 worth
     /// retrying, 77 not permitted.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::BadName { .. } | Self::Ambiguous { .. } | Self::NotAVolume { .. } => 2,
             Self::NotFound { .. } | Self::Gone { .. } => 66,
-            Self::BaseUnproven { .. } => 69,
+            Self::BaseUnproven { .. } | Self::ForeignRoot { .. } => 69,
             Self::Busy { .. } => 75,
             Self::NotPermitted { .. } | Self::ManyMounts { .. } | Self::VolumeNotAllowed { .. } => {
                 77
             }
             Self::NotOverlay { .. }
-            | Self::ForeignRoot { .. }
             | Self::Mount { .. }
             | Self::Damaged { .. }
             | Self::Io { .. } => 1,

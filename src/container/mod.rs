@@ -18,18 +18,21 @@ mod containerd;
 mod docker;
 mod error;
 mod image;
+mod mounted;
 mod pattern;
 mod process;
 mod roots;
 mod storage;
 mod survey;
 mod volume;
+mod witness;
 
 pub use error::{Error, Problem};
 pub use pattern::{Pattern, PatternError};
 pub use roots::{ContainerdRoot, Roots, StorageRoot};
 pub use survey::{Listing, find, list, recheck};
 pub use volume::{Volume, VolumeRules, recheck_volume, volume};
+pub use witness::{RootMount, Witness};
 
 /// Who runs a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
@@ -103,7 +106,9 @@ pub struct Container {
     pub pid: u32,
     /// Field 22 of `/proc/PID/stat`, in clock ticks since boot: pids are reused, this pair is not.
     pub pid_start: u64,
-    /// Its root mount.
+    /// Its root, as the kernel numbers it, and who says what it is made of.
+    pub root: RootMount,
+    /// What its root is made of.
     pub overlay: OverlayMount,
     /// User ids; empty means no user namespace, ids on disk are the container's.
     pub uid_map: Vec<IdMapping>,

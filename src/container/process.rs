@@ -4,7 +4,10 @@
 
 use std::fs::{self, File};
 use std::io::Read as _;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
 
 use super::IdMapping;
 use super::error::Error;
@@ -40,6 +43,10 @@ pub(super) struct Process {
     pub(super) pid: u32,
     /// Clock ticks since boot.
     pub(super) start: u64,
+    /// The process that waits for its end; 0 where that is in another PID namespace.
+    pub(super) parent: u32,
+    /// The mount that its root lies in, as the kernel follows it; none where `proc` is only a copy of one.
+    pub(super) root: Option<u64>,
     pub(super) mounts: Vec<MountInfo>,
     /// There are more mounts.
     pub(super) mounts_cut: bool,
@@ -50,7 +57,16 @@ pub(super) struct Process {
 impl Process {
     /// The mount that is its root.
     pub(super) fn root(&self) -> Option<&MountInfo> {
-        root_mount(&self.mounts)
+        match self.root {
+            Some(id) => {
+                let mut at_root = self
+                    .mounts
+                    .iter()
+                    .filter(|m| m.mount_point == Path::new("/"));
+                at_root.find(|m| m.id == id)
+            }
+            None => root_mount(&self.mounts),
+        }
     }
 }
 
@@ -75,8 +91,19 @@ fn read_lines(path: &Path, most: Most) -> Result<(Vec<u8>, bool), Error> {
     Ok((text, true))
 }
 
+/// What `proc_pid_stat(5)` says of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stat {
+    parent: u32,
+    start: u64,
+}
+
 /// When the process started, in clock ticks since boot; none if there is none or only its zombie is left.
 pub(super) fn start_of(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
+    Ok(stat_of(roots, pid)?.map(|stat| stat.start))
+}
+
+fn stat_of(roots: &Roots, pid: u32) -> Result<Option<Stat>, Error> {
     let path = roots.proc(&format!("{pid}/stat"));
     let stat = match read_file(&path, 64 << 10) {
         Ok(stat) => stat,
@@ -101,7 +128,7 @@ pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
 
 /// As [`read`], with no more of its mount table than `most`.
 pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Process>, Error> {
-    let Some(start) = start_of(roots, pid)? else {
+    let Some(Stat { parent, start }) = stat_of(roots, pid)? else {
         return Ok(None);
     };
     let read = |name: &str, cap| match read_file(&roots.proc(&format!("{pid}/{name}")), cap) {
@@ -132,6 +159,11 @@ pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Pr
     {
         (uid_map, gid_map) = (Vec::new(), Vec::new());
     }
+    let root = match root_id(roots, pid) {
+        Ok(root) => root,
+        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
     // The pid may have passed to another process while it was being read.
     if start_of(roots, pid)? != Some(start) {
         return Ok(None);
@@ -139,6 +171,8 @@ pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Pr
     Ok(Some(Process {
         pid,
         start,
+        parent,
+        root,
         mounts,
         mounts_cut,
         uid_map,
@@ -221,10 +255,42 @@ fn boot_time(stat: &[u8]) -> Option<i64> {
     std::str::from_utf8(line).ok()?.trim().parse().ok()
 }
 
-/// The node's own mounts, which no container can change.
-pub(super) fn node_mounts(roots: &Roots) -> Option<Vec<MountInfo>> {
-    let bytes = read_file(&roots.proc("1/mountinfo"), MOUNTINFO_CAP).ok()?;
-    parse_mountinfo(&bytes).ok()
+/// The mount table of a process; none if there is no such process.
+pub(super) fn mounts_of(roots: &Roots, pid: u32) -> Result<Option<Vec<MountInfo>>, Error> {
+    let path = roots.proc(&format!("{pid}/mountinfo"));
+    match read_file(&path, MOUNTINFO_CAP) {
+        Ok(bytes) => parse_mountinfo(&bytes)
+            .map(Some)
+            .map_err(|e| Error::damaged(&path, e)),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The ID of the mount that the root of a process lies in. A table can list several mounts at `/`, and the one on top need
+/// not be the one that the process has.
+fn root_id(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
+    let link = roots.proc(&format!("{pid}/root"));
+    // Recordings of a /proc have no such links, and say by the table alone what is at the root.
+    if fs::symlink_metadata(&link).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
+        return Ok(None);
+    }
+    // A descriptor for the path alone: the file system itself, which can be anything, is not asked.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let root =
+        rustix::fs::open(&link, flags, Mode::empty()).map_err(|e| Error::io(&link, e.into()))?;
+    mount_id(root.as_fd()).map(Some)
+}
+
+/// The ID of the mount that a descriptor lies in.
+pub(super) fn mount_id(fd: BorrowedFd<'_>) -> Result<u64, Error> {
+    let path = PathBuf::from(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+    let info = read_file(&path, 64 << 10)?;
+    let id = std::str::from_utf8(&info).ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+        line?.trim().parse().ok()
+    });
+    id.ok_or_else(|| Error::damaged(&path, "expected a line mnt_id"))
 }
 
 /// Whether overlays keep an index unless told otherwise: the module's parameter, `N` if the kernel has none.
@@ -240,21 +306,19 @@ fn is_gone(error: &Error) -> bool {
         || matches!(error, Error::Io { source, .. } if source.raw_os_error() == Some(ended))
 }
 
-/// `pid (comm) state ppid ... starttime`: the start time, none inside for a zombie, none outside for nonsense.
+/// `pid (comm) state ppid ... starttime`: none inside for a zombie, none outside for nonsense.
 #[allow(clippy::option_option)] // two kinds of nothing: no process, no sense
-fn parse_stat(stat: &[u8]) -> Option<Option<u64>> {
+fn parse_stat(stat: &[u8]) -> Option<Option<Stat>> {
     // The name in parentheses may hold parentheses and spaces: the last one ends it.
     let after = stat.iter().rposition(|&b| b == b')')? + 1;
     let mut fields = std::str::from_utf8(&stat[after..])
         .ok()?
         .split_ascii_whitespace();
     let state = fields.next()?;
-    let start = fields.nth(18)?.parse().ok()?;
-    Some(if matches!(state, "Z" | "X" | "x") {
-        None
-    } else {
-        Some(start)
-    })
+    let parent = fields.next()?.parse().ok()?;
+    let start = fields.nth(17)?.parse().ok()?;
+    let alive = !matches!(state, "Z" | "X" | "x");
+    Some(alive.then_some(Stat { parent, start }))
 }
 
 /// Lines of three numbers; the identity over everything is no map at all.
@@ -296,7 +360,10 @@ mod tests {
         let fields = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 439451 20";
         assert_eq!(
             parse_stat(format!("7 (a) b (c) {fields}").as_bytes()),
-            Some(Some(439_451))
+            Some(Some(Stat {
+                parent: 1,
+                start: 439_451
+            }))
         );
         assert_eq!(
             parse_stat(format!("7 (Z) {}", fields.replace('S', "Z")).as_bytes()),

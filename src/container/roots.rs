@@ -97,6 +97,17 @@ impl Roots {
         fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
     }
 
+    /// A directory below another, by names alone: a symbolic link on the way is an error (`ELOOP`).
+    /// `store` itself is located as the node would.
+    pub(super) fn locate_below(&self, store: &Path, inside: &Path) -> io::Result<PathBuf> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
+        let store = rustix::fs::open(self.locate(store)?, flags, Mode::empty())?;
+        let resolve =
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let found = rustix::fs::openat2(&store, inside, flags, Mode::empty(), resolve)?;
+        fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
+    }
+
     /// As [`Roots::locate`]; what is not there keeps its place below the host root, for the error message.
     pub(super) fn path(&self, path: &Path) -> PathBuf {
         self.locate(path).unwrap_or_else(|_| match &self.host_root {

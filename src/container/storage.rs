@@ -14,6 +14,7 @@ use super::bundle::Bundle;
 use super::containerd::pid_file;
 use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, Document, Manifest, add_repositories, repository};
+use super::mounted::Record;
 use super::roots::{Roots, StorageRoot, read_file, read_json};
 use super::survey::Draft;
 use super::{Base, BaseLayer, Container, Pod, Runtime};
@@ -134,7 +135,12 @@ fn is_id(id: &str) -> bool {
 }
 
 fn diff(storage: &StorageRoot, layer: &str) -> PathBuf {
-    storage.root.join("overlay").join(layer).join("diff")
+    storage.root.join("overlay").join(below(layer))
+}
+
+/// A layer's directory below the overlay driver's.
+fn below(layer: &str) -> PathBuf {
+    Path::new(layer).join("diff")
 }
 
 pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
@@ -233,13 +239,12 @@ fn draft(
         sandbox: own.pod || annotation("io.kubernetes.cri-o.ContainerType") == Some("sandbox"),
         pid,
         state: roots.path(&userdata(&storage.runroot)),
-        upper: (!container.layer.is_empty()).then(|| diff(storage, &container.layer)),
-        lowers: chain.ok().map(|chain| {
-            chain
-                .iter()
-                .skip(1)
-                .map(|layer| diff(storage, &layer.id))
-                .collect()
+        record: (!container.layer.is_empty()).then(|| Record {
+            store: storage.root.join("overlay"),
+            upper: below(&container.layer),
+            lowers: chain
+                .ok()
+                .map(|chain| chain.iter().skip(1).map(|layer| below(&layer.id)).collect()),
         }),
         bases: vec![storage.root.join("overlay")],
         mounted_at: bundle

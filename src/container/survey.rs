@@ -1,18 +1,17 @@
 //! What the runtimes wrote down, held against what the kernel says: the list of containers, and the search in it.
 //!
-//! A container's first process is its tenant's. In a user namespace of its own it can mount an overlay of whatever
-//! directories it likes to name and make that its root, and their names in mountinfo would read as the node's. So a
-//! root counts only if its upper is the one that the runtime recorded, or if the node's own mount table shows the same
-//! file system where the runtime mounts roots.
+//! A container's first process is its tenant's: its number, its start and the device number of its root are the kernel's
+//! word, all else in its mountinfo is the tenant's (`witness`, `mounted`).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::bundle::{self, Bundle};
 use super::error::{Error, Problem};
+use super::mounted::{self, Record};
 use super::process::{self, Process};
 use super::roots::Roots;
+use super::witness::{RootMount, Tables, Witness};
 use super::{Container, Pod, Runtime, Spec, containerd, docker, storage};
-use crate::overlay::mount::{MountError, MountInfo, OverlayOptions};
 
 /// Shorter prefixes of an ID are more likely a mistake than a name.
 const MIN_PREFIX: usize = 3;
@@ -44,10 +43,8 @@ pub(super) struct Draft {
     pub(super) bundle: Option<Bundle>,
     /// The directory or file that speaks of it, for messages.
     pub(super) state: PathBuf,
-    /// The upper directory that the runtime made for it.
-    pub(super) upper: Option<PathBuf>,
-    /// The lowers that the runtime meant to mount, topmost first.
-    pub(super) lowers: Option<Vec<PathBuf>>,
+    /// The directories that the runtime made for it.
+    pub(super) record: Option<Record>,
     /// Directories from which the runtime mounts when it shortens paths.
     pub(super) bases: Vec<PathBuf>,
     /// Where on the node it mounted the root.
@@ -78,11 +75,17 @@ fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
     drafts.extend(storage::drafts(roots, problems));
     for draft in containerd::drafts(roots, problems) {
         // Docker runs its containers through containerd, and k3s' roots may be links to others.
-        if !drafts
-            .iter()
-            .any(|known| known.id == draft.id && known.pid == draft.pid)
-        {
-            drafts.push(draft);
+        let known = drafts
+            .iter_mut()
+            .find(|known| known.id == draft.id && known.pid == draft.pid);
+        match known {
+            // With containerd's image store Docker's own files do not say what it is made of.
+            Some(known) if known.record.is_none() => {
+                known.record = draft.record;
+                known.bases.extend(draft.bases);
+            }
+            Some(_) => {}
+            None => drafts.push(draft),
         }
     }
     drafts
@@ -91,12 +94,12 @@ fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
 /// All containers on this node, and what stood in the way of knowing more.
 pub fn list(roots: &Roots) -> Listing {
     let mut listing = Listing::default();
-    let node = NodeMounts::default();
+    let tables = Tables::default();
     for draft in drafts(roots, &mut listing.problems) {
         let process = process::read_most(roots, draft.pid, process::TO_LIST);
         let result = process.and_then(|process| {
             process
-                .map(|p| assemble(roots, &node, &draft, &p))
+                .map(|p| assemble(roots, &tables, &draft, &p))
                 .transpose()
         });
         match result {
@@ -128,9 +131,9 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
     let wanted = name.parse::<Wanted>()?;
     let mut problems = Vec::new();
     let drafts = drafts(roots, &mut problems);
-    let node = NodeMounts::default();
+    let tables = Tables::default();
     if let Wanted::Pid(pid) = wanted {
-        return find_process(roots, &node, &drafts, pid, name);
+        return find_process(roots, &tables, &drafts, pid, name);
     }
     let mut ended = None;
     for rank in 0..wanted.ranks() {
@@ -143,7 +146,7 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
         }
         match running.as_slice() {
             [] => {}
-            [(draft, process)] => return assemble(roots, &node, draft, process),
+            [(draft, process)] => return assemble(roots, &tables, draft, process),
             many => {
                 let candidates = many.iter().map(|(draft, _)| draft.label()).collect();
                 return Err(Error::Ambiguous {
@@ -172,7 +175,8 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
     })
 }
 
-/// Whether `container` is still what it was: the same process, with the same upper directory under its root.
+/// Whether `container` is still what it was: the same process with the same file system as its root, of which the same
+/// witness says the same.
 pub fn recheck(roots: &Roots, container: &Container) -> Result<(), Error> {
     let gone = |detail: String| Error::Gone {
         container: container.id.clone(),
@@ -182,19 +186,9 @@ pub fn recheck(roots: &Roots, container: &Container) -> Result<(), Error> {
     let process = process::read(roots, pid)?
         .filter(|process| process.start == container.pid_start)
         .ok_or_else(|| gone(format!("its process {pid} is no longer there")))?;
-    let options = overlay_of(&container.id, &process)
-        .map_err(|e| gone(e.to_string()))?
-        .1;
-    let same = options.upper.iter().any(|upper| {
-        if upper.is_absolute() {
-            roots
-                .locate(upper)
-                .is_ok_and(|upper| upper == container.overlay.upper)
-        } else {
-            container.overlay.upper.ends_with(upper)
-        }
-    });
-    if same {
+    let device = mounted::device_of(&container.id, &process).map_err(|e| gone(e.to_string()))?;
+    let root = &container.root;
+    if device == root.device && Tables::default().still(roots, &process, root)? {
         Ok(())
     } else {
         Err(gone("its root is another one now".to_owned()))
@@ -298,19 +292,19 @@ fn similar(roots: &Roots, drafts: &[Draft], name: &str) -> Vec<String> {
 
 fn find_process(
     roots: &Roots,
-    node: &NodeMounts,
+    tables: &Tables,
     drafts: &[Draft],
     pid: u32,
     name: &str,
 ) -> Result<Container, Error> {
-    let Some(process) = process::read(roots, pid)? else {
-        return Err(Error::NotFound {
-            wanted: name.to_owned(),
-            candidates: Vec::new(),
-            problems: Vec::new(),
-        });
+    let not_found = || Error::NotFound {
+        wanted: name.to_owned(),
+        candidates: Vec::new(),
+        problems: Vec::new(),
     };
-    let (root, options) = overlay_of(name, &process)?;
+    let process = process::read(roots, pid)?.ok_or_else(not_found)?;
+    let line = process.root().ok_or_else(not_found)?;
+    let device = mounted::device_of(name, &process)?;
     // A process of a container is that container: only its runtime knows the base. Same file system, same container.
     for draft in drafts {
         let Ok(Some(first)) = process::read_most(roots, draft.pid, process::TO_LIST) else {
@@ -319,10 +313,10 @@ fn find_process(
         if draft.pid == pid
             || first
                 .root()
-                .is_some_and(|r| r.fs_type == "overlay" && r.device == root.device)
+                .is_some_and(|r| r.fs_type == "overlay" && r.device == device)
         {
             return match process::read(roots, draft.pid)? {
-                Some(whole) => assemble(roots, node, draft, &whole),
+                Some(whole) => assemble(roots, tables, draft, &whole),
                 None => Err(Error::Gone {
                     container: draft.id.clone(),
                     detail: format!("its process {} is no longer there", draft.pid),
@@ -330,7 +324,12 @@ fn find_process(
             };
         }
     }
-    let overlay = options
+    let root = RootMount {
+        device,
+        options: line.super_options.clone(),
+        witness: Witness::Itself,
+    };
+    let overlay = mounted::options_of(name, line)?
         .resolve(&[], process::index_default(), &|path| roots.locate(path))
         .map_err(|source| Error::Mount {
             container: name.to_owned(),
@@ -344,6 +343,7 @@ fn find_process(
         pod: None,
         pid,
         pid_start: process.start,
+        root,
         overlay,
         mounts: bundle::unite(None, &process),
         mounts_cut: process.mounts_cut,
@@ -355,133 +355,13 @@ fn find_process(
     })
 }
 
-/// The root of a process, if it is the whole of an overlay with an upper directory.
-fn overlay_of<'p>(
-    container: &str,
-    process: &'p Process,
-) -> Result<(&'p MountInfo, OverlayOptions), Error> {
-    let no_overlay = |detail: String| Error::NotOverlay {
-        container: container.to_owned(),
-        detail,
-    };
-    let root = process
-        .root()
-        .ok_or_else(|| no_overlay("its root is not the root of a mount".to_owned()))?;
-    if root.fs_type != "overlay" {
-        return Err(no_overlay(format!(
-            "its root is {}, not an overlay",
-            root.fs_type
-        )));
-    }
-    if root.root != Path::new("/") {
-        return Err(no_overlay(format!(
-            "its root is the directory {} within an overlay",
-            root.root.display()
-        )));
-    }
-    let options = OverlayOptions::parse(&root.super_options).map_err(|error| match error {
-        MountError::NoUpper => no_overlay(error.to_string()),
-        source => Error::Mount {
-            container: container.to_owned(),
-            source,
-        },
-    })?;
-    Ok((root, options))
-}
-
-/// The node's mount table, read when first needed.
-#[derive(Default)]
-struct NodeMounts(std::cell::OnceCell<Vec<MountInfo>>);
-
-impl NodeMounts {
-    /// Whether the file system `device` is mounted at `path` on the node.
-    fn has(&self, roots: &Roots, device: (u32, u32), path: &Path) -> bool {
-        let mounts = self
-            .0
-            .get_or_init(|| process::node_mounts(roots).unwrap_or_default());
-        mounts
-            .iter()
-            .filter(|m| m.device == device && m.fs_type == "overlay")
-            .any(|m| {
-                m.mount_point == path
-                    || roots
-                        .locate(&m.mount_point)
-                        .ok()
-                        .is_some_and(|at| roots.locate(path).is_ok_and(|path| path == at))
-            })
-    }
-}
-
 fn assemble(
     roots: &Roots,
-    node: &NodeMounts,
+    tables: &Tables,
     draft: &Draft,
     process: &Process,
 ) -> Result<Container, Error> {
-    let (root, options) = overlay_of(&draft.id, process)?;
-    let mount_error = |source| Error::Mount {
-        container: draft.id.clone(),
-        source,
-    };
-    let locate = |path: &Path| roots.locate(path);
-    let upper = options
-        .locate_upper(&draft.bases, &locate)
-        .map_err(mount_error)?;
-    let recorded = draft
-        .upper
-        .as_ref()
-        .is_some_and(|recorded| locate(recorded).is_ok_and(|r| r == upper));
-    if !recorded
-        && !draft
-            .mounted_at
-            .as_ref()
-            .is_some_and(|at| node.has(roots, root.device, at))
-    {
-        let told = |path: &Option<PathBuf>| {
-            path.as_ref()
-                .map_or("unknown".into(), |p| p.display().to_string())
-        };
-        return Err(Error::ForeignRoot {
-            container: draft.id.clone(),
-            detail: format!(
-                "process {} writes to {}; its runtime's files say {}, and nothing like it is mounted at {}",
-                process.pid,
-                upper.display(),
-                told(&draft.upper),
-                told(&draft.mounted_at)
-            ),
-        });
-    }
-    let index_default = process::index_default();
-    let overlay = match options.resolve(&draft.bases, index_default, &locate) {
-        Ok(overlay) => overlay,
-        // Where ids are mapped, runtimes mount mapped copies of the lowers, and take their names away afterwards.
-        Err(MountError::Missing {
-            role: "lower",
-            path,
-            tried,
-        }) => {
-            let meant = draft
-                .lowers
-                .as_ref()
-                .filter(|lowers| lowers.len() == options.lowers.len());
-            let meant = meant.map(|lowers| {
-                lowers
-                    .iter()
-                    .map(|lower| locate(lower))
-                    .collect::<Result<Vec<_>, _>>()
-            });
-            let Some(Ok(lowers)) = meant else {
-                return Err(mount_error(MountError::Missing {
-                    role: "lower",
-                    path,
-                    tried,
-                }));
-            };
-            options.mount(upper, lowers, Vec::new(), index_default)
-        }
-        Err(source) => return Err(mount_error(source)),
-    };
+    let (overlay, root) = mounted::root_of(roots, tables, draft, process)?;
     Ok(Container {
         runtime: draft.runtime,
         id: draft.id.clone(),
@@ -490,6 +370,7 @@ fn assemble(
         pod: draft.pod.clone(),
         pid: process.pid,
         pid_start: process.start,
+        root,
         overlay,
         uid_map: process.uid_map.clone(),
         gid_map: process.gid_map.clone(),

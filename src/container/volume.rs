@@ -79,7 +79,10 @@ pub fn volume(
         return Err(refuse(format!("{} is mounted there, {why}", line.fs_type)));
     }
     if let Some(allowed) = &rules.allowed {
-        let node = process::node_mounts(roots).unwrap_or_default();
+        let node = process::mounts_of(roots, 1)
+            .ok()
+            .flatten()
+            .unwrap_or_default();
         if !allowed.iter().any(|pattern| pattern.covers(&line, &node)) {
             return Err(Error::VolumeNotAllowed {
                 path: destination.clone(),

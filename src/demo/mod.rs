@@ -532,6 +532,7 @@ fn save(
         base: Some(base),
         timestamp: None,
         metadata_file: None,
+        output_mode: None,
         digestfile: None,
         gate: None,
         freeze_mark: None,

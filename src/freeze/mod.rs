@@ -32,7 +32,9 @@ pub use mark::{Left, thaw_left};
 pub use members::Stranger;
 use members::{Processes, Stat};
 use watchdog::Watchdog;
-pub use watchdog::{ARGUMENT as WATCHDOG_ARGUMENT, entry as watchdog_entry, watchdog_main};
+pub use watchdog::{
+    ARGUMENT as WATCHDOG_ARGUMENT, StandBy, entry as watchdog_entry, stand_by, watchdog_main,
+};
 
 /// Strangers in a container's cgroup are looked at again before they are a reason to refuse: `exec` into a container
 /// enters the cgroup first and the container's root milliseconds later.

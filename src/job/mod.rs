@@ -7,13 +7,15 @@ mod report;
 mod seal;
 mod session;
 mod state;
+mod word;
 
 pub use event::{EVENT_VERSION, Event, Observer, Phase};
 pub use order::{JobId, Order, SaveOptions};
 pub use report::{Outcome, Report, Said, Saved};
-pub use seal::{Keys, SealError, Sealed};
+pub use seal::{Keys, Message, SealError, Sealed};
 pub use session::{Category, Kind, Load, NextSave, Node, Session, Unsaved};
 pub use state::{Code, State};
+pub use word::{Answer, Before, Question, Word};
 
 /// Milliseconds since the epoch, UTC, as all the `_ms` instants here; 0 on a machine whose clock stands before it.
 pub fn now_ms() -> i64 {

@@ -87,6 +87,9 @@ pub struct Order {
     /// Every fence that is given out for this order is greater: the record's highest so far. It survives a queue that
     /// lost everything.
     pub fence_after: u64,
+    /// When it was signed (milliseconds since the epoch, UTC): how long its kind lives follows, and how long its node has
+    /// to remember that it has ended.
+    pub issued_ms: i64,
     /// Not before this instant (milliseconds since the epoch, UTC): a retry's pause.
     pub not_before_ms: i64,
     /// An agent that reads it after this instant (milliseconds since the epoch, UTC) does not act on it.

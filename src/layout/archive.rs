@@ -11,6 +11,7 @@ use bytes::Bytes;
 use super::staged::{Staged, sync_directory};
 use super::{Error, LAYOUT_FILE, add_to_index, blob_path, io_error};
 use crate::digest::Digest;
+use crate::private::FileMode;
 
 const BLOCK: u64 = 512;
 
@@ -23,6 +24,7 @@ pub struct Archive {
 
 struct Shared {
     path: PathBuf,
+    mode: FileMode,
     tar: Mutex<Slot>,
     returned: Condvar,
     /// Sizes of the blobs that are complete.
@@ -48,8 +50,14 @@ struct Tar {
 impl Archive {
     /// Nothing is touched before the first call that writes.
     pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self::with_mode(path, FileMode::PRIVATE)
+    }
+
+    /// The same with another mode than for the owner alone. One that is replaced gives its mode to nobody.
+    pub fn with_mode(path: impl Into<PathBuf>, mode: FileMode) -> Self {
         let shared = Shared {
             path: path.into(),
+            mode,
             tar: Mutex::new(Slot::New),
             returned: Condvar::new(),
             blobs: Mutex::default(),
@@ -74,7 +82,7 @@ impl Archive {
             _ => {}
         }
         let dir = directory_of(path);
-        Staged::create(dir)
+        Staged::create(dir, FileMode::PRIVATE)
             .map(drop)
             .map_err(io_error(dir, "write into"))
     }
@@ -166,7 +174,7 @@ impl Shared {
         loop {
             match std::mem::replace(&mut *slot, Slot::Taken) {
                 Slot::New => {
-                    return Tar::create(directory_of(&self.path)).map_err(|e| {
+                    return Tar::create(directory_of(&self.path), self.mode).map_err(|e| {
                         *slot = Slot::New;
                         io_error(&self.path, "write")(e)
                     });
@@ -195,9 +203,9 @@ impl Shared {
 }
 
 impl Tar {
-    fn create(dir: &Path) -> io::Result<Self> {
+    fn create(dir: &Path, mode: FileMode) -> io::Result<Self> {
         let mut tar = Self {
-            staged: Staged::create(dir)?,
+            staged: Staged::create(dir, mode)?,
             end: 0,
         };
         for name in ["blobs/", "blobs/sha256/"] {

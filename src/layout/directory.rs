@@ -10,17 +10,37 @@ use rustix::fs::FlockOperation;
 use super::staged::{Staged, sync_directory};
 use super::{Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, take_from_index};
 use crate::digest::Digest;
+use crate::private::{self, FileMode};
 
 /// A layout directory as a destination. It may exist, with other images in it, or not.
 #[derive(Clone, Debug)]
 pub struct Directory {
     path: PathBuf,
+    mode: Option<FileMode>,
 }
 
 impl Directory {
     /// Nothing is touched before the first call that writes.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into() }
+        Self {
+            path: path.into(),
+            mode: None,
+        }
+    }
+
+    /// The same with another mode for what is made. None: as the layout's files are; in a new one for the owner alone.
+    #[must_use]
+    pub fn with_mode(self, mode: Option<FileMode>) -> Self {
+        Self { mode, ..self }
+    }
+
+    /// The mode of the next file. In a layout that its owner shares, a blob that others cannot read would spoil it.
+    fn mode(&self) -> FileMode {
+        let layout = || fs::symlink_metadata(self.path.join("oci-layout")).ok();
+        let existing = || layout().filter(fs::Metadata::is_file);
+        self.mode
+            .or_else(|| existing().map(|file| FileMode::of(&file)))
+            .unwrap_or(FileMode::PRIVATE)
     }
 
     /// Whether images can be written here: a layout, an empty directory, or a place where one can be made.
@@ -42,7 +62,7 @@ impl Directory {
         } else {
             &probed
         };
-        Staged::create(place)
+        Staged::create(place, FileMode::PRIVATE)
             .map(drop)
             .map_err(io_error(place, "write into"))
     }
@@ -89,9 +109,9 @@ impl Directory {
         if blobs.is_dir() && self.path.join("oci-layout").exists() {
             return Ok(blobs);
         }
-        fs::create_dir_all(&self.path).map_err(io_error(&self.path, "create"))?;
+        private::make_dir(&self.path, self.mode()).map_err(io_error(&self.path, "create"))?;
         let is_one = self.check_version()?;
-        fs::create_dir_all(&blobs).map_err(io_error(&blobs, "create"))?;
+        private::make_dir(&blobs, self.mode()).map_err(io_error(&blobs, "create"))?;
         if !is_one {
             self.replace("oci-layout", LAYOUT_FILE.as_bytes())?;
         }
@@ -101,7 +121,7 @@ impl Directory {
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let target = self.path.join(name);
         let write = || {
-            let mut staged = Staged::create(&self.path)?;
+            let mut staged = Staged::create(&self.path, self.mode())?;
             staged.file.write_all(bytes)?;
             staged.publish(&target)?;
             sync_directory(&self.path)
@@ -132,7 +152,7 @@ impl Directory {
     /// Begins a blob whose digest is known at its end. It has no name until then.
     pub fn begin_blob(&self) -> Result<DirectoryBlob, Error> {
         let blobs = self.prepare()?;
-        let staged = Staged::create(&blobs).map_err(io_error(&blobs, "write into"))?;
+        let staged = Staged::create(&blobs, self.mode()).map_err(io_error(&blobs, "write into"))?;
         Ok(DirectoryBlob {
             layout: self.clone(),
             blobs,

@@ -10,6 +10,8 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 use tempfile::TempPath;
 
+use crate::private::FileMode;
+
 /// An open file on the way to its name.
 pub(super) struct Staged {
     pub(super) file: File,
@@ -19,9 +21,15 @@ pub(super) struct Staged {
 }
 
 impl Staged {
-    /// A file in `dir`, on the file system where its name will be.
-    pub(super) fn create(dir: &Path) -> io::Result<Self> {
-        let mode = Mode::from_raw_mode(0o644);
+    /// A file in `dir`, on the file system where its name will be, which it gets with `mode`.
+    pub(super) fn create(dir: &Path, mode: FileMode) -> io::Result<Self> {
+        let staged = Self::create_private(dir)?;
+        mode.set(&staged.file)?;
+        Ok(staged)
+    }
+
+    fn create_private(dir: &Path) -> io::Result<Self> {
+        let mode = Mode::from_raw_mode(0o600);
         match rustix::fs::open(dir, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, mode) {
             Ok(fd) => Ok(Self {
                 file: fd.into(),
@@ -32,7 +40,7 @@ impl Staged {
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
                 let (file, path) = tempfile::Builder::new()
                     .prefix(".upperdeck-")
-                    .permissions(std::fs::Permissions::from_mode(0o644))
+                    .permissions(std::fs::Permissions::from_mode(0o600))
                     .tempfile_in(dir)?
                     .into_parts();
                 Ok(Self {
@@ -91,12 +99,12 @@ mod tests {
         let dir = tempfile::tempdir()?;
         let target = dir.path().join("x");
         for content in ["one", "two"] {
-            let mut staged = Staged::create(dir.path())?;
+            let mut staged = Staged::create(dir.path(), FileMode::PRIVATE)?;
             staged.file.write_all(content.as_bytes())?;
             staged.publish(&target)?;
             assert_eq!(fs::read_to_string(&target)?, content);
         }
-        let mut dropped = Staged::create(dir.path())?;
+        let mut dropped = Staged::create(dir.path(), FileMode::PRIVATE)?;
         dropped.file.write_all(b"three")?;
         drop(dropped);
         assert_eq!(fs::read_to_string(&target)?, "two");

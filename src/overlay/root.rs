@@ -33,10 +33,13 @@ pub struct Root {
 }
 
 impl Root {
-    /// Opens the directory at `path`. This path comes from the runtime, not from the tenant.
+    /// Opens the directory at `path`, which has no symbolic links in it. It comes from the runtime, not from the tenant; but
+    /// a store in a user's home can have been changed by that user since it was looked at.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(path, flags, Mode::empty())?;
+        let resolve = ResolveFlags::NO_SYMLINKS;
+        let open = || rustix::fs::openat2(rustix::fs::CWD, path, flags, Mode::empty(), resolve);
+        let fd = retry_again(open)?;
         Ok(Self {
             fd: Arc::new(fd),
             path: path.to_owned(),

@@ -12,7 +12,7 @@ use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, fitting, registry_of,
 };
-use crate::job::{JobId, Node, Order, Report, Session, now_ms};
+use crate::job::{Answer, JobId, Node, Order, Question, Report, Session, now_ms};
 
 /// See the module.
 #[derive(Clone)]
@@ -33,6 +33,9 @@ struct State {
     nodes: HashMap<String, Desk>,
     reports: VecDeque<Post>,
     heard: BTreeMap<String, Heard>,
+    questions: VecDeque<Question>,
+    /// By the nonces of those who wait.
+    answers: HashMap<String, Option<Answer>>,
     /// Of fences and of the names of reports: neither is given out twice.
     last: u64,
 }
@@ -278,6 +281,41 @@ impl Local {
             }
             false
         });
+        Ok(())
+    }
+
+    pub(super) async fn ask(
+        &self,
+        question: &Question,
+        wait: Duration,
+    ) -> Result<Option<Answer>, Error> {
+        let nonce = question.nonce.clone();
+        {
+            let mut state = self.state();
+            state.answers.insert(nonce.clone(), None);
+            state.questions.push_back(question.clone());
+        }
+        let _waits = Waits { queue: self, nonce };
+        self.0.changed.notify_waiters();
+        let attempt = || {
+            let mut state = self.state();
+            let answer = state.answers.get_mut(&question.nonce);
+            (answer.and_then(Option::take).into_iter().collect(), None)
+        };
+        Ok(self.until(wait, attempt).await.pop())
+    }
+
+    pub(super) async fn questions(&self, wait: Duration) -> Result<Vec<Question>, Error> {
+        let attempt = || (self.state().questions.drain(..).collect(), None);
+        Ok(self.until(wait, attempt).await)
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn answer(&self, answer: &Answer) -> Result<(), Error> {
+        if let Some(place) = self.state().answers.get_mut(&answer.question.nonce) {
+            *place = Some(answer.clone());
+        }
+        self.0.changed.notify_waiters();
         Ok(())
     }
 
@@ -594,6 +632,22 @@ impl Local {
         };
         state.heard.insert(node.name.clone(), heard);
         Ok(())
+    }
+}
+
+/// Who waits for an answer; nothing is left of it afterwards, however the wait ends.
+struct Waits<'a> {
+    queue: &'a Local,
+    nonce: String,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let mut state = self.queue.state();
+        state.answers.remove(&self.nonce);
+        state
+            .questions
+            .retain(|question| question.nonce != self.nonce);
     }
 }
 

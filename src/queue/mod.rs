@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::escape;
-use crate::job::{JobId, Node, Order, Report, Session};
+use crate::job::{Answer, JobId, Node, Order, Question, Report, Session};
 
 pub use self::local::Local;
-pub use self::redis::Redis;
+pub use self::redis::{Examined, Redis, examine};
 
 /// A claim that is not renewed for so long is lost.
 pub const LEASE: Duration = Duration::from_secs(30);
@@ -281,6 +281,17 @@ impl Queue {
         on!(self, taken(entries))
     }
 
+    /// What agents ask; waits up to `wait` for the first. Each question comes to one manager, once: who hears no answer
+    /// asks anew.
+    pub async fn questions(&self, wait: Duration) -> Result<Vec<Question>, Error> {
+        on!(self, questions(wait))
+    }
+
+    /// Answers a question. Nobody need wait for it any more.
+    pub async fn answer(&self, answer: &Answer) -> Result<(), Error> {
+        on!(self, answer(answer))
+    }
+
     /// The nodes that were heard of within a day, with their last heartbeats.
     pub async fn nodes(&self) -> Result<Vec<Node>, Error> {
         on!(self, nodes())
@@ -332,6 +343,12 @@ impl Queue {
     /// Another [`LEASE`]. One that has ended comes back to life while nobody took the job over and the limits allow it.
     pub async fn renew(&self, claim: &Claim) -> Result<Hold, Error> {
         on!(self, renew(claim))
+    }
+
+    /// Asks the managers, and waits up to `wait` for one to answer this very question. None: none did. Only what a manager
+    /// signed is an answer, so the queue alone can withhold it and not make it up.
+    pub async fn ask(&self, question: &Question, wait: Duration) -> Result<Option<Answer>, Error> {
+        on!(self, ask(question, wait))
     }
 
     /// Asked once, when all is delivered but the tag: with [`Hold::Held`] the tag may be put on, and the job can be

@@ -108,13 +108,14 @@ impl Record {
     pub async fn hear_progress(&self, report: &Report, progress: &Progress) -> Result<bool, Error> {
         let done = sqlx::query(
             "UPDATE saves SET progress = $1, progress_fence = $2, progress_seq = $3
-             WHERE id = $4 AND state IN ('queued', 'assigned', 'running')
+             WHERE id = $4 AND node = $5 AND state IN ('queued', 'assigned', 'running')
              AND (progress_fence < $2 OR (progress_fence = $2 AND progress_seq < $3))",
         )
         .bind(written(report.job, progress)?)
         .bind(report.fence as i64)
         .bind(report.seq as i64)
         .bind(report.job.to_string())
+        .bind(&report.node)
         .execute(&self.pool)
         .await?;
         Ok(done.rows_affected() > 0)

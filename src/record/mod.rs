@@ -110,6 +110,43 @@ impl Record {
         Self::connect(&format!("sqlite:{path}"), true).await
     }
 
+    /// Whether the record at `place` answers, without making or changing anything; false where it is a file that is not
+    /// there yet and can be made.
+    pub async fn look(place: &str) -> Result<bool, Error> {
+        sqlx::any::install_default_drivers();
+        let url = if place.starts_with("postgres://") || place.starts_with("postgresql://") {
+            place.to_owned()
+        } else {
+            let path = place.strip_prefix("sqlite:").unwrap_or(place);
+            let path = path.strip_prefix("//").unwrap_or(path);
+            let file = |source| Error::File {
+                path: path.into(),
+                source,
+            };
+            let path_of = Path::new(path);
+            let dir = path_of.parent().filter(|dir| !dir.as_os_str().is_empty());
+            let writes = rustix::fs::Access::WRITE_OK;
+            rustix::fs::access(dir.unwrap_or(Path::new(".")), writes)
+                .map_err(|error| file(error.into()))?;
+            match rustix::fs::access(path_of, writes | rustix::fs::Access::READ_OK) {
+                Ok(()) => format!("sqlite:{path}?mode=ro"),
+                Err(rustix::io::Errno::NOENT) => return Ok(false),
+                Err(error) => return Err(file(error.into())),
+            }
+        };
+        let options: AnyConnectOptions = url
+            .parse()
+            .map_err(|_| Error::Place("(what follows postgres://)".to_owned()))?;
+        let pool = AnyPoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(PATIENCE)
+            .connect_with(options)
+            .await?;
+        sqlx::query("SELECT 1").fetch_one(&pool).await?;
+        pool.close().await;
+        Ok(true)
+    }
+
     async fn connect(url: &str, sqlite: bool) -> Result<Self, Error> {
         let options: AnyConnectOptions = url
             .parse()

@@ -10,12 +10,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{DiffId, Digest, HashingWriter};
+use crate::private;
 use crate::scan::{Scan, Stored};
 
 const MAGIC: &[u8; 8] = b"updeckst";
@@ -135,6 +136,14 @@ impl Drop for Lock {
     }
 }
 
+/// Whether a file of that name in a state directory is upperdeck's: a save's, an agent's or that of `upperdeck up`.
+pub fn is_ours(name: &str) -> bool {
+    [".state", ".lock"].iter().any(|end| name.ends_with(end))
+        || name.starts_with(".new-")
+        || name.starts_with("manager.db")
+        || ["agent", "images", "key", "up.url"].contains(&name)
+}
+
 impl Store {
     /// The store in `dir`, which is made when it is needed.
     pub fn new(dir: &Path) -> Self {
@@ -152,10 +161,7 @@ impl Store {
     }
 
     fn make_dir(&self) -> io::Result<()> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.dir)
+        private::own_dir(&self.dir, is_ours)
     }
 
     /// Takes the container's lock; none while another save has it.

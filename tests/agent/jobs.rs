@@ -422,7 +422,7 @@ async fn a_queue_that_forgot_a_success_is_told_of_it_again() -> Result<()> {
         .into_iter()
         .map(|report| report.said)
         .collect();
-    assert_eq!(said[..2], [Said::Assigned, Said::Started]);
+    assert!(matches!(said[..], [Said::Ended { .. }]), "{said:?}");
     // Another job is another matter.
     let other = node.order();
     service.queue.offer(&other).await?;

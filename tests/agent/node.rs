@@ -18,14 +18,16 @@ use upperdeck::agent::{self, Options, OwnerRule};
 use upperdeck::cancel::Cancel;
 use upperdeck::container::{ContainerdRoot, Roots};
 use upperdeck::digest::Digest;
-use upperdeck::job::{JobId, Order, Outcome, Report, Said, SaveOptions};
+use upperdeck::job::{
+    Answer, Before, JobId, Order, Outcome, Report, Said, SaveOptions, Word, now_ms,
+};
 use upperdeck::layout::Directory;
 use upperdeck::queue::{Limits, Local, Queue};
 
 use crate::support::{Need, ignored};
 
 pub const UPPERDECK: &str = env!("CARGO_BIN_EXE_upperdeck");
-const NODE: &str = "node-1";
+pub const NODE: &str = "node-1";
 /// Longer than anything takes on a machine that others work on.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -308,6 +310,7 @@ impl Node {
             options: SaveOptions::default(),
             attempt: 1,
             fence_after: 0,
+            issued_ms: now_ms(),
             not_before_ms: 0,
             expires_ms: i64::MAX,
             timeout_s: 600,
@@ -368,9 +371,34 @@ pub fn alive(pid: u32) -> bool {
 pub struct Service {
     pub queue: Queue,
     pub reports: Arc<Mutex<Vec<Report>>>,
+    /// What the manager says where it does not say that a save is wanted; none: nothing.
+    words: Words,
     cancel: Cancel,
     agent: JoinHandle<Result<(), agent::Error>>,
     manager: JoinHandle<()>,
+    answers: JoinHandle<()>,
+}
+
+pub type Words = Arc<Mutex<Vec<(Before, Option<Word>)>>>;
+
+/// Answers as a manager does whose record has only saves that are wanted, but for `words`.
+async fn answer(queue: Queue, words: Words) {
+    loop {
+        let Ok(questions) = queue.questions(Duration::from_millis(200)).await else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        for question in questions {
+            let word = {
+                let words = words.lock().unwrap_or_else(PoisonError::into_inner);
+                let said = words.iter().find(|(before, _)| *before == question.before);
+                said.map_or(Some(Word::Wanted), |(_, word)| *word)
+            };
+            if let Some(word) = word {
+                let _ = queue.answer(&Answer { question, word }).await;
+            }
+        }
+    }
 }
 
 pub fn local() -> Queue {
@@ -383,7 +411,14 @@ pub fn local() -> Queue {
 
 impl Service {
     pub fn start(options: Options, queue: Queue) -> Self {
+        Self::over(options, queue.clone(), queue)
+    }
+
+    /// With one side of the queue for the agent and one for the manager.
+    pub fn over(options: Options, agents: Queue, queue: Queue) -> Self {
         let reports: Arc<Mutex<Vec<Report>>> = Arc::default();
+        let words = Words::default();
+        let answers = tokio::spawn(answer(queue.clone(), Arc::clone(&words)));
         let manager = {
             let (queue, reports) = (queue.clone(), Arc::clone(&reports));
             tokio::spawn(async move {
@@ -405,14 +440,23 @@ impl Service {
             })
         };
         let cancel = Cancel::default();
-        let agent = tokio::spawn(agent::run(options, queue.clone(), cancel.clone()));
+        let agent = tokio::spawn(agent::run(options, agents, cancel.clone()));
         Self {
             queue,
             reports,
+            words,
             cancel,
             agent,
             manager,
+            answers,
         }
+    }
+
+    /// What the manager says from now on where it is asked; none: nothing.
+    pub fn say(&self, before: Before, word: Option<Word>) {
+        let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        words.retain(|(known, _)| *known != before);
+        words.push((before, word));
     }
 
     pub fn said(&self, job: JobId) -> Vec<Report> {
@@ -455,6 +499,7 @@ impl Service {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         self.manager.abort();
+        self.answers.abort();
         Ok(reports
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -9,21 +9,23 @@ use anyhow::{Context as _, Result, bail, ensure};
 use upperdeck::job::{Keys, Order, Outcome, Said};
 use upperdeck::queue::{Limits, Offered, Place, Queue, Redis};
 
-use crate::node::{Node, Service, UPPERDECK, wait};
+use crate::node::{NODE, Node, Service, UPPERDECK, wait};
 use crate::support::{Need, ignored};
 
 /// On a socket in a directory of its own; it keeps nothing.
-struct Server {
+pub struct Server {
     child: Child,
     dir: tempfile::TempDir,
 }
+
+const KEY: &str = "a key of the tests, long enough";
 
 fn program() -> String {
     std::env::var("UPPERDECK_TEST_REDIS").unwrap_or_else(|_| "redis-server".to_owned())
 }
 
 impl Server {
-    async fn start() -> Result<Option<Self>> {
+    pub async fn start() -> Result<Option<Self>> {
         let name = program();
         if !PathBuf::from(&name).is_file() && ignored(&[Need::Program(&name)]) {
             return Ok(None);
@@ -69,7 +71,25 @@ impl Server {
         self.up().await
     }
 
-    async fn queue(&self) -> Result<Queue> {
+    /// For mischief.
+    pub async fn connection(&self) -> Result<redis::aio::MultiplexedConnection> {
+        let socket = self.dir.path().join("redis.sock");
+        let client = redis::Client::open(format!("redis+unix://{}", socket.display()))?;
+        Ok(client.get_multiplexed_async_connection().await?)
+    }
+
+    /// With the key of the tests' node.
+    pub async fn node_queue(&self) -> Result<Queue> {
+        let master = Keys::parse(KEY)?;
+        self.with(Keys::parse_node(&master.node_file(NODE)?, NODE)?)
+            .await
+    }
+
+    pub async fn queue(&self) -> Result<Queue> {
+        self.with(Keys::parse(KEY)?).await
+    }
+
+    async fn with(&self, keys: Keys) -> Result<Queue> {
         let url = format!(
             "redis+unix://{}",
             self.dir.path().join("redis.sock").display()
@@ -79,7 +99,6 @@ impl Server {
             node: 0,
             registry: 0,
         };
-        let keys = Keys::parse("a key of the tests, long enough")?;
         Ok(Queue::Redis(Redis::connect(&url, keys, limits).await?))
     }
 }
@@ -97,7 +116,7 @@ async fn a_session_is_saved() -> Result<()> {
     };
     let mut options = node.options();
     options.heartbeat_every = Duration::from_millis(100);
-    let service = Service::start(options, server.queue().await?);
+    let service = Service::over(options, server.node_queue().await?, server.queue().await?);
     let order = node.order();
     service.queue.offer(&order).await?;
     let outcome = service.outcome(order.job).await?;
@@ -128,7 +147,7 @@ async fn a_redis_that_dies_under_a_save_and_forgets_it_costs_nothing_but_time() 
         "while [ ! -e {} ]; do sleep 0.05; done; exec {UPPERDECK} \"$@\"",
         go.display()
     ))?;
-    let service = Service::start(options, server.queue().await?);
+    let service = Service::over(options, server.node_queue().await?, server.queue().await?);
     let order = node.order();
     service.queue.offer(&order).await?;
     wait("a child", || node.child(order.job)).await?;

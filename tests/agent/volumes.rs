@@ -375,3 +375,55 @@ async fn a_child_that_cannot_die_gives_its_slot_back() -> Result<()> {
     service.end().await?;
     Ok(())
 }
+
+/// A capability of a user namespace counts for what belongs to ids that it maps, and for nothing else.
+#[test]
+fn rights_of_a_user_namespace_end_with_its_ids() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    use upperdeck::overlay::identity::{Beyond, Identity, enter};
+    use upperdeck::overlay::owner::IdMapping;
+
+    if crate::support::ignored(&[crate::support::Need::Root]) {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("file");
+    std::fs::write(&path, "x")?;
+    let map = vec![IdMapping {
+        inside: 0,
+        outside: 100_000,
+        count: 65_536,
+    }];
+    let mapped = Beyond::Mapped {
+        uids: map.clone(),
+        gids: map,
+    };
+    for (beyond, owner, group, mode, expected) in [
+        (Beyond::Nothing, 100_000, 100_000, 0o600, true),
+        (Beyond::Nothing, 100_999, 100_999, 0o600, false),
+        (Beyond::Nothing, 1001, 100_050, 0o640, true),
+        (Beyond::All, 1001, 1001, 0o000, true),
+        (mapped.clone(), 100_999, 100_999, 0o600, true),
+        (mapped.clone(), 100_999, 1001, 0o600, false),
+        (mapped.clone(), 1001, 100_999, 0o600, false),
+        (mapped.clone(), 0, 0, 0o600, false),
+        (mapped, 0, 0, 0o644, true),
+    ] {
+        std::os::unix::fs::chown(&path, Some(owner), Some(group))?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode))?;
+        let handle = rustix::fs::open(&path, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())?;
+        let who = std::sync::Arc::new(Identity {
+            uid: 100_000,
+            gid: 100_000,
+            groups: vec![100_050],
+            beyond,
+        });
+        let rights = enter(Some(&who))?;
+        let may = who.may_read(&handle, false)?;
+        drop(rights);
+        assert_eq!(may, expected, "{who:?} {owner}:{group} {mode:o}");
+        // This program's own rights are back.
+        std::fs::read(&path)?;
+    }
+    Ok(())
+}

@@ -79,10 +79,7 @@ impl Centre {
         let redis = Redis::start(&scratch)?;
         let redis_url = redis.url();
 
-        std::fs::write(
-            scratch.path().join("key"),
-            "a key that manager and agent share\n",
-        )?;
+        crate::host::service::write_keys(scratch.path())?;
         std::fs::write(
             scratch.path().join("tokens.toml"),
             format!(
@@ -158,7 +155,7 @@ impl Centre {
             ])
             .arg(format!("--allow={}", registry.reference("people")))
             .arg("--key-file")
-            .arg(scratch.path().join("key"))
+            .arg(scratch.path().join("node-key"))
             .arg("--state-dir")
             .arg(scratch.dir("state")?)
             .arg("--spool-dir")

@@ -8,12 +8,16 @@ use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use redis::aio::MultiplexedConnection;
 use redis::{Value, cmd};
-use upperdeck::job::{JobId, Keys, Order, Said};
+use upperdeck::job::{
+    Answer, Before, JobId, Keys, Message, Order, Question, Report, Said, Sealed, Word,
+};
 use upperdeck::queue::{Claim, Error, Hold, Offered, Queue, Redis};
 
 use crate::server::{KEY, Server};
 use crate::support::note;
-use crate::world::{FREE, NOW, Outcome, World, node, order, report, session, settings, succeeded};
+use crate::world::{
+    FREE, LONG, NOW, Outcome, World, node, order, report, session, settings, succeeded,
+};
 
 async fn world() -> Option<(World, MultiplexedConnection)> {
     let server = Server::start(&[])?;
@@ -27,8 +31,17 @@ fn key(name: &str) -> String {
     format!("{{upperdeck}}:{name}")
 }
 
-fn sealed(keys: &str, purpose: &'static str, order: &Order) -> Vec<u8> {
-    let sealed = Keys::parse(keys).unwrap().seal(purpose, order).unwrap();
+fn sealed<T: serde::Serialize>(keys: &str, message: Message, node: &str, what: &T) -> Vec<u8> {
+    bytes(
+        Keys::parse(keys)
+            .unwrap()
+            .seal(message, node, what)
+            .unwrap(),
+    )
+}
+
+/// As it lies in Redis.
+fn bytes(sealed: Sealed) -> Vec<u8> {
     [sealed.mac.into_bytes(), sealed.body.into_bytes()].concat()
 }
 
@@ -39,7 +52,7 @@ async fn an_order_that_is_not_ours_is_not_acted_on_and_blocks_nothing() -> Outco
     };
     let elsewhere = order("n2", "ada");
     let another = order("n1", "ada");
-    let genuine = sealed(KEY, "order", &another);
+    let genuine = sealed(KEY, Message::Order, "n1", &another);
     let mut cut = genuine.clone();
     cut.truncate(100);
     let mut changed = genuine.clone();
@@ -53,10 +66,16 @@ async fn an_order_that_is_not_ours_is_not_acted_on_and_blocks_nothing() -> Outco
         ("changed", changed),
         (
             "another key",
-            sealed("a key that nobody gave us", "order", &another),
+            sealed("a key that nobody gave us", Message::Order, "n1", &another),
         ),
-        ("another purpose", sealed(KEY, "report", &another)),
-        ("another node's", sealed(KEY, "order", &elsewhere)),
+        (
+            "another purpose",
+            sealed(KEY, Message::Report, "n1", &another),
+        ),
+        (
+            "another node's",
+            sealed(KEY, Message::Order, "n2", &elsewhere),
+        ),
         ("another job's", genuine),
     ];
     for (what, bytes) in forgeries {
@@ -269,6 +288,184 @@ async fn what_lies_under_one_session_does_not_hide_the_others() -> Outcome {
         .collect();
     ids.sort();
     assert_eq!(ids, ["aa", "cc"]);
+    Ok(())
+}
+
+/// What a node whose key is known to a stranger can say of others: nothing.
+#[tokio::test]
+async fn a_node_speaks_for_itself_alone() -> Outcome {
+    let Some(server) = Server::start(&[]) else {
+        return Ok(());
+    };
+    let master = Keys::parse(KEY)?;
+    let thief_keys = Keys::parse_node(&master.node_file("n2")?, "n2")?;
+    let thief = Redis::with(&server.url(), thief_keys.clone(), FREE, settings())?;
+    let thief = Queue::Redis(thief);
+    let mut redis = server.connection().await;
+    let settings = settings();
+    let queue = server.queue(FREE, &settings);
+    let world = World::of(queue, settings, Box::new(()));
+
+    // Neither orders nor words nor sessions of another one.
+    let other = order("n1", "ada");
+    assert!(thief.offer(&other).await.is_err());
+    let question = Question::new(other.job, "n1", 1, 1, Before::Tag);
+    assert!(thief.ask(&question, NOW).await.is_err());
+    let word = Answer {
+        question,
+        word: Word::Wanted,
+    };
+    assert!(thief.answer(&word).await.is_err());
+    assert!(thief.heartbeat(&node("n1"), None).await.is_err());
+    let foreign = [session("n1", "aa"), session("n2", "bb")];
+    thief.heartbeat(&node("n2"), Some(&foreign)).await?;
+    let shown = world.queue.sessions().await?;
+    let shown: Vec<&str> = shown.iter().map(|one| one.id.as_str()).collect();
+    assert_eq!(shown, ["bb"], "what runs on another node is not its to say");
+
+    // Nor the end of another one's job, under whichever name it is put there.
+    world.queue.offer(&other).await?;
+    let claim = world.get("n1", "a").await?;
+    let own = Report {
+        node: "n2".to_owned(),
+        ..succeeded(&claim)
+    };
+    let mut reports = Vec::new();
+    for (signed, said) in [("n2", &own), ("n2", &succeeded(&claim))] {
+        reports.push(bytes(thief_keys.seal(Message::Report, signed, said)?));
+    }
+    for sealed in &reports {
+        for named in ["n1", "n2", ""] {
+            let _: Value = cmd("XADD")
+                .arg(key("reports"))
+                .arg("*")
+                .arg("m")
+                .arg(sealed)
+                .arg("j")
+                .arg(other.job.to_string())
+                .arg("l")
+                .arg("1")
+                .arg("n")
+                .arg(named)
+                .query_async(&mut redis)
+                .await?;
+        }
+    }
+    let heard = world.take_all().await?;
+    assert!(heard.iter().all(|report| report.node == "n2"), "{heard:?}");
+    assert_eq!(world.queue.renew(&claim).await?, Hold::Held);
+    world.finish(&claim).await
+}
+
+/// A manager's word is to one question. Somebody who sees the question and can write to Redis has none to give.
+#[tokio::test]
+async fn a_word_that_no_manager_said_to_this_question_is_none() -> Outcome {
+    let Some((world, mut redis)) = world().await else {
+        return Ok(());
+    };
+    let job = order("n1", "ada").job;
+    let question = Question::new(job, "n1", 2, 7, Before::Tag);
+    let wanted = |question: Question| Answer {
+        question,
+        word: Word::Wanted,
+    };
+    let changed = |change: fn(&mut Question)| {
+        let mut question = question.clone();
+        change(&mut question);
+        sealed(KEY, Message::Answer, "n1", &wanted(question))
+    };
+    let whole = wanted(question.clone());
+    let forgeries: Vec<(&str, Vec<u8>)> = vec![
+        ("nothing", Vec::new()),
+        ("no text", vec![0xff; 200]),
+        ("large", vec![b'a'; 1 << 20]),
+        (
+            "another key",
+            sealed("a key that nobody gave us", Message::Answer, "n1", &whole),
+        ),
+        ("another node's", sealed(KEY, Message::Answer, "n2", &whole)),
+        ("an order", sealed(KEY, Message::Order, "n1", &whole)),
+        (
+            "the question",
+            sealed(KEY, Message::Question, "n1", &question),
+        ),
+        (
+            "an earlier question's",
+            changed(|q| q.nonce = "00".repeat(16)),
+        ),
+        ("another attempt's", changed(|q| q.attempt = 1)),
+        ("another claim's", changed(|q| q.fence = 6)),
+        ("another job's", changed(|q| q.job = JobId::new())),
+        ("before the save", changed(|q| q.before = Before::Save)),
+    ];
+    for (what, forged) in &forgeries {
+        let _: Value = cmd("RPUSH")
+            .arg(key(&format!("answer:{}", question.nonce)))
+            .arg(forged)
+            .query_async(&mut redis)
+            .await?;
+        let answer = world
+            .queue
+            .ask(&question, Duration::from_millis(50))
+            .await?;
+        assert_eq!(answer, None, "{what}");
+    }
+    // Forged questions get no answer, and stand in nobody's way.
+    for junk in [&b""[..], b"n1", b"n1\0", b"\xff\0x", &[b'a'; 9000]] {
+        let _: Value = cmd("RPUSH")
+            .arg(key("asks"))
+            .arg(junk)
+            .query_async(&mut redis)
+            .await?;
+    }
+    let manager = world.queue.clone();
+    let answering = tokio::spawn(async move {
+        let mut seen = 0;
+        loop {
+            for question in manager.questions(Duration::from_millis(50)).await? {
+                seen += 1;
+                let word = Word::Superseded;
+                let fresh = question.attempt == 3;
+                manager.answer(&Answer { question, word }).await?;
+                if fresh {
+                    return Ok::<usize, Error>(seen);
+                }
+            }
+        }
+    });
+    let fresh = Question::new(job, "n1", 3, 8, Before::Save);
+    let answer = world.queue.ask(&fresh, LONG).await?.ok_or("no answer")?;
+    assert_eq!((answer.question, answer.word), (fresh, Word::Superseded));
+    assert_eq!(answering.await??, forgeries.len() + 1);
+    // Of another kind than they are, they are made anew.
+    for name in ["asks".to_owned(), format!("answer:{}", question.nonce)] {
+        let _: Value = cmd("SET")
+            .arg(key(&name))
+            .arg("x")
+            .query_async(&mut redis)
+            .await?;
+    }
+    world.queue.questions(Duration::from_millis(1)).await?;
+    world.queue.ask(&question, Duration::from_millis(1)).await?;
+    assert_eq!(world.queue.questions(LONG).await?, [question]);
+    Ok(())
+}
+
+/// Sessions of long ago, as a node signed them then.
+#[tokio::test]
+async fn an_old_inventory_is_not_shown_again() -> Outcome {
+    let Some((world, _redis)) = world().await else {
+        return Ok(());
+    };
+    for (minutes, shown) in [(5, 1), (15, 0)] {
+        let mut then = node("n1");
+        then.at_ms -= minutes * 60_000;
+        world
+            .queue
+            .heartbeat(&then, Some(&[session("n1", "aa")]))
+            .await?;
+        assert_eq!(world.queue.sessions().await?.len(), shown, "{minutes}");
+    }
     Ok(())
 }
 

@@ -45,7 +45,7 @@ JSON: one object; figures are medians of the rounds, MB are 1,000,000 bytes
 
 #[derive(Debug, Args)]
 pub(in super::super) struct Bench {
-    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N [default: a generated tree]
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only) [default: a generated tree]
     pub(in super::super) container: Option<String>,
     /// Measure on a directory
     #[arg(long, value_name = "DIR", conflicts_with = "container", value_hint = ValueHint::DirPath)]

@@ -17,6 +17,7 @@ use super::shared::{CONTENT, Content, METADATA, Memory, REGISTRY, REPORT, Regist
 use super::value::{duration, key_value, size};
 use crate::commit::Pause;
 use crate::container::Pattern;
+use crate::private::FileMode;
 
 /// Whose rights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -78,7 +79,7 @@ Exit codes:
 
 #[derive(Debug, Args)]
 pub(in super::super) struct Commit {
-    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only)
     pub(in super::super) container: String,
     /// HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
     pub(in super::super) destination: String,
@@ -155,6 +156,10 @@ pub(in super::super) struct Commit {
     /// Write the digest of the manifest to FILE
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]
     pub(in super::super) digestfile: Option<PathBuf>,
+    /// The mode of the files that are made, e.g. 0644; directories get x where it has r [default: 0600; in a layout that is
+    /// there, as its files are]
+    #[arg(long, value_name = "MODE", help_heading = REPORT)]
+    pub(in super::super) output_mode: Option<FileMode>,
     /// Print the result and nothing else
     #[arg(short, long, conflicts_with = "progress", help_heading = REPORT)]
     pub(in super::super) quiet: bool,

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueHint};
 
 use super::shared::{Content, Format};
+use crate::private::FileMode;
 
 pub(super) const LAYER_HELP: &str = "\
 Examples:
@@ -34,6 +35,9 @@ pub(in super::super) struct Layer {
     /// Where the layer goes
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(in super::super) output: PathBuf,
+    /// The mode of that file, e.g. 0644
+    #[arg(long, value_name = "MODE", default_value = "0600")]
+    pub(in super::super) output_mode: FileMode,
     #[command(flatten)]
     pub(in super::super) content: Content,
 }

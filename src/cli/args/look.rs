@@ -65,7 +65,7 @@ Paths are text: a byte that is not UTF-8 is \\xNN, a control character \\u{N}, a
 
 #[derive(Debug, Args)]
 pub(in super::super) struct Inspect {
-    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only)
     pub(in super::super) container: String,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
@@ -98,7 +98,7 @@ What 'commit' leaves out (mounts, credentials, caches) is not listed.";
 
 #[derive(Debug, Args)]
 pub(in super::super) struct Diff {
-    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N
+    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only)
     pub(in super::super) container: String,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]

@@ -10,6 +10,7 @@
 
 mod bench;
 mod commit;
+mod doctor;
 mod image;
 mod job;
 mod layer;
@@ -26,21 +27,24 @@ use clap_complete::Shell;
 
 pub(super) use bench::Bench;
 pub(super) use commit::{Commit, VolumeIdentity};
+pub(super) use doctor::Doctor;
 pub(super) use image::{Image, ImageLs, ImageRm};
 pub(super) use job::{Job, JobSubmit};
 pub(super) use layer::{Layer, Validate};
 pub(super) use look::{Diff, Inspect, Ps};
-pub(super) use service::{Agent, Manager, Up};
+pub(super) use service::{Agent, Manager, NodeKey, Up};
 pub(super) use shared::{Choice, Content, Format, Memory, Registry, Server};
 
 use bench::BENCH_HELP;
 use commit::commit_help;
+use doctor::DOCTOR_HELP;
 use image::IMAGE_HELP;
 use job::JOB_HELP;
 use layer::{LAYER_HELP, VALIDATE_HELP};
 use look::{DIFF_HELP, INSPECT_HELP, PS_HELP};
 
 use super::exit::Exit;
+use crate::confine::{self, Role};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -63,6 +67,21 @@ fn exit_codes() -> String {
         .concat()
 }
 
+/// The capabilities that are kept, and why, one a line.
+fn rights() -> String {
+    let needs = confine::needs(Role::Commit).iter();
+    needs
+        .map(|need| {
+            let less = if need.indispensable {
+                ""
+            } else {
+                " (else without)"
+            };
+            format!("  CAP_{:<16} {}{less}\n", need.name, need.purpose)
+        })
+        .collect()
+}
+
 fn after_help() -> String {
     format!(
         "\
@@ -76,20 +95,30 @@ Examples:
 
 CONTAINER:
   An ID or a unique beginning of one; a name (Docker, Podman, nerdctl); NAMESPACE/POD[/CONTAINER]; pid:N.
+  pid:N is any process on an overlay. No runtime answers for it: what its mount table says of its directories is believed,
+  and they are read with this program's rights. For administrators, of processes that they trust.
 
 Exit codes:
 {}
 Environment:
   UPPERDECK_HOST_ROOT, UPPERDECK_CONTAINERD_ROOT, UPPERDECK_CONTAINERD_STATE, UPPERDECK_DOCKER_ROOT,
   UPPERDECK_STORAGE_ROOT, UPPERDECK_STORAGE_RUNROOT, UPPERDECK_LOG, UPPERDECK_LOG_FORMAT
-      As the flags of the same name. Every flag of manager, agent and up has such a variable.
+      As the flags of the same name. Every flag of manager, agent, up and doctor has such a variable.
   SOURCE_DATE_EPOCH
       As --timestamp of commit and layer.
   REGISTRY_AUTH_FILE, DOCKER_CONFIG, XDG_RUNTIME_DIR
       Where credentials for registries are looked for.
   NO_COLOR
-      No colours in the help and the bar.",
-        exit_codes()
+      No colours in the help and the bar.
+
+Rights:
+  Before it reads what a container wrote, every process gives up all capabilities but these, as far as it has them, and
+  takes no new ones (no_new_privs); system calls for mounts, namespaces, other processes' memory, kernel code and other
+  programs are refused (seccomp); it leaves no core file; inherited descriptors that no flag names are closed. A manager
+  keeps none but for a port below 1024. 'upperdeck doctor' says what is missing.
+{}",
+        exit_codes(),
+        rights()
     )
 }
 
@@ -173,6 +202,9 @@ pub(super) enum Verb {
     /// Measure what this node can do, stage by stage, and how near a save comes to it
     #[command(after_long_help = BENCH_HELP)]
     Bench(Box<Bench>),
+    /// Say what is missing or weak on this machine, and what to do about it
+    #[command(after_long_help = DOCTOR_HELP)]
+    Doctor(Box<Doctor>),
     /// Save by way of a manager, and follow what becomes of it
     #[command(subcommand, after_long_help = JOB_HELP)]
     Job(Job),
@@ -185,6 +217,9 @@ pub(super) enum Verb {
     /// Run a node's agent: saves what the managers ask for
     #[command(after_long_help = service::AGENT_HELP)]
     Agent(Box<Agent>),
+    /// Make the key of one node's agent from the managers' master key
+    #[command(after_long_help = service::KEY_HELP)]
+    Key(NodeKey),
     /// Make a container, work in it, save it, unpack it, compare; then once more
     #[command(after_long_help = DEMO_HELP)]
     Demo,

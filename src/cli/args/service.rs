@@ -42,8 +42,8 @@ pub(in super::super) struct Queue {
     /// File with the password for it (/dev/fd/N for a descriptor)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = QUEUE)]
     pub(in super::super) redis_password_file: Option<PathBuf>,
-    /// File with the keys that messages between managers and agents are signed with, one a line; the first signs, all
-    /// are accepted
+    /// File with the keys that messages between managers and agents are signed with. Managers: master keys, one a line; the
+    /// first signs, all are accepted. Agents: the node's own, as 'upperdeck key' makes it
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = QUEUE)]
     pub(in super::super) key_file: Option<PathBuf>,
     /// Saves of one user that run at once, on all nodes; 0 for no bound
@@ -222,7 +222,7 @@ pub(in super::super) struct Work {
 
 pub(super) const MANAGER_HELP: &str = "\
 Examples:
-  upperdeck manager --redis redis://redis.example.org --key-file /etc/upperdeck/key \\
+  upperdeck manager --redis redis://redis.example.org --key-file /etc/upperdeck/master-key \\
       --target 'harbor.example.org/sessions/{user}/{name}:{tag}' --creds-file /etc/upperdeck/robot \\
       --tokens-file /etc/upperdeck/tokens.toml
   upperdeck manager --config /etc/upperdeck/upperdeck.toml --print-config
@@ -264,7 +264,7 @@ pub(in super::super) struct Manager {
 
 pub(super) const AGENT_HELP: &str = "\
 Examples:
-  upperdeck agent --redis redis://redis.example.org --key-file /etc/upperdeck/key --owner env:JUPYTERHUB_USER \\
+  upperdeck agent --redis redis://redis.example.org --key-file /etc/upperdeck/node-key --owner env:JUPYTERHUB_USER \\
       --allow harbor.example.org/sessions --creds-file /etc/upperdeck/robot
   upperdeck agent --host-root /host --node \"$NODE_NAME\" --owner 'pod:jupyter-(.+)' --allow registry.example.org
   upperdeck agent --config /etc/upperdeck/upperdeck.toml --print-config
@@ -299,6 +299,29 @@ pub(in super::super) struct Agent {
     pub(in super::super) work: Work,
     #[command(flatten)]
     pub(in super::super) push: Push,
+}
+
+pub(super) const KEY_HELP: &str = "\
+Examples:
+  openssl rand -hex 32 > master-key; chmod 600 master-key           # once, for the managers
+  upperdeck key --key-file master-key --node node17 -o node17.key   # for that node's /etc/upperdeck/node-key
+  upperdeck key --key-file master-key --node node17 | ssh root@node17 'umask 077; cat > /etc/upperdeck/node-key'
+
+With a node's key nothing can be signed for another node, and the master key does not follow from it. The same master key
+and name give the same key each time; one with several lines gives a key for each, in their order.";
+
+/// `key`.
+#[derive(Debug, Args)]
+pub(in super::super) struct NodeKey {
+    /// File with the managers' master keys
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(in super::super) key_file: PathBuf,
+    /// The node's name, as its agent is given it (--node), or the host's
+    #[arg(long, value_name = "NAME")]
+    pub(in super::super) node: String,
+    /// Write it there, for its owner alone [default: stdout]
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(in super::super) output: Option<PathBuf>,
 }
 
 pub(super) const UP_HELP: &str = "\

@@ -20,11 +20,12 @@ use std::path::{Path, PathBuf};
 pub(super) use prove::prove;
 
 use record::{Record, record};
-use snapshot::{Snap, chains_of, snapshots_of};
+use snapshot::{Snap, chains_of, is_overlayfs, snapshots_of};
 
 use super::bolt;
 use super::bundle::Bundle;
 use super::error::{Error, Problem};
+use super::mounted;
 use super::roots::{ContainerdRoot, Roots, read_dir, read_file};
 use super::survey::Draft;
 use super::{Pod, Runtime};
@@ -107,10 +108,20 @@ fn draft(
     let sandbox = record.sandbox
         || annotation("io.kubernetes.cri.container-type").as_deref() == Some("sandbox");
     let snapshots = snapshots_of(containerd, &record.snapshotter);
+    // Other snapshotters lay out their directories otherwise.
     let chain = record
         .snapshot
+        .filter(|_| is_overlayfs(&record.snapshotter))
         .and_then(|key| chains.get(&(record.snapshotter.clone(), key)));
-    let directory = |snap: &Snap| snapshots.join(snap.id.to_string()).join("fs");
+    let directory = |snap: &Snap| Path::new(&snap.id.to_string()).join("fs");
+    let record_of_root = chain.and_then(|chain| {
+        let (own, parents) = chain.split_first()?;
+        Some(mounted::Record {
+            store: snapshots.clone(),
+            upper: directory(own),
+            lowers: Some(parents.iter().map(directory).collect()),
+        })
+    });
     Draft {
         runtime: Runtime::Containerd,
         names: record
@@ -130,9 +141,8 @@ fn draft(
         pid: task.pid,
         mounted_at: task.bundle.root_path(&task.directory),
         state: task.directory,
-        upper: chain.and_then(|chain| chain.first()).map(directory),
-        lowers: chain.map(|chain| chain.iter().skip(1).map(directory).collect()),
-        bases: vec![snapshots.clone()],
+        record: record_of_root,
+        bases: vec![snapshots],
         bundle: Some(task.bundle),
         id: task.id,
     }

@@ -21,6 +21,11 @@ pub(super) struct Snap {
     key: String,
 }
 
+/// Whether each of its snapshots is a directory `snapshots/N/fs`.
+pub(super) fn is_overlayfs(snapshotter: &str) -> bool {
+    matches!(snapshotter, "" | "overlayfs")
+}
+
 pub(super) fn snapshots_of(containerd: &ContainerdRoot, snapshotter: &str) -> PathBuf {
     let snapshotter = if snapshotter.is_empty() {
         "overlayfs"

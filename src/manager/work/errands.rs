@@ -15,6 +15,7 @@ const ERRANDS_AT_ONCE: usize = 16;
 
 fn order(app: &App, save: &Save) -> Order {
     let ms = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX / 4);
+    let now_ms = now_ms();
     Order {
         job: save.id,
         node: save.node.clone(),
@@ -25,8 +26,9 @@ fn order(app: &App, save: &Save) -> Order {
         options: save.options.clone(),
         attempt: save.attempt,
         fence_after: save.fence,
+        issued_ms: now_ms,
         not_before_ms: save.not_before_ms,
-        expires_ms: now_ms() + ms(app.options.order_expiry),
+        expires_ms: now_ms + ms(app.options.order_expiry),
         timeout_s: app.options.timeout.as_secs().max(1),
     }
 }

@@ -1,10 +1,11 @@
-//! What a manager does by itself: it takes in what agents say (`hear`), does the errands to the queue (`errands`), compares
-//! record and queue (`reconcile`), and forgets what is old. Several managers do it at once: every change is written over the
-//! version it was made from.
+//! What a manager does by itself: it takes in what agents say (`hear`), answers what they ask
+//! (`words`), does the errands to the queue (`errands`), compares record and queue (`reconcile`), and forgets what is old.
+//! Several managers do it at once: every change is written over the version it was made from.
 
 mod errands;
 mod hear;
 mod reconcile;
+mod words;
 
 use std::future::Future;
 use std::time::Duration;
@@ -40,6 +41,7 @@ pub(super) async fn run(app: App) {
         hear(&app),
         rounds(&app, "errands", ERRANDS_EVERY, true, || errands(&app)),
         reconcile(&app),
+        words::answer(&app),
         rounds(&app, "forget", FORGET_EVERY, false, || forget(&app)),
         rounds(&app, "measure", MEASURE_EVERY, false, || measure(&app)),
         app.hub.run(

@@ -21,6 +21,8 @@ local WEEK = 7 * 24 * 3600
 
 -- Keys. A name stands last, or after its length: no name can reach into another one's key.
 local REPORTS, NODES, BUSY, BLOCKED = P .. 'reports', P .. 'nodes', P .. 'busy', P .. 'blocked'
+local ASKS = P .. 'asks'                                            -- list: questions to the managers
+local function answer_key(nonce) return P .. 'answer:' .. nonce end -- list: the answers to one
 local function job_key(id) return P .. 'job:' .. id end             -- hash: s state, n node, u user, r registry, ...
 local function order_key(id) return P .. 'order:' .. id end         -- string: the sealed order
 local function stream_key(node) return P .. 'stream:' .. node end   -- stream: one entry a claim, and bells

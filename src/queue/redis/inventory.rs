@@ -8,9 +8,12 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{DAY, Error, HEARTBEAT_LOST, Redis};
-use crate::job::{Node, Session};
+use crate::job::{Message, Node, Session, now_ms};
 use crate::queue::{MAX_RECORD, fitting};
 
+/// A node tells its sessions every half minute. What is older was put back, or a clock is wrong by as
+/// much.
+const LIVES: Duration = Duration::from_secs(10 * 60);
 /// Nodes that are asked for at a time.
 const NODES: usize = 16;
 /// Sessions of one node that are looked at, at most: nodes run some hundred.
@@ -50,7 +53,7 @@ impl Redis {
             let beats: Vec<Option<Vec<u8>>> = self.link.ask(&command).await?;
             for (name, sealed) in some.iter().zip(beats) {
                 let Some(sealed) = sealed else { continue };
-                match self.open::<Node>("heartbeat", &sealed) {
+                match self.open::<Node>(Message::Heartbeat, name, &sealed) {
                     Ok(node) if node.name == *name && self.is_of_today(node.at_ms) => {
                         nodes.push(node);
                     }
@@ -87,16 +90,16 @@ impl Redis {
 
     /// The session of a record that lies under `id` of `node`, if that node signed it.
     fn session(&self, node: &str, id: &[u8], sealed: &[u8]) -> Option<Session> {
-        let why = match self.open::<Record>("inventory", sealed) {
+        let why = match self.open::<Record>(Message::Inventory, node, sealed) {
             Ok(record)
                 if record.node == node
                     && record.session.node == node
                     && record.session.id.as_bytes() == id
-                    && self.is_of_today(record.at_ms) =>
+                    && is_fresh(record.at_ms) =>
             {
                 return Some(record.session);
             }
-            Ok(_) => "it is an old one, or another session's".to_owned(),
+            Ok(_) => "it is another session's, or an old one: put back into Redis, or of a node with a wrong clock".to_owned(),
             Err(reason) => reason,
         };
         tracing::warn!(node.name = %node.escape_debug(), session.id = %id.escape_ascii(), reason = why, "a session is not believed");
@@ -108,7 +111,7 @@ impl Redis {
         node: &Node,
         sessions: Option<&[Session]>,
     ) -> Result<(), Error> {
-        let beat = self.seal("heartbeat", node)?;
+        let beat = self.seal(Message::Heartbeat, &node.name, node)?;
         if let Some(sessions) = sessions {
             let records = self.records(node, sessions)?;
             self.beat(&node.name, &beat, Some(&records)).await?;
@@ -132,7 +135,7 @@ impl Redis {
                 at_ms: node.at_ms,
                 session: fitting(session).into_owned(),
             };
-            let sealed = self.seal("inventory", &record)?;
+            let sealed = self.seal(Message::Inventory, &node.name, &record)?;
             Ok((record.session.id, sealed))
         };
         sessions.iter().map(seal).collect()
@@ -164,4 +167,8 @@ impl Redis {
         }
         Ok(self.link.run::<i64>(&call).await? == 1)
     }
+}
+
+fn is_fresh(at_ms: i64) -> bool {
+    now_ms().saturating_sub(at_ms) <= LIVES.as_millis() as i64
 }

@@ -71,6 +71,21 @@ impl Link {
         })))
     }
 
+    /// Host and port, or the socket.
+    pub(super) fn at(&self) -> &str {
+        &self.0.at
+    }
+
+    /// How it is reached.
+    pub(super) fn address(&self) -> &ConnectionAddr {
+        self.0.client.get_connection_info().addr()
+    }
+
+    /// Whether we log in.
+    pub(super) fn has_password(&self) -> bool {
+        self.0.password.is_some()
+    }
+
     async fn shared(&self) -> Result<ConnectionManager, RedisError> {
         let make = || async {
             let config = ConnectionManagerConfig::new()
@@ -234,7 +249,7 @@ fn kind_of(name: &str) -> Option<&'static str> {
         "busy" | "blocked" => "set",
         "job" | "desk" | "sessions" => "hash",
         "order" | "beat" => "string",
-        "list" => "list",
+        "list" | "asks" | "answer" => "list",
         _ => return None,
     })
 }

@@ -4,9 +4,11 @@
 //! makes anybody act is signed, and what does not fit is thrown away with a warning, so that it stands in nobody's way.
 //! Real orders that go away with it are offered again by their managers, as is everything that Redis loses.
 
+mod examine;
 mod inventory;
 mod link;
 mod read;
+mod words;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +23,8 @@ use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, registry_of,
 };
-use crate::job::{Event, JobId, Keys, Order, Report, Said, Sealed, now_ms};
+use crate::job::{Event, JobId, Keys, Message, Order, Report, Said, Sealed, now_ms};
+pub use examine::{Examined, examine};
 use link::Link;
 use read::{Entry, entries, is_entry_id};
 
@@ -66,7 +69,7 @@ macro_rules! scripts {
         }
     };
 }
-scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence inventories depth);
+scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence inventories depth ask answer);
 
 /// What the script gives out: job, fence, sealed order.
 type Given = (Vec<u8>, Vec<u8>, Vec<u8>);
@@ -130,16 +133,27 @@ impl Redis {
         format!("{}{name}", self.settings.prefix)
     }
 
-    fn seal<T: Serialize>(&self, purpose: &'static str, message: &T) -> Result<Vec<u8>, Error> {
+    /// Signs what goes to `node` or comes from it.
+    fn seal<T: Serialize>(
+        &self,
+        message: Message,
+        node: &str,
+        content: &T,
+    ) -> Result<Vec<u8>, Error> {
         let sealed = self
             .keys
-            .seal(purpose, message)
+            .seal(message, node, content)
             .map_err(|error| Error::Unusable(error.to_string()))?;
         Ok([sealed.mac.into_bytes(), sealed.body.into_bytes()].concat())
     }
 
-    /// The message in `bytes`, if one of ours made it for `purpose`; otherwise why not.
-    fn open<T: DeserializeOwned>(&self, purpose: &'static str, bytes: &[u8]) -> Result<T, String> {
+    /// The message in `bytes`, if it was signed as one to or from `node`; otherwise why not.
+    fn open<T: DeserializeOwned>(
+        &self,
+        message: Message,
+        node: &str,
+        bytes: &[u8],
+    ) -> Result<T, String> {
         let (mac, body) = bytes.split_at_checked(MAC).ok_or("it is too short")?;
         let text = |part: &[u8]| {
             std::str::from_utf8(part)
@@ -151,7 +165,7 @@ impl Redis {
             body: text(body)?,
         };
         self.keys
-            .open(purpose, &sealed)
+            .open(message, node, &sealed)
             .map_err(|error| error.to_string())
     }
 
@@ -165,7 +179,8 @@ impl Redis {
             .arg(order.not_before_ms)
             .arg(order.expires_ms)
             .arg(order.attempt);
-        self.limited(&mut call).arg(self.seal("order", order)?);
+        self.limited(&mut call)
+            .arg(self.seal(Message::Order, &order.node, order)?);
         let new: i64 = self.link.run(&call).await?;
         Ok(if new == 1 {
             Offered::New
@@ -325,11 +340,7 @@ impl Redis {
     async fn only_genuine(&self, got: Vec<Entry>) -> Result<Vec<Delivered>, Error> {
         let (mut good, mut bad) = (Vec::new(), Vec::new());
         for entry in got {
-            let sealed = entry.fields.get(b"m".as_slice());
-            let opened = sealed
-                .ok_or_else(|| "it has no message".to_owned())
-                .and_then(|sealed| self.open("report", sealed));
-            match opened {
+            match self.genuine(&entry) {
                 Ok(report) => good.push(Delivered {
                     entry: entry.id,
                     report,
@@ -342,6 +353,17 @@ impl Redis {
         }
         self.taken(&bad).await?;
         Ok(good)
+    }
+
+    /// What the node whose name is beside it signed: its own word, as no other node has its key.
+    fn genuine(&self, entry: &Entry) -> Result<Report, String> {
+        let field = |name: &[u8]| entry.fields.get(name).ok_or("it has no message or no node");
+        let node = std::str::from_utf8(field(b"n")?).map_err(|_| "its node is no text")?;
+        let report: Report = self.open(Message::Report, node, field(b"m")?)?;
+        if report.node != node {
+            return Err("it speaks for another node than signed it".to_owned());
+        }
+        Ok(report)
     }
 
     pub(super) async fn taken(&self, entries: &[String]) -> Result<(), Error> {
@@ -450,7 +472,7 @@ impl Redis {
     /// Whether what was delivered is an order to this node, signed by a manager, not too old, under its own name, with a
     /// fence that can be.
     fn check(&self, node: &str, job: &[u8], fence: &[u8], sealed: &[u8]) -> Result<Claim, String> {
-        let order: Order = self.open("order", sealed)?;
+        let order: Order = self.open(Message::Order, node, sealed)?;
         if order.node != node {
             return Err(format!("it is for {}", order.node.escape_debug()));
         }
@@ -529,14 +551,16 @@ impl Redis {
         );
         let mut call = self.about(&self.scripts.report, claim);
         self.limited(&mut call)
-            .arg(self.seal("report", report)?)
-            .arg(u8::from(passing));
+            .arg(self.seal(Message::Report, &report.node, report)?)
+            .arg(u8::from(passing))
+            .arg(&report.node);
         self.link.run(&call).await.map(hold)
     }
 
     pub(super) async fn complete(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
         let mut call = self.about(&self.scripts.complete, claim);
-        call.arg(self.seal("report", report)?);
+        call.arg(self.seal(Message::Report, &report.node, report)?)
+            .arg(&report.node);
         self.link.run(&call).await.map(hold)
     }
 }

@@ -207,6 +207,19 @@ impl Draft {
         }
         // What an earlier order's agent says cannot move a later order, but for an image that is there.
         let current = report.attempt >= self.save.attempt;
+        // Nor does its fence count: that of an old order which somebody put back into the queue may be any.
+        let made = matches!(
+            &report.said,
+            Said::Ended {
+                outcome: Outcome::Succeeded { .. }
+            }
+        );
+        if !current && !made {
+            if let Said::Event { event } = &report.said {
+                self.note(event, false);
+            }
+            return;
+        }
         if taken_over {
             self.save.fence = report.fence;
             self.save.seq = 0;
@@ -257,8 +270,18 @@ impl Draft {
                 }
                 self.succeed(saved, "");
             }
-            Outcome::Cancelled if current => {
+            Outcome::Cancelled if current && self.save.cancelling => {
                 self.reach(State::Cancelled, "the agent has stopped it");
+            }
+            // Whoever writes to the queue can tell an agent to stop. That is no user's wish: the save goes on.
+            Outcome::Cancelled if current => {
+                self.save.failures += 1;
+                let pause = policy.pause_ms(self.save.failures, chance);
+                self.remark(
+                    "retried",
+                    "the queue had it stopped, and nobody had asked for that",
+                );
+                self.again("stopped without being asked for", self.now_ms + pause);
             }
             Outcome::Failed {
                 code,

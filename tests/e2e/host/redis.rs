@@ -49,7 +49,8 @@ impl Redis {
         format!("redis+unix://{}", self.dir.join("sock").display())
     }
 
-    fn cli(&self, words: &[&str]) -> Result<String> {
+    /// What `redis-cli` prints.
+    pub fn cli(&self, words: &[&str]) -> Result<String> {
         let mut cli = command("redis-cli", ["-s"]);
         run(cli.arg(self.dir.join("sock")).args(words))
     }

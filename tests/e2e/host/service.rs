@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -29,6 +30,21 @@ pub struct Service {
     state: PathBuf,
 }
 
+/// The managers' `key` and node-1's `node-key` in `dir`, as an administrator makes them.
+pub fn write_keys(dir: &Path) -> Result<()> {
+    let key = dir.join("key");
+    fs::write(&key, "a key that is long enough for this\n")?;
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600))?;
+    let made = Command::new(env!("CARGO_BIN_EXE_upperdeck"))
+        .args(["key", "--node", "node-1", "--key-file"])
+        .arg(&key)
+        .arg("--output")
+        .arg(dir.join("node-key"))
+        .status()?;
+    ensure!(made.success(), "{made}");
+    Ok(())
+}
+
 impl Service {
     /// Sessions are whose `JUPYTERHUB_USER` says; images go to `sessions/` of the registry.
     pub fn start(
@@ -38,7 +54,7 @@ impl Service {
         registry: &Registry,
     ) -> Result<Self> {
         let dir = scratch.dir("service")?;
-        fs::write(dir.join("key"), "a key that is long enough for this\n")?;
+        write_keys(&dir)?;
         fs::write(dir.join("portal"), PORTAL)?;
         fs::write(dir.join("administrator"), ADMINISTRATOR)?;
         let token = |name: &str, token: &str| {
@@ -102,7 +118,7 @@ impl Service {
             .args(["--node", "node-1", "--owner", "env:JUPYTERHUB_USER"])
             .args(["--allow", &format!("{registry}/sessions")])
             .arg("--key-file")
-            .arg(dir.join("key"))
+            .arg(dir.join("node-key"))
             .arg("--spool-dir")
             .arg(dir.join("spool"));
         Daemon::start(&mut agent, dir.join("agent.log"))

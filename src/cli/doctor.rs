@@ -1,0 +1,318 @@
+//! `doctor`: the settings of a verb become what is to be looked at, and what was found becomes a table and an exit code.
+
+use std::path::PathBuf;
+
+use zeroize::Zeroizing;
+
+use super::args;
+use super::exit::Usage;
+use super::service::{RECORD, with_password};
+use super::text::{self, Align};
+use super::{options, verbs};
+use crate::container::Roots;
+use crate::destination::Target;
+use crate::doctor::{self, Finding, Purpose, Report, Secret, State};
+use crate::manager::target::Template;
+use crate::registry;
+
+/// A repository of its own in a place that is only named as a prefix. It is never made: an upload in it is begun and
+/// cancelled.
+const REPOSITORY: &str = "upperdeck-doctor";
+
+pub(super) fn doctor(roots: Roots, args: &args::Doctor) -> anyhow::Result<()> {
+    let (format, strict) = (args.format, args.strict);
+    let report = doctor::run(&what(roots, args)?);
+    verbs::print(format, &report, table)?;
+    let count = |state| report.findings.iter().filter(|f| f.state == state).count();
+    let (failed, warnings) = (count(State::Failed), count(State::Warning));
+    anyhow::ensure!(failed == 0, "{failed} of the checks failed");
+    anyhow::ensure!(!strict || warnings == 0, "{warnings} warnings");
+    Ok(())
+}
+
+/// From flags to what is looked at.
+fn what(roots: Roots, args: &args::Doctor) -> anyhow::Result<doctor::Options> {
+    let purpose = args.purpose;
+    let mut options = doctor::Options {
+        purpose,
+        roots,
+        missing: missing(args),
+        directories: directories(args),
+        secrets: secrets(args),
+        redis: None,
+        record: None,
+        registries: registries(args)?,
+        access: registry::Access {
+            authfile: args.push.authfile.clone(),
+            // A file that cannot be read is a finding already, of the secrets.
+            creds: args
+                .push
+                .creds_file
+                .as_ref()
+                .and_then(|file| options::creds_of(file).ok()),
+            tls_verify: args.push.tls_verify,
+            cert_dir: args.push.cert_dir.clone(),
+            ..registry::Access::default()
+        },
+        timeout: args.check_timeout,
+    };
+    if purpose != Purpose::Commit
+        && let Some(url) = &args.queue.redis
+    {
+        let file = args.queue.redis_password_file.as_deref();
+        options.redis = Some(Zeroizing::new(with_password(
+            "redis-password-file",
+            url,
+            file,
+        )?));
+    }
+    if purpose == Purpose::Manager {
+        let place = args.serve.record.as_deref().unwrap_or(RECORD);
+        let file = args.serve.record_password_file.as_deref();
+        options.record = Some(Zeroizing::new(with_password(
+            "record-password-file",
+            place,
+            file,
+        )?));
+    }
+    Ok(options)
+}
+
+/// What the verb would refuse to start without.
+fn missing(args: &args::Doctor) -> Vec<String> {
+    let needed: &[(&str, bool)] = match args.purpose {
+        Purpose::Commit => &[],
+        Purpose::Agent => &[
+            ("owner", args.work.owner.is_some()),
+            ("allow", !args.allow.is_empty()),
+            ("redis", args.queue.redis.is_some()),
+            ("key-file", args.queue.key_file.is_some()),
+        ],
+        Purpose::Manager => &[
+            ("target", args.target.is_some()),
+            ("redis", args.queue.redis.is_some()),
+            ("key-file", args.queue.key_file.is_some()),
+            (
+                "tokens-file",
+                args.serve.tokens_file.is_some()
+                    || args.serve.jwks.is_some()
+                    || args.serve.proxy_header.is_some(),
+            ),
+        ],
+    };
+    let unset = needed.iter().filter(|(_, set)| !set);
+    unset.map(|(name, _)| (*name).to_owned()).collect()
+}
+
+fn directories(args: &args::Doctor) -> Vec<(&'static str, PathBuf)> {
+    let mut found = Vec::new();
+    if args.purpose != Purpose::Manager && !args.work.state_dir.as_os_str().is_empty() {
+        found.push(("state-dir", args.work.state_dir.clone()));
+    }
+    if args.purpose == Purpose::Agent {
+        let usual = || PathBuf::from("/var/lib/upperdeck/agent");
+        let dir = args.work.spool_dir.clone().unwrap_or_else(usual);
+        found.push(("spool-dir", dir));
+    }
+    let places = args.allow.iter().chain(&args.destination);
+    let layouts = places.filter_map(|place| place.strip_prefix("oci:"));
+    found.extend(layouts.map(|dir| {
+        let dir = dir.split(':').next().unwrap_or_default();
+        ("allow", PathBuf::from(dir))
+    }));
+    found
+}
+
+fn secrets(args: &args::Doctor) -> Vec<Secret> {
+    let mut named = vec![
+        ("creds-file", &args.push.creds_file),
+        ("authfile", &args.push.authfile),
+    ];
+    if args.purpose != Purpose::Commit {
+        named.push(("key-file", &args.queue.key_file));
+        named.push(("redis-password-file", &args.queue.redis_password_file));
+    }
+    if args.purpose == Purpose::Manager {
+        named.push(("record-password-file", &args.serve.record_password_file));
+    }
+    named
+        .into_iter()
+        .filter_map(|(setting, path)| {
+            let path = path.clone()?;
+            Some(Secret { setting, path })
+        })
+        .collect()
+}
+
+/// The repositories that would be pushed to.
+fn registries(args: &args::Doctor) -> anyhow::Result<Vec<String>> {
+    let below = |prefix: &str| format!("{}/{REPOSITORY}", prefix.trim_end_matches('/'));
+    match args.purpose {
+        Purpose::Commit => {
+            let Some(text) = &args.destination else {
+                return Ok(Vec::new());
+            };
+            Ok(match Target::for_saving(text)? {
+                Target::Registry(reference) => {
+                    vec![format!("{}/{}", reference.host, reference.repository)]
+                }
+                _ => Vec::new(),
+            })
+        }
+        Purpose::Agent => Ok(args
+            .allow
+            .iter()
+            .filter(|prefix| !prefix.starts_with("oci:"))
+            .map(|prefix| below(prefix.trim_start_matches("docker://")))
+            .collect()),
+        Purpose::Manager => {
+            let Some(text) = &args.target else {
+                return Ok(Vec::new());
+            };
+            let template: Template = text
+                .parse()
+                .map_err(|error| Usage(format!("--target: {error}")))?;
+            if template.is_layout() {
+                return Ok(Vec::new());
+            }
+            // What stands before the first part that is filled in.
+            let fixed = text.trim_start_matches("docker://");
+            let fixed = fixed.split('{').next().unwrap_or_default();
+            let project = fixed.rsplit_once('/').map_or(fixed, |(project, _)| project);
+            Ok(vec![below(project)])
+        }
+    }
+}
+
+fn word(state: State) -> &'static str {
+    match state {
+        State::Ok => "ok",
+        State::Skipped => "skipped",
+        State::Warning => "WARNING",
+        State::Failed => "FAILED",
+    }
+}
+
+fn table(report: &Report) -> String {
+    let header = [
+        ("CHECK", Align::Left),
+        ("STATE", Align::Left),
+        ("FOUND", Align::Left),
+    ];
+    let row = |finding: &Finding| {
+        vec![
+            finding.check.to_owned(),
+            word(finding.state).to_owned(),
+            finding.found.clone(),
+        ]
+    };
+    let rows: Vec<_> = report.findings.iter().map(row).collect();
+    let mut out = text::table(&header, &rows);
+    let mut advised: Vec<&Finding> = report
+        .findings
+        .iter()
+        .filter(|finding| finding.advice.is_some())
+        .collect();
+    advised.sort_by_key(|finding| std::cmp::Reverse(finding.state));
+    if !advised.is_empty() {
+        out.push_str("\nWhat to do:\n");
+    }
+    let mut lines: Vec<String> = advised
+        .into_iter()
+        .map(|finding| {
+            let advice = finding.advice.as_deref().unwrap_or_default();
+            let line = format!("  {}: {}: {advice}", word(finding.state), finding.check);
+            crate::escape::text(&line) + "\n"
+        })
+        .collect();
+    lines.dedup();
+    out.extend(lines);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory as _, FromArgMatches as _};
+
+    use super::super::args::{Cli, Verb};
+    use super::*;
+
+    fn parsed(words: &[&str]) -> anyhow::Result<doctor::Options> {
+        let words = ["upperdeck", "doctor"].iter().chain(words);
+        let matches = Cli::command().try_get_matches_from(words)?;
+        let Verb::Doctor(args) = Cli::from_arg_matches(&matches)?.verb else {
+            anyhow::bail!("another verb");
+        };
+        what(Roots::default(), &args)
+    }
+
+    #[test]
+    fn what_an_agent_is_set_to_is_what_is_looked_at() -> anyhow::Result<()> {
+        let options = parsed(&[
+            "--for=agent",
+            "--allow=harbor.example.org/sessions",
+            "--allow=oci:/srv/images",
+            "--creds-file=/etc/upperdeck/robot",
+            "--redis=redis://redis.example.org",
+        ])?;
+        assert_eq!(options.missing, ["owner", "key-file"]);
+        assert_eq!(
+            options.registries,
+            ["harbor.example.org/sessions/upperdeck-doctor"]
+        );
+        assert!(
+            options
+                .directories
+                .contains(&("allow", "/srv/images".into()))
+        );
+        assert_eq!(options.secrets[0].setting, "creds-file");
+        assert!(options.redis.is_some());
+        assert!(options.record.is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn a_managers_template_names_the_project() -> anyhow::Result<()> {
+        let target = "--target=harbor.example.org/sessions/{user}/{name}:{tag}";
+        let options = parsed(&["--for=manager", target])?;
+        assert_eq!(
+            options.registries,
+            ["harbor.example.org/sessions/upperdeck-doctor"]
+        );
+        assert_eq!(options.missing, ["redis", "key-file", "tokens-file"]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_destination_is_for_commit() -> anyhow::Result<()> {
+        let options = parsed(&["registry.example.org/alice/notebook:monday"])?;
+        assert_eq!(options.registries, ["registry.example.org/alice/notebook"]);
+        assert!(options.missing.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn advice_stands_below_the_table_the_worst_first() {
+        let finding = |check, state, advice: &str| Finding {
+            check,
+            state,
+            found: "a\u{1b}[31m".to_owned(),
+            advice: (!advice.is_empty()).then(|| advice.to_owned()),
+        };
+        let text = table(&Report {
+            purpose: "commit",
+            state: State::Failed,
+            findings: vec![
+                finding("one", State::Ok, ""),
+                finding("two", State::Warning, "less"),
+                finding("three", State::Failed, "more"),
+            ],
+        });
+        let advice = text.split_once("What to do:\n").map(|(_, advice)| advice);
+        assert_eq!(
+            advice,
+            Some("  FAILED: three: more\n  WARNING: two: less\n")
+        );
+        assert!(!text.contains('\u{1b}'));
+    }
+}

@@ -1,0 +1,245 @@
+//! The capabilities that each kind of process keeps, and why: the table is what `doctor` compares a process with.
+
+use std::io;
+
+use rustix::io::Errno;
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set,
+    clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
+};
+
+use super::Role;
+
+/// A capability that a kind of process has a use for.
+#[derive(Clone, Copy, Debug)]
+pub struct Need {
+    /// Its bit.
+    pub capability: CapabilitySet,
+    /// Its name without `CAP_`.
+    pub name: &'static str,
+    /// What it is used for.
+    pub purpose: &'static str,
+    /// Whether nothing works without it; else what then does not is in `purpose`.
+    pub indispensable: bool,
+}
+
+const fn need(
+    capability: CapabilitySet,
+    name: &'static str,
+    indispensable: bool,
+    purpose: &'static str,
+) -> Need {
+    Need {
+        capability,
+        name,
+        purpose,
+        indispensable,
+    }
+}
+
+const SYS_ADMIN: Need = need(
+    CapabilitySet::SYS_ADMIN,
+    "SYS_ADMIN",
+    true,
+    "to read trusted.overlay.* attributes",
+);
+const DAC_READ_SEARCH: Need = need(
+    CapabilitySet::DAC_READ_SEARCH,
+    "DAC_READ_SEARCH",
+    true,
+    "to read files and directories whatever their mode",
+);
+const SYS_PTRACE: Need = need(
+    CapabilitySet::SYS_PTRACE,
+    "SYS_PTRACE",
+    true,
+    "to look at /proc/PID/root and /proc/PID/maps of a running container",
+);
+const DAC_OVERRIDE: Need = need(
+    CapabilitySet::DAC_OVERRIDE,
+    "DAC_OVERRIDE",
+    false,
+    "to freeze containers whose cgroup belongs to a user, and to write into directories of other users",
+);
+const FOWNER: Need = need(
+    CapabilitySet::FOWNER,
+    "FOWNER",
+    false,
+    "to read without changing access times",
+);
+const LEASE: Need = need(
+    CapabilitySet::LEASE,
+    "LEASE",
+    false,
+    "to learn at once that no process is writing to a file; else every file changed of late is waited for",
+);
+const SETUID: Need = need(
+    CapabilitySet::SETUID,
+    "SETUID",
+    false,
+    "to read volumes as the container's user",
+);
+const SETGID: Need = need(
+    CapabilitySet::SETGID,
+    "SETGID",
+    false,
+    "to read volumes as the container's groups",
+);
+const SYS_NICE: Need = need(
+    CapabilitySet::SYS_NICE,
+    "SYS_NICE",
+    false,
+    "to leave the lowest priority while a container stands still",
+);
+const SYS_RESOURCE: Need = need(
+    CapabilitySet::SYS_RESOURCE,
+    "SYS_RESOURCE",
+    false,
+    "to be the last that is ended when memory runs out, as the freeze watchdog",
+);
+const NET_BIND_SERVICE: Need = need(
+    CapabilitySet::NET_BIND_SERVICE,
+    "NET_BIND_SERVICE",
+    false,
+    "to listen on a port below 1024",
+);
+
+const LOOK: &[Need] = &[
+    SYS_ADMIN,
+    DAC_READ_SEARCH,
+    SYS_PTRACE,
+    FOWNER,
+    SETUID,
+    SETGID,
+];
+const LAYER: &[Need] = &[SYS_ADMIN, DAC_READ_SEARCH, DAC_OVERRIDE, FOWNER, LEASE];
+const COMMIT: &[Need] = &[
+    SYS_ADMIN,
+    DAC_READ_SEARCH,
+    SYS_PTRACE,
+    DAC_OVERRIDE,
+    FOWNER,
+    LEASE,
+    SETUID,
+    SETGID,
+    SYS_NICE,
+    SYS_RESOURCE,
+];
+/// A manager and an agent: the agent's, and a port.
+const UP: &[Need] = &[
+    SYS_ADMIN,
+    DAC_READ_SEARCH,
+    SYS_PTRACE,
+    DAC_OVERRIDE,
+    FOWNER,
+    LEASE,
+    SETUID,
+    SETGID,
+    SYS_NICE,
+    SYS_RESOURCE,
+    NET_BIND_SERVICE,
+];
+const MANAGER: &[Need] = &[NET_BIND_SERVICE];
+const MANAGER_OF_OTHERS: &[Need] = &[NET_BIND_SERVICE, DAC_OVERRIDE];
+const WATCHDOG: &[Need] = &[DAC_OVERRIDE];
+
+/// What `role` has a use for. An agent needs nothing beyond what the builders need that it starts: a process that runs as
+/// root cannot hand on a capability that it has given up.
+pub fn needs(role: Role) -> &'static [Need] {
+    match role {
+        Role::Look => LOOK,
+        Role::Layer => LAYER,
+        Role::Commit | Role::Agent => COMMIT,
+        Role::Up => UP,
+        Role::Manager => MANAGER,
+        Role::ManagerOfOthers => MANAGER_OF_OTHERS,
+        Role::Watchdog => WATCHDOG,
+    }
+}
+
+/// What the agent itself uses: the rest it only hands on to its children, so that it is permitted and not in effect.
+const IN_EFFECT_IN_AN_AGENT: &[Need] = &[DAC_READ_SEARCH, SYS_PTRACE, DAC_OVERRIDE, SYS_RESOURCE];
+
+fn union(needs: &[Need]) -> CapabilitySet {
+    needs
+        .iter()
+        .fold(CapabilitySet::empty(), |all, need| all | need.capability)
+}
+
+/// The capabilities of this thread.
+pub fn of_this_thread() -> io::Result<CapabilitySets> {
+    Ok(capabilities(None)?)
+}
+
+/// Drops all others from every set of this thread.
+pub(super) fn keep(role: Role) -> io::Result<()> {
+    let kept = union(needs(role));
+    let mut failed = None;
+    // The bounding set first: shrinking it takes a capability that is given up next. Not even root may in some containers,
+    // and then the other sets are what counts.
+    for number in 0..64 {
+        let bit = CapabilitySet::from_bits_retain(1 << number);
+        if kept.contains(bit) {
+            continue;
+        }
+        match capability_is_in_bounding_set(bit) {
+            Ok(false) => continue,
+            Ok(true) => {}
+            // No capability has this number.
+            Err(_) => break,
+        }
+        match remove_capability_from_bounding_set(bit) {
+            Ok(()) => {}
+            Err(error) => failed = Some(error),
+        }
+    }
+    // Kernels before 4.3 have none.
+    if let Err(error) = clear_ambient_capability_set()
+        && error != Errno::INVAL
+    {
+        failed = Some(error);
+    }
+    let had = capabilities(None)?;
+    let in_effect = match role {
+        Role::Agent => union(IN_EFFECT_IN_AN_AGENT),
+        _ => kept,
+    };
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: had.effective & in_effect,
+            permitted: had.permitted & kept,
+            inheritable: CapabilitySet::empty(),
+        },
+    )?;
+    failed.map_or(Ok(()), |error| Err(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_is_permitted_all_that_its_builders_need_and_uses_less() {
+        let builders = union(needs(Role::Commit)) | union(needs(Role::Look));
+        assert!(union(needs(Role::Agent)).contains(builders));
+        assert!(union(needs(Role::Up)).contains(builders));
+        assert!(!union(IN_EFFECT_IN_AN_AGENT).contains(CapabilitySet::SYS_ADMIN));
+        assert!(union(needs(Role::Agent)).contains(union(IN_EFFECT_IN_AN_AGENT)));
+    }
+
+    #[test]
+    fn what_would_make_a_process_the_machines_master_is_kept_by_none() {
+        let never = CapabilitySet::SYS_MODULE
+            | CapabilitySet::SYS_RAWIO
+            | CapabilitySet::SYS_BOOT
+            | CapabilitySet::BPF
+            | CapabilitySet::MKNOD
+            | CapabilitySet::NET_ADMIN
+            | CapabilitySet::SETPCAP
+            | CapabilitySet::SETFCAP;
+        for (role, name) in Role::ALL {
+            assert!(!union(needs(role)).intersects(never), "{name}");
+        }
+    }
+}

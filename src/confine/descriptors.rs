@@ -1,0 +1,49 @@
+//! Descriptors that were open when this program was started and that nothing names are closed: whatever they lead to is not
+//! for this process, nor for those that it starts.
+
+use std::fs;
+use std::io;
+
+/// Closes all above 2 but `kept`.
+pub(super) fn close(kept: &[u32]) -> io::Result<()> {
+    let open: Vec<u32> = fs::read_dir("/proc/self/fd")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|fd| *fd > 2 && !kept.contains(fd))
+        .collect();
+    for fd in open {
+        // The listing's own descriptor is among them and already closed.
+        let _ = nix::unistd::close(fd as i32);
+    }
+    Ok(())
+}
+
+/// The descriptor that a path leads to: `/dev/fd/N`, `/proc/self/fd/N`.
+pub fn named_by(value: &str) -> Option<u32> {
+    ["/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/"]
+        .iter()
+        .find_map(|prefix| {
+            let at = value.find(prefix)? + prefix.len();
+            let digits = value[at..].split(|c: char| !c.is_ascii_digit()).next()?;
+            digits.parse().ok()
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_that_are_named_are_found_wherever_they_stand() {
+        for (value, expected) in [
+            ("/dev/fd/63", Some(63)),
+            ("oci-archive:/dev/fd/5:tag", Some(5)),
+            ("/proc/self/fd/7", Some(7)),
+            ("/dev/fd/", None),
+            ("/dev/fdx/7", None),
+            ("7", None),
+            ("", None),
+        ] {
+            assert_eq!(named_by(value), expected, "{value}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Least privilege: what a process of upperdeck gives up before it reads the first byte that a stranger wrote.
+//!
+//! A process calls [`apply`] once, while it has a single thread: capabilities, `no_new_privs` and system call filters
+//! belong to a thread and are inherited by those that it makes later. What cannot be given up (the process is not root, the
+//! kernel has no seccomp) is left as it is and said in what [`apply`] returns: with fewer rights than it asks for a
+//! process just goes on, and the work that needs them says so when it comes to it.
+//!
+//! Landlock is not used: its `ptrace_access_check` hook refuses `/proc/PID/root`, `maps` and `cwd` of every process
+//! outside the sandbox, whatever capabilities there are, and a live save needs those of the container.
+//!
+//! Sources: `capabilities(7)`, `seccomp(2)`, kernel `Documentation/userspace-api/no_new_privs.rst`,
+//! `security/landlock/task.c`.
+
+mod calls;
+mod capability;
+mod descriptors;
+
+use std::io;
+
+use rustix::process::{DumpableBehavior, Resource, Rlimit, setrlimit};
+
+pub use capability::{Need, needs, of_this_thread};
+pub use descriptors::named_by as descriptor_named_by;
+
+/// What a process of this program is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// `ps`, `inspect`, `diff`: reads a container and prints.
+    Look,
+    /// `layer`: reads directories and writes a file.
+    Layer,
+    /// `commit`, `bench`: reads a container, freezes it, writes files, talks to registries.
+    Commit,
+    /// `agent`: starts builders.
+    Agent,
+    /// `up`: an agent and a manager.
+    Up,
+    /// `manager`: serves the API.
+    Manager,
+    /// A `manager` that runs as root on files of other users.
+    ManagerOfOthers,
+    /// The freeze watchdog: writes to one cgroup.
+    Watchdog,
+}
+
+impl Role {
+    /// All of them, with the names of their verbs.
+    pub const ALL: [(Self, &'static str); 8] = [
+        (Self::Look, "inspect"),
+        (Self::Layer, "layer"),
+        (Self::Commit, "commit"),
+        (Self::Agent, "agent"),
+        (Self::Up, "up"),
+        (Self::Manager, "manager"),
+        (Self::ManagerOfOthers, "manager, of others' files"),
+        (Self::Watchdog, "watchdog"),
+    ];
+}
+
+/// What was given up, and what could not be.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// What failed, and why.
+    pub left: Vec<(&'static str, io::Error)>,
+}
+
+impl Applied {
+    fn note(&mut self, what: &'static str, result: io::Result<()>) {
+        if let Err(error) = result {
+            self.left.push((what, error));
+        }
+    }
+}
+
+/// Closes all descriptors above 2 but `kept`. Only before this program has opened any itself.
+pub fn close_inherited(kept: &[u32]) {
+    if let Err(error) = descriptors::close(kept) {
+        tracing::debug!(%error, "inherited descriptors are not closed");
+    }
+}
+
+/// Gives up what `role` does not need, for this thread and those that it makes later.
+pub fn apply(role: Role) -> Applied {
+    let mut applied = Applied::default();
+    apply_to_thread(role, &mut applied);
+    // Neither a core file nor another process of the same user shows the credentials in memory.
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    applied.note(
+        "the limit of core files",
+        setrlimit(Resource::Core, none).map_err(Into::into),
+    );
+    let hidden = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    applied.note("PR_SET_DUMPABLE", hidden.map_err(Into::into));
+    for (what, error) in &applied.left {
+        tracing::debug!(?role, what, %error, "not given up");
+    }
+    applied
+}
+
+/// The part of [`apply`] that belongs to a thread. Tried by itself it says what this machine lets a process give up.
+pub fn apply_to_thread(role: Role, applied: &mut Applied) {
+    applied.note("capabilities", capability::keep(role));
+    let fixed = rustix::thread::set_no_new_privs(true);
+    applied.note("no_new_privs", fixed.map_err(Into::into));
+    applied.note("system calls", calls::deny(role));
+}

@@ -1,0 +1,191 @@
+//! The mount tables that a container cannot write, and what they say of its root.
+//!
+//! A container's first process is its tenant's, and everything in its mountinfo but the numbers is its tenant's text: in a
+//! user namespace of its own it can mount an overlay of whatever names it likes and make that its root. The device number
+//! of the root is the kernel's word, and belongs to one mounted file system only. So the line that counts is the one that
+//! a table of the node's has for that device: the table of the node's first process, or of the process that started the
+//! container and waits for it (containerd's shim, conmon), which stands in the mount namespace in which the runtime
+//! mounted the root.
+
+use std::cell::OnceCell;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::error::Error;
+use super::process::{self, Process};
+use super::roots::Roots;
+use crate::overlay::mount::MountInfo;
+
+/// Whose word it is what a root is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Witness {
+    /// The process itself: `pid:N`, for which no runtime answers.
+    #[default]
+    Itself,
+    /// The node's first process.
+    Node,
+    /// The process that started the container.
+    Monitor {
+        /// Its number.
+        pid: u32,
+        /// When it started, in clock ticks since boot.
+        start: u64,
+    },
+}
+
+impl std::fmt::Display for Witness {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Itself => write!(f, "the process' own mount table"),
+            Self::Node => write!(f, "the node's mount table"),
+            Self::Monitor { pid, .. } => write!(f, "the mount table of its monitor, process {pid}"),
+        }
+    }
+}
+
+/// The mounted file system that is a container's root, and who says what it is made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RootMount {
+    /// Device number, major and minor.
+    pub device: (u32, u32),
+    /// The options of the file system as the witness' table has them, escaped.
+    pub options: Vec<u8>,
+    /// The witness.
+    pub witness: Witness,
+}
+
+/// A mount table of the node's.
+#[derive(Debug)]
+pub(super) struct Table {
+    pub(super) witness: Witness,
+    /// Whether its mounts were made with the node's rights: their text is to be believed. In a user namespace (rootless
+    /// Podman) the user who owns it could have made them.
+    pub(super) privileged: bool,
+    pub(super) mounts: Vec<MountInfo>,
+}
+
+impl Table {
+    /// The mount of the overlay `device`, the whole of it.
+    pub(super) fn overlay(&self, device: (u32, u32)) -> Option<&MountInfo> {
+        self.overlays(device).next()
+    }
+
+    /// All mounts of the overlay `device`, the whole of it.
+    fn overlays(&self, device: (u32, u32)) -> impl Iterator<Item = &MountInfo> {
+        self.mounts.iter().filter(move |m| {
+            m.device == device && m.fs_type == "overlay" && m.root == Path::new("/")
+        })
+    }
+
+    /// Whether the overlay `device` is mounted at `path`.
+    pub(super) fn has_at(&self, roots: &Roots, device: (u32, u32), path: &Path) -> bool {
+        self.overlays(device).any(|m| {
+            m.mount_point == path
+                || roots
+                    .locate(&m.mount_point)
+                    .is_ok_and(|at| roots.locate(path).is_ok_and(|path| path == at))
+        })
+    }
+}
+
+/// The node's tables, read when first needed.
+#[derive(Debug, Default)]
+pub(super) struct Tables {
+    node: OnceCell<Option<Table>>,
+}
+
+impl Tables {
+    fn node(&self, roots: &Roots) -> Option<&Table> {
+        self.node.get_or_init(|| node(roots)).as_ref()
+    }
+
+    /// The table that has the overlay that is the root of `process`, and hands it to `found` with its line; none if no
+    /// table but that of the process has it.
+    pub(super) fn find<T>(
+        &self,
+        roots: &Roots,
+        process: &Process,
+        device: (u32, u32),
+        found: impl FnOnce(&Table, &MountInfo) -> T,
+    ) -> Result<Option<T>, Error> {
+        if let Some(table) = self.node(roots)
+            && let Some(line) = table.overlay(device)
+        {
+            return Ok(Some(found(table, line)));
+        }
+        let monitor = monitor(roots, process)?;
+        Ok(monitor.and_then(|table| table.overlay(device).map(|line| found(&table, line))))
+    }
+
+    /// Whether the witness of `root` still says the same.
+    pub(super) fn still(
+        &self,
+        roots: &Roots,
+        process: &Process,
+        root: &RootMount,
+    ) -> Result<bool, Error> {
+        if root.witness == Witness::Itself {
+            return Ok(process
+                .root()
+                .is_some_and(|m| m.super_options == root.options));
+        }
+        let same = self.find(roots, process, root.device, |table, line| {
+            table.witness == root.witness && line.super_options == root.options
+        });
+        Ok(same?.unwrap_or(false))
+    }
+}
+
+/// The table of the node's first process, which no container can change.
+fn node(roots: &Roots) -> Option<Table> {
+    let mounts = process::mounts_of(roots, 1).ok().flatten()?;
+    Some(Table {
+        witness: Witness::Node,
+        privileged: true,
+        mounts,
+    })
+}
+
+/// The table of the process that started the container's first one: its parent, which a container cannot choose. None if
+/// that is in the same mount namespace, where the container's own words would stand.
+fn monitor(roots: &Roots, process: &Process) -> Result<Option<Table>, Error> {
+    let pid = process.parent;
+    if pid == 0 || pid == 1 {
+        return Ok(None);
+    }
+    let Some(start) = process::start_of(roots, pid)? else {
+        return Ok(None);
+    };
+    let namespace = |pid: &str, kind: &str| namespace(roots, pid, kind);
+    let (own, parent) = (process.pid.to_string(), pid.to_string());
+    let (Some(theirs), Some(containers)) = (namespace(&parent, "mnt"), namespace(&own, "mnt"))
+    else {
+        return Ok(None);
+    };
+    if theirs == containers {
+        return Ok(None);
+    }
+    let users = namespace(&parent, "user");
+    let privileged = users.is_some() && users == namespace("self", "user");
+    let Some(mounts) = process::mounts_of(roots, pid)? else {
+        return Ok(None);
+    };
+    // Neither process may have passed its number on meanwhile.
+    if process::start_of(roots, pid)? != Some(start)
+        || process::start_of(roots, process.pid)? != Some(process.start)
+    {
+        return Ok(None);
+    }
+    Ok(Some(Table {
+        witness: Witness::Monitor { pid, start },
+        privileged,
+        mounts,
+    }))
+}
+
+fn namespace(roots: &Roots, pid: &str, kind: &str) -> Option<OsString> {
+    fs::read_link(roots.proc(&format!("{pid}/ns/{kind}")))
+        .ok()
+        .map(PathBuf::into_os_string)
+}

@@ -1,0 +1,54 @@
+//! The clock of this machine, against others': messages between managers and agents expire, and tokens do.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::Finding;
+
+/// A server's answer is on its way for a while, and HTTP dates have whole seconds.
+const MUCH: u64 = 5_000;
+/// Tokens of registries and of users are valid for minutes.
+const TOO_MUCH: u64 = 120_000;
+
+/// Now, in milliseconds since the epoch.
+pub(super) fn now_ms() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as i64)
+}
+
+/// `theirs`: what a server said it was when it answered; `ours`: between asking and the answer.
+pub(super) fn judge(whose: &str, theirs_ms: i64, ours_ms: i64) -> Finding {
+    let apart = theirs_ms.abs_diff(ours_ms);
+    let seconds = Duration::from_millis(apart).as_secs_f64();
+    let direction = if theirs_ms < ours_ms {
+        "ahead of"
+    } else {
+        "behind"
+    };
+    let found = format!("{seconds:.1} s {direction} {whose}");
+    let advice = "keep the time by NTP (chrony, systemd-timesyncd) on all machines: orders and tokens expire";
+    if apart > TOO_MUCH {
+        Finding::failed("clock", found, advice)
+    } else if apart > MUCH {
+        Finding::warning("clock", found, advice)
+    } else {
+        Finding::ok("clock", format!("agrees with {whose}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::State;
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_off_is_told_with_its_direction() {
+        assert_eq!(judge("Redis", 1_000_000, 1_001_500).state, State::Ok);
+        let ahead = judge("Redis", 1_000_000, 1_010_000);
+        assert_eq!(ahead.state, State::Warning);
+        assert_eq!(ahead.found, "10.0 s ahead of Redis");
+        let behind = judge("the registry", 10_000_000, 1_000_000);
+        assert_eq!(behind.state, State::Failed);
+        assert_eq!(behind.found, "9000.0 s behind the registry");
+    }
+}
