@@ -21,7 +21,9 @@ async fn stand_still(node: &Node) -> Result<(Service, Order)> {
     let service = Service::start(options, local());
     let order = node.order();
     service.queue.offer(&order).await?;
-    wait("the container stands still", || node.frozen().then_some(())).await?;
+    wait("the container stands still", || node.frozen().then_some(()))
+        .await
+        .with_context(|| format!("{:?}", service.said(order.job)))?;
     Ok((service, order))
 }
 

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -37,7 +39,7 @@ pub struct Node {
     pub pid: u32,
     pub cgroup: PathBuf,
     pub roots: Roots,
-    container: Child,
+    monitor: Child,
     dir: TempDir,
 }
 
@@ -167,18 +169,21 @@ impl Node {
         base(&at("base"), &at("lower"))?;
         let cgroup = cgroup()?;
         fs::create_dir(at("volume"))?;
-        let script = format!(
-            "mount -t overlay overlay -o \"lowerdir=$1,upperdir=$2/diff,workdir=$2/work\" \"$3\" && \
-             mount -t proc proc \"$3/proc\" && {mounts} exec chroot {chroot} \"$3\" /bin/busybox sleep 100000"
+        // As a shim does it: the root is mounted in a namespace in which the container's parent stays, and the container
+        // is in one of its own.
+        let container = format!(
+            "mount -t proc proc \"$3/proc\" && {mounts} exec chroot {chroot} \"$3\" /bin/busybox sleep 100000"
         );
-        let container = Command::new("unshare")
+        let monitor = "mount -t overlay overlay -o \"lowerdir=$1,upperdir=$2/diff,workdir=$2/work\" \"$3\" || exit; \
+                       unshare --mount --propagation private sh -c \"$5\" sh \"$1\" \"$2\" \"$3\" \"$4\" >&2 & echo $!; wait";
+        let mut monitor = Command::new("unshare")
             .args([
                 "--mount",
                 "--propagation",
                 "private",
                 "sh",
                 "-c",
-                &script,
+                monitor,
                 "sh",
             ])
             .args([
@@ -187,10 +192,15 @@ impl Node {
                 &overlay.join("merged"),
                 &at("volume"),
             ])
+            .arg(container)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()?;
-        let pid = container.id();
+        let mut line = String::new();
+        let stdout = monitor.stdout.take().context("stdout")?;
+        io::BufRead::read_line(&mut io::BufReader::new(stdout), &mut line)?;
+        let pid: u32 = line.trim().parse().context("the container's process")?;
         fs::write(cgroup.join("cgroup.procs"), pid.to_string())?;
         let write = |path: PathBuf, text: String| -> io::Result<()> {
             fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
@@ -229,7 +239,7 @@ impl Node {
                 storage: Vec::new(),
                 ..Roots::default()
             },
-            container,
+            monitor,
             dir,
         };
         wait("the container is up", || {
@@ -351,8 +361,9 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.pause(false);
-        let _ = self.container.kill();
-        let _ = self.container.wait();
+        let _ = kill(Pid::from_raw(self.pid as i32), Signal::SIGKILL);
+        // It waits for the container.
+        let _ = self.monitor.wait();
         for _ in 0..200 {
             if fs::remove_dir(&self.cgroup).is_ok() {
                 break;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use upperdeck::cancel::Cancel;
-use upperdeck::manager::Server;
+use upperdeck::manager::{Server, raise_open_files};
 use upperdeck::record::Record;
 
 use crate::site::{Agent, Outcomes, Site, Who, id, progress, session, submit};
@@ -38,6 +38,7 @@ fn cpu_seconds() -> f64 {
 #[test]
 #[ignore = "a measurement: it takes a minute"]
 fn a_thousand_watchers_cost_little() -> Outcomes {
+    raise_open_files()?;
     let site = Site::new()?;
     let cancel = Cancel::default();
     let (told, address) = std::sync::mpsc::channel();
@@ -62,6 +63,9 @@ fn a_thousand_watchers_cost_little() -> Outcomes {
                     let mut options = options;
                     options.watch_every = Duration::from_secs(1);
                     options.reconcile_every = Duration::from_secs(3);
+                    // All of them are one user's, and come from one address.
+                    options.doors.connections_per_peer = WATCHERS + JOBS;
+                    options.doors.streams_per_user = WATCHERS;
                     let server = Server::bind(options, queue, record)
                         .await
                         .map_err(|e| e.to_string())?;
@@ -96,8 +100,13 @@ fn a_thousand_watchers_cost_little() -> Outcomes {
             );
             stream.write_all(text.as_bytes()).await?;
             let heard = heard.clone();
+            let mut buffer = vec![0; 16 << 10];
+            let read = stream.read(&mut buffer).await?;
+            let answer = String::from_utf8_lossy(&buffer[..read]).into_owned();
+            if !answer.starts_with("HTTP/1.1 200 ") {
+                return Err(format!("stream {n}: {answer}").into());
+            }
             tokio::spawn(async move {
-                let mut buffer = vec![0; 16 << 10];
                 while let Ok(read) = stream.read(&mut buffer).await {
                     if read == 0 {
                         break;
