@@ -27,12 +27,22 @@ pub struct Ways {
 /// In which ways the processes of the container of `pid` can write now.
 ///
 /// What was asked for before, and is still under way, is by a ring or descriptor that is still there, but for programs
-/// that close theirs without waiting.
+/// that close theirs without waiting. In every way, where the container has no cgroup of its own that would tell which
+/// processes it has: it cannot be frozen then, but it can be saved while it runs.
 pub fn ways_to_write(pid: u32, host_root: Option<&Path>) -> Result<Ways, Error> {
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
     let mut ways = Ways::default();
     let mut left = MAX_DESCRIPTORS;
-    for pid in container_pids(&proc, pid, host_root)? {
+    let pids = match container_pids(&proc, pid, host_root) {
+        Err(Error::Unsupported { .. }) => {
+            return Ok(Ways {
+                direct: true,
+                asynchronous: true,
+            });
+        }
+        pids => pids?,
+    };
+    for pid in pids {
         let process = proc.join(pid.to_string());
         let looked = descriptors(&process.join("fdinfo"), &mut left, &mut ways)
             .and_then(|()| rings(&process.join("maps"), &mut ways));

@@ -166,7 +166,9 @@ impl Node {
         for name in ["diff", "work", "merged"] {
             fs::create_dir_all(overlay.join(name))?;
         }
-        base(&at("base"), &at("lower"))?;
+        let lower = docker.join("overlay2/lower/diff");
+        fs::create_dir_all(docker.join("overlay2/lower"))?;
+        base(&at("base"), &lower)?;
         let cgroup = cgroup()?;
         fs::create_dir(at("volume"))?;
         // As a shim does it: the root is mounted in a namespace in which the container's parent stays, and the container
@@ -186,12 +188,7 @@ impl Node {
                 monitor,
                 "sh",
             ])
-            .args([
-                &at("lower"),
-                &overlay,
-                &overlay.join("merged"),
-                &at("volume"),
-            ])
+            .args([&lower, &overlay, &overlay.join("merged"), &at("volume")])
             .arg(container)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -214,10 +211,13 @@ impl Node {
             docker.join(format!("containers/{id}/config.v2.json")),
             config.to_string(),
         )?;
-        write(
-            docker.join(format!("image/overlay2/layerdb/mounts/{id}/mount-id")),
-            "mounted".to_owned(),
-        )?;
+        // Not started from an image of this Docker: its only lower is the layer that Docker itself makes for each container.
+        for (name, layer) in [("mount-id", "mounted"), ("init-id", "lower")] {
+            write(
+                docker.join(format!("image/overlay2/layerdb/mounts/{id}/{name}")),
+                layer.to_owned(),
+            )?;
+        }
         let spec = json!({
             "process": {"args": ["start-notebook.py"], "env": ["JUPYTERHUB_USER=alice"]},
             "root": {"path": "rootfs"},

@@ -14,9 +14,9 @@ use crate::host::{Roots, Scratch};
 use crate::save::upperdeck_itself;
 use crate::support::{Need, ignored};
 
-/// SYS_ADMIN, DAC_READ_SEARCH, SYS_PTRACE, DAC_OVERRIDE, FOWNER, SETUID, SETGID, SYS_NICE, SYS_RESOURCE.
+/// SYS_ADMIN, DAC_READ_SEARCH, SYS_PTRACE, DAC_OVERRIDE, FOWNER, SETUID, SETGID, SYS_NICE, SYS_RESOURCE, LEASE.
 const OF_A_SAVE: u64 =
-    1 << 21 | 1 << 2 | 1 << 19 | 1 << 1 | 1 << 3 | 1 << 7 | 1 << 6 | 1 << 23 | 1 << 24;
+    1 << 21 | 1 << 2 | 1 << 19 | 1 << 1 | 1 << 3 | 1 << 7 | 1 << 6 | 1 << 23 | 1 << 24 | 1 << 28;
 /// DAC_OVERRIDE.
 const OF_A_WATCHDOG: u64 = 1 << 1;
 
