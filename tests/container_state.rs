@@ -1130,6 +1130,14 @@ fn dockers_records_are_checked_against_the_mount_and_against_each_other() -> Out
     let mount_id = format!("{DOCKER}/image/overlay2/layerdb/mounts/{DOCKER_ID}/mount-id");
     node.write(&mount_id, "../../../../root")?;
     assert!(find(&node.roots, "lab").is_err());
+
+    // A container that runs is not passed over for want of a file about it.
+    fs::remove_file(node.path(&mount_id))?;
+    let problems = list(&node.roots).problems;
+    assert!(
+        problems.iter().any(|p| p.path == node.path(&mount_id)),
+        "{problems:?}"
+    );
     Ok(())
 }
 

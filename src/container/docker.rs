@@ -94,13 +94,19 @@ pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
             let directory = containers.join(&id);
             match draft(roots, &root, &directory, problems) {
                 Ok(draft) => drafts.extend(draft),
-                // Removed meanwhile, or being made.
-                Err(error) if error.is_not_found() => {}
+                // Removed meanwhile, or being made: not so where it still says that it runs.
+                Err(error) if error.is_not_found() && !runs(&directory) => {}
                 Err(error) => problems.push(error.into_problem(&directory)),
             }
         }
     }
     drafts
+}
+
+/// Whether the container whose files are in `directory` has a process, as far as they can be read.
+fn runs(directory: &Path) -> bool {
+    read_json::<Config2>(&directory.join("config.v2.json"), CONFIG_CAP)
+        .is_ok_and(|config| config.state.pid != 0)
 }
 
 fn draft(
