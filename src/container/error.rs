@@ -136,6 +136,18 @@ pub enum Error {
         /// Bytes of `mountinfo` that are taken.
         bytes: usize,
     },
+    /// A directory of its root is not the one that was mounted: what this program would read is something else.
+    #[error("container {container}: its {role} directory {} is not the one that is mounted: {detail}", path.display())]
+    LayerUnproven {
+        /// Its ID.
+        container: String,
+        /// `lower`, `upper`, `data-only lower`.
+        role: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// What is mounted there, and what is missing.
+        detail: String,
+    },
     /// A directory of its root could not be found.
     #[error("container {container}: {source}")]
     Mount {
@@ -175,7 +187,7 @@ impl Error {
         match self {
             Self::BadName { .. } | Self::Ambiguous { .. } | Self::NotAVolume { .. } => 2,
             Self::NotFound { .. } | Self::Gone { .. } => 66,
-            Self::BaseUnproven { .. } | Self::ForeignRoot { .. } => 69,
+            Self::BaseUnproven { .. } | Self::ForeignRoot { .. } | Self::LayerUnproven { .. } => 69,
             Self::Busy { .. } => 75,
             Self::NotPermitted { .. } | Self::ManyMounts { .. } | Self::VolumeNotAllowed { .. } => {
                 77
@@ -194,7 +206,7 @@ impl Error {
             Self::NotFound { .. } => "container_not_found",
             Self::Ambiguous { .. } => "container_ambiguous",
             Self::Gone { .. } => "container_gone",
-            Self::BaseUnproven { .. } => "base_unproven",
+            Self::BaseUnproven { .. } | Self::LayerUnproven { .. } => "base_unproven",
             Self::NotAVolume { .. } => "not_a_volume",
             Self::NotPermitted { .. } => "not_permitted",
             Self::VolumeNotAllowed { .. } => "volume_not_allowed",

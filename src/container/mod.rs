@@ -20,6 +20,7 @@ mod error;
 mod image;
 mod mounted;
 mod pattern;
+mod placed;
 mod process;
 mod roots;
 mod storage;

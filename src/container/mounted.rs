@@ -79,7 +79,9 @@ pub(super) fn root_of(
             options: line.super_options.clone(),
             witness: table.witness,
         };
-        Ok((looked_at.overlay()?, root))
+        let overlay = looked_at.overlay()?;
+        tables.prove_layers(roots, &draft.id, process, table, &overlay)?;
+        Ok((overlay, root))
     })?;
     found.unwrap_or_else(|| {
         Err(Error::ForeignRoot {

@@ -176,7 +176,7 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
 }
 
 /// Whether `container` is still what it was: the same process with the same file system as its root, of which the same
-/// witness says the same.
+/// witness says the same, and whose directories are still mounted where they are read.
 pub fn recheck(roots: &Roots, container: &Container) -> Result<(), Error> {
     let gone = |detail: String| Error::Gone {
         container: container.id.clone(),
@@ -187,12 +187,11 @@ pub fn recheck(roots: &Roots, container: &Container) -> Result<(), Error> {
         .filter(|process| process.start == container.pid_start)
         .ok_or_else(|| gone(format!("its process {pid} is no longer there")))?;
     let device = mounted::device_of(&container.id, &process).map_err(|e| gone(e.to_string()))?;
-    let root = &container.root;
-    if device == root.device && Tables::default().still(roots, &process, root)? {
-        Ok(())
-    } else {
-        Err(gone("its root is another one now".to_owned()))
+    let (root, tables) = (&container.root, Tables::default());
+    if device != root.device || !tables.still(roots, &process, root)? {
+        return Err(gone("its root is another one now".to_owned()));
     }
+    tables.prove_layers_of(roots, &container.id, &process, device, &container.overlay)
 }
 
 /// A CONTAINER argument.
@@ -335,6 +334,7 @@ fn find_process(
             container: name.to_owned(),
             source,
         })?;
+    tables.prove_layers_of(roots, name, &process, device, &overlay)?;
     Ok(Container {
         runtime: Runtime::Process,
         id: format!("pid:{pid}"),

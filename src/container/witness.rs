@@ -13,9 +13,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::error::Error;
+use super::placed::{Own, Proof, Tree};
 use super::process::{self, Process};
 use super::roots::Roots;
-use crate::overlay::mount::MountInfo;
+use crate::overlay::mount::{MountInfo, OverlayMount};
 
 /// Whose word it is what a root is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,9 +64,25 @@ pub(super) struct Table {
     /// Podman) the user who owns it could have made them.
     pub(super) privileged: bool,
     pub(super) mounts: Vec<MountInfo>,
+    tree: OnceCell<Tree>,
 }
 
 impl Table {
+    fn new(witness: Witness, privileged: bool, mounts: Vec<MountInfo>) -> Self {
+        Self {
+            witness,
+            privileged,
+            mounts,
+            tree: OnceCell::new(),
+        }
+    }
+
+    /// The mount that `path` lies in.
+    pub(super) fn covering(&self, path: &Path) -> Option<&MountInfo> {
+        let tree = self.tree.get_or_init(|| Tree::new(&self.mounts));
+        tree.covering(&self.mounts, path)
+    }
+
     /// The mount of the overlay `device`, the whole of it.
     pub(super) fn overlay(&self, device: (u32, u32)) -> Option<&MountInfo> {
         self.overlays(device).next()
@@ -93,6 +110,8 @@ impl Table {
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     node: OnceCell<Option<Table>>,
+    /// This program's own.
+    own: OnceCell<Own>,
 }
 
 impl Tables {
@@ -118,6 +137,57 @@ impl Tables {
         Ok(monitor.and_then(|table| table.overlay(device).map(|line| found(&table, line))))
     }
 
+    fn own(&self) -> Result<&Own, Error> {
+        if let Some(own) = self.own.get() {
+            return Ok(own);
+        }
+        let own = Own::read()?;
+        Ok(self.own.get_or_init(|| own))
+    }
+
+    /// Fails with [`Error::LayerUnproven`] unless the directories of an overlay are those that `table` has.
+    pub(super) fn prove_layers(
+        &self,
+        roots: &Roots,
+        container: &str,
+        process: &Process,
+        table: &Table,
+        overlay: &OverlayMount,
+    ) -> Result<(), Error> {
+        // A recording of a /proc: its mounts are another machine's.
+        if process.root.is_none() {
+            return Ok(());
+        }
+        let own = self.own()?;
+        let proof = Proof {
+            roots,
+            container,
+            table,
+            own,
+        };
+        proof.prove(overlay)
+    }
+
+    /// The same for the overlay that is the root of `process`, by the table that has it; where that is the process' own
+    /// alone, which need not show what lies outside of its root, by the node's.
+    pub(super) fn prove_layers_of(
+        &self,
+        roots: &Roots,
+        container: &str,
+        process: &Process,
+        device: (u32, u32),
+        overlay: &OverlayMount,
+    ) -> Result<(), Error> {
+        let prove = |table: &Table| self.prove_layers(roots, container, process, table, overlay);
+        let proven = self.find(roots, process, device, |table, _| prove(table))?;
+        match (proven, self.node(roots)) {
+            (Some(proven), _) => proven,
+            (None, Some(node)) => prove(node),
+            // A user's own process, where the node's table is not for users to read.
+            (None, None) => Ok(()),
+        }
+    }
+
     /// Whether the witness of `root` still says the same.
     pub(super) fn still(
         &self,
@@ -140,11 +210,7 @@ impl Tables {
 /// The table of the node's first process, which no container can change.
 fn node(roots: &Roots) -> Option<Table> {
     let mounts = process::mounts_of(roots, 1).ok().flatten()?;
-    Some(Table {
-        witness: Witness::Node,
-        privileged: true,
-        mounts,
-    })
+    Some(Table::new(Witness::Node, true, mounts))
 }
 
 /// The table of the process that started the container's first one: its parent, which a container cannot choose. None if
@@ -177,11 +243,8 @@ fn monitor(roots: &Roots, process: &Process) -> Result<Option<Table>, Error> {
     {
         return Ok(None);
     }
-    Ok(Some(Table {
-        witness: Witness::Monitor { pid, start },
-        privileged,
-        mounts,
-    }))
+    let witness = Witness::Monitor { pid, start };
+    Ok(Some(Table::new(witness, privileged, mounts)))
 }
 
 fn namespace(roots: &Roots, pid: &str, kind: &str) -> Option<OsString> {

@@ -20,6 +20,7 @@ mod kill;
 mod lab;
 mod live;
 mod overlay;
+mod placed;
 mod portal;
 mod privilege;
 mod save;

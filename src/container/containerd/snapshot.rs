@@ -8,7 +8,7 @@ use super::wire::{text, uvarint};
 use crate::container::bolt::{self, Snapshot};
 use crate::container::error::{Error, Problem};
 use crate::container::roots::{ContainerdRoot, Roots};
-use crate::container::{BaseLayer, Container};
+use crate::container::{BaseLayer, Container, placed};
 use crate::digest::{ChainId, Digest};
 
 /// Snapshot chains are as long as the kernel's limit on layers at most.
@@ -19,7 +19,12 @@ const MAX_CHAIN: usize = 512;
 pub(super) struct Snap {
     pub(super) id: u64,
     key: String,
+    /// A lazy snapshotter mounts it: its directory by itself is empty.
+    mounted: bool,
 }
+
+/// The label of snapshots whose content is not unpacked, but mounted.
+const REMOTE: &[u8] = b"containerd.io/snapshot/remote";
 
 /// Whether each of its snapshots is a directory `snapshots/N/fs`.
 pub(super) fn is_overlayfs(snapshotter: &str) -> bool {
@@ -97,7 +102,11 @@ pub(super) fn chain(db: &Snapshot<'_>, path: &Path, key: &str) -> Result<Vec<Sna
             .get(b"parent")?
             .map(|parent| text(&parent))
             .filter(|parent| !parent.is_empty());
-        chain.push(Snap { id, key });
+        let mounted = match snapshot.bucket(b"labels")? {
+            Some(labels) => labels.get(REMOTE)?.is_some(),
+            None => false,
+        };
+        chain.push(Snap { id, key, mounted });
         if chain.len() > MAX_CHAIN {
             return Err(Error::damaged(
                 path,
@@ -167,6 +176,15 @@ pub(super) fn mounted_stack(
             show(&container.overlay.lowers),
             show(&expected)
         )));
+    }
+    // The node's own table may have lost the mount since: then all tables agree on an empty directory.
+    for lower in parents.iter().filter(|snap| snap.mounted).map(directory) {
+        if as_directories && !placed::is_mount(&lower)? {
+            return Ok(Err(format!(
+                "{} is the snapshot of a layer that is mounted, and nothing is mounted there",
+                lower.display()
+            )));
+        }
     }
     let mut layers = Vec::with_capacity(parents.len());
     for (at, snap) in parents.iter().enumerate() {

@@ -23,6 +23,8 @@ pub struct Mount<'a> {
     pub more_layers: usize,
     /// The id on the host of the container's root; 0 is no user namespace.
     pub shift: u32,
+    /// Each lower is a mount of its own, and the directory beneath it is empty.
+    pub mounted: bool,
 }
 
 impl Default for Mount<'_> {
@@ -33,6 +35,7 @@ impl Default for Mount<'_> {
             relative: false,
             more_layers: 0,
             shift: 0,
+            mounted: false,
         }
     }
 }
@@ -79,6 +82,9 @@ impl Process {
                 .arg(lowers.join(number.to_string()))
                 .args(["--prefix", mount.prefix]);
             run(unpack.args(["--shift", &mount.shift.to_string()]))?;
+            if mount.mounted {
+                mount_over(&lowers.join(number.to_string()))?;
+            }
             names.insert(0, number.to_string());
         }
         let names: Vec<String> = names
@@ -189,6 +195,15 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Mounts what is in a directory over it, and leaves it empty beneath.
+pub fn mount_over(directory: &Path) -> Result<()> {
+    let aside = directory.with_extension("aside");
+    fs::rename(directory, &aside)?;
+    fs::create_dir(directory)?;
+    run(command("mount", ["--bind"]).arg(&aside).arg(directory))?;
+    Ok(())
 }
 
 /// A user namespace, as long as its first process lives.

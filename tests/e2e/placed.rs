@@ -1,0 +1,192 @@
+//! Lower directories that are mounts of their own, read in mount namespaces that have them and in such that do not.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+
+use crate::host::image::{Base, Format, base};
+use crate::host::podman::Podman;
+use crate::host::process::{Mount, Process, mount_over};
+use crate::host::registry::Registry;
+use crate::host::{Roots, Scratch, command, output, run};
+use crate::save::{
+    LEFT_OUT, TOUCHED_BY_RUNTIMES, TREE, WORK, failed, same_tree_by, save, set_attributes,
+    unpack_layout, upperdeck,
+};
+use crate::support::{Need, ignored};
+
+/// `command` in a mount namespace of its own, after a script whose first argument is `argument`.
+fn apart(command_line: &Command, script: &str, argument: &Path) -> Command {
+    let script = format!("set -e; at=$1; shift; {script}; exec \"$@\"");
+    let unshare = ["--mount", "--propagation", "private", "bash", "-c", &script];
+    let mut apart = command("unshare", unshare);
+    apart
+        .arg("apart")
+        .arg(argument)
+        .arg(command_line.get_program())
+        .args(command_line.get_args());
+    for (name, value) in command_line.get_envs() {
+        match value {
+            Some(value) => apart.env(name, value),
+            None => apart.env_remove(name),
+        };
+    }
+    apart
+}
+
+fn commit(roots: &Roots, options: &[&str], container: &str, destination: &Path) -> Command {
+    let mut commit = upperdeck("commit", roots);
+    commit
+        .args(["--progress", "none", "--state-dir", ""])
+        .args(options)
+        .arg(container)
+        .arg(format!("oci:{}:saved", destination.display()));
+    commit
+}
+
+/// Refused with the name of the mount that is missing, and nothing written.
+fn missing(commit: &mut Command, mount: &Path, destination: &Path) -> Result<()> {
+    let said = failed(&output(commit)?, 69)?;
+    ensure!(
+        said.contains(&format!("in the mount {} (", mount.display())),
+        "{said}"
+    );
+    ensure!(!destination.exists(), "{}", destination.display());
+    Ok(())
+}
+
+#[test]
+fn lowers_that_are_mounts_are_read_where_they_are_mounted_only() -> Result<()> {
+    let programs = [
+        "buildah", "skopeo", "umoci", "busybox", "python3", "setfattr", "setfacl", "unshare",
+        "nsenter", "tar",
+    ];
+    let mut needs = programs.map(Need::Program).to_vec();
+    needs.push(Need::Root);
+    if ignored(&needs) {
+        return Ok(());
+    }
+    let scratch = Scratch::new()?;
+    let mount = Mount {
+        mounted: true,
+        ..Mount::default()
+    };
+    let process = Process::start(&scratch, &mount)?;
+    process.shell(WORK)?;
+    set_attributes(process.pid, true)?;
+    let roots = Roots::none(&scratch);
+    let container = format!("pid:{}", process.pid);
+    let based = ["--base", process.base.as_str()];
+    let lower = scratch.path().join("process/l/1");
+
+    let refused = scratch.path().join("refused");
+    let plain = commit(&roots, &based, &container, &refused);
+    missing(
+        &mut apart(&plain, "umount -l \"$at\"", &lower),
+        &lower,
+        &refused,
+    )?;
+    for verb in ["inspect", "diff"] {
+        let mut look = upperdeck(verb, &roots);
+        look.arg(&container);
+        failed(&output(&mut apart(&look, "umount -l \"$at\"", &lower))?, 69)?;
+    }
+
+    // The node's root as a pod sees it that does not get the node's mounts, and as one sees it that does.
+    let host = scratch.dir("host")?;
+    let flag = host.display().to_string();
+    let below = [&["--host-root", flag.as_str()], &based[..]].concat();
+    let through = |destination: &Path| commit(&roots, &below, &container, destination);
+    missing(
+        &mut apart(
+            &through(&refused),
+            "mount --bind / \"$at\"; mount --bind /proc \"$at/proc\"",
+            &host,
+        ),
+        &scratch.path().join("process/l/2"),
+        &refused,
+    )?;
+    let by_host = scratch.path().join("by-host");
+    run(&mut apart(
+        &through(&by_host),
+        "mount --rbind / \"$at\"",
+        &host,
+    ))?;
+
+    let here = scratch.path().join("here");
+    save(
+        &scratch,
+        &roots,
+        &container,
+        &format!("oci:{}:saved", here.display()),
+        &based,
+    )?;
+    for layout in [by_host, here] {
+        let rootfs = unpack_layout(&layout, "saved")?;
+        let mut compare = process.enter(false);
+        compare.args(["python3", TREE]);
+        let except: Vec<&str> = LEFT_OUT.iter().chain(&["dev"]).copied().collect();
+        same_tree_by(
+            compare,
+            &process.merged,
+            &rootfs,
+            &except,
+            TOUCHED_BY_RUNTIMES,
+            60,
+        )?;
+        ensure!(!rootfs.join("usr/lib/app/plugins/p2").exists());
+        ensure!(!rootfs.join("srv/share").exists());
+    }
+    Ok(())
+}
+
+/// The same by a runtime's record.
+#[test]
+fn a_layer_of_podman_that_is_not_mounted_here_is_refused() -> Result<()> {
+    let programs = [
+        "podman",
+        "conmon",
+        "runc",
+        "buildah",
+        "skopeo",
+        "docker-registry",
+        "umoci",
+        "unshare",
+    ];
+    let mut needs = programs.map(Need::Program).to_vec();
+    needs.push(Need::Root);
+    if ignored(&needs) {
+        return Ok(());
+    }
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = registry.push(&base(Base::Small, Format::Oci)?, "bases/notebook:1")?;
+    let podman = Podman::new(&scratch)?;
+    let roots = podman.roots(&scratch);
+    // Once, so that its layers are there.
+    let first = podman.run("first", &image, &[], &["/bin/sleep", "100000"])?;
+    let format = "{{.GraphDriver.Data.LowerDir}}";
+    let lowers = podman.podman(["inspect", "--format", format, &first.id])?;
+    let lower = Path::new(lowers.split(':').next().unwrap_or_default());
+    ensure!(lower.starts_with(scratch.path()), "{lowers}");
+    mount_over(lower)?;
+    let container = podman.run("second", &image, &[], &["/bin/sleep", "100000"])?;
+    podman.shell(
+        &container,
+        "rm -rf /opt/new /srv/share; echo new > /root/new",
+    )?;
+
+    let refused = scratch.path().join("refused");
+    let plain = commit(&roots, &[], &container.id, &refused);
+    missing(
+        &mut apart(&plain, "umount -l \"$at\"", lower),
+        lower,
+        &refused,
+    )?;
+    let saved = scratch.path().join("saved");
+    run(&mut commit(&roots, &[], &container.id, &saved))?;
+    let rootfs = unpack_layout(&saved, "saved")?;
+    ensure!(rootfs.join("root/new").exists() && !rootfs.join("srv/share").exists());
+    Ok(())
+}
