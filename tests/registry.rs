@@ -1685,6 +1685,64 @@ async fn passwords_are_asked_for_and_taken() {
     }
 }
 
+/// As Docker's documentation has it made: one certificate that is its own authority.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_self_signed_certificate_in_its_directory_is_enough() {
+    let dir = tempfile::tempdir().unwrap();
+    if Command::new("openssl").arg("version").output().is_err() {
+        return ignored("openssl is not installed");
+    }
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let make = |name: &str| {
+        let (key, cert) = (at(&format!("{name}.key")), at(&format!("{name}.crt")));
+        let san = "subjectAltName = IP:127.0.0.1";
+        run(
+            "openssl",
+            &[
+                "req",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-keyout",
+                &key,
+                "-subj",
+                "/CN=localhost",
+                "-addext",
+                san,
+                "-x509",
+                "-days",
+                "30",
+                "-out",
+                &cert,
+            ],
+        );
+    };
+    make("server");
+    make("other");
+    let certs = |name: &str| {
+        let certs = dir.path().join(format!("certs-{name}"));
+        std::fs::create_dir(&certs).unwrap();
+        std::fs::copy(at(&format!("{name}.crt")), certs.join("ca.crt")).unwrap();
+        certs
+    };
+    let (right, wrong) = (certs("server"), certs("other"));
+    let http = "  tls:\n    certificate: {dir}/server.crt\n    key: {dir}/server.key";
+    let Some(server) = Server::start_in(dir, http, "", &[]) else {
+        return;
+    };
+    let target = format!("{}/team/saved:v1", server.host());
+    let access = |dir: PathBuf| Access {
+        cert_dir: Some(dir),
+        ..quick()
+    };
+    open(&target, access(right)).check().await.unwrap();
+    let error = open(&target, access(wrong)).check().await.unwrap_err();
+    assert!(
+        matches!(&error, Error::Registry(registry::Error::Certificate { .. })),
+        "{error}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_is_checked_with_a_private_ca_and_a_client_certificate() {
     let dir = tempfile::tempdir().unwrap();

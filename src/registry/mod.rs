@@ -15,6 +15,7 @@ mod host;
 pub mod reference;
 pub mod retry;
 mod tls;
+mod trust;
 pub mod upload;
 
 use std::collections::HashMap;
@@ -58,7 +59,11 @@ pub fn http_client(host: &str) -> reqwest::ClientBuilder {
         .redirect(reqwest::redirect::Policy::none())
         .referer(false)
         .tls_backend_rustls()
-        .tls_certs_only(tls::machine_roots().iter().cloned());
+        .tls_certs_only(
+            tls::machine_roots()
+                .iter()
+                .filter_map(|der| reqwest::Certificate::from_der(der).ok()),
+        );
     if reference::is_loopback(host) {
         builder.no_proxy()
     } else {

@@ -6,17 +6,52 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
+
+use rustls::ClientConfig;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::ParsedCertificate;
 
 use super::error::Error;
+use super::trust::Verifier;
 
 /// What a `certs.d` directory holds for one registry.
 #[derive(Default)]
 pub(super) struct Certificates {
     /// CAs that are trusted besides the machine's.
-    pub(super) authorities: Vec<reqwest::Certificate>,
-    /// Who this client is.
-    pub(super) identity: Option<reqwest::Identity>,
+    pub(super) authorities: Vec<CertificateDer<'static>>,
+    /// Who this client is: its certificates, its own first, and its key.
+    pub(super) identity: Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>,
+}
+
+impl Certificates {
+    /// How a client speaks TLS. `as_itself`: with its certificate; `verify`: the server's is checked. Fails when the
+    /// client's key does not fit its certificate.
+    pub(super) fn client_config(
+        &self,
+        as_itself: bool,
+        verify: bool,
+    ) -> Result<ClientConfig, rustls::Error> {
+        let provider = CryptoProvider::get_default()
+            .cloned()
+            .unwrap_or_else(|| Arc::new(rustls::crypto::ring::default_provider()));
+        let algorithms = provider.signature_verification_algorithms;
+        let verifier = Verifier::new(machine_roots(), &self.authorities, algorithms, verify);
+        let builder = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier));
+        let mut config = match &self.identity {
+            Some((chain, key)) if as_itself => {
+                builder.with_client_auth_cert(chain.clone(), key.clone_key())?
+            }
+            _ => builder.with_no_client_auth(),
+        };
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(config)
+    }
 }
 
 /// The directories that are looked into for `host` when the user names none, best first.
@@ -84,19 +119,18 @@ fn read_directory(dir: &Path) -> Result<Certificates, (PathBuf, io::Error)> {
         match file.extension().and_then(OsStr::to_str) {
             Some("crt") => {
                 let pem = fs::read(&file).map_err(at(&file))?;
-                let bundle = reqwest::Certificate::from_pem_bundle(&pem)
-                    .ok()
-                    .filter(|b| !b.is_empty());
+                let bundle = certificates(&pem).filter(|b| !b.is_empty());
                 found
                     .authorities
                     .extend(bundle.ok_or_else(|| (file, invalid("no PEM certificate in it")))?);
             }
             Some("cert") if found.identity.is_none() => {
                 let key = file.with_extension("key");
-                let mut pem = zeroize::Zeroizing::new(fs::read(&file).map_err(at(&file))?);
-                pem.push(b'\n');
-                pem.extend_from_slice(&zeroize::Zeroizing::new(fs::read(&key).map_err(at(&key))?));
-                let identity = reqwest::Identity::from_pem(&pem).map_err(|_| {
+                let chain = fs::read(&file).map_err(at(&file))?;
+                let secret = zeroize::Zeroizing::new(fs::read(&key).map_err(at(&key))?);
+                let chain = certificates(&chain).filter(|chain| !chain.is_empty());
+                let identity = chain.zip(PrivateKeyDer::from_pem_slice(&secret).ok());
+                let identity = identity.ok_or_else(|| {
                     (
                         file,
                         invalid(
@@ -112,9 +146,19 @@ fn read_directory(dir: &Path) -> Result<Certificates, (PathBuf, io::Error)> {
     Ok(found)
 }
 
+/// All certificates in a PEM file; none where it is damaged or one of them is no certificate.
+fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
+    CertificateDer::pem_slice_iter(pem)
+        .map(|der| {
+            der.ok()
+                .filter(|der| ParsedCertificate::try_from(der).is_ok())
+        })
+        .collect()
+}
+
 /// The certificates that this machine trusts; read once. None is no error: plain HTTP and private CAs work without.
-pub(super) fn machine_roots() -> &'static [reqwest::Certificate] {
-    static ROOTS: OnceLock<Vec<reqwest::Certificate>> = OnceLock::new();
+pub(super) fn machine_roots() -> &'static [CertificateDer<'static>] {
+    static ROOTS: OnceLock<Vec<CertificateDer<'static>>> = OnceLock::new();
     ROOTS.get_or_init(|| {
         let found = rustls_native_certs::load_native_certs();
         for error in &found.errors {
@@ -123,7 +167,7 @@ pub(super) fn machine_roots() -> &'static [reqwest::Certificate] {
         if found.certs.is_empty() {
             tracing::warn!("this machine has no CA certificates (package ca-certificates): only private CAs will be trusted");
         }
-        found.certs.iter().filter_map(|der| reqwest::Certificate::from_der(der).ok()).collect()
+        found.certs
     })
 }
 

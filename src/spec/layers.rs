@@ -2,8 +2,11 @@
 //!
 //! Format: image-spec `layer.md` (whiteouts, opaque directories, hard links). Where it leaves things open, this does
 //! as containerd's unpacker: parents that are symbolic links are followed inside the tree, missing parents are made.
+//! Layers that old versions of Docker made on aufs hold that file system's own entries (`.wh..wh.aufs`, `.wh..wh.orph`,
+//! `.wh..wh.plnk`): they are skipped, but a file below `.wh..wh.plnk/` may be the target of hard links, which then are
+//! files of their own (`pkg/archive/diff.go` of Docker, `archive/tar.go` of containerd).
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::Read;
 
 use super::archive::{Archive, ArchiveError, Entry, EntryKind, Facts, decompress};
@@ -13,6 +16,10 @@ use super::tree::{Kind, Node, Time, Tree};
 const METADATA_BYTES: u64 = 2 * 1024 * 1024 * 1024;
 /// What an entry costs beside its path: the map's node and its pointers.
 const ENTRY_BYTES: u64 = 256;
+/// What marks an entry of aufs itself, at the root of a layer.
+const AUFS: &[u8] = b".wh..wh.";
+/// Where aufs keeps files that have several names.
+const AUFS_LINKS: &[u8] = b".wh..wh.plnk/";
 /// As the kernel.
 const MAX_SYMLINKS: usize = 40;
 
@@ -23,6 +30,8 @@ pub struct Layers {
     written: BTreeMap<Vec<u8>, u32>,
     /// Directories into which a layer wrote without describing them.
     undescribed: BTreeSet<Vec<u8>>,
+    /// Files below `.wh..wh.plnk/` of the layer that is being applied, by their last name.
+    aufs_links: HashMap<Vec<u8>, Node>,
     layer: u32,
     inode: u64,
     charged: u64,
@@ -41,6 +50,7 @@ impl Layers {
             tree: Tree::default(),
             written: BTreeMap::new(),
             undescribed: BTreeSet::new(),
+            aufs_links: HashMap::new(),
             layer: 0,
             inode: 0,
             charged: 0,
@@ -72,6 +82,7 @@ impl Layers {
         self.layer += 1;
         let mut archive = Archive::new(reader);
         let mut emptied = HashSet::new();
+        self.aufs_links.clear();
         while let Some(entry) = archive.next_entry()? {
             self.entry(&entry, &mut archive, &mut emptied)?;
         }
@@ -102,6 +113,9 @@ impl Layers {
     ) -> Result<(), ArchiveError> {
         let name =
             normalise(&entry.name).map_err(|reason| ArchiveError::entry(&entry.name, reason))?;
+        if name.starts_with(AUFS) && name != b".wh..wh..opq" {
+            return self.aufs_entry(&name, entry, archive);
+        }
         let (parent, base) = split(&name);
         if let Some(hidden) = base.strip_prefix(b".wh.") {
             // Unpackers make the directory that a whiteout stands in.
@@ -129,31 +143,10 @@ impl Layers {
             ));
         }
         let node = match entry.kind {
-            EntryKind::Hardlink => {
-                let target = normalise(&entry.link)
-                    .map_err(|reason| ArchiveError::entry(&entry.name, reason))?;
-                let (parent, base) = split(&target);
-                let target = join(&self.parent(parent, &entry.name)?, base);
-                if target == path {
-                    return Ok(());
-                }
-                match self.tree.nodes.get(&target) {
-                    Some(node) if node.kind != Kind::Directory => node.clone(),
-                    Some(_) => {
-                        return Err(ArchiveError::entry(
-                            &entry.name,
-                            "a hard link to a directory",
-                        ));
-                    }
-                    None => {
-                        let reason = format!(
-                            "a hard link to {}, which does not exist",
-                            super::vis::encode(&entry.link)
-                        );
-                        return Err(ArchiveError::entry(&entry.name, reason));
-                    }
-                }
-            }
+            EntryKind::Hardlink => match self.linked(entry, &path)? {
+                Some(node) => node,
+                None => return Ok(()),
+            },
             kind => self.described(entry, kind, archive)?,
         };
         let keep_children = node.kind == Kind::Directory
@@ -166,6 +159,47 @@ impl Layers {
             self.remove(&path);
         }
         self.insert(path, node)
+    }
+
+    /// What a hard link called `path` names; none where that is itself.
+    fn linked(&mut self, entry: &Entry, path: &[u8]) -> Result<Option<Node>, ArchiveError> {
+        let failed = |reason: &str| ArchiveError::entry(&entry.name, reason);
+        let missing = || {
+            let target = super::vis::encode(&entry.link);
+            failed(&format!("a hard link to {target}, which does not exist"))
+        };
+        let target = normalise(&entry.link).map_err(failed)?;
+        let (parent, base) = split(&target);
+        if target.starts_with(AUFS_LINKS) {
+            let mut node = self.aufs_links.get(base).cloned().ok_or_else(missing)?;
+            self.inode += 1;
+            node.inode = self.inode;
+            return Ok(Some(node));
+        }
+        let target = join(&self.parent(parent, &entry.name)?, base);
+        if target == path {
+            return Ok(None);
+        }
+        match self.tree.nodes.get(&target) {
+            Some(node) if node.kind != Kind::Directory => Ok(Some(node.clone())),
+            Some(_) => Err(failed("a hard link to a directory")),
+            None => Err(missing()),
+        }
+    }
+
+    /// An entry of aufs itself is no part of the tree; files that hard links may lead to are remembered.
+    fn aufs_entry<R: Read>(
+        &mut self,
+        name: &[u8],
+        entry: &Entry,
+        archive: &mut Archive<R>,
+    ) -> Result<(), ArchiveError> {
+        if name.starts_with(AUFS_LINKS) && entry.kind == EntryKind::File {
+            let node = self.described(entry, EntryKind::File, archive)?;
+            self.charge(name, &node)?;
+            self.aufs_links.insert(split(name).1.to_vec(), node);
+        }
+        Ok(())
     }
 
     fn described<R: Read>(
@@ -295,20 +329,7 @@ impl Layers {
     }
 
     fn insert(&mut self, path: Vec<u8>, node: Node) -> Result<(), ArchiveError> {
-        let attributes: usize = node
-            .xattrs
-            .iter()
-            .map(|(name, value)| name.len() + value.len() + 64)
-            .sum();
-        let own = 2 * path.len() + node.target.as_ref().map_or(0, Vec::len) + attributes;
-        // Charged for ever, also when the path is replaced: the sum of all entries bounds the work as well.
-        self.charged += ENTRY_BYTES + own as u64;
-        if self.charged > METADATA_BYTES {
-            return Err(ArchiveError::Limit {
-                what: "bytes of file names and metadata",
-                limit: METADATA_BYTES,
-            });
-        }
+        self.charge(&path, &node)?;
         if path.len() > super::archive::PATH_BYTES {
             return Err(ArchiveError::entry(
                 &path,
@@ -318,6 +339,24 @@ impl Layers {
         self.undescribed.remove(&path);
         self.written.insert(path.clone(), self.layer);
         self.tree.nodes.insert(path, node);
+        Ok(())
+    }
+
+    /// Counts what a node costs. For good, also when the path is replaced: the sum of all entries bounds the work too.
+    fn charge(&mut self, path: &[u8], node: &Node) -> Result<(), ArchiveError> {
+        let attributes: usize = node
+            .xattrs
+            .iter()
+            .map(|(name, value)| name.len() + value.len() + 64)
+            .sum();
+        let own = 2 * path.len() + node.target.as_ref().map_or(0, Vec::len) + attributes;
+        self.charged += ENTRY_BYTES + own as u64;
+        if self.charged > METADATA_BYTES {
+            return Err(ArchiveError::Limit {
+                what: "bytes of file names and metadata",
+                limit: METADATA_BYTES,
+            });
+        }
         Ok(())
     }
 
@@ -458,6 +497,32 @@ mod tests {
             .skip(1)
             .map(|(path, _)| String::from_utf8_lossy(path).into_owned())
             .collect())
+    }
+
+    #[test]
+    fn entries_of_aufs_are_skipped_and_its_links_become_files() -> Result<(), ArchiveError> {
+        let layer: &[Row<'_>] = &[
+            (".wh..wh.aufs", b'0', ""),
+            (".wh..wh.orph/", b'5', ""),
+            (".wh..wh.plnk/", b'5', ""),
+            (".wh..wh.plnk/1.2", b'0', "hard"),
+            ("etc/", b'5', ""),
+            ("etc/h", b'1', ".wh..wh.plnk/1.2"),
+            ("etc/h2", b'1', ".wh..wh.plnk/1.2"),
+        ];
+        assert_eq!(apply(&[layer])?, ["etc", "etc/h", "etc/h2"]);
+        let mut stack = Layers::new();
+        stack.apply(tar(layer).as_slice())?;
+        let tree = stack.complete();
+        let sizes: Vec<u64> = tree.iter().skip(2).map(|(_, node)| node.size).collect();
+        assert_eq!(sizes, [4, 4]);
+
+        // Another layer's file is no target, and neither is what is no file.
+        for wrong in [".wh..wh.plnk/1.2", ".wh..wh.plnk"] {
+            let links: &[Row<'_>] = &[("x", b'1', wrong)];
+            assert!(apply(&[layer, links]).is_err(), "{wrong}");
+        }
+        Ok(())
     }
 
     #[test]

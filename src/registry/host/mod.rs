@@ -73,11 +73,13 @@ impl Host {
             None => tls::usual_directories(&settings.name, environment),
         };
         let certificates = tls::read(settings.cert_dir.as_deref(), &usual)?;
-        let builder = || {
-            let roots = tls::machine_roots()
-                .iter()
-                .chain(&certificates.authorities)
-                .cloned();
+        let setup = |reason| Error::Setup {
+            host: settings.name.clone(),
+            reason,
+        };
+        let builder = |as_itself| {
+            let config = certificates.client_config(as_itself, settings.tls_verify);
+            let config = config.map_err(|e| setup(e.to_string()))?;
             let builder = Client::builder()
                 .user_agent(concat!("upperdeck/", env!("CARGO_PKG_VERSION")))
                 .redirect(reqwest::redirect::Policy::none())
@@ -85,26 +87,20 @@ impl Host {
                 .connect_timeout(CONNECT_TIMEOUT)
                 // Uploads run beside each other: each has its own connection and its own flow control.
                 .http1_only()
-                .tls_backend_rustls()
-                .tls_certs_only(roots)
-                .tls_danger_accept_invalid_certs(!settings.tls_verify);
+                .tls_backend_preconfigured(config);
             // A proxy cannot know what this machine calls itself.
-            if loopback {
+            Ok::<_, Error>(if loopback {
                 builder.no_proxy()
             } else {
                 builder
-            }
+            })
         };
-        let setup = |e: reqwest::Error| Error::Setup {
-            host: settings.name.clone(),
-            reason: causes(&e).0,
+        let built = |client: reqwest::ClientBuilder| {
+            let client = client.build();
+            client.map_err(|e| setup(causes(&e).0))
         };
-        let own = match certificates.identity.clone() {
-            Some(identity) => builder().identity(identity),
-            None => builder(),
-        };
-        let own = own.build().map_err(setup)?;
-        let mut other = builder();
+        let own = built(builder(true)?)?;
+        let mut other = builder(false)?;
         if !loopback {
             let exempt = proxy_hosts()
                 .chain([host_of(&settings.name).to_owned()])
@@ -113,7 +109,7 @@ impl Host {
                 exempt: Arc::new(exempt),
             }));
         }
-        let other = other.build().map_err(setup)?;
+        let other = built(other)?;
         Ok(Self {
             settings,
             loopback,
