@@ -26,6 +26,18 @@ pub fn limited(text: &str, limit: usize) -> String {
     out
 }
 
+/// A message of this program's, whose lines after the first are indented: line ends before an indented line stay, all
+/// else that a terminal would obey is escaped. A stranger's text in it can begin no line of its own.
+pub fn message(message: &str) -> String {
+    let mut lines = message.split("\n  ");
+    let mut out = text(lines.next().unwrap_or_default());
+    for line in lines {
+        out.push_str("\n  ");
+        out.push_str(&text(line));
+    }
+    out
+}
+
 /// A path as text: bytes that are not UTF-8 as `\xNN`, a backslash as `\\`, so that each text stands for one path.
 pub fn path(path: &[u8]) -> String {
     let mut out = String::with_capacity(path.len());
@@ -54,6 +66,10 @@ mod tests {
         ] {
             assert_eq!(text(given), shown);
         }
+        assert_eq!(
+            message("list:\n  a\u{1b}\n  b\nupperdeck: forged\n"),
+            "list:\n  a\\u{1b}\n  b\\nupperdeck: forged\\n"
+        );
         assert_eq!(limited("abcdef", 3), "abc…");
         assert_eq!(path(b"a\\\xff\n"), "a\\\\\\xff\\n");
     }

@@ -23,6 +23,7 @@ pub mod layer;
 pub mod layout;
 pub mod manager;
 pub mod manifest;
+pub mod message;
 pub mod overlay;
 pub mod portal;
 pub mod private;

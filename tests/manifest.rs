@@ -451,7 +451,11 @@ fn a_docker_base_becomes_oci_throughout() -> Outcome {
         ),
         (
             "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
-            "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+        ),
+        (
+            "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+            "application/vnd.oci.image.layer.v1.tar+zstd",
         ),
         (
             "application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
@@ -503,7 +507,7 @@ fn a_docker_base_becomes_oci_throughout() -> Outcome {
     let manifest = json_of(&image.manifest.bytes);
     for (i, (docker, oci)) in types.iter().enumerate() {
         assert_eq!(manifest["layers"][i]["mediaType"], *oci, "{docker}");
-        assert_eq!(manifest["layers"][i]["urls"], json!(["https://x/y"]));
+        assert_eq!(manifest["layers"][i].get("urls"), None);
     }
     let config = json_of(&image.config.bytes);
     for gone in [

@@ -898,7 +898,7 @@ async fn manifests_are_refused_in_words() {
     for (status, tries, retryable, not_permitted, word) in [
         (412, 1, false, true, "tag v1"),
         (413, 1, false, false, "too large"),
-        (500, 2, true, false, "problem of its own"),
+        (500, 2, false, false, "its log says why"),
         (503, 5, true, false, "problem of its own"),
         (403, 1, false, true, "quota"),
         (400, 1, false, false, "MANIFEST_INVALID"),

@@ -70,7 +70,7 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     let _ = writeln!(
         io::stderr(),
         "upperdeck: {}",
-        crate::escape::text(&format!("{error:#}"))
+        crate::escape::message(&crate::message::of(error.as_ref()))
     );
     Failure::of(error).exit.into()
 }

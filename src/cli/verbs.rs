@@ -135,7 +135,7 @@ pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow
             observer.event(Event::Failed {
                 exit: failure.exit.code(),
                 code: failure.code.to_owned(),
-                message: format!("{error:#}"),
+                message: crate::message::of(error.as_ref()),
                 retryable: failure.retryable,
             });
             Err(error)

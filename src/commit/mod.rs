@@ -182,7 +182,7 @@ async fn save(
     cancel: &Cancel,
     started: Instant,
 ) -> Result<Saved, Error> {
-    let target = Target::for_saving(&options.destination)?;
+    let target = check(options)?;
     let context = Context {
         roots,
         registries: Registries::new(access),
@@ -201,6 +201,7 @@ async fn save(
         &options.volume_rules,
     )?;
     let (base, layout) = prove_base(&context, &container, options).await?;
+    manifest::check_changes(&base.config, &options.changes)?;
     // A destination that takes nothing is found out before anybody's work is stopped for it.
     let destination = Destination::open_as(&target, &context.registries, options.output_mode)?;
     destination.check().await?;
@@ -262,6 +263,22 @@ async fn save(
     });
     outcome::write_files(options, &saved)?;
     Ok(saved)
+}
+
+/// What can be wrong with a request by itself: told before anything is looked for. Returns where the image goes.
+fn check(options: &Options) -> Result<Target, Error> {
+    let target = Target::for_saving(&options.destination)?;
+    if let Some(base) = &options.base {
+        base.parse::<Target>()?;
+    }
+    manifest::check(
+        &options.changes,
+        &options.labels,
+        &options.annotations,
+        options.timestamp,
+    )?;
+    options.rules.exclusions(&[])?;
+    Ok(target)
 }
 
 /// Cores that this process may use.

@@ -50,10 +50,41 @@ pub enum Error {
     },
 }
 
+/// What can be told of `changes` without the image that they are for: everything but what its variables become.
+pub fn check(changes: &[String]) -> Result<(), Error> {
+    // Without the config that variables come from, what depends on one cannot be judged: those are only parsed.
+    each(changes, |name, rest| {
+        if rest.contains('$') {
+            return flags(rest).map(|_| ());
+        }
+        let directive = Directive {
+            config: &mut Map::new(),
+            name,
+            cmd_given: &mut false,
+        };
+        directive.apply(rest)
+    })
+}
+
 /// Applies `changes` in order to the inner `config` object of an image config, whose known fields are absent or of the
 /// right type. A change may hold several lines; comments and continued lines are as in a Dockerfile.
 pub fn apply(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), Error> {
     let mut cmd_given = false;
+    each(changes, |name, rest| {
+        let directive = Directive {
+            config,
+            name,
+            cmd_given: &mut cmd_given,
+        };
+        directive.apply(rest)
+    })
+}
+
+/// Hands over every directive, in capitals, with what follows it.
+fn each(
+    changes: &[String],
+    mut directive: impl FnMut(&str, &str) -> Result<(), String>,
+) -> Result<(), Error> {
     for change in changes {
         let invalid = |reason: String| Error::Invalid {
             change: change.clone(),
@@ -73,19 +104,14 @@ pub fn apply(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), 
         }
         for line in lines {
             let (name, rest) = line.split_once(char::is_whitespace).unwrap_or((&line, ""));
-            let directive = name.to_uppercase();
-            if !DIRECTIVES.contains(&directive.as_str()) {
+            let upper = name.to_uppercase();
+            if !DIRECTIVES.contains(&upper.as_str()) {
                 return Err(Error::Unknown {
                     change: change.clone(),
                     directive: name.to_owned(),
                 });
             }
-            let directive = Directive {
-                config,
-                name: &directive,
-                cmd_given: &mut cmd_given,
-            };
-            directive.apply(rest).map_err(invalid)?;
+            directive(&upper, rest).map_err(invalid)?;
         }
     }
     Ok(())

@@ -54,8 +54,21 @@ const STALE: [&str; 7] = [
 /// The same within `config`: names of the container that the base was made in.
 const STALE_CONFIG: [&str; 4] = ["Hostname", "Domainname", "Image", "MacAddress"];
 
-/// Docker's layer types and their OCI counterparts.
-const LAYER_TYPES: [(&str, &str); 6] = [
+/// Docker's layer types and their OCI counterparts. Layers that say not to be distributed (Docker's foreign ones, and
+/// OCI's own, which image-spec 1.1 deprecates) become ordinary ones: their blobs are at the destination like all others.
+const LAYER_TYPES: [(&str, &str); 9] = [
+    (
+        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+        "application/vnd.oci.image.layer.v1.tar",
+    ),
+    (
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+        "application/vnd.oci.image.layer.v1.tar+gzip",
+    ),
+    (
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+        "application/vnd.oci.image.layer.v1.tar+zstd",
+    ),
     (
         "application/vnd.docker.image.rootfs.diff.tar",
         "application/vnd.oci.image.layer.v1.tar",
@@ -70,15 +83,15 @@ const LAYER_TYPES: [(&str, &str); 6] = [
     ),
     (
         "application/vnd.docker.image.rootfs.foreign.diff.tar",
-        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+        "application/vnd.oci.image.layer.v1.tar",
     ),
     (
         "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
-        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+        "application/vnd.oci.image.layer.v1.tar+gzip",
     ),
     (
         "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd",
-        "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+        "application/vnd.oci.image.layer.v1.tar+zstd",
     ),
 ];
 
@@ -305,6 +318,34 @@ pub fn assemble(input: &Input<'_>) -> Result<Image, Error> {
     })
 }
 
+/// What of a request can be wrong without any container or base: its `--change`, `--label`, `--annotation` and
+/// `--timestamp` (seconds since the epoch). A change that uses variables of the image is checked as far as it can be.
+pub fn check(
+    changes: &[String],
+    labels: &[(String, String)],
+    annotations: &[(String, String)],
+    created: Option<i64>,
+) -> Result<(), Error> {
+    check_pairs("--label", labels)?;
+    check_pairs("--annotation", annotations)?;
+    rfc3339(created.unwrap_or(0))?;
+    Ok(change::check(changes)?)
+}
+
+/// Whether `changes` can be applied to a base with this config.
+pub fn check_changes(base_config: &[u8], changes: &[String]) -> Result<(), Error> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let mut root = parse_object(BASE_CONFIG, base_config)?;
+    let mut inner = match root.get_mut("config").map(Value::take) {
+        None | Some(Value::Null) => Map::new(),
+        Some(Value::Object(map)) => map,
+        Some(other) => return Err(shape(BASE_CONFIG, "config", "an object", &other)),
+    };
+    change_config(&mut inner, changes)
+}
+
 /// The OCI name of a layer's media type: Docker's are translated, all others are what they were.
 /// None for a type of Docker's that OCI has no counterpart of.
 pub fn oci_layer_type(media_type: &str) -> Option<&str> {
@@ -444,7 +485,7 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
 }
 
 /// The inner `config`: what a container of the image starts with.
-fn run_config(config: &mut Map<String, Value>, input: &Input<'_>) -> Result<(), Error> {
+fn change_config(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), Error> {
     for key in STALE_CONFIG {
         config.shift_remove(key);
     }
@@ -459,7 +500,12 @@ fn run_config(config: &mut Map<String, Value>, input: &Input<'_>) -> Result<(), 
     for key in ["ExposedPorts", "Volumes", "Healthcheck"] {
         expect(BASE_CONFIG, "config.", config, key, Kind::Object)?;
     }
-    change::apply(config, input.changes)?;
+    change::apply(config, changes)?;
+    Ok(())
+}
+
+fn run_config(config: &mut Map<String, Value>, input: &Input<'_>) -> Result<(), Error> {
+    change_config(config, input.changes)?;
     if !input.labels.is_empty() {
         let mut labels = match config.get_mut("Labels").map(Value::take) {
             Some(Value::Object(map)) => map,
@@ -706,6 +752,8 @@ fn layer_descriptor(index: usize, layer: &Layer, old: Option<&Value>) -> Result<
     let Some(oci) = oci_layer_type(&media_type) else {
         return Err(Error::LayerType { index, media_type });
     };
+    // Where else the blob lies: registries refuse it (distribution: "invalid URL on layer") or fetch from there.
+    map.shift_remove("urls");
     map.insert("mediaType".to_owned(), json!(oci));
     map.insert("digest".to_owned(), json!(digest));
     map.insert("size".to_owned(), json!(layer.descriptor.size()));
@@ -717,9 +765,6 @@ fn plain_descriptor(descriptor: &Descriptor) -> Map<String, Value> {
     let mut map = Map::new();
     for key in ["mediaType", "digest", "size"] {
         map.insert(key.to_owned(), Value::Null);
-    }
-    if let Some(urls) = descriptor.urls() {
-        map.insert("urls".to_owned(), json!(urls));
     }
     if let Some(annotations) = descriptor.annotations() {
         let sorted: std::collections::BTreeMap<_, _> = annotations.iter().collect();

@@ -136,6 +136,9 @@ impl Reply {
                 "too large for this registry or the proxy before it: raise its limit on request bodies".to_owned()
             }
             (429, _) => "the registry asks for fewer requests: try again later".to_owned(),
+            (500, Step::WriteManifest) => {
+                "the registry fails at this manifest, several times over: its log says why".to_owned()
+            }
             (408 | 499 | 500..=599, _) => "the registry has a problem of its own: try again later".to_owned(),
             (300..=399, _) => "the answer leads elsewhere, and this request must not be sent there".to_owned(),
             _ => "the registry does not accept this request".to_owned(),
@@ -311,6 +314,8 @@ impl Error {
             | Self::Deadline { .. }
             | Self::Torn { .. }
             | Self::Garbled { .. } => true,
+            // It has been tried again already, and what a registry cannot take it cannot take tomorrow.
+            Self::Reply(reply) if (reply.status, reply.step) == (500, Step::WriteManifest) => false,
             Self::Reply(reply) => {
                 matches!(reply.status, 408 | 429 | 499 | 500 | 502..=504 | 506..=599)
                     || (reply.mid_upload && matches!(reply.status, 401 | 404 | 411 | 416))

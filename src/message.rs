@@ -1,0 +1,57 @@
+//! Messages to people: an error with its causes, each told once, and numbers with their nouns.
+
+use std::error::Error;
+
+/// An error and its causes on one line, as all of this program prints them. A cause that the text before it repeats
+/// already is left out, as many errors print their own cause.
+pub fn of(error: &(dyn Error + 'static)) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !text.is_empty() && !message.contains(&text) {
+            message.push_str(": ");
+            message.push_str(&text);
+        }
+        cause = error.source();
+    }
+    message
+}
+
+/// `1 path`, `2 paths`.
+pub fn count(number: usize, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    enum Told {
+        #[error("the layer: {0}")]
+        Twice(#[source] std::io::Error),
+        #[error("the layer")]
+        Once(#[source] std::io::Error),
+        #[error(transparent)]
+        Through(Box<Told>),
+    }
+
+    #[test]
+    fn each_cause_is_told_once() {
+        let disk = || std::io::Error::other("disk full");
+        for error in [Told::Twice(disk()), Told::Once(disk())] {
+            assert_eq!(of(&error), "the layer: disk full");
+            let wrapped = Told::Through(Box::new(error));
+            assert_eq!(of(&wrapped), "the layer: disk full");
+            let context = anyhow::Error::new(wrapped).context("saving");
+            assert_eq!(of(context.as_ref()), "saving: the layer: disk full");
+        }
+    }
+
+    #[test]
+    fn one_is_not_many() {
+        let counted = [0, 1, 2].map(|n| count(n, "entry", "entries"));
+        assert_eq!(counted, ["0 entries", "1 entry", "2 entries"]);
+    }
+}
