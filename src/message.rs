@@ -19,7 +19,7 @@ pub fn of(error: &(dyn Error + 'static)) -> String {
 }
 
 /// `1 path`, `2 paths`.
-pub fn count(number: usize, one: &str, many: &str) -> String {
+pub fn count(number: u64, one: &str, many: &str) -> String {
     format!("{number} {}", if number == 1 { one } else { many })
 }
 

@@ -188,7 +188,10 @@ fn every_module_imports_only_what_the_table_lets_it() -> Outcome {
             continue;
         };
         for import in imports(&std::fs::read_to_string(&file)?) {
-            if import != module && !EVERYWHERE.contains(&import.as_str()) && !allowed.contains(&import.as_str()) {
+            if import != module
+                && !EVERYWHERE.contains(&import.as_str())
+                && !allowed.contains(&import.as_str())
+            {
                 wrong.push(format!(
                     "{}: {module} must not import {import}",
                     inside.display()

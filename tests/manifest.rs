@@ -143,6 +143,35 @@ fn changes_mean_what_they_mean_to_podman() -> Outcome {
     Ok(())
 }
 
+/// What is checked without the image finds nothing that the image would not refuse, and no variable is guessed.
+#[test]
+fn changes_are_checked_before_there_is_an_image() -> Outcome {
+    for (change, right) in [
+        ("CMD x", true),
+        ("USER $WHO", true),
+        ("EXPOSE ${PORT}/tcp", true),
+        ("ENV A=${B:?none}", true),
+        ("CMDD x", false),
+        ("USER a b", false),
+        ("EXPOSE x", false),
+        ("LABEL =x", false),
+        ("WORKDIR", false),
+        ("CMD --flag $X", true),
+    ] {
+        let changes = [change.to_owned()];
+        assert_eq!(change::check(&changes).is_ok(), right, "{change}");
+        if !right {
+            assert!(applied(&json!({}), &[change]).is_err(), "{change}");
+        }
+    }
+    let config = json!({"config": {"Env": ["PORT=x"]}}).to_string();
+    for (change, right) in [("EXPOSE $PORT", false), ("EXPOSE 80", true)] {
+        let checked = upperdeck::manifest::check_changes(config.as_bytes(), &[change.to_owned()]);
+        assert_eq!(checked.is_ok(), right, "{change}");
+    }
+    Ok(())
+}
+
 #[test]
 fn clearing_clears() -> Outcome {
     let base = json!({"Entrypoint": ["/init"], "Cmd": ["run"]});

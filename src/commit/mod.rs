@@ -219,7 +219,7 @@ async fn save(
         ),
         base::look_up_with_room(&destination, &base),
     )?;
-    warnings::tell(&context, &taken);
+    warnings::tell(&context, &container, &volumes, &taken);
 
     context.phase(Phase::Base);
     let delivered = base::bring(

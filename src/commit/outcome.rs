@@ -214,11 +214,8 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
         was_paused: taken.was_frozen,
         report: taken.report,
         unstable,
-        volumes: container
-            .mounts
-            .iter()
-            .filter(|mount| mount.volume)
-            .filter(|mount| volumes.iter().all(|v| v.destination != mount.destination))
+        volumes: volumes_left_out(container, volumes)
+            .into_iter()
             .map(VolumeOutcome::new)
             .collect(),
         saved_volumes: volumes.iter().map(|v| v.destination.clone()).collect(),
@@ -229,6 +226,17 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
         digest,
         metadata,
     }
+}
+
+/// Volumes that are mounted and not saved.
+pub(super) fn volumes_left_out<'a>(
+    container: &'a Container,
+    saved: &[Volume],
+) -> Vec<&'a MountPoint> {
+    let mounts = container.mounts.iter().filter(|mount| mount.volume);
+    mounts
+        .filter(|mount| saved.iter().all(|v| v.destination != mount.destination))
+        .collect()
 }
 
 /// Writes `--metadata-file` and `--digestfile`.

@@ -1,13 +1,21 @@
 //! What the user should hear of a save without asking: a few lines here, more examples in the metadata file.
 
-use super::{Context, Taken};
+use std::os::unix::ffi::OsStrExt;
+
+use super::{Context, Taken, outcome};
+use crate::container::{Container, Volume};
+use crate::escape::limited;
 use crate::layer::block::Instability;
+use crate::message::count;
 use crate::scan::{Reason, Sample};
 
+/// Characters of a path in a warning.
+const SHOWN: usize = 200;
 /// Files named one by one in warnings of one kind.
 const NAMED: usize = 10;
 
-pub(super) fn tell(context: &Context, taken: &Taken) {
+pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], taken: &Taken) {
+    volumes(context, container, saved);
     let unstable = taken
         .layers
         .iter()
@@ -46,40 +54,105 @@ pub(super) fn tell(context: &Context, taken: &Taken) {
         "has hard links outside the renamed directory it is in, and is a file of its own in the image",
     );
     if let Some(first) = report.sockets.examples().first() {
-        let count = report.sockets.count();
+        let sockets = count(report.sockets.count(), "socket is", "sockets are");
         context.warn(
             "sockets",
-            format!("{count} sockets cannot be in an image and are left out, e.g. /{first}"),
+            format!("{sockets} left out, as no image can have one, e.g. /{first}"),
         );
     }
     if !report.unreadable.is_empty() {
         let examples = report.unreadable.examples().iter().take(3);
         let shown: Vec<String> = examples.map(|path| format!("/{path}")).collect();
         let what = format!(
-            "{} files or directories in volumes may not be read by the container itself and are left out, e.g. {}",
-            report.unreadable.count(),
+            "left out of volumes, as the container itself may not read them: {}, e.g. {}",
+            count(
+                report.unreadable.count(),
+                "file or directory",
+                "files or directories"
+            ),
             shown.join(", ")
         );
         context.warn("unreadable", what);
     }
-    let dropped = report.dropped_xattrs.iter().map(|(name, count)| {
-        format!("the attribute {name} of {count} entries belongs to the host and is left out")
+    let dropped = report.dropped_xattrs.iter().map(|(name, number)| {
+        let entries = count(number, "entry", "entries");
+        if name.ends_with(".overlay.protattr") {
+            format!("{entries} immutable or append-only (chattr +i, +a): no image can say so")
+        } else if name.contains('=') {
+            format!(
+                "the attribute {name} of {entries} is left out: no layer can have a name with ="
+            )
+        } else {
+            format!("the attribute {name} of {entries} belongs to the host and is left out")
+        }
     });
     some(context, "xattrs", 0, dropped);
+    if let Some(first) = report.empty_xattrs.examples().first() {
+        let entries = count(report.empty_xattrs.count(), "entry has", "entries have");
+        context.warn(
+            "xattrs",
+            format!(
+                "{entries} an attribute without a value, which umoci and Podman leave out, e.g. /{first}"
+            ),
+        );
+    }
+    for (reason, why) in [
+        (
+            Reason::PathTooLong,
+            "has a path too long to be unpacked into a directory (over 3840 bytes)",
+        ),
+        (
+            Reason::ReservedName,
+            "would be a deletion in a layer, as .wh. is in front of its name",
+        ),
+    ] {
+        if let Some(of_kind) = report.excluded.get(reason.kind()) {
+            let messages = of_kind.examples().iter();
+            let messages =
+                messages.map(|e| format!("/{} is left out: it {why}", limited(&e.path, SHOWN)));
+            some(context, reason.kind(), of_kind.more(), messages);
+        }
+    }
     let kept_out = [Reason::Credential, Reason::Cache];
     let excluded = kept_out
         .iter()
         .filter_map(|reason| report.excluded.get(reason.kind()));
-    let count: u64 = excluded.clone().map(Sample::count).sum();
+    let number: u64 = excluded.clone().map(Sample::count).sum();
     let first = excluded.filter_map(|of_kind| of_kind.examples().first());
     if let Some(first) = first.min() {
         let flags = "--include-credentials, --include-caches";
         let what = format!(
-            "{count} paths with credentials or caches are left out, e.g. /{} ({flags})",
+            "left out with credentials or caches: {}, e.g. /{} ({flags})",
+            count(number, "path", "paths"),
             first.path
         );
         context.warn("excluded", what);
     }
+}
+
+/// What is mounted is not in the image: the commonest surprise of all.
+fn volumes(context: &Context, container: &Container, saved: &[Volume]) {
+    let left_out = outcome::volumes_left_out(container, saved);
+    let Some(first) = left_out.first() else {
+        return;
+    };
+    let paths = left_out
+        .iter()
+        .take(NAMED)
+        .map(|mount| crate::escape::path(mount.destination.as_os_str().as_bytes()));
+    let paths: Vec<_> = paths.collect();
+    let more = match left_out.len() - paths.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let flag = crate::escape::path(first.destination.as_os_str().as_bytes());
+    context.warn(
+        "volumes",
+        format!(
+            "what is mounted at {}{more} is not in the image (--include-volume {flag})",
+            paths.join(", ")
+        ),
+    );
 }
 
 /// The first few, and how many there are besides: `more` of them have no message.

@@ -43,9 +43,14 @@ pub enum Mark {
     Whiteout,
     /// Hard link count of an indexed file, relative to the upper's or the lower's.
     Nlink,
-    /// For the kernel alone: `origin`, `impure`, `uuid`, `protattr`, and whatever comes.
+    /// The file is immutable or append-only (`chattr +i`, `+a`) in the container.
+    Protected,
+    /// For the kernel alone: `origin`, `impure`, `uuid`, and whatever comes.
     Kernel,
 }
+
+/// The mark of immutable and append-only files (Linux 5.13 and later).
+pub const PROTECTED: &str = "protattr";
 
 /// What becomes of one extended attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +59,7 @@ pub enum Fate<'a> {
     Keep(Cow<'a, [u8]>),
     /// It is one of the overlay's own marks.
     Mark(Mark),
-    /// It belongs to the host.
+    /// It belongs to the host, or no layer can have it.
     Drop,
 }
 
@@ -62,11 +67,13 @@ pub enum Fate<'a> {
 pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
     if let Some(mark) = name.strip_prefix(namespace.prefix().as_bytes()) {
         return match mark {
+            _ if unnameable(mark) => Fate::Drop,
             b"opaque" => Fate::Mark(Mark::Opaque),
             b"redirect" => Fate::Mark(Mark::Redirect),
             b"metacopy" => Fate::Mark(Mark::Metacopy),
             b"whiteout" => Fate::Mark(Mark::Whiteout),
             b"nlink" => Fate::Mark(Mark::Nlink),
+            _ if mark == PROTECTED.as_bytes() => Fate::Mark(Mark::Protected),
             // A nested overlay's own mark, escaped by the kernel (6.7 and later).
             _ => match mark.strip_prefix(b"overlay.") {
                 Some(inner) => {
@@ -79,12 +86,18 @@ pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
     plain_fate(name)
 }
 
+/// A pax record ends its keyword at the first `=`: an attribute of such a name would become another one.
+pub fn unnameable(name: &[u8]) -> bool {
+    name.contains(&b'=')
+}
+
 /// The table for a file system that is no overlay's: there nobody keeps marks.
 pub fn plain_fate(name: &[u8]) -> Fate<'_> {
     let keep = name == b"security.capability"
         || name.starts_with(b"user.")
         || name == b"system.posix_acl_access"
         || name == b"system.posix_acl_default";
+    let keep = keep && !unnameable(name);
     // The rest is the host's: trusted.*, security.{selinux,ima,evm,...}, system.nfs4_acl, a file system's own.
     if keep {
         Fate::Keep(Cow::Borrowed(name))
@@ -220,6 +233,13 @@ mod tests {
                 Trusted,
                 "system.posix_acl_default",
                 keep("system.posix_acl_default"),
+            ),
+            (Trusted, "user.a=b", Fate::Drop),
+            (User, "user.overlay.overlay.a=b", Fate::Drop),
+            (
+                Trusted,
+                "trusted.overlay.protattr",
+                Fate::Mark(Mark::Protected),
             ),
             (Trusted, "security.selinux", Fate::Drop),
             (Trusted, "security.ima", Fate::Drop),

@@ -46,6 +46,10 @@ pub enum Reason {
     Cache,
     /// This pattern of the user's.
     Pattern(String),
+    /// A path so long that those who unpack it into a directory go over `PATH_MAX`.
+    PathTooLong,
+    /// A name that begins with `.wh.`, which means a deletion in a layer.
+    ReservedName,
 }
 
 impl Reason {
@@ -59,6 +63,8 @@ impl Reason {
             Self::Credential => "credential",
             Self::Cache => "cache",
             Self::Pattern(_) => "pattern",
+            Self::PathTooLong => "path_too_long",
+            Self::ReservedName => "reserved_name",
         }
     }
 }

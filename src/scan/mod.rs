@@ -265,6 +265,8 @@ pub struct Report {
     pub privileged: Sample<String>,
     /// Extended attributes that belong to the host and were left out: name to number of entries.
     pub dropped_xattrs: Counts,
+    /// Paths with an attribute whose value is empty: some unpackers leave such attributes out.
+    pub empty_xattrs: Sample<String>,
     /// Files in renamed directories that have hard links elsewhere in the base: those come out as files of their own.
     pub split_links: Sample<String>,
     /// Entries that vanished while the tree was walked (only when the container runs).
@@ -283,6 +285,7 @@ impl Report {
         self.sockets.append(other.sockets);
         self.privileged.append(other.privileged);
         self.split_links.append(other.split_links);
+        self.empty_xattrs.append(other.empty_xattrs);
         self.vanished.append(other.vanished);
         self.unreadable.append(other.unreadable);
         for (name, count) in other.dropped_xattrs.iter() {
@@ -433,15 +436,6 @@ pub enum Error {
         limit: u64,
         /// Flag that raises it.
         flag: &'static str,
-    },
-    /// A file whose name means a deletion in a layer.
-    #[error(
-        "{path} cannot be put into a layer: names that begin with .wh. mean deletions there; \
-         rename it, or leave it out with --exclude"
-    )]
-    ReservedName {
-        /// The path.
-        path: String,
     },
     /// A device that is a deletion where layers are unpacked.
     #[error(

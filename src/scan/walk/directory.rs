@@ -14,6 +14,7 @@ use super::{Task, Walker};
 use crate::escape;
 use crate::overlay::lower::{Found, Stack, join};
 use crate::overlay::root::{self, Follow, is_absent, proc_path, read_link_at, xattr_at};
+use crate::overlay::xattr::PROTECTED;
 use crate::scan::memory::Share;
 use crate::scan::rows::NO_EXTRA;
 use crate::scan::{Entry, Error, Extra, Flags, Kind, Reason, Report};
@@ -308,14 +309,10 @@ impl Directory<'_> {
             }
             return self.delete(name);
         };
-        if name.starts_with(b".wh.") {
-            return Err(Error::ReservedName {
-                path: escape::path(&path),
-            });
-        }
         for name in dropped {
             // Labels of the host's security module are on every file: that they stay behind is no news.
-            if !name.starts_with(b"security.") && !name.starts_with(b"trusted.") {
+            let label = name.starts_with(b"security.") || name.starts_with(b"trusted.");
+            if !label || name == walker.namespace.name(PROTECTED).as_bytes() {
                 self.report.dropped_xattrs.add(&escape::path(&name), 1);
             }
         }

@@ -118,7 +118,7 @@ impl Walker<'_> {
                 Fate::Mark(Mark::Whiteout) => attributes.whiteout = true,
                 Fate::Mark(Mark::Nlink) => attributes.nlink = value()?,
                 Fate::Mark(Mark::Kernel) => {}
-                Fate::Drop => dropped.push(name.to_vec()),
+                Fate::Drop | Fate::Mark(Mark::Protected) => dropped.push(name.to_vec()),
                 Fate::Keep(kept) => {
                     if let Some(value) = value()? {
                         let value =

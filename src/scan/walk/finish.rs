@@ -8,7 +8,7 @@ use super::links::{check_indexed, split_links};
 use crate::escape;
 use crate::overlay::root::Root;
 use crate::scan::rows::Rows;
-use crate::scan::{Clock, Error, Flags, Kind, Report, Roots, Sample, Scan};
+use crate::scan::{Clock, Error, Extra, Flags, Kind, Report, Roots, Sample, Scan};
 
 /// Takes out what needs no entry, and puts the scan together.
 pub(in crate::scan) fn finish(
@@ -20,7 +20,10 @@ pub(in crate::scan) fn finish(
 ) -> Result<Scan, Error> {
     check_indexed(&rows)?;
     report.split_links = split_links(&rows);
-    report.privileged = privileged(&rows);
+    report.privileged = having(&rows, |extra| extra.privileged);
+    report.empty_xattrs = having(&rows, |extra| {
+        extra.xattrs().iter().any(|(_, value)| value.is_empty())
+    });
     prune(&mut rows);
     Ok(Scan {
         rows,
@@ -32,15 +35,15 @@ pub(in crate::scan) fn finish(
     })
 }
 
-/// Files that give whoever runs them another user's rights, as they were found now or by the scan before this one.
-fn privileged(rows: &Rows) -> Sample<String> {
+/// Paths of which something holds, as they were found now or by the scan before this one.
+fn having(rows: &Rows, holds: impl Fn(&Extra) -> bool) -> Sample<String> {
     let mut found = Sample::default();
-    if !rows.extras().any(|extra| extra.privileged) {
+    if !rows.extras().any(&holds) {
         return found;
     }
     let mut path = Vec::new();
     for (index, entry) in (0..).zip(rows.iter()) {
-        if rows.extra(&entry).is_some_and(|extra| extra.privileged) {
+        if rows.extra(&entry).is_some_and(&holds) {
             rows.path_into(index, &mut path);
             found.add(escape::path(&path));
         }

@@ -6,10 +6,16 @@ use rustix::fs::{FileType, Stat};
 
 use super::directory::Directory;
 use crate::escape;
-use crate::overlay::lower::Found;
+use crate::overlay::lower::{Found, basename};
 use crate::overlay::root::{read_link_at, stat_at};
 use crate::overlay::volume::{Look, Volume};
 use crate::scan::{Error, Excluded, Facts, Reason};
+
+/// Bytes of the longest path that can be unpacked: `PATH_MAX` (4096) less what Podman, umoci and others put in front, the
+/// directory that they unpack into.
+const LONGEST_PATH: usize = 3840;
+/// What a deletion has in front of the name.
+const WHITEOUT: &[u8] = b".wh.";
 
 impl Directory<'_> {
     /// Asks the rules, and notes what they leave out. No file type means a whiteout.
@@ -21,6 +27,16 @@ impl Directory<'_> {
         link: Option<&[u8]>,
         in_base: bool,
     ) -> bool {
+        // What is there is left out, and what a deletion would be called is no shorter.
+        let mark = file_type.map_or(WHITEOUT.len(), |_| 0);
+        if path.len() + mark > LONGEST_PATH {
+            self.note_left_out(path, Reason::PathTooLong);
+            return true;
+        }
+        if file_type.is_some() && basename(path).starts_with(WHITEOUT) {
+            self.note_left_out(path, Reason::ReservedName);
+            return true;
+        }
         let facts = Facts {
             file_type,
             size: stat.st_size as u64,

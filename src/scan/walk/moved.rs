@@ -48,11 +48,6 @@ impl Directory<'_> {
                 self.report.sockets.add(escape::path(&path));
                 continue;
             };
-            if name.starts_with(b".wh.") {
-                return Err(Error::ReservedName {
-                    path: escape::path(&path),
-                });
-            }
             let mut entry = walker.entry(&stat, place.root + 1, kind, &path)?;
             if in_base {
                 entry.flags.set(Flags::IN_BASE);
