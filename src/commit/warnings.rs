@@ -122,8 +122,12 @@ pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], t
     if let Some(first) = first.min() {
         let flags = "--include-credentials, --include-caches";
         let what = format!(
-            "left out with credentials or caches: {}, e.g. /{} ({flags})",
-            count(number, "path", "paths"),
+            "{} left out, e.g. /{} ({flags})",
+            count(
+                number,
+                "path with credentials or caches is",
+                "paths with credentials or caches are"
+            ),
             first.path
         );
         context.warn("excluded", what);
