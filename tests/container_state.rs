@@ -1245,6 +1245,8 @@ fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome 
     assert_eq!(Digest::of(&base.config), image);
     assert_eq!(base.name.as_deref(), Some("localhost/two:1"));
     assert_eq!(base.layers[0].lower, Some(diff("aa")));
+    // Their names are gone: they were mounted ID-mapped, and have the container's own ids.
+    assert_eq!(found.overlay.id_mapped, found.overlay.lowers);
     // What is only local is no registry to ask.
     assert_eq!(base.layers[0].repositories, ["quay.io/lab/two"]);
     assert_eq!(
@@ -1262,6 +1264,30 @@ fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome 
         layers.replacen("diff-digest", "toc-digest", 1),
     )?;
     assert_eq!(prove_base(&node.roots, &found).unwrap_err().exit_code(), 69);
+    Ok(())
+}
+
+/// `--userns=host` in a store of `userns-remap`: what the base has belongs to other ids than what the container writes.
+#[test]
+fn a_container_of_docker_with_other_ids_than_its_store_is_refused() -> Outcome {
+    let (node, _) = docker_node()?;
+    assert_eq!(
+        find(&node.roots, DOCKER_ID)?.overlay.id_mapped,
+        [] as [&Path; 0]
+    );
+    for ids in [IDENTITY, "0 200000 65536\n", "1 100000 65536\n"] {
+        node.write("proc/77/uid_map", ids)?;
+        let error = find(&node.roots, DOCKER_ID).unwrap_err();
+        assert_eq!((error.code(), error.exit_code()), ("owners_unknown", 1));
+        assert!(error.to_string().contains("100000:100000"), "{error}");
+        assert_eq!(list(&node.roots).problems.len(), 1);
+    }
+    node.write("proc/77/uid_map", "0 100000 65536\n")?;
+    node.write("proc/77/gid_map", IDENTITY)?;
+    assert!(matches!(
+        find(&node.roots, DOCKER_ID),
+        Err(Error::OwnersUnknown { .. })
+    ));
     Ok(())
 }
 

@@ -35,6 +35,7 @@ fn scan_over(upper: &Path, nothing: bool) -> Result<Scan> {
         upper: upper.to_owned(),
         lowers: Vec::new(),
         data_only: Vec::new(),
+        id_mapped: Vec::new(),
         lowers_known: nothing,
         namespace: Namespace::User,
         volume: None,

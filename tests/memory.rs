@@ -83,6 +83,7 @@ fn bounded(upper: &Path, earlier: Option<&Scan>, caps: Caps) -> Result<Scan> {
         upper: upper.to_owned(),
         lowers: Vec::new(),
         data_only: Vec::new(),
+        id_mapped: Vec::new(),
         lowers_known: true,
         namespace: Namespace::User,
         volume: None,

@@ -81,6 +81,7 @@ fn scan(upper: &Path) -> Result<Scan> {
         upper: upper.to_owned(),
         lowers: Vec::new(),
         data_only: Vec::new(),
+        id_mapped: Vec::new(),
         lowers_known: true,
         namespace: Namespace::User,
         volume: None,

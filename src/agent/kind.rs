@@ -137,6 +137,7 @@ pub(super) mod tests {
                 upper: "/u".into(),
                 lowers: vec!["/l".into()],
                 data_only: vec![],
+                id_mapped: vec![],
                 namespace: Namespace::Trusted,
                 index: false,
             },

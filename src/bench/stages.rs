@@ -57,6 +57,7 @@ impl Source {
                         .unwrap_or_else(|_| directory.clone()),
                     lowers: Vec::new(),
                     data_only: Vec::new(),
+                    id_mapped: Vec::new(),
                     lowers_known: false,
                     // Only root can read `trusted.*`, and a plain directory has none.
                     namespace: if rustix::process::geteuid().is_root() {

@@ -179,6 +179,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         upper: resolved(&args.upper),
         lowers: args.lower.iter().map(resolved).collect(),
         data_only: Vec::new(),
+        id_mapped: Vec::new(),
         lowers_known: !args.lower.is_empty(),
         namespace: if args.userxattr {
             Namespace::User

@@ -598,6 +598,7 @@ mod tests {
                 upper: OsStr::from_bytes(b"/u\xff").into(),
                 lowers: vec!["/l".into()],
                 data_only: vec![],
+                id_mapped: vec![],
                 namespace: Namespace::Trusted,
                 index: false,
             },

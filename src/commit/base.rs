@@ -459,6 +459,7 @@ async fn remake(
         upper: upper.clone(),
         lowers: below.to_vec(),
         data_only: container.overlay.data_only.clone(),
+        id_mapped: container.overlay.id_mapped.clone(),
         lowers_known: true,
         namespace: container.overlay.namespace,
         volume: None,

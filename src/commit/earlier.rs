@@ -316,7 +316,7 @@ pub(super) fn fingerprint(
         "{boot:?} {upper:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {mounts:?} {:?} {:?} {:?} {diff_ids:?} {:?} {volumes:?}",
         overlay.upper,
         overlay.lowers,
-        overlay.data_only,
+        (&overlay.data_only, &overlay.id_mapped),
         overlay.namespace,
         container.uid_map,
         container.gid_map,

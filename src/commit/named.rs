@@ -2,13 +2,14 @@
 //! layout or a registry, and proven by content against the directories that are mounted.
 
 use std::io::{self, Read};
+use std::path::PathBuf;
 use std::sync::mpsc;
 
 use bytes::{Buf, Bytes};
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 
 use super::{Context, Error};
-use crate::container::{Base, BaseLayer, Container, RawManifest};
+use crate::container::{self, Base, BaseLayer, Container, IdMapping, RawManifest};
 use crate::destination::Target;
 use crate::digest::{ChainId, DiffId, Digest};
 use crate::layout;
@@ -161,7 +162,7 @@ async fn prove(
     source: &Source,
     layers: &[Descriptor],
 ) -> Result<String, Error> {
-    let (uid_map, gid_map) = (container.uid_map.clone(), container.gid_map.clone());
+    let (uid_map, gid_map) = ids_of_lowers(container)?;
     let directories = container.overlay.lowers.clone();
     let namespace = container.overlay.namespace;
     let mut readers: Vec<io::Result<Box<dyn Read + Send>>> = Vec::new();
@@ -196,6 +197,24 @@ async fn prove(
         prove::by_content(readers, &lowers)
     });
     Ok(proven.await.map_err(|_| Error::Worker)??)
+}
+
+/// The maps of the ids in the lowers: one for all of them.
+fn ids_of_lowers(container: &Container) -> Result<(Vec<IdMapping>, Vec<IdMapping>), Error> {
+    let overlay = &container.overlay;
+    let mapped = |lower: &&PathBuf| overlay.id_mapped.contains(lower);
+    let (uids, gids) = (&container.uid_map, &container.gid_map);
+    match overlay.lowers.iter().filter(mapped).count() {
+        0 => Ok((uids.clone(), gids.clone())),
+        all if all == overlay.lowers.len() => Ok((owner::stored(uids), owner::stored(gids))),
+        some => Err(Error::Container(container::Error::BaseUnproven {
+            container: container.id.clone(),
+            compared: vec![format!(
+                "{some} of its {} lower directories are ID-mapped: their owners cannot be compared with those of --base",
+                overlay.lowers.len()
+            )],
+        })),
+    }
 }
 
 fn reach(error: registry::Error) -> Error {

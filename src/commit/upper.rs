@@ -92,6 +92,7 @@ impl Rules {
             upper: overlay.upper.clone(),
             lowers: overlay.lowers.clone(),
             data_only: overlay.data_only.clone(),
+            id_mapped: overlay.id_mapped.clone(),
             lowers_known: true,
             namespace: overlay.namespace,
             volume: volume.map(|volume| volume.opened.clone()),

@@ -68,7 +68,7 @@ fn data_roots(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
             Ok(names) => all.extend(
                 names
                     .iter()
-                    .filter(|name| is_remapped(name))
+                    .filter(|name| remapped(name).is_some())
                     .map(|name| root.join(name)),
             ),
             Err(error) => problems.push(error.into_problem(&directory)),
@@ -77,9 +77,10 @@ fn data_roots(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
     all
 }
 
-fn is_remapped(name: &std::ffi::OsStr) -> bool {
-    let ids = name.to_str().and_then(|name| name.split_once('.'));
-    ids.is_some_and(|(uid, gid)| uid.parse::<u32>().is_ok() && gid.parse::<u32>().is_ok())
+/// The first user and group of the node's that a data root is for, which it has as its name.
+fn remapped(name: &std::ffi::OsStr) -> Option<(u32, u32)> {
+    let (uid, gid) = name.to_str()?.split_once('.')?;
+    Some((uid.parse().ok()?, gid.parse().ok()?))
 }
 
 pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
@@ -153,6 +154,7 @@ fn draft(
         pid: config.state.pid,
         bundle,
         state: directory.to_path_buf(),
+        store_ids: root.file_name().and_then(remapped),
         record,
         bases: vec![overlay2],
         mounted_at,

@@ -148,6 +148,14 @@ pub enum Error {
         /// What is mounted there, and what is missing.
         detail: String,
     },
+    /// The ids on disk are not those of its user namespace.
+    #[error("container {container} cannot be saved with the right owners: {detail}")]
+    OwnersUnknown {
+        /// Its ID.
+        container: String,
+        /// Which ids.
+        detail: String,
+    },
     /// A directory of its root could not be found.
     #[error("container {container}: {source}")]
     Mount {
@@ -193,6 +201,7 @@ impl Error {
                 77
             }
             Self::NotOverlay { .. }
+            | Self::OwnersUnknown { .. }
             | Self::Mount { .. }
             | Self::Damaged { .. }
             | Self::Io { .. } => 1,
@@ -213,6 +222,7 @@ impl Error {
             Self::NotOverlay { .. } => "not_overlay",
             Self::ManyMounts { .. } => "policy",
             Self::ForeignRoot { .. } => "foreign_root",
+            Self::OwnersUnknown { .. } => "owners_unknown",
             Self::Mount { .. } => "overlay_mount",
             Self::Damaged { .. } => "state_damaged",
             Self::Busy { .. } => "state_busy",

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::IdMapping;
 use super::error::Error;
 use super::process::{self, Process};
 use super::roots::Roots;
@@ -73,6 +74,7 @@ pub(super) fn root_of(
             draft,
             table,
             line,
+            mapped: !process.uid_map.is_empty() || !process.gid_map.is_empty(),
         };
         let root = RootMount {
             device,
@@ -98,6 +100,30 @@ pub(super) fn root_of(
     })
 }
 
+/// Fails with [`Error::OwnersUnknown`] where the files of a container belong to other ids than its user namespace has:
+/// a container of Docker's with `--userns=host` in a store of `userns-remap`.
+pub(super) fn same_ids(draft: &Draft, process: &Process) -> Result<(), Error> {
+    let Some((uid, gid)) = draft.store_ids else {
+        return Ok(());
+    };
+    let root_of = |map: &[IdMapping]| {
+        if map.is_empty() {
+            return Some(0);
+        }
+        map.iter().find(|m| m.inside == 0).map(|m| m.outside)
+    };
+    if (root_of(&process.uid_map), root_of(&process.gid_map)) == (Some(uid), Some(gid)) {
+        return Ok(());
+    }
+    Err(Error::OwnersUnknown {
+        container: draft.id.clone(),
+        detail: format!(
+            "the store of its runtime keeps root's files as {uid}:{gid} (userns-remap), and the container has other ids \
+             (--userns=host): files of the base and its own would come out with owners of two kinds"
+        ),
+    })
+}
+
 /// What the runtime's files say, in words.
 fn recorded(draft: &Draft) -> String {
     let upper = draft
@@ -111,12 +137,24 @@ fn recorded(draft: &Draft) -> String {
     }
 }
 
+/// What is found under the name that a mount has for a directory.
+enum Named {
+    /// The directory of the record.
+    Same,
+    /// Nothing, any more.
+    Gone,
+    /// Another one.
+    Other(PathBuf),
+}
+
 /// One line of a witness' table, to be held against the record.
 struct Look<'a> {
     roots: &'a Roots,
     draft: &'a Draft,
     table: &'a Table,
     line: &'a MountInfo,
+    /// Whether the container has a user namespace.
+    mapped: bool,
 }
 
 impl Look<'_> {
@@ -204,18 +242,21 @@ impl Look<'_> {
                 .resolve(&self.draft.bases, index, &locate)
                 .map_err(|source| self.mount_error(source));
         };
-        let lowers = self.lowers(options, record, recorded)?;
+        let (lowers, id_mapped) = self.lowers(options, record, recorded)?;
         let data_only = self.data_only(options)?;
-        Ok(options.mount(upper, lowers, data_only, index))
+        Ok(OverlayMount {
+            id_mapped,
+            ..options.mount(upper, lowers, data_only, index)
+        })
     }
 
-    /// The recorded lowers, each the one that the mount names in its place.
+    /// The recorded lowers, each the one that the mount names in its place; and those of them that are ID-mapped.
     fn lowers(
         &self,
         options: &OverlayOptions,
         record: &Record,
         recorded: &[PathBuf],
-    ) -> Result<Vec<PathBuf>, Error> {
+    ) -> Result<(Vec<PathBuf>, Vec<PathBuf>), Error> {
         if recorded.len() != options.lowers.len() {
             return Err(self.foreign(format!(
                 "it has {} lower directories, its runtime's files say {}",
@@ -224,34 +265,41 @@ impl Look<'_> {
             )));
         }
         let mut lowers = Vec::with_capacity(recorded.len());
+        let mut id_mapped = Vec::new();
         for (named, recorded) in options.lowers.iter().zip(recorded) {
             let lower = self.located(record, recorded)?;
-            // Where ids are mapped, runtimes mount mapped copies of the lowers, and take their names away afterwards.
-            if let Some(other) = self.other(named, &lower)? {
-                return Err(self.foreign(format!(
-                    "its lower directory {} is {}, its runtime's files say {}",
-                    named.display(),
-                    other.display(),
-                    lower.display()
-                )));
+            match self.named(named, &lower)? {
+                Named::Same => {}
+                // Where ids are mapped, runtimes mount the lowers ID-mapped elsewhere for the time of the mount, for the
+                // ids of the container.
+                Named::Gone if self.mapped => id_mapped.push(lower.clone()),
+                Named::Gone => {}
+                Named::Other(other) => {
+                    return Err(self.foreign(format!(
+                        "its lower directory {} is {}, its runtime's files say {}",
+                        named.display(),
+                        other.display(),
+                        lower.display()
+                    )));
+                }
             }
             lowers.push(lower);
         }
-        Ok(lowers)
+        Ok((lowers, id_mapped))
     }
 
-    /// What the mount names as `named`, if that is there and is not `expected`.
-    fn other(&self, named: &Path, expected: &Path) -> Result<Option<PathBuf>, Error> {
+    /// What the mount names as `named`, held against `expected`.
+    fn named(&self, named: &Path, expected: &Path) -> Result<Named, Error> {
         let candidates: Vec<PathBuf> = if named.is_absolute() {
             vec![named.to_path_buf()]
         } else {
             self.draft.bases.iter().map(|b| b.join(named)).collect()
         };
-        let mut other = None;
+        let mut other = Named::Gone;
         for candidate in candidates {
             match self.roots.locate(&candidate) {
-                Ok(found) if found == expected => return Ok(None),
-                Ok(found) => other = Some(found),
+                Ok(found) if found == expected => return Ok(Named::Same),
+                Ok(found) => other = Named::Other(found),
                 Err(e) => match e.kind() {
                     std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {}
                     _ => return Err(Error::io(candidate, e)),

@@ -239,6 +239,7 @@ fn draft(
         sandbox: own.pod || annotation("io.kubernetes.cri-o.ContainerType") == Some("sandbox"),
         pid,
         state: roots.path(&userdata(&storage.runroot)),
+        store_ids: None,
         record: (!container.layer.is_empty()).then(|| Record {
             store: storage.root.join("overlay"),
             upper: below(&container.layer),

@@ -43,6 +43,8 @@ pub(super) struct Draft {
     pub(super) bundle: Option<Bundle>,
     /// The directory or file that speaks of it, for messages.
     pub(super) state: PathBuf,
+    /// The node's ids that its files begin at, by the name of the store: user, group.
+    pub(super) store_ids: Option<(u32, u32)>,
     /// The directories that the runtime made for it.
     pub(super) record: Option<Record>,
     /// Directories from which the runtime mounts when it shortens paths.
@@ -361,6 +363,7 @@ fn assemble(
     draft: &Draft,
     process: &Process,
 ) -> Result<Container, Error> {
+    mounted::same_ids(draft, process)?;
     let (overlay, root) = mounted::root_of(roots, tables, draft, process)?;
     Ok(Container {
         runtime: draft.runtime,

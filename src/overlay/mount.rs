@@ -22,6 +22,8 @@ pub struct OverlayMount {
     pub lowers: Vec<PathBuf>,
     /// Data-only lowers (`::`, `datadir+`), topmost first: they are never merged, only metacopy files point into them.
     pub data_only: Vec<PathBuf>,
+    /// Those of the lowers that were mounted ID-mapped: the ids in them are the container's own, not the node's.
+    pub id_mapped: Vec<PathBuf>,
     /// Where the kernel keeps its marks: `trusted.overlay.*`, or `user.overlay.*` with `userxattr`.
     pub namespace: Namespace,
     /// `index=on`: hard links of lower files survive copy-up.
@@ -362,6 +364,7 @@ impl OverlayOptions {
             upper,
             lowers,
             data_only,
+            id_mapped: Vec::new(),
             namespace: if self.user_xattr {
                 Namespace::User
             } else {

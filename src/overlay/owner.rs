@@ -26,6 +26,16 @@ pub fn inside(map: &[IdMapping], outside: u32) -> Option<u32> {
     })
 }
 
+/// The map of a directory that is mounted ID-mapped for the container with `map`: its ids are those of the container, as
+/// far as the container has them.
+pub fn stored(map: &[IdMapping]) -> Vec<IdMapping> {
+    let stored = |m: &IdMapping| IdMapping {
+        outside: m.inside,
+        ..*m
+    };
+    map.iter().map(stored).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,5 +64,10 @@ mod tests {
             assert_eq!(inside(&map, outside), expected, "{outside}");
         }
         assert_eq!(inside(&[], 7), Some(7));
+        let stored = stored(&map[..1]);
+        for (on_disk, expected) in [(0, Some(0)), (999, Some(999)), (1000, None)] {
+            assert_eq!(inside(&stored, on_disk), expected, "{on_disk}");
+        }
+        assert_eq!(inside(&super::stored(&[]), 7), Some(7));
     }
 }

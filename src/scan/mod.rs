@@ -44,6 +44,8 @@ pub struct Roots {
     pub lowers: Vec<PathBuf>,
     /// Lowers that only hold data for metacopy files.
     pub data_only: Vec<PathBuf>,
+    /// Those of all these in which the ids are the container's own, whatever its map: they are mounted ID-mapped for it.
+    pub id_mapped: Vec<PathBuf>,
     /// Whether `lowers` are all there are. If not, opaque directories are written as opaque whiteouts, and
     /// nothing can be left out for being unchanged.
     pub lowers_known: bool,

@@ -448,6 +448,7 @@ fn can_clone(dir: &Path) -> Result<bool> {
         upper: dir.to_owned(),
         lowers: Vec::new(),
         data_only: Vec::new(),
+        id_mapped: Vec::new(),
         lowers_known: false,
         namespace: Namespace::Trusted,
         volume: None,

@@ -16,6 +16,7 @@ mod engines;
 mod forged;
 mod host;
 mod hosts;
+mod ids;
 mod kill;
 mod lab;
 mod live;

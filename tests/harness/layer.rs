@@ -20,6 +20,7 @@ pub struct Source {
     /// Data-only lowers.
     pub data_only: Vec<PathBuf>,
     /// Whether the lowers are all there are.
+    pub id_mapped: Vec<PathBuf>,
     pub lowers_known: bool,
     /// Where the marks are.
     pub namespace: Namespace,
@@ -52,6 +53,7 @@ impl Source {
             upper,
             lowers,
             data_only: Vec::new(),
+            id_mapped: Vec::new(),
             lowers_known: true,
             namespace,
             uid_map: Vec::new(),
@@ -161,6 +163,7 @@ pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan
         upper: source.upper.clone(),
         lowers: source.lowers.clone(),
         data_only: source.data_only.clone(),
+        id_mapped: source.id_mapped.clone(),
         lowers_known: source.lowers_known,
         namespace: source.namespace,
         volume: source.volume.clone(),

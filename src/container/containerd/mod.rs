@@ -141,6 +141,7 @@ fn draft(
         pid: task.pid,
         mounted_at: task.bundle.root_path(&task.directory),
         state: task.directory,
+        store_ids: None,
         record: record_of_root,
         bases: vec![snapshots],
         bundle: Some(task.bundle),

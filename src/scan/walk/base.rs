@@ -18,7 +18,7 @@ impl Directory<'_> {
         place: &Place,
     ) -> Result<(), Error> {
         let (base, kept) = self.walker.base_facts(place)?;
-        let owner = self.walker.owner_of(&base, &place.path)?;
+        let owner = self.walker.owner_of(&base, place.root + 1, &place.path)?;
         if mode_of(&base) != entry.mode || owner != (entry.uid, entry.gid) || kept != extra.xattrs()
         {
             return Ok(());
@@ -45,7 +45,7 @@ impl Directory<'_> {
         let (base, kept) = walker.base_facts(place)?;
         let same = kind_of(FileType::from_raw_mode(base.st_mode)) == Some(entry.kind)
             && mode_of(&base) == entry.mode
-            && walker.owner_of(&base, &place.path)? == (entry.uid, entry.gid)
+            && walker.owner_of(&base, place.root + 1, &place.path)? == (entry.uid, entry.gid)
             && (base.st_mtime, base.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec)
             && base.st_nlink as u32 == entry.nlink
             && kept == extra.xattrs();
@@ -128,7 +128,7 @@ impl Directory<'_> {
         if let Found::Other { place, .. } = base {
             let (stat, kept) = self.walker.base_facts(place)?;
             if (mode_of(&stat) & SET_ID, capability(&kept)) == ours
-                && self.walker.owner_of(&stat, path)? == (entry.uid, entry.gid)
+                && self.walker.owner_of(&stat, place.root + 1, path)? == (entry.uid, entry.gid)
             {
                 return Ok(false);
             }

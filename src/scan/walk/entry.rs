@@ -8,7 +8,7 @@ use rustix::fs::{FileType, OFlags, Stat};
 use super::{Walker, read_error};
 use crate::escape;
 use crate::overlay::lower::Place;
-use crate::overlay::owner;
+use crate::overlay::owner::{self, IdMapping};
 use crate::overlay::root::{Follow, proc_path, xattr_at, xattr_names_at};
 use crate::overlay::xattr::{
     Fate, Mark, ValueError, acl_inside, capability_inside, fate, plain_fate,
@@ -41,7 +41,7 @@ impl Walker<'_> {
         kind: Kind,
         path: &[u8],
     ) -> Result<Entry, Error> {
-        let (uid, gid) = self.owner_of(stat, path)?;
+        let (uid, gid) = self.owner_of(stat, root, path)?;
         let size = if kind == Kind::File {
             u64::try_from(stat.st_size).unwrap_or(0)
         } else {
@@ -75,23 +75,50 @@ impl Walker<'_> {
         })
     }
 
-    pub(super) fn owner_of(&self, stat: &Stat, path: &[u8]) -> Result<(u32, u32), Error> {
+    /// The maps from the ids in `root` to the container's: of users, of groups.
+    fn ids_of(&self, root: u16) -> (&[IdMapping], &[IdMapping]) {
+        if self.id_mapped.get(usize::from(root)) == Some(&true) {
+            (&self.stored_ids.0, &self.stored_ids.1)
+        } else {
+            (self.options.uid_map, self.options.gid_map)
+        }
+    }
+
+    /// Owner and group, as the container sees them, of something at `path` in `root`.
+    pub(super) fn owner_of(
+        &self,
+        stat: &Stat,
+        root: u16,
+        path: &[u8],
+    ) -> Result<(u32, u32), Error> {
+        let (uids, gids) = self.ids_of(root);
         let unmapped = |what, id| Error::Unmapped {
             path: escape::path(path),
             what,
             id,
         };
-        let uid = owner::inside(self.options.uid_map, stat.st_uid);
-        let gid = owner::inside(self.options.gid_map, stat.st_gid);
+        let uid = owner::inside(uids, stat.st_uid);
+        let gid = owner::inside(gids, stat.st_gid);
         Ok((
             uid.ok_or_else(|| unmapped("user", stat.st_uid))?,
             gid.ok_or_else(|| unmapped("group", stat.st_gid))?,
         ))
     }
 
-    /// Attributes of what `at` names, told apart; `dropped` collects the names of those that stay behind.
+    /// Attributes of what `at` names in the upper, told apart; `dropped` collects the names of those that stay behind.
     pub(in crate::scan) fn attributes_of(
         &self,
+        at: impl Into<Vec<u8>>,
+        follow: Follow,
+        path: &[u8],
+        dropped: &mut Vec<Vec<u8>>,
+    ) -> Result<Attributes, Error> {
+        self.attributes_in(0, at, follow, path, dropped)
+    }
+
+    fn attributes_in(
+        &self,
+        root: u16,
         at: impl Into<Vec<u8>>,
         follow: Follow,
         path: &[u8],
@@ -121,12 +148,12 @@ impl Walker<'_> {
                 Fate::Drop | Fate::Mark(Mark::Protected) => dropped.push(name.to_vec()),
                 Fate::Keep(kept) => {
                     if let Some(value) = value()? {
-                        let value =
-                            self.value_inside(&kept, value)
-                                .map_err(|source| Error::Xattr {
-                                    path: escape::path(path),
-                                    source,
-                                })?;
+                        let value = self.value_inside(root, &kept, value).map_err(|source| {
+                            Error::Xattr {
+                                path: escape::path(path),
+                                source,
+                            }
+                        })?;
                         attributes.kept.push((kept.into_owned(), value));
                     }
                 }
@@ -136,9 +163,10 @@ impl Walker<'_> {
         Ok(attributes)
     }
 
-    fn value_inside(&self, name: &[u8], value: Vec<u8>) -> Result<Vec<u8>, ValueError> {
-        let uid = |id| owner::inside(self.options.uid_map, id);
-        let gid = |id| owner::inside(self.options.gid_map, id);
+    fn value_inside(&self, root: u16, name: &[u8], value: Vec<u8>) -> Result<Vec<u8>, ValueError> {
+        let (uids, gids) = self.ids_of(root);
+        let uid = |id| owner::inside(uids, id);
+        let gid = |id| owner::inside(gids, id);
         match name {
             b"security.capability" => capability_inside(&value, uid),
             n if n.starts_with(b"system.posix_acl_") => acl_inside(&value, uid, gid),
@@ -153,7 +181,8 @@ impl Walker<'_> {
         let _rights = root.enter().map_err(fail)?;
         let handle = root.open_beneath(&place.path, OFlags::PATH).map_err(fail)?;
         let stat = rustix::fs::fstat(&handle).map_err(|e| fail(e.into()))?;
-        let attributes = self.attributes_of(
+        let attributes = self.attributes_in(
+            place.root + 1,
             proc_path(handle.as_fd()),
             Follow::Yes,
             &place.path,

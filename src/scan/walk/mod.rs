@@ -36,6 +36,7 @@ use super::rows::Shelf;
 use super::{Caps, Clock, Entry, Error, Kind, Options, Report, Roots, Scan};
 use crate::escape;
 use crate::overlay::lower::{Found, Lowers, Place, Stack};
+use crate::overlay::owner::{self, IdMapping};
 use crate::overlay::root::{Root, stat_at};
 use crate::overlay::volume::{Look, Volume};
 use crate::overlay::xattr::Namespace;
@@ -95,6 +96,10 @@ pub(super) struct Walker<'a> {
     /// has at its path is to be seen.
     volume: Option<&'a Volume>,
     pub(super) options: &'a Options<'a>,
+    /// Which roots are mounted ID-mapped for the container: 0 the upper, n the lower `n - 1`.
+    id_mapped: Vec<bool>,
+    /// Users and groups of those.
+    stored_ids: (Vec<IdMapping>, Vec<IdMapping>),
     /// What is held against, where the tree was scanned before.
     pub(super) earlier: Option<&'a Earlier<'a>>,
     queue: Mutex<Queue>,
@@ -148,6 +153,15 @@ pub(super) fn open(roots: &Roots) -> Result<(Root, Lowers), Error> {
     Ok((upper, lowers))
 }
 
+/// Which of the opened directories are mounted ID-mapped.
+fn id_mapped(roots: &Roots) -> Vec<bool> {
+    let upper = Some(&roots.upper).filter(|_| roots.volume.is_none());
+    let lowers = roots.lowers.iter().chain(&roots.data_only).map(Some);
+    let all = std::iter::once(upper).chain(lowers);
+    all.map(|path| path.is_some_and(|path| roots.id_mapped.contains(path)))
+        .collect()
+}
+
 /// Directories above what is walked, the root included: none where that is the root.
 pub(super) fn above(volume: Option<&Volume>) -> u32 {
     volume.map_or(0, |volume| volume.above().count() as u32 + 1)
@@ -168,6 +182,11 @@ impl<'a> Walker<'a> {
             namespace: roots.namespace,
             volume: roots.volume.as_ref(),
             options,
+            id_mapped: id_mapped(roots),
+            stored_ids: (
+                owner::stored(options.uid_map),
+                owner::stored(options.gid_map),
+            ),
             earlier,
             queue: Mutex::default(),
             changed: Condvar::new(),

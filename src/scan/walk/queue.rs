@@ -181,6 +181,7 @@ mod tests {
             upper: dir.path().to_owned(),
             lowers: Vec::new(),
             data_only: Vec::new(),
+            id_mapped: Vec::new(),
             lowers_known: true,
             namespace: Namespace::User,
             volume: None,

@@ -75,7 +75,7 @@ impl Walker<'_> {
             let (base, kept) = self.base_facts(place)?;
             let by_runtime = self.options.runtime_root_mode == Some(u32::from(entry.mode));
             silent = (by_runtime || mode_of(&base) == entry.mode)
-                && self.owner_of(&base, b"")? == (entry.uid, entry.gid)
+                && self.owner_of(&base, place.root + 1, b"")? == (entry.uid, entry.gid)
                 && kept == attributes.kept;
         }
         if silent {

@@ -1,0 +1,119 @@
+//! Containers with a user namespace over layers that are not of their ids: mounted ID-mapped.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use anyhow::{Result, ensure};
+
+use crate::host::Scratch;
+use crate::host::image::{Base, Format, base};
+use crate::host::podman::Podman;
+use crate::host::registry::Registry;
+use crate::host::run;
+use crate::save::{save, unpack_layout, upperdeck};
+use crate::support::{Need, ignored};
+
+/// New, changed, unchanged but copied up, linked, moved with what is in it, and made by a user.
+const WORK: &str = "
+mkdir -p /home/u; echo new > /home/u/new; chown -R 1000:1001 /home/u
+echo more >> /usr/lib/app/main
+touch -r /usr/lib/app/plugins/p1 /tmp/p1-time; chmod 600 /usr/lib/app/plugins/p1; chmod 644 /usr/lib/app/plugins/p1
+touch -r /tmp/p1-time /usr/lib/app/plugins/p1
+ln /usr/lib/app/plugins/p3 /root/linked
+chown 7:8 /usr/lib/app/plugins
+rm -rf /srv/share
+";
+
+/// Owners by path, as `find` in the container and the unpacked image tell.
+const LIST: &str =
+    "cd \"$0\"; find usr home opt srv root var etc/passwd -exec stat -c '%u %g %n' {} + | sort -k3";
+
+#[test]
+fn lowers_that_podman_maps_have_the_owners_that_the_container_sees() -> Result<()> {
+    let programs = [
+        "podman",
+        "conmon",
+        "runc",
+        "buildah",
+        "skopeo",
+        "docker-registry",
+        "umoci",
+        "find",
+    ];
+    let mut needs = programs.map(Need::Program).to_vec();
+    needs.push(Need::Root);
+    if ignored(&needs) {
+        return Ok(());
+    }
+    let scratch = Scratch::new()?;
+    // The container's root goes through it.
+    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o711))?;
+    let registry = Registry::start(&scratch)?;
+    let image = registry.push(&base(Base::Small, Format::Oci)?, "bases/notebook:1")?;
+    let podman = Podman::new(&scratch)?;
+    let roots = podman.roots(&scratch);
+    podman.podman(["pull", "--quiet", "--tls-verify=false", &image])?;
+    let map = "0:100000:65536";
+    let id = podman.podman([
+        "run",
+        "-d",
+        "--network",
+        "none",
+        "--pull",
+        "never",
+        "--uidmap",
+        map,
+        "--gidmap",
+        map,
+        &image,
+        "/bin/sleep",
+        "100000",
+    ])?;
+    podman.podman(["exec", "--user", "0", &id, "/bin/sh", "-ec", WORK])?;
+
+    let layout = scratch.path().join("saved");
+    let destination = format!("oci:{}:saved", layout.display());
+    let saved = save(&scratch, &roots, &id, &destination, &["--state-dir", ""])?;
+    let rootfs = unpack_layout(&layout, "saved")?;
+    let inside = podman.podman(["exec", "--user", "0", &id, "/bin/sh", "-ec", LIST, "/"])?;
+    let unpacked = run(crate::host::command("sh", ["-ec", LIST]).arg(&rootfs))?;
+    let left_out = |line: &&str| !line.contains("/.cache") && !line.contains("/.ssh");
+    let lines =
+        |text: &str| -> Vec<String> { text.lines().filter(left_out).map(str::to_owned).collect() };
+    ensure!(lines(&inside).len() > 30, "{inside}");
+    ensure!(
+        lines(&inside) == lines(&unpacked),
+        "in the container:\n{inside}\nunpacked:\n{unpacked}"
+    );
+    let owner = |path: &str| -> Result<(u32, u32)> {
+        let there = fs::symlink_metadata(rootfs.join(path))?;
+        Ok((there.uid(), there.gid()))
+    };
+    ensure!(owner("home/u/new")? == (1000, 1001));
+    ensure!(owner("usr/lib/app/main")? == (0, 0));
+    ensure!(owner("usr/lib/app/plugins")? == (7, 8));
+
+    // What was copied up and is as it was is no change.
+    let changes = run(upperdeck("diff", &roots).arg(&id))?;
+    ensure!(!changes.contains("plugins/p1"), "{changes}");
+    ensure!(changes.contains("usr/lib/app/main"), "{changes}");
+
+    // The base held against the lowers by content, and its layers made again from them.
+    drop(registry);
+    let given = base(Base::Small, Format::Oci)?;
+    for (name, options) in [
+        ("based", &["--state-dir", "", "--base", given.as_str()][..]),
+        ("remade", &["--state-dir", ""]),
+    ] {
+        let layout = scratch.path().join(name);
+        let destination = format!("oci:{}:saved", layout.display());
+        let again = save(&scratch, &roots, &id, &destination, options)?;
+        let is_remade = again.stderr.contains("made again from its directory");
+        ensure!(is_remade == (name == "remade"), "{}", again.stderr);
+        let rootfs = unpack_layout(&layout, "saved")?;
+        let unpacked = run(crate::host::command("sh", ["-ec", LIST]).arg(&rootfs))?;
+        ensure!(lines(&inside) == lines(&unpacked), "{name}:\n{unpacked}");
+    }
+    ensure!(!saved.stderr.contains("made again"), "{}", saved.stderr);
+    Ok(())
+}
