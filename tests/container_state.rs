@@ -1271,6 +1271,11 @@ fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome 
 #[test]
 fn a_container_of_docker_with_other_ids_than_its_store_is_refused() -> Outcome {
     let (node, _) = docker_node()?;
+    // As userns-remap names it: by the ids that its files begin at.
+    let (root, aside) = (node.path(DOCKER), node.path("aside"));
+    fs::rename(&root, &aside)?;
+    fs::create_dir(&root)?;
+    fs::rename(&aside, root.join("100000.100000"))?;
     assert_eq!(
         find(&node.roots, DOCKER_ID)?.overlay.id_mapped,
         [] as [&Path; 0]
