@@ -542,6 +542,54 @@ fn a_mount_that_is_not_the_records_is_refused() -> Outcome {
     Ok(())
 }
 
+/// A mount in a volume that is shared with the node is in the node's table, and is the container's all the same.
+#[test]
+fn what_a_container_mounts_in_a_shared_volume_is_not_the_nodes_word() -> Outcome {
+    for (node, id) in [
+        (containerd_node(), CONTAINERD_ID),
+        (crio_node(), CRIO_ID),
+        (Some(docker_node()?.0), DOCKER_ID),
+    ] {
+        let Some(node) = node else { continue };
+        let honest = fs::read_to_string(node.path("proc/1/mountinfo"))?;
+        let (major, minor) = find(&node.roots, id)?.root.device;
+        node.mkdir("etc")?;
+        node.mkdir("srv/shared")?;
+        let device = format!(" {major}:{minor} / ");
+        let line = honest
+            .lines()
+            .find(|line| line.contains(&device))
+            .ok_or("line")?;
+        let at = line.split(' ').nth(4).ok_or("mount point")?;
+        let with = |at: &str, options: &str| {
+            let line = line.replacen(
+                &format!(" {} ", line.split(' ').nth(4).unwrap_or_default()),
+                &format!(" {at} "),
+                1,
+            );
+            line.replacen(",upperdir=", options, 1)
+        };
+        let forged = "::/etc,userxattr,upperdir=";
+        let place = "/srv/shared/new";
+        // What is looked up there leads to the runtime's own directory.
+        symlink(at, node.path("srv/shared/new"))?;
+        node.write(
+            "proc/1/mountinfo",
+            honest.replace(line, &with(place, forged)),
+        )?;
+        let error = find(&node.roots, id).unwrap_err();
+        assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
+        assert!(error.to_string().contains("not mounted where"), "{error}");
+        // Where nothing goes beyond the record, only the record counts.
+        node.write(
+            "proc/1/mountinfo",
+            honest.replace(line, &with(place, ",upperdir=")),
+        )?;
+        find(&node.roots, id)?;
+    }
+    Ok(())
+}
+
 /// Directories of the record are the runtime's own, below its store: no link leads elsewhere.
 #[test]
 fn a_directory_that_became_a_symbolic_link_is_not_followed() -> Outcome {

@@ -196,13 +196,19 @@ impl Look<'_> {
         }
     }
 
+    /// Whether the runtime itself mounted it: the text is to be believed. A mount in a volume that is shared with its
+    /// container (`rshared`) is in the node's table, too, and whoever runs there with `CAP_SYS_ADMIN` made it: of whatever
+    /// names, but not in the runtime's own directory.
+    fn is_the_runtimes(&self) -> bool {
+        let at = self.draft.mounted_at.as_ref();
+        self.table.privileged
+            && at.is_some_and(|at| self.table.has_at(self.roots, self.line.device, at))
+    }
+
     /// Snapshotters that are programs of their own keep records of their own: there the node's mount counts, if it is where
     /// the runtime mounts the root of this container.
     fn of_node(&self, options: &OverlayOptions) -> Result<OverlayMount, Error> {
-        let at = self.draft.mounted_at.as_ref().filter(|at| {
-            self.table.privileged && self.table.has_at(self.roots, self.line.device, at)
-        });
-        if at.is_none() {
+        if !self.is_the_runtimes() {
             return Err(self.foreign(format!(
                 "the runtime has no record of its directories, and {} does not have it where the runtime mounts it",
                 self.table.witness
@@ -229,12 +235,17 @@ impl Look<'_> {
                 upper.display()
             )));
         }
-        // Where the node's own rights were not needed to mount it, nothing counts but the record.
-        if !self.table.privileged && (record.lowers.is_none() || !options.data_only.is_empty()) {
-            return Err(self.foreign(
-                "it was mounted in a user namespace, with lower directories that its runtime's files do not name"
-                    .to_owned(),
-            ));
+        // Where not the runtime mounted it, nothing counts but the record.
+        let beside_record = record.lowers.is_none() || !options.data_only.is_empty();
+        if beside_record && !self.is_the_runtimes() {
+            let whose = if self.table.privileged {
+                "it is not mounted where the runtime mounts it, and has"
+            } else {
+                "it was mounted in a user namespace, with"
+            };
+            return Err(self.foreign(format!(
+                "{whose} lower directories that its runtime's files do not name"
+            )));
         }
         let index = process::index_default();
         let Some(recorded) = &record.lowers else {

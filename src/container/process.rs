@@ -50,7 +50,9 @@ pub(super) struct Process {
     pub(super) mounts: Vec<MountInfo>,
     /// There are more mounts.
     pub(super) mounts_cut: bool,
+    /// Empty: ids are what they are on disk. A user namespace that maps none has no such value, and is an error.
     pub(super) uid_map: Vec<IdMapping>,
+    /// Likewise.
     pub(super) gid_map: Vec<IdMapping>,
 }
 
@@ -141,7 +143,7 @@ pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Pr
         Err(e) if is_gone(&e) => None,
         Err(e) => return Err(e),
     };
-    let (Some((mountinfo, mounts_cut)), Some(uid_map), Some(gid_map)) = (
+    let (Some((mountinfo, mounts_cut)), Some(uid_text), Some(gid_text)) = (
         mountinfo,
         read("uid_map", 64 << 10)?,
         read("gid_map", 64 << 10)?,
@@ -151,13 +153,18 @@ pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Pr
     let path = |name: &str| roots.proc(&format!("{pid}/{name}"));
     let mounts = parse_mountinfo(&mountinfo).map_err(|e| Error::damaged(path("mountinfo"), e))?;
     let ids = |bytes: &[u8], name| parse_id_map(bytes).map_err(|e| Error::damaged(path(name), e));
-    let (mut uid_map, mut gid_map) = (ids(&uid_map, "uid_map")?, ids(&gid_map, "gid_map")?);
+    let (mut uid_map, mut gid_map) = (ids(&uid_text, "uid_map")?, ids(&gid_text, "gid_map")?);
     // In our own user namespace the map leads to the parent's ids, which are not the ones that we see.
     let user_namespace = |pid: &str| fs::read_link(roots.proc(&format!("{pid}/ns/user"))).ok();
     if user_namespace(&pid.to_string())
         .is_some_and(|theirs| user_namespace("self").is_some_and(|ours| ours == theirs))
     {
         (uid_map, gid_map) = (Vec::new(), Vec::new());
+    } else if let Some(name) = unwritten(&uid_text, &gid_text) {
+        return Err(Error::damaged(
+            path(name),
+            "it is empty: its process is in a user namespace without ids, which says of nothing whose it is",
+        ));
     }
     let root = match root_id(roots, pid) {
         Ok(root) => root,
@@ -187,20 +194,33 @@ pub(super) fn mounts(roots: &Roots, pid: u32) -> Result<Vec<MountInfo>, Error> {
     parse_mountinfo(&bytes).map_err(|e| Error::damaged(path, e))
 }
 
+/// A map of a user namespace that nothing was written to: it maps no id, whereas [`Process`] says by an empty map that ids
+/// are what they are on disk.
+fn unwritten(uid_map: &[u8], gid_map: &[u8]) -> Option<&'static str> {
+    let maps = [("uid_map", uid_map), ("gid_map", gid_map)];
+    let empty = maps.iter().find(|(_, map)| map.trim_ascii().is_empty());
+    empty.map(|(name, _)| *name)
+}
+
 /// The process' rights to files, as it has them now.
+///
+/// The maps are read after the capabilities: a process can go into a user namespace of its own, where it has all of them,
+/// at any time, and never comes back out of it. So the maps are those that the capabilities belong to, or narrower ones.
 pub(super) fn identity(roots: &Roots, process: &Process) -> Result<Identity, Error> {
     let path = roots.proc(&format!("{}/status", process.pid));
     let status = read_file(&path, 64 << 10)?;
     let (mut identity, reads) = parse_status(&status)
         .ok_or_else(|| Error::damaged(&path, "expected Uid, Gid, Groups and CapEff"))?;
     if reads {
+        let now = read(roots, process.pid)?.filter(|now| now.start == process.start);
+        let now = now.ok_or_else(|| Error::io(&path, rustix::io::Errno::SRCH.into()))?;
         // Capabilities are those of its user namespace, whose ids a map says where it is not ours.
-        identity.beyond = if process.uid_map.is_empty() && process.gid_map.is_empty() {
+        identity.beyond = if now.uid_map.is_empty() && now.gid_map.is_empty() {
             Beyond::All
         } else {
             Beyond::Mapped {
-                uids: process.uid_map.clone(),
-                gids: process.gid_map.clone(),
+                uids: now.uid_map,
+                gids: now.gid_map,
             }
         };
     }
@@ -475,6 +495,37 @@ mod tests {
             assert_eq!(got, (lines.to_vec(), cut), "{mounts} mounts, {bytes} bytes");
         }
         Ok(())
+    }
+
+    #[test]
+    fn a_user_namespace_without_ids_is_not_ours() {
+        assert_eq!(unwritten(b"0 0 1\n", b"0 0 1\n"), None);
+        assert_eq!(unwritten(b"", b"0 0 1\n"), Some("uid_map"));
+        assert_eq!(unwritten(b"0 0 1\n", b"\n"), Some("gid_map"));
+
+        // All capabilities, and no id that they count for.
+        let command = "echo; exec sleep 600";
+        let mut child = std::process::Command::new("unshare")
+            .args(["--user", "sh", "-c", command])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0];
+        let ready = child
+            .stdout
+            .take()
+            .map(|mut out| std::io::Read::read(&mut out, &mut line));
+        let found = read(&Roots::default(), child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // Not every machine lets this be done.
+        if matches!(ready, Some(Ok(1))) {
+            let error = found.unwrap_err().to_string();
+            assert!(
+                error.contains("uid_map") && error.contains("without ids"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -60,8 +60,8 @@ pub struct RootMount {
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) witness: Witness,
-    /// Whether its mounts were made with the node's rights: their text is to be believed. In a user namespace (rootless
-    /// Podman) the user who owns it could have made them.
+    /// Whether its mounts were made with the node's rights. In a user namespace (rootless Podman) the user who owns it could
+    /// have made them.
     pub(super) privileged: bool,
     pub(super) mounts: Vec<MountInfo>,
     tree: OnceCell<Tree>,
@@ -95,13 +95,16 @@ impl Table {
         })
     }
 
-    /// Whether the overlay `device` is mounted at `path`.
+    /// Whether the overlay `device` is mounted at `path`, which may lead through links of the node's. The mount points are
+    /// the kernel's, without links: to look them up would lead to what their owner put on top of them.
     pub(super) fn has_at(&self, roots: &Roots, device: (u32, u32), path: &Path) -> bool {
+        let root = roots.locate(Path::new("/"));
+        let located = roots.locate(path);
+        let located = located.as_ref().ok().zip(root.as_ref().ok());
+        let inside = located.and_then(|(path, root)| path.strip_prefix(root).ok());
         self.overlays(device).any(|m| {
             m.mount_point == path
-                || roots
-                    .locate(&m.mount_point)
-                    .is_ok_and(|at| roots.locate(path).is_ok_and(|path| path == at))
+                || inside.is_some_and(|inside| m.mount_point == Path::new("/").join(inside))
         })
     }
 }
