@@ -634,8 +634,11 @@ fn open_volume(merged: &Path, at: &str, mount: u64) -> Option<Volume> {
         let table = fs::read("/proc/thread-self/mountinfo")?;
         upperdeck::overlay::mount::parse_mountinfo(&table).map_err(std::io::Error::other)
     };
+    let mounts = table().ok()?;
+    let root = mounts.iter().find(|line| line.mount_point == merged)?;
     let way = Way {
         container: merged,
+        device: root.device,
         at: at.as_bytes(),
         mount,
         table: &table,

@@ -33,7 +33,7 @@ const FLUSH_BOUND: Duration = Duration::from_secs(5);
 /// Lists that are taken until one has no name in it that changed meanwhile.
 const LOOKS: u32 = 3;
 /// How long one list may take. A process that waits for a file system of its own may keep the lock that its list needs.
-const LOOK_BOUND: Duration = Duration::from_secs(10);
+pub(super) const LOOK_BOUND: Duration = Duration::from_secs(10);
 
 /// What is known of shared mappings at one time.
 #[derive(Debug)]
@@ -112,7 +112,7 @@ fn find_in_time(
 }
 
 /// What `work` comes to, if it does within `bound`.
-fn in_time<T: Send + 'static>(
+pub(super) fn in_time<T: Send + 'static>(
     bound: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {

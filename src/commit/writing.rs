@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use super::mapped;
 use super::trees::File;
 use super::{Context, Error};
 use crate::container::{Container, Volume};
@@ -18,10 +19,19 @@ const BESIDE: Duration = Duration::from_secs(60);
 /// And while it stands still: then only those of others are under way, and requests that nobody waits for.
 const FROZEN: Duration = Duration::from_millis(100);
 
+/// What is reckoned with where the lists of the processes do not come.
+const ANY: Ways = Ways {
+    direct: true,
+    asynchronous: true,
+};
+
 /// In which ways the container's processes can write.
 pub(super) async fn ways(context: &Context, container: &Container) -> Result<Ways, Error> {
     let (pid, host_root) = (container.pid, context.roots.host_root.clone());
-    let look = move || freeze::ways_to_write(pid, host_root.as_deref());
+    let look = move || {
+        let look = move || freeze::ways_to_write(pid, host_root.as_deref());
+        mapped::in_time(mapped::LOOK_BOUND, look).unwrap_or(Ok(ANY))
+    };
     let ways = tokio::task::spawn_blocking(look);
     Ok(ways.await.map_err(|_| Error::Worker)??)
 }

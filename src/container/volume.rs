@@ -190,6 +190,7 @@ struct Mounted<'a> {
     roots: &'a Roots,
     pid: u32,
     container: PathBuf,
+    device: (u32, u32),
     at: &'a [u8],
     mount: u64,
 }
@@ -201,6 +202,7 @@ impl<'a> Mounted<'a> {
             roots,
             pid: container.pid,
             container: roots.proc(&format!("{}/root", container.pid)),
+            device: container.root.device,
             at: at.strip_prefix(b"/").unwrap_or(at),
             mount,
         }
@@ -213,6 +215,7 @@ impl<'a> Mounted<'a> {
         };
         work(&Way {
             container: &self.container,
+            device: self.device,
             at: self.at,
             mount: self.mount,
             table: &table,

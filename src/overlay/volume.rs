@@ -82,6 +82,8 @@ pub enum Look {
 pub struct Way<'a> {
     /// Path to the container's root: `/proc/PID/root`.
     pub container: &'a Path,
+    /// Device number of the file system that this root is to be: a process can make anything its root at any time.
+    pub device: (u32, u32),
     /// Where the volume is mounted, without a leading slash.
     pub at: &'a [u8],
     /// The mount that is meant.
@@ -106,6 +108,9 @@ impl Way<'_> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let base = rustix::fs::open(self.container, flags | OFlags::DIRECTORY, Mode::empty())?;
         let mut mount = mount_id(base.as_fd())?;
+        if self.line(mount)?.device != self.device {
+            return Err(Refusal::Elsewhere);
+        }
         let mut above = vec![base];
         let mut names = self.at.split(|&b| b == b'/').peekable();
         while let (Some(name), Some(dir)) = (names.next(), above.last()) {
