@@ -294,11 +294,20 @@ impl From<bolt::Error> for Error {
     }
 }
 
+/// Mounts that a message names.
+const SHOWN_MOUNTS: usize = 20;
+
 fn volumes(mounts: &[String]) -> String {
     if mounts.is_empty() {
         "nothing in the container is".to_owned()
     } else {
-        format!("mounted are {}", mounts.join(", "))
+        // As many as a container likes, of names as long as it likes.
+        let shown = mounts.len().min(SHOWN_MOUNTS);
+        let more = match mounts.len() - shown {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        format!("mounted are {}{more}", mounts[..shown].join(", "))
     }
 }
 
@@ -336,4 +345,17 @@ fn unread(problems: &[Problem]) -> String {
         .collect();
     text.push_str(&shown.join("; "));
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_names_a_few_mounts_and_counts_the_others() {
+        let of = |n: usize| volumes(&(0..n).map(|n| format!("/{n}")).collect::<Vec<_>>());
+        assert_eq!(of(2), "mounted are /0, /1");
+        assert!(of(20).ends_with("/18, /19"), "{}", of(20));
+        assert!(of(8000).ends_with("/18, /19 and 7980 more"), "{}", of(8000));
+    }
 }

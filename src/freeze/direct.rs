@@ -1,14 +1,15 @@
 //! Whether a container's processes can write to files past the page cache, or without waiting for it: `O_DIRECT`, `libaio`,
 //! `io_uring`. Locks and stamps tell least of those.
 //!
-//! Source: `proc_pid_fdinfo(5)`; kernel `fs/aio.c` (the ring is mapped, under a name of its own), `io_uring/fdinfo.c`.
+//! Source: `proc_pid_fdinfo(5)`; kernel `fs/aio.c` (the ring is mapped, under a name of its own), `io_uring/fdinfo.c`,
+//! `io_uring/register.c` (the descriptor of a ring may be closed once it is registered; its mapping stays).
 
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io::{self, BufRead as _, BufReader, Read as _};
 use std::path::Path;
 
-use super::mapped::{collect, container_pids, is_gone};
-use super::{Error, SharedMapping};
+use super::Error;
+use super::mapped::{MAX_MAPS, container_pids, is_gone};
 
 /// Descriptors that are looked at. With more, everything is reckoned with.
 const MAX_DESCRIPTORS: usize = 100_000;
@@ -27,8 +28,10 @@ pub struct Ways {
 /// In which ways the processes of the container of `pid` can write now.
 ///
 /// What was asked for before, and is still under way, is by a ring or descriptor that is still there, but for programs
-/// that close theirs without waiting. In every way, where the container has no cgroup of its own that would tell which
-/// processes it has: it cannot be frozen then, but it can be saved while it runs.
+/// that close theirs without waiting, and rings in memory of the program's own whose descriptor is registered only
+/// (`IORING_SETUP_NO_MMAP` with `IORING_SETUP_REGISTERED_FD_ONLY`), of which no file of `/proc` tells. In every way, where
+/// the container has no cgroup of its own that would tell which processes it has: it cannot be frozen then, but it can be
+/// saved while it runs.
 pub fn ways_to_write(pid: u32, host_root: Option<&Path>) -> Result<Ways, Error> {
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
     let mut ways = Ways::default();
@@ -94,11 +97,25 @@ fn note(info: &[u8], ways: &mut Ways) {
 }
 
 fn rings(maps: &Path, ways: &mut Ways) -> io::Result<()> {
-    let mut found = std::collections::BTreeMap::new();
-    collect(File::open(maps)?, maps, &mut found)?;
-    let ring = |mapping: &SharedMapping| mapping.path == b"/[aio]";
-    ways.asynchronous |= found.values().any(ring);
+    let mut lines = BufReader::with_capacity(64 << 10, File::open(maps)?.take(MAX_MAPS));
+    let (mut line, mut read) = (Vec::new(), 0);
+    while !ways.asynchronous {
+        line.clear();
+        let n = lines.read_until(b'\n', &mut line)? as u64;
+        read += n;
+        if n == 0 {
+            break;
+        }
+        // What is behind a list that was cut off is not known.
+        ways.asynchronous = read == MAX_MAPS || is_ring(line.trim_ascii_end());
+    }
     Ok(())
+}
+
+/// Whether a line of a process' mappings is of a ring. A file may be called so, too.
+fn is_ring(line: &[u8]) -> bool {
+    let line = line.strip_suffix(b" (deleted)").unwrap_or(line);
+    line.ends_with(b" /[aio]") || line.ends_with(b" anon_inode:[io_uring]")
 }
 
 #[cfg(test)]
@@ -134,6 +151,28 @@ mod tests {
         ] {
             assert_eq!(of(none), (false, false), "{none:?}");
         }
+    }
+
+    #[test]
+    fn a_ring_without_a_descriptor_is_told_by_its_mapping() -> io::Result<()> {
+        let line = |rest: &str| {
+            format!("7fe22cd75000-7fe22cd76000 rw-s 00000000 00:10 747132    {rest}\n")
+        };
+        let dir = tempfile::tempdir()?;
+        let maps = dir.path().join("maps");
+        let of = |name: &str| {
+            let mut ways = Ways::default();
+            fs::write(&maps, [line("/usr/bin/x"), line(name), line("")].concat())?;
+            rings(&maps, &mut ways)?;
+            Ok::<_, io::Error>(ways.asynchronous)
+        };
+        assert!(of("anon_inode:[io_uring]")?);
+        assert!(of("/[aio] (deleted)")?);
+        assert!(of("/[aio]")?);
+        for none in ["", "/aio", "anon_inode:[eventfd]", "/io_uring"] {
+            assert!(!of(none)?, "{none:?}");
+        }
+        Ok(())
     }
 
     #[test]

@@ -12,7 +12,9 @@ use super::{Error, Processes, groups, members};
 
 /// Bytes of one process's list that are read: four times what the kernel's default of 65,530 mappings take with short
 /// names.
-const MAX_MAPS: u64 = 32 << 20;
+pub(super) const MAX_MAPS: u64 = 32 << 20;
+/// Bytes of names that are kept of all processes together: each can have its own, as long as a path may be.
+const MAX_NAMES: usize = 64 << 20;
 
 /// A file that a process has mapped shared.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,10 +40,25 @@ pub struct SharedMapping {
 /// write to a page faults, which moves the file's time stamps, in a forked child too.
 pub fn shared_mappings(pid: u32, host_root: Option<&Path>) -> Result<Vec<SharedMapping>, Error> {
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
-    let mut found = BTreeMap::new();
-    for pid in container_pids(&proc, pid, host_root)? {
-        let path = proc.join(pid.to_string()).join("maps");
-        let result = File::open(&path).and_then(|file| collect(file, &path, &mut found));
+    let pids = container_pids(&proc, pid, host_root)?;
+    let lists = pids
+        .iter()
+        .map(|pid| proc.join(pid.to_string()).join("maps"));
+    Ok(collect_all(lists, MAX_NAMES)?.into_values().collect())
+}
+
+fn collect_all(lists: impl Iterator<Item = PathBuf>, most: usize) -> Result<Found, Error> {
+    let (mut found, mut kept) = (BTreeMap::new(), 0);
+    for path in lists {
+        let result = File::open(&path).and_then(|file| {
+            kept += collect(file, &path, &mut found)?;
+            if kept <= most {
+                return Ok(());
+            }
+            Err(io::Error::other(format!(
+                "with this one, its processes have more than {most} bytes of names of files mapped"
+            )))
+        });
         match result {
             Ok(()) => {}
             // It ended: it writes no more.
@@ -49,7 +66,7 @@ pub fn shared_mappings(pid: u32, host_root: Option<&Path>) -> Result<Vec<SharedM
             Err(error) => return Err(Error::io(path, error)),
         }
     }
-    Ok(found.into_values().collect())
+    Ok(found)
 }
 
 /// Everybody who sees the container's root, or is in its cgroup.
@@ -70,17 +87,18 @@ pub(super) fn is_gone(error: &io::Error) -> bool {
         || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
 }
 
-pub(super) type Found = BTreeMap<(Vec<u8>, bool, (u32, u32)), SharedMapping>;
+type Found = BTreeMap<(Vec<u8>, bool, (u32, u32)), SharedMapping>;
 
-pub(super) fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<()> {
+/// Adds what one process has mapped; the bytes of names that were not there.
+fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<usize> {
     let mut lines = BufReader::with_capacity(64 << 10, file.take(MAX_MAPS + 1));
-    let (mut line, mut read) = (Vec::new(), 0);
+    let (mut line, mut read, mut kept) = (Vec::new(), 0, 0);
     loop {
         line.clear();
         let n = lines.read_until(b'\n', &mut line)?;
         read += n as u64;
         if n == 0 {
-            return Ok(());
+            return Ok(kept);
         }
         if read > MAX_MAPS {
             return Err(io::Error::other(format!(
@@ -89,9 +107,12 @@ pub(super) fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<
         }
         if let Some((range, mapping)) = parse(line.trim_ascii_end()) {
             let key = (mapping.path.clone(), mapping.deleted, mapping.device);
-            let entry = found.entry(key).or_insert_with(|| SharedMapping {
-                link: path.with_file_name("map_files").join(range),
-                ..mapping.clone()
+            let entry = found.entry(key).or_insert_with(|| {
+                kept += mapping.path.len();
+                SharedMapping {
+                    link: path.with_file_name("map_files").join(range),
+                    ..mapping.clone()
+                }
             });
             entry.writable |= mapping.writable;
         }
@@ -142,6 +163,28 @@ fn parse(line: &[u8]) -> Option<(&str, SharedMapping)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_all_processes_together_are_bounded() -> std::io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let list = |pid: u32| {
+            let process = dir.path().join(pid.to_string());
+            std::fs::create_dir(&process)?;
+            let name = format!("/{pid:099}");
+            let line = format!("7f0a-7f0b rw-s 00000000 00:3e 1234 {name}\n");
+            std::fs::write(process.join("maps"), line.repeat(3))?;
+            Ok(process.join("maps"))
+        };
+        let lists = (1..=3).map(list).collect::<std::io::Result<Vec<_>>>()?;
+        let of = |most| collect_all(lists.iter().cloned(), most).map(|found| found.len());
+        assert_eq!(of(300).ok(), Some(3), "each name once");
+        let error = of(299).map_err(|error| error.to_string());
+        assert!(
+            error.is_err_and(|error| error.contains("more than 299 bytes")),
+            "three names of a hundred bytes"
+        );
+        Ok(())
+    }
 
     #[test]
     fn only_shared_files_are_listed_whatever_they_are_called() {
