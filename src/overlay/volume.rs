@@ -159,7 +159,8 @@ impl Way<'_> {
 }
 
 impl Reached {
-    /// Opens it to be read with the rights of `who`; none: this program's own. `local` as [`Volume::is_local`].
+    /// Opens it to be read with the rights of `who`; none: this program's own. `local`: a status is this
+    /// kernel's to tell, so that nothing is waited for.
     pub fn open(
         self,
         way: &Way<'_>,
