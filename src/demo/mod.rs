@@ -26,7 +26,7 @@ use crate::job::{Event, Observer};
 use crate::layout::{self, Reader};
 use crate::manifest::platform::Platform;
 use crate::registry::Access;
-use crate::scan::Caps;
+use crate::scan::{Caps, Sample};
 use crate::spec::directory::DirectoryError;
 use crate::spec::layers::Layers;
 use crate::spec::tree::{Difference, Ignore, Tree, compare};
@@ -649,7 +649,7 @@ fn check(stage: &Stage, saved: &Saved) -> Result<usize, Error> {
         .report
         .excluded
         .values()
-        .flat_map(|of_kind| of_kind.examples())
+        .flat_map(Sample::examples)
         .map(|excluded| excluded.path.clone().into_bytes());
     let mounts = ["proc", "data"].map(|path| path.as_bytes().to_vec());
     let ignore = Ignore {
