@@ -85,6 +85,8 @@ impl Redis {
                 }
             }
         }
+        // Redis tells the fields of a hash in an order of its own.
+        sessions.sort_unstable_by(|a: &Session, b| (&a.node, &a.id).cmp(&(&b.node, &b.id)));
         Ok(sessions)
     }
 
