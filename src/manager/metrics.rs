@@ -266,7 +266,7 @@ impl Metrics {
             self.pause.observe(pause / 1000.0);
         }
         if let (State::Succeeded, Some(result)) = (save.state, &save.result) {
-            let between = |from: i64, to: i64| (to - from).max(0) as f64 / 1000.0;
+            let between = |from: i64, to: i64| to.saturating_sub(from).max(0) as f64 / 1000.0;
             if let (Some(started), Some(finished)) = (save.started_ms, save.finished_ms) {
                 self.waited.observe(between(save.created_ms, started));
                 self.seconds.observe(between(started, finished));

@@ -82,6 +82,10 @@ impl Record {
                 let mut draft = Draft::new(save, now_ms());
                 let mut actor = "";
                 for report in reports {
+                    // Before it is marked as heard: another node would use up the numbers of the save's own.
+                    if report.node != draft.save().node {
+                        continue;
+                    }
                     if !is_new(&mut work, report).await? {
                         continue;
                     }

@@ -85,6 +85,20 @@ pub enum Error {
     InTheWay(JobId),
 }
 
+impl Error {
+    /// Whether it lies in what is to be read or written, however often that is tried, and not in the database.
+    pub fn is_of_one_save(&self) -> bool {
+        match self {
+            Self::Row { .. } => true,
+            // SQLSTATE class 22: data exceptions. SQLite's codes are shorter.
+            Self::Database(sqlx::Error::Database(error)) => error
+                .code()
+                .is_some_and(|code| code.len() == 5 && code.starts_with("22")),
+            _ => false,
+        }
+    }
+}
+
 impl Record {
     /// Opens the record at `place` (`sqlite:PATH`, a path, `postgres://…`), makes it where there is none and brings it up to
     /// this version. Several managers may do so at once.

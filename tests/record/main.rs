@@ -487,6 +487,88 @@ fn a_report_is_heard_once_whoever_brings_it() -> Outcomes {
 }
 
 #[test]
+fn a_node_does_not_use_up_the_reports_of_anothers_job() -> Outcomes {
+    on_both(async |place: String| {
+        let record = Record::open(&place).await?;
+        let save = save("alice", "s1", "v1");
+        accept(&record, &save).await?;
+        // The job, its fence and its numbers are to be seen in the queue; the node signs for itself.
+        let forged: Vec<Report> = (0..8)
+            .map(|seq| Report {
+                node: "n2".into(),
+                ..report(save.id, 1, 7, seq, warning("x"))
+            })
+            .collect();
+        assert!(record.hear(&forged, &POLICY).await?.is_empty());
+        let own = [
+            report(save.id, 1, 7, 0, Said::Assigned),
+            report(save.id, 1, 7, 1, Said::Started),
+            report(save.id, 1, 7, 2, done()),
+        ];
+        record.hear(&own, &POLICY).await?;
+        let heard = check_story(&record, save.id).await?;
+        assert_eq!((heard.state, heard.fence), (State::Succeeded, 7));
+        assert!(heard.warnings.is_empty());
+        Ok(())
+    })
+}
+
+#[test]
+fn whatever_a_node_says_the_others_are_heard() -> Outcomes {
+    on_both(async |place: String| {
+        let record = Record::open(&place).await?;
+        let (odd, plain) = (save("alice", "s1", "v1"), save("bob", "s2", "v2"));
+        accept(&record, &odd).await?;
+        accept(&record, &plain).await?;
+        let text = "a\0b".repeat(5000);
+        let failed = |code| Said::Ended {
+            outcome: Outcome::Failed {
+                code,
+                message: text.clone(),
+                retryable: true,
+            },
+        };
+        let mut strange = saved();
+        strange.reference.clone_from(&text);
+        strange.digest.clone_from(&text);
+        strange.base_name = Some(text.clone());
+        let succeeded = Said::Ended {
+            outcome: Outcome::Succeeded { saved: strange },
+        };
+        let given_back = Said::GivenBack {
+            reason: text.clone(),
+        };
+        for (attempt, fence, seq, said) in [
+            (1, 1, 0, Said::Started),
+            (1, 1, 1, given_back),
+            (2, 2, 0, warning(&text)),
+            (2, 2, u64::MAX, failed(Code::Internal)),
+            (u32::MAX, u64::MAX, u64::MAX, failed(Code::Internal)),
+            (u32::MAX, u64::MAX, 3, succeeded),
+        ] {
+            let report = Report {
+                at_ms: i64::MIN,
+                ..report(odd.id, attempt, fence, seq, said)
+            };
+            record.hear(&[report], &POLICY).await?;
+        }
+        let heard = record.save(odd.id).await?.ok_or("it is gone")?;
+        assert_eq!(heard.state, State::Succeeded);
+        let result = heard.result.ok_or("no result")?;
+        for told in [&result.reference, &result.digest] {
+            assert!(told.len() < 4000, "{}", told.len());
+        }
+        assert!(!record.audit(odd.id).await?.is_empty());
+        record
+            .hear(&[report(plain.id, 1, 7, 2, done())], &POLICY)
+            .await?;
+        let heard = check_story(&record, plain.id).await?;
+        assert_eq!(heard.state, State::Succeeded);
+        Ok(())
+    })
+}
+
+#[test]
 fn changes_at_the_same_time_are_all_made() -> Outcomes {
     on_both(async |place: String| {
         let (one, two) = (Record::open(&place).await?, Record::open(&place).await?);

@@ -30,7 +30,7 @@ impl Rates {
             .get(&report.job)
             .filter(|(fence, _)| *fence == report.fence);
         if let Some((_, before)) = before {
-            let seconds = (progress.at_ms - before.at_ms) as f64 / 1000.0;
+            let seconds = progress.at_ms.saturating_sub(before.at_ms) as f64 / 1000.0;
             let bytes = progress.bytes_done.saturating_sub(before.bytes_done) as f64;
             progress.rate = before.rate;
             if seconds > 0.05 {
@@ -117,8 +117,8 @@ async fn pause(app: &App) {
 async fn take_in(app: &App, reports: &[Report], rates: &mut Rates) -> Result<(), record::Error> {
     let changed = match app.record.hear(reports, &app.policy).await {
         Ok(changed) => changed,
-        // One save that cannot be read must not keep the others from being heard.
-        Err(record::Error::Row { .. }) => hear_one_by_one(app, reports, &app.policy).await?,
+        // One save that cannot be read, or written, must not keep the others from being heard.
+        Err(error) if error.is_of_one_save() => hear_one_by_one(app, reports, &app.policy).await?,
         Err(error) => return Err(error),
     };
     let mut newest = HashMap::<JobId, &Report>::new();
@@ -158,7 +158,7 @@ async fn hear_one_by_one(
     for report in reports {
         match app.record.hear(std::slice::from_ref(report), policy).await {
             Ok(saves) => changed.extend(saves),
-            Err(error @ record::Error::Row { .. }) => {
+            Err(error) if error.is_of_one_save() => {
                 tracing::error!(job = %report.job, error = %error, "a report is dropped");
             }
             Err(error) => return Err(error),

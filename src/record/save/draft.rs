@@ -177,7 +177,7 @@ impl Draft {
         if self.save.state != State::Queued && !self.go(State::Queued, detail) {
             return;
         }
-        self.save.attempt += 1;
+        self.save.attempt = self.save.attempt.saturating_add(1);
         self.save.queued_ms = self.now_ms;
         self.save.not_before_ms = not_before_ms;
         self.save.started_ms = None;
@@ -314,7 +314,13 @@ impl Draft {
         if self.reach(State::Succeeded, detail) {
             self.save.error = None;
             self.save.pause_ms = saved.pause_ms.or(self.save.pause_ms);
-            self.save.result = Some(saved.clone());
+            self.save.result = Some(Saved {
+                reference: clipped(&saved.reference),
+                digest: clipped(&saved.digest),
+                base_name: saved.base_name.as_deref().map(clipped),
+                base_digest: saved.base_digest.as_deref().map(clipped),
+                ..saved.clone()
+            });
         }
     }
 
@@ -346,7 +352,7 @@ impl Draft {
 
     fn remark(&mut self, code: &str, message: &str) {
         let remark = Remark {
-            code: code.chars().take(64).collect(),
+            code: clipped(code).chars().take(64).collect(),
             message: clipped(message),
         };
         let warnings = &mut self.save.warnings;
@@ -439,16 +445,17 @@ impl Draft {
     }
 }
 
-/// Foreign text, of bounded length.
+/// Foreign text, of bounded length and without the zero bytes that PostgreSQL does not take.
 fn clipped(text: &str) -> String {
-    if text.len() <= MAX_MESSAGE {
-        return text.to_owned();
-    }
-    let mut end = MAX_MESSAGE;
+    let mut end = text.len().min(MAX_MESSAGE);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    format!("{}…", &text[..end])
+    let mut kept = text[..end].replace('\0', "\u{fffd}");
+    if end < text.len() {
+        kept.push('…');
+    }
+    kept
 }
 
 #[cfg(test)]
