@@ -5,7 +5,7 @@
 //! form of another page signs anyone in or out.
 
 use axum::Json;
-use axum::extract::{ConnectInfo, State as Extracted};
+use axum::extract::{ConnectInfo, FromRequest as _, Request, State as Extracted};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 
@@ -37,12 +37,14 @@ const MOST: u32 = 20;
 pub(super) async fn sign_in(
     Extracted(app): Extracted<App>,
     ConnectInfo(Peer(peer)): ConnectInfo<Peer>,
-    headers: HeaderMap,
-    Body(asked): Body<Asked>,
+    request: Request,
 ) -> Result<Response, Refusal> {
+    let headers = request.headers().clone();
     app.gate.own_request(&headers)?;
     let bearer = app.gate.bearer(&headers).await?;
     app.rates.take(&bearer.caller.name)?;
+    // Only now: who has no token is not listened to any longer.
+    let Body(asked) = Body::<Asked>::from_request(request, &app).await?;
     if bearer.role == Role::Portal {
         return Err(Refusal::forbidden(
             "this token acts for users: it is for programs, not to sign in with",

@@ -162,6 +162,42 @@ async fn who_does_not_ask_is_sent_away() -> Outcomes {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn bodies_that_do_not_come_hold_no_place() -> Outcomes {
+    let site = Site::new()?;
+    let mut options = site.options()?;
+    options.doors.connections_per_peer = 6;
+    options.doors.body = PATIENCE * 4;
+    let manager = site.manager_with(options).await?;
+    let at = manager.address;
+    let half = |path: &str, token: &str| {
+        format!(
+            "POST /api/v1/{path} HTTP/1.1\r\nHost: x\r\n{token}Upperdeck-Request: 1\r\nContent-Type: application/json\r\n\
+             Content-Length: 90\r\n\r\n{{"
+        )
+    };
+    // Nobody's body is waited for at all.
+    let mut unknown = connect(at, &half("signin", "")).await?;
+    let answer = head(&mut unknown).await?;
+    assert!(answer.starts_with("HTTP/1.1 401"), "{answer}");
+    let mut held = Vec::new();
+    for _ in 0..6 {
+        let token = "Authorization: Bearer token-alice\r\n";
+        held.push(connect(at, &half("saves", token)).await?);
+    }
+    // Whoever asks gets the place of one that has not said what it wants.
+    let begun = std::time::Instant::now();
+    loop {
+        let mut stream = connect(at, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await?;
+        if head(&mut stream).await?.starts_with("HTTP/1.1 200") {
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "nobody is let in");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_does_not_read_is_sent_away() -> Outcomes {
     let site = Site::new()?;
     let mut options = site.options()?;

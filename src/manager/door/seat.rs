@@ -30,6 +30,8 @@ struct State {
     since: Instant,
     /// The peer takes nothing of what is written, since then.
     stuck: Option<Instant>,
+    /// The body of its request is waited for, since then.
+    owed: Option<Instant>,
     ended: Option<Closed>,
 }
 
@@ -50,6 +52,7 @@ impl Seat {
                 doing: Doing::Asking,
                 since: now,
                 stuck: None,
+                owed: None,
                 ended: None,
             }),
             close: Notify::new(),
@@ -60,12 +63,17 @@ impl Seat {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Since when it has had no request, or has not taken its answer; none: it is being answered.
+    /// Since when it has had no request, or only a part of one, or has not taken its answer; none: it is being answered.
     pub(super) fn waits_since(&self) -> Option<Instant> {
         let state = self.lock();
         match state.doing {
             // A moment says nothing.
-            Doing::Working => state.stuck.filter(|since| since.elapsed() >= STUCK),
+            Doing::Working => state
+                .stuck
+                .into_iter()
+                .chain(state.owed)
+                .min()
+                .filter(|since| since.elapsed() >= STUCK),
             _ => Some(state.since),
         }
     }
@@ -116,6 +124,16 @@ impl Seat {
             state.stuck = None;
         } else {
             state.stuck.get_or_insert(now);
+        }
+    }
+
+    /// The rest of a request is waited for, or has come.
+    fn owes(&self, more: bool, now: Instant) {
+        let mut state = self.lock();
+        if more {
+            state.owed.get_or_insert(now);
+        } else {
+            state.owed = None;
         }
     }
 
@@ -207,6 +225,48 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         context: &mut Context<'_>,
     ) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// A request's body. Piece by piece does not make it a whole one: only its end says that the peer has asked.
+pub(super) struct Asked {
+    body: Body,
+    seat: Arc<Seat>,
+}
+
+impl Asked {
+    pub(super) fn new(body: Body, seat: Arc<Seat>) -> Self {
+        Self { body, seat }
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.seat.owes(false, Instant::now());
+    }
+}
+
+impl HttpBody for Asked {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(context);
+        let more = !matches!(polled, Poll::Ready(None | Some(Err(_))));
+        self.seat
+            .owes(more && !self.body.is_end_stream(), Instant::now());
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinSet;
 
-use super::seat::{Answer, Watched};
+use super::seat::{Answer, Asked, Watched};
 use super::{Closed, Seat};
 use crate::manager::App;
 use crate::manager::input::Peer;
@@ -157,9 +157,10 @@ async fn converse(
 ) {
     let (taken, router) = (seat.clone(), TowerToHyperService::new(router));
     let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-        let (working, router) = (taken.work(), router.clone());
+        let (working, router, seat) = (taken.work(), router.clone(), taken.clone());
         async move {
-            let mut request: Request = request.map(Body::new);
+            let mut request: Request =
+                request.map(|body| Body::new(Asked::new(Body::new(body), seat)));
             request.extensions_mut().insert(ConnectInfo(Peer(peer)));
             let response = router.call(request).await?;
             Ok::<_, Infallible>(response.map(|body| Answer::new(body, working)))
