@@ -123,6 +123,48 @@ async fn a_cookie_is_no_token_and_a_token_no_cookie() -> Outcomes {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_cookie_that_another_port_plants_beside_ours_keeps_nobody_out() -> Outcomes {
+    let site = Site::new()?;
+    let manager = site.manager().await?;
+    let at = manager.address;
+    let browser = Browser::new(at, "token-alice").await?;
+    let planted = Browser::new(at, "token-bob").await?;
+    let name = planted.cookie.split('=').next().unwrap_or_default();
+    let unknown = format!("{name}={}", "x".repeat(43));
+    let http = http()?;
+    for cookies in [
+        format!("{}; {}", planted.cookie, browser.cookie),
+        format!("{unknown}; {}; {}", planted.cookie, browser.cookie),
+        format!("{}; {}", browser.cookie, planted.cookie),
+    ] {
+        let asked = http
+            .get(format!("http://{at}/api/v1/me"))
+            .header("Cookie", &cookies)
+            .header("Upperdeck-Page", &browser.key);
+        let answer = asked.send().await?;
+        assert_eq!(answer.status(), 200, "{cookies}");
+        assert_eq!(answer.json::<Value>().await?["user"], "alice");
+    }
+    // However many: not each of them is looked for.
+    let many = format!("{}{}", format!("{unknown}; ").repeat(50), browser.cookie);
+    let asked = http
+        .get(format!("http://{at}/api/v1/me"))
+        .header("Cookie", &many)
+        .header("Upperdeck-Page", &browser.key);
+    assert_eq!(status(asked).await?, 401);
+    // The page signs itself out, and not whom the other cookie is of.
+    let both = format!("{}; {}", planted.cookie, browser.cookie);
+    let out = http
+        .delete(format!("http://{at}/api/v1/signin"))
+        .header("Cookie", &both)
+        .header("Upperdeck-Request", "1")
+        .header("Upperdeck-Page", &browser.key);
+    assert_eq!(status(out).await?, 204);
+    assert_eq!((browser.me().await?, planted.me().await?), (401, 200));
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_port_that_gets_the_cookie_cannot_use_it() -> Outcomes {
     let (_site, manager, _agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let at = manager.address;

@@ -10,6 +10,8 @@ use sha2::{Digest as _, Sha256};
 
 /// Characters of a value: 32 bytes of chance.
 const LENGTH: usize = 43;
+/// Values of one request that are looked at.
+const MOST: usize = 4;
 
 /// How the cookie is called, and where browsers send it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,18 +48,21 @@ impl Cookie {
         }
     }
 
-    /// The value that a request has, if it can be one.
-    pub(super) fn of<'a>(&self, headers: &'a HeaderMap) -> Option<&'a str> {
+    /// The values that a request has under our name, as far as they can be ones: other ports and paths of the host may
+    /// have set more of them beside ours, and browsers do not say which is whose.
+    pub(super) fn all_of<'a>(&self, headers: &'a HeaderMap) -> Vec<&'a str> {
         headers
             .get_all(header::COOKIE)
             .iter()
             .filter_map(|value| value.to_str().ok())
             .flat_map(|value| value.split(';'))
             .filter_map(|pair| pair.trim().strip_prefix(&self.name)?.strip_prefix('='))
-            .find(|value| {
+            .filter(|value| {
                 let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
                 value.len() == LENGTH && value.bytes().all(plain)
             })
+            .take(MOST)
+            .collect()
     }
 
     /// `Set-Cookie` for a value that holds for so many seconds; 0 takes it away.
@@ -121,7 +126,10 @@ mod tests {
         let of = |text: String| {
             let mut headers = HeaderMap::new();
             headers.insert(header::COOKIE, text.parse().unwrap());
-            cookie.of(&headers).map(str::to_owned)
+            cookie
+                .all_of(&headers)
+                .first()
+                .map(|value| (*value).to_owned())
         };
         assert_eq!(
             of(format!("a=b; upperdeck-1={}", *value)).as_ref(),

@@ -185,20 +185,29 @@ impl Gate {
         acting_for(found, headers)
     }
 
-    /// Who is signed in by the cookie of this request, whatever page it comes from.
+    /// Who is signed in by the cookie of this request, whatever page it comes from. Of several cookies that whose key the
+    /// page has, else the first.
     pub(super) async fn signed_in(
         &self,
         headers: &HeaderMap,
     ) -> Result<Option<(SignIn, Role, Caller)>, Rejected> {
-        let Some(value) = self.cookie.of(headers) else {
-            return Ok(None);
-        };
-        let found = self.record.signed_in(&digest(value), now_ms()).await?;
-        Ok(found.and_then(|found| {
-            let (role, mut caller) = self.rests_on(&found)?;
+        let mut first = None;
+        for value in self.cookie.all_of(headers) {
+            let Some(found) = self.record.signed_in(&digest(value), now_ms()).await? else {
+                continue;
+            };
+            let Some((role, mut caller)) = self.rests_on(&found) else {
+                continue;
+            };
             caller.via = Via::SignIn;
-            Some((found, role, caller))
-        }))
+            let own = has_key_of(headers, &found);
+            let one = (found, role, caller);
+            if own {
+                return Ok(Some(one));
+            }
+            first.get_or_insert(one);
+        }
+        Ok(first)
     }
 
     /// None: there is no cookie of ours.
@@ -207,21 +216,14 @@ impl Gate {
         headers: &HeaderMap,
         events: bool,
     ) -> Result<Option<(Role, Caller)>, Rejected> {
-        if self.cookie.of(headers).is_none() {
+        if self.cookie.all_of(headers).is_empty() {
             return Ok(None);
         }
         let Some((found, role, caller)) = self.signed_in(headers).await? else {
             return Err(Rejected::Unknown("you are not signed in any more"));
         };
-        let mut keys = headers.get_all(PAGE).iter();
-        let own = match keys.next() {
-            // Of one save, whose ID nothing tells that has only the cookie.
-            None => events,
-            Some(key) => {
-                let given = digest(key.to_str().unwrap_or_default());
-                bool::from(given.as_bytes().ct_eq(found.page.as_bytes())) && keys.next().is_none()
-            }
-        };
+        // An event stream is of one save, whose ID nothing tells that has only the cookie.
+        let own = has_key_of(headers, &found) || (events && !headers.contains_key(PAGE));
         if !own {
             return Err(Rejected::Unknown(
                 "the cookie alone is not enough: sign in on this page",
@@ -375,6 +377,16 @@ impl Gate {
             Err(FOREIGN)
         }
     }
+}
+
+/// Whether a request comes from the page of this sign-in.
+fn has_key_of(headers: &HeaderMap, found: &SignIn) -> bool {
+    let mut keys = headers.get_all(PAGE).iter();
+    let Some(key) = keys.next() else {
+        return false;
+    };
+    let given = digest(key.to_str().unwrap_or_default());
+    bool::from(given.as_bytes().ct_eq(found.page.as_bytes())) && keys.next().is_none()
 }
 
 fn of_token(token: &tokens::Token) -> (Role, Caller) {
