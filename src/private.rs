@@ -80,30 +80,33 @@ fn open_dir(dir: &Path, more: OFlags) -> io::Result<File> {
     Ok(rustix::fs::open(dir, flags, rustix::fs::Mode::empty())?.into())
 }
 
-/// Makes `dir` with 0700, or takes others' rights from it. One with something in it that is not `ours` is refused where
-/// others have rights: it was not made for this, and who uses it would lose it.
+/// Makes `dir` with 0700, or takes others' rights from it. Another user's is refused, and one with something in it that is
+/// not `ours` where others have rights: it was not made for this, and who uses it would lose it.
 pub fn own_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> io::Result<()> {
     make_dir(dir, FileMode::PRIVATE)?;
     let open = open_dir(dir, OFlags::empty())?;
     let there = open.metadata()?;
+    let shown = crate::escape::text(&dir.display().to_string());
+    let denied = |told| Err(io::Error::new(io::ErrorKind::PermissionDenied, told));
+    let own = rustix::process::geteuid().as_raw();
+    // Whatever its mode: its owner reads what is in it, and puts in what is believed later.
+    if there.uid() != own {
+        return denied(format!(
+            "it belongs to user {}, and this runs as user {own}: 'chown {own} {shown}', or name another directory",
+            there.uid()
+        ));
+    }
     if there.mode() & OTHERS == 0 {
         return Ok(());
-    }
-    let refuse = |why: &str| {
-        let told = format!(
-            "others may look into it (mode {:04o}), and {why}: 'chmod 700 {}', or name another directory",
-            there.mode() & 0o7777,
-            crate::escape::text(&dir.display().to_string()),
-        );
-        Err(io::Error::new(io::ErrorKind::PermissionDenied, told))
-    };
-    if there.uid() != rustix::process::geteuid().as_raw() {
-        return refuse("it is another user's");
     }
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
         if !name.to_str().is_some_and(&ours) {
-            return refuse("it has in it what upperdeck did not make");
+            return denied(format!(
+                "others may look into it (mode {:04o}), and it has in it what upperdeck did not make: 'chmod 700 {shown}', \
+                 or name another directory",
+                there.mode() & 0o7777
+            ));
         }
     }
     tracing::warn!(dir = %dir.display(), mode = format!("{:04o}", there.mode() & 0o7777), "others could look into a directory of upperdeck's; from now on it has mode 0700");
@@ -200,6 +203,27 @@ mod tests {
         let told = refused.err().map(|error| error.to_string());
         assert!(told.is_some_and(|told| told.contains("chmod 700")));
         assert_eq!(mode(&loose), 0o755, "left as it is");
+        Ok(())
+    }
+
+    #[test]
+    fn a_directory_of_another_user_is_refused_though_nobody_else_sees_into_it() -> io::Result<()> {
+        if !rustix::process::geteuid().is_root() {
+            // Nobody else can give a directory away.
+            return Ok(());
+        }
+        let dir = tempfile::tempdir()?;
+        let theirs = dir.path().join("theirs");
+        for mode in [0o700, 0o755] {
+            make_dir(&theirs, FileMode::PRIVATE)?;
+            fs::set_permissions(&theirs, Permissions::from_mode(mode))?;
+            std::os::unix::fs::chown(&theirs, Some(1234), Some(1234))?;
+            let told = own_dir(&theirs, |_| true).err().map(|e| e.to_string());
+            assert!(
+                told.is_some_and(|told| told.contains("chown 0 ")),
+                "{mode:o}"
+            );
+        }
         Ok(())
     }
 
