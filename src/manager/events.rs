@@ -10,7 +10,7 @@ use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use axum::extract::{Path, State as Extracted};
+use axum::extract::State as Extracted;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
@@ -20,6 +20,7 @@ use tokio::sync::{Notify, broadcast};
 use super::App;
 use super::auth::Caller;
 use super::door::One;
+use super::input::Path;
 use super::refusal::Refusal;
 use super::saves::{get, shown};
 use crate::cancel::Cancel;

@@ -119,6 +119,19 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     }
 }
 
+/// The parts of the address.
+pub(super) struct Path<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<App> for Path<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
+        let axum::extract::Path(found) =
+            axum::extract::Path::from_request_parts(parts, app).await?;
+        Ok(Self(found))
+    }
+}
+
 /// The query.
 pub(super) struct Asked<T>(pub(super) T);
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use axum::Json;
-use axum::extract::{Path, State as Extracted};
+use axum::extract::State as Extracted;
 use axum::http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
@@ -11,7 +11,7 @@ use utoipa::IntoParams;
 
 use super::App;
 use super::auth::Caller;
-use super::input::{Asked, Body, job};
+use super::input::{Asked, Body, Path, job};
 use super::inventory::{find, session_name, suggested_name, suggested_tag};
 use super::refusal::Refusal;
 use super::shape::{

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Json;
-use axum::extract::{Path, State as Extracted};
+use axum::extract::State as Extracted;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::Deserialize;
 use tokio::sync::Mutex;
@@ -14,7 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::App;
 use super::auth::Caller;
-use super::input::Asked;
+use super::input::{Asked, Path};
 use super::refusal::Refusal;
 use super::shape::{Deleted, ImageTag, ImageView, Images as Shown, Quota};
 use super::target::Template;

@@ -403,3 +403,22 @@ async fn a_socket_file_serves_and_is_replaced() -> Outcomes {
     assert!(!path.exists());
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_is_no_text_is_refused_like_all_else() -> Outcomes {
+    let site = Site::new()?;
+    let manager = site.manager().await?;
+    for (method, path) in [
+        (Method::GET, "/api/v1/saves/%ff"),
+        (Method::GET, "/api/v1/saves/%ff/events"),
+        (Method::DELETE, "/api/v1/images/%ff/tags/x"),
+    ] {
+        let (status, body) = ask(manager.address, Who::Alice, method, path, None).await?;
+        assert_eq!(
+            (status.as_u16(), &body["error"]["code"]),
+            (400, &json!("invalid")),
+            "{path}"
+        );
+    }
+    manager.stop().await
+}
