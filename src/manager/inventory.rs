@@ -1,7 +1,7 @@
 //! What the nodes say of themselves and of their sessions, asked of the queue at most once a second for all callers.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Json;
@@ -17,6 +17,12 @@ use crate::job::{JobId, Node, Session, now_ms};
 use crate::queue::{self, HEARTBEAT_LOST, Queue};
 
 const FRESH: Duration = Duration::from_secs(1);
+/// Between two warnings of the same.
+const WARN_EVERY: Duration = Duration::from_secs(300);
+/// A node that is away for so long is no session's first one any more.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
+/// Sessions of which the first node is remembered.
+const MAX_REMEMBERED: usize = 100_000;
 /// Shorter beginnings of IDs could be somebody else's tomorrow.
 const MIN_PREFIX: usize = 12;
 /// Longest name that is suggested.
@@ -27,6 +33,47 @@ const SUGGESTION: usize = 60;
 pub(super) struct Inventory {
     sessions: Mutex<Option<(Instant, Arc<Vec<Session>>)>>,
     nodes: Mutex<Option<(Instant, Arc<Vec<Heard>>)>>,
+    copies: std::sync::Mutex<Copies>,
+}
+
+/// What is remembered to tell a session from one that a node made up.
+#[derive(Default)]
+struct Copies {
+    first: First,
+    warned: Option<Instant>,
+}
+
+/// Which node had each session first, and when it last had it.
+type First = HashMap<String, (String, Instant)>;
+
+/// Leaves out sessions that a node tells of and another one had before, and still has. IDs are found by chance only: a node
+/// can make up another one's session only after it was seen here.
+fn without_copies(mut told: Vec<Session>, first: &mut First, now: Instant) -> Vec<Session> {
+    first.retain(|_, (_, at)| now.duration_since(*at) < REMEMBERED);
+    let mut nodes_of = HashMap::<String, Vec<String>>::new();
+    for session in &told {
+        let nodes = nodes_of.entry(session.id.clone()).or_default();
+        nodes.push(session.node.clone());
+    }
+    for (id, nodes) in &nodes_of {
+        let room = first.len() < MAX_REMEMBERED;
+        match (first.get_mut(id), nodes.as_slice()) {
+            (Some((node, at)), nodes) if nodes.contains(node) => *at = now,
+            (None, [node]) if room => {
+                first.insert(id.clone(), (node.clone(), now));
+            }
+            _ => {}
+        }
+    }
+    told.retain(|session| {
+        let has_it = |node: &String| {
+            let nodes = nodes_of.get(&session.id);
+            nodes.is_some_and(|nodes| nodes.contains(node))
+        };
+        let first = first.get(&session.id);
+        first.is_none_or(|(node, _)| *node == session.node || !has_it(node))
+    });
+    told
 }
 
 /// A node, and when it was heard of.
@@ -51,11 +98,27 @@ impl Inventory {
         {
             return Ok(sessions.clone());
         }
-        let mut sessions = queue.sessions().await?;
+        let told = queue.sessions().await?;
+        let mut sessions = self.without_copies(told);
         sessions.sort_by(|a, b| b.started_ms.cmp(&a.started_ms).then(a.id.cmp(&b.id)));
         let sessions = Arc::new(sessions);
         *held = Some((Instant::now(), sessions.clone()));
         Ok(sessions)
+    }
+
+    fn without_copies(&self, told: Vec<Session>) -> Vec<Session> {
+        let (all, now) = (told.len(), Instant::now());
+        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = without_copies(told, &mut copies.first, now);
+        let warned = copies.warned.is_some_and(|at| at.elapsed() < WARN_EVERY);
+        if kept.len() < all && !warned {
+            copies.warned = Some(now);
+            tracing::warn!(
+                sessions = all - kept.len(),
+                "nodes tell of sessions that other nodes have: two agents look at one runtime, or a node does not tell the truth"
+            );
+        }
+        kept
     }
 
     pub(super) async fn nodes(&self, queue: &Queue) -> Result<Arc<Vec<Heard>>, queue::Error> {
@@ -321,6 +384,37 @@ mod tests {
             assert_eq!(name_of, name);
             assert!(crate::registry::reference::check_repository(&name_of).is_ok());
         }
+    }
+
+    #[test]
+    fn a_node_does_not_take_the_place_of_anothers_session() {
+        let of = |node: &str, id: &str, owner: &str| Session {
+            node: node.into(),
+            ..session(id, Some(owner), None)
+        };
+        let (mut first, now) = (First::new(), Instant::now());
+        let mut kept = |told: &[(&str, &str, &str)], now| -> Vec<String> {
+            let told = told.iter().map(|(node, id, owner)| of(node, id, owner));
+            let kept = without_copies(told.collect(), &mut first, now);
+            kept.into_iter()
+                .map(|session| format!("{} {}", session.node, &session.id[..2]))
+                .collect()
+        };
+        let (true_one, copy) = (("n2", "ab", "alice"), ("n1", "ab", "mallory"));
+        assert_eq!(kept(&[true_one], now), ["n2 ab"]);
+        assert_eq!(
+            kept(&[copy, true_one, ("n3", "ab", "alice")], now),
+            ["n2 ab"]
+        );
+        // Away for a moment, it comes back to its place.
+        assert_eq!(kept(&[copy], now), ["n1 ab"]);
+        assert_eq!(kept(&[copy, true_one], now + REMEMBERED / 2), ["n2 ab"]);
+        // Who was first is not known: nobody is left out.
+        let both = [("n1", "ac", "bob"), ("n2", "ac", "bob")];
+        assert_eq!(kept(&both, now), ["n1 ac", "n2 ac"]);
+        let later = now + REMEMBERED * 2;
+        assert_eq!(kept(&[copy], later), ["n1 ab"]);
+        assert_eq!(kept(&[copy, true_one], later), ["n1 ab"]);
     }
 
     #[test]
