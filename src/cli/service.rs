@@ -62,9 +62,15 @@ pub(super) fn with_password(flag: &str, url: &str, file: Option<&Path>) -> Resul
         return Ok(url.to_owned());
     };
     let password = secret(flag, file)?;
-    let mut url = reqwest::Url::parse(url).map_err(|error| Usage(format!("{url}: {error}")))?;
-    url.set_password(Some(&password))
-        .map_err(|()| Usage(format!("--{flag}: {url} has no place for a password")))?;
+    // What cannot be parsed, or has no host, may hold another password.
+    let mut url = reqwest::Url::parse(url)
+        .map_err(|error| Usage(format!("--{flag}: the address it is for is none: {error}")))?;
+    url.set_password(Some(&password)).map_err(|()| {
+        let scheme = url.scheme();
+        Usage(format!(
+            "--{flag}: the {scheme} address it is for has no place for a password"
+        ))
+    })?;
     Ok(url.into())
 }
 
@@ -516,4 +522,30 @@ fn reachable(address: SocketAddr) -> SocketAddr {
         ip => ip,
     };
     SocketAddr::new(ip, address.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_that_takes_no_password_is_not_repeated() -> std::io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let file = dir.path().join("password");
+        std::fs::write(&file, "right\n")?;
+        for url in [
+            "redis+unix:///run/redis?pass=hunter2",
+            "redis://u:hunter2@h:port",
+            "mailto:hunter2",
+        ] {
+            let told = with_password("redis-password-file", url, Some(&file));
+            let told = told.err().map(|error| error.to_string());
+            let told = told.unwrap_or_default();
+            assert!(
+                told.starts_with("--redis-password-file") && !told.contains("hunter2"),
+                "{told}"
+            );
+        }
+        Ok(())
+    }
 }
