@@ -17,6 +17,7 @@ pub mod doctor;
 pub mod escape;
 pub mod freeze;
 pub mod harbor;
+mod hush;
 pub mod images;
 pub mod job;
 pub mod layer;

@@ -1,7 +1,7 @@
 //! The way of every request: its ID, its log line, its limits and the headers of its answer; and the table of calls.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -130,29 +130,6 @@ fn method_name(method: &Method) -> &'static str {
     const KNOWN: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
     let known = KNOWN.into_iter().find(|known| method == *known);
     known.unwrap_or("other")
-}
-
-/// Lines about requests of nobody we know: so many a second, and how many more there were.
-#[derive(Default)]
-pub(super) struct Hush(Mutex<(Option<Instant>, u32, u64)>);
-
-impl Hush {
-    const A_SECOND: u32 = 10;
-
-    /// Whether to write a line, and how many were not written before it.
-    fn line(&self) -> Option<u64> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (since, written, hushed) = &mut *state;
-        if since.is_none_or(|since| since.elapsed() >= Duration::from_secs(1)) {
-            (*since, *written) = (Some(Instant::now()), 0);
-        }
-        if *written >= Self::A_SECOND {
-            *hushed += 1;
-            return None;
-        }
-        *written += 1;
-        Some(std::mem::take(hushed))
-    }
 }
 
 /// The body, as long as it comes in time; whether it did not.

@@ -30,6 +30,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Notify;
 
 use crate::cancel::Cancel;
+use crate::hush::Hush;
 use crate::queue::{self, Queue};
 use crate::record::{self, Policy, Record};
 
@@ -59,6 +60,11 @@ pub enum Error {
     /// The queue.
     #[error(transparent)]
     Queue(#[from] queue::Error),
+    /// The work in the background has broken down. A manager that hears no agent must not look like one that does.
+    #[error(
+        "the work in the background broke down; this is a defect of upperdeck, and its log says where"
+    )]
+    Work,
 }
 
 /// What handlers and background work share.
@@ -76,7 +82,8 @@ struct Inner {
     /// Requests and event streams under way.
     asking: Arc<door::Tally>,
     watching: Arc<door::Tally>,
-    hush: front::Hush,
+    /// Lines about requests of nobody we know.
+    hush: Hush,
     ready: page::Ready,
     rates: input::Rates,
     inventory: inventory::Inventory,
@@ -137,7 +144,7 @@ impl Server {
             table: door::Table::new(options.doors.clone(), door::open_files()),
             asking: Arc::default(),
             watching: Arc::default(),
-            hush: front::Hush::default(),
+            hush: Hush::default(),
             ready: page::Ready::default(),
             rates: input::Rates::new(options.rate),
             inventory: inventory::Inventory::default(),
@@ -173,7 +180,7 @@ impl Server {
         };
         tracing::info!(manager = app.name, listen = at, target = %app.options.target, "the manager serves");
         let router = front::router(app.clone());
-        let work = tokio::spawn(work::run(app.clone()));
+        let mut work = tokio::spawn(work::run(app.clone()));
         let ending = async {
             cancel.cancelled().await;
             tracing::info!(manager = app.name, "the manager ends");
@@ -185,11 +192,25 @@ impl Server {
         tokio::select! {
             () = serving => {}
             () = ending => {}
+            error = breakdown(&mut work, &app.cancel) => {
+                app.cancel.cancel();
+                return Err(error);
+            }
         }
         app.cancel.cancel();
         let _ = tokio::time::timeout(app.options.grace, work).await;
         Ok(())
     }
+}
+
+/// When `work` ends though nobody wanted it to.
+async fn breakdown(work: &mut tokio::task::JoinHandle<()>, cancel: &Cancel) -> Error {
+    if (&mut *work).await.is_ok() && cancel.is_cancelled() {
+        // It is joined already: whoever waits for the rest waits for that alone.
+        *work = tokio::spawn(async {});
+        std::future::pending::<()>().await;
+    }
+    Error::Work
 }
 
 /// A socket file that nobody answers on any more is in the way of a new one.
@@ -223,4 +244,24 @@ pub async fn run(
         .await?
         .run(cancel)
         .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_manager_ends_when_its_work_breaks_down() {
+        let cancel = Cancel::default();
+        let mut work = tokio::spawn(async { panic!("a defect") });
+        assert!(matches!(breakdown(&mut work, &cancel).await, Error::Work));
+        let mut work = tokio::spawn(async {});
+        assert!(matches!(breakdown(&mut work, &cancel).await, Error::Work));
+        cancel.cancel();
+        let mut work = tokio::spawn(async {});
+        let wait = std::time::Duration::from_millis(50);
+        let ended = tokio::time::timeout(wait, breakdown(&mut work, &cancel)).await;
+        assert!(ended.is_err(), "that was wanted");
+        assert!(work.await.is_ok());
+    }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{DAY, Error, HEARTBEAT_LOST, Redis};
+use crate::hush::warn_hushed;
 use crate::job::{Message, Node, Session, now_ms};
 use crate::queue::{MAX_RECORD, fitting};
 
@@ -58,10 +59,10 @@ impl Redis {
                         nodes.push(node);
                     }
                     Ok(_) => {
-                        tracing::warn!(node.name = %name.escape_debug(), "an old or another node's heartbeat is not believed");
+                        warn_hushed!(self.mine.hush, node.name = %name.escape_debug(), "an old or another node's heartbeat is not believed");
                     }
                     Err(reason) => {
-                        tracing::warn!(node.name = %name.escape_debug(), %reason, "a heartbeat is not believed");
+                        warn_hushed!(self.mine.hush, node.name = %name.escape_debug(), %reason, "a heartbeat is not believed");
                     }
                 }
             }
@@ -104,7 +105,7 @@ impl Redis {
             Ok(_) => "it is another session's, or an old one: put back into Redis, or of a node with a wrong clock".to_owned(),
             Err(reason) => reason,
         };
-        tracing::warn!(node.name = %node.escape_debug(), session.id = %id.escape_ascii(), reason = why, "a session is not believed");
+        warn_hushed!(self.mine.hush, node.name = %node.escape_debug(), session.id = %id.escape_ascii(), reason = why, "a session is not believed");
         None
     }
 

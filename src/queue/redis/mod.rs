@@ -23,6 +23,7 @@ use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, registry_of,
 };
+use crate::hush::{Hush, warn_hushed};
 use crate::job::{Event, JobId, Keys, Message, Order, Report, Said, Sealed, now_ms};
 pub use examine::{Examined, examine};
 use link::Link;
@@ -51,6 +52,8 @@ pub struct Redis {
 struct Mine {
     /// Sealed inventories by node, for a Redis that lost them.
     inventories: Mutex<HashMap<String, inventory::Records>>,
+    /// Lines about what is not believed: whoever writes to Redis could fill the log.
+    hush: Hush,
     /// Where the search for the reports of dead managers goes on.
     cursor: Mutex<Option<String>>,
 }
@@ -346,7 +349,7 @@ impl Redis {
                     report,
                 }),
                 Err(reason) => {
-                    tracing::warn!(queue.entry = %entry.id, %reason, "a report that is not believed is thrown away");
+                    warn_hushed!(self.mine.hush, queue.entry = %entry.id, %reason, "a report that is not believed is thrown away");
                     bad.push(entry.id);
                 }
             }
@@ -451,7 +454,7 @@ impl Redis {
             self.link.run(&call).await?;
         for job in dropped {
             let job = String::from_utf8_lossy(&job);
-            tracing::warn!(job.id = %job.escape_debug(), job.node = node, "an order has expired; its manager has to offer it again");
+            warn_hushed!(self.mine.hush, job.id = %job.escape_debug(), job.node = node, "an order has expired; its manager has to offer it again");
         }
         let mut claims = Vec::with_capacity(given.len());
         for (job, fence, sealed) in given {
@@ -459,7 +462,7 @@ impl Redis {
                 Ok(claim) => claims.push(claim),
                 Err(reason) => {
                     let name = String::from_utf8_lossy(&job);
-                    tracing::warn!(job.id = %name.escape_debug(), job.node = node, %reason, "an order that is not believed is thrown away");
+                    warn_hushed!(self.mine.hush, job.id = %name.escape_debug(), job.node = node, %reason, "an order that is not believed is thrown away");
                     let mut call = self.call(&self.scripts.drop);
                     call.arg(job).arg(fence);
                     self.link.run::<i64>(&call).await?;

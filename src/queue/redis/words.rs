@@ -6,6 +6,7 @@ use std::time::Duration;
 use redis::Value;
 
 use super::{Error, Redis, link};
+use crate::hush::warn_hushed;
 use crate::job::{Answer, Message, Question};
 
 /// Between the node's name and what it signed: no name has it.
@@ -34,10 +35,10 @@ impl Redis {
             match self.open::<Answer>(Message::Answer, node, &bytes) {
                 Ok(answer) if answer.question == *question => return Ok(Some(answer)),
                 Ok(_) => {
-                    tracing::warn!(job.id = %question.job, "an answer to another question is not believed");
+                    warn_hushed!(self.mine.hush, job.id = %question.job, "an answer to another question is not believed");
                 }
                 Err(reason) => {
-                    tracing::warn!(job.id = %question.job, %reason, "an answer is not believed");
+                    warn_hushed!(self.mine.hush, job.id = %question.job, %reason, "an answer is not believed");
                 }
             }
         }
@@ -55,7 +56,9 @@ impl Redis {
         for bytes in std::iter::once(first).chain(more.unwrap_or_default()) {
             match self.question(&bytes) {
                 Ok(question) => questions.push(question),
-                Err(reason) => tracing::warn!(%reason, "a question is not believed"),
+                Err(reason) => {
+                    warn_hushed!(self.mine.hush, %reason, "a question is not believed");
+                }
             }
         }
         Ok(questions)
