@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 30] = [
+const TABLE: [(&str, &[&str]); 31] = [
     ("digest", &[]),
     ("escape", &[]),
     ("message", &[]),
