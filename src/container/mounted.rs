@@ -280,11 +280,10 @@ impl Look<'_> {
         for (named, recorded) in options.lowers.iter().zip(recorded) {
             let lower = self.located(record, recorded)?;
             match self.named(named, &lower)? {
-                Named::Same => {}
                 // Where ids are mapped, runtimes mount the lowers ID-mapped elsewhere for the time of the mount, for the
                 // ids of the container.
                 Named::Gone if self.mapped => id_mapped.push(lower.clone()),
-                Named::Gone => {}
+                Named::Same | Named::Gone => {}
                 Named::Other(other) => {
                     return Err(self.foreign(format!(
                         "its lower directory {} is {}, its runtime's files say {}",

@@ -144,7 +144,7 @@ async fn up(state: &Path, umask: &str, more: &[String]) -> Result<String> {
         let ended = child.try_wait().ok().flatten();
         // The last that an agent makes, or tightens.
         let last = fs::metadata(state.join("agent/outcomes"));
-        let tight = last.is_ok_and(|there| there.mode() & 0o077 == 0);
+        let tight = last.is_ok_and(|there| there.mode().trailing_zeros() >= 6);
         (ended.is_some() || url.exists() && tight).then_some(ended)
     })
     .await?;
