@@ -277,6 +277,7 @@ fn killed_at(session: &Session, freezer: &Freezer, moment: Moment) -> Result<()>
             Moment::Holding => {
                 let mut held = false;
                 while freezer.frozen() && !held {
+                    save.answer_rest();
                     held = has_open(save.pid(), "/work/big");
                 }
                 let held = held && freezer.frozen();
@@ -286,13 +287,13 @@ fn killed_at(session: &Session, freezer: &Freezer, moment: Moment) -> Result<()>
                 }
             }
             Moment::Delivering => {
-                save.until("paused")?;
-                save.until("streaming")?;
+                save.until_answering("paused")?;
+                save.until_answering("streaming")?;
                 ensure!(!freezer.frozen(), "frozen for the delivery");
                 return save.kill();
             }
             _ => {
-                save.until("ready")?;
+                save.until_answering("ready")?;
                 return save.kill();
             }
         }

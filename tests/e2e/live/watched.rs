@@ -107,6 +107,32 @@ impl Watched {
         }
     }
 
+    /// The same, answering whatever the save asks meanwhile: it looks for rings of io_uring in the list as well.
+    pub fn until_answering(&self, what: &str) -> Result<()> {
+        let started = std::time::Instant::now();
+        while started.elapsed() < PATIENCE {
+            self.answer_rest();
+            let Ok(event) = self
+                .events
+                .recv_timeout(std::time::Duration::from_millis(5))
+            else {
+                continue;
+            };
+            if event["event"] == what || (event["event"] == "phase" && event["phase"] == what) {
+                return Ok(());
+            }
+        }
+        bail!("the save never says {what}: {}", self.stderr());
+    }
+
+    /// Answers the save if it asks now.
+    pub fn answer_rest(&self) {
+        if let Some(asked) = self.open() {
+            // It may have been asked and answered before.
+            let _ = asked.answer();
+        }
+    }
+
     /// The list, if the save has it open for reading now.
     fn open(&self) -> Option<Asked> {
         let open = fs::OpenOptions::new()
