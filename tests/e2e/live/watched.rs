@@ -101,7 +101,7 @@ impl Watched {
             let Ok(event) = self.events.recv_timeout(PATIENCE) else {
                 bail!("the save never says {what}: {}", self.stderr());
             };
-            if event["event"] == what || (event["event"] == "phase" && event["phase"] == what) {
+            if is_about(&event, what) {
                 return Ok(());
             }
         }
@@ -118,7 +118,7 @@ impl Watched {
             else {
                 continue;
             };
-            if event["event"] == what || (event["event"] == "phase" && event["phase"] == what) {
+            if is_about(&event, what) {
                 return Ok(());
             }
         }
@@ -171,10 +171,7 @@ impl Watched {
     /// Answers whatever it still asks, lets it put the tag on, and waits for its end.
     pub fn finish(mut self) -> Result<Saved> {
         wait_until("all is delivered", || {
-            if let Some(asked) = self.open() {
-                // It may have been asked and answered before.
-                let _ = asked.answer();
-            }
+            self.answer_rest();
             let mut told = self.events.try_iter();
             told.any(|event| event["event"] == "ready")
         })
@@ -223,4 +220,9 @@ impl Asked {
     pub fn answer_with(mut self, mapped: &[u8]) -> Result<()> {
         Ok(self.list.write_all(mapped)?)
     }
+}
+
+/// Whether an event is called so, or begins a phase that is.
+fn is_about(event: &Value, what: &str) -> bool {
+    event["event"] == what || (event["event"] == "phase" && event["phase"] == what)
 }
