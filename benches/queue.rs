@@ -12,10 +12,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
-use upperdeck::job::{
+use upperdeck::service::job::{
     Event, JobId, Keys, Load, Node, Order, Outcome, Report, Said, SaveOptions, Saved, now_ms,
 };
-use upperdeck::queue::{Claim, HEARTBEAT_EVERY, Hold, Limits, Queue, RENEW_EVERY, Redis, Settings};
+use upperdeck::service::queue::{
+    Claim, HEARTBEAT_EVERY, Hold, Limits, Queue, RENEW_EVERY, Redis, Settings,
+};
 
 const USERS: usize = 500;
 /// Handles to Redis that the agents share, as connections of so many processes would be too many for one machine; each

@@ -8,9 +8,9 @@ use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
 use upperdeck::bench::stages::{self, How, Place, Sample, Setting, Source};
 use upperdeck::bench::tree::Tree;
-use upperdeck::cancel::Cancel;
-use upperdeck::commit::{Rules, cores};
+use upperdeck::common::cancel::Cancel;
 use upperdeck::layer::{Compression, Plan};
+use upperdeck::save::{Rules, cores};
 
 /// Bytes of the generated tree: large enough that no figure is one of starting threads.
 const TREE: u64 = 64 << 20;

@@ -1,37 +1,20 @@
 //! upperdeck saves a *running* container as an OCI image, without a container daemon.
 //!
-//! The modules stand in the order in which a save flows through them; see `commit` for the flow itself.
+//! The modules stand in the order in which a save needs them: each may import those above it, and `tests/imports.rs` says
+//! which of them it does.
+//!
+//! How a save flows: [`node`] finds the container, its upper and lower directories, and freezes it; [`layer`] scans the
+//! upper directory and makes the diff layer; [`image`] makes the new manifest and config from the base's; [`store`] sends
+//! blobs and manifest to a registry or a layout. [`save`] is the whole of it, and what is kept for the next save of the same
+//! container. [`service`] runs saves for the users of a cluster: agent, queue, manager, portal.
 
-pub mod agent;
-pub mod background;
 pub mod bench;
-pub mod cancel;
 pub mod cli;
-pub mod commit;
-pub mod confine;
-pub mod container;
+pub mod common;
 pub mod demo;
-pub mod destination;
-pub mod digest;
-pub mod doctor;
-pub mod escape;
-pub mod freeze;
-pub mod harbor;
-mod hush;
-pub mod images;
-pub mod job;
+pub mod image;
 pub mod layer;
-pub mod layout;
-pub mod manager;
-pub mod manifest;
-pub mod message;
-pub mod overlay;
-pub mod portal;
-pub mod private;
-pub mod prove;
-pub mod queue;
-pub mod record;
-pub mod registry;
-pub mod scan;
-pub mod spec;
-pub mod state;
+pub mod node;
+pub mod save;
+pub mod service;
+pub mod store;

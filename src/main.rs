@@ -2,7 +2,7 @@
 
 fn main() -> std::process::ExitCode {
     // This program started by itself, as something else than a command.
-    if let Some(code) = upperdeck::freeze::watchdog_entry().or_else(upperdeck::demo::entry) {
+    if let Some(code) = upperdeck::node::freeze::watchdog_entry().or_else(upperdeck::demo::entry) {
         return code;
     }
     upperdeck::cli::main()

@@ -265,9 +265,9 @@ fn a_table_of_a_directory_that_stays_as_it_is() -> Outcome {
 fn the_tree_is_the_same_every_time() -> Outcome {
     use upperdeck::bench::stages::{self, How, Place, Setting, Source};
     use upperdeck::bench::tree::Tree;
-    use upperdeck::cancel::Cancel;
+    use upperdeck::common::cancel::Cancel;
     let (scratch, cancel) = (tempfile::tempdir()?, Cancel::default());
-    let rules = upperdeck::commit::Rules::default();
+    let rules = upperdeck::save::Rules::default();
     let how = How {
         rules: &rules,
         setting: Setting {

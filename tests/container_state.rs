@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use upperdeck::container::{
+use upperdeck::common::digest::{ChainId, DiffId, Digest};
+use upperdeck::node::container::{
     Container, ContainerdRoot, Error, Roots, Runtime, StorageRoot, Witness, bolt, find, list,
     prove_base, recheck,
 };
-use upperdeck::digest::{ChainId, DiffId, Digest};
-use upperdeck::overlay::xattr::Namespace;
+use upperdeck::node::overlay::xattr::Namespace;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -1368,7 +1368,7 @@ mod real_mounts {
         FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create,
         fsconfig_set_string, fsmount, fsopen, move_mount,
     };
-    use upperdeck::overlay::mount::{OverlayMount, OverlayOptions, parse_mountinfo};
+    use upperdeck::node::overlay::mount::{OverlayMount, OverlayOptions, parse_mountinfo};
 
     struct Mounted(PathBuf);
 

@@ -15,10 +15,10 @@ use bytes::Bytes;
 use image::{Image, MANIFEST_TYPE};
 use serde_json::{Value, json};
 use support::{Need, ignored};
-use upperdeck::destination::{Destination, Error as DestinationError, Target};
-use upperdeck::digest::Digest;
-use upperdeck::images::{Error, Images, Place, Query, Sort, Which};
-use upperdeck::registry::{Access, Registries};
+use upperdeck::common::digest::Digest;
+use upperdeck::store::destination::{Destination, Error as DestinationError, Target};
+use upperdeck::store::images::{Error, Images, Place, Query, Sort, Which};
+use upperdeck::store::registry::{Access, Registries};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -212,13 +212,14 @@ async fn a_plain_registry() -> Outcome {
     for name in ["alice/other", "alice-two/x", "zed"] {
         save(&format!("{host}/{name}:1"), &image(name, 100, 3)).await?;
     }
-    let names = |listed: upperdeck::images::Listed<upperdeck::images::RepositoryEntry>| {
-        listed
-            .items
-            .into_iter()
-            .map(|entry| entry.name)
-            .collect::<Vec<_>>()
-    };
+    let names =
+        |listed: upperdeck::store::images::Listed<upperdeck::store::images::RepositoryEntry>| {
+            listed
+                .items
+                .into_iter()
+                .map(|entry| entry.name)
+                .collect::<Vec<_>>()
+        };
     assert!(images.is_group("") && images.is_group("alice/") && !images.is_group("alice"));
     let all = images.repositories("", &Query::default()).await?;
     assert_eq!(

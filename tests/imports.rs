@@ -1,128 +1,123 @@
-//! The structure that the design draws: which module may import which. A module that reaches where it should not is a
-//! wall moved without anybody deciding it.
+//! The structure of the source: which module may import which, and that no two depend on each other.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-type Outcome = Result<(), Box<dyn std::error::Error>>;
+type Outcome = Result<(), Box<dyn Error>>;
+/// A module's path from the root of the crate: `["node", "overlay"]`.
+type Module = Vec<String>;
 
-/// Module, and what of the crate it may import; in the order in which a save flows through them.
-const TABLE: [(&str, &[&str]); 31] = [
-    ("digest", &[]),
-    ("escape", &[]),
-    ("message", &[]),
-    ("cancel", &[]),
-    ("hush", &[]),
-    ("private", &[]),
-    ("background", &["overlay"]),
-    ("overlay", &[]),
-    ("container", &["overlay", "digest"]),
-    ("confine", &[]),
-    ("freeze", &["confine"]),
-    ("scan", &["overlay"]),
-    ("layer", &["scan", "overlay", "digest"]),
-    ("manifest", &["digest"]),
-    ("registry", &["manifest", "digest"]),
-    ("layout", &["manifest", "digest", "private"]),
-    ("harbor", &["registry", "digest"]),
+/// Each wing, and which of the others it may import; in the order of `lib.rs`, so that each names only what is above it.
+const WINGS: [(&str, &[&str]); 10] = [
+    ("common", &[]),
+    ("node", &["common"]),
+    ("layer", &["common", "node"]),
+    ("image", &["common", "node"]),
+    ("store", &["common", "image"]),
+    ("save", &["common", "node", "layer", "image", "store"]),
     (
-        "images",
-        &["harbor", "registry", "layout", "manifest", "digest"],
+        "service",
+        &["common", "node", "layer", "image", "store", "save"],
     ),
+    ("bench", &["common", "node", "layer", "store", "save"]),
     (
-        "destination",
-        &["harbor", "registry", "layout", "digest", "private"],
-    ),
-    ("spec", &["overlay", "digest"]),
-    ("prove", &["spec", "overlay"]),
-    ("state", &["scan", "digest", "private"]),
-    ("job", &["digest"]),
-    (
-        "commit",
+        "cli",
         &[
-            "background",
-            "cancel",
-            "container",
-            "destination",
-            "digest",
-            "freeze",
-            "job",
-            "layer",
-            "layout",
-            "manifest",
-            "overlay",
-            "private",
-            "prove",
-            "registry",
-            "scan",
-            "state",
-        ],
-    ),
-    ("queue", &["hush", "job"]),
-    ("record", &["job"]),
-    (
-        "agent",
-        &[
-            "background",
-            "cancel",
-            "container",
-            "freeze",
-            "job",
-            "private",
-            "queue",
+            "common", "node", "layer", "image", "store", "save", "service", "bench", "demo",
         ],
     ),
     (
-        "doctor",
-        &[
-            "confine",
-            "container",
-            "harbor",
-            "overlay",
-            "queue",
-            "record",
-            "registry",
-        ],
-    ),
-    ("portal", &["job"]),
-    (
-        "manager",
-        &[
-            "cancel",
-            "destination",
-            "digest",
-            "harbor",
-            "hush",
-            "images",
-            "job",
-            "layout",
-            "portal",
-            "queue",
-            "record",
-            "registry",
-        ],
-    ),
-    (
-        "bench",
-        &[
-            "cancel",
-            "commit",
-            "container",
-            "destination",
-            "layer",
-            "overlay",
-            "registry",
-            "scan",
-        ],
+        "demo",
+        &["common", "node", "layer", "image", "store", "save"],
     ),
 ];
-/// These may be imported by all.
-const EVERYWHERE: [&str; 2] = ["escape", "message"];
-/// These may import anything.
-const EDGES: [&str; 4] = ["cli", "demo", "lib", "main"];
+
+/// What the sources say of each other.
+#[derive(Default)]
+struct Crate {
+    /// Every module with the paths that its code names, as written: `["super", "plan", "Item"]`.
+    named: BTreeMap<Module, Vec<Vec<String>>>,
+}
+
+impl Crate {
+    fn read(src: &Path) -> Result<Self, Box<dyn Error>> {
+        let mut files = Vec::new();
+        sources(src, &mut files)?;
+        let mut read = Self::default();
+        for file in files {
+            let mut module: Module = file
+                .strip_prefix(src)?
+                .with_extension("")
+                .iter()
+                .map(|part| part.to_string_lossy().into_owned())
+                .collect();
+            if module == ["main"] {
+                continue;
+            }
+            if module
+                .last()
+                .is_some_and(|last| last == "mod" || last == "lib")
+            {
+                module.pop();
+            }
+            read.named
+                .insert(module, paths(&fs::read_to_string(&file)?));
+        }
+        Ok(read)
+    }
+
+    /// The module in which what `from` calls `path` is defined: through `use` in the modules between, at most `depth` of them.
+    fn resolve(&self, from: &Module, path: &[String], depth: usize) -> Option<Module> {
+        let (first, mut rest) = path.split_first()?;
+        let mut module = match first.as_str() {
+            "crate" => Module::new(),
+            "self" => from.clone(),
+            "super" => from.split_last()?.1.to_vec(),
+            name => [from.clone(), vec![name.to_owned()]].concat(),
+        };
+        while let Some((name, after)) = rest.split_first() {
+            if name == "super" {
+                module.pop();
+            } else {
+                let mut child = module.clone();
+                child.push(name.clone());
+                if !self.named.contains_key(&child) {
+                    break;
+                }
+                module = child;
+            }
+            rest = after;
+        }
+        let known = self.named.get(&module)?;
+        let Some(name) = rest.first().filter(|_| depth > 0) else {
+            return Some(module);
+        };
+        let brought = known
+            .iter()
+            .find(|path| path.len() > 1 && path.last() == Some(name) && path[0] != "super")
+            .and_then(|path| self.resolve(&module, path, depth - 1));
+        Some(brought.unwrap_or(module))
+    }
+
+    /// Who imports whom: each pair once.
+    fn imports(&self) -> BTreeSet<(&Module, Module)> {
+        let mut found = BTreeSet::new();
+        for (module, named) in &self.named {
+            for path in named {
+                let starts = ["crate", "super", "self"].contains(&path[0].as_str());
+                if let Some(other) = self.resolve(module, path, 4).filter(|_| starts) {
+                    found.insert((module, other));
+                }
+            }
+        }
+        found
+    }
+}
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(dir)? {
+    for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         if path.is_dir() {
             sources(&path, found)?;
@@ -133,71 +128,133 @@ fn sources(dir: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
     Ok(())
 }
 
-/// First words after `crate::` in code: comments and tests are not held to the table.
-fn imports(text: &str) -> BTreeSet<String> {
-    let code = text.split("#[cfg(test)]").next().unwrap_or_default();
-    let lines = code
+/// All paths of the code that have more than one part, groups in braces taken apart. Comments and the tests at the end of a
+/// file are not looked at: they may import what they need.
+fn paths(text: &str) -> Vec<Vec<String>> {
+    let code = text.split("\n#[cfg(test)]\nmod ").next().unwrap_or(text);
+    let code: String = code
         .lines()
-        .filter(|line| !line.trim_start().starts_with("//"));
-    let mut found = BTreeSet::new();
-    for line in lines {
-        for rest in line.split("crate::").skip(1) {
-            let names = match rest.strip_prefix('{') {
-                Some(group) => group
-                    .split('}')
-                    .next()
-                    .unwrap_or_default()
-                    .split(',')
-                    .collect(),
-                None => vec![rest],
-            };
-            for name in names {
-                let end = name
-                    .trim()
-                    .find(|c: char| !c.is_ascii_alphanumeric() && c != '_');
-                let name = &name.trim()[..end.unwrap_or(name.trim().len())];
-                if !name.is_empty() {
-                    found.insert(name.to_owned());
-                }
-            }
+        .map(|line| line.split("//").next().unwrap_or(line))
+        .collect::<Vec<_>>()
+        .join("\n");
+    let mut found = Vec::new();
+    let mut rest = code.as_str();
+    while let Some(start) = rest.find(|c: char| c.is_ascii_alphabetic() || c == '_') {
+        rest = &rest[start..];
+        rest = path(rest, &[], &mut found);
+    }
+    found.retain(|path| path.len() > 1);
+    found
+}
+
+/// Reads one path at the start of `text`, with what its braces hold, and returns the text behind it.
+fn path<'a>(text: &'a str, before: &[String], found: &mut Vec<Vec<String>>) -> &'a str {
+    let end = text
+        .find(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .unwrap_or(text.len());
+    let mut whole = before.to_vec();
+    if &text[..end] != "self" || before.is_empty() {
+        whole.push(text[..end].to_owned());
+    }
+    let rest = &text[end..];
+    let Some(behind) = rest.strip_prefix("::") else {
+        found.push(whole);
+        return rest;
+    };
+    let Some(mut group) = behind.strip_prefix('{') else {
+        if behind.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') {
+            return path(behind, &whole, found);
+        }
+        found.push(whole);
+        return behind;
+    };
+    loop {
+        group = group.trim_start_matches(|c: char| c.is_whitespace() || c == ',');
+        if let Some(rest) = group.strip_prefix('}') {
+            return rest;
+        }
+        if !group.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') {
+            return group;
+        }
+        group = path(group, &whole, found);
+        if let Some(rest) = group.trim_start().strip_prefix("as ") {
+            group = rest.trim_start_matches(|c: char| c.is_ascii_alphanumeric() || c == '_');
+        }
+    }
+}
+
+/// The imports between the modules of each directory: of what lies in two subdirectories, those count.
+fn between_siblings(
+    imports: &BTreeSet<(&Module, Module)>,
+) -> BTreeMap<Module, BTreeSet<(String, String)>> {
+    let mut found: BTreeMap<Module, BTreeSet<_>> = BTreeMap::new();
+    for (from, to) in imports {
+        let shared = from.iter().zip(to).take_while(|(a, b)| a == b).count();
+        if let (Some(a), Some(b)) = (from.get(shared), to.get(shared)) {
+            found
+                .entry(to[..shared].to_vec())
+                .or_default()
+                .insert((a.clone(), b.clone()));
         }
     }
     found
 }
 
-#[test]
-fn every_module_imports_only_what_the_table_lets_it() -> Outcome {
-    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = Vec::new();
-    sources(&src, &mut files)?;
-    assert!(files.len() > 30, "only {} sources found", files.len());
-    let mut wrong = Vec::new();
-    for file in files {
-        let inside = file.strip_prefix(&src)?;
-        let first = inside.components().next().ok_or("no name")?;
-        let module = Path::new(first.as_os_str())
-            .file_stem()
-            .and_then(|name| name.to_str())
-            .ok_or("no name")?;
-        if EDGES.contains(&module) {
-            continue;
+/// The names that can be reached from themselves.
+fn in_circles(arrows: &BTreeSet<(String, String)>) -> BTreeSet<&str> {
+    let mut left: BTreeSet<&(String, String)> = arrows.iter().collect();
+    loop {
+        let starts: BTreeSet<&str> = left.iter().map(|(from, _)| from.as_str()).collect();
+        let ends: BTreeSet<&str> = left.iter().map(|(_, to)| to.as_str()).collect();
+        let before = left.len();
+        left.retain(|(from, to)| starts.contains(to.as_str()) && ends.contains(from.as_str()));
+        if left.len() == before {
+            return left.iter().map(|(from, _)| from.as_str()).collect();
         }
-        let Some((_, allowed)) = TABLE.iter().find(|(name, _)| *name == module) else {
-            wrong.push(format!(
-                "{}: the table does not know {module}",
-                inside.display()
-            ));
+    }
+}
+
+fn src() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+#[test]
+fn every_wing_imports_only_what_the_table_lets_it() -> Outcome {
+    let read = Crate::read(&src())?;
+    assert!(
+        read.named.len() > 200,
+        "only {} sources found",
+        read.named.len()
+    );
+    let mut wrong = Vec::new();
+    for (from, to) in read.imports() {
+        let (Some(wing), Some(other)) = (from.first(), to.first()) else {
             continue;
         };
-        for import in imports(&std::fs::read_to_string(&file)?) {
-            if import != module
-                && !EVERYWHERE.contains(&import.as_str())
-                && !allowed.contains(&import.as_str())
-            {
-                wrong.push(format!(
-                    "{}: {module} must not import {import}",
-                    inside.display()
-                ));
+        let allowed = WINGS.iter().find(|(name, _)| name == wing);
+        let allowed = allowed.is_some_and(|(_, allowed)| allowed.contains(&other.as_str()));
+        if wing != other && !allowed {
+            wrong.push(format!(
+                "{} must not import {}",
+                from.join("::"),
+                to.join("::")
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn no_two_modules_of_a_directory_depend_on_each_other() -> Outcome {
+    let read = Crate::read(&src())?;
+    let imports = read.imports();
+    let mut wrong = Vec::new();
+    for (directory, arrows) in between_siblings(&imports) {
+        let circle = in_circles(&arrows);
+        for (from, to) in &arrows {
+            if circle.contains(from.as_str()) && circle.contains(to.as_str()) {
+                wrong.push(format!("in {}: {from} -> {to}", directory.join("::")));
             }
         }
     }
@@ -206,9 +263,27 @@ fn every_module_imports_only_what_the_table_lets_it() -> Outcome {
 }
 
 #[test]
-fn imports_are_seen_however_they_are_written() {
-    let text = "use crate::digest::Digest;\nuse crate::{layer, scan};\nfn f() -> crate::job::Event {}\n// crate::no\n\
-                #[cfg(test)]\nmod tests { use crate::cli; }";
-    let expected = ["digest", "job", "layer", "scan"].map(str::to_owned);
-    assert_eq!(imports(text), BTreeSet::from(expected));
+fn paths_are_seen_however_they_are_written() {
+    let text = "use crate::digest::Digest;\nuse crate::{layer, scan::{self, Scan as S}};\n// crate::no\n\
+                fn f() -> super::job::Event {}\n#[cfg(test)]\nmod tests { use crate::cli; }";
+    let mut seen: Vec<_> = paths(text).iter().map(|path| path.join("::")).collect();
+    seen.sort();
+    let expected = [
+        "crate::digest::Digest",
+        "crate::layer",
+        "crate::scan",
+        "crate::scan::Scan",
+        "super::job::Event",
+    ];
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn circles_are_found_behind_chains() {
+    let arrows = [("a", "b"), ("b", "c"), ("c", "b"), ("c", "d")];
+    let arrows = arrows
+        .map(|(a, b)| (a.to_owned(), b.to_owned()))
+        .into_iter()
+        .collect();
+    assert_eq!(in_circles(&arrows), BTreeSet::from(["b", "c"]));
 }

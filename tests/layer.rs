@@ -17,9 +17,9 @@ use std::sync::atomic::AtomicBool;
 use disk::Disk;
 use support::Need;
 use upperdeck::layer::held::{self, Way};
+use upperdeck::layer::scan::{Caps, Clock, Exclusions, Options, Roots, Rules, Scan, tick};
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};
-use upperdeck::overlay::xattr::Namespace;
-use upperdeck::scan::{Caps, Clock, Exclusions, Options, Roots, Rules, Scan, tick};
+use upperdeck::node::overlay::xattr::Namespace;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -347,7 +347,7 @@ fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
             assert_eq!(other.digest, layer.digest);
         }
         assert_eq!(layer.diff_id, plain.diff_id);
-        assert_eq!(layer.digest, upperdeck::digest::Digest::of(&bytes));
+        assert_eq!(layer.digest, upperdeck::common::digest::Digest::of(&bytes));
         let mut back = Vec::new();
         match compression {
             // A reader of one member only: there must be no second.

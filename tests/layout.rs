@@ -9,10 +9,10 @@ use std::process::Command;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
-use upperdeck::destination::Target;
-use upperdeck::digest::Digest;
-use upperdeck::layout::{Archive, Directory, Error, Reader};
-use upperdeck::manifest::Platform;
+use upperdeck::common::digest::Digest;
+use upperdeck::image::manifest::Platform;
+use upperdeck::store::destination::Target;
+use upperdeck::store::layout::{Archive, Directory, Error, Reader};
 
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";

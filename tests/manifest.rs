@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, HashMap};
 use oci_spec::image::{Descriptor, MediaType};
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
-use upperdeck::digest::{DiffId, Digest};
-use upperdeck::manifest::{
+use upperdeck::common::digest::{DiffId, Digest};
+use upperdeck::image::manifest::{
     BaseManifest, CONFIG, DOCKER_LIST, DOCKER_MANIFEST, Error, Image, Input, Layer, MANIFEST,
     NewLayer, assemble, change,
 };
@@ -166,7 +166,8 @@ fn changes_are_checked_before_there_is_an_image() {
     }
     let config = json!({"config": {"Env": ["PORT=x"]}}).to_string();
     for (change, right) in [("EXPOSE $PORT", false), ("EXPOSE 80", true)] {
-        let checked = upperdeck::manifest::check_changes(config.as_bytes(), &[change.to_owned()]);
+        let checked =
+            upperdeck::image::manifest::check_changes(config.as_bytes(), &[change.to_owned()]);
         assert_eq!(checked.is_ok(), right, "{change}");
     }
 }

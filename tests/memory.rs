@@ -13,11 +13,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::resource::{UsageWho, getrusage};
-use upperdeck::digest::Digest;
+use upperdeck::common::digest::Digest;
 use upperdeck::layer::Plan;
-use upperdeck::overlay::xattr::Namespace;
-use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan, tick};
-use upperdeck::state::{Description, Shown, Store};
+use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan, tick};
+use upperdeck::node::overlay::xattr::Namespace;
+use upperdeck::save::kept::{Description, Shown, Store};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 

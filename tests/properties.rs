@@ -29,12 +29,12 @@ use rustix::mount::{
     fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_bind,
     mount_change, move_mount,
 };
+use upperdeck::image::verify::layers::Layers;
+use upperdeck::image::verify::tree::{Ignore, Tree, compare};
 use upperdeck::layer::Compression;
-use upperdeck::overlay::volume::{Volume, Way};
-use upperdeck::overlay::xattr::Namespace;
-use upperdeck::scan::Scan;
-use upperdeck::spec::layers::Layers;
-use upperdeck::spec::tree::{Ignore, Tree, compare};
+use upperdeck::layer::scan::Scan;
+use upperdeck::node::overlay::volume::{Volume, Way};
+use upperdeck::node::overlay::xattr::Namespace;
 
 /// Cases of each kind where the environment does not say otherwise.
 const CASES: u32 = 40;
@@ -521,7 +521,7 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
         drop(overlay);
         if settle {
             // So that scanning again may trust the stamps.
-            std::thread::sleep(4 * upperdeck::scan::tick());
+            std::thread::sleep(4 * upperdeck::layer::scan::tick());
         }
         let merged = Overlay::new(kind, Some((&upper, &work)), &lowers)?.tree()?;
         let fresh = match scan(&source, 2, None) {
@@ -620,7 +620,7 @@ impl Mounted {
         }
         mount_bind(&volume, &point)?;
         let table = fs::read("/proc/thread-self/mountinfo")?;
-        let mounts = upperdeck::overlay::mount::parse_mountinfo(&table)?;
+        let mounts = upperdeck::node::overlay::mount::parse_mountinfo(&table)?;
         let mount = mounts.iter().find(|mount| mount.mount_point == point);
         let id = mount.context("no mount")?.id;
         let volume = open_volume(&merged, at, id).context("another mount")?;
@@ -632,7 +632,7 @@ impl Mounted {
 fn open_volume(merged: &Path, at: &str, mount: u64) -> Option<Volume> {
     let table = || {
         let table = fs::read("/proc/thread-self/mountinfo")?;
-        upperdeck::overlay::mount::parse_mountinfo(&table).map_err(std::io::Error::other)
+        upperdeck::node::overlay::mount::parse_mountinfo(&table).map_err(std::io::Error::other)
     };
     let mounts = table().ok()?;
     let root = mounts.iter().find(|line| line.mount_point == merged)?;
@@ -682,7 +682,7 @@ fn volume_chain(
             return Ok(on_top);
         }
         if settle {
-            std::thread::sleep(4 * upperdeck::scan::tick());
+            std::thread::sleep(4 * upperdeck::layer::scan::tick());
         }
         let seen = Tree::from_directory(&container.merged, false)?;
         let mut scans = Vec::new();
@@ -798,7 +798,7 @@ fn listing(scan: &Scan) -> Vec<String> {
                 e.gid,
                 e.size,
                 e.ino,
-                if e.kind == upperdeck::scan::Kind::Dir {
+                if e.kind == upperdeck::layer::scan::Kind::Dir {
                     0
                 } else {
                     e.nlink

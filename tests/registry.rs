@@ -14,9 +14,9 @@ use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Handle, Runtime};
-use upperdeck::destination::{BlobWriter, Destination, Error, Target};
-use upperdeck::digest::Digest;
-use upperdeck::registry::{self, Access, Registries, Repository, Retry};
+use upperdeck::common::digest::Digest;
+use upperdeck::store::destination::{BlobWriter, Destination, Error, Target};
+use upperdeck::store::registry::{self, Access, Registries, Repository, Retry};
 
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
@@ -1952,7 +1952,7 @@ async fn layouts_are_read_by_the_other_tools() {
         let target: Target = theirs.parse().unwrap();
         let (reader, tag) = target.open_layout().unwrap().unwrap();
         let manifest = reader
-            .manifest(tag, &upperdeck::manifest::Platform::host())
+            .manifest(tag, &upperdeck::image::manifest::Platform::host())
             .unwrap();
         assert_eq!(manifest.digest, digest);
     }

@@ -23,9 +23,9 @@ use anyhow::{Context, Result, ensure};
 use harness::{Outcome, Stop, Test};
 use layer::{Source, make};
 use rustix::fs::{CWD, FileType, Mode, RenameFlags};
+use upperdeck::image::verify::archive::Archive;
 use upperdeck::layer::Compression;
-use upperdeck::overlay::xattr::Namespace;
-use upperdeck::spec::archive::Archive;
+use upperdeck::node::overlay::xattr::Namespace;
 
 /// What must never be in a layer.
 const CANARY: &str = "canary-of-the-host-0b5f3e9d";

@@ -18,9 +18,9 @@ use std::time::Duration;
 use disk::{Disk, Slow};
 use support::Need;
 use upperdeck::layer::block::Instability;
+use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan, tick};
 use upperdeck::layer::{self, Compression, Layer, Plan};
-use upperdeck::overlay::xattr::Namespace;
-use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan, tick};
+use upperdeck::node::overlay::xattr::Namespace;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 

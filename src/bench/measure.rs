@@ -11,9 +11,9 @@ use super::neighbour::Neighbour;
 use super::report::{ByThreads, Codec, Node, REPORT_VERSION, Report, Save, Stage, Subject};
 use super::stages::{self, Compressed, How, Made, Place, Sample, Setting, Source};
 use super::{Error, Options, Upload};
-use crate::cancel::Cancel;
-use crate::commit::Compression;
+use crate::common::cancel::Cancel;
 use crate::layer::Plan;
+use crate::save::Compression;
 
 /// Bytes of the tar that are kept in memory for the codecs, SHA-256 and the uploads.
 const SAMPLE: u64 = 48 << 20;

@@ -23,20 +23,20 @@ use tree::Tree;
 
 use measure::Bench;
 
-use crate::cancel::{Cancel, Cancelled};
-use crate::commit::{self, Rules};
-use crate::container::{self, Roots};
-use crate::destination::{self, Target};
-use crate::escape;
+use crate::common::cancel::{Cancel, Cancelled};
+use crate::common::escape;
 use crate::layer::Plan;
-use crate::registry::{Access, Reference, Registries};
+use crate::node::container::{self, Roots};
+use crate::save::{self, Rules};
+use crate::store::destination::{self, Target};
+use crate::store::registry::{Access, Reference, Registries};
 
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The container, the tree, the layer or the registry: as a save would fail.
     #[error(transparent)]
-    Save(#[from] commit::Error),
+    Save(#[from] save::Error),
     /// The generated tree, or the file that a save is written to.
     #[error("cannot write below {path}: {source}; name another directory with --scratch")]
     Scratch {
@@ -100,7 +100,7 @@ pub struct Options {
     pub settings: Vec<Setting>,
     /// Times later than this become it.
     pub timestamp: Option<i64>,
-    /// Tar bytes after which whole saves begin another layer, see [`commit::cut`].
+    /// Tar bytes after which whole saves begin another layer, see [`save::cut`].
     pub layer_size: Option<u64>,
 }
 
@@ -122,8 +122,8 @@ pub fn run(
         source,
         cancel,
         told,
-        cores: commit::cores(),
-        jobs: options.jobs.unwrap_or_else(commit::cores),
+        cores: save::cores(),
+        jobs: options.jobs.unwrap_or_else(save::cores),
         upload: upload.as_ref(),
     };
     told("reading the tree once");
@@ -155,7 +155,7 @@ fn subject(
 ) -> Result<Found, Error> {
     Ok(match &options.on {
         On::Container(name) => {
-            let container = container::find(roots, name).map_err(commit::Error::from)?;
+            let container = container::find(roots, name).map_err(save::Error::from)?;
             let id = container.id.clone();
             (
                 Source::Container(Box::new(container)),
@@ -198,7 +198,7 @@ struct Upload {
 impl Upload {
     /// Refused here and now where one may not push.
     fn open(to: &Reference, access: &Access) -> Result<Self, Error> {
-        let of_registry = |error| commit::Error::from(destination::Error::from(error));
+        let of_registry = |error| save::Error::from(destination::Error::from(error));
         let runtime = tokio::runtime::Runtime::new().map_err(Error::Runtime)?;
         let repository = Registries::new(access.clone())
             .push_to(to)
@@ -215,7 +215,7 @@ impl Upload {
 }
 
 /// `HOST/REPO` as `--registry` takes it: nothing is saved, so there is no tag.
-pub fn registry(text: &str) -> Result<Reference, commit::Error> {
+pub fn registry(text: &str) -> Result<Reference, save::Error> {
     match Target::for_saving(text)? {
         Target::Registry(reference) => Ok(reference),
         _ => Err(destination::TargetError::Transport(text.chars().take(200).collect()).into()),

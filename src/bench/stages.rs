@@ -14,18 +14,18 @@ use sha2::{Digest as _, Sha256};
 
 use super::Error;
 use super::clock::{self, Clock, Spent};
-use crate::cancel::Cancel;
-use crate::commit::{self, Rules};
-use crate::container::Container;
-use crate::destination;
+use crate::common::cancel::Cancel;
 use crate::layer::ahead::Ahead;
 use crate::layer::block::{self, Scratch};
 use crate::layer::codec::Codec;
+use crate::layer::scan::{self, Kind, Scan};
 use crate::layer::stream::BLOCK;
 use crate::layer::{self, Compression, Layer, Part, Plan};
-use crate::overlay::xattr::Namespace;
-use crate::registry::{Repository, Writer};
-use crate::scan::{self, Kind, Scan};
+use crate::node::container::Container;
+use crate::node::overlay::xattr::Namespace;
+use crate::save::{self, Rules};
+use crate::store::destination;
+use crate::store::registry::{Repository, Writer};
 
 /// A codec at a level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -67,7 +67,7 @@ impl Source {
                     },
                     volume: None,
                 };
-                let exclusions = rules.exclusions(&[]).map_err(commit::Error::from)?;
+                let exclusions = rules.exclusions(&[]).map_err(save::Error::from)?;
                 let options = scan::Options {
                     jobs,
                     uid_map: &[],
@@ -77,7 +77,7 @@ impl Source {
                     runtime_root_mode: None,
                     cancel: cancel.flag(),
                 };
-                Ok(Scan::new(&roots, &options).map_err(commit::Error::from)?)
+                Ok(Scan::new(&roots, &options).map_err(save::Error::from)?)
             }
         }
     }
@@ -90,7 +90,7 @@ fn side_by_side<S, T: Send>(
     count: u64,
     cancel: &Cancel,
     state: impl Fn() -> S + Sync,
-    work: impl Fn(&mut S, u64) -> Result<(), commit::Error> + Sync,
+    work: impl Fn(&mut S, u64) -> Result<(), save::Error> + Sync,
     done: impl Fn(S) -> T + Sync,
 ) -> Result<Vec<T>, Error> {
     let next = AtomicU64::new(0);
@@ -109,7 +109,7 @@ fn side_by_side<S, T: Send>(
         let workers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(one)).collect();
         workers
             .into_iter()
-            .map(|worker| worker.join().map_err(|_| commit::Error::Worker)?)
+            .map(|worker| worker.join().map_err(|_| save::Error::Worker)?)
             .collect()
     })
 }
@@ -124,7 +124,7 @@ fn fill(
     number: u64,
     tar: &mut Vec<u8>,
     scratch: &mut Scratch,
-) -> Result<(), commit::Error> {
+) -> Result<(), save::Error> {
     tar.clear();
     // A container goes on while it is measured: what changes under it does not matter here.
     let mut unstable = Vec::new();
@@ -254,7 +254,7 @@ pub fn make(plan: &Plan, setting: Setting, threads: usize, cancel: &Cancel) -> R
     ))
 }
 
-fn compressed_size(codec: &mut Codec, tar: &[u8]) -> Result<u64, commit::Error> {
+fn compressed_size(codec: &mut Codec, tar: &[u8]) -> Result<u64, save::Error> {
     let compressed = codec.compress(tar).map_err(layer::Error::from)?;
     Ok(compressed.map_or(tar.len(), |bytes| bytes.len()) as u64)
 }
@@ -338,7 +338,7 @@ impl Sample {
         let pieces = self.blocks.iter().map(|block| {
             cancel.check()?;
             let compressed = codec.compress(block).map_err(layer::Error::from);
-            let compressed = compressed.map_err(commit::Error::from)?;
+            let compressed = compressed.map_err(save::Error::from)?;
             Ok(compressed.map_or_else(|| Bytes::copy_from_slice(block), Bytes::from))
         });
         pieces.collect()
@@ -426,8 +426,8 @@ impl Delivery {
     }
 }
 
-fn of_registry(error: crate::registry::Error) -> Error {
-    commit::Error::from(destination::Error::from(error)).into()
+fn of_registry(error: crate::store::registry::Error) -> Error {
+    save::Error::from(destination::Error::from(error)).into()
 }
 
 /// Hands `bytes` bytes on, from `pieces` over and over: nothing is read, hashed or compressed.
@@ -469,7 +469,7 @@ pub struct How<'a> {
     pub jobs: usize,
     /// Times later than this become it.
     pub timestamp: Option<i64>,
-    /// Tar bytes after which another layer begins, see [`commit::cut`].
+    /// Tar bytes after which another layer begins, see [`save::cut`].
     pub layer_size: Option<u64>,
 }
 
@@ -486,7 +486,7 @@ pub struct Saved {
 pub fn save(source: &Source, how: How<'_>, place: &Place, cancel: &Cancel) -> Result<Saved, Error> {
     let clock = Clock::start();
     let scan = source.scan(how.rules, how.jobs, cancel)?;
-    let plans = commit::cut(Plan::new(Arc::new(scan), how.timestamp), how.layer_size);
+    let plans = save::cut(Plan::new(Arc::new(scan), how.timestamp), how.layer_size);
     let mut deliveries = plans
         .iter()
         .map(|_| place.begin())
@@ -525,8 +525,8 @@ fn of_layer(error: layer::Error) -> Error {
     match error {
         layer::Error::Sink(source) => match source.downcast::<Error>() {
             Ok(own) => *own,
-            Err(source) => commit::Error::from(layer::Error::Sink(source)).into(),
+            Err(source) => save::Error::from(layer::Error::Sink(source)).into(),
         },
-        other => commit::Error::from(other).into(),
+        other => save::Error::from(other).into(),
     }
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 
 use super::Error;
-use crate::cancel::Cancel;
+use crate::common::cancel::Cancel;
 
 /// Times of all files: part of what makes the tar the same everywhere.
 const WRITTEN: Duration = Duration::from_secs(1_700_000_000);

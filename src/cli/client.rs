@@ -12,8 +12,8 @@ use zeroize::Zeroizing;
 
 use super::exit::{Exit, Usage};
 use super::{args, secret};
-use crate::job::Code;
-use crate::manager::shape::{ErrorBody, Save};
+use crate::service::job::Code;
+use crate::service::manager::shape::{ErrorBody, Save};
 
 /// A reply is read up to this many bytes: a page of a list is far smaller.
 const MAX_REPLY: usize = 16 << 20;
@@ -135,7 +135,7 @@ impl Client {
             (None, None) => in_url,
         };
         let host = url.host_str().unwrap_or_default();
-        let http = crate::registry::http_client(host)
+        let http = crate::store::registry::http_client(host)
             .read_timeout(SILENCE)
             .build()
             .map_err(|error| Usage(format!("cannot speak HTTP: {error}")))?;

@@ -13,7 +13,7 @@ use toml::{Table, Value};
 
 use super::args::Cli;
 use super::exit::Usage;
-use crate::confine;
+use crate::node::confine;
 
 /// The verbs that a file can configure.
 const VERBS: [&str; 3] = ["manager", "agent", "up"];
@@ -97,7 +97,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
             descriptors: descriptors(&typed),
         });
     };
-    let section = match asked.try_get_one::<crate::doctor::Purpose>("purpose") {
+    let section = match asked.try_get_one::<crate::service::doctor::Purpose>("purpose") {
         Ok(Some(purpose)) if verb == DOCTOR => purpose.name(),
         _ => verb,
     };
@@ -180,7 +180,10 @@ fn cli(matches: &ArgMatches) -> Result<Cli, Error> {
 
 fn in_file(file: &Path, reason: &str) -> Error {
     let file = super::text::path(file);
-    Error::File(Usage(format!("{file}: {}", crate::escape::text(reason))))
+    Error::File(Usage(format!(
+        "{file}: {}",
+        crate::common::escape::text(reason)
+    )))
 }
 
 /// The file that was named, or the usual one where there is one.

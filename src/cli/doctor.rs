@@ -9,11 +9,11 @@ use super::exit::Usage;
 use super::service::{RECORD, with_password};
 use super::text::{self, Align};
 use super::{options, verbs};
-use crate::container::Roots;
-use crate::destination::Target;
-use crate::doctor::{self, Finding, Purpose, Report, Secret, State};
-use crate::manager::target::Template;
-use crate::registry;
+use crate::node::container::Roots;
+use crate::service::doctor::{self, Finding, Purpose, Report, Secret, State};
+use crate::service::manager::target::Template;
+use crate::store::destination::Target;
+use crate::store::registry;
 
 /// A repository of its own in a place that is only named as a prefix. It is never made: an upload in it is begun and
 /// cancelled.
@@ -222,7 +222,7 @@ fn table(report: &Report) -> String {
         .map(|finding| {
             let advice = finding.advice.as_deref().unwrap_or_default();
             let line = format!("  {}: {}: {advice}", word(finding.state), finding.check);
-            crate::escape::text(&line) + "\n"
+            crate::common::escape::text(&line) + "\n"
         })
         .collect();
     lines.dedup();

@@ -4,14 +4,14 @@ use std::io;
 use std::process::ExitCode;
 
 use super::client;
-use crate::agent;
 use crate::bench;
-use crate::cancel::Cancelled;
-use crate::commit;
+use crate::common::cancel::Cancelled;
 use crate::demo;
-use crate::images;
-use crate::queue;
-use crate::record;
+use crate::save;
+use crate::service::agent;
+use crate::service::queue;
+use crate::service::record;
+use crate::store::images;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -117,15 +117,15 @@ impl Failure {
         if cause.is::<Usage>() {
             return Some(Self::new(Exit::Usage, "usage"));
         }
-        if let Some(error) = cause.downcast_ref::<commit::Error>() {
+        if let Some(error) = cause.downcast_ref::<save::Error>() {
             let exit = match error.kind() {
-                commit::Kind::Final => Exit::Failed,
-                commit::Kind::Usage => Exit::Usage,
-                commit::Kind::ContainerGone => Exit::NoContainer,
-                commit::Kind::BaseUnproven => Exit::Base,
-                commit::Kind::Retryable => Exit::Retry,
-                commit::Kind::NotPermitted => Exit::NotPermitted,
-                commit::Kind::Cancelled => Exit::Cancelled,
+                save::Kind::Final => Exit::Failed,
+                save::Kind::Usage => Exit::Usage,
+                save::Kind::ContainerGone => Exit::NoContainer,
+                save::Kind::BaseUnproven => Exit::Base,
+                save::Kind::Retryable => Exit::Retry,
+                save::Kind::NotPermitted => Exit::NotPermitted,
+                save::Kind::Cancelled => Exit::Cancelled,
             };
             return Some(Self::new(exit, error.code()));
         }
@@ -202,7 +202,7 @@ mod tests {
     use anyhow::anyhow;
 
     use super::*;
-    use crate::manifest;
+    use crate::image::manifest;
 
     #[test]
     fn codes_are_those_of_the_design() {
@@ -224,18 +224,18 @@ mod tests {
             ),
             (anyhow::Error::new(Usage("x".into())), Exit::Usage, "usage"),
             (
-                anyhow::Error::new(commit::Error::from(manifest::Error::Time(1)))
+                anyhow::Error::new(save::Error::from(manifest::Error::Time(1)))
                     .context("assembling"),
                 Exit::Usage,
                 "usage",
             ),
             (
-                anyhow::Error::new(commit::Error::from(manifest::Error::ConfigType("x".into()))),
+                anyhow::Error::new(save::Error::from(manifest::Error::ConfigType("x".into()))),
                 Exit::Base,
                 "base_unproven",
             ),
             (
-                anyhow::Error::new(commit::Error::from(manifest::Error::TooManyLayers(128))),
+                anyhow::Error::new(save::Error::from(manifest::Error::TooManyLayers(128))),
                 Exit::Failed,
                 "internal",
             ),

@@ -7,12 +7,12 @@ use super::args::{Format, ImageLs, ImageRm};
 use super::exit::Usage;
 use super::text::{self, Align};
 use super::{job, options, signals, verbs, write_stdout};
-use crate::cancel::{Cancel, Cancelled};
-use crate::harbor::Room;
-use crate::images::{
+use crate::common::cancel::{Cancel, Cancelled};
+use crate::service::manager::shape;
+use crate::store::harbor::Room;
+use crate::store::images::{
     Error, ImageEntry, Images, Listed, Place, Query, Removed, RepositoryEntry, Which,
 };
-use crate::manager::shape;
 
 /// Digits of a digest in a table.
 const SHORT_DIGEST: usize = "sha256:".len() + 12;
@@ -326,7 +326,7 @@ fn rm_of_manager(args: &ImageRm) -> anyhow::Result<()> {
 fn removed_text(views: &[RemovedView]) -> String {
     let mut out = String::new();
     for RemovedView { image, removed } in views {
-        let image = crate::escape::text(image);
+        let image = crate::common::escape::text(image);
         if removed.image_deleted {
             let tags = match removed.tags.as_slice() {
                 [] => String::new(),

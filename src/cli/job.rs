@@ -13,9 +13,11 @@ use super::exit::Usage;
 use super::progress::{self, Mode};
 use super::text::{self, Align};
 use super::{signals, verbs, write_stdout};
-use crate::cancel::{Cancel, Cancelled};
-use crate::job::{Code, Event, Observer, SaveOptions, State};
-use crate::manager::shape::{ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Which};
+use crate::common::cancel::{Cancel, Cancelled};
+use crate::service::job::{Code, Event, Observer, SaveOptions, State};
+use crate::service::manager::shape::{
+    ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Which,
+};
 
 /// Digits of a container's ID in a table.
 const SHORT_ID: usize = 12;
@@ -180,7 +182,7 @@ async fn watch(client: &Client, id: &str, mode: Mode, verbose: bool) -> anyhow::
 /// What of a save has been told to the bar: each thing once.
 #[derive(Default)]
 struct Told {
-    phase: Option<crate::job::Phase>,
+    phase: Option<crate::service::job::Phase>,
     place: Option<u64>,
     attempt: u32,
     warnings: usize,
@@ -364,7 +366,10 @@ fn saves_table(found: &Saves, now: Timestamp) -> String {
     });
     let mut out = text::table(&header, &rows.collect::<Vec<_>>());
     if let Some(next) = &found.next {
-        out.push_str(&format!("more: --after {}\n", crate::escape::text(next)));
+        out.push_str(&format!(
+            "more: --after {}\n",
+            crate::common::escape::text(next)
+        ));
     }
     out
 }
@@ -432,7 +437,7 @@ fn status_text(save: &Save) -> String {
     }
     lines
         .iter()
-        .map(|(name, value)| format!("{name:<9} {}\n", crate::escape::text(value)))
+        .map(|(name, value)| format!("{name:<9} {}\n", crate::common::escape::text(value)))
         .collect()
 }
 

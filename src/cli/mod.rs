@@ -22,15 +22,15 @@ use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::confine::{self, Role};
-use crate::container::Roots;
+use crate::node::confine::{self, Role};
+use crate::node::container::Roots;
 use args::{Cli, Global, LogFormat, Verb};
 pub use exit::{Exit, Failure, Usage};
 
 /// Runs the program.
 pub fn main() -> ExitCode {
     // The freeze watchdog is this program under another name; it takes no flags.
-    if let Some(code) = crate::freeze::watchdog_entry() {
+    if let Some(code) = crate::node::freeze::watchdog_entry() {
         return code;
     }
     let parsed = match config::parse(std::env::args_os()) {
@@ -70,7 +70,7 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     let _ = writeln!(
         io::stderr(),
         "upperdeck: {}",
-        crate::escape::message(&crate::message::of(error.as_ref()))
+        crate::common::escape::message(&crate::common::message::of(error.as_ref()))
     );
     Failure::of(error).exit.into()
 }
@@ -83,10 +83,10 @@ fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
     if let Some(role) = role(&cli.verb) {
         confine::close_inherited(descriptors);
         if let Verb::Commit(commit) = &cli.verb
-            && commit.pause != crate::commit::Pause::None
+            && commit.pause != crate::save::Pause::None
         {
             // Once it has given up what it does not need it cannot start one any more. Where that fails the freeze says so.
-            watchdog = crate::freeze::stand_by().ok();
+            watchdog = crate::node::freeze::stand_by().ok();
         }
         // Before the first thread: what is given up is given up by those that are made later, too.
         confine::apply(role);

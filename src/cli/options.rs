@@ -10,21 +10,21 @@ use zeroize::Zeroizing;
 
 use super::args;
 use super::exit::Usage;
-use crate::background::Background;
 use crate::bench::{self, stages::Setting};
-use crate::cancel::Cancel;
-use crate::commit::{self, Compression, Gate, Rules};
-use crate::container::{ContainerdRoot, Roots, StorageRoot, VolumeRules};
-use crate::destination::Target;
-use crate::registry;
-use crate::registry::credentials::{Credentials, CredentialsError};
-use crate::scan::Caps;
+use crate::common::cancel::Cancel;
+use crate::layer::scan::Caps;
+use crate::node::background::Background;
+use crate::node::container::{ContainerdRoot, Roots, StorageRoot, VolumeRules};
+use crate::save::{self, Compression, Gate, Rules};
+use crate::store::destination::Target;
+use crate::store::registry;
+use crate::store::registry::credentials::{Credentials, CredentialsError};
 
 /// Everything for `commit`.
 #[derive(Clone, Debug)]
 pub struct Commit {
     /// What to save, and how.
-    pub options: commit::Options,
+    pub options: save::Options,
     /// How registries are reached.
     pub access: registry::Access,
 }
@@ -105,7 +105,7 @@ impl Commit {
         let creds = creds(&args.registry)?;
         let rules = rules(&args.content.choice);
         let target = Target::for_saving(&args.destination).ok();
-        let options = commit::Options {
+        let options = save::Options {
             container: args.container,
             destination: args.destination,
             author: args.author,
@@ -116,7 +116,7 @@ impl Commit {
             pause: args.pause,
             max_pause: args
                 .max_pause
-                .or((args.pause == commit::Pause::Live).then_some(commit::MAX_PAUSE)),
+                .or((args.pause == save::Pause::Live).then_some(save::MAX_PAUSE)),
             live_limit: args.live_limit,
             state_dir: args
                 .state

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::escape::text as escaped;
-use crate::job::{EVENT_VERSION, Event, Observer, Phase};
+use crate::common::escape::text as escaped;
+use crate::service::job::{EVENT_VERSION, Event, Observer, Phase};
 
 /// Between two JSON lines about bytes.
 const JSON_EVERY: Duration = Duration::from_millis(100);
@@ -365,7 +365,7 @@ impl Drop for Bar {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::digest::Digest;
+    use crate::common::digest::Digest;
 
     fn progress(bytes_done: u64) -> Event {
         Event::Progress {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use zeroize::Zeroizing;
 
-use crate::private;
+use crate::common::private;
 
 /// A secret is one line; what is larger, in bytes, is another file.
 const MOST: u64 = 64 << 10;

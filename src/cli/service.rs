@@ -10,17 +10,17 @@ use anyhow::Context;
 use super::args::{self, service};
 use super::exit::Usage;
 use super::{secret as secrets, signals, text};
-use crate::agent;
-use crate::cancel::Cancel;
-use crate::container::Roots;
-use crate::job::Keys;
-use crate::manager::auth::{self, Jwt, Proxies, Tokens};
-use crate::manager::target::{self, Template};
-use crate::manager::{self, Listen};
-use crate::private;
-use crate::queue::{self, Limits, Queue};
-use crate::record::Record;
-use crate::registry;
+use crate::common::cancel::Cancel;
+use crate::common::private;
+use crate::node::container::Roots;
+use crate::service::agent;
+use crate::service::job::Keys;
+use crate::service::manager::auth::{self, Jwt, Proxies, Tokens};
+use crate::service::manager::target::{self, Template};
+use crate::service::manager::{self, Listen};
+use crate::service::queue::{self, Limits, Queue};
+use crate::service::record::Record;
+use crate::store::registry;
 
 /// In the state directory of an `upperdeck up`: how it is reached, with its token. Only its owner can read it.
 pub(super) const UP_FILE: &str = "up.url";
@@ -392,7 +392,7 @@ pub(super) fn up(roots: Roots, mut args: args::Up) -> anyhow::Result<()> {
     } else {
         state
     };
-    private::own_dir(&state, crate::state::is_ours)
+    private::own_dir(&state, crate::save::kept::is_ours)
         .with_context(|| format!("cannot use {}", text::path(&state)))?;
     let (template, allowed) = match &args.registry {
         Some(registry) => {

@@ -5,7 +5,7 @@ use std::io;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit::Exit;
-use crate::cancel::Cancel;
+use crate::common::cancel::Cancel;
 
 /// The first signal cancels, the second ends the process at once (the freeze watchdog then thaws).
 pub(super) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::escape;
+use crate::common::escape;
 
 /// A path as text.
 pub(super) fn path(path: &Path) -> String {

@@ -13,17 +13,17 @@ use anyhow::Context;
 use super::args::{self, Format};
 use super::exit::{Failure, Usage};
 use super::{options, progress, signals, view, write_stdout};
-use crate::cancel::Cancel;
-use crate::commit;
-use crate::container::{self, Roots, VolumeRules};
-use crate::destination::Target;
-use crate::job::{Event, Observer};
+use crate::common::cancel::Cancel;
+use crate::common::private::FileMode;
+use crate::image::manifest::Platform;
+use crate::image::verify::validate::{self, Expected};
+use crate::layer::scan::{self, Kind, Scan};
 use crate::layer::{self, Plan};
-use crate::manifest::Platform;
-use crate::overlay::xattr::Namespace;
-use crate::private::FileMode;
-use crate::scan::{self, Kind, Scan};
-use crate::spec::validate::{self, Expected};
+use crate::node::container::{self, Roots, VolumeRules};
+use crate::node::overlay::xattr::Namespace;
+use crate::save;
+use crate::service::job::{Event, Observer};
+use crate::store::destination::Target;
 
 /// Prints a result: JSON for programs, else what `table` makes of it.
 pub(super) fn print<T: serde::Serialize + ?Sized>(
@@ -57,7 +57,7 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
     // Before the threads: they are where the one is that makes them.
     let host_root = roots.host_root.as_deref();
     let _background = options::background(args.background, &args.memory, host_root);
-    let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
+    let container = container::find(roots, &args.container).map_err(save::Error::from)?;
     let base = container::prove_base(roots, &container).map_err(|error| error.to_string());
     let usage = scan::usage(&container.overlay.upper).ok();
     let mut view = view::InspectView::new(
@@ -69,7 +69,7 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
     if let Ok(base) = &base {
         let rules = options::rules(&args.choice);
         let state_dir = args.state.state_dir.as_deref();
-        let question = commit::Question {
+        let question = save::Question {
             rules: &rules,
             volumes: &args.include_volume,
             volume_rules: &VolumeRules::default(),
@@ -77,11 +77,11 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
             state_dir: state_dir.filter(|dir| !dir.as_os_str().is_empty()),
             max_layers: args.state.max_layers.into(),
             full: args.state.full,
-            jobs: commit::cores(),
+            jobs: save::cores(),
         };
-        match commit::next_save(roots, &container, base, &question, &Cancel::default()) {
+        match save::next_save(roots, &container, base, &question, &Cancel::default()) {
             Ok(next) => view.saved_next(next, &args.include_volume),
-            Err(error) if error.kind() == commit::Kind::Usage => return Err(error.into()),
+            Err(error) if error.kind() == save::Kind::Usage => return Err(error.into()),
             // What the save would say; all else about the container is worth showing.
             Err(error) => view.next_save_error = Some(error.to_string()),
         }
@@ -91,14 +91,9 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
 
 /// A whiteout is D, what the base has C, anything else A.
 pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
-    let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
-    let scan = commit::Rules::default().scan(
-        &container,
-        &[],
-        None,
-        commit::cores(),
-        &Cancel::default(),
-    )?;
+    let container = container::find(roots, &args.container).map_err(save::Error::from)?;
+    let scan =
+        save::Rules::default().scan(&container, &[], None, save::cores(), &Cancel::default())?;
     let lines = scan.emitted().map(|index| {
         let entry = scan.entry(index);
         let change = match entry.kind {
@@ -135,7 +130,7 @@ pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow
             observer.event(Event::Failed {
                 exit: failure.exit.code(),
                 code: failure.code.to_owned(),
-                message: crate::message::of(error.as_ref()),
+                message: crate::common::message::of(error.as_ref()),
                 retryable: failure.retryable,
             });
             Err(error)
@@ -147,13 +142,13 @@ fn commit_with(
     roots: &Roots,
     args: args::Commit,
     observer: Arc<dyn Observer>,
-) -> anyhow::Result<commit::Saved> {
+) -> anyhow::Result<save::Saved> {
     let cancel = Cancel::default();
     // Before the threads: they are in the background if the one is that makes them.
     let options = options::Commit::new(args, roots.host_root.as_deref(), &cancel)?;
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
-    let saved = runtime.block_on(commit::commit(
+    let saved = runtime.block_on(save::commit(
         &options.options,
         roots.clone(),
         options.access,
@@ -169,10 +164,10 @@ fn commit_with(
 pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     let level = options::level(&args.content)?;
     let rules = options::rules(&args.content.choice);
-    let exclusions = rules.exclusions(&[]).map_err(commit::Error::from)?;
+    let exclusions = rules.exclusions(&[]).map_err(save::Error::from)?;
     let cancel = Cancel::default();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
-    let jobs = args.content.jobs.map_or_else(commit::cores, usize::from);
+    let jobs = args.content.jobs.map_or_else(save::cores, usize::from);
     // Without links on the way, which are not followed. What is not there is said by name when it is opened.
     let resolved = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
     let roots = scan::Roots {
@@ -197,7 +192,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         runtime_root_mode: None,
         cancel: cancel.flag(),
     };
-    let scan = Scan::new(&roots, &scan).map_err(commit::Error::from)?;
+    let scan = Scan::new(&roots, &scan).map_err(save::Error::from)?;
     let plan = Plan::new(Arc::new(scan), args.content.choice.timestamp);
     let options = layer::Options {
         compression: args.content.compression,
@@ -231,7 +226,7 @@ fn write_layer(
     let cannot_write = || format!("cannot write {}", shown());
     let make = |file: &mut File| {
         let sink = |bytes: bytes::Bytes| file.write_all(&bytes);
-        let made = layer::stream::write(plan, options, sink, &|_| {}).map_err(commit::Error::from);
+        let made = layer::stream::write(plan, options, sink, &|_| {}).map_err(save::Error::from);
         made.with_context(|| format!("cannot make {}", shown()))
     };
     if std::fs::metadata(output).is_ok_and(|there| !there.is_file()) {
@@ -264,7 +259,7 @@ pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {
         Ok(target @ (Target::Layout { .. } | Target::Archive { .. })) => {
             let opened = target
                 .open_layout()
-                .map_err(|e| commit::Error::Destination(e.into()))?;
+                .map_err(|e| save::Error::Destination(e.into()))?;
             let (reader, tag) = opened
                 .context("a registry's image cannot be validated: copy it to a layout first")?;
             let manifest = reader.manifest(tag, &Platform::host())?;

@@ -8,10 +8,10 @@ use super::text::{self, Align};
 use crate::bench::advice::word;
 use crate::bench::limit::Bound;
 use crate::bench::report::Report;
-use crate::commit::{NextKind, NextSave};
-use crate::container::{Base, Container, IdMapping, Pod, Runtime};
-use crate::digest::{ChainId, DiffId, Digest};
-use crate::escape::{limited, text as escaped};
+use crate::common::digest::{ChainId, DiffId, Digest};
+use crate::common::escape::{limited, text as escaped};
+use crate::node::container::{Base, Container, IdMapping, Pod, Runtime};
+use crate::save::{NextKind, NextSave};
 
 /// Digits of an ID in a table, as `docker ps` has them.
 const SHORT_ID: usize = 12;
@@ -195,7 +195,7 @@ impl InspectView {
             Ok(base) => (Some(BaseView::new(base)), None),
             Err(error) => (None, Some(error)),
         };
-        let mount = |mount: &crate::container::MountPoint| MountView {
+        let mount = |mount: &crate::node::container::MountPoint| MountView {
             destination: text::path(&mount.destination),
             kind: mount.kind.clone(),
             source: limited(&mount.source, MAX_SOURCE),
@@ -351,7 +351,7 @@ fn last(first: u32, count: u32) -> u64 {
 
 impl BaseView {
     fn new(base: &Base) -> Self {
-        let layer = |layer: &crate::container::BaseLayer| LayerView {
+        let layer = |layer: &crate::node::container::BaseLayer| LayerView {
             diff_id: layer.diff_id,
             chain_id: layer.chain_id,
             digest: layer
@@ -575,9 +575,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::container::{BaseLayer, MountPoint, RawManifest};
-    use crate::overlay::mount::OverlayMount;
-    use crate::overlay::xattr::Namespace;
+    use crate::node::container::{BaseLayer, MountPoint, RawManifest};
+    use crate::node::overlay::mount::OverlayMount;
+    use crate::node::overlay::xattr::Namespace;
 
     fn container() -> Container {
         Container {
@@ -593,7 +593,7 @@ mod tests {
             }),
             pid: 42,
             pid_start: 7,
-            root: crate::container::RootMount::default(),
+            root: crate::node::container::RootMount::default(),
             overlay: OverlayMount {
                 upper: OsStr::from_bytes(b"/u\xff").into(),
                 lowers: vec!["/l".into()],
@@ -625,7 +625,7 @@ mod tests {
             mounts_cut: false,
             image_name: Some("registry.example/nb:1".into()),
             runtime_root_mode: None,
-            spec: crate::container::Spec::default(),
+            spec: crate::node::container::Spec::default(),
         }
     }
 

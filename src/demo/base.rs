@@ -12,10 +12,10 @@ use flate2::write::GzEncoder;
 use serde_json::json;
 
 use super::Error;
-use crate::digest::Digest;
-use crate::layout::Directory;
-use crate::manifest::platform::Platform;
-use crate::manifest::{CONFIG, MANIFEST};
+use crate::common::digest::Digest;
+use crate::image::manifest::platform::Platform;
+use crate::image::manifest::{CONFIG, MANIFEST};
+use crate::store::layout::Directory;
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 

@@ -18,18 +18,18 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
-use crate::cancel::{Cancel, Cancelled};
-use crate::commit::{self, Compression, Pause, Rules, Saved};
-use crate::container;
-use crate::digest::Digest;
-use crate::job::{Event, Observer};
-use crate::layout::{self, Reader};
-use crate::manifest::platform::Platform;
-use crate::registry::Access;
-use crate::scan::{Caps, Sample};
-use crate::spec::directory::DirectoryError;
-use crate::spec::layers::Layers;
-use crate::spec::tree::{Difference, Ignore, Tree, compare};
+use crate::common::cancel::{Cancel, Cancelled};
+use crate::common::digest::Digest;
+use crate::image::manifest::platform::Platform;
+use crate::image::verify::directory::DirectoryError;
+use crate::image::verify::layers::Layers;
+use crate::image::verify::tree::{Difference, Ignore, Tree, compare};
+use crate::layer::scan::{Caps, Sample};
+use crate::node::container;
+use crate::save::{self, Compression, Pause, Rules, Saved};
+use crate::service::job::{Event, Observer};
+use crate::store::layout::{self, Reader};
+use crate::store::registry::Access;
 
 pub use inside::entry;
 
@@ -54,7 +54,7 @@ pub enum Error {
     Container(String),
     /// The save failed.
     #[error(transparent)]
-    Commit(#[from] commit::Error),
+    Commit(#[from] save::Error),
     /// The image cannot be written or read.
     #[error(transparent)]
     Layout(#[from] layout::Error),
@@ -85,7 +85,7 @@ impl Error {
         move |source| Self::Io { doing, source }
     }
 
-    /// The program's exit code for it where no [`commit::Error`] inside says it.
+    /// The program's exit code for it where no [`save::Error`] inside says it.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NoContainer(_) => 77,
@@ -499,7 +499,7 @@ fn save(
     base: String,
     cancel: &Cancel,
 ) -> Result<(Saved, Vec<String>), Error> {
-    let options = commit::Options {
+    let options = save::Options {
         container: format!("pid:{}", stage.container.pid),
         destination,
         author: None,
@@ -512,7 +512,7 @@ fn save(
         } else {
             Pause::None
         },
-        max_pause: Some(commit::MAX_PAUSE),
+        max_pause: Some(save::MAX_PAUSE),
         live_limit: 32 << 20,
         state_dir: Some(stage.dir.path().join("state")),
         max_layers: 16,
@@ -542,7 +542,7 @@ fn save(
     let runtime = tokio::runtime::Runtime::new().map_err(Error::io("starting the I/O threads"))?;
     let observer: Arc<dyn Observer> = Arc::<Warnings>::clone(&warnings);
     let roots = container::Roots::default();
-    let saved = runtime.block_on(commit::commit(
+    let saved = runtime.block_on(save::commit(
         &options,
         roots,
         Access::default(),

@@ -7,8 +7,8 @@ use rustix::fs::{SeekFrom, Stat};
 
 use super::ahead::Ahead;
 use super::plan::Item;
-use crate::escape;
-use crate::scan::Entry;
+use crate::common::escape;
+use crate::layer::scan::Entry;
 
 /// How a file turned out when its content was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]

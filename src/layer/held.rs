@@ -23,9 +23,9 @@ use rustix::fs::SeekFrom;
 
 use super::block::{self, Instability, ReadError, Unstable};
 use super::plan::{Item, Plan};
-use crate::escape;
-use crate::overlay::flush::flush;
-use crate::scan::{Entry, Scan};
+use crate::common::escape;
+use crate::layer::scan::{Entry, Scan};
+use crate::node::overlay::flush::flush;
 
 /// Files up to this size are read where they fit: a clone costs as much as reading so many bytes.
 const SMALL: u64 = 128 << 10;

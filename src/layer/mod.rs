@@ -10,6 +10,7 @@ pub mod block;
 pub mod codec;
 pub mod held;
 pub mod plan;
+pub mod scan;
 mod settle;
 pub mod stream;
 pub mod tar;

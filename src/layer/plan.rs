@@ -9,8 +9,8 @@ use std::sync::Arc;
 use super::held::{Content, Held};
 use super::settle::{Settling, Writers};
 use super::tar::{END, Header, RECORD};
-use crate::overlay::lower::join;
-use crate::scan::{Entry, Kind, Scan};
+use crate::layer::scan::{Entry, Kind, Scan};
+use crate::node::overlay::lower::join;
 
 /// No link target: the entry stands for itself.
 const ITSELF: u32 = u32::MAX;

@@ -29,8 +29,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::SeekFrom;
 
-use crate::overlay::root::Root;
-use crate::scan::{Clock, Entry};
+use crate::layer::scan::{Clock, Entry};
+use crate::node::overlay::root::Root;
 
 /// What was stamped longer ago is not asked about: one call writes two gigabytes at most.
 const LONG_AGO: Duration = Duration::from_secs(60 * 60);

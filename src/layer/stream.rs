@@ -17,7 +17,7 @@ use super::ahead::Ahead;
 use super::block::{self, ReadError, Scratch, Unstable};
 use super::codec::{Codec, CodecError, Compression};
 use super::plan::Plan;
-use crate::digest::{DiffId, Digest};
+use crate::common::digest::{DiffId, Digest};
 
 /// Tar bytes of a block. Part of the format that `--jobs` must not change: the same plan gives the same bytes.
 pub const BLOCK: u64 = 1 << 20;

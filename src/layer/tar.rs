@@ -1,6 +1,6 @@
 //! Tar headers: ustar where an entry fits, PAX records (POSIX.1-2001) only where it does not.
 
-use crate::scan::Xattr;
+use crate::layer::scan::Xattr;
 
 /// Size of a tar record in bytes.
 pub const RECORD: u64 = 512;

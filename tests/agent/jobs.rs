@@ -7,9 +7,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use upperdeck::agent::OwnerRule;
-use upperdeck::job::{Category, Code, Event, Kind, Order, Outcome, Phase, Said};
-use upperdeck::queue::{Clock, Limits, Local, Queue, Settings, Withdrawn};
+use upperdeck::service::agent::OwnerRule;
+use upperdeck::service::job::{Category, Code, Event, Kind, Order, Outcome, Phase, Said};
+use upperdeck::service::queue::{Clock, Limits, Local, Queue, Settings, Withdrawn};
 
 use crate::node::{Node, Service, alive, local, wait};
 
@@ -457,7 +457,7 @@ async fn heartbeats_tell_what_runs_there() -> Result<()> {
     let mut session = None;
     while session
         .as_ref()
-        .is_none_or(|s: &upperdeck::job::Session| s.upper_bytes.is_none())
+        .is_none_or(|s: &upperdeck::service::job::Session| s.upper_bytes.is_none())
     {
         tokio::time::sleep(Duration::from_millis(50)).await;
         session = service

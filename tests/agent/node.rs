@@ -16,15 +16,15 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
-use upperdeck::agent::{self, Options, OwnerRule};
-use upperdeck::cancel::Cancel;
-use upperdeck::container::{ContainerdRoot, Roots};
-use upperdeck::digest::Digest;
-use upperdeck::job::{
+use upperdeck::common::cancel::Cancel;
+use upperdeck::common::digest::Digest;
+use upperdeck::node::container::{ContainerdRoot, Roots};
+use upperdeck::service::agent::{self, Options, OwnerRule};
+use upperdeck::service::job::{
     Answer, Before, JobId, Order, Outcome, Report, Said, SaveOptions, Word, now_ms,
 };
-use upperdeck::layout::Directory;
-use upperdeck::queue::{Limits, Local, Queue};
+use upperdeck::service::queue::{Limits, Local, Queue};
+use upperdeck::store::layout::Directory;
 
 use crate::support::{Need, ignored};
 

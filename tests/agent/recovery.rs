@@ -6,9 +6,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use upperdeck::container::process_start;
-use upperdeck::freeze::{self, Left};
-use upperdeck::job::{JobId, Outcome};
+use upperdeck::node::container::process_start;
+use upperdeck::node::freeze::{self, Left};
+use upperdeck::service::job::{JobId, Outcome};
 
 use crate::node::{Node, Service, UPPERDECK, alive, local, wait};
 

@@ -6,8 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use upperdeck::job::{Keys, Order, Outcome, Said};
-use upperdeck::queue::{Limits, Offered, Place, Queue, Redis};
+use upperdeck::service::job::{Keys, Order, Outcome, Said};
+use upperdeck::service::queue::{Limits, Offered, Place, Queue, Redis};
 
 use crate::node::{NODE, Node, Service, UPPERDECK, wait};
 use crate::support::{Need, ignored};

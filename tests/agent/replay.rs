@@ -7,14 +7,14 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use redis::{Value, cmd};
 use tokio::task::JoinHandle;
-use upperdeck::agent;
-use upperdeck::cancel::Cancel;
-use upperdeck::job::{
+use upperdeck::common::cancel::Cancel;
+use upperdeck::service::agent;
+use upperdeck::service::job::{
     Before, Category, Code, JobId, Kind, Order, Outcome, Said, SaveOptions, State, Word, now_ms,
 };
-use upperdeck::manager::{self, Listen};
-use upperdeck::queue::{Queue, Withdrawn};
-use upperdeck::record::{Most, Record, Save, Submitted};
+use upperdeck::service::manager::{self, Listen};
+use upperdeck::service::queue::{Queue, Withdrawn};
+use upperdeck::service::record::{Most, Record, Save, Submitted};
 
 use crate::node::{NODE, Node, Service, UPPERDECK, local, wait};
 use crate::redis::Server;
@@ -371,7 +371,7 @@ async fn without_a_managers_word_there_is_no_tag_and_nothing_is_lost() -> Result
     service.queue.offer(&order).await?;
     wait("all is delivered", || {
         let ready = Said::Event {
-            event: upperdeck::job::Event::Ready,
+            event: upperdeck::service::job::Event::Ready,
         };
         let said = service.said(order.job);
         said.iter().any(|r| r.said == ready).then_some(())

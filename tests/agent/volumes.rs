@@ -8,8 +8,8 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use upperdeck::container::Pattern;
-use upperdeck::job::{Code, Order, Outcome, Said};
+use upperdeck::node::container::Pattern;
+use upperdeck::service::job::{Code, Order, Outcome, Said};
 
 use crate::node::{Node, Service, UPPERDECK, local, wait};
 use crate::support::ignore;
@@ -380,8 +380,8 @@ async fn a_child_that_cannot_die_gives_its_slot_back() -> Result<()> {
 #[test]
 fn rights_of_a_user_namespace_end_with_its_ids() -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
-    use upperdeck::overlay::identity::{Beyond, Identity, enter};
-    use upperdeck::overlay::owner::IdMapping;
+    use upperdeck::node::overlay::identity::{Beyond, Identity, enter};
+    use upperdeck::node::overlay::owner::IdMapping;
 
     if crate::support::ignored(&[crate::support::Need::Root]) {
         return Ok(());

@@ -12,8 +12,8 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
 use upperdeck::layer::held;
-use upperdeck::overlay::xattr::Namespace;
-use upperdeck::scan::{self, Caps, Exclusions, Rules, Scan};
+use upperdeck::layer::scan::{self, Caps, Exclusions, Rules, Scan};
+use upperdeck::node::overlay::xattr::Namespace;
 
 use crate::host::docker::Running;
 use crate::host::image::{Base, Format, base};

@@ -23,11 +23,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
-use upperdeck::destination::{Destination, Error, Target};
-use upperdeck::digest::Digest;
-use upperdeck::harbor::{self, Harbor};
-use upperdeck::images::{self, Images, Place, Query, Sort, Which};
-use upperdeck::registry::{self, Access, Registries, Retry};
+use upperdeck::common::digest::Digest;
+use upperdeck::store::destination::{Destination, Error, Target};
+use upperdeck::store::harbor::{self, Harbor};
+use upperdeck::store::images::{self, Images, Place, Query, Sort, Which};
+use upperdeck::store::registry::{self, Access, Registries, Retry};
 
 use description::Description;
 use image::{Image, MANIFEST_TYPE};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 
 use serde_json::Value;
-use upperdeck::digest::Digest;
+use upperdeck::common::digest::Digest;
 
 use crate::description::{Description, shared};
 use crate::http::{Request, Response};

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
-use upperdeck::digest::Digest;
+use upperdeck::common::digest::Digest;
 
 use crate::http::{Request, Response, Server, unescape};
 

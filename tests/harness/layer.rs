@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};
-use upperdeck::overlay::owner::IdMapping;
-use upperdeck::overlay::volume::Volume;
-use upperdeck::overlay::xattr::Namespace;
-use upperdeck::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
+use upperdeck::node::overlay::owner::IdMapping;
+use upperdeck::node::overlay::volume::Volume;
+use upperdeck::node::overlay::xattr::Namespace;
 
 /// What a layer is made from.
 pub struct Source {

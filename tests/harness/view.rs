@@ -8,8 +8,8 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen,
 };
-use upperdeck::overlay::xattr::Namespace;
-use upperdeck::spec::tree::Tree;
+use upperdeck::image::verify::tree::Tree;
+use upperdeck::node::overlay::xattr::Namespace;
 
 /// A read-only overlay that is attached nowhere: it is gone with this value, whatever the test does.
 pub struct View(OwnedFd);

@@ -3,7 +3,7 @@
 use base64::Engine as _;
 use reqwest::Method;
 use serde_json::{Value, json};
-use upperdeck::manager::auth::{Jwt, Keys, Proxies, Tokens};
+use upperdeck::service::manager::auth::{Jwt, Keys, Proxies, Tokens};
 
 use crate::site::{Outcomes, Site, Who, ask, get, http, id, request, session, submit, until};
 
@@ -57,8 +57,8 @@ async fn every_caller_may_do_what_the_table_says() -> Outcomes {
     let done = submit(at, Who::Alice, &id(2), "v2").await?;
     let claim = agent.claim().await?;
     agent.begin(&claim).await?;
-    let outcome = upperdeck::job::Outcome::Failed {
-        code: upperdeck::job::Code::Policy,
+    let outcome = upperdeck::service::job::Outcome::Failed {
+        code: upperdeck::service::job::Code::Policy,
         message: "no".into(),
         retryable: false,
     };
@@ -211,7 +211,7 @@ async fn users_come_with_tokens_of_the_identity_provider_and_with_no_others() ->
     });
     let manager = site.manager_with(options).await?;
     let at = manager.address;
-    let now = upperdeck::job::now_ms() / 1000;
+    let now = upperdeck::service::job::now_ms() / 1000;
     let claims = |user: &str| json!({"iss": "https://id.example", "aud": "upperdeck", "exp": now + 600, "preferred_username": user});
     let with = |mut claims: Value, name: &str, value: Value| {
         claims[name] = value;
@@ -330,13 +330,13 @@ async fn requests_have_bounds() -> Outcomes {
     let site = Site::new()?;
     let mut options = site.options()?;
     options.body_bytes = 1000;
-    options.rate = Some(upperdeck::manager::Rate {
+    options.rate = Some(upperdeck::service::manager::Rate {
         per_second: 0.001,
         burst: 20.0,
     });
     options.tokens = options.tokens.with(
         "dave",
-        upperdeck::manager::auth::Role::User,
+        upperdeck::service::manager::auth::Role::User,
         Some("dave"),
         "token-dave",
     )?;
@@ -387,7 +387,7 @@ async fn a_socket_file_serves_and_is_replaced() -> Outcomes {
     drop(std::os::unix::net::UnixListener::bind(&path)?);
     let mut options = site.options()?;
     options.tokens = Tokens::default();
-    options.listen = upperdeck::manager::Listen::Unix(path.clone());
+    options.listen = upperdeck::service::manager::Listen::Unix(path.clone());
     options.proxies = Some(Proxies::new("X-User", &["unix".to_owned()], vec![])?);
     let manager = site.manager_with(options).await?;
     let mut stream = tokio::net::UnixStream::connect(&path).await?;

@@ -49,7 +49,7 @@ async fn figure(at: SocketAddr, line: &str) -> Fallible<u64> {
 #[tokio::test(flavor = "multi_thread")]
 async fn half_requests_and_streams_of_one_user_stop_nobody_else() -> Outcomes {
     // Both ends are in this process.
-    let files = upperdeck::manager::raise_open_files()?;
+    let files = upperdeck::service::manager::raise_open_files()?;
     if files < 4 * FLOOD as u64 {
         return Err(format!("only {files} open files: cannot be tried").into());
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use upperdeck::job::{Phase, Said};
+use upperdeck::service::job::{Phase, Said};
 
 use crate::site::{
     Agent, Events, Outcomes, Site, Who, get, id, phase, progress, session, submit, succeeded, until,
@@ -85,7 +85,7 @@ async fn who_drops_and_returns_misses_nothing_though_the_manager_was_started_aga
         // Meanwhile things happen one by one, and every other time the manager is another one.
         for (seq, said) in said {
             let before = get(manager.address, Who::Alice, &path).await?["version"].clone();
-            let is_progress = matches!(&said, Said::Event { event } if matches!(event, upperdeck::job::Event::Progress { .. }));
+            let is_progress = matches!(&said, Said::Event { event } if matches!(event, upperdeck::service::job::Event::Progress { .. }));
             agent.say(&claim, seq, said).await?;
             agent.renew(&claim).await?;
             if !is_progress {

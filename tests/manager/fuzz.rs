@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use upperdeck::manager::auth::Role;
+use upperdeck::service::manager::auth::Role;
 
 use crate::site::{Agent, Outcomes, Site, Who, id, session, submit};
 use crate::support;

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use upperdeck::job::{Code, Outcome, Said};
-use upperdeck::queue::Hold;
+use upperdeck::service::job::{Code, Outcome, Said};
+use upperdeck::service::queue::Hold;
 
 use crate::site::{
     Agent, Outcomes, PATIENCE, Site, Who, ask, empty_queue, get, id, request, session, submit,

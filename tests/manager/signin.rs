@@ -3,7 +3,7 @@
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
-use upperdeck::manager::auth::{Jwt, Keys, Proxies, Tokens};
+use upperdeck::service::manager::auth::{Jwt, Keys, Proxies, Tokens};
 
 use crate::access::Provider;
 use crate::site::{Outcomes, Site, Who, http, id, session, submit};
@@ -341,7 +341,7 @@ async fn two_managers_know_a_sign_in_and_each_ends_it() -> Outcomes {
     one.stop().await?;
     options.tokens = Tokens::default().with(
         "alice",
-        upperdeck::manager::auth::Role::User,
+        upperdeck::service::manager::auth::Role::User,
         Some("alice"),
         "another",
     )?;
@@ -433,7 +433,7 @@ async fn a_key_that_is_fetched_holds_up_nobody_else() -> Outcomes {
     options.doors.requests_per_user = 1000;
     let manager = site.manager_with(options).await?;
     let me = format!("http://{}/api/v1/me", manager.address);
-    let now = upperdeck::job::now_ms() / 1000;
+    let now = upperdeck::service::job::now_ms() / 1000;
     let claims =
         json!({"iss": "https://id.example", "aud": "upperdeck", "exp": now + 600, "sub": "alice"});
     let good = provider.token("k1", &claims)?;

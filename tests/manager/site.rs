@@ -11,14 +11,14 @@ use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
-use upperdeck::cancel::Cancel;
-use upperdeck::job::{
+use upperdeck::common::cancel::Cancel;
+use upperdeck::service::job::{
     Category, Event, JobId, Kind, Load, Node, Outcome, Phase, Report, Said, Saved, Session,
 };
-use upperdeck::manager::auth::{Role, Tokens};
-use upperdeck::manager::{Listen, Options, Server};
-use upperdeck::queue::{Claim, Hold, Limits, Local, Queue, Settings};
-use upperdeck::record::Record;
+use upperdeck::service::manager::auth::{Role, Tokens};
+use upperdeck::service::manager::{Listen, Options, Server};
+use upperdeck::service::queue::{Claim, Hold, Limits, Local, Queue, Settings};
+use upperdeck::service::record::Record;
 
 pub type Outcomes = Result<(), Box<dyn std::error::Error>>;
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
@@ -41,7 +41,7 @@ pub enum Who {
 pub struct Manager {
     pub address: SocketAddr,
     cancel: Cancel,
-    task: JoinHandle<Result<(), upperdeck::manager::Error>>,
+    task: JoinHandle<Result<(), upperdeck::service::manager::Error>>,
 }
 
 impl Manager {
@@ -147,7 +147,7 @@ impl Site {
 }
 
 pub fn http() -> Fallible<reqwest::Client> {
-    Ok(upperdeck::registry::http_client("127.0.0.1").build()?)
+    Ok(upperdeck::store::registry::http_client("127.0.0.1").build()?)
 }
 
 /// A request of somebody.
@@ -267,7 +267,7 @@ impl Agent {
             version: "0".into(),
             started_ms: 0,
             // Its clock is an hour behind.
-            at_ms: upperdeck::job::now_ms() - 3_600_000,
+            at_ms: upperdeck::service::job::now_ms() - 3_600_000,
             draining: false,
             running: Vec::new(),
             load: Load::default(),
@@ -342,7 +342,7 @@ fn report(claim: &Claim, seq: u64, said: Said) -> Report {
         attempt: claim.order.attempt,
         fence: claim.fence,
         seq,
-        at_ms: upperdeck::job::now_ms(),
+        at_ms: upperdeck::service::job::now_ms(),
         said,
     }
 }

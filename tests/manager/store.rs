@@ -3,9 +3,9 @@
 use bytes::Bytes;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use upperdeck::digest::Digest;
-use upperdeck::job::{JobId, Outcome, Saved};
-use upperdeck::layout::Directory;
+use upperdeck::common::digest::Digest;
+use upperdeck::service::job::{JobId, Outcome, Saved};
+use upperdeck::store::layout::Directory;
 
 use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, submit, succeeded, until};
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use upperdeck::cancel::Cancel;
-use upperdeck::manager::{Server, raise_open_files};
-use upperdeck::record::Record;
+use upperdeck::common::cancel::Cancel;
+use upperdeck::service::manager::{Server, raise_open_files};
+use upperdeck::service::record::Record;
 
 use crate::site::{Agent, Outcomes, Site, Who, id, progress, session, submit};
 

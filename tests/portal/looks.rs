@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use serde_json::json;
-use upperdeck::job::{Code, State};
+use upperdeck::service::job::{Code, State};
 
 use crate::browser::{Browser, Look, Outcome};
 use crate::standin::{Standin, World};

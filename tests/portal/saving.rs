@@ -2,7 +2,7 @@
 
 use axum::http::StatusCode;
 use serde_json::{Value, json};
-use upperdeck::job::{Code, State};
+use upperdeck::service::job::{Code, State};
 
 use crate::begin;
 use crate::browser::{Browser, Look, Outcome};

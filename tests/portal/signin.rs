@@ -4,11 +4,11 @@ use std::net::SocketAddr;
 
 use serde_json::json;
 use tokio::runtime::Runtime;
-use upperdeck::cancel::Cancel;
-use upperdeck::manager::auth::{Proxies, Role, Tokens};
-use upperdeck::manager::{Listen, Options, Server};
-use upperdeck::queue::{Limits, Local, Queue};
-use upperdeck::record::Record;
+use upperdeck::common::cancel::Cancel;
+use upperdeck::service::manager::auth::{Proxies, Role, Tokens};
+use upperdeck::service::manager::{Listen, Options, Server};
+use upperdeck::service::queue::{Limits, Local, Queue};
+use upperdeck::service::record::Record;
 
 use crate::browser::{Browser, Look, Outcome, missing};
 
@@ -74,7 +74,7 @@ impl Manager {
             .collect();
         assert!(!cookies.is_empty(), "no cookie: {found}");
         let status = self.runtime.block_on(async {
-            let answer = upperdeck::registry::http_client("127.0.0.1")
+            let answer = upperdeck::store::registry::http_client("127.0.0.1")
                 .build()?
                 .get(self.url("api/v1/me"))
                 .header("Cookie", cookies.join("; "))

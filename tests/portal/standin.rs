@@ -20,9 +20,11 @@ use axum::{Json, Router};
 use jiff::{SignedDuration, Timestamp};
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::ReceiverStream;
-use upperdeck::job::{Category, Code, JobId, Kind, Load, NextSave, Phase, Saved, State, Unsaved};
-use upperdeck::manager::auth::Via;
-use upperdeck::manager::shape::{
+use upperdeck::service::job::{
+    Category, Code, JobId, Kind, Load, NextSave, Phase, Saved, State, Unsaved,
+};
+use upperdeck::service::manager::auth::Via;
+use upperdeck::service::manager::shape::{
     ErrorBody, ErrorDetail, ImageTag, ImageView, Images, Me, NodeView, Nodes, Progress, Quota,
     Save, SaveError, SaveRequest, Saves, SessionView, Sessions, Warning, Which,
 };
@@ -312,9 +314,9 @@ impl World {
         let session = self.sessions[session].id.clone();
         let request = SaveRequest {
             session: Which::Id(session),
-            image: upperdeck::manager::shape::ImageName::default(),
+            image: upperdeck::service::manager::shape::ImageName::default(),
             message: None,
-            options: upperdeck::job::SaveOptions::default(),
+            options: upperdeck::service::job::SaveOptions::default(),
         };
         let Ok(save) = self.begin(&request) else {
             panic!("it is being saved")
@@ -767,7 +769,7 @@ fn routes(world: Shared) -> Router {
         .route("/quota", get(quota))
         .route("/nodes", get(nodes))
         .route("/dead", get(dead));
-    upperdeck::portal::router()
+    upperdeck::service::portal::router()
         .nest("/api/v1", api)
         .with_state(world)
 }

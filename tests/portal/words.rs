@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use upperdeck::job::{Category, Code, Kind, State};
+use upperdeck::service::job::{Category, Code, Kind, State};
 
 use crate::begin;
 use crate::browser::{Look, Outcome};
@@ -13,7 +13,7 @@ use crate::standin::World;
 fn source(name: &str) -> std::io::Result<String> {
     std::fs::read_to_string(
         Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("src/portal")
+            .join("src/service/portal")
             .join(name),
     )
 }
@@ -220,7 +220,7 @@ fn hostile_names_are_text_and_nothing_runs() -> Outcome {
                 session.owner = Some(world.me.user.clone());
                 session.image = Some(name.clone());
                 session.namespace = Some(name.clone());
-                session.unsaved = vec![upperdeck::job::Unsaved {
+                session.unsaved = vec![upperdeck::service::job::Unsaved {
                     path: format!("/{name}"),
                     kind: name.clone(),
                     data: true,
@@ -256,7 +256,7 @@ fn hostile_names_are_text_and_nothing_runs() -> Outcome {
                     .ok_or("no error")?
                     .message
                     .clone_from(&name);
-                save.warnings = vec![upperdeck::manager::shape::Warning {
+                save.warnings = vec![upperdeck::service::manager::shape::Warning {
                     code: name.clone(),
                     message: name.clone(),
                 }];

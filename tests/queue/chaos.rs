@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
-use upperdeck::job::{Code, JobId, Order, Outcome as Ending, Report, Said};
-use upperdeck::queue::{Claim, Error, Hold, Limits, Local, Queue, Settings, Withdrawn};
+use upperdeck::service::job::{Code, JobId, Order, Outcome as Ending, Report, Said};
+use upperdeck::service::queue::{Claim, Error, Hold, Limits, Local, Queue, Settings, Withdrawn};
 
 use crate::record::{Record, Where};
 use crate::server::Server;

@@ -8,10 +8,10 @@ use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use redis::aio::MultiplexedConnection;
 use redis::{Value, cmd};
-use upperdeck::job::{
+use upperdeck::service::job::{
     Answer, Before, JobId, Keys, Message, Order, Question, Report, Said, Sealed, Word,
 };
-use upperdeck::queue::{Claim, Error, Hold, Offered, Queue, Redis};
+use upperdeck::service::queue::{Claim, Error, Hold, Offered, Queue, Redis};
 
 use crate::server::{KEY, Server};
 use crate::support::note;
@@ -125,7 +125,8 @@ async fn a_fence_that_cannot_be_is_not_given_out() -> Outcome {
             .query_async(&mut redis)
             .await?;
         for claim in world.queue.claim("n1", "a", 1, NOW).await? {
-            let ahead = (claim.fence / 1000).saturating_sub(upperdeck::job::now_ms() as u64);
+            let ahead =
+                (claim.fence / 1000).saturating_sub(upperdeck::service::job::now_ms() as u64);
             assert!(ahead < 86_400_000, "{bad}: {}", claim.fence);
             world.finish(&claim).await?;
         }

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use redis::{Value, cmd};
-use upperdeck::job::{JobId, Said};
-use upperdeck::queue::{Error, Hold, Limits, Offered, Queue};
+use upperdeck::service::job::{JobId, Said};
+use upperdeck::service::queue::{Error, Hold, Limits, Offered, Queue};
 
 use crate::server::Server;
 use crate::world::{

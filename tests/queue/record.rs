@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use upperdeck::job::{JobId, Order, Outcome as Ending, Report, Said};
+use upperdeck::service::job::{JobId, Order, Outcome as Ending, Report, Said};
 
 /// Where a job is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use upperdeck::job::{JobId, Order, Outcome as Ending, Said, Unsaved, now_ms};
-use upperdeck::queue::{Depth, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Withdrawn};
+use upperdeck::service::job::{JobId, Order, Outcome as Ending, Said, Unsaved, now_ms};
+use upperdeck::service::queue::{Depth, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Withdrawn};
 
 use crate::world::{
     FREE, LONG, NOW, Outcome, World, ended, node, order, report, session, succeeded,
@@ -682,7 +682,7 @@ async fn nodes_and_sessions_are_those_last_heard_of(world: World) -> Outcome {
     assert_eq!(queue.sessions().await?.len(), 3);
 
     world.pass(HEARTBEAT_LOST / 2);
-    let one = upperdeck::job::Node {
+    let one = upperdeck::service::job::Node {
         draining: true,
         at_ms: one.at_ms - 3_600_000,
         ..one

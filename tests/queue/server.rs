@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use upperdeck::job::Keys;
-use upperdeck::queue::{Limits, Queue, Redis, Settings};
+use upperdeck::service::job::Keys;
+use upperdeck::service::queue::{Limits, Queue, Redis, Settings};
 
 use crate::support::{Need, ignored};
 use crate::world::{World, settings};

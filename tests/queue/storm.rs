@@ -10,8 +10,8 @@ use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use redis::{Value, cmd};
 use tokio::task::JoinHandle;
-use upperdeck::job::{JobId, Outcome as Ending, Said};
-use upperdeck::queue::{Claim, Error, Hold, Limits, Queue, Settings};
+use upperdeck::service::job::{JobId, Outcome as Ending, Said};
+use upperdeck::service::queue::{Claim, Error, Hold, Limits, Queue, Settings};
 
 use crate::record::{Record, Where};
 use crate::server::Server;

@@ -4,8 +4,8 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 
-use upperdeck::job::Keys;
-use upperdeck::queue::{Error, Queue, Redis};
+use upperdeck::service::job::Keys;
+use upperdeck::service::queue::{Error, Queue, Redis};
 
 use crate::server::{KEY, Server};
 use crate::support::{Need, ignored};

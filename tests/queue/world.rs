@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use upperdeck::job::{
+use upperdeck::service::job::{
     Category, JobId, Kind, Load, Node, Order, Outcome as Ending, Report, Said, SaveOptions, Saved,
     Session, now_ms,
 };
-use upperdeck::queue::{Claim, Clock, Hold, Limits, Local, Queue, Settings};
+use upperdeck::service::queue::{Claim, Clock, Hold, Limits, Local, Queue, Settings};
 
 pub type Outcome = Result<(), Box<dyn std::error::Error>>;
 

@@ -10,10 +10,10 @@ use std::collections::BTreeSet;
 use std::future::Future;
 use std::time::Duration;
 
-use upperdeck::job::{
+use upperdeck::service::job::{
     Category, Code, Event, JobId, Kind, Outcome, Phase, Report, Said, SaveOptions, Saved, State,
 };
-use upperdeck::record::{
+use upperdeck::service::record::{
     Errand, Error, Filter, Most, Policy, Progress, Record, Request, Save, SignIn, Submitted,
 };
 
@@ -42,7 +42,7 @@ fn on_both<F: Future<Output = Outcomes>>(test: impl Fn(String) -> F) -> Outcomes
 }
 
 fn save(user: &str, session: &str, tag: &str) -> Save {
-    let now = upperdeck::job::now_ms();
+    let now = upperdeck::service::job::now_ms();
     Save {
         id: JobId::new(),
         session: session.to_owned(),
@@ -250,7 +250,7 @@ fn a_sign_in_is_known_to_all_managers_until_it_ends() -> Outcomes {
             administrator: n == 1,
             expires_ms: ends,
         };
-        let now = upperdeck::job::now_ms();
+        let now = upperdeck::service::job::now_ms();
         let (first, other) = (made(1, "a", now + 9000), made(2, "b", now + 9000));
         one.sign_in(&first, now, 3).await?;
         one.sign_in(&other, now, 3).await?;

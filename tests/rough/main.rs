@@ -28,9 +28,9 @@ use rand::{RngExt as _, SeedableRng as _};
 use serde_json::json;
 use support::{Need, ignored};
 use tokio::runtime::Handle;
-use upperdeck::destination::{Destination, Error, Target};
-use upperdeck::digest::Digest;
-use upperdeck::registry::{Access, Registries, Retry};
+use upperdeck::common::digest::Digest;
+use upperdeck::store::destination::{Destination, Error, Target};
+use upperdeck::store::registry::{Access, Registries, Retry};
 
 use http::{Response, Server};
 use proxy::{Fault, Proxy};

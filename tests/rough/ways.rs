@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use upperdeck::digest::Digest;
-use upperdeck::registry::{Access, Retry};
+use upperdeck::common::digest::Digest;
+use upperdeck::store::registry::{Access, Retry};
 
 use crate::http::{Request, Response, Server};
 use crate::proxy::{Fault, Proxy};
@@ -307,7 +307,7 @@ async fn other_bytes_than_before_never_become_a_blob() -> Outcome {
         for piece in rest.chunks(65536) {
             writer.write(piece.to_vec().into())?;
         }
-        Ok::<_, upperdeck::destination::Error>(writer)
+        Ok::<_, upperdeck::store::destination::Error>(writer)
     })
     .await??;
     let digest = Digest::of(&now);

@@ -14,7 +14,7 @@ use clap::{Args, ValueEnum, ValueHint};
 use super::shared::{CONTENT, Content, Format, REGISTRY, Registry};
 use super::value::size;
 use crate::bench::stages::Setting;
-use crate::commit::Compression;
+use crate::save::Compression;
 
 pub(super) const BENCH_HELP: &str = "\
 Examples:

@@ -15,9 +15,9 @@ use super::super::progress::Mode;
 use super::exit_codes;
 use super::shared::{CONTENT, Content, METADATA, Memory, REGISTRY, REPORT, Registry, State};
 use super::value::{duration, key_value, size};
-use crate::commit::Pause;
-use crate::container::Pattern;
-use crate::private::FileMode;
+use crate::common::private::FileMode;
+use crate::node::container::Pattern;
+use crate::save::Pause;
 
 /// Whose rights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -7,7 +7,7 @@ use clap::{Args, ValueHint};
 use super::service::{Push, Queue, Serve, Settings, Work};
 use super::shared::{Format, REPORT};
 use super::value::duration;
-use crate::doctor::Purpose;
+use crate::service::doctor::Purpose;
 
 pub(super) const DOCTOR_HELP: &str = "\
 Examples:

@@ -9,7 +9,7 @@
 use clap::{Args, Subcommand};
 
 use super::shared::{Format, Registry, Server};
-use crate::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
+use crate::store::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
 
 pub(super) const IMAGE_HELP: &str = "\
 Examples:

@@ -11,8 +11,8 @@ use clap::{Args, Subcommand};
 use super::super::progress::Mode;
 use super::shared::{CONTENT, Format, METADATA, REPORT, Server};
 use super::value::key_value;
-use crate::commit::Compression;
-use crate::job;
+use crate::save::Compression;
+use crate::service::job;
 
 pub(super) const JOB_HELP: &str = "\
 Examples:

@@ -44,7 +44,7 @@ use layer::{LAYER_HELP, VALIDATE_HELP};
 use look::{DIFF_HELP, INSPECT_HELP, PS_HELP};
 
 use super::exit::Exit;
-use crate::confine::{self, Role};
+use crate::node::confine::{self, Role};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())

@@ -13,7 +13,7 @@ use clap::{Args, ValueHint};
 
 use super::shared::{LIMITS, REGISTRY};
 use super::value::{duration, key_value, size};
-use crate::container::Pattern;
+use crate::node::container::Pattern;
 
 const QUEUE: &str = "Queue";
 const SERVE: &str = "API and portal";

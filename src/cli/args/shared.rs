@@ -13,8 +13,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum, ValueHint};
 
 use super::value::{any_path, duration, size};
-use crate::background::Bound;
-use crate::commit::Compression;
+use crate::node::background::Bound;
+use crate::save::Compression;
 
 pub(super) const CONTENT: &str = "What goes into the layer";
 pub(super) const METADATA: &str = "What the image says";

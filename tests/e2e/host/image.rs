@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
-use upperdeck::digest::Digest;
+use upperdeck::common::digest::Digest;
 
 use super::{command, run};
 

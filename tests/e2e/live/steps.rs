@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use upperdeck::scan::Clock;
+use upperdeck::layer::scan::Clock;
 
 use super::Session;
 use super::watched::Watched;

@@ -1,0 +1,891 @@
+//! Manifest and config of the saved image, assembled on the base's own JSON so that nothing the base says gets lost.
+//!
+//! Pure: bytes in, bytes out. Nothing from the running environment enters. The result is always of the OCI family,
+//! whatever the base is of: mixed families are refused by consumers (skopeo: "unsupported docker v2s2 media type").
+//!
+//! Source: image-spec `manifest.md`, `config.md`, `descriptor.md`, `image-index.md`, `annotations.md`; Docker's "Image
+//! Manifest Version 2, Schema 2" for the names of the media types.
+
+pub mod change;
+mod expand;
+pub mod platform;
+pub mod raw;
+
+use oci_spec::image::Descriptor;
+use serde_json::{Map, Value, json};
+
+use crate::common::digest::{DiffId, Digest};
+
+pub use platform::Platform;
+
+/// Media type of every manifest made here.
+pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// Media type of every config made here.
+pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+/// Media type of an OCI index.
+pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+/// Docker's manifest, taken as a base.
+pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+/// Docker's manifest list, an index in Docker's words.
+pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+/// Docker's image config.
+const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+
+/// More layers than this engines do not bear (moby#20298).
+pub const MAX_LAYERS: usize = 127;
+/// Registries refuse a manifest above this many bytes (413).
+pub const MAX_MANIFEST_BYTES: usize = 4 << 20;
+
+const BASE_NAME: &str = "org.opencontainers.image.base.name";
+const BASE_DIGEST: &str = "org.opencontainers.image.base.digest";
+const ANNOTATION_CREATED: &str = "org.opencontainers.image.created";
+
+/// What Docker writes beside the image-spec's fields about the container that an image was committed from, or for its
+/// own first image format: false for the new image, and refreshed or left out by `docker commit` and buildah too.
+const STALE: [&str; 7] = [
+    "id",
+    "parent",
+    "comment",
+    "container",
+    "container_config",
+    "docker_version",
+    "throwaway",
+];
+/// The same within `config`: names of the container that the base was made in.
+const STALE_CONFIG: [&str; 4] = ["Hostname", "Domainname", "Image", "MacAddress"];
+
+/// Docker's layer types and their OCI counterparts. Layers that say not to be distributed (Docker's foreign ones, and
+/// OCI's own, which image-spec 1.1 deprecates) become ordinary ones: their blobs are at the destination like all others.
+const LAYER_TYPES: [(&str, &str); 9] = [
+    (
+        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+        "application/vnd.oci.image.layer.v1.tar",
+    ),
+    (
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+        "application/vnd.oci.image.layer.v1.tar+gzip",
+    ),
+    (
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+        "application/vnd.oci.image.layer.v1.tar+zstd",
+    ),
+    (
+        "application/vnd.docker.image.rootfs.diff.tar",
+        "application/vnd.oci.image.layer.v1.tar",
+    ),
+    (
+        "application/vnd.docker.image.rootfs.diff.tar.gzip",
+        "application/vnd.oci.image.layer.v1.tar+gzip",
+    ),
+    (
+        "application/vnd.docker.image.rootfs.diff.tar.zstd",
+        "application/vnd.oci.image.layer.v1.tar+zstd",
+    ),
+    (
+        "application/vnd.docker.image.rootfs.foreign.diff.tar",
+        "application/vnd.oci.image.layer.v1.tar",
+    ),
+    (
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+        "application/vnd.oci.image.layer.v1.tar+gzip",
+    ),
+    (
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd",
+        "application/vnd.oci.image.layer.v1.tar+zstd",
+    ),
+];
+
+/// A layer as the new manifest lists it.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// The blob: media type (Docker's are translated), digest and size in bytes of what is compressed.
+    pub descriptor: Descriptor,
+    /// Digest of the tar in it.
+    pub diff_id: DiffId,
+}
+
+/// A layer that this save made.
+#[derive(Clone, Debug)]
+pub struct NewLayer {
+    /// The layer.
+    pub layer: Layer,
+    /// `created_by` of its history entry; none: that of the save.
+    pub created_by: Option<String>,
+}
+
+/// The manifest of the base, as stored.
+#[derive(Clone, Copy, Debug)]
+pub struct BaseManifest<'a> {
+    /// The bytes.
+    pub bytes: &'a [u8],
+    /// The media type that it was stored under; empty: what it says itself.
+    pub media_type: &'a str,
+    /// Its digest, for the annotation.
+    pub digest: Digest,
+}
+
+/// Everything that goes into an image.
+#[derive(Clone, Debug)]
+pub struct Input<'a> {
+    /// None where the runtime keeps no manifest (Docker).
+    pub base_manifest: Option<BaseManifest<'a>>,
+    /// The base's config, byte for byte.
+    pub base_config: &'a [u8],
+    /// Reference under which the base was pulled.
+    pub base_name: Option<&'a str>,
+    /// The base's layers, bottom first, as they are (or will be) at the destination: as many as the base has; one that
+    /// was made again has another digest and diff ID. Where the digest is the base manifest's, the descriptor is taken
+    /// from there with all its fields.
+    pub base_layers: Vec<Layer>,
+    /// Bottom first. Empty when nothing changed: the result is then the base with new metadata.
+    pub layers: Vec<NewLayer>,
+    /// `--change` texts.
+    pub changes: &'a [String],
+    /// `--label`, applied after the changes; the last of two wins.
+    pub labels: &'a [(String, String)],
+    /// `--annotation`, on the manifest; the last of two wins.
+    pub annotations: &'a [(String, String)],
+    /// For the history and the config; none: the config keeps the base's.
+    pub author: Option<&'a str>,
+    /// Comment of the (topmost) history entry.
+    pub message: Option<&'a str>,
+    /// Seconds since the epoch.
+    pub created: i64,
+    /// `created_by` of the history entries.
+    pub created_by: &'a str,
+}
+
+/// Bytes to deliver, with their name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blob {
+    /// [`MANIFEST`] or [`CONFIG`].
+    pub media_type: &'static str,
+    /// Over `bytes`.
+    pub digest: Digest,
+    /// JSON.
+    pub bytes: Vec<u8>,
+}
+
+impl Blob {
+    fn new(media_type: &'static str, bytes: Vec<u8>) -> Self {
+        Self {
+            media_type,
+            digest: Digest::of(&bytes),
+            bytes,
+        }
+    }
+}
+
+/// The assembled image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The manifest.
+    pub manifest: Blob,
+    /// The config that it names.
+    pub config: Blob,
+    /// The layers that it names, bottom first, with OCI media types.
+    pub layers: Vec<Descriptor>,
+    /// What had to be repaired.
+    pub warnings: Vec<Warning>,
+}
+
+/// Something about the base that had to be repaired.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Warning {
+    /// Stable, in snake case.
+    pub code: &'static str,
+    /// A sentence.
+    pub message: String,
+}
+
+/// Why there is no image.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not JSON at all.
+    #[error("{what} is not JSON: {source}")]
+    Json {
+        /// Which input.
+        what: &'static str,
+        /// Where it breaks.
+        source: serde_json::Error,
+    },
+    /// JSON, but not what it should be.
+    #[error("{what}: {field} should be {expected}, found {found}")]
+    Shape {
+        /// Which input.
+        what: &'static str,
+        /// Path of the field.
+        field: String,
+        /// What the specification says.
+        expected: &'static str,
+        /// Kind of what is there.
+        found: String,
+    },
+    /// A kind of document that no image can be built on.
+    #[error(
+        "the base manifest is {found:?}; an image manifest (OCI, or Docker schema 2) is needed{hint}"
+    )]
+    ManifestType {
+        /// Its media type.
+        found: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The base manifest's config is no image config.
+    #[error("the base's config is {0:?}: this is no container image, but some other artifact")]
+    ConfigType(String),
+    /// Docker has the type, OCI has no counterpart.
+    #[error("layer {index} of the base is {media_type:?}, which has no OCI counterpart")]
+    LayerType {
+        /// Bottom is 0.
+        index: usize,
+        /// As found.
+        media_type: String,
+    },
+    /// The config and the layers that were handed over contradict each other.
+    #[error(
+        "the base config lists {config} layers, {given} were found: this is not the config of this base"
+    )]
+    LayerCount {
+        /// `rootfs.diff_ids`.
+        config: usize,
+        /// `Input::base_layers`.
+        given: usize,
+    },
+    /// Over [`MAX_LAYERS`].
+    #[error(
+        "the image would have {0} layers, container engines bear {MAX_LAYERS}; rebuild the base with fewer (its own \
+         Dockerfile, or a squash) and start from that"
+    )]
+    TooManyLayers(usize),
+    /// Over [`MAX_MANIFEST_BYTES`].
+    #[error(
+        "the manifest would have {0} bytes, registries take {MAX_MANIFEST_BYTES}; give fewer or shorter annotations"
+    )]
+    ManifestSize(usize),
+    /// A `--change`.
+    #[error(transparent)]
+    Change(#[from] change::Error),
+    /// A `--label` or `--annotation`.
+    #[error("{flag} {key:?}: {reason}")]
+    Pair {
+        /// `--label` or `--annotation`.
+        flag: &'static str,
+        /// Its key.
+        key: String,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A time that RFC 3339 cannot write.
+    #[error(
+        "{0} seconds since the epoch is no time that an image can carry: the years are 0 to 9999"
+    )]
+    Time(i64),
+}
+
+impl Error {
+    /// The request itself is wrong (`--change`, `--label`, `--annotation`, `--timestamp`): exit 2.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Change(_) | Self::Pair { .. } | Self::Time(_))
+    }
+
+    /// The base cannot be used: exit 69.
+    pub fn is_base(&self) -> bool {
+        !self.is_usage() && !matches!(self, Self::TooManyLayers(_) | Self::ManifestSize(_))
+    }
+}
+
+/// Builds config and manifest. The same input gives the same bytes.
+pub fn assemble(input: &Input<'_>) -> Result<Image, Error> {
+    let total = input.base_layers.len() + input.layers.len();
+    if total > MAX_LAYERS {
+        return Err(Error::TooManyLayers(total));
+    }
+    check_pairs("--label", input.labels)?;
+    check_pairs("--annotation", input.annotations)?;
+    let mut warnings = Vec::new();
+    let created = rfc3339(input.created)?;
+    let config = Blob::new(CONFIG, config(input, &created, &mut warnings)?);
+    let (manifest, layers) = manifest(input, &created, &config)?;
+    if manifest.len() > MAX_MANIFEST_BYTES {
+        return Err(Error::ManifestSize(manifest.len()));
+    }
+    Ok(Image {
+        manifest: Blob::new(MANIFEST, manifest),
+        config,
+        layers,
+        warnings,
+    })
+}
+
+/// What of a request can be wrong without any container or base: its `--change`, `--label`, `--annotation` and
+/// `--timestamp` (seconds since the epoch). A change that uses variables of the image is checked as far as it can be.
+pub fn check(
+    changes: &[String],
+    labels: &[(String, String)],
+    annotations: &[(String, String)],
+    created: Option<i64>,
+) -> Result<(), Error> {
+    check_pairs("--label", labels)?;
+    check_pairs("--annotation", annotations)?;
+    rfc3339(created.unwrap_or(0))?;
+    Ok(change::check(changes)?)
+}
+
+/// Whether `changes` can be applied to a base with this config.
+pub fn check_changes(base_config: &[u8], changes: &[String]) -> Result<(), Error> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let mut root = parse_object(BASE_CONFIG, base_config)?;
+    let mut inner = match root.get_mut("config").map(Value::take) {
+        None | Some(Value::Null) => Map::new(),
+        Some(Value::Object(map)) => map,
+        Some(other) => return Err(shape(BASE_CONFIG, "config", "an object", &other)),
+    };
+    change_config(&mut inner, changes)
+}
+
+/// The OCI name of a layer's media type: Docker's are translated, all others are what they were.
+/// None for a type of Docker's that OCI has no counterpart of.
+pub fn oci_layer_type(media_type: &str) -> Option<&str> {
+    match LAYER_TYPES.iter().find(|(docker, _)| *docker == media_type) {
+        Some((_, oci)) => Some(oci),
+        None if media_type.starts_with("application/vnd.docker.") => None,
+        None => Some(media_type),
+    }
+}
+
+fn check_pairs(flag: &'static str, pairs: &[(String, String)]) -> Result<(), Error> {
+    for (key, value) in pairs {
+        let reason = if key.is_empty() {
+            "the key is empty, expected KEY=VALUE"
+        } else if key.contains('\0') || value.contains('\0') {
+            "a NUL byte cannot be part of it"
+        } else {
+            continue;
+        };
+        return Err(Error::Pair {
+            flag,
+            key: key.clone(),
+            reason,
+        });
+    }
+    Ok(())
+}
+
+fn rfc3339(seconds: i64) -> Result<String, Error> {
+    let time = jiff::Timestamp::from_second(seconds).map_err(|_| Error::Time(seconds))?;
+    let text = time.to_string();
+    // Years before 0 and after 9999 have a sign in front.
+    if text.starts_with(|c: char| c.is_ascii_digit()) {
+        Ok(text)
+    } else {
+        Err(Error::Time(seconds))
+    }
+}
+
+// ---- config
+
+const BASE_CONFIG: &str = "the base config";
+
+fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Result<Vec<u8>, Error> {
+    let mut root = parse_object(BASE_CONFIG, input.base_config)?;
+    for key in STALE {
+        root.shift_remove(key);
+    }
+    // Go reads null as absent, the JSON schema does not.
+    drop_nulls(&mut root);
+    for key in ["author", "created", "variant", "os.version"] {
+        expect(BASE_CONFIG, "", &root, key, Kind::Text)?;
+    }
+    expect(BASE_CONFIG, "", &root, "os.features", Kind::Texts)?;
+    let host = Platform::host();
+    for (key, assumed) in [
+        ("architecture", host.architecture.as_str()),
+        ("os", "linux"),
+    ] {
+        expect(BASE_CONFIG, "", &root, key, Kind::Text)?;
+        if root
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .is_empty()
+        {
+            warnings.push(Warning {
+                code: "base_platform_missing",
+                message: format!("the base config does not say its {key}; {assumed} was written"),
+            });
+            root.insert(key.to_owned(), json!(assumed));
+        }
+    }
+    root.insert("created".to_owned(), json!(created));
+    if let Some(author) = input.author {
+        root.insert("author".to_owned(), json!(author));
+    }
+
+    let mut inner = match root.get_mut("config").map(Value::take) {
+        None => Map::new(),
+        Some(Value::Object(map)) => map,
+        Some(other) => return Err(shape(BASE_CONFIG, "config", "an object", &other)),
+    };
+    run_config(&mut inner, input)?;
+    root.insert("config".to_owned(), Value::Object(inner));
+
+    let mut rootfs = match root.get_mut("rootfs").map(Value::take) {
+        Some(Value::Object(map)) => map,
+        other => {
+            return Err(shape(
+                BASE_CONFIG,
+                "rootfs",
+                "an object",
+                &other.unwrap_or_default(),
+            ));
+        }
+    };
+    match rootfs.get("diff_ids") {
+        // A base of no layers at all: Go writes an empty list as null.
+        None | Some(Value::Null) if input.base_layers.is_empty() => {}
+        Some(Value::Array(ids)) if ids.len() == input.base_layers.len() => {}
+        Some(Value::Array(ids)) => {
+            return Err(Error::LayerCount {
+                config: ids.len(),
+                given: input.base_layers.len(),
+            });
+        }
+        other => {
+            return Err(shape(
+                BASE_CONFIG,
+                "rootfs.diff_ids",
+                "a list",
+                other.unwrap_or(&Value::Null),
+            ));
+        }
+    }
+    let new = input.layers.iter().map(|new| &new.layer);
+    let diff_ids: Vec<DiffId> = input
+        .base_layers
+        .iter()
+        .chain(new)
+        .map(|layer| layer.diff_id)
+        .collect();
+    rootfs.insert("type".to_owned(), json!("layers"));
+    rootfs.insert("diff_ids".to_owned(), json!(diff_ids));
+    root.insert("rootfs".to_owned(), Value::Object(rootfs));
+
+    let mut history = match root.get_mut("history").map(Value::take) {
+        None => Vec::new(),
+        Some(Value::Array(entries)) => entries,
+        Some(other) => return Err(shape(BASE_CONFIG, "history", "a list", &other)),
+    };
+    repair_history(&mut history, input.base_layers.len(), warnings)?;
+    history.extend(new_history(input, created));
+    root.insert("history".to_owned(), Value::Array(history));
+    Ok(to_bytes(&root))
+}
+
+/// The inner `config`: what a container of the image starts with.
+fn change_config(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), Error> {
+    for key in STALE_CONFIG {
+        config.shift_remove(key);
+    }
+    drop_nulls(config);
+    for key in ["User", "WorkingDir", "StopSignal"] {
+        expect(BASE_CONFIG, "config.", config, key, Kind::Text)?;
+    }
+    for key in ["Env", "Entrypoint", "Cmd", "OnBuild", "Shell"] {
+        expect(BASE_CONFIG, "config.", config, key, Kind::Texts)?;
+    }
+    expect(BASE_CONFIG, "config.", config, "Labels", Kind::TextMap)?;
+    for key in ["ExposedPorts", "Volumes", "Healthcheck"] {
+        expect(BASE_CONFIG, "config.", config, key, Kind::Object)?;
+    }
+    change::apply(config, changes)?;
+    Ok(())
+}
+
+fn run_config(config: &mut Map<String, Value>, input: &Input<'_>) -> Result<(), Error> {
+    change_config(config, input.changes)?;
+    if !input.labels.is_empty() {
+        let mut labels = match config.get_mut("Labels").map(Value::take) {
+            Some(Value::Object(map)) => map,
+            _ => Map::new(),
+        };
+        labels.extend(
+            input
+                .labels
+                .iter()
+                .map(|(key, value)| (key.clone(), json!(value))),
+        );
+        config.insert("Labels".to_owned(), Value::Object(labels));
+    }
+    Ok(())
+}
+
+/// Makes as many entries stand for a layer as there are layers: consumers that pair them up break otherwise.
+fn repair_history(
+    history: &mut Vec<Value>,
+    layers: usize,
+    warnings: &mut Vec<Warning>,
+) -> Result<(), Error> {
+    let mut with_layer = 0;
+    for (i, entry) in history.iter_mut().enumerate() {
+        let Value::Object(entry) = entry else {
+            return Err(shape(
+                BASE_CONFIG,
+                format!("history[{i}]"),
+                "an object",
+                entry,
+            ));
+        };
+        drop_nulls(entry);
+        let at = format!("history[{i}].");
+        for key in ["created", "author", "created_by", "comment"] {
+            expect(BASE_CONFIG, &at, entry, key, Kind::Text)?;
+        }
+        expect(BASE_CONFIG, &at, entry, "empty_layer", Kind::Bool)?;
+        with_layer += usize::from(!is_empty_layer(entry));
+    }
+    if with_layer == layers {
+        return Ok(());
+    }
+    warnings.push(Warning {
+        code: "base_history_repaired",
+        message: format!("the base's history tells of {with_layer} layers, there are {layers}; it was made to match"),
+    });
+    if with_layer < layers {
+        let filler =
+            json!({ "comment": "a layer of the base image that its history does not mention" });
+        history.extend(std::iter::repeat_n(filler, layers - with_layer));
+    }
+    // Which of too many entries are the false ones nobody can know: the last ones are marked.
+    let mut surplus = with_layer.saturating_sub(layers);
+    for entry in history.iter_mut().rev().filter_map(Value::as_object_mut) {
+        if surplus == 0 {
+            break;
+        }
+        if !is_empty_layer(entry) {
+            entry.insert("empty_layer".to_owned(), json!(true));
+            surplus -= 1;
+        }
+    }
+    Ok(())
+}
+
+fn is_empty_layer(entry: &Map<String, Value>) -> bool {
+    entry.get("empty_layer") == Some(&Value::Bool(true))
+}
+
+/// One entry a layer; without any layer one that says so.
+fn new_history(input: &Input<'_>, created: &str) -> Vec<Value> {
+    let entry = |created_by: &str| {
+        let mut entry = Map::new();
+        entry.insert("created".to_owned(), json!(created));
+        entry.insert("created_by".to_owned(), json!(created_by));
+        if let Some(author) = input.author {
+            entry.insert("author".to_owned(), json!(author));
+        }
+        entry
+    };
+    let by = |new: &NewLayer| entry(new.created_by.as_deref().unwrap_or(input.created_by));
+    let mut entries: Vec<Map<String, Value>> = input.layers.iter().map(by).collect();
+    if entries.is_empty() {
+        let mut empty = entry(input.created_by);
+        empty.insert("empty_layer".to_owned(), json!(true));
+        entries.push(empty);
+    }
+    if let (Some(top), Some(message)) = (entries.last_mut(), input.message) {
+        top.insert("comment".to_owned(), json!(message));
+    }
+    entries.into_iter().map(Value::Object).collect()
+}
+
+// ---- manifest
+
+const BASE_MANIFEST: &str = "the base manifest";
+
+fn manifest(
+    input: &Input<'_>,
+    created: &str,
+    config: &Blob,
+) -> Result<(Vec<u8>, Vec<Descriptor>), Error> {
+    let mut root = match &input.base_manifest {
+        None => Map::new(),
+        Some(base) => base_manifest(base)?,
+    };
+    let old_layers = match root.get_mut("layers").map(Value::take) {
+        Some(Value::Array(layers)) => layers,
+        _ => Vec::new(),
+    };
+    let mut out = Map::new();
+    out.insert("schemaVersion".to_owned(), json!(2));
+    out.insert("mediaType".to_owned(), json!(MANIFEST));
+    // Fields that are unknown here keep their order behind these two.
+    for (key, value) in root {
+        out.entry(key).or_insert(value);
+    }
+
+    let mut descriptor = match out.get_mut("config").map(Value::take) {
+        Some(Value::Object(map)) => map,
+        _ => Map::new(),
+    };
+    // What says where the base's config lies, or holds it, is false for the new one.
+    for key in ["data", "urls"] {
+        descriptor.shift_remove(key);
+    }
+    descriptor.insert("mediaType".to_owned(), json!(CONFIG));
+    descriptor.insert("digest".to_owned(), json!(config.digest));
+    descriptor.insert("size".to_owned(), json!(config.bytes.len()));
+    out.insert("config".to_owned(), Value::Object(descriptor));
+
+    let mut layers = Vec::with_capacity(input.base_layers.len() + input.layers.len());
+    for (index, layer) in input.base_layers.iter().enumerate() {
+        layers.push(layer_descriptor(index, layer, old_layers.get(index))?);
+    }
+    for new in &input.layers {
+        layers.push(layer_descriptor(layers.len(), &new.layer, None)?);
+    }
+    let parsed = layers
+        .iter()
+        .enumerate()
+        .map(|(index, layer)| {
+            serde_json::from_value(layer.clone()).map_err(|error| Error::Shape {
+                what: BASE_MANIFEST,
+                field: format!("layers[{index}]"),
+                expected: "a descriptor",
+                found: error.to_string(),
+            })
+        })
+        .collect::<Result<Vec<Descriptor>, Error>>()?;
+    out.insert("layers".to_owned(), Value::Array(layers));
+
+    let annotations = annotations(&mut out, input, created);
+    out.shift_remove("annotations");
+    if !annotations.is_empty() {
+        out.insert("annotations".to_owned(), Value::Object(annotations));
+    }
+    Ok((to_bytes(&out), parsed))
+}
+
+/// The base's manifest, checked to be one of an image.
+fn base_manifest(base: &BaseManifest<'_>) -> Result<Map<String, Value>, Error> {
+    let mut root = parse_object(BASE_MANIFEST, base.bytes)?;
+    drop_nulls(&mut root);
+    let own = root
+        .get("mediaType")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    for media_type in [base.media_type, own] {
+        let hint = match media_type {
+            "" | MANIFEST | DOCKER_MANIFEST => continue,
+            INDEX | DOCKER_LIST => ": choose one of its images first",
+            _ => "",
+        };
+        return Err(Error::ManifestType {
+            found: media_type.to_owned(),
+            hint,
+        });
+    }
+    // A document that can be read as both is an attack (CVE-2021-41190).
+    if root.contains_key("manifests") {
+        return Err(Error::ManifestType {
+            found: "an index by its fields".to_owned(),
+            hint: "",
+        });
+    }
+    if let Some(version) = root
+        .get("schemaVersion")
+        .filter(|version| **version != json!(2))
+    {
+        return Err(Error::ManifestType {
+            found: format!("schema version {version}"),
+            hint: "",
+        });
+    }
+    let config = match root.get("config") {
+        Some(Value::Object(config)) => config,
+        other => {
+            return Err(shape(
+                BASE_MANIFEST,
+                "config",
+                "an object",
+                other.unwrap_or(&Value::Null),
+            ));
+        }
+    };
+    expect(BASE_MANIFEST, "config.", config, "mediaType", Kind::Text)?;
+    match config
+        .get("mediaType")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+    {
+        CONFIG | DOCKER_CONFIG => {}
+        other => return Err(Error::ConfigType(other.to_owned())),
+    }
+    match root.get("layers") {
+        Some(Value::Array(_)) => {}
+        other => {
+            return Err(shape(
+                BASE_MANIFEST,
+                "layers",
+                "a list",
+                other.unwrap_or(&Value::Null),
+            ));
+        }
+    }
+    expect(BASE_MANIFEST, "", &root, "annotations", Kind::TextMap)?;
+    // The new image is no signature or attachment of what the base was attached to.
+    root.shift_remove("subject");
+    Ok(root)
+}
+
+/// The descriptor of a layer: the base's own where it is of the same blob, with the OCI media type.
+fn layer_descriptor(index: usize, layer: &Layer, old: Option<&Value>) -> Result<Value, Error> {
+    let digest = layer.descriptor.digest().to_string();
+    let mut map = match old {
+        Some(Value::Object(old)) if old.get("digest").and_then(Value::as_str) == Some(&digest) => {
+            old.clone()
+        }
+        _ => plain_descriptor(&layer.descriptor),
+    };
+    let media_type = layer.descriptor.media_type().to_string();
+    let Some(oci) = oci_layer_type(&media_type) else {
+        return Err(Error::LayerType { index, media_type });
+    };
+    // Where else the blob lies: registries refuse it (distribution: "invalid URL on layer") or fetch from there.
+    map.shift_remove("urls");
+    map.insert("mediaType".to_owned(), json!(oci));
+    map.insert("digest".to_owned(), json!(digest));
+    map.insert("size".to_owned(), json!(layer.descriptor.size()));
+    Ok(Value::Object(map))
+}
+
+/// Field by field: the annotations of `Descriptor` are a hash map, whose order is another in each run.
+fn plain_descriptor(descriptor: &Descriptor) -> Map<String, Value> {
+    let mut map = Map::new();
+    for key in ["mediaType", "digest", "size"] {
+        map.insert(key.to_owned(), Value::Null);
+    }
+    if let Some(annotations) = descriptor.annotations() {
+        let sorted: std::collections::BTreeMap<_, _> = annotations.iter().collect();
+        map.insert("annotations".to_owned(), json!(sorted));
+    }
+    map
+}
+
+/// The base's annotations, with those about the base itself and the time made true, and the user's on top.
+fn annotations(
+    manifest: &mut Map<String, Value>,
+    input: &Input<'_>,
+    created: &str,
+) -> Map<String, Value> {
+    let mut annotations = match manifest.get_mut("annotations").map(Value::take) {
+        Some(Value::Object(map)) => map,
+        _ => Map::new(),
+    };
+    // What the base says about its own base is not true of the new image.
+    annotations.shift_remove(BASE_NAME);
+    annotations.shift_remove(BASE_DIGEST);
+    if let Some(name) = input.base_name {
+        annotations.insert(BASE_NAME.to_owned(), json!(name));
+    }
+    if let Some(base) = &input.base_manifest {
+        annotations.insert(BASE_DIGEST.to_owned(), json!(base.digest));
+    }
+    if let Some(time) = annotations.get_mut(ANNOTATION_CREATED) {
+        *time = json!(created);
+    }
+    annotations.extend(
+        input
+            .annotations
+            .iter()
+            .map(|(key, value)| (key.clone(), json!(value))),
+    );
+    annotations
+}
+
+// ---- JSON
+
+fn parse_object(what: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, Error> {
+    match serde_json::from_slice(bytes) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(other) => Err(shape(what, "it", "an object", &other)),
+        Err(source) => Err(Error::Json { what, source }),
+    }
+}
+
+fn to_bytes(map: &Map<String, Value>) -> Vec<u8> {
+    // The alternate form of Display is the indented one; this is the compact one, and it cannot fail.
+    Value::Object(map.clone()).to_string().into_bytes()
+}
+
+fn drop_nulls(map: &mut Map<String, Value>) {
+    map.retain(|_, value| !value.is_null());
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Text,
+    Bool,
+    Texts,
+    TextMap,
+    Object,
+}
+
+/// Refuses a field that is there and not of its kind.
+fn expect(
+    what: &'static str,
+    at: &str,
+    map: &Map<String, Value>,
+    key: &str,
+    kind: Kind,
+) -> Result<(), Error> {
+    let Some(value) = map.get(key) else {
+        return Ok(());
+    };
+    let (right, expected) = match kind {
+        Kind::Text => (value.is_string(), "a text"),
+        Kind::Bool => (value.is_boolean(), "true or false"),
+        Kind::Texts => (
+            value
+                .as_array()
+                .is_some_and(|list| list.iter().all(Value::is_string)),
+            "a list of texts",
+        ),
+        Kind::TextMap => (
+            value
+                .as_object()
+                .is_some_and(|map| map.values().all(Value::is_string)),
+            "a map of texts",
+        ),
+        Kind::Object => (value.is_object(), "an object"),
+    };
+    if right {
+        Ok(())
+    } else {
+        Err(shape(what, format!("{at}{key}"), expected, value))
+    }
+}
+
+fn shape(
+    what: &'static str,
+    field: impl Into<String>,
+    expected: &'static str,
+    found: &Value,
+) -> Error {
+    let kind = match found {
+        Value::Null => "nothing",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(list) if list.iter().all(Value::is_string) => "a list of texts",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    };
+    Error::Shape {
+        what,
+        field: field.into(),
+        expected,
+        found: kind.to_owned(),
+    }
+}

@@ -1,0 +1,5 @@
+//! Images as data: manifests, indexes and configs, and the comparison of file trees with layers.
+
+pub mod manifest;
+pub mod prove;
+pub mod verify;

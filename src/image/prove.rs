@@ -1,0 +1,241 @@
+//! Proving a base by content, where no runtime has written down which image a container stands on (`pid:N` with
+//! `--base`): the image's layers, applied one over the other, must be exactly what the mounted lowers show.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read};
+use std::path::PathBuf;
+
+use crate::image::verify::archive::ArchiveError;
+use crate::image::verify::directory::LowersError;
+use crate::image::verify::layers::Layers;
+use crate::image::verify::tree::{Difference, Ignore, Tree, compare};
+use crate::node::overlay::xattr::Namespace;
+
+/// How many differences an error lists.
+const LISTED: usize = 10;
+
+/// The lowers of a mount, as they are on disk.
+pub struct Lowers<'a, M> {
+    /// Topmost first.
+    pub directories: &'a [PathBuf],
+    /// Where the overlay keeps its marks.
+    pub namespace: Namespace,
+    /// From owner and group on disk to what the container sees; `None` for an id outside its map.
+    pub owner: M,
+    /// Paths without leading slash that are not compared, with all below them: what a runtime put there itself.
+    pub ignore: BTreeSet<Vec<u8>>,
+}
+
+/// Why a base is not proven.
+#[derive(Debug, thiserror::Error)]
+pub enum ProveError {
+    /// A layer of the base cannot be opened or read.
+    #[error("layer {index} of the base (counted from 1, bottom first): {source}")]
+    Layer {
+        /// Which one.
+        index: usize,
+        /// Why.
+        source: ArchiveError,
+    },
+    /// The mounted lowers cannot be read.
+    #[error("the mounted lower directories: {0}")]
+    Lowers(#[from] LowersError),
+    /// An owner on disk that the container cannot have.
+    #[error(
+        "{path} in the mounted lowers belongs to {uid}:{gid}, which is outside the container's id map"
+    )]
+    Owner {
+        /// Escaped.
+        path: String,
+        /// On disk.
+        uid: u32,
+        /// On disk.
+        gid: u32,
+    },
+    /// They are not the same.
+    #[error("the base is not what is mounted: {count} differences between its {layers} layers (expected) and the mounted lower directories (found){}", list(.first))]
+    Differs {
+        /// Layers of the base.
+        layers: usize,
+        /// All differences.
+        count: usize,
+        /// The first of them.
+        first: Vec<Difference>,
+    },
+}
+
+impl ProveError {
+    /// Whether the base was compared and is another one (exit code 69), as opposed to something that could not be
+    /// read.
+    pub fn is_unproven(&self) -> bool {
+        matches!(
+            self,
+            Self::Differs { .. } | Self::Owner { .. } | Self::Lowers(LowersError::Mark { .. })
+        )
+    }
+}
+
+fn list(differences: &[Difference]) -> String {
+    let mut list = String::new();
+    for difference in differences {
+        list.push_str("\n  ");
+        list.push_str(&difference.to_string());
+    }
+    list
+}
+
+/// Compares the base's layers (plain, gzip or zstd; bottom first) with the lowers, and says in words what was proven.
+///
+/// Not compared: the root directory's own metadata (runtimes set it), times of directories and fractions of seconds
+/// (unpackers differ), metadata of directories that a layer writes into without describing them, hard links (an
+/// unpacker breaks them where they lead into another layer), and attributes that belong to the host.
+pub fn by_content<R, M>(
+    layers: impl IntoIterator<Item = io::Result<R>>,
+    lowers: &Lowers<'_, M>,
+) -> Result<String, ProveError>
+where
+    R: Read,
+    M: Fn(u32, u32) -> Option<(u32, u32)>,
+{
+    let mut stack = Layers::new();
+    let mut count = 0;
+    for layer in layers {
+        count += 1;
+        let failed = |source| ProveError::Layer {
+            index: count,
+            source,
+        };
+        let layer = layer.map_err(|source| failed(ArchiveError::Io { offset: 0, source }))?;
+        stack.apply(layer).map_err(failed)?;
+    }
+    let base = stack.complete_lenient();
+    let mounted = Tree::from_lowers(lowers.directories, lowers.namespace)?
+        .map_owners(&lowers.owner)
+        .map_err(|(path, uid, gid)| ProveError::Owner {
+            path: crate::image::verify::vis::encode(&path),
+            uid,
+            gid,
+        })?;
+    let host = [
+        "security.selinux",
+        "security.ima",
+        "security.evm",
+        "system.nfs4_acl",
+        "trusted.",
+        "user.containers.",
+    ];
+    let ignore = Ignore {
+        mtime_nanos: true,
+        directory_mtimes: true,
+        root: true,
+        implicit: true,
+        hardlinks: true,
+        sockets: false,
+        xattrs: host.iter().map(|name| name.as_bytes().to_vec()).collect(),
+        paths: lowers.ignore.clone(),
+    };
+    let mut differences = compare(&base, &mounted, &ignore);
+    if differences.is_empty() {
+        return Ok(format!(
+            "by content: the {count} layers of the base, applied, are the {} paths of the mounted lower directories",
+            mounted.len()
+        ));
+    }
+    let all = differences.len();
+    differences.truncate(LISTED);
+    Err(ProveError::Differs {
+        layers: count,
+        count: all,
+        first: differences,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use super::*;
+
+    fn layer(rows: &[(&str, &str)]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (name, content) in rows {
+            let mut header = tar::Header::new_ustar();
+            header.set_mode(if name.ends_with('/') { 0o755 } else { 0o644 });
+            header.set_mtime(7);
+            header.set_size(content.len() as u64);
+            let kind = if name.ends_with('/') {
+                tar::EntryType::Directory
+            } else {
+                tar::EntryType::Regular
+            };
+            header.set_entry_type(kind);
+            builder
+                .append_data(&mut header, name, content.as_bytes())
+                .unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    fn write(path: &std::path::Path, content: &str) -> io::Result<()> {
+        fs::write(path, content)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o644))?;
+        fs::File::options()
+            .write(true)
+            .open(path)?
+            .set_modified(std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(7))
+    }
+
+    #[test]
+    fn the_same_content_is_a_proof_and_another_is_not() -> Result<(), Box<dyn std::error::Error>> {
+        let home = tempfile::tempdir()?;
+        let (top, bottom) = (home.path().join("top"), home.path().join("bottom"));
+        for directory in ["top/d", "bottom/d", "bottom/implicit"] {
+            fs::create_dir_all(home.path().join(directory))?;
+            fs::set_permissions(
+                home.path().join(directory),
+                fs::Permissions::from_mode(0o755),
+            )?;
+        }
+        fs::set_permissions(bottom.join("implicit"), fs::Permissions::from_mode(0o700))?;
+        write(&bottom.join("d/a"), "old")?;
+        write(&bottom.join("d/b"), "b")?;
+        write(&bottom.join("implicit/x"), "x")?;
+        write(&top.join("d/a"), "new")?;
+        let me = fs::metadata(&top)?;
+        let (uid, gid) = (me.uid(), me.gid());
+        let layers = [
+            layer(&[
+                ("d/", ""),
+                ("d/a", "old"),
+                ("d/b", "b"),
+                ("implicit/x", "x"),
+            ]),
+            layer(&[("d/", ""), ("d/a", "new")]),
+        ];
+        let directories = [top.clone(), bottom.clone()];
+        let lowers = Lowers {
+            directories: &directories,
+            namespace: Namespace::User,
+            owner: |u, g| (u == uid && g == gid).then_some((0, 0)),
+            ignore: BTreeSet::new(),
+        };
+        let proof = by_content(layers.iter().map(|l| Ok(l.as_slice())), &lowers)?;
+        assert!(
+            proof.contains("2 layers") && proof.contains("6 paths"),
+            "{proof}"
+        );
+
+        let error = by_content(layers[..1].iter().map(|l| Ok(l.as_slice())), &lowers).unwrap_err();
+        assert!(error.is_unproven());
+        let text = error.to_string();
+        assert!(text.contains("d/a: content: expected sha256:"), "{text}");
+
+        let broken = by_content([Ok(&layers[0][..700])], &lowers).unwrap_err();
+        assert!(
+            !broken.is_unproven() && broken.to_string().contains("layer 1"),
+            "{broken}"
+        );
+        Ok(())
+    }
+}

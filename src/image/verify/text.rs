@@ -1,0 +1,743 @@
+//! The text in which fixtures describe trees and layers: what git can carry and a person can write by hand.
+//!
+//! It borrows the lines of `mtree(5)`: a path, then `keyword=value` words, names escaped as [`super::vis`] does.
+//!
+//! ```text
+//! # a comment
+//! /set uid=1000 gid=1000                 defaults for the lines below; /unset takes them back
+//! etc/                                   a directory: the name ends in a slash
+//! etc/motd content=hello\012 mode=0600   a file
+//! etc/link link=motd                     a symbolic link
+//! etc/again hardlink=etc/motd            another name of a file above
+//! dev/null type=char device=1,3
+//! etc/.wh.passwd type=whiteout           regular, empty, mode, owner and time 0 (layers only)
+//! /for 0..300 many/f{} random=7,100      300 files, the number padded with zeros
+//! /deep 1000 deep/d/                     1000 directories d, one in the other
+//! {x*255} hole=1048576 at.4096=data      a name of 255 x; a sparse file
+//! ```
+//!
+//! Keywords: `type mode uid gid time link hardlink device pax`, contents (`content`, `base64`, `random=SEED,LENGTH`,
+//! `zeros=LENGTH`, `hole=LENGTH`, any of them with `at.OFFSET=TEXT` over it, or only `size` with `sha256`),
+//! `xattr.NAME`, and `overlay.MARK` for the marks of an overlay directory. Where nothing else is said, a file is 0644,
+//! a directory 0755, a symbolic link 0777, all of them 0:0 and of [`DEFAULT_TIME`].
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+
+use base64::Engine as _;
+
+use super::archive::EntryKind;
+use super::tree::{Kind, Node, Time, Tree};
+use super::vis;
+use crate::common::digest::{Digest, HashingWriter};
+
+/// The time of whatever states none, in seconds since the epoch (2001-09-09).
+pub const DEFAULT_TIME: i64 = 1_000_000_000;
+/// Most items that one `/for` or `/deep` line makes.
+const MAX_REPEAT: u64 = 1_000_000;
+/// Longest name after `{TEXT*N}` is expanded, in bytes.
+const MAX_NAME: usize = super::archive::PATH_BYTES;
+
+/// A line that cannot be understood.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}: {reason}")]
+pub struct ParseError {
+    /// Counted from 1.
+    pub line: usize,
+    /// What was expected and found.
+    pub reason: String,
+}
+
+/// What a line says a path is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Type {
+    /// What an archive can hold.
+    Entry(EntryKind),
+    /// A whiteout as a layer has it: the name begins with `.wh.`.
+    Whiteout,
+    /// A socket; only on disk.
+    Socket,
+}
+
+/// What a regular file holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Content {
+    base: Base,
+    over: Vec<(u64, Vec<u8>)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Base {
+    Bytes(Vec<u8>),
+    Random { seed: u64, length: u64 },
+    Zeros { length: u64 },
+    Hole { length: u64 },
+    Stated { size: u64, digest: Option<Digest> },
+}
+
+/// One path with all that is said about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item {
+    /// As written: a directory's name ends in a slash, the root is `./`.
+    pub name: Vec<u8>,
+    /// What it is.
+    pub kind: Type,
+    /// The low 12 bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Time of last modification.
+    pub time: Time,
+    /// Target of a symbolic or hard link.
+    pub link: Vec<u8>,
+    /// Major and minor number of a device, else 0:0.
+    pub device: (u32, u32),
+    /// Content of a regular file, else empty.
+    pub content: Content,
+    /// Extended attributes under their full names.
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Marks of an overlay directory, without the prefix that depends on the mount.
+    pub overlay: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Keywords of the extended header records that the entry needs beside its attributes, in order.
+    pub pax: Vec<String>,
+}
+
+/// One line of a document.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Line {
+    /// `@NAME WORD...`: what a document is for says what these mean.
+    Directive {
+        /// Without the `@`.
+        name: String,
+        /// The words after it, not unescaped.
+        words: Vec<String>,
+        /// Where it stands, counted from 1.
+        line: usize,
+    },
+    /// One path.
+    Item(Box<Item>),
+}
+
+impl Content {
+    /// These bytes.
+    pub fn bytes(bytes: impl Into<Vec<u8>>) -> Self {
+        Self {
+            base: Base::Bytes(bytes.into()),
+            over: Vec::new(),
+        }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        match &self.base {
+            Base::Bytes(bytes) => bytes.len() as u64,
+            Base::Random { length, .. } | Base::Zeros { length } | Base::Hole { length } => *length,
+            Base::Stated { size, .. } => *size,
+        }
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether the file is to be made with a hole wherever nothing is written over it.
+    pub fn is_hole(&self) -> bool {
+        matches!(self.base, Base::Hole { .. })
+    }
+
+    /// What is written over the base: offset and bytes.
+    pub fn over(&self) -> &[(u64, Vec<u8>)] {
+        &self.over
+    }
+
+    /// The digest; none where only a size is stated.
+    pub fn digest(&self) -> Option<Digest> {
+        if let Base::Stated { digest, .. } = self.base {
+            return digest;
+        }
+        let mut hash = HashingWriter::new(io::sink());
+        self.write(&mut hash).ok()?;
+        Some(hash.complete().1)
+    }
+
+    /// Writes all of it. What is only stated cannot be written: [`io::ErrorKind::Unsupported`].
+    pub fn write(&self, sink: &mut dyn Write) -> io::Result<()> {
+        let mut at = 0;
+        // A multiple of 8 wherever there is more than one round: random content comes in words.
+        let mut buffer = vec![0; self.len().min(64 * 1024) as usize];
+        while at < self.len() {
+            let length = usize::try_from(self.len() - at)
+                .unwrap_or(usize::MAX)
+                .min(buffer.len());
+            let chunk = &mut buffer[..length];
+            match &self.base {
+                Base::Bytes(bytes) => {
+                    chunk.copy_from_slice(&bytes[at as usize..at as usize + length]);
+                }
+                Base::Random { seed, .. } => {
+                    // `at` is a multiple of the buffer's length, so of 8.
+                    for (word, bytes) in chunk.chunks_mut(8).enumerate() {
+                        let value = random(*seed, at / 8 + word as u64).to_le_bytes();
+                        bytes.copy_from_slice(&value[..bytes.len()]);
+                    }
+                }
+                Base::Zeros { .. } | Base::Hole { .. } => chunk.fill(0),
+                Base::Stated { .. } => return Err(io::ErrorKind::Unsupported.into()),
+            }
+            for (offset, bytes) in &self.over {
+                let from = at.max(*offset);
+                let to = (at + length as u64).min(offset + bytes.len() as u64);
+                if from < to {
+                    let source = &bytes[(from - offset) as usize..(to - offset) as usize];
+                    chunk[(from - at) as usize..(to - at) as usize].copy_from_slice(source);
+                }
+            }
+            sink.write_all(chunk)?;
+            at += length as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Word `index` of the stream that `seed` begins: the finaliser of SplitMix64 over a counter.
+fn random(seed: u64, index: u64) -> u64 {
+    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// Reads a whole document.
+pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
+    let mut lines = Vec::new();
+    let mut defaults: Vec<&str> = Vec::new();
+    for (index, whole) in text.lines().enumerate() {
+        let line = index + 1;
+        let mut words = whole
+            .split_ascii_whitespace()
+            .take_while(|word| !word.starts_with('#'));
+        let Some(first) = words.next() else { continue };
+        let fail = |reason: String| ParseError { line, reason };
+        if let Some(name) = first.strip_prefix('@') {
+            let words = words.map(str::to_owned).collect();
+            lines.push(Line::Directive {
+                name: name.to_owned(),
+                words,
+                line,
+            });
+            continue;
+        }
+        match first {
+            "/set" => defaults = words.collect(),
+            "/unset" => defaults.clear(),
+            "/for" => {
+                let range = words.next().unwrap_or_default();
+                let name = words
+                    .next()
+                    .ok_or_else(|| fail("/for wants FROM..TO and a name".to_owned()))?;
+                let words: Vec<&str> = words.collect();
+                for number in numbers(range).map_err(fail)? {
+                    let put = |text: &str| text.replace("{}", &number);
+                    let own: Vec<String> = words.iter().map(|word| put(word)).collect();
+                    let own = own.iter().map(String::as_str);
+                    let item =
+                        item(&put(name), defaults.iter().copied().chain(own)).map_err(fail)?;
+                    lines.push(Line::Item(Box::new(item)));
+                }
+            }
+            "/deep" => {
+                let count = words
+                    .next()
+                    .and_then(|n| n.parse().ok())
+                    .filter(|n| *n <= 100_000u64);
+                let (Some(count), Some(name)) = (count, words.next()) else {
+                    return Err(fail(
+                        "/deep wants a number up to 100000 and a name".to_owned(),
+                    ));
+                };
+                let words: Vec<&str> = defaults.iter().copied().chain(words).collect();
+                let directory = name
+                    .strip_suffix('/')
+                    .ok_or_else(|| fail("/deep makes directories: NAME/".to_owned()))?;
+                let last = directory
+                    .rsplit(['/', '}'])
+                    .next()
+                    .unwrap_or(directory)
+                    .to_owned();
+                let mut nested = directory.to_owned();
+                for _ in 0..count {
+                    let item = item(&format!("{nested}/"), words.iter().copied()).map_err(fail)?;
+                    lines.push(Line::Item(Box::new(item)));
+                    nested = format!("{nested}/{last}");
+                }
+            }
+            _ if first.starts_with('/') => {
+                return Err(fail(format!(
+                    "{first}: expected /set, /unset, /for or /deep; names have no leading slash"
+                )));
+            }
+            _ => {
+                let item = item(first, defaults.iter().copied().chain(words)).map_err(fail)?;
+                lines.push(Line::Item(Box::new(item)));
+            }
+        }
+    }
+    Ok(lines)
+}
+
+/// The numbers of `FROM..TO` (`TO` excluded), padded with zeros to one width.
+pub fn numbers(range: &str) -> Result<impl Iterator<Item = String> + use<>, String> {
+    let bad = || format!("{range:?} is no range FROM..TO of at most {MAX_REPEAT} numbers");
+    let (from, to) = range.split_once("..").ok_or_else(bad)?;
+    let (from, to): (u64, u64) = (
+        from.parse().map_err(|_| bad())?,
+        to.parse().map_err(|_| bad())?,
+    );
+    if from >= to || to - from > MAX_REPEAT {
+        return Err(bad());
+    }
+    let width = (to - 1).to_string().len();
+    Ok((from..to).map(move |number| format!("{number:0width$}")))
+}
+
+fn item<'a>(name: &str, words: impl Iterator<Item = &'a str>) -> Result<Item, String> {
+    let name = expand(name)?;
+    let mut words_by_key: BTreeMap<&str, &str> = BTreeMap::new();
+    for word in words {
+        let (key, value) = word
+            .split_once('=')
+            .ok_or_else(|| format!("{word:?}: expected KEYWORD=VALUE"))?;
+        words_by_key.insert(key, value);
+    }
+    let mut take = |key: &str| words_by_key.remove(key);
+    let (link, hardlink) = (take("link"), take("hardlink"));
+    let kind = match take("type") {
+        Some(word) => kind(word)?,
+        None if name.ends_with(b"/") => Type::Entry(EntryKind::Directory),
+        None if hardlink.is_some() => Type::Entry(EntryKind::Hardlink),
+        None if link.is_some() => Type::Entry(EntryKind::Symlink),
+        None => Type::Entry(EntryKind::File),
+    };
+    let (mode, time) = match kind {
+        Type::Entry(EntryKind::Directory) => (0o755, DEFAULT_TIME),
+        Type::Entry(EntryKind::Symlink) => (0o777, DEFAULT_TIME),
+        Type::Whiteout => (0, 0),
+        _ => (0o644, DEFAULT_TIME),
+    };
+    let number = |key: &str, text: Option<&str>, radix| -> Result<Option<u32>, String> {
+        text.map(|text| {
+            u32::from_str_radix(text, radix).map_err(|_| format!("{key}={text}: expected a number"))
+        })
+        .transpose()
+    };
+    let whiteout = kind == Type::Whiteout;
+    let mode = number("mode", take("mode"), 8)?
+        .filter(|_| !whiteout)
+        .unwrap_or(mode);
+    let uid = number("uid", take("uid"), 10)?
+        .filter(|_| !whiteout)
+        .unwrap_or(0);
+    let gid = number("gid", take("gid"), 10)?
+        .filter(|_| !whiteout)
+        .unwrap_or(0);
+    let time = take("time").filter(|_| !whiteout).map_or(
+        Ok(Time {
+            seconds: time,
+            nanos: 0,
+        }),
+        parse_time,
+    )?;
+    let device = match take("device") {
+        None => (0, 0),
+        Some(text) => {
+            let numbers = text
+                .split_once(',')
+                .and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+            numbers.ok_or_else(|| format!("device={text}: expected MAJOR,MINOR"))?
+        }
+    };
+    let pax = take("pax")
+        .map(|words| words.split(',').map(str::to_owned).collect())
+        .unwrap_or_default();
+    let content = content(&mut words_by_key)?;
+    let (mut xattrs, mut overlay) = (BTreeMap::new(), BTreeMap::new());
+    for (key, value) in words_by_key {
+        let value = expand(value)?;
+        if let Some(name) = key.strip_prefix("xattr.") {
+            xattrs.insert(decode(name)?, value);
+        } else if let Some(mark) = key.strip_prefix("overlay.") {
+            overlay.insert(decode(mark)?, value);
+        } else {
+            return Err(format!("unknown keyword {key:?}"));
+        }
+    }
+    let link = link
+        .or(hardlink)
+        .map(expand)
+        .transpose()?
+        .unwrap_or_default();
+    Ok(Item {
+        name,
+        kind,
+        mode,
+        uid,
+        gid,
+        time,
+        link,
+        device,
+        content,
+        xattrs,
+        overlay,
+        pax,
+    })
+}
+
+fn kind(word: &str) -> Result<Type, String> {
+    Ok(Type::Entry(match word {
+        "file" => EntryKind::File,
+        "dir" => EntryKind::Directory,
+        "link" => EntryKind::Symlink,
+        "hardlink" => EntryKind::Hardlink,
+        "char" => EntryKind::Char,
+        "block" => EntryKind::Block,
+        "fifo" => EntryKind::Fifo,
+        "whiteout" => return Ok(Type::Whiteout),
+        "socket" => return Ok(Type::Socket),
+        _ => {
+            return Err(format!(
+                "type={word}: expected file, dir, link, hardlink, char, block, fifo, socket or whiteout"
+            ));
+        }
+    }))
+}
+
+fn content(words: &mut BTreeMap<&str, &str>) -> Result<Content, String> {
+    let length = |key: &str, text: &str| {
+        text.parse::<u64>()
+            .map_err(|_| format!("{key}={text}: expected a length"))
+    };
+    let mut base = Base::Bytes(Vec::new());
+    if let Some(text) = words.remove("content") {
+        base = Base::Bytes(expand(text)?);
+    }
+    if let Some(text) = words.remove("base64") {
+        let bytes = base64::engine::general_purpose::STANDARD.decode(text);
+        base = Base::Bytes(bytes.map_err(|error| format!("base64={text}: {error}"))?);
+    }
+    if let Some(text) = words.remove("random") {
+        let (seed, size) = text
+            .split_once(',')
+            .ok_or_else(|| format!("random={text}: expected SEED,LENGTH"))?;
+        base = Base::Random {
+            seed: length("random", seed)?,
+            length: length("random", size)?,
+        };
+    }
+    if let Some(text) = words.remove("zeros") {
+        base = Base::Zeros {
+            length: length("zeros", text)?,
+        };
+    }
+    if let Some(text) = words.remove("hole") {
+        base = Base::Hole {
+            length: length("hole", text)?,
+        };
+    }
+    if let Some(text) = words.remove("size") {
+        let digest = words
+            .remove("sha256")
+            .map(Digest::from_hex)
+            .transpose()
+            .map_err(|error| error.to_string())?;
+        base = Base::Stated {
+            size: length("size", text)?,
+            digest,
+        };
+    }
+    let mut content = Content {
+        base,
+        over: Vec::new(),
+    };
+    let keys: Vec<&str> = words
+        .keys()
+        .copied()
+        .filter(|key| key.starts_with("at."))
+        .collect();
+    for key in keys {
+        let offset = length("at", &key[3..])?;
+        let bytes = words
+            .remove(key)
+            .map(expand)
+            .transpose()?
+            .unwrap_or_default();
+        if offset
+            .checked_add(bytes.len() as u64)
+            .is_none_or(|end| end > content.len())
+        {
+            return Err(format!("{key}: beyond the end of the file"));
+        }
+        content.over.push((offset, bytes));
+    }
+    Ok(content)
+}
+
+fn parse_time(text: &str) -> Result<Time, String> {
+    let bad = || {
+        format!("time={text}: expected SECONDS or SECONDS.NANOSECONDS (nine digits, counting up)")
+    };
+    let (seconds, nanos) = text.split_once('.').unwrap_or((text, "000000000"));
+    if nanos.len() != 9 {
+        return Err(bad());
+    }
+    Ok(Time {
+        seconds: seconds.parse().map_err(|_| bad())?,
+        nanos: nanos.parse().map_err(|_| bad())?,
+    })
+}
+
+fn decode(text: &str) -> Result<Vec<u8>, String> {
+    vis::decode(text).map_err(|error| error.to_string())
+}
+
+/// Repeats `{TEXT*N}` and unescapes.
+fn expand(text: &str) -> Result<Vec<u8>, String> {
+    let bad = || format!("{text:?}: expected {{TEXT*N}} (a brace in a name is \\173)");
+    let mut bytes = Vec::new();
+    let mut rest = text;
+    while let Some((before, tail)) = rest.split_once('{') {
+        let (inside, after) = tail.split_once('}').ok_or_else(bad)?;
+        let (unit, count) = inside.rsplit_once('*').ok_or_else(bad)?;
+        let count: usize = count.parse().map_err(|_| bad())?;
+        bytes.extend(decode(before)?);
+        let unit = decode(unit)?;
+        if unit
+            .len()
+            .checked_mul(count)
+            .is_none_or(|length| length > MAX_NAME)
+        {
+            return Err(bad());
+        }
+        bytes.extend(unit.repeat(count));
+        rest = after;
+    }
+    bytes.extend(decode(rest)?);
+    Ok(bytes)
+}
+
+/// The items as a tree. The root is there even when no line names it, and then implicit, as are missing parents.
+pub fn tree<'a>(items: impl IntoIterator<Item = &'a Item>) -> Result<Tree, String> {
+    let mut tree = Tree::default();
+    let mut inode = 0;
+    let mut number = || {
+        inode += 1;
+        inode
+    };
+    for item in items {
+        let path = item.name.strip_suffix(b"/").unwrap_or(&item.name);
+        let path = if path == b"." { b"".as_slice() } else { path };
+        let mut above = path;
+        while !above.is_empty() {
+            above = super::layers::split(above).0;
+            if tree.nodes.contains_key(above) {
+                break;
+            }
+            tree.nodes.insert(
+                above.to_vec(),
+                Node {
+                    implicit: true,
+                    ..node(None, number())
+                },
+            );
+        }
+        let node = match item.kind {
+            Type::Entry(EntryKind::Hardlink) => {
+                let target = tree.nodes.get(&item.link);
+                let missing = || {
+                    format!(
+                        "{}: hard link to a name that does not stand above it",
+                        vis::encode(path)
+                    )
+                };
+                target.ok_or_else(missing)?.clone()
+            }
+            _ => node(Some(item), number()),
+        };
+        tree.nodes.insert(path.to_vec(), node);
+    }
+    tree.nodes.entry(Vec::new()).or_insert_with(|| Node {
+        implicit: true,
+        ..node(None, number())
+    });
+    Ok(tree)
+}
+
+fn node(item: Option<&Item>, inode: u64) -> Node {
+    let mut node = Node {
+        kind: Kind::Directory,
+        mode: 0o755,
+        uid: 0,
+        gid: 0,
+        size: 0,
+        mtime: Time {
+            seconds: DEFAULT_TIME,
+            nanos: 0,
+        },
+        content: None,
+        target: None,
+        rdev: None,
+        xattrs: BTreeMap::new(),
+        inode,
+        implicit: false,
+    };
+    let Some(item) = item else { return node };
+    node.kind = match item.kind {
+        Type::Entry(EntryKind::File | EntryKind::Hardlink) | Type::Whiteout => Kind::File,
+        Type::Entry(EntryKind::Symlink) => Kind::Symlink,
+        Type::Entry(EntryKind::Char) => Kind::Char,
+        Type::Entry(EntryKind::Block) => Kind::Block,
+        Type::Entry(EntryKind::Directory) => Kind::Directory,
+        Type::Entry(EntryKind::Fifo) => Kind::Fifo,
+        Type::Socket => Kind::Socket,
+    };
+    (node.mode, node.uid, node.gid, node.mtime) = (item.mode, item.uid, item.gid, item.time);
+    node.xattrs.clone_from(&item.xattrs);
+    match node.kind {
+        Kind::File => (node.size, node.content) = (item.content.len(), item.content.digest()),
+        Kind::Symlink => node.target = Some(item.link.clone()),
+        Kind::Char | Kind::Block => node.rdev = Some(item.device),
+        _ => {}
+    }
+    node
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn items(text: &str) -> Result<Vec<Item>, ParseError> {
+        let lines = parse(text)?;
+        Ok(lines
+            .into_iter()
+            .filter_map(|line| {
+                if let Line::Item(item) = line {
+                    Some(*item)
+                } else {
+                    None
+                }
+            })
+            .collect())
+    }
+
+    #[test]
+    fn a_line_says_everything_about_a_path() -> Result<(), ParseError> {
+        let text = "\
+            # why\n@upper a b # c\n/set uid=5 mode=0600\n\
+            a\\040b content=x\\012 xattr.user.k=v\\000 overlay.metacopy= gid=6 time=-1.500000000 pax=path,mtime\n\
+            /unset\nd/ overlay.opaque=y\nl link=../x\nh hardlink=d/f\nc type=char device=1,3\nd/.wh.x type=whiteout\n";
+        let lines = parse(text)?;
+        assert_eq!(
+            lines[0],
+            Line::Directive {
+                name: "upper".into(),
+                words: vec!["a".into(), "b".into()],
+                line: 2
+            }
+        );
+        let items = items(text)?;
+        let first = &items[0];
+        assert_eq!(
+            (first.name.as_slice(), first.mode, first.uid, first.gid),
+            (b"a b".as_slice(), 0o600, 5, 6)
+        );
+        assert_eq!(
+            first.time,
+            Time {
+                seconds: -1,
+                nanos: 500_000_000
+            }
+        );
+        assert_eq!(first.content, Content::bytes("x\n"));
+        assert_eq!(first.xattrs[b"user.k".as_slice()], b"v\0");
+        assert!(first.overlay[b"metacopy".as_slice()].is_empty());
+        assert_eq!(first.pax, ["path", "mtime"]);
+        let kinds: Vec<Type> = items.iter().skip(1).map(|item| item.kind).collect();
+        assert_eq!(
+            kinds,
+            [
+                Type::Entry(EntryKind::Directory),
+                Type::Entry(EntryKind::Symlink),
+                Type::Entry(EntryKind::Hardlink),
+                Type::Entry(EntryKind::Char),
+                Type::Whiteout
+            ]
+        );
+        assert_eq!(
+            (items[1].mode, items[2].mode, items[5].mode),
+            (0o755, 0o777, 0)
+        );
+        assert_eq!((items[4].device, items[5].time.seconds), ((1, 3), 0));
+        Ok(())
+    }
+
+    #[test]
+    fn generators_count_repeat_and_nest() -> Result<(), ParseError> {
+        let items = items("/for 8..11 d/f{} content={}\n/deep 3 a/d/\n{x*255} zeros=3\n")?;
+        let names: Vec<String> = items.iter().map(|item| vis::encode(&item.name)).collect();
+        assert_eq!(
+            names[..6],
+            ["d/f08", "d/f09", "d/f10", "a/d/", "a/d/d/", "a/d/d/d/"]
+        );
+        assert_eq!(items[0].content, Content::bytes("08"));
+        assert_eq!(names[6].len(), 255);
+        Ok(())
+    }
+
+    #[test]
+    fn contents_are_what_they_say() -> Result<(), ParseError> {
+        let items =
+            items("a hole=100000 at.65535=xy\nb random=1,20\nc random=1,10\nd base64=AP8=\n")?;
+        let written = |content: &Content| {
+            let mut bytes = Vec::new();
+            content.write(&mut bytes).unwrap();
+            assert_eq!(content.len(), bytes.len() as u64);
+            assert_eq!(content.digest(), Some(Digest::of(&bytes)));
+            bytes
+        };
+        let a = written(&items[0].content);
+        assert_eq!((&a[65534..65538], a.len()), (b"\0xy\0".as_slice(), 100_000));
+        let (b, c) = (written(&items[1].content), written(&items[2].content));
+        assert_eq!(b[..10], c);
+        assert_ne!(b[..8], b[8..16]);
+        assert_eq!(written(&items[3].content), [0, 0xff]);
+        Ok(())
+    }
+
+    #[test]
+    fn mistakes_name_their_line() {
+        for bad in [
+            "a b",
+            "a colour=red",
+            "a mode=9",
+            "a time=1.5",
+            "a \\9",
+            "/nope x",
+            "/for 1..1 x",
+            "/for 0..9999999999 x",
+            "/deep 5 x",
+            "{x*99999999999}",
+            "{x*3",
+            "a hole=3 at.2=xy",
+            "a base64=!",
+            "a device=1",
+            "a type=door",
+            "a random=3",
+            "a size=3 sha256=zz",
+        ] {
+            let error = parse(&format!("ok\n{bad}\n")).unwrap_err();
+            assert_eq!(error.line, 2, "{bad}: {error}");
+        }
+    }
+}

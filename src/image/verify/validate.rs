@@ -1,0 +1,524 @@
+//! `upperdeck validate`: is a layer, or an image, what a fixture says it must be?
+//!
+//! An expectation is a text of [`super::text`]: the entries of a layer in their order, with `@diff-id`, `@gzip` and
+//! `@zstd` digests where bytes matter too; or, with `@tree` in it, all paths of the tree that an image unpacks to.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use super::archive::{Archive, ArchiveError, Codec, Entry, EntryKind, decompress};
+use super::layers::Layers;
+use super::text::{self, Item, Line, ParseError, Type};
+use super::tree::{self, Difference, Ignore};
+use super::vis;
+use crate::common::digest::{Digest, HashingWriter};
+
+/// The name of the expectation in a fixture's folder.
+pub const EXPECTED: &str = "expected";
+
+/// What a layer or an image must be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// Entries in their order; for a tree in any order, parents first.
+    pub items: Vec<Item>,
+    /// The items are a whole tree and not the entries of one layer.
+    pub tree: bool,
+    /// Digest of the layer's tar.
+    pub diff_id: Option<Digest>,
+    /// Digest of the layer as this program compresses it with gzip, level and all.
+    pub gzip: Option<Digest>,
+    /// Likewise with zstd.
+    pub zstd: Option<Digest>,
+    /// There must be no layer: making it has to fail with a message in which all these words stand.
+    pub refusal: Option<Vec<String>>,
+}
+
+/// Why nothing could be compared.
+#[derive(Debug, thiserror::Error)]
+pub enum ValidateError {
+    /// The expectation cannot be read.
+    #[error("cannot read {path:?}: {source}", path = .path)]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The expectation cannot be understood.
+    #[error("{path:?}: {source}", path = .path)]
+    Expectation {
+        /// The file.
+        path: PathBuf,
+        /// Which line, and why.
+        source: ParseError,
+    },
+    /// The expectation and what is to be compared with it do not go together.
+    #[error("{0}")]
+    Mismatch(String),
+    /// The layer cannot be read.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+}
+
+impl ValidateError {
+    /// Whether the caller asked for something that makes no sense (exit code 2), as opposed to a failure.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Expectation { .. } | Self::Mismatch(_))
+    }
+}
+
+/// What a comparison found.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Report {
+    /// Number of entries (or of paths) that were compared.
+    pub entries: u64,
+    /// The first differences.
+    pub differences: Vec<Difference>,
+    /// How many more there are.
+    pub more: u64,
+}
+
+impl Report {
+    /// Whether everything is as expected.
+    pub fn is_valid(&self) -> bool {
+        self.differences.is_empty() && self.more == 0
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_valid() {
+            return write!(f, "as expected: {} entries", self.entries);
+        }
+        for difference in &self.differences {
+            writeln!(f, "{difference}")?;
+        }
+        if self.more > 0 {
+            writeln!(f, "and {} more differences", self.more)?;
+        }
+        write!(
+            f,
+            "not as expected: {} differences",
+            self.differences.len() as u64 + self.more
+        )
+    }
+}
+
+impl Expected {
+    /// Reads the expectation at `path`: a file, or a fixture's folder with a file `expected` in it.
+    pub fn load(path: &Path) -> Result<Self, ValidateError> {
+        let path = if path.is_dir() {
+            path.join(EXPECTED)
+        } else {
+            path.to_owned()
+        };
+        let text = std::fs::read_to_string(&path).map_err(|source| ValidateError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        Self::parse(&text).map_err(|source| ValidateError::Expectation { path, source })
+    }
+
+    /// Reads an expectation.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
+        let mut expected = Self::default();
+        for line in text::parse(text)? {
+            let (name, words, line) = match line {
+                Line::Item(item) => {
+                    expected.items.push(*item);
+                    continue;
+                }
+                Line::Directive { name, words, line } => (name, words, line),
+            };
+            let fail = |reason: String| ParseError { line, reason };
+            let digest = || match words.as_slice() {
+                [word] => word
+                    .parse()
+                    .map(Some)
+                    .map_err(|error| fail(format!("{error}"))),
+                _ => Err(fail(format!("@{name} wants one digest"))),
+            };
+            match name.as_str() {
+                "tree" => expected.tree = true,
+                "diff-id" => expected.diff_id = digest()?,
+                "gzip" => expected.gzip = digest()?,
+                "zstd" => expected.zstd = digest()?,
+                "refuse" if !words.is_empty() => expected.refusal = Some(words),
+                _ => {
+                    let known = "@tree, @diff-id, @gzip, @zstd or @refuse WORD...";
+                    return Err(fail(format!("@{name}: expected {known}")));
+                }
+            }
+        }
+        Ok(expected)
+    }
+}
+
+/// Compares one layer (plain, gzip or zstd) with the entries that it must have. At most `limit` differences are named.
+pub fn layer(
+    mut layer: impl Read,
+    expected: &Expected,
+    limit: usize,
+) -> Result<Report, ValidateError> {
+    if expected.tree {
+        return Err(ValidateError::Mismatch(
+            "the expectation describes a whole tree; give the image, not one layer".to_owned(),
+        ));
+    }
+    if expected.refusal.is_some() {
+        return Err(ValidateError::Mismatch(
+            "the expectation is that no layer can be made".to_owned(),
+        ));
+    }
+    let failed = |source| ArchiveError::Io { offset: 0, source };
+    let mut blob = Hashed {
+        reader: &mut layer,
+        hash: HashingWriter::new(io::sink()),
+    };
+    let (codec, reader) = decompress(&mut blob).map_err(failed)?;
+    let mut archive = Archive::new(reader);
+    let mut found = Vec::new();
+    while let Some(entry) = archive.next_entry()? {
+        let digest = if entry.kind == EntryKind::File {
+            Some(archive.content_digest()?)
+        } else {
+            None
+        };
+        found.push((entry, digest));
+    }
+    let facts = archive.finish()?;
+    io::copy(&mut blob, &mut io::sink()).map_err(failed)?;
+    let blob = blob.hash.complete().1;
+
+    let mut differences = entries(&expected.items, &found);
+    let mut whole = |field: &str, expected: String, found: String| {
+        if expected != found {
+            differences.push(Difference {
+                path: "(layer)".to_owned(),
+                field: field.to_owned(),
+                expected,
+                found,
+            });
+        }
+    };
+    let end = |terminated, trailing: u64| match (terminated, trailing) {
+        (true, 0) => "two zero blocks".to_owned(),
+        (true, more) => format!("two zero blocks and {more} bytes"),
+        (false, _) => "no two zero blocks".to_owned(),
+    };
+    whole("end", end(true, 0), end(facts.terminated, facts.trailing));
+    if let Some(digest) = expected.diff_id {
+        whole("diff ID", digest.to_string(), facts.diff_id.to_string());
+    }
+    let digest = match codec {
+        Codec::None => None,
+        Codec::Gzip => expected.gzip,
+        Codec::Zstd => expected.zstd,
+    };
+    if let Some(digest) = digest {
+        whole("digest", digest.to_string(), blob.to_string());
+    }
+    Ok(limited(found.len() as u64, differences, limit))
+}
+
+/// Compares an image, its layers given bottom first, with an expectation: with a tree all of them, one over the
+/// other; with a list of entries the topmost.
+pub fn image<R: Read>(
+    layers: impl IntoIterator<Item = io::Result<R>>,
+    expected: &Expected,
+    limit: usize,
+) -> Result<Report, ValidateError> {
+    let failed = |source| ArchiveError::Io { offset: 0, source };
+    if !expected.tree {
+        let mut top = None;
+        for layer in layers {
+            top = Some(layer.map_err(failed)?);
+        }
+        let top =
+            top.ok_or_else(|| ValidateError::Mismatch("the image has no layer".to_owned()))?;
+        return layer(top, expected, limit);
+    }
+    let mut stack = Layers::new();
+    for layer in layers {
+        stack.apply(layer.map_err(failed)?)?;
+    }
+    let wanted = text::tree(&expected.items).map_err(ValidateError::Mismatch)?;
+    let found = stack.complete();
+    let differences = tree::compare(
+        &wanted,
+        &found,
+        &Ignore {
+            implicit: true,
+            ..Ignore::default()
+        },
+    );
+    Ok(limited(found.len() as u64, differences, limit))
+}
+
+fn limited(entries: u64, mut differences: Vec<Difference>, limit: usize) -> Report {
+    let more = differences.len().saturating_sub(limit) as u64;
+    differences.truncate(limit);
+    Report {
+        entries,
+        differences,
+        more,
+    }
+}
+
+fn entries(expected: &[Item], found: &[(Entry, Option<Digest>)]) -> Vec<Difference> {
+    let mut differences = Vec::new();
+    let mut report = |name: &[u8], field: &str, expected: String, found: String| {
+        if expected != found {
+            let path = if name == b"./" {
+                "/".to_owned()
+            } else {
+                vis::encode(name)
+            };
+            differences.push(Difference {
+                path,
+                field: field.to_owned(),
+                expected,
+                found,
+            });
+        }
+    };
+    let by_name: HashMap<&[u8], &Item> = expected
+        .iter()
+        .map(|item| (item.name.as_slice(), item))
+        .collect();
+    let mut seen: HashSet<&[u8]> = HashSet::new();
+    for (entry, digest) in found {
+        if !seen.insert(&entry.name) {
+            report(
+                &entry.name,
+                "presence",
+                "one entry".to_owned(),
+                "another of that name".to_owned(),
+            );
+            continue;
+        }
+        match by_name.get(entry.name.as_slice()) {
+            Some(item) => fields(item, entry, *digest, &mut |field, a, b| {
+                report(&entry.name, field, a, b);
+            }),
+            None => report(
+                &entry.name,
+                "presence",
+                "nothing".to_owned(),
+                entry.kind.word().to_owned(),
+            ),
+        }
+    }
+    for item in expected
+        .iter()
+        .filter(|item| !seen.contains(item.name.as_slice()))
+    {
+        report(
+            &item.name,
+            "presence",
+            word(item.kind).to_owned(),
+            "nothing".to_owned(),
+        );
+    }
+    // The order of what both have; after the first difference everything else is a consequence.
+    let theirs = found
+        .iter()
+        .map(|(entry, _)| entry.name.as_slice())
+        .filter(|name| by_name.contains_key(name));
+    let ours = expected
+        .iter()
+        .map(|item| item.name.as_slice())
+        .filter(|name| seen.contains(name));
+    if let Some((a, b)) = ours.zip(theirs).find(|(a, b)| a != b) {
+        report(
+            b,
+            "order",
+            format!("{} here", vis::encode(a)),
+            vis::encode(b),
+        );
+    }
+    differences
+}
+
+fn word(kind: Type) -> &'static str {
+    match kind {
+        Type::Entry(kind) => kind.word(),
+        Type::Whiteout => EntryKind::File.word(),
+        Type::Socket => "socket",
+    }
+}
+
+fn fields(
+    item: &Item,
+    entry: &Entry,
+    digest: Option<Digest>,
+    report: &mut dyn FnMut(&str, String, String),
+) {
+    report(
+        "type",
+        word(item.kind).to_owned(),
+        entry.kind.word().to_owned(),
+    );
+    report(
+        "mode",
+        format!("{:04o}", item.mode),
+        format!("{:04o}", entry.mode),
+    );
+    report("uid", item.uid.to_string(), entry.uid.to_string());
+    report("gid", item.gid.to_string(), entry.gid.to_string());
+    report(
+        "owner names",
+        r#""" """#.to_owned(),
+        format!(
+            "{:?} {:?}",
+            vis::encode(&entry.uname),
+            vis::encode(&entry.gname)
+        ),
+    );
+    report(
+        "size",
+        item.content.len().to_string(),
+        entry.size.to_string(),
+    );
+    report("mtime", item.time.to_string(), entry.mtime.to_string());
+    report("link", vis::encode(&item.link), vis::encode(&entry.link));
+    report(
+        "device",
+        format!("{:?}", item.device),
+        format!("{:?}", entry.rdev),
+    );
+    if let (Some(a), Some(b)) = (item.content.digest(), digest) {
+        report("content", a.to_string(), b.to_string());
+    }
+    report(
+        "extended header",
+        item.pax.join(","),
+        entry.records.join(","),
+    );
+    let names: std::collections::BTreeSet<_> =
+        item.xattrs.keys().chain(entry.xattrs.keys()).collect();
+    for name in names {
+        let value = |value: Option<&Vec<u8>>| {
+            value.map_or("none".to_owned(), |v| format!("{:?}", vis::encode(v)))
+        };
+        let field = format!("xattr {}", vis::encode(name));
+        report(
+            &field,
+            value(item.xattrs.get(name)),
+            value(entry.xattrs.get(name)),
+        );
+    }
+}
+
+/// Hashes what is read through it.
+struct Hashed<R> {
+    reader: R,
+    hash: HashingWriter<io::Sink>,
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.reader.read(buffer)?;
+        io::Write::write_all(&mut self.hash, &buffer[..n])?;
+        Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(name: &str, kind: u8, size: u64) -> tar::Header {
+        let mut header = tar::Header::new_ustar();
+        header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_entry_type(tar::EntryType::new(kind));
+        header.set_mode(if kind == b'5' { 0o755 } else { 0o644 });
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(text::DEFAULT_TIME as u64);
+        header.set_size(size);
+        header.set_cksum();
+        header
+    }
+
+    fn archive() -> Vec<u8> {
+        let mut tar = header("d/", b'5', 0).as_bytes().to_vec();
+        tar.extend_from_slice(header("d/a", b'0', 2).as_bytes());
+        tar.extend_from_slice(b"hi");
+        tar.resize(1536, 0);
+        tar.extend_from_slice(header("d/b", b'0', 0).as_bytes());
+        tar.extend_from_slice(&[0; 1024]);
+        tar
+    }
+
+    fn lines(expected: &str) -> Result<Vec<String>, Box<dyn std::error::Error>> {
+        let report = layer(archive().as_slice(), &Expected::parse(expected)?, 10)?;
+        Ok(report.differences.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn a_layer_is_compared_entry_by_entry() -> Result<(), Box<dyn std::error::Error>> {
+        let none: [&str; 0] = [];
+        assert_eq!(lines("d/\nd/a content=hi\nd/b\n")?, none);
+        assert_eq!(lines("d/\nd/a size=2\nd/b\n")?, none);
+        let digest = format!(
+            "@diff-id {}\nd/\nd/a content=hi\nd/b\n",
+            Digest::of(archive())
+        );
+        assert_eq!(lines(&digest)?, none);
+        assert_eq!(
+            lines("d/ mode=0700\nd/a content=ho xattr.user.k=v\nd/c\n")?,
+            [
+                "d/: mode: expected 0700, found 0755",
+                &format!(
+                    "d/a: content: expected {}, found {}",
+                    Digest::of("ho"),
+                    Digest::of("hi")
+                ),
+                "d/a: xattr user.k: expected \"v\", found none",
+                "d/b: presence: expected nothing, found file",
+                "d/c: presence: expected file, found nothing",
+            ]
+        );
+        assert_eq!(
+            lines("d/\nd/b\nd/a content=hi\n")?,
+            ["d/a: order: expected d/b here, found d/a"]
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn the_end_of_the_tar_counts_and_the_list_is_bounded() -> Result<(), Box<dyn std::error::Error>>
+    {
+        let mut tar = archive();
+        tar.extend_from_slice(&[0; 512]);
+        let report = layer(tar.as_slice(), &Expected::default(), 2)?;
+        assert_eq!(
+            (report.differences.len(), report.more, report.is_valid()),
+            (2, 2, false)
+        );
+        let report = layer(
+            tar.as_slice(),
+            &Expected::parse("d/\nd/a content=hi\nd/b")?,
+            2,
+        )?;
+        assert_eq!(report.differences[0].found, "two zero blocks and 512 bytes");
+        Ok(())
+    }
+
+    #[test]
+    fn an_image_is_compared_with_a_tree_or_by_its_top_layer()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let tar = archive();
+        let layers = || [Ok(tar.as_slice()), Ok(tar.as_slice())];
+        let tree = Expected::parse("@tree\nd/\nd/a content=hi\nd/b\n")?;
+        assert!(image(layers(), &tree, 5)?.is_valid());
+        let less = Expected::parse("@tree\nd/\nd/a content=hi\n")?;
+        assert_eq!(image(layers(), &less, 5)?.differences[0].path, "d/b");
+        assert!(image(layers(), &Expected::parse("d/\nd/a content=hi\nd/b\n")?, 5)?.is_valid());
+        assert!(layer(tar.as_slice(), &tree, 5).is_err_and(|error| error.is_usage()));
+        Ok(())
+    }
+}

@@ -1,0 +1,534 @@
+//! A scan of a tree that was scanned before: a status of each entry, and a full look only where something changed.
+//!
+//! What it gives is what a scan from nothing would give. It rests on what the kernel does: whatever changes an inode
+//! moves its change time, and whatever adds, removes or renames a name moves that of the directory. Entries and
+//! directories that were stamped too close to the earlier scan's clock are looked at as if they had changed.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::{FileType, OFlags, Stat};
+
+use super::changes::same_stamps;
+use super::rows::{Builder, Rows};
+use super::walk::{self, Cursor, From, Next, Output, Task, Walk, Walked, Walker};
+use super::{Clock, Entry, Error, Flags, Kind, Options, Report, Roots, Scan};
+use crate::node::overlay::lower::{Found, Place, Stack};
+use crate::node::overlay::root::{Follow, is_absent, proc_path};
+
+/// Directories that a thread takes at a time.
+const CHUNK: usize = 16;
+
+/// The earlier scan, and what is known of what became of it.
+pub(super) struct Earlier<'a> {
+    pub(super) scan: &'a Scan,
+    ends: Vec<u32>,
+    /// By entry: a directory that has to be walked.
+    dirty: Vec<bool>,
+    contexts: Mutex<HashMap<u32, Arc<Context>>>,
+}
+
+/// What a walk has to know of a directory before it enters it.
+struct Context {
+    merge: Stack,
+    base: Stack,
+    hidden: bool,
+}
+
+impl Context {
+    /// Bytes that it takes.
+    fn weight(&self) -> u64 {
+        let places = self.merge.iter().chain(&self.base);
+        let places: usize = places
+            .map(|place| size_of::<Place>() + place.path.len())
+            .sum();
+        (size_of::<Self>() + places) as u64
+    }
+}
+
+impl Scan {
+    /// Walks the upper directory again.
+    ///
+    /// `earlier` must be a scan of the same directories by the same rules. `None` when too much changed while it was
+    /// looked at, then it takes a scan from nothing.
+    pub fn again(
+        earlier: &Scan,
+        roots: &Roots,
+        options: &Options<'_>,
+    ) -> Result<Option<Self>, Error> {
+        if !roots.lowers_known || !earlier.lowers_known || earlier.rows.len() == 0 {
+            return Ok(None);
+        }
+        if earlier.above != walk::above(roots.volume.as_ref()) {
+            return Ok(None);
+        }
+        let clock = Clock::now();
+        let (upper, lowers) = walk::open(roots)?;
+        let last = u16::try_from(lowers.roots.len()).unwrap_or(u16::MAX);
+        let content = earlier.rows.extras();
+        let content = content.filter_map(|extra| extra.content.as_ref());
+        let places = earlier
+            .rows
+            .roots()
+            .chain(content.map(|content| content.root));
+        if places.max() > Some(last) {
+            return Ok(None);
+        }
+        let mut known = Earlier::new(earlier);
+        let top = {
+            let walker = Walker::new(&upper, &lowers, roots, options, None);
+            // The root's stamps are read before its names, as those of every directory.
+            let top = walker.top()?;
+            let Some(begin) = top.entries.last() else {
+                return Ok(None);
+            };
+            known.look(&walker, begin)?;
+            top
+        };
+        let walker = Walker::new(&upper, &lowers, roots, options, Some(&known));
+        let tops = known.tops();
+        let mut tasks = Vec::with_capacity(tops.len());
+        {
+            let mut share = walker.memory.share();
+            for &top in &tops {
+                let Some(task) = known.task(&walker, top)? else {
+                    return Ok(None);
+                };
+                share.hold(task.weight())?;
+                tasks.push(task);
+            }
+        }
+        let mut walk = walker.run(tasks)?;
+        let report = std::mem::take(&mut walk.report);
+        let rows = known.flatten(top, &tops, walk);
+        // The bounds are for all there is, not for what was walked.
+        let counter = Walker::new(&upper, &lowers, roots, options, None);
+        let mut share = counter.memory.share();
+        let mut sets = HashSet::new();
+        for entry in rows.iter().skip(1) {
+            counter.count(&entry)?;
+            let extra = rows.extra(&entry);
+            share.keep_entry(rows.name(&entry), extra)?;
+            if let Some(set) = extra.and_then(|extra| extra.xattrs.as_ref())
+                && sets.insert(set.as_ptr())
+            {
+                share.keep_set(set)?;
+            }
+        }
+        let report = known.report(report);
+        let opened = if earlier.roots.is_empty() {
+            let mut all = vec![upper];
+            all.extend(lowers.roots);
+            Arc::new(all)
+        } else {
+            Arc::clone(&earlier.roots)
+        };
+        walk::finish(rows, opened, roots, clock, report).map(Some)
+    }
+}
+
+impl<'a> Earlier<'a> {
+    fn new(scan: &'a Scan) -> Self {
+        Self {
+            scan,
+            ends: scan.rows.ends(),
+            dirty: vec![false; scan.len()],
+            contexts: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// Names in a directory, and their entries.
+    pub(super) fn children(&self, dir: u32) -> impl Iterator<Item = (&'a [u8], u32)> + '_ {
+        let end = self.ends[dir as usize];
+        let mut at = dir + 1;
+        std::iter::from_fn(move || {
+            (at < end).then(|| {
+                let index = at;
+                at = self.ends[index as usize];
+                (self.scan.rows.name_at(index), index)
+            })
+        })
+    }
+
+    pub(super) fn is_dirty(&self, index: u32) -> bool {
+        self.dirty[index as usize]
+    }
+
+    /// Whether an entry is what it was, so that everything that was found out about it holds.
+    pub(super) fn holds(
+        &self,
+        walker: &Walker<'_>,
+        index: u32,
+        stat: &Stat,
+        path: &[u8],
+    ) -> Result<bool, Error> {
+        let before = &self.scan.entry(index);
+        if before.root != 0 || !self.scan.settled(before) {
+            return Ok(false);
+        }
+        let kind = walk::kind_of(FileType::from_raw_mode(stat.st_mode));
+        if kind != Some(before.kind) || stat.st_ino != before.ino || stat.st_ctime != before.ctime {
+            return Ok(false);
+        }
+        let mut now = walker.entry(stat, 0, before.kind, path)?;
+        let extra = self.scan.extra(before);
+        if extra.is_some_and(|extra| extra.content.is_some()) {
+            // The size is that of the content, which is in a lower.
+            now.size = before.size;
+        }
+        Ok(same_stamps(&now, before) && !extra.is_some_and(|extra| extra.moved))
+    }
+
+    /// The earlier scan's directory of the same path, if what is in it stands in the same relation to the base as then.
+    pub(super) fn same_directory(&self, index: u32, entry: &Entry) -> Option<u32> {
+        let before = &self.scan.entry(index);
+        let same = before.kind == Kind::Dir
+            && before.ino == entry.ino
+            && before.root == 0
+            && before.flags.has(Flags::OPAQUE) == entry.flags.has(Flags::OPAQUE)
+            && before.flags.has(Flags::IN_BASE) == entry.flags.has(Flags::IN_BASE)
+            && !self.scan.extra(before).is_some_and(|extra| extra.moved);
+        same.then_some(index)
+    }
+
+    /// Takes the status of every entry, and notes which directories have to be walked.
+    fn look(&mut self, walker: &Walker<'_>, root: &Entry) -> Result<(), Error> {
+        // What was moved is walked in full each time: it is merged with directories from elsewhere.
+        let mut moved = vec![
+            false;
+            if self.scan.rows.extras().any(|e| e.moved) {
+                self.scan.len()
+            } else {
+                0
+            }
+        ];
+        let mut directories = Vec::new();
+        for (index, entry) in self.scan.entries().enumerate() {
+            if let Some(above) = moved.get(entry.parent as usize).copied() {
+                moved[index] = above || self.scan.extra(&entry).is_some_and(|extra| extra.moved);
+                if moved[index] {
+                    continue;
+                }
+            }
+            if entry.kind == Kind::Dir && index as u32 >= self.scan.above {
+                directories.push(index as u32);
+            }
+        }
+        let next = AtomicUsize::new(0);
+        let found: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+        let failed: Mutex<Option<Error>> = Mutex::new(None);
+        let this = &*self;
+        std::thread::scope(|scope| {
+            for _ in 0..walker.options.jobs.max(1) {
+                scope.spawn(|| {
+                    let mut dirty = Vec::new();
+                    let rights = walker.upper.enter();
+                    loop {
+                        let from = next.fetch_add(CHUNK, Ordering::Relaxed);
+                        let Some(chunk) =
+                            directories.get(from..directories.len().min(from + CHUNK))
+                        else {
+                            break;
+                        };
+                        if chunk.is_empty() {
+                            break;
+                        }
+                        let looked = if walker.options.cancel.load(Ordering::Relaxed) {
+                            Err(Error::Cancelled)
+                        } else if let Err(error) = &rights {
+                            let error = std::io::Error::other(error.to_string());
+                            Err(walker.read_error(b"", error))
+                        } else {
+                            chunk
+                                .iter()
+                                .try_for_each(|&dir| this.look_into(walker, dir, &mut dirty))
+                        };
+                        if let Err(error) = looked {
+                            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                            break;
+                        }
+                    }
+                    found
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .append(&mut dirty);
+                });
+            }
+        });
+        if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        for index in found.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            self.dirty[index as usize] = true;
+        }
+        let before = self.scan.entry(self.scan.above);
+        self.dirty[self.scan.above as usize] |=
+            !same_stamps(root, &before) || !self.scan.settled(&before);
+        Ok(())
+    }
+
+    /// Whether a directory, and which of its subdirectories, have to be walked, as far as can be told from in here.
+    fn look_into(&self, walker: &Walker<'_>, dir: u32, dirty: &mut Vec<u32>) -> Result<(), Error> {
+        let entry = &self.scan.entry(dir);
+        let mut changed = entry.flags.has(Flags::PARTIAL)
+            || (dir != self.scan.above && !self.scan.settled(entry));
+        let path = self.scan.path(dir);
+        let fd = match walker
+            .upper
+            .open_beneath(&path, OFlags::PATH | OFlags::DIRECTORY)
+        {
+            Ok(fd) => fd,
+            Err(error) if is_absent(&error) || walker.upper.is_denied(&error) => {
+                dirty.push(dir);
+                return Ok(());
+            }
+            Err(source) => return Err(walker.read_error(&path, source)),
+        };
+        for (name, index) in self.children(dir) {
+            let before = &self.scan.entry(index);
+            if matches!(before.kind, Kind::Whiteout | Kind::Opaque) {
+                // A name that is deleted comes back by a change of the directory.
+                continue;
+            }
+            let stat = walker
+                .status(fd.as_fd(), name)
+                .map_err(|e| walker.read_error(&path, e))?;
+            let holds = match &stat {
+                Some(stat) => self.holds(walker, index, stat, &path)?,
+                None => false,
+            };
+            if !holds {
+                changed = true;
+                if before.kind == Kind::Dir {
+                    dirty.push(index);
+                }
+            }
+        }
+        if changed {
+            dirty.push(dir);
+        }
+        Ok(())
+    }
+
+    /// Directories to walk that no other walk comes to.
+    fn tops(&self) -> Vec<u32> {
+        (0..self.dirty.len() as u32)
+            .filter(|&index| {
+                let parent = self.scan.parent(index) as usize;
+                self.dirty[index as usize] && (index == self.scan.above || !self.dirty[parent])
+            })
+            .collect()
+    }
+
+    /// The task of a directory whose parent is not walked.
+    fn task(&self, walker: &Walker<'_>, dir: u32) -> Result<Option<Task>, Error> {
+        let Some(context) = self.context(walker, dir)? else {
+            return Ok(None);
+        };
+        let path = self.scan.path(dir);
+        let mut depth = 0;
+        let mut at = dir;
+        while at != 0 {
+            depth += 1;
+            at = self.scan.parent(at);
+        }
+        Ok(Some(Task {
+            id: 0,
+            depth,
+            path,
+            earlier: Some(dir),
+            upper: true,
+            merge: context.merge.clone(),
+            base: context.base.clone(),
+            full: false,
+            hidden: context.hidden,
+            opaque: false,
+        }))
+    }
+
+    fn context(&self, walker: &Walker<'_>, dir: u32) -> Result<Option<Arc<Context>>, Error> {
+        let mut chain = Vec::new();
+        let mut at = dir;
+        let contexts = || self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut context = loop {
+            if let Some(context) = contexts().get(&at) {
+                break Arc::clone(context);
+            }
+            if at == self.scan.above {
+                let Task {
+                    merge,
+                    base,
+                    hidden,
+                    ..
+                } = walker.root_task()?;
+                break Arc::new(Context {
+                    merge,
+                    base,
+                    hidden,
+                });
+            }
+            chain.push(at);
+            at = self.scan.parent(at);
+        };
+        while let Some(index) = chain.pop() {
+            let Some(next) = self.context_below(walker, &context, index)? else {
+                return Ok(None);
+            };
+            walker.memory.share().keep(next.weight())?;
+            context = Arc::new(next);
+            contexts().insert(index, Arc::clone(&context));
+        }
+        Ok(Some(context))
+    }
+
+    fn context_below(
+        &self,
+        walker: &Walker<'_>,
+        parent: &Context,
+        index: u32,
+    ) -> Result<Option<Context>, Error> {
+        let entry = &self.scan.entry(index);
+        let (path, name) = (self.scan.path(index), self.scan.name(entry));
+        let handle = match walker
+            .upper
+            .open_beneath(&path, OFlags::PATH | OFlags::DIRECTORY)
+        {
+            Ok(handle) => handle,
+            Err(error) if is_absent(&error) || walker.upper.is_denied(&error) => return Ok(None),
+            Err(source) => return Err(walker.read_error(&path, source)),
+        };
+        let at = proc_path(handle.as_fd());
+        let attributes = walker.attributes_of(at, Follow::Yes, &path, &mut Vec::new())?;
+        let opaque = attributes.opaque.as_deref() == Some(b"y");
+        if attributes.redirect.is_some() || opaque != entry.flags.has(Flags::OPAQUE) {
+            return Ok(None);
+        }
+        let stack = |below: &Stack| match walker.lowers.lookup(below, name) {
+            Ok(Found::Dir { stack, .. }) => Ok(stack),
+            Ok(_) => Ok(Stack::new()),
+            Err(source) => Err(walker.read_error(&path, source)),
+        };
+        let base = stack(&parent.base)?;
+        Ok(Some(Context {
+            merge: if opaque {
+                Stack::new()
+            } else {
+                stack(&parent.merge)?
+            },
+            hidden: !base.is_empty() && (parent.hidden || opaque),
+            base,
+        }))
+    }
+
+    /// The earlier scan's entries where nothing changed, and what was walked where something did.
+    fn flatten(&self, top: Output, tops: &[u32], walk: Walk) -> Rows {
+        enum Open {
+            /// What was walked, and the index of the directory.
+            Walked(Cursor, u32),
+            /// The next of the earlier scan's entries, the end, and the index of the directory.
+            Kept(u32, u32, u32),
+        }
+        let tops: HashMap<u32, u32> = tops.iter().zip(0..).map(|(&top, id)| (top, id)).collect();
+        let walked: usize = walk.outputs.iter().map(Walked::len).sum();
+        let mut by_id = walk::by_id(walk.outputs, walk.count);
+        let share = self.scan.rows.is_worth_sharing();
+        let mut rows = if share {
+            Rows::sharing(&self.scan.rows)
+        } else {
+            Rows::default()
+        };
+        rows.reserve(self.scan.len() + walked);
+        let begin = walk::append_chain(&mut rows, top);
+        let shelves: Vec<u32> = walk.shelves.into_iter().map(|s| rows.add(s)).collect();
+        let mut rows = Builder::new(rows);
+        let mut walked = |rows: &mut Builder, id: u32, index: u32| {
+            let walked: Walked = by_id[id as usize].take()?;
+            walked.mark(rows.rows.flags_mut(index));
+            Some(Open::Walked(Cursor::new(walked), index))
+        };
+        let kept =
+            |rows: &mut Builder,
+             dir: u32,
+             index: u32,
+             walked: &mut dyn FnMut(&mut Builder, u32, u32) -> Option<Open>| {
+                match tops.get(&dir) {
+                    Some(&id) => walked(rows, id, index),
+                    None => Some(Open::Kept(dir + 1, self.ends[dir as usize], index)),
+                }
+            };
+        let mut open: Vec<Open> = kept(&mut rows, self.scan.above, begin, &mut walked)
+            .into_iter()
+            .collect();
+        while let Some(top) = open.last_mut() {
+            let below = match top {
+                Open::Walked(cursor, parent) => {
+                    let Some(Next { flags, from, child }) = cursor.next() else {
+                        open.pop();
+                        continue;
+                    };
+                    let (index, same) = match from {
+                        From::Shelf(shelf, number) => {
+                            let place = shelves[shelf as usize] + number;
+                            (rows.rows.push(*parent, flags, place), None)
+                        }
+                        From::Earlier(at) => {
+                            (self.take_over(&mut rows, at, *parent, share), Some(at))
+                        }
+                    };
+                    match (child, same) {
+                        (Some(id), _) => walked(&mut rows, id, index),
+                        (None, Some(at)) if self.scan.rows.kind(at) == Kind::Dir => {
+                            kept(&mut rows, at, index, &mut walked)
+                        }
+                        (None, _) => None,
+                    }
+                }
+                Open::Kept(next, end, parent) => {
+                    if next >= end {
+                        open.pop();
+                        continue;
+                    }
+                    let at = *next;
+                    *next = self.ends[at as usize];
+                    let index = self.take_over(&mut rows, at, *parent, share);
+                    if self.scan.rows.kind(at) == Kind::Dir {
+                        kept(&mut rows, at, index, &mut walked)
+                    } else {
+                        None
+                    }
+                }
+            };
+            open.extend(below);
+        }
+        rows.finish()
+    }
+
+    /// Adds an entry of the earlier scan's. Where its facts are not shared, they are copied.
+    fn take_over(&self, to: &mut Builder, at: u32, parent: u32, share: bool) -> u32 {
+        let rows = &self.scan.rows;
+        let mut flags = rows.flags(at);
+        flags.clear(Flags::SILENT);
+        flags.clear(Flags::STUBS);
+        if share {
+            return to.rows.push(parent, flags, rows.place(at));
+        }
+        let mut entry = rows.entry(at);
+        entry.flags = flags;
+        to.push(
+            &entry,
+            parent,
+            rows.name(&entry),
+            rows.extra(&entry).cloned(),
+        )
+    }
+
+    /// What was told of entries that were not looked at again holds.
+    fn report(&self, mut new: Report) -> Report {
+        for (name, count) in self.scan.report.dropped_xattrs.iter() {
+            new.dropped_xattrs.at_least(name, count);
+        }
+        new
+    }
+}

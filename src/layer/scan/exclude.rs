@@ -1,0 +1,1166 @@
+//! What must not get into a layer: mounts and what runtimes leave of them, GPU remnants, credentials, caches, and what
+//! the user names.
+//!
+//! A pure matcher over path bytes; every entry of an upper directory is asked about once, so nothing here reads a file.
+//! The lists stand in one table each: [`CREDENTIALS`] and [`CACHES`].
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+
+use globset::{Candidate, GlobBuilder, GlobSet, GlobSetBuilder};
+use rustix::fs::FileType;
+
+use crate::node::overlay::lower::basename;
+
+/// What is known of an entry besides its path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts<'a> {
+    /// What it is; none for a whiteout in either form.
+    pub file_type: Option<FileType>,
+    /// Apparent size of a file in bytes; 0 for all else.
+    pub size: u64,
+    /// Where a symbolic link points to.
+    pub link: Option<&'a [u8]>,
+    /// The base has an entry of this path.
+    pub in_base: bool,
+}
+
+/// Why an entry stays out.
+#[derive(
+    Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(tag = "reason", content = "pattern", rename_all = "snake_case")]
+pub enum Reason {
+    /// At or below the destination of a mount.
+    Mount,
+    /// What a runtime puts where it mounts something.
+    MountStub,
+    /// A device that the runtime makes in every container.
+    RuntimeDevice,
+    /// What the GPU hook leaves.
+    Gpu,
+    /// A secret, or where programs keep them, histories included.
+    Credential,
+    /// What can be fetched again.
+    Cache,
+    /// This pattern of the user's.
+    Pattern(String),
+    /// A path so long that those who unpack it into a directory go over `PATH_MAX`.
+    PathTooLong,
+    /// A name that begins with `.wh.`, which means a deletion in a layer.
+    ReservedName,
+}
+
+impl Reason {
+    /// As JSON has it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Mount => "mount",
+            Self::MountStub => "mount_stub",
+            Self::RuntimeDevice => "runtime_device",
+            Self::Gpu => "gpu",
+            Self::Credential => "credential",
+            Self::Cache => "cache",
+            Self::Pattern(_) => "pattern",
+            Self::PathTooLong => "path_too_long",
+            Self::ReservedName => "reserved_name",
+        }
+    }
+}
+
+/// What to keep out.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rules<'a> {
+    /// Absolute destinations of the container's mounts. The root itself is ignored.
+    pub mounts: &'a [Vec<u8>],
+    /// Those of them that are saved by themselves: the directories above them are in the image.
+    pub saved: &'a [Vec<u8>],
+    /// The user's patterns, see [`Exclusions::new`].
+    pub user: &'a [String],
+    /// Keep `CREDENTIALS` out.
+    pub credentials: bool,
+    /// Keep `CACHES` out.
+    pub caches: bool,
+    /// Keep the GPU hook's remnants out.
+    pub gpu: bool,
+    /// The tree is an image's own layer: nothing in it is a runtime's placeholder.
+    pub of_image: bool,
+}
+
+/// A pattern that cannot be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("exclude pattern {pattern:?}: {why}")]
+pub struct PatternError {
+    /// As the user wrote it.
+    pub pattern: String,
+    /// In words, for people.
+    pub why: String,
+}
+
+impl PatternError {
+    /// The program's exit code for it: usage.
+    pub fn exit_code(&self) -> u8 {
+        2
+    }
+}
+
+/// How far an entry of a list reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Anywhere in the tree as trailing components: whatever has that name, and all below it.
+    Tree,
+    /// Anywhere in the tree as trailing components: whatever has that name and is no directory.
+    File,
+    /// From the root on: all below that directory, not the directory.
+    Contents,
+}
+
+/// Where secrets are, and what people have typed. Files of settings that may hold a password among much else (`.env`,
+/// `pip.conf`, `.condarc`, `.gitconfig`, Maven's `settings.xml`) are not: programs need them, and nobody would know why they fail.
+pub const CREDENTIALS: &[(&str, Reach)] = &[
+    // Keys, and what keeps passwords.
+    (".ssh", Reach::Tree),
+    (".gnupg", Reach::Tree),
+    (".pki/nssdb", Reach::Tree),
+    (".password-store", Reach::Tree),
+    (".local/share/keyrings", Reach::Tree),
+    (".local/share/kwalletd", Reach::Tree),
+    (".local/share/python_keyring", Reach::Tree),
+    (".anaconda/keyring", Reach::File),
+    (".config/sops/age", Reach::Tree),
+    (".config/op", Reach::Tree),
+    (".config/borg/keys", Reach::Tree),
+    (".vault-token", Reach::File),
+    (".vault_pass", Reach::File),
+    (".vault_pass.txt", Reach::File),
+    // Hosts, mail, file servers.
+    (".netrc", Reach::File),
+    ("_netrc", Reach::File),
+    (".authinfo", Reach::File),
+    (".authinfo.gpg", Reach::File),
+    (".smbcredentials", Reach::File),
+    (".davfs2/secrets", Reach::File),
+    (".msmtprc", Reach::File),
+    (".fetchmailrc", Reach::File),
+    (".config/rclone", Reach::Tree),
+    (".rclone.conf", Reach::File),
+    (".s3cfg", Reach::File),
+    (".boto", Reach::File),
+    (".mc/config.json", Reach::File),
+    (".config/filezilla", Reach::Tree),
+    (".irods/.irodsA", Reach::File),
+    (".globus", Reach::Tree),
+    (".globusonline", Reach::Tree),
+    // Clouds and clusters.
+    (".aws", Reach::Tree),
+    (".azure", Reach::Tree),
+    (".config/gcloud", Reach::Tree),
+    (".oci", Reach::Tree),
+    (".aliyun", Reach::Tree),
+    (".bluemix", Reach::Tree),
+    (".kube", Reach::Tree),
+    (".config/doctl", Reach::Tree),
+    (".config/hcloud", Reach::Tree),
+    (".config/scw", Reach::Tree),
+    (".config/linode-cli", Reach::File),
+    (".config/argocd", Reach::Tree),
+    (".fly", Reach::Tree),
+    (".cloudflared", Reach::Tree),
+    (".config/.wrangler", Reach::Tree),
+    (".config/ngrok", Reach::Tree),
+    (".ngrok2", Reach::Tree),
+    (".config/stripe", Reach::Tree),
+    (".terraform.d/credentials.tfrc.json", Reach::File),
+    (".pulumi/credentials.json", Reach::File),
+    // Source code.
+    (".git-credentials", Reach::File),
+    (".config/git/credentials", Reach::File),
+    (".gitcookies", Reach::File),
+    (".config/gh", Reach::Tree),
+    (".config/hub", Reach::File),
+    (".config/glab-cli", Reach::Tree),
+    (".config/tea", Reach::Tree),
+    (".subversion/auth", Reach::Tree),
+    // Registries and package indexes.
+    (".docker/config.json", Reach::File),
+    (".dockercfg", Reach::File),
+    (".config/containers/auth.json", Reach::File),
+    (".config/helm/registry", Reach::Tree),
+    (".singularity/remote.yaml", Reach::File),
+    (".singularity/docker-config.json", Reach::File),
+    (".apptainer/remote.yaml", Reach::File),
+    (".apptainer/docker-config.json", Reach::File),
+    (".ngc", Reach::Tree),
+    (".jfrog", Reach::Tree),
+    (".pypirc", Reach::File),
+    (".config/pypoetry/auth.toml", Reach::File),
+    (".local/share/uv/credentials", Reach::Tree),
+    (".continuum/anaconda-client/tokens", Reach::Tree),
+    (".npmrc", Reach::File),
+    (".cargo/credentials", Reach::File),
+    (".cargo/credentials.toml", Reach::File),
+    (".gem/credentials", Reach::File),
+    (".m2/settings-security.xml", Reach::File),
+    (".ivy2/.credentials", Reach::File),
+    (".sbt/.credentials", Reach::File),
+    (".composer/auth.json", Reach::File),
+    (".config/composer/auth.json", Reach::File),
+    (".julia/servers", Reach::Tree),
+    // Databases.
+    (".pgpass", Reach::File),
+    (".pg_service.conf", Reach::File),
+    (".my.cnf", Reach::File),
+    (".mylogin.cnf", Reach::File),
+    (".snowsql/config", Reach::File),
+    (".snowflake", Reach::Tree),
+    (".databrickscfg", Reach::File),
+    (".dbt/profiles.yml", Reach::File),
+    // Data and models.
+    (".kaggle", Reach::Tree),
+    (".config/kaggle", Reach::Tree),
+    (".huggingface/token", Reach::File),
+    (".cache/huggingface/token", Reach::File),
+    (".cache/huggingface/stored_tokens", Reach::File),
+    (".modelscope/credentials", Reach::Tree),
+    (".mlflow/credentials", Reach::File),
+    (".comet.config", Reach::File),
+    ("clearml.conf", Reach::File),
+    (".lightning/credentials.json", Reach::File),
+    (".modal.toml", Reach::File),
+    (".claude/.credentials.json", Reach::File),
+    (".codex/auth.json", Reach::File),
+    (".gemini/oauth_creds.json", Reach::File),
+    (".streamlit/secrets.toml", Reach::File),
+    (".cdsapirc", Reach::File),
+    (".ecmwfapirc", Reach::File),
+    (".urs_cookies", Reach::File),
+    (".config/earthengine", Reach::Tree),
+    (".synapseConfig", Reach::File),
+    (".dnanexus_config", Reach::Tree),
+    (".httr-oauth", Reach::File),
+    (".cache/gargle", Reach::Tree),
+    (".R/gargle", Reach::Tree),
+    // Sessions of their own: cookies, tokens, what is open.
+    (".Renviron", Reach::File),
+    (".local/share/jupyter/runtime", Reach::Tree),
+    (".local/share/jupyter/notebook_secret", Reach::File),
+    ("jupyterhub_cookie_secret", Reach::File),
+    (".config/code-server/config.yaml", Reach::File),
+    (".local/share/rstudio", Reach::Tree),
+    (".rstudio", Reach::Tree),
+    // What was typed.
+    (".sh_history", Reach::File),
+    (".ash_history", Reach::File),
+    (".bash_history", Reach::File),
+    (".zsh_history", Reach::File),
+    (".local/share/fish/fish_history", Reach::File),
+    (".local/share/xonsh", Reach::Tree),
+    (".python_history", Reach::File),
+    (".ipython/profile_default/history.sqlite", Reach::File),
+    (".Rhistory", Reach::File),
+    (".julia/logs/repl_history.jl", Reach::File),
+    (".octave_hist", Reach::File),
+    (".node_repl_history", Reach::File),
+    (".irb_history", Reach::File),
+    (".php_history", Reach::File),
+    (".psql_history", Reach::File),
+    (".mysql_history", Reach::File),
+    (".sqlite_history", Reach::File),
+    (".rediscli_history", Reach::File),
+];
+
+/// What can be fetched again. Conda's archives are in [`is_conda_archive`], their names being no fixed ones.
+pub const CACHES: &[(&str, Reach)] = &[
+    (".cache/pip", Reach::Tree),
+    (".cache/uv", Reach::Tree),
+    ("var/cache/apt/archives", Reach::Contents),
+    ("tmp", Reach::Contents),
+    ("var/tmp", Reach::Contents),
+];
+
+/// Files that runtimes create, empty, to mount something over them or to mark a container.
+const EMPTY_STUBS: &[&[u8]] = &[
+    b"etc/hosts",
+    b"etc/hostname",
+    b"etc/resolv.conf",
+    b".dockerenv",
+    b"run/.containerenv",
+    b"dev/console",
+];
+
+/// Links that runtimes create, and where those point to.
+const LINK_STUBS: &[(&[u8], &[u8])] = &[
+    (b"etc/mtab", b"/proc/mounts"),
+    (b"dev/fd", b"/proc/self/fd"),
+    (b"dev/stdin", b"/proc/self/fd/0"),
+    (b"dev/stdout", b"/proc/self/fd/1"),
+    (b"dev/stderr", b"/proc/self/fd/2"),
+    (b"dev/core", b"/proc/kcore"),
+    (b"dev/ptmx", b"pts/ptmx"),
+];
+
+/// Directories that runtimes create to mount something over them.
+const DIRECTORY_STUBS: &[&[u8]] = &[
+    b"dev",
+    b"dev/pts",
+    b"dev/shm",
+    b"dev/mqueue",
+    b"proc",
+    b"sys",
+    b"run/secrets",
+];
+
+/// Runtime spec, `config-linux.md`, "Default Devices".
+const DEFAULT_DEVICES: &[&[u8]] = &[
+    b"null", b"zero", b"full", b"random", b"urandom", b"tty", b"console", b"ptmx",
+];
+
+/// The matcher.
+#[derive(Debug)]
+pub struct Exclusions {
+    mounts: HashSet<Vec<u8>>,
+    ancestors: HashSet<Vec<u8>>,
+    /// By last component.
+    lists: HashMap<&'static [u8], Vec<Listed>>,
+    caches: bool,
+    gpu: bool,
+    of_image: bool,
+    user: Option<Patterns>,
+}
+
+#[derive(Debug)]
+struct Listed {
+    path: &'static [u8],
+    reach: Reach,
+    reason: Reason,
+}
+
+impl Exclusions {
+    /// Compiles the rules.
+    ///
+    /// A pattern is a glob as in `.gitignore`: `*`, `?` and `[…]` do not match a slash, `**` does, `{a,b}` is either.
+    /// A leading slash binds it to the root, else it matches anywhere. A trailing slash makes it match directories
+    /// only. What matches a directory takes all below it along. `!` is not to be had. Deletions match too: then the
+    /// base's version shows.
+    pub fn new(rules: Rules<'_>) -> Result<Self, PatternError> {
+        let mounts: HashSet<Vec<u8>> = rules
+            .mounts
+            .iter()
+            .map(|path| relative(path))
+            .filter(|path| !path.is_empty())
+            .collect();
+        let made = if rules.of_image { &[] } else { DIRECTORY_STUBS };
+        let mut ancestors: HashSet<Vec<u8>> = made.iter().map(|path| path.to_vec()).collect();
+        for mount in &mounts {
+            ancestors.extend(
+                prefixes(mount)
+                    .filter(|p| p.len() < mount.len())
+                    .map(<[u8]>::to_vec),
+            );
+        }
+        for saved in rules.saved {
+            for above in prefixes(&relative(saved)) {
+                ancestors.remove(above);
+            }
+        }
+        let mut lists: HashMap<&'static [u8], Vec<Listed>> = HashMap::new();
+        let both = [
+            (rules.credentials, CREDENTIALS, Reason::Credential),
+            (rules.caches, CACHES, Reason::Cache),
+        ];
+        for (_, list, reason) in both.iter().filter(|(wanted, ..)| *wanted) {
+            for (path, reach) in *list {
+                let path = path.as_bytes();
+                let listed = Listed {
+                    path,
+                    reach: *reach,
+                    reason: reason.clone(),
+                };
+                lists.entry(basename(path)).or_default().push(listed);
+            }
+        }
+        let user = if rules.user.is_empty() {
+            None
+        } else {
+            Some(Patterns::new(rules.user)?)
+        };
+        Ok(Self {
+            mounts,
+            ancestors,
+            lists,
+            caches: rules.caches,
+            gpu: rules.gpu,
+            of_image: rules.of_image,
+            user,
+        })
+    }
+
+    /// Whether an entry stays out, and why. `path` has neither a leading nor a trailing slash; the root is empty.
+    ///
+    /// When a directory stays out, so does all below it, and need not be asked about. A directory of the base is not
+    /// itself a credential or a cache (only what is new in it is): deletions inside it have to stay deletions.
+    pub fn check(&self, path: &[u8], facts: &Facts<'_>) -> Option<Reason> {
+        if !self.mounts.is_empty() && prefixes(path).any(|prefix| self.mounts.contains(prefix)) {
+            return Some(Reason::Mount);
+        }
+        if !self.of_image
+            && let Some(reason) = stub(path, facts)
+        {
+            return Some(reason);
+        }
+        if self.gpu && is_gpu_remnant(path, facts) {
+            return Some(Reason::Gpu);
+        }
+        if let Some(patterns) = &self.user
+            && let Some(pattern) =
+                patterns.matching(path, facts.file_type == Some(FileType::Directory))
+        {
+            return Some(Reason::Pattern(pattern.to_owned()));
+        }
+        let frame = facts.file_type == Some(FileType::Directory) && facts.in_base;
+        match facts.file_type {
+            Some(file_type) if !frame => self.listed(path, file_type),
+            _ => None,
+        }
+    }
+
+    fn listed(&self, path: &[u8], file_type: FileType) -> Option<Reason> {
+        if self.lists.is_empty() {
+            return None;
+        }
+        for prefix in prefixes(path) {
+            let whole = prefix.len() == path.len();
+            let Some(listed) = self.lists.get(basename(prefix)) else {
+                continue;
+            };
+            for rule in listed {
+                let matches = match rule.reach {
+                    Reach::Tree => ends_with_components(prefix, rule.path),
+                    Reach::File => {
+                        whole
+                            && file_type != FileType::Directory
+                            && ends_with_components(prefix, rule.path)
+                    }
+                    Reach::Contents => !whole && prefix == rule.path,
+                };
+                if matches {
+                    return Some(rule.reason.clone());
+                }
+            }
+        }
+        (self.caches && file_type == FileType::RegularFile && is_conda_archive(path))
+            .then_some(Reason::Cache)
+    }
+
+    /// Whether a directory is one that a runtime makes to have something to mount on: an ancestor of a mount's
+    /// destination, or a usual destination. If it is not in the base and nothing in it goes into the layer, it is not
+    /// the user's.
+    pub fn mount_ancestor(&self, path: &[u8]) -> bool {
+        self.ancestors.contains(path)
+    }
+
+    /// Whether a symbolic link is the GPU hook's if it leads, in the merged tree, to nothing or to an empty file. That
+    /// takes a look-up, so the caller does it for these few.
+    pub fn gpu_link(&self, path: &[u8]) -> bool {
+        self.gpu && is_driver_library(basename(path))
+    }
+}
+
+/// Every leading part of a path, the path itself included: `a`, `a/b`, `a/b/c`.
+fn prefixes(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let slashes = path
+        .iter()
+        .enumerate()
+        .filter(|(_, b)| **b == b'/')
+        .map(|(i, _)| i);
+    let ends = slashes.chain((!path.is_empty()).then_some(path.len()));
+    ends.map(|end| &path[..end])
+}
+
+fn ends_with_components(path: &[u8], tail: &[u8]) -> bool {
+    path.strip_suffix(tail)
+        .is_some_and(|head| head.is_empty() || head.ends_with(b"/"))
+}
+
+/// An absolute path without its leading slash, empty and `.` components gone, `..` taken back.
+fn relative(path: &[u8]) -> Vec<u8> {
+    let mut parts: Vec<&[u8]> = Vec::new();
+    for part in path.split(|&b| b == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." => {
+                parts.pop();
+            }
+            part => parts.push(part),
+        }
+    }
+    parts.join(&b'/')
+}
+
+/// What a runtime itself put there. A file with content is somebody's.
+fn stub(path: &[u8], facts: &Facts<'_>) -> Option<Reason> {
+    // Nearly every path is ruled out by its first component.
+    let first = path.split(|&b| b == b'/').next()?;
+    if !matches!(
+        first,
+        b"etc" | b"dev" | b"proc" | b"sys" | b"run" | b".dockerenv"
+    ) {
+        return None;
+    }
+    let in_dev = path.strip_prefix(b"dev/");
+    let device = matches!(
+        facts.file_type,
+        Some(FileType::CharacterDevice | FileType::BlockDevice)
+    );
+    if device
+        && in_dev.is_some_and(|name| DEFAULT_DEVICES.contains(&name) || name.starts_with(b"pts/"))
+    {
+        return Some(Reason::RuntimeDevice);
+    }
+    let stub = match facts.file_type {
+        // Some runtimes bind the host's devices over empty files.
+        Some(FileType::RegularFile) => {
+            facts.size == 0
+                && (EMPTY_STUBS.contains(&path)
+                    || in_dev.is_some_and(|name| DEFAULT_DEVICES.contains(&name)))
+        }
+        Some(FileType::Symlink) => LINK_STUBS
+            .iter()
+            .any(|(link, target)| path == *link && facts.link == Some(target)),
+        None => {
+            EMPTY_STUBS.contains(&path)
+                || LINK_STUBS.iter().any(|(link, _)| path == *link)
+                || DIRECTORY_STUBS.contains(&path)
+                || [&b"dev"[..], b"proc", b"sys"].contains(&first)
+        }
+        _ => false,
+    };
+    stub.then_some(Reason::MountStub)
+}
+
+/// What libnvidia-container leaves in the upper directory: it mounts the driver's files over empty ones that it makes,
+/// and `ldconfig` adds links to them (libnvidia-container#50, nvidia-docker#1488).
+fn is_gpu_remnant(path: &[u8], facts: &Facts<'_>) -> bool {
+    let name = basename(path);
+    match facts.file_type {
+        Some(FileType::RegularFile) if facts.size == 0 => {
+            is_driver_library(name)
+                || path
+                    .strip_prefix(b"usr/bin/")
+                    .is_some_and(|n| n.starts_with(b"nvidia-") && !n.contains(&b'/'))
+                || path
+                    .strip_prefix(b"usr/")
+                    .unwrap_or(path)
+                    .starts_with(b"lib/firmware/nvidia/")
+        }
+        Some(FileType::CharacterDevice) => path.starts_with(b"dev/nvidia"),
+        _ => false,
+    }
+}
+
+/// A shared library of the driver: `lib{cuda,nvidia-*,nvcuvid,nvoptix}*.so` with or without a version.
+fn is_driver_library(name: &[u8]) -> bool {
+    let Some(stem) = name.strip_prefix(b"lib") else {
+        return false;
+    };
+    let driver = [&b"cuda"[..], b"nvidia-", b"nvcuvid", b"nvoptix"]
+        .iter()
+        .any(|start| stem.starts_with(start));
+    driver && (stem.ends_with(b".so") || stem.windows(4).any(|part| part == b".so."))
+}
+
+/// `pkgs/NAME-VERSION-BUILD.conda` or `.tar.bz2`: conda keeps what it has unpacked. The two dashes tell an archive of
+/// conda's from somebody's own in a directory that happens to be called `pkgs`.
+fn is_conda_archive(path: &[u8]) -> bool {
+    let name = basename(path);
+    let Some(stem) = name
+        .strip_suffix(b".conda")
+        .or_else(|| name.strip_suffix(b".tar.bz2"))
+    else {
+        return false;
+    };
+    let parent = path[..path.len() - name.len()].strip_suffix(b"/");
+    parent.is_some_and(|parent| basename(parent) == b"pkgs")
+        && stem.split(|&b| b == b'-').count() >= 3
+}
+
+/// The user's patterns, compiled.
+#[derive(Debug)]
+struct Patterns {
+    texts: Vec<String>,
+    /// Two globs a pattern: 2i for the entry itself, 2i + 1 for all below it.
+    set: GlobSet,
+    directories_only: Vec<bool>,
+}
+
+impl Patterns {
+    fn new(texts: &[String]) -> Result<Self, PatternError> {
+        let mut set = GlobSetBuilder::new();
+        let mut directories_only = Vec::with_capacity(texts.len());
+        for text in texts {
+            let bad = |why: String| PatternError {
+                pattern: text.clone(),
+                why,
+            };
+            if text.starts_with('!') {
+                return Err(bad(
+                    "patterns with ! are not supported; write \\! for a name that begins so"
+                        .to_owned(),
+                ));
+            }
+            let (anchored, rest) = match text.strip_prefix('/') {
+                Some(rest) => (true, rest),
+                None => (false, text.as_str()),
+            };
+            // A backslash makes the slash part of a name, which it never is.
+            let (directory, rest) = match rest.strip_suffix('/') {
+                Some(rest) => (true, rest),
+                None => (false, rest),
+            };
+            if rest.is_empty() {
+                return Err(bad(
+                    "it names nothing (or the root); write /** for everything".to_owned(),
+                ));
+            }
+            if rest.split('/').any(|part| matches!(part, "" | "." | "..")) {
+                return Err(bad(
+                    "empty, . and .. components match no path; paths begin at the container's root"
+                        .to_owned(),
+                ));
+            }
+            let entry = if anchored {
+                rest.to_owned()
+            } else {
+                format!("**/{rest}")
+            };
+            for glob in [entry.clone(), format!("{entry}/**")] {
+                let glob = GlobBuilder::new(&glob)
+                    .literal_separator(true)
+                    .backslash_escape(true)
+                    .build();
+                set.add(glob.map_err(|e| bad(e.kind().to_string()))?);
+            }
+            directories_only.push(directory);
+        }
+        let set = set.build().map_err(|e| PatternError {
+            pattern: texts.join(" "),
+            why: e.to_string(),
+        })?;
+        Ok(Self {
+            texts: texts.to_vec(),
+            set,
+            directories_only,
+        })
+    }
+
+    /// The first pattern that matches.
+    fn matching(&self, path: &[u8], directory: bool) -> Option<&str> {
+        let candidate = Candidate::new(OsStr::from_bytes(path));
+        let matches = self.set.matches_candidate(&candidate);
+        let applies = |glob: &usize| glob % 2 == 1 || directory || !self.directories_only[glob / 2];
+        matches
+            .into_iter()
+            .filter(applies)
+            .map(|glob| self.texts[glob / 2].as_str())
+            .next()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(file_type: FileType) -> Facts<'static> {
+        Facts {
+            file_type: Some(file_type),
+            size: 0,
+            link: None,
+            in_base: false,
+        }
+    }
+
+    fn file(size: u64) -> Facts<'static> {
+        Facts {
+            size,
+            ..facts(FileType::RegularFile)
+        }
+    }
+
+    fn link(target: &str) -> Facts<'_> {
+        Facts {
+            link: Some(target.as_bytes()),
+            ..facts(FileType::Symlink)
+        }
+    }
+
+    const DIR: Facts<'static> = Facts {
+        file_type: Some(FileType::Directory),
+        size: 0,
+        link: None,
+        in_base: false,
+    };
+    const BASE_DIR: Facts<'static> = Facts {
+        in_base: true,
+        ..DIR
+    };
+    const WHITEOUT: Facts<'static> = Facts {
+        file_type: None,
+        in_base: true,
+        ..DIR
+    };
+
+    fn rules<'a>(mounts: &'a [Vec<u8>], user: &'a [String]) -> Rules<'a> {
+        Rules {
+            mounts,
+            saved: &[],
+            user,
+            credentials: true,
+            caches: true,
+            gpu: true,
+            of_image: false,
+        }
+    }
+
+    #[test]
+    fn directories_above_a_mount_are_placeholders_unless_it_is_saved() {
+        let mounts = ["/home/w/data", "/home/w/cache"].map(|m| m.as_bytes().to_vec());
+        let none = Exclusions::new(rules(&mounts, &[])).unwrap();
+        let one = Exclusions::new(Rules {
+            saved: &mounts[..1],
+            ..rules(&mounts, &[])
+        })
+        .unwrap();
+        for above in [&b"home"[..], b"home/w"] {
+            assert!(none.mount_ancestor(above));
+            assert!(!one.mount_ancestor(above));
+        }
+        // The mount itself stays out of its parent's layer.
+        assert_eq!(one.check(b"home/w/data", &DIR), Some(Reason::Mount));
+    }
+
+    fn plain() -> Exclusions {
+        Exclusions::new(rules(&[], &[])).unwrap()
+    }
+
+    #[track_caller]
+    fn table(exclusions: &Exclusions, cases: &[(&str, Facts<'_>, Option<Reason>)]) {
+        for (path, facts, expected) in cases {
+            assert_eq!(
+                exclusions.check(path.as_bytes(), facts),
+                *expected,
+                "{path} {facts:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_at_or_below_a_mount() {
+        let mounts = [
+            "/data",
+            "/etc/hosts",
+            "/a//b/./c/",
+            "/x/../y",
+            "/",
+            "/home/u/vol",
+        ]
+        .map(|m| m.as_bytes().to_vec());
+        let exclusions = Exclusions::new(rules(&mounts, &[])).unwrap();
+        table(
+            &exclusions,
+            &[
+                ("data", DIR, Some(Reason::Mount)),
+                ("data/x/y", file(1), Some(Reason::Mount)),
+                ("data2", file(1), None),
+                ("dat", file(1), None),
+                ("other/data", file(1), None),
+                // A whiteout there would delete what the base has (buildah#2816).
+                ("data", WHITEOUT, Some(Reason::Mount)),
+                ("data/deleted", WHITEOUT, Some(Reason::Mount)),
+                ("etc/hosts", file(100), Some(Reason::Mount)),
+                ("a/b/c", DIR, Some(Reason::Mount)),
+                ("a/b", DIR, None),
+                ("y/z", file(1), Some(Reason::Mount)),
+                ("x", DIR, None),
+                ("", DIR, None),
+                ("", BASE_DIR, None),
+            ],
+        );
+        let ancestors = [
+            ("a", true),
+            ("a/b", true),
+            ("a/b/c", false),
+            ("home", true),
+            ("home/u", true),
+            ("home/v", false),
+            ("etc", true),
+            ("dev/shm", true),
+            ("proc", true),
+            ("", false),
+            ("usr", false),
+        ];
+        for (path, expected) in ancestors {
+            assert_eq!(
+                exclusions.mount_ancestor(path.as_bytes()),
+                expected,
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn runtime_stubs_go_and_real_files_stay() {
+        table(
+            &plain(),
+            &[
+                // As seen in the uppers of CRI-O 1.36 and containerd 2.2.
+                ("etc/hosts", file(0), Some(Reason::MountStub)),
+                ("etc/mtab", link("/proc/mounts"), Some(Reason::MountStub)),
+                ("run/.containerenv", file(0), Some(Reason::MountStub)),
+                ("etc/motd", WHITEOUT, None),
+                ("etc/profile", file(771), None),
+                ("etc", DIR, None),
+                ("run", DIR, None),
+                ("etc/hostname", file(0), Some(Reason::MountStub)),
+                ("etc/resolv.conf", file(0), Some(Reason::MountStub)),
+                (".dockerenv", file(0), Some(Reason::MountStub)),
+                ("etc/hosts", WHITEOUT, Some(Reason::MountStub)),
+                ("etc/mtab", WHITEOUT, Some(Reason::MountStub)),
+                ("proc", WHITEOUT, Some(Reason::MountStub)),
+                ("dev/x", WHITEOUT, Some(Reason::MountStub)),
+                ("run/secrets", WHITEOUT, Some(Reason::MountStub)),
+                // Somebody's own: never lost in silence.
+                ("etc/hosts", file(1), None),
+                (
+                    "etc/resolv.conf",
+                    link("../run/systemd/resolve/stub-resolv.conf"),
+                    None,
+                ),
+                ("etc/mtab", link("../proc/self/mounts"), None),
+                ("etc/mtab", file(10), None),
+                ("srv/etc/hosts", file(0), None),
+                (".dockerenv", file(3), None),
+                ("srv/.dockerenv", file(0), None),
+                ("etc/hosts", DIR, None),
+                ("dev/notes", file(5), None),
+                ("run/app.pid", WHITEOUT, None),
+                // Devices.
+                (
+                    "dev/null",
+                    facts(FileType::CharacterDevice),
+                    Some(Reason::RuntimeDevice),
+                ),
+                (
+                    "dev/pts/0",
+                    facts(FileType::CharacterDevice),
+                    Some(Reason::RuntimeDevice),
+                ),
+                ("dev/null", file(0), Some(Reason::MountStub)),
+                ("dev/null", file(9), None),
+                (
+                    "dev/stdout",
+                    link("/proc/self/fd/1"),
+                    Some(Reason::MountStub),
+                ),
+                ("dev/stdout", link("/var/log/out"), None),
+                ("dev/sda", facts(FileType::BlockDevice), None),
+                ("srv/dev/null", facts(FileType::CharacterDevice), None),
+                ("dev/console", file(0), Some(Reason::MountStub)),
+                ("dev/shm", DIR, None),
+            ],
+        );
+    }
+
+    #[test]
+    fn gpu_remnants_are_empty_or_lead_nowhere() {
+        let lib = "usr/lib/x86_64-linux-gnu/";
+        let cases = [
+            ("libcuda.so.535.129.03", file(0), true),
+            ("libcuda.so.535.129.03", file(1), false),
+            ("libnvidia-ml.so.1", file(0), true),
+            ("libnvcuvid.so.1", file(0), true),
+            ("libnvoptix.so.535", file(0), true),
+            // The toolkit's own, which the user installed.
+            ("libcudart.so.12", file(700_000), false),
+            ("libcudart.so", link("libcudart.so.12"), false),
+            ("libnvidia.txt", file(0), false),
+            ("libm.so.6", file(0), false),
+            ("libcuda.so.1", WHITEOUT, false),
+        ];
+        for (name, facts, expected) in cases {
+            let path = format!("{lib}{name}");
+            assert_eq!(
+                plain().check(path.as_bytes(), &facts),
+                expected.then_some(Reason::Gpu),
+                "{path} {facts:?}"
+            );
+        }
+        table(
+            &plain(),
+            &[
+                ("usr/bin/nvidia-smi", file(0), Some(Reason::Gpu)),
+                ("usr/bin/nvidia-smi", file(9), None),
+                ("usr/local/bin/nvidia-smi", file(0), None),
+                (
+                    "lib/firmware/nvidia/535.129.03/gsp_ga10x.bin",
+                    file(0),
+                    Some(Reason::Gpu),
+                ),
+                (
+                    "usr/lib/firmware/nvidia/535/gsp_tu10x.bin",
+                    file(0),
+                    Some(Reason::Gpu),
+                ),
+                (
+                    "dev/nvidia0",
+                    facts(FileType::CharacterDevice),
+                    Some(Reason::Gpu),
+                ),
+            ],
+        );
+        assert!(plain().gpu_link(b"usr/lib/libcuda.so.1"));
+        assert!(plain().gpu_link(b"usr/lib64/libnvidia-ml.so"));
+        assert!(!plain().gpu_link(b"usr/lib/libc.so.6"));
+        let off = Exclusions::new(Rules::default()).unwrap();
+        assert_eq!(off.check(b"usr/lib/libcuda.so.1", &file(0)), None);
+        assert!(!off.gpu_link(b"usr/lib/libcuda.so.1"));
+    }
+
+    #[test]
+    fn credentials_in_any_home() {
+        let out = || Some(Reason::Credential);
+        table(
+            &plain(),
+            &[
+                ("root/.ssh", DIR, out()),
+                ("home/alice/.ssh/id_ed25519", file(9), out()),
+                (".ssh/config", file(9), out()),
+                ("srv/deep/er/.ssh", link("/data/ssh"), out()),
+                ("home/alice/.aws/credentials", file(9), out()),
+                ("home/alice/.kube/config", file(9), out()),
+                ("home/alice/.config/gcloud/x.db", file(9), out()),
+                ("home/alice/.config/other", file(9), None),
+                ("home/alice/.config", DIR, None),
+                ("home/alice/.netrc", file(9), out()),
+                ("home/alice/.git-credentials", file(9), out()),
+                ("home/alice/.docker/config.json", file(9), out()),
+                ("home/alice/.docker/daemon.json", file(9), None),
+                ("home/alice/x.docker/config.json", file(9), None),
+                ("app/config.json", file(9), None),
+                ("home/alice/.pypirc", file(9), out()),
+                ("home/alice/.cache/huggingface/token", file(9), out()),
+                ("home/alice/.cache/huggingface/hub/model.bin", file(9), None),
+                ("home/alice/.Renviron", file(9), out()),
+                ("root/.bash_history", file(9), out()),
+                ("root/.zsh_history", file(9), out()),
+                ("root/.python_history", file(9), out()),
+                ("work/project/.Rhistory", file(9), out()),
+                (
+                    "root/.ipython/profile_default/history.sqlite",
+                    file(9),
+                    out(),
+                ),
+                (
+                    "root/.local/share/jupyter/runtime/kernel-1.json",
+                    file(9),
+                    out(),
+                ),
+                (
+                    "root/.local/share/jupyter/kernels/r/kernel.json",
+                    file(9),
+                    None,
+                ),
+                ("root/.local/share/rstudio/sessions", DIR, out()),
+                // As the programs' own documentation names them.
+                ("root/.gnupg/private-keys-v1.d/x.key", file(9), out()),
+                ("root/.azure/msal_token_cache.json", file(9), out()),
+                ("srv/app/.npmrc", file(9), out()),
+                ("root/.pgpass", file(9), out()),
+                ("root/.kaggle/kaggle.json", file(9), out()),
+                ("root/.config/gh/hosts.yml", file(9), out()),
+                ("root/.config/rclone/rclone.conf", file(9), out()),
+                ("root/.huggingface/token", file(9), out()),
+                ("root/.cargo/credentials.toml", file(9), out()),
+                ("root/.cargo/config.toml", file(9), None),
+                ("root/.irods/.irodsA", file(9), out()),
+                ("root/.irods/irods_environment.json", file(9), None),
+                ("root/.psql_history", file(9), out()),
+                ("srv/app/.env", file(9), None),
+                ("root/.config/pip/pip.conf", file(9), None),
+                // Case and whole components count; a directory is not a file.
+                ("root/.SSH/id", file(9), None),
+                ("root/x.ssh/id", file(9), None),
+                ("root/.sshd", file(9), None),
+                ("etc/ssh/ssh_config", file(9), None),
+                ("root/.netrc", DIR, None),
+                // Deletions stay deletions, those inside a directory of the base too.
+                ("root/.ssh", WHITEOUT, None),
+                ("root/.ssh", BASE_DIR, None),
+                ("root/.ssh/known_hosts", WHITEOUT, None),
+                ("root/.ssh/known_hosts", file(9), out()),
+                ("root/.netrc", WHITEOUT, None),
+            ],
+        );
+        let kept = Exclusions::new(Rules {
+            credentials: false,
+            ..rules(&[], &[])
+        })
+        .unwrap();
+        assert_eq!(kept.check(b"root/.ssh/id", &file(9)), None);
+        assert_eq!(
+            kept.check(b"root/.cache/pip/x", &file(9)),
+            Some(Reason::Cache)
+        );
+    }
+
+    #[test]
+    fn caches_and_temporary_files() {
+        let out = || Some(Reason::Cache);
+        table(
+            &plain(),
+            &[
+                ("root/.cache/pip", DIR, out()),
+                ("root/.cache/pip/http/a", file(9), out()),
+                ("root/.cache/uv/x", file(9), out()),
+                ("root/.cache", DIR, None),
+                ("root/.cache/other", file(9), None),
+                ("root/cache/pip", file(9), None),
+                ("tmp", DIR, None),
+                ("tmp", BASE_DIR, None),
+                ("tmp/x", file(9), out()),
+                ("tmp/dir", DIR, out()),
+                ("tmp/dir", BASE_DIR, None),
+                ("tmp/dir/new", file(9), out()),
+                ("tmp/gone", WHITEOUT, None),
+                ("tmp", WHITEOUT, None),
+                ("tmp", link("var/tmp"), None),
+                ("var/tmp", DIR, None),
+                ("var/tmp/x", facts(FileType::Fifo), out()),
+                ("srv/tmp/x", file(9), None),
+                ("var/cache/apt/archives", DIR, None),
+                ("var/cache/apt/archives/bash.deb", file(9), out()),
+                ("var/cache/apt/pkgcache.bin", file(9), None),
+                (
+                    "opt/conda/pkgs/numpy-1.26.4-py311h64a7726_0.conda",
+                    file(9),
+                    out(),
+                ),
+                ("opt/conda/pkgs/zlib-1.3-h1.tar.bz2", file(9), out()),
+                (
+                    "opt/conda/pkgs/numpy-1.26.4-py311h64a7726_0/info/index.json",
+                    file(9),
+                    None,
+                ),
+                ("root/numpy-1.26.4-py311h64a7726_0.conda", file(9), None),
+                ("root/pkgs/mydata.tar.bz2", file(9), None),
+                ("pkgs", file(9), None),
+                ("a-b-c.conda", file(9), None),
+            ],
+        );
+        let kept = Exclusions::new(Rules {
+            caches: false,
+            ..rules(&[], &[])
+        })
+        .unwrap();
+        for path in ["tmp/x", "root/.cache/pip/x", "opt/pkgs/a-1-0.conda"] {
+            assert_eq!(kept.check(path.as_bytes(), &file(9)), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn user_patterns_are_as_in_gitignore() {
+        // Pattern, path, is a directory, matches.
+        let cases: &[(&str, &str, bool, bool)] = &[
+            ("*.log", "a.log", false, true),
+            ("*.log", "deep/er/a.log", false, true),
+            ("*.log", "a.log/inside", false, true),
+            ("*.log", "a.logs", false, false),
+            ("/data", "data", true, true),
+            ("/data", "data/x/y", false, true),
+            ("/data", "srv/data", true, false),
+            ("/data", "database", false, false),
+            ("/data/*.bin", "data/a.bin", false, true),
+            ("/data/*.bin", "data/sub/a.bin", false, false),
+            ("/data/**/*.bin", "data/sub/deep/a.bin", false, true),
+            ("/data/**", "data", true, false),
+            ("/data/**", "data/x", false, true),
+            ("build/out", "x/build/out/y", false, true),
+            ("build/", "x/build", true, true),
+            ("build/", "x/build", false, false),
+            ("build/", "x/build/y", false, true),
+            ("/**", "anything/at/all", false, true),
+            ("file?", "file1", false, true),
+            ("file?", "file/x", false, false),
+            ("[ab].txt", "b.txt", false, true),
+            ("*.{o,a}", "lib/x.a", false, true),
+            ("\\*", "*", false, true),
+            ("\\*", "x", false, false),
+            ("\\!x", "!x", false, true),
+            ("*", ".hidden", false, true),
+            ("ü*", "a/über", false, true),
+        ];
+        for (pattern, path, directory, expected) in cases {
+            let user = [(*pattern).to_owned()];
+            let exclusions = Exclusions::new(Rules {
+                user: &user,
+                ..Rules::default()
+            })
+            .unwrap();
+            let facts = if *directory { BASE_DIR } else { file(1) };
+            let expected = expected.then(|| Reason::Pattern((*pattern).to_owned()));
+            assert_eq!(
+                exclusions.check(path.as_bytes(), &facts),
+                expected,
+                "{pattern} {path}"
+            );
+        }
+    }
+
+    #[test]
+    fn user_patterns_match_bytes_and_deletions_and_name_the_first() {
+        let user = ["/nothing", "*.bin", "/raw"].map(str::to_owned);
+        let exclusions = Exclusions::new(Rules {
+            user: &user,
+            ..Rules::default()
+        })
+        .unwrap();
+        let bin = || Some(Reason::Pattern("*.bin".to_owned()));
+        assert_eq!(exclusions.check(b"d/\xff\xfe\n.bin", &file(1)), bin());
+        assert_eq!(exclusions.check(b"d\xff/x.bin/\x80", &file(1)), bin());
+        assert_eq!(exclusions.check(b"raw/a.bin", &file(1)), bin());
+        assert_eq!(
+            exclusions.check(b"raw", &WHITEOUT),
+            Some(Reason::Pattern("/raw".to_owned()))
+        );
+        assert_eq!(exclusions.check(b"\xff", &file(1)), None);
+    }
+
+    #[test]
+    fn bad_patterns_are_refused_by_name() {
+        for bad in [
+            "", "/", "//", "!x", "a//b", "./x", "/../x", "[a", "{a", "a\\",
+        ] {
+            let user = ["ok".to_owned(), bad.to_owned()];
+            let error = Exclusions::new(Rules {
+                user: &user,
+                ..Rules::default()
+            })
+            .unwrap_err();
+            assert_eq!(
+                (error.pattern.as_str(), error.exit_code()),
+                (bad, 2),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn reasons_are_written_in_snake_case() {
+        let json =
+            serde_json::to_string(&[Reason::MountStub, Reason::Pattern("*.o".to_owned())]).unwrap();
+        assert_eq!(
+            json,
+            r#"[{"reason":"mount_stub"},{"reason":"pattern","pattern":"*.o"}]"#
+        );
+    }
+}

@@ -1,0 +1,209 @@
+//! What is on disk of one name: status and attributes, as the container sees them.
+
+use std::ffi::CString;
+use std::os::fd::AsFd;
+
+use rustix::fs::{FileType, OFlags, Stat};
+
+use super::{Walker, read_error};
+use crate::common::escape;
+use crate::layer::scan::rows::NO_EXTRA;
+use crate::layer::scan::{Entry, Error, Flags, Kind, Xattr};
+use crate::node::overlay::lower::Place;
+use crate::node::overlay::owner::{self, IdMapping};
+use crate::node::overlay::root::{Follow, proc_path, xattr_at, xattr_names_at};
+use crate::node::overlay::xattr::{
+    Fate, Mark, ValueError, acl_inside, capability_inside, fate, plain_fate,
+};
+
+/// setuid and setgid.
+pub(super) const SET_ID: u16 = 0o6000;
+
+/// The attribute that holds file capabilities.
+pub(super) const CAPABILITY: &[u8] = b"security.capability";
+
+/// Attributes of one entry, sorted by what becomes of them.
+#[derive(Default)]
+pub(in crate::layer::scan) struct Attributes {
+    pub(super) kept: Vec<Xattr>,
+    pub(in crate::layer::scan) opaque: Option<Vec<u8>>,
+    pub(in crate::layer::scan) redirect: Option<Vec<u8>>,
+    pub(super) metacopy: bool,
+    pub(super) whiteout: bool,
+    pub(super) nlink: Option<Vec<u8>>,
+}
+
+impl Walker<'_> {
+    pub(in crate::layer::scan) fn entry(
+        &self,
+        stat: &Stat,
+        root: u16,
+        kind: Kind,
+        path: &[u8],
+    ) -> Result<Entry, Error> {
+        let (uid, gid) = self.owner_of(stat, root, path)?;
+        let size = if kind == Kind::File {
+            u64::try_from(stat.st_size).unwrap_or(0)
+        } else {
+            0
+        };
+        Ok(Entry {
+            parent: 0,
+            store: 0,
+            name_at: 0,
+            name_len: 0,
+            root,
+            kind,
+            flags: Flags::default(),
+            mode: mode_of(stat),
+            extra: NO_EXTRA,
+            uid,
+            gid,
+            nlink: stat.st_nlink as u32,
+            ino: stat.st_ino,
+            size,
+            allocated: stat.st_blocks as u64 * 512,
+            rdev: if matches!(kind, Kind::Char | Kind::Block) {
+                stat.st_rdev
+            } else {
+                0
+            },
+            mtime: stat.st_mtime,
+            mtime_nsec: stat.st_mtime_nsec as u32,
+            ctime: stat.st_ctime,
+            ctime_nsec: stat.st_ctime_nsec as u32,
+        })
+    }
+
+    /// The maps from the ids in `root` to the container's: of users, of groups.
+    fn ids_of(&self, root: u16) -> (&[IdMapping], &[IdMapping]) {
+        if self.id_mapped.get(usize::from(root)) == Some(&true) {
+            (&self.stored_ids.0, &self.stored_ids.1)
+        } else {
+            (self.options.uid_map, self.options.gid_map)
+        }
+    }
+
+    /// Owner and group, as the container sees them, of something at `path` in `root`.
+    pub(super) fn owner_of(
+        &self,
+        stat: &Stat,
+        root: u16,
+        path: &[u8],
+    ) -> Result<(u32, u32), Error> {
+        let (uids, gids) = self.ids_of(root);
+        let unmapped = |what, id| Error::Unmapped {
+            path: escape::path(path),
+            what,
+            id,
+        };
+        let uid = owner::inside(uids, stat.st_uid);
+        let gid = owner::inside(gids, stat.st_gid);
+        Ok((
+            uid.ok_or_else(|| unmapped("user", stat.st_uid))?,
+            gid.ok_or_else(|| unmapped("group", stat.st_gid))?,
+        ))
+    }
+
+    /// Attributes of what `at` names in the upper, told apart; `dropped` collects the names of those that stay behind.
+    pub(in crate::layer::scan) fn attributes_of(
+        &self,
+        at: impl Into<Vec<u8>>,
+        follow: Follow,
+        path: &[u8],
+        dropped: &mut Vec<Vec<u8>>,
+    ) -> Result<Attributes, Error> {
+        self.attributes_in(0, at, follow, path, dropped)
+    }
+
+    fn attributes_in(
+        &self,
+        root: u16,
+        at: impl Into<Vec<u8>>,
+        follow: Follow,
+        path: &[u8],
+        dropped: &mut Vec<Vec<u8>>,
+    ) -> Result<Attributes, Error> {
+        let mut attributes = Attributes::default();
+        let at = CString::new(at).map_err(|e| self.read_error(path, e.into()))?;
+        let at = at.as_c_str();
+        let list = xattr_names_at(at, follow).map_err(|source| self.read_error(path, source))?;
+        for name in list.split(|&b| b == 0).filter(|n| !n.is_empty()) {
+            let value = || -> Result<Option<Vec<u8>>, Error> {
+                let name = CString::new(name).map_err(|e| self.read_error(path, e.into()))?;
+                xattr_at(at, name.as_c_str(), follow)
+                    .map_err(|source| self.read_error(path, source))
+            };
+            let fate = match self.volume {
+                Some(_) => plain_fate(name),
+                None => fate(name, self.namespace),
+            };
+            match fate {
+                Fate::Mark(Mark::Opaque) => attributes.opaque = value()?,
+                Fate::Mark(Mark::Redirect) => attributes.redirect = value()?,
+                Fate::Mark(Mark::Metacopy) => attributes.metacopy = true,
+                Fate::Mark(Mark::Whiteout) => attributes.whiteout = true,
+                Fate::Mark(Mark::Nlink) => attributes.nlink = value()?,
+                Fate::Mark(Mark::Kernel) => {}
+                Fate::Drop | Fate::Mark(Mark::Protected) => dropped.push(name.to_vec()),
+                Fate::Keep(kept) => {
+                    if let Some(value) = value()? {
+                        let value = self.value_inside(root, &kept, value).map_err(|source| {
+                            Error::Xattr {
+                                path: escape::path(path),
+                                source,
+                            }
+                        })?;
+                        attributes.kept.push((kept.into_owned(), value));
+                    }
+                }
+            }
+        }
+        attributes.kept.sort();
+        Ok(attributes)
+    }
+
+    fn value_inside(&self, root: u16, name: &[u8], value: Vec<u8>) -> Result<Vec<u8>, ValueError> {
+        let (uids, gids) = self.ids_of(root);
+        let uid = |id| owner::inside(uids, id);
+        let gid = |id| owner::inside(gids, id);
+        match name {
+            b"security.capability" => capability_inside(&value, uid),
+            n if n.starts_with(b"system.posix_acl_") => acl_inside(&value, uid, gid),
+            _ => Ok(value),
+        }
+    }
+
+    /// Status and kept attributes of something in a lower.
+    pub(super) fn base_facts(&self, place: &Place) -> Result<(Stat, Vec<Xattr>), Error> {
+        let root = &self.lowers.roots[usize::from(place.root)];
+        let fail = |source| read_error(root.path(), &place.path, source);
+        let _rights = root.enter().map_err(fail)?;
+        let handle = root.open_beneath(&place.path, OFlags::PATH).map_err(fail)?;
+        let stat = rustix::fs::fstat(&handle).map_err(|e| fail(e.into()))?;
+        let attributes = self.attributes_in(
+            place.root + 1,
+            proc_path(handle.as_fd()),
+            Follow::Yes,
+            &place.path,
+            &mut Vec::new(),
+        )?;
+        Ok((stat, attributes.kept))
+    }
+}
+
+pub(in crate::layer::scan) fn kind_of(file_type: FileType) -> Option<Kind> {
+    match file_type {
+        FileType::Directory => Some(Kind::Dir),
+        FileType::RegularFile => Some(Kind::File),
+        FileType::Symlink => Some(Kind::Symlink),
+        FileType::CharacterDevice => Some(Kind::Char),
+        FileType::BlockDevice => Some(Kind::Block),
+        FileType::Fifo => Some(Kind::Fifo),
+        FileType::Socket | FileType::Unknown => None,
+    }
+}
+
+pub(super) fn mode_of(stat: &Stat) -> u16 {
+    (stat.st_mode & 0o7777) as u16
+}

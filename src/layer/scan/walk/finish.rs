@@ -1,0 +1,116 @@
+//! The scan out of the list: what equals the base and what only the runtime made needs no entry.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::above;
+use super::links::{check_indexed, split_links};
+use crate::common::escape;
+use crate::layer::scan::rows::Rows;
+use crate::layer::scan::{Clock, Error, Extra, Flags, Kind, Report, Roots, Sample, Scan};
+use crate::node::overlay::root::Root;
+
+/// Takes out what needs no entry, and puts the scan together.
+pub(in crate::layer::scan) fn finish(
+    mut rows: Rows,
+    opened: Arc<Vec<Root>>,
+    roots: &Roots,
+    clock: Clock,
+    mut report: Report,
+) -> Result<Scan, Error> {
+    check_indexed(&rows)?;
+    report.split_links = split_links(&rows);
+    report.privileged = having(&rows, |extra| extra.privileged);
+    report.empty_xattrs = having(&rows, |extra| {
+        extra.xattrs().iter().any(|(_, value)| value.is_empty())
+    });
+    prune(&mut rows);
+    Ok(Scan {
+        rows,
+        roots: opened,
+        lowers_known: roots.lowers_known,
+        above: above(roots.volume.as_ref()),
+        clock,
+        report,
+    })
+}
+
+/// Paths of which something holds, as they were found now or by the scan before this one.
+fn having(rows: &Rows, holds: impl Fn(&Extra) -> bool) -> Sample<String> {
+    let mut found = Sample::default();
+    if !rows.extras().any(&holds) {
+        return found;
+    }
+    let mut path = Vec::new();
+    for (index, entry) in (0..).zip(rows.iter()) {
+        if rows.extra(&entry).is_some_and(&holds) {
+            rows.path_into(index, &mut path);
+            found.add(escape::path(&path));
+        }
+    }
+    found
+}
+
+/// Takes out what needs no entry: what equals the base, and what only the runtime made. The root stays.
+fn prune(rows: &mut Rows) {
+    let mut groups: HashMap<(u16, u64), Vec<u32>> = HashMap::new();
+    for (index, entry) in (0..).zip(rows.iter()) {
+        if entry.nlink > 1 && !matches!(entry.kind, Kind::Dir | Kind::Whiteout | Kind::Opaque) {
+            groups
+                .entry((entry.root, entry.ino))
+                .or_default()
+                .push(index);
+        }
+    }
+    // A group of hard links is left out as a whole or not at all: half of it would be another file.
+    for group in groups.values() {
+        let base = |&index: &u32| {
+            let entry = rows.entry(index);
+            if entry.flags.has(Flags::UNCHANGED) {
+                rows.extra(&entry).and_then(|e| e.base)
+            } else {
+                None
+            }
+        };
+        let first = group.first().and_then(base);
+        let whole = first.is_some()
+            && group.iter().all(|index| base(index) == first)
+            && group.len() as u32 == rows.entry(group[0]).nlink;
+        if !whole {
+            for &index in group {
+                rows.flags_mut(index).clear(Flags::UNCHANGED);
+            }
+        }
+    }
+    let count = rows.len();
+    let mut dropped = vec![false; count];
+    let mut inside = vec![false; count];
+    let mut keep = vec![false; count];
+    let mut real = false;
+    // Children stand behind their parents: backwards, each parent is seen after all of its children.
+    for index in (1..count).rev() {
+        let flags = rows.flags(index as u32);
+        let parent = rows.parent(index as u32);
+        if flags.has(Flags::MOUNT_PARENT) && !inside[index] {
+            rows.flags_mut(parent).set(Flags::STUBS);
+            rows.flags_mut(parent).set(Flags::PARTIAL);
+            dropped[index] = true;
+            continue;
+        }
+        let stubs_only = flags.has(Flags::TIME_ONLY) && flags.has(Flags::STUBS);
+        if inside[index] || !flags.has(Flags::UNCHANGED) {
+            keep[index] = true;
+            inside[parent as usize] = true;
+            real |= !inside[index] && !stubs_only;
+        }
+    }
+    real |= count > 0 && !rows.flags(0).has(Flags::SILENT);
+    for index in 1..count {
+        // What equals the base stays, silently: when it changes, that has to be told from what is new.
+        dropped[index] |= dropped[rows.parent(index as u32) as usize];
+        if !(keep[index] && real) {
+            rows.flags_mut(index as u32).set(Flags::SILENT);
+        }
+    }
+    rows.drop_rows(&dropped);
+}

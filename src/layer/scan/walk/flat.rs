@@ -1,0 +1,330 @@
+//! The directories' entries, put into one list in the order of the layer.
+
+use super::Task;
+use crate::layer::scan::rows::{Rows, Shelf};
+use crate::layer::scan::{Entry, Extra, Flags, Kind};
+
+/// What walking one directory gives, as long as it is walked.
+#[derive(Default)]
+pub(in crate::layer::scan) struct Output {
+    pub(super) id: u32,
+    pub(in crate::layer::scan) entries: Vec<Entry>,
+    pub(super) names: Vec<u8>,
+    pub(super) extras: Vec<Extra>,
+    /// Index of each entry (in this output) that is as it was, and that of the earlier scan's.
+    pub(super) kept: Vec<(u32, u32)>,
+    /// Something was left out here that the runtime had made.
+    pub(super) stubs: bool,
+    /// The entries are not all that is here.
+    pub(super) partial: bool,
+    /// The directory was read in more than one piece: a name may be here twice.
+    pub(super) in_pieces: bool,
+}
+
+/// What walking one directory gave. What is new in it lies on a shelf by now, as much memory as a scan is made of.
+pub(in crate::layer::scan) struct Walked {
+    pub(in crate::layer::scan) id: u32,
+    /// Number of the shelf, and of the first new entry there.
+    shelf: u32,
+    first: u32,
+    /// Of each entry.
+    flags: Box<[Flags]>,
+    /// As [`Output::kept`], sorted.
+    kept: Box<[(u32, u32)]>,
+    /// Index of each subdirectory that is walked, and its output, sorted.
+    children: Box<[(u32, u32)]>,
+    stubs: bool,
+    partial: bool,
+}
+
+impl Output {
+    fn name(&self, entry: &Entry) -> &[u8] {
+        let at = entry.name_at as usize;
+        &self.names[at..at + usize::from(entry.name_len)]
+    }
+
+    /// Puts what is new onto a shelf. Returns the number of the first.
+    fn shelve(&mut self, shelf: &mut Shelf) -> u32 {
+        let first = shelf.len();
+        let mut kept = self.kept.iter().map(|&(at, _)| at).peekable();
+        for (at, entry) in (0..).zip(&self.entries) {
+            if kept.next_if_eq(&at).is_some() {
+                continue;
+            }
+            let extra = self.extras.get_mut(entry.extra as usize);
+            let extra = extra.map(std::mem::take);
+            let begin = entry.name_at as usize;
+            let name = &self.names[begin..begin + usize::from(entry.name_len)];
+            shelf.push(entry, name, extra);
+        }
+        first
+    }
+
+    /// What is kept of it, with the numbers of the subdirectories' outputs to be filled in. `number` is the shelf's.
+    pub(super) fn finish(
+        mut self,
+        number: u32,
+        shelf: &mut Shelf,
+        tasks: &[(u32, Task)],
+    ) -> Walked {
+        Walked {
+            id: self.id,
+            shelf: number,
+            first: self.shelve(shelf),
+            flags: self.entries.iter().map(|entry| entry.flags).collect(),
+            kept: self.kept.into_boxed_slice(),
+            children: tasks.iter().map(|&(entry, _)| (entry, 0)).collect(),
+            stubs: self.stubs,
+            partial: self.partial,
+        }
+    }
+}
+
+impl Walked {
+    /// Gives the subdirectories, in their order, the numbers of their outputs.
+    pub(super) fn number(&mut self, ids: impl Iterator<Item = u32>) {
+        for (child, id) in self.children.iter_mut().zip(ids) {
+            child.1 = id;
+        }
+    }
+
+    /// Notes on a directory's entry what walking it told.
+    pub(in crate::layer::scan) fn mark(&self, directory: &mut Flags) {
+        for (is, flag) in [(self.stubs, Flags::STUBS), (self.partial, Flags::PARTIAL)] {
+            if is {
+                directory.set(flag);
+            } else {
+                directory.clear(flag);
+            }
+        }
+    }
+
+    /// How many entries it has.
+    pub(in crate::layer::scan) fn len(&self) -> usize {
+        self.flags.len()
+    }
+}
+
+/// An entry of a directory that was walked.
+pub(in crate::layer::scan) struct Next {
+    pub(in crate::layer::scan) flags: Flags,
+    pub(in crate::layer::scan) from: From,
+    /// The output of a subdirectory that was walked.
+    pub(in crate::layer::scan) child: Option<u32>,
+}
+
+/// Where an entry is to be had.
+pub(in crate::layer::scan) enum From {
+    /// Number of its shelf, and its number there.
+    Shelf(u32, u32),
+    /// Its index in the earlier scan.
+    Earlier(u32),
+}
+
+/// A directory that was walked, entry after entry.
+pub(in crate::layer::scan) struct Cursor {
+    walked: Walked,
+    at: u32,
+    /// Of what is kept, and of the children: how many were passed.
+    kept: usize,
+    children: usize,
+}
+
+impl Cursor {
+    pub(in crate::layer::scan) fn new(walked: Walked) -> Self {
+        Self {
+            walked,
+            at: 0,
+            kept: 0,
+            children: 0,
+        }
+    }
+}
+
+impl Iterator for Cursor {
+    type Item = Next;
+
+    fn next(&mut self) -> Option<Next> {
+        let Walked {
+            shelf,
+            first,
+            flags,
+            kept,
+            children,
+            ..
+        } = &self.walked;
+        let flags = *flags.get(self.at as usize)?;
+        let from = match kept.get(self.kept) {
+            Some(&(at, index)) if at == self.at => {
+                self.kept += 1;
+                From::Earlier(index)
+            }
+            _ => From::Shelf(*shelf, first + self.at - self.kept as u32),
+        };
+        let child = match children.get(self.children) {
+            Some(&(at, id)) if at == self.at => {
+                self.children += 1;
+                Some(id)
+            }
+            _ => None,
+        };
+        self.at += 1;
+        Some(Next { flags, from, child })
+    }
+}
+
+/// Puts a directory's entries into the order of the layer.
+pub(super) fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Vec<(u32, Task)>) {
+    let mut order: Vec<u32> = (0..output.entries.len() as u32).collect();
+    if output.in_pieces {
+        only_last(&output, &mut order);
+    }
+    order.sort_unstable_by(|&a, &b| {
+        let (a, b) = (&output.entries[a as usize], &output.entries[b as usize]);
+        let rank = |entry: &Entry| match entry.kind {
+            Kind::Opaque => 0,
+            Kind::Whiteout => 1,
+            _ => 2,
+        };
+        rank(a)
+            .cmp(&rank(b))
+            .then_with(|| output.name(a).cmp(output.name(b)))
+    });
+    let mut place = vec![GONE; output.entries.len()];
+    for (new, &old) in order.iter().enumerate() {
+        place[old as usize] = new as u32;
+    }
+    output.entries = order
+        .iter()
+        .map(|&old| output.entries[old as usize])
+        .collect();
+    for (entry, _) in &mut output.kept {
+        *entry = place[*entry as usize];
+    }
+    output.kept.retain(|&(entry, _)| entry != GONE);
+    output.kept.sort_unstable();
+    let tasks = tasks.into_iter();
+    let mut tasks: Vec<_> = tasks
+        .map(|(old, task)| (place[old as usize], task))
+        .filter(|&(entry, _)| entry != GONE)
+        .collect();
+    tasks.sort_unstable_by_key(|(entry, _)| *entry);
+    (output, tasks)
+}
+
+/// Place of an entry that is not taken over.
+const GONE: u32 = u32::MAX;
+
+/// Of names that came twice leaves that which was looked at last: `order` are the entries as they came.
+fn only_last(output: &Output, order: &mut Vec<u32>) {
+    let name = |at: u32| output.name(&output.entries[at as usize]);
+    // The mark of an opaque directory has no name.
+    order.sort_unstable_by(|&a, &b| name(a).cmp(name(b)).then(b.cmp(&a)));
+    order.dedup_by(|later, kept| name(*later) == name(*kept));
+}
+
+/// Adds entries each of which is in the one before. The index of the last.
+pub(in crate::layer::scan) fn append_chain(rows: &mut Rows, mut chain: Output) -> u32 {
+    let mut shelf = Shelf::default();
+    chain.shelve(&mut shelf);
+    let first = rows.add(shelf);
+    let mut parent = 0;
+    for (at, entry) in (0..).zip(&chain.entries) {
+        parent = rows.push(parent, entry.flags, first + at);
+    }
+    parent
+}
+
+/// Outputs by their numbers.
+pub(in crate::layer::scan) fn by_id(outputs: Vec<Walked>, count: u32) -> Vec<Option<Walked>> {
+    let mut by_id = Vec::new();
+    by_id.resize_with(count as usize, || None);
+    for output in outputs {
+        let id = output.id as usize;
+        by_id[id] = Some(output);
+    }
+    by_id
+}
+
+/// Parents first, each directory's content right after it.
+pub(super) fn flatten(top: Output, walk: super::Walk) -> Rows {
+    let mut rows = Rows::default();
+    rows.reserve(top.entries.len() + walk.outputs.iter().map(Walked::len).sum::<usize>());
+    let begin = append_chain(&mut rows, top);
+    let shelves: Vec<u32> = walk.shelves.into_iter().map(|s| rows.add(s)).collect();
+    let mut by_id = by_id(walk.outputs, walk.count);
+    let mut open: Vec<(Cursor, u32)> = Vec::new();
+    let mut enter = |rows: &mut Rows, id: u32, index: u32| {
+        let walked = by_id[id as usize].take()?;
+        walked.mark(rows.flags_mut(index));
+        Some((Cursor::new(walked), index))
+    };
+    open.extend(enter(&mut rows, 0, begin));
+    while let Some((cursor, parent)) = open.last_mut() {
+        let Some(Next { flags, from, child }) = cursor.next() else {
+            open.pop();
+            continue;
+        };
+        // Nothing is kept of an earlier scan where there is none.
+        let From::Shelf(shelf, number) = from else {
+            continue;
+        };
+        let index = rows.push(*parent, flags, shelves[shelf as usize] + number);
+        if let Some(id) = child {
+            open.extend(enter(&mut rows, id, index));
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_came_twice_is_there_once_as_it_was_looked_at_last() {
+        let mut output = Output {
+            in_pieces: true,
+            ..Output::default()
+        };
+        for (ino, name, kind) in [
+            (1, "b", Kind::Dir),
+            (2, "a", Kind::File),
+            (3, "b", Kind::Dir),
+            (4, "c", Kind::File),
+            (0, "a", Kind::Whiteout),
+        ] {
+            output.entries.push(Entry {
+                kind,
+                ino,
+                name_at: output.names.len() as u32,
+                name_len: 1,
+                ..Entry::default()
+            });
+            output.names.extend(name.as_bytes());
+        }
+        output.kept = vec![(1, 7), (3, 9)];
+        let task = || Task {
+            id: 0,
+            depth: 0,
+            path: Vec::new(),
+            earlier: None,
+            upper: true,
+            merge: Vec::new(),
+            base: Vec::new(),
+            full: false,
+            hidden: false,
+            opaque: false,
+        };
+        let (output, tasks) = sorted(output, vec![(0, task()), (2, task())]);
+        let left: Vec<(&[u8], u64)> = output
+            .entries
+            .iter()
+            .map(|entry| (output.name(entry), entry.ino))
+            .collect();
+        assert_eq!(left, [(&b"a"[..], 0), (b"b", 3), (b"c", 4)]);
+        assert_eq!(output.kept, [(2, 9)]);
+        let tasks: Vec<u32> = tasks.iter().map(|(entry, _)| *entry).collect();
+        assert_eq!(tasks, [1]);
+    }
+}

@@ -1,0 +1,177 @@
+//! What the rules keep out of the layer, and what is noted of it.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use rustix::fs::{FileType, Stat};
+
+use super::directory::Directory;
+use crate::common::escape;
+use crate::layer::scan::{Error, Excluded, Facts, Reason};
+use crate::node::overlay::lower::{Found, basename};
+use crate::node::overlay::root::{read_link_at, stat_at};
+use crate::node::overlay::volume::{Look, Volume};
+
+/// Bytes of the longest path that can be unpacked: `PATH_MAX` (4096) less what Podman, umoci and others put in front, the
+/// directory that they unpack into.
+const LONGEST_PATH: usize = 3840;
+/// What a deletion has in front of the name.
+const WHITEOUT: &[u8] = b".wh.";
+
+impl Directory<'_> {
+    /// Asks the rules, and notes what they leave out. No file type means a whiteout.
+    pub(super) fn left_out(
+        &mut self,
+        path: &[u8],
+        file_type: Option<FileType>,
+        stat: &Stat,
+        link: Option<&[u8]>,
+        in_base: bool,
+    ) -> bool {
+        // What is there is left out, and what a deletion would be called is no shorter.
+        let mark = file_type.map_or(WHITEOUT.len(), |_| 0);
+        if path.len() + mark > LONGEST_PATH {
+            self.note_left_out(path, Reason::PathTooLong);
+            return true;
+        }
+        if file_type.is_some() && basename(path).starts_with(WHITEOUT) {
+            self.note_left_out(path, Reason::ReservedName);
+            return true;
+        }
+        let facts = Facts {
+            file_type,
+            size: stat.st_size as u64,
+            link,
+            in_base,
+        };
+        let Some(reason) = self.walker.options.exclusions.check(path, &facts) else {
+            return false;
+        };
+        self.note_left_out(path, reason);
+        true
+    }
+
+    pub(super) fn note_left_out(&mut self, path: &[u8], reason: Reason) {
+        if matches!(
+            reason,
+            Reason::Mount | Reason::MountStub | Reason::RuntimeDevice | Reason::Gpu
+        ) {
+            self.output.stubs = true;
+        }
+        self.output.partial = true;
+        let of_kind = self.report.excluded.entry(reason.kind()).or_default();
+        of_kind.add(Excluded {
+            path: escape::path(path),
+            reason,
+        });
+    }
+
+    /// Leaves out what the container may not read itself. Looked at again each time: it may come to be readable.
+    pub(super) fn note_unreadable(&mut self, name: &[u8], path: &[u8]) -> Result<(), Error> {
+        self.report.unreadable.add(escape::path(path));
+        self.output.partial = true;
+        self.decide(name)
+    }
+
+    /// The status of a name in the directory; none where there is nothing to be put into the layer, which is noted.
+    pub(super) fn status(
+        &mut self,
+        dir: BorrowedFd<'_>,
+        name: &[u8],
+        path: &[u8],
+    ) -> Result<Option<Stat>, Error> {
+        let failed = |error| self.walker.read_error(path, error);
+        let look = match self.walker.volume {
+            Some(volume) => volume.look(dir, name).map_err(failed)?,
+            None => match stat_at(dir, name).map_err(failed)? {
+                Some(stat) => return Ok(Some(stat)),
+                None => Look::Gone,
+            },
+        };
+        self.there(look, name, path)
+    }
+
+    fn there(&mut self, look: Look, name: &[u8], path: &[u8]) -> Result<Option<Stat>, Error> {
+        match look {
+            Look::There(stat) => return Ok(Some(*stat)),
+            Look::Gone => self.report.vanished.add(escape::path(path)),
+            Look::Denied => self.note_unreadable(name, path)?,
+            Look::Mounted => {
+                self.note_left_out(path, Reason::Mount);
+                self.decide(name)?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Opens for a closer look what has the status `stat`; none where it is not there any more, or may not be read.
+    pub(super) fn readable(
+        &mut self,
+        volume: &Volume,
+        dir: BorrowedFd<'_>,
+        name: &[u8],
+        path: &[u8],
+        stat: &Stat,
+    ) -> Result<Option<OwnedFd>, Error> {
+        let failed = |error| self.walker.read_error(path, error);
+        let handle = match volume.handle(dir, name) {
+            Ok(handle) => handle,
+            Err(error) => {
+                let look = volume.not_there(error).map_err(failed)?;
+                self.there(look, name, path)?;
+                return Ok(None);
+            }
+        };
+        let now = rustix::fs::fstat(&handle).map_err(|e| failed(e.into()))?;
+        if (now.st_ino, now.st_mode) != (stat.st_ino, stat.st_mode) {
+            self.report.vanished.add(escape::path(path));
+            return Ok(None);
+        }
+        let file_type = FileType::from_raw_mode(stat.st_mode);
+        let may = match (volume.root().who(), file_type) {
+            (Some(who), FileType::RegularFile) => who.may_read(&handle, false).map_err(failed)?,
+            (Some(who), FileType::Directory) => who.may_read(&handle, true).map_err(failed)?,
+            // There is nothing to read in others but what their directory tells.
+            _ => true,
+        };
+        if !may {
+            self.note_unreadable(name, path)?;
+        }
+        Ok(may.then_some(handle))
+    }
+
+    /// Whether a link's target in the same directory of the merged tree is missing or an empty file.
+    pub(super) fn leads_nowhere(
+        &self,
+        dir: BorrowedFd<'_>,
+        link: &[u8],
+        path: &[u8],
+    ) -> Result<bool, Error> {
+        let mut name = link.to_vec();
+        // A few links in a row are usual (`libx.so -> libx.so.1 -> libx.so.1.2`); what goes elsewhere is not looked at.
+        for _ in 0..8 {
+            if name.contains(&b'/') {
+                return Ok(false);
+            }
+            let failed = |error| self.walker.read_error(path, error);
+            let stat = match (
+                self.walker.status(dir, &name).map_err(failed)?,
+                self.base(&name, path)?,
+            ) {
+                (Some(stat), _) | (None, Found::Other { stat, .. } | Found::Dir { stat, .. }) => {
+                    stat
+                }
+                (None, Found::Absent) => return Ok(true),
+            };
+            match FileType::from_raw_mode(stat.st_mode) {
+                FileType::RegularFile => return Ok(stat.st_size == 0),
+                FileType::CharacterDevice => return Ok(stat.st_rdev == 0),
+                FileType::Symlink => match read_link_at(dir, &name).map_err(failed)? {
+                    Some(next) => name = next,
+                    None => return Ok(false),
+                },
+                _ => return Ok(false),
+            }
+        }
+        Ok(false)
+    }
+}

@@ -1,0 +1,329 @@
+//! The walk: directories from a shared queue, one at a time a thread, put into the layer's order at the end.
+//!
+//! `queue` hands out the directories, `directory` reads one, `entry` what is on disk of one name, `moved` finds what lies
+//! elsewhere, `base` compares with what the image has, `left_out` asks the rules, `top` sees to what is above, `flat` puts
+//! all into one list, `links` counts its hard links, `finish` takes out what needs no entry.
+
+mod base;
+mod directory;
+mod entry;
+mod finish;
+mod flat;
+mod left_out;
+mod links;
+mod moved;
+mod queue;
+mod top;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+use rustix::fs::Stat;
+
+pub(super) use entry::kind_of;
+pub(super) use finish::finish;
+pub(super) use flat::{Cursor, From, Next, Output, Walked, append_chain, by_id};
+
+use flat::flatten;
+use queue::Queue;
+
+use super::again::Earlier;
+use super::memory::Memory;
+use super::rows::Shelf;
+use super::{Caps, Clock, Entry, Error, Kind, Options, Report, Roots, Scan};
+use crate::common::escape;
+use crate::node::overlay::lower::{Found, Lowers, Place, Stack};
+use crate::node::overlay::owner::{self, IdMapping};
+use crate::node::overlay::root::{Root, stat_at};
+use crate::node::overlay::volume::{Look, Volume};
+use crate::node::overlay::xattr::Namespace;
+
+/// A directory to be walked.
+pub(super) struct Task {
+    /// Index of its output.
+    pub(super) id: u32,
+    pub(super) depth: u32,
+    /// Path in the layer.
+    pub(super) path: Vec<u8>,
+    /// The earlier scan's directory of this path, if what it says of what is in it holds where nothing changed.
+    pub(super) earlier: Option<u32>,
+    /// Whether the upper has it (then under the same path).
+    pub(super) upper: bool,
+    /// What the overlay merges beneath the upper's.
+    pub(super) merge: Stack,
+    /// What the base has at the layer's path.
+    pub(super) base: Stack,
+    /// The directory was moved here: all that is merged must be in the layer, not the upper's part alone.
+    pub(super) full: bool,
+    /// What the base has here must not shine through.
+    pub(super) hidden: bool,
+    /// The same, but what the base has here is not known.
+    pub(super) opaque: bool,
+}
+
+impl Task {
+    /// Bytes that it takes until it is done.
+    pub(super) fn weight(&self) -> u64 {
+        let places = self.merge.iter().chain(&self.base);
+        let places: usize = places
+            .map(|place| size_of::<Place>() + place.path.len())
+            .sum();
+        (size_of::<Self>() + self.path.len() + places) as u64
+    }
+}
+
+/// What a walk gave.
+pub(super) struct Walk {
+    /// Those of the directories that it began with are numbered as they came.
+    pub(super) outputs: Vec<Walked>,
+    /// How many numbers there are.
+    pub(super) count: u32,
+    /// What lies where the outputs say, by number.
+    pub(super) shelves: Vec<Shelf>,
+    /// What there is to tell.
+    pub(super) report: Report,
+}
+
+pub(super) struct Walker<'a> {
+    pub(super) upper: &'a Root,
+    pub(super) lowers: &'a Lowers,
+    lowers_known: bool,
+    namespace: Namespace,
+    /// What is walked instead of an upper directory: nothing in it is a mark of an overlay's, and nothing that the base
+    /// has at its path is to be seen.
+    volume: Option<&'a Volume>,
+    pub(super) options: &'a Options<'a>,
+    /// Which roots are mounted ID-mapped for the container: 0 the upper, n the lower `n - 1`.
+    id_mapped: Vec<bool>,
+    /// Users and groups of those.
+    stored_ids: (Vec<IdMapping>, Vec<IdMapping>),
+    /// What is held against, where the tree was scanned before.
+    pub(super) earlier: Option<&'a Earlier<'a>>,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    next_shelf: AtomicU32,
+    report: Mutex<Report>,
+    count: Counters,
+    pub(super) memory: Arc<Memory>,
+}
+
+#[derive(Default)]
+struct Counters {
+    entries: AtomicU64,
+    bytes: AtomicU64,
+    holes: AtomicU64,
+}
+
+pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> {
+    let clock = Clock::now();
+    let (upper, lowers) = open(roots)?;
+    let walker = Walker::new(&upper, &lowers, roots, options, None);
+    let top = walker.top()?;
+    let mut walk = walker.run(vec![walker.root_task()?])?;
+    let report = std::mem::take(&mut walk.report);
+    let rows = flatten(top, walk);
+    let mut all_roots = vec![upper];
+    all_roots.extend(lowers.roots);
+    finish(rows, Arc::new(all_roots), roots, clock, report)
+}
+
+/// Opens the directories of an overlay, if their marks can be read.
+pub(super) fn open(roots: &Roots) -> Result<(Root, Lowers), Error> {
+    if roots.namespace == Namespace::Trusted && !may_read_trusted() {
+        return Err(Error::MarksUnreadable);
+    }
+    let open = |path: &Path| Root::open(path).map_err(|source| read_error(path, b"", source));
+    let upper = match &roots.volume {
+        Some(volume) => volume.root().clone(),
+        None => open(&roots.upper)?,
+    };
+    let lowers = Lowers {
+        roots: roots
+            .lowers
+            .iter()
+            .chain(&roots.data_only)
+            .map(|p| open(p))
+            .collect::<Result<_, _>>()?,
+        merged: roots.lowers.len(),
+        namespace: roots.namespace,
+    };
+    Ok((upper, lowers))
+}
+
+/// Which of the opened directories are mounted ID-mapped.
+fn id_mapped(roots: &Roots) -> Vec<bool> {
+    let upper = Some(&roots.upper).filter(|_| roots.volume.is_none());
+    let lowers = roots.lowers.iter().chain(&roots.data_only).map(Some);
+    let all = std::iter::once(upper).chain(lowers);
+    all.map(|path| path.is_some_and(|path| roots.id_mapped.contains(path)))
+        .collect()
+}
+
+/// Directories above what is walked, the root included: none where that is the root.
+pub(super) fn above(volume: Option<&Volume>) -> u32 {
+    volume.map_or(0, |volume| volume.above().count() as u32 + 1)
+}
+
+impl<'a> Walker<'a> {
+    pub(super) fn new(
+        upper: &'a Root,
+        lowers: &'a Lowers,
+        roots: &'a Roots,
+        options: &'a Options<'a>,
+        earlier: Option<&'a Earlier<'a>>,
+    ) -> Self {
+        Self {
+            upper,
+            lowers,
+            lowers_known: roots.lowers_known,
+            namespace: roots.namespace,
+            volume: roots.volume.as_ref(),
+            options,
+            id_mapped: id_mapped(roots),
+            stored_ids: (
+                owner::stored(options.uid_map),
+                owner::stored(options.gid_map),
+            ),
+            earlier,
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            next_shelf: AtomicU32::new(0),
+            report: Mutex::new(Report::default()),
+            count: Counters::default(),
+            memory: Memory::new(options.caps.memory),
+        }
+    }
+
+    /// The directory with which all walks begin: the root, or that which is mounted.
+    pub(super) fn root_task(&self) -> Result<Task, Error> {
+        let base = self.lowers.root_stack();
+        let Some(volume) = self.volume else {
+            return Ok(Task {
+                id: 0,
+                depth: 0,
+                path: Vec::new(),
+                earlier: None,
+                upper: true,
+                merge: base.clone(),
+                base,
+                full: false,
+                hidden: false,
+                opaque: false,
+            });
+        };
+        let mut base = base;
+        for name in volume.at().split(|&b| b == b'/') {
+            let found = self.lowers.lookup(&base, name);
+            base = match found.map_err(|e| self.read_error(volume.at(), e))? {
+                Found::Dir { stack, .. } => stack,
+                Found::Absent | Found::Other { .. } => Stack::new(),
+            };
+        }
+        Ok(Task {
+            id: 0,
+            depth: above(Some(volume)),
+            path: volume.at().to_vec(),
+            earlier: None,
+            upper: true,
+            merge: Stack::new(),
+            hidden: !base.is_empty(),
+            base,
+            full: false,
+            opaque: !self.lowers_known,
+        })
+    }
+}
+
+impl Walker<'_> {
+    pub(super) fn read_error(&self, path: &[u8], source: io::Error) -> Error {
+        read_error(self.upper.path(), path, source)
+    }
+
+    /// The status of a name in a directory of what is walked; none where there is nothing, or nothing that may be seen.
+    pub(super) fn status(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
+        match self.volume {
+            None => stat_at(dir, name),
+            Some(volume) => Ok(match volume.look(dir, name)? {
+                Look::There(stat) => Some(*stat),
+                Look::Gone | Look::Mounted | Look::Denied => None,
+            }),
+        }
+    }
+
+    pub(super) fn count(&self, entry: &Entry) -> Result<(), Error> {
+        let Caps {
+            entries,
+            bytes,
+            holes,
+            ..
+        } = self.options.caps;
+        let over = |what: &str, limit, flag| {
+            Err(Error::Cap {
+                what: what.to_owned(),
+                limit,
+                flag,
+            })
+        };
+        if self.count.entries.fetch_add(1, Ordering::Relaxed) >= entries {
+            return over("the number of entries", entries, "--max-entries");
+        }
+        if self
+            .count
+            .bytes
+            .fetch_add(entry.size, Ordering::Relaxed)
+            .saturating_add(entry.size)
+            > bytes
+        {
+            return over("the size of all files in bytes", bytes, "--max-size");
+        }
+        let hole = entry.size.saturating_sub(entry.allocated);
+        // A metacopy file is all hole here, its data are elsewhere; the bound is for what would be expanded.
+        if entry.kind == Kind::File
+            && self
+                .count
+                .holes
+                .fetch_add(hole, Ordering::Relaxed)
+                .saturating_add(hole)
+                > holes
+        {
+            return over(
+                "the size of the holes in sparse files in bytes",
+                holes,
+                "--max-holes",
+            );
+        }
+        Ok(())
+    }
+}
+
+fn read_error(root: &Path, path: &[u8], source: io::Error) -> Error {
+    let mut full = std::os::unix::ffi::OsStrExt::as_bytes(root.as_os_str()).to_vec();
+    if !path.is_empty() {
+        full.push(b'/');
+        full.extend(path);
+    }
+    Error::Read {
+        path: escape::path(&full),
+        source,
+    }
+}
+
+/// Whether `trusted.*` attributes can be seen: CAP_SYS_ADMIN in the initial user namespace. Without it the
+/// kernel reads them as absent, and deletions would silently come back.
+fn may_read_trusted() -> bool {
+    const CAP_SYS_ADMIN: u32 = 21;
+    let effective = std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| {
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix("CapEff:"))?;
+            u64::from_str_radix(line.trim(), 16).ok()
+        });
+    let initial = std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().collect::<Vec<_>>() == ["0", "0", "4294967295"]);
+    initial && effective.is_some_and(|set| set & (1 << CAP_SYS_ADMIN) != 0)
+}

@@ -1,0 +1,211 @@
+//! The queue of directories that the threads share: what is found below one is for whoever is free.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::sched::{CloneFlags, unshare};
+
+use super::flat::Walked;
+use super::{Output, Task, Walk, Walker};
+use crate::layer::scan::Error;
+use crate::layer::scan::memory::Share;
+use crate::layer::scan::rows::Shelf;
+
+/// What a directory gave: its entries, the directories below it that are to be walked, by entry, and what both take.
+pub(super) type Collected = (Output, Vec<(u32, Task)>, Share);
+
+#[derive(Default)]
+pub(super) struct Queue {
+    tasks: Vec<Task>,
+    outputs: Vec<Walked>,
+    /// What the threads that are done collected, by number.
+    shelves: BTreeMap<u32, Shelf>,
+    working: usize,
+    next_id: u32,
+    failed: Option<Error>,
+}
+
+impl Walker<'_> {
+    /// Walks the directories of `tasks` and what is to be walked below them.
+    pub(in crate::layer::scan) fn run(&self, tasks: Vec<Task>) -> Result<Walk, Error> {
+        self.run_with(tasks, &|task, own_cwd| self.directory(task, own_cwd))
+    }
+
+    fn run_with(
+        &self,
+        mut tasks: Vec<Task>,
+        directory: &(dyn Fn(&Task, bool) -> Result<Collected, Error> + Sync),
+    ) -> Result<Walk, Error> {
+        {
+            let mut share = self.memory.share();
+            for task in &tasks {
+                share.keep(task.weight())?;
+            }
+            let mut queue = lock(&self.queue);
+            for (id, task) in tasks.iter_mut().enumerate() {
+                task.id = id as u32;
+            }
+            queue.next_id = tasks.len() as u32;
+            queue.tasks = tasks;
+        }
+        std::thread::scope(|scope| {
+            let work = || {
+                let mut shelves = BTreeMap::new();
+                self.work(&mut shelves, directory);
+                lock(&self.queue).shelves.append(&mut shelves);
+            };
+            let jobs = 0..self.options.jobs.max(1);
+            let threads: Vec<_> = jobs.map(|_| scope.spawn(work)).collect();
+            for thread in threads {
+                // One that panicked has said so in the queue.
+                let _ = thread.join();
+            }
+        });
+        let mut queue = lock(&self.queue);
+        if let Some(error) = queue.failed.take() {
+            return Err(error);
+        }
+        Ok(Walk {
+            outputs: std::mem::take(&mut queue.outputs),
+            count: queue.next_id,
+            shelves: std::mem::take(&mut queue.shelves).into_values().collect(),
+            report: std::mem::take(&mut *lock(&self.report)),
+        })
+    }
+
+    fn work(
+        &self,
+        shelves: &mut BTreeMap<u32, Shelf>,
+        directory: &(dyn Fn(&Task, bool) -> Result<Collected, Error> + Sync),
+    ) {
+        // A working directory of this thread's own: attributes can only be asked for by path, and a name alone is the
+        // shortest. Where that is not granted the way leads through /proc, which takes twice as long.
+        let own_cwd = unshare(CloneFlags::CLONE_FS).is_ok();
+        let rights = self.upper.enter();
+        loop {
+            let mut queue = lock(&self.queue);
+            let task = loop {
+                if queue.failed.is_some() {
+                    return;
+                }
+                if let Some(task) = queue.tasks.pop() {
+                    queue.working += 1;
+                    break task;
+                }
+                if queue.working == 0 {
+                    return;
+                }
+                queue = self
+                    .changed
+                    .wait(queue)
+                    .unwrap_or_else(PoisonError::into_inner);
+            };
+            drop(queue);
+            let working = Working(self);
+            let result = if self.options.cancel.load(Ordering::Relaxed) {
+                Err(Error::Cancelled)
+            } else if let Err(error) = &rights {
+                let error = io::Error::other(error.to_string());
+                Err(self.read_error(&task.path, error))
+            } else {
+                directory(&task, own_cwd)
+            };
+            let result = result.map(|(output, tasks, share)| {
+                let mut last = shelves.last_entry().filter(|last| !last.get().is_full());
+                let walked = match &mut last {
+                    Some(last) => output.finish(*last.key(), last.get_mut(), &tasks),
+                    None => {
+                        let number = self.next_shelf.fetch_add(1, Ordering::Relaxed);
+                        output.finish(number, shelves.entry(number).or_default(), &tasks)
+                    }
+                };
+                drop(share);
+                self.memory.release(task.weight());
+                (walked, tasks)
+            });
+            let mut queue = lock(&self.queue);
+            match result {
+                Ok((mut walked, tasks)) => {
+                    // Subdirectories get the numbers of their outputs here, where the counter is.
+                    walked.number(queue.next_id..);
+                    for (_, mut task) in tasks {
+                        task.id = queue.next_id;
+                        queue.next_id += 1;
+                        queue.tasks.push(task);
+                    }
+                    queue.outputs.push(walked);
+                }
+                Err(error) => queue.failed = Some(error),
+            }
+            drop(queue);
+            drop(working);
+        }
+    }
+}
+
+/// A thread that has a directory in hand. The others wait for what it finds there, so it must not leave without a word,
+/// whatever way it leaves.
+struct Working<'w, 'a>(&'w Walker<'a>);
+
+impl Drop for Working<'_, '_> {
+    fn drop(&mut self) {
+        let mut queue = lock(&self.0.queue);
+        queue.working -= 1;
+        if std::thread::panicking() {
+            queue.failed = Some(Error::Worker);
+        }
+        drop(queue);
+        self.0.changed.notify_all();
+    }
+}
+
+/// A panicked thread leaves nothing half done here: every change under the lock is a whole one.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::layer::scan::{Caps, Exclusions, Options, Roots, Rules};
+    use crate::node::overlay::xattr::Namespace;
+
+    #[test]
+    fn a_thread_that_panics_ends_the_walk() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots {
+            upper: dir.path().to_owned(),
+            lowers: Vec::new(),
+            data_only: Vec::new(),
+            id_mapped: Vec::new(),
+            lowers_known: true,
+            namespace: Namespace::User,
+            volume: None,
+        };
+        let (exclusions, cancel) = (
+            Exclusions::new(Rules::default()).unwrap(),
+            AtomicBool::new(false),
+        );
+        let options = Options {
+            jobs: 3,
+            uid_map: &[],
+            gid_map: &[],
+            exclusions: &exclusions,
+            caps: Caps::default(),
+            runtime_root_mode: None,
+            cancel: &cancel,
+        };
+        let (upper, lowers) = super::super::open(&roots).unwrap();
+        let walker = Walker::new(&upper, &lowers, &roots, &options, None);
+        // The other threads wait for what this one finds.
+        let ended = walker.run_with(vec![walker.root_task().unwrap()], &|_, _| {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            panic!("a defect, for the test");
+        });
+        assert!(matches!(ended, Err(Error::Worker)), "{:?}", ended.err());
+    }
+}

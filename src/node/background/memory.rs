@@ -1,0 +1,248 @@
+//! The memory that a process may take: a cgroup of its own where one can be had (v1 and v2), and in any case a bound on its
+//! data, which also holds while the process is out of that cgroup for a hurried moment.
+//!
+//! Sources: kernel `Documentation/admin-guide/cgroup-v2.rst` (`memory.max`, `memory.events`, "No Internal Process
+//! Constraint"), `cgroup-v1/memory.rst` (`memory.limit_in_bytes`, `memory.oom_control`), `setrlimit(2)` (`RLIMIT_DATA`),
+//! `proc_pid_oom_score_adj(5)`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Resource, Rlimit};
+
+use super::{GROUP, NORMAL, hierarchies};
+use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
+
+/// What is beside the memory in use: stacks and arenas that were reserved and not touched.
+const HEADROOM: u64 = 512 << 20;
+/// Of all processes on a node that is short of memory, a save that can be done again is ended before others (0 is usual,
+/// 1000 the most).
+const OOM_SCORE: i32 = 500;
+
+/// A bound on what a process may take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bound {
+    /// Bytes.
+    pub bytes: u64,
+    /// Name of its cgroup, unique on the node.
+    pub group: String,
+}
+
+impl Bound {
+    /// Bounds this process and what it starts. `background`: it runs in the idle group.
+    ///
+    /// The path of the cgroup of the unified hierarchy, if that has one for it: then the process has to be there in any
+    /// case, as a group that shares out memory holds no processes itself.
+    pub(super) fn hold(&self, host_root: Option<&Path>, background: bool) -> Option<PathBuf> {
+        let soft = self.bytes.saturating_add(HEADROOM);
+        let limit = Rlimit {
+            current: Some(soft),
+            maximum: Some(soft),
+        };
+        if let Err(error) = rustix::process::setrlimit(Resource::Data, limit) {
+            tracing::warn!(%error, "memory: no bound on this process' data");
+        }
+        prefer_for_oom();
+        let group = groups(host_root, background, &self.group).find(|group| group.make(self.bytes));
+        match &group {
+            Some(group) => super::join(&group.dir.join("cgroup.procs")),
+            None => tracing::debug!("memory: no cgroup of its own, its data alone are bounded"),
+        }
+        group.filter(|group| group.unified).map(|group| group.dir)
+    }
+
+    /// Removes the cgroup of a process that has ended. Whether the kernel ended it there for want of memory.
+    pub fn release(&self, host_root: Option<&Path>, background: bool) -> bool {
+        let mut killed = false;
+        for group in groups(host_root, background, &self.group) {
+            killed |= group.kills() > 0;
+            // Not there, or something in it still ends: the next of that name has its limit set anew.
+            let _ = fs::remove_dir(&group.dir);
+        }
+        killed
+    }
+}
+
+/// The kernel's choice where memory is short on the node as a whole. Never less than it was.
+fn prefer_for_oom() {
+    let path = "/proc/self/oom_score_adj";
+    let now = fs::read_to_string(path).ok();
+    let now = now.and_then(|text| text.trim().parse::<i32>().ok());
+    if now.is_none_or(|now| now < OOM_SCORE)
+        && let Err(error) = fs::write(path, OOM_SCORE.to_string())
+    {
+        tracing::debug!(%error, "memory: no score for the kernel's choice");
+    }
+}
+
+/// A cgroup for one process.
+#[derive(Debug, PartialEq, Eq)]
+struct Group {
+    /// In which those of all processes are.
+    parent: PathBuf,
+    dir: PathBuf,
+    unified: bool,
+}
+
+/// Where it can be, the first that works is the one: at the top of each hierarchy that accounts for memory.
+fn groups(host_root: Option<&Path>, background: bool, name: &str) -> impl Iterator<Item = Group> {
+    let read = |path: &str| fs::read(path).unwrap_or_default();
+    let mounts = parse_mountinfo(&read("/proc/self/mountinfo")).unwrap_or_default();
+    groups_of(
+        &mounts,
+        &read("/proc/self/cgroup"),
+        host_root,
+        background,
+        name,
+    )
+    .into_iter()
+}
+
+fn groups_of(
+    mounts: &[MountInfo],
+    own: &[u8],
+    host_root: Option<&Path>,
+    background: bool,
+    name: &str,
+) -> Vec<Group> {
+    let parent = if background { GROUP } else { NORMAL };
+    let found = hierarchies(mounts, own, host_root, &["memory"]);
+    let found = found.filter(|place| place.mount.root == Path::new("/"));
+    let mut groups: Vec<Group> = found
+        .map(|place| {
+            let parent = place.mount.mount_point.join(parent);
+            Group {
+                dir: parent.join(name),
+                parent,
+                unified: place.unified,
+            }
+        })
+        .collect();
+    // Where there are both, memory is that of v1.
+    groups.sort_by_key(|group| group.unified);
+    groups
+}
+
+impl Group {
+    /// Makes it with its limit. False where that cannot be had.
+    fn make(&self, bytes: u64) -> bool {
+        let _ = fs::create_dir(&self.parent);
+        if self.unified {
+            let above = self.parent.parent().unwrap_or(&self.parent);
+            for dir in [above, &self.parent] {
+                // Done already, or refused: whether the limit can be set tells.
+                let _ = fs::write(dir.join("cgroup.subtree_control"), "+memory");
+            }
+        }
+        let made = fs::create_dir(&self.dir).is_ok();
+        let set = |file: &str, value: &str| {
+            let path = self.dir.join(file);
+            // Never made: in cgroupfs a file that is not there is a controller that is not.
+            path.exists() && fs::write(path, value).is_ok()
+        };
+        let bounded = if self.unified {
+            set("memory.swap.max", "0");
+            set("memory.max", &bytes.to_string())
+        } else {
+            let set_it = set("memory.limit_in_bytes", &bytes.to_string());
+            // Memory and swap together; there only where swap is accounted for.
+            set("memory.memsw.limit_in_bytes", &bytes.to_string());
+            set_it
+        };
+        if !bounded && made {
+            let _ = fs::remove_dir(&self.dir);
+        }
+        bounded
+    }
+
+    /// How often the kernel ended a process in it for want of memory.
+    fn kills(&self) -> u64 {
+        let file = if self.unified {
+            "memory.events"
+        } else {
+            "memory.oom_control"
+        };
+        let text = fs::read_to_string(self.dir.join(file)).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        line.and_then(|count| count.trim().parse().ok())
+            .unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dirs(mountinfo: &str, own: &str, host: Option<&str>, background: bool) -> Vec<String> {
+        let mounts = parse_mountinfo(mountinfo.as_bytes()).unwrap_or_default();
+        let groups = groups_of(
+            &mounts,
+            own.as_bytes(),
+            host.map(Path::new),
+            background,
+            "save-1",
+        );
+        let shown = |group: &Group| group.dir.display().to_string();
+        groups.iter().map(shown).collect()
+    }
+
+    #[test]
+    fn the_group_is_at_the_top_of_what_accounts_for_memory() {
+        let v1 = "30 1 0:30 / /cg/memory rw - cgroup cgroup rw,memory\n\
+            31 1 0:31 / /cg/cpu rw - cgroup cgroup rw,cpu\n\
+            32 1 0:32 / /cg/unified rw - cgroup2 cgroup2 rw\n";
+        let own = "4:memory:/x\n3:cpu:/kube/a\n0::/kube/a\n";
+        assert_eq!(
+            dirs(v1, own, None, true),
+            [
+                "/cg/memory/upperdeck-idle/save-1",
+                "/cg/unified/upperdeck-idle/save-1"
+            ]
+        );
+        // A pod with the node's file system beside the namespace's own view, in the idle group already.
+        let v2 = "40 1 0:32 /kube/a /sys/fs/cgroup rw - cgroup2 cgroup rw\n\
+            41 1 0:32 / /host/sys/fs/cgroup rw - cgroup2 cgroup rw\n";
+        for own in ["0::/kube/a\n", "0::/upperdeck-idle/save-0\n"] {
+            assert_eq!(
+                dirs(v2, own, Some("/host"), true),
+                ["/host/sys/fs/cgroup/upperdeck-idle/save-1"]
+            );
+        }
+        assert_eq!(
+            dirs(v2, "0::/kube/a\n", Some("/host"), false),
+            ["/host/sys/fs/cgroup/upperdeck-saves/save-1"]
+        );
+        // What shows only a part of the tree has no top.
+        let part = "40 1 0:32 /kube/a /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
+        assert!(dirs(part, "0::/kube/a\n", None, true).is_empty());
+        assert!(dirs("", "0::/\n", None, true).is_empty());
+    }
+
+    /// A directory in the place of cgroupfs: which files are written, in both versions.
+    #[test]
+    fn limits_are_written_where_the_controller_is() -> std::io::Result<()> {
+        let top = tempfile::tempdir()?;
+        for (unified, limit, events) in [
+            (false, "memory.limit_in_bytes", "memory.oom_control"),
+            (true, "memory.max", "memory.events"),
+        ] {
+            let parent = top.path().join(if unified { "v2" } else { "v1" });
+            let group = Group {
+                dir: parent.join("save-1"),
+                parent,
+                unified,
+            };
+            assert!(!group.make(1 << 30), "there is no controller");
+            assert!(!group.dir.exists());
+            // The kernel makes these files with the directory.
+            fs::create_dir(&group.dir)?;
+            fs::write(group.dir.join(limit), "max")?;
+            assert!(group.make(1 << 30));
+            assert_eq!(fs::read_to_string(group.dir.join(limit))?, "1073741824");
+            assert_eq!(group.kills(), 0);
+            fs::write(group.dir.join(events), "oom_kill_disable 0\noom_kill 2\n")?;
+            assert_eq!(group.kills(), 2);
+        }
+        Ok(())
+    }
+}

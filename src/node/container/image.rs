@@ -1,0 +1,195 @@
+//! The base images' own JSON, as far as proving needs it: a config's layers, a manifest's descriptors, an index's
+//! manifests, and what repository a reference names.
+//!
+//! Format: image-spec `config.md`, `manifest.md`, `image-index.md`; Docker's image manifest v2 schema 2.
+
+use oci_spec::image::Descriptor;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::RawManifest;
+use crate::common::digest::{ChainId, DiffId, Digest};
+
+/// Registries take no manifest beyond 4 MiB (distribution-spec); a config is in the same order.
+pub(super) const BLOB_CAP: u64 = 4 << 20;
+
+/// An image config with its layers.
+#[derive(Clone, Debug)]
+pub(super) struct Config {
+    pub(super) digest: Digest,
+    pub(super) bytes: Vec<u8>,
+    pub(super) diff_ids: Vec<DiffId>,
+    /// As many as there are layers.
+    pub(super) chain: Vec<ChainId>,
+}
+
+impl Config {
+    /// Reads an image config; the digest is that of the bytes.
+    pub(super) fn parse(bytes: Vec<u8>) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Image {
+            rootfs: RootFs,
+        }
+        #[derive(Deserialize)]
+        struct RootFs {
+            diff_ids: Vec<DiffId>,
+        }
+        let image: Image = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
+        let diff_ids = image.rootfs.diff_ids;
+        Ok(Self {
+            digest: Digest::of(&bytes),
+            chain: ChainId::chain(&diff_ids),
+            diff_ids,
+            bytes,
+        })
+    }
+}
+
+/// An image manifest with its descriptors.
+#[derive(Clone, Debug)]
+pub(super) struct Manifest {
+    pub(super) raw: RawManifest,
+    pub(super) config: Digest,
+    /// Bottom first.
+    pub(super) layers: Vec<Descriptor>,
+}
+
+/// What a blob that an image record points at can be.
+#[derive(Clone, Debug)]
+pub(super) enum Document {
+    Manifest(Manifest),
+    /// Digests of the manifests of an index.
+    Index(Vec<Digest>),
+    /// Neither.
+    Other,
+}
+
+impl Document {
+    /// Reads a blob. `media_type` is what the pointer to it said; the document's own word comes first.
+    pub(super) fn parse(bytes: Vec<u8>, media_type: Option<&str>) -> Self {
+        let Ok(Value::Object(json)) = serde_json::from_slice::<Value>(&bytes) else {
+            return Self::Other;
+        };
+        if let Some(Value::Array(manifests)) = json.get("manifests") {
+            let digests = manifests
+                .iter()
+                .filter_map(|m| m.get("digest")?.as_str()?.parse().ok());
+            return Self::Index(digests.collect());
+        }
+        let digest_of = |descriptor: &Value| descriptor.get("digest")?.as_str()?.parse().ok();
+        let (Some(config), Some(layers)) =
+            (json.get("config").and_then(digest_of), json.get("layers"))
+        else {
+            return Self::Other;
+        };
+        let Ok(layers) = serde_json::from_value::<Vec<Descriptor>>(layers.clone()) else {
+            return Self::Other;
+        };
+        let own = json.get("mediaType").and_then(Value::as_str);
+        let docker = json["config"].get("mediaType").and_then(Value::as_str)
+            == Some("application/vnd.docker.container.image.v1+json");
+        let inferred = if docker {
+            "application/vnd.docker.distribution.manifest.v2+json"
+        } else {
+            "application/vnd.oci.image.manifest.v1+json"
+        };
+        let media_type = own.or(media_type).unwrap_or(inferred).to_owned();
+        let digest = Digest::of(&bytes);
+        Self::Manifest(Manifest {
+            raw: RawManifest {
+                bytes,
+                media_type,
+                digest,
+            },
+            config,
+            layers,
+        })
+    }
+}
+
+/// `HOST/REPOSITORY` of a reference; none for names that never left the machine (`localhost/x`, bare digests).
+pub(super) fn repository(reference: &str) -> Option<String> {
+    let name = reference
+        .split_once('@')
+        .map_or(reference, |(name, _)| name);
+    // A colon after the last slash starts a tag; before it, a port.
+    let name = match name.rfind(':') {
+        Some(colon) if name.rfind('/').is_none_or(|slash| colon > slash) => &name[..colon],
+        _ => name,
+    };
+    let (host, path) = match name.split_once('/') {
+        Some((host, path)) if host == "localhost" || host.contains(['.', ':']) => {
+            (host, path.to_owned())
+        }
+        // Docker's short names.
+        Some(_) => ("docker.io", name.to_owned()),
+        None => ("docker.io", format!("library/{name}")),
+    };
+    let bare_digest =
+        name == "sha256" || name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
+    (host != "localhost" && !path.is_empty() && !name.is_empty() && !bare_digest)
+        .then(|| format!("{host}/{path}"))
+}
+
+/// Adds what is not there yet, keeping the order.
+pub(super) fn add_repositories(to: &mut Vec<String>, more: impl IntoIterator<Item = String>) {
+    for repository in more {
+        if !to.contains(&repository) {
+            to.push(repository);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reference_names_its_repository() {
+        let cases = [
+            (
+                "127.0.0.1:5000/library/pybase:1",
+                Some("127.0.0.1:5000/library/pybase"),
+            ),
+            ("localhost:5000/a", Some("localhost:5000/a")),
+            ("localhost/two:1", None),
+            (
+                "docker.io/library/busybox:latest",
+                Some("docker.io/library/busybox"),
+            ),
+            ("busybox", Some("docker.io/library/busybox")),
+            ("jupyter/base:1", Some("docker.io/jupyter/base")),
+            ("quay.io/a/b/c@sha256:00", Some("quay.io/a/b/c")),
+            ("quay.io/a:1@sha256:00", Some("quay.io/a")),
+            ("sha256:00", None),
+            (
+                "8a021f01bcd97a2ec4c4b4d0ec9f274135517d907ccb9068bec99f328ed85ecb",
+                None,
+            ),
+            ("", None),
+            (":", None),
+            ("host.x/", None),
+        ];
+        for (reference, expected) in cases {
+            assert_eq!(repository(reference).as_deref(), expected, "{reference}");
+        }
+    }
+
+    #[test]
+    fn garbage_is_neither_config_nor_manifest() {
+        for bad in [
+            "",
+            "{",
+            "[]",
+            "{}",
+            r#"{"rootfs":{"diff_ids":["sha256:x"]}}"#,
+            r#"{"config":{"digest":"x"},"layers":[]}"#,
+        ] {
+            assert!(Config::parse(bad.into()).is_err(), "{bad}");
+            assert!(
+                matches!(Document::parse(bad.into(), None), Document::Other),
+                "{bad}"
+            );
+        }
+    }
+}

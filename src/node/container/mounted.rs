@@ -1,0 +1,331 @@
+//! What a container's root is made of: the runtime's record and the mount table of a witness, held against each other.
+
+use std::path::{Path, PathBuf};
+
+use super::IdMapping;
+use super::error::Error;
+use super::process::{self, Process};
+use super::roots::Roots;
+use super::survey::Draft;
+use super::witness::{RootMount, Table, Tables};
+use crate::node::overlay::mount::{MountError, MountInfo, OverlayMount, OverlayOptions};
+
+/// The directories that a runtime recorded for a container's root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    /// The runtime's directory of layers, as the node has it; the others are below it.
+    pub(super) store: PathBuf,
+    /// The upper directory.
+    pub(super) upper: PathBuf,
+    /// The lowers, topmost first; none where the record of them is incomplete.
+    pub(super) lowers: Option<Vec<PathBuf>>,
+}
+
+/// The device number of a process' root, if that is the whole of an overlay.
+pub(super) fn device_of(container: &str, process: &Process) -> Result<(u32, u32), Error> {
+    let no_overlay = |detail: String| Error::NotOverlay {
+        container: container.to_owned(),
+        detail,
+    };
+    let root = process
+        .root()
+        .ok_or_else(|| no_overlay("its root is not the root of a mount".to_owned()))?;
+    if root.fs_type != "overlay" {
+        return Err(no_overlay(format!(
+            "its root is {}, not an overlay",
+            root.fs_type
+        )));
+    }
+    if root.root != Path::new("/") {
+        return Err(no_overlay(format!(
+            "its root is the directory {} within an overlay",
+            root.root.display()
+        )));
+    }
+    Ok(root.device)
+}
+
+/// The options of an overlay with an upper directory.
+pub(super) fn options_of(container: &str, line: &MountInfo) -> Result<OverlayOptions, Error> {
+    OverlayOptions::parse(&line.super_options).map_err(|error| match error {
+        MountError::NoUpper => Error::NotOverlay {
+            container: container.to_owned(),
+            detail: error.to_string(),
+        },
+        source => Error::Mount {
+            container: container.to_owned(),
+            source,
+        },
+    })
+}
+
+/// The root of a container. Fails with [`Error::ForeignRoot`] where it is not the mount that the runtime made, or is made
+/// of what the runtime's record does not name.
+pub(super) fn root_of(
+    roots: &Roots,
+    tables: &Tables,
+    draft: &Draft,
+    process: &Process,
+) -> Result<(OverlayMount, RootMount), Error> {
+    let device = device_of(&draft.id, process)?;
+    let found = tables.find(roots, process, device, |table, line| {
+        let looked_at = Look {
+            roots,
+            draft,
+            table,
+            line,
+            mapped: !process.uid_map.is_empty() || !process.gid_map.is_empty(),
+        };
+        let root = RootMount {
+            device,
+            options: line.super_options.clone(),
+            witness: table.witness,
+        };
+        let overlay = looked_at.overlay()?;
+        tables.prove_layers(roots, &draft.id, process, table, &overlay)?;
+        Ok((overlay, root))
+    })?;
+    found.unwrap_or_else(|| {
+        Err(Error::ForeignRoot {
+            container: draft.id.clone(),
+            detail: format!(
+                "the root of process {} is the file system {}:{}, which is in no mount table but the container's own; \
+                 what it is made of is not to be believed (the runtime's files say {})",
+                process.pid,
+                device.0,
+                device.1,
+                recorded(draft)
+            ),
+        })
+    })
+}
+
+/// Fails with [`Error::OwnersUnknown`] where the files of a container belong to other ids than its user namespace has:
+/// a container of Docker's with `--userns=host` in a store of `userns-remap`.
+pub(super) fn same_ids(draft: &Draft, process: &Process) -> Result<(), Error> {
+    let Some((uid, gid)) = draft.store_ids else {
+        return Ok(());
+    };
+    let root_of = |map: &[IdMapping]| {
+        if map.is_empty() {
+            return Some(0);
+        }
+        map.iter().find(|m| m.inside == 0).map(|m| m.outside)
+    };
+    if (root_of(&process.uid_map), root_of(&process.gid_map)) == (Some(uid), Some(gid)) {
+        return Ok(());
+    }
+    Err(Error::OwnersUnknown {
+        container: draft.id.clone(),
+        detail: format!(
+            "the store of its runtime keeps root's files as {uid}:{gid} (userns-remap), and the container has other ids \
+             (--userns=host): files of the base and its own would come out with owners of two kinds"
+        ),
+    })
+}
+
+/// What the runtime's files say, in words.
+fn recorded(draft: &Draft) -> String {
+    let upper = draft
+        .record
+        .as_ref()
+        .map(|record| record.store.join(&record.upper));
+    match (upper, &draft.mounted_at) {
+        (Some(upper), _) => format!("that it writes to {}", upper.display()),
+        (None, Some(at)) => format!("that it is mounted at {}", at.display()),
+        (None, None) => "nothing".to_owned(),
+    }
+}
+
+/// What is found under the name that a mount has for a directory.
+enum Named {
+    /// The directory of the record.
+    Same,
+    /// Nothing, any more.
+    Gone,
+    /// Another one.
+    Other(PathBuf),
+}
+
+/// One line of a witness' table, to be held against the record.
+struct Look<'a> {
+    roots: &'a Roots,
+    draft: &'a Draft,
+    table: &'a Table,
+    line: &'a MountInfo,
+    /// Whether the container has a user namespace.
+    mapped: bool,
+}
+
+impl Look<'_> {
+    fn foreign(&self, detail: String) -> Error {
+        Error::ForeignRoot {
+            container: self.draft.id.clone(),
+            detail,
+        }
+    }
+
+    fn mount_error(&self, source: MountError) -> Error {
+        Error::Mount {
+            container: self.draft.id.clone(),
+            source,
+        }
+    }
+
+    /// A directory of the record. Its names lead to it by themselves: a link in the store is not the runtime's.
+    fn located(&self, record: &Record, inside: &Path) -> Result<PathBuf, Error> {
+        let found = self.roots.locate_below(&record.store, inside);
+        found.map_err(|source| {
+            let path = record.store.join(inside);
+            if source.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) {
+                self.foreign(format!(
+                    "{} leads through a symbolic link, and is not the directory that the runtime made",
+                    path.display()
+                ))
+            } else {
+                Error::io(path, source)
+            }
+        })
+    }
+
+    fn overlay(&self) -> Result<OverlayMount, Error> {
+        let options = options_of(&self.draft.id, self.line)?;
+        match &self.draft.record {
+            Some(record) => self.of_record(&options, record),
+            None => self.of_node(&options),
+        }
+    }
+
+    /// Whether the runtime itself mounted it: the text is to be believed. A mount in a volume that is shared with its
+    /// container (`rshared`) is in the node's table, too, and whoever runs there with `CAP_SYS_ADMIN` made it: of whatever
+    /// names, but not in the runtime's own directory.
+    fn is_the_runtimes(&self) -> bool {
+        let at = self.draft.mounted_at.as_ref();
+        self.table.privileged
+            && at.is_some_and(|at| self.table.has_at(self.roots, self.line.device, at))
+    }
+
+    /// Snapshotters that are programs of their own keep records of their own: there the node's mount counts, if it is where
+    /// the runtime mounts the root of this container.
+    fn of_node(&self, options: &OverlayOptions) -> Result<OverlayMount, Error> {
+        if !self.is_the_runtimes() {
+            return Err(self.foreign(format!(
+                "the runtime has no record of its directories, and {} does not have it where the runtime mounts it",
+                self.table.witness
+            )));
+        }
+        options
+            .resolve(&self.draft.bases, process::index_default(), &|path| {
+                self.roots.locate(path)
+            })
+            .map_err(|source| self.mount_error(source))
+    }
+
+    /// The record's directories, if the mount names the same ones.
+    fn of_record(&self, options: &OverlayOptions, record: &Record) -> Result<OverlayMount, Error> {
+        let locate = |path: &Path| self.roots.locate(path);
+        let upper = self.located(record, &record.upper)?;
+        let mounted = options
+            .locate_upper(&self.draft.bases, &locate)
+            .map_err(|source| self.mount_error(source))?;
+        if mounted != upper {
+            return Err(self.foreign(format!(
+                "it writes to {}, its runtime's files say {}",
+                mounted.display(),
+                upper.display()
+            )));
+        }
+        // Where not the runtime mounted it, nothing counts but the record.
+        let beside_record = record.lowers.is_none() || !options.data_only.is_empty();
+        if beside_record && !self.is_the_runtimes() {
+            let whose = if self.table.privileged {
+                "it is not mounted where the runtime mounts it, and has"
+            } else {
+                "it was mounted in a user namespace, with"
+            };
+            return Err(self.foreign(format!(
+                "{whose} lower directories that its runtime's files do not name"
+            )));
+        }
+        let index = process::index_default();
+        let Some(recorded) = &record.lowers else {
+            return options
+                .resolve(&self.draft.bases, index, &locate)
+                .map_err(|source| self.mount_error(source));
+        };
+        let (lowers, id_mapped) = self.lowers(options, record, recorded)?;
+        let data_only = self.data_only(options)?;
+        Ok(OverlayMount {
+            id_mapped,
+            ..options.mount(upper, lowers, data_only, index)
+        })
+    }
+
+    /// The recorded lowers, each the one that the mount names in its place; and those of them that are ID-mapped.
+    fn lowers(
+        &self,
+        options: &OverlayOptions,
+        record: &Record,
+        recorded: &[PathBuf],
+    ) -> Result<(Vec<PathBuf>, Vec<PathBuf>), Error> {
+        if recorded.len() != options.lowers.len() {
+            return Err(self.foreign(format!(
+                "it has {} lower directories, its runtime's files say {}",
+                options.lowers.len(),
+                recorded.len()
+            )));
+        }
+        let mut lowers = Vec::with_capacity(recorded.len());
+        let mut id_mapped = Vec::new();
+        for (named, recorded) in options.lowers.iter().zip(recorded) {
+            let lower = self.located(record, recorded)?;
+            match self.named(named, &lower)? {
+                // Where ids are mapped, runtimes mount the lowers ID-mapped elsewhere for the time of the mount, for the
+                // ids of the container.
+                Named::Gone if self.mapped => id_mapped.push(lower.clone()),
+                Named::Same | Named::Gone => {}
+                Named::Other(other) => {
+                    return Err(self.foreign(format!(
+                        "its lower directory {} is {}, its runtime's files say {}",
+                        named.display(),
+                        other.display(),
+                        lower.display()
+                    )));
+                }
+            }
+            lowers.push(lower);
+        }
+        Ok((lowers, id_mapped))
+    }
+
+    /// What the mount names as `named`, held against `expected`.
+    fn named(&self, named: &Path, expected: &Path) -> Result<Named, Error> {
+        let candidates: Vec<PathBuf> = if named.is_absolute() {
+            vec![named.to_path_buf()]
+        } else {
+            self.draft.bases.iter().map(|b| b.join(named)).collect()
+        };
+        let mut other = Named::Gone;
+        for candidate in candidates {
+            match self.roots.locate(&candidate) {
+                Ok(found) if found == expected => return Ok(Named::Same),
+                Ok(found) => other = Named::Other(found),
+                Err(e) => match e.kind() {
+                    std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {}
+                    _ => return Err(Error::io(candidate, e)),
+                },
+            }
+        }
+        Ok(other)
+    }
+
+    /// Data-only lowers, of which no runtime keeps a record that is read here: those of the node's own mount.
+    fn data_only(&self, options: &OverlayOptions) -> Result<Vec<PathBuf>, Error> {
+        let located = options.data_only.iter().map(|path| {
+            self.roots
+                .locate(path)
+                .map_err(|source| Error::io(path.clone(), source))
+        });
+        located.collect()
+    }
+}

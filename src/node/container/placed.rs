@@ -1,0 +1,220 @@
+//! That the directories of an overlay are, where this program reads them, the ones that were mounted.
+//!
+//! A layer can be a mount of its own: an image of EROFS, the FUSE of a lazy snapshotter, a disk. A mount namespace that
+//! does not have that mount has an empty directory at its path, which says that the base deleted nothing and hides
+//! nothing. So each directory is looked up in the table of the namespace in which the overlay was mounted, and has to be
+//! the same directory of the same file system as the one that this program opens.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+use super::error::Error;
+use super::process;
+use super::roots::Roots;
+use super::witness::Table;
+use crate::node::overlay::mount::{MountInfo, OverlayMount, root_mount};
+
+/// What the EROFS snapshotter keeps beside the directory on which it mounts it.
+const IMAGE: &str = "layer.erofs";
+
+/// The mounts of a table by what they are mounted on, and where: as the kernel looks for them on its way down a path.
+#[derive(Debug)]
+pub(super) struct Tree {
+    root: Option<usize>,
+    at: HashMap<(u64, PathBuf), usize>,
+}
+
+impl Tree {
+    pub(super) fn new(mounts: &[MountInfo]) -> Self {
+        let root = root_mount(mounts).and_then(|root| mounts.iter().position(|m| m.id == root.id));
+        let at = mounts.iter().enumerate();
+        let at = at.filter(|(_, m)| m.id != m.parent);
+        Self {
+            root,
+            at: at
+                .map(|(index, m)| ((m.parent, m.mount_point.clone()), index))
+                .collect(),
+        }
+    }
+
+    /// The mount that `path` lies in; `mounts` are those that this was made of.
+    pub(super) fn covering<'m>(
+        &self,
+        mounts: &'m [MountInfo],
+        path: &Path,
+    ) -> Option<&'m MountInfo> {
+        let mut mount = &mounts[self.root?];
+        let mut steps: Vec<&Path> = path.ancestors().collect();
+        steps.reverse();
+        for step in steps {
+            // Mounts lie on top of one another; no chain is longer than the table.
+            for _ in 0..mounts.len() {
+                match self.at.get(&(mount.id, step.to_path_buf())) {
+                    Some(&over) => mount = &mounts[over],
+                    None => break,
+                }
+            }
+        }
+        Some(mount)
+    }
+}
+
+/// The mounts that this program sees, by their IDs.
+#[derive(Debug)]
+pub(super) struct Own(HashMap<u64, MountInfo>);
+
+impl Own {
+    /// Reads this program's own table.
+    pub(super) fn read() -> Result<Self, Error> {
+        let mounts = process::mounts(&Roots::default(), std::process::id())?;
+        Ok(Self(mounts.into_iter().map(|m| (m.id, m)).collect()))
+    }
+
+    /// The mount in which this program finds the directory `path`; none where its root does not reach that mount's.
+    fn of(&self, path: &Path) -> Result<Option<&MountInfo>, Error> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory =
+            rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(path, e.into()))?;
+        Ok(self.0.get(&process::mount_id(directory.as_fd())?))
+    }
+}
+
+/// Whether something is mounted at `path`, as this program sees it.
+pub(super) fn is_mount(path: &Path) -> Result<bool, Error> {
+    let own = Own::read()?;
+    Ok(own.of(path)?.is_some_and(|mount| mount.mount_point == path))
+}
+
+/// The path of `path`, which lies in `mount`, within the file system.
+fn within(mount: &MountInfo, path: &Path) -> Option<PathBuf> {
+    let rest = path.strip_prefix(&mount.mount_point).ok()?;
+    Some(mount.root.join(rest))
+}
+
+/// Holds the directories of an overlay against the table of the namespace in which it was mounted.
+pub(super) struct Proof<'a> {
+    pub(super) roots: &'a Roots,
+    pub(super) container: &'a str,
+    pub(super) table: &'a Table,
+    pub(super) own: &'a Own,
+}
+
+impl Proof<'_> {
+    /// Fails with [`Error::LayerUnproven`] where a directory is another one than that which was mounted.
+    pub(super) fn prove(&self, overlay: &OverlayMount) -> Result<(), Error> {
+        self.directory("upper", &overlay.upper)?;
+        for (role, lowers) in [
+            ("lower", &overlay.lowers),
+            ("data-only lower", &overlay.data_only),
+        ] {
+            for lower in lowers {
+                self.directory(role, lower)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn directory(&self, role: &'static str, path: &Path) -> Result<(), Error> {
+        let unproven = |detail: String| Error::LayerUnproven {
+            container: self.container.to_owned(),
+            role,
+            path: path.to_path_buf(),
+            detail,
+        };
+        let witness = self.table.witness;
+        let on_node = self.on_node(path)?;
+        let theirs = self.table.covering(&on_node);
+        let theirs = theirs.and_then(|mount| Some((mount, within(mount, &on_node)?)));
+        let Some((theirs, their_path)) = theirs else {
+            return Err(unproven(format!("{witness} has no root")));
+        };
+        let ours = self.own.of(path)?;
+        let ours = ours.and_then(|mount| Some((mount, within(mount, path)?)));
+        let Some((ours, our_path)) = ours else {
+            return Err(unproven(
+                "it lies in no mount of this program's own table (is this program's root a chroot?)"
+                    .to_owned(),
+            ));
+        };
+        if (ours.device, &our_path) != (theirs.device, &their_path) {
+            return Err(unproven(format!(
+                "{witness} has it in {}, this program's mount namespace in {}: what is read there is not what the \
+                 container has (run in the node's mount namespace; in a pod, mount the runtime's directories with \
+                 mountPropagation: HostToContainer)",
+                shown(theirs),
+                shown(ours),
+            )));
+        }
+        let image = path.with_file_name(IMAGE);
+        if ours.mount_point != path && image.is_file() {
+            return Err(unproven(format!(
+                "{} is to be mounted there, and nothing is",
+                image.display()
+            )));
+        }
+        Ok(())
+    }
+
+    /// A located path as it is on the node.
+    fn on_node(&self, path: &Path) -> Result<PathBuf, Error> {
+        let Some(host_root) = &self.roots.host_root else {
+            return Ok(path.to_path_buf());
+        };
+        let host_root = host_root
+            .canonicalize()
+            .map_err(|e| Error::io(host_root, e))?;
+        let inside = path.strip_prefix(&host_root).unwrap_or(path);
+        Ok(Path::new("/").join(inside))
+    }
+}
+
+/// A mount, for a message.
+fn shown(mount: &MountInfo) -> String {
+    format!(
+        "the mount {} ({} {}:{})",
+        mount.mount_point.display(),
+        mount.fs_type,
+        mount.device.0,
+        mount.device.1
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::overlay::mount::parse_mountinfo;
+
+    #[test]
+    fn a_path_lies_in_the_mount_that_the_kernel_reaches() {
+        let mounts = parse_mountinfo(
+            b"20 1 8:1 / / rw - ext4 /dev/sda rw\n\
+              21 20 8:2 /sub /var rw - ext4 /dev/sdb rw\n\
+              22 21 0:40 / /var/lib/1/fs rw - erofs none ro\n\
+              23 22 0:41 / /var/lib/1/fs rw - tmpfs none rw\n\
+              24 20 0:42 / /var/lib/2/fs rw - erofs hidden ro\n\
+              25 25 0:43 / /loop rw - tmpfs none rw\n",
+        )
+        .unwrap();
+        let tree = Tree::new(&mounts);
+        for (path, id, inside) in [
+            ("/", 20, "/"),
+            ("/variable", 20, "/variable"),
+            ("/var", 21, "/sub"),
+            ("/var/lib/1", 21, "/sub/lib/1"),
+            // Two lie over one another: the upper one counts.
+            ("/var/lib/1/fs", 23, "/"),
+            ("/var/lib/1/fs/etc", 23, "/etc"),
+            // Mounted before /var was mounted over it.
+            ("/var/lib/2/fs", 21, "/sub/lib/2/fs"),
+            ("/loop", 20, "/loop"),
+        ] {
+            let mount = tree.covering(&mounts, Path::new(path)).unwrap();
+            assert_eq!(mount.id, id, "{path}");
+            assert_eq!(within(mount, Path::new(path)).unwrap(), Path::new(inside));
+        }
+        assert!(Tree::new(&[]).covering(&[], Path::new("/")).is_none());
+    }
+}

@@ -1,0 +1,540 @@
+//! What the kernel says about a process: whether it is still the same one, its root, its mounts, its id maps.
+//!
+//! Format: `proc_pid_stat(5)`, `proc_pid_mountinfo(5)`, `user_namespaces(7)`.
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+use super::IdMapping;
+use super::error::Error;
+use super::roots::{Roots, read_file};
+use crate::node::overlay::identity::{Beyond, Identity};
+use crate::node::overlay::mount::{MountInfo, parse_mountinfo, root_mount};
+
+/// mountinfo of a node with many pods is a few megabytes long.
+const MOUNTINFO_CAP: u64 = 64 << 20;
+
+/// How much of a process' mount table is taken. What runs in a container can mount as much as it likes, under names as long
+/// as it likes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Most {
+    pub(super) mounts: usize,
+    pub(super) bytes: usize,
+}
+
+/// For a save, which has to know every mount: what is mounted is no part of the image.
+pub(super) const TO_SAVE: Most = Most {
+    mounts: 8192,
+    bytes: 4 << 20,
+};
+/// For lists of all that runs.
+pub(super) const TO_LIST: Most = Most {
+    mounts: 512,
+    bytes: 256 << 10,
+};
+
+/// A living process.
+#[derive(Clone, Debug)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// Clock ticks since boot.
+    pub(super) start: u64,
+    /// The process that waits for its end; 0 where that is in another PID namespace.
+    pub(super) parent: u32,
+    /// The mount that its root lies in, as the kernel follows it; none where `proc` is only a copy of one.
+    pub(super) root: Option<u64>,
+    pub(super) mounts: Vec<MountInfo>,
+    /// There are more mounts.
+    pub(super) mounts_cut: bool,
+    /// Empty: ids are what they are on disk. A user namespace that maps none has no such value, and is an error.
+    pub(super) uid_map: Vec<IdMapping>,
+    /// Likewise.
+    pub(super) gid_map: Vec<IdMapping>,
+}
+
+impl Process {
+    /// The mount that is its root.
+    pub(super) fn root(&self) -> Option<&MountInfo> {
+        match self.root {
+            Some(id) => {
+                let mut at_root = self
+                    .mounts
+                    .iter()
+                    .filter(|m| m.mount_point == Path::new("/"));
+                at_root.find(|m| m.id == id)
+            }
+            None => root_mount(&self.mounts),
+        }
+    }
+}
+
+/// The first whole lines of a file, and whether there are more. No more is read than that.
+fn read_lines(path: &Path, most: Most) -> Result<(Vec<u8>, bool), Error> {
+    let failed = |source| Error::io(path, source);
+    let file = File::open(path).map_err(failed)?;
+    let mut text = Vec::new();
+    file.take(most.bytes as u64 + 1)
+        .read_to_end(&mut text)
+        .map_err(failed)?;
+    let longer = text.len() > most.bytes;
+    text.truncate(most.bytes);
+    let ends = text.iter().enumerate().filter(|(_, byte)| **byte == b'\n');
+    let ends: Vec<usize> = ends.take(most.mounts).map(|(at, _)| at + 1).collect();
+    let end = ends.last().copied().unwrap_or(0);
+    // A last line without an end is whole where nothing follows.
+    if !longer && (end == text.len() || ends.len() < most.mounts) {
+        return Ok((text, false));
+    }
+    text.truncate(end);
+    Ok((text, true))
+}
+
+/// What `proc_pid_stat(5)` says of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stat {
+    parent: u32,
+    start: u64,
+}
+
+/// When the process started, in clock ticks since boot; none if there is none or only its zombie is left.
+pub(super) fn start_of(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
+    Ok(stat_of(roots, pid)?.map(|stat| stat.start))
+}
+
+fn stat_of(roots: &Roots, pid: u32) -> Result<Option<Stat>, Error> {
+    let path = roots.proc(&format!("{pid}/stat"));
+    let stat = match read_file(&path, 64 << 10) {
+        Ok(stat) => stat,
+        Err(e) if is_gone(&e) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    parse_stat(&stat)
+        .ok_or_else(|| Error::damaged(&path, "expected a state and, as field 22, a start time"))
+}
+
+/// Everything about a process; none if there is none. Fails where its mount table is larger than [`TO_SAVE`] says.
+pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
+    match read_most(roots, pid, TO_SAVE)? {
+        Some(process) if process.mounts_cut => Err(Error::ManyMounts {
+            pid,
+            mounts: TO_SAVE.mounts,
+            bytes: TO_SAVE.bytes,
+        }),
+        process => Ok(process),
+    }
+}
+
+/// As [`read`], with no more of its mount table than `most`.
+pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Process>, Error> {
+    let Some(Stat { parent, start }) = stat_of(roots, pid)? else {
+        return Ok(None);
+    };
+    let read = |name: &str, cap| match read_file(&roots.proc(&format!("{pid}/{name}")), cap) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if is_gone(&e) => Ok(None),
+        Err(e) => Err(e),
+    };
+    let mountinfo = match read_lines(&roots.proc(&format!("{pid}/mountinfo")), most) {
+        Ok(lines) => Some(lines),
+        Err(e) if is_gone(&e) => None,
+        Err(e) => return Err(e),
+    };
+    let (Some((mountinfo, mounts_cut)), Some(uid_text), Some(gid_text)) = (
+        mountinfo,
+        read("uid_map", 64 << 10)?,
+        read("gid_map", 64 << 10)?,
+    ) else {
+        return Ok(None);
+    };
+    let path = |name: &str| roots.proc(&format!("{pid}/{name}"));
+    let mounts = parse_mountinfo(&mountinfo).map_err(|e| Error::damaged(path("mountinfo"), e))?;
+    let ids = |bytes: &[u8], name| parse_id_map(bytes).map_err(|e| Error::damaged(path(name), e));
+    let (mut uid_map, mut gid_map) = (ids(&uid_text, "uid_map")?, ids(&gid_text, "gid_map")?);
+    // In our own user namespace the map leads to the parent's ids, which are not the ones that we see.
+    let user_namespace = |pid: &str| fs::read_link(roots.proc(&format!("{pid}/ns/user"))).ok();
+    if user_namespace(&pid.to_string())
+        .is_some_and(|theirs| user_namespace("self").is_some_and(|ours| ours == theirs))
+    {
+        (uid_map, gid_map) = (Vec::new(), Vec::new());
+    } else if let Some(name) = unwritten(&uid_text, &gid_text) {
+        return Err(Error::damaged(
+            path(name),
+            "it is empty: its process is in a user namespace without ids, which says of nothing whose it is",
+        ));
+    }
+    let root = match root_id(roots, pid) {
+        Ok(root) => root,
+        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    // The pid may have passed to another process while it was being read.
+    if start_of(roots, pid)? != Some(start) {
+        return Ok(None);
+    }
+    Ok(Some(Process {
+        pid,
+        start,
+        parent,
+        root,
+        mounts,
+        mounts_cut,
+        uid_map,
+        gid_map,
+    }))
+}
+
+/// The mounts that a process sees, and nothing else about it.
+pub(super) fn mounts(roots: &Roots, pid: u32) -> Result<Vec<MountInfo>, Error> {
+    let path = roots.proc(&format!("{pid}/mountinfo"));
+    let bytes = read_file(&path, MOUNTINFO_CAP)?;
+    parse_mountinfo(&bytes).map_err(|e| Error::damaged(path, e))
+}
+
+/// A map of a user namespace that nothing was written to: it maps no id, whereas [`Process`] says by an empty map that ids
+/// are what they are on disk.
+fn unwritten(uid_map: &[u8], gid_map: &[u8]) -> Option<&'static str> {
+    let maps = [("uid_map", uid_map), ("gid_map", gid_map)];
+    let empty = maps.iter().find(|(_, map)| map.trim_ascii().is_empty());
+    empty.map(|(name, _)| *name)
+}
+
+/// The process' rights to files, as it has them now.
+///
+/// The maps are read after the capabilities: a process can go into a user namespace of its own, where it has all of them,
+/// at any time, and never comes back out of it. So the maps are those that the capabilities belong to, or narrower ones.
+pub(super) fn identity(roots: &Roots, process: &Process) -> Result<Identity, Error> {
+    let path = roots.proc(&format!("{}/status", process.pid));
+    let status = read_file(&path, 64 << 10)?;
+    let (mut identity, reads) = parse_status(&status)
+        .ok_or_else(|| Error::damaged(&path, "expected Uid, Gid, Groups and CapEff"))?;
+    if reads {
+        let now = read(roots, process.pid)?.filter(|now| now.start == process.start);
+        let now = now.ok_or_else(|| Error::io(&path, rustix::io::Errno::SRCH.into()))?;
+        // Capabilities are those of its user namespace, whose ids a map says where it is not ours.
+        identity.beyond = if now.uid_map.is_empty() && now.gid_map.is_empty() {
+            Beyond::All
+        } else {
+            Beyond::Mapped {
+                uids: now.uid_map,
+                gids: now.gid_map,
+            }
+        };
+    }
+    Ok(identity)
+}
+
+/// `proc_pid_status(5)`: the ids by which files are opened, and whether a capability reads past permissions.
+fn parse_status(status: &[u8]) -> Option<(Identity, bool)> {
+    let field = |name: &str| {
+        let mut lines = status.split(|&b| b == b'\n');
+        let value = lines.find_map(|line| line.strip_prefix(name.as_bytes()))?;
+        std::str::from_utf8(value).ok()
+    };
+    // Real, effective, saved, file system.
+    let id = |name| field(name)?.split_ascii_whitespace().nth(3)?.parse().ok();
+    let groups = field("Groups:")?.split_ascii_whitespace();
+    let mut groups = groups
+        .map(|group| group.parse().ok())
+        .collect::<Option<Vec<u32>>>()?;
+    groups.sort_unstable();
+    let effective = u64::from_str_radix(field("CapEff:")?.trim(), 16).ok()?;
+    // CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+    let reads = effective & 0b110 != 0;
+    let identity = Identity {
+        uid: id("Uid:")?,
+        gid: id("Gid:")?,
+        groups,
+        beyond: Beyond::Nothing,
+    };
+    Some((identity, reads))
+}
+
+/// The instant of a process' start time, in milliseconds since the epoch: `btime` of `proc_stat(5)` and the ticks.
+pub(super) fn started_ms(roots: &Roots, start: u64) -> Option<i64> {
+    let stat = read_file(&roots.proc("stat"), 16 << 20).ok()?;
+    let booted = boot_time(&stat)?;
+    let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK);
+    let hertz = u64::try_from(hertz.ok().flatten()?)
+        .ok()
+        .filter(|hz| *hz > 0)?;
+    let since_boot = start.checked_mul(1000)? / hertz;
+    booted
+        .checked_mul(1000)?
+        .checked_add(i64::try_from(since_boot).ok()?)
+}
+
+/// The line `btime SECONDS`.
+fn boot_time(stat: &[u8]) -> Option<i64> {
+    let line = stat
+        .split(|&b| b == b'\n')
+        .find_map(|line| line.strip_prefix(b"btime "))?;
+    std::str::from_utf8(line).ok()?.trim().parse().ok()
+}
+
+/// The mount table of a process; none if there is no such process.
+pub(super) fn mounts_of(roots: &Roots, pid: u32) -> Result<Option<Vec<MountInfo>>, Error> {
+    let path = roots.proc(&format!("{pid}/mountinfo"));
+    match read_file(&path, MOUNTINFO_CAP) {
+        Ok(bytes) => parse_mountinfo(&bytes)
+            .map(Some)
+            .map_err(|e| Error::damaged(&path, e)),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The ID of the mount that the root of a process lies in. A table can list several mounts at `/`, and the one on top need
+/// not be the one that the process has.
+fn root_id(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
+    let link = roots.proc(&format!("{pid}/root"));
+    // Recordings of a /proc have no such links, and say by the table alone what is at the root.
+    if fs::symlink_metadata(&link).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
+        return Ok(None);
+    }
+    // A descriptor for the path alone: the file system itself, which can be anything, is not asked.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let root =
+        rustix::fs::open(&link, flags, Mode::empty()).map_err(|e| Error::io(&link, e.into()))?;
+    mount_id(root.as_fd()).map(Some)
+}
+
+/// The ID of the mount that a descriptor lies in.
+pub(super) fn mount_id(fd: BorrowedFd<'_>) -> Result<u64, Error> {
+    let path = PathBuf::from(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+    let info = read_file(&path, 64 << 10)?;
+    let id = std::str::from_utf8(&info).ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+        line?.trim().parse().ok()
+    });
+    id.ok_or_else(|| Error::damaged(&path, "expected a line mnt_id"))
+}
+
+/// Whether overlays keep an index unless told otherwise: the module's parameter, `N` if the kernel has none.
+pub(super) fn index_default() -> bool {
+    let parameter = PathBuf::from("/sys/module/overlay/parameters/index");
+    read_file(&parameter, 16).is_ok_and(|value| value.starts_with(b"Y"))
+}
+
+/// The file is not there, or the process ended with the file already open (ESRCH).
+fn is_gone(error: &Error) -> bool {
+    let ended = rustix::io::Errno::SRCH.raw_os_error();
+    error.is_not_found()
+        || matches!(error, Error::Io { source, .. } if source.raw_os_error() == Some(ended))
+}
+
+/// `pid (comm) state ppid ... starttime`: none inside for a zombie, none outside for nonsense.
+#[allow(clippy::option_option)] // two kinds of nothing: no process, no sense
+fn parse_stat(stat: &[u8]) -> Option<Option<Stat>> {
+    // The name in parentheses may hold parentheses and spaces: the last one ends it.
+    let after = stat.iter().rposition(|&b| b == b')')? + 1;
+    let mut fields = std::str::from_utf8(&stat[after..])
+        .ok()?
+        .split_ascii_whitespace();
+    let state = fields.next()?;
+    let parent = fields.next()?.parse().ok()?;
+    let start = fields.nth(17)?.parse().ok()?;
+    let alive = !matches!(state, "Z" | "X" | "x");
+    Some(alive.then_some(Stat { parent, start }))
+}
+
+/// Lines of three numbers; the identity over everything is no map at all.
+fn parse_id_map(bytes: &[u8]) -> Result<Vec<IdMapping>, String> {
+    let text = std::str::from_utf8(bytes).map_err(|e| e.to_string())?;
+    let mut map = Vec::new();
+    for line in text.lines() {
+        let numbers: Vec<u32> = line
+            .split_ascii_whitespace()
+            .map_while(|n| n.parse().ok())
+            .collect();
+        let &[inside, outside, count] = numbers.as_slice() else {
+            return Err(format!("{line:?} is not three numbers"));
+        };
+        map.push(IdMapping {
+            inside,
+            outside,
+            count,
+        });
+    }
+    if map
+        == [IdMapping {
+            inside: 0,
+            outside: 0,
+            count: u32::MAX,
+        }]
+    {
+        map.clear();
+    }
+    Ok(map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_parentheses_does_not_shift_the_start_time() {
+        let fields = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 439451 20";
+        assert_eq!(
+            parse_stat(format!("7 (a) b (c) {fields}").as_bytes()),
+            Some(Some(Stat {
+                parent: 1,
+                start: 439_451
+            }))
+        );
+        assert_eq!(
+            parse_stat(format!("7 (Z) {}", fields.replace('S', "Z")).as_bytes()),
+            Some(None)
+        );
+        for bad in [
+            "",
+            "7 (a",
+            "7 (a) S 1 2",
+            "7 (a) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 x",
+        ] {
+            assert_eq!(parse_stat(bad.as_bytes()), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn rights_are_those_by_which_files_are_opened() {
+        let status = |groups: &str, caps: &str| {
+            format!(
+                "Name:\tsh\nUid:\t0\t1\t2\t1000\nGid:\t0\t1\t2\t1001\nGroups:\t{groups}\nCapPrm:\t000001ffffffffff\n\
+                 CapEff:\t{caps}\n"
+            )
+        };
+        let (identity, reads) =
+            parse_status(status("2000 27 ", "0000000000000000").as_bytes()).unwrap();
+        assert_eq!((identity.uid, identity.gid, reads), (1000, 1001, false));
+        assert_eq!(identity.groups, [27, 2000]);
+        for (caps, expected) in [
+            ("0000000000000002", true),
+            ("0000000000000004", true),
+            ("00000000a80425fb", true),
+            ("00000000a80425f9", false),
+            ("0000000000200000", false),
+        ] {
+            let parsed = parse_status(status("", caps).as_bytes());
+            assert_eq!(parsed.map(|(_, reads)| reads), Some(expected), "{caps}");
+        }
+        for bad in [
+            "",
+            "Uid:\t0\t0\t0\nGid:\t0\t0\t0\t0\nGroups:\t\nCapEff:\t0\n",
+        ] {
+            assert_eq!(parse_status(bad.as_bytes()), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_process_was_started_after_the_node_and_before_now() {
+        assert_eq!(
+            boot_time(b"cpu 1 2\nbtime 1700000000\n"),
+            Some(1_700_000_000)
+        );
+        assert_eq!(boot_time(b"cpu 1 2\n"), None);
+        let roots = Roots::default();
+        let start = start_of(&roots, std::process::id()).unwrap().unwrap();
+        let started = started_ms(&roots, start).unwrap();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap()
+            .as_millis() as i64;
+        // The kernel's clock of boot is adjusted apart from the wall clock.
+        assert!(
+            (now - 3_600_000..=now + 60_000).contains(&started),
+            "{started} {now}"
+        );
+        assert_eq!(started_ms(&roots, u64::MAX), None);
+    }
+
+    #[test]
+    fn the_full_identity_is_no_map_and_a_part_of_it_is() {
+        assert_eq!(
+            parse_id_map(b"         0          0 4294967295\n"),
+            Ok(vec![])
+        );
+        assert_eq!(
+            parse_id_map(b"0 100000 65536\n65536 1000 1\n"),
+            Ok(vec![
+                IdMapping {
+                    inside: 0,
+                    outside: 100_000,
+                    count: 65536
+                },
+                IdMapping {
+                    inside: 65536,
+                    outside: 1000,
+                    count: 1
+                },
+            ])
+        );
+        assert_eq!(parse_id_map(b"0 0 65536\n").map(|m| m.len()), Ok(1));
+        assert!(parse_id_map(b"0 0\n").is_err());
+        assert!(parse_id_map(b"0 0 -1\n").is_err());
+    }
+
+    #[test]
+    fn a_mount_table_is_taken_in_whole_lines_up_to_a_bound() -> Result<(), Error> {
+        let file = tempfile::NamedTempFile::new().map_err(|e| Error::io("a temporary file", e))?;
+        let text = b"one\ntwo\nthree\n";
+        fs::write(file.path(), text).map_err(|e| Error::io(file.path(), e))?;
+        for (mounts, bytes, lines, cut) in [
+            (3, 100, &text[..], false),
+            (3, 14, text, false),
+            (2, 100, b"one\ntwo\n", true),
+            (9, 13, b"one\ntwo\n", true),
+            (9, 7, b"one\n", true),
+            (9, 2, b"", true),
+            (0, 100, b"", true),
+        ] {
+            let got = read_lines(file.path(), Most { mounts, bytes })?;
+            assert_eq!(got, (lines.to_vec(), cut), "{mounts} mounts, {bytes} bytes");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_user_namespace_without_ids_is_not_ours() {
+        assert_eq!(unwritten(b"0 0 1\n", b"0 0 1\n"), None);
+        assert_eq!(unwritten(b"", b"0 0 1\n"), Some("uid_map"));
+        assert_eq!(unwritten(b"0 0 1\n", b"\n"), Some("gid_map"));
+
+        // All capabilities, and no id that they count for.
+        let command = "echo; exec sleep 600";
+        let mut child = std::process::Command::new("unshare")
+            .args(["--user", "sh", "-c", command])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0];
+        let ready = child
+            .stdout
+            .take()
+            .map(|mut out| std::io::Read::read(&mut out, &mut line));
+        let found = read(&Roots::default(), child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // Not every machine lets this be done.
+        if matches!(ready, Some(Ok(1))) {
+            let error = found.unwrap_err().to_string();
+            assert!(
+                error.contains("uid_map") && error.contains("without ids"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn this_process_can_be_read_and_has_the_start_time_it_keeps() {
+        let roots = Roots::default();
+        let process = read(&roots, std::process::id()).unwrap().unwrap();
+        assert_eq!(start_of(&roots, process.pid).unwrap(), Some(process.start));
+        assert!(process.uid_map.is_empty());
+        assert!(process.root().is_some());
+        assert!(read(&roots, u32::MAX).unwrap().is_none());
+    }
+}

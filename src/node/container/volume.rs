@@ -1,0 +1,340 @@
+//! What is mounted into a container and can be saved with it, beside its own root: volumes on disk.
+//!
+//! Format: `proc_pid_mountinfo(5)`. The container's mount table decides what is mounted where; the way there is held
+//! against it step by step ([`crate::node::overlay::volume`]). A volume is read with the rights of the container's first process
+//! ([`crate::node::overlay::identity`]), and in the service only if the node's administrator lists it ([`super::Pattern`]).
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use super::error::Error;
+use super::pattern::Pattern;
+use super::process::{self, Process};
+use super::roots::Roots;
+use super::{Container, bundle};
+use crate::node::overlay::identity::Identity;
+use crate::node::overlay::mount::MountInfo;
+use crate::node::overlay::volume::{self as overlay, Reached, Refusal, Way};
+
+/// File systems on this node's own disks, whose time stamps are this kernel's, and which always answer.
+const LOCAL: [&str; 9] = [
+    "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "xfs", "zfs",
+];
+/// Others that always answer: memory, and what is only read.
+const ANSWERING: [&str; 7] = [
+    "erofs", "iso9660", "ramfs", "squashfs", "tmpfs", "udf", "vfat",
+];
+
+/// Which volumes may be saved, and with whose rights they are read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VolumeRules {
+    /// With this program's own rights, and not with those of the container's first process.
+    pub own_rights: bool,
+    /// Only what one of these covers; none: any.
+    pub allowed: Option<Vec<Pattern>>,
+}
+
+/// A volume that is saved with its container.
+#[derive(Clone, Debug)]
+pub struct Volume {
+    /// Where it is mounted in the container.
+    pub destination: PathBuf,
+    /// File system type.
+    pub kind: String,
+    /// Whether this kernel's clock stamps its files. A server's may be another one.
+    pub local: bool,
+    /// Device numbers of the file system, as lists of mappings show them.
+    pub device: (u32, u32),
+    /// The opened directory.
+    pub opened: overlay::Volume,
+    mount: u64,
+}
+
+/// The volume that is mounted at `path` in the container.
+///
+/// Fails with [`Error::NotAVolume`] for all that is no directory of a file system on a disk or a server: it names the
+/// mounts that are. With [`Error::VolumeNotAllowed`] where `rules` do not let it be saved, and where the container may not
+/// read it.
+pub fn volume(
+    roots: &Roots,
+    container: &Container,
+    path: &Path,
+    rules: &VolumeRules,
+) -> Result<Volume, Error> {
+    let process = living(roots, container)?;
+    let refuse = |why: String| Error::NotAVolume {
+        path: path.to_path_buf(),
+        why,
+        mounts: listed(&process.mounts),
+    };
+    let (destination, mount) = meant(path, &process.mounts).map_err(refuse)?;
+    let fail = |refusal| failed(container, &destination, refusal, &refuse);
+    let way = Mounted::new(roots, container, &destination, mount.id);
+    let reached = way.go().map_err(fail)?;
+    // What the table said before may have been of another mount with the same number.
+    let line = reached.line.clone();
+    if let Some(why) = unfit(&line.fs_type) {
+        return Err(refuse(format!("{} is mounted there, {why}", line.fs_type)));
+    }
+    if let Some(allowed) = &rules.allowed {
+        let node = process::mounts_of(roots, 1)
+            .ok()
+            .flatten()
+            .unwrap_or_default();
+        if !allowed.iter().any(|pattern| pattern.covers(&line, &node)) {
+            return Err(Error::VolumeNotAllowed {
+                path: destination.clone(),
+                why: "the node's administrator does not list it (--allow-volume)".to_owned(),
+            });
+        }
+    }
+    let who = if rules.own_rights {
+        None
+    } else {
+        Some(Arc::new(process::identity(roots, &process)?))
+    };
+    let local = LOCAL.contains(&line.fs_type.as_str());
+    let opened = way.open(reached, who, local).map_err(fail)?;
+    Ok(Volume {
+        local,
+        kind: line.fs_type,
+        device: line.device,
+        mount: line.id,
+        opened,
+        destination,
+    })
+}
+
+/// Whether the volume is still what is mounted there.
+pub fn recheck_volume(roots: &Roots, container: &Container, volume: &Volume) -> Result<(), Error> {
+    let gone = |detail: String| Error::Gone {
+        container: container.id.clone(),
+        detail,
+    };
+    let way = Mounted::new(roots, container, &volume.destination, volume.mount);
+    let at = volume.destination.display();
+    match way.go() {
+        Ok(_) => Ok(()),
+        Err(Refusal::Io(source)) => Err(gone(format!("{at}: {source}"))),
+        Err(_) => Err(gone(format!("another mount is at {at} now"))),
+    }
+}
+
+/// The mount that `path` names, by the container's mount table, and the path without slashes at its end.
+fn meant<'m>(path: &Path, mounts: &'m [MountInfo]) -> Result<(PathBuf, &'m MountInfo), String> {
+    let plain = path.is_absolute()
+        && path
+            .components()
+            .all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+    let destination: PathBuf = path.components().collect();
+    if !plain {
+        return Err("expected an absolute path in the container, without ..".to_owned());
+    }
+    if destination == Path::new("/") {
+        return Err("that is the container's root, which is saved in any case".to_owned());
+    }
+    let Some(mount) = topmost(mounts, &destination) else {
+        let below = mounts
+            .iter()
+            .filter(|m| m.mount_point != Path::new("/") && destination.starts_with(&m.mount_point))
+            .max_by_key(|m| m.mount_point.as_os_str().len());
+        return Err(match below {
+            Some(mount) => format!(
+                "it is a path in what is mounted at {}, not a mount",
+                mount.mount_point.display()
+            ),
+            None => "nothing is mounted there".to_owned(),
+        });
+    };
+    match unfit(&mount.fs_type) {
+        Some(why) => Err(format!("{} is mounted there, {why}", mount.fs_type)),
+        None => Ok((destination, mount)),
+    }
+}
+
+fn failed(
+    container: &Container,
+    destination: &Path,
+    refusal: Refusal,
+    refuse: &dyn Fn(String) -> Error,
+) -> Error {
+    match refusal {
+        Refusal::NoDirectory => {
+            refuse("a single file is mounted there, not a directory".to_owned())
+        }
+        Refusal::Elsewhere => {
+            refuse("the path leads elsewhere than the container's mount table says".to_owned())
+        }
+        Refusal::Through { at, fs_type } => refuse(format!(
+            "the way to it leads through {fs_type} at {}, which might never answer",
+            at.display()
+        )),
+        Refusal::Denied => Error::VolumeNotAllowed {
+            path: destination.to_path_buf(),
+            why: "the container's first process may not read it itself".to_owned(),
+        },
+        Refusal::Io(source) if source.kind() == io::ErrorKind::NotADirectory => {
+            refuse("a single file is mounted there, not a directory".to_owned())
+        }
+        Refusal::Io(source) => Error::io(
+            Path::new(&container.id).join(destination.strip_prefix("/").unwrap_or(destination)),
+            source,
+        ),
+    }
+}
+
+/// Where a volume is mounted in a container, and how to get there.
+struct Mounted<'a> {
+    roots: &'a Roots,
+    pid: u32,
+    container: PathBuf,
+    device: (u32, u32),
+    at: &'a [u8],
+    mount: u64,
+}
+
+impl<'a> Mounted<'a> {
+    fn new(roots: &'a Roots, container: &Container, destination: &'a Path, mount: u64) -> Self {
+        let at = destination.as_os_str().as_bytes();
+        Self {
+            roots,
+            pid: container.pid,
+            container: roots.proc(&format!("{}/root", container.pid)),
+            device: container.root.device,
+            at: at.strip_prefix(b"/").unwrap_or(at),
+            mount,
+        }
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&Way<'_>) -> T) -> T {
+        let table = || {
+            process::mounts(self.roots, self.pid)
+                .map_err(|error| io::Error::other(error.to_string()))
+        };
+        work(&Way {
+            container: &self.container,
+            device: self.device,
+            at: self.at,
+            mount: self.mount,
+            table: &table,
+            passable: &passable,
+        })
+    }
+
+    #[allow(
+        clippy::redundant_closure_for_method_calls,
+        reason = "the method by its name would have one lifetime only"
+    )]
+    fn go(&self) -> Result<Reached, Refusal> {
+        self.with(|way| way.go())
+    }
+
+    fn open(
+        &self,
+        reached: Reached,
+        who: Option<Arc<Identity>>,
+        local: bool,
+    ) -> Result<overlay::Volume, Refusal> {
+        self.with(|way| reached.open(way, who, local))
+    }
+}
+
+fn living(roots: &Roots, container: &Container) -> Result<Process, Error> {
+    process::read(roots, container.pid)?
+        .filter(|process| process.start == container.pid_start)
+        .ok_or_else(|| Error::Gone {
+            container: container.id.clone(),
+            detail: format!("its process {} is no longer there", container.pid),
+        })
+}
+
+/// Whether names may be looked up in it: it answers by itself, whatever a tenant does. Overlays and FUSE can be mounted by
+/// anybody, over anything; servers may be away.
+fn passable(mount: &MountInfo) -> bool {
+    let fs_type = mount.fs_type.as_str();
+    LOCAL.contains(&fs_type) || ANSWERING.contains(&fs_type)
+}
+
+/// The mount at a path that no other at the same path covers.
+fn topmost<'m>(mounts: &'m [MountInfo], at: &Path) -> Option<&'m MountInfo> {
+    let there = || mounts.iter().filter(|m| m.mount_point == at);
+    there().find(|m| !there().any(|over| over.parent == m.id && over.id != m.id))
+}
+
+/// Why nothing that is mounted so can be saved, if so.
+fn unfit(fs_type: &str) -> Option<&'static str> {
+    if fs_type == "tmpfs" || fs_type == "ramfs" {
+        Some("which is memory and no volume")
+    } else if bundle::is_virtual(fs_type) || fs_type == "efivarfs" || fs_type == "rpc_pipefs" {
+        Some("which holds no files but what the kernel says")
+    } else if fs_type == "overlay" {
+        Some("whose own parts lie elsewhere")
+    } else if fs_type.starts_with("fuse") {
+        // Its server may be one of the container's processes, which stands still.
+        Some("which a process serves that might never answer")
+    } else {
+        None
+    }
+}
+
+/// Those that could be named, each as `PATH (TYPE)`.
+fn listed(mounts: &[MountInfo]) -> Vec<String> {
+    let mut listed: Vec<String> = mounts
+        .iter()
+        .filter(|m| unfit(&m.fs_type).is_none() && m.mount_point != Path::new("/"))
+        .filter(|m| !bundle::made_by_runtime(&m.mount_point))
+        .map(|m| format!("{} ({})", m.mount_point.display(), m.fs_type))
+        .collect();
+    listed.sort();
+    listed.dedup();
+    listed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::overlay::mount::parse_mountinfo;
+
+    const TABLE: &[u8] = b"\
+20 1 0:50 / / rw - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w
+21 20 0:51 / /proc rw - proc proc rw
+22 20 0:52 / /dev rw - tmpfs tmpfs rw
+23 20 254:0 /var/lib/v1 /home/w rw - ext4 /dev/vda rw
+24 23 254:0 /var/lib/v2 /home/w rw - ext4 /dev/vda rw
+25 20 254:0 /etc/hosts /etc/hosts rw - ext4 /dev/vda rw
+26 20 0:60 / /srv/with\\040space rw - nfs4 nas:/s rw
+27 20 0:61 / /mnt/s3 rw - fuse.s3fs s3fs rw
+";
+
+    #[test]
+    fn of_mounts_at_one_path_the_last_is_seen() {
+        let mounts = parse_mountinfo(TABLE).unwrap();
+        let at = |path: &str| topmost(&mounts, Path::new(path)).map(|m| m.id);
+        assert_eq!(at("/home/w"), Some(24));
+        assert_eq!(at("/srv/with space"), Some(26));
+        assert_eq!(at("/home"), None);
+    }
+
+    #[test]
+    fn only_what_can_be_named_is_offered() {
+        let mounts = parse_mountinfo(TABLE).unwrap();
+        assert_eq!(
+            listed(&mounts),
+            ["/home/w (ext4)", "/srv/with space (nfs4)"]
+        );
+    }
+
+    #[test]
+    fn memory_kernel_and_servers_of_strangers_are_no_volumes() {
+        for kind in [
+            "tmpfs", "proc", "sysfs", "cgroup2", "overlay", "fuse", "fuseblk", "fuse.x",
+        ] {
+            assert!(unfit(kind).is_some(), "{kind}");
+        }
+        for kind in ["ext4", "xfs", "btrfs", "nfs4", "lustre", "ceph", "squashfs"] {
+            assert!(unfit(kind).is_none(), "{kind}");
+        }
+    }
+}

@@ -1,0 +1,559 @@
+//! Every base layer must be at the destination before a manifest may name it: there already, mounted, copied
+//! from this node or from a registry, or, when it is nowhere, made again from the directory that is mounted.
+
+use std::io::Read;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use oci_spec::image::Descriptor;
+
+use super::{Context, Error};
+use crate::common::digest::{DiffId, Digest};
+use crate::image::manifest;
+use crate::layer::scan::{self, Exclusions, Rules, Scan};
+use crate::layer::{self, Compression, Plan};
+use crate::node::container::{Base, BaseLayer, Container};
+use crate::service::job::Event;
+use crate::store::destination::{self, BlobWriter, Destination};
+use crate::store::layout::Reader;
+use crate::store::registry;
+
+/// Questions to a registry at the same time.
+const LOOKUPS: usize = 4;
+/// Bytes read from a local blob at a time.
+const PIECE: usize = 1 << 20;
+
+/// Where a base layer at the destination came from.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(tag = "from", rename_all = "snake_case")]
+pub enum Origin {
+    /// The destination had it.
+    Present,
+    /// The destination's registry took it over from another of its repositories.
+    Mounted {
+        /// `HOST/REPOSITORY`.
+        repository: String,
+    },
+    /// The compressed blob in the runtime's store on this node, byte for byte.
+    Local,
+    /// Streamed through from a registry.
+    Registry {
+        /// `HOST/REPOSITORY`.
+        repository: String,
+    },
+    /// Made again from the mounted directory, with a new diff ID: its blob was nowhere.
+    Remade,
+}
+
+/// A base layer as it is at the destination.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Delivered {
+    /// Digest of the compressed blob.
+    pub digest: Digest,
+    /// Digest of its tar.
+    pub diff_id: DiffId,
+    /// Compressed size in bytes.
+    pub size: u64,
+    /// Its media type.
+    pub media_type: String,
+    /// Where it came from.
+    #[serde(flatten)]
+    pub origin: Origin,
+}
+
+impl Delivered {
+    pub(super) fn layer(&self) -> manifest::Layer {
+        manifest::Layer {
+            descriptor: descriptor(&self.media_type, self.digest, self.size),
+            diff_id: self.diff_id,
+        }
+    }
+}
+
+/// The descriptor of a blob.
+pub(super) fn descriptor(media_type: &str, digest: Digest, size: u64) -> Descriptor {
+    let digest = oci_spec::image::Sha256Digest::from_str(&digest.hex());
+    // 64 hex digits are a digest to everybody.
+    Descriptor::new(
+        media_type.into(),
+        size,
+        digest.unwrap_or_else(|_| unreachable!()),
+    )
+}
+
+/// What has to be known of a base layer's blob before it can be looked for.
+struct Blob<'a> {
+    digest: Digest,
+    /// 0 when it is not known.
+    size: u64,
+    media_type: String,
+    layer: &'a BaseLayer,
+}
+
+impl<'a> Blob<'a> {
+    fn of(layer: &'a BaseLayer) -> Option<Self> {
+        let descriptor = layer.descriptor.as_ref()?;
+        Some(Self {
+            digest: descriptor.digest().to_string().parse().ok()?,
+            size: if layer.size_known {
+                descriptor.size()
+            } else {
+                0
+            },
+            media_type: descriptor.media_type().to_string(),
+            layer,
+        })
+    }
+
+    fn size(&self) -> Option<u64> {
+        (self.size != 0).then_some(self.size)
+    }
+
+    fn delivered(&self, size: u64, origin: Origin) -> Delivered {
+        let media_type = self.media_type.clone();
+        Delivered {
+            digest: self.digest,
+            diff_id: self.layer.diff_id,
+            size,
+            media_type,
+            origin,
+        }
+    }
+}
+
+/// Which base layers the destination has, or takes over by itself: questions only, no content is moved.
+///
+/// One answer a layer, bottom first; `None` where the content has to be brought.
+pub(super) async fn look_up(
+    destination: &Destination,
+    layers: &[BaseLayer],
+) -> Result<Vec<Option<Delivered>>, Error> {
+    let answers = layers.iter().map(|layer| async move {
+        let Some(blob) = Blob::of(layer) else {
+            return Ok(None);
+        };
+        if let Some(size) = destination.has_blob(&blob.digest, blob.size()).await? {
+            return Ok(Some(blob.delivered(size, Origin::Present)));
+        }
+        for repository in &layer.repositories {
+            if destination.mount_blob(&blob.digest, repository).await? {
+                let size = destination.has_blob(&blob.digest, blob.size()).await?;
+                // Believed only when it can be seen: some registries say yes and mean later.
+                if let Some(size) = size {
+                    return Ok(Some(blob.delivered(
+                        size,
+                        Origin::Mounted {
+                            repository: repository.clone(),
+                        },
+                    )));
+                }
+            }
+        }
+        Ok(None)
+    });
+    let answers: Vec<Result<_, Error>> = futures_util::stream::iter(answers)
+        .buffered(LOOKUPS)
+        .collect()
+        .await;
+    answers.into_iter().collect()
+}
+
+/// The same, and whether the destination has room for what is missing, where it says so.
+pub(super) async fn look_up_with_room(
+    destination: &Destination,
+    base: &Base,
+) -> Result<Vec<Option<Delivered>>, Error> {
+    let found = look_up(destination, &base.layers).await?;
+    destination.check_room(missing_bytes(base, &found)).await?;
+    Ok(found)
+}
+
+/// Bytes that have to be brought, as far as their sizes are known.
+fn missing_bytes(base: &Base, found: &[Option<Delivered>]) -> u64 {
+    let missing = base
+        .layers
+        .iter()
+        .zip(found)
+        .filter(|(_, found)| found.is_none());
+    let sizes = missing.filter_map(|(layer, _)| Blob::of(layer)?.size());
+    sizes.fold(0, u64::saturating_add)
+}
+
+/// Brings what [`look_up`] did not find, several at the same time.
+pub(super) async fn bring(
+    context: &Context,
+    destination: &Destination,
+    container: &Container,
+    base: &Base,
+    layout: Option<&Reader>,
+    found: Vec<Option<Delivered>>,
+) -> Result<Vec<Delivered>, Error> {
+    let brought = found
+        .into_iter()
+        .enumerate()
+        .map(|(index, found)| async move {
+            match found {
+                Some(found) => Ok(found),
+                None => bring_one(context, destination, container, base, layout, index).await,
+            }
+        });
+    futures_util::stream::iter(brought)
+        .buffered(destination.blobs_at_once())
+        .try_collect()
+        .await
+}
+
+async fn bring_one(
+    context: &Context,
+    destination: &Destination,
+    container: &Container,
+    base: &Base,
+    layout: Option<&Reader>,
+    index: usize,
+) -> Result<Delivered, Error> {
+    let layer = &base.layers[index];
+    let bar = Bar {
+        context,
+        layer: index,
+        layers: base.layers.len(),
+    };
+    let tried = match Blob::of(layer) {
+        Some(blob) => match copy_blob(context, destination, &blob, layout, &bar).await? {
+            Ok(delivered) => return Ok(delivered),
+            Err(tried) => tried,
+        },
+        None => vec![format!("nothing says which blob it is: {}", base.proof)],
+    };
+    context.warn(
+        "base_layer_remade",
+        format!(
+            "base layer {} ({}) is made again from its directory, with a new digest: {}",
+            index + 1,
+            layer.diff_id,
+            tried.join("; ")
+        ),
+    );
+    remake(context, destination, container, base, index, &bar).await
+}
+
+/// Copies a layer that is no base's from where it is known to be, or says what was tried.
+pub(super) async fn copy(
+    context: &Context,
+    destination: &Destination,
+    layer: &BaseLayer,
+) -> Result<Result<Delivered, Vec<String>>, Error> {
+    let bar = Bar {
+        context,
+        layer: 0,
+        layers: 1,
+    };
+    match Blob::of(layer) {
+        Some(blob) => copy_blob(context, destination, &blob, None, &bar).await,
+        None => Ok(Err(vec!["nothing says which blob it is".to_owned()])),
+    }
+}
+
+/// The first source that gives the blob, or what was tried.
+async fn copy_blob(
+    context: &Context,
+    destination: &Destination,
+    blob: &Blob<'_>,
+    layout: Option<&Reader>,
+    bar: &Bar<'_>,
+) -> Result<Result<Delivered, Vec<String>>, Error> {
+    let mut tried = Vec::new();
+    for (name, open) in local_copies(blob, layout) {
+        match copy_local(destination, blob, &*open, bar).await {
+            Ok(size) => return Ok(Ok(blob.delivered(size, Origin::Local))),
+            // What is wrong with the destination will be wrong with the next source too.
+            Err(Copy::Destination(error)) => return Err(error),
+            Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+        }
+    }
+    for name in &blob.layer.repositories {
+        match copy_remote(context, destination, blob, name, bar).await {
+            Ok(size) => {
+                let repository = name.clone();
+                return Ok(Ok(blob.delivered(size, Origin::Registry { repository })));
+            }
+            Err(Copy::Destination(error)) => return Err(error),
+            Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+        }
+    }
+    if tried.is_empty() {
+        tried.push("no copy on this node, and no registry known that has it".to_owned());
+    }
+    Ok(Err(tried))
+}
+
+/// Which side of a copy failed.
+enum Copy {
+    Source(String),
+    Destination(Error),
+}
+
+impl From<crate::store::destination::Error> for Copy {
+    fn from(error: crate::store::destination::Error) -> Self {
+        Self::Destination(error.into())
+    }
+}
+
+/// A copy of a blob on this node, or why it cannot be read.
+type Opened = Result<Box<dyn Read + Send>, String>;
+/// Opens it, as often as it has to be sent.
+type Open<'a> = Box<dyn Fn() -> Opened + Send + Sync + 'a>;
+
+/// The blob in the runtime's store, and in the layout that `--base` names.
+fn local_copies<'a>(blob: &'a Blob<'_>, layout: Option<&'a Reader>) -> Vec<(String, Open<'a>)> {
+    let mut copies: Vec<(String, Open<'a>)> = Vec::new();
+    if let Some(path) = &blob.layer.local_blob {
+        let open = move || match std::fs::File::open(path) {
+            Ok(file) => Ok(Box::new(file) as Box<dyn Read + Send>),
+            Err(error) => Err(error.to_string()),
+        };
+        copies.push((path.display().to_string(), Box::new(open)));
+    }
+    if let Some(layout) = layout {
+        let open = move || {
+            layout
+                .open_blob(&blob.digest, blob.size())
+                .map_err(|e| e.to_string())
+        };
+        copies.push(("--base".to_owned(), Box::new(open)));
+    }
+    copies
+}
+
+/// Copies until the destination has it or has failed for good: what broke is read and written again.
+async fn copy_local(
+    destination: &Destination,
+    blob: &Blob<'_>,
+    open: &(dyn Fn() -> Opened + Send + Sync),
+    bar: &Bar<'_>,
+) -> Result<u64, Copy> {
+    let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
+    loop {
+        let mut file = open().map_err(Copy::Source)?;
+        let bar = bar.shared();
+        let read = tokio::task::spawn_blocking(move || {
+            use sha2::Digest as _;
+            let mut hasher = sha2::Sha256::new();
+            let mut size = 0;
+            loop {
+                let mut piece = vec![0; PIECE];
+                match file.read(&mut piece) {
+                    Ok(0) => return (writer, Ok(Ok((Digest::finish(hasher), size)))),
+                    Ok(n) => piece.truncate(n),
+                    Err(error) => return (writer, Err(Copy::Source(error.to_string()))),
+                }
+                hasher.update(&piece);
+                size += piece.len() as u64;
+                if let Err(error) = writer.write(Bytes::from(piece)) {
+                    return (writer, Ok(Err(error)));
+                }
+                bar.progress(size, 0);
+            }
+        });
+        let (mut written, read) = read.await.map_err(|_| Copy::Destination(Error::Worker))?;
+        let error = match read? {
+            Ok((digest, _)) if digest != blob.digest => {
+                written.abort().await;
+                return Err(Copy::Source(format!(
+                    "its content is {digest}, not {}",
+                    blob.digest
+                )));
+            }
+            Ok((digest, size)) => match written.end(&digest, size).await {
+                Ok(()) => return Ok(size),
+                Err(error) => error,
+            },
+            Err(error) => error,
+        };
+        writer = again(written, error).await?;
+    }
+}
+
+/// A writer for another try, or the error where none is worth it.
+async fn again(writer: BlobWriter, error: destination::Error) -> Result<BlobWriter, Copy> {
+    if error.retryable() {
+        Ok(writer.again(error).await?)
+    } else {
+        Err(error.into())
+    }
+}
+
+async fn copy_remote(
+    context: &Context,
+    destination: &Destination,
+    blob: &Blob<'_>,
+    name: &str,
+    bar: &Bar<'_>,
+) -> Result<u64, Copy> {
+    let source = |error: registry::Error| Copy::Source(error.to_string());
+    let repository = context.registries.repository(name).map_err(source)?;
+    let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
+    loop {
+        let mut stream = repository
+            .blob_stream(&blob.digest, blob.size())
+            .await
+            .map_err(source)?;
+        let mut size = 0;
+        let error = loop {
+            match stream.next().await {
+                Ok(Some(bytes)) => {
+                    size += bytes.len() as u64;
+                    // The writer blocks when the destination is slower than the source.
+                    let written;
+                    (writer, written) = tokio::task::spawn_blocking(move || {
+                        let written = writer.write(bytes);
+                        (writer, written)
+                    })
+                    .await
+                    .map_err(|_| Copy::Destination(Error::Worker))?;
+                    if let Err(error) = written {
+                        break error;
+                    }
+                    bar.shared().progress(size, blob.size);
+                }
+                Ok(None) => match writer.end(&blob.digest, size).await {
+                    Ok(()) => return Ok(size),
+                    Err(error) => break error,
+                },
+                Err(error) => {
+                    writer.abort().await;
+                    return Err(source(error));
+                }
+            }
+        };
+        writer = again(writer, error).await?;
+    }
+}
+
+/// Makes a layer from the directory that holds it unpacked, against those below it.
+async fn remake(
+    context: &Context,
+    destination: &Destination,
+    container: &Container,
+    base: &Base,
+    index: usize,
+    bar: &Bar<'_>,
+) -> Result<Delivered, Error> {
+    let lowers: Option<Vec<_>> = base.layers[..=index]
+        .iter()
+        .rev()
+        .map(|layer| layer.lower.clone())
+        .collect();
+    let lowers = lowers.filter(|lowers| !lowers.is_empty());
+    let Some((upper, below)) = lowers.as_ref().and_then(|lowers| lowers.split_first()) else {
+        return Err(Error::BaseLayerNowhere {
+            diff_id: base.layers[index].diff_id,
+        });
+    };
+    let exclusions = Exclusions::new(Rules {
+        of_image: true,
+        ..Rules::default()
+    })?;
+    let roots = scan::Roots {
+        upper: upper.clone(),
+        lowers: below.to_vec(),
+        data_only: container.overlay.data_only.clone(),
+        id_mapped: container.overlay.id_mapped.clone(),
+        lowers_known: true,
+        namespace: container.overlay.namespace,
+        volume: None,
+    };
+    let scan = Scan::new(
+        &roots,
+        &scan::Options {
+            jobs: context.jobs,
+            uid_map: &container.uid_map,
+            gid_map: &container.gid_map,
+            exclusions: &exclusions,
+            caps: context.caps,
+            runtime_root_mode: None,
+            cancel: context.cancel.flag(),
+        },
+    )?;
+    let plan = Arc::new(Plan::new(Arc::new(scan), None));
+    let total = plan.tar_size();
+    let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
+    let compression = Compression::Gzip;
+    let layer = loop {
+        let (jobs, cancel, bar) = (context.jobs, context.cancel.clone(), bar.shared());
+        let plan = Arc::clone(&plan);
+        let made = tokio::task::spawn_blocking(move || {
+            let options = layer::Options {
+                compression,
+                level: compression.default_level(),
+                jobs,
+                cancel: cancel.flag(),
+            };
+            let sink = |bytes| writer.write(bytes).map_err(Error::from);
+            let made = layer::stream::write(&plan, options, sink, &|at| {
+                bar.progress(at.tar_bytes, total);
+            });
+            (made.map_err(super::of_the_sink), writer)
+        });
+        let (made, mut written) = made.await.map_err(|_| Error::Worker)?;
+        let error = match made {
+            Ok(layer) => match written.end(&layer.digest, layer.size).await {
+                Ok(()) => break layer,
+                Err(error) => error,
+            },
+            Err(Error::Destination(error)) => error,
+            Err(error) => {
+                written.abort().await;
+                return Err(error);
+            }
+        };
+        if !error.retryable() {
+            return Err(error.into());
+        }
+        writer = written.again(error).await?;
+    };
+    Ok(Delivered {
+        digest: layer.digest,
+        diff_id: layer.diff_id,
+        size: layer.size,
+        media_type: layer.media_type.to_owned(),
+        origin: Origin::Remade,
+    })
+}
+
+/// Whom to tell how far a base layer is.
+struct Bar<'a> {
+    context: &'a Context,
+    layer: usize,
+    layers: usize,
+}
+
+/// The same, for another thread.
+struct SharedBar {
+    observer: Arc<dyn crate::service::job::Observer>,
+    layer: usize,
+    layers: usize,
+}
+
+impl Bar<'_> {
+    fn shared(&self) -> SharedBar {
+        SharedBar {
+            observer: Arc::clone(&self.context.observer),
+            layer: self.layer,
+            layers: self.layers,
+        }
+    }
+}
+
+impl SharedBar {
+    fn progress(&self, bytes_done: u64, bytes_total: u64) {
+        let (layer, layers) = (self.layer, self.layers);
+        self.observer.event(Event::BaseProgress {
+            layer,
+            layers,
+            bytes_done,
+            bytes_total,
+        });
+    }
+}

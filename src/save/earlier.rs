@@ -1,0 +1,399 @@
+//! What this node kept of the last save of a container, if the next one can be made on top of it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+
+use super::trees::Known;
+use super::{Context, Error, Options, Rules, Taken, base};
+use crate::common::digest::{ChainId, Digest};
+use crate::image::manifest;
+use crate::layer::scan::Stored;
+use crate::node::container::{Base, BaseLayer, Container, Volume};
+use crate::save::kept::{Description, Kept, Layer, Lock, Shown, Store, Unusable};
+use crate::store::destination::{Destination, Target};
+
+/// How often a save that waits for another of the same container looks.
+const WAIT: Duration = Duration::from_millis(100);
+
+/// A save that another can be made on top of.
+#[derive(Debug)]
+pub(super) struct Under {
+    /// One for each tree.
+    pub(super) known: Vec<Known>,
+    /// Bottom first, above the base; all at the destination.
+    pub(super) layers: Vec<Layer>,
+}
+
+/// What is known of earlier saves, and the place where this one is to be kept.
+#[derive(Debug)]
+pub(super) struct Earlier {
+    store: Option<Store>,
+    /// Held until this save is kept.
+    lock: Option<Lock>,
+    fingerprint: Digest,
+    upper_inode: (u64, u64),
+    pub(super) under: Option<Under>,
+}
+
+/// Looks for the last save of the container. Nothing that is wrong with it fails the save at hand.
+pub(super) async fn find(
+    context: &Context,
+    options: &Options,
+    container: &Container,
+    volumes: &[Volume],
+    base: &Base,
+    destination: &Destination,
+) -> Result<Earlier, Error> {
+    let mut earlier = Earlier {
+        store: None,
+        lock: None,
+        fingerprint: Digest::of(b""),
+        upper_inode: (0, 0),
+        under: None,
+    };
+    // What was read while the container ran is no ground to build on.
+    let Some(dir) = options
+        .state_dir
+        .as_ref()
+        .filter(|_| options.pause != super::Pause::None)
+    else {
+        return Ok(earlier);
+    };
+    let store = Store::new(dir);
+    earlier.upper_inode = inode_of(container)?;
+    let granted = Granted::of(options);
+    earlier.fingerprint = fingerprint(&granted, container, volumes, base, earlier.upper_inode)?;
+    earlier.lock = lock(context, &store, container).await;
+    let last = if options.full {
+        Last::Nothing
+    } else {
+        Last::of(
+            &store,
+            container,
+            base,
+            earlier.fingerprint,
+            options.max_layers,
+        )
+    };
+    earlier.store = Some(store);
+    let full = |why: &str| context.warn("full_save", format!("everything is saved anew: {why}"));
+    let kept = match last {
+        Last::Nothing => return Ok(earlier),
+        Last::NotUsed(why) => {
+            full(&why);
+            return Ok(earlier);
+        }
+        Last::Save(kept) => kept,
+    };
+    let Description {
+        layers,
+        destination: where_kept,
+        ..
+    } = kept.description;
+    if let Err(missing) = bring(context, destination, &layers, &where_kept).await? {
+        full(&missing);
+        return Ok(earlier);
+    }
+    let known = restored(kept.stored);
+    earlier.under = Some(Under { known, layers });
+    Ok(earlier)
+}
+
+/// What this node has of the last save.
+pub(super) enum Last {
+    /// Nothing, and that is no news.
+    Nothing,
+    /// Something, or a reason not to look, which says why nothing is built on it.
+    NotUsed(String),
+    /// What the next save can be made on top of.
+    Save(Box<Kept>),
+}
+
+impl Last {
+    /// Looks for it.
+    pub(super) fn of(
+        store: &Store,
+        container: &Container,
+        base: &Base,
+        fingerprint: Digest,
+        max_layers: usize,
+    ) -> Self {
+        let kept = match store.load(&container.id) {
+            Err(Unusable::Absent) => return Self::Nothing,
+            Err(unusable) => return Self::NotUsed(unusable.to_string()),
+            Ok(kept) => kept,
+        };
+        if kept.description.fingerprint != fingerprint {
+            let why = "the last save was with other options, or of another base, mount or boot";
+            return Self::NotUsed(why.to_owned());
+        }
+        match too_long(&kept.description.layers, max_layers, base.layers.len()) {
+            Some(why) => Self::NotUsed(why),
+            None => Self::Save(Box::new(kept)),
+        }
+    }
+}
+
+/// One save of a container at a time. Without a place for the lock there is none.
+async fn lock(context: &Context, store: &Store, container: &Container) -> Option<Lock> {
+    let mut told = false;
+    loop {
+        match store.try_lock(&container.id) {
+            Ok(Some(lock)) => return Some(lock),
+            Ok(None) => {}
+            Err(error) => {
+                context.warn(
+                    "state_not_kept",
+                    format!("nothing is kept for the next save: {error}"),
+                );
+                return None;
+            }
+        }
+        if !told {
+            context.warn(
+                "waiting",
+                "another save of this container is under way: waiting for its end".to_owned(),
+            );
+            told = true;
+        }
+        // Cancelling drops this.
+        tokio::time::sleep(WAIT).await;
+    }
+}
+
+/// Why a chain of layers ends here, if it does.
+fn too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
+    let size = |full: bool| {
+        layers
+            .iter()
+            .filter(|l| l.full == full)
+            .map(|l| l.tar_size)
+            .sum::<u64>()
+    };
+    if layers.len() >= most || base + layers.len() >= manifest::MAX_LAYERS {
+        return Some(format!(
+            "the image has {} layers above its base by now",
+            layers.len()
+        ));
+    }
+    (size(false) * 2 > size(true) && size(false) > SMALL_CHAIN)
+        .then(|| "what changed since the last full save is half as much as that".to_owned())
+}
+
+/// Changes that are no burden whatever the size of the full save, in bytes of tar.
+const SMALL_CHAIN: u64 = 16 << 20;
+
+/// Sees to it that the layers are at the destination, or says why they are not.
+async fn bring(
+    context: &Context,
+    destination: &Destination,
+    layers: &[Layer],
+    where_kept: &str,
+) -> Result<Result<(), String>, Error> {
+    let layers: Vec<BaseLayer> = layers
+        .iter()
+        .map(|layer| as_base(layer, where_kept))
+        .collect();
+    let found = base::look_up(destination, &layers).await?;
+    for (layer, found) in layers.iter().zip(found) {
+        if found.is_none()
+            && let Err(tried) = base::copy(context, destination, layer).await?
+        {
+            return Ok(Err(format!(
+                "a layer of the last save is not at the destination, and not to be had: {}",
+                tried.join("; ")
+            )));
+        }
+    }
+    Ok(Ok(()))
+}
+
+fn as_base(layer: &Layer, where_kept: &str) -> BaseLayer {
+    let (mut local_blob, mut repositories) = (None, Vec::new());
+    match where_kept.parse::<Target>() {
+        Ok(Target::Registry(reference)) => repositories.push(reference.name()),
+        Ok(Target::Layout { dir, .. }) => {
+            let blob = dir.join("blobs/sha256").join(layer.digest.hex());
+            local_blob = blob.exists().then_some(blob);
+        }
+        _ => {}
+    }
+    BaseLayer {
+        diff_id: layer.diff_id,
+        chain_id: ChainId::bottom(layer.diff_id),
+        lower: None,
+        descriptor: Some(base::descriptor(
+            &layer.media_type,
+            layer.digest,
+            layer.size,
+        )),
+        size_known: true,
+        local_blob,
+        repositories,
+    }
+}
+
+/// What was kept, as scans that new ones are held against.
+pub(super) fn restored(stored: Vec<Stored>) -> Vec<Known> {
+    let known = |stored: Stored| Known {
+        scan: Arc::new(stored.scan),
+        unsure: Arc::new(stored.unsure),
+    };
+    stored.into_iter().map(known).collect()
+}
+
+/// What of a save's options decides what its layers show.
+pub(super) struct Granted<'o> {
+    pub(super) rules: &'o Rules,
+    pub(super) timestamp: Option<i64>,
+}
+
+impl<'o> Granted<'o> {
+    fn of(options: &'o Options) -> Self {
+        Self {
+            rules: &options.rules,
+            timestamp: options.timestamp,
+        }
+    }
+}
+
+pub(super) fn inode_of(container: &Container) -> Result<(u64, u64), Error> {
+    use std::os::unix::fs::MetadataExt as _;
+    let upper = &container.overlay.upper;
+    let meta = std::fs::metadata(upper).map_err(|source| unreadable(upper, source))?;
+    Ok((meta.dev(), meta.ino()))
+}
+
+fn unreadable(path: &Path, source: std::io::Error) -> Error {
+    Error::Scan(crate::layer::scan::Error::Read {
+        path: path.display().to_string(),
+        source,
+    })
+}
+
+/// Over everything that a scan and its layers take for granted.
+#[allow(
+    clippy::unnecessary_debug_formatting,
+    reason = "quotes and escapes keep the parts apart"
+)]
+pub(super) fn fingerprint(
+    granted: &Granted<'_>,
+    container: &Container,
+    volumes: &[Volume],
+    base: &Base,
+    upper: (u64, u64),
+) -> Result<Digest, Error> {
+    // Time stamps of what was not on disk yet may be lost with a crash, and what was written after them not.
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let overlay = &container.overlay;
+    let rules = granted.rules;
+    let diff_ids: Vec<_> = base.layers.iter().map(|layer| layer.diff_id).collect();
+    let mounts: Vec<&PathBuf> = container
+        .mounts
+        .iter()
+        .map(|mount| &mount.destination)
+        .collect();
+    // Another directory may be mounted where one was, by the same name.
+    let volume = |volume: &Volume| {
+        let stat = volume.opened.root().stat(volume.opened.at());
+        let stat = stat.map_err(|source| unreadable(&volume.destination, source))?;
+        let inode = stat.map(|stat| (stat.st_dev, stat.st_ino));
+        Ok(format!(
+            "{:?} {} {inode:?} {:?}",
+            volume.destination,
+            volume.kind,
+            volume.opened.root().who()
+        ))
+    };
+    let volumes: Vec<_> = volumes
+        .iter()
+        .map(volume)
+        .collect::<Result<Vec<String>, Error>>()?;
+    let text = format!(
+        "{boot:?} {upper:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {mounts:?} {:?} {:?} {:?} {diff_ids:?} {:?} {volumes:?}",
+        overlay.upper,
+        overlay.lowers,
+        (&overlay.data_only, &overlay.id_mapped),
+        overlay.namespace,
+        container.uid_map,
+        container.gid_map,
+        container.runtime_root_mode,
+        rules.exclude,
+        (rules.include_credentials, rules.include_caches),
+        granted.timestamp,
+        Digest::of(&base.config),
+    );
+    let mut hasher = Sha256::new();
+    hasher.update(text.as_bytes());
+    Ok(Digest::finish(hasher))
+}
+
+impl Earlier {
+    /// The layers of the image above the base: those of earlier saves that this one stands on, then its own.
+    pub(super) fn layers(&self, taken: &Taken) -> Vec<Layer> {
+        let under = self
+            .under
+            .iter()
+            .filter(|_| taken.on_top)
+            .flat_map(|under| under.layers.clone());
+        let new = taken.layers.iter().map(|layer| Layer {
+            digest: layer.digest,
+            diff_id: layer.diff_id,
+            size: layer.size,
+            media_type: layer.media_type.to_owned(),
+            tar_size: layer.tar_size,
+            full: !taken.on_top,
+        });
+        under.chain(new).collect()
+    }
+
+    /// Keeps a save that is at its destination. That it cannot be is told, and costs the next save its time.
+    pub(super) fn keep(
+        &self,
+        context: &Context,
+        container: &Container,
+        target: &Target,
+        taken: &Taken,
+    ) {
+        let Some(store) = &self.store else { return };
+        let kept = match &taken.seen {
+            Some(known) => {
+                let description = Description {
+                    fingerprint: self.fingerprint,
+                    upper: container.overlay.upper.clone(),
+                    upper_inode: self.upper_inode,
+                    destination: target.to_string(),
+                    layers: self.layers(taken),
+                };
+                let mut scans = Vec::with_capacity(known.len());
+                for Known { scan, unsure } in known {
+                    scans.push(Shown { scan, unsure });
+                }
+                store.keep(&container.id, &description, &scans)
+            }
+            None => store.forget(&container.id),
+        };
+        if let Err(error) = kept {
+            // What was kept before is of an image that is older, and good for the next save all the same.
+            context.warn(
+                "state_not_kept",
+                format!("nothing is kept for the next save: {error}"),
+            );
+        }
+    }
+}
+
+/// The layers as a manifest lists them.
+pub(super) fn listed(layers: &[Layer]) -> Vec<manifest::NewLayer> {
+    let listed = |layer: &Layer| manifest::NewLayer {
+        layer: manifest::Layer {
+            descriptor: base::descriptor(&layer.media_type, layer.digest, layer.size),
+            diff_id: layer.diff_id,
+        },
+        created_by: None,
+    };
+    layers.iter().map(listed).collect()
+}

@@ -1,0 +1,464 @@
+//! What a node keeps of a save for the next one of the same container: the scan, and the layers that hold it.
+//!
+//! Losing it costs one full save and nothing else, so nothing here fails a save. A file is as trustworthy as its
+//! checksum: what is damaged, cut off, of another version or about another upper directory is not used.
+//!
+//! One file a container: magic, version, length of the description, description (JSON), the scans of the upper and of the
+//! volumes that were saved with it, each with its length before it, and the SHA-256 of all that. Written beside and renamed;
+//! who saves the container holds a lock on a file beside it meanwhile. A scan is large: it is never in memory as it is in
+//! the file.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::common::digest::{DiffId, Digest, HashingWriter};
+use crate::common::private;
+use crate::layer::scan::{Scan, Stored};
+
+const MAGIC: &[u8; 8] = b"updeckst";
+/// Grows when the meaning of anything in a file changes, the scan's included: flags, what is emitted, what is left out.
+pub const VERSION: u32 = 3;
+/// Largest description.
+const MAX_DESCRIPTION: u64 = 4 << 20;
+/// Largest file. A million entries take some 40 MB.
+const MAX_FILE: u64 = 1 << 30;
+/// All files together; the oldest go first.
+pub const MAX_TOTAL: u64 = 2 << 30;
+/// What is read or written at once of a file.
+const BUFFER: usize = 64 << 10;
+const SUFFIX: &str = "state";
+const LOCK: &str = "lock";
+
+/// A layer of the image that was saved, above the base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// Digest of the compressed bytes.
+    pub digest: Digest,
+    /// Digest of the tar.
+    pub diff_id: DiffId,
+    /// Compressed size in bytes.
+    pub size: u64,
+    /// Its media type.
+    pub media_type: String,
+    /// Size of the tar in bytes.
+    pub tar_size: u64,
+    /// Whether it is of a full save.
+    pub full: bool,
+}
+
+/// What was saved, and of what.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// Over everything that a layer on top takes for granted: base, rules, mounts, id maps, the upper, this boot.
+    pub fingerprint: Digest,
+    /// The upper directory.
+    pub upper: PathBuf,
+    /// Its device and inode.
+    pub upper_inode: (u64, u64),
+    /// Where the layers are: `HOST/REPOSITORY` or a layout's path, as destinations are written.
+    pub destination: String,
+    /// Bottom first.
+    pub layers: Vec<Layer>,
+}
+
+/// A save that was kept.
+#[derive(Debug)]
+pub struct Kept {
+    /// What was saved.
+    pub description: Description,
+    /// What was there: the upper, then the volumes.
+    pub stored: Vec<Stored>,
+}
+
+/// What is to be kept of one tree.
+#[derive(Clone, Copy)]
+pub struct Shown<'a> {
+    /// What was there.
+    pub scan: &'a Scan,
+    /// As [`Stored::unsure`].
+    pub unsure: &'a [bool],
+}
+
+impl Shown<'_> {
+    fn length(&self) -> io::Result<u64> {
+        let mut length = Counted(0);
+        self.write(&mut length)?;
+        Ok(length.0)
+    }
+
+    fn write(&self, to: &mut dyn Write) -> io::Result<()> {
+        let unsure = |index: u32| self.unsure.get(index as usize) == Some(&true);
+        self.scan.store(&unsure, to)
+    }
+}
+
+/// Why nothing that was kept can be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unusable {
+    /// Nothing was kept: no reason for a word.
+    #[error("nothing is kept of an earlier save")]
+    Absent,
+    /// It was, and is of no use.
+    #[error("what was kept of the last save in {path} is not used: {why}")]
+    Damaged {
+        /// The file.
+        path: String,
+        /// Why, in words.
+        why: String,
+    },
+}
+
+/// The directory.
+#[derive(Clone, Debug)]
+pub struct Store {
+    dir: PathBuf,
+}
+
+/// A container that nobody else saves meanwhile (who asks here).
+#[derive(Debug)]
+pub struct Lock {
+    /// The lock goes with the descriptor.
+    file: File,
+    path: PathBuf,
+}
+
+impl Drop for Lock {
+    /// Where nothing is kept of the container, no file of its lock stays either.
+    fn drop(&mut self) {
+        if !self.path.with_extension(SUFFIX).exists() && is_at(&self.file, &self.path) {
+            // Otherwise it is left to `Store::clear`.
+            fs::remove_file(&self.path).ok();
+        }
+    }
+}
+
+/// Whether a file of that name in a state directory is upperdeck's: a save's, an agent's or that of `upperdeck up`.
+pub fn is_ours(name: &str) -> bool {
+    [".state", ".lock"].iter().any(|end| name.ends_with(end))
+        || name.starts_with(".new-")
+        || name.starts_with("manager.db")
+        || ["agent", "images", "key", "up.url"].contains(&name)
+}
+
+impl Store {
+    /// The store in `dir`, which is made when it is needed.
+    pub fn new(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_owned(),
+        }
+    }
+
+    /// A name that no other container's is, whatever its ID has in it.
+    fn path(&self, container: &str, suffix: &str) -> PathBuf {
+        self.dir.join(format!(
+            "{}.{suffix}",
+            Digest::of(container.as_bytes()).hex()
+        ))
+    }
+
+    fn make_dir(&self) -> io::Result<()> {
+        private::own_dir(&self.dir, is_ours)
+    }
+
+    /// Takes the container's lock; none while another save has it.
+    pub fn try_lock(&self, container: &str) -> io::Result<Option<Lock>> {
+        self.make_dir()?;
+        let path = self.path(container, LOCK);
+        loop {
+            let file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)?;
+            match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+            // Cleared away by somebody else in between: then it locks nothing.
+            if is_at(&file, &path) {
+                return Ok(Some(Lock { file, path }));
+            }
+        }
+    }
+
+    /// What is kept of a container.
+    pub fn load(&self, container: &str) -> Result<Kept, Unusable> {
+        let path = self.path(container, SUFFIX);
+        let damaged = |why: String| Unusable::Damaged {
+            path: path.display().to_string(),
+            why,
+        };
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Unusable::Absent),
+            opened => opened.map_err(|error| damaged(error.to_string()))?,
+        };
+        parse(&file).map_err(|why| damaged(why.to_string()))
+    }
+
+    /// Keeps a save instead of what was kept before, atomically, within the bound on all.
+    pub fn keep(
+        &self,
+        container: &str,
+        description: &Description,
+        scans: &[Shown<'_>],
+    ) -> io::Result<()> {
+        self.make_dir()?;
+        let json = serde_json::to_vec(description)?;
+        // Written twice, the first time to nowhere: the length comes first.
+        let lengths = scans.iter().map(Shown::length);
+        let lengths = lengths.collect::<io::Result<Vec<u64>>>()?;
+        let all: u64 = lengths.iter().map(|length| 8 + length).sum();
+        self.clear(16 + json.len() as u64 + all + 32);
+        let mut file = tempfile::Builder::new()
+            .prefix(".new-")
+            .tempfile_in(&self.dir)?;
+        write(&json, scans.iter().zip(lengths), file.as_file_mut())?;
+        file.as_file().sync_all()?;
+        file.persist(self.path(container, SUFFIX))
+            .map_err(|error| error.error)?;
+        File::open(&self.dir)?.sync_all()
+    }
+
+    /// Forgets a container.
+    pub fn forget(&self, container: &str) -> io::Result<()> {
+        match fs::remove_file(self.path(container, SUFFIX)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes what belongs to containers that are gone, what was left half written, and the oldest of the rest where
+    /// all of it with `more` bytes would be too much.
+    pub fn clear(&self, more: u64) {
+        let Ok(entries) = fs::read_dir(&self.dir) else {
+            return;
+        };
+        let (mut files, mut locks) = (Vec::new(), Vec::new());
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let Ok(meta) = entry.metadata() else { continue };
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with(".new-") {
+                // An hour is longer than writing one takes.
+                if meta
+                    .modified()
+                    .is_ok_and(|t| t.elapsed().is_ok_and(|age| age.as_secs() > 3600))
+                {
+                    fs::remove_file(&path).ok();
+                }
+            } else if name.ends_with(&format!(".{SUFFIX}")) {
+                if is_orphan(&path) {
+                    fs::remove_file(&path).ok();
+                } else {
+                    files.push((meta.modified().ok(), meta.len(), path));
+                }
+            } else if name.ends_with(&format!(".{LOCK}")) {
+                locks.push(path);
+            }
+        }
+        files.sort();
+        let mut total = more + files.iter().map(|(_, size, _)| size).sum::<u64>();
+        for (_, size, path) in files {
+            if total <= MAX_TOTAL {
+                break;
+            }
+            if fs::remove_file(&path).is_ok() {
+                total -= size;
+            }
+        }
+        for path in locks {
+            if !path.with_extension(SUFFIX).exists() {
+                remove_unless_held(&path);
+            }
+        }
+    }
+}
+
+/// Whether `path` is still the name of this file.
+fn is_at(file: &File, path: &Path) -> bool {
+    let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    fs::metadata(path).is_ok_and(|there| file.metadata().is_ok_and(|ours| same(&there, &ours)))
+}
+
+/// Removes the file of a lock that nobody has. Whoever takes it at this moment sees that it is gone, and makes another.
+fn remove_unless_held(path: &Path) {
+    let Ok(file) = OpenOptions::new().write(true).open(path) else {
+        return;
+    };
+    let how = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    if rustix::fs::flock(&file, how).is_ok() {
+        fs::remove_file(path).ok();
+    }
+}
+
+/// Whether the upper directory that a file is about is no more.
+fn is_orphan(path: &Path) -> bool {
+    let description = || -> Result<Description, Flaw> { Ok(describe(&mut File::open(path)?)?.0) };
+    // What cannot be read is the next save's to replace.
+    description().is_ok_and(|description| match fs::metadata(&description.upper) {
+        Ok(meta) => (meta.dev(), meta.ino()) != description.upper_inode,
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    })
+}
+
+/// Writes a file from its beginning to its end, scans with their lengths.
+fn write<'a>(
+    json: &[u8],
+    scans: impl Iterator<Item = (&'a Shown<'a>, u64)>,
+    file: &mut File,
+) -> io::Result<()> {
+    let mut to = BufWriter::with_capacity(BUFFER, HashingWriter::new(file));
+    to.write_all(MAGIC)?;
+    to.write_all(&VERSION.to_le_bytes())?;
+    to.write_all(&(json.len() as u32).to_le_bytes())?;
+    to.write_all(json)?;
+    for (scan, length) in scans {
+        to.write_all(&length.to_le_bytes())?;
+        scan.write(&mut to)?;
+    }
+    let hashed = to.into_inner().map_err(io::IntoInnerError::into_error)?;
+    let (file, checksum, _) = hashed.complete();
+    file.write_all(checksum.as_bytes())
+}
+
+/// How much was written.
+struct Counted(u64);
+
+impl Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The description, from the beginning of a file, and where the first scan's length is.
+fn describe(file: &mut impl io::Read) -> Result<(Description, u64), Flaw> {
+    if &take_array::<8>(file)? != MAGIC {
+        return Err("it is no such file".into());
+    }
+    // Before all else: in another version it may be elsewhere.
+    if u32::from_le_bytes(take_array(file)?) != VERSION {
+        return Err("it is of another version of upperdeck".into());
+    }
+    let length = u64::from(u32::from_le_bytes(take_array(file)?));
+    if length > MAX_DESCRIPTION {
+        return Err("it is damaged".into());
+    }
+    let mut json = Vec::new();
+    file.take(length).read_to_end(&mut json)?;
+    if (json.len() as u64) < length {
+        return Err("it is cut off".into());
+    }
+    let description = serde_json::from_slice(&json).map_err(|_| "it is damaged")?;
+    Ok((description, 16 + length))
+}
+
+/// Why a file is of no use.
+#[derive(Debug, thiserror::Error)]
+enum Flaw {
+    #[error("{0}")]
+    Read(#[from] io::Error),
+    #[error("it is larger than {MAX_FILE} bytes")]
+    TooLarge,
+    #[error("{0}")]
+    Content(&'static str),
+}
+
+impl From<&'static str> for Flaw {
+    fn from(why: &'static str) -> Self {
+        Self::Content(why)
+    }
+}
+
+/// Reads a file twice: whether it is whole, and then what is in it.
+fn parse(file: &File) -> Result<Kept, Flaw> {
+    let length = file.metadata()?.len();
+    if length > MAX_FILE {
+        return Err(Flaw::TooLarge);
+    }
+    let mut from = BufReader::with_capacity(BUFFER, file);
+    let (description, at) = describe(&mut from)?;
+    let mut left = length
+        .checked_sub(32)
+        .and_then(|end| end.checked_sub(at))
+        .ok_or("it is cut off")?;
+    from.seek(SeekFrom::Start(0))?;
+    if checksum(&mut from, at + left)?.as_bytes() != &take_array::<32>(&mut from)? {
+        return Err("its checksum does not fit".into());
+    }
+    from.seek(SeekFrom::Start(at))?;
+    let mut stored = Vec::new();
+    while left > 0 {
+        left = left.checked_sub(8).ok_or("it is damaged")?;
+        let length = u64::from_le_bytes(take_array(&mut from)?);
+        left = left.checked_sub(length).ok_or("it is damaged")?;
+        stored.push(Scan::restore(&mut from, length).ok_or("it is damaged")?);
+    }
+    if stored.is_empty() {
+        return Err("it is damaged".into());
+    }
+    Ok(Kept {
+        description,
+        stored,
+    })
+}
+
+fn take_array<const N: usize>(from: &mut impl io::Read) -> Result<[u8; N], Flaw> {
+    let mut bytes = [0; N];
+    match from.read_exact(&mut bytes) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err("it is cut off".into()),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(bytes),
+    }
+}
+
+/// Of the next `length` bytes.
+fn checksum(from: &mut impl io::Read, length: u64) -> Result<Digest, Flaw> {
+    let mut hash = HashingWriter::new(io::sink());
+    io::copy(&mut from.take(length), &mut hash)?;
+    let (_, checksum, read) = hash.complete();
+    if read < length {
+        return Err("it is cut off".into());
+    }
+    Ok(checksum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_file_of_a_lock_stays_without_a_save() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        let there = || fs::read_dir(dir.path()).unwrap().count();
+        let lock = store.try_lock("a").unwrap().unwrap();
+        assert!(store.try_lock("a").unwrap().is_none(), "two have it");
+        store.clear(0);
+        assert_eq!(there(), 1, "the file of a lock that is held is gone");
+        assert!(store.try_lock("a").unwrap().is_none(), "two have it");
+        drop(lock);
+        assert_eq!(there(), 0, "it stays when its holder ends");
+
+        // What is kept of a container keeps the file of its lock, and both go together.
+        let kept = store.path("a", SUFFIX);
+        fs::write(&kept, "damaged").unwrap();
+        drop(store.try_lock("a").unwrap().unwrap());
+        assert_eq!(there(), 2);
+        fs::remove_file(&kept).unwrap();
+        // As a process leaves it that was killed.
+        store.clear(0);
+        assert_eq!(there(), 0, "it stays when nothing is kept any more");
+    }
+}

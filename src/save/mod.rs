@@ -1,0 +1,743 @@
+//! The save itself: one function that reads as the data flow of the design.
+
+mod base;
+mod earlier;
+mod error;
+mod gate;
+pub mod kept;
+mod live;
+mod mapped;
+mod named;
+mod next;
+mod outcome;
+mod trees;
+mod upper;
+mod warnings;
+mod writing;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+
+use crate::common::cancel::Cancel;
+use crate::common::private::FileMode;
+use crate::image::manifest;
+pub use crate::layer::Compression;
+use crate::layer::scan::{Caps, Report, Scan};
+use crate::layer::{self, Layer, Part, Plan};
+use crate::node::background::{Background, Hurry};
+use crate::node::container::{self, Base, Container, Volume, VolumeRules};
+use crate::node::freeze::{self, Frozen};
+use crate::service::job::{Event, Observer, Phase};
+use crate::store::destination::{BlobWriter, Destination, Target};
+use crate::store::layout;
+use crate::store::registry::{Access, Registries};
+
+use earlier::Earlier;
+use trees::Known;
+
+pub use base::{Delivered, Origin};
+pub use error::{Error, Kind};
+pub use gate::Gate;
+pub use live::MAX_PAUSE;
+pub use next::{Kind as NextKind, NextSave, Question, next_save};
+pub use outcome::{BaseOutcome, Metadata, Saved};
+pub use upper::Rules;
+
+/// Tries of a save whose layers were read while the container stood still, and could not be ended: what failed may pass.
+const TRIES: u32 = 3;
+/// Tar bytes from which on a save is cut into several layers by itself, and of how many bytes each then is: one core's
+/// SHA-256 needs four seconds for as much, and fewer layers are better for everybody.
+const CUT_FROM: u64 = 8 << 30;
+const CUT_INTO: u64 = 4 << 30;
+
+/// What becomes of the container while its files are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pause {
+    /// Frozen for an instant, to take what changed while the rest was read and delivered.
+    Live,
+    /// Frozen while the layer is read.
+    Full,
+    /// Not frozen: files that change while they are read are reported.
+    None,
+}
+
+/// Everything `upperdeck commit` was asked for, resolved from the flags.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// CONTAINER as the user wrote it.
+    pub container: String,
+    /// DESTINATION as the user wrote it.
+    pub destination: String,
+    /// Author for the history entry and the config.
+    pub author: Option<String>,
+    /// Message: history comment.
+    pub message: Option<String>,
+    /// `--change` texts, in order.
+    pub changes: Vec<String>,
+    /// `--label` K=V.
+    pub labels: Vec<(String, String)>,
+    /// `--annotation` K=V, on the manifest.
+    pub annotations: Vec<(String, String)>,
+    /// Freeze or not.
+    pub pause: Pause,
+    /// The longest the container may stand still; none, or zero: no bound.
+    pub max_pause: Option<Duration>,
+    /// Bytes that may be kept in memory of what changed while the container ran.
+    pub live_limit: u64,
+    /// Where what the next save needs is kept; none: nowhere.
+    pub state_dir: Option<PathBuf>,
+    /// Layers above the base from which on everything is saved anew.
+    pub max_layers: usize,
+    /// Save everything anew in any case.
+    pub full: bool,
+    /// Codec.
+    pub compression: Compression,
+    /// Level of the codec, within [`Compression::levels`].
+    pub level: u32,
+    /// Threads; none: all cores.
+    pub jobs: Option<usize>,
+    /// Tar bytes of a layer from which on another is begun; 0: never; none: only where the change set is large.
+    pub layer_size: Option<u64>,
+    /// What goes into the layer.
+    pub rules: Rules,
+    /// `--include-volume`: where the volumes are mounted that are saved, too.
+    pub volumes: Vec<PathBuf>,
+    /// `--allow-volume`, `--volume-identity`: which of them may be, and with whose rights they are read.
+    pub volume_rules: VolumeRules,
+    /// `--base` IMAGE, for `pid:N`: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or a registry reference.
+    pub base: Option<String>,
+    /// Clamp times to at most this, in seconds since the epoch; also `created`.
+    pub timestamp: Option<i64>,
+    /// JSON with all figures.
+    pub metadata_file: Option<PathBuf>,
+    /// The mode of the files that are made: layout, archive, metadata, digest. None: for their owner alone, or as the
+    /// layout has it that is there.
+    pub output_mode: Option<FileMode>,
+    /// File that gets the manifest's digest.
+    pub digestfile: Option<PathBuf>,
+    /// Whoever has to agree before the tag is put on.
+    pub gate: Option<Gate>,
+    /// File that is there while the container may stand still by this save's doing ([`freeze::Options::mark`]).
+    pub freeze_mark: Option<PathBuf>,
+    /// Where nobody on the node is to feel the save: left while the container stands still.
+    pub background: Option<Background>,
+}
+
+impl Options {
+    /// For as long as somebody waits for the save.
+    fn hurry(&self) -> Option<Hurry> {
+        self.background.as_ref().map(Background::hurry)
+    }
+}
+
+/// What a save works with besides its options.
+struct Context {
+    roots: container::Roots,
+    registries: Registries,
+    observer: Arc<dyn Observer>,
+    cancel: Cancel,
+    jobs: usize,
+    caps: Caps,
+}
+
+impl Context {
+    fn phase(&self, phase: Phase) {
+        self.observer.event(Event::Phase { phase });
+    }
+
+    fn warn(&self, code: &str, message: String) {
+        self.observer.event(Event::Warning {
+            code: code.to_owned(),
+            message,
+        });
+    }
+}
+
+/// Saves a running container as an image.
+pub async fn commit(
+    options: &Options,
+    roots: container::Roots,
+    access: Access,
+    observer: Arc<dyn Observer>,
+    cancel: &Cancel,
+) -> Result<Saved, Error> {
+    // Whatever is under way is dropped on cancellation: uploads are given up, the container thaws.
+    let started = Instant::now();
+    tokio::select! {
+        saved = save(options, roots, access, Arc::clone(&observer), cancel, started) => saved,
+        _ = cancel.cancelled() => Err(Error::Cancelled),
+    }
+}
+
+async fn save(
+    options: &Options,
+    roots: container::Roots,
+    access: Access,
+    observer: Arc<dyn Observer>,
+    cancel: &Cancel,
+    started: Instant,
+) -> Result<Saved, Error> {
+    let target = check(options)?;
+    let context = Context {
+        roots,
+        registries: Registries::new(access),
+        observer,
+        cancel: cancel.clone(),
+        jobs: options.jobs.unwrap_or_else(cores),
+        caps: options.rules.caps,
+    };
+
+    context.phase(Phase::Locating);
+    let container = container::find(&context.roots, &options.container)?;
+    let volumes = trees::open(
+        &context.roots,
+        &container,
+        &options.volumes,
+        &options.volume_rules,
+    )?;
+    let (base, layout) = prove_base(&context, &container, options).await?;
+    manifest::check_changes(&base.config, &options.changes)?;
+    // A destination that takes nothing is found out before anybody's work is stopped for it.
+    let destination = Destination::open_as(&target, &context.registries, options.output_mode)?;
+    destination.check().await?;
+    let earlier =
+        earlier::find(&context, options, &container, &volumes, &base, &destination).await?;
+    // Questions only, asked meanwhile. Content of the base is moved when nobody stands still for it.
+    let (taken, found) = tokio::try_join!(
+        take_layers(
+            &context,
+            options,
+            &container,
+            &volumes,
+            &destination,
+            &earlier
+        ),
+        base::look_up_with_room(&destination, &base),
+    )?;
+    warnings::tell(&context, &container, &volumes, &taken);
+
+    context.phase(Phase::Base);
+    let delivered = base::bring(
+        &context,
+        &destination,
+        &container,
+        &base,
+        layout.as_ref(),
+        found,
+    )
+    .await?;
+
+    context.phase(Phase::Finishing);
+    let image = assemble(options, &base, &delivered, &earlier.layers(&taken))?;
+    for warning in &image.warnings {
+        context.warn(warning.code, warning.message.clone());
+    }
+    destination
+        .put_blob(image.config.bytes.clone().into(), &image.config.digest)
+        .await?;
+    if let Some(gate) = &options.gate {
+        context.observer.event(Event::Ready);
+        gate.pass().await?;
+    }
+    let manifest = Bytes::from(image.manifest.bytes.clone());
+    let digest = destination
+        .put_manifest(manifest, image.manifest.media_type, target.tag())
+        .await?;
+    earlier.keep(&context, &container, &target, &taken);
+    let saved = outcome::saved(outcome::Parts {
+        target: &target,
+        digest,
+        image: &image,
+        container: &container,
+        volumes: &volumes,
+        base: &base,
+        delivered,
+        layers_above_base: earlier.layers(&taken).len(),
+        taken,
+        seconds: started.elapsed().as_secs_f64(),
+    });
+    outcome::write_files(options, &saved)?;
+    Ok(saved)
+}
+
+/// What can be wrong with a request by itself: told before anything is looked for. Returns where the image goes.
+fn check(options: &Options) -> Result<Target, Error> {
+    let target = Target::for_saving(&options.destination)?;
+    if let Some(base) = &options.base {
+        base.parse::<Target>()?;
+    }
+    manifest::check(
+        &options.changes,
+        &options.labels,
+        &options.annotations,
+        options.timestamp,
+    )?;
+    options.rules.exclusions(&[])?;
+    Ok(target)
+}
+
+/// Cores that this process may use.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The base as the runtime's own state proves it, or as the user named it, then perhaps with a layout that has it.
+async fn prove_base(
+    context: &Context,
+    container: &Container,
+    options: &Options,
+) -> Result<(Base, Option<layout::Reader>), Error> {
+    match &options.base {
+        Some(name) => named::base(context, container, name).await,
+        None if container.runtime == container::Runtime::Process => Err(Error::BaseNotNamed {
+            container: options.container.clone(),
+        }),
+        None => Ok((container::prove_base(&context.roots, container)?, None)),
+    }
+}
+
+/// What was read of the container.
+struct Taken {
+    /// In the order in which they are applied; none when nothing had changed.
+    layers: Vec<Layer>,
+    /// Whether they go on top of an earlier save's.
+    on_top: bool,
+    report: Report,
+    pause: Option<Duration>,
+    /// Somebody else had paused it, and it stays so.
+    was_frozen: bool,
+    /// What the image shows of each tree, for the next save; none where that cannot be told.
+    seen: Option<Vec<Known>>,
+}
+
+/// Freeze, scan, plan, stream, thaw. Again from the start when the end of a blob failed in a way that may pass: by then
+/// the container runs again.
+async fn take_layers(
+    context: &Context,
+    options: &Options,
+    container: &Container,
+    volumes: &[Volume],
+    destination: &Destination,
+    earlier: &Earlier,
+) -> Result<Taken, Error> {
+    if options.pause == Pause::Live {
+        live::check(context, container)?;
+    }
+    let mut attempt = 1;
+    loop {
+        match take_once(context, options, container, volumes, destination, earlier).await {
+            Err(error) if attempt < TRIES && error.may_pass_at_destination() => {
+                context.warn("again", format!("the layers are made again: {error}"));
+                attempt += 1;
+            }
+            taken => return taken,
+        }
+    }
+}
+
+async fn take_once(
+    context: &Context,
+    options: &Options,
+    container: &Container,
+    volumes: &[Volume],
+    destination: &Destination,
+    earlier: &Earlier,
+) -> Result<Taken, Error> {
+    if options.pause == Pause::Live
+        && let Some(taken) =
+            live::take(context, options, container, volumes, destination, earlier).await?
+    {
+        return Ok(taken);
+    }
+    context.phase(Phase::Scanning);
+    let ways = writing::ways(context, container).await?;
+    let hurry = options.hurry().filter(|_| options.pause != Pause::None);
+    let frozen = freeze(context, options, container)?;
+    let was_frozen = frozen.as_ref().is_some_and(Still::was_frozen);
+    trees::recheck(context, container, volumes)?;
+    let under = earlier.under.as_ref().map(|under| &under.known);
+    let before = under.map(|known| trees::scans(known));
+    let scans = trees::scan(context, options, container, volumes, before, None).await?;
+    let report = trees::report(&scans);
+    let mut seen = match frozen {
+        Some(_) => seen_frozen(context, container, volumes, &scans)?,
+        None => None,
+    };
+    let changes = under.and_then(|known| trees::changes(known, &scans));
+    let on_top = changes.is_some();
+    let plans = trees::plans(changes.unwrap_or_else(|| scans.clone()), options.timestamp);
+    let plans = match frozen {
+        Some(_) => writing::frozen(plans, volumes, ways),
+        None => writing::beside(plans, volumes, ways),
+    };
+    let plans = trees::cut(plans, options.layer_size);
+
+    let mut made = if plans.is_empty() {
+        Vec::new()
+    } else {
+        context.phase(Phase::Streaming);
+        let bound = frozen
+            .as_ref()
+            .filter(|f| !f.was_frozen())
+            .and(options.max_pause)
+            .filter(|bound| !bound.is_zero());
+        let codec = (options.compression, options.level);
+        stream(context, codec, plans, destination, bound).await?
+    };
+    trees::recheck(context, container, volumes)?;
+    // All is read: the container runs on while the destination finishes.
+    let stood_still = frozen.is_some();
+    let pause = frozen.map(Still::thaw).transpose()?;
+    drop(hurry);
+    if let (Some(pause), false) = (pause, was_frozen) {
+        context.observer.event(Event::Paused {
+            pause_ms: pause.as_secs_f64() * 1000.0,
+        });
+    }
+    if stood_still {
+        let layers = made.iter_mut().map(|(layer, _)| &mut layer.unstable);
+        let unsettled = layers.flat_map(writing::take_unsettled).collect();
+        writing::tell_unsettled(context, &unsettled);
+        let files = writing::files_of(&scans, &unsettled);
+        if let Some(seen) = &mut seen {
+            seen.iter_mut()
+                .enumerate()
+                .for_each(|(tree, known)| known.doubt(tree, &files));
+        }
+    }
+    Ok(Taken {
+        layers: finish(made).await?,
+        on_top,
+        report,
+        pause,
+        was_frozen,
+        seen,
+    })
+}
+
+/// What is known of a container that stands still, and which files may be written to without a trace once it runs.
+fn seen_frozen(
+    context: &Context,
+    container: &Container,
+    volumes: &[Volume],
+    scans: &[Arc<Scan>],
+) -> Result<Option<Vec<Known>>, Error> {
+    let mapped = mapped::list(context, container, volumes)?;
+    let tells = mapped.elsewhere.is_none();
+    Ok(tells.then(|| Known::all(scans.to_vec(), &mapped.dirty)))
+}
+
+/// Ends the blobs of layers that are all read.
+async fn finish(made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
+    let finish = |(layer, writer): (Layer, BlobWriter)| async move {
+        writer.finish(&layer.digest, layer.size).await?;
+        Ok::<_, Error>(layer)
+    };
+    futures_util::future::try_join_all(made.into_iter().map(finish)).await
+}
+
+/// Several layers where that was asked for, or where one would be very large.
+pub fn cut(plan: Plan, layer_size: Option<u64>) -> Vec<Plan> {
+    match layer_size {
+        Some(0) => vec![plan],
+        Some(size) => plan.cut(size),
+        None if plan.tar_size() > CUT_FROM => plan.cut(CUT_INTO),
+        None => vec![plan],
+    }
+}
+
+/// A container that stands still. To freeze and to thaw may take seconds: the runtime's other tasks do not wait for it.
+struct Still(Option<Frozen>);
+
+impl Still {
+    fn was_frozen(&self) -> bool {
+        self.0.as_ref().is_some_and(Frozen::was_frozen)
+    }
+
+    fn thaw(mut self) -> Result<Duration, Error> {
+        let frozen = self.0.take().ok_or(Error::Worker)?;
+        Ok(beside_others(|| frozen.thaw())?)
+    }
+}
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        if let Some(frozen) = self.0.take() {
+            beside_others(|| drop(frozen));
+        }
+    }
+}
+
+/// Does what blocks, here and now, so that it is over when this returns; the tasks that this thread has to see to are
+/// given to another.
+fn beside_others<T>(work: impl FnOnce() -> T) -> T {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
+
+fn freeze(
+    context: &Context,
+    options: &Options,
+    container: &Container,
+) -> Result<Option<Still>, Error> {
+    if options.pause == Pause::None {
+        return Ok(None);
+    }
+    let how = freeze::Options {
+        host_root: context.roots.host_root.clone(),
+        hold: options.max_pause.filter(|bound| !bound.is_zero()),
+        mark: options.freeze_mark.clone(),
+        ..freeze::Options::default()
+    };
+    let frozen = beside_others(|| freeze::freeze(container.pid, Some(container.pid_start), &how))?;
+    if !frozen.outside().is_empty() {
+        let pids = frozen
+            .outside()
+            .iter()
+            .map(u32::to_string)
+            .collect::<Vec<_>>()
+            .join(", ");
+        context.warn(
+            "not_frozen",
+            format!(
+                "processes outside the container's cgroup see its root and are not frozen: {pids}"
+            ),
+        );
+    }
+    Ok(Some(Still(Some(frozen))))
+}
+
+/// Makes the layers and hands them on, as they are made. What is returned is all read, and not yet finished: whoever
+/// stands still for it may go on before [`finish`].
+///
+/// Given up when the container, frozen meanwhile, would have to stand still for longer than `bound`.
+async fn stream(
+    context: &Context,
+    codec: (Compression, u32),
+    plans: Vec<Plan>,
+    destination: &Destination,
+    bound: Option<Duration>,
+) -> Result<Vec<(Layer, BlobWriter)>, Error> {
+    repeat(context, codec, plans, destination, bound, Ends::Later).await
+}
+
+/// The same for what can be read as often as it takes, with the ends of the blobs.
+async fn deliver(
+    context: &Context,
+    codec: (Compression, u32),
+    plans: Vec<Plan>,
+    destination: &Destination,
+) -> Result<Vec<Layer>, Error> {
+    let made = repeat(context, codec, plans, destination, None, Ends::AtOnce).await?;
+    Ok(made.into_iter().map(|(layer, _)| layer).collect())
+}
+
+/// When the destination is asked to finish a blob.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    /// As soon as it is all there: what fails then is made again.
+    AtOnce,
+    /// By the caller, when nobody stands still for it any more.
+    Later,
+}
+
+/// Layers whose upload failed in a way that may pass are made again from their plans.
+async fn repeat(
+    context: &Context,
+    codec: (Compression, u32),
+    plans: Vec<Plan>,
+    destination: &Destination,
+    bound: Option<Duration>,
+    ends: Ends,
+) -> Result<Vec<(Layer, BlobWriter)>, Error> {
+    let until = bound.map(|bound| (Instant::now() + bound, bound));
+    let plans = Arc::new(plans);
+    let mut made: Vec<Option<(Layer, BlobWriter)>> = plans.iter().map(|_| None).collect();
+    let handle = tokio::runtime::Handle::current();
+    let begin = |n| Ok((n, destination.begin_blob(handle.clone())?));
+    let mut missing = (0..plans.len())
+        .map(begin)
+        .collect::<Result<Vec<_>, Error>>()?;
+    while !missing.is_empty() {
+        let mut failed = None;
+        let outcomes = stream_once(context, codec, &plans, missing, until).await?;
+        let ended = outcomes
+            .into_iter()
+            .map(|(number, outcome, mut writer)| async move {
+                let outcome = match outcome {
+                    Ok(layer) if ends == Ends::AtOnce => {
+                        match writer.end(&layer.digest, layer.size).await {
+                            Ok(()) => Ok(layer),
+                            Err(error) => Err(error.into()),
+                        }
+                    }
+                    outcome => outcome,
+                };
+                (number, outcome, writer)
+            });
+        missing = Vec::new();
+        for (number, outcome, writer) in futures_util::future::join_all(ended).await {
+            match outcome {
+                Ok(layer) => made[number] = Some((layer, writer)),
+                // What was given up because another failed for good does not say why.
+                Err(Error::Cancelled) if failed.is_some() => {}
+                Err(Error::Destination(error)) if error.retryable() => {
+                    let said = error.to_string();
+                    match writer.again(error).await {
+                        Ok(writer) => {
+                            context.warn("again", format!("a layer is made again: {said}"));
+                            missing.push((number, writer));
+                        }
+                        Err(error) => failed = Some(error.into()),
+                    }
+                }
+                Err(error) => failed = Some(error),
+            }
+        }
+        if let Some(error) = failed {
+            return Err(error);
+        }
+    }
+    Ok(made.into_iter().flatten().collect())
+}
+
+type Outcome = Result<Layer, Error>;
+
+/// Each of the plans that are named once, side by side, each into its writer.
+async fn stream_once(
+    context: &Context,
+    (compression, level): (Compression, u32),
+    plans: &Arc<Vec<Plan>>,
+    parts: Vec<(usize, BlobWriter)>,
+    until: Option<(Instant, Duration)>,
+) -> Result<Vec<(usize, Outcome, BlobWriter)>, Error> {
+    let (numbers, mut writers): (Vec<usize>, Vec<BlobWriter>) = parts.into_iter().unzip();
+    let observer = Arc::clone(&context.observer);
+    let (jobs, cancel, plans) = (context.jobs, context.cancel.clone(), Arc::clone(plans));
+    let made = tokio::task::spawn_blocking(move || {
+        let planned = |n: &usize| &plans[*n];
+        let bytes_total: u64 = numbers.iter().map(planned).map(Plan::tar_size).sum();
+        let entries_total = numbers.iter().map(planned).map(Plan::len).sum::<usize>() as u64;
+        let options = layer::Options {
+            compression,
+            level,
+            jobs,
+            cancel: cancel.flag(),
+        };
+        let given_up = AtomicBool::new(false);
+        let parts = numbers.iter().map(planned).zip(&mut writers);
+        let parts = parts.map(|(plan, writer)| {
+            let given_up = &given_up;
+            let sink = move |bytes| {
+                if given_up.load(Ordering::Relaxed) {
+                    return Err(Error::Cancelled);
+                }
+                let written = match until.filter(|(until, _)| Instant::now() > *until) {
+                    Some((_, bound)) => Err(Error::PausedTooLong {
+                        limit_ms: bound.as_secs_f64() * 1000.0,
+                    }),
+                    None => writer.write(bytes).map_err(Error::from),
+                };
+                if written
+                    .as_ref()
+                    .is_err_and(|e| !e.may_pass_at_destination())
+                {
+                    given_up.store(true, Ordering::Relaxed);
+                }
+                written
+            };
+            Part { plan, sink }
+        });
+        let layers = layer::stream::write_all(parts.collect(), options, &|at| {
+            let (bytes_done, bytes_sent) = (at.tar_bytes, at.sent_bytes);
+            observer.event(Event::Progress {
+                bytes_done,
+                bytes_total,
+                bytes_sent,
+                entries_total,
+            });
+        });
+        let layers = layers.into_iter().map(|layer| layer.map_err(of_the_sink));
+        let parts = numbers.into_iter().zip(layers).zip(writers);
+        parts
+            .map(|((n, layer), writer)| (n, layer, writer))
+            .collect()
+    });
+    made.await.map_err(|_| Error::Worker)
+}
+
+/// The sink's own error, which the stream handed through.
+fn of_the_sink(error: layer::Error) -> Error {
+    match error {
+        layer::Error::Sink(source) => match source.downcast::<Error>() {
+            Ok(own) => *own,
+            Err(source) => layer::Error::Sink(source).into(),
+        },
+        other => other.into(),
+    }
+}
+
+fn assemble(
+    options: &Options,
+    base: &Base,
+    delivered: &[Delivered],
+    layers: &[kept::Layer],
+) -> Result<manifest::Image, Error> {
+    let base_manifest = base
+        .manifest
+        .as_ref()
+        .map(|manifest| manifest::BaseManifest {
+            bytes: &manifest.bytes,
+            media_type: &manifest.media_type,
+            digest: manifest.digest,
+        });
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |t| t.as_secs() as i64);
+    Ok(manifest::assemble(&manifest::Input {
+        base_manifest,
+        base_config: &base.config,
+        base_name: base.name.as_deref(),
+        base_layers: delivered.iter().map(Delivered::layer).collect(),
+        layers: earlier::listed(layers),
+        changes: &options.changes,
+        labels: &options.labels,
+        annotations: &options.annotations,
+        author: options.author.as_deref(),
+        message: options.message.as_deref(),
+        created: options.timestamp.unwrap_or(now),
+        created_by: "upperdeck commit",
+    })?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_freeze_that_takes_long_keeps_no_other_task_waiting() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .build()
+            .unwrap();
+        let (say, heard) = std::sync::mpsc::channel();
+        let save = async move {
+            let other = tokio::spawn(async move { say.send(()) });
+            // As long as the container takes to stand still, the other task runs.
+            let heard = beside_others(|| heard.recv_timeout(Duration::from_secs(60)));
+            other.await.unwrap().unwrap();
+            heard
+        };
+        let heard = runtime.block_on(async { tokio::spawn(save).await.unwrap() });
+        assert_eq!(heard, Ok(()));
+        assert_eq!(beside_others(|| 7), 7, "without a runtime");
+    }
+}

@@ -1,0 +1,265 @@
+//! What a save came to: the result for stdout and all figures for `--metadata-file`.
+
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::{Delivered, Error, Options, Taken};
+use crate::common::digest::{DiffId, Digest};
+use crate::common::escape;
+use crate::common::private::{self, FileMode};
+use crate::image::manifest::Image;
+use crate::layer::block::Unstable;
+use crate::layer::scan::{Example, Report, Sample};
+use crate::node::container::{Base, Container, MountPoint, Pod, Runtime, Volume};
+use crate::store::destination::Target;
+
+/// Version of [`Metadata`]; it grows when a field changes its meaning or goes away, not when one is added.
+pub const METADATA_VERSION: u32 = 3;
+
+/// A finished save.
+#[derive(Clone, Debug)]
+pub struct Saved {
+    /// `HOST/REPO@sha256:…`, or the layout's path with the digest.
+    pub reference: String,
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// All figures.
+    pub metadata: Metadata,
+}
+
+/// All figures of a save. Sizes in bytes, times as their names say.
+#[derive(Clone, Debug, Serialize)]
+pub struct Metadata {
+    /// Version of this structure: `METADATA_VERSION`.
+    pub version: u32,
+    /// As on stdout.
+    pub reference: String,
+    /// Where it was put, with the tag.
+    pub destination: String,
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// Digest of the config.
+    pub config_digest: Digest,
+    /// Sum of all layers, compressed.
+    pub size_bytes: u64,
+    /// Size of the config.
+    pub config_size_bytes: u64,
+    /// What was saved.
+    pub container: ContainerOutcome,
+    /// What it stood on.
+    pub base: BaseOutcome,
+    /// The layers that were added, bottom first; none when nothing had changed.
+    pub layers: Vec<LayerOutcome>,
+    /// Layers above the base, those of earlier saves that this one stands on included.
+    pub layers_above_base: usize,
+    /// From freeze written to thaw read back; none when nothing was frozen.
+    pub pause_ms: Option<f64>,
+    /// Somebody else had paused the container; it is paused still.
+    pub was_paused: bool,
+    /// What is not in the image, and why.
+    #[serde(flatten)]
+    pub report: Report,
+    /// Files that changed while they were read.
+    pub unstable: Vec<Unstable>,
+    /// Volumes: mounted, and not saved.
+    pub volumes: Sample<VolumeOutcome>,
+    /// Volumes that were saved, each by where it is mounted: the layers above the base hold them after the container's own
+    /// changes.
+    pub saved_volumes: Vec<PathBuf>,
+    /// The whole save.
+    pub seconds: f64,
+}
+
+/// A volume that is not in the image.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct VolumeOutcome {
+    /// Where the container sees it, printable.
+    pub destination: String,
+    /// File system type.
+    pub kind: String,
+    /// Where it comes from, as the runtime or the kernel says.
+    pub source: String,
+}
+
+impl Example for VolumeOutcome {
+    fn bytes(&self) -> usize {
+        self.destination.len() + self.kind.len() + self.source.len()
+    }
+}
+
+impl VolumeOutcome {
+    fn new(mount: &MountPoint) -> Self {
+        Self {
+            destination: escape::path(mount.destination.as_os_str().as_bytes()),
+            kind: mount.kind.clone(),
+            source: escape::limited(&mount.source, 4096),
+        }
+    }
+}
+
+/// The container that was saved.
+#[derive(Clone, Debug, Serialize)]
+pub struct ContainerOutcome {
+    /// Who runs it.
+    pub runtime: Runtime,
+    /// Its ID.
+    pub id: String,
+    /// Its names.
+    pub names: Vec<String>,
+    /// Its pod.
+    pub pod: Option<Pod>,
+}
+
+/// The base of the image.
+#[derive(Clone, Debug, Serialize)]
+pub struct BaseOutcome {
+    /// Reference that it was pulled under.
+    pub name: Option<String>,
+    /// Digest of its manifest, where the runtime keeps one.
+    pub digest: Option<Digest>,
+    /// How it was proven.
+    pub proof: String,
+    /// Its layers, bottom first, and where each came from.
+    pub layers: Vec<Delivered>,
+}
+
+/// A layer that a save added.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayerOutcome {
+    /// Digest of the compressed bytes.
+    pub digest: Digest,
+    /// Digest of the tar.
+    pub diff_id: DiffId,
+    /// Media type of the compressed bytes.
+    pub media_type: String,
+    /// Compressed size.
+    pub size_bytes: u64,
+    /// Size of the tar.
+    pub tar_size_bytes: u64,
+    /// Number of entries.
+    pub entries: usize,
+}
+
+pub(super) struct Parts<'a> {
+    pub(super) target: &'a Target,
+    pub(super) digest: Digest,
+    pub(super) image: &'a Image,
+    pub(super) container: &'a Container,
+    pub(super) volumes: &'a [Volume],
+    pub(super) base: &'a Base,
+    pub(super) delivered: Vec<Delivered>,
+    pub(super) taken: Taken,
+    pub(super) layers_above_base: usize,
+    pub(super) seconds: f64,
+}
+
+pub(super) fn saved(parts: Parts<'_>) -> Saved {
+    let Parts {
+        target,
+        digest,
+        image,
+        container,
+        volumes,
+        base,
+        delivered,
+        taken,
+        layers_above_base,
+        seconds,
+    } = parts;
+    let reference = target.with_digest(&digest);
+    let (mut unstable, mut layers) = (Vec::new(), Vec::new());
+    for layer in taken.layers {
+        unstable.extend(layer.unstable);
+        layers.push(LayerOutcome {
+            digest: layer.digest,
+            diff_id: layer.diff_id,
+            media_type: layer.media_type.to_owned(),
+            size_bytes: layer.size,
+            tar_size_bytes: layer.tar_size,
+            entries: layer.entries,
+        });
+    }
+    let metadata = Metadata {
+        version: METADATA_VERSION,
+        reference: reference.clone(),
+        destination: target.to_string(),
+        digest,
+        config_digest: image.config.digest,
+        size_bytes: image
+            .layers
+            .iter()
+            .map(oci_spec::image::Descriptor::size)
+            .sum(),
+        config_size_bytes: image.config.bytes.len() as u64,
+        container: ContainerOutcome {
+            runtime: container.runtime,
+            id: container.id.clone(),
+            names: container.names.clone(),
+            pod: container.pod.clone(),
+        },
+        base: BaseOutcome {
+            name: base.name.clone(),
+            digest: base.manifest.as_ref().map(|manifest| manifest.digest),
+            proof: base.proof.clone(),
+            layers: delivered,
+        },
+        layers,
+        layers_above_base,
+        pause_ms: taken
+            .pause
+            .filter(|_| !taken.was_frozen)
+            .map(|pause| pause.as_secs_f64() * 1000.0),
+        was_paused: taken.was_frozen,
+        report: taken.report,
+        unstable,
+        volumes: volumes_left_out(container, volumes)
+            .into_iter()
+            .map(VolumeOutcome::new)
+            .collect(),
+        saved_volumes: volumes.iter().map(|v| v.destination.clone()).collect(),
+        seconds,
+    };
+    Saved {
+        reference,
+        digest,
+        metadata,
+    }
+}
+
+/// Volumes that are mounted and not saved.
+pub(super) fn volumes_left_out<'a>(
+    container: &'a Container,
+    saved: &[Volume],
+) -> Vec<&'a MountPoint> {
+    let mounts = container.mounts.iter().filter(|mount| mount.volume);
+    mounts
+        .filter(|mount| saved.iter().all(|v| v.destination != mount.destination))
+        .collect()
+}
+
+/// Writes `--metadata-file` and `--digestfile`.
+pub(super) fn write_files(options: &Options, saved: &Saved) -> Result<(), Error> {
+    let write = |path: &std::path::Path, bytes: &[u8]| {
+        let mode = options.output_mode.unwrap_or(FileMode::PRIVATE);
+        private::write(path, bytes, mode).map_err(|source| Error::Report {
+            reference: saved.reference.clone(),
+            path: path.display().to_string(),
+            source,
+        })
+    };
+    if let Some(path) = &options.metadata_file {
+        let mut json = serde_json::to_vec_pretty(&saved.metadata).map_err(|e| Error::Report {
+            reference: saved.reference.clone(),
+            path: path.display().to_string(),
+            source: e.into(),
+        })?;
+        json.push(b'\n');
+        write(path, &json)?;
+    }
+    if let Some(path) = &options.digestfile {
+        write(path, saved.digest.to_string().as_bytes())?;
+    }
+    Ok(())
+}

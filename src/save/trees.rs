@@ -1,0 +1,189 @@
+//! The trees that a save reads: the container's upper directory, then each volume that was asked for. Each makes layers of
+//! its own, all of them at one instant; what is said of one is said of all, in this order.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Context, Error, Options};
+use crate::layer::Plan;
+use crate::layer::scan::{Clock, Entry, Report, Scan};
+use crate::node::container::{self, Container, Volume, VolumeRules};
+
+/// How far the clock of a server that stamps files may be behind this node's. What was stamped later than that before a
+/// scan is taken again.
+const SERVERS_CLOCK: Duration = Duration::from_secs(60);
+
+/// A file: the number of its tree, and its inode.
+pub(super) type File = (usize, u64);
+
+/// Opens the volumes that were asked for, those above others first: what is mounted in one is another.
+pub(super) fn open(
+    roots: &container::Roots,
+    container: &Container,
+    paths: &[PathBuf],
+    rules: &VolumeRules,
+) -> Result<Vec<Volume>, container::Error> {
+    let mut volumes = paths
+        .iter()
+        .map(|path| container::volume(roots, container, path, rules))
+        .collect::<Result<Vec<_>, _>>()?;
+    volumes.sort_by(|a, b| a.destination.cmp(&b.destination));
+    volumes.dedup_by(|a, b| a.destination == b.destination);
+    Ok(volumes)
+}
+
+/// Whether everything that is read is still the container's.
+pub(super) fn recheck(
+    context: &Context,
+    container: &Container,
+    volumes: &[Volume],
+) -> Result<(), Error> {
+    container::recheck(&context.roots, container)?;
+    for volume in volumes {
+        container::recheck_volume(&context.roots, container, volume)?;
+    }
+    Ok(())
+}
+
+/// Scans all trees, again where there are earlier scans. `since` is what the clock showed before what was to be done for
+/// the stamps to tell, if there was such a thing.
+pub(super) async fn scan(
+    context: &Context,
+    options: &Options,
+    container: &Container,
+    volumes: &[Volume],
+    earlier: Option<Vec<Arc<Scan>>>,
+    since: Option<Clock>,
+) -> Result<Vec<Arc<Scan>>, Error> {
+    let (rules, container) = (options.rules.clone(), container.clone());
+    let (jobs, cancel) = (context.jobs, context.cancel.clone());
+    let volumes = volumes.to_vec();
+    let scans = tokio::task::spawn_blocking(move || {
+        let scans = scan_all(
+            &rules,
+            &container,
+            &volumes,
+            earlier.as_deref(),
+            jobs,
+            &cancel,
+        )?;
+        Ok(trusted(scans, &volumes, since))
+    });
+    scans.await.map_err(|_| Error::Worker)?
+}
+
+/// As [`scan`], here and now, with their own clocks.
+pub(super) fn scan_all(
+    rules: &super::Rules,
+    container: &Container,
+    volumes: &[Volume],
+    earlier: Option<&[Arc<Scan>]>,
+    jobs: usize,
+    cancel: &crate::common::cancel::Cancel,
+) -> Result<Vec<Scan>, Error> {
+    let before = |tree: usize| earlier.and_then(|earlier| earlier.get(tree)).map(|s| &**s);
+    let mut scans = vec![rules.scan(container, volumes, before(0), jobs, cancel)?];
+    for (tree, volume) in (1..).zip(volumes) {
+        scans.push(rules.scan_volume(container, volume, before(tree), jobs, cancel)?);
+    }
+    Ok(scans)
+}
+
+/// With no more trust in stamps than there is ground for.
+pub(super) fn trusted(
+    scans: Vec<Scan>,
+    volumes: &[Volume],
+    clock: Option<Clock>,
+) -> Vec<Arc<Scan>> {
+    let trusted = |(tree, scan): (usize, Scan)| {
+        let own = scan.clock();
+        Arc::new(scan.since(since(volumes, tree, clock.unwrap_or(own).min(own))))
+    };
+    scans.into_iter().enumerate().map(trusted).collect()
+}
+
+/// What the clock that stamps a tree's files showed at least when this node's showed `clock`.
+pub(super) fn since(volumes: &[Volume], tree: usize, clock: Clock) -> Clock {
+    let volume = tree.checked_sub(1).and_then(|at| volumes.get(at));
+    if volume.is_some_and(|volume| !volume.local) {
+        clock.before(SERVERS_CLOCK)
+    } else {
+        clock
+    }
+}
+
+/// A scan, and the entries of it whose content may not be what their stamps stand for.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    pub(super) scan: Arc<Scan>,
+    pub(super) unsure: Arc<Vec<bool>>,
+}
+
+impl Known {
+    /// One for each tree. `dirty` are files whose stamps do not tell.
+    pub(super) fn all(scans: Vec<Arc<Scan>>, dirty: &HashSet<File>) -> Vec<Self> {
+        let known = |(number, scan): (usize, Arc<Scan>)| {
+            let unsure = |e: Entry| e.root == 0 && dirty.contains(&(number, e.ino));
+            let unsure = scan.entries().map(unsure).collect();
+            Self {
+                scan,
+                unsure: Arc::new(unsure),
+            }
+        };
+        scans.into_iter().enumerate().map(known).collect()
+    }
+
+    /// Takes the stamps of more files of this tree, which is number `tree`, for no proof.
+    pub(super) fn doubt(&mut self, tree: usize, files: &HashSet<File>) {
+        let doubted = |e: Entry| e.root == 0 && files.contains(&(tree, e.ino));
+        let doubted = self.scan.entries().map(doubted);
+        let unsure = self.unsure.iter().zip(doubted).map(|(a, b)| *a || b);
+        self.unsure = Arc::new(unsure.collect());
+    }
+}
+
+/// What was scanned of each.
+pub(super) fn scans(known: &[Known]) -> Vec<Arc<Scan>> {
+    known.iter().map(|known| Arc::clone(&known.scan)).collect()
+}
+
+/// What layers on top have to have, if they can do it.
+pub(super) fn changes(known: &[Known], now: &[Arc<Scan>]) -> Option<Vec<Arc<Scan>>> {
+    if known.len() != now.len() {
+        return None;
+    }
+    let changes = |(known, now): (&Known, &Arc<Scan>)| {
+        now.changes_since(&known.scan, &|index| known.unsure[index as usize])
+    };
+    let changes = known.iter().zip(now).map(changes);
+    let mut changes = changes.collect::<Option<Vec<Scan>>>()?;
+    if let Some((upper, volumes)) = changes.split_first_mut() {
+        for volume in volumes {
+            volume.leave_to(upper);
+        }
+    }
+    Some(changes.into_iter().map(Arc::new).collect())
+}
+
+/// A layout for each.
+pub(super) fn plans(scans: Vec<Arc<Scan>>, timestamp: Option<i64>) -> Vec<Plan> {
+    let plan = |scan| Plan::new(scan, timestamp);
+    scans.into_iter().map(plan).collect()
+}
+
+/// Layouts of what is there, cut as asked for.
+pub(super) fn cut(plans: Vec<Plan>, layer_size: Option<u64>) -> Vec<Plan> {
+    let some = plans.into_iter().filter(|plan| !plan.is_empty());
+    some.flat_map(|plan| super::cut(plan, layer_size)).collect()
+}
+
+/// What all of them have to tell.
+pub(super) fn report(scans: &[Arc<Scan>]) -> Report {
+    let mut report = Report::default();
+    for scan in scans {
+        report.add(scan.report.clone());
+    }
+    report
+}

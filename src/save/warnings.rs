@@ -1,0 +1,175 @@
+//! What the user should hear of a save without asking: a few lines here, more examples in the metadata file.
+
+use std::os::unix::ffi::OsStrExt;
+
+use super::{Context, Taken, outcome};
+use crate::common::escape::limited;
+use crate::common::message::count;
+use crate::layer::block::Instability;
+use crate::layer::scan::{Reason, Sample};
+use crate::node::container::{Container, Volume};
+
+/// Characters of a path in a warning.
+const SHOWN: usize = 200;
+/// Files named one by one in warnings of one kind.
+const NAMED: usize = 10;
+
+pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], taken: &Taken) {
+    volumes(context, container, saved);
+    let unstable = taken
+        .layers
+        .iter()
+        .flat_map(|layer| &layer.unstable)
+        .map(|file| {
+            let what = match file.what {
+                Instability::Changed => "was written to while it was read",
+                Instability::Shrank => "became shorter while it was read; the rest is zeros",
+                Instability::Grew => {
+                    "became longer while it was read; what was added is not in the image"
+                }
+                Instability::Unsettled => "may have been in the middle of a write when it was read",
+                Instability::Vanished => "vanished before it was read; its content is zeros",
+            };
+            format!("/{} {what}", file.path)
+        });
+    let report = &taken.report;
+    some(context, "unstable_file", 0, unstable);
+    let each = |code: &str, of: &Sample<String>, what: &str| {
+        let messages = of.examples().iter().map(|path| format!("/{path} {what}"));
+        some(context, code, of.more(), messages);
+    };
+    each(
+        "unstable_file",
+        &report.vanished,
+        "vanished while the tree was walked",
+    );
+    each(
+        "privileged_file",
+        &report.privileged,
+        "is setuid, setgid or has file capabilities, which the base does not have",
+    );
+    each(
+        "split_links",
+        &report.split_links,
+        "has hard links outside the renamed directory it is in, and is a file of its own in the image",
+    );
+    if let Some(first) = report.sockets.examples().first() {
+        let sockets = count(report.sockets.count(), "socket is", "sockets are");
+        context.warn(
+            "sockets",
+            format!("{sockets} left out, as no image can have one, e.g. /{first}"),
+        );
+    }
+    if !report.unreadable.is_empty() {
+        let examples = report.unreadable.examples().iter().take(3);
+        let shown: Vec<String> = examples.map(|path| format!("/{path}")).collect();
+        let what = format!(
+            "left out of volumes, as the container itself may not read them: {}, e.g. {}",
+            count(
+                report.unreadable.count(),
+                "file or directory",
+                "files or directories"
+            ),
+            shown.join(", ")
+        );
+        context.warn("unreadable", what);
+    }
+    let dropped = report.dropped_xattrs.iter().map(|(name, number)| {
+        let entries = count(number, "entry", "entries");
+        if name.ends_with(".overlay.protattr") {
+            format!("{entries} immutable or append-only (chattr +i, +a): no image can say so")
+        } else if name.contains('=') {
+            format!(
+                "the attribute {name} of {entries} is left out: no layer can have a name with ="
+            )
+        } else {
+            format!("the attribute {name} of {entries} belongs to the host and is left out")
+        }
+    });
+    some(context, "xattrs", 0, dropped);
+    if let Some(first) = report.empty_xattrs.examples().first() {
+        let entries = count(report.empty_xattrs.count(), "entry has", "entries have");
+        context.warn(
+            "xattrs",
+            format!(
+                "{entries} an attribute without a value, which umoci and Podman leave out, e.g. /{first}"
+            ),
+        );
+    }
+    for (reason, why) in [
+        (
+            Reason::PathTooLong,
+            "has a path too long to be unpacked into a directory (over 3840 bytes)",
+        ),
+        (
+            Reason::ReservedName,
+            "would be a deletion in a layer, as .wh. is in front of its name",
+        ),
+    ] {
+        if let Some(of_kind) = report.excluded.get(reason.kind()) {
+            let messages = of_kind.examples().iter();
+            let messages =
+                messages.map(|e| format!("/{} is left out: it {why}", limited(&e.path, SHOWN)));
+            some(context, reason.kind(), of_kind.more(), messages);
+        }
+    }
+    let kept_out = [Reason::Credential, Reason::Cache];
+    let excluded = kept_out
+        .iter()
+        .filter_map(|reason| report.excluded.get(reason.kind()));
+    let number: u64 = excluded.clone().map(Sample::count).sum();
+    let first = excluded.filter_map(|of_kind| of_kind.examples().first());
+    if let Some(first) = first.min() {
+        let flags = "--include-credentials, --include-caches";
+        let what = format!(
+            "{} left out, e.g. /{} ({flags})",
+            count(
+                number,
+                "path with credentials or caches is",
+                "paths with credentials or caches are"
+            ),
+            first.path
+        );
+        context.warn("excluded", what);
+    }
+}
+
+/// What is mounted is not in the image: the commonest surprise of all.
+fn volumes(context: &Context, container: &Container, saved: &[Volume]) {
+    let left_out = outcome::volumes_left_out(container, saved);
+    let Some(first) = left_out.first() else {
+        return;
+    };
+    let paths = left_out
+        .iter()
+        .take(NAMED)
+        .map(|mount| crate::common::escape::path(mount.destination.as_os_str().as_bytes()));
+    let paths: Vec<_> = paths.collect();
+    let more = match left_out.len() - paths.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let flag = crate::common::escape::path(first.destination.as_os_str().as_bytes());
+    context.warn(
+        "volumes",
+        format!(
+            "what is mounted at {}{more} is not in the image (--include-volume {flag})",
+            paths.join(", ")
+        ),
+    );
+}
+
+/// The first few, and how many there are besides: `more` of them have no message.
+fn some(context: &Context, code: &str, more: u64, messages: impl Iterator<Item = String>) {
+    let mut messages = messages.fuse();
+    for message in messages.by_ref().take(NAMED) {
+        context.warn(code, message);
+    }
+    let more = more + messages.count() as u64;
+    if more > 0 {
+        context.warn(
+            code,
+            format!("and {more} more, counted with examples in --metadata-file"),
+        );
+    }
+}

@@ -1,0 +1,590 @@
+//! The process that does a job: this program with `commit`, apart from everything that the agent is.
+//!
+//! Its standard input is the credentials, its standard output a socket: events come out of it, and the answer that lets
+//! the tag be put on goes in. So nothing secret is ever an argument or a variable, no descriptor is inherited by chance,
+//! and a child whose agent is dead hears of it, whatever it is doing.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::process::Command;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use zeroize::Zeroizing;
+
+use super::options::Options;
+use super::spool::Of;
+use super::spool::Spool;
+use super::stuck::Stuck;
+use crate::common::escape;
+use crate::node::background::Bound;
+use crate::node::container::{Pattern, Roots, process_start};
+use crate::service::job::{Event, JobId, Order};
+
+/// Between two reports of how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+/// More warnings than this tell nobody anything.
+const MAX_WARNINGS: usize = 1000;
+/// No line of events is longer.
+const MAX_LINE: usize = 1 << 20;
+/// Lines of its stderr that are logged, and characters of each.
+const MAX_LOGGED: usize = 200;
+const MAX_LOGGED_LINE: usize = 1000;
+/// A pipe takes as much without a reader.
+const MAX_CREDS: u64 = 16 << 10;
+/// A look into a session takes as long as a walk of its tree, with what is left over of the cores.
+const INSPECT_BOUND: Duration = Duration::from_secs(300);
+/// What is larger was not written by `inspect`.
+const MAX_INSPECTED: u64 = 1 << 20;
+/// From asking it to end to ending it.
+const GRACE: Duration = Duration::from_secs(10);
+/// From ending it to giving it up: what waits in the kernel for an answer that does not come cannot be ended.
+const REAP_BOUND: Duration = Duration::from_secs(20);
+/// What the child needs of the environment: how the node reaches the world. Neither `HOME` nor anything else in which
+/// credentials are looked for.
+const KEPT_VARIABLES: [&str; 11] = [
+    "PATH",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "ALL_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "all_proxy",
+];
+
+/// One that runs.
+pub(super) struct Child {
+    pub(super) process: tokio::process::Child,
+    pub(super) pid: u32,
+    /// Ticks since boot; 0 when it was gone before anybody could look.
+    pub(super) pid_start: u64,
+    gate: Option<OwnedWriteHalf>,
+    /// In their order; closed when it has ended.
+    pub(super) events: mpsc::UnboundedReceiver<Event>,
+    stderr: JoinHandle<String>,
+}
+
+/// `commit`'s arguments. What users chose are whole arguments of the form `--flag=value`, or come after `--`: none can
+/// be taken for another flag.
+pub(super) fn arguments(
+    options: &Options,
+    spool: &Spool,
+    order: &Order,
+    threads: u32,
+) -> Vec<OsString> {
+    let mut all: Vec<OsString> = roots_flags(&options.roots);
+    let flag = |name: &str, value: &dyn AsRef<std::ffi::OsStr>| {
+        let mut text = OsString::from(format!("--{name}="));
+        text.push(value.as_ref());
+        text
+    };
+    all.push("commit".into());
+    all.push("--progress=json".into());
+    all.push("--gate-fd=1".into());
+    all.push(flag("metadata-file", &spool.file(order.job, Of::Metadata)));
+    all.push(flag("freeze-mark", &spool.file(order.job, Of::Mark)));
+    let nowhere = std::path::PathBuf::new();
+    all.push(flag(
+        "state-dir",
+        options.state_dir.as_ref().unwrap_or(&nowhere),
+    ));
+    all.push(format!("--jobs={threads}").into());
+    if options.background {
+        all.push("--background".into());
+    }
+    all.extend(memory_flags(options, &save_group(order.job)));
+    if let Some(pause) = options.max_pause {
+        all.push(format!("--max-pause={}ms", pause.as_millis().max(1)).into());
+    }
+    let registry = &options.registry;
+    if registry.creds_file.is_some() {
+        all.push("--creds-fd=0".into());
+    }
+    if let Some(file) = &registry.authfile {
+        all.push(flag("authfile", file));
+    }
+    if let Some(dir) = &registry.cert_dir {
+        all.push(flag("cert-dir", dir));
+    }
+    if !registry.tls_verify {
+        all.push("--tls-verify=false".into());
+    }
+    if registry.create_project {
+        all.push("--create-project".into());
+    }
+    all.extend(options.flags.iter().map(Into::into));
+    let chosen = &order.options;
+    if let Some(codec) = chosen.compression.as_ref().or(options.compression.as_ref()) {
+        all.push(flag("compression", codec));
+    }
+    if chosen.full {
+        all.push("--full".into());
+    }
+    if let Some(message) = &order.message {
+        all.push(flag("message", message));
+    }
+    for (key, value) in &chosen.labels {
+        all.push(flag("label", &format!("{key}={value}")));
+    }
+    all.extend(
+        chosen
+            .exclude
+            .iter()
+            .map(|pattern| flag("exclude", pattern)),
+    );
+    let volumes = chosen.include_volumes.iter();
+    all.extend(volumes.map(|volume| flag("include-volume", volume)));
+    if !chosen.include_volumes.is_empty() {
+        let allowed = allowed_volumes(options, &order.owner);
+        all.extend(allowed.map(|pattern| flag("allow-volume", &pattern.to_string())));
+    }
+    all.extend([
+        "--".into(),
+        order.session.clone().into(),
+        order.destination.clone().into(),
+    ]);
+    all
+}
+
+/// The name of a save's cgroup.
+fn save_group(job: JobId) -> String {
+    format!("save-{job}")
+}
+
+/// The flags with which a child bounds its memory.
+fn memory_flags(options: &Options, group: &str) -> Vec<OsString> {
+    let bound = options.memory.map(|bytes| {
+        [
+            format!("--memory-limit={bytes}").into(),
+            format!("--memory-group={group}").into(),
+        ]
+    });
+    bound.into_iter().flatten().collect()
+}
+
+/// Removes the cgroup of a child that has ended. Whether it was ended for want of memory.
+fn release_memory(options: &Options, group: String) -> bool {
+    let Some(bytes) = options.memory else {
+        return false;
+    };
+    let host_root = options.roots.host_root.as_deref();
+    Bound { bytes, group }.release(host_root, options.background)
+}
+
+/// The same for a save's. What it could not have any more it says itself, where no cgroup held it.
+pub(super) fn lacked_memory(options: &Options, job: JobId, words: &str) -> bool {
+    release_memory(options, save_group(job))
+        || (words.starts_with("memory allocation of ") && words.ends_with(" bytes failed"))
+}
+
+/// The volumes that a session of this owner may have saved with it.
+pub(super) fn allowed_volumes(options: &Options, owner: &str) -> impl Iterator<Item = Pattern> {
+    let volumes = options.volumes.iter();
+    volumes.filter_map(move |pattern| pattern.of(owner))
+}
+
+/// The flags that lead a child to the same roots.
+fn roots_flags(roots: &Roots) -> Vec<OsString> {
+    let usual = Roots::default();
+    let mut flags = Vec::new();
+    let mut add =
+        |name: &str, path: &Path| flags.extend([name.into(), path.as_os_str().to_owned()]);
+    if let Some(root) = &roots.host_root {
+        add("--host-root", root);
+    }
+    if roots.containerd != usual.containerd
+        && let Some(containerd) = roots.containerd.first()
+    {
+        add("--containerd-root", &containerd.root);
+        add("--containerd-state", &containerd.state);
+    }
+    if roots.docker != usual.docker
+        && let Some(docker) = roots.docker.first()
+    {
+        add("--docker-root", docker);
+    }
+    if roots.storage != usual.storage
+        && let Some(storage) = roots.storage.first()
+    {
+        add("--storage-root", &storage.root);
+        add("--storage-runroot", &storage.runroot);
+    }
+    flags
+}
+
+/// The read end of a pipe with the credentials in it.
+fn credentials(file: &Path) -> io::Result<OwnedFd> {
+    // Large enough from the start: growing would leave copies behind.
+    let mut text = Zeroizing::new(Vec::with_capacity(MAX_CREDS as usize + 1));
+    File::open(file)?
+        .take(MAX_CREDS + 1)
+        .read_to_end(&mut text)?;
+    if text.len() as u64 > MAX_CREDS {
+        return Err(io::Error::other(format!("larger than {MAX_CREDS} bytes")));
+    }
+    let (read, mut write) = io::pipe()?;
+    write.write_all(&text)?;
+    Ok(read.into())
+}
+
+impl Child {
+    /// Starts one.
+    pub(super) fn spawn(options: &Options, job: JobId, arguments: &[OsString]) -> io::Result<Self> {
+        let input = match &options.registry.creds_file {
+            None => Stdio::null(),
+            Some(file) => {
+                let read = credentials(file).map_err(|error| {
+                    let told = format!("the credentials in {}: {error}", file.display());
+                    io::Error::new(error.kind(), told)
+                })?;
+                Stdio::from(read)
+            }
+        };
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let kept = KEPT_VARIABLES
+            .iter()
+            .filter_map(|name| Some((name, std::env::var_os(name)?)));
+        let mut process = {
+            let mut command = Command::new(&options.program);
+            command
+                .args(arguments)
+                .env_clear()
+                .envs(kept)
+                .current_dir("/")
+                .process_group(0)
+                .stdin(input)
+                .stdout(Stdio::from(OwnedFd::from(theirs)))
+                .stderr(Stdio::piped())
+                .kill_on_drop(true);
+            // Its end of the socket goes with the command: the end of the child is to be heard.
+            command.spawn()?
+        };
+        let pid = process
+            .id()
+            .ok_or_else(|| io::Error::other("it has no process number"))?;
+        let (events, gate) = UnixStream::from_std(ours)?.into_split();
+        let (tell, told) = mpsc::unbounded_channel();
+        tokio::spawn(read_events(events, tell));
+        let stderr = process.stderr.take();
+        Ok(Self {
+            pid_start: process_start(pid).unwrap_or(0),
+            process,
+            pid,
+            gate: Some(gate),
+            events: told,
+            stderr: tokio::spawn(async move {
+                match stderr {
+                    Some(stderr) => log_lines(stderr, job).await,
+                    None => String::new(),
+                }
+            }),
+        })
+    }
+
+    /// The tag may be put on.
+    pub(super) async fn open_gate(&mut self) -> io::Result<()> {
+        match &mut self.gate {
+            Some(gate) => gate.write_all(b"y").await,
+            None => Ok(()),
+        }
+    }
+
+    /// Asks it to end, and ends it and all that it started where it does not. Fails with [`io::ErrorKind::TimedOut`] where
+    /// it cannot be ended: it is reaped whenever that may be.
+    pub(super) async fn stop(&mut self) -> io::Result<ExitStatus> {
+        self.gate = None;
+        self.signal(Signal::SIGTERM);
+        if let Ok(ended) = tokio::time::timeout(GRACE, self.process.wait()).await {
+            return ended;
+        }
+        self.signal(Signal::SIGKILL);
+        match tokio::time::timeout(REAP_BOUND, self.process.wait()).await {
+            Ok(ended) => ended,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        // Not waited for yet: the number is its own still.
+        if self.process.id().is_some() {
+            let _ = killpg(Pid::from_raw(self.pid as i32), signal);
+        }
+    }
+
+    /// The last that it said on stderr, for messages. It has ended.
+    pub(super) async fn last_words(self) -> String {
+        let Self { stderr, .. } = self;
+        // A grandchild that holds it open does not hold up the agent.
+        match tokio::time::timeout(Duration::from_secs(2), stderr).await {
+            Ok(Ok(words)) => words,
+            _ => String::new(),
+        }
+    }
+}
+
+/// What `inspect` says of a session, as JSON; none where it cannot, or not in time.
+pub(super) async fn inspect(options: &Options, stuck: &Stuck, session: &str) -> Option<Vec<u8>> {
+    let mut command = Command::new(&options.program);
+    let mut flags = roots_flags(&options.roots);
+    flags.extend(["inspect", "--format=json"].map(Into::into));
+    if options.background {
+        flags.push("--background".into());
+    }
+    let group = format!("look-{}", JobId::new());
+    flags.extend(memory_flags(options, &group));
+    let state_dir = options.state_dir.as_deref().unwrap_or(Path::new(""));
+    command
+        .args(flags)
+        .args(["--", session])
+        .env_clear()
+        .env("UPPERDECK_STATE_DIR", state_dir)
+        .current_dir("/")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    let mut child = command.spawn().ok()?;
+    let said = child.stdout.take()?;
+    let child = &mut child;
+    let read = async {
+        let mut json = Vec::new();
+        said.take(MAX_INSPECTED).read_to_end(&mut json).await.ok()?;
+        let status = child.wait().await.ok()?;
+        status.success().then_some(json)
+    };
+    let told = tokio::time::timeout(INSPECT_BOUND, read).await;
+    if told.is_err()
+        && let Some(pid) = child.id()
+    {
+        child.start_kill().ok();
+        if tokio::time::timeout(REAP_BOUND, child.wait())
+            .await
+            .is_err()
+        {
+            stuck.add(session, pid);
+        }
+    }
+    if release_memory(options, group) {
+        tracing::warn!(
+            session.id = session,
+            "looking into a session took more memory than it may"
+        );
+    }
+    told.ok().flatten()
+}
+
+/// Ends what a dead agent left running. Returns when it is gone.
+pub(super) async fn end_leftover(pid: u32, pid_start: u64) {
+    let until = Instant::now() + GRACE;
+    while process_start(pid) == Some(pid_start) && Instant::now() < until {
+        let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGKILL);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Calls `line` with each line, without its end; one that is too long is left out.
+async fn read_lines(mut from: impl AsyncRead + Unpin, longest: usize, mut line: impl FnMut(&[u8])) {
+    let (mut rest, mut skipping) = (Vec::new(), false);
+    let mut piece = vec![0; 64 << 10];
+    loop {
+        let n = match from.read(&mut piece).await {
+            Ok(0) => break,
+            Ok(n) => n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => break,
+        };
+        for part in piece[..n].split_inclusive(|&b| b == b'\n') {
+            let (text, ends) = match part.strip_suffix(b"\n") {
+                Some(text) => (text, true),
+                None => (part, false),
+            };
+            skipping |= rest.len() + text.len() > longest;
+            if !skipping {
+                rest.extend_from_slice(text);
+            }
+            if ends {
+                if !skipping {
+                    line(&rest);
+                }
+                rest.clear();
+                skipping = false;
+            }
+        }
+    }
+    if !rest.is_empty() && !skipping {
+        line(&rest);
+    }
+}
+
+async fn read_events(from: impl AsyncRead + Unpin, tell: mpsc::UnboundedSender<Event>) {
+    let (mut last, mut warnings) = (None::<Instant>, 0);
+    read_lines(from, MAX_LINE, |line| {
+        // Events of another version are not for this one.
+        let Ok(event) = serde_json::from_slice::<Event>(line) else {
+            return;
+        };
+        match &event {
+            Event::Progress {
+                bytes_done: done,
+                bytes_total: total,
+                ..
+            }
+            | Event::BaseProgress {
+                bytes_done: done,
+                bytes_total: total,
+                ..
+            } => {
+                let frequent = done < total || *total == 0;
+                if frequent && last.is_some_and(|last| last.elapsed() < PROGRESS_EVERY) {
+                    return;
+                }
+                last = Some(Instant::now());
+            }
+            Event::Warning { .. } => {
+                warnings += 1;
+                if warnings > MAX_WARNINGS {
+                    return;
+                }
+            }
+            _ => {}
+        }
+        // Nobody listens any more: what is said is read all the same, so that the child can go on.
+        let _ = tell.send(event);
+    })
+    .await;
+}
+
+/// Logs a child's stderr and returns its last line.
+async fn log_lines(from: impl AsyncRead + Unpin, job: JobId) -> String {
+    let (mut logged, mut last) = (0, String::new());
+    read_lines(from, MAX_LINE, |line| {
+        let text = escape::limited(&String::from_utf8_lossy(line), MAX_LOGGED_LINE);
+        if text.trim().is_empty() {
+            return;
+        }
+        if logged < MAX_LOGGED {
+            tracing::info!(job.id = %job, job.stderr = text, "the child says");
+        }
+        logged += 1;
+        last = text;
+    })
+    .await;
+    if logged > MAX_LOGGED {
+        tracing::info!(job.id = %job, job.stderr_lines = logged, "the child said more than is logged");
+    }
+    last
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::agent::OwnerRule;
+    use crate::service::agent::spool::tests::order;
+
+    type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+    #[test]
+    fn what_users_write_is_never_a_flag_of_its_own() -> Outcome {
+        let dir = tempfile::tempdir()?;
+        let spool = Spool::open(dir.path())?;
+        let mut options = Options::new(OwnerRule::Fixed("alice".to_owned()));
+        options.registry.creds_file = Some("/run/secrets/robot".into());
+        options.roots.host_root = Some("/host".into());
+        options.flags = vec!["--max-size=500G".to_owned()];
+        let mut order = order();
+        order.message = Some("--full\n-x".to_owned());
+        order.options.labels = [("--creds".to_owned(), "a:b=c".to_owned())].into();
+        order.options.exclude = vec!["-rf".to_owned(), "--".to_owned()];
+        let all = arguments(&options, &spool, &order, 3);
+        let all: Vec<&str> = all.iter().filter_map(|word| word.to_str()).collect();
+        let metadata = format!(
+            "--metadata-file={}/running/{}.metadata",
+            dir.path().display(),
+            order.job
+        );
+        let mark = format!(
+            "--freeze-mark={}/running/{}.frozen",
+            dir.path().display(),
+            order.job
+        );
+        assert_eq!(
+            all,
+            [
+                "--host-root",
+                "/host",
+                "commit",
+                "--progress=json",
+                "--gate-fd=1",
+                &metadata,
+                &mark,
+                "--state-dir=/var/lib/upperdeck",
+                "--jobs=3",
+                "--background",
+                "--memory-limit=3221225472",
+                &format!("--memory-group=save-{}", order.job),
+                "--creds-fd=0",
+                "--max-size=500G",
+                "--message=--full\n-x",
+                "--label=--creds=a:b=c",
+                "--exclude=-rf",
+                "--exclude=--",
+                "--",
+                &order.session,
+                &order.destination,
+            ]
+        );
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn lines_are_whole_and_bounded() {
+        let mut seen = Vec::new();
+        let text = b"one\n\ntoo long a line\ntwo\nlast";
+        read_lines(&text[..], 5, |line| {
+            seen.push(String::from_utf8_lossy(line).into_owned());
+        })
+        .await;
+        assert_eq!(seen, ["one", "", "two", "last"]);
+    }
+
+    #[tokio::test]
+    async fn progress_is_thinned_and_the_last_of_a_count_is_told() {
+        let line = |done: u64| {
+            format!(
+                "{{\"version\":1,\"time\":\"x\",\"event\":\"progress\",\"bytes_done\":{done},\"bytes_total\":9,\
+                 \"bytes_sent\":0,\"entries_total\":1}}\n"
+            )
+        };
+        let mut text: String = (1..=9).map(line).collect();
+        text += "no json\n{\"event\":\"of another version\"}\n{\"event\":\"ready\"}\n";
+        let (tell, mut told) = mpsc::unbounded_channel();
+        read_events(text.as_bytes(), tell).await;
+        let mut done = Vec::new();
+        let mut ready = false;
+        while let Some(event) = told.recv().await {
+            match event {
+                Event::Progress { bytes_done, .. } => done.push(bytes_done),
+                Event::Ready => ready = true,
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(done, [1, 9]);
+        assert!(ready);
+    }
+}

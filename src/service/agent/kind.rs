@@ -1,0 +1,356 @@
+//! What a session is for, and what it computes on: from what its runtime wrote down, by the tables in here.
+
+use std::path::Path;
+
+use crate::node::container::{Container, MountPoint};
+use crate::service::job::{Category, Kind};
+
+/// Variables that only their servers' images or spawners set.
+const VARIABLES: [(&str, Kind); 8] = [
+    ("JUPYTERHUB_API_TOKEN", Kind::Jupyter),
+    ("JUPYTERHUB_USER", Kind::Jupyter),
+    ("JUPYTERHUB_SERVICE_PREFIX", Kind::Jupyter),
+    ("JUPYTER_PORT", Kind::Jupyter),
+    ("JUPYTER_TOKEN", Kind::Jupyter),
+    ("RSTUDIO_VERSION", Kind::Rstudio),
+    ("RSTUDIO_WHICH_R", Kind::Rstudio),
+    ("RSTUDIO_DEFAULT_R_VERSION", Kind::Rstudio),
+];
+
+/// What stands in names of programs and images. The first that fits decides: an image that has both is started as one.
+const WORDS: [(&str, Kind); 8] = [
+    ("rserver", Kind::Rstudio),
+    ("rsession", Kind::Rstudio),
+    ("rstudio", Kind::Rstudio),
+    ("rocker/tidyverse", Kind::Rstudio),
+    ("rocker/verse", Kind::Rstudio),
+    ("jupyter", Kind::Jupyter),
+    ("start-notebook", Kind::Jupyter),
+    ("start-singleuser", Kind::Jupyter),
+];
+
+fn by_words(text: &str) -> Option<Kind> {
+    let text = text.to_ascii_lowercase();
+    let found = WORDS.iter().find(|(word, _)| text.contains(word));
+    found.map(|(_, kind)| *kind)
+}
+
+/// The command line decides, then the environment, then the image's name, then the pod's: the nearer to what runs, the
+/// better.
+pub(super) fn kind(container: &Container) -> Kind {
+    let spec = &container.spec;
+    let by_variables = || {
+        let set = |(name, _): &&(&str, Kind)| spec.variable(name).is_some();
+        VARIABLES.iter().find(set).map(|(_, kind)| *kind)
+    };
+    let pod = container.pod.as_ref();
+    // What is passed to a shell is one long argument; file names far behind say little about the program.
+    let command = spec.args.iter().take(4).find_map(|word| by_words(word));
+    command
+        .or_else(by_variables)
+        .or_else(|| container.image_name.as_deref().and_then(by_words))
+        .or_else(|| by_words(&pod?.container))
+        .or_else(|| by_words(&pod?.name))
+        .unwrap_or(Kind::Other)
+}
+
+/// NVIDIA's character devices (kernel `Documentation/admin-guide/devices.txt`); nvidia-uvm's number is dynamic.
+const NVIDIA_MAJOR: i64 = 195;
+/// Device nodes of accelerators: NVIDIA, AMD's compute interface, DRM render nodes and cards, Intel's accelerators and
+/// Habana's. `/dev/nvidiactl` alone, without a numbered one, is no device to compute on.
+const DEVICES: [&str; 5] = [
+    "/dev/kfd",
+    "/dev/dri/",
+    "/dev/accel/",
+    "/dev/hl",
+    "/dev/davinci",
+];
+/// Programs that put a GPU into a container as it starts.
+const HOOKS: [&str; 3] = [
+    "nvidia-container-runtime-hook",
+    "nvidia-container-toolkit",
+    "nvidia-ctk",
+];
+
+fn is_accelerator(device: &Path) -> bool {
+    let Some(path) = device.to_str() else {
+        return false;
+    };
+    let numbered = path
+        .strip_prefix("/dev/nvidia")
+        .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    numbered || DEVICES.iter().any(|known| path.starts_with(known))
+}
+
+/// Whether it has an accelerator: a device node of one, the right to use one, a CDI device, or NVIDIA's runtime asked for
+/// one by the environment.
+///
+/// Images of CUDA set `NVIDIA_VISIBLE_DEVICES=all` for themselves: on a node without NVIDIA's hook that means nothing, so
+/// the variable counts only where something of the driver is there.
+pub(super) fn category(container: &Container) -> Category {
+    let spec = &container.spec;
+    let mounted = |mount: &MountPoint| is_accelerator(&mount.destination);
+    let cdi = |(key, value): (&String, &String)| {
+        key.starts_with("cdi.k8s.io/") && value.to_ascii_lowercase().contains("gpu")
+    };
+    let asked = spec
+        .variable("NVIDIA_VISIBLE_DEVICES")
+        .is_some_and(|devices| !matches!(devices.trim(), "" | "void" | "none"));
+    let hooked = spec.hooks.iter().any(|hook| {
+        let name = hook.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| HOOKS.contains(&name))
+    });
+    let driver = || {
+        container.mounts.iter().any(|mount| {
+            let name = mount.destination.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with("libcuda.so") || name == "nvidia-smi")
+                || mount.destination.starts_with("/proc/driver/nvidia")
+        })
+    };
+    let gpu = spec.devices.iter().any(|device| is_accelerator(device))
+        || spec.majors.contains(&NVIDIA_MAJOR)
+        || container.mounts.iter().any(mounted)
+        || spec.annotations.iter().any(cdi)
+        || (asked && (hooked || driver()));
+    if gpu { Category::Gpu } else { Category::Cpu }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::node::container::{Pod, Runtime, Spec};
+    use crate::node::overlay::mount::OverlayMount;
+    use crate::node::overlay::xattr::Namespace;
+
+    /// One that runs nothing in particular.
+    pub(in crate::service::agent) fn container() -> Container {
+        Container {
+            runtime: Runtime::Containerd,
+            id: "ab".repeat(32),
+            names: vec![],
+            namespace: Some("k8s.io".to_owned()),
+            pod: None,
+            pid: 42,
+            pid_start: 7,
+            root: crate::node::container::RootMount::default(),
+            overlay: OverlayMount {
+                upper: "/u".into(),
+                lowers: vec!["/l".into()],
+                data_only: vec![],
+                id_mapped: vec![],
+                namespace: Namespace::Trusted,
+                index: false,
+            },
+            uid_map: vec![],
+            gid_map: vec![],
+            mounts: vec![],
+            mounts_cut: false,
+            image_name: None,
+            runtime_root_mode: None,
+            spec: Spec::default(),
+        }
+    }
+
+    fn texts(words: &[&str]) -> Vec<String> {
+        words.iter().map(|&word| word.to_owned()).collect()
+    }
+
+    /// What it is called, arguments, environment, image, pod, and what it is.
+    type Case = (
+        &'static str,
+        &'static [&'static str],
+        &'static [&'static str],
+        Option<&'static str>,
+        Option<&'static str>,
+        Kind,
+    );
+
+    #[test]
+    fn kinds() {
+        let cases: [Case; 10] = [
+            (
+                "command",
+                &["tini", "--", "jupyterhub-singleuser"],
+                &[],
+                None,
+                None,
+                Kind::Jupyter,
+            ),
+            (
+                "script",
+                &["start-notebook.py"],
+                &[],
+                None,
+                None,
+                Kind::Jupyter,
+            ),
+            (
+                "init",
+                &["/init"],
+                &["RSTUDIO_VERSION=2024.04"],
+                Some("r.example/x:1"),
+                None,
+                Kind::Rstudio,
+            ),
+            (
+                "server",
+                &["/usr/lib/rstudio-server/bin/rserver"],
+                &[],
+                None,
+                None,
+                Kind::Rstudio,
+            ),
+            (
+                "spawner",
+                &["sh", "-c", "exec x"],
+                &["JUPYTERHUB_USER=a"],
+                None,
+                None,
+                Kind::Jupyter,
+            ),
+            (
+                "image",
+                &[],
+                &[],
+                Some("quay.io/jupyter/scipy-notebook:1"),
+                None,
+                Kind::Jupyter,
+            ),
+            (
+                "image of R",
+                &["/init"],
+                &[],
+                Some("docker.io/rocker/rstudio:4"),
+                None,
+                Kind::Rstudio,
+            ),
+            (
+                "pod",
+                &["sleep"],
+                &[],
+                Some("r.example/x:1"),
+                Some("jupyter-alice"),
+                Kind::Jupyter,
+            ),
+            (
+                "both, started as one",
+                &["rserver"],
+                &["JUPYTERHUB_USER=a"],
+                Some("jupyter/r"),
+                None,
+                Kind::Rstudio,
+            ),
+            (
+                "neither",
+                &["python3", "train.py"],
+                &["PATH=/bin"],
+                Some("python:3"),
+                Some("train-0"),
+                Kind::Other,
+            ),
+        ];
+        for (case, args, env, image, pod, expected) in cases {
+            let mut it = container();
+            it.spec.args = texts(args);
+            it.spec.env = texts(env);
+            it.image_name = image.map(str::to_owned);
+            it.pod = pod.map(|name| Pod {
+                namespace: "hub".to_owned(),
+                name: name.to_owned(),
+                container: "main".to_owned(),
+                uid: None,
+            });
+            assert_eq!(kind(&it), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn categories() {
+        type Change = fn(&mut Container);
+        let cases: [(&str, Change, Category); 13] = [
+            ("nothing", |_| {}, Category::Cpu),
+            (
+                "device",
+                |c| c.spec.devices = vec!["/dev/nvidia0".into()],
+                Category::Gpu,
+            ),
+            (
+                "control device alone",
+                |c| c.spec.devices = vec!["/dev/nvidiactl".into()],
+                Category::Cpu,
+            ),
+            (
+                "AMD",
+                |c| c.spec.devices = vec!["/dev/kfd".into()],
+                Category::Gpu,
+            ),
+            (
+                "DRM",
+                |c| c.spec.devices = vec!["/dev/dri/renderD128".into()],
+                Category::Gpu,
+            ),
+            (
+                "other devices",
+                |c| c.spec.devices = vec!["/dev/fuse".into()],
+                Category::Cpu,
+            ),
+            ("major", |c| c.spec.majors = vec![1, 195], Category::Gpu),
+            (
+                "CDI",
+                |c| {
+                    let (key, device) = ("cdi.k8s.io/x", "nvidia.com/gpu=0");
+                    c.spec.annotations.insert(key.into(), device.into());
+                },
+                Category::Gpu,
+            ),
+            (
+                "the image's own word",
+                |c| c.spec.env = texts(&["NVIDIA_VISIBLE_DEVICES=all"]),
+                Category::Cpu,
+            ),
+            (
+                "asked for, with the hook",
+                |c| {
+                    c.spec.env = texts(&["NVIDIA_VISIBLE_DEVICES=GPU-1"]);
+                    c.spec.hooks = vec!["/usr/bin/nvidia-container-runtime-hook".into()];
+                },
+                Category::Gpu,
+            ),
+            (
+                "refused, with the hook",
+                |c| {
+                    c.spec.env = texts(&["NVIDIA_VISIBLE_DEVICES=void"]);
+                    c.spec.hooks = vec!["/usr/bin/nvidia-container-runtime-hook".into()];
+                },
+                Category::Cpu,
+            ),
+            (
+                "asked for, with the driver mounted",
+                |c| {
+                    c.spec.env = texts(&["NVIDIA_VISIBLE_DEVICES=0"]);
+                    c.mounts = vec![mount("/usr/lib/x86_64-linux-gnu/libcuda.so.550.1", false)];
+                },
+                Category::Gpu,
+            ),
+            (
+                "mounted by a hook",
+                |c| c.mounts = vec![mount("/dev/nvidia3", false)],
+                Category::Gpu,
+            ),
+        ];
+        for (case, change, expected) in cases {
+            let mut it = container();
+            change(&mut it);
+            assert_eq!(category(&it), expected, "{case}");
+        }
+    }
+
+    pub(in crate::service::agent) fn mount(destination: &str, volume: bool) -> MountPoint {
+        MountPoint {
+            destination: destination.into(),
+            kind: "bind".to_owned(),
+            source: "/x".to_owned(),
+            volume,
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! Whose a session is: by what the runtime wrote down about it, never by what runs in it.
+
+use std::fmt;
+use std::str::FromStr;
+
+use regex::Regex;
+
+use crate::node::container::Container;
+
+/// Longer names do not fit into a repository's path.
+const MAX_OWNER: usize = 64;
+
+/// The centre's rule.
+#[derive(Clone, Debug)]
+pub enum OwnerRule {
+    /// By the pod's namespace. A pattern's one group is the owner; without a pattern it is the whole name.
+    Namespace(Option<Regex>),
+    /// By the pod's name, likewise.
+    Pod(Option<Regex>),
+    /// By a variable in the environment that the runtime started the container with.
+    Env(String),
+    /// Everything on this node is one user's.
+    Fixed(String),
+}
+
+/// A rule that is none.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RuleError {
+    /// Not one of the four.
+    #[error(
+        "{0:?} says nobody's: expected namespace[:PATTERN], pod[:PATTERN], env:NAME or fixed:USER"
+    )]
+    Unknown(String),
+    /// The pattern cannot be used.
+    #[error("the pattern {pattern:?}: {reason}")]
+    Pattern {
+        /// As given.
+        pattern: String,
+        /// Why not.
+        reason: String,
+    },
+    /// No name that can stand in a repository's path.
+    #[error(
+        "{0:?} is no owner's name: lower-case letters and digits, with '.', '_' or '-' between them, {MAX_OWNER} at most"
+    )]
+    Name(String),
+}
+
+/// A pattern for the whole of a name, with one group.
+fn pattern(text: &str) -> Result<Regex, RuleError> {
+    let wrong = |reason: String| RuleError::Pattern {
+        pattern: text.to_owned(),
+        reason,
+    };
+    let regex = Regex::new(&format!("^(?:{text})$")).map_err(|error| wrong(error.to_string()))?;
+    match regex.captures_len() {
+        2 => Ok(regex),
+        groups => Err(wrong(format!(
+            "it has {} groups in parentheses; the one that it needs is the owner",
+            groups - 1
+        ))),
+    }
+}
+
+impl FromStr for OwnerRule {
+    type Err = RuleError;
+
+    fn from_str(text: &str) -> Result<Self, RuleError> {
+        let (kind, rest) = match text.split_once(':') {
+            Some((kind, rest)) => (kind, Some(rest).filter(|rest| !rest.is_empty())),
+            None => (text, None),
+        };
+        let unknown = || RuleError::Unknown(text.to_owned());
+        match (kind, rest) {
+            ("namespace", rest) => Ok(Self::Namespace(rest.map(pattern).transpose()?)),
+            ("pod", rest) => Ok(Self::Pod(rest.map(pattern).transpose()?)),
+            ("env", Some(name)) if !name.contains('=') => Ok(Self::Env(name.to_owned())),
+            ("fixed", Some(user)) if is_owner(user) => Ok(Self::Fixed(user.to_owned())),
+            ("fixed", Some(user)) => Err(RuleError::Name(user.to_owned())),
+            _ => Err(unknown()),
+        }
+    }
+}
+
+impl fmt::Display for OwnerRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // As it was given: without what `pattern` puts around it.
+        let given = |regex: &Regex| {
+            let text = regex.as_str();
+            text.strip_prefix("^(?:")
+                .and_then(|text| text.strip_suffix(")$"))
+                .unwrap_or(text)
+                .to_owned()
+        };
+        match self {
+            Self::Namespace(None) => f.write_str("namespace"),
+            Self::Namespace(Some(regex)) => write!(f, "namespace:{}", given(regex)),
+            Self::Pod(None) => f.write_str("pod"),
+            Self::Pod(Some(regex)) => write!(f, "pod:{}", given(regex)),
+            Self::Env(name) => write!(f, "env:{name}"),
+            Self::Fixed(user) => write!(f, "fixed:{user}"),
+        }
+    }
+}
+
+/// A component of a repository's path, as the distribution specification has it: `[a-z0-9]+` with one `.`, one or two
+/// `_` or any number of `-` between them.
+pub fn is_owner(name: &str) -> bool {
+    let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let ends = name.starts_with(word) && name.ends_with(word);
+    let separators = name.split(word).filter(|between| !between.is_empty());
+    ends && name.len() <= MAX_OWNER
+        && separators.into_iter().all(|between| {
+            matches!(between, "." | "_" | "__") || between.bytes().all(|b| b == b'-')
+        })
+}
+
+impl OwnerRule {
+    /// Who owns `container`; none: nobody, as the rule does not fit or says what is no owner's name.
+    pub fn owner(&self, container: &Container) -> Option<String> {
+        let pod = container.pod.as_ref();
+        let owner = match self {
+            Self::Namespace(regex) => matched(regex.as_ref(), &pod?.namespace)?,
+            Self::Pod(regex) => matched(regex.as_ref(), &pod?.name)?,
+            Self::Env(name) => container.spec.variable(name)?,
+            Self::Fixed(user) => user,
+        };
+        is_owner(owner).then(|| owner.to_owned())
+    }
+}
+
+fn matched<'t>(regex: Option<&Regex>, text: &'t str) -> Option<&'t str> {
+    match regex {
+        None => Some(text),
+        Some(regex) => regex.captures(text)?.get(1).map(|group| group.as_str()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{OwnerRule, RuleError, is_owner, matched};
+
+    #[test]
+    fn rules_are_read_and_written() -> Result<(), RuleError> {
+        for text in [
+            "namespace",
+            "namespace:jupyter-(.+)",
+            "pod:jupyter-([a-z]+)(?:--.*)?",
+            "env:JUPYTERHUB_USER",
+            "fixed:alice",
+        ] {
+            assert_eq!(text.parse::<OwnerRule>()?.to_string(), text);
+        }
+        for text in [
+            "",
+            "env",
+            "env:",
+            "env:A=B",
+            "user:alice",
+            "fixed",
+            "fixed:Alice",
+            "fixed:../x",
+        ] {
+            assert!(text.parse::<OwnerRule>().is_err(), "{text}");
+        }
+        for text in ["pod:(", "pod:jupyter", "namespace:(a)(b)"] {
+            let refused = text.parse::<OwnerRule>();
+            assert!(matches!(refused, Err(RuleError::Pattern { .. })), "{text}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_pattern_has_to_fit_the_whole_name() -> Result<(), RuleError> {
+        let OwnerRule::Pod(regex) = "pod:jupyter-(.+)|hub-(?:.+)".parse()? else {
+            return Err(RuleError::Unknown(String::new()));
+        };
+        for (name, owner) in [
+            ("jupyter-alice", Some("alice")),
+            ("x-jupyter-alice", None),
+            ("jupyter-", None),
+            ("hub-1", None),
+            ("jupyter-alice\n", None),
+        ] {
+            assert_eq!(matched(regex.as_ref(), name), owner, "{name:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_owner_is_a_component_of_a_repository() {
+        for good in [
+            "alice",
+            "a",
+            "a.b",
+            "a_b",
+            "a__b",
+            "a---b",
+            "7",
+            "alice-40example-2ecom",
+        ] {
+            assert!(is_owner(good), "{good}");
+        }
+        let long = "a".repeat(65);
+        for bad in [
+            "", "Alice", "a..b", "a___b", "-a", "a-", "a/b", "..", "a.-b", "é", "a b", &long,
+        ] {
+            assert!(!is_owner(bad), "{bad}");
+        }
+    }
+}

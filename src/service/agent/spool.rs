@@ -1,0 +1,429 @@
+//! What an agent has on disk, so that its own death loses nothing: which children run, what they may have frozen, and how
+//! jobs ended that the queue has not heard of, or has forgotten.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::Error;
+use crate::common::private;
+use crate::service::job::{JobId, Order, Outcome};
+use crate::service::queue::Claim;
+
+/// An image that was saved longer ago may have been deleted since: a later attempt does the job again then.
+const KEEP_OUTCOMES: Duration = Duration::from_secs(24 * 60 * 60);
+/// By so much the clocks of managers and nodes may differ.
+const CLOCKS: Duration = Duration::from_secs(60 * 60);
+/// The oldest go first beyond.
+const MAX_OUTCOMES: usize = 10_000;
+/// Between two searches for outcomes that are too old.
+const TIDY_EVERY: Duration = Duration::from_secs(5 * 60);
+/// Larger files are none of ours.
+const MAX_NOTE: u64 = 4 << 20;
+
+/// The directory, and the lock on it.
+#[derive(Debug)]
+pub(super) struct Spool {
+    running: PathBuf,
+    outcomes: PathBuf,
+    tidied: Mutex<Option<Instant>>,
+    _lock: File,
+}
+
+/// A child that runs.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Note {
+    /// The container that it saves.
+    pub(super) session: String,
+    /// Its process, which leads a group of its own.
+    pub(super) pid: u32,
+    /// When that was started, in ticks since boot.
+    pub(super) pid_start: u64,
+}
+
+/// How an attempt ended.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Kept {
+    session: String,
+    destination: String,
+    attempt: u32,
+    fence: u64,
+    at_ms: i64,
+    /// No order for the attempt can be good after this.
+    until_ms: i64,
+    outcome: Outcome,
+}
+
+/// A file of one running job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Of {
+    /// [`Note`].
+    Note,
+    /// The mark of a freeze.
+    Mark,
+    /// What `commit --metadata-file` writes.
+    Metadata,
+}
+
+impl Of {
+    const ALL: [Self; 3] = [Self::Note, Self::Mark, Self::Metadata];
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Note => "note",
+            Self::Mark => "frozen",
+            Self::Metadata => "metadata",
+        }
+    }
+}
+
+impl Spool {
+    /// Opens `dir`, which is made if it is not there. One agent at a time.
+    pub(super) fn open(dir: &Path) -> Result<Self, Error> {
+        let (running, outcomes) = (dir.join("running"), dir.join("outcomes"));
+        let failed = |source| Error::Directory {
+            path: dir.display().to_string(),
+            source,
+        };
+        let ours = |name: &str| matches!(name, "running" | "outcomes" | "lock");
+        private::own_dir(dir, ours).map_err(failed)?;
+        for dir in [&running, &outcomes] {
+            private::own_dir(dir, |_| true).map_err(failed)?;
+        }
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(dir.join("lock"))
+            .map_err(failed)?;
+        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self {
+                running,
+                outcomes,
+                tidied: Mutex::default(),
+                _lock: lock,
+            }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Taken {
+                path: dir.display().to_string(),
+            }),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
+    /// Where a running job's file is.
+    pub(super) fn file(&self, job: JobId, of: Of) -> PathBuf {
+        self.running.join(format!("{job}.{}", of.suffix()))
+    }
+
+    /// A child runs.
+    pub(super) fn begin(&self, job: JobId, note: &Note) -> io::Result<()> {
+        write(&self.file(job, Of::Note), note)
+    }
+
+    /// It does not any more, and nothing of it is frozen.
+    pub(super) fn end(&self, job: JobId) {
+        for of in [Of::Metadata, Of::Note] {
+            remove(&self.file(job, of));
+        }
+    }
+
+    /// Jobs of which something is left, with the note of those that have one that can be read.
+    pub(super) fn left(&self) -> Vec<(JobId, Option<Note>)> {
+        let mut jobs: Vec<JobId> = names(&self.running)
+            .iter()
+            .filter_map(|name| {
+                let (job, suffix) = name.split_once('.')?;
+                let known = Of::ALL.iter().any(|of| of.suffix() == suffix);
+                known.then(|| job.parse().ok()).flatten()
+            })
+            .collect();
+        jobs.sort_unstable();
+        jobs.dedup();
+        jobs.into_iter()
+            .map(|job| (job, read(&self.file(job, Of::Note))))
+            .collect()
+    }
+
+    fn outcome(&self, job: JobId) -> PathBuf {
+        self.outcomes.join(format!("{job}.json"))
+    }
+
+    /// How `claim` ended. On disk before the managers are told.
+    pub(super) fn keep(&self, claim: &Claim, outcome: &Outcome, now_ms: i64) -> io::Result<()> {
+        let order = &claim.order;
+        // All orders for an attempt are signed before it ends and live as long as this one.
+        let lives = order.expires_ms.saturating_sub(order.issued_ms);
+        let lives = lives.max(KEEP_OUTCOMES.as_millis() as i64);
+        let kept = Kept {
+            session: order.session.clone(),
+            destination: order.destination.clone(),
+            attempt: order.attempt,
+            fence: claim.fence,
+            at_ms: now_ms,
+            until_ms: now_ms
+                .saturating_add(lives)
+                .saturating_add(CLOCKS.as_millis() as i64),
+            outcome: outcome.clone(),
+        };
+        write(&self.outcome(order.job), &kept)
+    }
+
+    /// How the attempt of `order`, or a later one, has ended already: it is told again and not done again, whether the
+    /// queue did not hear of it, has forgotten it, or was given an old order by somebody who can write to it. A later
+    /// attempt is something new, unless an earlier one made the very image not long ago.
+    pub(super) fn kept(&self, order: &Order, now_ms: i64) -> Option<Outcome> {
+        let kept: Kept = read(&self.outcome(order.job))?;
+        if order.attempt <= kept.attempt {
+            return Some(kept.outcome);
+        }
+        let age = now_ms.checked_sub(kept.at_ms)?;
+        let fresh = (0..KEEP_OUTCOMES.as_millis() as i64).contains(&age);
+        let same = kept.session == order.session && kept.destination == order.destination;
+        let there = matches!(kept.outcome, Outcome::Succeeded { .. });
+        (fresh && same && there).then_some(kept.outcome)
+    }
+
+    /// Removes outcomes that are too old or too many, now and then.
+    pub(super) fn tidy(&self, now_ms: i64) {
+        let mut tidied = self.tidied.lock().unwrap_or_else(PoisonError::into_inner);
+        if tidied.is_none_or(|at| at.elapsed() >= TIDY_EVERY) {
+            *tidied = Some(Instant::now());
+            self.tidy_now(now_ms);
+        }
+    }
+
+    /// Names sort by when their jobs were made.
+    fn tidy_now(&self, now_ms: i64) {
+        let mut names = names(&self.outcomes);
+        names.sort_unstable();
+        let surplus = names.len().saturating_sub(MAX_OUTCOMES);
+        for (n, name) in names.iter().enumerate() {
+            let path = self.outcomes.join(name);
+            let old = || {
+                let kept: Option<Kept> = read(&path);
+                kept.is_none_or(|kept| now_ms >= kept.until_ms)
+            };
+            if n < surplus || old() {
+                remove(&path);
+            }
+        }
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect()
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    if fs::metadata(path).ok()?.len() > MAX_NOTE {
+        return None;
+    }
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// Beside, to the disk, then renamed: what is there is whole.
+fn write<T: Serialize>(path: &Path, content: &T) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(&serde_json::to_vec(content)?)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    File::open(dir)?.sync_all()
+}
+
+fn remove(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), %error, "cannot remove a file of the spool");
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::service::job::{SaveOptions, Saved};
+
+    const DAY: i64 = 24 * 3600 * 1000;
+
+    pub(in crate::service::agent) fn order() -> Order {
+        Order {
+            job: JobId::new(),
+            node: "node-1".to_owned(),
+            session: "ab".repeat(32),
+            owner: "alice".to_owned(),
+            destination: "oci:/srv/images/alice/x:1".to_owned(),
+            message: None,
+            options: SaveOptions::default(),
+            attempt: 1,
+            fence_after: 0,
+            issued_ms: 0,
+            not_before_ms: 0,
+            expires_ms: DAY,
+            timeout_s: 600,
+        }
+    }
+
+    fn succeeded() -> Outcome {
+        let saved = Saved {
+            reference: "x".to_owned(),
+            digest: "sha256:0".to_owned(),
+            layer_bytes: 1,
+            image_bytes: 2,
+            sent_bytes: 3,
+            entries: 4,
+            delta: false,
+            base_name: None,
+            base_digest: None,
+            pause_ms: Some(1.5),
+            seconds: 0.5,
+        };
+        Outcome::Succeeded { saved }
+    }
+
+    fn claim(order: &Order) -> Claim {
+        Claim {
+            order: order.clone(),
+            fence: 7,
+        }
+    }
+
+    #[test]
+    fn a_success_is_told_to_later_attempts_of_the_same_save_and_not_for_ever()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let spool = Spool::open(dir.path())?;
+        let first = order();
+        let order = Order {
+            attempt: 2,
+            ..first.clone()
+        };
+        assert_eq!(spool.kept(&order, 5), None);
+        spool.keep(&claim(&first), &succeeded(), 1000)?;
+        assert_eq!(spool.kept(&order, 2000), Some(succeeded()));
+        assert_eq!(spool.kept(&order, 1000 + DAY), None);
+        assert_eq!(
+            spool.kept(&order, 10),
+            None,
+            "a clock that was put back proves nothing"
+        );
+        let elsewhere = Order {
+            destination: "oci:/srv/images/alice/y:1".to_owned(),
+            ..order.clone()
+        };
+        assert_eq!(spool.kept(&elsewhere, 2000), None);
+        fs::write(spool.outcome(order.job), b"{")?;
+        assert_eq!(spool.kept(&order, 2000), None);
+        spool.tidy_now(2000);
+        assert!(
+            !spool.outcome(order.job).exists(),
+            "what cannot be read is of no use"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn what_has_ended_is_remembered_as_long_as_an_order_for_it_lives()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let week = Order {
+            attempt: 3,
+            issued_ms: DAY,
+            expires_ms: 8 * DAY,
+            ..order()
+        };
+        let failed = Outcome::Failed {
+            code: crate::service::job::Code::Internal,
+            message: "why".to_owned(),
+            retryable: true,
+        };
+        for outcome in [Outcome::Cancelled, failed, succeeded()] {
+            let order = Order {
+                job: JobId::new(),
+                ..week.clone()
+            };
+            Spool::open(dir.path())?.keep(&claim(&order), &outcome, 2 * DAY)?;
+            // By another agent, too, and whatever the clock says.
+            let spool = Spool::open(dir.path())?;
+            for at in [0, 2 * DAY, 9 * DAY] {
+                spool.tidy_now(at);
+                assert_eq!(spool.kept(&order, at).as_ref(), Some(&outcome));
+                let earlier = Order {
+                    attempt: 1,
+                    destination: "oci:/srv/images/alice/y:1".to_owned(),
+                    ..order.clone()
+                };
+                assert_eq!(spool.kept(&earlier, at).as_ref(), Some(&outcome));
+            }
+            let later = Order {
+                attempt: 4,
+                ..order.clone()
+            };
+            let told = spool.kept(&later, 2 * DAY);
+            assert_eq!(told, (outcome == succeeded()).then(succeeded));
+            spool.tidy_now(9 * DAY + CLOCKS.as_millis() as i64);
+            assert_eq!(spool.kept(&order, 9 * DAY), None);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_more_is_remembered_than_there_is_room_for() -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let spool = Spool::open(dir.path())?;
+        let orders: Vec<Order> = (0..MAX_OUTCOMES + 3)
+            .map(|_| Order {
+                job: JobId::new(),
+                ..order()
+            })
+            .collect();
+        spool.keep(&claim(&orders[0]), &Outcome::Cancelled, 0)?;
+        for order in &orders[1..] {
+            fs::hard_link(spool.outcome(orders[0].job), spool.outcome(order.job))?;
+        }
+        spool.tidy_now(1);
+        let left = names(&spool.outcomes);
+        assert_eq!(left.len(), MAX_OUTCOMES);
+        let kept = |order: &Order| left.contains(&format!("{}.json", order.job));
+        let newest = orders.last().ok_or("none")?;
+        assert!(!kept(&orders[0]) && kept(newest));
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_left_of_jobs_is_found_and_a_spool_has_one_agent()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let spool = Spool::open(dir.path())?;
+        assert!(matches!(Spool::open(dir.path()), Err(Error::Taken { .. })));
+        let (noted, marked) = (JobId::new(), JobId::new());
+        let note = || Note {
+            session: "x".to_owned(),
+            pid: 7,
+            pid_start: 9,
+        };
+        spool.begin(noted, &note())?;
+        fs::write(spool.file(marked, Of::Mark), b"{}")?;
+        fs::write(spool.running.join("stranger"), b"")?;
+        fs::write(spool.running.join("x.note"), b"")?;
+        assert_eq!(spool.left(), [(noted, Some(note())), (marked, None)]);
+        spool.end(noted);
+        assert_eq!(spool.left(), [(marked, None)]);
+        drop(spool);
+        Spool::open(dir.path())?;
+        Ok(())
+    }
+}

@@ -1,0 +1,191 @@
+//! What an agent tells of one job, in order and each thing once, over a queue that may be away for a while.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::common::cancel::Cancel;
+use crate::service::job::{Before, Event, Question, Report, Said, Word, now_ms};
+use crate::service::queue::{Claim, Error, Hold, Queue};
+
+/// A call of the queue that takes longer has failed.
+pub(super) const CALL: Duration = Duration::from_secs(5);
+/// How long a manager may take to answer. It is asked again then, as the question may have been lost.
+const ANSWER: Duration = Duration::from_secs(3);
+/// Between two tries at a queue that cannot be reached.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Reports that wait for it at most.
+const MAX_WAITING: usize = 2000;
+/// How long an agent that ends goes on trying to tell a job's last word. A success is on disk.
+const LAST_WORD: Duration = Duration::from_secs(20);
+
+/// A call with a bound on its time.
+pub(super) async fn call<T>(
+    what: impl Future<Output = Result<T, Error>>,
+    bound: Duration,
+) -> Result<T, Error> {
+    match tokio::time::timeout(bound, what).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Error::Unreachable {
+            at: "its address".to_owned(),
+            reason: format!("no answer within {} s", bound.as_secs()),
+        }),
+    }
+}
+
+/// For one claim.
+pub(super) struct Teller {
+    queue: Queue,
+    node: String,
+    pub(super) claim: Claim,
+    seq: u64,
+    waiting: VecDeque<Report>,
+    /// Not tried before: it could not be reached.
+    not_before: Option<Instant>,
+}
+
+impl Teller {
+    pub(super) fn new(queue: Queue, node: String, claim: Claim) -> Self {
+        Self {
+            queue,
+            node,
+            claim,
+            seq: 0,
+            waiting: VecDeque::new(),
+            not_before: None,
+        }
+    }
+
+    fn report(&mut self, said: Said) -> Report {
+        let report = Report {
+            job: self.claim.order.job,
+            node: self.node.clone(),
+            attempt: self.claim.order.attempt,
+            fence: self.claim.fence,
+            seq: self.seq,
+            at_ms: now_ms(),
+            said,
+        };
+        self.seq += 1;
+        report
+    }
+
+    /// Tells it now, or as soon as the queue can be reached; how far the save is only now. None: not known what is left of
+    /// the claim.
+    pub(super) async fn tell(&mut self, said: Said) -> Option<Hold> {
+        let passing = matches!(
+            said,
+            Said::Event {
+                event: Event::Progress { .. } | Event::BaseProgress { .. }
+            }
+        );
+        if self.waiting.len() >= MAX_WAITING || (passing && !self.waiting.is_empty()) {
+            return None;
+        }
+        let report = self.report(said);
+        self.waiting.push_back(report);
+        self.flush().await
+    }
+
+    /// Tells what waits.
+    async fn flush(&mut self) -> Option<Hold> {
+        let mut hold = None;
+        while let Some(report) = self.waiting.front() {
+            if self.not_before.is_some_and(|at| Instant::now() < at) {
+                return None;
+            }
+            match call(self.queue.report(&self.claim, report), CALL).await {
+                Ok(Hold::Lost) => return Some(Hold::Lost),
+                Ok(left) => {
+                    self.waiting.pop_front();
+                    self.not_before = None;
+                    hold = Some(left);
+                }
+                Err(error) => {
+                    self.away(&error);
+                    return None;
+                }
+            }
+        }
+        hold
+    }
+
+    fn away(&mut self, error: &Error) {
+        if self.not_before.is_none() {
+            tracing::warn!(job.id = %self.claim.order.job, %error, "the queue does not hear what a save says");
+        }
+        self.not_before = Some(Instant::now() + AGAIN);
+    }
+
+    /// Another lease; what waits is told first.
+    pub(super) async fn renew(&mut self) -> Option<Hold> {
+        if let Some(hold) = self.flush().await
+            && hold != Hold::Held
+        {
+            return Some(hold);
+        }
+        match call(self.queue.renew(&self.claim), CALL).await {
+            Ok(hold) => Some(hold),
+            Err(error) => {
+                self.away(&error);
+                None
+            }
+        }
+    }
+
+    /// What a manager says, asked now: whether the save is wanted. None: none answered within the bound of a call. What was
+    /// answered to an earlier question counts for nothing, so a word is never older than this call.
+    pub(super) async fn wanted(&self, before: Before) -> Option<Word> {
+        let order = &self.claim.order;
+        let question = Question::new(
+            order.job,
+            &self.node,
+            order.attempt,
+            self.claim.fence,
+            before,
+        );
+        let asked = self.queue.ask(&question, ANSWER);
+        match call(asked, ANSWER + CALL).await {
+            Ok(answer) => answer.map(|answer| answer.word),
+            Err(error) => {
+                tracing::debug!(job.id = %order.job, %error, "no manager can be asked");
+                None
+            }
+        }
+    }
+
+    /// Whether the claim holds, so that the tag may be put on.
+    pub(super) async fn confirm(&mut self) -> Option<Hold> {
+        match call(self.queue.confirm(&self.claim), CALL).await {
+            Ok(hold) => Some(hold),
+            Err(error) => {
+                self.away(&error);
+                None
+            }
+        }
+    }
+
+    /// The last word, as often as it takes. `over` shortens that: the agent ends.
+    pub(super) async fn complete(mut self, said: Said, over: &Cancel) -> Hold {
+        let last = self.report(said);
+        let mut until = None;
+        loop {
+            let told = self.flush().await;
+            if told == Some(Hold::Lost) {
+                return Hold::Lost;
+            }
+            if self.waiting.is_empty() {
+                match call(self.queue.complete(&self.claim, &last), CALL).await {
+                    Ok(hold) => return hold,
+                    Err(error) => self.away(&error),
+                }
+            }
+            if over.is_cancelled() {
+                let until = *until.get_or_insert_with(|| Instant::now() + LAST_WORD);
+                if Instant::now() >= until {
+                    return Hold::Lost;
+                }
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+}

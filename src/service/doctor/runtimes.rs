@@ -1,0 +1,239 @@
+//! The runtimes of the node: where their state is, whether it can be read, and which of them run unseen.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{Finding, Options, Purpose};
+use crate::node::container::{self, Roots};
+
+/// The PID namespace that the machine began with (kernel `include/uapi/linux/nsfs.h`, `PID_NS_INIT_INO`).
+const FIRST_NAMESPACE: &str = "pid:[4026531836]";
+/// Problems that are shown.
+const SHOWN: usize = 3;
+
+/// A place where a runtime may keep its state.
+struct Place {
+    /// Which runtime, and which flag names another place.
+    runtime: &'static str,
+    flag: &'static str,
+    path: PathBuf,
+    /// Whether it can be listed; a kind of error, where not.
+    listed: Result<(), io::ErrorKind>,
+}
+
+fn places(roots: &Roots) -> Vec<Place> {
+    let mut places = Vec::new();
+    let mut add = |runtime, flag, path: &Path| {
+        let listed = roots
+            .locate(path)
+            .and_then(fs::read_dir)
+            .map(drop)
+            .map_err(|error| error.kind());
+        places.push(Place {
+            runtime,
+            flag,
+            path: path.to_owned(),
+            listed,
+        });
+    };
+    for root in &roots.containerd {
+        add("containerd", "--containerd-root", &root.root);
+    }
+    for root in &roots.docker {
+        add("docker", "--docker-root", root);
+    }
+    for root in &roots.storage {
+        add("podman and cri-o", "--storage-root", &root.root);
+    }
+    places
+}
+
+/// The runtimes whose daemons (or monitors, as Podman has none) run.
+fn running(roots: &Roots) -> BTreeSet<&'static str> {
+    let proc = match &roots.host_root {
+        Some(root) => root.join("proc"),
+        None => roots.proc.clone(),
+    };
+    let processes = fs::read_dir(proc).into_iter().flatten().flatten();
+    processes
+        .filter_map(|process| fs::read_to_string(process.path().join("comm")).ok())
+        .filter_map(|name| runtime_of(name.trim()))
+        .collect()
+}
+
+fn runtime_of(process: &str) -> Option<&'static str> {
+    Some(match process {
+        "containerd" | "k3s-server" | "k3s-agent" => "containerd",
+        "dockerd" => "docker",
+        "crio" | "conmon" | "conmonrs" => "podman and cri-o",
+        _ => return None,
+    })
+}
+
+pub(super) fn check(options: &Options) -> Vec<Finding> {
+    let mut found = judge(&places(&options.roots), &running(&options.roots));
+    let listing = container::list(&options.roots);
+    let problems: Vec<String> = listing.problems.iter().map(ToString::to_string).collect();
+    found.push(judge_listing(listing.containers.len(), &problems));
+    found
+}
+
+fn judge(places: &[Place], running: &BTreeSet<&'static str>) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let mut seen = BTreeSet::new();
+    for place in places {
+        let shown = crate::common::escape::path(place.path.as_os_str().as_encoded_bytes());
+        match place.listed {
+            Ok(()) => {
+                seen.insert(place.runtime);
+                found.push(Finding::ok(
+                    "runtimes",
+                    format!("{} at {shown}", place.runtime),
+                ));
+            }
+            Err(io::ErrorKind::NotFound) => {}
+            Err(kind) => {
+                seen.insert(place.runtime);
+                found.push(Finding::failed(
+                    "runtimes",
+                    format!("{} at {shown}: {kind}", place.runtime),
+                    "run as root, or with CAP_DAC_READ_SEARCH",
+                ));
+            }
+        }
+    }
+    for runtime in running.iter().filter(|runtime| !seen.contains(*runtime)) {
+        let flag = places
+            .iter()
+            .find(|place| place.runtime == *runtime)
+            .map_or("--host-root", |place| place.flag);
+        found.push(Finding::warning(
+            "runtimes",
+            format!("{runtime} runs, and its state is in none of the usual places"),
+            &format!("say where it is: {flag}, in a pod --host-root"),
+        ));
+    }
+    if found.is_empty() {
+        found.push(Finding::warning(
+            "runtimes",
+            "no runtime keeps its state here",
+            "say where it is (--containerd-root, --docker-root, --storage-root, --host-root); without one only pid:N can \
+             be saved",
+        ));
+    }
+    found
+}
+
+fn judge_listing(containers: usize, problems: &[String]) -> Finding {
+    let found = format!("{containers} containers can be saved");
+    if problems.is_empty() {
+        return Finding::ok("containers", found);
+    }
+    let mut shown = problems.iter().take(SHOWN).cloned().collect::<Vec<_>>();
+    if problems.len() > SHOWN {
+        shown.push(format!("and {} more", problems.len() - SHOWN));
+    }
+    Finding::warning(
+        "containers",
+        format!("{found}; {}", shown.join("; ")),
+        "'upperdeck ps' lists what can be saved, and why something cannot",
+    )
+}
+
+pub(super) fn proc_check(options: &Options) -> Vec<Finding> {
+    let proc = options
+        .roots
+        .host_root
+        .as_ref()
+        .map_or_else(|| PathBuf::from("/proc"), |root| root.join("proc"));
+    let own = fs::read_link("/proc/self/ns/pid").map(|link| link.display().to_string());
+    vec![judge_proc(
+        own.unwrap_or_default() == FIRST_NAMESPACE,
+        proc.join("1/status").exists(),
+        options.roots.host_root.is_some(),
+        options.purpose,
+    )]
+}
+
+fn judge_proc(first: bool, readable: bool, host_root: bool, purpose: Purpose) -> Finding {
+    if !readable {
+        return Finding::failed(
+            "proc",
+            "there is no /proc of the node",
+            "mount the node's /proc below --host-root",
+        );
+    }
+    if first {
+        return Finding::ok("proc", "the process numbers are the node's own");
+    }
+    let found = "this process is in a PID namespace of its own";
+    let advice = "the pod needs hostPID: true for live saves; without it only --pause none works";
+    if host_root && purpose == Purpose::Agent {
+        Finding::failed("proc", found, advice)
+    } else {
+        // What runs beside it in the same namespace (a container in a container) can be saved.
+        Finding::warning("proc", found, advice)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::State;
+    use super::*;
+
+    fn place(runtime: &'static str, listed: Result<(), io::ErrorKind>) -> Place {
+        Place {
+            runtime,
+            flag: "--docker-root",
+            path: "/var/lib/x".into(),
+            listed,
+        }
+    }
+
+    #[test]
+    fn a_runtime_that_runs_unseen_is_told() {
+        let missing = || Err(io::ErrorKind::NotFound);
+        let docker = BTreeSet::from(["docker"]);
+        let judged = judge(&[place("docker", missing())], &docker);
+        assert_eq!(judged[0].state, State::Warning);
+        assert!(
+            judged[0]
+                .advice
+                .as_ref()
+                .is_some_and(|advice| advice.contains("--docker-root"))
+        );
+        let judged = judge(&[place("docker", Ok(()))], &docker);
+        assert_eq!(
+            judged.iter().map(|f| f.state).collect::<Vec<_>>(),
+            [State::Ok]
+        );
+        let denied = Err(io::ErrorKind::PermissionDenied);
+        assert_eq!(
+            judge(&[place("docker", denied)], &docker)[0].state,
+            State::Failed
+        );
+        let nothing = judge(&[place("docker", missing())], &BTreeSet::new());
+        assert_eq!(nothing[0].state, State::Warning);
+    }
+
+    #[test]
+    fn an_agent_in_a_pod_needs_the_nodes_processes() {
+        let state = |first, readable, host_root| {
+            judge_proc(first, readable, host_root, Purpose::Agent).state
+        };
+        assert_eq!(state(true, true, true), State::Ok);
+        assert_eq!(state(false, true, true), State::Failed);
+        assert_eq!(state(false, true, false), State::Warning);
+        assert_eq!(state(true, false, true), State::Failed);
+    }
+
+    #[test]
+    fn problems_are_a_number_and_a_few_examples() {
+        let problems: Vec<String> = (0..9).map(|n| format!("p{n}")).collect();
+        let found = judge_listing(2, &problems).found;
+        assert_eq!(found, "2 containers can be saved; p0; p1; p2; and 6 more");
+        assert_eq!(judge_listing(0, &[]).state, State::Ok);
+    }
+}

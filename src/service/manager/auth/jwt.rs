@@ -1,0 +1,257 @@
+//! JSON Web Tokens of an identity provider, and its keys, fetched when they are needed.
+//!
+//! Nothing is locked while keys are fetched: tokens by keys that are here are checked meanwhile. One fetch runs at a time and
+//! not more often than [`JWKS_AT_MOST`], whoever asks for a key that is not there; a few may wait for it.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use jsonwebtoken::jwk::{Jwk, JwkSet};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use serde_json::Value;
+use tokio::sync::{Semaphore, watch};
+
+use super::{AuthError, Rejected};
+
+/// A key set is asked for again after so long, and at once (but not more often than [`JWKS_AT_MOST`]) for a key that it
+/// does not have.
+const JWKS_FOR: Duration = Duration::from_secs(3600);
+const JWKS_AT_MOST: Duration = Duration::from_secs(10);
+const JWKS_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest key set, in bytes.
+const JWKS_BYTES: usize = 1 << 20;
+/// Keys of it that are used: a token without a key's name is tried with each.
+const JWKS_KEYS: usize = 64;
+/// Requests that wait for keys at once.
+const WAITING: usize = 32;
+/// Clocks may differ by so many seconds.
+const LEEWAY_S: u64 = 30;
+
+/// Signatures whose key can be public.
+const ALGORITHMS: [Algorithm; 9] = [
+    Algorithm::RS256,
+    Algorithm::RS384,
+    Algorithm::RS512,
+    Algorithm::PS256,
+    Algorithm::PS384,
+    Algorithm::PS512,
+    Algorithm::ES256,
+    Algorithm::ES384,
+    Algorithm::EdDSA,
+];
+
+/// Where an identity provider's keys are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Keys {
+    /// A JSON Web Key Set (RFC 7517) in a file; read again every hour and for a key that it does not have.
+    File(PathBuf),
+    /// The same over HTTPS; plain HTTP is for loopback addresses.
+    Url(String),
+}
+
+/// JSON Web Tokens of an identity provider.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Jwt {
+    /// Its keys.
+    pub keys: Keys,
+    /// What `iss` must be.
+    pub issuer: String,
+    /// What `aud` must be or contain.
+    pub audience: String,
+    /// The claim that is the user's name, e.g. `preferred_username`.
+    pub user_claim: String,
+    /// The claim (with dots for claims in claims, e.g. `realm_access.roles`) and the value that it is or contains for
+    /// administrators.
+    pub administrator_claim: Option<(String, String)>,
+    /// Users who are administrators.
+    pub administrators: Vec<String>,
+}
+
+/// An identity provider's keys, fetched when they are needed.
+pub(super) struct KeySet {
+    from: Keys,
+    held: Mutex<Held>,
+    waiting: Semaphore,
+}
+
+#[derive(Default)]
+struct Held {
+    keys: Arc<Vec<Jwk>>,
+    /// When they were fetched; none: never.
+    at: Option<Instant>,
+    tried: Option<Instant>,
+    /// A fetch that runs: closed at its end.
+    running: Option<watch::Receiver<()>>,
+}
+
+impl KeySet {
+    pub(super) fn new(from: Keys) -> Arc<Self> {
+        Arc::new(Self {
+            from,
+            held: Mutex::default(),
+            waiting: Semaphore::new(WAITING),
+        })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads them now, and keeps them.
+    pub(super) async fn read(&self) -> Result<(), AuthError> {
+        let (at, text) = match &self.from {
+            Keys::File(path) => (path.display().to_string(), read_file(path).await),
+            Keys::Url(url) => (url.clone(), fetch(url).await),
+        };
+        let read = text.and_then(|text| {
+            serde_json::from_str::<JwkSet>(&text).map_err(|error| error.to_string())
+        });
+        let mut held = self.lock();
+        held.tried = Some(Instant::now());
+        match read {
+            Ok(mut set) => {
+                set.keys.truncate(JWKS_KEYS);
+                held.keys = Arc::new(set.keys);
+                held.at = held.tried;
+                Ok(())
+            }
+            Err(reason) => Err(AuthError::Keys { at, reason }),
+        }
+    }
+
+    /// A fetch that runs, begun here unless one ran lately.
+    fn fetching(self: &Arc<Self>) -> Option<watch::Receiver<()>> {
+        let mut held = self.lock();
+        if held.running.is_some() {
+            return held.running.clone();
+        }
+        if held.tried.is_some_and(|at| at.elapsed() < JWKS_AT_MOST) {
+            return None;
+        }
+        let (done, running) = watch::channel(());
+        held.running = Some(running.clone());
+        drop(held);
+        let keys = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = keys.read().await {
+                tracing::warn!(auth.error = %error, "the old keys of the identity provider are used on");
+            }
+            keys.lock().running = None;
+            drop(done);
+        });
+        Some(running)
+    }
+
+    /// The keys that a token may be signed with. None of them: they are fetched, and waited for.
+    async fn for_token(self: &Arc<Self>, kid: Option<&str>) -> Result<Vec<Jwk>, Rejected> {
+        let fitting = || -> Vec<Jwk> {
+            let keys = self.lock().keys.clone();
+            let fits = |key: &&Jwk| match (kid, &key.common.key_id) {
+                (Some(asked), Some(id)) => asked == id,
+                _ => true,
+            };
+            keys.iter().filter(fits).cloned().collect()
+        };
+        let old = self.lock().at.is_none_or(|at| at.elapsed() >= JWKS_FOR);
+        let found = fitting();
+        if !found.is_empty() {
+            if old {
+                self.fetching();
+            }
+            return Ok(found);
+        }
+        let Some(mut running) = self.fetching() else {
+            return Ok(found);
+        };
+        let Ok(_place) = self.waiting.try_acquire() else {
+            return Err(Rejected::Unavailable(
+                "others wait for the identity provider's keys already".to_owned(),
+            ));
+        };
+        // Ends when the fetch does: its other end is dropped then.
+        let _ = tokio::time::timeout(JWKS_TIMEOUT * 2, running.changed()).await;
+        Ok(fitting())
+    }
+
+    /// The claims of a token that is valid by one of the keys; none: it is not.
+    pub(super) async fn claims(
+        self: &Arc<Self>,
+        jwt: &Jwt,
+        token: &str,
+    ) -> Result<Option<HashMap<String, Value>>, Rejected> {
+        let Ok(head) = jsonwebtoken::decode_header(token) else {
+            return Ok(None);
+        };
+        if !ALGORITHMS.contains(&head.alg) || has_conditions(token) {
+            return Ok(None);
+        }
+        let keys = self.for_token(head.kid.as_deref()).await?;
+        let mut rules = Validation::new(head.alg);
+        rules.leeway = LEEWAY_S;
+        rules.validate_nbf = true;
+        rules.set_issuer(&[&jwt.issuer]);
+        rules.set_audience(&[&jwt.audience]);
+        rules.set_required_spec_claims(&["exp", "iss", "aud"]);
+        Ok(keys.iter().find_map(|key| {
+            let key = DecodingKey::from_jwk(key).ok()?;
+            let found = jsonwebtoken::decode::<HashMap<String, Value>>(token, &key, &rules).ok()?;
+            Some(found.claims)
+        }))
+    }
+}
+
+/// Whether the head says that there are extensions without which the token is not understood (`crit`, RFC 7515, 4.1.11):
+/// we understand none. A head that cannot be read says so, too.
+fn has_conditions(token: &str) -> bool {
+    let head = token.split('.').next().unwrap_or_default();
+    let head = URL_SAFE_NO_PAD.decode(head).ok();
+    let head = head.and_then(|head| serde_json::from_slice::<HashMap<String, Value>>(&head).ok());
+    head.is_none_or(|head| head.contains_key("crit") || head.contains_key("b64"))
+}
+
+async fn read_file(path: &std::path::Path) -> Result<String, String> {
+    use tokio::io::AsyncReadExt as _;
+    let file = tokio::fs::File::open(path)
+        .await
+        .map_err(|error| error.to_string())?;
+    let mut text = String::new();
+    file.take(JWKS_BYTES as u64 + 1)
+        .read_to_string(&mut text)
+        .await
+        .map_err(|error| error.to_string())?;
+    if text.len() > JWKS_BYTES {
+        return Err("it is too large".to_owned());
+    }
+    Ok(text)
+}
+
+async fn fetch(url: &str) -> Result<String, String> {
+    let parsed = reqwest::Url::parse(url).map_err(|error| error.to_string())?;
+    let host = parsed.host_str().unwrap_or_default().to_owned();
+    let plain = parsed.scheme() == "http" && crate::store::registry::reference::is_loopback(&host);
+    if parsed.scheme() != "https" && !plain {
+        return Err("keys are fetched over https only".to_owned());
+    }
+    let client = crate::store::registry::http_client(&host)
+        .timeout(JWKS_TIMEOUT)
+        .build()
+        .map_err(|error| error.to_string())?;
+    let mut answer = client
+        .get(parsed)
+        .send()
+        .await
+        .and_then(reqwest::Response::error_for_status)
+        .map_err(|error| error.to_string())?;
+    let mut bytes = Vec::new();
+    while let Some(more) = answer.chunk().await.map_err(|error| error.to_string())? {
+        bytes.extend_from_slice(&more);
+        if bytes.len() > JWKS_BYTES {
+            return Err("it is too large".to_owned());
+        }
+    }
+    String::from_utf8(bytes).map_err(|error| error.to_string())
+}

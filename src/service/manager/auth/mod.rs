@@ -1,0 +1,471 @@
+//! Who asks, and what each may do.
+//!
+//! Here is the gate that every request comes through: `tokens` knows the API's own tokens, `jwt` those of an identity provider,
+//! `proxy` from where a header is believed, `cookie` what a browser holds of someone who has signed in.
+
+mod cookie;
+mod jwt;
+mod proxy;
+mod tokens;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use axum::http::{HeaderMap, HeaderName, header};
+use serde_json::Value;
+use subtle::ConstantTimeEq as _;
+
+pub use jwt::{Jwt, Keys};
+pub use proxy::{Proxies, Range};
+pub use tokens::{Role, Tokens};
+
+use jwt::KeySet;
+
+use super::target;
+use crate::service::job::now_ms;
+use crate::service::record::{self, Record, SignIn};
+
+pub(super) use cookie::{Cookie, digest, secret};
+
+/// The header in which a portal (or an administrator) names the user for whom it acts.
+pub const ACTS_FOR: HeaderName = HeaderName::from_static("upperdeck-user");
+/// A header that no form of another site can send: with it a request by cookie is the page's own.
+pub const OWN_REQUEST: HeaderName = HeaderName::from_static("upperdeck-request");
+/// The header with the key that a page got when its user signed in: without it the cookie is worth nothing.
+pub const PAGE: HeaderName = HeaderName::from_static("upperdeck-page");
+/// Longest token that is looked at, in bytes: those of identity providers grow with the groups of a user.
+const MAX_TOKEN: usize = 16 << 10;
+
+/// Why settings about callers cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AuthError {
+    /// The file of tokens.
+    #[error("tokens: {0}")]
+    Tokens(String),
+    /// The key set.
+    #[error("the keys of the identity provider at {at} cannot be read: {reason}")]
+    Keys {
+        /// Path or URL.
+        at: String,
+        /// Why.
+        reason: String,
+    },
+    /// An address range.
+    #[error(
+        "{0:?} is no range of addresses: write ADDRESS or ADDRESS/BITS, or unix for those on a socket file"
+    )]
+    Range(String),
+    /// A header's name.
+    #[error("{0:?} is no name of a header")]
+    Header(String),
+}
+
+/// Who asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// For the audit and for idempotency keys: `token:NAME`, `jwt:USER`, `proxy:USER`; with ` for USER` behind a portal's.
+    pub name: String,
+    /// For whom it asks; none: a portal that names nobody, or an administrator without a user's name.
+    pub user: Option<String>,
+    /// Whether it may see and do everything.
+    pub administrator: bool,
+    /// What says so.
+    pub via: Via,
+}
+
+/// What says who asks.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Via {
+    /// A token with the request.
+    Token,
+    /// A proxy in front.
+    Proxy,
+    /// The cookie of a page in which the user has signed in.
+    SignIn,
+}
+
+/// Someone who has shown a token, and what a sign-in with it rests on.
+pub(super) struct Bearer {
+    pub(super) role: Role,
+    pub(super) caller: Caller,
+    /// `token:FINGERPRINT` or `jwt:ISSUER`.
+    pub(super) basis: String,
+    /// When the token ends; none: it does not.
+    pub(super) expires_ms: Option<i64>,
+}
+
+/// Why a caller is sent away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rejected {
+    /// Nothing says who asks, or what says so is not valid.
+    Unknown(&'static str),
+    /// We know who it is, and the request is not theirs to make.
+    Forbidden(&'static str),
+    /// The identity provider's keys cannot be had: it may pass.
+    Unavailable(String),
+    /// The record cannot be asked.
+    Record(String),
+}
+
+impl From<record::Error> for Rejected {
+    fn from(error: record::Error) -> Self {
+        Self::Record(error.to_string())
+    }
+}
+
+/// The settings about callers, ready to be asked.
+pub(super) struct Gate {
+    tokens: Tokens,
+    jwt: Option<(Jwt, Arc<KeySet>)>,
+    proxies: Option<Proxies>,
+    origin: Option<String>,
+    pub(super) cookie: Cookie,
+    record: Record,
+}
+
+impl Gate {
+    pub(super) fn new(
+        tokens: Tokens,
+        jwt: Option<Jwt>,
+        proxies: Option<Proxies>,
+        public_url: Option<&str>,
+        port: Option<u16>,
+        record: Record,
+    ) -> Self {
+        let jwt = jwt.map(|jwt| {
+            let keys = KeySet::new(jwt.keys.clone());
+            (jwt, keys)
+        });
+        Self {
+            tokens,
+            jwt,
+            proxies,
+            origin: public_url.and_then(origin_of),
+            cookie: Cookie::new(public_url, port),
+            record,
+        }
+    }
+
+    /// Reads the key set once, so that a wrong setting shows at the start.
+    pub(super) async fn check(&self) -> Result<(), AuthError> {
+        match &self.jwt {
+            Some((_, keys)) => keys.read().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Who asks. `peer`: none on a socket file. `changes`: whether the request may change something. `events`: whether it is
+    /// for an event stream, with which browsers send no header of a page.
+    pub(super) async fn caller(
+        &self,
+        headers: &HeaderMap,
+        peer: Option<IpAddr>,
+        changes: bool,
+        events: bool,
+    ) -> Result<Caller, Rejected> {
+        let (found, ambient) = if headers.contains_key(header::AUTHORIZATION) {
+            let bearer = self.bearer(headers).await?;
+            ((bearer.role, bearer.caller), false)
+        } else if let Some(found) = self.by_proxy(headers, peer)? {
+            (found, true)
+        } else if let Some(found) = self.by_cookie(headers, events).await? {
+            (found, true)
+        } else {
+            return Err(Rejected::Unknown(
+                "say who you are: Authorization: Bearer TOKEN",
+            ));
+        };
+        // What the browser adds by itself says nothing about who made the request.
+        if ambient && changes {
+            self.own_request(headers)?;
+        }
+        acting_for(found, headers)
+    }
+
+    /// Who is signed in by the cookie of this request, whatever page it comes from. Of several cookies that whose key the
+    /// page has, else the first.
+    pub(super) async fn signed_in(
+        &self,
+        headers: &HeaderMap,
+    ) -> Result<Option<(SignIn, Role, Caller)>, Rejected> {
+        let mut first = None;
+        for value in self.cookie.all_of(headers) {
+            let Some(found) = self.record.signed_in(&digest(value), now_ms()).await? else {
+                continue;
+            };
+            let Some((role, mut caller)) = self.rests_on(&found) else {
+                continue;
+            };
+            caller.via = Via::SignIn;
+            let own = has_key_of(headers, &found);
+            let one = (found, role, caller);
+            if own {
+                return Ok(Some(one));
+            }
+            first.get_or_insert(one);
+        }
+        Ok(first)
+    }
+
+    /// None: there is no cookie of ours.
+    async fn by_cookie(
+        &self,
+        headers: &HeaderMap,
+        events: bool,
+    ) -> Result<Option<(Role, Caller)>, Rejected> {
+        if self.cookie.all_of(headers).is_empty() {
+            return Ok(None);
+        }
+        let Some((found, role, caller)) = self.signed_in(headers).await? else {
+            return Err(Rejected::Unknown("you are not signed in any more"));
+        };
+        // An event stream is of one save, whose ID nothing tells that has only the cookie.
+        let own = has_key_of(headers, &found) || (events && !headers.contains_key(PAGE));
+        if !own {
+            return Err(Rejected::Unknown(
+                "the cookie alone is not enough: sign in on this page",
+            ));
+        }
+        Ok(Some((role, caller)))
+    }
+
+    /// Who a sign-in is by today's settings; none: what it rests on is gone.
+    fn rests_on(&self, found: &SignIn) -> Option<(Role, Caller)> {
+        match found.basis.split_once(':')? {
+            ("token", print) => Some(of_token(self.tokens.by_fingerprint(print)?)),
+            ("jwt", issuer) => {
+                let (jwt, _) = self.jwt.as_ref().filter(|(jwt, _)| jwt.issuer == issuer)?;
+                let listed = jwt.administrators.contains(&found.user);
+                let administrator = listed || found.administrator;
+                Some(person(Via::Token, "jwt", &found.user, administrator))
+            }
+            _ => None,
+        }
+    }
+
+    /// Who has the token of this request.
+    pub(super) async fn bearer(&self, headers: &HeaderMap) -> Result<Bearer, Rejected> {
+        const WRONG: Rejected = Rejected::Unknown("the token is not valid, or not any more");
+        let mut said = headers.get_all(header::AUTHORIZATION).iter();
+        let token = said
+            .next()
+            .filter(|_| said.next().is_none())
+            .and_then(|text| text.to_str().ok())
+            .and_then(|text| {
+                let (scheme, token) = text.split_once(' ')?;
+                scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+            })
+            .ok_or(Rejected::Unknown("Authorization has no Bearer token"))?;
+        if token.is_empty() || token.len() > MAX_TOKEN {
+            return Err(WRONG);
+        }
+        if let Some(token) = self.tokens.find(token) {
+            let (role, caller) = of_token(token);
+            return Ok(Bearer {
+                role,
+                caller,
+                basis: format!("token:{}", token.fingerprint()),
+                expires_ms: None,
+            });
+        }
+        match &self.jwt {
+            Some((jwt, keys)) if token.bytes().filter(|&b| b == b'.').count() == 2 => {
+                let claims = keys.claims(jwt, token).await?.ok_or(WRONG)?;
+                let user = claims
+                    .get(&jwt.user_claim)
+                    .and_then(Value::as_str)
+                    .filter(|user| target::component(user).is_ok())
+                    .ok_or(Rejected::Unknown(
+                        "the token names no user that can be one here",
+                    ))?;
+                let listed = jwt.administrators.iter().any(|name| name == user);
+                let claimed = jwt
+                    .administrator_claim
+                    .as_ref()
+                    .is_some_and(|(path, value)| {
+                        let mut at = claims.get(path);
+                        if at.is_none() {
+                            let mut parts = path.split('.');
+                            at = parts.next().and_then(|first| claims.get(first));
+                            for part in parts {
+                                at = at.and_then(|claim| claim.get(part));
+                            }
+                        }
+                        match at {
+                            Some(Value::String(text)) => text == value,
+                            Some(Value::Array(all)) => {
+                                all.iter().any(|one| one.as_str() == Some(value))
+                            }
+                            Some(Value::Bool(yes)) => *yes && value == "true",
+                            _ => false,
+                        }
+                    });
+                let (role, caller) = person(Via::Token, "jwt", user, listed || claimed);
+                let ends = claims.get("exp").and_then(Value::as_f64);
+                Ok(Bearer {
+                    role,
+                    caller,
+                    basis: format!("jwt:{}", jwt.issuer),
+                    expires_ms: Some(ends.map_or(0, |seconds| (seconds * 1000.0) as i64)),
+                })
+            }
+            _ => Err(WRONG),
+        }
+    }
+
+    /// Who the proxy says it is, if one does.
+    pub(super) fn by_proxy(
+        &self,
+        headers: &HeaderMap,
+        peer: Option<IpAddr>,
+    ) -> Result<Option<(Role, Caller)>, Rejected> {
+        let Some(proxies) = &self.proxies else {
+            return Ok(None);
+        };
+        let mut said = headers.get_all(&proxies.header).iter();
+        let Some(user) = said.next() else {
+            return Ok(None);
+        };
+        if !proxies.from.iter().any(|range| range.holds(peer)) {
+            return Err(Rejected::Unknown(
+                "the header with a user's name is believed from the centre's proxies only",
+            ));
+        }
+        let user = user
+            .to_str()
+            .ok()
+            .filter(|user| said.next().is_none() && target::component(user).is_ok())
+            .ok_or(Rejected::Unknown(
+                "the proxy names no user that can be one here",
+            ))?;
+        let administrator = proxies.administrators.iter().any(|name| name == user);
+        Ok(Some(person(Via::Proxy, "proxy", user, administrator)))
+    }
+
+    /// A request of our own page: its origin is ours, and it has what no form of another page can have.
+    pub(super) fn own_request(&self, headers: &HeaderMap) -> Result<(), Rejected> {
+        const FOREIGN: Rejected = Rejected::Forbidden(
+            "the request comes from another page; with a cookie or by a proxy, send the Upperdeck-Request header",
+        );
+        let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+        let site = text(HeaderName::from_static("sec-fetch-site"));
+        if site.is_some_and(|site| site != "same-origin" && site != "none") {
+            return Err(FOREIGN);
+        }
+        if headers.contains_key(header::ORIGIN) {
+            let ours = match &self.origin {
+                Some(origin) => text(header::ORIGIN) == Some(origin),
+                None => {
+                    let host = text(header::HOST).unwrap_or_default();
+                    text(header::ORIGIN)
+                        .and_then(|origin| origin.split_once("://"))
+                        .is_some_and(|(_, from)| !host.is_empty() && from == host)
+                }
+            };
+            if !ours {
+                return Err(FOREIGN);
+            }
+        }
+        let json =
+            text(header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/json"));
+        if headers.contains_key(OWN_REQUEST) || json {
+            Ok(())
+        } else {
+            Err(FOREIGN)
+        }
+    }
+}
+
+/// Whether a request comes from the page of this sign-in.
+fn has_key_of(headers: &HeaderMap, found: &SignIn) -> bool {
+    let mut keys = headers.get_all(PAGE).iter();
+    let Some(key) = keys.next() else {
+        return false;
+    };
+    let given = digest(key.to_str().unwrap_or_default());
+    bool::from(given.as_bytes().ct_eq(found.page.as_bytes())) && keys.next().is_none()
+}
+
+fn of_token(token: &tokens::Token) -> (Role, Caller) {
+    let caller = Caller {
+        name: format!("token:{}", token.name),
+        user: token.user.clone(),
+        administrator: token.role == Role::Administrator,
+        via: Via::Token,
+    };
+    (token.role, caller)
+}
+
+fn person(via: Via, by: &str, user: &str, administrator: bool) -> (Role, Caller) {
+    let role = if administrator {
+        Role::Administrator
+    } else {
+        Role::User
+    };
+    let caller = Caller {
+        name: format!("{by}:{user}"),
+        user: Some(user.to_owned()),
+        administrator,
+        via,
+    };
+    (role, caller)
+}
+
+/// Takes in the header with which a portal says whose request this is.
+fn acting_for((role, mut caller): (Role, Caller), headers: &HeaderMap) -> Result<Caller, Rejected> {
+    let mut said = headers.get_all(ACTS_FOR).iter();
+    let Some(named) = said.next() else {
+        return Ok(caller);
+    };
+    let user = named
+        .to_str()
+        .ok()
+        .filter(|user| said.next().is_none() && target::component(user).is_ok())
+        .ok_or(Rejected::Forbidden(
+            "Upperdeck-User has to be the name of one user",
+        ))?;
+    match role {
+        Role::User if caller.user.as_deref() != Some(user) => {
+            return Err(Rejected::Forbidden("a user acts for nobody else"));
+        }
+        Role::User => {}
+        Role::Portal | Role::Administrator => {
+            caller.name = format!("{} for {user}", caller.name);
+            caller.user = Some(user.to_owned());
+            // For the user, and with no more than the user's rights.
+            caller.administrator = false;
+        }
+    }
+    Ok(caller)
+}
+
+/// `https://save.example.org/x` -> `https://save.example.org`
+fn origin_of(url: &str) -> Option<String> {
+    let (scheme, rest) = url.split_once("://")?;
+    let host = rest.split(['/', '?', '#']).next()?;
+    let default = match scheme {
+        "https" => ":443",
+        _ => ":80",
+    };
+    let host = host.strip_suffix(default).unwrap_or(host);
+    Some(format!("{scheme}://{host}").to_ascii_lowercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn origins_of_urls() {
+        for (url, origin) in [
+            ("https://save.example.org/x?y", "https://save.example.org"),
+            ("https://Save.example.org:443/", "https://save.example.org"),
+            ("http://127.0.0.1:8080", "http://127.0.0.1:8080"),
+        ] {
+            assert_eq!(origin_of(url).as_deref(), Some(origin));
+        }
+    }
+}

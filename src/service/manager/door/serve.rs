@@ -1,0 +1,192 @@
+//! Takes connections in and has them served, HTTP/1.1 only: proxies and programs speak it, and it has no streams, no
+//! header tables and no resets to count.
+
+use std::convert::Infallible;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{ConnectInfo, Request};
+use hyper::service::{Service as _, service_fn};
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::task::JoinSet;
+
+use super::seat::{Answer, Asked, Watched};
+use super::{Closed, Seat};
+use crate::service::manager::App;
+use crate::service::manager::input::Peer;
+
+/// A request's head, and what is read or written at once.
+const BUFFER: usize = 64 << 10;
+const MAX_HEADERS: usize = 100;
+/// How often late connections are looked for.
+const SWEEP: Duration = Duration::from_millis(500);
+/// After an error of the system, e.g. when there are no descriptors.
+const BACK_OFF: Duration = Duration::from_millis(100);
+const BACK_OFF_MOST: Duration = Duration::from_secs(1);
+/// So often it is said at most.
+const SAID_FOR: Duration = Duration::from_secs(300);
+
+/// Where connections come in.
+pub(in super::super) enum Bound {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+/// A connection of either kind.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+impl Bound {
+    async fn accept(&self) -> std::io::Result<(Box<dyn Stream>, Option<IpAddr>)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, address) = listener.accept().await?;
+                // Small things do not wait for more: events are small. Without it, it merely takes longer.
+                let _ = stream.set_nodelay(true);
+                Ok((Box::new(stream), Some(address.ip())))
+            }
+            Self::Unix(listener, _) => {
+                let (stream, _) = listener.accept().await?;
+                Ok((Box::new(stream), None))
+            }
+        }
+    }
+}
+
+/// What a peer did, and the system is fine.
+fn of_the_peer(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted
+    )
+}
+
+/// Errors of the system while connections are taken in: they are waited out, each time longer, and said once.
+#[derive(Default)]
+struct Trouble {
+    pause: Duration,
+    until: Option<tokio::time::Instant>,
+    said: Option<Instant>,
+}
+
+impl Trouble {
+    fn met(&mut self, error: &std::io::Error) {
+        if self.said.is_none_or(|said| said.elapsed() >= SAID_FOR) {
+            self.said = Some(Instant::now());
+            tracing::error!(error = %error, "no connection can be taken in; it is tried again and again");
+        }
+        self.pause = (self.pause * 2).clamp(BACK_OFF, BACK_OFF_MOST);
+        self.until = Some(tokio::time::Instant::now() + self.pause);
+    }
+
+    fn over(&mut self) {
+        (self.pause, self.until) = (Duration::ZERO, None);
+    }
+}
+
+/// Serves until the manager ends, and then until what is under way is answered.
+pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
+    let mut connections = JoinSet::new();
+    let mut clock = tokio::time::interval(SWEEP);
+    clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut trouble = Trouble::default();
+    loop {
+        let accepted = tokio::select! {
+            _ = app.cancel.cancelled() => break,
+            _ = clock.tick() => {
+                app.table.sweep(Instant::now());
+                while connections.try_join_next().is_some() {}
+                app.metrics.connections(app.table.taken());
+                continue;
+            }
+            accepted = async {
+                if let Some(until) = trouble.until {
+                    tokio::time::sleep_until(until).await;
+                }
+                bound.accept().await
+            } => accepted,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) if of_the_peer(&error) => continue,
+            Err(error) => {
+                // Who waits gives up a descriptor, so that who asks is answered.
+                app.table.give_up_one();
+                trouble.met(&error);
+                continue;
+            }
+        };
+        trouble.over();
+        let Some(seat) = app.table.seat(peer) else {
+            app.metrics.closed(Closed::Full);
+            continue;
+        };
+        connections.spawn(converse(app.clone(), router.clone(), seat, stream, peer));
+    }
+    // Nothing more is taken in.
+    let path = match bound {
+        Bound::Unix(_, path) => Some(path),
+        Bound::Tcp(_) => None,
+    };
+    if let Some(path) = path {
+        let _ = std::fs::remove_file(path);
+    }
+    while !connections.is_empty() {
+        tokio::select! {
+            _ = connections.join_next() => {}
+            _ = clock.tick() => app.table.sweep(Instant::now()),
+        }
+    }
+}
+
+/// One connection, to its end.
+async fn converse(
+    app: App,
+    router: Router,
+    seat: Arc<Seat>,
+    stream: Box<dyn Stream>,
+    peer: Option<IpAddr>,
+) {
+    let (taken, router) = (seat.clone(), TowerToHyperService::new(router));
+    let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+        let (working, router, seat) = (taken.work(), router.clone(), taken.clone());
+        async move {
+            let mut request: Request =
+                request.map(|body| Body::new(Asked::new(Body::new(body), seat)));
+            request.extensions_mut().insert(ConnectInfo(Peer(peer)));
+            let response = router.call(request).await?;
+            Ok::<_, Infallible>(response.map(|body| Answer::new(body, working)))
+        }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        // The seat has the times.
+        .header_read_timeout(None)
+        .max_buf_size(BUFFER)
+        .max_headers(MAX_HEADERS)
+        .serve_connection(TokioIo::new(Watched::new(stream, seat.clone())), service);
+    tokio::pin!(connection);
+    let mut ending = false;
+    loop {
+        tokio::select! {
+            // A peer that breaks off or talks nonsense: nothing of ours.
+            _ = connection.as_mut() => break,
+            () = seat.closed() => break,
+            _ = app.cancel.cancelled(), if !ending => {
+                ending = true;
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+    if let Some(why) = seat.ended() {
+        app.metrics.closed(why);
+    }
+    app.table.leave(&seat);
+}

@@ -1,0 +1,201 @@
+//! What handlers take from a request: who asks, the body, the query; turned down with our errors.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use axum::Json;
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, MatchedPath, Query, Request};
+use axum::http::Method;
+use axum::http::request::Parts;
+use serde::de::DeserializeOwned;
+
+use super::auth::Caller;
+use super::door::One;
+use super::options::Rate;
+use super::refusal::Refusal;
+use super::{App, Inner};
+use crate::service::job::JobId;
+
+/// So many callers' rates are remembered; then those who have not asked lately are forgotten.
+const MAX_CALLERS: usize = 20_000;
+
+/// From where a connection comes; none: a socket file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peer(pub(super) Option<IpAddr>);
+
+/// What a request holds until it is answered, and who it was of. Put there by the middleware, filled in when the caller is
+/// known.
+#[derive(Clone, Default)]
+pub(super) struct Held(Arc<Mutex<Option<One>>>);
+
+impl Held {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<One>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the caller is known.
+    pub(super) fn known(&self) -> bool {
+        self.lock().is_some()
+    }
+}
+
+impl FromRequestParts<App> for Caller {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
+        let peer = parts
+            .extensions
+            .get::<ConnectInfo<Peer>>()
+            .and_then(|info| info.0.0);
+        let changes = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
+        let events = parts
+            .extensions
+            .get::<MatchedPath>()
+            .is_some_and(|path| path.as_str() == super::events::PATH);
+        let caller = app
+            .gate
+            .caller(&parts.headers, peer, changes, events)
+            .await?;
+        tracing::Span::current().record("caller", caller.name.as_str());
+        let most = app.options.doors.requests_per_user;
+        let one = app.asking.one(&caller.name, most).ok_or_else(|| {
+            Refusal::too_many(format!("{most} requests are being answered already"), 1)
+        })?;
+        if let Some(held) = parts.extensions.get::<Held>() {
+            *held.lock() = Some(one);
+        }
+        app.rates.take(&caller.name)?;
+        Ok(caller)
+    }
+}
+
+impl Caller {
+    /// For whom the caller asks, where that has to be somebody.
+    pub(super) fn somebody(&self) -> Result<&str, Refusal> {
+        self.user.as_deref().ok_or_else(|| {
+            Refusal::forbidden("this token acts for users: name one in the Upperdeck-User header")
+        })
+    }
+
+    /// Whether the caller may see and change what is `user`'s.
+    pub(super) fn may(&self, user: &str) -> bool {
+        self.administrator || self.user.as_deref() == Some(user)
+    }
+
+    /// Whose things are listed: the caller's own, or, for administrators, those of whom they ask for, or all (none).
+    pub(super) fn sees(&self, asked: Option<&str>) -> Result<Option<String>, Refusal> {
+        if self.administrator {
+            return Ok(asked.filter(|user| !user.is_empty()).map(str::to_owned));
+        }
+        let own = self.somebody()?;
+        match asked.filter(|user| !user.is_empty()) {
+            Some(other) if other != own => Err(Refusal::forbidden(
+                "only administrators see what is others'",
+            )),
+            _ => Ok(Some(own.to_owned())),
+        }
+    }
+
+    /// For calls that are administrators' alone.
+    pub(super) fn administrator(&self) -> Result<(), Refusal> {
+        if self.administrator {
+            return Ok(());
+        }
+        Err(Refusal::forbidden("this is for administrators"))
+    }
+}
+
+/// A JSON body.
+pub(super) struct Body<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Refusal> {
+        let Json(body) = Json::from_request(request, app).await?;
+        Ok(Self(body))
+    }
+}
+
+/// The parts of the address.
+pub(super) struct Path<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<App> for Path<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
+        let axum::extract::Path(found) =
+            axum::extract::Path::from_request_parts(parts, app).await?;
+        Ok(Self(found))
+    }
+}
+
+/// The query.
+pub(super) struct Asked<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequestParts<App> for Asked<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
+        let Query(asked) = Query::from_request_parts(parts, app).await?;
+        Ok(Self(asked))
+    }
+}
+
+/// An ID in a path. What is none is not there.
+pub(super) fn job(text: &str) -> Result<JobId, Refusal> {
+    let id: Option<JobId> = text.parse().ok();
+    // One way to write it, so that what is compared as text is the same.
+    id.filter(|id| id.to_string() == text.to_ascii_lowercase())
+        .ok_or_else(|| Refusal::not_found("there is no such save"))
+}
+
+/// How many requests each caller has left.
+pub(super) struct Rates {
+    rate: Option<Rate>,
+    left: Mutex<HashMap<String, (f64, Instant)>>,
+}
+
+impl Rates {
+    pub(super) fn new(rate: Option<Rate>) -> Self {
+        Self {
+            rate,
+            left: Mutex::default(),
+        }
+    }
+
+    pub(super) fn take(&self, caller: &str) -> Result<(), Refusal> {
+        let Some(rate) = self.rate else { return Ok(()) };
+        let now = Instant::now();
+        let mut all = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= MAX_CALLERS && !all.contains_key(caller) {
+            // Whose bound is full again is as good as new.
+            let full = |left: f64, at: Instant| {
+                left + now.duration_since(at).as_secs_f64() * rate.per_second >= rate.burst
+            };
+            all.retain(|_, (left, at)| !full(*left, *at));
+            if all.len() >= MAX_CALLERS {
+                return Err(Refusal::too_many("too many callers at once", 5));
+            }
+        }
+        let (left, at) = all.entry(caller.to_owned()).or_insert((rate.burst, now));
+        *left = (*left + now.duration_since(*at).as_secs_f64() * rate.per_second).min(rate.burst);
+        *at = now;
+        if *left < 1.0 {
+            let wait = ((1.0 - *left) / rate.per_second.max(0.001)).ceil();
+            return Err(Refusal::too_many("too many requests at once", wait as u64));
+        }
+        *left -= 1.0;
+        Ok(())
+    }
+}
+
+impl std::ops::Deref for App {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}

@@ -1,0 +1,452 @@
+//! What the nodes say of themselves and of their sessions, asked of the queue at most once a second for all callers.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::extract::State as Extracted;
+use tokio::sync::Mutex;
+
+use super::App;
+use super::auth::Caller;
+use super::refusal::Refusal;
+use super::shape::{NodeView, Nodes, SessionView, Sessions, Which};
+use super::time::{rfc3339, stamp};
+use crate::service::job::{JobId, Node, Session, now_ms};
+use crate::service::queue::{self, HEARTBEAT_LOST, Queue};
+
+const FRESH: Duration = Duration::from_secs(1);
+/// Between two warnings of the same.
+const WARN_EVERY: Duration = Duration::from_secs(300);
+/// A node that is away for so long is no session's first one any more.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
+/// Sessions of which the first node is remembered.
+const MAX_REMEMBERED: usize = 100_000;
+/// Shorter beginnings of IDs could be somebody else's tomorrow.
+const MIN_PREFIX: usize = 12;
+/// Longest name that is suggested.
+const SUGGESTION: usize = 60;
+
+/// Sessions and nodes as they were a moment ago.
+#[derive(Default)]
+pub(super) struct Inventory {
+    sessions: Mutex<Option<(Instant, Arc<Vec<Session>>)>>,
+    nodes: Mutex<Option<(Instant, Arc<Vec<Heard>>)>>,
+    copies: std::sync::Mutex<Copies>,
+}
+
+/// What is remembered to tell a session from one that a node made up.
+#[derive(Default)]
+struct Copies {
+    first: First,
+    warned: Option<Instant>,
+}
+
+/// Which node had each session first, and when it last had it.
+type First = HashMap<String, (String, Instant)>;
+
+/// Leaves out sessions that a node tells of and another one had before, and still has. IDs are found by chance only: a node
+/// can make up another one's session only after it was seen here.
+fn without_copies(mut told: Vec<Session>, first: &mut First, now: Instant) -> Vec<Session> {
+    first.retain(|_, (_, at)| now.duration_since(*at) < REMEMBERED);
+    let mut nodes_of = HashMap::<String, Vec<String>>::new();
+    for session in &told {
+        let nodes = nodes_of.entry(session.id.clone()).or_default();
+        nodes.push(session.node.clone());
+    }
+    for (id, nodes) in &nodes_of {
+        let room = first.len() < MAX_REMEMBERED;
+        match (first.get_mut(id), nodes.as_slice()) {
+            (Some((node, at)), nodes) if nodes.contains(node) => *at = now,
+            (None, [node]) if room => {
+                first.insert(id.clone(), (node.clone(), now));
+            }
+            _ => {}
+        }
+    }
+    told.retain(|session| {
+        let has_it = |node: &String| {
+            let nodes = nodes_of.get(&session.id);
+            nodes.is_some_and(|nodes| nodes.contains(node))
+        };
+        let first = first.get(&session.id);
+        first.is_none_or(|(node, _)| *node == session.node || !has_it(node))
+    });
+    told
+}
+
+/// A node, and when it was heard of.
+pub(super) struct Heard {
+    pub(super) node: Node,
+    /// For how long it was not, by the queue's clock: that of the node may be wrong.
+    silence: Duration,
+}
+
+impl Heard {
+    /// Whether its agent was heard of lately.
+    pub(super) fn is_alive(&self) -> bool {
+        self.silence < HEARTBEAT_LOST
+    }
+}
+
+impl Inventory {
+    pub(super) async fn sessions(&self, queue: &Queue) -> Result<Arc<Vec<Session>>, queue::Error> {
+        let mut held = self.sessions.lock().await;
+        if let Some((at, sessions)) = &*held
+            && at.elapsed() < FRESH
+        {
+            return Ok(sessions.clone());
+        }
+        let told = queue.sessions().await?;
+        let mut sessions = self.without_copies(told);
+        sessions.sort_by(|a, b| b.started_ms.cmp(&a.started_ms).then(a.id.cmp(&b.id)));
+        let sessions = Arc::new(sessions);
+        *held = Some((Instant::now(), sessions.clone()));
+        Ok(sessions)
+    }
+
+    fn without_copies(&self, told: Vec<Session>) -> Vec<Session> {
+        let (all, now) = (told.len(), Instant::now());
+        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = without_copies(told, &mut copies.first, now);
+        let warned = copies.warned.is_some_and(|at| at.elapsed() < WARN_EVERY);
+        if kept.len() < all && !warned {
+            copies.warned = Some(now);
+            tracing::warn!(
+                sessions = all - kept.len(),
+                "nodes tell of sessions that other nodes have: two agents look at one runtime, or a node does not tell the truth"
+            );
+        }
+        kept
+    }
+
+    pub(super) async fn nodes(&self, queue: &Queue) -> Result<Arc<Vec<Heard>>, queue::Error> {
+        let mut held = self.nodes.lock().await;
+        if let Some((at, nodes)) = &*held
+            && at.elapsed() < FRESH
+        {
+            return Ok(nodes.clone());
+        }
+        let (mut nodes, silences) = (queue.nodes().await?, queue.silences().await?);
+        nodes.sort_by(|a, b| a.name.cmp(&b.name));
+        // What the queue does not know any more has been silent for very long.
+        let silence = |node: &Node| silences.get(&node.name).copied().unwrap_or(Duration::MAX);
+        let heard = nodes.into_iter().map(|node| Heard {
+            silence: silence(&node),
+            node,
+        });
+        let nodes = Arc::new(heard.collect::<Vec<_>>());
+        *held = Some((Instant::now(), nodes.clone()));
+        Ok(nodes)
+    }
+}
+
+/// The session, for people.
+pub(super) fn session_name(session: &Session) -> String {
+    match (&session.namespace, &session.pod, &session.container) {
+        (Some(namespace), Some(pod), Some(container)) => format!("{namespace}/{pod}/{container}"),
+        (Some(namespace), Some(pod), None) => format!("{namespace}/{pod}"),
+        (_, _, Some(container)) => container.clone(),
+        _ => session.id.chars().take(12).collect(),
+    }
+}
+
+/// A name by the grammar of repositories, from what the session was started from.
+pub(super) fn suggested_name(session: &Session) -> String {
+    let from = session
+        .image
+        .as_deref()
+        .or(session.container.as_deref())
+        .unwrap_or("session");
+    let last = from.rsplit('/').next().unwrap_or(from);
+    let bare = last.split([':', '@']).next().unwrap_or(last);
+    let mut name = String::new();
+    for c in bare.chars().map(|c| c.to_ascii_lowercase()) {
+        if c.is_ascii_lowercase() || c.is_ascii_digit() {
+            name.push(c);
+        } else if !name.is_empty() && !name.ends_with('-') {
+            name.push('-');
+        }
+        if name.len() >= SUGGESTION {
+            break;
+        }
+    }
+    let name = name.trim_end_matches('-');
+    if name.is_empty() { "session" } else { name }.to_owned()
+}
+
+/// A tag from the time.
+pub(super) fn suggested_tag(now_ms: i64) -> String {
+    stamp(now_ms)
+}
+
+/// The one session that `which` means, of those that `caller` may save.
+pub(super) fn find<'a>(
+    sessions: &'a [Session],
+    caller: &Caller,
+    which: &Which,
+) -> Result<&'a Session, Refusal> {
+    let mine = |session: &&Session| {
+        caller.administrator
+            || (session.owner.is_some() && session.owner.as_deref() == caller.user.as_deref())
+    };
+    let found: Vec<&Session> = match which {
+        Which::Id(id) => {
+            if id.len() < MIN_PREFIX || id.len() > 128 || !id.bytes().all(|b| b.is_ascii_graphic())
+            {
+                return Err(Refusal::invalid(
+                    "session",
+                    format!(
+                        "an ID is given in full, or at least its first {MIN_PREFIX} characters"
+                    ),
+                ));
+            }
+            let exact: Vec<_> = sessions
+                .iter()
+                .filter(mine)
+                .filter(|s| s.id == *id)
+                .collect();
+            if exact.is_empty() {
+                let begins = |s: &&Session| s.id.starts_with(id.as_str());
+                sessions.iter().filter(mine).filter(begins).collect()
+            } else {
+                exact
+            }
+        }
+        Which::Pod {
+            namespace,
+            pod,
+            container,
+        } => {
+            let is = |s: &&Session| {
+                s.namespace.as_ref() == Some(namespace)
+                    && s.pod.as_ref() == Some(pod)
+                    && (container.is_none() || s.container == *container)
+            };
+            sessions.iter().filter(mine).filter(is).collect()
+        }
+    };
+    match found.as_slice() {
+        [one] => Ok(one),
+        [] => Err(Refusal::not_found(
+            "there is no such running session that you may save",
+        )),
+        _ => {
+            let names: Vec<_> = found.iter().map(|s| session_name(s)).collect();
+            Err(Refusal::invalid(
+                "session",
+                format!("it means several: {}", names.join(", ")),
+            ))
+        }
+    }
+}
+
+/// The running containers that the caller may save; administrators see all of them.
+#[utoipa::path(
+    get, path = "/api/v1/sessions", tag = "sessions",
+    responses((status = 200, body = Sessions), Refusal)
+)]
+pub(super) async fn sessions(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+) -> Result<Json<Sessions>, Refusal> {
+    if !caller.administrator {
+        caller.somebody()?;
+    }
+    let all = app.inventory.sessions(&app.queue).await?;
+    let open: BTreeMap<String, JobId> = app
+        .record
+        .open_saves()
+        .await?
+        .into_iter()
+        .map(|open| (open.session, open.id))
+        .collect();
+    let now = now_ms();
+    let sessions = all
+        .iter()
+        .filter(|s| {
+            caller.administrator
+                || (s.owner.is_some() && s.owner.as_deref() == caller.user.as_deref())
+        })
+        .map(|session| SessionView {
+            id: session.id.clone(),
+            node: session.node.clone(),
+            owner: session.owner.clone(),
+            namespace: session.namespace.clone(),
+            pod: session.pod.clone(),
+            container: session.container.clone(),
+            kind: session.kind,
+            category: session.category,
+            image: session.image.clone(),
+            started: rfc3339(session.started_ms),
+            upper_bytes: session.upper_bytes,
+            upper_entries: session.upper_entries,
+            next: session.next.clone(),
+            unsaved: session.unsaved.clone(),
+            unsaved_more: session.unsaved_more,
+            problem: session.problem.clone(),
+            suggested_name: suggested_name(session),
+            suggested_tag: suggested_tag(now),
+            save: open.get(&session.id).copied(),
+        })
+        .collect();
+    Ok(Json(Sessions { sessions }))
+}
+
+/// The nodes' agents, for administrators.
+#[utoipa::path(
+    get, path = "/api/v1/nodes", tag = "operations",
+    responses((status = 200, body = Nodes), Refusal)
+)]
+pub(super) async fn nodes(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+) -> Result<Json<Nodes>, Refusal> {
+    caller.administrator()?;
+    let nodes = app.inventory.nodes(&app.queue).await?;
+    let sessions = app.inventory.sessions(&app.queue).await?;
+    let mut sessions_on = BTreeMap::<&str, u64>::new();
+    for session in sessions.iter() {
+        *sessions_on.entry(&session.node).or_default() += 1;
+    }
+    let waiting = app.record.waiting_by_node().await?;
+    let ago = |silence: Duration| i64::try_from(silence.as_millis()).unwrap_or(now_ms());
+    let nodes = nodes
+        .iter()
+        .map(|heard| (heard, &heard.node))
+        .map(|(heard, node)| NodeView {
+            name: node.name.clone(),
+            version: node.version.clone(),
+            started: rfc3339(node.started_ms),
+            heard: rfc3339(now_ms() - ago(heard.silence)),
+            alive: heard.is_alive(),
+            draining: node.draining,
+            sessions: sessions_on.get(node.name.as_str()).copied().unwrap_or(0),
+            running: node.running.clone(),
+            waiting: waiting.get(&node.name).copied().unwrap_or(0),
+            load: node.load.clone(),
+            problems: node.problems.clone(),
+        })
+        .collect();
+    Ok(Json(Nodes { nodes }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::job::{Category, Kind};
+
+    fn session(id: &str, owner: Option<&str>, image: Option<&str>) -> Session {
+        Session {
+            id: id.repeat(32),
+            node: "n".into(),
+            owner: owner.map(str::to_owned),
+            namespace: Some("ns".into()),
+            pod: Some("pod".into()),
+            container: Some("nb".into()),
+            runtime: "containerd".into(),
+            kind: Kind::Jupyter,
+            category: Category::Cpu,
+            image: image.map(str::to_owned),
+            started_ms: 0,
+            upper_bytes: None,
+            upper_entries: None,
+            next: None,
+            unsaved: Vec::new(),
+            unsaved_more: 0,
+            problem: None,
+        }
+    }
+
+    fn caller(user: Option<&str>, administrator: bool) -> Caller {
+        Caller {
+            name: "x".into(),
+            user: user.map(str::to_owned),
+            administrator,
+            via: super::super::auth::Via::Token,
+        }
+    }
+
+    #[test]
+    fn names_are_suggested_by_the_grammar() {
+        for (image, name) in [
+            (
+                Some("quay.io/jupyter/SciPy_Notebook:2024"),
+                "scipy-notebook",
+            ),
+            (Some("h:5000/x@sha256:abc"), "x"),
+            (Some("---"), "session"),
+            (Some("한글"), "session"),
+            (None, "nb"),
+        ] {
+            let name_of = suggested_name(&session("ab", None, image));
+            assert_eq!(name_of, name);
+            assert!(crate::store::registry::reference::check_repository(&name_of).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_node_does_not_take_the_place_of_anothers_session() {
+        let of = |node: &str, id: &str, owner: &str| Session {
+            node: node.into(),
+            ..session(id, Some(owner), None)
+        };
+        let (mut first, now) = (First::new(), Instant::now());
+        let mut kept = |told: &[(&str, &str, &str)], now| -> Vec<String> {
+            let told = told.iter().map(|(node, id, owner)| of(node, id, owner));
+            let kept = without_copies(told.collect(), &mut first, now);
+            kept.into_iter()
+                .map(|session| format!("{} {}", session.node, &session.id[..2]))
+                .collect()
+        };
+        let (true_one, copy) = (("n2", "ab", "alice"), ("n1", "ab", "mallory"));
+        assert_eq!(kept(&[true_one], now), ["n2 ab"]);
+        assert_eq!(
+            kept(&[copy, true_one, ("n3", "ab", "alice")], now),
+            ["n2 ab"]
+        );
+        // Away for a moment, it comes back to its place.
+        assert_eq!(kept(&[copy], now), ["n1 ab"]);
+        assert_eq!(kept(&[copy, true_one], now + REMEMBERED / 2), ["n2 ab"]);
+        // Who was first is not known: nobody is left out.
+        let both = [("n1", "ac", "bob"), ("n2", "ac", "bob")];
+        assert_eq!(kept(&both, now), ["n1 ac", "n2 ac"]);
+        let later = now + REMEMBERED * 2;
+        assert_eq!(kept(&[copy], later), ["n1 ab"]);
+        assert_eq!(kept(&[copy, true_one], later), ["n1 ab"]);
+    }
+
+    #[test]
+    fn only_own_sessions_are_found_and_only_when_they_are_meant() {
+        let all = [
+            session("ab", Some("alice"), None),
+            session("ac", Some("bob"), None),
+            session("ad", None, None),
+        ];
+        let id = |text: &str| Which::Id(text.to_owned());
+        let alice = caller(Some("alice"), false);
+        let nobody = caller(None, false);
+        assert!(find(&all, &alice, &id(&"ab".repeat(32))).is_ok());
+        assert!(find(&all, &alice, &id(&"ab".repeat(6))).is_ok());
+        for which in [
+            id("ababab"),
+            id(&"ac".repeat(32)),
+            id(&"ad".repeat(32)),
+            id(""),
+        ] {
+            assert!(find(&all, &alice, &which).is_err(), "{which:?}");
+            assert!(find(&all, &nobody, &which).is_err());
+        }
+        let pod = Which::Pod {
+            namespace: "ns".into(),
+            pod: "pod".into(),
+            container: None,
+        };
+        assert!(find(&all, &alice, &pod).is_ok());
+        assert!(find(&all, &nobody, &pod).is_err());
+        let admin = caller(None, true);
+        assert!(find(&all, &admin, &id(&"ad".repeat(32))).is_ok());
+        assert!(find(&all, &admin, &pod).is_err());
+    }
+}

@@ -1,0 +1,341 @@
+//! Figures for Prometheus: what is asked for, what becomes of it, and what holds it up.
+
+use std::sync::atomic::{AtomicI64, AtomicU64};
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+
+use super::door::Closed;
+use crate::service::job::State;
+use crate::service::queue::Depth;
+use crate::service::record::Save;
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Asked {
+    method: &'static str,
+    path: String,
+    status: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Took {
+    path: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Ended {
+    state: &'static str,
+    /// Empty unless it failed.
+    code: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct InState {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Task {
+    task: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Why {
+    why: &'static str,
+}
+
+type Int = Gauge<i64, AtomicI64>;
+
+/// All of them.
+pub(super) struct Metrics {
+    registry: Registry,
+    requests: Family<Asked, Counter>,
+    took: Family<Took, Histogram>,
+    accepted: Counter,
+    ended: Family<Ended, Counter>,
+    retried: Counter,
+    deleted: Counter,
+    saves: Family<InState, Int>,
+    waited: Histogram,
+    seconds: Histogram,
+    pause: Histogram,
+    packed: Counter<u64, AtomicU64>,
+    sent: Counter<u64, AtomicU64>,
+    queue: Family<InState, Int>,
+    queue_up: Int,
+    nodes: Family<InState, Int>,
+    watchers: Int,
+    connections: Int,
+    closed: Family<Why, Counter>,
+    reports: Counter,
+    offered_again: Counter,
+    errors: Family<Task, Counter>,
+}
+
+fn seconds(buckets: &[f64]) -> Histogram {
+    Histogram::new(buckets.iter().copied())
+}
+
+impl Metrics {
+    pub(super) fn new(manager: &str) -> Self {
+        let mut registry = Registry::with_prefix("upperdeck");
+        let build = Info::new([
+            ("version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("manager", manager.to_owned()),
+        ]);
+        registry.register("build", "The program", build);
+        let requests = Family::default();
+        registry.register("http_requests", "Requests answered", requests.clone());
+        let took = Family::<Took, Histogram>::new_with_constructor(|| {
+            seconds(&[0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0])
+        });
+        registry.register(
+            "http_request_seconds",
+            "Until an answer began",
+            took.clone(),
+        );
+        let accepted = Counter::default();
+        registry.register("saves_accepted", "Saves written down", accepted.clone());
+        let ended = Family::default();
+        registry.register(
+            "saves_ended",
+            "Saves that ended, as this manager heard",
+            ended.clone(),
+        );
+        let retried = Counter::default();
+        registry.register(
+            "saves_retried",
+            "Attempts that are made again",
+            retried.clone(),
+        );
+        let deleted = Counter::default();
+        registry.register("tags_deleted", "Tags deleted", deleted.clone());
+        let saves = Family::default();
+        registry.register("saves", "Saves in the record, by state", saves.clone());
+        let waited = seconds(&[0.1, 1.0, 5.0, 30.0, 120.0, 600.0, 3600.0, 14400.0]);
+        registry.register(
+            "save_waited_seconds",
+            "From acceptance to the last attempt's beginning",
+            waited.clone(),
+        );
+        let took_seconds = seconds(&[1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1800.0, 7200.0]);
+        registry.register(
+            "save_seconds",
+            "From the last attempt's beginning to success",
+            took_seconds.clone(),
+        );
+        let pause = seconds(&[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0]);
+        registry.register(
+            "save_pause_seconds",
+            "How long containers stood still",
+            pause.clone(),
+        );
+        let packed = Counter::default();
+        registry.register(
+            "save_layer_bytes",
+            "Compressed bytes of the layers made",
+            packed.clone(),
+        );
+        let sent = Counter::default();
+        registry.register(
+            "save_sent_bytes",
+            "Bytes sent to the registry",
+            sent.clone(),
+        );
+        let queue = Family::default();
+        registry.register(
+            "queue_entries",
+            "Orders that wait or are held, reports not taken",
+            queue.clone(),
+        );
+        let queue_up = Int::default();
+        registry.register("queue_up", "Whether the queue answers", queue_up.clone());
+        let nodes = Family::default();
+        registry.register(
+            "nodes",
+            "Nodes, by whether they were heard of lately",
+            nodes.clone(),
+        );
+        let watchers = Int::default();
+        registry.register("watchers", "Event streams that are open", watchers.clone());
+        let connections = Int::default();
+        registry.register(
+            "connections",
+            "Connections that are open",
+            connections.clone(),
+        );
+        let closed = Family::default();
+        registry.register(
+            "connections_closed",
+            "Connections that the manager broke off: no request in time, idle, an answer not taken, no place",
+            closed.clone(),
+        );
+        let reports = Counter::default();
+        registry.register(
+            "reports_taken",
+            "Reports of agents taken in",
+            reports.clone(),
+        );
+        let offered_again = Counter::default();
+        registry.register(
+            "orders_offered_again",
+            "Orders that the queue had lost",
+            offered_again.clone(),
+        );
+        let errors = Family::default();
+        registry.register(
+            "background_errors",
+            "Rounds of background work that failed",
+            errors.clone(),
+        );
+        Self {
+            registry,
+            requests,
+            took,
+            accepted,
+            ended,
+            retried,
+            deleted,
+            saves,
+            waited,
+            seconds: took_seconds,
+            pause,
+            packed,
+            sent,
+            queue,
+            queue_up,
+            nodes,
+            watchers,
+            connections,
+            closed,
+            reports,
+            offered_again,
+            errors,
+        }
+    }
+
+    /// The text of `/metrics` (OpenMetrics 1.0).
+    pub(super) fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+
+    /// `method` and `path` are of our own words: what a request says would be figures without end.
+    pub(super) fn request(&self, method: &'static str, path: &str, status: u16, took: Duration) {
+        let asked = Asked {
+            method,
+            path: path.to_owned(),
+            status,
+        };
+        self.requests.get_or_create(&asked).inc();
+        let path = path.to_owned();
+        self.took
+            .get_or_create(&Took { path })
+            .observe(took.as_secs_f64());
+    }
+
+    pub(super) fn accepted(&self) {
+        self.accepted.inc();
+    }
+
+    pub(super) fn deleted(&self) {
+        self.deleted.inc();
+    }
+
+    /// A save that has just ended.
+    pub(super) fn ended(&self, save: &Save) {
+        let code = save
+            .error
+            .as_ref()
+            .map_or("", |failure| failure.code.name());
+        let ended = Ended {
+            state: save.state.name(),
+            code,
+        };
+        self.ended.get_or_create(&ended).inc();
+        if let Some(pause) = save.pause_ms {
+            self.pause.observe(pause / 1000.0);
+        }
+        if let (State::Succeeded, Some(result)) = (save.state, &save.result) {
+            let between = |from: i64, to: i64| to.saturating_sub(from).max(0) as f64 / 1000.0;
+            if let (Some(started), Some(finished)) = (save.started_ms, save.finished_ms) {
+                self.waited.observe(between(save.created_ms, started));
+                self.seconds.observe(between(started, finished));
+            }
+            self.packed.inc_by(result.layer_bytes);
+            self.sent.inc_by(result.sent_bytes);
+        }
+    }
+
+    pub(super) fn retried(&self) {
+        self.retried.inc();
+    }
+
+    pub(super) fn reports(&self, count: usize) {
+        self.reports.inc_by(count as u64);
+    }
+
+    pub(super) fn offered_again(&self) {
+        self.offered_again.inc();
+    }
+
+    pub(super) fn error(&self, task: &'static str) {
+        self.errors.get_or_create(&Task { task }).inc();
+    }
+
+    pub(super) fn connections(&self, count: usize) {
+        self.connections.set(count as i64);
+    }
+
+    pub(super) fn closed(&self, why: Closed) {
+        let why = why.name();
+        self.closed.get_or_create(&Why { why }).inc();
+    }
+
+    pub(super) fn watchers(&self, more: i64) {
+        self.watchers.inc_by(more);
+    }
+
+    pub(super) fn record(&self, counts: &[(State, u64)]) {
+        for state in State::ALL {
+            let found = counts.iter().find(|(of, _)| *of == state);
+            let count = found.map_or(0, |(_, count)| *count);
+            let state = state.name();
+            self.saves
+                .get_or_create(&InState { state })
+                .set(count as i64);
+        }
+    }
+
+    /// None: it does not answer.
+    pub(super) fn queue(&self, depth: Option<Depth>) {
+        self.queue_up.set(i64::from(depth.is_some()));
+        let Some(depth) = depth else { return };
+        for (state, count) in [
+            ("waiting", depth.waiting),
+            ("held", depth.held),
+            ("reports", depth.reports),
+        ] {
+            self.queue
+                .get_or_create(&InState { state })
+                .set(count as i64);
+        }
+    }
+
+    pub(super) fn nodes(&self, alive: usize, silent: usize) {
+        for (state, count) in [("alive", alive), ("silent", silent)] {
+            self.nodes
+                .get_or_create(&InState { state })
+                .set(count as i64);
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! The image manager: SAVE, CHK, LIST and DEL for portals and people, over the record and the queue.
+//!
+//! A manager holds nothing that another one, or its successor, would miss: what was accepted is in the record before it is
+//! answered, and everything else follows from the record.
+
+pub mod auth;
+mod door;
+mod events;
+mod front;
+mod input;
+mod inventory;
+mod metrics;
+mod options;
+mod page;
+mod refusal;
+mod saves;
+pub mod shape;
+mod signin;
+mod store;
+pub mod target;
+mod time;
+mod work;
+
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Notify;
+
+use crate::common::cancel::Cancel;
+use crate::common::log_limit::Hush;
+use crate::service::queue::{self, Queue};
+use crate::service::record::{self, Policy, Record};
+
+use self::door::Bound;
+
+pub use self::door::{Doors, raise_open_files};
+pub use self::front::description;
+pub use self::options::{Listen, Options, Rate};
+
+/// Why a manager cannot start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot listen there.
+    #[error("cannot listen on {at}: {reason}")]
+    Listen {
+        /// Address or path.
+        at: String,
+        /// What the system says.
+        reason: String,
+    },
+    /// Settings about callers.
+    #[error(transparent)]
+    Auth(#[from] auth::AuthError),
+    /// The record.
+    #[error(transparent)]
+    Record(#[from] record::Error),
+    /// The queue.
+    #[error(transparent)]
+    Queue(#[from] queue::Error),
+    /// The work in the background has broken down. A manager that hears no agent must not look like one that does.
+    #[error(
+        "the work in the background broke down; this is a defect of upperdeck, and its log says where"
+    )]
+    Work,
+}
+
+/// What handlers and background work share.
+#[derive(Clone)]
+struct App(Arc<Inner>);
+
+struct Inner {
+    options: Options,
+    name: String,
+    policy: Policy,
+    queue: Queue,
+    record: Record,
+    gate: auth::Gate,
+    table: door::Table,
+    /// Requests and event streams under way.
+    asking: Arc<door::Tally>,
+    watching: Arc<door::Tally>,
+    /// Lines about requests of nobody we know.
+    hush: Hush,
+    ready: page::Ready,
+    rates: input::Rates,
+    inventory: inventory::Inventory,
+    store: store::Store,
+    hub: events::Hub,
+    metrics: metrics::Metrics,
+    /// There is something in the outbox.
+    errands: Notify,
+    cancel: Cancel,
+}
+
+/// A manager that listens, and answers once it runs.
+pub struct Server {
+    app: App,
+    bound: Bound,
+    address: Option<SocketAddr>,
+}
+
+impl Server {
+    /// Takes the address.
+    pub async fn bind(options: Options, queue: Queue, record: Record) -> Result<Self, Error> {
+        let (bound, address) = match &options.listen {
+            Listen::Tcp(address) => {
+                let wrong = |error: std::io::Error| Error::Listen {
+                    at: address.to_string(),
+                    reason: error.to_string(),
+                };
+                let listener = TcpListener::bind(address).await.map_err(wrong)?;
+                let address = listener.local_addr().map_err(wrong)?;
+                (Bound::Tcp(listener), Some(address))
+            }
+            Listen::Unix(path) => {
+                let listener = listen_on(path).map_err(|error| Error::Listen {
+                    at: path.display().to_string(),
+                    reason: error.to_string(),
+                })?;
+                (Bound::Unix(listener, path.clone()), None)
+            }
+        };
+        let gate = auth::Gate::new(
+            options.tokens.clone(),
+            options.jwt.clone(),
+            options.proxies.clone(),
+            options.public_url.as_deref(),
+            address.map(|address| address.port()),
+            record.clone(),
+        );
+        gate.check().await?;
+        let name = options.name.clone().unwrap_or_else(own_name);
+        let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let app = App(Arc::new(Inner {
+            policy: Policy {
+                attempts: options.attempts.max(1),
+                backoff_ms: ms(options.backoff),
+                backoff_most_ms: ms(options.backoff_most),
+            },
+            gate,
+            table: door::Table::new(options.doors.clone(), door::open_files()),
+            asking: Arc::default(),
+            watching: Arc::default(),
+            hush: Hush::default(),
+            ready: page::Ready::default(),
+            rates: input::Rates::new(options.rate),
+            inventory: inventory::Inventory::default(),
+            store: store::Store::new(options.target.clone(), options.access.clone()),
+            hub: events::Hub::default(),
+            metrics: metrics::Metrics::new(&name),
+            errands: Notify::new(),
+            cancel: Cancel::default(),
+            name,
+            queue,
+            record,
+            options,
+        }));
+        Ok(Self {
+            app,
+            bound,
+            address,
+        })
+    }
+
+    /// Where it listens; none on a socket file.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    /// Answers and works in the background until `cancel`, and then until what is under way is done, or
+    /// [`Options::grace`] is over.
+    pub async fn run(self, cancel: Cancel) -> Result<(), Error> {
+        let app = self.app;
+        let at = match &self.bound {
+            Bound::Tcp(_) => self.address.map(|at| at.to_string()).unwrap_or_default(),
+            Bound::Unix(_, path) => path.display().to_string(),
+        };
+        tracing::info!(manager = app.name, listen = at, target = %app.options.target, "the manager serves");
+        let router = front::router(app.clone());
+        let mut work = tokio::spawn(work::run(app.clone()));
+        let ending = async {
+            cancel.cancelled().await;
+            tracing::info!(manager = app.name, "the manager ends");
+            // Streams and background work stop, requests under way are finished.
+            app.cancel.cancel();
+            tokio::time::sleep(app.options.grace).await;
+        };
+        let serving = door::serve(self.bound, router, app.clone());
+        tokio::select! {
+            () = serving => {}
+            () = ending => {}
+            error = breakdown(&mut work, &app.cancel) => {
+                app.cancel.cancel();
+                return Err(error);
+            }
+        }
+        app.cancel.cancel();
+        let _ = tokio::time::timeout(app.options.grace, work).await;
+        Ok(())
+    }
+}
+
+/// When `work` ends though nobody wanted it to.
+async fn breakdown(work: &mut tokio::task::JoinHandle<()>, cancel: &Cancel) -> Error {
+    if (&mut *work).await.is_ok() && cancel.is_cancelled() {
+        // It is joined already: whoever waits for the rest waits for that alone.
+        *work = tokio::spawn(async {});
+        std::future::pending::<()>().await;
+    }
+    Error::Work
+}
+
+/// A socket file that nobody answers on any more is in the way of a new one.
+fn listen_on(path: &Path) -> std::io::Result<UnixListener> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+/// Two managers on one host are two.
+fn own_name() -> String {
+    let host = nix::unistd::gethostname()
+        .ok()
+        .and_then(|name| name.into_string().ok())
+        .unwrap_or_else(|| "manager".to_owned());
+    format!("{host}-{:08x}", rand::random::<u32>())
+}
+
+/// Takes the address and runs until `cancel`.
+pub async fn run(
+    options: Options,
+    queue: Queue,
+    record: Record,
+    cancel: Cancel,
+) -> Result<(), Error> {
+    Server::bind(options, queue, record)
+        .await?
+        .run(cancel)
+        .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_manager_ends_when_its_work_breaks_down() {
+        let cancel = Cancel::default();
+        let mut work = tokio::spawn(async { panic!("a defect") });
+        assert!(matches!(breakdown(&mut work, &cancel).await, Error::Work));
+        let mut work = tokio::spawn(async {});
+        assert!(matches!(breakdown(&mut work, &cancel).await, Error::Work));
+        cancel.cancel();
+        let mut work = tokio::spawn(async {});
+        let wait = std::time::Duration::from_millis(50);
+        let ended = tokio::time::timeout(wait, breakdown(&mut work, &cancel)).await;
+        assert!(ended.is_err(), "that was wanted");
+        assert!(work.await.is_ok());
+    }
+}

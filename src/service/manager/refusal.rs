@@ -1,0 +1,290 @@
+//! Every way in which a request is turned down, as one JSON shape.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use utoipa::openapi::{ContentBuilder, Ref, RefOr, ResponseBuilder};
+
+use super::auth::Rejected;
+use super::shape::{ErrorBody, ErrorDetail};
+use super::target::Refused;
+use crate::service::job::JobId;
+use crate::{service::queue, service::record, store::images};
+
+/// Seconds after which what may pass is worth another try.
+const RETRY_AFTER_S: u64 = 5;
+
+/// A request that is turned down.
+#[derive(Clone, Debug)]
+pub(super) struct Refusal {
+    status: StatusCode,
+    detail: ErrorDetail,
+    retry_after_s: Option<u64>,
+}
+
+impl Refusal {
+    pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            detail: ErrorDetail {
+                code: code.to_owned(),
+                message: message.into(),
+                retryable: false,
+                field: None,
+                save: None,
+            },
+            retry_after_s: None,
+        }
+    }
+
+    /// A field of the request.
+    pub(super) fn invalid(field: &str, message: impl Into<String>) -> Self {
+        let mut refusal = Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid", message);
+        refusal.detail.field = Some(field.to_owned());
+        refusal
+    }
+
+    pub(super) fn not_found(what: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not_found", what)
+    }
+
+    pub(super) fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "not_permitted", message)
+    }
+
+    pub(super) fn conflict(message: impl Into<String>, save: Option<JobId>) -> Self {
+        let mut refusal = Self::new(StatusCode::CONFLICT, "conflict", message);
+        refusal.detail.save = save;
+        refusal.detail.retryable = save.is_some();
+        refusal
+    }
+
+    pub(super) fn too_many(message: impl Into<String>, after_s: u64) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many", message).later(after_s)
+    }
+
+    pub(super) fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", message).later(RETRY_AFTER_S)
+    }
+
+    fn later(mut self, after_s: u64) -> Self {
+        self.detail.retryable = true;
+        self.retry_after_s = Some(after_s.max(1));
+        self
+    }
+
+    /// What went wrong in here is for the log; the caller gets a sentence.
+    fn internal(error: &dyn std::error::Error) -> Self {
+        tracing::error!(error = %error, "a request could not be answered");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            "something went wrong in the manager; its log says what, under the X-Request-Id of this answer",
+        )
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let body = ErrorBody { error: self.detail };
+        let mut response = (self.status, Json(body)).into_response();
+        let headers = response.headers_mut();
+        if let Some(seconds) = self.retry_after_s {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            let scheme = HeaderValue::from_static("Bearer realm=\"upperdeck\"");
+            headers.insert(header::WWW_AUTHENTICATE, scheme);
+        }
+        response
+    }
+}
+
+impl utoipa::IntoResponses for Refusal {
+    fn responses() -> BTreeMap<String, RefOr<utoipa::openapi::Response>> {
+        let of = |description: &str| {
+            let content = ContentBuilder::new()
+                .schema(Some(Ref::from_schema_name("ErrorBody")))
+                .build();
+            let response = ResponseBuilder::new()
+                .description(description)
+                .content("application/json", content)
+                .build();
+            RefOr::T(response)
+        };
+        [
+            ("400", "What cannot be read: `invalid`"),
+            ("401", "Nobody knows who asks: `unauthenticated`"),
+            (
+                "403",
+                "Not this caller's: `not_permitted`, `quota_exceeded`",
+            ),
+            (
+                "404",
+                "It is not there, or is not shown to this caller: `not_found`",
+            ),
+            ("408", "The body did not come in time: `timed_out`"),
+            ("405", "Not with this method: `invalid`"),
+            (
+                "409",
+                "Something is in the way: `conflict` (with the save), `too_late`",
+            ),
+            ("413", "The body is too large: `invalid`"),
+            ("415", "The body is no JSON: `invalid`"),
+            ("422", "A field is wrong: `invalid`, with its name"),
+            ("429", "Too much at once: `too_many`"),
+            ("500", "A defect: `internal`"),
+            (
+                "503",
+                "The record, the queue or the registry is away: `unavailable`",
+            ),
+        ]
+        .into_iter()
+        .map(|(status, description)| (status.to_owned(), of(description)))
+        .collect()
+    }
+}
+
+impl From<record::Error> for Refusal {
+    fn from(error: record::Error) -> Self {
+        match error {
+            record::Error::InTheWay(save) => Self::conflict(
+                format!("save {save} of the same session or to the same tag is open"),
+                Some(save),
+            ),
+            record::Error::Row { .. } | record::Error::Newer { .. } => Self::internal(&error),
+            record::Error::Contended(_) => {
+                tracing::warn!(error = %error, "a change was given up");
+                Self::unavailable("others change the same save at this moment; try again")
+            }
+            _ => {
+                tracing::error!(error = %error, "the record does not answer");
+                Self::unavailable("the record does not answer; try again in a moment")
+            }
+        }
+    }
+}
+
+impl From<queue::Error> for Refusal {
+    fn from(error: queue::Error) -> Self {
+        tracing::warn!(error = %error, "the queue does not answer");
+        Self::unavailable("the queue does not answer; try again in a moment")
+    }
+}
+
+impl From<images::Error> for Refusal {
+    fn from(error: images::Error) -> Self {
+        use crate::{store::harbor, store::registry};
+        let message = error.to_string();
+        let immutable = |error: &registry::Error| matches!(error, registry::Error::Reply(reply) if reply.status == 412);
+        match &error {
+            images::Error::NotThere(_) => Self::not_found(message),
+            images::Error::SharedTag { .. }
+            | images::Error::Needed { .. }
+            | images::Error::Tagged { .. } => Self::conflict(message, None),
+            images::Error::Registry(error) if immutable(error) => Self::conflict(
+                "the tag is immutable: a rule of the registry forbids to change or delete it",
+                None,
+            ),
+            images::Error::Registry(error) if error.not_found() => Self::not_found(message),
+            images::Error::Harbor(harbor::Error::Search(_)) => Self::invalid("search", message),
+            _ => {
+                tracing::warn!(error = %message, "the registry does not do it");
+                if error.not_permitted() {
+                    return Self::forbidden(message);
+                }
+                Self::unavailable(message)
+            }
+        }
+    }
+}
+
+impl From<Rejected> for Refusal {
+    fn from(rejected: Rejected) -> Self {
+        match rejected {
+            Rejected::Unknown(message) => {
+                Self::new(StatusCode::UNAUTHORIZED, "unauthenticated", message)
+            }
+            Rejected::Forbidden(message) => Self::forbidden(message),
+            // Logged where it arises, not for each who asks.
+            Rejected::Unavailable(_) => Self::unavailable(
+                "the identity provider's keys are being fetched; try again in a moment",
+            ),
+            Rejected::Record(message) => {
+                // The work in the background says so where it is seen; here it would be a line for each who asks.
+                tracing::debug!(error = %message, "the record does not answer");
+                Self::unavailable("the record does not answer; try again in a moment")
+            }
+        }
+    }
+}
+
+impl From<Refused> for Refusal {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::User(message) => Self::forbidden(message),
+            Refused::Name(message) => Self::invalid("image.name", message),
+            Refused::Tag(message) => Self::invalid("image.tag", message),
+        }
+    }
+}
+
+impl From<JsonRejection> for Refusal {
+    fn from(rejection: JsonRejection) -> Self {
+        let status = rejection.status();
+        let text = rejection.body_text();
+        match rejection {
+            JsonRejection::JsonDataError(_) => {
+                let text = text
+                    .strip_prefix("Failed to deserialize the JSON body into the target type: ")
+                    .unwrap_or(&text);
+                let field = text
+                    .split_once(": ")
+                    .map(|(field, _)| field)
+                    .filter(|field| !field.contains(' '));
+                Self::invalid(field.unwrap_or("body"), text)
+            }
+            JsonRejection::JsonSyntaxError(_) => {
+                let mut refusal = Self::new(StatusCode::BAD_REQUEST, "invalid", text);
+                refusal.detail.field = Some("body".to_owned());
+                refusal
+            }
+            JsonRejection::MissingJsonContentType(_) => Self::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "invalid",
+                "the body has to be JSON: Content-Type: application/json",
+            ),
+            _ if status == StatusCode::PAYLOAD_TOO_LARGE => {
+                Self::new(status, "invalid", "the body is too large")
+            }
+            _ => Self::new(
+                StatusCode::BAD_REQUEST,
+                "invalid",
+                "the body cannot be read",
+            ),
+        }
+    }
+}
+
+impl From<PathRejection> for Refusal {
+    fn from(rejection: PathRejection) -> Self {
+        Self::new(rejection.status(), "invalid", rejection.body_text())
+    }
+}
+
+impl From<QueryRejection> for Refusal {
+    fn from(rejection: QueryRejection) -> Self {
+        let text = rejection.body_text();
+        let text = text
+            .strip_prefix("Failed to deserialize query string: ")
+            .unwrap_or(&text);
+        let field = text
+            .split_once(": ")
+            .map(|(field, _)| field)
+            .filter(|field| !field.contains(' '));
+        Self::invalid(field.unwrap_or("query"), text)
+    }
+}

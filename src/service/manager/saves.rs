@@ -1,0 +1,671 @@
+//! SAVE and CHK: saves are asked for, looked at, ended and, by administrators, tried again.
+
+use std::collections::HashMap;
+
+use axum::Json;
+use axum::extract::State as Extracted;
+use axum::http::{HeaderMap, StatusCode};
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
+use utoipa::IntoParams;
+
+use super::App;
+use super::auth::Caller;
+use super::input::{Asked, Body, Path, job};
+use super::inventory::{find, session_name, suggested_name, suggested_tag};
+use super::refusal::Refusal;
+use super::shape::{
+    Audit, AuditLine, Progress, Save as Shown, SaveError, SaveRequest, Saves, Warning,
+};
+use super::target::is_reserved;
+use super::time::rfc3339;
+use crate::service::job::{JobId, SaveOptions, State, now_ms};
+use crate::service::queue::{Place, Withdrawn};
+use crate::service::record::{Draft, Filter, Most, Request, Save, Submitted};
+
+const MAX_MESSAGE: usize = 1000;
+const MAX_PATTERNS: usize = 100;
+const MAX_PATTERN: usize = 1024;
+const MAX_LABELS: usize = 64;
+const MAX_LABEL_KEY: usize = 128;
+const MAX_LABEL: usize = 4096;
+const MAX_KEY: usize = 200;
+/// Saves on a page when nobody says.
+const LIMIT: u32 = 50;
+const MAX_LIMIT: u32 = 200;
+/// Seconds after which somebody with too many open saves may try again.
+const TOO_MANY_S: u64 = 30;
+
+/// The same for who has asked for too many in a day.
+const TOO_MANY_TODAY_S: u64 = 900;
+
+/// A save as the API shows it.
+pub(super) fn shown(save: &Save, place: Option<u64>) -> Shown {
+    let left = |progress: &crate::service::record::Progress| {
+        let rate = progress.rate.filter(|rate| *rate > 0.0)?;
+        Some(progress.bytes_total.saturating_sub(progress.bytes_done) as f64 / rate)
+    };
+    let open = !save.state.is_final();
+    Shown {
+        id: save.id,
+        session: save.session.clone(),
+        session_name: save.session_name.clone(),
+        node: save.node.clone(),
+        user: save.user.clone(),
+        name: save.name.clone(),
+        tag: save.tag.clone(),
+        target: save.destination.clone(),
+        message: save.message.clone(),
+        state: save.state,
+        phase: save.phase,
+        place: place.filter(|_| save.state == State::Queued),
+        attempt: save.attempt,
+        progress: save.progress.map(|progress| Progress {
+            bytes_done: progress.bytes_done,
+            bytes_total: progress.bytes_total,
+            bytes_sent: progress.bytes_sent,
+            entries_total: progress.entries_total,
+            rate: progress.rate.filter(|_| open),
+            seconds_left: left(&progress).filter(|_| open),
+        }),
+        pause_ms: save.pause_ms,
+        warnings: save
+            .warnings
+            .iter()
+            .map(|remark| Warning {
+                code: remark.code.clone(),
+                message: remark.message.clone(),
+            })
+            .collect(),
+        result: save.result.clone(),
+        error: save.error.as_ref().map(|failure| SaveError {
+            code: failure.code,
+            message: failure.message.clone(),
+            retryable: failure.retryable,
+        }),
+        cancelling: save.cancelling,
+        created: rfc3339(save.created_ms),
+        started: save.started_ms.map(rfc3339),
+        finished: save.finished_ms.map(rfc3339),
+        version: save.version,
+    }
+}
+
+/// Where the waiting ones of `saves` are in the queue. Without a queue they have no place, and are shown all the same.
+async fn places(app: &App, saves: &[Save]) -> HashMap<JobId, u64> {
+    let waiting: Vec<JobId> = saves
+        .iter()
+        .filter(|save| save.state == State::Queued)
+        .map(|save| save.id)
+        .collect();
+    if waiting.is_empty() {
+        return HashMap::new();
+    }
+    let found = app.queue.places(&waiting).await.unwrap_or_default();
+    waiting
+        .into_iter()
+        .zip(found)
+        .filter_map(|(id, place)| match place {
+            Some(Place::Waiting(before)) => Some((id, before)),
+            _ => None,
+        })
+        .collect()
+}
+
+pub(super) async fn show(app: &App, save: &Save) -> Shown {
+    let places = places(app, std::slice::from_ref(save)).await;
+    shown(save, places.get(&save.id).copied())
+}
+
+/// A save that this caller may see; what is another's is as if it were not there.
+pub(super) async fn get(app: &App, caller: &Caller, id: &str) -> Result<Save, Refusal> {
+    if !caller.administrator {
+        caller.somebody()?;
+    }
+    let found = app.record.save(job(id)?).await?;
+    found
+        .filter(|save| caller.may(&save.user))
+        .ok_or_else(|| Refusal::not_found("there is no such save"))
+}
+
+fn is_text(text: &str, most: usize) -> bool {
+    text.len() <= most && !text.is_empty() && !text.chars().any(char::is_control)
+}
+
+fn check_options(options: &SaveOptions) -> Result<(), Refusal> {
+    if let Some(compression) = &options.compression
+        && !matches!(compression.as_str(), "gzip" | "zstd")
+    {
+        return Err(Refusal::invalid(
+            "options.compression",
+            "compression is gzip or zstd",
+        ));
+    }
+    for (field, patterns, absolute) in [
+        ("options.exclude", &options.exclude, false),
+        ("options.include_volumes", &options.include_volumes, true),
+    ] {
+        if patterns.len() > MAX_PATTERNS {
+            return Err(Refusal::invalid(
+                field,
+                format!("these are more than {MAX_PATTERNS}"),
+            ));
+        }
+        let wrong = |text: &&String| {
+            !is_text(text, MAX_PATTERN)
+                || (absolute && !text.starts_with('/'))
+                || text.starts_with('-')
+        };
+        if patterns.iter().any(|text| wrong(&text)) {
+            return Err(Refusal::invalid(
+                field,
+                format!(
+                    "each is a path{}, of 1 to {MAX_PATTERN} bytes without control characters, not beginning with -",
+                    if absolute { " from /" } else { " or pattern" }
+                ),
+            ));
+        }
+    }
+    let label = |(key, value): (&String, &String)| {
+        let key_is_fine = is_text(key, MAX_LABEL_KEY)
+            && key
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"._-/".contains(&b))
+            && key
+                .bytes()
+                .next()
+                .is_some_and(|b| b.is_ascii_alphanumeric());
+        key_is_fine && value.len() <= MAX_LABEL && !value.contains('\0')
+    };
+    if options.labels.len() > MAX_LABELS || !options.labels.iter().all(label) {
+        return Err(Refusal::invalid(
+            "options.labels",
+            format!(
+                "at most {MAX_LABELS} labels; keys of letters, digits and . _ - / ({MAX_LABEL_KEY} at most), values of \
+                 {MAX_LABEL} bytes at most"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn idempotency(
+    headers: &HeaderMap,
+    caller: &Caller,
+    body: &SaveRequest,
+) -> Result<Option<Request>, Refusal> {
+    let Some(key) = headers.get("idempotency-key") else {
+        return Ok(None);
+    };
+    let key = key
+        .to_str()
+        .ok()
+        .filter(|key| is_text(key, MAX_KEY))
+        .ok_or_else(|| {
+            Refusal::invalid(
+                "Idempotency-Key",
+                format!("a key is 1 to {MAX_KEY} printable ASCII characters"),
+            )
+        })?;
+    let text = serde_json::to_vec(body)
+        .map_err(|_| Refusal::invalid("body", "the body cannot be read"))?;
+    Ok(Some(Request {
+        caller: caller.name.clone(),
+        key: key.to_owned(),
+        hash: hex::encode(Sha256::digest(text)),
+    }))
+}
+
+/// SAVE: accepts a save, which begins when its node has room for it.
+#[utoipa::path(
+    post, path = "/api/v1/saves", tag = "saves",
+    params((
+        "Idempotency-Key" = Option<String>, Header,
+        description = "The same key with the same body is the same request, however often it is sent: 1 to 200 printable \
+                       ASCII characters, remembered for a week"
+    )),
+    request_body = SaveRequest,
+    responses((status = 202, body = Shown, description = "It is written down"), Refusal)
+)]
+pub(super) async fn submit(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    headers: HeaderMap,
+    Body(body): Body<SaveRequest>,
+) -> Result<(StatusCode, Json<Shown>), Refusal> {
+    if !caller.administrator {
+        caller.somebody()?;
+    }
+    let request = idempotency(&headers, &caller, &body)?;
+    let message = body.message.filter(|message| !message.is_empty());
+    if let Some(message) = &message {
+        let printable = |c: char| !c.is_control() || c == '\n' || c == '\t';
+        if message.chars().count() > MAX_MESSAGE || !message.chars().all(printable) {
+            return Err(Refusal::invalid(
+                "message",
+                format!(
+                    "a message has at most {MAX_MESSAGE} characters, and no control characters"
+                ),
+            ));
+        }
+    }
+    check_options(&body.options)?;
+    let now = now_ms();
+    if let Some(request) = &request
+        && let Some(save) = app.record.repeated(request).await?
+    {
+        // The session may have ended since: what was accepted is accepted.
+        return repeated(&app, &caller, save).await;
+    }
+    let sessions = app.inventory.sessions(&app.queue).await?;
+    let session = find(&sessions, &caller, &body.session)?;
+    let user = match (&session.owner, &caller.user) {
+        (Some(owner), _) => owner.clone(),
+        (None, Some(own)) => own.clone(),
+        (None, None) => {
+            return Err(Refusal::forbidden(
+                "nobody owns this session: say in Upperdeck-User, or with the token, whose image it shall be",
+            ));
+        }
+    };
+    let name = body
+        .image
+        .name
+        .clone()
+        .unwrap_or_else(|| suggested_name(session));
+    let tag = body.image.tag.clone().unwrap_or_else(|| suggested_tag(now));
+    let destination = app.options.target.fill(&user, &name, &tag)?;
+    if is_reserved(&tag, &app.options.reserved_tags) {
+        return Err(Refusal::invalid(
+            "image.tag",
+            "this tag is reserved; take another one",
+        ));
+    }
+    app.store.check_room(&user).await?;
+    let save = Save {
+        id: JobId::new(),
+        session: session.id.clone(),
+        session_name: session_name(session),
+        node: session.node.clone(),
+        owner: session.owner.clone().unwrap_or_default(),
+        user,
+        name,
+        tag,
+        destination,
+        message,
+        options: body.options,
+        kind: session.kind,
+        category: session.category,
+        base: session.image.clone(),
+        state: State::Queued,
+        phase: None,
+        attempt: 1,
+        failures: 0,
+        fence: 0,
+        seq: 0,
+        version: 1,
+        progress: None,
+        pause_ms: None,
+        warnings: Vec::new(),
+        result: None,
+        error: None,
+        cancelling: false,
+        caller: caller.name.clone(),
+        created_ms: now,
+        queued_ms: now,
+        not_before_ms: now,
+        started_ms: None,
+        finished_ms: None,
+    };
+    let most = if caller.administrator {
+        Most::default()
+    } else {
+        Most {
+            open: app.options.open_per_user,
+            day: app.options.saves_per_day,
+        }
+    };
+    match app.record.submit(&save, request.as_ref(), most).await? {
+        Submitted::New(save) => {
+            tracing::info!(
+                job = %save.id, user = save.user, node = save.node, target = save.destination, "a save is accepted"
+            );
+            app.metrics.accepted();
+            app.errands.notify_one();
+            Ok((StatusCode::ACCEPTED, Json(show(&app, &save).await)))
+        }
+        Submitted::Repeated(save) => repeated(&app, &caller, *save).await,
+        Submitted::OtherRequest => Err(Refusal::invalid(
+            "Idempotency-Key",
+            "this key was used for another request",
+        )),
+        Submitted::Busy(id) => Err(Refusal::conflict(
+            format!("save {id} of this session is not done"),
+            Some(id),
+        )),
+        Submitted::TagBusy(id) => Err(Refusal::conflict(
+            format!("save {id} is writing to this name and tag"),
+            Some(id),
+        )),
+        Submitted::TooMany(open) => Err(Refusal::too_many(
+            format!("{open} saves of this user are not done; that is as many as may be"),
+            TOO_MANY_S,
+        )),
+        Submitted::TooManyToday(asked) => Err(Refusal::too_many(
+            format!(
+                "{asked} saves of this user were asked for in 24 hours; that is as many as may be"
+            ),
+            TOO_MANY_TODAY_S,
+        )),
+    }
+}
+
+async fn repeated(
+    app: &App,
+    caller: &Caller,
+    save: Save,
+) -> Result<(StatusCode, Json<Shown>), Refusal> {
+    if !caller.may(&save.user) {
+        return Err(Refusal::invalid(
+            "Idempotency-Key",
+            "this key was used for another request",
+        ));
+    }
+    Ok((StatusCode::ACCEPTED, Json(show(app, &save).await)))
+}
+
+/// CHK: a save as it is now.
+#[utoipa::path(
+    get, path = "/api/v1/saves/{id}", tag = "saves",
+    params(("id" = JobId, Path)),
+    responses((status = 200, body = Shown), Refusal)
+)]
+pub(super) async fn check(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Json<Shown>, Refusal> {
+    let save = get(&app, &caller, &id).await?;
+    Ok(Json(show(&app, &save).await))
+}
+
+/// Which part of the history.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct History {
+    /// For administrators: only this user's.
+    user: Option<String>,
+    /// Only those in this state.
+    #[param(inline)]
+    state: Option<StateOrAny>,
+    /// Only those of this session, by its full ID.
+    session: Option<String>,
+    /// What the page before said as `next`.
+    after: Option<String>,
+    /// 1 to 200; 50 when it is not said.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<u32>,
+}
+
+/// A state, or nothing of a form's field.
+#[derive(Clone, Copy, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum StateOrAny {
+    Queued,
+    Assigned,
+    Running,
+    Succeeded,
+    Failed,
+    Cancelled,
+    #[serde(rename = "")]
+    Any,
+}
+
+impl StateOrAny {
+    fn state(self) -> Option<State> {
+        match self {
+            Self::Queued => Some(State::Queued),
+            Self::Assigned => Some(State::Assigned),
+            Self::Running => Some(State::Running),
+            Self::Succeeded => Some(State::Succeeded),
+            Self::Failed => Some(State::Failed),
+            Self::Cancelled => Some(State::Cancelled),
+            Self::Any => None,
+        }
+    }
+}
+
+async fn page(app: &App, filter: Filter, limit: Option<u32>) -> Result<Json<Saves>, Refusal> {
+    let limit = limit.unwrap_or(LIMIT);
+    if !(1..=MAX_LIMIT).contains(&limit) {
+        return Err(Refusal::invalid(
+            "limit",
+            format!("limit is 1 to {MAX_LIMIT}"),
+        ));
+    }
+    let mut saves = app.record.history(&filter, limit + 1).await?;
+    let more = saves.len() > limit as usize;
+    saves.truncate(limit as usize);
+    let places = places(app, &saves).await;
+    let next = saves
+        .last()
+        .filter(|_| more)
+        .map(|save| save.id.to_string());
+    let saves = saves
+        .iter()
+        .map(|save| shown(save, places.get(&save.id).copied()))
+        .collect();
+    Ok(Json(Saves { saves, next }))
+}
+
+fn after(text: Option<&str>) -> Result<Option<JobId>, Refusal> {
+    match text.filter(|text| !text.is_empty()) {
+        None => Ok(None),
+        Some(text) => job(text)
+            .map(Some)
+            .map_err(|_| Refusal::invalid("after", "it is no `next` of an earlier page")),
+    }
+}
+
+/// The history, the latest first.
+#[utoipa::path(
+    get, path = "/api/v1/saves", tag = "saves", params(History),
+    responses((status = 200, body = Saves), Refusal)
+)]
+pub(super) async fn history(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Asked(asked): Asked<History>,
+) -> Result<Json<Saves>, Refusal> {
+    let filter = Filter {
+        user: caller.sees(asked.user.as_deref())?,
+        state: asked.state.and_then(StateOrAny::state),
+        session: asked.session.filter(|session| !session.is_empty()),
+        after: after(asked.after.as_deref())?,
+    };
+    // The driver's text ends at a zero byte, a session's ID has none.
+    if filter.session.as_ref().is_some_and(|id| id.contains('\0')) {
+        return Err(Refusal::invalid("session", "it is no ID of a session"));
+    }
+    if filter.user.as_ref().is_some_and(|user| user.contains('\0')) {
+        return Err(Refusal::invalid("user", "it is no name of a user"));
+    }
+    page(&app, filter, asked.limit).await
+}
+
+/// Cancels a save that waits or runs. Nothing is left in the registry under its tag.
+#[utoipa::path(
+    delete, path = "/api/v1/saves/{id}", tag = "saves",
+    params(("id" = JobId, Path)),
+    responses(
+        (status = 200, body = Shown, description = "It is cancelled"),
+        (status = 202, body = Shown, description = "Its agent is told, and will end it"),
+        Refusal
+    )
+)]
+pub(super) async fn cancel(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<(StatusCode, Json<Shown>), Refusal> {
+    let save = get(&app, &caller, &id).await?;
+    let gone = || Refusal::not_found("there is no such save");
+    let wanted = app
+        .record
+        .change(save.id, &caller.name, |draft| draft.want_end(&caller.name))
+        .await?
+        .ok_or_else(gone)?;
+    let (mut save, wanted) = wanted;
+    if !wanted {
+        if save.state == State::Cancelled {
+            return Ok((StatusCode::OK, Json(show(&app, &save).await)));
+        }
+        return Err(too_late("it has ended already"));
+    }
+    app.hub.touch(&[save.id]);
+    // Written down: if the queue is away, whoever takes the errand tells it.
+    match app.queue.withdraw(save.id).await {
+        Ok(Withdrawn::TooLate) => {
+            app.record
+                .change(save.id, &caller.name, Draft::too_late_to_end)
+                .await?;
+            app.hub.touch(&[save.id]);
+            return Err(too_late("its tag is being put on at this moment"));
+        }
+        Ok(Withdrawn::Taken) => {
+            save = end(&app, &save, &caller.name).await?.unwrap_or(save);
+        }
+        Ok(Withdrawn::Unknown) if save.state == State::Queued => {
+            save = end(&app, &save, &caller.name).await?.unwrap_or(save);
+        }
+        Ok(Withdrawn::Told | Withdrawn::Unknown) => {}
+        Err(error) => {
+            tracing::warn!(job = %save.id, error = %error, "the queue hears of a cancellation later");
+        }
+    }
+    app.hub.touch(&[save.id]);
+    let status = if save.state.is_final() {
+        StatusCode::OK
+    } else {
+        StatusCode::ACCEPTED
+    };
+    Ok((status, Json(show(&app, &save).await)))
+}
+
+async fn end(app: &App, save: &Save, actor: &str) -> Result<Option<Save>, Refusal> {
+    let ended = app
+        .record
+        .change(save.id, actor, |draft| {
+            if draft.save().cancelling {
+                draft.end("");
+            }
+        })
+        .await?;
+    let Some((ended, ())) = ended else {
+        return Ok(None);
+    };
+    if ended.state.is_final() && !save.state.is_final() {
+        app.metrics.ended(&ended);
+    }
+    Ok(Some(ended))
+}
+
+fn too_late(why: &str) -> Refusal {
+    Refusal::new(
+        StatusCode::CONFLICT,
+        "too_late",
+        format!("this save cannot be cancelled any more: {why}"),
+    )
+}
+
+/// Which part of the dead letters.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct DeadLetters {
+    /// What the page before said as `next`.
+    after: Option<String>,
+    /// 1 to 200; 50 when it is not said.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<u32>,
+}
+
+/// The saves that failed for good, the latest first, for administrators: each can be tried again.
+#[utoipa::path(
+    get, path = "/api/v1/dead", tag = "operations", params(DeadLetters),
+    responses((status = 200, body = Saves), Refusal)
+)]
+pub(super) async fn dead(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Asked(asked): Asked<DeadLetters>,
+) -> Result<Json<Saves>, Refusal> {
+    caller.administrator()?;
+    let filter = Filter {
+        state: Some(State::Failed),
+        after: after(asked.after.as_deref())?,
+        ..Filter::default()
+    };
+    page(&app, filter, asked.limit).await
+}
+
+/// Tries a save that failed again, for administrators.
+#[utoipa::path(
+    post, path = "/api/v1/saves/{id}/requeue", tag = "operations",
+    params(("id" = JobId, Path)),
+    responses((status = 202, body = Shown), Refusal)
+)]
+pub(super) async fn requeue(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<(StatusCode, Json<Shown>), Refusal> {
+    caller.administrator()?;
+    let changed = app
+        .record
+        .change(job(&id)?, &caller.name, |draft| draft.requeue(&caller.name))
+        .await?;
+    let (save, begun) = changed.ok_or_else(|| Refusal::not_found("there is no such save"))?;
+    if !begun {
+        return Err(Refusal::conflict(
+            format!("it has not failed, it is {}", save.state.name()),
+            None,
+        ));
+    }
+    app.hub.touch(&[save.id]);
+    app.errands.notify_one();
+    Ok((StatusCode::ACCEPTED, Json(show(&app, &save).await)))
+}
+
+/// Every transition of a save, for administrators.
+#[utoipa::path(
+    get, path = "/api/v1/saves/{id}/audit", tag = "operations",
+    params(("id" = JobId, Path)),
+    responses((status = 200, body = Audit), Refusal)
+)]
+pub(super) async fn audit(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Json<Audit>, Refusal> {
+    caller.administrator()?;
+    let lines = app.record.audit(job(&id)?).await?;
+    if lines.is_empty() {
+        return Err(Refusal::not_found("there is no such save"));
+    }
+    let transitions = lines
+        .into_iter()
+        .map(|line| AuditLine {
+            version: line.version,
+            at: rfc3339(line.at_ms),
+            from: line.from,
+            to: line.to,
+            attempt: line.attempt,
+            fence: line.fence,
+            actor: line.actor,
+            detail: line.detail,
+        })
+        .collect();
+    Ok(Json(Audit { transitions }))
+}

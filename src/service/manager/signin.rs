@@ -1,0 +1,121 @@
+//! Signing in and out with a browser.
+//!
+//! The page shows a token once and gets a cookie and a key of its own for it; both are values that the record knows by their
+//! digests, and that mean nothing anywhere else. Only a page of ours can do so, with a token in a header: no link and no
+//! form of another page signs anyone in or out.
+
+use axum::Json;
+use axum::extract::{ConnectInfo, FromRequest as _, Request, State as Extracted};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
+
+use super::App;
+use super::auth::{Role, digest, secret};
+use super::input::{Body, Peer};
+use super::refusal::Refusal;
+use super::shape::{SignIn as Asked, SignedIn};
+use super::time::rfc3339;
+use crate::service::job::now_ms;
+use crate::service::record::SignIn;
+
+/// A sign-in holds for so long, and not longer than its token.
+const HOLDS_MS: i64 = 7 * 24 * 3600 * 1000;
+/// Of each caller; the oldest gives way.
+const MOST: u32 = 20;
+
+/// Signs a browser in: takes the token of the `Authorization` header, sets a cookie, and says the key that the page has to
+/// send with it.
+#[utoipa::path(
+    post, path = "/api/v1/signin", tag = "sessions", security(("token" = [])),
+    request_body = Asked,
+    responses(
+        (status = 200, body = SignedIn, description = "With a Set-Cookie header. The key goes into the Upperdeck-Page header"),
+        (status = 409, description = "Another user is signed in, or a proxy says who the user is: `conflict`"),
+        Refusal
+    )
+)]
+pub(super) async fn sign_in(
+    Extracted(app): Extracted<App>,
+    ConnectInfo(Peer(peer)): ConnectInfo<Peer>,
+    request: Request,
+) -> Result<Response, Refusal> {
+    let headers = request.headers().clone();
+    app.gate.own_request(&headers)?;
+    let bearer = app.gate.bearer(&headers).await?;
+    app.rates.take(&bearer.caller.name)?;
+    // Only now: who has no token is not listened to any longer.
+    let Body(asked) = Body::<Asked>::from_request(request, &app).await?;
+    if bearer.role == Role::Portal {
+        return Err(Refusal::forbidden(
+            "this token acts for users: it is for programs, not to sign in with",
+        ));
+    }
+    if let Ok(Some(_)) = app.gate.by_proxy(&headers, peer) {
+        return Err(Refusal::conflict(
+            "the gate in front of this page says who you are; no token does",
+            None,
+        ));
+    }
+    let now = now_ms();
+    if let Some((before, _, caller)) = app.gate.signed_in(&headers).await? {
+        if caller.name != bearer.caller.name && !asked.replace {
+            return Err(Refusal::conflict(
+                format!(
+                    "{} is signed in here; say that you want to replace that",
+                    caller.user.as_deref().unwrap_or("an administrator")
+                ),
+                None,
+            ));
+        }
+        app.record.sign_out(&before.cookie).await?;
+    }
+    let (cookie, key) = (secret(), secret());
+    let ends = now.saturating_add(HOLDS_MS);
+    let ends = bearer.expires_ms.map_or(ends, |token| ends.min(token));
+    let user = bearer.caller.user.clone().unwrap_or_default();
+    let new = SignIn {
+        cookie: digest(&cookie),
+        page: digest(&key),
+        caller: bearer.caller.name.clone(),
+        basis: bearer.basis,
+        user: user.clone(),
+        administrator: bearer.caller.administrator,
+        expires_ms: ends,
+    };
+    app.record.sign_in(&new, now, MOST).await?;
+    tracing::info!(caller = bearer.caller.name, "signed in");
+    let body = SignedIn {
+        user,
+        administrator: bearer.caller.administrator,
+        key: key.to_string(),
+        expires: rfc3339(ends),
+    };
+    let mut response = Json(body).into_response();
+    set_cookie(&app, &mut response, &cookie, (ends - now).max(0) / 1000);
+    Ok(response)
+}
+
+/// Signs the browser out: its cookie holds nowhere any more.
+#[utoipa::path(
+    delete, path = "/api/v1/signin", tag = "sessions", security(("cookie" = [])),
+    responses((status = 204, description = "Nobody is signed in by this cookie any more"), Refusal)
+)]
+pub(super) async fn sign_out(
+    Extracted(app): Extracted<App>,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    app.gate.own_request(&headers)?;
+    if let Some((found, _, caller)) = app.gate.signed_in(&headers).await? {
+        app.record.sign_out(&found.cookie).await?;
+        tracing::info!(caller = caller.name, "signed out");
+    }
+    let mut response = StatusCode::NO_CONTENT.into_response();
+    set_cookie(&app, &mut response, "", 0);
+    Ok(response)
+}
+
+fn set_cookie(app: &App, response: &mut Response, value: &str, seconds: i64) {
+    if let Ok(cookie) = HeaderValue::from_str(&app.gate.cookie.set(value, seconds)) {
+        response.headers_mut().insert(header::SET_COOKIE, cookie);
+    }
+}

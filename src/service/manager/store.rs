@@ -1,0 +1,579 @@
+//! LIST and DEL: the images of users, as the registry has them and as the record remembers them.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::extract::State as Extracted;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use serde::Deserialize;
+use tokio::sync::Mutex;
+use utoipa::{IntoParams, ToSchema};
+
+use super::App;
+use super::auth::Caller;
+use super::input::{Asked, Path};
+use super::refusal::Refusal;
+use super::shape::{Deleted, ImageTag, ImageView, Images as Shown, Quota};
+use super::target::Template;
+use super::time::rfc3339;
+use crate::service::job::Category;
+use crate::service::record::Save;
+use crate::store::harbor::Room;
+use crate::store::images::{
+    self, ImageEntry, Images, LayoutImages, MAX_PAGE_SIZE, Query, Sort, Which,
+};
+use crate::store::layout::Directory;
+use crate::store::registry::{Access, Registries};
+
+/// A registry's connections, tokens and budget of repetitions are used for so long.
+const OPENED_FOR: Duration = Duration::from_secs(600);
+/// A list is that old at most: pages turn without asking the registry again.
+const LIST_FOR: Duration = Duration::from_secs(5);
+const ROOM_FOR: Duration = Duration::from_secs(15);
+/// A registry that is slower does not hold up the acceptance of a save.
+const ROOM_PATIENCE: Duration = Duration::from_secs(3);
+/// A list of images that takes longer is given up.
+const LIST_PATIENCE: Duration = Duration::from_secs(30);
+const MAX_LISTS: usize = 1000;
+/// Repositories read at once.
+const AT_ONCE: usize = 4;
+/// What no user has so many of.
+const MAX_REPOSITORIES: usize = 2000;
+const MAX_SEARCH: usize = 100;
+
+type Lists = HashMap<Option<String>, (Instant, Arc<Vec<Found>>)>;
+
+/// The place where images go.
+pub(super) struct Store {
+    template: Template,
+    access: Access,
+    opened: Mutex<Option<(Instant, Arc<dyn Images>)>>,
+    lists: Mutex<Lists>,
+    rooms: Mutex<HashMap<String, (Instant, Option<Room>)>>,
+}
+
+/// An image in it.
+struct Found {
+    user: String,
+    name: String,
+    repository: String,
+    pulls: Option<u64>,
+    entry: ImageEntry,
+}
+
+impl Store {
+    pub(super) fn new(template: Template, access: Access) -> Self {
+        Self {
+            template,
+            access,
+            opened: Mutex::default(),
+            lists: Mutex::default(),
+            rooms: Mutex::default(),
+        }
+    }
+
+    async fn registry(&self) -> Result<Arc<dyn Images>, images::Error> {
+        let mut opened = self.opened.lock().await;
+        if let Some((at, images)) = &*opened
+            && at.elapsed() < OPENED_FOR
+        {
+            return Ok(images.clone());
+        }
+        let registries = Registries::new(self.access.clone());
+        let place = self.template.place(None);
+        let images: Arc<dyn Images> = place.open(&registries).await?.into();
+        *opened = Some((Instant::now(), images.clone()));
+        Ok(images)
+    }
+
+    /// What has failed may have used up what repetitions a registry gets.
+    async fn forget_registry(&self) {
+        *self.opened.lock().await = None;
+    }
+
+    async fn list(&self, user: Option<&str>) -> Result<Arc<Vec<Found>>, Refusal> {
+        let key = user.map(str::to_owned);
+        if let Some((at, found)) = self.lists.lock().await.get(&key)
+            && at.elapsed() < LIST_FOR
+        {
+            return Ok(found.clone());
+        }
+        let reading = async {
+            if self.template.is_layout() {
+                self.list_layouts(user).await
+            } else {
+                self.list_registry(user).await
+            }
+        };
+        let found = match tokio::time::timeout(LIST_PATIENCE, reading).await {
+            Ok(Ok(found)) => Arc::new(found),
+            Ok(Err(error)) => {
+                self.forget_registry().await;
+                return Err(error.into());
+            }
+            Err(_) => {
+                self.forget_registry().await;
+                return Err(Refusal::unavailable(
+                    "the registry takes too long to list its images",
+                ));
+            }
+        };
+        let mut lists = self.lists.lock().await;
+        if lists.len() >= MAX_LISTS {
+            lists.clear();
+        }
+        lists.insert(key, (Instant::now(), found.clone()));
+        Ok(found)
+    }
+
+    async fn list_layouts(&self, user: Option<&str>) -> Result<Vec<Found>, images::Error> {
+        let (template, user) = (self.template.clone(), user.map(str::to_owned));
+        let layouts = tokio::task::spawn_blocking(move || template.layouts(user.as_deref()))
+            .await
+            .map_err(|_| images::Error::Ended)?
+            .map_err(|error| images::Error::Place {
+                text: self.template.to_string(),
+                reason: error.to_string(),
+            })?;
+        let mut found = Vec::new();
+        for (dir, user, name) in layouts {
+            let images = LayoutImages::new(Directory::new(&dir));
+            let entries = all_images(&images, "").await?;
+            let repository = format!("oci:{}", dir.display());
+            found.extend(entries.into_iter().map(|entry| Found {
+                user: user.clone(),
+                name: name.clone(),
+                repository: repository.clone(),
+                pulls: None,
+                entry,
+            }));
+        }
+        Ok(found)
+    }
+
+    async fn list_registry(&self, user: Option<&str>) -> Result<Vec<Found>, images::Error> {
+        let images = self.registry().await?;
+        let Ok(prefix) = self.template.prefix(user) else {
+            return Ok(Vec::new());
+        };
+        let mut repositories = Vec::new();
+        let mut query = Query {
+            sort: Sort::Name,
+            page_size: MAX_PAGE_SIZE,
+            ..Query::default()
+        };
+        loop {
+            let page = match images.repositories(&prefix, &query).await {
+                Ok(page) => page,
+                // A project of nobody's yet.
+                Err(images::Error::NotThere(_)) => break,
+                Err(error) => return Err(error),
+            };
+            let read = page.items.len();
+            repositories.extend(page.items.into_iter().filter_map(|entry| {
+                let (of, name) = self.template.parse_path(&entry.name)?;
+                (user.is_none() || user == Some(of.as_str())).then_some((of, name, entry))
+            }));
+            if read < MAX_PAGE_SIZE as usize || repositories.len() >= MAX_REPOSITORIES {
+                break;
+            }
+            query.page += 1;
+        }
+        let host = self.template.host().unwrap_or_default();
+        let reading = repositories.into_iter().map(|(user, name, repository)| {
+            let images = images.clone();
+            async move {
+                let entries = match all_images(&*images, &repository.name).await {
+                    Ok(entries) => entries,
+                    // Gone since it was listed.
+                    Err(images::Error::NotThere(_)) => Vec::new(),
+                    Err(error) => return Err(error),
+                };
+                let found = entries.into_iter().map(|entry| Found {
+                    user: user.clone(),
+                    name: name.clone(),
+                    repository: format!("{host}/{}", repository.name),
+                    pulls: repository.pulls,
+                    entry,
+                });
+                Ok(found.collect::<Vec<_>>())
+            }
+        });
+        let found: Vec<Vec<Found>> = futures_util::stream::iter(reading.collect::<Vec<_>>())
+            .buffered(AT_ONCE)
+            .try_collect()
+            .await?;
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    /// A user's images may have changed.
+    pub(super) async fn forget(&self, user: &str) {
+        let mut lists = self.lists.lock().await;
+        lists.remove(&Some(user.to_owned()));
+        lists.remove(&None);
+        drop(lists);
+        self.rooms.lock().await.clear();
+    }
+
+    async fn remove(&self, user: &str, name: &str, tag: &str) -> Result<images::Removed, Refusal> {
+        let which = Which::Tag(tag.to_owned());
+        let path = self.template.path(user, name)?;
+        let removed = if self.template.is_layout() {
+            let dir = PathBuf::from(format!("/{path}"));
+            if !dir.join("index.json").exists() {
+                return Err(Refusal::not_found(format!("{name}:{tag} is not there")));
+            }
+            LayoutImages::new(Directory::new(dir))
+                .remove("", &which, false)
+                .await
+        } else {
+            match self.registry().await {
+                Ok(images) => images.remove(&path, &which, false).await,
+                Err(error) => Err(error),
+            }
+        };
+        if removed.as_ref().is_err_and(images::Error::retryable) {
+            self.forget_registry().await;
+        }
+        Ok(removed?)
+    }
+
+    /// What the place of a user's images may hold.
+    async fn room(&self, user: &str) -> Result<(String, Option<Room>), Refusal> {
+        let path = self.template.path(user, "x")?;
+        let scope = match (self.template.host(), path.split('/').next()) {
+            (Some(host), Some(project)) => format!("{host}/{project}"),
+            _ => self
+                .template
+                .prefix(None)
+                .map_or_else(|_| "the directory".to_owned(), |dir| format!("oci:{dir}")),
+        };
+        if self.template.is_layout() {
+            return Ok((scope, None));
+        }
+        if let Some((at, room)) = self.rooms.lock().await.get(&scope)
+            && at.elapsed() < ROOM_FOR
+        {
+            return Ok((scope, *room));
+        }
+        let room = match self.registry().await {
+            Ok(images) => images.room(&path).await,
+            Err(error) => Err(error),
+        };
+        if room.is_err() {
+            self.forget_registry().await;
+        }
+        let room = room?;
+        let mut rooms = self.rooms.lock().await;
+        if rooms.len() >= MAX_LISTS {
+            rooms.clear();
+        }
+        rooms.insert(scope.clone(), (Instant::now(), room));
+        Ok((scope, room))
+    }
+
+    /// Refuses what cannot fit, where the registry says so in time.
+    pub(super) async fn check_room(&self, user: &str) -> Result<(), Refusal> {
+        let asked = tokio::time::timeout(ROOM_PATIENCE, self.room(user)).await;
+        let Ok(Ok((scope, Some(room)))) = asked else {
+            return Ok(());
+        };
+        if room.free() > 0 {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            axum::http::StatusCode::FORBIDDEN,
+            "quota_exceeded",
+            format!(
+                "{scope} is full: {} of {} bytes are used; delete images that are not needed any more",
+                room.used, room.limit
+            ),
+        ))
+    }
+}
+
+async fn all_images(
+    images: &dyn Images,
+    repository: &str,
+) -> Result<Vec<ImageEntry>, images::Error> {
+    let mut all = Vec::new();
+    let mut query = Query {
+        page_size: MAX_PAGE_SIZE,
+        ..Query::default()
+    };
+    loop {
+        let page = images.images(repository, &query).await?;
+        let last = page.items.len() < MAX_PAGE_SIZE as usize;
+        all.extend(page.items);
+        if last {
+            return Ok(all);
+        }
+        query.page += 1;
+    }
+}
+
+/// In which order.
+#[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum Order {
+    /// The latest first.
+    #[default]
+    Updated,
+    /// By name.
+    Name,
+    /// The largest first.
+    Size,
+}
+
+/// One of two, or nothing of a form's field.
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum CategoryOrAny {
+    Cpu,
+    Gpu,
+    #[serde(rename = "")]
+    Any,
+}
+
+/// Which part of the images.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ImagesAsked {
+    /// For administrators: only this user's.
+    user: Option<String>,
+    /// Only what has this in its name, a tag or its message; at most 100 characters.
+    search: Option<String>,
+    #[param(inline)]
+    sort: Option<Order>,
+    /// Only what was saved from such sessions.
+    #[param(inline)]
+    category: Option<CategoryOrAny>,
+    /// From 1.
+    #[param(minimum = 1, maximum = 100_000)]
+    page: Option<u32>,
+    /// 1 to 100; 50 when it is not said.
+    #[param(minimum = 1, maximum = 100)]
+    page_size: Option<u32>,
+}
+
+fn view(found: &Found, saves: &HashMap<(&str, &str, String), &Save>) -> ImageView {
+    let entry = &found.entry;
+    let digest = entry.digest.to_string();
+    let save = saves
+        .get(&(found.user.as_str(), found.name.as_str(), digest.clone()))
+        .copied();
+    let result = save.and_then(|save| save.result.as_ref());
+    let label = |name: &str| {
+        entry
+            .annotations
+            .get(name)
+            .or_else(|| entry.labels.get(name))
+            .cloned()
+    };
+    let saved = save.and_then(|save| save.finished_ms).map(rfc3339);
+    ImageView {
+        user: found.user.clone(),
+        name: found.name.clone(),
+        tags: entry
+            .tags
+            .iter()
+            .map(|tag| ImageTag {
+                name: tag.clone(),
+                reference: format!("{}:{tag}", found.repository),
+                immutable: entry.immutable.contains(tag),
+            })
+            .collect(),
+        repository: found.repository.clone(),
+        size: entry.size,
+        category: save.map(|save| save.category),
+        kind: save.map(|save| save.kind),
+        base: result
+            .and_then(|saved| saved.base_name.clone())
+            .or_else(|| label("org.opencontainers.image.base.name")),
+        pulls: found.pulls,
+        changed: entry
+            .pushed
+            .clone()
+            .or(saved)
+            .or_else(|| entry.created.clone()),
+        message: save.and_then(|save| save.message.clone()),
+        session_name: save.map(|save| save.session_name.clone()),
+        save: save.map(|save| save.id),
+        digest,
+    }
+}
+
+/// LIST: the caller's images; administrators see all.
+#[utoipa::path(
+    get, path = "/api/v1/images", tag = "images", params(ImagesAsked),
+    responses((status = 200, body = Shown), Refusal)
+)]
+pub(super) async fn images(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Asked(asked): Asked<ImagesAsked>,
+) -> Result<Json<Shown>, Refusal> {
+    let (page, page_size) = (asked.page.unwrap_or(1), asked.page_size.unwrap_or(50));
+    if !(1..=100_000).contains(&page) {
+        return Err(Refusal::invalid(
+            "page",
+            "pages are counted from 1 to 100,000",
+        ));
+    }
+    if !(1..=MAX_PAGE_SIZE).contains(&page_size) {
+        return Err(Refusal::invalid(
+            "page_size",
+            format!("page_size is 1 to {MAX_PAGE_SIZE}"),
+        ));
+    }
+    let search = asked
+        .search
+        .as_deref()
+        .unwrap_or_default()
+        .trim()
+        .to_lowercase();
+    if search.chars().count() > MAX_SEARCH {
+        return Err(Refusal::invalid(
+            "search",
+            format!("at most {MAX_SEARCH} characters are searched for"),
+        ));
+    }
+    let user = caller.sees(asked.user.as_deref())?;
+    if let Some(user) = &user {
+        super::target::component(user)?;
+    }
+    let found = app.store.list(user.as_deref()).await?;
+    let saved = app.record.saved(user.as_deref()).await?;
+    let mut saves = HashMap::new();
+    // The latest first: of several that made the same image, the first one told its story.
+    for save in &saved {
+        if let Some(result) = &save.result {
+            saves.insert(
+                (
+                    save.user.as_str(),
+                    save.name.as_str(),
+                    result.digest.clone(),
+                ),
+                save,
+            );
+        }
+    }
+    let mut views: Vec<ImageView> = found.iter().map(|found| view(found, &saves)).collect();
+    let category = match asked.category {
+        Some(CategoryOrAny::Cpu) => Some(Category::Cpu),
+        Some(CategoryOrAny::Gpu) => Some(Category::Gpu),
+        _ => None,
+    };
+    views.retain(|view| {
+        let has = |text: &str| text.to_lowercase().contains(&search);
+        let text = search.is_empty()
+            || has(&view.name)
+            || view.tags.iter().any(|tag| has(&tag.name))
+            || view.message.as_deref().is_some_and(has);
+        text && (category.is_none() || view.category == category)
+    });
+    match asked.sort.unwrap_or_default() {
+        Order::Updated => views.sort_by(|a, b| b.changed.cmp(&a.changed).then(a.name.cmp(&b.name))),
+        Order::Name => views.sort_by(|a, b| {
+            let key = |view: &ImageView| (view.name.clone(), view.user.clone());
+            key(a).cmp(&key(b)).then(b.changed.cmp(&a.changed))
+        }),
+        Order::Size => views.sort_by_key(|view| std::cmp::Reverse(view.size)),
+    }
+    let total = views.len() as u64;
+    let first = (page as usize - 1) * page_size as usize;
+    let images = views
+        .into_iter()
+        .skip(first)
+        .take(page_size as usize)
+        .collect();
+    Ok(Json(Shown {
+        images,
+        total,
+        page,
+        page_size,
+    }))
+}
+
+/// Whose image is meant.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Whose {
+    /// For administrators: the user, when it is not their own.
+    user: Option<String>,
+}
+
+fn owner(caller: &Caller, asked: Option<&str>) -> Result<String, Refusal> {
+    match caller.sees(asked)? {
+        Some(user) => Ok(user),
+        None => caller
+            .somebody()
+            .map(str::to_owned)
+            .map_err(|_| Refusal::invalid("user", "whose? say ?user=NAME")),
+    }
+}
+
+/// DEL: takes a tag away, and the image when it was its last one.
+#[utoipa::path(
+    delete, path = "/api/v1/images/{name}/tags/{tag}", tag = "images",
+    params(
+        ("name" = String, Path, description = "The image's name"),
+        ("tag" = String, Path, description = "The tag"),
+        Whose
+    ),
+    responses((status = 200, body = Deleted), Refusal)
+)]
+pub(super) async fn delete(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Path((name, tag)): Path<(String, String)>,
+    Asked(asked): Asked<Whose>,
+) -> Result<Json<Deleted>, Refusal> {
+    let user = owner(&caller, asked.user.as_deref())?;
+    let destination = app.options.target.fill(&user, &name, &tag)?;
+    if let Some(save) = app.record.writing_to(&destination).await? {
+        return Err(Refusal::conflict(
+            format!("save {save} is writing to this name and tag"),
+            Some(save),
+        ));
+    }
+    let removed = app.store.remove(&user, &name, &tag).await;
+    app.store.forget(&user).await;
+    let removed = removed?;
+    tracing::info!(
+        caller = caller.name, image = destination, digest = %removed.digest,
+        image.deleted = removed.image_deleted, "a tag is deleted"
+    );
+    app.metrics.deleted();
+    Ok(Json(Deleted {
+        tags: removed.tags,
+        digest: removed.digest.to_string(),
+        image_deleted: removed.image_deleted,
+        kept: removed.kept,
+        space: removed.space.to_owned(),
+    }))
+}
+
+/// What the place of the caller's images may hold, and holds.
+#[utoipa::path(
+    get, path = "/api/v1/quota", tag = "images", params(Whose),
+    responses((status = 200, body = Quota), Refusal)
+)]
+pub(super) async fn quota(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Asked(asked): Asked<Whose>,
+) -> Result<Json<Quota>, Refusal> {
+    let user = owner(&caller, asked.user.as_deref())?;
+    let (scope, room) = app.store.room(&user).await?;
+    Ok(Json(Quota {
+        used: room.map(|room| room.used),
+        hard: room.map(|room| room.limit),
+        scope,
+    }))
+}

@@ -1,0 +1,94 @@
+//! What a manager does by itself: it takes in what agents say (`hear`), answers what they ask
+//! (`words`), does the errands to the queue (`errands`), compares record and queue (`reconcile`), and forgets what is old.
+//! Several managers do it at once: every change is written over the version it was made from.
+
+mod errands;
+mod hear;
+mod reconcile;
+mod words;
+
+use std::future::Future;
+use std::time::Duration;
+
+use errands::errands;
+use hear::hear;
+use reconcile::reconcile;
+
+use super::App;
+use crate::service::queue;
+use crate::service::record;
+
+/// Errands are looked for so often, and at once after this manager's own.
+const ERRANDS_EVERY: Duration = Duration::from_secs(1);
+/// After an error: the record or the queue is away.
+const PAUSE: Duration = Duration::from_secs(1);
+const FORGET_EVERY: Duration = Duration::from_secs(600);
+const MEASURE_EVERY: Duration = Duration::from_secs(10);
+
+/// Why a round of background work ended early. The next one begins anew.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Record(#[from] record::Error),
+    #[error(transparent)]
+    Queue(#[from] queue::Error),
+}
+
+/// Works until the manager is told to end. What breaks off leaves nothing half done: each step is one transaction, and
+/// whoever comes next takes it up.
+pub(super) async fn run(app: App) {
+    tokio::join!(
+        hear(&app),
+        rounds(&app, "errands", ERRANDS_EVERY, true, || errands(&app)),
+        reconcile(&app),
+        words::answer(&app),
+        rounds(&app, "forget", FORGET_EVERY, false, || forget(&app)),
+        rounds(&app, "measure", MEASURE_EVERY, false, || measure(&app)),
+        app.hub.run(
+            &app.record,
+            &app.queue,
+            app.options.watch_every,
+            &app.cancel
+        ),
+    );
+}
+
+/// Does something again and again; also when there are errands, if it is `woken`.
+async fn rounds<F: Future<Output = Result<(), Trouble>>>(
+    app: &App,
+    task: &'static str,
+    every: Duration,
+    woken: bool,
+    mut round: impl FnMut() -> F,
+) {
+    loop {
+        if let Err(error) = round().await {
+            tracing::warn!(task, error = %error, "a round of background work failed");
+            app.metrics.error(task);
+        }
+        tokio::select! {
+            _ = app.cancel.cancelled() => return,
+            () = tokio::time::sleep(every) => {}
+            () = app.errands.notified(), if woken => {}
+        }
+    }
+}
+
+async fn forget(app: &App) -> Result<(), Trouble> {
+    let gone = app.record.forget(app.options.retention).await?;
+    if gone > 0 {
+        tracing::info!(saves = gone, "old saves are forgotten");
+    }
+    Ok(())
+}
+
+async fn measure(app: &App) -> Result<(), Trouble> {
+    app.metrics.record(&app.record.counts().await?);
+    let depth = app.queue.depth().await;
+    app.metrics.queue(depth.as_ref().ok().copied());
+    let nodes = app.inventory.nodes(&app.queue).await?;
+    let alive = nodes.iter().filter(|node| node.is_alive()).count();
+    app.metrics.nodes(alive, nodes.len() - alive);
+    depth?;
+    Ok(())
+}

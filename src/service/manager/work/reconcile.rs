@@ -1,0 +1,398 @@
+//! Record and queue compared, again and again: what one of them lost is put right once it was seen to stay so.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::Trouble;
+use crate::service::job::{Code, JobId, State, now_ms};
+use crate::service::manager::App;
+use crate::service::queue::Place;
+use crate::service::record::Standing;
+
+/// Saves compared in one question.
+const COMPARED: u32 = 500;
+/// A queue that has not answered for so long, and two rounds more, was away.
+const DEAF: Duration = Duration::from_secs(2);
+/// What the queue does not know although reports wait to be taken is not lost before this.
+const REPORTS_PATIENCE: Duration = Duration::from_secs(120);
+/// An agent that was told to stop is told again.
+const REMIND_EVERY: Duration = Duration::from_secs(30);
+
+/// What is wrong between the record and the queue about a save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wrong {
+    /// The queue does not know it.
+    Unknown,
+    /// An agent had it, and does not renew its claim.
+    NoLease,
+    /// Its end is wanted, and it goes on.
+    GoesOn,
+}
+
+/// What is to be done about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Remedy {
+    OfferAgain,
+    LoseLease,
+    End,
+    Remind,
+    GiveUp(Code),
+}
+
+/// How a save and its surroundings look.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    /// What is wrong, and for how long with the same version of the save.
+    wrong: Option<(Wrong, Duration)>,
+    /// Whether reports wait that may explain it.
+    reports_wait: bool,
+    /// Whether the node has not been heard of for too long.
+    node_lost: bool,
+    /// For how long it has been waiting.
+    waiting: Duration,
+}
+
+fn wrong(save: &Standing, place: Option<Place>) -> Option<Wrong> {
+    match place {
+        None => Some(Wrong::Unknown),
+        Some(Place::Held { lease_ms: 0 }) => Some(Wrong::NoLease),
+        Some(_) if save.cancelling => Some(Wrong::GoesOn),
+        Some(_) => None,
+    }
+}
+
+/// Decides from what was seen twice: what a look between two steps of somebody else shows is gone at the next one.
+fn remedy(save: &Standing, look: &Look, every: Duration, expiry: Duration) -> Option<Remedy> {
+    let settled = |for_so_long: Duration| {
+        for_so_long >= every && (!look.reports_wait || for_so_long >= REPORTS_PATIENCE)
+    };
+    match look.wrong {
+        Some((Wrong::Unknown, time)) if settled(time) => {
+            if save.cancelling {
+                return Some(Remedy::End);
+            }
+            if look.node_lost {
+                return Some(Remedy::GiveUp(Code::NodeLost));
+            }
+            return Some(Remedy::OfferAgain);
+        }
+        Some((Wrong::NoLease, time)) if settled(time) => {
+            if look.node_lost {
+                return Some(Remedy::GiveUp(Code::NodeLost));
+            }
+            if save.state != State::Queued {
+                return Some(Remedy::LoseLease);
+            }
+        }
+        Some((Wrong::GoesOn, time)) if time >= REMIND_EVERY => return Some(Remedy::Remind),
+        _ => {}
+    }
+    if save.state == State::Queued && look.wrong.is_none() {
+        if look.node_lost {
+            return Some(Remedy::GiveUp(Code::NodeLost));
+        }
+        if look.waiting >= expiry {
+            return Some(Remedy::GiveUp(Code::TimedOut));
+        }
+    }
+    None
+}
+
+/// When each node was heard of last, by this manager's clock: those of the nodes may go wrong.
+#[derive(Default)]
+struct Heard {
+    nodes: HashMap<String, (i64, Instant)>,
+    listened: Option<Instant>,
+}
+
+impl Heard {
+    /// The queue answers. While it did not, nobody could be heard: that time is no node's fault, and after it each has
+    /// to be there again only as if it had been heard of now.
+    fn listen(&mut self, patience: Duration) {
+        let now = Instant::now();
+        let deaf = self
+            .listened
+            .is_none_or(|at| now.duration_since(at) > patience);
+        self.listened = Some(now);
+        if deaf {
+            for heard in self.nodes.values_mut() {
+                heard.1 = now;
+            }
+        }
+    }
+
+    fn hear(&mut self, name: &str, at_ms: i64) {
+        let now = Instant::now();
+        let heard = self.nodes.entry(name.to_owned()).or_insert((at_ms, now));
+        if heard.0 != at_ms {
+            *heard = (at_ms, now);
+        }
+    }
+
+    /// A node that was never heard of is so from now on.
+    fn silent_for(&mut self, name: &str) -> Duration {
+        let now = Instant::now();
+        let heard = self.nodes.entry(name.to_owned()).or_insert((0, now));
+        now.duration_since(heard.1)
+    }
+}
+
+type Seen = HashMap<JobId, (u64, Wrong, Instant)>;
+
+/// Compares the record with the queue, again and again.
+pub(super) async fn reconcile(app: &App) {
+    let mut seen = Seen::new();
+    let mut heard = Heard::default();
+    loop {
+        match compare(app, std::mem::take(&mut seen), &mut heard).await {
+            Ok(now) => seen = now,
+            Err(error) => {
+                tracing::warn!(task = "reconcile", error = %error, "record and queue cannot be compared");
+                app.metrics.error("reconcile");
+            }
+        }
+        tokio::select! {
+            _ = app.cancel.cancelled() => return,
+            () = tokio::time::sleep(app.options.reconcile_every) => {}
+        }
+    }
+}
+
+async fn compare(app: &App, before: Seen, heard: &mut Heard) -> Result<Seen, Trouble> {
+    let mut seen = Seen::new();
+    let nodes = app.queue.nodes().await?;
+    heard.listen(DEAF + app.options.reconcile_every * 2);
+    for node in nodes {
+        heard.hear(&node.name, node.at_ms);
+    }
+    let mut after = None;
+    loop {
+        // In this order: a save that ended after it was read here has another version when something is written.
+        let saves = app.record.standing(after, COMPARED).await?;
+        let Some(last) = saves.last() else {
+            return Ok(seen);
+        };
+        after = Some(last.id);
+        let ids: Vec<JobId> = saves.iter().map(|save| save.id).collect();
+        let places = app.queue.places(&ids).await?;
+        let reports_wait = app.queue.depth().await?.reports > 0;
+        for (save, place) in saves.iter().zip(places) {
+            let wrong = wrong(save, place).map(|wrong| {
+                let since = match before.get(&save.id) {
+                    Some((version, was, since)) if *version == save.version && *was == wrong => {
+                        *since
+                    }
+                    _ => Instant::now(),
+                };
+                seen.insert(save.id, (save.version, wrong, since));
+                (wrong, since.elapsed())
+            });
+            let waiting = Duration::from_millis((now_ms() - save.queued_ms).max(0) as u64);
+            let look = Look {
+                wrong,
+                reports_wait,
+                node_lost: heard.silent_for(&save.node) >= app.options.node_lost,
+                waiting,
+            };
+            let every = app.options.reconcile_every;
+            if let Some(remedy) = remedy(save, &look, every, app.options.order_expiry) {
+                apply(app, save, remedy).await?;
+                seen.remove(&save.id);
+            }
+        }
+    }
+}
+
+async fn apply(app: &App, save: &Standing, remedy: Remedy) -> Result<(), Trouble> {
+    let actor = format!("manager:{}", app.name);
+    let changed = app
+        .record
+        .change_at(save.id, save.version, &actor, |draft| match remedy {
+            Remedy::OfferAgain => draft.offer_again("the queue has lost it"),
+            Remedy::LoseLease => draft.lose_lease(),
+            Remedy::End => {
+                draft.end("nobody has it");
+            }
+            Remedy::Remind => draft.remind_of_end(),
+            Remedy::GiveUp(code) => {
+                let message = match code {
+                    Code::NodeLost => format!(
+                        "node {} has not been heard of for {} seconds; the session may be gone with it",
+                        save.node,
+                        app.options.node_lost.as_secs()
+                    ),
+                    _ => format!(
+                        "it has waited for {} hours without being begun",
+                        app.options.order_expiry.as_secs() / 3600
+                    ),
+                };
+                draft.give_up(code, &message);
+            }
+        })
+        .await?;
+    if let Some((changed, ())) = changed {
+        tracing::info!(job = %save.id, was = save.state.name(), state = changed.state.name(), ?remedy, "a save is put right");
+        if remedy == Remedy::OfferAgain {
+            app.metrics.offered_again();
+        }
+        if changed.state.is_final() {
+            app.metrics.ended(&changed);
+        }
+        app.hub.touch(&[save.id]);
+        app.errands.notify_one();
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EVERY: Duration = Duration::from_secs(3);
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn standing(state: State, cancelling: bool) -> Standing {
+        Standing {
+            id: JobId::new(),
+            node: "n".into(),
+            state,
+            version: 1,
+            cancelling,
+            queued_ms: 0,
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_put_right_only_when_it_stays_so() {
+        use State::{Assigned, Queued, Running};
+        use Wrong::{GoesOn, NoLease, Unknown};
+        let cases = [
+            // state, cancelling, wrong, seconds, reports wait, node lost -> remedy
+            (Queued, false, Some(Unknown), 0, false, false, None),
+            (
+                Queued,
+                false,
+                Some(Unknown),
+                3,
+                false,
+                false,
+                Some(Remedy::OfferAgain),
+            ),
+            (
+                Running,
+                false,
+                Some(Unknown),
+                3,
+                false,
+                false,
+                Some(Remedy::OfferAgain),
+            ),
+            (Running, false, Some(Unknown), 3, true, false, None),
+            (
+                Running,
+                false,
+                Some(Unknown),
+                120,
+                true,
+                false,
+                Some(Remedy::OfferAgain),
+            ),
+            (
+                Running,
+                true,
+                Some(Unknown),
+                3,
+                false,
+                false,
+                Some(Remedy::End),
+            ),
+            (
+                Running,
+                false,
+                Some(Unknown),
+                3,
+                false,
+                true,
+                Some(Remedy::GiveUp(Code::NodeLost)),
+            ),
+            (Running, false, Some(NoLease), 2, false, false, None),
+            (
+                Running,
+                false,
+                Some(NoLease),
+                3,
+                false,
+                false,
+                Some(Remedy::LoseLease),
+            ),
+            (
+                Assigned,
+                false,
+                Some(NoLease),
+                3,
+                false,
+                true,
+                Some(Remedy::GiveUp(Code::NodeLost)),
+            ),
+            (Queued, false, Some(NoLease), 9, false, false, None),
+            (Running, true, Some(GoesOn), 9, false, false, None),
+            (
+                Running,
+                true,
+                Some(GoesOn),
+                30,
+                false,
+                false,
+                Some(Remedy::Remind),
+            ),
+            (Running, false, None, 0, false, true, None),
+            (
+                Queued,
+                false,
+                None,
+                0,
+                false,
+                true,
+                Some(Remedy::GiveUp(Code::NodeLost)),
+            ),
+            (Queued, false, None, 0, false, false, None),
+        ];
+        for (state, cancelling, wrong, seconds, reports_wait, node_lost, expected) in cases {
+            let look = Look {
+                wrong: wrong.map(|wrong| (wrong, Duration::from_secs(seconds))),
+                reports_wait,
+                node_lost,
+                waiting: Duration::ZERO,
+            };
+            let found = remedy(&standing(state, cancelling), &look, EVERY, HOUR);
+            assert_eq!(found, expected, "{state:?} {cancelling} {look:?}");
+        }
+        let old = Look {
+            wrong: None,
+            reports_wait: false,
+            node_lost: false,
+            waiting: HOUR,
+        };
+        assert_eq!(
+            remedy(&standing(Queued, false), &old, EVERY, HOUR),
+            Some(Remedy::GiveUp(Code::TimedOut))
+        );
+        assert_eq!(remedy(&standing(Running, false), &old, EVERY, HOUR), None);
+    }
+
+    #[test]
+    fn while_the_queue_is_away_no_node_is_lost() {
+        let long_ago = Instant::now()
+            .checked_sub(HOUR)
+            .unwrap_or_else(Instant::now);
+        let mut heard = Heard::default();
+        heard.listen(EVERY);
+        heard.nodes.insert("n".into(), (1, long_ago));
+        heard.listen(EVERY);
+        assert!(heard.silent_for("n") >= HOUR);
+        heard.listened = Some(long_ago);
+        heard.listen(EVERY);
+        assert!(heard.silent_for("n") < HOUR);
+    }
+}

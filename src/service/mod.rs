@@ -1,0 +1,10 @@
+//! Saves as a service: jobs and their signed orders, the queue in Redis, the record of all saves, the agent of each node, the
+//! manager with its REST API, the portal page, and the examination of an installation.
+
+pub mod agent;
+pub mod doctor;
+pub mod job;
+pub mod manager;
+pub mod portal;
+pub mod queue;
+pub mod record;

@@ -1,0 +1,780 @@
+//! The queue inside one process: `upperdeck up` without Redis. It forgets everything when the process ends; the record
+//! does not.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::{
+    Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
+    TAG_DOUBT, Withdrawn, fitting, registry_of,
+};
+use crate::service::job::{Answer, JobId, Node, Order, Question, Report, Session, now_ms};
+
+/// See the module.
+#[derive(Clone)]
+pub struct Local(Arc<Shared>);
+
+struct Shared {
+    limits: Limits,
+    settings: Settings,
+    begun: Instant,
+    begun_ms: i64,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: HashMap<JobId, Job>,
+    nodes: HashMap<String, Desk>,
+    reports: VecDeque<Post>,
+    heard: BTreeMap<String, Heard>,
+    questions: VecDeque<Question>,
+    /// By the nonces of those who wait.
+    answers: HashMap<String, Option<Answer>>,
+    /// Of fences and of the names of reports: neither is given out twice.
+    last: u64,
+}
+
+/// A job that the queue knows.
+struct Job {
+    order: Order,
+    at: At,
+}
+
+enum At {
+    /// In its user's list, or not due yet.
+    Waiting,
+    Held {
+        agent: String,
+        fence: u64,
+        until: Instant,
+        cancelled: bool,
+        confirmed: bool,
+    },
+    /// Its last word has not reached the record yet.
+    Ended { fence: u64, report: String },
+}
+
+/// What one node's agents have before them.
+#[derive(Default)]
+struct Desk {
+    /// Turn of the user who was served last.
+    turn: u64,
+    /// Users with the turn at which each is next.
+    users: BTreeMap<String, (u64, VecDeque<JobId>)>,
+    later: Vec<JobId>,
+    /// Names of agents as they showed up, the youngest last.
+    agents: Vec<String>,
+}
+
+struct Post {
+    entry: String,
+    report: Report,
+    last: bool,
+    /// When it was given to a manager.
+    given: Option<Instant>,
+}
+
+struct Heard {
+    node: Node,
+    sessions: Vec<Session>,
+    at: Instant,
+}
+
+impl Local {
+    /// An empty queue.
+    pub fn new(limits: Limits) -> Self {
+        Self::with(limits, Settings::default())
+    }
+
+    /// An empty queue with other settings than the default.
+    pub fn with(limits: Limits, settings: Settings) -> Self {
+        Self(Arc::new(Shared {
+            limits,
+            settings,
+            begun: Instant::now(),
+            begun_ms: now_ms(),
+            state: Mutex::default(),
+            changed: Notify::new(),
+        }))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now_ms(&self) -> i64 {
+        let since = self.now().duration_since(self.0.begun);
+        self.0.begun_ms + since.as_millis() as i64
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now() + self.0.settings.clock.ahead()
+    }
+
+    fn instant(&self, epoch_ms: i64) -> Instant {
+        let after = u64::try_from(epoch_ms - self.0.begun_ms).unwrap_or(0);
+        self.0
+            .begun
+            .checked_add(Duration::from_millis(after))
+            .unwrap_or_else(|| self.now() + DAY)
+    }
+
+    /// Calls `attempt` whenever something has changed, or at the instant that it names, until it has something.
+    async fn until<T>(
+        &self,
+        wait: Duration,
+        mut attempt: impl FnMut() -> (Vec<T>, Option<Instant>),
+    ) -> Vec<T> {
+        let end = self.now() + wait.min(DAY);
+        loop {
+            let mut changed = std::pin::pin!(self.0.changed.notified());
+            changed.as_mut().enable();
+            let (got, next) = attempt();
+            if !got.is_empty() || self.now() >= end {
+                return got;
+            }
+            let wake = next.map_or(end, |next| next.min(end));
+            tokio::select! {
+                () = &mut changed => {}
+                () = tokio::time::sleep(wake.duration_since(self.now())) => {}
+            }
+        }
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn offer(&self, order: &Order) -> Result<Offered, Error> {
+        let mut state = self.state();
+        if let Some(job) = state.jobs.get_mut(&order.job) {
+            match job.at {
+                At::Waiting => {
+                    if order.node == job.order.node && order.owner == job.order.owner {
+                        job.order = order.clone();
+                    }
+                    return Ok(Offered::Known);
+                }
+                At::Ended { .. } if order.attempt > job.order.attempt => {}
+                _ => return Ok(Offered::Known),
+            }
+        }
+        let job = Job {
+            order: order.clone(),
+            at: At::Waiting,
+        };
+        state.jobs.insert(order.job, job);
+        let desk = state.nodes.entry(order.node.clone()).or_default();
+        if order.not_before_ms > self.now_ms() {
+            desk.later.push(order.job);
+        } else {
+            desk.line_up(&order.owner, order.job);
+        }
+        drop(state);
+        self.0.changed.notify_waiters();
+        Ok(Offered::New)
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn withdraw(&self, job: JobId) -> Result<Withdrawn, Error> {
+        let mut state = self.state();
+        let Some(known) = state.jobs.get_mut(&job) else {
+            return Ok(Withdrawn::Unknown);
+        };
+        match &mut known.at {
+            At::Waiting => {}
+            At::Held {
+                until,
+                cancelled,
+                confirmed,
+                ..
+            } => {
+                let now = self.now();
+                if *confirmed && *until + self.0.settings.lease * TAG_DOUBT > now {
+                    return Ok(Withdrawn::TooLate);
+                }
+                if *until > now {
+                    *cancelled = true;
+                    return Ok(Withdrawn::Told);
+                }
+            }
+            At::Ended { .. } => return Ok(Withdrawn::TooLate),
+        }
+        state.forget(job);
+        drop(state);
+        self.0.changed.notify_waiters();
+        Ok(Withdrawn::Taken)
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn places(&self, jobs: &[JobId]) -> Result<Vec<Option<Place>>, Error> {
+        let state = self.state();
+        let now = self.now();
+        Ok(jobs
+            .iter()
+            .map(|id| {
+                let job = state.jobs.get(id)?;
+                match &job.at {
+                    At::Waiting => Some(Place::Waiting(
+                        state.nodes.get(&job.order.node)?.before(&job.order),
+                    )),
+                    At::Held { until, .. } => Some(Place::Held {
+                        lease_ms: until.saturating_duration_since(now).as_millis() as u64,
+                    }),
+                    At::Ended { .. } => Some(Place::Held { lease_ms: 0 }),
+                }
+            })
+            .collect())
+    }
+
+    pub(super) async fn reports(
+        &self,
+        _manager: &str,
+        most: usize,
+        wait: Duration,
+    ) -> Result<Vec<Delivered>, Error> {
+        let patience = self.0.settings.patience;
+        let attempt = || {
+            let mut state = self.state();
+            let now = self.now();
+            let mut next: Option<Instant> = None;
+            let mut got = Vec::new();
+            for post in &mut state.reports {
+                let again = post.given.map(|given| given + patience);
+                match again {
+                    Some(again) if again > now => {
+                        next = Some(next.map_or(again, |next| next.min(again)));
+                    }
+                    _ if got.len() < most => {
+                        post.given = Some(now);
+                        got.push(Delivered {
+                            entry: post.entry.clone(),
+                            report: post.report.clone(),
+                        });
+                    }
+                    _ => {}
+                }
+            }
+            (got, next)
+        };
+        Ok(self.until(wait, attempt).await)
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn taken(&self, entries: &[String]) -> Result<(), Error> {
+        let mut state = self.state();
+        let state = &mut *state;
+        state.reports.retain(|post| {
+            if !entries.contains(&post.entry) {
+                return true;
+            }
+            let job = post.report.job;
+            let over = post.last
+                && state.jobs.get(&job).is_some_and(
+                    |job| matches!(&job.at, At::Ended { report, .. } if *report == post.entry),
+                );
+            if over {
+                state.jobs.remove(&job);
+            }
+            false
+        });
+        Ok(())
+    }
+
+    pub(super) async fn ask(
+        &self,
+        question: &Question,
+        wait: Duration,
+    ) -> Result<Option<Answer>, Error> {
+        let nonce = question.nonce.clone();
+        {
+            let mut state = self.state();
+            state.answers.insert(nonce.clone(), None);
+            state.questions.push_back(question.clone());
+        }
+        let _waits = Waits { queue: self, nonce };
+        self.0.changed.notify_waiters();
+        let attempt = || {
+            let mut state = self.state();
+            let answer = state.answers.get_mut(&question.nonce);
+            (answer.and_then(Option::take).into_iter().collect(), None)
+        };
+        Ok(self.until(wait, attempt).await.pop())
+    }
+
+    pub(super) async fn questions(&self, wait: Duration) -> Result<Vec<Question>, Error> {
+        let attempt = || (self.state().questions.drain(..).collect(), None);
+        Ok(self.until(wait, attempt).await)
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn answer(&self, answer: &Answer) -> Result<(), Error> {
+        if let Some(place) = self.state().answers.get_mut(&answer.question.nonce) {
+            *place = Some(answer.clone());
+        }
+        self.0.changed.notify_waiters();
+        Ok(())
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn nodes(&self) -> Result<Vec<Node>, Error> {
+        let mut state = self.state();
+        let now = self.now();
+        state
+            .heard
+            .retain(|_, heard| now.duration_since(heard.at) < DAY);
+        Ok(state
+            .heard
+            .values()
+            .map(|heard| heard.node.clone())
+            .collect())
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn silences(&self) -> Result<HashMap<String, Duration>, Error> {
+        let (state, now) = (self.state(), self.now());
+        let silence = |(name, heard): (&String, &Heard)| {
+            (name.clone(), now.saturating_duration_since(heard.at))
+        };
+        Ok(state.heard.iter().map(silence).collect())
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn sessions(&self) -> Result<Vec<Session>, Error> {
+        let now = self.now();
+        Ok(self
+            .state()
+            .heard
+            .values()
+            .filter(|heard| now.duration_since(heard.at) < HEARTBEAT_LOST)
+            .flat_map(|heard| heard.sessions.iter().cloned())
+            .collect())
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn depth(&self) -> Result<Depth, Error> {
+        let state = self.state();
+        let mut depth = Depth {
+            reports: state.reports.len() as u64,
+            ..Depth::default()
+        };
+        for job in state.jobs.values() {
+            match job.at {
+                At::Waiting => depth.waiting += 1,
+                At::Held { .. } => depth.held += 1,
+                At::Ended { .. } => {}
+            }
+        }
+        Ok(depth)
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn ping(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn reclaim(&self, node: &str, agent: &str) -> Result<Vec<Claim>, Error> {
+        let now = self.now();
+        let mut state = self.state();
+        let youngest = state
+            .nodes
+            .entry(node.to_owned())
+            .or_default()
+            .show_up(agent);
+        let take = |holder: &str, until: Instant| until <= now || (youngest && holder != agent);
+        Ok(self.take_over(&mut state, node, agent, usize::MAX, take))
+    }
+
+    pub(super) async fn claim(
+        &self,
+        node: &str,
+        agent: &str,
+        most: usize,
+        wait: Duration,
+    ) -> Result<Vec<Claim>, Error> {
+        let attempt = || {
+            let now = self.now();
+            let mut state = self.state();
+            let desk = state.nodes.entry(node.to_owned()).or_default();
+            desk.show_up(agent);
+            let ended = |_: &str, until: Instant| until <= now;
+            let mut got = self.take_over(&mut state, node, agent, most, ended);
+            let due = self.let_in(&mut state, node);
+            while got.len() < most
+                && let Some(claim) = self.admit(&mut state, node, agent)
+            {
+                got.push(claim);
+            }
+            (got, due.into_iter().chain(state.next_end(now)).min())
+        };
+        Ok(self.until(wait, attempt).await)
+    }
+
+    /// Claims of `node` for which `take` (of holder and end of lease) says so, as far as the limits let them live.
+    fn take_over(
+        &self,
+        state: &mut State,
+        node: &str,
+        agent: &str,
+        most: usize,
+        take: impl Fn(&str, Instant) -> bool,
+    ) -> Vec<Claim> {
+        let mut found: Vec<(Instant, JobId)> = state
+            .jobs
+            .iter()
+            .filter_map(|(id, job)| match &job.at {
+                At::Held { agent, until, .. } if job.order.node == node && take(agent, *until) => {
+                    Some((*until, *id))
+                }
+                _ => None,
+            })
+            .collect();
+        found.sort();
+        let mut got = Vec::new();
+        for (_, id) in found {
+            if got.len() >= most {
+                break;
+            }
+            let Some(order) = state.jobs.get(&id).map(|job| job.order.clone()) else {
+                continue;
+            };
+            if order.expires_ms <= self.now_ms() {
+                self.drop_expired(state, &order);
+            } else if state.room(self.now(), self.0.limits, &order) {
+                got.push(self.give(state, order, agent));
+            }
+        }
+        got
+    }
+
+    /// Moves what is due into the lists; the instant at which the next is.
+    fn let_in(&self, state: &mut State, node: &str) -> Option<Instant> {
+        let now_ms = self.now_ms();
+        let State { jobs, nodes, .. } = state;
+        let desk = nodes.get_mut(node)?;
+        let mut next = None;
+        for id in std::mem::take(&mut desk.later) {
+            let Some(job) = jobs.get(&id) else { continue };
+            let at = job.order.not_before_ms;
+            if at <= now_ms {
+                desk.line_up(&job.order.owner, id);
+            } else {
+                desk.later.push(id);
+                next = Some(next.map_or(at, |next: i64| next.min(at)));
+            }
+        }
+        next.map(|at| self.instant(at))
+    }
+
+    /// The next job of the user whose turn it is, among those that the limits let in.
+    fn admit(&self, state: &mut State, node: &str, agent: &str) -> Option<Claim> {
+        let desk = state.nodes.get(node)?;
+        let mut users: Vec<(u64, String)> = desk
+            .users
+            .iter()
+            .filter(|(_, (_, list))| !list.is_empty())
+            .map(|(user, (turn, _))| (*turn, user.clone()))
+            .collect();
+        users.sort();
+        for (turn, user) in users {
+            let Some((_, list)) = state.nodes.get(node)?.users.get(&user) else {
+                continue;
+            };
+            let list: Vec<JobId> = list.iter().copied().collect();
+            for id in list {
+                let Some(order) = state.jobs.get(&id).map(|job| job.order.clone()) else {
+                    continue;
+                };
+                if order.expires_ms <= self.now_ms() {
+                    self.drop_expired(state, &order);
+                } else if state.room(self.now(), self.0.limits, &order) {
+                    let desk = state.nodes.get_mut(node)?;
+                    desk.serve(&user, turn, id);
+                    return Some(self.give(state, order, agent));
+                }
+            }
+        }
+        None
+    }
+
+    #[allow(clippy::unused_self)]
+    fn drop_expired(&self, state: &mut State, order: &Order) {
+        tracing::warn!(job.id = %order.job, job.node = %order.node, "an order has expired; its manager has to offer it again");
+        state.forget(order.job);
+    }
+
+    fn give(&self, state: &mut State, order: Order, agent: &str) -> Claim {
+        let (cancelled, confirmed, earlier) = match state.jobs.get(&order.job).map(|job| &job.at) {
+            Some(At::Held {
+                cancelled,
+                confirmed,
+                fence,
+                ..
+            }) => (*cancelled, *confirmed, *fence),
+            _ => (false, false, 0),
+        };
+        let fence = state.last.max(order.fence_after).max(earlier) + 1;
+        state.last = fence;
+        let at = At::Held {
+            agent: agent.to_owned(),
+            fence,
+            until: self.now() + self.0.settings.lease,
+            cancelled,
+            confirmed,
+        };
+        let job = Job {
+            order: order.clone(),
+            at,
+        };
+        state.jobs.insert(order.job, job);
+        Claim { order, fence }
+    }
+
+    /// Renews `claim`, if it is still one; with `confirm` it can be cancelled no more.
+    fn hold(&self, state: &mut State, claim: &Claim, confirm: bool) -> Hold {
+        let now = self.now();
+        let lost = match state.jobs.get(&claim.order.job) {
+            Some(Job {
+                at: At::Held { fence, until, .. },
+                order,
+            }) if *fence == claim.fence => *until <= now && !state.room(now, self.0.limits, order),
+            _ => true,
+        };
+        let Some(Job {
+            at:
+                At::Held {
+                    until,
+                    cancelled,
+                    confirmed,
+                    ..
+                },
+            ..
+        }) = state.jobs.get_mut(&claim.order.job)
+        else {
+            return Hold::Lost;
+        };
+        if lost {
+            return Hold::Lost;
+        }
+        *until = now + self.0.settings.lease;
+        if *cancelled {
+            return Hold::Cancelled;
+        }
+        *confirmed |= confirm;
+        Hold::Held
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn renew(&self, claim: &Claim) -> Result<Hold, Error> {
+        Ok(self.hold(&mut self.state(), claim, false))
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn confirm(&self, claim: &Claim) -> Result<Hold, Error> {
+        Ok(self.hold(&mut self.state(), claim, true))
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn report(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
+        let mut state = self.state();
+        let hold = self.hold(&mut state, claim, false);
+        if hold != Hold::Lost {
+            state.post(report, false);
+            drop(state);
+            self.0.changed.notify_waiters();
+        }
+        Ok(hold)
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn complete(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
+        let mut state = self.state();
+        match state.jobs.get(&claim.order.job).map(|job| &job.at) {
+            Some(At::Ended { fence, .. }) if *fence == claim.fence => return Ok(Hold::Held),
+            Some(At::Held { fence, .. }) if *fence == claim.fence => {}
+            _ => return Ok(Hold::Lost),
+        }
+        let entry = state.post(report, true);
+        if let Some(job) = state.jobs.get_mut(&claim.order.job) {
+            job.at = At::Ended {
+                fence: claim.fence,
+                report: entry,
+            };
+        }
+        drop(state);
+        self.0.changed.notify_waiters();
+        Ok(Hold::Held)
+    }
+
+    #[allow(clippy::unused_async)]
+    pub(super) async fn heartbeat(
+        &self,
+        node: &Node,
+        sessions: Option<&[Session]>,
+    ) -> Result<(), Error> {
+        let mut state = self.state();
+        let heard = state.heard.remove(&node.name);
+        let sessions = match sessions {
+            Some(sessions) => sessions
+                .iter()
+                .map(|one| fitting(one).into_owned())
+                .collect(),
+            None => heard.map(|heard| heard.sessions).unwrap_or_default(),
+        };
+        let heard = Heard {
+            node: node.clone(),
+            sessions,
+            at: self.now(),
+        };
+        state.heard.insert(node.name.clone(), heard);
+        Ok(())
+    }
+}
+
+/// Who waits for an answer; nothing is left of it afterwards, however the wait ends.
+struct Waits<'a> {
+    queue: &'a Local,
+    nonce: String,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let mut state = self.queue.state();
+        state.answers.remove(&self.nonce);
+        state
+            .questions
+            .retain(|question| question.nonce != self.nonce);
+    }
+}
+
+impl State {
+    /// Whether one more claim of `order` stays within the limits. A claim whose lease has ended does not count, nor does
+    /// the job itself.
+    fn room(&self, now: Instant, limits: Limits, order: &Order) -> bool {
+        let registry = registry_of(&order.destination);
+        let (mut user, mut node, mut into) = (0, 0, 0);
+        for (id, job) in &self.jobs {
+            if let At::Held { until, .. } = job.at
+                && until > now
+                && *id != order.job
+            {
+                user += u32::from(job.order.owner == order.owner);
+                node += u32::from(job.order.node == order.node);
+                into += u32::from(registry_of(&job.order.destination) == registry);
+            }
+        }
+        let fits = |count, limit| limit == 0 || count < limit;
+        fits(user, limits.user) && fits(node, limits.node) && fits(into, limits.registry)
+    }
+
+    /// When the next lease ends: then something may be taken over, or the limits let something in.
+    fn next_end(&self, now: Instant) -> Option<Instant> {
+        self.jobs
+            .values()
+            .filter_map(|job| match job.at {
+                At::Held { until, .. } if until > now => Some(until),
+                _ => None,
+            })
+            .min()
+    }
+
+    fn forget(&mut self, id: JobId) {
+        let Some(job) = self.jobs.remove(&id) else {
+            return;
+        };
+        if let Some(desk) = self.nodes.get_mut(&job.order.node) {
+            desk.later.retain(|later| *later != id);
+            if let Some((_, list)) = desk.users.get_mut(&job.order.owner) {
+                list.retain(|waiting| *waiting != id);
+            }
+            desk.tidy();
+        }
+    }
+
+    fn post(&mut self, report: &Report, last: bool) -> String {
+        self.last += 1;
+        let entry = self.last.to_string();
+        self.reports.push_back(Post {
+            entry: entry.clone(),
+            report: report.clone(),
+            last,
+            given: None,
+        });
+        entry
+    }
+}
+
+impl Desk {
+    /// A user who comes, or comes back, is next with those who are next: neither behind fifty of another one's, nor
+    /// before everybody each time.
+    fn line_up(&mut self, user: &str, id: JobId) {
+        let (turn, list) = self.users.entry(user.to_owned()).or_default();
+        if list.is_empty() {
+            *turn = (*turn).max(self.turn);
+        }
+        list.push_back(id);
+    }
+
+    fn serve(&mut self, user: &str, turn: u64, id: JobId) {
+        self.turn = self.turn.max(turn);
+        if let Some((next, list)) = self.users.get_mut(user) {
+            *next = turn + 1;
+            list.retain(|waiting| *waiting != id);
+        }
+        self.tidy();
+    }
+
+    /// Users of whom nothing waits are kept as long as their turn tells something.
+    fn tidy(&mut self) {
+        let turn = self.turn;
+        self.users
+            .retain(|_, (next, list)| !list.is_empty() || *next > turn);
+        if self.users.values().all(|(_, list)| list.is_empty()) {
+            self.users.clear();
+        }
+    }
+
+    /// How many are admitted before `order`, as it looks now.
+    fn before(&self, order: &Order) -> u64 {
+        let Some((turn, list)) = self.users.get(&order.owner) else {
+            return self.all();
+        };
+        let Some(index) = list.iter().position(|id| *id == order.job) else {
+            return self.all();
+        };
+        let index = index as u64;
+        let own = turn + index;
+        self.users
+            .iter()
+            .filter(|(user, _)| **user != order.owner)
+            .map(|(user, (turn, list))| {
+                // Those of the same turn go in the order of the names.
+                let until = own + u64::from(*user < order.owner);
+                until.saturating_sub(*turn).min(list.len() as u64)
+            })
+            .sum::<u64>()
+            + index
+    }
+
+    fn all(&self) -> u64 {
+        self.users
+            .values()
+            .map(|(_, list)| list.len() as u64)
+            .sum::<u64>()
+    }
+
+    /// Whether `agent` is the youngest one of the node.
+    fn show_up(&mut self, agent: &str) -> bool {
+        if !self.agents.iter().any(|name| name == agent) {
+            self.agents.push(agent.to_owned());
+            if self.agents.len() > 16 {
+                self.agents.remove(0);
+            }
+        }
+        self.agents.last().is_some_and(|last| last == agent)
+    }
+}

@@ -1,0 +1,177 @@
+//! What nodes say of themselves. Each session is a record of its own under its node, signed by itself: whatever one tenant
+//! makes of a session, those of others are read.
+
+use std::collections::HashMap;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{DAY, Error, HEARTBEAT_LOST, Redis};
+use crate::common::log_limit::warn_hushed;
+use crate::service::job::{Message, Node, Session, now_ms};
+use crate::service::queue::{MAX_RECORD, fitting};
+
+/// A node tells its sessions every half minute. What is older was put back, or a clock is wrong by as
+/// much.
+const LIVES: Duration = Duration::from_secs(10 * 60);
+/// Nodes that are asked for at a time.
+const NODES: usize = 16;
+/// Sessions of one node that are looked at, at most: nodes run some hundred.
+const SESSIONS: usize = 10_000;
+
+/// Sealed sessions by ID.
+pub(super) type Records = Vec<(String, Vec<u8>)>;
+
+/// A session of a node, as it is signed: an old or another node's is not taken for this one's.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    node: String,
+    at_ms: i64,
+    session: Session,
+}
+
+impl Redis {
+    /// The nodes that were heard of within `within`.
+    async fn heard(&self, within: Duration) -> Result<Vec<String>, Error> {
+        let mut call = self.call(&self.scripts.heard);
+        call.arg(within.as_millis() as u64)
+            .arg(DAY.as_millis() as u64);
+        let names: Vec<Vec<u8>> = self.link.run(&call).await?;
+        Ok(names
+            .into_iter()
+            .filter_map(|name| String::from_utf8(name).ok())
+            .collect())
+    }
+
+    pub(in crate::service::queue) async fn nodes(&self) -> Result<Vec<Node>, Error> {
+        let mut nodes = Vec::new();
+        for some in self.heard(DAY).await?.chunks(64) {
+            let mut command = redis::cmd("MGET");
+            for name in some {
+                command.arg(self.key(&format!("beat:{name}")));
+            }
+            let beats: Vec<Option<Vec<u8>>> = self.link.ask(&command).await?;
+            for (name, sealed) in some.iter().zip(beats) {
+                let Some(sealed) = sealed else { continue };
+                match self.open::<Node>(Message::Heartbeat, name, &sealed) {
+                    Ok(node) if node.name == *name && self.is_of_today(node.at_ms) => {
+                        nodes.push(node);
+                    }
+                    Ok(_) => {
+                        warn_hushed!(self.mine.hush, node.name = %name.escape_debug(), "an old or another node's heartbeat is not believed");
+                    }
+                    Err(reason) => {
+                        warn_hushed!(self.mine.hush, node.name = %name.escape_debug(), %reason, "a heartbeat is not believed");
+                    }
+                }
+            }
+        }
+        Ok(nodes)
+    }
+
+    pub(in crate::service::queue) async fn sessions(&self) -> Result<Vec<Session>, Error> {
+        let mut sessions = Vec::new();
+        for names in self.heard(HEARTBEAT_LOST).await?.chunks(NODES) {
+            let mut call = self.call(&self.scripts.inventories);
+            call.arg(SESSIONS).arg(MAX_RECORD + super::MAC);
+            for name in names {
+                call.arg(name);
+            }
+            // Of each node its records, each after its session.
+            let found: Vec<Vec<Vec<u8>>> = self.link.run(&call).await?;
+            for (name, records) in names.iter().zip(found) {
+                for record in records.chunks_exact(2) {
+                    sessions.extend(self.session(name, &record[0], &record[1]));
+                }
+            }
+        }
+        // Redis tells the fields of a hash in an order of its own.
+        sessions.sort_unstable_by(|a: &Session, b| (&a.node, &a.id).cmp(&(&b.node, &b.id)));
+        Ok(sessions)
+    }
+
+    /// The session of a record that lies under `id` of `node`, if that node signed it.
+    fn session(&self, node: &str, id: &[u8], sealed: &[u8]) -> Option<Session> {
+        let why = match self.open::<Record>(Message::Inventory, node, sealed) {
+            Ok(record)
+                if record.node == node
+                    && record.session.node == node
+                    && record.session.id.as_bytes() == id
+                    && is_fresh(record.at_ms) =>
+            {
+                return Some(record.session);
+            }
+            Ok(_) => "it is another session's, or an old one: put back into Redis, or of a node with a wrong clock".to_owned(),
+            Err(reason) => reason,
+        };
+        warn_hushed!(self.mine.hush, node.name = %node.escape_debug(), session.id = %id.escape_ascii(), reason = why, "a session is not believed");
+        None
+    }
+
+    pub(in crate::service::queue) async fn heartbeat(
+        &self,
+        node: &Node,
+        sessions: Option<&[Session]>,
+    ) -> Result<(), Error> {
+        let beat = self.seal(Message::Heartbeat, &node.name, node)?;
+        if let Some(sessions) = sessions {
+            let records = self.records(node, sessions)?;
+            self.beat(&node.name, &beat, Some(&records)).await?;
+            self.inventories().insert(node.name.clone(), records);
+            return Ok(());
+        }
+        if self.beat(&node.name, &beat, None).await? {
+            return Ok(());
+        }
+        let kept = self.inventories().get(&node.name).cloned();
+        if let Some(kept) = kept {
+            self.beat(&node.name, &beat, Some(&kept)).await?;
+        }
+        Ok(())
+    }
+
+    fn records(&self, node: &Node, sessions: &[Session]) -> Result<Records, Error> {
+        let seal = |session: &Session| {
+            let record = Record {
+                node: node.name.clone(),
+                at_ms: node.at_ms,
+                session: fitting(session).into_owned(),
+            };
+            let sealed = self.seal(Message::Inventory, &node.name, &record)?;
+            Ok((record.session.id, sealed))
+        };
+        sessions.iter().map(seal).collect()
+    }
+
+    fn inventories(&self) -> std::sync::MutexGuard<'_, HashMap<String, Records>> {
+        self.mine
+            .inventories
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// False: its inventory is not there any more.
+    async fn beat(
+        &self,
+        node: &str,
+        beat: &[u8],
+        records: Option<&Records>,
+    ) -> Result<bool, Error> {
+        let mut call = self.call(&self.scripts.heartbeat);
+        call.arg(node)
+            .arg(beat)
+            .arg(DAY.as_millis() as u64)
+            // The script that lists the nodes is exact; this only keeps Redis clean.
+            .arg(HEARTBEAT_LOST.as_millis() as u64 * 3)
+            .arg(u8::from(records.is_some()));
+        for (id, sealed) in records.into_iter().flatten() {
+            call.arg(id).arg(sealed);
+        }
+        Ok(self.link.run::<i64>(&call).await? == 1)
+    }
+}
+
+fn is_fresh(at_ms: i64) -> bool {
+    now_ms().saturating_sub(at_ms) <= LIVES.as_millis() as i64
+}

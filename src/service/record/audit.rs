@@ -1,0 +1,86 @@
+//! Every transition with its time, its attempt and who caused it: appended, never touched again.
+
+use serde::{Deserialize, Serialize};
+use sqlx::{Any, Row as _, Transaction};
+
+use super::save::Step;
+use super::{Error, Record, Save, state_of};
+use crate::service::job::{JobId, State};
+
+/// One line of the audit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transition {
+    /// The version of the save that it led to.
+    pub version: u64,
+    /// Milliseconds since the epoch, UTC.
+    pub at_ms: i64,
+    /// None: it was asked for.
+    pub from: Option<State>,
+    /// Equal to `from` where only a wish was written down.
+    pub to: State,
+    /// The number of the order.
+    pub attempt: u32,
+    /// The highest fence heard of then.
+    pub fence: u64,
+    /// A caller, `node:NAME` or `manager:NAME`.
+    pub actor: String,
+    /// Why, as a sentence; may be empty.
+    pub detail: String,
+}
+
+pub(super) async fn append(
+    work: &mut Transaction<'static, Any>,
+    save: &Save,
+    steps: &[Step],
+    actor: &str,
+    now_ms: i64,
+) -> Result<(), Error> {
+    for (at, step) in steps.iter().enumerate() {
+        sqlx::query(
+            "INSERT INTO audit (save, version, step, at_ms, from_state, to_state, attempt, fence, actor, detail)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        )
+        .bind(save.id.to_string())
+        .bind(save.version as i64)
+        .bind(at as i64)
+        .bind(now_ms)
+        .bind(step.from.map_or("", State::name))
+        .bind(step.to.name())
+        .bind(i64::from(step.attempt))
+        .bind(step.fence as i64)
+        .bind(actor)
+        .bind(&step.detail)
+        .execute(&mut **work)
+        .await?;
+    }
+    Ok(())
+}
+
+impl Record {
+    /// The audit of a save, the first transition first.
+    pub async fn audit(&self, id: JobId) -> Result<Vec<Transition>, Error> {
+        let rows = sqlx::query(
+            "SELECT version, at_ms, from_state, to_state, attempt, fence, actor, detail FROM audit
+             WHERE save = $1 ORDER BY version, step",
+        )
+        .bind(id.to_string())
+        .fetch_all(&self.pool)
+        .await?;
+        let id = id.to_string();
+        rows.iter()
+            .map(|row| {
+                let from: String = row.try_get("from_state")?;
+                Ok(Transition {
+                    version: row.try_get::<i64, _>("version")? as u64,
+                    at_ms: row.try_get("at_ms")?,
+                    from: State::named(&from),
+                    to: state_of(&id, &row.try_get::<String, _>("to_state")?)?,
+                    attempt: row.try_get::<i64, _>("attempt")? as u32,
+                    fence: row.try_get::<i64, _>("fence")? as u64,
+                    actor: row.try_get("actor")?,
+                    detail: row.try_get("detail")?,
+                })
+            })
+            .collect()
+    }
+}

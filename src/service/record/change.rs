@@ -1,0 +1,237 @@
+//! Changing a save: read, decide, write over the version that was read; again when somebody else was faster.
+
+use std::collections::BTreeMap;
+
+use sqlx::{Any, Row as _, Transaction};
+
+use super::{Draft, Error, Policy, Progress, Record, Save, read, view, written};
+use crate::service::job::{Event, JobId, Report, Said, now_ms};
+
+/// So often the same change is tried anew.
+const TRIES: u32 = 30;
+
+impl Record {
+    /// Changes a save as `decide` says; it may be asked more than once, with what the save has become meanwhile. None: there
+    /// is no such save. The save comes back as it is then, changed or not, with what `decide` said last.
+    pub async fn change<T>(
+        &self,
+        id: JobId,
+        actor: &str,
+        mut decide: impl FnMut(&mut Draft) -> T,
+    ) -> Result<Option<(Save, T)>, Error> {
+        for _ in 0..TRIES {
+            let mut work = self.begin().await?;
+            let Some(save) = view::get(&mut work, id).await? else {
+                return Ok(None);
+            };
+            let mut draft = Draft::new(save, now_ms());
+            let said = decide(&mut draft);
+            if !draft.is_changed() && draft.errands.is_empty() {
+                return Ok(Some((draft.into_save(), said)));
+            }
+            match write(&mut work, draft, actor).await {
+                Ok(Some(save)) => {
+                    work.commit().await?;
+                    return Ok(Some((save, said)));
+                }
+                Ok(None) => {}
+                Err(error) if is_unique(&error) => {
+                    drop(work);
+                    return Err(self.in_the_way(id, error).await);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::Contended(id))
+    }
+
+    /// Only while its version is `version`: for what was decided from something else than the save itself.
+    pub async fn change_at<T>(
+        &self,
+        id: JobId,
+        version: u64,
+        actor: &str,
+        mut decide: impl FnMut(&mut Draft) -> T,
+    ) -> Result<Option<(Save, T)>, Error> {
+        let found = self
+            .change(id, actor, |draft| {
+                (draft.save().version == version).then(|| decide(draft))
+            })
+            .await?;
+        Ok(found.and_then(|(save, said)| Some((save, said?))))
+    }
+
+    /// Takes in what agents said, each word once; all of it or nothing. The saves that changed come back as they are then.
+    pub async fn hear(&self, reports: &[Report], policy: &Policy) -> Result<Vec<Save>, Error> {
+        // By save, so that two managers take the rows in the same order; by fence and number within it.
+        let mut by_save = BTreeMap::<JobId, Vec<&Report>>::new();
+        for report in reports.iter().filter(|report| !is_progress(report)) {
+            by_save.entry(report.job).or_default().push(report);
+        }
+        for reports in by_save.values_mut() {
+            reports.sort_by_key(|report| (report.fence, report.seq));
+        }
+        let ids: Vec<JobId> = by_save.keys().copied().collect();
+        'again: for _ in 0..TRIES {
+            let mut changed = Vec::new();
+            let mut work = self.begin().await?;
+            for (id, reports) in &by_save {
+                let Some(save) = view::get(&mut work, *id).await? else {
+                    continue;
+                };
+                let mut draft = Draft::new(save, now_ms());
+                let mut actor = "";
+                for report in reports {
+                    // Before it is marked as heard: another node would use up the numbers of the save's own.
+                    if report.node != draft.save().node {
+                        continue;
+                    }
+                    if !is_new(&mut work, report).await? {
+                        continue;
+                    }
+                    draft.hear(report, policy, rand::random());
+                    actor = &report.node;
+                }
+                if !draft.is_touched() {
+                    continue;
+                }
+                let counts = draft.is_changed();
+                match write(&mut work, draft, &format!("node:{actor}")).await? {
+                    Some(save) if counts => changed.push(save),
+                    Some(_) => {}
+                    None => continue 'again,
+                }
+            }
+            work.commit().await?;
+            return Ok(changed);
+        }
+        Err(Error::Contended(ids.first().copied().unwrap_or_default()))
+    }
+
+    /// Takes in how far a save is, unless that is old. It is no change, and nobody waits for it.
+    pub async fn hear_progress(&self, report: &Report, progress: &Progress) -> Result<bool, Error> {
+        let done = sqlx::query(
+            "UPDATE saves SET progress = $1, progress_fence = $2, progress_seq = $3
+             WHERE id = $4 AND node = $5 AND state IN ('queued', 'assigned', 'running')
+             AND (progress_fence < $2 OR (progress_fence = $2 AND progress_seq < $3))",
+        )
+        .bind(written(report.job, progress)?)
+        .bind(report.fence as i64)
+        .bind(report.seq as i64)
+        .bind(report.job.to_string())
+        .bind(&report.node)
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected() > 0)
+    }
+
+    async fn in_the_way(&self, id: JobId, error: Error) -> Error {
+        let found = async {
+            let row = sqlx::query(
+                "SELECT other.id AS id FROM saves AS other JOIN saves AS mine
+                 ON other.session = mine.session OR other.destination = mine.destination
+                 WHERE mine.id = $1 AND other.id <> mine.id
+                 AND other.state IN ('queued', 'assigned', 'running')",
+            )
+            .bind(id.to_string())
+            .fetch_optional(&self.pool)
+            .await
+            .ok()??;
+            row.try_get::<String, _>("id").ok()?.parse().ok()
+        };
+        found.await.map_or(error, Error::InTheWay)
+    }
+}
+
+/// Whether it only says how far a save is.
+pub(super) fn is_progress(report: &Report) -> bool {
+    matches!(
+        &report.said,
+        Said::Event {
+            event: Event::Progress { .. } | Event::BaseProgress { .. }
+        }
+    )
+}
+
+fn is_unique(error: &Error) -> bool {
+    matches!(error, Error::Database(sqlx::Error::Database(e)) if e.is_unique_violation())
+}
+
+/// Marks a report as heard. False: it was.
+async fn is_new(work: &mut Transaction<'static, Any>, report: &Report) -> Result<bool, Error> {
+    let done = sqlx::query(
+        "INSERT INTO reports (save, fence, seq) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+    )
+    .bind(report.job.to_string())
+    .bind(report.fence as i64)
+    .bind(report.seq as i64)
+    .execute(&mut **work)
+    .await?;
+    Ok(done.rows_affected() > 0)
+}
+
+/// Writes a change over the version that it was made from. None: that version is the past.
+async fn write(
+    work: &mut Transaction<'static, Any>,
+    draft: Draft,
+    actor: &str,
+) -> Result<Option<Save>, Error> {
+    let (was, counts, now) = (draft.save().version, draft.is_changed(), now_ms());
+    let (steps, errands, revoked) = (
+        draft.steps.clone(),
+        draft.errands.clone(),
+        draft.revoked.clone(),
+    );
+    let mut save = draft.into_save();
+    if counts {
+        save.version += 1;
+    }
+    let id = save.id.to_string();
+    let body = written(save.id, &save)?;
+    let done = sqlx::query(
+        "UPDATE saves SET state = $1, version = $2, cancelling = $3, queued_ms = $4, changed_ms = $5, body = $6,
+         progress = CASE WHEN $7 = 0 THEN NULL ELSE progress END
+         WHERE id = $8 AND version = $9",
+    )
+    .bind(save.state.name())
+    .bind(save.version as i64)
+    .bind(i64::from(save.cancelling))
+    .bind(save.queued_ms)
+    .bind(now)
+    .bind(&body)
+    .bind(i64::from(save.progress.is_some()))
+    .bind(&id)
+    .bind(was as i64)
+    .execute(&mut **work)
+    .await?;
+    if done.rows_affected() == 0 {
+        return Ok(None);
+    }
+    if counts {
+        sqlx::query("INSERT INTO changes (save, version, body) VALUES ($1, $2, $3)")
+            .bind(&id)
+            .bind(save.version as i64)
+            .bind(&body)
+            .execute(&mut **work)
+            .await?;
+    }
+    super::audit::append(work, &save, &steps, actor, now).await?;
+    for errand in revoked {
+        super::outbox::revoke(work, save.id, errand).await?;
+    }
+    for (errand, due_ms) in errands {
+        super::outbox::send(work, save.id, errand, due_ms).await?;
+    }
+    Ok(Some(save))
+}
+
+/// A save and its progress, from their columns.
+pub(super) fn save_of(row: &sqlx::any::AnyRow) -> Result<Save, Error> {
+    let id: String = row.try_get("id")?;
+    let mut save: Save = read(&id, &row.try_get::<String, _>("body")?)?;
+    save.progress = match row.try_get::<Option<String>, _>("progress")? {
+        Some(text) => Some(read(&id, &text)?),
+        None => None,
+    };
+    Ok(save)
+}

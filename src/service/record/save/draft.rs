@@ -1,0 +1,695 @@
+//! The one place where a save's state changes: what follows from an agent's word, from a user's wish and from a queue
+//! that lost something. Pure: no I/O, so that every case is a test.
+
+use super::{Failure, Remark, Save};
+use crate::service::job::{Code, Event, Outcome, Report, Said, Saved, State};
+
+/// More remarks than this are counted, not kept: a tree can have any number of odd files.
+const MAX_WARNINGS: usize = 100;
+/// Longest message of an agent that is kept, in bytes.
+const MAX_MESSAGE: usize = 2000;
+
+/// How failures are repeated.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Attempts in all.
+    pub attempts: u32,
+    /// The first pause, in milliseconds.
+    pub backoff_ms: u64,
+    /// No pause is longer, in milliseconds.
+    pub backoff_most_ms: u64,
+}
+
+impl Policy {
+    /// The pause after so many failures (from 1): twice as long each time, shortened by `chance` (0 to 1) by up to a half.
+    fn pause_ms(&self, failures: u32, chance: f64) -> i64 {
+        let doubled = self
+            .backoff_ms
+            .saturating_mul(1 << failures.saturating_sub(1).min(30))
+            .min(self.backoff_most_ms);
+        (doubled as f64 * (1.0 - chance.clamp(0.0, 1.0) / 2.0)) as i64
+    }
+}
+
+/// What has to be told to the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Errand {
+    /// The order goes out.
+    Offer,
+    /// It is taken back.
+    Withdraw,
+}
+
+impl Errand {
+    /// As in the record.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Offer => "offer",
+            Self::Withdraw => "withdraw",
+        }
+    }
+
+    /// The errand of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Offer, Self::Withdraw]
+            .into_iter()
+            .find(|errand| errand.name() == name)
+    }
+}
+
+/// A transition, for the audit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::service::record) struct Step {
+    pub(in crate::service::record) from: Option<State>,
+    pub(in crate::service::record) to: State,
+    pub(in crate::service::record) attempt: u32,
+    pub(in crate::service::record) fence: u64,
+    pub(in crate::service::record) detail: String,
+}
+
+/// A change of a save on its way into the record: the save as it will be, the transitions that led there, and what the
+/// queue has to hear.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    save: Save,
+    before: Save,
+    now_ms: i64,
+    pub(in crate::service::record) steps: Vec<Step>,
+    pub(in crate::service::record) errands: Vec<(Errand, i64)>,
+    pub(in crate::service::record) revoked: Vec<Errand>,
+}
+
+impl Draft {
+    pub(in crate::service::record) fn new(save: Save, now_ms: i64) -> Self {
+        Self {
+            before: save.clone(),
+            save,
+            now_ms,
+            steps: Vec::new(),
+            errands: Vec::new(),
+            revoked: Vec::new(),
+        }
+    }
+
+    /// The save as it is so far.
+    pub fn save(&self) -> &Save {
+        &self.save
+    }
+
+    /// Whether anything that counts has changed.
+    pub fn is_changed(&self) -> bool {
+        let mut was = self.before.clone();
+        was.seq = self.save.seq;
+        was.progress = self.save.progress;
+        !self.steps.is_empty() || was != self.save
+    }
+
+    pub(in crate::service::record) fn is_touched(&self) -> bool {
+        self.is_changed() || self.before.seq != self.save.seq
+    }
+
+    pub(in crate::service::record) fn into_save(self) -> Save {
+        self.save
+    }
+
+    /// The one place where a state changes. False, and nothing done: there is no such transition.
+    fn go(&mut self, to: State, detail: &str) -> bool {
+        let from = self.save.state;
+        if !from.may_become(to) {
+            tracing::warn!(
+                job = %self.save.id, from = from.name(), to = to.name(),
+                "a transition that there is not was asked for"
+            );
+            return false;
+        }
+        self.save.state = to;
+        if to != State::Running {
+            self.save.phase = None;
+        }
+        if to.is_final() {
+            self.save.finished_ms = Some(self.now_ms);
+            self.save.cancelling = false;
+            self.revoked.push(Errand::Offer);
+            self.errands.retain(|(errand, _)| *errand != Errand::Offer);
+        }
+        self.steps.push(Step {
+            from: Some(from),
+            to,
+            attempt: self.save.attempt,
+            fence: self.save.fence,
+            detail: clipped(detail),
+        });
+        true
+    }
+
+    /// The same by way of the states between, where reports of them are late or lost.
+    fn reach(&mut self, to: State, detail: &str) -> bool {
+        let mut paths = vec![vec![self.save.state]];
+        let mut seen = vec![self.save.state];
+        while let Some(path) = (!paths.is_empty()).then(|| paths.remove(0)) {
+            let Some(&last) = path.last() else { continue };
+            for next in State::ALL {
+                if !last.may_become(next) || seen.contains(&next) {
+                    continue;
+                }
+                let mut longer = path.clone();
+                longer.push(next);
+                if next == to {
+                    return longer[1..].iter().all(|&state| self.go(state, detail));
+                }
+                seen.push(next);
+                if !next.is_final() {
+                    paths.push(longer);
+                }
+            }
+        }
+        false
+    }
+
+    fn send(&mut self, errand: Errand, due_ms: i64) {
+        self.revoked.retain(|revoked| *revoked != errand);
+        self.errands.retain(|(other, _)| *other != errand);
+        self.errands.push((errand, due_ms));
+    }
+
+    /// Back to waiting, as a new order.
+    fn again(&mut self, detail: &str, not_before_ms: i64) {
+        if self.save.state != State::Queued && !self.go(State::Queued, detail) {
+            return;
+        }
+        self.save.attempt = self.save.attempt.saturating_add(1);
+        self.save.queued_ms = self.now_ms;
+        self.save.not_before_ms = not_before_ms;
+        self.save.started_ms = None;
+        self.save.finished_ms = None;
+        self.save.progress = None;
+        self.save.error = None;
+        self.send(Errand::Offer, self.now_ms);
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        let detail = format!("{}: {}", failure.code.name(), failure.message);
+        if self.reach(State::Failed, &detail) {
+            self.save.error = Some(failure);
+        }
+    }
+
+    /// What an agent said. `chance` is between 0 and 1, for the pause before a retry.
+    pub fn hear(&mut self, report: &Report, policy: &Policy, chance: f64) {
+        // A job is its node's: no other one has a word in it.
+        if report.fence < self.save.fence || report.node != self.save.node {
+            return;
+        }
+        let taken_over = report.fence > self.save.fence;
+        if self.save.state.is_final() {
+            self.hear_late(report);
+            return;
+        }
+        // What an earlier order's agent says cannot move a later order, but for an image that is there.
+        let current = report.attempt >= self.save.attempt;
+        // Nor does its fence count: that of an old order which somebody put back into the queue may be any.
+        let made = matches!(
+            &report.said,
+            Said::Ended {
+                outcome: Outcome::Succeeded { .. }
+            }
+        );
+        if !current && !made {
+            if let Said::Event { event } = &report.said {
+                self.note(event, false);
+            }
+            return;
+        }
+        if taken_over {
+            self.save.fence = report.fence;
+            self.save.seq = 0;
+            if current && self.save.state != State::Queued {
+                self.go(State::Queued, "another agent has taken it over");
+                self.save.started_ms = None;
+            }
+        }
+        self.save.attempt = self.save.attempt.max(report.attempt);
+        let newest = taken_over || report.seq >= self.save.seq;
+        self.save.seq = self.save.seq.max(report.seq);
+        match &report.said {
+            Said::Assigned if current => {
+                if self.save.state == State::Queued {
+                    self.go(State::Assigned, "");
+                }
+            }
+            Said::Started if current => {
+                if self.save.state != State::Running {
+                    self.reach(State::Running, "");
+                }
+                self.save.started_ms = Some(report.at_ms);
+            }
+            Said::Event { event } => {
+                if current && self.save.state != State::Running {
+                    self.reach(State::Running, "");
+                    self.save.started_ms.get_or_insert(report.at_ms);
+                }
+                self.note(event, current && newest);
+            }
+            Said::GivenBack { reason } if current => {
+                if self.save.cancelling {
+                    self.reach(State::Cancelled, reason);
+                } else {
+                    self.again(reason, self.now_ms);
+                }
+            }
+            Said::Ended { outcome } => self.ended(outcome, current, policy, chance),
+            Said::Assigned | Said::Started | Said::GivenBack { .. } => {}
+        }
+    }
+
+    fn ended(&mut self, outcome: &Outcome, current: bool, policy: &Policy, chance: f64) {
+        match outcome {
+            Outcome::Succeeded { saved } => {
+                if !current {
+                    self.send(Errand::Withdraw, self.now_ms);
+                }
+                self.succeed(saved, "");
+            }
+            Outcome::Cancelled if current && self.save.cancelling => {
+                self.reach(State::Cancelled, "the agent has stopped it");
+            }
+            // Whoever writes to the queue can tell an agent to stop. That is no user's wish: the save goes on.
+            Outcome::Cancelled if current => {
+                self.save.failures += 1;
+                let pause = policy.pause_ms(self.save.failures, chance);
+                self.remark(
+                    "retried",
+                    "the queue had it stopped, and nobody had asked for that",
+                );
+                self.again("stopped without being asked for", self.now_ms + pause);
+            }
+            Outcome::Failed {
+                code,
+                message,
+                retryable,
+            } if current => {
+                if self.save.cancelling {
+                    self.reach(State::Cancelled, message);
+                    return;
+                }
+                self.save.failures += 1;
+                let message = clipped(message);
+                if *retryable && self.save.failures < policy.attempts {
+                    let pause = policy.pause_ms(self.save.failures, chance);
+                    self.remark("retried", &format!("{}: {message}", code.name()));
+                    self.again(&message, self.now_ms + pause);
+                } else {
+                    self.fail(Failure {
+                        code: *code,
+                        message,
+                        retryable: *retryable,
+                    });
+                }
+            }
+            Outcome::Cancelled | Outcome::Failed { .. } => {}
+        }
+    }
+
+    fn succeed(&mut self, saved: &Saved, detail: &str) {
+        if self.reach(State::Succeeded, detail) {
+            self.save.error = None;
+            self.save.pause_ms = saved.pause_ms.or(self.save.pause_ms);
+            self.save.result = Some(Saved {
+                reference: clipped(&saved.reference),
+                digest: clipped(&saved.digest),
+                base_name: saved.base_name.as_deref().map(clipped),
+                base_digest: saved.base_digest.as_deref().map(clipped),
+                ..saved.clone()
+            });
+        }
+    }
+
+    /// After the end: a remark that was overtaken, or an image of a node that was given up too early.
+    fn hear_late(&mut self, report: &Report) {
+        let given_up = |failure: &Failure| failure.code == Code::NodeLost;
+        match &report.said {
+            Said::Ended {
+                outcome: Outcome::Succeeded { saved },
+            } if self.save.state == State::Failed
+                && self.save.error.as_ref().is_some_and(given_up) =>
+            {
+                self.save.fence = report.fence;
+                self.succeed(saved, "the node was not lost: its image is there");
+            }
+            Said::Event { event } if report.fence == self.save.fence => self.note(event, false),
+            _ => {}
+        }
+    }
+
+    fn note(&mut self, event: &Event, newest: bool) {
+        match event {
+            Event::Phase { phase } if newest => self.save.phase = Some(*phase),
+            Event::Warning { code, message } => self.remark(code, message),
+            Event::Paused { pause_ms } => self.save.pause_ms = Some(*pause_ms),
+            _ => {}
+        }
+    }
+
+    fn remark(&mut self, code: &str, message: &str) {
+        let remark = Remark {
+            code: clipped(code).chars().take(64).collect(),
+            message: clipped(message),
+        };
+        let warnings = &mut self.save.warnings;
+        if warnings.len() < MAX_WARNINGS && !warnings.contains(&remark) {
+            warnings.push(remark);
+        }
+    }
+
+    /// Somebody wants its end. False: it has ended already.
+    pub fn want_end(&mut self, who: &str) -> bool {
+        if self.save.state.is_final() {
+            return false;
+        }
+        if !self.save.cancelling {
+            self.save.cancelling = true;
+            self.send(Errand::Withdraw, self.now_ms);
+            self.revoked.push(Errand::Offer);
+            self.steps.push(Step {
+                from: Some(self.save.state),
+                to: self.save.state,
+                attempt: self.save.attempt,
+                fence: self.save.fence,
+                detail: clipped(&format!("{who} asked for its end")),
+            });
+        }
+        true
+    }
+
+    /// Its end was wanted too late: the tag is being put on.
+    pub fn too_late_to_end(&mut self) {
+        self.save.cancelling = false;
+        self.revoked.push(Errand::Withdraw);
+    }
+
+    /// Nobody has it, and its end is wanted.
+    pub fn end(&mut self, detail: &str) -> bool {
+        self.reach(State::Cancelled, detail)
+    }
+
+    /// Its lease has ended and the order is still in the queue: it waits for the node's agent again.
+    pub fn lose_lease(&mut self) {
+        if self.save.state != State::Queued {
+            self.go(State::Queued, "the lease has ended");
+            self.save.queued_ms = self.now_ms;
+            self.save.started_ms = None;
+        }
+    }
+
+    /// The queue does not know it: the order goes out again, as a new one where an agent had it.
+    pub fn offer_again(&mut self, detail: &str) {
+        if self.save.state == State::Queued {
+            self.send(Errand::Offer, self.now_ms);
+        } else {
+            self.again(detail, self.now_ms);
+        }
+    }
+
+    /// It is given up, and the queue forgets it.
+    pub fn give_up(&mut self, code: Code, message: &str) {
+        if self.save.state.is_final() {
+            return;
+        }
+        if self.save.cancelling {
+            self.reach(State::Cancelled, message);
+        } else {
+            self.fail(Failure {
+                code,
+                message: message.to_owned(),
+                retryable: true,
+            });
+        }
+        self.send(Errand::Withdraw, self.now_ms);
+    }
+
+    /// Its end is wanted, and the queue may not have heard so.
+    pub fn remind_of_end(&mut self) {
+        if self.save.cancelling && !self.save.state.is_final() {
+            self.send(Errand::Withdraw, self.now_ms);
+        }
+    }
+
+    /// An administrator wants another attempt. False: it has not failed.
+    pub fn requeue(&mut self, who: &str) -> bool {
+        if self.save.state != State::Failed {
+            return false;
+        }
+        self.save.failures = 0;
+        self.again(&format!("{who} asked for it"), self.now_ms);
+        true
+    }
+}
+
+/// Foreign text, of bounded length and without the zero bytes that PostgreSQL does not take.
+fn clipped(text: &str) -> String {
+    let mut end = text.len().min(MAX_MESSAGE);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    let mut kept = text[..end].replace('\0', "\u{fffd}");
+    if end < text.len() {
+        kept.push('…');
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::job::{Category, JobId, Kind, Phase, SaveOptions};
+
+    pub(crate) fn save() -> Save {
+        Save {
+            id: JobId::new(),
+            session: "c".repeat(64),
+            session_name: "ns/pod".into(),
+            node: "n1".into(),
+            user: "alice".into(),
+            owner: "alice".into(),
+            name: "torch".into(),
+            tag: "v1".into(),
+            destination: "h.example/alice/torch:v1".into(),
+            message: None,
+            options: SaveOptions::default(),
+            kind: Kind::Jupyter,
+            category: Category::Cpu,
+            base: None,
+            state: State::Queued,
+            phase: None,
+            attempt: 1,
+            failures: 0,
+            fence: 0,
+            seq: 0,
+            version: 1,
+            progress: None,
+            pause_ms: None,
+            warnings: Vec::new(),
+            result: None,
+            error: None,
+            cancelling: false,
+            caller: "token:x".into(),
+            created_ms: 1,
+            queued_ms: 1,
+            not_before_ms: 1,
+            started_ms: None,
+            finished_ms: None,
+        }
+    }
+
+    const POLICY: Policy = Policy {
+        attempts: 3,
+        backoff_ms: 1000,
+        backoff_most_ms: 3000,
+    };
+
+    fn saved() -> Saved {
+        Saved {
+            reference: "h.example/alice/torch@sha256:0".into(),
+            digest: "sha256:0".into(),
+            layer_bytes: 1,
+            image_bytes: 2,
+            sent_bytes: 1,
+            entries: 1,
+            delta: false,
+            base_name: None,
+            base_digest: None,
+            pause_ms: Some(3.0),
+            seconds: 1.0,
+        }
+    }
+
+    fn done() -> Said {
+        Said::Ended {
+            outcome: Outcome::Succeeded { saved: saved() },
+        }
+    }
+
+    fn failed(retryable: bool) -> Said {
+        Said::Ended {
+            outcome: Outcome::Failed {
+                code: Code::RegistryUnavailable,
+                message: "503".into(),
+                retryable,
+            },
+        }
+    }
+
+    fn hear(save: Save, attempt: u32, fence: u64, seq: u64, said: Said) -> Draft {
+        let mut draft = Draft::new(save, 100);
+        let (job, node) = (draft.save.id, "n1".to_owned());
+        let report = Report {
+            job,
+            node,
+            attempt,
+            fence,
+            seq,
+            at_ms: 50,
+            said,
+        };
+        draft.hear(&report, &POLICY, 0.0);
+        draft
+    }
+
+    #[test]
+    fn a_save_goes_its_way() {
+        let mut at = save();
+        for (seq, said, state) in [
+            (0, Said::Assigned, State::Assigned),
+            (1, Said::Started, State::Running),
+            (
+                2,
+                Said::Event {
+                    event: Event::Phase {
+                        phase: Phase::Streaming,
+                    },
+                },
+                State::Running,
+            ),
+            (3, done(), State::Succeeded),
+        ] {
+            let draft = hear(at, 1, 7, seq, said);
+            assert!(draft.is_changed());
+            at = draft.into_save();
+            assert_eq!((at.state, at.fence), (state, 7));
+        }
+        assert_eq!((at.pause_ms, at.finished_ms), (Some(3.0), Some(100)));
+    }
+
+    #[test]
+    fn reports_in_any_order_come_to_the_same() {
+        // The end overtakes the beginning, as two managers read the reports.
+        let at = hear(save(), 1, 7, 3, done()).into_save();
+        assert_eq!(at.state, State::Succeeded);
+        let at = hear(at, 1, 7, 1, Said::Started);
+        assert!(!at.is_changed());
+        let warning = Said::Event {
+            event: Event::Warning {
+                code: "unstable_file".into(),
+                message: "x".into(),
+            },
+        };
+        let at = hear(at.into_save(), 1, 7, 2, warning);
+        assert!(at.is_changed());
+        assert_eq!(at.save().state, State::Succeeded);
+    }
+
+    #[test]
+    fn what_may_pass_is_tried_again_with_growing_pauses_and_not_for_ever() {
+        let mut at = save();
+        for (attempt, pause) in [(1, 1000), (2, 2000)] {
+            let draft = hear(at, attempt, u64::from(attempt), 5, failed(true));
+            assert_eq!(draft.errands, [(Errand::Offer, 100)]);
+            at = draft.into_save();
+            assert_eq!((at.state, at.attempt), (State::Queued, attempt + 1));
+            assert_eq!(at.not_before_ms, 100 + pause);
+        }
+        let at = hear(at, 3, 3, 5, failed(true)).into_save();
+        assert_eq!(at.state, State::Failed);
+        let at = hear(save(), 1, 1, 5, failed(false)).into_save();
+        assert_eq!(at.state, State::Failed);
+    }
+
+    #[test]
+    fn an_earlier_agent_moves_nothing_but_an_image_that_is_there_counts() {
+        let retried = hear(save(), 1, 7, 5, failed(true)).into_save();
+        for said in [Said::Assigned, Said::Started, failed(false)] {
+            assert!(!hear(retried.clone(), 1, 7, 4, said).is_changed());
+        }
+        let draft = hear(retried.clone(), 1, 7, 6, done());
+        assert_eq!(draft.save().state, State::Succeeded);
+        assert!(draft.errands.iter().any(|(e, _)| *e == Errand::Withdraw));
+        let taken = hear(retried, 2, 8, 0, Said::Assigned).into_save();
+        assert!(!hear(taken, 2, 7, 9, done()).is_changed());
+    }
+
+    #[test]
+    fn a_claim_that_another_agent_took_over_begins_anew() {
+        let running = hear(save(), 1, 7, 1, Said::Started).into_save();
+        let draft = hear(running, 1, 8, 0, Said::Assigned);
+        let states: Vec<_> = draft.steps.iter().map(|step| step.to).collect();
+        assert_eq!(states, [State::Queued, State::Assigned]);
+        assert_eq!(draft.save().attempt, 1);
+    }
+
+    #[test]
+    fn whose_end_is_wanted_does_not_begin_again() {
+        let mut draft = Draft::new(hear(save(), 1, 7, 1, Said::Started).into_save(), 100);
+        assert!(draft.want_end("alice"));
+        let at = draft.into_save();
+        for said in [failed(true), Said::GivenBack { reason: "x".into() }] {
+            assert_eq!(
+                hear(at.clone(), 1, 7, 2, said).into_save().state,
+                State::Cancelled
+            );
+        }
+        assert_eq!(
+            hear(at, 1, 7, 2, done()).into_save().state,
+            State::Succeeded
+        );
+    }
+
+    #[test]
+    fn another_node_is_not_heard() {
+        let mut draft = Draft::new(save(), 100);
+        let report = Report {
+            job: draft.save.id,
+            node: "n2".into(),
+            attempt: 1,
+            fence: 9,
+            seq: 0,
+            at_ms: 50,
+            said: done(),
+        };
+        draft.hear(&report, &POLICY, 0.0);
+        assert!(!draft.is_touched());
+    }
+
+    #[test]
+    fn a_node_that_comes_back_with_the_image_was_not_lost() {
+        let mut draft = Draft::new(hear(save(), 1, 7, 1, Said::Started).into_save(), 100);
+        draft.give_up(Code::NodeLost, "gone");
+        let lost = draft.into_save();
+        assert_eq!(lost.state, State::Failed);
+        assert_eq!(
+            hear(lost, 1, 7, 2, done()).into_save().state,
+            State::Succeeded
+        );
+        let failed = hear(save(), 1, 7, 2, failed(false)).into_save();
+        assert_eq!(
+            hear(failed, 1, 7, 3, done()).into_save().state,
+            State::Failed
+        );
+    }
+
+    #[test]
+    fn pauses_are_shortened_by_chance_and_bounded() {
+        assert_eq!(POLICY.pause_ms(1, 1.0), 500);
+        assert_eq!(POLICY.pause_ms(9, 0.0), 3000);
+        assert_eq!(POLICY.pause_ms(u32::MAX, 0.0), 3000);
+    }
+}

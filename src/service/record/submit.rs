@@ -1,0 +1,230 @@
+//! Accepting a save: the save, the first line of its audit, its order on the way and the caller's key, all or nothing.
+
+use sqlx::{Any, Row as _, Transaction};
+
+use super::save::Step;
+use super::{Errand, Error, Record, Save, id_of, view, written};
+use crate::service::job::{JobId, now_ms};
+
+/// So often a request is looked at again whose key another one had at the same moment.
+const TRIES: u32 = 10;
+
+/// A caller's own name for a request, so that it can be sent twice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Whose key it is.
+    pub caller: String,
+    /// The key.
+    pub key: String,
+    /// A digest of what is asked for.
+    pub hash: String,
+}
+
+/// What became of a request for a save.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Submitted {
+    /// It is written down.
+    New(Box<Save>),
+    /// It was, under this key.
+    Repeated(Box<Save>),
+    /// Under this key something else was asked for.
+    OtherRequest,
+    /// A save of that session is open.
+    Busy(JobId),
+    /// A save that will put on that tag is open.
+    TagBusy(JobId),
+    /// The user has so many open saves.
+    TooMany(u64),
+    /// The user has asked for so many in the last 24 hours.
+    TooManyToday(u64),
+}
+
+/// How many saves of a user are written down; 0: no bound.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Most {
+    /// Open at once.
+    pub open: u32,
+    /// In 24 hours, whatever became of them.
+    pub day: u32,
+}
+
+const DAY_MS: i64 = 24 * 3600 * 1000;
+
+impl Record {
+    /// Writes `save` down as queued, within `most` of its user.
+    pub async fn submit(
+        &self,
+        save: &Save,
+        request: Option<&Request>,
+        most: Most,
+    ) -> Result<Submitted, Error> {
+        for _ in 0..TRIES {
+            if let Some(submitted) = self.try_submit(save, request, most).await? {
+                return Ok(submitted);
+            }
+        }
+        Err(Error::Contended(save.id))
+    }
+
+    /// The save that was asked for under this key with this request, if one was.
+    pub async fn repeated(&self, request: &Request) -> Result<Option<Save>, Error> {
+        let row = sqlx::query(
+            "SELECT saves.id AS id, body, progress FROM saves JOIN idempotency ON idempotency.save = saves.id
+             WHERE caller = $1 AND request_key = $2 AND request_hash = $3",
+        )
+        .bind(&request.caller)
+        .bind(&request.key)
+        .bind(&request.hash)
+        .fetch_optional(&self.pool)
+        .await?;
+        row.as_ref().map(super::change::save_of).transpose()
+    }
+
+    /// Until the end of the transaction nobody else counts this user's open saves: two who did at once would both find
+    /// room for one more. In SQLite only one writes at a time in any case.
+    async fn one_at_a_time(
+        &self,
+        work: &mut Transaction<'static, Any>,
+        user: &str,
+    ) -> Result<(), Error> {
+        if !self.sqlite {
+            // The function gives nothing, which the driver has no type for.
+            sqlx::query(
+                "SELECT CASE WHEN pg_advisory_xact_lock(hashtextextended($1, 0)) IS NULL THEN 0 ELSE 1 END AS held",
+            )
+            .bind(user)
+            .execute(&mut **work)
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn try_submit(
+        &self,
+        save: &Save,
+        request: Option<&Request>,
+        most: Most,
+    ) -> Result<Option<Submitted>, Error> {
+        let (id, now) = (save.id.to_string(), now_ms());
+        let mut work = self.begin().await?;
+        if let Some(request) = request {
+            let done = sqlx::query(
+                "INSERT INTO idempotency (caller, request_key, request_hash, save, created_ms)
+                 VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
+            )
+            .bind(&request.caller)
+            .bind(&request.key)
+            .bind(&request.hash)
+            .bind(&id)
+            .bind(now)
+            .execute(&mut *work)
+            .await?;
+            if done.rows_affected() == 0 {
+                let found = sqlx::query(
+                    "SELECT request_hash, save FROM idempotency WHERE caller = $1 AND request_key = $2",
+                )
+                .bind(&request.caller)
+                .bind(&request.key)
+                .fetch_optional(&mut *work)
+                .await?;
+                let Some(found) = found else { return Ok(None) };
+                if found.try_get::<String, _>("request_hash")? != request.hash {
+                    return Ok(Some(Submitted::OtherRequest));
+                }
+                let earlier = id_of(&found.try_get::<String, _>("save")?)?;
+                let save = view::get(&mut work, earlier).await?;
+                return Ok(save.map(|save| Submitted::Repeated(Box::new(save))));
+            }
+        }
+        if most.open > 0 || most.day > 0 {
+            self.one_at_a_time(&mut work, &save.user).await?;
+        }
+        if most.open > 0 {
+            let row = sqlx::query(
+                "SELECT count(*) AS n FROM saves WHERE user_name = $1 AND state IN ('queued', 'assigned', 'running')",
+            )
+            .bind(&save.user)
+            .fetch_one(&mut *work)
+            .await?;
+            let open = row.try_get::<i64, _>("n")? as u64;
+            if open >= u64::from(most.open) {
+                // A session that is being saved is named even so.
+                let busy = sqlx::query(
+                    "SELECT id FROM saves WHERE session = $1 AND state IN ('queued', 'assigned', 'running')",
+                )
+                .bind(&save.session)
+                .fetch_optional(&mut *work)
+                .await?;
+                return Ok(Some(match busy {
+                    Some(row) => Submitted::Busy(id_of(&row.try_get::<String, _>("id")?)?),
+                    None => Submitted::TooMany(open),
+                }));
+            }
+        }
+        if most.day > 0 {
+            let row =
+                sqlx::query("SELECT count(*) AS n FROM saves WHERE user_name = $1 AND id > $2")
+                    .bind(&save.user)
+                    .bind(JobId::earliest(now - DAY_MS).to_string())
+                    .fetch_one(&mut *work)
+                    .await?;
+            let asked = row.try_get::<i64, _>("n")? as u64;
+            if asked >= u64::from(most.day) {
+                return Ok(Some(Submitted::TooManyToday(asked)));
+            }
+        }
+        let body = written(save.id, save)?;
+        let done = sqlx::query(
+            "INSERT INTO saves (id, session, user_name, destination, node, state, version, cancelling, queued_ms,
+                changed_ms, body, progress_fence, progress_seq)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, 0, $8, $8, $9, 0, -1) ON CONFLICT DO NOTHING",
+        )
+        .bind(&id)
+        .bind(&save.session)
+        .bind(&save.user)
+        .bind(&save.destination)
+        .bind(&save.node)
+        .bind(save.state.name())
+        .bind(save.version as i64)
+        .bind(now)
+        .bind(&body)
+        .execute(&mut *work)
+        .await?;
+        if done.rows_affected() == 0 {
+            let found = sqlx::query(
+                "SELECT id, session FROM saves WHERE (session = $1 OR destination = $2)
+                 AND state IN ('queued', 'assigned', 'running') ORDER BY CASE WHEN session = $1 THEN 0 ELSE 1 END",
+            )
+            .bind(&save.session)
+            .bind(&save.destination)
+            .fetch_optional(&mut *work)
+            .await?;
+            // None: it has ended since.
+            let Some(found) = found else { return Ok(None) };
+            let other = id_of(&found.try_get::<String, _>("id")?)?;
+            let same = found.try_get::<String, _>("session")? == save.session;
+            return Ok(Some(if same {
+                Submitted::Busy(other)
+            } else {
+                Submitted::TagBusy(other)
+            }));
+        }
+        sqlx::query("INSERT INTO changes (save, version, body) VALUES ($1, $2, $3)")
+            .bind(&id)
+            .bind(save.version as i64)
+            .bind(&body)
+            .execute(&mut *work)
+            .await?;
+        let asked_for = Step {
+            from: None,
+            to: save.state,
+            attempt: save.attempt,
+            fence: save.fence,
+            detail: String::new(),
+        };
+        super::audit::append(&mut work, save, &[asked_for], &save.caller, now).await?;
+        super::outbox::send(&mut work, save.id, Errand::Offer, now).await?;
+        work.commit().await?;
+        Ok(Some(Submitted::New(Box::new(save.clone()))))
+    }
+}

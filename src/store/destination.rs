@@ -1,0 +1,537 @@
+//! Where a saved image goes: a registry, a layout directory or a layout archive, behind one set of verbs.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
+use crate::common::digest::Digest;
+use crate::common::private::FileMode;
+use crate::store::harbor;
+use crate::store::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob, Reader};
+use crate::store::registry::reference::ReferenceError;
+use crate::store::registry::{self, Reference, Registries, Repository, Writer};
+
+/// The tag of those who name none.
+const DEFAULT_TAG: &str = "latest";
+
+/// DESTINATION, or `--base`, as the user wrote it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// `[docker://]HOST[:PORT]/REPOSITORY[:TAG]`
+    Registry(Reference),
+    /// `oci:DIR[:TAG]`
+    Layout {
+        /// The layout's directory.
+        dir: PathBuf,
+        /// As written.
+        tag: Option<String>,
+    },
+    /// `oci-archive:FILE[:TAG]`
+    Archive {
+        /// The tar file.
+        file: PathBuf,
+        /// As written.
+        tag: Option<String>,
+    },
+}
+
+/// A text that names no place for an image.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum TargetError {
+    /// Of a registry.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// What a digest would be is known only when the image is there.
+    #[error("{0:?} names a digest: an image is saved under a tag, HOST[:PORT]/REPOSITORY[:TAG]")]
+    Digest(String),
+    /// Another tool's transport, or a URL.
+    #[error(
+        "{0:?} is not supported: write HOST[:PORT]/REPOSITORY[:TAG], oci:DIR[:TAG] or oci-archive:FILE[:TAG]"
+    )]
+    Transport(String),
+    /// Nothing after the colon.
+    #[error("{0:?} names no path: write {0}PATH[:TAG]")]
+    NoPath(&'static str),
+    /// Of a layout.
+    #[error(
+        "{0:?} is not a tag for a layout: letters and digits, single - . _ : @ + between them, parts separated by /, \
+         255 bytes at most (a path cannot hold a colon)"
+    )]
+    LayoutTag(String),
+}
+
+impl FromStr for Target {
+    type Err = TargetError;
+
+    /// A layout's path ends at the first colon, as in all tools of this family. A digest is accepted here (to read a
+    /// base by it) and refused by [`Target::for_saving`].
+    fn from_str(text: &str) -> Result<Self, TargetError> {
+        if let Some(rest) = text.strip_prefix("oci:") {
+            let (path, tag) = split_layout("oci:", rest)?;
+            return Ok(Self::Layout { dir: path, tag });
+        }
+        if let Some(rest) = text.strip_prefix("oci-archive:") {
+            let (path, tag) = split_layout("oci-archive:", rest)?;
+            return Ok(Self::Archive { file: path, tag });
+        }
+        let scheme = text
+            .split_once("://")
+            .map(|(scheme, _)| scheme)
+            .filter(|&s| s != "docker");
+        let others = [
+            "docker-archive",
+            "docker-daemon",
+            "containers-storage",
+            "dir",
+            "docker",
+            "ostree",
+            "sif",
+        ];
+        let transport = text.split_once(':').is_some_and(|(t, rest)| {
+            others.contains(&t)
+                && !rest.starts_with("//")
+                && !rest.bytes().next().is_some_and(|b| b.is_ascii_digit())
+        });
+        if scheme.is_some() || transport {
+            return Err(TargetError::Transport(text.chars().take(200).collect()));
+        }
+        Ok(Self::Registry(text.parse()?))
+    }
+}
+
+impl Target {
+    /// `text` as DESTINATION: a tag, or none for `latest`, but no digest.
+    pub fn for_saving(text: &str) -> Result<Self, TargetError> {
+        match text.parse()? {
+            Self::Registry(Reference {
+                digest: Some(_), ..
+            }) => Err(TargetError::Digest(text.chars().take(400).collect())),
+            Self::Layout { tag: Some(tag), .. } | Self::Archive { tag: Some(tag), .. }
+                if tag.contains("@sha256:") =>
+            {
+                Err(TargetError::Digest(text.chars().take(400).collect()))
+            }
+            target => Ok(target),
+        }
+    }
+
+    /// The tag, `latest` where none was given.
+    pub fn tag(&self) -> &str {
+        let tag = match self {
+            Self::Registry(reference) => &reference.tag,
+            Self::Layout { tag, .. } | Self::Archive { tag, .. } => tag,
+        };
+        tag.as_deref().unwrap_or(DEFAULT_TAG)
+    }
+
+    /// How the saved image is called: `HOST/REPOSITORY@sha256:…`, `oci:DIR@sha256:…`, `oci-archive:FILE@sha256:…`.
+    pub fn with_digest(&self, digest: &Digest) -> String {
+        match self {
+            Self::Registry(reference) => format!("{}@{digest}", reference.name()),
+            Self::Layout { dir, .. } => format!("oci:{}@{digest}", dir.display()),
+            Self::Archive { file, .. } => format!("oci-archive:{}@{digest}", file.display()),
+        }
+    }
+
+    /// Opens a layout to read from, and gives the tag as written; none for a registry.
+    pub fn open_layout(&self) -> Result<Option<(Reader, Option<&str>)>, layout::Error> {
+        match self {
+            Self::Registry(_) => Ok(None),
+            Self::Layout { dir, tag } => Ok(Some((Reader::directory(dir)?, tag.as_deref()))),
+            Self::Archive { file, tag } => Ok(Some((Reader::archive(file)?, tag.as_deref()))),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Registry(Reference {
+                host, repository, ..
+            }) => write!(f, "{host}/{repository}:{}", self.tag()),
+            Self::Layout { dir, .. } => write!(f, "oci:{}:{}", dir.display(), self.tag()),
+            Self::Archive { file, .. } => {
+                write!(f, "oci-archive:{}:{}", file.display(), self.tag())
+            }
+        }
+    }
+}
+
+fn split_layout(
+    prefix: &'static str,
+    rest: &str,
+) -> Result<(PathBuf, Option<String>), TargetError> {
+    let (path, tag) = match rest.split_once(':') {
+        Some((path, tag)) => (path, Some(tag)),
+        None => (rest, None),
+    };
+    if path.is_empty() {
+        return Err(TargetError::NoPath(prefix));
+    }
+    if let Some(tag) = tag.filter(|t| !is_ref_name(t)) {
+        return Err(TargetError::LayoutTag(tag.chars().take(300).collect()));
+    }
+    Ok((path.into(), tag.map(str::to_owned)))
+}
+
+/// The grammar of `org.opencontainers.image.ref.name` (image-spec `annotations.md`): components of alphanumerics with
+/// single separators (`-._:@+` or `--`) between them, joined by slashes.
+fn is_ref_name(text: &str) -> bool {
+    let component = |part: &str| {
+        let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+        edge(part.chars().next())
+            && edge(part.chars().last())
+            && part
+                .split(|c: char| c.is_ascii_alphanumeric())
+                .all(|s| matches!(s, "" | "-" | "." | "_" | ":" | "@" | "+" | "--"))
+    };
+    text.len() <= 255 && text.split('/').all(component)
+}
+
+/// What can go wrong with any destination.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A registry.
+    #[error(transparent)]
+    Registry(#[from] registry::Error),
+    /// A registry that is Harbor, which says more.
+    #[error(transparent)]
+    Harbor(harbor::Error),
+    /// A layout.
+    #[error(transparent)]
+    Layout(#[from] layout::Error),
+    /// The runtime went away under a write.
+    #[error("the save was ended while a file was being written")]
+    Ended,
+}
+
+impl Error {
+    /// Whether doing the same again later may succeed (exit code 75). For a [`BlobWriter`]: making the blob again from
+    /// its start may succeed now.
+    pub fn retryable(&self) -> bool {
+        match self {
+            Self::Registry(e) => e.retryable(),
+            Self::Harbor(e) => e.retryable(),
+            Self::Layout(e) => e.retryable(),
+            Self::Ended => false,
+        }
+    }
+
+    /// Whether there is no room: a quota is used up, or would be.
+    pub fn is_quota(&self) -> bool {
+        matches!(
+            self,
+            Self::Harbor(harbor::Error::Quota { .. } | harbor::Error::NoRoom { .. })
+        )
+    }
+
+    /// Whether it is a matter of permission: credentials, quota, policy (exit code 77).
+    pub fn not_permitted(&self) -> bool {
+        match self {
+            Self::Registry(e) => e.not_permitted(),
+            Self::Harbor(e) => e.not_permitted(),
+            Self::Layout(e) => e.not_permitted(),
+            Self::Ended => false,
+        }
+    }
+}
+
+impl From<harbor::Error> for Error {
+    /// What Harbor has nothing to add to stays the registry's.
+    fn from(error: harbor::Error) -> Self {
+        match error {
+            harbor::Error::Registry(error) => Self::Registry(error),
+            error => Self::Harbor(error),
+        }
+    }
+}
+
+/// A destination. Clones are the same thing.
+#[derive(Clone)]
+pub struct Destination(Kind);
+
+#[derive(Clone)]
+enum Kind {
+    Registry {
+        repository: Repository,
+        create_project: bool,
+    },
+    Directory(Directory),
+    Archive(Archive),
+}
+
+impl Destination {
+    /// Opens `target`. Nothing is asked or touched before the first call.
+    pub fn open(target: &Target, registries: &Registries) -> Result<Self, Error> {
+        Self::open_as(target, registries, None)
+    }
+
+    /// The same with the mode of the files, where it is files. None: for their owner alone, or as the layout has it that
+    /// is there.
+    pub fn open_as(
+        target: &Target,
+        registries: &Registries,
+        mode: Option<FileMode>,
+    ) -> Result<Self, Error> {
+        Ok(Self(match target {
+            Target::Registry(reference) => Kind::Registry {
+                repository: registries.push_to(reference)?,
+                create_project: registries.creates_projects(),
+            },
+            Target::Layout { dir, .. } => Kind::Directory(Directory::new(dir).with_mode(mode)),
+            Target::Archive { file, .. } => {
+                Kind::Archive(Archive::with_mode(file, mode.unwrap_or(FileMode::PRIVATE)))
+            }
+        }))
+    }
+
+    /// Whether an image can be put here: credentials and rights, a quota that is not used up, or a place that can be
+    /// written. Leaves nothing behind, but for a project of Harbor's where it was asked to make one.
+    pub async fn check(&self) -> Result<(), Error> {
+        match &self.0 {
+            Kind::Registry {
+                repository,
+                create_project,
+            } => Ok(harbor::check_push(repository, *create_project).await?),
+            Kind::Directory(directory) => blocking(directory.clone(), |d| d.check()).await,
+            Kind::Archive(archive) => blocking(archive.clone(), |a| a.check()).await,
+        }
+    }
+
+    /// Whether `needed` bytes more fit, as far as the destination says what it has room for.
+    pub async fn check_room(&self, needed: u64) -> Result<(), Error> {
+        match &self.0 {
+            Kind::Registry { repository, .. } => Ok(harbor::check_room(repository, needed).await?),
+            Kind::Directory(_) | Kind::Archive(_) => Ok(()),
+        }
+    }
+
+    /// How many blobs are worth bringing at the same time.
+    pub fn blobs_at_once(&self) -> usize {
+        match &self.0 {
+            Kind::Registry { .. } => registry::UPLOADS_AT_ONCE,
+            Kind::Directory(_) | Kind::Archive(_) => 1,
+        }
+    }
+
+    /// The size in bytes of a blob that is there. One that has another size than `size` is not what it should be and
+    /// counts as missing.
+    pub async fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
+        let digest = *digest;
+        match &self.0 {
+            Kind::Registry { repository, .. } => Ok(repository
+                .head_blob(&digest)
+                .await?
+                .filter(|&found| size.is_none_or(|s| s == found))),
+            Kind::Directory(directory) => {
+                blocking(directory.clone(), move |d| d.has_blob(&digest, size)).await
+            }
+            Kind::Archive(archive) => Ok(archive.has_blob(&digest, size)),
+        }
+    }
+
+    /// Makes a blob of another repository (`HOST/REPOSITORY`) on the same registry appear here. False: upload it.
+    pub async fn mount_blob(&self, digest: &Digest, from_repository: &str) -> Result<bool, Error> {
+        match &self.0 {
+            Kind::Registry { repository, .. } => {
+                Ok(repository.mount_blob(digest, from_repository).await?)
+            }
+            Kind::Directory(_) | Kind::Archive(_) => Ok(false),
+        }
+    }
+
+    /// Puts a small blob (the config).
+    pub async fn put_blob(&self, bytes: Bytes, digest: &Digest) -> Result<(), Error> {
+        let digest = *digest;
+        match &self.0 {
+            Kind::Registry { repository, .. } => Ok(repository.put_blob(bytes, &digest).await?),
+            Kind::Directory(directory) => {
+                blocking(directory.clone(), move |d| d.put_blob(&bytes, &digest)).await
+            }
+            Kind::Archive(archive) => {
+                blocking(archive.clone(), move |a| a.put_blob(&bytes, &digest)).await
+            }
+        }
+    }
+
+    /// Begins a blob whose digest is known at its end. `handle` is the runtime for a registry's requests.
+    ///
+    /// An archive takes one blob at a time: another's first write waits for the end of this one.
+    pub fn begin_blob(&self, handle: Handle) -> Result<BlobWriter, Error> {
+        Ok(BlobWriter(match &self.0 {
+            Kind::Registry { repository, .. } => Writing::Registry(repository.begin_blob(handle)),
+            Kind::Directory(directory) => Writing::Directory(directory.begin_blob()?),
+            Kind::Archive(archive) => Writing::Archive(archive.begin_blob()),
+        }))
+    }
+
+    /// Puts the manifest under its tag, last of all: before, nothing can be seen. Returns its digest.
+    pub async fn put_manifest(
+        &self,
+        bytes: Bytes,
+        media_type: &str,
+        tag: &str,
+    ) -> Result<Digest, Error> {
+        let (media_type_, tag_) = (media_type.to_owned(), tag.to_owned());
+        match &self.0 {
+            Kind::Registry { repository, .. } => {
+                match repository.put_manifest(bytes, media_type, tag).await {
+                    Ok(digest) => Ok(digest),
+                    Err(error) => Err(harbor::explain(repository, error).await.into()),
+                }
+            }
+            Kind::Directory(directory) => {
+                blocking(directory.clone(), move |d| {
+                    d.put_manifest(&bytes, &media_type_, &tag_)
+                })
+                .await
+            }
+            Kind::Archive(archive) => {
+                blocking(archive.clone(), move |a| {
+                    a.put_manifest(&bytes, &media_type_, &tag_)
+                })
+                .await
+            }
+        }
+    }
+}
+
+/// Runs what blocks beside the runtime.
+async fn blocking<K: Send + 'static, T: Send + 'static>(
+    kind: K,
+    work: impl FnOnce(K) -> Result<T, layout::Error> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::task::spawn_blocking(move || work(kind)).await {
+        Ok(result) => Ok(result?),
+        Err(e) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
+        Err(_) => Err(Error::Ended),
+    }
+}
+
+/// A blob on its way. Dropped before [`BlobWriter::finish`], nothing of it stays.
+pub struct BlobWriter(Writing);
+
+enum Writing {
+    Registry(Writer),
+    Directory(DirectoryBlob),
+    Archive(ArchiveBlob),
+    /// A layout's blob that has ended.
+    Over,
+}
+
+impl BlobWriter {
+    /// Hands bytes over; waits while the destination is behind. For plain threads, not for async tasks. An error is the
+    /// destination's own; when it is retryable, [`BlobWriter::again`] has to be asked for a writer for another try.
+    pub fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
+        match &mut self.0 {
+            Writing::Registry(writer) => Ok(writer.write(bytes)?),
+            Writing::Directory(blob) => Ok(blob.write(&bytes)?),
+            Writing::Archive(blob) => Ok(blob.write(&bytes)?),
+            Writing::Over => Err(Error::Ended),
+        }
+    }
+
+    /// Ends the blob under `digest`; `size` is checked against what was written.
+    pub async fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+        self.end(digest, size).await
+    }
+
+    /// As [`BlobWriter::finish`], and keeps the writer, so that a failure can be answered with [`BlobWriter::again`].
+    pub async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+        let digest = *digest;
+        if let Writing::Registry(writer) = &mut self.0 {
+            return match writer.end(&digest, size).await {
+                Ok(()) => Ok(()),
+                Err(error) => Err(harbor::explain(writer.repository(), error).await.into()),
+            };
+        }
+        match std::mem::replace(&mut self.0, Writing::Over) {
+            Writing::Directory(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
+            Writing::Archive(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
+            Writing::Registry(_) | Writing::Over => Err(Error::Ended),
+        }
+    }
+
+    /// A writer for another try after `error`, once the pause that the try takes is over. The same bytes have to be
+    /// written to it from their beginning, whatever of them is sent again.
+    ///
+    /// The error comes back where another try is not worth it: the blob has had its tries, or the save all of its, or
+    /// the destination is a layout, whose errors do not pass.
+    pub async fn again(self, error: Error) -> Result<Self, Error> {
+        match (self.0, error) {
+            (Writing::Registry(writer), Error::Registry(error)) => {
+                Ok(Self(Writing::Registry(writer.again(error).await?)))
+            }
+            (_, error) => Err(error),
+        }
+    }
+
+    /// Gives the blob up and waits until the destination has tidied up. Dropping does the same without waiting.
+    pub async fn abort(self) {
+        if let Writing::Registry(writer) = self.0 {
+            writer.abort().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets() {
+        for (text, shown) in [
+            ("127.0.0.1:5000/a/b", "127.0.0.1:5000/a/b:latest"),
+            ("docker://r.example/a:1", "r.example/a:1"),
+            ("oci:/tmp/x", "oci:/tmp/x:latest"),
+            ("oci:x:v1", "oci:x:v1"),
+            (
+                "oci-archive:x.tar:docker.io/library/debian:12",
+                "oci-archive:x.tar:docker.io/library/debian:12",
+            ),
+            ("dir:5000/x", "dir:5000/x:latest"), // a host may be called so
+        ] {
+            assert_eq!(
+                Target::for_saving(text).map(|t| t.to_string()),
+                Ok(shown.to_owned()),
+                "{text}"
+            );
+        }
+        let digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        for bad in [
+            "",
+            "x",
+            "oci:",
+            "oci::tag",
+            "oci:x:",
+            "oci:x:a b",
+            "oci:x:../y",
+            "oci-archive:",
+            "docker-archive:x.tar",
+            "dir:/tmp/x",
+            "docker:x",
+            "https://r.example/x",
+            "containers-storage:x",
+            "r.example/x:-",
+            "r.example/../x",
+            &format!("r.example/x@{digest}"),
+            &format!("r.example/x:1@{digest}"),
+            &format!("oci:x:y@{digest}"),
+        ] {
+            assert!(Target::for_saving(bad).is_err(), "{bad}");
+        }
+        // To read a base by its digest is fine.
+        assert!(format!("r.example/x@{digest}").parse::<Target>().is_ok());
+    }
+
+    #[test]
+    fn the_result_is_named_by_its_digest() {
+        let digest = Digest::of("");
+        let named = |text: &str| Target::for_saving(text).unwrap().with_digest(&digest);
+        assert_eq!(named("r.example/x:1"), format!("r.example/x@{digest}"));
+        assert_eq!(named("oci:/x:1"), format!("oci:/x@{digest}"));
+    }
+}

@@ -1,0 +1,142 @@
+//! A layout directory as a place for images.
+
+use super::plain::describe;
+use super::{Error, ImageEntry, Listed, Query, Removed, RepositoryEntry, Store, Which, sort};
+use crate::common::digest::Digest;
+use crate::store::layout::{Directory, Listing, Reader};
+
+const SPACE: &str = "the blobs stay in the directory, as a save that is under way may count on them: \
+                     `umoci gc --layout DIRECTORY` takes out what no image needs";
+
+/// A layout directory.
+pub struct LayoutImages {
+    directory: Directory,
+}
+
+impl LayoutImages {
+    /// Nothing is touched before the first call.
+    pub fn new(directory: Directory) -> Self {
+        Self { directory }
+    }
+
+    fn shown(&self, which: &Which) -> String {
+        let dir = self.directory.path().display();
+        match which {
+            Which::Tag(tag) => format!("oci:{dir}:{tag}"),
+            Which::Digest(digest) => format!("oci:{dir}@{digest}"),
+        }
+    }
+}
+
+/// Work on files beside the runtime.
+async fn blocking<T: Send + 'static>(
+    directory: &Directory,
+    work: impl FnOnce(&Directory) -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let directory = directory.clone();
+    tokio::task::spawn_blocking(move || work(&directory))
+        .await
+        .map_err(|_| Error::Ended)?
+}
+
+fn read(reader: &Reader, listing: Listing) -> Result<ImageEntry, Error> {
+    let mut entry = ImageEntry::new(listing.digest);
+    entry.tags = listing.tags;
+    let manifest = reader.manifest_of(&listing.digest, &listing.media_type)?;
+    if let Some(config) = describe(&mut entry, &manifest) {
+        let bytes = reader.blob(&config)?;
+        entry.read_config(&serde_json::from_slice(&bytes).unwrap_or_default());
+    }
+    Ok(entry)
+}
+
+/// Whether an index of the layout names `needed`.
+fn index_that_needs(reader: &Reader, all: &[Listing], needed: &Digest) -> Option<String> {
+    let mut others = all.iter().filter(|other| other.digest != *needed);
+    let found = others.find(|other| {
+        let read = reader.manifest_of(&other.digest, &other.media_type);
+        read.is_ok_and(|found| {
+            found.is_index() && String::from_utf8_lossy(&found.bytes).contains(&needed.hex())
+        })
+    })?;
+    let tag = found.tags.first().cloned();
+    Some(tag.unwrap_or_else(|| found.digest.to_string()))
+}
+
+impl Store for LayoutImages {
+    fn is_group(&self, _: &str) -> bool {
+        false
+    }
+
+    async fn repositories(&self, _: &str, query: &Query) -> Result<Listed<RepositoryEntry>, Error> {
+        let entry = blocking(&self.directory, |directory| {
+            let images = Reader::directory(directory.path())?.list()?.len() as u64;
+            Ok(RepositoryEntry {
+                name: directory.path().display().to_string(),
+                images: Some(images),
+                pulls: None,
+                updated: None,
+            })
+        })
+        .await?;
+        Ok(query.cut(vec![entry]))
+    }
+
+    async fn images(&self, _: &str, query: &Query) -> Result<Listed<ImageEntry>, Error> {
+        let asked = query.clone();
+        let mut entries = blocking(&self.directory, move |directory| {
+            let reader = Reader::directory(directory.path())?;
+            let mut all = reader.list()?;
+            all.retain(|listing| {
+                asked.search.is_none() || listing.tags.iter().any(|tag| asked.finds(tag))
+            });
+            all.into_iter()
+                .map(|listing| read(&reader, listing))
+                .collect::<Result<Vec<_>, _>>()
+        })
+        .await?;
+        sort(&mut entries, query.sort);
+        Ok(query.cut(entries))
+    }
+
+    async fn remove(&self, _: &str, which: &Which, all_tags: bool) -> Result<Removed, Error> {
+        let (asked, shown) = (which.clone(), self.shown(which));
+        blocking(&self.directory, move |directory| {
+            let reader = Reader::directory(directory.path())?;
+            let all = reader.list()?;
+            let is_it = |listing: &&Listing| match &asked {
+                Which::Tag(tag) => listing.tags.contains(tag),
+                Which::Digest(digest) => listing.digest == *digest,
+            };
+            let found = all
+                .iter()
+                .find(is_it)
+                .ok_or_else(|| Error::NotThere(shown.clone()))?;
+            let removed = |tags, image_deleted, kept| Removed {
+                tags,
+                digest: found.digest,
+                image_deleted,
+                kept,
+                space: SPACE,
+            };
+            if let (Which::Tag(tag), false) = (&asked, all_tags) {
+                directory.remove(&found.digest, Some(tag))?;
+                let kept: Vec<_> = found.tags.iter().filter(|t| *t != tag).cloned().collect();
+                return Ok(removed(vec![tag.clone()], kept.is_empty(), kept));
+            }
+            if !found.tags.is_empty() && !all_tags {
+                let tags = found.tags.clone();
+                return Err(Error::Tagged { image: shown, tags });
+            }
+            if let Some(index) = index_that_needs(&reader, &all, &found.digest) {
+                return Err(Error::Needed {
+                    image: shown,
+                    index,
+                });
+            }
+            directory.remove(&found.digest, None)?;
+            Ok(removed(found.tags.clone(), true, Vec::new()))
+        })
+        .await
+    }
+}

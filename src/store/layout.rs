@@ -1,0 +1,296 @@
+//! OCI image layouts on disk, as a directory or as a tar archive: written as a destination, read as a base.
+//!
+//! Format: image-spec `image-layout.md`. The archive is the same tree as a tar (`oci-archive:` of skopeo and Podman).
+
+mod archive;
+mod directory;
+mod read;
+mod staged;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use crate::common::digest::Digest;
+
+pub use archive::{Archive, ArchiveBlob};
+pub use directory::{Directory, DirectoryBlob};
+pub use read::{Listing, Reader};
+
+/// The annotation that carries a tag in `index.json`.
+const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// The content of `oci-layout`.
+const LAYOUT_FILE: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
+/// `index.json` and other documents are read up to this size.
+const MAX_DOCUMENT: u64 = 4 << 20;
+
+/// What can go wrong with a layout.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file system says no.
+    #[error("cannot {action} {}: {source}{}", path.display(), advice(source))]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// A verb: `write`, `read`, `open`, ...
+        action: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something else is there already.
+    #[error("{} is not an OCI layout: {reason}; name a new or empty directory, or a layout", path.display())]
+    NotALayout {
+        /// Which path.
+        path: PathBuf,
+        /// What was found.
+        reason: String,
+    },
+    /// A document that makes no sense.
+    #[error("{}: {what}: {reason}", path.display())]
+    Document {
+        /// The layout.
+        path: PathBuf,
+        /// `index.json`, or a digest.
+        what: String,
+        /// What was expected and found.
+        reason: String,
+    },
+    /// The tag is not there, or none was given and there are several images.
+    #[error("{}: {reason}; it has: {}", path.display(), list(found))]
+    NoSuchImage {
+        /// The layout.
+        path: PathBuf,
+        /// What was asked for.
+        reason: String,
+        /// Tags (or digests of untagged manifests) that are there.
+        found: Vec<String>,
+    },
+    /// A blob is not there.
+    #[error("{}: no blob {digest}", path.display())]
+    NoSuchBlob {
+        /// The layout.
+        path: PathBuf,
+        /// Its digest.
+        digest: Digest,
+    },
+    /// Bytes that are not what their digest says.
+    #[error("{}: expected {expected}, found {found}: the copy is damaged", path.display())]
+    Digest {
+        /// The layout.
+        path: PathBuf,
+        /// The digest by which it was asked for.
+        expected: Digest,
+        /// The digest of what is there.
+        found: Digest,
+    },
+    /// More or fewer bytes than promised.
+    #[error("{}: {what}: expected {expected} bytes, found {found}", path.display())]
+    Size {
+        /// The layout.
+        path: PathBuf,
+        /// A digest, or the blob being written.
+        what: String,
+        /// Bytes expected.
+        expected: u64,
+        /// Bytes found.
+        found: u64,
+    },
+    /// The archive was completed, or a failure left it unusable.
+    #[error("{}: the archive is closed", path.display())]
+    Closed {
+        /// The archive.
+        path: PathBuf,
+    },
+}
+
+impl Error {
+    /// Whether it is a matter of permission (exit code 77).
+    pub fn not_permitted(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if matches!(
+            source.kind(),
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+        ))
+    }
+
+    /// Whether doing the same again later may succeed (exit code 75). A full disk does not empty by itself.
+    pub fn retryable(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if matches!(
+            source.kind(),
+            io::ErrorKind::Interrupted | io::ErrorKind::TimedOut | io::ErrorKind::StaleNetworkFileHandle
+        ))
+    }
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull => ": free some space there, or save to another file system",
+        io::ErrorKind::QuotaExceeded => ": the quota there is used up",
+        io::ErrorKind::FileTooLarge => ": that file system does not take files as large",
+        _ => "",
+    }
+}
+
+fn list(found: &[String]) -> String {
+    if found.is_empty() {
+        "nothing".to_owned()
+    } else {
+        found.join(", ")
+    }
+}
+
+fn io_error<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) -> Error + 'a {
+    move |source| Error::Io {
+        path: path.to_path_buf(),
+        action,
+        source,
+    }
+}
+
+/// Where a blob lies within a layout.
+fn blob_path(digest: &Digest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+/// `index.json` with one more manifest under `tag`, which no other manifest keeps. All that is not understood stays.
+fn add_to_index(
+    existing: Option<&[u8]>,
+    media_type: &str,
+    digest: &Digest,
+    size: u64,
+    tag: &str,
+) -> Result<Vec<u8>, String> {
+    let mut index = match existing {
+        None => json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": [],
+        }),
+        Some(bytes) => {
+            serde_json::from_slice(bytes).map_err(|e| format!("expected an image index: {e}"))?
+        }
+    };
+    let root: &mut Map<String, Value> = index
+        .as_object_mut()
+        .ok_or("expected an image index, found no object")?;
+    if root.get("schemaVersion").and_then(Value::as_u64) != Some(2) {
+        return Err("expected schemaVersion 2".to_owned());
+    }
+    let manifests = root.entry("manifests").or_insert_with(|| json!([]));
+    let manifests = manifests
+        .as_array_mut()
+        .ok_or("expected a list of manifests")?;
+    manifests.retain(|m| {
+        m.pointer("/annotations")
+            .and_then(|a| a.get(REF_NAME))
+            .and_then(Value::as_str)
+            != Some(tag)
+    });
+    manifests.push(json!({
+        "mediaType": media_type,
+        "digest": digest,
+        "size": size,
+        "annotations": { REF_NAME: tag },
+    }));
+    serde_json::to_vec(&index).map_err(|e| e.to_string())
+}
+
+/// `index.json` without a manifest, or without one of its tags. All that is not understood stays.
+fn take_from_index(existing: &[u8], digest: &Digest, tag: Option<&str>) -> Result<Vec<u8>, String> {
+    let mut index: Value =
+        serde_json::from_slice(existing).map_err(|e| format!("expected an image index: {e}"))?;
+    let manifests = index
+        .get_mut("manifests")
+        .and_then(Value::as_array_mut)
+        .ok_or("expected a list of manifests")?;
+    let digest = digest.to_string();
+    manifests.retain(|m| {
+        let this = m.get("digest").and_then(Value::as_str) == Some(&digest);
+        let named = m.pointer("/annotations").and_then(|a| a.get(REF_NAME));
+        !(this && tag.is_none_or(|tag| named.and_then(Value::as_str) == Some(tag)))
+    });
+    serde_json::to_vec(&index).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_index_keeps_what_it_does_not_know_and_moves_the_tag() {
+        let (one, two) = (Digest::of("1"), Digest::of("2"));
+        let first = add_to_index(None, "m/t", &one, 1, "a").unwrap();
+        let second = add_to_index(Some(&first), "m/t", &two, 2, "b").unwrap();
+        let with_more = String::from_utf8(second)
+            .unwrap()
+            .replacen('{', r#"{"x-unknown":7,"#, 1);
+        let third = add_to_index(Some(with_more.as_bytes()), "m/t", &two, 2, "a").unwrap();
+        let index: Value = serde_json::from_slice(&third).unwrap();
+        assert_eq!(index["x-unknown"], 7);
+        let shown: Vec<_> = index["manifests"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|m| {
+                (
+                    m["digest"].clone(),
+                    m["annotations"][REF_NAME].as_str().unwrap(),
+                )
+            })
+            .collect();
+        assert_eq!(shown, [(json!(two), "b"), (json!(two), "a")]);
+        for bad in [
+            "",
+            "[]",
+            "{}",
+            r#"{"schemaVersion":1}"#,
+            r#"{"schemaVersion":2,"manifests":{}}"#,
+        ] {
+            assert!(
+                add_to_index(Some(bad.as_bytes()), "m/t", &one, 1, "a").is_err(),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn one_tag_of_two_is_taken_and_the_rest_stays() {
+        let (one, two) = (Digest::of("1"), Digest::of("2"));
+        let mut index = add_to_index(None, "m/t", &one, 1, "a").unwrap();
+        for (digest, tag) in [(one, "b"), (two, "c")] {
+            index = add_to_index(Some(&index), "m/t", &digest, 1, tag).unwrap();
+        }
+        let left = |bytes: &[u8]| {
+            let index: Value = serde_json::from_slice(bytes).unwrap();
+            let manifests = index["manifests"].as_array().unwrap().iter();
+            manifests
+                .map(|m| m["annotations"][REF_NAME].as_str().unwrap().to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            left(&take_from_index(&index, &one, Some("a")).unwrap()),
+            ["b", "c"]
+        );
+        assert_eq!(
+            left(&take_from_index(&index, &one, Some("c")).unwrap()),
+            ["a", "b", "c"]
+        );
+        assert_eq!(left(&take_from_index(&index, &one, None).unwrap()), ["c"]);
+        assert!(take_from_index(b"{}", &one, None).is_err());
+    }
+
+    #[test]
+    fn a_full_disk_is_said_with_the_path() {
+        let full = io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
+        let error = io_error(Path::new("/x/blobs"), "write")(full);
+        let text = error.to_string();
+        assert!(
+            text.contains("/x/blobs") && text.contains("free some space"),
+            "{text}"
+        );
+        assert!(!error.retryable() && !error.not_permitted());
+        let read_only = io::Error::from_raw_os_error(rustix::io::Errno::ROFS.raw_os_error());
+        assert!(io_error(Path::new("/x"), "write")(read_only).not_permitted());
+    }
+}

@@ -1,0 +1,378 @@
+//! Writing a layout as a tar file, without a copy of it anywhere else: a blob's header is filled in when the blob ends.
+
+use std::collections::HashMap;
+use std::io::{self, Write as _};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use bytes::Bytes;
+
+use super::staged::{Staged, sync_directory};
+use super::{Error, LAYOUT_FILE, add_to_index, blob_path, io_error};
+use crate::common::digest::Digest;
+use crate::common::private::FileMode;
+
+const BLOCK: u64 = 512;
+
+/// An archive file as a destination. A file of that name is replaced as a whole when the manifest is put, as skopeo
+/// does; until then it stays as it is.
+#[derive(Clone)]
+pub struct Archive {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    path: PathBuf,
+    mode: FileMode,
+    tar: Mutex<Slot>,
+    returned: Condvar,
+    /// Sizes of the blobs that are complete.
+    blobs: Mutex<HashMap<Digest, u64>>,
+}
+
+/// A tar is one stream: who writes a blob has it, others wait.
+enum Slot {
+    /// Nothing written yet.
+    New,
+    Free(Tar),
+    Taken,
+    /// It has got its name, or a failure left it in a state that nobody knows.
+    Closed,
+}
+
+struct Tar {
+    staged: Staged,
+    /// Where the next header goes.
+    end: u64,
+}
+
+impl Archive {
+    /// Nothing is touched before the first call that writes.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self::with_mode(path, FileMode::PRIVATE)
+    }
+
+    /// The same with another mode than for the owner alone. One that is replaced gives its mode to nobody.
+    pub fn with_mode(path: impl Into<PathBuf>, mode: FileMode) -> Self {
+        let shared = Shared {
+            path: path.into(),
+            mode,
+            tar: Mutex::new(Slot::New),
+            returned: Condvar::new(),
+            blobs: Mutex::default(),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Whether the file can be written: its directory is there and takes files, and the name is no directory or device.
+    pub fn check(&self) -> Result<(), Error> {
+        let path = &self.shared.path;
+        match std::fs::metadata(path) {
+            Ok(found) if !found.is_file() => {
+                let reason = "it is no regular file".to_owned();
+                return Err(Error::NotALayout {
+                    path: path.clone(),
+                    reason,
+                });
+            }
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error(path, "open")(e)),
+            _ => {}
+        }
+        let dir = directory_of(path);
+        Staged::create(dir, FileMode::PRIVATE)
+            .map(drop)
+            .map_err(io_error(dir, "write into"))
+    }
+
+    /// The size in bytes of a blob that was written; one of another size than `size` is not there.
+    pub fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Option<u64> {
+        let blobs = self
+            .shared
+            .blobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        blobs
+            .get(digest)
+            .copied()
+            .filter(|&n| size.is_none_or(|s| s == n))
+    }
+
+    /// Begins a blob whose digest is known at its end. Its first write waits until no other blob is being written: who
+    /// holds two at once in one thread waits for himself.
+    pub fn begin_blob(&self) -> ArchiveBlob {
+        ArchiveBlob {
+            shared: Arc::clone(&self.shared),
+            tar: None,
+            start: 0,
+            written: 0,
+        }
+    }
+
+    /// Writes a blob that is in memory.
+    pub fn put_blob(&self, bytes: &Bytes, digest: &Digest) -> Result<(), Error> {
+        let found = Digest::of(bytes);
+        if found != *digest {
+            return Err(Error::Digest {
+                path: self.shared.path.clone(),
+                expected: *digest,
+                found,
+            });
+        }
+        if self.has_blob(digest, Some(bytes.len() as u64)).is_some() {
+            return Ok(());
+        }
+        let mut blob = self.begin_blob();
+        blob.write(bytes)?;
+        blob.finish(digest, bytes.len() as u64)
+    }
+
+    /// Writes the manifest, the index with `tag`, and gives the archive its name. Nothing can be written after.
+    pub fn put_manifest(
+        &self,
+        bytes: &Bytes,
+        media_type: &str,
+        tag: &str,
+    ) -> Result<Digest, Error> {
+        let digest = Digest::of(bytes);
+        self.put_blob(bytes, &digest)?;
+        let path = &self.shared.path;
+        let index =
+            add_to_index(None, media_type, &digest, bytes.len() as u64, tag).map_err(|reason| {
+                Error::Document {
+                    path: path.clone(),
+                    what: "index.json".to_owned(),
+                    reason,
+                }
+            })?;
+        let mut tar = self.shared.take()?;
+        // Not given back: whatever happens now, the archive is closed.
+        let publish = || {
+            tar.append("oci-layout", LAYOUT_FILE.as_bytes())?;
+            tar.append("index.json", &index)?;
+            tar.staged.file.write_all(&[0; 2 * BLOCK as usize])?;
+            tar.staged.publish(path)?;
+            sync_directory(directory_of(path))
+        };
+        let result = publish().map_err(io_error(path, "write"));
+        self.shared.give_back(Slot::Closed);
+        result.map(|()| digest)
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
+}
+
+impl Shared {
+    fn take(&self) -> Result<Tar, Error> {
+        let mut slot = self.tar.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match std::mem::replace(&mut *slot, Slot::Taken) {
+                Slot::New => {
+                    return Tar::create(directory_of(&self.path), self.mode).map_err(|e| {
+                        *slot = Slot::New;
+                        io_error(&self.path, "write")(e)
+                    });
+                }
+                Slot::Free(tar) => return Ok(tar),
+                Slot::Taken => {
+                    slot = self
+                        .returned
+                        .wait(slot)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+                Slot::Closed => {
+                    *slot = Slot::Closed;
+                    return Err(Error::Closed {
+                        path: self.path.clone(),
+                    });
+                }
+            }
+        }
+    }
+
+    fn give_back(&self, state: Slot) {
+        *self.tar.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        self.returned.notify_all();
+    }
+}
+
+impl Tar {
+    fn create(dir: &Path, mode: FileMode) -> io::Result<Self> {
+        let mut tar = Self {
+            staged: Staged::create(dir, mode)?,
+            end: 0,
+        };
+        for name in ["blobs/", "blobs/sha256/"] {
+            let mut header = header(name, 0)?;
+            header.set_entry_type(tar::EntryType::Directory);
+            header.set_mode(0o755);
+            header.set_cksum();
+            tar.staged.file.write_all(header.as_bytes())?;
+            tar.end += BLOCK;
+        }
+        Ok(tar)
+    }
+
+    fn append(&mut self, name: &str, content: &[u8]) -> io::Result<()> {
+        let header = header(name, content.len() as u64)?;
+        self.staged.file.write_all(header.as_bytes())?;
+        self.staged.file.write_all(content)?;
+        self.end += BLOCK + content.len() as u64;
+        self.pad()
+    }
+
+    /// Up to the next block.
+    fn pad(&mut self) -> io::Result<()> {
+        let missing = self.end.next_multiple_of(BLOCK) - self.end;
+        self.staged
+            .file
+            .write_all(&[0; BLOCK as usize][..missing as usize])?;
+        self.end += missing;
+        Ok(())
+    }
+
+    /// As if what follows `end` had not been written.
+    fn rewind(&mut self, end: u64) -> io::Result<()> {
+        self.end = end;
+        self.staged.file.set_len(end)?;
+        io::Seek::seek(&mut self.staged.file, io::SeekFrom::Start(end)).map(drop)
+    }
+}
+
+/// A header without anything of this machine or this moment. A size over 8 GiB is in GNU's binary form, in place, which
+/// every reader of archives of today knows.
+fn header(name: &str, size: u64) -> io::Result<tar::Header> {
+    let mut header = tar::Header::new_gnu();
+    header.set_path(name)?;
+    header.set_entry_type(tar::EntryType::Regular);
+    header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_size(size);
+    header.set_cksum();
+    Ok(header)
+}
+
+/// A blob on its way into an archive. Dropped before [`ArchiveBlob::finish`], it is cut off again.
+pub struct ArchiveBlob {
+    shared: Arc<Shared>,
+    tar: Option<Tar>,
+    start: u64,
+    written: u64,
+}
+
+impl ArchiveBlob {
+    /// Writes bytes; the first time, waits for its turn.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let shared = Arc::clone(&self.shared);
+        let tar = self.tar()?;
+        tar.staged
+            .file
+            .write_all(bytes)
+            .map_err(io_error(&shared.path, "write"))?;
+        tar.end += bytes.len() as u64;
+        self.written += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn tar(&mut self) -> Result<&mut Tar, Error> {
+        if self.tar.is_none() {
+            let mut tar = self.shared.take()?;
+            self.start = tar.end;
+            // Room for the header, which is known at the end.
+            let room = tar.staged.file.write_all(&[0; BLOCK as usize]);
+            tar.end += BLOCK;
+            // Kept first, so that a failure gives it back.
+            self.tar = Some(tar);
+            room.map_err(io_error(&self.shared.path, "write"))?;
+        }
+        self.tar.as_mut().ok_or_else(|| Error::Closed {
+            path: self.shared.path.clone(),
+        })
+    }
+
+    /// Fills in the header. `size` is checked against what was written. A blob that is there already is not kept twice.
+    pub fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+        let path = self.shared.path.clone();
+        if self.written != size {
+            let what = "the blob that was written".to_owned();
+            return Err(Error::Size {
+                path,
+                what,
+                expected: size,
+                found: self.written,
+            });
+        }
+        let known = self
+            .shared
+            .blobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains_key(digest);
+        if known {
+            return Ok(());
+        }
+        let start = self.start_of_header()?;
+        let header = header(&blob_path(digest), size).map_err(io_error(&path, "write"))?;
+        let tar = self.tar()?;
+        let fill = |tar: &mut Tar| {
+            tar.pad()?;
+            tar.staged.file.write_all_at(header.as_bytes(), start)
+        };
+        fill(tar).map_err(io_error(&path, "write"))?;
+        self.shared
+            .blobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(*digest, size);
+        if let Some(tar) = self.tar.take() {
+            self.shared.give_back(Slot::Free(tar));
+        }
+        Ok(())
+    }
+
+    /// An empty blob has written nothing yet.
+    fn start_of_header(&mut self) -> Result<u64, Error> {
+        self.tar()?;
+        Ok(self.start)
+    }
+}
+
+impl Drop for ArchiveBlob {
+    fn drop(&mut self) {
+        if let Some(mut tar) = self.tar.take() {
+            let state = match tar.rewind(self.start) {
+                Ok(()) => Slot::Free(tar),
+                Err(_) => Slot::Closed,
+            };
+            self.shared.give_back(state);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_takes_any_size_in_place() -> io::Result<()> {
+        // Eleven octal digits end at 8 GiB.
+        for size in [0, 511, (1 << 33) - 1, 1 << 33, 1 << 50] {
+            let name = blob_path(&Digest::of("x"));
+            let header = header(&name, size)?;
+            assert_eq!(header.as_bytes().len() as u64, BLOCK);
+            assert_eq!(
+                (header.size()?, header.path_bytes().as_ref()),
+                (size, name.as_bytes())
+            );
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,294 @@
+//! Writing into a layout directory: blobs as they end, the tag last and at once.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use rustix::fs::FlockOperation;
+
+use super::staged::{Staged, sync_directory};
+use super::{Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, take_from_index};
+use crate::common::digest::Digest;
+use crate::common::private::{self, FileMode};
+
+/// A layout directory as a destination. It may exist, with other images in it, or not.
+#[derive(Clone, Debug)]
+pub struct Directory {
+    path: PathBuf,
+    mode: Option<FileMode>,
+}
+
+impl Directory {
+    /// Nothing is touched before the first call that writes.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            mode: None,
+        }
+    }
+
+    /// The same with another mode for what is made. None: as the layout's files are; in a new one for the owner alone.
+    #[must_use]
+    pub fn with_mode(self, mode: Option<FileMode>) -> Self {
+        Self { mode, ..self }
+    }
+
+    /// The mode of the next file. In a layout that its owner shares, a blob that others cannot read would spoil it.
+    fn mode(&self) -> FileMode {
+        let layout = || fs::symlink_metadata(self.path.join("oci-layout")).ok();
+        let existing = || layout().filter(fs::Metadata::is_file);
+        self.mode
+            .or_else(|| existing().map(|file| FileMode::of(&file)))
+            .unwrap_or(FileMode::PRIVATE)
+    }
+
+    /// Whether images can be written here: a layout, an empty directory, or a place where one can be made.
+    pub fn check(&self) -> Result<(), Error> {
+        match fs::metadata(&self.path) {
+            Ok(found) if !found.is_dir() => {
+                return Err(self.not_a_layout("it is no directory"));
+            }
+            Ok(_) => {
+                self.check_version()?;
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(io_error(&self.path, "open")(e)),
+        }
+        let mut probed = self.path.join("blobs/sha256");
+        while !probed.exists() && probed.pop() {}
+        let place = if probed.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            &probed
+        };
+        Staged::create(place, FileMode::PRIVATE)
+            .map(drop)
+            .map_err(io_error(place, "write into"))
+    }
+
+    fn not_a_layout(&self, reason: &str) -> Error {
+        Error::NotALayout {
+            path: self.path.clone(),
+            reason: reason.to_owned(),
+        }
+    }
+
+    /// `oci-layout` says that it is one, or there is nothing at all. False: nothing.
+    fn check_version(&self) -> Result<bool, Error> {
+        if let Some(bytes) = read_document(&self.path.join("oci-layout"))? {
+            let version = serde_json::from_slice::<serde_json::Value>(&bytes)
+                .ok()
+                .and_then(|v| Some(v.get("imageLayoutVersion")?.as_str()?.to_owned()));
+            match version {
+                Some(v) if v.starts_with("1.") => Ok(true),
+                Some(v) => {
+                    Err(self.not_a_layout(&format!("expected imageLayoutVersion 1, found {v:?}")))
+                }
+                None => Err(self.not_a_layout("its oci-layout names no version")),
+            }
+        } else {
+            let mut entries = fs::read_dir(&self.path).map_err(io_error(&self.path, "read"))?;
+            // What an interrupted save into a new directory has left is ours to go on with.
+            let ours = |name: &std::ffi::OsStr| {
+                name == "blobs" || name.as_encoded_bytes().starts_with(b".upperdeck-")
+            };
+            let foreign = entries.find(|e| e.as_ref().map_or(true, |e| !ours(&e.file_name())));
+            match foreign {
+                None => Ok(false),
+                // Another save into a new directory has made it one between the two looks.
+                Some(_) if self.path.join("oci-layout").exists() => self.check_version(),
+                Some(_) => Err(self.not_a_layout("it has files and no oci-layout")),
+            }
+        }
+    }
+
+    /// Makes the directories and `oci-layout`.
+    fn prepare(&self) -> Result<PathBuf, Error> {
+        let blobs = self.path.join("blobs/sha256");
+        if blobs.is_dir() && self.path.join("oci-layout").exists() {
+            return Ok(blobs);
+        }
+        private::make_dir(&self.path, self.mode()).map_err(io_error(&self.path, "create"))?;
+        let is_one = self.check_version()?;
+        private::make_dir(&blobs, self.mode()).map_err(io_error(&blobs, "create"))?;
+        if !is_one {
+            self.replace("oci-layout", LAYOUT_FILE.as_bytes())?;
+        }
+        Ok(blobs)
+    }
+
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let target = self.path.join(name);
+        let write = || {
+            let mut staged = Staged::create(&self.path, self.mode())?;
+            staged.file.write_all(bytes)?;
+            staged.publish(&target)?;
+            sync_directory(&self.path)
+        };
+        write().map_err(io_error(&target, "write"))
+    }
+
+    /// The size in bytes of a blob that is there; one of another size than `size` is not.
+    pub fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
+        let path = self.path.join(blob_path(digest));
+        match fs::metadata(&path) {
+            Ok(found) if found.is_file() => {
+                Ok(Some(found.len()).filter(|&n| size.is_none_or(|s| s == n)))
+            }
+            Ok(_) => Ok(None),
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(e) => Err(io_error(&path, "open")(e)),
+        }
+    }
+
+    /// Begins a blob whose digest is known at its end. It has no name until then.
+    pub fn begin_blob(&self) -> Result<DirectoryBlob, Error> {
+        let blobs = self.prepare()?;
+        let staged = Staged::create(&blobs, self.mode()).map_err(io_error(&blobs, "write into"))?;
+        Ok(DirectoryBlob {
+            layout: self.clone(),
+            blobs,
+            staged,
+            written: 0,
+        })
+    }
+
+    /// Writes a blob that is in memory.
+    pub fn put_blob(&self, bytes: &Bytes, digest: &Digest) -> Result<(), Error> {
+        let found = Digest::of(bytes);
+        if found != *digest {
+            return Err(Error::Digest {
+                path: self.path.clone(),
+                expected: *digest,
+                found,
+            });
+        }
+        let mut blob = self.begin_blob()?;
+        blob.write(bytes)?;
+        blob.finish(digest, bytes.len() as u64)
+    }
+
+    /// Writes a manifest and puts `tag` on it, taking the tag off whatever had it. Others who write into the same layout
+    /// at the same time wait for each other.
+    pub fn put_manifest(
+        &self,
+        bytes: &Bytes,
+        media_type: &str,
+        tag: &str,
+    ) -> Result<Digest, Error> {
+        let digest = Digest::of(bytes);
+        self.put_blob(bytes, &digest)?;
+        let blobs = self.path.join("blobs/sha256");
+        sync_directory(&blobs).map_err(io_error(&blobs, "write"))?;
+        let lock = self.lock()?;
+        let existing = read_document(&self.path.join("index.json"))?;
+        let index = add_to_index(
+            existing.as_deref(),
+            media_type,
+            &digest,
+            bytes.len() as u64,
+            tag,
+        )
+        .map_err(|reason| Error::Document {
+            path: self.path.clone(),
+            what: "index.json".to_owned(),
+            reason,
+        })?;
+        self.replace("index.json", &index)?;
+        drop(lock);
+        Ok(digest)
+    }
+
+    /// Others who write into the same layout wait until the file is closed.
+    fn lock(&self) -> Result<File, Error> {
+        // The directory itself is the lock: no file of ours stays in the layout.
+        let lock = File::open(&self.path).map_err(io_error(&self.path, "open"))?;
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+            .map_err(|e| io_error(&self.path, "lock")(e.into()))?;
+        Ok(lock)
+    }
+
+    /// Takes an image out of the index, or only one tag off it. Its blobs stay: others may share them, and a save that is
+    /// under way may count on them.
+    pub fn remove(&self, digest: &Digest, tag: Option<&str>) -> Result<(), Error> {
+        let lock = self.lock()?;
+        let existing = read_document(&self.path.join("index.json"))?.unwrap_or_default();
+        let index = take_from_index(&existing, digest, tag).map_err(|reason| Error::Document {
+            path: self.path.clone(),
+            what: "index.json".to_owned(),
+            reason,
+        })?;
+        self.replace("index.json", &index)?;
+        drop(lock);
+        Ok(())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// A small file as a whole; none if it is not there.
+fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io_error(path, "open")(e)),
+    };
+    let mut bytes = Vec::new();
+    file.take(MAX_DOCUMENT + 1)
+        .read_to_end(&mut bytes)
+        .map_err(io_error(path, "read"))?;
+    if bytes.len() as u64 > MAX_DOCUMENT {
+        return Err(io_error(path, "read")(io::ErrorKind::FileTooLarge.into()));
+    }
+    Ok(Some(bytes))
+}
+
+/// A blob on its way into a layout directory. Dropped before [`DirectoryBlob::finish`], it never was.
+pub struct DirectoryBlob {
+    layout: Directory,
+    blobs: PathBuf,
+    staged: Staged,
+    written: u64,
+}
+
+impl DirectoryBlob {
+    /// Writes bytes.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.staged
+            .file
+            .write_all(bytes)
+            .map_err(io_error(&self.blobs, "write into"))?;
+        self.written += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Gives the blob its name. `size` is checked against what was written. A blob that is there already stays.
+    pub fn finish(self, digest: &Digest, size: u64) -> Result<(), Error> {
+        if self.written != size {
+            return Err(Error::Size {
+                path: self.blobs,
+                what: "the blob that was written".to_owned(),
+                expected: size,
+                found: self.written,
+            });
+        }
+        if self.layout.has_blob(digest, Some(size))?.is_some() {
+            return Ok(());
+        }
+        let target = self.blobs.join(digest.hex());
+        self.staged
+            .publish(&target)
+            .map_err(io_error(&target, "write"))
+    }
+}

@@ -1,0 +1,441 @@
+//! Reading images out of layouts: for `--base`, and for validating what was saved.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use oci_spec::image::{Descriptor, ImageIndex};
+use sha2::{Digest as _, Sha256};
+
+use super::{Error, MAX_DOCUMENT, REF_NAME, blob_path, io_error};
+use crate::common::digest::Digest;
+use crate::image::manifest::Platform;
+use crate::image::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
+
+/// containerd's annotation with the full name of an image in an export.
+const CONTAINERD_NAME: &str = "io.containerd.image.name";
+/// An archive with more entries is none of an image.
+const MAX_ENTRIES: usize = 100_000;
+/// Indexes within indexes.
+const MAX_DEPTH: usize = 3;
+
+/// An image that an index lists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// Of its manifest.
+    pub digest: Digest,
+    /// Of its manifest.
+    pub media_type: String,
+    /// Sorted; none for an image that lost its tag to another.
+    pub tags: Vec<String>,
+}
+
+/// A layout to read from.
+pub struct Reader {
+    path: PathBuf,
+    files: Files,
+}
+
+enum Files {
+    Directory,
+    /// Offset and length of each file by its name in the archive.
+    Archive {
+        file: Arc<File>,
+        entries: HashMap<Vec<u8>, (u64, u64)>,
+    },
+}
+
+impl Reader {
+    /// Opens a layout directory.
+    pub fn directory(path: impl Into<PathBuf>) -> Result<Self, Error> {
+        let path = path.into();
+        let reader = Self {
+            path,
+            files: Files::Directory,
+        };
+        reader.check()?;
+        Ok(reader)
+    }
+
+    /// Opens a layout archive (a tar that is not compressed) and finds the files in it.
+    pub fn archive(path: impl Into<PathBuf>) -> Result<Self, Error> {
+        let path = path.into();
+        let file = open_regular(&path).map_err(io_error(&path, "open"))?;
+        let length = file.metadata().map_err(io_error(&path, "read"))?.len();
+        let entries = list_archive(&file, length).map_err(|e| Error::NotALayout {
+            path: path.clone(),
+            reason: format!("expected a tar archive: {e}"),
+        })?;
+        let reader = Self {
+            path,
+            files: Files::Archive {
+                file: Arc::new(file),
+                entries,
+            },
+        };
+        reader.check()?;
+        Ok(reader)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        match self.open("oci-layout") {
+            Ok(_) => Ok(()),
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Err(Error::NotALayout {
+                    path: self.path.clone(),
+                    reason: "it has no oci-layout".to_owned(),
+                })
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn open(&self, name: &str) -> Result<(Box<dyn Read + Send>, u64), Error> {
+        match &self.files {
+            Files::Directory => {
+                let path = self.path.join(name);
+                let file = open_regular(&path).map_err(io_error(&path, "open"))?;
+                let length = file.metadata().map_err(io_error(&path, "read"))?.len();
+                Ok((Box::new(file), length))
+            }
+            Files::Archive { file, entries } => {
+                let &(offset, length) = entries.get(name.as_bytes()).ok_or_else(|| {
+                    io_error(&self.path.join(name), "open")(io::ErrorKind::NotFound.into())
+                })?;
+                Ok((
+                    Box::new(Section {
+                        file: Arc::clone(file),
+                        offset,
+                        left: length,
+                    }),
+                    length,
+                ))
+            }
+        }
+    }
+
+    /// All images of the index, each once, whatever number of tags it has.
+    pub fn list(&self) -> Result<Vec<Listing>, Error> {
+        let bytes = match self.open("index.json") {
+            Ok((index, _)) => self.read_whole(index, "index.json")?,
+            // A layout that a first save has begun.
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(Vec::new());
+            }
+            Err(e) => return Err(e),
+        };
+        let index = self.parse_index("index.json", &bytes)?;
+        let mut found: Vec<Listing> = Vec::new();
+        for descriptor in index.manifests() {
+            let digest = self.digest_of(descriptor)?;
+            let tag = descriptor
+                .annotations()
+                .as_ref()
+                .and_then(|a| a.get(REF_NAME).or_else(|| a.get(CONTAINERD_NAME)))
+                .cloned();
+            match found.iter_mut().find(|listing| listing.digest == digest) {
+                Some(listing) => listing.tags.extend(tag),
+                None => found.push(Listing {
+                    digest,
+                    media_type: descriptor.media_type().to_string(),
+                    tags: tag.into_iter().collect(),
+                }),
+            }
+        }
+        for listing in &mut found {
+            listing.tags.sort();
+        }
+        Ok(found)
+    }
+
+    /// The manifest or index of an image that [`Reader::list`] named.
+    pub fn manifest_of(&self, digest: &Digest, media_type: &str) -> Result<RawManifest, Error> {
+        let bytes = self.blob(digest)?;
+        let media_type =
+            manifest_type(Some(media_type), &bytes).map_err(|reason| Error::Document {
+                path: self.path.clone(),
+                what: digest.to_string(),
+                reason,
+            })?;
+        Ok(RawManifest {
+            bytes,
+            media_type,
+            digest: *digest,
+        })
+    }
+
+    /// The manifest under `tag`, or, without one, the only image there is; of an index the manifest for `platform`.
+    pub fn manifest(&self, tag: Option<&str>, platform: &Platform) -> Result<RawManifest, Error> {
+        let (index, _) = self.open("index.json")?;
+        let bytes = self.read_whole(index, "index.json")?;
+        let index = self.parse_index("index.json", &bytes)?;
+        let mut descriptor = self.choose(&index, tag)?.clone();
+        for _ in 0..MAX_DEPTH {
+            let digest = self.digest_of(&descriptor)?;
+            let bytes = self.blob(&digest)?;
+            let media_type = manifest_type(Some(descriptor.media_type().as_ref()), &bytes)
+                .map_err(|reason| Error::Document {
+                    path: self.path.clone(),
+                    what: digest.to_string(),
+                    reason,
+                })?;
+            let manifest = RawManifest {
+                bytes,
+                media_type,
+                digest,
+            };
+            if !manifest.is_index() {
+                return Ok(manifest);
+            }
+            let index = self.parse_index(&digest.to_string(), &manifest.bytes)?;
+            let chosen = platform.choose(&index).ok_or_else(|| Error::NoSuchImage {
+                path: self.path.clone(),
+                reason: format!(
+                    "no image for linux/{} in index {digest}",
+                    platform.architecture
+                ),
+                found: index
+                    .manifests()
+                    .iter()
+                    .filter_map(|m| m.platform().as_ref())
+                    .map(|p| format!("{}/{}", p.os(), p.architecture()))
+                    .collect(),
+            })?;
+            descriptor = chosen.clone();
+        }
+        let reason = format!("more than {MAX_DEPTH} indexes within each other");
+        Err(Error::Document {
+            path: self.path.clone(),
+            what: "index.json".to_owned(),
+            reason,
+        })
+    }
+
+    fn parse_index(&self, what: &str, bytes: &[u8]) -> Result<ImageIndex, Error> {
+        serde_json::from_slice(bytes).map_err(|e| Error::Document {
+            path: self.path.clone(),
+            what: what.to_owned(),
+            reason: format!("expected an image index: {e}"),
+        })
+    }
+
+    fn choose<'a>(
+        &self,
+        index: &'a ImageIndex,
+        tag: Option<&str>,
+    ) -> Result<&'a Descriptor, Error> {
+        let annotation =
+            |d: &'a Descriptor, name: &str| d.annotations().as_ref().and_then(|a| a.get(name));
+        let images: Vec<&Descriptor> = index
+            .manifests()
+            .iter()
+            .filter(|d| MANIFEST_TYPES.contains(&d.media_type().as_ref()))
+            .collect();
+        let found = || {
+            let name = |d: &&'a Descriptor| {
+                annotation(d, REF_NAME)
+                    .cloned()
+                    .unwrap_or_else(|| d.digest().to_string())
+            };
+            images
+                .iter()
+                .map(|d| crate::common::escape::limited(&name(d), 200))
+                .take(50)
+                .collect()
+        };
+        let none = |reason: String| Error::NoSuchImage {
+            path: self.path.clone(),
+            reason,
+            found: found(),
+        };
+        match tag {
+            Some(tag) => images
+                .iter()
+                .find(|d| annotation(d, REF_NAME).is_some_and(|n| n == tag))
+                .or_else(|| {
+                    images
+                        .iter()
+                        .find(|d| annotation(d, CONTAINERD_NAME).is_some_and(|n| n == tag))
+                })
+                .copied()
+                .ok_or_else(|| none(format!("no image is tagged {tag:?}"))),
+            None => match images.as_slice() {
+                [only] => Ok(only),
+                [] => Err(none("there is no image".to_owned())),
+                _ => Err(none(
+                    "there are several images: name one by its tag".to_owned(),
+                )),
+            },
+        }
+    }
+
+    fn digest_of(&self, descriptor: &Descriptor) -> Result<Digest, Error> {
+        descriptor
+            .digest()
+            .to_string()
+            .parse()
+            .map_err(|e: crate::common::digest::DigestError| Error::Document {
+                path: self.path.clone(),
+                what: "index.json".to_owned(),
+                reason: e.to_string(),
+            })
+    }
+
+    /// A small blob (a manifest, a config) as a whole, checked.
+    pub fn blob(&self, digest: &Digest) -> Result<Bytes, Error> {
+        let (file, _) = self.open_named(digest)?;
+        let bytes = self.read_whole(file, &digest.to_string())?;
+        let found = Digest::of(&bytes);
+        if found != *digest {
+            return Err(Error::Digest {
+                path: self.path.clone(),
+                expected: *digest,
+                found,
+            });
+        }
+        Ok(bytes.into())
+    }
+
+    /// A blob as a stream. Its end is an error when size or digest are not as promised. `size` in bytes, if known.
+    pub fn open_blob(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Box<dyn Read + Send>, Error> {
+        let (file, found) = self.open_named(digest)?;
+        if let Some(expected) = size.filter(|&s| s != found) {
+            return Err(Error::Size {
+                path: self.path.clone(),
+                what: digest.to_string(),
+                expected,
+                found,
+            });
+        }
+        Ok(Box::new(Checked {
+            inner: file,
+            hasher: Sha256::new(),
+            expected: *digest,
+            done: false,
+        }))
+    }
+
+    fn open_named(&self, digest: &Digest) -> Result<(Box<dyn Read + Send>, u64), Error> {
+        self.open(&blob_path(digest)).map_err(|e| match e {
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Error::NoSuchBlob {
+                    path: self.path.clone(),
+                    digest: *digest,
+                }
+            }
+            other => other,
+        })
+    }
+
+    fn read_whole(&self, file: Box<dyn Read + Send>, what: &str) -> Result<Vec<u8>, Error> {
+        let mut bytes = Vec::new();
+        file.take(MAX_DOCUMENT + 1)
+            .read_to_end(&mut bytes)
+            .map_err(io_error(&self.path, "read"))?;
+        if bytes.len() as u64 > MAX_DOCUMENT {
+            let reason = format!("larger than {MAX_DOCUMENT} bytes");
+            return Err(Error::Document {
+                path: self.path.clone(),
+                what: what.to_owned(),
+                reason,
+            });
+        }
+        Ok(bytes)
+    }
+}
+
+/// A FIFO in a stranger's layout must not hang us.
+fn open_regular(path: &Path) -> io::Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file",
+        ));
+    }
+    Ok(file)
+}
+
+fn list_archive(file: &File, length: u64) -> io::Result<HashMap<Vec<u8>, (u64, u64)>> {
+    let mut archive = tar::Archive::new(file);
+    let mut entries = HashMap::new();
+    for (n, entry) in archive.entries_with_seek()?.enumerate() {
+        let entry = entry?;
+        if n >= MAX_ENTRIES {
+            return Err(io::Error::other(format!("more than {MAX_ENTRIES} entries")));
+        }
+        if !entry.header().entry_type().is_file() {
+            continue;
+        }
+        let (offset, size) = (entry.raw_file_position(), entry.size());
+        if offset.checked_add(size).is_none_or(|end| end > length) {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "an entry is longer than the archive",
+            ));
+        }
+        let name = entry.path_bytes();
+        let name = name.strip_prefix(b"./").unwrap_or(&name);
+        entries.insert(name.to_vec(), (offset, size));
+    }
+    Ok(entries)
+}
+
+/// A part of a file, read without moving the file's position.
+struct Section {
+    file: Arc<File>,
+    offset: u64,
+    left: u64,
+}
+
+impl Read for Section {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = self.left.min(buffer.len() as u64) as usize;
+        let n = self.file.read_at(&mut buffer[..most], self.offset)?;
+        if n == 0 && most > 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.offset += n as u64;
+        self.left -= n as u64;
+        Ok(n)
+    }
+}
+
+/// Passes bytes on and refuses to end when they were not the right ones.
+struct Checked<R> {
+    inner: R,
+    hasher: Sha256,
+    expected: Digest,
+    done: bool,
+}
+
+impl<R: Read> Read for Checked<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..n]);
+        if n == 0 && !buffer.is_empty() && !self.done {
+            let found = hex::encode(std::mem::take(&mut self.hasher).finalize());
+            if found != self.expected.hex() {
+                let text = format!(
+                    "expected blob {}, found sha256:{found}: the copy is damaged",
+                    self.expected
+                );
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            self.done = true;
+        }
+        Ok(n)
+    }
+}

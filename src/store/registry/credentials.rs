@@ -1,0 +1,564 @@
+//! Finding a user's credentials where the container tools keep them, without running a program to get them.
+//!
+//! Formats: containers-auth.json(5); Docker's `config.json`.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Deserializer};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::error::Error;
+use super::reference::DOCKER_HUB;
+
+/// Auth files are small; what is larger is none.
+const MAX_AUTH_FILE: u64 = 4 << 20;
+
+/// A text that is wiped when it is dropped and never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Zeroizing<String>);
+
+impl Secret {
+    /// Takes the text over.
+    pub fn new(text: String) -> Self {
+        Self(Zeroizing::new(text))
+    }
+
+    /// The text itself. Not for messages.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer).map(Self::new)
+    }
+}
+
+/// How to say who one is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Credentials {
+    /// User and password, or robot and secret.
+    Basic {
+        /// User name.
+        user: String,
+        /// Password.
+        password: Secret,
+    },
+    /// An OAuth2 refresh token (`identitytoken` in auth files).
+    IdentityToken(Secret),
+}
+
+/// A `--creds` value that is none.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("credentials are written USER:PASSWORD")]
+pub struct CredentialsError;
+
+impl FromStr for Credentials {
+    type Err = CredentialsError;
+
+    /// `USER:PASSWORD`; the password may hold colons.
+    fn from_str(text: &str) -> Result<Self, CredentialsError> {
+        match text.split_once(':') {
+            Some((user, password)) if !user.is_empty() => Ok(Self::Basic {
+                user: user.to_owned(),
+                password: Secret::new(password.to_owned()),
+            }),
+            _ => Err(CredentialsError),
+        }
+    }
+}
+
+/// What a search for credentials found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Use these; `source` says where they are from.
+    Credentials {
+        /// The credentials.
+        credentials: Credentials,
+        /// A file's path, or the flag.
+        source: String,
+    },
+    /// An auth file sends to a helper program, and nothing else has credentials.
+    OnlyHelper {
+        /// The file.
+        file: PathBuf,
+        /// Name of the helper: the program would be `docker-credential-NAME`.
+        helper: String,
+    },
+    /// Nothing: anonymous.
+    Nothing,
+}
+
+impl Found {
+    /// For errors: who one was, or why nobody.
+    pub fn describe(&self, host: &str) -> String {
+        match self {
+            Self::Credentials {
+                credentials: Credentials::Basic { user, .. },
+                source,
+            } => {
+                format!(
+                    "{:?} from {source}",
+                    crate::common::escape::limited(user, 100)
+                )
+            }
+            Self::Credentials {
+                credentials: Credentials::IdentityToken(_),
+                source,
+            } => {
+                format!("the identity token from {source}")
+            }
+            Self::OnlyHelper { file, helper } => format!(
+                "{} names the credential helper docker-credential-{} for {host}, and upperdeck runs no other programs: \
+                 use --creds, or --authfile with a file that holds the credentials",
+                file.display(),
+                crate::common::escape::limited(helper, 60)
+            ),
+            Self::Nothing => {
+                format!("none were found for {host}: log in, or use --creds or --authfile")
+            }
+        }
+    }
+}
+
+/// The auth files to look into, best first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuthFiles {
+    files: Vec<PathBuf>,
+    /// Named by the user: it has to exist and is the only one.
+    explicit: bool,
+}
+
+impl AuthFiles {
+    /// `authfile` is `--authfile`; the environment is asked through `var`.
+    pub fn find(authfile: Option<&Path>, var: impl Fn(&str) -> Option<OsString>, uid: u32) -> Self {
+        let set = |name| var(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        if let Some(file) = authfile
+            .map(Path::to_path_buf)
+            .or_else(|| set("REGISTRY_AUTH_FILE"))
+        {
+            return Self {
+                files: vec![file],
+                explicit: true,
+            };
+        }
+        let home = set("HOME");
+        let runtime = set("XDG_RUNTIME_DIR")
+            .map(|dir| dir.join("containers/auth.json"))
+            // What containers-auth.json(5) names when there is no session.
+            .or_else(|| Some(PathBuf::from(format!("/run/containers/{uid}/auth.json"))));
+        let config = set("XDG_CONFIG_HOME").or_else(|| home.as_ref().map(|h| h.join(".config")));
+        let docker = set("DOCKER_CONFIG").or_else(|| home.as_ref().map(|h| h.join(".docker")));
+        let files = [
+            runtime,
+            config.map(|dir| dir.join("containers/auth.json")),
+            docker.map(|dir| dir.join("config.json")),
+        ];
+        Self {
+            files: files.into_iter().flatten().collect(),
+            explicit: false,
+        }
+    }
+
+    /// Credentials for `host` and `repository` (without host), the longest matching key first.
+    pub fn search(&self, host: &str, repository: &str) -> Result<Found, Error> {
+        let mut helper = None;
+        for path in &self.files {
+            let bytes = match read_bounded(path) {
+                Ok(bytes) => bytes,
+                Err(e) if e.kind() == io::ErrorKind::NotFound && !self.explicit => continue,
+                Err(e) if e.kind() == io::ErrorKind::NotADirectory && !self.explicit => continue,
+                Err(e) => {
+                    let denied = e.kind() == io::ErrorKind::PermissionDenied;
+                    return Err(Error::File {
+                        path: path.clone(),
+                        reason: e.to_string(),
+                        denied,
+                    });
+                }
+            };
+            let bad = |reason: String| Error::File {
+                path: path.clone(),
+                reason,
+                denied: false,
+            };
+            match look_up(&bytes, host, repository).map_err(bad)? {
+                Entry::Credentials(credentials) => {
+                    return Ok(Found::Credentials {
+                        credentials,
+                        source: path.display().to_string(),
+                    });
+                }
+                Entry::Helper(name) => {
+                    helper.get_or_insert_with(|| Found::OnlyHelper {
+                        file: path.clone(),
+                        helper: name,
+                    });
+                }
+                Entry::None => {}
+            }
+        }
+        Ok(helper.unwrap_or(Found::Nothing))
+    }
+}
+
+fn read_bounded(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
+    let file = File::open(path)?;
+    // Room beforehand, so that growing leaves no copies behind.
+    let room = file.metadata()?.len().min(MAX_AUTH_FILE) as usize + 1;
+    let mut bytes = Zeroizing::new(Vec::with_capacity(room));
+    file.take(MAX_AUTH_FILE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_AUTH_FILE {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            "larger than 4 MiB: not an auth file",
+        ));
+    }
+    Ok(bytes)
+}
+
+#[derive(Deserialize, Default)]
+struct AuthDocument {
+    #[serde(default)]
+    auths: Option<HashMap<String, AuthEntry>>,
+    #[serde(default, rename = "credHelpers")]
+    cred_helpers: Option<HashMap<String, String>>,
+    #[serde(default, rename = "credsStore")]
+    creds_store: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+struct AuthEntry {
+    auth: Option<Secret>,
+    username: Option<String>,
+    password: Option<Secret>,
+    identitytoken: Option<Secret>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Entry {
+    Credentials(Credentials),
+    Helper(String),
+    None,
+}
+
+/// What one auth file says of a repository.
+fn look_up(bytes: &[u8], host: &str, repository: &str) -> Result<Entry, String> {
+    // serde_json's messages name line and column, not contents.
+    let document: AuthDocument = serde_json::from_slice(bytes).map_err(|e| {
+        format!(
+            "not an auth file ({}, line {}, column {}): expected {{\"auths\": {{...}}}}",
+            kind(&e),
+            e.line(),
+            e.column()
+        )
+    })?;
+    let hosts: &[&str] = match host {
+        DOCKER_HUB => &[DOCKER_HUB, "index.docker.io", "registry-1.docker.io"],
+        other => &[other],
+    };
+    let auths = document.auths.unwrap_or_default();
+    let helpers = document.cred_helpers.unwrap_or_default();
+    // containers-auth.json(5): a configured helper takes the place of the file's entry for that registry.
+    if let Some(name) = hosts
+        .iter()
+        .find_map(|h| helpers.get(*h))
+        .filter(|name| !name.is_empty())
+    {
+        return Ok(Entry::Helper(name.clone()));
+    }
+    let mut known = false;
+    for key in keys(hosts, repository) {
+        let entry = auths.get(&key).or_else(|| {
+            // Docker writes URLs; only a host may be written so, not a namespace.
+            hosts.contains(&key.as_str()).then(|| {
+                auths
+                    .iter()
+                    .find(|(k, _)| host_of_url(k) == Some(&key))
+                    .map(|(_, e)| e)
+            })?
+        });
+        let Some(entry) = entry else { continue };
+        known = true;
+        if let Some(credentials) =
+            read_entry(entry).map_err(|e| format!("the entry {key:?}: {e}"))?
+        {
+            return Ok(Entry::Credentials(credentials));
+        }
+    }
+    match document.creds_store {
+        // Docker leaves an empty entry for what the store holds; without one there is nothing in the store either.
+        Some(store) if known && !store.is_empty() => Ok(Entry::Helper(store)),
+        _ => Ok(Entry::None),
+    }
+}
+
+fn kind(error: &serde_json::Error) -> &'static str {
+    if error.is_data() {
+        "unexpected types"
+    } else {
+        "broken JSON"
+    }
+}
+
+/// `host/a/b`, `host/a`, `host` for each name of the host.
+fn keys(hosts: &[&str], repository: &str) -> Vec<String> {
+    let mut keys = Vec::new();
+    let mut rest = Some(repository);
+    while let Some(path) = rest {
+        keys.extend(hosts.iter().map(|h| format!("{h}/{path}")));
+        rest = path.rsplit_once('/').map(|(parent, _)| parent);
+    }
+    keys.extend(hosts.iter().map(|&h| h.to_owned()));
+    keys
+}
+
+/// `https://index.docker.io/v1/` is `index.docker.io`.
+fn host_of_url(key: &str) -> Option<&str> {
+    let rest = key
+        .strip_prefix("https://")
+        .or_else(|| key.strip_prefix("http://"))?;
+    rest.split('/').next()
+}
+
+fn read_entry(entry: &AuthEntry) -> Result<Option<Credentials>, String> {
+    let filled = |s: &Option<Secret>| s.as_ref().filter(|s| !s.expose().is_empty()).cloned();
+    if let Some(token) = filled(&entry.identitytoken) {
+        return Ok(Some(Credentials::IdentityToken(token)));
+    }
+    if let Some(auth) = filled(&entry.auth) {
+        let broken = || "\"auth\" is not the base64 form of USER:PASSWORD".to_owned();
+        let raw = Zeroizing::new(
+            STANDARD
+                .decode(auth.expose().trim())
+                .map_err(|_| broken())?,
+        );
+        let text = std::str::from_utf8(&raw).map_err(|_| broken())?;
+        // Old Docker versions pad with NUL.
+        let text = text.trim_end_matches('\0');
+        return text.parse().map(Some).map_err(|_| broken());
+    }
+    match (&entry.username, filled(&entry.password)) {
+        (Some(user), Some(password)) if !user.is_empty() => Ok(Some(Credentials::Basic {
+            user: user.clone(),
+            password,
+        })),
+        _ => Ok(None),
+    }
+}
+
+/// The value of an `Authorization` header for user and password, marked as sensitive.
+pub(super) fn basic_header(user: &str, password: &Secret) -> Option<http::HeaderValue> {
+    let plain = Zeroizing::new(format!("{user}:{}", password.expose()));
+    let mut value = Zeroizing::new(String::from("Basic "));
+    STANDARD.encode_string(plain.as_bytes(), &mut value);
+    sensitive_header(&value)
+}
+
+/// The value of an `Authorization` header for a token, marked as sensitive.
+pub(super) fn bearer_header(token: &Secret) -> Option<http::HeaderValue> {
+    let mut text = format!("Bearer {}", token.expose());
+    let header = sensitive_header(&text);
+    text.zeroize();
+    header
+}
+
+fn sensitive_header(text: &str) -> Option<http::HeaderValue> {
+    let mut value = http::HeaderValue::from_str(text).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+/// The variable of this process's environment.
+pub(super) fn environment(name: &str) -> Option<OsString> {
+    std::env::var_os(OsStr::new(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn basic(user: &str, password: &str) -> Entry {
+        Entry::Credentials(Credentials::Basic {
+            user: user.into(),
+            password: Secret::new(password.into()),
+        })
+    }
+
+    fn b64(text: &str) -> String {
+        STANDARD.encode(text)
+    }
+
+    #[test]
+    fn longest_key_wins() {
+        let file = format!(
+            r#"{{"auths":{{"h:1":{{"auth":"{}"}},"h:1/a":{{"auth":"{}"}},"h:1/a/b":{{"username":"w","password":"x"}}}}}}"#,
+            b64("u:p:q"),
+            b64("v:p")
+        );
+        let of = |repository| look_up(file.as_bytes(), "h:1", repository).unwrap();
+        assert_eq!(of("z"), basic("u", "p:q"));
+        assert_eq!(of("a/c"), basic("v", "p"));
+        assert_eq!(of("a/b"), basic("w", "x"));
+        assert_eq!(of("ab"), basic("u", "p:q")); // a prefix of bytes is not a prefix of path
+        assert_eq!(look_up(file.as_bytes(), "h", "a").unwrap(), Entry::None);
+    }
+
+    #[test]
+    fn docker_hub_has_many_names() {
+        for key in [
+            "docker.io",
+            "index.docker.io",
+            "https://index.docker.io/v1/",
+            "registry-1.docker.io",
+        ] {
+            let file = format!(r#"{{"auths":{{"{key}":{{"auth":"{}"}}}}}}"#, b64("u:p"));
+            assert_eq!(
+                look_up(file.as_bytes(), "docker.io", "library/x").unwrap(),
+                basic("u", "p"),
+                "{key}"
+            );
+        }
+        let file = format!(
+            r#"{{"auths":{{"https://r.example/v2/":{{"auth":"{}"}}}}}}"#,
+            b64("u:p")
+        );
+        assert_eq!(
+            look_up(file.as_bytes(), "r.example", "x").unwrap(),
+            basic("u", "p")
+        );
+    }
+
+    #[test]
+    fn helpers_are_named_and_not_run() {
+        let of = |file: &str| look_up(file.as_bytes(), "r.example", "x").unwrap();
+        assert_eq!(
+            of(r#"{"credHelpers":{"r.example":"ecr-login"}}"#),
+            Entry::Helper("ecr-login".into())
+        );
+        assert_eq!(
+            of(r#"{"auths":{"r.example":{}},"credsStore":"desktop"}"#),
+            Entry::Helper("desktop".into())
+        );
+        assert_eq!(
+            of(r#"{"auths":{"other":{}},"credsStore":"desktop"}"#),
+            Entry::None
+        );
+        // Credentials that are there are used.
+        let file = format!(
+            r#"{{"auths":{{"r.example":{{"auth":"{}"}}}},"credsStore":"desktop"}}"#,
+            b64("u:p")
+        );
+        assert_eq!(of(&file), basic("u", "p"));
+        assert_eq!(
+            of(r#"{"auths":{"r.example":{"auth":"","identitytoken":"tok"}}}"#),
+            Entry::Credentials(Credentials::IdentityToken(Secret::new("tok".into())))
+        );
+    }
+
+    #[test]
+    fn broken_files_do_not_show_what_they_hold() {
+        for file in [
+            "",
+            "{",
+            "3",
+            r#"{"auths":3}"#,
+            r#"{"auths":{"h":{"auth":"hunter2!"}}}"#,
+            r#"{"auths":{"h":{"auth":"aHVudGVyMg=="}}}"#,
+        ] {
+            let error = look_up(file.as_bytes(), "h", "x").unwrap_err();
+            assert!(!error.contains("hunter2"), "{error}");
+        }
+        assert_eq!(look_up(b"{}", "h", "x"), Ok(Entry::None));
+        assert_eq!(look_up(br#"{"auths":null}"#, "h", "x"), Ok(Entry::None));
+    }
+
+    #[test]
+    fn files_are_looked_for_where_the_tools_keep_them() {
+        let env = |pairs: &'static [(&str, &str)]| {
+            move |name: &str| {
+                pairs
+                    .iter()
+                    .find(|(n, _)| *n == name)
+                    .map(|(_, v)| OsString::from(*v))
+            }
+        };
+        let files = |found: AuthFiles| {
+            found
+                .files
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
+        };
+        let all = AuthFiles::find(None, env(&[("HOME", "/h"), ("XDG_RUNTIME_DIR", "/r")]), 7);
+        assert_eq!(
+            files(all),
+            [
+                "/r/containers/auth.json",
+                "/h/.config/containers/auth.json",
+                "/h/.docker/config.json"
+            ]
+        );
+        let bare = AuthFiles::find(None, env(&[("DOCKER_CONFIG", "/d")]), 7);
+        assert_eq!(
+            files(bare),
+            ["/run/containers/7/auth.json", "/d/config.json"]
+        );
+        let by_variable = AuthFiles::find(
+            None,
+            env(&[("HOME", "/h"), ("REGISTRY_AUTH_FILE", "/f")]),
+            7,
+        );
+        assert_eq!(
+            (by_variable.explicit, files(by_variable)),
+            (true, vec!["/f".to_owned()])
+        );
+        let by_flag = AuthFiles::find(
+            Some(Path::new("/g")),
+            env(&[("REGISTRY_AUTH_FILE", "/f")]),
+            7,
+        );
+        assert_eq!(files(by_flag), ["/g"]);
+        // A file that the user named has to be there; the usual places need not.
+        assert!(
+            AuthFiles::find(Some(Path::new("/nonexistent/x")), |_| None, 7)
+                .search("h", "x")
+                .is_err()
+        );
+        let nowhere = env(&[("XDG_RUNTIME_DIR", "/nonexistent")]);
+        assert_eq!(
+            AuthFiles::find(None, nowhere, 7).search("h", "x").unwrap(),
+            Found::Nothing
+        );
+    }
+
+    #[test]
+    fn secrets_do_not_show() {
+        let credentials: Credentials = "robot$p+n:hunter2".parse().unwrap();
+        let found = Found::Credentials {
+            credentials: credentials.clone(),
+            source: "--creds".into(),
+        };
+        assert!(!format!("{credentials:?} {found:?} {}", found.describe("h")).contains("hunter2"));
+        let header = basic_header("u", &Secret::new("hunter2".into())).unwrap();
+        assert_eq!(header, "Basic dTpodW50ZXIy");
+        assert!(!format!("{header:?}").contains("dTpo"));
+        assert_eq!("nocolon".parse::<Credentials>(), Err(CredentialsError));
+        assert_eq!(":p".parse::<Credentials>(), Err(CredentialsError));
+    }
+}

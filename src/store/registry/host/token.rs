@@ -1,0 +1,239 @@
+//! Who we are at a registry host: credentials, and tokens for what is asked of it.
+
+use std::sync::PoisonError;
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderValue, Method};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::Url;
+use zeroize::{Zeroize, Zeroizing};
+
+use super::Host;
+use super::request::{Call, reply_of};
+use crate::store::registry::auth::{Age, Challenge, Origin, Token};
+use crate::store::registry::credentials::{Credentials, Found, basic_header, bearer_header};
+use crate::store::registry::error::{Error, Request, Step};
+
+/// Token documents, and pages that say no, are read up to here.
+const MAX_DOCUMENT: u64 = 1 << 20;
+
+/// What need not be escaped in a query's value; registries and token services read `:` and `/` either way.
+const QUERY: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
+
+/// Whom a host's credentials come from.
+pub(in crate::store::registry) type CredentialSource =
+    Box<dyn Fn(&str) -> Result<Found, Error> + Send + Sync>;
+
+/// What is asked of the token service, and as whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::store::registry) struct Scopes {
+    /// The repository whose credentials are used.
+    pub(in crate::store::registry) repository: String,
+    /// `repository:NAME:ACTIONS`, one or more, asked for in one request.
+    pub(in crate::store::registry) scopes: Vec<String>,
+}
+
+impl Scopes {
+    /// One repository.
+    pub(in crate::store::registry) fn new(repository: &str, actions: &str) -> Self {
+        Self {
+            repository: repository.to_owned(),
+            scopes: vec![format!("repository:{repository}:{actions}")],
+        }
+    }
+
+    /// And another, to read a blob from it.
+    pub(in crate::store::registry) fn and_pull(mut self, repository: &str) -> Self {
+        self.scopes.push(format!("repository:{repository}:pull"));
+        self
+    }
+
+    fn key(&self) -> String {
+        self.scopes.join(" ")
+    }
+}
+
+impl Host {
+    pub(super) fn credentials(&self, repository: &str) -> Result<Found, Error> {
+        let mut cache = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = cache.get(repository) {
+            return Ok(found.clone());
+        }
+        let found = (self.settings.credentials)(repository)?;
+        cache.insert(repository.to_owned(), found.clone());
+        Ok(found)
+    }
+
+    /// The `Authorization` for a request, and the age of the token in it.
+    pub(in crate::store::registry) async fn authorization(
+        &self,
+        scopes: &Scopes,
+    ) -> Result<(Option<HeaderValue>, Option<Age>), Error> {
+        let challenge = self
+            .challenge
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let origin = self.origin().await?;
+        match challenge {
+            None => Ok((None, None)),
+            Some(Challenge::Basic) => match self.credentials(&scopes.repository)? {
+                Found::Credentials {
+                    credentials: Credentials::Basic { user, password },
+                    ..
+                } => Ok((basic_header(&user, &password), None)),
+                found => Err(Error::NoCredentials {
+                    request: Request::new(&Method::GET, &origin.url),
+                    why: match found {
+                        Found::Credentials { source, .. } => {
+                            format!("user and password, and {source} has an identity token")
+                        }
+                        found => found.describe(self.name()),
+                    },
+                }),
+            },
+            Some(Challenge::Bearer { realm, service }) => {
+                // Held while a token is fetched: requests that start together share one.
+                let mut tokens = self.tokens.lock().await;
+                let key = scopes.key();
+                let now = Instant::now();
+                if let Some(token) = tokens.get(&key).filter(|t| !t.stale(now)) {
+                    return Ok((bearer_header(&token.value), Some(token.age())));
+                }
+                let token = self
+                    .fetch_token(origin, &realm, service.as_deref(), scopes)
+                    .await?;
+                let (header, age) = (bearer_header(&token.value), token.age());
+                tokens.insert(key, token);
+                Ok((header, Some(age)))
+            }
+        }
+    }
+
+    /// Realm and service of the token service, once an answer has named them.
+    pub(in crate::store::registry) fn token_service(&self) -> Option<(String, Option<String>)> {
+        let known = self
+            .challenge
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match &*known {
+            Some(Challenge::Bearer { realm, service }) => Some((realm.clone(), service.clone())),
+            _ => None,
+        }
+    }
+
+    /// For the host's own API: user and password where there are some, and never a token.
+    pub(super) fn api_authorization(&self, scopes: &Scopes) -> Result<Option<HeaderValue>, Error> {
+        match self.credentials(&scopes.repository)? {
+            Found::Credentials {
+                credentials: Credentials::Basic { user, password },
+                ..
+            } => Ok(basic_header(&user, &password)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Forgets a token that a registry did not take.
+    pub(in crate::store::registry) async fn forget_token(&self, scopes: &Scopes) {
+        self.tokens.lock().await.remove(&scopes.key());
+    }
+
+    async fn fetch_token(
+        &self,
+        origin: &Origin,
+        realm: &str,
+        service: Option<&str>,
+        scopes: &Scopes,
+    ) -> Result<Token, Error> {
+        let away = |why| Error::LeadsAway {
+            request: Request::new(&Method::GET, &origin.url),
+            to: crate::common::escape::limited(realm.split('?').next().unwrap_or_default(), 200),
+            why,
+        };
+        let mut url: Url = realm.parse().map_err(|_| away("it is no address"))?;
+        origin.may_visit(&url).map_err(away)?;
+        let found = self.credentials(&scopes.repository)?;
+        if matches!(found, Found::Credentials { .. }) {
+            origin.may_confide(&url).map_err(away)?;
+        }
+        let escape = |text: &str| utf8_percent_encode(text, QUERY).to_string();
+        let mut authorization = None;
+        let mut call = Call {
+            step: Step::Token,
+            method: Method::GET,
+            url: url.clone(),
+            scopes: scopes.clone(),
+            headers: HeaderMap::new(),
+            body: Bytes::new(),
+            wait: self.settings.silence,
+            tries: 1,
+            tries_at_500: 1,
+            accept: &[],
+            tag: None,
+        };
+        match &found {
+            Found::Credentials {
+                credentials: Credentials::IdentityToken(token),
+                ..
+            } => {
+                let form = Zeroizing::new(format!(
+                    "grant_type=refresh_token&client_id=upperdeck&service={}&scope={}&refresh_token={}",
+                    escape(service.unwrap_or_default()),
+                    escape(&scopes.key()),
+                    *Zeroizing::new(escape(token.expose())),
+                ));
+                call.method = Method::POST;
+                call.body = Bytes::from_owner(form);
+                call.headers.insert(
+                    CONTENT_TYPE,
+                    HeaderValue::from_static("application/x-www-form-urlencoded"),
+                );
+            }
+            found => {
+                let mut query: Vec<String> = url.query().map(str::to_owned).into_iter().collect();
+                query.extend(service.map(|s| format!("service={}", escape(s))));
+                query.extend(scopes.scopes.iter().map(|s| format!("scope={}", escape(s))));
+                url.set_query(Some(&query.join("&")));
+                call.url = url;
+                if let Found::Credentials {
+                    credentials: Credentials::Basic { user, password },
+                    ..
+                } = found
+                {
+                    authorization = basic_header(user, password);
+                }
+            }
+        }
+        let client = if origin.is_same(&call.url) {
+            &self.own
+        } else {
+            &self.other
+        };
+        let asked = Instant::now();
+        let request = Request::new(&call.method, &call.url);
+        // Whoever needs the token repeats this with his own request.
+        let response = self.fire(client, &call, &call.url, authorization).await?;
+        let response = self.judge(&call, response).await?;
+        if response.status().is_redirection() {
+            // It would carry the credentials on.
+            return Err(Error::Reply(Box::new(reply_of(&call, response).await)));
+        }
+        let body = self
+            .read_body(&request, "the token", response, MAX_DOCUMENT)
+            .await?;
+        let token = Token::read(&body, asked);
+        if let Ok(mut body) = body.try_into_mut() {
+            body.as_mut().zeroize();
+        }
+        token.map_err(|reason| Error::Garbled {
+            request,
+            reason: reason.to_owned(),
+        })
+    }
+}

@@ -1,0 +1,605 @@
+//! Registries by the distribution API: where saved images go, and where missing base layers come from.
+//!
+//! Requests, tokens and uploads are made here, on reqwest, and not by a client crate: a layer whose digest is not known
+//! until its end has to go out as one stream, mounts need a token with two scopes, and what a registry answers decides
+//! over retries and exit codes.
+//!
+//! Format: OCI distribution-spec 1.1.
+
+pub mod api;
+mod auth;
+mod catalog;
+pub mod credentials;
+pub mod error;
+mod host;
+pub mod reference;
+pub mod retry;
+mod tls;
+mod trust;
+pub mod upload;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use reqwest::{Response, Url};
+use sha2::{Digest as _, Sha256};
+
+use crate::image::manifest::MAX_MANIFEST_BYTES;
+use crate::image::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
+pub use api::Api;
+pub use catalog::Tagged;
+pub use credentials::Credentials;
+pub use error::Error;
+pub use reference::Reference;
+pub use retry::Retry;
+pub use upload::Writer;
+
+use credentials::{AuthFiles, Found};
+use error::{Request, Step};
+use host::{Call, Host, SILENCE, Scopes, Settings};
+use retry::Budget;
+
+/// So many uploads at once are worth it: registries serialise a project's quota, more is slower.
+pub const UPLOADS_AT_ONCE: usize = 4;
+
+/// What moves, however slowly, may go on for so long: a terabyte over a line of 25 MB/s.
+pub const DEADLINE: Duration = Duration::from_secs(12 * 3600);
+
+/// The beginning of a client for what is no registry (a manager, a key set) at `host`: with this machine's certificates, its
+/// proxies but for loopback addresses, and no redirects, as a token goes to nobody else.
+pub fn http_client(host: &str) -> reqwest::ClientBuilder {
+    tls::install_provider();
+    let builder = reqwest::Client::builder()
+        .user_agent(concat!("upperdeck/", env!("CARGO_PKG_VERSION")))
+        .redirect(reqwest::redirect::Policy::none())
+        .referer(false)
+        .tls_backend_rustls()
+        .tls_certs_only(
+            tls::machine_roots()
+                .iter()
+                .filter_map(|der| reqwest::Certificate::from_der(der).ok()),
+        );
+    if reference::is_loopback(host) {
+        builder.no_proxy()
+    } else {
+        builder
+    }
+}
+
+/// How registries are reached, and as whom.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// `--authfile`.
+    pub authfile: Option<PathBuf>,
+    /// `--creds`.
+    pub creds: Option<Credentials>,
+    /// `--tls-verify`. False: certificates are not checked, and plain HTTP is tried where there is no TLS.
+    pub tls_verify: bool,
+    /// `--cert-dir`.
+    pub cert_dir: Option<PathBuf>,
+    /// The host that `creds`, `tls_verify` and `cert_dir` were meant for, as in references. Other hosts (those that
+    /// base layers come from) are reached with the auth files' credentials and checked TLS. None: meant for all.
+    pub host: Option<String>,
+    /// How often what can be repeated is.
+    pub retry: Retry,
+    /// How long nothing may move, in an answer or an upload.
+    pub silence: Duration,
+    /// How long the whole save may take with its registries, from [`Registries::new`] on.
+    pub deadline: Duration,
+    /// `--create-project`: a project of Harbor's that is not there is made.
+    pub create_project: bool,
+}
+
+impl Default for Access {
+    fn default() -> Self {
+        Self {
+            authfile: None,
+            creds: None,
+            tls_verify: true,
+            cert_dir: None,
+            host: None,
+            retry: Retry::default(),
+            silence: SILENCE,
+            deadline: DEADLINE,
+            create_project: false,
+        }
+    }
+}
+
+/// All registries of a save. Repositories on one host share connections and tokens. Clones are the same thing.
+#[derive(Clone)]
+pub struct Registries {
+    access: Arc<Access>,
+    budget: Arc<Budget>,
+    hosts: Arc<Mutex<HashMap<String, Arc<Host>>>>,
+}
+
+impl Registries {
+    /// Nothing is asked before the first request.
+    pub fn new(access: Access) -> Self {
+        Self {
+            budget: Arc::new(Budget::new(access.retry, access.deadline)),
+            access: Arc::new(access),
+            hosts: Arc::default(),
+        }
+    }
+
+    /// Whether a missing project is made.
+    pub fn creates_projects(&self) -> bool {
+        self.access.create_project
+    }
+
+    /// A repository to read from. `name` is `HOST/REPOSITORY`.
+    pub fn repository(&self, name: &str) -> Result<Repository, Error> {
+        let reference: Reference = name.parse()?;
+        self.open(&reference, "pull")
+    }
+
+    /// The repository of `reference`, to push to.
+    pub fn push_to(&self, reference: &Reference) -> Result<Repository, Error> {
+        self.open(reference, "pull,push")
+    }
+
+    /// The repository of `reference`, to read from.
+    pub fn pull_from(&self, reference: &Reference) -> Result<Repository, Error> {
+        self.open(reference, "pull")
+    }
+
+    fn open(&self, reference: &Reference, actions: &'static str) -> Result<Repository, Error> {
+        Ok(Repository {
+            host: self.host(&reference.host)?,
+            name: reference.repository.clone(),
+            actions,
+        })
+    }
+
+    fn host(&self, name: &str) -> Result<Arc<Host>, Error> {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(host) = hosts.get(name) {
+            return Ok(Arc::clone(host));
+        }
+        let host = Arc::new(Host::new(self.settings(name))?);
+        hosts.insert(name.to_owned(), Arc::clone(&host));
+        Ok(host)
+    }
+
+    fn settings(&self, host: &str) -> Settings {
+        let access = &self.access;
+        let meant = access.host.as_deref().is_none_or(|h| h == host);
+        let creds = access.creds.clone().filter(|_| meant);
+        let authfile = access.authfile.clone();
+        let name = host.to_owned();
+        Settings {
+            name: host.to_owned(),
+            tls_verify: access.tls_verify || !meant,
+            cert_dir: access.cert_dir.clone().filter(|_| meant),
+            retry: access.retry,
+            silence: access.silence,
+            budget: Arc::clone(&self.budget),
+            credentials: Box::new(move |repository| {
+                if let Some(credentials) = &creds {
+                    Ok(Found::Credentials {
+                        credentials: credentials.clone(),
+                        source: "--creds".to_owned(),
+                    })
+                } else {
+                    let uid = rustix::process::getuid().as_raw();
+                    AuthFiles::find(authfile.as_deref(), credentials::environment, uid)
+                        .search(&name, repository)
+                }
+            }),
+        }
+    }
+}
+
+use crate::common::digest::Digest;
+
+/// One repository on one host. Clones are the same thing.
+#[derive(Clone)]
+pub struct Repository {
+    host: Arc<Host>,
+    name: String,
+    actions: &'static str,
+}
+
+impl Repository {
+    /// `HOST/REPOSITORY`.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.host.name(), self.name)
+    }
+
+    /// Within its host.
+    pub fn path(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether `other` is on the same registry, so that blobs can be mounted.
+    pub fn same_host(&self, other: &str) -> bool {
+        other
+            .parse::<Reference>()
+            .is_ok_and(|r| r.host == self.host.name())
+    }
+
+    async fn url(&self, rest: &str) -> Result<Url, Error> {
+        self.host.url(&format!("/v2/{}/{rest}", self.name)).await
+    }
+
+    fn call(&self, step: Step, method: Method, url: Url) -> Call {
+        let retry = self.host.retry();
+        Call {
+            step,
+            method,
+            url,
+            scopes: Scopes::new(&self.name, self.actions),
+            headers: HeaderMap::new(),
+            body: Bytes::new(),
+            wait: self.host.silence(),
+            tries: retry.tries,
+            tries_at_500: retry.tries,
+            accept: &[],
+            tag: None,
+        }
+    }
+
+    /// The manifest or index under a tag or digest, byte for byte; under a digest it is checked.
+    pub async fn manifest(&self, tag_or_digest: &str) -> Result<RawManifest, Error> {
+        let wanted: Option<Digest> = if tag_or_digest.contains(':') {
+            Some(
+                tag_or_digest
+                    .parse()
+                    .map_err(reference::ReferenceError::from)?,
+            )
+        } else {
+            reference::check_tag(tag_or_digest)?;
+            None
+        };
+        let url = self.url(&format!("manifests/{tag_or_digest}")).await?;
+        let mut call = self.call(Step::ReadManifest, Method::GET, url);
+        for media_type in MANIFEST_TYPES {
+            call.headers
+                .append(ACCEPT, HeaderValue::from_static(media_type));
+        }
+        let response = self.host.call(&call).await?;
+        let request = Request::new(&call.method, &call.url);
+        let said = header_text(response.headers(), &CONTENT_TYPE);
+        let bytes = self
+            .host
+            .read_body(
+                &request,
+                "the manifest",
+                response,
+                MAX_MANIFEST_BYTES as u64,
+            )
+            .await?;
+        let digest = Digest::of(&bytes);
+        if let Some(expected) = wanted.filter(|&w| w != digest) {
+            return Err(Error::Digest {
+                what: "manifest",
+                from: self.name(),
+                expected,
+                found: digest,
+            });
+        }
+        let media_type = manifest_type(said.as_deref(), &bytes)
+            .map_err(|reason| Error::Nonsense { request, reason })?;
+        Ok(RawManifest {
+            bytes,
+            media_type,
+            digest,
+        })
+    }
+
+    /// A small blob (a config) as a whole, checked.
+    pub async fn blob(&self, digest: &Digest) -> Result<Bytes, Error> {
+        let url = self.url(&format!("blobs/{digest}")).await?;
+        let call = self.call(Step::ReadBlob, Method::GET, url);
+        let response = self.host.call(&call).await?;
+        let request = Request::new(&call.method, &call.url);
+        let bytes = self
+            .host
+            .read_body(&request, "the config", response, MAX_MANIFEST_BYTES as u64)
+            .await?;
+        let found = Digest::of(&bytes);
+        if found != *digest {
+            return Err(Error::Digest {
+                what: "blob",
+                from: self.name(),
+                expected: *digest,
+                found,
+            });
+        }
+        Ok(bytes)
+    }
+
+    /// A blob as a stream, checked at its end. `size` in bytes, where it is known.
+    pub async fn blob_stream(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<BlobStream, Error> {
+        let url = self.url(&format!("blobs/{digest}")).await?;
+        let call = self.call(Step::ReadBlob, Method::GET, url);
+        let response = self.host.call(&call).await?;
+        if let (Some(expected), Some(found)) = (size, response.content_length())
+            && expected != found
+        {
+            return Err(Error::Size {
+                what: format!("blob {digest} from {}", self.name()),
+                expected,
+                found,
+            });
+        }
+        Ok(BlobStream {
+            repository: self.clone(),
+            call,
+            response: Some(response),
+            hasher: Sha256::new(),
+            digest: *digest,
+            size,
+            read: 0,
+            skip: 0,
+            failed: 0,
+        })
+    }
+
+    /// The size in bytes of a blob that is there. Who may push and not read cannot ask, and has to send it: so a no is
+    /// the same as not there.
+    pub async fn head_blob(&self, digest: &Digest) -> Result<Option<u64>, Error> {
+        let url = self.url(&format!("blobs/{digest}")).await?;
+        let mut call = self.call(Step::ReadBlob, Method::HEAD, url);
+        call.accept = &[400, 401, 403, 404, 405];
+        let response = self.host.call(&call).await?;
+        if !response.status().is_success() {
+            return Ok(None);
+        }
+        // reqwest's content_length is that of the body, which an answer to HEAD has none of.
+        Ok(header_text(response.headers(), &CONTENT_LENGTH).and_then(|n| n.parse().ok()))
+    }
+
+    /// Whether one may push here: opens an upload and cancels it.
+    pub async fn check_push(&self) -> Result<(), Error> {
+        upload::probe(self).await
+    }
+
+    /// Makes a blob of another repository (`HOST/REPOSITORY`) appear in this one. False where that is not possible, for
+    /// whatever reason the registry has: then the blob has to be uploaded. An error only where nothing would work.
+    pub async fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool, Error> {
+        let Ok(source) = from.parse::<Reference>() else {
+            return Ok(false);
+        };
+        if source.host != self.host.name() || source.repository == self.name {
+            return Ok(false);
+        }
+        let url = self
+            .url(&format!(
+                "blobs/uploads/?mount={digest}&from={}",
+                source.repository
+            ))
+            .await?;
+        let mut call = self.call(Step::Mount, Method::POST, url);
+        call.scopes = call.scopes.and_pull(&source.repository);
+        // Twice: uploading is always a way, so nothing is waited for long here.
+        call.tries = call.tries.min(2);
+        let response = match self.host.call(&call).await {
+            Ok(response) => response,
+            // A bad or unreadable source is 401, 400, 403, 404, ... by registry; a token service may refuse it too.
+            Err(e @ (Error::Reply(_) | Error::Nonsense { .. } | Error::LeadsAway { .. })) => {
+                tracing::debug!(registry.error = %e, "not mounted");
+                return Ok(false);
+            }
+            Err(e) => return Err(e),
+        };
+        if response.status() == StatusCode::CREATED {
+            return Ok(true);
+        }
+        // 202: the registry has opened an upload instead. It is not used, so that there is one way of uploading.
+        let request = Request::new(&call.method, &call.url);
+        if let Ok(url) = self
+            .host
+            .own_location(&request, &call.url, response.headers())
+            .await
+        {
+            upload::cancel_at(self, url).await;
+        }
+        Ok(false)
+    }
+
+    /// Uploads a blob that is in memory, unless it is there.
+    pub async fn put_blob(&self, bytes: Bytes, digest: &Digest) -> Result<(), Error> {
+        if self.head_blob(digest).await? == Some(bytes.len() as u64) {
+            return Ok(());
+        }
+        upload::send_bytes(self, bytes, digest).await
+    }
+
+    /// Begins the upload of a blob whose digest is known at its end. The requests run on `handle`'s runtime.
+    pub fn begin_blob(&self, handle: tokio::runtime::Handle) -> Writer {
+        Writer::begin(self.clone(), handle)
+    }
+
+    /// Puts a manifest under a tag. Returns its digest, which the registry has confirmed if it confirms any.
+    pub async fn put_manifest(
+        &self,
+        bytes: Bytes,
+        media_type: &str,
+        tag: &str,
+    ) -> Result<Digest, Error> {
+        reference::check_tag(tag)?;
+        let digest = Digest::of(&bytes);
+        if bytes.len() as u64 > MAX_MANIFEST_BYTES as u64 {
+            return Err(Error::TooLarge {
+                what: "the manifest".to_owned(),
+                limit: MAX_MANIFEST_BYTES as u64,
+            });
+        }
+        let url = self.url(&format!("manifests/{tag}")).await?;
+        let mut call = self.call(Step::WriteManifest, Method::PUT, url);
+        let media_type = HeaderValue::from_str(media_type).map_err(|_| Error::Nonsense {
+            request: Request::new(&call.method, &call.url),
+            reason: "the manifest's media type is no header value".to_owned(),
+        })?;
+        call.headers.insert(CONTENT_TYPE, media_type);
+        call.body = bytes;
+        call.tag = Some(tag.to_owned());
+        // Harbor says 500 of a manifest that it cannot read, however often it is asked.
+        call.tries_at_500 = 2;
+        let response = self.host.call(&call).await?;
+        let Err(error) = check_digest_header(&call, response.headers(), &digest) else {
+            return Ok(digest);
+        };
+        // Another digest in the answer: what stands under the tag decides.
+        match self.manifest(tag).await {
+            Ok(found) if found.digest == digest => Ok(digest),
+            _ => Err(error),
+        }
+    }
+}
+
+/// A blob that is being read from a registry.
+pub struct BlobStream {
+    repository: Repository,
+    call: Call,
+    response: Option<Response>,
+    hasher: Sha256,
+    digest: Digest,
+    size: Option<u64>,
+    read: u64,
+    /// Bytes at the front of the answer that were read before, from a registry without ranges.
+    skip: u64,
+    failed: u32,
+}
+
+impl BlobStream {
+    /// The next bytes; none at the end, and only when size and digest are right.
+    ///
+    /// A connection that breaks is replaced by one that goes on where it broke.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        loop {
+            let error = match self.read_some().await {
+                Ok(Some(mut bytes)) => {
+                    let skipped = self.skip.min(bytes.len() as u64);
+                    self.skip -= skipped;
+                    let bytes = bytes.split_off(skipped as usize);
+                    if bytes.is_empty() {
+                        continue;
+                    }
+                    self.hasher.update(&bytes);
+                    self.read += bytes.len() as u64;
+                    if let Some(expected) = self.size.filter(|&size| self.read > size) {
+                        return Err(self.wrong_size(expected));
+                    }
+                    // What moves has not failed.
+                    self.failed = 0;
+                    return Ok(Some(bytes));
+                }
+                Ok(None) => {
+                    if let Some(expected) = self.size.filter(|&size| self.read != size) {
+                        return Err(self.wrong_size(expected));
+                    }
+                    let raw: [u8; 32] = std::mem::take(&mut self.hasher).finalize().into();
+                    let found = Digest::from_hex(&hex::encode(raw))
+                        .map_err(reference::ReferenceError::from)?;
+                    if found != self.digest {
+                        let from = self.repository.name();
+                        return Err(Error::Digest {
+                            what: "blob",
+                            from,
+                            expected: self.digest,
+                            found,
+                        });
+                    }
+                    return Ok(None);
+                }
+                Err(e) => e,
+            };
+            self.response = None;
+            self.failed += 1;
+            let pause = self
+                .repository
+                .host
+                .pause(self.failed, &error)
+                .ok_or(error)?;
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn read_some(&mut self) -> Result<Option<Bytes>, Error> {
+        let host = &self.repository.host;
+        let request = Request::new(&self.call.method, &self.call.url);
+        let response = if let Some(response) = &mut self.response {
+            response
+        } else {
+            let mut call = self.call.clone();
+            if let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", self.read)) {
+                call.headers.insert(RANGE, range);
+            }
+            let response = host.attempt(&call).await?;
+            let resumed = header_text(response.headers(), &CONTENT_RANGE)
+                .is_some_and(|r| r.starts_with(&format!("bytes {}-", self.read)));
+            self.skip = if resumed { 0 } else { self.read };
+            self.response.insert(response)
+        };
+        let wait = host.silence().min(host.remaining());
+        match tokio::time::timeout(wait, response.chunk()).await {
+            Ok(chunk) => chunk.map_err(|e| Error::transport(request, &e)),
+            Err(_) => Err(host.waited(request, host.silence())),
+        }
+    }
+
+    fn wrong_size(&self, expected: u64) -> Error {
+        let what = format!("blob {} from {}", self.digest, self.repository.name());
+        Error::Size {
+            what,
+            expected,
+            found: self.read,
+        }
+    }
+}
+
+fn header_text(headers: &HeaderMap, name: &http::HeaderName) -> Option<String> {
+    headers
+        .get(name)
+        .and_then(|v| v.to_str().ok())
+        .map(str::to_owned)
+}
+
+/// Where a registry says which digest it has stored, it must be the right one.
+fn check_digest_header(call: &Call, headers: &HeaderMap, expected: &Digest) -> Result<(), Error> {
+    match headers
+        .get("docker-content-digest")
+        .and_then(|v| v.to_str().ok()?.parse::<Digest>().ok())
+    {
+        Some(found) if found != *expected => Err(Error::Nonsense {
+            request: Request::new(&call.method, &call.url),
+            reason: format!("expected to store {expected}, the registry has stored {found}"),
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_meant_for_one_host_stays_there() {
+        let access = Access {
+            creds: Some("u:p".parse().unwrap()),
+            tls_verify: false,
+            cert_dir: Some("/nonexistent".into()),
+            authfile: Some("/nonexistent".into()),
+            host: Some("r.example".to_owned()),
+            ..Access::default()
+        };
+        let registries = Registries::new(access);
+        let meant = registries.settings("r.example");
+        assert!(!meant.tls_verify && meant.cert_dir.is_some() && (meant.credentials)("x").is_ok());
+        let other = registries.settings("s.example");
+        assert!(other.tls_verify && other.cert_dir.is_none() && (other.credentials)("x").is_err());
+    }
+}

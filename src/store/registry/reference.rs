@@ -1,0 +1,358 @@
+//! Names of images in registries, checked against the grammar before any of them reaches a URL.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
+use std::str::FromStr;
+
+use crate::common::digest::{Digest, DigestError};
+
+/// Docker Hub's name in references. Its API answers elsewhere, see [`authority`].
+pub const DOCKER_HUB: &str = "docker.io";
+
+/// `HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]`.
+///
+/// Grammar: distribution-spec (`<name>` and `<reference>` of "Pulling manifests") for repository and tag; the host is
+/// a DNS name, an IPv4 address or a bracketed IPv6 address.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Reference {
+    /// `HOST[:PORT]`, lower case.
+    pub host: String,
+    /// Repository within the host, at most 255 bytes.
+    pub repository: String,
+    /// Tag as written; none when only a digest, or nothing, was given.
+    pub tag: Option<String>,
+    /// Digest as written.
+    pub digest: Option<Digest>,
+}
+
+/// A text that is no image reference.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ReferenceError {
+    /// Nothing that looks like a registry's host stands before the first slash.
+    #[error(
+        "{0:?} names no registry: write HOST[:PORT]/REPOSITORY[:TAG], for Docker Hub docker.io/USER/NAME"
+    )]
+    NoHost(String),
+    /// The host is none.
+    #[error("{0:?} is not a registry's HOST[:PORT]")]
+    Host(String),
+    /// The repository breaks the grammar.
+    #[error(
+        "{0:?} is not a repository name: lower-case letters, digits and single . _ - between them, parts separated by /, \
+         255 bytes at most"
+    )]
+    Repository(String),
+    /// The tag breaks the grammar.
+    #[error("{0:?} is not a tag: letters, digits, _ . - (not first), 128 bytes at most")]
+    Tag(String),
+    /// The digest is none, or of an algorithm that is not supported.
+    #[error(transparent)]
+    Digest(#[from] DigestError),
+}
+
+impl Reference {
+    /// A reference as runtimes and `--base` write it, where Docker Hub may be left out: `debian:12` is
+    /// `docker.io/library/debian:12`.
+    pub fn parse_with_default_host(text: &str) -> Result<Self, ReferenceError> {
+        let text = text.strip_prefix("docker://").unwrap_or(text);
+        match text.split_once('/') {
+            Some((host, _)) if looks_like_host(host) => text.parse(),
+            _ => format!("{DOCKER_HUB}/{text}").parse(),
+        }
+    }
+
+    /// `HOST/REPOSITORY`.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.host, self.repository)
+    }
+}
+
+/// Whether the part before the first slash is a host, by the rule that all container tools share.
+fn looks_like_host(text: &str) -> bool {
+    text == "localhost" || text.contains(['.', ':'])
+}
+
+impl FromStr for Reference {
+    type Err = ReferenceError;
+
+    /// `[docker://]HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]`; the host is required.
+    fn from_str(text: &str) -> Result<Self, ReferenceError> {
+        let shown = || shorten(text);
+        let rest = text.strip_prefix("docker://").unwrap_or(text);
+        let (host, rest) = rest
+            .split_once('/')
+            .ok_or_else(|| ReferenceError::NoHost(shown()))?;
+        if !looks_like_host(host) {
+            return Err(ReferenceError::NoHost(shown()));
+        }
+        let mut host = check_host(host)?;
+        if host == "index.docker.io" || host == "registry-1.docker.io" {
+            DOCKER_HUB.clone_into(&mut host);
+        }
+        let (rest, digest) = match rest.split_once('@') {
+            Some((rest, digest)) => (rest, Some(digest.parse::<Digest>()?)),
+            None => (rest, None),
+        };
+        let (repository, tag) = match rest.rsplit_once(':') {
+            Some((repository, tag)) => (repository, Some(check_tag(tag)?.to_owned())),
+            None => (rest, None),
+        };
+        let repository = if host == DOCKER_HUB && !repository.contains('/') {
+            format!("library/{repository}")
+        } else {
+            repository.to_owned()
+        };
+        check_repository(&repository)?;
+        Ok(Self {
+            host,
+            repository,
+            tag,
+            digest,
+        })
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.host, self.repository)?;
+        if let Some(tag) = &self.tag {
+            write!(f, ":{tag}")?;
+        }
+        if let Some(digest) = &self.digest {
+            write!(f, "@{digest}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the API of a host answers: the host itself, but for Docker Hub.
+pub fn authority(host: &str) -> &str {
+    if host == DOCKER_HUB {
+        "registry-1.docker.io"
+    } else {
+        host
+    }
+}
+
+/// Whether `host` (with or without a port) is this machine by its very name: `localhost`, 127.0.0.0/8, `[::1]`.
+/// Names that merely resolve to such an address are not: what they mean is somebody else's to change.
+pub fn is_loopback(host: &str) -> bool {
+    let name = without_port(host);
+    if name == "localhost" || name.ends_with(".localhost") {
+        return true;
+    }
+    name.trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse::<IpAddr>()
+        .is_ok_and(|ip| ip.is_loopback())
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !name.ends_with(':') => {
+            name
+        }
+        _ => host,
+    }
+}
+
+fn check_host(host: &str) -> Result<String, ReferenceError> {
+    let bad = || ReferenceError::Host(shorten(host));
+    let (name, port) = match host.strip_prefix('[') {
+        Some(rest) => {
+            let (address, after) = rest.split_once(']').ok_or_else(bad)?;
+            address.parse::<Ipv6Addr>().map_err(|_| bad())?;
+            (
+                &host[..address.len() + 2],
+                (!after.is_empty()).then_some(after),
+            )
+        }
+        None => match host.find(':') {
+            Some(at) => (&host[..at], Some(&host[at..])),
+            None => (host, None),
+        },
+    };
+    if let Some(port) = port {
+        let digits = port.strip_prefix(':').ok_or_else(bad)?;
+        let number: u16 = digits.parse().map_err(|_| bad())?;
+        if number == 0 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(bad());
+        }
+    }
+    if !name.starts_with('[') {
+        let label = |l: &str| {
+            (1..=63).contains(&l.len())
+                && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+                && !l.starts_with('-')
+                && !l.ends_with('-')
+        };
+        if name.len() > 253 || !name.split('.').all(label) {
+            return Err(bad());
+        }
+    }
+    Ok(host.to_ascii_lowercase())
+}
+
+/// Checks a repository name (without host) against the distribution-spec's grammar.
+pub fn check_repository(name: &str) -> Result<&str, ReferenceError> {
+    let fine = name.len() <= 255 && name.split('/').all(is_path_component);
+    if fine {
+        Ok(name)
+    } else {
+        Err(ReferenceError::Repository(shorten(name)))
+    }
+}
+
+/// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`
+fn is_path_component(part: &str) -> bool {
+    let alnum = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let bytes = part.as_bytes();
+    if !bytes.first().is_some_and(|&b| alnum(b)) || !bytes.last().is_some_and(|&b| alnum(b)) {
+        return false;
+    }
+    part.split(|c: char| c.is_ascii() && alnum(c as u8))
+        .all(|separator| {
+            matches!(separator, "" | "." | "_" | "__") || separator.bytes().all(|b| b == b'-')
+        })
+}
+
+/// Checks a tag: `[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`.
+pub fn check_tag(tag: &str) -> Result<&str, ReferenceError> {
+    let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    let fine = tag.len() <= 128
+        && tag.bytes().next().is_some_and(word)
+        && tag.bytes().all(|b| word(b) || b == b'.' || b == b'-');
+    if fine {
+        Ok(tag)
+    } else {
+        Err(ReferenceError::Tag(shorten(tag)))
+    }
+}
+
+/// What an error shows of a text that may be of any length.
+fn shorten(text: &str) -> String {
+    if text.chars().count() <= 200 {
+        text.to_owned()
+    } else {
+        text.chars().take(200).chain(['…']).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_that_are() {
+        let digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        for (text, host, repository, tag) in [
+            ("127.0.0.1:5000/a", "127.0.0.1:5000", "a", None),
+            (
+                "docker://Reg.Example/a/b-c/d__e:1.0",
+                "reg.example",
+                "a/b-c/d__e",
+                Some("1.0"),
+            ),
+            ("localhost/x:_t", "localhost", "x", Some("_t")),
+            ("[::1]:5000/x--y", "[::1]:5000", "x--y", None),
+            ("docker.io/debian", "docker.io", "library/debian", None),
+            (
+                "index.docker.io/u/debian:12",
+                "docker.io",
+                "u/debian",
+                Some("12"),
+            ),
+        ] {
+            let parsed: Reference = text.parse().unwrap();
+            assert_eq!(
+                (
+                    parsed.host.as_str(),
+                    parsed.repository.as_str(),
+                    parsed.tag.as_deref()
+                ),
+                (host, repository, tag),
+                "{text}"
+            );
+        }
+        let parsed: Reference = format!("a.b/c:t@{digest}").parse().unwrap();
+        assert_eq!(parsed.digest.unwrap().to_string(), digest);
+        assert_eq!(parsed.to_string(), format!("a.b/c:t@{digest}"));
+    }
+
+    #[test]
+    fn references_that_are_not() {
+        for text in [
+            "",
+            "debian",
+            "user/debian",
+            "http://a.b/c",
+            "a.b/",
+            "a.b//c",
+            "a.b/C",
+            "a.b/c/../d",
+            "a.b/c..d",
+            "a.b/.c",
+            "a.b/c-",
+            "a.b/c___d",
+            "a.b/c:",
+            "a.b/c:-t",
+            "a.b/c:t t",
+            "a.b/c:tä", // \w of a Unicode regex would take it
+            "a.b/c@sha256:00",
+            "a.b/c@x@y",
+            "a.b:0/c",
+            "a.b:+1/c",
+            "a.b:99999/c",
+            "a.b:/c",
+            "user@a.b/c",
+            "-a.b/c",
+            "a..b/c",
+            "[::1/c",
+            "[::1]x/c",
+            "a.b/c?x=y",
+            "a.b/c#d",
+            "a.b/c%2e",
+            "a.b/c\nd",
+            &format!("a.b/{}", "x".repeat(256)),
+            &format!("a.b/c:{}", "x".repeat(129)),
+        ] {
+            assert!(text.parse::<Reference>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn docker_hub_is_the_default_only_where_it_is_asked_for() {
+        let of = |t| Reference::parse_with_default_host(t).unwrap().to_string();
+        assert_eq!(of("debian:12"), "docker.io/library/debian:12");
+        assert_eq!(of("user/x"), "docker.io/user/x");
+        assert_eq!(of("localhost:1/x"), "localhost:1/x");
+        assert_eq!(
+            "debian:12".parse::<Reference>(),
+            Err(ReferenceError::NoHost("debian:12".to_owned()))
+        );
+    }
+
+    #[test]
+    fn loopback_is_a_matter_of_the_name() {
+        for yes in [
+            "localhost",
+            "localhost:5000",
+            "127.0.0.1",
+            "127.9.9.9:1",
+            "[::1]",
+            "[::1]:5000",
+            "x.localhost",
+        ] {
+            assert!(is_loopback(yes), "{yes}");
+        }
+        for no in [
+            "localhost.example",
+            "128.0.0.1:1",
+            "example:127",
+            "[::2]:1",
+            "127.0.0.1.example",
+        ] {
+            assert!(!is_loopback(no), "{no}");
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! How often and after what pause a request that can be repeated is repeated, and what all repeating may cost a save.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::error::Error;
+
+/// No pause is longer than this, but for what a registry asks for.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A registry that asks for more than this is not waited for: the whole save is better tried again later.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(120);
+
+/// Tries and pauses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// Tries in all, the first included.
+    pub tries: u32,
+    /// The first pause; each further one is twice as long. Each is shortened by chance by up to a half, so that many
+    /// clients of a registry that comes back do not knock at once.
+    pub first_pause: Duration,
+    /// Repetitions in the whole save, of whatever: what fails this often is no passing trouble.
+    pub in_all: u32,
+    /// All pauses of the whole save together are no longer than this.
+    pub pauses: Duration,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self {
+            tries: 5,
+            first_pause: Duration::from_millis(500),
+            in_all: 60,
+            pauses: Duration::from_secs(15 * 60),
+        }
+    }
+}
+
+/// What a save has left for repeating, shared by all its requests, and when it has to be over.
+#[derive(Debug)]
+pub(super) struct Budget {
+    left: Mutex<(u32, Duration)>,
+    started: Instant,
+    whole: Duration,
+}
+
+impl Budget {
+    /// The clock starts now; `whole` is the longest that the save may take.
+    pub(super) fn new(retry: Retry, whole: Duration) -> Self {
+        Self {
+            left: Mutex::new((retry.in_all, retry.pauses)),
+            started: Instant::now(),
+            whole,
+        }
+    }
+
+    /// Takes one repetition and its pause; false: there is nothing left for it.
+    pub(super) fn take(&self, pause: Duration) -> bool {
+        if pause > self.remaining() {
+            return false;
+        }
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let (Some(times), Some(pauses)) = (left.0.checked_sub(1), left.1.checked_sub(pause)) else {
+            return false;
+        };
+        *left = (times, pauses);
+        true
+    }
+
+    /// How long the save may still go on.
+    pub(super) fn remaining(&self) -> Duration {
+        self.whole.saturating_sub(self.started.elapsed())
+    }
+
+    /// The longest that the save may take.
+    pub(super) fn whole(&self) -> Duration {
+        self.whole
+    }
+}
+
+impl Retry {
+    /// The pause before the next try after `failed` tries, the last of them with `error`; none: give up.
+    pub(super) fn pause(&self, failed: u32, error: &Error) -> Option<Duration> {
+        self.pause_with(failed, error, rand::random_range(0.5..=1.0))
+    }
+
+    fn pause_with(&self, failed: u32, error: &Error, jitter: f64) -> Option<Duration> {
+        if !error.passing() || failed >= self.tries {
+            return None;
+        }
+        if let Some(asked) = error.retry_after() {
+            return (asked <= LONGEST_RETRY_AFTER).then_some(asked);
+        }
+        let doubled = self
+            .first_pause
+            .saturating_mul(1 << failed.saturating_sub(1).min(16));
+        Some(doubled.min(LONGEST_PAUSE).mul_f64(jitter))
+    }
+}
+
+/// `Retry-After` (RFC 9110, 10.2.3): seconds, or a date.
+pub(super) fn read_retry_after(value: &str, now: jiff::Timestamp) -> Option<Duration> {
+    if let Ok(seconds) = value.trim().parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = jiff::fmt::rfc2822::parse(value.trim()).ok()?.timestamp();
+    Some(Duration::try_from(date.duration_since(now)).unwrap_or(Duration::ZERO))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::registry::error::{Reply, Request, Step};
+
+    fn reply(status: u16, retry_after: Option<u64>) -> Error {
+        let url = "http://r.example/v2/".parse().unwrap();
+        Error::Reply(Box::new(Reply {
+            request: Request::new(&http::Method::GET, &url),
+            step: Step::Ping,
+            status,
+            code: None,
+            message: None,
+            retry_after: retry_after.map(Duration::from_secs),
+            tag: None,
+            credentials: None,
+            mid_upload: false,
+        }))
+    }
+
+    #[test]
+    fn a_save_does_not_repeat_for_ever() {
+        let retry = Retry {
+            in_all: 3,
+            pauses: Duration::from_secs(10),
+            ..Retry::default()
+        };
+        let (second, hour) = (Duration::from_secs(1), Duration::from_secs(3600));
+        let budget = Budget::new(retry, hour);
+        assert_eq!(
+            [0; 4].map(|_| budget.take(second)),
+            [true, true, true, false]
+        );
+        let budget = Budget::new(retry, hour);
+        assert_eq!(
+            [6, 6, 4, 1].map(|n| budget.take(n * second)),
+            [true, false, true, false],
+            "ten seconds in all"
+        );
+        // No pause reaches beyond the end of the save.
+        assert!(!Budget::new(retry, second).take(2 * second));
+    }
+
+    #[test]
+    fn pauses_double_and_end() {
+        let retry = Retry::default();
+        let pauses: Vec<_> = (1..=5)
+            .map(|n| retry.pause_with(n, &reply(503, None), 1.0))
+            .collect();
+        let ms = |n| Some(Duration::from_millis(n));
+        assert_eq!(pauses, [ms(500), ms(1000), ms(2000), ms(4000), None]);
+        assert_eq!(retry.pause_with(1, &reply(404, None), 1.0), None);
+        assert_eq!(retry.pause_with(1, &reply(507, None), 1.0), None);
+        let shortest = retry.pause_with(1, &reply(503, None), 0.5);
+        assert_eq!(shortest, ms(250));
+    }
+
+    #[test]
+    fn retry_after_is_obeyed_or_left_to_the_caller() {
+        let retry = Retry::default();
+        assert_eq!(
+            retry.pause_with(1, &reply(429, Some(7)), 0.5),
+            Some(Duration::from_secs(7))
+        );
+        assert_eq!(retry.pause_with(1, &reply(429, Some(3600)), 0.5), None);
+        let now = "2026-11-23T22:00:00Z".parse().unwrap();
+        assert_eq!(read_retry_after("7", now), Some(Duration::from_secs(7)));
+        assert_eq!(
+            read_retry_after("Mon, 23 Nov 2026 22:00:09 GMT", now),
+            Some(Duration::from_secs(9))
+        );
+        assert_eq!(
+            read_retry_after("Mon, 23 Nov 2026 21:00:00 GMT", now),
+            Some(Duration::ZERO)
+        );
+        for bad in ["", "-1", "soon", "1.5", "99999999999999999999999"] {
+            assert_eq!(read_retry_after(bad, now), None, "{bad}");
+        }
+    }
+}

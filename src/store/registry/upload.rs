@@ -1,0 +1,695 @@
+//! Sending a blob whose digest is known only at its end: one POST, one streaming PATCH, one empty PUT.
+//!
+//! Format: distribution-spec "Pushing a blob in chunks". Why in one PATCH, and why nothing goes with the PUT: Harbor takes
+//! the PUT's length for the blob's, and many PATCHes are slow everywhere.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use http::header::{AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, RANGE};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use reqwest::Url;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::error::{Error, Request, Step};
+use super::host::Call;
+use super::{Repository, check_digest_header};
+use crate::common::digest::Digest;
+
+/// Pieces that wait between the thread that makes them and the connection: enough that neither waits for the other's
+/// jitter, few enough that memory is bounded by the caller's piece size.
+const PIECES_IN_FLIGHT: usize = 8;
+/// A registry reads a blob again at its end (S3 storage copies it): it gets one second more for so many bytes.
+const FINISH_BYTES_PER_SECOND: u64 = 16 << 20;
+/// Bytes of a request to a registry that wants to know each one's length beforehand: held in memory.
+const CHUNK: usize = 16 << 20;
+/// A line over which it is still worth sending a piece that is at hand.
+const SLOWEST_BYTES_PER_SECOND: u64 = 64 << 10;
+/// Tidying up is worth no more than this.
+const CANCEL_WAIT: Duration = Duration::from_secs(5);
+
+enum Piece {
+    Bytes(Bytes),
+    /// Nothing is missing. A channel that closes without it is an upload that was given up.
+    End,
+}
+
+/// A blob on its way into a registry. Dropped before [`Writer::finish`], the upload is cancelled.
+///
+/// Where sending fails in a way that may pass, [`Writer::again`] gives a writer that goes on where the registry can, and
+/// starts over where it cannot; the caller writes the same bytes from their beginning in either case.
+pub struct Writer {
+    repository: Repository,
+    handle: Handle,
+    pieces: Option<mpsc::Sender<Piece>>,
+    task: Option<JoinHandle<Outcome>>,
+    /// Bytes that were written.
+    written: u64,
+    /// Bytes at the front that the registry has from an earlier writer.
+    skip: u64,
+    /// Bytes of the blob that earlier writers and this one have handed over, at the furthest.
+    reached: u64,
+    /// The upload after a failure, if the registry may still know it.
+    lost: Option<Session>,
+    /// Requests for this blob that have failed.
+    failed: u32,
+}
+
+/// An upload that the registry has opened.
+#[derive(Clone, Debug)]
+struct Session {
+    /// Where the next request goes, with all of its query (`_state`).
+    url: Url,
+}
+
+/// How a stream ended.
+struct Outcome {
+    /// The upload to close; or to go on with, after an error.
+    session: Option<Session>,
+    failed: u32,
+    error: Option<Error>,
+}
+
+impl Writer {
+    pub(super) fn begin(repository: Repository, handle: Handle) -> Self {
+        Self::start(repository, handle, None, 0)
+    }
+
+    fn start(
+        repository: Repository,
+        handle: Handle,
+        resumed: Option<(Session, u64)>,
+        failed: u32,
+    ) -> Self {
+        let (session, skip) = resumed.unzip();
+        let (pieces, taken) = mpsc::channel(PIECES_IN_FLIGHT);
+        let resumed = session.zip(skip);
+        let task = handle.spawn(stream(repository.clone(), taken, resumed, failed));
+        Self {
+            repository,
+            handle,
+            pieces: Some(pieces),
+            task: Some(task),
+            written: 0,
+            skip: skip.unwrap_or(0),
+            reached: skip.unwrap_or(0),
+            lost: None,
+            failed,
+        }
+    }
+
+    /// Where the blob goes.
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// Hands bytes over, waiting while the connection is behind. For plain threads: within a runtime it panics, as all
+    /// of tokio's blocking calls do.
+    ///
+    /// An error is the upload's own. Where it is retryable, [`Writer::again`] has to be asked for another writer.
+    pub fn write(&mut self, mut bytes: Bytes) -> Result<(), Error> {
+        let known = self
+            .skip
+            .saturating_sub(self.written)
+            .min(bytes.len() as u64);
+        self.written += bytes.len() as u64;
+        bytes.advance(known as usize);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let pieces = self.pieces.as_ref().ok_or(Error::Abandoned)?;
+        if pieces.blocking_send(Piece::Bytes(bytes)).is_ok() {
+            self.reached = self.reached.max(self.written);
+            return Ok(());
+        }
+        // The other side has ended: why, it says itself.
+        self.pieces = None;
+        let task = self.task.take().ok_or(Error::Abandoned)?;
+        let outcome = self.handle.block_on(task).map_err(|_| Error::Abandoned)?;
+        Err(self.take_in(outcome).err().unwrap_or(Error::Abandoned))
+    }
+
+    /// What a stream has left.
+    fn take_in(&mut self, outcome: Outcome) -> Result<Session, Error> {
+        self.failed = outcome.failed;
+        match (outcome.error, outcome.session) {
+            (None, Some(session)) => Ok(session),
+            (Some(error), session) => {
+                self.lost = session;
+                Err(error)
+            }
+            (None, None) => Err(Error::Abandoned),
+        }
+    }
+
+    /// Ends the blob: it is there under `digest` when this returns. `size` is checked against what was written.
+    pub async fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+        self.end(digest, size).await
+    }
+
+    /// As [`Writer::finish`], and keeps the writer, so that a failure can be answered with [`Writer::again`].
+    pub async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+        if self.written != size {
+            return Err(Error::Size {
+                what: "the blob that was written".to_owned(),
+                expected: size,
+                found: self.written,
+            });
+        }
+        let session = self.all_sent().await?;
+        let closed = close(&self.repository, &session, digest, size, &mut self.failed).await;
+        closed.map_err(|error| {
+            let error = torn(error).in_mid_upload();
+            // Of bytes that are wrong nothing can be kept.
+            self.lost = (!matches!(error, Error::Torn { .. })).then_some(session);
+            error
+        })
+    }
+
+    /// Nothing is missing: waits until the registry has taken it all.
+    async fn all_sent(&mut self) -> Result<Session, Error> {
+        let (pieces, task) = self
+            .pieces
+            .take()
+            .zip(self.task.take())
+            .ok_or(Error::Abandoned)?;
+        // Refused only when the task has ended, and then the task says why.
+        let _ = pieces.send(Piece::End).await;
+        drop(pieces);
+        let outcome = task.await.map_err(|_| Error::Abandoned)?;
+        self.take_in(outcome)
+    }
+
+    /// A writer for another try after `error`, once the pause that it takes is over. The same bytes have to be written
+    /// to it from their beginning: those that the registry kept (it is asked) are not sent again.
+    ///
+    /// The error comes back where another try is not worth it, the blob has had all its tries, or the save its.
+    pub async fn again(mut self, error: Error) -> Result<Self, Error> {
+        if self.pieces.take().is_some()
+            && let Some(task) = self.task.take()
+        {
+            // Not broken by the registry: the caller has another reason to begin again.
+            let _ = task.await;
+        }
+        let host = &self.repository.host;
+        let again = error.is_again() && self.failed < host.retry().tries;
+        let pause = if again && self.wants_other_form(&error) {
+            Some(Duration::ZERO)
+        } else if again {
+            host.pause(self.failed.max(1), &error)
+                .or_else(|| host.pause_after_loss(self.failed.max(1), &error))
+        } else {
+            None
+        };
+        let Some(pause) = pause else {
+            return Err(error);
+        };
+        tracing::debug!(registry.error = %error, registry.pause_ms = pause.as_millis() as u64, "the blob again");
+        tokio::time::sleep(pause).await;
+        let mut resumed = None;
+        if let Some(session) = self.lost.take() {
+            match status(&self.repository, &session, self.reached).await {
+                Some(found) => resumed = Some(found),
+                None => cancel(&self.repository, &session).await,
+            }
+        }
+        let (repository, handle) = (self.repository.clone(), self.handle.clone());
+        Ok(Self::start(repository, handle, resumed, self.failed))
+    }
+
+    /// Whether the registry has only said that it wants to know lengths: no pause is due for that.
+    fn wants_other_form(&self, error: &Error) -> bool {
+        matches!(error, Error::Reply(reply) if reply.status == 411)
+            && self.repository.host.wants_lengths()
+    }
+
+    /// Waits until the registry has confirmed every byte, then gives the blob up: what an upload costs can be measured
+    /// without leaving one behind. Returns when the registry had confirmed.
+    pub async fn rehearse(mut self) -> Result<Instant, Error> {
+        let session = self.all_sent().await?;
+        let confirmed = Instant::now();
+        cancel(&self.repository, &session).await;
+        Ok(confirmed)
+    }
+
+    /// Gives the blob up and waits until the registry was told.
+    pub async fn abort(mut self) {
+        self.pieces = None;
+        if let Some(task) = self.task.take() {
+            let _ = tokio::time::timeout(2 * CANCEL_WAIT, task).await;
+        }
+        if let Some(session) = self.lost.take() {
+            cancel(&self.repository, &session).await;
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if let Some(session) = self.lost.take() {
+            let repository = self.repository.clone();
+            self.handle
+                .spawn(async move { cancel(&repository, &session).await });
+        }
+    }
+}
+
+/// How many bytes of an upload the registry has, with the address to go on at. None: it has none, does not say, or says
+/// what cannot be: then the blob starts over.
+///
+/// Format: distribution-spec "Pushing a blob in chunks", `GET` on the session: 204 with `Range: 0-LAST`.
+async fn status(
+    repository: &Repository,
+    session: &Session,
+    reached: u64,
+) -> Option<(Session, u64)> {
+    let mut call = repository.call(Step::SendBlob, Method::GET, session.url.clone());
+    call.accept = &[404];
+    let response = repository.host.attempt(&call).await.ok()?;
+    if response.status() != StatusCode::NO_CONTENT {
+        return None;
+    }
+    let range = response.headers().get(RANGE)?.to_str().ok()?;
+    let last: u64 = range
+        .strip_prefix("bytes=")
+        .unwrap_or(range)
+        .strip_prefix("0-")?
+        .parse()
+        .ok()?;
+    // 0-0 is what registries say of one byte and of none.
+    if last == 0 || last >= reached {
+        return None;
+    }
+    let session = next(repository, &call, session, response.headers())
+        .await
+        .ok()?;
+    Some((session, last + 1))
+}
+
+/// What a registry says of a blob whose bytes are not those of its digest.
+fn torn(error: Error) -> Error {
+    match error {
+        Error::Reply(reply)
+            if reply.status == 400 && reply.code.as_deref() == Some("DIGEST_INVALID") =>
+        {
+            Error::Torn {
+                request: reply.request,
+            }
+        }
+        other => other,
+    }
+}
+
+/// Sends a blob that is in memory: what fails is sent again as a whole.
+pub(super) async fn send_bytes(
+    repository: &Repository,
+    bytes: Bytes,
+    digest: &Digest,
+) -> Result<(), Error> {
+    let host = &repository.host;
+    let mut failed = 0;
+    loop {
+        let error = match try_send_bytes(repository, bytes.clone(), digest, &mut failed).await {
+            Ok(()) => return Ok(()),
+            Err(e) => e,
+        };
+        failed = failed.max(1);
+        let again = error.is_again() && failed < host.retry().tries;
+        let pause = again.then(|| {
+            host.pause(failed, &error)
+                .or_else(|| host.pause_after_loss(failed, &error))
+        });
+        let Some(pause) = pause.flatten() else {
+            return Err(error);
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn try_send_bytes(
+    repository: &Repository,
+    bytes: Bytes,
+    digest: &Digest,
+    failed: &mut u32,
+) -> Result<(), Error> {
+    let session = open(repository, failed).await?;
+    let size = bytes.len() as u64;
+    let call = sized(repository, &session, bytes, 0);
+    let sent = async {
+        let response = repository
+            .host
+            .attempt(&call)
+            .await
+            .inspect_err(|_| *failed += 1)?;
+        let session = next(repository, &call, &session, response.headers()).await?;
+        close(repository, &session, digest, size, failed)
+            .await
+            .map_err(torn)
+    };
+    let result = sent.await.map_err(Error::in_mid_upload);
+    if result.is_err() {
+        cancel(repository, &session).await;
+    }
+    result
+}
+
+/// Opens an upload and cancels it: one may push here.
+pub(super) async fn probe(repository: &Repository) -> Result<(), Error> {
+    let session = open(repository, &mut 0).await?;
+    cancel(repository, &session).await;
+    Ok(())
+}
+
+async fn open(repository: &Repository, failed: &mut u32) -> Result<Session, Error> {
+    let url = repository.url("blobs/uploads/").await?;
+    let call = repository.call(Step::BeginUpload, Method::POST, url);
+    let response = repository.host.call_after(&call, failed).await?;
+    let request = Request::new(&call.method, &call.url);
+    let least = response.headers().get("oci-chunk-min-length");
+    if let Some(least) = least.and_then(|v| v.to_str().ok()?.parse().ok()) {
+        repository.host.note_least_chunk(least);
+    }
+    let url = repository
+        .host
+        .own_location(&request, &call.url, response.headers())
+        .await?;
+    Ok(Session { url })
+}
+
+/// The upload after an answer that may name a new address for it.
+async fn next(
+    repository: &Repository,
+    call: &Call,
+    session: &Session,
+    headers: &HeaderMap,
+) -> Result<Session, Error> {
+    if !headers.contains_key(http::header::LOCATION) {
+        return Ok(Session {
+            url: session.url.clone(),
+        });
+    }
+    let request = Request::new(&call.method, &call.url);
+    let url = repository
+        .host
+        .own_location(&request, &call.url, headers)
+        .await?;
+    Ok(Session { url })
+}
+
+/// Tells the registry that an upload will not go on. It would find out by itself, in a week.
+pub(super) async fn cancel_at(repository: &Repository, url: Url) {
+    let mut call = repository.call(Step::BeginUpload, Method::DELETE, url);
+    call.wait = CANCEL_WAIT;
+    if let Err(e) = repository.host.attempt(&call).await {
+        tracing::debug!(registry.error = %e, "an upload could not be cancelled");
+    }
+}
+
+async fn cancel(repository: &Repository, session: &Session) {
+    cancel_at(repository, session.url.clone()).await;
+}
+
+/// What the stream last did, for telling a connection that does not move from a caller who makes no bytes.
+struct Movement {
+    started: Instant,
+    /// Milliseconds after `started` at which the connection last took something; [`Movement::IDLE`] while it would take
+    /// more and there is none.
+    taken: AtomicU64,
+}
+
+impl Movement {
+    const IDLE: u64 = u64::MAX;
+
+    fn note(&self, idle: bool) {
+        let now = if idle {
+            Self::IDLE
+        } else {
+            self.started.elapsed().as_millis() as u64
+        };
+        self.taken.store(now, Ordering::Relaxed);
+    }
+
+    /// Returns when the connection has not moved for `silence` though it could.
+    async fn stalled(&self, silence: Duration) {
+        loop {
+            tokio::time::sleep((silence / 10).max(Duration::from_millis(10))).await;
+            let taken = self.taken.load(Ordering::Relaxed);
+            if taken != Self::IDLE
+                && self.started.elapsed() > Duration::from_millis(taken) + silence
+            {
+                return;
+            }
+        }
+    }
+}
+
+/// POST, unless there is an upload to go on with, and the one PATCH.
+async fn stream(
+    repository: Repository,
+    mut pieces: mpsc::Receiver<Piece>,
+    resumed: Option<(Session, u64)>,
+    mut failed: u32,
+) -> Outcome {
+    let (session, have) = match resumed {
+        Some(resumed) => resumed,
+        None => match open(&repository, &mut failed).await {
+            Ok(session) => (session, 0),
+            Err(error) => {
+                let (session, error) = (None, Some(error));
+                return Outcome {
+                    session,
+                    failed,
+                    error,
+                };
+            }
+        },
+    };
+    if repository.host.wants_lengths() {
+        let mut session = session;
+        let sent = chunks(&repository, &mut session, &mut pieces, have, &mut failed).await;
+        return after(&repository, session, sent, failed).await;
+    }
+    let movement = Arc::new(Movement {
+        started: Instant::now(),
+        taken: AtomicU64::new(0),
+    });
+    let given_up = Arc::new(AtomicBool::new(false));
+    let (watched, nobody_waits) = (Arc::clone(&movement), Arc::clone(&given_up));
+    let mut ended = false;
+    let body = futures_util::stream::poll_fn(move |context| {
+        if ended {
+            return Poll::Ready(None);
+        }
+        let polled = pieces.poll_recv(context);
+        watched.note(polled.is_pending());
+        match polled {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Piece::Bytes(bytes))) => Poll::Ready(Some(Ok(bytes))),
+            Poll::Ready(Some(Piece::End)) => {
+                ended = true;
+                Poll::Ready(None)
+            }
+            Poll::Ready(None) => {
+                ended = true;
+                nobody_waits.store(true, Ordering::Relaxed);
+                Poll::Ready(Some(Err(io::Error::other("the blob was given up"))))
+            }
+        }
+    });
+    let body = reqwest::Body::wrap_stream(body);
+    let sent = patch(&repository, &session, body, &movement).await;
+    let (session, sent) = match sent {
+        Ok(next) => (next, Ok(())),
+        Err(_) if given_up.load(Ordering::Relaxed) => (session, Err(Error::Abandoned)),
+        Err(error) => {
+            if matches!(&error, Error::Reply(reply) if reply.status == 411) {
+                repository.host.note_wants_lengths();
+            }
+            failed += 1;
+            (session, Err(error))
+        }
+    };
+    after(&repository, session, sent, failed).await
+}
+
+/// What remains of a stream: the upload to close, or to go on with, or nothing, and then the registry is told.
+async fn after(
+    repository: &Repository,
+    session: Session,
+    sent: Result<(), Error>,
+    failed: u32,
+) -> Outcome {
+    let error = sent.err().map(Error::in_mid_upload);
+    let goes_on = error.as_ref().is_none_or(Error::is_again);
+    if !goes_on {
+        cancel(repository, &session).await;
+    }
+    Outcome {
+        session: goes_on.then_some(session),
+        failed,
+        error,
+    }
+}
+
+/// For a registry that takes no request without `Content-Length`: pieces of a known size, each with its place, as the
+/// specification has them. A piece that fails is at hand and sent again.
+async fn chunks(
+    repository: &Repository,
+    session: &mut Session,
+    pieces: &mut mpsc::Receiver<Piece>,
+    mut at: u64,
+    failed: &mut u32,
+) -> Result<(), Error> {
+    let host = &repository.host;
+    let size = usize::try_from(host.least_chunk())
+        .unwrap_or(CHUNK)
+        .clamp(CHUNK, 8 * CHUNK);
+    let mut ended = false;
+    while !ended {
+        let mut chunk = BytesMut::new();
+        while chunk.len() < size && !ended {
+            match pieces.recv().await {
+                Some(Piece::Bytes(bytes)) => chunk.extend_from_slice(&bytes),
+                Some(Piece::End) => ended = true,
+                None => return Err(Error::Abandoned),
+            }
+        }
+        if chunk.is_empty() {
+            break;
+        }
+        let end = at + chunk.len() as u64;
+        let chunk = chunk.freeze();
+        loop {
+            let call = sized(repository, session, chunk.clone(), at);
+            let error = match host.attempt(&call).await {
+                Ok(response) => {
+                    *session = next(repository, &call, session, response.headers()).await?;
+                    break;
+                }
+                Err(error) => error,
+            };
+            *failed += 1;
+            let pause = host.pause(*failed, &error).ok_or(error)?;
+            tokio::time::sleep(pause).await;
+            // The answer may be all that was lost.
+            if let Some((found, has)) = status(repository, session, end + 1).await {
+                *session = found;
+                if has == end {
+                    break;
+                }
+            }
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+/// A PATCH of bytes that are at hand, which begin at `at`.
+fn sized(repository: &Repository, session: &Session, bytes: Bytes, at: u64) -> Call {
+    let mut call = repository.call(Step::SendBlob, Method::PATCH, session.url.clone());
+    let octets = HeaderValue::from_static("application/octet-stream");
+    call.headers.insert(CONTENT_TYPE, octets);
+    let range = format!("{at}-{}", (at + bytes.len() as u64).saturating_sub(1));
+    if let Ok(range) = HeaderValue::from_str(&range)
+        && !bytes.is_empty()
+    {
+        call.headers.insert(CONTENT_RANGE, range);
+    }
+    call.wait += Duration::from_secs(bytes.len() as u64 / SLOWEST_BYTES_PER_SECOND);
+    call.body = bytes;
+    call
+}
+
+async fn patch(
+    repository: &Repository,
+    session: &Session,
+    body: reqwest::Body,
+    movement: &Movement,
+) -> Result<Session, Error> {
+    let host = &repository.host;
+    let call = repository.call(Step::SendBlob, Method::PATCH, session.url.clone());
+    let request = Request::new(&call.method, &call.url);
+    let (authorization, _) = host.authorization(&call.scopes).await?;
+    let mut sending = host
+        .client()
+        .patch(call.url.clone())
+        .header(CONTENT_TYPE, "application/octet-stream");
+    if let Some(value) = authorization {
+        sending = sending.header(AUTHORIZATION, value);
+    }
+    let response = tokio::select! {
+        response = sending.body(body).send() => response.map_err(|e| Error::transport(request.clone(), &e))?,
+        () = movement.stalled(host.silence()) => return Err(host.waited(request, host.silence())),
+        () = tokio::time::sleep(host.remaining()) => return Err(host.waited(request, host.silence())),
+    };
+    if response.status() == StatusCode::UNAUTHORIZED {
+        // The POST went through a moment ago, so it is the token's age. The next try gets a new one.
+        host.forget_token(&call.scopes).await;
+    }
+    let response = host.judge(&call, response).await?;
+    if response.status().is_redirection() {
+        return Err(Error::LeadsAway {
+            request,
+            to: "another address".to_owned(),
+            why: "a stream cannot be sent twice",
+        });
+    }
+    next(repository, &call, session, response.headers()).await
+}
+
+/// The empty PUT. Where its answer is lost, the blob itself is asked for.
+async fn close(
+    repository: &Repository,
+    session: &Session,
+    digest: &Digest,
+    size: u64,
+    failed: &mut u32,
+) -> Result<(), Error> {
+    let mut url = session.url.clone();
+    let query = match url.query() {
+        Some(query) if !query.is_empty() => format!("{query}&digest={digest}"),
+        _ => format!("digest={digest}"),
+    };
+    url.set_query(Some(&query));
+    let mut call = repository.call(Step::FinishBlob, Method::PUT, url);
+    call.headers.insert(
+        CONTENT_TYPE,
+        HeaderValue::from_static("application/octet-stream"),
+    );
+    call.wait += Duration::from_secs(size / FINISH_BYTES_PER_SECOND);
+    let mut asked = 0;
+    loop {
+        let error = match repository.host.attempt(&call).await {
+            Ok(response) => {
+                let Err(e) = check_digest_header(&call, response.headers(), digest) else {
+                    return Ok(());
+                };
+                // Another digest in the answer: the registry itself is asked what it has.
+                return match repository.head_blob(digest).await {
+                    Ok(Some(found)) if found == size => Ok(()),
+                    _ => Err(e),
+                };
+            }
+            Err(e) => e,
+        };
+        (*failed, asked) = (*failed + 1, asked + 1);
+        let lost = error.not_found() && asked > 1;
+        if !error.passing() && !lost {
+            return Err(error);
+        }
+        // An answer was lost before: the blob may be there, and the upload gone for that reason.
+        if let Ok(Some(found)) = repository.head_blob(digest).await
+            && found == size
+        {
+            return Ok(());
+        }
+        let pause = repository.host.pause(*failed, &error).ok_or(error)?;
+        tokio::time::sleep(pause).await;
+    }
+}
