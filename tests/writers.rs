@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use disk::{Disk, Slow};
 use support::Need;
-use upperdeck::layer::block::Instability;
+use upperdeck::layer::content::Instability;
 use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan, tick};
 use upperdeck::layer::{self, Compression, Layer, Plan};
 use upperdeck::node::overlay::xattr::Namespace;

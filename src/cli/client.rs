@@ -15,6 +15,9 @@ use super::{args, secret};
 use crate::service::job::Code;
 use crate::service::manager::shape::{ErrorBody, Save};
 
+/// In the state directory of an `upperdeck up`: how it is reached, with its token. Only its owner can read it.
+pub(super) const UP_FILE: &str = "up.url";
+
 /// A reply is read up to this many bytes: a page of a list is far smaller.
 const MAX_REPLY: usize = 16 << 20;
 /// Nothing may stand still for so long; the events have a sign of life more often.
@@ -395,7 +398,7 @@ impl Events {
 impl args::Server {
     /// Where `upperdeck up` of this machine says how it is reached.
     fn up_file(&self) -> PathBuf {
-        self.up_dir.join(super::service::UP_FILE)
+        self.up_dir.join(UP_FILE)
     }
 }
 

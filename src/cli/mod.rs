@@ -6,6 +6,7 @@ mod client;
 mod config;
 mod doctor;
 mod exit;
+mod failure;
 mod image;
 mod job;
 pub mod options;
@@ -25,7 +26,8 @@ use tracing_subscriber::EnvFilter;
 use crate::node::confine::{self, Role};
 use crate::node::container::Roots;
 use args::{Cli, Global, LogFormat, Verb};
-pub use exit::{Exit, Failure, Usage};
+pub use exit::{Exit, Usage};
+pub use failure::Failure;
 
 /// Runs the program.
 pub fn main() -> ExitCode {

@@ -9,7 +9,7 @@ use anyhow::Context;
 
 use super::args::{self, service};
 use super::exit::Usage;
-use super::{secret as secrets, signals, text};
+use super::{client, secret as secrets, signals, text};
 use crate::common::cancel::Cancel;
 use crate::common::private;
 use crate::node::container::Roots;
@@ -21,9 +21,6 @@ use crate::service::manager::{self, Listen};
 use crate::service::queue::{self, Limits, Queue};
 use crate::service::record::Record;
 use crate::store::registry;
-
-/// In the state directory of an `upperdeck up`: how it is reached, with its token. Only its owner can read it.
-pub(super) const UP_FILE: &str = "up.url";
 
 /// Where a manager's record is when nobody says.
 pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
@@ -458,7 +455,7 @@ pub(super) fn up(roots: Roots, mut args: args::Up) -> anyhow::Result<()> {
         };
         let record = open_record(&args.serve, &record).await?;
         let server = manager::Server::bind(serve_options, queue.clone(), record).await?;
-        let up_file = state.join(UP_FILE);
+        let up_file = state.join(client::UP_FILE);
         if let Some(address) = server.address() {
             let url = format!("http://{}/?token={}", reachable(address), token.as_str());
             write_private(&up_file, &format!("{url}\n"))

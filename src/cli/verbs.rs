@@ -11,7 +11,8 @@ use std::time::Duration;
 use anyhow::Context;
 
 use super::args::{self, Format};
-use super::exit::{Failure, Usage};
+use super::exit::Usage;
+use super::failure::Failure;
 use super::{options, progress, signals, view, write_stdout};
 use crate::common::cancel::Cancel;
 use crate::common::private::FileMode;

@@ -26,8 +26,8 @@ use crate::image::verify::layers::Layers;
 use crate::image::verify::tree::{Difference, Ignore, Tree, compare};
 use crate::layer::scan::{Caps, Sample};
 use crate::node::container;
+use crate::save::event::{Event, Observer};
 use crate::save::{self, Compression, Pause, Rules, Saved};
-use crate::service::job::{Event, Observer};
 use crate::store::layout::{self, Reader};
 use crate::store::registry::Access;
 

@@ -10,7 +10,6 @@
 //! mappings), so a clone that has begun is of this instant. Only a writer to that very file waits, if any; on XFS before
 //! Linux 6.8 a reader as well.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::SeekFrom;
 
-use super::block::{self, Instability, ReadError, Unstable};
+use super::content::{Content, Held, Instability, ReadError, Unstable, read_full, same_file};
 use super::plan::{Item, Plan};
 use crate::common::escape;
 use crate::layer::scan::{Entry, Scan};
@@ -49,14 +48,6 @@ const SLOW_LOOK: Duration = Duration::from_millis(20);
 const XFS: i64 = 0x5846_5342;
 const BTRFS: i64 = 0x9123_683e;
 
-/// What is kept, by entry of the plan's scan.
-#[derive(Debug, Default)]
-pub struct Held {
-    contents: HashMap<u32, Content>,
-    /// Files that changed while they were read, all the same.
-    pub unstable: Vec<Unstable>,
-}
-
 /// What is kept of an instant, while some of it is still being cloned: the container may run on.
 #[derive(Debug, Default)]
 pub struct Holding {
@@ -82,15 +73,6 @@ pub struct Waited {
     pub time: Duration,
 }
 
-/// The content of one file.
-#[derive(Debug)]
-pub enum Content {
-    /// Data by offset; between them are holes.
-    Memory(Vec<(u64, Vec<u8>)>),
-    /// A file that nobody else writes to.
-    Clone(File),
-}
-
 /// How the contents of a plan can be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -100,12 +82,6 @@ pub enum Way {
     Clones,
     /// There is too much.
     No,
-}
-
-impl Held {
-    pub(super) fn get(&self, entry: u32) -> Option<&Content> {
-        self.contents.get(&entry)
-    }
 }
 
 impl Holding {
@@ -148,29 +124,6 @@ impl Holding {
 
 fn ended_early() -> io::Error {
     io::Error::other("what clones it ended early")
-}
-
-impl Content {
-    /// Reads from `offset` on into `part`, which is all zeros.
-    pub(super) fn read(&self, offset: u64, part: &mut [u8], entry: &Entry) -> io::Result<()> {
-        match self {
-            Self::Memory(pieces) => {
-                for (at, bytes) in pieces {
-                    let from = offset.max(*at);
-                    let to = (offset + part.len() as u64).min(at + bytes.len() as u64);
-                    if from < to {
-                        part[(from - offset) as usize..(to - offset) as usize]
-                            .copy_from_slice(&bytes[(from - at) as usize..(to - at) as usize]);
-                    }
-                }
-            }
-            Self::Clone(file) => {
-                let read = |at, part: &mut [u8]| block::read_full(file, at, part);
-                block::read_sparse(file, read, offset, part, entry)?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Bytes that are on disk of a file's content, as far as they are to be kept in memory.
@@ -360,7 +313,7 @@ fn keep(plan: &Plan, item: &Item, way: Way, kept: &mut Holding) -> Result<(), Re
     }
     if elsewhere.is_none() {
         let stat = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?;
-        if !block::same_file(&stat, entry) {
+        if !same_file(&stat, entry) {
             note(Instability::Changed);
         }
     }
@@ -423,7 +376,7 @@ fn pieces(file: &File, size: u64) -> io::Result<Vec<(u64, Vec<u8>)>> {
             .min(size);
         let end = if hole > data { hole } else { size };
         let mut bytes = vec![0; (end - data) as usize];
-        let n = block::read_full(file, data, &mut bytes)?;
+        let n = read_full(file, data, &mut bytes)?;
         bytes.truncate(n);
         let short = (n as u64) < end - data;
         pieces.push((data, bytes));

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use super::held::{Content, Held};
+use super::content::{Content, Held};
 use super::settle::{Settling, Writers};
 use super::tar::{END, Header, RECORD};
 use crate::layer::scan::{Entry, Kind, Scan};

@@ -14,8 +14,9 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use sha2::{Digest as _, Sha256};
 
 use super::ahead::Ahead;
-use super::block::{self, ReadError, Scratch, Unstable};
+use super::block::{self, Scratch};
 use super::codec::{Codec, CodecError, Compression};
+use super::content::{ReadError, Unstable};
 use super::plan::Plan;
 use crate::common::digest::{DiffId, Digest};
 

@@ -15,7 +15,7 @@ use crate::image::manifest;
 use crate::layer::scan::{self, Exclusions, Rules, Scan};
 use crate::layer::{self, Compression, Plan};
 use crate::node::container::{Base, BaseLayer, Container};
-use crate::service::job::Event;
+use crate::save::event::Event;
 use crate::store::destination::{self, BlobWriter, Destination};
 use crate::store::layout::Reader;
 use crate::store::registry;

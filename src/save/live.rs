@@ -21,7 +21,7 @@ use crate::layer::scan::{Kind, Scan};
 use crate::layer::{Held, Layer, Plan};
 use crate::node::container::{Container, Volume};
 use crate::node::freeze::Ways;
-use crate::service::job::{Event, Phase};
+use crate::save::event::{Event, Phase};
 use crate::store::destination::Destination;
 
 /// Rounds before the freeze, at most.

@@ -3,6 +3,7 @@
 mod base;
 mod earlier;
 mod error;
+pub mod event;
 mod gate;
 pub mod kept;
 mod live;
@@ -31,7 +32,7 @@ use crate::layer::{self, Layer, Part, Plan};
 use crate::node::background::{Background, Hurry};
 use crate::node::container::{self, Base, Container, Volume, VolumeRules};
 use crate::node::freeze::{self, Frozen};
-use crate::service::job::{Event, Observer, Phase};
+use crate::save::event::{Event, Observer, Phase};
 use crate::store::destination::{BlobWriter, Destination, Target};
 use crate::store::layout;
 use crate::store::registry::{Access, Registries};

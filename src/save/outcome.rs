@@ -10,7 +10,7 @@ use crate::common::digest::{DiffId, Digest};
 use crate::common::escape;
 use crate::common::private::{self, FileMode};
 use crate::image::manifest::Image;
-use crate::layer::block::Unstable;
+use crate::layer::content::Unstable;
 use crate::layer::scan::{Example, Report, Sample};
 use crate::node::container::{Base, Container, MountPoint, Pod, Runtime, Volume};
 use crate::store::destination::Target;

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use super::{Context, Taken, outcome};
 use crate::common::escape::limited;
 use crate::common::message::count;
-use crate::layer::block::Instability;
+use crate::layer::content::Instability;
 use crate::layer::scan::{Reason, Sample};
 use crate::node::container::{Container, Volume};
 

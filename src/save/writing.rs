@@ -8,7 +8,7 @@ use super::mapped;
 use super::trees::File;
 use super::{Context, Error};
 use crate::common::escape;
-use crate::layer::block::{Instability, Unstable};
+use crate::layer::content::{Instability, Unstable};
 use crate::layer::scan::{Kind, Scan};
 use crate::layer::{Plan, Writers};
 use crate::node::container::{Container, Volume};

@@ -9,24 +9,23 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{FileType, OFlags, Stat};
+use rustix::fs::OFlags;
 
 use super::changes::same_stamps;
+use super::earlier::Earlier;
 use super::rows::{Builder, Rows};
 use super::walk::{self, Cursor, From, Next, Output, Task, Walk, Walked, Walker};
 use super::{Clock, Entry, Error, Flags, Kind, Options, Report, Roots, Scan};
 use crate::node::overlay::lower::{Found, Place, Stack};
-use crate::node::overlay::root::{Follow, is_absent, proc_path};
+use crate::node::overlay::root::{Follow, is_absent};
+use crate::node::overlay::xattr::proc_path;
 
 /// Directories that a thread takes at a time.
 const CHUNK: usize = 16;
 
-/// The earlier scan, and what is known of what became of it.
-pub(super) struct Earlier<'a> {
-    pub(super) scan: &'a Scan,
-    ends: Vec<u32>,
-    /// By entry: a directory that has to be walked.
-    dirty: Vec<bool>,
+/// The earlier scan while it is compared with the tree.
+struct Comparison<'a> {
+    earlier: Earlier<'a>,
     contexts: Mutex<HashMap<u32, Arc<Context>>>,
 }
 
@@ -76,7 +75,7 @@ impl Scan {
         if places.max() > Some(last) {
             return Ok(None);
         }
-        let mut known = Earlier::new(earlier);
+        let mut known = Comparison::new(earlier);
         let top = {
             let walker = Walker::new(&upper, &lowers, roots, options, None);
             // The root's stamps are read before its names, as those of every directory.
@@ -87,7 +86,7 @@ impl Scan {
             known.look(&walker, begin)?;
             top
         };
-        let walker = Walker::new(&upper, &lowers, roots, options, Some(&known));
+        let walker = Walker::new(&upper, &lowers, roots, options, Some(&known.earlier));
         let tops = known.tops();
         let mut tasks = Vec::with_capacity(tops.len());
         {
@@ -129,68 +128,12 @@ impl Scan {
     }
 }
 
-impl<'a> Earlier<'a> {
+impl<'a> Comparison<'a> {
     fn new(scan: &'a Scan) -> Self {
         Self {
-            scan,
-            ends: scan.rows.ends(),
-            dirty: vec![false; scan.len()],
+            earlier: Earlier::new(scan),
             contexts: Mutex::new(HashMap::new()),
         }
-    }
-
-    /// Names in a directory, and their entries.
-    pub(super) fn children(&self, dir: u32) -> impl Iterator<Item = (&'a [u8], u32)> + '_ {
-        let end = self.ends[dir as usize];
-        let mut at = dir + 1;
-        std::iter::from_fn(move || {
-            (at < end).then(|| {
-                let index = at;
-                at = self.ends[index as usize];
-                (self.scan.rows.name_at(index), index)
-            })
-        })
-    }
-
-    pub(super) fn is_dirty(&self, index: u32) -> bool {
-        self.dirty[index as usize]
-    }
-
-    /// Whether an entry is what it was, so that everything that was found out about it holds.
-    pub(super) fn holds(
-        &self,
-        walker: &Walker<'_>,
-        index: u32,
-        stat: &Stat,
-        path: &[u8],
-    ) -> Result<bool, Error> {
-        let before = &self.scan.entry(index);
-        if before.root != 0 || !self.scan.settled(before) {
-            return Ok(false);
-        }
-        let kind = walk::kind_of(FileType::from_raw_mode(stat.st_mode));
-        if kind != Some(before.kind) || stat.st_ino != before.ino || stat.st_ctime != before.ctime {
-            return Ok(false);
-        }
-        let mut now = walker.entry(stat, 0, before.kind, path)?;
-        let extra = self.scan.extra(before);
-        if extra.is_some_and(|extra| extra.content.is_some()) {
-            // The size is that of the content, which is in a lower.
-            now.size = before.size;
-        }
-        Ok(same_stamps(&now, before) && !extra.is_some_and(|extra| extra.moved))
-    }
-
-    /// The earlier scan's directory of the same path, if what is in it stands in the same relation to the base as then.
-    pub(super) fn same_directory(&self, index: u32, entry: &Entry) -> Option<u32> {
-        let before = &self.scan.entry(index);
-        let same = before.kind == Kind::Dir
-            && before.ino == entry.ino
-            && before.root == 0
-            && before.flags.has(Flags::OPAQUE) == entry.flags.has(Flags::OPAQUE)
-            && before.flags.has(Flags::IN_BASE) == entry.flags.has(Flags::IN_BASE)
-            && !self.scan.extra(before).is_some_and(|extra| extra.moved);
-        same.then_some(index)
     }
 
     /// Takes the status of every entry, and notes which directories have to be walked.
@@ -198,21 +141,26 @@ impl<'a> Earlier<'a> {
         // What was moved is walked in full each time: it is merged with directories from elsewhere.
         let mut moved = vec![
             false;
-            if self.scan.rows.extras().any(|e| e.moved) {
-                self.scan.len()
+            if self.earlier.scan.rows.extras().any(|e| e.moved) {
+                self.earlier.scan.len()
             } else {
                 0
             }
         ];
         let mut directories = Vec::new();
-        for (index, entry) in self.scan.entries().enumerate() {
+        for (index, entry) in self.earlier.scan.entries().enumerate() {
             if let Some(above) = moved.get(entry.parent as usize).copied() {
-                moved[index] = above || self.scan.extra(&entry).is_some_and(|extra| extra.moved);
+                moved[index] = above
+                    || self
+                        .earlier
+                        .scan
+                        .extra(&entry)
+                        .is_some_and(|extra| extra.moved);
                 if moved[index] {
                     continue;
                 }
             }
-            if entry.kind == Kind::Dir && index as u32 >= self.scan.above {
+            if entry.kind == Kind::Dir && index as u32 >= self.earlier.scan.above {
                 directories.push(index as u32);
             }
         }
@@ -261,20 +209,20 @@ impl<'a> Earlier<'a> {
             return Err(error);
         }
         for index in found.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            self.dirty[index as usize] = true;
+            self.earlier.dirty[index as usize] = true;
         }
-        let before = self.scan.entry(self.scan.above);
-        self.dirty[self.scan.above as usize] |=
-            !same_stamps(root, &before) || !self.scan.settled(&before);
+        let before = self.earlier.scan.entry(self.earlier.scan.above);
+        self.earlier.dirty[self.earlier.scan.above as usize] |=
+            !same_stamps(root, &before) || !self.earlier.scan.settled(&before);
         Ok(())
     }
 
     /// Whether a directory, and which of its subdirectories, have to be walked, as far as can be told from in here.
     fn look_into(&self, walker: &Walker<'_>, dir: u32, dirty: &mut Vec<u32>) -> Result<(), Error> {
-        let entry = &self.scan.entry(dir);
+        let entry = &self.earlier.scan.entry(dir);
         let mut changed = entry.flags.has(Flags::PARTIAL)
-            || (dir != self.scan.above && !self.scan.settled(entry));
-        let path = self.scan.path(dir);
+            || (dir != self.earlier.scan.above && !self.earlier.scan.settled(entry));
+        let path = self.earlier.scan.path(dir);
         let fd = match walker
             .upper
             .open_beneath(&path, OFlags::PATH | OFlags::DIRECTORY)
@@ -286,8 +234,8 @@ impl<'a> Earlier<'a> {
             }
             Err(source) => return Err(walker.read_error(&path, source)),
         };
-        for (name, index) in self.children(dir) {
-            let before = &self.scan.entry(index);
+        for (name, index) in self.earlier.children(dir) {
+            let before = &self.earlier.scan.entry(index);
             if matches!(before.kind, Kind::Whiteout | Kind::Opaque) {
                 // A name that is deleted comes back by a change of the directory.
                 continue;
@@ -296,7 +244,7 @@ impl<'a> Earlier<'a> {
                 .status(fd.as_fd(), name)
                 .map_err(|e| walker.read_error(&path, e))?;
             let holds = match &stat {
-                Some(stat) => self.holds(walker, index, stat, &path)?,
+                Some(stat) => walker.holds(&self.earlier, index, stat, &path)?,
                 None => false,
             };
             if !holds {
@@ -314,10 +262,11 @@ impl<'a> Earlier<'a> {
 
     /// Directories to walk that no other walk comes to.
     fn tops(&self) -> Vec<u32> {
-        (0..self.dirty.len() as u32)
+        (0..self.earlier.dirty.len() as u32)
             .filter(|&index| {
-                let parent = self.scan.parent(index) as usize;
-                self.dirty[index as usize] && (index == self.scan.above || !self.dirty[parent])
+                let parent = self.earlier.scan.parent(index) as usize;
+                self.earlier.dirty[index as usize]
+                    && (index == self.earlier.scan.above || !self.earlier.dirty[parent])
             })
             .collect()
     }
@@ -327,12 +276,12 @@ impl<'a> Earlier<'a> {
         let Some(context) = self.context(walker, dir)? else {
             return Ok(None);
         };
-        let path = self.scan.path(dir);
+        let path = self.earlier.scan.path(dir);
         let mut depth = 0;
         let mut at = dir;
         while at != 0 {
             depth += 1;
-            at = self.scan.parent(at);
+            at = self.earlier.scan.parent(at);
         }
         Ok(Some(Task {
             id: 0,
@@ -356,7 +305,7 @@ impl<'a> Earlier<'a> {
             if let Some(context) = contexts().get(&at) {
                 break Arc::clone(context);
             }
-            if at == self.scan.above {
+            if at == self.earlier.scan.above {
                 let Task {
                     merge,
                     base,
@@ -370,7 +319,7 @@ impl<'a> Earlier<'a> {
                 });
             }
             chain.push(at);
-            at = self.scan.parent(at);
+            at = self.earlier.scan.parent(at);
         };
         while let Some(index) = chain.pop() {
             let Some(next) = self.context_below(walker, &context, index)? else {
@@ -389,8 +338,8 @@ impl<'a> Earlier<'a> {
         parent: &Context,
         index: u32,
     ) -> Result<Option<Context>, Error> {
-        let entry = &self.scan.entry(index);
-        let (path, name) = (self.scan.path(index), self.scan.name(entry));
+        let entry = &self.earlier.scan.entry(index);
+        let (path, name) = (self.earlier.scan.path(index), self.earlier.scan.name(entry));
         let handle = match walker
             .upper
             .open_beneath(&path, OFlags::PATH | OFlags::DIRECTORY)
@@ -433,13 +382,13 @@ impl<'a> Earlier<'a> {
         let tops: HashMap<u32, u32> = tops.iter().zip(0..).map(|(&top, id)| (top, id)).collect();
         let walked: usize = walk.outputs.iter().map(Walked::len).sum();
         let mut by_id = walk::by_id(walk.outputs, walk.count);
-        let share = self.scan.rows.is_worth_sharing();
+        let share = self.earlier.scan.rows.is_worth_sharing();
         let mut rows = if share {
-            Rows::sharing(&self.scan.rows)
+            Rows::sharing(&self.earlier.scan.rows)
         } else {
             Rows::default()
         };
-        rows.reserve(self.scan.len() + walked);
+        rows.reserve(self.earlier.scan.len() + walked);
         let begin = walk::append_chain(&mut rows, top);
         let shelves: Vec<u32> = walk.shelves.into_iter().map(|s| rows.add(s)).collect();
         let mut rows = Builder::new(rows);
@@ -455,10 +404,10 @@ impl<'a> Earlier<'a> {
              walked: &mut dyn FnMut(&mut Builder, u32, u32) -> Option<Open>| {
                 match tops.get(&dir) {
                     Some(&id) => walked(rows, id, index),
-                    None => Some(Open::Kept(dir + 1, self.ends[dir as usize], index)),
+                    None => Some(Open::Kept(dir + 1, self.earlier.ends[dir as usize], index)),
                 }
             };
-        let mut open: Vec<Open> = kept(&mut rows, self.scan.above, begin, &mut walked)
+        let mut open: Vec<Open> = kept(&mut rows, self.earlier.scan.above, begin, &mut walked)
             .into_iter()
             .collect();
         while let Some(top) = open.last_mut() {
@@ -479,7 +428,7 @@ impl<'a> Earlier<'a> {
                     };
                     match (child, same) {
                         (Some(id), _) => walked(&mut rows, id, index),
-                        (None, Some(at)) if self.scan.rows.kind(at) == Kind::Dir => {
+                        (None, Some(at)) if self.earlier.scan.rows.kind(at) == Kind::Dir => {
                             kept(&mut rows, at, index, &mut walked)
                         }
                         (None, _) => None,
@@ -491,9 +440,9 @@ impl<'a> Earlier<'a> {
                         continue;
                     }
                     let at = *next;
-                    *next = self.ends[at as usize];
+                    *next = self.earlier.ends[at as usize];
                     let index = self.take_over(&mut rows, at, *parent, share);
-                    if self.scan.rows.kind(at) == Kind::Dir {
+                    if self.earlier.scan.rows.kind(at) == Kind::Dir {
                         kept(&mut rows, at, index, &mut walked)
                     } else {
                         None
@@ -507,7 +456,7 @@ impl<'a> Earlier<'a> {
 
     /// Adds an entry of the earlier scan's. Where its facts are not shared, they are copied.
     fn take_over(&self, to: &mut Builder, at: u32, parent: u32, share: bool) -> u32 {
-        let rows = &self.scan.rows;
+        let rows = &self.earlier.scan.rows;
         let mut flags = rows.flags(at);
         flags.clear(Flags::SILENT);
         flags.clear(Flags::STUBS);
@@ -526,7 +475,7 @@ impl<'a> Earlier<'a> {
 
     /// What was told of entries that were not looked at again holds.
     fn report(&self, mut new: Report) -> Report {
-        for (name, count) in self.scan.report.dropped_xattrs.iter() {
+        for (name, count) in self.earlier.scan.report.dropped_xattrs.iter() {
             new.dropped_xattrs.at_least(name, count);
         }
         new

@@ -8,6 +8,7 @@
 mod again;
 mod changes;
 mod clock;
+mod earlier;
 mod exclude;
 mod memory;
 mod rows;

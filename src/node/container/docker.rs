@@ -10,11 +10,10 @@ use oci_spec::image::{Descriptor, MediaType};
 use serde::Deserialize;
 
 use super::bundle::Bundle;
+use super::draft::{Draft, RecordedRoot};
 use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, add_repositories, repository};
-use super::mounted::Record;
 use super::roots::{Roots, read_dir, read_file, read_json};
-use super::survey::Draft;
 use super::{Base, BaseLayer, Container, Runtime, containerd};
 use crate::common::digest::{ChainId, DiffId, Digest};
 
@@ -163,7 +162,7 @@ fn draft(
 }
 
 /// What Docker's layerdb says of a container's root.
-fn record(roots: &Roots, root: &Path, id: &str) -> Result<Record, Error> {
+fn record(roots: &Roots, root: &Path, id: &str) -> Result<RecordedRoot, Error> {
     let diff = |id: String| Path::new(&id).join("diff");
     let upper = diff(mount_file(roots, root, id, "mount-id")?);
     let init = diff(mount_file(roots, root, id, "init-id")?);
@@ -179,7 +178,7 @@ fn record(roots: &Roots, root: &Path, id: &str) -> Result<Record, Error> {
         Err(error) => return Err(error),
     };
     let parents = parents.into_iter().map(|layer| diff(layer.cache_id));
-    Ok(Record {
+    Ok(RecordedRoot {
         store: root.join("overlay2"),
         upper,
         lowers: Some(std::iter::once(init).chain(parents).collect()),

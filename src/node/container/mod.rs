@@ -16,6 +16,7 @@ pub mod bolt;
 mod bundle;
 mod containerd;
 mod docker;
+mod draft;
 mod error;
 mod image;
 mod mounted;
@@ -25,6 +26,7 @@ mod process;
 mod roots;
 mod storage;
 mod survey;
+mod table;
 mod volume;
 mod witness;
 
@@ -32,8 +34,8 @@ pub use error::{Error, Problem};
 pub use pattern::{Pattern, PatternError};
 pub use roots::{ContainerdRoot, Roots, StorageRoot};
 pub use survey::{Listing, find, list, recheck};
+pub use table::{RootMount, Witness};
 pub use volume::{Volume, VolumeRules, recheck_volume, volume};
-pub use witness::{RootMount, Witness};
 
 /// Who runs a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]

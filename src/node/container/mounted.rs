@@ -3,23 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use super::IdMapping;
+use super::draft::{Draft, RecordedRoot};
 use super::error::Error;
 use super::process::{self, Process};
 use super::roots::Roots;
-use super::survey::Draft;
-use super::witness::{RootMount, Table, Tables};
+use super::table::{RootMount, Table};
+use super::witness::Tables;
 use crate::node::overlay::mount::{MountError, MountInfo, OverlayMount, OverlayOptions};
-
-/// The directories that a runtime recorded for a container's root.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Record {
-    /// The runtime's directory of layers, as the node has it; the others are below it.
-    pub(super) store: PathBuf,
-    /// The upper directory.
-    pub(super) upper: PathBuf,
-    /// The lowers, topmost first; none where the record of them is incomplete.
-    pub(super) lowers: Option<Vec<PathBuf>>,
-}
 
 /// The device number of a process' root, if that is the whole of an overlay.
 pub(super) fn device_of(container: &str, process: &Process) -> Result<(u32, u32), Error> {
@@ -173,7 +163,7 @@ impl Look<'_> {
     }
 
     /// A directory of the record. Its names lead to it by themselves: a link in the store is not the runtime's.
-    fn located(&self, record: &Record, inside: &Path) -> Result<PathBuf, Error> {
+    fn located(&self, record: &RecordedRoot, inside: &Path) -> Result<PathBuf, Error> {
         let found = self.roots.locate_below(&record.store, inside);
         found.map_err(|source| {
             let path = record.store.join(inside);
@@ -222,7 +212,11 @@ impl Look<'_> {
     }
 
     /// The record's directories, if the mount names the same ones.
-    fn of_record(&self, options: &OverlayOptions, record: &Record) -> Result<OverlayMount, Error> {
+    fn of_record(
+        &self,
+        options: &OverlayOptions,
+        record: &RecordedRoot,
+    ) -> Result<OverlayMount, Error> {
         let locate = |path: &Path| self.roots.locate(path);
         let upper = self.located(record, &record.upper)?;
         let mounted = options
@@ -265,7 +259,7 @@ impl Look<'_> {
     fn lowers(
         &self,
         options: &OverlayOptions,
-        record: &Record,
+        record: &RecordedRoot,
         recorded: &[PathBuf],
     ) -> Result<(Vec<PathBuf>, Vec<PathBuf>), Error> {
         if recorded.len() != options.lowers.len() {

@@ -14,53 +14,11 @@ use rustix::fs::{Mode, OFlags};
 use super::error::Error;
 use super::process;
 use super::roots::Roots;
-use super::witness::Table;
-use crate::node::overlay::mount::{MountInfo, OverlayMount, root_mount};
+use super::table::{Table, within};
+use crate::node::overlay::mount::{MountInfo, OverlayMount};
 
 /// What the EROFS snapshotter keeps beside the directory on which it mounts it.
 const IMAGE: &str = "layer.erofs";
-
-/// The mounts of a table by what they are mounted on, and where: as the kernel looks for them on its way down a path.
-#[derive(Debug)]
-pub(super) struct Tree {
-    root: Option<usize>,
-    at: HashMap<(u64, PathBuf), usize>,
-}
-
-impl Tree {
-    pub(super) fn new(mounts: &[MountInfo]) -> Self {
-        let root = root_mount(mounts).and_then(|root| mounts.iter().position(|m| m.id == root.id));
-        let at = mounts.iter().enumerate();
-        let at = at.filter(|(_, m)| m.id != m.parent);
-        Self {
-            root,
-            at: at
-                .map(|(index, m)| ((m.parent, m.mount_point.clone()), index))
-                .collect(),
-        }
-    }
-
-    /// The mount that `path` lies in; `mounts` are those that this was made of.
-    pub(super) fn covering<'m>(
-        &self,
-        mounts: &'m [MountInfo],
-        path: &Path,
-    ) -> Option<&'m MountInfo> {
-        let mut mount = &mounts[self.root?];
-        let mut steps: Vec<&Path> = path.ancestors().collect();
-        steps.reverse();
-        for step in steps {
-            // Mounts lie on top of one another; no chain is longer than the table.
-            for _ in 0..mounts.len() {
-                match self.at.get(&(mount.id, step.to_path_buf())) {
-                    Some(&over) => mount = &mounts[over],
-                    None => break,
-                }
-            }
-        }
-        Some(mount)
-    }
-}
 
 /// The mounts that this program sees, by their IDs.
 #[derive(Debug)]
@@ -86,12 +44,6 @@ impl Own {
 pub(super) fn is_mount(path: &Path) -> Result<bool, Error> {
     let own = Own::read()?;
     Ok(own.of(path)?.is_some_and(|mount| mount.mount_point == path))
-}
-
-/// The path of `path`, which lies in `mount`, within the file system.
-fn within(mount: &MountInfo, path: &Path) -> Option<PathBuf> {
-    let rest = path.strip_prefix(&mount.mount_point).ok()?;
-    Some(mount.root.join(rest))
 }
 
 /// Holds the directories of an overlay against the table of the namespace in which it was mounted.
@@ -180,41 +132,4 @@ fn shown(mount: &MountInfo) -> String {
         mount.device.0,
         mount.device.1
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::node::overlay::mount::parse_mountinfo;
-
-    #[test]
-    fn a_path_lies_in_the_mount_that_the_kernel_reaches() {
-        let mounts = parse_mountinfo(
-            b"20 1 8:1 / / rw - ext4 /dev/sda rw\n\
-              21 20 8:2 /sub /var rw - ext4 /dev/sdb rw\n\
-              22 21 0:40 / /var/lib/1/fs rw - erofs none ro\n\
-              23 22 0:41 / /var/lib/1/fs rw - tmpfs none rw\n\
-              24 20 0:42 / /var/lib/2/fs rw - erofs hidden ro\n\
-              25 25 0:43 / /loop rw - tmpfs none rw\n",
-        )
-        .unwrap();
-        let tree = Tree::new(&mounts);
-        for (path, id, inside) in [
-            ("/", 20, "/"),
-            ("/variable", 20, "/variable"),
-            ("/var", 21, "/sub"),
-            ("/var/lib/1", 21, "/sub/lib/1"),
-            // Two lie over one another: the upper one counts.
-            ("/var/lib/1/fs", 23, "/"),
-            ("/var/lib/1/fs/etc", 23, "/etc"),
-            // Mounted before /var was mounted over it.
-            ("/var/lib/2/fs", 21, "/sub/lib/2/fs"),
-            ("/loop", 20, "/loop"),
-        ] {
-            let mount = tree.covering(&mounts, Path::new(path)).unwrap();
-            assert_eq!(mount.id, id, "{path}");
-            assert_eq!(within(mount, Path::new(path)).unwrap(), Path::new(inside));
-        }
-        assert!(Tree::new(&[]).covering(&[], Path::new("/")).is_none());
-    }
 }

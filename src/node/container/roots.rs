@@ -159,3 +159,13 @@ pub(super) fn read_dir(path: &Path) -> Result<Vec<std::ffi::OsString>, Error> {
     names.sort();
     Ok(names)
 }
+
+/// A file with nothing but a process number in it.
+pub(super) fn pid_file(path: &Path) -> Result<u32, Error> {
+    let text = read_file(path, 64)?;
+    let pid = std::str::from_utf8(&text)
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    pid.filter(|&pid| pid > 0)
+        .ok_or_else(|| Error::damaged(path, "expected a process number"))
+}

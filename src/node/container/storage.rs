@@ -11,12 +11,10 @@ use base64::Engine as _;
 use serde::Deserialize;
 
 use super::bundle::Bundle;
-use super::containerd::pid_file;
+use super::draft::{Draft, RecordedRoot};
 use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, Document, Manifest, add_repositories, repository};
-use super::mounted::Record;
-use super::roots::{Roots, StorageRoot, read_file, read_json};
-use super::survey::Draft;
+use super::roots::{Roots, StorageRoot, pid_file, read_file, read_json};
 use super::{Base, BaseLayer, Container, Pod, Runtime};
 use crate::common::digest::{ChainId, DiffId, Digest};
 
@@ -240,7 +238,7 @@ fn draft(
         pid,
         state: roots.path(&userdata(&storage.runroot)),
         store_ids: None,
-        record: (!container.layer.is_empty()).then(|| Record {
+        record: (!container.layer.is_empty()).then(|| RecordedRoot {
             store: storage.root.join("overlay"),
             upper: below(&container.layer),
             lowers: chain

@@ -3,15 +3,15 @@
 //! A container's first process is its tenant's: its number, its start and the device number of its root are the kernel's
 //! word, all else in its mountinfo is the tenant's (`witness`, `mounted`).
 
-use std::path::PathBuf;
-
 use super::bundle::{self, Bundle};
+use super::draft::Draft;
 use super::error::{Error, Problem};
-use super::mounted::{self, Record};
+use super::mounted;
 use super::process::{self, Process};
 use super::roots::Roots;
-use super::witness::{RootMount, Tables, Witness};
-use super::{Container, Pod, Runtime, Spec, containerd, docker, storage};
+use super::table::{RootMount, Witness};
+use super::witness::Tables;
+use super::{Container, Runtime, Spec, containerd, docker, storage};
 
 /// Shorter prefixes of an ID are more likely a mistake than a name.
 const MIN_PREFIX: usize = 3;
@@ -25,51 +25,6 @@ pub struct Listing {
     pub sandboxes: Vec<Container>,
     /// What could not be read, and containers that run but cannot be saved.
     pub problems: Vec<Problem>,
-}
-
-/// What a runtime's files say about one container. Paths are the node's, without a host root in front of them.
-#[derive(Clone, Debug)]
-pub(super) struct Draft {
-    pub(super) runtime: Runtime,
-    pub(super) id: String,
-    pub(super) names: Vec<String>,
-    pub(super) namespace: Option<String>,
-    pub(super) pod: Option<Pod>,
-    pub(super) image_name: Option<String>,
-    pub(super) runtime_root_mode: Option<u32>,
-    /// A pod's pause container.
-    pub(super) sandbox: bool,
-    pub(super) pid: u32,
-    pub(super) bundle: Option<Bundle>,
-    /// The directory or file that speaks of it, for messages.
-    pub(super) state: PathBuf,
-    /// The node's ids that its files begin at, by the name of the store: user, group.
-    pub(super) store_ids: Option<(u32, u32)>,
-    /// The directories that the runtime made for it.
-    pub(super) record: Option<Record>,
-    /// Directories from which the runtime mounts when it shortens paths.
-    pub(super) bases: Vec<PathBuf>,
-    /// Where on the node it mounted the root.
-    pub(super) mounted_at: Option<PathBuf>,
-}
-
-impl Draft {
-    /// Unambiguous, and a valid argument.
-    fn label(&self) -> String {
-        let short = &self.id[..self
-            .id
-            .char_indices()
-            .nth(12)
-            .map_or(self.id.len(), |(at, _)| at)];
-        match (&self.pod, self.names.first()) {
-            (Some(pod), _) => format!("{}/{}/{} ({short})", pod.namespace, pod.name, pod.container),
-            (None, Some(name)) => format!("{name} ({short})"),
-            (None, None) => match &self.namespace {
-                Some(namespace) => format!("{short} (namespace {namespace})"),
-                None => short.to_owned(),
-            },
-        }
-    }
 }
 
 fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {

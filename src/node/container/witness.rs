@@ -10,104 +10,14 @@
 use std::cell::OnceCell;
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::error::Error;
-use super::placed::{Own, Proof, Tree};
+use super::placed::{Own, Proof};
 use super::process::{self, Process};
 use super::roots::Roots;
+use super::table::{RootMount, Table, Witness};
 use crate::node::overlay::mount::{MountInfo, OverlayMount};
-
-/// Whose word it is what a root is made of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Witness {
-    /// The process itself: `pid:N`, for which no runtime answers.
-    #[default]
-    Itself,
-    /// The node's first process.
-    Node,
-    /// The process that started the container.
-    Monitor {
-        /// Its number.
-        pid: u32,
-        /// When it started, in clock ticks since boot.
-        start: u64,
-    },
-}
-
-impl std::fmt::Display for Witness {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Itself => write!(f, "the process' own mount table"),
-            Self::Node => write!(f, "the node's mount table"),
-            Self::Monitor { pid, .. } => write!(f, "the mount table of its monitor, process {pid}"),
-        }
-    }
-}
-
-/// The mounted file system that is a container's root, and who says what it is made of.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RootMount {
-    /// Device number, major and minor.
-    pub device: (u32, u32),
-    /// The options of the file system as the witness' table has them, escaped.
-    pub options: Vec<u8>,
-    /// The witness.
-    pub witness: Witness,
-}
-
-/// A mount table of the node's.
-#[derive(Debug)]
-pub(super) struct Table {
-    pub(super) witness: Witness,
-    /// Whether its mounts were made with the node's rights. In a user namespace (rootless Podman) the user who owns it could
-    /// have made them.
-    pub(super) privileged: bool,
-    pub(super) mounts: Vec<MountInfo>,
-    tree: OnceCell<Tree>,
-}
-
-impl Table {
-    fn new(witness: Witness, privileged: bool, mounts: Vec<MountInfo>) -> Self {
-        Self {
-            witness,
-            privileged,
-            mounts,
-            tree: OnceCell::new(),
-        }
-    }
-
-    /// The mount that `path` lies in.
-    pub(super) fn covering(&self, path: &Path) -> Option<&MountInfo> {
-        let tree = self.tree.get_or_init(|| Tree::new(&self.mounts));
-        tree.covering(&self.mounts, path)
-    }
-
-    /// The mount of the overlay `device`, the whole of it.
-    pub(super) fn overlay(&self, device: (u32, u32)) -> Option<&MountInfo> {
-        self.overlays(device).next()
-    }
-
-    /// All mounts of the overlay `device`, the whole of it.
-    fn overlays(&self, device: (u32, u32)) -> impl Iterator<Item = &MountInfo> {
-        self.mounts.iter().filter(move |m| {
-            m.device == device && m.fs_type == "overlay" && m.root == Path::new("/")
-        })
-    }
-
-    /// Whether the overlay `device` is mounted at `path`, which may lead through links of the node's. The mount points are
-    /// the kernel's, without links: to look them up would lead to what their owner put on top of them.
-    pub(super) fn has_at(&self, roots: &Roots, device: (u32, u32), path: &Path) -> bool {
-        let root = roots.locate(Path::new("/"));
-        let located = roots.locate(path);
-        let located = located.as_ref().ok().zip(root.as_ref().ok());
-        let inside = located.and_then(|(path, root)| path.strip_prefix(root).ok());
-        self.overlays(device).any(|m| {
-            m.mount_point == path
-                || inside.is_some_and(|inside| m.mount_point == Path::new("/").join(inside))
-        })
-    }
-}
 
 /// The node's tables, read when first needed.
 #[derive(Debug, Default)]

@@ -19,7 +19,7 @@ use rustix::thread::{
 };
 
 use super::owner::{self, IdMapping};
-use super::root::proc_path;
+use super::xattr::proc_path;
 
 /// What a process may read beyond what modes and access control lists say.
 #[derive(Clone, Debug, PartialEq, Eq)]

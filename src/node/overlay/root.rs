@@ -6,7 +6,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
 use rustix::path::Arg;
 
 use super::identity::{self, Entered, Identity};
+use super::xattr::proc_path;
 
 /// Longest path handed to the kernel in one piece; PATH_MAX is 4096 with the terminator.
 const PATH_PIECE: usize = 4000;
@@ -300,11 +301,6 @@ pub fn xattr_names_at(path: impl Arg + Copy, follow: Follow) -> io::Result<Vec<u
     let n = list(&mut large)?;
     large.truncate(n);
     Ok(large)
-}
-
-/// A path by which the `*xattr` calls, which refuse `O_PATH` descriptors, reach the inode behind one.
-pub fn proc_path(fd: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
 /// Target of the symlink `name` in `dir`; `None` when it is no longer one.

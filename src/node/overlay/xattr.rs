@@ -5,6 +5,7 @@
 //! what only the host gives meaning to never reaches a layer.
 
 use std::borrow::Cow;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 /// Where an overlay keeps its marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,6 +190,11 @@ pub fn acl_inside(
         entry[4..].copy_from_slice(&mapped.to_le_bytes());
     }
     Ok(inside)
+}
+
+/// A path by which the `*xattr` calls, which refuse `O_PATH` descriptors, reach the inode behind one.
+pub fn proc_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! The words in which the builder, the agents, the queue and the manager speak of a save: what was asked for, what it is
 //! doing, what became of it. Pure data, no I/O; the clock by which all of it tells the time.
 
-mod event;
 mod order;
 mod report;
 mod seal;
@@ -9,7 +8,7 @@ mod session;
 mod state;
 mod word;
 
-pub use event::{EVENT_VERSION, Event, Observer, Phase};
+pub use crate::save::event::{EVENT_VERSION, Event, Observer, Phase};
 pub use order::{JobId, Order, SaveOptions};
 pub use report::{Outcome, Report, Said, Saved};
 pub use seal::{Keys, Message, SealError, Sealed};

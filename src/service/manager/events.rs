@@ -37,9 +37,6 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Places in the queue are looked up every so many rounds.
 const PLACES_EVERY: u64 = 2;
 
-/// The one path that a browser asks for without a header of the page's own.
-pub(super) const PATH: &str = "/api/v1/saves/{id}/events";
-
 /// What the watchers of a save are told; made once for all of them.
 #[derive(Debug)]
 enum Told {

@@ -1,7 +1,6 @@
 //! What handlers take from a request: who asks, the body, the query; turned down with our errors.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -12,7 +11,7 @@ use axum::http::request::Parts;
 use serde::de::DeserializeOwned;
 
 use super::auth::Caller;
-use super::door::One;
+use super::door::{One, Peer};
 use super::options::Rate;
 use super::refusal::Refusal;
 use super::{App, Inner};
@@ -21,9 +20,8 @@ use crate::service::job::JobId;
 /// So many callers' rates are remembered; then those who have not asked lately are forgotten.
 const MAX_CALLERS: usize = 20_000;
 
-/// From where a connection comes; none: a socket file.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Peer(pub(super) Option<IpAddr>);
+/// The one path that a browser asks for without a header of the page's own.
+const EVENTS: &str = "/api/v1/saves/{id}/events";
 
 /// What a request holds until it is answered, and who it was of. Put there by the middleware, filled in when the caller is
 /// known.
@@ -53,7 +51,7 @@ impl FromRequestParts<App> for Caller {
         let events = parts
             .extensions
             .get::<MatchedPath>()
-            .is_some_and(|path| path.as_str() == super::events::PATH);
+            .is_some_and(|path| path.as_str() == EVENTS);
         let caller = app
             .gate
             .caller(&parts.headers, peer, changes, events)

@@ -11,7 +11,8 @@ use axum::response::{IntoResponse as _, Response};
 
 use super::App;
 use super::auth::{Role, digest, secret};
-use super::input::{Body, Peer};
+use super::door::Peer;
+use super::input::Body;
 use super::refusal::Refusal;
 use super::shape::{SignIn as Asked, SignedIn};
 use super::time::rfc3339;

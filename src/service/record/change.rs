@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sqlx::{Any, Row as _, Transaction};
 
-use super::{Draft, Error, Policy, Progress, Record, Save, read, view, written};
+use super::{Draft, Error, Policy, Progress, Record, Save, view, written};
 use crate::service::job::{Event, JobId, Report, Said, now_ms};
 
 /// So often the same change is tried anew.
@@ -223,15 +223,4 @@ async fn write(
         super::outbox::send(work, save.id, errand, due_ms).await?;
     }
     Ok(Some(save))
-}
-
-/// A save and its progress, from their columns.
-pub(super) fn save_of(row: &sqlx::any::AnyRow) -> Result<Save, Error> {
-    let id: String = row.try_get("id")?;
-    let mut save: Save = read(&id, &row.try_get::<String, _>("body")?)?;
-    save.progress = match row.try_get::<Option<String>, _>("progress")? {
-        Some(text) => Some(read(&id, &text)?),
-        None => None,
-    };
-    Ok(save)
 }

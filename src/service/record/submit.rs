@@ -77,7 +77,7 @@ impl Record {
         .bind(&request.hash)
         .fetch_optional(&self.pool)
         .await?;
-        row.as_ref().map(super::change::save_of).transpose()
+        row.as_ref().map(super::view::save_of).transpose()
     }
 
     /// Until the end of the transaction nobody else counts this user's open saves: two who did at once would both find

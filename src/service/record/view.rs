@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use sqlx::{Any, Row as _, Transaction};
 
-use super::change::save_of;
 use super::{Error, Progress, Record, Save, id_of, read, state_of};
 use crate::service::job::{JobId, State, now_ms};
 
@@ -286,4 +285,15 @@ impl Record {
         work.commit().await?;
         Ok(done.rows_affected())
     }
+}
+
+/// A save and its progress, from their columns.
+pub(super) fn save_of(row: &sqlx::any::AnyRow) -> Result<Save, Error> {
+    let id: String = row.try_get("id")?;
+    let mut save: Save = read(&id, &row.try_get::<String, _>("body")?)?;
+    save.progress = match row.try_get::<Option<String>, _>("progress")? {
+        Some(text) => Some(read(&id, &text)?),
+        None => None,
+    };
+    Ok(save)
 }

@@ -16,8 +16,9 @@ use crate::layer::scan::memory::Share;
 use crate::layer::scan::rows::NO_EXTRA;
 use crate::layer::scan::{Entry, Error, Extra, Flags, Kind, Reason, Report};
 use crate::node::overlay::lower::{Found, Stack, join};
-use crate::node::overlay::root::{self, Follow, is_absent, proc_path, read_link_at, xattr_at};
+use crate::node::overlay::root::{self, Follow, is_absent, read_link_at, xattr_at};
 use crate::node::overlay::xattr::PROTECTED;
+use crate::node::overlay::xattr::proc_path;
 
 /// One directory being walked.
 pub(super) struct Directory<'a> {
@@ -251,7 +252,7 @@ impl Directory<'_> {
             }
             return Ok(still);
         }
-        if !earlier.holds(self.walker, index, stat, path)? || earlier.is_dirty(index) {
+        if !self.walker.holds(earlier, index, stat, path)? || earlier.is_dirty(index) {
             return Ok(false);
         }
         let mut entry = before;

@@ -7,13 +7,15 @@ use rustix::fs::{FileType, OFlags, Stat};
 
 use super::{Walker, read_error};
 use crate::common::escape;
+use crate::layer::scan::changes::same_stamps;
+use crate::layer::scan::earlier::Earlier;
 use crate::layer::scan::rows::NO_EXTRA;
 use crate::layer::scan::{Entry, Error, Flags, Kind, Xattr};
 use crate::node::overlay::lower::Place;
 use crate::node::overlay::owner::{self, IdMapping};
-use crate::node::overlay::root::{Follow, proc_path, xattr_at, xattr_names_at};
+use crate::node::overlay::root::{Follow, xattr_at, xattr_names_at};
 use crate::node::overlay::xattr::{
-    Fate, Mark, ValueError, acl_inside, capability_inside, fate, plain_fate,
+    Fate, Mark, ValueError, acl_inside, capability_inside, fate, plain_fate, proc_path,
 };
 
 /// setuid and setgid.
@@ -34,6 +36,31 @@ pub(in crate::layer::scan) struct Attributes {
 }
 
 impl Walker<'_> {
+    /// Whether an entry is what it was in the earlier scan, so that everything that was found out about it holds.
+    pub(in crate::layer::scan) fn holds(
+        &self,
+        earlier: &Earlier<'_>,
+        index: u32,
+        stat: &Stat,
+        path: &[u8],
+    ) -> Result<bool, Error> {
+        let before = &earlier.scan.entry(index);
+        if before.root != 0 || !earlier.scan.settled(before) {
+            return Ok(false);
+        }
+        let kind = kind_of(FileType::from_raw_mode(stat.st_mode));
+        if kind != Some(before.kind) || stat.st_ino != before.ino || stat.st_ctime != before.ctime {
+            return Ok(false);
+        }
+        let mut now = self.entry(stat, 0, before.kind, path)?;
+        let extra = earlier.scan.extra(before);
+        if extra.is_some_and(|extra| extra.content.is_some()) {
+            // The size is that of the content, which is in a lower.
+            now.size = before.size;
+        }
+        Ok(same_stamps(&now, before) && !extra.is_some_and(|extra| extra.moved))
+    }
+
     pub(in crate::layer::scan) fn entry(
         &self,
         stat: &Stat,

@@ -23,14 +23,13 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use rustix::fs::Stat;
 
-pub(super) use entry::kind_of;
 pub(super) use finish::finish;
 pub(super) use flat::{Cursor, From, Next, Output, Walked, append_chain, by_id};
 
 use flat::flatten;
 use queue::Queue;
 
-use super::again::Earlier;
+use super::earlier::Earlier;
 use super::memory::Memory;
 use super::rows::Shelf;
 use super::{Caps, Clock, Entry, Error, Kind, Options, Report, Roots, Scan};

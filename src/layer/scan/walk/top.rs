@@ -8,8 +8,9 @@ use super::entry::mode_of;
 use super::flat::Output;
 use crate::layer::scan::rows::NO_EXTRA;
 use crate::layer::scan::{Entry, Error, Extra, Flags, Kind};
-use crate::node::overlay::root::{Follow, proc_path};
+use crate::node::overlay::root::Follow;
 use crate::node::overlay::volume::Volume;
+use crate::node::overlay::xattr::proc_path;
 
 impl Walker<'_> {
     /// The entry of the root directory itself; for what is mounted elsewhere, all from the root on down to it.

@@ -24,10 +24,9 @@ use snapshot::{Snap, chains_of, is_overlayfs, snapshots_of};
 
 use super::bolt;
 use super::bundle::Bundle;
+use super::draft::{Draft, RecordedRoot};
 use super::error::{Error, Problem};
-use super::mounted;
-use super::roots::{ContainerdRoot, Roots, read_dir, read_file};
-use super::survey::Draft;
+use super::roots::{ContainerdRoot, Roots, pid_file, read_dir};
 use super::{Pod, Runtime};
 
 const TASKS: &str = "io.containerd.runtime.v2.task";
@@ -116,7 +115,7 @@ fn draft(
     let directory = |snap: &Snap| Path::new(&snap.id.to_string()).join("fs");
     let record_of_root = chain.and_then(|chain| {
         let (own, parents) = chain.split_first()?;
-        Some(mounted::Record {
+        Some(RecordedRoot {
             store: snapshots.clone(),
             upper: directory(own),
             lowers: Some(parents.iter().map(directory).collect()),
@@ -193,14 +192,4 @@ fn task(roots: &Roots, directory: &Path, namespace: &str, id: &str) -> Result<Ta
         bundle,
         pid,
     })
-}
-
-/// A file with nothing but a process number in it.
-pub(super) fn pid_file(path: &Path) -> Result<u32, Error> {
-    let text = read_file(path, 64)?;
-    let pid = std::str::from_utf8(&text)
-        .ok()
-        .and_then(|text| text.trim().parse().ok());
-    pid.filter(|&pid| pid > 0)
-        .ok_or_else(|| Error::damaged(path, "expected a process number"))
 }

@@ -92,6 +92,10 @@ impl Closed {
 /// Whose connections are counted together. None: a proxy's, or those on a socket file.
 type Group = Option<IpAddr>;
 
+/// From where a connection comes; none: a socket file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peer(pub(super) Option<IpAddr>);
+
 /// The seats.
 pub(super) struct Table {
     limits: Doors,

@@ -18,9 +18,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinSet;
 
 use super::seat::{Answer, Asked, Watched};
-use super::{Closed, Seat};
+use super::{Closed, Peer, Seat};
 use crate::service::manager::App;
-use crate::service::manager::input::Peer;
 
 /// A request's head, and what is read or written at once.
 const BUFFER: usize = 64 << 10;

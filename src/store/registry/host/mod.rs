@@ -6,6 +6,7 @@
 mod reach;
 mod request;
 mod resolver;
+mod scopes;
 mod token;
 
 use std::collections::HashMap;
@@ -17,7 +18,8 @@ use std::time::Duration;
 use reqwest::Client;
 
 pub(super) use request::Call;
-pub(super) use token::{CredentialSource, Scopes};
+pub(super) use scopes::Scopes;
+pub(super) use token::CredentialSource;
 
 use resolver::{GuardedResolver, host_of, proxy_hosts};
 

@@ -9,7 +9,7 @@ use reqwest::Url;
 
 use super::Host;
 use super::request::{Call, reply_of};
-use super::token::Scopes;
+use super::scopes::Scopes;
 use crate::store::registry::auth::{Challenge, Origin, read_challenge};
 use crate::store::registry::error::{Error, Request, Step};
 use crate::store::registry::reference::authority;

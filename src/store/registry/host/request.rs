@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use reqwest::{Client, Response, Url};
 
 use super::Host;
-use super::token::Scopes;
+use super::scopes::Scopes;
 use crate::store::registry::error::{Error, Reply, Request, Step, read_error_body};
 use crate::store::registry::retry::read_retry_after;
 

@@ -12,6 +12,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::Host;
 use super::request::{Call, reply_of};
+use super::scopes::Scopes;
 use crate::store::registry::auth::{Age, Challenge, Origin, Token};
 use crate::store::registry::credentials::{Credentials, Found, basic_header, bearer_header};
 use crate::store::registry::error::{Error, Request, Step};
@@ -29,35 +30,6 @@ const QUERY: &AsciiSet = &NON_ALPHANUMERIC
 /// Whom a host's credentials come from.
 pub(in crate::store::registry) type CredentialSource =
     Box<dyn Fn(&str) -> Result<Found, Error> + Send + Sync>;
-
-/// What is asked of the token service, and as whom.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::store::registry) struct Scopes {
-    /// The repository whose credentials are used.
-    pub(in crate::store::registry) repository: String,
-    /// `repository:NAME:ACTIONS`, one or more, asked for in one request.
-    pub(in crate::store::registry) scopes: Vec<String>,
-}
-
-impl Scopes {
-    /// One repository.
-    pub(in crate::store::registry) fn new(repository: &str, actions: &str) -> Self {
-        Self {
-            repository: repository.to_owned(),
-            scopes: vec![format!("repository:{repository}:{actions}")],
-        }
-    }
-
-    /// And another, to read a blob from it.
-    pub(in crate::store::registry) fn and_pull(mut self, repository: &str) -> Self {
-        self.scopes.push(format!("repository:{repository}:pull"));
-        self
-    }
-
-    fn key(&self) -> String {
-        self.scopes.join(" ")
-    }
-}
 
 impl Host {
     pub(super) fn credentials(&self, repository: &str) -> Result<Found, Error> {

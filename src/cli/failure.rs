@@ -1,0 +1,185 @@
+//! The one place where an error becomes an exit code and a word for scripts.
+
+use std::io;
+
+use super::client;
+use super::exit::{Exit, Usage};
+use crate::bench;
+use crate::common::cancel::Cancelled;
+use crate::demo;
+use crate::save;
+use crate::service::agent;
+use crate::service::queue;
+use crate::service::record;
+use crate::store::images;
+
+/// An error as scripts see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Exit code.
+    pub exit: Exit,
+    /// Stable word in snake case, for the `failed` event.
+    pub code: &'static str,
+    /// Whether the same call may succeed later.
+    pub retryable: bool,
+}
+
+impl Failure {
+    const fn new(exit: Exit, code: &'static str) -> Self {
+        Self {
+            exit,
+            code,
+            retryable: matches!(exit, Exit::Retry),
+        }
+    }
+
+    /// What `error` means: the outermost cause of a type that is known here decides. A typed error has to be a cause
+    /// (`?`, `#[source]`); one that was only attached with `context` is text.
+    pub fn of(error: &anyhow::Error) -> Self {
+        error
+            .chain()
+            .find_map(Self::of_cause)
+            .unwrap_or(Self::new(Exit::Failed, "failed"))
+    }
+
+    /// By type and by what the type says of itself, never by its text.
+    fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Self> {
+        if cause.is::<Cancelled>() {
+            return Some(Self::new(Exit::Cancelled, "cancelled"));
+        }
+        if cause.is::<Usage>() {
+            return Some(Self::new(Exit::Usage, "usage"));
+        }
+        if let Some(error) = cause.downcast_ref::<save::Error>() {
+            let exit = match error.kind() {
+                save::Kind::Final => Exit::Failed,
+                save::Kind::Usage => Exit::Usage,
+                save::Kind::ContainerGone => Exit::NoContainer,
+                save::Kind::BaseUnproven => Exit::Base,
+                save::Kind::Retryable => Exit::Retry,
+                save::Kind::NotPermitted => Exit::NotPermitted,
+                save::Kind::Cancelled => Exit::Cancelled,
+            };
+            return Some(Self::new(exit, error.code()));
+        }
+        if let Some(error) = cause.downcast_ref::<images::Error>() {
+            return Some(if error.is_usage() {
+                Self::new(Exit::Usage, "usage")
+            } else if error.not_permitted() {
+                Self::new(Exit::NotPermitted, "not_permitted")
+            } else if error.retryable() {
+                Self::new(Exit::Retry, "registry_unavailable")
+            } else {
+                Self::new(Exit::Failed, "failed")
+            });
+        }
+        if let Some(error) = cause.downcast_ref::<bench::Error>() {
+            return match error {
+                bench::Error::Save(error) => Self::of_cause(error),
+                bench::Error::Cancelled(error) => Self::of_cause(error),
+                bench::Error::Scratch { source, .. } | bench::Error::Runtime(source) => {
+                    Self::of_cause(source)
+                }
+                bench::Error::Empty { .. } => None,
+            }
+            .or(Some(Self::new(Exit::Failed, "bench")));
+        }
+        if let Some(error) = cause.downcast_ref::<demo::Error>() {
+            return match error {
+                demo::Error::Commit(error) => Self::of_cause(error),
+                demo::Error::Cancelled(error) => Self::of_cause(error),
+                error => Some(Self::new(Exit::from_code(error.exit_code()), "demo")),
+            };
+        }
+        if let Some(error) = cause.downcast_ref::<client::Error>() {
+            let code = match error {
+                client::Error::Save { code, .. } => code.name(),
+                client::Error::Unreachable { .. } => "manager_unreachable",
+                client::Error::Refused { .. } | client::Error::Strange { .. } => "refused",
+            };
+            return Some(Self::new(error.exit(), code));
+        }
+        if let Some(error) = cause.downcast_ref::<queue::Error>() {
+            return Some(match error {
+                queue::Error::Unusable(_) => Self::new(Exit::Usage, "usage"),
+                queue::Error::Unreachable { .. } | queue::Error::Refused { .. } => {
+                    Self::new(Exit::Retry, "queue_unavailable")
+                }
+            });
+        }
+        if let Some(agent::Error::Options(_)) = cause.downcast_ref::<agent::Error>() {
+            return Some(Self::new(Exit::Usage, "usage"));
+        }
+        if let Some(error) = cause.downcast_ref::<record::Error>() {
+            return Some(match error {
+                record::Error::Place(_) => Self::new(Exit::Usage, "usage"),
+                _ => Self::new(Exit::Retry, "record_unavailable"),
+            });
+        }
+        // Last, as modules wrap it with more knowledge.
+        let error = cause.downcast_ref::<io::Error>()?;
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                Some(Self::new(Exit::NotPermitted, "permission_denied"))
+            }
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Some(Self::new(Exit::Failed, "no_space"))
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+    use crate::image::manifest;
+
+    #[test]
+    fn codes_are_those_of_the_design() {
+        let codes: Vec<u8> = Exit::TABLE.iter().map(|(exit, _)| exit.code()).collect();
+        assert_eq!(codes, [0, 1, 2, 66, 69, 75, 77, 130]);
+        assert_eq!(Exit::from_code(66), Exit::NoContainer);
+        assert_eq!(Exit::from_code(200), Exit::Failed);
+    }
+
+    #[test]
+    fn the_type_decides_not_the_text() {
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        for (error, exit, code) in [
+            (anyhow!("usage: cancelled"), Exit::Failed, "failed"),
+            (
+                anyhow::Error::new(Cancelled).context("while saving"),
+                Exit::Cancelled,
+                "cancelled",
+            ),
+            (anyhow::Error::new(Usage("x".into())), Exit::Usage, "usage"),
+            (
+                anyhow::Error::new(save::Error::from(manifest::Error::Time(1)))
+                    .context("assembling"),
+                Exit::Usage,
+                "usage",
+            ),
+            (
+                anyhow::Error::new(save::Error::from(manifest::Error::ConfigType("x".into()))),
+                Exit::Base,
+                "base_unproven",
+            ),
+            (
+                anyhow::Error::new(save::Error::from(manifest::Error::TooManyLayers(128))),
+                Exit::Failed,
+                "internal",
+            ),
+            (
+                anyhow::Error::new(denied()).context("opening /x"),
+                Exit::NotPermitted,
+                "permission_denied",
+            ),
+        ] {
+            let failure = Failure::of(&error);
+            assert_eq!((failure.exit, failure.code), (exit, code), "{error:?}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! The contents of files: read where they lie, or kept from an instant; and what went wrong with them.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{SeekFrom, Stat};
+
+use crate::layer::scan::Entry;
+
+/// How a file turned out when its content was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Instability {
+    /// It was written to: the layer may hold some of the old and some of the new.
+    Changed,
+    /// It became shorter: the rest is zeros.
+    Shrank,
+    /// It became longer: what was added is not in the layer.
+    Grew,
+    /// It is gone, or something else is there now: its content is zeros.
+    Vanished,
+    /// A write that had begun before it was found may have been under way: part of it may be in the layer.
+    Unsettled,
+}
+
+/// A file that was not the same when it was read as when it was found.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+pub struct Unstable {
+    /// Path in the layer, printable.
+    pub path: String,
+    /// In what way.
+    pub what: Instability,
+}
+
+/// A file that could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read {path}: {source}")]
+pub struct ReadError {
+    /// Path in the container, printable.
+    pub path: String,
+    /// What the system said.
+    pub source: io::Error,
+}
+
+/// The content of one file.
+#[derive(Debug)]
+pub enum Content {
+    /// Data by offset; between them are holes.
+    Memory(Vec<(u64, Vec<u8>)>),
+    /// A file that nobody else writes to.
+    Clone(File),
+}
+
+/// What is kept, by entry of the plan's scan.
+#[derive(Debug, Default)]
+pub struct Held {
+    pub(super) contents: HashMap<u32, Content>,
+    /// Files that changed while they were read, all the same.
+    pub unstable: Vec<Unstable>,
+}
+
+impl Held {
+    pub(super) fn get(&self, entry: u32) -> Option<&Content> {
+        self.contents.get(&entry)
+    }
+}
+
+impl Content {
+    /// Reads from `offset` on into `part`, which is all zeros.
+    pub(super) fn read(&self, offset: u64, part: &mut [u8], entry: &Entry) -> io::Result<()> {
+        match self {
+            Self::Memory(pieces) => {
+                for (at, bytes) in pieces {
+                    let from = offset.max(*at);
+                    let to = (offset + part.len() as u64).min(at + bytes.len() as u64);
+                    if from < to {
+                        part[(from - offset) as usize..(to - offset) as usize]
+                            .copy_from_slice(&bytes[(from - at) as usize..(to - at) as usize]);
+                    }
+                }
+            }
+            Self::Clone(file) => {
+                let read = |at, part: &mut [u8]| read_full(file, at, part);
+                read_sparse(file, read, offset, part, entry)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The kernel moves ctime at every change, and nobody can set it.
+pub(super) fn same_file(stat: &Stat, entry: &Entry) -> bool {
+    (stat.st_ctime, stat.st_ctime_nsec as u32) == (entry.ctime, entry.ctime_nsec)
+        && (stat.st_mtime, stat.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec)
+}
+
+/// Reads without touching holes. Returns how far into `part` the file reaches.
+pub(super) fn read_sparse(
+    file: &File,
+    read: impl Fn(u64, &mut [u8]) -> io::Result<usize>,
+    offset: u64,
+    part: &mut [u8],
+    entry: &Entry,
+) -> io::Result<usize> {
+    if entry.allocated >= entry.size {
+        return read(offset, part);
+    }
+    let mut done = 0;
+    while done < part.len() {
+        let at = offset + done as u64;
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            // Only a hole, up to the end of the file; or the file is shorter by now, which its status will tell.
+            Err(rustix::io::Errno::NXIO) => return Ok(part.len()),
+            // A file system without holes: then all of it is data.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => at,
+            Err(error) => return Err(error.into()),
+        };
+        let skip = usize::try_from(data - at).unwrap_or(usize::MAX);
+        if skip >= part.len() - done {
+            return Ok(part.len());
+        }
+        done += skip;
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(data)).unwrap_or(u64::MAX);
+        let len = usize::try_from(hole.saturating_sub(data))
+            .unwrap_or(usize::MAX)
+            .min(part.len() - done);
+        let len = if len == 0 { part.len() - done } else { len };
+        let n = read(data, &mut part[done..done + len])?;
+        done += n;
+        if n < len {
+            break;
+        }
+    }
+    Ok(done)
+}
+
+/// Reads until `part` is full or the file ends.
+pub(super) fn read_full(file: &File, offset: u64, part: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < part.len() {
+        match rustix::io::pread(file, &mut part[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(done)
+}

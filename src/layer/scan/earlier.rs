@@ -1,0 +1,51 @@
+//! An earlier scan of the same tree, and which of its directories have to be walked again.
+
+use super::{Entry, Flags, Kind, Scan};
+
+/// The earlier scan, and what is known of what became of it.
+pub(super) struct Earlier<'a> {
+    pub(super) scan: &'a Scan,
+    /// By entry: the index behind the last entry that lies in it.
+    pub(super) ends: Vec<u32>,
+    /// By entry: a directory that has to be walked.
+    pub(super) dirty: Vec<bool>,
+}
+
+impl<'a> Earlier<'a> {
+    pub(super) fn new(scan: &'a Scan) -> Self {
+        Self {
+            scan,
+            ends: scan.rows.ends(),
+            dirty: vec![false; scan.len()],
+        }
+    }
+
+    /// Names in a directory, and their entries.
+    pub(super) fn children(&self, dir: u32) -> impl Iterator<Item = (&'a [u8], u32)> + '_ {
+        let end = self.ends[dir as usize];
+        let mut at = dir + 1;
+        std::iter::from_fn(move || {
+            (at < end).then(|| {
+                let index = at;
+                at = self.ends[index as usize];
+                (self.scan.rows.name_at(index), index)
+            })
+        })
+    }
+
+    pub(super) fn is_dirty(&self, index: u32) -> bool {
+        self.dirty[index as usize]
+    }
+
+    /// The earlier scan's directory of the same path, if what is in it stands in the same relation to the base as then.
+    pub(super) fn same_directory(&self, index: u32, entry: &Entry) -> Option<u32> {
+        let before = &self.scan.entry(index);
+        let same = before.kind == Kind::Dir
+            && before.ino == entry.ino
+            && before.root == 0
+            && before.flags.has(Flags::OPAQUE) == entry.flags.has(Flags::OPAQUE)
+            && before.flags.has(Flags::IN_BASE) == entry.flags.has(Flags::IN_BASE)
+            && !self.scan.extra(before).is_some_and(|extra| extra.moved);
+        same.then_some(index)
+    }
+}
