@@ -369,10 +369,17 @@ fn a_reader_that_goes_away_is_no_failure() -> Outcome {
 }
 
 #[test]
-fn the_readme_says_what_the_program_does() -> Outcome {
-    let readme = include_str!("../README.md");
+fn the_documentation_says_what_the_program_does() -> Outcome {
+    let documents = [
+        include_str!("../README.md"),
+        include_str!("../docs/programs.md"),
+        include_str!("../docs/registries.md"),
+        include_str!("../docs/saving.md"),
+        include_str!("../docs/service.md"),
+    ]
+    .concat();
     let help = text(&upperdeck(&["--help"])?.stdout);
-    let table = readme
+    let table = documents
         .split("| exit | meaning |")
         .nth(1)
         .ok_or("no table of exit codes")?;
@@ -396,7 +403,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
         codes.push(code);
     }
     assert_eq!(codes, ["0", "1", "2", "66", "69", "75", "77", "130"]);
-    // Every flag that the README names exists.
+    // Every flag that they name exists.
     let commit = text(&upperdeck(&["commit", "--help"])?.stdout);
     let layer = text(&upperdeck(&["layer", "--help"])?.stdout);
     let ps = text(&upperdeck(&["ps", "--help"])?.stdout);
@@ -408,7 +415,7 @@ fn the_readme_says_what_the_program_does() -> Outcome {
     let agent = text(&upperdeck(&["agent", "--help"])?.stdout);
     let up = text(&upperdeck(&["up", "--help"])?.stdout);
     let doctor = text(&upperdeck(&["doctor", "--help"])?.stdout);
-    for flag in readme
+    for flag in documents
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
     {
