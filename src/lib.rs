@@ -16,5 +16,6 @@ pub mod image;
 pub mod layer;
 pub mod node;
 pub mod save;
+#[cfg(feature = "service")]
 pub mod service;
 pub mod store;

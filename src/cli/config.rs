@@ -55,6 +55,18 @@ pub(super) struct Parsed {
     pub(super) descriptors: Vec<u32>,
 }
 
+/// The section of the file that holds a verb's settings: for `doctor`, that of the verb that it examines.
+fn section<'a>(verb: &'a str, asked: &ArgMatches) -> &'a str {
+    #[cfg(feature = "service")]
+    if let Ok(Some(purpose)) = asked.try_get_one::<crate::service::doctor::Purpose>("purpose")
+        && verb == DOCTOR
+    {
+        return purpose.name();
+    }
+    let _ = asked;
+    verb
+}
+
 /// The command line as clap knows it: every setting of a configurable verb can come from the environment, too.
 pub(super) fn command() -> Command {
     let mut command = Cli::command();
@@ -97,10 +109,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
             descriptors: descriptors(&typed),
         });
     };
-    let section = match asked.try_get_one::<crate::service::doctor::Purpose>("purpose") {
-        Ok(Some(purpose)) if verb == DOCTOR => purpose.name(),
-        _ => verb,
-    };
+    let section = section(verb, asked);
     let settings = settings(&command, section, &table).map_err(|reason| in_file(&file, &reason))?;
     let added: Vec<Setting> = settings
         .into_iter()

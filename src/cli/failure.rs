@@ -2,15 +2,11 @@
 
 use std::io;
 
-use super::client;
 use super::exit::{Exit, Usage};
 use crate::bench;
 use crate::common::cancel::Cancelled;
 use crate::demo;
 use crate::save;
-use crate::service::agent;
-use crate::service::queue;
-use crate::service::record;
 use crate::store::images;
 
 /// An error as scripts see it.
@@ -91,30 +87,9 @@ impl Failure {
                 error => Some(Self::new(Exit::from_code(error.exit_code()), "demo")),
             };
         }
-        if let Some(error) = cause.downcast_ref::<client::Error>() {
-            let code = match error {
-                client::Error::Save { code, .. } => code.name(),
-                client::Error::Unreachable { .. } => "manager_unreachable",
-                client::Error::Refused { .. } | client::Error::Strange { .. } => "refused",
-            };
-            return Some(Self::new(error.exit(), code));
-        }
-        if let Some(error) = cause.downcast_ref::<queue::Error>() {
-            return Some(match error {
-                queue::Error::Unusable(_) => Self::new(Exit::Usage, "usage"),
-                queue::Error::Unreachable { .. } | queue::Error::Refused { .. } => {
-                    Self::new(Exit::Retry, "queue_unavailable")
-                }
-            });
-        }
-        if let Some(agent::Error::Options(_)) = cause.downcast_ref::<agent::Error>() {
-            return Some(Self::new(Exit::Usage, "usage"));
-        }
-        if let Some(error) = cause.downcast_ref::<record::Error>() {
-            return Some(match error {
-                record::Error::Place(_) => Self::new(Exit::Usage, "usage"),
-                _ => Self::new(Exit::Retry, "record_unavailable"),
-            });
+        #[cfg(feature = "service")]
+        if let Some((exit, code)) = super::service::failure(cause) {
+            return Some(Self::new(exit, code));
         }
         // Last, as modules wrap it with more knowledge.
         let error = cause.downcast_ref::<io::Error>()?;

@@ -3,12 +3,11 @@
 use anyhow::Context;
 use serde::Serialize;
 
-use super::args::{Format, ImageLs, ImageRm};
+use super::args::{ImageLs, ImageRm};
 use super::exit::Usage;
 use super::text::{self, Align};
-use super::{job, options, signals, verbs, write_stdout};
+use super::{options, signals, verbs};
 use crate::common::cancel::{Cancel, Cancelled};
-use crate::service::manager::shape;
 use crate::store::harbor::Room;
 use crate::store::images::{
     Error, ImageEntry, Images, Listed, Place, Query, Removed, RepositoryEntry, Which,
@@ -37,7 +36,10 @@ enum What {
 
 pub(super) fn ls(args: &ImageLs) -> anyhow::Result<()> {
     let Some(place) = &args.place else {
-        return ls_of_manager(args);
+        #[cfg(feature = "service")]
+        return super::service::images::ls(args);
+        #[cfg(not(feature = "service"))]
+        return Err(Usage("name the place: HOST/REPOSITORY or oci:DIRECTORY".to_owned()).into());
     };
     let place: Place = place.parse()?;
     let query = Query {
@@ -50,70 +52,6 @@ pub(super) fn ls(args: &ImageLs) -> anyhow::Result<()> {
         list(images, &place, &query).await
     })?;
     verbs::print(args.format, &view, |view| table(view, args.no_trunc))
-}
-
-/// The caller's images, as the portal shows them.
-fn ls_of_manager(args: &ImageLs) -> anyhow::Result<()> {
-    let mut query = vec![
-        ("sort", job::word(&args.sort)),
-        ("page", args.page.to_string()),
-        ("page_size", args.page_size.to_string()),
-    ];
-    query.extend(args.search.clone().map(|search| ("search", search)));
-    job::on(&args.server, async |client| {
-        let found: shape::Images = client.get("images", &query).await?;
-        verbs::print(args.format, &found, managed_table)
-    })
-}
-
-fn managed_table(found: &shape::Images) -> String {
-    let header = [
-        ("IMAGE", Align::Left),
-        ("TAGS", Align::Left),
-        ("SIZE", Align::Right),
-        ("SESSION", Align::Left),
-        ("CHANGED", Align::Left),
-        ("MESSAGE", Align::Left),
-    ];
-    let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
-    let rows = found.images.iter().map(|image| {
-        let tags: Vec<&str> = image.tags.iter().map(|tag| tag.name.as_str()).collect();
-        vec![
-            image.name.clone(),
-            if tags.is_empty() {
-                "-".to_owned()
-            } else {
-                tags.join(",")
-            },
-            text::bytes(image.size),
-            or_dash(&image.session_name),
-            time(image.changed.as_deref()),
-            or_dash(&image.message),
-        ]
-    });
-    let mut out = text::table(&header, &rows.collect::<Vec<_>>());
-    if (found.images.len() as u64) < found.total {
-        out.push_str(&format!(
-            "page {} of {}: {} of {}\n",
-            found.page,
-            found.total.div_ceil(u64::from(found.page_size.max(1))),
-            found.images.len(),
-            found.total
-        ));
-    }
-    out
-}
-
-/// To the second: the rest of an RFC 3339 time is for programs.
-fn time(time: Option<&str>) -> String {
-    match time {
-        Some(time) => time
-            .split(['.', 'Z'])
-            .next()
-            .unwrap_or_default()
-            .replace('T', " "),
-        None => "-".to_owned(),
-    }
 }
 
 async fn list(images: &dyn Images, place: &Place, query: &Query) -> Result<ListView, Error> {
@@ -171,7 +109,7 @@ fn table(view: &ListView, no_trunc: bool) -> String {
                     entry.name.clone(),
                     number(entry.images),
                     number(entry.pulls),
-                    time(entry.updated.as_deref()),
+                    text::time(entry.updated.as_deref()),
                 ]
             });
             (text::table(&header, &rows.collect::<Vec<_>>()), found.len())
@@ -201,8 +139,8 @@ fn table(view: &ListView, no_trunc: bool) -> String {
                     },
                     or_dash(entry.architecture.as_deref()),
                     text::bytes(entry.size),
-                    time(entry.pushed.as_deref()),
-                    time(entry.created.as_deref()),
+                    text::time(entry.pushed.as_deref()),
+                    text::time(entry.created.as_deref()),
                 ]
             });
             (text::table(&header, &rows.collect::<Vec<_>>()), found.len())
@@ -239,8 +177,9 @@ struct RemovedView {
 /// Each in turn; what is gone is told even when a later one fails.
 pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
     let of_manager = |image: &String| !image.contains('/') && !image.starts_with("oci:");
+    #[cfg(feature = "service")]
     if args.images.iter().all(of_manager) {
-        return rm_of_manager(args);
+        return super::service::images::rm(args);
     }
     if let Some(image) = args.images.iter().find(|image| of_manager(image)) {
         return Err(Usage(format!(
@@ -284,43 +223,6 @@ pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
         verbs::print(args.format, views.as_slice(), removed_text)?;
     }
     failure.map_or(Ok(()), Err)
-}
-
-/// `NAME:TAG`, each in turn.
-fn rm_of_manager(args: &ImageRm) -> anyhow::Result<()> {
-    let images = args.images.iter().map(|image| {
-        image
-            .split_once(':')
-            .filter(|(name, tag)| !name.is_empty() && !tag.is_empty())
-            .ok_or_else(|| {
-                Usage(format!(
-                    "{image:?}: expected HOST/REPOSITORY:TAG, oci:DIRECTORY:TAG, or NAME:TAG of a manager"
-                ))
-            })
-    });
-    let images = images.collect::<Result<Vec<_>, _>>()?;
-    if args.all_tags {
-        return Err(
-            Usage("a manager deletes one tag at a time, without --all-tags".to_owned()).into(),
-        );
-    }
-    job::on(&args.server, async |client| {
-        for (name, tag) in &images {
-            let encode = |part| {
-                percent_encoding::utf8_percent_encode(part, percent_encoding::NON_ALPHANUMERIC)
-            };
-            client
-                .delete(&format!("images/{}/tags/{}", encode(name), encode(tag)))
-                .await?;
-            if args.format == Format::Table {
-                write_stdout(format!("deleted {name}:{tag}\n").as_bytes())?;
-            }
-        }
-        if args.format == Format::Json {
-            verbs::print(Format::Json, args.images.as_slice(), |_| String::new())?;
-        }
-        Ok(())
-    })
 }
 
 fn removed_text(views: &[RemovedView]) -> String {

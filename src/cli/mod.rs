@@ -2,16 +2,14 @@
 //! what comes back becomes an exit code (`exit`).
 
 mod args;
-mod client;
 mod config;
-mod doctor;
 mod exit;
 mod failure;
 mod image;
-mod job;
 pub mod options;
 mod progress;
 mod secret;
+#[cfg(feature = "service")]
 mod service;
 mod signals;
 mod text;
@@ -104,15 +102,10 @@ fn role(verb: &Verb) -> Option<Role> {
         Verb::Ps(_) | Verb::Inspect(_) | Verb::Diff(_) => Role::Look,
         Verb::Layer(_) => Role::Layer,
         Verb::Commit(_) | Verb::Bench(_) => Role::Commit,
-        Verb::Agent(_) => Role::Agent,
-        Verb::Up(_) => Role::Up,
-        Verb::Manager(args) if service::has_files_of_others(args) => Role::ManagerOfOthers,
-        Verb::Manager(_) => Role::Manager,
+        #[cfg(feature = "service")]
+        Verb::Service(verb) => return service::role(verb),
         Verb::Image(_)
-        | Verb::Job(_)
         | Verb::Validate(_)
-        | Verb::Doctor(_)
-        | Verb::Key(_)
         | Verb::Demo
         | Verb::Completions { .. }
         | Verb::Man { .. } => return None,
@@ -128,14 +121,10 @@ fn dispatch(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()> {
         Verb::Layer(args) => verbs::layer(&args),
         Verb::Image(args::Image::Ls(args)) => image::ls(&args),
         Verb::Image(args::Image::Rm(args)) => image::rm(&args),
-        Verb::Job(args) => job::run(args, verbose),
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(&roots, *args),
-        Verb::Doctor(args) => doctor::doctor(roots, &args),
-        Verb::Up(args) => service::up(roots, *args),
-        Verb::Manager(args) => service::manager(&args),
-        Verb::Agent(args) => service::agent(roots, *args),
-        Verb::Key(args) => service::key(&args),
+        #[cfg(feature = "service")]
+        Verb::Service(verb) => service::run(verb, roots, verbose),
         Verb::Demo => verbs::demo(),
         Verb::Completions { shell } => verbs::completions(shell),
         Verb::Man { dir } => verbs::man(dir.as_deref()),

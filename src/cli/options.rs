@@ -276,6 +276,7 @@ fn creds(registry: &args::Registry) -> anyhow::Result<Option<Credentials>> {
     parse_creds(&text).map(Some)
 }
 
+#[cfg(feature = "service")]
 /// The credentials in a file or descriptor.
 pub(super) fn creds_of(file: &Path) -> anyhow::Result<Credentials> {
     parse_creds(&read_creds(file)?)

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::common::escape::text as escaped;
-use crate::service::job::{EVENT_VERSION, Event, Observer, Phase};
+use crate::save::event::{EVENT_VERSION, Event, Observer, Phase};
 
 /// Between two JSON lines about bytes.
 const JSON_EVERY: Duration = Duration::from_millis(100);

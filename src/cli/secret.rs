@@ -18,6 +18,7 @@ pub(super) fn warn_if_shared(path: &Path) {
     }
 }
 
+#[cfg(feature = "service")]
 /// The text of a file of keys. One that others can read or change is refused: with it orders and reports can be made up.
 pub(super) fn keys(path: &Path) -> io::Result<Zeroizing<String>> {
     let file = File::open(path)?;
@@ -59,6 +60,7 @@ pub(super) fn first_line(path: &Path) -> io::Result<Zeroizing<String>> {
     Ok(Zeroizing::new(text.to_owned()))
 }
 
+#[cfg(feature = "service")]
 /// The same without the blanks around it; an empty one is refused.
 pub(super) fn word(path: &Path) -> io::Result<Zeroizing<String>> {
     let line = first_line(path)?;

@@ -62,6 +62,18 @@ pub(super) fn table(header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
     out
 }
 
+/// To the second: the rest of an RFC 3339 time is for programs.
+pub(super) fn time(time: Option<&str>) -> String {
+    match time {
+        Some(time) => time
+            .split(['.', 'Z'])
+            .next()
+            .unwrap_or_default()
+            .replace('T', " "),
+        None => "-".to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::ffi::OsStr;

@@ -23,7 +23,7 @@ use crate::layer::{self, Plan};
 use crate::node::container::{self, Roots, VolumeRules};
 use crate::node::overlay::xattr::Namespace;
 use crate::save;
-use crate::service::job::{Event, Observer};
+use crate::save::event::{Event, Observer};
 use crate::store::destination::Target;
 
 /// Prints a result: JSON for programs, else what `table` makes of it.

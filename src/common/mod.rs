@@ -3,6 +3,5 @@
 pub mod cancel;
 pub mod digest;
 pub mod escape;
-pub(crate) mod log_limit;
 pub mod message;
 pub mod private;

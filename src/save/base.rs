@@ -531,7 +531,7 @@ struct Bar<'a> {
 
 /// The same, for another thread.
 struct SharedBar {
-    observer: Arc<dyn crate::service::job::Observer>,
+    observer: Arc<dyn crate::save::event::Observer>,
     layer: usize,
     layers: usize,
 }

@@ -1,7 +1,6 @@
 //! What a save tells the outside while it runs: one event type for the bar, for `--progress json` and for the service.
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use crate::common::digest::Digest;
 
@@ -9,7 +8,8 @@ use crate::common::digest::Digest;
 pub const EVENT_VERSION: u32 = 1;
 
 /// What a save is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "service", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Reading the runtime's state, proving the base.

@@ -4,6 +4,7 @@
 pub mod agent;
 pub mod doctor;
 pub mod job;
+pub(crate) mod log_limit;
 pub mod manager;
 pub mod portal;
 pub mod queue;

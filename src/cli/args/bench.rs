@@ -44,38 +44,38 @@ JSON: one object; figures are medians of the rounds, MB are 1,000,000 bytes
   notes        what has to be known to read the figures";
 
 #[derive(Debug, Args)]
-pub(in super::super) struct Bench {
+pub(in crate::cli) struct Bench {
     /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only) [default: a generated tree]
-    pub(in super::super) container: Option<String>,
+    pub(in crate::cli) container: Option<String>,
     /// Measure on a directory
     #[arg(long, value_name = "DIR", conflicts_with = "container", value_hint = ValueHint::DirPath)]
-    pub(in super::super) directory: Option<PathBuf>,
+    pub(in crate::cli) directory: Option<PathBuf>,
     /// Bytes of the generated tree
     #[arg(long, value_name = "SIZE", value_parser = tree_size, default_value = "256M", conflicts_with_all = ["container", "directory"])]
-    pub(in super::super) size: u64,
+    pub(in crate::cli) size: u64,
     /// Where the generated tree, and the file that a save is written to, are for a while [default: $TMPDIR or /tmp]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub(in super::super) scratch: Option<PathBuf>,
+    pub(in crate::cli) scratch: Option<PathBuf>,
     /// Try uploads there; they are cancelled at their end
     #[arg(long = "registry", value_name = "HOST[:PORT]/REPOSITORY", help_heading = REGISTRY)]
-    pub(in super::super) to: Option<String>,
+    pub(in crate::cli) to: Option<String>,
     /// How often everything is measured
     #[arg(long, value_name = "N", default_value = "5")]
-    pub(in super::super) rounds: NonZeroUsize,
+    pub(in crate::cli) rounds: NonZeroUsize,
     /// Measure this codec and level instead of the usual ones, e.g. zstd:3; may be repeated
     #[arg(long, value_name = "CODEC:LEVEL", value_parser = codec_level)]
-    pub(in super::super) codec: Vec<Setting>,
+    pub(in crate::cli) codec: Vec<Setting>,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     #[command(flatten)]
-    pub(in super::super) content: Content,
+    pub(in crate::cli) content: Content,
     /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
     /// by side; 0 for never [default: 4G where there are more than 8G]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]
-    pub(in super::super) layer_size: Option<u64>,
+    pub(in crate::cli) layer_size: Option<u64>,
     #[command(flatten)]
-    pub(in super::super) registry: Registry,
+    pub(in crate::cli) registry: Registry,
 }
 
 fn codec_level(text: &str) -> Result<Setting, String> {

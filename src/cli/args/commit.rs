@@ -21,7 +21,7 @@ use crate::save::Pause;
 
 /// Whose rights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(in super::super) enum VolumeIdentity {
+pub(in crate::cli) enum VolumeIdentity {
     /// Those of the container's first process: user, groups and capabilities
     Container,
     /// Those of this program, which reads everything as root
@@ -78,92 +78,92 @@ Exit codes:
 }
 
 #[derive(Debug, Args)]
-pub(in super::super) struct Commit {
+pub(in crate::cli) struct Commit {
     /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only)
-    pub(in super::super) container: String,
+    pub(in crate::cli) container: String,
     /// HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
-    pub(in super::super) destination: String,
+    pub(in crate::cli) destination: String,
 
     /// Who made it: in the history entry and the config
     #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
-    pub(in super::super) author: Option<String>,
+    pub(in crate::cli) author: Option<String>,
     /// Comment of the history entry
     #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
-    pub(in super::super) message: Option<String>,
+    pub(in crate::cli) message: Option<String>,
     /// Apply a Dockerfile directive to the image's settings; may be repeated
     #[arg(short, long, value_name = "DIRECTIVE", allow_hyphen_values = true, help_heading = METADATA)]
-    pub(in super::super) change: Vec<String>,
+    pub(in crate::cli) change: Vec<String>,
     /// Set a label; may be repeated
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
-    pub(in super::super) label: Vec<(String, String)>,
+    pub(in crate::cli) label: Vec<(String, String)>,
     /// Set an annotation of the manifest; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
-    pub(in super::super) annotation: Vec<(String, String)>,
+    pub(in crate::cli) annotation: Vec<(String, String)>,
     /// The image that the container stands on, for pid:N: oci:DIR[:TAG], oci-archive:FILE[:TAG] or HOST/REPOSITORY[:TAG]
     #[arg(long, value_name = "IMAGE", help_heading = METADATA)]
-    pub(in super::super) base: Option<String>,
+    pub(in crate::cli) base: Option<String>,
 
     /// What becomes of the container while its files are read
     #[arg(short, long, value_enum, default_value_t = Pause::Live, value_name = "HOW")]
-    pub(in super::super) pause: Pause,
+    pub(in crate::cli) pause: Pause,
     /// The longest that the container may stand still, e.g. 300ms; 0 for no bound [default: 1s with --pause live]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
-    pub(in super::super) max_pause: Option<Duration>,
+    pub(in crate::cli) max_pause: Option<Duration>,
     /// How much of what changes during the save may be kept in memory; where it is more, another round comes first
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "32M")]
-    pub(in super::super) live_limit: u64,
+    pub(in crate::cli) live_limit: u64,
 
     /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
     #[arg(long)]
-    pub(in super::super) background: bool,
+    pub(in crate::cli) background: bool,
     #[command(flatten)]
-    pub(in super::super) memory: Memory,
+    pub(in crate::cli) memory: Memory,
     /// Ask before the tag is put on: 'ready' is told, then a byte read from this open descriptor. 'y' goes on, anything
     /// else cancels, and so does its end at any time
     #[arg(long, value_name = "N")]
-    pub(in super::super) gate_fd: Option<u32>,
+    pub(in crate::cli) gate_fd: Option<u32>,
     /// A file that is there while the container may stand still by this save's doing
     #[arg(long, value_name = "FILE", hide = true)]
-    pub(in super::super) freeze_mark: Option<PathBuf>,
+    pub(in crate::cli) freeze_mark: Option<PathBuf>,
 
     #[command(flatten)]
-    pub(in super::super) state: State,
+    pub(in crate::cli) state: State,
 
     #[command(flatten)]
-    pub(in super::super) content: Content,
+    pub(in crate::cli) content: Content,
     /// Save what is in the volume that is mounted at PATH in the container, too, in a layer of its own; may be repeated
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
-    pub(in super::super) include_volume: Vec<PathBuf>,
+    pub(in crate::cli) include_volume: Vec<PathBuf>,
     /// Refuse volumes that no PATTERN covers: /PATH on the node, or TYPE:SOURCE of a file system; may be repeated
     #[arg(long, value_name = "PATTERN", help_heading = CONTENT)]
-    pub(in super::super) allow_volume: Vec<Pattern>,
+    pub(in crate::cli) allow_volume: Vec<Pattern>,
     /// With whose rights volumes are read
     #[arg(long, value_enum, default_value_t = VolumeIdentity::Container, value_name = "WHOSE", help_heading = CONTENT)]
-    pub(in super::super) volume_identity: VolumeIdentity,
+    pub(in crate::cli) volume_identity: VolumeIdentity,
     /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
     /// by side; 0 for never [default: 4G where there are more than 8G]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]
-    pub(in super::super) layer_size: Option<u64>,
+    pub(in crate::cli) layer_size: Option<u64>,
     #[command(flatten)]
-    pub(in super::super) registry: Registry,
+    pub(in crate::cli) registry: Registry,
     /// Make the project in Harbor, if it is not there
     #[arg(long, help_heading = REGISTRY)]
-    pub(in super::super) create_project: bool,
+    pub(in crate::cli) create_project: bool,
 
     /// Write all figures of the save to FILE, as JSON
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]
-    pub(in super::super) metadata_file: Option<PathBuf>,
+    pub(in crate::cli) metadata_file: Option<PathBuf>,
     /// Write the digest of the manifest to FILE
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]
-    pub(in super::super) digestfile: Option<PathBuf>,
+    pub(in crate::cli) digestfile: Option<PathBuf>,
     /// The mode of the files that are made, e.g. 0644; directories get x where it has r [default: 0600; in a layout that is
     /// there, as its files are]
     #[arg(long, value_name = "MODE", help_heading = REPORT)]
-    pub(in super::super) output_mode: Option<FileMode>,
+    pub(in crate::cli) output_mode: Option<FileMode>,
     /// Print the result and nothing else
     #[arg(short, long, conflicts_with = "progress", help_heading = REPORT)]
-    pub(in super::super) quiet: bool,
+    pub(in crate::cli) quiet: bool,
     /// How to show what happens
     #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW", help_heading = REPORT)]
-    pub(in super::super) progress: Mode,
+    pub(in crate::cli) progress: Mode,
 }

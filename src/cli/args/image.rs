@@ -8,7 +8,9 @@
 
 use clap::{Args, Subcommand};
 
-use super::shared::{Format, Registry, Server};
+#[cfg(feature = "service")]
+use super::shared::Server;
+use super::shared::{Format, Registry};
 use crate::store::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
 
 pub(super) const IMAGE_HELP: &str = "\
@@ -20,7 +22,7 @@ Examples:
   upperdeck image rm harbor.example.org/alice/notebook:monday";
 
 #[derive(Debug, Subcommand)]
-pub(in super::super) enum Image {
+pub(in crate::cli) enum Image {
     /// List repositories, or the images of one
     #[command(after_long_help = IMAGE_LS_HELP)]
     Ls(ImageLs),
@@ -52,32 +54,33 @@ What a place does not know is null. Sizes are compressed bytes, times RFC 3339.
 By way of a manager: an object as GET /api/v1/images has it.";
 
 #[derive(Debug, Args)]
-pub(in super::super) struct ImageLs {
+pub(in crate::cli) struct ImageLs {
     /// HOST[:PORT][/PATH] or oci:DIRECTORY [default: what a manager shows]
     #[arg(value_name = "WHERE")]
-    pub(in super::super) place: Option<String>,
+    pub(in crate::cli) place: Option<String>,
     /// Only what has TEXT in its name, or in one of its tags
     #[arg(long, value_name = "TEXT")]
-    pub(in super::super) search: Option<String>,
+    pub(in crate::cli) search: Option<String>,
     /// In which order
     #[arg(long, value_enum, default_value_t = Sort::Updated, value_name = "BY")]
-    pub(in super::super) sort: Sort,
+    pub(in crate::cli) sort: Sort,
     /// Which page
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(in super::super) page: u32,
+    pub(in crate::cli) page: u32,
     /// How much of the list is a page
     #[arg(long, value_name = "N", default_value_t = PAGE_SIZE, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_PAGE_SIZE)))]
-    pub(in super::super) page_size: u32,
+    pub(in crate::cli) page_size: u32,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     /// Print digests in full
     #[arg(long)]
-    pub(in super::super) no_trunc: bool,
+    pub(in crate::cli) no_trunc: bool,
     #[command(flatten)]
-    pub(in super::super) registry: Registry,
+    pub(in crate::cli) registry: Registry,
+    #[cfg(feature = "service")]
     #[command(flatten)]
-    pub(in super::super) server: Server,
+    pub(in crate::cli) server: Server,
 }
 
 const IMAGE_RM_HELP: &str = "\
@@ -95,18 +98,19 @@ The space comes back later, by garbage collection: what that means for this plac
 JSON: an array of {image, tags, digest, image_deleted, kept, space}.";
 
 #[derive(Debug, Args)]
-pub(in super::super) struct ImageRm {
+pub(in crate::cli) struct ImageRm {
     /// HOST/REPOSITORY:TAG, HOST/REPOSITORY@sha256:..., oci:DIRECTORY:TAG or oci:DIRECTORY@sha256:...; NAME:TAG of a manager
     #[arg(value_name = "IMAGE", required = true)]
-    pub(in super::super) images: Vec<String>,
+    pub(in crate::cli) images: Vec<String>,
     /// Delete the image, whatever other tags it has
     #[arg(long)]
-    pub(in super::super) all_tags: bool,
+    pub(in crate::cli) all_tags: bool,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     #[command(flatten)]
-    pub(in super::super) registry: Registry,
+    pub(in crate::cli) registry: Registry,
+    #[cfg(feature = "service")]
     #[command(flatten)]
-    pub(in super::super) server: Server,
+    pub(in crate::cli) server: Server,
 }

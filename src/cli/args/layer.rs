@@ -22,24 +22,24 @@ stdout carries one JSON object: the descriptor (mediaType, digest, size) and dif
 Without --lower, what is deleted in a lower directory that is not known is written as the upper says it.";
 
 #[derive(Debug, Args)]
-pub(in super::super) struct Layer {
+pub(in crate::cli) struct Layer {
     /// The upper directory of an overlay
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub(in super::super) upper: PathBuf,
+    pub(in crate::cli) upper: PathBuf,
     /// A lower directory, topmost first; may be repeated
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub(in super::super) lower: Vec<PathBuf>,
+    pub(in crate::cli) lower: Vec<PathBuf>,
     /// The overlay keeps its marks in user.overlay.* (mount option userxattr)
     #[arg(long)]
-    pub(in super::super) userxattr: bool,
+    pub(in crate::cli) userxattr: bool,
     /// Where the layer goes
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub(in super::super) output: PathBuf,
+    pub(in crate::cli) output: PathBuf,
     /// The mode of that file, e.g. 0644
     #[arg(long, value_name = "MODE", default_value = "0600")]
-    pub(in super::super) output_mode: FileMode,
+    pub(in crate::cli) output_mode: FileMode,
     #[command(flatten)]
-    pub(in super::super) content: Content,
+    pub(in crate::cli) content: Content,
 }
 
 pub(super) const VALIDATE_HELP: &str = "\
@@ -50,14 +50,14 @@ Examples:
 Names the first entries that differ and ends with 1 when any does.";
 
 #[derive(Debug, Args)]
-pub(in super::super) struct Validate {
+pub(in crate::cli) struct Validate {
     /// A layer (tar, gzip, zstd) or an image (oci:DIRECTORY[:TAG], oci-archive:FILE[:TAG])
     #[arg(value_name = "IMAGE|LAYER")]
-    pub(in super::super) subject: String,
+    pub(in crate::cli) subject: String,
     /// What it has to hold
     #[arg(long, value_name = "SPEC", value_hint = ValueHint::FilePath)]
-    pub(in super::super) against: PathBuf,
+    pub(in crate::cli) against: PathBuf,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
 }

@@ -28,13 +28,13 @@ JSON: an array of objects with
   upper_bytes  allocated bytes of the upper directory, or null where it cannot be read";
 
 #[derive(Debug, Args)]
-pub(in super::super) struct Ps {
+pub(in crate::cli) struct Ps {
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     /// Print IDs in full
     #[arg(long)]
-    pub(in super::super) no_trunc: bool,
+    pub(in crate::cli) no_trunc: bool,
 }
 
 pub(super) const INSPECT_HELP: &str = "\
@@ -64,27 +64,27 @@ JSON: one object with the fields of 'ps' and
 Paths are text: a byte that is not UTF-8 is \\xNN, a control character \\u{N}, a backslash \\\\.";
 
 #[derive(Debug, Args)]
-pub(in super::super) struct Inspect {
+pub(in crate::cli) struct Inspect {
     /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only)
-    pub(in super::super) container: String,
+    pub(in crate::cli) container: String,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     /// The image that a pid:N stands on
     #[arg(long, value_name = "IMAGE")]
-    pub(in super::super) base: Option<String>,
+    pub(in crate::cli) base: Option<String>,
     #[command(flatten)]
-    pub(in super::super) state: State,
+    pub(in crate::cli) state: State,
     #[command(flatten)]
-    pub(in super::super) choice: Choice,
+    pub(in crate::cli) choice: Choice,
     /// As for 'commit': a volume that would be saved, too; may be repeated
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
-    pub(in super::super) include_volume: Vec<PathBuf>,
+    pub(in crate::cli) include_volume: Vec<PathBuf>,
     /// Take only what nobody else on the node wants of its cores
     #[arg(long)]
-    pub(in super::super) background: bool,
+    pub(in crate::cli) background: bool,
     #[command(flatten)]
-    pub(in super::super) memory: Memory,
+    pub(in crate::cli) memory: Memory,
 }
 
 pub(super) const DIFF_HELP: &str = "\
@@ -97,10 +97,10 @@ character \\u{N}, a backslash \\\\.
 What 'commit' leaves out (mounts, credentials, caches) is not listed.";
 
 #[derive(Debug, Args)]
-pub(in super::super) struct Diff {
+pub(in crate::cli) struct Diff {
     /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only)
-    pub(in super::super) container: String,
+    pub(in crate::cli) container: String,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
 }

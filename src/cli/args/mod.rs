@@ -10,11 +10,10 @@
 
 mod bench;
 mod commit;
-mod doctor;
 mod image;
-mod job;
 mod layer;
 mod look;
+#[cfg(feature = "service")]
 pub(super) mod service;
 mod shared;
 mod value;
@@ -27,19 +26,16 @@ use clap_complete::Shell;
 
 pub(super) use bench::Bench;
 pub(super) use commit::{Commit, VolumeIdentity};
-pub(super) use doctor::Doctor;
 pub(super) use image::{Image, ImageLs, ImageRm};
-pub(super) use job::{Job, JobSubmit};
 pub(super) use layer::{Layer, Validate};
 pub(super) use look::{Diff, Inspect, Ps};
-pub(super) use service::{Agent, Manager, NodeKey, Up};
-pub(super) use shared::{Choice, Content, Format, Memory, Registry, Server};
+#[cfg(feature = "service")]
+pub(super) use shared::Server;
+pub(super) use shared::{Choice, Content, Format, Memory, Registry};
 
 use bench::BENCH_HELP;
 use commit::commit_help;
-use doctor::DOCTOR_HELP;
 use image::IMAGE_HELP;
-use job::JOB_HELP;
 use layer::{LAYER_HELP, VALIDATE_HELP};
 use look::{DIFF_HELP, INSPECT_HELP, PS_HELP};
 
@@ -202,24 +198,9 @@ pub(super) enum Verb {
     /// Measure what this node can do, stage by stage, and how near a save comes to it
     #[command(after_long_help = BENCH_HELP)]
     Bench(Box<Bench>),
-    /// Say what is missing or weak on this machine, and what to do about it
-    #[command(after_long_help = DOCTOR_HELP)]
-    Doctor(Box<Doctor>),
-    /// Save by way of a manager, and follow what becomes of it
-    #[command(subcommand, after_long_help = JOB_HELP)]
-    Job(Job),
-    /// Everything on one machine, in one process: API, portal, agent
-    #[command(after_long_help = service::UP_HELP)]
-    Up(Box<Up>),
-    /// Run the image manager: API and portal, record, queue
-    #[command(after_long_help = service::MANAGER_HELP)]
-    Manager(Box<Manager>),
-    /// Run a node's agent: saves what the managers ask for
-    #[command(after_long_help = service::AGENT_HELP)]
-    Agent(Box<Agent>),
-    /// Make the key of one node's agent from the managers' master key
-    #[command(after_long_help = service::KEY_HELP)]
-    Key(NodeKey),
+    #[cfg(feature = "service")]
+    #[command(flatten)]
+    Service(service::Verb),
     /// Make a container, work in it, save it, unpack it, compare; then once more
     #[command(after_long_help = DEMO_HELP)]
     Demo,

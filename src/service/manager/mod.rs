@@ -30,7 +30,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Notify;
 
 use crate::common::cancel::Cancel;
-use crate::common::log_limit::Hush;
+use crate::service::log_limit::Hush;
 use crate::service::queue::{self, Queue};
 use crate::service::record::{self, Policy, Record};
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{DAY, Error, HEARTBEAT_LOST, Redis};
-use crate::common::log_limit::warn_hushed;
+use crate::service::log_limit::warn_hushed;
 use crate::service::job::{Message, Node, Session, now_ms};
 use crate::service::queue::{MAX_RECORD, fitting};
 

@@ -23,7 +23,7 @@ use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, registry_of,
 };
-use crate::common::log_limit::{Hush, warn_hushed};
+use crate::service::log_limit::{Hush, warn_hushed};
 use crate::service::job::{Event, JobId, Keys, Message, Order, Report, Said, Sealed, now_ms};
 pub use examine::{Examined, examine};
 use link::Link;

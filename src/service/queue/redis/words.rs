@@ -6,7 +6,7 @@ use std::time::Duration;
 use redis::Value;
 
 use super::{Error, Redis, link};
-use crate::common::log_limit::warn_hushed;
+use crate::service::log_limit::warn_hushed;
 use crate::service::job::{Answer, Message, Question};
 
 /// Between the node's name and what it signed: no name has it.

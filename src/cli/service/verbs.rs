@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::args::{self, service};
-use super::exit::Usage;
-use super::{client, secret as secrets, signals, text};
+use super::client;
+use crate::cli::args::service;
+use crate::cli::exit::Usage;
+use crate::cli::{options, secret as secrets, signals, text, write_stdout};
 use crate::common::cancel::Cancel;
 use crate::common::private;
 use crate::node::container::Roots;
@@ -84,13 +85,13 @@ fn keys(file: Option<&Path>, node: Option<&str>) -> anyhow::Result<Keys> {
 }
 
 /// Prints a node's key, or writes it to a file.
-pub(super) fn key(args: &args::NodeKey) -> anyhow::Result<()> {
+pub(super) fn key(args: &service::NodeKey) -> anyhow::Result<()> {
     let master = keys(Some(&args.key_file), None)?;
     let file = master
         .node_file(&args.node)
         .map_err(|error| Usage(format!("--node: {error}")))?;
     match &args.output {
-        None => Ok(super::write_stdout(file.as_bytes())?),
+        None => Ok(write_stdout(file.as_bytes())?),
         Some(output) => write_private(output, &file)
             .with_context(|| format!("cannot write {}", text::path(output))),
     }
@@ -169,7 +170,7 @@ fn agent_options(
     Ok(options)
 }
 
-pub(super) fn agent(roots: Roots, args: args::Agent) -> anyhow::Result<()> {
+pub(super) fn agent(roots: Roots, args: service::Agent) -> anyhow::Result<()> {
     let owner = args
         .work
         .owner
@@ -193,7 +194,7 @@ pub(super) fn agent(roots: Roots, args: args::Agent) -> anyhow::Result<()> {
     })
 }
 
-pub(super) fn manager(args: &args::Manager) -> anyhow::Result<()> {
+pub(super) fn manager(args: &service::Manager) -> anyhow::Result<()> {
     let target = args
         .target
         .as_deref()
@@ -220,7 +221,7 @@ pub(super) fn manager(args: &args::Manager) -> anyhow::Result<()> {
 }
 
 /// Whether a manager that runs as root has files or directories of other users to read or write: that takes a capability.
-pub(super) fn has_files_of_others(args: &args::Manager) -> bool {
+pub(super) fn has_files_of_others(args: &service::Manager) -> bool {
     use std::os::unix::fs::MetadataExt as _;
 
     let record = args.serve.record.as_deref().unwrap_or(RECORD);
@@ -354,7 +355,7 @@ fn manager_options(
         creds: push
             .creds_file
             .as_ref()
-            .map(|file| super::options::creds_of(file))
+            .map(|file| options::creds_of(file))
             .transpose()?,
         tls_verify: push.tls_verify,
         cert_dir: push.cert_dir.clone(),
@@ -382,7 +383,7 @@ fn write_private(file: &Path, content: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-pub(super) fn up(roots: Roots, mut args: args::Up) -> anyhow::Result<()> {
+pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
     let state = args.work.state_dir.clone();
     let state = if state.as_os_str().is_empty() {
         PathBuf::from("/var/lib/upperdeck")
@@ -460,7 +461,7 @@ pub(super) fn up(roots: Roots, mut args: args::Up) -> anyhow::Result<()> {
             let url = format!("http://{}/?token={}", reachable(address), token.as_str());
             write_private(&up_file, &format!("{url}\n"))
                 .with_context(|| format!("cannot write {}", text::path(&up_file)))?;
-            super::write_stdout(format!("{url}\n").as_bytes())?;
+            write_stdout(format!("{url}\n").as_bytes())?;
         }
         let ended = run_up(server, work, queue, cancel).await;
         // Gone already, or not written: nobody is misled.

@@ -7,12 +7,13 @@ use clap::ValueEnum;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::args::{self, Format, Job};
 use super::client::{Client, Error};
-use super::exit::Usage;
-use super::progress::{self, Mode};
-use super::text::{self, Align};
-use super::{signals, verbs, write_stdout};
+use crate::cli::args::service::{Job, JobSubmit};
+use crate::cli::args::{Format, Server};
+use crate::cli::exit::{Exit, Usage};
+use crate::cli::progress::{self, Mode};
+use crate::cli::text::{self, Align};
+use crate::cli::{signals, verbs, write_stdout};
 use crate::common::cancel::{Cancel, Cancelled};
 use crate::service::job::{Code, Event, Observer, SaveOptions, State};
 use crate::service::manager::shape::{
@@ -63,7 +64,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
 
 /// Does `work` with a manager, until somebody asks to stop.
 pub(super) fn on(
-    server: &args::Server,
+    server: &Server,
     work: impl AsyncFnOnce(&Client) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let client = Client::new(server)?;
@@ -108,7 +109,7 @@ fn image_name(text: Option<&str>) -> ImageName {
     }
 }
 
-async fn submit(client: &Client, args: args::JobSubmit, verbose: bool) -> anyhow::Result<()> {
+async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Result<()> {
     let request = SaveRequest {
         session: which(&args.session)?,
         image: image_name(args.image.as_deref()),
@@ -264,7 +265,7 @@ impl Told {
             });
         } else if save.state == State::Cancelled {
             observer.event(Event::Failed {
-                exit: super::Exit::Cancelled.code(),
+                exit: Exit::Cancelled.code(),
                 code: "cancelled".to_owned(),
                 message: "cancelled".to_owned(),
                 retryable: false,

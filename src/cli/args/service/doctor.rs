@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use clap::{Args, ValueHint};
 
-use super::service::{Push, Queue, Serve, Settings, Work};
-use super::shared::{Format, REPORT};
-use super::value::duration;
+use super::{Push, Queue, Serve, Settings, Work};
+use crate::cli::args::shared::{Format, REGISTRY, REPORT};
+use crate::cli::args::value::duration;
 use crate::service::doctor::Purpose;
 
 pub(super) const DOCTOR_HELP: &str = "\
@@ -36,35 +36,35 @@ cannot be read.";
 
 /// `doctor`.
 #[derive(Debug, Args)]
-pub(in super::super) struct Doctor {
+pub(in crate::cli) struct Doctor {
     /// For commit: where the image would go
-    pub(in super::super) destination: Option<String>,
+    pub(in crate::cli) destination: Option<String>,
     /// What the machine is to do
     #[arg(long = "for", value_enum, value_name = "VERB", default_value_t = Purpose::Commit, help_heading = REPORT)]
-    pub(in super::super) purpose: Purpose,
+    pub(in crate::cli) purpose: Purpose,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table, help_heading = REPORT)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     /// Exit with 1 for warnings, too
     #[arg(long, help_heading = REPORT)]
-    pub(in super::super) strict: bool,
+    pub(in crate::cli) strict: bool,
     /// The longest that one check may take
     #[arg(long = "check-timeout", value_name = "DURATION", value_parser = duration, default_value = "10s", help_heading = REPORT)]
-    pub(in super::super) check_timeout: Duration,
+    pub(in crate::cli) check_timeout: Duration,
     #[command(flatten)]
-    pub(in super::super) settings: Settings,
+    pub(in crate::cli) settings: Settings,
     #[command(flatten)]
-    pub(in super::super) queue: Queue,
+    pub(in crate::cli) queue: Queue,
     /// For a manager: where images go, as its flag of that name
-    #[arg(long, value_name = "TEMPLATE", help_heading = super::shared::REGISTRY)]
-    pub(in super::super) target: Option<String>,
+    #[arg(long, value_name = "TEMPLATE", help_heading = REGISTRY)]
+    pub(in crate::cli) target: Option<String>,
     /// For an agent: where images may go, as its flag of that name; may be repeated
-    #[arg(long, value_name = "PREFIX", value_hint = ValueHint::Other, help_heading = super::shared::REGISTRY)]
-    pub(in super::super) allow: Vec<String>,
+    #[arg(long, value_name = "PREFIX", value_hint = ValueHint::Other, help_heading = REGISTRY)]
+    pub(in crate::cli) allow: Vec<String>,
     #[command(flatten)]
-    pub(in super::super) serve: Serve,
+    pub(in crate::cli) serve: Serve,
     #[command(flatten)]
-    pub(in super::super) work: Work,
+    pub(in crate::cli) work: Work,
     #[command(flatten)]
-    pub(in super::super) push: Push,
+    pub(in crate::cli) push: Push,
 }

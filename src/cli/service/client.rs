@@ -10,8 +10,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zeroize::Zeroizing;
 
-use super::exit::{Exit, Usage};
-use super::{args, secret};
+use crate::cli::args::Server;
+use crate::cli::exit::{Exit, Usage};
+use crate::cli::{secret, text};
 use crate::service::job::Code;
 use crate::service::manager::shape::{ErrorBody, Save};
 
@@ -90,7 +91,7 @@ pub(super) struct Client {
 
 impl Client {
     /// From the flags; without any, the `upperdeck up` of this machine.
-    pub(super) fn new(server: &args::Server) -> anyhow::Result<Self> {
+    pub(super) fn new(server: &Server) -> anyhow::Result<Self> {
         let (text, found) = match &server.server {
             Some(text) => (Zeroizing::new(text.clone()), None),
             None => {
@@ -98,7 +99,7 @@ impl Client {
                 let text = secret::word(&file).map_err(|error| {
                     Usage(format!(
                         "no manager is named (--server, UPPERDECK_SERVER), and no 'upperdeck up' runs here: {}: {error}",
-                        super::text::path(&file)
+                        text::path(&file)
                     ))
                 })?;
                 (text, Some(file))
@@ -107,7 +108,7 @@ impl Client {
         let unusable = |reason: &str| {
             let whence = found
                 .as_ref()
-                .map_or_else(|| "--server".to_owned(), |file| super::text::path(file));
+                .map_or_else(|| "--server".to_owned(), |file| text::path(file));
             Usage(format!(
                 "{whence}: {reason}; expected http://HOST:PORT or https://HOST"
             ))
@@ -131,7 +132,7 @@ impl Client {
             (Some(file), _) => Some(secret::word(file).map_err(|error| {
                 Usage(format!(
                     "cannot read a token from {}: {error}",
-                    super::text::path(file)
+                    text::path(file)
                 ))
             })?),
             (None, Some(token)) => Some(Zeroizing::new(token.clone())),
@@ -395,7 +396,7 @@ impl Events {
     }
 }
 
-impl args::Server {
+impl Server {
     /// Where `upperdeck up` of this machine says how it is reached.
     fn up_file(&self) -> PathBuf {
         self.up_dir.join(UP_FILE)

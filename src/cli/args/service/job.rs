@@ -8,9 +8,9 @@
 
 use clap::{Args, Subcommand};
 
-use super::super::progress::Mode;
-use super::shared::{CONTENT, Format, METADATA, REPORT, Server};
-use super::value::key_value;
+use crate::cli::args::shared::{CONTENT, Format, METADATA, REPORT, Server};
+use crate::cli::args::value::key_value;
+use crate::cli::progress::Mode;
 use crate::save::Compression;
 use crate::service::job;
 
@@ -25,7 +25,7 @@ Examples:
 The manager is named by --server or UPPERDECK_SERVER; without either it is the 'upperdeck up' of this machine.";
 
 #[derive(Debug, Subcommand)]
-pub(in super::super) enum Job {
+pub(in crate::cli) enum Job {
     /// List the sessions that may be saved
     #[command(
         after_long_help = "Examples:\n  upperdeck job sessions\n  upperdeck job sessions --format json | jq -r '.[].id'\n\nJSON: an array of objects as GET /api/v1/sessions has them."
@@ -66,103 +66,103 @@ Examples:
 The manager puts registry, project and user in front of NAME:TAG. JSON: an object as POST /api/v1/saves answers.";
 
 #[derive(Debug, Args)]
-pub(in super::super) struct JobSessions {
+pub(in crate::cli) struct JobSessions {
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     #[command(flatten)]
-    pub(in super::super) server: Server,
+    pub(in crate::cli) server: Server,
 }
 
 #[derive(Debug, Args)]
-pub(in super::super) struct JobSubmit {
+pub(in crate::cli) struct JobSubmit {
     /// A session's ID or a unique beginning of it, or NAMESPACE/POD[/CONTAINER]
-    pub(in super::super) session: String,
+    pub(in crate::cli) session: String,
     /// NAME[:TAG] or :TAG [default: what the manager suggests]
-    pub(in super::super) image: Option<String>,
+    pub(in crate::cli) image: Option<String>,
     /// What it is, in your words
     #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
-    pub(in super::super) message: Option<String>,
+    pub(in crate::cli) message: Option<String>,
     /// Set a label; may be repeated
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
-    pub(in super::super) label: Vec<(String, String)>,
+    pub(in crate::cli) label: Vec<(String, String)>,
     /// Save everything anew, not only what changed since the last save
     #[arg(long, help_heading = CONTENT)]
-    pub(in super::super) full: bool,
+    pub(in crate::cli) full: bool,
     /// How the layer is compressed [default: as the agent is configured]
     #[arg(long, value_enum, value_name = "CODEC", help_heading = CONTENT)]
-    pub(in super::super) compression: Option<Compression>,
+    pub(in crate::cli) compression: Option<Compression>,
     /// Leave out what matches, e.g. 'home/*/scratch'; may be repeated
     #[arg(long, value_name = "PATTERN", help_heading = CONTENT)]
-    pub(in super::super) exclude: Vec<String>,
+    pub(in crate::cli) exclude: Vec<String>,
     /// Save the data of the volume that is mounted at PATH, too; may be repeated
     #[arg(long, value_name = "PATH", help_heading = CONTENT)]
-    pub(in super::super) include_volume: Vec<String>,
+    pub(in crate::cli) include_volume: Vec<String>,
     /// Follow it to its end
     #[arg(short, long, help_heading = REPORT)]
-    pub(in super::super) watch: bool,
+    pub(in crate::cli) watch: bool,
     /// How to show what happens, with --watch
     #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW", help_heading = REPORT)]
-    pub(in super::super) progress: Mode,
+    pub(in crate::cli) progress: Mode,
     /// How to print, without --watch
     #[arg(long, value_enum, default_value_t = Format::Table, conflicts_with = "watch", help_heading = REPORT)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     /// Said again with the same KEY it is the same save [default: another one each time]
     #[arg(long, value_name = "KEY")]
-    pub(in super::super) idempotency_key: Option<String>,
+    pub(in crate::cli) idempotency_key: Option<String>,
     #[command(flatten)]
-    pub(in super::super) server: Server,
+    pub(in crate::cli) server: Server,
 }
 
 #[derive(Debug, Args)]
-pub(in super::super) struct JobOne {
+pub(in crate::cli) struct JobOne {
     /// The save's ID
-    pub(in super::super) id: uuid::Uuid,
+    pub(in crate::cli) id: uuid::Uuid,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     #[command(flatten)]
-    pub(in super::super) server: Server,
+    pub(in crate::cli) server: Server,
 }
 
 #[derive(Debug, Args)]
-pub(in super::super) struct JobWatch {
+pub(in crate::cli) struct JobWatch {
     /// The save's ID
-    pub(in super::super) id: uuid::Uuid,
+    pub(in crate::cli) id: uuid::Uuid,
     /// How to show what happens
     #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW")]
-    pub(in super::super) progress: Mode,
+    pub(in crate::cli) progress: Mode,
     #[command(flatten)]
-    pub(in super::super) server: Server,
+    pub(in crate::cli) server: Server,
 }
 
 #[derive(Debug, Args)]
-pub(in super::super) struct JobCancel {
+pub(in crate::cli) struct JobCancel {
     /// The save's ID
-    pub(in super::super) id: uuid::Uuid,
+    pub(in crate::cli) id: uuid::Uuid,
     #[command(flatten)]
-    pub(in super::super) server: Server,
+    pub(in crate::cli) server: Server,
 }
 
 #[derive(Debug, Args)]
-pub(in super::super) struct JobLs {
+pub(in crate::cli) struct JobLs {
     /// Only those in this state
     #[arg(long, value_name = "STATE", value_parser = state)]
-    pub(in super::super) state: Option<job::State>,
+    pub(in crate::cli) state: Option<job::State>,
     /// Only this user's (administrators see all)
     #[arg(long = "user", value_name = "USER")]
-    pub(in super::super) of: Option<String>,
+    pub(in crate::cli) of: Option<String>,
     /// At most so many
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=500))]
-    pub(in super::super) limit: u32,
+    pub(in crate::cli) limit: u32,
     /// Those after the ones already seen, as the list before said
     #[arg(long, value_name = "WHERE")]
-    pub(in super::super) after: Option<String>,
+    pub(in crate::cli) after: Option<String>,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
-    pub(in super::super) format: Format,
+    pub(in crate::cli) format: Format,
     #[command(flatten)]
-    pub(in super::super) server: Server,
+    pub(in crate::cli) server: Server,
 }
 
 pub(super) fn state(text: &str) -> Result<job::State, String> {

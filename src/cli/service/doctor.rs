@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use zeroize::Zeroizing;
 
-use super::args;
-use super::exit::Usage;
-use super::service::{RECORD, with_password};
-use super::text::{self, Align};
-use super::{options, verbs};
+use super::verbs::{RECORD, with_password};
+use crate::cli::args::service::Doctor;
+use crate::cli::exit::Usage;
+use crate::cli::text::{self, Align};
+use crate::cli::{options, verbs};
 use crate::node::container::Roots;
 use crate::service::doctor::{self, Finding, Purpose, Report, Secret, State};
 use crate::service::manager::target::Template;
@@ -19,7 +19,7 @@ use crate::store::registry;
 /// cancelled.
 const REPOSITORY: &str = "upperdeck-doctor";
 
-pub(super) fn doctor(roots: Roots, args: &args::Doctor) -> anyhow::Result<()> {
+pub(super) fn doctor(roots: Roots, args: &Doctor) -> anyhow::Result<()> {
     let (format, strict) = (args.format, args.strict);
     let report = doctor::run(&what(roots, args)?);
     verbs::print(format, &report, table)?;
@@ -31,7 +31,7 @@ pub(super) fn doctor(roots: Roots, args: &args::Doctor) -> anyhow::Result<()> {
 }
 
 /// From flags to what is looked at.
-fn what(roots: Roots, args: &args::Doctor) -> anyhow::Result<doctor::Options> {
+fn what(roots: Roots, args: &Doctor) -> anyhow::Result<doctor::Options> {
     let purpose = args.purpose;
     let mut options = doctor::Options {
         purpose,
@@ -79,7 +79,7 @@ fn what(roots: Roots, args: &args::Doctor) -> anyhow::Result<doctor::Options> {
 }
 
 /// What the verb would refuse to start without.
-fn missing(args: &args::Doctor) -> Vec<String> {
+fn missing(args: &Doctor) -> Vec<String> {
     let needed: &[(&str, bool)] = match args.purpose {
         Purpose::Commit => &[],
         Purpose::Agent => &[
@@ -104,7 +104,7 @@ fn missing(args: &args::Doctor) -> Vec<String> {
     unset.map(|(name, _)| (*name).to_owned()).collect()
 }
 
-fn directories(args: &args::Doctor) -> Vec<(&'static str, PathBuf)> {
+fn directories(args: &Doctor) -> Vec<(&'static str, PathBuf)> {
     let mut found = Vec::new();
     if args.purpose != Purpose::Manager && !args.work.state_dir.as_os_str().is_empty() {
         found.push(("state-dir", args.work.state_dir.clone()));
@@ -123,7 +123,7 @@ fn directories(args: &args::Doctor) -> Vec<(&'static str, PathBuf)> {
     found
 }
 
-fn secrets(args: &args::Doctor) -> Vec<Secret> {
+fn secrets(args: &Doctor) -> Vec<Secret> {
     let mut named = vec![
         ("creds-file", &args.push.creds_file),
         ("authfile", &args.push.authfile),
@@ -145,7 +145,7 @@ fn secrets(args: &args::Doctor) -> Vec<Secret> {
 }
 
 /// The repositories that would be pushed to.
-fn registries(args: &args::Doctor) -> anyhow::Result<Vec<String>> {
+fn registries(args: &Doctor) -> anyhow::Result<Vec<String>> {
     let below = |prefix: &str| format!("{}/{REPOSITORY}", prefix.trim_end_matches('/'));
     match args.purpose {
         Purpose::Commit => {
@@ -234,13 +234,14 @@ fn table(report: &Report) -> String {
 mod tests {
     use clap::{CommandFactory as _, FromArgMatches as _};
 
-    use super::super::args::{Cli, Verb};
     use super::*;
+    use crate::cli::args::{Cli, Verb, service};
 
     fn parsed(words: &[&str]) -> anyhow::Result<doctor::Options> {
         let words = ["upperdeck", "doctor"].iter().chain(words);
         let matches = Cli::command().try_get_matches_from(words)?;
-        let Verb::Doctor(args) = Cli::from_arg_matches(&matches)?.verb else {
+        let Verb::Service(service::Verb::Doctor(args)) = Cli::from_arg_matches(&matches)?.verb
+        else {
             anyhow::bail!("another verb");
         };
         what(Roots::default(), &args)

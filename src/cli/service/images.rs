@@ -1,0 +1,97 @@
+//! `image ls` and `image rm` by way of a manager: the images of the caller.
+
+use super::job;
+use crate::cli::args::{Format, ImageLs, ImageRm};
+use crate::cli::exit::Usage;
+use crate::cli::text::{self, Align};
+use crate::cli::{verbs, write_stdout};
+use crate::service::manager::shape;
+
+/// The caller's images, as the portal shows them.
+pub(in crate::cli) fn ls(args: &ImageLs) -> anyhow::Result<()> {
+    let mut query = vec![
+        ("sort", job::word(&args.sort)),
+        ("page", args.page.to_string()),
+        ("page_size", args.page_size.to_string()),
+    ];
+    query.extend(args.search.clone().map(|search| ("search", search)));
+    job::on(&args.server, async |client| {
+        let found: shape::Images = client.get("images", &query).await?;
+        verbs::print(args.format, &found, managed_table)
+    })
+}
+
+fn managed_table(found: &shape::Images) -> String {
+    let header = [
+        ("IMAGE", Align::Left),
+        ("TAGS", Align::Left),
+        ("SIZE", Align::Right),
+        ("SESSION", Align::Left),
+        ("CHANGED", Align::Left),
+        ("MESSAGE", Align::Left),
+    ];
+    let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+    let rows = found.images.iter().map(|image| {
+        let tags: Vec<&str> = image.tags.iter().map(|tag| tag.name.as_str()).collect();
+        vec![
+            image.name.clone(),
+            if tags.is_empty() {
+                "-".to_owned()
+            } else {
+                tags.join(",")
+            },
+            text::bytes(image.size),
+            or_dash(&image.session_name),
+            text::time(image.changed.as_deref()),
+            or_dash(&image.message),
+        ]
+    });
+    let mut out = text::table(&header, &rows.collect::<Vec<_>>());
+    if (found.images.len() as u64) < found.total {
+        out.push_str(&format!(
+            "page {} of {}: {} of {}\n",
+            found.page,
+            found.total.div_ceil(u64::from(found.page_size.max(1))),
+            found.images.len(),
+            found.total
+        ));
+    }
+    out
+}
+
+/// `NAME:TAG`, each in turn.
+pub(in crate::cli) fn rm(args: &ImageRm) -> anyhow::Result<()> {
+    let images = args.images.iter().map(|image| {
+        image
+            .split_once(':')
+            .filter(|(name, tag)| !name.is_empty() && !tag.is_empty())
+            .ok_or_else(|| {
+                Usage(format!(
+                    "{image:?}: expected HOST/REPOSITORY:TAG, oci:DIRECTORY:TAG, or NAME:TAG of a manager"
+                ))
+            })
+    });
+    let images = images.collect::<Result<Vec<_>, _>>()?;
+    if args.all_tags {
+        return Err(
+            Usage("a manager deletes one tag at a time, without --all-tags".to_owned()).into(),
+        );
+    }
+    job::on(&args.server, async |client| {
+        for (name, tag) in &images {
+            let encode = |part| {
+                percent_encoding::utf8_percent_encode(part, percent_encoding::NON_ALPHANUMERIC)
+            };
+            client
+                .delete(&format!("images/{}/tags/{}", encode(name), encode(tag)))
+                .await?;
+            if args.format == Format::Table {
+                write_stdout(format!("deleted {name}:{tag}\n").as_bytes())?;
+            }
+        }
+        if args.format == Format::Json {
+            verbs::print(Format::Json, args.images.as_slice(), |_| String::new())?;
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,66 @@
+//! The verbs of the service: `manager`, `agent`, `up`, `key` and `doctor`, and `job`, which talks to a manager.
+
+mod client;
+mod doctor;
+pub(super) mod images;
+mod job;
+mod verbs;
+
+use super::args::service::Verb;
+use super::exit::Exit;
+use crate::node::confine::Role;
+use crate::node::container::Roots;
+use crate::service::{agent, queue, record};
+
+/// Runs a verb.
+pub(super) fn run(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()> {
+    match verb {
+        Verb::Doctor(args) => doctor::doctor(roots, &args),
+        Verb::Job(args) => job::run(args, verbose),
+        Verb::Up(args) => verbs::up(roots, *args),
+        Verb::Manager(args) => verbs::manager(&args),
+        Verb::Agent(args) => verbs::agent(roots, *args),
+        Verb::Key(args) => verbs::key(&args),
+    }
+}
+
+/// The role of the process of a verb; none for those that read nothing of strangers.
+pub(super) fn role(verb: &Verb) -> Option<Role> {
+    match verb {
+        Verb::Agent(_) => Some(Role::Agent),
+        Verb::Up(_) => Some(Role::Up),
+        Verb::Manager(args) if verbs::has_files_of_others(args) => Some(Role::ManagerOfOthers),
+        Verb::Manager(_) => Some(Role::Manager),
+        Verb::Doctor(_) | Verb::Job(_) | Verb::Key(_) => None,
+    }
+}
+
+/// The exit code of an error of the service, and its word.
+pub(super) fn failure(cause: &(dyn std::error::Error + 'static)) -> Option<(Exit, &'static str)> {
+    if let Some(error) = cause.downcast_ref::<client::Error>() {
+        let code = match error {
+            client::Error::Save { code, .. } => code.name(),
+            client::Error::Unreachable { .. } => "manager_unreachable",
+            client::Error::Refused { .. } | client::Error::Strange { .. } => "refused",
+        };
+        return Some((error.exit(), code));
+    }
+    if let Some(error) = cause.downcast_ref::<queue::Error>() {
+        return Some(match error {
+            queue::Error::Unusable(_) => (Exit::Usage, "usage"),
+            queue::Error::Unreachable { .. } | queue::Error::Refused { .. } => {
+                (Exit::Retry, "queue_unavailable")
+            }
+        });
+    }
+    if let Some(agent::Error::Options(_)) = cause.downcast_ref::<agent::Error>() {
+        return Some((Exit::Usage, "usage"));
+    }
+    if let Some(error) = cause.downcast_ref::<record::Error>() {
+        return Some(match error {
+            record::Error::Place(_) => (Exit::Usage, "usage"),
+            _ => (Exit::Retry, "record_unavailable"),
+        });
+    }
+    None
+}
