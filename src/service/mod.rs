@@ -1,5 +1,5 @@
-//! Saves as a service: jobs and their signed orders, the queue in Redis, the record of all saves, the agent of each node, the
-//! manager with its REST API, the portal page, and the examination of an installation.
+//! Saves as a service: jobs and their signed orders, the queue in Redis, the record of all saves, the agent of each
+//! node, the manager with its REST API, the portal page, and the check of an installation (`doctor`).
 
 pub mod agent;
 pub mod doctor;

@@ -1,4 +1,5 @@
-//! The cgroup freezer: which hierarchy, whether cgroups can be made in it, and whether one freezes and thaws.
+//! Checks the cgroup freezer: finds the mounted hierarchies that have one, and tries whether a new cgroup in each can
+//! be frozen and thawed.
 
 use std::fs;
 use std::io;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::{Finding, Options};
 use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
 
-/// An empty cgroup freezes at once; a machine under load gets this long.
+/// Longest wait for an empty cgroup to change state. It changes at once, except on a machine under load.
 const BOUND: Duration = Duration::from_secs(5);
 const ADVICE: &str = "live saves need a writable cgroup file system: run as root, in a pod with the node's /sys/fs/cgroup \
                       mounted read-write; without it only --pause none works";
@@ -36,7 +37,8 @@ impl Hierarchy {
     }
 }
 
-/// Those that are mounted, the node's own below `host_root` before others.
+/// Returns the mounted hierarchies that have a freezer, one per version. The node's own mounts, below `host_root`, take
+/// precedence over others.
 fn hierarchies(mounts: &[MountInfo], host_root: Option<&Path>) -> Vec<Hierarchy> {
     let version = |mount: &MountInfo| match mount.fs_type.as_str() {
         "cgroup2" => Some(2),
@@ -77,7 +79,7 @@ pub(super) fn check(options: &Options) -> Vec<Finding> {
     judge(tried)
 }
 
-/// Makes a cgroup, freezes it, thaws it, and takes it away.
+/// Creates a cgroup, freezes and thaws it, and removes it.
 fn try_on(hierarchy: &Hierarchy) -> io::Result<()> {
     let dir = hierarchy
         .dir
@@ -113,7 +115,8 @@ fn judge(tried: Vec<(io::Result<()>, Hierarchy)>) -> Vec<Finding> {
         let dir = crate::common::escape::path(hierarchy.dir.as_os_str().as_encoded_bytes());
         format!("v{} at {dir}", hierarchy.version)
     };
-    // Containers are in one hierarchy or the other: that one of two does not work is no failure for those in the other.
+    // Containers live in one hierarchy or the other, so one broken hierarchy of two does not affect containers in the
+    // other.
     let works = tried.iter().any(|(result, _)| result.is_ok());
     tried
         .into_iter()

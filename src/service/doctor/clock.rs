@@ -1,22 +1,26 @@
-//! The clock of this machine, against others': messages between managers and agents expire, and tokens do.
+//! Compares the clock of this machine with the clock of a server: messages between managers and agents expire, and so
+//! do tokens.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Finding;
 
-/// A server's answer is on its way for a while, and HTTP dates have whole seconds.
+/// Difference in milliseconds above which the finding is a warning: a response takes time to arrive, and HTTP dates
+/// have a resolution of one second.
 const MUCH: u64 = 5_000;
-/// Tokens of registries and of users are valid for minutes.
+/// Difference in milliseconds above which the finding is a failure: tokens of registries and of users are valid for
+/// minutes.
 const TOO_MUCH: u64 = 120_000;
 
-/// Now, in milliseconds since the epoch.
+/// Returns the current time in milliseconds since the epoch.
 pub(super) fn now_ms() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_millis() as i64)
 }
 
-/// `theirs`: what a server said it was when it answered; `ours`: between asking and the answer.
+/// Judges the offset between two clocks. `theirs_ms` is the time in the server's response, `ours_ms` lies between the
+/// request and the response; both are milliseconds since the epoch.
 pub(super) fn judge(whose: &str, theirs_ms: i64, ours_ms: i64) -> Finding {
     let apart = theirs_ms.abs_diff(ours_ms);
     let seconds = Duration::from_millis(apart).as_secs_f64();

@@ -1,4 +1,5 @@
-//! Files and directories of the service: who can read the secrets, where state is kept, how much room there is.
+//! Checks the files and directories of the service: who can read the secrets, where state is kept, and how much space
+//! is free.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -9,9 +10,9 @@ use rustix::process::{Resource, getrlimit};
 use super::{Finding, Options};
 use crate::common::escape;
 
-/// Uploads, connections and clones of one save; what the agent and a manager hold is far less.
+/// Open files that one save may need for uploads, connections and clones. The agent and a manager need far fewer.
 const DESCRIPTORS: u64 = 4096;
-/// What is kept of a session is megabytes.
+/// Bytes of free space below which the finding is a failure. The state kept for a session takes megabytes.
 const LEAST_ROOM: u64 = 64 << 20;
 const LITTLE_ROOM: u64 = 1 << 30;
 
@@ -19,7 +20,7 @@ fn shown(path: &Path) -> String {
     escape::path(path.as_os_str().as_encoded_bytes())
 }
 
-/// Of a file or directory.
+/// Mode and owner of a file or directory.
 #[derive(Clone, Copy)]
 struct Owned {
     mode: u32,
@@ -58,7 +59,7 @@ pub(super) fn secrets(options: &Options) -> Vec<Finding> {
     let mut found: Vec<Finding> = Vec::new();
     for secret in &options.secrets {
         let name = format!("--{} {}", secret.setting, shown(&secret.path));
-        // A descriptor is nothing that others could open.
+        // Other users cannot open a file that is passed as a descriptor.
         if secret.path.starts_with("/dev/fd") || secret.path.starts_with("/proc/self/fd") {
             continue;
         }
@@ -97,7 +98,7 @@ fn judge_secret(
     if file.mode & 0o020 != 0 {
         return Finding::failed("secrets", found, "chmod g-w it: its group can replace it");
     }
-    // A sticky directory lets others add files and not replace these.
+    // In a sticky directory other users can add files but cannot replace existing ones.
     if parent.is_some_and(|dir| dir.mode & 0o002 != 0 && dir.mode & 0o1000 == 0) {
         return Finding::failed(
             "secrets",
@@ -157,7 +158,7 @@ pub(super) fn directories(options: &Options) -> Vec<Finding> {
     found
 }
 
-/// The path or what of it is there, and whether it is all of it.
+/// Returns the nearest existing directory at or above `path`, and whether it is `path` itself.
 fn nearest(path: &Path) -> Option<(&Path, bool)> {
     let there = path.ancestors().find(|path| path.is_dir())?;
     Some((there, there == path))

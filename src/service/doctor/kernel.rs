@@ -1,4 +1,4 @@
-//! The kernel: what a save cannot do without, and what makes it safer or lighter.
+//! Checks the kernel: features that a save requires, and features that make it safer or cheaper.
 
 use std::fs;
 
@@ -7,23 +7,23 @@ use rustix::process::PidfdFlags;
 
 use super::{Finding, Options, Purpose};
 
-/// `openat2` came with it.
+/// First version with `openat2`.
 const LEAST: (u32, u32) = (5, 6);
-/// `cpu.idle` of cgroups.
+/// First version with `cpu.idle` of cgroups.
 const IDLE: (u32, u32) = (5, 15);
-/// `statmount`, with which mounts are read by their ID; `FICLONE` beside readers on XFS.
+/// First version with `statmount`, which reads a mount by its ID, and with `FICLONE` alongside readers on XFS.
 const STATMOUNT: (u32, u32) = (6, 8);
 
-/// What was seen.
+/// Facts that the check reads from the running kernel.
 struct Facts {
     release: String,
-    /// `/proc/filesystems`.
+    /// Content of `/proc/filesystems`.
     filesystems: String,
     openat2: bool,
     pidfd: bool,
-    /// `/proc/pressure/cpu` can be read.
+    /// Whether `/proc/pressure/cpu` can be opened.
     pressure: bool,
-    /// `/proc/sys/user/max_user_namespaces`, where it is.
+    /// Value of `/proc/sys/user/max_user_namespaces`, if the file exists.
     user_namespaces: Option<u64>,
 }
 

@@ -1,8 +1,8 @@
-//! What is missing or weak on a node, and what to do about it.
+//! Examines a node or a manager's machine, and reports what is missing or weak with advice for each finding.
 //!
-//! Each check gathers facts in one function and judges them in another one, which asks nothing of the machine. They run
-//! side by side, each in a thread of its own with a bound: one that hangs (a dead mount, a silent server) is a finding like
-//! any other and holds up nothing. No check leaves anything behind.
+//! Each check gathers facts in one function and judges them in another one, which does no I/O. The checks run in
+//! parallel, each in its own thread and with a time limit: a check that hangs (a dead mount, an unresponsive server)
+//! becomes a finding and does not delay the others. A check leaves nothing behind.
 
 mod cgroup;
 mod clock;
@@ -22,19 +22,19 @@ use crate::node::confine::Role;
 use crate::node::container::Roots;
 use crate::store::registry::Access;
 
-/// What the node is to do.
+/// The role that the machine is examined for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Purpose {
-    /// Saves by hand.
+    /// Saves started by hand.
     Commit,
-    /// A node's agent.
+    /// The agent of a node.
     Agent,
     /// An image manager.
     Manager,
 }
 
 impl Purpose {
-    /// As its verb.
+    /// Returns the name of the subcommand.
     pub fn name(self) -> &'static str {
         match self {
             Self::Commit => "commit",
@@ -51,36 +51,36 @@ impl Purpose {
         }
     }
 
-    /// Whether containers are read by it.
+    /// Returns whether this role reads containers.
     fn builds(self) -> bool {
         self != Self::Manager
     }
 }
 
-/// How it stands with one thing.
+/// Severity of a finding, ordered from best to worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// As it should be.
+    /// As expected.
     Ok,
-    /// Could not be looked at, or does not matter here.
+    /// Not checked, or not relevant here.
     Skipped,
-    /// It works, and less well or less safely than it could.
+    /// Works, but less well or less safely than it could.
     Warning,
-    /// It does not work.
+    /// Does not work.
     Failed,
 }
 
-/// What one check found.
+/// One result of a check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// Stable name, e.g. `capabilities`.
+    /// Stable name of the check, e.g. `capabilities`.
     pub check: &'static str,
-    /// How it stands.
+    /// Severity.
     pub state: State,
-    /// What was found, in words.
+    /// Description of what was found.
     pub found: String,
-    /// What to do about it; none where nothing has to be done.
+    /// What to do about it; `None` if there is nothing to do.
     pub advice: Option<String>,
 }
 
@@ -111,48 +111,49 @@ impl Finding {
     }
 }
 
-/// A file with a secret, or that decides who may do what.
+/// A file that holds a secret or that decides access rights.
 #[derive(Clone, Debug)]
 pub struct Secret {
-    /// The setting that names it.
+    /// Name of the setting that holds the path.
     pub setting: &'static str,
-    /// Where it is.
+    /// Path of the file.
     pub path: PathBuf,
 }
 
-/// What is looked at.
+/// Input of the examination.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// What for.
+    /// Role to examine the machine for.
     pub purpose: Purpose,
-    /// Where runtimes keep their state.
+    /// Directories in which the runtimes keep their state.
     pub roots: Roots,
-    /// Settings without which the purpose cannot be served, and that are not there.
+    /// Names of settings that the role requires and that are not set.
     pub missing: Vec<String>,
-    /// Where something is kept, by the setting that says so; made where it is not there.
+    /// Directories for state, each with the name of its setting. They are created on demand, so a missing one is not a
+    /// failure.
     pub directories: Vec<(&'static str, PathBuf)>,
-    /// Files that only their owner should read.
+    /// Files that only their owner should be able to read.
     pub secrets: Vec<Secret>,
-    /// Redis, with its password.
+    /// URL of Redis, including the password.
     pub redis: Option<zeroize::Zeroizing<String>>,
-    /// The record, with its password.
+    /// Address of the record's database, including the password.
     pub record: Option<zeroize::Zeroizing<String>>,
-    /// Repositories that are pushed to: `HOST/REPOSITORY`.
+    /// Repositories that are pushed to, as `HOST/REPOSITORY`.
     pub registries: Vec<String>,
-    /// How they are reached.
+    /// How the registries are accessed.
     pub access: Access,
-    /// How long one check may take.
+    /// Time limit of one check.
     pub timeout: Duration,
 }
 
-/// All of it.
+/// Result of an examination.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// For `commit`, `agent` or `manager`.
+    /// `commit`, `agent` or `manager`.
     pub purpose: &'static str,
-    /// The worst of all.
+    /// The worst state of all findings.
     pub state: State,
-    /// In the order of the checks.
+    /// Findings in the order of the checks.
     pub findings: Vec<Finding>,
 }
 
@@ -203,27 +204,27 @@ fn settings(options: &Options) -> Vec<Finding> {
     options.missing.iter().map(failed).collect()
 }
 
-/// Runs all checks.
+/// Runs all checks for the role and returns their findings.
 pub fn run(options: &Options) -> Report {
     report(options, checks(options))
 }
 
-/// Those of `checks` that are not done in time are findings, too.
+/// Runs `checks` in parallel. A check that does not finish in time yields a finding of its own.
 fn report(options: &Options, checks: Vec<Check>) -> Report {
     let (tell, told) = mpsc::channel();
     let names: Vec<&'static str> = checks.iter().map(|(name, _)| *name).collect();
     for (number, (_, check)) in checks.into_iter().enumerate() {
         let (tell, options) = (tell.clone(), options.clone());
-        // It is not waited for: one that hangs ends with the process.
+        // The thread is never joined: one that hangs ends with the process.
         std::thread::spawn(move || tell.send((number, check(&options))));
     }
     drop(tell);
-    // The checks have bounds of their own; this one is for what does not keep to any.
+    // The checks have time limits of their own; this one covers checks that do not keep to them.
     let deadline = Instant::now() + options.timeout + options.timeout / 2;
     let mut by_check: Vec<Option<Vec<Finding>>> = vec![None; names.len()];
     while by_check.iter().any(Option::is_none) {
         let left = deadline.saturating_duration_since(Instant::now());
-        // Without a sender all are done, or gone without an answer.
+        // All senders are gone when every check has finished or panicked.
         let Ok((number, findings)) = told.recv_timeout(left) else {
             break;
         };

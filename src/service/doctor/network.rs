@@ -1,5 +1,5 @@
-//! The servers that a node talks to: the registry, Redis, the record's database. Each is asked in this thread, with a bound
-//! for all of it.
+//! Checks the servers that a node connects to: the registry, Redis, and the record's database. Each check runs in the
+//! current thread, with one time limit for all its requests.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::service::record::Record;
 use crate::store::harbor::{self, Harbor};
 use crate::store::registry::{Access, Registries, Retry, http_client};
 
-/// Runs `work`; none where it does not end in time.
+/// Runs `work` to completion. Fails with a finding if it does not finish within `limit`.
 fn within<T>(
     check: &'static str,
     limit: Duration,
@@ -21,18 +21,18 @@ fn within<T>(
         .build()
         .map_err(|error| vec![Finding::skipped(check, error.to_string())])?;
     let done = runtime.block_on(async { tokio::time::timeout(limit, work).await });
-    // A name that is still being looked up holds up nothing.
+    // A DNS lookup that is still pending must not delay the return.
     runtime.shutdown_background();
     done.map_err(|_| vec![super::no_answer(check, limit)])
 }
 
-/// What a registry said.
+/// What was learned from a registry.
 struct Registry {
     repository: String,
     push: Result<(), harbor::Error>,
-    /// Whether a Harbor tells the project's quota; none where it is no Harbor.
+    /// Whether Harbor discloses the project's quota; `None` if the registry is not Harbor.
     quota: Option<bool>,
-    /// When it answered, by its clock and by ours, in milliseconds since the epoch.
+    /// Time of a response by the registry's clock and by the local one, in milliseconds since the epoch.
     clock: Option<(i64, i64)>,
 }
 
@@ -85,7 +85,8 @@ async fn ask(access: Access, name: &str) -> Result<Registry, harbor::Error> {
     })
 }
 
-/// The `Date` of an answer of `host`, and when it came.
+/// Returns the `Date` header of a response of `host` and the local time of that response, both in milliseconds since
+/// the epoch.
 async fn date_of(host: &str, plain: bool) -> Option<(i64, i64)> {
     let client = http_client(host)
         .tls_danger_accept_invalid_certs(plain)

@@ -1,4 +1,4 @@
-//! What this process may do, beside what its purpose needs; and whether it can give up the rest.
+//! Checks the capabilities of this process against those that its role needs, and whether it can drop the others.
 
 use rustix::thread::CapabilitySet;
 
@@ -48,7 +48,7 @@ fn judge(permitted: CapabilitySet, root: bool, purpose: Purpose) -> Vec<Finding>
     judged.collect()
 }
 
-/// Tried in a thread of its own, with which it goes away.
+/// Tries the confinement in a separate thread, so that it ends with that thread.
 pub(super) fn confinement(options: &Options) -> Vec<Finding> {
     let role = options.purpose.role();
     let tried = std::thread::spawn(move || {

@@ -1,4 +1,5 @@
-//! The runtimes of the node: where their state is, whether it can be read, and which of them run unseen.
+//! Checks the container runtimes of the node: where their state is, whether it can be read, and which of them run with
+//! their state in an unknown place.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,18 +9,18 @@ use std::path::{Path, PathBuf};
 use super::{Finding, Options, Purpose};
 use crate::node::container::{self, Roots};
 
-/// The PID namespace that the machine began with (kernel `include/uapi/linux/nsfs.h`, `PID_NS_INIT_INO`).
+/// The initial PID namespace (kernel `include/uapi/linux/nsfs.h`, `PID_NS_INIT_INO`).
 const FIRST_NAMESPACE: &str = "pid:[4026531836]";
-/// Problems that are shown.
+/// Maximum number of problems that are listed.
 const SHOWN: usize = 3;
 
-/// A place where a runtime may keep its state.
+/// A directory in which a runtime may keep its state.
 struct Place {
-    /// Which runtime, and which flag names another place.
+    /// Name of the runtime; `flag` selects another directory for it.
     runtime: &'static str,
     flag: &'static str,
     path: PathBuf,
-    /// Whether it can be listed; a kind of error, where not.
+    /// Whether the directory can be listed; otherwise the kind of the error.
     listed: Result<(), io::ErrorKind>,
 }
 
@@ -50,7 +51,7 @@ fn places(roots: &Roots) -> Vec<Place> {
     places
 }
 
-/// The runtimes whose daemons (or monitors, as Podman has none) run.
+/// Returns the runtimes whose daemons run; for Podman, which has no daemon, its monitors count.
 fn running(roots: &Roots) -> BTreeSet<&'static str> {
     let proc = match &roots.host_root {
         Some(root) => root.join("proc"),
@@ -173,7 +174,7 @@ fn judge_proc(first: bool, readable: bool, host_root: bool, purpose: Purpose) ->
     if host_root && purpose == Purpose::Agent {
         Finding::failed("proc", found, advice)
     } else {
-        // What runs beside it in the same namespace (a container in a container) can be saved.
+        // Containers in the same PID namespace (nested containers) can still be saved.
         Finding::warning("proc", found, advice)
     }
 }

@@ -1,5 +1,5 @@
-//! The words in which the builder, the agents, the queue and the manager speak of a save: what was asked for, what it is
-//! doing, what became of it. Pure data, no I/O; the clock by which all of it tells the time.
+//! The data types with which the builder, the agents, the queue and the manager describe a save: the order, its
+//! progress and its outcome. They do no I/O; the only exception is the clock that all of them share.
 
 mod order;
 mod report;
@@ -16,7 +16,8 @@ pub use session::{Category, Kind, Load, NextSave, Node, Session, Unsaved};
 pub use state::{Code, State};
 pub use word::{Answer, Before, Question, Word};
 
-/// Milliseconds since the epoch, UTC, as all the `_ms` instants here; 0 on a machine whose clock stands before it.
+/// Returns milliseconds since the epoch, UTC, like every `_ms` instant in this module. Returns 0 if the machine's clock
+/// is set to a time before the epoch.
 pub fn now_ms() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |since| since.as_millis() as i64)

@@ -1,5 +1,5 @@
-//! What a manager asks an agent to do. It is data: an agent never takes a command, a flag or a host name of its own
-//! choosing from it without checking it.
+//! The order with which a manager requests a save from an agent. An order is only data: an agent does not use a
+//! command, a flag or a host name from it without checking it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-/// A job's name: a UUID of version 7, so that they sort by when they were made.
+/// Identifier of a job: a UUID of version 7, so that identifiers sort by creation time.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
 )]
@@ -16,12 +16,13 @@ use uuid::Uuid;
 pub struct JobId(pub Uuid);
 
 impl JobId {
-    /// A new one.
+    /// Creates a new identifier.
     pub fn new() -> Self {
         Self(Uuid::now_v7())
     }
 
-    /// Before every one that was made from `ms` (milliseconds since 1970) on.
+    /// Returns an identifier that sorts before every one that was created at or after `ms` (milliseconds since the
+    /// epoch).
     pub fn earliest(ms: i64) -> Self {
         let ms = u64::try_from(ms).unwrap_or(0);
         Self(uuid::Builder::from_unix_timestamp_millis(ms, &[0; 10]).into_uuid())
@@ -48,17 +49,17 @@ impl FromStr for JobId {
     }
 }
 
-/// What a user may choose about a save. Everything has a default.
+/// Options of a save that a user can choose. Every option has a default.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SaveOptions {
-    /// Save everything anew, even where a delta would do.
+    /// Save everything again, even if a delta would be possible.
     pub full: bool,
-    /// `gzip` or `zstd`; none: as the agent is configured.
+    /// `gzip` or `zstd`; if absent, the agent's configuration decides.
     pub compression: Option<String>,
-    /// Patterns of paths to leave out, as `commit --exclude`.
+    /// Patterns of paths to leave out, as in `commit --exclude`.
     pub exclude: Vec<String>,
-    /// Mounted volumes to save in layers of their own, as `commit --include-volume`.
+    /// Mounted volumes to save in separate layers, as in `commit --include-volume`.
     pub include_volumes: Vec<String>,
     /// Labels of the image.
     pub labels: std::collections::BTreeMap<String, String>,
@@ -68,32 +69,32 @@ pub struct SaveOptions {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Order {
-    /// Which job.
+    /// The job.
     pub job: JobId,
-    /// The only node whose agent may take it.
+    /// The only node whose agent may take the order.
     pub node: String,
     /// Full ID of the container.
     pub session: String,
-    /// Who owns the session; the agent proves it again before it runs.
+    /// Owner of the session. The agent verifies it again before the save starts.
     pub owner: String,
-    /// Where the image goes, made by the manager from its template: a destination as `commit` takes it.
+    /// Destination of the image, in the syntax of `commit`. The manager fills it in from its template.
     pub destination: String,
-    /// History comment.
+    /// Comment for the image's history.
     pub message: Option<String>,
-    /// What the user chose.
+    /// Options chosen by the user.
     pub options: SaveOptions,
-    /// Which attempt at the job this is, from 1.
+    /// Number of the attempt, starting at 1.
     pub attempt: u32,
-    /// Every fence that is given out for this order is greater: the record's highest so far. It survives a queue that
-    /// lost everything.
+    /// The highest fence in the record so far. Every fence that is issued for this order is greater, even if the queue
+    /// has lost all its data in between.
     pub fence_after: u64,
-    /// When it was signed (milliseconds since the epoch, UTC): how long its kind lives follows, and how long its node has
-    /// to remember that it has ended.
+    /// Time of signing (milliseconds since the epoch, UTC). It determines how long this kind of message stays valid,
+    /// and how long the node has to remember that the job has ended.
     pub issued_ms: i64,
-    /// Not before this instant (milliseconds since the epoch, UTC): a retry's pause.
+    /// Earliest start (milliseconds since the epoch, UTC): the delay before a retry.
     pub not_before_ms: i64,
-    /// An agent that reads it after this instant (milliseconds since the epoch, UTC) does not act on it.
+    /// Expiry (milliseconds since the epoch, UTC). An agent that reads the order later does not act on it.
     pub expires_ms: i64,
-    /// The longest that the save may run, in seconds.
+    /// Time limit of the save, in seconds.
     pub timeout_s: u64,
 }

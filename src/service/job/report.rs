@@ -1,51 +1,51 @@
-//! What an agent tells the managers about a job.
+//! Reports of an agent about a job, which it sends to the managers.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{Code, Event, JobId};
 
-/// One line from an agent. A manager takes it only when `fence` is the job's highest so far, and once for each `seq`.
+/// One report. A manager accepts it only if `fence` is the highest of the job so far, and accepts each `seq` once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Which job.
+    /// The job.
     pub job: JobId,
-    /// Which node says so.
+    /// Name of the reporting node.
     pub node: String,
-    /// Which attempt at the job, from 1.
+    /// Number of the attempt, starting at 1.
     pub attempt: u32,
-    /// The fencing token of the claim, greater for each later one.
+    /// Fencing token of the claim; each later claim has a greater one.
     pub fence: u64,
-    /// Counts within the claim, from 0.
+    /// Sequence number within the claim, starting at 0.
     pub seq: u64,
-    /// When, by the agent's clock: milliseconds since the epoch, UTC.
+    /// Time by the agent's clock: milliseconds since the epoch, UTC.
     pub at_ms: i64,
-    /// What.
+    /// Content of the report.
     pub said: Said,
 }
 
-/// What there is to say.
+/// Content of a report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "said", rename_all = "snake_case")]
 pub enum Said {
-    /// The agent has it.
+    /// The agent has claimed the job.
     Assigned,
-    /// The child process runs.
+    /// The child process has started.
     Started,
-    /// The child said so; progress is thinned to two a second.
+    /// An event of the child process. Progress events are limited to two per second.
     Event {
-        /// The child's own event.
+        /// The event as the child emitted it.
         #[serde(rename = "child")]
         event: Event,
     },
-    /// The agent gives it back without having begun (it drains), or the lease was lost.
+    /// The agent returned the job unfinished: it is draining, no manager confirmed the job in time, or the lease was lost.
     GivenBack {
-        /// Why, as a sentence.
+        /// Reason, as a sentence.
         reason: String,
     },
-    /// The last word of this attempt.
+    /// Last report of this attempt.
     Ended {
-        /// How it ended.
+        /// How the attempt ended.
         outcome: Outcome,
     },
 }
@@ -54,47 +54,47 @@ pub enum Said {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum Outcome {
-    /// The image is there.
+    /// The image was saved.
     Succeeded {
-        /// What was saved.
+        /// Description of the saved image.
         saved: Saved,
     },
-    /// There is none.
+    /// There is no image.
     Failed {
-        /// For programs.
+        /// Reason for programs.
         code: Code,
-        /// For people: what happened, where, what to do.
+        /// Reason for people: what happened, where, and what to do.
         message: String,
-        /// Whether another attempt may help.
+        /// Whether another attempt may succeed.
         retryable: bool,
     },
-    /// As was asked for.
+    /// The attempt was cancelled on request.
     Cancelled,
 }
 
-/// What a save made.
+/// Description of a saved image.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Saved {
-    /// `HOST/REPO@sha256:…`, or the layout's path with the digest.
+    /// `HOST/REPO@sha256:…`, or the path of the OCI layout with the digest.
     pub reference: String,
     /// Digest of the manifest.
     pub digest: String,
-    /// Compressed bytes of the layers that this save made.
+    /// Compressed size in bytes of the layers that this save created.
     pub layer_bytes: u64,
-    /// Compressed bytes of the whole image: all layers and the config.
+    /// Compressed size in bytes of the whole image: all layers and the config.
     pub image_bytes: u64,
-    /// Bytes that were sent to the destination.
+    /// Bytes sent to the destination.
     pub sent_bytes: u64,
-    /// Entries in the layers that this save made.
+    /// Number of entries in the layers that this save created.
     pub entries: u64,
-    /// Whether it went on top of an earlier save.
+    /// Whether the save was a delta on top of an earlier one.
     pub delta: bool,
-    /// Name of the base image, if it has one.
+    /// Name of the base image, if there is one.
     pub base_name: Option<String>,
-    /// Digest of the base's manifest, if it is known.
+    /// Digest of the base image's manifest, if known.
     pub base_digest: Option<String>,
-    /// How long the container stood still, in milliseconds.
+    /// How long the container was frozen, in milliseconds.
     pub pause_ms: Option<f64>,
-    /// How long the save took, in seconds.
+    /// Duration of the save, in seconds.
     pub seconds: f64,
 }

@@ -1,12 +1,12 @@
-//! Messages between managers and agents are signed: who can write to Redis can make nobody act, and a node whose key is
-//! known to a stranger speaks for itself alone.
+//! Signs and verifies the messages between managers and agents, so that write access to Redis is not enough to make an
+//! agent or a manager act, and a leaked node key is good only for messages of that node.
 //!
-//! Managers hold the master keys; a node has a key of its own, made from a master key and its name, from which nothing
-//! follows about another one's. From a node's key follow two: one signs what goes to the node, the other what comes from
-//! it. A signature is HMAC-SHA256 (RFC 2104) over the kind of the message, the node and the body, with zero bytes between:
-//! none can be shown as one of another kind, of another node or of the other direction. How old a message may be is said
-//! in the message, as it differs from kind to kind. Of several keys the first signs and all are accepted, so that keys
-//! can be rotated without a gap.
+//! Managers hold the master keys. A node has its own key, derived from a master key and the node's name; it reveals
+//! nothing about the keys of other nodes. Two keys are derived from a node's key: one signs messages to the node, the
+//! other signs messages from it. A signature is HMAC-SHA256 (RFC 2104) over the kind of the message, the node and the
+//! body, separated by zero bytes, so that a message cannot be passed off as one of another kind, another node or the
+//! other direction. The maximum age of a message is part of the message, because it differs between kinds. If there are
+//! several keys, the first one signs and all are accepted, so that keys can be rotated without interruption.
 
 use hmac::{Hmac, KeyInit, Mac};
 use serde::de::DeserializeOwned;
@@ -14,16 +14,17 @@ use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
-/// Shorter keys can be guessed.
+/// Minimum length of a key in bytes; shorter keys can be guessed.
 const MIN_KEY: usize = 16;
-/// What is larger is none of ours: an inventory of a thousand sessions is far smaller.
+/// Maximum size of a body in bytes. An inventory of a thousand sessions is far smaller, so a larger message is not
+/// genuine.
 const MAX_BODY: usize = 16 << 20;
-/// Before each key in a node's file, with the version of how it was made.
+/// Prefix of each key in a node's key file, with the version of the key derivation.
 const NODE_KEY: &str = "upperdeck-node-key-1";
-/// Longest name of a node, in bytes: as a host may be called.
+/// Maximum length of a node's name in bytes: that of a host name.
 const MAX_NODE: usize = 253;
 
-/// What a message is.
+/// Kind of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
     /// [`super::Order`].
@@ -36,12 +37,12 @@ pub enum Message {
     Report,
     /// [`super::Node`].
     Heartbeat,
-    /// Sessions of a node.
+    /// The sessions of a node.
     Inventory,
 }
 
 impl Message {
-    /// As it is signed.
+    /// Returns the name that is part of the signature.
     fn name(self) -> &'static str {
         match self {
             Self::Order => "order",
@@ -53,7 +54,7 @@ impl Message {
         }
     }
 
-    /// The label of the key for its direction.
+    /// Returns the label from which the key for the direction of this message is derived.
     fn direction(self) -> &'static str {
         match self {
             Self::Order | Self::Answer => "upperdeck to the node",
@@ -72,85 +73,86 @@ impl std::fmt::Display for Message {
 
 type Key = Zeroizing<Vec<u8>>;
 
-/// What a process may sign and check.
+/// The keys with which a process signs and verifies.
 #[derive(Clone)]
 pub struct Keys(Held);
 
 #[derive(Clone)]
 enum Held {
-    /// For every node.
+    /// Keys for every node.
     Master(Vec<Key>),
-    /// For one.
+    /// Keys for one node.
     Node { name: String, keys: Vec<Key> },
 }
 
-/// A signed message, as it lies in the queue.
+/// A signed message, as it is stored in the queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sealed {
-    /// JSON.
+    /// The content as JSON.
     pub body: String,
-    /// Lower-case hexadecimal.
+    /// HMAC in lower-case hexadecimal.
     pub mac: String,
 }
 
-/// Why a message is not acted on, or keys cannot be used.
+/// Why a message is rejected, or why keys cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SealError {
-    /// Keys that are no keys.
+    /// A key is shorter than the minimum.
     #[error("the key has {0} bytes; {MIN_KEY} are the least (openssl rand -hex 32 makes one)")]
     ShortKey(usize),
-    /// None at all.
+    /// No key was given.
     #[error("there is no key")]
     NoKey,
-    /// An agent was given what managers have, or a file from before nodes had keys of their own.
+    /// An agent was given a master key, which belongs on managers; this is also the case for key files of versions
+    /// without keys per node.
     #[error(
         "this is a master key, with which every node's orders can be signed: it belongs on managers only. An agent takes \
          its node's key, which 'upperdeck key --key-file MASTER --node {node}' prints on a manager"
     )]
     MasterKey {
-        /// The agent's.
+        /// The agent's node.
         node: String,
     },
-    /// A manager was given what an agent has.
+    /// A manager was given a node's key.
     #[error("this is the key of one node; a manager takes the master key that it was made from")]
     NodeKey,
-    /// Another agent's key.
+    /// An agent was given another node's key.
     #[error(
         "this is the key of node {found:?}, and this agent's node is {node:?}: print its own with 'upperdeck key', or \
          correct --node"
     )]
     OtherNode {
-        /// In the file.
+        /// Node named in the file.
         found: String,
-        /// The agent's.
+        /// The agent's node.
         node: String,
     },
-    /// A line that looks like a node's key and is none.
+    /// A line has the prefix of a node's key but is malformed.
     #[error("line {0} is no node's key: print it anew with 'upperdeck key'")]
     Broken(usize),
-    /// A name that cannot be a node's.
+    /// The name cannot be a node's name.
     #[error(
         "{0:?} cannot be a node's name: 1 to {MAX_NODE} bytes, no blanks at its ends, no control characters"
     )]
     Name(String),
-    /// A key of one node for another one's message.
+    /// The key of one node was used for a message of another node.
     #[error("the key of node {0:?} neither signs nor checks what is another node's")]
     NotOurs(String),
-    /// Not signed by any of them.
+    /// The message is not signed with any of the keys.
     #[error("this {0} is not signed with our keys")]
     Forged(Message),
-    /// Signed, and not understood: another version's.
+    /// The message is signed but cannot be parsed, e.g. because another version wrote it.
     #[error("this {message} cannot be read: {reason}")]
     Unreadable {
-        /// What it is.
+        /// Kind of the message.
         message: Message,
-        /// What the parser says.
+        /// Error of the parser.
         reason: String,
     },
 }
 
 fn mac(key: &[u8], parts: &[&str]) -> Hmac<Sha256> {
-    // HMAC takes keys of any length.
+    // HMAC accepts keys of any length.
     #[allow(
         clippy::expect_used,
         reason = "the error exists for fixed-length MACs only"
@@ -169,12 +171,12 @@ fn derive(key: &[u8], parts: &[&str]) -> Key {
     Zeroizing::new(mac(key, parts).finalize().into_bytes().to_vec())
 }
 
-/// A node's key.
+/// Derives the key of `node` from a master key.
 fn node_key(master: &[u8], node: &str) -> Key {
     derive(master, &["upperdeck node key 1", node])
 }
 
-/// Lines that count, with their numbers from 1.
+/// Returns the lines that are neither empty nor comments, with their numbers starting at 1.
 fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     (1..)
         .zip(text.lines().map(str::trim))
@@ -191,8 +193,10 @@ fn check_name(node: &str) -> Result<(), SealError> {
 }
 
 impl Keys {
-    /// A manager's, from text: one master key a line, the first one signs; empty lines and lines with `#` in front do
-    /// not count.
+    /// Parses a manager's keys: one master key per line, of which the first one signs. Empty lines and lines that start
+    /// with `#` are ignored.
+    ///
+    /// Fails with [`SealError::NodeKey`], [`SealError::ShortKey`] or [`SealError::NoKey`].
     pub fn parse(text: &str) -> Result<Self, SealError> {
         let mut keys = Vec::new();
         for (_, line) in lines(text) {
@@ -210,7 +214,10 @@ impl Keys {
         Ok(Self(Held::Master(keys)))
     }
 
-    /// An agent's, from what [`Keys::node_file`] made for `node`.
+    /// Parses an agent's keys from the text that [`Keys::node_file`] created for `node`.
+    ///
+    /// Fails if the name is invalid, the text holds a master key or the key of another node, a line is malformed, or
+    /// there is no key.
     pub fn parse_node(text: &str, node: &str) -> Result<Self, SealError> {
         check_name(node)?;
         let mut keys = Vec::new();
@@ -242,7 +249,9 @@ impl Keys {
         Ok(Self(Held::Node { name, keys }))
     }
 
-    /// The key file of `node`'s agent: a key for each of the master keys, in their order.
+    /// Returns the content of the key file for `node`'s agent: one key per master key, in the same order.
+    ///
+    /// Fails if the name is invalid, or if these are the keys of another node.
     pub fn node_file(&self, node: &str) -> Result<Zeroizing<String>, SealError> {
         check_name(node)?;
         let mut text = Zeroizing::new(format!(
@@ -255,13 +264,13 @@ impl Keys {
         Ok(text)
     }
 
-    /// A new master key that nothing else knows: for a manager and an agent in one process.
+    /// Creates a random master key, for a manager and an agent in the same process.
     pub fn random() -> Self {
         let key: [u8; 32] = rand::random();
         Self(Held::Master(vec![Zeroizing::new(key.to_vec())]))
     }
 
-    /// The keys of `node`, the one that signs first.
+    /// Returns the keys of `node`; the first one signs.
     fn of_node(&self, node: &str) -> Result<Vec<Key>, SealError> {
         match &self.0 {
             Held::Master(keys) => Ok(keys.iter().map(|key| node_key(key, node)).collect()),
@@ -275,7 +284,9 @@ impl Keys {
         mac(&key, &[message.name(), node, body])
     }
 
-    /// Signs `content`, which goes to `node` or comes from it.
+    /// Signs `content`, which is sent to `node` or comes from it.
+    ///
+    /// Fails if the content cannot be serialized, or if these are the keys of another node.
     pub fn seal<T: Serialize>(
         &self,
         message: Message,
@@ -296,7 +307,10 @@ impl Keys {
         Ok(Sealed { body, mac })
     }
 
-    /// The message, if it was signed as one of `node` with one of the keys.
+    /// Returns the content of a message if it was signed as `message` of `node` with one of the keys.
+    ///
+    /// Fails with [`SealError::Forged`] if it was not or if it is too large, and with [`SealError::Unreadable`] if it
+    /// cannot be parsed.
     pub fn open<T: DeserializeOwned>(
         &self,
         message: Message,
@@ -397,7 +411,7 @@ mod tests {
             assert!(one.seal(message, "n2", &7).is_err());
             assert!(one.open::<u32>(message, "n2", &sealed).is_err());
             assert!(two.open::<u32>(message, "n2", &sealed).is_err());
-            // With its key taken for a master key it is no further.
+            // Using a node's key as a master key does not help an attacker either.
             let text = master.node_file("n 1")?;
             let key = text.lines().last().and_then(|line| line.split(' ').nth(1));
             let thief = Keys::parse(key.unwrap_or_default())?;

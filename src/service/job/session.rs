@@ -1,11 +1,11 @@
-//! What an agent tells about its node: the containers that run there, and how it fares itself.
+//! What an agent reports about its node: the running containers, and the state of the agent itself.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::JobId;
 
-/// What a session is for.
+/// Kind of application that a session runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -17,113 +17,114 @@ pub enum Kind {
     Other,
 }
 
-/// What it computes on.
+/// Whether a session uses an accelerator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Category {
     /// No accelerator.
     Cpu,
-    /// With one: a device or the environment of the runtime's spec says so.
+    /// An accelerator is present, according to a device or the environment in the runtime's spec.
     Gpu,
 }
 
-/// A running container that can be saved, as its node proves it.
+/// A running container that can be saved, with the properties that its node has verified.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Session {
     /// Full ID of the container.
     pub id: String,
     /// The node it runs on.
     pub node: String,
-    /// Who owns it by the centre's rule; none: nobody, only administrators see it.
+    /// Owner by the site's ownership rule. If absent, the session has no owner and only administrators see it.
     pub owner: Option<String>,
-    /// Pod's namespace, where there is a pod.
+    /// Namespace of the pod, if there is one.
     pub namespace: Option<String>,
-    /// Pod's name, where there is a pod.
+    /// Name of the pod, if there is one.
     pub pod: Option<String>,
-    /// The container's name in its pod, or its own.
+    /// Name of the container in its pod, or its own name.
     pub container: Option<String>,
     /// Runtime: `containerd`, `crio`, `podman`, `docker`, `process`.
     pub runtime: String,
-    /// What it is for.
+    /// Kind of application.
     pub kind: Kind,
-    /// What it computes on.
+    /// Accelerator category.
     pub category: Category,
-    /// Name of the image that it was started from.
+    /// Name of the image that the container was started from.
     pub image: Option<String>,
-    /// When it was started: milliseconds since the epoch, UTC.
+    /// Start time: milliseconds since the epoch, UTC.
     pub started_ms: i64,
-    /// Allocated bytes of the upper directory.
+    /// Allocated size of the upper directory, in bytes.
     pub upper_bytes: Option<u64>,
-    /// Entries of the upper directory.
+    /// Number of entries in the upper directory.
     pub upper_entries: Option<u64>,
-    /// What the next save would be.
+    /// Forecast of the next save.
     pub next: Option<NextSave>,
-    /// What is mounted and will not be saved.
+    /// Mounts that will not be saved.
     pub unsaved: Vec<Unsaved>,
-    /// Mounts that are not listed in `unsaved`, for there are too many; at least so many.
+    /// Number of mounts that are left out of `unsaved` because there are too many. A lower bound.
     #[serde(default)]
     pub unsaved_more: u64,
-    /// What is wrong with it: the reason why not all of it is told, or why it cannot be saved.
+    /// Why the data are incomplete, or why the session cannot be saved.
     #[serde(default)]
     pub problem: Option<String>,
 }
 
-/// What the next save of a session would be.
+/// Forecast of the next save of a session.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NextSave {
-    /// Whether it goes on top of an earlier save.
+    /// Whether it will be a delta on top of an earlier save.
     pub delta: bool,
-    /// Bytes of content that it would read; none: not known.
+    /// Bytes of content that it will read; absent if unknown.
     pub bytes: Option<u64>,
-    /// Seconds that the last save of this session took; none: there was none.
+    /// Duration of the last save of this session, in seconds; absent if there was none.
     pub last_seconds: Option<f64>,
 }
 
-/// A mount whose content is no part of the image.
+/// A mount whose content is not part of the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Unsaved {
-    /// Where the container sees it.
+    /// Mount point inside the container.
     pub path: String,
-    /// Kind of file system or volume.
+    /// Type of file system or volume.
     pub kind: String,
-    /// Whether it holds somebody's data, as a home or a project directory does (not `/proc`, `/dev`, secrets).
+    /// Whether it holds user data, as a home or project directory does (unlike `/proc`, `/dev` and secrets).
     pub data: bool,
 }
 
 /// How busy a node is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Load {
-    /// Cores.
+    /// Number of cores.
     pub cores: u32,
-    /// Share of the last ten seconds in which something waited for a core, in percent; none: the kernel does not say.
+    /// Share of the last ten seconds in which some task waited for a CPU, in percent; absent if the kernel does not
+    /// report it.
     pub cpu_pressure: Option<f64>,
     /// The same for I/O.
     pub io_pressure: Option<f64>,
-    /// Load average of the last minute.
+    /// Load average over the last minute.
     pub load1: f64,
-    /// Jobs that it would run now.
+    /// Number of jobs that the agent would run at present.
     pub slots: u32,
-    /// Threads that it would give a job now.
+    /// Number of threads that the agent would give to a job at present.
     pub threads: u32,
 }
 
 /// An agent's heartbeat.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Node {
-    /// Its name, unique.
+    /// Name of the node; unique.
     pub name: String,
     /// Version of the program.
     pub version: String,
-    /// When the agent was started: milliseconds since the epoch, UTC.
+    /// Start time of the agent: milliseconds since the epoch, UTC.
     pub started_ms: i64,
-    /// When it said this: milliseconds since the epoch, UTC.
+    /// Time of the heartbeat: milliseconds since the epoch, UTC.
     pub at_ms: i64,
-    /// Whether it takes no more jobs.
+    /// Whether the agent is draining, i.e. takes no more jobs.
     pub draining: bool,
-    /// Jobs that it holds.
+    /// Jobs that the agent holds.
     pub running: Vec<JobId>,
     /// How busy the node is.
     pub load: Load,
-    /// What it cannot read of its node's containers, as sentences.
+    /// Problems with reading the node's containers, as sentences.
     pub problems: Vec<String>,
 }

@@ -1,28 +1,28 @@
-//! The states of a job and the one table of which may follow which.
+//! The states of a job, the table of permitted transitions between them, and the reasons for a failure.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Where a job is. Its phase while it runs is [`super::Phase`].
+/// State of a job. While it runs, [`super::Phase`] says how far it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// Accepted and written down; waits for its node.
+    /// Accepted and recorded; waits for its node.
     Queued,
-    /// The node's agent has taken it.
+    /// Claimed by the node's agent.
     Assigned,
-    /// The child process works.
+    /// The child process is working.
     Running,
-    /// The image is there under its tag.
+    /// The image exists under its tag.
     Succeeded,
-    /// It ended without an image, for a reason with a [`Code`].
+    /// Ended without an image; a [`Code`] says why.
     Failed,
-    /// Somebody did not want it any more.
+    /// Cancelled on request.
     Cancelled,
 }
 
 impl State {
-    /// All of them.
+    /// All states.
     pub const ALL: [Self; 6] = [
         Self::Queued,
         Self::Assigned,
@@ -32,8 +32,8 @@ impl State {
         Self::Cancelled,
     ];
 
-    /// Whether a job in this state may go to `next`. Back to `Queued`: another attempt, because the lease was lost, the
-    /// agent gave it back, what failed may pass, or an administrator asked for it.
+    /// Returns whether a job in this state may change to `next`. A change back to `Queued` is another attempt: the
+    /// lease was lost, the agent returned the job, the failure may be temporary, or an administrator requested it.
     pub fn may_become(self, next: Self) -> bool {
         use State::{Assigned, Cancelled, Failed, Queued, Running, Succeeded};
         matches!(
@@ -45,12 +45,12 @@ impl State {
         )
     }
 
-    /// Whether nothing more happens by itself.
+    /// Returns whether the state only changes on request.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
 
-    /// As in JSON and in the record.
+    /// Returns the name used in JSON and in the record.
     pub fn name(self) -> &'static str {
         match self {
             Self::Queued => "queued",
@@ -62,38 +62,38 @@ impl State {
         }
     }
 
-    /// The state of that name.
+    /// Returns the state with that name.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|state| state.name() == name)
     }
 }
 
-/// Why a job failed, for programs. The sentence for people comes beside it.
+/// Why a job failed, for programs. It is accompanied by a sentence for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Code {
-    /// The container ended, or is another one now.
+    /// The container has ended or was restarted.
     ContainerGone,
-    /// What it stands on could not be proven.
+    /// The base image could not be verified.
     BaseUnproven,
-    /// The project has no room.
+    /// The project's quota does not allow the image.
     QuotaExceeded,
     /// Credentials, ownership or a capability are missing.
     NotPermitted,
-    /// Something that the rules of the centre refuse: caps, set-uid files, a destination that is not allowed.
+    /// Refused by the site's policy: size caps, set-uid files, or a destination that is not allowed.
     Policy,
     /// The registry cannot be reached or does not work.
     RegistryUnavailable,
-    /// The node's agent has not been heard of for too long.
+    /// The node's agent has sent nothing for too long.
     NodeLost,
-    /// It took longer than a save may.
+    /// The save exceeded its time limit.
     TimedOut,
-    /// A defect, or something nobody thought of.
+    /// A defect, or an unexpected condition.
     Internal,
 }
 
 impl Code {
-    /// All of them.
+    /// All codes.
     pub const ALL: [Self; 9] = [
         Self::ContainerGone,
         Self::BaseUnproven,
@@ -106,7 +106,7 @@ impl Code {
         Self::Internal,
     ];
 
-    /// As in JSON and in the record.
+    /// Returns the name used in JSON and in the record.
     pub fn name(self) -> &'static str {
         match self {
             Self::ContainerGone => "container_gone",
@@ -121,7 +121,7 @@ impl Code {
         }
     }
 
-    /// The code of that name.
+    /// Returns the code with that name.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|code| code.name() == name)
     }

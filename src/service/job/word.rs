@@ -1,61 +1,63 @@
-//! What an agent asks the managers before it acts, and what they answer: an order alone proves that a save was wanted once.
+//! The question with which an agent verifies that a job is still wanted, and the managers' answer. The order alone
+//! proves only that the save was wanted at some time.
 
 use serde::{Deserialize, Serialize};
 
 use super::JobId;
 
-/// Asked before a container is touched, and again before the tag is put on. Signed with the node's key.
+/// Question that an agent sends before it touches a container, and again before it sets the tag. Signed with the node's
+/// key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Question {
-    /// Which job.
+    /// The job.
     pub job: JobId,
-    /// Which node asks.
+    /// Name of the node that asks.
     pub node: String,
-    /// Which attempt at the job.
+    /// Number of the attempt.
     pub attempt: u32,
-    /// The fence of the claim.
+    /// Fence of the claim.
     pub fence: u64,
-    /// Before what.
+    /// The step that the agent is about to take.
     pub before: Before,
-    /// 128 random bits in hexadecimal: an answer is to this question and to no earlier one.
+    /// 128 random bits in hexadecimal. They tie an answer to this question and to no earlier one.
     pub nonce: String,
 }
 
-/// What an agent is about to do.
+/// The step that an agent is about to take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Before {
-    /// The save begins.
+    /// Starting the save.
     Save,
-    /// All is delivered but the tag.
+    /// Setting the tag; everything else has been delivered.
     Tag,
 }
 
-/// A manager's answer, from the record. Signed for the node that asked.
+/// A manager's answer according to the record. Signed for the node that asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Answer {
-    /// The question, whole.
+    /// The complete question.
     pub question: Question,
     /// The answer.
     pub word: Word,
 }
 
-/// What the record says of a claim.
+/// Status of a claim according to the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Word {
     /// The save is wanted, by this claim.
     Wanted,
-    /// It was cancelled, or has ended, or there never was such a one.
+    /// The job was cancelled, has ended, or never existed.
     Unwanted,
-    /// A later claim has it.
+    /// A later claim holds the job.
     Superseded,
 }
 
 impl Question {
-    /// A new one, with a nonce that no other question has.
+    /// Creates a question with a unique random nonce.
     pub fn new(job: JobId, node: &str, attempt: u32, fence: u64, before: Before) -> Self {
         Self {
             job,
