@@ -1,8 +1,8 @@
-//! The process that does a job: this program with `commit`, apart from everything that the agent is.
+//! The child process that executes a job: this program with the subcommand `commit`, isolated from the agent.
 //!
-//! Its standard input is the credentials, its standard output a socket: events come out of it, and the answer that lets
-//! the tag be put on goes in. So nothing secret is ever an argument or a variable, no descriptor is inherited by chance,
-//! and a child whose agent is dead hears of it, whatever it is doing.
+//! Its standard input carries the credentials. Its standard output is a socket that carries events from the child, and
+//! the confirmation to set the tag to the child. So secrets never appear in arguments or variables, no descriptor is
+//! inherited by accident, and a child notices the death of its agent whatever it is doing.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -31,27 +31,28 @@ use crate::node::background::Bound;
 use crate::node::container::{Pattern, Roots, process_start};
 use crate::service::job::{Event, JobId, Order};
 
-/// Between two reports of how far it is.
+/// Minimum interval between two progress events.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
-/// More warnings than this tell nobody anything.
+/// Maximum number of warnings that are forwarded per job; more would not help a reader.
 const MAX_WARNINGS: usize = 1000;
-/// No line of events is longer.
+/// Maximum length of a line of events, in bytes.
 const MAX_LINE: usize = 1 << 20;
-/// Lines of its stderr that are logged, and characters of each.
+/// Maximum number of lines of stderr that are logged, and of characters in each.
 const MAX_LOGGED: usize = 200;
 const MAX_LOGGED_LINE: usize = 1000;
-/// A pipe takes as much without a reader.
+/// Maximum size of the credentials in bytes; a pipe holds this much without a reader.
 const MAX_CREDS: u64 = 16 << 10;
-/// A look into a session takes as long as a walk of its tree, with what is left over of the cores.
+/// Time limit of an inspection. It takes as long as a walk of the session's tree on idle CPU time.
 const INSPECT_BOUND: Duration = Duration::from_secs(300);
-/// What is larger was not written by `inspect`.
+/// Maximum size in bytes of the output of `inspect`; a larger output is not genuine.
 const MAX_INSPECTED: u64 = 1 << 20;
-/// From asking it to end to ending it.
+/// Time from SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
-/// From ending it to giving it up: what waits in the kernel for an answer that does not come cannot be ended.
+/// Time from SIGKILL until the child is given up: a process that waits in the kernel for a response that never comes
+/// cannot be ended.
 const REAP_BOUND: Duration = Duration::from_secs(20);
-/// What the child needs of the environment: how the node reaches the world. Neither `HOME` nor anything else in which
-/// credentials are looked for.
+/// Environment variables that the child keeps: those for network access of the node. Neither `HOME` nor any other
+/// variable in which credentials are searched for is kept.
 const KEPT_VARIABLES: [&str; 11] = [
     "PATH",
     "SSL_CERT_FILE",
@@ -66,20 +67,20 @@ const KEPT_VARIABLES: [&str; 11] = [
     "all_proxy",
 ];
 
-/// One that runs.
+/// A running child process.
 pub(super) struct Child {
     pub(super) process: tokio::process::Child,
     pub(super) pid: u32,
-    /// Ticks since boot; 0 when it was gone before anybody could look.
+    /// Start time in ticks since boot; 0 if the process was gone before it could be read.
     pub(super) pid_start: u64,
     gate: Option<OwnedWriteHalf>,
-    /// In their order; closed when it has ended.
+    /// Events in order of arrival; closed when the child has ended.
     pub(super) events: mpsc::UnboundedReceiver<Event>,
     stderr: JoinHandle<String>,
 }
 
-/// `commit`'s arguments. What users chose are whole arguments of the form `--flag=value`, or come after `--`: none can
-/// be taken for another flag.
+/// Returns the arguments for `commit`. Values that users chose are complete arguments of the form `--flag=value` or
+/// come after `--`, so that none can be taken for another flag.
 pub(super) fn arguments(
     options: &Options,
     spool: &Spool,
@@ -160,12 +161,12 @@ pub(super) fn arguments(
     all
 }
 
-/// The name of a save's cgroup.
+/// Returns the name of the cgroup of a save.
 fn save_group(job: JobId) -> String {
     format!("save-{job}")
 }
 
-/// The flags with which a child bounds its memory.
+/// Returns the flags with which a child limits its memory.
 fn memory_flags(options: &Options, group: &str) -> Vec<OsString> {
     let bound = options.memory.map(|bytes| {
         [
@@ -176,7 +177,7 @@ fn memory_flags(options: &Options, group: &str) -> Vec<OsString> {
     bound.into_iter().flatten().collect()
 }
 
-/// Removes the cgroup of a child that has ended. Whether it was ended for want of memory.
+/// Removes the cgroup of a child that has ended. Returns whether the child was killed because of its memory limit.
 fn release_memory(options: &Options, group: String) -> bool {
     let Some(bytes) = options.memory else {
         return false;
@@ -185,19 +186,20 @@ fn release_memory(options: &Options, group: String) -> bool {
     Bound { bytes, group }.release(host_root, options.background)
 }
 
-/// The same for a save's. What it could not have any more it says itself, where no cgroup held it.
+/// Removes the cgroup of a save that has ended. Returns whether the save ran out of memory; where no cgroup limited it,
+/// the child's own message about a failed allocation tells.
 pub(super) fn lacked_memory(options: &Options, job: JobId, words: &str) -> bool {
     release_memory(options, save_group(job))
         || (words.starts_with("memory allocation of ") && words.ends_with(" bytes failed"))
 }
 
-/// The volumes that a session of this owner may have saved with it.
+/// Returns the volumes that may be saved with a session of this owner.
 pub(super) fn allowed_volumes(options: &Options, owner: &str) -> impl Iterator<Item = Pattern> {
     let volumes = options.volumes.iter();
     volumes.filter_map(move |pattern| pattern.of(owner))
 }
 
-/// The flags that lead a child to the same roots.
+/// Returns the flags that make a child use the same roots.
 fn roots_flags(roots: &Roots) -> Vec<OsString> {
     let usual = Roots::default();
     let mut flags = Vec::new();
@@ -226,9 +228,9 @@ fn roots_flags(roots: &Roots) -> Vec<OsString> {
     flags
 }
 
-/// The read end of a pipe with the credentials in it.
+/// Returns the read end of a pipe that contains the credentials.
 fn credentials(file: &Path) -> io::Result<OwnedFd> {
-    // Large enough from the start: growing would leave copies behind.
+    // Allocated at full size at once, because growing would leave copies in memory.
     let mut text = Zeroizing::new(Vec::with_capacity(MAX_CREDS as usize + 1));
     File::open(file)?
         .take(MAX_CREDS + 1)
@@ -242,7 +244,7 @@ fn credentials(file: &Path) -> io::Result<OwnedFd> {
 }
 
 impl Child {
-    /// Starts one.
+    /// Starts a child.
     pub(super) fn spawn(options: &Options, job: JobId, arguments: &[OsString]) -> io::Result<Self> {
         let input = match &options.registry.creds_file {
             None => Stdio::null(),
@@ -271,7 +273,8 @@ impl Child {
                 .stdout(Stdio::from(OwnedFd::from(theirs)))
                 .stderr(Stdio::piped())
                 .kill_on_drop(true);
-            // Its end of the socket goes with the command: the end of the child is to be heard.
+            // The command owns the child's end of the socket and is dropped here; otherwise the end of the child would
+            // go unnoticed.
             command.spawn()?
         };
         let pid = process
@@ -296,7 +299,7 @@ impl Child {
         })
     }
 
-    /// The tag may be put on.
+    /// Permits the child to set the tag.
     pub(super) async fn open_gate(&mut self) -> io::Result<()> {
         match &mut self.gate {
             Some(gate) => gate.write_all(b"y").await,
@@ -304,8 +307,8 @@ impl Child {
         }
     }
 
-    /// Asks it to end, and ends it and all that it started where it does not. Fails with [`io::ErrorKind::TimedOut`] where
-    /// it cannot be ended: it is reaped whenever that may be.
+    /// Stops the child with SIGTERM, and its process group with SIGKILL if it does not end. Fails with
+    /// [`io::ErrorKind::TimedOut`] if it cannot be ended; it is reaped in the background once it is.
     pub(super) async fn stop(&mut self) -> io::Result<ExitStatus> {
         self.gate = None;
         self.signal(Signal::SIGTERM);
@@ -320,16 +323,16 @@ impl Child {
     }
 
     fn signal(&self, signal: Signal) {
-        // Not waited for yet: the number is its own still.
+        // The process has not been reaped, so its PID cannot have been reused.
         if self.process.id().is_some() {
             let _ = killpg(Pid::from_raw(self.pid as i32), signal);
         }
     }
 
-    /// The last that it said on stderr, for messages. It has ended.
+    /// Returns the last line of stderr, for messages. The child must have ended.
     pub(super) async fn last_words(self) -> String {
         let Self { stderr, .. } = self;
-        // A grandchild that holds it open does not hold up the agent.
+        // A grandchild that keeps stderr open must not block the agent.
         match tokio::time::timeout(Duration::from_secs(2), stderr).await {
             Ok(Ok(words)) => words,
             _ => String::new(),
@@ -337,7 +340,7 @@ impl Child {
     }
 }
 
-/// What `inspect` says of a session, as JSON; none where it cannot, or not in time.
+/// Returns the JSON output of `inspect` for a session; `None` if it fails or exceeds its time limit.
 pub(super) async fn inspect(options: &Options, stuck: &Stuck, session: &str) -> Option<Vec<u8>> {
     let mut command = Command::new(&options.program);
     let mut flags = roots_flags(&options.roots);
@@ -389,7 +392,7 @@ pub(super) async fn inspect(options: &Options, stuck: &Stuck, session: &str) -> 
     told.ok().flatten()
 }
 
-/// Ends what a dead agent left running. Returns when it is gone.
+/// Ends a process that a dead agent left running. Returns when it is gone or after [`GRACE`].
 pub(super) async fn end_leftover(pid: u32, pid_start: u64) {
     let until = Instant::now() + GRACE;
     while process_start(pid) == Some(pid_start) && Instant::now() < until {
@@ -398,7 +401,7 @@ pub(super) async fn end_leftover(pid: u32, pid_start: u64) {
     }
 }
 
-/// Calls `line` with each line, without its end; one that is too long is left out.
+/// Calls `line` with each line, without its newline. Lines longer than `longest` are skipped.
 async fn read_lines(mut from: impl AsyncRead + Unpin, longest: usize, mut line: impl FnMut(&[u8])) {
     let (mut rest, mut skipping) = (Vec::new(), false);
     let mut piece = vec![0; 64 << 10];
@@ -435,7 +438,7 @@ async fn read_lines(mut from: impl AsyncRead + Unpin, longest: usize, mut line: 
 async fn read_events(from: impl AsyncRead + Unpin, tell: mpsc::UnboundedSender<Event>) {
     let (mut last, mut warnings) = (None::<Instant>, 0);
     read_lines(from, MAX_LINE, |line| {
-        // Events of another version are not for this one.
+        // Events of other versions are ignored.
         let Ok(event) = serde_json::from_slice::<Event>(line) else {
             return;
         };
@@ -464,13 +467,13 @@ async fn read_events(from: impl AsyncRead + Unpin, tell: mpsc::UnboundedSender<E
             }
             _ => {}
         }
-        // Nobody listens any more: what is said is read all the same, so that the child can go on.
+        // If the receiver is gone, the events are still read, so that the child does not block.
         let _ = tell.send(event);
     })
     .await;
 }
 
-/// Logs a child's stderr and returns its last line.
+/// Logs the stderr of a child and returns its last line.
 async fn log_lines(from: impl AsyncRead + Unpin, job: JobId) -> String {
     let (mut logged, mut last) = (0, String::new());
     read_lines(from, MAX_LINE, |line| {

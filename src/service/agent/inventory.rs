@@ -1,5 +1,5 @@
-//! What runs on the node, as heartbeats tell it. Only what a runtime wrote down is a session: a bare process is its owner's
-//! word for itself.
+//! The inventory of the node's sessions for heartbeats. Only a container that a runtime recorded is a session, because
+//! a bare process could claim any identity.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,16 +13,16 @@ use crate::common::escape;
 use crate::node::container::{self, Container, MountPoint, Runtime};
 use crate::service::job::{NextSave, Session, Unsaved};
 
-/// Problems that a heartbeat tells of at most, and characters of each.
+/// Maximum number of problems in a heartbeat, and of characters in each.
 const MAX_PROBLEMS: usize = 20;
 const MAX_PROBLEM: usize = 500;
-/// Mounts of one session that are told of, and bytes of their names together.
+/// Maximum number of mounts that are listed per session, and of bytes in all their names.
 const MAX_MOUNTS: usize = 64;
 const MAX_MOUNT_BYTES: usize = 16 << 10;
-/// Characters of a name of a session.
+/// Maximum length of a name in characters.
 const MAX_NAME: usize = 256;
 
-/// What was seen last.
+/// Result of the latest listing and inspections.
 #[derive(Debug, Default)]
 pub(super) struct Inventory(Mutex<Seen>);
 
@@ -31,9 +31,9 @@ struct Seen {
     sessions: Vec<Session>,
     processes: HashMap<String, (u32, u64)>,
     problems: Vec<String>,
-    /// What is in them, and when somebody looked.
+    /// Result and time of the latest inspection of each session.
     looked: HashMap<String, (Inside, Instant)>,
-    /// How long the last save of each took.
+    /// Duration of the last save of each session, in seconds.
     seconds: HashMap<String, f64>,
 }
 
@@ -42,18 +42,18 @@ impl Inventory {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Process and start time of a session when it was looked at last.
+    /// Returns PID and start time of a session at the latest listing.
     pub(super) fn seen(&self, session: &str) -> Option<(u32, u64)> {
         self.state().processes.get(session).copied()
     }
 
-    /// Sessions, and what stands in the way of knowing more.
+    /// Returns the sessions, and the problems that limit what is known about them.
     pub(super) fn told(&self) -> (Vec<Session>, Vec<String>) {
         let state = self.state();
         (state.sessions.clone(), state.problems.clone())
     }
 
-    /// Looks again. Reads the runtimes' state and `/proc`, no trees.
+    /// Lists the sessions again. Reads the state of the runtimes and `/proc`, but no trees.
     pub(super) fn look(&self, options: &Options) {
         let listing = container::list(&options.roots);
         let of_runtime = |container: &&Container| container.runtime != Runtime::Process;
@@ -87,7 +87,7 @@ impl Inventory {
         state.problems = problems;
     }
 
-    /// Sessions that nobody looked into for `every`.
+    /// Returns the sessions that have not been inspected for `every`.
     pub(super) fn due(&self, every: Duration) -> Vec<String> {
         let state = self.state();
         let fresh = |session: &&Session| {
@@ -98,7 +98,7 @@ impl Inventory {
         due.map(|session| session.id.clone()).collect()
     }
 
-    /// What a look into a session came to; nothing of it is known where that failed.
+    /// Stores the result of an inspection; the default value if it failed.
     pub(super) fn looked_into(&self, id: &str, found: Inside) {
         let mut state = self.state();
         state.looked.insert(id.to_owned(), (found, Instant::now()));
@@ -109,7 +109,7 @@ impl Inventory {
         state.sessions = sessions;
     }
 
-    /// It was saved: what the next save would be is another matter now.
+    /// Records a completed save. The earlier inspection is dropped, because the next save depends on the new state.
     pub(super) fn saved(&self, id: &str, seconds: f64) {
         let mut state = self.state();
         state.looked.remove(id);
@@ -131,7 +131,7 @@ impl Seen {
     }
 }
 
-/// What of `upperdeck inspect --format json` a heartbeat tells.
+/// The part of `upperdeck inspect --format json` that heartbeats contain.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub(super) struct Inside {
     #[serde(default)]
@@ -184,8 +184,8 @@ fn session(options: &Options, container: &Container) -> Session {
     }
 }
 
-/// Each place once, as far as there is room, and how many more there are. What the runtime mounts for itself is told of too,
-/// as what it is.
+/// Returns each mount point once, up to the limits, and the number of the others. Mounts that the runtime creates for
+/// itself are included under their own type.
 fn unsaved(mounts: &[MountPoint]) -> (Vec<Unsaved>, u64) {
     let mut told = HashSet::new();
     let mut unsaved: Vec<Unsaved> = mounts
@@ -195,7 +195,7 @@ fn unsaved(mounts: &[MountPoint]) -> (Vec<Unsaved>, u64) {
             kind: escape::limited(&mount.kind, MAX_NAME),
             data: mount.volume,
         })
-        // Below /proc, /sys and /dev everything is the kernel's: one line for each tells as much.
+        // Mounts below /proc, /sys and /dev belong to the kernel, so one entry for each of the three is enough.
         .filter(|mount| {
             !["/proc/", "/sys/", "/dev/"]
                 .iter()

@@ -1,11 +1,12 @@
-//! What a session is for, and what it computes on: from what its runtime wrote down, by the tables in here.
+//! Determines the kind of application and the accelerator category of a session from what its runtime recorded, by the
+//! tables in this module.
 
 use std::path::Path;
 
 use crate::node::container::{Container, MountPoint};
 use crate::service::job::{Category, Kind};
 
-/// Variables that only their servers' images or spawners set.
+/// Environment variables that are set only by images or spawners of these servers.
 const VARIABLES: [(&str, Kind); 8] = [
     ("JUPYTERHUB_API_TOKEN", Kind::Jupyter),
     ("JUPYTERHUB_USER", Kind::Jupyter),
@@ -17,7 +18,8 @@ const VARIABLES: [(&str, Kind); 8] = [
     ("RSTUDIO_DEFAULT_R_VERSION", Kind::Rstudio),
 ];
 
-/// What stands in names of programs and images. The first that fits decides: an image that has both is started as one.
+/// Substrings of program and image names. The first match decides, because an image that contains both servers is
+/// started as one of them.
 const WORDS: [(&str, Kind); 8] = [
     ("rserver", Kind::Rstudio),
     ("rsession", Kind::Rstudio),
@@ -35,8 +37,8 @@ fn by_words(text: &str) -> Option<Kind> {
     found.map(|(_, kind)| *kind)
 }
 
-/// The command line decides, then the environment, then the image's name, then the pod's: the nearer to what runs, the
-/// better.
+/// Returns the kind of application. The command line takes precedence over the environment, the image name and the pod
+/// name: what is closer to the running program is more reliable.
 pub(super) fn kind(container: &Container) -> Kind {
     let spec = &container.spec;
     let by_variables = || {
@@ -44,7 +46,7 @@ pub(super) fn kind(container: &Container) -> Kind {
         VARIABLES.iter().find(set).map(|(_, kind)| *kind)
     };
     let pod = container.pod.as_ref();
-    // What is passed to a shell is one long argument; file names far behind say little about the program.
+    // A shell receives its script as one long argument, and file names further back say little about the program.
     let command = spec.args.iter().take(4).find_map(|word| by_words(word));
     command
         .or_else(by_variables)
@@ -54,10 +56,12 @@ pub(super) fn kind(container: &Container) -> Kind {
         .unwrap_or(Kind::Other)
 }
 
-/// NVIDIA's character devices (kernel `Documentation/admin-guide/devices.txt`); nvidia-uvm's number is dynamic.
+/// Major number of NVIDIA's character devices (kernel `Documentation/admin-guide/devices.txt`). The number of
+/// nvidia-uvm is dynamic.
 const NVIDIA_MAJOR: i64 = 195;
-/// Device nodes of accelerators: NVIDIA, AMD's compute interface, DRM render nodes and cards, Intel's accelerators and
-/// Habana's. `/dev/nvidiactl` alone, without a numbered one, is no device to compute on.
+/// Prefixes of accelerator device nodes: AMD's compute interface, DRM cards and render nodes, Intel's accelerators,
+/// Habana's, and Huawei's. NVIDIA's are matched separately: `/dev/nvidiactl` alone, without a numbered device, is not
+/// usable for computing.
 const DEVICES: [&str; 5] = [
     "/dev/kfd",
     "/dev/dri/",
@@ -65,7 +69,7 @@ const DEVICES: [&str; 5] = [
     "/dev/hl",
     "/dev/davinci",
 ];
-/// Programs that put a GPU into a container as it starts.
+/// Programs that add a GPU to a container when it starts.
 const HOOKS: [&str; 3] = [
     "nvidia-container-runtime-hook",
     "nvidia-container-toolkit",
@@ -82,11 +86,11 @@ fn is_accelerator(device: &Path) -> bool {
     numbered || DEVICES.iter().any(|known| path.starts_with(known))
 }
 
-/// Whether it has an accelerator: a device node of one, the right to use one, a CDI device, or NVIDIA's runtime asked for
-/// one by the environment.
+/// Returns [`Category::Gpu`] if the container has an accelerator: a device node of one, permission to use one, a CDI
+/// device, or a request to NVIDIA's runtime in the environment.
 ///
-/// Images of CUDA set `NVIDIA_VISIBLE_DEVICES=all` for themselves: on a node without NVIDIA's hook that means nothing, so
-/// the variable counts only where something of the driver is there.
+/// CUDA images set `NVIDIA_VISIBLE_DEVICES=all` themselves, which has no effect on a node without NVIDIA's hook. So the
+/// variable counts only if the hook or a part of the driver is present.
 pub(super) fn category(container: &Container) -> Category {
     let spec = &container.spec;
     let mounted = |mount: &MountPoint| is_accelerator(&mount.destination);
@@ -122,7 +126,7 @@ pub(super) mod tests {
     use crate::node::overlay::mount::OverlayMount;
     use crate::node::overlay::xattr::Namespace;
 
-    /// One that runs nothing in particular.
+    /// Returns a container that runs no known application.
     pub(in crate::service::agent) fn container() -> Container {
         Container {
             runtime: Runtime::Containerd,
@@ -155,7 +159,7 @@ pub(super) mod tests {
         words.iter().map(|&word| word.to_owned()).collect()
     }
 
-    /// What it is called, arguments, environment, image, pod, and what it is.
+    /// Name of the case, arguments, environment, image, pod, and the expected kind.
     type Case = (
         &'static str,
         &'static [&'static str],

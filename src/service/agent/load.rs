@@ -1,4 +1,5 @@
-//! How many saves a node bears at once, and with how many threads each: what its pods leave over.
+//! Determines how many saves a node can run at once, and with how many threads each, from the capacity that its pods
+//! leave unused.
 //!
 //! Sources: kernel `Documentation/accounting/psi.rst` for `/proc/pressure`; `proc_loadavg(5)`; `proc_stat(5)`.
 
@@ -7,39 +8,41 @@ use std::path::Path;
 
 use crate::service::job::Load;
 
-/// Percent of pressure up to which a node counts as at ease.
+/// Pressure in percent up to which a node is considered idle.
 const EASE: f64 = 10.0;
-/// Percent of pressure from which on it has nothing left over.
+/// Pressure in percent from which on a node has no spare capacity.
 const FULL: f64 = 60.0;
 
-/// What was measured.
+/// Measurements of a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Measured {
     pub(super) cores: u32,
-    /// `some avg10`, in percent; none where the kernel does not say.
+    /// `some avg10`, in percent; `None` if the kernel does not report it.
     pub(super) cpu_pressure: Option<f64>,
     pub(super) io_pressure: Option<f64>,
     pub(super) load1: f64,
-    /// Threads of our own saves, which the load counts too.
+    /// Threads of the agent's own saves, which the load average includes.
     pub(super) own_threads: u32,
-    /// Our own saves.
+    /// Number of the agent's own saves.
     pub(super) own_jobs: u32,
 }
 
-/// What the administrator lets it come to.
+/// Limits set by the administrator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bounds {
     pub(super) slots: u32,
     pub(super) threads: (u32, Option<u32>),
 }
 
-/// Saves at once, and threads of the next one. Never none: where nothing is left over, one save goes on slowly.
+/// Returns the number of concurrent saves and the number of threads of the next one. Neither is ever 0: without spare
+/// capacity one save continues slowly.
 pub(super) fn capacity(measured: &Measured, bounds: Bounds) -> (u32, u32) {
     let cores = f64::from(measured.cores.max(1));
-    // Our own threads wait for cores all the time where others work: the load of those is what is left without them.
+    // The agent's own threads wait for cores whenever others work, so the load of the others is what remains without
+    // them.
     let others = (measured.load1 - f64::from(measured.own_threads)).max(0.0);
     let free = (cores - others).clamp(0.0, cores);
-    // Pressure while our saves run is theirs as well; without them it is the others' alone.
+    // While the agent's own saves run, they contribute to the pressure; without them it is caused by others alone.
     let cpu = if measured.own_jobs == 0 {
         relief(measured.cpu_pressure)
     } else {
@@ -57,14 +60,14 @@ pub(super) fn capacity(measured: &Measured, bounds: Bounds) -> (u32, u32) {
     (slots, threads)
 }
 
-/// From 1 (at ease) to 0 (nothing left over).
+/// Maps pressure to a factor from 1 (idle) to 0 (no spare capacity).
 fn relief(pressure: Option<f64>) -> f64 {
     pressure.map_or(1.0, |pressure| {
         ((FULL - pressure) / (FULL - EASE)).clamp(0.0, 1.0)
     })
 }
 
-/// Looks at the node. `proc` is where its `/proc` is.
+/// Measures the node. `proc` is the path of its `/proc`.
 pub(super) fn measure(proc: &Path, own_jobs: u32, own_threads: u32) -> Measured {
     let read = |name: &str| fs::read_to_string(proc.join(name)).unwrap_or_default();
     Measured {
@@ -77,7 +80,7 @@ pub(super) fn measure(proc: &Path, own_jobs: u32, own_threads: u32) -> Measured 
     }
 }
 
-/// Lines `cpuN ...` of `/proc/stat`; what this process may use is no measure of its node.
+/// Counts the lines `cpuN ...` of `/proc/stat`. The CPUs that this process may use do not tell the size of the node.
 fn cores(stat: &str) -> u32 {
     let counted = stat
         .lines()
@@ -89,7 +92,7 @@ fn cores(stat: &str) -> u32 {
     u32::try_from(counted).unwrap_or(1).max(1)
 }
 
-/// `some avg10=0.00 avg60=...`
+/// Parses `some avg10=0.00 avg60=...`.
 fn some_avg10(pressure: &str) -> Option<f64> {
     let some = pressure
         .lines()
@@ -107,7 +110,7 @@ fn first_number(text: &str) -> Option<f64> {
     value.is_finite().then_some(value)
 }
 
-/// As a heartbeat tells it.
+/// Returns the measurements in the form of a heartbeat.
 pub(super) fn told(measured: &Measured, bounds: Bounds) -> Load {
     let (slots, threads) = capacity(measured, bounds);
     Load {
@@ -190,7 +193,7 @@ mod tests {
         };
         assert_eq!(capacity(&idle, bounds(2, 1, Some(16))), (2, 16));
         assert_eq!(capacity(&busy, bounds(2, 4, Some(16))), (1, 4));
-        // Contradictions do no harm.
+        // Contradictory limits are resolved.
         assert_eq!(capacity(&idle, bounds(0, 0, Some(0))), (1, 1));
         assert_eq!(capacity(&idle, bounds(1, 9, Some(2))), (1, 2));
         assert_eq!(capacity(&Measured::default(), bounds(3, 1, None)), (3, 1));

@@ -1,4 +1,4 @@
-//! What a save made, from what its child wrote down.
+//! Reads the description of a saved image from the metadata file that the child wrote.
 
 use std::path::Path;
 use std::time::Duration;
@@ -7,10 +7,11 @@ use serde::Deserialize;
 
 use crate::service::job::Saved;
 
-/// What is larger was not written by `commit`.
+/// Maximum size of the metadata file in bytes; a larger one was not written by `commit`.
 const MAX_METADATA: u64 = 64 << 20;
 
-/// What of `commit --metadata-file` goes to the record. Read field by field: the child may be newer than this program.
+/// The part of `commit --metadata-file` that goes to the record. Unknown and most missing fields are tolerated, because
+/// the child may be of a newer version than this program.
 #[derive(Deserialize)]
 struct Metadata {
     reference: String,
@@ -55,7 +56,7 @@ struct Layer {
 impl Metadata {
     fn saved(self) -> Saved {
         let layer_bytes = self.layers.iter().map(|layer| layer.size_bytes).sum();
-        // Those that the destination had, or took over from a neighbour, were not sent.
+        // Layers that the destination already had, or mounted from another repository, were not sent.
         let sent = |layer: &&BaseLayer| !matches!(layer.from.as_str(), "present" | "mounted");
         let base_bytes: u64 = self.base.layers.iter().filter(sent).map(|l| l.size).sum();
         Saved {
@@ -74,7 +75,7 @@ impl Metadata {
     }
 }
 
-/// From the metadata file; where that cannot be read, what the child's last event says.
+/// Reads the metadata file. If that is not possible, falls back to the child's final event, without sizes.
 pub(super) fn read_saved(
     path: &Path,
     told: Option<(String, String)>,

@@ -1,5 +1,5 @@
-//! One a node: takes orders from the queue, runs `upperdeck commit` as a child for each, tells what the child says, and
-//! sees to it that no container stays frozen, whoever dies.
+//! The agent of a node: claims orders from the queue, runs `upperdeck commit` as a child process for each, reports the
+//! child's events, and makes sure that no container stays frozen if a process dies.
 
 mod child;
 mod inventory;
@@ -32,26 +32,26 @@ use telling::{CALL, call};
 pub use options::{Allowed, AllowedError, Options, Registry};
 pub use owner::{OwnerRule, RuleError};
 
-/// Why an agent does not start. Once it runs, nothing ends it but a request to.
+/// Why an agent does not start. A running agent ends only on request.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A directory that it needs cannot be made or written to.
+    /// A required directory cannot be created or written to.
     #[error("{path}: {source}; the agent needs it to survive its own death")]
     Directory {
-        /// Which one.
+        /// Path of the directory.
         path: String,
-        /// What the system said.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// Something in the options that cannot be meant.
+    /// An option has an invalid value.
     #[error("{0}")]
     Options(String),
-    /// Another agent works from the same spool.
+    /// Another agent uses the same spool.
     #[error(
         "another agent of this node uses {path}: end it first, or give this one a spool of its own"
     )]
     Taken {
-        /// The spool.
+        /// Path of the spool.
         path: String,
     },
     /// The queue cannot be used at all.
@@ -59,42 +59,46 @@ pub enum Error {
     Queue(#[from] queue::Error),
 }
 
-/// How long a call for orders waits; so long an agent takes at most to notice that it is to end.
+/// How long one call for orders blocks. This is also the longest time until the agent notices that it has to end.
 const CLAIM_WAIT: Duration = Duration::from_secs(2);
-/// Between two tries at a queue that cannot be reached: from and to.
+/// Delay between attempts to reach the queue: the first one and the maximum.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
-/// Sessions are told at least as often, whether or not they changed: a queue may lose everything.
+/// Maximum interval between two lists of sessions, even if they have not changed, because the queue may lose all its
+/// data.
 const SESSIONS_EVERY: Duration = Duration::from_secs(30);
-/// Between two looks at whether there is room for another save, while there is none.
+/// Interval at which the capacity is checked again while all slots are taken.
 const ROOM_EVERY: Duration = Duration::from_secs(1);
 
-/// What the parts of an agent share.
+/// State that the parts of an agent share.
 struct Agent {
     options: Options,
     queue: Queue,
-    /// This process' own, which no other ever had.
+    /// Consumer name of this process, which no other process has ever used.
     name: String,
     spool: Spool,
     inventory: Inventory,
     stuck: Stuck,
     started_ms: i64,
-    /// It is to end.
+    /// Set when the agent has to end.
     cancel: Cancel,
-    /// What still runs is given back.
+    /// Set when the time for draining is over and running jobs have to be returned.
     drain_over: Cancel,
     running: Mutex<HashMap<JobId, Running>>,
 }
 
-/// A job at work.
+/// A job that is being worked on.
 struct Running {
     threads: u32,
-    /// Its claim is somebody else's.
+    /// Set when another consumer holds the claim.
     lost: Cancel,
-    /// Nothing of it is left.
+    /// Set when nothing of the job is left.
     ended: Cancel,
 }
 
-/// Works until `cancel`, then drains: what runs may finish within [`Options::drain`], the rest is given back.
+/// Runs the agent until `cancel` is set, then drains: running jobs may finish within [`Options::drain`], the others are
+/// returned to the queue.
+///
+/// Fails with [`Error`] if the agent cannot start.
 pub async fn run(options: Options, queue: Queue, cancel: Cancel) -> Result<(), Error> {
     if options.node.is_empty() {
         return Err(Error::Options("a node has a name".to_owned()));
@@ -115,7 +119,7 @@ pub async fn run(options: Options, queue: Queue, cancel: Cancel) -> Result<(), E
         queue,
         cancel,
     });
-    // Before anything is claimed: a predecessor's child must not work beside its successor.
+    // Before the first claim, because a child of a predecessor must not run at the same time as its successor.
     agent.end_leftovers().await;
     let heart = tokio::spawn(Arc::clone(&agent).beat());
     let looker = tokio::spawn(Arc::clone(&agent).look());
@@ -135,7 +139,7 @@ impl Agent {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The longest that a save may take.
+    /// Returns the time limit of a save.
     fn bound(&self, order: &Order) -> Duration {
         match order.timeout_s {
             0 => self.options.max_time,
@@ -164,10 +168,10 @@ impl Agent {
         }
     }
 
-    /// Threads for a job that begins now; they count from then on.
+    /// Returns the number of threads for a job that starts now, and records it so that the job counts from now on.
     fn threads_for(&self, job: JobId) -> u32 {
         let mut measured = self.measure();
-        // The job itself is among those that run by now.
+        // The job itself is already counted as running.
         measured.own_jobs = measured.own_jobs.saturating_sub(1);
         let (_, threads) = load::capacity(&measured, self.bounds());
         if let Some(running) = self.running().get_mut(&job) {
@@ -176,7 +180,7 @@ impl Agent {
         threads
     }
 
-    /// Ends what a dead predecessor left: children that run on, containers that stand still.
+    /// Cleans up after an agent that died: ends children that still run, and thaws containers that are still frozen.
     async fn end_leftovers(&self) {
         for (job, note) in self.spool.left() {
             if let Some(note) = note {
@@ -190,7 +194,7 @@ impl Agent {
         self.spool.tidy(now_ms());
     }
 
-    /// Takes orders while there is room, until it is to end.
+    /// Claims and starts orders while there are free slots, until the agent has to end.
     async fn serve(self: &Arc<Self>, jobs: &mut JoinSet<()>) {
         let mut reclaimed = false;
         let mut pause = BACKOFF.0;
@@ -240,7 +244,7 @@ impl Agent {
         jobs.spawn(async move {
             let job = claim.order.job;
             let (lost, ended) = (Cancel::default(), Cancel::default());
-            // A claim of a job that is still at work here tells that the former one is lost.
+            // A claim for a job that is still running here means that the earlier claim is lost.
             loop {
                 let former = {
                     let mut running = agent.running();
@@ -271,7 +275,7 @@ impl Agent {
         });
     }
 
-    /// Lets what runs finish, as long as that may take.
+    /// Lets running jobs finish within the time for draining, then returns the others.
     async fn drain(&self, jobs: &mut JoinSet<()>) {
         let all = async {
             while let Some(ended) = jobs.join_next().await {
@@ -286,7 +290,7 @@ impl Agent {
         }
     }
 
-    /// Tells again and again that the agent is there.
+    /// Sends heartbeats until the task is aborted.
     async fn beat(self: Arc<Self>) {
         let mut told: Option<(Vec<crate::service::job::Session>, Instant)> = None;
         let mut failed = false;
@@ -309,7 +313,7 @@ impl Agent {
         }
     }
 
-    /// One heartbeat. Whether it was heard.
+    /// Sends one heartbeat. Returns whether it was delivered.
     async fn say(&self, draining: bool, with_sessions: bool) -> bool {
         let (sessions, mut problems) = self.inventory.told();
         problems.splice(0..0, self.stuck.told());
@@ -331,7 +335,7 @@ impl Agent {
             .is_ok()
     }
 
-    /// Looks again and again at what runs on the node, and at what may have been left frozen.
+    /// Lists the node's containers at regular intervals, and thaws what may have been left frozen.
     async fn look(self: Arc<Self>) {
         loop {
             let agent = Arc::clone(&self);
@@ -356,14 +360,14 @@ impl Agent {
 }
 
 impl Agent {
-    /// Looks into sessions, one after another: by children, as trees are strangers' and large.
+    /// Inspects the sessions one after another, each in a child process, because their trees are untrusted and large.
     async fn look_into(self: Arc<Self>) {
         loop {
             for session in self.inventory.due(self.options.sizes_every) {
                 if self.cancel.is_cancelled() {
                     return;
                 }
-                // Another look would get stuck as the one before did.
+                // A new child would get stuck in the same place as the earlier one.
                 if self.stuck.of(&session).is_some() {
                     self.inventory.looked_into(&session, Inside::default());
                     continue;
@@ -378,7 +382,7 @@ impl Agent {
     }
 }
 
-/// Says that nothing of a job is left, however it ended.
+/// Marks a job as ended when it is dropped, however it ended.
 struct Gone {
     agent: Arc<Agent>,
     job: JobId,

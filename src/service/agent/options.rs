@@ -1,4 +1,4 @@
-//! What an administrator decides about a node's agent.
+//! The configuration of a node's agent.
 
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
@@ -10,77 +10,78 @@ use crate::service::queue::HEARTBEAT_EVERY;
 
 use super::owner::OwnerRule;
 
-/// What a child takes of memory, at most: twice what the names and attributes of a tree may take (`--max-memory`), with
-/// room for all threads.
+/// Default memory limit of a child in bytes: twice what the names and attributes of a tree may take (`--max-memory`),
+/// with a reserve for all threads.
 const MEMORY: u64 = 3 << 30;
 
-/// Everything about an agent. `Options::new` has the usual values of all but the rule.
+/// Configuration of an agent. [`Options::new`] sets the defaults of everything but the owner rule.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Its node's name, unique among the agents of a queue. Usually the host's.
+    /// Name of the node, unique among the agents of a queue. Defaults to the host name.
     pub node: String,
-    /// Where the runtimes keep their state.
+    /// Directories in which the runtimes keep their state.
     pub roots: Roots,
-    /// Whose a session is.
+    /// Rule that determines the owner of a session.
     pub owner: OwnerRule,
-    /// The program that is started for each job, with `commit` as its first argument. Usually this one.
+    /// Program that is started for each job, with `commit` as its first argument. Defaults to this program.
     pub program: PathBuf,
-    /// How the children reach registries.
+    /// How the children access registries.
     pub registry: Registry,
-    /// Where images may go. What begins with none of these is refused, so an empty list refuses everything.
+    /// Permitted destinations. A destination that none of them covers is refused, so an empty list refuses everything.
     pub allowed: Vec<Allowed>,
-    /// Volumes that may be saved, with the owner's name still to be put in. What none covers is refused.
+    /// Volumes that may be saved, as patterns with a placeholder for the owner. A volume that none of them covers is
+    /// refused.
     pub volumes: Vec<Pattern>,
-    /// Where the children keep what they need to save only what changed (`--state-dir`); none: nowhere.
+    /// Directory in which the children keep the state for delta saves (`--state-dir`); `None` disables them.
     pub state_dir: Option<PathBuf>,
-    /// Where the agent notes what runs and how it ended, so that its own death costs nothing.
+    /// Directory in which the agent records running jobs and their outcomes, so that nothing is lost if it dies.
     pub spool_dir: PathBuf,
-    /// Jobs at once, at most; the pressure on the node may make it fewer. At least 1.
+    /// Maximum number of concurrent jobs; pressure on the node may lower it. At least 1.
     pub slots: u32,
-    /// Threads of one job, at least and at most. None at most: the node's cores.
+    /// Minimum and maximum number of threads per job. Without a maximum, the number of the node's cores.
     pub threads: (u32, Option<u32>),
-    /// Codec where the order names none: `gzip` or `zstd`.
+    /// Compression if the order has none: `gzip` or `zstd`.
     pub compression: Option<String>,
-    /// The longest that a container may stand still; none: as `commit` has it.
+    /// Maximum time that a container may be frozen; `None` uses the default of `commit`.
     pub max_pause: Option<Duration>,
-    /// The longest that a save may run, whatever its order says.
+    /// Time limit of a save, regardless of its order.
     pub max_time: Duration,
-    /// How long a save waits for a manager to say that it is wanted: before it begins, and before the tag. The container
-    /// runs meanwhile.
+    /// How long a save waits for a manager's confirmation that it is wanted, before it starts and before it sets the
+    /// tag. The container is not frozen meanwhile.
     pub manager_wait: Duration,
-    /// How long running saves may go on when the agent is asked to end.
+    /// How long running saves may continue when the agent has to end.
     pub drain: Duration,
-    /// Between two heartbeats.
+    /// Interval between two heartbeats.
     pub heartbeat_every: Duration,
-    /// Between two looks at what runs on the node.
+    /// Interval between two listings of the node's containers.
     pub inventory_every: Duration,
-    /// Between two looks at how much a session changed.
+    /// Interval between two inspections of the size of a session's changes.
     pub sizes_every: Duration,
     /// Whether children run at the lowest CPU and I/O priority.
     pub background: bool,
-    /// The most memory that a child may take, in bytes; none: no bound.
+    /// Memory limit of a child in bytes; `None` means no limit.
     pub memory: Option<u64>,
-    /// Further flags of `commit` for every job, as the administrator wants them: caps, `--pause`, `--include-caches`.
+    /// Further flags of `commit` for every job, chosen by the administrator: caps, `--pause`, `--include-caches`.
     pub flags: Vec<String>,
 }
 
-/// How the children reach registries.
+/// How the children access registries.
 #[derive(Clone, Debug)]
 pub struct Registry {
-    /// File with `USER:PASSWORD`, read for each job: it may be replaced at any time.
+    /// File with `USER:PASSWORD`. It is read for each job, so it can be replaced at any time.
     pub creds_file: Option<PathBuf>,
-    /// Credentials as `podman login` and `docker login` write them.
+    /// Credentials file as written by `podman login` and `docker login`.
     pub authfile: Option<PathBuf>,
-    /// Directory with further authorities and this client's certificate.
+    /// Directory with additional certificate authorities and a client certificate.
     pub cert_dir: Option<PathBuf>,
-    /// Whether certificates are checked; false also allows plain HTTP.
+    /// Whether certificates are verified; `false` also permits plain HTTP.
     pub tls_verify: bool,
-    /// Whether a missing project is made in Harbor.
+    /// Whether a missing Harbor project is created.
     pub create_project: bool,
 }
 
 impl Options {
-    /// The usual values; nothing is allowed as a destination yet.
+    /// Returns the defaults, with no permitted destination.
     pub fn new(owner: OwnerRule) -> Self {
         let state = PathBuf::from("/var/lib/upperdeck");
         Self {
@@ -116,7 +117,7 @@ impl Options {
     }
 }
 
-/// The host's name, as a node is called where nobody says otherwise.
+/// Returns the host name, which is the default name of a node.
 fn hostname() -> String {
     nix::unistd::gethostname()
         .ok()
@@ -125,29 +126,29 @@ fn hostname() -> String {
         .unwrap_or_else(|| "localhost".to_owned())
 }
 
-/// A prefix that a destination must have: `HOST[:PORT]`, `HOST[:PORT]/PROJECT[/...]` or `oci:DIRECTORY`.
+/// A prefix that destinations must have: `HOST[:PORT]`, `HOST[:PORT]/PROJECT[/...]` or `oci:DIRECTORY`.
 ///
-/// It holds at a boundary only: `registry.example.org/users` lets `registry.example.org/users/alice` pass, and
-/// `registry.example.org/users-2` not.
+/// It matches at component boundaries only: `registry.example.org/users` covers `registry.example.org/users/alice`, but
+/// not `registry.example.org/users-2`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Allowed {
     /// `oci:` or empty.
     scheme: &'static str,
-    /// Without a slash at its end.
+    /// Without a trailing slash.
     prefix: String,
 }
 
-/// A prefix that is none.
+/// The text is not a valid destination prefix.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} allows nothing: expected HOST[:PORT][/PROJECT] or oci:/DIRECTORY")]
 pub struct AllowedError(String);
 
-/// The scheme of a destination, and what comes after it.
+/// Splits a destination into its scheme and the rest. Returns `None` for unsupported schemes.
 fn split(destination: &str) -> Option<(&'static str, &str)> {
     if let Some(directory) = destination.strip_prefix("oci:") {
         return Some(("oci:", directory));
     }
-    // One file of which the children would be the only writers is no place for many jobs.
+    // An archive is one file, which does not suit many jobs that write at the same time.
     if destination.starts_with("oci-archive:") {
         return None;
     }
@@ -178,7 +179,7 @@ impl fmt::Display for Allowed {
     }
 }
 
-/// Nothing that could lead elsewhere than it reads.
+/// Returns whether the path contains nothing that would make it resolve to another place than it reads.
 fn plain(path: &str) -> bool {
     let inside = Path::new(path)
         .components()
@@ -192,7 +193,7 @@ fn plain(path: &str) -> bool {
 }
 
 impl Allowed {
-    /// Whether `destination` lies below it.
+    /// Returns whether `destination` is below this prefix.
     pub fn covers(&self, destination: &str) -> bool {
         let Some((scheme, place)) = split(destination) else {
             return false;
@@ -201,7 +202,7 @@ impl Allowed {
             return false;
         }
         match place.strip_prefix(&self.prefix) {
-            // Of a bare host what follows may not be its port: that would be another one.
+            // After a bare host a port must not follow, because that would be another registry.
             Some(rest) if scheme.is_empty() && !self.prefix.contains('/') => rest.starts_with('/'),
             Some(rest) => rest.is_empty() || rest.starts_with('/') || rest.starts_with(':'),
             None => false,

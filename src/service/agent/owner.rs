@@ -1,4 +1,4 @@
-//! Whose a session is: by what the runtime wrote down about it, never by what runs in it.
+//! Determines the owner of a session from what the runtime recorded about it, never from what runs in it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,46 +7,46 @@ use regex::Regex;
 
 use crate::node::container::Container;
 
-/// Longer names do not fit into a repository's path.
+/// Maximum length of an owner's name; longer names do not fit into a repository's path.
 const MAX_OWNER: usize = 64;
 
-/// The centre's rule.
+/// The site's rule for the owner of a session.
 #[derive(Clone, Debug)]
 pub enum OwnerRule {
-    /// By the pod's namespace. A pattern's one group is the owner; without a pattern it is the whole name.
+    /// The pod's namespace. The one group of the pattern is the owner; without a pattern it is the whole name.
     Namespace(Option<Regex>),
-    /// By the pod's name, likewise.
+    /// The pod's name, in the same way.
     Pod(Option<Regex>),
-    /// By a variable in the environment that the runtime started the container with.
+    /// A variable in the environment with which the runtime started the container.
     Env(String),
-    /// Everything on this node is one user's.
+    /// A fixed user, to whom all sessions of the node belong.
     Fixed(String),
 }
 
-/// A rule that is none.
+/// Why the text of a rule is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RuleError {
-    /// Not one of the four.
+    /// Not one of the four forms.
     #[error(
         "{0:?} says nobody's: expected namespace[:PATTERN], pod[:PATTERN], env:NAME or fixed:USER"
     )]
     Unknown(String),
-    /// The pattern cannot be used.
+    /// The pattern is invalid.
     #[error("the pattern {pattern:?}: {reason}")]
     Pattern {
-        /// As given.
+        /// The pattern as given.
         pattern: String,
-        /// Why not.
+        /// What is wrong with it.
         reason: String,
     },
-    /// No name that can stand in a repository's path.
+    /// The name cannot be part of a repository's path.
     #[error(
         "{0:?} is no owner's name: lower-case letters and digits, with '.', '_' or '-' between them, {MAX_OWNER} at most"
     )]
     Name(String),
 }
 
-/// A pattern for the whole of a name, with one group.
+/// Compiles a pattern that has to match a whole name and has exactly one group.
 fn pattern(text: &str) -> Result<Regex, RuleError> {
     let wrong = |reason: String| RuleError::Pattern {
         pattern: text.to_owned(),
@@ -84,7 +84,7 @@ impl FromStr for OwnerRule {
 
 impl fmt::Display for OwnerRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // As it was given: without what `pattern` puts around it.
+        // As it was given, without the anchors that `pattern` adds.
         let given = |regex: &Regex| {
             let text = regex.as_str();
             text.strip_prefix("^(?:")
@@ -103,8 +103,8 @@ impl fmt::Display for OwnerRule {
     }
 }
 
-/// A component of a repository's path, as the distribution specification has it: `[a-z0-9]+` with one `.`, one or two
-/// `_` or any number of `-` between them.
+/// Returns whether `name` is a valid component of a repository's path according to the OCI distribution specification:
+/// `[a-z0-9]+`, separated by one `.`, one or two `_`, or any number of `-`. Its length is at most 64.
 pub fn is_owner(name: &str) -> bool {
     let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let ends = name.starts_with(word) && name.ends_with(word);
@@ -116,7 +116,7 @@ pub fn is_owner(name: &str) -> bool {
 }
 
 impl OwnerRule {
-    /// Who owns `container`; none: nobody, as the rule does not fit or says what is no owner's name.
+    /// Returns the owner of `container`; `None` if the rule does not match or yields an invalid name.
     pub fn owner(&self, container: &Container) -> Option<String> {
         let pod = container.pod.as_ref();
         let owner = match self {

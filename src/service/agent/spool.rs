@@ -1,5 +1,5 @@
-//! What an agent has on disk, so that its own death loses nothing: which children run, what they may have frozen, and how
-//! jobs ended that the queue has not heard of, or has forgotten.
+//! The agent's state on disk, so that its death loses nothing: running children, what they may have frozen, and the
+//! outcomes of jobs that the queue has not received or has lost.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -16,18 +16,19 @@ use crate::common::private;
 use crate::service::job::{JobId, Order, Outcome};
 use crate::service::queue::Claim;
 
-/// An image that was saved longer ago may have been deleted since: a later attempt does the job again then.
+/// How long a success counts for later attempts. An older image may have been deleted since, so a later attempt does
+/// the job again.
 const KEEP_OUTCOMES: Duration = Duration::from_secs(24 * 60 * 60);
-/// By so much the clocks of managers and nodes may differ.
+/// Maximum difference between the clocks of managers and nodes.
 const CLOCKS: Duration = Duration::from_secs(60 * 60);
-/// The oldest go first beyond.
+/// Maximum number of outcomes; the oldest are removed first.
 const MAX_OUTCOMES: usize = 10_000;
-/// Between two searches for outcomes that are too old.
+/// Interval between two searches for expired outcomes.
 const TIDY_EVERY: Duration = Duration::from_secs(5 * 60);
-/// Larger files are none of ours.
+/// Maximum size of a file in bytes; a larger one was not written by the agent.
 const MAX_NOTE: u64 = 4 << 20;
 
-/// The directory, and the lock on it.
+/// The spool directory and the lock on it.
 #[derive(Debug)]
 pub(super) struct Spool {
     running: PathBuf,
@@ -36,18 +37,18 @@ pub(super) struct Spool {
     _lock: File,
 }
 
-/// A child that runs.
+/// A running child process.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Note {
     /// The container that it saves.
     pub(super) session: String,
-    /// Its process, which leads a group of its own.
+    /// PID of the child, which is also its process group ID.
     pub(super) pid: u32,
-    /// When that was started, in ticks since boot.
+    /// Start time of the child, in ticks since boot.
     pub(super) pid_start: u64,
 }
 
-/// How an attempt ended.
+/// Outcome of an attempt.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Kept {
     session: String,
@@ -55,19 +56,19 @@ struct Kept {
     attempt: u32,
     fence: u64,
     at_ms: i64,
-    /// No order for the attempt can be good after this.
+    /// Time after which no order for the attempt can be valid.
     until_ms: i64,
     outcome: Outcome,
 }
 
-/// A file of one running job.
+/// A file of a running job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Of {
-    /// [`Note`].
+    /// A [`Note`].
     Note,
     /// The mark of a freeze.
     Mark,
-    /// What `commit --metadata-file` writes.
+    /// The output of `commit --metadata-file`.
     Metadata,
 }
 
@@ -84,7 +85,8 @@ impl Of {
 }
 
 impl Spool {
-    /// Opens `dir`, which is made if it is not there. One agent at a time.
+    /// Opens the spool at `dir`, creating it if necessary, and locks it for this agent. Fails with [`Error::Taken`] if
+    /// another agent holds the lock.
     pub(super) fn open(dir: &Path) -> Result<Self, Error> {
         let (running, outcomes) = (dir.join("running"), dir.join("outcomes"));
         let failed = |source| Error::Directory {
@@ -117,24 +119,24 @@ impl Spool {
         }
     }
 
-    /// Where a running job's file is.
+    /// Returns the path of a running job's file.
     pub(super) fn file(&self, job: JobId, of: Of) -> PathBuf {
         self.running.join(format!("{job}.{}", of.suffix()))
     }
 
-    /// A child runs.
+    /// Records that a child runs.
     pub(super) fn begin(&self, job: JobId, note: &Note) -> io::Result<()> {
         write(&self.file(job, Of::Note), note)
     }
 
-    /// It does not any more, and nothing of it is frozen.
+    /// Records that the child has ended and has left nothing frozen.
     pub(super) fn end(&self, job: JobId) {
         for of in [Of::Metadata, Of::Note] {
             remove(&self.file(job, of));
         }
     }
 
-    /// Jobs of which something is left, with the note of those that have one that can be read.
+    /// Returns the jobs that have files left, each with its note if that can be read.
     pub(super) fn left(&self) -> Vec<(JobId, Option<Note>)> {
         let mut jobs: Vec<JobId> = names(&self.running)
             .iter()
@@ -155,10 +157,10 @@ impl Spool {
         self.outcomes.join(format!("{job}.json"))
     }
 
-    /// How `claim` ended. On disk before the managers are told.
+    /// Stores the outcome of `claim`. This happens before the managers are informed.
     pub(super) fn keep(&self, claim: &Claim, outcome: &Outcome, now_ms: i64) -> io::Result<()> {
         let order = &claim.order;
-        // All orders for an attempt are signed before it ends and live as long as this one.
+        // All orders for an attempt are signed before it ends and are valid for as long as this one.
         let lives = order.expires_ms.saturating_sub(order.issued_ms);
         let lives = lives.max(KEEP_OUTCOMES.as_millis() as i64);
         let kept = Kept {
@@ -175,9 +177,10 @@ impl Spool {
         write(&self.outcome(order.job), &kept)
     }
 
-    /// How the attempt of `order`, or a later one, has ended already: it is told again and not done again, whether the
-    /// queue did not hear of it, has forgotten it, or was given an old order by somebody who can write to it. A later
-    /// attempt is something new, unless an earlier one made the very image not long ago.
+    /// Returns the outcome of the attempt of `order`, or of a later one, if it has already ended. The outcome is
+    /// reported again and the save is not repeated, whether the queue did not receive the outcome, lost it, or was
+    /// given an old order by a third party with write access. A later attempt is new work, unless an earlier one
+    /// recently created the same image.
     pub(super) fn kept(&self, order: &Order, now_ms: i64) -> Option<Outcome> {
         let kept: Kept = read(&self.outcome(order.job))?;
         if order.attempt <= kept.attempt {
@@ -190,7 +193,7 @@ impl Spool {
         (fresh && same && there).then_some(kept.outcome)
     }
 
-    /// Removes outcomes that are too old or too many, now and then.
+    /// Removes outcomes that have expired or exceed the maximum number, at most once per [`TIDY_EVERY`].
     pub(super) fn tidy(&self, now_ms: i64) {
         let mut tidied = self.tidied.lock().unwrap_or_else(PoisonError::into_inner);
         if tidied.is_none_or(|at| at.elapsed() >= TIDY_EVERY) {
@@ -199,7 +202,7 @@ impl Spool {
         }
     }
 
-    /// Names sort by when their jobs were made.
+    /// Removes the outcomes. File names sort by the creation time of their jobs.
     fn tidy_now(&self, now_ms: i64) {
         let mut names = names(&self.outcomes);
         names.sort_unstable();
@@ -233,7 +236,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-/// Beside, to the disk, then renamed: what is there is whole.
+/// Writes to a temporary file in the same directory, syncs it and renames it, so that a file is always complete.
 fn write<T: Serialize>(path: &Path, content: &T) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(dir)?;

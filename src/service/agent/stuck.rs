@@ -1,17 +1,18 @@
-//! Processes that were ended and do not end: they wait in the kernel for an answer that does not come, from a file system
-//! that a tenant mounted, or from a disk or server that is gone. Nobody can end them; they are given up and told of.
+//! Processes that were killed but do not exit: they wait in the kernel for a response that never comes, from a file
+//! system that a tenant mounted, or from a failed disk or server. They cannot be ended, so the agent gives them up and
+//! reports them.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Those of which is known.
+/// The known stuck processes by session.
 #[derive(Debug, Default)]
 pub(super) struct Stuck(Mutex<HashMap<String, Vec<Process>>>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Process {
     pid: u32,
-    /// Ticks since boot.
+    /// Start time in ticks since boot.
     start: u64,
 }
 
@@ -25,7 +26,7 @@ impl Stuck {
         all
     }
 
-    /// One that worked on `session` does not end.
+    /// Adds a process that worked on `session` and does not exit.
     pub(super) fn add(&self, session: &str, pid: u32) {
         let Some(start) = start_of(pid) else {
             return;
@@ -42,12 +43,12 @@ impl Stuck {
             .push(process);
     }
 
-    /// One that works on `session` still.
+    /// Returns the PID of a process that is still stuck on `session`.
     pub(super) fn of(&self, session: &str) -> Option<u32> {
         self.all().get(session)?.first().map(|process| process.pid)
     }
 
-    /// For whoever looks after the node.
+    /// Returns a sentence per session for the administrator of the node.
     pub(super) fn told(&self) -> Vec<String> {
         let all = self.all();
         let mut told: Vec<String> = all
@@ -65,7 +66,8 @@ impl Stuck {
     }
 }
 
-/// Field 22 of `/proc/PID/stat`, of a process whose threads have not all ended, too.
+/// Returns field 22 of `/proc/PID/stat` (start time in ticks), also for a process of which only some threads have
+/// exited.
 fn start_of(pid: u32) -> Option<u64> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     let after = stat.iter().rposition(|&b| b == b')')? + 1;

@@ -1,4 +1,4 @@
-//! What an agent tells of one job, in order and each thing once, over a queue that may be away for a while.
+//! Sends the reports of one job, in order and each only once, over a queue that may be unreachable for some time.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -7,18 +7,18 @@ use crate::common::cancel::Cancel;
 use crate::service::job::{Before, Event, Question, Report, Said, Word, now_ms};
 use crate::service::queue::{Claim, Error, Hold, Queue};
 
-/// A call of the queue that takes longer has failed.
+/// Time limit of a call of the queue.
 pub(super) const CALL: Duration = Duration::from_secs(5);
-/// How long a manager may take to answer. It is asked again then, as the question may have been lost.
+/// Time limit for a manager's answer. The question is then sent again, because it may have been lost.
 const ANSWER: Duration = Duration::from_secs(3);
-/// Between two tries at a queue that cannot be reached.
+/// Delay before the next attempt when the queue cannot be reached.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Reports that wait for it at most.
+/// Maximum number of reports that are buffered.
 const MAX_WAITING: usize = 2000;
-/// How long an agent that ends goes on trying to tell a job's last word. A success is on disk.
+/// How long a draining agent keeps trying to send a job's final report. A success is on disk by then.
 const LAST_WORD: Duration = Duration::from_secs(20);
 
-/// A call with a bound on its time.
+/// Runs a call of the queue with a time limit.
 pub(super) async fn call<T>(
     what: impl Future<Output = Result<T, Error>>,
     bound: Duration,
@@ -32,14 +32,14 @@ pub(super) async fn call<T>(
     }
 }
 
-/// For one claim.
+/// Reports and questions for one claim.
 pub(super) struct Teller {
     queue: Queue,
     node: String,
     pub(super) claim: Claim,
     seq: u64,
     waiting: VecDeque<Report>,
-    /// Not tried before: it could not be reached.
+    /// Time of the next attempt if the queue could not be reached.
     not_before: Option<Instant>,
 }
 
@@ -69,8 +69,8 @@ impl Teller {
         report
     }
 
-    /// Tells it now, or as soon as the queue can be reached; how far the save is only now. None: not known what is left of
-    /// the claim.
+    /// Sends a report now, or as soon as the queue can be reached. Progress is dropped if it cannot be sent now.
+    /// Returns `None` if the state of the claim is unknown.
     pub(super) async fn tell(&mut self, said: Said) -> Option<Hold> {
         let passing = matches!(
             said,
@@ -86,7 +86,7 @@ impl Teller {
         self.flush().await
     }
 
-    /// Tells what waits.
+    /// Sends the buffered reports.
     async fn flush(&mut self) -> Option<Hold> {
         let mut hold = None;
         while let Some(report) = self.waiting.front() {
@@ -116,7 +116,7 @@ impl Teller {
         self.not_before = Some(Instant::now() + AGAIN);
     }
 
-    /// Another lease; what waits is told first.
+    /// Renews the lease, after sending the buffered reports.
     pub(super) async fn renew(&mut self) -> Option<Hold> {
         if let Some(hold) = self.flush().await
             && hold != Hold::Held
@@ -132,8 +132,8 @@ impl Teller {
         }
     }
 
-    /// What a manager says, asked now: whether the save is wanted. None: none answered within the bound of a call. What was
-    /// answered to an earlier question counts for nothing, so a word is never older than this call.
+    /// Asks the managers whether the save is wanted now. Returns `None` if none answered in time. Answers to earlier
+    /// questions are ignored, so the result is never older than this call.
     pub(super) async fn wanted(&self, before: Before) -> Option<Word> {
         let order = &self.claim.order;
         let question = Question::new(
@@ -153,7 +153,7 @@ impl Teller {
         }
     }
 
-    /// Whether the claim holds, so that the tag may be put on.
+    /// Returns whether the claim is still held, so that the tag may be set. From then on the job cannot be cancelled.
     pub(super) async fn confirm(&mut self) -> Option<Hold> {
         match call(self.queue.confirm(&self.claim), CALL).await {
             Ok(hold) => Some(hold),
@@ -164,7 +164,8 @@ impl Teller {
         }
     }
 
-    /// The last word, as often as it takes. `over` shortens that: the agent ends.
+    /// Sends the final report, and retries as long as necessary. `over` limits that time, because the agent is about to
+    /// end.
     pub(super) async fn complete(mut self, said: Said, over: &Cancel) -> Hold {
         let last = self.report(said);
         let mut until = None;

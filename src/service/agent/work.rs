@@ -1,4 +1,4 @@
-//! One job from the claim to its last word.
+//! One job, from the claim to its final report.
 
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -18,18 +18,19 @@ use crate::node::freeze;
 use crate::service::job::{Before, Code, Event, JobId, Order, Outcome, Said, Word, now_ms};
 use crate::service::queue::{Claim, Hold, RENEW_EVERY};
 
-/// Between two questions whether the tag may be put on, where nobody answers.
+/// Interval between questions to a manager that has not answered.
 const CONFIRM_AGAIN: Duration = Duration::from_secs(1);
-/// How long a child's own watchdog, and then the agent, may take to thaw what a dead child froze.
+/// How long the child's watchdog, and then the agent, may take to thaw what a dead child froze.
 const THAW_BOUND: Duration = Duration::from_secs(60);
-/// From a child's last word to its end. A thread of it that waits in the kernel keeps it from ending.
+/// Longest time from a child's final event to its exit. A thread that waits in the kernel can keep it from exiting.
 const END_BOUND: Duration = Duration::from_secs(30);
-/// Characters of a message that goes to people.
+/// Maximum length in characters of a message for people.
 const MAX_MESSAGE: usize = 2000;
-/// Bytes of everything that users choose. The kernel takes 128 KiB for one argument, and 2 MiB for all.
+/// Maximum total size in bytes of all values that users choose. The kernel accepts 128 KiB per argument and 2 MiB in
+/// all.
 const MAX_CHOSEN: usize = 96 << 10;
 
-/// Why a save does not begin, or does not end well, though nothing is wrong with it.
+/// Why a save does not start, or ends without success, although nothing is wrong with the job.
 const NO_MANAGER: &str =
     "no manager said in time that the save is wanted; it is tried again when one can be reached";
 
@@ -69,14 +70,14 @@ impl Refusal {
 /// How an attempt ended.
 enum End {
     Outcome(Outcome),
-    /// It was so before, and is on disk; or nothing was begun.
+    /// The outcome is already on disk, or nothing was started, so that it need not be written.
     Known(Outcome),
     GivenBack(&'static str),
-    /// The claim is somebody else's.
+    /// Another consumer holds the claim, so nothing is reported.
     Silent,
 }
 
-/// Does what `claim` asks for. `lost`: the claim is known to be somebody else's.
+/// Processes `claim`. `lost` is set when another consumer is known to hold the claim.
 pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: Cancel) {
     let order = claim.order.clone();
     let mut teller = Teller::new(agent.queue.clone(), agent.options.node.clone(), claim);
@@ -111,8 +112,9 @@ pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: Cancel) {
     }
 }
 
-/// None: the save may begin; otherwise how it ends. A signed order says that it was wanted once: this node's own memory
-/// and a manager, asked now, say whether it still is. Nothing of the container has been looked at before.
+/// Returns `None` if the save may start, otherwise how the attempt ends. A signed order proves only that the save was
+/// wanted at some time; the outcomes on this node's disk and a manager that is asked now decide whether it still is.
+/// The container is not touched before this.
 async fn permission(
     agent: &Agent,
     teller: &mut Teller,
@@ -184,7 +186,8 @@ fn defect(doing: &str) -> Refusal {
     )
 }
 
-/// Whether this node may do what the order says: by what is on this node, not by what the order says of it.
+/// Checks whether this node may execute the order. The check relies on data of this node, not on what the order claims
+/// about it.
 fn prove(agent: &Agent, order: &Order) -> Result<(), Refusal> {
     let options = &agent.options;
     if order.node != options.node {
@@ -230,19 +233,19 @@ fn prove(agent: &Agent, order: &Order) -> Result<(), Refusal> {
         return Err(Refusal::of(Code::Policy, why));
     }
     let container = find(agent, &order.session)?;
-    // A session that nobody owns is an administrator's to save, and its order says nobody's name.
+    // Only an administrator can save a session without an owner; its order has an empty owner.
     let owner = options.owner.owner(&container).unwrap_or_default();
     if owner == order.owner {
         return Ok(());
     }
-    // Whose it is is not for the one who asked.
+    // The message must not reveal the actual owner to the requester.
     Err(Refusal::of(
         Code::NotPermitted,
         format!("the session is not {:?}'s by this node's rule", order.owner),
     ))
 }
 
-/// What users choose has to be what it is meant to be.
+/// Checks the values that the user chose.
 fn chosen(order: &Order) -> Result<(), Refusal> {
     let options = &order.options;
     let known = options
@@ -285,10 +288,10 @@ fn chosen(order: &Order) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// The container of exactly this ID, the same that was seen before.
+/// Returns the container with exactly this ID. Fails if it is not the same process that the last listing saw.
 fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
     let gone = || Refusal::of(Code::ContainerGone, "the session has ended");
-    // A name, a prefix, a pod or a process number: none of it is an ID.
+    // Names, ID prefixes, pods and PIDs are not accepted as an ID.
     let id = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if session.starts_with('-') || !session.chars().all(id) {
         return Err(gone());
@@ -316,14 +319,14 @@ fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
     }
 }
 
-/// Why a child is ended.
+/// Why a child is stopped.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Why {
     Cancelled,
     Lost,
     TimedOut,
     Drained,
-    /// No manager said that the tag is wanted.
+    /// No manager confirmed that the tag is wanted.
     NoManager,
 }
 
@@ -344,7 +347,7 @@ async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cance
         pid: child.pid,
         pid_start: child.pid_start,
     };
-    // Without the note a successor would not end the child; that ends by itself when it hears nobody.
+    // Without the note a successor would not stop the child; the child stops by itself when its socket is closed.
     if let Err(error) = agent.spool.begin(order.job, &note) {
         tracing::warn!(job.id = %order.job, %error, "the spool cannot be written");
     }
@@ -360,7 +363,8 @@ async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cance
         let why = "the save ended, and whether the session runs again could not be seen: have an administrator look at it";
         return End::Outcome(Refusal::of(Code::Internal, why).outcome());
     }
-    // Who was asked to stop may have been done by then. One that said so was, whatever kept it from ending.
+    // A child that was asked to stop may have finished by then. If it reported success, that counts, whatever kept it
+    // from exiting.
     if said.saved.is_some() || matches!(&status, Ok(status) if status.success()) {
         let saved = read_saved(
             &agent.spool.file(order.job, Of::Metadata),
@@ -400,14 +404,14 @@ async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cance
     }
 }
 
-/// What a child said of its end.
+/// The final event of a child.
 #[derive(Default)]
 struct LastSaid {
     saved: Option<(String, String)>,
     failed: Option<(String, String, bool)>,
 }
 
-/// Passes on what it says, keeps the lease, and ends it when that has to be.
+/// Forwards the child's events, renews the lease, and stops the child if necessary.
 async fn follow(
     agent: &Agent,
     teller: &mut Teller,
@@ -459,7 +463,7 @@ async fn follow(
             _ = ask.tick(), if asking.is_some() => match may_tag(teller).await {
                 Ok(()) => {
                     asking = None;
-                    // One that is gone will say so by its end.
+                    // If the child is gone, its exit status will show it.
                     let _ = child.open_gate().await;
                 }
                 Err(Some(why)) => break Some(why),
@@ -480,8 +484,8 @@ async fn follow(
     (why, status, said)
 }
 
-/// Whether the tag may be put on: a manager says, now, that it is wanted, and then the queue that it can be cancelled no
-/// more. Otherwise why the save ends; none: not known yet.
+/// Returns whether the tag may be set: a manager has to confirm now that it is wanted, and then the queue that the job
+/// can no longer be cancelled. Fails with the reason to stop the save, or with `None` if the answer is not known yet.
 async fn may_tag(teller: &mut Teller) -> Result<(), Option<Why>> {
     match teller.wanted(Before::Tag).await {
         Some(Word::Wanted) => {}
@@ -497,8 +501,8 @@ async fn may_tag(teller: &mut Teller) -> Result<(), Option<Why>> {
     }
 }
 
-/// Sees to it that the container of a job whose child has ended runs again, unless somebody else paused it. False: that
-/// cannot be told; it is tried again later.
+/// Makes sure that the container of a job whose child has ended is thawed, unless another party paused it. Returns
+/// `false` if the state cannot be determined; the caller tries again later.
 pub(super) async fn settle(agent: &Agent, job: JobId) -> bool {
     let until = Instant::now() + THAW_BOUND;
     loop {
@@ -520,7 +524,8 @@ pub(super) async fn settle(agent: &Agent, job: JobId) -> bool {
     }
 }
 
-/// What took more memory than it may takes it again, however often it is tried.
+/// Returns the refusal for a save that exceeded its memory limit. It is not retryable, because another attempt would
+/// need as much memory.
 fn too_much_memory(bound: Option<u64>) -> Refusal {
     let bytes = bound.unwrap_or_default();
     let why = format!(
@@ -530,7 +535,7 @@ fn too_much_memory(bound: Option<u64>) -> Refusal {
     Refusal::of(Code::Policy, why)
 }
 
-/// Why a child ended without an image that nobody ended.
+/// Returns why a child that the agent did not stop ended without an image.
 fn refusal_of(
     status: std::io::Result<ExitStatus>,
     said: Option<(String, String, bool)>,
@@ -554,8 +559,8 @@ fn refusal_of(
     }
     let words = words.strip_prefix("upperdeck: ").unwrap_or(words);
     match status.code() {
-        // Before there are events: the command line. Its flags are the agent's and the administrator's, and the rest was
-        // looked at.
+        // Errors of the command line occur before the first event. The flags come from the agent and the administrator,
+        // and the user's values have been checked.
         Some(2) => Refusal::of(Code::Internal, format!("the save was not begun: {words}")),
         Some(66) => Refusal::of(Code::ContainerGone, words),
         Some(69) => Refusal::of(Code::BaseUnproven, words),
@@ -569,10 +574,10 @@ fn refusal_of(
     }
 }
 
-/// The job's code for a child's.
+/// Translates an error code of the child into one of the job.
 fn of_child(code: &str) -> Code {
     match code {
-        // What a user chose, such as a pattern that is none.
+        // Caused by a value that the user chose, such as an invalid pattern.
         "usage" => Code::Policy,
         "permission_denied" => Code::NotPermitted,
         "foreign_root" => Code::BaseUnproven,

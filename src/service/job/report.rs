@@ -38,7 +38,7 @@ pub enum Said {
         #[serde(rename = "child")]
         event: Event,
     },
-    /// The agent returned the job unfinished: it is draining, no manager confirmed the job in time, or the lease was lost.
+    /// The agent returned the job unfinished, because it is draining or because no manager confirmed the job in time.
     GivenBack {
         /// Reason, as a sentence.
         reason: String,
