@@ -1,4 +1,4 @@
-//! The queue inside one process: `upperdeck up` without Redis. It forgets everything when the process ends; the record
+//! The queue inside one process, for `upperdeck up` without Redis. It loses its data when the process ends; the record
 //! does not.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::service::job::{Answer, JobId, Node, Order, Question, Report, Session, now_ms};
 
-/// See the module.
+/// A queue in this process. Clones refer to the same queue.
 #[derive(Clone)]
 pub struct Local(Arc<Shared>);
 
@@ -34,9 +34,9 @@ struct State {
     reports: VecDeque<Post>,
     heard: BTreeMap<String, Heard>,
     questions: VecDeque<Question>,
-    /// By the nonces of those who wait.
+    /// Answers by the nonces of the pending questions.
     answers: HashMap<String, Option<Answer>>,
-    /// Of fences and of the names of reports: neither is given out twice.
+    /// The last number used for a fence or for the identifier of a report. Numbers are never reused.
     last: u64,
 }
 
@@ -56,19 +56,19 @@ enum At {
         cancelled: bool,
         confirmed: bool,
     },
-    /// Its last word has not reached the record yet.
+    /// The final report has not been acknowledged yet.
     Ended { fence: u64, report: String },
 }
 
-/// What one node's agents have before them.
+/// Orders that wait for the agents of one node.
 #[derive(Default)]
 struct Desk {
     /// Turn of the user who was served last.
     turn: u64,
-    /// Users with the turn at which each is next.
+    /// Users, with the turn at which each is served next.
     users: BTreeMap<String, (u64, VecDeque<JobId>)>,
     later: Vec<JobId>,
-    /// Names of agents as they showed up, the youngest last.
+    /// Consumer names in order of appearance; the newest is last.
     agents: Vec<String>,
 }
 
@@ -76,7 +76,7 @@ struct Post {
     entry: String,
     report: Report,
     last: bool,
-    /// When it was given to a manager.
+    /// Time at which it was delivered to a manager.
     given: Option<Instant>,
 }
 
@@ -87,12 +87,12 @@ struct Heard {
 }
 
 impl Local {
-    /// An empty queue.
+    /// Creates an empty queue.
     pub fn new(limits: Limits) -> Self {
         Self::with(limits, Settings::default())
     }
 
-    /// An empty queue with other settings than the default.
+    /// Creates an empty queue with settings that differ from the default.
     pub fn with(limits: Limits, settings: Settings) -> Self {
         Self(Arc::new(Shared {
             limits,
@@ -125,7 +125,8 @@ impl Local {
             .unwrap_or_else(|| self.now() + DAY)
     }
 
-    /// Calls `attempt` whenever something has changed, or at the instant that it names, until it has something.
+    /// Calls `attempt` after each change, and at the instant that it returned, until it yields something or `wait` has
+    /// passed.
     async fn until<T>(
         &self,
         wait: Duration,
@@ -414,7 +415,8 @@ impl Local {
         Ok(self.until(wait, attempt).await)
     }
 
-    /// Claims of `node` for which `take` (of holder and end of lease) says so, as far as the limits let them live.
+    /// Takes over claims of `node` for which `take` (given the holder and the end of the lease) returns `true`, as far
+    /// as the limits permit.
     fn take_over(
         &self,
         state: &mut State,
@@ -451,7 +453,7 @@ impl Local {
         got
     }
 
-    /// Moves what is due into the lists; the instant at which the next is.
+    /// Moves jobs that are due into the lists. Returns the instant at which the next one is due.
     fn let_in(&self, state: &mut State, node: &str) -> Option<Instant> {
         let now_ms = self.now_ms();
         let State { jobs, nodes, .. } = state;
@@ -470,7 +472,7 @@ impl Local {
         next.map(|at| self.instant(at))
     }
 
-    /// The next job of the user whose turn it is, among those that the limits let in.
+    /// Admits the next job of the user whose turn it is, considering only jobs within the limits.
     fn admit(&self, state: &mut State, node: &str, agent: &str) -> Option<Claim> {
         let desk = state.nodes.get(node)?;
         let mut users: Vec<(u64, String)> = desk
@@ -534,7 +536,7 @@ impl Local {
         Claim { order, fence }
     }
 
-    /// Renews `claim`, if it is still one; with `confirm` it can be cancelled no more.
+    /// Renews `claim` if it is still held. With `confirm`, the job can no longer be cancelled.
     fn hold(&self, state: &mut State, claim: &Claim, confirm: bool) -> Hold {
         let now = self.now();
         let lost = match state.jobs.get(&claim.order.job) {
@@ -635,7 +637,7 @@ impl Local {
     }
 }
 
-/// Who waits for an answer; nothing is left of it afterwards, however the wait ends.
+/// A pending question. Dropping it removes the question and its answer, however the wait ends.
 struct Waits<'a> {
     queue: &'a Local,
     nonce: String,
@@ -652,8 +654,8 @@ impl Drop for Waits<'_> {
 }
 
 impl State {
-    /// Whether one more claim of `order` stays within the limits. A claim whose lease has ended does not count, nor does
-    /// the job itself.
+    /// Returns whether another claim of `order` is within the limits. Claims whose lease has ended do not count, nor
+    /// does the job itself.
     fn room(&self, now: Instant, limits: Limits, order: &Order) -> bool {
         let registry = registry_of(&order.destination);
         let (mut user, mut node, mut into) = (0, 0, 0);
@@ -671,7 +673,7 @@ impl State {
         fits(user, limits.user) && fits(node, limits.node) && fits(into, limits.registry)
     }
 
-    /// When the next lease ends: then something may be taken over, or the limits let something in.
+    /// Returns when the next lease ends. A job may then be taken over, or fit into the limits.
     fn next_end(&self, now: Instant) -> Option<Instant> {
         self.jobs
             .values()
@@ -709,8 +711,8 @@ impl State {
 }
 
 impl Desk {
-    /// A user who comes, or comes back, is next with those who are next: neither behind fifty of another one's, nor
-    /// before everybody each time.
+    /// Appends a job to its user's list. A user without waiting jobs gets the current turn: neither behind all jobs of
+    /// another user, nor always ahead of everyone.
     fn line_up(&mut self, user: &str, id: JobId) {
         let (turn, list) = self.users.entry(user.to_owned()).or_default();
         if list.is_empty() {
@@ -728,7 +730,7 @@ impl Desk {
         self.tidy();
     }
 
-    /// Users of whom nothing waits are kept as long as their turn tells something.
+    /// Removes users without waiting jobs, once their turn no longer affects the order.
     fn tidy(&mut self) {
         let turn = self.turn;
         self.users
@@ -738,7 +740,7 @@ impl Desk {
         }
     }
 
-    /// How many are admitted before `order`, as it looks now.
+    /// Returns how many jobs will be admitted before `order`, according to the present state.
     fn before(&self, order: &Order) -> u64 {
         let Some((turn, list)) = self.users.get(&order.owner) else {
             return self.all();
@@ -752,7 +754,7 @@ impl Desk {
             .iter()
             .filter(|(user, _)| **user != order.owner)
             .map(|(user, (turn, list))| {
-                // Those of the same turn go in the order of the names.
+                // Users with the same turn are served in the order of their names.
                 let until = own + u64::from(*user < order.owner);
                 until.saturating_sub(*turn).min(list.len() as u64)
             })
@@ -767,7 +769,7 @@ impl Desk {
             .sum::<u64>()
     }
 
-    /// Whether `agent` is the youngest one of the node.
+    /// Registers `agent` and returns whether it is the newest consumer of the node.
     fn show_up(&mut self, agent: &str) -> bool {
         if !self.agents.iter().any(|name| name == agent) {
             self.agents.push(agent.to_owned());

@@ -1,8 +1,10 @@
-//! Between the managers and the nodes: orders go out, reports come back, leases say who works on what.
+//! The queue between managers and nodes. It delivers orders to agents and reports to managers, and its leases determine
+//! which agent works on which job.
 //!
-//! The record is the truth, this is the delivery: it may lose everything, and the managers put back what is not done.
-//! Delivery is at least once; the fence of a claim makes the effect once. A job waits in its user's list of its node
-//! until it is admitted, so that who queues fifty does not stand in front of who queues one.
+//! The record is authoritative and the queue only delivers: it may lose all its data, in which case the managers offer
+//! the unfinished jobs again. Delivery is at least once; the fence of a claim makes the effect happen once. A job waits
+//! in the list of its user on its node until it is admitted, so that a user with fifty jobs does not delay a user with
+//! one.
 
 mod local;
 mod redis;
@@ -19,29 +21,31 @@ use crate::service::job::{Answer, JobId, Node, Order, Question, Report, Session}
 pub use self::local::Local;
 pub use self::redis::{Examined, Redis, examine};
 
-/// A claim that is not renewed for so long is lost.
+/// Duration of a lease. A claim that is not renewed within it is lost.
 pub const LEASE: Duration = Duration::from_secs(30);
-/// How often a claim is renewed.
+/// Interval at which an agent renews a claim.
 pub const RENEW_EVERY: Duration = Duration::from_secs(10);
-/// How often an agent says that it is there.
+/// Interval at which an agent sends a heartbeat.
 pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
-/// An agent that has not been heard of for so long is not there.
+/// Time since the last heartbeat after which an agent counts as lost.
 pub const HEARTBEAT_LOST: Duration = Duration::from_secs(20);
-/// For so long a node is remembered after its last heartbeat.
+/// How long a node is remembered after its last heartbeat.
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-/// For so many leases after the end of one under which the tag was being put on, nobody can say whether it is on.
+/// Number of leases, after the end of one under which the tag was being set, during which it is unknown whether the tag
+/// was set.
 const TAG_DOUBT: u32 = 4;
 
-/// What is the same everywhere but in tests. The default is what serves.
+/// Settings that differ from the default only in tests.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Before every key in Redis. What stands in braces keeps the keys of one queue in one place of a cluster.
+    /// Prefix of every key in Redis. The part in braces is the hash tag that keeps the keys of one queue in one slot of
+    /// a cluster.
     pub prefix: String,
-    /// A claim that is not renewed for so long is lost.
+    /// Duration of a lease.
     pub lease: Duration,
-    /// A report that a manager has not taken for so long goes to another one.
+    /// Time after which a report that a manager has not acknowledged is delivered to another manager.
     pub patience: Duration,
-    /// What time it is.
+    /// Clock of the queue.
     pub clock: Clock,
 }
 
@@ -56,13 +60,12 @@ impl Default for Settings {
     }
 }
 
-/// The time of a queue: that of this process or of Redis, and so far ahead of it as somebody put it. Clones are the same
-/// one.
+/// The clock of a queue: that of this process or of Redis, plus an offset for tests. Clones share the offset.
 #[derive(Clone, Debug, Default)]
 pub struct Clock(Arc<AtomicU64>);
 
 impl Clock {
-    /// Puts it forward, for tests that do not want to wait. Who waits already does not notice.
+    /// Advances the clock, so that tests need not wait. Calls that are already blocked do not notice.
     pub fn advance(&self, time: Duration) {
         self.0.fetch_add(time.as_millis() as u64, Ordering::SeqCst);
     }
@@ -72,124 +75,126 @@ impl Clock {
     }
 }
 
-/// How many saves may run at once. A limit of 0 is none.
+/// Maximum number of concurrent saves. 0 means no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Of one user, on all nodes.
+    /// Saves of one user, on all nodes.
     pub user: u32,
-    /// On one node; an agent may take fewer.
+    /// Saves on one node; an agent may run fewer.
     pub node: u32,
-    /// Into one registry (the host of the destination), from all nodes.
+    /// Saves into one registry (the host of the destination), from all nodes.
     pub registry: u32,
 }
 
 /// An order that an agent holds.
 #[derive(Clone, Debug)]
 pub struct Claim {
-    /// What to do. Its signature, node and expiry have been checked.
+    /// The order. Its signature, node and expiry have been checked.
     pub order: Order,
-    /// The fencing token: greater than that of any earlier claim of this job.
+    /// Fencing token, greater than that of any earlier claim of this job.
     pub fence: u64,
 }
 
-/// What is left of a claim.
+/// State of a claim after a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hold {
-    /// It is ours for another [`LEASE`].
+    /// The claim is held for another [`LEASE`].
     Held,
-    /// It is ours, and the job is not wanted any more: stop, then [`Queue::complete`] it as cancelled.
+    /// The claim is held, but the job was cancelled: the agent has to stop it and call [`Queue::complete`] with the
+    /// outcome cancelled.
     Cancelled,
-    /// Somebody else has it, or nobody knows it any more: stop, and say nothing.
+    /// Another consumer holds the job, or the queue no longer knows it: the agent has to stop it and report nothing.
     Lost,
 }
 
-/// What became of an offer.
+/// Result of [`Queue::offer`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offered {
-    /// It waits now.
+    /// The job was added.
     New,
-    /// It was there already, waiting or held.
+    /// The queue already had the job, waiting or held.
     Known,
 }
 
-/// What became of a withdrawal.
+/// Result of [`Queue::withdraw`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Withdrawn {
-    /// Nobody had it, and nobody will.
+    /// The job was removed before an agent claimed it.
     Taken,
-    /// An agent has it and is told.
+    /// An agent holds the job and will be notified.
     Told,
-    /// The agent is putting the tag on, or its last word is on its way: it will succeed, or fail by itself.
+    /// The agent is setting the tag, or its final report is on the way: the job will succeed or fail by itself.
     TooLate,
-    /// The queue does not know it.
+    /// The queue does not know the job.
     Unknown,
 }
 
-/// Where a job is in the queue.
+/// Position of a job in the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// So many saves are before it on its node, counted as they will be admitted.
+    /// Number of saves that will be admitted before it on its node.
     Waiting(u64),
-    /// An agent has it; the lease ends after this many milliseconds.
+    /// An agent holds the job.
     Held {
-        /// Milliseconds; 0: it has ended, and nobody took the job over yet, or the last word about it is among the
-        /// reports.
+        /// Remaining time of the lease in milliseconds. 0 if the lease has ended and the job has not been taken over
+        /// yet, or if the final report has not been acknowledged yet.
         lease_ms: u64,
     },
 }
 
-/// How full it is, for metrics.
+/// Number of items in the queue, for metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Depth {
     /// Orders that wait.
     pub waiting: u64,
     /// Orders that agents hold.
     pub held: u64,
-    /// Reports that no manager has taken yet.
+    /// Reports that no manager has acknowledged yet.
     pub reports: u64,
 }
 
-/// A report with the queue's name for it.
+/// A report and its identifier in the queue.
 #[derive(Clone, Debug)]
 pub struct Delivered {
-    /// What to say to [`Queue::taken`].
+    /// Identifier to pass to [`Queue::taken`].
     pub entry: String,
-    /// What the agent said. Its signature has been checked; the fence is the record's to check.
+    /// The agent's report. Its signature has been checked; the fence has to be checked against the record.
     pub report: Report,
 }
 
-/// Why the queue cannot be used. All of it may pass.
+/// Why the queue cannot be used. Every error may be temporary.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Not there, or it breaks off.
+    /// The server cannot be reached, or the connection broke.
     #[error("the queue at {at} cannot be reached: {reason}")]
     Unreachable {
-        /// Host and port, no credentials.
+        /// Host and port, without credentials.
         at: String,
-        /// What the client says.
+        /// Error of the client.
         reason: String,
     },
-    /// It answers what it should not.
+    /// The server returned an error.
     #[error("the queue at {at} refuses: {reason}")]
     Refused {
-        /// Host and port, no credentials.
+        /// Host and port, without credentials.
         at: String,
-        /// Its words.
+        /// Error message of the server.
         reason: String,
     },
-    /// A URL or key that cannot be used.
+    /// The URL or a key is invalid.
     #[error("{0}")]
     Unusable(String),
 }
 
-/// The longest record of one session, in bytes of JSON. An agent tells far less of each.
+/// Maximum size of the record of one session in bytes of JSON. An agent sends far less per session.
 const MAX_RECORD: usize = 64 << 10;
 
-/// The session, with no more said of it than a record holds: one tenant's mounts and names do not become everyone's load.
+/// Returns the session, shortened to the maximum size of a record if necessary, so that the mounts and names of one
+/// tenant do not burden all others.
 fn fitting(session: &Session) -> Cow<'_, Session> {
     let length =
         |session: &Session| serde_json::to_vec(session).map_or(usize::MAX, |json| json.len());
-    // Some room for what is signed with it.
+    // The difference leaves space for the signed envelope.
     if length(session) <= MAX_RECORD - 1024 {
         return Cow::Borrowed(session);
     }
@@ -217,7 +222,7 @@ fn fitting(session: &Session) -> Cow<'_, Session> {
     })
 }
 
-/// The host into which `destination` goes, with its port; `oci` for what lies in files.
+/// Returns the host and port of the registry in `destination`; `oci` for destinations in the file system.
 fn registry_of(destination: &str) -> &str {
     let rest = destination.strip_prefix("docker://").unwrap_or(destination);
     if rest.starts_with("oci:") || rest.starts_with("oci-archive:") {
@@ -226,16 +231,16 @@ fn registry_of(destination: &str) -> &str {
     rest.split('/').next().unwrap_or_default()
 }
 
-/// The queue. Clones are the same one.
+/// The queue. Clones refer to the same queue.
 #[derive(Clone)]
 pub enum Queue {
-    /// In this process.
+    /// A queue in this process.
     Local(Local),
-    /// Redis or Valkey, 6.2 and later.
+    /// A queue in Redis or Valkey, 6.2 or later.
     Redis(Redis),
 }
 
-/// Calls the same on whichever it is.
+/// Dispatches a call to the implementation.
 macro_rules! on {
     ($queue:expr, $call:ident ( $($argument:expr),* )) => {
         match $queue {
@@ -245,28 +250,30 @@ macro_rules! on {
     };
 }
 
-/// For managers.
+/// Calls for managers.
 impl Queue {
-    /// Lets `order` wait for its node, unless the job is there already. A second time it does nothing but replace what
-    /// waits, which keeps its place: so an order is renewed before it expires. A job whose last word no manager has
-    /// [`Queue::taken`] yet is there too, for any but a later attempt.
+    /// Adds `order` to the queue of its node, unless the queue already has the job. A repeated call only replaces a
+    /// waiting order, which keeps its position; managers use this to renew an order before it expires. A job whose
+    /// final report no manager has acknowledged with [`Queue::taken`] still counts as known, except for a later
+    /// attempt.
     pub async fn offer(&self, order: &Order) -> Result<Offered, Error> {
         on!(self, offer(order))
     }
 
-    /// Takes a job back, whoever has it. A claim of which the lease has ended is nobody's.
+    /// Withdraws a job, whether it waits or an agent holds it. A claim whose lease has ended counts as not held.
     pub async fn withdraw(&self, job: JobId) -> Result<Withdrawn, Error> {
         on!(self, withdraw(job))
     }
 
-    /// Where each of `jobs` is; none: the queue does not know it, and the manager has to offer it again. It reads the
-    /// record in between: what ended meanwhile is in there before the queue forgets it.
+    /// Returns the position of each of `jobs`; `None` if the queue does not know the job, in which case the manager has
+    /// to offer it again. The manager must read the record in between: the outcome of a job is recorded before the
+    /// queue forgets it.
     pub async fn places(&self, jobs: &[JobId]) -> Result<Vec<Option<Place>>, Error> {
         on!(self, places(jobs))
     }
 
-    /// The next reports, at most `most`; waits up to `wait` for the first. Each goes to one manager, and to another one
-    /// if that does not say [`Queue::taken`].
+    /// Returns at most `most` reports and waits up to `wait` for the first one. Each report is delivered to one
+    /// manager, and to another one if the first does not call [`Queue::taken`].
     pub async fn reports(
         &self,
         manager: &str,
@@ -276,60 +283,61 @@ impl Queue {
         on!(self, reports(manager, most, wait))
     }
 
-    /// These reports are in the record.
+    /// Acknowledges reports, after they have been recorded.
     pub async fn taken(&self, entries: &[String]) -> Result<(), Error> {
         on!(self, taken(entries))
     }
 
-    /// What agents ask; waits up to `wait` for the first. Each question comes to one manager, once: who hears no answer
-    /// asks anew.
+    /// Returns questions of agents and waits up to `wait` for the first one. Each question is delivered to one manager,
+    /// once; an agent that receives no answer asks again.
     pub async fn questions(&self, wait: Duration) -> Result<Vec<Question>, Error> {
         on!(self, questions(wait))
     }
 
-    /// Answers a question. Nobody need wait for it any more.
+    /// Sends the answer to a question. The agent may have stopped waiting for it.
     pub async fn answer(&self, answer: &Answer) -> Result<(), Error> {
         on!(self, answer(answer))
     }
 
-    /// The nodes that were heard of within a day, with their last heartbeats.
+    /// Returns the latest heartbeat of each node that sent one within a day.
     pub async fn nodes(&self) -> Result<Vec<Node>, Error> {
         on!(self, nodes())
     }
 
-    /// For how long each node was not heard of, by the queue's own clock: what an agent says of the time is its own.
+    /// Returns the time since the last heartbeat of each node. It is measured by the queue's clock, because an agent's
+    /// timestamps are not trusted.
     pub async fn silences(&self) -> Result<HashMap<String, Duration>, Error> {
         on!(self, silences())
     }
 
-    /// The sessions of the nodes that were heard of within [`HEARTBEAT_LOST`].
+    /// Returns the sessions of the nodes that sent a heartbeat within [`HEARTBEAT_LOST`].
     pub async fn sessions(&self) -> Result<Vec<Session>, Error> {
         on!(self, sessions())
     }
 
-    /// How full it is.
+    /// Returns the number of items in the queue.
     pub async fn depth(&self) -> Result<Depth, Error> {
         on!(self, depth())
     }
 
-    /// Whether it answers.
+    /// Checks whether the queue responds.
     pub async fn ping(&self) -> Result<(), Error> {
         on!(self, ping())
     }
 }
 
-/// For agents.
+/// Calls for agents.
 impl Queue {
-    /// Takes over what this node's agents held before: claims of which the lease has ended and, for the agent that showed
-    /// up last on this node, those of its predecessors at once. So the caller makes sure before that they are dead. As
-    /// far as the limits allow; the rest the next time.
+    /// Takes over earlier claims of this node: those whose lease has ended and, if `agent` is the consumer that
+    /// appeared last on this node, those of its predecessors at once. The caller has to make sure beforehand that the
+    /// predecessors' processes have ended. Claims beyond the limits are left for a later call.
     pub async fn reclaim(&self, node: &str, agent: &str) -> Result<Vec<Claim>, Error> {
         on!(self, reclaim(node, agent))
     }
 
-    /// Admits and takes at most `most` orders; waits up to `wait` for the first. `agent` is this process' own name. Claims
-    /// of this node of which the lease has ended come first, the caller's own too: one for a job that it still works on
-    /// tells it that the former claim is lost.
+    /// Admits and claims at most `most` orders and waits up to `wait` for the first one. `agent` is the consumer name
+    /// of this process. Claims of this node whose lease has ended come first, including the caller's own: a claim for a
+    /// job that the caller still works on means that its earlier claim is lost.
     pub async fn claim(
         &self,
         node: &str,
@@ -340,35 +348,38 @@ impl Queue {
         on!(self, claim(node, agent, most, wait))
     }
 
-    /// Another [`LEASE`]. One that has ended comes back to life while nobody took the job over and the limits allow it.
+    /// Renews the claim for another [`LEASE`]. A claim whose lease has ended is revived if no other consumer has taken
+    /// the job over and the limits permit it.
     pub async fn renew(&self, claim: &Claim) -> Result<Hold, Error> {
         on!(self, renew(claim))
     }
 
-    /// Asks the managers, and waits up to `wait` for one to answer this very question. None: none did. Only what a manager
-    /// signed is an answer, so the queue alone can withhold it and not make it up.
+    /// Sends a question to the managers and waits up to `wait` for the answer to exactly this question. Returns `None`
+    /// if there was none. An answer must be signed by a manager, so the queue can withhold an answer but cannot forge
+    /// one.
     pub async fn ask(&self, question: &Question, wait: Duration) -> Result<Option<Answer>, Error> {
         on!(self, ask(question, wait))
     }
 
-    /// Asked once, when all is delivered but the tag: with [`Hold::Held`] the tag may be put on, and the job can be
-    /// cancelled no more.
+    /// Confirms the claim once, when everything but the tag has been delivered. After [`Hold::Held`] the agent may set
+    /// the tag, and the job can no longer be cancelled.
     pub async fn confirm(&self, claim: &Claim) -> Result<Hold, Error> {
         on!(self, confirm(claim))
     }
 
-    /// Passes on what a child says. Not for the last word.
+    /// Sends a report of a running job. The final report goes to [`Queue::complete`].
     pub async fn report(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
         on!(self, report(claim, report))
     }
 
-    /// The last word, [`crate::service::job::Said::Ended`] or [`crate::service::job::Said::GivenBack`]: the report goes out and the claim
-    /// ends, both or neither. [`Hold::Held`]: that is so; said again, it is not done again.
+    /// Sends the final report, [`Said::Ended`](crate::service::job::Said::Ended) or
+    /// [`Said::GivenBack`](crate::service::job::Said::GivenBack), and ends the claim; both happen or neither.
+    /// [`Hold::Held`] means success; a repeated call has no further effect.
     pub async fn complete(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
         on!(self, complete(claim, report))
     }
 
-    /// The agent is there, and so are these sessions (none: as said before).
+    /// Sends a heartbeat with the node's sessions; `None` if they have not changed.
     pub async fn heartbeat(&self, node: &Node, sessions: Option<&[Session]>) -> Result<(), Error> {
         on!(self, heartbeat(node, sessions))
     }

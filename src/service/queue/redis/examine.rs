@@ -1,6 +1,6 @@
-//! What a Redis is like, for an administrator: its version, its settings as far as they can be seen, and whether the user
-//! that we are may do what the queue does. Nothing is left behind: the commands are tried in one script, on keys that it
-//! makes and deletes.
+//! Examines a Redis server for `doctor`: its version, its settings as far as they are visible, and whether the user has
+//! the permissions that the queue needs. The commands are tried in one script, on keys that it creates and deletes, so
+//! nothing is left behind.
 
 use std::collections::HashMap;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -10,33 +10,33 @@ use redis::{ConnectionAddr, Script};
 use super::link::Link;
 use crate::service::queue::{Error, Settings};
 
-/// What was seen.
+/// Properties of a Redis server.
 #[derive(Clone, Debug)]
 pub struct Examined {
-    /// Host and port, or the socket.
+    /// Host and port, or the path of the socket.
     pub at: String,
-    /// Its version, where it tells.
+    /// Version of the server, if it discloses it.
     pub version: Option<String>,
-    /// Commands that this user may not give, by name.
+    /// Names of the commands that this user is not permitted to run.
     pub refused: Vec<String>,
-    /// Whether the connection is encrypted.
+    /// Whether the connection uses TLS.
     pub tls: bool,
-    /// Whether it is on this machine.
+    /// Whether the server is on this machine.
     pub local: bool,
-    /// Whether we log in.
+    /// Whether the client logs in with a password.
     pub password: bool,
-    /// `maxmemory_policy`, where it tells.
+    /// `maxmemory_policy`, if the server discloses it.
     pub policy: Option<String>,
-    /// Whether it has a `maxmemory`.
+    /// Whether `maxmemory` is set.
     pub bounded: bool,
-    /// Whether it writes to disk, where it tells.
+    /// Whether the server persists to disk, if it discloses that.
     pub persistent: Option<bool>,
-    /// When it was asked by its clock and by ours, in milliseconds since the epoch.
+    /// Time of a response by the server's clock and by the local one, in milliseconds since the epoch.
     pub clock: Option<(i64, i64)>,
 }
 
 impl Examined {
-    /// Major and minor version. Valkey counts on from Redis' 7.2.
+    /// Returns the major and minor version. Valkey continues the numbers of Redis from 7.2.
     pub fn version_number(&self) -> Option<(u32, u32)> {
         let mut parts = self.version.as_deref()?.split('.');
         Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
@@ -49,14 +49,16 @@ fn now_ms() -> i64 {
         .map_or(0, |since| since.as_millis() as i64)
 }
 
-/// `field:value` lines, as `INFO` has them.
+/// Parses lines of the form `field:value`, the format of `INFO`.
 fn fields(info: &str) -> HashMap<&str, &str> {
     info.lines()
         .filter_map(|line| line.trim().split_once(':'))
         .collect()
 }
 
-/// Asks the Redis at `url`.
+/// Examines the Redis server at `url`.
+///
+/// Fails if the URL is invalid or the server cannot be reached.
 pub async fn examine(url: &str) -> Result<Examined, Error> {
     let prefix = Settings::default().prefix;
     let link = Link::new(url, &prefix)?;
@@ -79,7 +81,7 @@ pub async fn examine(url: &str) -> Result<Examined, Error> {
     let mut call = script.key(key.as_str());
     match link.run::<Vec<String>>(call.arg(0)).await {
         Ok(names) => refused.extend(names),
-        // The reason names what scripts may not: all that is used is used by scripts.
+        // The reason names the commands that scripts may not call. The queue calls commands only from scripts.
         Err(Error::Refused { reason, .. }) => refused.push(format!("EVALSHA ({reason})")),
         Err(error) => return Err(error),
     }

@@ -1,5 +1,5 @@
-//! What nodes say of themselves. Each session is a record of its own under its node, signed by itself: whatever one tenant
-//! makes of a session, those of others are read.
+//! Heartbeats and sessions of the nodes. Each session is a separate record under its node with a signature of its own,
+//! so that a malformed session of one tenant does not affect the sessions of others.
 
 use std::collections::HashMap;
 use std::sync::PoisonError;
@@ -12,18 +12,19 @@ use crate::service::log_limit::warn_hushed;
 use crate::service::job::{Message, Node, Session, now_ms};
 use crate::service::queue::{MAX_RECORD, fitting};
 
-/// A node tells its sessions every half minute. What is older was put back, or a clock is wrong by as
-/// much.
+/// Maximum age of a session's record. A node sends its sessions every half minute, so an older record was replayed, or
+/// a clock is wrong by as much.
 const LIVES: Duration = Duration::from_secs(10 * 60);
-/// Nodes that are asked for at a time.
+/// Number of nodes per request.
 const NODES: usize = 16;
-/// Sessions of one node that are looked at, at most: nodes run some hundred.
+/// Maximum number of sessions per node that are read. A node has some hundreds.
 const SESSIONS: usize = 10_000;
 
 /// Sealed sessions by ID.
 pub(super) type Records = Vec<(String, Vec<u8>)>;
 
-/// A session of a node, as it is signed: an old or another node's is not taken for this one's.
+/// The signed record of a session. It includes the node and the time, so that an old record or one of another node is
+/// rejected.
 #[derive(Serialize, Deserialize)]
 struct Record {
     node: String,
@@ -32,7 +33,7 @@ struct Record {
 }
 
 impl Redis {
-    /// The nodes that were heard of within `within`.
+    /// Returns the nodes that sent a heartbeat within `within`.
     async fn heard(&self, within: Duration) -> Result<Vec<String>, Error> {
         let mut call = self.call(&self.scripts.heard);
         call.arg(within.as_millis() as u64)
@@ -78,7 +79,7 @@ impl Redis {
             for name in names {
                 call.arg(name);
             }
-            // Of each node its records, each after its session.
+            // For each node its records, as pairs of session ID and sealed record.
             let found: Vec<Vec<Vec<u8>>> = self.link.run(&call).await?;
             for (name, records) in names.iter().zip(found) {
                 for record in records.chunks_exact(2) {
@@ -86,12 +87,12 @@ impl Redis {
                 }
             }
         }
-        // Redis tells the fields of a hash in an order of its own.
+        // Redis returns the fields of a hash in an arbitrary order.
         sessions.sort_unstable_by(|a: &Session, b| (&a.node, &a.id).cmp(&(&b.node, &b.id)));
         Ok(sessions)
     }
 
-    /// The session of a record that lies under `id` of `node`, if that node signed it.
+    /// Returns the session of a record stored under `id` of `node`, if that node signed it.
     fn session(&self, node: &str, id: &[u8], sealed: &[u8]) -> Option<Session> {
         let why = match self.open::<Record>(Message::Inventory, node, sealed) {
             Ok(record)
@@ -151,7 +152,7 @@ impl Redis {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// False: its inventory is not there any more.
+    /// Stores a heartbeat. Returns `false` if the server no longer has the node's sessions.
     async fn beat(
         &self,
         node: &str,
@@ -162,7 +163,7 @@ impl Redis {
         call.arg(node)
             .arg(beat)
             .arg(DAY.as_millis() as u64)
-            // The script that lists the nodes is exact; this only keeps Redis clean.
+            // The script that lists nodes checks the time exactly; this expiry only removes stale keys.
             .arg(HEARTBEAT_LOST.as_millis() as u64 * 3)
             .arg(u8::from(records.is_some()));
         for (id, sealed) in records.into_iter().flatten() {

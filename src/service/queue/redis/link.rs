@@ -1,5 +1,5 @@
-//! Connections to Redis: one that all calls share and that comes back by itself, and one for each that waits, so that no
-//! call waits behind a wait. What goes wrong is told without what a URL holds.
+//! Connections to Redis: one that all calls share and that reconnects by itself, and one for each blocking call, so
+//! that no call has to wait behind a blocking one. Error messages do not contain the secrets of the URL.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,11 +14,11 @@ use zeroize::Zeroizing;
 
 use super::Error;
 
-/// A connection that is not made in this time is none.
+/// Time limit for establishing a connection.
 const CONNECT: Duration = Duration::from_secs(5);
-/// A call that is not answered in this time, beyond what it was to wait, is not answered.
+/// Time limit for a response, in addition to the time that the call blocks.
 const ANSWER: Duration = Duration::from_secs(10);
-/// Idle connections kept for those that wait.
+/// Maximum number of idle connections that are kept for blocking calls.
 const IDLE: usize = 256;
 
 #[derive(Clone)]
@@ -26,9 +26,9 @@ pub(super) struct Link(Arc<Inner>);
 
 struct Inner {
     client: Client,
-    /// Host and port, or the socket.
+    /// Host and port, or the path of the socket.
     at: String,
-    /// Before every key.
+    /// Prefix of every key.
     prefix: String,
     password: Option<Zeroizing<String>>,
     shared: OnceCell<ConnectionManager>,
@@ -37,7 +37,7 @@ struct Inner {
 
 impl Link {
     pub(super) fn new(url: &str, prefix: &str) -> Result<Self, Error> {
-        // What the parser says may hold what it could not parse.
+        // The parser's message may contain the part of the URL that it could not parse.
         let client = Client::open(url).map_err(|_| {
             Error::Unusable(
                 "the queue's URL cannot be used: it is redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://… with TLS, or \
@@ -49,7 +49,7 @@ impl Link {
         let at = match info.addr() {
             ConnectionAddr::Tcp(host, port) => format!("{host}:{port}"),
             ConnectionAddr::TcpTls { host, port, .. } => {
-                // Where two are built in, TLS wants to be told which; the first to say so wins.
+                // If two TLS providers are built in, one has to be selected. The first call wins.
                 let _ = rustls::crypto::ring::default_provider().install_default();
                 format!("{host}:{port} (TLS)")
             }
@@ -71,17 +71,17 @@ impl Link {
         })))
     }
 
-    /// Host and port, or the socket.
+    /// Returns host and port, or the path of the socket.
     pub(super) fn at(&self) -> &str {
         &self.0.at
     }
 
-    /// How it is reached.
+    /// Returns the address of the server.
     pub(super) fn address(&self) -> &ConnectionAddr {
         self.0.client.get_connection_info().addr()
     }
 
-    /// Whether we log in.
+    /// Returns whether the client logs in with a password.
     pub(super) fn has_password(&self) -> bool {
         self.0.password.is_some()
     }
@@ -100,7 +100,7 @@ impl Link {
         self.0.shared.get_or_try_init(make).await.cloned()
     }
 
-    /// The answer to a script.
+    /// Runs a script and returns its result.
     pub(super) async fn run<T: FromRedisValue>(
         &self,
         call: &ScriptInvocation<'_>,
@@ -122,12 +122,12 @@ impl Link {
         }
     }
 
-    /// The answer to a command.
+    /// Runs a command and returns its response.
     pub(super) async fn ask<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, Error> {
         self.send(command).await.map_err(|error| self.fault(&error))
     }
 
-    /// As [`Link::ask`], for a caller who looks at errors.
+    /// Does the same as [`Link::ask`], but returns the client's error.
     pub(super) async fn send<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, RedisError> {
         let mut shared = self.shared().await?;
         let answer = command.query_async(&mut shared).await;
@@ -140,7 +140,7 @@ impl Link {
         answer
     }
 
-    /// The answer to a command that waits up to `wait`.
+    /// Runs a command that blocks up to `wait` and returns its response.
     pub(super) async fn wait<T: FromRedisValue>(
         &self,
         command: &Cmd,
@@ -151,11 +151,11 @@ impl Link {
             Some(connection) => connection,
             None => self.connect(wait).await?,
         };
-        // Dropped on the way, with all that still arrives on it, when the caller does not wait for the end.
+        // If the caller drops the future, the connection is dropped too, with any response that is still under way.
         let answer = command.query_async(&mut connection).await;
         match &answer {
             Err(error) if is_wrong_kind(error) => self.mend().await?,
-            // One that was idle when Redis went away is no reason to complain: the next attempt makes another one.
+            // An idle connection may have been closed by a restart of the server. The next attempt opens a new one.
             Err(error) if error.is_unrecoverable_error() || error.is_timeout() => {
                 self.idle().clear();
                 return answer;
@@ -184,7 +184,7 @@ impl Link {
         self.0.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Throws away our keys that are of another kind than we make them: nothing could ever be done with them.
+    /// Deletes keys of the queue that have another type than the queue gives them, because no command could use them.
     async fn mend(&self) -> Result<(), RedisError> {
         let mut shared = self.shared().await?;
         let mut cursor = 0u64;
@@ -221,10 +221,10 @@ impl Link {
         }
     }
 
-    /// Our error for Redis': with the host, without what only its owner may know.
+    /// Converts an error of the client: adds the host, and removes secrets from the message.
     pub(super) fn fault(&self, error: &RedisError) -> Error {
         let mut reason = error.to_string();
-        // Redis repeats what it does not understand, and that may be what it was sent as a password.
+        // Redis quotes arguments that it does not understand, and those may include the password.
         if let Some(at) = reason.find("with args") {
             reason.truncate(at);
         }
@@ -241,7 +241,7 @@ impl Link {
     }
 }
 
-/// What TYPE says of the key of that name, without the prefix; see ground.lua.
+/// Returns the Redis type of the key with this name (without the prefix); see ground.lua.
 fn kind_of(name: &str) -> Option<&'static str> {
     Some(match name.split(':').next()? {
         "reports" | "stream" => "stream",
@@ -254,13 +254,14 @@ fn kind_of(name: &str) -> Option<&'static str> {
     })
 }
 
-/// The stream or its group went away, as when everything is lost: whoever needs it makes it again.
+/// Returns whether the stream or its consumer group no longer exists, e.g. because the server lost its data. The caller
+/// creates it again.
 pub(super) fn is_gone(error: &RedisError) -> bool {
     matches!(error.code(), Some("NOGROUP" | "UNBLOCKED" | "WRONGTYPE"))
 }
 
-/// Somebody put something of another kind under one of our keys. Up to 6.2 a script's error has no code of its own: it
-/// is inside the sentence.
+/// Returns whether a key of the queue has an unexpected type. Up to Redis 6.2 an error in a script has no code of its
+/// own; the code is part of the message.
 fn is_wrong_kind(error: &RedisError) -> bool {
     error.code() == Some("WRONGTYPE") || error.to_string().contains("WRONGTYPE")
 }

@@ -1,8 +1,8 @@
-//! The queue in Redis or Valkey, 6.2 and later.
+//! The queue in Redis or Valkey, 6.2 or later.
 //!
-//! What belongs together happens in one Lua script; see the files beside this one. Nothing that is read is believed: what
-//! makes anybody act is signed, and what does not fit is thrown away with a warning, so that it stands in nobody's way.
-//! Real orders that go away with it are offered again by their managers, as is everything that Redis loses.
+//! Changes that belong together happen in one Lua script; see the files in this directory. Data from Redis are not
+//! trusted: messages that cause an action are signed, and invalid ones are deleted with a warning, so that they block
+//! no others. If a genuine order is lost with them, its manager offers it again, like everything that Redis loses.
 
 mod examine;
 mod inventory;
@@ -29,14 +29,14 @@ pub use examine::{Examined, examine};
 use link::Link;
 use read::{Entry, entries, is_entry_id};
 
-/// Who waits for work asks again after so long, though nothing woke it: a bell may be lost.
+/// Interval at which a blocked call polls again even without a notification, because notifications can be lost.
 const POLL: Duration = Duration::from_secs(5);
-/// Jobs that one call asks for, so that no script holds Redis up.
+/// Maximum number of jobs per call, so that no script blocks Redis for long.
 const BATCH: usize = 500;
-/// Length of a signature at the head of a message: SHA-256 in hexadecimal.
+/// Length of the signature at the start of a message: SHA-256 in hexadecimal.
 const MAC: usize = 64;
 
-/// See the module.
+/// The queue in Redis. Clones share their connections.
 #[derive(Clone)]
 pub struct Redis {
     link: Link,
@@ -47,14 +47,15 @@ pub struct Redis {
     mine: Arc<Mine>,
 }
 
-/// What this process remembers for Redis.
+/// State that this process keeps for the queue.
 #[derive(Default)]
 struct Mine {
-    /// Sealed inventories by node, for a Redis that lost them.
+    /// Sealed inventories by node, to send again to a server that lost them.
     inventories: Mutex<HashMap<String, inventory::Records>>,
-    /// Lines about what is not believed: whoever writes to Redis could fill the log.
+    /// Rate limit of log lines about rejected messages; otherwise a third party with write access to Redis could fill
+    /// the log.
     hush: Hush,
-    /// Where the search for the reports of dead managers goes on.
+    /// Cursor of the search for reports that other managers left unacknowledged.
     cursor: Mutex<Option<String>>,
 }
 
@@ -74,19 +75,23 @@ macro_rules! scripts {
 }
 scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence inventories depth ask answer);
 
-/// What the script gives out: job, fence, sealed order.
+/// Result of the claim script: job, fence, sealed order.
 type Given = (Vec<u8>, Vec<u8>, Vec<u8>);
 
 impl Redis {
-    /// For the queue at `url`: `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://` with TLS (the system's roots),
-    /// `redis+unix:///SOCKET[?db=DB&user=USER&pass=PASSWORD]`. It connects when it is first used, and again whenever the
-    /// connection breaks: [`super::Queue::ping`] tells whether that works. The only error is a URL that cannot be used.
+    /// Creates the queue for the server at `url`: `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://` with TLS (the
+    /// system's root certificates), or `redis+unix:///SOCKET[?db=DB&user=USER&pass=PASSWORD]`. The connection is
+    /// established on first use, and again whenever it breaks; [`super::Queue::ping`] checks whether that works.
+    ///
+    /// Fails only if the URL is invalid.
     #[allow(clippy::unused_async)]
     pub async fn connect(url: &str, keys: Keys, limits: Limits) -> Result<Self, Error> {
         Self::with(url, keys, limits, Settings::default())
     }
 
-    /// The same with other settings than the default.
+    /// Creates the queue with settings that differ from the default.
+    ///
+    /// Fails if the URL or the prefix of the keys is invalid.
     pub fn with(url: &str, keys: Keys, limits: Limits, settings: Settings) -> Result<Self, Error> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "{}:._-".contains(c);
         if settings.prefix.is_empty() || !settings.prefix.chars().all(plain) {
@@ -108,7 +113,7 @@ impl Redis {
         now_ms() + self.settings.clock.ahead().as_millis() as i64
     }
 
-    /// The script with what every one begins with.
+    /// Prepares a call of a script with the arguments that all scripts share.
     fn call<'a>(&self, script: &'a Script) -> redis::ScriptInvocation<'a> {
         let mut call = script.key(self.settings.prefix.as_str());
         call.arg(self.settings.clock.ahead().as_millis() as u64)
@@ -116,7 +121,7 @@ impl Redis {
         call
     }
 
-    /// The script about one claim.
+    /// Prepares a call of a script about a claim.
     fn about<'a>(&self, script: &'a Script, claim: &Claim) -> redis::ScriptInvocation<'a> {
         let mut call = self.call(script);
         call.arg(claim.order.job.to_string()).arg(claim.fence);
@@ -136,7 +141,7 @@ impl Redis {
         format!("{}{name}", self.settings.prefix)
     }
 
-    /// Signs what goes to `node` or comes from it.
+    /// Signs a message to or from `node`.
     fn seal<T: Serialize>(
         &self,
         message: Message,
@@ -150,7 +155,7 @@ impl Redis {
         Ok([sealed.mac.into_bytes(), sealed.body.into_bytes()].concat())
     }
 
-    /// The message in `bytes`, if it was signed as one to or from `node`; otherwise why not.
+    /// Returns the message in `bytes` if it was signed as one to or from `node`. Fails with the reason otherwise.
     fn open<T: DeserializeOwned>(
         &self,
         message: Message,
@@ -250,7 +255,7 @@ impl Redis {
         }
     }
 
-    /// Reports that another manager was given and has not taken for too long.
+    /// Claims reports that another manager received but did not acknowledge in time.
     async fn untaken_by_others(&self, manager: &str, most: usize) -> Result<Vec<Entry>, Error> {
         let cursor = {
             let mut cursor = self
@@ -308,8 +313,8 @@ impl Redis {
         Ok(answer.map(read::of_one_stream).unwrap_or_default())
     }
 
-    /// Sends `command`, on a connection of its own where it waits; makes the group of managers where there is none, as
-    /// after everything was lost. None: there was none.
+    /// Sends `command`, on a separate connection if it blocks. If the stream or its consumer group does not exist, e.g.
+    /// after the server lost its data, creates it and returns `None`.
     async fn reading_reports(
         &self,
         command: &redis::Cmd,
@@ -334,7 +339,7 @@ impl Redis {
             .arg("0")
             .arg("MKSTREAM");
         match self.link.send::<Value>(&group).await {
-            // Another manager was faster.
+            // BUSYGROUP means that another manager has created it meanwhile.
             Err(error) if error.code() != Some("BUSYGROUP") => Err(self.link.fault(&error)),
             _ => Ok(None),
         }
@@ -358,7 +363,7 @@ impl Redis {
         Ok(good)
     }
 
-    /// What the node whose name is beside it signed: its own word, as no other node has its key.
+    /// Returns the report if it was signed by the node that the entry names. No other node has that node's key.
     fn genuine(&self, entry: &Entry) -> Result<Report, String> {
         let field = |name: &[u8]| entry.fields.get(name).ok_or("it has no message or no node");
         let node = std::str::from_utf8(field(b"n")?).map_err(|_| "its node is no text")?;
@@ -392,7 +397,8 @@ impl Redis {
         Ok(answers.into_iter().filter_map(silence).collect())
     }
 
-    /// With room for clocks that differ, and for tests that put theirs forward.
+    /// Returns whether a heartbeat is recent. The margin allows for clocks that differ, and for tests that advance
+    /// theirs.
     fn is_of_today(&self, at_ms: i64) -> bool {
         self.now_ms().saturating_sub(at_ms) <= 2 * DAY.as_millis() as i64
     }
@@ -436,7 +442,7 @@ impl Redis {
         }
     }
 
-    /// Claims, of which everything has been checked; and when to ask again.
+    /// Claims orders and checks them. Also returns the delay until the next attempt.
     async fn take(
         &self,
         node: &str,
@@ -472,8 +478,8 @@ impl Redis {
         Ok((claims, Duration::from_millis(next_ms.max(1) as u64)))
     }
 
-    /// Whether what was delivered is an order to this node, signed by a manager, not too old, under its own name, with a
-    /// fence that can be.
+    /// Checks whether a delivered message is an order for this node, signed by a manager, not expired, stored under its
+    /// own job ID, and with a plausible fence.
     fn check(&self, node: &str, job: &[u8], fence: &[u8], sealed: &[u8]) -> Result<Claim, String> {
         let order: Order = self.open(Message::Order, node, sealed)?;
         if order.node != node {
@@ -489,7 +495,8 @@ impl Redis {
             .ok()
             .and_then(|fence| fence.parse().ok())
             .ok_or("its fence is no number")?;
-        // A fence is the time or one more than the last. One far ahead would shut out those that come after it.
+        // A fence is the current time in microseconds or the previous fence plus one. One far in the future would shut
+        // out all later claims.
         let now_us = self.now_ms().max(0) as u64 * 1000;
         let most = order.fence_after.max(now_us) + DAY.as_micros() as u64;
         if fence <= order.fence_after || fence > most {
@@ -498,7 +505,8 @@ impl Redis {
         Ok(Claim { order, fence })
     }
 
-    /// Waits until something is in the node's stream. Claims are never among it: their script delivers them itself.
+    /// Blocks until an entry arrives in the node's stream. Claims are never in it, because the claim script returns
+    /// them itself.
     async fn hear_bells(&self, node: &str, agent: &str, pause: Duration) -> Result<(), Error> {
         let stream = self.key(&format!("stream:{node}"));
         let mut command = redis::cmd("XREADGROUP");
@@ -527,7 +535,7 @@ impl Redis {
                 }
                 Ok(())
             }
-            // The next attempt makes it again.
+            // The next attempt creates it again.
             Err(error) if link::is_gone(&error) => Ok(()),
             Err(error) => Err(self.link.fault(&error)),
         }

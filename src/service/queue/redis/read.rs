@@ -1,19 +1,20 @@
-//! Entries of streams as Redis answers them, and as whoever can write to it may have made them.
+//! Parses stream entries from Redis responses. Any client with write access may have created them, so malformed ones
+//! are skipped.
 
 use std::collections::HashMap;
 
 use redis::Value;
 
-/// One entry of a stream.
+/// An entry of a stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Entry {
-    /// As Redis names it.
+    /// ID assigned by Redis.
     pub(super) id: String,
-    /// Of fields that come twice the last one counts.
+    /// Fields of the entry. If a field occurs twice, the last value counts.
     pub(super) fields: HashMap<Vec<u8>, Vec<u8>>,
 }
 
-/// The entries in an answer of `XREADGROUP` about one stream. Nil: there were none.
+/// Returns the entries in a response of `XREADGROUP` for one stream; none if the response is nil.
 pub(super) fn of_one_stream(answer: Value) -> Vec<Entry> {
     let Value::Array(streams) = answer else {
         return Vec::new();
@@ -26,7 +27,7 @@ pub(super) fn of_one_stream(answer: Value) -> Vec<Entry> {
     }
 }
 
-/// The entries in a list of them. What is none is passed over: 6.2 lists deleted ones as nil.
+/// Returns the entries in a list. Other values are skipped: Redis 6.2 lists deleted entries as nil.
 pub(super) fn entries(list: Value) -> Vec<Entry> {
     let Value::Array(list) = list else {
         return Vec::new();
@@ -63,7 +64,7 @@ fn bytes(value: Value) -> Option<Vec<u8>> {
     }
 }
 
-/// Whether `text` is two numbers with a `-` between, as Redis names entries.
+/// Returns whether `text` has the form of an entry ID: two numbers separated by `-`.
 pub(super) fn is_entry_id(text: &str) -> bool {
     let number = |part: &str| part.parse::<u64>().is_ok() && !part.starts_with('+');
     text.split_once('-')

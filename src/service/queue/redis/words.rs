@@ -1,5 +1,5 @@
-//! Questions of agents to the managers, and their answers. Redis carries them; both are signed, and an answer repeats its
-//! question: one that was made up, or made to an earlier question, is none.
+//! Questions of agents to the managers, and their answers. Both are signed, and an answer repeats its question, so that
+//! a forged answer or one to an earlier question is rejected.
 
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ use super::{Error, Redis, link};
 use crate::service::log_limit::warn_hushed;
 use crate::service::job::{Answer, Message, Question};
 
-/// Between the node's name and what it signed: no name has it.
+/// Separator between the node's name and the sealed message. A node's name cannot contain it.
 const BETWEEN: u8 = 0;
-/// Larger questions and answers are none.
+/// Maximum size of a question or answer in bytes.
 const MAX: usize = 4 << 10;
 
 impl Redis {
@@ -92,16 +92,18 @@ impl Redis {
         Ok(())
     }
 
-    /// Takes the first of a list, once there is one. What is too large is taken for none.
+    /// Removes and returns the first element of a list, blocking until there is one. An element that is too large is
+    /// returned as empty.
     async fn first_of(&self, key: &str, wait: Duration) -> Result<Option<Vec<u8>>, Error> {
-        // 0 would be for ever.
+        // A timeout of 0 would block indefinitely.
         let wait = wait.max(Duration::from_millis(1));
         let mut command = redis::cmd("BLPOP");
         command.arg(key).arg(wait.as_secs_f64());
         match self.link.wait::<Value>(&command, wait).await {
             Ok(Value::Array(mut two)) if two.len() == 2 => match two.pop() {
                 Some(Value::BulkString(bytes)) if bytes.len() <= MAX => Ok(Some(bytes)),
-                // It is gone from the list, and whoever opens this finds no signature.
+                // The element has been removed from the list, so an empty message is returned, whose signature check
+                // fails.
                 _ => Ok(Some(Vec::new())),
             },
             Ok(_) => Ok(None),
