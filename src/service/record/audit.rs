@@ -1,4 +1,4 @@
-//! Every transition with its time, its attempt and who caused it: appended, never touched again.
+//! The audit log: every transition of a save with its time, its attempt and its actor. Rows are only appended.
 
 use serde::{Deserialize, Serialize};
 use sqlx::{Any, Row as _, Transaction};
@@ -7,24 +7,24 @@ use super::save::Step;
 use super::{Error, Record, Save, state_of};
 use crate::service::job::{JobId, State};
 
-/// One line of the audit.
+/// One row of the audit log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transition {
-    /// The version of the save that it led to.
+    /// Version of the save after the transition.
     pub version: u64,
-    /// Milliseconds since the epoch, UTC.
+    /// Time of the transition: milliseconds since the epoch, UTC.
     pub at_ms: i64,
-    /// None: it was asked for.
+    /// State before the transition; `None` for the submission.
     pub from: Option<State>,
-    /// Equal to `from` where only a wish was written down.
+    /// State after the transition. Equal to `from` if only a request was recorded.
     pub to: State,
-    /// The number of the order.
+    /// Number of the order.
     pub attempt: u32,
-    /// The highest fence heard of then.
+    /// Highest fence known at that time.
     pub fence: u64,
     /// A caller, `node:NAME` or `manager:NAME`.
     pub actor: String,
-    /// Why, as a sentence; may be empty.
+    /// Reason as a sentence; may be empty.
     pub detail: String,
 }
 
@@ -57,7 +57,7 @@ pub(super) async fn append(
 }
 
 impl Record {
-    /// The audit of a save, the first transition first.
+    /// Returns the audit log of a save in chronological order.
     pub async fn audit(&self, id: JobId) -> Result<Vec<Transition>, Error> {
         let rows = sqlx::query(
             "SELECT version, at_ms, from_state, to_state, attempt, fence, actor, detail FROM audit

@@ -1,4 +1,5 @@
-//! Changing a save: read, decide, write over the version that was read; again when somebody else was faster.
+//! Changes a save: reads it, applies a decision, and writes the result only over the version that was read. If another
+//! writer was faster, it starts over.
 
 use std::collections::BTreeMap;
 
@@ -7,12 +8,15 @@ use sqlx::{Any, Row as _, Transaction};
 use super::{Draft, Error, Policy, Progress, Record, Save, view, written};
 use crate::service::job::{Event, JobId, Report, Said, now_ms};
 
-/// So often the same change is tried anew.
+/// Maximum number of attempts at the same change.
 const TRIES: u32 = 30;
 
 impl Record {
-    /// Changes a save as `decide` says; it may be asked more than once, with what the save has become meanwhile. None: there
-    /// is no such save. The save comes back as it is then, changed or not, with what `decide` said last.
+    /// Changes a save with `decide`, which may be called several times, each time with the current state of the save.
+    /// Returns the save, whether or not it changed, and the last result of `decide`; `None` if there is no such save.
+    ///
+    /// Fails with [`Error::Contended`] if other writers keep changing the save, and with [`Error::InTheWay`] if another
+    /// open save has the same session or destination.
     pub async fn change<T>(
         &self,
         id: JobId,
@@ -45,7 +49,8 @@ impl Record {
         Err(Error::Contended(id))
     }
 
-    /// Only while its version is `version`: for what was decided from something else than the save itself.
+    /// Changes a save as [`Record::change`] does, but only while its version is `version`. For decisions based on data
+    /// other than the save itself. Returns `None` if the version differs.
     pub async fn change_at<T>(
         &self,
         id: JobId,
@@ -61,9 +66,10 @@ impl Record {
         Ok(found.and_then(|(save, said)| Some((save, said?))))
     }
 
-    /// Takes in what agents said, each word once; all of it or nothing. The saves that changed come back as they are then.
+    /// Applies reports of agents, each only once, all in one transaction. Returns the saves that changed.
     pub async fn hear(&self, reports: &[Report], policy: &Policy) -> Result<Vec<Save>, Error> {
-        // By save, so that two managers take the rows in the same order; by fence and number within it.
+        // Grouped by save, so that two managers lock the rows in the same order; within a save ordered by fence and
+        // sequence number.
         let mut by_save = BTreeMap::<JobId, Vec<&Report>>::new();
         for report in reports.iter().filter(|report| !is_progress(report)) {
             by_save.entry(report.job).or_default().push(report);
@@ -82,7 +88,8 @@ impl Record {
                 let mut draft = Draft::new(save, now_ms());
                 let mut actor = "";
                 for report in reports {
-                    // Before it is marked as heard: another node would use up the numbers of the save's own.
+                    // Checked before the report is marked as processed; otherwise another node could use up the save's
+                    // sequence numbers.
                     if report.node != draft.save().node {
                         continue;
                     }
@@ -108,7 +115,8 @@ impl Record {
         Err(Error::Contended(ids.first().copied().unwrap_or_default()))
     }
 
-    /// Takes in how far a save is, unless that is old. It is no change, and nobody waits for it.
+    /// Stores the progress of a save unless newer progress is known. Returns whether it was stored. Progress does not
+    /// create a new version.
     pub async fn hear_progress(&self, report: &Report, progress: &Progress) -> Result<bool, Error> {
         let done = sqlx::query(
             "UPDATE saves SET progress = $1, progress_fence = $2, progress_seq = $3
@@ -143,7 +151,7 @@ impl Record {
     }
 }
 
-/// Whether it only says how far a save is.
+/// Returns whether a report contains only progress.
 pub(super) fn is_progress(report: &Report) -> bool {
     matches!(
         &report.said,
@@ -157,7 +165,7 @@ fn is_unique(error: &Error) -> bool {
     matches!(error, Error::Database(sqlx::Error::Database(e)) if e.is_unique_violation())
 }
 
-/// Marks a report as heard. False: it was.
+/// Marks a report as processed. Returns `false` if it already was.
 async fn is_new(work: &mut Transaction<'static, Any>, report: &Report) -> Result<bool, Error> {
     let done = sqlx::query(
         "INSERT INTO reports (save, fence, seq) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
@@ -170,7 +178,7 @@ async fn is_new(work: &mut Transaction<'static, Any>, report: &Report) -> Result
     Ok(done.rows_affected() > 0)
 }
 
-/// Writes a change over the version that it was made from. None: that version is the past.
+/// Writes a change over the version that it is based on. Returns `None` if the save has a newer version.
 async fn write(
     work: &mut Transaction<'static, Any>,
     draft: Draft,

@@ -1,8 +1,8 @@
-//! What was asked for and what became of it: the truth that survives every process and every queue.
+//! The record: the authoritative database of all saves, which survives the loss of any process and of the queue.
 //!
-//! SQLite for one manager, PostgreSQL for several; one text of SQL for both. Every change of a save is one transaction: the
-//! save with its next version, that version for those who watch, the transitions for the audit, and the errands to the
-//! queue that follow from it. A change is written only over the version that it was made from.
+//! It uses SQLite for one manager and PostgreSQL for several, with the same SQL for both. Every change of a save is one
+//! transaction: the save with its next version, that version for watchers, the transitions for the audit log, and the
+//! resulting requests to the queue. A change is written only over the version that it is based on.
 
 mod audit;
 mod change;
@@ -28,65 +28,66 @@ pub use self::signin::SignIn;
 pub use self::submit::{Most, Request, Submitted};
 pub use self::view::{Filter, Head, OpenSave, Standing};
 
-/// PostgreSQL connections of one manager.
+/// Number of PostgreSQL connections per manager.
 const CONNECTIONS: u32 = 8;
-/// How long a connection is waited for, and SQLite's lock.
+/// Maximum wait for a connection, and for SQLite's lock.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The record in SQLite or PostgreSQL. Clones are the same one.
+/// The record in SQLite or PostgreSQL. Clones share their connections.
 #[derive(Clone)]
 pub struct Record {
     pool: AnyPool,
     sqlite: bool,
 }
 
-/// Why the record cannot be used, or does not hold what was looked for.
+/// Why the record cannot be used or read.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A place that is none.
+    /// The address of the database is invalid.
     #[error(
         "{0:?} is no place for a record: write sqlite:PATH, a path, or postgres://USER:PASSWORD@HOST/DATABASE"
     )]
     Place(String),
-    /// The file cannot be made.
+    /// The file of the database cannot be created or opened.
     #[error("the record at {path}: {source}")]
     File {
-        /// The database's file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// A later version has been here.
+    /// The database was migrated by a newer program.
     #[error(
         "the record's tables are of version {found}, this program knows up to {known}: use the newer program"
     )]
     Newer {
-        /// In the record.
+        /// Version of the schema in the database.
         found: i64,
-        /// The program's.
+        /// Highest version that this program supports.
         known: i64,
     },
-    /// The database says so.
+    /// The database returned an error.
     #[error("the record: {0}")]
     Database(#[from] sqlx::Error),
-    /// A row that this program did not write.
+    /// A row was not written by this program.
     #[error("the record of save {save} cannot be read: {reason}")]
     Row {
-        /// Which.
+        /// ID of the save.
         save: String,
-        /// Why.
+        /// What is wrong with it.
         reason: String,
     },
-    /// Others change it all the time.
+    /// Other writers kept changing the save.
     #[error("save {0} is being changed by others again and again")]
     Contended(JobId),
-    /// Another save of that session, or to that tag, is open.
+    /// Another open save has the same session or destination.
     #[error("save {0} is in the way")]
     InTheWay(JobId),
 }
 
 impl Error {
-    /// Whether it lies in what is to be read or written, however often that is tried, and not in the database.
+    /// Returns whether the error is caused by the data of one save, so that a retry cannot help, rather than by the
+    /// database.
     pub fn is_of_one_save(&self) -> bool {
         match self {
             Self::Row { .. } => true,
@@ -100,8 +101,11 @@ impl Error {
 }
 
 impl Record {
-    /// Opens the record at `place` (`sqlite:PATH`, a path, `postgres://…`), makes it where there is none and brings it up to
-    /// this version. Several managers may do so at once.
+    /// Opens the record at `place` (`sqlite:PATH`, a path, or `postgres://…`), creates it if it does not exist, and
+    /// migrates it to the current version. Several managers may do so at the same time.
+    ///
+    /// Fails with [`Error::Place`] if the address is invalid, and with [`Error::Newer`] if a newer program has migrated
+    /// it.
     pub async fn open(place: &str) -> Result<Self, Error> {
         sqlx::any::install_default_drivers();
         if place.starts_with("postgres://") || place.starts_with("postgresql://") {
@@ -109,11 +113,11 @@ impl Record {
         }
         let path = match place.strip_prefix("sqlite:") {
             Some(path) => path.strip_prefix("//").unwrap_or(path),
-            // A scheme that is none of ours is no file name.
+            // An address with an unknown scheme is not taken for a file name.
             None if place.contains("://") => "",
             None => place,
         };
-        // The driver would take these for something else.
+        // The driver gives these characters a special meaning.
         if path.is_empty() || path.contains(['?', '#', '%']) || path.contains(":memory:") {
             return Err(Error::Place(place.chars().take(200).collect()));
         }
@@ -124,8 +128,8 @@ impl Record {
         Self::connect(&format!("sqlite:{path}"), true).await
     }
 
-    /// Whether the record at `place` answers, without making or changing anything; false where it is a file that is not
-    /// there yet and can be made.
+    /// Checks whether the record at `place` responds, without creating or changing anything. Returns `false` if it is a
+    /// file that does not exist but can be created.
     pub async fn look(place: &str) -> Result<bool, Error> {
         sqlx::any::install_default_drivers();
         let url = if place.starts_with("postgres://") || place.starts_with("postgresql://") {
@@ -165,14 +169,15 @@ impl Record {
         let options: AnyConnectOptions = url
             .parse()
             .map_err(|_| Error::Place("(what follows postgres://)".to_owned()))?;
-        // SQLite has one writer: one connection queues in memory what the file would make wait.
+        // SQLite permits only one writer. With one connection, writers queue in memory instead of waiting for the lock
+        // on the file.
         let pool = AnyPoolOptions::new()
             .max_connections(if sqlite { 1 } else { CONNECTIONS })
             .acquire_timeout(PATIENCE)
             .after_connect(move |connection, _| {
                 Box::pin(async move {
                     if sqlite {
-                        // FULL: what was accepted survives a power cut.
+                        // With FULL, an accepted save survives a power failure.
                         let pragmas = format!(
                             "PRAGMA busy_timeout = {}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL",
                             PATIENCE.as_millis()
@@ -188,13 +193,13 @@ impl Record {
         Ok(Self { pool, sqlite })
     }
 
-    /// Whether it answers.
+    /// Checks whether the database responds.
     pub async fn ping(&self) -> Result<(), Error> {
         sqlx::query("SELECT 1").fetch_one(&self.pool).await?;
         Ok(())
     }
 
-    /// Ends its connections, once what is under way is done.
+    /// Closes the connections once pending queries have finished.
     pub async fn close(&self) {
         self.pool.close().await;
     }
@@ -209,7 +214,7 @@ impl Record {
     }
 }
 
-/// The file, for nobody else: messages and names are users' own.
+/// Creates the file with access for its owner only, because it contains messages and names of users.
 fn make_private(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
     std::fs::OpenOptions::new()
@@ -221,7 +226,7 @@ fn make_private(path: &Path) -> std::io::Result<()> {
         .map(drop)
 }
 
-/// Rows hold what was written, or say whose they are.
+/// Parses the JSON of a row. Fails with the ID of the save that the row belongs to.
 fn read<T: serde::de::DeserializeOwned>(save: &str, text: &str) -> Result<T, Error> {
     serde_json::from_str(text).map_err(|error| Error::Row {
         save: save.to_owned(),

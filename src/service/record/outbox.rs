@@ -1,4 +1,5 @@
-//! Errands to the queue, written with the change that they follow from and done by whichever manager takes them first.
+//! The outbox: requests to the queue, written in the transaction of the change that they result from, and executed by
+//! the first manager that takes them.
 
 use std::time::Duration;
 
@@ -7,20 +8,21 @@ use sqlx::{Any, Row as _, Transaction};
 use super::{Errand, Error, Record, id_of};
 use crate::service::job::{JobId, now_ms};
 
-/// Who takes an errand and does not say that it is done has died: another one takes it then.
+/// How long a request belongs to the manager that took it. If it is not done by then, the manager is assumed to have
+/// died and another one takes it.
 const HELD_FOR: Duration = Duration::from_secs(10);
 
-/// An errand that is this manager's to do.
+/// A request that this manager has taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
     /// The save.
     pub save: JobId,
-    /// What is to be done.
+    /// The request.
     pub errand: Errand,
     since_ms: i64,
 }
 
-/// Writes an errand down; one that is there already becomes new.
+/// Writes a request; an existing one for the same save is reset.
 pub(super) async fn send(
     work: &mut Transaction<'static, Any>,
     save: JobId,
@@ -53,10 +55,11 @@ pub(super) async fn revoke(
 }
 
 impl Record {
-    /// Takes at most `most` errands that are due. No other manager has them for ten seconds.
+    /// Takes at most `most` requests that are due. No other manager can take them for ten seconds.
     pub async fn take_errands(&self, manager: &str, most: u32) -> Result<Vec<Taken>, Error> {
         let now = now_ms();
-        // The condition stands twice: who waited for another's lock looks again before taking the row.
+        // The condition is repeated because a transaction that waited for another one's lock evaluates it again before
+        // it takes the row.
         let rows = sqlx::query(
             "UPDATE outbox SET taken_ms = $1, taken_by = $2
              WHERE due_ms <= $1 AND taken_ms < $3 AND (save, errand) IN (
@@ -85,7 +88,7 @@ impl Record {
             .collect()
     }
 
-    /// It is done, unless it was sent anew meanwhile.
+    /// Removes a request that is done, unless it was written again meanwhile.
     pub async fn errand_done(&self, manager: &str, taken: &Taken) -> Result<(), Error> {
         sqlx::query(
             "DELETE FROM outbox WHERE save = $1 AND errand = $2 AND taken_by = $3 AND taken_ms = $4",
@@ -99,7 +102,7 @@ impl Record {
         Ok(())
     }
 
-    /// It could not be done: due again after `pause`.
+    /// Releases a request that failed. It is due again after `pause`.
     pub async fn errand_failed(
         &self,
         manager: &str,

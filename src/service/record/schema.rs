@@ -1,14 +1,14 @@
-//! The tables, and how they come to be. One text for SQLite and PostgreSQL: INT8, TEXT, partial indexes.
+//! The tables and their migration. The SQL is valid for both SQLite and PostgreSQL: INT8, TEXT, partial indexes.
 
 use sqlx::{AnyPool, Row as _};
 
 use super::Error;
 
-/// Each brings the tables from one version to the next. What was once released is never changed here.
+/// The statements that migrate the schema from one version to the next. Released entries must never be changed.
 const VERSIONS: [&[&str]; 2] = [FIRST, SIGN_INS];
 
 const FIRST: &[&str] = &[
-    // What is asked for by column; the whole save is `body`, JSON. Progress moves without being a change.
+    // Columns that queries use, and the whole save as JSON in `body`. Progress changes without a new version.
     "CREATE TABLE saves (
         id TEXT PRIMARY KEY,
         session TEXT NOT NULL,
@@ -31,14 +31,14 @@ const FIRST: &[&str] = &[
         WHERE state IN ('queued', 'assigned', 'running')",
     "CREATE INDEX saves_by_user ON saves (user_name, id)",
     "CREATE INDEX saves_by_state ON saves (state, id)",
-    // Every version of a save, for those who watch it. Thrown away some time after its end.
+    // Every version of a save, for watchers. Deleted some time after the save has ended.
     "CREATE TABLE changes (
         save TEXT NOT NULL,
         version INT8 NOT NULL,
         body TEXT NOT NULL,
         PRIMARY KEY (save, version)
     )",
-    // Every transition, for good. Nothing updates it.
+    // Every transition. Rows are never updated.
     "CREATE TABLE audit (
         save TEXT NOT NULL,
         version INT8 NOT NULL,
@@ -52,7 +52,8 @@ const FIRST: &[&str] = &[
         detail TEXT NOT NULL,
         PRIMARY KEY (save, version, step)
     )",
-    // What the queue has to hear of. Written with the change that it follows from; whoever takes it holds it for a while.
+    // Requests to the queue, written in the transaction of the change that they result from. A manager that takes one
+    // holds it for a limited time.
     "CREATE TABLE outbox (
         save TEXT NOT NULL,
         errand TEXT NOT NULL,
@@ -62,7 +63,7 @@ const FIRST: &[&str] = &[
         PRIMARY KEY (save, errand)
     )",
     "CREATE INDEX outbox_by_due ON outbox (due_ms)",
-    // Reports that are in the record already.
+    // Reports that have been applied.
     "CREATE TABLE reports (
         save TEXT NOT NULL,
         fence INT8 NOT NULL,
@@ -80,7 +81,7 @@ const FIRST: &[&str] = &[
 ];
 
 const SIGN_INS: &[&str] = &[
-    // Who is signed in in a browser; cookie and page are digests of what it holds.
+    // Sign-ins of browsers; `cookie` and `page` are digests of the values that the browser holds.
     "CREATE TABLE signins (
         cookie TEXT PRIMARY KEY,
         page TEXT NOT NULL,
@@ -95,12 +96,13 @@ const SIGN_INS: &[&str] = &[
     "CREATE INDEX signins_by_end ON signins (expires_ms)",
 ];
 
-/// Any number; who migrates holds it.
+/// Takes an advisory lock for the migration. The number is arbitrary.
 const LOCK: &str = "SELECT count(*) FROM pg_advisory_xact_lock(7236101)";
 
-/// Brings the tables up to this version. Of several managers that begin at once one does it, the others wait.
+/// Migrates the tables to the current version. If several managers start at the same time, one migrates and the others
+/// wait.
 pub(super) async fn migrate(pool: &AnyPool, sqlite: bool) -> Result<(), Error> {
-    // SQLite: the only writer from its first statement on.
+    // With IMMEDIATE, SQLite takes the write lock at the start of the transaction.
     let begin = if sqlite { "BEGIN IMMEDIATE" } else { "BEGIN" };
     let mut work = pool.begin_with(begin).await?;
     if !sqlite {

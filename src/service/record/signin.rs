@@ -1,32 +1,32 @@
-//! Who is signed in in a browser: so that every manager knows it, and each can end it.
+//! Sign-ins of browsers. They are in the record so that every manager accepts them and each can end them.
 //!
-//! What the browser holds is here as a digest only: who reads the record can sign in nowhere.
+//! Only digests of the browser's secrets are stored, so read access to the record is not enough to sign in.
 
 use sqlx::Row as _;
 
 use super::{Error, Record};
 
-/// Someone who is signed in.
+/// A sign-in of a browser.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SignIn {
     /// SHA-256 of the cookie's value.
     pub cookie: String,
     /// SHA-256 of the page's key.
     pub page: String,
-    /// Who, for the bound of [`Record::sign_in`].
+    /// The signed-in identity that the limit of [`Record::sign_in`] applies to.
     pub caller: String,
-    /// What it rests on: which token, or whose tokens.
+    /// The credential that it is based on: a token, or tokens of an issuer.
     pub basis: String,
-    /// The user, where the basis does not say it.
+    /// The user, if `basis` does not determine it.
     pub user: String,
-    /// Whether the basis said that this is an administrator.
+    /// Whether the credential identified an administrator.
     pub administrator: bool,
-    /// From when on it does not hold any more.
+    /// Expiry: milliseconds since the epoch, UTC.
     pub expires_ms: i64,
 }
 
 impl Record {
-    /// Writes it down. Of each caller the `most` latest stay.
+    /// Stores a sign-in. Only the latest `most` sign-ins of each caller are kept.
     pub async fn sign_in(&self, new: &SignIn, now_ms: i64, most: u32) -> Result<(), Error> {
         let mut work = self.begin().await?;
         sqlx::query("DELETE FROM signins WHERE caller = $1 AND expires_ms <= $2")
@@ -60,7 +60,7 @@ impl Record {
         Ok(())
     }
 
-    /// Whose this cookie is, if it holds at `now_ms`.
+    /// Returns the sign-in with this cookie if it is valid at `now_ms`.
     pub async fn signed_in(&self, cookie: &str, now_ms: i64) -> Result<Option<SignIn>, Error> {
         let row = sqlx::query(
             "SELECT page, caller, basis, user_name, administrator, expires_ms FROM signins
@@ -82,7 +82,7 @@ impl Record {
         }))
     }
 
-    /// Ends it, for all managers.
+    /// Ends a sign-in for all managers.
     pub async fn sign_out(&self, cookie: &str) -> Result<(), Error> {
         sqlx::query("DELETE FROM signins WHERE cookie = $1")
             .bind(cookie)

@@ -1,4 +1,5 @@
-//! Accepting a save: the save, the first line of its audit, its order on the way and the caller's key, all or nothing.
+//! Accepts a save: writes the save, the first row of its audit log, the request to the queue and the idempotency key in
+//! one transaction.
 
 use sqlx::{Any, Row as _, Transaction};
 
@@ -6,52 +7,54 @@ use super::save::Step;
 use super::{Errand, Error, Record, Save, id_of, view, written};
 use crate::service::job::{JobId, now_ms};
 
-/// So often a request is looked at again whose key another one had at the same moment.
+/// Maximum number of attempts if another request with the same key is in progress.
 const TRIES: u32 = 10;
 
-/// A caller's own name for a request, so that it can be sent twice.
+/// The idempotency key of a request, which allows a caller to repeat it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Whose key it is.
+    /// The caller that the key belongs to.
     pub caller: String,
     /// The key.
     pub key: String,
-    /// A digest of what is asked for.
+    /// Digest of the content of the request.
     pub hash: String,
 }
 
-/// What became of a request for a save.
+/// Result of a request for a save.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Submitted {
-    /// It is written down.
+    /// The save was accepted.
     New(Box<Save>),
-    /// It was, under this key.
+    /// The save had already been accepted under this key.
     Repeated(Box<Save>),
-    /// Under this key something else was asked for.
+    /// The key was used for a different request.
     OtherRequest,
-    /// A save of that session is open.
+    /// Another save of the session is open.
     Busy(JobId),
-    /// A save that will put on that tag is open.
+    /// Another open save has the same destination.
     TagBusy(JobId),
-    /// The user has so many open saves.
+    /// The user has this many open saves, which is the maximum.
     TooMany(u64),
-    /// The user has asked for so many in the last 24 hours.
+    /// The user has requested this many saves in the last 24 hours, which is the maximum.
     TooManyToday(u64),
 }
 
-/// How many saves of a user are written down; 0: no bound.
+/// Limits on the saves of a user; 0 means no limit.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Most {
-    /// Open at once.
+    /// Saves that are open at the same time.
     pub open: u32,
-    /// In 24 hours, whatever became of them.
+    /// Saves in 24 hours, whatever their outcome.
     pub day: u32,
 }
 
 const DAY_MS: i64 = 24 * 3600 * 1000;
 
 impl Record {
-    /// Writes `save` down as queued, within `most` of its user.
+    /// Writes `save` as queued if it is within the limits `most` of its user.
+    ///
+    /// Fails with [`Error::Contended`] if concurrent requests keep interfering.
     pub async fn submit(
         &self,
         save: &Save,
@@ -66,7 +69,7 @@ impl Record {
         Err(Error::Contended(save.id))
     }
 
-    /// The save that was asked for under this key with this request, if one was.
+    /// Returns the save that was accepted for this request under this key, if there is one.
     pub async fn repeated(&self, request: &Request) -> Result<Option<Save>, Error> {
         let row = sqlx::query(
             "SELECT saves.id AS id, body, progress FROM saves JOIN idempotency ON idempotency.save = saves.id
@@ -80,15 +83,15 @@ impl Record {
         row.as_ref().map(super::view::save_of).transpose()
     }
 
-    /// Until the end of the transaction nobody else counts this user's open saves: two who did at once would both find
-    /// room for one more. In SQLite only one writes at a time in any case.
+    /// Locks the count of this user's open saves until the end of the transaction. Without it, two concurrent requests
+    /// could both find one free place. SQLite has only one writer at a time and needs no lock.
     async fn one_at_a_time(
         &self,
         work: &mut Transaction<'static, Any>,
         user: &str,
     ) -> Result<(), Error> {
         if !self.sqlite {
-            // The function gives nothing, which the driver has no type for.
+            // The function returns void, for which the driver has no type.
             sqlx::query(
                 "SELECT CASE WHEN pg_advisory_xact_lock(hashtextextended($1, 0)) IS NULL THEN 0 ELSE 1 END AS held",
             )
@@ -148,7 +151,7 @@ impl Record {
             .await?;
             let open = row.try_get::<i64, _>("n")? as u64;
             if open >= u64::from(most.open) {
-                // A session that is being saved is named even so.
+                // If the session itself is being saved, that is the more helpful answer.
                 let busy = sqlx::query(
                     "SELECT id FROM saves WHERE session = $1 AND state IN ('queued', 'assigned', 'running')",
                 )
@@ -199,7 +202,7 @@ impl Record {
             .bind(&save.destination)
             .fetch_optional(&mut *work)
             .await?;
-            // None: it has ended since.
+            // The conflicting save has ended in the meantime.
             let Some(found) = found else { return Ok(None) };
             let other = id_of(&found.try_get::<String, _>("id")?)?;
             let same = found.try_get::<String, _>("session")? == save.session;

@@ -1,4 +1,4 @@
-//! Reading: one save, the history, what is open, what has changed for those who watch; and forgetting what is old.
+//! Reads the record: one save, the history, open saves, and changes for watchers. Also deletes old data.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,59 +8,60 @@ use sqlx::{Any, Row as _, Transaction};
 use super::{Error, Progress, Record, Save, id_of, read, state_of};
 use crate::service::job::{JobId, State, now_ms};
 
-/// Every version of a save is kept for so long after its end: a watcher who was away for longer sees the last one only.
+/// How long every version of a save is kept after its end. A watcher that was away for longer gets only the last
+/// version.
 const CHANGES_FOR: Duration = Duration::from_secs(3600);
-/// A caller's key means the same request for so long.
+/// How long an idempotency key is kept.
 const KEYS_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
-/// IDs in one question; fewer are filled up, so that there are few texts of it.
+/// Numbers of IDs per query. Shorter lists are padded, so that there are few different statements.
 const BATCHES: [usize; 4] = [1, 16, 128, 500];
-/// Saves whose images are described in a list.
+/// Maximum number of saves in the list of images.
 const MAX_SAVED: i64 = 5000;
 
-/// Which part of the history.
+/// Selects a part of the history.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
-    /// Only this user's.
+    /// Only saves of this user.
     pub user: Option<String>,
-    /// Only those in this state.
+    /// Only saves in this state.
     pub state: Option<State>,
-    /// Only those of this session.
+    /// Only saves of this session.
     pub session: Option<String>,
-    /// Only those before this one.
+    /// Only saves that are older than this one.
     pub after: Option<JobId>,
 }
 
-/// How a save stands, for those who watch many.
+/// Version and progress of a save, for watchers of many saves.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Head {
     /// The save.
     pub id: JobId,
-    /// Its version.
+    /// Version of the save.
     pub version: u64,
-    /// Grows with its progress: fence and number of the report.
+    /// Increases with the progress: fence and sequence number of the report.
     pub heard: (i64, i64),
-    /// Its progress.
+    /// Progress of the save.
     pub progress: Option<Progress>,
 }
 
-/// A save that is not done, as much as is compared with the queue.
+/// The part of an open save that is compared with the queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Standing {
     /// The save.
     pub id: JobId,
     /// Its node.
     pub node: String,
-    /// Where it is.
+    /// Its state.
     pub state: State,
     /// Its version.
     pub version: u64,
-    /// Whether somebody asked for its end.
+    /// Whether its cancellation was requested.
     pub cancelling: bool,
-    /// When it last began to wait.
+    /// When it was last queued: milliseconds since the epoch, UTC.
     pub queued_ms: i64,
 }
 
-/// Which session is being saved.
+/// An open save of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenSave {
     /// The session.
@@ -81,7 +82,7 @@ pub(super) async fn get(
 }
 
 impl Record {
-    /// A save.
+    /// Returns a save; `None` if there is no such save.
     pub async fn save(&self, id: JobId) -> Result<Option<Save>, Error> {
         let row = sqlx::query("SELECT id, body, progress FROM saves WHERE id = $1")
             .bind(id.to_string())
@@ -90,7 +91,7 @@ impl Record {
         row.as_ref().map(save_of).transpose()
     }
 
-    /// The history, the latest first, at most `most`.
+    /// Returns at most `most` saves, the latest first.
     pub async fn history(&self, filter: &Filter, most: u32) -> Result<Vec<Save>, Error> {
         let rows = sqlx::query(
             "SELECT id, body, progress FROM saves
@@ -107,7 +108,7 @@ impl Record {
         rows.iter().map(save_of).collect()
     }
 
-    /// The saves that made images, of a user or of all, the latest first.
+    /// Returns the successful saves of a user, or of all users, the latest first.
     pub async fn saved(&self, user: Option<&str>) -> Result<Vec<Save>, Error> {
         let rows = sqlx::query(
             "SELECT id, body, progress FROM saves
@@ -120,7 +121,7 @@ impl Record {
         rows.iter().map(save_of).collect()
     }
 
-    /// Which sessions are being saved.
+    /// Returns the open saves with their sessions.
     pub async fn open_saves(&self) -> Result<Vec<OpenSave>, Error> {
         let rows = sqlx::query(
             "SELECT id, session FROM saves WHERE state IN ('queued', 'assigned', 'running')",
@@ -137,7 +138,7 @@ impl Record {
             .collect()
     }
 
-    /// The open save that will put its tag on `destination`.
+    /// Returns the open save that will set the tag at `destination`.
     pub async fn writing_to(&self, destination: &str) -> Result<Option<JobId>, Error> {
         let row = sqlx::query(
             "SELECT id FROM saves WHERE destination = $1 AND state IN ('queued', 'assigned', 'running')",
@@ -149,7 +150,7 @@ impl Record {
             .transpose()
     }
 
-    /// What is not done, in order, from behind `after` on; at most `most`.
+    /// Returns at most `most` open saves in order of their IDs, starting after `after`.
     pub async fn standing(&self, after: Option<JobId>, most: u32) -> Result<Vec<Standing>, Error> {
         let rows = sqlx::query(
             "SELECT id, node, state, version, cancelling, queued_ms FROM saves
@@ -174,7 +175,7 @@ impl Record {
             .collect()
     }
 
-    /// How each of `ids` stands; those that are gone are left out.
+    /// Returns the version and progress of each of `ids`. Saves that no longer exist are left out.
     pub async fn heads(&self, ids: &[JobId]) -> Result<Vec<Head>, Error> {
         let mut heads = Vec::with_capacity(ids.len());
         for ids in ids.chunks(BATCHES[BATCHES.len() - 1]) {
@@ -205,7 +206,7 @@ impl Record {
         Ok(heads)
     }
 
-    /// Every version of a save after `version`, in order, as far as they are kept.
+    /// Returns every version of a save after `version` in order, as far as they are still kept.
     pub async fn changes(&self, id: JobId, version: u64) -> Result<Vec<Save>, Error> {
         let rows = sqlx::query(
             "SELECT body FROM changes WHERE save = $1 AND version > $2 ORDER BY version",
@@ -220,7 +221,7 @@ impl Record {
             .collect()
     }
 
-    /// How many saves wait for each node.
+    /// Returns the number of queued saves per node.
     pub async fn waiting_by_node(&self) -> Result<BTreeMap<String, u64>, Error> {
         let rows = sqlx::query(
             "SELECT node, count(*) AS n FROM saves WHERE state = 'queued' GROUP BY node",
@@ -232,7 +233,7 @@ impl Record {
             .collect()
     }
 
-    /// How many saves there are in each state.
+    /// Returns the number of saves in each state.
     pub async fn counts(&self) -> Result<Vec<(State, u64)>, Error> {
         let rows = sqlx::query("SELECT state, count(*) AS n FROM saves GROUP BY state")
             .fetch_all(&self.pool)
@@ -245,7 +246,8 @@ impl Record {
             .collect()
     }
 
-    /// Forgets what is old: versions nobody waits for, keys, sign-ins, and (with `retention`) saves that ended before it.
+    /// Deletes old data: versions of saves that ended over an hour ago, idempotency keys, expired sign-ins, and with
+    /// `retention` also saves that ended longer ago. Returns the number of deleted saves.
     pub async fn forget(&self, retention: Option<Duration>) -> Result<u64, Error> {
         const DONE: &str = "SELECT id FROM saves WHERE state IN ('succeeded', 'failed', 'cancelled') AND changed_ms < $1";
         let before =
@@ -287,7 +289,7 @@ impl Record {
     }
 }
 
-/// A save and its progress, from their columns.
+/// Reads a save and its progress from a row.
 pub(super) fn save_of(row: &sqlx::any::AnyRow) -> Result<Save, Error> {
     let id: String = row.try_get("id")?;
     let mut save: Save = read(&id, &row.try_get::<String, _>("body")?)?;

@@ -1,27 +1,28 @@
-//! The one place where a save's state changes: what follows from an agent's word, from a user's wish and from a queue
-//! that lost something. Pure: no I/O, so that every case is a test.
+//! The state machine of a save: the only place that changes its state, in response to reports of agents, requests of
+//! users, and data loss in the queue. It does no I/O, so that every case can be tested.
 
 use super::{Failure, Remark, Save};
 use crate::service::job::{Code, Event, Outcome, Report, Said, Saved, State};
 
-/// More remarks than this are counted, not kept: a tree can have any number of odd files.
+/// Maximum number of warnings that are kept; a tree can contain any number of unusual files.
 const MAX_WARNINGS: usize = 100;
-/// Longest message of an agent that is kept, in bytes.
+/// Maximum length of an agent's message that is kept, in bytes.
 const MAX_MESSAGE: usize = 2000;
 
-/// How failures are repeated.
+/// How failed attempts are repeated.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
-    /// Attempts in all.
+    /// Total number of attempts.
     pub attempts: u32,
-    /// The first pause, in milliseconds.
+    /// Delay before the first retry, in milliseconds.
     pub backoff_ms: u64,
-    /// No pause is longer, in milliseconds.
+    /// Maximum delay, in milliseconds.
     pub backoff_most_ms: u64,
 }
 
 impl Policy {
-    /// The pause after so many failures (from 1): twice as long each time, shortened by `chance` (0 to 1) by up to a half.
+    /// Returns the delay after this number of failures (starting at 1). It doubles each time, and `chance` (0 to 1)
+    /// shortens it by up to a half.
     fn pause_ms(&self, failures: u32, chance: f64) -> i64 {
         let doubled = self
             .backoff_ms
@@ -31,17 +32,17 @@ impl Policy {
     }
 }
 
-/// What has to be told to the queue.
+/// A request to the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Errand {
-    /// The order goes out.
+    /// Offer the order.
     Offer,
-    /// It is taken back.
+    /// Withdraw the order.
     Withdraw,
 }
 
 impl Errand {
-    /// As in the record.
+    /// Returns the name used in the record.
     pub fn name(self) -> &'static str {
         match self {
             Self::Offer => "offer",
@@ -49,7 +50,7 @@ impl Errand {
         }
     }
 
-    /// The errand of that name.
+    /// Returns the request with that name.
     pub fn named(name: &str) -> Option<Self> {
         [Self::Offer, Self::Withdraw]
             .into_iter()
@@ -57,7 +58,7 @@ impl Errand {
     }
 }
 
-/// A transition, for the audit.
+/// A transition for the audit log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::service::record) struct Step {
     pub(in crate::service::record) from: Option<State>,
@@ -67,8 +68,8 @@ pub(in crate::service::record) struct Step {
     pub(in crate::service::record) detail: String,
 }
 
-/// A change of a save on its way into the record: the save as it will be, the transitions that led there, and what the
-/// queue has to hear.
+/// A pending change of a save: the save after the change, the transitions that lead there, and the resulting requests
+/// to the queue.
 #[derive(Clone, Debug)]
 pub struct Draft {
     save: Save,
@@ -91,12 +92,12 @@ impl Draft {
         }
     }
 
-    /// The save as it is so far.
+    /// Returns the save with the changes so far.
     pub fn save(&self) -> &Save {
         &self.save
     }
 
-    /// Whether anything that counts has changed.
+    /// Returns whether anything but the sequence number and the progress has changed.
     pub fn is_changed(&self) -> bool {
         let mut was = self.before.clone();
         was.seq = self.save.seq;
@@ -112,7 +113,7 @@ impl Draft {
         self.save
     }
 
-    /// The one place where a state changes. False, and nothing done: there is no such transition.
+    /// Changes the state; no other function does. Returns `false` without a change if the transition is not permitted.
     fn go(&mut self, to: State, detail: &str) -> bool {
         let from = self.save.state;
         if !from.may_become(to) {
@@ -142,7 +143,7 @@ impl Draft {
         true
     }
 
-    /// The same by way of the states between, where reports of them are late or lost.
+    /// Changes the state by way of intermediate states, in case reports of them are late or lost.
     fn reach(&mut self, to: State, detail: &str) -> bool {
         let mut paths = vec![vec![self.save.state]];
         let mut seen = vec![self.save.state];
@@ -172,7 +173,7 @@ impl Draft {
         self.errands.push((errand, due_ms));
     }
 
-    /// Back to waiting, as a new order.
+    /// Queues the save again with a new order.
     fn again(&mut self, detail: &str, not_before_ms: i64) {
         if self.save.state != State::Queued && !self.go(State::Queued, detail) {
             return;
@@ -194,9 +195,9 @@ impl Draft {
         }
     }
 
-    /// What an agent said. `chance` is between 0 and 1, for the pause before a retry.
+    /// Applies a report of an agent. `chance` is between 0 and 1 and randomizes the delay before a retry.
     pub fn hear(&mut self, report: &Report, policy: &Policy, chance: f64) {
-        // A job is its node's: no other one has a word in it.
+        // A job belongs to its node, so reports of other nodes are ignored.
         if report.fence < self.save.fence || report.node != self.save.node {
             return;
         }
@@ -205,9 +206,9 @@ impl Draft {
             self.hear_late(report);
             return;
         }
-        // What an earlier order's agent says cannot move a later order, but for an image that is there.
+        // A report about an earlier order must not affect a later order, unless it says that the image exists.
         let current = report.attempt >= self.save.attempt;
-        // Nor does its fence count: that of an old order which somebody put back into the queue may be any.
+        // Its fence does not count either: an old order that a third party put back into the queue can have any fence.
         let made = matches!(
             &report.said,
             Said::Ended {
@@ -273,7 +274,8 @@ impl Draft {
             Outcome::Cancelled if current && self.save.cancelling => {
                 self.reach(State::Cancelled, "the agent has stopped it");
             }
-            // Whoever writes to the queue can tell an agent to stop. That is no user's wish: the save goes on.
+            // A third party with write access to the queue can tell an agent to stop. No user requested that, so the
+            // save is retried.
             Outcome::Cancelled if current => {
                 self.save.failures += 1;
                 let pause = policy.pause_ms(self.save.failures, chance);
@@ -324,7 +326,8 @@ impl Draft {
         }
     }
 
-    /// After the end: a remark that was overtaken, or an image of a node that was given up too early.
+    /// Applies a report that arrives after the end: a late warning, or the success of a node that was given up too
+    /// early.
     fn hear_late(&mut self, report: &Report) {
         let given_up = |failure: &Failure| failure.code == Code::NodeLost;
         match &report.said {
@@ -361,7 +364,7 @@ impl Draft {
         }
     }
 
-    /// Somebody wants its end. False: it has ended already.
+    /// Requests the cancellation of the save. Returns `false` if it has already ended.
     pub fn want_end(&mut self, who: &str) -> bool {
         if self.save.state.is_final() {
             return false;
@@ -381,18 +384,18 @@ impl Draft {
         true
     }
 
-    /// Its end was wanted too late: the tag is being put on.
+    /// Records that the cancellation came too late, because the tag is being set.
     pub fn too_late_to_end(&mut self) {
         self.save.cancelling = false;
         self.revoked.push(Errand::Withdraw);
     }
 
-    /// Nobody has it, and its end is wanted.
+    /// Cancels a save that no agent holds. Returns whether the state changed.
     pub fn end(&mut self, detail: &str) -> bool {
         self.reach(State::Cancelled, detail)
     }
 
-    /// Its lease has ended and the order is still in the queue: it waits for the node's agent again.
+    /// Queues the save again after its lease has ended while the order is still in the queue.
     pub fn lose_lease(&mut self) {
         if self.save.state != State::Queued {
             self.go(State::Queued, "the lease has ended");
@@ -401,7 +404,7 @@ impl Draft {
         }
     }
 
-    /// The queue does not know it: the order goes out again, as a new one where an agent had it.
+    /// Offers the order again because the queue does not know it; with a new order if an agent had claimed it.
     pub fn offer_again(&mut self, detail: &str) {
         if self.save.state == State::Queued {
             self.send(Errand::Offer, self.now_ms);
@@ -410,7 +413,7 @@ impl Draft {
         }
     }
 
-    /// It is given up, and the queue forgets it.
+    /// Gives the save up, and removes it from the queue.
     pub fn give_up(&mut self, code: Code, message: &str) {
         if self.save.state.is_final() {
             return;
@@ -427,14 +430,14 @@ impl Draft {
         self.send(Errand::Withdraw, self.now_ms);
     }
 
-    /// Its end is wanted, and the queue may not have heard so.
+    /// Repeats the request for cancellation, which the queue may not have received.
     pub fn remind_of_end(&mut self) {
         if self.save.cancelling && !self.save.state.is_final() {
             self.send(Errand::Withdraw, self.now_ms);
         }
     }
 
-    /// An administrator wants another attempt. False: it has not failed.
+    /// Queues a failed save again on request of an administrator. Returns `false` if it has not failed.
     pub fn requeue(&mut self, who: &str) -> bool {
         if self.save.state != State::Failed {
             return false;
@@ -445,7 +448,7 @@ impl Draft {
     }
 }
 
-/// Foreign text, of bounded length and without the zero bytes that PostgreSQL does not take.
+/// Limits the length of foreign text, and replaces zero bytes, which PostgreSQL does not accept.
 fn clipped(text: &str) -> String {
     let mut end = text.len().min(MAX_MESSAGE);
     while !text.is_char_boundary(end) {
@@ -582,7 +585,7 @@ mod tests {
 
     #[test]
     fn reports_in_any_order_come_to_the_same() {
-        // The end overtakes the beginning, as two managers read the reports.
+        // The final report can overtake the first one, because two managers read the reports.
         let at = hear(save(), 1, 7, 3, done()).into_save();
         assert_eq!(at.state, State::Succeeded);
         let at = hear(at, 1, 7, 1, Said::Started);

@@ -1,4 +1,4 @@
-//! A save as the record has it; `draft` is where it changes.
+//! The data of a save in the record. [`draft`] changes them.
 
 mod draft;
 
@@ -16,105 +16,105 @@ pub struct Save {
     pub id: JobId,
     /// Full ID of the container.
     pub session: String,
-    /// The session, for people.
+    /// Display name of the session.
     pub session_name: String,
-    /// The node that it runs on.
+    /// Node on which the session runs.
     pub node: String,
-    /// Whose image it becomes.
+    /// Owner of the image.
     pub user: String,
-    /// Who owns the session; agents prove it.
+    /// Owner of the session. Agents verify it.
     pub owner: String,
-    /// The image's name.
+    /// Name of the image.
     pub name: String,
-    /// The image's tag.
+    /// Tag of the image.
     pub tag: String,
-    /// The whole place, as `commit` takes it.
+    /// Complete destination, in the syntax of `commit`.
     pub destination: String,
-    /// The user's words.
+    /// Message of the user.
     pub message: Option<String>,
-    /// How.
+    /// Options of the save.
     pub options: SaveOptions,
-    /// What the session is for.
+    /// Kind of application.
     pub kind: Kind,
-    /// What it computes on.
+    /// Accelerator category.
     pub category: Category,
-    /// The image that the session was started from.
+    /// Image that the session was started from.
     pub base: Option<String>,
-    /// Where the job is.
+    /// State of the job.
     pub state: State,
-    /// What it is doing.
+    /// Current phase while it runs.
     pub phase: Option<Phase>,
-    /// The number of the order that is out, from 1. What comes back of an earlier one is late.
+    /// Number of the current order, starting at 1. Reports about an earlier one are late.
     pub attempt: u32,
-    /// Attempts that failed and may be repeated.
+    /// Number of failed attempts that may be repeated.
     pub failures: u32,
-    /// The highest fence heard of.
+    /// Highest fence in the reports so far.
     pub fence: u64,
-    /// The highest number heard within that fence.
+    /// Highest sequence number in the reports with that fence.
     pub seq: u64,
-    /// Grows with every change.
+    /// Version; increases with every change.
     pub version: u64,
-    /// How far it is; kept beside, and no change.
+    /// Progress. It is stored separately and does not change the version.
     #[serde(skip)]
     pub progress: Option<Progress>,
-    /// How long the container stood still, in milliseconds.
+    /// How long the container was frozen, in milliseconds.
     pub pause_ms: Option<f64>,
-    /// Remarks.
+    /// Warnings.
     pub warnings: Vec<Remark>,
-    /// What was saved.
+    /// Description of the saved image.
     pub result: Option<Saved>,
-    /// What went wrong.
+    /// Reason for the failure.
     pub error: Option<Failure>,
-    /// Whether somebody asked for its end.
+    /// Whether cancellation was requested.
     pub cancelling: bool,
-    /// Who asked for it.
+    /// The caller that requested the save.
     pub caller: String,
-    /// When it was asked for: milliseconds since the epoch, UTC, as all of these.
+    /// Time of the request: milliseconds since the epoch, UTC, like all following instants.
     pub created_ms: i64,
-    /// When it last began to wait.
+    /// When it was last queued.
     pub queued_ms: i64,
-    /// No agent begins before.
+    /// Earliest time at which an agent may start it.
     pub not_before_ms: i64,
-    /// When an agent began with this attempt.
+    /// When an agent started this attempt.
     pub started_ms: Option<i64>,
     /// When it ended.
     pub finished_ms: Option<i64>,
 }
 
-/// How far a save is.
+/// Progress of a save.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
-    /// Bytes read and packed.
+    /// Bytes read and compressed so far.
     pub bytes_done: u64,
-    /// Bytes in all.
+    /// Total bytes to read.
     pub bytes_total: u64,
-    /// Compressed bytes sent.
+    /// Compressed bytes sent so far.
     pub bytes_sent: u64,
-    /// Entries in all.
+    /// Total number of entries.
     #[serde(default)]
     pub entries_total: u64,
-    /// Bytes packed a second.
+    /// Bytes compressed per second.
     pub rate: Option<f64>,
-    /// When the agent said so.
+    /// Time of the report by the agent's clock: milliseconds since the epoch, UTC.
     pub at_ms: i64,
 }
 
-/// Something that the user should know.
+/// A warning for the user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remark {
-    /// Stable.
+    /// Stable code.
     pub code: String,
-    /// A sentence.
+    /// Description as a sentence.
     pub message: String,
 }
 
 /// Why a save failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// Stable.
+    /// Stable code.
     pub code: Code,
-    /// A sentence.
+    /// Description as a sentence.
     pub message: String,
-    /// Whether asking again may help.
+    /// Whether another attempt may succeed.
     pub retryable: bool,
 }
