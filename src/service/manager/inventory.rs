@@ -1,4 +1,5 @@
-//! What the nodes say of themselves and of their sessions, asked of the queue at most once a second for all callers.
+//! The nodes and sessions according to the latest heartbeats, cached so that the queue is queried at most once per
+//! second for all callers.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
@@ -17,18 +18,18 @@ use crate::service::job::{JobId, Node, Session, now_ms};
 use crate::service::queue::{self, HEARTBEAT_LOST, Queue};
 
 const FRESH: Duration = Duration::from_secs(1);
-/// Between two warnings of the same.
+/// Minimum interval between two warnings about copies.
 const WARN_EVERY: Duration = Duration::from_secs(300);
-/// A node that is away for so long is no session's first one any more.
+/// How long a node may be absent before it loses its status as the first node of a session.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
-/// Sessions of which the first node is remembered.
+/// Maximum number of sessions whose first node is remembered.
 const MAX_REMEMBERED: usize = 100_000;
-/// Shorter beginnings of IDs could be somebody else's tomorrow.
+/// Minimum length of an ID prefix. A shorter one could match another user's session tomorrow.
 const MIN_PREFIX: usize = 12;
-/// Longest name that is suggested.
+/// Maximum length of a suggested name.
 const SUGGESTION: usize = 60;
 
-/// Sessions and nodes as they were a moment ago.
+/// Cached sessions and nodes.
 #[derive(Default)]
 pub(super) struct Inventory {
     sessions: Mutex<Option<(Instant, Arc<Vec<Session>>)>>,
@@ -36,18 +37,18 @@ pub(super) struct Inventory {
     copies: std::sync::Mutex<Copies>,
 }
 
-/// What is remembered to tell a session from one that a node made up.
+/// State for the detection of sessions that a node copied from another one.
 #[derive(Default)]
 struct Copies {
     first: First,
     warned: Option<Instant>,
 }
 
-/// Which node had each session first, and when it last had it.
+/// The node that reported each session first, and when it last did.
 type First = HashMap<String, (String, Instant)>;
 
-/// Leaves out sessions that a node tells of and another one had before, and still has. IDs are found by chance only: a node
-/// can make up another one's session only after it was seen here.
+/// Removes sessions that a node reports although another node reported them first and still does. IDs cannot be
+/// guessed, so a node can copy a session of another node only after that one was seen here.
 fn without_copies(mut told: Vec<Session>, first: &mut First, now: Instant) -> Vec<Session> {
     first.retain(|_, (_, at)| now.duration_since(*at) < REMEMBERED);
     let mut nodes_of = HashMap::<String, Vec<String>>::new();
@@ -76,15 +77,15 @@ fn without_copies(mut told: Vec<Session>, first: &mut First, now: Instant) -> Ve
     told
 }
 
-/// A node, and when it was heard of.
+/// A node and the time since its last heartbeat.
 pub(super) struct Heard {
     pub(super) node: Node,
-    /// For how long it was not, by the queue's clock: that of the node may be wrong.
+    /// Measured by the queue's clock, because the node's clock may be wrong.
     silence: Duration,
 }
 
 impl Heard {
-    /// Whether its agent was heard of lately.
+    /// Returns whether the last heartbeat is recent.
     pub(super) fn is_alive(&self) -> bool {
         self.silence < HEARTBEAT_LOST
     }
@@ -130,7 +131,7 @@ impl Inventory {
         }
         let (mut nodes, silences) = (queue.nodes().await?, queue.silences().await?);
         nodes.sort_by(|a, b| a.name.cmp(&b.name));
-        // What the queue does not know any more has been silent for very long.
+        // A node that the queue no longer knows has been silent for very long.
         let silence = |node: &Node| silences.get(&node.name).copied().unwrap_or(Duration::MAX);
         let heard = nodes.into_iter().map(|node| Heard {
             silence: silence(&node),
@@ -142,7 +143,7 @@ impl Inventory {
     }
 }
 
-/// The session, for people.
+/// Returns the display name of a session.
 pub(super) fn session_name(session: &Session) -> String {
     match (&session.namespace, &session.pod, &session.container) {
         (Some(namespace), Some(pod), Some(container)) => format!("{namespace}/{pod}/{container}"),
@@ -152,7 +153,7 @@ pub(super) fn session_name(session: &Session) -> String {
     }
 }
 
-/// A name by the grammar of repositories, from what the session was started from.
+/// Returns a name that is valid in a repository, derived from the image or the container.
 pub(super) fn suggested_name(session: &Session) -> String {
     let from = session
         .image
@@ -176,12 +177,12 @@ pub(super) fn suggested_name(session: &Session) -> String {
     if name.is_empty() { "session" } else { name }.to_owned()
 }
 
-/// A tag from the time.
+/// Returns a tag derived from the time.
 pub(super) fn suggested_tag(now_ms: i64) -> String {
     stamp(now_ms)
 }
 
-/// The one session that `which` means, of those that `caller` may save.
+/// Returns the one session that `which` selects among those that `caller` may save.
 pub(super) fn find<'a>(
     sessions: &'a [Session],
     caller: &Caller,
@@ -242,7 +243,7 @@ pub(super) fn find<'a>(
     }
 }
 
-/// The running containers that the caller may save; administrators see all of them.
+/// Returns the running containers that the caller may save. Administrators see all of them.
 #[utoipa::path(
     get, path = "/api/v1/sessions", tag = "sessions",
     responses((status = 200, body = Sessions), Refusal)
@@ -294,7 +295,7 @@ pub(super) async fn sessions(
     Ok(Json(Sessions { sessions }))
 }
 
-/// The nodes' agents, for administrators.
+/// Returns the nodes and their agents. For administrators.
 #[utoipa::path(
     get, path = "/api/v1/nodes", tag = "operations",
     responses((status = 200, body = Nodes), Refusal)
@@ -406,10 +407,10 @@ mod tests {
             kept(&[copy, true_one, ("n3", "ab", "alice")], now),
             ["n2 ab"]
         );
-        // Away for a moment, it comes back to its place.
+        // A node that was absent for a moment keeps its status.
         assert_eq!(kept(&[copy], now), ["n1 ab"]);
         assert_eq!(kept(&[copy, true_one], now + REMEMBERED / 2), ["n2 ab"]);
-        // Who was first is not known: nobody is left out.
+        // The first node is unknown, so no session is removed.
         let both = [("n1", "ac", "bob"), ("n2", "ac", "bob")];
         assert_eq!(kept(&both, now), ["n1 ac", "n2 ac"]);
         let later = now + REMEMBERED * 2;

@@ -1,7 +1,8 @@
-//! The image manager: SAVE, CHK, LIST and DEL for portals and people, over the record and the queue.
+//! The image manager: an HTTP service with the REST operations SAVE, CHK, LIST and DEL for portals and people, based on
+//! the record and the queue.
 //!
-//! A manager holds nothing that another one, or its successor, would miss: what was accepted is in the record before it is
-//! answered, and everything else follows from the record.
+//! A manager keeps no state that another manager or its successor would need: an accepted request is in the record
+//! before it is answered, and everything else follows from the record.
 
 pub mod auth;
 mod door;
@@ -43,31 +44,32 @@ pub use self::options::{Listen, Options, Rate};
 /// Why a manager cannot start, or had to end.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It cannot listen there.
+    /// The manager cannot listen on the address.
     #[error("cannot listen on {at}: {reason}")]
     Listen {
         /// Address or path.
         at: String,
-        /// What the system says.
+        /// Error of the operating system.
         reason: String,
     },
-    /// Settings about callers.
+    /// The settings for authentication are invalid.
     #[error(transparent)]
     Auth(#[from] auth::AuthError),
-    /// The record.
+    /// The record cannot be used.
     #[error(transparent)]
     Record(#[from] record::Error),
-    /// The queue.
+    /// The queue cannot be used.
     #[error(transparent)]
     Queue(#[from] queue::Error),
-    /// The work in the background has broken down. A manager that hears no agent must not look like one that does.
+    /// The background work has failed. The manager ends, because without it reports of agents would go unprocessed
+    /// while it appears to work.
     #[error(
         "the work in the background broke down; this is a defect of upperdeck, and its log says where"
     )]
     Work,
 }
 
-/// What handlers and background work share.
+/// State that handlers and background work share.
 #[derive(Clone)]
 struct App(Arc<Inner>);
 
@@ -79,10 +81,10 @@ struct Inner {
     record: Record,
     gate: auth::Gate,
     table: door::Table,
-    /// Requests and event streams under way.
+    /// Counts of requests and event streams in progress.
     asking: Arc<door::Tally>,
     watching: Arc<door::Tally>,
-    /// Lines about requests of nobody we know.
+    /// Rate limit of log lines about unauthenticated requests.
     hush: Hush,
     ready: page::Ready,
     rates: input::Rates,
@@ -90,12 +92,12 @@ struct Inner {
     store: store::Store,
     hub: events::Hub,
     metrics: metrics::Metrics,
-    /// There is something in the outbox.
+    /// Notified when the outbox contains a request.
     errands: Notify,
     cancel: Cancel,
 }
 
-/// A manager that listens, and answers once it runs.
+/// A manager that is bound to its address. It accepts connections at once and answers them after [`Server::run`].
 pub struct Server {
     app: App,
     bound: Bound,
@@ -103,7 +105,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// Takes the address.
+    /// Binds the address and prepares the manager.
+    ///
+    /// Fails if the address cannot be bound or the settings for authentication are invalid.
     pub async fn bind(options: Options, queue: Queue, record: Record) -> Result<Self, Error> {
         let (bound, address) = match &options.listen {
             Listen::Tcp(address) => {
@@ -165,13 +169,15 @@ impl Server {
         })
     }
 
-    /// Where it listens; none on a socket file.
+    /// Returns the bound address; `None` for a socket file.
     pub fn address(&self) -> Option<SocketAddr> {
         self.address
     }
 
-    /// Answers and works in the background until `cancel`, and then until what is under way is done, or
-    /// [`Options::grace`] is over.
+    /// Serves requests and runs the background work until `cancel` is set, and then until requests in progress are
+    /// finished or [`Options::grace`] has passed.
+    ///
+    /// Fails with [`Error::Work`] if the background work fails.
     pub async fn run(self, cancel: Cancel) -> Result<(), Error> {
         let app = self.app;
         let at = match &self.bound {
@@ -184,7 +190,7 @@ impl Server {
         let ending = async {
             cancel.cancelled().await;
             tracing::info!(manager = app.name, "the manager ends");
-            // Streams and background work stop, requests under way are finished.
+            // Event streams and background work stop; requests in progress are finished.
             app.cancel.cancel();
             tokio::time::sleep(app.options.grace).await;
         };
@@ -203,17 +209,17 @@ impl Server {
     }
 }
 
-/// When `work` ends though nobody wanted it to.
+/// Completes when `work` ends without having been cancelled.
 async fn breakdown(work: &mut tokio::task::JoinHandle<()>, cancel: &Cancel) -> Error {
     if (&mut *work).await.is_ok() && cancel.is_cancelled() {
-        // It is joined already: whoever waits for the rest waits for that alone.
+        // The task has been joined and must not be awaited again, so it is replaced by one that is done.
         *work = tokio::spawn(async {});
         std::future::pending::<()>().await;
     }
     Error::Work
 }
 
-/// A socket file that nobody answers on any more is in the way of a new one.
+/// Listens on a socket file. A file on which no process listens any more is removed first.
 fn listen_on(path: &Path) -> std::io::Result<UnixListener> {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
@@ -224,7 +230,7 @@ fn listen_on(path: &Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Two managers on one host are two.
+/// Returns the host name with a random suffix, so that several managers on one host have different names.
 fn own_name() -> String {
     let host = nix::unistd::gethostname()
         .ok()
@@ -233,7 +239,7 @@ fn own_name() -> String {
     format!("{host}-{:08x}", rand::random::<u32>())
 }
 
-/// Takes the address and runs until `cancel`.
+/// Binds the address and runs the manager until `cancel` is set. Fails as [`Server::bind`] and [`Server::run`] do.
 pub async fn run(
     options: Options,
     queue: Queue,

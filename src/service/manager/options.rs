@@ -1,4 +1,4 @@
-//! What an administrator decides about a manager. Everything but where to listen and where images go has a default.
+//! The configuration of a manager. Everything but the listen address and the image template has a default.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,12 +10,12 @@ use super::door::Doors;
 use super::target::Template;
 use crate::store::registry::Access;
 
-/// Where a manager listens.
+/// Address on which a manager listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
-    /// `IP:PORT`; port 0: any that is free.
+    /// `IP:PORT`; port 0 selects any free port.
     Tcp(SocketAddr),
-    /// `unix:PATH`, or a path with a slash: a socket file, made with mode 0660; one that a dead manager left is replaced.
+    /// `unix:PATH`, or a path with a slash: a socket file with mode 0660. A file that a dead manager left is replaced.
     Unix(PathBuf),
 }
 
@@ -35,73 +35,77 @@ impl FromStr for Listen {
     }
 }
 
-/// How much of a caller's requests is answered.
+/// Limit on the rate of a caller's requests.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rate {
-    /// Requests a second, in the long run.
+    /// Sustained requests per second.
     pub per_second: f64,
-    /// Requests at once after a pause.
+    /// Maximum burst of requests after a pause.
     pub burst: f64,
 }
 
-/// The settings of a manager.
+/// Configuration of a manager.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where it listens.
+    /// Address on which it listens.
     pub listen: Listen,
-    /// How browsers reach it, e.g. `https://save.example.org/`: the origin that a page's requests must come from, the
-    /// path of the cookie, and whether that is for TLS only. None: what the `Host` header says, over plain HTTP.
+    /// URL by which browsers reach the manager, e.g. `https://save.example.org/`. It determines the origin that
+    /// requests of the page must have, the path of the cookie, and whether the cookie is restricted to TLS. `None`: the
+    /// `Host` header over plain HTTP.
     pub public_url: Option<String>,
-    /// Where images go.
+    /// Template for the destination of images.
     pub target: Template,
     /// API tokens.
     pub tokens: Tokens,
-    /// Users by JSON Web Tokens of an identity provider. None: there are none.
+    /// Authentication by JSON Web Tokens of an identity provider; `None` disables it.
     pub jwt: Option<Jwt>,
-    /// Users by a header of a proxy that has asked who they are. None: such a header says nothing.
+    /// Authentication by a header that a trusted proxy sets after it has authenticated the user; `None`: the header is
+    /// ignored.
     pub proxies: Option<Proxies>,
-    /// Saves of one user that may be open (waiting or running) at once; 0: no bound. How many *run* at once is the
-    /// queue's to say, see [`crate::service::queue::Limits`].
+    /// Maximum number of open saves (queued or running) of one user; 0 means no limit. The queue limits how many *run*
+    /// at the same time, see [`crate::service::queue::Limits`].
     pub open_per_user: u32,
-    /// How often a save is tried in all before it stays failed.
+    /// Total number of attempts before a save stays failed.
     pub attempts: u32,
-    /// The pause before the second attempt; each further one is twice as long, each shortened by chance by up to a half.
+    /// Delay before the second attempt. It doubles with each further one, and each is shortened at random by up to a
+    /// half.
     pub backoff: Duration,
-    /// No pause between attempts is longer.
+    /// Maximum delay between attempts.
     pub backoff_most: Duration,
-    /// The longest that one attempt may run.
+    /// Time limit of one attempt.
     pub timeout: Duration,
-    /// A node whose agent has not been heard of for so long is lost, and with it the saves of its sessions.
+    /// Time since the last heartbeat after which a node counts as lost. The saves of its sessions then fail.
     pub node_lost: Duration,
-    /// A save that has waited for so long fails, and no agent acts on its order any more.
+    /// Time after which a queued save fails. Agents do not act on its order any more.
     pub order_expiry: Duration,
-    /// How long saves that are done stay in the history. None: for ever.
+    /// How long ended saves stay in the history; `None` means forever.
     pub retention: Option<Duration>,
-    /// How registries are reached to list, to delete and to ask for the quota. Agents push with credentials of their own.
+    /// How registries are accessed for listing, deletion and quotas. Agents push with their own credentials.
     pub access: Access,
-    /// Tags that no save may take, besides those that registries use themselves (`sha256-…`). A `*` at the end stands for
-    /// anything.
+    /// Tags that saves must not use, in addition to those that registries use themselves (`sha256-…`). A trailing `*`
+    /// matches any text.
     pub reserved_tags: Vec<String>,
-    /// The largest body of a request, in bytes.
+    /// Maximum size of a request body in bytes.
     pub body_bytes: usize,
-    /// A bound for each caller. None: no bound.
+    /// Rate limit per caller; `None` means no limit.
     pub rate: Option<Rate>,
-    /// Bounds for connections and requests under way.
+    /// Limits on connections and requests in progress.
     pub doors: Doors,
-    /// Saves that one user may ask for in 24 hours; 0: no bound.
+    /// Maximum number of saves that one user can request in 24 hours; 0 means no limit.
     pub saves_per_day: u32,
-    /// How often the record is compared with the queue.
+    /// Interval at which the record is compared with the queue.
     pub reconcile_every: Duration,
-    /// How often other managers' changes are looked for while somebody watches.
+    /// Interval at which changes by other managers are looked for while there are watchers.
     pub watch_every: Duration,
-    /// Requests under way get so long when the manager is told to end.
+    /// How long requests in progress may take when the manager has to end.
     pub grace: Duration,
-    /// This manager's name among others, in the queue and in the record. None: one made of the host's name and chance.
+    /// Name of this manager in the queue and in the record; unique among managers. `None`: the host name with a random
+    /// suffix.
     pub name: Option<String>,
 }
 
 impl Options {
-    /// With the defaults for the rest: nobody can log in before `tokens`, `jwt` or `proxies` say who.
+    /// Returns the defaults. Without `tokens`, `jwt` or `proxies` all requests are unauthenticated.
     pub fn new(listen: Listen, target: Template) -> Self {
         Self {
             listen,

@@ -30,16 +30,16 @@ const MAX_LABELS: usize = 64;
 const MAX_LABEL_KEY: usize = 128;
 const MAX_LABEL: usize = 4096;
 const MAX_KEY: usize = 200;
-/// Saves on a page when nobody says.
+/// Default number of saves per page.
 const LIMIT: u32 = 50;
 const MAX_LIMIT: u32 = 200;
-/// Seconds after which somebody with too many open saves may try again.
+/// Seconds after which a user with too many open saves should try again.
 const TOO_MANY_S: u64 = 30;
 
-/// The same for who has asked for too many in a day.
+/// Seconds after which a user with too many saves in 24 hours should try again.
 const TOO_MANY_TODAY_S: u64 = 900;
 
-/// A save as the API shows it.
+/// Converts a save to its representation in the API.
 pub(super) fn shown(save: &Save, place: Option<u64>) -> Shown {
     let left = |progress: &crate::service::record::Progress| {
         let rate = progress.rate.filter(|rate| *rate > 0.0)?;
@@ -91,7 +91,8 @@ pub(super) fn shown(save: &Save, place: Option<u64>) -> Shown {
     }
 }
 
-/// Where the waiting ones of `saves` are in the queue. Without a queue they have no place, and are shown all the same.
+/// Returns the positions in the queue of those of `saves` that are queued. If the queue cannot be reached, they have no
+/// position but are still shown.
 async fn places(app: &App, saves: &[Save]) -> HashMap<JobId, u64> {
     let waiting: Vec<JobId> = saves
         .iter()
@@ -117,7 +118,7 @@ pub(super) async fn show(app: &App, save: &Save) -> Shown {
     shown(save, places.get(&save.id).copied())
 }
 
-/// A save that this caller may see; what is another's is as if it were not there.
+/// Returns a save that this caller may see. A save of another user is reported as not found.
 pub(super) async fn get(app: &App, caller: &Caller, id: &str) -> Result<Save, Refusal> {
     if !caller.administrator {
         caller.somebody()?;
@@ -216,7 +217,7 @@ fn idempotency(
     }))
 }
 
-/// SAVE: accepts a save, which begins when its node has room for it.
+/// SAVE: accepts a save, which starts when its node has a free slot.
 #[utoipa::path(
     post, path = "/api/v1/saves", tag = "saves",
     params((
@@ -254,7 +255,7 @@ pub(super) async fn submit(
     if let Some(request) = &request
         && let Some(save) = app.record.repeated(request).await?
     {
-        // The session may have ended since: what was accepted is accepted.
+        // The session may have ended since, but the request was accepted.
         return repeated(&app, &caller, save).await;
     }
     let sessions = app.inventory.sessions(&app.queue).await?;
@@ -374,7 +375,7 @@ async fn repeated(
     Ok((StatusCode::ACCEPTED, Json(show(app, &save).await)))
 }
 
-/// CHK: a save as it is now.
+/// CHK: returns the current state of a save.
 #[utoipa::path(
     get, path = "/api/v1/saves/{id}", tag = "saves",
     params(("id" = JobId, Path)),
@@ -389,26 +390,26 @@ pub(super) async fn check(
     Ok(Json(show(&app, &save).await))
 }
 
-/// Which part of the history.
+/// Selects a part of the history.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct History {
-    /// For administrators: only this user's.
+    /// For administrators: only saves of this user.
     user: Option<String>,
-    /// Only those in this state.
+    /// Only saves in this state.
     #[param(inline)]
     state: Option<StateOrAny>,
-    /// Only those of this session, by its full ID.
+    /// Only saves of this session, given by its full ID.
     session: Option<String>,
-    /// What the page before said as `next`.
+    /// The value of `next` in the previous page.
     after: Option<String>,
-    /// 1 to 200; 50 when it is not said.
+    /// 1 to 200; the default is 50.
     #[param(minimum = 1, maximum = 200)]
     limit: Option<u32>,
 }
 
-/// A state, or nothing of a form's field.
+/// A state, or the empty value of a form's field.
 #[derive(Clone, Copy, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum StateOrAny {
@@ -468,7 +469,7 @@ fn after(text: Option<&str>) -> Result<Option<JobId>, Refusal> {
     }
 }
 
-/// The history, the latest first.
+/// Returns the history, the latest save first.
 #[utoipa::path(
     get, path = "/api/v1/saves", tag = "saves", params(History),
     responses((status = 200, body = Saves), Refusal)
@@ -484,7 +485,7 @@ pub(super) async fn history(
         session: asked.session.filter(|session| !session.is_empty()),
         after: after(asked.after.as_deref())?,
     };
-    // The driver's text ends at a zero byte, a session's ID has none.
+    // The database driver would cut the text at a zero byte. No session ID contains one.
     if filter.session.as_ref().is_some_and(|id| id.contains('\0')) {
         return Err(Refusal::invalid("session", "it is no ID of a session"));
     }
@@ -494,7 +495,7 @@ pub(super) async fn history(
     page(&app, filter, asked.limit).await
 }
 
-/// Cancels a save that waits or runs. Nothing is left in the registry under its tag.
+/// Cancels a queued or running save. Nothing remains in the registry under its tag.
 #[utoipa::path(
     delete, path = "/api/v1/saves/{id}", tag = "saves",
     params(("id" = JobId, Path)),
@@ -524,7 +525,7 @@ pub(super) async fn cancel(
         return Err(too_late("it has ended already"));
     }
     app.hub.touch(&[save.id]);
-    // Written down: if the queue is away, whoever takes the errand tells it.
+    // The request is in the record already. If the queue cannot be reached, the background work delivers it later.
     match app.queue.withdraw(save.id).await {
         Ok(Withdrawn::TooLate) => {
             app.record
@@ -579,19 +580,19 @@ fn too_late(why: &str) -> Refusal {
     )
 }
 
-/// Which part of the dead letters.
+/// Selects a part of the dead letters.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct DeadLetters {
-    /// What the page before said as `next`.
+    /// The value of `next` in the previous page.
     after: Option<String>,
-    /// 1 to 200; 50 when it is not said.
+    /// 1 to 200; the default is 50.
     #[param(minimum = 1, maximum = 200)]
     limit: Option<u32>,
 }
 
-/// The saves that failed for good, the latest first, for administrators: each can be tried again.
+/// Returns the saves that failed for good, the latest first. For administrators, who can requeue them.
 #[utoipa::path(
     get, path = "/api/v1/dead", tag = "operations", params(DeadLetters),
     responses((status = 200, body = Saves), Refusal)
@@ -610,7 +611,7 @@ pub(super) async fn dead(
     page(&app, filter, asked.limit).await
 }
 
-/// Tries a save that failed again, for administrators.
+/// Queues a failed save again. For administrators.
 #[utoipa::path(
     post, path = "/api/v1/saves/{id}/requeue", tag = "operations",
     params(("id" = JobId, Path)),
@@ -638,7 +639,7 @@ pub(super) async fn requeue(
     Ok((StatusCode::ACCEPTED, Json(show(&app, &save).await)))
 }
 
-/// Every transition of a save, for administrators.
+/// Returns every transition of a save. For administrators.
 #[utoipa::path(
     get, path = "/api/v1/saves/{id}/audit", tag = "operations",
     params(("id" = JobId, Path)),

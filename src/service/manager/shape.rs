@@ -1,5 +1,5 @@
-//! What the REST API takes and gives, as JSON. Times are RFC 3339, UTC; sizes bytes; IDs UUIDs of version 7.
-//! The portal, the `job` verbs and the OpenAPI document are made of these and nothing else.
+//! The JSON types of the REST API. Times are RFC 3339 in UTC, sizes are in bytes, and IDs are UUIDs of version 7. The
+//! portal, the `job` commands and the OpenAPI document use these types and no others.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -12,78 +12,78 @@ use crate::service::job::{
 /// `GET /api/v1/sessions`: the sessions that the caller may save.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Sessions {
-    /// Sorted by when they were started, the latest first.
+    /// Sorted by start time, the latest first.
     pub sessions: Vec<SessionView>,
 }
 
 /// A session.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SessionView {
-    /// Full ID of the container; what `POST /api/v1/saves` takes as `session`.
+    /// Full ID of the container; the value of `session` in `POST /api/v1/saves`.
     pub id: String,
-    /// The node it runs on.
+    /// Node on which it runs.
     pub node: String,
-    /// Who owns it; none: nobody that the centre's rule knows (administrators see it).
+    /// Owner by the site's ownership rule. If absent, it has no owner and only administrators see it.
     pub owner: Option<String>,
-    /// Pod's namespace.
+    /// Namespace of the pod.
     pub namespace: Option<String>,
-    /// Pod's name.
+    /// Name of the pod.
     pub pod: Option<String>,
-    /// The container's name.
+    /// Name of the container.
     pub container: Option<String>,
-    /// What it is for.
+    /// Kind of application.
     pub kind: Kind,
-    /// What it computes on.
+    /// Accelerator category.
     pub category: Category,
-    /// The image that it was started from.
+    /// Image that it was started from.
     pub image: Option<String>,
-    /// When it was started.
+    /// Start time.
     pub started: String,
-    /// Allocated bytes of what it changed.
+    /// Allocated size of its changes in bytes.
     pub upper_bytes: Option<u64>,
-    /// Entries of what it changed.
+    /// Number of entries in its changes.
     pub upper_entries: Option<u64>,
-    /// What the next save would be.
+    /// Forecast of the next save.
     pub next: Option<NextSave>,
-    /// What is mounted and will not be saved.
+    /// Mounts that will not be saved.
     pub unsaved: Vec<Unsaved>,
-    /// Mounts that are not listed there, for there are too many; at least so many.
+    /// Number of mounts that are left out of `unsaved` because there are too many. A lower bound.
     pub unsaved_more: u64,
-    /// What is wrong with it: the reason why not all of it is told, or why it cannot be saved.
+    /// Why the data are incomplete, or why the session cannot be saved.
     pub problem: Option<String>,
-    /// The name that a save gets when none is said.
+    /// Name of the image if a request specifies none.
     pub suggested_name: String,
-    /// The tag that a save gets when none is said.
+    /// Tag of the image if a request specifies none.
     pub suggested_tag: String,
-    /// A save of it that is not done.
+    /// The open save of this session.
     pub save: Option<JobId>,
 }
 
-/// Which session to save: its ID, or its pod.
+/// Selects a session by its ID or its pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub enum Which {
-    /// The full ID, or a unique beginning of at least 12 characters.
+    /// The full ID, or a unique prefix of at least 12 characters.
     Id(String),
-    /// Namespace, pod and, where the pod has several, container.
+    /// Namespace, pod and, if the pod has several, container.
     Pod {
-        /// Pod's namespace.
+        /// Namespace of the pod.
         namespace: String,
-        /// Pod's name.
+        /// Name of the pod.
         pod: String,
-        /// Container's name.
+        /// Name of the container.
         container: Option<String>,
     },
 }
 
-/// What the image shall be called. The server puts registry, project and user in front.
+/// Name and tag of the image. The server adds registry, project and user.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ImageName {
-    /// One component of a repository's name: lower-case letters, digits, and `.`, `_`, `-` between them, at most 128.
-    /// None: the session's suggestion.
+    /// One component of a repository name: lower-case letters and digits, separated by `.`, `_` or `-`, at most 128
+    /// characters. If absent, the session's suggestion is used.
     pub name: Option<String>,
-    /// A tag: letters, digits, `_`, `.`, `-`, at most 128. None: the session's suggestion.
+    /// A tag: letters, digits, `_`, `.`, `-`, at most 128 characters. If absent, the session's suggestion is used.
     pub tag: Option<String>,
 }
 
@@ -91,15 +91,15 @@ pub struct ImageName {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SaveRequest {
-    /// What to save.
+    /// Session to save.
     pub session: Which,
-    /// What to call it.
+    /// Name and tag of the image.
     #[serde(default)]
     pub image: ImageName,
-    /// What it is, in the user's words; at most 1,000 characters.
+    /// Description by the user; at most 1,000 characters.
     #[serde(default)]
     pub message: Option<String>,
-    /// How.
+    /// Options of the save.
     #[serde(default)]
     pub options: SaveOptions,
 }
@@ -109,193 +109,193 @@ pub struct SaveRequest {
 pub struct Save {
     /// The job.
     pub id: JobId,
-    /// The session's ID.
+    /// ID of the session.
     pub session: String,
     /// Namespace, pod and container of the session, joined by `/`, or its name.
     pub session_name: String,
-    /// The node.
+    /// Node of the session.
     pub node: String,
-    /// Whose it is.
+    /// Owner of the image.
     pub user: String,
-    /// The image's name, without registry, project and user.
+    /// Name of the image, without registry, project and user.
     pub name: String,
-    /// The image's tag.
+    /// Tag of the image.
     pub tag: String,
-    /// The whole reference, as one would pull it.
+    /// Complete reference, as used to pull the image.
     pub target: String,
-    /// The user's words.
+    /// Description by the user.
     pub message: Option<String>,
-    /// Where the job is.
+    /// State of the job.
     pub state: State,
-    /// What it is doing while it runs.
+    /// Current phase while it runs.
     pub phase: Option<Phase>,
-    /// How many saves are before it, while it is queued.
+    /// Number of saves ahead of it while it is queued.
     pub place: Option<u64>,
-    /// Which attempt this is, from 1.
+    /// Number of the attempt, starting at 1.
     pub attempt: u32,
-    /// How far it is.
+    /// Progress.
     pub progress: Option<Progress>,
-    /// How long the container stood still, in milliseconds, once that is known.
+    /// How long the container was frozen, in milliseconds, once known.
     pub pause_ms: Option<f64>,
-    /// What the user should know and that did not stop it.
+    /// Warnings that did not stop the save.
     pub warnings: Vec<Warning>,
-    /// What was saved, when it succeeded.
+    /// Description of the saved image, if the save succeeded.
     pub result: Option<Saved>,
-    /// What went wrong, when it failed.
+    /// Reason, if the save failed.
     pub error: Option<SaveError>,
-    /// Whether somebody asked for its end.
+    /// Whether cancellation was requested.
     pub cancelling: bool,
-    /// When it was asked for.
+    /// Time of the request.
     pub created: String,
-    /// When an agent began with this attempt.
+    /// When an agent started this attempt.
     pub started: Option<String>,
     /// When it ended.
     pub finished: Option<String>,
-    /// Grows with every change of the above but `place` and `progress`; the ID of the last event.
+    /// Increases with every change of the above except `place` and `progress`; the ID of the last event.
     pub version: u64,
 }
 
 /// `GET /api/v1/saves/{id}/audit`, for administrators.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Audit {
-    /// The first one first.
+    /// In chronological order.
     pub transitions: Vec<AuditLine>,
 }
 
 /// A transition of a save.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AuditLine {
-    /// The version of the save that it led to.
+    /// Version of the save after the transition.
     pub version: u64,
-    /// When.
+    /// Time of the transition.
     pub at: String,
-    /// None: it was asked for.
+    /// State before the transition; absent for the submission.
     pub from: Option<State>,
-    /// Equal to `from` where only a wish was written down.
+    /// State after the transition. Equal to `from` if only a request was recorded.
     pub to: State,
-    /// The number of the order.
+    /// Number of the order.
     pub attempt: u32,
-    /// The highest fencing token heard of then.
+    /// Highest fencing token known at that time.
     pub fence: u64,
-    /// `token:NAME`, `jwt:USER`, `proxy:USER`, `node:NAME`, `manager:NAME`.
+    /// `token:NAME`, `jwt:USER`, `proxy:USER`, `node:NAME` or `manager:NAME`.
     pub actor: String,
-    /// Why; may be empty.
+    /// Reason; may be empty.
     pub detail: String,
 }
 
 /// `DELETE /api/v1/images/{name}/tags/{tag}`: DEL.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Deleted {
-    /// Tags that are gone.
+    /// Tags that were deleted.
     pub tags: Vec<String>,
     /// Digest of the image that had the tag.
     pub digest: String,
-    /// Whether the image is gone, too: it was its last tag.
+    /// Whether the image was deleted, too, because it was its last tag.
     pub image_deleted: bool,
-    /// Tags that the image keeps.
+    /// Tags that the image still has.
     pub kept: Vec<String>,
-    /// What becomes of the space, as a sentence.
+    /// When the space is released, as a sentence.
     pub space: String,
 }
 
-/// `/readyz`, and `/healthz`.
+/// `/readyz` and `/healthz`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Health {
-    /// Whether it serves.
+    /// Whether the manager serves requests.
     pub ready: bool,
-    /// What is missing: `record`, `queue`, each with a reason.
+    /// Missing parts, `record` or `queue`, each with a reason.
     pub missing: Vec<String>,
 }
 
-/// How far a save is.
+/// Progress of a save.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Progress {
-    /// Bytes read and packed.
+    /// Bytes read and compressed so far.
     pub bytes_done: u64,
-    /// Bytes in all.
+    /// Total bytes to read.
     pub bytes_total: u64,
-    /// Compressed bytes sent.
+    /// Compressed bytes sent so far.
     pub bytes_sent: u64,
-    /// Entries of the layer.
+    /// Number of entries in the layer.
     pub entries_total: u64,
-    /// Bytes packed a second, over the last seconds.
+    /// Bytes compressed per second, averaged over the last seconds.
     pub rate: Option<f64>,
-    /// Seconds that it will still take at that rate.
+    /// Estimated remaining seconds at that rate.
     pub seconds_left: Option<f64>,
 }
 
-/// A remark.
+/// A warning.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Warning {
-    /// Stable, snake case.
+    /// Stable code in snake case.
     pub code: String,
-    /// A sentence.
+    /// Description as a sentence.
     pub message: String,
 }
 
 /// Why a save failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SaveError {
-    /// Stable.
+    /// Stable code.
     pub code: Code,
-    /// A sentence.
+    /// Description as a sentence.
     pub message: String,
-    /// Whether asking again may help.
+    /// Whether another request may succeed.
     pub retryable: bool,
 }
 
-/// `GET /api/v1/saves`: the history, the latest first.
+/// `GET /api/v1/saves`: the history, the latest save first.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Saves {
-    /// A page of them.
+    /// The saves of this page.
     pub saves: Vec<Save>,
-    /// What to say as `after` for the next page; none: that was all.
+    /// Value of `after` for the next page; absent on the last page.
     pub next: Option<String>,
 }
 
 /// `GET /api/v1/images`: LIST.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Images {
-    /// A page of them.
+    /// The images of this page.
     pub images: Vec<ImageView>,
-    /// How many there are in all.
+    /// Total number of images.
     pub total: u64,
-    /// Which page this is, from 1.
+    /// Number of this page, starting at 1.
     pub page: u32,
-    /// Images a page.
+    /// Number of images per page.
     pub page_size: u32,
 }
 
 /// An image: one digest with its tags.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ImageView {
-    /// Whose it is.
+    /// Owner of the image.
     pub user: String,
-    /// Its name, without registry, project and user.
+    /// Name, without registry, project and user.
     pub name: String,
-    /// Its tags.
+    /// Tags of the image.
     pub tags: Vec<ImageTag>,
-    /// The whole reference without a tag, as one would pull it.
+    /// Complete reference without a tag.
     pub repository: String,
     /// Digest of the manifest.
     pub digest: String,
-    /// Compressed bytes.
+    /// Compressed size in bytes.
     pub size: Option<u64>,
-    /// What the session computed on; none: not saved by us.
+    /// Accelerator category of the session; absent if the image is not in the record.
     pub category: Option<Category>,
-    /// What the session was for; none: not saved by us.
+    /// Kind of application of the session; absent if the image is not in the record.
     pub kind: Option<Kind>,
     /// Name of the base image.
     pub base: Option<String>,
-    /// How often it was pulled, where the registry counts.
+    /// Number of pulls, if the registry counts them.
     pub pulls: Option<u64>,
     /// When it was last pushed or saved.
     pub changed: Option<String>,
-    /// The user's words.
+    /// Description by the user.
     pub message: Option<String>,
-    /// The session that it came from.
+    /// Name of the session that it was saved from.
     pub session_name: Option<String>,
-    /// The job that made it.
+    /// The job that saved it.
     pub save: Option<JobId>,
 }
 
@@ -304,65 +304,65 @@ pub struct ImageView {
 pub struct ImageTag {
     /// The tag.
     pub name: String,
-    /// The whole reference, as one would pull it.
+    /// Complete reference, as used to pull the image.
     pub reference: String,
-    /// Whether the registry forbids to change or delete it.
+    /// Whether the registry forbids changing or deleting it.
     pub immutable: bool,
 }
 
 /// `GET /api/v1/quota`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Quota {
-    /// Bytes used; none: the store does not say.
+    /// Bytes used; absent if the store does not report it.
     pub used: Option<u64>,
-    /// Bytes at most; none: no bound.
+    /// Maximum number of bytes; absent if there is no limit.
     pub hard: Option<u64>,
-    /// What it is the quota of, e.g. a Harbor project.
+    /// What the quota applies to, e.g. a Harbor project.
     pub scope: String,
 }
 
 /// `GET /api/v1/nodes`, for administrators.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Nodes {
-    /// By name.
+    /// Sorted by name.
     pub nodes: Vec<NodeView>,
 }
 
 /// A node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NodeView {
-    /// Its name.
+    /// Name of the node.
     pub name: String,
     /// Version of its agent.
     pub version: String,
-    /// When the agent was started.
+    /// Start time of the agent.
     pub started: String,
-    /// The last heartbeat.
+    /// Time of the last heartbeat.
     pub heard: String,
-    /// Whether that is recent.
+    /// Whether the last heartbeat is recent.
     pub alive: bool,
-    /// Whether it takes no more jobs.
+    /// Whether the agent is draining, i.e. takes no more jobs.
     pub draining: bool,
-    /// Sessions on it.
+    /// Number of sessions.
     pub sessions: u64,
-    /// Jobs that it runs.
+    /// Running jobs.
     pub running: Vec<JobId>,
-    /// Jobs that wait for it.
+    /// Number of jobs that are queued for the node.
     pub waiting: u64,
-    /// How busy it is.
+    /// Load of the node.
     pub load: Load,
-    /// What the agent cannot read.
+    /// Problems of the agent with reading the node's containers.
     pub problems: Vec<String>,
 }
 
-/// `GET /api/v1/me`: who the caller is, for the portal.
+/// `GET /api/v1/me`: identity of the caller, for the portal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Me {
-    /// The user for whom the caller acts.
+    /// User that the caller acts as.
     pub user: String,
-    /// Whether nodes, all users' saves and the dead letters are shown.
+    /// Whether the caller may see nodes, the saves of all users and the dead letters.
     pub administrator: bool,
-    /// What says who the caller is.
+    /// How the caller is authenticated.
     pub via: Via,
 }
 
@@ -370,44 +370,44 @@ pub struct Me {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SignIn {
-    /// Take the place of another user who is signed in in this browser.
+    /// Whether to replace another user who is signed in in this browser.
     pub replace: bool,
 }
 
-/// Someone who has signed in.
+/// A successful sign-in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SignedIn {
-    /// The user; empty: an administrator without a user's name.
+    /// The user; empty for an administrator without a user name.
     pub user: String,
-    /// Whether this is an administrator.
+    /// Whether the user is an administrator.
     pub administrator: bool,
-    /// What the page sends in the Upperdeck-Page header, and keeps where no other origin reads it.
+    /// Key that the page sends in the `Upperdeck-Page` header and stores where no other origin can read it.
     pub key: String,
-    /// When the sign-in ends.
+    /// When the sign-in expires.
     pub expires: String,
 }
 
-/// Every error.
+/// Body of every error response.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
-    /// What is wrong.
+    /// The error.
     pub error: ErrorDetail,
 }
 
-/// What is wrong.
+/// An error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorDetail {
-    /// Stable, snake case: `unauthenticated`, `not_permitted`, `not_found`, `invalid`, `conflict`, `too_many`,
+    /// Stable code in snake case: `unauthenticated`, `not_permitted`, `not_found`, `invalid`, `conflict`, `too_many`,
     /// `too_late`, `quota_exceeded`, `unavailable`, `internal`.
     pub code: String,
-    /// A sentence: what happened and what to do.
+    /// Sentence that says what happened and what to do.
     pub message: String,
-    /// Whether the same request may work later.
+    /// Whether the same request may succeed later.
     pub retryable: bool,
-    /// With `invalid`: which field, as a path such as `image.tag`.
+    /// For `invalid`: the field as a path, e.g. `image.tag`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub field: Option<String>,
-    /// With `conflict`: the job that is in the way.
+    /// For `conflict`: the conflicting job.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save: Option<JobId>,
 }

@@ -1,4 +1,4 @@
-//! LIST and DEL: the images of users, as the registry has them and as the record remembers them.
+//! LIST and DEL: the images of users, from the registry and from the record.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -28,25 +28,25 @@ use crate::store::images::{
 use crate::store::layout::Directory;
 use crate::store::registry::{Access, Registries};
 
-/// A registry's connections, tokens and budget of repetitions are used for so long.
+/// How long a registry client is used, with its connections, tokens and retry budget.
 const OPENED_FOR: Duration = Duration::from_secs(600);
-/// A list is that old at most: pages turn without asking the registry again.
+/// Maximum age of a cached list, so that turning pages does not query the registry again.
 const LIST_FOR: Duration = Duration::from_secs(5);
 const ROOM_FOR: Duration = Duration::from_secs(15);
-/// A registry that is slower does not hold up the acceptance of a save.
+/// Time limit of a quota query. A slower registry must not delay the acceptance of a save.
 const ROOM_PATIENCE: Duration = Duration::from_secs(3);
-/// A list of images that takes longer is given up.
+/// Time limit for listing images.
 const LIST_PATIENCE: Duration = Duration::from_secs(30);
 const MAX_LISTS: usize = 1000;
-/// Repositories read at once.
+/// Number of repositories that are read in parallel.
 const AT_ONCE: usize = 4;
-/// What no user has so many of.
+/// Maximum number of repositories that are listed; no user has as many.
 const MAX_REPOSITORIES: usize = 2000;
 const MAX_SEARCH: usize = 100;
 
 type Lists = HashMap<Option<String>, (Instant, Arc<Vec<Found>>)>;
 
-/// The place where images go.
+/// The place that images are saved to.
 pub(super) struct Store {
     template: Template,
     access: Access,
@@ -55,7 +55,7 @@ pub(super) struct Store {
     rooms: Mutex<HashMap<String, (Instant, Option<Room>)>>,
 }
 
-/// An image in it.
+/// A listed image.
 struct Found {
     user: String,
     name: String,
@@ -89,7 +89,7 @@ impl Store {
         Ok(images)
     }
 
-    /// What has failed may have used up what repetitions a registry gets.
+    /// Drops the client, because a failure may have used up its retry budget.
     async fn forget_registry(&self) {
         *self.opened.lock().await = None;
     }
@@ -168,7 +168,7 @@ impl Store {
         loop {
             let page = match images.repositories(&prefix, &query).await {
                 Ok(page) => page,
-                // A project of nobody's yet.
+                // The project does not exist until its user saves the first image.
                 Err(images::Error::NotThere(_)) => break,
                 Err(error) => return Err(error),
             };
@@ -188,7 +188,7 @@ impl Store {
             async move {
                 let entries = match all_images(&*images, &repository.name).await {
                     Ok(entries) => entries,
-                    // Gone since it was listed.
+                    // The repository was deleted after the listing.
                     Err(images::Error::NotThere(_)) => Vec::new(),
                     Err(error) => return Err(error),
                 };
@@ -209,7 +209,7 @@ impl Store {
         Ok(found.into_iter().flatten().collect())
     }
 
-    /// A user's images may have changed.
+    /// Drops the cached data of a user whose images may have changed.
     pub(super) async fn forget(&self, user: &str) {
         let mut lists = self.lists.lock().await;
         lists.remove(&Some(user.to_owned()));
@@ -241,7 +241,7 @@ impl Store {
         Ok(removed?)
     }
 
-    /// What the place of a user's images may hold.
+    /// Returns the scope of a user's quota and the quota, if there is one.
     async fn room(&self, user: &str) -> Result<(String, Option<Room>), Refusal> {
         let path = self.template.path(user, "x")?;
         let scope = match (self.template.host(), path.split('/').next()) {
@@ -275,7 +275,7 @@ impl Store {
         Ok((scope, room))
     }
 
-    /// Refuses what cannot fit, where the registry says so in time.
+    /// Refuses a save that cannot fit, if the registry reports the quota in time.
     pub(super) async fn check_room(&self, user: &str) -> Result<(), Refusal> {
         let asked = tokio::time::timeout(ROOM_PATIENCE, self.room(user)).await;
         let Ok(Ok((scope, Some(room)))) = asked else {
@@ -315,7 +315,7 @@ async fn all_images(
     }
 }
 
-/// In which order.
+/// Sort order.
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Order {
@@ -328,7 +328,7 @@ enum Order {
     Size,
 }
 
-/// One of two, or nothing of a form's field.
+/// A category, or the empty value of a form's field.
 #[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum CategoryOrAny {
@@ -338,24 +338,24 @@ enum CategoryOrAny {
     Any,
 }
 
-/// Which part of the images.
+/// Selects a part of the images.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct ImagesAsked {
-    /// For administrators: only this user's.
+    /// For administrators: only images of this user.
     user: Option<String>,
-    /// Only what has this in its name, a tag or its message; at most 100 characters.
+    /// Only images with this text in the name, a tag or the message; at most 100 characters.
     search: Option<String>,
     #[param(inline)]
     sort: Option<Order>,
-    /// Only what was saved from such sessions.
+    /// Only images of sessions in this category.
     #[param(inline)]
     category: Option<CategoryOrAny>,
-    /// From 1.
+    /// Page number, starting at 1.
     #[param(minimum = 1, maximum = 100_000)]
     page: Option<u32>,
-    /// 1 to 100; 50 when it is not said.
+    /// 1 to 100; the default is 50.
     #[param(minimum = 1, maximum = 100)]
     page_size: Option<u32>,
 }
@@ -407,7 +407,7 @@ fn view(found: &Found, saves: &HashMap<(&str, &str, String), &Save>) -> ImageVie
     }
 }
 
-/// LIST: the caller's images; administrators see all.
+/// LIST: returns the caller's images. Administrators see all.
 #[utoipa::path(
     get, path = "/api/v1/images", tag = "images", params(ImagesAsked),
     responses((status = 200, body = Shown), Refusal)
@@ -449,7 +449,7 @@ pub(super) async fn images(
     let found = app.store.list(user.as_deref()).await?;
     let saved = app.record.saved(user.as_deref()).await?;
     let mut saves = HashMap::new();
-    // The latest first: of several that made the same image, the first one told its story.
+    // The latest save comes first, so if several made the same image, the oldest one describes it.
     for save in &saved {
         if let Some(result) = &save.result {
             saves.insert(
@@ -499,12 +499,12 @@ pub(super) async fn images(
     }))
 }
 
-/// Whose image is meant.
+/// Selects the owner of an image.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Whose {
-    /// For administrators: the user, when it is not their own.
+    /// For administrators: the user, if it is not the caller.
     user: Option<String>,
 }
 
@@ -518,7 +518,7 @@ fn owner(caller: &Caller, asked: Option<&str>) -> Result<String, Refusal> {
     }
 }
 
-/// DEL: takes a tag away, and the image when it was its last one.
+/// DEL: deletes a tag, and the image if it has no other tag.
 #[utoipa::path(
     delete, path = "/api/v1/images/{name}/tags/{tag}", tag = "images",
     params(
@@ -559,7 +559,7 @@ pub(super) async fn delete(
     }))
 }
 
-/// What the place of the caller's images may hold, and holds.
+/// Returns the quota and the usage of the place for the caller's images.
 #[utoipa::path(
     get, path = "/api/v1/quota", tag = "images", params(Whose),
     responses((status = 200, body = Quota), Refusal)

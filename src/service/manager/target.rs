@@ -1,5 +1,5 @@
-//! Where images go: a template of the administrator's, filled in by the server. Nothing that a caller says chooses a host,
-//! a project or another user's place.
+//! The destination of images: a template that the administrator sets and the server fills in. No input of a caller can
+//! select a host, a project or the place of another user.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use crate::store::destination::Target;
 use crate::store::images::Place;
 use crate::store::registry::reference::{check_repository, check_tag};
 
-/// Longest name of a user, in bytes.
+/// Maximum length of a user's name in bytes.
 const MAX_USER: usize = 64;
-/// Longest name of an image, in bytes.
+/// Maximum length of an image's name in bytes.
 const MAX_NAME: usize = 128;
-/// What stands in front of a user's name that had to be escaped. No name that may stand as it is has `__` in it.
+/// Prefix of an escaped user name. No name that needs no escaping contains `__`.
 const ESCAPED: &str = "u__0";
 
-/// Text of a template that cannot be used.
+/// The text is not a valid template.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{text:?} is no template for images: {reason}; write HOST[:PORT]/PROJECT/{{user}}/{{name}}:{{tag}} or \
@@ -27,12 +27,12 @@ pub struct TemplateError {
     reason: String,
 }
 
-/// `HOST[:PORT]/…/{user}/{name}:{tag}` or `oci:/…/{user}/{name}:{tag}`: `{user}` and `{name}` are each a whole component,
-/// `{name}` the last, so that no two users and names ever meet in one place.
+/// `HOST[:PORT]/…/{user}/{name}:{tag}` or `oci:/…/{user}/{name}:{tag}`. `{user}` and `{name}` are each a complete
+/// component and `{name}` is the last one, so that different users and names never share a place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Template {
     layout: bool,
-    /// The host of a registry; empty for layouts.
+    /// Host of the registry; empty for layouts.
     host: String,
     /// Components before `{user}`.
     before: Vec<String>,
@@ -40,14 +40,14 @@ pub struct Template {
     between: Vec<String>,
 }
 
-/// What in a request is wrong about a target.
+/// The part of a requested destination that is invalid, with the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refused {
-    /// The user's name cannot be part of a path there.
+    /// The user's name cannot be part of a path.
     User(String),
-    /// The image's name.
+    /// The name of the image is invalid.
     Name(String),
-    /// The tag.
+    /// The tag is invalid.
     Tag(String),
 }
 
@@ -123,18 +123,20 @@ impl fmt::Display for Template {
 }
 
 impl Template {
-    /// Whether images go into layout directories.
+    /// Returns whether images are saved into OCI layout directories.
     pub fn is_layout(&self) -> bool {
         self.layout
     }
 
-    /// The registry's host; none for layouts.
+    /// Returns the host of the registry; `None` for layouts.
     pub fn host(&self) -> Option<&str> {
         (!self.layout).then_some(self.host.as_str())
     }
 
-    /// The place of `user`'s image, as `commit` takes it. The grammar is the distribution-spec's; a layout's is narrower
-    /// about tags.
+    /// Returns the destination of a user's image in the syntax of `commit`. Names and tags follow the grammar of the
+    /// OCI distribution specification; layouts permit fewer tags.
+    ///
+    /// Fails with the part that is invalid.
     pub fn fill(&self, user: &str, name: &str, tag: &str) -> Result<String, Refused> {
         if name.len() > MAX_NAME || name.contains('/') || check_repository(name).is_err() {
             return Err(Refused::Name(format!(
@@ -147,7 +149,7 @@ impl Template {
         let repository = self.repository(user, name)?;
         let text = format!("{repository}:{tag}");
         let target = Target::for_saving(&text).map_err(|error| Refused::Tag(error.to_string()))?;
-        // Parsed by the same rules as the agent's, it must mean what was filled in, and nothing beside.
+        // The agent will parse the text with the same rules. The result must be exactly the filled-in parts.
         let meant = match &target {
             Target::Registry(reference) => {
                 !self.layout
@@ -169,7 +171,7 @@ impl Template {
         Ok(text)
     }
 
-    /// The same without a tag.
+    /// Returns the destination without a tag.
     pub fn repository(&self, user: &str, name: &str) -> Result<String, Refused> {
         let path = self.path(user, name)?;
         Ok(if self.layout {
@@ -179,7 +181,7 @@ impl Template {
         })
     }
 
-    /// The path within the host, or below the root directory.
+    /// Returns the path within the host, or below the root directory.
     pub fn path(&self, user: &str, name: &str) -> Result<String, Refused> {
         let user = component(user)?;
         if !self.layout && self.before.is_empty() && user.starts_with(ESCAPED) {
@@ -198,8 +200,8 @@ impl Template {
         Ok(path)
     }
 
-    /// What the images of `user`, or of all, lie below: within the host and with a slash at its end (empty: everything), or
-    /// a directory.
+    /// Returns the prefix of the images of `user`, or of all users: a path within the host with a trailing slash (empty
+    /// for everything), or a directory.
     pub fn prefix(&self, user: Option<&str>) -> Result<String, Refused> {
         let mut parts: Vec<&str> = self.before.iter().map(String::as_str).collect();
         let escaped = user.map(component).transpose()?;
@@ -217,7 +219,8 @@ impl Template {
         })
     }
 
-    /// User and name of a path within the host, or below the root directory, if the template makes such.
+    /// Returns user and name from a path within the host, or below the root directory; `None` if the template does not
+    /// produce such a path.
     pub fn parse_path(&self, path: &str) -> Option<(String, String)> {
         let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
         let (name, parts) = parts.split_last()?;
@@ -230,7 +233,7 @@ impl Template {
         Some((user_of(user)?, (*name).to_owned()))
     }
 
-    /// The directories of a layout template that hold images, with user and name. Read from the disk: blocking.
+    /// Returns the directories of a layout template that contain images, with user and name. Reads the disk and blocks.
     pub fn layouts(&self, user: Option<&str>) -> std::io::Result<Vec<(PathBuf, String, String)>> {
         let Ok(prefix) = self.prefix(user) else {
             return Ok(Vec::new());
@@ -267,7 +270,7 @@ impl Template {
         Ok(found.collect())
     }
 
-    /// The place that holds the images of a directory (layouts) or all of them (a registry).
+    /// Returns the place that contains the images of a directory (for layouts) or all images (for a registry).
     pub fn place(&self, dir: Option<&Path>) -> Place {
         match dir {
             Some(dir) => Place::Layout {
@@ -294,9 +297,11 @@ fn shorten(text: &str) -> String {
     text.chars().take(200).collect()
 }
 
-/// A user's name as a component of a path. Those of lower-case letters and digits with single `.`, `_`, `-` between them
-/// stand as they are; of all others each byte that is no lower-case letter or digit becomes `__` and two hexadecimal digits,
-/// behind a mark that no plain name has. So no two users have the same component.
+/// Returns a user's name as a path component. A name of lower-case letters and digits, separated by single `.`, `_` or
+/// `-`, is unchanged. In other names each byte that is not a lower-case letter or digit becomes `__` and two
+/// hexadecimal digits, after a prefix that no unescaped name has. So different users have different components.
+///
+/// Fails with [`Refused::User`] if the name is empty, too long or contains control characters.
 pub fn component(user: &str) -> Result<String, Refused> {
     if user.is_empty() || user.len() > MAX_USER || user.chars().any(char::is_control) {
         return Err(Refused::User(format!(
@@ -331,7 +336,7 @@ fn is_plain(user: &str) -> bool {
         && bytes.windows(2).all(|two| two.iter().any(alnum))
 }
 
-/// The user whose component this is; none: nobody's.
+/// Returns the user with this component; `None` if no user's name results in it.
 pub fn user_of(component_text: &str) -> Option<String> {
     let Some(mut rest) = component_text.strip_prefix(ESCAPED) else {
         return is_plain(component_text).then(|| component_text.to_owned());
@@ -347,11 +352,12 @@ pub fn user_of(component_text: &str) -> Option<String> {
         }
     }
     let user = String::from_utf8(bytes).ok()?;
-    // What another text stands for is not this one's.
+    // Only the canonical form is accepted.
     (component(&user).ok()? == component_text).then_some(user)
 }
 
-/// Whether `tag` is one of `reserved`, or one that registries use themselves (referrers' tags of distribution-spec 1.1).
+/// Returns whether `tag` is one of `reserved`, or one that registries use themselves (referrers tags of
+/// distribution-spec 1.1).
 pub fn is_reserved(tag: &str, reserved: &[String]) -> bool {
     tag.starts_with("sha256-")
         || tag.starts_with("sha512-")
