@@ -1,9 +1,9 @@
-//! Progress as it happens: server-sent events of a save, from the record, so that it does not matter which manager tells
-//! them and whether that was there all the time.
+//! Server-sent events with the progress of a save. They are derived from the record, so any manager can serve them,
+//! even one that was not running all the time.
 //!
-//! One task looks how the watched saves stand, for all watchers of this manager; what this manager changes itself it looks
-//! at once. A watcher gets each version of its save once and in order: what it missed, or was too slow for, it reads in the
-//! record.
+//! One task per manager checks the watched saves for all watchers, and at once those that this manager changes. A
+//! watcher receives each version of its save once and in order. Versions that it missed or was too slow for are read
+//! from the record.
 
 use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
@@ -28,16 +28,16 @@ use crate::service::job::{JobId, State};
 use crate::service::queue::{Place, Queue};
 use crate::service::record::{self, Head, Progress, Record, Save};
 
-/// A watcher that is so many events behind reads in the record what it missed.
+/// Number of events a watcher may fall behind before it has to read the record.
 const BEHIND: usize = 32;
-/// A watcher hears something at least so often, though nothing happens: lines that say nothing are cut by gates.
+/// Maximum interval between two events of a stream, even without changes, because proxies close idle connections.
 const AT_LEAST: Duration = Duration::from_secs(8);
-/// Comments, for gates that are less patient still while the record is slow.
+/// Interval between comments, for proxies that are less patient while the record is slow.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
-/// Places in the queue are looked up every so many rounds.
+/// Number of rounds between two queries for positions in the queue.
 const PLACES_EVERY: u64 = 2;
 
-/// What the watchers of a save are told; made once for all of them.
+/// An event for the watchers of a save, serialized once for all of them.
 #[derive(Debug)]
 enum Told {
     Version {
@@ -50,13 +50,13 @@ enum Told {
 
 struct Watched {
     sender: broadcast::Sender<Arc<Told>>,
-    /// As it was told last.
+    /// The save as it was last sent.
     save: Save,
     heard: (i64, i64),
     place: Option<u64>,
 }
 
-/// The saves that somebody watches.
+/// The watched saves.
 #[derive(Default)]
 pub(super) struct Hub {
     watched: Mutex<HashMap<JobId, Watched>>,
@@ -65,7 +65,7 @@ pub(super) struct Hub {
 }
 
 fn text_of(save: &Save, place: Option<u64>) -> String {
-    // A save is strings and numbers: it can always be written.
+    // A save consists of strings and numbers, so serialization cannot fail.
     serde_json::to_string(&shown(save, place)).unwrap_or_default()
 }
 
@@ -74,7 +74,7 @@ impl Hub {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// This manager has changed these: their watchers hear of it at once.
+    /// Reports that this manager has changed saves, so that their watchers are notified at once.
     pub(super) fn touch(&self, ids: &[JobId]) {
         let watched = self.lock();
         let ids: Vec<_> = ids.iter().filter(|id| watched.contains_key(id)).collect();
@@ -99,7 +99,7 @@ impl Hub {
         entry.sender.subscribe()
     }
 
-    /// Looks again and again, until `cancel`.
+    /// Checks the watched saves at regular intervals until `cancel` is set.
     pub(super) async fn run(
         &self,
         record: &Record,
@@ -183,7 +183,7 @@ impl Hub {
                 last: save.state.is_final(),
                 text: text_of(&save, watched.place),
             };
-            // Nobody listens: the next round forgets the entry.
+            // Sending fails if there are no watchers; the next round removes the entry.
             let _ = watched.sender.send(Arc::new(told));
             watched.save = save;
         }
@@ -225,12 +225,12 @@ impl Hub {
     }
 }
 
-/// A queued save has none: what is in the record then is an earlier attempt's.
+/// Returns the progress unless the save is queued; the record may then still have the progress of an earlier attempt.
 fn progress_of(save: &Save, progress: Option<Progress>) -> Option<Progress> {
     progress.filter(|_| save.state != State::Queued)
 }
 
-/// Every version after `version`; only the newest, where those between are not kept any more.
+/// Returns every version after `version`, or only the newest if the others are no longer kept.
 async fn missed(record: &Record, id: JobId, version: u64) -> Result<Vec<Save>, record::Error> {
     let kept = record.changes(id, version).await?;
     if !kept.is_empty() {
@@ -250,15 +250,15 @@ struct Watcher {
     receiver: broadcast::Receiver<Arc<Told>>,
     /// The version that was sent last.
     sent: u64,
-    /// What is to be sent before listening.
+    /// Versions to send before waiting for new events.
     backlog: std::collections::VecDeque<Save>,
     done: bool,
-    /// What was sent last, for when nothing happens.
+    /// The save as it was last sent, to repeat it when nothing changes.
     text: String,
     _counted: Counted,
 }
 
-/// Counts a watcher while it is there, and among those of its user.
+/// Counts a watcher, in total and against its user's limit, while it exists.
 struct Counted {
     app: App,
     _one: One,
@@ -315,7 +315,7 @@ impl Watcher {
                         return Some(Event::default().event("progress").data(text));
                     }
                 },
-                // Too slow, or the hub forgot it: the record knows.
+                // Too slow, or removed by the hub: the record has the missed versions.
                 Ok(Err(broadcast::error::RecvError::Lagged(_))) => self.catch_up().await?,
                 Ok(Err(broadcast::error::RecvError::Closed)) => {
                     let save = self.app.record.save(self.id).await.ok()??;
@@ -328,7 +328,8 @@ impl Watcher {
         }
     }
 
-    /// None: the record does not answer; the watcher comes again.
+    /// Reads missed versions from the record. Returns `None` if the record does not respond; the client then
+    /// reconnects.
     async fn catch_up(&mut self) -> Option<()> {
         let news = missed(&self.app.record, self.id, self.sent).await.ok()?;
         self.backlog.extend(news);
@@ -336,8 +337,8 @@ impl Watcher {
     }
 }
 
-/// The same as it happens, as server-sent events: `save` (a save; the event's ID is its version) for every change, and
-/// `progress` (a save) between. Ends after the last change.
+/// Streams the changes of a save as server-sent events: `save` (a save; the event's ID is its version) for every
+/// change, and `progress` (a save) in between. The stream ends after the last change.
 #[utoipa::path(
     get, path = "/api/v1/saves/{id}/events", tag = "saves",
     params(
@@ -378,12 +379,13 @@ pub(super) async fn events(
             AT_LEAST.as_secs(),
         )
     })?;
-    // Listening first, reading then: what happens between is heard twice and told once.
+    // Subscribing before reading makes sure that no change in between is lost. A version that arrives twice is sent
+    // once.
     let receiver = app.hub.subscribe(&seen);
     let now = get(&app, &caller, &id).await?;
     let backlog = match heard {
         None => vec![now],
-        // A version of the future is none of this record's.
+        // The version is higher than any in this record, so the client got it from somewhere else.
         Some(heard) if heard > now.version => vec![now],
         Some(heard) => missed(&app.record, now.id, heard).await?,
     };
@@ -414,7 +416,7 @@ pub(super) async fn events(
         .into_response();
     let headers = response.headers_mut();
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    // nginx would hold events back until its buffer is full.
+    // nginx would otherwise hold events back until its buffer is full.
     headers.insert(
         HeaderName::from_static("x-accel-buffering"),
         HeaderValue::from_static("no"),

@@ -1,4 +1,4 @@
-//! The way of every request: its ID, its log line, its limits and the headers of its answer; and the table of calls.
+//! The middleware of all requests (request ID, log line, limits, response headers), and the routing table.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +23,7 @@ use super::refusal::Refusal;
 use super::{App, events, inventory, page, saves, shape, signin, store};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// For answers that are no page: they may do nothing, even when a browser is led to show one.
+/// Content security policy of responses other than the page: they may do nothing, even if a browser displays one.
 const POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
 
 #[derive(OpenApi)]
@@ -81,14 +81,14 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(page::metrics))
 }
 
-/// The API's description (OpenAPI 3.1), as `/openapi.json` has it.
+/// Returns the description of the API (OpenAPI 3.1), the content of `/openapi.json`.
 pub fn description() -> utoipa::openapi::OpenApi {
     api().split_for_parts().1
 }
 
 pub(super) fn router(app: App) -> Router {
     let (calls, description) = api().split_for_parts();
-    // Made of our own types: it can always be written.
+    // The description consists of plain data types, so serialization cannot fail.
     let text = serde_json::to_string(&description).unwrap_or_default();
     let description = get(move || {
         let text = text.clone();
@@ -110,7 +110,7 @@ pub(super) fn router(app: App) -> Router {
         .with_state(app)
 }
 
-/// An ID that came along, if it is one that a log can bear; or a new one.
+/// Returns the request's own ID if it is safe to log, otherwise a new one.
 fn request_id(request: &Request) -> String {
     request
         .headers()
@@ -125,14 +125,15 @@ fn request_id(request: &Request) -> String {
         .map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned)
 }
 
-/// A word of ours for a method: there is no end of those that a request can name.
+/// Returns a fixed name for a method. Requests can use arbitrary methods, which would be an unbounded number of metric
+/// labels.
 fn method_name(method: &Method) -> &'static str {
     const KNOWN: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
     let known = KNOWN.into_iter().find(|known| method == *known);
     known.unwrap_or("other")
 }
 
-/// The body, as long as it comes in time; whether it did not.
+/// Limits the time in which the body has to arrive. Also returns a flag that is set if it did not.
 fn timely(body: Body, most: Duration) -> (Body, Arc<AtomicBool>) {
     let late = Arc::new(AtomicBool::new(false));
     if body.is_end_stream() {
@@ -219,7 +220,7 @@ async fn front(Extracted(app): Extracted<App>, request: Request, next: Next) -> 
     .instrument(span)
     .await;
     drop(held);
-    // An error of the framework's own is told like ours.
+    // Errors that the framework generates get the API's error format.
     if response.status() == StatusCode::METHOD_NOT_ALLOWED
         && !response.headers().contains_key(header::CONTENT_TYPE)
     {
@@ -249,7 +250,7 @@ async fn front(Extracted(app): Extracted<App>, request: Request, next: Next) -> 
             "same-origin",
         ),
     ] {
-        // The page's own stand.
+        // Headers that the page has set are kept.
         headers
             .entry(name)
             .or_insert_with(|| HeaderValue::from_static(value));

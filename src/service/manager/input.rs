@@ -1,4 +1,5 @@
-//! What handlers take from a request: who asks, the body, the query; turned down with our errors.
+//! Extractors for handlers: the caller, the body and the query. A request that they cannot accept is refused with the
+//! API's own error format.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,14 +18,15 @@ use super::refusal::Refusal;
 use super::{App, Inner};
 use crate::service::job::JobId;
 
-/// So many callers' rates are remembered; then those who have not asked lately are forgotten.
+/// Maximum number of callers whose request rates are remembered. Beyond it, callers without recent requests are
+/// forgotten.
 const MAX_CALLERS: usize = 20_000;
 
-/// The one path that a browser asks for without a header of the page's own.
+/// The one path that browsers request without the page's own header.
 const EVENTS: &str = "/api/v1/saves/{id}/events";
 
-/// What a request holds until it is answered, and who it was of. Put there by the middleware, filled in when the caller is
-/// known.
+/// Counts a request against its caller's limit until it is answered. The middleware adds it, and the extractor fills it
+/// in once the caller is known.
 #[derive(Clone, Default)]
 pub(super) struct Held(Arc<Mutex<Option<One>>>);
 
@@ -33,7 +35,7 @@ impl Held {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the caller is known.
+    /// Returns whether the caller is known.
     pub(super) fn known(&self) -> bool {
         self.lock().is_some()
     }
@@ -70,19 +72,20 @@ impl FromRequestParts<App> for Caller {
 }
 
 impl Caller {
-    /// For whom the caller asks, where that has to be somebody.
+    /// Returns the user that the caller acts as. Fails if there is none.
     pub(super) fn somebody(&self) -> Result<&str, Refusal> {
         self.user.as_deref().ok_or_else(|| {
             Refusal::forbidden("this token acts for users: name one in the Upperdeck-User header")
         })
     }
 
-    /// Whether the caller may see and change what is `user`'s.
+    /// Returns whether the caller may see and change data of `user`.
     pub(super) fn may(&self, user: &str) -> bool {
         self.administrator || self.user.as_deref() == Some(user)
     }
 
-    /// Whose things are listed: the caller's own, or, for administrators, those of whom they ask for, or all (none).
+    /// Returns the user whose data are listed; `None` means all users. Administrators may request any user or all,
+    /// others only themselves.
     pub(super) fn sees(&self, asked: Option<&str>) -> Result<Option<String>, Refusal> {
         if self.administrator {
             return Ok(asked.filter(|user| !user.is_empty()).map(str::to_owned));
@@ -96,7 +99,7 @@ impl Caller {
         }
     }
 
-    /// For calls that are administrators' alone.
+    /// Fails unless the caller is an administrator.
     pub(super) fn administrator(&self) -> Result<(), Refusal> {
         if self.administrator {
             return Ok(());
@@ -117,7 +120,7 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     }
 }
 
-/// The parts of the address.
+/// The parameters in the path.
 pub(super) struct Path<T>(pub(super) T);
 
 impl<T: DeserializeOwned + Send> FromRequestParts<App> for Path<T> {
@@ -130,7 +133,7 @@ impl<T: DeserializeOwned + Send> FromRequestParts<App> for Path<T> {
     }
 }
 
-/// The query.
+/// The query string.
 pub(super) struct Asked<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequestParts<App> for Asked<T> {
@@ -142,15 +145,15 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Asked<T> {
     }
 }
 
-/// An ID in a path. What is none is not there.
+/// Parses an ID in a path. An invalid ID is reported as not found.
 pub(super) fn job(text: &str) -> Result<JobId, Refusal> {
     let id: Option<JobId> = text.parse().ok();
-    // One way to write it, so that what is compared as text is the same.
+    // Only the canonical form is accepted, because IDs are compared as text.
     id.filter(|id| id.to_string() == text.to_ascii_lowercase())
         .ok_or_else(|| Refusal::not_found("there is no such save"))
 }
 
-/// How many requests each caller has left.
+/// Token buckets that limit the rate of each caller's requests.
 pub(super) struct Rates {
     rate: Option<Rate>,
     left: Mutex<HashMap<String, (f64, Instant)>>,
@@ -169,7 +172,7 @@ impl Rates {
         let now = Instant::now();
         let mut all = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         if all.len() >= MAX_CALLERS && !all.contains_key(caller) {
-            // Whose bound is full again is as good as new.
+            // A full bucket is the same as no bucket.
             let full = |left: f64, at: Instant| {
                 left + now.duration_since(at).as_secs_f64() * rate.per_second >= rate.burst
             };

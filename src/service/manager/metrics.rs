@@ -1,4 +1,4 @@
-//! Figures for Prometheus: what is asked for, what becomes of it, and what holds it up.
+//! Metrics for Prometheus: requests, saves and their outcomes, and the state of the queue and the nodes.
 
 use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::time::Duration;
@@ -32,7 +32,7 @@ struct Took {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Ended {
     state: &'static str,
-    /// Empty unless it failed.
+    /// Empty unless the save failed.
     code: &'static str,
 }
 
@@ -53,7 +53,7 @@ struct Why {
 
 type Int = Gauge<i64, AtomicI64>;
 
-/// All of them.
+/// The metrics of a manager.
 pub(super) struct Metrics {
     registry: Registry,
     requests: Family<Asked, Counter>,
@@ -221,15 +221,16 @@ impl Metrics {
         }
     }
 
-    /// The text of `/metrics` (OpenMetrics 1.0).
+    /// Returns the content of `/metrics` (OpenMetrics 1.0).
     pub(super) fn text(&self) -> String {
         let mut text = String::new();
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         let _ = encode(&mut text, &self.registry);
         text
     }
 
-    /// `method` and `path` are of our own words: what a request says would be figures without end.
+    /// Counts a request. `method` and `path` come from fixed sets, because values from requests would create an
+    /// unbounded number of time series.
     pub(super) fn request(&self, method: &'static str, path: &str, status: u16, took: Duration) {
         let asked = Asked {
             method,
@@ -251,7 +252,7 @@ impl Metrics {
         self.deleted.inc();
     }
 
-    /// A save that has just ended.
+    /// Records a save that has just ended.
     pub(super) fn ended(&self, save: &Save) {
         let code = save
             .error
@@ -316,7 +317,7 @@ impl Metrics {
         }
     }
 
-    /// None: it does not answer.
+    /// Records the number of items in the queue; `None` if it does not respond.
     pub(super) fn queue(&self, depth: Option<Depth>) {
         self.queue_up.set(i64::from(depth.is_some()));
         let Some(depth) = depth else { return };

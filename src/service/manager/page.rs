@@ -1,4 +1,4 @@
-//! What is asked for beside the API: who the caller is, health, metrics.
+//! Handlers beside the core API: the caller's identity, health, and metrics.
 
 use axum::Json;
 use axum::extract::State as Extracted;
@@ -12,7 +12,7 @@ use super::auth::Caller;
 use super::refusal::Refusal;
 use super::shape::{Health, Me};
 
-/// Who the caller is.
+/// Returns the identity of the caller.
 #[utoipa::path(
     get, path = "/api/v1/me", tag = "sessions",
     responses((status = 200, body = Me), Refusal)
@@ -30,7 +30,7 @@ pub(super) async fn me(caller: Caller) -> Result<Json<Me>, Refusal> {
     }))
 }
 
-/// Whether the process answers.
+/// Reports that the process responds.
 #[utoipa::path(
     get, path = "/healthz", tag = "operations", security(()),
     responses((status = 200, body = Health))
@@ -42,7 +42,7 @@ pub(super) async fn healthz() -> Json<Health> {
     })
 }
 
-/// Whether it can serve, and what is missing.
+/// Reports whether the manager can serve requests, and what is missing.
 #[utoipa::path(
     get, path = "/readyz", tag = "operations", security(()),
     responses(
@@ -64,7 +64,8 @@ pub(super) async fn readyz(Extracted(app): Extracted<App>) -> (StatusCode, Json<
     (status, Json(Health { ready, missing }))
 }
 
-/// What was missing a moment ago: anybody may ask, and the record and the queue are asked once a second at most.
+/// The latest result of the readiness check. The endpoint needs no authentication, so the record and the queue are
+/// queried at most once per second.
 #[derive(Default)]
 pub(super) struct Ready(Mutex<Option<(Instant, Vec<String>)>>);
 
@@ -90,7 +91,7 @@ async fn look(app: &App) -> Vec<String> {
         tokio::time::timeout(PATIENCE, app.record.ping()),
         tokio::time::timeout(PATIENCE, app.queue.ping()),
     );
-    // The reasons are for the log: anybody may ask this.
+    // The reasons go to the log only, because the endpoint needs no authentication.
     match record {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
@@ -110,7 +111,7 @@ async fn look(app: &App) -> Vec<String> {
     missing
 }
 
-/// Figures for Prometheus.
+/// Metrics for Prometheus.
 #[utoipa::path(
     get, path = "/metrics", tag = "operations", security(()),
     responses((

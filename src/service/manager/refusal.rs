@@ -1,4 +1,4 @@
-//! Every way in which a request is turned down, as one JSON shape.
+//! Error responses: every reason to refuse a request, in one JSON format.
 
 use std::collections::BTreeMap;
 
@@ -14,10 +14,10 @@ use super::target::Refused;
 use crate::service::job::JobId;
 use crate::{service::queue, service::record, store::images};
 
-/// Seconds after which what may pass is worth another try.
+/// Seconds after which a request that failed for a temporary reason should be repeated.
 const RETRY_AFTER_S: u64 = 5;
 
-/// A request that is turned down.
+/// An error response.
 #[derive(Clone, Debug)]
 pub(super) struct Refusal {
     status: StatusCode,
@@ -40,7 +40,7 @@ impl Refusal {
         }
     }
 
-    /// A field of the request.
+    /// Returns the response for an invalid field of the request.
     pub(super) fn invalid(field: &str, message: impl Into<String>) -> Self {
         let mut refusal = Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid", message);
         refusal.detail.field = Some(field.to_owned());
@@ -76,7 +76,7 @@ impl Refusal {
         self
     }
 
-    /// What went wrong in here is for the log; the caller gets a sentence.
+    /// Logs an internal error. The caller gets only a general message.
     fn internal(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %error, "a request could not be answered");
         Self::new(
@@ -209,12 +209,12 @@ impl From<Rejected> for Refusal {
                 Self::new(StatusCode::UNAUTHORIZED, "unauthenticated", message)
             }
             Rejected::Forbidden(message) => Self::forbidden(message),
-            // Logged where it arises, not for each who asks.
+            // Logged where it occurs, not for each request.
             Rejected::Unavailable(_) => Self::unavailable(
                 "the identity provider's keys are being fetched; try again in a moment",
             ),
             Rejected::Record(message) => {
-                // The work in the background says so where it is seen; here it would be a line for each who asks.
+                // The background work logs the failure; logging it here would add a line for each request.
                 tracing::debug!(error = %message, "the record does not answer");
                 Self::unavailable("the record does not answer; try again in a moment")
             }

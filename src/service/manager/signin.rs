@@ -1,8 +1,8 @@
 //! Signing in and out with a browser.
 //!
-//! The page shows a token once and gets a cookie and a key of its own for it; both are values that the record knows by their
-//! digests, and that mean nothing anywhere else. Only a page of ours can do so, with a token in a header: no link and no
-//! form of another page signs anyone in or out.
+//! The page presents a token once and receives a cookie and a page key for it. The record has only digests of these two
+//! values, and they are valid nowhere else. Only the manager's own page can sign in, with the token in a header, so
+//! that no link and no form on another page can sign a user in or out.
 
 use axum::Json;
 use axum::extract::{ConnectInfo, FromRequest as _, Request, State as Extracted};
@@ -19,13 +19,13 @@ use super::time::rfc3339;
 use crate::service::job::now_ms;
 use crate::service::record::SignIn;
 
-/// A sign-in holds for so long, and not longer than its token.
+/// Maximum lifetime of a sign-in in milliseconds. It also ends with its token.
 const HOLDS_MS: i64 = 7 * 24 * 3600 * 1000;
-/// Of each caller; the oldest gives way.
+/// Maximum number of sign-ins per caller; the oldest is removed.
 const MOST: u32 = 20;
 
-/// Signs a browser in: takes the token of the `Authorization` header, sets a cookie, and says the key that the page has to
-/// send with it.
+/// Signs a browser in: takes the token from the `Authorization` header, sets a cookie, and returns the key that the
+/// page has to send with it.
 #[utoipa::path(
     post, path = "/api/v1/signin", tag = "sessions", security(("token" = [])),
     request_body = Asked,
@@ -44,7 +44,7 @@ pub(super) async fn sign_in(
     app.gate.own_request(&headers)?;
     let bearer = app.gate.bearer(&headers).await?;
     app.rates.take(&bearer.caller.name)?;
-    // Only now: who has no token is not listened to any longer.
+    // The body is read only after authentication.
     let Body(asked) = Body::<Asked>::from_request(request, &app).await?;
     if bearer.role == Role::Portal {
         return Err(Refusal::forbidden(
@@ -96,7 +96,7 @@ pub(super) async fn sign_in(
     Ok(response)
 }
 
-/// Signs the browser out: its cookie holds nowhere any more.
+/// Signs the browser out: the cookie becomes invalid on all managers.
 #[utoipa::path(
     delete, path = "/api/v1/signin", tag = "sessions", security(("cookie" = [])),
     responses((status = 204, description = "Nobody is signed in by this cookie any more"), Refusal)

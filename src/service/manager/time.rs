@@ -1,14 +1,14 @@
-//! Instants of the record as the API writes them.
+//! Formats instants of the record for the API.
 
 use jiff::Timestamp;
 
-/// RFC 3339, UTC, milliseconds.
+/// Formats an instant (milliseconds since the epoch) according to RFC 3339, in UTC with milliseconds.
 pub(super) fn rfc3339(ms: i64) -> String {
     let at = Timestamp::from_millisecond(ms).unwrap_or(Timestamp::UNIX_EPOCH);
     format!("{at:.3}")
 }
 
-/// `20261124-2015`, for tags.
+/// Formats an instant for use in tags: `20261124-2015`.
 pub(super) fn stamp(ms: i64) -> String {
     let at = Timestamp::from_millisecond(ms).unwrap_or(Timestamp::UNIX_EPOCH);
     at.strftime("%Y%m%d-%H%M").to_string()

@@ -1,7 +1,8 @@
-//! The page that researchers see: files in the program, served as they are. It talks to the REST API like everybody else.
+//! The web page for researchers: static files that are part of the program. The page uses the public REST API.
 //!
-//! Everything but the page itself lies under a path with a digest of all the files, so that browsers keep it for good and
-//! never mix two versions; a poor line carries it once. Links are relative: a gate may put the whole under a prefix.
+//! All files except the page itself have a path that contains a digest of all files, so that browsers can cache them
+//! forever and never mix two versions; over a slow connection they are transferred once. Links are relative, because a
+//! proxy may serve the page under a prefix.
 
 use std::io::Write as _;
 use std::sync::LazyLock;
@@ -19,8 +20,8 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use sha2::{Digest as _, Sha256};
 
-/// What the page may do: its own scripts and styles, calls to where it came from, and nothing else. Trusted types without a
-/// policy turn every way to make markup of text into an error.
+/// Content security policy of the page: it may use its own scripts and styles and send requests to its own origin,
+/// nothing else. Trusted Types without a policy turn every conversion of text into markup into an error.
 pub const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
     require-trusted-types-for 'script'; trusted-types 'none'";
@@ -29,9 +30,9 @@ const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
-/// The page itself; `{build}` and `{preload}` stand for what [`File::page`] puts in.
+/// The page itself; [`File::page`] replaces `{build}` and `{preload}`.
 const PAGE: &str = include_str!("index.html");
-/// Name, content type, content. Languages are fetched when they are needed, the rest at once.
+/// Name, content type and content of each file. Languages are loaded on demand, the others at once.
 const FILES: [(&str, &str, &str); 14] = [
     ("style.css", CSS, include_str!("style.css")),
     ("app.js", SCRIPT, include_str!("app.js")),
@@ -49,7 +50,7 @@ const FILES: [(&str, &str, &str); 14] = [
     ("strings/ko.js", SCRIPT, include_str!("strings/ko.js")),
 ];
 
-/// A file as it goes out.
+/// A file in the forms in which it is sent.
 struct File {
     name: &'static str,
     content_type: &'static str,
@@ -61,7 +62,7 @@ struct File {
 impl File {
     fn new(name: &'static str, content_type: &'static str, content: &str) -> Self {
         let digest = hex::encode(Sha256::digest(content));
-        // Into memory, where nothing fails; without it the plain bytes go out.
+        // Writing to memory cannot fail. If it did, the uncompressed bytes would be sent.
         let mut packed = GzEncoder::new(Vec::new(), Compression::best());
         let gzip = packed
             .write_all(content.as_bytes())
@@ -90,7 +91,7 @@ impl File {
         Self::new("", HTML, &page)
     }
 
-    /// `cache`: what browsers may do with it.
+    /// Returns the response to a request with these headers. `cache` is the value of `Cache-Control`.
     fn answer(&self, asked: &HeaderMap, cache: &'static str) -> Response {
         let says = |name: HeaderName, word: &str| {
             asked
@@ -136,7 +137,7 @@ impl File {
     }
 }
 
-/// All of it, packed once.
+/// All files, compressed once.
 struct Portal {
     build: String,
     page: File,
@@ -158,15 +159,15 @@ static PORTAL: LazyLock<Portal> = LazyLock::new(|| {
     }
 });
 
-/// The page at `/` and what it loads below `/portal/`. A manager puts its own calls beside it. What
-/// comes with `/?token=…` is for the page's scripts, which ask before they sign in with it.
+/// Returns the routes of the page: `/`, and its files below `/portal/`. The manager adds its own routes. The query
+/// `/?token=…` is evaluated by the page's scripts, which ask before they sign in with the token.
 pub fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/", get(page))
         .route("/portal/{build}/{*name}", get(file))
 }
 
-/// Asked for each time, answered with 304 mostly: it says which build the rest is of.
+/// Serves the page. Browsers request it each time and mostly get 304; it names the build of the other files.
 async fn page(asked: HeaderMap) -> Response {
     PORTAL.page.answer(&asked, "no-cache")
 }
@@ -175,7 +176,8 @@ async fn file(Path((build, name)): Path<(String, String)>, asked: HeaderMap) -> 
     let Some(file) = PORTAL.files.iter().find(|file| file.name == name) else {
         return (StatusCode::NOT_FOUND, "there is no such file\n").into_response();
     };
-    // A page of another manager's version asks this one while they are being replaced: better these files than none.
+    // While managers are being upgraded, the page of another version may request files here. These files are better
+    // than none.
     let cache = if build == PORTAL.build {
         "public, max-age=31536000, immutable"
     } else {

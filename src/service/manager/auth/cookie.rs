@@ -1,19 +1,19 @@
-//! The cookie of the page: its name, its bounds, and what is in it.
+//! The cookie of the page: its name, its scope and its value.
 //!
-//! Browsers send a cookie to every port of a host. So it holds a value that means something here only, and with the key that
-//! the page keeps for itself: pages and servers of other ports have the one or the other, never both.
+//! Browsers send a cookie to all ports of a host. So its value is meaningful only to this manager, and only together
+//! with the key that the page stores: pages and servers on other ports can obtain one of the two, never both.
 
 use axum::http::{HeaderMap, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use sha2::{Digest as _, Sha256};
 
-/// Characters of a value: 32 bytes of chance.
+/// Length of a value in characters: 32 random bytes.
 const LENGTH: usize = 43;
-/// Values of one request that are looked at.
+/// Maximum number of values in one request that are checked.
 const MOST: usize = 4;
 
-/// How the cookie is called, and where browsers send it.
+/// Name and scope of the cookie.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in super::super) struct Cookie {
     name: String,
@@ -22,12 +22,13 @@ pub(in super::super) struct Cookie {
 }
 
 impl Cookie {
-    /// `public_url`: how browsers reach the page; `port`: where the manager listens, if it does on one.
+    /// `public_url` is the URL by which browsers reach the page, `port` the TCP port that the manager listens on, if
+    /// any.
     pub(in super::super) fn new(public_url: Option<&str>, port: Option<u16>) -> Self {
         let url = public_url.and_then(|url| reqwest::Url::parse(url).ok());
         let secure = url.as_ref().is_some_and(|url| url.scheme() == "https");
         let path = url.as_ref().map_or("/", |url| url.path());
-        // Up to the page's own directory; what a cookie cannot hold is no path of ours.
+        // The scope is the page's own directory. A path with characters that a cookie cannot hold is replaced by `/`.
         let path = path.rfind('/').map_or("/", |end| &path[..=end]);
         let path = if path.contains([';', ',']) { "/" } else { path };
         let port = match &url {
@@ -35,7 +36,7 @@ impl Cookie {
             None => port,
         };
         let port = port.map(|port| format!("-{port}")).unwrap_or_default();
-        // `__Host-` is for / only: below a prefix that would give the cookie to all that the host has.
+        // `__Host-` requires the path `/`, which would extend the cookie of a page under a prefix to the whole host.
         let prefix = match (secure, path) {
             (true, "/") => "__Host-",
             (true, _) => "__Secure-",
@@ -48,8 +49,8 @@ impl Cookie {
         }
     }
 
-    /// The values that a request has under our name, as far as they can be ones: other ports and paths of the host may
-    /// have set more of them beside ours, and browsers do not say which is whose.
+    /// Returns the well-formed values with our name in a request. Other ports and paths of the host may have set
+    /// further ones, and browsers do not tell where a cookie comes from.
     pub(super) fn all_of<'a>(&self, headers: &'a HeaderMap) -> Vec<&'a str> {
         headers
             .get_all(header::COOKIE)
@@ -65,7 +66,7 @@ impl Cookie {
             .collect()
     }
 
-    /// `Set-Cookie` for a value that holds for so many seconds; 0 takes it away.
+    /// Returns the `Set-Cookie` header for a value that is valid for `seconds`; 0 deletes the cookie.
     pub(in super::super) fn set(&self, value: &str, seconds: i64) -> String {
         let secure = if self.secure { "; Secure" } else { "" };
         format!(
@@ -75,12 +76,12 @@ impl Cookie {
     }
 }
 
-/// A value that is found by chance only.
+/// Returns a random value that cannot be guessed.
 pub(in super::super) fn secret() -> zeroize::Zeroizing<String> {
     zeroize::Zeroizing::new(URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>()))
 }
 
-/// What the record has of a value.
+/// Returns the digest of a value, as the record stores it.
 pub(in super::super) fn digest(value: &str) -> String {
     hex::encode(Sha256::digest(value))
 }

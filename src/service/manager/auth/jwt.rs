@@ -1,7 +1,7 @@
-//! JSON Web Tokens of an identity provider, and its keys, fetched when they are needed.
+//! JSON Web Tokens of an identity provider, and its keys, which are fetched on demand.
 //!
-//! Nothing is locked while keys are fetched: tokens by keys that are here are checked meanwhile. One fetch runs at a time and
-//! not more often than [`JWKS_AT_MOST`], whoever asks for a key that is not there; a few may wait for it.
+//! No lock is held while keys are fetched, so tokens with known keys can be verified meanwhile. There is one fetch at a
+//! time and at most one per [`JWKS_AT_MOST`], whatever keys are requested; a limited number of requests waits for it.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -17,21 +17,21 @@ use tokio::sync::{Semaphore, watch};
 
 use super::{AuthError, Rejected};
 
-/// A key set is asked for again after so long, and at once (but not more often than [`JWKS_AT_MOST`]) for a key that it
-/// does not have.
+/// Age after which a key set is fetched again. For an unknown key it is fetched at once, but not more often than
+/// [`JWKS_AT_MOST`].
 const JWKS_FOR: Duration = Duration::from_secs(3600);
 const JWKS_AT_MOST: Duration = Duration::from_secs(10);
 const JWKS_TIMEOUT: Duration = Duration::from_secs(10);
-/// The largest key set, in bytes.
+/// Maximum size of a key set in bytes.
 const JWKS_BYTES: usize = 1 << 20;
-/// Keys of it that are used: a token without a key's name is tried with each.
+/// Maximum number of keys that are used, because a token without a key ID is tried with each of them.
 const JWKS_KEYS: usize = 64;
-/// Requests that wait for keys at once.
+/// Maximum number of requests that wait for keys.
 const WAITING: usize = 32;
-/// Clocks may differ by so many seconds.
+/// Permitted difference between clocks, in seconds.
 const LEEWAY_S: u64 = 30;
 
-/// Signatures whose key can be public.
+/// Algorithms with public verification keys.
 const ALGORITHMS: [Algorithm; 9] = [
     Algorithm::RS256,
     Algorithm::RS384,
@@ -44,34 +44,34 @@ const ALGORITHMS: [Algorithm; 9] = [
     Algorithm::EdDSA,
 ];
 
-/// Where an identity provider's keys are.
+/// Where the keys of an identity provider are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Keys {
-    /// A JSON Web Key Set (RFC 7517) in a file; read again every hour and for a key that it does not have.
+    /// A JSON Web Key Set (RFC 7517) in a file; read again every hour and for unknown keys.
     File(PathBuf),
-    /// The same over HTTPS; plain HTTP is for loopback addresses.
+    /// A JSON Web Key Set at an HTTPS URL. Plain HTTP is permitted for loopback addresses.
     Url(String),
 }
 
-/// JSON Web Tokens of an identity provider.
+/// Settings for JSON Web Tokens of an identity provider.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Jwt {
-    /// Its keys.
+    /// Location of the keys.
     pub keys: Keys,
-    /// What `iss` must be.
+    /// Required value of `iss`.
     pub issuer: String,
-    /// What `aud` must be or contain.
+    /// Value that `aud` must be or contain.
     pub audience: String,
-    /// The claim that is the user's name, e.g. `preferred_username`.
+    /// Claim that contains the user's name, e.g. `preferred_username`.
     pub user_claim: String,
-    /// The claim (with dots for claims in claims, e.g. `realm_access.roles`) and the value that it is or contains for
+    /// Claim (with dots for nested claims, e.g. `realm_access.roles`) and the value that it has or contains for
     /// administrators.
     pub administrator_claim: Option<(String, String)>,
     /// Users who are administrators.
     pub administrators: Vec<String>,
 }
 
-/// An identity provider's keys, fetched when they are needed.
+/// The keys of an identity provider, fetched on demand.
 pub(super) struct KeySet {
     from: Keys,
     held: Mutex<Held>,
@@ -81,10 +81,10 @@ pub(super) struct KeySet {
 #[derive(Default)]
 struct Held {
     keys: Arc<Vec<Jwk>>,
-    /// When they were fetched; none: never.
+    /// Time of the last successful fetch.
     at: Option<Instant>,
     tried: Option<Instant>,
-    /// A fetch that runs: closed at its end.
+    /// The running fetch; the channel is closed when it ends.
     running: Option<watch::Receiver<()>>,
 }
 
@@ -101,7 +101,7 @@ impl KeySet {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads them now, and keeps them.
+    /// Fetches and stores the keys.
     pub(super) async fn read(&self) -> Result<(), AuthError> {
         let (at, text) = match &self.from {
             Keys::File(path) => (path.display().to_string(), read_file(path).await),
@@ -123,7 +123,7 @@ impl KeySet {
         }
     }
 
-    /// A fetch that runs, begun here unless one ran lately.
+    /// Returns the running fetch, and starts one unless there was one recently.
     fn fetching(self: &Arc<Self>) -> Option<watch::Receiver<()>> {
         let mut held = self.lock();
         if held.running.is_some() {
@@ -146,7 +146,7 @@ impl KeySet {
         Some(running)
     }
 
-    /// The keys that a token may be signed with. None of them: they are fetched, and waited for.
+    /// Returns the keys that may have signed a token. If none is known, fetches the keys and waits for them.
     async fn for_token(self: &Arc<Self>, kid: Option<&str>) -> Result<Vec<Jwk>, Rejected> {
         let fitting = || -> Vec<Jwk> {
             let keys = self.lock().keys.clone();
@@ -172,12 +172,12 @@ impl KeySet {
                 "others wait for the identity provider's keys already".to_owned(),
             ));
         };
-        // Ends when the fetch does: its other end is dropped then.
+        // Returns when the fetch ends and drops its end of the channel.
         let _ = tokio::time::timeout(JWKS_TIMEOUT * 2, running.changed()).await;
         Ok(fitting())
     }
 
-    /// The claims of a token that is valid by one of the keys; none: it is not.
+    /// Returns the claims of a token if one of the keys verifies it, otherwise `None`.
     pub(super) async fn claims(
         self: &Arc<Self>,
         jwt: &Jwt,
@@ -204,8 +204,8 @@ impl KeySet {
     }
 }
 
-/// Whether the head says that there are extensions without which the token is not understood (`crit`, RFC 7515, 4.1.11):
-/// we understand none. A head that cannot be read says so, too.
+/// Returns whether the header lists extensions that the recipient must support (`crit`, RFC 7515, 4.1.11), none of
+/// which is supported. Also returns `true` if the header cannot be parsed.
 fn has_conditions(token: &str) -> bool {
     let head = token.split('.').next().unwrap_or_default();
     let head = URL_SAFE_NO_PAD.decode(head).ok();

@@ -1,7 +1,7 @@
-//! Who asks, and what each may do.
+//! Authentication and permissions of callers.
 //!
-//! Here is the gate that every request comes through: `tokens` knows the API's own tokens, `jwt` those of an identity provider,
-//! `proxy` from where a header is believed, `cookie` what a browser holds of someone who has signed in.
+//! Every request passes the `Gate`. The module `tokens` verifies the API's own tokens, `jwt` those of an identity
+//! provider, `proxy` the header of a trusted proxy, and `cookie` the sign-ins of browsers.
 
 mod cookie;
 mod jwt;
@@ -27,86 +27,87 @@ use crate::service::record::{self, Record, SignIn};
 
 pub(super) use cookie::{Cookie, digest, secret};
 
-/// The header in which a portal (or an administrator) names the user for whom it acts.
+/// Header in which a portal (or an administrator) names the user it acts for.
 pub const ACTS_FOR: HeaderName = HeaderName::from_static("upperdeck-user");
-/// A header that no form of another site can send: with it a request by cookie is the page's own.
+/// Header that forms on other sites cannot send. It proves that a request with a cookie comes from the page.
 pub const OWN_REQUEST: HeaderName = HeaderName::from_static("upperdeck-request");
-/// The header with the key that a page got when its user signed in: without it the cookie is worth nothing.
+/// Header with the key that the page received at sign-in. The cookie is not accepted without it.
 pub const PAGE: HeaderName = HeaderName::from_static("upperdeck-page");
-/// Longest token that is looked at, in bytes: those of identity providers grow with the groups of a user.
+/// Maximum length of a token in bytes; tokens of identity providers grow with the number of a user's groups.
 const MAX_TOKEN: usize = 16 << 10;
 
-/// Why settings about callers cannot be used.
+/// Why the settings for authentication are invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AuthError {
-    /// The file of tokens.
+    /// The token file is invalid.
     #[error("tokens: {0}")]
     Tokens(String),
-    /// The key set.
+    /// The key set cannot be read.
     #[error("the keys of the identity provider at {at} cannot be read: {reason}")]
     Keys {
-        /// Path or URL.
+        /// Path or URL of the key set.
         at: String,
-        /// Why.
+        /// What is wrong with it.
         reason: String,
     },
-    /// An address range.
+    /// The text is not an address range.
     #[error(
         "{0:?} is no range of addresses: write ADDRESS or ADDRESS/BITS, or unix for those on a socket file"
     )]
     Range(String),
-    /// A header's name.
+    /// The text is not the name of a header.
     #[error("{0:?} is no name of a header")]
     Header(String),
 }
 
-/// Who asks.
+/// An authenticated caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
-    /// For the audit and for idempotency keys: `token:NAME`, `jwt:USER`, `proxy:USER`; with ` for USER` behind a portal's.
+    /// Name for the audit log and idempotency keys: `token:NAME`, `jwt:USER` or `proxy:USER`, with the suffix ` for
+    /// USER` if it acts for a user.
     pub name: String,
-    /// For whom it asks; none: a portal that names nobody, or an administrator without a user's name.
+    /// User that the caller acts as; `None` for a portal that names no user, or an administrator without a user name.
     pub user: Option<String>,
-    /// Whether it may see and do everything.
+    /// Whether the caller may see and do everything.
     pub administrator: bool,
-    /// What says so.
+    /// How the caller was authenticated.
     pub via: Via,
 }
 
-/// What says who asks.
+/// How a caller was authenticated.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema,
 )]
 #[serde(rename_all = "snake_case")]
 pub enum Via {
-    /// A token with the request.
+    /// By a token in the request.
     Token,
-    /// A proxy in front.
+    /// By a proxy.
     Proxy,
-    /// The cookie of a page in which the user has signed in.
+    /// By the cookie of a browser that has signed in.
     SignIn,
 }
 
-/// Someone who has shown a token, and what a sign-in with it rests on.
+/// A caller with a valid token, and the credential that a sign-in with it would be based on.
 pub(super) struct Bearer {
     pub(super) role: Role,
     pub(super) caller: Caller,
     /// `token:FINGERPRINT` or `jwt:ISSUER`.
     pub(super) basis: String,
-    /// When the token ends; none: it does not.
+    /// Expiry of the token in milliseconds since the epoch; `None` if it does not expire.
     pub(super) expires_ms: Option<i64>,
 }
 
-/// Why a caller is sent away.
+/// Why a caller is rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rejected {
-    /// Nothing says who asks, or what says so is not valid.
+    /// The request has no credentials, or they are not valid.
     Unknown(&'static str),
-    /// We know who it is, and the request is not theirs to make.
+    /// The caller is known but not permitted to make the request.
     Forbidden(&'static str),
-    /// The identity provider's keys cannot be had: it may pass.
+    /// The identity provider's keys are temporarily unavailable.
     Unavailable(String),
-    /// The record cannot be asked.
+    /// The record cannot be read.
     Record(String),
 }
 
@@ -116,7 +117,7 @@ impl From<record::Error> for Rejected {
     }
 }
 
-/// The settings about callers, ready to be asked.
+/// Authenticates requests according to the settings.
 pub(super) struct Gate {
     tokens: Tokens,
     jwt: Option<(Jwt, Arc<KeySet>)>,
@@ -149,7 +150,7 @@ impl Gate {
         }
     }
 
-    /// Reads the key set once, so that a wrong setting shows at the start.
+    /// Fetches the key set once, so that wrong settings are detected at startup.
     pub(super) async fn check(&self) -> Result<(), AuthError> {
         match &self.jwt {
             Some((_, keys)) => keys.read().await,
@@ -157,8 +158,8 @@ impl Gate {
         }
     }
 
-    /// Who asks. `peer`: none on a socket file. `changes`: whether the request may change something. `events`: whether it is
-    /// for an event stream, with which browsers send no header of a page.
+    /// Authenticates a request. `peer` is `None` on a socket file. `changes` tells whether the request may change data,
+    /// `events` whether it is for an event stream, for which browsers cannot send the page's header.
     pub(super) async fn caller(
         &self,
         headers: &HeaderMap,
@@ -178,15 +179,15 @@ impl Gate {
                 "say who you are: Authorization: Bearer TOKEN",
             ));
         };
-        // What the browser adds by itself says nothing about who made the request.
+        // Credentials that a browser adds by itself do not tell which page made the request.
         if ambient && changes {
             self.own_request(headers)?;
         }
         acting_for(found, headers)
     }
 
-    /// Who is signed in by the cookie of this request, whatever page it comes from. Of several cookies that whose key the
-    /// page has, else the first.
+    /// Returns the sign-in of the request's cookie, whatever page the request comes from. Of several cookies, the one
+    /// that matches the page's key is preferred, otherwise the first one.
     pub(super) async fn signed_in(
         &self,
         headers: &HeaderMap,
@@ -210,7 +211,7 @@ impl Gate {
         Ok(first)
     }
 
-    /// None: there is no cookie of ours.
+    /// Authenticates by cookie. Returns `None` if the request has no cookie of the page.
     async fn by_cookie(
         &self,
         headers: &HeaderMap,
@@ -222,7 +223,7 @@ impl Gate {
         let Some((found, role, caller)) = self.signed_in(headers).await? else {
             return Err(Rejected::Unknown("you are not signed in any more"));
         };
-        // An event stream is of one save, whose ID nothing tells that has only the cookie.
+        // The URL of an event stream contains the ID of a save, which a party that has only the cookie cannot find out.
         let own = has_key_of(headers, &found) || (events && !headers.contains_key(PAGE));
         if !own {
             return Err(Rejected::Unknown(
@@ -232,7 +233,8 @@ impl Gate {
         Ok(Some((role, caller)))
     }
 
-    /// Who a sign-in is by today's settings; none: what it rests on is gone.
+    /// Returns the role and caller of a sign-in according to the current settings; `None` if its credential no longer
+    /// exists.
     fn rests_on(&self, found: &SignIn) -> Option<(Role, Caller)> {
         match found.basis.split_once(':')? {
             ("token", print) => Some(of_token(self.tokens.by_fingerprint(print)?)),
@@ -246,7 +248,7 @@ impl Gate {
         }
     }
 
-    /// Who has the token of this request.
+    /// Authenticates by the token of the request.
     pub(super) async fn bearer(&self, headers: &HeaderMap) -> Result<Bearer, Rejected> {
         const WRONG: Rejected = Rejected::Unknown("the token is not valid, or not any more");
         let mut said = headers.get_all(header::AUTHORIZATION).iter();
@@ -316,7 +318,7 @@ impl Gate {
         }
     }
 
-    /// Who the proxy says it is, if one does.
+    /// Authenticates by the header of a proxy. Returns `None` if there is no such header.
     pub(super) fn by_proxy(
         &self,
         headers: &HeaderMap,
@@ -345,7 +347,8 @@ impl Gate {
         Ok(Some(person(Via::Proxy, "proxy", user, administrator)))
     }
 
-    /// A request of our own page: its origin is ours, and it has what no form of another page can have.
+    /// Checks that a request comes from the manager's own page: it has the page's origin, and a header or content type
+    /// that forms on other pages cannot produce.
     pub(super) fn own_request(&self, headers: &HeaderMap) -> Result<(), Rejected> {
         const FOREIGN: Rejected = Rejected::Forbidden(
             "the request comes from another page; with a cookie or by a proxy, send the Upperdeck-Request header",
@@ -379,7 +382,7 @@ impl Gate {
     }
 }
 
-/// Whether a request comes from the page of this sign-in.
+/// Returns whether a request contains the page key of this sign-in.
 fn has_key_of(headers: &HeaderMap, found: &SignIn) -> bool {
     let mut keys = headers.get_all(PAGE).iter();
     let Some(key) = keys.next() else {
@@ -414,7 +417,7 @@ fn person(via: Via, by: &str, user: &str, administrator: bool) -> (Role, Caller)
     (role, caller)
 }
 
-/// Takes in the header with which a portal says whose request this is.
+/// Applies the header in which a portal names the user it acts for.
 fn acting_for((role, mut caller): (Role, Caller), headers: &HeaderMap) -> Result<Caller, Rejected> {
     let mut said = headers.get_all(ACTS_FOR).iter();
     let Some(named) = said.next() else {
@@ -435,14 +438,14 @@ fn acting_for((role, mut caller): (Role, Caller), headers: &HeaderMap) -> Result
         Role::Portal | Role::Administrator => {
             caller.name = format!("{} for {user}", caller.name);
             caller.user = Some(user.to_owned());
-            // For the user, and with no more than the user's rights.
+            // A caller that acts for a user has only that user's permissions.
             caller.administrator = false;
         }
     }
     Ok(caller)
 }
 
-/// `https://save.example.org/x` -> `https://save.example.org`
+/// Returns the origin of a URL: `https://save.example.org/x` -> `https://save.example.org`.
 fn origin_of(url: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://")?;
     let host = rest.split(['/', '?', '#']).next()?;

@@ -1,4 +1,4 @@
-//! Proxies that ask people who they are: believed from where the centre says, and from nowhere else.
+//! Authentication by a proxy, which is trusted only if it connects from a configured address.
 
 use std::net::IpAddr;
 
@@ -9,9 +9,9 @@ use super::AuthError;
 /// A range of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Range {
-    /// Those that come through a socket file.
+    /// Peers on a socket file.
     Unix,
-    /// An address and how many of its bits count.
+    /// An address and the length of its network prefix in bits.
     Net(IpAddr, u8),
 }
 
@@ -41,7 +41,7 @@ impl std::str::FromStr for Range {
 }
 
 impl Range {
-    /// `None` is a peer on a socket file.
+    /// Returns whether the range contains `peer`; `None` is a peer on a socket file.
     pub(in super::super) fn holds(self, peer: Option<IpAddr>) -> bool {
         match (self, peer) {
             (Self::Unix, None) => true,
@@ -63,19 +63,21 @@ impl Range {
     }
 }
 
-/// Proxies that ask people who they are, and say so in a header.
+/// Proxies that authenticate users and pass the name in a header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proxies {
-    /// The header with the user's name, e.g. `X-Forwarded-User`. The proxy must take it out of what it gets from outside.
+    /// Header with the user's name, e.g. `X-Forwarded-User`. The proxy must remove it from incoming requests.
     pub header: HeaderName,
-    /// From where it is believed.
+    /// Addresses of trusted proxies.
     pub from: Vec<Range>,
     /// Users who are administrators.
     pub administrators: Vec<String>,
 }
 
 impl Proxies {
-    /// From text, as flags and files have it.
+    /// Parses the settings from the text in flags and files.
+    ///
+    /// Fails if the header's name or a range is invalid.
     pub fn new(
         header: &str,
         from: &[String],

@@ -1,4 +1,4 @@
-//! API tokens: the manager's own, known by their digests.
+//! The manager's own API tokens, of which only digests are stored.
 
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
@@ -7,19 +7,19 @@ use subtle::ConstantTimeEq as _;
 use super::AuthError;
 use crate::service::manager::target;
 
-/// What a token's bearer is.
+/// Role of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// Acts for whichever user it names, and as no administrator.
+    /// Acts for the user that each request names, without administrator permissions.
     Portal,
-    /// A user.
+    /// Acts as one user.
     User,
-    /// Sees and does everything.
+    /// May see and do everything.
     Administrator,
 }
 
-/// A token as the file has it.
+/// A token in the token file.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TokenEntry {
@@ -45,20 +45,22 @@ pub(super) struct Token {
 }
 
 impl Token {
-    /// What a sign-in with it rests on: another token of the same name is another one.
+    /// Returns the identity of the token for sign-ins. It differs between tokens of the same name.
     pub(super) fn fingerprint(&self) -> String {
         hex::encode(Sha256::digest(self.sha256))
     }
 }
 
-/// API tokens, by their digests: the tokens themselves are nowhere.
+/// API tokens, stored as digests only.
 #[derive(Clone, Debug, Default)]
 pub struct Tokens(Vec<Token>);
 
 impl Tokens {
-    /// From TOML: `[[token]]` with `name`, `role` (`portal`, `user`, `administrator`), `user` (for a user's token and, if
-    /// it shall save sessions that nobody owns, an administrator's) and `sha256`, the token's SHA-256 in hexadecimal
-    /// (`printf %s TOKEN | sha256sum`).
+    /// Parses the TOML token file: `[[token]]` with `name`, `role` (`portal`, `user`, `administrator`), `user` (for a
+    /// user's token, and for an administrator's that should be able to save sessions without an owner) and `sha256`,
+    /// the SHA-256 of the token in hexadecimal (`printf %s TOKEN | sha256sum`).
+    ///
+    /// Fails with [`AuthError::Tokens`], which names the invalid entry.
     pub fn parse(text: &str) -> Result<Self, AuthError> {
         let file: TokenFile =
             toml::from_str(text).map_err(|error| AuthError::Tokens(error.message().to_owned()))?;
@@ -78,7 +80,9 @@ impl Tokens {
         Ok(tokens)
     }
 
-    /// One more, e.g. the one that `upperdeck up` makes.
+    /// Adds a token, e.g. the one that `upperdeck up` creates.
+    ///
+    /// Fails with [`AuthError::Tokens`] if the name, the role or the user is invalid.
     pub fn with(
         mut self,
         name: &str,
@@ -124,17 +128,18 @@ impl Tokens {
         Ok(())
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no tokens.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The one that a sign-in rests on, if it still is one.
+    /// Returns the token that a sign-in is based on, if it still exists.
     pub(super) fn by_fingerprint(&self, print: &str) -> Option<&Token> {
         self.0.iter().find(|token| token.fingerprint() == print)
     }
 
-    /// Compares with all of them, in a time that says nothing of which and how far.
+    /// Returns the entry of a token. Compares with all entries in constant time, so that the duration reveals nothing
+    /// about them.
     pub(super) fn find(&self, token: &str) -> Option<&Token> {
         let given: [u8; 32] = Sha256::digest(token).into();
         let mut found = None;

@@ -1,9 +1,9 @@
-//! The doors of a manager: how many connections there are, of whom, and how long each may keep its place without asking
-//! for anything. All of it is decided before a byte of a request is understood.
+//! Connection limits of a manager: how many connections there are in total and per peer, and how long each may stay
+//! open without sending a request. All of this is decided before a request is parsed.
 //!
-//! Every connection has a [`Seat`]. Where the seats of a peer (or all) are taken, a new connection gets the place of the one
-//! that has waited longest without a whole request, or with an answer that it does not read: who only holds a connection
-//! open loses it, who asks is answered.
+//! Every connection has a [`Seat`]. If all seats of a peer (or all seats) are taken, a new connection replaces the one
+//! that has waited longest without a complete request, or with a response that it does not read. So a peer that only
+//! holds connections open loses them, while one that sends requests is served.
 
 mod seat;
 mod serve;
@@ -18,30 +18,32 @@ use super::auth::Range;
 pub(super) use self::seat::Seat;
 pub(super) use self::serve::{Bound, serve};
 
-/// Descriptors that are not for connections: the record, the queue, registries, files.
+/// File descriptors reserved for the record, the queue, registries and files.
 const RESERVE: u64 = 128;
 
-/// What connections and requests may take.
+/// Limits for connections and requests.
 #[derive(Clone, Debug)]
 pub struct Doors {
-    /// Connections at once, of all peers; fewer where the limit of open files is lower.
+    /// Maximum number of connections of all peers; lower if the limit of open files requires it.
     pub connections: usize,
-    /// Connections at once of one address (of one /64 network with IPv6).
+    /// Maximum number of connections of one address (of one /64 network for IPv6).
     pub connections_per_peer: usize,
-    /// Reverse proxies, through which many people come: not bound by `connections_per_peer`. Peers on a socket file never
-    /// are.
+    /// Reverse proxies, which carry connections of many users and are exempt from `connections_per_peer`. Peers on a
+    /// socket file are always exempt.
     pub proxies: Vec<Range>,
-    /// Event streams at once of one user.
+    /// Maximum number of event streams of one user.
     pub streams_per_user: usize,
-    /// Requests at once of one caller, event streams not counted.
+    /// Maximum number of concurrent requests of one caller, without event streams.
     pub requests_per_user: usize,
-    /// For the head of a request, from its first byte on; for the first one from the beginning of the connection on.
+    /// Time limit for the head of a request, measured from its first byte; for the first request, from the start of the
+    /// connection.
     pub head: Duration,
-    /// For the whole body of a request.
+    /// Time limit for the complete body of a request.
     pub body: Duration,
-    /// Between two requests. Longer than the 60 s after which proxies let go of an idle connection themselves.
+    /// Time limit between two requests. It is longer than the 60 s after which proxies close idle connections
+    /// themselves.
     pub idle: Duration,
-    /// For a peer that takes nothing of an answer.
+    /// Time limit for a peer that reads nothing of a response.
     pub write: Duration,
 }
 
@@ -61,23 +63,23 @@ impl Default for Doors {
     }
 }
 
-/// Why a connection was closed, or did not get a seat.
+/// Why a connection was closed or refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Closed {
-    /// Its request did not come.
+    /// The head of a request did not arrive in time.
     Head,
-    /// It asked for nothing more.
+    /// There was no further request in time.
     Idle,
-    /// It did not take its answer.
+    /// The peer did not read the response.
     Write,
-    /// Another one needed the place.
+    /// Another connection needed the seat.
     Replaced,
-    /// There was no place: all others are being answered.
+    /// There was no seat, because all other connections are being served.
     Full,
 }
 
 impl Closed {
-    /// For figures.
+    /// Returns the label in metrics.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Head => "head",
@@ -89,14 +91,14 @@ impl Closed {
     }
 }
 
-/// Whose connections are counted together. None: a proxy's, or those on a socket file.
+/// Address that connections are counted by; `None` for proxies and socket files.
 type Group = Option<IpAddr>;
 
-/// From where a connection comes; none: a socket file.
+/// Address of the peer; `None` for a socket file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Peer(pub(super) Option<IpAddr>);
 
-/// The seats.
+/// The seats of all connections.
 pub(super) struct Table {
     limits: Doors,
     most: usize,
@@ -122,7 +124,7 @@ impl Seats {
         Some(seat)
     }
 
-    /// The seat that has gone longest without a reason, of those in `group` or of all.
+    /// Returns the seat that has waited longest, in `group` or in total.
     fn longest(&self, group: Option<Group>) -> Option<u64> {
         self.taken
             .values()
@@ -132,7 +134,7 @@ impl Seats {
             .map(|(_, number)| number)
     }
 
-    /// Gives up the seat that has waited longest.
+    /// Frees the seat that has waited longest. Returns `false` if all are being served.
     fn make_room(&mut self, group: Option<Group>) -> bool {
         let Some(seat) = self.longest(group).and_then(|number| self.remove(number)) else {
             return false;
@@ -143,7 +145,7 @@ impl Seats {
 }
 
 impl Table {
-    /// `files`: how many files the process may have open.
+    /// Creates an empty table. `files` is the number of files that the process may have open.
     pub(super) fn new(limits: Doors, files: u64) -> Self {
         let room = usize::try_from(files.saturating_sub(RESERVE).max(RESERVE / 2));
         Self {
@@ -162,7 +164,8 @@ impl Table {
         peer.filter(|_| !proxy).map(network)
     }
 
-    /// A seat for a connection from `peer` (none: on a socket file). `None`: there is no place.
+    /// Returns a seat for a connection from `peer` (`None` for a socket file). Returns `None` if there is no free seat
+    /// and none can be freed.
     pub(super) fn seat(&self, peer: Option<IpAddr>) -> Option<Arc<Seat>> {
         let group = self.group(peer);
         let mut seats = self.lock();
@@ -174,7 +177,7 @@ impl Table {
             return None;
         }
         if seats.taken.len() >= self.most {
-            // Who has most gives way first.
+            // The group with the most connections has to give one up first.
             let largest = seats.of.iter().max_by_key(|(_, count)| **count);
             let largest = largest.map(|(group, _)| *group);
             if !seats.make_room(largest) && !seats.make_room(None) {
@@ -189,17 +192,17 @@ impl Table {
         Some(seat)
     }
 
-    /// The connection has ended.
+    /// Frees the seat of a connection that has ended.
     pub(super) fn leave(&self, seat: &Seat) {
         self.lock().remove(seat.number);
     }
 
-    /// The system has no place for more: the longest wait ends.
+    /// Frees the seat that has waited longest, because the system is out of resources.
     pub(super) fn give_up_one(&self) {
         self.lock().make_room(None);
     }
 
-    /// Ends what has waited too long.
+    /// Closes connections that exceed a time limit.
     pub(super) fn sweep(&self, now: Instant) {
         let mut seats = self.lock();
         let late: Vec<(u64, Closed)> = seats
@@ -219,7 +222,7 @@ impl Table {
     }
 }
 
-/// A host has one IPv4 address, and as many of an IPv6 network as it likes.
+/// A host has one IPv4 address, but can use all addresses of its IPv6 network.
 fn network(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << 64)).into(),
@@ -227,18 +230,18 @@ fn network(peer: IpAddr) -> IpAddr {
     }
 }
 
-/// How many of a thing each user has under way; the entries go with the last of them.
+/// Number of items in progress per user. Entries are removed with the user's last item.
 #[derive(Default)]
 pub(super) struct Tally(Mutex<HashMap<String, usize>>);
 
-/// One of a user's; gone when dropped.
+/// An item of a user, which counts until it is dropped.
 pub(super) struct One {
     tally: Arc<Tally>,
     user: String,
 }
 
 impl Tally {
-    /// One more of `user`'s. `None`: there are `most` already.
+    /// Adds an item of `user`. Returns `None` if there are `most` already.
     pub(super) fn one(self: &Arc<Self>, user: &str, most: usize) -> Option<One> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = all.get(user).copied().unwrap_or(0);
@@ -265,7 +268,9 @@ impl Drop for One {
     }
 }
 
-/// Raises the limit of open files to what the process may set itself. Returns the limit.
+/// Raises the soft limit of open files to the hard limit. Returns the limit.
+///
+/// Fails with the error of `setrlimit`.
 pub fn raise_open_files() -> std::io::Result<u64> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
@@ -279,7 +284,7 @@ pub fn raise_open_files() -> std::io::Result<u64> {
     Ok(maximum.unwrap_or(u64::MAX))
 }
 
-/// How many files the process may have open.
+/// Returns the maximum number of files that the process may have open.
 pub(super) fn open_files() -> u64 {
     rustix::process::getrlimit(rustix::process::Resource::Nofile)
         .current

@@ -1,4 +1,4 @@
-//! One connection: what it is doing, since when, and the streams that tell.
+//! The state of one connection, and the wrappers of its streams that keep the state up to date.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,30 +12,30 @@ use tokio::sync::Notify;
 
 use super::{Closed, Doors, Group};
 
-/// Who takes nothing for so long gives way to others.
+/// Time without progress after which a connection may be replaced.
 const STUCK: Duration = Duration::from_secs(3);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Doing {
-    /// The head of a request is to come.
+    /// Waiting for the head of a request.
     Asking,
-    /// Nothing, after an answer.
+    /// Idle after a response.
     Nothing,
-    /// A request is being answered.
+    /// A request is being served.
     Working,
 }
 
 struct State {
     doing: Doing,
     since: Instant,
-    /// The peer takes nothing of what is written, since then.
+    /// Since when the peer has not read what is written.
     stuck: Option<Instant>,
-    /// The body of its request is waited for, since then.
+    /// Since when the rest of the request's body has been awaited.
     owed: Option<Instant>,
     ended: Option<Closed>,
 }
 
-/// A connection's place.
+/// The slot of a connection.
 pub(in super::super) struct Seat {
     pub(super) number: u64,
     pub(super) group: Group,
@@ -63,11 +63,12 @@ impl Seat {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Since when it has had no request, or only a part of one, or has not taken its answer; none: it is being answered.
+    /// Returns since when the connection has had no request or an incomplete one, or has not read its response; `None`
+    /// while it is being served.
     pub(super) fn waits_since(&self) -> Option<Instant> {
         let state = self.lock();
         match state.doing {
-            // A moment says nothing.
+            // A short delay does not count.
             Doing::Working => state
                 .stuck
                 .into_iter()
@@ -78,7 +79,7 @@ impl Seat {
         }
     }
 
-    /// Whether it has waited too long at `now`.
+    /// Returns why the connection has to be closed at `now`, if it exceeds a limit.
     pub(super) fn late(&self, limits: &Doors, now: Instant) -> Option<Closed> {
         let state = self.lock();
         let past = |since: Instant, most| now.saturating_duration_since(since) >= most;
@@ -92,23 +93,23 @@ impl Seat {
         }
     }
 
-    /// Has the connection closed.
+    /// Causes the connection to be closed.
     pub(super) fn end(&self, why: Closed) {
         self.lock().ended.get_or_insert(why);
         self.close.notify_one();
     }
 
-    /// Why it is to be closed, if it is.
+    /// Returns why the connection has to be closed, if it does.
     pub(super) fn ended(&self) -> Option<Closed> {
         self.lock().ended
     }
 
-    /// Until it is to be closed.
+    /// Waits until the connection has to be closed.
     pub(super) async fn closed(&self) {
         self.close.notified().await;
     }
 
-    /// So many bytes came.
+    /// Records that bytes have arrived.
     pub(super) fn read(&self, bytes: usize, now: Instant) {
         let mut state = self.lock();
         if bytes > 0 && state.doing == Doing::Nothing {
@@ -117,7 +118,7 @@ impl Seat {
         }
     }
 
-    /// The peer took something, or not.
+    /// Records whether the peer has read something.
     pub(super) fn wrote(&self, some: bool, now: Instant) {
         let mut state = self.lock();
         if some {
@@ -127,7 +128,7 @@ impl Seat {
         }
     }
 
-    /// The rest of a request is waited for, or has come.
+    /// Records whether the rest of a request is still awaited.
     fn owes(&self, more: bool, now: Instant) {
         let mut state = self.lock();
         if more {
@@ -137,14 +138,15 @@ impl Seat {
         }
     }
 
-    /// A whole head has come: it is answered until the returned guard is dropped.
+    /// Records that a complete head has arrived. The request counts as being served until the returned guard is
+    /// dropped.
     pub(super) fn work(self: &Arc<Self>) -> Working {
         self.lock().doing = Doing::Working;
         Working(self.clone())
     }
 }
 
-/// A request is being answered.
+/// Guard of a request that is being served.
 pub(super) struct Working(Arc<Seat>);
 
 impl Drop for Working {
@@ -155,7 +157,7 @@ impl Drop for Working {
     }
 }
 
-/// A stream that tells the seat what passes.
+/// A stream that reports its reads and writes to the seat.
 pub(super) struct Watched<S> {
     stream: S,
     seat: Arc<Seat>,
@@ -228,7 +230,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 }
 
-/// A request's body. Piece by piece does not make it a whole one: only its end says that the peer has asked.
+/// A request's body. Single pieces do not count as progress: the request is complete only when the body ends.
 pub(super) struct Asked {
     body: Body,
     seat: Arc<Seat>,
@@ -270,7 +272,7 @@ impl HttpBody for Asked {
     }
 }
 
-/// An answer's body: the request is being answered until its end.
+/// A response's body. The request counts as being served until it ends.
 pub(super) struct Answer {
     body: Body,
     _working: Working,

@@ -1,5 +1,5 @@
-//! Takes connections in and has them served, HTTP/1.1 only: proxies and programs speak it, and it has no streams, no
-//! header tables and no resets to count.
+//! Accepts connections and serves them over HTTP/1.1 only: proxies and client programs support it, and unlike HTTP/2 it
+//! has no streams, header tables or resets that would need limits.
 
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -21,18 +21,18 @@ use super::seat::{Answer, Asked, Watched};
 use super::{Closed, Peer, Seat};
 use crate::service::manager::App;
 
-/// A request's head, and what is read or written at once.
+/// Maximum size in bytes of a request's head, and of the read and write buffers.
 const BUFFER: usize = 64 << 10;
 const MAX_HEADERS: usize = 100;
-/// How often late connections are looked for.
+/// Interval at which connections over a time limit are looked for.
 const SWEEP: Duration = Duration::from_millis(500);
-/// After an error of the system, e.g. when there are no descriptors.
+/// Delay after an error of the system, e.g. if there are no file descriptors left.
 const BACK_OFF: Duration = Duration::from_millis(100);
 const BACK_OFF_MOST: Duration = Duration::from_secs(1);
-/// So often it is said at most.
+/// Minimum interval between two log lines about such errors.
 const SAID_FOR: Duration = Duration::from_secs(300);
 
-/// Where connections come in.
+/// The listening socket.
 pub(in super::super) enum Bound {
     Tcp(TcpListener),
     Unix(UnixListener, PathBuf),
@@ -47,7 +47,7 @@ impl Bound {
         match self {
             Self::Tcp(listener) => {
                 let (stream, address) = listener.accept().await?;
-                // Small things do not wait for more: events are small. Without it, it merely takes longer.
+                // Events are small and must not be delayed. If setting the option fails, they only take longer.
                 let _ = stream.set_nodelay(true);
                 Ok((Box::new(stream), Some(address.ip())))
             }
@@ -59,7 +59,7 @@ impl Bound {
     }
 }
 
-/// What a peer did, and the system is fine.
+/// Returns whether an error was caused by the peer and not by the system.
 fn of_the_peer(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(
@@ -68,7 +68,7 @@ fn of_the_peer(error: &std::io::Error) -> bool {
     )
 }
 
-/// Errors of the system while connections are taken in: they are waited out, each time longer, and said once.
+/// Handles errors of the system in accepting connections: waits with increasing delays, and logs them once.
 #[derive(Default)]
 struct Trouble {
     pause: Duration,
@@ -91,7 +91,7 @@ impl Trouble {
     }
 }
 
-/// Serves until the manager ends, and then until what is under way is answered.
+/// Serves until the manager ends, and then until requests in progress have been answered.
 pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
     let mut connections = JoinSet::new();
     let mut clock = tokio::time::interval(SWEEP);
@@ -117,7 +117,7 @@ pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
             Ok(accepted) => accepted,
             Err(error) if of_the_peer(&error) => continue,
             Err(error) => {
-                // Who waits gives up a descriptor, so that who asks is answered.
+                // Closing a waiting connection frees a descriptor for one with a request.
                 app.table.give_up_one();
                 trouble.met(&error);
                 continue;
@@ -130,7 +130,7 @@ pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
         };
         connections.spawn(converse(app.clone(), router.clone(), seat, stream, peer));
     }
-    // Nothing more is taken in.
+    // No new connections are accepted.
     let path = match bound {
         Bound::Unix(_, path) => Some(path),
         Bound::Tcp(_) => None,
@@ -146,7 +146,7 @@ pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
     }
 }
 
-/// One connection, to its end.
+/// Serves one connection until it ends.
 async fn converse(
     app: App,
     router: Router,
@@ -166,7 +166,7 @@ async fn converse(
         }
     });
     let connection = hyper::server::conn::http1::Builder::new()
-        // The seat has the times.
+        // The seat enforces the time limits.
         .header_read_timeout(None)
         .max_buf_size(BUFFER)
         .max_headers(MAX_HEADERS)
@@ -175,7 +175,7 @@ async fn converse(
     let mut ending = false;
     loop {
         tokio::select! {
-            // A peer that breaks off or talks nonsense: nothing of ours.
+            // An aborted connection or a malformed request is the peer's fault and needs no handling.
             _ = connection.as_mut() => break,
             () = seat.closed() => break,
             _ = app.cancel.cancelled(), if !ending => {

@@ -1,4 +1,4 @@
-//! What the record wants the queue to hear: orders that go out, and orders that are taken back.
+//! Executes the requests to the queue from the outbox: offers and withdraws orders.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ fn order(app: &App, save: &Save) -> Order {
     }
 }
 
-/// Tells the queue what it has to hear, as written down.
+/// Executes all requests in the outbox that are due.
 pub(super) async fn errands(app: &App) -> Result<(), Trouble> {
     loop {
         let taken = app.record.take_errands(&app.name, ERRANDS).await?;

@@ -1,4 +1,4 @@
-//! What agents say, on its way into the record.
+//! Moves reports of agents from the queue into the record.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -8,15 +8,15 @@ use crate::service::job::{Event, JobId, Report, Said, State};
 use crate::service::manager::App;
 use crate::service::record::{self, Policy, Progress, Save};
 
-/// Reports taken in at once, in one transaction.
+/// Maximum number of reports per transaction.
 const REPORTS: usize = 200;
 const REPORTS_WAIT: Duration = Duration::from_secs(5);
-/// Weight of the last stretch in the rate that is shown.
+/// Weight of the latest interval in the displayed rate.
 const SMOOTHING: f64 = 0.3;
-/// Saves whose rates are kept in mind.
+/// Maximum number of saves whose rates are remembered.
 const MAX_RATES: usize = 20_000;
 
-/// Bytes a second, from one progress of a save to the next.
+/// Computes bytes per second from consecutive progress reports of a save.
 #[derive(Default)]
 struct Rates(HashMap<JobId, (u64, Progress)>);
 
@@ -68,7 +68,7 @@ fn progress_of(report: &Report) -> Option<Progress> {
     }
 }
 
-/// Takes in what agents say. A report is given back to the queue as taken only when it is in the record.
+/// Applies reports of agents until the manager ends. A report is acknowledged only after it has been recorded.
 pub(super) async fn hear(app: &App) {
     let mut rates = Rates::default();
     loop {
@@ -95,13 +95,13 @@ pub(super) async fn hear(app: &App) {
             app.metrics.error("hear");
             pause(app).await;
             if app.cancel.is_cancelled() {
-                // Not taken: the queue gives them to another manager, or to the next one.
+                // Not acknowledged, so the queue delivers them again.
                 return;
             }
         }
         app.metrics.reports(reports.len());
         if let Err(error) = app.queue.taken(&entries).await {
-            // They come again, and are known then.
+            // They will be delivered again and recognized as known.
             tracing::warn!(error = %error, "reports are in the record, and the queue does not know");
         }
     }
@@ -117,7 +117,7 @@ async fn pause(app: &App) {
 async fn take_in(app: &App, reports: &[Report], rates: &mut Rates) -> Result<(), record::Error> {
     let changed = match app.record.hear(reports, &app.policy).await {
         Ok(changed) => changed,
-        // One save that cannot be read, or written, must not keep the others from being heard.
+        // A save that cannot be read or written must not block the reports of others.
         Err(error) if error.is_of_one_save() => hear_one_by_one(app, reports, &app.policy).await?,
         Err(error) => return Err(error),
     };
@@ -167,7 +167,7 @@ async fn hear_one_by_one(
     Ok(changed)
 }
 
-/// A save has changed by an agent's word.
+/// Handles a save that was changed by a report.
 async fn heard(app: &App, save: &Save) {
     let code = save
         .error

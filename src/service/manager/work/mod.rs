@@ -1,6 +1,6 @@
-//! What a manager does by itself: it takes in what agents say (`hear`), answers what they ask
-//! (`words`), does the errands to the queue (`errands`), compares record and queue (`reconcile`), and forgets what is old.
-//! Several managers do it at once: every change is written over the version it was made from.
+//! The background work of a manager: applies reports of agents (`hear`), answers their questions (`words`), executes
+//! requests to the queue (`errands`), compares the record with the queue (`reconcile`), and deletes old data. Several
+//! managers do this at the same time, because every change is written only over the version that it is based on.
 
 mod errands;
 mod hear;
@@ -18,14 +18,14 @@ use super::App;
 use crate::service::queue;
 use crate::service::record;
 
-/// Errands are looked for so often, and at once after this manager's own.
+/// Interval at which the outbox is polled. Requests of this manager are executed at once.
 const ERRANDS_EVERY: Duration = Duration::from_secs(1);
-/// After an error: the record or the queue is away.
+/// Delay after an error, which means that the record or the queue is unavailable.
 const PAUSE: Duration = Duration::from_secs(1);
 const FORGET_EVERY: Duration = Duration::from_secs(600);
 const MEASURE_EVERY: Duration = Duration::from_secs(10);
 
-/// Why a round of background work ended early. The next one begins anew.
+/// Why a round of background work ended early. The next round starts over.
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
     #[error(transparent)]
@@ -34,8 +34,8 @@ enum Trouble {
     Queue(#[from] queue::Error),
 }
 
-/// Works until the manager is told to end. What breaks off leaves nothing half done: each step is one transaction, and
-/// whoever comes next takes it up.
+/// Runs until the manager ends. An interruption leaves nothing half done, because each step is one transaction and the
+/// next round or another manager continues.
 pub(super) async fn run(app: App) {
     tokio::join!(
         hear(&app),
@@ -53,7 +53,7 @@ pub(super) async fn run(app: App) {
     );
 }
 
-/// Does something again and again; also when there are errands, if it is `woken`.
+/// Runs a task at regular intervals and, if `woken`, also when the outbox is notified.
 async fn rounds<F: Future<Output = Result<(), Trouble>>>(
     app: &App,
     task: &'static str,

@@ -1,4 +1,4 @@
-//! Record and queue compared, again and again: what one of them lost is put right once it was seen to stay so.
+//! Compares the record with the queue at regular intervals, and repairs differences that persist.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -9,27 +9,27 @@ use crate::service::manager::App;
 use crate::service::queue::Place;
 use crate::service::record::Standing;
 
-/// Saves compared in one question.
+/// Number of saves per query.
 const COMPARED: u32 = 500;
-/// A queue that has not answered for so long, and two rounds more, was away.
+/// A queue that has not responded for this long and two more rounds counts as unavailable in the meantime.
 const DEAF: Duration = Duration::from_secs(2);
-/// What the queue does not know although reports wait to be taken is not lost before this.
+/// Time before a save that the queue does not know counts as lost while unacknowledged reports may explain it.
 const REPORTS_PATIENCE: Duration = Duration::from_secs(120);
-/// An agent that was told to stop is told again.
+/// Interval at which a request for cancellation is repeated.
 const REMIND_EVERY: Duration = Duration::from_secs(30);
 
-/// What is wrong between the record and the queue about a save.
+/// A difference between the record and the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wrong {
-    /// The queue does not know it.
+    /// The queue does not know the save.
     Unknown,
-    /// An agent had it, and does not renew its claim.
+    /// An agent had claimed the save but does not renew its lease.
     NoLease,
-    /// Its end is wanted, and it goes on.
+    /// Cancellation was requested, but the save continues.
     GoesOn,
 }
 
-/// What is to be done about it.
+/// The repair of a difference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Remedy {
     OfferAgain,
@@ -39,16 +39,16 @@ enum Remedy {
     GiveUp(Code),
 }
 
-/// How a save and its surroundings look.
+/// The observations that a decision is based on.
 #[derive(Clone, Copy, Debug)]
 struct Look {
-    /// What is wrong, and for how long with the same version of the save.
+    /// The difference, and how long it has existed for the same version of the save.
     wrong: Option<(Wrong, Duration)>,
-    /// Whether reports wait that may explain it.
+    /// Whether there are unacknowledged reports that may explain it.
     reports_wait: bool,
-    /// Whether the node has not been heard of for too long.
+    /// Whether the node's last heartbeat is too old.
     node_lost: bool,
-    /// For how long it has been waiting.
+    /// How long the save has been queued.
     waiting: Duration,
 }
 
@@ -61,7 +61,8 @@ fn wrong(save: &Standing, place: Option<Place>) -> Option<Wrong> {
     }
 }
 
-/// Decides from what was seen twice: what a look between two steps of somebody else shows is gone at the next one.
+/// Chooses the repair. Only differences that were seen at least twice count, because a difference that results from
+/// reading between two steps of another process has disappeared the next time.
 fn remedy(save: &Standing, look: &Look, every: Duration, expiry: Duration) -> Option<Remedy> {
     let settled = |for_so_long: Duration| {
         for_so_long >= every && (!look.reports_wait || for_so_long >= REPORTS_PATIENCE)
@@ -98,7 +99,7 @@ fn remedy(save: &Standing, look: &Look, every: Duration, expiry: Duration) -> Op
     None
 }
 
-/// When each node was heard of last, by this manager's clock: those of the nodes may go wrong.
+/// Time of each node's last heartbeat by this manager's clock, because the nodes' clocks may be wrong.
 #[derive(Default)]
 struct Heard {
     nodes: HashMap<String, (i64, Instant)>,
@@ -106,8 +107,8 @@ struct Heard {
 }
 
 impl Heard {
-    /// The queue answers. While it did not, nobody could be heard: that time is no node's fault, and after it each has
-    /// to be there again only as if it had been heard of now.
+    /// Records that the queue responds. If it did not for longer than `patience`, no heartbeats could arrive, so all
+    /// nodes count as seen now.
     fn listen(&mut self, patience: Duration) {
         let now = Instant::now();
         let deaf = self
@@ -129,7 +130,7 @@ impl Heard {
         }
     }
 
-    /// A node that was never heard of is so from now on.
+    /// Returns the time since the last heartbeat. A node without any counts as seen at the first call.
     fn silent_for(&mut self, name: &str) -> Duration {
         let now = Instant::now();
         let heard = self.nodes.entry(name.to_owned()).or_insert((0, now));
@@ -139,7 +140,7 @@ impl Heard {
 
 type Seen = HashMap<JobId, (u64, Wrong, Instant)>;
 
-/// Compares the record with the queue, again and again.
+/// Compares the record with the queue at regular intervals until the manager ends.
 pub(super) async fn reconcile(app: &App) {
     let mut seen = Seen::new();
     let mut heard = Heard::default();
@@ -167,7 +168,8 @@ async fn compare(app: &App, before: Seen, heard: &mut Heard) -> Result<Seen, Tro
     }
     let mut after = None;
     loop {
-        // In this order: a save that ended after it was read here has another version when something is written.
+        // The record is read before the queue. If a save ends in between, its version differs, and the write is
+        // rejected.
         let saves = app.record.standing(after, COMPARED).await?;
         let Some(last) = saves.last() else {
             return Ok(seen);
@@ -268,7 +270,7 @@ mod tests {
         use State::{Assigned, Queued, Running};
         use Wrong::{GoesOn, NoLease, Unknown};
         let cases = [
-            // state, cancelling, wrong, seconds, reports wait, node lost -> remedy
+            // state, cancelling, difference, seconds, unacknowledged reports, node lost -> repair
             (Queued, false, Some(Unknown), 0, false, false, None),
             (
                 Queued,

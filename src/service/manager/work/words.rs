@@ -1,4 +1,5 @@
-//! Agents ask whether a save is still wanted, and the record answers: who can write to the queue alone cannot.
+//! Answers the agents' questions whether a save is still wanted, from the record. Write access to the queue is not
+//! enough to give such an answer.
 
 use std::time::Duration;
 
@@ -12,14 +13,14 @@ use crate::service::record::Save;
 const QUESTIONS_WAIT: Duration = Duration::from_secs(5);
 const AT_ONCE: usize = 16;
 
-/// What the record says to who asks about `save`.
+/// Returns the answer about `save` according to the record.
 fn word(save: Option<&Save>, question: &Question) -> Word {
     let Some(save) = save else {
         return Word::Unwanted;
     };
     let over = save.state.is_final() || save.cancelling;
-    // An earlier attempt that goes on does what a later one would; a later one than there is was signed by no manager of
-    // this record.
+    // An earlier attempt that continues does the same as a later one would. An attempt later than the current one was
+    // not signed by a manager of this record.
     if over || save.node != question.node || question.attempt > save.attempt {
         return Word::Unwanted;
     }
@@ -29,7 +30,7 @@ fn word(save: Option<&Save>, question: &Question) -> Word {
     Word::Wanted
 }
 
-/// Answers as long as the manager runs.
+/// Answers questions until the manager ends.
 pub(super) async fn answer(app: &App) {
     while !app.cancel.is_cancelled() {
         let asked = tokio::select! {
