@@ -1,4 +1,4 @@
-//! `--background`: idle beside everybody, and in a hurry while a container stands still.
+//! `--background`: the save runs with idle priority, but at full speed while the container is frozen.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -28,7 +28,8 @@ fn commit(node: &Node, flags: &[&str]) -> Result<Child> {
         .spawn()?)
 }
 
-/// Niceness of its first thread (field 19 of `proc_pid_stat(5)`), and whether it is in the idle group.
+/// Returns the niceness of the first thread (field 19 of `proc_pid_stat(5)`), and whether the process is in the idle
+/// cgroup.
 fn place(pid: u32) -> Result<(i32, bool)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let after = stat.rsplit_once(')').context("stat")?.1;
@@ -40,7 +41,7 @@ fn place(pid: u32) -> Result<(i32, bool)> {
     Ok((nice.parse()?, idle))
 }
 
-/// Whether this machine has a cgroup that counts as idle.
+/// Returns whether this machine has a cgroup with idle priority.
 fn can_be_idle() -> bool {
     let places = [
         "/sys/fs/cgroup/cpu",

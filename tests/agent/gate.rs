@@ -1,4 +1,4 @@
-//! `commit --gate-fd`: the tag is put on when whoever was asked says so, and not otherwise.
+//! `commit --gate-fd`: the tag is set only after the parent process has confirmed it.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};

@@ -1,4 +1,4 @@
-//! Jobs from the order to the last word.
+//! Jobs from the order to the final report.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use upperdeck::service::queue::{Clock, Limits, Local, Queue, Settings, Withdrawn
 
 use crate::node::{Node, Service, alive, local, wait};
 
-/// An agent with an order, at the moment in which its container stands still.
+/// Starts an agent with an order and waits until the container is frozen.
 async fn stand_still(node: &Node) -> Result<(Service, Order)> {
     node.work_a_lot()?;
     let mut options = node.options();
@@ -288,7 +288,8 @@ async fn a_child_that_is_killed_leaves_a_container_that_runs_and_a_failure_that_
     Ok(())
 }
 
-/// Makes the file `ran` when it is started for a job. Sessions are looked into by the same program, at any time.
+/// Returns shell code that creates the file `ran` when the program is started for a job. The agent also uses the
+/// program for inspections, at any time.
 fn began(ran: &Path) -> String {
     format!(
         "case \" $* \" in *\" commit \"*) touch {} ;; esac",
@@ -296,7 +297,7 @@ fn began(ran: &Path) -> String {
     )
 }
 
-/// Says that it works, and does not end when it is asked to.
+/// Shell code of a program that reports a phase and ignores SIGTERM.
 const STUBBORN: &str =
     "trap '' TERM; echo '{\"event\":\"phase\",\"phase\":\"scanning\"}'; while :; do sleep 1; done";
 

@@ -1,5 +1,5 @@
-//! A node's agent with real children and a real container: what it does, whoever dies, and what it does not do, whoever
-//! asks.
+//! A node's agent with real child processes and a real container: how it reacts when any process dies, and that it
+//! refuses unauthorized requests.
 
 #[path = "../support/mod.rs"]
 #[allow(dead_code, reason = "other tests use the rest of it")]

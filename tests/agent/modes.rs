@@ -1,5 +1,5 @@
-//! What a save, an agent and `up` leave on disk is for its owner alone, whatever the umask says, unless somebody asked for
-//! something else.
+//! Files that a save, an agent and `up` leave on disk are accessible only to their owner, whatever the umask is, unless
+//! another mode was requested.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::node::{Node, UPPERDECK, wait};
 
-/// The program, started with a umask. What runs is this very process: it is ended by its number.
+/// Starts the program with a umask. `exec` keeps the PID, so the test can signal the process.
 fn upperdeck(umask: &str, args: &[String]) -> Command {
     let mut command = Command::new("sh");
     command
@@ -26,7 +26,7 @@ fn upperdeck(umask: &str, args: &[String]) -> Command {
     command
 }
 
-/// Every file and directory below, and itself, with what of its mode is not expected.
+/// Collects every file and directory at and below `path` that does not have the expected mode.
 fn wrong(path: &Path, file: u32, directory: u32, found: &mut Vec<String>) -> Result<()> {
     let there = fs::symlink_metadata(path)?;
     let expected = if there.is_dir() { directory } else { file };
@@ -127,7 +127,7 @@ async fn a_layer_is_its_owners_or_as_was_asked_for() -> Result<()> {
     Ok(())
 }
 
-/// `up`, until it can be reached; then its end.
+/// Runs `up` until it can be reached, then ends it.
 async fn up(state: &Path, umask: &str, more: &[String]) -> Result<String> {
     let mut args: Vec<String> = ["up", "--listen=127.0.0.1:0", "--drain=1s"]
         .map(str::to_owned)

@@ -1,5 +1,5 @@
-//! A node as an agent sees it: a container with an overlay as its root in a cgroup of its own, what Docker would have
-//! written down about it, and a queue in this process.
+//! A node for tests of the agent: a container with an overlay root in its own cgroup, the files that Docker would have
+//! written about it, and an in-process queue.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -30,10 +30,10 @@ use crate::support::{Need, ignored};
 
 pub const UPPERDECK: &str = env!("CARGO_BIN_EXE_upperdeck");
 pub const NODE: &str = "node-1";
-/// Longer than anything takes on a machine that others work on.
+/// Longer than anything takes, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Everything; what runs is ended when it is dropped.
+/// The node. Dropping it ends its processes.
 pub struct Node {
     pub id: String,
     pub pid: u32,
@@ -43,7 +43,7 @@ pub struct Node {
     dir: TempDir,
 }
 
-/// Waits for something that happens by itself.
+/// Waits until `look` returns something. Fails with `what` if that takes too long.
 pub async fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
     let until = Instant::now() + PATIENCE;
     loop {
@@ -62,7 +62,7 @@ fn run(program: &str, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A cgroup that can be frozen.
+/// Creates a cgroup that can be frozen.
 fn cgroup() -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -80,7 +80,7 @@ fn cgroup() -> Result<PathBuf> {
     bail!("no cgroup can be made")
 }
 
-/// An image of one layer in a layout, and the same unpacked: busybox, and places to write to.
+/// Creates an image of one layer in a layout and its unpacked tree: busybox and writable directories.
 fn base(layout: &Path, lower: &Path) -> Result<()> {
     let tree = tempfile::tempdir()?;
     for dir in ["bin", "proc", "home", "tmp"] {
@@ -135,13 +135,13 @@ fn base(layout: &Path, lower: &Path) -> Result<()> {
 }
 
 impl Node {
-    /// None where this machine cannot have one.
+    /// Creates a node; `None` if this machine does not support it.
     pub async fn new() -> Result<Option<Self>> {
         Self::start("", "").await
     }
 
-    /// With the directory `volume` of [`Self::path`] mounted at `/srv/data`; `chroot` are flags of chroot(1), for the user
-    /// that its first process is.
+    /// Creates a node with the directory `volume` of [`Self::path`] mounted at `/srv/data`. `chroot` contains flags of
+    /// chroot(1) for the user of the first process.
     pub async fn with_volume(chroot: &str) -> Result<Option<Self>> {
         Self::start(
             "mkdir -p \"$3/srv/data\" && mount --bind \"$4\" \"$3/srv/data\" &&",
@@ -255,17 +255,17 @@ impl Node {
         self.dir.path().join(name)
     }
 
-    /// Where the container's root is mounted, in its own mount namespace.
+    /// Returns where the container's root is mounted, in its own mount namespace.
     pub fn merged(&self) -> PathBuf {
         self.path("docker/overlay2/mounted/merged")
     }
 
-    /// Somebody works in the container.
+    /// Writes a file in the container.
     pub fn work(&self, path: &str, content: &[u8]) -> io::Result<()> {
         fs::write(format!("/proc/{}/root/{path}", self.pid), content)
     }
 
-    /// So much that a full pause can be seen: it does not compress.
+    /// Writes so much incompressible data that a full pause is long enough to be observed.
     pub fn work_a_lot(&self) -> Result<()> {
         let mut bytes = vec![0; 48 << 20];
         io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut bytes)?;
@@ -280,7 +280,7 @@ impl Node {
         events.is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
     }
 
-    /// As an administrator does it.
+    /// Freezes or thaws the container, as an administrator would.
     pub fn pause(&self, pause: bool) -> io::Result<()> {
         let v1 = self.cgroup.join("freezer.state");
         if v1.exists() {
@@ -327,13 +327,13 @@ impl Node {
         }
     }
 
-    /// Whether there is an image under a tag where orders put theirs.
+    /// Returns whether the tag of the orders exists.
     pub fn tagged(&self) -> bool {
         let index = fs::read_to_string(self.path("images/alice/x/index.json"));
         index.is_ok_and(|index| index.contains("monday"))
     }
 
-    /// A program that does `lines` instead of saving.
+    /// Creates a program that runs `lines` instead of saving.
     pub fn program(&self, lines: &str) -> Result<PathBuf> {
         let path = self.path(&format!("program-{}", JobId::new()));
         // By a process of its own: a child that another test forks meanwhile would hold the descriptor, and what is open
@@ -350,7 +350,7 @@ impl Node {
         Ok(path)
     }
 
-    /// The child of a running job, from the agent's own notes.
+    /// Returns the child process of a running job, according to the agent's spool.
     pub fn child(&self, job: JobId) -> Option<u32> {
         let note = fs::read(self.path(&format!("spool/running/{job}.note"))).ok()?;
         let note: serde_json::Value = serde_json::from_slice(&note).ok()?;
@@ -378,11 +378,11 @@ pub fn alive(pid: u32) -> bool {
     stat.is_ok_and(|stat| !stat.contains(") Z "))
 }
 
-/// A queue, what is told by it, and an agent that works from it.
+/// A queue with its reports, and an agent that works for it.
 pub struct Service {
     pub queue: Queue,
     pub reports: Arc<Mutex<Vec<Report>>>,
-    /// What the manager says where it does not say that a save is wanted; none: nothing.
+    /// The manager's answers other than "wanted"; `None` means no answer.
     words: Words,
     cancel: Cancel,
     agent: JoinHandle<Result<(), agent::Error>>,
@@ -392,7 +392,7 @@ pub struct Service {
 
 pub type Words = Arc<Mutex<Vec<(Before, Option<Word>)>>>;
 
-/// Answers as a manager does whose record has only saves that are wanted, but for `words`.
+/// Answers questions as a manager would for which all saves are wanted, except for `words`.
 async fn answer(queue: Queue, words: Words) {
     loop {
         let Ok(questions) = queue.questions(Duration::from_millis(200)).await else {
@@ -425,7 +425,7 @@ impl Service {
         Self::over(options, queue.clone(), queue)
     }
 
-    /// With one side of the queue for the agent and one for the manager.
+    /// Starts the service with separate queue clients for the agent and the manager.
     pub fn over(options: Options, agents: Queue, queue: Queue) -> Self {
         let reports: Arc<Mutex<Vec<Report>>> = Arc::default();
         let words = Words::default();
@@ -463,7 +463,7 @@ impl Service {
         }
     }
 
-    /// What the manager says from now on where it is asked; none: nothing.
+    /// Sets the manager's answer from now on; `None` means no answer.
     pub fn say(&self, before: Before, word: Option<Word>) {
         let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
         words.retain(|(known, _)| *known != before);
@@ -479,7 +479,7 @@ impl Service {
             .collect()
     }
 
-    /// The last word about a job.
+    /// Waits for the final report of a job.
     pub async fn last_word(&self, job: JobId) -> Result<Said> {
         wait("the job's last word", || {
             let mut said = self.said(job).into_iter().map(|report| report.said);
@@ -496,7 +496,7 @@ impl Service {
         }
     }
 
-    /// Asks the agent to end; returns when it has.
+    /// Ends the agent and waits until it has ended.
     pub async fn end(self) -> Result<Vec<Report>> {
         self.cancel.cancel();
         let ended = tokio::time::timeout(PATIENCE, self.agent).await;

@@ -1,4 +1,4 @@
-//! What an agent does about what its dead predecessor left.
+//! How an agent cleans up after a predecessor that died.
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;

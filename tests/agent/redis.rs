@@ -1,4 +1,4 @@
-//! The agent over a Redis that comes, dies and forgets.
+//! The agent with a Redis that starts late, dies and loses its data.
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use upperdeck::service::queue::{Limits, Offered, Place, Queue, Redis};
 use crate::node::{NODE, Node, Service, UPPERDECK, wait};
 use crate::support::{Need, ignored};
 
-/// On a socket in a directory of its own; it keeps nothing.
+/// A Redis server on a socket in its own directory, without persistence.
 pub struct Server {
     child: Child,
     dir: tempfile::TempDir,
@@ -71,14 +71,14 @@ impl Server {
         self.up().await
     }
 
-    /// For mischief.
+    /// Opens a direct connection, to inspect or corrupt the data.
     pub async fn connection(&self) -> Result<redis::aio::MultiplexedConnection> {
         let socket = self.dir.path().join("redis.sock");
         let client = redis::Client::open(format!("redis+unix://{}", socket.display()))?;
         Ok(client.get_multiplexed_async_connection().await?)
     }
 
-    /// With the key of the tests' node.
+    /// Returns a queue with the key of the tests' node.
     pub async fn node_queue(&self) -> Result<Queue> {
         let master = Keys::parse(KEY)?;
         self.with(Keys::parse_node(&master.node_file(NODE)?, NODE)?)

@@ -1,5 +1,5 @@
-//! Orders that somebody puts back into the queue: with a real manager and its record, over Redis with the node's own key
-//! and in one process. A save that was cancelled or is done stays so.
+//! Orders that a third party puts back into the queue: with a real manager and its record, over Redis with the node's
+//! own key, and in one process. A save that was cancelled or has ended is not repeated.
 
 use std::fs;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use upperdeck::service::record::{Most, Record, Save, Submitted};
 use crate::node::{NODE, Node, Service, UPPERDECK, local, wait};
 use crate::redis::Server;
 
-/// A manager over a record, and how the queue is reached from both sides.
+/// A manager with a record, and the clients of the queue for both sides.
 struct Site {
     record: Record,
     managers: Queue,
@@ -29,7 +29,7 @@ struct Site {
     manager: JoinHandle<Result<(), manager::Error>>,
 }
 
-/// An agent that runs.
+/// A running agent.
 struct Agent {
     cancel: Cancel,
     task: JoinHandle<Result<(), agent::Error>>,
@@ -42,7 +42,7 @@ impl Agent {
     }
 }
 
-/// What somebody copied out of the queue.
+/// A copy of data from the queue.
 enum Copy {
     Keys(Vec<(Vec<u8>, Vec<u8>)>),
     Order(Box<Order>),
@@ -91,7 +91,7 @@ impl Site {
         }))
     }
 
-    /// Somebody asks for a save.
+    /// Submits a save.
     async fn submit(&self, node: &Node) -> Result<JobId> {
         let order = node.order();
         let now = now_ms();
@@ -186,8 +186,8 @@ impl Site {
         Agent { cancel, task }
     }
 
-    /// All that belongs to the order while it waits, as whoever reads Redis sees it; its manager's own order where there
-    /// is no Redis.
+    /// Copies everything that belongs to a waiting order, as a client with access to Redis could. Without Redis,
+    /// returns the order of the manager.
     async fn copy(&self, node: &Node, job: JobId) -> Result<Copy> {
         self.until_known(job, true).await?;
         let Some(server) = &self.server else {
@@ -206,7 +206,7 @@ impl Site {
         Ok(Copy::Keys(keys))
     }
 
-    /// Puts it back, and waits until it has gone its way.
+    /// Puts the copy back, and waits until the order has been processed.
     async fn put_back(&self, job: JobId, copy: &Copy) -> Result<()> {
         match copy {
             Copy::Order(order) => drop(self.managers.offer(order).await?),
@@ -233,7 +233,7 @@ impl Site {
     }
 }
 
-/// An agent's options with a program that counts how often it is begun, and saves when it may.
+/// Returns options with a program that records each start, and saves once a file permits it.
 fn counting(node: &Node) -> Result<agent::Options> {
     let mut options = node.options();
     let (ran, go) = (node.path("ran"), node.path("go"));
@@ -335,7 +335,7 @@ async fn what_is_done_is_not_done_again_in_one_process() -> Result<()> {
     cancelled_or_done(false, false).await
 }
 
-/// The node's own memory needs no manager.
+/// The node's own record of outcomes does not need a manager.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_has_ended_is_remembered_by_the_node_alone() -> Result<()> {
     let Some(node) = Node::new().await? else {
@@ -357,7 +357,8 @@ async fn what_has_ended_is_remembered_by_the_node_alone() -> Result<()> {
     Ok(())
 }
 
-/// All is delivered, and no manager says that it is wanted: nothing is tagged, and the container runs all the while.
+/// If no manager confirms the tag after everything else has been delivered, no tag is set, and the container keeps
+/// running.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_managers_word_there_is_no_tag_and_nothing_is_lost() -> Result<()> {
     let Some(node) = Node::new().await? else {

@@ -1,4 +1,5 @@
-//! Volumes: which are saved, with whose rights they are read, and that nothing a tenant mounts is waited for.
+//! Volumes: which of them are saved, with which permissions they are read, and that a mount that a tenant controls
+//! cannot block a save.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -14,12 +15,12 @@ use upperdeck::service::job::{Code, Order, Outcome, Said};
 use crate::node::{Node, Service, UPPERDECK, local, wait};
 use crate::support::ignore;
 
-/// The container's first process: a user without capabilities, with one more group.
+/// Flags for the first process of the container: a user without capabilities, with a supplementary group.
 const AS_RESEARCHER: &str = "--userspec=1000:1000 --groups=2000";
-/// It is another user's.
+/// Content of files that belong to another user.
 const OTHERS: &str = "the password of another user\n";
 
-/// What is in the volume: path, owner, group, mode of a file, and of its directory where it has one of its own.
+/// Files in the volume: path, owner, group, mode, and the mode of the file's own directory, if there is one.
 const FILES: [(&str, u32, u32, u32, Option<u32>); 7] = [
     ("own", 1000, 1000, 0o600, None),
     ("everybodys", 1001, 1001, 0o644, None),
@@ -47,7 +48,7 @@ fn fill(volume: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Everything below the volume in the image's layers, sorted.
+/// Returns the names of everything below the volume in the image's layers, sorted.
 fn saved(layout: &Path) -> Result<Vec<String>> {
     let blob = |digest: &serde_json::Value| {
         let digest = digest.as_str().unwrap_or_default();
@@ -163,14 +164,14 @@ async fn a_volume_that_nobody_listed_is_not_saved() -> Result<()> {
     Ok(())
 }
 
-/// A file system that does not answer; gone when it is dropped.
+/// A file system that does not respond. It is unmounted on drop.
 struct Silent {
     server: Child,
     words: BufReader<ChildStdout>,
 }
 
 impl Silent {
-    /// None where this machine has no FUSE.
+    /// Returns `None` if this machine has no FUSE.
     fn mount(node: &Node, target: &str, file: &[&str]) -> Result<Option<Self>> {
         if !Path::new("/dev/fuse").exists() {
             ignore("needs /dev/fuse");
@@ -212,7 +213,7 @@ impl Drop for Silent {
     }
 }
 
-/// `commit` by the command line. One that hangs is ended by the test's own bound.
+/// Runs `commit` on the command line, with a time limit in case it hangs.
 async fn commit(node: &Node, name: &str, options: &[&str]) -> Result<Output> {
     let mut command = tokio::process::Command::new(UPPERDECK);
     command
@@ -266,7 +267,7 @@ async fn a_mount_in_a_volume_is_not_asked() -> Result<()> {
     Ok(())
 }
 
-/// Maps the file that is never read, and reads it.
+/// Python program that maps a file that is never readable, and reads the mapping.
 const MAPPER: &str = "
 import mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR)
@@ -376,7 +377,7 @@ async fn a_child_that_cannot_die_gives_its_slot_back() -> Result<()> {
     Ok(())
 }
 
-/// A capability of a user namespace counts for what belongs to ids that it maps, and for nothing else.
+/// A capability in a user namespace applies only to files with IDs that the namespace maps.
 #[test]
 fn rights_of_a_user_namespace_end_with_its_ids() -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;

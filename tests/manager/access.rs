@@ -1,4 +1,4 @@
-//! Who may do what: each caller x each call, and the ways to say who one is.
+//! Authentication and permissions: each kind of caller with each call, and the ways to authenticate.
 
 use base64::Engine as _;
 use reqwest::Method;
@@ -17,8 +17,8 @@ const CALLERS: [Who; 7] = [
     Who::Nobody,
 ];
 
-/// Method, path, body and the status for each of `CALLERS`. ALICE stands for a save of alice's that is open, DONE for one
-/// that has failed.
+/// Method, path, body, and the expected status for each of `CALLERS`. ALICE stands for an open save of alice, DONE for
+/// a failed one.
 #[rustfmt::skip]
 const TABLE: [(&str, &str, &str, [u16; 7]); 26] = [
     ("GET", "/api/v1/me", "", [200, 200, 200, 200, 403, 200, 401]),
@@ -146,7 +146,7 @@ async fn everybody_sees_their_own_and_administrators_all() -> Outcomes {
     manager.stop().await
 }
 
-/// A key that signs, and the key set that checks it.
+/// A signing key of an identity provider, and the key set that verifies its signatures.
 pub struct Provider {
     key: jsonwebtoken::EncodingKey,
     pub set: String,
@@ -168,7 +168,7 @@ impl Provider {
         })
     }
 
-    /// With a further field in the head, rightly signed.
+    /// Returns a correctly signed token with an additional header field.
     fn token_with(
         &self,
         kid: &str,

@@ -1,4 +1,5 @@
-//! What peers without a token, and users with one, cannot do: hold the manager's doors.
+//! Connection limits: neither unauthenticated peers nor users with a token can block the manager by holding
+//! connections.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -19,7 +20,7 @@ async fn connect(at: SocketAddr, text: &str) -> Fallible<TcpStream> {
     Ok(stream)
 }
 
-/// Until the manager closes, or the answer's head is there.
+/// Reads until the manager closes the connection or the response head is complete.
 async fn head(stream: &mut TcpStream) -> Fallible<String> {
     let mut text = Vec::new();
     let mut buffer = [0; 4096];
@@ -301,7 +302,7 @@ async fn a_user_has_so_many_requests_at_once_and_saves_a_day() -> Outcomes {
     manager.stop().await
 }
 
-/// `upperdeck up` with so few files, and what it says; ended when dropped.
+/// A running `upperdeck up` with a limit on open files, and its log. It is ended on drop.
 struct Up {
     child: std::process::Child,
     at: SocketAddr,

@@ -1,4 +1,4 @@
-//! Events: who drops and returns misses nothing, whoever was away.
+//! Event streams: a watcher that disconnects and reconnects misses nothing, whichever process was down in between.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::site::{
 };
 use crate::{postgres, support};
 
-/// Every version once and in order, up to the last one.
+/// Checks that every version was received once and in order, up to the last one.
 fn check_whole(versions: &[u64], last: u64) {
     assert_eq!(versions, (1..=last).collect::<Vec<_>>());
 }

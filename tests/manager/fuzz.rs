@@ -1,5 +1,5 @@
-//! A fuzzer that knows the API's description: nothing that it sends makes the manager fail, and every answer is one that
-//! the description has.
+//! Fuzzing based on the description of the API: no request makes the manager fail, and every response conforms to the
+//! description.
 
 use std::path::Path;
 use std::process::Command;
@@ -10,7 +10,7 @@ use upperdeck::service::manager::auth::Role;
 use crate::site::{Agent, Outcomes, Site, Who, id, session, submit};
 use crate::support;
 
-/// Requests a call. `UPPERDECK_FUZZ` says another number.
+/// Number of requests per call. `UPPERDECK_FUZZ` overrides it.
 const EXAMPLES: &str = "15";
 
 #[tokio::test(flavor = "multi_thread")]

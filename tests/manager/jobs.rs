@@ -1,4 +1,4 @@
-//! A save's way through the service: asked for once, repeated, ended, lost and found again.
+//! The life of a save in the service: submission, repetition, cancellation, loss and recovery.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! The manager as its callers see it, over a real record and the queue inside one process; the agent is a stand-in that
-//! speaks the queue's language.
+//! Tests of the manager through its API, with a real record and the in-process queue. The agent is a stand-in that uses
+//! the queue's interface.
 
 mod access;
 mod doors;

@@ -1,4 +1,4 @@
-//! Signing in with a browser: what the cookie is worth, for whom, where and until when.
+//! Signing in with a browser: what the cookie permits, to whom, where and until when.
 
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
@@ -10,7 +10,7 @@ use crate::site::{Outcomes, Site, Who, http, id, session, submit};
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
-/// What a browser has of a sign-in.
+/// What a browser stores of a sign-in.
 struct Browser {
     at: SocketAddr,
     /// Name and value.
@@ -382,7 +382,7 @@ async fn a_proxy_goes_before_any_cookie() -> Outcomes {
     manager.stop().await
 }
 
-/// An identity provider that answers when it is told to.
+/// An identity provider that answers only when the test permits it.
 async fn slow_provider(
     set: String,
 ) -> Fallible<(

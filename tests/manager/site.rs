@@ -1,5 +1,5 @@
-//! A whole service in one process, with a stand-in for the agent: managers over a record and a queue, callers with tokens,
-//! nodes that say what the test wants.
+//! A complete service in one process with a stand-in for the agent: managers with a record and a queue, callers with
+//! tokens, and nodes that report what the test specifies.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -23,10 +23,10 @@ use upperdeck::service::record::Record;
 pub type Outcomes = Result<(), Box<dyn std::error::Error>>;
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
-/// Nothing in these tests takes so long unless it never comes.
+/// Time after which an expected event counts as missing; far longer than anything in these tests takes.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Who asks.
+/// A caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Who {
     Alice,
@@ -37,7 +37,7 @@ pub enum Who {
     Nobody,
 }
 
-/// A manager that runs.
+/// A running manager.
 pub struct Manager {
     pub address: SocketAddr,
     cancel: Cancel,
@@ -83,7 +83,7 @@ impl Site {
         })
     }
 
-    /// As most tests begin: with a manager, and a node on which `sessions` run.
+    /// The setup of most tests: a manager, and a node on which `sessions` run.
     pub async fn at_work(sessions: &[Session]) -> Fallible<(Self, Manager, Agent)> {
         let site = Self::new()?;
         let manager = site.manager().await?;
@@ -92,7 +92,7 @@ impl Site {
         Ok((site, manager, agent))
     }
 
-    /// On a PostgreSQL.
+    /// Uses a PostgreSQL database.
     pub fn on(place: String) -> Fallible<Self> {
         Ok(Self {
             dir: tempfile::tempdir()?,
@@ -150,7 +150,7 @@ pub fn http() -> Fallible<reqwest::Client> {
     Ok(upperdeck::store::registry::http_client("127.0.0.1").build()?)
 }
 
-/// A request of somebody.
+/// Builds a request of a caller.
 pub fn request(at: SocketAddr, who: Who, method: Method, path: &str) -> Fallible<RequestBuilder> {
     let request = http()?.request(method, format!("http://{at}{path}"));
     Ok(match who {
@@ -190,7 +190,7 @@ pub async fn get(at: SocketAddr, who: Who, path: &str) -> Fallible<Value> {
     Ok(body)
 }
 
-/// Asks again until `is` it.
+/// Repeats a request until its response satisfies `is`.
 pub async fn until(
     at: SocketAddr,
     who: Who,
@@ -219,7 +219,7 @@ pub async fn submit(at: SocketAddr, who: Who, session: &str, tag: &str) -> Falli
     Ok(body["id"].as_str().ok_or("no id")?.parse()?)
 }
 
-/// A session's ID, as runtimes make them.
+/// Returns a session ID in the format of runtimes.
 pub fn id(n: usize) -> String {
     format!("{n:064x}")
 }
@@ -277,7 +277,7 @@ impl Agent {
         Ok(())
     }
 
-    /// The next order for it.
+    /// Claims the next order.
     pub async fn claim(&self) -> Fallible<Claim> {
         let found = self.queue.claim("n1", &self.name, 1, PATIENCE).await?;
         found.into_iter().next().ok_or_else(|| "no order".into())
@@ -321,7 +321,7 @@ impl Agent {
         Ok(())
     }
 
-    /// All that a child says, to the end.
+    /// Sends all reports of a successful save.
     pub async fn work(&self, claim: &Claim) -> Outcomes {
         self.begin(claim).await?;
         self.say(claim, 2, phase(Phase::Streaming)).await?;
@@ -382,7 +382,7 @@ pub fn succeeded() -> Outcome {
     }
 }
 
-/// Events of a save, as a browser reads them.
+/// The event stream of a save, as a browser reads it.
 pub struct Events {
     stream: futures_util::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>,
     rest: String,
@@ -411,7 +411,7 @@ impl Events {
         })
     }
 
-    /// The next event; none: the stream has ended.
+    /// Returns the next event; `None` at the end of the stream.
     pub async fn next(&mut self) -> Fallible<Option<Heard>> {
         loop {
             if let Some((event, rest)) = self.rest.split_once("\n\n") {

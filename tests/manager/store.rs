@@ -1,4 +1,5 @@
-//! LIST and DEL over layout directories: what is there, told with what the record remembers; only one's own is deleted.
+//! LIST and DEL with layout directories: images are listed with the data in the record, and users can delete only their
+//! own.
 
 use bytes::Bytes;
 use reqwest::{Method, StatusCode};
@@ -12,7 +13,7 @@ use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, submit, suc
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 
-/// An image without layers under a tag, as a save would leave it.
+/// Stores an image without layers under a tag, as a save would.
 fn push(
     site: &Site,
     user: &str,

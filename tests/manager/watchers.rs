@@ -1,5 +1,5 @@
-//! What a thousand watchers cost a manager. A measurement, not a test: it runs when it is asked for
-//! (`cargo test --release --test manager watchers -- --ignored --nocapture`).
+//! Measures the cost of a thousand watchers. It is a measurement and no test, so it runs only on request (`cargo test
+//! --release --test manager watchers -- --ignored --nocapture`).
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ const WATCHERS: usize = 1000;
 const JOBS: usize = 100;
 const STRETCH: Duration = Duration::from_secs(10);
 
-/// CPU seconds of this program's threads of a name, and those of SQLite's worker.
+/// Returns the CPU seconds of this program's threads with a certain name, and of SQLite's worker.
 fn cpu_seconds() -> f64 {
     let tasks = std::fs::read_dir("/proc/self/task")
         .into_iter()

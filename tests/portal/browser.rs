@@ -1,5 +1,5 @@
-//! Chromium by ChromeDriver: the few words of the WebDriver protocol that the tests speak, and what they watch everywhere:
-//! violations of the page's policy and errors of its scripts.
+//! Chromium through ChromeDriver: the part of the WebDriver protocol that the tests need. It also records violations of
+//! the page's content security policy and script errors.
 
 #![allow(
     clippy::needless_pass_by_value,
@@ -17,10 +17,10 @@ use serde_json::{Value, json};
 
 pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
-/// Far beyond what anything takes, on a machine that does other things, too.
+/// Far longer than anything takes, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// Runs before any script of the page: what must not happen is kept where a test can see it.
+/// Script that runs before any script of the page and records forbidden events where a test can read them.
 const WATCH: &str = "
     window.wrong = [];
     document.addEventListener('securitypolicyviolation', (e) => wrong.push(`policy: ${e.violatedDirective} ${e.blockedURI} ${e.sample}`));
@@ -28,7 +28,7 @@ const WATCH: &str = "
     window.addEventListener('unhandledrejection', (e) => wrong.push(`rejection: ${e.reason?.stack ?? e.reason}`));
 ";
 
-/// How a browser is started.
+/// Settings with which a browser is started.
 pub struct Look {
     pub language: &'static str,
     pub dark: bool,
@@ -47,7 +47,7 @@ impl Default for Look {
     }
 }
 
-/// One browser with one window; it ends when dropped.
+/// A browser with one window; it is ended on drop.
 pub struct Browser {
     driver: Child,
     port: u16,
@@ -64,7 +64,7 @@ fn program(names: &[&str]) -> Option<PathBuf> {
     })
 }
 
-/// Why there is no browser, if there is none.
+/// Returns why there is no browser, if there is none.
 pub fn missing() -> Option<&'static str> {
     let there =
         program(&["chromedriver"]).is_some() && program(&["chromium", "google-chrome"]).is_some();
@@ -163,7 +163,7 @@ impl Browser {
         self.look(look)
     }
 
-    /// Another palette or size, without a reload.
+    /// Changes the color scheme and the size without reloading the page.
     pub fn look(&self, look: &Look) -> Outcome {
         let scheme = if look.dark { "dark" } else { "light" };
         let features = json!([{ "name": "prefers-color-scheme", "value": scheme }]);
@@ -198,7 +198,7 @@ impl Browser {
         self.post("refresh", &json!({})).map(drop)
     }
 
-    /// What a script returns; `arguments` are what it is given.
+    /// Runs a script with `arguments` and returns its result.
     pub fn run(&self, script: &str, arguments: Value) -> Outcome<Value> {
         self.post(
             "execute/sync",
@@ -206,7 +206,7 @@ impl Browser {
         )
     }
 
-    /// Waits until a script returns something true, and has it.
+    /// Waits until a script returns a truthy value, and returns that value.
     pub fn until(&self, what: &str, script: &str, arguments: Value) -> Outcome<Value> {
         let begun = Instant::now();
         loop {
@@ -240,7 +240,7 @@ impl Browser {
         Ok(self.run(script, json!([text]))? == true)
     }
 
-    /// Clicks as a person does, on the middle of what is there; waits until it is.
+    /// Waits for an element, and clicks on its center as a user would.
     pub fn click(&self, selector: &str) -> Outcome {
         let visible = "const e = document.querySelector(arguments[0]); return e && e.checkVisibility() && !e.disabled";
         self.until(selector, visible, json!([selector]))?;
@@ -257,7 +257,7 @@ impl Browser {
             .map(drop)
     }
 
-    /// Keys to whatever has the focus: text, or `\u{e004}` (Tab), `\u{e007}` (Enter), `\u{e00d}` (Space), …
+    /// Sends keys to the focused element: text, or `\u{e004}` (Tab), `\u{e007}` (Enter), `\u{e00d}` (Space), …
     pub fn keys(&self, text: &str) -> Outcome {
         let actions: Vec<_> = text
             .chars()
@@ -274,7 +274,7 @@ impl Browser {
             .map(drop)
     }
 
-    /// Another tab, which gets the focus; returns the handles of both.
+    /// Opens another tab and switches to it. Returns the handles of both tabs.
     pub fn tab(&self) -> Outcome<(String, String)> {
         let path = format!("/session/{}/window", self.session);
         let old = exchange(self.port, "GET", &path, &Value::Null)?;
@@ -297,7 +297,7 @@ impl Browser {
         self.keep(&shot["data"], file)
     }
 
-    /// All of the page, however long.
+    /// Takes a screenshot of the whole page.
     pub fn whole_page(&self, file: &Path) -> Outcome {
         let size = self.cdp("Page.getLayoutMetrics", json!({}))?;
         let clip = json!({
@@ -321,7 +321,7 @@ impl Browser {
         Ok(std::fs::write(file, bytes)?)
     }
 
-    /// Fails when the page did what it must not do since it was loaded.
+    /// Fails if a forbidden event has occurred since the page was loaded.
     pub fn assert_clean(&self) -> Outcome {
         let wrong = self.run("return window.wrong", json!([]))?;
         assert_eq!(

@@ -1,4 +1,4 @@
-//! How the page is delivered: small, packed, kept by the browser, from one host, under a policy.
+//! Delivery of the page: small, compressed, cached by the browser, from one host, with a content security policy.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -9,7 +9,7 @@ use crate::begin;
 use crate::browser::{Look, Outcome};
 use crate::standin::Standin;
 
-/// On a poor line this is what there is patience for.
+/// Maximum number of bytes to load, for slow connections.
 const MOST: u64 = 60_000;
 
 fn ask(address: SocketAddr, path: &str, headers: &str) -> Outcome<(String, Vec<u8>)> {
@@ -28,7 +28,7 @@ fn ask(address: SocketAddr, path: &str, headers: &str) -> Outcome<(String, Vec<u
     Ok((String::from_utf8(answer)?.to_lowercase(), body))
 }
 
-/// Paths that the page names.
+/// Returns the paths that the page refers to.
 fn named(page: &[u8]) -> Vec<String> {
     let page = String::from_utf8_lossy(page).into_owned();
     page.split('"')

@@ -1,5 +1,5 @@
-//! What each view looks like, light and dark, on a desk and on a phone: pictures to be looked at, in
-//! `target/portal-screenshots`, and what a machine can say about them.
+//! Appearance of each view, light and dark, on a desktop and on a phone: screenshots for review in
+//! `target/portal-screenshots`, and automated checks.
 
 use std::path::Path;
 
@@ -27,7 +27,7 @@ fn furnish(standin: &Standin) {
     world.hold_at = Some(0.4);
 }
 
-/// Views with a name, and what to do before the picture is taken.
+/// Visits each view, prepares it and calls `each` with its name.
 fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Outcome) -> Outcome {
     browser.go(&standin.url("sessions"))?;
     browser.until(
@@ -138,7 +138,7 @@ fn pictures() -> Outcome {
     Ok(())
 }
 
-/// axe-core, where `tests/run` has put it.
+/// axe-core, fetched by `tests/run`.
 const AXE: &str = "target/axe-core/package/axe.min.js";
 
 #[test]

@@ -13,7 +13,7 @@ mod signin;
 mod standin;
 mod words;
 
-/// The browser and the stand-in of a test; none, said why, where there is no browser.
+/// Starts the browser and the stand-in of a test. Returns `None` and prints the reason if there is no browser.
 fn begin(look: &browser::Look) -> browser::Outcome<Option<(browser::Browser, standin::Standin)>> {
     if let Some(reason) = browser::missing() {
         assert!(std::env::var_os("CI").is_none(), "{reason}");

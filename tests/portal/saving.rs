@@ -1,4 +1,4 @@
-//! A save from the press of the button to its end, and everything that comes between.
+//! A save in the page from the click on the button to its end, with everything that can happen in between.
 
 use axum::http::StatusCode;
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ fn open(browser: &Browser, standin: &Standin) -> Outcome {
     browser.until("the sessions", there, json!([])).map(drop)
 }
 
-/// Nothing ran that should not, and whatever was changed was asked for by the page's own header.
+/// Checks that no forbidden event occurred, and that every change was requested with the page's own header.
 fn assert_clean(browser: &Browser, standin: &Standin) -> Outcome {
     assert_eq!(
         standin.world().forged,
@@ -309,7 +309,7 @@ fn an_event_stream_that_went_silent_is_found_out() -> Outcome {
     assert_clean(&browser, &standin)
 }
 
-/// Goes on with the Tab key until the focus is on a control of that name.
+/// Presses the Tab key until a control with that name has the focus.
 fn tab_to(browser: &Browser, name: &str) -> Outcome {
     let script = "const e = document.activeElement;
         return (e.ariaLabel ?? e.labels?.[0]?.textContent ?? e.textContent).replace(/[\\u2068\\u2069]/g, '')";

@@ -1,4 +1,5 @@
-//! Signing in by a link, with the real manager behind the page: a link asks, and replaces nobody unasked.
+//! Signing in by a link, with a real manager behind the page: a link asks for confirmation, and does not replace a
+//! signed-in user without it.
 
 use std::net::SocketAddr;
 
@@ -57,7 +58,8 @@ impl Manager {
         format!("http://{}/{rest}", self.address)
     }
 
-    /// The status of a request that has the cookies of the browser, as a server at another port of the host gets them.
+    /// Returns the status of a request with the browser's cookies, as a server on another port of the host would
+    /// receive them.
     fn with_cookies(&self, browser: &Browser) -> Outcome<u16> {
         let found = browser.cdp("Network.getCookies", json!({ "urls": [self.url("")] }))?;
         let cookies: Vec<_> = found["cookies"]

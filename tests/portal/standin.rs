@@ -1,5 +1,5 @@
-//! A manager that does what a test says: the page itself is the real one, the answers are made of the API's own shapes, so
-//! that they cannot be of another form than a manager's.
+//! A manager whose behavior the test determines. The page is the real one, and the responses use the API's own types,
+//! so their format cannot differ from a manager's.
 #![allow(
     clippy::result_large_err,
     reason = "an answer is an answer, whichever way it leaves a handler"
@@ -34,7 +34,7 @@ use crate::browser::Outcome;
 const STEP: Duration = Duration::from_millis(60);
 const TOTAL: u64 = 1_240_000_000;
 
-/// What the stand-in knows, and how it shall behave.
+/// Data and behavior of the stand-in.
 pub struct World {
     pub me: Me,
     pub signed_in: bool,
@@ -46,20 +46,20 @@ pub struct World {
     pub dead: Vec<JobId>,
     /// Saves stop at this share of their bytes until it is changed.
     pub hold_at: Option<f64>,
-    /// What becomes of saves.
+    /// The failure of the next saves; `None`: they succeed.
     pub fails: Option<Code>,
-    /// What the next `POST /saves` is refused with.
+    /// The error response to the next `POST /saves`.
     pub refuse: Option<(StatusCode, ErrorDetail)>,
-    /// Requests that changed something, without the page's own header: none may.
+    /// Number of changing requests without the page's own header. Must be 0.
     pub forged: u32,
-    /// What was asked for, as it came.
+    /// The requests for saves as received.
     pub asked: Vec<SaveRequest>,
     keys: HashMap<String, JobId>,
 }
 
 pub type Shared = Arc<Mutex<World>>;
 
-/// The running stand-in; it can be ended and started again at the same address.
+/// The running stand-in. It can be ended and started again at the same address.
 pub struct Standin {
     pub world: Shared,
     pub address: SocketAddr,
@@ -303,7 +303,7 @@ impl World {
         Ok(save)
     }
 
-    /// A save that has ended some time ago.
+    /// Adds a save that ended some time ago.
     pub fn ended(
         &mut self,
         session: usize,
@@ -404,7 +404,7 @@ impl World {
         save
     }
 
-    /// One step of everything that is under way.
+    /// Advances every open save by one step.
     fn step(&mut self) {
         let going: Vec<JobId> = self
             .saves
@@ -517,7 +517,7 @@ fn refuse((status, error): (StatusCode, ErrorDetail)) -> Response {
 
 type Reply = Result<Response, Response>;
 
-/// Every call comes through here: who is signed in, and whether a change was asked for by the page itself.
+/// Called by every handler: checks the sign-in, and whether the page itself requested a change.
 fn enter<'a>(
     world: &'a Shared,
     headers: &HeaderMap,
@@ -785,7 +785,7 @@ impl Standin {
         Ok(standin)
     }
 
-    /// Listens where it listened before.
+    /// Listens at the same address as before.
     pub fn serve(&mut self) -> Outcome {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -806,7 +806,7 @@ impl Standin {
         Ok(())
     }
 
-    /// Every connection breaks, and none is taken any more.
+    /// Closes all connections and stops listening.
     pub fn go_down(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_timeout(Duration::from_secs(5));

@@ -1,4 +1,4 @@
-//! What the page says, in which language; what strangers have written stays text.
+//! The texts of the page in each language, and that untrusted input is shown as text.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -18,7 +18,7 @@ fn source(name: &str) -> std::io::Result<String> {
     )
 }
 
-/// The strings of a language: JSON behind two words of JavaScript.
+/// Returns the strings of a language. The files are JSON after two words of JavaScript.
 pub fn strings(language: &str) -> Outcome<Map<String, Value>> {
     let text = source(&format!("strings/{language}.js"))?;
     Ok(serde_json::from_str(
@@ -175,7 +175,7 @@ fn the_browsers_language_is_spoken() -> Outcome {
     Ok(())
 }
 
-/// What a stranger may call something, and what of it must be seen.
+/// Names that a third party could choose, and the part of each that must be visible.
 fn hostile() -> Vec<(String, String)> {
     let plain = |text: &str| (text.to_owned(), text.to_owned());
     vec![

@@ -1,5 +1,5 @@
-//! Agents, managers and Redis die at random, one step after the other in an order that a seed decides: every job ends
-//! once, no fence is given out twice, no limit is broken by claims that live, nothing is lost.
+//! Agents, managers and Redis die at random, in a sequence of steps that a seed determines. Every job ends once, no
+//! fence is issued twice, live claims never exceed a limit, and nothing is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -23,13 +23,13 @@ const LIMITS: Limits = Limits {
 const USERS: [&str; 3] = ["ada", "bob", "cyd"];
 const NODES: [&str; 2] = ["n1", "n2"];
 
-/// What happens to the queue itself.
+/// The failure of the queue itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Blow {
     None,
     /// FLUSHALL.
     Flush,
-    /// SIGKILL and a start with what is on the disk: everything with an append-only file, nothing without.
+    /// SIGKILL and a restart with the data on disk: everything with an append-only file, nothing without.
     Kill,
 }
 
@@ -42,16 +42,16 @@ struct Chaos {
     record: Record,
     agents: Vec<Agent>,
     managers: [Manager; 2],
-    /// Of each job the greatest fence that was given out.
+    /// The greatest fence issued for each job.
     fences: BTreeMap<JobId, u64>,
-    /// Of each job how often its tag was put on.
+    /// How often the tag of each job was set.
     tags: BTreeMap<JobId, u32>,
-    /// Of each job how often the queue accepted a last word that it succeeded.
+    /// How often the queue accepted a final report of success for each job.
     wins: BTreeMap<JobId, u32>,
-    /// Jobs of which nobody could say whether the tag was on when they were cancelled: an agent had begun with it and
-    /// then died or failed.
+    /// Jobs for which it was unknown whether the tag was set when they were cancelled, because an agent died or failed
+    /// while setting it.
     doubtful: BTreeSet<JobId>,
-    /// How far this test has moved the clock.
+    /// How far this test has advanced the clock.
     now: Duration,
     started: Instant,
     born: u32,
@@ -63,15 +63,15 @@ struct Agent {
     work: Vec<Work>,
 }
 
-/// A claim, and how far its agent is with it.
+/// A claim and the progress of its agent.
 #[derive(Clone)]
 struct Work {
     claim: Claim,
-    /// When it ends, if it is not renewed.
+    /// When its lease ends if it is not renewed.
     until: Duration,
     seq: u64,
     stage: Stage,
-    /// Its agent is dead or does not know better; it may still speak.
+    /// Its agent is dead or not aware that it lost the claim. It may still send reports.
     lost: bool,
 }
 
@@ -85,7 +85,7 @@ enum Stage {
 
 #[derive(Default)]
 struct Manager {
-    /// Jobs that the queue did not know when it was asked.
+    /// Jobs that the queue did not know when it was queried.
     unknown: Vec<JobId>,
     read: Vec<(String, Report)>,
 }
@@ -133,7 +133,7 @@ impl Chaos {
         self.now += time;
     }
 
-    /// A claim was given: the one before it is over, and its fence is new.
+    /// Records a new claim: the previous one has ended, and the fence must be new.
     fn given(&mut self, at: usize, claim: Claim) {
         let job = claim.order.job;
         let before = self.fences.insert(job, claim.fence).unwrap_or(0);
@@ -154,7 +154,8 @@ impl Chaos {
         });
     }
 
-    /// Counts what lives. What ends within seconds is not counted: this clock and the queue's are not the same.
+    /// Counts live claims. Claims that end within seconds do not count, because this clock and the queue's differ
+    /// slightly.
     fn check_limits(&self) {
         let soon = self.now() + Duration::from_secs(20);
         let live: Vec<&Order> = self
@@ -243,7 +244,7 @@ impl Chaos {
         Ok(())
     }
 
-    /// One agent, alive or dead and not aware of it, goes on with one of its claims.
+    /// Continues one claim of one agent, which may be dead without being aware of it.
     async fn work(&mut self) -> Result<(), Error> {
         let at = self.rng.random_range(0..self.agents.len());
         if self.agents[at].work.is_empty() {
@@ -324,8 +325,8 @@ impl Chaos {
         Ok(())
     }
 
-    /// An agent is killed; another one starts in its place. The dead one's claims are remembered by somebody who may
-    /// still speak for it, as a process that was only stopped does.
+    /// Kills an agent and starts another one in its place. The dead agent's claims may be kept, because a process that
+    /// was only suspended could still send reports.
     fn die(&mut self) {
         self.born += 1;
         let at = self.rng.random_range(0..3);
@@ -456,7 +457,7 @@ impl Chaos {
         Ok(())
     }
 
-    /// Everybody does what they should, until all is over.
+    /// Lets all processes run without failures until every job has ended.
     async fn settle(&mut self) -> Outcome {
         let end = Instant::now() + Duration::from_secs(120);
         while !self.record.open().is_empty() {
@@ -521,7 +522,8 @@ impl Chaos {
     }
 }
 
-/// Seeds, printed where they fail: a few in the suite, as many as fit into `UPPERDECK_SOAK` seconds otherwise.
+/// Runs the test with random seeds, and prints the seed of a failure. A few in the normal suite, or as many as fit into
+/// `UPPERDECK_SOAK` seconds.
 async fn play(blow: Blow, make: impl Fn(&Settings) -> Option<(Queue, Option<Server>)>) -> Outcome {
     let soak: Option<u64> = std::env::var("UPPERDECK_SOAK")
         .ok()
@@ -552,7 +554,7 @@ async fn play(blow: Blow, make: impl Fn(&Settings) -> Option<(Queue, Option<Serv
     }
 }
 
-/// Says which seed it was, when the test dies over it.
+/// Prints the seed if the test fails.
 struct Shown(u64, Blow);
 
 impl Drop for Shown {

@@ -1,4 +1,4 @@
-//! Who can write to Redis can make nobody act, nobody panic, and nothing stand still (threats 8 and 14).
+//! Write access to Redis is not enough to make an agent or a manager act, panic or stall (threats 8 and 14).
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -40,7 +40,7 @@ fn sealed<T: serde::Serialize>(keys: &str, message: Message, node: &str, what: &
     )
 }
 
-/// As it lies in Redis.
+/// Returns a message in the form in which it is stored in Redis.
 fn bytes(sealed: Sealed) -> Vec<u8> {
     [sealed.mac.into_bytes(), sealed.body.into_bytes()].concat()
 }
@@ -256,7 +256,7 @@ async fn nodes_and_sessions_that_nobody_signed_are_not_shown() -> Outcome {
     Ok(())
 }
 
-/// One session of a node with a record that is too long, that another one signed, or that is no record.
+/// One session of a node has a record that is too long, signed by another node, or malformed.
 #[tokio::test]
 async fn what_lies_under_one_session_does_not_hide_the_others() -> Outcome {
     let Some((world, mut redis)) = world().await else {
@@ -292,7 +292,7 @@ async fn what_lies_under_one_session_does_not_hide_the_others() -> Outcome {
     Ok(())
 }
 
-/// What a node whose key is known to a stranger can say of others: nothing.
+/// A party with the leaked key of one node cannot send messages in the name of other nodes.
 #[tokio::test]
 async fn a_node_speaks_for_itself_alone() -> Outcome {
     let Some(server) = Server::start(&[]) else {
@@ -358,7 +358,8 @@ async fn a_node_speaks_for_itself_alone() -> Outcome {
     world.finish(&claim).await
 }
 
-/// A manager's word is to one question. Somebody who sees the question and can write to Redis has none to give.
+/// A manager's answer belongs to one question. A party that sees the question and can write to Redis cannot forge or
+/// reuse an answer.
 #[tokio::test]
 async fn a_word_that_no_manager_said_to_this_question_is_none() -> Outcome {
     let Some((world, mut redis)) = world().await else {
@@ -452,7 +453,7 @@ async fn a_word_that_no_manager_said_to_this_question_is_none() -> Outcome {
     Ok(())
 }
 
-/// Sessions of long ago, as a node signed them then.
+/// Sessions with an old but genuine signature are rejected.
 #[tokio::test]
 async fn an_old_inventory_is_not_shown_again() -> Outcome {
     let Some((world, _redis)) = world().await else {
@@ -470,7 +471,7 @@ async fn an_old_inventory_is_not_shown_again() -> Outcome {
     Ok(())
 }
 
-/// Every key as every kind that it is not.
+/// Replaces every key by one of each other type.
 #[tokio::test]
 async fn a_key_of_another_kind_is_thrown_away() -> Outcome {
     let Some((world, mut redis)) = world().await else {
@@ -530,7 +531,7 @@ async fn a_key_of_another_kind_is_thrown_away() -> Outcome {
     Ok(())
 }
 
-/// Random bytes in random places of everything that is there. What comes out is what was put in, or nothing.
+/// Replaces random data in Redis by random bytes. What is read is what was written, or nothing.
 #[tokio::test]
 async fn garbled_keys_never_act_nor_stand_in_the_way() -> Outcome {
     let Some((world, mut redis)) = world().await else {
@@ -596,7 +597,7 @@ async fn garbled_keys_never_act_nor_stand_in_the_way() -> Outcome {
     Err("it stands still".into())
 }
 
-/// One random change to one random key.
+/// Makes one random change to a random key.
 async fn garble(redis: &mut MultiplexedConnection, rng: &mut SmallRng) -> Outcome {
     let Some(name): Option<Vec<u8>> = cmd("RANDOMKEY").query_async(redis).await? else {
         return Ok(());

@@ -1,7 +1,7 @@
-//! The queue between managers and nodes, in one process and on a real Redis: the same scenarios on both.
+//! The queue between managers and nodes: the same scenarios with the in-process queue and with a real Redis.
 //!
-//! `UPPERDECK_TEST_REDIS` names another server program than redis-server (valkey-server, another version);
-//! `UPPERDECK_SOAK` lengthens the random ones, in seconds.
+//! `UPPERDECK_TEST_REDIS` selects another server program than redis-server (e.g. valkey-server or another version).
+//! `UPPERDECK_SOAK` sets the duration of the randomized tests in seconds.
 // What a test's helpers unwrap fails the test, as it should.
 #![allow(clippy::unwrap_used)]
 

@@ -1,4 +1,4 @@
-//! Redis loses everything, is killed, comes back; several agents and managers at the same time.
+//! Outages: Redis loses all data, is killed and restarted, while several agents and managers are running.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::world::{
     FREE, LONG, NOW, Outcome, World, node, order, report, session, settings, succeeded,
 };
 
-/// Until `call` works: the connection notices at its next use that Redis was away.
+/// Repeats `call` until it succeeds, because a connection notices an outage of Redis only on its next use.
 async fn again<T, F: Future<Output = Result<T, Error>>>(call: impl Fn() -> F) -> Result<T, Error> {
     let end = Instant::now() + Duration::from_secs(60);
     loop {
@@ -191,7 +191,7 @@ async fn agents_and_managers_at_the_same_time() -> Outcome {
     Ok(())
 }
 
-/// Reports until there are no more for a while.
+/// Reads reports until there are none for some time.
 async fn read(queue: &Queue, name: &str) -> Result<Vec<JobId>, Error> {
     let mut heard = Vec::new();
     let mut quiet = 0;
@@ -205,7 +205,7 @@ async fn read(queue: &Queue, name: &str) -> Result<Vec<JobId>, Error> {
     Ok(heard)
 }
 
-/// Entries of agents that are no more do not pile up.
+/// Data of agents that no longer exist do not accumulate.
 #[tokio::test]
 async fn many_restarts_leave_nothing_behind() -> Outcome {
     let Some(server) = Server::start(&[]) else {

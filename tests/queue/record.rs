@@ -1,10 +1,10 @@
-//! A record small enough to see through: what managers must do with reports, and no more.
+//! A minimal record: what managers must do with reports, and nothing else.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use upperdeck::service::job::{JobId, Order, Outcome as Ending, Report, Said};
 
-/// Where a job is.
+/// State of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Where {
     Queued,
@@ -16,9 +16,9 @@ pub enum Where {
 pub struct Row {
     pub order: Order,
     pub at: Where,
-    /// Somebody wants it cancelled.
+    /// Whether cancellation was requested.
     pub unwanted: bool,
-    /// How often it came to an end: once.
+    /// How often it ended. Must be 1.
     pub ends: u32,
     seen: BTreeSet<(u64, u64)>,
 }
@@ -40,7 +40,8 @@ impl Record {
         self.rows.insert(order.job, row);
     }
 
-    /// Writes down what an agent said, once, and only from who had the job last. Whether an agent works on what is over.
+    /// Applies a report once, and only from the latest holder of the job. Returns whether an agent is working on a job
+    /// that has ended.
     pub fn apply(&mut self, report: &Report) -> bool {
         let Some(row) = self.rows.get_mut(&report.job) else {
             return true;
@@ -84,7 +85,7 @@ impl Record {
         false
     }
 
-    /// Jobs that are not over.
+    /// Returns the jobs that have not ended.
     pub fn open(&self) -> Vec<JobId> {
         self.rows
             .iter()

@@ -1,4 +1,4 @@
-//! What every queue must do, whatever it is made of.
+//! Requirements that every implementation of the queue has to meet.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::world::{
     FREE, LONG, NOW, Outcome, World, ended, node, order, report, session, succeeded,
 };
 
-/// Plays each scenario on both kinds of queue.
+/// Runs each scenario with both implementations.
 macro_rules! on_both {
     ($($scenario:ident: $limits:expr;)*) => {
         mod local {
@@ -33,7 +33,7 @@ macro_rules! on_both {
     };
 }
 
-/// So many of a user, without other limits.
+/// Returns limits with a maximum of concurrent saves per user and no others.
 const fn of_user(user: u32) -> Limits {
     Limits { user, ..FREE }
 }
@@ -640,7 +640,8 @@ async fn each_report_goes_to_one_manager_until_it_is_taken(world: World) -> Outc
     Ok(())
 }
 
-/// A session with 750 mounts of 3.7 KB each, as a tenant can make them: it is told of shortly, and the others as they are.
+/// A tenant can create a session with thousands of mounts of 3.7 KB each. It is reported in short form, and the others
+/// in full.
 async fn one_session_cannot_spoil_the_others(world: World) -> Outcome {
     let queue = &world.queue;
     let mut hostile = session("n1", "bb");

@@ -1,4 +1,4 @@
-//! A Redis of one's own: on a socket in a directory of its own, ended with the test.
+//! A private Redis server: it listens on a socket in its own temporary directory and ends with the test.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,7 +23,7 @@ fn program() -> String {
 }
 
 impl Server {
-    /// None where there is no server program; the test says so.
+    /// Returns `None` if there is no server program; the test is then reported as ignored.
     pub fn start(more: &[&str]) -> Option<Self> {
         let name = program();
         if !Path::new(&name).is_file() && ignored(&[Need::Program(&name)]) {
@@ -46,7 +46,7 @@ impl Server {
         format!("redis+unix://{}", self.socket().display())
     }
 
-    /// Starts it, again after [`Server::kill`], in the same directory.
+    /// Starts the server, also again in the same directory after [`Server::kill`].
     pub fn run(&mut self) {
         let _ = std::fs::remove_file(self.socket());
         let child = Command::new(program())
@@ -70,7 +70,7 @@ impl Server {
         }
     }
 
-    /// As a power failure would.
+    /// Kills the server without warning, as a power failure would.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().unwrap();
@@ -78,7 +78,7 @@ impl Server {
         }
     }
 
-    /// For looking into it, and for mischief.
+    /// Opens a direct connection, to inspect or corrupt the data.
     pub async fn connection(&self) -> redis::aio::MultiplexedConnection {
         let client = redis::Client::open(self.url()).unwrap();
         client.get_multiplexed_async_connection().await.unwrap()
@@ -97,7 +97,7 @@ impl Drop for Server {
 }
 
 impl World {
-    /// None where there is no server program.
+    /// Returns `None` if there is no server program.
     pub fn redis(limits: Limits) -> Option<Self> {
         let server = Server::start(&[])?;
         let settings = settings();

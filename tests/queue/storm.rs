@@ -1,6 +1,6 @@
-//! Agents, managers and Redis die at random while all of them work at the same time: every job ends once.
+//! Agents, managers and Redis die at random while all of them work concurrently. Every job ends once.
 //!
-//! The order of things is not the seed's alone here; `UPPERDECK_SOAK` makes it last longer.
+//! The seed alone does not determine the order of events here. `UPPERDECK_SOAK` sets the duration in seconds.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -24,17 +24,17 @@ const LIMITS: Limits = Limits {
     registry: 0,
 };
 const NODES: usize = 6;
-/// A claim of an agent that dies is free after this.
+/// A claim of a dead agent is free after this time.
 const LEASE: Duration = Duration::from_secs(2);
 
-/// What outlives everybody: the managers' record, and the tags in the registry.
+/// What survives all processes: the managers' record, and the tags in the registry.
 #[derive(Clone, Default)]
 struct Kept {
     record: Arc<Mutex<Record>>,
     tags: Arc<Mutex<BTreeMap<JobId, u32>>>,
 }
 
-/// One save, which says that it is there while it works.
+/// Performs one save, with reports while it works.
 async fn save(queue: Queue, claim: Claim, kept: Kept, mut rng: SmallRng) -> Result<(), Error> {
     let mut seq = 0;
     for _ in 0..rng.random_range(1..5) {
@@ -137,7 +137,7 @@ async fn hear(queue: &Queue, name: &str, kept: &Kept) -> Result<(), Error> {
     Ok(())
 }
 
-/// Offers what the queue does not know and the record still wants.
+/// Offers jobs that are open in the record but unknown to the queue.
 async fn compare(queue: &Queue, kept: &Kept) -> Result<(), Error> {
     let open = kept.record.lock().unwrap().open();
     for (job, place) in open.iter().zip(queue.places(&open).await?) {
@@ -166,7 +166,7 @@ struct Storm {
 }
 
 impl Storm {
-    /// A process of its own, with connections of its own.
+    /// Starts an agent with connections of its own, like a separate process.
     fn start_agent(&mut self, at: usize) -> JoinHandle<()> {
         self.born += 1;
         let queue = self.server.queue(LIMITS, &self.settings);
@@ -214,7 +214,7 @@ impl Storm {
         Ok(())
     }
 
-    /// Somebody does not want a job any more. Only what the queue takes back at once is over at once.
+    /// Requests the cancellation of a random job. Only if the queue withdraws it at once does it end at once.
     async fn cancel(&mut self) {
         let open = self.kept.record.lock().unwrap().open();
         if open.is_empty() {

@@ -1,4 +1,4 @@
-//! TLS with the roots that the system names, and a user of Redis who may do no more than the queue needs.
+//! TLS with the system's root certificates, and a Redis user with no more permissions than the queue needs.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::server::{KEY, Server};
 use crate::support::{Need, ignored};
 use crate::world::{FREE, NOW, Outcome, order};
 
-/// Where the child finds the server.
+/// Variable that passes the URL of the server to the child process.
 const URL: &str = "UPPERDECK_TEST_REDISS";
 const NAME: &str = "tls::only_whom_the_systems_roots_vouch_for_is_spoken_to";
 

@@ -1,4 +1,4 @@
-//! What a scenario plays in: a queue, whichever it is, and a clock that a test can move.
+//! The environment of a scenario: a queue of either implementation, and a clock that the test can advance.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,25 +11,25 @@ use upperdeck::service::queue::{Claim, Clock, Hold, Limits, Local, Queue, Settin
 
 pub type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-/// None at all.
+/// No limits.
 pub const FREE: Limits = Limits {
     user: 0,
     node: 0,
     registry: 0,
 };
-/// No wait.
+/// Does not wait.
 pub const NOW: Duration = Duration::ZERO;
-/// Longer than any test may last.
+/// Longer than any test takes.
 pub const LONG: Duration = Duration::from_secs(300);
 
 pub struct World {
     pub queue: Queue,
-    /// How long a claim lives.
+    /// Duration of a lease.
     pub lease: Duration,
-    /// For so long a manager may keep a report to itself.
+    /// How long a manager may leave a report unacknowledged.
     pub patience: Duration,
     pub clock: Clock,
-    /// What has to outlive the queue.
+    /// Resources that have to outlive the queue.
     pub _kept: Box<dyn std::any::Any + Send>,
 }
 
@@ -54,7 +54,7 @@ impl World {
         self.clock.advance(time);
     }
 
-    /// Past the end of every lease that is not renewed.
+    /// Advances the clock beyond the end of every lease that is not renewed.
     pub fn pass_lease(&self) {
         self.pass(self.lease + Duration::from_secs(1));
     }
@@ -66,7 +66,7 @@ impl World {
         Ok(order)
     }
 
-    /// The one order that `agent` of `node` gets now.
+    /// Claims at most one order for `agent` of `node` without waiting.
     pub async fn claim(
         &self,
         node: &str,
@@ -77,19 +77,19 @@ impl World {
         Ok(got.pop())
     }
 
-    /// As [`World::claim`], where there is one.
+    /// Claims as [`World::claim`] does. Fails if there is no order.
     pub async fn get(&self, node: &str, agent: &str) -> Result<Claim, Box<dyn std::error::Error>> {
         Ok(self.claim(node, agent).await?.ok_or("no order")?)
     }
 
-    /// Ends `claim` well and says so to the managers, who write it down.
+    /// Completes `claim` successfully, and lets the managers acknowledge the report.
     pub async fn finish(&self, claim: &Claim) -> Outcome {
         let hold = self.queue.complete(claim, &succeeded(claim)).await?;
         assert_eq!(hold, Hold::Held);
         self.take_all().await.map(drop)
     }
 
-    /// What the managers have not read yet; they write it down.
+    /// Returns and acknowledges all unread reports, as a manager would.
     pub async fn take_all(&self) -> Result<Vec<Report>, Box<dyn std::error::Error>> {
         let got = self.queue.reports("m", 10_000, NOW).await?;
         let entries: Vec<_> = got.iter().map(|one| one.entry.clone()).collect();
@@ -98,7 +98,8 @@ impl World {
     }
 }
 
-/// A lease that no slow machine lets end, and a manager who is soon thought dead.
+/// Returns settings with a lease that does not end even on a slow machine, and a short time until a manager counts as
+/// dead.
 pub fn settings() -> Settings {
     Settings {
         lease: Duration::from_secs(600),
@@ -107,7 +108,7 @@ pub fn settings() -> Settings {
     }
 }
 
-/// An order that is good for a day.
+/// Returns an order that is valid for a day.
 pub fn order(node: &str, user: &str) -> Order {
     Order {
         job: JobId::new(),

@@ -1,4 +1,5 @@
-//! The record, the same on SQLite and on PostgreSQL: what is written once is there once, whoever writes at the same time.
+//! The record with SQLite and PostgreSQL, with the same behavior: whatever is written is stored exactly once, even by
+//! concurrent writers.
 
 #[path = "../support/postgres.rs"]
 mod postgres;
@@ -25,7 +26,7 @@ const POLICY: Policy = Policy {
     backoff_most_ms: 1,
 };
 
-/// The same test on both; `place` opens the same record again, as another manager does.
+/// Runs a test with both databases. `place` allows opening the same record again, as another manager would.
 fn on_both<F: Future<Output = Outcomes>>(test: impl Fn(String) -> F) -> Outcomes {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(4)
@@ -140,7 +141,7 @@ async fn accept(record: &Record, save: &Save) -> Outcomes {
     }
 }
 
-/// The audit is a chain of legal transitions, and the versions for watchers have no gap.
+/// Checks that the audit log is a chain of permitted transitions, and that the versions for watchers have no gap.
 async fn check_story(record: &Record, id: JobId) -> Result<Save, Box<dyn std::error::Error>> {
     let save = record.save(id).await?.ok_or("gone")?;
     let mut at = None;
