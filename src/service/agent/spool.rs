@@ -359,7 +359,7 @@ pub(super) mod tests {
                 ..week.clone()
             };
             Spool::open(dir.path())?.keep(&claim(&order), &outcome, 2 * DAY)?;
-            // By another agent, too, and whatever the clock says.
+            // Also by another agent, and whatever the clock shows.
             let spool = Spool::open(dir.path())?;
             for at in [0, 2 * DAY, 9 * DAY] {
                 spool.tidy_now(at);

@@ -309,8 +309,8 @@ impl Keys {
 
     /// Returns the content of a message if it was signed as `message` of `node` with one of the keys.
     ///
-    /// Fails with [`SealError::Forged`] if it was not or if it is too large, and with [`SealError::Unreadable`] if it
-    /// cannot be parsed.
+    /// Fails with [`SealError::Forged`] if it was not or if it is too large, with [`SealError::NotOurs`] if these are
+    /// the keys of another node, and with [`SealError::Unreadable`] if it cannot be parsed.
     pub fn open<T: DeserializeOwned>(
         &self,
         message: Message,

@@ -337,8 +337,10 @@ impl Watcher {
     }
 }
 
-/// Streams the changes of a save as server-sent events: `save` (a save; the event's ID is its version) for every
-/// change, and `progress` (a save) in between. The stream ends after the last change.
+/// Streams the changes of a save as server-sent events until it has ended.
+///
+/// The event `save` (a save; the event's ID is its version) is sent for every change, and `progress` (a save) in
+/// between.
 #[utoipa::path(
     get, path = "/api/v1/saves/{id}/events", tag = "saves",
     params(

@@ -24,8 +24,10 @@ const HOLDS_MS: i64 = 7 * 24 * 3600 * 1000;
 /// Maximum number of sign-ins per caller; the oldest is removed.
 const MOST: u32 = 20;
 
-/// Signs a browser in: takes the token from the `Authorization` header, sets a cookie, and returns the key that the
-/// page has to send with it.
+/// Signs a browser in.
+///
+/// Takes the token from the `Authorization` header, sets a cookie, and returns the key that the page has to send with
+/// it.
 #[utoipa::path(
     post, path = "/api/v1/signin", tag = "sessions", security(("token" = [])),
     request_body = Asked,
