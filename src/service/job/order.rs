@@ -88,8 +88,8 @@ pub struct Order {
     /// The highest fence in the record so far. Every fence that is issued for this order is greater, even if the queue
     /// has lost all its data in between.
     pub fence_after: u64,
-    /// Time of signing (milliseconds since the epoch, UTC). It determines how long this kind of message stays valid,
-    /// and how long the node has to remember that the job has ended.
+    /// Time of signing (milliseconds since the epoch, UTC). Together with `expires_ms` it gives the lifetime of orders,
+    /// which determines how long the node has to remember that the job has ended.
     pub issued_ms: i64,
     /// Earliest start (milliseconds since the epoch, UTC): the delay before a retry.
     pub not_before_ms: i64,
