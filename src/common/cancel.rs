@@ -1,11 +1,11 @@
-//! Stopping a save from outside: one flag that threads look at and tasks wait for.
+//! Cancellation of a save: one flag that threads poll and async tasks await.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::Notify;
 
-/// A request to stop. Clones are the same request.
+/// A cancellation flag. Clones share the same state.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<Inner>);
 
@@ -15,19 +15,19 @@ struct Inner {
     wake: Notify,
 }
 
-/// What a stopped save ends with: exit code 130.
+/// Error of a cancelled save. The program exits with code 130.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cancelled")]
 pub struct Cancelled;
 
 impl Cancel {
-    /// Asks everybody who holds a clone to stop. Cannot be taken back.
+    /// Sets the flag and wakes all tasks that wait on any clone. Cannot be undone.
     pub fn cancel(&self) {
         self.0.flag.store(true, Ordering::SeqCst);
         self.0.wake.notify_waiters();
     }
 
-    /// For loops in threads.
+    /// Returns [`Cancelled`] if the flag is set. Meant for loops in threads.
     pub fn check(&self) -> Result<(), Cancelled> {
         if self.is_cancelled() {
             Err(Cancelled)
@@ -36,21 +36,21 @@ impl Cancel {
         }
     }
 
-    /// Whether somebody asked.
+    /// Returns whether the flag is set.
     pub fn is_cancelled(&self) -> bool {
         self.0.flag.load(Ordering::SeqCst)
     }
 
-    /// The bare flag, for code that knows only that.
+    /// Returns the underlying atomic flag, for code that does not depend on this type.
     pub fn flag(&self) -> &AtomicBool {
         &self.0.flag
     }
 
-    /// Waits until somebody asks; for `tokio::select!`.
+    /// Waits until the flag is set. Meant for `tokio::select!`.
     pub async fn cancelled(&self) -> Cancelled {
         loop {
             let woken = self.0.wake.notified();
-            // Registered before the flag is read: a request in between is not missed.
+            // The waiter is registered before the flag is read, so that a cancellation in between is not missed.
             tokio::pin!(woken);
             woken.as_mut().enable();
             if self.is_cancelled() {

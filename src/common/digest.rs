@@ -12,39 +12,39 @@ use sha2::{Digest as _, Sha256};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest([u8; 32]);
 
-/// A digest that cannot be used.
+/// A digest that cannot be parsed or is not supported.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum DigestError {
     /// The text is not `algorithm:hex`.
     #[error("{0:?} is not a digest: expected sha256:<64 hex digits>")]
     Malformed(String),
-    /// Well-formed, but of an algorithm that this program does not compute.
+    /// The text is well-formed, but names an algorithm that this program does not compute.
     #[error("digest algorithm {0:?} is not supported, only sha256 is")]
     Algorithm(String),
 }
 
 impl Digest {
-    /// The digest of `bytes`.
+    /// Returns the digest of `bytes`.
     pub fn of(bytes: impl AsRef<[u8]>) -> Self {
         Self(Sha256::digest(bytes.as_ref()).into())
     }
 
-    /// The digest of all that was fed to `hasher`.
+    /// Returns the digest of everything that was fed to `hasher`.
     pub fn finish(hasher: Sha256) -> Self {
         Self(hasher.finalize().into())
     }
 
-    /// The 32 bytes.
+    /// Returns the 32 raw bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// The 64 hex digits without the algorithm.
+    /// Returns the 64 hex digits without the algorithm.
     pub fn hex(&self) -> String {
         hex::encode(self.0)
     }
 
-    /// From 64 hex digits without the algorithm, as containers/storage and Docker write some of them.
+    /// Parses 64 lower-case hex digits without the algorithm, as containers/storage and Docker write some digests.
     pub fn from_hex(hex: &str) -> Result<Self, DigestError> {
         let mut raw = [0; 32];
         let lower = hex
@@ -98,7 +98,7 @@ impl<'de> serde::Deserialize<'de> for Digest {
     }
 }
 
-/// The digest of a layer's *uncompressed* tar: what `rootfs.diff_ids` of an image config lists.
+/// The digest of a layer's *uncompressed* tar, as listed in `rootfs.diff_ids` of an image config.
 #[derive(
     Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize, serde::Deserialize,
 )]
@@ -111,7 +111,7 @@ impl fmt::Display for DiffId {
     }
 }
 
-/// The identity of a *stack* of layers: what snapshotters key their directories by.
+/// The identity of a *stack* of layers. Snapshotters key their directories by it.
 #[derive(
     Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize, serde::Deserialize,
 )]
@@ -125,18 +125,18 @@ impl fmt::Display for ChainId {
 }
 
 impl ChainId {
-    /// The chain of one layer alone: its diff ID.
+    /// Returns the chain ID of a single layer, which equals its diff ID.
     pub fn bottom(diff_id: DiffId) -> Self {
         Self(diff_id.0)
     }
 
-    /// The chain with one more layer on top.
+    /// Returns the chain ID of this stack with `diff_id` on top.
     #[must_use]
     pub fn child(self, diff_id: DiffId) -> Self {
         Self(Digest::of(format!("{self} {diff_id}")))
     }
 
-    /// The chain ID of every prefix of a stack given bottom first; as many as there are layers.
+    /// Returns the chain ID of every prefix of a stack, given bottom first: one for each layer.
     pub fn chain(diff_ids: &[DiffId]) -> Vec<Self> {
         let mut chain: Vec<Self> = Vec::with_capacity(diff_ids.len());
         for &diff_id in diff_ids {
@@ -149,7 +149,8 @@ impl ChainId {
     }
 }
 
-/// Counts and hashes what is written through it. The digest exists only after [`HashingWriter::complete`].
+/// A writer that counts and hashes what is written through it. The digest exists only after
+/// [`HashingWriter::complete`].
 pub struct HashingWriter<W> {
     inner: W,
     hasher: Sha256,
@@ -166,7 +167,7 @@ impl<W: Write> HashingWriter<W> {
         }
     }
 
-    /// Ends the count: the inner writer, the digest and the number of bytes.
+    /// Consumes the writer and returns the inner writer, the digest and the number of bytes written.
     pub fn complete(self) -> (W, Digest, u64) {
         (self.inner, Digest::finish(self.hasher), self.written)
     }

@@ -1,14 +1,14 @@
-//! Strangers' names and texts, made fit for terminals, logs and messages.
+//! Escapes untrusted names and texts for terminals, logs and messages.
 
 use std::fmt::Write;
 
-/// `text` without anything that a terminal would obey or hide: control characters, and those that turn the direction
-/// of writing or have no width (names can be made to look like others with them).
+/// Escapes everything in `text` that a terminal would interpret or hide: control characters, bidirectional controls and
+/// zero-width characters. With the latter two, a name can be made to look like another.
 pub fn text(text: &str) -> String {
     limited(text, usize::MAX)
 }
 
-/// The same of the first `limit` characters.
+/// Like [`text()`], but shortened to the first `limit` characters of `text`, with `…` for the rest.
 pub fn limited(text: &str, limit: usize) -> String {
     let mut out = String::new();
     for (n, c) in text.chars().enumerate() {
@@ -26,8 +26,8 @@ pub fn limited(text: &str, limit: usize) -> String {
     out
 }
 
-/// A message of this program's, whose lines after the first are indented: line ends before an indented line stay, all
-/// else that a terminal would obey is escaped. A stranger's text in it can begin no line of its own.
+/// Escapes a message of this program that may contain untrusted text. Line ends followed by an indentation of two
+/// spaces are kept, everything else is escaped as in [`text()`], so untrusted text cannot start an unindented line.
 pub fn message(message: &str) -> String {
     let mut lines = message.split("\n  ");
     let mut out = text(lines.next().unwrap_or_default());
@@ -38,13 +38,14 @@ pub fn message(message: &str) -> String {
     out
 }
 
-/// A path as text: bytes that are not UTF-8 as `\xNN`, a backslash as `\\`, so that each text stands for one path.
+/// Formats a path as text. Bytes that are not UTF-8 become `\xNN` and a backslash becomes `\\`, so that each text
+/// stands for exactly one path.
 pub fn path(path: &[u8]) -> String {
     let mut out = String::with_capacity(path.len());
     for chunk in path.utf8_chunks() {
         out.push_str(&text(&chunk.valid().replace('\\', "\\\\")));
         for byte in chunk.invalid() {
-            // Writing to a String cannot fail.
+            // Writing to a `String` cannot fail.
             let _ = write!(out, "\\x{byte:02x}");
         }
     }

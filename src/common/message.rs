@@ -1,9 +1,9 @@
-//! Messages to people: an error with its causes, each told once, and numbers with their nouns.
+//! Text of messages for people: errors with their causes, and numbers with their nouns.
 
 use std::error::Error;
 
-/// An error and its causes on one line, as all of this program prints them. A cause that the text before it repeats
-/// already is left out, as many errors print their own cause.
+/// Formats an error and its causes on one line, as everywhere in this program. A cause whose text is contained in the
+/// text before it is left out, as many errors already include their cause.
 pub fn of(error: &(dyn Error + 'static)) -> String {
     let mut message = error.to_string();
     let mut cause = error.source();
@@ -18,7 +18,7 @@ pub fn of(error: &(dyn Error + 'static)) -> String {
     message
 }
 
-/// `1 path`, `2 paths`.
+/// Formats a number with its noun: `1 path`, `2 paths`.
 pub fn count(number: u64, one: &str, many: &str) -> String {
     format!("{number} {}", if number == 1 { one } else { many })
 }

@@ -1,4 +1,5 @@
-//! What every other module may use: digests, escaping of strangers' text, messages, cancellation, files with private modes.
+//! Code that every other module may use: digests, escaping of untrusted text, messages, cancellation, and files with
+//! private modes.
 
 pub mod cancel;
 pub mod digest;

@@ -1,6 +1,8 @@
-//! Files and directories for their owner alone, whatever the umask says: what a session held is nobody else's.
+//! Creates files and directories that only their owner may access, regardless of the umask, because they hold data of a
+//! session.
 //!
-//! All is made with its mode, or without a name until it has it: there is no moment in which others can open it.
+//! Everything is created with its final mode, or with no name until it has that mode, so there is no window in which
+//! others can open it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
@@ -12,33 +14,34 @@ use std::str::FromStr;
 
 use rustix::fs::OFlags;
 
-/// What others may do with a file.
+/// Permission bits of group and others.
 const OTHERS: u32 = 0o077;
 
-/// The permission bits of files that are made. A directory has the right to enter wherever it has the right to read.
+/// Permission bits of created files. A directory gets the execute bit wherever it has the read bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileMode(u32);
 
 impl FileMode {
-    /// 0600, and 0700 for directories.
+    /// 0600 for files, 0700 for directories.
     pub const PRIVATE: Self = Self(0o600);
 
-    /// That of `file`, without what an image's file does not have: execution, setuid. Its owner may read and write.
+    /// Returns the mode of `file` without the bits that an image file does not need (execute, setuid), and with read
+    /// and write for the owner.
     pub fn of(file: &fs::Metadata) -> Self {
         Self(file.mode() & 0o666 | 0o600)
     }
 
-    /// For files.
+    /// Returns the mode for files.
     pub fn file(self) -> u32 {
         self.0
     }
 
-    /// For directories.
+    /// Returns the mode for directories.
     pub fn directory(self) -> u32 {
         self.0 | (self.0 & 0o444) >> 2
     }
 
-    /// Gives a file that was made with 0600, and has no name yet or a private one, its mode.
+    /// Sets the mode of a file that was created with 0600 and has no name yet, or lies in a private directory.
     pub fn set(self, file: &File) -> io::Result<()> {
         file.set_permissions(Permissions::from_mode(self.0))
     }
@@ -58,11 +61,11 @@ impl FromStr for FileMode {
     }
 }
 
-/// Makes `dir` and what is missing above it. What is there already keeps its mode.
+/// Creates `dir` and its missing parents. Directories that exist keep their mode.
 pub fn make_dir(dir: &Path, mode: FileMode) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Ok(()) if mode == FileMode::PRIVATE => Ok(()),
-        // Wider than the umask may allow: by descriptor, so that no other directory is meant.
+        // The mode may be wider than the umask permits. It is set by descriptor, so that no other directory is changed.
         Ok(()) => open_dir(dir, OFlags::NOFOLLOW)?
             .set_permissions(Permissions::from_mode(mode.directory())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -80,8 +83,11 @@ fn open_dir(dir: &Path, more: OFlags) -> io::Result<File> {
     Ok(rustix::fs::open(dir, flags, rustix::fs::Mode::empty())?.into())
 }
 
-/// Makes `dir` with 0700, or takes others' rights from it. Another user's is refused, and one with something in it that is
-/// not `ours` where others have rights: it was not made for this, and who uses it would lose it.
+/// Creates `dir` with 0700, or removes the rights of group and others from an existing one.
+///
+/// Fails with `PermissionDenied` if `dir` belongs to another user, or if others have rights to it and it contains an
+/// entry for which `ours` returns false: such a directory was not made for this purpose, and its users would lose
+/// access.
 pub fn own_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> io::Result<()> {
     make_dir(dir, FileMode::PRIVATE)?;
     let open = open_dir(dir, OFlags::empty())?;
@@ -89,7 +95,8 @@ pub fn own_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> io::Result<()> {
     let shown = crate::common::escape::text(&dir.display().to_string());
     let denied = |told| Err(io::Error::new(io::ErrorKind::PermissionDenied, told));
     let own = rustix::process::geteuid().as_raw();
-    // Whatever its mode: its owner reads what is in it, and puts in what is believed later.
+    // Refused regardless of the mode: the owner could read what is stored there, and could add files that are trusted
+    // later.
     if there.uid() != own {
         return denied(format!(
             "it belongs to user {}, and this runs as user {own}: 'chown {own} {shown}', or name another directory",
@@ -113,8 +120,8 @@ pub fn own_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> io::Result<()> {
     open.set_permissions(Permissions::from_mode(there.mode() & 0o7700))
 }
 
-/// Writes a file that is only as long as `bytes` afterwards: a new one with `mode`; one that is there (a device, too)
-/// keeps its own.
+/// Writes `bytes` to a file and truncates it to that length. A new file gets `mode`; an existing one (which may be a
+/// device) keeps its mode.
 pub fn write(path: &Path, bytes: &[u8], mode: FileMode) -> io::Result<()> {
     let made = OpenOptions::new()
         .write(true)
@@ -134,8 +141,8 @@ pub fn write(path: &Path, bytes: &[u8], mode: FileMode) -> io::Result<()> {
     file.write_all(bytes)
 }
 
-/// Whether others than its owner and its group may read or change a file with a secret. Only regular files: what stands
-/// behind a pipe has no such rights.
+/// Returns whether users other than the owner and the group can read or change a file that holds a secret. Only regular
+/// files count: the mode of a pipe says nothing about its source.
 pub fn is_shared(file: &fs::Metadata) -> bool {
     file.is_file() && file.mode() & 0o007 != 0
 }
@@ -209,7 +216,7 @@ mod tests {
     #[test]
     fn a_directory_of_another_user_is_refused_though_nobody_else_sees_into_it() -> io::Result<()> {
         if !rustix::process::geteuid().is_root() {
-            // Nobody else can give a directory away.
+            // Only root can change the owner of a directory.
             return Ok(());
         }
         let dir = tempfile::tempdir()?;

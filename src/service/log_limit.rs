@@ -1,16 +1,16 @@
-//! Lines of the log that strangers can cause: so many a second, and how many more there were.
+//! Rate limit for log lines that untrusted input can cause, with a count of the lines that were dropped.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Counts the lines of one kind.
+/// Limits the log lines of one kind to [`Hush::A_SECOND`] per second.
 #[derive(Debug, Default)]
 pub(crate) struct Hush(Mutex<(Option<Instant>, u32, u64)>);
 
 impl Hush {
     const A_SECOND: u32 = 10;
 
-    /// Whether to write a line, and how many were not written before it.
+    /// Returns `None` if the line is to be dropped, else the number of lines dropped since the last one written.
     pub(crate) fn line(&self) -> Option<u64> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (since, written, hushed) = &mut *state;
@@ -26,7 +26,7 @@ impl Hush {
     }
 }
 
-/// A warning, if `Hush` lets it; `more`: how many were not written before it.
+/// Logs a warning if the given [`Hush`] permits it. The field `more` is the number of lines dropped before it.
 macro_rules! warn_hushed {
     ($hush:expr, $($rest:tt)*) => {
         if let Some(more) = $hush.line() {
@@ -44,7 +44,7 @@ mod tests {
     fn what_is_not_written_is_counted() {
         let hush = Hush::default();
         let lines = (0..1000).filter(|_| hush.line().is_some()).count();
-        // A second may end in between.
+        // A second may end between two lines.
         assert!((10..=100).contains(&lines), "{lines}");
         if let Ok(mut state) = hush.0.lock() {
             state.0 = None;

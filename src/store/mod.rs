@@ -1,4 +1,4 @@
-//! Where images are kept: registries, Harbor's own API, OCI layouts on disk, and the names of all of them.
+//! Where images are stored: registries, Harbor's own API, OCI layouts on disk, and how each of them is named.
 
 pub mod destination;
 pub mod harbor;

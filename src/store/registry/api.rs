@@ -1,4 +1,4 @@
-//! The door beside the distribution API that some registries have: JSON over user and password, on the same host.
+//! Client for a registry's own API beside the distribution API: JSON with basic authentication, on the same host.
 
 use std::sync::Arc;
 
@@ -11,34 +11,35 @@ use super::error::{Error, Request, Step};
 use super::host::{Call, Host, Scopes};
 use super::{Reference, Registries, Repository};
 
-/// A page of a hundred images with all their labels is far smaller.
+/// Maximum size of an answer, in bytes. A page of a hundred images with all their labels is far smaller.
 const MAX_ANSWER: u64 = 32 << 20;
 
-/// A host's own API. Requests carry the credentials of one repository, and go to no other host.
+/// A host's own API. Requests carry the credentials for one repository and go to no other host.
 #[derive(Clone)]
 pub struct Api {
     host: Arc<Host>,
     repository: String,
 }
 
-/// What the API said.
+/// An answer of the API.
 #[derive(Debug)]
 pub struct Answer {
     request: Request,
-    /// HTTP status: 2xx, or one that the caller said it would take.
+    /// HTTP status: 2xx, or one of those that the caller listed in `accept`.
     pub status: u16,
-    /// `X-Total-Count`.
+    /// Value of `X-Total-Count`.
     pub total: Option<u64>,
     /// Whether `Link` names a next page.
     pub more: bool,
-    /// Requests that had failed before this answer came: what it denies may be what they had done.
+    /// Number of failed requests before this answer. If it is not 0, an error status may be the effect of an earlier
+    /// attempt that succeeded although its answer was lost.
     pub failed: u32,
-    /// As it came.
+    /// The body as received.
     pub body: Bytes,
 }
 
 impl Answer {
-    /// The body as a document.
+    /// Parses the body as JSON. Fails with [`Error::Garbled`] if it is not the expected document.
     pub fn read<T: DeserializeOwned>(&self) -> Result<T, Error> {
         serde_json::from_slice(&self.body).map_err(|e| Error::Garbled {
             request: self.request.clone(),
@@ -52,9 +53,9 @@ impl Answer {
 }
 
 impl Registries {
-    /// The API of `host`, with the credentials that are meant for `repository` there.
+    /// Returns the API of `host`, with the credentials for `repository` there.
     pub fn api(&self, host: &str, repository: &str) -> Result<Api, Error> {
-        // Any name serves to find the host.
+        // The host is looked up by a reference, in which any repository name will do.
         let reference: Reference = format!("{host}/x").parse()?;
         Ok(Api {
             host: self.host(&reference.host)?,
@@ -64,7 +65,7 @@ impl Registries {
 }
 
 impl Repository {
-    /// The API of the host that this repository is on, with its credentials.
+    /// Returns the API of the host that this repository is on, with the credentials for the repository.
     pub fn api(&self) -> Api {
         Api {
             host: Arc::clone(&self.host),
@@ -74,12 +75,12 @@ impl Repository {
 }
 
 impl Api {
-    /// `HOST[:PORT]`.
+    /// Returns `HOST[:PORT]`.
     pub fn host(&self) -> &str {
         self.host.name()
     }
 
-    /// Whether the registry asks for tokens as Harbor does: then, and only then, the rest is worth asking for.
+    /// Returns whether the registry names a token service like that of Harbor. Harbor's API is used only if it does.
     pub async fn asks_like_harbor(&self) -> Result<bool, Error> {
         self.host.url("/").await?;
         Ok(self.host.token_service().is_some_and(|(realm, service)| {
@@ -87,9 +88,10 @@ impl Api {
         }))
     }
 
-    /// `path` carries its query, escaped. `accept`: statuses besides 2xx that are an answer.
+    /// Sends a GET request. `path` includes its query, escaped. `accept` lists statuses besides 2xx that are not
+    /// errors.
     pub async fn get(&self, path: &str, accept: &'static [u16]) -> Result<Answer, Error> {
-        // A page that is cut off and yet complete as HTTP is asked for once more.
+        // A body that is valid HTTP but not valid JSON was probably truncated, so the request is repeated once.
         let answer = self.ask(Method::GET, path, None, accept).await?;
         if answer.status < 300 && answer.read::<serde::de::IgnoredAny>().is_err() {
             return self.ask(Method::GET, path, None, accept).await;
@@ -97,12 +99,12 @@ impl Api {
         Ok(answer)
     }
 
-    /// Likewise, for the status alone.
+    /// Sends a HEAD request; otherwise like [`Api::get`].
     pub async fn head(&self, path: &str, accept: &'static [u16]) -> Result<Answer, Error> {
         self.ask(Method::HEAD, path, None, accept).await
     }
 
-    /// Sends a document.
+    /// Sends a JSON document by POST.
     pub async fn post(
         &self,
         path: &str,
@@ -113,7 +115,7 @@ impl Api {
         self.ask(Method::POST, path, Some(body), accept).await
     }
 
-    /// Deletes.
+    /// Sends a DELETE request.
     pub async fn delete(&self, path: &str, accept: &'static [u16]) -> Result<Answer, Error> {
         self.ask(Method::DELETE, path, None, accept).await
     }

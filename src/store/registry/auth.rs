@@ -1,4 +1,5 @@
-//! Challenges and tokens: what a registry asks for, what its token service answers, and whom credentials may be sent to.
+//! Challenges and tokens: parses what a registry and its token service answer, and decides where credentials may be
+//! sent.
 //!
 //! Format: RFC 9110 section 11 (challenges); distribution's "Token Authentication Specification" and its OAuth2 form.
 
@@ -10,32 +11,32 @@ use serde_json::Value;
 
 use super::credentials::Secret;
 
-/// A token that was fetched this recently is beyond doubt: a 401 with it means "not permitted".
+/// A token younger than this cannot have expired, so a 401 for it means that the request is not permitted.
 const FRESH: Duration = Duration::from_secs(5);
-/// What the token specification gives a token that says nothing of its life.
+/// Lifetime that the token specification gives to a token without `expires_in`.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
-/// No service means more than this.
+/// Upper bound on the lifetime of a token. No token service issues longer ones on purpose.
 const LONGEST_LIFE: Duration = Duration::from_secs(24 * 3600);
-/// Tokens are renewed this long before their end, or after three quarters of a short life: a long request that starts
-/// with a token must find it valid when its turn comes.
+/// Upper bound on the margin by which tokens are renewed before they expire, which is otherwise a quarter of their
+/// lifetime. A token has to be still valid when a request that was queued with it is processed.
 const LONGEST_MARGIN: Duration = Duration::from_secs(120);
 
-/// What a registry wants to see.
+/// The kind of authentication that a registry requires.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Challenge {
     /// User and password with each request.
     Basic,
-    /// A token from its token service.
+    /// A token from the registry's token service.
     Bearer {
         /// URL of the token service, as the registry wrote it.
         realm: String,
-        /// The name by which the token service knows the registry.
+        /// Name by which the token service knows the registry.
         service: Option<String>,
     },
 }
 
-/// The challenge to follow among those that an answer carries: Bearer where there is one, because a password costs the
-/// registry a key derivation each time.
+/// Selects the challenge to follow from the `WWW-Authenticate` headers of an answer. Bearer is preferred, because a
+/// password costs the registry a key derivation for each request.
 pub(super) fn read_challenge<'a>(headers: impl Iterator<Item = &'a str>) -> Option<Challenge> {
     let mut basic = false;
     for header in headers {
@@ -62,7 +63,8 @@ pub(super) fn read_challenge<'a>(headers: impl Iterator<Item = &'a str>) -> Opti
 
 type Parsed = (String, Vec<(String, String)>);
 
-/// `scheme name=value, name="value", scheme2 ...`: a word before `=` is a parameter, any other begins a challenge.
+/// Parses `scheme name=value, name="value", scheme2 ...`. A word before `=` is a parameter, any other word starts a
+/// challenge.
 fn parse_challenges(header: &str) -> Vec<Parsed> {
     let mut found: Vec<Parsed> = Vec::new();
     let mut rest = header;
@@ -104,7 +106,7 @@ fn parse_value(text: &str) -> (String, &str) {
     (value, "")
 }
 
-/// A token and how long it is good for.
+/// A token and its lifetime.
 pub(super) struct Token {
     pub(super) value: Secret,
     fetched: Instant,
@@ -112,8 +114,8 @@ pub(super) struct Token {
 }
 
 impl Token {
-    /// Reads a token service's answer: `token` or `access_token`, either of which may be empty (Harbor), `expires_in`
-    /// in seconds. `fetched` is when it was asked for.
+    /// Parses the answer of a token service: `token` or `access_token`, either of which may be empty (Harbor), and
+    /// `expires_in` in seconds. `fetched` is the time of the request.
     pub(super) fn read(body: &[u8], fetched: Instant) -> Result<Self, &'static str> {
         let document: Value =
             serde_json::from_slice(body).map_err(|_| "the token service's answer is not JSON")?;
@@ -140,13 +142,13 @@ impl Token {
         })
     }
 
-    /// Whether it is time for a new one.
+    /// Returns whether the token is due for renewal.
     pub(super) fn stale(&self, now: Instant) -> bool {
         let margin = (self.life / 4).min(LONGEST_MARGIN);
         now.saturating_duration_since(self.fetched) >= self.life.saturating_sub(margin)
     }
 
-    /// When it was asked for and how long it lives.
+    /// Returns the time of the token's request and its lifetime.
     pub(super) fn age(&self) -> Age {
         Age {
             fetched: self.fetched,
@@ -155,7 +157,7 @@ impl Token {
     }
 }
 
-/// How old a token is, when an answer to a request with it has come.
+/// The age of a token that was sent with a request, evaluated when the answer arrives.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Age {
     fetched: Instant,
@@ -163,12 +165,12 @@ pub(super) struct Age {
 }
 
 impl Age {
-    /// Whether a 401 with it cannot be a matter of age.
+    /// Returns whether the token is too young for a 401 to be caused by its expiry.
     pub(super) fn is_fresh(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.fetched) < FRESH.min(self.life / 4)
     }
 
-    /// Whether it has ended meanwhile.
+    /// Returns whether the token has expired.
     pub(super) fn is_over(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.fetched) >= self.life
     }
@@ -179,14 +181,14 @@ impl Age {
 pub(super) struct Origin {
     /// Scheme, host and port.
     pub(super) url: Url,
-    /// TLS with a certificate that was checked.
+    /// Whether the connection used TLS with a verified certificate.
     pub(super) verified: bool,
-    /// The user named this very machine.
+    /// Whether the user named a loopback host.
     pub(super) loopback: bool,
 }
 
 impl Origin {
-    /// Same scheme, host and port.
+    /// Returns whether `url` has the same scheme, host and port.
     pub(super) fn is_same(&self, url: &Url) -> bool {
         self.url.origin() == url.origin()
     }
@@ -195,11 +197,11 @@ impl Origin {
         self.url.host_str().is_some() && self.url.host_str() == url.host_str()
     }
 
-    /// Whether an address that the registry gave (realm, redirect) may be asked at all.
+    /// Decides whether a URL that the registry returned (realm, redirect) may be requested at all.
     ///
-    /// What a registry answers is input, and this program may stand where the registry cannot reach: so no address
-    /// leads from another machine to this one or to its link (cloud metadata services live there), and none from TLS
-    /// to plain HTTP.
+    /// Answers of a registry are untrusted input, and this program may reach hosts that the registry cannot. Therefore
+    /// no URL may lead from a remote registry to this machine or to link-local addresses (where cloud metadata services
+    /// are), and none from TLS to plain HTTP.
     pub(super) fn may_visit(&self, url: &Url) -> Result<(), &'static str> {
         match url.scheme() {
             "https" => {}
@@ -216,11 +218,12 @@ impl Origin {
         Ok(())
     }
 
-    /// Whether the user's credentials for this registry may be sent to a token service at `url`.
+    /// Decides whether the user's credentials for this registry may be sent to a token service at `url`.
     ///
-    /// Yes where it is on the registry's own host. To another host only when the registry itself named it over TLS with
-    /// a checked certificate, and it is reached by TLS too (so Docker Hub and GitLab work): then nobody on the way can
-    /// have put it there. And between ports and names of this very machine.
+    /// They may if the token service is on the registry's host. They may be sent to another host only if the registry
+    /// named it over TLS with a verified certificate, so that no third party can have inserted it, and it is reached by
+    /// TLS as well; Docker Hub and GitLab need this. Between ports and names of the loopback host they may always be
+    /// sent.
     pub(super) fn may_confide(&self, url: &Url) -> Result<(), &'static str> {
         self.may_visit(url)?;
         let both_here = self.loopback && url.host_str().is_some_and(is_local_name);
@@ -235,7 +238,7 @@ impl Origin {
     }
 }
 
-/// Whether a host of a URL is this machine or its link, by name or as an address.
+/// Returns whether the host of a URL is this machine or a link-local address, by name or as an address literal.
 fn is_local_name(host: &str) -> bool {
     let name = host.trim_end_matches('.').to_ascii_lowercase();
     if name == "localhost" || name.ends_with(".localhost") {
@@ -247,7 +250,8 @@ fn is_local_name(host: &str) -> bool {
         .is_ok_and(is_local_address)
 }
 
-/// Loopback, link-local (169.254.0.0/16, fe80::/10) or unspecified, also when wrapped into IPv6.
+/// Returns whether an address is loopback, link-local (169.254.0.0/16, fe80::/10) or unspecified, including IPv4
+/// addresses embedded in IPv6.
 pub(super) fn is_local_address(address: IpAddr) -> bool {
     let v4 = |a: Ipv4Addr| a.is_loopback() || a.is_link_local() || a.octets()[0] == 0;
     let v6 =
@@ -295,7 +299,7 @@ mod tests {
             of(&["Negotiate abc==, Basic realm=x"]),
             Some(Challenge::Basic)
         );
-        // Harbor answers for a missing project with an empty header.
+        // Harbor sends an empty header for a project that does not exist.
         for none in [
             "",
             ",",
@@ -391,7 +395,7 @@ mod tests {
                 true,
                 true,
             ),
-            // Nobody has checked who named that host.
+            // The certificate of the registry that named this host was not verified.
             (
                 "https://r.example",
                 false,

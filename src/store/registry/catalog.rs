@@ -1,6 +1,6 @@
-//! What a registry holds, and taking things out of it, by the distribution API alone.
+//! Lists and deletes content of a registry, using only the distribution API.
 //!
-//! Format: distribution's HTTP API V2 ("Listing Repositories", which the OCI specification leaves out); distribution-spec
+//! Format: distribution's HTTP API V2 ("Listing Repositories", which the OCI specification omits); distribution-spec
 //! "Content Discovery" and "Content Management".
 
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, LINK};
@@ -14,20 +14,20 @@ use super::{Reference, Registries, Repository, header_text, reference};
 use crate::common::digest::Digest;
 use crate::image::manifest::raw::MANIFEST_TYPES;
 
-/// Names asked for at a time: registries cap it as they like.
+/// Number of names requested per page. Registries may return fewer.
 const PAGE: usize = 1000;
-/// A list that does not end is not a list.
+/// Upper bound on the number of names; a longer list is treated as endless.
 const MAX_NAMES: usize = 200_000;
 const MAX_PAGE_BYTES: u64 = 16 << 20;
 
-/// What stands under a tag.
+/// The manifest that a tag refers to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tagged {
-    /// Of the manifest.
+    /// Digest of the manifest.
     pub digest: Digest,
-    /// Its media type, as the registry says.
+    /// Media type of the manifest, as the registry returned it.
     pub media_type: Option<String>,
-    /// Bytes of the manifest.
+    /// Size of the manifest in bytes.
     pub size: Option<u64>,
 }
 
@@ -38,7 +38,8 @@ struct Names {
 }
 
 impl Registries {
-    /// All repositories of a host that these credentials see. Names that break the grammar are left out.
+    /// Lists all repositories of a host that are visible with the configured credentials. Names that violate the
+    /// grammar are left out.
     pub async fn catalog(&self, host: &str) -> Result<Vec<String>, Error> {
         let reference: Reference = format!("{host}/x").parse()?;
         let mut repository = self.pull_from(&reference)?;
@@ -61,14 +62,14 @@ impl Registries {
             .collect())
     }
 
-    /// The repository of `reference`, to delete from.
+    /// Opens the repository of `reference` for deletion.
     pub fn delete_from(&self, reference: &Reference) -> Result<Repository, Error> {
         self.open(reference, "pull,delete")
     }
 }
 
 impl Repository {
-    /// All tags; none where there is no such repository.
+    /// Lists all tags. Returns `None` if the repository does not exist.
     pub async fn tags(&self) -> Result<Option<Vec<String>>, Error> {
         let url = self.url(&format!("tags/list?n={PAGE}")).await?;
         let call = self.call(Step::List, Method::GET, url);
@@ -111,7 +112,7 @@ impl Repository {
             let Some(next) = next.and_then(|next| call.url.join(&next).ok()) else {
                 return Ok(Some(found));
             };
-            // As with Location: its path and query count, its host does not.
+            // As with `Location`, only path and query are used; the host is ignored.
             let mut here = call.url.clone();
             here.set_path(next.path());
             here.set_query(next.query());
@@ -125,7 +126,7 @@ impl Repository {
         }
     }
 
-    /// What a tag or digest stands for; none where it is not there.
+    /// Returns the manifest that a tag or digest refers to, or `None` if there is none.
     pub async fn head_manifest(&self, tag_or_digest: &str) -> Result<Option<Tagged>, Error> {
         let url = self.url(&format!("manifests/{tag_or_digest}")).await?;
         let mut call = self.call(Step::ReadManifest, Method::HEAD, url);
@@ -144,7 +145,7 @@ impl Repository {
             .and_then(|v| v.to_str().ok()?.parse().ok());
         let digest = match said {
             Some(digest) => digest,
-            // The header is optional; the manifest has one in any case.
+            // The digest header is optional; if it is missing, the manifest is read and hashed.
             None => self.manifest(tag_or_digest).await?.digest,
         };
         Ok(Some(Tagged {
@@ -154,21 +155,22 @@ impl Repository {
         }))
     }
 
-    /// Takes a manifest out, by its digest, or a tag, where the registry can. False: it was not there.
+    /// Deletes a manifest by its digest, or a tag where the registry supports that. Returns false if it did not exist.
     ///
-    /// Distribution 2.8 takes digests only and answers 400 or 405 to a tag, and 405 to all where deletion is off.
+    /// Distribution 2.8 accepts digests only and answers 400 or 405 for a tag, and 405 for everything if deletion is
+    /// disabled.
     pub async fn delete_manifest(&self, tag_or_digest: &str) -> Result<bool, Error> {
         let url = self.url(&format!("manifests/{tag_or_digest}")).await?;
         let mut call = self.call(Step::Delete, Method::DELETE, url);
         call.accept = &[404];
         let mut failed = 0;
         let response = self.host.call_after(&call, &mut failed).await?;
-        // Gone by a request whose answer was lost, perhaps: that is what was wanted.
+        // After a failed attempt, a 404 may mean that the earlier request succeeded and its answer was lost.
         Ok(response.status() != StatusCode::NOT_FOUND || failed > 0)
     }
 }
 
-/// `Link: <URL>; rel="next"` (RFC 8288).
+/// Parses `Link: <URL>; rel="next"` (RFC 8288).
 fn next_page(headers: &HeaderMap) -> Option<String> {
     let link = headers.get(LINK)?.to_str().ok()?;
     link.split(',').find_map(|part| {

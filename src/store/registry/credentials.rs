@@ -1,4 +1,4 @@
-//! Finding a user's credentials where the container tools keep them, without running a program to get them.
+//! Finds a user's credentials in the files that container tools use, without running credential helpers.
 //!
 //! Formats: containers-auth.json(5); Docker's `config.json`.
 
@@ -18,20 +18,20 @@ use zeroize::{Zeroize, Zeroizing};
 use super::error::Error;
 use super::reference::DOCKER_HUB;
 
-/// Auth files are small; what is larger is none.
+/// Maximum size of an auth file, in bytes. A larger file is refused.
 const MAX_AUTH_FILE: u64 = 4 << 20;
 
-/// A text that is wiped when it is dropped and never shown.
+/// A string that is zeroed when dropped and never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Zeroizing<String>);
 
 impl Secret {
-    /// Takes the text over.
+    /// Wraps `text`.
     pub fn new(text: String) -> Self {
         Self(Zeroizing::new(text))
     }
 
-    /// The text itself. Not for messages.
+    /// Returns the text itself. Must not be used in messages.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -49,10 +49,10 @@ impl<'de> Deserialize<'de> for Secret {
     }
 }
 
-/// How to say who one is.
+/// Credentials of either kind that auth files hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Credentials {
-    /// User and password, or robot and secret.
+    /// User and password, or robot account and secret.
     Basic {
         /// User name.
         user: String,
@@ -63,7 +63,7 @@ pub enum Credentials {
     IdentityToken(Secret),
 }
 
-/// A `--creds` value that is none.
+/// A `--creds` value that cannot be parsed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("credentials are written USER:PASSWORD")]
 pub struct CredentialsError;
@@ -71,7 +71,7 @@ pub struct CredentialsError;
 impl FromStr for Credentials {
     type Err = CredentialsError;
 
-    /// `USER:PASSWORD`; the password may hold colons.
+    /// Parses `USER:PASSWORD`. The password may contain colons.
     fn from_str(text: &str) -> Result<Self, CredentialsError> {
         match text.split_once(':') {
             Some((user, password)) if !user.is_empty() => Ok(Self::Basic {
@@ -83,29 +83,29 @@ impl FromStr for Credentials {
     }
 }
 
-/// What a search for credentials found.
+/// The result of a search for credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// Use these; `source` says where they are from.
+    /// Credentials were found.
     Credentials {
         /// The credentials.
         credentials: Credentials,
-        /// A file's path, or the flag.
+        /// Where they are from: the path of a file, or the flag.
         source: String,
     },
-    /// An auth file sends to a helper program, and nothing else has credentials.
+    /// An auth file refers to a credential helper, and no other file has credentials.
     OnlyHelper {
-        /// The file.
+        /// Path of the auth file.
         file: PathBuf,
-        /// Name of the helper: the program would be `docker-credential-NAME`.
+        /// Name of the helper; its program would be `docker-credential-NAME`.
         helper: String,
     },
-    /// Nothing: anonymous.
+    /// No credentials: requests are anonymous.
     Nothing,
 }
 
 impl Found {
-    /// For errors: who one was, or why nobody.
+    /// Describes, for error messages, which credentials were used or why there were none.
     pub fn describe(&self, host: &str) -> String {
         match self {
             Self::Credentials {
@@ -136,16 +136,16 @@ impl Found {
     }
 }
 
-/// The auth files to look into, best first.
+/// The auth files to search, in order of precedence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuthFiles {
     files: Vec<PathBuf>,
-    /// Named by the user: it has to exist and is the only one.
+    /// Whether the user named the file. If so, it has to exist and is the only one.
     explicit: bool,
 }
 
 impl AuthFiles {
-    /// `authfile` is `--authfile`; the environment is asked through `var`.
+    /// Determines the auth files from `--authfile` and the environment, which is read through `var`.
     pub fn find(authfile: Option<&Path>, var: impl Fn(&str) -> Option<OsString>, uid: u32) -> Self {
         let set = |name| var(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         if let Some(file) = authfile
@@ -160,7 +160,7 @@ impl AuthFiles {
         let home = set("HOME");
         let runtime = set("XDG_RUNTIME_DIR")
             .map(|dir| dir.join("containers/auth.json"))
-            // What containers-auth.json(5) names when there is no session.
+            // The path that containers-auth.json(5) names for processes without a login session.
             .or_else(|| Some(PathBuf::from(format!("/run/containers/{uid}/auth.json"))));
         let config = set("XDG_CONFIG_HOME").or_else(|| home.as_ref().map(|h| h.join(".config")));
         let docker = set("DOCKER_CONFIG").or_else(|| home.as_ref().map(|h| h.join(".docker")));
@@ -175,7 +175,7 @@ impl AuthFiles {
         }
     }
 
-    /// Credentials for `host` and `repository` (without host), the longest matching key first.
+    /// Searches for the credentials of `host` and `repository` (without host). The longest matching key wins.
     pub fn search(&self, host: &str, repository: &str) -> Result<Found, Error> {
         let mut helper = None;
         for path in &self.files {
@@ -219,7 +219,7 @@ impl AuthFiles {
 
 fn read_bounded(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     let file = File::open(path)?;
-    // Room beforehand, so that growing leaves no copies behind.
+    // Allocated in advance, so that growing the vector leaves no copies of secrets behind.
     let room = file.metadata()?.len().min(MAX_AUTH_FILE) as usize + 1;
     let mut bytes = Zeroizing::new(Vec::with_capacity(room));
     file.take(MAX_AUTH_FILE + 1).read_to_end(&mut bytes)?;
@@ -257,9 +257,9 @@ enum Entry {
     None,
 }
 
-/// What one auth file says of a repository.
+/// Looks up a repository in the contents of one auth file.
 fn look_up(bytes: &[u8], host: &str, repository: &str) -> Result<Entry, String> {
-    // serde_json's messages name line and column, not contents.
+    // serde_json's messages name line and column but no contents.
     let document: AuthDocument = serde_json::from_slice(bytes).map_err(|e| {
         format!(
             "not an auth file ({}, line {}, column {}): expected {{\"auths\": {{...}}}}",
@@ -274,7 +274,7 @@ fn look_up(bytes: &[u8], host: &str, repository: &str) -> Result<Entry, String> 
     };
     let auths = document.auths.unwrap_or_default();
     let helpers = document.cred_helpers.unwrap_or_default();
-    // containers-auth.json(5): a configured helper takes the place of the file's entry for that registry.
+    // containers-auth.json(5): a configured helper replaces the file's own entry for that registry.
     if let Some(name) = hosts
         .iter()
         .find_map(|h| helpers.get(*h))
@@ -285,7 +285,7 @@ fn look_up(bytes: &[u8], host: &str, repository: &str) -> Result<Entry, String> 
     let mut known = false;
     for key in keys(hosts, repository) {
         let entry = auths.get(&key).or_else(|| {
-            // Docker writes URLs; only a host may be written so, not a namespace.
+            // Docker writes some keys as URLs, but only for hosts, not for namespaces.
             hosts.contains(&key.as_str()).then(|| {
                 auths
                     .iter()
@@ -302,7 +302,7 @@ fn look_up(bytes: &[u8], host: &str, repository: &str) -> Result<Entry, String> 
         }
     }
     match document.creds_store {
-        // Docker leaves an empty entry for what the store holds; without one there is nothing in the store either.
+        // Docker leaves an empty entry for credentials in the store. Without such an entry, the store has none either.
         Some(store) if known && !store.is_empty() => Ok(Entry::Helper(store)),
         _ => Ok(Entry::None),
     }
@@ -316,7 +316,7 @@ fn kind(error: &serde_json::Error) -> &'static str {
     }
 }
 
-/// `host/a/b`, `host/a`, `host` for each name of the host.
+/// Returns the keys to try: `host/a/b`, `host/a`, `host`, each for every name of the host.
 fn keys(hosts: &[&str], repository: &str) -> Vec<String> {
     let mut keys = Vec::new();
     let mut rest = Some(repository);
@@ -328,7 +328,7 @@ fn keys(hosts: &[&str], repository: &str) -> Vec<String> {
     keys
 }
 
-/// `https://index.docker.io/v1/` is `index.docker.io`.
+/// Returns the host of a key that is a URL: `index.docker.io` for `https://index.docker.io/v1/`.
 fn host_of_url(key: &str) -> Option<&str> {
     let rest = key
         .strip_prefix("https://")
@@ -362,7 +362,7 @@ fn read_entry(entry: &AuthEntry) -> Result<Option<Credentials>, String> {
     }
 }
 
-/// The value of an `Authorization` header for user and password, marked as sensitive.
+/// Returns an `Authorization` header for user and password, marked as sensitive.
 pub(super) fn basic_header(user: &str, password: &Secret) -> Option<http::HeaderValue> {
     let plain = Zeroizing::new(format!("{user}:{}", password.expose()));
     let mut value = Zeroizing::new(String::from("Basic "));
@@ -370,7 +370,7 @@ pub(super) fn basic_header(user: &str, password: &Secret) -> Option<http::Header
     sensitive_header(&value)
 }
 
-/// The value of an `Authorization` header for a token, marked as sensitive.
+/// Returns an `Authorization` header for a token, marked as sensitive.
 pub(super) fn bearer_header(token: &Secret) -> Option<http::HeaderValue> {
     let mut text = format!("Bearer {}", token.expose());
     let header = sensitive_header(&text);
@@ -384,7 +384,7 @@ fn sensitive_header(text: &str) -> Option<http::HeaderValue> {
     Some(value)
 }
 
-/// The variable of this process's environment.
+/// Reads a variable of the process environment.
 pub(super) fn environment(name: &str) -> Option<OsString> {
     std::env::var_os(OsStr::new(name))
 }
@@ -415,7 +415,7 @@ mod tests {
         assert_eq!(of("z"), basic("u", "p:q"));
         assert_eq!(of("a/c"), basic("v", "p"));
         assert_eq!(of("a/b"), basic("w", "x"));
-        assert_eq!(of("ab"), basic("u", "p:q")); // a prefix of bytes is not a prefix of path
+        assert_eq!(of("ab"), basic("u", "p:q")); // a byte prefix is not a path prefix
         assert_eq!(look_up(file.as_bytes(), "h", "a").unwrap(), Entry::None);
     }
 
@@ -459,7 +459,7 @@ mod tests {
             of(r#"{"auths":{"other":{}},"credsStore":"desktop"}"#),
             Entry::None
         );
-        // Credentials that are there are used.
+        // An entry with credentials takes precedence over the store.
         let file = format!(
             r#"{{"auths":{{"r.example":{{"auth":"{}"}}}},"credsStore":"desktop"}}"#,
             b64("u:p")
@@ -534,7 +534,7 @@ mod tests {
             7,
         );
         assert_eq!(files(by_flag), ["/g"]);
-        // A file that the user named has to be there; the usual places need not.
+        // A file that the user named has to exist; the default ones need not.
         assert!(
             AuthFiles::find(Some(Path::new("/nonexistent/x")), |_| None, 7)
                 .search("h", "x")

@@ -1,4 +1,5 @@
-//! What can go wrong with a registry, in a form from which callers choose a retry and an exit code, and people what to do.
+//! Errors of registry access. They carry what callers need to decide on retries and exit codes, and advice for the
+//! user.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,16 +10,16 @@ use serde::Deserialize;
 use super::reference::ReferenceError;
 use crate::common::digest::Digest;
 
-/// What a request was for: the same status means different things at different steps.
+/// The purpose of a request. The same status means different things at different steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// `GET /v2/`.
     Ping,
-    /// The token service named by the registry.
+    /// Request to the token service named by the registry.
     Token,
     /// Reading a manifest.
     ReadManifest,
-    /// Reading a blob, or asking whether it is there.
+    /// Reading a blob, or checking for its existence.
     ReadBlob,
     /// Opening an upload.
     BeginUpload,
@@ -38,7 +39,7 @@ pub enum Step {
     Api,
 }
 
-/// A request as it may be shown: without query, which can carry signatures and upload state.
+/// Method and URL of a request, without the query, which can carry signatures and upload state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
     method: String,
@@ -46,12 +47,12 @@ pub struct Request {
 }
 
 impl Request {
-    /// Takes what may be shown of a request.
+    /// Creates the printable form of a request: without query, fragment, user and password.
     pub fn new(method: &http::Method, url: &reqwest::Url) -> Self {
         let mut url = url.clone();
         url.set_query(None);
         url.set_fragment(None);
-        // Neither can fail on http URLs, and what has no host has no user either.
+        // Neither fails for http URLs, and a URL without a host has no user either.
         let _ = url.set_password(None);
         let _ = url.set_username("");
         Self {
@@ -67,26 +68,27 @@ impl fmt::Display for Request {
     }
 }
 
-/// An answer that says no.
+/// An answer with an error status.
 #[derive(Clone, Debug)]
 pub struct Reply {
-    /// The request it answers.
+    /// The request that was answered.
     pub request: Request,
-    /// What it was for.
+    /// The purpose of the request.
     pub step: Step,
     /// HTTP status.
     pub status: u16,
-    /// The registry's own error code (`DENIED`, `BLOB_UPLOAD_UNKNOWN`, ...), bounded and escaped.
+    /// The registry's error code (`DENIED`, `BLOB_UPLOAD_UNKNOWN`, ...), bounded and escaped.
     pub code: Option<String>,
-    /// The registry's own words, bounded and escaped.
+    /// The registry's error message, bounded and escaped.
     pub message: Option<String>,
-    /// `Retry-After`, if it was given in seconds or as a date.
+    /// Value of `Retry-After`, given in seconds or as a date.
     pub retry_after: Option<Duration>,
     /// The tag that was to be written.
     pub tag: Option<String>,
-    /// Which credentials were used, or why none; for answers about permission.
+    /// The credentials that were used, or why there were none; set for errors of permission.
     pub credentials: Option<String>,
-    /// Bytes of this upload were already sent from a stream that is gone: only the whole blob can be tried again.
+    /// Whether bytes of this upload were already sent from a stream that cannot be read again, so that only the whole
+    /// blob can be retried.
     pub mid_upload: bool,
 }
 
@@ -159,14 +161,14 @@ impl fmt::Display for Reply {
     }
 }
 
-/// Everything that can go wrong between this program and a registry.
+/// An error of registry access.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Not an image reference.
+    /// The image reference is invalid.
     #[error(transparent)]
     Reference(#[from] ReferenceError),
-    /// No connection, or it broke.
+    /// The connection could not be made, or broke.
     #[error(
         "{request}: {reason}: the registry cannot be reached; check its name, the network and the proxy variables"
     )]
@@ -176,7 +178,7 @@ pub enum Error {
         /// The chain of causes.
         reason: String,
     },
-    /// The server's certificate is not to be trusted, or it does not take ours.
+    /// The server's certificate is not trusted, or the server rejected the client's.
     #[error(
         "{request}: {reason}: TLS does not trust the registry; put its CA into --cert-dir or \
          /etc/containers/certs.d/HOST:PORT/ca.crt, or say --tls-verify=false"
@@ -187,44 +189,44 @@ pub enum Error {
         /// The chain of causes.
         reason: String,
     },
-    /// Nothing moved for too long.
+    /// No data was transferred for too long.
     #[error("{request}: nothing moved for {} seconds: try again later", after.as_secs())]
     Silent {
         /// The request.
         request: Request,
-        /// How long it was waited for.
+        /// The timeout.
         after: Duration,
     },
-    /// The save takes longer than it may.
+    /// The save exceeded its deadline.
     #[error(
         "{request}: the save has taken the {} seconds that it may take with its registries (--deadline)", after.as_secs()
     )]
     Deadline {
-        /// The request that was under way.
+        /// The request that was in progress.
         request: Request,
-        /// The bound.
+        /// The deadline, measured from the start of the save.
         after: Duration,
     },
-    /// The registry has other bytes of a blob than were sent.
+    /// The registry received other bytes of a blob than were sent.
     #[error(
         "{request}: what has arrived of the blob is not what was sent: it has to be sent again"
     )]
     Torn {
-        /// The request that found it out.
+        /// The request whose answer showed it.
         request: Request,
     },
-    /// The registry or its token service said no.
+    /// The registry or its token service answered with an error status.
     #[error("{0}")]
     Reply(Box<Reply>),
-    /// An answer that makes no sense.
+    /// The answer violates the protocol.
     #[error("{request}: {reason}: this is not how a registry answers")]
     Nonsense {
         /// The request.
         request: Request,
-        /// What was expected and found.
+        /// What was expected and what was found.
         reason: String,
     },
-    /// A document that was damaged on the way, or is a proxy's page in the place of the registry's.
+    /// A document was damaged in transit, or was sent by a proxy in place of the registry.
     #[error("{request}: {reason}: damaged on the way, or not from the registry; try again later")]
     Garbled {
         /// The request.
@@ -232,35 +234,35 @@ pub enum Error {
         /// What was expected.
         reason: String,
     },
-    /// Realm, Location or a redirect leads where it must not.
+    /// A realm, `Location` or redirect leads to a URL that is not permitted.
     #[error("{request}: the answer leads to {to:?}: refused, {why}")]
     LeadsAway {
         /// The request.
         request: Request,
-        /// Where to, without query.
+        /// The URL, without query.
         to: String,
-        /// Which rule forbids it.
+        /// The rule that forbids it.
         why: &'static str,
     },
-    /// The registry wants credentials and there are none.
+    /// The registry requires credentials and none were found.
     #[error("{request}: the registry wants credentials: {why}")]
     NoCredentials {
         /// The request.
         request: Request,
-        /// What was looked at.
+        /// Where credentials were searched for.
         why: String,
     },
     /// A file with credentials or certificates cannot be used.
     #[error("{}: {reason}", path.display())]
     File {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
         /// What is wrong with it and what was expected.
         reason: String,
-        /// It may not be read.
+        /// Whether permission to read it was denied.
         denied: bool,
     },
-    /// Bytes that are not what their digest says.
+    /// The content does not match its digest.
     #[error(
         "{what} from {from}: expected {expected}, found {found}: the registry's copy is damaged or was changed on the way"
     )]
@@ -269,36 +271,36 @@ pub enum Error {
         what: &'static str,
         /// Host and repository.
         from: String,
-        /// The digest that was asked for.
+        /// The digest that was requested.
         expected: Digest,
-        /// The digest of what came.
+        /// The digest of the content received.
         found: Digest,
     },
-    /// More or fewer bytes than promised.
+    /// The number of bytes differs from what was declared.
     #[error("{what}: expected {expected} bytes, found {found}")]
     Size {
         /// What was read or written.
         what: String,
-        /// Bytes expected.
+        /// Expected number of bytes.
         expected: u64,
-        /// Bytes found.
+        /// Actual number of bytes.
         found: u64,
     },
-    /// A thing larger than what is read into memory.
+    /// The object is larger than the limit for what is read into memory.
     #[error("{what} is larger than {limit} bytes: refused")]
     TooLarge {
-        /// What.
+        /// What was read.
         what: String,
-        /// The cap in bytes.
+        /// The limit in bytes.
         limit: u64,
     },
-    /// The writer was dropped, or the runtime it worked on is gone.
+    /// The writer was dropped, or its runtime was shut down.
     #[error("the upload was abandoned")]
     Abandoned,
-    /// A client could not be set up.
+    /// The HTTP client could not be set up.
     #[error("cannot set up a client for {host}: {reason}")]
     Setup {
-        /// Host.
+        /// The host.
         host: String,
         /// The chain of causes.
         reason: String,
@@ -306,7 +308,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether doing the same again later may succeed (exit code 75). Within one call, what can be repeated has been.
+    /// Returns whether a later attempt may succeed (exit code 75). Repeatable requests have been repeated within the
+    /// call already.
     pub fn retryable(&self) -> bool {
         match self {
             Self::Unreachable { .. }
@@ -314,19 +317,19 @@ impl Error {
             | Self::Deadline { .. }
             | Self::Torn { .. }
             | Self::Garbled { .. } => true,
-            // It has been tried again already, and what a registry cannot take it cannot take tomorrow.
+            // The manifest was retried already, and a registry that cannot parse it now never will.
             Self::Reply(reply) if (reply.status, reply.step) == (500, Step::WriteManifest) => false,
             Self::Reply(reply) => {
                 matches!(reply.status, 408 | 429 | 499 | 500 | 502..=504 | 506..=599)
                     || (reply.mid_upload && matches!(reply.status, 401 | 404 | 411 | 416))
             }
-            // A damaged download: another try may read another copy.
+            // The download was damaged; another attempt may get an intact copy.
             Self::Digest { what, .. } => *what == "blob",
             _ => false,
         }
     }
 
-    /// Whether it is a matter of permission: credentials, quota, policy (exit code 77).
+    /// Returns whether the cause is a lack of permission: credentials, quota or policy (exit code 77).
     pub fn not_permitted(&self) -> bool {
         match self {
             Self::Reply(reply) => match reply.status {
@@ -342,12 +345,12 @@ impl Error {
         }
     }
 
-    /// Whether the registry says that the thing is not there.
+    /// Returns whether the registry answered that the object does not exist.
     pub fn not_found(&self) -> bool {
         matches!(self, Self::Reply(reply) if reply.status == 404)
     }
 
-    /// Whether repeating the request at once, after a pause, is worth it: a narrower thing than [`Error::retryable`].
+    /// Returns whether the single request is worth repeating after a pause. This is stricter than [`Error::retryable`].
     pub(super) fn passing(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::Silent { .. } | Self::Garbled { .. } => true,
@@ -358,7 +361,8 @@ impl Error {
         }
     }
 
-    /// Whether sending the blob once more, from its start or from where the registry has it, is worth it now.
+    /// Returns whether the blob is worth sending again now, from its start or from the offset that the registry
+    /// confirmed.
     pub(super) fn is_again(&self) -> bool {
         self.retryable() && !matches!(self, Self::Deadline { .. })
     }
@@ -370,7 +374,7 @@ impl Error {
         }
     }
 
-    /// The same error for bytes that went out of a stream and cannot be sent again by this side.
+    /// Marks the error as one of an upload whose bytes came from a stream and cannot be sent again here.
     pub(super) fn in_mid_upload(mut self) -> Self {
         if let Self::Reply(reply) = &mut self {
             reply.mid_upload = true;
@@ -378,7 +382,7 @@ impl Error {
         self
     }
 
-    /// A failed request of reqwest's. Its own text carries the whole URL, so only the causes are taken.
+    /// Converts a transport error of reqwest. Only its causes are used, because its own text contains the whole URL.
     pub(super) fn transport(request: Request, error: &(dyn std::error::Error + 'static)) -> Self {
         let (reason, certificate) = causes(error);
         if certificate {
@@ -389,7 +393,7 @@ impl Error {
     }
 }
 
-/// The chain of causes as one line, and whether certificates are among them.
+/// Returns the chain of causes on one line, and whether one of them concerns certificates.
 pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool) {
     let mut reason = String::new();
     let mut certificate = false;
@@ -400,7 +404,7 @@ pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool
             Some(_) => String::new(),
             None => crate::common::escape::limited(&error.to_string(), 300),
         };
-        // Wrappers often repeat what they wrap.
+        // Wrapping errors often repeat the text of their cause.
         if !text.is_empty() && !reason.contains(&text) {
             if !reason.is_empty() {
                 reason.push_str(": ");
@@ -415,7 +419,7 @@ pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool
     (reason, certificate)
 }
 
-/// Whether TLS itself works there and the certificates are the problem.
+/// Returns whether the error concerns certificates rather than TLS in general.
 fn is_certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
     let of = |tls: &rustls::Error| {
         matches!(
@@ -436,14 +440,15 @@ fn is_certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
     if let Some(tls) = error.downcast_ref::<rustls::Error>() {
         return of(tls);
     }
-    // An I/O error's source is its content's source: the content itself, often another I/O error, is reached so.
+    // `source` of an I/O error skips its inner error and returns that one's source. The inner error, often another I/O
+    // error, is reached with `get_ref`.
     error
         .downcast_ref::<std::io::Error>()
         .and_then(std::io::Error::get_ref)
         .is_some_and(|inner| is_certificate_error(inner))
 }
 
-/// The error document of the distribution-spec ("Error Codes"), with what Harbor's API and others leave out allowed for.
+/// The error document of the distribution-spec ("Error Codes"). Fields that Harbor's API and others omit are optional.
 #[derive(Deserialize)]
 struct ErrorDocument {
     errors: Vec<ErrorEntry>,
@@ -457,7 +462,7 @@ struct ErrorEntry {
     message: String,
 }
 
-/// Code and message of an error body, bounded and without control characters.
+/// Reads code and message from the body of an error answer, bounded and escaped.
 pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
     let some = |text: String| (!text.is_empty()).then_some(text);
     if let Ok(document) = serde_json::from_slice::<ErrorDocument>(body) {
@@ -470,7 +475,7 @@ pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
         };
     }
     let text = String::from_utf8_lossy(body);
-    // A proxy's HTML page says nothing that the status does not.
+    // An HTML page of a proxy adds nothing to the status.
     if text.trim_start().starts_with('<') {
         return (None, None);
     }
@@ -529,7 +534,7 @@ mod tests {
                 "{status} {step:?}"
             );
         }
-        // Lost sessions: this request is final, the blob is not.
+        // A lost upload session is final for the request but not for the blob.
         assert!(reply(404, Step::FinishBlob).in_mid_upload().retryable());
         assert!(reply(401, Step::SendBlob).in_mid_upload().retryable());
         assert!(!reply(403, Step::FinishBlob).in_mid_upload().retryable());

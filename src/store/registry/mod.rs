@@ -1,8 +1,8 @@
-//! Registries by the distribution API: where saved images go, and where missing base layers come from.
+//! Registry client over the distribution API: pushes saved images and reads missing base layers.
 //!
-//! Requests, tokens and uploads are made here, on reqwest, and not by a client crate: a layer whose digest is not known
-//! until its end has to go out as one stream, mounts need a token with two scopes, and what a registry answers decides
-//! over retries and exit codes.
+//! Requests, tokens and uploads are implemented here on top of reqwest instead of a client crate, because a layer whose
+//! digest is unknown until its end has to be sent as one stream, mounts need a token with two scopes, and the
+//! registry's answers decide on retries and exit codes.
 //!
 //! Format: OCI distribution-spec 1.1.
 
@@ -44,14 +44,15 @@ use error::{Request, Step};
 use host::{Call, Host, SILENCE, Scopes, Settings};
 use retry::Budget;
 
-/// So many uploads at once are worth it: registries serialise a project's quota, more is slower.
+/// Number of concurrent uploads. Registries serialise the quota of a project, so more are slower.
 pub const UPLOADS_AT_ONCE: usize = 4;
 
-/// What moves, however slowly, may go on for so long: a terabyte over a line of 25 MB/s.
+/// Default deadline of a save, for transfers that progress slowly: enough for a terabyte at 25 MB/s.
 pub const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
-/// The beginning of a client for what is no registry (a manager, a key set) at `host`: with this machine's certificates, its
-/// proxies but for loopback addresses, and no redirects, as a token goes to nobody else.
+/// Returns a builder for an HTTP client to a host that is not a registry (a manager, a key set). It uses the machine's
+/// certificates and its proxies except for loopback addresses, and follows no redirects, because a token must go to no
+/// other host.
 pub fn http_client(host: &str) -> reqwest::ClientBuilder {
     tls::install_provider();
     let builder = reqwest::Client::builder()
@@ -71,27 +72,28 @@ pub fn http_client(host: &str) -> reqwest::ClientBuilder {
     }
 }
 
-/// How registries are reached, and as whom.
+/// How registries are reached, and with which credentials.
 #[derive(Clone, Debug)]
 pub struct Access {
     /// `--authfile`.
     pub authfile: Option<PathBuf>,
     /// `--creds`.
     pub creds: Option<Credentials>,
-    /// `--tls-verify`. False: certificates are not checked, and plain HTTP is tried where there is no TLS.
+    /// `--tls-verify`. If false, certificates are not verified, and plain HTTP is tried if there is no TLS.
     pub tls_verify: bool,
     /// `--cert-dir`.
     pub cert_dir: Option<PathBuf>,
-    /// The host that `creds`, `tls_verify` and `cert_dir` were meant for, as in references. Other hosts (those that
-    /// base layers come from) are reached with the auth files' credentials and checked TLS. None: meant for all.
+    /// The host that `creds`, `tls_verify` and `cert_dir` apply to, as in references. Other hosts (those of base
+    /// layers) are reached with the credentials of the auth files and with verified TLS. `None` applies them to all
+    /// hosts.
     pub host: Option<String>,
-    /// How often what can be repeated is.
+    /// How often repeatable requests are repeated.
     pub retry: Retry,
-    /// How long nothing may move, in an answer or an upload.
+    /// Timeout without any progress in an answer or an upload.
     pub silence: Duration,
-    /// How long the whole save may take with its registries, from [`Registries::new`] on.
+    /// Deadline for all registry access of a save, measured from [`Registries::new`].
     pub deadline: Duration,
-    /// `--create-project`: a project of Harbor's that is not there is made.
+    /// `--create-project`: create a missing Harbor project.
     pub create_project: bool,
 }
 
@@ -111,7 +113,7 @@ impl Default for Access {
     }
 }
 
-/// All registries of a save. Repositories on one host share connections and tokens. Clones are the same thing.
+/// All registries of a save. Repositories on one host share connections and tokens. Clones share the same state.
 #[derive(Clone)]
 pub struct Registries {
     access: Arc<Access>,
@@ -120,7 +122,7 @@ pub struct Registries {
 }
 
 impl Registries {
-    /// Nothing is asked before the first request.
+    /// Creates the client. No request is sent yet.
     pub fn new(access: Access) -> Self {
         Self {
             budget: Arc::new(Budget::new(access.retry, access.deadline)),
@@ -129,23 +131,23 @@ impl Registries {
         }
     }
 
-    /// Whether a missing project is made.
+    /// Returns whether missing projects are to be created.
     pub fn creates_projects(&self) -> bool {
         self.access.create_project
     }
 
-    /// A repository to read from. `name` is `HOST/REPOSITORY`.
+    /// Opens a repository for reading. `name` is `HOST/REPOSITORY`.
     pub fn repository(&self, name: &str) -> Result<Repository, Error> {
         let reference: Reference = name.parse()?;
         self.open(&reference, "pull")
     }
 
-    /// The repository of `reference`, to push to.
+    /// Opens the repository of `reference` for pushing.
     pub fn push_to(&self, reference: &Reference) -> Result<Repository, Error> {
         self.open(reference, "pull,push")
     }
 
-    /// The repository of `reference`, to read from.
+    /// Opens the repository of `reference` for reading.
     pub fn pull_from(&self, reference: &Reference) -> Result<Repository, Error> {
         self.open(reference, "pull")
     }
@@ -199,7 +201,7 @@ impl Registries {
 
 use crate::common::digest::Digest;
 
-/// One repository on one host. Clones are the same thing.
+/// One repository on one host. Clones share the same state.
 #[derive(Clone)]
 pub struct Repository {
     host: Arc<Host>,
@@ -208,17 +210,17 @@ pub struct Repository {
 }
 
 impl Repository {
-    /// `HOST/REPOSITORY`.
+    /// Returns `HOST/REPOSITORY`.
     pub fn name(&self) -> String {
         format!("{}/{}", self.host.name(), self.name)
     }
 
-    /// Within its host.
+    /// Returns the name within the host.
     pub fn path(&self) -> &str {
         &self.name
     }
 
-    /// Whether `other` is on the same registry, so that blobs can be mounted.
+    /// Returns whether `other` is on the same registry, so that blobs can be mounted from it.
     pub fn same_host(&self, other: &str) -> bool {
         other
             .parse::<Reference>()
@@ -246,7 +248,7 @@ impl Repository {
         }
     }
 
-    /// The manifest or index under a tag or digest, byte for byte; under a digest it is checked.
+    /// Reads the manifest or index of a tag or digest, byte for byte. For a digest, the content is verified.
     pub async fn manifest(&self, tag_or_digest: &str) -> Result<RawManifest, Error> {
         let wanted: Option<Digest> = if tag_or_digest.contains(':') {
             Some(
@@ -294,7 +296,7 @@ impl Repository {
         })
     }
 
-    /// A small blob (a config) as a whole, checked.
+    /// Reads a small blob (a config) into memory and verifies its digest.
     pub async fn blob(&self, digest: &Digest) -> Result<Bytes, Error> {
         let url = self.url(&format!("blobs/{digest}")).await?;
         let call = self.call(Step::ReadBlob, Method::GET, url);
@@ -316,7 +318,7 @@ impl Repository {
         Ok(bytes)
     }
 
-    /// A blob as a stream, checked at its end. `size` in bytes, where it is known.
+    /// Reads a blob as a stream, which is verified at its end. `size` is its size in bytes, if known.
     pub async fn blob_stream(
         &self,
         digest: &Digest,
@@ -347,8 +349,8 @@ impl Repository {
         })
     }
 
-    /// The size in bytes of a blob that is there. Who may push and not read cannot ask, and has to send it: so a no is
-    /// the same as not there.
+    /// Returns the size in bytes of a blob, or `None` if it does not exist. An account that may push but not pull gets
+    /// an error here and has to upload the blob, so refusals count as absence.
     pub async fn head_blob(&self, digest: &Digest) -> Result<Option<u64>, Error> {
         let url = self.url(&format!("blobs/{digest}")).await?;
         let mut call = self.call(Step::ReadBlob, Method::HEAD, url);
@@ -357,17 +359,17 @@ impl Repository {
         if !response.status().is_success() {
             return Ok(None);
         }
-        // reqwest's content_length is that of the body, which an answer to HEAD has none of.
+        // reqwest's `content_length` is that of the body, which the answer to a HEAD request does not have.
         Ok(header_text(response.headers(), &CONTENT_LENGTH).and_then(|n| n.parse().ok()))
     }
 
-    /// Whether one may push here: opens an upload and cancels it.
+    /// Checks the permission to push by opening an upload and cancelling it.
     pub async fn check_push(&self) -> Result<(), Error> {
         upload::probe(self).await
     }
 
-    /// Makes a blob of another repository (`HOST/REPOSITORY`) appear in this one. False where that is not possible, for
-    /// whatever reason the registry has: then the blob has to be uploaded. An error only where nothing would work.
+    /// Mounts a blob of another repository (`HOST/REPOSITORY`) into this one. Returns false if the registry cannot or
+    /// will not mount it, in which case the blob has to be uploaded. Fails only if an upload would fail as well.
     pub async fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool, Error> {
         let Ok(source) = from.parse::<Reference>() else {
             return Ok(false);
@@ -383,11 +385,12 @@ impl Repository {
             .await?;
         let mut call = self.call(Step::Mount, Method::POST, url);
         call.scopes = call.scopes.and_pull(&source.repository);
-        // Twice: uploading is always a way, so nothing is waited for long here.
+        // At most two attempts: uploading is always possible, so a mount is not worth a long wait.
         call.tries = call.tries.min(2);
         let response = match self.host.call(&call).await {
             Ok(response) => response,
-            // A bad or unreadable source is 401, 400, 403, 404, ... by registry; a token service may refuse it too.
+            // Depending on the registry, an unknown or unreadable source is 400, 401, 403 or 404; a token service may
+            // refuse it, too.
             Err(e @ (Error::Reply(_) | Error::Nonsense { .. } | Error::LeadsAway { .. })) => {
                 tracing::debug!(registry.error = %e, "not mounted");
                 return Ok(false);
@@ -397,7 +400,7 @@ impl Repository {
         if response.status() == StatusCode::CREATED {
             return Ok(true);
         }
-        // 202: the registry has opened an upload instead. It is not used, so that there is one way of uploading.
+        // 202: the registry has opened an upload instead. It is cancelled, so that all uploads take the same path.
         let request = Request::new(&call.method, &call.url);
         if let Ok(url) = self
             .host
@@ -409,7 +412,7 @@ impl Repository {
         Ok(false)
     }
 
-    /// Uploads a blob that is in memory, unless it is there.
+    /// Uploads a blob from memory, unless it exists already.
     pub async fn put_blob(&self, bytes: Bytes, digest: &Digest) -> Result<(), Error> {
         if self.head_blob(digest).await? == Some(bytes.len() as u64) {
             return Ok(());
@@ -417,12 +420,12 @@ impl Repository {
         upload::send_bytes(self, bytes, digest).await
     }
 
-    /// Begins the upload of a blob whose digest is known at its end. The requests run on `handle`'s runtime.
+    /// Starts the upload of a blob whose digest is known only at its end. The requests run on the runtime of `handle`.
     pub fn begin_blob(&self, handle: tokio::runtime::Handle) -> Writer {
         Writer::begin(self.clone(), handle)
     }
 
-    /// Puts a manifest under a tag. Returns its digest, which the registry has confirmed if it confirms any.
+    /// Writes a manifest under a tag. Returns its digest, compared with the one that the registry returned, if any.
     pub async fn put_manifest(
         &self,
         bytes: Bytes,
@@ -446,13 +449,13 @@ impl Repository {
         call.headers.insert(CONTENT_TYPE, media_type);
         call.body = bytes;
         call.tag = Some(tag.to_owned());
-        // Harbor says 500 of a manifest that it cannot read, however often it is asked.
+        // Harbor answers 500 for a manifest that it cannot parse, however often it is repeated.
         call.tries_at_500 = 2;
         let response = self.host.call(&call).await?;
         let Err(error) = check_digest_header(&call, response.headers(), &digest) else {
             return Ok(digest);
         };
-        // Another digest in the answer: what stands under the tag decides.
+        // If the registry returned another digest, the manifest that the tag now refers to decides.
         match self.manifest(tag).await {
             Ok(found) if found.digest == digest => Ok(digest),
             _ => Err(error),
@@ -469,15 +472,16 @@ pub struct BlobStream {
     digest: Digest,
     size: Option<u64>,
     read: u64,
-    /// Bytes at the front of the answer that were read before, from a registry without ranges.
+    /// Bytes to skip at the front of the answer, because they were read before and the registry does not support
+    /// ranges.
     skip: u64,
     failed: u32,
 }
 
 impl BlobStream {
-    /// The next bytes; none at the end, and only when size and digest are right.
+    /// Returns the next bytes, or `None` at the end. The end is reported only if size and digest are correct.
     ///
-    /// A connection that breaks is replaced by one that goes on where it broke.
+    /// A broken connection is replaced by one that continues at the same offset.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
         loop {
             let error = match self.read_some().await {
@@ -493,7 +497,7 @@ impl BlobStream {
                     if let Some(expected) = self.size.filter(|&size| self.read > size) {
                         return Err(self.wrong_size(expected));
                     }
-                    // What moves has not failed.
+                    // Progress resets the count of failures.
                     self.failed = 0;
                     return Ok(Some(bytes));
                 }
@@ -568,7 +572,7 @@ fn header_text(headers: &HeaderMap, name: &http::HeaderName) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// Where a registry says which digest it has stored, it must be the right one.
+/// Checks that the digest that the registry stored, if it returns one, is the expected one.
 fn check_digest_header(call: &Call, headers: &HeaderMap, expected: &Digest) -> Result<(), Error> {
     match headers
         .get("docker-content-digest")

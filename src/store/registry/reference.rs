@@ -1,4 +1,4 @@
-//! Names of images in registries, checked against the grammar before any of them reaches a URL.
+//! Parses names of images in registries. They are checked against the grammar before any of them becomes part of a URL.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use crate::common::digest::{Digest, DigestError};
 
-/// Docker Hub's name in references. Its API answers elsewhere, see [`authority`].
+/// Docker Hub's name in references. Its API has another host name, see [`authority`].
 pub const DOCKER_HUB: &str = "docker.io";
 
 /// `HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]`.
@@ -19,39 +19,39 @@ pub struct Reference {
     pub host: String,
     /// Repository within the host, at most 255 bytes.
     pub repository: String,
-    /// Tag as written; none when only a digest, or nothing, was given.
+    /// Tag as written, or `None` if there was none.
     pub tag: Option<String>,
-    /// Digest as written.
+    /// Digest as written, or `None` if there was none.
     pub digest: Option<Digest>,
 }
 
-/// A text that is no image reference.
+/// A text that is not an image reference.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ReferenceError {
-    /// Nothing that looks like a registry's host stands before the first slash.
+    /// There is no registry host before the first slash.
     #[error(
         "{0:?} names no registry: write HOST[:PORT]/REPOSITORY[:TAG], for Docker Hub docker.io/USER/NAME"
     )]
     NoHost(String),
-    /// The host is none.
+    /// The host is invalid.
     #[error("{0:?} is not a registry's HOST[:PORT]")]
     Host(String),
-    /// The repository breaks the grammar.
+    /// The repository violates the grammar.
     #[error(
         "{0:?} is not a repository name: lower-case letters, digits and single . _ - between them, parts separated by /, \
          255 bytes at most"
     )]
     Repository(String),
-    /// The tag breaks the grammar.
+    /// The tag violates the grammar.
     #[error("{0:?} is not a tag: letters, digits, _ . - (not first), 128 bytes at most")]
     Tag(String),
-    /// The digest is none, or of an algorithm that is not supported.
+    /// The digest is malformed or uses an unsupported algorithm.
     #[error(transparent)]
     Digest(#[from] DigestError),
 }
 
 impl Reference {
-    /// A reference as runtimes and `--base` write it, where Docker Hub may be left out: `debian:12` is
+    /// Parses a reference as runtimes and `--base` write it, where Docker Hub may be omitted: `debian:12` is
     /// `docker.io/library/debian:12`.
     pub fn parse_with_default_host(text: &str) -> Result<Self, ReferenceError> {
         let text = text.strip_prefix("docker://").unwrap_or(text);
@@ -61,13 +61,13 @@ impl Reference {
         }
     }
 
-    /// `HOST/REPOSITORY`.
+    /// Returns `HOST/REPOSITORY`.
     pub fn name(&self) -> String {
         format!("{}/{}", self.host, self.repository)
     }
 }
 
-/// Whether the part before the first slash is a host, by the rule that all container tools share.
+/// Returns whether the part before the first slash is a host, by the rule that all container tools share.
 fn looks_like_host(text: &str) -> bool {
     text == "localhost" || text.contains(['.', ':'])
 }
@@ -75,7 +75,7 @@ fn looks_like_host(text: &str) -> bool {
 impl FromStr for Reference {
     type Err = ReferenceError;
 
-    /// `[docker://]HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]`; the host is required.
+    /// Parses `[docker://]HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]`. The host is required.
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
         let shown = || shorten(text);
         let rest = text.strip_prefix("docker://").unwrap_or(text);
@@ -125,7 +125,7 @@ impl fmt::Display for Reference {
     }
 }
 
-/// Where the API of a host answers: the host itself, but for Docker Hub.
+/// Returns the `HOST[:PORT]` of a host's API. It differs from `host` only for Docker Hub.
 pub fn authority(host: &str) -> &str {
     if host == DOCKER_HUB {
         "registry-1.docker.io"
@@ -134,8 +134,8 @@ pub fn authority(host: &str) -> &str {
     }
 }
 
-/// Whether `host` (with or without a port) is this machine by its very name: `localhost`, 127.0.0.0/8, `[::1]`.
-/// Names that merely resolve to such an address are not: what they mean is somebody else's to change.
+/// Returns whether `host` (with or without a port) is this machine by definition: `localhost`, 127.0.0.0/8, `[::1]`.
+/// Names that merely resolve to such an address do not count, because their DNS records may be controlled by others.
 pub fn is_loopback(host: &str) -> bool {
     let name = without_port(host);
     if name == "localhost" || name.ends_with(".localhost") {
@@ -193,7 +193,7 @@ fn check_host(host: &str) -> Result<String, ReferenceError> {
     Ok(host.to_ascii_lowercase())
 }
 
-/// Checks a repository name (without host) against the distribution-spec's grammar.
+/// Checks a repository name (without host) against the grammar of the distribution-spec.
 pub fn check_repository(name: &str) -> Result<&str, ReferenceError> {
     let fine = name.len() <= 255 && name.split('/').all(is_path_component);
     if fine {
@@ -203,7 +203,7 @@ pub fn check_repository(name: &str) -> Result<&str, ReferenceError> {
     }
 }
 
-/// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`
+/// Matches `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`.
 fn is_path_component(part: &str) -> bool {
     let alnum = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = part.as_bytes();
@@ -216,7 +216,7 @@ fn is_path_component(part: &str) -> bool {
         })
 }
 
-/// Checks a tag: `[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`.
+/// Checks a tag against `[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`.
 pub fn check_tag(tag: &str) -> Result<&str, ReferenceError> {
     let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
     let fine = tag.len() <= 128
@@ -229,7 +229,7 @@ pub fn check_tag(tag: &str) -> Result<&str, ReferenceError> {
     }
 }
 
-/// What an error shows of a text that may be of any length.
+/// Shortens a text of arbitrary length for an error message.
 fn shorten(text: &str) -> String {
     if text.chars().count() <= 200 {
         text.to_owned()
@@ -297,7 +297,7 @@ mod tests {
             "a.b/c:",
             "a.b/c:-t",
             "a.b/c:t t",
-            "a.b/c:tä", // \w of a Unicode regex would take it
+            "a.b/c:tä", // `\w` of a Unicode regex would match
             "a.b/c@sha256:00",
             "a.b/c@x@y",
             "a.b:0/c",

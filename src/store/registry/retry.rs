@@ -1,26 +1,26 @@
-//! How often and after what pause a request that can be repeated is repeated, and what all repeating may cost a save.
+//! Decides how often and after what pause a request is repeated, and bounds the total of all repetitions in a save.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::error::Error;
 
-/// No pause is longer than this, but for what a registry asks for.
+/// Maximum pause, unless the registry requests a longer one.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// A registry that asks for more than this is not waited for: the whole save is better tried again later.
+/// Maximum `Retry-After` that is honoured. Beyond it, the whole save is better retried later.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(120);
 
-/// Tries and pauses.
+/// Numbers of attempts and lengths of pauses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
-    /// Tries in all, the first included.
+    /// Maximum number of attempts for one request, including the first.
     pub tries: u32,
-    /// The first pause; each further one is twice as long. Each is shortened by chance by up to a half, so that many
-    /// clients of a registry that comes back do not knock at once.
+    /// The first pause; each further one is twice as long. Every pause is shortened at random by up to a half, so that
+    /// the clients of a registry that recovers do not return all at once.
     pub first_pause: Duration,
-    /// Repetitions in the whole save, of whatever: what fails this often is no passing trouble.
+    /// Maximum number of repetitions in the whole save. An error that occurs more often is not transient.
     pub in_all: u32,
-    /// All pauses of the whole save together are no longer than this.
+    /// Maximum total of all pauses in the save.
     pub pauses: Duration,
 }
 
@@ -35,7 +35,7 @@ impl Default for Retry {
     }
 }
 
-/// What a save has left for repeating, shared by all its requests, and when it has to be over.
+/// Retry budget and deadline of a save, shared by all its requests.
 #[derive(Debug)]
 pub(super) struct Budget {
     left: Mutex<(u32, Duration)>,
@@ -44,7 +44,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// The clock starts now; `whole` is the longest that the save may take.
+    /// Creates the budget and starts the clock. `whole` is the maximum duration of the save.
     pub(super) fn new(retry: Retry, whole: Duration) -> Self {
         Self {
             left: Mutex::new((retry.in_all, retry.pauses)),
@@ -53,7 +53,7 @@ impl Budget {
         }
     }
 
-    /// Takes one repetition and its pause; false: there is nothing left for it.
+    /// Takes one repetition and its pause from the budget. Returns false if not enough is left.
     pub(super) fn take(&self, pause: Duration) -> bool {
         if pause > self.remaining() {
             return false;
@@ -66,19 +66,20 @@ impl Budget {
         true
     }
 
-    /// How long the save may still go on.
+    /// Returns the time left until the deadline.
     pub(super) fn remaining(&self) -> Duration {
         self.whole.saturating_sub(self.started.elapsed())
     }
 
-    /// The longest that the save may take.
+    /// Returns the maximum duration of the save.
     pub(super) fn whole(&self) -> Duration {
         self.whole
     }
 }
 
 impl Retry {
-    /// The pause before the next try after `failed` tries, the last of them with `error`; none: give up.
+    /// Returns the pause before the next attempt after `failed` attempts, the last of which failed with `error`.
+    /// Returns `None` if there is to be no further attempt.
     pub(super) fn pause(&self, failed: u32, error: &Error) -> Option<Duration> {
         self.pause_with(failed, error, rand::random_range(0.5..=1.0))
     }
@@ -97,7 +98,7 @@ impl Retry {
     }
 }
 
-/// `Retry-After` (RFC 9110, 10.2.3): seconds, or a date.
+/// Parses `Retry-After` (RFC 9110, 10.2.3): seconds or a date.
 pub(super) fn read_retry_after(value: &str, now: jiff::Timestamp) -> Option<Duration> {
     if let Ok(seconds) = value.trim().parse() {
         return Some(Duration::from_secs(seconds));
@@ -145,7 +146,7 @@ mod tests {
             [true, false, true, false],
             "ten seconds in all"
         );
-        // No pause reaches beyond the end of the save.
+        // A pause never extends beyond the deadline.
         assert!(!Budget::new(retry, second).take(2 * second));
     }
 

@@ -1,4 +1,4 @@
-//! Whom to trust and who to be in TLS: the machine's certificates, private CAs and client certificates of one registry.
+//! TLS trust and identity: the machine's certificates, and the private CAs and client certificates of one registry.
 //!
 //! Format of the directories: containers-certs.d(5), Docker's `certs.d`.
 
@@ -17,18 +17,18 @@ use rustls::server::ParsedCertificate;
 use super::error::Error;
 use super::trust::Verifier;
 
-/// What a `certs.d` directory holds for one registry.
+/// The contents of a `certs.d` directory for one registry.
 #[derive(Default)]
 pub(super) struct Certificates {
-    /// CAs that are trusted besides the machine's.
+    /// CAs that are trusted in addition to the machine's.
     pub(super) authorities: Vec<CertificateDer<'static>>,
-    /// Who this client is: its certificates, its own first, and its key.
+    /// The client's certificate chain, its own certificate first, and its key.
     pub(super) identity: Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>,
 }
 
 impl Certificates {
-    /// How a client speaks TLS. `as_itself`: with its certificate; `verify`: the server's is checked. Fails when the
-    /// client's key does not fit its certificate.
+    /// Returns the TLS configuration of a client. `as_itself` makes it present the client certificate; `verify` makes
+    /// it verify the server's. Fails if the client's key does not match its certificate.
     pub(super) fn client_config(
         &self,
         as_itself: bool,
@@ -54,7 +54,7 @@ impl Certificates {
     }
 }
 
-/// The directories that are looked into for `host` when the user names none, best first.
+/// Returns the directories to search for `host` if the user names none, in order of precedence.
 pub(super) fn usual_directories(
     host: &str,
     var: impl Fn(&str) -> Option<OsString>,
@@ -72,7 +72,7 @@ pub(super) fn usual_directories(
         .collect()
 }
 
-/// Reads `explicit` (which has to be there), or else the first of `usual` that is.
+/// Reads the directory `explicit`, which has to exist, or else the first of `usual` that exists.
 pub(super) fn read(explicit: Option<&Path>, usual: &[PathBuf]) -> Result<Certificates, Error> {
     if let Some(dir) = explicit {
         return read_directory(dir).map_err(|(path, e)| file_error(path, &e));
@@ -85,7 +85,7 @@ pub(super) fn read(explicit: Option<&Path>, usual: &[PathBuf]) -> Result<Certifi
                         e.kind(),
                         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
                     ) => {}
-            // Nobody asked for this directory: what this user may not list is not for this user.
+            // The user did not name this directory, so one that the user may not list is skipped.
             Err((path, e)) if path == *dir && e.kind() == io::ErrorKind::PermissionDenied => {}
             other => return other.map_err(|(path, e)| file_error(path, &e)),
         }
@@ -146,7 +146,7 @@ fn read_directory(dir: &Path) -> Result<Certificates, (PathBuf, io::Error)> {
     Ok(found)
 }
 
-/// All certificates in a PEM file; none where it is damaged or one of them is no certificate.
+/// Parses all certificates of a PEM file. Returns `None` if the file is damaged or an entry is not a certificate.
 fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
     CertificateDer::pem_slice_iter(pem)
         .map(|der| {
@@ -156,7 +156,8 @@ fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
         .collect()
 }
 
-/// The certificates that this machine trusts; read once. None is no error: plain HTTP and private CAs work without.
+/// Returns the certificates that this machine trusts; they are read once. An empty list is not an error, because plain
+/// HTTP and private CAs work without.
 pub(super) fn machine_roots() -> &'static [CertificateDer<'static>] {
     static ROOTS: OnceLock<Vec<CertificateDer<'static>>> = OnceLock::new();
     ROOTS.get_or_init(|| {
@@ -171,9 +172,9 @@ pub(super) fn machine_roots() -> &'static [CertificateDer<'static>] {
     })
 }
 
-/// Makes ring the cryptography of this process, if nobody chose before.
+/// Installs ring as the process-wide cryptography provider, unless there is one already.
 pub(super) fn install_provider() {
-    // An error says that there is one already, which is fine.
+    // An error means that a provider is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 

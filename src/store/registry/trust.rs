@@ -1,9 +1,9 @@
-//! Which certificates of servers are believed.
+//! Decides which server certificates are trusted.
 //!
-//! WebPKI rules for everything that an authority has signed, and one addition: a certificate that lies in the registry's
-//! own `certs.d` directory is believed when the registry presents that very certificate. Those are mostly self-signed and
-//! say `CA:TRUE` (`openssl req -x509` makes them so), which WebPKI refuses as a server's own certificate; curl, Docker and
-//! skopeo take them. Its name, its time and the server's having its key are checked all the same.
+//! WebPKI rules apply to everything that a CA has signed. In addition, a certificate in the registry's own `certs.d`
+//! directory is trusted if the registry presents exactly that certificate. Such certificates are mostly self-signed
+//! with `CA:TRUE` (the default of `openssl req -x509`), which WebPKI refuses as a server's own certificate; curl,
+//! Docker and skopeo accept them. Name, validity period and possession of the key are checked all the same.
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
@@ -13,20 +13,20 @@ use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 use x509_cert::der::Decode;
 
-/// Checks what a server presents.
+/// Verifies the certificate that a server presents.
 #[derive(Debug)]
 pub(super) struct Verifier {
     roots: RootCertStore,
-    /// Certificates of `certs.d`.
+    /// Certificates of the `certs.d` directory.
     own: Vec<CertificateDer<'static>>,
     algorithms: WebPkiSupportedAlgorithms,
-    /// False: any certificate is taken (`--tls-verify=false`).
+    /// If false, any certificate is accepted (`--tls-verify=false`).
     verify: bool,
 }
 
 impl Verifier {
-    /// Believes what `machine`'s authorities and `own`, those of the registry's directory, have signed, and `own`
-    /// themselves. What cannot be an authority is none.
+    /// Creates a verifier that trusts everything signed by the CAs in `machine` and `own` (the registry's directory),
+    /// and the certificates in `own` themselves. Certificates that cannot be trust anchors are ignored as such.
     pub(super) fn new(
         machine: &[CertificateDer<'static>],
         own: &[CertificateDer<'static>],
@@ -101,7 +101,7 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// Whether `now` lies within the certificate's validity.
+/// Checks that `now` is within the certificate's validity period.
 fn in_time(certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), Error> {
     let parsed = x509_cert::Certificate::from_der(certificate)
         .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
@@ -124,7 +124,7 @@ mod tests {
 
     use super::*;
 
-    /// `openssl req -x509 -subj /CN=registry.test -addext 'subjectAltName = DNS:registry.test'`: says `CA:TRUE`.
+    /// `openssl req -x509 -subj /CN=registry.test -addext 'subjectAltName = DNS:registry.test'`: has `CA:TRUE`.
     const SELF_SIGNED: &str = "\
 -----BEGIN CERTIFICATE-----\n\
 MIIBnjCCAUWgAwIBAgIUDk+v4715yUOsRoRuy/RKfa6TfKgwCgYIKoZIzj0EAwIw\n\

@@ -1,7 +1,7 @@
-//! Sending a blob whose digest is known only at its end: one POST, one streaming PATCH, one empty PUT.
+//! Uploads a blob whose digest is known only at its end: one POST, one streaming PATCH, one empty PUT.
 //!
-//! Format: distribution-spec "Pushing a blob in chunks". Why in one PATCH, and why nothing goes with the PUT: Harbor takes
-//! the PUT's length for the blob's, and many PATCHes are slow everywhere.
+//! Format: distribution-spec "Pushing a blob in chunks". A single PATCH is used because many PATCHes are slow on all
+//! registries. The PUT carries no data because Harbor takes the length of the PUT for that of the blob.
 
 use std::io;
 use std::sync::Arc;
@@ -22,55 +22,56 @@ use super::host::Call;
 use super::{Repository, check_digest_header};
 use crate::common::digest::Digest;
 
-/// Pieces that wait between the thread that makes them and the connection: enough that neither waits for the other's
-/// jitter, few enough that memory is bounded by the caller's piece size.
+/// Number of pieces queued between the thread that produces them and the connection: enough to absorb jitter on either
+/// side, and few enough that memory is bounded by the caller's piece size.
 const PIECES_IN_FLIGHT: usize = 8;
-/// A registry reads a blob again at its end (S3 storage copies it): it gets one second more for so many bytes.
+/// A registry reads a blob again when the upload is closed (S3 storage copies it). The timeout grows by one second for
+/// this many bytes.
 const FINISH_BYTES_PER_SECOND: u64 = 16 << 20;
-/// Bytes of a request to a registry that wants to know each one's length beforehand: held in memory.
+/// Bytes per request to a registry that requires `Content-Length`. A chunk is held in memory.
 const CHUNK: usize = 16 << 20;
-/// A line over which it is still worth sending a piece that is at hand.
+/// The slowest transfer rate for which the timeout of a chunk allows.
 const SLOWEST_BYTES_PER_SECOND: u64 = 64 << 10;
-/// Tidying up is worth no more than this.
+/// Maximum time spent on cancelling an upload.
 const CANCEL_WAIT: Duration = Duration::from_secs(5);
 
 enum Piece {
     Bytes(Bytes),
-    /// Nothing is missing. A channel that closes without it is an upload that was given up.
+    /// The blob is complete. A channel that is closed without it means that the upload was abandoned.
     End,
 }
 
-/// A blob on its way into a registry. Dropped before [`Writer::finish`], the upload is cancelled.
+/// An upload of a blob to a registry. It is cancelled if the writer is dropped before [`Writer::finish`].
 ///
-/// Where sending fails in a way that may pass, [`Writer::again`] gives a writer that goes on where the registry can, and
-/// starts over where it cannot; the caller writes the same bytes from their beginning in either case.
+/// After a transient failure, [`Writer::again`] returns a writer that continues where the registry can, and starts over
+/// where it cannot. In either case the caller writes the same bytes from their start.
 pub struct Writer {
     repository: Repository,
     handle: Handle,
     pieces: Option<mpsc::Sender<Piece>>,
     task: Option<JoinHandle<Outcome>>,
-    /// Bytes that were written.
+    /// Bytes written.
     written: u64,
-    /// Bytes at the front that the registry has from an earlier writer.
+    /// Bytes at the front that the registry has received from an earlier writer.
     skip: u64,
-    /// Bytes of the blob that earlier writers and this one have handed over, at the furthest.
+    /// Highest offset in the blob up to which this and earlier writers have handed over bytes.
     reached: u64,
-    /// The upload after a failure, if the registry may still know it.
+    /// The upload session after a failure, if the registry may still know it.
     lost: Option<Session>,
-    /// Requests for this blob that have failed.
+    /// Number of failed requests for this blob.
     failed: u32,
 }
 
-/// An upload that the registry has opened.
+/// An upload session that the registry has opened.
 #[derive(Clone, Debug)]
 struct Session {
-    /// Where the next request goes, with all of its query (`_state`).
+    /// URL of the next request, including its whole query (`_state`).
     url: Url,
 }
 
-/// How a stream ended.
+/// The result of a stream.
 struct Outcome {
-    /// The upload to close; or to go on with, after an error.
+    /// The session to close, or to resume after an error.
     session: Option<Session>,
     failed: u32,
     error: Option<Error>,
@@ -104,15 +105,15 @@ impl Writer {
         }
     }
 
-    /// Where the blob goes.
+    /// Returns the repository that the blob is uploaded to.
     pub fn repository(&self) -> &Repository {
         &self.repository
     }
 
-    /// Hands bytes over, waiting while the connection is behind. For plain threads: within a runtime it panics, as all
-    /// of tokio's blocking calls do.
+    /// Hands bytes over, blocking while the connection is behind. Panics within an async runtime, as all blocking calls
+    /// of tokio do.
     ///
-    /// An error is the upload's own. Where it is retryable, [`Writer::again`] has to be asked for another writer.
+    /// An error is that of the upload. If it is retryable, a new writer has to be obtained from [`Writer::again`].
     pub fn write(&mut self, mut bytes: Bytes) -> Result<(), Error> {
         let known = self
             .skip
@@ -128,14 +129,14 @@ impl Writer {
             self.reached = self.reached.max(self.written);
             return Ok(());
         }
-        // The other side has ended: why, it says itself.
+        // The receiver is closed, so the task has ended and its result has the error.
         self.pieces = None;
         let task = self.task.take().ok_or(Error::Abandoned)?;
         let outcome = self.handle.block_on(task).map_err(|_| Error::Abandoned)?;
         Err(self.take_in(outcome).err().unwrap_or(Error::Abandoned))
     }
 
-    /// What a stream has left.
+    /// Takes over the result of a stream.
     fn take_in(&mut self, outcome: Outcome) -> Result<Session, Error> {
         self.failed = outcome.failed;
         match (outcome.error, outcome.session) {
@@ -148,12 +149,13 @@ impl Writer {
         }
     }
 
-    /// Ends the blob: it is there under `digest` when this returns. `size` is checked against what was written.
+    /// Completes the blob. When this returns, the registry has it under `digest`. Fails if `size` differs from the
+    /// number of bytes written.
     pub async fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         self.end(digest, size).await
     }
 
-    /// As [`Writer::finish`], and keeps the writer, so that a failure can be answered with [`Writer::again`].
+    /// Like [`Writer::finish`], but keeps the writer, so that a failure can be followed by [`Writer::again`].
     pub async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         if self.written != size {
             return Err(Error::Size {
@@ -166,35 +168,35 @@ impl Writer {
         let closed = close(&self.repository, &session, digest, size, &mut self.failed).await;
         closed.map_err(|error| {
             let error = torn(error).in_mid_upload();
-            // Of bytes that are wrong nothing can be kept.
+            // Nothing can be resumed if the registry received wrong bytes.
             self.lost = (!matches!(error, Error::Torn { .. })).then_some(session);
             error
         })
     }
 
-    /// Nothing is missing: waits until the registry has taken it all.
+    /// Marks the end of the data and waits until the registry has received all of it.
     async fn all_sent(&mut self) -> Result<Session, Error> {
         let (pieces, task) = self
             .pieces
             .take()
             .zip(self.task.take())
             .ok_or(Error::Abandoned)?;
-        // Refused only when the task has ended, and then the task says why.
+        // Sending fails only if the task has ended, and then its result has the error.
         let _ = pieces.send(Piece::End).await;
         drop(pieces);
         let outcome = task.await.map_err(|_| Error::Abandoned)?;
         self.take_in(outcome)
     }
 
-    /// A writer for another try after `error`, once the pause that it takes is over. The same bytes have to be written
-    /// to it from their beginning: those that the registry kept (it is asked) are not sent again.
+    /// Returns a writer for another attempt after `error`, once the required pause is over. The same bytes have to be
+    /// written to it from their start; those that the registry has kept (it is queried) are not sent again.
     ///
-    /// The error comes back where another try is not worth it, the blob has had all its tries, or the save its.
+    /// Returns the error if another attempt is not worthwhile, or the retries of the blob or of the save are used up.
     pub async fn again(mut self, error: Error) -> Result<Self, Error> {
         if self.pieces.take().is_some()
             && let Some(task) = self.task.take()
         {
-            // Not broken by the registry: the caller has another reason to begin again.
+            // The connection did not break; the caller has another reason to start again.
             let _ = task.await;
         }
         let host = &self.repository.host;
@@ -223,14 +225,14 @@ impl Writer {
         Ok(Self::start(repository, handle, resumed, self.failed))
     }
 
-    /// Whether the registry has only said that it wants to know lengths: no pause is due for that.
+    /// Returns whether the registry has only requested a `Content-Length`, which requires no pause.
     fn wants_other_form(&self, error: &Error) -> bool {
         matches!(error, Error::Reply(reply) if reply.status == 411)
             && self.repository.host.wants_lengths()
     }
 
-    /// Waits until the registry has confirmed every byte, then gives the blob up: what an upload costs can be measured
-    /// without leaving one behind. Returns when the registry had confirmed.
+    /// Waits until the registry has confirmed every byte, then cancels the upload, so that its cost can be measured
+    /// without leaving a blob behind. Returns the time of the confirmation.
     pub async fn rehearse(mut self) -> Result<Instant, Error> {
         let session = self.all_sent().await?;
         let confirmed = Instant::now();
@@ -238,7 +240,7 @@ impl Writer {
         Ok(confirmed)
     }
 
-    /// Gives the blob up and waits until the registry was told.
+    /// Cancels the upload and waits until the registry has been notified.
     pub async fn abort(mut self) {
         self.pieces = None;
         if let Some(task) = self.task.take() {
@@ -260,8 +262,8 @@ impl Drop for Writer {
     }
 }
 
-/// How many bytes of an upload the registry has, with the address to go on at. None: it has none, does not say, or says
-/// what cannot be: then the blob starts over.
+/// Returns how many bytes of an upload the registry has, and the session to resume it. Returns `None` if it has none,
+/// does not report them, or reports an impossible range; the blob then starts over.
 ///
 /// Format: distribution-spec "Pushing a blob in chunks", `GET` on the session: 204 with `Range: 0-LAST`.
 async fn status(
@@ -282,7 +284,7 @@ async fn status(
         .strip_prefix("0-")?
         .parse()
         .ok()?;
-    // 0-0 is what registries say of one byte and of none.
+    // Registries send 0-0 both for one byte and for none.
     if last == 0 || last >= reached {
         return None;
     }
@@ -292,7 +294,7 @@ async fn status(
     Some((session, last + 1))
 }
 
-/// What a registry says of a blob whose bytes are not those of its digest.
+/// Converts the registry's error for a blob that does not match its digest.
 fn torn(error: Error) -> Error {
     match error {
         Error::Reply(reply)
@@ -306,7 +308,7 @@ fn torn(error: Error) -> Error {
     }
 }
 
-/// Sends a blob that is in memory: what fails is sent again as a whole.
+/// Uploads a blob from memory. After a failure the whole blob is sent again.
 pub(super) async fn send_bytes(
     repository: &Repository,
     bytes: Bytes,
@@ -359,7 +361,7 @@ async fn try_send_bytes(
     result
 }
 
-/// Opens an upload and cancels it: one may push here.
+/// Checks the permission to push by opening an upload and cancelling it.
 pub(super) async fn probe(repository: &Repository) -> Result<(), Error> {
     let session = open(repository, &mut 0).await?;
     cancel(repository, &session).await;
@@ -382,7 +384,7 @@ async fn open(repository: &Repository, failed: &mut u32) -> Result<Session, Erro
     Ok(Session { url })
 }
 
-/// The upload after an answer that may name a new address for it.
+/// Returns the session after an answer, which may name a new URL for it.
 async fn next(
     repository: &Repository,
     call: &Call,
@@ -402,7 +404,7 @@ async fn next(
     Ok(Session { url })
 }
 
-/// Tells the registry that an upload will not go on. It would find out by itself, in a week.
+/// Cancels an upload session. Otherwise the registry removes it by itself after about a week.
 pub(super) async fn cancel_at(repository: &Repository, url: Url) {
     let mut call = repository.call(Step::BeginUpload, Method::DELETE, url);
     call.wait = CANCEL_WAIT;
@@ -415,11 +417,12 @@ async fn cancel(repository: &Repository, session: &Session) {
     cancel_at(repository, session.url.clone()).await;
 }
 
-/// What the stream last did, for telling a connection that does not move from a caller who makes no bytes.
+/// The time of the last progress of a stream. It distinguishes a stalled connection from a caller that produces no
+/// data.
 struct Movement {
     started: Instant,
-    /// Milliseconds after `started` at which the connection last took something; [`Movement::IDLE`] while it would take
-    /// more and there is none.
+    /// Milliseconds from `started` until the connection last took data, or [`Movement::IDLE`] while it could take more
+    /// and there is none.
     taken: AtomicU64,
 }
 
@@ -435,7 +438,7 @@ impl Movement {
         self.taken.store(now, Ordering::Relaxed);
     }
 
-    /// Returns when the connection has not moved for `silence` though it could.
+    /// Returns once the connection has taken no data for `silence` although there was some.
     async fn stalled(&self, silence: Duration) {
         loop {
             tokio::time::sleep((silence / 10).max(Duration::from_millis(10))).await;
@@ -449,7 +452,7 @@ impl Movement {
     }
 }
 
-/// POST, unless there is an upload to go on with, and the one PATCH.
+/// Sends POST, unless a session is resumed, and the single PATCH.
 async fn stream(
     repository: Repository,
     mut pieces: mpsc::Receiver<Piece>,
@@ -518,7 +521,7 @@ async fn stream(
     after(&repository, session, sent, failed).await
 }
 
-/// What remains of a stream: the upload to close, or to go on with, or nothing, and then the registry is told.
+/// Determines the result of a stream: the session to close or to resume. If there is neither, the upload is cancelled.
 async fn after(
     repository: &Repository,
     session: Session,
@@ -537,8 +540,8 @@ async fn after(
     }
 }
 
-/// For a registry that takes no request without `Content-Length`: pieces of a known size, each with its place, as the
-/// specification has them. A piece that fails is at hand and sent again.
+/// Sends the blob in chunks of known size, each with its `Content-Range`, to a registry that requires `Content-Length`.
+/// A chunk that fails is still in memory and is sent again.
 async fn chunks(
     repository: &Repository,
     session: &mut Session,
@@ -577,7 +580,7 @@ async fn chunks(
             *failed += 1;
             let pause = host.pause(*failed, &error).ok_or(error)?;
             tokio::time::sleep(pause).await;
-            // The answer may be all that was lost.
+            // Possibly only the answer was lost.
             if let Some((found, has)) = status(repository, session, end + 1).await {
                 *session = found;
                 if has == end {
@@ -590,7 +593,7 @@ async fn chunks(
     Ok(())
 }
 
-/// A PATCH of bytes that are at hand, which begin at `at`.
+/// Returns a PATCH request for the bytes at offset `at`.
 fn sized(repository: &Repository, session: &Session, bytes: Bytes, at: u64) -> Call {
     let mut call = repository.call(Step::SendBlob, Method::PATCH, session.url.clone());
     let octets = HeaderValue::from_static("application/octet-stream");
@@ -629,7 +632,7 @@ async fn patch(
         () = tokio::time::sleep(host.remaining()) => return Err(host.waited(request, host.silence())),
     };
     if response.status() == StatusCode::UNAUTHORIZED {
-        // The POST went through a moment ago, so it is the token's age. The next try gets a new one.
+        // The POST succeeded a moment ago, so the token must have expired. The next attempt fetches a new one.
         host.forget_token(&call.scopes).await;
     }
     let response = host.judge(&call, response).await?;
@@ -643,7 +646,7 @@ async fn patch(
     next(repository, &call, session, response.headers()).await
 }
 
-/// The empty PUT. Where its answer is lost, the blob itself is asked for.
+/// Sends the empty PUT. If its answer is lost, the blob itself is looked up.
 async fn close(
     repository: &Repository,
     session: &Session,
@@ -670,7 +673,7 @@ async fn close(
                 let Err(e) = check_digest_header(&call, response.headers(), digest) else {
                     return Ok(());
                 };
-                // Another digest in the answer: the registry itself is asked what it has.
+                // If the answer has another digest, the registry is queried for the blob.
                 return match repository.head_blob(digest).await {
                     Ok(Some(found)) if found == size => Ok(()),
                     _ => Err(e),
@@ -683,7 +686,7 @@ async fn close(
         if !error.passing() && !lost {
             return Err(error);
         }
-        // An answer was lost before: the blob may be there, and the upload gone for that reason.
+        // An earlier answer may have been lost, so the blob may exist and its session may be gone for that reason.
         if let Ok(Some(found)) = repository.head_blob(digest).await
             && found == size
         {

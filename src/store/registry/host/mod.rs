@@ -1,7 +1,7 @@
-//! One registry host: its clients, its settings, and what was learned of it.
+//! One registry host: its HTTP clients, its settings, and what is known about it.
 //!
-//! `reach` finds out how it is reached, `token` who we are there, `request` sends what survives passing trouble, `resolver`
-//! keeps names that it chose from leading to this machine.
+//! `reach` determines how the host is reached, `token` handles authentication, `request` sends requests with retries,
+//! and `resolver` keeps names chosen by a registry from resolving to this machine.
 
 mod reach;
 mod request;
@@ -30,39 +30,40 @@ use super::reference::is_loopback;
 use super::retry::{Budget, Retry};
 use super::tls;
 
-/// For a TCP and TLS connection.
+/// Timeout for establishing a TCP and TLS connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long an answer, or the next bytes of one, may take.
+/// Default timeout for an answer, and for the next bytes of a body.
 pub(super) const SILENCE: Duration = Duration::from_secs(60);
 
 /// Settings of a [`Host`].
 pub(super) struct Settings {
-    /// As in references.
+    /// Name as in references.
     pub(super) name: String,
     pub(super) tls_verify: bool,
     pub(super) cert_dir: Option<PathBuf>,
     pub(super) retry: Retry,
     pub(super) silence: Duration,
     pub(super) budget: Arc<Budget>,
-    /// Credentials by repository.
+    /// Looks up the credentials for a repository.
     pub(super) credentials: CredentialSource,
 }
 
-/// A registry host. Shared by all repositories on it, so that its tokens and connections are.
+/// A registry host. It is shared by all repositories on it, so that they share tokens and connections.
 pub(super) struct Host {
     settings: Settings,
     loopback: bool,
-    /// For the registry itself.
+    /// Client for the registry itself.
     own: Client,
-    /// For where it sends us: no client certificate, no way to this machine.
+    /// Client for redirects and token services on other hosts: without a client certificate, and unable to connect to
+    /// this machine.
     other: Client,
     origin: tokio::sync::OnceCell<Origin>,
     challenge: Mutex<Option<Challenge>>,
     tokens: tokio::sync::Mutex<HashMap<String, Token>>,
     found: Mutex<HashMap<String, Found>>,
-    /// It takes no body whose length is not told beforehand.
+    /// Whether the registry requires `Content-Length` for request bodies.
     wants_lengths: AtomicBool,
-    /// The smallest piece of a blob that it takes, but for the last.
+    /// Smallest chunk of a blob that the registry accepts, except for the last, in bytes.
     least_chunk: AtomicU64,
 }
 
@@ -87,10 +88,10 @@ impl Host {
                 .redirect(reqwest::redirect::Policy::none())
                 .referer(false)
                 .connect_timeout(CONNECT_TIMEOUT)
-                // Uploads run beside each other: each has its own connection and its own flow control.
+                // Concurrent uploads each get their own connection, with their own flow control.
                 .http1_only()
                 .tls_backend_preconfigured(config);
-            // A proxy cannot know what this machine calls itself.
+            // To a proxy, loopback names would mean the proxy's own machine.
             Ok::<_, Error>(if loopback {
                 builder.no_proxy()
             } else {
@@ -126,7 +127,7 @@ impl Host {
         })
     }
 
-    /// The host's name as in references.
+    /// Returns the host's name as in references.
     pub(super) fn name(&self) -> &str {
         &self.settings.name
     }
@@ -139,7 +140,7 @@ impl Host {
         self.settings.silence
     }
 
-    /// Whether the registry has refused a stream of unknown length (411).
+    /// Returns whether the registry has refused a body of unknown length (411).
     pub(super) fn wants_lengths(&self) -> bool {
         self.wants_lengths.load(Ordering::Relaxed)
     }
@@ -148,7 +149,7 @@ impl Host {
         self.wants_lengths.store(true, Ordering::Relaxed);
     }
 
-    /// `OCI-Chunk-Min-Length`, in bytes; 0 where it was not said.
+    /// Returns the value of `OCI-Chunk-Min-Length` in bytes, or 0 if the registry sent none.
     pub(super) fn least_chunk(&self) -> u64 {
         self.least_chunk.load(Ordering::Relaxed)
     }
@@ -157,7 +158,8 @@ impl Host {
         self.least_chunk.store(bytes, Ordering::Relaxed);
     }
 
-    /// The client for requests to the registry itself that the other methods cannot make: streamed ones.
+    /// Returns the client for requests to the registry itself that [`Host::call`] cannot make: those with a streamed
+    /// body.
     pub(super) fn client(&self) -> &Client {
         &self.own
     }

@@ -1,4 +1,4 @@
-//! How a registry host is reached: HTTPS before HTTP, and where its answers lead.
+//! Determines how a registry host is reached (HTTPS before HTTP) and where its `Location` headers lead.
 
 use std::sync::PoisonError;
 
@@ -15,7 +15,7 @@ use crate::store::registry::error::{Error, Request, Step};
 use crate::store::registry::reference::authority;
 
 impl Host {
-    /// `path` (with query) on this host. The first call finds out how the host is reached.
+    /// Returns the URL of `path` (including its query) on this host. The first call determines how the host is reached.
     pub(in crate::store::registry) async fn url(&self, path: &str) -> Result<Url, Error> {
         let origin = self.origin().await?;
         let nonsense = |_| Error::Nonsense {
@@ -25,8 +25,8 @@ impl Host {
         origin.url.join(path).map_err(nonsense)
     }
 
-    /// Where `Location` leads, on this host: its path and query count, its host does not. Harbor makes it from its
-    /// configured external address, and an upload with credentials never goes to a host that an answer names.
+    /// Resolves `Location` on this host: path and query are used, the host is ignored. Harbor builds the header from
+    /// its configured external address, and an upload with credentials never goes to a host that an answer names.
     pub(in crate::store::registry) async fn own_location(
         &self,
         call: &Request,
@@ -59,7 +59,7 @@ impl Host {
         self.origin.get_or_try_init(|| self.find_origin()).await
     }
 
-    /// HTTPS; plain HTTP after it only where the user allowed it, or the registry is this machine.
+    /// Tries HTTPS, then plain HTTP only if the user allowed it or the registry is on the loopback host.
     async fn find_origin(&self) -> Result<Origin, Error> {
         let mut failed = 0;
         loop {
@@ -86,7 +86,8 @@ impl Host {
             }
             Err(e) => e,
         };
-        // Only where TLS itself did not come about. An unknown certificate is no reason to go on without any.
+        // Plain HTTP is tried only if no TLS connection was made. An untrusted certificate is no reason to continue
+        // without TLS.
         if !plain || !matches!(over_tls, Error::Unreachable { .. }) {
             return Err(over_tls);
         }
@@ -98,7 +99,7 @@ impl Host {
         })
     }
 
-    /// `GET /v2/`: is it a registry, and what does it ask for? Returns the address of the host.
+    /// Sends `GET /v2/` to check that the host is a registry and to learn its challenge. Returns the base URL.
     async fn ping(&self, scheme: &str) -> Result<Url, Error> {
         let name = authority(&self.settings.name);
         let setup = |_| Error::Setup {
@@ -133,7 +134,7 @@ impl Host {
         Ok(url)
     }
 
-    /// Takes note of what an answer asks for; true if that is news.
+    /// Records the challenge of an answer. Returns true if it differs from the known one.
     pub(super) fn learn(&self, headers: &HeaderMap) -> bool {
         let values = headers
             .get_all(WWW_AUTHENTICATE)
@@ -146,7 +147,8 @@ impl Host {
             .challenge
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        // Harbor names Basic when a token does not suffice: that is an answer, not a way in.
+        // Harbor offers Basic when a token lacks permission. This is a refusal and not a change of the authentication
+        // scheme.
         if known.as_ref() == Some(&asked) || (known.is_some() && asked == Challenge::Basic) {
             return false;
         }

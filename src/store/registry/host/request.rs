@@ -1,4 +1,4 @@
-//! Requests to a registry host that survive what is passing: tries, redirects, bounds on what is read.
+//! Sends requests to a registry host with retries, redirects and limits on what is read.
 
 use std::time::{Duration, Instant};
 
@@ -15,36 +15,38 @@ use crate::store::registry::retry::read_retry_after;
 const MAX_ERROR_BODY: u64 = 64 << 10;
 const MAX_REDIRECTS: usize = 5;
 
-/// A request whose body is at hand, so that it can be repeated.
+/// A request whose body is in memory, so that it can be repeated.
 #[derive(Clone, Debug)]
 pub(in crate::store::registry) struct Call {
     pub(in crate::store::registry) step: Step,
     pub(in crate::store::registry) method: Method,
-    /// An address on this host; path and query count.
+    /// URL on this host; only path and query are used.
     pub(in crate::store::registry) url: Url,
     pub(in crate::store::registry) scopes: Scopes,
     pub(in crate::store::registry) headers: HeaderMap,
     pub(in crate::store::registry) body: Bytes,
-    /// How long the answer's head may take.
+    /// Timeout for the head of the answer.
     pub(in crate::store::registry) wait: Duration,
     pub(in crate::store::registry) tries: u32,
-    /// Tries when the answer is 500: some registries say so of a manifest that they will never take.
+    /// Maximum number of attempts if the status is 500, which some registries return for a manifest that they never
+    /// accept.
     pub(in crate::store::registry) tries_at_500: u32,
-    /// Statuses besides 2xx that are an answer and no error.
+    /// Statuses besides 2xx that are not errors.
     pub(in crate::store::registry) accept: &'static [u16],
-    /// For errors: the tag that is written.
+    /// The tag that is written, for errors.
     pub(in crate::store::registry) tag: Option<String>,
 }
 
 impl Host {
-    /// The pause before the next try after `failed` tries; none: give up, this is no passing trouble, or the save has
-    /// repeated enough.
+    /// Returns the pause before the next attempt after `failed` attempts. Returns `None` if the error is not transient,
+    /// or if the attempts or the retry budget of the save are used up.
     pub(in crate::store::registry) fn pause(&self, failed: u32, error: &Error) -> Option<Duration> {
         let pause = self.settings.retry.pause(failed, error)?;
         self.settings.budget.take(pause).then_some(pause)
     }
 
-    /// The same for a blob whose upload the registry has lost: its request is final, the blob is not.
+    /// Like [`Host::pause`], for a blob whose upload session the registry has lost: the request is final, the blob is
+    /// not.
     pub(in crate::store::registry) fn pause_after_loss(
         &self,
         failed: u32,
@@ -57,12 +59,12 @@ impl Host {
         self.settings.budget.take(pause).then_some(pause)
     }
 
-    /// How long the whole save may still go on.
+    /// Returns the time left until the deadline of the save.
     pub(in crate::store::registry) fn remaining(&self) -> Duration {
         self.settings.budget.remaining()
     }
 
-    /// The error of a wait that brought nothing.
+    /// Returns the error for a timeout: [`Error::Deadline`] if the save has used up its time, else [`Error::Silent`].
     pub(in crate::store::registry) fn waited(&self, request: Request, after: Duration) -> Error {
         if self.remaining().is_zero() {
             let after = self.settings.budget.whole();
@@ -72,12 +74,13 @@ impl Host {
         }
     }
 
-    /// Sends a request until it is answered by more than a passing trouble.
+    /// Sends a request, repeating it after transient errors.
     pub(in crate::store::registry) async fn call(&self, call: &Call) -> Result<Response, Error> {
         self.call_after(call, &mut 0).await
     }
 
-    /// The same for a request that is a part of something that has `failed` so often before, and counts on.
+    /// Like [`Host::call`], for a request that is part of an operation with `failed` failures so far; the counter is
+    /// updated.
     pub(in crate::store::registry) async fn call_after(
         &self,
         call: &Call,
@@ -106,7 +109,7 @@ impl Host {
         }
     }
 
-    /// One try, over redirects.
+    /// Makes one attempt, following redirects.
     pub(in crate::store::registry) async fn attempt(&self, call: &Call) -> Result<Response, Error> {
         let origin = self.origin().await?;
         let mut url = call.url.clone();
@@ -114,7 +117,7 @@ impl Host {
             let response = if origin.is_same(&url) {
                 self.authorized(call, &url).await?
             } else {
-                // Storage behind a registry: its address is signed, and our credentials are none of its business.
+                // Redirects to storage behind a registry are signed URLs and must not get the credentials.
                 self.fire(&self.other, call, &url, None).await?
             };
             let response = self.judge(call, response).await?;
@@ -155,8 +158,8 @@ impl Host {
         })
     }
 
-    /// To the registry itself, with one more try after a 401 that may be a matter of the token's age. A second more only
-    /// where the new token has ended on its way, too: some live for seconds.
+    /// Sends a request to the registry itself and repeats it once after a 401 that an expired token may have caused. It
+    /// is repeated a second time only if the new token has expired in transit, too: some live only for seconds.
     async fn authorized(&self, call: &Call, url: &Url) -> Result<Response, Error> {
         let mut renewed = 0;
         loop {
@@ -184,7 +187,7 @@ impl Host {
         }
     }
 
-    /// One request, one answer.
+    /// Sends a single request.
     pub(super) async fn fire(
         &self,
         client: &Client,
@@ -198,7 +201,7 @@ impl Host {
         if let Some(value) = authorization {
             request = request.header(AUTHORIZATION, value);
         }
-        // Servers that want a length want this one too, and HTTP libraries leave it out.
+        // Servers that require a length require it for an empty body too, and HTTP libraries leave it out.
         if call.body.is_empty() && !matches!(call.method, Method::GET | Method::HEAD) {
             request = request.header(CONTENT_LENGTH, 0);
         }
@@ -211,7 +214,7 @@ impl Host {
         }
     }
 
-    /// An answer, or the error that it is. Redirects are answers.
+    /// Returns the response, or the error that its status stands for. Redirects are returned as responses.
     pub(in crate::store::registry) async fn judge(
         &self,
         call: &Call,
@@ -232,7 +235,7 @@ impl Host {
         Err(Error::Reply(Box::new(reply)))
     }
 
-    /// A whole body of at most `limit` bytes.
+    /// Reads a whole body of at most `limit` bytes.
     pub(in crate::store::registry) async fn read_body(
         &self,
         request: &Request,
@@ -264,7 +267,7 @@ impl Host {
     }
 }
 
-/// Reads what a no says, as far as it is short.
+/// Reads the error answer `response`, up to a limit.
 pub(super) async fn reply_of(call: &Call, mut response: Response) -> Reply {
     let status = response.status().as_u16();
     let retry_after = response
@@ -282,7 +285,7 @@ pub(super) async fn reply_of(call: &Call, mut response: Response) -> Reply {
             }
         }
     };
-    // What is missing of an explanation must not hide the status.
+    // An incomplete body must not hide the status.
     let _ = tokio::time::timeout(Duration::from_secs(5), reading).await;
     let (code, message) = read_error_body(&body[..body.len().min(MAX_ERROR_BODY as usize)]);
     Reply {

@@ -1,4 +1,4 @@
-//! Names that a registry chose must not lead to this machine by way of DNS.
+//! DNS resolver that keeps host names chosen by a registry from leading to this machine.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -10,8 +10,9 @@ use crate::store::registry::auth::is_local_address;
 use crate::store::registry::credentials::environment;
 use crate::store::registry::reference::authority;
 
-/// Resolves names, and keeps back addresses of this machine and its link: a name that a registry chose must not lead
-/// here by way of DNS. Addresses written as such do not come by here, see [`may_visit`](crate::store::registry::auth::Origin::may_visit).
+/// Resolves names and drops loopback and link-local addresses, so that a name chosen by a registry cannot lead to this
+/// machine. Address literals are not resolved here and are checked by
+/// [`may_visit`](crate::store::registry::auth::Origin::may_visit).
 pub(super) struct GuardedResolver {
     pub(super) exempt: Arc<HashSet<String>>,
 }
@@ -45,7 +46,7 @@ pub(super) fn host_of(name: &str) -> &str {
     }
 }
 
-/// Host names of the proxies that the environment names: they may be on this machine, whoever we go to.
+/// Returns the host names of the proxies that the environment names. They may be on this machine, whatever the target.
 pub(super) fn proxy_hosts() -> impl Iterator<Item = String> {
     [
         "http_proxy",

@@ -1,16 +1,16 @@
-//! The rights that a request needs, as a token service names them.
+//! The scopes that a request needs, in the notation of token services.
 
-/// What is asked of the token service, and as whom.
+/// Scopes to request from the token service, and the repository whose credentials are used for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::store::registry) struct Scopes {
     /// The repository whose credentials are used.
     pub(in crate::store::registry) repository: String,
-    /// `repository:NAME:ACTIONS`, one or more, asked for in one request.
+    /// One or more `repository:NAME:ACTIONS`, requested together.
     pub(in crate::store::registry) scopes: Vec<String>,
 }
 
 impl Scopes {
-    /// One repository.
+    /// Returns the scope of `actions` on one repository.
     pub(in crate::store::registry) fn new(repository: &str, actions: &str) -> Self {
         Self {
             repository: repository.to_owned(),
@@ -18,7 +18,7 @@ impl Scopes {
         }
     }
 
-    /// And another, to read a blob from it.
+    /// Adds the right to pull from another repository, which mounting a blob from it needs.
     pub(in crate::store::registry) fn and_pull(mut self, repository: &str) -> Self {
         self.scopes.push(format!("repository:{repository}:pull"));
         self

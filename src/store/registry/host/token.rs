@@ -1,4 +1,4 @@
-//! Who we are at a registry host: credentials, and tokens for what is asked of it.
+//! Authentication at a registry host: selects credentials and fetches tokens for the scopes of requests.
 
 use std::sync::PoisonError;
 use std::time::Instant;
@@ -17,17 +17,17 @@ use crate::store::registry::auth::{Age, Challenge, Origin, Token};
 use crate::store::registry::credentials::{Credentials, Found, basic_header, bearer_header};
 use crate::store::registry::error::{Error, Request, Step};
 
-/// Token documents, and pages that say no, are read up to here.
+/// Maximum size of a token document, in bytes.
 const MAX_DOCUMENT: u64 = 1 << 20;
 
-/// What need not be escaped in a query's value; registries and token services read `:` and `/` either way.
+/// Characters that are escaped in a query value. Registries and token services accept `:` and `/` escaped or not.
 const QUERY: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'.')
     .remove(b'_')
     .remove(b'~');
 
-/// Whom a host's credentials come from.
+/// A function that looks up the credentials of a host for a repository.
 pub(in crate::store::registry) type CredentialSource =
     Box<dyn Fn(&str) -> Result<Found, Error> + Send + Sync>;
 
@@ -42,7 +42,7 @@ impl Host {
         Ok(found)
     }
 
-    /// The `Authorization` for a request, and the age of the token in it.
+    /// Returns the `Authorization` header for a request and the age of the token in it.
     pub(in crate::store::registry) async fn authorization(
         &self,
         scopes: &Scopes,
@@ -71,7 +71,7 @@ impl Host {
                 }),
             },
             Some(Challenge::Bearer { realm, service }) => {
-                // Held while a token is fetched: requests that start together share one.
+                // The lock is held while a token is fetched, so that concurrent requests share one.
                 let mut tokens = self.tokens.lock().await;
                 let key = scopes.key();
                 let now = Instant::now();
@@ -88,7 +88,7 @@ impl Host {
         }
     }
 
-    /// Realm and service of the token service, once an answer has named them.
+    /// Returns realm and service of the token service, or `None` if no answer has named them yet.
     pub(in crate::store::registry) fn token_service(&self) -> Option<(String, Option<String>)> {
         let known = self
             .challenge
@@ -100,7 +100,7 @@ impl Host {
         }
     }
 
-    /// For the host's own API: user and password where there are some, and never a token.
+    /// Returns the `Authorization` header for the host's own API: user and password if there are any, never a token.
     pub(super) fn api_authorization(&self, scopes: &Scopes) -> Result<Option<HeaderValue>, Error> {
         match self.credentials(&scopes.repository)? {
             Found::Credentials {
@@ -111,7 +111,7 @@ impl Host {
         }
     }
 
-    /// Forgets a token that a registry did not take.
+    /// Drops a token that the registry rejected.
     pub(in crate::store::registry) async fn forget_token(&self, scopes: &Scopes) {
         self.tokens.lock().await.remove(&scopes.key());
     }
@@ -189,11 +189,11 @@ impl Host {
         };
         let asked = Instant::now();
         let request = Request::new(&call.method, &call.url);
-        // Whoever needs the token repeats this with his own request.
+        // This request is not repeated here, because the request that needs the token is repeated.
         let response = self.fire(client, &call, &call.url, authorization).await?;
         let response = self.judge(&call, response).await?;
         if response.status().is_redirection() {
-            // It would carry the credentials on.
+            // Following a redirect would forward the credentials.
             return Err(Error::Reply(Box::new(reply_of(&call, response).await)));
         }
         let body = self
