@@ -1,4 +1,4 @@
-//! Where a saved image goes: a registry, a layout directory or a layout archive, behind one set of verbs.
+//! The destination of a saved image (a registry, a layout directory or a layout archive) behind one interface.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -14,10 +14,10 @@ use crate::store::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob,
 use crate::store::registry::reference::ReferenceError;
 use crate::store::registry::{self, Reference, Registries, Repository, Writer};
 
-/// The tag of those who name none.
+/// Tag used if none is given.
 const DEFAULT_TAG: &str = "latest";
 
-/// DESTINATION, or `--base`, as the user wrote it.
+/// The DESTINATION argument or the value of `--base`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     /// `[docker://]HOST[:PORT]/REPOSITORY[:TAG]`
@@ -26,36 +26,36 @@ pub enum Target {
     Layout {
         /// The layout's directory.
         dir: PathBuf,
-        /// As written.
+        /// Tag as written.
         tag: Option<String>,
     },
     /// `oci-archive:FILE[:TAG]`
     Archive {
         /// The tar file.
         file: PathBuf,
-        /// As written.
+        /// Tag as written.
         tag: Option<String>,
     },
 }
 
-/// A text that names no place for an image.
+/// A text that does not name a place for an image.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum TargetError {
-    /// Of a registry.
+    /// The registry reference is invalid.
     #[error(transparent)]
     Reference(#[from] ReferenceError),
-    /// What a digest would be is known only when the image is there.
+    /// A digest was given, which is known only once the image exists.
     #[error("{0:?} names a digest: an image is saved under a tag, HOST[:PORT]/REPOSITORY[:TAG]")]
     Digest(String),
-    /// Another tool's transport, or a URL.
+    /// The transport is that of another tool, or the text is a URL.
     #[error(
         "{0:?} is not supported: write HOST[:PORT]/REPOSITORY[:TAG], oci:DIR[:TAG] or oci-archive:FILE[:TAG]"
     )]
     Transport(String),
-    /// Nothing after the colon.
+    /// The path after the colon is missing.
     #[error("{0:?} names no path: write {0}PATH[:TAG]")]
     NoPath(&'static str),
-    /// Of a layout.
+    /// The tag of a layout violates the grammar.
     #[error(
         "{0:?} is not a tag for a layout: letters and digits, single - . _ : @ + between them, parts separated by /, \
          255 bytes at most (a path cannot hold a colon)"
@@ -66,8 +66,8 @@ pub enum TargetError {
 impl FromStr for Target {
     type Err = TargetError;
 
-    /// A layout's path ends at the first colon, as in all tools of this family. A digest is accepted here (to read a
-    /// base by it) and refused by [`Target::for_saving`].
+    /// Parses a destination. A layout's path ends at the first colon, as in skopeo and Podman. A digest is accepted
+    /// here, for reading a base image, and refused by [`Target::for_saving`].
     fn from_str(text: &str) -> Result<Self, TargetError> {
         if let Some(rest) = text.strip_prefix("oci:") {
             let (path, tag) = split_layout("oci:", rest)?;
@@ -103,7 +103,7 @@ impl FromStr for Target {
 }
 
 impl Target {
-    /// `text` as DESTINATION: a tag, or none for `latest`, but no digest.
+    /// Parses `text` as DESTINATION. The tag may be missing, but a digest is an error.
     pub fn for_saving(text: &str) -> Result<Self, TargetError> {
         match text.parse()? {
             Self::Registry(Reference {
@@ -118,7 +118,7 @@ impl Target {
         }
     }
 
-    /// The tag, `latest` where none was given.
+    /// Returns the tag, `latest` if none was given.
     pub fn tag(&self) -> &str {
         let tag = match self {
             Self::Registry(reference) => &reference.tag,
@@ -127,7 +127,8 @@ impl Target {
         tag.as_deref().unwrap_or(DEFAULT_TAG)
     }
 
-    /// How the saved image is called: `HOST/REPOSITORY@sha256:…`, `oci:DIR@sha256:…`, `oci-archive:FILE@sha256:…`.
+    /// Returns the name of the saved image: `HOST/REPOSITORY@sha256:…`, `oci:DIR@sha256:…` or
+    /// `oci-archive:FILE@sha256:…`.
     pub fn with_digest(&self, digest: &Digest) -> String {
         match self {
             Self::Registry(reference) => format!("{}@{digest}", reference.name()),
@@ -136,7 +137,7 @@ impl Target {
         }
     }
 
-    /// Opens a layout to read from, and gives the tag as written; none for a registry.
+    /// Opens a layout for reading and returns it with the tag as written. Returns `None` for a registry.
     pub fn open_layout(&self) -> Result<Option<(Reader, Option<&str>)>, layout::Error> {
         match self {
             Self::Registry(_) => Ok(None),
@@ -177,8 +178,8 @@ fn split_layout(
     Ok((path.into(), tag.map(str::to_owned)))
 }
 
-/// The grammar of `org.opencontainers.image.ref.name` (image-spec `annotations.md`): components of alphanumerics with
-/// single separators (`-._:@+` or `--`) between them, joined by slashes.
+/// Checks the grammar of `org.opencontainers.image.ref.name` (image-spec `annotations.md`): components of alphanumerics
+/// with single separators (`-._:@+` or `--`) between them, joined by slashes.
 fn is_ref_name(text: &str) -> bool {
     let component = |part: &str| {
         let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
@@ -191,25 +192,25 @@ fn is_ref_name(text: &str) -> bool {
     text.len() <= 255 && text.split('/').all(component)
 }
 
-/// What can go wrong with any destination.
+/// An error of any destination.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A registry.
+    /// Access to a registry failed.
     #[error(transparent)]
     Registry(#[from] registry::Error),
-    /// A registry that is Harbor, which says more.
+    /// Access to a Harbor registry failed, with details from Harbor's API.
     #[error(transparent)]
     Harbor(harbor::Error),
-    /// A layout.
+    /// Access to a layout failed.
     #[error(transparent)]
     Layout(#[from] layout::Error),
-    /// The runtime went away under a write.
+    /// The runtime was shut down during a write.
     #[error("the save was ended while a file was being written")]
     Ended,
 }
 
 impl Error {
-    /// Whether doing the same again later may succeed (exit code 75). For a [`BlobWriter`]: making the blob again from
+    /// Returns whether a later attempt may succeed (exit code 75). For a [`BlobWriter`], writing the blob again from
     /// its start may succeed now.
     pub fn retryable(&self) -> bool {
         match self {
@@ -220,7 +221,7 @@ impl Error {
         }
     }
 
-    /// Whether there is no room: a quota is used up, or would be.
+    /// Returns whether a quota is, or would be, exceeded.
     pub fn is_quota(&self) -> bool {
         matches!(
             self,
@@ -228,7 +229,7 @@ impl Error {
         )
     }
 
-    /// Whether it is a matter of permission: credentials, quota, policy (exit code 77).
+    /// Returns whether the cause is a lack of permission: credentials, quota or policy (exit code 77).
     pub fn not_permitted(&self) -> bool {
         match self {
             Self::Registry(e) => e.not_permitted(),
@@ -240,7 +241,7 @@ impl Error {
 }
 
 impl From<harbor::Error> for Error {
-    /// What Harbor has nothing to add to stays the registry's.
+    /// Unwraps an error to which Harbor's API added no details.
     fn from(error: harbor::Error) -> Self {
         match error {
             harbor::Error::Registry(error) => Self::Registry(error),
@@ -249,7 +250,7 @@ impl From<harbor::Error> for Error {
     }
 }
 
-/// A destination. Clones are the same thing.
+/// A destination. Clones share the same state.
 #[derive(Clone)]
 pub struct Destination(Kind);
 
@@ -264,13 +265,13 @@ enum Kind {
 }
 
 impl Destination {
-    /// Opens `target`. Nothing is asked or touched before the first call.
+    /// Opens `target`. No request is sent and no file is touched before the first call.
     pub fn open(target: &Target, registries: &Registries) -> Result<Self, Error> {
         Self::open_as(target, registries, None)
     }
 
-    /// The same with the mode of the files, where it is files. None: for their owner alone, or as the layout has it that
-    /// is there.
+    /// Like [`Destination::open`], with the mode of created files. `None` selects the mode of an existing layout, or
+    /// else access for the owner only.
     pub fn open_as(
         target: &Target,
         registries: &Registries,
@@ -288,8 +289,8 @@ impl Destination {
         }))
     }
 
-    /// Whether an image can be put here: credentials and rights, a quota that is not used up, or a place that can be
-    /// written. Leaves nothing behind, but for a project of Harbor's where it was asked to make one.
+    /// Checks whether an image can be written here: credentials, permissions and quota of a registry, or write access
+    /// to a path. Leaves nothing behind except a Harbor project if its creation was requested.
     pub async fn check(&self) -> Result<(), Error> {
         match &self.0 {
             Kind::Registry {
@@ -301,7 +302,7 @@ impl Destination {
         }
     }
 
-    /// Whether `needed` bytes more fit, as far as the destination says what it has room for.
+    /// Checks whether `needed` more bytes fit, if the destination reports its quota.
     pub async fn check_room(&self, needed: u64) -> Result<(), Error> {
         match &self.0 {
             Kind::Registry { repository, .. } => Ok(harbor::check_room(repository, needed).await?),
@@ -309,7 +310,7 @@ impl Destination {
         }
     }
 
-    /// How many blobs are worth bringing at the same time.
+    /// Returns how many blobs should be written concurrently.
     pub fn blobs_at_once(&self) -> usize {
         match &self.0 {
             Kind::Registry { .. } => registry::UPLOADS_AT_ONCE,
@@ -317,8 +318,7 @@ impl Destination {
         }
     }
 
-    /// The size in bytes of a blob that is there. One that has another size than `size` is not what it should be and
-    /// counts as missing.
+    /// Returns the size in bytes of an existing blob. A blob whose size differs from `size` counts as missing.
     pub async fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
         let digest = *digest;
         match &self.0 {
@@ -333,7 +333,8 @@ impl Destination {
         }
     }
 
-    /// Makes a blob of another repository (`HOST/REPOSITORY`) on the same registry appear here. False: upload it.
+    /// Mounts a blob of another repository (`HOST/REPOSITORY`) on the same registry. Returns false if it has to be
+    /// uploaded.
     pub async fn mount_blob(&self, digest: &Digest, from_repository: &str) -> Result<bool, Error> {
         match &self.0 {
             Kind::Registry { repository, .. } => {
@@ -343,7 +344,7 @@ impl Destination {
         }
     }
 
-    /// Puts a small blob (the config).
+    /// Writes a small blob (the config).
     pub async fn put_blob(&self, bytes: Bytes, digest: &Digest) -> Result<(), Error> {
         let digest = *digest;
         match &self.0 {
@@ -357,9 +358,9 @@ impl Destination {
         }
     }
 
-    /// Begins a blob whose digest is known at its end. `handle` is the runtime for a registry's requests.
+    /// Starts a blob whose digest is known only at its end. `handle` is the runtime for the requests to a registry.
     ///
-    /// An archive takes one blob at a time: another's first write waits for the end of this one.
+    /// An archive accepts one blob at a time: the first write of another one blocks until this one ends.
     pub fn begin_blob(&self, handle: Handle) -> Result<BlobWriter, Error> {
         Ok(BlobWriter(match &self.0 {
             Kind::Registry { repository, .. } => Writing::Registry(repository.begin_blob(handle)),
@@ -368,7 +369,8 @@ impl Destination {
         }))
     }
 
-    /// Puts the manifest under its tag, last of all: before, nothing can be seen. Returns its digest.
+    /// Writes the manifest under its tag. This is the last step, before which the image is not visible. Returns the
+    /// digest.
     pub async fn put_manifest(
         &self,
         bytes: Bytes,
@@ -399,7 +401,7 @@ impl Destination {
     }
 }
 
-/// Runs what blocks beside the runtime.
+/// Runs blocking work on the runtime's blocking threads.
 async fn blocking<K: Send + 'static, T: Send + 'static>(
     kind: K,
     work: impl FnOnce(K) -> Result<T, layout::Error> + Send + 'static,
@@ -411,20 +413,20 @@ async fn blocking<K: Send + 'static, T: Send + 'static>(
     }
 }
 
-/// A blob on its way. Dropped before [`BlobWriter::finish`], nothing of it stays.
+/// A blob that is being written. If dropped before [`BlobWriter::finish`], nothing of it remains.
 pub struct BlobWriter(Writing);
 
 enum Writing {
     Registry(Writer),
     Directory(DirectoryBlob),
     Archive(ArchiveBlob),
-    /// A layout's blob that has ended.
+    /// A blob of a layout that has been completed.
     Over,
 }
 
 impl BlobWriter {
-    /// Hands bytes over; waits while the destination is behind. For plain threads, not for async tasks. An error is the
-    /// destination's own; when it is retryable, [`BlobWriter::again`] has to be asked for a writer for another try.
+    /// Hands bytes over, blocking while the destination is behind. For threads, not for async tasks. If the error is
+    /// retryable, a new writer has to be obtained from [`BlobWriter::again`].
     pub fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
         match &mut self.0 {
             Writing::Registry(writer) => Ok(writer.write(bytes)?),
@@ -434,12 +436,12 @@ impl BlobWriter {
         }
     }
 
-    /// Ends the blob under `digest`; `size` is checked against what was written.
+    /// Completes the blob under `digest`. Fails if `size` differs from the number of bytes written.
     pub async fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         self.end(digest, size).await
     }
 
-    /// As [`BlobWriter::finish`], and keeps the writer, so that a failure can be answered with [`BlobWriter::again`].
+    /// Like [`BlobWriter::finish`], but keeps the writer, so that a failure can be followed by [`BlobWriter::again`].
     pub async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         let digest = *digest;
         if let Writing::Registry(writer) = &mut self.0 {
@@ -455,11 +457,11 @@ impl BlobWriter {
         }
     }
 
-    /// A writer for another try after `error`, once the pause that the try takes is over. The same bytes have to be
-    /// written to it from their beginning, whatever of them is sent again.
+    /// Returns a writer for another attempt after `error`, once the required pause is over. The same bytes have to be
+    /// written to it from their start, whatever part of them is sent again.
     ///
-    /// The error comes back where another try is not worth it: the blob has had its tries, or the save all of its, or
-    /// the destination is a layout, whose errors do not pass.
+    /// Returns the error if another attempt is not worthwhile: the retries of the blob or of the save are used up, or
+    /// the destination is a layout, whose errors are never transient.
     pub async fn again(self, error: Error) -> Result<Self, Error> {
         match (self.0, error) {
             (Writing::Registry(writer), Error::Registry(error)) => {
@@ -469,7 +471,8 @@ impl BlobWriter {
         }
     }
 
-    /// Gives the blob up and waits until the destination has tidied up. Dropping does the same without waiting.
+    /// Cancels the blob and waits until the destination has cleaned up. Dropping the writer does the same without
+    /// waiting.
     pub async fn abort(self) {
         if let Writing::Registry(writer) = self.0 {
             writer.abort().await;
@@ -492,7 +495,7 @@ mod tests {
                 "oci-archive:x.tar:docker.io/library/debian:12",
                 "oci-archive:x.tar:docker.io/library/debian:12",
             ),
-            ("dir:5000/x", "dir:5000/x:latest"), // a host may be called so
+            ("dir:5000/x", "dir:5000/x:latest"), // valid name of a host
         ] {
             assert_eq!(
                 Target::for_saving(text).map(|t| t.to_string()),
@@ -523,7 +526,7 @@ mod tests {
         ] {
             assert!(Target::for_saving(bad).is_err(), "{bad}");
         }
-        // To read a base by its digest is fine.
+        // A base image may be read by its digest.
         assert!(format!("r.example/x@{digest}").parse::<Target>().is_ok());
     }
 

@@ -1,4 +1,5 @@
-//! OCI image layouts on disk, as a directory or as a tar archive: written as a destination, read as a base.
+//! OCI image layouts on disk, as a directory or a tar archive. They are written as destinations and read as base
+//! images.
 //!
 //! Format: image-spec `image-layout.md`. The archive is the same tree as a tar (`oci-archive:` of skopeo and Podman).
 
@@ -18,95 +19,95 @@ pub use archive::{Archive, ArchiveBlob};
 pub use directory::{Directory, DirectoryBlob};
 pub use read::{Listing, Reader};
 
-/// The annotation that carries a tag in `index.json`.
+/// Annotation that holds a tag in `index.json`.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
-/// The content of `oci-layout`.
+/// Content of the file `oci-layout`.
 const LAYOUT_FILE: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
-/// `index.json` and other documents are read up to this size.
+/// Maximum size of `index.json` and other documents, in bytes.
 const MAX_DOCUMENT: u64 = 4 << 20;
 
-/// What can go wrong with a layout.
+/// An error of a layout.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The file system says no.
+    /// A file operation failed.
     #[error("cannot {action} {}: {source}{}", path.display(), advice(source))]
     Io {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// A verb: `write`, `read`, `open`, ...
+        /// The operation as a verb: `write`, `read`, `open`, ...
         action: &'static str,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// Something else is there already.
+    /// The path holds something other than a layout.
     #[error("{} is not an OCI layout: {reason}; name a new or empty directory, or a layout", path.display())]
     NotALayout {
-        /// Which path.
+        /// The path.
         path: PathBuf,
         /// What was found.
         reason: String,
     },
-    /// A document that makes no sense.
+    /// A document cannot be parsed.
     #[error("{}: {what}: {reason}", path.display())]
     Document {
-        /// The layout.
+        /// Path of the layout.
         path: PathBuf,
         /// `index.json`, or a digest.
         what: String,
         /// What was expected and found.
         reason: String,
     },
-    /// The tag is not there, or none was given and there are several images.
+    /// The tag does not exist, or none was given and there are several images.
     #[error("{}: {reason}; it has: {}", path.display(), list(found))]
     NoSuchImage {
-        /// The layout.
+        /// Path of the layout.
         path: PathBuf,
-        /// What was asked for.
+        /// What was requested.
         reason: String,
-        /// Tags (or digests of untagged manifests) that are there.
+        /// Existing tags, and digests of untagged manifests.
         found: Vec<String>,
     },
-    /// A blob is not there.
+    /// The blob does not exist.
     #[error("{}: no blob {digest}", path.display())]
     NoSuchBlob {
-        /// The layout.
+        /// Path of the layout.
         path: PathBuf,
-        /// Its digest.
+        /// Digest of the blob.
         digest: Digest,
     },
-    /// Bytes that are not what their digest says.
+    /// The content does not match its digest.
     #[error("{}: expected {expected}, found {found}: the copy is damaged", path.display())]
     Digest {
-        /// The layout.
+        /// Path of the layout.
         path: PathBuf,
-        /// The digest by which it was asked for.
+        /// The digest that was requested.
         expected: Digest,
-        /// The digest of what is there.
+        /// The digest of the actual content.
         found: Digest,
     },
-    /// More or fewer bytes than promised.
+    /// The number of bytes differs from what was declared.
     #[error("{}: {what}: expected {expected} bytes, found {found}", path.display())]
     Size {
-        /// The layout.
+        /// Path of the layout.
         path: PathBuf,
         /// A digest, or the blob being written.
         what: String,
-        /// Bytes expected.
+        /// Expected number of bytes.
         expected: u64,
-        /// Bytes found.
+        /// Actual number of bytes.
         found: u64,
     },
     /// The archive was completed, or a failure left it unusable.
     #[error("{}: the archive is closed", path.display())]
     Closed {
-        /// The archive.
+        /// Path of the archive.
         path: PathBuf,
     },
 }
 
 impl Error {
-    /// Whether it is a matter of permission (exit code 77).
+    /// Returns whether the cause is a lack of permission (exit code 77).
     pub fn not_permitted(&self) -> bool {
         matches!(self, Self::Io { source, .. } if matches!(
             source.kind(),
@@ -114,7 +115,7 @@ impl Error {
         ))
     }
 
-    /// Whether doing the same again later may succeed (exit code 75). A full disk does not empty by itself.
+    /// Returns whether a later attempt may succeed (exit code 75). A full disk does not count as transient.
     pub fn retryable(&self) -> bool {
         matches!(self, Self::Io { source, .. } if matches!(
             source.kind(),
@@ -148,12 +149,12 @@ fn io_error<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) 
     }
 }
 
-/// Where a blob lies within a layout.
+/// Returns the path of a blob within a layout.
 fn blob_path(digest: &Digest) -> String {
     format!("blobs/sha256/{}", digest.hex())
 }
 
-/// `index.json` with one more manifest under `tag`, which no other manifest keeps. All that is not understood stays.
+/// Adds a manifest to `index.json` under `tag`, which is removed from any other manifest. Unknown content is kept.
 fn add_to_index(
     existing: Option<&[u8]>,
     media_type: &str,
@@ -196,7 +197,7 @@ fn add_to_index(
     serde_json::to_vec(&index).map_err(|e| e.to_string())
 }
 
-/// `index.json` without a manifest, or without one of its tags. All that is not understood stays.
+/// Removes a manifest, or only one of its tags, from `index.json`. Unknown content is kept.
 fn take_from_index(existing: &[u8], digest: &Digest, tag: Option<&str>) -> Result<Vec<u8>, String> {
     let mut index: Value =
         serde_json::from_slice(existing).map_err(|e| format!("expected an image index: {e}"))?;

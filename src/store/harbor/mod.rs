@@ -1,4 +1,4 @@
-//! Harbor's own API: projects and their quotas, what users have in them, and deleting with knowledge of what tags share.
+//! Client for Harbor's own API: projects and quotas, listing with details, and deletion that respects shared tags.
 //!
 //! Format: Harbor's API description, version 2.0 (`api/v2.0/swagger.yaml` in its sources).
 
@@ -16,45 +16,45 @@ use crate::store::registry::{self, Api, Registries};
 
 pub use push::{Room, check_push, check_room, explain};
 
-/// Where the API begins.
+/// Base path of the API.
 const BASE: &str = "/api/v2.0";
-/// Harbor refuses larger pages.
+/// Maximum page size; Harbor refuses larger ones.
 pub const MAX_PAGE_SIZE: u32 = 100;
-/// What stays as it is in a path or a query.
+/// Characters that are escaped in a path or a query.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'.')
     .remove(b'_')
     .remove(b'~');
 
-/// What can go wrong beyond what a registry says.
+/// An error of Harbor's API.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The registry's answer, or none.
+    /// An error of the underlying registry access.
     #[error(transparent)]
     Registry(#[from] registry::Error),
-    /// There is no such project, or these credentials do not see it.
+    /// The project does not exist or is not visible with these credentials.
     #[error(
         "{host} has no project {project:?}, or these credentials do not see it: check the name, or say --create-project"
     )]
     NoProject {
         /// `HOST[:PORT]`.
         host: String,
-        /// Its name.
+        /// Name of the project.
         project: String,
     },
-    /// A project that holds copies of another registry's images.
+    /// The project is a proxy cache, which holds copies of another registry's images.
     #[error(
         "the project {project:?} on {host} is a proxy cache: nobody can push there; name another project"
     )]
     ProxyCache {
         /// `HOST[:PORT]`.
         host: String,
-        /// Its name.
+        /// Name of the project.
         project: String,
     },
-    /// The project's storage is used up, or what is to be saved does not fit into the rest.
+    /// The storage quota of the project is used up, or too small for what is to be saved.
     #[error(
         "the quota of project {project:?} on {host} does not suffice: {} of {} are used, {} are free{}; \
          delete images there (upperdeck image rm; space comes back with Harbor's garbage collection) or ask for more",
@@ -63,22 +63,22 @@ pub enum Error {
     Quota {
         /// `HOST[:PORT]`.
         host: String,
-        /// Its name.
+        /// Name of the project.
         project: String,
-        /// What there is.
+        /// Quota and usage.
         room: Room,
-        /// Bytes that would be needed, as far as they are known.
+        /// Number of bytes needed, as far as known.
         needed: u64,
     },
-    /// The same, as the registry said it in mid-push.
+    /// The registry refused a push because of the quota.
     #[error("{source}; the project has {} of {} in use, {} free", size(room.used), size(room.limit), size(room.free()))]
     NoRoom {
-        /// What the registry said.
+        /// The registry's answer.
         source: registry::Error,
-        /// What there is.
+        /// Quota and usage.
         room: Room,
     },
-    /// A name that the API would read as something else.
+    /// A search term with characters that are special in Harbor's query language.
     #[error("{0:?} cannot be searched for: letters, digits and . _ - / only")]
     Search(String),
 }
@@ -102,12 +102,12 @@ fn needs(needed: u64) -> String {
 }
 
 impl Error {
-    /// Whether doing the same again later may succeed (exit code 75).
+    /// Returns whether a later attempt may succeed (exit code 75).
     pub fn retryable(&self) -> bool {
         matches!(self, Self::Registry(e) if e.retryable())
     }
 
-    /// Whether it is a matter of permission: credentials, quota, policy (exit code 77).
+    /// Returns whether the cause is a lack of permission: credentials, quota or policy (exit code 77).
     pub fn not_permitted(&self) -> bool {
         match self {
             Self::Registry(e) => e.not_permitted(),
@@ -117,16 +117,16 @@ impl Error {
     }
 }
 
-/// What to list, and in which order.
+/// Filter, order and page of a list.
 #[derive(Clone, Debug, Default)]
 pub struct Query {
-    /// Only what has this in its name.
+    /// Only entries whose name contains this text.
     pub search: Option<String>,
-    /// A field; with `-` before it, downwards.
+    /// Field to sort by; `-` in front reverses the order.
     pub sort: Option<&'static str>,
-    /// From 1.
+    /// Number of the page, starting at 1.
     pub page: u32,
-    /// At most [`MAX_PAGE_SIZE`].
+    /// Entries per page, at most [`MAX_PAGE_SIZE`].
     pub page_size: u32,
 }
 
@@ -138,7 +138,7 @@ impl Query {
             text.push_str(&format!("&sort={sort}"));
         }
         if let Some(search) = &self.search {
-            // The rest is the query language's own.
+            // Other characters have a meaning in the query language.
             let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-/".contains(&b);
             if !search.bytes().all(plain) || search.is_empty() {
                 return Err(Error::Search(search.chars().take(100).collect()));
@@ -149,38 +149,38 @@ impl Query {
     }
 }
 
-/// A part of a list, and how long all of it is.
+/// One page of a list, and the length of the whole list.
 #[derive(Clone, Debug)]
 pub struct Page<T> {
-    /// This page's.
+    /// Entries of this page.
     pub items: Vec<T>,
-    /// In all pages.
+    /// Number of entries on all pages.
     pub total: u64,
 }
 
 /// A project.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Project {
-    /// Its name.
+    /// Name of the project.
     pub name: String,
-    /// The registry that it caches, where it is a proxy.
+    /// ID of the registry that it caches, if it is a proxy cache.
     pub registry_id: Option<i64>,
-    /// Repositories in it.
+    /// Number of repositories.
     #[serde(default)]
     pub repo_count: u64,
 }
 
 impl Project {
-    /// Whether it holds copies of another registry's images and takes no others.
+    /// Returns whether the project is a proxy cache, which cannot be pushed to.
     pub fn is_proxy_cache(&self) -> bool {
         self.registry_id.is_some_and(|id| id != 0)
     }
 }
 
-/// A project's figures.
+/// Summary of a project.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Summary {
-    /// Repositories in it.
+    /// Number of repositories.
     #[serde(default)]
     pub repo_count: u64,
     #[serde(default)]
@@ -196,7 +196,7 @@ struct Quota {
 }
 
 impl Summary {
-    /// What may be stored and what is; none without a limit (-1), or where it is not shown.
+    /// Returns quota and usage. Returns `None` if there is no limit (-1) or it is not visible.
     pub fn room(&self) -> Option<Room> {
         let quota = self.quota.as_ref()?;
         let limit = u64::try_from(*quota.hard.get("storage")?).ok()?;
@@ -209,15 +209,15 @@ impl Summary {
 /// A repository.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Repository {
-    /// With the project's name before it.
+    /// Name, including that of the project.
     pub name: String,
-    /// Artifacts in it.
+    /// Number of artifacts.
     #[serde(default)]
     pub artifact_count: u64,
-    /// Pulls of all of them.
+    /// Number of pulls of all artifacts.
     #[serde(default)]
     pub pull_count: u64,
-    /// RFC 3339.
+    /// Time of the last update, RFC 3339.
     #[serde(default, deserialize_with = "time")]
     pub update_time: Option<String>,
 }
@@ -225,72 +225,72 @@ pub struct Repository {
 /// A tag.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Tag {
-    /// Its name.
+    /// Name of the tag.
     pub name: String,
-    /// Whether a rule forbids to move or delete it; shown only when asked for.
+    /// Whether a rule forbids moving or deleting the tag. Returned only on request.
     #[serde(default)]
     pub immutable: bool,
 }
 
-/// A label that somebody put on an artifact in Harbor.
+/// A label that a user has attached to an artifact in Harbor.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Label {
-    /// Its name.
+    /// Name of the label.
     pub name: String,
 }
 
-/// What refers to an artifact: a signature, a bill of materials.
+/// An object attached to an artifact, such as a signature or an SBOM.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Accessory {
-    /// Of its manifest.
+    /// Digest of its manifest.
     pub digest: String,
     /// `signature.cosign`, `subject.accessory`, ...
     #[serde(rename = "type")]
     pub kind: String,
 }
 
-/// An image, or what else a manifest describes.
+/// An image, or any other content that a manifest describes.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Artifact {
-    /// Of its manifest.
+    /// Digest of the manifest.
     pub digest: Digest,
-    /// Compressed bytes of manifest, config and all layers.
+    /// Total size of manifest, config and all layers, compressed, in bytes.
     #[serde(default)]
     pub size: u64,
-    /// Null when there are none.
+    /// Tags; null if there are none.
     pub tags: Option<Vec<Tag>>,
-    /// Null when there are none.
+    /// Labels; null if there are none.
     pub labels: Option<Vec<Label>>,
-    /// Of the manifest.
+    /// Annotations of the manifest.
     pub annotations: Option<BTreeMap<String, String>>,
-    /// What Harbor has read in the config: `architecture`, `config`, `created`, `os`.
+    /// Attributes that Harbor has extracted from the config: `architecture`, `config`, `created`, `os`.
     #[serde(default)]
     pub extra_attrs: Option<serde_json::Value>,
-    /// Null when there are none, or when they were not asked for.
+    /// Accessories; null if there are none or they were not requested.
     pub accessories: Option<Vec<Accessory>>,
-    /// RFC 3339.
+    /// Time of the push, RFC 3339.
     #[serde(default, deserialize_with = "time")]
     pub push_time: Option<String>,
-    /// RFC 3339; none when never.
+    /// Time of the last pull, RFC 3339; `None` if never pulled.
     #[serde(default, deserialize_with = "time")]
     pub pull_time: Option<String>,
-    /// `IMAGE`, ...
+    /// Kind of artifact: `IMAGE`, ...
     #[serde(default, rename = "type")]
     pub kind: Option<String>,
-    /// Of the manifest.
+    /// Media type of the manifest.
     #[serde(default)]
     pub manifest_media_type: Option<String>,
 }
 
 impl Artifact {
-    /// The names of its tags.
+    /// Returns the names of its tags.
     pub fn tag_names(&self) -> Vec<String> {
         let tags = self.tags.iter().flatten();
         tags.map(|tag| tag.name.clone()).collect()
     }
 }
 
-/// Go's zero time means never.
+/// Deserializes a time. Go's zero time means never.
 fn time<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
     let text: Option<String> = Option::deserialize(from)?;
     Ok(text.filter(|t| !t.starts_with("0001-") && !t.is_empty()))
@@ -300,8 +300,8 @@ fn escaped(text: &str) -> String {
     utf8_percent_encode(text, PLAIN).to_string()
 }
 
-/// `PROJECT/REPOSITORY` as the API's paths have them: the slashes within the repository are escaped twice, which works
-/// with and without a proxy before Harbor.
+/// Returns the API path of `PROJECT/REPOSITORY`. Slashes within the repository are escaped twice, which works with and
+/// without a proxy in front of Harbor.
 fn repository_path(project: &str, repository: &str) -> String {
     format!(
         "{BASE}/projects/{}/repositories/{}",
@@ -310,19 +310,19 @@ fn repository_path(project: &str, repository: &str) -> String {
     )
 }
 
-/// A path within a host (`PROJECT/REPOSITORY`) in its parts.
+/// Splits a path within a host (`PROJECT/REPOSITORY`) at the first slash.
 pub fn split(path: &str) -> Option<(&str, &str)> {
     path.split_once('/')
 }
 
-/// A Harbor, as one user.
+/// A Harbor instance, accessed with the credentials of one user.
 #[derive(Clone)]
 pub struct Harbor {
     api: Api,
 }
 
 impl Harbor {
-    /// The Harbor at `host`, if it is one. `path` chooses the credentials.
+    /// Returns the Harbor at `host`, or `None` if the host is not a Harbor. `path` selects the credentials.
     pub async fn find(
         registries: &Registries,
         host: &str,
@@ -331,7 +331,7 @@ impl Harbor {
         Self::behind(registries.api(host, path)?).await
     }
 
-    /// The Harbor behind a host's API, if there is one.
+    /// Returns the Harbor behind a host's API, or `None` if the host is not a Harbor.
     pub async fn behind(api: Api) -> Result<Option<Self>, Error> {
         if !api.asks_like_harbor().await? {
             return Ok(None);
@@ -339,49 +339,49 @@ impl Harbor {
         Ok(Some(Self { api }))
     }
 
-    /// `HOST[:PORT]`.
+    /// Returns `HOST[:PORT]`.
     pub fn host(&self) -> &str {
         self.api.host()
     }
 
-    /// Whether there is a project of this name. Every user may ask, of any.
+    /// Returns whether a project of this name exists. Every user may query this for any project.
     pub async fn project_exists(&self, name: &str) -> Result<bool, Error> {
         let path = format!("{BASE}/projects?project_name={}", escaped(name));
         Ok(self.api.head(&path, &[404]).await?.status != 404)
     }
 
-    /// A project, if it is there and these credentials may see it.
+    /// Returns a project, or `None` if it does not exist or is not visible with these credentials.
     pub async fn project(&self, name: &str) -> Result<Option<Project>, Error> {
         let path = format!("{BASE}/projects/{}", escaped(name));
         let answer = self.api.get(&path, &[401, 403, 404]).await?;
         read_if_there(&answer)
     }
 
-    /// Makes a private project. False: there was one.
+    /// Creates a private project. Returns false if it existed already.
     pub async fn create_project(&self, name: &str) -> Result<bool, Error> {
         let document = json!({"project_name": name, "metadata": {"public": "false"}});
         let answer = self
             .api
             .post(&format!("{BASE}/projects"), &document, &[409])
             .await?;
-        // A conflict with a request of ours whose answer was lost is what was wanted.
+        // After a failed attempt, a conflict may mean that the earlier request succeeded and its answer was lost.
         Ok(answer.status != 409 || answer.failed > 0)
     }
 
-    /// A project's figures, if these credentials may see them.
+    /// Returns the summary of a project, or `None` if it is not visible with these credentials.
     pub async fn summary(&self, name: &str) -> Result<Option<Summary>, Error> {
         let path = format!("{BASE}/projects/{}/summary", escaped(name));
         let answer = self.api.get(&path, &[401, 403, 404]).await?;
         read_if_there(&answer)
     }
 
-    /// Projects that these credentials see.
+    /// Lists the projects that are visible with these credentials.
     pub async fn projects(&self, query: &Query) -> Result<Page<Project>, Error> {
         let path = format!("{BASE}/projects?{}", query.text("name")?);
         self.page(&path).await
     }
 
-    /// Repositories of a project, or of all.
+    /// Lists the repositories of a project, or of all projects.
     pub async fn repositories(
         &self,
         project: Option<&str>,
@@ -395,13 +395,14 @@ impl Harbor {
         self.page(&path).await
     }
 
-    /// Whether there is such a repository, for these credentials: to a list, what is not there is merely empty.
+    /// Returns whether a repository exists and is visible with these credentials. The list of a missing one is just
+    /// empty.
     pub async fn repository_exists(&self, project: &str, repository: &str) -> Result<bool, Error> {
         let path = repository_path(project, repository);
         Ok(self.api.get(&path, &[404]).await?.status != 404)
     }
 
-    /// Artifacts of a repository, with tags, labels and accessories.
+    /// Lists the artifacts of a repository, with tags, labels and accessories.
     pub async fn artifacts(
         &self,
         project: &str,
@@ -416,7 +417,7 @@ impl Harbor {
         self.page(&path).await
     }
 
-    /// One artifact, by tag or digest.
+    /// Returns one artifact by tag or digest, or `None` if it does not exist.
     pub async fn artifact(
         &self,
         project: &str,
@@ -431,7 +432,7 @@ impl Harbor {
         read_if_there(&self.api.get(&path, &[404]).await?)
     }
 
-    /// Takes one tag off an artifact, which stays. False: it was not there.
+    /// Removes one tag from an artifact, which itself remains. Returns false if the tag did not exist.
     pub async fn delete_tag(
         &self,
         project: &str,
@@ -446,7 +447,7 @@ impl Harbor {
         self.delete(&path).await
     }
 
-    /// Deletes an artifact with all its tags and accessories. False: it was not there.
+    /// Deletes an artifact with all its tags and accessories. Returns false if it did not exist.
     pub async fn delete_artifact(
         &self,
         project: &str,
@@ -468,7 +469,7 @@ impl Harbor {
 
     async fn page<T: serde::de::DeserializeOwned>(&self, path: &str) -> Result<Page<T>, Error> {
         let answer = self.api.get(path, &[]).await?;
-        // Null where there is nothing.
+        // Harbor returns null for an empty list.
         let items: Vec<T> = answer.read::<Option<Vec<T>>>()?.unwrap_or_default();
         let total = answer.total.unwrap_or(items.len() as u64);
         Ok(Page { items, total })

@@ -1,27 +1,27 @@
-//! What Harbor can say about a push before it begins, and about why it failed: a bare 403 has four meanings.
+//! Checks a Harbor project before a push, and explains why a push failed: a plain 403 has four possible meanings.
 
 use super::{BASE, Error, Harbor, split};
 use crate::store::registry::{self, Repository};
 
-/// A project's storage, in bytes.
+/// Storage quota and usage of a project, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Room {
-    /// What it may hold.
+    /// The quota.
     pub limit: u64,
-    /// What it holds. Blobs that were pushed and are in no manifest count.
+    /// Bytes in use, including pushed blobs that no manifest refers to.
     pub used: u64,
 }
 
 impl Room {
-    /// What is left.
+    /// Returns the bytes left.
     pub fn free(&self) -> u64 {
         self.limit.saturating_sub(self.used)
     }
 }
 
-/// Whether one can push into `repository`: the registry is asked, and where it is Harbor, its project, too.
+/// Checks whether `repository` can be pushed to: its registry, and for Harbor also its project.
 ///
-/// A project that is not there is made when `create_project` says so.
+/// A missing project is created if `create_project` is set.
 pub async fn check_push(repository: &Repository, create_project: bool) -> Result<(), Error> {
     let Some((harbor, project)) = of(repository).await? else {
         return Ok(repository.check_push().await?);
@@ -33,11 +33,11 @@ pub async fn check_push(repository: &Repository, create_project: bool) -> Result
     if let Err(error) = repository.check_push().await {
         return Err(explain(repository, error).await);
     }
-    // Full is full, whatever comes; how much will come is not known yet.
+    // The size of the image is not known yet, so only a full project is detected here.
     check_room(repository, 0).await
 }
 
-/// Whether `needed` bytes more fit into the project, where it is Harbor's and tells.
+/// Checks whether `needed` more bytes fit into the project, if it is Harbor's and its quota is visible.
 pub async fn check_room(repository: &Repository, needed: u64) -> Result<(), Error> {
     let Some((harbor, project)) = of(repository).await? else {
         return Ok(());
@@ -53,7 +53,7 @@ pub async fn check_room(repository: &Repository, needed: u64) -> Result<(), Erro
     }
 }
 
-/// Says what an answer of Harbor's means, where Harbor itself can be asked for it. What it cannot add to, it leaves.
+/// Adds the details that Harbor's API has about a failed request. Returns the error unchanged if there are none.
 pub async fn explain(repository: &Repository, error: registry::Error) -> Error {
     let status = match &error {
         registry::Error::Reply(reply) => reply.status,
@@ -88,7 +88,7 @@ pub async fn explain(repository: &Repository, error: registry::Error) -> Error {
     }
 }
 
-/// The Harbor that a repository is on, and its project there.
+/// Returns the Harbor that a repository is on, with its project, or `None` if it is not on a Harbor.
 async fn of(repository: &Repository) -> Result<Option<(Harbor, &str)>, Error> {
     let Some((project, _)) = split(repository.path()) else {
         return Ok(None);
@@ -97,7 +97,8 @@ async fn of(repository: &Repository) -> Result<Option<(Harbor, &str)>, Error> {
     Ok(harbor.map(|harbor| (harbor, project)))
 }
 
-/// None where there is no limit, or nobody says. Not being told is no reason not to save.
+/// Returns quota and usage, or `None` if there is no limit or it cannot be read, which is not a reason to refuse a
+/// save.
 async fn room(harbor: &Harbor, project: &str) -> Option<Room> {
     match harbor.summary(project).await {
         Ok(summary) => summary?.room(),

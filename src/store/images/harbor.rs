@@ -1,19 +1,19 @@
-//! Harbor as a place for images.
+//! Implements [`Store`] for Harbor.
 
 use super::{Error, ImageEntry, Listed, Query, Removed, RepositoryEntry, Sort, Store, Which, sort};
 use crate::store::harbor::{self, Artifact, Harbor, MAX_PAGE_SIZE, Room, split};
 
-/// What becomes of the space of what is deleted.
+/// What happens to the space of deleted images; shown to users.
 const SPACE: &str = "the quota is relieved at once of what no other image of the project shares; the space on disk \
                      comes back with Harbor's next garbage collection, until when blobs pushed and in no image count too";
 
-/// A Harbor.
+/// The images of a Harbor.
 pub struct HarborImages {
     harbor: Harbor,
 }
 
 impl HarborImages {
-    /// As one user.
+    /// Creates the store on a Harbor client.
     pub fn new(harbor: Harbor) -> Self {
         Self { harbor }
     }
@@ -47,7 +47,7 @@ impl HarborImages {
         }
     }
 
-    /// Harbor has an empty list of what is not there.
+    /// Fails if the repository does not exist, for which Harbor would return an empty list.
     async fn must_exist(&self, repository: &str) -> Result<(), Error> {
         let (project, name) = self.parts(repository)?;
         let there = self.harbor.project_exists(project).await?
@@ -95,7 +95,7 @@ impl Store for HarborImages {
         query: &Query,
     ) -> Result<Listed<RepositoryEntry>, Error> {
         let path = path.trim_end_matches('/');
-        // Below a project there are no groups: what is asked for there is a part of the names.
+        // Harbor has no groups below a project, so the rest of the path is used as a part of repository names.
         let (project, below) = split(path).map_or((path, None), |(p, b)| (p, Some(b)));
         let by = [Some("-update_time"), Some("name"), Some("-pull_count")];
         let mut asked = Self::query(query, by);
@@ -137,7 +137,7 @@ impl Store for HarborImages {
                 total: page.total,
             });
         }
-        // Harbor cannot sort by tags, which are another table to it.
+        // Harbor cannot sort artifacts by tag, because tags are in another database table.
         let mut all = Vec::new();
         let mut part = harbor::Query {
             page: 1,
@@ -188,7 +188,8 @@ impl Store for HarborImages {
             if !self.harbor.delete_tag(project, name, tag).await? {
                 return Err(not_there());
             }
-            // Asked again: another tag may have come meanwhile, and an artifact goes with all that it has.
+            // Read again, because another tag may have been added meanwhile and deleting the artifact would delete
+            // that, too.
             let rest = self
                 .harbor
                 .artifact(project, name, &digest.to_string())

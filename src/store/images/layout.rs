@@ -1,4 +1,4 @@
-//! A layout directory as a place for images.
+//! Implements [`Store`] for a layout directory.
 
 use super::plain::describe;
 use super::{Error, ImageEntry, Listed, Query, Removed, RepositoryEntry, Store, Which, sort};
@@ -8,13 +8,13 @@ use crate::store::layout::{Directory, Listing, Reader};
 const SPACE: &str = "the blobs stay in the directory, as a save that is under way may count on them: \
                      `umoci gc --layout DIRECTORY` takes out what no image needs";
 
-/// A layout directory.
+/// The images of a layout directory.
 pub struct LayoutImages {
     directory: Directory,
 }
 
 impl LayoutImages {
-    /// Nothing is touched before the first call.
+    /// Creates the store. No file is touched before the first call.
     pub fn new(directory: Directory) -> Self {
         Self { directory }
     }
@@ -28,7 +28,7 @@ impl LayoutImages {
     }
 }
 
-/// Work on files beside the runtime.
+/// Runs file operations on the runtime's blocking threads.
 async fn blocking<T: Send + 'static>(
     directory: &Directory,
     work: impl FnOnce(&Directory) -> Result<T, Error> + Send + 'static,
@@ -50,7 +50,7 @@ fn read(reader: &Reader, listing: Listing) -> Result<ImageEntry, Error> {
     Ok(entry)
 }
 
-/// Whether an index of the layout names `needed`.
+/// Returns a tag or the digest of an index in the layout that refers to `needed`, or `None` if there is none.
 fn index_that_needs(reader: &Reader, all: &[Listing], needed: &Digest) -> Option<String> {
     let mut others = all.iter().filter(|other| other.digest != *needed);
     let found = others.find(|other| {

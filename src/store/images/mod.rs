@@ -1,6 +1,6 @@
-//! What was saved and where: listing and deleting, the same over Harbor, over a plain registry and over a layout directory.
+//! Lists and deletes saved images, in the same way on Harbor, plain registries and layout directories.
 //!
-//! One trait, three implementations: a site without Harbor loses quotas and pull counts, and nothing else.
+//! One trait has three implementations. Without Harbor, only quotas and pull counts are missing.
 
 mod harbor;
 mod layout;
@@ -23,66 +23,66 @@ pub use harbor::HarborImages;
 pub use layout::LayoutImages;
 pub use plain::PlainImages;
 
-/// Images on a page when nobody says.
+/// Default number of images per page.
 pub const PAGE_SIZE: u32 = 50;
-/// Most images on a page: what Harbor bears.
+/// Maximum number of images per page, which is that of Harbor.
 pub const MAX_PAGE_SIZE: u32 = harbor_api::MAX_PAGE_SIZE;
 
-/// What can go wrong with listing and deleting.
+/// An error while listing or deleting images.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A registry.
+    /// Access to a registry failed.
     #[error(transparent)]
     Registry(#[from] registry::Error),
-    /// Harbor.
+    /// Access to Harbor failed.
     #[error(transparent)]
     Harbor(harbor_api::Error),
-    /// A layout.
+    /// Access to a layout failed.
     #[error(transparent)]
     Layout(#[from] on_disk::Error),
-    /// Not a place for images.
+    /// The text does not name a place for images.
     #[error(
         "{text:?} names no images: {reason}; write HOST[:PORT][/PATH], HOST/REPOSITORY:TAG or oci:DIRECTORY[:TAG]"
     )]
     Place {
-        /// As written.
+        /// The text as written.
         text: String,
         /// What is wrong with it.
         reason: String,
     },
-    /// It is not there.
+    /// The image or repository does not exist.
     #[error("{0} is not there")]
     NotThere(String),
-    /// An image that has tags was named by its digest.
+    /// The image was named by its digest but has tags.
     #[error("{image} is not deleted: it is tagged {}; delete the tags, or say --all-tags", tags.join(", "))]
     Tagged {
-        /// By its digest.
+        /// The image, by its digest.
         image: String,
         /// All its tags.
         tags: Vec<String>,
     },
-    /// A registry that deletes only images, of which one tag of several was named.
+    /// One of several tags was named on a registry that can delete only whole images.
     #[error(
         "{image} is not deleted: this registry deletes images and no single tags, and the image is also tagged {}; \
          say --all-tags to delete it with all of them",
         others.join(", ")
     )]
     SharedTag {
-        /// By the tag.
+        /// The image, by the tag.
         image: String,
         /// The other tags.
         others: Vec<String>,
     },
-    /// An image that an index names.
+    /// An index refers to the image.
     #[error("{image} is not deleted: the index under {index} needs it; delete that first")]
     Needed {
-        /// By its digest.
+        /// The image, by its digest.
         image: String,
-        /// A tag of the index.
+        /// A tag of the index, or its digest if it has none.
         index: String,
     },
-    /// The runtime went away.
+    /// The runtime was shut down.
     #[error("ended while a file was being read")]
     Ended,
 }
@@ -103,7 +103,7 @@ impl From<ReferenceError> for Error {
 }
 
 impl Error {
-    /// Whether doing the same again later may succeed (exit code 75).
+    /// Returns whether a later attempt may succeed (exit code 75).
     pub fn retryable(&self) -> bool {
         match self {
             Self::Registry(e) => e.retryable(),
@@ -113,7 +113,7 @@ impl Error {
         }
     }
 
-    /// Whether it is a matter of permission (exit code 77).
+    /// Returns whether the cause is a lack of permission (exit code 77).
     pub fn not_permitted(&self) -> bool {
         match self {
             Self::Registry(e) => e.not_permitted(),
@@ -123,7 +123,7 @@ impl Error {
         }
     }
 
-    /// Whether the command line is wrong (exit code 2).
+    /// Returns whether the command line is invalid (exit code 2).
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
@@ -134,7 +134,7 @@ impl Error {
     }
 }
 
-/// In which order.
+/// The order of a list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sort {
@@ -147,16 +147,16 @@ pub enum Sort {
     Size,
 }
 
-/// Which part of a list.
+/// Filter, order and page of a list.
 #[derive(Clone, Debug)]
 pub struct Query {
-    /// Only what has this in its name, or in one of its tags.
+    /// Only entries whose name, or one of whose tags, contains this text.
     pub search: Option<String>,
-    /// Order.
+    /// Order of the entries.
     pub sort: Sort,
-    /// From 1.
+    /// Number of the page, starting at 1.
     pub page: u32,
-    /// 1 to [`MAX_PAGE_SIZE`].
+    /// Entries per page, 1 to [`MAX_PAGE_SIZE`].
     pub page_size: u32,
 }
 
@@ -172,7 +172,7 @@ impl Default for Query {
 }
 
 impl Query {
-    /// This page of a list that is at hand as a whole.
+    /// Returns this page of a complete list.
     fn cut<T>(&self, all: Vec<T>) -> Listed<T> {
         let total = all.len() as u64;
         let size = self.page_size.max(1) as usize;
@@ -190,57 +190,57 @@ impl Query {
     }
 }
 
-/// A page, and how many there are in all.
+/// One page of a list, and the length of the whole list.
 #[derive(Clone, Debug)]
 pub struct Listed<T> {
-    /// On this page.
+    /// Entries of this page.
     pub items: Vec<T>,
-    /// On all.
+    /// Number of entries on all pages.
     pub total: u64,
 }
 
-/// A repository. What a place does not know is none.
+/// A repository. Fields that the store does not know are `None`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RepositoryEntry {
-    /// Within its host; the directory of a layout.
+    /// Name within the host, or the directory of a layout.
     pub name: String,
-    /// How many.
+    /// Number of images.
     pub images: Option<u64>,
-    /// Of all its images.
+    /// Number of pulls of all images.
     pub pulls: Option<u64>,
-    /// RFC 3339.
+    /// Time of the last update, RFC 3339.
     pub updated: Option<String>,
 }
 
-/// An image. What a place does not know is none.
+/// An image. Fields that the store does not know are `None`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ImageEntry {
-    /// Of its manifest.
+    /// Digest of the manifest.
     pub digest: Digest,
-    /// Sorted.
+    /// Tags, sorted.
     pub tags: Vec<String>,
-    /// Those of them that the place forbids to move or delete.
+    /// Those of its tags that may not be moved or deleted.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub immutable: Vec<String>,
-    /// Compressed bytes of manifest, config and all layers.
+    /// Total size of manifest, config and all layers, compressed, in bytes.
     pub size: Option<u64>,
     /// Media type of the manifest.
     pub media_type: Option<String>,
-    /// `amd64`, ...; none for an index.
+    /// Architecture (`amd64`, ...); `None` for an index.
     pub architecture: Option<String>,
-    /// What the config says, RFC 3339.
+    /// Time of creation according to the config, RFC 3339.
     pub created: Option<String>,
-    /// RFC 3339.
+    /// Time of the push, RFC 3339.
     pub pushed: Option<String>,
-    /// When it was last pulled, RFC 3339.
+    /// Time of the last pull, RFC 3339.
     pub pulled: Option<String>,
-    /// Of the config.
+    /// Labels of the config.
     pub labels: BTreeMap<String, String>,
-    /// Of the manifest.
+    /// Annotations of the manifest.
     pub annotations: BTreeMap<String, String>,
-    /// What people put on it in Harbor.
+    /// Labels that users have attached in Harbor.
     pub marks: Vec<String>,
-    /// What refers to it (signatures, bills of materials), by kind.
+    /// Kinds of the objects attached to it (signatures, SBOMs).
     pub accessories: Vec<String>,
 }
 
@@ -263,7 +263,7 @@ impl ImageEntry {
         }
     }
 
-    /// Takes in what an image's config says.
+    /// Fills in the fields that come from the image config.
     fn read_config(&mut self, config: &serde_json::Value) {
         let text =
             |value: &serde_json::Value| value.as_str().filter(|t| !t.is_empty()).map(str::to_owned);
@@ -277,7 +277,7 @@ impl ImageEntry {
             .collect();
     }
 
-    /// By what "newest" is judged.
+    /// Returns the time to sort by: that of the push, or else that of the creation.
     fn time(&self) -> Option<&str> {
         self.pushed.as_deref().or(self.created.as_deref())
     }
@@ -300,47 +300,48 @@ fn sort(images: &mut [ImageEntry], by: Sort) {
 /// What to delete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Which {
-    /// A tag; and the image, when it has no other.
+    /// A tag, and the image if it has no other tag.
     Tag(String),
-    /// An image.
+    /// An image by the digest of its manifest.
     Digest(Digest),
 }
 
-/// What was deleted.
+/// The result of a deletion.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Removed {
-    /// Tags that are gone.
+    /// Deleted tags.
     pub tags: Vec<String>,
-    /// The image that the tag was on.
+    /// Digest of the image that the tag referred to.
     pub digest: Digest,
-    /// Whether the image is gone, too.
+    /// Whether the image itself was deleted.
     pub image_deleted: bool,
-    /// Tags that it keeps.
+    /// Tags that the image still has.
     pub kept: Vec<String>,
-    /// What becomes of the space, in words.
+    /// What happens to the space, as a text for users.
     pub space: &'static str,
 }
 
 /// A place that holds images.
 pub trait Images: Send + Sync {
-    /// Whether `path` (within the place) stands for repositories and not for one.
+    /// Returns whether `path` (within the place) is a group of repositories rather than a single one.
     fn is_group(&self, path: &str) -> bool;
 
-    /// Repositories below `path`; all with an empty one.
+    /// Lists the repositories below `path`, or all if it is empty.
     fn repositories<'a>(
         &'a self,
         path: &'a str,
         query: &'a Query,
     ) -> BoxFuture<'a, Result<Listed<RepositoryEntry>, Error>>;
 
-    /// Images of a repository.
+    /// Lists the images of a repository.
     fn images<'a>(
         &'a self,
         repository: &'a str,
         query: &'a Query,
     ) -> BoxFuture<'a, Result<Listed<ImageEntry>, Error>>;
 
-    /// Deletes. An image goes with its last tag; one that has other tags goes only when `all_tags` says so.
+    /// Deletes a tag or an image. An image is deleted with its last tag; one that has other tags only if `all_tags` is
+    /// set.
     fn remove<'a>(
         &'a self,
         repository: &'a str,
@@ -348,11 +349,12 @@ pub trait Images: Send + Sync {
         all_tags: bool,
     ) -> BoxFuture<'a, Result<Removed, Error>>;
 
-    /// What `path` may hold and holds, where that is limited and told.
+    /// Returns quota and usage for `path`, or `None` if there is no limit or it is not visible.
     fn room<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<Option<Room>, Error>>;
 }
 
-/// What each kind of place does; as [`Images`] they are all alike, and may be chosen while the program runs.
+/// The operations of each kind of place. All implementations get the object-safe trait [`Images`], because the kind is
+/// chosen at run time.
 trait Store: Send + Sync {
     fn is_group(&self, path: &str) -> bool;
 
@@ -375,7 +377,7 @@ trait Store: Send + Sync {
         all_tags: bool,
     ) -> impl Future<Output = Result<Removed, Error>> + Send;
 
-    /// Nowhere but in Harbor is it limited.
+    /// Only Harbor has quotas.
     fn room(&self, _: &str) -> impl Future<Output = Result<Option<Room>, Error>> + Send {
         async { Ok(None) }
     }
@@ -416,23 +418,23 @@ impl<S: Store> Images for S {
     }
 }
 
-/// A place and what in it is meant, as people write it.
+/// A place for images and the image within it, as written on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
     /// `[docker://]HOST[:PORT][/PATH][:TAG][@DIGEST]`
     Registry {
         /// `HOST[:PORT]`
         host: String,
-        /// Project, prefix or repository; a slash at its end says that it is no repository.
+        /// Project, prefix or repository. A trailing slash marks a prefix.
         path: String,
-        /// As written.
+        /// Tag or digest.
         which: Option<Which>,
     },
     /// `oci:DIRECTORY[:TAG]`
     Layout {
         /// The directory.
         dir: PathBuf,
-        /// As written.
+        /// Tag or digest.
         which: Option<Which>,
     },
 }
@@ -461,7 +463,7 @@ impl FromStr for Place {
                 (None, None) => (dir, None),
                 _ => return Err(wrong("an empty tag, or a tag and a digest")),
             };
-            // DIRECTORY@sha256:… has its colon in the digest.
+            // In `DIRECTORY@sha256:…`, the first colon is that of the digest.
             let (dir, which) = match (dir.strip_suffix("@sha256"), which) {
                 (Some(dir), Some(Which::Tag(hex))) => {
                     let digest = format!("sha256:{hex}")
@@ -516,7 +518,7 @@ impl FromStr for Place {
 }
 
 impl Place {
-    /// Path within the place, and what of it.
+    /// Returns the path within the place, and the tag or digest.
     pub fn inside(&self) -> (&str, Option<&Which>) {
         match self {
             Self::Registry { path, which, .. } => (path, which.as_ref()),
@@ -524,7 +526,7 @@ impl Place {
         }
     }
 
-    /// Finds out what kind of place it is.
+    /// Determines the kind of the place and opens it.
     pub async fn open(&self, registries: &Registries) -> Result<Box<dyn Images>, Error> {
         match self {
             Self::Layout { dir, .. } => Ok(Box::new(LayoutImages::new(Directory::new(dir)))),

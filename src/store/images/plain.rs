@@ -1,5 +1,5 @@
-//! A registry that speaks the distribution API and nothing else, as a place for images: what Harbor knows is read here
-//! from the manifests and configs themselves.
+//! Implements [`Store`] for registries with only the distribution API: what Harbor would return is read from the
+//! manifests and configs.
 
 use std::collections::BTreeMap;
 
@@ -12,19 +12,19 @@ use crate::image::manifest::raw::RawManifest;
 use crate::store::registry::error::Step;
 use crate::store::registry::{self, Reference, Registries, Repository};
 
-/// Questions at the same time.
+/// Number of concurrent requests.
 const AT_ONCE: usize = 8;
 const SPACE: &str = "the space comes back with the registry's garbage collection (registry garbage-collect), \
                      which its administrator runs";
 
-/// A plain registry.
+/// The images of a registry with only the distribution API.
 pub struct PlainImages {
     registries: Registries,
     host: String,
 }
 
 impl PlainImages {
-    /// `HOST[:PORT]`.
+    /// Creates the store for `HOST[:PORT]`.
     pub fn new(registries: Registries, host: String) -> Self {
         Self { registries, host }
     }
@@ -59,13 +59,13 @@ impl PlainImages {
     }
 }
 
-/// Whether the registry said that it cannot, as opposed to that we may not.
+/// Returns whether the registry does not support the deletion, as opposed to not permitting it.
 fn is_unsupported(error: &registry::Error) -> bool {
     matches!(error, registry::Error::Reply(reply)
         if reply.step == Step::Delete && matches!(reply.status, 400 | 405))
 }
 
-/// Which tags stand for which image. A tag that vanishes meanwhile is left out.
+/// Groups tags by the digest of their image. A tag that is deleted meanwhile is left out.
 async fn digests(
     repository: &Repository,
     tags: Vec<String>,
@@ -102,7 +102,7 @@ async fn read_all(
 async fn read(repository: &Repository, mut entry: ImageEntry) -> Result<ImageEntry, Error> {
     let manifest = repository.manifest(&entry.digest.to_string()).await?;
     if let Some(config) = describe(&mut entry, &manifest) {
-        // A config that is gone takes the labels with it, and not the list.
+        // An image whose config is missing is listed without labels.
         match repository.blob(&config).await {
             Ok(bytes) => entry.read_config(&serde_json::from_slice(&bytes).unwrap_or_default()),
             Err(error) if error.not_found() => {}
@@ -112,7 +112,7 @@ async fn read(repository: &Repository, mut entry: ImageEntry) -> Result<ImageEnt
     Ok(entry)
 }
 
-/// Takes in what a manifest says, and names the config to read.
+/// Fills in the fields that come from the manifest. Returns the digest of the config, or `None` for an index.
 pub(super) fn describe(entry: &mut ImageEntry, manifest: &RawManifest) -> Option<Digest> {
     entry.media_type = Some(manifest.media_type.clone());
     let document: Value = serde_json::from_slice(&manifest.bytes).unwrap_or_default();
@@ -176,7 +176,7 @@ impl Store for PlainImages {
                 entries.push(entry);
             }
         }
-        // By name, only what is shown has to be read.
+        // Sorted by name, only the entries of this page have to be read.
         if query.sort == Sort::Name {
             sort(&mut entries, Sort::Name);
             let mut cut = query.cut(entries);
@@ -213,7 +213,7 @@ impl Store for PlainImages {
                 return match repository.delete_manifest(tag).await {
                     Ok(true) => Ok(removed(vec![tag.clone()], false, others)),
                     Ok(false) => Err(not_there()),
-                    // 2.8 knows no way to take one tag of two: by digest, both would go.
+                    // Distribution 2.8 cannot delete one of several tags; deletion by digest would remove all of them.
                     Err(error) if is_unsupported(&error) => Err(Error::SharedTag {
                         image: self.shown(name, which),
                         others,

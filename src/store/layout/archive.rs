@@ -1,4 +1,5 @@
-//! Writing a layout as a tar file, without a copy of it anywhere else: a blob's header is filled in when the blob ends.
+//! Writes a layout directly as a tar file. The header of a blob is filled in when the blob is complete, so no second
+//! copy is needed.
 
 use std::collections::HashMap;
 use std::io::{self, Write as _};
@@ -15,8 +16,8 @@ use crate::common::private::FileMode;
 
 const BLOCK: u64 = 512;
 
-/// An archive file as a destination. A file of that name is replaced as a whole when the manifest is put, as skopeo
-/// does; until then it stays as it is.
+/// An archive file as a destination. An existing file is replaced when the manifest is written, as in skopeo, and is
+/// left unchanged until then.
 #[derive(Clone)]
 pub struct Archive {
     shared: Arc<Shared>,
@@ -27,33 +28,33 @@ struct Shared {
     mode: FileMode,
     tar: Mutex<Slot>,
     returned: Condvar,
-    /// Sizes of the blobs that are complete.
+    /// Sizes of the completed blobs, in bytes.
     blobs: Mutex<HashMap<Digest, u64>>,
 }
 
-/// A tar is one stream: who writes a blob has it, others wait.
+/// The tar stream. The writer of a blob takes it, and others wait until it is returned.
 enum Slot {
-    /// Nothing written yet.
+    /// Nothing has been written yet.
     New,
     Free(Tar),
     Taken,
-    /// It has got its name, or a failure left it in a state that nobody knows.
+    /// The archive is complete, or a failure left it in an unknown state.
     Closed,
 }
 
 struct Tar {
     staged: Staged,
-    /// Where the next header goes.
+    /// Offset of the next header.
     end: u64,
 }
 
 impl Archive {
-    /// Nothing is touched before the first call that writes.
+    /// Creates the destination, with access for the owner only. No file is touched before the first write.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self::with_mode(path, FileMode::PRIVATE)
     }
 
-    /// The same with another mode than for the owner alone. One that is replaced gives its mode to nobody.
+    /// Like [`Archive::new`], with the mode of the file. The mode of an existing file is not kept.
     pub fn with_mode(path: impl Into<PathBuf>, mode: FileMode) -> Self {
         let shared = Shared {
             path: path.into(),
@@ -67,7 +68,8 @@ impl Archive {
         }
     }
 
-    /// Whether the file can be written: its directory is there and takes files, and the name is no directory or device.
+    /// Checks whether the file can be written: its directory exists and is writable, and the path is not a directory or
+    /// device.
     pub fn check(&self) -> Result<(), Error> {
         let path = &self.shared.path;
         match std::fs::metadata(path) {
@@ -87,7 +89,7 @@ impl Archive {
             .map_err(io_error(dir, "write into"))
     }
 
-    /// The size in bytes of a blob that was written; one of another size than `size` is not there.
+    /// Returns the size in bytes of a blob that was written. A blob whose size differs from `size` counts as missing.
     pub fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Option<u64> {
         let blobs = self
             .shared
@@ -100,8 +102,8 @@ impl Archive {
             .filter(|&n| size.is_none_or(|s| s == n))
     }
 
-    /// Begins a blob whose digest is known at its end. Its first write waits until no other blob is being written: who
-    /// holds two at once in one thread waits for himself.
+    /// Starts a blob whose digest is known only at its end. Its first write blocks until no other blob is being
+    /// written, so writing two blobs from one thread deadlocks.
     pub fn begin_blob(&self) -> ArchiveBlob {
         ArchiveBlob {
             shared: Arc::clone(&self.shared),
@@ -111,7 +113,7 @@ impl Archive {
         }
     }
 
-    /// Writes a blob that is in memory.
+    /// Writes a blob from memory.
     pub fn put_blob(&self, bytes: &Bytes, digest: &Digest) -> Result<(), Error> {
         let found = Digest::of(bytes);
         if found != *digest {
@@ -129,7 +131,7 @@ impl Archive {
         blob.finish(digest, bytes.len() as u64)
     }
 
-    /// Writes the manifest, the index with `tag`, and gives the archive its name. Nothing can be written after.
+    /// Writes the manifest and the index with `tag`, and gives the archive its name. Nothing can be written afterwards.
     pub fn put_manifest(
         &self,
         bytes: &Bytes,
@@ -148,7 +150,7 @@ impl Archive {
                 }
             })?;
         let mut tar = self.shared.take()?;
-        // Not given back: whatever happens now, the archive is closed.
+        // The stream is not returned: whether this succeeds or not, the archive is closed.
         let publish = || {
             tar.append("oci-layout", LAYOUT_FILE.as_bytes())?;
             tar.append("index.json", &index)?;
@@ -227,7 +229,7 @@ impl Tar {
         self.pad()
     }
 
-    /// Up to the next block.
+    /// Pads to the next block.
     fn pad(&mut self) -> io::Result<()> {
         let missing = self.end.next_multiple_of(BLOCK) - self.end;
         self.staged
@@ -237,7 +239,7 @@ impl Tar {
         Ok(())
     }
 
-    /// As if what follows `end` had not been written.
+    /// Discards everything from offset `end` on.
     fn rewind(&mut self, end: u64) -> io::Result<()> {
         self.end = end;
         self.staged.file.set_len(end)?;
@@ -245,8 +247,8 @@ impl Tar {
     }
 }
 
-/// A header without anything of this machine or this moment. A size over 8 GiB is in GNU's binary form, in place, which
-/// every reader of archives of today knows.
+/// Returns a header that is independent of the machine and the time. A size of 8 GiB or more is in GNU's binary form
+/// within the same field, which all current readers support.
 fn header(name: &str, size: u64) -> io::Result<tar::Header> {
     let mut header = tar::Header::new_gnu();
     header.set_path(name)?;
@@ -260,7 +262,7 @@ fn header(name: &str, size: u64) -> io::Result<tar::Header> {
     Ok(header)
 }
 
-/// A blob on its way into an archive. Dropped before [`ArchiveBlob::finish`], it is cut off again.
+/// A blob that is being written to an archive. If dropped before [`ArchiveBlob::finish`], it is truncated away.
 pub struct ArchiveBlob {
     shared: Arc<Shared>,
     tar: Option<Tar>,
@@ -269,7 +271,7 @@ pub struct ArchiveBlob {
 }
 
 impl ArchiveBlob {
-    /// Writes bytes; the first time, waits for its turn.
+    /// Writes bytes. The first call waits for other blobs to end.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let shared = Arc::clone(&self.shared);
         let tar = self.tar()?;
@@ -286,10 +288,10 @@ impl ArchiveBlob {
         if self.tar.is_none() {
             let mut tar = self.shared.take()?;
             self.start = tar.end;
-            // Room for the header, which is known at the end.
+            // Space for the header, which is known only at the end.
             let room = tar.staged.file.write_all(&[0; BLOCK as usize]);
             tar.end += BLOCK;
-            // Kept first, so that a failure gives it back.
+            // Stored before the error is returned, so that the stream is given back on failure.
             self.tar = Some(tar);
             room.map_err(io_error(&self.shared.path, "write"))?;
         }
@@ -298,7 +300,8 @@ impl ArchiveBlob {
         })
     }
 
-    /// Fills in the header. `size` is checked against what was written. A blob that is there already is not kept twice.
+    /// Completes the blob and fills in its header. Fails if `size` differs from the number of bytes written. A blob
+    /// that the archive has already is discarded.
     pub fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         let path = self.shared.path.clone();
         if self.written != size {
@@ -338,7 +341,7 @@ impl ArchiveBlob {
         Ok(())
     }
 
-    /// An empty blob has written nothing yet.
+    /// Returns the offset of the header. An empty blob takes the stream only here.
     fn start_of_header(&mut self) -> Result<u64, Error> {
         self.tar()?;
         Ok(self.start)

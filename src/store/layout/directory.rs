@@ -1,4 +1,4 @@
-//! Writing into a layout directory: blobs as they end, the tag last and at once.
+//! Writes to a layout directory: each blob when it is complete, and the tag last and atomically.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -12,7 +12,7 @@ use super::{Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error,
 use crate::common::digest::Digest;
 use crate::common::private::{self, FileMode};
 
-/// A layout directory as a destination. It may exist, with other images in it, or not.
+/// A layout directory as a destination. It may be missing, or hold other images.
 #[derive(Clone, Debug)]
 pub struct Directory {
     path: PathBuf,
@@ -20,7 +20,7 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// Nothing is touched before the first call that writes.
+    /// Creates the destination. No file is touched before the first write.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
@@ -28,13 +28,15 @@ impl Directory {
         }
     }
 
-    /// The same with another mode for what is made. None: as the layout's files are; in a new one for the owner alone.
+    /// Sets the mode of created files. `None` selects that of the layout's files, or access for the owner only in a new
+    /// layout.
     #[must_use]
     pub fn with_mode(self, mode: Option<FileMode>) -> Self {
         Self { mode, ..self }
     }
 
-    /// The mode of the next file. In a layout that its owner shares, a blob that others cannot read would spoil it.
+    /// Returns the mode of the next file. In a layout with shared access, a blob that others cannot read would break
+    /// it.
     fn mode(&self) -> FileMode {
         let layout = || fs::symlink_metadata(self.path.join("oci-layout")).ok();
         let existing = || layout().filter(fs::Metadata::is_file);
@@ -43,7 +45,7 @@ impl Directory {
             .unwrap_or(FileMode::PRIVATE)
     }
 
-    /// Whether images can be written here: a layout, an empty directory, or a place where one can be made.
+    /// Checks whether images can be written here: the path is a layout, an empty directory, or can be created.
     pub fn check(&self) -> Result<(), Error> {
         match fs::metadata(&self.path) {
             Ok(found) if !found.is_dir() => {
@@ -74,7 +76,7 @@ impl Directory {
         }
     }
 
-    /// `oci-layout` says that it is one, or there is nothing at all. False: nothing.
+    /// Checks `oci-layout`. Returns false if there is nothing at the path, and fails if there is anything but a layout.
     fn check_version(&self) -> Result<bool, Error> {
         if let Some(bytes) = read_document(&self.path.join("oci-layout"))? {
             let version = serde_json::from_slice::<serde_json::Value>(&bytes)
@@ -89,21 +91,21 @@ impl Directory {
             }
         } else {
             let mut entries = fs::read_dir(&self.path).map_err(io_error(&self.path, "read"))?;
-            // What an interrupted save into a new directory has left is ours to go on with.
+            // Remains of an interrupted save into a new directory do not count.
             let ours = |name: &std::ffi::OsStr| {
                 name == "blobs" || name.as_encoded_bytes().starts_with(b".upperdeck-")
             };
             let foreign = entries.find(|e| e.as_ref().map_or(true, |e| !ours(&e.file_name())));
             match foreign {
                 None => Ok(false),
-                // Another save into a new directory has made it one between the two looks.
+                // A concurrent save may have created the layout between the two checks.
                 Some(_) if self.path.join("oci-layout").exists() => self.check_version(),
                 Some(_) => Err(self.not_a_layout("it has files and no oci-layout")),
             }
         }
     }
 
-    /// Makes the directories and `oci-layout`.
+    /// Creates the directories and `oci-layout`.
     fn prepare(&self) -> Result<PathBuf, Error> {
         let blobs = self.path.join("blobs/sha256");
         if blobs.is_dir() && self.path.join("oci-layout").exists() {
@@ -129,7 +131,7 @@ impl Directory {
         write().map_err(io_error(&target, "write"))
     }
 
-    /// The size in bytes of a blob that is there; one of another size than `size` is not.
+    /// Returns the size in bytes of an existing blob. A blob whose size differs from `size` counts as missing.
     pub fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
         let path = self.path.join(blob_path(digest));
         match fs::metadata(&path) {
@@ -149,7 +151,7 @@ impl Directory {
         }
     }
 
-    /// Begins a blob whose digest is known at its end. It has no name until then.
+    /// Starts a blob whose digest is known only at its end. Its file has no name until then.
     pub fn begin_blob(&self) -> Result<DirectoryBlob, Error> {
         let blobs = self.prepare()?;
         let staged = Staged::create(&blobs, self.mode()).map_err(io_error(&blobs, "write into"))?;
@@ -161,7 +163,7 @@ impl Directory {
         })
     }
 
-    /// Writes a blob that is in memory.
+    /// Writes a blob from memory.
     pub fn put_blob(&self, bytes: &Bytes, digest: &Digest) -> Result<(), Error> {
         let found = Digest::of(bytes);
         if found != *digest {
@@ -176,8 +178,8 @@ impl Directory {
         blob.finish(digest, bytes.len() as u64)
     }
 
-    /// Writes a manifest and puts `tag` on it, taking the tag off whatever had it. Others who write into the same layout
-    /// at the same time wait for each other.
+    /// Writes a manifest and sets `tag` on it, removing the tag from any other manifest. Concurrent writers to the same
+    /// layout are serialised by a lock.
     pub fn put_manifest(
         &self,
         bytes: &Bytes,
@@ -207,17 +209,17 @@ impl Directory {
         Ok(digest)
     }
 
-    /// Others who write into the same layout wait until the file is closed.
+    /// Locks the layout against concurrent writers until the returned file is closed.
     fn lock(&self) -> Result<File, Error> {
-        // The directory itself is the lock: no file of ours stays in the layout.
+        // The directory itself is locked, so that no lock file remains in the layout.
         let lock = File::open(&self.path).map_err(io_error(&self.path, "open"))?;
         rustix::fs::flock(&lock, FlockOperation::LockExclusive)
             .map_err(|e| io_error(&self.path, "lock")(e.into()))?;
         Ok(lock)
     }
 
-    /// Takes an image out of the index, or only one tag off it. Its blobs stay: others may share them, and a save that is
-    /// under way may count on them.
+    /// Removes an image, or only one of its tags, from the index. The blobs are kept, because other images may share
+    /// them and a concurrent save may rely on them.
     pub fn remove(&self, digest: &Digest, tag: Option<&str>) -> Result<(), Error> {
         let lock = self.lock()?;
         let existing = read_document(&self.path.join("index.json"))?.unwrap_or_default();
@@ -231,13 +233,13 @@ impl Directory {
         Ok(())
     }
 
-    /// Where it is.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
-/// A small file as a whole; none if it is not there.
+/// Reads a small file, or returns `None` if it does not exist.
 fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     let file = match File::open(path) {
         Ok(file) => file,
@@ -254,7 +256,7 @@ fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     Ok(Some(bytes))
 }
 
-/// A blob on its way into a layout directory. Dropped before [`DirectoryBlob::finish`], it never was.
+/// A blob that is being written to a layout directory. If dropped before [`DirectoryBlob::finish`], nothing remains.
 pub struct DirectoryBlob {
     layout: Directory,
     blobs: PathBuf,
@@ -273,7 +275,8 @@ impl DirectoryBlob {
         Ok(())
     }
 
-    /// Gives the blob its name. `size` is checked against what was written. A blob that is there already stays.
+    /// Completes the blob and gives it its name. Fails if `size` differs from the number of bytes written. An existing
+    /// blob is kept.
     pub fn finish(self, digest: &Digest, size: u64) -> Result<(), Error> {
         if self.written != size {
             return Err(Error::Size {

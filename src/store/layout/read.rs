@@ -1,4 +1,4 @@
-//! Reading images out of layouts: for `--base`, and for validating what was saved.
+//! Reads images from layouts, for `--base` and for verifying what was saved.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -18,23 +18,23 @@ use crate::image::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 
 /// containerd's annotation with the full name of an image in an export.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
-/// An archive with more entries is none of an image.
+/// Maximum number of entries in an archive.
 const MAX_ENTRIES: usize = 100_000;
-/// Indexes within indexes.
+/// Maximum depth of nested indexes.
 const MAX_DEPTH: usize = 3;
 
 /// An image that an index lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listing {
-    /// Of its manifest.
+    /// Digest of the manifest.
     pub digest: Digest,
-    /// Of its manifest.
+    /// Media type of the manifest.
     pub media_type: String,
-    /// Sorted; none for an image that lost its tag to another.
+    /// Tags, sorted; empty if the tag was moved to another image.
     pub tags: Vec<String>,
 }
 
-/// A layout to read from.
+/// A layout opened for reading.
 pub struct Reader {
     path: PathBuf,
     files: Files,
@@ -42,7 +42,7 @@ pub struct Reader {
 
 enum Files {
     Directory,
-    /// Offset and length of each file by its name in the archive.
+    /// Offset and length of each file, by its name in the archive.
     Archive {
         file: Arc<File>,
         entries: HashMap<Vec<u8>, (u64, u64)>,
@@ -61,7 +61,7 @@ impl Reader {
         Ok(reader)
     }
 
-    /// Opens a layout archive (a tar that is not compressed) and finds the files in it.
+    /// Opens an uncompressed layout archive and lists its files.
     pub fn archive(path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
         let file = open_regular(&path).map_err(io_error(&path, "open"))?;
@@ -118,11 +118,11 @@ impl Reader {
         }
     }
 
-    /// All images of the index, each once, whatever number of tags it has.
+    /// Lists the images of the index, each once, with all its tags.
     pub fn list(&self) -> Result<Vec<Listing>, Error> {
         let bytes = match self.open("index.json") {
             Ok((index, _)) => self.read_whole(index, "index.json")?,
-            // A layout that a first save has begun.
+            // The first save into this layout is still in progress.
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 return Ok(Vec::new());
             }
@@ -152,7 +152,7 @@ impl Reader {
         Ok(found)
     }
 
-    /// The manifest or index of an image that [`Reader::list`] named.
+    /// Reads the manifest or index of an image returned by [`Reader::list`].
     pub fn manifest_of(&self, digest: &Digest, media_type: &str) -> Result<RawManifest, Error> {
         let bytes = self.blob(digest)?;
         let media_type =
@@ -168,7 +168,8 @@ impl Reader {
         })
     }
 
-    /// The manifest under `tag`, or, without one, the only image there is; of an index the manifest for `platform`.
+    /// Reads the manifest of `tag`, or of the only image if `tag` is `None`. From an index, the manifest for `platform`
+    /// is selected.
     pub fn manifest(&self, tag: Option<&str>, platform: &Platform) -> Result<RawManifest, Error> {
         let (index, _) = self.open("index.json")?;
         let bytes = self.read_whole(index, "index.json")?;
@@ -285,7 +286,7 @@ impl Reader {
             })
     }
 
-    /// A small blob (a manifest, a config) as a whole, checked.
+    /// Reads a small blob (a manifest or config) into memory and verifies its digest.
     pub fn blob(&self, digest: &Digest) -> Result<Bytes, Error> {
         let (file, _) = self.open_named(digest)?;
         let bytes = self.read_whole(file, &digest.to_string())?;
@@ -300,7 +301,7 @@ impl Reader {
         Ok(bytes.into())
     }
 
-    /// A blob as a stream. Its end is an error when size or digest are not as promised. `size` in bytes, if known.
+    /// Opens a blob as a stream that fails at its end if size or digest are wrong. `size` is in bytes, if known.
     pub fn open_blob(
         &self,
         digest: &Digest,
@@ -352,7 +353,7 @@ impl Reader {
     }
 }
 
-/// A FIFO in a stranger's layout must not hang us.
+/// Opens a regular file. `O_NONBLOCK` keeps a FIFO in an untrusted layout from blocking the call.
 fn open_regular(path: &Path) -> io::Result<File> {
     let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
     let file = OpenOptions::new()
@@ -393,7 +394,7 @@ fn list_archive(file: &File, length: u64) -> io::Result<HashMap<Vec<u8>, (u64, u
     Ok(entries)
 }
 
-/// A part of a file, read without moving the file's position.
+/// A part of a file, read without moving the file's offset.
 struct Section {
     file: Arc<File>,
     offset: u64,
@@ -413,7 +414,7 @@ impl Read for Section {
     }
 }
 
-/// Passes bytes on and refuses to end when they were not the right ones.
+/// A reader that fails at its end if the digest of the data is wrong.
 struct Checked<R> {
     inner: R,
     hasher: Sha256,

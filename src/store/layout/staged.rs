@@ -1,4 +1,4 @@
-//! Files that have no name before they are complete: a killed save leaves nothing behind.
+//! Files that have no name until they are complete, so that a killed save leaves nothing behind.
 
 use std::fs::File;
 use std::io;
@@ -12,16 +12,16 @@ use tempfile::TempPath;
 
 use crate::common::private::FileMode;
 
-/// An open file on the way to its name.
+/// An open file that does not have its final name yet.
 pub(super) struct Staged {
     pub(super) file: File,
     dir: PathBuf,
-    /// Where the file system knows no nameless files.
+    /// Path of a temporary file, on file systems without `O_TMPFILE`.
     temporary: Option<TempPath>,
 }
 
 impl Staged {
-    /// A file in `dir`, on the file system where its name will be, which it gets with `mode`.
+    /// Creates a file with `mode` in `dir`, which has to be on the file system of the final name.
     pub(super) fn create(dir: &Path, mode: FileMode) -> io::Result<Self> {
         let staged = Self::create_private(dir)?;
         mode.set(&staged.file)?;
@@ -36,7 +36,7 @@ impl Staged {
                 dir: dir.to_path_buf(),
                 temporary: None,
             }),
-            // ISDIR is what kernels and file systems without O_TMPFILE make of the flag.
+            // Kernels and file systems without O_TMPFILE return EISDIR.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
                 let (file, path) = tempfile::Builder::new()
                     .prefix(".upperdeck-")
@@ -53,7 +53,7 @@ impl Staged {
         }
     }
 
-    /// Writes all to disk and gives the file its name at once, in place of what had it.
+    /// Syncs the file and gives it its name atomically, replacing an existing file.
     pub(super) fn publish(self, target: &Path) -> io::Result<()> {
         self.file.sync_all()?;
         if let Some(temporary) = self.temporary {
@@ -63,7 +63,7 @@ impl Staged {
             Err(Errno::EXIST) => {}
             other => return Ok(other?),
         }
-        // link(2) does not replace; rename(2) does, and needs a name to start from.
+        // link(2) does not replace an existing file. rename(2) does, and needs an existing name.
         let between = tempfile::Builder::new()
             .prefix(".upperdeck-")
             .make_in(&self.dir, |path| Ok(link(&self.file, path)?))?;
@@ -77,13 +77,13 @@ impl Staged {
 fn link(file: &File, target: &Path) -> rustix::io::Result<()> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     match rustix::fs::linkat(CWD, path.as_str(), CWD, target, AtFlags::SYMLINK_FOLLOW) {
-        // Without /proc: the other way asks for CAP_DAC_READ_SEARCH.
+        // Without /proc, `AT_EMPTY_PATH` is used, which requires CAP_DAC_READ_SEARCH.
         Err(Errno::NOENT) => rustix::fs::linkat(file, "", CWD, target, AtFlags::EMPTY_PATH),
         other => other,
     }
 }
 
-/// Makes the names in a directory last.
+/// Syncs a directory, so that its entries survive a crash.
 pub(super) fn sync_directory(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
