@@ -1,5 +1,5 @@
-//! Proving a base by content, where no runtime has written down which image a container stands on (`pid:N` with
-//! `--base`): the image's layers, applied one over the other, must be exactly what the mounted lowers show.
+//! Proves by content which image a container is based on, where no runtime has recorded it (`pid:N` with `--base`): the
+//! image's layers, applied in order, must equal the merged content of the mounted lower directories.
 
 use std::collections::BTreeSet;
 use std::io::{self, Read};
@@ -11,61 +11,61 @@ use crate::image::verify::layers::Layers;
 use crate::image::verify::tree::{Difference, Ignore, Tree, compare};
 use crate::node::overlay::xattr::Namespace;
 
-/// How many differences an error lists.
+/// Maximum number of differences listed in an error.
 const LISTED: usize = 10;
 
-/// The lowers of a mount, as they are on disk.
+/// The lower directories of a mount.
 pub struct Lowers<'a, M> {
-    /// Topmost first.
+    /// Directories, topmost first.
     pub directories: &'a [PathBuf],
-    /// Where the overlay keeps its marks.
+    /// Namespace of the overlay's extended attributes.
     pub namespace: Namespace,
-    /// From owner and group on disk to what the container sees; `None` for an id outside its map.
+    /// Maps owner and group on disk to those in the container; `None` for an ID outside its ID map.
     pub owner: M,
-    /// Paths without leading slash that are not compared, with all below them: what a runtime put there itself.
+    /// Paths without leading slash that are excluded with everything below them, because the runtime created them.
     pub ignore: BTreeSet<Vec<u8>>,
 }
 
-/// Why a base is not proven.
+/// The reason why a base is not proven.
 #[derive(Debug, thiserror::Error)]
 pub enum ProveError {
     /// A layer of the base cannot be opened or read.
     #[error("layer {index} of the base (counted from 1, bottom first): {source}")]
     Layer {
-        /// Which one.
+        /// Number of the layer, counted from 1, bottom first.
         index: usize,
-        /// Why.
+        /// The cause.
         source: ArchiveError,
     },
-    /// The mounted lowers cannot be read.
+    /// The mounted lower directories cannot be read.
     #[error("the mounted lower directories: {0}")]
     Lowers(#[from] LowersError),
-    /// An owner on disk that the container cannot have.
+    /// A file on disk has an owner outside the container's ID map.
     #[error(
         "{path} in the mounted lowers belongs to {uid}:{gid}, which is outside the container's id map"
     )]
     Owner {
-        /// Escaped.
+        /// Path, escaped.
         path: String,
-        /// On disk.
+        /// User ID on disk.
         uid: u32,
-        /// On disk.
+        /// Group ID on disk.
         gid: u32,
     },
-    /// They are not the same.
+    /// The contents differ.
     #[error("the base is not what is mounted: {count} differences between its {layers} layers (expected) and the mounted lower directories (found){}", list(.first))]
     Differs {
-        /// Layers of the base.
+        /// Number of layers of the base.
         layers: usize,
-        /// All differences.
+        /// Total number of differences.
         count: usize,
-        /// The first of them.
+        /// The first differences.
         first: Vec<Difference>,
     },
 }
 
 impl ProveError {
-    /// Whether the base was compared and is another one (exit code 69), as opposed to something that could not be
+    /// Returns whether the comparison showed that the base is another one (exit code 69), as opposed to a failure to
     /// read.
     pub fn is_unproven(&self) -> bool {
         matches!(
@@ -84,11 +84,12 @@ fn list(differences: &[Difference]) -> String {
     list
 }
 
-/// Compares the base's layers (plain, gzip or zstd; bottom first) with the lowers, and says in words what was proven.
+/// Compares the base's layers (plain, gzip or zstd; bottom first) with the lower directories. Returns a sentence on
+/// what was proven.
 ///
-/// Not compared: the root directory's own metadata (runtimes set it), times of directories and fractions of seconds
-/// (unpackers differ), metadata of directories that a layer writes into without describing them, hard links (an
-/// unpacker breaks them where they lead into another layer), and attributes that belong to the host.
+/// Excluded are the metadata of the root directory (set by runtimes), times of directories and fractions of seconds
+/// (which differ between unpackers), metadata of directories that a layer writes into without an entry for them, hard
+/// links (an unpacker breaks those into another layer), and extended attributes that belong to the host.
 pub fn by_content<R, M>(
     layers: impl IntoIterator<Item = io::Result<R>>,
     lowers: &Lowers<'_, M>,

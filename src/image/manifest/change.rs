@@ -1,17 +1,19 @@
-//! `--change`: the eleven Dockerfile directives that `docker commit` takes, applied to the `config` of an image config.
+//! `--change`: applies the eleven Dockerfile directives that `docker commit` accepts to the `config` of an image
+//! config.
 //!
-//! Source: the Dockerfile reference, and what Docker makes of each case (`tests/manifest.rs` holds the comparison).
-//! Where this differs from `docker commit`, it is on purpose:
-//! - the shell form uses the image's own `Shell`, and `ONBUILD` adds to the triggers that the base has (Docker commits a
-//!   container's settings, in which both are lost);
-//! - `CMD []` and `ENTRYPOINT []` clear, as in a Dockerfile (Docker silently puts the old value back);
-//! - what would leave an image that cannot run is refused: `CMD` without a command, an empty or spaced `USER`.
+//! Source: the Dockerfile reference, and Docker's behaviour in each case (compared in `tests/manifest.rs`). The
+//! deliberate differences from `docker commit` are:
+//! - The shell form uses the image's own `Shell`, and `ONBUILD` adds to the triggers of the base. Docker commits the
+//!   settings of a container, in which both are lost.
+//! - `CMD []` and `ENTRYPOINT []` clear the value, as in a Dockerfile. Docker silently restores the old value.
+//! - Directives that would produce an image that cannot run are refused: `CMD` without a command, and a `USER` that is
+//!   empty or contains spaces.
 
 use serde_json::{Map, Value, json};
 
 use super::expand::{expand, words};
 
-/// The directives, in alphabetical order.
+/// The supported directives, in alphabetical order.
 pub const DIRECTIVES: [&str; 11] = [
     "CMD",
     "ENTRYPOINT",
@@ -26,13 +28,13 @@ pub const DIRECTIVES: [&str; 11] = [
     "WORKDIR",
 ];
 
-/// Intervals of a health check below this are refused by Docker: 1 ms, in nanoseconds.
+/// Minimum interval of a health check in nanoseconds (1 ms). Docker refuses shorter ones.
 const MIN_INTERVAL: i64 = 1_000_000;
 
-/// A `--change` that cannot be applied. Always the caller's mistake, never the image's.
+/// A `--change` that cannot be applied. The cause is always the option and never the image.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
-    /// The first word is none of [`DIRECTIVES`].
+    /// The first word is not in [`DIRECTIVES`].
     #[error("--change {change:?}: {directive:?} cannot be changed in a commit; these can: {}", DIRECTIVES.join(", "))]
     Unknown {
         /// The text as given.
@@ -40,7 +42,7 @@ pub enum Error {
         /// Its first word.
         directive: String,
     },
-    /// A known directive with arguments that make no sense.
+    /// The arguments of a known directive are invalid.
     #[error("--change {change:?}: {reason}")]
     Invalid {
         /// The text as given.
@@ -50,9 +52,9 @@ pub enum Error {
     },
 }
 
-/// What can be told of `changes` without the image that they are for: everything but what its variables become.
+/// Checks `changes` as far as possible without the image: everything except the values of variables.
 pub fn check(changes: &[String]) -> Result<(), Error> {
-    // Without the config that variables come from, what depends on one cannot be judged: those are only parsed.
+    // Without the image's config, the values of variables are unknown, so directives that use any are only parsed.
     each(changes, |name, rest| {
         if rest.contains('$') {
             return flags(rest).map(|_| ());
@@ -67,7 +69,7 @@ pub fn check(changes: &[String]) -> Result<(), Error> {
 }
 
 /// Applies `changes` in order to the inner `config` object of an image config, whose known fields are absent or of the
-/// right type. A change may hold several lines; comments and continued lines are as in a Dockerfile.
+/// right type. A change may have several lines; comments and line continuations are those of a Dockerfile.
 pub fn apply(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), Error> {
     let mut cmd_given = false;
     each(changes, |name, rest| {
@@ -80,7 +82,7 @@ pub fn apply(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), 
     })
 }
 
-/// Hands over every directive, in capitals, with what follows it.
+/// Calls `directive` with each directive in upper case and its arguments.
 fn each(
     changes: &[String],
     mut directive: impl FnMut(&str, &str) -> Result<(), String>,
@@ -117,7 +119,8 @@ fn each(
     Ok(())
 }
 
-/// The logical lines of a text: comments and empty lines gone, lines that end in a backslash joined with the next.
+/// Splits a text into logical lines: comments and empty lines are dropped, and a line that ends in a backslash is
+/// joined with the next.
 fn instructions(text: &str) -> Vec<String> {
     let mut lines = Vec::new();
     let mut open = String::new();
@@ -127,7 +130,7 @@ fn instructions(text: &str) -> Vec<String> {
         if trimmed.is_empty() || trimmed.starts_with('#') {
             continue;
         }
-        // Leading space is part of a continued line, as it may stand within quotes.
+        // Leading space is kept in a continued line, because it may be within quotes.
         let line = if open.is_empty() {
             trimmed
         } else {
@@ -148,7 +151,7 @@ fn instructions(text: &str) -> Vec<String> {
 struct Directive<'a> {
     config: &'a mut Map<String, Value>,
     name: &'a str,
-    /// Whether one of the changes so far was a CMD.
+    /// Whether a `CMD` was among the changes so far.
     cmd_given: &'a mut bool,
 }
 
@@ -194,14 +197,14 @@ impl Directive<'_> {
     fn entrypoint(self, rest: &str) -> Result<(), String> {
         let command = self.command(rest)?;
         set_list(self.config, "Entrypoint", &command);
-        // The base's CMD was written for the base's ENTRYPOINT.
+        // The base's `CMD` belongs to the base's `ENTRYPOINT`.
         if !*self.cmd_given {
             self.config.shift_remove("Cmd");
         }
         Ok(())
     }
 
-    /// JSON form as it is, shell form behind the image's shell.
+    /// Returns the JSON form unchanged, and the shell form as an argument of the image's shell.
     fn command(&self, rest: &str) -> Result<Vec<String>, String> {
         if let Some(list) = json_form(rest)? {
             return Ok(list);
@@ -242,8 +245,8 @@ impl Directive<'_> {
         Ok(())
     }
 
-    /// `a=b c="d e"`, or the old form `a b c` (one pair, the value runs to the end). Every value sees the variables as
-    /// they were before the directive.
+    /// Parses `a=b c="d e"`, or the old form `a b c` (one pair whose value extends to the end). All values are expanded
+    /// with the variables from before the directive.
     fn pairs(&self, rest: &str) -> Result<Vec<(String, String)>, String> {
         let words = words(rest);
         let raw: Vec<(&str, &str)> = if words.first().is_some_and(|word| word.contains('=')) {
@@ -357,7 +360,7 @@ impl Directive<'_> {
             }
             given.push((key, number));
         }
-        // What is not given, or given as 0, stays as the base has it; so does docker commit.
+        // Values that are missing or 0 are inherited from the base, as in `docker commit`.
         if test == ["NONE"] {
             given.clear();
         }
@@ -454,7 +457,7 @@ impl Directive<'_> {
     }
 }
 
-/// The words in front that begin with `--`, without their quotes, and what follows them.
+/// Splits off the leading words that begin with `--`, with their quotes removed.
 fn flags(rest: &str) -> Result<(Vec<String>, &str), String> {
     let mut flags = Vec::new();
     let mut rest = rest.trim_start();
@@ -476,13 +479,14 @@ fn flags(rest: &str) -> Result<(Vec<String>, &str), String> {
         if word == "--" {
             break;
         }
-        // Flags see no variables.
+        // Variables are not expanded in flags.
         flags.push(expand(word, &[])?);
     }
     Ok((flags, rest))
 }
 
-/// The JSON form of an argument, if it is one. What only looks like it (`['a']`) is shell text, as Docker has it.
+/// Parses the JSON form of an argument. Returns `None` for shell text, including text that only resembles JSON
+/// (`['a']`), as in Docker.
 fn json_form(rest: &str) -> Result<Option<Vec<String>>, String> {
     if !rest.starts_with('[') {
         return Ok(None);
@@ -512,7 +516,7 @@ fn strings(value: Option<&Value>) -> Vec<String> {
         .collect()
 }
 
-/// Sets a list; an empty one is left out, which means the same.
+/// Sets a list. An empty one is left out, which has the same meaning.
 fn set_list(config: &mut Map<String, Value>, key: &str, list: &[String]) {
     if list.is_empty() {
         config.shift_remove(key);
@@ -521,13 +525,13 @@ fn set_list(config: &mut Map<String, Value>, key: &str, list: &[String]) {
     }
 }
 
-/// Changes the object under `key`, which is made if there is none.
+/// Edits the object under `key`, creating it if necessary.
 fn edit_object(
     config: &mut Map<String, Value>,
     key: &str,
     edit: impl FnOnce(&mut Map<String, Value>),
 ) {
-    // Taken out and put back: the place among the other keys stays.
+    // Taken out and put back, so that the order of the keys is kept.
     let mut map = match config.get_mut(key).map(Value::take) {
         Some(Value::Object(map)) => map,
         _ => Map::new(),
@@ -536,7 +540,7 @@ fn edit_object(
     config.insert(key.to_owned(), Value::Object(map));
 }
 
-/// `80`, `80/udp`, `7000-7002`; of a mapping (`8080:80`, `127.0.0.1:8080:80`) the container's side.
+/// Parses `80`, `80/udp` or `7000-7002`. Of a mapping (`8080:80`, `127.0.0.1:8080:80`), the container's side is used.
 fn port_range(word: &str) -> Option<(std::ops::RangeInclusive<u16>, String)> {
     let (ports, protocol) = word.split_once('/').unwrap_or((word, "tcp"));
     let protocol = if protocol.is_empty() {
@@ -557,7 +561,7 @@ fn port_range(word: &str) -> Option<(std::ops::RangeInclusive<u16>, String)> {
         .then_some((first..=last, protocol))
 }
 
-/// Nanoseconds; 0 means "not given".
+/// Parses an interval in nanoseconds. 0 means that none was given.
 fn interval(flag: &str, text: &str) -> Result<i64, String> {
     if text.is_empty() {
         return Ok(0);
@@ -582,7 +586,7 @@ fn retries(text: &str) -> Result<i64, String> {
     }
 }
 
-/// A duration as Go writes it: signed decimal numbers, each with a unit. Nanoseconds.
+/// Parses a duration in Go's notation (signed decimal numbers, each with a unit) to nanoseconds.
 fn duration(text: &str) -> Option<i64> {
     let (negative, mut rest) = match text.strip_prefix('-') {
         Some(rest) => (true, rest),
@@ -623,7 +627,7 @@ fn duration(text: &str) -> Option<i64> {
         } else {
             whole.parse().ok()?
         };
-        // Eighteen digits are finer than a nanosecond of any unit.
+        // Eighteen digits are more precise than a nanosecond in any unit.
         let fraction = &fraction[..fraction.len().min(18)];
         let scale = 10_u128.pow(fraction.len() as u32);
         let fraction: u128 = if fraction.is_empty() {
@@ -640,7 +644,7 @@ fn duration(text: &str) -> Option<i64> {
     Some(if negative { -total } else { total })
 }
 
-/// A signal as engines take it: a number of 1 to 64, or a name with or without SIG, in any case.
+/// Returns whether engines accept the signal: a number from 1 to 64, or a name with or without SIG, in any case.
 fn is_signal(text: &str) -> bool {
     const NAMES: &[&str] = &[
         "ABRT", "ALRM", "BUS", "CHLD", "CLD", "CONT", "FPE", "HUP", "ILL", "INT", "IO", "IOT",
@@ -664,7 +668,7 @@ fn is_signal(text: &str) -> bool {
     NAMES.contains(&name) || offset("RTMIN+", 15) || offset("RTMAX-", 14)
 }
 
-/// An absolute path without `.`, `..` and doubled slashes.
+/// Returns an absolute path without `.`, `..` and repeated slashes.
 fn normalised(path: &str) -> String {
     let mut parts: Vec<&str> = Vec::new();
     for part in path.split('/') {

@@ -1,14 +1,15 @@
-//! Quotes, escapes and `$VARIABLES` in the words of a Dockerfile directive, as `docker commit --change` reads them.
+//! Expands quotes, escapes and `$VARIABLES` in the words of a Dockerfile directive, as `docker commit --change` does.
 //!
-//! Source: the Dockerfile reference, "Environment replacement"; behaviour compared with Docker (see `tests/manifest.rs`).
+//! Source: the Dockerfile reference, "Environment replacement"; behaviour compared with Docker (see
+//! `tests/manifest.rs`).
 
 use std::iter::Peekable;
 use std::str::Chars;
 
-/// Nesting of `${A:-${B:-…}}` beyond which the text is refused: it costs stack, and nobody writes it by hand.
+/// Maximum nesting depth of `${A:-${B:-…}}`, which bounds the use of the stack.
 const MAX_DEPTH: usize = 32;
 
-/// Splits at white space outside quotes; quotes and escapes stay in the words for [`expand`] to take away.
+/// Splits at white space outside quotes. Quotes and escapes are kept and removed by [`expand`].
 pub(super) fn words(text: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word = String::new();
@@ -26,7 +27,7 @@ pub(super) fn words(text: &str) -> Vec<String> {
             Some(q) if c == q => quote = None,
             _ => {}
         }
-        // Nothing is escaped between single quotes; elsewhere the next character is no quote and no space.
+        // Within single quotes nothing is escaped. Elsewhere the escaped character is neither a quote nor a separator.
         if c == '\\' && quote != Some('\'') {
             if let Some(next) = chars.next() {
                 word.push(c);
@@ -42,7 +43,7 @@ pub(super) fn words(text: &str) -> Vec<String> {
     words
 }
 
-/// Takes quotes and escapes away and replaces variables by their values in `env` (`NAME=VALUE` texts).
+/// Removes quotes and escapes and replaces variables by their values in `env` (`NAME=VALUE` texts).
 pub(super) fn expand(word: &str, env: &[String]) -> Result<String, String> {
     let mut expansion = Expansion {
         rest: word.chars().peekable(),
@@ -61,7 +62,7 @@ struct Expansion<'a> {
 }
 
 impl Expansion<'_> {
-    /// Expands up to `end`, which is consumed; none: up to the end of the text.
+    /// Expands up to and including `end`, or to the end of the text if it is `None`.
     fn until(&mut self, end: Option<char>) -> Result<String, String> {
         let mut out = String::new();
         while let Some(c) = self.rest.next() {
@@ -70,7 +71,7 @@ impl Expansion<'_> {
                 '\'' => self.single_quoted(&mut out)?,
                 '"' => self.double_quoted(&mut out)?,
                 '$' => out.push_str(&self.variable()?),
-                // A backslash at the very end is a line that was to be continued.
+                // A backslash at the end of the text is an unfinished line continuation.
                 '\\' => out.extend(self.rest.next()),
                 _ => out.push(c),
             }
@@ -96,7 +97,7 @@ impl Expansion<'_> {
             match c {
                 '"' => return Ok(()),
                 '$' => out.push_str(&self.variable()?),
-                // As in a shell: only these are escaped, before anything else the backslash is itself.
+                // As in a shell, only these are escaped; before other characters, the backslash is literal.
                 '\\' => match self.rest.next_if(|&next| matches!(next, '"' | '$' | '\\')) {
                     Some(next) => out.push(next),
                     None => out.push(c),
@@ -107,7 +108,7 @@ impl Expansion<'_> {
         Err("a double quote is not closed".to_owned())
     }
 
-    /// What follows a `$`.
+    /// Expands what follows a `$`.
     fn variable(&mut self) -> Result<String, String> {
         if self.rest.next_if_eq(&'{').is_none() {
             let name = self.name();
@@ -127,7 +128,7 @@ impl Expansion<'_> {
         if first == '}' {
             return Ok(self.value(&name).unwrap_or_default());
         }
-        // With a colon a variable that is empty counts as unset.
+        // With a colon, an empty variable counts as unset.
         let (operator, empty_is_unset) = match first {
             ':' => (self.rest.next(), true),
             _ => (Some(first), false),
@@ -155,7 +156,7 @@ impl Expansion<'_> {
         }
     }
 
-    /// A name; a run of digits or one special character (`$1`, `$$`) is a name too, of a variable that is never set.
+    /// Reads a name. A run of digits or one special character (`$1`, `$$`) is the name of a variable that is never set.
     fn name(&mut self) -> String {
         let mut name = String::new();
         if let Some(special) = self.rest.next_if(|c| "@*#?-$!".contains(*c)) {
@@ -177,7 +178,7 @@ impl Expansion<'_> {
     }
 
     fn value(&self, name: &str) -> Option<String> {
-        // The last of two wins, as in a process.
+        // The last of several entries wins, as in the environment of a process.
         self.env
             .iter()
             .rev()

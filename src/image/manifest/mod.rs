@@ -1,10 +1,11 @@
-//! Manifest and config of the saved image, assembled on the base's own JSON so that nothing the base says gets lost.
+//! Builds manifest and config of the saved image by editing the base's own JSON, so that unknown fields of the base are
+//! kept.
 //!
-//! Pure: bytes in, bytes out. Nothing from the running environment enters. The result is always of the OCI family,
-//! whatever the base is of: mixed families are refused by consumers (skopeo: "unsupported docker v2s2 media type").
+//! The functions are pure: nothing from the running environment enters. The result always has OCI media types, whatever
+//! the base has, because consumers refuse a mixture (skopeo: "unsupported docker v2s2 media type").
 //!
 //! Source: image-spec `manifest.md`, `config.md`, `descriptor.md`, `image-index.md`, `annotations.md`; Docker's "Image
-//! Manifest Version 2, Schema 2" for the names of the media types.
+//! Manifest Version 2, Schema 2" for its media types.
 
 pub mod change;
 mod expand;
@@ -18,30 +19,30 @@ use crate::common::digest::{DiffId, Digest};
 
 pub use platform::Platform;
 
-/// Media type of every manifest made here.
+/// Media type of all manifests built here.
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-/// Media type of every config made here.
+/// Media type of all configs built here.
 pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// Media type of an OCI index.
 pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-/// Docker's manifest, taken as a base.
+/// Media type of Docker's manifest, which is accepted for a base.
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
-/// Docker's manifest list, an index in Docker's words.
+/// Media type of Docker's manifest list, its counterpart of an index.
 pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-/// Docker's image config.
+/// Media type of Docker's image config.
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
-/// More layers than this engines do not bear (moby#20298).
+/// Maximum number of layers that container engines support (moby#20298).
 pub const MAX_LAYERS: usize = 127;
-/// Registries refuse a manifest above this many bytes (413).
+/// Maximum size of a manifest that registries accept, in bytes (413 beyond it).
 pub const MAX_MANIFEST_BYTES: usize = 4 << 20;
 
 const BASE_NAME: &str = "org.opencontainers.image.base.name";
 const BASE_DIGEST: &str = "org.opencontainers.image.base.digest";
 const ANNOTATION_CREATED: &str = "org.opencontainers.image.created";
 
-/// What Docker writes beside the image-spec's fields about the container that an image was committed from, or for its
-/// own first image format: false for the new image, and refreshed or left out by `docker commit` and buildah too.
+/// Fields that Docker adds to the image-spec's, about the container that an image was committed from or for Docker's
+/// first image format. They are wrong for the new image; `docker commit` and buildah refresh or drop them, too.
 const STALE: [&str; 7] = [
     "id",
     "parent",
@@ -51,11 +52,12 @@ const STALE: [&str; 7] = [
     "docker_version",
     "throwaway",
 ];
-/// The same within `config`: names of the container that the base was made in.
+/// Such fields within `config`: names of the container that the base was committed from.
 const STALE_CONFIG: [&str; 4] = ["Hostname", "Domainname", "Image", "MacAddress"];
 
-/// Docker's layer types and their OCI counterparts. Layers that say not to be distributed (Docker's foreign ones, and
-/// OCI's own, which image-spec 1.1 deprecates) become ordinary ones: their blobs are at the destination like all others.
+/// Docker's layer types and their OCI counterparts. Non-distributable layers (Docker's foreign ones, and those of OCI,
+/// which image-spec 1.1 deprecates) become ordinary ones, because their blobs are stored at the destination like all
+/// others.
 const LAYER_TYPES: [(&str, &str); 9] = [
     (
         "application/vnd.oci.image.layer.nondistributable.v1.tar",
@@ -95,21 +97,21 @@ const LAYER_TYPES: [(&str, &str); 9] = [
     ),
 ];
 
-/// A layer as the new manifest lists it.
+/// A layer as listed in the new manifest.
 #[derive(Clone, Debug)]
 pub struct Layer {
-    /// The blob: media type (Docker's are translated), digest and size in bytes of what is compressed.
+    /// Descriptor of the blob: media type (Docker's are translated), digest and compressed size in bytes.
     pub descriptor: Descriptor,
-    /// Digest of the tar in it.
+    /// Digest of the uncompressed tar.
     pub diff_id: DiffId,
 }
 
-/// A layer that this save made.
+/// A layer created by this save.
 #[derive(Clone, Debug)]
 pub struct NewLayer {
     /// The layer.
     pub layer: Layer,
-    /// `created_by` of its history entry; none: that of the save.
+    /// `created_by` of its history entry; if `None`, that of the save.
     pub created_by: Option<String>,
 }
 
@@ -118,51 +120,51 @@ pub struct NewLayer {
 pub struct BaseManifest<'a> {
     /// The bytes.
     pub bytes: &'a [u8],
-    /// The media type that it was stored under; empty: what it says itself.
+    /// The media type under which it was stored. If empty, the manifest's own is used.
     pub media_type: &'a str,
     /// Its digest, for the annotation.
     pub digest: Digest,
 }
 
-/// Everything that goes into an image.
+/// Everything that an image is built from.
 #[derive(Clone, Debug)]
 pub struct Input<'a> {
-    /// None where the runtime keeps no manifest (Docker).
+    /// Manifest of the base; `None` if the runtime keeps none (Docker).
     pub base_manifest: Option<BaseManifest<'a>>,
     /// The base's config, byte for byte.
     pub base_config: &'a [u8],
-    /// Reference under which the base was pulled.
+    /// Reference by which the base was pulled.
     pub base_name: Option<&'a str>,
-    /// The base's layers, bottom first, as they are (or will be) at the destination: as many as the base has; one that
-    /// was made again has another digest and diff ID. Where the digest is the base manifest's, the descriptor is taken
-    /// from there with all its fields.
+    /// The base's layers, bottom first, as they are or will be stored at the destination. Their number is that of the
+    /// base; a recreated layer has another digest and diff ID. If a layer has the digest from the base manifest, its
+    /// descriptor is copied from there with all fields.
     pub base_layers: Vec<Layer>,
-    /// Bottom first. Empty when nothing changed: the result is then the base with new metadata.
+    /// New layers, bottom first. Empty if nothing changed; the result is then the base with new metadata.
     pub layers: Vec<NewLayer>,
     /// `--change` texts.
     pub changes: &'a [String],
-    /// `--label`, applied after the changes; the last of two wins.
+    /// `--label`, applied after the changes. The last of several with the same key wins.
     pub labels: &'a [(String, String)],
-    /// `--annotation`, on the manifest; the last of two wins.
+    /// `--annotation`, for the manifest. The last of several with the same key wins.
     pub annotations: &'a [(String, String)],
-    /// For the history and the config; none: the config keeps the base's.
+    /// Author for history and config; if `None`, the config keeps that of the base.
     pub author: Option<&'a str>,
-    /// Comment of the (topmost) history entry.
+    /// Comment of the topmost history entry.
     pub message: Option<&'a str>,
-    /// Seconds since the epoch.
+    /// Time of creation in seconds since the epoch.
     pub created: i64,
     /// `created_by` of the history entries.
     pub created_by: &'a str,
 }
 
-/// Bytes to deliver, with their name.
+/// A document with its media type and digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blob {
     /// [`MANIFEST`] or [`CONFIG`].
     pub media_type: &'static str,
-    /// Over `bytes`.
+    /// Digest of `bytes`.
     pub digest: Digest,
-    /// JSON.
+    /// The JSON document.
     pub bytes: Vec<u8>,
 }
 
@@ -176,73 +178,73 @@ impl Blob {
     }
 }
 
-/// The assembled image.
+/// The result of [`assemble`].
 #[derive(Clone, Debug)]
 pub struct Image {
     /// The manifest.
     pub manifest: Blob,
-    /// The config that it names.
+    /// The config that it refers to.
     pub config: Blob,
-    /// The layers that it names, bottom first, with OCI media types.
+    /// The layers that it refers to, bottom first, with OCI media types.
     pub layers: Vec<Descriptor>,
-    /// What had to be repaired.
+    /// Repairs that were made.
     pub warnings: Vec<Warning>,
 }
 
-/// Something about the base that had to be repaired.
+/// A defect of the base that was repaired.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
-    /// Stable, in snake case.
+    /// Stable code in snake case.
     pub code: &'static str,
-    /// A sentence.
+    /// A sentence for users.
     pub message: String,
 }
 
-/// Why there is no image.
+/// An error while building an image.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Not JSON at all.
+    /// An input is not JSON.
     #[error("{what} is not JSON: {source}")]
     Json {
-        /// Which input.
+        /// The input.
         what: &'static str,
-        /// Where it breaks.
+        /// The position of the error.
         source: serde_json::Error,
     },
-    /// JSON, but not what it should be.
+    /// A field of an input has the wrong type.
     #[error("{what}: {field} should be {expected}, found {found}")]
     Shape {
-        /// Which input.
+        /// The input.
         what: &'static str,
         /// Path of the field.
         field: String,
-        /// What the specification says.
+        /// The type in the specification.
         expected: &'static str,
-        /// Kind of what is there.
+        /// The actual type.
         found: String,
     },
-    /// A kind of document that no image can be built on.
+    /// The base manifest is a document that no image can be built on.
     #[error(
         "the base manifest is {found:?}; an image manifest (OCI, or Docker schema 2) is needed{hint}"
     )]
     ManifestType {
         /// Its media type.
         found: String,
-        /// What to do.
+        /// Advice for the user.
         hint: &'static str,
     },
-    /// The base manifest's config is no image config.
+    /// The config of the base manifest is not an image config.
     #[error("the base's config is {0:?}: this is no container image, but some other artifact")]
     ConfigType(String),
-    /// Docker has the type, OCI has no counterpart.
+    /// A layer has a Docker media type without an OCI counterpart.
     #[error("layer {index} of the base is {media_type:?}, which has no OCI counterpart")]
     LayerType {
-        /// Bottom is 0.
+        /// Index of the layer; the bottom is 0.
         index: usize,
-        /// As found.
+        /// The media type.
         media_type: String,
     },
-    /// The config and the layers that were handed over contradict each other.
+    /// The number of layers differs between the config and the input.
     #[error(
         "the base config lists {config} layers, {given} were found: this is not the config of this base"
     )]
@@ -252,31 +254,31 @@ pub enum Error {
         /// `Input::base_layers`.
         given: usize,
     },
-    /// Over [`MAX_LAYERS`].
+    /// The image would have more than [`MAX_LAYERS`] layers.
     #[error(
         "the image would have {0} layers, container engines bear {MAX_LAYERS}; rebuild the base with fewer (its own \
          Dockerfile, or a squash) and start from that"
     )]
     TooManyLayers(usize),
-    /// Over [`MAX_MANIFEST_BYTES`].
+    /// The manifest would be larger than [`MAX_MANIFEST_BYTES`].
     #[error(
         "the manifest would have {0} bytes, registries take {MAX_MANIFEST_BYTES}; give fewer or shorter annotations"
     )]
     ManifestSize(usize),
-    /// A `--change`.
+    /// A `--change` is invalid.
     #[error(transparent)]
     Change(#[from] change::Error),
-    /// A `--label` or `--annotation`.
+    /// A `--label` or `--annotation` is invalid.
     #[error("{flag} {key:?}: {reason}")]
     Pair {
         /// `--label` or `--annotation`.
         flag: &'static str,
-        /// Its key.
+        /// The key.
         key: String,
-        /// What is wrong.
+        /// What is wrong with it.
         reason: &'static str,
     },
-    /// A time that RFC 3339 cannot write.
+    /// The time cannot be written in RFC 3339.
     #[error(
         "{0} seconds since the epoch is no time that an image can carry: the years are 0 to 9999"
     )]
@@ -284,18 +286,18 @@ pub enum Error {
 }
 
 impl Error {
-    /// The request itself is wrong (`--change`, `--label`, `--annotation`, `--timestamp`): exit 2.
+    /// Returns whether the options are invalid (`--change`, `--label`, `--annotation`, `--timestamp`; exit code 2).
     pub fn is_usage(&self) -> bool {
         matches!(self, Self::Change(_) | Self::Pair { .. } | Self::Time(_))
     }
 
-    /// The base cannot be used: exit 69.
+    /// Returns whether the base cannot be used (exit code 69).
     pub fn is_base(&self) -> bool {
         !self.is_usage() && !matches!(self, Self::TooManyLayers(_) | Self::ManifestSize(_))
     }
 }
 
-/// Builds config and manifest. The same input gives the same bytes.
+/// Builds config and manifest. Deterministic: equal inputs give equal bytes.
 pub fn assemble(input: &Input<'_>) -> Result<Image, Error> {
     let total = input.base_layers.len() + input.layers.len();
     if total > MAX_LAYERS {
@@ -318,8 +320,8 @@ pub fn assemble(input: &Input<'_>) -> Result<Image, Error> {
     })
 }
 
-/// What of a request can be wrong without any container or base: its `--change`, `--label`, `--annotation` and
-/// `--timestamp` (seconds since the epoch). A change that uses variables of the image is checked as far as it can be.
+/// Checks the options `--change`, `--label`, `--annotation` and `--timestamp` (seconds since the epoch) without a
+/// container or base. Changes that use variables of the image are only checked as far as possible.
 pub fn check(
     changes: &[String],
     labels: &[(String, String)],
@@ -332,7 +334,7 @@ pub fn check(
     Ok(change::check(changes)?)
 }
 
-/// Whether `changes` can be applied to a base with this config.
+/// Checks whether `changes` can be applied to a base with this config.
 pub fn check_changes(base_config: &[u8], changes: &[String]) -> Result<(), Error> {
     if changes.is_empty() {
         return Ok(());
@@ -346,8 +348,8 @@ pub fn check_changes(base_config: &[u8], changes: &[String]) -> Result<(), Error
     change_config(&mut inner, changes)
 }
 
-/// The OCI name of a layer's media type: Docker's are translated, all others are what they were.
-/// None for a type of Docker's that OCI has no counterpart of.
+/// Translates a layer's media type from Docker's name to that of OCI. Other types are returned unchanged. Returns
+/// `None` for a Docker type without an OCI counterpart.
 pub fn oci_layer_type(media_type: &str) -> Option<&str> {
     match LAYER_TYPES.iter().find(|(docker, _)| *docker == media_type) {
         Some((_, oci)) => Some(oci),
@@ -377,7 +379,7 @@ fn check_pairs(flag: &'static str, pairs: &[(String, String)]) -> Result<(), Err
 fn rfc3339(seconds: i64) -> Result<String, Error> {
     let time = jiff::Timestamp::from_second(seconds).map_err(|_| Error::Time(seconds))?;
     let text = time.to_string();
-    // Years before 0 and after 9999 have a sign in front.
+    // Years before 0 and after 9999 are written with a sign.
     if text.starts_with(|c: char| c.is_ascii_digit()) {
         Ok(text)
     } else {
@@ -394,7 +396,7 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
     for key in STALE {
         root.shift_remove(key);
     }
-    // Go reads null as absent, the JSON schema does not.
+    // Go treats null as absent, the JSON schema does not allow it.
     drop_nulls(&mut root);
     for key in ["author", "created", "variant", "os.version"] {
         expect(BASE_CONFIG, "", &root, key, Kind::Text)?;
@@ -444,7 +446,7 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
         }
     };
     match rootfs.get("diff_ids") {
-        // A base of no layers at all: Go writes an empty list as null.
+        // The base has no layers: Go writes an empty list as null.
         None | Some(Value::Null) if input.base_layers.is_empty() => {}
         Some(Value::Array(ids)) if ids.len() == input.base_layers.len() => {}
         Some(Value::Array(ids)) => {
@@ -484,7 +486,7 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
     Ok(to_bytes(&root))
 }
 
-/// The inner `config`: what a container of the image starts with.
+/// Applies the changes to the inner `config`, which holds the settings of containers created from the image.
 fn change_config(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), Error> {
     for key in STALE_CONFIG {
         config.shift_remove(key);
@@ -522,7 +524,7 @@ fn run_config(config: &mut Map<String, Value>, input: &Input<'_>) -> Result<(), 
     Ok(())
 }
 
-/// Makes as many entries stand for a layer as there are layers: consumers that pair them up break otherwise.
+/// Adjusts the history so that its non-empty entries are as many as the layers. Consumers that pair them would fail.
 fn repair_history(
     history: &mut Vec<Value>,
     layers: usize,
@@ -558,7 +560,7 @@ fn repair_history(
             json!({ "comment": "a layer of the base image that its history does not mention" });
         history.extend(std::iter::repeat_n(filler, layers - with_layer));
     }
-    // Which of too many entries are the false ones nobody can know: the last ones are marked.
+    // Which of the surplus entries are wrong is unknown, so the last ones are marked.
     let mut surplus = with_layer.saturating_sub(layers);
     for entry in history.iter_mut().rev().filter_map(Value::as_object_mut) {
         if surplus == 0 {
@@ -576,7 +578,7 @@ fn is_empty_layer(entry: &Map<String, Value>) -> bool {
     entry.get("empty_layer") == Some(&Value::Bool(true))
 }
 
-/// One entry a layer; without any layer one that says so.
+/// Returns one entry per layer, or a single one with `empty_layer` if there is no layer.
 fn new_history(input: &Input<'_>, created: &str) -> Vec<Value> {
     let entry = |created_by: &str| {
         let mut entry = Map::new();
@@ -620,7 +622,7 @@ fn manifest(
     let mut out = Map::new();
     out.insert("schemaVersion".to_owned(), json!(2));
     out.insert("mediaType".to_owned(), json!(MANIFEST));
-    // Fields that are unknown here keep their order behind these two.
+    // Unknown fields keep their order, after these two.
     for (key, value) in root {
         out.entry(key).or_insert(value);
     }
@@ -629,7 +631,7 @@ fn manifest(
         Some(Value::Object(map)) => map,
         _ => Map::new(),
     };
-    // What says where the base's config lies, or holds it, is false for the new one.
+    // `data` and `urls` refer to the content of the base's config.
     for key in ["data", "urls"] {
         descriptor.shift_remove(key);
     }
@@ -667,7 +669,7 @@ fn manifest(
     Ok((to_bytes(&out), parsed))
 }
 
-/// The base's manifest, checked to be one of an image.
+/// Parses the base's manifest and checks that it is one of an image.
 fn base_manifest(base: &BaseManifest<'_>) -> Result<Map<String, Value>, Error> {
     let mut root = parse_object(BASE_MANIFEST, base.bytes)?;
     drop_nulls(&mut root);
@@ -686,7 +688,7 @@ fn base_manifest(base: &BaseManifest<'_>) -> Result<Map<String, Value>, Error> {
             hint,
         });
     }
-    // A document that can be read as both is an attack (CVE-2021-41190).
+    // A document that is valid both as a manifest and as an index is an attack (CVE-2021-41190).
     if root.contains_key("manifests") {
         return Err(Error::ManifestType {
             found: "an index by its fields".to_owned(),
@@ -734,12 +736,13 @@ fn base_manifest(base: &BaseManifest<'_>) -> Result<Map<String, Value>, Error> {
         }
     }
     expect(BASE_MANIFEST, "", &root, "annotations", Kind::TextMap)?;
-    // The new image is no signature or attachment of what the base was attached to.
+    // The new image is not a signature of, or attachment to, the base's subject.
     root.shift_remove("subject");
     Ok(root)
 }
 
-/// The descriptor of a layer: the base's own where it is of the same blob, with the OCI media type.
+/// Returns the descriptor of a layer with its OCI media type, based on the one in the base manifest if it is of the
+/// same blob.
 fn layer_descriptor(index: usize, layer: &Layer, old: Option<&Value>) -> Result<Value, Error> {
     let digest = layer.descriptor.digest().to_string();
     let mut map = match old {
@@ -752,7 +755,8 @@ fn layer_descriptor(index: usize, layer: &Layer, old: Option<&Value>) -> Result<
     let Some(oci) = oci_layer_type(&media_type) else {
         return Err(Error::LayerType { index, media_type });
     };
-    // Where else the blob lies: registries refuse it (distribution: "invalid URL on layer") or fetch from there.
+    // `urls` names other locations of the blob. Registries refuse it (distribution: "invalid URL on layer") or fetch
+    // from there.
     map.shift_remove("urls");
     map.insert("mediaType".to_owned(), json!(oci));
     map.insert("digest".to_owned(), json!(digest));
@@ -760,7 +764,7 @@ fn layer_descriptor(index: usize, layer: &Layer, old: Option<&Value>) -> Result<
     Ok(Value::Object(map))
 }
 
-/// Field by field: the annotations of `Descriptor` are a hash map, whose order is another in each run.
+/// Built field by field: the annotations of `Descriptor` are a hash map, whose order differs from run to run.
 fn plain_descriptor(descriptor: &Descriptor) -> Map<String, Value> {
     let mut map = Map::new();
     for key in ["mediaType", "digest", "size"] {
@@ -773,7 +777,7 @@ fn plain_descriptor(descriptor: &Descriptor) -> Map<String, Value> {
     map
 }
 
-/// The base's annotations, with those about the base itself and the time made true, and the user's on top.
+/// Returns the base's annotations, with those about its own base and time of creation updated and the user's added.
 fn annotations(
     manifest: &mut Map<String, Value>,
     input: &Input<'_>,
@@ -783,7 +787,7 @@ fn annotations(
         Some(Value::Object(map)) => map,
         _ => Map::new(),
     };
-    // What the base says about its own base is not true of the new image.
+    // The base image of the base is not that of the new image.
     annotations.shift_remove(BASE_NAME);
     annotations.shift_remove(BASE_DIGEST);
     if let Some(name) = input.base_name {
@@ -815,7 +819,7 @@ fn parse_object(what: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, 
 }
 
 fn to_bytes(map: &Map<String, Value>) -> Vec<u8> {
-    // The alternate form of Display is the indented one; this is the compact one, and it cannot fail.
+    // The alternate form of `Display` would be indented; this one is compact and cannot fail.
     Value::Object(map.clone()).to_string().into_bytes()
 }
 
@@ -832,7 +836,7 @@ enum Kind {
     Object,
 }
 
-/// Refuses a field that is there and not of its kind.
+/// Fails if a field exists and is not of the given kind.
 fn expect(
     what: &'static str,
     at: &str,

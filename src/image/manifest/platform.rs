@@ -1,10 +1,10 @@
-//! Choosing the image of this machine's platform out of an image index.
+//! Selects the image for this machine's platform from an image index.
 //!
-//! Format: image-spec `image-index.md`; variants as Go and containerd order them.
+//! Format: image-spec `image-index.md`; variants are ordered as in Go and containerd.
 
 use oci_spec::image::{Descriptor, ImageIndex};
 
-/// Architecture and variant in Go's words, as indexes use them; the operating system is always linux.
+/// Architecture and variant in Go's notation, which indexes use. The operating system is always Linux.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Platform {
     /// `amd64`, `arm64`, ...
@@ -14,7 +14,7 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// The platform that this program was built for.
+    /// Returns the platform that this program was built for.
     pub fn host() -> Self {
         let (architecture, variant) = match std::env::consts::ARCH {
             "x86_64" => ("amd64", None),
@@ -32,7 +32,8 @@ impl Platform {
         }
     }
 
-    /// The manifest for this platform; among several variants the best that runs here.
+    /// Returns the manifest for this platform, with the highest variant that runs on it. Returns `None` if there is
+    /// none.
     pub fn choose<'a>(&self, index: &'a ImageIndex) -> Option<&'a Descriptor> {
         let mut best = None;
         for descriptor in index.manifests() {
@@ -47,7 +48,7 @@ impl Platform {
             let Some(rank) = self.rank(platform.variant().as_deref()) else {
                 continue;
             };
-            // Of equals the first, as all clients do.
+            // Of equal candidates the first is taken, as in all clients.
             if best.is_none_or(|(_, known)| rank > known) {
                 best = Some((descriptor, rank));
             }
@@ -55,12 +56,12 @@ impl Platform {
         best.map(|(descriptor, _)| descriptor)
     }
 
-    /// How well a variant suits; none: it does not run here.
+    /// Returns the rank of a variant, or `None` if it does not run on this platform.
     fn rank(&self, variant: Option<&str>) -> Option<u32> {
         let number = |v: Option<&str>, default| {
             v.map_or(Some(default), |v| v.strip_prefix('v')?.parse::<u32>().ok())
         };
-        // What a missing variant means.
+        // Variant that is assumed if none is given.
         let default = match self.architecture.as_str() {
             "arm64" => 8,
             "arm" => 7,
@@ -100,7 +101,7 @@ mod tests {
     fn the_best_variant_that_runs_here() {
         let index = index(&[
             ("windows", "amd64", None),
-            ("unknown", "unknown", None), // buildkit's attestations
+            ("unknown", "unknown", None), // attestations of BuildKit
             ("linux", "amd64", Some("v3")),
             ("linux", "amd64", None),
             ("linux", "arm", Some("v5")),

@@ -1,10 +1,10 @@
-//! Manifests and indexes as they are stored, and how to tell which is which.
+//! Manifests and indexes as stored, and the detection of their media type.
 
 use bytes::Bytes;
 
 use crate::common::digest::Digest;
 
-/// Media types of what a tag can name.
+/// Media types of documents that a tag can refer to.
 pub const MANIFEST_TYPES: [&str; 4] = [
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.oci.image.index.v1+json",
@@ -12,25 +12,25 @@ pub const MANIFEST_TYPES: [&str; 4] = [
     "application/vnd.docker.distribution.manifest.list.v2+json",
 ];
 
-/// A manifest, an index or any other JSON document as a registry or a layout has it.
+/// A manifest or index as a registry or layout stores it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RawManifest {
-    /// The bytes that the digest is over.
+    /// The bytes that the digest covers.
     pub bytes: Bytes,
-    /// Its media type.
+    /// Media type.
     pub media_type: String,
-    /// Its digest.
+    /// Digest of the bytes.
     pub digest: Digest,
 }
 
 impl RawManifest {
-    /// Whether it lists manifests instead of layers.
+    /// Returns whether it lists manifests instead of layers.
     pub fn is_index(&self) -> bool {
         self.media_type == MANIFEST_TYPES[1] || self.media_type == MANIFEST_TYPES[3]
     }
 }
 
-/// The media type of a manifest: the document's own word where it has one, else the header's, else its form.
+/// Determines the media type of a manifest: from its `mediaType`, else from `header`, else from its fields.
 pub fn manifest_type(header: Option<&str>, bytes: &[u8]) -> Result<String, String> {
     #[derive(serde::Deserialize)]
     struct Shape {

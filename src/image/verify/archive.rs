@@ -1,8 +1,8 @@
-//! Reads layer archives, hostile ones included, entry by entry: what an expected list and a [`super::tree::Tree`] are
-//! compared with.
+//! Reads layer archives, including malicious ones, entry by entry, for comparison with an expectation or a
+//! [`super::tree::Tree`].
 //!
 //! Format: POSIX.1-2017 `pax` (ustar and extended headers), GNU tar's long names and base-256 numbers. GNU's sparse
-//! forms are refused: the image spec forbids them in layers.
+//! formats are refused, because the image-spec forbids them in layers.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, Cursor, Read};
@@ -14,44 +14,44 @@ use super::tree::Time;
 use super::vis;
 use crate::common::digest::{Digest, HashingWriter};
 
-/// Longest path or link target that is read, in bytes: far above `PATH_MAX`, far below what could hurt.
+/// Maximum length of a path or link target, in bytes: far above `PATH_MAX`, but harmless.
 pub const PATH_BYTES: usize = 64 * 1024;
-/// Largest extended header that is read, in bytes. Linux bounds one extended attribute to 64 KiB, a file has few.
+/// Maximum size of an extended header, in bytes. Linux limits one extended attribute to 64 KiB, and a file has few.
 const EXTENSION_BYTES: u64 = 1024 * 1024;
-/// Largest zstd window that is accepted, in bytes: what `zstd -22 --ultra` writes.
+/// Maximum zstd window size, in bytes: that of `zstd -22 --ultra`.
 const WINDOW_BYTES: u64 = 128 * 1024 * 1024;
 
-/// Why an archive cannot be read.
+/// An error while reading an archive.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
-    /// Reading or decompressing failed, or the archive ends too early.
+    /// Reading or decompressing failed, or the archive is truncated.
     #[error("cannot read the archive at byte {offset} of the tar: {source}")]
     Io {
-        /// Where in the uncompressed tar.
+        /// Offset in the uncompressed tar.
         offset: u64,
-        /// What the reader said.
+        /// The cause.
         source: io::Error,
     },
-    /// The bytes are no tar.
+    /// The data is not a valid tar.
     #[error("the archive is damaged at byte {offset} of the tar: {reason}")]
     Malformed {
-        /// Where in the uncompressed tar.
+        /// Offset in the uncompressed tar.
         offset: u64,
         /// What was expected and found.
         reason: String,
     },
-    /// An entry that cannot be applied.
+    /// The entry cannot be applied.
     #[error("archive entry {path}: {reason}")]
     Entry {
-        /// Its name, escaped.
+        /// Name of the entry, escaped.
         path: String,
         /// What is wrong with it.
         reason: String,
     },
-    /// More than this program is willing to hold in memory.
+    /// A limit on memory is exceeded.
     #[error("the archive exceeds the limit of {limit} {what}")]
     Limit {
-        /// What there is too much of.
+        /// The limited quantity.
         what: &'static str,
         /// The limit.
         limit: u64,
@@ -59,7 +59,7 @@ pub enum ArchiveError {
 }
 
 impl ArchiveError {
-    /// An error about the entry called `path`.
+    /// Creates an error about the entry named `path`.
     pub(super) fn entry(path: &[u8], reason: impl Into<String>) -> Self {
         Self::Entry {
             path: vis::encode(path),
@@ -68,12 +68,12 @@ impl ArchiveError {
     }
 }
 
-/// What an entry's header says it is.
+/// Type of an entry according to its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryKind {
     /// `0`: regular file.
     File,
-    /// `1`: another name of an earlier entry.
+    /// `1`: hard link to an earlier entry.
     Hardlink,
     /// `2`: symbolic link.
     Symlink,
@@ -88,7 +88,7 @@ pub enum EntryKind {
 }
 
 impl EntryKind {
-    /// The word that an expected list has for it.
+    /// Returns the word for it in an expectation.
     pub fn word(self) -> &'static str {
         match self {
             Self::File => "file",
@@ -102,24 +102,24 @@ impl EntryKind {
     }
 }
 
-/// One entry, extended headers already applied.
+/// An entry, with extended headers applied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The name exactly as it stands in the archive, a trailing slash included.
+    /// The name exactly as stored, including a trailing slash.
     pub name: Vec<u8>,
-    /// What it is.
+    /// Type of the entry.
     pub kind: EntryKind,
-    /// As stored; usually the low 12 bits.
+    /// Mode as stored; usually the low 12 bits.
     pub mode: u32,
-    /// Owner.
+    /// User ID.
     pub uid: u32,
-    /// Group.
+    /// Group ID.
     pub gid: u32,
     /// User name as stored.
     pub uname: Vec<u8>,
     /// Group name as stored.
     pub gname: Vec<u8>,
-    /// Bytes of content that follow.
+    /// Size of the content in bytes.
     pub size: u64,
     /// Time of last modification.
     pub mtime: Time,
@@ -127,15 +127,15 @@ pub struct Entry {
     pub link: Vec<u8>,
     /// Major and minor number as stored (0:0 for everything but devices).
     pub rdev: (u32, u32),
-    /// `SCHILY.xattr.*` records.
+    /// Extended attributes from `SCHILY.xattr.*` records.
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// Keywords of the other extended header records, in order: what made the header necessary.
+    /// Keywords of the other extended header records, in order.
     pub records: Vec<String>,
-    /// Where the first header block of the entry (its extended header if it has one) starts in the tar.
+    /// Offset in the tar of the entry's first header block, which is that of its extended header if it has one.
     pub offset: u64,
 }
 
-/// How an archive is compressed.
+/// Compression of an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Codec {
@@ -147,7 +147,7 @@ pub enum Codec {
     Zstd,
 }
 
-/// A reader of the uncompressed bytes of a plain, gzip or zstd stream; the first bytes tell which it is.
+/// Detects the compression (none, gzip or zstd) from the first bytes and returns a reader of the uncompressed data.
 pub fn decompress<'a>(mut reader: impl Read + 'a) -> io::Result<(Codec, Box<dyn Read + 'a>)> {
     let mut magic = Vec::with_capacity(4);
     reader.by_ref().take(4).read_to_end(&mut magic)?;
@@ -172,25 +172,25 @@ pub fn decompress<'a>(mut reader: impl Read + 'a) -> io::Result<(Codec, Box<dyn 
     Ok((codec, reader))
 }
 
-/// What is known of an archive once it was read to its end.
+/// Properties of an archive that has been read to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
     /// Digest of the uncompressed tar.
     pub diff_id: Digest,
     /// Length of the uncompressed tar in bytes.
     pub tar_size: u64,
-    /// Bytes after the two zero blocks that end a tar.
+    /// Number of bytes after the two zero blocks that end a tar.
     pub trailing: u64,
-    /// Whether the two zero blocks are there.
+    /// Whether the two zero blocks exist.
     pub terminated: bool,
 }
 
-/// The entries of an uncompressed tar, one after the other, in bounded memory.
+/// Iterates over the entries of an uncompressed tar in bounded memory.
 pub struct Archive<R> {
     reader: R,
     hash: HashingWriter<io::Sink>,
     offset: u64,
-    /// Content bytes and padding of the current entry that were not read yet.
+    /// Bytes of the current entry's content and padding that have not been read yet.
     content: u64,
     padding: u64,
     ended: bool,
@@ -213,7 +213,7 @@ struct Extension {
 }
 
 impl<R: Read> Archive<R> {
-    /// Reads the tar that `reader` yields uncompressed.
+    /// Creates an archive from a reader of the uncompressed tar.
     pub fn new(reader: R) -> Self {
         let hash = HashingWriter::new(io::sink());
         Self {
@@ -227,9 +227,9 @@ impl<R: Read> Archive<R> {
         }
     }
 
-    /// The next entry; its content can then be read with [`Archive::read_content`]. `None` after the last.
+    /// Returns the next entry, or `None` after the last. Its content can then be read with [`Archive::read_content`].
     ///
-    /// A tar that ends without its two zero blocks is accepted when it ends between entries, as all unpackers do.
+    /// A tar without the two zero blocks is accepted if it ends between entries, as in all unpackers.
     pub fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut extension = Extension::default();
         loop {
@@ -274,14 +274,14 @@ impl<R: Read> Archive<R> {
                         extension.link = Some(bytes);
                     }
                 }
-                // A global header (git archive writes its commit there) describes no file.
+                // A global header (git archive stores the commit in it) does not describe a file.
                 b'g' => self.begin(raw_size)?,
                 _ => return self.entry(&block, raw_size, extension, start).map(Some),
             }
         }
     }
 
-    /// Bytes of the current entry's content; 0 at its end.
+    /// Reads from the current entry's content. Returns the number of bytes, 0 at the end.
     pub fn read_content(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
         let want = buffer
             .len()
@@ -297,10 +297,10 @@ impl<R: Read> Archive<R> {
         Ok(n)
     }
 
-    /// Digest of the rest of the current entry's content.
+    /// Returns the digest of the unread part of the current entry's content.
     pub fn content_digest(&mut self) -> Result<Digest, ArchiveError> {
         let mut hash = HashingWriter::new(io::sink());
-        // Most files are small, and there may be millions of them.
+        // Sized by the content, because most files are small and there may be millions of them.
         let mut buffer = vec![0; self.content.clamp(1, 64 * 1024) as usize];
         loop {
             match self.read_content(&mut buffer)? {
@@ -315,7 +315,7 @@ impl<R: Read> Archive<R> {
         }
     }
 
-    /// Reads what is left, padding after the end included, and says what the whole was.
+    /// Reads the rest, including data after the end of the tar, and returns the properties of the whole archive.
     pub fn finish(mut self) -> Result<Facts, ArchiveError> {
         while self.next_entry()?.is_some() {}
         let end = self.offset;
@@ -372,7 +372,7 @@ impl<R: Read> Archive<R> {
             }
         }
         let kind = match block[156] {
-            // Before POSIX a directory was a file whose name ends in a slash.
+            // Before POSIX, a directory was a file whose name ends in a slash.
             0 | b'0' | b'7' if name.ends_with(b"/") => EntryKind::Directory,
             0 | b'0' | b'7' => EntryKind::File,
             b'1' => EntryKind::Hardlink,
@@ -390,7 +390,7 @@ impl<R: Read> Archive<R> {
         };
         let size = match kind {
             EntryKind::File => extension.size.unwrap_or(raw_size),
-            // Some archivers write the size of the linked file; no content follows, as for every other type.
+            // Some archivers write the size of the linked file, but no content follows, as for all other types.
             _ => 0,
         };
         let id = |value: i64, what: &str| {
@@ -558,7 +558,7 @@ impl<R: Read> Archive<R> {
     }
 }
 
-/// A numeric header field: octal digits between spaces and zero bytes, or GNU's big-endian two's complement.
+/// Parses a numeric header field: octal digits between spaces and zero bytes, or GNU's big-endian two's complement.
 fn number(field: &[u8]) -> Option<i64> {
     if field.first()? & 0x80 != 0 {
         // The top bit is the marker, the next one the sign.
@@ -584,10 +584,10 @@ fn number(field: &[u8]) -> Option<i64> {
     Some(value)
 }
 
-/// The records of one extended header: `LENGTH KEYWORD=VALUE\n`, the length counting itself.
+/// Parses the records of an extended header: `LENGTH KEYWORD=VALUE\n`, where the length includes itself.
 fn pax(mut bytes: &[u8], extension: &mut Extension) -> Result<(), String> {
     while !bytes.is_empty() {
-        // Some writers pad with zero bytes.
+        // Some archivers pad with zero bytes.
         if bytes.iter().all(|&b| b == 0) {
             return Ok(());
         }
@@ -633,7 +633,7 @@ fn pax(mut bytes: &[u8], extension: &mut Extension) -> Result<(), String> {
                 .and_then(|t| t.parse::<u32>().ok())
                 .ok_or_else(bad)
         };
-        // An empty value takes an earlier record back.
+        // An empty value cancels an earlier record.
         let some = !value.is_empty();
         match keyword {
             b"path" => extension.path = some.then(|| value.to_vec()),
@@ -667,7 +667,7 @@ fn text(bytes: &[u8]) -> Option<&str> {
     std::str::from_utf8(bytes).ok()
 }
 
-/// Decimal seconds with an optional fraction, rounded down to nanoseconds.
+/// Parses decimal seconds with an optional fraction, rounded down to nanoseconds.
 fn time(value: &[u8]) -> Option<Time> {
     let text = text(value)?;
     let (negative, digits) = match text.strip_prefix('-') {

@@ -1,5 +1,5 @@
-//! Reads a directory on disk into a [`Tree`]. For trees that nobody changes meanwhile and that this program or an
-//! unpacker made; a stranger's upper directory goes through `scan`.
+//! Reads a directory on disk into a [`Tree`]. Only for trees that do not change meanwhile and were made by this program
+//! or an unpacker; untrusted upper directories are read by `scan`.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -16,18 +16,18 @@ use super::tree::{Kind, Node, Time, Tree};
 use crate::common::digest::{Digest, HashingWriter};
 use crate::node::overlay::xattr::Namespace;
 
-/// A path of the tree that cannot be read.
+/// A path of the tree cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read {path:?}: {source}", path = .path)]
 pub struct DirectoryError {
-    /// Where.
+    /// The path.
     pub path: PathBuf,
-    /// What the kernel said.
+    /// The cause.
     pub source: io::Error,
 }
 
 impl DirectoryError {
-    /// For `map_err`.
+    /// Returns a conversion for `map_err`.
     pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self {
             path: path.to_owned(),
@@ -36,23 +36,23 @@ impl DirectoryError {
     }
 }
 
-/// A stack of overlay directories that cannot be merged.
+/// A stack of overlay directories cannot be merged.
 #[derive(Debug, thiserror::Error)]
 pub enum LowersError {
-    /// Something cannot be read.
+    /// A path cannot be read.
     #[error(transparent)]
     Directory(#[from] DirectoryError),
-    /// A mark that no unpacked layer has: what it stands for is elsewhere.
+    /// A directory or file has an overlay attribute that no unpacked layer has, and whose target is elsewhere.
     #[error("{path:?} carries the overlay mark {mark}, which no unpacked image layer has")]
     Mark {
-        /// Where.
+        /// The path.
         path: PathBuf,
         /// `redirect` or `metacopy`.
         mark: &'static str,
     },
 }
 
-/// Gives each file its number in a tree, the same number to all its hard links.
+/// Numbers the files of a tree; all hard links to a file get the same number.
 #[derive(Default)]
 pub(crate) struct Inodes {
     seen: HashMap<(u64, u64), u64>,
@@ -60,7 +60,7 @@ pub(crate) struct Inodes {
 }
 
 impl Inodes {
-    /// The number for a file with this metadata.
+    /// Returns the number of a file with this metadata.
     pub(crate) fn number(&mut self, meta: &Metadata) -> u64 {
         self.next += 1;
         if meta.is_dir() || meta.nlink() < 2 {
@@ -74,8 +74,8 @@ impl Inodes {
 }
 
 impl Tree {
-    /// The tree below `root`, `root` itself included. With `skip_mounts`, what another mount covers (and all below
-    /// it) is left out, a bind-mounted file as well as a directory.
+    /// Reads the tree at `root`, including `root` itself. With `skip_mounts`, mount points are left out with everything
+    /// below them, for files as well as for directories.
     pub fn from_directory(root: &Path, skip_mounts: bool) -> Result<Self, DirectoryError> {
         let mut tree = Self::default();
         let mut inodes = Inodes::default();
@@ -106,8 +106,8 @@ impl Tree {
 }
 
 impl Tree {
-    /// What an overlay over `lowers` (topmost first) shows: whiteouts and opaque directories resolved, the marks
-    /// themselves not in the attributes.
+    /// Reads the merged view of an overlay over `lowers` (topmost first): whiteouts and opaque directories are
+    /// resolved, and the overlay's own extended attributes are left out.
     ///
     /// Source: kernel `Documentation/filesystems/overlayfs.rst`, "whiteouts and opaque directories".
     pub fn from_lowers(lowers: &[PathBuf], namespace: Namespace) -> Result<Self, LowersError> {
@@ -120,7 +120,7 @@ impl Tree {
             inodes: Inodes::default(),
             prefix,
         };
-        // Directories to merge: path in the tree, and where its parts are, topmost first.
+        // Directories still to be merged: path in the tree, and their parts on disk, topmost first.
         let mut left: Vec<(Vec<u8>, Vec<PathBuf>)> = vec![(Vec::new(), lowers.to_vec())];
         while let Some((path, parts)) = left.pop() {
             stack.merge(&path, &parts, &mut left)?;
@@ -147,7 +147,7 @@ impl Stack {
         };
         let meta = fs::symlink_metadata(top).map_err(DirectoryError::at(top))?;
         self.insert(path, top, &meta)?;
-        // Names that an upper part has already decided about, and directories that go on below it.
+        // Names that a higher part has decided, and directories whose lower parts are merged into them.
         let mut decided: HashSet<OsString> = HashSet::new();
         let mut open: BTreeMap<OsString, Vec<PathBuf>> = BTreeMap::new();
         for part in parts {
@@ -226,7 +226,7 @@ fn is_mount_point(path: &Path) -> io::Result<bool> {
     Ok(stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
-/// What is at `path`, content as a digest, extended attributes all as they are.
+/// Reads the file at `path`, with its content as a digest and all extended attributes.
 pub(crate) fn node(path: &Path, meta: &Metadata, inode: u64) -> io::Result<Node> {
     let kind = match meta.file_type() {
         t if t.is_file() => Kind::File,
@@ -270,17 +270,17 @@ pub(crate) fn node(path: &Path, meta: &Metadata, inode: u64) -> io::Result<Node>
     })
 }
 
-/// Digest of a regular file's content.
+/// Returns the digest of a regular file's content.
 pub(crate) fn content(path: &Path) -> io::Result<Digest> {
     let mut hash = HashingWriter::new(io::sink());
     io::copy(&mut File::open(path)?, &mut hash)?;
     Ok(hash.complete().1)
 }
 
-/// Every extended attribute of `path` itself. File systems without them have none.
+/// Reads all extended attributes of `path` itself. Returns none if the file system does not support them.
 pub(crate) fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     let mut xattrs = BTreeMap::new();
-    // The kernel's bounds: XATTR_LIST_MAX and XATTR_SIZE_MAX.
+    // The kernel's limits: XATTR_LIST_MAX and XATTR_SIZE_MAX.
     let mut names = vec![0; 64 * 1024];
     let length = match rustix::fs::llistxattr(path, &mut names[..]) {
         Ok(length) => length,
@@ -299,7 +299,7 @@ pub(crate) fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
             Ok(length) => {
                 xattrs.insert(name.to_vec(), value[..length].to_vec());
             }
-            // Listed but not readable without privilege, or gone.
+            // The attribute is listed but not readable without privilege, or was removed meanwhile.
             Err(rustix::io::Errno::NODATA) => {}
             Err(error) => return Err(error.into()),
         }

@@ -1,10 +1,11 @@
-//! Applies layer archives one over the other, in memory: the tree that an unpacker of the image would make.
+//! Applies layer archives in order, in memory, and returns the tree that an unpacker of the image would create.
 //!
-//! Format: image-spec `layer.md` (whiteouts, opaque directories, hard links). Where it leaves things open, this does
-//! as containerd's unpacker: parents that are symbolic links are followed inside the tree, missing parents are made.
-//! Layers that old versions of Docker made on aufs hold that file system's own entries (`.wh..wh.aufs`, `.wh..wh.orph`,
-//! `.wh..wh.plnk`): they are skipped, but a file below `.wh..wh.plnk/` may be the target of hard links, which then are
-//! files of their own (`pkg/archive/diff.go` of Docker, `archive/tar.go` of containerd).
+//! Format: image-spec `layer.md` (whiteouts, opaque directories, hard links). Where it is unspecified, this follows
+//! containerd's unpacker: symbolic links in parent paths are followed within the tree, and missing parents are created.
+//!
+//! Layers that old versions of Docker made on aufs contain that file system's own entries (`.wh..wh.aufs`,
+//! `.wh..wh.orph`, `.wh..wh.plnk`). They are skipped, but a file below `.wh..wh.plnk/` may be the target of hard links,
+//! which then become separate files (`pkg/archive/diff.go` of Docker, `archive/tar.go` of containerd).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::Read;
@@ -12,25 +13,25 @@ use std::io::Read;
 use super::archive::{Archive, ArchiveError, Entry, EntryKind, Facts, decompress};
 use super::tree::{Kind, Node, Time, Tree};
 
-/// Bytes of paths, targets and attributes that a tree may hold: some ten million entries of an ordinary image.
+/// Maximum total size of paths, targets and attributes in bytes: about ten million entries of an ordinary image.
 const METADATA_BYTES: u64 = 2 * 1024 * 1024 * 1024;
-/// What an entry costs beside its path: the map's node and its pointers.
+/// Estimated memory of an entry in addition to its path: the map's node and its pointers.
 const ENTRY_BYTES: u64 = 256;
-/// What marks an entry of aufs itself, at the root of a layer.
+/// Prefix of entries of aufs itself, at the root of a layer.
 const AUFS: &[u8] = b".wh..wh.";
-/// Where aufs keeps files that have several names.
+/// Directory in which aufs keeps files with several names.
 const AUFS_LINKS: &[u8] = b".wh..wh.plnk/";
-/// As the kernel.
+/// Maximum number of symbolic links in a path, as in the kernel.
 const MAX_SYMLINKS: usize = 40;
 
-/// A stack of layers, bottom first, being applied.
+/// A stack of layers that is built bottom first.
 pub struct Layers {
     tree: Tree,
-    /// Which layer wrote a path last. Whiteouts hide only what is below their own layer.
+    /// The layer that last wrote each path. Whiteouts hide only the layers below their own.
     written: BTreeMap<Vec<u8>, u32>,
-    /// Directories into which a layer wrote without describing them.
+    /// Directories that a layer wrote into without having an entry for them.
     undescribed: BTreeSet<Vec<u8>>,
-    /// Files below `.wh..wh.plnk/` of the layer that is being applied, by their last name.
+    /// Files below `.wh..wh.plnk/` of the layer that is being applied, by the last component of their name.
     aufs_links: HashMap<Vec<u8>, Node>,
     layer: u32,
     inode: u64,
@@ -44,7 +45,7 @@ impl Default for Layers {
 }
 
 impl Layers {
-    /// No layer yet: an empty root.
+    /// Creates a stack without layers: an empty root directory.
     pub fn new() -> Self {
         let mut layers = Self {
             tree: Tree::default(),
@@ -61,7 +62,7 @@ impl Layers {
         layers
     }
 
-    /// A tree that is there already, to apply layers over.
+    /// Creates a stack on top of an existing tree.
     pub fn over(tree: Tree) -> Self {
         let mut layers = Self::new();
         let top = tree.nodes.values().map(|node| node.inode).max();
@@ -73,9 +74,9 @@ impl Layers {
         layers
     }
 
-    /// Applies one more layer (plain, gzip or zstd) and says what its tar was.
+    /// Applies one more layer (plain, gzip or zstd) and returns the properties of its tar.
     ///
-    /// After an error the tree holds part of the layer and must not be used.
+    /// After an error, the tree contains a part of the layer and must not be used.
     pub fn apply(&mut self, layer: impl Read) -> Result<Facts, ArchiveError> {
         let (_, reader) =
             decompress(layer).map_err(|source| ArchiveError::Io { offset: 0, source })?;
@@ -89,13 +90,13 @@ impl Layers {
         archive.finish()
     }
 
-    /// The tree of all layers.
+    /// Returns the tree of all layers.
     pub fn complete(self) -> Tree {
         self.tree
     }
 
-    /// The tree of all layers, as [`Layers::complete`], with every directory marked implicit whose topmost layer
-    /// writes into it without describing it: there unpackers disagree about its metadata.
+    /// Returns the tree of all layers like [`Layers::complete`], and marks directories as implicit whose topmost layer
+    /// writes into them without an entry for them. Unpackers differ in the metadata of such directories.
     pub fn complete_lenient(mut self) -> Tree {
         for path in &self.undescribed {
             if let Some(node) = self.tree.nodes.get_mut(path) {
@@ -118,7 +119,7 @@ impl Layers {
         }
         let (parent, base) = split(&name);
         if let Some(hidden) = base.strip_prefix(b".wh.") {
-            // Unpackers make the directory that a whiteout stands in.
+            // Unpackers create the parent directory of a whiteout.
             let parent = self.parent(parent, &entry.name)?;
             if hidden == b".wh..opq" {
                 if emptied.insert(parent.clone()) {
@@ -161,7 +162,7 @@ impl Layers {
         self.insert(path, node)
     }
 
-    /// What a hard link called `path` names; none where that is itself.
+    /// Returns the target of the hard link `path`, or `None` if that is `path` itself.
     fn linked(&mut self, entry: &Entry, path: &[u8]) -> Result<Option<Node>, ArchiveError> {
         let failed = |reason: &str| ArchiveError::entry(&entry.name, reason);
         let missing = || {
@@ -187,7 +188,7 @@ impl Layers {
         }
     }
 
-    /// An entry of aufs itself is no part of the tree; files that hard links may lead to are remembered.
+    /// Skips an entry of aufs itself, but records files that may be targets of hard links.
     fn aufs_entry<R: Read>(
         &mut self,
         name: &[u8],
@@ -233,7 +234,7 @@ impl Layers {
         Ok(node)
     }
 
-    /// The real path of a parent directory: symbolic links followed inside the tree, missing directories made.
+    /// Resolves a parent directory: symbolic links are followed within the tree and missing directories are created.
     fn parent(&mut self, parent: &[u8], entry: &[u8]) -> Result<Vec<u8>, ArchiveError> {
         let real = self.real_parent(parent, entry)?;
         let mut above = real.as_slice();
@@ -246,7 +247,7 @@ impl Layers {
     }
 
     fn real_parent(&mut self, parent: &[u8], entry: &[u8]) -> Result<Vec<u8>, ArchiveError> {
-        // A path in the map is a real one: all above it are directories.
+        // A path that is in the map has no symbolic links above it.
         if self
             .tree
             .nodes
@@ -342,7 +343,8 @@ impl Layers {
         Ok(())
     }
 
-    /// Counts what a node costs. For good, also when the path is replaced: the sum of all entries bounds the work too.
+    /// Charges an entry against the memory limit. Nothing is refunded if a path is replaced, so that the sum bounds the
+    /// work, too.
     fn charge(&mut self, path: &[u8], node: &Node) -> Result<(), ArchiveError> {
         let attributes: usize = node
             .xattrs
@@ -369,7 +371,7 @@ impl Layers {
         }
     }
 
-    /// Removes what lower layers put at and below `path`; what this layer has written there stays.
+    /// Removes what lower layers have at and below `path`, but not what the current layer has written there.
     fn remove_older(&mut self, path: &[u8], itself: bool) {
         let subtree = self.subtree(path, itself);
         let (mut newer, mut older) = (HashSet::new(), Vec::new());
@@ -414,7 +416,7 @@ impl Layers {
     }
 }
 
-/// A name without leading, trailing and doubled slashes and without `.`.
+/// Removes leading, trailing and repeated slashes and `.` from a name.
 fn normalise(name: &[u8]) -> Result<Vec<u8>, &'static str> {
     let mut path = Vec::with_capacity(name.len());
     for component in name.split(|&b| b == b'/') {
@@ -432,7 +434,7 @@ fn normalise(name: &[u8]) -> Result<Vec<u8>, &'static str> {
     Ok(path)
 }
 
-/// Parent and last component.
+/// Splits a path into its parent and last component.
 pub(crate) fn split(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|&b| b == b'/') {
         Some(slash) => (&path[..slash], &path[slash + 1..]),
@@ -440,7 +442,7 @@ pub(crate) fn split(path: &[u8]) -> (&[u8], &[u8]) {
     }
 }
 
-/// `parent/base`, without a leading slash.
+/// Joins two parts to `parent/base`, without a leading slash.
 pub(crate) fn join(parent: &[u8], base: &[u8]) -> Vec<u8> {
     if parent.is_empty() {
         base.to_vec()
@@ -517,7 +519,7 @@ mod tests {
         let sizes: Vec<u64> = tree.iter().skip(2).map(|(_, node)| node.size).collect();
         assert_eq!(sizes, [4, 4]);
 
-        // Another layer's file is no target, and neither is what is no file.
+        // Neither a file of another layer nor a directory is a valid target.
         for wrong in [".wh..wh.plnk/1.2", ".wh..wh.plnk"] {
             let links: &[Row<'_>] = &[("x", b'1', wrong)];
             assert!(apply(&[layer, links]).is_err(), "{wrong}");
@@ -545,7 +547,7 @@ mod tests {
                 ],
                 &["d", "d/n", "e", "e-"],
             ),
-            // An opaque mark after the entries of its own layer.
+            // The opaque whiteout follows entries of its own layer.
             (
                 &[("d/n", b'0', ""), ("d/.wh..wh..opq", b'0', "")],
                 &["d", "d/n", "e", "e-"],
@@ -558,10 +560,10 @@ mod tests {
                 &[(".wh.e", b'0', ""), ("e", b'5', ""), ("e/f", b'0', "")],
                 &["d", "d/a", "d/b", "e", "e-", "e/f"],
             ),
-            // A file over a directory takes everything below it.
+            // A file that replaces a directory removes everything below it.
             (&[("d", b'0', "y")], &["d", "e", "e-"]),
             (&[("e", b'5', "")], &["d", "d/a", "d/b", "e", "e-"]),
-            // aufs metadata is nobody's file.
+            // Entries of aufs are not part of the tree.
             (
                 &[(".wh..wh.plnk", b'0', "")],
                 &["d", "d/a", "d/b", "e", "e-"],
@@ -664,7 +666,7 @@ mod tests {
                 let _ = Layers::new().apply(bad.as_slice());
             }
         }
-        // A size far beyond the archive costs no memory.
+        // A size far beyond the end of the archive must not cost memory.
         let mut header = tar::Header::new_gnu();
         header.set_size(1 << 60);
         header.set_entry_type(tar::EntryType::new(b'x'));

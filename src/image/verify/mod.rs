@@ -1,7 +1,7 @@
-//! What a file tree is and how two of them differ: the oracle for fixtures, for `validate` and for proving a base.
+//! File trees and their differences: the verifier for fixtures, for `validate` and for proving a base.
 //!
-//! It reads archives and directories by its own code, apart from the code that makes layers, so that one mistake
-//! cannot hide behind the other.
+//! It reads archives and directories with code of its own, separate from the code that creates layers, so that both do
+//! not share the same mistake.
 
 pub mod archive;
 pub mod directory;

@@ -1,10 +1,10 @@
-//! The text in which fixtures describe trees and layers: what git can carry and a person can write by hand.
+//! The text format in which fixtures describe trees and layers. It can be stored in git and written by hand.
 //!
-//! It borrows the lines of `mtree(5)`: a path, then `keyword=value` words, names escaped as [`super::vis`] does.
+//! The lines follow `mtree(5)`: a path, then `keyword=value` words, with names escaped by [`super::vis`].
 //!
 //! ```text
 //! # a comment
-//! /set uid=1000 gid=1000                 defaults for the lines below; /unset takes them back
+//! /set uid=1000 gid=1000                 defaults for the lines below; /unset removes them
 //! etc/                                   a directory: the name ends in a slash
 //! etc/motd content=hello\012 mode=0600   a file
 //! etc/link link=motd                     a symbolic link
@@ -12,14 +12,15 @@
 //! dev/null type=char device=1,3
 //! etc/.wh.passwd type=whiteout           regular, empty, mode, owner and time 0 (layers only)
 //! /for 0..300 many/f{} random=7,100      300 files, the number padded with zeros
-//! /deep 1000 deep/d/                     1000 directories d, one in the other
+//! /deep 1000 deep/d/                     1000 nested directories d
 //! {x*255} hole=1048576 at.4096=data      a name of 255 x; a sparse file
 //! ```
 //!
 //! Keywords: `type mode uid gid time link hardlink device pax`, contents (`content`, `base64`, `random=SEED,LENGTH`,
-//! `zeros=LENGTH`, `hole=LENGTH`, any of them with `at.OFFSET=TEXT` over it, or only `size` with `sha256`),
-//! `xattr.NAME`, and `overlay.MARK` for the marks of an overlay directory. Where nothing else is said, a file is 0644,
-//! a directory 0755, a symbolic link 0777, all of them 0:0 and of [`DEFAULT_TIME`].
+//! `zeros=LENGTH`, `hole=LENGTH`, any of them overwritten in part by `at.OFFSET=TEXT`, or only `size` with `sha256`),
+//! `xattr.NAME`, and `overlay.MARK` for the extended attributes of an overlay directory. The default mode is 0644 for a
+//! file, 0755 for a directory and 0777 for a symbolic link; the default owner is 0:0 and the default time is
+//! [`DEFAULT_TIME`].
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -31,35 +32,35 @@ use super::tree::{Kind, Node, Time, Tree};
 use super::vis;
 use crate::common::digest::{Digest, HashingWriter};
 
-/// The time of whatever states none, in seconds since the epoch (2001-09-09).
+/// Default time in seconds since the epoch (2001-09-09).
 pub const DEFAULT_TIME: i64 = 1_000_000_000;
-/// Most items that one `/for` or `/deep` line makes.
+/// Maximum number of items that one `/for` or `/deep` line creates.
 const MAX_REPEAT: u64 = 1_000_000;
-/// Longest name after `{TEXT*N}` is expanded, in bytes.
+/// Maximum length of a name after the expansion of `{TEXT*N}`, in bytes.
 const MAX_NAME: usize = super::archive::PATH_BYTES;
 
-/// A line that cannot be understood.
+/// A line that cannot be parsed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {reason}")]
 pub struct ParseError {
-    /// Counted from 1.
+    /// Number of the line, counted from 1.
     pub line: usize,
     /// What was expected and found.
     pub reason: String,
 }
 
-/// What a line says a path is.
+/// Type of an item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Type {
-    /// What an archive can hold.
+    /// A type that archives have.
     Entry(EntryKind),
-    /// A whiteout as a layer has it: the name begins with `.wh.`.
+    /// A whiteout as in a layer, with a name that begins with `.wh.`.
     Whiteout,
-    /// A socket; only on disk.
+    /// A socket, which exists only on disk.
     Socket,
 }
 
-/// What a regular file holds.
+/// Content of a regular file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Content {
     base: Base,
@@ -75,18 +76,18 @@ enum Base {
     Stated { size: u64, digest: Option<Digest> },
 }
 
-/// One path with all that is said about it.
+/// One path with its properties.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Item {
-    /// As written: a directory's name ends in a slash, the root is `./`.
+    /// Name as written: that of a directory ends in a slash, the root is `./`.
     pub name: Vec<u8>,
-    /// What it is.
+    /// Type.
     pub kind: Type,
-    /// The low 12 bits.
+    /// The low 12 bits of the mode.
     pub mode: u32,
-    /// Owner.
+    /// User ID.
     pub uid: u32,
-    /// Group.
+    /// Group ID.
     pub gid: u32,
     /// Time of last modification.
     pub time: Time,
@@ -96,24 +97,24 @@ pub struct Item {
     pub device: (u32, u32),
     /// Content of a regular file, else empty.
     pub content: Content,
-    /// Extended attributes under their full names.
+    /// Extended attributes by their full names.
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// Marks of an overlay directory, without the prefix that depends on the mount.
+    /// Extended attributes of an overlay directory, without the prefix, which depends on the mount.
     pub overlay: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// Keywords of the extended header records that the entry needs beside its attributes, in order.
+    /// Keywords of the extended header records that the entry needs in addition to its attributes, in order.
     pub pax: Vec<String>,
 }
 
 /// One line of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
-    /// `@NAME WORD...`: what a document is for says what these mean.
+    /// `@NAME WORD...`, whose meaning depends on the purpose of the document.
     Directive {
-        /// Without the `@`.
+        /// Name without the `@`.
         name: String,
-        /// The words after it, not unescaped.
+        /// The words after it, still escaped.
         words: Vec<String>,
-        /// Where it stands, counted from 1.
+        /// Number of the line, counted from 1.
         line: usize,
     },
     /// One path.
@@ -121,7 +122,7 @@ pub enum Line {
 }
 
 impl Content {
-    /// These bytes.
+    /// Creates a content from its bytes.
     pub fn bytes(bytes: impl Into<Vec<u8>>) -> Self {
         Self {
             base: Base::Bytes(bytes.into()),
@@ -129,7 +130,7 @@ impl Content {
         }
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> u64 {
         match &self.base {
             Base::Bytes(bytes) => bytes.len() as u64,
@@ -138,22 +139,22 @@ impl Content {
         }
     }
 
-    /// Whether there is nothing in it.
+    /// Returns whether the content is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether the file is to be made with a hole wherever nothing is written over it.
+    /// Returns whether the file has a hole wherever nothing is written over it.
     pub fn is_hole(&self) -> bool {
         matches!(self.base, Base::Hole { .. })
     }
 
-    /// What is written over the base: offset and bytes.
+    /// Returns what is written over the base: offsets and bytes.
     pub fn over(&self) -> &[(u64, Vec<u8>)] {
         &self.over
     }
 
-    /// The digest; none where only a size is stated.
+    /// Returns the digest, or `None` if only a size is given.
     pub fn digest(&self) -> Option<Digest> {
         if let Base::Stated { digest, .. } = self.base {
             return digest;
@@ -163,10 +164,10 @@ impl Content {
         Some(hash.complete().1)
     }
 
-    /// Writes all of it. What is only stated cannot be written: [`io::ErrorKind::Unsupported`].
+    /// Writes the whole content. Fails with [`io::ErrorKind::Unsupported`] if only size or digest are given.
     pub fn write(&self, sink: &mut dyn Write) -> io::Result<()> {
         let mut at = 0;
-        // A multiple of 8 wherever there is more than one round: random content comes in words.
+        // A multiple of 8 if there is more than one iteration, because random content is generated in words.
         let mut buffer = vec![0; self.len().min(64 * 1024) as usize];
         while at < self.len() {
             let length = usize::try_from(self.len() - at)
@@ -178,7 +179,7 @@ impl Content {
                     chunk.copy_from_slice(&bytes[at as usize..at as usize + length]);
                 }
                 Base::Random { seed, .. } => {
-                    // `at` is a multiple of the buffer's length, so of 8.
+                    // `at` is a multiple of the buffer's length and thus of 8.
                     for (word, bytes) in chunk.chunks_mut(8).enumerate() {
                         let value = random(*seed, at / 8 + word as u64).to_le_bytes();
                         bytes.copy_from_slice(&value[..bytes.len()]);
@@ -202,7 +203,7 @@ impl Content {
     }
 }
 
-/// Word `index` of the stream that `seed` begins: the finaliser of SplitMix64 over a counter.
+/// Returns word `index` of the stream for `seed`: the finaliser of SplitMix64 over a counter.
 fn random(seed: u64, index: u64) -> u64 {
     let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -210,7 +211,7 @@ fn random(seed: u64, index: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Reads a whole document.
+/// Parses a document.
 pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
     let mut lines = Vec::new();
     let mut defaults: Vec<&str> = Vec::new();
@@ -288,7 +289,7 @@ pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
     Ok(lines)
 }
 
-/// The numbers of `FROM..TO` (`TO` excluded), padded with zeros to one width.
+/// Returns the numbers of `FROM..TO` (without `TO`), padded with zeros to the same width.
 pub fn numbers(range: &str) -> Result<impl Iterator<Item = String> + use<>, String> {
     let bad = || format!("{range:?} is no range FROM..TO of at most {MAX_REPEAT} numbers");
     let (from, to) = range.split_once("..").ok_or_else(bad)?;
@@ -502,7 +503,7 @@ fn decode(text: &str) -> Result<Vec<u8>, String> {
     vis::decode(text).map_err(|error| error.to_string())
 }
 
-/// Repeats `{TEXT*N}` and unescapes.
+/// Expands `{TEXT*N}` and unescapes.
 fn expand(text: &str) -> Result<Vec<u8>, String> {
     let bad = || format!("{text:?}: expected {{TEXT*N}} (a brace in a name is \\173)");
     let mut bytes = Vec::new();
@@ -527,7 +528,7 @@ fn expand(text: &str) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
-/// The items as a tree. The root is there even when no line names it, and then implicit, as are missing parents.
+/// Builds a tree from the items. The root and missing parents are added as implicit directories.
 pub fn tree<'a>(items: impl IntoIterator<Item = &'a Item>) -> Result<Tree, String> {
     let mut tree = Tree::default();
     let mut inode = 0;

@@ -1,4 +1,4 @@
-//! A file tree in memory, contents as digests, and the list of differences between two.
+//! A file tree in memory, with contents as digests, and the list of differences between two trees.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -6,7 +6,7 @@ use std::fmt;
 use super::vis;
 use crate::common::digest::Digest;
 
-/// What a path is.
+/// Type of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -22,12 +22,12 @@ pub enum Kind {
     Block,
     /// Named pipe.
     Fifo,
-    /// Socket; archives cannot hold one.
+    /// Socket, which archives cannot contain.
     Socket,
 }
 
 impl Kind {
-    /// The word of `mtree(5)` for it.
+    /// Returns the word of `mtree(5)` for it.
     pub fn word(self) -> &'static str {
         match self {
             Self::File => "file",
@@ -41,7 +41,7 @@ impl Kind {
     }
 }
 
-/// Seconds and nanoseconds since the epoch; before it, `seconds` is negative and `nanos` counts up from there.
+/// Seconds and nanoseconds since the epoch. Before it, `seconds` is negative and `nanos` counts up from there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time {
     /// Whole seconds, rounded down.
@@ -51,8 +51,8 @@ pub struct Time {
 }
 
 impl fmt::Display for Time {
-    /// `SECONDS` or `SECONDS.NANOS`, where the nanoseconds count up from the seconds (-1.500000000 is half a second
-    /// before the epoch).
+    /// Formats as `SECONDS` or `SECONDS.NANOS`, where the nanoseconds count up from the seconds (-1.500000000 is half a
+    /// second before the epoch).
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.nanos == 0 {
             write!(f, "{}", self.seconds)
@@ -65,62 +65,62 @@ impl fmt::Display for Time {
 /// One path of a [`Tree`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
-    /// What it is.
+    /// Type of the path.
     pub kind: Kind,
     /// Permission bits with setuid, setgid and sticky: the low 12 bits.
     pub mode: u32,
-    /// Owner.
+    /// User ID.
     pub uid: u32,
-    /// Group.
+    /// Group ID.
     pub gid: u32,
-    /// Bytes of content; 0 for everything but regular files.
+    /// Size of the content in bytes; 0 for everything but regular files.
     pub size: u64,
     /// Time of last modification.
     pub mtime: Time,
-    /// Of the content; regular files only.
+    /// Digest of the content; regular files only.
     pub content: Option<Digest>,
-    /// Where a symbolic link points.
+    /// Target of a symbolic link.
     pub target: Option<Vec<u8>>,
     /// Major and minor number; devices only.
     pub rdev: Option<(u32, u32)>,
-    /// Extended attributes, full names with raw values.
+    /// Extended attributes: full names and raw values.
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// Two paths of one tree with the same number are hard links to one file.
+    /// Paths of one tree with the same number are hard links to one file.
     pub inode: u64,
-    /// A directory that no archive entry described: it exists only because something is in it.
+    /// Whether this is a directory that no archive entry describes and that exists only because of its content.
     pub implicit: bool,
 }
 
-/// A sorted map from path to [`Node`]. Paths have no leading and no trailing slash; the root is the empty path.
+/// A sorted map from path to [`Node`]. Paths have no leading or trailing slash; the root is the empty path.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tree {
     pub(super) nodes: BTreeMap<Vec<u8>, Node>,
 }
 
 impl Tree {
-    /// The node at `path`.
+    /// Returns the node at `path`.
     pub fn get(&self, path: &[u8]) -> Option<&Node> {
         self.nodes.get(path)
     }
 
-    /// Every path with its node, in byte order.
+    /// Iterates over all paths and their nodes, in byte order.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &Node)> {
         self.nodes
             .iter()
             .map(|(path, node)| (path.as_slice(), node))
     }
 
-    /// Number of paths, the root included.
+    /// Returns the number of paths, including the root.
     pub fn len(&self) -> usize {
         self.nodes.len()
     }
 
-    /// Whether there is nothing at all, not even a root.
+    /// Returns whether the tree is empty, without even a root.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
 
-    /// The same tree with other owners; an error with the path and its owners where `owner` knows none.
+    /// Maps the owners of all nodes. Fails with the path and its owners if `owner` returns `None`.
     pub fn map_owners(
         mut self,
         owner: impl Fn(u32, u32) -> Option<(u32, u32)>,
@@ -132,7 +132,7 @@ impl Tree {
         Ok(self)
     }
 
-    /// For every path of a hard link group its first path; paths that stand alone are not in it.
+    /// Maps every path that has other hard links to the first of them.
     fn groups(&self) -> HashMap<&[u8], &[u8]> {
         let mut first: HashMap<u64, &[u8]> = HashMap::new();
         let mut groups = HashMap::new();
@@ -147,24 +147,24 @@ impl Tree {
     }
 }
 
-/// What [`compare`] is to pass over. The default passes over nothing.
+/// What [`compare`] excludes. The default excludes nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Ignore {
     /// Compare times by whole seconds only, as layers carry them.
     pub mtime_nanos: bool,
-    /// Do not compare the times of directories (unpackers set them while they fill them).
+    /// Do not compare the times of directories (unpackers change them while they fill them).
     pub directory_mtimes: bool,
     /// Do not compare the root directory's metadata.
     pub root: bool,
     /// Do not compare the metadata of directories that are implicit on either side.
     pub implicit: bool,
-    /// Do not compare which paths are one file.
+    /// Do not compare which paths are hard links to the same file.
     pub hardlinks: bool,
-    /// Sockets on either side count as absent: no archive can hold them.
+    /// Treat sockets on either side as absent, because archives cannot contain them.
     pub sockets: bool,
-    /// Names of extended attributes to pass over; a name that ends in `.` stands for all that begin with it.
+    /// Names of extended attributes to exclude. A name that ends in `.` is a prefix.
     pub xattrs: Vec<Vec<u8>>,
-    /// Paths that are passed over together with all below them.
+    /// Paths to exclude with everything below them.
     pub paths: BTreeSet<Vec<u8>>,
 }
 
@@ -190,7 +190,7 @@ impl Ignore {
     }
 }
 
-/// One point in which two trees differ.
+/// A difference between two trees.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Difference {
     /// The path, escaped as [`vis::encode`] does; the root is `/`.
@@ -198,9 +198,9 @@ pub struct Difference {
     /// `presence`, `type`, `mode`, `uid`, `gid`, `size`, `mtime`, `content`, `target`, `device`, `hardlink`, or
     /// `xattr NAME`.
     pub field: String,
-    /// What the first tree has, escaped.
+    /// Value in the first tree, escaped.
     pub expected: String,
-    /// What the second tree has, escaped.
+    /// Value in the second tree, escaped.
     pub found: String,
 }
 
@@ -214,9 +214,9 @@ impl fmt::Display for Difference {
     }
 }
 
-/// Every difference between two trees, in path order; empty when they are equal.
+/// Returns all differences between two trees, in path order.
 ///
-/// Below a path that is missing or of another type on one side only the paths themselves are reported.
+/// Below a path that is missing or of another type on one side, only the paths themselves are reported.
 pub fn compare(expected: &Tree, found: &Tree, ignore: &Ignore) -> Vec<Difference> {
     let visible = |path: &[u8], node: &Node| {
         !(ignore.path(path) || ignore.sockets && node.kind == Kind::Socket)
@@ -278,7 +278,7 @@ fn nodes(path: &[u8], a: &Node, b: &Node, ignore: &Ignore, report: &mut Report<'
     }
     let directory = a.kind == Kind::Directory;
     if a.kind != Kind::Symlink {
-        // Linux gives every symbolic link the mode 0777, archives hold what their maker liked.
+        // Linux gives all symbolic links the mode 0777, while their mode in archives is arbitrary.
         report.field(
             "mode",
             &format!("{:04o}", a.mode),
@@ -314,7 +314,7 @@ fn nodes(path: &[u8], a: &Node, b: &Node, ignore: &Ignore, report: &mut Report<'
     for key in names.into_iter().filter(|key| !ignore.xattr(key)) {
         let value = |node: &Node| {
             node.xattrs.get(key).map_or("none".to_owned(), |value| {
-                // A value may be 64 KiB; what tells two of them apart is enough.
+                // A value may have 64 KiB, and its digest is enough to show a difference.
                 if value.len() > 64 {
                     Digest::of(value).to_string()
                 } else {

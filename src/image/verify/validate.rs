@@ -1,7 +1,8 @@
-//! `upperdeck validate`: is a layer, or an image, what a fixture says it must be?
+//! `upperdeck validate`: checks whether a layer or an image is what a fixture specifies.
 //!
-//! An expectation is a text of [`super::text`]: the entries of a layer in their order, with `@diff-id`, `@gzip` and
-//! `@zstd` digests where bytes matter too; or, with `@tree` in it, all paths of the tree that an image unpacks to.
+//! An expectation is a text in the format of [`super::text`]: the entries of a layer in their order, with the digests
+//! `@diff-id`, `@gzip` and `@zstd` if the bytes matter, too; or, with `@tree`, all paths of the tree that an image
+//! unpacks to.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -15,46 +16,46 @@ use super::tree::{self, Difference, Ignore};
 use super::vis;
 use crate::common::digest::{Digest, HashingWriter};
 
-/// The name of the expectation in a fixture's folder.
+/// File name of the expectation in a fixture's directory.
 pub const EXPECTED: &str = "expected";
 
-/// What a layer or an image must be.
+/// The expected content of a layer or an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expected {
     /// Entries in their order; for a tree in any order, parents first.
     pub items: Vec<Item>,
-    /// The items are a whole tree and not the entries of one layer.
+    /// Whether the items are a whole tree instead of the entries of one layer.
     pub tree: bool,
     /// Digest of the layer's tar.
     pub diff_id: Option<Digest>,
-    /// Digest of the layer as this program compresses it with gzip, level and all.
+    /// Digest of the layer as this program compresses it with gzip at its default level.
     pub gzip: Option<Digest>,
-    /// Likewise with zstd.
+    /// Digest of the layer as this program compresses it with zstd at its default level.
     pub zstd: Option<Digest>,
-    /// There must be no layer: making it has to fail with a message in which all these words stand.
+    /// Words in the error message with which creating the layer must fail; there must then be no layer.
     pub refusal: Option<Vec<String>>,
 }
 
-/// Why nothing could be compared.
+/// The reason why nothing could be compared.
 #[derive(Debug, thiserror::Error)]
 pub enum ValidateError {
     /// The expectation cannot be read.
     #[error("cannot read {path:?}: {source}", path = .path)]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
-    /// The expectation cannot be understood.
+    /// The expectation cannot be parsed.
     #[error("{path:?}: {source}", path = .path)]
     Expectation {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Which line, and why.
+        /// Line and cause.
         source: ParseError,
     },
-    /// The expectation and what is to be compared with it do not go together.
+    /// The expectation is not of the kind that is compared.
     #[error("{0}")]
     Mismatch(String),
     /// The layer cannot be read.
@@ -63,25 +64,25 @@ pub enum ValidateError {
 }
 
 impl ValidateError {
-    /// Whether the caller asked for something that makes no sense (exit code 2), as opposed to a failure.
+    /// Returns whether the request was invalid (exit code 2), as opposed to a failure.
     pub fn is_usage(&self) -> bool {
         matches!(self, Self::Expectation { .. } | Self::Mismatch(_))
     }
 }
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Report {
-    /// Number of entries (or of paths) that were compared.
+    /// Number of entries (or paths) that were compared.
     pub entries: u64,
     /// The first differences.
     pub differences: Vec<Difference>,
-    /// How many more there are.
+    /// Number of further differences.
     pub more: u64,
 }
 
 impl Report {
-    /// Whether everything is as expected.
+    /// Returns whether there are no differences.
     pub fn is_valid(&self) -> bool {
         self.differences.is_empty() && self.more == 0
     }
@@ -107,7 +108,7 @@ impl fmt::Display for Report {
 }
 
 impl Expected {
-    /// Reads the expectation at `path`: a file, or a fixture's folder with a file `expected` in it.
+    /// Reads the expectation at `path`: a file, or the directory of a fixture with a file `expected`.
     pub fn load(path: &Path) -> Result<Self, ValidateError> {
         let path = if path.is_dir() {
             path.join(EXPECTED)
@@ -121,7 +122,7 @@ impl Expected {
         Self::parse(&text).map_err(|source| ValidateError::Expectation { path, source })
     }
 
-    /// Reads an expectation.
+    /// Parses an expectation.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         let mut expected = Self::default();
         for line in text::parse(text)? {
@@ -156,7 +157,7 @@ impl Expected {
     }
 }
 
-/// Compares one layer (plain, gzip or zstd) with the entries that it must have. At most `limit` differences are named.
+/// Compares one layer (plain, gzip or zstd) with its expected entries. At most `limit` differences are listed.
 pub fn layer(
     mut layer: impl Read,
     expected: &Expected,
@@ -223,8 +224,8 @@ pub fn layer(
     Ok(limited(found.len() as u64, differences, limit))
 }
 
-/// Compares an image, its layers given bottom first, with an expectation: with a tree all of them, one over the
-/// other; with a list of entries the topmost.
+/// Compares an image, given as its layers bottom first, with an expectation. A tree is compared with all layers applied
+/// in order, a list of entries with the topmost layer.
 pub fn image<R: Read>(
     layers: impl IntoIterator<Item = io::Result<R>>,
     expected: &Expected,
@@ -322,7 +323,7 @@ fn entries(expected: &[Item], found: &[(Entry, Option<Digest>)]) -> Vec<Differen
             "nothing".to_owned(),
         );
     }
-    // The order of what both have; after the first difference everything else is a consequence.
+    // Compares the order of common entries. Only the first difference is reported, because further ones follow from it.
     let theirs = found
         .iter()
         .map(|(entry, _)| entry.name.as_slice())
@@ -412,7 +413,7 @@ fn fields(
     }
 }
 
-/// Hashes what is read through it.
+/// A reader that hashes what is read through it.
 struct Hashed<R> {
     reader: R,
     hash: HashingWriter<io::Sink>,

@@ -1,21 +1,21 @@
-//! Names are bytes; this makes them text that survives git, terminals and logs, and reads it back.
+//! Escapes names, which are bytes, as text that is safe in git, terminals and logs, and reads them back.
 //!
-//! Format: the octal form of `vis(3)` as `mtree(5)` uses it: printable ASCII stands for itself, everything else
-//! (control characters, space, `\`, `#`, `=`, bytes above 126) is a backslash and three octal digits.
+//! Format: the octal form of `vis(3)` as used by `mtree(5)`. Printable ASCII is literal; all other bytes and `\`, `#`,
+//! `=` become a backslash and three octal digits.
 
 use std::fmt::Write as _;
 
-/// A text that [`decode`] cannot read.
+/// A text that [`decode`] cannot parse.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{text:?} is no escaped name: a backslash must be followed by three octal digits up to 377"
 )]
 pub struct DecodeError {
-    /// The text as it was given.
+    /// The text as given.
     pub text: String,
 }
 
-/// `bytes` as printable ASCII without white space. The empty name stays empty.
+/// Escapes `bytes` as printable ASCII without white space. The empty name stays empty.
 pub fn encode(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for &byte in bytes {
@@ -28,7 +28,7 @@ pub fn encode(bytes: &[u8]) -> String {
     text
 }
 
-/// The bytes that [`encode`] was given. Other text is taken as it stands, UTF-8 included.
+/// Reverses [`encode`]. Unescaped characters are taken literally, including UTF-8.
 pub fn decode(text: &str) -> Result<Vec<u8>, DecodeError> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -55,7 +55,7 @@ pub fn decode(text: &str) -> Result<Vec<u8>, DecodeError> {
 }
 
 fn escape(text: &mut String, byte: u8) {
-    // Writing to a String cannot fail.
+    // Writing to a `String` cannot fail.
     let _ = write!(text, "\\{byte:03o}");
 }
 
