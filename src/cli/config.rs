@@ -1,8 +1,8 @@
 //! Settings of the long-running verbs: flags, then the environment (`UPPERDECK_FLAG`), then a TOML file, then defaults.
 //!
-//! The file has the flags' names with `_` for `-`. A key at the top is for every verb that has such a flag; one in
-//! `[manager]`, `[agent]` or `[up]` for that verb, and goes before the one at the top. What clap knows of the flags is
-//! the only list of them: a key that is no flag is an error that names it.
+//! Keys in the file are the flags' names with `_` for `-`. A key at the top level applies to every verb that has the
+//! flag; one in `[manager]`, `[agent]` or `[up]` applies to that verb and takes precedence. The flags known to clap are
+//! the only list of keys; any other key is an error that names it.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -17,13 +17,13 @@ use crate::node::confine;
 
 /// The verbs that a file can configure.
 const VERBS: [&str; 3] = ["manager", "agent", "up"];
-/// Takes the settings of the verb that it is for.
+/// The verb that uses the settings of the verb it checks.
 const DOCTOR: &str = "doctor";
-/// Read when `--config` does not say another, and when it is there.
+/// Default file, which is read if `--config` is not given and the file exists.
 const USUAL: &str = "/etc/upperdeck/upperdeck.toml";
-/// A file of settings is small; what is larger is another file.
+/// Maximum size of a settings file, in bytes.
 const MAX_FILE: u64 = 1 << 20;
-/// Flags that are about the program, and no settings.
+/// Flags that are not settings.
 const NO_SETTINGS: [&str; 9] = [
     "config",
     "print-config",
@@ -36,22 +36,22 @@ const NO_SETTINGS: [&str; 9] = [
     "check-timeout",
 ];
 
-/// Why the command line cannot be meant.
+/// An error in the command line or the settings file.
 #[derive(Debug)]
 pub(super) enum Error {
-    /// clap says it, or help was asked for.
+    /// An error of clap, or a request for help.
     Clap(clap::Error),
-    /// The file says it.
+    /// An error in the settings file.
     File(Usage),
 }
 
-/// What was asked for, and where it was said.
+/// The result of parsing command line, environment and file.
 pub(super) struct Parsed {
-    /// The command line with what the file adds.
+    /// The command line, supplemented by the file.
     pub(super) cli: Cli,
-    /// What `--print-config` prints, where that was asked for.
+    /// The output of `--print-config`, if requested.
     pub(super) print: Option<String>,
-    /// Open descriptors that a setting names: `--creds-fd 3`, `/dev/fd/5`.
+    /// Open descriptors that a setting refers to: `--creds-fd 3`, `/dev/fd/5`.
     pub(super) descriptors: Vec<u32>,
 }
 
@@ -67,7 +67,7 @@ fn section<'a>(verb: &'a str, asked: &ArgMatches) -> &'a str {
     verb
 }
 
-/// The command line as clap knows it: every setting of a configurable verb can come from the environment, too.
+/// Returns the clap command, in which every setting of a configurable verb can also come from the environment.
 pub(super) fn command() -> Command {
     let mut command = Cli::command();
     for verb in VERBS.into_iter().chain([DOCTOR]) {
@@ -86,7 +86,7 @@ fn with_environment(arg: Arg) -> Arg {
     }
 }
 
-/// Parses `args`, the program's name first.
+/// Parses `args`, which start with the program's name.
 pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, Error> {
     let args: Vec<OsString> = args.into_iter().collect();
     let mut command = command();
@@ -128,7 +128,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
             .collect()
     };
     let all = matches(&command, &with(&added)).map_err(|error| {
-        // Which of them clap does not like: it speaks of flags, and the file has keys.
+        // Finds the setting that clap rejects, because clap's message names a flag while the file has a key.
         let alone = added.iter().find_map(|setting| {
             let error = matches(&command, &with(std::slice::from_ref(setting))).err()?;
             Some((setting, error))
@@ -154,11 +154,11 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
     })
 }
 
-/// Which open descriptors the values name, of this verb and those below it.
+/// Returns the open descriptors that values of this verb and its subcommands refer to.
 fn descriptors(matches: &ArgMatches) -> Vec<u32> {
     let mut found = Vec::new();
     for id in matches.ids() {
-        // Groups of flags are ids, too, and have no values of their own.
+        // Groups of flags have IDs, too, but no values.
         let Ok(Some(values)) = matches.try_get_raw(id.as_str()) else {
             continue;
         };
@@ -195,7 +195,7 @@ fn in_file(file: &Path, reason: &str) -> Error {
     )))
 }
 
-/// The file that was named, or the usual one where there is one.
+/// Reads the file `named`, or the default file if it exists.
 fn read(named: Option<&PathBuf>) -> Result<Option<(PathBuf, Table)>, Error> {
     let file = match named {
         Some(file) => file.clone(),
@@ -217,13 +217,13 @@ fn read(named: Option<&PathBuf>) -> Result<Option<(PathBuf, Table)>, Error> {
     Ok(Some((file, table)))
 }
 
-/// A setting of the file as clap takes it.
+/// A setting of the file, translated for clap.
 struct Setting {
-    /// As written, for messages: `manager.listen`.
+    /// Key as written, for messages: `manager.listen`.
     key: String,
-    /// clap's name of the argument.
+    /// clap's ID of the argument.
     id: String,
-    /// What it is on a command line.
+    /// The equivalent flags.
     flags: Vec<String>,
 }
 
@@ -235,7 +235,8 @@ fn flag_of<'a>(command: &'a Command, verb: &str, key: &str) -> Option<&'a Arg> {
         .find(|arg| arg.get_long() == Some(&long) && !NO_SETTINGS.contains(&long.as_str()))
 }
 
-/// The settings for `verb` (`commit` has none in a file); the reason names the key that is wrong, also one for another verb.
+/// Returns the settings for `verb` (`commit` has none). Fails with a text that names the invalid key, even if the key
+/// is for another verb.
 fn settings(command: &Command, verb: &str, table: &Table) -> Result<Vec<Setting>, String> {
     let mut found: Vec<Setting> = Vec::new();
     let mut own = Vec::new();
@@ -277,7 +278,7 @@ fn settings(command: &Command, verb: &str, table: &Table) -> Result<Vec<Setting>
     Ok(found)
 }
 
-/// Says what else may have been meant.
+/// Returns the message for an unknown key, with a similar known one.
 fn unknown(command: &Command, verbs: &[&str], name: &str, key: &str) -> String {
     let known = verbs
         .iter()
@@ -330,7 +331,7 @@ fn setting(key: &str, arg: &Arg, value: &Value) -> Result<Setting, String> {
     })
 }
 
-/// All settings of `verb` as a file would have them, each with where it comes from.
+/// Formats all settings of `verb` as a settings file, with the source of each.
 fn printed(
     command: &Command,
     verb: &str,
@@ -388,7 +389,7 @@ fn printed(
     out
 }
 
-/// `scheme://user:password@host` without the password.
+/// Masks the password in `scheme://user:password@host`.
 fn without_password(value: &str) -> String {
     let hidden = value.split_once("://").and_then(|(scheme, rest)| {
         let end = rest.find(['/', '?']).unwrap_or(rest.len());

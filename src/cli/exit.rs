@@ -1,31 +1,31 @@
-//! The exit codes, which scripts rely on.
+//! The exit codes, which are a stable interface for scripts.
 
 use std::process::ExitCode;
 
-/// How the program ends.
+/// Exit code of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Exit {
-    /// Done; for `commit`: the image is at the destination under its tag.
+    /// Success. For `commit`, the image is at the destination under its tag.
     Saved = 0,
-    /// Failed for good: trying again without changing something will not help.
+    /// Permanent failure: a retry will not help unless something changes.
     Failed = 1,
-    /// The command line is wrong.
+    /// The command line is invalid.
     Usage = 2,
-    /// There is no such container, or it ended.
+    /// The container does not exist or has ended.
     NoContainer = 66,
-    /// The base image could not be proven, or is nowhere to be had.
+    /// The base image could not be proven or is not available.
     Base = 69,
-    /// Worth retrying: registry unreachable, 5xx, 429.
+    /// Transient failure that is worth a retry: registry unreachable, 5xx, 429.
     Retry = 75,
-    /// Not permitted: credentials, quota, policy, a missing capability.
+    /// Not permitted: credentials, quota, policy or a missing capability.
     NotPermitted = 77,
-    /// Cancelled by SIGINT or SIGTERM; the container runs.
+    /// Cancelled by SIGINT or SIGTERM. The container is running.
     Cancelled = 130,
 }
 
 impl Exit {
-    /// All of them with their meaning, for the help and the man page.
+    /// All exit codes with their meaning, for the help and the man page.
     pub const TABLE: [(Self, &'static str); 8] = [
         (Self::Saved, "saved (or done)"),
         (Self::Failed, "failed for good"),
@@ -43,12 +43,12 @@ impl Exit {
         (Self::Cancelled, "cancelled"),
     ];
 
-    /// The number.
+    /// Returns the number.
     pub fn code(self) -> u8 {
         self as u8
     }
 
-    /// From the number that a module's error names; one that is in no table is a plain failure.
+    /// Converts a number. Unknown numbers become [`Exit::Failed`].
     pub fn from_code(code: u8) -> Self {
         Self::TABLE
             .iter()
@@ -64,7 +64,7 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// A request that cannot be meant: what clap cannot see by itself.
+/// An invalid command line that clap cannot detect by itself.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Usage(pub String);

@@ -1,4 +1,4 @@
-//! The one place where an error becomes an exit code and a word for scripts.
+//! Maps errors to exit codes and stable error codes for scripts. This is the only place that does so.
 
 use std::io;
 
@@ -9,12 +9,12 @@ use crate::demo;
 use crate::save;
 use crate::store::images;
 
-/// An error as scripts see it.
+/// The machine-readable form of an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// Exit code.
     pub exit: Exit,
-    /// Stable word in snake case, for the `failed` event.
+    /// Stable code in snake case, for the `failed` event.
     pub code: &'static str,
     /// Whether the same call may succeed later.
     pub retryable: bool,
@@ -29,8 +29,8 @@ impl Failure {
         }
     }
 
-    /// What `error` means: the outermost cause of a type that is known here decides. A typed error has to be a cause
-    /// (`?`, `#[source]`); one that was only attached with `context` is text.
+    /// Maps `error` by its outermost cause of a known type. A typed error has to be a cause (`?`, `#[source]`); one
+    /// that was only attached with `context` is text.
     pub fn of(error: &anyhow::Error) -> Self {
         error
             .chain()
@@ -38,7 +38,7 @@ impl Failure {
             .unwrap_or(Self::new(Exit::Failed, "failed"))
     }
 
-    /// By type and by what the type says of itself, never by its text.
+    /// Maps a cause by its type and kind, never by its text.
     fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Self> {
         if cause.is::<Cancelled>() {
             return Some(Self::new(Exit::Cancelled, "cancelled"));
@@ -91,7 +91,7 @@ impl Failure {
         if let Some((exit, code)) = super::service::failure(cause) {
             return Some(Self::new(exit, code));
         }
-        // Last, as modules wrap it with more knowledge.
+        // Last, because modules wrap I/O errors in more specific ones.
         let error = cause.downcast_ref::<io::Error>()?;
         match error.kind() {
             io::ErrorKind::PermissionDenied => {

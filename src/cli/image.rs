@@ -1,4 +1,4 @@
-//! `image ls` and `image rm`: where images were saved, seen from the shell.
+//! `image ls` and `image rm`: lists and deletes saved images.
 
 use anyhow::Context;
 use serde::Serialize;
@@ -13,10 +13,10 @@ use crate::store::images::{
     Error, ImageEntry, Images, Listed, Place, Query, Removed, RepositoryEntry, Which,
 };
 
-/// Digits of a digest in a table.
+/// Length of a shortened digest in a table.
 const SHORT_DIGEST: usize = "sha256:".len() + 12;
 
-/// What `image ls` prints.
+/// Output of `image ls`.
 #[derive(Serialize)]
 struct ListView {
     page: u32,
@@ -65,7 +65,7 @@ async fn list(images: &dyn Images, place: &Place, query: &Query) -> Result<ListV
     } else {
         match images.images(path, &query).await {
             Ok(Listed { items, total }) => (What::Images(items), total),
-            // A plain registry has no projects: what is no repository may be the beginning of some.
+            // A plain registry has no projects, so a path that is not a repository may be a prefix of some.
             Err(missing @ Error::NotThere(_)) => {
                 match repositories(images, &format!("{path}/"), &query).await {
                     Ok((what, total)) if total > 0 => (what, total),
@@ -166,7 +166,7 @@ fn table(view: &ListView, no_trunc: bool) -> String {
     out
 }
 
-/// A line of `image rm`.
+/// One result of `image rm`.
 #[derive(Serialize)]
 struct RemovedView {
     image: String,
@@ -174,7 +174,7 @@ struct RemovedView {
     removed: Removed,
 }
 
-/// Each in turn; what is gone is told even when a later one fails.
+/// Deletes the images in order. Completed deletions are printed even if a later one fails.
 pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
     let of_manager = |image: &String| !image.contains('/') && !image.starts_with("oci:");
     #[cfg(feature = "service")]
@@ -197,7 +197,7 @@ pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
             }),
         }
     });
-    // A command line that is wrong deletes nothing.
+    // All arguments are parsed before anything is deleted.
     let places = places.collect::<Result<Vec<_>, Error>>()?;
     let mut views = Vec::new();
     let mut failure = None;
@@ -253,7 +253,7 @@ fn removed_text(views: &[RemovedView]) -> String {
     out
 }
 
-/// Opens the place and does `work` there, until somebody asks to stop.
+/// Opens the place and runs `work` on it until a signal cancels.
 fn run<T>(
     registry: &super::args::Registry,
     place: &Place,

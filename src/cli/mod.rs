@@ -1,5 +1,5 @@
-//! The command line: flags as typed (`args`) become options as meant (`options`), one `match` hands them to a verb, and
-//! what comes back becomes an exit code (`exit`).
+//! The command line. Flags as typed (`args`) are resolved to options (`options`), one `match` dispatches to a verb, and
+//! the result becomes an exit code (`exit`).
 
 mod args;
 mod config;
@@ -29,14 +29,14 @@ pub use failure::Failure;
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    // The freeze watchdog is this program under another name; it takes no flags.
+    // The freeze watchdog is the same executable under another name and without flags.
     if let Some(code) = crate::node::freeze::watchdog_entry() {
         return code;
     }
     let parsed = match config::parse(std::env::args_os()) {
         Ok(parsed) => parsed,
         Err(config::Error::Clap(error)) => {
-            // Help and version come here, too. A reader that is gone needs no help.
+            // Help and version are reported as errors, too. A failed write is ignored.
             let _ = error.print();
             return if error.use_stderr() {
                 Exit::Usage
@@ -53,7 +53,7 @@ pub fn main() -> ExitCode {
     };
     match done {
         Ok(()) => Exit::Saved.into(),
-        // `upperdeck ps | head -1` is no failure.
+        // A closed pipe, as in `upperdeck ps | head -1`, is not a failure.
         Err(error)
             if error
                 .downcast_ref::<Stdout>()
@@ -66,7 +66,7 @@ pub fn main() -> ExitCode {
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
-    // Nobody is left to tell when stderr cannot be written to.
+    // If stderr cannot be written to, nothing can be reported.
     let _ = writeln!(
         io::stderr(),
         "upperdeck: {}",
@@ -85,10 +85,11 @@ fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
         if let Verb::Commit(commit) = &cli.verb
             && commit.pause != crate::save::Pause::None
         {
-            // Once it has given up what it does not need it cannot start one any more. Where that fails the freeze says so.
+            // The watchdog has to be started before privileges are dropped. A failure is reported when the freeze needs
+            // it.
             watchdog = crate::node::freeze::stand_by().ok();
         }
-        // Before the first thread: what is given up is given up by those that are made later, too.
+        // Before the first thread is created, so that all threads inherit the reduced privileges.
         confine::apply(role);
     }
     let done = dispatch(cli.verb, roots, verbose);
@@ -96,7 +97,8 @@ fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
     done
 }
 
-/// What the process of a verb is there for; none for those that read nothing of strangers.
+/// Returns the role that determines which privileges the process keeps, or `None` for verbs that read no untrusted
+/// data.
 fn role(verb: &Verb) -> Option<Role> {
     Some(match verb {
         Verb::Ps(_) | Verb::Inspect(_) | Verb::Diff(_) => Role::Look,
@@ -131,7 +133,7 @@ fn dispatch(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()> {
     }
 }
 
-/// Log lines go to stderr; the libraries below speak only when asked.
+/// Starts logging to stderr. Dependencies log only if requested.
 fn start_log(global: &Global) -> Result<(), Usage> {
     let filter = match (&global.log, global.verbose) {
         (Some(filter), 0) => filter.as_str(),
@@ -146,7 +148,7 @@ fn start_log(global: &Global) -> Result<(), Usage> {
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal());
-    // Fails only when somebody (a test) has set one already, and then that one serves.
+    // Fails only if a subscriber has been set already (by a test), which is then used.
     let _ = match global.log_format {
         LogFormat::Text => log.try_init(),
         LogFormat::Json => log.json().flatten_event(true).try_init(),
@@ -154,7 +156,8 @@ fn start_log(global: &Global) -> Result<(), Usage> {
     Ok(())
 }
 
-/// The result could not be written. A type of its own: a pipe that breaks elsewhere (a registry's) is another matter.
+/// An error of writing the result to stdout. It has a type of its own to distinguish a closed pipe there from one
+/// elsewhere, such as a registry's.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write to stdout: {0}")]
 struct Stdout(#[source] io::Error);

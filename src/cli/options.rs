@@ -1,4 +1,4 @@
-//! From flags as typed to options as meant: defaults, files and descriptors read, contradictions refused.
+//! Resolves flags to options: applies defaults, reads files and descriptors, and refuses contradictions.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -20,7 +20,7 @@ use crate::store::destination::Target;
 use crate::store::registry;
 use crate::store::registry::credentials::{Credentials, CredentialsError};
 
-/// Everything for `commit`.
+/// The options of `commit`.
 #[derive(Clone, Debug)]
 pub struct Commit {
     /// What to save, and how.
@@ -29,14 +29,14 @@ pub struct Commit {
     pub access: registry::Access,
 }
 
-/// Where runtimes keep their state, from the global flags. What is not named is looked for in the usual places.
+/// Returns where runtimes keep their state, from the global flags and the default paths.
 pub(super) fn roots(global: &args::Global) -> Roots {
     let or = |path: &Option<PathBuf>, usual: &str| path.clone().unwrap_or_else(|| usual.into());
     let mut roots = Roots {
         host_root: global.host_root.clone(),
         ..Roots::default()
     };
-    // Naming one half of a pair leaves the other where the system has it.
+    // If only one path of a pair is given, the other has its default.
     if global.containerd_state.is_some() || global.containerd_root.is_some() {
         roots.containerd = vec![ContainerdRoot {
             state: or(&global.containerd_state, "/run/containerd"),
@@ -55,7 +55,7 @@ pub(super) fn roots(global: &args::Global) -> Roots {
     roots
 }
 
-/// What goes into a layer, from the flags of the verbs.
+/// Returns the rules for the content of layers.
 pub(super) fn rules(choice: &args::Choice) -> Rules {
     let usual = Caps::default();
     Rules {
@@ -72,7 +72,7 @@ pub(super) fn rules(choice: &args::Choice) -> Rules {
     }
 }
 
-/// The level, if the codec has it.
+/// Returns the compression level. Fails if the codec does not have it.
 pub(super) fn level(content: &args::Content) -> Result<u32, Usage> {
     let levels = content.compression.levels();
     let level = content
@@ -88,9 +88,10 @@ pub(super) fn level(content: &args::Content) -> Result<u32, Usage> {
 }
 
 impl Commit {
-    /// Reads the credentials, so that all that can be wrong with the command line is found before anything begins.
+    /// Resolves the options and reads the credentials, so that all errors in the command line are found before the save
+    /// starts.
     ///
-    /// `cancel` is what an agent's answer may do.
+    /// `cancel` is passed to the gate, whose answer can cancel the save.
     pub(super) fn new(
         args: args::Commit,
         host_root: Option<&Path>,
@@ -143,7 +144,7 @@ impl Commit {
             freeze_mark: args.freeze_mark,
             background: background(args.background, &args.memory, host_root),
         };
-        // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
+        // Credentials and relaxed TLS settings apply to the destination only, not to registries of base images.
         let host = match target {
             Some(Target::Registry(reference)) => Some(reference.host),
             _ => None,
@@ -156,7 +157,7 @@ impl Commit {
     }
 }
 
-/// Moves this process into the background, where that is asked for, and bounds its memory likewise.
+/// Moves the process into the background and limits its memory, as requested.
 pub(super) fn background(
     wanted: bool,
     memory: &args::Memory,
@@ -172,11 +173,11 @@ pub(super) fn background(
     None
 }
 
-/// Listens to an agent on an open descriptor.
+/// Creates the gate on an open descriptor.
 fn gate(fd: u32, cancel: &Cancel) -> anyhow::Result<Gate> {
     let context = || format!("cannot read from descriptor {fd}");
     let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
-    // A socket cannot be opened by its name in /dev/fd, and one that answers is most likely where the events go.
+    // Sockets cannot be opened through /dev/fd, and a socket is most likely the one that the events are written to.
     let answers = match fd {
         0 => own(std::io::stdin().as_fd()),
         1 => own(std::io::stdout().as_fd()),
@@ -186,7 +187,7 @@ fn gate(fd: u32, cancel: &Cancel) -> anyhow::Result<Gate> {
     Gate::new(answers, cancel.clone()).with_context(context)
 }
 
-/// The codecs and levels that `bench` measures when none are named: from fast to small, and no slower than people wait.
+/// Codecs and levels that `bench` measures by default, from fast to small. Slower levels are not practical for a save.
 const USUAL: [(Compression, u32); 8] = [
     (Compression::Gzip, 1),
     (Compression::Gzip, 2),
@@ -198,7 +199,7 @@ const USUAL: [(Compression, u32); 8] = [
     (Compression::Zstd, 3),
 ];
 
-/// Everything for `bench`.
+/// Resolves the options of `bench`.
 pub(super) fn bench(args: args::Bench) -> anyhow::Result<bench::Options> {
     let setting = Setting {
         codec: args.content.compression,
@@ -239,8 +240,8 @@ pub(super) fn bench(args: args::Bench) -> anyhow::Result<bench::Options> {
     })
 }
 
-/// How registries are reached, from the flags that all verbs share. Credentials and lowered guards are meant for `host`,
-/// not for wherever a base came from.
+/// Returns the access options from the common flags. Credentials and relaxed TLS settings apply to `host` only, not to
+/// registries of base images.
 fn access(
     registry: &args::Registry,
     creds: Option<Credentials>,
@@ -257,7 +258,7 @@ fn access(
     }
 }
 
-/// The registries of a verb that looks at one place; `host` is that place's.
+/// Creates the registries of a verb that accesses a single place, with credentials for `host`.
 pub(super) fn registries(
     args: &args::Registry,
     host: Option<String>,
@@ -276,14 +277,14 @@ fn creds(registry: &args::Registry) -> anyhow::Result<Option<Credentials>> {
     parse_creds(&text).map(Some)
 }
 
+/// Reads credentials from a file or descriptor.
 #[cfg(feature = "service")]
-/// The credentials in a file or descriptor.
 pub(super) fn creds_of(file: &Path) -> anyhow::Result<Credentials> {
     parse_creds(&read_creds(file)?)
 }
 
 fn parse_creds(text: &str) -> anyhow::Result<Credentials> {
-    // The error does not show what was given: it may be the password alone.
+    // The error does not include the text, which may be a password.
     text.parse()
         .map_err(|error: CredentialsError| Usage(error.to_string()).into())
 }

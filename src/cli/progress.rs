@@ -1,4 +1,4 @@
-//! What a save shows while it runs: a bar for people at a terminal, sparse lines for logs, JSON lines for programs.
+//! Progress of a save: a bar on terminals, occasional lines for logs, JSON lines for programs.
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
@@ -10,9 +10,9 @@ use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressS
 use crate::common::escape::text as escaped;
 use crate::save::event::{EVENT_VERSION, Event, Observer, Phase};
 
-/// Between two JSON lines about bytes.
+/// Minimum interval between JSON lines about bytes.
 const JSON_EVERY: Duration = Duration::from_millis(100);
-/// Between two plain lines about bytes.
+/// Minimum interval between plain lines about bytes.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// `--progress`.
@@ -28,13 +28,13 @@ pub enum Mode {
     None,
 }
 
-/// The observer for a mode. `quiet` shows nothing at all, `verbose` says that log lines share the terminal.
+/// Returns the observer for a mode. `quiet` suppresses all output. `verbose` means that log lines share the terminal.
 pub(super) fn observer(mode: Mode, quiet: bool, verbose: bool) -> Box<dyn Observer> {
     match mode {
         Mode::Json => Box::new(Json::new(io::stdout(), JSON_EVERY)),
         _ if quiet => Box::new(()),
         Mode::None => Box::new(Lines::new(io::stderr(), None)),
-        // Without a terminal the bar would swallow the warnings; log lines would tear it.
+        // Without a terminal, indicatif would drop the warnings. Log lines would break up the bar.
         Mode::Auto | Mode::Bar
             if !io::stderr().is_terminal() || (verbose && mode == Mode::Auto) =>
         {
@@ -44,7 +44,7 @@ pub(super) fn observer(mode: Mode, quiet: bool, verbose: bool) -> Box<dyn Observ
     }
 }
 
-/// One line at the bottom of a terminal that says what is being done; silent elsewhere. Gone when dropped.
+/// A status line at the bottom of a terminal. Nothing is shown if stderr is not a terminal. Removed when dropped.
 pub(super) struct StatusLine(Option<ProgressBar>);
 
 impl StatusLine {
@@ -93,12 +93,12 @@ fn warning_text(code: &str, message: &str) -> String {
     format!("warning: {} ({})", escaped(message), escaped(code))
 }
 
-/// Runs `use_it` on what a mutex guards; a panic of another thread does not stop the telling.
+/// Calls `use_it` on the value of a mutex, even if another thread panicked with the lock held.
 fn with<T, R>(mutex: &Mutex<T>, use_it: impl FnOnce(&mut T) -> R) -> R {
     use_it(&mut mutex.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// JSON lines: `{"version":1,"time":"…","event":"…",…}`.
+/// Writes JSON lines: `{"version":1,"time":"…","event":"…",…}`.
 struct Json<W> {
     state: Mutex<JsonState<W>>,
     every: Duration,
@@ -106,7 +106,7 @@ struct Json<W> {
 
 struct JsonState<W> {
     out: W,
-    /// When the last line about bytes was written.
+    /// Time of the last line about bytes.
     last: Option<Instant>,
 }
 
@@ -127,7 +127,7 @@ struct Line<'a> {
     event: &'a Event,
 }
 
-/// One event as a line, without the newline. `time` is RFC 3339, UTC.
+/// Formats one event as a line, without the newline. `time` is written in RFC 3339, UTC.
 fn json_line(event: &Event, time: jiff::Timestamp) -> serde_json::Result<String> {
     serde_json::to_string(&Line {
         version: EVENT_VERSION,
@@ -159,14 +159,14 @@ impl<W: Write + Send> Observer for Json<W> {
                 state.last = Some(Instant::now());
             }
             if let Ok(line) = json_line(&event, jiff::Timestamp::now()) {
-                // A reader that is gone does not stop the save.
+                // A closed reader does not stop the save.
                 let _ = writeln!(state.out, "{line}").and_then(|()| state.out.flush());
             }
         });
     }
 }
 
-/// Plain lines. Without an interval only warnings.
+/// Writes plain lines. Without an interval, only warnings are written.
 struct Lines<W> {
     state: Mutex<LinesState<W>>,
     every: Option<Duration>,
@@ -241,13 +241,13 @@ impl<W: Write + Send> Observer for Lines<W> {
                 }
                 _ => return,
             };
-            // stderr that cannot be written to leaves nobody to tell.
+            // If stderr cannot be written to, nothing can be reported.
             let _ = writeln!(state.out, "{line}");
         });
     }
 }
 
-/// A bar for the layer, and below it one for each base layer on its way (several are at once).
+/// A bar for the layer, and below it one for each base layer that is being transferred (several concurrently).
 struct Bar {
     all: MultiProgress,
     main: ProgressBar,
@@ -267,12 +267,12 @@ impl Bar {
     }
 
     fn say(&self, line: &str) {
-        // Above the bars; a terminal that is gone leaves nobody to tell.
+        // Printed above the bars. A failed write is ignored.
         let _ = self.all.println(line);
     }
 }
 
-/// A template is checked by the tests; should one be wrong, the default style serves.
+/// The templates are checked by tests; an invalid one falls back to the default style.
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
@@ -357,7 +357,7 @@ impl Bar {
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        // Only the screen: a save that ended early must not leave half a bar behind.
+        // Clears the screen, so that a save that ended early leaves no partial bar.
         self.clear();
     }
 }
@@ -450,7 +450,7 @@ mod tests {
             bytes_done: 1,
             bytes_total: 2,
         });
-        // The last one of a count is never left out.
+        // The last value of a count is never dropped.
         json.event(progress(100));
         json.event(Event::BaseProgress {
             layer: 0,

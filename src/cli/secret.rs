@@ -1,4 +1,4 @@
-//! Secrets come in the first line of a file or descriptor: read with a bound, and with no copy left behind.
+//! Reads secrets from the first line of a file or descriptor, with a size limit and without leaving copies in memory.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
@@ -8,18 +8,19 @@ use zeroize::Zeroizing;
 
 use crate::common::private;
 
-/// A secret is one line; what is larger, in bytes, is another file.
+/// Maximum size of a file with a secret, in bytes.
 const MOST: u64 = 64 << 10;
 
-/// Says so where others can read a secret, as ssh does of keys.
+/// Logs a warning if other users can read or change a file with a secret.
 pub(super) fn warn_if_shared(path: &Path) {
     if std::fs::metadata(path).is_ok_and(|there| private::is_shared(&there)) {
         tracing::warn!(file = %path.display(), "any user of this machine can read or change this file with a secret: take their rights from it ('chmod o= FILE')");
     }
 }
 
+/// Reads a key file. Fails if other users can read or change it, because orders and reports can be forged with the
+/// keys.
 #[cfg(feature = "service")]
-/// The text of a file of keys. One that others can read or change is refused: with it orders and reports can be made up.
 pub(super) fn keys(path: &Path) -> io::Result<Zeroizing<String>> {
     let file = File::open(path)?;
     if private::is_shared(&file.metadata()?) {
@@ -37,11 +38,11 @@ pub(super) fn keys(path: &Path) -> io::Result<Zeroizing<String>> {
     Ok(text)
 }
 
-/// The first line as it stands. [`ErrorKind::InvalidData`] says that the file is no such one.
+/// Reads the first line unchanged. Fails with [`ErrorKind::InvalidData`] if the file is too large or not text.
 pub(super) fn first_line(path: &Path) -> io::Result<Zeroizing<String>> {
     let file = File::open(path)?;
     warn_if_shared(path);
-    // Large enough from the start: growing would leave copies behind.
+    // Allocated at full size, because growing would leave copies behind.
     let mut bytes = Zeroizing::new(Vec::with_capacity(MOST as usize + 1));
     file.take(MOST + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MOST {
@@ -60,8 +61,8 @@ pub(super) fn first_line(path: &Path) -> io::Result<Zeroizing<String>> {
     Ok(Zeroizing::new(text.to_owned()))
 }
 
+/// Reads the first line without surrounding white space. Fails if it is empty.
 #[cfg(feature = "service")]
-/// The same without the blanks around it; an empty one is refused.
 pub(super) fn word(path: &Path) -> io::Result<Zeroizing<String>> {
     let line = first_line(path)?;
     let word = line.trim();

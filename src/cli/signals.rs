@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM become a request to stop, so that a frozen container is thawed on the way out.
+//! Turns SIGINT and SIGTERM into a cancellation, so that a frozen container is thawed before the program exits.
 
 use std::io;
 
@@ -7,13 +7,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::exit::Exit;
 use crate::common::cancel::Cancel;
 
-/// The first signal cancels, the second ends the process at once (the freeze watchdog then thaws).
+/// The first signal cancels. The second ends the process immediately, and the freeze watchdog then thaws the container.
 pub(super) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
     let cancel = cancel.clone();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    // Registered here and now: a signal that comes before the thread runs is not lost.
+    // Registered before the thread starts, so that an early signal is not lost.
     let (mut interrupt, mut terminate) = {
         let _inside = runtime.enter();
         (

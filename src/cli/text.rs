@@ -1,4 +1,4 @@
-//! Text for people: what comes from a container must not steer the terminal, and columns line up.
+//! Text output: escapes data from containers and aligns columns.
 
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
@@ -6,12 +6,12 @@ use std::path::Path;
 
 use crate::common::escape;
 
-/// A path as text.
+/// Formats a path.
 pub(super) fn path(path: &Path) -> String {
     escape::path(path.as_os_str().as_bytes())
 }
 
-/// `1.4 MiB`; a dash where the number is not known.
+/// Formats a size such as `1.4 MiB`, or a dash if it is unknown.
 pub(super) fn bytes(bytes: Option<u64>) -> String {
     bytes.map_or_else(
         || "-".to_owned(),
@@ -19,14 +19,14 @@ pub(super) fn bytes(bytes: Option<u64>) -> String {
     )
 }
 
-/// Where a column's cells stand.
+/// Alignment of a column.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Align {
     Left,
     Right,
 }
 
-/// Rows under a header, two spaces between the columns, nothing behind the last. Cells are escaped here.
+/// Formats rows under a header, with two spaces between columns and no trailing space. Cells are escaped here.
 pub(super) fn table(header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> = rows
         .iter()

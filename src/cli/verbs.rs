@@ -1,4 +1,4 @@
-//! What each verb does: options in, result on stdout. The work is in the modules that they call.
+//! The verbs: each takes options and prints its result to stdout. The work is done in the modules that they call.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -26,7 +26,7 @@ use crate::save;
 use crate::save::event::{Event, Observer};
 use crate::store::destination::Target;
 
-/// Prints a result: JSON for programs, else what `table` makes of it.
+/// Prints a result as JSON, or as the table that `table` returns.
 pub(super) fn print<T: serde::Serialize + ?Sized>(
     format: Format,
     result: &T,
@@ -55,7 +55,7 @@ pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
 }
 
 pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()> {
-    // Before the threads: they are where the one is that makes them.
+    // Before threads are created, because they inherit the cgroup and priority of their creator.
     let host_root = roots.host_root.as_deref();
     let _background = options::background(args.background, &args.memory, host_root);
     let container = container::find(roots, &args.container).map_err(save::Error::from)?;
@@ -83,14 +83,14 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
         match save::next_save(roots, &container, base, &question, &Cancel::default()) {
             Ok(next) => view.saved_next(next, &args.include_volume),
             Err(error) if error.kind() == save::Kind::Usage => return Err(error.into()),
-            // What the save would say; all else about the container is worth showing.
+            // Only the next save would fail with this error; the rest can still be shown.
             Err(error) => view.next_save_error = Some(error.to_string()),
         }
     }
     print(args.format, &view, view::InspectView::table)
 }
 
-/// A whiteout is D, what the base has C, anything else A.
+/// Lists changes: D for whiteouts, C for paths that exist in the base, A for others.
 pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
     let container = container::find(roots, &args.container).map_err(save::Error::from)?;
     let scan =
@@ -108,7 +108,7 @@ pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
     print(args.format, lines.as_slice(), view::diff_table)
 }
 
-/// Saves, tells the observer how it ended, and prints the reference where the observer does not.
+/// Saves, reports the result to the observer, and prints the reference unless the observer does.
 pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow::Result<()> {
     let observer: Arc<dyn Observer> = progress::observer(args.progress, args.quiet, verbose).into();
     let json = args.progress == progress::Mode::Json;
@@ -145,7 +145,7 @@ fn commit_with(
     observer: Arc<dyn Observer>,
 ) -> anyhow::Result<save::Saved> {
     let cancel = Cancel::default();
-    // Before the threads: they are in the background if the one is that makes them.
+    // Before threads are created, because they inherit the background settings of their creator.
     let options = options::Commit::new(args, roots.host_root.as_deref(), &cancel)?;
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
@@ -156,12 +156,12 @@ fn commit_with(
         observer,
         &cancel,
     ));
-    // A thread that waits for a slow disk must not keep a cancelled save from ending.
+    // A thread that is blocked by a slow disk must not delay a cancelled save.
     runtime.shutdown_timeout(Duration::from_secs(5));
     Ok(saved?)
 }
 
-/// Makes a layer from directories.
+/// Creates a layer from directories.
 pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     let level = options::level(&args.content)?;
     let rules = options::rules(&args.content.choice);
@@ -169,7 +169,8 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     let cancel = Cancel::default();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let jobs = args.content.jobs.map_or_else(save::cores, usize::from);
-    // Without links on the way, which are not followed. What is not there is said by name when it is opened.
+    // Symbolic links are resolved, because they are not followed later. Missing paths are reported when they are
+    // opened.
     let resolved = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
     let roots = scan::Roots {
         upper: resolved(&args.upper),
@@ -216,7 +217,8 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     Ok(write_stdout(format!("{json}\n").as_bytes())?)
 }
 
-/// Into a temporary file beside `output`, then renamed: what is there is whole. A device or FIFO is written to as it is.
+/// Writes to a temporary file beside `output` and renames it, so that `output` is always complete. A device or FIFO is
+/// written to directly.
 fn write_layer(
     output: &Path,
     mode: FileMode,
@@ -251,7 +253,7 @@ fn write_layer(
     Ok(made)
 }
 
-/// Differences that `validate` names.
+/// Maximum number of differences that `validate` prints.
 const NAMED_DIFFERENCES: usize = 20;
 
 pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {

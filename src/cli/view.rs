@@ -1,4 +1,5 @@
-//! What `ps`, `inspect` and `diff` print. The JSON is an interface: it is made of these types, not of the internal ones.
+//! The output of `ps`, `inspect` and `diff`. Its JSON form is a stable interface, hence these types instead of internal
+//! ones.
 
 use std::path::{Path, PathBuf};
 
@@ -13,36 +14,36 @@ use crate::common::escape::{limited, text as escaped};
 use crate::node::container::{Base, Container, IdMapping, Pod, Runtime};
 use crate::save::{NextKind, NextSave};
 
-/// Digits of an ID in a table, as `docker ps` has them.
+/// Length of a shortened ID in a table, as in `docker ps`.
 const SHORT_ID: usize = 12;
-/// Mounts that `inspect` lists, bytes of them together, and characters of where one comes from.
+/// Limits of `inspect`: number of mounts, their total size in bytes, and characters of a source.
 const MAX_MOUNTS: usize = 200;
 const MAX_MOUNT_BYTES: usize = 128 << 10;
 const MAX_SOURCE: usize = 1024;
 
-/// A line of `ps`, and the head of `inspect`.
+/// An entry of `ps`, and the head of `inspect`.
 #[derive(Clone, Debug, Serialize)]
 pub struct ContainerView {
-    /// Who runs it.
+    /// The runtime.
     pub runtime: Runtime,
     /// Full ID.
     pub id: String,
-    /// Best first.
+    /// Names, the preferred one first.
     pub names: Vec<String>,
-    /// containerd's.
+    /// Namespace in containerd.
     pub namespace: Option<String>,
-    /// Its pod.
+    /// The pod.
     pub pod: Option<Pod>,
-    /// As the runtime recorded it.
+    /// Image as recorded by the runtime.
     pub image: Option<String>,
-    /// First process.
+    /// PID of the first process.
     pub pid: u32,
     /// Allocated bytes of the upper directory.
     pub upper_bytes: Option<u64>,
 }
 
 impl ContainerView {
-    /// `upper_bytes`: none where it could not be counted.
+    /// Creates the entry. `upper_bytes` is `None` if it could not be determined.
     pub fn new(container: &Container, upper_bytes: Option<u64>) -> Self {
         Self {
             runtime: container.runtime,
@@ -56,7 +57,7 @@ impl ContainerView {
         }
     }
 
-    /// What people call it, in a form that CONTAINER takes.
+    /// Returns the name in a form that the argument CONTAINER accepts.
     fn name(&self) -> String {
         match (&self.pod, self.names.first()) {
             (Some(pod), _) => format!("{}/{}/{}", pod.namespace, pod.name, pod.container),
@@ -66,13 +67,13 @@ impl ContainerView {
     }
 
     fn short_id(&self) -> &str {
-        // An ID of another form (`pid:N`, a name given to ctr) is shown as it is.
+        // IDs of another form (`pid:N`, a name given to ctr) are not shortened.
         let hex = self.id.len() == 64 && self.id.bytes().all(|b| b.is_ascii_hexdigit());
         if hex { &self.id[..SHORT_ID] } else { &self.id }
     }
 }
 
-/// `ps` as a table.
+/// Formats `ps` as a table.
 pub fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
     let header = [
         ("RUNTIME", Align::Left),
@@ -99,61 +100,61 @@ pub fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
     text::table(&header, &containers.iter().map(row).collect::<Vec<_>>())
 }
 
-/// `inspect`.
+/// Output of `inspect`.
 #[derive(Clone, Debug, Serialize)]
 pub struct InspectView {
     /// The fields of `ps`.
     #[serde(flatten)]
     pub container: ContainerView,
-    /// The base, if it could be proven.
+    /// The base, if it was proven.
     pub base: Option<BaseView>,
-    /// Why not.
+    /// The reason why it was not proven.
     pub base_error: Option<String>,
-    /// The changes.
+    /// The upper directory.
     pub upper: UpperView,
-    /// Empty without a user namespace.
+    /// UID map; empty without a user namespace.
     pub uid_map: Vec<IdMapping>,
-    /// Likewise.
+    /// GID map; empty without a user namespace.
     pub gid_map: Vec<IdMapping>,
-    /// Mounts whose content would not be in the image, volumes first.
+    /// Mounts whose content is not saved, volumes first.
     pub not_saved: Vec<MountView>,
-    /// Mounts that are not listed there, for there are too many.
+    /// Number of such mounts beyond the limit.
     pub not_saved_more: usize,
-    /// What a save would be; none where the base is not proven.
+    /// Kind of the next save; `None` if the base is not proven.
     pub next_save: Option<NextSave>,
-    /// Why it would fail.
+    /// The reason why the next save would fail.
     pub next_save_error: Option<String>,
 }
 
 /// The proven base.
 #[derive(Clone, Debug, Serialize)]
 pub struct BaseView {
-    /// Reference under which it was pulled.
+    /// Reference by which it was pulled.
     pub name: Option<String>,
-    /// None where the runtime keeps no manifest.
+    /// Digest of the manifest; `None` if the runtime keeps none.
     pub manifest_digest: Option<Digest>,
-    /// The image ID.
+    /// Digest of the config, which is the image ID.
     pub config_digest: Digest,
-    /// In words.
+    /// A sentence on how it was proven.
     pub proof: String,
-    /// Bottom first.
+    /// Layers, bottom first.
     pub layers: Vec<LayerView>,
 }
 
 /// A layer of the base.
 #[derive(Clone, Debug, Serialize)]
 pub struct LayerView {
-    /// Of the tar.
+    /// Digest of the uncompressed tar.
     pub diff_id: DiffId,
-    /// Of the stack up to this one.
+    /// Chain ID of the layers up to this one.
     pub chain_id: ChainId,
-    /// Of the compressed blob, where it is known.
+    /// Digest of the compressed blob, if known.
     pub digest: Option<String>,
-    /// Compressed bytes, where they are known.
+    /// Size of the compressed blob in bytes, if known.
     pub size: Option<u64>,
-    /// Of the blob.
+    /// Media type of the blob, if known.
     pub media_type: Option<String>,
-    /// The directory that holds it unpacked.
+    /// Directory with the unpacked layer.
     pub lower: Option<String>,
     /// Whether the compressed blob is on this node.
     pub local: bool,
@@ -162,29 +163,29 @@ pub struct LayerView {
 /// The upper directory.
 #[derive(Clone, Debug, Serialize)]
 pub struct UpperView {
-    /// Where.
+    /// Path.
     pub path: String,
     /// Allocated bytes.
     pub bytes: Option<u64>,
-    /// Entries.
+    /// Number of entries.
     pub entries: Option<u64>,
 }
 
 /// A mount.
 #[derive(Clone, Debug, Serialize)]
 pub struct MountView {
-    /// In the container.
+    /// Mount point in the container.
     pub destination: String,
     /// File system type.
     pub kind: String,
-    /// Where it comes from.
+    /// Source of the mount.
     pub source: String,
-    /// Somebody's data, as opposed to what runtimes mount.
+    /// Whether this is a volume with user data, as opposed to a mount of the runtime.
     pub volume: bool,
 }
 
 impl InspectView {
-    /// `entries`: of the upper, none where they could not be counted.
+    /// Creates the view. `entries` is the number in the upper directory, `None` if it could not be determined.
     pub fn new(
         container: &Container,
         base: Result<&Base, String>,
@@ -232,7 +233,7 @@ impl InspectView {
         }
     }
 
-    /// Adds what the next save would be, with the volumes at `volumes` in it.
+    /// Adds the kind of the next save, which includes the volumes at `volumes`.
     pub fn saved_next(&mut self, next: NextSave, volumes: &[PathBuf]) {
         self.next_save = Some(next);
         let saved: Vec<String> = volumes
@@ -243,7 +244,7 @@ impl InspectView {
             .retain(|mount| !saved.contains(&mount.destination));
     }
 
-    /// For people. Mounts that every runtime makes (`/proc`, `/dev`, ...) are only counted.
+    /// Formats the view as a table. Mounts of the runtime (`/proc`, `/dev`, ...) are only counted.
     pub fn table(&self) -> String {
         let container = &self.container;
         let mut rows: Vec<[String; 2]> = Vec::new();
@@ -380,7 +381,7 @@ impl BaseView {
     }
 }
 
-/// What happened to a path.
+/// Kind of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Change {
     /// Added.
@@ -394,14 +395,14 @@ pub enum Change {
 /// A line of `diff`.
 #[derive(Clone, Debug, Serialize)]
 pub struct DiffView {
-    /// What happened.
+    /// Kind of the change.
     pub change: Change,
-    /// Absolute, as text.
+    /// Absolute path as text.
     pub path: String,
 }
 
 impl DiffView {
-    /// `path` is relative to the root or absolute.
+    /// Creates a line. `path` is relative to the root or absolute.
     pub fn new(change: Change, path: &Path) -> Self {
         Self {
             change,
@@ -410,7 +411,7 @@ impl DiffView {
     }
 }
 
-/// `diff` as `docker diff` prints it.
+/// Formats `diff` like `docker diff`.
 pub fn diff_table(lines: &[DiffView]) -> String {
     lines
         .iter()
@@ -419,7 +420,7 @@ pub fn diff_table(lines: &[DiffView]) -> String {
         .concat()
 }
 
-/// `bench` for people.
+/// Formats `bench` as tables.
 pub fn bench_table(report: &Report) -> String {
     let Report { node, subject, .. } = report;
     let mb = |bytes: u64| format!("{:.0}", bytes as f64 / 1e6);
@@ -471,7 +472,7 @@ pub fn bench_table(report: &Report) -> String {
     out
 }
 
-/// A column for each number of threads.
+/// Formats the codec results, with one column per number of threads.
 fn codec_table(report: &Report) -> String {
     let threads = report
         .codecs
@@ -511,7 +512,7 @@ fn codec_table(report: &Report) -> String {
     text::table(&header, &rows.collect::<Vec<_>>())
 }
 
-/// Saves with their limits, then what the last of them costs.
+/// Formats the saves with what limits them, and the cost of the last one.
 fn save_table(report: &Report) -> String {
     let rows = report.saves.iter().map(|save| {
         let bound = match save.limit.bound_by {

@@ -90,7 +90,7 @@ fn codec_level(text: &str) -> Result<Setting, String> {
     parsed.ok_or_else(|| "expected gzip:1 to gzip:9, zstd:1 to zstd:19, or none:0".to_owned())
 }
 
-/// A tree of nothing cannot be measured.
+/// Parses the size of the generated tree, which must not be 0.
 fn tree_size(text: &str) -> Result<u64, String> {
     size(text).and_then(|bytes| match bytes {
         0 => Err("expected more than nothing".to_owned()),

@@ -1,4 +1,4 @@
-//! Flags of `commit`: the save of a running container.
+//! Flags of `commit`, which saves a running container.
 
 #![allow(
     rustdoc::broken_intra_doc_links,

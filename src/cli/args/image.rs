@@ -1,4 +1,4 @@
-//! Flags of `image`: what is saved already, and its end.
+//! Flags of `image`, which lists and deletes saved images.
 
 #![allow(
     rustdoc::broken_intra_doc_links,

@@ -1,4 +1,4 @@
-//! Flags of the verbs that only look: `ps`, `inspect`, `diff`.
+//! Flags of the read-only verbs `ps`, `inspect` and `diff`.
 
 #![allow(
     rustdoc::broken_intra_doc_links,

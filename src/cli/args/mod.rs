@@ -1,6 +1,7 @@
-//! The flags as typed, and the help that teaches them. What they mean is decided in `options`.
+//! The flags as typed, and their help texts. Their meaning is resolved in `options`.
 //!
-//! A room for each family of verbs; what several of them take is in `shared`, how a value is read in `value`.
+//! There is one module for each family of verbs. Flags that several verbs take are in `shared`, parsers of values in
+//! `value`.
 
 #![allow(
     rustdoc::broken_intra_doc_links,
@@ -56,14 +57,14 @@ disk, makes one layer of the changes and puts a new image on top of the base: in
 an OCI archive. It works for containers of containerd (Kubernetes, nerdctl, ctr), CRI-O, Podman and Docker, and for any \
 process whose root is an overlay.";
 
-/// The exit codes as text, one a line.
+/// Returns the exit codes, one per line, for the help.
 fn exit_codes() -> String {
     Exit::TABLE
         .map(|(exit, meaning)| format!("  {:<4} {meaning}\n", exit.code()))
         .concat()
 }
 
-/// The capabilities that are kept, and why, one a line.
+/// Returns the capabilities that are kept and their purpose, one per line.
 fn rights() -> String {
     let needs = confine::needs(Role::Commit).iter();
     needs

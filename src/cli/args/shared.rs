@@ -1,4 +1,4 @@
-//! Flags that several verbs take: they mean the same everywhere, so they are said once.
+//! Flags that several verbs take with the same meaning.
 
 #![allow(
     rustdoc::broken_intra_doc_links,
@@ -92,14 +92,14 @@ pub(in crate::cli) struct Memory {
 }
 
 impl Memory {
-    /// The bound, where there is one.
+    /// Returns the memory limit, if both of its flags are given.
     pub(in crate::cli) fn bound(&self) -> Option<Bound> {
         let (bytes, group) = (self.memory_limit?, self.memory_group.clone()?);
         Some(Bound { bytes, group })
     }
 }
 
-/// One plain component of a path.
+/// Parses a name that is a single path component of letters, digits and `-`.
 fn group_name(text: &str) -> Result<String, String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
     if text.is_empty() || text.len() > 100 || !text.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! How the value of a flag is read: sizes, durations, pairs, paths.
+//! Parsers for values of flags: sizes, durations, pairs and paths.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,7 +14,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
     }
-    // A day of the calendar may have 23 hours; one that is waited has not.
+    // A day is always 24 hours here, unlike a calendar day.
     let days = text
         .strip_suffix('d')
         .and_then(|days| days.parse::<u32>().ok());
@@ -30,13 +30,13 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "expected a duration such as 500ms, 30s or 2m".to_owned())
 }
 
-/// A path that may be empty: clap's own parser takes that for a value that is missing.
+/// Returns a parser for a path that may be empty, which clap's own parser takes for a missing value.
 pub(super) fn any_path() -> impl clap::builder::TypedValueParser<Value = PathBuf> {
     use clap::builder::{OsStringValueParser, TypedValueParser as _};
     OsStringValueParser::new().map(PathBuf::from)
 }
 
-/// Bytes: a number with K, M, G or T (powers of 1024; `KiB` and `kB` mean the same here).
+/// Parses a size in bytes: a number with K, M, G or T (powers of 1024; `KiB` and `kB` mean the same here).
 pub(super) fn size(text: &str) -> Result<u64, String> {
     let end = text
         .find(|c: char| !c.is_ascii_digit())

@@ -1,4 +1,4 @@
-//! The shell's side of the REST API: one request, one reply, and the events of a save as they come.
+//! Client of the manager's REST API: single requests, and the event stream of a save.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,25 +16,25 @@ use crate::cli::{secret, text};
 use crate::service::job::Code;
 use crate::service::manager::shape::{ErrorBody, Save};
 
-/// In the state directory of an `upperdeck up`: how it is reached, with its token. Only its owner can read it.
+/// File in the state directory of `upperdeck up` with its URL and token. Only its owner can read it.
 pub(super) const UP_FILE: &str = "up.url";
 
-/// A reply is read up to this many bytes: a page of a list is far smaller.
+/// Maximum size of a reply in bytes. A page of a list is far smaller.
 const MAX_REPLY: usize = 16 << 20;
-/// Nothing may stand still for so long; the events have a sign of life more often.
+/// Timeout without any data. The event stream has keep-alives more often.
 const SILENCE: Duration = Duration::from_secs(60);
-/// How long a manager that is away (it is started again) is asked anew while a save is watched.
+/// How long reconnections to an unreachable manager (which may be restarting) are tried while a save is watched.
 const AWAY: Duration = Duration::from_secs(120);
-/// Between two such tries.
+/// Pause between two such attempts.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What a manager answers when it does not do what was asked, or why it cannot be asked.
+/// An error of the manager's API.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    /// Not there, or it breaks off.
+    /// The manager cannot be reached, or the connection broke.
     #[error("the manager at {server} cannot be reached: {reason}")]
     Unreachable { server: String, reason: String },
-    /// It says no, in its own words.
+    /// The manager refused the request.
     #[error("{message} ({code})")]
     Refused {
         code: String,
@@ -42,10 +42,10 @@ pub(super) enum Error {
         retryable: bool,
         status: u16,
     },
-    /// Something else than a manager.
+    /// The reply is not that of a manager.
     #[error("{server} does not answer as a manager does: {reason}")]
     Strange { server: String, reason: String },
-    /// A save that was waited for ended without an image.
+    /// The save that was waited for failed.
     #[error("{message} ({})", code.name())]
     Save {
         code: Code,
@@ -55,7 +55,7 @@ pub(super) enum Error {
 }
 
 impl Error {
-    /// As scripts see it.
+    /// Returns the exit code.
     pub(super) fn exit(&self) -> Exit {
         match self {
             Self::Unreachable { .. } => Exit::Retry,
@@ -81,7 +81,7 @@ impl Error {
     }
 }
 
-/// A manager, and who asks it.
+/// A connection to a manager with the caller's credentials.
 pub(super) struct Client {
     http: reqwest::Client,
     server: Url,
@@ -90,7 +90,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// From the flags; without any, the `upperdeck up` of this machine.
+    /// Creates a client from the flags. Without any, it connects to the `upperdeck up` of this machine.
     pub(super) fn new(server: &Server) -> anyhow::Result<Self> {
         let (text, found) = match &server.server {
             Some(text) => (Zeroizing::new(text.clone()), None),
@@ -117,7 +117,7 @@ impl Client {
         if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
             return Err(unusable("not a web address").into());
         }
-        // As `upperdeck up` prints it.
+        // The form in which `upperdeck up` prints its URL.
         let in_url = url
             .query_pairs()
             .find(|(key, _)| key == "token")
@@ -152,7 +152,7 @@ impl Client {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> Error {
-        // The whole chain: "error sending request" alone helps nobody.
+        // All causes are included, because "error sending request" alone does not help.
         let mut reason = String::new();
         let mut cause: Option<&dyn std::error::Error> = Some(error);
         while let Some(error) = cause {
@@ -179,7 +179,7 @@ impl Client {
         query: &[(&str, String)],
     ) -> reqwest::RequestBuilder {
         let mut url = self.server.clone();
-        // Parts that came from outside are encoded where the path is made.
+        // Untrusted parts of `path` are escaped by the callers.
         url.set_path(&format!("{}api/v1/{path}", self.server.path()));
         if !query.is_empty() {
             url.query_pairs_mut()
@@ -253,7 +253,7 @@ impl Client {
         serde_json::from_slice(&body).map_err(|error| self.strange(error.to_string()))
     }
 
-    /// `GET`.
+    /// Sends a GET request.
     pub(super) async fn get<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -262,7 +262,7 @@ impl Client {
         self.json(self.request(Method::GET, path, query)).await
     }
 
-    /// `POST` with a body that may be sent again under the same key.
+    /// Sends a POST request. The idempotency key permits it to be repeated.
     pub(super) async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -276,20 +276,20 @@ impl Client {
         self.json(request).await
     }
 
-    /// Asks for the end of a save; the save as it then is.
+    /// Requests the cancellation of a save and returns its state.
     pub(super) async fn cancel(&self, id: &str) -> Result<Save, Error> {
         self.json(self.request(Method::DELETE, &format!("saves/{id}"), &[]))
             .await
     }
 
-    /// `DELETE`; what it answers is not looked at.
+    /// Sends a DELETE request and ignores the body of the reply.
     pub(super) async fn delete(&self, path: &str) -> Result<(), Error> {
         self.send(self.request(Method::DELETE, path, &[])).await?;
         Ok(())
     }
 
-    /// Calls `seen` with a save whenever something of it changes, until it is done. A connection that breaks and a
-    /// manager that is started again are waited for.
+    /// Calls `seen` with each new state of a save until it has ended. Waits through broken connections and restarts of
+    /// the manager.
     pub(super) async fn watch(&self, id: &str, mut seen: impl FnMut(&Save)) -> Result<Save, Error> {
         let mut last: Option<String> = None;
         let mut away = tokio::time::Instant::now();
@@ -307,7 +307,7 @@ impl Client {
         }
     }
 
-    /// One connection's events; none: it ended before the save did.
+    /// Reads the events of one connection. Returns `None` if it ends before the save does.
     async fn follow(
         &self,
         id: &str,
@@ -342,22 +342,21 @@ impl Client {
                 }
             }
         }
-        // It may have ended while nobody looked.
+        // The save may have ended between two connections.
         let save: Save = self.get(&format!("saves/{id}"), &[]).await?;
         seen(&save);
         Ok(save.state.is_final().then_some(save))
     }
 }
 
-/// One of an event stream (HTML standard, server-sent events). What it is called does not matter here: each carries a
-/// whole save.
+/// A server-sent event (HTML standard). Its name is ignored, because each event carries a whole save.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct SseEvent {
     id: String,
     data: String,
 }
 
-/// Bytes as they come, cut into events.
+/// Splits a byte stream into events.
 #[derive(Default)]
 struct Events {
     rest: BytesMut,
@@ -368,7 +367,7 @@ impl Events {
         self.rest.extend_from_slice(bytes);
     }
 
-    /// The next whole event that has data.
+    /// Returns the next complete event that has data.
     fn next(&mut self) -> Option<SseEvent> {
         loop {
             let end = self.rest.windows(2).position(|two| two == b"\n\n")?;
@@ -396,8 +395,8 @@ impl Events {
     }
 }
 
+    /// Returns the path of the file with the URL of `upperdeck up`.
 impl Server {
-    /// Where `upperdeck up` of this machine says how it is reached.
     fn up_file(&self) -> PathBuf {
         self.up_dir.join(UP_FILE)
     }

@@ -1,4 +1,4 @@
-//! `doctor`: the settings of a verb become what is to be looked at, and what was found becomes a table and an exit code.
+//! `doctor`: turns the settings of a verb into a list of checks, and the findings into a table and an exit code.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use crate::service::manager::target::Template;
 use crate::store::destination::Target;
 use crate::store::registry;
 
-/// A repository of its own in a place that is only named as a prefix. It is never made: an upload in it is begun and
+/// Repository to test below a target that is only a prefix. It is never created: an upload to it is opened and
 /// cancelled.
 const REPOSITORY: &str = "upperdeck-doctor";
 
@@ -30,7 +30,7 @@ pub(super) fn doctor(roots: Roots, args: &Doctor) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// From flags to what is looked at.
+/// Converts the flags to the options of the checks.
 fn what(roots: Roots, args: &Doctor) -> anyhow::Result<doctor::Options> {
     let purpose = args.purpose;
     let mut options = doctor::Options {
@@ -44,7 +44,7 @@ fn what(roots: Roots, args: &Doctor) -> anyhow::Result<doctor::Options> {
         registries: registries(args)?,
         access: registry::Access {
             authfile: args.push.authfile.clone(),
-            // A file that cannot be read is a finding already, of the secrets.
+            // A file that cannot be read is reported by the check of the secrets.
             creds: args
                 .push
                 .creds_file
@@ -78,7 +78,7 @@ fn what(roots: Roots, args: &Doctor) -> anyhow::Result<doctor::Options> {
     Ok(options)
 }
 
-/// What the verb would refuse to start without.
+/// Returns the settings without which the verb would not start.
 fn missing(args: &Doctor) -> Vec<String> {
     let needed: &[(&str, bool)] = match args.purpose {
         Purpose::Commit => &[],
@@ -144,7 +144,7 @@ fn secrets(args: &Doctor) -> Vec<Secret> {
         .collect()
 }
 
-/// The repositories that would be pushed to.
+/// Returns the repositories that would be pushed to.
 fn registries(args: &Doctor) -> anyhow::Result<Vec<String>> {
     let below = |prefix: &str| format!("{}/{REPOSITORY}", prefix.trim_end_matches('/'));
     match args.purpose {
@@ -175,7 +175,7 @@ fn registries(args: &Doctor) -> anyhow::Result<Vec<String>> {
             if template.is_layout() {
                 return Ok(Vec::new());
             }
-            // What stands before the first part that is filled in.
+            // The part of the template before the first placeholder.
             let fixed = text.trim_start_matches("docker://");
             let fixed = fixed.split('{').next().unwrap_or_default();
             let project = fixed.rsplit_once('/').map_or(fixed, |(project, _)| project);

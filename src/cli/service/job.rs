@@ -1,4 +1,4 @@
-//! `job`: saves by way of a manager, from the shell.
+//! `job`: saves through a manager from the command line.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::service::manager::shape::{
     ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Which,
 };
 
-/// Digits of a container's ID in a table.
+/// Length of a shortened container ID in a table.
 const SHORT_ID: usize = 12;
 
 pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
@@ -62,7 +62,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
     }
 }
 
-/// Does `work` with a manager, until somebody asks to stop.
+/// Runs `work` with a client of the manager until a signal cancels.
 pub(super) fn on(
     server: &Server,
     work: impl AsyncFnOnce(&Client) -> anyhow::Result<()>,
@@ -79,7 +79,7 @@ pub(super) fn on(
     })
 }
 
-/// `NAMESPACE/POD[/CONTAINER]`, or an ID.
+/// Parses `NAMESPACE/POD[/CONTAINER]` or an ID.
 fn which(text: &str) -> Result<Which, Usage> {
     let parts: Vec<&str> = text.split('/').collect();
     match parts.as_slice() {
@@ -97,7 +97,7 @@ fn which(text: &str) -> Result<Which, Usage> {
     }
 }
 
-/// `NAME[:TAG]`, `:TAG`.
+/// Parses `NAME[:TAG]` or `:TAG`.
 fn image_name(text: Option<&str>) -> ImageName {
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     match text.map(|text| text.split_once(':').unwrap_or((text, ""))) {
@@ -125,7 +125,7 @@ async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Resu
             labels: args.label.into_iter().collect(),
         },
     };
-    // Said again under the same key it is the same save: a reply that was lost costs no second one.
+    // A repeated request with the same key refers to the same save, so a lost reply does not cause a second one.
     let key = args
         .idempotency_key
         .unwrap_or_else(|| Uuid::now_v7().to_string());
@@ -148,7 +148,7 @@ async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Resu
     }
 }
 
-/// The bar of `commit`, from the manager's events; the reference on stdout at the end.
+/// Shows the progress of a save from the manager's events, and prints the reference to stdout at the end.
 async fn watch(client: &Client, id: &str, mode: Mode, verbose: bool) -> anyhow::Result<()> {
     let observer = progress::observer(mode, false, verbose);
     let mut told = Told::default();
@@ -180,7 +180,7 @@ async fn watch(client: &Client, id: &str, mode: Mode, verbose: bool) -> anyhow::
     }
 }
 
-/// What of a save has been told to the bar: each thing once.
+/// What of a save has been passed to the observer, so that nothing is reported twice.
 #[derive(Default)]
 struct Told {
     phase: Option<crate::service::job::Phase>,
@@ -238,7 +238,7 @@ impl Told {
         }
     }
 
-    /// The last line, for programs.
+    /// Reports the final event.
     fn end(save: &Save, observer: &dyn Observer) {
         if let (Some(result), Ok(digest)) = (
             &save.result,
@@ -274,7 +274,7 @@ impl Told {
     }
 }
 
-/// `2h`, as people say how long ago something was.
+/// Formats the time since `time`, such as `2h`.
 fn age(time: &str, now: Timestamp) -> String {
     let Ok(time) = time.parse::<Timestamp>() else {
         return "-".to_owned();
@@ -288,7 +288,7 @@ fn age(time: &str, now: Timestamp) -> String {
     }
 }
 
-/// What a word of the API's is in JSON.
+/// Returns the JSON string of an enum of the API.
 pub(super) fn word<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_value(value)
         .ok()

@@ -1,4 +1,4 @@
-//! `manager`, `agent` and `up`: the service, from its settings.
+//! `manager`, `agent` and `up`: starts the service from its settings.
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -23,14 +23,14 @@ use crate::service::queue::{self, Limits, Queue};
 use crate::service::record::Record;
 use crate::store::registry;
 
-/// Where a manager's record is when nobody says.
+/// Default location of a manager's record.
 pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
-/// Who presses Ctrl-C does not wait as long as a node that is drained.
+/// Drain timeout of `up`. It is shorter than that of a node, because Ctrl-C is interactive.
 const UP_DRAIN: Duration = Duration::from_secs(10);
-/// How long the manager waits for the agent's last words to be in the record.
+/// How long the manager waits until the agent's last reports are recorded.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// What is needed and was said nowhere.
+/// Returns the error for a required setting that is missing.
 fn missing(flag: &str, what: &str) -> Usage {
     let (variable, key) = (
         flag.to_uppercase().replace('-', "_"),
@@ -49,18 +49,18 @@ fn limits(queue: &service::Queue) -> Limits {
     }
 }
 
-/// A secret from a file; which setting named it is said when it cannot be read.
+/// Reads a secret from a file. An error names the setting.
 fn secret(flag: &str, file: &Path) -> Result<zeroize::Zeroizing<String>, Usage> {
     secrets::word(file).map_err(|error| Usage(format!("--{flag} {}: {error}", text::path(file))))
 }
 
-/// `url` with the password from a file in it.
+/// Returns `url` with the password from a file.
 pub(super) fn with_password(flag: &str, url: &str, file: Option<&Path>) -> Result<String, Usage> {
     let Some(file) = file else {
         return Ok(url.to_owned());
     };
     let password = secret(flag, file)?;
-    // What cannot be parsed, or has no host, may hold another password.
+    // The URL is not shown in errors, because a malformed one may contain another password.
     let mut url = reqwest::Url::parse(url)
         .map_err(|error| Usage(format!("--{flag}: the address it is for is none: {error}")))?;
     url.set_password(Some(&password)).map_err(|()| {
@@ -72,7 +72,7 @@ pub(super) fn with_password(flag: &str, url: &str, file: Option<&Path>) -> Resul
     Ok(url.into())
 }
 
-/// The keys in `file`: master keys, or those of `node`.
+/// Reads the keys in `file`: the master keys, or those of `node`.
 fn keys(file: Option<&Path>, node: Option<&str>) -> anyhow::Result<Keys> {
     let file = file.ok_or_else(|| missing("key-file", "messages have to be signed"))?;
     let wrong = |reason: String| Usage(format!("--key-file {}: {reason}", text::path(file)));
@@ -84,7 +84,7 @@ fn keys(file: Option<&Path>, node: Option<&str>) -> anyhow::Result<Keys> {
     Ok(keys.map_err(|error| wrong(error.to_string()))?)
 }
 
-/// Prints a node's key, or writes it to a file.
+/// Prints the key of a node, or writes it to a file.
 pub(super) fn key(args: &service::NodeKey) -> anyhow::Result<()> {
     let master = keys(Some(&args.key_file), None)?;
     let file = master
@@ -97,7 +97,7 @@ pub(super) fn key(args: &service::NodeKey) -> anyhow::Result<()> {
     }
 }
 
-/// Redis, where the settings name it; for a manager, or for the agent of `node`.
+/// Connects to Redis if it is configured, for a manager or for the agent of `node`.
 async fn redis(queue: &service::Queue, node: Option<&str>) -> anyhow::Result<Option<Queue>> {
     let Some(url) = &queue.redis else {
         return Ok(None);
@@ -112,9 +112,9 @@ async fn redis(queue: &service::Queue, node: Option<&str>) -> anyhow::Result<Opt
     Ok(Some(Queue::Redis(redis)))
 }
 
-/// Runs `work` until a signal asks it to end.
+/// Runs `work` until a signal cancels.
 fn serve(work: impl AsyncFnOnce(Cancel) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    // Connections are descriptors. What cannot be raised is no reason not to serve: there are fewer of them.
+    // Every connection takes a descriptor. If the limit cannot be raised, fewer connections are served.
     if let Err(error) = manager::raise_open_files() {
         tracing::warn!(error = %error, "the limit of open files cannot be raised");
     }
@@ -124,7 +124,7 @@ fn serve(work: impl AsyncFnOnce(Cancel) -> anyhow::Result<()>) -> anyhow::Result
     runtime.block_on(work(cancel))
 }
 
-/// The settings of an agent that may write where `allowed` says.
+/// Returns the settings of an agent that may push to `allowed`.
 fn agent_options(
     roots: Roots,
     work: service::Work,
@@ -220,7 +220,8 @@ pub(super) fn manager(args: &service::Manager) -> anyhow::Result<()> {
     })
 }
 
-/// Whether a manager that runs as root has files or directories of other users to read or write: that takes a capability.
+/// Returns whether a manager that runs as root accesses files or directories of other users, which requires a
+/// capability.
 pub(super) fn has_files_of_others(args: &service::Manager) -> bool {
     use std::os::unix::fs::MetadataExt as _;
 
@@ -270,7 +271,7 @@ async fn open_record(serve: &service::Serve, place: &str) -> anyhow::Result<Reco
     Ok(Record::open(&place).await?)
 }
 
-/// Who may call besides those with tokens.
+/// Returns the settings for authentication by JWT, in addition to that by tokens.
 fn jwt(serve: &service::Serve) -> Result<Option<Jwt>, Usage> {
     let Some(jwks) = &serve.jwks else {
         return Ok(None);
@@ -292,7 +293,7 @@ fn jwt(serve: &service::Serve) -> Result<Option<Jwt>, Usage> {
     }))
 }
 
-/// What connections and requests may take.
+/// Returns the limits on connections and requests.
 fn doors(serve: &service::Serve) -> Result<manager::Doors, Usage> {
     let proxies = serve.proxy_from.iter().map(|range| {
         range
@@ -309,7 +310,7 @@ fn doors(serve: &service::Serve) -> Result<manager::Doors, Usage> {
     })
 }
 
-/// The settings of a manager that sends images to `target`.
+/// Returns the settings of a manager whose images go to `target`.
 fn manager_options(
     serve: &service::Serve,
     push: &service::Push,
@@ -365,7 +366,7 @@ fn manager_options(
     Ok(options)
 }
 
-/// Who `up` is for, where nobody says whose the sessions are.
+/// Returns the user of `up` if the owner of the sessions is not configured.
 fn login() -> String {
     ["SUDO_USER", "USER", "LOGNAME"]
         .into_iter()
@@ -374,7 +375,7 @@ fn login() -> String {
         .unwrap_or_else(|| "root".to_owned())
 }
 
-/// A file that nobody else can read.
+/// Writes a file that only its owner can read.
 fn write_private(file: &Path, content: &str) -> std::io::Result<()> {
     let dir = file.parent().unwrap_or(Path::new("."));
     let mut made = tempfile::NamedTempFile::new_in(dir)?;
@@ -403,7 +404,7 @@ pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
         None => {
             let store = args.store.clone().unwrap_or_else(|| state.join("images"));
             let store = std::path::absolute(&store).context("the working directory is gone")?;
-            // What lies in one of the administrator's choice was perhaps meant to be seen.
+            // A directory that the administrator chose may contain files that are meant to be shared.
             let own = args.store.is_none();
             private::own_dir(&store, |_| own)
                 .with_context(|| format!("cannot use {}", text::path(&store)))?;
@@ -464,14 +465,14 @@ pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
             write_stdout(format!("{url}\n").as_bytes())?;
         }
         let ended = run_up(server, work, queue, cancel).await;
-        // Gone already, or not written: nobody is misled.
+        // The file may not exist; a stale one would do no harm.
         let _ = std::fs::remove_file(&up_file);
         ended
     })
 }
 
-/// Both until `cancel`: first the agent ends, then, when the record has its last words, the manager. If one fails the
-/// other ends, too.
+/// Runs agent and manager until `cancel`. The agent is stopped first, and the manager once the agent's last reports are
+/// recorded. If one of them fails, the other is stopped, too.
 async fn run_up(
     server: manager::Server,
     work: agent::Options,
@@ -500,7 +501,7 @@ async fn run_up(
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    // What is not told by then is found out after the next start.
+    // Reports that are missing by then are reconciled after the next start.
     let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
     stop_manager.cancel();
     let managed = match early {
@@ -512,7 +513,7 @@ async fn run_up(
     Ok(())
 }
 
-/// An address that a browser on this machine can use.
+/// Replaces an unspecified address by the loopback address, so that a browser on this machine can use it.
 fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),

@@ -1,4 +1,4 @@
-//! The flags of `doctor`: those of the verb that it looks ahead for, so that the same settings are looked at.
+//! Flags of `doctor`. They include those of the verb that it checks, so that the same settings can be passed.
 
 use std::time::Duration;
 

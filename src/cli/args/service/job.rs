@@ -1,4 +1,4 @@
-//! Flags of `job`: saves that a manager has done.
+//! Flags of `job`, which saves through a manager.
 
 #![allow(
     rustdoc::broken_intra_doc_links,

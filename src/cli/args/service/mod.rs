@@ -1,5 +1,5 @@
-//! The flags of the service: `manager`, `agent`, `up`. Each is a setting too: in the environment and in a file, see
-//! `config`. So none of them is required here; what is missing is found when options are made of them.
+//! Flags of the service: `manager`, `agent` and `up`. Each of them can also be set in the environment or in a file, see
+//! `config`. Therefore none is required here; missing ones are reported when the options are resolved.
 
 #![allow(
     rustdoc::bare_urls,
