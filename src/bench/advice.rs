@@ -1,29 +1,30 @@
-//! Which flags follow from the figures. Pure: the level never changes without saying what that costs in bytes.
+//! Derives recommended flags from the measurements. Pure: another level is never recommended without its cost in bytes.
 
 use super::limit::{Bound, Costs, Hands, Limit, enough_jobs, enough_layers};
 use super::report::Advice;
 use super::stages::Setting;
 use crate::layer::Compression;
 
-/// Time that a smaller layer may cost and still be free.
+/// Factor on the time up to which a smaller layer counts as free.
 const FREE: f64 = 1.05;
-/// Gain below which another setting is not worth naming.
+/// Minimum speedup for which another setting is recommended.
 const WORTH: f64 = 1.2;
-/// Below this size of a layer its own requests cost more than a second hash gains.
+/// Minimum size of a layer, in bytes. For a smaller one, its own requests cost more than a second hash gains.
 const SMALLEST_LAYER: u64 = 64 << 20;
 
-/// What a codec at a level would cost this save.
+/// The estimated cost of a save with a codec and level.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate {
     /// Codec and level.
     pub setting: Setting,
-    /// Of the whole save.
+    /// Costs of the whole save.
     pub costs: Costs,
-    /// Compressed bytes.
+    /// Number of compressed bytes.
     pub sent_bytes: u64,
 }
 
-/// Best first: for readers of everything, then faster and smaller ones with their price. `asked` is what was measured.
+/// Returns recommendations in order: first the one that suits all consumers, then faster and smaller ones with their
+/// price. `asked` is the setting that was measured.
 pub fn advise(
     candidates: &[Candidate],
     asked: Setting,
@@ -35,7 +36,7 @@ pub fn advise(
     let Some(asked) = candidates.iter().find(|c| c.setting == asked) else {
         return Vec::new();
     };
-    // A smaller layer that costs no time is better for everybody.
+    // A smaller layer that takes no more time is better in any case.
     let free = of(asked.setting.codec)
         .filter(|c| c.sent_bytes < asked.sent_bytes && seconds(c) <= FREE * seconds(asked))
         .min_by_key(|c| c.sent_bytes);
@@ -60,12 +61,12 @@ pub fn advise(
         );
         format!("{faster:.1} times as fast, the layer {larger:.2} of the size{note}")
     };
-    // Fastest of the same codec.
+    // The fastest setting of the same codec.
     let fastest = of(asked.setting.codec).min_by(|a, b| seconds(a).total_cmp(&seconds(b)));
     if let Some(c) = fastest.filter(|c| seconds(best) >= WORTH * seconds(c)) {
         advice.push(one(c, hands, tar_bytes, compared(c, "")));
     }
-    // The fastest zstd layer, of those that are no larger where there are any.
+    // The fastest zstd setting, among those that are no larger if there are any.
     if asked.setting.codec != Compression::Zstd {
         let both = of(Compression::Zstd)
             .filter(|c| seconds(c) <= seconds(best) && c.sent_bytes <= best.sent_bytes)
@@ -86,7 +87,7 @@ pub fn advise(
     advice
 }
 
-/// Flags for a candidate, with as many workers and layers as pay.
+/// Returns the flags for a candidate, with as many workers and layers as are useful.
 fn one(candidate: &Candidate, hands: Hands, tar_bytes: u64, mut why: String) -> Advice {
     let Setting { codec, level } = candidate.setting;
     let mut flags = vec!["--compression".to_owned(), word(codec).to_owned()];
@@ -114,7 +115,7 @@ fn one(candidate: &Candidate, hands: Hands, tar_bytes: u64, mut why: String) -> 
     }
 }
 
-/// As the flag takes it.
+/// Returns the value of the flag `--compression`.
 pub fn word(codec: Compression) -> &'static str {
     match codec {
         Compression::Gzip => "gzip",
@@ -242,7 +243,7 @@ mod tests {
             )
             .is_empty()
         );
-        // A small save gains nothing by it.
+        // A small save gains nothing from several layers.
         let small = advise(&many, ASKED, hands, 50_000_000);
         assert!(
             !small[0].flags.contains(&"--layer-size".to_owned()),

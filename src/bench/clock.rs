@@ -1,19 +1,19 @@
-//! What something took: time on the wall, and processor time of this process, of one thread, of another process.
+//! Measures wall time, and CPU time of this process and of single threads.
 
 use std::time::Instant;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// Seconds.
+/// Time spent, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Spent {
-    /// On the wall.
+    /// Wall time.
     pub wall: f64,
-    /// Of all this process' threads on processors.
+    /// CPU time of all threads of this process.
     pub cpu: f64,
 }
 
-/// Runs from its making.
+/// A clock that runs from its creation.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     wall: Instant,
@@ -21,7 +21,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Starts.
+    /// Starts a clock.
     pub fn start() -> Self {
         Self {
             wall: Instant::now(),
@@ -29,12 +29,12 @@ impl Clock {
         }
     }
 
-    /// Until now.
+    /// Returns the time spent until now.
     pub fn spent(&self) -> Spent {
         self.spent_until(Instant::now())
     }
 
-    /// On the wall until `end`, of the processors until now.
+    /// Returns the wall time until `end` and the CPU time until now.
     pub fn spent_until(&self, end: Instant) -> Spent {
         Spent {
             wall: end.duration_since(self.wall).as_secs_f64(),
@@ -43,7 +43,7 @@ impl Clock {
     }
 }
 
-/// Seconds that the calling thread has had a processor.
+/// Returns the CPU time of the calling thread in seconds.
 pub fn of_thread() -> f64 {
     seconds(ClockId::ThreadCPUTime)
 }
@@ -53,7 +53,7 @@ fn seconds(clock: ClockId) -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
-/// The middle of some figures; 0 of none. Of an even number, the mean of the two in the middle.
+/// Returns the median, or 0 for an empty slice. For an even number of values, it is the mean of the two in the middle.
 pub fn median(figures: &[f64]) -> f64 {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);

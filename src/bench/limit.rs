@@ -1,110 +1,112 @@
-//! The fastest that a node can save, from what each stage costs alone; and which flags follow. Pure arithmetic.
+//! Computes the fastest possible save on a node from the cost of each stage, and the flags that follow. Pure
+//! arithmetic.
 //!
-//! The model. A save walks the tree and lays the tar out; before that is done not one byte can be made. Then everything
-//! happens at once, on all cores: workers read, make checksums and compress, the tar is hashed, the compressed bytes
-//! are hashed and handed on. No save can be faster than
+//! The model: a save scans the tree and plans the tar, and no byte can be produced before that is done. Then everything
+//! happens at once on all cores: workers read, compute checksums and compress; the tar is hashed; the compressed bytes
+//! are hashed and delivered. No save can be faster than
 //!
-//! - the processor time of all of this together, divided by the cores;
-//! - the workers' part of it, divided by the workers, where `--jobs` lets fewer work than there are cores;
-//! - the one thing that cannot be divided, one core's SHA-256 over the tar of a layer (with `--layer-size`, four at a time, of one size);
-//! - the destination, with the same bytes at hand from the start.
+//! - the CPU time of all of this together, divided by the number of cores;
+//! - the workers' share of it, divided by the number of workers, if `--jobs` permits fewer workers than cores;
+//! - the one part that cannot be divided, SHA-256 over the tar of a layer on one core (with `--layer-size`, four layers
+//!   of equal size at a time);
+//! - the destination, with the same bytes available from the start.
 //!
-//! The slowest of the four binds. What is assumed in favour of the node, so that the limit is one: nothing waits for
-//! anything else, the layout is done on all cores, and no stage disturbs another's caches but those that a worker does
-//! one after the other (they are measured so). What a registry on the same machine takes of the cores counts as
-//! processor time of handing on.
+//! The slowest of the four is the limit. For it to be a true lower bound, the assumptions favour the node: nothing
+//! waits for anything else, planning uses all cores, and no stage disturbs the caches of another, except for the stages
+//! that a worker runs in sequence (they are measured that way). The CPU time of a registry on the same machine counts
+//! as CPU time of the delivery.
 
-/// What a save of a certain tree costs, stage by stage, in seconds.
+/// The cost of each stage in a save of a given tree, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Costs {
-    /// Processor time of the walk.
+    /// CPU time of the scan.
     pub scan: f64,
-    /// Processor time of laying the tar out.
+    /// CPU time of planning the tar.
     pub plan: f64,
-    /// Processor time of reading files and writing headers.
+    /// CPU time of reading files and writing headers.
     pub read: f64,
-    /// Processor time of the checksum over the tar (gzip).
+    /// CPU time of the checksum over the tar (gzip).
     pub checksum: f64,
-    /// Processor time of the codec.
+    /// CPU time of the codec.
     pub compress: f64,
-    /// One core's time for SHA-256 over the tar.
+    /// Time of SHA-256 over the tar on one core.
     pub hash_tar: f64,
-    /// One core's time for SHA-256 over the compressed bytes.
+    /// Time of SHA-256 over the compressed bytes on one core.
     pub hash_compressed: f64,
-    /// This program's processor time of handing the compressed bytes on.
+    /// CPU time of this program for delivering the compressed bytes.
     pub hand_on: f64,
-    /// Processor time of a registry on this machine for them.
+    /// CPU time of a registry on this machine for receiving them.
     pub registry: f64,
-    /// Time on the wall of handing them on, alone.
+    /// Wall time of delivering them, without other stages.
     pub hand_on_wall: f64,
 }
 
 impl Costs {
-    /// Processor time before the first byte can be made.
+    /// Returns the CPU time before the first byte can be produced.
     pub fn before(&self) -> f64 {
         self.scan + self.plan
     }
 
-    /// Processor time that workers share.
+    /// Returns the CPU time that the workers share.
     pub fn workers(&self) -> f64 {
         self.read + self.checksum + self.compress
     }
 
-    /// Processor time of everything after the first byte.
+    /// Returns the CPU time of everything after the first byte.
     pub fn stream(&self) -> f64 {
         self.workers() + self.hash_tar + self.hash_compressed + self.hand_on + self.registry
     }
 }
 
-/// Who works.
+/// The resources of a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hands {
-    /// Cores that this process may use.
+    /// Number of cores that this process may use.
     pub cores: usize,
-    /// Workers.
+    /// Number of workers.
     pub jobs: usize,
-    /// Layers; no more than [`SIDE_BY_SIDE`] are hashed at once.
+    /// Number of layers, of which at most [`SIDE_BY_SIDE`] are hashed concurrently.
     pub layers: usize,
 }
 
-/// Layers that a save makes at once.
+/// Number of layers that a save creates concurrently.
 pub const SIDE_BY_SIDE: usize = 4;
 
-/// What no save can get past.
+/// The resource that limits a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bound {
     /// All cores are busy.
     Cores,
-    /// All workers are, and there are fewer than cores.
+    /// All workers are busy, and there are fewer of them than cores.
     Jobs,
-    /// One core hashes the tar.
+    /// SHA-256 over the tar keeps one core busy.
     Sha256,
-    /// The destination takes no more.
+    /// The destination accepts no more data.
     Destination,
 }
 
-/// The limit of a save.
+/// The lower bound on the duration of a save.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Limit {
-    /// The fastest possible, in seconds.
+    /// Shortest possible duration in seconds.
     pub seconds: f64,
-    /// What binds.
+    /// The limiting resource.
     pub bound_by: Bound,
     /// Seconds before the first byte.
     pub before: f64,
     /// Seconds that all cores need for the rest.
     pub cores: f64,
-    /// Seconds that the workers need for their part.
+    /// Seconds that the workers need for their share.
     pub jobs: f64,
-    /// Seconds of SHA-256 over the tar, one core a layer.
+    /// Seconds of SHA-256 over the tar, one core per layer.
     pub sha256: f64,
     /// Seconds that the destination needs.
     pub destination: f64,
 }
 
 impl Limit {
-    /// Of a save with these costs.
+    /// Computes the limit for the given costs.
     pub fn of(costs: &Costs, hands: Hands) -> Self {
         let cores = hands.cores.max(1) as f64;
         let workers = hands.jobs.clamp(1, hands.cores.max(1)) as f64;
@@ -118,7 +120,7 @@ impl Limit {
             ),
             (Bound::Destination, costs.hand_on_wall),
         ];
-        // The first of equals: cores before what follows from them.
+        // Of equal parts the first is taken, so the cores precede what depends on them.
         let (bound_by, longest) =
             parts.into_iter().fold(
                 parts[0],
@@ -136,7 +138,8 @@ impl Limit {
     }
 }
 
-/// Workers beyond which more only wait for the hash or the destination; all of `hands` where the cores bind.
+/// Returns the number of workers beyond which more would only wait for the hash or the destination, or that of the
+/// cores if they are the limit.
 pub fn enough_jobs(costs: &Costs, hands: Hands) -> usize {
     let limit = Limit::of(
         costs,
@@ -149,12 +152,12 @@ pub fn enough_jobs(costs: &Costs, hands: Hands) -> usize {
     if limit.bound_by == Bound::Cores || slowest <= 0.0 {
         return hands.cores;
     }
-    // A tenth more: a worker that is late must not hold everybody up.
+    // A reserve of a tenth, so that a late worker does not delay all others.
     let jobs = (1.1 * costs.workers() / slowest).ceil() as usize;
     jobs.clamp(1, hands.cores.max(1))
 }
 
-/// Layers side by side at which the hash binds no more, and the cores or the destination do; 1 where it never did.
+/// Returns the number of concurrent layers at which hashing is no longer the limit, or 1 if it never is.
 pub fn enough_layers(costs: &Costs, hands: Hands) -> usize {
     let limit = Limit::of(costs, Hands { layers: 1, ..hands });
     if limit.bound_by != Bound::Sha256 {
@@ -171,7 +174,7 @@ pub fn enough_layers(costs: &Costs, hands: Hands) -> usize {
 mod tests {
     use super::*;
 
-    /// About what gzip 4 costs on two cores for a gigabyte.
+    /// Approximate costs of gzip level 4 for a gigabyte on two cores.
     const GZIP: Costs = Costs {
         scan: 0.1,
         plan: 0.1,
@@ -203,7 +206,7 @@ mod tests {
         assert_eq!(limit.bound_by, Bound::Cores);
         near(limit.before, 0.1);
         near(limit.seconds, 0.1 + 16.0 / 2.0);
-        // One of one: the sum of everything.
+        // With one worker on one core, the sum of all costs.
         near(Limit::of(&GZIP, hands(1, 1)).seconds, 16.2);
     }
 
@@ -212,7 +215,7 @@ mod tests {
         let limit = Limit::of(&GZIP, hands(8, 2));
         assert_eq!(limit.bound_by, Bound::Jobs);
         near(limit.seconds, 0.1 + 14.6 / 2.0);
-        // More workers than cores are as many as cores.
+        // More workers than cores have no effect.
         near(
             Limit::of(&GZIP, hands(2, 64)).seconds,
             Limit::of(&GZIP, hands(2, 2)).seconds,
@@ -234,7 +237,7 @@ mod tests {
         );
         assert_eq!(cut.bound_by, Bound::Destination);
         assert_eq!(enough_jobs(&GZIP, hands(64, 64)), 23);
-        // Where the cores bind there is nothing to gain.
+        // If the cores are the limit, nothing can be gained.
         assert_eq!(enough_layers(&GZIP, hands(2, 2)), 1);
         assert_eq!(enough_jobs(&GZIP, hands(2, 2)), 2);
     }

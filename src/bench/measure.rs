@@ -1,4 +1,4 @@
-//! The rounds: every stage and whole saves by turns, and the report that their medians give.
+//! Runs the rounds, each with every stage and whole saves in turn, and builds the report from their medians.
 
 use std::sync::Arc;
 
@@ -15,10 +15,10 @@ use crate::common::cancel::Cancel;
 use crate::layer::Plan;
 use crate::save::Compression;
 
-/// Bytes of the tar that are kept in memory for the codecs, SHA-256 and the uploads.
+/// Size in bytes of the part of the tar that is kept in memory for the codecs, SHA-256 and the uploads.
 const SAMPLE: u64 = 48 << 20;
 
-/// Figures of one stage, a round each.
+/// Times of one stage, one value per round.
 #[derive(Clone, Debug, Default)]
 struct Rounds {
     wall: Vec<f64>,
@@ -40,7 +40,7 @@ impl Rounds {
     }
 }
 
-/// A place with what was measured of it.
+/// A destination and its measurements.
 struct Way<'a> {
     to: &'static str,
     place: &'a Place,
@@ -52,7 +52,7 @@ struct Way<'a> {
     sent_bytes: u64,
 }
 
-/// A codec at a level with what was measured of it.
+/// A codec at a level and its measurements.
 struct Tried {
     setting: Setting,
     threads: usize,
@@ -70,7 +70,7 @@ pub(super) struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// 1, 2, 4, ... and the number of workers.
+    /// Returns the numbers of threads to measure: the powers of two below the number of workers, and that number.
     fn threads(&self) -> Vec<usize> {
         let mut threads: Vec<usize> = std::iter::successors(Some(1), |n| Some(2 * n))
             .take_while(|&n| n < self.jobs)
@@ -79,7 +79,7 @@ impl Bench<'_> {
         threads
     }
 
-    /// What is measured, and what a save is made with, each once.
+    /// Returns the settings to measure and that of the saves, without duplicates.
     fn settings(&self) -> Vec<Setting> {
         let mut settings = self.options.settings.clone();
         settings.push(self.options.setting);
@@ -301,7 +301,7 @@ impl Bench<'_> {
         })
     }
 
-    /// What every measured setting would cost the last save, by its figures on the sample.
+    /// Estimates the costs of the last save for every measured setting, from the measurements on the sample.
     fn candidates(
         &self,
         codecs: &[Codec],
@@ -310,7 +310,7 @@ impl Bench<'_> {
         tar_bytes: u64,
     ) -> Vec<Candidate> {
         let asked = codecs.iter().find(|codec| self.is_asked(codec));
-        // The sample is not the whole: the asked setting's figures on both say by how much.
+        // The sample differs from the whole tar; the measurements of the requested setting on both give the scale.
         let scale = |codec: &Codec| {
             asked.map_or(1.0, |asked| {
                 codec.ratio / asked.ratio.max(f64::MIN_POSITIVE)
@@ -394,7 +394,8 @@ impl Bench<'_> {
     }
 }
 
-/// Of CRC-32 where it was not measured, as the save was none of gzip: it matters in the second digit of no figure.
+/// Assumed cost of CRC-32 if it was not measured because the save does not use gzip. It does not affect the first digit
+/// of any figure.
 const CRC_SECONDS_PER_BYTE: f64 = 1e-10;
 
 impl<'a> Way<'a> {
@@ -411,7 +412,7 @@ impl<'a> Way<'a> {
         }
     }
 
-    /// The compressed bytes alone.
+    /// Measures the delivery of the compressed bytes alone.
     fn deliver(&mut self, pieces: &[Bytes], bytes: u64, cancel: &Cancel) -> Result<(), Error> {
         let before = self.neighbour.cpu();
         let spent = stages::deliver(self.place, pieces, bytes, cancel)?;
@@ -435,7 +436,7 @@ impl<'a> Way<'a> {
     }
 }
 
-/// MB a second.
+/// Returns the rate in MB/s.
 fn rate(bytes: u64, seconds: f64) -> f64 {
     bytes as f64 / 1e6 / seconds.max(f64::MIN_POSITIVE)
 }
@@ -444,7 +445,7 @@ fn percent(part: f64, whole: f64) -> f64 {
     100.0 * part / whole.max(f64::MIN_POSITIVE)
 }
 
-/// A row a setting, from a row a setting and number of threads.
+/// Merges one entry per setting and number of threads into one entry per setting.
 fn codecs(tried: &[Tried]) -> Vec<Codec> {
     let mut codecs: Vec<Codec> = Vec::new();
     for tried in tried {

@@ -1,7 +1,9 @@
-//! `upperdeck bench`: what each stage of a save does on this node, the limit that follows, how near a save comes to it.
+//! `upperdeck bench`: measures each stage of a save on this node, computes the resulting limit, and compares a save
+//! with it.
 //!
-//! Measured are the functions that saves are made of (`stages`), alternating, several rounds, so that a noisy machine
-//! hits all alike (`measure`); what follows from the figures is arithmetic (`limit`, `advice`).
+//! The functions measured are those that a save consists of (`stages`). They alternate over several rounds, so that
+//! disturbances of the machine affect all of them alike (`measure`). The rest is arithmetic on the results (`limit`,
+//! `advice`).
 
 pub mod advice;
 pub mod clock;
@@ -31,18 +33,18 @@ use crate::save::{self, Rules};
 use crate::store::destination::{self, Target};
 use crate::store::registry::{Access, Reference, Registries};
 
-/// Why there are no figures.
+/// An error of the benchmark.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The container, the tree, the layer or the registry: as a save would fail.
+    /// Access to the container, tree, layer or registry failed as it would in a save.
     #[error(transparent)]
     Save(#[from] save::Error),
-    /// The generated tree, or the file that a save is written to.
+    /// The generated tree, or the file that a save is written to, cannot be written.
     #[error("cannot write below {path}: {source}; name another directory with --scratch")]
     Scratch {
-        /// Where.
+        /// The path.
         path: String,
-        /// What the system said.
+        /// The cause.
         source: io::Error,
     },
     /// The container or directory has no changes.
@@ -50,13 +52,13 @@ pub enum Error {
         "{name} has nothing that a layer would hold: name another, or none for a generated tree"
     )]
     Empty {
-        /// Which.
+        /// Name of the container or directory.
         name: String,
     },
     /// The I/O threads cannot be started.
     #[error("cannot start the I/O threads: {0}")]
     Runtime(#[source] io::Error),
-    /// SIGINT or SIGTERM.
+    /// Cancelled by SIGINT or SIGTERM.
     #[error(transparent)]
     Cancelled(#[from] Cancelled),
 }
@@ -68,43 +70,43 @@ impl Error {
     }
 }
 
-/// What to measure on.
+/// The tree to measure on.
 #[derive(Clone, Debug)]
 pub enum On {
-    /// CONTAINER as the user wrote it.
+    /// A container, as named by the user.
     Container(String),
     /// A directory.
     Directory(PathBuf),
-    /// A tree of so many bytes.
+    /// A generated tree of this size in bytes.
     Generated(u64),
 }
 
-/// Everything `upperdeck bench` was asked for.
+/// Options of the benchmark.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// What to measure on.
+    /// The tree to measure on.
     pub on: On,
-    /// What would go into the layer.
+    /// Rules for the content of the layer.
     pub rules: Rules,
-    /// Where the generated tree and the unnamed file are made.
+    /// Directory for the generated tree and the unnamed file.
     pub scratch: PathBuf,
-    /// Where uploads are tried.
+    /// Registry for test uploads, and the access to it.
     pub registry: Option<(Reference, Access)>,
-    /// How often, at least 1.
+    /// Number of rounds, at least 1.
     pub rounds: usize,
-    /// Workers of the whole saves; none: all cores.
+    /// Workers of the whole saves; if `None`, one per core.
     pub jobs: Option<usize>,
-    /// Of the whole saves.
+    /// Codec and level of the whole saves.
     pub setting: Setting,
-    /// Measured besides.
+    /// Further codecs and levels to measure.
     pub settings: Vec<Setting>,
-    /// Times later than this become it.
+    /// Times later than this are replaced by it.
     pub timestamp: Option<i64>,
-    /// Tar bytes after which whole saves begin another layer, see [`save::cut`].
+    /// Tar size in bytes after which whole saves start another layer, see [`save::cut`].
     pub layer_size: Option<u64>,
 }
 
-/// Measures. `told` hears in a few words what is being done.
+/// Runs the benchmark. `told` is called with a short description of each step.
 pub fn run(
     options: &Options,
     roots: &Roots,
@@ -140,7 +142,7 @@ pub fn run(
         sample_bytes: 0,
     };
     let report = bench.measure(&plan, subject)?;
-    // Said if it cannot be done; on the way out of an error it goes silently.
+    // A failure to remove the tree is reported, unless there is another error already.
     tree.map_or(Ok(()), Tree::remove)?;
     Ok(report)
 }
@@ -187,16 +189,16 @@ fn subject(
     })
 }
 
-/// A registry to try uploads on.
+/// A registry for test uploads.
 struct Upload {
     place: Place,
     neighbour: Neighbour,
-    // Last: the place's requests run on it.
+    // Last, because the requests of `place` run on it.
     _runtime: tokio::runtime::Runtime,
 }
 
 impl Upload {
-    /// Refused here and now where one may not push.
+    /// Opens the repository. Fails if it cannot be pushed to.
     fn open(to: &Reference, access: &Access) -> Result<Self, Error> {
         let of_registry = |error| save::Error::from(destination::Error::from(error));
         let runtime = tokio::runtime::Runtime::new().map_err(Error::Runtime)?;
@@ -214,7 +216,7 @@ impl Upload {
     }
 }
 
-/// `HOST/REPO` as `--registry` takes it: nothing is saved, so there is no tag.
+/// Parses the value of `--registry`. There is no tag, because no image is saved.
 pub fn registry(text: &str) -> Result<Reference, save::Error> {
     match Target::for_saving(text)? {
         Target::Registry(reference) => Ok(reference),

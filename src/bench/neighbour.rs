@@ -1,21 +1,22 @@
-//! A registry on this machine works on the same cores as the save: what it takes of them belongs to the limit.
+//! Finds a registry on this machine and measures its CPU time, which counts towards the limit because it shares the
+//! cores with the save.
 
 use std::fs;
 use std::net::{IpAddr, ToSocketAddrs as _, UdpSocket};
 
-/// The process that answers for a registry, where it runs on this machine.
+/// The process that serves a registry, if it is on this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Neighbour {
     /// The registry is on another machine.
     Elsewhere,
-    /// On this one, in a process that cannot be found or seen (it needs root).
+    /// The registry is on this machine, but its process cannot be determined (which requires root).
     Unseen,
-    /// On this one.
+    /// The process with this PID serves the registry.
     Process(u32),
 }
 
 impl Neighbour {
-    /// Looks for `host`, `HOST[:PORT]`.
+    /// Looks up `host`, which is `HOST[:PORT]`.
     pub fn find(host: &str) -> Self {
         let with_port = host
             .rsplit_once(':')
@@ -37,7 +38,7 @@ impl Neighbour {
         process.map_or(Self::Unseen, Self::Process)
     }
 
-    /// Seconds that it has had a processor so far.
+    /// Returns the CPU time of the process in seconds.
     pub fn cpu(self) -> Option<f64> {
         let Self::Process(pid) = self else {
             return None;
@@ -48,12 +49,13 @@ impl Neighbour {
     }
 }
 
-/// Only an address of this machine's own can be bound.
+/// Only a local address can be bound.
 fn is_here(address: IpAddr) -> bool {
     UdpSocket::bind((address, 0)).is_ok()
 }
 
-/// utime and stime, fields 14 and 15 (proc(5)); the name before them may hold anything, so they count from its end.
+/// Parses utime and stime, fields 14 and 15 (proc(5)). They are counted from the end of the name, which may contain any
+/// character.
 fn ticks_of(stat: &str) -> Option<u64> {
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
     let user: u64 = fields.next()?.parse().ok()?;
@@ -61,7 +63,7 @@ fn ticks_of(stat: &str) -> Option<u64> {
     Some(user + system)
 }
 
-/// Inodes of the sockets that listen on `port`, from the text of `/proc/net/tcp` or `tcp6`.
+/// Returns the inodes of the sockets that listen on `port`, from the text of `/proc/net/tcp` or `tcp6`.
 fn listening(table: &str, port: u16) -> Vec<u64> {
     let suffix = format!(":{port:04X}");
     table
@@ -76,7 +78,7 @@ fn listening(table: &str, port: u16) -> Vec<u64> {
         .collect()
 }
 
-/// The process that listens on `port`.
+/// Returns the process that listens on `port`.
 fn listener(port: u16) -> Option<u32> {
     let tables = ["/proc/net/tcp", "/proc/net/tcp6"];
     let sockets: Vec<String> = tables
@@ -117,7 +119,7 @@ mod tests {
         );
         assert!(Neighbour::find(&host).cpu().is_some());
         assert_eq!(Neighbour::Elsewhere.cpu(), None);
-        // TEST-NET-1 belongs to nobody.
+        // TEST-NET-1 is never assigned.
         assert_eq!(Neighbour::find("192.0.2.1:5000"), Neighbour::Elsewhere);
         Ok(())
     }

@@ -1,14 +1,15 @@
-//! What `upperdeck bench` found. The JSON is an interface, documented in the verb's help: fields are only ever added.
+//! The report of `upperdeck bench`. Its JSON form is a stable interface, documented in the verb's help; fields are only
+//! added.
 
 use serde::Serialize;
 
 use super::limit::{Costs, Limit};
 use crate::layer::Compression;
 
-/// Version of the report; it grows when a field changes its meaning or goes away, not when one is added.
+/// Version of the report. It increases when a field is removed or changes its meaning, not when one is added.
 pub const REPORT_VERSION: u32 = 1;
 
-/// All of it. Every figure is the median of the rounds; MB are 1,000,000 bytes.
+/// The report. Every figure is the median of the rounds; MB are 1,000,000 bytes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// [`REPORT_VERSION`].
@@ -17,88 +18,88 @@ pub struct Report {
     pub node: Node,
     /// What was saved.
     pub subject: Subject,
-    /// How often everything was measured.
+    /// Number of rounds.
     pub rounds: usize,
     /// Each stage alone, in the order of a save.
     pub stages: Vec<Stage>,
-    /// Each codec at each level, on a sample of the tar that is in memory.
+    /// Each codec at each level, measured on a sample of the tar in memory.
     pub codecs: Vec<Codec>,
     /// Whole saves.
     pub saves: Vec<Save>,
-    /// Which flags, the best first.
+    /// Recommended flags, the best first.
     pub advice: Vec<Advice>,
-    /// What has to be known to read the figures, in sentences.
+    /// Notes for the interpretation, as sentences.
     pub notes: Vec<String>,
 }
 
 /// The machine.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Node {
-    /// Cores that this process may use.
+    /// Number of cores that this process may use.
     pub cores: usize,
-    /// Workers of the whole saves.
+    /// Number of workers of the whole saves.
     pub jobs: usize,
 }
 
-/// What was saved.
+/// The tree that was saved.
 #[derive(Clone, Debug, Serialize)]
 pub struct Subject {
     /// `container`, `directory` or `generated`.
     pub kind: &'static str,
     /// ID, path, or `tree`.
     pub name: String,
-    /// Entries of the layer.
+    /// Number of entries of the layer.
     pub entries: u64,
-    /// Bytes of the tar.
+    /// Size of the tar in bytes.
     pub tar_bytes: u64,
-    /// Bytes of the tar that were in memory for the codecs.
+    /// Size in bytes of the part of the tar that was in memory for the codecs.
     pub sample_bytes: u64,
 }
 
-/// A stage alone.
+/// Measurements of a stage alone.
 #[derive(Clone, Debug, Serialize)]
 pub struct Stage {
     /// `scan`, `plan`, `read_first`, `read`, `sha256`, `make`, `write_file`, `upload`.
     pub stage: &'static str,
-    /// Threads that worked.
+    /// Number of threads.
     pub threads: usize,
-    /// On the wall.
+    /// Wall time in seconds.
     pub seconds: f64,
-    /// Processor time of this process.
+    /// CPU time of this process in seconds.
     pub cpu_seconds: f64,
-    /// What the stage is about: tar bytes, or compressed bytes for the last two.
+    /// Number of bytes processed: of the tar, or compressed ones for the last two stages.
     pub bytes: u64,
-    /// MB a second.
+    /// Rate in MB/s.
     pub mb_per_second: f64,
-    /// For `scan` and `plan`.
+    /// Rate of entries, for `scan` and `plan`.
     pub entries_per_second: Option<f64>,
 }
 
-/// A codec at a level by threads.
+/// Measurements of a codec at a level.
 #[derive(Clone, Debug, Serialize)]
 pub struct Codec {
-    /// Which.
+    /// Codec.
     pub compression: Compression,
-    /// At which level.
+    /// Level.
     pub level: u32,
-    /// Compressed size by size.
+    /// Compressed size divided by uncompressed size.
     pub ratio: f64,
-    /// MB of tar a second, by threads.
+    /// Speed by number of threads.
     pub by_threads: Vec<ByThreads>,
 }
 
-/// A codec's speed.
+/// Speed of a codec with a given number of threads.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct ByThreads {
-    /// Side by side.
+    /// Number of concurrent threads.
     pub threads: usize,
-    /// MB of tar a second, together.
+    /// Total rate in MB of tar per second.
     pub mb_per_second: f64,
-    /// Processor seconds a GB of tar.
+    /// CPU seconds per GB of tar.
     pub cpu_seconds_per_gb: f64,
 }
 
-/// A whole save, and the limit that the stages set it.
+/// Measurements of a whole save, and the limit computed from the stages.
 #[derive(Clone, Debug, Serialize)]
 pub struct Save {
     /// `nothing`, `file` or `registry`.
@@ -107,35 +108,35 @@ pub struct Save {
     pub compression: Compression,
     /// Level.
     pub level: u32,
-    /// Workers.
+    /// Number of workers.
     pub jobs: usize,
-    /// Layers.
+    /// Number of layers.
     pub layers: usize,
-    /// On the wall.
+    /// Wall time in seconds.
     pub seconds: f64,
-    /// Processor time of this process.
+    /// CPU time of this process in seconds.
     pub cpu_seconds: f64,
-    /// Compressed bytes.
+    /// Number of compressed bytes.
     pub sent_bytes: u64,
-    /// MB of tar a second.
+    /// Rate in MB of tar per second.
     pub mb_per_second: f64,
-    /// Seconds that each stage costs of such a save.
+    /// Cost of each stage of the save, in seconds.
     pub costs: Costs,
-    /// The fastest possible.
+    /// The shortest possible duration.
     pub limit: Limit,
-    /// How near the save comes: limit by save, per cent.
+    /// Limit divided by actual duration, in per cent.
     pub limit_percent: f64,
 }
 
-/// Flags that are worth trying here.
+/// Recommended flags.
 #[derive(Clone, Debug, Serialize)]
 pub struct Advice {
-    /// For `upperdeck commit`; empty: the defaults.
+    /// Flags for `upperdeck commit`; empty for the defaults.
     pub flags: Vec<String>,
-    /// The limit of a save with them, in seconds.
+    /// Limit of a save with these flags, in seconds.
     pub limit_seconds: f64,
-    /// Compressed bytes, estimated.
+    /// Estimated number of compressed bytes.
     pub sent_bytes: u64,
-    /// A sentence.
+    /// The reason, as a sentence.
     pub why: String,
 }

@@ -1,5 +1,5 @@
-//! The stages of a save, each alone, by the functions that the save itself is made of: what `upperdeck bench` and
-//! `cargo bench` measure.
+//! The stages of a save, each on its own, using the functions of the save itself. `upperdeck bench` and `cargo bench`
+//! measure them.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -30,23 +30,23 @@ use crate::store::registry::{Repository, Writer};
 /// A codec at a level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Setting {
-    /// Which.
+    /// The codec.
     pub codec: Compression,
-    /// Within [`Compression::levels`].
+    /// The level, within [`Compression::levels`].
     pub level: u32,
 }
 
-/// What is saved.
+/// The tree to be saved.
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// A container's upper directory, as a save sees it.
+    /// A container's upper directory, as in a save.
     Container(Box<Container>),
-    /// A directory, as it is.
+    /// A plain directory.
     Directory(PathBuf),
 }
 
 impl Source {
-    /// The first stage: the walk, on `jobs` threads.
+    /// Runs the first stage, the scan, on `jobs` threads.
     pub fn scan(&self, rules: &Rules, jobs: usize, cancel: &Cancel) -> Result<Scan, Error> {
         match self {
             Self::Container(container) => Ok(rules.scan(container, &[], None, jobs, cancel)?),
@@ -59,7 +59,7 @@ impl Source {
                     data_only: Vec::new(),
                     id_mapped: Vec::new(),
                     lowers_known: false,
-                    // Only root can read `trusted.*`, and a plain directory has none.
+                    // Only root can read `trusted.*`, and a plain directory has no such attributes.
                     namespace: if rustix::process::geteuid().is_root() {
                         Namespace::Trusted
                     } else {
@@ -83,8 +83,8 @@ impl Source {
     }
 }
 
-/// Lets `threads` workers, each with a state of its own, take numbers below `count` until there are no more; gives what
-/// `done` makes of each state.
+/// Runs `threads` workers, each with its own state, which take numbers below `count` until there are none left. Returns
+/// the result of `done` for each state.
 fn side_by_side<S, T: Send>(
     threads: usize,
     count: u64,
@@ -118,7 +118,7 @@ fn blocks(plan: &Plan) -> u64 {
     plan.tar_size().div_ceil(BLOCK)
 }
 
-/// Makes block `number` of the tar into `tar`.
+/// Fills `tar` with block `number` of the tar.
 fn fill(
     ahead: &Ahead<'_>,
     number: u64,
@@ -126,14 +126,14 @@ fn fill(
     scratch: &mut Scratch,
 ) -> Result<(), save::Error> {
     tar.clear();
-    // A container goes on while it is measured: what changes under it does not matter here.
+    // The container keeps running while it is measured; files that change do not matter here.
     let mut unstable = Vec::new();
     let (start, end) = (number * BLOCK, (number + 1) * BLOCK);
     block::fill(ahead, start, end, tar, scratch, &mut unstable)
         .map_err(|error| layer::Error::from(error).into())
 }
 
-/// Reads every file once and leaves it in the page cache, as a save would not: the rounds are to be alike.
+/// Reads every file once into the page cache, so that all rounds start from the same state. A save does not do this.
 pub fn read_first(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent, Error> {
     let scan = plan.scan();
     let clock = Clock::start();
@@ -152,7 +152,7 @@ pub fn read_first(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent,
             if entry.kind != Kind::File || entry.size == 0 {
                 return Ok(());
             }
-            // What is gone or cannot be read, the stages that count will say.
+            // Files that are missing or unreadable are reported by the measured stages.
             let Ok(Some(file)) = scan.root(root).open_file(path, ino) else {
                 return Ok(());
             };
@@ -170,7 +170,7 @@ pub fn read_first(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent,
     Ok(clock.spent())
 }
 
-/// Plan to tar bytes: files are read, headers written, nothing is hashed or compressed.
+/// Produces the tar from the plan: files are read and headers written, but nothing is hashed or compressed.
 pub fn read(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent, Error> {
     let ahead = Ahead::new(plan);
     let clock = Clock::start();
@@ -185,22 +185,22 @@ pub fn read(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent, Error
     Ok(clock.spent())
 }
 
-/// What the workers of a save do, and each part of it.
+/// The time of the workers of a save, in total and by part.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Made {
-    /// All of it.
+    /// Total time.
     pub spent: Spent,
-    /// Processor seconds of reading.
+    /// CPU time of reading, in seconds.
     pub read: f64,
-    /// Processor seconds of the checksum.
+    /// CPU time of the checksum, in seconds.
     pub checksum: f64,
-    /// Processor seconds of the codec.
+    /// CPU time of the codec, in seconds.
     pub compress: f64,
-    /// Bytes that came out.
+    /// Number of compressed bytes.
     pub bytes: u64,
 }
 
-/// The workers' part of a save, without the thread that hashes and hands on: read, checksum, compress.
+/// Runs the workers' part of a save (read, checksum, compress), without the thread that hashes and delivers.
 pub fn make(plan: &Plan, setting: Setting, threads: usize, cancel: &Cancel) -> Result<Made, Error> {
     struct Worker {
         codec: Codec,
@@ -259,14 +259,14 @@ fn compressed_size(codec: &mut Codec, tar: &[u8]) -> Result<u64, save::Error> {
     Ok(compressed.map_or(tar.len(), |bytes| bytes.len()) as u64)
 }
 
-/// Some of a tar's blocks in memory, evenly from all of it.
+/// A sample of a tar in memory, with blocks evenly distributed over all of it.
 pub struct Sample {
     blocks: Vec<Vec<u8>>,
     bytes: u64,
 }
 
 impl Sample {
-    /// At most `most` bytes of the tar, at least one block.
+    /// Takes a sample of at most `most` bytes, but at least one block.
     pub fn new(plan: &Plan, most: u64, cancel: &Cancel) -> Result<Self, Error> {
         let all = blocks(plan);
         let ahead = Ahead::new(plan);
@@ -286,12 +286,12 @@ impl Sample {
         })
     }
 
-    /// How much it is.
+    /// Returns the size in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// SHA-256 over it, on this thread.
+    /// Computes SHA-256 over the sample on this thread.
     pub fn hash(&self) -> Spent {
         let clock = Clock::start();
         let mut hash = Sha256::new();
@@ -302,14 +302,15 @@ impl Sample {
         clock.spent()
     }
 
-    /// Compresses it, and again until each thread has had a few blocks.
+    /// Compresses the sample, repeatedly until each thread has had several blocks.
     pub fn compress(
         &self,
         setting: Setting,
         threads: usize,
         cancel: &Cancel,
     ) -> Result<Compressed, Error> {
-        /// Fewer blocks a thread, and the wait for the last is most of what is measured.
+        /// Minimum number of blocks per thread. With fewer, the result would be dominated by the wait for the last
+        /// thread.
         const EACH: u64 = 4;
         let once = self.blocks.len() as u64;
         let turns = (EACH * threads as u64).div_ceil(once.max(1)).max(1);
@@ -332,7 +333,7 @@ impl Sample {
         })
     }
 
-    /// The compressed blocks: what a save hands on, in the same pieces.
+    /// Returns the compressed blocks, in the pieces in which a save delivers them.
     pub fn pieces(&self, setting: Setting, cancel: &Cancel) -> Result<Vec<Bytes>, Error> {
         let mut codec = Codec::new(setting.codec, setting.level);
         let pieces = self.blocks.iter().map(|block| {
@@ -345,29 +346,29 @@ impl Sample {
     }
 }
 
-/// What a codec did.
+/// The result of a compression.
 #[derive(Clone, Copy, Debug)]
 pub struct Compressed {
-    /// What it took.
+    /// Time spent.
     pub spent: Spent,
-    /// Tar bytes.
+    /// Uncompressed bytes.
     pub bytes_in: u64,
     /// Compressed bytes.
     pub bytes_out: u64,
 }
 
-/// Where bytes go.
+/// A destination for data.
 #[derive(Clone)]
 pub enum Place {
-    /// Nowhere: what is handed on is dropped.
+    /// Discards the data.
     Nothing,
-    /// A file without a name in this directory, gone when it is closed.
+    /// Writes to an unnamed file in this directory, which is deleted when it is closed.
     File(PathBuf),
-    /// An upload that is cancelled before its last request, so that no blob comes of it.
+    /// Uploads and cancels before the last request, so that no blob is created.
     Registry(Repository, tokio::runtime::Handle),
 }
 
-/// Something on its way to a [`Place`].
+/// A delivery in progress to a [`Place`].
 pub enum Delivery {
     /// See [`Place::Nothing`].
     Nothing,
@@ -378,7 +379,7 @@ pub enum Delivery {
 }
 
 impl Place {
-    /// Opens it.
+    /// Starts a delivery.
     pub fn begin(&self) -> Result<Delivery, Error> {
         Ok(match self {
             Self::Nothing => Delivery::Nothing,
@@ -395,7 +396,7 @@ impl Place {
 }
 
 impl Delivery {
-    /// Takes the next bytes. For plain threads.
+    /// Writes bytes. For threads, not for async tasks.
     pub fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
         match self {
             Self::Nothing => Ok(()),
@@ -404,14 +405,14 @@ impl Delivery {
         }
     }
 
-    /// Tells a registry that no more will come, and waits until it was told.
+    /// Cancels an upload and waits until the registry has been notified.
     fn give_up(self) {
         if let Self::Registry(writer, handle) = self {
             handle.block_on(writer.abort());
         }
     }
 
-    /// Waits until all of it is there: on the disk, or confirmed by the registry. Returns when it was.
+    /// Waits until all data is on disk or confirmed by the registry. Returns the time of that.
     pub fn end(self) -> Result<Instant, Error> {
         match self {
             Self::Nothing => Ok(Instant::now()),
@@ -430,7 +431,7 @@ fn of_registry(error: crate::store::registry::Error) -> Error {
     save::Error::from(destination::Error::from(error)).into()
 }
 
-/// Hands `bytes` bytes on, from `pieces` over and over: nothing is read, hashed or compressed.
+/// Delivers `bytes` bytes by repeating `pieces`. Nothing is read, hashed or compressed.
 pub fn deliver(
     place: &Place,
     pieces: &[Bytes],
@@ -458,31 +459,31 @@ pub fn deliver(
     Ok(clock.spent_until(end))
 }
 
-/// How a whole save is made.
+/// Options of a whole save.
 #[derive(Clone, Copy, Debug)]
 pub struct How<'a> {
-    /// What goes into the layer.
+    /// Rules for the content of the layer.
     pub rules: &'a Rules,
     /// Codec and level.
     pub setting: Setting,
-    /// Workers.
+    /// Number of workers.
     pub jobs: usize,
-    /// Times later than this become it.
+    /// Times later than this are replaced by it.
     pub timestamp: Option<i64>,
-    /// Tar bytes after which another layer begins, see [`save::cut`].
+    /// Tar size in bytes after which another layer starts, see [`save::cut`].
     pub layer_size: Option<u64>,
 }
 
-/// What a whole save made.
+/// The result of a whole save.
 #[derive(Clone, Debug)]
 pub struct Saved {
-    /// What it took.
+    /// Time spent.
     pub spent: Spent,
-    /// Bottom first.
+    /// Layers, bottom first.
     pub layers: Vec<Layer>,
 }
 
-/// A whole save: scan, plan, stream, deliver.
+/// Runs a whole save: scan, plan, stream, deliver.
 pub fn save(source: &Source, how: How<'_>, place: &Place, cancel: &Cancel) -> Result<Saved, Error> {
     let clock = Clock::start();
     let scan = source.scan(how.rules, how.jobs, cancel)?;
@@ -520,7 +521,7 @@ pub fn save(source: &Source, how: How<'_>, place: &Place, cancel: &Cancel) -> Re
     Ok(Saved { spent, layers })
 }
 
-/// What the sink said, where it was the sink.
+/// Unwraps an error of the sink.
 fn of_layer(error: layer::Error) -> Error {
     match error {
         layer::Error::Sink(source) => match source.downcast::<Error>() {

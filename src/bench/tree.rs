@@ -1,8 +1,9 @@
-//! A tree like a Jupyter session's, the same bytes on every machine, so that figures of two nodes can be compared.
+//! Generates a tree like that of a Jupyter session, identical on every machine, so that nodes can be compared.
 //!
-//! The mix is that of a session with jupyterlab, numpy, scipy, pandas, scikit-learn and matplotlib: by bytes a third
-//! shared objects, a quarter compiled Python, a fifth Python, the rest scripts, data and pictures; by count nearly all
-//! of it small text. Each kind compresses by gzip about as far as the real thing does; zstd gains less on it than there.
+//! The mix is that of a session with jupyterlab, numpy, scipy, pandas, scikit-learn and matplotlib. By size it is a
+//! third shared objects, a quarter compiled Python, a fifth Python, and for the rest scripts, data and pictures; by
+//! number it is almost only small text files. gzip compresses each kind about as much as the real content; zstd gains
+//! less than there.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write as _};
@@ -15,20 +16,21 @@ use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 use super::Error;
 use crate::common::cancel::Cancel;
 
-/// Times of all files: part of what makes the tar the same everywhere.
+/// Modification time of all files, which contributes to the tar being identical everywhere.
 const WRITTEN: Duration = Duration::from_secs(1_700_000_000);
-/// Python files of a package, as many compiled ones, over [`PARTS`] directories.
+/// Number of Python files in a package (and as many compiled ones), distributed over [`PARTS`] directories.
 const MODULES: usize = 28;
 const PARTS: usize = 5;
 
-/// A generated tree. It is gone when this is dropped.
+/// A generated tree, which is deleted when dropped.
 pub struct Tree {
     dir: tempfile::TempDir,
     path: PathBuf,
 }
 
 impl Tree {
-    /// Writes at least `bytes` of content below a new directory in `place`; `told` hears how many there are so far.
+    /// Writes at least `bytes` of content to a new directory in `place`. `told` is called with the number of bytes
+    /// written so far.
     pub fn generate(
         place: &Path,
         bytes: u64,
@@ -60,19 +62,19 @@ impl Tree {
         Ok(Self { dir, path })
     }
 
-    /// Its root.
+    /// Returns the root of the tree.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Removes it, and says so if that cannot be done.
+    /// Deletes the tree and returns an error if that fails.
     pub fn remove(self) -> Result<(), Error> {
         let path = self.dir.path().to_owned();
         self.dir.close().map_err(Error::io(&path))
     }
 }
 
-/// Modes and times of the directories, once nothing is written in them any more.
+/// Sets modes and times of the directories after the last write to them.
 fn settle(root: &Path) -> Result<(), Error> {
     for entry in walkdir::WalkDir::new(root).contents_first(true) {
         let entry = entry.map_err(|error| Error::io(root)(error.into()))?;
@@ -88,7 +90,7 @@ fn settle(root: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Sebastiano Vigna's splitmix64: what a general generator gives may change with its version.
+/// Sebastiano Vigna's splitmix64. The output of a general-purpose generator may change with its version.
 struct Numbers(u64);
 
 impl Numbers {
@@ -104,14 +106,14 @@ impl Numbers {
         (self.next() % n as u64) as usize
     }
 
-    /// Small numbers much more often than large ones, as words are in a text.
+    /// Returns small numbers much more often than large ones, like the frequencies of words in a text.
     fn few(&mut self, n: usize) -> usize {
         let (a, b) = (self.below(n), self.below(n));
         a * b / n
     }
 }
 
-/// Names that a programmer might give.
+/// Generates names like those in source code.
 fn words(numbers: &mut Numbers) -> Vec<Vec<u8>> {
     const SYLLABLES: [&str; 24] = [
         "ar", "ray", "in", "dex", "val", "ue", "con", "fig", "frame", "self", "get", "set", "the",
@@ -127,7 +129,7 @@ fn words(numbers: &mut Numbers) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Machine code is made of few forms with changing operands.
+/// Generates instruction forms, because machine code consists of few forms with changing operands.
 fn forms(numbers: &mut Numbers) -> Vec<[u8; 6]> {
     (0..400)
         .map(|_| {
@@ -152,7 +154,7 @@ struct Writer<'a> {
     forms: Vec<[u8; 6]>,
 }
 
-/// What is in a file.
+/// Kind of content.
 #[derive(Clone, Copy)]
 enum Content {
     Python,
@@ -162,7 +164,7 @@ enum Content {
 }
 
 impl Writer<'_> {
-    /// One installed package: about 2 MB in 95 entries.
+    /// Writes one installed package: about 2 MB in 95 entries.
     fn package(&mut self, site: &Path, number: u64) -> Result<(), Error> {
         const MODULE_KB: [usize; 8] = [1, 2, 3, 5, 8, 16, 32, 64];
         const OBJECT_KB: [usize; 4] = [60, 200, 400, 2080];
@@ -263,7 +265,7 @@ impl Writer<'_> {
         write().map_err(Error::io(path))
     }
 
-    /// Lines of code: many are much like one that stands not far above.
+    /// Appends lines of code, many of which are similar to one shortly before.
     fn python(&mut self, numbers: &mut Numbers, bytes: usize) {
         let local: Vec<usize> = (0..60).map(|_| numbers.below(self.words.len())).collect();
         let mut lines: Vec<(usize, usize)> = Vec::new();
@@ -272,7 +274,7 @@ impl Writer<'_> {
             if lines.len() > 8 && numbers.below(100) < 24 {
                 let (from, to) = lines[lines.len() - 1 - numbers.few(lines.len().min(60))];
                 self.buffer.extend_from_within(from..to);
-                // One thing is another.
+                // One word is replaced by another.
                 let at = start + numbers.below(to - from);
                 let word = &self.words[local[numbers.few(60)]];
                 let end = (at + word.len()).min(self.buffer.len() - 1);
@@ -306,7 +308,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Byte code with its constants between.
+    /// Appends byte code with interspersed constants.
     fn compiled(&mut self, numbers: &mut Numbers, bytes: usize) {
         while self.buffer.len() < bytes {
             self.again(numbers, 2);
@@ -326,7 +328,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Machine code, then tables.
+    /// Appends machine code, then tables.
     fn code(&mut self, numbers: &mut Numbers, bytes: usize) {
         let mut address = 0x1000_u64;
         while self.buffer.len() < bytes {
@@ -349,7 +351,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Some stretches that stand not far above, as a compiler writes the same thing again.
+    /// Repeats sequences from shortly before, as compilers do.
     fn again(&mut self, numbers: &mut Numbers, stretches: usize) {
         const FAR: usize = 16 << 10;
         for _ in 0..stretches {
@@ -361,7 +363,7 @@ impl Writer<'_> {
         }
     }
 
-    /// What is compressed already.
+    /// Appends incompressible data.
     fn noise(&mut self, numbers: &mut Numbers, bytes: usize) {
         while self.buffer.len() < bytes {
             self.buffer.extend_from_slice(&numbers.next().to_le_bytes());

@@ -1,4 +1,4 @@
-//! The demonstration's base image: two small layers in an OCI layout, and the same unpacked as an overlay's lowers.
+//! Creates the base image of the demonstration: two small layers in an OCI layout, and unpacked as lower directories.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -19,13 +19,13 @@ use crate::store::layout::Directory;
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
-/// An instant in November 2023, so that what the container changes is plainly younger.
+/// A time in November 2023, clearly older than the changes in the container.
 const MTIME: u64 = 1_700_000_000;
 
-/// One entry: path (directories end in a slash), mode, content.
+/// An entry: path (of directories with a trailing slash), mode, content.
 type Item = (&'static str, u32, &'static [u8]);
 
-/// A file system as small as it can be and still look like one.
+/// A minimal file system that still looks like one.
 const SYSTEM: &[Item] = &[
     ("data/", 0o755, b""),
     ("dev/", 0o755, b""),
@@ -73,8 +73,8 @@ const NOTEBOOK: &[Item] = &[
     ("home/user/notebook.ipynb", 0o644, b"{\"cells\": []}\n"),
 ];
 
-/// Writes the image to the layout `layout` with tag `base`, and unpacks its layers to `lowers`, bottom first.
-/// `owned`: as root, files are root's; else they are the caller's, whom the user namespace makes root.
+/// Writes the image to `layout` with tag `base`, and unpacks its layers to `lowers`, bottom first. If `owned`, the
+/// files belong to root; else to the caller, who is root in the user namespace.
 pub(super) fn make(layout: &Path, lowers: [&Path; 2], owned: bool) -> Result<(), Error> {
     let destination = Directory::new(layout);
     let (mut descriptors, mut diff_ids) = (Vec::new(), Vec::new());
@@ -140,7 +140,7 @@ fn unpack(items: &[Item], tar: &[u8], lower: &Path, owned: bool) -> io::Result<(
     archive.set_preserve_ownerships(owned);
     archive.set_preserve_mtime(true);
     archive.unpack(lower)?;
-    // The crate sets the times of files only.
+    // The tar crate sets the times of files only.
     for (path, ..) in items.iter().filter(|(path, ..)| path.ends_with('/')) {
         fs::File::open(lower.join(path))?.set_modified(UNIX_EPOCH + Duration::from_secs(MTIME))?;
     }

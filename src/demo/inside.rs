@@ -1,7 +1,8 @@
-//! The demonstration's container: this program again, first to make the namespaces, then as the process in them.
+//! The container of the demonstration. This program is executed again, first to create the namespaces and then as the
+//! process within them.
 //!
-//! Nothing of the host's has to be in the container's root: the program is started before the root is changed. The
-//! container ends with its standard input, so it cannot outlive the demonstration.
+//! The container's root needs nothing of the host, because the program is started before the root is changed. The
+//! container ends when its standard input is closed, so it cannot outlive the demonstration.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -15,12 +16,13 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::unistd::pivot_root;
 
-/// The first argument of a process that makes the container.
+/// First argument of the process that creates the container.
 pub(super) const ARGUMENT: &str = "__demo-container";
-/// The first argument of the container's own process.
+/// First argument of the container's own process.
 const PROCESS: &str = "__demo-process";
 
-/// If this process was started as a part of the demonstration: runs that part. For `main`, before anything else.
+/// Runs the part of the demonstration that this process was started for. Returns `None` if it was not. `main` has to
+/// call this first.
 pub fn entry() -> Option<ExitCode> {
     let mut args = std::env::args_os().skip(1);
     let part = args.next()?;
@@ -45,19 +47,20 @@ fn say(line: &str) -> io::Result<()> {
     stdout.flush()
 }
 
-/// For `map_err`: what was being done, in front of what the kernel said.
+/// Returns a conversion for `map_err` that prefixes an error with the failed action.
 fn failed<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl FnOnce(E) -> String {
     move |error| format!("{what}: {error}")
 }
 
-/// Namespaces and overlay; then starts the container's process and waits for it.
+/// Creates namespaces and overlay, starts the container's process and waits for it.
 fn make(args: &[OsString]) -> Result<(), String> {
     let [dir, user] = args else {
         return Err("expected DIR root|user".to_owned());
     };
     let (dir, in_user_namespace) = (Path::new(dir), user == "user");
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(failed("prctl"))?;
-    // The other side may want to put this process into a cgroup first. One byte: what follows is not for this process.
+    // The parent may put this process into a cgroup first. Exactly one byte is read, because the following data is for
+    // the container's process.
     read_byte()?;
     let mut flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWUTS;
     let mut options = String::new();
@@ -109,7 +112,7 @@ fn make(args: &[OsString]) -> Result<(), String> {
 }
 
 fn read_byte() -> Result<(), String> {
-    // Not through `io::stdin`, which reads ahead.
+    // `io::stdin` would read ahead.
     let mut byte = [0];
     match rustix::io::read(io::stdin(), &mut byte) {
         Ok(1) => Ok(()),
@@ -118,7 +121,7 @@ fn read_byte() -> Result<(), String> {
     }
 }
 
-/// Process 1 of the container: takes its root, then does what it is told, line by line.
+/// Runs as PID 1 of the container: changes to its root, then executes commands line by line.
 fn be(args: &[OsString]) -> Result<(), String> {
     let [merged] = args else {
         return Err("expected DIR".to_owned());
@@ -126,7 +129,7 @@ fn be(args: &[OsString]) -> Result<(), String> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(failed("prctl"))?;
     let merged = Path::new(merged);
     let none = None::<&OsStr>;
-    // Where /proc is masked (in a container) a new one may not be mounted: it is not needed.
+    // If /proc is partly masked (in a container), a new one may not be mounted. It is not needed.
     let _ = mount(
         Some("proc"),
         &merged.join("proc"),
@@ -160,7 +163,7 @@ fn be(args: &[OsString]) -> Result<(), String> {
     Ok(())
 }
 
-/// What somebody does in the first hour. Told to people by [`super::FIRST`].
+/// Makes the changes of the first hour of a session, which [`super::FIRST`] describes.
 fn first() -> io::Result<()> {
     // Installs packages.
     for package in 0..20 {
@@ -181,12 +184,12 @@ fn first() -> io::Result<()> {
     )?;
     fs::write("/home/user/results.bin", noise(12 << 20, 1))?;
     fs::write("/home/user/naïve name.txt", "names are bytes\n")?;
-    // Tidies up.
+    // Changes, renames and deletes files of the base.
     append("/etc/motd", "Changed in the container.\n")?;
     fs::remove_dir_all("/usr/share/doc")?;
     rename("/opt/tool", "/opt/tool-2")?;
     fs::set_permissions("/srv", fs::Permissions::from_mode(0o2750))?;
-    // A user namespace with one user in it has nobody else to give a file to.
+    // Fails in a user namespace with a single user, which has no other owner for a file.
     let _ = chown("/etc/app.conf", Some(1000), Some(1000));
     let _ = rustix::fs::setxattr(
         "/home/user/analysis.py",
@@ -194,11 +197,11 @@ fn first() -> io::Result<()> {
         b"an attribute",
         rustix::fs::XattrFlags::empty(),
     );
-    // A directory replaced by a new one: nothing old may shine through.
+    // Replaces a directory; its old content must not reappear.
     fs::remove_dir_all("/var/lib/app")?;
     fs::create_dir("/var/lib/app")?;
     fs::write("/var/lib/app/state", "2\n")?;
-    // What must not get into an image.
+    // Creates files that must not be in an image.
     fs::create_dir_all("/root/.ssh")?;
     fs::write("/root/.ssh/id_ed25519", "a private key\n")?;
     fs::create_dir_all("/root/.cache/pip")?;
@@ -207,7 +210,7 @@ fn first() -> io::Result<()> {
     fs::write("/data/survey.csv", "on a volume\n")
 }
 
-/// What is changed before the second save. Told to people by [`super::SECOND`].
+/// Makes the changes before the second save, which [`super::SECOND`] describes.
 fn second() -> io::Result<()> {
     append("/home/user/analysis.py", "print('one more line')\n")?;
     fs::remove_file("/home/user/results.bin")?;
@@ -225,7 +228,7 @@ fn append(path: &str, text: &str) -> io::Result<()> {
         .write_all(text.as_bytes())
 }
 
-/// `mv`: renames, and where an overlay does not rename a directory of the base, copies and removes.
+/// Renames like `mv`: if an overlay refuses to rename a directory of the base, it is copied and removed.
 fn rename(from: &str, to: &str) -> io::Result<()> {
     match fs::rename(from, to) {
         Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {}
@@ -243,7 +246,7 @@ fn rename(from: &str, to: &str) -> io::Result<()> {
     fs::remove_dir_all(from)
 }
 
-/// Bytes that compress to about half, the same for the same seed (xorshift64).
+/// Returns bytes that compress to about half, deterministic for a seed (xorshift64).
 fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length + 8);

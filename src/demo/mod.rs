@@ -1,7 +1,8 @@
-//! `upperdeck demo`: a container made, worked in, saved, unpacked and compared, with nothing but this program.
+//! `upperdeck demo`: creates a container, changes files in it, saves it, unpacks the image and compares, using only
+//! this program.
 //!
-//! The container is real (namespaces over an overlay mount) and the save is the one of `upperdeck commit`. As root, or
-//! in a user namespace where the kernel lets.
+//! The container is real (namespaces and an overlay mount), and the save is that of `upperdeck commit`. It runs as
+//! root, or in a user namespace if the kernel permits.
 
 mod base;
 mod inside;
@@ -36,20 +37,20 @@ pub use inside::entry;
 /// What the container does before the first save.
 const FIRST: &str = "installs 20 packages, writes programs and 12 MB of results, links, renames, deletes,\n\
     \x20    replaces a directory; and leaves a key in ~/.ssh, a cache, /tmp and a volume";
-/// What it does before the second.
+/// What the container does before the second save.
 const SECOND: &str =
     "edits a file, deletes the results, turns a link into a directory, renames 300 files' parent";
 
-/// The container's process ends when it is told; a machine under load gets this long.
+/// Time given to the container's process to end on request; long enough for a loaded machine.
 const END: Duration = Duration::from_secs(3);
 
-/// Why the demonstration did not come to its end.
+/// An error of the demonstration.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Neither as root nor in a user namespace.
+    /// A container can be created neither as root nor in a user namespace.
     #[error("this machine does not let a container be made here: {0}")]
     NoContainer(String),
-    /// The container did not do its work.
+    /// The container failed.
     #[error("the demonstration's container: {0}")]
     Container(String),
     /// The save failed.
@@ -61,21 +62,21 @@ pub enum Error {
     /// The container's tree cannot be read.
     #[error("what the container sees: {0}")]
     Directory(#[from] DirectoryError),
-    /// A layer of the image cannot be read, or its manifest.
+    /// A layer or the manifest of the image cannot be read.
     #[error("the saved image: {0}")]
     Image(String),
-    /// The image is not what the container saw. It would be a bug.
+    /// The image differs from what the container saw, which is a bug.
     #[error("the image differs from what the container saw in {} points: {}", .0.len(), list(.0))]
     Differs(Vec<Difference>),
-    /// SIGINT or SIGTERM.
+    /// Cancelled by SIGINT or SIGTERM.
     #[error(transparent)]
     Cancelled(#[from] Cancelled),
-    /// Anything else that the system refused.
+    /// Another operation failed.
     #[error("{doing}: {source}")]
     Io {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
 }
@@ -85,7 +86,7 @@ impl Error {
         move |source| Self::Io { doing, source }
     }
 
-    /// The program's exit code for it where no [`save::Error`] inside says it.
+    /// Returns the exit code, unless a nested [`save::Error`] determines it.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NoContainer(_) => 77,
@@ -105,7 +106,7 @@ fn list(differences: &[Difference]) -> String {
     shown.join("; ")
 }
 
-/// Shows it all, telling the story to `out`. Everything made is gone afterwards, whatever happens.
+/// Runs the demonstration and describes it on `out`. Everything created is removed afterwards, even after an error.
 pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
     let begun = Instant::now();
     let mut story = Story {
@@ -177,7 +178,7 @@ pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
     story.end().map_err(told)
 }
 
-/// The lines on the terminal.
+/// Prints the steps.
 struct Story<'a> {
     out: &'a mut dyn Write,
     step: usize,
@@ -215,19 +216,20 @@ impl Story<'_> {
     }
 }
 
-/// A directory with everything in it, and the container.
+/// The temporary directory and the container.
 struct Stage {
     container: Running,
     rootless: bool,
     cgroup: Option<Cgroup>,
-    // Last: removed when the container is gone.
+    // Last, so that it is removed after the container has ended.
     dir: TemporaryDirectory,
 }
 
 impl Stage {
-    /// As root where that works, else in a user namespace; in the first temporary directory that can hold an overlay.
+    /// Starts the container as root if possible, else in a user namespace, in the first temporary directory that can
+    /// hold an overlay.
     fn open() -> Result<Self, Error> {
-        // Root of a user namespace is none to an overlay: it may not keep its marks in `trusted.*`.
+        // Root of a user namespace may not use `trusted.*`, where an overlay keeps its attributes.
         let everybody = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
         let root = nix::unistd::geteuid().is_root()
             && everybody
@@ -290,7 +292,7 @@ impl Stage {
     }
 }
 
-/// The settings that stand in the way of user namespaces, where they do.
+/// Returns the sysctl settings that prevent user namespaces.
 fn obstacles() -> Vec<String> {
     let settings = [
         ("user.max_user_namespaces", "0", "a number above 0"),
@@ -314,7 +316,7 @@ fn obstacles() -> Vec<String> {
     found
 }
 
-/// A temporary directory that can be removed although the kernel's `work` directory may not be listed by its owner.
+/// A temporary directory that can be removed although the kernel's `work` directory is not readable for its owner.
 struct TemporaryDirectory(Option<tempfile::TempDir>, PathBuf);
 
 impl TemporaryDirectory {
@@ -323,7 +325,7 @@ impl TemporaryDirectory {
             .prefix("upperdeck-demo-")
             .tempdir_in(place);
         let dir = dir.map_err(Error::io("making a temporary directory"))?;
-        // The kernel shows the overlay's directories without links in them.
+        // The kernel shows the overlay's directories with symbolic links resolved.
         let path = dir
             .path()
             .canonicalize()
@@ -354,11 +356,11 @@ impl Drop for TemporaryDirectory {
     }
 }
 
-/// A cgroup of the container's own, so that it can be frozen; removed when dropped.
+/// A cgroup for the container, so that it can be frozen. Removed when dropped.
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// Puts `pid` into one, where that is permitted: it takes root.
+    /// Moves `pid` into a new cgroup. Returns `None` if that is not permitted; it requires root.
     fn around(pid: u32) -> Option<Self> {
         let unified = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
         let unified = unified
@@ -378,19 +380,19 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         let deadline = Instant::now() + END;
-        // The last process may still be on its way out.
+        // The last process may still be exiting.
         while fs::remove_dir(&self.0).is_err() && self.0.exists() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 }
 
-/// The container, as seen from outside. Ends when dropped, or when this process does.
+/// The container as seen from outside. It ends when this is dropped or this process ends.
 struct Running {
     maker: Child,
     commands: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
-    /// Of its first process.
+    /// PID of its first process.
     pid: u32,
 }
 
@@ -403,7 +405,7 @@ impl Running {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            // Ctrl-C is for this process, which then ends the container.
+            // Ctrl-C goes only to this process, which then ends the container.
             .process_group(0)
             .spawn()
             .map_err(Error::io("starting the container"))?;
@@ -447,7 +449,7 @@ impl Running {
         }
     }
 
-    /// Has it do a piece of work, and waits until that is done.
+    /// Sends a command to the container and waits until it is done.
     fn tell(&mut self, work: &str) -> Result<(), Error> {
         let mut commands = self
             .commands
@@ -463,12 +465,12 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // The end of its standard input is the end of the container's first process, and that of all in it.
+        // The container's first process ends with its standard input, and all others with it.
         drop(self.commands.take());
         let deadline = Instant::now() + END;
         while matches!(self.maker.try_wait(), Ok(None)) {
             if Instant::now() >= deadline {
-                // Takes the container along.
+                // Kills the container as well.
                 let _ = self.maker.kill();
                 let _ = self.maker.wait();
                 return;
@@ -478,7 +480,7 @@ impl Drop for Running {
     }
 }
 
-/// Keeps what a save has to tell.
+/// Collects the warnings of a save.
 #[derive(Default)]
 struct Warnings(Mutex<Vec<String>>);
 
@@ -549,7 +551,7 @@ fn save(
         observer,
         cancel,
     ));
-    // A thread that waits for a slow disk must not keep a cancelled save from ending.
+    // A thread that is blocked by a slow disk must not delay a cancelled save.
     runtime.shutdown_timeout(Duration::from_secs(2));
     let saved = saved?;
     let warnings = std::mem::take(&mut *warnings.0.lock().unwrap_or_else(PoisonError::into_inner));
@@ -597,7 +599,7 @@ fn figures(saved: &Saved, warnings: &[String]) -> Vec<String> {
     lines
 }
 
-/// What is needed of a manifest.
+/// The required fields of a manifest.
 #[derive(Deserialize)]
 struct Manifest {
     layers: Vec<Blob>,
@@ -609,7 +611,7 @@ struct Blob {
     size: u64,
 }
 
-/// Unpacks the image and compares it with the container's root as the container sees it; the number of its paths.
+/// Unpacks the image and compares it with the container's root as seen in the container. Returns the number of paths.
 fn check(stage: &Stage, saved: &Saved) -> Result<usize, Error> {
     let reader = Reader::directory(stage.layout())?;
     let tag = saved.metadata.destination.rsplit(':').next();
@@ -653,9 +655,9 @@ fn check(stage: &Stage, saved: &Saved) -> Result<usize, Error> {
         .map(|excluded| excluded.path.clone().into_bytes());
     let mounts = ["proc", "data"].map(|path| path.as_bytes().to_vec());
     let ignore = Ignore {
-        // The layer carries whole seconds.
+        // Layers store whole seconds.
         mtime_nanos: true,
-        // No layer describes the root directory; every unpacker makes its own.
+        // No layer has an entry for the root directory; every unpacker creates its own.
         root: true,
         paths: excluded.chain(mounts).collect::<BTreeSet<_>>(),
         ..Ignore::default()

@@ -465,7 +465,7 @@ pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
             write_stdout(format!("{url}\n").as_bytes())?;
         }
         let ended = run_up(server, work, queue, cancel).await;
-        // The file may not exist; a stale one would do no harm.
+        // A failure is ignored, because the file may not have been written or may be gone already.
         let _ = std::fs::remove_file(&up_file);
         ended
     })

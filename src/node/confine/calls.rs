@@ -1,9 +1,10 @@
-//! System calls that no process of this program makes after its start. They are refused with `EPERM`, never answered with a
-//! signal: a library that tries one goes on as it does on a kernel that does not let it.
+//! Denies system calls that no process of this program makes after its start. They fail with `EPERM` instead of raising
+//! a signal, so that a library that tries one continues as on a kernel that does not permit it.
 //!
-//! A list of what is denied, and not of what is allowed: what the C library, the resolver, TLS and threads call differs
-//! between versions and between glibc and musl, and what is denied here is what turns a mistake into a host that is lost:
-//! other programs, other processes' memory, mounts, namespaces, kernel code, raw sockets, the clock.
+//! This is a list of denied calls rather than of allowed ones, because the calls of the C library, the resolver, TLS
+//! and threads differ between versions and between glibc and musl. Denied are the calls that would turn a vulnerability
+//! into control over the host: executing programs, memory of other processes, mounts, namespaces, kernel code, raw
+//! sockets, the clock.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,16 +17,16 @@ use seccompiler::{
 
 use super::Role;
 
-/// What no process of any kind calls.
+/// Calls that no role makes.
 const NEVER: &[c_long] = &[
-    // Other processes' memory and descriptors.
+    // Memory and descriptors of other processes.
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
     libc::SYS_process_madvise,
     libc::SYS_pidfd_getfd,
     libc::SYS_kcmp,
-    // Mounts and roots.
+    // Mounts and root directories.
     libc::SYS_mount,
     libc::SYS_umount2,
     libc::SYS_pivot_root,
@@ -39,7 +40,7 @@ const NEVER: &[c_long] = &[
     libc::SYS_swapon,
     libc::SYS_swapoff,
     libc::SYS_quotactl,
-    // Files by handle lead out of every root.
+    // File handles can refer to files outside any root.
     libc::SYS_open_by_handle_at,
     libc::SYS_mknodat,
     libc::SYS_fanotify_init,
@@ -63,7 +64,7 @@ const NEVER: &[c_long] = &[
     libc::SYS_keyctl,
     libc::SYS_add_key,
     libc::SYS_request_key,
-    // The machine's clock, name and personality.
+    // Clock, host name and personality.
     libc::SYS_settimeofday,
     libc::SYS_clock_settime,
     libc::SYS_clock_adjtime,
@@ -83,21 +84,22 @@ const NEVER: &[c_long] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_kexec_file_load,
 ];
-/// Nothing but an agent starts programs.
+/// Only an agent executes programs.
 const PROGRAMS: &[c_long] = &[libc::SYS_execve, libc::SYS_execveat];
-/// Nothing but a manager is called.
+/// Only a manager accepts connections.
 const SERVING: &[c_long] = &[libc::SYS_listen, libc::SYS_accept, libc::SYS_accept4];
-/// A watchdog talks to nothing but its pipes.
+/// A watchdog communicates only through its pipes.
 const TALKING: &[c_long] = &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind];
 
-/// The families that registries, Redis, databases and the resolver need (netlink says which addresses this machine has).
+/// Address families that registries, Redis, databases and the resolver need (netlink provides the addresses of this
+/// machine).
 const FAMILIES: [i32; 4] = [
     libc::AF_UNIX,
     libc::AF_INET,
     libc::AF_INET6,
     libc::AF_NETLINK,
 ];
-/// New namespaces, as flags of `unshare` and `clone`.
+/// Flags of `unshare` and `clone` that create namespaces.
 const NAMESPACES: [i32; 7] = [
     libc::CLONE_NEWNS,
     libc::CLONE_NEWUSER,
@@ -107,10 +109,10 @@ const NAMESPACES: [i32; 7] = [
     libc::CLONE_NEWUTS,
     libc::CLONE_NEWCGROUP,
 ];
-/// `ioctl`s that put words into a terminal.
+/// `ioctl`s that inject input into a terminal: `TIOCSTI` and `TIOCLINUX`.
 const TYPING: [u64; 2] = [0x5412, 0x541c];
 
-/// By number; no rules mean that the call is refused whatever its arguments are.
+/// Rules by system call number. An empty list denies the call regardless of its arguments.
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 fn wrong(error: impl std::fmt::Display) -> io::Error {
@@ -125,7 +127,7 @@ fn condition(
     SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
 }
 
-/// What is refused with `EPERM`.
+/// Returns the calls that fail with `EPERM`.
 fn rules(role: Role) -> Result<Rules, seccompiler::BackendError> {
     let mut denied: Vec<c_long> = NEVER.to_vec();
     if !matches!(role, Role::Agent | Role::Up) {
@@ -167,7 +169,7 @@ fn rules(role: Role) -> Result<Rules, seccompiler::BackendError> {
     Ok(rules)
 }
 
-/// The same calls by the numbers of the x32 ABI: a kernel that has it takes them from any program.
+/// Adds the same calls by their numbers in the x32 ABI. A kernel that supports it accepts them from any program.
 #[cfg(target_arch = "x86_64")]
 fn by_all_numbers(rules: Rules) -> Rules {
     const X32: i64 = 0x4000_0000;
@@ -191,7 +193,7 @@ fn program(rules: Rules, errno: i32) -> io::Result<BpfProgram> {
         .map_err(wrong)
 }
 
-/// Refuses them to this thread and to those that it makes later, and to the programs that these start.
+/// Installs the filter for this thread, the threads that it creates later, and the programs that they execute.
 pub(super) fn deny(role: Role) -> io::Result<()> {
     let apply = |program: BpfProgram| {
         seccompiler::apply_filter(&program).map_err(|error| match error {
@@ -199,7 +201,7 @@ pub(super) fn deny(role: Role) -> io::Result<()> {
             error => wrong(error),
         })
     };
-    // The arguments of clone3 cannot be looked at. C libraries take clone where a kernel does not know it.
+    // The arguments of clone3 are in memory and cannot be filtered. With ENOSYS, C libraries fall back to clone.
     let unknown = Rules::from([(libc::SYS_clone3, Vec::new())]);
     apply(program(unknown, libc::ENOSYS)?)?;
     apply(program(rules(role).map_err(wrong)?, libc::EPERM)?)
@@ -211,7 +213,7 @@ mod tests {
 
     use super::*;
 
-    /// A filter stays with its thread: tests beside this one are not touched.
+    /// Runs `test` in a thread of its own, because a filter stays with its thread and would affect other tests.
     fn confined<T: Send + 'static>(
         role: Role,
         test: impl FnOnce() -> T + Send + 'static,
@@ -274,7 +276,7 @@ mod tests {
 
     #[test]
     fn raw_and_kernel_sockets_are_refused() -> Result<(), Box<dyn std::error::Error>> {
-        // No crate here makes such sockets: the rule itself is looked at.
+        // No dependency creates such sockets, so the rule itself is checked.
         let rules = rules(Role::Commit)?;
         assert_eq!(rules[&libc::SYS_socket].len(), 1);
         assert_eq!(rules[&libc::SYS_ptrace].len(), 0);

@@ -1,4 +1,4 @@
-//! The capabilities that each kind of process keeps, and why: the table is what `doctor` compares a process with.
+//! The capabilities that each role keeps, and their purpose. `doctor` compares a process with this table.
 
 use std::io;
 
@@ -10,7 +10,7 @@ use rustix::thread::{
 
 use super::Role;
 
-/// A capability that a kind of process has a use for.
+/// A capability that a role uses.
 #[derive(Clone, Copy, Debug)]
 pub struct Need {
     /// Its bit.
@@ -19,7 +19,7 @@ pub struct Need {
     pub name: &'static str,
     /// What it is used for.
     pub purpose: &'static str,
-    /// Whether nothing works without it; else what then does not is in `purpose`.
+    /// Whether the role cannot work without it. If false, `purpose` names what does not work.
     pub indispensable: bool,
 }
 
@@ -125,7 +125,7 @@ const COMMIT: &[Need] = &[
     SYS_NICE,
     SYS_RESOURCE,
 ];
-/// A manager and an agent: the agent's, and a port.
+/// The union of manager and agent: the capabilities of the agent, and the one for a privileged port.
 const UP: &[Need] = &[
     SYS_ADMIN,
     DAC_READ_SEARCH,
@@ -143,8 +143,8 @@ const MANAGER: &[Need] = &[NET_BIND_SERVICE];
 const MANAGER_OF_OTHERS: &[Need] = &[NET_BIND_SERVICE, DAC_OVERRIDE];
 const WATCHDOG: &[Need] = &[DAC_OVERRIDE];
 
-/// What `role` has a use for. An agent needs nothing beyond what the builders need that it starts: a process that runs as
-/// root cannot hand on a capability that it has given up.
+/// Returns the capabilities that `role` uses. An agent needs exactly those of the builders that it starts, because a
+/// process that runs as root cannot pass on a capability that it has dropped.
 pub fn needs(role: Role) -> &'static [Need] {
     match role {
         Role::Look => LOOK,
@@ -157,7 +157,8 @@ pub fn needs(role: Role) -> &'static [Need] {
     }
 }
 
-/// What the agent itself uses: the rest it only hands on to its children, so that it is permitted and not in effect.
+/// Capabilities that the agent itself uses. The others are only passed on to its children, so they are permitted but
+/// not effective.
 const IN_EFFECT_IN_AN_AGENT: &[Need] = &[DAC_READ_SEARCH, SYS_PTRACE, DAC_OVERRIDE, SYS_RESOURCE];
 
 fn union(needs: &[Need]) -> CapabilitySet {
@@ -166,17 +167,17 @@ fn union(needs: &[Need]) -> CapabilitySet {
         .fold(CapabilitySet::empty(), |all, need| all | need.capability)
 }
 
-/// The capabilities of this thread.
+/// Returns the capabilities of this thread.
 pub fn of_this_thread() -> io::Result<CapabilitySets> {
     Ok(capabilities(None)?)
 }
 
-/// Drops all others from every set of this thread.
+/// Drops all capabilities that `role` does not use from every set of this thread.
 pub(super) fn keep(role: Role) -> io::Result<()> {
     let kept = union(needs(role));
     let mut failed = None;
-    // The bounding set first: shrinking it takes a capability that is given up next. Not even root may in some containers,
-    // and then the other sets are what counts.
+    // The bounding set first, because changing it requires a capability that is dropped afterwards. In some containers
+    // not even root may change it; then the other sets are decisive.
     for number in 0..64 {
         let bit = CapabilitySet::from_bits_retain(1 << number);
         if kept.contains(bit) {
@@ -185,7 +186,7 @@ pub(super) fn keep(role: Role) -> io::Result<()> {
         match capability_is_in_bounding_set(bit) {
             Ok(false) => continue,
             Ok(true) => {}
-            // No capability has this number.
+            // There is no capability with this number.
             Err(_) => break,
         }
         match remove_capability_from_bounding_set(bit) {
@@ -193,7 +194,7 @@ pub(super) fn keep(role: Role) -> io::Result<()> {
             Err(error) => failed = Some(error),
         }
     }
-    // Kernels before 4.3 have none.
+    // Kernels before 4.3 have no ambient set.
     if let Err(error) = clear_ambient_capability_set()
         && error != Errno::INVAL
     {

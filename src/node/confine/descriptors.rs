@@ -1,23 +1,23 @@
-//! Descriptors that were open when this program was started and that nothing names are closed: whatever they lead to is not
-//! for this process, nor for those that it starts.
+//! Closes inherited descriptors that no setting refers to, because this process and those that it starts must not have
+//! access to them.
 
 use std::fs;
 use std::io;
 
-/// Closes all above 2 but `kept`.
+/// Closes all descriptors above 2 except `kept`.
 pub(super) fn close(kept: &[u32]) -> io::Result<()> {
     let open: Vec<u32> = fs::read_dir("/proc/self/fd")?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|fd| *fd > 2 && !kept.contains(fd))
         .collect();
     for fd in open {
-        // The listing's own descriptor is among them and already closed.
+        // The list includes its own descriptor, which is closed already.
         let _ = nix::unistd::close(fd as i32);
     }
     Ok(())
 }
 
-/// The descriptor that a path leads to: `/dev/fd/N`, `/proc/self/fd/N`.
+/// Returns the descriptor that a path refers to: `/dev/fd/N`, `/proc/self/fd/N`.
 pub fn named_by(value: &str) -> Option<u32> {
     ["/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/"]
         .iter()

@@ -1,12 +1,12 @@
-//! Least privilege: what a process of upperdeck gives up before it reads the first byte that a stranger wrote.
+//! Least privilege: what a process drops before it reads the first untrusted byte.
 //!
 //! A process calls [`apply`] once, while it has a single thread: capabilities, `no_new_privs` and system call filters
-//! belong to a thread and are inherited by those that it makes later. What cannot be given up (the process is not root, the
-//! kernel has no seccomp) is left as it is and said in what [`apply`] returns: with fewer rights than it asks for a
-//! process just goes on, and the work that needs them says so when it comes to it.
+//! belong to a thread and are inherited by those that it creates later. What cannot be dropped (the process is not
+//! root, the kernel has no seccomp) is left unchanged and returned by [`apply`]. A process with fewer rights than it
+//! needs continues, and the operation that needs them reports the error.
 //!
-//! Landlock is not used: its `ptrace_access_check` hook refuses `/proc/PID/root`, `maps` and `cwd` of every process
-//! outside the sandbox, whatever capabilities there are, and a live save needs those of the container.
+//! Landlock is not used: its `ptrace_access_check` hook denies `/proc/PID/root`, `maps` and `cwd` of every process
+//! outside the sandbox regardless of capabilities, and a live save needs those of the container.
 //!
 //! Sources: `capabilities(7)`, `seccomp(2)`, kernel `Documentation/userspace-api/no_new_privs.rst`,
 //! `security/landlock/task.c`.
@@ -22,14 +22,14 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, setrlimit};
 pub use capability::{Need, needs, of_this_thread};
 pub use descriptors::named_by as descriptor_named_by;
 
-/// What a process of this program is there for.
+/// The purpose of a process, which determines the rights that it keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// `ps`, `inspect`, `diff`: reads a container and prints.
     Look,
     /// `layer`: reads directories and writes a file.
     Layer,
-    /// `commit`, `bench`: reads a container, freezes it, writes files, talks to registries.
+    /// `commit`, `bench`: reads and freezes a container, writes files, accesses registries.
     Commit,
     /// `agent`: starts builders.
     Agent,
@@ -44,7 +44,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// All of them, with the names of their verbs.
+    /// All roles with the names of their verbs.
     pub const ALL: [(Self, &'static str); 8] = [
         (Self::Look, "inspect"),
         (Self::Layer, "layer"),
@@ -57,10 +57,10 @@ impl Role {
     ];
 }
 
-/// What was given up, and what could not be.
+/// The result of [`apply`].
 #[derive(Debug, Default)]
 pub struct Applied {
-    /// What failed, and why.
+    /// What could not be dropped, and why.
     pub left: Vec<(&'static str, io::Error)>,
 }
 
@@ -72,18 +72,18 @@ impl Applied {
     }
 }
 
-/// Closes all descriptors above 2 but `kept`. Only before this program has opened any itself.
+/// Closes all descriptors above 2 except `kept`. Has to be called before this program opens any itself.
 pub fn close_inherited(kept: &[u32]) {
     if let Err(error) = descriptors::close(kept) {
         tracing::debug!(%error, "inherited descriptors are not closed");
     }
 }
 
-/// Gives up what `role` does not need, for this thread and those that it makes later.
+/// Drops what `role` does not need, for this thread and those that it creates later.
 pub fn apply(role: Role) -> Applied {
     let mut applied = Applied::default();
     apply_to_thread(role, &mut applied);
-    // Neither a core file nor another process of the same user shows the credentials in memory.
+    // Keeps credentials in memory from core files and from other processes of the same user.
     let none = Rlimit {
         current: Some(0),
         maximum: Some(0),
@@ -100,7 +100,8 @@ pub fn apply(role: Role) -> Applied {
     applied
 }
 
-/// The part of [`apply`] that belongs to a thread. Tried by itself it says what this machine lets a process give up.
+/// The part of [`apply`] that affects a single thread. Called in a thread of its own, it shows what can be dropped on
+/// this machine.
 pub fn apply_to_thread(role: Role, applied: &mut Applied) {
     applied.note("capabilities", capability::keep(role));
     let fixed = rustix::thread::set_no_new_privs(true);
