@@ -1,12 +1,12 @@
-//! Reading a bbolt file that its owner is writing: containerd's metadata, without containerd and without its lock.
+//! Reads a bbolt file while its owner is writing to it: containerd's metadata, without containerd and without its lock.
 //!
-//! Format: go.etcd.io/bbolt, version 2 (`internal/common/{page,meta,bucket}.go`). Numbers are the machine's own,
-//! little-endian wherever this program runs.
+//! Format: go.etcd.io/bbolt, version 2 (`internal/common/{page,meta,bucket}.go`). Integers are in native byte order,
+//! which is little-endian on all platforms of this program.
 //!
-//! Why no lock is needed: a writer never changes a page that the newest committed transaction uses; it writes to free
-//! pages and then switches one of two meta pages. Transaction N+1 may only use pages that N no longer holds, N+2 may
-//! use pages that N held. So what was read is whole if N is still the newest transaction afterwards; if it is not, the
-//! read is done again. (N+1 seen afterwards is not enough: N+2 may already have written pages and not yet its meta.)
+//! No lock is needed, because a writer never changes a page that the newest committed transaction uses; it writes to
+//! free pages and then switches one of two meta pages. Transaction N+1 may only use pages that N does not hold, while
+//! N+2 may use pages that N held. So a read is consistent if N is still the newest transaction afterwards; otherwise it
+//! is repeated. (N+1 being the newest is not sufficient: N+2 may have written pages but not yet its meta page.)
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
@@ -28,51 +28,51 @@ const FLAG_BRANCH: u16 = 0x01;
 const FLAG_LEAF: u16 = 0x02;
 const FLAG_META: u16 = 0x04;
 const LEAF_IS_BUCKET: u32 = 0x01;
-/// The sizes that a page can have: that of the machine's memory pages.
+/// Possible page sizes, which are those of memory pages.
 const PAGE_SIZES: [u64; 5] = [4096, 8192, 16384, 32768, 65536];
 
-/// A tree deeper than this is damaged: four levels hold more than any node has.
+/// Maximum depth of a tree; a deeper one is damaged. Four levels hold more than any node has.
 const MAX_DEPTH: usize = 32;
-/// Pages looked at in one read; a file made to be slow ends here.
+/// Maximum number of pages visited in one read, which bounds the time spent on a malicious file.
 const MAX_VISITS: u64 = 1_000_000;
-/// Entries that one listing returns.
+/// Maximum number of entries that one listing returns.
 const MAX_ENTRIES: usize = 1_000_000;
-/// One page with its overflow pages.
+/// Maximum size in bytes of a page with its overflow pages.
 const MAX_PAGE_BYTES: u64 = 64 << 20;
-/// Reads that a busy writer may spoil before giving up.
+/// Maximum number of reads that are repeated because of concurrent writes.
 const ATTEMPTS: u32 = 64;
 
-/// Why a database cannot be read.
+/// An error while reading a database.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be opened or read.
     #[error("{}: {source}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The cause.
         source: io::Error,
     },
-    /// The file is not a bbolt database, or a broken one.
+    /// The file is not a bbolt database, or is damaged.
     #[error("{} is not a sound bbolt database: {detail}", path.display())]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What was expected and what was found.
+        /// What was expected and found.
         detail: String,
     },
-    /// Its owner wrote faster than it could be read.
+    /// The owner wrote faster than the file could be read.
     #[error("{} changed during each of {attempts} reads; try again", path.display())]
     Busy {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// How often it was tried.
+        /// Number of attempts.
         attempts: u32,
     },
 }
 
-/// Opens `path` and runs `query` on a snapshot of it, again and again until the file did not change underneath.
-/// `query` may therefore run several times, and its errors count only when the snapshot was whole.
+/// Opens `path` and runs `query` on a snapshot, repeatedly until the file did not change meanwhile. `query` may
+/// therefore run several times, and its errors are returned only if the snapshot was consistent.
 pub fn read<T, E: From<Error>>(
     path: &Path,
     query: impl Fn(&Snapshot<'_>) -> Result<T, E>,
@@ -90,7 +90,7 @@ pub fn read<T, E: From<Error>>(
         let len = file.metadata().map_err(io_error)?.len();
         let meta = match newest_meta(&file).map_err(io_error)? {
             Ok(meta) => meta,
-            // Both metas are only ever invalid together in a file that is none, or that is just being made.
+            // Both meta pages are invalid only if the file is not a database or is just being created.
             Err(detail) if attempt < 3 => {
                 invalid = Some(detail);
                 continue;
@@ -139,10 +139,10 @@ struct Meta {
     txid: u64,
 }
 
-/// The valid meta page with the higher transaction number; the inner error says what was wrong with both.
+/// Returns the valid meta page with the higher transaction number. The inner error describes why both are invalid.
 fn newest_meta(file: &File) -> io::Result<Result<Meta, String>> {
     let first = meta_at(file, 0)?;
-    // The second stands one page further on, and without a valid first the page size is unknown.
+    // The second meta page is at the offset of one page, and without a valid first one the page size is unknown.
     let sizes: Vec<u64> = match &first {
         Ok(meta) => vec![meta.page_size],
         Err(_) => PAGE_SIZES.to_vec(),
@@ -201,7 +201,7 @@ fn parse_meta(page: &[u8; PAGE_HEADER + META]) -> Result<Meta, String> {
     })
 }
 
-/// FNV-1a with 64 bits, as Go's `hash/fnv` has it.
+/// FNV-1a with 64 bits, as in Go's `hash/fnv`.
 struct Fnv64a(u64);
 
 impl Default for Fnv64a {
@@ -222,7 +222,7 @@ impl Hasher for Fnv64a {
     }
 }
 
-/// One transaction's view of the file, for the length of a query.
+/// A consistent view of the file, valid for the duration of a query.
 pub struct Snapshot<'f> {
     path: &'f Path,
     file: &'f File,
@@ -233,23 +233,23 @@ pub struct Snapshot<'f> {
     visits: Cell<u64>,
 }
 
-/// A bucket: sorted keys, each with bytes or another bucket behind it.
+/// A bucket: sorted keys, each with bytes or a nested bucket as its value.
 #[derive(Clone)]
 pub struct Bucket<'s> {
     snapshot: &'s Snapshot<'s>,
     root: Node,
 }
 
-/// What stands behind a key.
+/// The value of a key.
 #[derive(Clone)]
 pub enum Value<'s> {
     /// Bytes.
     Bytes(Vec<u8>),
-    /// A bucket.
+    /// A nested bucket.
     Bucket(Bucket<'s>),
 }
 
-/// A page, or the part of a leaf in which a small bucket lies.
+/// A page, or the part of a leaf that holds an inline bucket.
 #[derive(Clone)]
 enum Node {
     Page(u64),
@@ -257,7 +257,7 @@ enum Node {
 }
 
 impl Snapshot<'_> {
-    /// The bucket of buckets.
+    /// Returns the root bucket, which contains all others.
     pub fn root(&self) -> Bucket<'_> {
         Bucket {
             snapshot: self,
@@ -265,7 +265,7 @@ impl Snapshot<'_> {
         }
     }
 
-    /// The bucket at the end of a path of keys, if each of them is one.
+    /// Returns the bucket at a path of keys, or `None` if one of them is not a bucket.
     pub fn bucket(&self, path: &[&[u8]]) -> Result<Option<Bucket<'_>>, Error> {
         let mut bucket = self.root();
         for key in path {
@@ -306,7 +306,7 @@ impl Snapshot<'_> {
         if bytes > MAX_PAGE_BYTES || overflow >= self.meta.high_water - id {
             return Err(self.damaged(format!("page {id} goes on for {overflow} pages")));
         }
-        // Pages do not overlap in a sound file, so no more than the file can be read.
+        // Pages do not overlap in a valid file, so the total read is bounded by the file size.
         self.loaded.set(self.loaded.get() + bytes);
         if self.loaded.get() > self.len.saturating_add(MAX_PAGE_BYTES) {
             return Err(self.damaged("its pages overlap"));
@@ -322,7 +322,7 @@ impl Snapshot<'_> {
         let offset = id
             .checked_mul(self.meta.page_size)
             .ok_or_else(|| self.damaged(format!("page {id}")))?;
-        // Checked before reading: a short file must not cost a large allocation.
+        // Checked before the read, so that a short file cannot cause a large allocation.
         if offset.saturating_add(buffer.len() as u64) > self.len {
             return Err(self.damaged(format!("it ends before page {id}")));
         }
@@ -370,7 +370,7 @@ impl Snapshot<'_> {
 }
 
 impl<'s> Bucket<'s> {
-    /// What stands behind `key`.
+    /// Returns the value of `key`.
     pub fn value(&self, key: &[u8]) -> Result<Option<Value<'s>>, Error> {
         let snapshot = self.snapshot;
         let mut node = self.root.clone();
@@ -402,7 +402,7 @@ impl<'s> Bucket<'s> {
         Err(snapshot.damaged(format!("a tree deeper than {MAX_DEPTH}")))
     }
 
-    /// The bytes behind `key`; none also if it is a bucket.
+    /// Returns the bytes of `key`, or `None` if it is missing or a bucket.
     pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
         Ok(self.value(key)?.and_then(|value| match value {
             Value::Bytes(bytes) => Some(bytes),
@@ -410,7 +410,7 @@ impl<'s> Bucket<'s> {
         }))
     }
 
-    /// The bucket behind `key`; none also if it is bytes.
+    /// Returns the bucket of `key`, or `None` if it is missing or not a bucket.
     pub fn bucket(&self, key: &[u8]) -> Result<Option<Bucket<'s>>, Error> {
         Ok(self.value(key)?.and_then(|value| match value {
             Value::Bucket(bucket) => Some(bucket),
@@ -418,7 +418,7 @@ impl<'s> Bucket<'s> {
         }))
     }
 
-    /// Every key with what stands behind it, in order.
+    /// Returns all keys and values in order.
     pub fn entries(&self) -> Result<Vec<(Vec<u8>, Value<'s>)>, Error> {
         let snapshot = self.snapshot;
         let mut entries = Vec::new();
@@ -464,7 +464,7 @@ enum Kind {
     Leaf,
 }
 
-/// One branch or leaf page; nothing in it is believed before it was checked against its length.
+/// A branch or leaf page. All offsets in it are checked against its length before use.
 struct Page<'p> {
     bytes: &'p [u8],
     kind: Kind,
@@ -495,7 +495,7 @@ impl<'p> Page<'p> {
         Ok(Self { bytes, kind, count })
     }
 
-    /// `len` bytes that start `pos` after the element's own start.
+    /// Returns `len` bytes at `pos`, which is relative to the start of the element.
     fn slice(&self, element: usize, pos: u32, len: u32) -> Result<&'p [u8], String> {
         let start = element + pos as usize;
         start
@@ -525,7 +525,7 @@ impl<'p> Page<'p> {
         }
     }
 
-    /// Flags, key and value.
+    /// Returns flags, key and value.
     fn leaf(&self, at: usize) -> Result<(u32, &'p [u8], &'p [u8]), String> {
         let element = PAGE_HEADER + at * ELEMENT;
         let (pos, key_len) = (
@@ -547,7 +547,7 @@ impl<'p> Page<'p> {
         Ok(u64_at(self.bytes, PAGE_HEADER + at * ELEMENT + 8))
     }
 
-    /// The first element whose key is not below `key`.
+    /// Returns the index of the first element whose key is not less than `key`.
     fn lower_bound(&self, key: &[u8]) -> Result<usize, String> {
         let (mut low, mut high) = (0, self.count);
         while low < high {
@@ -562,7 +562,7 @@ impl<'p> Page<'p> {
     }
 }
 
-// Callers have checked that the bytes are there.
+// The callers check the length.
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
@@ -583,7 +583,7 @@ mod tests {
     const SIZE: usize = 4096;
     type Item<'a> = (&'a [u8], u32, Vec<u8>);
 
-    /// A page of one kind with its elements; what is longer than a page takes overflow pages.
+    /// Builds a page of one kind with its elements; if they exceed a page, it has overflow pages.
     fn page(id: u64, flags: u16, items: &[Item<'_>]) -> Vec<u8> {
         let mut page = vec![0; PAGE_HEADER + items.len() * ELEMENT];
         page[..8].copy_from_slice(&id.to_le_bytes());
@@ -693,7 +693,7 @@ mod tests {
         file
     }
 
-    /// Every key with its path; buckets within buckets to a depth that ends.
+    /// Lists all keys with their depth, following nested buckets to a limited depth.
     fn walk(
         bucket: &Bucket<'_>,
         depth: usize,
@@ -756,14 +756,14 @@ mod tests {
 
     #[test]
     fn the_newer_meta_wins_and_a_torn_one_does_not_count() {
-        // Meta 1 of the sample is older and points nowhere. Newer, it must be believed:
+        // Meta page 1 of the sample is older and invalid. A newer one has to be used,
         let mut bytes = sample();
         bytes[SIZE..2 * SIZE].copy_from_slice(&meta(1, 4, 7, 9));
         assert_eq!(walked(&bytes).unwrap().len(), 2);
-        // torn, it must not.
+        // but not if it is torn.
         bytes[SIZE + PAGE_HEADER + 16] ^= 1;
         assert_eq!(walked(&bytes).unwrap().len(), 5);
-        // And without the first, the second is found although nothing says how long a page is.
+        // Without the first meta page, the second is found although the page size is unknown.
         let mut bytes = sample();
         bytes[SIZE..2 * SIZE].copy_from_slice(&meta(1, 2, 7, 7));
         bytes[..SIZE].fill(0);
@@ -789,7 +789,7 @@ mod tests {
                     .unwrap();
                 writer.seek(SeekFrom::Start(SIZE as u64)).unwrap();
                 writer.write_all(&meta(1, 2, 7, 9)).unwrap();
-                // What a torn read makes of the pages must not be believed either.
+                // The content of pages from a torn read must not be trusted either.
                 return Err(Error::Damaged {
                     path: PathBuf::new(),
                     detail: String::new(),
@@ -894,7 +894,7 @@ mod tests {
         for (what, bytes) in cases {
             let error = walked(&bytes).expect_err(what);
             assert!(matches!(error, Error::Damaged { .. }), "{what}: {error}");
-            // A search goes other ways; it must end as well.
+            // A search takes other paths through the pages and has to terminate, too.
             let file = file(&bytes);
             let _ = read(file.path(), |db| db.root().get(b"b"));
         }

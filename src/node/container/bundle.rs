@@ -1,6 +1,6 @@
-//! The OCI runtime spec of a container (`config.json`), and which of its mounts hold somebody's data.
+//! The OCI runtime spec of a container (`config.json`), and which of its mounts hold user data.
 //!
-//! Format: runtime-spec `config.md`. Read field by field: a runtime newer than this program may write more.
+//! Format: runtime-spec `config.md`. Unknown fields are ignored, because a runtime may be newer than this program.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
@@ -14,13 +14,14 @@ use super::roots::read_json;
 use super::{MountPoint, Spec};
 use crate::node::overlay::mount::MountInfo;
 
-/// A config.json with large environments and thousands of mounts stays below this.
+/// Maximum size of a config.json in bytes, sufficient for large environments and thousands of mounts.
 const CONFIG_CAP: u64 = 8 << 20;
-/// Variables, arguments or annotations of one container that are kept, and bytes of each kind. Kubernetes takes 256 KiB of
-/// annotations; the kernel's bound on arguments and variables together is 2 MiB for the usual stack.
+/// Maximum number of variables, arguments or annotations of one container, and maximum size of each kind in bytes.
+/// Kubernetes permits 256 KiB of annotations; the kernel limits arguments and variables together to 2 MiB with the
+/// default stack size.
 const MOST: (usize, usize) = (4096, 1 << 20);
 
-/// What of a config.json concerns a save.
+/// The fields of a config.json that a save needs.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct Bundle {
     #[serde(default)]
@@ -101,8 +102,8 @@ impl Bundle {
         Ok(bundle)
     }
 
-    /// Keeps what is not too much. Of too many variables or annotations none is believed: one that is left out could be the
-    /// second of its name, and they say whose a session is.
+    /// Drops variables, arguments or annotations that exceed the limits. They are dropped as a whole, because they
+    /// identify the owner of a session and one that is left out could be the second of its name.
     fn bound(&mut self) {
         let too_much = |count: usize, bytes: usize| count > MOST.0 || bytes > MOST.1;
         let length = |texts: &[String]| texts.iter().map(String::len).sum();
@@ -130,12 +131,12 @@ impl Bundle {
         self.annotations.as_ref()?.get(key).map(String::as_str)
     }
 
-    /// Where the runtime mounted the root, on the node; relative ones are relative to the bundle's directory.
+    /// Returns where the runtime mounted the root on the node. A relative path is relative to the bundle's directory.
     pub(super) fn root_path(&self, directory: &Path) -> Option<PathBuf> {
         self.root.as_ref().map(|root| directory.join(&root.path))
     }
 
-    /// What tells a session's purpose and owner.
+    /// Returns the fields that identify a session's purpose and owner.
     pub(super) fn spec(&self) -> Spec {
         let process = self.process.as_ref();
         let linux = self.linux.as_ref();
@@ -191,10 +192,10 @@ impl Bundle {
     }
 }
 
-/// The mounts of the spec and those that the kernel shows, each destination once, sorted.
+/// Merges the mounts of the spec with those in mountinfo, each destination once, sorted.
 ///
-/// The spec tells what a mount is for, the kernel what became of it: hooks (GPU) mount more than the spec says, and a
-/// destination that leads through a symlink appears under its real path.
+/// The spec tells what a mount is for, and the kernel what it became: hooks (GPU) mount more than the spec lists, and a
+/// destination that is a symbolic link appears under its real path.
 pub(super) fn unite(bundle: Option<&Bundle>, process: &Process) -> Vec<MountPoint> {
     let root = process.root().map(|root| root.id);
     let kernel: HashMap<&Path, &MountInfo> = process
@@ -205,7 +206,7 @@ pub(super) fn unite(bundle: Option<&Bundle>, process: &Process) -> Vec<MountPoin
         .collect();
     let mut united: BTreeMap<PathBuf, MountPoint> = BTreeMap::new();
     for mut mount in bundle.map(Bundle::mount_points).unwrap_or_default() {
-        // The same mount is listed again under its real path: one report is enough.
+        // The mount is also listed under its real path, so it is reported only once.
         let moved = !kernel.contains_key(mount.destination.as_path())
             && kernel.values().any(|m| {
                 m.mount_point.file_name() == mount.destination.file_name()
@@ -221,12 +222,12 @@ pub(super) fn unite(bundle: Option<&Bundle>, process: &Process) -> Vec<MountPoin
             .entry(destination.to_path_buf())
             .or_insert_with(|| of_kernel(destination, mount));
     }
-    // The root itself is no mount inside the root.
+    // The root itself is not a mount within the root.
     united.remove(Path::new("/"));
     united.into_values().collect()
 }
 
-/// A mount that the spec does not name: a hook's, or one made inside.
+/// Describes a mount that is not in the spec: made by a hook or in the container.
 fn of_kernel(destination: &Path, mount: &MountInfo) -> MountPoint {
     let whole = mount.root == Path::new("/");
     let source = if whole {
@@ -250,12 +251,12 @@ fn of_kernel(destination: &Path, mount: &MountInfo) -> MountPoint {
     }
 }
 
-/// Where hooks put drivers and helpers of the node.
+/// Directories into which hooks mount drivers and helpers of the node.
 const SYSTEM: [&str; 9] = [
     "/bin", "/etc", "/lib", "/lib32", "/lib64", "/run", "/sbin", "/usr", "/var/run",
 ];
 
-/// What every runtime mounts by itself, with all below it.
+/// Paths that runtimes mount by themselves, including everything below them.
 const RUNTIMES_OWN: [&str; 11] = [
     "/dev",
     "/proc",
@@ -274,7 +275,8 @@ pub(super) fn made_by_runtime(destination: &Path) -> bool {
     RUNTIMES_OWN.iter().any(|own| destination.starts_with(own))
 }
 
-/// Of a pod's directory on the node only some volumes hold data; the others are made from the API server's objects.
+/// In a pod's directory on the node, only some volumes hold user data; the others are generated from objects of the API
+/// server.
 fn made_by_kubelet(source: &str) -> bool {
     const OBJECTS: [&str; 4] = [
         "kubernetes.io~configmap",
@@ -329,7 +331,7 @@ pub(super) fn is_virtual(fs_type: &str) -> bool {
         || fs_type == "fuse.lxcfs"
 }
 
-/// Old specs have destinations without a leading slash; `.` and `..` have no business here.
+/// Normalises a destination: old specs have no leading slash, and `.` and `..` are resolved.
 fn absolute(destination: &Path) -> PathBuf {
     let mut path = PathBuf::from("/");
     for component in destination.components() {
@@ -436,7 +438,7 @@ mod tests {
         assert_eq!(spec.args, ["jupyter", "lab"]);
         assert_eq!(spec.variable("A"), Some("1"));
         assert_eq!(spec.variable("C"), Some("4"));
-        // Which of two counts depends on who reads them.
+        // Of two variables with the same name, programs differ in which one they use.
         assert_eq!(spec.variable("B"), None);
         assert_eq!(spec.variable("D"), None);
         assert_eq!(spec.devices, [Path::new("/dev/nvidia0")]);

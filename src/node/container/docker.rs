@@ -1,8 +1,8 @@
 //! Docker's state: containers, layers and image configs below its data root.
 //!
-//! Format: moby 20.10 to 28, `container/container.go` (`config.v2.json`), `layer/filestore.go` (layerdb),
-//! `image/fs.go` (imagedb), `distribution/metadata`. With the overlay2 graph driver Docker keeps image configs, but no
-//! manifests; with the containerd image store (driver `overlayfs`) all of that is in containerd's namespace `moby`.
+//! Format: moby 20.10 to 28, `container/container.go` (`config.v2.json`), `layer/filestore.go` (layerdb), `image/fs.go`
+//! (imagedb), `distribution/metadata`. With the overlay2 graph driver, Docker keeps image configs but no manifests;
+//! with the containerd image store (driver `overlayfs`), all of that is in containerd's namespace `moby`.
 
 use std::path::{Path, PathBuf};
 
@@ -17,16 +17,16 @@ use super::roots::{Roots, read_dir, read_file, read_json};
 use super::{Base, BaseLayer, Container, Runtime, containerd};
 use crate::common::digest::{ChainId, DiffId, Digest};
 
-/// The namespace that Docker uses in containerd.
+/// Docker's namespace in containerd.
 const NAMESPACE: &str = "moby";
-/// A config.v2.json holds the whole environment and network settings of one container.
+/// Maximum size in bytes of a config.v2.json, which holds the environment and network settings of a container.
 const CONFIG_CAP: u64 = 16 << 20;
-/// What is mounted on what, below the data root.
+/// Directory with the layers that each container is mounted on, below the data root.
 const MOUNTS: &str = "image/overlay2/layerdb/mounts";
-/// Docker stacks no more layers than this (moby#20298).
+/// Maximum length of a layer chain. Docker's own limit is lower (moby#20298).
 const MAX_CHAIN: usize = 512;
 
-/// `containers/<id>/config.v2.json`, as far as a save goes.
+/// The fields of `containers/<id>/config.v2.json` that a save needs.
 #[derive(Debug, Deserialize)]
 struct Config2 {
     #[serde(rename = "ID")]
@@ -35,7 +35,7 @@ struct Config2 {
     name: String,
     #[serde(rename = "State")]
     state: State,
-    /// Digest of the image's config (graph driver) or of what the tag pointed at (containerd image store).
+    /// Digest of the image's config (graph driver) or of the target of the tag (containerd image store).
     #[serde(rename = "Image", default)]
     image: String,
     #[serde(rename = "Config")]
@@ -52,12 +52,12 @@ struct State {
 
 #[derive(Debug, Deserialize)]
 struct RunConfig {
-    /// The image as the user named it.
+    /// The image as named by the user.
     #[serde(rename = "Image", default)]
     image: String,
 }
 
-/// The data roots, with those of `userns-remap` (`<uid>.<gid>` below them).
+/// Returns the data roots, including those of `userns-remap` (`<uid>.<gid>` below them).
 fn data_roots(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
     let mut all = Vec::new();
     for root in &roots.docker {
@@ -76,7 +76,7 @@ fn data_roots(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
     all
 }
 
-/// The first user and group of the node's that a data root is for, which it has as its name.
+/// Parses the name of a remapped data root, which is the first user and group ID on the node.
 fn remapped(name: &std::ffi::OsStr) -> Option<(u32, u32)> {
     let (uid, gid) = name.to_str()?.split_once('.')?;
     Some((uid.parse().ok()?, gid.parse().ok()?))
@@ -94,7 +94,7 @@ pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
             let directory = containers.join(&id);
             match draft(roots, &root, &directory, problems) {
                 Ok(draft) => drafts.extend(draft),
-                // Removed meanwhile, or being made: not so where it still says that it runs.
+                // Removed meanwhile, or still being created, unless its config says that it is running.
                 Err(error) if error.is_not_found() && !runs(&directory) => {}
                 Err(error) => problems.push(error.into_problem(&directory)),
             }
@@ -103,7 +103,7 @@ pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
     drafts
 }
 
-/// Whether the container whose files are in `directory` has a process, as far as they can be read.
+/// Returns whether the container in `directory` has a process, if its config can be read.
 fn runs(directory: &Path) -> bool {
     read_json::<Config2>(&directory.join("config.v2.json"), CONFIG_CAP)
         .is_ok_and(|config| config.state.pid != 0)
@@ -116,7 +116,7 @@ fn draft(
     problems: &mut Vec<Problem>,
 ) -> Result<Option<Draft>, Error> {
     let config: Config2 = read_json(&directory.join("config.v2.json"), CONFIG_CAP)?;
-    // Docker writes this file when a container starts and when it ends, so a stopped one says 0.
+    // Docker writes this file when a container starts and when it ends, so a stopped one has PID 0.
     if config.state.pid == 0 {
         return Ok(None);
     }
@@ -161,7 +161,7 @@ fn draft(
     }))
 }
 
-/// What Docker's layerdb says of a container's root.
+/// Reads the directories of a container's root from Docker's layerdb.
 fn record(roots: &Roots, root: &Path, id: &str) -> Result<RecordedRoot, Error> {
     let diff = |id: String| Path::new(&id).join("diff");
     let upper = diff(mount_file(roots, root, id, "mount-id")?);
@@ -185,7 +185,7 @@ fn record(roots: &Roots, root: &Path, id: &str) -> Result<RecordedRoot, Error> {
     })
 }
 
-/// Where containerd keeps the runtime spec that Docker gave it.
+/// Returns the bundle in which containerd keeps the runtime spec from Docker.
 fn bundle_directory(roots: &Roots, id: &str) -> Option<PathBuf> {
     let bundles = roots.containerd.iter().map(|c| {
         c.state
@@ -198,12 +198,12 @@ fn bundle_directory(roots: &Roots, id: &str) -> Option<PathBuf> {
         .find(|directory| roots.locate(&directory.join("config.json")).is_ok())
 }
 
-/// A one-line file about a container's mount: `mount-id`, `init-id` or `parent`.
+/// Reads a one-line file on a container's mount: `mount-id`, `init-id` or `parent`.
 fn mount_file(roots: &Roots, root: &Path, id: &str, name: &str) -> Result<String, Error> {
     one_line(&roots.path(&root.join(MOUNTS).join(id).join(name)))
 }
 
-/// The text becomes part of a path: what Docker writes there has neither slashes nor dots.
+/// Reads an ID that becomes part of a path. Docker's IDs have neither slashes nor dots, and others are refused.
 fn one_line(path: &Path) -> Result<String, Error> {
     let text = read_file(path, 1024)?;
     let text = String::from_utf8(text).map_err(|e| Error::damaged(path, e))?;
@@ -221,12 +221,12 @@ fn digest_file(path: &Path) -> Result<Digest, Error> {
     one_line(path)?.parse().map_err(|e| Error::damaged(path, e))
 }
 
-/// `overlay2/<id>/diff`, wherever the mount's own links led.
+/// Returns `overlay2/<id>/diff`, independent of the short symbolic links in the mount options.
 fn diff(roots: &Roots, root: &Path, id: &str) -> PathBuf {
     roots.path(&root.join("overlay2").join(id).join("diff"))
 }
 
-/// One layer of the layerdb.
+/// A layer of the layerdb.
 struct Layer {
     chain_id: ChainId,
     diff_id: DiffId,
@@ -292,7 +292,7 @@ fn prove_overlay2(
         other => other?,
     };
     let stack = layer_chain(roots, root, ChainId(parent))?;
-    // Between the image and the container lies a layer with /etc/hosts and the like; it belongs to no image.
+    // Between image and container is a layer with /etc/hosts and similar files, which belongs to no image.
     let init = diff(roots, root, &init_id);
     let expected: Vec<&PathBuf> = std::iter::once(&init)
         .chain(stack.iter().map(|layer| &layer.directory))
@@ -320,8 +320,8 @@ fn prove_overlay2(
     for layer in stack.into_iter().rev() {
         let known = distribution(roots, root, layer.diff_id)?;
         let mut repositories = Vec::new();
-        // The image's own repository is the most likely one to have it, but only if it is among the known ones or
-        // Docker knows none at all.
+        // The image's own repository is the most likely source, but only if it is among the known ones or Docker knows
+        // none.
         add_repositories(
             &mut repositories,
             known
@@ -333,7 +333,7 @@ fn prove_overlay2(
             diff_id: layer.diff_id,
             chain_id: layer.chain_id,
             lower: Some(layer.directory),
-            // Docker compresses what it pushes and keeps what it pulls as gzip; of the size it takes no note.
+            // Docker compresses layers with gzip for a push and pulls them as gzip. It does not record the size.
             descriptor: known.first().and_then(|v2| {
                 Some(Descriptor::new(
                     MediaType::Other(
@@ -366,7 +366,7 @@ fn prove_overlay2(
     })
 }
 
-/// From `top` down to the bottom.
+/// Returns the layers from `top` to the bottom.
 fn layer_chain(roots: &Roots, root: &Path, top: ChainId) -> Result<Vec<Layer>, Error> {
     let layerdb = root.join("image/overlay2/layerdb/sha256");
     let mut layers = Vec::new();
@@ -379,7 +379,7 @@ fn layer_chain(roots: &Roots, root: &Path, top: ChainId) -> Result<Vec<Layer>, E
             Err(error) if error.is_not_found() => None,
             Err(error) => return Err(error),
         };
-        // The name of the directory must be what its contents give.
+        // The directory's name has to match its content.
         let computed =
             next.map_or_else(|| ChainId::bottom(diff_id), |parent| parent.child(diff_id));
         if computed != chain_id {
@@ -405,7 +405,7 @@ fn layer_chain(roots: &Roots, root: &Path, top: ChainId) -> Result<Vec<Layer>, E
     Ok(layers)
 }
 
-/// The image config that gives the mounted chain: the recorded one, else the only one in the store that does.
+/// Returns the image config with the mounted chain: the recorded one, or else the only one in the store that matches.
 fn config_of(
     roots: &Roots,
     root: &Path,
@@ -463,7 +463,7 @@ fn config_of(
     Ok(Err(compared))
 }
 
-/// A compressed form of a layer that Docker has pulled or pushed.
+/// A compressed blob of a layer that Docker has pulled or pushed.
 #[derive(Debug, Deserialize)]
 struct V2Metadata {
     #[serde(rename = "Digest")]
@@ -472,7 +472,7 @@ struct V2Metadata {
     source_repository: String,
 }
 
-/// The compressed forms of a layer, the latest first; Docker appends.
+/// Returns the compressed blobs of a layer, the latest first; Docker appends to its list.
 fn distribution(roots: &Roots, root: &Path, diff_id: DiffId) -> Result<Vec<V2Metadata>, Error> {
     let path = root
         .join("image/overlay2/distribution/v2metadata-by-diffid/sha256")

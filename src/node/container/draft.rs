@@ -1,4 +1,4 @@
-//! What a runtime's files say of a container, before it is held against what the kernel says.
+//! What a runtime's files say about a container, before it is compared with the kernel's view.
 
 use std::path::PathBuf;
 
@@ -8,15 +8,15 @@ use super::{Pod, Runtime};
 /// The directories that a runtime recorded for a container's root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RecordedRoot {
-    /// The runtime's directory of layers, as the node has it; the others are below it.
+    /// The runtime's layer store, as a path on the node; the other directories are relative to it.
     pub(super) store: PathBuf,
     /// The upper directory.
     pub(super) upper: PathBuf,
-    /// The lowers, topmost first; none where the record of them is incomplete.
+    /// The lower directories, topmost first; `None` if the record of them is incomplete.
     pub(super) lowers: Option<Vec<PathBuf>>,
 }
 
-/// What a runtime's files say about one container. Paths are the node's, without a host root in front of them.
+/// A container according to a runtime's files. Paths are those of the node, without the host root.
 #[derive(Clone, Debug)]
 pub(super) struct Draft {
     pub(super) runtime: Runtime,
@@ -26,24 +26,24 @@ pub(super) struct Draft {
     pub(super) pod: Option<Pod>,
     pub(super) image_name: Option<String>,
     pub(super) runtime_root_mode: Option<u32>,
-    /// A pod's pause container.
+    /// Whether it is the pause container of a pod.
     pub(super) sandbox: bool,
     pub(super) pid: u32,
     pub(super) bundle: Option<Bundle>,
-    /// The directory or file that speaks of it, for messages.
+    /// The directory or file that describes it, for messages.
     pub(super) state: PathBuf,
-    /// The node's ids that its files begin at, by the name of the store: user, group.
+    /// The IDs on the node that its user and group IDs start at, from the name of the store.
     pub(super) store_ids: Option<(u32, u32)>,
-    /// The directories that the runtime made for it.
+    /// The directories that the runtime created for it.
     pub(super) record: Option<RecordedRoot>,
-    /// Directories from which the runtime mounts when it shortens paths.
+    /// Directories that the runtime's mount options may be relative to, where it shortens paths.
     pub(super) bases: Vec<PathBuf>,
-    /// Where on the node it mounted the root.
+    /// Where the runtime mounted the root on the node.
     pub(super) mounted_at: Option<PathBuf>,
 }
 
 impl Draft {
-    /// Unambiguous, and a valid argument.
+    /// Returns an unambiguous name for messages.
     pub(super) fn label(&self) -> String {
         let short = &self.id[..self
             .id

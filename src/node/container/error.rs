@@ -1,4 +1,4 @@
-//! What can go wrong between a container's name and its proven base, with what a caller needs to choose an exit code.
+//! Errors in finding a container and proving its base, with the information for exit codes.
 
 use std::fmt::{self, Write as _};
 use std::io;
@@ -7,17 +7,17 @@ use std::path::{Path, PathBuf};
 use super::bolt;
 use crate::node::overlay::mount::MountError;
 
-/// Candidates named in one message; the rest is counted.
+/// Maximum number of candidates listed in a message; the rest is counted.
 const SHOWN: usize = 10;
 
-/// Something of a runtime's state that could not be read, while the rest could.
+/// A part of a runtime's state that could not be read, while other parts could.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Problem {
     /// The file or directory.
     pub path: PathBuf,
-    /// What was expected, what was found.
+    /// What was expected and found.
     pub reason: String,
-    /// The kernel refused: more privilege may help.
+    /// Whether permission was denied, so that more privilege may help.
     pub permission: bool,
 }
 
@@ -27,119 +27,119 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Why a container cannot be had.
+/// An error in finding a container or proving its base.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The name is none that could ever fit.
+    /// The text is not a valid name of a container.
     #[error("{wanted:?} cannot name a container: {expected}")]
     BadName {
-        /// As given.
+        /// The name as given.
         wanted: String,
-        /// What a name looks like.
+        /// The expected form.
         expected: &'static str,
     },
-    /// Nothing on this node has that name.
+    /// No container on this node has this name.
     #[error(
         "no running container {wanted:?} on this node{}{}",
         offered("; there are", candidates),
         unread(problems)
     )]
     NotFound {
-        /// As given.
+        /// The name as given.
         wanted: String,
-        /// What there is, most similar first.
+        /// Existing containers, the most similar first.
         candidates: Vec<String>,
-        /// Where it could also have been, if that could have been read.
+        /// State that could not be read and may describe the container.
         problems: Vec<Problem>,
     },
-    /// Several have that name.
+    /// Several containers match the name.
     #[error("{wanted:?} can mean several containers{}", offered(":", candidates))]
     Ambiguous {
-        /// As given.
+        /// The name as given.
         wanted: String,
-        /// All that it can mean, in a form that is not ambiguous.
+        /// All matches, in an unambiguous form.
         candidates: Vec<String>,
     },
-    /// It has ended, or its pid belongs to another process by now.
+    /// The container has ended, or its PID was reused for another process.
     #[error("container {container} has ended: {detail}")]
     Gone {
-        /// Its ID.
+        /// ID of the container.
         container: String,
-        /// How that shows.
+        /// How this was detected.
         detail: String,
     },
-    /// No image on this node gives the chain that is mounted.
+    /// No image on this node has the mounted chain ID.
     #[error(
         "the image that container {container} stands on cannot be proven:{}\nname it with --base to save nevertheless",
         lines(compared)
     )]
     BaseUnproven {
-        /// The container's ID.
+        /// ID of the container.
         container: String,
-        /// What was compared with what, one line each.
+        /// What was compared, one line each.
         compared: Vec<String>,
     },
-    /// What `--include-volume` names is none.
+    /// A path given with `--include-volume` is not a volume.
     #[error(
         "{} is no volume that can be saved: {why}; {}",
         path.display(),
         volumes(mounts)
     )]
     NotAVolume {
-        /// As given.
+        /// The path as given.
         path: PathBuf,
-        /// What it is.
+        /// What it is instead.
         why: String,
-        /// What could be named.
+        /// Volumes that could be named.
         mounts: Vec<String>,
     },
-    /// A volume that is none of those that may be saved.
+    /// The volume may not be saved.
     #[error("the volume at {} is not saved: {why}", path.display())]
     VolumeNotAllowed {
-        /// Where it is mounted in the container.
+        /// Mount point in the container.
         path: PathBuf,
-        /// By whose word.
+        /// The rule that forbids it.
         why: String,
     },
-    /// The kernel refused.
+    /// Permission was denied.
     #[error("{}: permission denied; run as root, with CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE", path.display())]
     NotPermitted {
         /// The path.
         path: PathBuf,
     },
-    /// Its root cannot be saved from an upper directory.
+    /// The container's root is not an overlay with an upper directory.
     #[error("container {container} cannot be saved: {detail}")]
     NotOverlay {
-        /// Its ID.
+        /// ID of the container.
         container: String,
         /// What its root is.
         detail: String,
     },
-    /// Its root is not the one that the runtime made: somebody else's directories may stand behind it.
+    /// The container's root is not the one that the runtime mounted, and may refer to directories of another owner.
     #[error("container {container}: its root is not the one that its runtime mounted: {detail}")]
     ForeignRoot {
-        /// Its ID.
+        /// ID of the container.
         container: String,
-        /// What was expected and what was found.
+        /// What was expected and found.
         detail: String,
     },
-    /// Its mount table is larger than is taken.
+    /// The mount table exceeds the limit.
     #[error(
         "process {pid} has more than {mounts} mounts, or {bytes} bytes of them: what is mounted is no part of an image, \
          and without the whole table it cannot be told; unmount what is not needed"
     )]
     ManyMounts {
-        /// The process.
+        /// PID of the process.
         pid: u32,
-        /// Mounts that are taken.
+        /// Maximum number of mounts.
         mounts: usize,
-        /// Bytes of `mountinfo` that are taken.
+        /// Maximum size of `mountinfo` in bytes.
         bytes: usize,
     },
-    /// A directory of its root is not the one that was mounted: what this program would read is something else.
+    /// A directory of the root is not the one that was mounted, so its content as seen by this program is another one.
     #[error("container {container}: its {role} directory {} is not the one that is mounted: {detail}", path.display())]
     LayerUnproven {
-        /// Its ID.
+        /// ID of the container.
         container: String,
         /// `lower`, `upper`, `data-only lower`.
         role: &'static str,
@@ -148,49 +148,49 @@ pub enum Error {
         /// What is mounted there, and what is missing.
         detail: String,
     },
-    /// The ids on disk are not those of its user namespace.
+    /// The IDs on disk do not match the user namespace.
     #[error("container {container} cannot be saved with the right owners: {detail}")]
     OwnersUnknown {
-        /// Its ID.
+        /// ID of the container.
         container: String,
-        /// Which ids.
+        /// The IDs.
         detail: String,
     },
-    /// A directory of its root could not be found.
+    /// A directory of the root could not be found.
     #[error("container {container}: {source}")]
     Mount {
-        /// Its ID.
+        /// ID of the container.
         container: String,
-        /// Which and why.
+        /// The directory and the cause.
         source: MountError,
     },
-    /// A file of the runtime is not what that runtime writes.
+    /// A file of the runtime has invalid content.
     #[error("{} is damaged: {detail}", path.display())]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What was expected and what was found.
+        /// What was expected and found.
         detail: String,
     },
     /// A database changed faster than it could be read.
     #[error("{} keeps changing; try again", path.display())]
     Busy {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
     /// A file of the runtime cannot be read.
     #[error("{}: {source}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The cause.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// The exit code of the design: 1 failed for good, 2 usage, 66 no such container, 69 root or base unproven, 75 worth
-    /// retrying, 77 not permitted.
+    /// Returns the exit code: 1 permanent failure, 2 usage, 66 no such container, 69 root or base unproven, 75 worth a
+    /// retry, 77 not permitted.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::BadName { .. } | Self::Ambiguous { .. } | Self::NotAVolume { .. } => 2,
@@ -208,7 +208,7 @@ impl Error {
         }
     }
 
-    /// A stable word for the event line of a failed save.
+    /// Returns a stable code for the event of a failed save.
     pub fn code(&self) -> &'static str {
         match self {
             Self::BadName { .. } => "bad_name",
@@ -230,12 +230,12 @@ impl Error {
         }
     }
 
-    /// Whether the same call may succeed later.
+    /// Returns whether the same call may succeed later.
     pub fn retryable(&self) -> bool {
         matches!(self, Self::Busy { .. })
     }
 
-    /// An answer of the kernel about `path`.
+    /// Converts an I/O error for `path`.
     pub(super) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
         let path = path.into();
         match source.kind() {
@@ -251,12 +251,12 @@ impl Error {
         }
     }
 
-    /// Whether `path` is simply not there (any more): a container that ends takes its files with it.
+    /// Returns whether the path does not exist (any more). When a container ends, its files are removed.
     pub(super) fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
-    /// As an entry of a listing that goes on.
+    /// Converts the error to an entry of a listing, which continues.
     pub(super) fn into_problem(self, at: &Path) -> Problem {
         let permission = matches!(self, Self::NotPermitted { .. });
         match self {
@@ -294,14 +294,14 @@ impl From<bolt::Error> for Error {
     }
 }
 
-/// Mounts that a message names.
+/// Maximum number of mounts listed in a message.
 const SHOWN_MOUNTS: usize = 20;
 
 fn volumes(mounts: &[String]) -> String {
     if mounts.is_empty() {
         "nothing in the container is".to_owned()
     } else {
-        // As many as a container likes, of names as long as it likes.
+        // Bounded, because number and names of the mounts are chosen by the container.
         let shown = mounts.len().min(SHOWN_MOUNTS);
         let more = match mounts.len() - shown {
             0 => String::new(),

@@ -1,5 +1,5 @@
-//! The base images' own JSON, as far as proving needs it: a config's layers, a manifest's descriptors, an index's
-//! manifests, and what repository a reference names.
+//! Parses the JSON of base images as far as the proof needs it: a config's layers, a manifest's descriptors, an index's
+//! manifests, and the repository of a reference.
 //!
 //! Format: image-spec `config.md`, `manifest.md`, `image-index.md`; Docker's image manifest v2 schema 2.
 
@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::RawManifest;
 use crate::common::digest::{ChainId, DiffId, Digest};
 
-/// Registries take no manifest beyond 4 MiB (distribution-spec); a config is in the same order.
+/// Maximum size of a document in bytes. Registries accept manifests up to 4 MiB (distribution-spec); configs are
+/// similar.
 pub(super) const BLOB_CAP: u64 = 4 << 20;
 
 /// An image config with its layers.
@@ -19,12 +20,12 @@ pub(super) struct Config {
     pub(super) digest: Digest,
     pub(super) bytes: Vec<u8>,
     pub(super) diff_ids: Vec<DiffId>,
-    /// As many as there are layers.
+    /// Chain IDs, one per layer.
     pub(super) chain: Vec<ChainId>,
 }
 
 impl Config {
-    /// Reads an image config; the digest is that of the bytes.
+    /// Parses an image config; its digest is computed from the bytes.
     pub(super) fn parse(bytes: Vec<u8>) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Image {
@@ -50,22 +51,22 @@ impl Config {
 pub(super) struct Manifest {
     pub(super) raw: RawManifest,
     pub(super) config: Digest,
-    /// Bottom first.
+    /// Layers, bottom first.
     pub(super) layers: Vec<Descriptor>,
 }
 
-/// What a blob that an image record points at can be.
+/// The kinds of blobs that an image record can refer to.
 #[derive(Clone, Debug)]
 pub(super) enum Document {
     Manifest(Manifest),
     /// Digests of the manifests of an index.
     Index(Vec<Digest>),
-    /// Neither.
+    /// Any other blob.
     Other,
 }
 
 impl Document {
-    /// Reads a blob. `media_type` is what the pointer to it said; the document's own word comes first.
+    /// Parses a blob. `media_type` is that of the descriptor; the document's own takes precedence.
     pub(super) fn parse(bytes: Vec<u8>, media_type: Option<&str>) -> Self {
         let Ok(Value::Object(json)) = serde_json::from_slice::<Value>(&bytes) else {
             return Self::Other;
@@ -107,12 +108,12 @@ impl Document {
     }
 }
 
-/// `HOST/REPOSITORY` of a reference; none for names that never left the machine (`localhost/x`, bare digests).
+/// Returns `HOST/REPOSITORY` of a reference, or `None` for names that are local (`localhost/x`, digests).
 pub(super) fn repository(reference: &str) -> Option<String> {
     let name = reference
         .split_once('@')
         .map_or(reference, |(name, _)| name);
-    // A colon after the last slash starts a tag; before it, a port.
+    // A colon after the last slash starts a tag, one before it a port.
     let name = match name.rfind(':') {
         Some(colon) if name.rfind('/').is_none_or(|slash| colon > slash) => &name[..colon],
         _ => name,
@@ -131,7 +132,7 @@ pub(super) fn repository(reference: &str) -> Option<String> {
         .then(|| format!("{host}/{path}"))
 }
 
-/// Adds what is not there yet, keeping the order.
+/// Appends the repositories that are not in the list yet.
 pub(super) fn add_repositories(to: &mut Vec<String>, more: impl IntoIterator<Item = String>) {
     for repository in more {
         if !to.contains(&repository) {

@@ -1,7 +1,7 @@
-//! Finding a container from the runtime's state on disk alone, and proving the image it stands on.
+//! Finds containers from the runtimes' state on disk alone, and proves the image that a container is based on.
 //!
-//! Each runtime's module drafts what its files say of every container; `survey` holds the drafts against what the
-//! kernel says of their processes; what both agree on is a [`Container`].
+//! Each runtime's module drafts containers from its files. `survey` compares the drafts with the kernel's view of their
+//! processes; what both agree on becomes a [`Container`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ pub use survey::{Listing, find, list, recheck};
 pub use table::{RootMount, Witness};
 pub use volume::{Volume, VolumeRules, recheck_volume, volume};
 
-/// Who runs a container.
+/// The runtime of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Runtime {
@@ -54,7 +54,7 @@ pub enum Runtime {
 }
 
 impl Runtime {
-    /// Its word in JSON.
+    /// Returns its name in JSON.
     pub fn name(self) -> &'static str {
         match self {
             Self::Containerd => "containerd",
@@ -66,7 +66,7 @@ impl Runtime {
     }
 }
 
-/// The pod that a container belongs to, as the runtime (not the pod) wrote it down.
+/// The pod of a container, as recorded by the runtime rather than by the pod.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Pod {
     /// Kubernetes namespace.
@@ -75,79 +75,80 @@ pub struct Pod {
     pub name: String,
     /// Name of the container within the pod.
     pub container: String,
-    /// Pod UID where the runtime recorded it.
+    /// Pod UID, if the runtime recorded it.
     pub uid: Option<String>,
 }
 
-/// A mount inside the container other than its root: nothing at or below `destination` belongs to the image.
+/// A mount in the container other than its root. Nothing at or below `destination` belongs to the image.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct MountPoint {
-    /// Absolute path inside the container.
+    /// Absolute path in the container.
     pub destination: PathBuf,
     /// File system type (`bind`, `tmpfs`, `proc`, ...).
     pub kind: String,
-    /// Where it comes from, as the runtime or the kernel says.
+    /// Source according to the runtime or the kernel.
     pub source: String,
-    /// A volume with somebody's data in it, as opposed to what a runtime mounts by itself (`/proc`, `/etc/hosts`, ...).
+    /// Whether this is a volume with user data, as opposed to a mount of the runtime (`/proc`, `/etc/hosts`, ...).
     pub volume: bool,
 }
 
-/// A running container, as the runtime's state on disk describes it.
+/// A running container according to the runtime's state on disk.
 #[derive(Clone, Debug)]
 pub struct Container {
-    /// Who runs it.
+    /// The runtime.
     pub runtime: Runtime,
     /// Full ID (for [`Runtime::Process`]: `pid:N`).
     pub id: String,
-    /// Human names (Docker, Podman, nerdctl), best first.
+    /// Names (Docker, Podman, nerdctl), the preferred one first.
     pub names: Vec<String>,
     /// containerd's namespace (`k8s.io`, `default`, ...).
     pub namespace: Option<String>,
     /// Its pod, if it is in one.
     pub pod: Option<Pod>,
-    /// Its first process, in the namespace of this program.
+    /// PID of its first process, in the PID namespace of this program.
     pub pid: u32,
-    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot: pids are reused, this pair is not.
+    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot. PIDs are reused, but this pair is not.
     pub pid_start: u64,
-    /// Its root, as the kernel numbers it, and who says what it is made of.
+    /// Its root mount, with its device number and the witness for its directories.
     pub root: RootMount,
-    /// What its root is made of.
+    /// The directories of its root.
     pub overlay: OverlayMount,
-    /// User ids; empty means no user namespace, ids on disk are the container's.
+    /// UID map. Empty without a user namespace, when IDs on disk are those of the container.
     pub uid_map: Vec<IdMapping>,
-    /// Group ids, likewise.
+    /// GID map. Empty without a user namespace.
     pub gid_map: Vec<IdMapping>,
-    /// Every mount inside it but the root, from the runtime's spec and the kernel's mountinfo together.
+    /// Every mount in it except the root, merged from the runtime's spec and mountinfo.
     pub mounts: Vec<MountPoint>,
-    /// There are more than are listed: only in a list of all containers, never for a save.
+    /// Whether the list of mounts is incomplete. This occurs only in a list of all containers, never for a save.
     pub mounts_cut: bool,
-    /// The image's name as the runtime recorded it (a tag: it may have moved since).
+    /// Name of the image as recorded by the runtime. It is a tag and may have been moved since.
     pub image_name: Option<String>,
-    /// The mode that the runtime itself gives the upper's root whatever the base says (CRI-O: 0555).
+    /// Mode that the runtime itself sets on the upper directory's root, regardless of the base (CRI-O: 0555).
     pub runtime_root_mode: Option<u32>,
-    /// What the runtime started it with; empty where nothing says so.
+    /// The settings that the runtime started it with; empty if there is no record of them.
     pub spec: Spec,
 }
 
-/// What a container was started with, from the runtime's spec: nothing that runs in it can change that afterwards.
+/// The settings that a container was started with, from the runtime's spec. Processes in the container cannot change
+/// them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Spec {
-    /// The first process' command line.
+    /// Command line of the first process.
     pub args: Vec<String>,
-    /// Its environment: `NAME=VALUE`.
+    /// Environment variables as `NAME=VALUE`.
     pub env: Vec<String>,
-    /// Annotations, those of the runtime itself included.
+    /// Annotations, including those of the runtime itself.
     pub annotations: BTreeMap<String, String>,
-    /// Device nodes that the runtime makes.
+    /// Device nodes that the runtime creates.
     pub devices: Vec<PathBuf>,
-    /// Major numbers of devices that it may use.
+    /// Major numbers of the devices that it may access.
     pub majors: Vec<i64>,
     /// Programs that run when it starts and ends.
     pub hooks: Vec<PathBuf>,
 }
 
 impl Spec {
-    /// The value of an environment variable; none when there are several that differ.
+    /// Returns the value of an environment variable, or `None` if it is missing or has several different values.
     pub fn variable(&self, name: &str) -> Option<&str> {
         let pairs = self.env.iter().filter_map(|line| line.split_once('='));
         let mut values = pairs
@@ -159,62 +160,65 @@ impl Spec {
 }
 
 impl Container {
-    /// When its first process was started: milliseconds since the epoch, UTC; none where `/proc/stat` does not say when
-    /// the node was.
+    /// Returns the start time of the first process in milliseconds since the epoch (UTC), or `None` if `/proc/stat`
+    /// does not contain the boot time.
     pub fn started_ms(&self, roots: &Roots) -> Option<i64> {
         process::started_ms(roots, self.pid_start)
     }
 }
 
-/// The image that a container stands on, proven against the mounted lowers.
+/// The image that a container is based on, proven by the mounted lower directories.
 #[derive(Clone, Debug)]
 pub struct Base {
-    /// Reference under which the base was pulled, for `org.opencontainers.image.base.name` and for fetching layers.
+    /// Reference by which the base was pulled, for `org.opencontainers.image.base.name` and for fetching layers.
     pub name: Option<String>,
-    /// The image manifest, byte for byte, where the runtime keeps it (Docker's graph driver does not).
+    /// The image manifest, byte for byte, if the runtime keeps it (Docker's graph driver does not).
     pub manifest: Option<RawManifest>,
     /// The image config, byte for byte.
     pub config: Vec<u8>,
-    /// Bottom first; exactly the config's `rootfs.diff_ids`.
+    /// Layers, bottom first; they correspond to the config's `rootfs.diff_ids`.
     pub layers: Vec<BaseLayer>,
-    /// How it was proven, in words for `inspect` and the metadata file.
+    /// How it was proven, as a text for `inspect` and the metadata file.
     pub proof: String,
 }
 
-/// A manifest as stored: its digest is over exactly these bytes.
+/// A manifest as stored.
 #[derive(Clone, Debug)]
 pub struct RawManifest {
-    /// The bytes.
+    /// The bytes that the digest covers.
     pub bytes: Vec<u8>,
-    /// Its media type.
+    /// Media type.
     pub media_type: String,
-    /// Its digest.
+    /// Digest of the bytes.
     pub digest: Digest,
 }
 
-/// One layer of a base.
+/// A layer of a base.
 #[derive(Clone, Debug)]
 pub struct BaseLayer {
     /// Digest of the uncompressed tar.
     pub diff_id: DiffId,
-    /// Of the stack up to and including this layer.
+    /// Chain ID of the layers up to and including this one.
     pub chain_id: ChainId,
-    /// The mounted directory that holds this layer unpacked (`--host-root` applied); none for image-backed lowers.
+    /// The mounted directory with this layer unpacked (with `--host-root` applied); `None` for a lower that is an
+    /// image.
     pub lower: Option<PathBuf>,
-    /// The compressed blob as the manifest has it. Docker knows digests without sizes: then size is 0 and `size_known` false.
+    /// Descriptor of the compressed blob from the manifest. Docker records digests without sizes; then the size is 0
+    /// and `size_known` is false.
     pub descriptor: Option<Descriptor>,
-    /// Whether `descriptor.size` is to be believed.
+    /// Whether `descriptor.size` is valid.
     pub size_known: bool,
-    /// The compressed blob on this node, if it is still there.
+    /// Path of the compressed blob on this node, if it exists.
     pub local_blob: Option<PathBuf>,
-    /// `HOST/REPOSITORY`s that are known to have (had) the blob, best first.
+    /// Repositories (`HOST/REPOSITORY`) that are known to have or have had the blob, the preferred one first.
     pub repositories: Vec<String>,
 }
 
-/// Proves which image a container stands on: the mounted lower directories give a chain of snapshots, the chain gives
-/// chain IDs, and the base is the image whose config's diff IDs give exactly these. A tag is never believed.
+/// Proves which image a container is based on. The mounted lower directories identify a chain of snapshots, the
+/// snapshots their chain IDs, and the base is the image whose config's diff IDs give exactly these chain IDs. Tags are
+/// never trusted.
 ///
-/// Fails with [`Error::BaseUnproven`] when no image on this node fits, always so for [`Runtime::Process`].
+/// Fails with [`Error::BaseUnproven`] if no image on this node matches, and always for [`Runtime::Process`].
 pub fn prove_base(roots: &Roots, container: &Container) -> Result<Base, Error> {
     match container.runtime {
         Runtime::Containerd => containerd::prove(roots, container),
@@ -229,8 +233,8 @@ pub fn prove_base(roots: &Roots, container: &Container) -> Result<Base, Error> {
     }
 }
 
-/// When a process of this program's own PID namespace was started, in clock ticks since boot; none where there is none, or
-/// only its zombie.
+/// Returns the start time of a process in this program's PID namespace, in clock ticks since boot, or `None` if it does
+/// not exist or is a zombie.
 pub fn process_start(pid: u32) -> Option<u64> {
     process::start_of(&Roots::default(), pid).ok().flatten()
 }

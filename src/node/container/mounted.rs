@@ -1,4 +1,5 @@
-//! What a container's root is made of: the runtime's record and the mount table of a witness, held against each other.
+//! Determines the directories of a container's root by comparing the runtime's record with the mount table of a
+//! witness.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +12,7 @@ use super::table::{RootMount, Table};
 use super::witness::Tables;
 use crate::node::overlay::mount::{MountError, MountInfo, OverlayMount, OverlayOptions};
 
-/// The device number of a process' root, if that is the whole of an overlay.
+/// Returns the device number of a process's root. Fails if the root is not that of an overlay.
 pub(super) fn device_of(container: &str, process: &Process) -> Result<(u32, u32), Error> {
     let no_overlay = |detail: String| Error::NotOverlay {
         container: container.to_owned(),
@@ -35,7 +36,7 @@ pub(super) fn device_of(container: &str, process: &Process) -> Result<(u32, u32)
     Ok(root.device)
 }
 
-/// The options of an overlay with an upper directory.
+/// Parses the options of an overlay with an upper directory.
 pub(super) fn options_of(container: &str, line: &MountInfo) -> Result<OverlayOptions, Error> {
     OverlayOptions::parse(&line.super_options).map_err(|error| match error {
         MountError::NoUpper => Error::NotOverlay {
@@ -49,8 +50,8 @@ pub(super) fn options_of(container: &str, line: &MountInfo) -> Result<OverlayOpt
     })
 }
 
-/// The root of a container. Fails with [`Error::ForeignRoot`] where it is not the mount that the runtime made, or is made
-/// of what the runtime's record does not name.
+/// Returns the root of a container. Fails with [`Error::ForeignRoot`] if it is not the mount that the runtime made, or
+/// has directories that are not in the runtime's record.
 pub(super) fn root_of(
     roots: &Roots,
     tables: &Tables,
@@ -90,8 +91,8 @@ pub(super) fn root_of(
     })
 }
 
-/// Fails with [`Error::OwnersUnknown`] where the files of a container belong to other ids than its user namespace has:
-/// a container of Docker's with `--userns=host` in a store of `userns-remap`.
+/// Fails with [`Error::OwnersUnknown`] if the files of a container have other IDs than its user namespace: a Docker
+/// container with `--userns=host` in a store of `userns-remap`.
 pub(super) fn same_ids(draft: &Draft, process: &Process) -> Result<(), Error> {
     let Some((uid, gid)) = draft.store_ids else {
         return Ok(());
@@ -114,7 +115,7 @@ pub(super) fn same_ids(draft: &Draft, process: &Process) -> Result<(), Error> {
     })
 }
 
-/// What the runtime's files say, in words.
+/// Describes what the runtime has recorded.
 fn recorded(draft: &Draft) -> String {
     let upper = draft
         .record
@@ -127,17 +128,17 @@ fn recorded(draft: &Draft) -> String {
     }
 }
 
-/// What is found under the name that a mount has for a directory.
+/// The result of looking up a directory by the name in the mount options.
 enum Named {
-    /// The directory of the record.
+    /// The recorded directory.
     Same,
-    /// Nothing, any more.
+    /// The directory does not exist any more.
     Gone,
-    /// Another one.
+    /// Another directory.
     Other(PathBuf),
 }
 
-/// One line of a witness' table, to be held against the record.
+/// An entry of a witness's mount table that is compared with the record.
 struct Look<'a> {
     roots: &'a Roots,
     draft: &'a Draft,
@@ -162,7 +163,7 @@ impl Look<'_> {
         }
     }
 
-    /// A directory of the record. Its names lead to it by themselves: a link in the store is not the runtime's.
+    /// Locates a directory of the record. Symbolic links are not followed, because a runtime creates none in its store.
     fn located(&self, record: &RecordedRoot, inside: &Path) -> Result<PathBuf, Error> {
         let found = self.roots.locate_below(&record.store, inside);
         found.map_err(|source| {
@@ -186,17 +187,18 @@ impl Look<'_> {
         }
     }
 
-    /// Whether the runtime itself mounted it: the text is to be believed. A mount in a volume that is shared with its
-    /// container (`rshared`) is in the node's table, too, and whoever runs there with `CAP_SYS_ADMIN` made it: of whatever
-    /// names, but not in the runtime's own directory.
+    /// Returns whether the runtime itself made the mount, so that its options can be trusted.
+    ///
+    /// A mount in a volume that is shared with its container (`rshared`) is in the node's table as well. A container
+    /// with `CAP_SYS_ADMIN` can make such mounts with arbitrary options, but not in the runtime's own directory.
     fn is_the_runtimes(&self) -> bool {
         let at = self.draft.mounted_at.as_ref();
         self.table.privileged
             && at.is_some_and(|at| self.table.has_at(self.roots, self.line.device, at))
     }
 
-    /// Snapshotters that are programs of their own keep records of their own: there the node's mount counts, if it is where
-    /// the runtime mounts the root of this container.
+    /// Proxy snapshotters have records of their own. For them, the node's mount is trusted if it is where the runtime
+    /// mounts the root of this container.
     fn of_node(&self, options: &OverlayOptions) -> Result<OverlayMount, Error> {
         if !self.is_the_runtimes() {
             return Err(self.foreign(format!(
@@ -211,7 +213,7 @@ impl Look<'_> {
             .map_err(|source| self.mount_error(source))
     }
 
-    /// The record's directories, if the mount names the same ones.
+    /// Returns the directories of the record if the mount refers to the same ones.
     fn of_record(
         &self,
         options: &OverlayOptions,
@@ -229,7 +231,7 @@ impl Look<'_> {
                 upper.display()
             )));
         }
-        // Where not the runtime mounted it, nothing counts but the record.
+        // Unless the runtime made the mount, only the record is trusted.
         let beside_record = record.lowers.is_none() || !options.data_only.is_empty();
         if beside_record && !self.is_the_runtimes() {
             let whose = if self.table.privileged {
@@ -255,7 +257,8 @@ impl Look<'_> {
         })
     }
 
-    /// The recorded lowers, each the one that the mount names in its place; and those of them that are ID-mapped.
+    /// Returns the recorded lower directories, each compared with the one in the mount options, and which of them are
+    /// ID-mapped.
     fn lowers(
         &self,
         options: &OverlayOptions,
@@ -274,8 +277,8 @@ impl Look<'_> {
         for (named, recorded) in options.lowers.iter().zip(recorded) {
             let lower = self.located(record, recorded)?;
             match self.named(named, &lower)? {
-                // Where ids are mapped, runtimes mount the lowers ID-mapped elsewhere for the time of the mount, for the
-                // ids of the container.
+                // With ID mapping, runtimes mount the lower directories elsewhere with the IDs of the container, and
+                // only while the overlay is being mounted.
                 Named::Gone if self.mapped => id_mapped.push(lower.clone()),
                 Named::Same | Named::Gone => {}
                 Named::Other(other) => {
@@ -292,7 +295,7 @@ impl Look<'_> {
         Ok((lowers, id_mapped))
     }
 
-    /// What the mount names as `named`, held against `expected`.
+    /// Compares the directory named `named` in the mount options with `expected`.
     fn named(&self, named: &Path, expected: &Path) -> Result<Named, Error> {
         let candidates: Vec<PathBuf> = if named.is_absolute() {
             vec![named.to_path_buf()]
@@ -313,7 +316,8 @@ impl Look<'_> {
         Ok(other)
     }
 
-    /// Data-only lowers, of which no runtime keeps a record that is read here: those of the node's own mount.
+    /// Locates the data-only lower directories. They are taken from the node's own mount, because no supported runtime
+    /// records them.
     fn data_only(&self, options: &OverlayOptions) -> Result<Vec<PathBuf>, Error> {
         let located = options.data_only.iter().map(|path| {
             self.roots

@@ -1,5 +1,5 @@
-//! Which volumes an administrator lets be saved (`--allow-volume`): by where they lie on the node, or by the file system
-//! that they come from. Only what the kernel says of a mount is held against it, never a path in the container.
+//! Patterns for volumes that may be saved (`--allow-volume`), by their location on the node or by their file system.
+//! Only the kernel's information on a mount is matched, never a path in the container.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -9,28 +9,28 @@ use std::str::FromStr;
 
 use crate::node::overlay::mount::MountInfo;
 
-/// What stands for the owner of a session.
+/// Placeholder for the owner of a session.
 const USER: &str = "{user}";
 
-/// A directory of the node with all below it, or a file system type with the beginning of a source.
+/// A directory of the node with everything below it, or a file system type with a prefix of the source.
 ///
-/// `/home/{user}`: what lies there on the node. `nfs4:nas.example.org:/home/{user}`: what comes from there, by the mount's
-/// source and the directory of it that is mounted. `nfs4:` alone is every file system of that type. Components are compared
-/// whole: `/home/al` does not cover `/home/alice`.
+/// `/home/{user}` matches what is there on the node. `nfs4:nas.example.org:/home/{user}` matches the mount's source
+/// followed by the mounted directory within it. `nfs4:` alone matches every file system of that type. Whole components
+/// are compared: `/home/al` does not match `/home/alice`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Pattern {
     /// A path on the node.
     Path(PathBuf),
-    /// A file system type, and the source with the mounted directory behind it.
+    /// A file system type, and a prefix of the source with the mounted directory appended.
     Source {
-        /// Type as mountinfo has it.
+        /// Type as in mountinfo.
         fs_type: String,
-        /// Empty: any.
+        /// Prefix of the source; empty matches any.
         source: PathBuf,
     },
 }
 
-/// A pattern that is none.
+/// A text that is not a valid pattern.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{0:?} allows nothing: expected an absolute path on the node, or TYPE:SOURCE, with {{user}} in it where the owner's name is, \
@@ -43,7 +43,7 @@ impl FromStr for Pattern {
 
     fn from_str(text: &str) -> Result<Self, PatternError> {
         let wrong = || PatternError(text.to_owned());
-        // Another place in braces would be taken for a name.
+        // Any other placeholder would be taken for a literal name.
         let rest = text.replace(USER, "");
         if rest.contains(['{', '}', '\0']) {
             return Err(wrong());
@@ -52,7 +52,7 @@ impl FromStr for Pattern {
             let plain = Path::new(text)
                 .components()
                 .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-            // All of the node is not a directory that holds volumes.
+            // The root of the node is not a directory for volumes.
             return match Path::new(text).file_name() {
                 Some(_) if plain => Ok(Self::Path(Path::new(text).components().collect())),
                 _ => Err(wrong()),
@@ -81,7 +81,7 @@ impl fmt::Display for Pattern {
 }
 
 impl Pattern {
-    /// With the owner's name in its place; none where a name is wanted and `owner` cannot be one component of a path.
+    /// Substitutes the owner's name. Returns `None` if the pattern needs it and `owner` is not a valid path component.
     pub fn of(&self, owner: &str) -> Option<Self> {
         let text = self.to_string();
         if !text.contains(USER) {
@@ -95,12 +95,12 @@ impl Pattern {
             .flatten()
     }
 
-    /// Whether it covers what is mounted so. `node` are the node's own mounts.
+    /// Returns whether the pattern matches a mount. `node` is the node's mount table.
     pub fn covers(&self, mount: &MountInfo, node: &[MountInfo]) -> bool {
         match self {
             Self::Path(path) => {
-                // What lies at that path is a directory of a file system of the node's; the mount is of the same one, and
-                // its directory the same or one below.
+                // The path is in a file system of the node. The mount has to be of the same file system, with the same
+                // directory or one below it as its root.
                 let Some(holds) = visible(node, path) else {
                     return false;
                 };
@@ -116,7 +116,7 @@ impl Pattern {
     }
 }
 
-/// The mount of the node in which a path lies: the deepest, and of those at one place the one that no other covers.
+/// Returns the mount of the node that contains a path: the deepest one, and of several at one place the topmost.
 fn visible<'m>(node: &'m [MountInfo], path: &Path) -> Option<&'m MountInfo> {
     let on_the_way = || node.iter().filter(|m| path.starts_with(&m.mount_point));
     let depth = |m: &MountInfo| m.mount_point.components().count();
@@ -125,7 +125,7 @@ fn visible<'m>(node: &'m [MountInfo], path: &Path) -> Option<&'m MountInfo> {
     there().find(|m| !there().any(|over| over.parent == m.id && over.id != m.id))
 }
 
-/// Source and mounted directory as one path: `nas:/home` and `/alice` are `nas:/home/alice`.
+/// Joins source and mounted directory: `nas:/home` and `/alice` become `nas:/home/alice`.
 fn whole_source(mount: &MountInfo) -> PathBuf {
     let mut whole = mount.source.as_bytes().to_vec();
     whole.push(b'/');
@@ -163,7 +163,7 @@ mod tests {
             ("/home/alice", xfs("/bob"), false),
             ("/home", xfs("/bob"), true),
             ("/home", xfs("/"), true),
-            // The same path of another file system.
+            // The same path on another file system.
             (
                 "/home/alice",
                 mount("254:0", "/home/alice", "ext4", "/dev/vda"),

@@ -1,9 +1,9 @@
-//! That the directories of an overlay are, where this program reads them, the ones that were mounted.
+//! Verifies that the directories of an overlay, as this program opens them, are the ones that were mounted.
 //!
-//! A layer can be a mount of its own: an image of EROFS, the FUSE of a lazy snapshotter, a disk. A mount namespace that
-//! does not have that mount has an empty directory at its path, which says that the base deleted nothing and hides
-//! nothing. So each directory is looked up in the table of the namespace in which the overlay was mounted, and has to be
-//! the same directory of the same file system as the one that this program opens.
+//! A layer can be a mount of its own: an EROFS image, the FUSE mount of a lazy snapshotter, a disk. In a mount
+//! namespace without that mount, its path is an empty directory, as if the base had no files there. Therefore each
+//! directory is looked up in the table of the mount namespace in which the overlay was mounted, and has to be the same
+//! directory of the same file system as the one that this program opens.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -17,21 +17,22 @@ use super::roots::Roots;
 use super::table::{Table, within};
 use crate::node::overlay::mount::{MountInfo, OverlayMount};
 
-/// What the EROFS snapshotter keeps beside the directory on which it mounts it.
+/// File that the EROFS snapshotter keeps beside the directory that it is mounted on.
 const IMAGE: &str = "layer.erofs";
 
-/// The mounts that this program sees, by their IDs.
+/// The mounts that this program sees, by mount ID.
 #[derive(Debug)]
 pub(super) struct Own(HashMap<u64, MountInfo>);
 
 impl Own {
-    /// Reads this program's own table.
+    /// Reads this program's mount table.
     pub(super) fn read() -> Result<Self, Error> {
         let mounts = process::mounts(&Roots::default(), std::process::id())?;
         Ok(Self(mounts.into_iter().map(|m| (m.id, m)).collect()))
     }
 
-    /// The mount in which this program finds the directory `path`; none where its root does not reach that mount's.
+    /// Returns the mount that contains the directory `path` for this program, or `None` if the mount's root is outside
+    /// this program's root.
     fn of(&self, path: &Path) -> Result<Option<&MountInfo>, Error> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory =
@@ -40,13 +41,13 @@ impl Own {
     }
 }
 
-/// Whether something is mounted at `path`, as this program sees it.
+/// Returns whether `path` is a mount point for this program.
 pub(super) fn is_mount(path: &Path) -> Result<bool, Error> {
     let own = Own::read()?;
     Ok(own.of(path)?.is_some_and(|mount| mount.mount_point == path))
 }
 
-/// Holds the directories of an overlay against the table of the namespace in which it was mounted.
+/// Compares the directories of an overlay with the table of the mount namespace in which it was mounted.
 pub(super) struct Proof<'a> {
     pub(super) roots: &'a Roots,
     pub(super) container: &'a str,
@@ -55,7 +56,7 @@ pub(super) struct Proof<'a> {
 }
 
 impl Proof<'_> {
-    /// Fails with [`Error::LayerUnproven`] where a directory is another one than that which was mounted.
+    /// Fails with [`Error::LayerUnproven`] if a directory is not the one that was mounted.
     pub(super) fn prove(&self, overlay: &OverlayMount) -> Result<(), Error> {
         self.directory("upper", &overlay.upper)?;
         for (role, lowers) in [
@@ -110,7 +111,7 @@ impl Proof<'_> {
         Ok(())
     }
 
-    /// A located path as it is on the node.
+    /// Converts a located path to a path on the node.
     fn on_node(&self, path: &Path) -> Result<PathBuf, Error> {
         let Some(host_root) = &self.roots.host_root else {
             return Ok(path.to_path_buf());
@@ -123,7 +124,7 @@ impl Proof<'_> {
     }
 }
 
-/// A mount, for a message.
+/// Describes a mount for a message.
 fn shown(mount: &MountInfo) -> String {
     format!(
         "the mount {} ({} {}:{})",

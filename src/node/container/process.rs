@@ -1,4 +1,4 @@
-//! What the kernel says about a process: whether it is still the same one, its root, its mounts, its id maps.
+//! The kernel's view of a process: its identity, root, mounts and ID maps.
 //!
 //! Format: `proc_pid_stat(5)`, `proc_pid_mountinfo(5)`, `user_namespaces(7)`.
 
@@ -15,23 +15,22 @@ use super::roots::{Roots, read_file};
 use crate::node::overlay::identity::{Beyond, Identity};
 use crate::node::overlay::mount::{MountInfo, parse_mountinfo, root_mount};
 
-/// mountinfo of a node with many pods is a few megabytes long.
+/// Maximum size of mountinfo in bytes. On a node with many pods it has a few megabytes.
 const MOUNTINFO_CAP: u64 = 64 << 20;
 
-/// How much of a process' mount table is taken. What runs in a container can mount as much as it likes, under names as long
-/// as it likes.
+/// Limits on a process's mount table. A container can make any number of mounts with names of any length.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Most {
     pub(super) mounts: usize,
     pub(super) bytes: usize,
 }
 
-/// For a save, which has to know every mount: what is mounted is no part of the image.
+/// Limits for a save, which has to know every mount, because mounts are not part of the image.
 pub(super) const TO_SAVE: Most = Most {
     mounts: 8192,
     bytes: 4 << 20,
 };
-/// For lists of all that runs.
+/// Limits for lists of all containers.
 pub(super) const TO_LIST: Most = Most {
     mounts: 512,
     bytes: 256 << 10,
@@ -41,23 +40,23 @@ pub(super) const TO_LIST: Most = Most {
 #[derive(Clone, Debug)]
 pub(super) struct Process {
     pub(super) pid: u32,
-    /// Clock ticks since boot.
+    /// Start time in clock ticks since boot.
     pub(super) start: u64,
-    /// The process that waits for its end; 0 where that is in another PID namespace.
+    /// PID of the parent; 0 if it is in another PID namespace.
     pub(super) parent: u32,
-    /// The mount that its root lies in, as the kernel follows it; none where `proc` is only a copy of one.
+    /// ID of the mount that contains its root, as resolved by the kernel; `None` if `proc` is only a recording.
     pub(super) root: Option<u64>,
     pub(super) mounts: Vec<MountInfo>,
-    /// There are more mounts.
+    /// Whether the table has more mounts.
     pub(super) mounts_cut: bool,
-    /// Empty: ids are what they are on disk. A user namespace that maps none has no such value, and is an error.
+    /// UID map. Empty if IDs are those on disk. A user namespace without any mapping is an error instead.
     pub(super) uid_map: Vec<IdMapping>,
-    /// Likewise.
+    /// GID map. Empty if IDs are those on disk.
     pub(super) gid_map: Vec<IdMapping>,
 }
 
 impl Process {
-    /// The mount that is its root.
+    /// Returns the mount that is its root.
     pub(super) fn root(&self) -> Option<&MountInfo> {
         match self.root {
             Some(id) => {
@@ -72,7 +71,7 @@ impl Process {
     }
 }
 
-/// The first whole lines of a file, and whether there are more. No more is read than that.
+/// Reads the first complete lines of a file within the limits, and returns whether there is more.
 fn read_lines(path: &Path, most: Most) -> Result<(Vec<u8>, bool), Error> {
     let failed = |source| Error::io(path, source);
     let file = File::open(path).map_err(failed)?;
@@ -85,7 +84,7 @@ fn read_lines(path: &Path, most: Most) -> Result<(Vec<u8>, bool), Error> {
     let ends = text.iter().enumerate().filter(|(_, byte)| **byte == b'\n');
     let ends: Vec<usize> = ends.take(most.mounts).map(|(at, _)| at + 1).collect();
     let end = ends.last().copied().unwrap_or(0);
-    // A last line without an end is whole where nothing follows.
+    // A last line without a newline is complete if nothing follows.
     if !longer && (end == text.len() || ends.len() < most.mounts) {
         return Ok((text, false));
     }
@@ -93,14 +92,14 @@ fn read_lines(path: &Path, most: Most) -> Result<(Vec<u8>, bool), Error> {
     Ok((text, true))
 }
 
-/// What `proc_pid_stat(5)` says of a process.
+/// The fields of `proc_pid_stat(5)` that are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stat {
     parent: u32,
     start: u64,
 }
 
-/// When the process started, in clock ticks since boot; none if there is none or only its zombie is left.
+/// Returns the start time of a process in clock ticks since boot, or `None` if it does not exist or is a zombie.
 pub(super) fn start_of(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
     Ok(stat_of(roots, pid)?.map(|stat| stat.start))
 }
@@ -116,7 +115,7 @@ fn stat_of(roots: &Roots, pid: u32) -> Result<Option<Stat>, Error> {
         .ok_or_else(|| Error::damaged(&path, "expected a state and, as field 22, a start time"))
 }
 
-/// Everything about a process; none if there is none. Fails where its mount table is larger than [`TO_SAVE`] says.
+/// Reads a process, or returns `None` if it does not exist. Fails if its mount table exceeds [`TO_SAVE`].
 pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
     match read_most(roots, pid, TO_SAVE)? {
         Some(process) if process.mounts_cut => Err(Error::ManyMounts {
@@ -128,7 +127,7 @@ pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
     }
 }
 
-/// As [`read`], with no more of its mount table than `most`.
+/// Like [`read`], with a mount table truncated at `most`.
 pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Process>, Error> {
     let Some(Stat { parent, start }) = stat_of(roots, pid)? else {
         return Ok(None);
@@ -154,7 +153,8 @@ pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Pr
     let mounts = parse_mountinfo(&mountinfo).map_err(|e| Error::damaged(path("mountinfo"), e))?;
     let ids = |bytes: &[u8], name| parse_id_map(bytes).map_err(|e| Error::damaged(path(name), e));
     let (mut uid_map, mut gid_map) = (ids(&uid_text, "uid_map")?, ids(&gid_text, "gid_map")?);
-    // In our own user namespace the map leads to the parent's ids, which are not the ones that we see.
+    // For a process in our own user namespace, the map gives the IDs of the parent namespace, which are not those that
+    // we see.
     let user_namespace = |pid: &str| fs::read_link(roots.proc(&format!("{pid}/ns/user"))).ok();
     if user_namespace(&pid.to_string())
         .is_some_and(|theirs| user_namespace("self").is_some_and(|ours| ours == theirs))
@@ -171,7 +171,7 @@ pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Pr
         Err(error) if is_gone(&error) => return Ok(None),
         Err(error) => return Err(error),
     };
-    // The pid may have passed to another process while it was being read.
+    // The PID may have been reused while the process was being read.
     if start_of(roots, pid)? != Some(start) {
         return Ok(None);
     }
@@ -187,25 +187,26 @@ pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Pr
     }))
 }
 
-/// The mounts that a process sees, and nothing else about it.
+/// Reads the mount table of a process.
 pub(super) fn mounts(roots: &Roots, pid: u32) -> Result<Vec<MountInfo>, Error> {
     let path = roots.proc(&format!("{pid}/mountinfo"));
     let bytes = read_file(&path, MOUNTINFO_CAP)?;
     parse_mountinfo(&bytes).map_err(|e| Error::damaged(path, e))
 }
 
-/// A map of a user namespace that nothing was written to: it maps no id, whereas [`Process`] says by an empty map that ids
-/// are what they are on disk.
+/// Returns which map of a user namespace was not written yet. Such a map maps no ID, whereas an empty map in
+/// [`Process`] means that IDs are those on disk.
 fn unwritten(uid_map: &[u8], gid_map: &[u8]) -> Option<&'static str> {
     let maps = [("uid_map", uid_map), ("gid_map", gid_map)];
     let empty = maps.iter().find(|(_, map)| map.trim_ascii().is_empty());
     empty.map(|(name, _)| *name)
 }
 
-/// The process' rights to files, as it has them now.
+/// Returns the process's current file access rights.
 ///
-/// The maps are read after the capabilities: a process can go into a user namespace of its own, where it has all of them,
-/// at any time, and never comes back out of it. So the maps are those that the capabilities belong to, or narrower ones.
+/// The ID maps are read after the capabilities: a process can at any time enter a user namespace of its own, in which
+/// it has all capabilities, and can never leave it. So the maps are those that the capabilities belong to, or narrower
+/// ones.
 pub(super) fn identity(roots: &Roots, process: &Process) -> Result<Identity, Error> {
     let path = roots.proc(&format!("{}/status", process.pid));
     let status = read_file(&path, 64 << 10)?;
@@ -214,7 +215,8 @@ pub(super) fn identity(roots: &Roots, process: &Process) -> Result<Identity, Err
     if reads {
         let now = read(roots, process.pid)?.filter(|now| now.start == process.start);
         let now = now.ok_or_else(|| Error::io(&path, rustix::io::Errno::SRCH.into()))?;
-        // Capabilities are those of its user namespace, whose ids a map says where it is not ours.
+        // Capabilities are relative to the process's user namespace, so they cover only the IDs mapped there if it is
+        // not ours.
         identity.beyond = if now.uid_map.is_empty() && now.gid_map.is_empty() {
             Beyond::All
         } else {
@@ -227,7 +229,7 @@ pub(super) fn identity(roots: &Roots, process: &Process) -> Result<Identity, Err
     Ok(identity)
 }
 
-/// `proc_pid_status(5)`: the ids by which files are opened, and whether a capability reads past permissions.
+/// Parses `proc_pid_status(5)`: the IDs by which files are opened, and whether a capability bypasses read permissions.
 fn parse_status(status: &[u8]) -> Option<(Identity, bool)> {
     let field = |name: &str| {
         let mut lines = status.split(|&b| b == b'\n');
@@ -253,7 +255,7 @@ fn parse_status(status: &[u8]) -> Option<(Identity, bool)> {
     Some((identity, reads))
 }
 
-/// The instant of a process' start time, in milliseconds since the epoch: `btime` of `proc_stat(5)` and the ticks.
+/// Converts a start time to milliseconds since the epoch, with `btime` of `proc_stat(5)`.
 pub(super) fn started_ms(roots: &Roots, start: u64) -> Option<i64> {
     let stat = read_file(&roots.proc("stat"), 16 << 20).ok()?;
     let booted = boot_time(&stat)?;
@@ -267,7 +269,7 @@ pub(super) fn started_ms(roots: &Roots, start: u64) -> Option<i64> {
         .checked_add(i64::try_from(since_boot).ok()?)
 }
 
-/// The line `btime SECONDS`.
+/// Parses the line `btime SECONDS`.
 fn boot_time(stat: &[u8]) -> Option<i64> {
     let line = stat
         .split(|&b| b == b'\n')
@@ -275,7 +277,7 @@ fn boot_time(stat: &[u8]) -> Option<i64> {
     std::str::from_utf8(line).ok()?.trim().parse().ok()
 }
 
-/// The mount table of a process; none if there is no such process.
+/// Reads the mount table of a process, or returns `None` if it does not exist.
 pub(super) fn mounts_of(roots: &Roots, pid: u32) -> Result<Option<Vec<MountInfo>>, Error> {
     let path = roots.proc(&format!("{pid}/mountinfo"));
     match read_file(&path, MOUNTINFO_CAP) {
@@ -287,22 +289,22 @@ pub(super) fn mounts_of(roots: &Roots, pid: u32) -> Result<Option<Vec<MountInfo>
     }
 }
 
-/// The ID of the mount that the root of a process lies in. A table can list several mounts at `/`, and the one on top need
-/// not be the one that the process has.
+/// Returns the ID of the mount that contains the root of a process. A table can list several mounts at `/`, and the
+/// process's root is not necessarily the topmost.
 fn root_id(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
     let link = roots.proc(&format!("{pid}/root"));
-    // Recordings of a /proc have no such links, and say by the table alone what is at the root.
+    // Recordings of /proc have no such links; then the mount table alone determines the root.
     if fs::symlink_metadata(&link).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
         return Ok(None);
     }
-    // A descriptor for the path alone: the file system itself, which can be anything, is not asked.
+    // `O_PATH`, because the file system may be an arbitrary one and must not be accessed.
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let root =
         rustix::fs::open(&link, flags, Mode::empty()).map_err(|e| Error::io(&link, e.into()))?;
     mount_id(root.as_fd()).map(Some)
 }
 
-/// The ID of the mount that a descriptor lies in.
+/// Returns the ID of the mount that contains a descriptor.
 pub(super) fn mount_id(fd: BorrowedFd<'_>) -> Result<u64, Error> {
     let path = PathBuf::from(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
     let info = read_file(&path, 64 << 10)?;
@@ -313,23 +315,23 @@ pub(super) fn mount_id(fd: BorrowedFd<'_>) -> Result<u64, Error> {
     id.ok_or_else(|| Error::damaged(&path, "expected a line mnt_id"))
 }
 
-/// Whether overlays keep an index unless told otherwise: the module's parameter, `N` if the kernel has none.
+/// Returns whether overlays have an index by default: the module's parameter, or false if there is none.
 pub(super) fn index_default() -> bool {
     let parameter = PathBuf::from("/sys/module/overlay/parameters/index");
     read_file(&parameter, 16).is_ok_and(|value| value.starts_with(b"Y"))
 }
 
-/// The file is not there, or the process ended with the file already open (ESRCH).
+/// Returns whether the file does not exist, or the process ended after the file was opened (ESRCH).
 fn is_gone(error: &Error) -> bool {
     let ended = rustix::io::Errno::SRCH.raw_os_error();
     error.is_not_found()
         || matches!(error, Error::Io { source, .. } if source.raw_os_error() == Some(ended))
 }
 
-/// `pid (comm) state ppid ... starttime`: none inside for a zombie, none outside for nonsense.
-#[allow(clippy::option_option)] // two kinds of nothing: no process, no sense
+/// Parses `pid (comm) state ppid ... starttime`. The inner `None` is a zombie, the outer one invalid content.
+#[allow(clippy::option_option)] // no process, or no valid content
 fn parse_stat(stat: &[u8]) -> Option<Option<Stat>> {
-    // The name in parentheses may hold parentheses and spaces: the last one ends it.
+    // The name in parentheses may contain parentheses and spaces, so the last closing one ends it.
     let after = stat.iter().rposition(|&b| b == b')')? + 1;
     let mut fields = std::str::from_utf8(&stat[after..])
         .ok()?
@@ -341,7 +343,7 @@ fn parse_stat(stat: &[u8]) -> Option<Option<Stat>> {
     Some(alive.then_some(Stat { parent, start }))
 }
 
-/// Lines of three numbers; the identity over everything is no map at all.
+/// Parses lines of three numbers. The identity mapping of all IDs is returned as an empty map.
 fn parse_id_map(bytes: &[u8]) -> Result<Vec<IdMapping>, String> {
     let text = std::str::from_utf8(bytes).map_err(|e| e.to_string())?;
     let mut map = Vec::new();
@@ -443,7 +445,7 @@ mod tests {
             .duration_since(std::time::UNIX_EPOCH)
             .unwrap()
             .as_millis() as i64;
-        // The kernel's clock of boot is adjusted apart from the wall clock.
+        // The boot clock and the wall clock are adjusted independently.
         assert!(
             (now - 3_600_000..=now + 60_000).contains(&started),
             "{started} {now}"
@@ -503,7 +505,7 @@ mod tests {
         assert_eq!(unwritten(b"", b"0 0 1\n"), Some("uid_map"));
         assert_eq!(unwritten(b"0 0 1\n", b"\n"), Some("gid_map"));
 
-        // All capabilities, and no id that they count for.
+        // The process has all capabilities, but its namespace maps no ID.
         let command = "echo; exec sleep 600";
         let mut child = std::process::Command::new("unshare")
             .args(["--user", "sh", "-c", command])
@@ -518,7 +520,7 @@ mod tests {
         let found = read(&Roots::default(), child.id());
         child.kill().unwrap();
         child.wait().unwrap();
-        // Not every machine lets this be done.
+        // Some machines do not permit user namespaces.
         if matches!(ready, Some(Ok(1))) {
             let error = found.unwrap_err().to_string();
             assert!(

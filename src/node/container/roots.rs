@@ -1,4 +1,4 @@
-//! Where the runtimes keep their state on this node, and how a path of the node becomes a path of this program.
+//! The directories with the runtimes' state, and the conversion of a path on the node to one for this program.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -9,7 +9,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::error::Error;
 
-/// Where a containerd keeps its two halves.
+/// The two directories of a containerd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContainerdRoot {
     /// `state` of its configuration: bundles of running containers.
@@ -18,7 +18,7 @@ pub struct ContainerdRoot {
     pub root: PathBuf,
 }
 
-/// Where containers/storage (Podman, CRI-O, Buildah) keeps its two halves.
+/// The two directories of containers/storage (Podman, CRI-O, Buildah).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StorageRoot {
     /// `graphroot` of storage.conf.
@@ -27,20 +27,20 @@ pub struct StorageRoot {
     pub runroot: PathBuf,
 }
 
-/// All places to look in. What is not there is passed over: no node has all runtimes.
+/// All places to search. Missing ones are ignored, because no node has all runtimes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Roots {
-    /// Everything else in here, `proc` too, lies below this directory (an agent in a pod sees its node's root there).
+    /// If set, all other paths including `proc` are below this directory, where an agent in a pod sees its node's root.
     pub host_root: Option<PathBuf>,
-    /// containerds. By default the system's (`/run/containerd`, `/var/lib/containerd`), those of k3s and RKE2
-    /// (`/run/k3s/containerd`, `/var/lib/rancher/{k3s,rke2}/agent/containerd`) and Docker's own
+    /// containerd instances. By default that of the system (`/run/containerd`, `/var/lib/containerd`), those of k3s and
+    /// RKE2 (`/run/k3s/containerd`, `/var/lib/rancher/{k3s,rke2}/agent/containerd`) and Docker's own
     /// (`/run/docker/containerd/daemon`, `/var/lib/docker/containerd/daemon`).
     pub containerd: Vec<ContainerdRoot>,
-    /// Docker's data roots, by default `/var/lib/docker`; with user namespaces its `UID.GID` subdirectories too.
+    /// Docker's data roots, by default `/var/lib/docker`; with user namespaces also their `UID.GID` subdirectories.
     pub docker: Vec<PathBuf>,
-    /// By default `/var/lib/containers/storage` and `/run/containers/storage`.
+    /// Storage directories, by default `/var/lib/containers/storage` and `/run/containers/storage`.
     pub storage: Vec<StorageRoot>,
-    /// By default `/proc`.
+    /// The node's procfs, by default `/proc`.
     pub proc: PathBuf,
 }
 
@@ -78,8 +78,8 @@ impl Default for Roots {
 }
 
 impl Roots {
-    /// A path of the node as this program has to open it: below the host root, symlinks (absolute ones too) resolved
-    /// as the node would. Fails with [`io::ErrorKind::NotFound`] where there is nothing.
+    /// Converts a path on the node to one that this program can open: below the host root, with symbolic links
+    /// (including absolute ones) resolved as on the node. Fails with [`io::ErrorKind::NotFound`] if it does not exist.
     pub fn locate(&self, path: &Path) -> io::Result<PathBuf> {
         let Some(host_root) = &self.host_root else {
             return fs::canonicalize(path);
@@ -97,8 +97,8 @@ impl Roots {
         fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
     }
 
-    /// A directory below another, by names alone: a symbolic link on the way is an error (`ELOOP`).
-    /// `store` itself is located as the node would.
+    /// Locates a directory below another without following symbolic links, which are an error (`ELOOP`). `store` itself
+    /// is located as on the node.
     pub(super) fn locate_below(&self, store: &Path, inside: &Path) -> io::Result<PathBuf> {
         let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
         let store = rustix::fs::open(self.locate(store)?, flags, Mode::empty())?;
@@ -108,7 +108,7 @@ impl Roots {
         fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
     }
 
-    /// As [`Roots::locate`]; what is not there keeps its place below the host root, for the error message.
+    /// Like [`Roots::locate`], but a missing path is joined to the host root, for the error message.
     pub(super) fn path(&self, path: &Path) -> PathBuf {
         self.locate(path).unwrap_or_else(|_| match &self.host_root {
             Some(host_root) => host_root.join(path.strip_prefix("/").unwrap_or(path)),
@@ -116,9 +116,9 @@ impl Roots {
         })
     }
 
-    /// A path in the node's /proc.
+    /// Returns a path in the node's procfs.
     pub(super) fn proc(&self, inside: &str) -> PathBuf {
-        // Not located: what is below /proc/PID are no ordinary links.
+        // Not resolved, because the links below /proc/PID are magic links.
         let proc = self.proc.strip_prefix("/").unwrap_or(&self.proc);
         match &self.host_root {
             Some(host_root) => host_root.join(proc).join(inside),
@@ -127,7 +127,7 @@ impl Roots {
     }
 }
 
-/// The whole of a file of at most `cap` bytes.
+/// Reads a file of at most `cap` bytes.
 pub(super) fn read_file(path: &Path, cap: u64) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
@@ -140,12 +140,12 @@ pub(super) fn read_file(path: &Path, cap: u64) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
-/// A JSON file of at most `cap` bytes.
+/// Reads a JSON file of at most `cap` bytes.
 pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path, cap: u64) -> Result<T, Error> {
     serde_json::from_slice(&read_file(path, cap)?).map_err(|e| Error::damaged(path, e))
 }
 
-/// The names in a directory, sorted; none if it is not there.
+/// Returns the names in a directory, sorted; an empty list if it does not exist.
 pub(super) fn read_dir(path: &Path) -> Result<Vec<std::ffi::OsString>, Error> {
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,
@@ -160,7 +160,7 @@ pub(super) fn read_dir(path: &Path) -> Result<Vec<std::ffi::OsString>, Error> {
     Ok(names)
 }
 
-/// A file with nothing but a process number in it.
+/// Reads a file that contains only a PID.
 pub(super) fn pid_file(path: &Path) -> Result<u32, Error> {
     let text = read_file(path, 64)?;
     let pid = std::str::from_utf8(&text)

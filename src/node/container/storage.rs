@@ -1,8 +1,8 @@
-//! containers/storage, where Podman and CRI-O keep containers, layers and images.
+//! State of containers/storage, which Podman and CRI-O use for containers, layers and images.
 //!
 //! Format: containers/storage `containers.go`, `layers.go`, `images.go` (JSON lists, big data in files whose names are
 //! `=` and base64 of the key), `drivers/overlay`; CRI-O `internal/storage/runtime.go` (the metadata of a container).
-//! Seen with Podman 4.3.1 and CRI-O 1.36.3.
+//! Observed with Podman 4.3.1 and CRI-O 1.36.3.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -18,13 +18,13 @@ use super::roots::{Roots, StorageRoot, pid_file, read_file, read_json};
 use super::{Base, BaseLayer, Container, Pod, Runtime};
 use crate::common::digest::{ChainId, DiffId, Digest};
 
-/// Lists of a node with thousands of layers, each with its ids, stay below this.
+/// Maximum size of a list in bytes, sufficient for a node with thousands of layers and their IDs.
 const LIST_CAP: u64 = 256 << 20;
 const MAX_CHAIN: usize = 512;
-/// What the overlay driver gives the root of a container's layer where nothing else says a mode.
+/// Default mode that the overlay driver sets on the root of a container's layer.
 const ROOT_MODE: u32 = 0o555;
 
-/// One entry of `containers.json`.
+/// An entry of `containers.json`.
 #[derive(Clone, Debug, Deserialize)]
 struct StoredContainer {
     id: String,
@@ -34,12 +34,12 @@ struct StoredContainer {
     image: String,
     #[serde(default)]
     layer: String,
-    /// JSON text of the program that made it.
+    /// JSON text of the program that created it.
     #[serde(default)]
     metadata: String,
 }
 
-/// `metadata` of a container, as Podman and CRI-O both write it. CRI-O takes it from the kubelet's request, while
+/// `metadata` of a container, in the format of both Podman and CRI-O. CRI-O takes it from the kubelet's request, while
 /// annotations in `config.json` can come from the pod.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -52,11 +52,11 @@ struct Metadata {
     name: String,
     uid: String,
     namespace: String,
-    /// It is a pod's infrastructure container.
+    /// Whether it is a pod's infrastructure container.
     pod: bool,
 }
 
-/// One entry of `layers.json`.
+/// An entry of `layers.json`.
 #[derive(Clone, Debug, Deserialize)]
 struct StoredLayer {
     id: String,
@@ -66,7 +66,7 @@ struct StoredLayer {
     diff_digest: Option<Digest>,
 }
 
-/// One entry of `images.json`.
+/// An entry of `images.json`.
 #[derive(Clone, Debug, Deserialize)]
 struct StoredImage {
     id: String,
@@ -78,7 +78,7 @@ struct StoredImage {
     big_data_digests: Option<HashMap<String, String>>,
 }
 
-/// All entries of a list that is kept in several files; a file that is not there is an empty one.
+/// Reads all entries of a list that is stored in several files. Missing files count as empty.
 fn list<T: serde::de::DeserializeOwned>(roots: &Roots, files: &[PathBuf]) -> Result<Vec<T>, Error> {
     let mut all = Vec::new();
     for file in files {
@@ -91,7 +91,7 @@ fn list<T: serde::de::DeserializeOwned>(roots: &Roots, files: &[PathBuf]) -> Res
     Ok(all)
 }
 
-/// Podman's containers are in the first, CRI-O's in the second, those of a transient store in the third.
+/// Podman's containers are in the first file, CRI-O's in the second, those of a transient store in the third.
 fn containers(roots: &Roots, storage: &StorageRoot) -> Result<Vec<StoredContainer>, Error> {
     let kind = "overlay-containers";
     list(
@@ -124,7 +124,7 @@ fn metadata(container: &StoredContainer) -> Metadata {
     serde_json::from_str(&container.metadata).unwrap_or_default()
 }
 
-/// IDs become parts of paths; these programs write 64 hex digits.
+/// Checks an ID, which becomes part of paths. Podman and CRI-O use 64 hex digits.
 fn is_id(id: &str) -> bool {
     !id.is_empty()
         && id
@@ -136,7 +136,7 @@ fn diff(storage: &StorageRoot, layer: &str) -> PathBuf {
     storage.root.join("overlay").join(below(layer))
 }
 
-/// A layer's directory below the overlay driver's.
+/// Returns a layer's directory relative to that of the overlay driver.
 fn below(layer: &str) -> PathBuf {
     Path::new(layer).join("diff")
 }
@@ -189,11 +189,11 @@ fn draft(
     };
     let pid = match pid_file(&roots.path(&userdata(&storage.runroot).join("pidfile"))) {
         Ok(pid) => pid,
-        // Never started, or ended, or one of Buildah's.
+        // Never started, already ended, or created by Buildah.
         Err(error) if error.is_not_found() => return Ok(None),
         Err(error) => return Err(error),
     };
-    // Podman keeps the spec with the data, CRI-O on both sides.
+    // Podman keeps the spec with the data, CRI-O in both places.
     let directories = [userdata(&storage.runroot), userdata(&storage.root)];
     let mut bundle = None;
     for directory in &directories {
@@ -253,7 +253,7 @@ fn draft(
     }))
 }
 
-/// A layer and its ancestors; the words say what is wrong with them.
+/// Returns a layer and its ancestors, or a text that describes what is wrong.
 fn chain<'l>(
     layers: &'l HashMap<String, StoredLayer>,
     top: &str,
@@ -332,7 +332,7 @@ fn prove_stored(
     let mut diff_ids = Vec::with_capacity(parents.len());
     for layer in parents.iter().rev() {
         let Some(diff_id) = layer.diff_digest else {
-            // Pulled in parts (zstd:chunked): nobody has seen the whole tar.
+            // Pulled in parts (zstd:chunked), so the whole tar was never hashed.
             return Err(unproven(vec![format!(
                 "layer {} is recorded without the digest of its tar",
                 layer.id
@@ -446,7 +446,7 @@ fn prove_stored(
     })
 }
 
-/// The manifest and the config of an image, their digests checked.
+/// Reads the manifest and config of an image and verifies their digests.
 fn image_of(
     roots: &Roots,
     storage: &StorageRoot,
@@ -491,7 +491,7 @@ fn image_of(
     Ok((manifest, config))
 }
 
-/// Keys that could not be file names are written in base64.
+/// Returns the file name of a key. Keys that are not valid file names are encoded in base64.
 fn big_data_file(key: &str) -> String {
     format!("={}", base64::engine::general_purpose::STANDARD.encode(key))
 }

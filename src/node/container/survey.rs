@@ -1,7 +1,8 @@
-//! What the runtimes wrote down, held against what the kernel says: the list of containers, and the search in it.
+//! Lists and finds containers, by comparing the runtimes' records with the kernel's view.
 //!
-//! A container's first process is its tenant's: its number, its start and the device number of its root are the kernel's
-//! word, all else in its mountinfo is the tenant's (`witness`, `mounted`).
+//! A container's first process belongs to its tenant. Its PID, start time and the device number of its root are
+//! reliable, because the kernel provides them; all other content of its mountinfo is under the tenant's control
+//! (`witness`, `mounted`).
 
 use super::bundle::{self, Bundle};
 use super::draft::Draft;
@@ -13,17 +14,17 @@ use super::table::{RootMount, Witness};
 use super::witness::Tables;
 use super::{Container, Runtime, Spec, containerd, docker, storage};
 
-/// Shorter prefixes of an ID are more likely a mistake than a name.
+/// Minimum length of an ID prefix. Shorter ones are more likely a mistake.
 const MIN_PREFIX: usize = 3;
 
-/// Everything that runs on this node with an overlay as its root.
+/// Everything on this node that runs with an overlay as its root.
 #[derive(Clone, Debug, Default)]
 pub struct Listing {
-    /// Sorted by namespace, pod and name.
+    /// Containers, sorted by namespace, pod and name.
     pub containers: Vec<Container>,
-    /// The pods' own pause containers: nobody wants them saved.
+    /// Pause containers of pods, which are never saved.
     pub sandboxes: Vec<Container>,
-    /// What could not be read, and containers that run but cannot be saved.
+    /// State that could not be read, and running containers that cannot be saved.
     pub problems: Vec<Problem>,
 }
 
@@ -31,12 +32,12 @@ fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
     let mut drafts = docker::drafts(roots, problems);
     drafts.extend(storage::drafts(roots, problems));
     for draft in containerd::drafts(roots, problems) {
-        // Docker runs its containers through containerd, and k3s' roots may be links to others.
+        // Docker runs its containers through containerd, and the roots of k3s may be links to others.
         let known = drafts
             .iter_mut()
             .find(|known| known.id == draft.id && known.pid == draft.pid);
         match known {
-            // With containerd's image store Docker's own files do not say what it is made of.
+            // With containerd's image store, Docker's own files do not name the directories.
             Some(known) if known.record.is_none() => {
                 known.record = draft.record;
                 known.bases.extend(draft.bases);
@@ -48,7 +49,7 @@ fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
     drafts
 }
 
-/// All containers on this node, and what stood in the way of knowing more.
+/// Lists all containers on this node, with the problems encountered.
 pub fn list(roots: &Roots) -> Listing {
     let mut listing = Listing::default();
     let tables = Tables::default();
@@ -62,7 +63,7 @@ pub fn list(roots: &Roots) -> Listing {
         match result {
             Ok(Some(container)) if draft.sandbox => listing.sandboxes.push(container),
             Ok(Some(container)) => listing.containers.push(container),
-            // It has ended.
+            // The container has ended.
             Ok(None) => {}
             Err(error) => listing.problems.push(error.into_problem(&draft.state)),
         }
@@ -79,11 +80,11 @@ pub fn list(roots: &Roots) -> Listing {
     listing
 }
 
-/// The one container that `name` means: a full ID, a unique prefix of one (3 characters at least), a name,
+/// Finds the container that `name` refers to: a full ID, a unique prefix of one (at least 3 characters), a name,
 /// `NAMESPACE/POD[/CONTAINER]`, or `pid:N` for a process (if that runs in a container, the container).
 ///
-/// A process that no runtime knows is taken at its mount table's word, which in a user namespace is its owner's word:
-/// `pid:N` is for administrators, a service must not pass it on from its users.
+/// For a process that no runtime knows, its own mount table is trusted, which in a user namespace is under its owner's
+/// control. Therefore `pid:N` is for administrators only, and a service must not accept it from its users.
 pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
     let wanted = name.parse::<Wanted>()?;
     let mut problems = Vec::new();
@@ -132,8 +133,8 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
     })
 }
 
-/// Whether `container` is still what it was: the same process with the same file system as its root, of which the same
-/// witness says the same, and whose directories are still mounted where they are read.
+/// Checks that `container` has not changed: the same process with the same root file system, the same entry in the
+/// witness's table, and the same directories mounted where they are read.
 pub fn recheck(roots: &Roots, container: &Container) -> Result<(), Error> {
     let gone = |detail: String| Error::Gone {
         container: container.id.clone(),
@@ -159,7 +160,7 @@ enum Wanted {
         name: String,
         container: Option<String>,
     },
-    /// An ID, a name or a prefix, in this order.
+    /// An ID, a name or a prefix, tried in this order.
     Plain(String),
 }
 
@@ -226,7 +227,7 @@ impl Wanted {
     }
 }
 
-/// Labels of what runs, that which resembles `name` first.
+/// Returns the labels of running containers, those similar to `name` first.
 fn similar(roots: &Roots, drafts: &[Draft], name: &str) -> Vec<String> {
     let words: Vec<&str> = name
         .split('/')
@@ -261,7 +262,8 @@ fn find_process(
     let process = process::read(roots, pid)?.ok_or_else(not_found)?;
     let line = process.root().ok_or_else(not_found)?;
     let device = mounted::device_of(name, &process)?;
-    // A process of a container is that container: only its runtime knows the base. Same file system, same container.
+    // A process in a container stands for that container, because only its runtime knows the base. It belongs to the
+    // container if it has the same root file system.
     for draft in drafts {
         let Ok(Some(first)) = process::read_most(roots, draft.pid, process::TO_LIST) else {
             continue;

@@ -1,4 +1,4 @@
-//! One mount table of the node's: which mount has a device, and in which mount a path lies.
+//! A mount table of the node: finds the mount of a device, and the mount that contains a path.
 
 use std::cell::OnceCell;
 use std::collections::HashMap;
@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 use super::roots::Roots;
 use crate::node::overlay::mount::{MountInfo, root_mount};
 
-/// Whose word it is what a root is made of.
+/// The process whose mount table is trusted for the directories of a root.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Witness {
-    /// The process itself: `pid:N`, for which no runtime answers.
+    /// The process itself: `pid:N`, which no runtime knows.
     #[default]
     Itself,
     /// The node's first process.
     Node,
     /// The process that started the container.
     Monitor {
-        /// Its number.
+        /// Its PID.
         pid: u32,
-        /// When it started, in clock ticks since boot.
+        /// Its start time in clock ticks since boot.
         start: u64,
     },
 }
@@ -34,23 +34,23 @@ impl std::fmt::Display for Witness {
     }
 }
 
-/// The mounted file system that is a container's root, and who says what it is made of.
+/// The mounted file system that is a container's root, and the witness for its directories.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RootMount {
     /// Device number, major and minor.
     pub device: (u32, u32),
-    /// The options of the file system as the witness' table has them, escaped.
+    /// Options of the file system in the witness's table, escaped.
     pub options: Vec<u8>,
     /// The witness.
     pub witness: Witness,
 }
 
-/// A mount table of the node's.
+/// A mount table of the node.
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) witness: Witness,
-    /// Whether its mounts were made with the node's rights. In a user namespace (rootless Podman) the user who owns it could
-    /// have made them.
+    /// Whether the mounts required privileges on the node. In a user namespace (rootless Podman), its owner could have
+    /// made them.
     pub(super) privileged: bool,
     pub(super) mounts: Vec<MountInfo>,
     tree: OnceCell<Tree>,
@@ -66,26 +66,27 @@ impl Table {
         }
     }
 
-    /// The mount that `path` lies in.
+    /// Returns the mount that contains `path`.
     pub(super) fn covering(&self, path: &Path) -> Option<&MountInfo> {
         let tree = self.tree.get_or_init(|| Tree::new(&self.mounts));
         tree.covering(&self.mounts, path)
     }
 
-    /// The mount of the overlay `device`, the whole of it.
+    /// Returns a mount of the root of the overlay `device`.
     pub(super) fn overlay(&self, device: (u32, u32)) -> Option<&MountInfo> {
         self.overlays(device).next()
     }
 
-    /// All mounts of the overlay `device`, the whole of it.
+    /// Returns all mounts of the root of the overlay `device`.
     fn overlays(&self, device: (u32, u32)) -> impl Iterator<Item = &MountInfo> {
         self.mounts.iter().filter(move |m| {
             m.device == device && m.fs_type == "overlay" && m.root == Path::new("/")
         })
     }
 
-    /// Whether the overlay `device` is mounted at `path`, which may lead through links of the node's. The mount points are
-    /// the kernel's, without links: to look them up would lead to what their owner put on top of them.
+    /// Returns whether the overlay `device` is mounted at `path`, in which symbolic links of the node are resolved.
+    /// Mount points in the table have no symbolic links and are not looked up, which would lead to what their owner has
+    /// mounted over them.
     pub(super) fn has_at(&self, roots: &Roots, device: (u32, u32), path: &Path) -> bool {
         let root = roots.locate(Path::new("/"));
         let located = roots.locate(path);
@@ -98,7 +99,7 @@ impl Table {
     }
 }
 
-/// The mounts of a table by what they are mounted on, and where: as the kernel looks for them on its way down a path.
+/// The mounts of a table by parent mount and mount point, as the kernel looks them up along a path.
 #[derive(Debug)]
 struct Tree {
     root: Option<usize>,
@@ -118,13 +119,13 @@ impl Tree {
         }
     }
 
-    /// The mount that `path` lies in; `mounts` are those that this was made of.
+    /// Returns the mount that contains `path`. `mounts` has to be the table that the tree was built from.
     fn covering<'m>(&self, mounts: &'m [MountInfo], path: &Path) -> Option<&'m MountInfo> {
         let mut mount = &mounts[self.root?];
         let mut steps: Vec<&Path> = path.ancestors().collect();
         steps.reverse();
         for step in steps {
-            // Mounts lie on top of one another; no chain is longer than the table.
+            // Mounts can be stacked; no stack is larger than the table.
             for _ in 0..mounts.len() {
                 match self.at.get(&(mount.id, step.to_path_buf())) {
                     Some(&over) => mount = &mounts[over],
@@ -136,7 +137,7 @@ impl Tree {
     }
 }
 
-/// The path of `path`, which lies in `mount`, within the file system.
+/// Returns the path within the file system of `path`, which is in `mount`.
 pub(super) fn within(mount: &MountInfo, path: &Path) -> Option<PathBuf> {
     let rest = path.strip_prefix(&mount.mount_point).ok()?;
     Some(mount.root.join(rest))
@@ -164,10 +165,10 @@ mod tests {
             ("/variable", 20, "/variable"),
             ("/var", 21, "/sub"),
             ("/var/lib/1", 21, "/sub/lib/1"),
-            // Two lie over one another: the upper one counts.
+            // Of two stacked mounts, the topmost counts.
             ("/var/lib/1/fs", 23, "/"),
             ("/var/lib/1/fs/etc", 23, "/etc"),
-            // Mounted before /var was mounted over it.
+            // Hidden by a later mount on /var.
             ("/var/lib/2/fs", 21, "/sub/lib/2/fs"),
             ("/loop", 20, "/loop"),
         ] {

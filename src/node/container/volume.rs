@@ -1,8 +1,9 @@
-//! What is mounted into a container and can be saved with it, beside its own root: volumes on disk.
+//! Volumes on disk that are mounted into a container and can be saved with it.
 //!
-//! Format: `proc_pid_mountinfo(5)`. The container's mount table decides what is mounted where; the way there is held
-//! against it step by step ([`crate::node::overlay::volume`]). A volume is read with the rights of the container's first process
-//! ([`crate::node::overlay::identity`]), and in the service only if the node's administrator lists it ([`super::Pattern`]).
+//! Format: `proc_pid_mountinfo(5)`. The container's mount table determines what is mounted where, and the path to a
+//! volume is compared with it step by step ([`crate::node::overlay::volume`]). A volume is read with the rights of the
+//! container's first process ([`crate::node::overlay::identity`]), and in the service only if the node's administrator
+//! lists it ([`super::Pattern`]).
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -18,11 +19,11 @@ use crate::node::overlay::identity::Identity;
 use crate::node::overlay::mount::MountInfo;
 use crate::node::overlay::volume::{self as overlay, Reached, Refusal, Way};
 
-/// File systems on this node's own disks, whose time stamps are this kernel's, and which always answer.
+/// File systems on local disks, whose timestamps are from this kernel and whose operations always complete.
 const LOCAL: [&str; 9] = [
     "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "xfs", "zfs",
 ];
-/// Others that always answer: memory, and what is only read.
+/// Further file systems whose operations always complete: in memory or read-only.
 const ANSWERING: [&str; 7] = [
     "erofs", "iso9660", "ramfs", "squashfs", "tmpfs", "udf", "vfat",
 ];
@@ -30,33 +31,32 @@ const ANSWERING: [&str; 7] = [
 /// Which volumes may be saved, and with whose rights they are read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VolumeRules {
-    /// With this program's own rights, and not with those of the container's first process.
+    /// Whether this program's own rights are used instead of those of the container's first process.
     pub own_rights: bool,
-    /// Only what one of these covers; none: any.
+    /// Patterns of permitted volumes; `None` permits any.
     pub allowed: Option<Vec<Pattern>>,
 }
 
 /// A volume that is saved with its container.
 #[derive(Clone, Debug)]
 pub struct Volume {
-    /// Where it is mounted in the container.
+    /// Mount point in the container.
     pub destination: PathBuf,
     /// File system type.
     pub kind: String,
-    /// Whether this kernel's clock stamps its files. A server's may be another one.
+    /// Whether its timestamps are from this kernel's clock; a server has its own.
     pub local: bool,
-    /// Device numbers of the file system, as lists of mappings show them.
+    /// Device number of the file system, as in lists of mappings.
     pub device: (u32, u32),
     /// The opened directory.
     pub opened: overlay::Volume,
     mount: u64,
 }
 
-/// The volume that is mounted at `path` in the container.
+/// Opens the volume that is mounted at `path` in the container.
 ///
-/// Fails with [`Error::NotAVolume`] for all that is no directory of a file system on a disk or a server: it names the
-/// mounts that are. With [`Error::VolumeNotAllowed`] where `rules` do not let it be saved, and where the container may not
-/// read it.
+/// Fails with [`Error::NotAVolume`], which lists the possible volumes, if it is not a directory on a disk or server
+/// file system. Fails with [`Error::VolumeNotAllowed`] if `rules` do not permit it, or the container may not read it.
 pub fn volume(
     roots: &Roots,
     container: &Container,
@@ -73,7 +73,7 @@ pub fn volume(
     let fail = |refusal| failed(container, &destination, refusal, &refuse);
     let way = Mounted::new(roots, container, &destination, mount.id);
     let reached = way.go().map_err(fail)?;
-    // What the table said before may have been of another mount with the same number.
+    // The earlier entry of the table may have been of another mount with the same ID.
     let line = reached.line.clone();
     if let Some(why) = unfit(&line.fs_type) {
         return Err(refuse(format!("{} is mounted there, {why}", line.fs_type)));
@@ -107,7 +107,7 @@ pub fn volume(
     })
 }
 
-/// Whether the volume is still what is mounted there.
+/// Fails if the volume is not what is mounted there any more.
 pub fn recheck_volume(roots: &Roots, container: &Container, volume: &Volume) -> Result<(), Error> {
     let gone = |detail: String| Error::Gone {
         container: container.id.clone(),
@@ -122,7 +122,7 @@ pub fn recheck_volume(roots: &Roots, container: &Container, volume: &Volume) -> 
     }
 }
 
-/// The mount that `path` names, by the container's mount table, and the path without slashes at its end.
+/// Returns the mount at `path` according to the container's mount table, and the path without trailing slashes.
 fn meant<'m>(path: &Path, mounts: &'m [MountInfo]) -> Result<(PathBuf, &'m MountInfo), String> {
     let plain = path.is_absolute()
         && path
@@ -185,7 +185,7 @@ fn failed(
     }
 }
 
-/// Where a volume is mounted in a container, and how to get there.
+/// The mount point of a volume in a container, and the path to it.
 struct Mounted<'a> {
     roots: &'a Roots,
     pid: u32,
@@ -250,20 +250,20 @@ fn living(roots: &Roots, container: &Container) -> Result<Process, Error> {
         })
 }
 
-/// Whether names may be looked up in it: it answers by itself, whatever a tenant does. Overlays and FUSE can be mounted by
-/// anybody, over anything; servers may be away.
+/// Returns whether names may be looked up in the file system, because its operations always complete, whatever a tenant
+/// does. Overlays and FUSE can be mounted by unprivileged users, and servers may be unreachable.
 fn passable(mount: &MountInfo) -> bool {
     let fs_type = mount.fs_type.as_str();
     LOCAL.contains(&fs_type) || ANSWERING.contains(&fs_type)
 }
 
-/// The mount at a path that no other at the same path covers.
+/// Returns the mount at a path that is not covered by another at the same path.
 fn topmost<'m>(mounts: &'m [MountInfo], at: &Path) -> Option<&'m MountInfo> {
     let there = || mounts.iter().filter(|m| m.mount_point == at);
     there().find(|m| !there().any(|over| over.parent == m.id && over.id != m.id))
 }
 
-/// Why nothing that is mounted so can be saved, if so.
+/// Returns why a file system of this type cannot be saved, or `None` if it can.
 fn unfit(fs_type: &str) -> Option<&'static str> {
     if fs_type == "tmpfs" || fs_type == "ramfs" {
         Some("which is memory and no volume")
@@ -272,14 +272,14 @@ fn unfit(fs_type: &str) -> Option<&'static str> {
     } else if fs_type == "overlay" {
         Some("whose own parts lie elsewhere")
     } else if fs_type.starts_with("fuse") {
-        // Its server may be one of the container's processes, which stands still.
+        // The server may be one of the container's frozen processes.
         Some("which a process serves that might never answer")
     } else {
         None
     }
 }
 
-/// Those that could be named, each as `PATH (TYPE)`.
+/// Returns the possible volumes as `PATH (TYPE)`.
 fn listed(mounts: &[MountInfo]) -> Vec<String> {
     let mut listed: Vec<String> = mounts
         .iter()

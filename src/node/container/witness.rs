@@ -1,11 +1,11 @@
-//! The mount tables that a container cannot write, and what they say of its root.
+//! Mount tables that a container cannot influence, and what they contain on its root.
 //!
-//! A container's first process is its tenant's, and everything in its mountinfo but the numbers is its tenant's text: in a
-//! user namespace of its own it can mount an overlay of whatever names it likes and make that its root. The device number
-//! of the root is the kernel's word, and belongs to one mounted file system only. So the line that counts is the one that
-//! a table of the node's has for that device: the table of the node's first process, or of the process that started the
-//! container and waits for it (containerd's shim, conmon), which stands in the mount namespace in which the runtime
-//! mounted the root.
+//! A container's first process belongs to its tenant, and everything in its mountinfo except the numbers is the
+//! tenant's text: in a user namespace of its own, it can mount an overlay with arbitrary options and make that its
+//! root. But the device number of the root comes from the kernel and is unique to one mounted file system. So the entry
+//! that counts is the one for that device in a table of the node: that of the node's first process, or that of the
+//! process that started the container and waits for it (containerd's shim, conmon), which is in the mount namespace in
+//! which the runtime mounted the root.
 
 use std::cell::OnceCell;
 use std::ffi::OsString;
@@ -19,11 +19,11 @@ use super::roots::Roots;
 use super::table::{RootMount, Table, Witness};
 use crate::node::overlay::mount::{MountInfo, OverlayMount};
 
-/// The node's tables, read when first needed.
+/// The node's tables, read on first use.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     node: OnceCell<Option<Table>>,
-    /// This program's own.
+    /// This program's own table.
     own: OnceCell<Own>,
 }
 
@@ -32,8 +32,8 @@ impl Tables {
         self.node.get_or_init(|| node(roots)).as_ref()
     }
 
-    /// The table that has the overlay that is the root of `process`, and hands it to `found` with its line; none if no
-    /// table but that of the process has it.
+    /// Calls `found` with the table that has the overlay that is the root of `process`, and its entry. Returns `None`
+    /// if no table has it except that of the process itself.
     pub(super) fn find<T>(
         &self,
         roots: &Roots,
@@ -58,7 +58,7 @@ impl Tables {
         Ok(self.own.get_or_init(|| own))
     }
 
-    /// Fails with [`Error::LayerUnproven`] unless the directories of an overlay are those that `table` has.
+    /// Fails with [`Error::LayerUnproven`] unless the directories of an overlay are those in `table`.
     pub(super) fn prove_layers(
         &self,
         roots: &Roots,
@@ -67,7 +67,7 @@ impl Tables {
         table: &Table,
         overlay: &OverlayMount,
     ) -> Result<(), Error> {
-        // A recording of a /proc: its mounts are another machine's.
+        // A recording of /proc has the mounts of another machine.
         if process.root.is_none() {
             return Ok(());
         }
@@ -81,8 +81,8 @@ impl Tables {
         proof.prove(overlay)
     }
 
-    /// The same for the overlay that is the root of `process`, by the table that has it; where that is the process' own
-    /// alone, which need not show what lies outside of its root, by the node's.
+    /// Like [`Tables::prove_layers`], for the overlay that is the root of `process` and by the table that has it. If
+    /// only the process's own table has it, which may not show mounts outside its root, the node's table is used.
     pub(super) fn prove_layers_of(
         &self,
         roots: &Roots,
@@ -96,12 +96,12 @@ impl Tables {
         match (proven, self.node(roots)) {
             (Some(proven), _) => proven,
             (None, Some(node)) => prove(node),
-            // A user's own process, where the node's table is not for users to read.
+            // A process of the user, when the node's table is not readable for users.
             (None, None) => Ok(()),
         }
     }
 
-    /// Whether the witness of `root` still says the same.
+    /// Returns whether the witness's entry for `root` is unchanged.
     pub(super) fn still(
         &self,
         roots: &Roots,
@@ -120,14 +120,14 @@ impl Tables {
     }
 }
 
-/// The table of the node's first process, which no container can change.
+/// Returns the mount table of the node's first process, which no container can change.
 fn node(roots: &Roots) -> Option<Table> {
     let mounts = process::mounts_of(roots, 1).ok().flatten()?;
     Some(Table::new(Witness::Node, true, mounts))
 }
 
-/// The table of the process that started the container's first one: its parent, which a container cannot choose. None if
-/// that is in the same mount namespace, where the container's own words would stand.
+/// Returns the mount table of the process that started the container's first process: its parent, which a container
+/// cannot choose. Returns `None` if that is in the same mount namespace, where the container controls the table.
 fn monitor(roots: &Roots, process: &Process) -> Result<Option<Table>, Error> {
     let pid = process.parent;
     if pid == 0 || pid == 1 {
@@ -150,7 +150,7 @@ fn monitor(roots: &Roots, process: &Process) -> Result<Option<Table>, Error> {
     let Some(mounts) = process::mounts_of(roots, pid)? else {
         return Ok(None);
     };
-    // Neither process may have passed its number on meanwhile.
+    // Neither PID may have been reused meanwhile.
     if process::start_of(roots, pid)? != Some(start)
         || process::start_of(roots, process.pid)? != Some(process.start)
     {

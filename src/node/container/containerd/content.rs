@@ -1,4 +1,4 @@
-//! The content store: manifests and configs by their digests, none believed unread.
+//! Reads manifests and configs from containerd's content store. All content is verified against its digest.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,7 +11,7 @@ use crate::node::container::roots::{read_dir, read_file};
 
 pub(super) const BLOBS: &str = "io.containerd.content.v1.content/blobs/sha256";
 
-/// The content store's blobs.
+/// The directory of the content store's blobs.
 pub(super) struct Content(pub(super) PathBuf);
 
 impl Content {
@@ -19,7 +19,7 @@ impl Content {
         self.0.join(digest.hex())
     }
 
-    /// A small blob, its digest checked; none if it is not there, or too long for JSON.
+    /// Reads a small blob and verifies its digest. Returns `None` if it does not exist or is too large for JSON.
     pub(super) fn blob(&self, digest: &Digest) -> Result<Option<Vec<u8>>, Error> {
         let path = self.path(digest);
         match fs::metadata(&path) {
@@ -42,7 +42,7 @@ impl Content {
         Ok(Some(bytes))
     }
 
-    /// The manifests behind `digest`: itself, or those that an index names and that are here.
+    /// Returns the manifests for `digest`: itself, or those listed in an index that exist on this node.
     pub(super) fn manifests(
         &self,
         digest: &Digest,
@@ -72,14 +72,14 @@ impl Content {
         Ok(manifests)
     }
 
-    /// Every manifest in the store, in the order of digests.
+    /// Returns all manifests in the store, ordered by digest.
     pub(super) fn all_manifests(&self) -> Result<Vec<Manifest>, Error> {
         let mut manifests = Vec::new();
         for name in read_dir(&self.0)? {
             let Some(digest) = name.to_str().and_then(|hex| Digest::from_hex(hex).ok()) else {
                 continue;
             };
-            // Layers are no JSON; the first byte tells without reading them.
+            // Layers are not JSON, which shows in the first byte.
             if !starts_with_brace(&self.path(&digest)) {
                 continue;
             }
@@ -93,7 +93,7 @@ impl Content {
         Ok(manifests)
     }
 
-    /// The config of a manifest if both say the same number of layers; the words say why not.
+    /// Returns the config of a manifest if both have the same number of layers, else a text with the reason.
     pub(super) fn config(&self, manifest: &Manifest) -> Result<Config, String> {
         let bytes = self.blob(&manifest.config).map_err(|e| e.to_string())?;
         let bytes =

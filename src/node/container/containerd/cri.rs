@@ -1,4 +1,4 @@
-//! What CRI, Kubernetes' side of containerd, keeps about a container and the sandbox of its pod.
+//! Reads what CRI, the Kubernetes interface of containerd, stores about a container and the sandbox of its pod.
 
 use std::path::Path;
 
@@ -30,7 +30,7 @@ pub(super) struct CriConfig {
     pub(super) metadata: CriMetadata,
 }
 
-/// `ContainerMetadata` or `PodSandboxMetadata` of the CRI, as the kubelet sent it.
+/// `ContainerMetadata` or `PodSandboxMetadata` of the CRI, as sent by the kubelet.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct CriMetadata {
     pub(super) name: String,
@@ -40,14 +40,14 @@ pub(super) struct CriMetadata {
     pub(super) uid: String,
 }
 
-/// The extensions are versioned JSON.
+/// Versioned JSON, the format of the extensions.
 #[derive(Deserialize)]
 struct Versioned<T> {
     #[serde(rename = "Metadata")]
     metadata: T,
 }
 
-/// A CRI extension: JSON in a protobuf `Any`.
+/// Reads a CRI extension: JSON in a protobuf `Any`.
 pub(super) fn extension<T: serde::de::DeserializeOwned>(
     container: &Bucket<'_>,
     path: &Path,

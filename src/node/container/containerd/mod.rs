@@ -1,8 +1,8 @@
-//! containerd's state: bundles of running containers, metadata, snapshots, content.
+//! containerd's state: bundles of running containers, metadata, snapshots and content.
 //!
-//! Here are the tasks that run, and what is drafted of each; `record` reads what the metadata say of one, `cri` what
-//! Kubernetes left there, `snapshot` what it is mounted on, `content` the blobs of images, `prove` holds them all together,
-//! `wire` knows how numbers and messages are written.
+//! This module finds running tasks and drafts their containers. `record` reads the metadata, `cri` the data of
+//! Kubernetes, `snapshot` the snapshots, and `content` the blobs of images; `prove` combines them, and `wire` decodes
+//! integers and messages.
 //!
 //! Format: containerd 1.6 to 2.2, `core/metadata/buckets.go` and `core/snapshots/storage/bolt.go` for the databases,
 //! `plugins/content/local` for blobs, `internal/cri/annotations` for Kubernetes. Integers are Go's uvarint.
@@ -32,7 +32,7 @@ use super::{Pod, Runtime};
 const TASKS: &str = "io.containerd.runtime.v2.task";
 const METADATA: &str = "io.containerd.metadata.v1.bolt/meta.db";
 
-/// What a bundle directory says.
+/// A task according to its bundle directory.
 struct Task {
     namespace: String,
     id: String,
@@ -44,7 +44,7 @@ struct Task {
 pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
     let mut drafts = Vec::new();
     for containerd in &roots.containerd {
-        // Two roots may be given for one state (k3s and RKE2 share it): the one that is there is meant.
+        // Two roots may be configured for one state directory (k3s and RKE2 share it); the existing one is used.
         let meta_is_there = |c: &ContainerdRoot| roots.locate(&c.root.join(METADATA)).is_ok();
         let other_is_meant = || {
             roots
@@ -93,8 +93,8 @@ fn draft(
             container: cri.config.metadata.name.clone(),
             uid: Some(pod.uid.clone()).filter(|uid| !uid.is_empty()),
         }),
-        // Without the records the annotations do; the UID is among them only since late 2022, and before that a pod
-        // could have written one itself.
+        // Without the records, the annotations are used. They include the UID only since late 2022; in earlier versions
+        // a pod could set that annotation itself.
         _ => (|| {
             Some(Pod {
                 namespace: annotation("io.kubernetes.cri.sandbox-namespace")?,
@@ -107,7 +107,7 @@ fn draft(
     let sandbox = record.sandbox
         || annotation("io.kubernetes.cri.container-type").as_deref() == Some("sandbox");
     let snapshots = snapshots_of(containerd, &record.snapshotter);
-    // Other snapshotters lay out their directories otherwise.
+    // Other snapshotters have other directory layouts.
     let chain = record
         .snapshot
         .filter(|_| is_overlayfs(&record.snapshotter))
@@ -174,7 +174,7 @@ fn tasks(roots: &Roots, containerd: &ContainerdRoot, problems: &mut Vec<Problem>
             &id.to_string_lossy(),
         ) {
             Ok(task) => tasks.push(task),
-            // Removed meanwhile: it has ended.
+            // Removed meanwhile, so the container has ended.
             Err(_) if roots.locate(&directory).is_err() => {}
             Err(error) => problems.push(error.into_problem(&directory)),
         }

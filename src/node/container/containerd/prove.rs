@@ -1,4 +1,4 @@
-//! The proof of a base: the mounted snapshots and an image whose layers give the same chain.
+//! Proves a base: compares the mounted snapshots with the images whose layers have the same chain ID.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,11 +15,11 @@ use crate::node::container::image::{Config, Manifest, add_repositories, reposito
 use crate::node::container::roots::{ContainerdRoot, Roots};
 use crate::node::container::{Base, Container};
 
-/// A manifest that gives the mounted chain.
+/// An image with the mounted chain ID.
 struct Fit {
     manifest: Option<Manifest>,
     config: Config,
-    /// The image record that names it.
+    /// Name of the image record that refers to it.
     name: Option<String>,
 }
 
@@ -90,7 +90,7 @@ fn prove_record(
     let mut compared = vec![format!("mounted: {} layers, chain {top}", mounted.len())];
     let mut fits: Vec<Fit> = Vec::new();
     let mut named: Vec<ImageRecord> = images;
-    // What the container was started as, then names that people gave, then bare digests.
+    // First the image that the container was started from, then other names, then digests.
     let rank = |image: &ImageRecord| {
         (
             Some(&image.name) != record.image.as_ref(),
@@ -103,7 +103,7 @@ fn prove_record(
         let recorded = record.image.as_ref() == Some(&image.name);
         let manifests = match content.manifests(&image.target, image.media_type.as_deref()) {
             Ok(manifests) => manifests,
-            // Another image's damage is no reason not to save this container.
+            // Damage to another image does not prevent the save of this container.
             Err(error) => {
                 compared.push(format!("{}: {error}", image.name));
                 continue;
@@ -125,7 +125,7 @@ fn prove_record(
                 },
                 Err(reason) => reason,
             };
-            // The others are too many to be of help.
+            // Other images are not listed, because there may be very many of them.
             if recorded {
                 compared.push(format!(
                     "{} -> manifest {}: {verdict}",

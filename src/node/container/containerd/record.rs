@@ -1,4 +1,4 @@
-//! The metadata database: a container's record, the images, where a blob came from.
+//! Reads containerd's metadata database: container records, image records, and the sources of blobs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::common::digest::Digest;
 use crate::node::container::bolt::{Bucket, Snapshot, Value};
 use crate::node::container::error::Error;
 
-/// One container record of `meta.db`.
+/// A container record of `meta.db`.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Record {
     pub(super) image: Option<String>,
@@ -19,15 +19,15 @@ pub(super) struct Record {
     /// Key in the snapshotter's own database.
     pub(super) snapshot: Option<String>,
     pub(super) labels: BTreeMap<String, String>,
-    /// What CRI keeps about a container of a pod.
+    /// CRI data of the container, if it belongs to a pod.
     pub(super) cri: Option<CriContainer>,
-    /// Whether it is a pod's sandbox.
+    /// Whether it is the sandbox of a pod.
     pub(super) sandbox: bool,
-    /// What CRI keeps about the sandbox of its pod.
+    /// CRI data of the pod's sandbox.
     pub(super) pod: Option<CriMetadata>,
 }
 
-/// An image record: a name and what it points at.
+/// An image record: a name and its target.
 #[derive(Clone, Debug)]
 pub(super) struct ImageRecord {
     pub(super) name: String,
@@ -35,7 +35,7 @@ pub(super) struct ImageRecord {
     pub(super) media_type: Option<String>,
 }
 
-/// The record of one container; none if there is none.
+/// Returns the record of a container, or `None` if it does not exist.
 pub(super) fn record(
     db: &Snapshot<'_>,
     path: &Path,
@@ -130,8 +130,8 @@ pub(super) fn images(db: &Snapshot<'_>, namespace: &str) -> Result<Vec<ImageReco
     Ok(records)
 }
 
-/// The repositories that the content store says a blob came from. The labels name hosts without their ports; where
-/// images of this namespace name the same host with one, that is meant.
+/// Returns the repositories that a blob was pulled from according to the content store. The labels omit the ports of
+/// hosts; if images of this namespace use the same host with a port, that one is assumed.
 pub(super) fn sources(
     db: &Snapshot<'_>,
     namespace: &str,
@@ -169,7 +169,7 @@ pub(super) fn sources(
     Ok(repositories)
 }
 
-/// `[::1]:5000` -> `[::1]`.
+/// Removes the port: `[::1]:5000` becomes `[::1]`.
 fn without_port(host: &str) -> &str {
     match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,

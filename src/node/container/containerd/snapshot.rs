@@ -1,4 +1,4 @@
-//! The snapshots that a container is mounted on, each with the chain ID of the image's layers that it holds.
+//! Reads the snapshots that a container is mounted on, each with the chain ID of the image layers that it holds.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -11,22 +11,22 @@ use crate::node::container::error::{Error, Problem};
 use crate::node::container::roots::{ContainerdRoot, Roots};
 use crate::node::container::{BaseLayer, Container, placed};
 
-/// Snapshot chains are as long as the kernel's limit on layers at most.
+/// Maximum length of a snapshot chain, which is above the kernel's limit on overlay layers.
 const MAX_CHAIN: usize = 512;
 
-/// A snapshot: its directory's number and its key.
+/// A snapshot: the number of its directory, and its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Snap {
     pub(super) id: u64,
     key: String,
-    /// A lazy snapshotter mounts it: its directory by itself is empty.
+    /// Whether a lazy snapshotter mounts it, so that its directory is empty without that mount.
     mounted: bool,
 }
 
-/// The label of snapshots whose content is not unpacked, but mounted.
+/// Label of snapshots whose content is mounted instead of unpacked.
 const REMOTE: &[u8] = b"containerd.io/snapshot/remote";
 
-/// Whether each of its snapshots is a directory `snapshots/N/fs`.
+/// Returns whether the snapshotter stores each snapshot in a directory `snapshots/N/fs`.
 pub(super) fn is_overlayfs(snapshotter: &str) -> bool {
     matches!(snapshotter, "" | "overlayfs")
 }
@@ -42,7 +42,7 @@ pub(super) fn snapshots_of(containerd: &ContainerdRoot, snapshotter: &str) -> Pa
     ))
 }
 
-/// The snapshots of each record, the container's own first, by snapshotter and key.
+/// Returns the snapshots of each record, the container's own first, by snapshotter and key.
 pub(super) fn chains_of<'r>(
     roots: &Roots,
     containerd: &ContainerdRoot,
@@ -58,7 +58,7 @@ pub(super) fn chains_of<'r>(
     let mut chains = HashMap::new();
     for (snapshotter, keys) in keys {
         let path = snapshots_of(containerd, snapshotter).with_file_name("metadata.db");
-        // Snapshotters that are programs of their own keep their database elsewhere.
+        // Proxy snapshotters keep their database elsewhere.
         let Ok(path) = roots.locate(&path) else {
             continue;
         };
@@ -79,7 +79,7 @@ pub(super) fn chains_of<'r>(
     chains
 }
 
-/// The snapshot `key` and its ancestors; empty if there is none.
+/// Returns the snapshot `key` and its ancestors, or an empty list if it does not exist.
 pub(super) fn chain(db: &Snapshot<'_>, path: &Path, key: &str) -> Result<Vec<Snap>, Error> {
     let Some(snapshots) = db.bucket(&[b"v1", b"snapshots"])? else {
         return Err(Error::damaged(path, "expected a bucket v1/snapshots"));
@@ -117,13 +117,13 @@ pub(super) fn chain(db: &Snapshot<'_>, path: &Path, key: &str) -> Result<Vec<Sna
     Ok(chain)
 }
 
-/// The mounted layers, bottom first; diff IDs are still to be filled in.
+/// The mounted layers, bottom first. Their diff IDs are not set yet.
 pub(super) struct Stack {
     pub(super) layers: Vec<BaseLayer>,
     pub(super) proof: String,
 }
 
-/// Mounted lowers -> snapshots -> chain IDs; the inner error says where they part.
+/// Maps mounted lower directories to snapshots and chain IDs. The inner error describes where they differ.
 pub(super) fn mounted_stack(
     roots: &Roots,
     containerd: &ContainerdRoot,
@@ -137,7 +137,7 @@ pub(super) fn mounted_stack(
         )));
     };
     let upper = &container.overlay.upper;
-    // The snapshotter's directory, or, for those that are programs of their own, the one that the upper lies in.
+    // The snapshotter's directory, or for a proxy snapshotter the one that contains the upper directory.
     let inside = roots.path(&snapshots_of(containerd, &record.snapshotter));
     let snapshots = match upper.parent().and_then(Path::parent) {
         Some(outside) if !upper.starts_with(&inside) => outside.to_path_buf(),
@@ -161,7 +161,7 @@ pub(super) fn mounted_stack(
     }
     let expected: Vec<PathBuf> = parents.iter().map(directory).collect();
     let as_directories = expected == container.overlay.lowers;
-    // Snapshotters that mount images have lowers of their own kind; their snapshots still are the layers.
+    // Snapshotters that mount images have other lower directories, but their snapshots are still the layers.
     let may_be_images = !matches!(record.snapshotter.as_str(), "" | "overlayfs" | "native");
     if !as_directories && !may_be_images {
         let show = |paths: &[PathBuf]| {
@@ -177,7 +177,7 @@ pub(super) fn mounted_stack(
             show(&expected)
         )));
     }
-    // The node's own table may have lost the mount since: then all tables agree on an empty directory.
+    // The mount may have been removed from the node's table since; then all tables show an empty directory.
     for lower in parents.iter().filter(|snap| snap.mounted).map(directory) {
         if as_directories && !placed::is_mount(&lower)? {
             return Ok(Err(format!(
@@ -190,7 +190,7 @@ pub(super) fn mounted_stack(
     for (at, snap) in parents.iter().enumerate() {
         let name = snap.key.splitn(3, '/').nth(2).unwrap_or(&snap.key);
         let Ok(chain_id) = name.parse::<Digest>() else {
-            // ctr and nerdctl put a copy with other owners on top where ids are mapped: it belongs to no image.
+            // With ID mapping, ctr and nerdctl add a copy with other owners on top, which belongs to no image.
             let below = parents
                 .get(at + 1)
                 .and_then(|below| below.key.splitn(3, '/').nth(2));
@@ -222,7 +222,7 @@ pub(super) fn mounted_stack(
     Ok(Ok(Stack { layers, proof }))
 }
 
-/// `sha256:X-1000-1000` above `sha256:X`.
+/// Returns whether `name` is a remapped copy of `below`: `sha256:X-1000-1000` for `sha256:X`.
 fn is_remapped(name: &str, below: &str) -> bool {
     let ids = name
         .strip_prefix(below)

@@ -1,6 +1,6 @@
-//! How values are written in the databases: Go's uvarint, protobuf's Any, text.
+//! Decodes values of the databases: Go's uvarint, protobuf's Any, text.
 
-/// Field 2 (`value`) of a `google.protobuf.Any`.
+/// Returns field 2 (`value`) of a `google.protobuf.Any`.
 pub(super) fn any_value(mut any: &[u8]) -> Option<&[u8]> {
     let mut found = None;
     while !any.is_empty() {
