@@ -1,5 +1,5 @@
-//! Listing and deleting without Harbor: over docker-registry and over a layout directory, the same questions.
-// What a test's helpers unwrap fails the test, as it should.
+//! Tests of listing and deleting images without Harbor, on docker-registry and on a layout directory.
+// A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used)]
 
 #[path = "support/image.rs"]
@@ -98,7 +98,7 @@ async fn place(text: &str) -> Box<dyn Images> {
         .unwrap()
 }
 
-/// What holds of every place. `target` takes a tag; one image has two of them.
+/// Checks that apply to every kind of place. `target` is completed by a tag; one of the images gets two tags.
 async fn lists(images: &dyn Images, target: &str, repository: &str) -> Outcome {
     let (one, two) = (image("one", 5000, 1), image("two", 9000, 2));
     for (tag, image) in [("a", &one), ("b", &one), ("c", &two)] {
@@ -187,7 +187,7 @@ async fn a_layout_directory() -> Outcome {
     );
     let removed = images.remove("", &Which::Tag("c".into()), true).await?;
     assert!(removed.image_deleted);
-    // What is left is a layout still, and takes the next save.
+    // The result is still a valid layout and accepts another save.
     save(&format!("{target}:d"), &image("three", 10, 3)).await?;
     assert_eq!(images.images("", &Query::default()).await?.total, 1);
     assert!(
@@ -234,7 +234,7 @@ async fn a_plain_registry() -> Outcome {
         .unwrap_err();
     assert!(matches!(error, Error::NotThere(_)), "{error}");
 
-    // This registry deletes images only, and one of two tags is no image.
+    // This registry can delete only images, not one of several tags.
     let error = images
         .remove("alice/note", &Which::Tag("a".into()), false)
         .await
@@ -247,7 +247,7 @@ async fn a_plain_registry() -> Outcome {
         images.images("alice/note", &Query::default()).await?.total,
         2
     );
-    // An index needs its images.
+    // An image is not deleted while an index refers to it.
     let two = image("two", 9000, 2);
     let index = json!({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [{
         "mediaType": MANIFEST_TYPE, "digest": two.digest(), "size": two.manifest.len(),
@@ -286,7 +286,7 @@ async fn a_plain_registry() -> Outcome {
         0
     );
 
-    // Where deletion is off, that is what is said.
+    // If deletion is disabled, the error says so.
     let registry = Registry::start(false)?;
     let host = format!("127.0.0.1:{}", registry.1);
     save(&format!("{host}/x:1"), &image("x", 10, 1)).await?;

@@ -1,5 +1,6 @@
-//! OCI layouts as destination and as source: what is there when a save ends, dies or meets another.
-// What a test's helpers unwrap fails the test, as it should.
+//! Tests of OCI layouts as destination and source: the state after a save that completes, is killed or runs
+//! concurrently.
+// A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 use std::fs;
@@ -17,7 +18,7 @@ use upperdeck::store::layout::{Archive, Directory, Error, Reader};
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 
-/// Why a test cannot run here. In CI it has to.
+/// Reports that a test cannot run here. Fails in CI.
 fn ignored(reason: &str) {
     assert!(
         std::env::var("CI").as_deref() != Ok("true"),
@@ -125,7 +126,7 @@ fn a_layout_has_exactly_what_was_saved() -> Result<(), Error> {
     expected.sort();
     assert_eq!(names(&path.join("blobs/sha256")), expected);
 
-    // Another image beside it, then the tag moves.
+    // Another image is added, then the tag is moved.
     save_to_directory(&layout, b"another", "v2")?;
     save_to_directory(&layout, b"a third", "v1")?;
     assert_eq!(tags(&path), ["v1", "v2"]);
@@ -170,7 +171,7 @@ fn what_is_no_layout_is_left_alone() {
             "{bad}"
         );
     }
-    // An index that is not understood is not overwritten.
+    // An index that cannot be parsed is not overwritten.
     fs::write(
         dir.path().join("oci-layout"),
         r#"{"imageLayoutVersion":"1.0.0"}"#,
@@ -206,7 +207,7 @@ fn a_blob_counts_when_it_is_whole() -> Result<(), Error> {
     ));
     assert_eq!(names(&dir.path().join("l/blobs/sha256")), [""; 0]);
 
-    // Half a blob that another tool has left is replaced, a whole one stays.
+    // A partial blob that another tool has left is replaced, a complete one is kept.
     let path = dir.path().join("l/blobs/sha256").join(digest.hex());
     fs::write(&path, "cont").unwrap();
     assert_eq!(layout.has_blob(&digest, Some(7))?, None);
@@ -304,7 +305,7 @@ fn an_archive_appears_at_once_and_as_a_whole() -> Result<(), Error> {
         .read_to_end(&mut layer)
         .unwrap();
     assert_eq!(layer, b"a layer");
-    // It is complete: nothing more goes in.
+    // The archive is complete and accepts nothing more.
     assert!(matches!(
         archive.put_blob(&"more".into(), &Digest::of("more")),
         Err(Error::Closed { .. })
@@ -328,7 +329,7 @@ fn an_archive_takes_blobs_in_turn() -> Result<(), Error> {
                 for piece in layer.chunks(1000) {
                     blob.write(piece).unwrap();
                 }
-                // A second copy of what is there is not kept.
+                // A second copy of a blob is discarded.
                 if layer[0] == 5 {
                     drop(blob);
                     return;
@@ -393,7 +394,7 @@ fn readers_say_what_there_is() -> Result<(), Error> {
         assert!(error.to_string().contains(expected), "{error}");
     }
 
-    // An index: the platform's manifest.
+    // An index: the manifest for the platform is selected.
     let (one, two) = (Digest::of(manifest(&[b"1"])), Digest::of(manifest(&[b"2"])));
     let entry = |digest, architecture| json!({"mediaType": MANIFEST_TYPE, "digest": digest, "size": 1, "platform": {"os": "linux", "architecture": architecture}});
     let index = json!({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [entry(one, "arm64"), entry(two, "amd64")]});
@@ -409,7 +410,7 @@ fn readers_say_what_there_is() -> Result<(), Error> {
         "{error}"
     );
 
-    // An index that names itself never can; one within another within another ends.
+    // An index cannot contain itself; nested indexes are followed to a limited depth.
     let mut inner = index.to_string();
     for _ in 0..5 {
         let digest = Digest::of(&inner);
@@ -449,7 +450,7 @@ fn damaged_layouts_are_refused() -> Result<(), Error> {
         reader.open_blob(&Digest::of("nothing"), None),
         Err(Error::NoSuchBlob { .. })
     ));
-    // A FIFO must not hang the reader.
+    // A FIFO must not block the reader.
     let fifo = Digest::of("fifo");
     nix::unistd::mkfifo(&blob(fifo), nix::sys::stat::Mode::S_IRWXU).unwrap();
     assert!(reader.open_blob(&fifo, None).is_err());
@@ -481,7 +482,7 @@ fn damaged_layouts_are_refused() -> Result<(), Error> {
         Err(Error::NotALayout { .. })
     ));
 
-    // Archives cut off anywhere, and what is none.
+    // Archives truncated at any offset, and files that are not archives.
     let path = dir.path().join("image.tar");
     save_to_archive(&Archive::new(&path), b"content", "v1")?;
     let whole = fs::read(&path).unwrap();
@@ -489,7 +490,7 @@ fn damaged_layouts_are_refused() -> Result<(), Error> {
         let cut_off = dir.path().join("cut.tar");
         fs::write(&cut_off, &whole[..cut]).unwrap();
         let read = Reader::archive(&cut_off).and_then(|r| r.manifest(None, &platform()));
-        // Only the end mark may be missing.
+        // Only the end marker may be missing.
         assert!(
             read.is_err() || cut + 1024 >= whole.len(),
             "{cut} of {}",
@@ -506,7 +507,7 @@ fn damaged_layouts_are_refused() -> Result<(), Error> {
     Ok(())
 }
 
-/// A small file system of its own, taken away at the end.
+/// A small file system, unmounted when dropped.
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
@@ -565,7 +566,7 @@ fn a_full_disk_leaves_the_old_image() {
 
 #[test]
 fn kill_9_leaves_no_rubbish() {
-    // The writer runs in this test binary, in a process of its own.
+    // The writer runs in this test binary, in a separate process.
     let dir = tempfile::tempdir().unwrap();
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "writer_to_be_killed", "--ignored", "--nocapture"])
@@ -585,7 +586,7 @@ fn kill_9_leaves_no_rubbish() {
     child.wait().unwrap();
     assert_eq!(names(&dir.path().join("layout/blobs/sha256")), [""; 0]);
     assert_eq!(names(dir.path()), ["layout"]);
-    // A repeat succeeds.
+    // A repetition succeeds.
     save_to_directory(&Directory::new(dir.path().join("layout")), b"content", "v1").unwrap();
 }
 
@@ -603,7 +604,7 @@ fn writer_to_be_killed() {
     std::thread::sleep(std::time::Duration::from_secs(60));
 }
 
-/// `shared/oci-schema`, wherever this tree was checked out below it.
+/// Returns `shared/oci-schema` in any parent directory of the source tree.
 fn schemas() -> Option<PathBuf> {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .ancestors()
@@ -620,7 +621,7 @@ fn documents_follow_the_schemas() -> Result<(), Error> {
     let mut compiler = boon::Compiler::new();
     for file in names(&dir) {
         let schema: Value = serde_json::from_slice(&fs::read(dir.join(&file)).unwrap()).unwrap();
-        // References are relative to an id that is no file of theirs.
+        // References are relative to an ID that is not one of the files.
         for base in [
             "https://opencontainers.org/schema/",
             "https://opencontainers.org/schema/image/",
@@ -647,7 +648,7 @@ fn documents_follow_the_schemas() -> Result<(), Error> {
     let marker = serde_json::from_slice(&fs::read(dir.path().join("oci-layout")).unwrap()).unwrap();
     check("image-layout-schema.json", &marker).unwrap();
     check("image-index-schema.json", &index(dir.path())).unwrap();
-    // The check itself finds what is wrong.
+    // The check detects invalid documents.
     let mut wrong = index(dir.path());
     wrong["manifests"][0]["digest"] = json!("nonsense");
     assert!(check("image-index-schema.json", &wrong).is_err());

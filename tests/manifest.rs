@@ -1,4 +1,5 @@
-//! Manifest and config against what the real tools make of the same input, and against input that nobody should send.
+//! Tests of manifest and config: compares them with the results of Docker and Podman for the same input, and checks
+//! malformed input.
 
 #![allow(
     clippy::unwrap_used,
@@ -18,11 +19,12 @@ use upperdeck::image::manifest::{
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-/// Seen on Docker 20.10.24: a container of `base`, `docker commit --change … `, then the image's Config. `changed` holds
-/// the fields that differ from a commit without `--change` (null: gone).
+/// Recorded with Docker 20.10.24: a container of `base`, `docker commit --change … `, then the image's Config.
+/// `changed` has the fields that differ from a commit without `--change` (null: removed).
 const DOCKER: &str = include_str!("manifest/docker-20.10.24.jsonl");
-/// The same with `podman commit` 4.3.1, of a base made by buildah 1.28.2. Left out is where Podman's reader is simpler
-/// than Docker's: it knows no quotes, no variables, one `ENV` pair a change, no `HEALTHCHECK`; ENTRYPOINT keeps CMD.
+/// Recorded likewise with `podman commit` 4.3.1, from a base built with buildah 1.28.2. Cases in which Podman's parser
+/// is simpler than Docker's are left out: it supports no quotes, no variables, only one `ENV` pair per change and no
+/// `HEALTHCHECK`; ENTRYPOINT keeps CMD.
 const PODMAN: &str = include_str!("manifest/podman-4.3.1.jsonl");
 
 fn object(value: Value) -> Map<String, Value> {
@@ -32,7 +34,7 @@ fn object(value: Value) -> Map<String, Value> {
     }
 }
 
-/// Absent, null and empty mean the same to every engine.
+/// Drops empty values: absent, null and empty have the same meaning for every engine.
 fn meaning(config: &Map<String, Value>) -> BTreeMap<String, Value> {
     let empty = |value: &Value| {
         *value == json!(null) || *value == json!([]) || *value == json!({}) || *value == json!("")
@@ -51,7 +53,7 @@ fn applied(base: &Value, changes: &[&str]) -> Result<Map<String, Value>, change:
     Ok(config)
 }
 
-/// A case of a table: the changes, what the tool made of them, what we made of them (none: an error).
+/// A case of a table: the changes, the tool's result, and ours (`None` for an error).
 type Compared = (
     String,
     Option<BTreeMap<String, Value>>,
@@ -89,15 +91,15 @@ fn compare(table: &str) -> Result<Vec<Compared>, serde_json::Error> {
 
 #[test]
 fn changes_mean_what_they_mean_to_docker() -> Outcome {
-    // Where we differ, and why. Nothing else may.
+    // The deliberate differences. There must be no others.
     let on_purpose = [
-        // Docker puts the base's command back without a word.
+        // Docker silently restores the base's command.
         "CMD []",
         "ENTRYPOINT []",
-        // An image that cannot start: `sh -c` without a command.
+        // The image could not be started: `sh -c` without a command.
         "CMD",
         "ENTRYPOINT",
-        // Newer than 20.10 (Docker 24 and later take them).
+        // Not supported by 20.10, but by Docker 24 and later.
         "ENV P=${EMPTY-d}",
         "ENV P=${NOPE+y}",
         "HEALTHCHECK --interval=0 CMD x",
@@ -105,14 +107,14 @@ fn changes_mean_what_they_mean_to_docker() -> Outcome {
         "HEALTHCHECK --retries=0 CMD x",
         "HEALTHCHECK --start-interval=2s CMD x",
         "STOPSIGNAL SIGTERM",
-        // No such user can exist, or none is named: refused, not dropped.
+        // The user cannot exist or is empty: refused instead of dropped.
         "USER a b",
         "USER \"a b\"",
         "USER $NOPE",
-        // Refused, not dropped or cut.
+        // Refused instead of dropped or truncated.
         "EXPOSE $NOPE",
         "EXPOSE 80/tcp/udp",
-        // We know no other escape character than the backslash.
+        // Only the backslash is supported as escape character.
         "# escape=`\nENV P=a`\nb",
     ];
     let mut differ: Vec<String> = Vec::new();
@@ -143,7 +145,7 @@ fn changes_mean_what_they_mean_to_podman() -> Outcome {
     Ok(())
 }
 
-/// What is checked without the image finds nothing that the image would not refuse, and no variable is guessed.
+/// The check without the image accepts everything that the image would accept, and does not guess variables.
 #[test]
 fn changes_are_checked_before_there_is_an_image() {
     for (change, right) in [
@@ -180,7 +182,7 @@ fn clearing_clears() -> Outcome {
         (vec!["ENTRYPOINT []"], json!({})),
         (vec!["ENTRYPOINT []", "CMD [\"a\"]"], json!({"Cmd": ["a"]})),
         (vec!["CMD [\"a\"]", "ENTRYPOINT []"], json!({"Cmd": ["a"]})),
-        // A CMD that was cleared on purpose is not brought back, and one that was set stays.
+        // A cleared CMD is not restored, and one that was set is kept.
         (
             vec!["CMD a", "ENTRYPOINT b"],
             json!({"Entrypoint": ["/bin/sh", "-c", "b"], "Cmd": ["/bin/sh", "-c", "a"]}),
@@ -212,7 +214,7 @@ fn what_docker_commit_loses_stays() -> Outcome {
         "OnBuild": ["RUN a", "RUN b"],
         "Cmd": ["/bin/bash", "-eo", "pipefail", "-c", "x | y"],
         "Entrypoint": ["/bin/bash", "-eo", "pipefail", "-c", "z"],
-        // The engine, not the image, chooses the shell of CMD-SHELL.
+        // The engine, not the image, selects the shell of CMD-SHELL.
         "Healthcheck": {"Test": ["CMD-SHELL", "c"]},
     });
     assert_eq!(Value::Object(config), expected);
@@ -381,7 +383,7 @@ fn image(manifest: &Value, config: &Value) -> Result<Image, Error> {
     assemble(&input(Some(manifest.as_bytes()), config.as_bytes()))
 }
 
-/// What `oci-schema/*.json` and the consumers that pair history with layers ask of every image.
+/// Checks the requirements of `oci-schema/*.json` and of consumers that pair history entries with layers.
 fn assert_valid(image: &Image) {
     let (manifest, config) = (json_of(&image.manifest.bytes), json_of(&image.config.bytes));
     assert_eq!(image.manifest.digest, Digest::of(&image.manifest.bytes));
@@ -441,7 +443,7 @@ fn everything_that_the_base_says_stays() -> Outcome {
         },
     });
     assert_eq!(json_of(&image.manifest.bytes), expected);
-    // The order of the keys stays too, so that two saves differ where they differ.
+    // The order of the keys is kept, so that two saves differ only where their content does.
     let text = String::from_utf8(image.config.bytes)?;
     let at = |key: &str| text.find(key).unwrap_or_else(|| panic!("{key} in {text}"));
     assert!(
@@ -567,7 +569,7 @@ fn without_a_manifest_layers_come_from_the_descriptors() -> Outcome {
         .set_annotations(Some(annotations));
     let one = assemble(&input)?;
     assert_valid(&one);
-    // The descriptor's annotations come out of a hash map, each with another order.
+    // The descriptor's annotations are a hash map, whose order differs each time.
     for _ in 0..8 {
         let again: HashMap<String, String> =
             (0..9).map(|i| (format!("k{i}"), "v".to_owned())).collect();
@@ -894,7 +896,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// Every place in a document that a field can be put in the way of.
+/// All paths in a document at which an invalid value is inserted.
 const FIELDS: [&str; 22] = [
     "/config",
     "/config/Env",

@@ -1,5 +1,6 @@
-//! Registries as they are: a scripted one for everything that must not happen, and docker-registry for what must.
-// What a test's helpers unwrap fails the test, as it should.
+//! Tests of the registry client: a scripted registry for failures and protocol violations, and docker-registry for
+//! regular use.
+// A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 use std::collections::HashMap;
@@ -20,9 +21,9 @@ use upperdeck::store::registry::{self, Access, Registries, Repository, Retry};
 
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
-// ---------------------------------------------------------------- a registry that answers what a test says
+// ---------------------------------------------------------------- a scripted registry
 
-/// A request as the scripted registry saw it.
+/// A request received by the scripted registry.
 #[derive(Clone, Debug)]
 struct Seen {
     method: String,
@@ -41,14 +42,14 @@ impl Seen {
     }
 }
 
-/// What it does with it.
+/// The scripted registry's reaction to a request.
 struct Answer {
     status: u16,
     headers: Vec<(&'static str, String)>,
     body: Vec<u8>,
-    /// Close the connection after so many bytes of the request's body, unanswered.
+    /// Close the connection without an answer after this many bytes of the request's body.
     drop_request_at: Option<usize>,
-    /// Close it after so many bytes of the answer's.
+    /// Close the connection after this many bytes of the answer's body.
     drop_answer_at: Option<usize>,
     wait: Duration,
 }
@@ -90,7 +91,8 @@ struct Fake {
 }
 
 impl Fake {
-    /// `script` is called with the head of each request and the number of requests like it (method and path) before.
+    /// Starts the registry. `script` is called with the head of each request and the number of earlier requests with
+    /// the same method and path.
     async fn start(script: impl Fn(&Seen, usize) -> Answer + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -104,7 +106,7 @@ impl Fake {
         Self { address, seen }
     }
 
-    /// Says `status` to every `method`, and to all else as a registry does.
+    /// Starts a registry that answers `status` to every `method`, and regularly to all else.
     async fn always(method: &'static str, status: u16) -> Self {
         Self::start(move |seen, _| {
             if seen.method == method {
@@ -142,7 +144,7 @@ async fn serve(
             if let Some(at) = buffer.windows(4).position(|w| w == b"\r\n\r\n") {
                 break at + 4;
             }
-            // TLS begins with 0x16: this server speaks none.
+            // A TLS handshake starts with 0x16; this server has no TLS.
             if buffer.first() == Some(&0x16) || stream.read_buf(&mut buffer).await.ok()? == 0 {
                 return None;
             }
@@ -219,7 +221,7 @@ async fn serve(
     }
 }
 
-/// Where a chunked body ends, if all of it is there.
+/// Returns where a chunked body ends, if it is complete.
 fn chunked_end(buffer: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {
@@ -268,7 +270,7 @@ fn with_password() -> Access {
     }
 }
 
-/// So that nothing on the machine counts.
+/// Returns an empty auth file, so that tests are independent of the machine's credentials.
 fn no_credentials() -> PathBuf {
     static FILE: std::sync::OnceLock<tempfile::NamedTempFile> = std::sync::OnceLock::new();
     FILE.get_or_init(|| {
@@ -280,7 +282,7 @@ fn no_credentials() -> PathBuf {
     .to_path_buf()
 }
 
-/// Answers as a registry that takes everything without asking who it is from.
+/// Answers like a registry that accepts everything without authentication.
 fn lenient(seen: &Seen) -> Answer {
     match (seen.method.as_str(), seen.target.split('?').next().unwrap()) {
         ("GET", "/v2/") => answer(200),
@@ -296,7 +298,7 @@ fn lenient(seen: &Seen) -> Answer {
     }
 }
 
-/// Writes `blob` from a plain thread, as the layer's stream does.
+/// Writes `blob` from a thread, like the stream of a layer.
 async fn upload(repository: &Repository, blob: &'static [u8]) -> Result<(), registry::Error> {
     let mut writer = repository.begin_blob(Handle::current());
     let writer = std::thread::spawn(move || {
@@ -350,7 +352,7 @@ async fn a_location_on_another_host_does_not_get_the_upload() {
     );
 }
 
-/// As Harbor: a token for everybody, with an empty `access_token`, that may do nothing.
+/// Answers like Harbor, which gives a token to everyone, with an empty `access_token` and possibly without any rights.
 fn with_tokens(
     address: &'static str,
     then: impl Fn(&Seen, usize) -> Answer,
@@ -415,7 +417,7 @@ async fn a_401_after_a_fresh_token_is_final() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_old_token_is_replaced_once() {
-    // The registry has forgotten t0 though it was to live for long.
+    // The registry rejects t0 although its lifetime is long.
     let fake = Fake::start(with_tokens("", |seen, n| {
         match seen.header("authorization") {
             Some("Bearer t0") if n > 0 && seen.method == "POST" => answer(401),
@@ -517,7 +519,7 @@ async fn a_token_service_that_fails_says_so() {
             "{text}"
         );
         assert_eq!(fake.count("GET", "/token"), tries, "{status}");
-        // It did not go out bare instead.
+        // The request is not sent without credentials instead.
         assert_eq!(fake.count("POST", "/v2/a/b/blobs/uploads/"), 0);
     }
 }
@@ -640,7 +642,7 @@ async fn a_broken_stream_is_the_callers_to_repeat() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_no_in_mid_stream_reaches_the_writer() {
-    // Harbor checks a quota before it reads a body that it will not keep.
+    // Harbor checks the quota before it reads a body that it will not keep.
     let fake = Fake::start(|seen, _| match seen.method.as_str() {
         "PUT" => answer(403).denied("DENIED", "adding 683.6 KiB of storage resource"),
         _ => lenient(seen),
@@ -652,7 +654,7 @@ async fn a_no_in_mid_stream_reaches_the_writer() {
     assert!(error.not_permitted() && !error.retryable(), "{error}");
     assert!(error.to_string().contains("adding 683.6 KiB"), "{error}");
 
-    // The POST fails while the writer has already handed bytes over.
+    // The POST fails after the writer has handed over bytes.
     let fake = Fake::always("POST", 403).await;
     let error = upload(&fake.repository(quick(), "a/b"), megabytes())
         .await
@@ -729,7 +731,7 @@ async fn silence_is_an_error() {
         );
         assert!(started.elapsed() < Duration::from_secs(5), "{silent}");
     }
-    // A caller who makes no bytes for a while is not silence.
+    // A caller that produces no bytes for a while does not cause a timeout.
     let fake = Fake::start(|seen, _| lenient(seen)).await;
     let mut writer = fake
         .repository(access(), "a/b")
@@ -754,7 +756,7 @@ async fn a_save_ends_when_its_time_is_over() {
         deadline: Duration::from_millis(400),
         ..quick()
     };
-    // In an answer that does not come, in a stream that nobody takes, and between tries.
+    // A missing answer, a stalled stream, and the pauses between attempts.
     for slow in ["POST", "PATCH", "PUT"] {
         let fake = Fake::start(move |seen, _| match seen.method.as_str() {
             method if method == slow => Answer {
@@ -805,7 +807,7 @@ async fn a_save_has_only_so_many_tries_in_all() {
     for _ in 0..3 {
         repository.check_push().await.unwrap_err();
     }
-    // Five, then three that use up what was left, then none is repeated.
+    // Five attempts, three that use up the rest of the budget, then one without repetition.
     assert_eq!(fake.count("POST", "/v2/a/b/blobs/uploads/"), 9);
 }
 
@@ -868,13 +870,13 @@ async fn mounts_never_fail_a_save() {
             "{}",
             token.target
         );
-        // The upload that a 202 opens is not left lying about.
+        // The upload that a 202 opens is cancelled.
         assert_eq!(
             fake.count("DELETE", "/v2/a/b/blobs/uploads/9"),
             usize::from(status == 202),
             "{status}"
         );
-        // A password never follows on a token that does not suffice.
+        // After a token without the required rights, no password is sent.
         assert!(
             seen.iter()
                 .filter(|s| s.method == "POST")
@@ -921,7 +923,7 @@ async fn manifests_are_refused_in_words() {
         assert!(error.to_string().contains(word), "{error}");
         assert_eq!(fake.count("PUT", "/v2/a/b/manifests/v1"), tries, "{status}");
     }
-    // Another digest than ours was stored.
+    // The registry has stored another digest.
     let fake = Fake::start(|seen, _| match seen.method.as_str() {
         "PUT" => answer(201).with("Docker-Content-Digest", Digest::of("other").to_string()),
         _ => lenient(seen),
@@ -1084,9 +1086,10 @@ async fn nobody_there_is_worth_a_retry() {
     assert!(error.to_string().contains("refused"), "{error}");
 }
 
-// ---------------------------------------------------------------- a registry that is not this machine
+// ---------------------------------------------------------------- a registry on another machine
 
-/// Starts [`client_behind_a_proxy`] for a registry on `host`; which proxy is to be said in its environment.
+/// Returns a command that runs [`client_behind_a_proxy`] for a registry on `host`. The caller sets the proxy in its
+/// environment.
 fn behind_a_proxy(host: &str) -> tokio::process::Command {
     let mut client = tokio::process::Command::new(std::env::current_exe().unwrap());
     client
@@ -1100,8 +1103,8 @@ fn behind_a_proxy(host: &str) -> tokio::process::Command {
     client
 }
 
-/// The proxy variables are read from the environment, so the client runs in a process of its own: this test, started by
-/// the next one. The proxy is the scripted registry, for any host name.
+/// The client's half of the next test, which runs this one in a separate process because the proxy variables are read
+/// from the environment. The proxy is the scripted registry, for any host name.
 #[test]
 #[ignore = "the client's half of a_registry_elsewhere_may_not_lead_here"]
 fn client_behind_a_proxy() {
@@ -1143,7 +1146,7 @@ async fn a_registry_elsewhere_may_not_lead_here() {
         ),
         ("http://localhost:1/token", "may not send us to this one"),
         ("file:///etc/shadow", "not an http address"),
-        // Over plain HTTP anybody can name a token service.
+        // Over plain HTTP, any third party can insert the name of a token service.
         (
             "http://evil.example/token",
             "credentials go to a token service on another host only",
@@ -1151,7 +1154,7 @@ async fn a_registry_elsewhere_may_not_lead_here() {
         ("http://registry.example/token", "pushed"),
     ] {
         let fake = Fake::start(move |seen, n| {
-            // A proxy's requests have the whole address in them.
+            // Requests to a proxy contain the whole URL.
             let mut plain = seen.clone();
             if let Some(path) = seen.target.strip_prefix("http://registry.example") {
                 path.clone_into(&mut plain.target);
@@ -1287,7 +1290,7 @@ async fn tls_of_today_and_no_other() {
         let repository = Registries::new(access)
             .pull_from(&format!("127.0.0.1:{port}/a/b").parse().unwrap())
             .unwrap();
-        // What answers is no registry, but it has answered, over TLS with a certificate that was checked.
+        // The server is not a registry, but it has answered over TLS with a verified certificate.
         let error = repository.manifest("1").await.unwrap_err();
         let answered = matches!(error, registry::Error::Nonsense { .. });
         assert_eq!(answered, spoken, "{version}: {error}");
@@ -1296,7 +1299,7 @@ async fn tls_of_today_and_no_other() {
 
 // ---------------------------------------------------------------- docker-registry
 
-/// Why a test cannot run here. In CI it has to.
+/// Reports that a test cannot run here. Fails in CI.
 fn ignored(reason: &str) {
     assert!(
         std::env::var("CI").as_deref() != Ok("true"),
@@ -1327,7 +1330,8 @@ impl Drop for Server {
 }
 
 impl Server {
-    /// `more` is YAML at the top level; `{dir}` in it is the server's directory. None if it is not installed.
+    /// Starts the server. `more` is YAML at the top level, in which `{dir}` is the server's directory. Returns `None`
+    /// if docker-registry is not installed.
     fn start(http: &str, more: &str, files: &[(&str, &[u8])]) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         Self::start_in(dir, http, more, files)
@@ -1397,7 +1401,7 @@ fn run(program: &str, arguments: &[&str]) -> Option<String> {
     Some(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// A real image: one layer with a file, and its config.
+/// A valid image: one layer with a file, and its config.
 struct Image {
     layer: Bytes,
     config: Bytes,
@@ -1500,7 +1504,7 @@ async fn an_image_goes_to_docker_registry_and_comes_back() {
     );
     assert!(source.manifest("nosuch").await.unwrap_err().not_found());
 
-    // Mounts: what is there, what is not, and from elsewhere.
+    // Mounts of an existing blob, of a missing one, and from another registry.
     let layer = Digest::of(&image.layer);
     let second = open(&format!("{}/team/second", server.host()), quick());
     assert_eq!(second.has_blob(&layer, None).await.unwrap(), None);
@@ -1532,14 +1536,14 @@ async fn an_image_goes_to_docker_registry_and_comes_back() {
             .unwrap()
     );
 
-    // An empty blob is one too.
+    // An empty blob is valid, too.
     stream_blob(&second, Bytes::new()).await.unwrap();
     assert_eq!(
         second.has_blob(&Digest::of(""), None).await.unwrap(),
         Some(0)
     );
 
-    // No upload of checks and refused mounts stays open (distribution 2.8 leaves an empty hash state of each).
+    // Checks and refused mounts leave no open upload (distribution 2.8 leaves an empty hash state for each).
     let uploads = server
         .dir
         .path()
@@ -1552,7 +1556,7 @@ async fn an_image_goes_to_docker_registry_and_comes_back() {
         .collect();
     assert_eq!(open, Vec::<PathBuf>::new());
 
-    // Others read what was written.
+    // Other tools can read what was written.
     let docker = format!("docker://{target}");
     if let Some(shown) = run("skopeo", &["inspect", "--tls-verify=false", &docker]) {
         assert!(shown.contains(&digest.to_string()), "{shown}");
@@ -1574,7 +1578,7 @@ async fn an_image_goes_to_docker_registry_and_comes_back() {
     }
 }
 
-/// Unpacks with umoci and looks at the file.
+/// Unpacks with umoci and checks the file.
 fn unpack(dir: &Path, image: &str, content: &[u8]) {
     let bundle = dir.join(format!("bundle-{}", image.replace(':', "-")));
     let source = format!("{}/{image}", dir.display());
@@ -1591,7 +1595,7 @@ fn unpack(dir: &Path, image: &str, content: &[u8]) {
     }
 }
 
-/// The size can be set, for measuring: UPPERDECK_TEST_BLOB_MB.
+/// The size of the blob can be set for measurements with UPPERDECK_TEST_BLOB_MB.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_blob_streams() {
     let Some(server) = Server::start("", "", &[]) else {
@@ -1665,7 +1669,7 @@ async fn passwords_are_asked_for_and_taken() {
         assert!(error.not_permitted() && !error.retryable(), "{error}");
         assert!(!error.to_string().contains("wrong"), "{error}");
     }
-    // The same from files, as the tools write them.
+    // The same credentials from auth files, as other tools write them.
     let auth = "dXNlcjpodW50ZXIy";
     for file in [
         format!(r#"{{"auths":{{"{}":{{"auth":"{auth}"}}}}}}"#, server.host()),
@@ -1685,7 +1689,7 @@ async fn passwords_are_asked_for_and_taken() {
     }
 }
 
-/// As Docker's documentation has it made: one certificate that is its own authority.
+/// Uses a self-signed certificate, created as in Docker's documentation.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_self_signed_certificate_in_its_directory_is_enough() {
     let dir = tempfile::tempdir().unwrap();
@@ -1835,7 +1839,7 @@ async fn tls_is_checked_with_a_private_ca_and_a_client_certificate() {
         ..quick()
     };
 
-    // The CA is unknown: no way on, not even to plain HTTP, loopback or not.
+    // The CA is unknown, so there is no connection, not even by plain HTTP or on loopback.
     let error = open(&target, quick()).check().await.unwrap_err();
     assert!(
         matches!(&error, Error::Registry(registry::Error::Certificate { .. })),
@@ -1845,7 +1849,7 @@ async fn tls_is_checked_with_a_private_ca_and_a_client_certificate() {
         !error.retryable() && error.to_string().contains("--cert-dir"),
         "{error}"
     );
-    // The CA is known, but the server wants to see a certificate.
+    // The CA is known, but the server requires a client certificate.
     assert!(open(&target, with_certs()).check().await.is_err());
     std::fs::copy(
         server.dir.path().join("client.pem"),
@@ -1860,7 +1864,7 @@ async fn tls_is_checked_with_a_private_ca_and_a_client_certificate() {
     save(&open(&target, with_certs()), &image(b"over tls"), "v1")
         .await
         .unwrap();
-    // Unchecked, with the certificate.
+    // Without verification, but with the client certificate.
     std::fs::remove_file(certs.join("ca.crt")).unwrap();
     assert!(open(&target, with_certs()).check().await.is_err());
     open(
@@ -1897,7 +1901,7 @@ async fn a_read_only_registry_is_a_matter_of_permission() {
         .spawn()
         .unwrap();
     let server = Server { child, port, dir };
-    // It is not up yet: that is what retries are for.
+    // The server is not up yet, so the request has to be retried.
     let access = Access {
         retry: Retry {
             tries: 8,
@@ -1946,7 +1950,7 @@ async fn layouts_are_read_by_the_other_tools() {
     if run("skopeo", &["--insecure-policy", "copy", &source, &copied]).is_some() {
         unpack(dir.path(), "copied:v1", b"in a layout");
     }
-    // And what they write, we read.
+    // What other tools write can be read.
     let theirs = format!("oci-archive:{}:x/y:1", at("theirs.tar"));
     if run("skopeo", &["--insecure-policy", "copy", &source, &theirs]).is_some() {
         let target: Target = theirs.parse().unwrap();

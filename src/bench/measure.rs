@@ -394,8 +394,8 @@ impl Bench<'_> {
     }
 }
 
-/// Assumed cost of CRC-32 if it was not measured because the save does not use gzip. It does not affect the first digit
-/// of any figure.
+/// Assumed cost of CRC-32 if it was not measured because the save does not use gzip. It is too small to affect the
+/// first two digits of any figure.
 const CRC_SECONDS_PER_BYTE: f64 = 1e-10;
 
 impl<'a> Way<'a> {

@@ -1,4 +1,4 @@
-//! Harbor's published description of its API, as a judge over requests and replies.
+//! Validates requests and answers against Harbor's published API description.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use crate::http::{Request, Response};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Where what the project does not own lies, if it lies there.
+/// Returns the path of a file that is not part of the project, if it exists.
 pub fn shared(name: &str) -> Option<PathBuf> {
     let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let path = here.join("../shared/harbor").join(name);
@@ -21,7 +21,7 @@ pub struct Description {
     schemas: Schemas,
     compiler: Compiler,
     count: usize,
-    /// Statuses that a running Harbor gives and the description leaves out: method, template, status.
+    /// Statuses that a running Harbor returns but the description omits: method, template, status.
     also: Vec<(String, String, u16)>,
 }
 
@@ -50,7 +50,7 @@ impl Description {
         }))
     }
 
-    /// Lets a status pass that a running Harbor was seen to give.
+    /// Permits a status that was observed on a running Harbor.
     pub fn allow(&mut self, method: &str, path: &str, status: u16) {
         if let Some((template, _)) = self.operation(method, path) {
             self.also.push((method.to_owned(), template, status));
@@ -68,7 +68,7 @@ impl Description {
                     .zip(&parts)
                     .all(|(w, p)| w == p || (w.starts_with('{') && !p.is_empty()))
         };
-        // A literal segment is meant before a parameter.
+        // A literal segment takes precedence over a parameter.
         let found = paths
             .keys()
             .filter(|t| fits(t))
@@ -84,7 +84,7 @@ impl Description {
         }
     }
 
-    /// What of an exchange is not as described; nothing when all is.
+    /// Returns how an exchange deviates from the description; empty if it does not.
     pub fn judge(&mut self, request: &Request, response: &Response) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         let shown = format!("{} {}", request.method, request.path);
@@ -105,7 +105,7 @@ impl Description {
                 .find(|p| p["in"] == "query" && p["name"] == name);
             let right = known.is_some_and(|p| match p["type"].as_str() {
                 Some("integer") => value.parse::<i64>().is_ok_and(|n| {
-                    // A request that is over the limit is for the reply to refuse.
+                    // Too large a value is valid in the request if the answer refuses it.
                     p["maximum"]
                         .as_i64()
                         .is_none_or(|most| n <= most || response.status == 422)
@@ -172,7 +172,7 @@ impl Description {
     }
 }
 
-/// What Go leaves empty it writes as null, which the description knows nothing of.
+/// Removes nulls: Go writes empty values as null, which the description does not mention.
 fn without_nulls(value: &mut Value) {
     match value {
         Value::Object(members) => {
@@ -184,12 +184,12 @@ fn without_nulls(value: &mut Value) {
     }
 }
 
-/// A field that is not described is a mistake of ours; the description allows any.
+/// Forbids undocumented fields, which would be a mistake of ours; the description permits any.
 fn tighten(name: &str, definition: &mut Value) {
     let Some(members) = definition.as_object_mut() else {
         return;
     };
-    // Described as objects, and in truth text, null and objects.
+    // Documented as objects, but in fact text, null and objects.
     if name == "ExtraAttrs" {
         *members = Map::from_iter([("type".to_owned(), json!("object"))]);
         return;

@@ -1,8 +1,9 @@
-//! Harbor: pushing, listing, deleting, and its ways of saying no.
+//! Tests of Harbor: pushing, listing, deleting, and its error answers.
 //!
-//! Runs against the stand-in, or against the Harbor that `UPPERDECK_HARBOR` (its URL) and `UPPERDECK_HARBOR_ADMIN`
-//! (`USER:PASSWORD`) name: everything is made in projects of the tests' own, which are taken away again.
-// What a test's helpers unwrap fails the test, as it should.
+//! They run against the stand-in, or against the Harbor given by `UPPERDECK_HARBOR` (its URL) and
+//! `UPPERDECK_HARBOR_ADMIN` (`USER:PASSWORD`). Everything is created in projects of the tests, which are deleted
+//! afterwards.
+// A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod description;
@@ -35,7 +36,7 @@ use stand_in::StandIn;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-/// A Harbor to test against.
+/// The Harbor under test.
 struct Lab {
     host: String,
     admin: String,
@@ -71,7 +72,7 @@ impl Lab {
         })
     }
 
-    /// A name that no other test or run has.
+    /// Returns a name that is unique among tests and runs.
     fn name(&self) -> String {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let now = std::time::SystemTime::UNIX_EPOCH
@@ -126,7 +127,7 @@ impl Lab {
         self.destination(path, Self::access(&self.admin))
     }
 
-    /// What the program itself does not do: a request to the API as the administrator.
+    /// Sends a request to the API as the administrator, for operations that the program itself does not have.
     async fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
         let api = self.registries().api(&self.host, "").unwrap();
         let path = format!("/api/v2.0{path}");
@@ -153,7 +154,7 @@ impl Lab {
         name
     }
 
-    /// A robot of a project: `USER:PASSWORD`.
+    /// Creates a robot account of a project and returns its `USER:PASSWORD`.
     async fn robot(&self, project: &str, access: &[(&str, &str)]) -> String {
         let access = access
             .iter()
@@ -170,7 +171,7 @@ impl Lab {
         )
     }
 
-    /// Takes away what the test made, and holds all that was said against the description.
+    /// Deletes what the test created, and validates all exchanges against the description.
     async fn end(self) -> Outcome {
         let projects = self.projects.lock().unwrap().clone();
         for project in projects {
@@ -203,14 +204,14 @@ impl Lab {
             support::ignore("the API's description is not at ../shared/harbor");
             return Ok(());
         };
-        // Seen on a running Harbor, see `observed`.
+        // Observed on a running Harbor, see `observed`.
         for path in [
             "/api/v2.0/projects/a/repositories/b/artifacts/c",
             "/api/v2.0/projects/a/repositories/b/artifacts/c/tags/d",
         ] {
             description.allow("DELETE", path, 412);
         }
-        // For a wrong password.
+        // The answer to a wrong password.
         description.allow("HEAD", "/api/v2.0/projects", 401);
         let seen = std::mem::take(&mut stand_in.state.lock().unwrap().seen);
         assert!(!seen.is_empty());
@@ -232,7 +233,7 @@ fn all() -> harbor::Query {
     }
 }
 
-/// An image of one layer of `size` bytes that nothing else has.
+/// Returns an image with one layer of `size` bytes that no other image has.
 fn image(name: &str, size: usize) -> Image {
     let seed = Digest::of(name).hex();
     let layer: Vec<u8> = seed.bytes().cycle().take(size).collect();
@@ -329,7 +330,7 @@ async fn what_is_saved_is_listed_and_deleted_as_it_is() -> Outcome {
         two.digest()
     );
 
-    // An image that has tags is not deleted by its digest, unless with all of them.
+    // An image with tags is deleted by its digest only together with all tags.
     let by_digest = Which::Digest(one.digest());
     let error = images
         .remove(&repository, &by_digest, false)
@@ -412,7 +413,7 @@ async fn lists_come_in_pages_and_whole() -> Outcome {
         .map(|i| i.digest)
         .collect();
     assert_eq!(newest, [expected[3], expected[2], expected[1]]);
-    // What is not there is not an empty list.
+    // A missing repository is an error and not an empty list.
     for path in [format!("{project}/none"), "nosuch-project/x".to_owned()] {
         let error = images.images(&path, &Query::default()).await.unwrap_err();
         assert!(matches!(error, images::Error::NotThere(_)), "{error}");
@@ -431,7 +432,7 @@ async fn a_quota_is_asked_before_and_explained_after() -> Outcome {
     let project = lab.project(Some(1 << 20)).await;
     let destination = lab.to(&format!("{project}/x"));
     save(&destination, &image(&project, 700_000), "1").await?;
-    // What is known to be too much is refused with not a byte sent.
+    // An image known to be too large is refused before anything is sent.
     let error = destination.check_room(500_000).await.unwrap_err();
     let text = error.to_string();
     assert!(
@@ -441,7 +442,7 @@ async fn a_quota_is_asked_before_and_explained_after() -> Outcome {
     assert!(text.contains("needs 488.3 KiB"), "{text}");
     destination.check_room(100_000).await?;
     destination.check().await?;
-    // What was not known comes back at the end of the blob, with what is left.
+    // If the size was unknown, the error at the end of the blob includes what is left of the quota.
     let error = send(&destination, image("big", 700_000).layer)
         .await
         .unwrap_err();
@@ -451,7 +452,7 @@ async fn a_quota_is_asked_before_and_explained_after() -> Outcome {
         text.contains("DENIED") && text.contains("storage resource") && text.contains("free"),
         "{text}"
     );
-    // And a project that is full to the brim takes nothing more, which is said at the first question.
+    // The check detects a project whose quota is fully used.
     let room = lab
         .images()
         .await
@@ -508,7 +509,7 @@ async fn a_missing_project_is_named_or_made() -> Outcome {
     };
     let destination = lab.destination(&format!("{name}/x"), access.clone());
     save(&destination, &image(&name, 100), "1").await?;
-    // The second time there is one.
+    // The second save finds the project.
     save(
         &lab.destination(&format!("{name}/x"), access),
         &image(&name, 200),
@@ -569,7 +570,7 @@ async fn an_immutable_tag_stays() -> Outcome {
         ["fixed"]
     );
     if lab.stand_in.is_none() {
-        // So that the project can be taken away again.
+        // So that the project can be deleted.
         let rules = format!("/projects/{project}/immutabletagrules");
         for rule in lab
             .ask("GET", &rules, &Value::Null)
@@ -628,7 +629,7 @@ async fn a_robot_does_what_it_may() -> Outcome {
         .await
         .unwrap_err();
     assert!(error.not_permitted(), "{error}");
-    // Elsewhere it may do nothing.
+    // It has no rights in other projects.
     let other = lab.project(None).await;
     let error = lab
         .destination(&format!("{other}/x"), Lab::access(&robot))
@@ -643,7 +644,7 @@ async fn a_robot_does_what_it_may() -> Outcome {
 async fn wrong_credentials_get_a_token_and_then_a_no() -> Outcome {
     let lab = Lab::start()?;
     let project = lab.project(None).await;
-    // Not the administrator's name: Harbor shuts out for a moment whose password was wrong, with all who use it.
+    // Not the administrator's name: Harbor locks out a user for a moment after a wrong password, for all clients.
     let error = lab
         .destination(&format!("{project}/x"), Lab::access("nobody:hunter2"))
         .check()
@@ -689,7 +690,7 @@ async fn layers_are_mounted_where_they_may_be_read_and_uploaded_where_not() -> O
             .mount_blob(&layer, &from(&format!("{source}/base")))
             .await?
     );
-    // 202 means: upload it. And so it goes.
+    // After a 202, the blob is uploaded.
     save(&restricted, &image, "1").await?;
     lab.end().await
 }
@@ -707,7 +708,7 @@ async fn a_bad_manifest_is_tried_twice_and_no_more() -> Outcome {
         matches!(&error, Error::Registry(registry::Error::Reply(reply)) if reply.status == 500),
         "{error}"
     );
-    // A layer that is not there.
+    // A layer that does not exist.
     let error = destination
         .put_manifest(image("none", 9).manifest, MANIFEST_TYPE, "1")
         .await
@@ -727,7 +728,7 @@ async fn an_upload_that_broke_is_made_again() -> Outcome {
     destination.check().await?;
     let blob = image("again", 3_000_000).layer;
     let (digest, size) = (Digest::of(&blob), blob.len() as u64);
-    // A digest that is not the blob's: the upload breaks at its end, and only the whole can be sent again.
+    // The digest does not match the blob: the upload fails at its end, and only the whole blob can be sent again.
     let mut writer = destination.begin_blob(Handle::current())?;
     let half = blob.slice(..1_000_000);
     let mut writer =
@@ -746,7 +747,7 @@ async fn an_upload_that_broke_is_made_again() -> Outcome {
 async fn proxy_caches_and_read_only_registries_say_what_they_are() -> Outcome {
     let lab = Lab::start()?;
     let Some(stand_in) = &lab.stand_in else {
-        // A running Harbor would be changed for all who use it.
+        // On a running Harbor, this would affect other users.
         return Ok(());
     };
     stand_in.state.lock().unwrap().proxy("cache");

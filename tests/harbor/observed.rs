@@ -1,7 +1,7 @@
-//! The exchanges of a running Harbor 2.15.2, one after the other, held against the stand-in.
+//! Compares the stand-in with recorded exchanges of a running Harbor 2.15.2, in their order.
 //!
-//! Tokens, upload IDs and the contents behind digests were not kept, so they are replaced by the test's own; all else
-//! has to be the same: status, headers that matter, and bodies but for numbers and times that a server chooses.
+//! Tokens, upload IDs and the content of blobs were not recorded and are replaced by those of the test. All else has to
+//! be equal: status, relevant headers, and bodies except for numbers and times that a server chooses.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -58,7 +58,7 @@ fn parameter<'a>(url: &'a str, name: &str) -> Option<&'a str> {
         .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
 }
 
-/// Bytes that stand for a blob of which only digest and size are known.
+/// Returns content for a blob of which only digest and size are known.
 fn content(digest: &str, size: usize) -> Vec<u8> {
     match size {
         2 => b"{}".to_vec(),
@@ -71,7 +71,7 @@ fn content(digest: &str, size: usize) -> Vec<u8> {
     }
 }
 
-/// Whose credentials an exchange was made with, which the record does not say.
+/// Returns the credentials of an exchange, which the record does not include.
 fn credentials(n: usize, robot: &(String, String)) -> (String, String) {
     match n {
         22 => (ADMIN.0.to_owned(), "wrong".to_owned()),
@@ -106,7 +106,7 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
         }
         state.seed_manifest("library/pybase", "1", manifest);
     }
-    // What was theirs, and what is ours in its place.
+    // Maps values of the recorded server to those of the stand-in.
     let mut ours = BTreeMap::<String, String>::new();
     let mut locations = BTreeMap::<String, String>::new();
     let mut tokens = Vec::<(usize, String, String)>::new();
@@ -167,7 +167,7 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
             }
         }
         if n == 82 {
-            // The PATCH that was dropped between the two is not in the record.
+            // The record does not include the aborted PATCH between the two requests.
             let mut cut = std::net::TcpStream::connect(stand_in.server.address)?;
             let with_push = tokens
                 .iter()
@@ -203,7 +203,7 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
                         !name.is_empty() && named.starts_with(&format!("{name}/"))
                     })
                 };
-                // These were made to show what too small a token does.
+                // These exchanges show the effect of a token with insufficient scope.
                 let only = match n {
                     11 | 16 => Some(1),
                     12..=15 => Some(7),
@@ -285,7 +285,8 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
             }
         }
         if exchange.url.starts_with("/api/") {
-            // And both as described: the real answer first, which says what the description leaves out.
+            // Both are validated against the description; the recorded answer first, as it shows what the description
+            // omits.
             let (path, query) = exchange.url.split_once('?').unwrap_or((&exchange.url, ""));
             let request = Request {
                 method: exchange.method.clone(),
@@ -307,7 +308,7 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
     Ok(())
 }
 
-/// A Location without what the server chose.
+/// Returns a `Location` without the parts that the server chooses.
 fn shape(location: &str) -> String {
     let path = location.split('?').next().unwrap_or_default();
     let (start, last) = path.rsplit_once('/').unwrap_or(("", path));
@@ -323,7 +324,7 @@ fn shape(location: &str) -> String {
     }
 }
 
-/// What a server chooses.
+/// Returns whether the server chooses the value of a field.
 fn is_chosen(key: &str) -> bool {
     key == "id"
         || key.ends_with("_id")

@@ -1,5 +1,5 @@
-//! Answers as Harbor 2.15 does, as far as upperdeck meets it. What it answers is held against two things from outside: the
-//! published description of the API, and what a running Harbor was seen to answer (see `observed`).
+//! A stand-in for the parts of Harbor 2.15 that upperdeck uses. It is verified against the published description of the
+//! API and against recorded answers of a running Harbor (see `observed`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +10,7 @@ use upperdeck::common::digest::Digest;
 
 use crate::http::{Request, Response, Server, unescape};
 
-/// The address that Harbor was told it has, which need not be the one it is reached at.
+/// The address configured in Harbor, which may differ from the one that it is reached at.
 const EXTERNAL: &str = "http://harbor.example";
 pub const ADMIN: (&str, &str) = ("admin", "Harbor12345");
 const NEVER: &str = "0001-01-01T00:00:00.000Z";
@@ -28,7 +28,7 @@ pub struct State {
     uploads: BTreeMap<String, Upload>,
     blobs: BTreeMap<String, Blob>,
     next: u64,
-    /// Every exchange with the API, for whoever holds them against its description.
+    /// All exchanges with the API, for validation against its description.
     pub seen: Vec<(Request, Response)>,
     pub read_only: bool,
 }
@@ -39,7 +39,7 @@ struct Project {
     public: bool,
     limit: Option<i64>,
     registry: Option<i64>,
-    /// Blobs and manifests that count, with their sizes.
+    /// Blobs and manifests that count towards the quota, with their sizes.
     holds: BTreeMap<String, u64>,
     repositories: BTreeMap<String, Repository>,
     immutable: Vec<String>,
@@ -70,7 +70,7 @@ struct Robot {
 
 struct Token {
     user: Option<String>,
-    /// Repository and actions that were granted.
+    /// Granted actions by repository.
     grants: BTreeMap<String, BTreeSet<String>>,
 }
 
@@ -79,7 +79,7 @@ struct Upload {
     bytes: Vec<u8>,
 }
 
-/// The size alone where a blob was there before the test.
+/// A blob. Only the size is known if it existed before the test.
 struct Blob {
     size: u64,
     content: Option<Vec<u8>>,
@@ -97,7 +97,7 @@ fn unauthorized(challenge: &str, message: &str) -> Response {
         .with("Www-Authenticate", challenge)
 }
 
-/// As go-units says it.
+/// Formats a size like go-units.
 fn human(bytes: u64) -> String {
     let (mut value, mut unit) = (bytes as f64, 0);
     while value >= 1024.0 {
@@ -154,7 +154,7 @@ impl State {
         id
     }
 
-    /// A blob that was there before, without its bytes, in a project.
+    /// Adds a blob without content that exists before the test.
     pub fn seed(&mut self, project: &str, digest: &str, size: u64) {
         self.blobs.insert(
             digest.to_owned(),
@@ -168,7 +168,7 @@ impl State {
         }
     }
 
-    /// A project that copies another registry.
+    /// Adds a proxy cache project.
     pub fn proxy(&mut self, name: &str) {
         self.project(name, true, None);
         if let Some(project) = self.projects.get_mut(name) {
@@ -207,7 +207,7 @@ impl State {
         errors(404, "NOT_FOUND", "not found")
     }
 
-    /// None: nobody, or somebody whose password is wrong.
+    /// Returns the authenticated user. `None` stands for anonymous, also if the password is wrong.
     fn user(&self, request: &Request) -> Option<String> {
         let (user, password) = request.basic()?;
         let right = (user == ADMIN.0 && password == ADMIN.1)
@@ -234,7 +234,7 @@ impl State {
         }
     }
 
-    /// Whoever asks gets a token: what it is good for shows later.
+    /// Issues a token to every client. Missing rights show only when it is used.
     fn token(&mut self, request: &Request) -> Response {
         let user = self.user(request);
         let mut grants = BTreeMap::<String, BTreeSet<String>>::new();
@@ -261,7 +261,7 @@ impl State {
             .body(body.to_string())
     }
 
-    /// Whether the request's token or password is good for `action` on `repository`.
+    /// Returns whether the request's token or password permits `action` on `repository`.
     fn granted(&self, request: &Request, repository: &str, action: &str) -> bool {
         let project = repository.split('/').next().unwrap_or_default();
         if let Some(token) = request.bearer() {
@@ -458,7 +458,7 @@ impl State {
             return progress(202, &id, 0);
         }
         let lost = || errors(404, "BLOB_UPLOAD_INVALID", "blob upload invalid");
-        // As the registry behind it, it keeps nothing of what was cut off.
+        // Like the registry behind Harbor, it keeps nothing of an aborted request.
         if request.cut {
             self.uploads.remove(id);
             return lost();
@@ -492,7 +492,7 @@ impl State {
                         "provided digest did not match uploaded content",
                     );
                 }
-                // The length of the PUT is the blob's, to Harbor, when it has one.
+                // If the PUT has a body, Harbor takes its length for that of the blob.
                 let size = if request.body.is_empty() {
                     bytes.len()
                 } else {
@@ -517,7 +517,7 @@ impl State {
         }
     }
 
-    /// Lets a blob or manifest count in a project, if its quota allows it.
+    /// Counts a blob or manifest towards a project's quota, if that permits it.
     fn count(&mut self, project: &str, digest: &str, size: u64) -> Result<(), Response> {
         let Some(project) = self.projects.get_mut(project) else {
             return Ok(());
@@ -699,7 +699,7 @@ impl State {
 
     fn api(&mut self, request: &Request, path: &str) -> Response {
         let user = self.user(request);
-        // Whose password is wrong is nobody, who may see what is public.
+        // A user with a wrong password is anonymous and may see what is public.
         let who = user.as_deref();
         let parts: Vec<String> = path
             .trim_start_matches('/')
@@ -769,7 +769,7 @@ impl State {
                     if who.is_none() {
                         return no();
                     }
-                    // To a list of artifacts, what is not there is empty; to one of repositories it is not.
+                    // For a missing project, the list of artifacts is empty, while that of repositories is an error.
                     return if method == "GET" && matches!(rest, ["repositories", _, "artifacts"]) {
                         page(request, Vec::new())
                     } else {
@@ -872,7 +872,7 @@ impl State {
                 page(request, self.projects[name].repositories(name))
             }
             (method, ["repositories", repository, rest @ ..]) => {
-                // Once was taken off with the path; twice is what the description asks for.
+                // The path is unescaped once already; the description requires a second time.
                 let repository = unescape(repository);
                 let (resource, action) = match (method, rest) {
                     ("GET", _) => ("artifact", "list"),
@@ -921,7 +921,7 @@ impl State {
             }
             ("GET", ["artifacts"]) => {
                 let with = request.one("with_accessory").as_deref() == Some("true");
-                // An accessory is listed with what it belongs to.
+                // An accessory is listed with its subject.
                 let listed = found.artifacts.iter().filter(|a| a.subject.is_none());
                 let all =
                     listed.map(|a| found.artifact(a, project, name, held.id, with, &self.blobs));
@@ -1094,7 +1094,7 @@ impl Repository {
     }
 }
 
-/// A page of a list, searched and sorted as the query says.
+/// Returns a page of a list, filtered and sorted by the query.
 fn page(request: &Request, mut all: Vec<Value>) -> Response {
     let query = request.one("q").unwrap_or_default();
     if let Some((field, text)) = query.split_once("=~") {

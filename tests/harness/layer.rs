@@ -1,4 +1,4 @@
-//! The one place where tests call the code that makes layers.
+//! Creates layers with the library, in the one place where tests do so.
 
 use std::convert::Infallible;
 use std::path::PathBuf;
@@ -11,39 +11,40 @@ use upperdeck::node::overlay::owner::IdMapping;
 use upperdeck::node::overlay::volume::Volume;
 use upperdeck::node::overlay::xattr::Namespace;
 
-/// What a layer is made from.
+/// The input of a layer.
 pub struct Source {
     /// The upper directory.
     pub upper: PathBuf,
-    /// Topmost first.
+    /// Lower directories, topmost first.
     pub lowers: Vec<PathBuf>,
-    /// Data-only lowers.
+    /// Data-only lower directories.
     pub data_only: Vec<PathBuf>,
-    /// Whether the lowers are all there are.
+    /// Lower directories that are ID-mapped.
     pub id_mapped: Vec<PathBuf>,
+    /// Whether `lowers` is complete.
     pub lowers_known: bool,
-    /// Where the marks are.
+    /// Namespace of the overlay's extended attributes.
     pub namespace: Namespace,
-    /// User ids of the container.
+    /// UID map of the container.
     pub uid_map: Vec<IdMapping>,
-    /// Group ids of the container.
+    /// GID map of the container.
     pub gid_map: Vec<IdMapping>,
-    /// Mount points inside the container, absolute.
+    /// Mount points in the container, absolute.
     pub mounts: Vec<String>,
-    /// Those of them that are saved by themselves.
+    /// Those of them that are saved in layers of their own.
     pub saved: Vec<String>,
-    /// What is scanned instead of `upper`.
+    /// A volume that is scanned instead of `upper`.
     pub volume: Option<Volume>,
     /// `--exclude` patterns.
     pub exclude: Vec<String>,
-    /// Leave out credentials, caches and the GPU hook's remnants.
+    /// Whether credentials, caches and remains of the GPU hook are left out.
     pub policy: bool,
     /// `--timestamp`.
     pub timestamp: Option<i64>,
 }
 
 impl Source {
-    /// An upper directory over lowers, nothing special.
+    /// Creates a source from an upper directory and lower directories.
     #[allow(
         dead_code,
         reason = "each test program compiles this module and uses what it needs"
@@ -68,13 +69,13 @@ impl Source {
     }
 }
 
-/// A layer with its bytes.
+/// A layer and its content.
 pub struct Made {
-    /// As the library describes it.
+    /// Description by the library.
     pub layer: Layer,
     /// The compressed bytes.
     pub bytes: Vec<u8>,
-    /// Whether the plan says that there is nothing to save.
+    /// Whether the plan has nothing to save.
     #[allow(
         dead_code,
         reason = "each test program compiles this module and uses what it needs"
@@ -82,7 +83,7 @@ pub struct Made {
     pub empty: bool,
 }
 
-/// The whole message that a user would see.
+/// Returns the complete error message, as a user would see it.
 fn message(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -93,7 +94,7 @@ fn message(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Makes the layer.
+/// Creates a layer.
 pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Made, String> {
     let plan = plan(source, jobs)?;
     let empty = plan.is_empty();
@@ -106,7 +107,7 @@ pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Ma
     })
 }
 
-/// Makes several layers of about `size` bytes of tar, in the order in which they are applied.
+/// Creates several layers of about `size` bytes of tar, in the order in which they are applied.
 #[allow(
     dead_code,
     reason = "each test program compiles this module and uses what it needs"
@@ -120,7 +121,7 @@ fn plan(source: &Source, jobs: usize) -> Result<Plan, String> {
     Ok(Plan::new(Arc::new(scan), source.timestamp))
 }
 
-/// Makes one layer of everything that a scan emits.
+/// Creates one layer of everything that a scan emits.
 #[allow(
     dead_code,
     reason = "each test program compiles this module and uses what it needs"
@@ -137,7 +138,7 @@ pub fn layer_of(scan: Scan) -> Result<Made, String> {
     })
 }
 
-/// Scans, again where there is an earlier scan.
+/// Scans the source, incrementally if there is an earlier scan.
 pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan, String> {
     let mounts: Vec<Vec<u8>> = source
         .mounts

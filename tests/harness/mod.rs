@@ -1,7 +1,7 @@
-//! Runs tests that can find out only while they run that they cannot: they are reported as ignored, with the reason,
-//! and as failed where `CI=true` promises that they can.
+//! A test harness for tests that may find out at run time that they cannot run. They are reported as ignored with the
+//! reason, or as failed if `CI=true`.
 
-// A test program without libtest says itself what it did.
+// A test program without libtest has to print its results.
 #![allow(clippy::print_stdout)]
 
 use std::process::ExitCode;
@@ -9,9 +9,9 @@ use std::time::Instant;
 
 /// Why a test did not pass.
 pub enum Stop {
-    /// It cannot be run here.
+    /// The test cannot run here.
     Ignored(String),
-    /// It found something.
+    /// The test failed.
     Failed(String),
 }
 
@@ -21,19 +21,19 @@ impl<E: Into<anyhow::Error>> From<E> for Stop {
     }
 }
 
-/// What a test returns.
+/// Result of a test.
 pub type Outcome = Result<(), Stop>;
 
-/// One test.
+/// A test.
 pub struct Test {
-    /// As `cargo test NAME` selects it.
+    /// Name, by which `cargo test NAME` selects it.
     pub name: String,
-    /// What it does.
+    /// The test function.
     pub run: Box<dyn Fn() -> Outcome>,
 }
 
 impl Test {
-    /// A test called `name`.
+    /// Creates a test.
     pub fn new(name: impl Into<String>, run: impl Fn() -> Outcome + 'static) -> Self {
         Self {
             name: name.into(),
@@ -42,7 +42,7 @@ impl Test {
     }
 }
 
-/// Ignores the test unless it runs as root, with the capabilities that overlay mounts and devices take.
+/// Ignores the test unless it runs as root, with the capabilities for overlay mounts and device nodes.
 pub fn need_root() -> Outcome {
     if rustix::process::geteuid().is_root() {
         return Ok(());
@@ -52,7 +52,7 @@ pub fn need_root() -> Outcome {
     ))
 }
 
-/// Runs what the command line selects, in order; prints and exits as `libtest` does.
+/// Runs the tests selected on the command line, in order. Prints and exits like `libtest`.
 pub fn main(tests: &[Test]) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let flag = |name: &str| arguments.iter().any(|argument| argument == name);

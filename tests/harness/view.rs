@@ -1,4 +1,4 @@
-//! The kernel's own view of overlay directories, to compare ours with.
+//! The kernel's own view of overlay directories, for comparison.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -11,11 +11,11 @@ use rustix::mount::{
 use upperdeck::image::verify::tree::Tree;
 use upperdeck::node::overlay::xattr::Namespace;
 
-/// A read-only overlay that is attached nowhere: it is gone with this value, whatever the test does.
+/// A detached read-only overlay mount, which is unmounted when dropped.
 pub struct View(OwnedFd);
 
 impl View {
-    /// Merges `lowers`, topmost first. `empty` is an empty directory (the kernel wants two layers).
+    /// Mounts `lowers`, topmost first. `empty` is an empty directory, because the kernel requires two layers.
     pub fn new(
         lowers: &[PathBuf],
         data: &[PathBuf],
@@ -46,7 +46,7 @@ impl View {
         )?))
     }
 
-    /// Everything in it.
+    /// Returns its merged tree.
     pub fn tree(&self) -> Result<Tree> {
         let path = format!("/proc/self/fd/{}/.", self.0.as_raw_fd());
         Ok(Tree::from_directory(Path::new(&path), false)?)

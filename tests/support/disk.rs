@@ -1,4 +1,4 @@
-//! File systems of their own, and disks that are slow.
+//! File systems on loop devices, and slow disks.
 
 use std::error::Error;
 use std::os::unix::fs::MetadataExt as _;
@@ -7,7 +7,7 @@ use std::process::{Child, Command};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// A file system of its own in a file, mounted for as long as this is.
+/// A file system in a file, mounted until dropped.
 pub struct Disk(tempfile::TempDir);
 
 impl Disk {
@@ -27,7 +27,7 @@ impl Disk {
         self.0.path().join("at")
     }
 
-    /// `MAJOR:MINOR` of the disk under the file system.
+    /// Returns `MAJOR:MINOR` of the disk with the file system.
     fn device(&self) -> Result<String> {
         let found = Command::new("findmnt")
             .args(["-n", "-o", "SOURCE"])
@@ -52,7 +52,7 @@ impl Drop for Disk {
 pub struct Slow(PathBuf);
 
 impl Slow {
-    /// At `rate` bytes a second.
+    /// Creates the cgroup with a limit of `rate` bytes per second.
     pub fn new(disk: &Disk, rate: u64) -> Result<Self> {
         let name = format!("upperdeck-slow-{}", std::process::id());
         let (v1, v2) = (
@@ -83,7 +83,7 @@ impl Slow {
 
 impl Drop for Slow {
     fn drop(&mut self) {
-        // Its last process was waited for, and leaves it a moment later.
+        // The last process was reaped, but leaves the cgroup a moment later.
         for _ in 0..100 {
             if std::fs::remove_dir(&self.0).is_ok() {
                 return;

@@ -1,4 +1,4 @@
-//! A small HTTP server for tests: one closure answers all requests, on as many connections as come.
+//! A small HTTP server for tests. One closure answers all requests on any number of connections.
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::collections::BTreeMap;
@@ -11,17 +11,17 @@ use std::time::Duration;
 
 use base64::Engine as _;
 
-/// What came.
+/// A request.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
     pub method: String,
-    /// Without the query, as sent.
+    /// Path as sent, without the query.
     pub path: String,
     pub query: String,
-    /// Names in lower case.
+    /// Headers; names in lower case.
     pub headers: BTreeMap<String, String>,
     pub body: Vec<u8>,
-    /// The connection ended before the body did.
+    /// Whether the connection ended before the body was complete.
     pub cut: bool,
 }
 
@@ -30,7 +30,7 @@ impl Request {
         self.headers.get(name).map_or("", String::as_str)
     }
 
-    /// Values of a query parameter, unescaped.
+    /// Returns the values of a query parameter, unescaped.
     pub fn all(&self, name: &str) -> Vec<String> {
         self.query
             .split('&')
@@ -44,7 +44,7 @@ impl Request {
         self.all(name).pop()
     }
 
-    /// User and password of `Authorization: Basic`.
+    /// Returns user and password of `Authorization: Basic`.
     pub fn basic(&self) -> Option<(String, String)> {
         let encoded = self.header("authorization").strip_prefix("Basic ")?;
         let raw = base64::engine::general_purpose::STANDARD
@@ -66,7 +66,7 @@ pub fn unescape(text: &str) -> String {
         .into_owned()
 }
 
-/// What goes back.
+/// A response.
 #[derive(Clone, Debug, Default)]
 pub struct Response {
     pub status: u16,
@@ -109,7 +109,7 @@ impl Response {
 
 type Handler = dyn Fn(Request) -> Response + Send + Sync;
 
-/// A running server; it ends when dropped.
+/// A running server, which is stopped when dropped.
 pub struct Server {
     pub address: SocketAddr,
     ended: Arc<AtomicBool>,
@@ -200,7 +200,7 @@ fn read(from: &mut BufReader<&TcpStream>) -> std::io::Result<Option<Request>> {
         query: query.to_owned(),
         ..Request::default()
     };
-    // A TLS greeting, to a server that speaks none.
+    // A TLS handshake; this server has no TLS.
     if request.path.is_empty() {
         return Ok(None);
     }

@@ -1,4 +1,4 @@
-//! A small image of one layer, as registries hold it: what tests push, list and delete.
+//! A small image with one layer, for tests that push, list and delete.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// `config` is to come without the layers, which are added.
+    /// Creates an image. The layer is added to `config`.
     pub fn new(layer: Bytes, mut config: Value, annotations: &Value) -> Self {
         config["rootfs"] = json!({"type": "layers", "diff_ids": [Digest::of(&layer)]});
         let config = config.to_string();
@@ -40,7 +40,7 @@ impl Image {
         Digest::of(&self.manifest)
     }
 
-    /// All of its blobs, in bytes.
+    /// Returns the total size of its blobs in bytes.
     pub fn size(&self) -> u64 {
         (self.layer.len() + self.config.len() + self.manifest.len()) as u64
     }

@@ -1,19 +1,19 @@
-//! What every test that needs privilege or a foreign program asks first, so that nothing is skipped unseen:
-//! in CI (`CI=true`) a test that cannot run is a failure, elsewhere it says `ignored: REASON` and passes.
+//! Requirements of tests on privileges and programs. If one is not met, the test fails in CI (`CI=true`); elsewhere it
+//! prints `ignored: REASON` and passes.
 
 use std::env;
 use std::path::PathBuf;
 
-/// What a test cannot do without.
+/// A requirement of a test.
 #[derive(Clone, Copy, Debug)]
 pub enum Need<'a> {
-    /// Effective user id 0, for mounts, cgroups and other people's processes.
+    /// Effective user ID 0, for mounts, cgroups and processes of other users.
     Root,
-    /// A program that must be found in `PATH` or in the sbin directories.
+    /// A program in `PATH` or in the sbin directories.
     Program(&'a str),
 }
 
-/// Where `PATH` (or an administrator's `PATH`) finds `name`.
+/// Finds `name` in `PATH` or in the sbin directories.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -22,7 +22,7 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// True where something that the test needs is missing: the caller returns at once. Panics instead when `CI=true`.
+/// Returns true if a requirement is not met; the caller has to return then. Panics instead if `CI=true`.
 #[must_use]
 pub fn ignored(needs: &[Need<'_>]) -> bool {
     let missing: Vec<String> = needs
@@ -41,13 +41,13 @@ pub fn ignored(needs: &[Need<'_>]) -> bool {
     true
 }
 
-/// Says why a test does not run; fails in CI.
+/// Reports why a test does not run. Fails in CI.
 pub fn ignore(reason: &str) {
     assert!(
         env::var_os("CI").is_none_or(|ci| ci != "true"),
         "a test may not be skipped in CI: {reason}"
     );
-    // Past the harness's capture, which hides the output of a test that passes.
+    // Written directly to stderr, because the harness hides captured output of tests that pass.
     let line = format!(
         "ignored: {}: {reason}\n",
         std::thread::current().name().unwrap_or("a test")
@@ -55,7 +55,7 @@ pub fn ignore(reason: &str) {
     let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
 }
 
-/// Says something that a reader of the log should know, past the capture.
+/// Prints a note to stderr, not captured by the harness.
 pub fn note(text: &str) {
     let line = format!(
         "note: {}: {text}\n",

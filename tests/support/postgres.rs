@@ -1,4 +1,4 @@
-//! A PostgreSQL of the test program's own. It ends with it; the directory is cleared away by the next one.
+//! A PostgreSQL server for the test program, which ends with it. The next test program removes its directory.
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::os::unix::process::CommandExt as _;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 static SERVER: OnceLock<Result<PathBuf, String>> = OnceLock::new();
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
-/// URL of a fresh database; or why there is none.
+/// Creates a database and returns its URL. Fails with a text if PostgreSQL is not available.
 pub fn database() -> Result<String, String> {
     let dir = SERVER.get_or_init(start).clone()?;
     let name = format!("t{}", NEXT.fetch_add(1, Ordering::SeqCst));
@@ -54,7 +54,7 @@ fn run(command: &mut Command) -> Result<String, String> {
     Err(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// PostgreSQL refuses to run as root.
+/// Runs the command as the user postgres, because PostgreSQL refuses to run as root.
 fn as_its_user(command: &mut Command, dir: &Path) -> Result<(), String> {
     if !nix::unistd::geteuid().is_root() {
         return Ok(());
@@ -70,7 +70,7 @@ fn as_its_user(command: &mut Command, dir: &Path) -> Result<(), String> {
 
 const PREFIX: &str = "upperdeck-pg-";
 
-/// Removes the directories of test programs that are no more.
+/// Removes the directories of test programs that have ended.
 fn sweep() {
     for entry in std::fs::read_dir("/tmp").into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -78,7 +78,7 @@ fn sweep() {
             .to_str()
             .and_then(|name| name.strip_prefix(PREFIX)?.split('-').next());
         if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            // Another test program may be at it, too.
+            // Another test program may remove it at the same time.
             let _ = std::fs::remove_dir_all(entry.path());
         }
     }
@@ -130,7 +130,7 @@ fn start() -> Result<PathBuf, String> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    // It ends with the thread that started it, so that is one that stays for as long as this program.
+    // The server ends with the thread that started it, so the thread has to live as long as the program.
     let (told, started) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let child = command.spawn();
