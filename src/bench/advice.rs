@@ -24,7 +24,7 @@ pub struct Candidate {
 }
 
 /// Returns recommendations in order: first the one that suits all consumers, then faster and smaller ones with their
-/// price. `asked` is the setting that was measured.
+/// price. `asked` is the setting of the measured saves; the result is empty if it is not among the candidates.
 pub fn advise(
     candidates: &[Candidate],
     asked: Setting,

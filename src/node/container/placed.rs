@@ -31,8 +31,8 @@ impl Own {
         Ok(Self(mounts.into_iter().map(|m| (m.id, m)).collect()))
     }
 
-    /// Returns the mount that contains the directory `path` for this program, or `None` if the mount's root is outside
-    /// this program's root.
+    /// Returns the mount that contains the directory `path` for this program, or `None` if that mount is not reachable
+    /// from this program's root.
     fn of(&self, path: &Path) -> Result<Option<&MountInfo>, Error> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory =

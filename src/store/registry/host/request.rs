@@ -158,8 +158,9 @@ impl Host {
         })
     }
 
-    /// Sends a request to the registry itself and repeats it once after a 401 that an expired token may have caused. It
-    /// is repeated a second time only if the new token has expired in transit, too: some live only for seconds.
+    /// Sends a request to the registry itself and repeats it once after a 401 that an expired token or a changed
+    /// challenge may explain. It is repeated a second time only if the new token has expired in transit, too: some live
+    /// only for seconds.
     async fn authorized(&self, call: &Call, url: &Url) -> Result<Response, Error> {
         let mut renewed = 0;
         loop {
