@@ -395,7 +395,7 @@ impl Events {
     }
 }
 
-    /// Returns the path of the file with the URL of `upperdeck up`.
+/// Returns the path of the file with the URL of `upperdeck up`.
 impl Server {
     fn up_file(&self) -> PathBuf {
         self.up_dir.join(UP_FILE)

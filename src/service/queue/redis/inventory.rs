@@ -8,8 +8,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{DAY, Error, HEARTBEAT_LOST, Redis};
-use crate::service::log_limit::warn_hushed;
 use crate::service::job::{Message, Node, Session, now_ms};
+use crate::service::log_limit::warn_hushed;
 use crate::service::queue::{MAX_RECORD, fitting};
 
 /// Maximum age of a session's record. A node sends its sessions every half minute, so an older record was replayed, or

@@ -23,8 +23,8 @@ use super::{
     Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
     TAG_DOUBT, Withdrawn, registry_of,
 };
-use crate::service::log_limit::{Hush, warn_hushed};
 use crate::service::job::{Event, JobId, Keys, Message, Order, Report, Said, Sealed, now_ms};
+use crate::service::log_limit::{Hush, warn_hushed};
 pub use examine::{Examined, examine};
 use link::Link;
 use read::{Entry, entries, is_entry_id};

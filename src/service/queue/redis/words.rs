@@ -6,8 +6,8 @@ use std::time::Duration;
 use redis::Value;
 
 use super::{Error, Redis, link};
-use crate::service::log_limit::warn_hushed;
 use crate::service::job::{Answer, Message, Question};
+use crate::service::log_limit::warn_hushed;
 
 /// Separator between the node's name and the sealed message. A node's name cannot contain it.
 const BETWEEN: u8 = 0;
