@@ -5,6 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::background::FLOOR;
 use crate::container::{Pattern, Roots};
 use crate::queue::HEARTBEAT_EVERY;
 
@@ -56,8 +57,8 @@ pub struct Options {
     pub inventory_every: Duration,
     /// Between two looks at how much a session changed.
     pub sizes_every: Duration,
-    /// Whether children run at the lowest CPU and I/O priority.
-    pub background: bool,
+    /// Whether children run at the lowest CPU and I/O priority, and then their floor in per cent of the cores.
+    pub background: Option<f64>,
     /// The most memory that a child may take, in bytes; none: no bound.
     pub memory: Option<u64>,
     /// Further flags of `commit` for every job, as the administrator wants them: caps, `--pause`, `--include-caches`.
@@ -109,7 +110,7 @@ impl Options {
             heartbeat_every: HEARTBEAT_EVERY,
             inventory_every: Duration::from_secs(10),
             sizes_every: Duration::from_secs(5 * 60),
-            background: true,
+            background: Some(FLOOR),
             memory: Some(MEMORY),
             flags: Vec::new(),
         }

@@ -141,7 +141,7 @@ impl Commit {
             digestfile: args.digestfile,
             gate: args.gate_fd.map(|fd| gate(fd, cancel)).transpose()?,
             freeze_mark: args.freeze_mark,
-            background: background(args.background, &args.memory, host_root),
+            background: background(args.background.floor(), &args.memory, host_root),
         };
         // Credentials and lowered guards are meant for the destination, not for wherever a base came from.
         let host = match target {
@@ -156,15 +156,15 @@ impl Commit {
     }
 }
 
-/// Moves this process into the background, where that is asked for, and bounds its memory likewise.
+/// Moves this process into the background with this floor, where that is asked for, and bounds its memory likewise.
 pub(super) fn background(
-    wanted: bool,
+    floor: Option<f64>,
     memory: &args::Memory,
     host_root: Option<&Path>,
 ) -> Option<Background> {
     let bound = memory.bound();
-    if wanted {
-        return Some(Background::enter(host_root, bound.as_ref()));
+    if let Some(floor) = floor {
+        return Some(Background::enter(host_root, bound.as_ref(), floor));
     }
     if let Some(bound) = &bound {
         Background::bound_only(host_root, bound);

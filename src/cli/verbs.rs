@@ -56,7 +56,7 @@ pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
 pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()> {
     // Before the threads: they are where the one is that makes them.
     let host_root = roots.host_root.as_deref();
-    let _background = options::background(args.background, &args.memory, host_root);
+    let _background = options::background(args.background.floor(), &args.memory, host_root);
     let container = container::find(roots, &args.container).map_err(commit::Error::from)?;
     let base = container::prove_base(roots, &container).map_err(|error| error.to_string());
     let usage = scan::usage(&container.overlay.upper).ok();

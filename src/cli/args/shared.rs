@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum, ValueHint};
 
-use super::value::{any_path, duration, size};
-use crate::background::Bound;
+use super::value::{any_path, duration, floor, size};
+use crate::background::{Bound, FLOOR};
 use crate::commit::Compression;
 
 pub(super) const CONTENT: &str = "What goes into the layer";
@@ -77,6 +77,25 @@ pub(in super::super) struct Choice {
     /// Most memory for names, attributes and listings of a tree, e.g. 2G [default: 1G]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
     pub(in super::super) max_memory: Option<u64>,
+}
+
+/// Whether others on the node go first.
+#[derive(Debug, Args)]
+pub(in super::super) struct InBackground {
+    /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
+    #[arg(long)]
+    background: bool,
+    /// What all that is in the background gets together where others want every core for more than ten seconds: per cent
+    /// of the cores; 0 for nothing
+    #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = FLOOR, requires = "background")]
+    background_floor: f64,
+}
+
+impl InBackground {
+    /// The floor; none: not in the background.
+    pub(in super::super) fn floor(&self) -> Option<f64> {
+        self.background.then_some(self.background_floor)
+    }
 }
 
 /// What an agent gives its children on the way.
