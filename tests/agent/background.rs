@@ -136,7 +136,9 @@ async fn a_save_that_others_leave_nothing_has_a_weight_in_the_end() -> Result<()
     // More than is done before the floor comes.
     let mut bytes = vec![0; 48 << 20];
     fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    bytes.iter_mut().for_each(|byte| *byte = b'a' + *byte % 16);
+    for byte in &mut bytes {
+        *byte = b'a' + *byte % 16;
+    }
     node.work("home/big", &bytes)?;
     let mut child = commit(
         &node,
