@@ -167,14 +167,9 @@ fn check(mkfs: &str, way: &str, disk: &Disk, slow: Option<&Slow>) -> Result<()> 
     let (found, layer) = read_beside(way, disk, slow)?;
     let unsettled = layer.unstable.iter().map(|file| file.what);
     let unsettled: Vec<_> = unsettled.collect();
-    // Nothing on ext4 tells when direct writes are over.
-    if mkfs == "mkfs.ext4" && way != "buffered" {
-        assert_eq!(unsettled, [Instability::Unsettled], "{mkfs} {way}");
-    } else {
-        let old = found.iter().position(|&byte| byte != b'n');
-        assert_eq!((old, found.len()), (None, SIZE), "{mkfs} {way}: old bytes");
-        assert_eq!(unsettled, [], "{mkfs} {way}");
-    }
+    let old = found.iter().position(|&byte| byte != b'n');
+    assert_eq!((old, found.len()), (None, SIZE), "{mkfs} {way}: old bytes");
+    assert_eq!(unsettled, [], "{mkfs} {way}");
     Ok(())
 }
 
@@ -198,7 +193,7 @@ fn a_write_that_has_stamped_its_file_already_is_waited_for() -> Result<()> {
 }
 
 #[test]
-fn requests_that_nobody_waits_for_are_waited_for_or_their_file_is_unsettled() -> Result<()> {
+fn requests_that_nobody_waits_for_are_waited_for() -> Result<()> {
     for mkfs in ALL {
         if !needs(mkfs) {
             return Ok(());
