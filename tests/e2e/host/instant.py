@@ -87,7 +87,7 @@ try:
             asked = way in ("libaio", "io_uring") and "unsettled" in sys.argv[4:] and max(numbers) - min(numbers) == 1
             assert asked, f"{name} is torn: {kinds}"
             print(way, "in part", end=" ")
-        assert emptied or len(data) == 48 << 20, f"{name} has {len(data)} bytes"
+        assert emptied or len(data) == 16 << 20, f"{name} has {len(data)} bytes"
         print(way, max(numbers, default=0), end=" ")
     if os.path.exists(f"{home}/page"):
         print("page", int(read("page", 4096) or 0), end=" ")

@@ -96,8 +96,8 @@ def page():
 
 
 def rewrite(way):
-    """A file of 48 MB that is rewritten in place by one call, every now and then: all of it is of one number, at any instant."""
-    size = 48 << 20
+    """A file of 16 MB that is rewritten in place by one call, every now and then: all of it is of one number, at any instant."""
+    size = 16 << 20
     path = f"{home}/rewrite-{way}"
     libc = ctypes.CDLL(None, use_errno=True)
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

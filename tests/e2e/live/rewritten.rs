@@ -87,7 +87,7 @@ fn whole_on(mkfs: &'static str, ways: &[&str]) -> Result<()> {
     wait_until("the files are there", || ways.iter().all(|way| there(&way)))?;
     let (mut in_part, mut warned, saves) = (0, 0, saves(3)?);
     for number in 0..saves {
-        let saved = session.save(&format!("n{number}"), &[])?;
+        let saved = session.save(&format!("n{number}"), &["--compression", "none"])?;
         let unsettled = saved.stderr.contains("may have been under way");
         let seen = session
             .instant_but(&saved, if unsettled { &["unsettled"] } else { &[] })
