@@ -11,13 +11,9 @@ const RATE: u64 = 64 << 20;
 
 /// Direct requests take as long as a slow disk takes, too.
 fn slow_down(session: &Session) -> Result<()> {
-    let disk = session.scratch.path().join("podman");
-    let disk = fs::metadata(disk)?.dev();
-    let source =
-        run(&mut command("findmnt", ["-n", "-o", "SOURCE"])
-            .arg(session.scratch.path().join("podman")))?;
-    // Btrfs has numbers of its own.
-    let disk = fs::metadata(source.trim()).map_or(disk, |source| source.rdev());
+    let at = session.scratch.path().join("podman");
+    let source = run(command("findmnt", ["-n", "-o", "SOURCE"]).arg(at))?;
+    let disk = fs::metadata(source.trim())?.rdev();
     let disk = format!("{}:{}", rustix::fs::major(disk), rustix::fs::minor(disk));
     for group in cgroups_of(session.container.pid) {
         let limits = [
