@@ -2,12 +2,13 @@
 //! order, and one ordered stream of them.
 //!
 //! `tar` writes headers, `plan` lays entries out, `held` keeps contents of an instant, `block` makes tar bytes with
-//! `ahead` minding the page cache and `settle` the writes that are under way, `codec` compresses them,
-//! `stream` puts all of it to work.
+//! `ahead` minding the page cache and `settle` the writes that are under way, `codec` compresses them
+//! (gzip with `deflate`), `stream` puts all of it to work.
 
 pub mod ahead;
 pub mod block;
 pub mod codec;
+pub mod deflate;
 pub mod held;
 pub mod plan;
 mod settle;
