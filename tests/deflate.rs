@@ -1,11 +1,19 @@
 //! What the deflate encoder writes is read back by two inflaters that share no code, and is the same bytes on every machine.
 //!
 //! `UPPERDECK_DEFLATE_SECONDS=3600 UPPERDECK_DEFLATE_SEED=7 cargo test --release --test deflate random_inputs` goes on for
-//! longer than usual, from another seed.
+//! longer than usual, from another seed. `UPPERDECK_DEFLATE_FILES=/usr:/srv cargo test --release --test deflate real_files`
+//! reads all files below these directories.
 
+/// Also a target of the fuzzing.
+#[path = "fuzz/deflate.rs"]
+mod fuzzed;
+
+use std::io::Read;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use fuzzed::reads_back;
 use proptest::prelude::*;
 use upperdeck::digest::Digest;
 use upperdeck::layer::deflate::{END, Encoder, store};
@@ -52,7 +60,9 @@ impl Random {
                     }
                 }
                 _ => {
-                    data.extend((0..count).map(|_| (self.next() & self.next() & self.next()) as u8))
+                    data.extend(
+                        (0..count).map(|_| (self.next() & self.next() & self.next()) as u8),
+                    );
                 }
             }
         }
@@ -63,20 +73,6 @@ impl Random {
 
 fn noise(len: usize, seed: u64) -> Vec<u8> {
     Random(seed).noise(len)
-}
-
-/// Both inflaters read `packed` to its last byte, and find `data`.
-fn reads_back(packed: &[u8], data: &[u8], what: &str) {
-    let mut out = Vec::with_capacity(data.len() + 1);
-    let mut inflater = flate2::Decompress::new(false);
-    let status = inflater
-        .decompress_vec(packed, &mut out, flate2::FlushDecompress::Finish)
-        .expect("zlib-rs reads it");
-    assert_eq!(status, flate2::Status::StreamEnd, "zlib-rs, {what}");
-    assert_eq!(inflater.total_in(), packed.len() as u64, "all is read");
-    assert!(out == data, "zlib-rs, {what}");
-    let miniz = miniz_oxide::inflate::decompress_to_vec(packed);
-    assert!(miniz.is_ok_and(|m| m == data), "miniz_oxide, {what}");
 }
 
 /// Compresses `data` in blocks of `size` bytes.
@@ -234,7 +230,7 @@ fn the_bytes_of_each_level_are_known() {
             .repeat(2000)
             .bytes(),
     );
-    let digest = |level: u32| Digest::of(&packed(&mut Encoder::new(level), &data, 4 * BLOCK));
+    let digest = |level: u32| Digest::of(packed(&mut Encoder::new(level), &data, 4 * BLOCK));
     let digests: Vec<String> = LEVELS.map(|level| digest(level).to_string()).collect();
     assert_eq!(digests, GOLDEN);
 }
@@ -275,10 +271,51 @@ fn random_inputs() {
     println!("{inputs} inputs, {total} bytes held");
 }
 
+/// Programs and text, as saves have them: each MiB at every level.
+#[test]
+fn real_files() -> Result<(), Box<dyn std::error::Error>> {
+    let given = std::env::var_os("UPPERDECK_DEFLATE_FILES");
+    let most = if given.is_some() { u64::MAX } else { 300_000 };
+    let roots: Vec<PathBuf> = match &given {
+        Some(given) => std::env::split_paths(given).collect(),
+        None => vec![
+            std::env::current_exe()?,
+            "README.md".into(),
+            "src/layer".into(),
+        ],
+    };
+    let mut encoders: Vec<_> = LEVELS.map(Encoder::new).collect();
+    let mut total = 0;
+    for entry in roots.iter().flat_map(walkdir::WalkDir::new) {
+        let entry = entry?;
+        if !entry.file_type().is_file() {
+            continue;
+        }
+        let mut file = std::fs::File::open(entry.path())?.take(most);
+        let mut data = Vec::with_capacity(BLOCK);
+        while file.by_ref().take(BLOCK as u64).read_to_end(&mut data)? > 0 {
+            for (level, encoder) in LEVELS.zip(&mut encoders) {
+                let what = format!("level {level}, {}", entry.path().display());
+                reads_back(&packed(encoder, &data, BLOCK), &data, &what);
+                total += data.len();
+            }
+            data.clear();
+        }
+    }
+    assert!(total > 0);
+    println!("{total} bytes held");
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
     fn any_bytes(data in prop::collection::vec(any::<u8>(), 0..3000), size in 1usize..4000) {
         round_trip(&data, size);
+    }
+
+    #[test]
+    fn any_input_of_the_fuzzing(data in prop::collection::vec(any::<u8>(), 0..3000)) {
+        fuzzed::run(&data);
     }
 }
