@@ -14,7 +14,10 @@
 //! | another client of a server | nothing here can tell. A server writes request by request, a megabyte or so, and stamps each; what it stamped in the minute before a scan is taken again (`commit::trees`) |
 //!
 //! Under the freeze every `write` of the container's, direct ones too, has come to its end, as a process in mid-call is
-//! not frozen. Only asynchronous requests go on (and writers of a volume outside the container).
+//! not frozen. Only asynchronous requests go on (and writers of a volume outside the container). On cgroup v2 one that is
+//! linked to another (`IOSQE_IO_LINK`) even begins when that one is over, the process being frozen (seen on Linux 6.18, by
+//! way of task work; not on v1). It stamps its file after the scan that is read by: what is read of it has changed, and is
+//! said to have.
 //!
 //! Where neither call is to be had, a file that is open for writing and was stamped in the last minute is *unsettled*: it
 //! is taken again under the freeze, and by the next save. So it is on F2FS and other file systems that write directly and
