@@ -486,7 +486,15 @@ mod tests {
             assert!(component(nobody).is_err(), "{nobody:?}");
         }
         let long = "x".repeat(65);
-        for other in ["a__b", "u__0", "u__0alice", "u__0__6", "u__0__6lice", "A", &long] {
+        for other in [
+            "a__b",
+            "u__0",
+            "u__0alice",
+            "u__0__6",
+            "u__0__6lice",
+            "A",
+            &long,
+        ] {
             assert_eq!(user_of(other), None, "{other}");
         }
     }

@@ -79,7 +79,7 @@ fn of_the_tar_crate(tar: &[u8]) -> Option<Vec<(Vec<u8>, u64, Digest)>> {
         let name = entry.path_bytes().into_owned();
         let ustar = entry.header().as_ustar().is_some() || entry.header().as_gnu().is_some();
         let extended = entry.pax_extensions().ok()?.is_some();
-        if odd || !ustar || extended || kind.is_pax_global_extensions() {
+        if odd || name.contains(&0) || !ustar || extended || kind.is_pax_global_extensions() {
             return None;
         }
         let mut content = Vec::new();

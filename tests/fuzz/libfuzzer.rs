@@ -1,4 +1,5 @@
-//! Hands a target to libFuzzer: `fuzz --fuzz TARGET [libFuzzer's own arguments]`.
+//! Hands a target to libFuzzer: `UPPERDECK_FUZZ_TARGET=TARGET fuzz [libFuzzer's own arguments]`, or `list` for a list of them.
+//! It is a variable because libFuzzer starts itself again, with arguments of its own.
 
 #![allow(
     unsafe_code,
@@ -34,17 +35,14 @@ extern "C" fn callback(data: *const u8, size: usize) -> c_int {
     0
 }
 
-/// None where the command line asks for no fuzzing.
+/// None where no target is named.
 pub fn main(targets: &'static [Target]) -> Option<ExitCode> {
+    let name = std::env::var("UPPERDECK_FUZZ_TARGET").ok()?;
     let mut words = std::env::args();
     let program = words.next()?;
-    if words.next().as_deref() != Some("--fuzz") {
-        return None;
-    }
-    let name = words.next().unwrap_or_default();
     let Some(target) = targets.iter().find(|target| target.name == name) else {
         for target in targets {
-            println!("{} {}", target.name, target.longest);
+            println!("{}", target.name);
         }
         return Some(if name == "list" {
             ExitCode::SUCCESS

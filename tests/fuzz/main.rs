@@ -46,15 +46,15 @@ struct Target {
 }
 
 const TARGETS: [Target; 9] = [
-    target("archives", archives::run, 64 << 10, 20),
-    target("database", database::run, 64 << 10, 20),
-    target("images", images::run, 16 << 10, 50),
-    target("jobs", jobs::run, 8 << 10, 50),
-    target("kernel", kernel::run, 8 << 10, 50),
-    target("nodes", nodes::run, 64 << 10, 5),
-    target("registries", registries::run, 16 << 10, 2),
-    target("states", states::run, 16 << 10, 50),
-    target("words", words::run, 4 << 10, 50),
+    target("archives", archives::run, 64 << 10, 300),
+    target("database", database::run, 64 << 10, 200),
+    target("images", images::run, 16 << 10, 300),
+    target("jobs", jobs::run, 8 << 10, 300),
+    target("kernel", kernel::run, 8 << 10, 500),
+    target("nodes", nodes::run, 64 << 10, 30),
+    target("registries", registries::run, 16 << 10, 30),
+    target("states", states::run, 16 << 10, 500),
+    target("words", words::run, 4 << 10, 200),
 ];
 
 const fn target(name: &'static str, run: fn(&[u8]), longest: usize, mutations: u32) -> Target {
@@ -94,7 +94,7 @@ impl Target {
                 return Err(anyhow::anyhow!("it is {} that fails", file.display()).into());
             }
             for round in 0..self.mutations {
-                let seed = (number as u64) << 32 | u64::from(round);
+                let seed = ((number as u64) << 32) | u64::from(round);
                 let mutated = mutate::mutated(input, &inputs, seed, self.longest);
                 let alone = std::panic::AssertUnwindSafe(|| self.try_input(&mutated));
                 if std::panic::catch_unwind(alone).is_err() {

@@ -3,8 +3,6 @@
 //! An input says with its first byte what is asked for; the rest are the answers, zero bytes between them, the last one for
 //! every request after it: `STATUS`, headers, an empty line, the body. `HOST` stands for the registry's own address.
 
-use std::cell::RefCell;
-use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -50,13 +48,13 @@ fn parts(answer: &[u8]) {
 }
 
 async fn serve(listener: TcpListener, host: String, answers: Vec<Vec<u8>>) {
-    let next = Rc::new(RefCell::new(0));
+    let mut next = 0;
     for _ in 0..MOST {
         let Ok((stream, _)) = listener.accept().await else {
             return;
         };
         // A client that is not answered has gone.
-        let _ = answer(stream, &host, &answers, &next).await;
+        let _ = answer(stream, &host, &answers, &mut next).await;
     }
 }
 
@@ -64,7 +62,7 @@ async fn answer(
     mut stream: TcpStream,
     host: &str,
     answers: &[Vec<u8>],
-    next: &RefCell<usize>,
+    next: &mut usize,
 ) -> std::io::Result<()> {
     let mut request = Vec::new();
     while !request.windows(4).any(|window| window == b"\r\n\r\n") {
@@ -76,9 +74,8 @@ async fn answer(
             return Ok(());
         }
     }
-    let number = *next.borrow();
-    *next.borrow_mut() += 1;
-    let answer = answers.get(number).or(answers.last());
+    let answer = answers.get(*next).or(answers.last());
+    *next += 1;
     let answer = String::from_utf8_lossy(answer.map_or(&[][..], Vec::as_slice));
     let answer = answer.replace("HOST", host);
     let (head, body) = answer.split_once("\n\n").unwrap_or((&answer, ""));

@@ -72,7 +72,10 @@ fn reference(text: &str) {
         );
         let url: http::Uri = url.parse().expect("an address");
         assert_eq!(url.path(), format!("/v2/{}/tags", reference.repository));
-        assert_eq!(url.authority().map(|a| a.as_str()), Some(&*reference.host));
+        assert_eq!(
+            url.authority().map(http::uri::Authority::as_str),
+            Some(&*reference.host)
+        );
     }
 }
 
