@@ -57,7 +57,7 @@ fn threads() -> Vec<usize> {
 fn settings() -> Vec<(Compression, u32, usize)> {
     let codecs = [
         (Compression::Gzip, 1),
-        (Compression::Gzip, 3),
+        (Compression::Gzip, 2),
         (Compression::Zstd, 1),
         (Compression::Zstd, 2),
     ];

@@ -937,6 +937,31 @@ async fn manifests_are_refused_in_words() {
     );
 }
 
+/// Empty pages, and names that are none, each with a next page: neither time nor memory is without end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_that_does_not_end_is_an_error() {
+    for name in [None, Some("x".repeat(100_000))] {
+        let fake = Fake::start(move |seen, _| {
+            if !seen.is("GET", "/v2/a/b/tags/list") {
+                return lenient(seen);
+            }
+            let last = seen.target.rsplit('=').next().unwrap_or_default();
+            let next = last.parse::<u64>().unwrap_or(0) + 1;
+            let tags: Vec<&String> = name.iter().collect();
+            answer(200)
+                .with(
+                    "Link",
+                    format!("</v2/a/b/tags/list?last={next}>; rel=\"next\""),
+                )
+                .body(serde_json::json!({"tags": tags}).to_string())
+        })
+        .await;
+        let error = fake.repository(quick(), "a/b").tags().await.unwrap_err();
+        assert!(error.to_string().contains("does not end"), "{error}");
+        assert_eq!(fake.count("GET", "/v2/a/b/tags/list"), 2000);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn storage_behind_a_redirect_gets_no_credentials() {
     let blob = b"a blob in a bucket";

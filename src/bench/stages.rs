@@ -228,7 +228,7 @@ pub fn make(plan: &Plan, setting: Setting, threads: usize, cancel: &Cancel) -> R
                 std::hint::black_box(crc32fast::hash(&worker.tar));
             }
             let summed = clock::of_thread();
-            let bytes = compressed_size(&mut worker.codec, &worker.tar)?;
+            let bytes = compressed_size(&mut worker.codec, &worker.tar);
             let made = &mut worker.made;
             made.read += read - begun;
             made.checksum += summed - read;
@@ -254,9 +254,9 @@ pub fn make(plan: &Plan, setting: Setting, threads: usize, cancel: &Cancel) -> R
     ))
 }
 
-fn compressed_size(codec: &mut Codec, tar: &[u8]) -> Result<u64, save::Error> {
-    let compressed = codec.compress(tar).map_err(layer::Error::from)?;
-    Ok(compressed.map_or(tar.len(), |bytes| bytes.len()) as u64)
+fn compressed_size(codec: &mut Codec, tar: &[u8]) -> u64 {
+    let compressed = codec.compress(tar);
+    compressed.map_or(tar.len(), |bytes| bytes.len()) as u64
 }
 
 /// A sample of a tar in memory, with blocks evenly distributed over all of it.
@@ -321,7 +321,7 @@ impl Sample {
             cancel,
             || (Codec::new(setting.codec, setting.level), 0),
             |(codec, size), number| {
-                *size += compressed_size(codec, &self.blocks[(number % once) as usize])?;
+                *size += compressed_size(codec, &self.blocks[(number % once) as usize]);
                 Ok(())
             },
             |(_, size)| size,
@@ -338,8 +338,7 @@ impl Sample {
         let mut codec = Codec::new(setting.codec, setting.level);
         let pieces = self.blocks.iter().map(|block| {
             cancel.check()?;
-            let compressed = codec.compress(block).map_err(layer::Error::from);
-            let compressed = compressed.map_err(save::Error::from)?;
+            let compressed = codec.compress(block);
             Ok(compressed.map_or_else(|| Bytes::copy_from_slice(block), Bytes::from))
         });
         pieces.collect()

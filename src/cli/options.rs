@@ -142,7 +142,7 @@ impl Commit {
             digestfile: args.digestfile,
             gate: args.gate_fd.map(|fd| gate(fd, cancel)).transpose()?,
             freeze_mark: args.freeze_mark,
-            background: background(args.background, &args.memory, host_root),
+            background: background(args.background.floor(), &args.memory, host_root),
         };
         // Credentials and relaxed TLS settings apply to the destination only, not to registries of base images.
         let host = match target {
@@ -159,13 +159,13 @@ impl Commit {
 
 /// Moves the process into the background and limits its memory, as requested.
 pub(super) fn background(
-    wanted: bool,
+    floor: Option<f64>,
     memory: &args::Memory,
     host_root: Option<&Path>,
 ) -> Option<Background> {
     let bound = memory.bound();
-    if wanted {
-        return Some(Background::enter(host_root, bound.as_ref()));
+    if let Some(floor) = floor {
+        return Some(Background::enter(host_root, bound.as_ref(), floor));
     }
     if let Some(bound) = &bound {
         Background::bound_only(host_root, bound);

@@ -57,7 +57,7 @@ pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
 pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()> {
     // Before threads are created, because they inherit the cgroup and priority of their creator.
     let host_root = roots.host_root.as_deref();
-    let _background = options::background(args.background, &args.memory, host_root);
+    let _background = options::background(args.background.floor(), &args.memory, host_root);
     let container = container::find(roots, &args.container).map_err(save::Error::from)?;
     let base = container::prove_base(roots, &container).map_err(|error| error.to_string());
     let usage = scan::usage(&container.overlay.upper).ok();

@@ -2,8 +2,11 @@
 
 use std::error::Error;
 
-/// Formats an error and its causes on one line, as everywhere in this program. A cause whose text is contained in the
-/// text before it is left out, as many errors already include their cause.
+/// The longest message, in bytes: what is told of an input is as long as the input.
+const LONGEST: usize = 8 << 10;
+
+/// An error and its causes on one line, as all of this program prints them. A cause that the text before it repeats
+/// already is left out, as many errors print their own cause. What is longer than 8 KiB is cut off.
 pub fn of(error: &(dyn Error + 'static)) -> String {
     let mut message = error.to_string();
     let mut cause = error.source();
@@ -14,6 +17,11 @@ pub fn of(error: &(dyn Error + 'static)) -> String {
             message.push_str(&text);
         }
         cause = error.source();
+    }
+    if message.len() > LONGEST {
+        let fits = |end: &usize| message.is_char_boundary(*end);
+        message.truncate((0..=LONGEST).rev().find(fits).unwrap_or(0));
+        message.push('…');
     }
     message
 }
@@ -35,6 +43,14 @@ mod tests {
         Once(#[source] std::io::Error),
         #[error(transparent)]
         Through(Box<Told>),
+    }
+
+    #[test]
+    fn a_message_is_no_longer_than_people_read() {
+        let text = "é".repeat(LONGEST);
+        let told = of(&Told::Once(std::io::Error::other(text)));
+        assert!(told.len() <= LONGEST + '…'.len_utf8());
+        assert!(told.starts_with("the layer: éé") && told.ends_with("é…"));
     }
 
     #[test]

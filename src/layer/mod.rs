@@ -9,6 +9,7 @@ pub mod ahead;
 pub mod block;
 pub mod codec;
 pub mod content;
+pub mod deflate;
 pub mod held;
 pub mod plan;
 pub mod scan;

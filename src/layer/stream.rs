@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::ahead::Ahead;
 use super::block::{self, Scratch};
-use super::codec::{Codec, CodecError, Compression};
+use super::codec::{Codec, Compression};
 use super::content::{ReadError, Unstable};
 use super::plan::Plan;
 use crate::common::digest::{DiffId, Digest};
@@ -87,9 +87,6 @@ pub enum Error {
     /// A file could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The compressor failed.
-    #[error(transparent)]
-    Codec(#[from] CodecError),
     /// Whoever takes the bytes failed.
     #[error("the layer could not be delivered")]
     Sink(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -246,7 +243,7 @@ fn make(
         scratch,
         &mut unstable,
     )?;
-    let compressed = codec.compress(&tar)?;
+    let compressed = codec.compress(&tar);
     let mut crc = crc32fast::Hasher::new();
     if matches!(codec, Codec::Gzip(_)) {
         crc.update(&tar);

@@ -4,7 +4,7 @@
 //! Weights of processes count within their cgroup only, and pods have cgroups of their own: so the process moves into
 //! one at the top of the hierarchy that counts as idle as a whole (`cpu.idle`, Linux 5.15), or weighs the least. Its
 //! threads are nice besides, which is what holds where no such cgroup can be had, and orders their disk I/O last within
-//! the best-effort class (`ioprio_set(2)`).
+//! the best-effort class (`ioprio_set(2)`). Where others leave nothing for long, the group gets a floor.
 //!
 //! Sources: kernel `Documentation/admin-guide/cgroup-v2.rst` (`cpu.idle`, `cpu.weight`, `io.weight`, `io.prio.class`),
 //! `cgroups(7)`, `sched(7)` (autogroup and group scheduling).
@@ -17,6 +17,7 @@ use rustix::process::Pid;
 
 use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
 
+mod floor;
 mod memory;
 
 pub use memory::Bound;
@@ -30,6 +31,8 @@ const NORMAL: &str = "upperdeck-saves";
 const UNBOUNDED: &str = "unbounded";
 /// The least there is.
 const NICEST: i32 = 19;
+/// Per cent of the node's cores that all processes in the background get together, where others want every core.
+pub const FLOOR: f64 = 2.0;
 
 /// This process, as one that nobody is to feel.
 #[derive(Clone, Debug)]
@@ -63,21 +66,24 @@ pub struct Hurry(Background);
 
 impl Background {
     /// Moves this process there, and bounds its memory where that is asked for. `host_root`: cgroup file systems that are
-    /// mounted below it are the node's.
+    /// mounted below it are the node's. `floor`: per cent of all cores that it gets in the end, whatever others want; 0:
+    /// nothing.
     ///
     /// What cannot be had is done without: see [`Background::holds`].
-    pub fn enter(host_root: Option<&Path>, bound: Option<&Bound>) -> Self {
+    pub fn enter(host_root: Option<&Path>, bound: Option<&Bound>, floor: f64) -> Self {
         let bounded = bound.and_then(|bound| bound.hold(host_root, true));
         let read = |path: &str| fs::read(path).unwrap_or_default();
         let mounts = parse_mountinfo(&read("/proc/self/mountinfo")).unwrap_or_default();
         let own = read("/proc/self/cgroup");
         let mut groups = Vec::new();
         let mut holds = Holds::Nice;
+        let mut shared = None;
         for place in places(&mounts, &own, host_root) {
             if let Some(held) = prepare(&place) {
                 // The memory and blkio hierarchies of v1 make no idle group by themselves.
                 if place.cpu {
                     holds = held;
+                    shared = Some(place.idle.clone());
                 }
                 let procs = |dir: &Path| dir.join("cgroup.procs");
                 let idle = if place.unified {
@@ -95,6 +101,9 @@ impl Background {
             holds,
         }));
         background.relax();
+        if let Some(dir) = shared.filter(|_| floor > 0.0) {
+            background.keep_floor(dir, floor);
+        }
         tracing::debug!(
             ?holds,
             groups = background.0.groups.len(),
@@ -120,6 +129,19 @@ impl Background {
         }
         set_nice(self.0.usual);
         Hurry(self.clone())
+    }
+
+    /// By a thread of its own, which ends with this.
+    fn keep_floor(&self, dir: PathBuf, percent: f64) {
+        let of = Arc::downgrade(&self.0);
+        let group = floor::Group::new(dir);
+        let keep = move || floor::keep(group, percent, &of);
+        let started = std::thread::Builder::new()
+            .name("floor".to_owned())
+            .spawn(keep);
+        if let Err(error) = started {
+            tracing::debug!(%error, "in the background without a floor");
+        }
     }
 
     fn relax(&self) {

@@ -380,7 +380,7 @@ async fn take_frozen(
         None
     };
     let plans = trees::plans(changes, options.timestamp);
-    let plans = writing::frozen(plans, volumes, rounds.ways);
+    let plans = writing::frozen(plans, volumes, rounds.ways, bound);
     if bound.is_some_and(|bound| since.elapsed() >= bound) {
         return Err(too_long(bound.unwrap_or_default()));
     }

@@ -372,8 +372,13 @@ async fn take_once(
     let changes = under.and_then(|known| trees::changes(known, &scans));
     let on_top = changes.is_some();
     let plans = trees::plans(changes.unwrap_or_else(|| scans.clone()), options.timestamp);
+    let bound = frozen
+        .as_ref()
+        .filter(|f| !f.was_frozen())
+        .and(options.max_pause)
+        .filter(|bound| !bound.is_zero());
     let plans = match frozen {
-        Some(_) => writing::frozen(plans, volumes, ways),
+        Some(_) => writing::frozen(plans, volumes, ways, bound),
         None => writing::beside(plans, volumes, ways),
     };
     let plans = trees::cut(plans, options.layer_size);
@@ -382,11 +387,6 @@ async fn take_once(
         Vec::new()
     } else {
         context.phase(Phase::Streaming);
-        let bound = frozen
-            .as_ref()
-            .filter(|f| !f.was_frozen())
-            .and(options.max_pause)
-            .filter(|bound| !bound.is_zero());
         let codec = (options.compression, options.level);
         stream(context, codec, plans, destination, bound).await?
     };

@@ -16,8 +16,10 @@ use crate::node::freeze::{self, Ways};
 
 /// For how long writes are waited for beside the running container, all files of a tree together.
 const BESIDE: Duration = Duration::from_secs(60);
-/// And while it stands still: then only those of others are under way, and requests that nobody waits for.
+/// And while it stands still: then only those of others are under way.
 const FROZEN: Duration = Duration::from_millis(100);
+/// Requests that go on while it stands still may take this part of the time that it may do so.
+const PART: u32 = 4;
 
 /// What is reckoned with where the lists of the processes do not come.
 const ANY: Ways = Ways {
@@ -38,22 +40,44 @@ pub(super) async fn ways(context: &Context, container: &Container) -> Result<Way
 
 /// Plans, one for each tree, that are read beside the running container.
 pub(super) fn beside(plans: Vec<Plan>, volumes: &[Volume], ways: Ways) -> Vec<Plan> {
-    told(plans, volumes, ways.direct || ways.asynchronous, BESIDE)
+    let writers = Writers {
+        direct: ways.direct || ways.asynchronous,
+        remote: false,
+        still: false,
+        patience: BESIDE,
+    };
+    told(plans, volumes, writers)
 }
 
-/// Those that are read while it stands still: direct writes that somebody waits for have ended.
-pub(super) fn frozen(plans: Vec<Plan>, volumes: &[Volume], ways: Ways) -> Vec<Plan> {
-    told(plans, volumes, ways.asynchronous, FROZEN)
+/// Those that are read while it stands still, for `bound` at most: direct writes that somebody waits for have ended.
+pub(super) fn frozen(
+    plans: Vec<Plan>,
+    volumes: &[Volume],
+    ways: Ways,
+    bound: Option<Duration>,
+) -> Vec<Plan> {
+    let patience = match bound {
+        _ if !ways.asynchronous => FROZEN,
+        Some(bound) => (bound / PART).max(FROZEN),
+        None => BESIDE,
+    };
+    let writers = Writers {
+        direct: ways.asynchronous,
+        remote: false,
+        still: true,
+        patience,
+    };
+    told(plans, volumes, writers)
 }
 
-fn told(plans: Vec<Plan>, volumes: &[Volume], direct: bool, patience: Duration) -> Vec<Plan> {
+fn told(plans: Vec<Plan>, volumes: &[Volume], writers: Writers) -> Vec<Plan> {
     let told = |(tree, plan): (usize, Plan)| {
         let volume = tree.checked_sub(1).and_then(|at| volumes.get(at));
         plan.beside(Writers {
             // Nothing is known of those who write to a volume from elsewhere.
-            direct: direct || volume.is_some(),
+            direct: writers.direct || volume.is_some(),
             remote: volume.is_some_and(|volume| !volume.local),
-            patience,
+            ..writers
         })
     };
     plans.into_iter().enumerate().map(told).collect()

@@ -1,13 +1,15 @@
 //! `--background`: the save runs with idle priority, but at full speed while the container is frozen.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::node::{Node, UPPERDECK, wait};
+use crate::support::ignore;
 
 fn commit(node: &Node, flags: &[&str]) -> Result<Child> {
     Ok(Command::new(UPPERDECK)
@@ -41,19 +43,57 @@ fn place(pid: u32) -> Result<(i32, bool)> {
     Ok((nice.parse()?, idle))
 }
 
-/// Returns whether this machine has a cgroup with idle priority.
-fn can_be_idle() -> bool {
+/// The top of the hierarchy in which this machine has a cgroup that counts as idle.
+fn idle_below() -> Option<&'static Path> {
     let places = [
         "/sys/fs/cgroup/cpu",
         "/sys/fs/cgroup/cpu,cpuacct",
         "/sys/fs/cgroup",
     ];
-    places.iter().any(|place| {
-        let dir = Path::new(place).join("upperdeck-idle");
+    let shares_out = |place: &&Path| {
+        let dir = place.join("upperdeck-idle");
         ["cpu.idle", "cpu.shares", "cpu.weight"]
             .iter()
             .any(|file| dir.join(file).exists())
-    })
+    };
+    places.map(Path::new).into_iter().find(shares_out)
+}
+
+/// Programs that want every core, in a cgroup of their own as a pod has.
+struct Busy {
+    group: PathBuf,
+    programs: Vec<Child>,
+}
+
+impl Busy {
+    fn new(top: &Path) -> Result<Self> {
+        let group = top.join(format!("upperdeck-test-busy-{}", std::process::id()));
+        fs::create_dir(&group)?;
+        let script = "echo $$ > \"$1/cgroup.procs\" && while :; do :; done";
+        let start = |_| {
+            let mut program = Command::new("sh");
+            program.args(["-c", script, "sh"]).arg(&group).spawn()
+        };
+        let cores = std::thread::available_parallelism()?.get();
+        let programs = (0..2 * cores).map(start).collect::<Result<_, _>>()?;
+        Ok(Self { group, programs })
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        for program in &mut self.programs {
+            let _ = program.kill();
+            let _ = program.wait();
+        }
+        // The kernel takes a moment to let go of the processes.
+        for _ in 0..100 {
+            if fs::remove_dir(&self.group).is_ok() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -70,7 +110,7 @@ async fn a_save_is_idle_but_while_the_container_stands_still() -> Result<()> {
         .any(|line| line.contains("\"ready\""));
     ensure!(ready, "it ended before it was ready");
     let (nice, idle) = place(child.id())?;
-    assert_eq!((nice, idle), (19, can_be_idle()));
+    assert_eq!((nice, idle), (19, idle_below().is_some()));
     child.kill()?;
     child.wait()?;
 
@@ -86,5 +126,52 @@ async fn a_save_is_idle_but_while_the_container_stands_still() -> Result<()> {
     .await?;
     child.kill()?;
     child.wait()?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_save_that_others_leave_nothing_has_a_weight_in_the_end() -> Result<()> {
+    let Some(node) = Node::new().await? else {
+        return Ok(());
+    };
+    // More than is done before the floor comes.
+    let mut bytes = vec![0; 48 << 20];
+    fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    for byte in &mut bytes {
+        *byte = b'a' + *byte % 16;
+    }
+    node.work("home/big", &bytes)?;
+    let mut child = commit(
+        &node,
+        &["--pause=none", "--gate-fd=0", "--compression-level=9"],
+    )?;
+    let pid = child.id();
+    wait("the save is in the background", || {
+        place(pid).is_ok_and(|(nice, _)| nice == 19).then_some(())
+    })
+    .await?;
+    let weight = match idle_below() {
+        None => None,
+        Some(top) => {
+            let busy = Busy::new(top)?;
+            let group = top.join("upperdeck-idle");
+            let read = |file: &str| fs::read_to_string(group.join(file)).unwrap_or_default();
+            let least = read("cpu.weight") + &read("cpu.shares");
+            let weight = wait("the group weighs more than nothing", || {
+                let idle = read("cpu.idle").trim() == "1";
+                let weight = read("cpu.weight") + &read("cpu.shares");
+                (!idle && weight != least).then_some(weight)
+            })
+            .await;
+            drop(busy);
+            Some(weight)
+        }
+    };
+    child.kill()?;
+    child.wait()?;
+    match weight {
+        None => ignore("needs a cpu cgroup that can be written to"),
+        Some(weight) => ensure!(weight?.trim().parse::<u32>()? <= 1024),
+    }
     Ok(())
 }

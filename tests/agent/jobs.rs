@@ -34,7 +34,7 @@ async fn a_session_is_saved_and_everything_about_it_is_told() -> Result<()> {
         return Ok(());
     };
     let mut options = node.options();
-    options.background = true;
+    options.background = Some(2.0);
     let service = Service::start(options, local());
     let mut order = node.order();
     order.options.labels = [("--creds".to_owned(), "a:b".to_owned())].into();

@@ -302,7 +302,7 @@ impl Node {
             allowed: images.parse().into_iter().collect(),
             state_dir: Some(self.path("state")),
             spool_dir: self.path("spool"),
-            background: false,
+            background: None,
             // The base is not in this Docker's store.
             flags: vec![format!("--base=oci:{}:base", self.path("base").display())],
             ..Options::new(rule)

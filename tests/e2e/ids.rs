@@ -2,16 +2,18 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 
 use crate::host::Scratch;
+use crate::host::docker::Docker;
 use crate::host::image::{Base, Format, base};
 use crate::host::podman::Podman;
 use crate::host::registry::Registry;
-use crate::host::run;
-use crate::save::{save, unpack_layout, upperdeck};
-use crate::support::{Need, ignored};
+use crate::host::{output, run};
+use crate::save::{failed, save, unpack_layout, upperdeck};
+use crate::support::{Need, ignore, ignored};
 
 /// New, changed, unchanged but copied up, linked, moved with what is in it, and made by a user.
 const WORK: &str = "
@@ -115,5 +117,81 @@ fn lowers_that_podman_maps_have_the_owners_that_the_container_sees() -> Result<(
         ensure!(lines(&inside) == lines(&unpacked), "{name}:\n{unpacked}");
     }
     ensure!(!saved.stderr.contains("made again"), "{}", saved.stderr);
+    Ok(())
+}
+
+/// `dockerd --userns-remap`: a container with its ids has the owners that it sees; one with `--userns=host`, whose own files
+/// are of other ids than those of its base, is refused.
+#[test]
+fn owners_in_a_store_of_userns_remap_are_those_of_the_container_or_it_is_refused() -> Result<()> {
+    let programs = [
+        "dockerd",
+        "docker",
+        "runc",
+        "buildah",
+        "skopeo",
+        "docker-registry",
+        "umoci",
+        "find",
+        "unshare",
+    ];
+    let mut needs = programs.map(Need::Program).to_vec();
+    needs.push(Need::Root);
+    if ignored(&needs) {
+        return Ok(());
+    }
+    if !Path::new("/etc/subuid").exists() || !Path::new("/etc/subgid").exists() {
+        ignore("needs /etc/subuid and /etc/subgid");
+        return Ok(());
+    }
+    let scratch = Scratch::new()?;
+    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o711))?;
+    let registry = Registry::start(&scratch)?;
+    let image = registry.push(&base(Base::Small, Format::Docker)?, "bases/notebook:1")?;
+    let docker = Docker::remapped(&scratch)?;
+    let roots = docker.roots(&scratch);
+    let own = docker.run("own", &image, &[], &["/bin/sleep", "100000"])?;
+    docker.shell(&own, WORK)?;
+    let on_disk = fs::metadata(own.rootfs.join("home/u/new"))?;
+    ensure!(
+        on_disk.uid() == 201_000,
+        "no ids of its own: {}",
+        on_disk.uid()
+    );
+    let layout = scratch.path().join("saved");
+    let destination = format!("oci:{}:saved", layout.display());
+    save(&scratch, &roots, "own", &destination, &[])?;
+    let rootfs = unpack_layout(&layout, "saved")?;
+    let inside = docker.docker(["exec", "--user", "0", "own", "/bin/sh", "-ec", LIST, "/"])?;
+    let unpacked = run(crate::host::command("sh", ["-ec", LIST]).arg(&rootfs))?;
+    let lines = |text: &str| -> Vec<String> {
+        let left_out = |line: &&str| !line.contains("/.cache") && !line.contains("/.ssh");
+        text.lines().filter(left_out).map(str::to_owned).collect()
+    };
+    ensure!(lines(&inside).len() > 30, "{inside}");
+    ensure!(
+        lines(&inside) == lines(&unpacked),
+        "in the container:\n{inside}\nunpacked:\n{unpacked}"
+    );
+
+    let host = docker.run(
+        "host",
+        &image,
+        &["--userns=host"],
+        &["/bin/sleep", "100000"],
+    )?;
+    docker.shell(
+        &host,
+        "echo more >> /usr/lib/app/main; echo new > /root/new",
+    )?;
+    let layout = scratch.path().join("refused");
+    let mut commit = upperdeck("commit", &roots);
+    commit.args(["host", &format!("oci:{}:saved", layout.display())]);
+    let said = failed(&output(&mut commit)?, 1)?;
+    ensure!(said.contains("200000:200000 (userns-remap)"), "{said}");
+    ensure!(
+        !layout.join("index.json").exists(),
+        "an image of a save that was refused"
+    );
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -21,6 +22,15 @@ impl Disk {
             .args(["-o", "loop"])
             .args([&image, &at]))?;
         Ok(Self(dir))
+    }
+
+    /// Nothing of it is in memory afterwards.
+    pub fn forget(&self) -> Result<()> {
+        let (image, at) = (self.0.path().join("image"), self.path());
+        run(Command::new("umount").arg(&at))?;
+        run(Command::new("mount")
+            .args(["-o", "loop"])
+            .args([&image, &at]))
     }
 
     pub fn path(&self) -> PathBuf {
@@ -42,19 +52,35 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        if let Err(error) = run(Command::new("umount").arg(self.path())) {
-            crate::support::note(&error.to_string());
+        // A thread of the reader's may have a file open for a moment longer.
+        for _ in 0..100 {
+            if run(Command::new("umount").arg(self.path())).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
         }
+        crate::support::note(&format!("{} stays mounted", self.path().display()));
     }
 }
 
-/// A cgroup whose processes write slowly to one disk.
+/// A cgroup whose processes write to one disk, or read from it, slowly.
 pub struct Slow(PathBuf);
 
 impl Slow {
-    /// Creates the cgroup with a limit of `rate` bytes per second.
-    pub fn new(disk: &Disk, rate: u64) -> Result<Self> {
-        let name = format!("upperdeck-slow-{}", std::process::id());
+    /// They write `rate` bytes a second.
+    pub fn writes(disk: &Disk, rate: u64) -> Result<Self> {
+        Self::new(disk, rate, "write_bps_device", "wbps")
+    }
+
+    /// They read `rate` times a second.
+    pub fn reads(disk: &Disk, rate: u64) -> Result<Self> {
+        Self::new(disk, rate, "read_iops_device", "riops")
+    }
+
+    fn new(disk: &Disk, rate: u64, v1_name: &str, v2_name: &str) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("upperdeck-slow-{}-{number}", std::process::id());
         let (v1, v2) = (
             Path::new("/sys/fs/cgroup/blkio"),
             Path::new("/sys/fs/cgroup"),
@@ -62,10 +88,11 @@ impl Slow {
         let device = disk.device()?;
         let (at, file, text) = if v1.exists() {
             let text = format!("{device} {rate}");
-            (v1.join(name), "blkio.throttle.write_bps_device", text)
+            (v1.join(name), format!("blkio.throttle.{v1_name}"), text)
         } else {
             std::fs::write(v2.join("cgroup.subtree_control"), "+io")?;
-            (v2.join(name), "io.max", format!("{device} wbps={rate}"))
+            let text = format!("{device} {v2_name}={rate}");
+            (v2.join(name), "io.max".to_owned(), text)
         };
         std::fs::create_dir(&at)?;
         let slow = Self(at);

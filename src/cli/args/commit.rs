@@ -13,7 +13,9 @@ use clap::{Args, ValueEnum, ValueHint};
 
 use super::super::progress::Mode;
 use super::exit_codes;
-use super::shared::{CONTENT, Content, METADATA, Memory, REGISTRY, REPORT, Registry, State};
+use super::shared::{
+    CONTENT, Content, InBackground, METADATA, Memory, REGISTRY, REPORT, Registry, State,
+};
 use super::value::{duration, key_value, size};
 use crate::common::private::FileMode;
 use crate::node::container::Pattern;
@@ -113,9 +115,8 @@ pub(in crate::cli) struct Commit {
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "32M")]
     pub(in crate::cli) live_limit: u64,
 
-    /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
-    #[arg(long)]
-    pub(in crate::cli) background: bool,
+    #[command(flatten)]
+    pub(in crate::cli) background: InBackground,
     #[command(flatten)]
     pub(in crate::cli) memory: Memory,
     /// Ask before the tag is put on: 'ready' is told, then a byte read from this open descriptor. 'y' goes on, anything

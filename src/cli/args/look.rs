@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
 
-use super::shared::{CONTENT, Choice, Format, Memory, State};
+use super::shared::{CONTENT, Choice, Format, InBackground, Memory, State};
 
 pub(super) const PS_HELP: &str = "\
 Examples:
@@ -80,9 +80,8 @@ pub(in crate::cli) struct Inspect {
     /// As for 'commit': a volume that would be saved, too; may be repeated
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
     pub(in crate::cli) include_volume: Vec<PathBuf>,
-    /// Take only what nobody else on the node wants of its cores
-    #[arg(long)]
-    pub(in crate::cli) background: bool,
+    #[command(flatten)]
+    pub(in crate::cli) background: InBackground,
     #[command(flatten)]
     pub(in crate::cli) memory: Memory,
 }

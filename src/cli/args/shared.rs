@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum, ValueHint};
 
-use super::value::{any_path, duration, size};
-use crate::node::background::Bound;
+use super::value::{any_path, duration, floor, size};
+use crate::node::background::{Bound, FLOOR};
 use crate::save::Compression;
 
 pub(super) const CONTENT: &str = "What goes into the layer";
@@ -80,6 +80,25 @@ pub(in crate::cli) struct Choice {
     pub(in crate::cli) max_memory: Option<u64>,
 }
 
+/// Whether others on the node go first.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct InBackground {
+    /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
+    #[arg(long)]
+    background: bool,
+    /// What all that is in the background gets together where others want every core for more than ten seconds: per cent
+    /// of the cores; 0 for nothing
+    #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = FLOOR, requires = "background")]
+    background_floor: f64,
+}
+
+impl InBackground {
+    /// The floor; none: not in the background.
+    pub(in crate::cli) fn floor(&self) -> Option<f64> {
+        self.background.then_some(self.background_floor)
+    }
+}
+
 /// What an agent gives its children on the way.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Memory {
@@ -114,7 +133,7 @@ pub(in crate::cli) struct Content {
     /// How the layer is compressed
     #[arg(long, value_enum, default_value_t = Compression::Gzip, value_name = "CODEC", help_heading = CONTENT)]
     pub(in crate::cli) compression: Compression,
-    /// Level of the codec: gzip 1 to 9, zstd 1 to 19
+    /// Level of the codec: gzip 1 (fastest) to 9 (smallest), zstd 1 to 19 [default: 2, about the size that buildah makes]
     #[arg(long, value_name = "N", help_heading = CONTENT)]
     pub(in crate::cli) compression_level: Option<u32>,
     /// Threads; the result is the same for any number [default: all cores]

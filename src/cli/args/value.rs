@@ -58,6 +58,14 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
     value.ok_or_else(|| "expected a size such as 4096, 500M, 64G or 4T".to_owned())
 }
 
+/// A share of the cores in per cent. What is half of them and more is no floor, but the usual priority.
+pub(super) fn floor(text: &str) -> Result<f64, String> {
+    let percent = text.strip_suffix('%').unwrap_or(text).parse::<f64>().ok();
+    percent
+        .filter(|percent| (0.0..=50.0).contains(percent))
+        .ok_or_else(|| "expected per cent between 0 and 50".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,6 +103,23 @@ mod tests {
                 expected.map(Duration::from_millis),
                 "{text}"
             );
+        }
+    }
+
+    #[test]
+    fn floors() {
+        for (text, expected) in [
+            ("2", Some(2.0)),
+            ("0", Some(0.0)),
+            ("1.5%", Some(1.5)),
+            ("50", Some(50.0)),
+            ("51", None),
+            ("-1", None),
+            ("NaN", None),
+            ("inf", None),
+            ("", None),
+        ] {
+            assert_eq!(floor(text).ok(), expected, "{text}");
         }
     }
 }

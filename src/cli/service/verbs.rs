@@ -164,7 +164,7 @@ fn agent_options(
     if let Some(drain) = work.drain {
         options.drain = drain;
     }
-    options.background = !work.foreground;
+    options.background = (!work.foreground).then_some(work.background_floor);
     options.memory = (work.save_memory > 0).then_some(work.save_memory);
     options.flags = work.commit_flag;
     Ok(options)

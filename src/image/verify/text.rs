@@ -34,9 +34,11 @@ use crate::common::digest::{Digest, HashingWriter};
 
 /// Default time in seconds since the epoch (2001-09-09).
 pub const DEFAULT_TIME: i64 = 1_000_000_000;
-/// Maximum number of items that one `/for` or `/deep` line creates.
-const MAX_REPEAT: u64 = 1_000_000;
-/// Maximum length of a name after the expansion of `{TEXT*N}`, in bytes.
+/// Most items that one `/for` or `/deep` line makes.
+const MAX_REPEAT: u64 = 100_000;
+/// What all items of a document may take together, in bytes: a line of a few words can make very many.
+const MAX_BYTES: usize = 64 << 20;
+/// Longest name after `{TEXT*N}` is expanded, in bytes.
 const MAX_NAME: usize = super::archive::PATH_BYTES;
 
 /// A line that cannot be parsed.
@@ -213,7 +215,7 @@ fn random(seed: u64, index: u64) -> u64 {
 
 /// Parses a document.
 pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
-    let mut lines = Vec::new();
+    let mut lines = Lines::default();
     let mut defaults: Vec<&str> = Vec::new();
     for (index, whole) in text.lines().enumerate() {
         let line = index + 1;
@@ -224,7 +226,7 @@ pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
         let fail = |reason: String| ParseError { line, reason };
         if let Some(name) = first.strip_prefix('@') {
             let words = words.map(str::to_owned).collect();
-            lines.push(Line::Directive {
+            lines.found.push(Line::Directive {
                 name: name.to_owned(),
                 words,
                 line,
@@ -246,18 +248,18 @@ pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
                     let own = own.iter().map(String::as_str);
                     let item =
                         item(&put(name), defaults.iter().copied().chain(own)).map_err(fail)?;
-                    lines.push(Line::Item(Box::new(item)));
+                    lines.item(item).map_err(fail)?;
                 }
             }
             "/deep" => {
                 let count = words
                     .next()
                     .and_then(|n| n.parse().ok())
-                    .filter(|n| *n <= 100_000u64);
+                    .filter(|n| *n <= MAX_REPEAT);
                 let (Some(count), Some(name)) = (count, words.next()) else {
-                    return Err(fail(
-                        "/deep wants a number up to 100000 and a name".to_owned(),
-                    ));
+                    return Err(fail(format!(
+                        "/deep wants a number up to {MAX_REPEAT} and a name"
+                    )));
                 };
                 let words: Vec<&str> = defaults.iter().copied().chain(words).collect();
                 let directory = name
@@ -271,7 +273,7 @@ pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
                 let mut nested = directory.to_owned();
                 for _ in 0..count {
                     let item = item(&format!("{nested}/"), words.iter().copied()).map_err(fail)?;
-                    lines.push(Line::Item(Box::new(item)));
+                    lines.item(item).map_err(fail)?;
                     nested = format!("{nested}/{last}");
                 }
             }
@@ -282,11 +284,46 @@ pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
             }
             _ => {
                 let item = item(first, defaults.iter().copied().chain(words)).map_err(fail)?;
-                lines.push(Line::Item(Box::new(item)));
+                lines.item(item).map_err(fail)?;
             }
         }
     }
-    Ok(lines)
+    Ok(lines.found)
+}
+
+/// What was read of a document.
+#[derive(Default)]
+struct Lines {
+    found: Vec<Line>,
+    /// Of all items.
+    bytes: usize,
+}
+
+impl Lines {
+    fn item(&mut self, item: Item) -> Result<(), String> {
+        self.bytes += item.bytes();
+        if self.bytes > MAX_BYTES {
+            return Err(format!(
+                "what is described up to here takes more than {MAX_BYTES} bytes of memory"
+            ));
+        }
+        self.found.push(Line::Item(Box::new(item)));
+        Ok(())
+    }
+}
+
+impl Item {
+    /// What it takes in memory.
+    fn bytes(&self) -> usize {
+        let pairs = self.xattrs.iter().chain(&self.overlay);
+        let pairs: usize = pairs.map(|(name, value)| name.len() + value.len()).sum();
+        let content = match &self.content.base {
+            Base::Bytes(bytes) => bytes.len(),
+            _ => 0,
+        };
+        let over: usize = self.content.over.iter().map(|(_, bytes)| bytes.len()).sum();
+        size_of::<Self>() + self.name.len() + self.link.len() + pairs + content + over
+    }
 }
 
 /// Returns the numbers of `FROM..TO` (without `TO`), padded with zeros to the same width.
@@ -630,6 +667,20 @@ mod tests {
                 }
             })
             .collect())
+    }
+
+    #[test]
+    fn a_short_document_that_describes_very_much_is_refused() {
+        for text in [
+            "/for 0..100000 {x*60000}",
+            "/deep 100000 d/",
+            "/for 0..100000 f{} xattr.user.a={x*60000}",
+            &"/for 0..100000 f{}\n".repeat(10),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(error.reason.contains("bytes"), "{text}: {error}");
+        }
+        assert!(parse("/for 0..65000 f{}").is_ok());
     }
 
     #[test]

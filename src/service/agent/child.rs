@@ -104,9 +104,7 @@ pub(super) fn arguments(
         options.state_dir.as_ref().unwrap_or(&nowhere),
     ));
     all.push(format!("--jobs={threads}").into());
-    if options.background {
-        all.push("--background".into());
-    }
+    all.extend(background_flags(options));
     all.extend(memory_flags(options, &save_group(order.job)));
     if let Some(pause) = options.max_pause {
         all.push(format!("--max-pause={}ms", pause.as_millis().max(1)).into());
@@ -177,13 +175,24 @@ fn memory_flags(options: &Options, group: &str) -> Vec<OsString> {
     bound.into_iter().flatten().collect()
 }
 
-/// Removes the cgroup of a child that has ended. Returns whether the child was killed because of its memory limit.
+/// Its place behind everybody else on the node.
+fn background_flags(options: &Options) -> impl Iterator<Item = OsString> {
+    let flags = options.background.map(|floor| {
+        [
+            "--background".into(),
+            format!("--background-floor={floor}").into(),
+        ]
+    });
+    flags.into_iter().flatten()
+}
+
+/// Removes the cgroup of a child that has ended. Whether it was ended for want of memory.
 fn release_memory(options: &Options, group: String) -> bool {
     let Some(bytes) = options.memory else {
         return false;
     };
     let host_root = options.roots.host_root.as_deref();
-    Bound { bytes, group }.release(host_root, options.background)
+    Bound { bytes, group }.release(host_root, options.background.is_some())
 }
 
 /// Removes the cgroup of a save that has ended. Returns whether the save ran out of memory; where no cgroup limited it,
@@ -345,9 +354,7 @@ pub(super) async fn inspect(options: &Options, stuck: &Stuck, session: &str) -> 
     let mut command = Command::new(&options.program);
     let mut flags = roots_flags(&options.roots);
     flags.extend(["inspect", "--format=json"].map(Into::into));
-    if options.background {
-        flags.push("--background".into());
-    }
+    flags.extend(background_flags(options));
     let group = format!("look-{}", JobId::new());
     flags.extend(memory_flags(options, &group));
     let state_dir = options.state_dir.as_deref().unwrap_or(Path::new(""));
@@ -539,6 +546,7 @@ mod tests {
                 "--state-dir=/var/lib/upperdeck",
                 "--jobs=3",
                 "--background",
+                "--background-floor=2",
                 "--memory-limit=3221225472",
                 &format!("--memory-group=save-{}", order.job),
                 "--creds-fd=0",

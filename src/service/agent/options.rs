@@ -5,6 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::node::background::FLOOR;
 use crate::node::container::{Pattern, Roots};
 use crate::service::queue::HEARTBEAT_EVERY;
 
@@ -57,9 +58,9 @@ pub struct Options {
     pub inventory_every: Duration,
     /// Interval between two inspections of the size of a session's changes.
     pub sizes_every: Duration,
-    /// Whether children run at the lowest CPU and I/O priority.
-    pub background: bool,
-    /// Memory limit of a child in bytes; `None` means no limit.
+    /// Whether children run at the lowest CPU and I/O priority, and then their floor in per cent of the cores.
+    pub background: Option<f64>,
+    /// The most memory that a child may take, in bytes; none: no bound.
     pub memory: Option<u64>,
     /// Further flags of `commit` for every job, chosen by the administrator: caps, `--pause`, `--include-caches`.
     pub flags: Vec<String>,
@@ -110,7 +111,7 @@ impl Options {
             heartbeat_every: HEARTBEAT_EVERY,
             inventory_every: Duration::from_secs(10),
             sizes_every: Duration::from_secs(5 * 60),
-            background: true,
+            background: Some(FLOOR),
             memory: Some(MEMORY),
             flags: Vec::new(),
         }

@@ -339,7 +339,8 @@ fn is_plain(user: &str) -> bool {
 /// Returns the user with this component; `None` if no user's name results in it.
 pub fn user_of(component_text: &str) -> Option<String> {
     let Some(mut rest) = component_text.strip_prefix(ESCAPED) else {
-        return is_plain(component_text).then(|| component_text.to_owned());
+        let known = is_plain(component_text) && component_text.len() <= MAX_USER;
+        return known.then(|| component_text.to_owned());
     };
     let mut bytes = Vec::new();
     while !rest.is_empty() {
@@ -490,7 +491,16 @@ mod tests {
         for nobody in ["", "a\0", "a\nb", &"x".repeat(65)] {
             assert!(component(nobody).is_err(), "{nobody:?}");
         }
-        for other in ["a__b", "u__0", "u__0alice", "u__0__6", "u__0__6lice", "A"] {
+        let long = "x".repeat(65);
+        for other in [
+            "a__b",
+            "u__0",
+            "u__0alice",
+            "u__0__6",
+            "u__0__6lice",
+            "A",
+            &long,
+        ] {
             assert_eq!(user_of(other), None, "{other}");
         }
     }

@@ -18,6 +18,10 @@ use crate::image::manifest::raw::MANIFEST_TYPES;
 const PAGE: usize = 1000;
 /// Upper bound on the number of names; a longer list is treated as endless.
 const MAX_NAMES: usize = 200_000;
+/// Pages of a list: they can be empty, and there can be one after each.
+const MAX_PAGES: usize = 2_000;
+/// The longest name of a repository or a tag, in bytes: what is longer is neither.
+const MAX_NAME: usize = 255;
 const MAX_PAGE_BYTES: u64 = 16 << 20;
 
 /// The manifest that a tag refers to.
@@ -88,6 +92,7 @@ impl Repository {
         pick: impl Fn(Names) -> Option<Vec<String>>,
     ) -> Result<Option<Vec<String>>, Error> {
         let mut found = Vec::new();
+        let mut pages = 0;
         loop {
             let mut call = Call {
                 scopes: scopes.clone(),
@@ -108,7 +113,8 @@ impl Repository {
                 request: request.clone(),
                 reason: "expected a list of names".to_owned(),
             })?;
-            found.extend(pick(page).unwrap_or_default());
+            let names = pick(page).unwrap_or_default().into_iter();
+            found.extend(names.filter(|name| name.len() <= MAX_NAME));
             let Some(next) = next.and_then(|next| call.url.join(&next).ok()) else {
                 return Ok(Some(found));
             };
@@ -116,7 +122,8 @@ impl Repository {
             let mut here = call.url.clone();
             here.set_path(next.path());
             here.set_query(next.query());
-            if here == call.url || found.len() > MAX_NAMES {
+            pages += 1;
+            if here == call.url || found.len() > MAX_NAMES || pages == MAX_PAGES {
                 return Err(Error::Nonsense {
                     request,
                     reason: "a list that does not end".to_owned(),

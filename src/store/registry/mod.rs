@@ -113,7 +113,22 @@ impl Default for Access {
     }
 }
 
-/// All registries of a save. Repositories on one host share connections and tokens. Clones share the same state.
+/// What an answer's header and body are read as, apart from any request: realm and service of a challenge, the words of an
+/// error. For the fuzz targets alone.
+#[doc(hidden)]
+pub fn heard(header: &str, body: &[u8]) -> Vec<String> {
+    let now = std::time::Instant::now();
+    if let Ok(token) = auth::Token::read(body, now) {
+        token.stale(now);
+        token.age().is_over(now);
+    }
+    auth::read_challenge(header.lines());
+    retry::read_retry_after(header, jiff::Timestamp::UNIX_EPOCH);
+    let (code, message) = error::read_error_body(body);
+    code.into_iter().chain(message).collect()
+}
+
+/// All registries of a save. Repositories on one host share connections and tokens. Clones are the same thing.
 #[derive(Clone)]
 pub struct Registries {
     access: Arc<Access>,

@@ -26,12 +26,39 @@ pub struct Running {
 
 impl Docker {
     pub fn start(scratch: &Scratch) -> Result<Self> {
+        let server = crate::support::find_program("dockerd").context("no dockerd")?;
+        Self::with(scratch, Command::new(server), &[])
+    }
+
+    /// With `userns-remap`: root's files are user 200000's in its store. The file that gives these ids away is seen by this
+    /// daemon alone, and its mounts by everybody.
+    pub fn remapped(scratch: &Scratch) -> Result<Self> {
+        let (dir, ids) = (scratch.dir("docker")?, scratch.dir("ids")?.join("ids"));
+        std::fs::write(&ids, "daemon:200000:65536\n")?;
+        run(command("mount", ["--bind"]).args([&dir, &dir]))?;
+        run(command("mount", ["--make-shared"]).arg(&dir))?;
+        let script = "ids=$1; shift; mount --make-private /
+            for file in /etc/subuid /etc/subgid; do mount --bind \"$ids\" $file; done; exec dockerd \"$@\"";
+        let namespace = [
+            "-m",
+            "--propagation",
+            "unchanged",
+            "sh",
+            "-ec",
+            script,
+            "sh",
+        ];
+        let mut server = command("unshare", namespace);
+        server.arg(ids);
+        Self::with(scratch, server, &["--userns-remap=daemon"])
+    }
+
+    fn with(scratch: &Scratch, mut server: Command, options: &[&str]) -> Result<Self> {
         let dir = scratch.dir("docker")?;
         let socket = format!("unix://{}", dir.join("sock").display());
         let root = dir.join("root");
-        let mut server =
-            Command::new(crate::support::find_program("dockerd").context("no dockerd")?);
         server
+            .args(options)
             .args([
                 "--storage-driver",
                 "overlay2",

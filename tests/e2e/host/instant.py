@@ -80,14 +80,14 @@ try:
     for name in sorted(name for name in os.listdir(home) if name.startswith("rewrite-") and "." not in name):
         data, way = open(f"{home}/{name}", "rb").read(), name.split("-")[1]
         numbers = [int(data[at:at + 16].strip(b"\0") or 0) for block in range(0, len(data), 4096) for at in (block, block + 4080)]
-        kinds, emptied = set(numbers), way == "zero" and not any(numbers) or way == "truncate" and not data
+        kinds, emptied = set(numbers), way in ("zero", "punch") and not any(numbers) or way == "truncate" and not data
         if way == "mmap":
             assert numbers == sorted(numbers, reverse=True) and max(numbers) - min(numbers) <= 1, f"{name} is torn: {kinds}"
         elif len(kinds) != 1 and not emptied:
             asked = way in ("libaio", "io_uring") and "unsettled" in sys.argv[4:] and max(numbers) - min(numbers) == 1
             assert asked, f"{name} is torn: {kinds}"
             print(way, "in part", end=" ")
-        assert emptied or len(data) == 48 << 20, f"{name} has {len(data)} bytes"
+        assert emptied or len(data) == 16 << 20, f"{name} has {len(data)} bytes"
         print(way, max(numbers, default=0), end=" ")
     if os.path.exists(f"{home}/page"):
         print("page", int(read("page", 4096) or 0), end=" ")

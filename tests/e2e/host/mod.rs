@@ -210,7 +210,7 @@ fn processes_of(root: &Path) -> Vec<i32> {
 }
 
 /// Every cgroup directory of a process but the roots and those that this process shares.
-fn cgroups_of(pid: i32) -> Vec<PathBuf> {
+pub fn cgroups_of(pid: i32) -> Vec<PathBuf> {
     let read = |pid: &str| {
         fs::read_to_string(Path::new("/proc").join(pid).join("cgroup")).unwrap_or_default()
     };

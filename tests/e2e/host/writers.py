@@ -96,8 +96,8 @@ def page():
 
 
 def rewrite(way):
-    """A file of 48 MB that is rewritten in place by one call, every now and then: all of it is of one number, at any instant."""
-    size = 48 << 20
+    """A file of 16 MB that is rewritten in place by one call, every now and then: all of it is of one number, at any instant."""
+    size = 16 << 20
     path = f"{home}/rewrite-{way}"
     libc = ctypes.CDLL(None, use_errno=True)
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -108,6 +108,14 @@ def rewrite(way):
         if result < 0:
             raise OSError(ctypes.get_errno(), f"system call {number}")
         return result
+
+    def wait(number, *arguments):
+        """What waits is interrupted by a freeze."""
+        while True:
+            try:
+                return call(number, *arguments)
+            except InterruptedError:
+                pass
 
     def fill(n):
         memory[:] = (b"%016d" % n) * (size // 16)
@@ -146,12 +154,13 @@ def rewrite(way):
             write(fd)
         elif way == "libaio":
             call(209, context.value, 1, ctypes.addressof(requests))
-            call(208, context.value, 1, 1, ctypes.addressof(event), 0)
+            wait(208, context.value, 1, 1, ctypes.addressof(event), 0)
         elif way == "io_uring":
             tail, = struct.unpack_from("I", queue, submission[1])
             struct.pack_into("I", queue, submission[6] + 4 * (tail % 8), 0)
             struct.pack_into("I", queue, submission[1], tail + 1)
-            assert call(426, ring, 1, 1, 1, 0, 0) == 1
+            assert call(426, ring, 1, 0, 0, 0, 0) == 1
+            wait(426, ring, 0, 1, 1, 0, 0)
             head, = struct.unpack_from("I", queue, completion[0])
             struct.pack_into("I", queue, completion[0], head + 1)
         elif way == "mmap":
@@ -167,6 +176,10 @@ def rewrite(way):
         elif way == "zero":
             # FALLOC_FL_ZERO_RANGE
             call(285, fd, 0x10, 0, size)
+            write(fd)
+        elif way == "punch":
+            # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            call(285, fd, 0x3, 0, size)
             write(fd)
         elif way == "clone":
             write(source)

@@ -18,7 +18,8 @@ pub(in crate::cli) use doctor::Doctor;
 pub(in crate::cli) use job::{Job, JobSubmit};
 
 use super::shared::{LIMITS, REGISTRY};
-use super::value::{duration, key_value, size};
+use super::value::{duration, floor, key_value, size};
+use crate::node::background::FLOOR;
 use crate::node::container::Pattern;
 
 const QUEUE: &str = "Queue";
@@ -226,6 +227,10 @@ pub(in crate::cli) struct Work {
     /// Run saves at the usual priority, and not at the lowest
     #[arg(long, help_heading = WORK)]
     pub(in crate::cli) foreground: bool,
+    /// What all saves at the lowest priority get together where others want every core for more than ten seconds: per cent
+    /// of the node's cores; 0 for nothing
+    #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = FLOOR, help_heading = WORK)]
+    pub(in crate::cli) background_floor: f64,
     /// The most memory that one save, or one look into a session, may take; 0 for no bound
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "3G", help_heading = WORK)]
     pub(in crate::cli) save_memory: u64,

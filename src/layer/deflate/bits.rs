@@ -1,0 +1,60 @@
+//! Bits into bytes, least significant first (RFC 1951, 3.1.1).
+
+/// Bytes of the output that [`Bits::flush`] may write behind the last bit.
+pub const SLACK: usize = 8;
+
+/// Writes bits into a slice that the caller made large enough, [`SLACK`] included.
+pub struct Bits<'a> {
+    out: &'a mut [u8],
+    at: usize,
+    word: u64,
+    count: u32,
+}
+
+impl<'a> Bits<'a> {
+    /// Goes on behind `count` (less than 8) pending bits.
+    pub fn new(out: &'a mut [u8], pending: Pending) -> Self {
+        Self {
+            out,
+            at: 0,
+            word: u64::from(pending.bits),
+            count: u32::from(pending.count),
+        }
+    }
+
+    /// Adds the lowest `count` bits of `bits`; those above must be zero. At most 56 bits between two flushes.
+    #[inline(always)]
+    pub fn put(&mut self, bits: u64, count: u32) {
+        debug_assert!(self.count + count <= 63 && bits >> count == 0);
+        self.word |= bits << (self.count & 63);
+        self.count += count;
+    }
+
+    /// Writes out all whole bytes.
+    #[inline(always)]
+    pub fn flush(&mut self) {
+        self.out[self.at..self.at + 8].copy_from_slice(&self.word.to_le_bytes());
+        self.at += (self.count >> 3) as usize;
+        self.word >>= self.count & !7;
+        self.count &= 7;
+    }
+
+    /// The number of bytes written, and the bits that are left.
+    pub fn end(mut self) -> (usize, Pending) {
+        self.flush();
+        let pending = Pending {
+            bits: self.word as u8,
+            count: self.count as u8,
+        };
+        (self.at, pending)
+    }
+}
+
+/// Bits that do not fill a byte yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pending {
+    /// The bits; those above `count` are zero.
+    pub bits: u8,
+    /// How many, less than 8.
+    pub count: u8,
+}

@@ -1,0 +1,196 @@
+//! All earlier positions with the same hash, in chains, and a second thought before a match is taken.
+
+use super::halves::{Found, GROUP, Table};
+use super::symbols::{FARTHEST, LONGEST};
+use super::window::{LAST, POSITIONS, STRIDE, Window, length_of_match, load32};
+
+/// Bits of the hash of four bytes.
+const BITS: u32 = 15;
+/// Bits of the hash of three bytes.
+const BITS_OF_THREE: u32 = 13;
+/// A match of three bytes that is farther costs more than three literals.
+const FARTHEST_OF_THREE: u16 = 4096;
+/// Positions behind the first one of a step up to which a better match is waited for.
+const PATIENCE: usize = 8;
+
+/// How hard to look.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Effort {
+    /// Candidates looked at.
+    pub depth: u32,
+    /// A match this long is taken without looking further.
+    pub nice: usize,
+}
+
+/// The last position of each hash, and for each position the one before it with the same hash.
+pub struct Chains {
+    heads: Box<[u16; 1 << BITS]>,
+    heads_of_three: Box<[u16; 1 << BITS_OF_THREE]>,
+    before: Box<[u16; POSITIONS]>,
+    effort: Effort,
+}
+
+/// A match; shorter than 3 if there is none.
+#[derive(Clone, Copy)]
+struct Match {
+    length: usize,
+    dist: u16,
+}
+
+impl Match {
+    /// Whether to prefer `later`, which begins one byte on: what it is longer, against what its distance costs.
+    fn is_worse_than(self, later: Match) -> bool {
+        let bits = |dist: u16| 16 - dist.leading_zeros() as i32;
+        let gain = 4 * (later.length as i32 - self.length as i32);
+        later.length >= self.length && gain + bits(self.dist) - bits(later.dist) > 2
+    }
+}
+
+#[inline(always)]
+fn hash(four: u32) -> usize {
+    (four.wrapping_mul(0x9E37_79B1) >> (32 - BITS)) as usize
+}
+
+#[inline(always)]
+fn hash_of_three(four: u32) -> usize {
+    ((four << 8).wrapping_mul(0x9E37_79B1) >> (32 - BITS_OF_THREE)) as usize
+}
+
+fn boxed<const N: usize>() -> Box<[u16; N]> {
+    let slots = vec![0u16; N].into_boxed_slice();
+    slots.try_into().unwrap_or_else(|_| unreachable!())
+}
+
+fn slide(slots: &mut [u16]) {
+    for slot in slots {
+        *slot = slot.saturating_sub(STRIDE as u16);
+    }
+}
+
+impl Chains {
+    /// Enters a position; returns the last ones before it with the same hash of four and of three bytes.
+    #[inline(always)]
+    fn candidates(&mut self, four: u32, at: u16) -> (u16, u16) {
+        let head = &mut self.heads[hash(four)];
+        let candidate = std::mem::replace(head, at);
+        self.before[usize::from(at)] = candidate;
+        let head = &mut self.heads_of_three[hash_of_three(four)];
+        (candidate, std::mem::replace(head, at))
+    }
+
+    /// The longest match at `here` that is longer than `least` bytes, among the next `depth` candidates.
+    #[inline(always)]
+    fn search(&mut self, window: &Window, here: u16, least: usize, mut depth: u32) -> Match {
+        let four = load32(window, here);
+        let (mut candidate, of_three) = self.candidates(four, here);
+        let mut best = Match {
+            length: least,
+            dist: 0,
+        };
+        let oldest = here.saturating_sub(FARTHEST as u16).max(1);
+        if least < 3 {
+            let near = of_three != 0 && here - of_three <= FARTHEST_OF_THREE;
+            if near && (load32(window, of_three) ^ four) << 8 == 0 {
+                best.length = 3;
+                best.dist = here - of_three;
+            }
+        }
+        // The last four bytes of what would be longer than the best.
+        let mut tail_at = best.length.max(3) - 3;
+        let mut tail = load(window, here, tail_at);
+        while candidate >= oldest {
+            if load(window, candidate, tail_at) == tail && load32(window, candidate) == four {
+                let length = length_of_match(window, candidate, here);
+                if length > best.length {
+                    best.length = length;
+                    best.dist = here - candidate;
+                    if length >= self.effort.nice {
+                        break;
+                    }
+                    tail_at = length - 3;
+                    tail = load(window, here, tail_at);
+                }
+            }
+            depth -= 1;
+            if depth == 0 {
+                break;
+            }
+            candidate = self.before[usize::from(candidate)];
+        }
+        if best.dist == 0 {
+            best.length = 0;
+        }
+        best
+    }
+}
+
+/// The four bytes from `at + offset` on.
+#[inline(always)]
+fn load(window: &Window, at: u16, offset: usize) -> u32 {
+    debug_assert!(offset < LONGEST as usize);
+    let at = usize::from(at) + (offset & 255);
+    let mut bytes = [0; 4];
+    bytes.copy_from_slice(&window[at..at + 4]);
+    u32::from_le_bytes(bytes)
+}
+
+impl Table for Chains {
+    type Effort = Effort;
+
+    fn new(effort: Effort) -> Self {
+        Self {
+            heads: boxed(),
+            heads_of_three: boxed(),
+            before: boxed(),
+            effort,
+        }
+    }
+
+    fn clear(&mut self) {
+        self.heads.fill(0);
+        self.heads_of_three.fill(0);
+    }
+
+    fn slide(&mut self) {
+        slide(self.heads.as_mut_slice());
+        slide(self.heads_of_three.as_mut_slice());
+        self.before.copy_within(STRIDE.., 0);
+        slide(&mut self.before[..STRIDE]);
+    }
+
+    fn enter(&mut self, window: &Window, at: u16) {
+        self.candidates(load32(window, at), at);
+    }
+
+    fn find(&mut self, window: &Window, at: u16) -> Found {
+        let depth = self.effort.depth;
+        let start = usize::from(at);
+        let mut here = start;
+        let mut best = self.search(window, at, 2, depth);
+        while best.length == 0 {
+            here += 1;
+            if here == start + GROUP {
+                return Found::NONE;
+            }
+            best = self.search(window, here as u16, 2, depth);
+        }
+        let mut entered = here + 1;
+        while best.length < self.effort.nice && here < start + PATIENCE {
+            let later = self.search(window, entered as u16, best.length - 1, depth / 2 + 1);
+            entered += 1;
+            if later.length == 0 || !best.is_worse_than(later) {
+                break;
+            }
+            here += 1;
+            best = later;
+        }
+        for at in entered..(here + best.length).min(LAST) {
+            self.enter(window, at as u16);
+        }
+        Found {
+            skipped: here - start,
+            length: best.length,
+            dist: usize::from(best.dist),
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! A block's two prefix codes, and their description at the head of a dynamic block (RFC 1951, 3.2.7).
+
+use super::bits::Bits;
+use super::huffman::{code_lengths, codes};
+use super::symbols::{DISTS, END, LENGTH_EXTRA, LITLEN, dist_extra, fixed_lengths};
+use super::tokens::Frequencies;
+
+/// The most bits of a literal's or length's code: four literals and seven bits that wait fit into 64.
+const LITLEN_BITS: usize = 14;
+/// The most bits of a distance's code.
+const DIST_BITS: usize = 15;
+/// Symbols of the code in which lengths of codes are written.
+const PRE: usize = 19;
+/// Its most bits.
+const PRE_BITS: usize = 7;
+/// The order in which its lengths are written.
+const PRE_ORDER: [usize; PRE] = [
+    16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15,
+];
+/// Repeats the length before 3 to 6 times.
+const REPEAT: u8 = 16;
+/// 3 to 10 zeros.
+const ZEROS: u8 = 17;
+/// 11 to 138 zeros.
+const MANY_ZEROS: u8 = 18;
+
+/// The lengths of a block's codes.
+pub struct Lengths {
+    /// Of literals, the end and lengths.
+    pub litlen: [u8; LITLEN],
+    /// Of distances.
+    pub dists: [u8; DISTS],
+}
+
+impl Lengths {
+    /// The best for these frequencies.
+    pub fn best(freqs: &Frequencies) -> Self {
+        let mut lengths = Self {
+            litlen: [0; LITLEN],
+            dists: [0; DISTS],
+        };
+        // The last two symbols of either alphabet are none in a dynamic block.
+        code_lengths(
+            &freqs.litlen[..LITLEN - 2],
+            LITLEN_BITS,
+            &mut lengths.litlen[..LITLEN - 2],
+        );
+        code_lengths(
+            &freqs.dists[..DISTS - 2],
+            DIST_BITS,
+            &mut lengths.dists[..DISTS - 2],
+        );
+        lengths
+    }
+
+    /// Those of a fixed block.
+    pub const fn fixed() -> Self {
+        Self {
+            litlen: fixed_lengths(),
+            dists: [5; DISTS],
+        }
+    }
+
+    /// Bits that the block's symbols take, extra bits included.
+    pub fn cost(&self, freqs: &Frequencies) -> u64 {
+        let mut bits = 0;
+        for (&freq, &length) in freqs.litlen.iter().zip(&self.litlen) {
+            bits += u64::from(freq) * u64::from(length);
+        }
+        for (&freq, &extra) in freqs.litlen[END + 1..].iter().zip(&LENGTH_EXTRA) {
+            bits += u64::from(freq) * u64::from(extra);
+        }
+        for (symbol, (&freq, &length)) in freqs.dists.iter().zip(&self.dists).enumerate() {
+            bits += u64::from(freq) * u64::from(u32::from(length) + dist_extra(symbol));
+        }
+        bits
+    }
+
+    /// The codes, as they are written.
+    pub fn codes(&self) -> ([u16; LITLEN], [u16; DISTS]) {
+        let (mut litlen, mut dists) = ([0; LITLEN], [0; DISTS]);
+        codes(&self.litlen, &mut litlen);
+        codes(&self.dists, &mut dists);
+        (litlen, dists)
+    }
+}
+
+/// The description of a block's codes.
+pub struct Description {
+    /// Symbols of the code of lengths, each with its extra bits' value.
+    items: [(u8, u8); LITLEN + DISTS],
+    len: usize,
+    litlen: usize,
+    dists: usize,
+    pre: usize,
+    lengths: [u8; PRE],
+    /// Bits that it takes, without the block's three.
+    pub cost: u64,
+}
+
+/// The number of extra bits of a symbol in the description.
+fn pre_extra(symbol: u8) -> u32 {
+    match symbol {
+        REPEAT => 2,
+        ZEROS => 3,
+        MANY_ZEROS => 7,
+        _ => 0,
+    }
+}
+
+impl Description {
+    /// Of these lengths.
+    pub fn of(lengths: &Lengths) -> Self {
+        let used = |all: &[u8], least: usize| {
+            let last = all.iter().rposition(|&length| length > 0);
+            last.map_or(least, |last| (last + 1).max(least))
+        };
+        let litlen = used(&lengths.litlen[..LITLEN - 2], END + 1);
+        let dists = used(&lengths.dists[..DISTS - 2], 1);
+        let mut all = [0; LITLEN + DISTS];
+        all[..litlen].copy_from_slice(&lengths.litlen[..litlen]);
+        all[litlen..litlen + dists].copy_from_slice(&lengths.dists[..dists]);
+        let mut description = Self {
+            items: [(0, 0); LITLEN + DISTS],
+            len: 0,
+            litlen,
+            dists,
+            pre: 0,
+            lengths: [0; PRE],
+            cost: 0,
+        };
+        let mut freqs = [0u32; PRE];
+        for run in all[..litlen + dists].chunk_by(|a, b| a == b) {
+            description.add_run(run[0], run.len());
+        }
+        for &(symbol, _) in &description.items[..description.len] {
+            freqs[usize::from(symbol)] += 1;
+        }
+        code_lengths(&freqs, PRE_BITS, &mut description.lengths);
+        let last = PRE_ORDER
+            .iter()
+            .rposition(|&symbol| description.lengths[symbol] > 0);
+        description.pre = last.map_or(4, |last| (last + 1).max(4));
+        let symbols = (0u8..).zip(freqs).zip(&description.lengths);
+        let cost = symbols.map(|((symbol, freq), &length)| {
+            u64::from(freq) * u64::from(u32::from(length) + pre_extra(symbol))
+        });
+        description.cost = 14 + 3 * description.pre as u64 + cost.sum::<u64>();
+        description
+    }
+
+    fn add(&mut self, symbol: u8, extra: usize) {
+        self.items[self.len] = (symbol, extra as u8);
+        self.len += 1;
+    }
+
+    /// `count` equal lengths.
+    fn add_run(&mut self, length: u8, mut count: usize) {
+        if length == 0 {
+            while count >= 11 {
+                let now = count.min(138);
+                self.add(MANY_ZEROS, now - 11);
+                count -= now;
+            }
+            if count >= 3 {
+                self.add(ZEROS, count - 3);
+                count = 0;
+            }
+        } else if count > 3 {
+            self.add(length, 0);
+            count -= 1;
+            while count >= 3 {
+                let now = count.min(6);
+                self.add(REPEAT, now - 3);
+                count -= now;
+            }
+        }
+        for _ in 0..count {
+            self.add(length, 0);
+        }
+    }
+
+    /// Writes it.
+    pub fn write(&self, bits: &mut Bits<'_>) {
+        let mut pre_codes = [0; PRE];
+        codes(&self.lengths, &mut pre_codes);
+        bits.put((self.litlen - END - 1) as u64, 5);
+        bits.put((self.dists - 1) as u64, 5);
+        bits.put((self.pre - 4) as u64, 4);
+        bits.flush();
+        for symbol in &PRE_ORDER[..self.pre] {
+            bits.put(u64::from(self.lengths[*symbol]), 3);
+            bits.flush();
+        }
+        for &(symbol, extra) in &self.items[..self.len] {
+            let length = u32::from(self.lengths[usize::from(symbol)]);
+            let code = u64::from(pre_codes[usize::from(symbol)]);
+            bits.put(
+                code | u64::from(extra) << length,
+                length + pre_extra(symbol),
+            );
+            bits.flush();
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Two halves of the input gone through side by side.
+//!
+//! Where a match ends decides where the next one is looked for, so looking for matches is one chain of loads that wait for
+//! each other. Two such chains that have nothing to do with each other take little longer than one.
+
+use super::symbols::FARTHEST;
+use super::tokens::Tokens;
+use super::window::{POSITIONS, STRIDE, Window, Windows};
+
+/// Input below this is not worth two halves.
+const WORTHWHILE: usize = 128 << 10;
+/// Bytes before a window's or the input's end at which no step begins.
+pub const MARGIN: usize = 16;
+/// Bytes that a step may go without a match.
+pub const GROUP: usize = 4;
+
+/// Earlier positions by a hash of what stands there.
+pub trait Table {
+    /// How hard to look for matches.
+    type Effort: Copy;
+    /// Empty.
+    fn new(effort: Self::Effort) -> Self;
+    /// Forgets all.
+    fn clear(&mut self);
+    /// Makes positions those of the next window.
+    fn slide(&mut self);
+    /// Enters a position.
+    fn enter(&mut self, window: &Window, at: u16);
+    /// Enters the positions from `at` on, at least [`GROUP`] of them or up to a match's end, and finds the match that
+    /// comes first, or a better one behind it.
+    fn find(&mut self, window: &Window, at: u16) -> Found;
+}
+
+/// What [`Table::find`] found.
+pub struct Found {
+    /// How far behind the start; [`GROUP`] if there is none.
+    pub skipped: usize,
+    /// Its length, up to what stands behind the input's end; 0 if there is none.
+    pub length: usize,
+    /// Its distance.
+    pub dist: usize,
+}
+
+impl Found {
+    /// No match.
+    pub const NONE: Self = Self {
+        skipped: GROUP,
+        length: 0,
+        dist: 0,
+    };
+}
+
+/// One half's state.
+struct Half<'a, T> {
+    table: &'a mut T,
+    tokens: &'a mut Tokens,
+    /// Position in the window.
+    at: usize,
+    /// Where the literals begin that belong to no match yet.
+    anchor: usize,
+    /// Where the last step in this window begins, at the latest.
+    limit: usize,
+    /// Where the input ends.
+    end: usize,
+}
+
+impl<'a, T: Table> Half<'a, T> {
+    fn new(windows: &Windows<'_>, start: usize, table: &'a mut T, tokens: &'a mut Tokens) -> Self {
+        table.clear();
+        let window = windows.get();
+        // A position that is 0 stands for none.
+        for at in 1..start.min(windows.rest().saturating_sub(MARGIN)) {
+            table.enter(window, at as u16);
+        }
+        tokens.reset(windows.rest() - start);
+        let mut half = Self {
+            table,
+            tokens,
+            at: start.max(1),
+            anchor: start,
+            limit: 0,
+            end: 0,
+        };
+        half.set_limit(windows);
+        half
+    }
+
+    fn set_limit(&mut self, windows: &Windows<'_>) {
+        self.end = windows.rest();
+        self.limit = self.end.min(POSITIONS).saturating_sub(MARGIN);
+    }
+
+    #[inline(always)]
+    fn goes_on(&self) -> bool {
+        self.at < self.limit
+    }
+
+    fn is_done(&self) -> bool {
+        self.at >= self.end.saturating_sub(MARGIN)
+    }
+
+    /// Goes past one match, or past a group without one.
+    #[inline(always)]
+    fn step(&mut self, window: &Window) {
+        let found = self.table.find(window, self.at as u16);
+        self.at += found.skipped;
+        if found.length == 0 {
+            return;
+        }
+        let length = found.length.min(self.end - self.at);
+        let literals = &window[usize::from(self.anchor as u16)..];
+        let count = self.at - self.anchor;
+        self.tokens.push(literals, count, length, found.dist);
+        self.at += length;
+        self.anchor = self.at;
+    }
+
+    /// Goes on to the next window where this one is used up, or to the end.
+    fn leave(&mut self, windows: &mut Windows<'_>) {
+        let done = self.is_done();
+        let literals_end = if done { self.end } else { self.at };
+        self.tokens
+            .push_literals(&windows.get()[self.anchor..literals_end]);
+        self.anchor = literals_end;
+        if done {
+            self.at = self.end;
+            return;
+        }
+        self.at -= STRIDE;
+        self.anchor -= STRIDE;
+        self.table.slide();
+        windows.slide();
+        self.set_limit(windows);
+    }
+}
+
+/// What looking for matches in halves needs, with tables of type `T`.
+pub struct Halves<T> {
+    tables: [T; 2],
+    last: [Box<Window>; 2],
+}
+
+impl<T: Table> Halves<T> {
+    /// With empty tables.
+    pub fn new(effort: T::Effort) -> Self {
+        let last = || {
+            let window = vec![0; size_of::<Window>()].into_boxed_slice();
+            window.try_into().unwrap_or_else(|_| unreachable!())
+        };
+        Self {
+            tables: [T::new(effort), T::new(effort)],
+            last: [last(), last()],
+        }
+    }
+
+    /// Finds the tokens of `data[start..]`, in two parts; returns where the second begins.
+    #[inline(never)]
+    pub fn run(&mut self, data: &[u8], start: usize, tokens: &mut [Tokens; 2]) -> usize {
+        let middle = if data.len() - start < WORTHWHILE {
+            data.len()
+        } else {
+            start + (data.len() - start) / 2
+        };
+        let [table_a, table_b] = &mut self.tables;
+        let [last_a, last_b] = &mut self.last;
+        let [tokens_a, tokens_b] = tokens;
+        let base = |start: usize| start.saturating_sub(FARTHEST as usize);
+        let mut windows_a = Windows::new(&data[..middle], base(start), last_a);
+        let mut a = Half::new(&windows_a, start - base(start), table_a, tokens_a);
+        if middle < data.len() {
+            let mut windows_b = Windows::new(data, base(middle), last_b);
+            let mut b = Half::new(&windows_b, middle - base(middle), table_b, tokens_b);
+            while !a.is_done() && !b.is_done() {
+                let (window_a, window_b) = (windows_a.get(), windows_b.get());
+                while a.goes_on() && b.goes_on() {
+                    a.step(window_a);
+                    b.step(window_b);
+                }
+                if !a.goes_on() {
+                    a.leave(&mut windows_a);
+                }
+                if !b.goes_on() {
+                    b.leave(&mut windows_b);
+                }
+            }
+            finish(&mut b, &mut windows_b);
+        } else {
+            tokens_b.reset(0);
+        }
+        finish(&mut a, &mut windows_a);
+        middle
+    }
+}
+
+/// Goes through the rest of one half.
+#[inline(never)]
+fn finish<T: Table>(half: &mut Half<'_, T>, windows: &mut Windows<'_>) {
+    while half.anchor < half.end {
+        let window = windows.get();
+        while half.goes_on() {
+            half.step(window);
+        }
+        half.leave(windows);
+    }
+}

@@ -1,0 +1,122 @@
+//! An encoder for raw deflate (RFC 1951) whose blocks of input can be compressed by any thread, in any order: each ends at
+//! the end of a byte, so that the outputs simply follow one another. The same input gives the same bytes everywhere.
+//!
+//! Matches are found first and written later: a table (`fast`, `pair`, `chain`: one candidate, two, all) finds them, in two
+//! halves of the input side by side (`halves`, over a `window`), as `tokens`; `emit` cuts these into blocks and writes each
+//! with the `code` that suits it (`huffman`), through `bits`. `symbols` has the format's alphabets.
+
+#![allow(
+    clippy::inline_always,
+    reason = "in the inner loops a call costs as much as what is called"
+)]
+
+mod bits;
+mod chain;
+mod code;
+mod emit;
+mod fast;
+mod halves;
+mod huffman;
+mod pair;
+mod symbols;
+mod tokens;
+mod window;
+
+use chain::{Chains, Effort};
+use emit::Output;
+use fast::One;
+use halves::{Halves, Table};
+use pair::Two;
+use tokens::Tokens;
+
+/// What ends a stream of blocks: an empty final one.
+pub const END: [u8; 2] = [3, 0];
+
+/// Bytes of input whose tokens are held at once.
+const SEGMENT: usize = 1 << 20;
+
+/// The state of one thread's encoder, to be reused from block to block.
+pub struct Encoder {
+    matcher: Matcher,
+    tokens: [Tokens; 2],
+    /// Bytes of input behind which a block of the format ends.
+    block: usize,
+}
+
+enum Matcher {
+    One(Halves<One>),
+    Two(Halves<Two<{ 1 << 14 }, 3>>),
+    BetterOfTwo(Halves<Two<{ 1 << 15 }, 1>>),
+    Chains(Halves<Chains>),
+}
+
+impl Encoder {
+    /// For a level, 1 (fastest) to 9 (smallest); others are taken for the nearest.
+    pub fn new(level: u32) -> Self {
+        let matcher = match level {
+            0 | 1 => Matcher::One(Halves::new(())),
+            2 => Matcher::Two(Halves::new(())),
+            3 => Matcher::BetterOfTwo(Halves::new(())),
+            _ => Matcher::Chains(Halves::new(effort(level))),
+        };
+        let block = match level {
+            0 | 1 => 120 << 10,
+            2 | 3 => 72 << 10,
+            _ => 36 << 10,
+        };
+        Self {
+            matcher,
+            tokens: [Tokens::default(), Tokens::default()],
+            block,
+        }
+    }
+
+    /// Appends to `out` what `data` becomes: it refers to nothing before it, ends at the end of a byte, and is not the end
+    /// of the stream: that is [`END`].
+    pub fn encode(&mut self, data: &[u8], out: &mut Vec<u8>) {
+        let (tokens, block) = (&mut self.tokens, self.block);
+        match &mut self.matcher {
+            Matcher::One(halves) => encode(halves, tokens, block, data, out),
+            Matcher::Two(halves) => encode(halves, tokens, block, data, out),
+            Matcher::BetterOfTwo(halves) => encode(halves, tokens, block, data, out),
+            Matcher::Chains(halves) => encode(halves, tokens, block, data, out),
+        }
+    }
+}
+
+fn encode<T: Table>(
+    halves: &mut Halves<T>,
+    tokens: &mut [Tokens; 2],
+    block: usize,
+    data: &[u8],
+    out: &mut Vec<u8>,
+) {
+    let mut output = Output::new(out);
+    let mut at = 0;
+    while at < data.len() {
+        let end = data.len().min(at + SEGMENT);
+        let middle = halves.run(&data[..end], at, tokens);
+        for (part, tokens) in [at..middle, middle..end].into_iter().zip(&*tokens) {
+            output.tokens(&data[part], tokens, block);
+        }
+        at = end;
+    }
+    output.align();
+}
+
+/// Appends to `out` what makes `data` part of the stream without compressing it.
+pub fn store(data: &[u8], out: &mut Vec<u8>) {
+    Output::new(out).stored(data);
+}
+
+fn effort(level: u32) -> Effort {
+    let (depth, nice) = match level {
+        ..=4 => (5, 16),
+        5 => (8, 20),
+        6 => (12, 24),
+        7 => (24, 48),
+        8 => (64, 128),
+        _ => (300, 258),
+    };
+    Effort { depth, nice }
+}

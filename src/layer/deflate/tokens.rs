@@ -1,0 +1,183 @@
+//! What a matcher found: literals and matches in order.
+
+use super::symbols::{DISTS, END, LENGTH_SYMBOL, LITLEN, dist_symbol};
+
+/// Literals and the match behind them, or literals alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Token {
+    /// How many literals.
+    pub literals: u8,
+    /// The match's length less 3.
+    pub length: u8,
+    /// Its distance less one, or [`NO_MATCH`].
+    pub dist: u16,
+}
+
+/// Stands for the distance where no match follows the literals.
+pub const NO_MATCH: u16 = 0xffff;
+/// Bytes copied at once, whether or not there are so many literals.
+const COPY: usize = 16;
+/// The most literals of a token.
+const MOST_LITERALS: usize = 255;
+
+/// How many literals there are in all.
+pub fn literals_of(tokens: &[Token]) -> usize {
+    let count = |token: &Token| u32::from(token.literals);
+    tokens.iter().map(count).sum::<u32>() as usize
+}
+
+/// How many bytes are matched in all.
+pub fn matched_by(tokens: &[Token]) -> usize {
+    let count = |token: &Token| {
+        let matched = u32::from(token.length) + 3;
+        if token.dist == NO_MATCH { 0 } else { matched }
+    };
+    tokens.iter().map(count).sum::<u32>() as usize
+}
+
+/// The tokens of a stretch of input.
+#[derive(Default)]
+pub struct Tokens {
+    list: Vec<Token>,
+    len: usize,
+    /// All literals, one behind the other, and room for what is copied in vain.
+    literals: Vec<u8>,
+    literals_len: usize,
+}
+
+impl Tokens {
+    /// For `bytes` of input.
+    pub fn reset(&mut self, bytes: usize) {
+        // A match is at least 3 bytes long, and only 255 literals go without.
+        let tokens = bytes / 3 + 2;
+        if self.list.len() < tokens {
+            self.list.resize(tokens, Token::default());
+        }
+        if self.literals.len() < bytes + COPY {
+            self.literals.resize(bytes + COPY, 0);
+        }
+        self.len = 0;
+        self.literals_len = 0;
+    }
+
+    /// The tokens.
+    pub fn list(&self) -> &[Token] {
+        &self.list[..self.len]
+    }
+
+    /// The literals, and behind them at least 4 bytes of no meaning.
+    pub fn literals(&self) -> &[u8] {
+        &self.literals[..self.literals_len + COPY]
+    }
+
+    #[inline(always)]
+    fn add(&mut self, token: Token) {
+        self.list[self.len] = token;
+        self.len += 1;
+    }
+
+    /// Adds a match behind `literals` literals, the first bytes of `data`.
+    #[inline(always)]
+    pub fn push(&mut self, data: &[u8], literals: usize, length: usize, dist: usize) {
+        debug_assert!((3..=258).contains(&length) && (1..=32768).contains(&dist));
+        let to = self.literals[self.literals_len..].first_chunk_mut::<COPY>();
+        if let (Some(from), Some(to)) = (data.first_chunk::<COPY>(), to) {
+            *to = *from;
+        }
+        let mut left = literals;
+        if literals > COPY {
+            left = self.push_many(data, literals);
+        }
+        self.literals_len += literals;
+        self.add(Token {
+            literals: left as u8,
+            length: (length - 3) as u8,
+            dist: (dist - 1) as u16,
+        });
+    }
+
+    /// Copies many literals, and makes tokens of them until few enough are left for one: how many.
+    #[inline(never)]
+    fn push_many(&mut self, data: &[u8], count: usize) -> usize {
+        self.literals[self.literals_len..][..count].copy_from_slice(&data[..count]);
+        let mut left = count;
+        while left > MOST_LITERALS {
+            self.add(Token {
+                literals: MOST_LITERALS as u8,
+                length: 0,
+                dist: NO_MATCH,
+            });
+            left -= MOST_LITERALS;
+        }
+        left
+    }
+
+    /// Adds literals, all of `data`, that no match follows.
+    pub fn push_literals(&mut self, data: &[u8]) {
+        if data.is_empty() {
+            return;
+        }
+        let left = self.push_many(data, data.len());
+        self.literals_len += data.len();
+        self.add(Token {
+            literals: left as u8,
+            length: 0,
+            dist: NO_MATCH,
+        });
+    }
+}
+
+/// How often each symbol occurs in a block.
+pub struct Frequencies {
+    /// Literals, the end, lengths.
+    pub litlen: [u32; LITLEN],
+    /// Distances.
+    pub dists: [u32; DISTS],
+}
+
+impl Frequencies {
+    /// Of a block of these tokens, with these literals, and its end.
+    #[inline(never)]
+    pub fn of(tokens: &[Token], literals: &[u8]) -> Self {
+        // In several rows, so that increments of the same count seldom wait for each other.
+        let mut rows = [[0u32; 256]; 4];
+        let (fours, rest) = literals.as_chunks::<4>();
+        for four in fours {
+            for (row, &literal) in rows.iter_mut().zip(four) {
+                row[usize::from(literal)] += 1;
+            }
+        }
+        for &literal in rest {
+            rows[0][usize::from(literal)] += 1;
+        }
+        let mut litlen = [0; LITLEN];
+        for row in &rows {
+            for (sum, count) in litlen.iter_mut().zip(row) {
+                *sum += count;
+            }
+        }
+        let mut lengths = [[0u32; 256]; 2];
+        // One more for what is none.
+        let mut dists = [[0u32; DISTS]; 2];
+        for (index, token) in tokens.iter().enumerate() {
+            lengths[index & 1][usize::from(token.length)] += u32::from(token.dist != NO_MATCH);
+            let symbol = dist_symbol(token.dist);
+            dists[index & 1][usize::from(symbol) & (DISTS - 1)] += 1;
+        }
+        litlen[END] = 1;
+        for row in &lengths {
+            for (&symbol, count) in LENGTH_SYMBOL.iter().zip(row) {
+                litlen[END + 1 + usize::from(symbol)] += count;
+            }
+        }
+        let [mut sums, row] = dists;
+        for (sum, count) in sums.iter_mut().zip(row) {
+            *sum += count;
+        }
+        sums[DISTS - 1] = 0;
+        Self {
+            litlen,
+            dists: sums,
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! A floor under what processes in the background get: a group that counts as idle gets nothing at all while others want
+//! every core, and a save that has begun is to end.
+//!
+//! Who has wanted to run for a while and got less than the floor is given a weight in place of idleness, and the weight
+//! follows what came of it: what the same weight is worth depends on how many other groups want to run and on theirs (one
+//! for all pods on Kubernetes, heavier with every core of the node). The group is that of all processes in the background,
+//! and so is the floor. Where cores are free again it goes back to being idle.
+//!
+//! Sources: kernel `Documentation/admin-guide/cgroup-v2.rst` (`cpu.idle`, `cpu.weight`), `Documentation/scheduler/
+//! sched-stats.rst` (`/proc/PID/schedstat`: time on a core, time of waiting for one), `kernel/sched/core.c`
+//! (`sched_group_set_idle`: a group that is idle takes no weight).
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Weak;
+use std::time::{Duration, Instant};
+
+use rustix::fs::FlockOperation;
+
+/// How long less than the floor is borne.
+pub const AFTER: Duration = Duration::from_secs(10);
+/// Between two looks. Long enough for a share of a hundredth to be some slices.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Per cent of a usual group's weight: where it begins, and the bounds.
+const FIRST: f64 = 1.0;
+const LEAST: f64 = 0.2;
+const MOST: f64 = 100.0;
+/// What the weight is multiplied or divided by from one look to the next, at most.
+const STEP: f64 = 4.0;
+
+/// How the group stands among the others.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Standing {
+    /// It runs when no other wants to, or weighs the least where the kernel has no idle groups.
+    Idle,
+    /// It weighs so many per cent of a usual group.
+    Weight(f64),
+}
+
+/// What the processes of the group did between two looks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Look {
+    /// How long that was.
+    pub(super) wall: Duration,
+    /// Time on cores, of all threads.
+    pub(super) ran: Duration,
+    /// Time in which threads wanted a core and had none.
+    pub(super) waited: Duration,
+}
+
+/// Finds the weight at which the group gets its floor.
+#[derive(Debug)]
+pub(super) struct Regulator {
+    /// Processor seconds a second.
+    floor: f64,
+    standing: Standing,
+    /// How long it has been below the floor, or above.
+    below: Duration,
+    above: Duration,
+}
+
+impl Regulator {
+    /// `percent` of `cores`.
+    pub(super) fn new(percent: f64, cores: usize) -> Self {
+        Self {
+            floor: percent / 100.0 * cores as f64,
+            standing: Standing::Idle,
+            below: Duration::ZERO,
+            above: Duration::ZERO,
+        }
+    }
+
+    /// How the group is to stand from now on.
+    pub(super) fn look(&mut self, look: Look) -> Standing {
+        let share = look.ran.as_secs_f64() / look.wall.as_secs_f64().max(1e-3);
+        // Who waits for a disk or a registry wants no core.
+        let wanted = look.ran.max(look.wall / 10);
+        let below = share < self.floor && look.waited > wanted;
+        if below {
+            (self.below, self.above) = (self.below + look.wall, Duration::ZERO);
+        } else {
+            (self.below, self.above) = (Duration::ZERO, self.above + look.wall);
+        }
+        self.standing = match self.standing {
+            Standing::Idle if self.below < AFTER => Standing::Idle,
+            Standing::Idle => Standing::Weight(FIRST),
+            Standing::Weight(_) if self.above >= AFTER && share > self.floor * STEP => {
+                Standing::Idle
+            }
+            Standing::Weight(weight) if below || share > self.floor => {
+                let by = (self.floor / share.max(1e-6)).clamp(1.0 / STEP, STEP);
+                Standing::Weight((weight * by).clamp(LEAST, MOST))
+            }
+            Standing::Weight(_) if self.above >= AFTER => Standing::Idle,
+            standing @ Standing::Weight(_) => standing,
+        };
+        self.standing
+    }
+}
+
+/// The group that all processes in the background are in.
+#[derive(Debug)]
+pub(super) struct Group {
+    dir: PathBuf,
+    /// Time on cores and of waiting for one, by thread, at the last look.
+    known: HashMap<(u32, u32), (u64, u64)>,
+}
+
+impl Group {
+    pub(super) fn new(dir: PathBuf) -> Self {
+        Self {
+            dir,
+            known: HashMap::new(),
+        }
+    }
+
+    /// Looks at the processes, of which `schedstat` are the figures of each thread.
+    fn look(&mut self, wall: Duration, proc: &Path) -> Look {
+        let mut now = HashMap::new();
+        let (mut ran, mut waited) = (0, 0);
+        for pid in self.processes() {
+            let tasks = fs::read_dir(proc.join(format!("{pid}/task")));
+            for task in tasks.into_iter().flatten().flatten() {
+                let text = fs::read_to_string(task.path().join("schedstat"));
+                let name = task.file_name().to_str().and_then(|tid| tid.parse().ok());
+                let (Some(tid), Ok(text)) = (name, text) else {
+                    continue;
+                };
+                let mut figures = text.split_ascii_whitespace().map(str::parse::<u64>);
+                let (Some(Ok(on)), Some(Ok(off))) = (figures.next(), figures.next()) else {
+                    continue;
+                };
+                // What is new may have run elsewhere before: a process that was in a hurry.
+                if let Some((on_before, off_before)) = self.known.get(&(pid, tid)) {
+                    ran += on.saturating_sub(*on_before);
+                    waited += off.saturating_sub(*off_before);
+                }
+                now.insert((pid, tid), (on, off));
+            }
+        }
+        self.known = now;
+        Look {
+            wall,
+            ran: Duration::from_nanos(ran),
+            waited: Duration::from_nanos(waited),
+        }
+    }
+
+    /// In the unified hierarchy they are one level below.
+    fn processes(&self) -> Vec<u32> {
+        let below = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let dirs = std::iter::once(self.dir.clone()).chain(below.map(|entry| entry.path()));
+        let texts = dirs.filter_map(|dir| fs::read_to_string(dir.join("cgroup.procs")).ok());
+        let pids = texts.flat_map(|text| {
+            let pids = text.lines().filter_map(|line| line.parse().ok());
+            pids.collect::<Vec<u32>>()
+        });
+        // Those of another PID namespace are shown as 0.
+        pids.filter(|pid| *pid != 0).collect()
+    }
+
+    /// Sets how it stands, in both versions.
+    fn stand(&self, standing: Standing) {
+        let set = |file: &str, value: &str| {
+            let path = self.dir.join(file);
+            // Never made: in cgroupfs a file that is not there is a controller that is not.
+            path.exists() && fs::write(path, value).is_ok()
+        };
+        match standing {
+            Standing::Idle => {
+                let _ = set("cpu.weight", "1") || set("cpu.shares", "2");
+                set("cpu.idle", "1");
+            }
+            Standing::Weight(percent) => {
+                // An idle group takes no weight.
+                set("cpu.idle", "0");
+                let weight = percent.round().clamp(1.0, 100.0);
+                let shares = (percent * 10.24).round().clamp(2.0, 1024.0);
+                let _ = set("cpu.weight", &format!("{weight}"))
+                    || set("cpu.shares", &format!("{shares}"));
+            }
+        }
+    }
+}
+
+/// Keeps the floor for as long as `of` is there. One process a group does, the others stand by.
+pub(super) fn keep<T>(mut group: Group, percent: f64, of: &Weak<T>) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut regulator = Regulator::new(percent, cores);
+    let Ok(lock) = File::open(&group.dir) else {
+        return;
+    };
+    let mut last = Instant::now();
+    let mut before = Standing::Idle;
+    while of.strong_count() > 0 {
+        std::thread::sleep(LOOK_EVERY);
+        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        let wall = last.elapsed();
+        last = Instant::now();
+        let look = group.look(wall, Path::new("/proc"));
+        let standing = regulator.look(look);
+        // A weight every time: who comes into the group sets it back.
+        if standing != Standing::Idle || before != Standing::Idle {
+            tracing::debug!(?look, ?standing, "the floor of the background");
+            group.stand(standing);
+        }
+        before = standing;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// A second in which it had so many milliseconds on cores, and waited for so many.
+    fn second(ran: u64, waited: u64) -> Look {
+        Look {
+            wall: SECOND,
+            ran: Duration::from_millis(ran),
+            waited: Duration::from_millis(waited),
+        }
+    }
+
+    #[test]
+    fn who_gets_less_than_the_floor_is_idle_until_the_bound_and_then_has_a_weight() {
+        let mut regulator = Regulator::new(2.0, 2);
+        for _ in 1..AFTER.as_secs() {
+            assert_eq!(regulator.look(second(1, 900)), Standing::Idle);
+        }
+        assert_eq!(regulator.look(second(1, 900)), Standing::Weight(1.0));
+    }
+
+    #[test]
+    fn a_second_of_enough_begins_the_bound_anew() {
+        let mut regulator = Regulator::new(2.0, 2);
+        for _ in 0..3 {
+            for _ in 1..AFTER.as_secs() {
+                assert_eq!(regulator.look(second(1, 900)), Standing::Idle);
+            }
+            assert_eq!(regulator.look(second(50, 900)), Standing::Idle);
+        }
+    }
+
+    #[test]
+    fn who_waits_for_a_disk_or_a_registry_stays_idle() {
+        let mut regulator = Regulator::new(2.0, 2);
+        for _ in 0..100 {
+            assert_eq!(regulator.look(second(5, 2)), Standing::Idle);
+        }
+    }
+
+    /// Neighbours of any weight: what the group gets is its weight by the sum.
+    #[test]
+    fn the_weight_finds_the_floor_whatever_the_neighbours_weigh() {
+        for (cores, neighbours) in [(2, 100.0), (2, 400.0), (64, 2500.0)] {
+            let mut regulator = Regulator::new(2.0, cores);
+            let mut share = 0.0;
+            for _ in 0..40 {
+                let ran = (share * 1000.0 * cores as f64) as u64;
+                share = match regulator.look(second(ran, 2000)) {
+                    Standing::Idle => 0.0,
+                    Standing::Weight(weight) => weight / (weight + neighbours),
+                };
+            }
+            assert!((0.019..0.021).contains(&share), "{share} of {cores} cores");
+        }
+    }
+
+    #[test]
+    fn where_cores_are_free_again_it_is_idle_again() {
+        let mut regulator = Regulator::new(2.0, 2);
+        for _ in 0..AFTER.as_secs() {
+            regulator.look(second(0, 900));
+        }
+        let mut free = (0..AFTER.as_secs()).map(|_| regulator.look(second(1800, 100)));
+        assert_eq!(free.next(), Some(Standing::Weight(0.25)));
+        assert_eq!(free.last(), Some(Standing::Idle));
+    }
+
+    #[test]
+    fn it_never_weighs_more_than_another_group() {
+        let mut regulator = Regulator::new(2.0, 2);
+        let last = (0..60).map(|_| regulator.look(second(0, 900))).last();
+        assert_eq!(last, Some(Standing::Weight(MOST)));
+    }
+
+    /// A directory in the place of cgroupfs: which files are written, in both versions.
+    #[test]
+    fn idleness_goes_before_a_weight_is_written() -> std::io::Result<()> {
+        for (file, of_two, least) in [("cpu.weight", "2", "1"), ("cpu.shares", "20", "2")] {
+            let top = tempfile::tempdir()?;
+            let read = |file: &str| fs::read_to_string(top.path().join(file));
+            let group = Group::new(top.path().to_owned());
+            group.stand(Standing::Weight(2.0));
+            assert!(read(file).is_err(), "no controller, no file");
+            fs::write(top.path().join(file), "1")?;
+            fs::write(top.path().join("cpu.idle"), "1")?;
+            group.stand(Standing::Weight(2.0));
+            assert_eq!(
+                (read(file)?.as_str(), read("cpu.idle")?.as_str()),
+                (of_two, "0")
+            );
+            group.stand(Standing::Weight(0.0));
+            assert_eq!(read(file)?, least);
+            group.stand(Standing::Idle);
+            assert_eq!(read("cpu.idle")?, "1");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_look_counts_the_threads_of_all_processes_since_the_last() -> std::io::Result<()> {
+        let top = tempfile::tempdir()?;
+        let (proc, dir) = (top.path().join("proc"), top.path().join("group"));
+        let thread = |pid: u32, tid: u32, text: &str| {
+            let dir = proc.join(format!("{pid}/task/{tid}"));
+            fs::create_dir_all(&dir)?;
+            fs::write(dir.join("schedstat"), text)
+        };
+        fs::create_dir_all(dir.join("unbounded"))?;
+        fs::write(dir.join("cgroup.procs"), "0\n7\n")?;
+        fs::write(dir.join("unbounded/cgroup.procs"), "8\n")?;
+        thread(7, 7, "1000000000 500000000 3\n")?;
+        thread(7, 9, "5000000 0 3\n")?;
+        thread(8, 8, "garbage\n")?;
+        let mut group = Group::new(dir);
+        let first = group.look(SECOND, &proc);
+        assert_eq!((first.ran, first.waited), (Duration::ZERO, Duration::ZERO));
+        thread(7, 7, "1020000000 900000000 4\n")?;
+        thread(7, 9, "25000000 1000000 4\n")?;
+        thread(8, 8, "4000000000 4000000000 4\n")?;
+        let next = group.look(SECOND, &proc);
+        assert_eq!(next.ran, Duration::from_millis(40));
+        assert_eq!(next.waited, Duration::from_millis(401));
+        Ok(())
+    }
+}

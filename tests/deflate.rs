@@ -1,0 +1,321 @@
+//! What the deflate encoder writes is read back by two inflaters that share no code, and is the same bytes on every machine.
+//!
+//! `UPPERDECK_DEFLATE_SECONDS=3600 UPPERDECK_DEFLATE_SEED=7 cargo test --release --test deflate random_inputs` goes on for
+//! longer than usual, from another seed. `UPPERDECK_DEFLATE_FILES=/usr:/srv cargo test --release --test deflate real_files`
+//! reads all files below these directories.
+
+/// Also a target of the fuzzing.
+#[path = "fuzz/deflate.rs"]
+mod fuzzed;
+
+use std::io::Read;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use fuzzed::reads_back;
+use proptest::prelude::*;
+use upperdeck::common::digest::Digest;
+use upperdeck::layer::deflate::{END, Encoder, store};
+
+const LEVELS: RangeInclusive<u32> = 1..=9;
+const BLOCK: usize = 1 << 20;
+
+/// splitmix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, most: u64) -> usize {
+        (self.next() % most.max(1)) as usize
+    }
+
+    fn noise(&mut self, len: usize) -> Vec<u8> {
+        (0..len).map(|_| self.next() as u8).collect()
+    }
+
+    /// `len` bytes of noise, few symbols, runs, repeats of what was before, and bytes of uneven frequency.
+    fn mixture(&mut self, len: usize) -> Vec<u8> {
+        let mut data = Vec::with_capacity(len + (64 << 10));
+        let alphabet = 1 + self.below(256) as u64;
+        while data.len() < len {
+            let most = 1 << (1 + self.below(15));
+            let count = 1 + self.below(most);
+            match self.below(6) {
+                0 => data.extend(self.noise(count)),
+                1 => data.extend((0..count).map(|_| self.below(alphabet) as u8)),
+                2 => data.extend(std::iter::repeat_n(self.next() as u8, count)),
+                3 | 4 if !data.is_empty() => {
+                    let back = 1 + self.below((data.len() as u64).min(33_000));
+                    let from = data.len() - back;
+                    for at in from..from + count.min(600) {
+                        data.push(data[at]);
+                    }
+                }
+                _ => {
+                    data.extend(
+                        (0..count).map(|_| (self.next() & self.next() & self.next()) as u8),
+                    );
+                }
+            }
+        }
+        data.truncate(len);
+        data
+    }
+}
+
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    Random(seed).noise(len)
+}
+
+/// Compresses `data` in blocks of `size` bytes.
+fn packed(encoder: &mut Encoder, data: &[u8], size: usize) -> Vec<u8> {
+    let mut out = Vec::new();
+    for block in data.chunks(size) {
+        let before = out.len();
+        encoder.encode(block, &mut out);
+        let most = block.len() + 10 * block.len().div_ceil(36 << 10) + 16;
+        assert!(out.len() - before <= most, "hardly larger than stored");
+    }
+    out.extend(END);
+    out
+}
+
+/// At every level and back; a used encoder writes the same as a new one.
+fn round_trip(data: &[u8], size: usize) {
+    for level in LEVELS {
+        let mut encoder = Encoder::new(level);
+        let out = packed(&mut encoder, data, size);
+        reads_back(&out, data, &format!("level {level}"));
+        let first = &data[..data.len().min(size)];
+        let again = packed(&mut encoder, first, size);
+        let anew = packed(&mut Encoder::new(level), first, size);
+        assert!(again == anew, "level {level} depends on what was before");
+    }
+}
+
+#[test]
+fn nothing_is_nothing() {
+    for level in LEVELS {
+        let mut out = vec![7];
+        Encoder::new(level).encode(&[], &mut out);
+        assert_eq!(out, [7]);
+    }
+    round_trip(&[], BLOCK);
+}
+
+#[test]
+fn stored_is_read_back() {
+    let data = noise(200_000, 3);
+    let mut out = Vec::new();
+    store(&data, &mut out);
+    assert_eq!(out.len(), data.len() + 4 * 5);
+    out.extend(END);
+    reads_back(&out, &data, "stored");
+}
+
+#[test]
+fn every_small_size() {
+    let random = noise(700, 1);
+    let text: Vec<u8> = b"abcabcabd".iter().copied().cycle().take(700).collect();
+    for len in (0..40).chain((40..=700).step_by(61)).chain(255..262) {
+        round_trip(&random[..len], BLOCK);
+        round_trip(&text[..len], BLOCK);
+        round_trip(&vec![0; len], BLOCK);
+        round_trip(&text[..len], 100);
+    }
+}
+
+/// Sizes about those at which windows, halves, segments and stored blocks end.
+#[test]
+fn sizes_about_the_limits() {
+    let mixed = Random(5).mixture((1 << 20) + 64);
+    for limit in [64 << 10, (64 << 10) + 320, 128 << 10] {
+        for off in [-17i32, -16, -4, -1, 0, 1, 8, 16, 17] {
+            let len = (limit + off) as usize;
+            round_trip(&mixed[..len], 4 * BLOCK);
+            round_trip(&vec![b'x'; len], 4 * BLOCK);
+        }
+    }
+    // Segments of one encoding know what stands before them.
+    for len in [BLOCK - 1, BLOCK + 1, BLOCK + 33] {
+        round_trip(&mixed[..len], 4 * BLOCK);
+    }
+    round_trip(&noise(BLOCK + 70_000, 5), 4 * BLOCK);
+    round_trip(&mixed[..300_000], 70_001);
+}
+
+/// The farthest distances, and those just beyond.
+#[test]
+fn repeats_about_the_window() {
+    for period in [
+        1, 2, 3, 4, 5, 8, 16, 257, 258, 259, 32767, 32768, 32769, 65535, 65537,
+    ] {
+        let once = noise(period, period as u64 + 9);
+        let data: Vec<u8> = once.iter().copied().cycle().take(140_000).collect();
+        round_trip(&data, BLOCK);
+    }
+}
+
+/// Matches of given lengths between noise.
+#[test]
+fn lengths_about_the_limits() {
+    let random = noise(40_000, 11);
+    for length in [3, 4, 5, 19, 20, 21, 27, 28, 29, 256, 257, 258, 259, 517] {
+        let mut data = random[..1000].to_vec();
+        for piece in random[1000..].chunks(9) {
+            data.extend(piece);
+            let from = data.len() - 900;
+            data.extend_from_within(from..from + length);
+        }
+        data.truncate(80_000);
+        round_trip(&data, BLOCK);
+    }
+}
+
+/// Frequencies whose best code would have more bits than the format allows.
+#[test]
+fn frequencies_that_grow_like_fibonacci() {
+    let mut data = Vec::new();
+    let (mut a, mut b) = (1usize, 1usize);
+    for symbol in 0..25u8 {
+        data.extend(std::iter::repeat_n(symbol.wrapping_mul(37), a));
+        (a, b) = (b, a + b);
+    }
+    // In an order without matches to speak of.
+    let mut random = Random(77);
+    for index in 1..data.len() {
+        let other = random.below(index as u64 + 1);
+        data.swap(index, other);
+    }
+    round_trip(&data, BLOCK);
+    round_trip(&data[..60_000], BLOCK);
+}
+
+#[test]
+fn two_symbols() {
+    for bias in [2, 10, 200] {
+        let symbol = |&b: &u8| u8::from(u64::from(b) % bias == 0);
+        let data: Vec<u8> = noise(150_000, bias).iter().map(symbol).collect();
+        round_trip(&data, BLOCK);
+    }
+}
+
+/// The bytes are part of what a save promises: the same from any build on any machine. A change of them is meant, or a
+/// defect.
+#[test]
+fn the_bytes_of_each_level_are_known() {
+    const GOLDEN: [&str; 9] = [
+        "sha256:00ef00c0c015eef4e5b9432e359fded4e2b5415a8aba02a7669a1cd79b920c21",
+        "sha256:7da3b874aa1f8c0f490acd670d5be1addedf6e4be5acfaeff1e57106845e940a",
+        "sha256:641221d83704439c00592edfd9d0461fa0df41f374a44a30b898771c925fcfe3",
+        "sha256:b06e1a10cbcd40066cc9ae02484e1288d41e6dbf831b94c784d391b555f8cba9",
+        "sha256:17830c20c3a65f1b1a9ca92783d4ec895042f569b20e73aa23f0a7f9883f92e7",
+        "sha256:d45c016f0db859cd70083f39627abd7f4f7b8d452c4a3bcfb4192b52a2eb98ca",
+        "sha256:14be05dbe37a0f50ab8ca1f6b250ac2b6c56d9b3a55874779cc4176d9793a7f1",
+        "sha256:5c5c3f78d067cecd98877f1a10743ce7a5f165e4c37264b2d3e4c159097c4bf5",
+        "sha256:71830293c430256d17bb43d8a77fba294810789aaa5e96eeef2c94afdf65baa4",
+    ];
+    let mut data = Random(17).mixture(BLOCK + 300_000);
+    data.extend(noise(200_000, 18));
+    data.extend(
+        "def upperdeck(saves): return saves[-1]\n"
+            .repeat(2000)
+            .bytes(),
+    );
+    let digest = |level: u32| Digest::of(packed(&mut Encoder::new(level), &data, 4 * BLOCK));
+    let digests: Vec<String> = LEVELS.map(|level| digest(level).to_string()).collect();
+    assert_eq!(digests, GOLDEN);
+}
+
+#[test]
+fn other_levels_are_taken_for_the_nearest() {
+    let data = Random(4).mixture(100_000);
+    let of = |level| packed(&mut Encoder::new(level), &data, BLOCK);
+    assert!(of(0) == of(1) && of(10) == of(9) && of(u32::MAX) == of(9));
+}
+
+#[test]
+fn random_inputs() {
+    let number = |name| -> Option<u64> { std::env::var(name).ok()?.parse().ok() };
+    let seconds = number("UPPERDECK_DEFLATE_SECONDS");
+    let mut random = Random(number("UPPERDECK_DEFLATE_SEED").unwrap_or(1));
+    let until = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
+    // Without a time, a number of inputs: what is tested does not depend on how busy the machine is.
+    let least = if seconds.is_some() { 1 } else { 40 };
+    let largest = if seconds.is_some() { 22 } else { 18 };
+    let mut encoders: Vec<_> = LEVELS.map(Encoder::new).collect();
+    let (mut inputs, mut total) = (0, 0);
+    while inputs < least || Instant::now() < until {
+        let shift = random.below(largest);
+        let len = random.below(1 << shift);
+        let data = random.mixture(len);
+        let shift = random.below(10) + 12;
+        let size = (1 + random.below(1 << shift)).max(data.len() / 50);
+        for (level, encoder) in LEVELS.zip(&mut encoders) {
+            if level <= 6 || data.len() < 100_000 {
+                let out = packed(encoder, &data, size);
+                reads_back(&out, &data, &format!("level {level}, input {inputs}"));
+                total += data.len();
+            }
+        }
+        inputs += 1;
+    }
+    println!("{inputs} inputs, {total} bytes held");
+}
+
+/// Programs and text, as saves have them: each MiB at every level.
+#[test]
+fn real_files() -> Result<(), Box<dyn std::error::Error>> {
+    let given = std::env::var_os("UPPERDECK_DEFLATE_FILES");
+    let most = if given.is_some() { u64::MAX } else { 300_000 };
+    let roots: Vec<PathBuf> = match &given {
+        Some(given) => std::env::split_paths(given).collect(),
+        None => vec![
+            std::env::current_exe()?,
+            "README.md".into(),
+            "src/layer".into(),
+        ],
+    };
+    let mut encoders: Vec<_> = LEVELS.map(Encoder::new).collect();
+    let mut total = 0;
+    for entry in roots.iter().flat_map(walkdir::WalkDir::new) {
+        let entry = entry?;
+        if !entry.file_type().is_file() {
+            continue;
+        }
+        let mut file = std::fs::File::open(entry.path())?.take(most);
+        let mut data = Vec::with_capacity(BLOCK);
+        while file.by_ref().take(BLOCK as u64).read_to_end(&mut data)? > 0 {
+            for (level, encoder) in LEVELS.zip(&mut encoders) {
+                let what = format!("level {level}, {}", entry.path().display());
+                reads_back(&packed(encoder, &data, BLOCK), &data, &what);
+                total += data.len();
+            }
+            data.clear();
+        }
+    }
+    assert!(total > 0);
+    println!("{total} bytes held");
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    #[test]
+    fn any_bytes(data in prop::collection::vec(any::<u8>(), 0..3000), size in 1usize..4000) {
+        round_trip(&data, size);
+    }
+
+    #[test]
+    fn any_input_of_the_fuzzing(data in prop::collection::vec(any::<u8>(), 0..3000)) {
+        fuzzed::run(&data);
+    }
+}

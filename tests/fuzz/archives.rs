@@ -1,0 +1,142 @@
+//! Layers and archives of images: whoever made a base image wrote them.
+
+use std::io::Read;
+
+use upperdeck::common::digest::Digest;
+use upperdeck::store::layout::Reader;
+use upperdeck::image::manifest::Platform;
+use upperdeck::image::verify::archive::{Archive, ArchiveError, Entry, EntryKind, decompress};
+use upperdeck::image::verify::layers::Layers;
+
+use crate::files::{self, selected};
+use crate::said;
+
+const BLOCK: usize = 512;
+/// Uncompressed bytes that are read of an input: more would show no other code.
+const UNPACKED: u64 = 4 << 20;
+
+pub fn run(input: &[u8]) {
+    let (selector, rest) = selected(input);
+    match selector % 4 {
+        0 => plain(rest),
+        1 => compressed(rest),
+        2 => image(rest),
+        _ => layers(rest),
+    }
+}
+
+/// With right checksums in all that looks like a header: no fuzzer finds them.
+fn sealed(tar: &[u8]) -> Vec<u8> {
+    let mut tar = tar.to_vec();
+    for block in tar.chunks_exact_mut(BLOCK) {
+        if &block[257..262] != b"ustar" {
+            continue;
+        }
+        block[148..156].fill(b' ');
+        let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    }
+    tar
+}
+
+fn plain(tar: &[u8]) {
+    let tar = sealed(tar);
+    let read = said::or_error(entries(&tar[..]));
+    let Some(entries) = read else {
+        return;
+    };
+    let facts = said::or_error(Archive::new(&tar[..]).finish()).expect("it was read before");
+    assert_eq!(facts.tar_size, tar.len() as u64);
+    assert_eq!(facts.diff_id, Digest::of(&tar));
+    if let Some(others) = of_the_tar_crate(&tar) {
+        let ours: Vec<_> = entries
+            .iter()
+            .map(|(entry, digest)| (entry.name.clone(), entry.size, *digest))
+            .collect();
+        assert_eq!(ours, others, "the tar crate reads other entries");
+    }
+}
+
+fn entries(tar: impl Read) -> Result<Vec<(Entry, Digest)>, ArchiveError> {
+    let mut archive = Archive::new(tar);
+    let mut found = Vec::new();
+    while let Some(entry) = archive.next_entry()? {
+        found.push((entry, archive.content_digest()?));
+    }
+    Ok(found)
+}
+
+/// Names, lengths and contents as the `tar` crate has them; none where it is known to read otherwise than the format says, or
+/// refuses.
+fn of_the_tar_crate(tar: &[u8]) -> Option<Vec<(Vec<u8>, u64, Digest)>> {
+    let mut archive = tar::Archive::new(tar);
+    let mut found = Vec::new();
+    for entry in archive.entries().ok()? {
+        let mut entry = entry.ok()?;
+        let kind = entry.header().entry_type();
+        // It reads content behind what has none, lets a long name of GNU's win over a pax header, and keeps zero bytes.
+        let odd = !kind.is_file() && entry.size() > 0;
+        let name = entry.path_bytes().into_owned();
+        let ustar = entry.header().as_ustar().is_some() || entry.header().as_gnu().is_some();
+        let extended = entry.pax_extensions().ok()?.is_some();
+        if odd || name.contains(&0) || !ustar || extended || kind.is_pax_global_extensions() {
+            return None;
+        }
+        let mut content = Vec::new();
+        entry.read_to_end(&mut content).ok()?;
+        found.push((name, entry.size(), Digest::of(&content)));
+    }
+    Some(found)
+}
+
+fn compressed(blob: &[u8]) {
+    let Some((_, reader)) = said::or_error(decompress(blob)) else {
+        return;
+    };
+    said::or_error(entries(reader.take(UNPACKED)));
+}
+
+/// An image in an archive, as `--base oci-archive:` reads it.
+fn image(tar: &[u8]) {
+    let (_file, path) = files::file(&sealed(tar));
+    let Some(reader) = said::or_error(Reader::archive(path)) else {
+        return;
+    };
+    for listed in said::or_error(reader.list()).into_iter().flatten() {
+        said::or_error(reader.manifest_of(&listed.digest, &listed.media_type));
+        for tag in &listed.tags {
+            said::or_error(reader.manifest(Some(tag), &Platform::host()));
+        }
+    }
+    let manifest = said::or_error(reader.manifest(None, &Platform::host()));
+    if let Some(manifest) = manifest {
+        assert_eq!(manifest.digest, Digest::of(&manifest.bytes));
+    }
+}
+
+/// Two layers, one over the other.
+fn layers(input: &[u8]) {
+    let (blocks, rest) = selected(input);
+    let (lower, upper) = rest.split_at((usize::from(blocks) * BLOCK).min(rest.len()));
+    let mut layers = Layers::new();
+    for tar in [lower, upper] {
+        let tar = sealed(tar);
+        if said::or_error(layers.apply(&tar[..])).is_none() {
+            return;
+        }
+        // What a layer says of a path, nobody who reads it may take for another one.
+        for (entry, _) in said::or_error(entries(&tar[..])).into_iter().flatten() {
+            assert!(!entry.name.contains(&0) && !entry.link.contains(&0));
+            assert!(entry.kind == EntryKind::File || entry.size == 0);
+        }
+    }
+    let tree = layers.complete();
+    for (path, _) in tree.iter() {
+        let mut parts = path.split(|&byte| byte == b'/');
+        let proper = |part: &[u8]| !part.is_empty() && part != b"." && part != b"..";
+        assert!(path.is_empty() || parts.all(proper), "{path:?}");
+        if let Some(slash) = path.iter().rposition(|&byte| byte == b'/') {
+            assert!(tree.get(&path[..slash]).is_some(), "{path:?} is nowhere");
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! A node's files: what containerd, CRI-O, Podman and Docker keep, and what `/proc` says of a tenant's processes.
+//!
+//! An input is a list of files. A line `@ f OFFSET PATH` begins a file, or a part of it; `@ d PATH` is a directory and
+//! `@ l PATH TARGET` a symbolic link.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, symlink};
+use std::path::{Component, Path};
+
+use upperdeck::node::container::{ContainerdRoot, Roots, StorageRoot, find, list, prove_base, recheck};
+use upperdeck::common::digest::ChainId;
+use upperdeck::node::freeze;
+
+use crate::files;
+use crate::said;
+
+/// No file is longer, in bytes.
+const LONGEST: u64 = 1 << 20;
+/// No node has more files and directories.
+const MOST: usize = 200;
+
+pub fn run(input: &[u8]) {
+    let dir = files::directory();
+    make(dir.path(), input);
+    let roots = roots(dir.path());
+    let listing = list(&roots);
+    for problem in &listing.problems {
+        assert!(!problem.reason.is_empty());
+    }
+    let mut seen = HashSet::new();
+    for container in listing.containers.iter().chain(&listing.sandboxes).take(8) {
+        assert!(!container.overlay.lowers.is_empty());
+        // Nothing that is read of it lies outside the node.
+        let overlay = &container.overlay;
+        for path in overlay.lowers.iter().chain([&overlay.upper]) {
+            assert!(path.starts_with(dir.path()), "{}", path.display());
+        }
+        said::or_error(recheck(&roots, container));
+        if let Some(base) = said::or_error(prove_base(&roots, container)) {
+            let diff_ids: Vec<_> = base.layers.iter().map(|layer| layer.diff_id).collect();
+            let chain: Vec<_> = base.layers.iter().map(|layer| layer.chain_id).collect();
+            assert_eq!(ChainId::chain(&diff_ids), chain);
+        }
+        if seen.insert(container.pid) {
+            said::or_error(freeze::shared_mappings(container.pid, Some(dir.path())));
+            said::or_error(freeze::ways_to_write(container.pid, Some(dir.path())));
+        }
+    }
+    let first = listing.containers.first();
+    said::or_error(find(&roots, first.map_or("c0ffee", |found| &found.id)));
+    said::or_error(find(&roots, "pid:77"));
+}
+
+/// Where seeds have their runtimes.
+fn roots(node: &Path) -> Roots {
+    let containerd = ["containerd", "containerd-2.2"].map(|name| ContainerdRoot {
+        state: Path::new("/run").join(name),
+        root: Path::new("/var/lib").join(name),
+    });
+    let storage = ["containers/storage", "crio-1.36"].map(|name| StorageRoot {
+        root: Path::new("/var/lib").join(name),
+        runroot: Path::new("/run").join(name),
+    });
+    Roots {
+        host_root: Some(node.to_owned()),
+        containerd: containerd.into(),
+        docker: vec!["/var/lib/docker".into()],
+        storage: storage.into(),
+        proc: "/proc".into(),
+    }
+}
+
+fn make(node: &Path, input: &[u8]) {
+    let mut rest = input;
+    for _ in 0..MOST {
+        let Some(at) = next(rest) else {
+            return;
+        };
+        rest = &rest[at + 2..];
+        let end = rest.iter().position(|&byte| byte == b'\n');
+        let (line, after) = rest.split_at(end.unwrap_or(rest.len()));
+        let after = after.strip_prefix(b"\n").unwrap_or(after);
+        rest = after;
+        let Ok(line) = std::str::from_utf8(line) else {
+            continue;
+        };
+        let content = &after[..next(after).unwrap_or(after.len())];
+        let words: Vec<&str> = line.splitn(3, ' ').collect();
+        // What cannot be made is not there.
+        let _ = match words.as_slice() {
+            ["f", offset, path] if plain(path) => {
+                write(&node.join(path), offset.parse().unwrap_or(0), content)
+            }
+            ["d", path] if plain(path) => fs::create_dir_all(node.join(path)),
+            ["l", path, target] if plain(path) && inside(path, target) => {
+                link(&node.join(path), target)
+            }
+            _ => Ok(()),
+        };
+    }
+}
+
+/// Where the next line of the list begins.
+fn next(text: &[u8]) -> Option<usize> {
+    if text.starts_with(b"@ ") {
+        return Some(0);
+    }
+    let found = text.windows(3).position(|window| window == b"\n@ ");
+    found.map(|at| at + 1)
+}
+
+/// Whether a path stays below the node.
+fn plain(path: &str) -> bool {
+    let path = Path::new(path);
+    let mut parts = path.components();
+    path.as_os_str().len() < 1000
+        && path.components().count() > 0
+        && parts.all(|part| matches!(part, Component::Normal(_)))
+}
+
+/// Whether a link leads to something in the node's own directories, or nowhere.
+fn inside(path: &str, target: &str) -> bool {
+    let above = target.split('/').filter(|part| *part == "..").count();
+    !target.starts_with('/') && above < Path::new(path).components().count()
+}
+
+fn write(path: &Path, offset: u64, content: &[u8]) -> std::io::Result<()> {
+    fs::create_dir_all(path.parent().unwrap_or(path))?;
+    let file = File::options()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .open(path)?;
+    file.write_all_at(content, offset.min(LONGEST))
+}
+
+fn link(path: &Path, target: &str) -> std::io::Result<()> {
+    fs::create_dir_all(path.parent().unwrap_or(path))?;
+    symlink(target, path)
+}

@@ -1,0 +1,178 @@
+//! What a registry answers, or a Harbor, or what stands between: statuses, headers and bodies, to this program's client.
+//!
+//! An input says with its first byte what is asked for; the rest are the answers, zero bytes between them, the last one for
+//! every request after it: `STATUS`, headers, an empty line, the body. `HOST` stands for the registry's own address.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use upperdeck::common::digest::Digest;
+use upperdeck::store::harbor::{self, Harbor, Query};
+use upperdeck::store::images::{Place, Query as ImageQuery};
+use upperdeck::image::manifest::MANIFEST;
+use upperdeck::store::registry::{self, Access, Reference, Registries, Retry};
+
+use crate::files::{self, selected};
+use crate::said;
+
+/// Connections of one input: a client that goes on for ever is stopped by its registry's silence.
+const MOST: usize = 64;
+
+pub fn run(input: &[u8]) {
+    let (selector, rest) = selected(input);
+    parts(rest);
+    let answers: Vec<Vec<u8>> = rest.split(|&byte| byte == 0).map(<[u8]>::to_vec).collect();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let local = tokio::task::LocalSet::new();
+    runtime.block_on(local.run_until(async move {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let host = listener.local_addr().expect("an address").to_string();
+        let serving = tokio::task::spawn_local(serve(listener, host.clone(), answers));
+        ask(selector, &host).await;
+        serving.abort();
+    }));
+}
+
+/// The parts of an answer by themselves: its lines as a challenge, its body as a token and as an error.
+fn parts(answer: &[u8]) {
+    let text = String::from_utf8_lossy(answer);
+    let heard = registry::heard(&text, answer);
+    for word in heard {
+        assert!(!word.chars().any(char::is_control), "{word:?}");
+        assert!(word.len() <= 16 << 10, "{} bytes", word.len());
+    }
+}
+
+async fn serve(listener: TcpListener, host: String, answers: Vec<Vec<u8>>) {
+    let mut next = 0;
+    for _ in 0..MOST {
+        let Ok((stream, _)) = listener.accept().await else {
+            return;
+        };
+        // A client that is not answered has gone.
+        let _ = answer(stream, &host, &answers, &mut next).await;
+    }
+}
+
+async fn answer(
+    mut stream: TcpStream,
+    host: &str,
+    answers: &[Vec<u8>],
+    next: &mut usize,
+) -> std::io::Result<()> {
+    let mut request = Vec::new();
+    while !request.windows(4).any(|window| window == b"\r\n\r\n") {
+        if stream.read_buf(&mut request).await? == 0 {
+            return Ok(());
+        }
+        // TLS begins with a handshake: there is none here.
+        if request.first() == Some(&0x16) {
+            return Ok(());
+        }
+    }
+    let answer = answers.get(*next).or(answers.last());
+    *next += 1;
+    let answer = String::from_utf8_lossy(answer.map_or(&[][..], Vec::as_slice));
+    let answer = answer.replace("HOST", host);
+    let (head, body) = answer.split_once("\n\n").unwrap_or((&answer, ""));
+    let head = head.replace('\n', "\r\n");
+    let text = format!("HTTP/1.1 {head}\r\nConnection: close\r\n\r\n{body}");
+    stream.write_all(text.as_bytes()).await?;
+    stream.shutdown().await?;
+    // What the client still sends is taken, so that it reads the answer.
+    let mut rest = [0; 4096];
+    while stream.read(&mut rest).await? > 0 {}
+    Ok(())
+}
+
+fn access() -> Access {
+    thread_local! {
+        static NOTHING: tempfile::NamedTempFile = {
+            let file = tempfile::NamedTempFile::new_in(files::directory().keep());
+            let file = file.expect("a place for files");
+            std::fs::write(file.path(), "{}").expect("a place for files");
+            file
+        };
+    }
+    Access {
+        authfile: Some(NOTHING.with(|file| file.path().to_owned())),
+        creds: "user:secret".parse().ok(),
+        tls_verify: false,
+        retry: Retry {
+            tries: 1,
+            first_pause: Duration::ZERO,
+            in_all: 2,
+            pauses: Duration::ZERO,
+        },
+        silence: Duration::from_secs(2),
+        ..Access::default()
+    }
+}
+
+async fn ask(selector: u8, host: &str) {
+    let registries = Registries::new(access());
+    let name = format!("{host}/library/base");
+    let reference: Reference = name.parse().expect("a reference");
+    let repository = registries.push_to(&reference).expect("a repository");
+    let digest = Digest::of("x");
+    match selector % 9 {
+        0 => {
+            if let Some(manifest) = said::or_error(repository.manifest("v1").await) {
+                assert_eq!(manifest.digest, Digest::of(&manifest.bytes));
+            }
+        }
+        1 => {
+            said::or_error(repository.tags().await);
+            said::or_error(registries.catalog(host).await);
+        }
+        2 => {
+            if let Some(bytes) = said::or_error(repository.blob(&digest).await) {
+                assert_eq!(Digest::of(&bytes), digest);
+            }
+            said::or_error(repository.head_blob(&digest).await);
+        }
+        3 => {
+            said::or_error(repository.head_manifest("v1").await);
+            said::or_error(repository.delete_manifest("v1").await);
+        }
+        4 => {
+            said::or_error(repository.check_push().await);
+            said::or_error(repository.put_blob("x".into(), &digest).await);
+        }
+        5 => {
+            let put = repository.put_manifest("{}".into(), MANIFEST, "v1").await;
+            said::or_error(put);
+            said::or_error(harbor::check_room(&repository, 1).await);
+        }
+        6 => {
+            if let Some(Some(harbor)) =
+                said::or_error(Harbor::find(&registries, host, "library").await)
+            {
+                let query = Query::default();
+                said::or_error(harbor.projects(&query).await);
+                said::or_error(harbor.repositories(Some("library"), &query).await);
+                said::or_error(harbor.artifacts("library", "base", &query).await);
+            }
+        }
+        7 => {
+            if let Some(Some(harbor)) =
+                said::or_error(Harbor::find(&registries, host, "library").await)
+            {
+                said::or_error(harbor.artifact("library", "base", "v1").await);
+                said::or_error(harbor.summary("library").await);
+                said::or_error(harbor.project("library").await);
+            }
+        }
+        _ => {
+            let place: Place = name.parse().expect("a place");
+            if let Some(images) = said::or_error(place.open(&registries).await) {
+                let query = ImageQuery::default();
+                said::or_error(images.images("library/base", &query).await);
+            }
+        }
+    }
+}
