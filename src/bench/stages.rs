@@ -125,7 +125,6 @@ fn fill(
     tar: &mut Vec<u8>,
     scratch: &mut Scratch,
 ) -> Result<(), commit::Error> {
-    tar.clear();
     // A container goes on while it is measured: what changes under it does not matter here.
     let mut unstable = Vec::new();
     let (start, end) = (number * BLOCK, (number + 1) * BLOCK);

@@ -219,10 +219,11 @@ impl Store {
             .prefix(".new-")
             .tempfile_in(&self.dir)?;
         write(&json, scans.iter().zip(lengths), file.as_file_mut())?;
-        file.as_file().sync_all()?;
+        // Not written out to the disk, for which everything else on it might have to be: what a power failure leaves of it is
+        // not what its digest says, and then the next save is a full one.
         file.persist(self.path(container, SUFFIX))
             .map_err(|error| error.error)?;
-        File::open(&self.dir)?.sync_all()
+        Ok(())
     }
 
     /// Forgets a container.
