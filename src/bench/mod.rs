@@ -101,7 +101,7 @@ pub struct Options {
     /// Times later than this become it.
     pub timestamp: Option<i64>,
     /// Tar bytes after which whole saves begin another layer, see [`commit::cut`].
-    pub layer_size: Option<u64>,
+    pub layer_size: Option<commit::LayerSize>,
 }
 
 /// Measures. `told` hears in a few words what is being done.

@@ -468,7 +468,7 @@ pub struct How<'a> {
     /// Times later than this become it.
     pub timestamp: Option<i64>,
     /// Tar bytes after which another layer begins, see [`commit::cut`].
-    pub layer_size: Option<u64>,
+    pub layer_size: Option<commit::LayerSize>,
 }
 
 /// What a whole save made.

@@ -219,8 +219,8 @@ impl Store {
             .prefix(".new-")
             .tempfile_in(&self.dir)?;
         write(&json, scans.iter().zip(lengths), file.as_file_mut())?;
-        // Not written out to the disk, for which everything else on it might have to be: what a power failure leaves of it is
-        // not what its digest says, and then the next save is a full one.
+        // Not written out to the disk, for which everything else on it might have to be: after a failure of the machine nothing
+        // that was kept before it is used in any case (`commit::earlier`'s fingerprint has the boot's identity).
         file.persist(self.path(container, SUFFIX))
             .map_err(|error| error.error)?;
         Ok(())
