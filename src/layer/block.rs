@@ -314,7 +314,10 @@ pub(super) mod tests {
         let text = |tar: &[u8], what: &[u8]| tar.windows(what.len()).any(|part| part == what);
         assert!(text(&clean, b"begin\0") && text(&clean, b"\0end"));
         for block in [100, 512, 1000, 4096, 1 << 20] {
-            assert!(make(block, &[0xee; 1 << 20]) == clean, "blocks of {block}");
+            assert!(
+                make(block, &vec![0xee; 1 << 20]) == clean,
+                "blocks of {block}"
+            );
         }
     }
 }
