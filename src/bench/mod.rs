@@ -102,8 +102,8 @@ pub struct Options {
     pub settings: Vec<Setting>,
     /// Times later than this are replaced by it.
     pub timestamp: Option<i64>,
-    /// Tar size in bytes after which whole saves start another layer, see [`save::cut`].
-    pub layer_size: Option<u64>,
+    /// Tar bytes after which whole saves begin another layer, see [`save::cut`].
+    pub layer_size: Option<save::LayerSize>,
 }
 
 /// Runs the benchmark. `told` is called with a short description of each step.

@@ -125,8 +125,7 @@ fn fill(
     tar: &mut Vec<u8>,
     scratch: &mut Scratch,
 ) -> Result<(), save::Error> {
-    tar.clear();
-    // The container keeps running while it is measured; files that change do not matter here.
+    // A container goes on while it is measured: what changes under it does not matter here.
     let mut unstable = Vec::new();
     let (start, end) = (number * BLOCK, (number + 1) * BLOCK);
     block::fill(ahead, start, end, tar, scratch, &mut unstable)
@@ -469,8 +468,8 @@ pub struct How<'a> {
     pub jobs: usize,
     /// Times later than this are replaced by it.
     pub timestamp: Option<i64>,
-    /// Tar size in bytes after which another layer starts, see [`save::cut`].
-    pub layer_size: Option<u64>,
+    /// Tar bytes after which another layer begins, see [`save::cut`].
+    pub layer_size: Option<save::LayerSize>,
 }
 
 /// The result of a whole save.

@@ -1,26 +1,33 @@
 //! The node's page cache while a layer is read: what is not in it is asked for ahead of need, many files at once, and let
 //! go of afterwards; what was in it stays. A tree that is in memory costs nothing of this.
 //!
-//! Files that are not in memory come in stretches (a directory that nobody used since the session began). The first
-//! such file that a worker meets makes everybody look ahead; a stretch that was in memory all along ends it.
+//! Files that are not in memory come in stretches (a directory that nobody used since the session began). A few of them in
+//! a row make everybody look ahead, and a stretch that was in memory ends it: opening every file twice for one in a
+//! hundred that is on the disk costs more than it saves.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::Advice;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::plan::Plan;
 
+/// What a file that was not in memory counts; one that was takes one off again.
+const COLD: u32 = 16;
+/// From how much on it is worth looking ahead, and how much is remembered at most.
+const WORTH: u32 = 2 * COLD;
+const MOST: u32 = 4 * COLD;
+
 /// A plan, and what is known of its files' places in the page cache.
 pub struct Ahead<'a> {
     plan: &'a Plan,
-    /// A file was met lately that had to be waited for.
-    cold: AtomicBool,
+    /// How many files were met lately that had to be waited for, or were asked for.
+    cold: AtomicU32,
     /// Bytes of the tar that workers have in hand or are done with: asking for those would come too late, and leave in
     /// memory what nobody lets go of.
     given: AtomicU64,
@@ -33,7 +40,7 @@ impl<'a> Ahead<'a> {
     pub fn new(plan: &'a Plan) -> Self {
         Self {
             plan,
-            cold: AtomicBool::new(false),
+            cold: AtomicU32::new(0),
             given: AtomicU64::new(0),
             fetched: OnceLock::new(),
         }
@@ -46,7 +53,23 @@ impl<'a> Ahead<'a> {
 
     /// Whether looking ahead is worth it.
     pub(super) fn is_cold(&self) -> bool {
-        self.cold.load(Ordering::Relaxed)
+        self.cold.load(Ordering::Relaxed) >= WORTH
+    }
+
+    /// A file was read that was, or was not, in memory before.
+    fn met(&self, cold: bool) {
+        let count = |count: u32| {
+            let next = if cold {
+                (count + COLD).min(MOST)
+            } else {
+                count.saturating_sub(1)
+            };
+            (next != count).then_some(next)
+        };
+        // Unchanged, most of the time.
+        let _ = self
+            .cold
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
     }
 
     /// Workers have all before `end` in hand.
@@ -56,7 +79,6 @@ impl<'a> Ahead<'a> {
 
     /// Asks the kernel for the files that the bytes `start..end` of the tar need. Errors are left to who reads them.
     pub(super) fn fetch(&self, start: u64, end: u64, path: &mut Vec<u8>) {
-        let mut all_there = true;
         for (index, item, from, to) in self.plan.contents(start, end) {
             if self.given.load(Ordering::Relaxed) > start {
                 return;
@@ -70,12 +92,8 @@ impl<'a> Ahead<'a> {
             if is_in_memory(&file, from) {
                 continue;
             }
-            all_there = false;
             self.mark(index);
             let _ = rustix::fs::fadvise(&file, from, NonZeroU64::new(to - from), Advice::WillNeed);
-        }
-        if all_there {
-            self.cold.store(false, Ordering::Relaxed);
         }
     }
 
@@ -105,10 +123,9 @@ impl<'a> Ahead<'a> {
                 Err(error) => return Err(error.into()),
             }
         }
-        if waited && !self.is_cold() {
-            self.cold.store(true, Ordering::Relaxed);
-        }
-        if waited || self.was_fetched(index) {
+        let cold = waited || self.was_fetched(index);
+        self.met(cold);
+        if cold {
             let length = NonZeroU64::new(done as u64);
             let _ = rustix::fs::fadvise(file, offset, length, Advice::DontNeed);
         }
@@ -146,4 +163,32 @@ fn is_in_memory(file: impl AsFd, at: u64) -> bool {
     let mut byte = [0];
     let mut into = [IoSliceMut::new(&mut byte)];
     rustix::io::preadv2(&file, &mut into, at, ReadWriteFlags::NOWAIT) != Err(Errno::AGAIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::block::tests::plan_of;
+
+    #[test]
+    fn one_cold_file_among_many_is_not_worth_looking_ahead_for_and_a_stretch_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let plan = plan_of(dir.path());
+        let ahead = Ahead::new(&plan);
+        for n in 0..1000 {
+            ahead.met(n % 50 == 0);
+            assert!(!ahead.is_cold(), "{n}");
+        }
+        ahead.met(true);
+        ahead.met(true);
+        assert!(ahead.is_cold());
+        for _ in 0..100 {
+            ahead.met(true);
+        }
+        let ends = (0..100).position(|_| {
+            ahead.met(false);
+            !ahead.is_cold()
+        });
+        assert_eq!(ends, Some((MOST - WORTH) as usize));
+    }
 }

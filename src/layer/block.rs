@@ -3,7 +3,7 @@
 use std::io;
 
 use super::ahead::Ahead;
-use super::content::{Instability, ReadError, Unstable, read_sparse, same_file};
+use super::content::{Instability, ReadError, Unstable, is_sparse, read_sparse, same_file};
 use super::plan::Item;
 use crate::common::escape;
 
@@ -15,7 +15,7 @@ pub struct Scratch {
     header: Vec<u8>,
 }
 
-/// Appends to `out` the bytes `start..end` of the tar; `unstable` collects what changed meanwhile.
+/// Makes the bytes `start..end` of the tar in `out`, whatever was in it; `unstable` collects what changed meanwhile.
 pub fn fill(
     ahead: &Ahead<'_>,
     start: u64,
@@ -25,27 +25,43 @@ pub fn fill(
     unstable: &mut Vec<Unstable>,
 ) -> Result<(), ReadError> {
     let plan = ahead.plan();
-    let base = out.len();
     let end = end.min(plan.tar_size());
-    // Zeros are padding, holes, the archive's end, and what a file that shrank no longer has.
-    out.resize(base + (end - start) as usize, 0);
-    let target = &mut out[base..];
+    // What is there from another block is written over: all of it is a header, content, or zeros from here.
+    out.resize((end - start) as usize, 0);
+    let target = &mut out[..];
+    // Up to where the block is made.
+    let mut made = start;
     for item in plan.items_in(start, end) {
-        if item.offset + u64::from(item.header_len) > start {
+        let content = item.offset + u64::from(item.header_len);
+        if content > start {
             scratch.header.clear();
             let header = &mut scratch.header;
             plan.header(item, &mut scratch.path, &mut scratch.link, |h| {
                 h.write(header);
             });
+            // Between two entries there is padding.
+            clear(target, start, made, item.offset);
             copy_overlap(target, start, &scratch.header, item.offset);
         }
+        made = (content + plan.content_size(item)).max(start);
     }
+    // Padding, and the archive's end.
+    clear(target, start, made, end);
     for (index, item, from, to) in plan.contents(start, end) {
         let at = item.offset + u64::from(item.header_len) + from - start;
         let part = &mut target[at as usize..][..(to - from) as usize];
         read_part(ahead, index, item, from, part, scratch, unstable)?;
     }
     Ok(())
+}
+
+/// Makes zeros of what of the tar's bytes `from..to` falls into `target`, which begins at `start`.
+fn clear(target: &mut [u8], start: u64, from: u64, to: u64) {
+    let within = |at: u64| (at.saturating_sub(start)).min(target.len() as u64) as usize;
+    let (from, to) = (within(from), within(to));
+    if from < to {
+        target[from..to].fill(0);
+    }
 }
 
 /// Copies what of `bytes`, which stand at `at` in the tar, falls into `target`, which begins at `start`.
@@ -59,7 +75,7 @@ fn copy_overlap(target: &mut [u8], start: u64, bytes: &[u8], at: u64) {
     target[to..to + len].copy_from_slice(&bytes[skip..skip + len]);
 }
 
-/// Reads `part.len()` bytes of a file's content from `offset` on. What is not there stays zero.
+/// Reads `part.len()` bytes of a file's content from `offset` on. What is not there is zero.
 fn read_part(
     ahead: &Ahead<'_>,
     index: usize,
@@ -72,6 +88,7 @@ fn read_part(
     let plan = ahead.plan();
     let entry = &plan.entry(item);
     if let Some(content) = plan.held(item) {
+        part.fill(0);
         return content
             .read(offset, part, entry)
             .map_err(|source| ReadError {
@@ -90,8 +107,13 @@ fn read_part(
     let found = match opened.map_err(fail)? {
         Some(file) => {
             let settled = plan.settled(item, &file);
+            if is_sparse(entry) {
+                part.fill(0);
+            }
             let read = |at, part: &mut [u8]| ahead.read(index, &file, at, part);
             let read = read_sparse(&file, read, offset, part, entry).map_err(fail)?;
+            // It is shorter than it was.
+            part[read..].fill(0);
             let stat = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?;
             // A lower does not change, and its times are not the entry's.
             let changed = plan.scan().elsewhere(entry).is_none() && !same_file(&stat, entry);
@@ -103,7 +125,10 @@ fn read_part(
                 std::cmp::Ordering::Equal => (!settled).then_some(Instability::Unsettled),
             }
         }
-        None => Some(Instability::Vanished),
+        None => {
+            part.fill(0);
+            Some(Instability::Vanished)
+        }
     };
     if let Some(what) = found {
         unstable.push(Unstable {
@@ -112,4 +137,84 @@ fn read_part(
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::fs;
+    use std::os::unix::fs::FileExt as _;
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::layer::plan::Plan;
+    use crate::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
+    use crate::node::overlay::xattr::Namespace;
+
+    /// A layout of all that is in a directory.
+    pub fn plan_of(dir: &Path) -> Plan {
+        let roots = Roots {
+            upper: dir.to_owned(),
+            lowers: Vec::new(),
+            data_only: Vec::new(),
+            id_mapped: Vec::new(),
+            lowers_known: true,
+            namespace: Namespace::User,
+            volume: None,
+        };
+        let exclusions = Exclusions::new(Rules::default()).unwrap();
+        let options = Options {
+            jobs: 1,
+            uid_map: &[],
+            gid_map: &[],
+            exclusions: &exclusions,
+            caps: Caps::default(),
+            runtime_root_mode: None,
+            cancel: &AtomicBool::new(false),
+        };
+        let scan = Scan::new(&roots, &options).unwrap();
+        Plan::new(Arc::new(scan), None)
+    }
+
+    #[test]
+    fn a_block_has_nothing_of_what_was_in_its_buffer() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for (name, size) in [("a", 700), ("empty", 0), ("gone", 3000), ("short", 5000)] {
+            fs::write(at(name), vec![b'x'; size]).unwrap();
+        }
+        // A hole between two blocks of data.
+        let sparse = fs::File::create(at("sparse")).unwrap();
+        sparse.write_at(b"begin", 0).unwrap();
+        sparse.write_at(b"end", 100_000).unwrap();
+        sparse.sync_all().unwrap();
+        let plan = plan_of(dir.path());
+        fs::remove_file(at("gone")).unwrap();
+        fs::write(at("short"), "x").unwrap();
+        let ahead = Ahead::new(&plan);
+        let make = |block: u64, dirt: &[u8]| {
+            let (mut tar, mut unstable) = (Vec::new(), Vec::new());
+            let mut scratch = Scratch::default();
+            let mut out = Vec::new();
+            for start in (0..plan.tar_size()).step_by(block as usize) {
+                out.clear();
+                out.extend(dirt);
+                let end = start + block;
+                fill(&ahead, start, end, &mut out, &mut scratch, &mut unstable).unwrap();
+                tar.extend(&out);
+            }
+            tar
+        };
+        let clean = make(1 << 20, b"");
+        assert_eq!(clean.len() as u64, plan.tar_size());
+        let text = |tar: &[u8], what: &[u8]| tar.windows(what.len()).any(|part| part == what);
+        assert!(text(&clean, b"begin\0") && text(&clean, b"\0end"));
+        for block in [100, 512, 1000, 4096, 1 << 20] {
+            assert!(
+                make(block, &vec![0xee; 1 << 20]) == clean,
+                "blocks of {block}"
+            );
+        }
+    }
 }

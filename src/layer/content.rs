@@ -95,7 +95,11 @@ pub(super) fn same_file(stat: &Stat, entry: &Entry) -> bool {
         && (stat.st_mtime, stat.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec)
 }
 
-/// Reads without touching holes. Returns how far into `part` the file reaches.
+pub(super) fn is_sparse(entry: &Entry) -> bool {
+    entry.allocated < entry.size
+}
+
+/// Reads without touching holes, of which `part` has the zeros already. Returns how far into `part` the file reaches.
 pub(super) fn read_sparse(
     file: &File,
     read: impl Fn(u64, &mut [u8]) -> io::Result<usize>,
@@ -103,7 +107,7 @@ pub(super) fn read_sparse(
     part: &mut [u8],
     entry: &Entry,
 ) -> io::Result<usize> {
-    if entry.allocated >= entry.size {
+    if !is_sparse(entry) {
         return read(offset, part);
     }
     let mut done = 0;

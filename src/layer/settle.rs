@@ -10,8 +10,8 @@
 //! | anybody, by any way | a read lease is to be had: nobody has the file open for writing. The kernel counts that in the inode, and counts descriptors, mappings (also of descriptors that were closed), and requests under way of `libaio` and `io_uring` alike; `truncate` by path counts for as long as it lasts |
 //! | `write`, `fallocate` (all modes), `truncate`, `copy_file_range`, `FICLONE` and `FIDEDUPERANGE` into it, also by a worker of `io_uring` | they hold the inode's lock, exclusively, from before their stamp to their last byte: `lseek(SEEK_HOLE)` takes it shared on ext4, Btrfs, F2FS and tmpfs. On XFS reading takes it. What is done in pieces (`splice`, a copy between file systems, a write that `io_uring` begins inline and ends in a worker) takes the lock anew for each, and stamps anew. (All but `write` keep readers of the pages away for as long as they last, too: with slow disks nothing torn was seen of them without any wait) |
 //! | direct writes, which hold that lock shared (ext4, XFS), or not to their end (Btrfs, asynchronous ones everywhere) | a call that takes the lock exclusively, and waits until the inode counts no direct I/O. It counts them from before the lock is given back to their last byte, whoever asked for them, and whether or not somebody still has the file open. On XFS and Btrfs that call is `FICLONERANGE` of one block, on ext4 `EXT4_IOC_MOVE_EXT` of what no file can have ([`wait_as_ext4_does`]) |
-//! | a mapping | `commit::mapped` |
-//! | another client of a server | nothing here can tell. A server writes request by request, a megabyte or so, and stamps each; what it stamped in the minute before a scan is taken again (`commit::trees`) |
+//! | a mapping | `save::mapped` |
+//! | another client of a server | nothing here can tell. A server writes request by request, a megabyte or so, and stamps each; what it stamped in the minute before a scan is taken again (`save::trees`) |
 //!
 //! Under the freeze every `write` of the container's, direct ones too, has come to its end, as a process in mid-call is
 //! not frozen. Only asynchronous requests go on (and writers of a volume outside the container). On cgroup v2 one that is
@@ -38,9 +38,9 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::SeekFrom;
 
+use crate::layer::scan::{Clock, Entry};
 use crate::node::overlay::root::Root;
 use crate::node::overlay::xattr::proc_path;
-use crate::layer::scan::{Clock, Entry};
 
 /// What was stamped longer ago is not asked about: one call writes two gigabytes at most.
 const LONG_AGO: Duration = Duration::from_secs(60 * 60);

@@ -234,7 +234,6 @@ fn make(
     scratch: &mut Scratch,
 ) -> Made {
     let mut unstable = Vec::new();
-    tar.clear();
     block::fill(
         ahead,
         number * BLOCK,

@@ -54,6 +54,23 @@ const TRIES: u32 = 3;
 /// SHA-256 needs four seconds for as much, and fewer layers are better for everybody.
 const CUT_FROM: u64 = 8 << 30;
 const CUT_INTO: u64 = 4 << 30;
+/// Cores that one core's SHA-256 serves: fewer with a fast codec, more with a thorough one.
+const CORES_A_LAYER: usize = 4;
+/// Layers that are made side by side.
+const LAYERS_AT_ONCE: usize = 4;
+/// Tar bytes that are worth a layer of their own, whatever cores there are: a sixth of a second of SHA-256.
+const WORTH_A_LAYER: u64 = 256 << 20;
+
+/// When another layer is begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LayerSize {
+    /// After so many bytes of tar; 0: never.
+    Bytes(u64),
+    /// So that as many are hashed side by side as this machine's cores keep busy. The image is then not the same on a
+    /// machine with another number of cores, so it is not what is done by itself.
+    ByCores,
+}
 
 /// What becomes of the container while its files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
@@ -102,8 +119,8 @@ pub struct Options {
     pub level: u32,
     /// Threads; none: all cores.
     pub jobs: Option<usize>,
-    /// Tar bytes of a layer from which on another is begun; 0: never; none: only where the change set is large.
-    pub layer_size: Option<u64>,
+    /// When another layer is begun; none: only where the change set is large, the same on every machine.
+    pub layer_size: Option<LayerSize>,
     /// What goes into the layer.
     pub rules: Rules,
     /// `--include-volume`: where the volumes are mounted that are saved, too.
@@ -443,12 +460,25 @@ async fn finish(made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
 }
 
 /// Several layers where that was asked for, or where one would be very large.
-pub fn cut(plan: Plan, layer_size: Option<u64>) -> Vec<Plan> {
-    match layer_size {
-        Some(0) => vec![plan],
+pub fn cut(plan: Plan, layer_size: Option<LayerSize>) -> Vec<Plan> {
+    match part_size(plan.tar_size(), layer_size, cores()) {
         Some(size) => plan.cut(size),
-        None if plan.tar_size() > CUT_FROM => plan.cut(CUT_INTO),
         None => vec![plan],
+    }
+}
+
+/// Bytes of tar after which another layer is begun, where `tar` bytes are to be cut at all.
+fn part_size(tar: u64, layer_size: Option<LayerSize>, cores: usize) -> Option<u64> {
+    let usual = (tar > CUT_FROM).then_some(CUT_INTO);
+    match layer_size {
+        Some(LayerSize::Bytes(size)) => (size > 0).then_some(size),
+        None => usual,
+        Some(LayerSize::ByCores) => {
+            let layers = (cores / CORES_A_LAYER).clamp(1, LAYERS_AT_ONCE) as u64;
+            let size = tar.div_ceil(layers).max(WORTH_A_LAYER);
+            let size = usual.map_or(size, |usual| usual.min(size));
+            (size < tar).then_some(size)
+        }
     }
 }
 
@@ -722,6 +752,26 @@ fn assemble(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn layers_by_cores_are_as_many_as_cores_keep_busy_and_no_small_ones() {
+        let by_cores = |tar, cores| part_size(tar, Some(LayerSize::ByCores), cores);
+        for (cores, layers) in [(1, 1), (4, 1), (8, 2), (12, 3), (32, 4), (128, 4)] {
+            let tar = 4 << 30;
+            let expected = (layers > 1).then(|| u64::div_ceil(tar, layers));
+            assert_eq!(by_cores(tar, cores), expected, "{cores} cores");
+        }
+        assert_eq!(by_cores(600 << 20, 128), Some(256 << 20));
+        assert_eq!(by_cores(200 << 20, 128), None);
+        assert_eq!(by_cores(40 << 30, 2), Some(CUT_INTO));
+        // By itself: the same whatever the cores.
+        for cores in [1, 128] {
+            assert_eq!(part_size(4 << 30, None, cores), None);
+            assert_eq!(part_size(40 << 30, None, cores), Some(CUT_INTO));
+            assert_eq!(part_size(40 << 30, Some(LayerSize::Bytes(0)), cores), None);
+            assert_eq!(part_size(5, Some(LayerSize::Bytes(3)), cores), Some(3));
+        }
+    }
 
     #[test]
     fn a_freeze_that_takes_long_keeps_no_other_task_waiting() {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Context, Error, Options};
+use super::{Context, Error, LayerSize, Options};
 use crate::layer::Plan;
 use crate::layer::scan::{Clock, Entry, Report, Scan};
 use crate::node::container::{self, Container, Volume, VolumeRules};
@@ -174,7 +174,7 @@ pub(super) fn plans(scans: Vec<Arc<Scan>>, timestamp: Option<i64>) -> Vec<Plan> 
 }
 
 /// Layouts of what is there, cut as asked for.
-pub(super) fn cut(plans: Vec<Plan>, layer_size: Option<u64>) -> Vec<Plan> {
+pub(super) fn cut(plans: Vec<Plan>, layer_size: Option<LayerSize>) -> Vec<Plan> {
     let some = plans.into_iter().filter(|plan| !plan.is_empty());
     some.flat_map(|plan| super::cut(plan, layer_size)).collect()
 }

@@ -3,10 +3,10 @@
 use std::io::Read;
 
 use upperdeck::common::digest::Digest;
-use upperdeck::store::layout::Reader;
 use upperdeck::image::manifest::Platform;
 use upperdeck::image::verify::archive::{Archive, ArchiveError, Entry, EntryKind, decompress};
 use upperdeck::image::verify::layers::Layers;
+use upperdeck::store::layout::Reader;
 
 use crate::files::{self, selected};
 use crate::said;

@@ -6,9 +6,9 @@ use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 use serde_json::Value;
 use tempfile::TempDir;
 use upperdeck::common::digest::{DiffId, Digest};
-use upperdeck::store::layout::Reader;
 use upperdeck::image::manifest::raw::manifest_type;
 use upperdeck::image::manifest::{self, BaseManifest, Image, Input, Layer, NewLayer, Platform};
+use upperdeck::store::layout::Reader;
 
 use crate::files::{self, selected};
 use crate::said;

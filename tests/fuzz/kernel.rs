@@ -4,7 +4,9 @@ use std::os::unix::ffi::OsStrExt as _;
 
 use upperdeck::node::overlay::mount::{MountInfo, OverlayOptions, parse_mountinfo, root_mount};
 use upperdeck::node::overlay::owner::{IdMapping, inside, stored};
-use upperdeck::node::overlay::xattr::{Fate, Namespace, acl_inside, capability_inside, fate, plain_fate};
+use upperdeck::node::overlay::xattr::{
+    Fate, Namespace, acl_inside, capability_inside, fate, plain_fate,
+};
 
 use crate::files::selected;
 use crate::said;

@@ -8,8 +8,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::{Component, Path};
 
-use upperdeck::node::container::{ContainerdRoot, Roots, StorageRoot, find, list, prove_base, recheck};
 use upperdeck::common::digest::ChainId;
+use upperdeck::node::container::{
+    ContainerdRoot, Roots, StorageRoot, find, list, prove_base, recheck,
+};
 use upperdeck::node::freeze;
 
 use crate::files;

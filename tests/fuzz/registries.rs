@@ -8,9 +8,9 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use upperdeck::common::digest::Digest;
+use upperdeck::image::manifest::MANIFEST;
 use upperdeck::store::harbor::{self, Harbor, Query};
 use upperdeck::store::images::{Place, Query as ImageQuery};
-use upperdeck::image::manifest::MANIFEST;
 use upperdeck::store::registry::{self, Access, Reference, Registries, Retry};
 
 use crate::files::{self, selected};

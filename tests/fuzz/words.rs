@@ -3,19 +3,19 @@
 use std::fmt::Display;
 use std::str::FromStr;
 
-use upperdeck::service::agent::OwnerRule;
-use upperdeck::node::container::{self, Pattern, Roots};
-use upperdeck::store::destination::Target;
 use upperdeck::common::digest::Digest;
 use upperdeck::common::escape;
-use upperdeck::store::images::Place;
-use upperdeck::service::manager::auth::{Range, Tokens};
-use upperdeck::service::manager::target::{Template, component, user_of};
-use upperdeck::store::registry::reference::{check_repository, check_tag};
-use upperdeck::store::registry::{Credentials, Reference};
-use upperdeck::layer::scan::{Exclusions, Facts, Rules};
 use upperdeck::image::verify::validate::Expected;
 use upperdeck::image::verify::vis;
+use upperdeck::layer::scan::{Exclusions, Facts, Rules};
+use upperdeck::node::container::{self, Pattern, Roots};
+use upperdeck::service::agent::OwnerRule;
+use upperdeck::service::manager::auth::{Range, Tokens};
+use upperdeck::service::manager::target::{Template, component, user_of};
+use upperdeck::store::destination::Target;
+use upperdeck::store::images::Place;
+use upperdeck::store::registry::reference::{check_repository, check_tag};
+use upperdeck::store::registry::{Credentials, Reference};
 
 use crate::files::selected;
 use crate::said;

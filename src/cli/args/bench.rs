@@ -12,9 +12,9 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum, ValueHint};
 
 use super::shared::{CONTENT, Content, Format, REGISTRY, Registry};
-use super::value::size;
+use super::value::{layer_size, size};
 use crate::bench::stages::Setting;
-use crate::save::Compression;
+use crate::save::{Compression, LayerSize};
 
 pub(super) const BENCH_HELP: &str = "\
 Examples:
@@ -71,9 +71,9 @@ pub(in crate::cli) struct Bench {
     #[command(flatten)]
     pub(in crate::cli) content: Content,
     /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
-    /// by side; 0 for never [default: 4G where there are more than 8G]
-    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]
-    pub(in crate::cli) layer_size: Option<u64>,
+    /// by side; 0 for never; auto: as many as this machine's cores keep busy [default: 4G where there are more than 8G]
+    #[arg(long, value_name = "SIZE", value_parser = layer_size, help_heading = CONTENT)]
+    pub(in crate::cli) layer_size: Option<LayerSize>,
     #[command(flatten)]
     pub(in crate::cli) registry: Registry,
 }

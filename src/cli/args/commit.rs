@@ -16,10 +16,10 @@ use super::exit_codes;
 use super::shared::{
     CONTENT, Content, InBackground, METADATA, Memory, REGISTRY, REPORT, Registry, State,
 };
-use super::value::{duration, key_value, size};
+use super::value::{duration, key_value, layer_size, size};
 use crate::common::private::FileMode;
 use crate::node::container::Pattern;
-use crate::save::Pause;
+use crate::save::{LayerSize, Pause};
 
 /// Whose rights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -142,9 +142,10 @@ pub(in crate::cli) struct Commit {
     #[arg(long, value_enum, default_value_t = VolumeIdentity::Container, value_name = "WHOSE", help_heading = CONTENT)]
     pub(in crate::cli) volume_identity: VolumeIdentity,
     /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
-    /// by side; 0 for never [default: 4G where there are more than 8G]
-    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = CONTENT)]
-    pub(in crate::cli) layer_size: Option<u64>,
+    /// by side; 0 for never; auto: as many, up to four, as this machine's cores keep busy, and so not the same image on
+    /// every machine [default: 4G where there are more than 8G]
+    #[arg(long, value_name = "SIZE", value_parser = layer_size, help_heading = CONTENT)]
+    pub(in crate::cli) layer_size: Option<LayerSize>,
     #[command(flatten)]
     pub(in crate::cli) registry: Registry,
     /// Make the project in Harbor, if it is not there

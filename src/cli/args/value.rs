@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::save::LayerSize;
+
 pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -66,6 +68,16 @@ pub(super) fn floor(text: &str) -> Result<f64, String> {
         .ok_or_else(|| "expected per cent between 0 and 50".to_owned())
 }
 
+/// A size, or `auto`.
+pub(super) fn layer_size(text: &str) -> Result<LayerSize, String> {
+    match text {
+        "auto" => Ok(LayerSize::ByCores),
+        text => size(text)
+            .map(LayerSize::Bytes)
+            .map_err(|error| format!("{error}, or auto")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,6 +116,13 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn layer_sizes() {
+        assert_eq!(layer_size("auto"), Ok(LayerSize::ByCores));
+        assert_eq!(layer_size("2G"), Ok(LayerSize::Bytes(2 << 30)));
+        assert!(layer_size("automatic").is_err_and(|why| why.ends_with("or auto")));
     }
 
     #[test]

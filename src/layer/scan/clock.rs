@@ -5,6 +5,7 @@
 //! showed `C` is stamped `C` or later. So an entry that was stamped before `C`, and is looked at after, cannot change
 //! any more without its stamp showing it. What was stamped at `C` or later may, within the tick.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_getres, clock_gettime};
@@ -51,13 +52,16 @@ impl Clock {
     }
 }
 
-/// How far apart two readings are that differ.
+/// How far apart two readings are that differ. The kernel is asked once: every entry is held against it several times.
 pub fn tick() -> Duration {
-    let tick = clock_getres(ClockId::RealtimeCoarse);
-    Duration::new(
-        tick.tv_sec.try_into().unwrap_or(0),
-        tick.tv_nsec.try_into().unwrap_or(0),
-    )
+    static TICK: OnceLock<Duration> = OnceLock::new();
+    *TICK.get_or_init(|| {
+        let tick = clock_getres(ClockId::RealtimeCoarse);
+        Duration::new(
+            tick.tv_sec.try_into().unwrap_or(0),
+            tick.tv_nsec.try_into().unwrap_or(0),
+        )
+    })
 }
 
 #[cfg(test)]

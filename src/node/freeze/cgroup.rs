@@ -271,7 +271,7 @@ impl Group {
     /// `ask` is off when somebody else began the freeze.
     pub(super) fn wait_frozen(&self, deadline: Instant, ask: bool) -> Result<bool, Error> {
         let mut asked_from_scratch = Instant::now();
-        let mut pause = Pause::default();
+        let pause = Pause::default();
         loop {
             if self.state()? == State::Frozen {
                 return Ok(true);
@@ -296,7 +296,7 @@ impl Group {
     pub(super) fn thaw(&self) -> Result<(), Error> {
         self.request(false)?;
         let deadline = Instant::now() + THAW_BOUND;
-        let mut pause = Pause::default();
+        let pause = Pause::default();
         while self.state()? != State::Running {
             if self.held_from_above()? {
                 return Ok(());
@@ -352,28 +352,41 @@ impl Group {
     }
 }
 
-/// Growing pauses: most freezes are there within microseconds, and the container's standstill is what counts.
-struct Pause(Duration);
+/// Growing pauses: most freezes are there within microseconds, and the container's standstill is what counts. Each is an
+/// eighth of what was waited so far, so that no more than that is waited for nothing.
+struct Pause(Instant);
 
 impl Default for Pause {
     fn default() -> Self {
-        Self(Duration::from_micros(50))
+        Self(Instant::now())
     }
 }
 
 impl Pause {
+    const SHORTEST: Duration = Duration::from_micros(50);
     const LONGEST: Duration = Duration::from_millis(10);
 
-    fn next(&mut self) -> Duration {
-        let pause = self.0;
-        self.0 = (pause * 2).min(Self::LONGEST);
-        pause
+    fn next(&self) -> Duration {
+        Self::after(self.0.elapsed())
+    }
+
+    fn after(waited: Duration) -> Duration {
+        (waited / 8).clamp(Self::SHORTEST, Self::LONGEST)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pauses_grow_with_what_was_waited() {
+        let after = |micros| Pause::after(Duration::from_micros(micros)).as_micros();
+        assert_eq!(
+            [0, 400, 800, 8000, 1_000_000].map(after),
+            [50, 50, 100, 1000, 10_000]
+        );
+    }
 
     #[test]
     #[allow(clippy::type_complexity)]

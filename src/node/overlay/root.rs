@@ -9,10 +9,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
-use rustix::path::Arg;
+use rustix::path::{Arg, DecInt};
 
 use super::identity::{self, Entered, Identity};
 use super::xattr::proc_path;
@@ -209,13 +209,10 @@ impl Root {
         {
             return Ok(None);
         }
-        let by_handle = proc_path(handle.as_fd());
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
         // NOATIME needs the file's owner or CAP_FOWNER: a save must not touch access times where it can help it.
-        match rustix::fs::open(&by_handle, flags | OFlags::NOATIME, Mode::empty()) {
-            Err(rustix::io::Errno::PERM) => {
-                Ok(Some(rustix::fs::open(&by_handle, flags, Mode::empty())?))
-            }
+        match reopen(handle.as_fd(), flags | OFlags::NOATIME) {
+            Err(rustix::io::Errno::PERM) => Ok(Some(reopen(handle.as_fd(), flags)?)),
             other => Ok(Some(other?)),
         }
     }
@@ -301,6 +298,25 @@ pub fn xattr_names_at(path: impl Arg + Copy, follow: Follow) -> io::Result<Vec<u
     let n = list(&mut large)?;
     large.truncate(n);
     Ok(large)
+}
+
+/// Opens the inode behind an `O_PATH` descriptor.
+///
+/// By its number in the directory of this process' descriptors, which is opened once: the way there through `/proc` takes
+/// longer than the rest. (It is that of the process that opened it; this program never forks without starting another.)
+fn reopen(handle: BorrowedFd<'_>, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    static DESCRIPTORS: OnceLock<Option<OwnedFd>> = OnceLock::new();
+    let directory = DESCRIPTORS.get_or_init(|| {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open("/proc/self/fd", flags, Mode::empty()).ok()
+    });
+    match directory {
+        Some(directory) => {
+            let number = DecInt::from_fd(handle);
+            rustix::fs::openat(directory, number, flags, Mode::empty())
+        }
+        None => rustix::fs::open(proc_path(handle), flags, Mode::empty()),
+    }
 }
 
 /// Target of the symlink `name` in `dir`; `None` when it is no longer one.

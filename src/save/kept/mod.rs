@@ -219,10 +219,11 @@ impl Store {
             .prefix(".new-")
             .tempfile_in(&self.dir)?;
         write(&json, scans.iter().zip(lengths), file.as_file_mut())?;
-        file.as_file().sync_all()?;
+        // Not written out to the disk, for which everything else on it might have to be: after a failure of the machine nothing
+        // that was kept before it is used in any case (`commit::earlier`'s fingerprint has the boot's identity).
         file.persist(self.path(container, SUFFIX))
             .map_err(|error| error.error)?;
-        File::open(&self.dir)?.sync_all()
+        Ok(())
     }
 
     /// Forgets a container.

@@ -56,6 +56,9 @@ pub(super) fn split_links(rows: &Rows) -> Sample<String> {
         *names.entry((entry.root, entry.ino)).or_default() += 1;
     }
     let mut split = Sample::default();
+    if names.is_empty() {
+        return split;
+    }
     for (index, entry) in (0..).zip(rows.iter()) {
         if linked(&entry)
             && names
