@@ -39,6 +39,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// It is written, and a crash of the machine may undo that.
+    #[error("{} is written, but may be lost if the machine crashes now: its directory cannot be synchronized: {source}", path.display())]
+    NotLasting {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Something else is there already.
     #[error("{} is not an OCI layout: {reason}; name a new or empty directory, or a layout", path.display())]
     NotALayout {
@@ -144,6 +152,14 @@ fn io_error<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) 
     move |source| Error::Io {
         path: path.to_path_buf(),
         action,
+        source,
+    }
+}
+
+/// The file is there, and its directory was not written to disk.
+fn not_lasting(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
+    move |source| Error::NotLasting {
+        path: path.to_path_buf(),
         source,
     }
 }

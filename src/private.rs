@@ -70,7 +70,10 @@ pub fn make_dir(dir: &Path, mode: FileMode) -> io::Result<()> {
             make_dir(above.ok_or(error)?, mode)?;
             make_dir(dir, mode)
         }
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+        // Where it cannot be looked at, that is what is wrong.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            fs::metadata(dir)?.is_dir().then_some(()).ok_or(error)
+        }
         Err(error) => Err(error),
     }
 }
@@ -114,24 +117,25 @@ pub fn own_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> io::Result<()> {
 }
 
 /// Writes a file that is only as long as `bytes` afterwards: a new one with `mode`; one that is there (a device, too)
-/// keeps its own.
+/// keeps its own. Where it cannot be written, none is left that was not there, and no part of the bytes in one that was.
 pub fn write(path: &Path, bytes: &[u8], mode: FileMode) -> io::Result<()> {
     let made = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(path);
-    let mut file = match made {
-        Ok(file) => {
-            mode.set(&file)?;
-            file
+    match made {
+        Ok(mut file) => {
+            let written = mode.set(&file).and_then(|()| file.write_all(bytes));
+            written.inspect_err(|_| drop(fs::remove_file(path)))
         }
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            OpenOptions::new().write(true).truncate(true).open(path)?
+            let mut file = OpenOptions::new().write(true).truncate(true).open(path)?;
+            // A device has no length.
+            file.write_all(bytes).inspect_err(|_| drop(file.set_len(0)))
         }
-        Err(error) => return Err(error),
-    };
-    file.write_all(bytes)
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether others than its owner and its group may read or change a file with a secret. Only regular files: what stands

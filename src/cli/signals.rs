@@ -1,6 +1,7 @@
 //! SIGINT and SIGTERM become a request to stop, so that a frozen container is thawed on the way out.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -9,6 +10,8 @@ use crate::cancel::Cancel;
 
 /// The first signal cancels, the second ends the process at once (the freeze watchdog then thaws).
 pub(super) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
+    // Tokio wants a pair for the signals of this process, and panics where there is none to be had.
+    drop(UnixStream::pair()?);
     let cancel = cancel.clone();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -70,7 +70,7 @@ pub enum Error {
     },
     /// No image on this node gives the chain that is mounted.
     #[error(
-        "the image that container {container} stands on cannot be proven:{}\nname it with --base to save nevertheless",
+        "the image that container {container} stands on cannot be proven; name it with --base to save nevertheless; compared were:{}",
         lines(compared)
     )]
     BaseUnproven {

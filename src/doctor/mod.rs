@@ -215,7 +215,7 @@ fn report(options: &Options, checks: Vec<Check>) -> Report {
     for (number, (_, check)) in checks.into_iter().enumerate() {
         let (tell, options) = (tell.clone(), options.clone());
         // It is not waited for: one that hangs ends with the process.
-        std::thread::spawn(move || tell.send((number, check(&options))));
+        let _ = std::thread::Builder::new().spawn(move || tell.send((number, check(&options))));
     }
     drop(tell);
     // The checks have bounds of their own; this one is for what does not keep to any.

@@ -45,7 +45,8 @@ const LOOK: &[Errno] = &[EIO, ENOMEM];
 const MAKE: &[Errno] = &[EIO, ENOSPC];
 const DESCRIPTOR: &[Errno] = &[EMFILE, ENOMEM];
 const INTERRUPTED: &[Errno] = &[EINTR];
-const BEGIN: &[Errno] = &[EAGAIN, ENOMEM];
+/// The C library says the same of every reason why there is no thread.
+const BEGIN: &[Errno] = &[EAGAIN];
 
 /// All of them. What a descriptor that is a socket or a pipe can fail with is decided where it is known to be one.
 pub const CALLS: &[Call] = calls! {

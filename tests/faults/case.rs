@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -11,10 +12,15 @@ use serde_json::Value;
 use upperdeck::digest::Digest;
 use upperdeck::layout::Reader;
 use upperdeck::manifest::platform::Platform;
+use upperdeck::spec::archive::decompress;
 use upperdeck::spec::layers::Layers;
 use upperdeck::spec::tree::{Ignore, Tree, compare};
 
 use crate::world::{PROGRAM, World};
+
+/// What the file that changes holds first and last.
+pub const BEFORE: &str = "a";
+pub const AFTER: &str = "b";
 
 /// What a save makes.
 #[derive(Clone, Debug)]
@@ -37,6 +43,8 @@ pub struct Case<'a> {
     pub options: &'a [&'a str],
     /// After an earlier save, whose state and image are there.
     pub again: bool,
+    /// Somebody changes a file while it is read.
+    pub meanwhile: bool,
     /// How often there was a beginning.
     round: std::cell::Cell<u32>,
 }
@@ -46,13 +54,23 @@ pub struct Right {
     /// Of the manifest, or of the layer's file.
     pub digest: Digest,
     pub tree: Tree,
+    /// The same after the change meanwhile.
+    after: Option<Tree>,
     /// What is in the state's directory.
     state: BTreeSet<String>,
 }
 
 impl<'a> Case<'a> {
     pub fn new(name: &'static str, world: &'a World, made: Made, options: &'a [&'a str]) -> Self {
-        Self { name, world, made, options, again: false, round: 0.into() }
+        Self {
+            name,
+            world,
+            made,
+            options,
+            again: false,
+            meanwhile: false,
+            round: 0.into(),
+        }
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -71,20 +89,36 @@ impl<'a> Case<'a> {
         let mut arguments = vec![PROGRAM.to_owned()];
         if matches!(self.made, Made::Layer) {
             arguments.push("layer".to_owned());
-            for (flag, value) in [("upper", "upper"), ("lower", "lower2"), ("lower", "lower1"), ("output", "out/layer")] {
+            for (flag, value) in [
+                ("upper", "upper"),
+                ("lower", "lower2"),
+                ("lower", "lower1"),
+                ("output", "out/layer"),
+            ] {
                 arguments.extend([format!("--{flag}"), at(value)]);
             }
         } else {
             arguments.push("commit".to_owned());
-            for flag in ["containerd-root", "containerd-state", "docker-root", "storage-root", "storage-runroot"] {
+            for flag in [
+                "containerd-root",
+                "containerd-state",
+                "docker-root",
+                "storage-root",
+                "storage-runroot",
+            ] {
                 arguments.extend([format!("--{flag}"), at("none")]);
             }
-            let state = ["--state-dir".to_owned(), at("state"), "--base".to_owned(), format!("oci:{}:base", at("images"))];
+            let state = [
+                "--state-dir".to_owned(),
+                at("state"),
+                "--base".to_owned(),
+                format!("oci:{}:base", at("images")),
+            ];
             arguments.extend(state);
             arguments.extend(["--metadata-file".to_owned(), at("out/metadata")]);
             arguments.extend(["--progress", "none", "--max-pause", "60s"].map(str::to_owned));
         }
-        arguments.extend(["--timestamp", "1800000000", "--jobs", "2"].map(str::to_owned));
+        arguments.extend(["--timestamp", "1750000000", "--jobs", "2"].map(str::to_owned));
         arguments.extend(self.options.iter().map(|&option| option.to_owned()));
         let destination = match &self.made {
             Made::Layer => return arguments,
@@ -98,6 +132,9 @@ impl<'a> Case<'a> {
 
     /// Puts everything back to where a save begins.
     pub fn begin(&self) -> Result<()> {
+        if self.meanwhile {
+            self.world.change(BEFORE)?;
+        }
         self.round.set(self.round.get() + 1);
         for name in ["out", "state"] {
             let (at, kept) = (self.at(name), self.at(&format!("kept-{name}")));
@@ -109,6 +146,7 @@ impl<'a> Case<'a> {
                 ensure!(copied.success(), "cp");
             } else {
                 fs::create_dir(&at)?;
+                fs::set_permissions(&at, fs::Permissions::from_mode(0o700))?;
             }
         }
         Ok(())
@@ -143,7 +181,19 @@ impl<'a> Case<'a> {
     /// What is right, after an undisturbed save.
     pub fn right(&self) -> Result<Right> {
         let (digest, tree) = self.read()?.context("nothing was saved")?;
-        Ok(Right { digest, tree, state: self.state()? })
+        let state = self.state()?;
+        let mut after = None;
+        if self.meanwhile {
+            self.world.change(AFTER)?;
+            self.undisturbed()?;
+            after = Some(self.read()?.context("nothing was saved")?.1);
+        }
+        Ok(Right {
+            digest,
+            tree,
+            after,
+            state,
+        })
     }
 
     /// Whether what was saved is right: by its digest, or what is in it. None where there is nothing.
@@ -154,8 +204,18 @@ impl<'a> Case<'a> {
         if digest == right.digest {
             return Ok(Some("the same image"));
         }
-        let differences = compare(&right.tree, &tree, &Ignore::default());
-        let said: Vec<String> = differences.iter().take(5).map(ToString::to_string).collect();
+        let changed = self.meanwhile && self.world.changed(AFTER)?;
+        let expected = right
+            .after
+            .as_ref()
+            .filter(|_| changed)
+            .unwrap_or(&right.tree);
+        let differences = compare(expected, &tree, &Ignore::default());
+        let said: Vec<String> = differences
+            .iter()
+            .take(5)
+            .map(ToString::to_string)
+            .collect();
         ensure!(differences.is_empty(), "A WRONG IMAGE: {}", said.join("; "));
         Ok(Some("other layers, the same files"))
     }
@@ -177,16 +237,16 @@ impl<'a> Case<'a> {
             Made::Layout if self.at("out/layout/index.json").exists() => {
                 Reader::directory(self.at("out/layout"))?
             }
-            Made::Archive if self.at("out/archive").exists() => Reader::archive(self.at("out/archive"))?,
+            Made::Archive if self.at("out/archive").exists() => {
+                Reader::archive(self.at("out/archive"))?
+            }
             Made::Layout | Made::Archive => return Ok(None),
         };
         let manifest = reader.manifest(Some("saved"), &platform)?;
         let blob = |digest: &Digest| -> Result<Box<dyn Read>> {
-            Ok(Box::new(std::io::Cursor::new(reader.blob(digest).map(|b| b.to_vec()).or_else(|_| -> Result<_> {
-                let mut bytes = Vec::new();
-                reader.open_blob(digest, None)?.read_to_end(&mut bytes)?;
-                Ok(bytes)
-            })?)))
+            let mut bytes = Vec::new();
+            reader.open_blob(digest, None)?.read_to_end(&mut bytes)?;
+            Ok(Box::new(std::io::Cursor::new(bytes)))
         };
         let tree = tree(&manifest.bytes, blob)?;
         Ok(Some((manifest.digest, tree)))
@@ -194,7 +254,10 @@ impl<'a> Case<'a> {
 
     fn read_registry(&self, storage: &Path) -> Result<Option<(Digest, Tree)>> {
         let root = storage.join("docker/registry/v2");
-        let link = format!("repositories/{}/_manifests/tags/saved/current/link", self.repository());
+        let link = format!(
+            "repositories/{}/_manifests/tags/saved/current/link",
+            self.repository()
+        );
         let Ok(digest) = fs::read_to_string(root.join(link)) else {
             return Ok(None);
         };
@@ -202,10 +265,42 @@ impl<'a> Case<'a> {
         let blob = |digest: &Digest| {
             let hex = digest.to_string();
             let hex = hex.trim_start_matches("sha256:");
-            fs::read(root.join("blobs/sha256").join(&hex[..2]).join(hex).join("data"))
+            fs::read(
+                root.join("blobs/sha256")
+                    .join(&hex[..2])
+                    .join(hex)
+                    .join("data"),
+            )
         };
-        let tree = tree(&blob(&digest)?, |digest| Ok(Box::new(std::io::Cursor::new(blob(digest)?))))?;
+        let tree = tree(&blob(&digest)?, |digest| {
+            Ok(Box::new(std::io::Cursor::new(blob(digest)?)))
+        })?;
         Ok(Some((digest, tree)))
+    }
+
+    /// The content of a file as it was saved in a layout.
+    pub fn content(&self, path: &str) -> Result<Vec<u8>> {
+        let reader = Reader::directory(self.at("out/layout"))?;
+        let manifest = reader.manifest(Some("saved"), &Platform::host())?;
+        let manifest: Value = serde_json::from_slice(&manifest.bytes)?;
+        for layer in manifest["layers"]
+            .as_array()
+            .context("layers")?
+            .iter()
+            .rev()
+        {
+            let digest = layer["digest"].as_str().context("a digest")?.parse()?;
+            let (_, tar) = decompress(reader.open_blob(&digest, None)?)?;
+            for entry in tar::Archive::new(tar).entries()? {
+                let mut entry = entry?;
+                if entry.path_bytes() == path.as_bytes() {
+                    let mut bytes = Vec::new();
+                    entry.read_to_end(&mut bytes)?;
+                    return Ok(bytes);
+                }
+            }
+        }
+        anyhow::bail!("{path} is in no layer")
     }
 
     /// Names in the state's directory, which are the same for the same container.
@@ -227,11 +322,18 @@ impl<'a> Case<'a> {
                 Made::Archive => &["archive", "metadata"],
                 Made::Registry { .. } => &["metadata"],
             };
-            ensure!(expected.contains(&name.as_str()), "left in the output: {name}");
+            ensure!(
+                expected.contains(&name.as_str()),
+                "left in the output: {name}"
+            );
             let result = ["layer", "archive"].contains(&name.as_str());
-            ensure!(!failed || self.again || !result, "it failed and left {name}");
+            ensure!(
+                !failed || self.again || !result,
+                "it failed and left {name}"
+            );
             if name == "metadata" {
-                serde_json::from_slice::<Value>(&fs::read(&path)?).context("half a metadata file")?;
+                serde_json::from_slice::<Value>(&fs::read(&path)?)
+                    .context("half a metadata file")?;
             }
         }
         let state = self.state()?;
@@ -263,7 +365,11 @@ fn files(dir: &Path) -> Result<BTreeMap<String, PathBuf>> {
     for entry in walkdir::WalkDir::new(dir) {
         let entry = entry?;
         if entry.file_type().is_file() {
-            let name = entry.path().strip_prefix(dir)?.to_string_lossy().into_owned();
+            let name = entry
+                .path()
+                .strip_prefix(dir)?
+                .to_string_lossy()
+                .into_owned();
             found.insert(name, entry.into_path());
         }
     }

@@ -9,7 +9,11 @@ use anyhow::{Context as _, Result};
 use libc::user_regs_struct as Registers;
 
 /// What tells the wall clock.
-pub const CALLS: [i64; 3] = [libc::SYS_clock_gettime, libc::SYS_gettimeofday, libc::SYS_time];
+pub const CALLS: [i64; 3] = [
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_time,
+];
 
 const FUNCTIONS: [(&[u8], i64); 3] = [
     (b"__vdso_clock_gettime", libc::SYS_clock_gettime),
@@ -18,7 +22,10 @@ const FUNCTIONS: [(&[u8], i64); 3] = [
 ];
 
 fn memory(pid: i32) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"))
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/{pid}/mem"))
 }
 
 /// Replaces the functions of the kernel's own library in that process, which read the clock without a call, by the calls.
@@ -43,7 +50,10 @@ pub fn patch(pid: i32) -> Result<()> {
 }
 
 fn number(bytes: &[u8]) -> u64 {
-    bytes.iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte))
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |sum, &byte| sum << 8 | u64::from(byte))
 }
 
 /// The value of a dynamic symbol of an ELF image.
@@ -54,20 +64,25 @@ fn symbol(image: &[u8], name: &[u8]) -> Option<u64> {
     };
     let (sections, size, count) = (at(0x28, 8)?, at(0x3a, 2)?, at(0x3c, 2)?);
     let header = |index: u64| sections + index * size;
-    let symbols = (0..count).map(header).find(|&header| at(header + 4, 4) == Some(11))?;
+    let symbols = (0..count)
+        .map(header)
+        .find(|&header| at(header + 4, 4) == Some(11))?;
     let strings = at(header(at(symbols + 0x28, 4)?) + 0x18, 8)?;
     let (from, length) = (at(symbols + 0x18, 8)?, at(symbols + 0x20, 8)?);
-    (0..length / 24).map(|index| from + index * 24).find_map(|symbol| {
-        let text = image.get((strings + at(symbol, 4)?) as usize..)?;
-        let found = text.strip_prefix(name)?.first() == Some(&0);
-        found.then(|| at(symbol + 8, 8))?
-    })
+    (0..length / 24)
+        .map(|index| from + index * 24)
+        .find_map(|symbol| {
+            let text = image.get((strings + at(symbol, 4)?) as usize..)?;
+            let found = text.strip_prefix(name)?.first() == Some(&0);
+            found.then(|| at(symbol + 8, 8))?
+        })
 }
 
 /// Answers a call: none where it asks for another clock. The time is shifted by `seconds`.
 pub fn tell(pid: i32, registers: &Registers, seconds: i64) -> Result<Option<u64>> {
     let call = registers.orig_rax as i64;
-    let coarse_or_not = [libc::CLOCK_REALTIME, libc::CLOCK_REALTIME_COARSE].map(|clock| clock as u64);
+    let coarse_or_not =
+        [libc::CLOCK_REALTIME, libc::CLOCK_REALTIME_COARSE].map(|clock| clock as u64);
     if call == libc::SYS_clock_gettime && !coarse_or_not.contains(&registers.rdi) {
         return Ok(None);
     }

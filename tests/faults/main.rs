@@ -9,6 +9,14 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+#[allow(dead_code, reason = "the parts that faults need")]
+#[path = "../support/mod.rs"]
+mod support;
+
+#[allow(dead_code, reason = "the parts that faults need")]
+#[path = "../support/disk.rs"]
+mod disk;
+
 #[cfg(target_arch = "x86_64")]
 mod calls;
 #[cfg(target_arch = "x86_64")]
@@ -17,6 +25,8 @@ mod case;
 mod clock;
 #[cfg(target_arch = "x86_64")]
 mod plan;
+#[cfg(target_arch = "x86_64")]
+mod registry;
 #[cfg(target_arch = "x86_64")]
 mod saves;
 #[cfg(target_arch = "x86_64")]
@@ -33,6 +43,10 @@ fn main() -> ExitCode {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn main() -> ExitCode {
-    let ignored = || Err(harness::Stop::Ignored("registers of x86_64 are changed".to_owned()));
+    let ignored = || {
+        Err(harness::Stop::Ignored(
+            "registers of x86_64 are changed".to_owned(),
+        ))
+    };
     harness::main(&[harness::Test::new("a_call_that_fails", ignored)])
 }

@@ -5,38 +5,51 @@ use std::collections::BTreeMap;
 use nix::errno::Errno;
 
 use crate::calls;
-use crate::case::plain;
-use crate::tracer::{Fault, Report, Target};
+use crate::tracer::{Fault, Order, Report, Target};
 
-/// All faults of the calls that a run made. `all`: else a few of each kind, `wanted` in all.
-pub fn faults(report: &Report, home: &str, all: bool, wanted: usize) -> Vec<Target> {
+/// How many are tried of a save where not all are.
+const FEW: usize = 20;
+
+/// Faults of the calls that a run made: `all`, those of the one call that is wanted, or a few of each.
+pub fn faults(report: &Report, order: &Order, wanted: Option<&str>) -> Vec<Target> {
     let mut found = Vec::new();
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    // Calls of one name on one thing differ in nothing but when they come: of many, the first and the last.
-    let mut groups: BTreeMap<(&str, String), Vec<(usize, u64)>> = BTreeMap::new();
+    // Calls of one name on one thing differ in nothing but when they come: of many, the first, the last and one between.
+    let mut groups: BTreeMap<(&str, String), Vec<u64>> = BTreeMap::new();
     for seen in &report.calls {
-        let nth = counts.entry(&seen.call).or_default();
-        let about = plain(&seen.about.replace(home, ""));
-        let group = groups.entry((&seen.call, about)).or_default();
-        group.push((*nth, seen.length));
-        *nth += 1;
+        groups
+            .entry((&seen.call, order.plain(&seen.about)))
+            .or_default()
+            .push(seen.length);
     }
-    for ((name, about), members) in &groups {
-        let ends = [members.first(), members.get(members.len() / 2), members.last()];
-        let mut ends: Vec<_> = ends.into_iter().flatten().copied().collect();
+    for ((name, about), lengths) in &groups {
+        let mut ends = vec![0, lengths.len() / 2, lengths.len() - 1];
         ends.dedup();
-        for (nth, length) in ends {
-            for fault in ways(name, about, length) {
-                found.push(Target { call: (*name).to_owned(), nth, fault });
+        for nth in ends {
+            for fault in ways(name, about, lengths[nth]) {
+                found.push(Target {
+                    call: (*name).to_owned(),
+                    about: about.clone(),
+                    nth,
+                    fault,
+                });
             }
         }
     }
-    if all || found.len() <= wanted {
-        return found;
+    match wanted {
+        Some("all") => found,
+        Some(call) => found
+            .into_iter()
+            .filter(|target| target.call == call)
+            .collect(),
+        None => few(&found),
     }
-    // In the order of the names, so that each has its share; the step is the same in every run.
-    let step = found.len() as f64 / wanted as f64;
-    (0..wanted).filter_map(|n| found.get((n as f64 * step) as usize).cloned()).collect()
+}
+
+/// Always the same: in the order of the names, so that each has its share.
+fn few(found: &[Target]) -> Vec<Target> {
+    let step = (found.len() as f64 / FEW as f64).max(1.0);
+    let at = |n: usize| found.get((n as f64 * step) as usize).cloned();
+    (0..FEW).map_while(at).collect()
 }
 
 /// What can happen to a call.
@@ -46,7 +59,8 @@ fn ways(name: &str, about: &str, length: u64) -> Vec<Fault> {
     };
     let stream = about.starts_with("socket:") || about.starts_with("pipe:");
     let errors: &[Errno] = match name {
-        _ if about.starts_with("anon_inode:") && call.length.is_some() => &[Errno::EINTR],
+        // A number in memory: nothing of it can fail.
+        _ if about.starts_with("anon_inode:") => return Vec::new(),
         "read" | "readv" | "recvfrom" | "recvmsg" if about.starts_with("socket:") => {
             &[Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EINTR]
         }
@@ -57,13 +71,20 @@ fn ways(name: &str, about: &str, length: u64) -> Vec<Fault> {
         "write" if stream => &[Errno::EPIPE, Errno::EINTR],
         _ => call.errors,
     };
-    let mut ways: Vec<Fault> = errors.iter().map(|&error| Fault::Fails(error as i32)).collect();
+    let mut ways: Vec<Fault> = errors
+        .iter()
+        .map(|&error| Fault::Fails(error as i32))
+        .collect();
     // A disk that is full or broken stays so, and so does a process that has no descriptors left.
     let lasting = [Errno::EIO, Errno::ENOSPC, Errno::EMFILE];
-    let lasting = errors.iter().filter(|&error| lasting.contains(error));
+    // But a cgroup that can be frozen can be thawed: what would be held against it is the kernel's.
+    let thaws = about.starts_with("/sys/fs/cgroup") && name.contains("write");
+    let lasting = errors
+        .iter()
+        .filter(|&error| lasting.contains(error) && !thaws);
     ways.extend(lasting.map(|&error| Fault::FailsFrom(error as i32)));
-    // A cgroup's or the kernel's own file takes what is written at once; an eventfd is eight bytes.
-    let whole = about.starts_with("anon_inode:") || about.starts_with("/sys/");
+    // A cgroup's or the kernel's own file takes what is written at once.
+    let whole = about.starts_with("/sys/") || about.starts_with("/proc/") && name.contains("write");
     if call.length.is_some() && length > 1 && !whole {
         // A directory's entries have to fit.
         if name != "getdents64" {

@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::calls::{self, About, Call};
-use crate::clock;
+use crate::{case, clock};
 
 /// The first argument of the process that traces.
 const TRACE: &str = "--trace-an-order";
@@ -58,7 +58,9 @@ impl std::fmt::Display for Fault {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Target {
     pub call: String,
-    /// 0 is the first of its name that matters.
+    /// What it is about, without what differs between runs.
+    pub about: String,
+    /// 0 is the first of its name that is about that.
     pub nth: usize,
     pub fault: Fault,
 }
@@ -76,6 +78,30 @@ pub struct Order {
     pub clock: Vec<(usize, i64)>,
     /// The bound of open files.
     pub files: Option<u64>,
+    /// Somebody changes a file of the container's while it is read.
+    pub meanwhile: Option<Meanwhile>,
+}
+
+impl Order {
+    /// What a call is about, without what differs between runs: the place, numbers, and names made up.
+    pub fn plain(&self, about: &str) -> String {
+        let home = self.home.display().to_string();
+        let about = about.replace(&home, "");
+        let made_up = [".tmp", ".new-"]
+            .iter()
+            .filter_map(|name| Some(about.find(name)? + name.len()))
+            .min();
+        case::plain(&about[..made_up.unwrap_or(about.len())])
+    }
+}
+
+/// At the first call of that name on what ends like that, a file is written.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Meanwhile {
+    pub call: String,
+    pub about: String,
+    pub file: PathBuf,
+    pub content: String,
 }
 
 /// A call that was seen.
@@ -146,8 +172,10 @@ fn become_traced(arguments: &[std::ffi::OsString]) -> Result<()> {
     if clock == "clock" {
         numbers.extend(clock::CALLS);
     }
-    let rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> =
-        numbers.into_iter().map(|number| (number, Vec::new())).collect();
+    let rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> = numbers
+        .into_iter()
+        .map(|number| (number, Vec::new()))
+        .collect();
     let filter = seccompiler::SeccompFilter::new(
         rules,
         seccompiler::SeccompAction::Allow,
@@ -166,7 +194,7 @@ struct Trace {
     alive: HashSet<Pid>,
     /// Those that go on after the program has replaced the helper.
     begun: bool,
-    nth: HashMap<&'static str, usize>,
+    nth: usize,
     /// Registers to put back when a call whose length was changed is over.
     changed: HashMap<Pid, Registers>,
     report: Report,
@@ -175,7 +203,11 @@ struct Trace {
 fn trace(file: &Path) -> Result<()> {
     let order: Order = serde_json::from_slice(&fs::read(file)?)?;
     let create = |name: &str| File::create(order.said.join(name)).map(Stdio::from);
-    let clock = if order.clock.is_empty() { "as it is" } else { "clock" };
+    let clock = if order.clock.is_empty() {
+        "as it is"
+    } else {
+        "clock"
+    };
     let mut command = Command::new(std::env::current_exe()?);
     command
         .args([TRACED, clock])
@@ -190,7 +222,10 @@ fn trace(file: &Path) -> Result<()> {
     let child = command.spawn()?;
     let main = Pid::from_raw(child.id() as i32);
     let stopped = waitpid(main, Some(WaitPidFlag::WUNTRACED))?;
-    ensure!(stopped == WaitStatus::Stopped(main, Signal::SIGSTOP), "{stopped:?}");
+    ensure!(
+        stopped == WaitStatus::Stopped(main, Signal::SIGSTOP),
+        "{stopped:?}"
+    );
     let options = Options::PTRACE_O_EXITKILL
         | Options::PTRACE_O_TRACECLONE
         | Options::PTRACE_O_TRACEFORK
@@ -204,7 +239,7 @@ fn trace(file: &Path) -> Result<()> {
         main,
         alive: HashSet::from([main]),
         begun: false,
-        nth: HashMap::new(),
+        nth: 0,
         changed: HashMap::new(),
         report: Report::default(),
         order,
@@ -219,7 +254,11 @@ impl Trace {
         let mut ended = None;
         loop {
             let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
-            let flags = if ended.is_some() { flags } else { WaitPidFlag::__WALL };
+            let flags = if ended.is_some() {
+                flags
+            } else {
+                WaitPidFlag::__WALL
+            };
             let status = match waitpid(None, Some(flags)) {
                 Ok(status) => status,
                 Err(Errno::ECHILD) => return Ok(()),
@@ -314,7 +353,12 @@ impl Trace {
             return Ok(false);
         };
         let arguments = [
-            registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9,
+            registers.rdi,
+            registers.rsi,
+            registers.rdx,
+            registers.r10,
+            registers.r8,
+            registers.r9,
         ];
         let Some(about) = self.matters(pid, call, arguments) else {
             return Ok(false);
@@ -324,15 +368,33 @@ impl Trace {
             about,
             length: call.length.map_or(0, |at| arguments[at]),
         };
-        let nth = self.nth.entry(call.name).or_default();
-        let here = *nth;
-        *nth += 1;
         self.report.calls.push(seen.clone());
+        let now =
+            |other: &mut Meanwhile| other.call == seen.call && seen.about.ends_with(&other.about);
+        if let Some(other) = self.order.meanwhile.take_if(now) {
+            fs::write(other.file, other.content)?;
+        }
         let Some(target) = &self.order.target else {
             return Ok(false);
         };
-        let lasting = matches!(target.fault, Fault::FailsFrom(_));
-        if target.call != call.name || here < target.nth || here > target.nth && !lasting {
+        let lasting = matches!(target.fault, Fault::FailsFrom(_)) && self.report.hit.is_some();
+        // What is broken for good is a disk, or the table of descriptors: no pipe, nothing in memory, and no cgroup, as one
+        // that can be frozen can be thawed.
+        // And what it says has to be heard.
+        let disk = seen.about.starts_with('/')
+            && !(seen.about.starts_with("/sys/") && call.length.is_some())
+            && !Path::new(&seen.about).starts_with(&self.order.said);
+        let other = if lasting {
+            !disk
+        } else {
+            target.about != self.order.plain(&seen.about)
+        };
+        if target.call != call.name || other {
+            return Ok(false);
+        }
+        let here = self.nth;
+        self.nth += 1;
+        if here != target.nth && !lasting {
             return Ok(false);
         }
         self.report.hit.get_or_insert(seen);
@@ -382,7 +444,9 @@ impl Trace {
         let text = about.to_string_lossy().into_owned();
         let matters = about.starts_with(&self.order.home)
             || SYSTEM.iter().any(|path| text.starts_with(path))
-            || ["socket:", "pipe:", "/memfd:", "anon_inode:"].iter().any(|kind| text.starts_with(kind));
+            || ["socket:", "pipe:", "/memfd:", "anon_inode:"]
+                .iter()
+                .any(|kind| text.starts_with(kind));
         matters.then_some(text)
     }
 
@@ -434,7 +498,10 @@ fn string(pid: Pid, at: u64) -> PathBuf {
         // The end of a page may be the end of what there is.
         let whole = 4096 - at as usize % 4096;
         let first = memory.read_at(&mut bytes[..whole], at)?;
-        Ok(first + memory.read_at(&mut bytes[whole..], at + whole as u64).unwrap_or(0))
+        Ok(first
+            + memory
+                .read_at(&mut bytes[whole..], at + whole as u64)
+                .unwrap_or(0))
     });
     bytes.truncate(read.unwrap_or(0));
     let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(0);

@@ -15,6 +15,9 @@ use upperdeck::layout::Directory;
 use upperdeck::manifest::platform::Platform;
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_upperdeck");
+/// A file that changes while it is read, and its length.
+pub const CHANGES: &str = "home/user/changes";
+pub const CHANGING: usize = 300_000;
 /// Long before anything that a container does.
 const MTIME: u64 = 1_700_000_000;
 
@@ -85,7 +88,13 @@ impl World {
             }
         }
         ensure!(ready, "no container");
-        Ok(Self { home, pid, cgroup, maker, stdin: Some(stdin) })
+        Ok(Self {
+            home,
+            pid,
+            cgroup,
+            maker,
+            stdin: Some(stdin),
+        })
     }
 
     /// A file or directory as the container sees it.
@@ -113,9 +122,15 @@ impl World {
         )?;
         fs::create_dir(at("home/user/many"))?;
         for number in 0..12 {
-            fs::write(at(&format!("home/user/many/{number}")), format!("{number}\n"))?;
+            fs::write(
+                at(&format!("home/user/many/{number}")),
+                format!("{number}\n"),
+            )?;
         }
-        fs::OpenOptions::new().append(true).open(at("etc/motd"))?.write_all(b"Changed.\n")?;
+        fs::OpenOptions::new()
+            .append(true)
+            .open(at("etc/motd"))?
+            .write_all(b"Changed.\n")?;
         fs::remove_dir_all(at("usr/doc"))?;
         fs::remove_dir_all(at("var/app"))?;
         fs::create_dir(at("var/app"))?;
@@ -142,16 +157,45 @@ impl World {
         Ok(())
     }
 
+    /// The file that changes, full of one letter.
+    pub fn change(&self, letter: &str) -> Result<()> {
+        if !self.changed(letter).unwrap_or_default() {
+            fs::write(self.inside(CHANGES), letter.repeat(CHANGING))?;
+            settle();
+        }
+        Ok(())
+    }
+
+    /// Whether it is full of that letter.
+    pub fn changed(&self, letter: &str) -> Result<bool> {
+        Ok(fs::read_to_string(self.inside(CHANGES))? == letter.repeat(CHANGING))
+    }
+
+    /// Thaws the container, whoever froze it.
+    pub fn thaw(&self) {
+        // One of the two is there.
+        let _ = fs::write(self.cgroup.join("freezer.state"), "THAWED");
+        let _ = fs::write(self.cgroup.join("cgroup.freeze"), "0");
+    }
+
     /// That the container runs: its cgroup is not frozen, and no process of it is stopped.
     pub fn runs(&self) -> Result<()> {
         for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
             if let Ok(state) = fs::read_to_string(self.cgroup.join(file)) {
-                ensure!(state.trim() == thawed, "the container stays frozen: {state}");
+                ensure!(
+                    state.trim() == thawed,
+                    "the container stays frozen: {state}"
+                );
             }
         }
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid))?;
-        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-        ensure!(matches!(state, Some('S' | 'R')), "the container's process: {state:?}");
+        let state = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next());
+        ensure!(
+            matches!(state, Some('S' | 'R')),
+            "the container's process: {state:?}"
+        );
         Ok(())
     }
 }
@@ -178,7 +222,11 @@ fn settle() {
 }
 
 fn cgroup(pid: u32) -> Result<PathBuf> {
-    let hierarchies = ["/sys/fs/cgroup/freezer", "/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+    let hierarchies = [
+        "/sys/fs/cgroup/freezer",
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/unified",
+    ];
     for hierarchy in hierarchies {
         let path = Path::new(hierarchy).join(format!("upperdeck-faults-{pid}"));
         if fs::create_dir(&path).is_ok() {
