@@ -53,7 +53,7 @@ pub enum ProveError {
         gid: u32,
     },
     /// They are not the same.
-    #[error("the base is not what is mounted: {count} differences between its {layers} layers (expected) and the mounted lower directories (found){}", list(.first))]
+    #[error("the base is not what is mounted: {} between its {} (expected) and the mounted lower directories (found){}", crate::message::count(*count, "difference", "differences"), crate::message::count(*layers, "layer", "layers"), list(.first))]
     Differs {
         /// Layers of the base.
         layers: usize,
@@ -137,8 +137,9 @@ where
     let mut differences = compare(&base, &mounted, &ignore);
     if differences.is_empty() {
         return Ok(format!(
-            "by content: the {count} layers of the base, applied, are the {} paths of the mounted lower directories",
-            mounted.len()
+            "by content: the base ({}), applied, is what the mounted lower directories hold ({})",
+            crate::message::count(count, "layer", "layers"),
+            crate::message::count(mounted.len(), "path", "paths")
         ));
     }
     let all = differences.len();

@@ -10,8 +10,12 @@ use crate::cancel::Cancel;
 
 /// The first signal cancels, the second ends the process at once (the freeze watchdog then thaws).
 pub(super) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
-    // Tokio wants a pair for the signals of this process, and panics where there is none to be had.
-    drop(UnixStream::pair()?);
+    // Tokio panics where there is no pair to be had for the signals of this process: with these eight descriptors in hand
+    // there is one when all else that a runtime opens is open.
+    let spare: Vec<_> = (0..4)
+        .map(|_| UnixStream::pair())
+        .collect::<io::Result<_>>()?;
+    drop(spare);
     let cancel = cancel.clone();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -335,7 +335,8 @@ impl InspectView {
         let others = self.not_saved.iter().filter(|mount| !mount.volume).count();
         let others = others + self.not_saved_more;
         if others > 0 {
-            add("", format!("and {others} mounts of the runtime's own"));
+            let mounts = crate::message::count(others, "mount", "mounts");
+            add("", format!("and {mounts} of the runtime's own"));
         }
         let width = rows.iter().map(|[name, _]| name.len()).max().unwrap_or(0);
         rows.iter()

@@ -125,7 +125,7 @@ pub enum Error {
     },
     /// Its mount table is larger than is taken.
     #[error(
-        "process {pid} has more than {mounts} mounts, or {bytes} bytes of them: what is mounted is no part of an image, \
+        "process {pid} has more mounts than are read ({mounts}, or {bytes} bytes of them): what is mounted is no part of an image, \
          and without the whole table it cannot be told; unmount what is not needed"
     )]
     ManyMounts {

@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::reference::ReferenceError;
 use crate::digest::Digest;
+use crate::message;
 
 /// What a request was for: the same status means different things at different steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,7 +189,7 @@ pub enum Error {
         reason: String,
     },
     /// Nothing moved for too long.
-    #[error("{request}: nothing moved for {} seconds: try again later", after.as_secs())]
+    #[error("{request}: nothing moved for {}: try again later", crate::message::count(after.as_secs(), "second", "seconds"))]
     Silent {
         /// The request.
         request: Request,
@@ -197,7 +198,7 @@ pub enum Error {
     },
     /// The save takes longer than it may.
     #[error(
-        "{request}: the save has taken the {} seconds that it may take with its registries (--deadline)", after.as_secs()
+        "{request}: the save has taken the {} that it may take with its registries (--deadline)", crate::message::count(after.as_secs(), "second", "seconds")
     )]
     Deadline {
         /// The request that was under way.
@@ -391,24 +392,11 @@ impl Error {
 
 /// The chain of causes as one line, and whether certificates are among them.
 pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool) {
-    let mut reason = String::new();
-    let mut certificate = false;
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        certificate |= is_certificate_error(error);
-        let text = match error.downcast_ref::<reqwest::Error>() {
-            Some(_) => String::new(),
-            None => crate::escape::limited(&error.to_string(), 300),
-        };
-        // Wrappers often repeat what they wrap.
-        if !text.is_empty() && !reason.contains(&text) {
-            if !reason.is_empty() {
-                reason.push_str(": ");
-            }
-            reason.push_str(&text);
-        }
-        cause = error.source();
-    }
+    let certificate = message::chain(error).any(is_certificate_error);
+    // What reqwest says of itself is in the request already.
+    let causes = message::chain(error).filter(|cause| !cause.is::<reqwest::Error>());
+    let mut reason =
+        message::joined(causes.map(|cause| crate::escape::limited(&cause.to_string(), 300)));
     if reason.is_empty() {
         "the connection failed".clone_into(&mut reason);
     }

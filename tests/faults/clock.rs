@@ -31,7 +31,7 @@ fn memory(pid: i32) -> io::Result<File> {
 /// Replaces the functions of the kernel's own library in that process, which read the clock without a call, by the calls.
 pub fn patch(pid: i32) -> Result<()> {
     let auxiliary = fs::read(format!("/proc/{pid}/auxv"))?;
-    let words: Vec<u64> = auxiliary.chunks_exact(8).map(|word| number(word)).collect();
+    let words: Vec<u64> = auxiliary.chunks_exact(8).map(number).collect();
     let base = words
         .chunks_exact(2)
         .find(|pair| pair[0] == libc::AT_SYSINFO_EHDR)

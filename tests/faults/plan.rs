@@ -13,7 +13,7 @@ const FEW: usize = 20;
 /// Faults of the calls that a run made: `all`, those of the one call that is wanted, or a few of each.
 pub fn faults(report: &Report, order: &Order, wanted: Option<&str>) -> Vec<Target> {
     let mut found = Vec::new();
-    // Calls of one name on one thing differ in nothing but when they come: of many, the first, the last and one between.
+    // Calls of one name on one thing differ in nothing but when they come: of many, the first and the last.
     let mut groups: BTreeMap<(&str, String), Vec<u64>> = BTreeMap::new();
     for seen in &report.calls {
         groups
@@ -22,7 +22,7 @@ pub fn faults(report: &Report, order: &Order, wanted: Option<&str>) -> Vec<Targe
             .push(seen.length);
     }
     for ((name, about), lengths) in &groups {
-        let mut ends = vec![0, lengths.len() / 2, lengths.len() - 1];
+        let mut ends = vec![0, lengths.len() - 1];
         ends.dedup();
         for nth in ends {
             for fault in ways(name, about, lengths[nth]) {

@@ -50,7 +50,7 @@ impl Registry {
             let text = fs::read_to_string(&log)?;
             if let Some((_, rest)) = text.split_once("listening on ") {
                 let end = rest.find(|c: char| c != '.' && c != ':' && !c.is_ascii_digit());
-                registry.host = rest[..end.unwrap_or_default()].to_owned();
+                rest[..end.unwrap_or_default()].clone_into(&mut registry.host);
             }
         }
         Ok(registry)
