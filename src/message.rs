@@ -40,7 +40,7 @@ pub fn joined(texts: impl IntoIterator<Item = String>) -> String {
 }
 
 /// `1 path`, `2 paths`.
-pub fn count<N: Display + PartialEq + From<u8>>(number: N, one: &str, many: &str) -> String {
+pub fn count<N: Copy + Display + PartialEq + From<u8>>(number: N, one: &str, many: &str) -> String {
     let noun = if number == N::from(1) { one } else { many };
     format!("{number} {noun}")
 }

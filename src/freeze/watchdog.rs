@@ -441,8 +441,8 @@ fn leave() -> Result<(), String> {
 fn prepare(args: &[OsString]) -> Result<(Group, Option<Instant>, Option<PathBuf>), String> {
     let [version, dir, millis, mark] = args else {
         return Err(format!(
-            "expected VERSION DIRECTORY MILLISECONDS MARK, got {} arguments",
-            args.len()
+            "expected VERSION DIRECTORY MILLISECONDS MARK, got {}",
+            crate::message::count(args.len(), "argument", "arguments")
         ));
     };
     let version =
