@@ -742,7 +742,7 @@ process     pid:42        -                      registry.example/nb:1   42     
             "{table}"
         );
         assert!(
-            table.contains("and 1 mounts of the runtime's own\n"),
+            table.contains("and 1 mount of the runtime's own\n"),
             "{table}"
         );
 
