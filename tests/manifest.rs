@@ -776,7 +776,7 @@ fn what_cannot_be_an_image_is_refused() {
         (
             "diff ids",
             |_, c| c["rootfs"]["diff_ids"] = json!(["a", "b"]),
-            "lists 2 layers, 1 were found",
+            "lists 2 layers, found were 1",
         ),
         (
             "history",

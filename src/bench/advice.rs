@@ -99,7 +99,10 @@ fn one(candidate: &Candidate, hands: Hands, tar_bytes: u64, mut why: String) -> 
     let size = tar_bytes.div_ceil(layers as u64).next_multiple_of(1 << 20);
     if layers > 1 && size >= SMALLEST_LAYER {
         flags.extend(["--layer-size".to_owned(), format!("{}M", size >> 20)]);
-        why += &format!("; {layers} layers are hashed side by side");
+        why += &format!(
+            "; {} hashed side by side",
+            crate::common::message::count(layers, "layer", "layers")
+        );
         hands.layers = layers;
     }
     let jobs = enough_jobs(&candidate.costs, hands);

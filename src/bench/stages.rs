@@ -106,8 +106,12 @@ fn side_by_side<S, T: Send>(
         }
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(one)).collect();
+        let start = |_| thread::Builder::new().spawn_scoped(scope, one);
+        let workers = (0..threads.max(1))
+            .map(start)
+            .collect::<Result<Vec<_>, _>>();
         workers
+            .map_err(|error| save::Error::Layer(crate::layer::Error::Thread(error)))?
             .into_iter()
             .map(|worker| worker.join().map_err(|_| save::Error::Worker)?)
             .collect()

@@ -298,8 +298,10 @@ impl Observer for Bar {
                     self.main.set_style(style(MAIN));
                     self.main.set_length(bytes_total);
                     self.main.reset_eta();
-                    self.main
-                        .set_message(format!("saving {entries_total} entries"));
+                    self.main.set_message(format!(
+                        "saving {}",
+                        crate::common::message::count(entries_total, "entry", "entries")
+                    ));
                 }
                 self.main.set_position(bytes_done);
             }

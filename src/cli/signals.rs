@@ -1,6 +1,7 @@
 //! Turns SIGINT and SIGTERM into a cancellation, so that a frozen container is thawed before the program exits.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -9,6 +10,12 @@ use crate::common::cancel::Cancel;
 
 /// The first signal cancels. The second ends the process immediately, and the freeze watchdog then thaws the container.
 pub(super) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
+    // Tokio panics where there is no pair to be had for the signals of this process: with these eight descriptors in hand
+    // there is one when all else that a runtime opens is open.
+    let spare: Vec<_> = (0..4)
+        .map(|_| UnixStream::pair())
+        .collect::<io::Result<_>>()?;
+    drop(spare);
     let cancel = cancel.clone();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -336,7 +336,8 @@ impl InspectView {
         let others = self.not_saved.iter().filter(|mount| !mount.volume).count();
         let others = others + self.not_saved_more;
         if others > 0 {
-            add("", format!("and {others} mounts of the runtime's own"));
+            let mounts = crate::common::message::count(others, "mount", "mounts");
+            add("", format!("and {mounts} of the runtime's own"));
         }
         let width = rows.iter().map(|[name, _]| name.len()).max().unwrap_or(0);
         rows.iter()
@@ -742,7 +743,7 @@ process     pid:42        -                      registry.example/nb:1   42     
             "{table}"
         );
         assert!(
-            table.contains("and 1 mounts of the runtime's own\n"),
+            table.contains("and 1 mount of the runtime's own\n"),
             "{table}"
         );
 

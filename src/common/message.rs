@@ -1,6 +1,7 @@
 //! Text of messages for people: errors with their causes, and numbers with their nouns.
 
 use std::error::Error;
+use std::fmt::Display;
 
 /// The longest message, in bytes: what is told of an input is as long as the input.
 const LONGEST: usize = 8 << 10;
@@ -8,15 +9,27 @@ const LONGEST: usize = 8 << 10;
 /// An error and its causes on one line, as all of this program prints them. A cause that the text before it repeats
 /// already is left out, as many errors print their own cause. What is longer than 8 KiB is cut off.
 pub fn of(error: &(dyn Error + 'static)) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !text.is_empty() && !message.contains(&text) {
-            message.push_str(": ");
-            message.push_str(&text);
+    joined(chain(error).map(ToString::to_string))
+}
+
+/// An error, its cause, that one's cause and so on.
+pub fn chain<'a>(
+    error: &'a (dyn Error + 'static),
+) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
+/// The texts of a chain of causes as one.
+pub fn joined(texts: impl IntoIterator<Item = String>) -> String {
+    let mut message = String::new();
+    for text in texts {
+        if text.is_empty() || message.contains(&text) {
+            continue;
         }
-        cause = error.source();
+        if !message.is_empty() {
+            message.push_str(": ");
+        }
+        message.push_str(&text);
     }
     if message.len() > LONGEST {
         let fits = |end: &usize| message.is_char_boundary(*end);
@@ -26,9 +39,10 @@ pub fn of(error: &(dyn Error + 'static)) -> String {
     message
 }
 
-/// Formats a number with its noun: `1 path`, `2 paths`.
-pub fn count(number: u64, one: &str, many: &str) -> String {
-    format!("{number} {}", if number == 1 { one } else { many })
+/// `1 path`, `2 paths`.
+pub fn count<N: Copy + Display + PartialEq + From<u8>>(number: N, one: &str, many: &str) -> String {
+    let noun = if number == N::from(1) { one } else { many };
+    format!("{number} {noun}")
 }
 
 #[cfg(test)]
@@ -67,7 +81,7 @@ mod tests {
 
     #[test]
     fn one_is_not_many() {
-        let counted = [0, 1, 2].map(|n| count(n, "entry", "entries"));
+        let counted = [0_u64, 1, 2].map(|n| count(n, "entry", "entries"));
         assert_eq!(counted, ["0 entries", "1 entry", "2 entries"]);
     }
 }

@@ -73,7 +73,10 @@ pub fn make_dir(dir: &Path, mode: FileMode) -> io::Result<()> {
             make_dir(above.ok_or(error)?, mode)?;
             make_dir(dir, mode)
         }
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+        // Where it cannot be looked at, that is what is wrong.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            fs::metadata(dir)?.is_dir().then_some(()).ok_or(error)
+        }
         Err(error) => Err(error),
     }
 }
@@ -128,17 +131,18 @@ pub fn write(path: &Path, bytes: &[u8], mode: FileMode) -> io::Result<()> {
         .create_new(true)
         .mode(0o600)
         .open(path);
-    let mut file = match made {
-        Ok(file) => {
-            mode.set(&file)?;
-            file
+    match made {
+        Ok(mut file) => {
+            let written = mode.set(&file).and_then(|()| file.write_all(bytes));
+            written.inspect_err(|_| drop(fs::remove_file(path)))
         }
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            OpenOptions::new().write(true).truncate(true).open(path)?
+            let mut file = OpenOptions::new().write(true).truncate(true).open(path)?;
+            // A device has no length.
+            file.write_all(bytes).inspect_err(|_| drop(file.set_len(0)))
         }
-        Err(error) => return Err(error),
-    };
-    file.write_all(bytes)
+        Err(error) => Err(error),
+    }
 }
 
 /// Returns whether users other than the owner and the group can read or change a file that holds a secret. Only regular

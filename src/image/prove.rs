@@ -52,8 +52,8 @@ pub enum ProveError {
         /// Group ID on disk.
         gid: u32,
     },
-    /// The contents differ.
-    #[error("the base is not what is mounted: {count} differences between its {layers} layers (expected) and the mounted lower directories (found){}", list(.first))]
+    /// They are not the same.
+    #[error("the base is not what is mounted: {} between its {} (expected) and the mounted lower directories (found){}", crate::common::message::count(*count, "difference", "differences"), crate::common::message::count(*layers, "layer", "layers"), list(.first))]
     Differs {
         /// Number of layers of the base.
         layers: usize,
@@ -138,8 +138,9 @@ where
     let mut differences = compare(&base, &mounted, &ignore);
     if differences.is_empty() {
         return Ok(format!(
-            "by content: the {count} layers of the base, applied, are the {} paths of the mounted lower directories",
-            mounted.len()
+            "by content: the base ({}), applied, is what the mounted lower directories hold ({})",
+            crate::common::message::count(count, "layer", "layers"),
+            crate::common::message::count(mounted.len(), "path", "paths")
         ));
     }
     let all = differences.len();

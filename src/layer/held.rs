@@ -259,7 +259,8 @@ pub fn hold(plan: &Plan, way: Way, jobs: usize, cancel: &AtomicBool) -> Result<H
     let threads = jobs.clamp(1, items.len().div_ceil(CHUNK).max(1));
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(work);
+            // What others do not, this thread does.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, work);
         }
         work();
     });

@@ -5,6 +5,7 @@
 //! destination is slow, or takes one blob at a time, holds up no other.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -90,6 +91,9 @@ pub enum Error {
     /// Whoever takes the bytes failed.
     #[error("the layer could not be delivered")]
     Sink(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The kernel has no more threads for this process (`pids.max`, `RLIMIT_NPROC`).
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
     /// A worker panicked: a defect of this program.
     #[error("a worker died; this is a defect of upperdeck")]
     Worker,
@@ -188,9 +192,12 @@ where
         waiting.next()
     };
     thread::scope(|scope| {
+        let start = || thread::Builder::new();
+        let mut refused = None;
+        let mut workers = 0;
         for _ in 0..jobs {
             let (work, spare) = (work.clone(), spare.clone());
-            scope.spawn(move || {
+            let started = start().spawn_scoped(scope, move || {
                 let mut codec = Codec::new(options.compression, options.level);
                 let mut scratch = Scratch::default();
                 for given in work {
@@ -200,10 +207,22 @@ where
                     given.result.send(made).ok();
                 }
             });
+            match started {
+                Ok(_) => workers += 1,
+                Err(error) => refused = Some(error),
+            }
+        }
+        // Fewer are slower; without any nothing would ever come.
+        if let (0, Some(error)) = (workers, refused) {
+            while let Some((_, layer)) = take() {
+                *layer = Err(Error::Thread(error.kind().into()));
+            }
+            return;
         }
         for _ in 0..FETCHERS.min(blocks) {
             let fetch = fetch.clone();
-            scope.spawn(move || {
+            // What is not asked for beforehand is waited for when it is read.
+            let _ = start().spawn_scoped(scope, move || {
                 let mut path = Vec::new();
                 for (ahead, number) in fetch {
                     let ahead: &Ahead<'_> = ahead;
@@ -212,13 +231,18 @@ where
             });
         }
         drop((work, fetch));
-        for _ in 0..lanes {
+        for _ in 1..lanes {
             let (hands, shared, take) = (hands.clone(), &shared, &take);
-            scope.spawn(move || {
+            let lane = move || {
                 while let Some(((part, ahead), layer)) = take() {
                     *layer = write_one(part.sink, ahead, shared, &hands);
                 }
-            });
+            };
+            let _ = start().spawn_scoped(scope, lane);
+        }
+        // What the others do not, this thread does.
+        while let Some(((part, ahead), layer)) = take() {
+            *layer = write_one(part.sink, ahead, &shared, &hands);
         }
         // Workers and fetchers end with the last lane.
         drop(hands);
@@ -267,7 +291,9 @@ where
 {
     let (ready_in, ready) = bounded(READY);
     thread::scope(|scope| {
-        let delivery = scope.spawn(move || deliver(ready, sink, &shared.sent_bytes));
+        let delivery = thread::Builder::new()
+            .spawn_scoped(scope, move || deliver(ready, sink, &shared.sent_bytes))
+            .map_err(Error::Thread)?;
         // The channel's end goes with it, which is what ends the delivery.
         let tar = in_order(ahead, shared, hands, ready_in);
         // Where the destination failed the order was given up for that reason.

@@ -175,8 +175,8 @@ fn too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
     };
     if layers.len() >= most || base + layers.len() >= manifest::MAX_LAYERS {
         return Some(format!(
-            "the image has {} layers above its base by now",
-            layers.len()
+            "the image has {} above its base by now",
+            crate::common::message::count(layers.len(), "layer", "layers")
         ));
     }
     (size(false) * 2 > size(true) && size(false) > SMALL_CHAIN)

@@ -117,7 +117,8 @@ pub(super) fn in_time<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
     let (done, result) = mpsc::channel();
-    std::thread::spawn(move || done.send(work()));
+    // Without a thread there is no answer either: the sender is dropped, and nothing is waited for.
+    let _ = std::thread::Builder::new().spawn(move || done.send(work()));
     result.recv_timeout(bound).ok()
 }
 
@@ -260,7 +261,7 @@ fn flush_all(files: HashMap<File, Option<OwnedFd>>) -> HashSet<File> {
     }
     let (done, flushed) = mpsc::channel();
     // Not waited for beyond the bound: a disk may hang for longer than anybody wants to.
-    std::thread::spawn(move || {
+    let _ = std::thread::Builder::new().spawn(move || {
         let opened = files.into_iter();
         for (which, file) in opened.filter_map(|(which, file)| Some((which, file?))) {
             if flush(file.as_fd()).is_ok() && done.send(which).is_err() {

@@ -76,8 +76,8 @@ pub(super) async fn base(
     let diff_ids = diff_ids(&config).map_err(unusable)?;
     if diff_ids.len() != parsed.layers().len() {
         return Err(unusable(format!(
-            "its config lists {} layers, its manifest {}",
-            diff_ids.len(),
+            "its config lists {}, its manifest {}",
+            crate::common::message::count(diff_ids.len(), "layer", "layers"),
             parsed.layers().len()
         )));
     }

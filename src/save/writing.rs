@@ -98,9 +98,9 @@ pub(super) fn tell_unsettled(context: &Context, paths: &HashSet<String>) {
     context.warn(
         "unsettled",
         format!(
-            "requests to write to {} files may have been under way while the container stood still (asynchronous \
+            "requests to write to {} may have been under way while the container stood still (asynchronous \
              ones, or from outside it), and be in the image in part, e.g. /{first}; the next save takes these files again",
-            paths.len()
+            crate::common::message::count(paths.len(), "file", "files")
         ),
     );
 }

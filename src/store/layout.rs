@@ -40,7 +40,15 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// The path holds something other than a layout.
+    /// It is written, and a crash of the machine may undo that.
+    #[error("{} is written, but may be lost if the machine crashes now: its directory cannot be synchronized: {source}", path.display())]
+    NotLasting {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something else is there already.
     #[error("{} is not an OCI layout: {reason}; name a new or empty directory, or a layout", path.display())]
     NotALayout {
         /// The path.
@@ -149,7 +157,15 @@ fn io_error<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) 
     }
 }
 
-/// Returns the path of a blob within a layout.
+/// The file is there, and its directory was not written to disk.
+fn not_lasting(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
+    move |source| Error::NotLasting {
+        path: path.to_path_buf(),
+        source,
+    }
+}
+
+/// Where a blob lies within a layout.
 fn blob_path(digest: &Digest) -> String {
     format!("blobs/sha256/{}", digest.hex())
 }

@@ -152,23 +152,9 @@ impl Client {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> Error {
-        // All causes are included, because "error sending request" alone does not help.
-        let mut reason = String::new();
-        let mut cause: Option<&dyn std::error::Error> = Some(error);
-        while let Some(error) = cause {
-            let text = error.to_string();
-            if !reason.contains(&text) {
-                reason = if reason.is_empty() {
-                    text
-                } else {
-                    format!("{reason}: {text}")
-                };
-            }
-            cause = error.source();
-        }
         Error::Unreachable {
             server: self.server.to_string(),
-            reason,
+            reason: crate::common::message::of(error),
         }
     }
 

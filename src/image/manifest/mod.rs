@@ -246,7 +246,8 @@ pub enum Error {
     },
     /// The number of layers differs between the config and the input.
     #[error(
-        "the base config lists {config} layers, {given} were found: this is not the config of this base"
+        "the base config lists {}, found were {given}: this is not the config of this base",
+        crate::common::message::count(*config, "layer", "layers")
     )]
     LayerCount {
         /// `rootfs.diff_ids`.
@@ -256,7 +257,7 @@ pub enum Error {
     },
     /// The image would have more than [`MAX_LAYERS`] layers.
     #[error(
-        "the image would have {0} layers, container engines bear {MAX_LAYERS}; rebuild the base with fewer (its own \
+        "the image would have more layers than container engines bear ({0}, they bear {MAX_LAYERS}); rebuild the base with fewer (its own \
          Dockerfile, or a squash) and start from that"
     )]
     TooManyLayers(usize),
@@ -278,10 +279,8 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// The time cannot be written in RFC 3339.
-    #[error(
-        "{0} seconds since the epoch is no time that an image can carry: the years are 0 to 9999"
-    )]
+    /// A time that RFC 3339 cannot write.
+    #[error("{0} (seconds since 1970) is no time that an image can carry: the years are 0 to 9999")]
     Time(i64),
 }
 
@@ -553,7 +552,10 @@ fn repair_history(
     }
     warnings.push(Warning {
         code: "base_history_repaired",
-        message: format!("the base's history tells of {with_layer} layers, there are {layers}; it was made to match"),
+        message: format!(
+            "the base's history tells of {}, there are {layers}; it was made to match",
+            crate::common::message::count(with_layer, "layer", "layers")
+        ),
     });
     if with_layer < layers {
         let filler =

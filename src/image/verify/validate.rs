@@ -91,18 +91,25 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_valid() {
-            return write!(f, "as expected: {} entries", self.entries);
+            let entries = crate::common::message::count(self.entries, "entry", "entries");
+            return write!(f, "as expected: {entries}");
         }
         for difference in &self.differences {
             writeln!(f, "{difference}")?;
         }
         if self.more > 0 {
-            writeln!(f, "and {} more differences", self.more)?;
+            let more =
+                crate::common::message::count(self.more, "more difference", "more differences");
+            writeln!(f, "and {more}")?;
         }
         write!(
             f,
-            "not as expected: {} differences",
-            self.differences.len() as u64 + self.more
+            "not as expected: {}",
+            crate::common::message::count(
+                self.differences.len() as u64 + self.more,
+                "difference",
+                "differences"
+            )
         )
     }
 }

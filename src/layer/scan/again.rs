@@ -169,8 +169,9 @@ impl<'a> Comparison<'a> {
         let failed: Mutex<Option<Error>> = Mutex::new(None);
         let this = &*self;
         std::thread::scope(|scope| {
+            let (mut started, mut refused) = (0, None);
             for _ in 0..walker.options.jobs.max(1) {
-                scope.spawn(|| {
+                let look = || {
                     let mut dirty = Vec::new();
                     let rights = walker.upper.enter();
                     loop {
@@ -202,7 +203,15 @@ impl<'a> Comparison<'a> {
                         .lock()
                         .unwrap_or_else(PoisonError::into_inner)
                         .append(&mut dirty);
-                });
+                };
+                match std::thread::Builder::new().spawn_scoped(scope, look) {
+                    Ok(_) => started += 1,
+                    Err(error) => refused = Some(error),
+                }
+            }
+            // Fewer are slower; the rights of an upper directory are a thread's own, and not this one's.
+            if let (0, Some(error)) = (started, refused) {
+                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Error::Thread(error));
             }
         });
         if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {

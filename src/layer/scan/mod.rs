@@ -427,6 +427,9 @@ pub enum Error {
          run as root in the initial user namespace with CAP_SYS_ADMIN"
     )]
     MarksUnreadable,
+    /// The kernel has no more threads for this process (`pids.max`, `RLIMIT_NPROC`).
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
     /// A thread of the walk panicked.
     #[error("a thread that walks the tree died; this is a defect of upperdeck")]
     Worker,

@@ -352,8 +352,8 @@ fn prove_overlay2(
         });
     }
     let proof = format!(
-        "mounted on the {} layers of Docker's layerdb up to chain {}; the layers of config {} give exactly this chain",
-        layers.len(),
+        "mounted on {} of Docker's layerdb up to chain {}; the layers of config {} give exactly this chain",
+        crate::common::message::count(layers.len(), "layer", "layers"),
         ChainId(parent),
         found.digest
     );
@@ -427,7 +427,10 @@ fn config_of(
     };
     let mut compared = Vec::new();
     if let Some(top) = mounted.last() {
-        compared.push(format!("mounted: {} layers, chain {top}", mounted.len()));
+        compared.push(format!(
+            "mounted: {}, chain {top}",
+            crate::common::message::count(mounted.len(), "layer", "layers")
+        ));
     }
     if let Ok(recorded) = container.image.parse::<Digest>() {
         match read(&recorded.hex()) {

@@ -70,7 +70,7 @@ pub enum Error {
     },
     /// No image on this node has the mounted chain ID.
     #[error(
-        "the image that container {container} stands on cannot be proven:{}\nname it with --base to save nevertheless",
+        "the image that container {container} stands on cannot be proven; name it with --base to save nevertheless; compared were:{}",
         lines(compared)
     )]
     BaseUnproven {
@@ -125,7 +125,7 @@ pub enum Error {
     },
     /// The mount table exceeds the limit.
     #[error(
-        "process {pid} has more than {mounts} mounts, or {bytes} bytes of them: what is mounted is no part of an image, \
+        "process {pid} has more mounts than are read ({mounts}, or {bytes} bytes of them): what is mounted is no part of an image, \
          and without the whole table it cannot be told; unmount what is not needed"
     )]
     ManyMounts {

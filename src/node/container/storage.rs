@@ -348,7 +348,10 @@ fn prove_stored(
     };
 
     let images: Vec<StoredImage> = list(roots, &[storage.root.join("overlay-images/images.json")])?;
-    let mut compared = vec![format!("mounted: {} layers, chain {top}", chain_ids.len())];
+    let mut compared = vec![format!(
+        "mounted: {}, chain {top}",
+        crate::common::message::count(chain_ids.len(), "layer", "layers")
+    )];
     let mut fits: Vec<(&StoredImage, Manifest, Config)> = Vec::new();
     for image in images.iter().filter(|image| is_id(&image.id)) {
         let recorded = image.id == stored.image;
@@ -376,8 +379,8 @@ fn prove_stored(
         }
     }
     compared.push(format!(
-        "and the {} images in {}",
-        images.len(),
+        "and {} in {}",
+        crate::common::message::count(images.len(), "image", "images"),
         storage.root.display()
     ));
     let configs: HashSet<Digest> = fits.iter().map(|(_, _, config)| config.digest).collect();
@@ -429,9 +432,9 @@ fn prove_stored(
         })
         .collect();
     let proof = format!(
-        "mounted on the {} layers recorded below layer {}; the layers of config {} of image {} give exactly this \
-         chain, manifest {}",
-        layers.len(),
+        "mounted on {} recorded below layer {}; the layers of config {} of image {} give exactly this chain, \
+         manifest {}",
+        crate::common::message::count(layers.len(), "layer", "layers"),
         own.id,
         config.digest,
         image.id,
@@ -485,7 +488,10 @@ fn image_of(
         let (of_config, of_manifest) = (config.diff_ids.len(), manifest.layers.len());
         return Err(Error::damaged(
             path,
-            format!("{of_config} layers, its manifest has {of_manifest}"),
+            format!(
+                "{}, its manifest has {of_manifest}",
+                crate::common::message::count(of_config, "layer", "layers")
+            ),
         ));
     }
     Ok((manifest, config))

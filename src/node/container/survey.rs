@@ -176,7 +176,7 @@ impl std::str::FromStr for Wanted {
             let pid = pid.parse().ok().filter(|&pid| pid > 0);
             return pid
                 .map(Self::Pid)
-                .ok_or_else(|| bad("expected a process number after pid:"));
+                .ok_or_else(|| bad("expected pid: and a process number"));
         }
         let parts: Vec<&str> = text.split('/').collect();
         if parts.iter().any(|part| part.is_empty()) {

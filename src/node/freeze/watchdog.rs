@@ -23,6 +23,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Error;
 use super::cgroup::{Group, Version};
+use crate::common::escape;
 use crate::node::confine::{self, Role};
 
 /// The first argument of a process that is a watchdog. Not for people: it is not in the help.
@@ -53,10 +54,25 @@ struct Process {
     stays: bool,
 }
 
-/// The one that stands by, while it guards nothing.
-static SPARE: Mutex<Option<Process>> = Mutex::new(None);
+/// The one that stands by, while it guards nothing; or why there is none.
+static SPARE: Mutex<Spare> = Mutex::new(Spare::None);
 
-fn spare() -> std::sync::MutexGuard<'static, Option<Process>> {
+#[derive(Debug)]
+enum Spare {
+    /// None was asked for, or it guards.
+    None,
+    Process(Process),
+    /// It could not be started, and a process that has given up its rights cannot start one any more.
+    Failed(String),
+}
+
+impl Spare {
+    fn take(&mut self) -> Self {
+        std::mem::replace(self, Self::None)
+    }
+}
+
+fn spare() -> std::sync::MutexGuard<'static, Spare> {
     SPARE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -68,15 +84,23 @@ pub struct StandBy(());
 /// Starts a watchdog that the freezes of this process will use, one after the other: from then on none of them starts a
 /// program.
 pub fn stand_by() -> Result<StandBy, Error> {
-    let process = Process::start(&super::Options::default().program, &[], true)?;
-    *spare() = Some(process);
-    Ok(StandBy(()))
+    match Process::start(&super::Options::default().program, &[], true) {
+        Ok(process) => {
+            *spare() = Spare::Process(process);
+            Ok(StandBy(()))
+        }
+        Err(why) => {
+            // For the freeze, whose own try would be refused for another reason.
+            *spare() = Spare::Failed(why.clone());
+            Err(failed(why))
+        }
+    }
 }
 
 impl Drop for StandBy {
     fn drop(&mut self) {
         let process = spare().take();
-        if let Some(mut process) = process {
+        if let Spare::Process(mut process) = process {
             // The end of its input is its end; it is waited for, so that no zombie is left.
             drop(process.life);
             let _ = process.child.wait();
@@ -89,7 +113,7 @@ fn failed(why: String) -> Error {
 }
 
 impl Process {
-    fn start(program: &Path, order: &[OsString], stays: bool) -> Result<Self, Error> {
+    fn start(program: &Path, order: &[OsString], stays: bool) -> Result<Self, String> {
         let mut child = Command::new(program)
             .arg(ARGUMENT)
             .args(order)
@@ -98,9 +122,9 @@ impl Process {
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
-            .map_err(|e| failed(format!("starting {program:?}: {e}")))?;
+            .map_err(|e| format!("starting {}: {e}", program.display()))?;
         let (Some(life), Some(answers)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err(failed("its pipes are missing".to_owned()));
+            return Err("its pipes are missing".to_owned());
         };
         Ok(Self {
             child,
@@ -112,8 +136,10 @@ impl Process {
 
     /// The one that stands by, given its order; else one that is started with it.
     fn ordered(program: &Path, order: &[OsString]) -> Result<Self, Error> {
-        let Some(mut process) = spare().take() else {
-            return Self::start(program, order, false);
+        let mut process = match spare().take() {
+            Spare::Process(process) => process,
+            Spare::None => return Self::start(program, order, false).map_err(failed),
+            Spare::Failed(why) => return Err(failed(why)),
         };
         let mut text = Vec::new();
         for field in order {
@@ -177,10 +203,9 @@ impl Watchdog {
             Ok(answer) if answer == READY => {}
             Ok(answer) => {
                 watchdog.dismiss(false);
-                return Err(failed(format!(
-                    "it answered {:?}",
-                    answer.escape_ascii().to_string()
-                )));
+                // It is one line, and escaped.
+                let answer = String::from_utf8_lossy(&answer);
+                return Err(failed(answer.trim_end().to_owned()));
             }
             Err(error) => {
                 if let Some(child) = &mut watchdog.child {
@@ -221,7 +246,7 @@ impl Watchdog {
         let answers = self.guard.take().and_then(|guard| guard.join().ok()?);
         match (self.child.take(), life, answers) {
             (Some(child), Some(life), Some(answers)) if stays => {
-                *spare() = Some(Process {
+                *spare() = Spare::Process(Process {
                     child,
                     life,
                     answers,
@@ -275,9 +300,11 @@ fn read_answer(answers: &mut ChildStdout) -> io::Result<Vec<u8>> {
             ));
         }
         let mut buffer = [0; 512];
-        match answers.read(&mut buffer)? {
-            0 => break,
-            n => answer.extend_from_slice(&buffer[..n]),
+        match answers.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => answer.extend_from_slice(&buffer[..n]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(answer)
@@ -352,7 +379,7 @@ fn say(word: &[u8]) -> io::Result<()> {
 
 fn refuse(why: &str) -> ExitCode {
     // One line: the other side reads up to its end.
-    let _ = say(format!("{}\n", why.escape_debug()).as_bytes());
+    let _ = say(format!("{}\n", escape::text(why)).as_bytes());
     ExitCode::FAILURE
 }
 
@@ -414,8 +441,8 @@ fn leave() -> Result<(), String> {
 fn prepare(args: &[OsString]) -> Result<(Group, Option<Instant>, Option<PathBuf>), String> {
     let [version, dir, millis, mark] = args else {
         return Err(format!(
-            "expected VERSION DIRECTORY MILLISECONDS MARK, got {} arguments",
-            args.len()
+            "expected VERSION DIRECTORY MILLISECONDS MARK, got {}",
+            crate::common::message::count(args.len(), "argument", "arguments")
         ));
     };
     let version =
@@ -436,7 +463,7 @@ fn prepare(args: &[OsString]) -> Result<(Group, Option<Instant>, Option<PathBuf>
         .map_err(|e| e.to_string())?
         .contains(&std::process::id())
     {
-        return Err(format!("it is in {dir:?} itself"));
+        return Err(format!("it is in {} itself", group.dir().display()));
     }
     let mark = (!mark.is_empty()).then(|| PathBuf::from(mark));
     Ok((group, deadline, mark))
@@ -461,8 +488,9 @@ fn watch(group: &Group, deadline: Option<Instant>, mark: Option<&Path>) -> Ended
         let _ = wait_readable(stdin.as_fd(), None);
     }
     let mut word = [0];
-    match stdin.lock().read(&mut word) {
-        Ok(1) if word[0] == DONE => Ended::Thawed,
+    // `read_exact` goes on where a read is interrupted: that is not the end of the caller.
+    match stdin.lock().read_exact(&mut word) {
+        Ok(()) if word[0] == DONE => Ended::Thawed,
         _ => Ended::Alone(thaw(group, mark)),
     }
 }

@@ -129,7 +129,9 @@ pub struct Lock {
 impl Drop for Lock {
     /// Where nothing is kept of the container, no file of its lock stays either.
     fn drop(&mut self) {
-        if !self.path.with_extension(SUFFIX).exists() && is_at(&self.file, &self.path) {
+        if !self.path.with_extension(SUFFIX).exists()
+            && is_at(&self.file, &self.path).unwrap_or(false)
+        {
             // Otherwise it is left to `Store::clear`.
             fs::remove_file(&self.path).ok();
         }
@@ -175,13 +177,14 @@ impl Store {
                 .truncate(false)
                 .mode(0o600)
                 .open(&path)?;
-            match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            let how = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+            match rustix::io::retry_on_intr(|| rustix::fs::flock(&file, how)) {
                 Ok(()) => {}
                 Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
             // Cleared away by somebody else in between: then it locks nothing.
-            if is_at(&file, &path) {
+            if is_at(&file, &path)? {
                 return Ok(Some(Lock { file, path }));
             }
         }
@@ -283,9 +286,14 @@ impl Store {
 }
 
 /// Whether `path` is still the name of this file.
-fn is_at(file: &File, path: &Path) -> bool {
-    let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
-    fs::metadata(path).is_ok_and(|there| file.metadata().is_ok_and(|ours| same(&there, &ours)))
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let there = match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        // Not taken for another file's: who asks would ask for ever.
+        there => there?,
+    };
+    let ours = file.metadata()?;
+    Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino()))
 }
 
 /// Removes the file of a lock that nobody has. Whoever takes it at this moment sees that it is gone, and makes another.

@@ -215,8 +215,8 @@ fn report(options: &Options, checks: Vec<Check>) -> Report {
     let names: Vec<&'static str> = checks.iter().map(|(name, _)| *name).collect();
     for (number, (_, check)) in checks.into_iter().enumerate() {
         let (tell, options) = (tell.clone(), options.clone());
-        // The thread is never joined: one that hangs ends with the process.
-        std::thread::spawn(move || tell.send((number, check(&options))));
+        // It is not waited for: one that hangs ends with the process.
+        let _ = std::thread::Builder::new().spawn(move || tell.send((number, check(&options))));
     }
     drop(tell);
     // The checks have time limits of their own; this one covers checks that do not keep to them.

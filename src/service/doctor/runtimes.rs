@@ -128,7 +128,8 @@ fn judge(places: &[Place], running: &BTreeSet<&'static str>) -> Vec<Finding> {
 }
 
 fn judge_listing(containers: usize, problems: &[String]) -> Finding {
-    let found = format!("{containers} containers can be saved");
+    let containers = crate::common::message::count(containers, "container", "containers");
+    let found = format!("{containers} can be saved");
     if problems.is_empty() {
         return Finding::ok("containers", found);
     }

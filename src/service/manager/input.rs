@@ -61,7 +61,10 @@ impl FromRequestParts<App> for Caller {
         tracing::Span::current().record("caller", caller.name.as_str());
         let most = app.options.doors.requests_per_user;
         let one = app.asking.one(&caller.name, most).ok_or_else(|| {
-            Refusal::too_many(format!("{most} requests are being answered already"), 1)
+            Refusal::too_many(
+                format!("as many requests as may be ({most}) are being answered already"),
+                1,
+            )
         })?;
         if let Some(held) = parts.extensions.get::<Held>() {
             *held.lock() = Some(one);

@@ -349,12 +349,16 @@ pub(super) async fn submit(
             Some(id),
         )),
         Submitted::TooMany(open) => Err(Refusal::too_many(
-            format!("{open} saves of this user are not done; that is as many as may be"),
+            format!(
+                "not done yet are {} of this user; that is as many as may be",
+                crate::common::message::count(open, "save", "saves")
+            ),
             TOO_MANY_S,
         )),
         Submitted::TooManyToday(asked) => Err(Refusal::too_many(
             format!(
-                "{asked} saves of this user were asked for in 24 hours; that is as many as may be"
+                "asked for in 24 hours were {} of this user; that is as many as may be",
+                crate::common::message::count(asked, "save", "saves")
             ),
             TOO_MANY_TODAY_S,
         )),

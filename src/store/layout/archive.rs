@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use bytes::Bytes;
 
 use super::staged::{Staged, sync_directory};
-use super::{Error, LAYOUT_FILE, add_to_index, blob_path, io_error};
+use super::{Error, LAYOUT_FILE, add_to_index, blob_path, io_error, not_lasting};
 use crate::common::digest::Digest;
 use crate::common::private::FileMode;
 
@@ -155,10 +155,11 @@ impl Archive {
             tar.append("oci-layout", LAYOUT_FILE.as_bytes())?;
             tar.append("index.json", &index)?;
             tar.staged.file.write_all(&[0; 2 * BLOCK as usize])?;
-            tar.staged.publish(path)?;
-            sync_directory(directory_of(path))
+            tar.staged.publish(path)
         };
-        let result = publish().map_err(io_error(path, "write"));
+        let result = publish()
+            .map_err(io_error(path, "write"))
+            .and_then(|()| sync_directory(directory_of(path)).map_err(not_lasting(path)));
         self.shared.give_back(Slot::Closed);
         result.map(|()| digest)
     }

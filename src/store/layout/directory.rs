@@ -8,7 +8,10 @@ use bytes::Bytes;
 use rustix::fs::FlockOperation;
 
 use super::staged::{Staged, sync_directory};
-use super::{Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, take_from_index};
+use super::{
+    Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, not_lasting,
+    take_from_index,
+};
 use crate::common::digest::Digest;
 use crate::common::private::{self, FileMode};
 
@@ -90,13 +93,18 @@ impl Directory {
                 None => Err(self.not_a_layout("its oci-layout names no version")),
             }
         } else {
-            let mut entries = fs::read_dir(&self.path).map_err(io_error(&self.path, "read"))?;
-            // Remains of an interrupted save into a new directory do not count.
+            let names = fs::read_dir(&self.path)
+                .and_then(|entries| {
+                    entries
+                        .map(|e| Ok(e?.file_name()))
+                        .collect::<io::Result<Vec<_>>>()
+                })
+                .map_err(io_error(&self.path, "read"))?;
+            // What an interrupted save into a new directory has left is ours to go on with.
             let ours = |name: &std::ffi::OsStr| {
                 name == "blobs" || name.as_encoded_bytes().starts_with(b".upperdeck-")
             };
-            let foreign = entries.find(|e| e.as_ref().map_or(true, |e| !ours(&e.file_name())));
-            match foreign {
+            match names.iter().find(|name| !ours(name)) {
                 None => Ok(false),
                 // A concurrent save may have created the layout between the two checks.
                 Some(_) if self.path.join("oci-layout").exists() => self.check_version(),
@@ -125,10 +133,10 @@ impl Directory {
         let write = || {
             let mut staged = Staged::create(&self.path, self.mode())?;
             staged.file.write_all(bytes)?;
-            staged.publish(&target)?;
-            sync_directory(&self.path)
+            staged.publish(&target)
         };
-        write().map_err(io_error(&target, "write"))
+        write().map_err(io_error(&target, "write"))?;
+        sync_directory(&self.path).map_err(not_lasting(&target))
     }
 
     /// Returns the size in bytes of an existing blob. A blob whose size differs from `size` counts as missing.
@@ -213,7 +221,7 @@ impl Directory {
     fn lock(&self) -> Result<File, Error> {
         // The directory itself is locked, so that no lock file remains in the layout.
         let lock = File::open(&self.path).map_err(io_error(&self.path, "open"))?;
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+        rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, FlockOperation::LockExclusive))
             .map_err(|e| io_error(&self.path, "lock")(e.into()))?;
         Ok(lock)
     }

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::reference::ReferenceError;
 use crate::common::digest::Digest;
+use crate::common::message;
 
 /// The purpose of a request. The same status means different things at different steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,8 +190,8 @@ pub enum Error {
         /// The chain of causes.
         reason: String,
     },
-    /// No data was transferred for too long.
-    #[error("{request}: nothing moved for {} seconds: try again later", after.as_secs())]
+    /// Nothing moved for too long.
+    #[error("{request}: nothing moved for {}: try again later", crate::common::message::count(after.as_secs(), "second", "seconds"))]
     Silent {
         /// The request.
         request: Request,
@@ -199,7 +200,7 @@ pub enum Error {
     },
     /// The save exceeded its deadline.
     #[error(
-        "{request}: the save has taken the {} seconds that it may take with its registries (--deadline)", after.as_secs()
+        "{request}: the save has taken the {} that it may take with its registries (--deadline)", crate::common::message::count(after.as_secs(), "second", "seconds")
     )]
     Deadline {
         /// The request that was in progress.
@@ -395,24 +396,12 @@ impl Error {
 
 /// Returns the chain of causes on one line, and whether one of them concerns certificates.
 pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool) {
-    let mut reason = String::new();
-    let mut certificate = false;
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        certificate |= is_certificate_error(error);
-        let text = match error.downcast_ref::<reqwest::Error>() {
-            Some(_) => String::new(),
-            None => crate::common::escape::limited(&error.to_string(), 300),
-        };
-        // Wrapping errors often repeat the text of their cause.
-        if !text.is_empty() && !reason.contains(&text) {
-            if !reason.is_empty() {
-                reason.push_str(": ");
-            }
-            reason.push_str(&text);
-        }
-        cause = error.source();
-    }
+    let certificate = message::chain(error).any(is_certificate_error);
+    // What reqwest says of itself is in the request already.
+    let causes = message::chain(error).filter(|cause| !cause.is::<reqwest::Error>());
+    let mut reason = message::joined(
+        causes.map(|cause| crate::common::escape::limited(&cause.to_string(), 300)),
+    );
     if reason.is_empty() {
         "the connection failed".clone_into(&mut reason);
     }

@@ -131,7 +131,7 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
 
 /// Opens the directories of an overlay, if their marks can be read.
 pub(super) fn open(roots: &Roots) -> Result<(Root, Lowers), Error> {
-    if roots.namespace == Namespace::Trusted && !may_read_trusted() {
+    if roots.namespace == Namespace::Trusted && !may_read_trusted()? {
         return Err(Error::MarksUnreadable);
     }
     let open = |path: &Path| Root::open(path).map_err(|source| read_error(path, b"", source));
@@ -312,17 +312,17 @@ fn read_error(root: &Path, path: &[u8], source: io::Error) -> Error {
 
 /// Whether `trusted.*` attributes can be seen: CAP_SYS_ADMIN in the initial user namespace. Without it the
 /// kernel reads them as absent, and deletions would silently come back.
-fn may_read_trusted() -> bool {
+fn may_read_trusted() -> Result<bool, Error> {
     const CAP_SYS_ADMIN: u32 = 21;
-    let effective = std::fs::read_to_string("/proc/self/status")
-        .ok()
-        .and_then(|status| {
-            let line = status
-                .lines()
-                .find_map(|line| line.strip_prefix("CapEff:"))?;
-            u64::from_str_radix(line.trim(), 16).ok()
-        });
-    let initial = std::fs::read_to_string("/proc/self/uid_map")
-        .is_ok_and(|map| map.split_whitespace().collect::<Vec<_>>() == ["0", "0", "4294967295"]);
-    initial && effective.is_some_and(|set| set & (1 << CAP_SYS_ADMIN) != 0)
+    let read = |path: &str| {
+        std::fs::read_to_string(path).map_err(|source| read_error(Path::new(path), b"", source))
+    };
+    let status = read("/proc/self/status")?;
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    let map = read("/proc/self/uid_map")?;
+    let initial = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    Ok(initial && effective.is_some_and(|set| set & (1 << CAP_SYS_ADMIN) != 0))
 }

@@ -56,8 +56,17 @@ impl Walker<'_> {
                 self.work(&mut shelves, directory);
                 lock(&self.queue).shelves.append(&mut shelves);
             };
-            let jobs = 0..self.options.jobs.max(1);
-            let threads: Vec<_> = jobs.map(|_| scope.spawn(work)).collect();
+            let (mut threads, mut refused) = (Vec::new(), None);
+            for _ in 0..self.options.jobs.max(1) {
+                match std::thread::Builder::new().spawn_scoped(scope, work) {
+                    Ok(thread) => threads.push(thread),
+                    Err(error) => refused = Some(error),
+                }
+            }
+            // Fewer are slower. This thread cannot do it: it would lose its working directory and its rights.
+            if let (true, Some(error)) = (threads.is_empty(), refused) {
+                lock(&self.queue).failed = Some(Error::Thread(error));
+            }
             for thread in threads {
                 // One that panicked has said so in the queue.
                 let _ = thread.join();

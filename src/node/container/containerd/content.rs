@@ -103,8 +103,8 @@ impl Content {
             return Ok(config);
         }
         Err(format!(
-            "its config has {} layers, it has {}",
-            config.diff_ids.len(),
+            "its config has {}, it has {}",
+            crate::common::message::count(config.diff_ids.len(), "layer", "layers"),
             manifest.layers.len()
         ))
     }

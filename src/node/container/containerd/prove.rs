@@ -87,7 +87,10 @@ fn prove_record(
         .as_ref()
         .and_then(|cri| cri.image_ref.parse().ok());
     let content = Content(roots.path(&containerd.root.join(BLOBS)));
-    let mut compared = vec![format!("mounted: {} layers, chain {top}", mounted.len())];
+    let mut compared = vec![format!(
+        "mounted: {}, chain {top}",
+        crate::common::message::count(mounted.len(), "layer", "layers")
+    )];
     let mut fits: Vec<Fit> = Vec::new();
     let mut named: Vec<ImageRecord> = images;
     // First the image that the container was started from, then other names, then digests.
@@ -120,7 +123,10 @@ fn prove_record(
                     continue;
                 }
                 Ok(config) => match config.chain.last() {
-                    Some(top) => format!("{} layers, chain {top}", config.chain.len()),
+                    Some(top) => format!(
+                        "{}, chain {top}",
+                        crate::common::message::count(config.chain.len(), "layer", "layers")
+                    ),
                     None => "no layers".to_owned(),
                 },
                 Err(reason) => reason,
@@ -155,7 +161,8 @@ fn prove_record(
             }
         }
         compared.push(format!(
-            "and the {scanned} manifests in {}",
+            "and {} in {}",
+            crate::common::message::count(scanned, "manifest", "manifests"),
             content.0.display()
         ));
     }
@@ -174,8 +181,8 @@ fn prove_record(
                 name: None,
             }),
             Ok(config) => compared.push(format!(
-                "recorded config {wanted}: {} layers",
-                config.chain.len()
+                "recorded config {wanted}: {}",
+                crate::common::message::count(config.chain.len(), "layer", "layers")
             )),
             Err(reason) => compared.push(format!("recorded config {wanted}: {reason}")),
         }
@@ -250,9 +257,8 @@ fn prove_record(
         layer.size_known = true;
     }
     let proof = format!(
-        "{}; the {} layers of config {}{} give exactly this chain{}",
+        "{}; the layers of config {}{} give exactly this chain{}",
         stack.proof,
-        layers.len(),
         fit.config.digest,
         if image_ref == Some(fit.config.digest) {
             ", which CRI recorded for this container,"

@@ -230,7 +230,7 @@ async fn read_file(path: &std::path::Path) -> Result<String, String> {
 }
 
 async fn fetch(url: &str) -> Result<String, String> {
-    let parsed = reqwest::Url::parse(url).map_err(|error| error.to_string())?;
+    let parsed = reqwest::Url::parse(url).map_err(|error| crate::common::message::of(&error))?;
     let host = parsed.host_str().unwrap_or_default().to_owned();
     let plain = parsed.scheme() == "http" && crate::store::registry::reference::is_loopback(&host);
     if parsed.scheme() != "https" && !plain {
@@ -239,19 +239,23 @@ async fn fetch(url: &str) -> Result<String, String> {
     let client = crate::store::registry::http_client(&host)
         .timeout(JWKS_TIMEOUT)
         .build()
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| crate::common::message::of(&error))?;
     let mut answer = client
         .get(parsed)
         .send()
         .await
         .and_then(reqwest::Response::error_for_status)
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| crate::common::message::of(&error))?;
     let mut bytes = Vec::new();
-    while let Some(more) = answer.chunk().await.map_err(|error| error.to_string())? {
+    while let Some(more) = answer
+        .chunk()
+        .await
+        .map_err(|error| crate::common::message::of(&error))?
+    {
         bytes.extend_from_slice(&more);
         if bytes.len() > JWKS_BYTES {
             return Err("it is too large".to_owned());
         }
     }
-    String::from_utf8(bytes).map_err(|error| error.to_string())
+    String::from_utf8(bytes).map_err(|error| crate::common::message::of(&error))
 }

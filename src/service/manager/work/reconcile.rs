@@ -219,13 +219,21 @@ async fn apply(app: &App, save: &Standing, remedy: Remedy) -> Result<(), Trouble
             Remedy::GiveUp(code) => {
                 let message = match code {
                     Code::NodeLost => format!(
-                        "node {} has not been heard of for {} seconds; the session may be gone with it",
+                        "node {} has not been heard of for {}; the session may be gone with it",
                         save.node,
-                        app.options.node_lost.as_secs()
+                        crate::common::message::count(
+                            app.options.node_lost.as_secs(),
+                            "second",
+                            "seconds"
+                        )
                     ),
                     _ => format!(
-                        "it has waited for {} hours without being begun",
-                        app.options.order_expiry.as_secs() / 3600
+                        "it has waited for {} without being begun",
+                        crate::common::message::count(
+                            app.options.order_expiry.as_secs() / 3600,
+                            "hour",
+                            "hours"
+                        )
                     ),
                 };
                 draft.give_up(code, &message);

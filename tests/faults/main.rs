@@ -1,0 +1,52 @@
+//! System calls that fail: a save is the right image or the right error, whatever the kernel says.
+//!
+//! A first run counts the calls that matter, then each of them fails in a run of its own. `UPPERDECK_FAULTS=all` does that
+//! for all of them (hours); otherwise a few of each kind are taken, always the same.
+
+// A test program without libtest says itself what it did.
+#![allow(clippy::print_stdout)]
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+#[allow(dead_code, reason = "the parts that faults need")]
+#[path = "../support/mod.rs"]
+mod support;
+
+#[allow(dead_code, reason = "the parts that faults need")]
+#[path = "../support/disk.rs"]
+mod disk;
+
+#[cfg(target_arch = "x86_64")]
+mod calls;
+#[cfg(target_arch = "x86_64")]
+mod case;
+#[cfg(target_arch = "x86_64")]
+mod clock;
+#[cfg(target_arch = "x86_64")]
+mod plan;
+#[cfg(target_arch = "x86_64")]
+mod registry;
+#[cfg(target_arch = "x86_64")]
+mod saves;
+#[cfg(target_arch = "x86_64")]
+mod tracer;
+#[cfg(target_arch = "x86_64")]
+mod world;
+
+use std::process::ExitCode;
+
+#[cfg(target_arch = "x86_64")]
+fn main() -> ExitCode {
+    tracer::entry().unwrap_or_else(|| harness::main(&saves::tests()))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn main() -> ExitCode {
+    let ignored = || {
+        Err(harness::Stop::Ignored(
+            "registers of x86_64 are changed".to_owned(),
+        ))
+    };
+    harness::main(&[harness::Test::new("a_call_that_fails", ignored)])
+}
