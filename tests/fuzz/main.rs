@@ -9,6 +9,7 @@
 
 mod archives;
 mod database;
+mod deflate;
 mod files;
 #[allow(
     dead_code,
@@ -45,9 +46,10 @@ struct Target {
     mutations: u32,
 }
 
-const TARGETS: [Target; 9] = [
+const TARGETS: [Target; 10] = [
     target("archives", archives::run, 64 << 10, 300),
     target("database", database::run, 64 << 10, 200),
+    target("deflate", deflate::run, 64 << 10, 30),
     target("images", images::run, 16 << 10, 300),
     target("jobs", jobs::run, 8 << 10, 300),
     target("kernel", kernel::run, 8 << 10, 500),
