@@ -767,7 +767,7 @@ fn lowers_without_a_name_come_from_the_records() -> Outcome {
     assert!(container.overlay.id_mapped.is_empty());
     // A pod with `hostUsers: false`: what was mounted so was ID-mapped for it.
     for map in ["uid_map", "gid_map"] {
-        node.write(&format!("proc/1/{map}"), "0 100000 65536\n")?;
+        node.write(&format!("proc/{}/{map}", container.pid), "0 100000 65536\n")?;
     }
     let of_pod = find(&node.roots, CONTAINERD_ID)?.overlay;
     assert_eq!(of_pod.id_mapped, of_pod.lowers[..1]);
