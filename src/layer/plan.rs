@@ -213,6 +213,7 @@ impl Plan {
         &self.items
     }
 
+    /// Returns the items that overlap bytes `start..end` of the tar.
     pub(super) fn items_in(&self, start: u64, end: u64) -> &[Item] {
         let from = self.items.partition_point(|item| item.offset <= start);
         let to = self.items.partition_point(|item| item.offset < end);

@@ -438,7 +438,7 @@ impl Trace {
             }
         }
         if call.number == libc::SYS_lseek && ![3, 4].contains(&arguments[2]) {
-            // Only requests for holes reach the disk.
+            // Of lseek, only SEEK_DATA and SEEK_HOLE reach the file system.
             return None;
         }
         let text = about.to_string_lossy().into_owned();

@@ -27,7 +27,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const SLOW_WRITE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/harness/slow_write.py");
 const SIZE: usize = 8 << 20;
-/// Time after which an unfinished write is completed: a reader that waits for it has waited until then.
+/// Time after which a write is completed: a reader that has not finished by then waits for the write.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 static NEVER: AtomicBool = AtomicBool::new(false);

@@ -1,5 +1,5 @@
-//! Accounting for the memory of a scan: whoever writes the tree determines number and length of names, attributes and
-//! directories being walked.
+//! Accounting for the memory of a scan: the author of the tree determines number and length of names, attributes and
+//! directories being walked, so every allocation counts against a limit.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
