@@ -1,4 +1,4 @@
-//! Finds matches in two halves of the input in parallel, on one thread.
+//! Finds matches in two halves of the input, interleaved on one thread.
 //!
 //! The end of a match determines where the search for the next one begins, so the search is one chain of dependent
 //! loads. Two independent chains take little longer than one.

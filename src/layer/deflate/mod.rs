@@ -3,7 +3,7 @@
 //! every machine.
 //!
 //! Matches are found first and written later: a table (`fast`, `pair`, `chain`: one candidate, two, all) finds them in
-//! two halves of the input in parallel (`halves`, over a `window`) and produces `tokens`; `emit` cuts these into blocks
+//! two interleaved halves of the input (`halves`, over a `window`) and produces `tokens`; `emit` cuts these into blocks
 //! and writes each with the best `code` (`huffman`), through `bits`. `symbols` holds the alphabets of the format.
 
 #![allow(

@@ -50,8 +50,8 @@ impl Context {
 impl Scan {
     /// Rescans the upper directory.
     ///
-    /// `earlier` must be a scan of the same directories with the same rules. Returns `None` if the changes are too
-    /// large or continued during the rescan; a full scan is needed then.
+    /// `earlier` must be a scan of the same directories with the same rules. Returns `None` if the earlier scan cannot
+    /// be used, or if too much changed during the rescan; a full scan is needed then.
     pub fn again(
         earlier: &Scan,
         roots: &Roots,

@@ -108,8 +108,8 @@ impl Directory<'_> {
         same_bytes(ours.into(), theirs.into()).map_err(|e| walker.read_error(path, e))
     }
 
-    /// Returns whether a file gives its callers another user's privileges (setuid, setgid or file capabilities) that it
-    /// does not give in the base.
+    /// Returns whether a file runs with privileges other than its caller's (setuid, setgid or file capabilities),
+    /// unless the base's file has the same.
     pub(super) fn is_privileged(
         &self,
         entry: &Entry,
