@@ -1,9 +1,12 @@
 //! Tests of the deflate encoder: its output is read back by two independent inflaters, and is the same on every
 //! machine.
 //!
-//! `UPPERDECK_DEFLATE_SECONDS=3600 UPPERDECK_DEFLATE_SEED=7 cargo test --release --test deflate random_inputs` runs
-//! longer than usual, with another seed. `UPPERDECK_DEFLATE_FILES=/usr:/srv cargo test --release --test deflate
-//! real_files` reads all files below these directories.
+//! ```text
+//! UPPERDECK_DEFLATE_SECONDS=3600 UPPERDECK_DEFLATE_SEED=7 cargo test --release --test deflate random_inputs
+//! UPPERDECK_DEFLATE_FILES=/usr:/srv cargo test --release --test deflate real_files
+//! ```
+//!
+//! The first runs longer than usual, with another seed; the second reads all files below these directories.
 
 /// Also a fuzz target.
 #[path = "fuzz/deflate.rs"]

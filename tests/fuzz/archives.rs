@@ -66,8 +66,8 @@ fn entries(tar: impl Read) -> Result<Vec<(Entry, Digest)>, ArchiveError> {
     Ok(found)
 }
 
-/// Returns names, lengths and digests of the contents as read by the `tar` crate; `None` where it is known to read an
-/// archive differently from its format.
+/// Returns names, lengths and digests of the contents as read by the `tar` crate; `None` if the crate refuses the
+/// archive or is known to read it differently from the format.
 fn of_the_tar_crate(tar: &[u8]) -> Option<Vec<(Vec<u8>, u64, Digest)>> {
     let mut archive = tar::Archive::new(tar);
     let mut found = Vec::new();
