@@ -1,10 +1,14 @@
-//! What the deflate encoder writes is read back by two inflaters that share no code, and is the same bytes on every machine.
+//! Tests of the deflate encoder: its output is read back by two independent inflaters, and is the same on every
+//! machine.
 //!
-//! `UPPERDECK_DEFLATE_SECONDS=3600 UPPERDECK_DEFLATE_SEED=7 cargo test --release --test deflate random_inputs` goes on for
-//! longer than usual, from another seed. `UPPERDECK_DEFLATE_FILES=/usr:/srv cargo test --release --test deflate real_files`
-//! reads all files below these directories.
+//! ```text
+//! UPPERDECK_DEFLATE_SECONDS=3600 UPPERDECK_DEFLATE_SEED=7 cargo test --release --test deflate random_inputs
+//! UPPERDECK_DEFLATE_FILES=/usr:/srv cargo test --release --test deflate real_files
+//! ```
+//!
+//! The first runs longer than usual, with another seed; the second reads all files below these directories.
 
-/// Also a target of the fuzzing.
+/// Also a fuzz target.
 #[path = "fuzz/deflate.rs"]
 mod fuzzed;
 
@@ -21,7 +25,7 @@ use upperdeck::layer::deflate::{END, Encoder, store};
 const LEVELS: RangeInclusive<u32> = 1..=9;
 const BLOCK: usize = 1 << 20;
 
-/// splitmix64.
+/// The splitmix64 generator.
 struct Random(u64);
 
 impl Random {
@@ -41,7 +45,7 @@ impl Random {
         (0..len).map(|_| self.next() as u8).collect()
     }
 
-    /// `len` bytes of noise, few symbols, runs, repeats of what was before, and bytes of uneven frequency.
+    /// Returns `len` bytes of random data, few symbols, runs, repeats of earlier data, and bytes of uneven frequency.
     fn mixture(&mut self, len: usize) -> Vec<u8> {
         let mut data = Vec::with_capacity(len + (64 << 10));
         let alphabet = 1 + self.below(256) as u64;
@@ -88,7 +92,7 @@ fn packed(encoder: &mut Encoder, data: &[u8], size: usize) -> Vec<u8> {
     out
 }
 
-/// At every level and back; a used encoder writes the same as a new one.
+/// Compresses at every level and reads back; a used encoder produces the same output as a new one.
 fn round_trip(data: &[u8], size: usize) {
     for level in LEVELS {
         let mut encoder = Encoder::new(level);
@@ -133,7 +137,7 @@ fn every_small_size() {
     }
 }
 
-/// Sizes about those at which windows, halves, segments and stored blocks end.
+/// Sizes close to the limits of windows, halves, segments and stored blocks.
 #[test]
 fn sizes_about_the_limits() {
     let mixed = Random(5).mixture((1 << 20) + 64);
@@ -144,7 +148,7 @@ fn sizes_about_the_limits() {
             round_trip(&vec![b'x'; len], 4 * BLOCK);
         }
     }
-    // Segments of one encoding know what stands before them.
+    // The segments of one call may refer to earlier segments.
     for len in [BLOCK - 1, BLOCK + 1, BLOCK + 33] {
         round_trip(&mixed[..len], 4 * BLOCK);
     }
@@ -152,7 +156,7 @@ fn sizes_about_the_limits() {
     round_trip(&mixed[..300_000], 70_001);
 }
 
-/// The farthest distances, and those just beyond.
+/// The largest distances, and those just beyond.
 #[test]
 fn repeats_about_the_window() {
     for period in [
@@ -164,7 +168,7 @@ fn repeats_about_the_window() {
     }
 }
 
-/// Matches of given lengths between noise.
+/// Matches of given lengths between random data.
 #[test]
 fn lengths_about_the_limits() {
     let random = noise(40_000, 11);
@@ -180,7 +184,7 @@ fn lengths_about_the_limits() {
     }
 }
 
-/// Frequencies whose best code would have more bits than the format allows.
+/// Frequencies whose optimal code would exceed the maximum code length of the format.
 #[test]
 fn frequencies_that_grow_like_fibonacci() {
     let mut data = Vec::new();
@@ -189,7 +193,7 @@ fn frequencies_that_grow_like_fibonacci() {
         data.extend(std::iter::repeat_n(symbol.wrapping_mul(37), a));
         (a, b) = (b, a + b);
     }
-    // In an order without matches to speak of.
+    // Shuffled, so that there are hardly any matches.
     let mut random = Random(77);
     for index in 1..data.len() {
         let other = random.below(index as u64 + 1);
@@ -208,8 +212,8 @@ fn two_symbols() {
     }
 }
 
-/// The bytes are part of what a save promises: the same from any build on any machine. A change of them is meant, or a
-/// defect.
+/// The compressed bytes are part of what a save guarantees: the same from any build on any machine. A change of them is
+/// either intended or a defect.
 #[test]
 fn the_bytes_of_each_level_are_known() {
     const GOLDEN: [&str; 9] = [
@@ -248,7 +252,7 @@ fn random_inputs() {
     let seconds = number("UPPERDECK_DEFLATE_SECONDS");
     let mut random = Random(number("UPPERDECK_DEFLATE_SEED").unwrap_or(1));
     let until = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
-    // Without a time, a number of inputs: what is tested does not depend on how busy the machine is.
+    // Without a time limit, a fixed number of inputs: the coverage does not depend on the load of the machine.
     let least = if seconds.is_some() { 1 } else { 40 };
     let largest = if seconds.is_some() { 22 } else { 18 };
     let mut encoders: Vec<_> = LEVELS.map(Encoder::new).collect();
@@ -271,7 +275,7 @@ fn random_inputs() {
     println!("{inputs} inputs, {total} bytes held");
 }
 
-/// Programs and text, as saves have them: each MiB at every level.
+/// Programs and text, as found in saves: each MiB at every level.
 #[test]
 fn real_files() -> Result<(), Box<dyn std::error::Error>> {
     let given = std::env::var_os("UPPERDECK_DEFLATE_FILES");

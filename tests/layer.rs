@@ -1,4 +1,5 @@
-//! A layer is the same bytes for any number of threads, and a plan's length is what the stream has.
+//! Tests of layers: the bytes are the same for any number of threads, the planned length is that of the stream, and
+//! cuts, changes and clones are correct.
 
 #[allow(dead_code, reason = "the parts that layers need")]
 #[path = "support/mod.rs"]
@@ -29,7 +30,7 @@ fn scan(upper: &Path) -> Result<Scan> {
     scan_over(upper, false)
 }
 
-/// `nothing`: the upper is known to stand on no lower at all.
+/// Scans `upper`; with `nothing`, the upper is known to have no lowers at all.
 fn scan_over(upper: &Path, nothing: bool) -> Result<Scan> {
     let roots = Roots {
         upper: upper.to_owned(),
@@ -75,7 +76,7 @@ fn write(plan: &Plan, compression: Compression, jobs: usize) -> Result<(Vec<u8>,
     Ok((out, layer))
 }
 
-/// Content over several blocks: text, noise, a hole, nothing.
+/// Creates contents of several blocks: text, random data, a hole, an empty file.
 fn tree(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir.join("a/b"))?;
     std::fs::write(dir.join("a/text"), "upperdeck ".repeat(400_000))?;
@@ -99,8 +100,8 @@ fn tree(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A full disk or a registry that hangs up in the middle of a long layer: the error comes back, and nobody waits for
-/// anybody (the container stands still meanwhile).
+/// A full disk, or a registry that closes the connection in the middle of a long layer: the error is returned, and no
+/// thread blocks (the container is frozen meanwhile).
 #[test]
 fn a_sink_that_fails_ends_the_stream() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -122,7 +123,7 @@ fn a_sink_that_fails_ends_the_stream() -> Result<()> {
     Ok(())
 }
 
-/// Paths in a tar, and where its hard links point.
+/// Returns the paths in a tar, with the targets of hard links.
 fn listing(tar: &[u8]) -> Result<Vec<(String, Option<String>)>> {
     let mut listed = Vec::new();
     for entry in tar::Archive::new(tar).entries()? {
@@ -159,8 +160,8 @@ fn write_all(plans: &[Plan], jobs: usize) -> Result<Vec<(Vec<u8>, Layer)>> {
         .collect()
 }
 
-/// Several layers: cut at directories, every path in one of them, links beside their files, parents everywhere; and the
-/// same layers for any number of threads.
+/// Several layers: cut at directories, every path in exactly one of them, hard links in the layer of their file,
+/// parents in all; and the same layers for any number of threads.
 #[test]
 fn a_plan_is_cut_at_directories() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -173,7 +174,7 @@ fn a_plan_is_cut_at_directories() -> Result<()> {
             }
         }
     }
-    // The file's first name is in the first part, its last in the last.
+    // The first name of the file is in the first part, its last name in the last.
     std::fs::write(dir.path().join("a/linked"), "one file")?;
     std::fs::hard_link(dir.path().join("a/linked"), dir.path().join("d/y/linked"))?;
     let plan =
@@ -198,7 +199,7 @@ fn a_plan_is_cut_at_directories() -> Result<()> {
     let names = |part: &[(String, Option<String>)]| -> Vec<String> {
         part.iter().map(|(name, _)| name.clone()).collect()
     };
-    // 400 kB a directory: a part ends with the third.
+    // 400 kB per directory: a part ends with the third.
     let files: Vec<usize> = tars
         .iter()
         .map(|part| part.iter().filter(|(name, _)| name.contains("/f")).count())
@@ -241,7 +242,7 @@ fn a_plan_is_cut_at_directories() -> Result<()> {
     Ok(())
 }
 
-/// Whether the first page of a file is in memory.
+/// Returns whether the first page of a file is cached.
 fn in_memory(path: &Path) -> Result<bool> {
     let file = std::fs::File::open(path)?;
     let mut byte = [0];
@@ -253,7 +254,8 @@ fn in_memory(path: &Path) -> Result<bool> {
     }
 }
 
-/// A save must not push out of the node's memory what others use: what was there stays, what was not there goes again.
+/// A save must not evict cached pages that others use: cached pages stay, and pages that were not cached are dropped
+/// again.
 #[test]
 fn the_page_cache_is_left_as_it_was() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -263,7 +265,7 @@ fn the_page_cache_is_left_as_it_was() -> Result<()> {
         std::fs::write(name(n), content(n))?;
         let file = std::fs::File::open(name(n))?;
         file.sync_all()?;
-        // Every third stays.
+        // Every third file stays cached.
         if n % 3 != 0 {
             rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
         }
@@ -295,12 +297,12 @@ fn the_page_cache_is_left_as_it_was() -> Result<()> {
         left += usize::from(!there && *still);
     }
     assert_eq!(kept, before.iter().filter(|there| **there).count());
-    // What a worker takes at the very moment in which it is asked for may stay.
+    // A file that a worker reads at the very moment of the read-ahead may stay.
     assert!(left < 10, "{left} of {} files stay", 200 - kept);
     Ok(())
 }
 
-/// One destination that fails leaves the other layers alone.
+/// A failing destination does not affect the other layers.
 #[test]
 fn a_layer_that_cannot_be_delivered_fails_alone() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -350,7 +352,7 @@ fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
         assert_eq!(layer.digest, upperdeck::common::digest::Digest::of(&bytes));
         let mut back = Vec::new();
         match compression {
-            // A reader of one member only: there must be no second.
+            // This reader reads a single member only: there must not be a second one.
             Compression::Gzip => {
                 flate2::read::GzDecoder::new(bytes.as_slice()).read_to_end(&mut back)?;
             }
@@ -374,7 +376,7 @@ fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
         }
         names.push(name);
     }
-    // A directory's content stands right behind it, as if a slash sorted before every other byte.
+    // A directory's content follows it immediately, as if a slash sorted before every other byte.
     let order: Vec<&str> = names
         .iter()
         .map(String::as_str)
@@ -387,9 +389,9 @@ fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
     Ok(())
 }
 
-/// Two changes in one tick of the clock look like one, and a page that was dirty before the clock was read can be written
-/// to without a trace: what was stamped at it or later is taken again, whatever its stamps say, and so is what nobody is
-/// sure of.
+/// Two changes within one tick of the clock have the same stamp, and a page that was dirty before the clock was read
+/// can be written to without a trace: entries with a stamp at the clock or later are saved again whatever their stamps
+/// are, and so are unsure entries.
 #[test]
 fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -413,7 +415,7 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
         1,
         "stamped when the clock showed the same"
     );
-    // The clock goes on by whole ticks, and what is stamped may be a tick behind it: two of them are too close as well.
+    // The clock advances by whole ticks, and stamps may be one tick behind it: two ticks are too close as well.
     let later = |by: std::time::Duration| {
         let nanos = u64::from(stamped.nanos) + by.as_nanos() as u64;
         Clock {
@@ -431,7 +433,7 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
         0,
         "stamped three ticks before"
     );
-    // What is kept for the next save does not forget it.
+    // The scan stored for the next save keeps this.
     let mut bytes = Vec::new();
     scanned()?.since(stamped).store(&|_| false, &mut bytes)?;
     let kept = Scan::restore(&mut bytes.as_slice(), bytes.len() as u64).ok_or("damaged")?;
@@ -440,8 +442,8 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
     Ok(())
 }
 
-/// A database that was cloned by earlier saves lies in very many pieces, and each takes the kernel its time. The container
-/// runs on before they are cloned: what it writes then must not be in the layer.
+/// A database file that was cloned by earlier saves has very many extents, and the kernel needs time for each. The
+/// container resumes before they are all cloned: what it writes then must not be in the layer.
 #[test]
 fn a_clone_that_goes_on_is_of_the_instant_at_which_it_began() -> Result<()> {
     const SIZE: usize = 32 << 20;
@@ -472,7 +474,7 @@ fn a_clone_that_goes_on_is_of_the_instant_at_which_it_began() -> Result<()> {
         let plan = Plan::new(Arc::new(scan(&upper)?), None);
         let holding = held::hold(&plan, Way::Clones, 2, &NEVER)?;
         let goes_on = holding.cloning();
-        // The last to be cloned.
+        // The last extent to be cloned.
         file.write_all_at(&[b'c'; PIECE], (SIZE - PIECE) as u64)?;
         file.set_len(SIZE as u64 / 2)?;
         let (held, waited) = holding.complete(&NEVER)?;

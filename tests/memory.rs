@@ -1,5 +1,5 @@
-//! Memory does not grow with what is saved: at most 64 MiB and 6 MiB a thread, whatever the size of the content; and with
-//! the number of entries no more than it has to.
+//! Memory limits: memory does not grow with the size of the content (at most 64 MiB and 6 MiB per thread), and with the
+//! number of entries no more than necessary.
 
 #[allow(
     dead_code,
@@ -22,17 +22,17 @@ use upperdeck::save::kept::{Description, Shown, Store};
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const MIB: u64 = 1 << 20;
-/// Size of each of three large files: together several times what may be held.
+/// Size in bytes of each of three large files: together several times the allowed memory.
 const LARGE: u64 = 256 * MIB;
 
-/// One test after the other: the kernel counts all of a process, and all of its children.
+/// Serialises the tests: the kernel accounts for the whole process and all of its children.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// Set for the process that this test runs itself in.
+/// Environment variable that is set for the process in which this test runs itself.
 const INNER: &str = "UPPERDECK_TEST_MEMORY_INNER";
 
-/// In a process of its own: what the kernel tells of a child's peak includes its parent's memory at the moment of the
-/// start, so that what other tests held in this process would be counted.
+/// Runs in a process of its own: the peak of a child includes its parent's memory at the time of the start, so memory
+/// of other tests in this process would be counted.
 #[test]
 fn peak_memory_is_bounded() -> Result<()> {
     if std::env::var_os(INNER).is_some() {
@@ -62,7 +62,7 @@ fn peaks_are_bounded() -> Result<()> {
             std::fs::write(sub.join(format!("file-{n:04}.py")), "import upperdeck\n")?;
         }
     }
-    // Holes cost no disk here, and as many bytes of tar as anything else.
+    // Holes take no disk space, but as many bytes of tar as other data.
     for n in 0..3 {
         std::fs::File::create(upper.join(format!("large{n}")))?.set_len(LARGE)?;
     }
@@ -92,9 +92,9 @@ fn peaks_are_bounded() -> Result<()> {
     Ok(())
 }
 
-/// Entries of the tree below.
+/// Number of entries of the tree below.
 const ENTRIES: u64 = 30_000;
-/// What they may take at most, each: three scans that share nothing are twice as much.
+/// Maximum memory per entry: three scans that share nothing take twice as much.
 const BYTES_AN_ENTRY: u64 = 200;
 
 fn scanned(upper: &Path, earlier: Option<&Scan>) -> Result<Scan> {
@@ -131,7 +131,7 @@ fn bounded(upper: &Path, earlier: Option<&Scan>, caps: Caps) -> Result<Scan> {
     }
 }
 
-/// The largest resident set so far, in bytes.
+/// Returns the peak resident set size so far, in bytes.
 fn peak() -> Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
@@ -155,9 +155,9 @@ fn keep(store: &Store, scan: &Scan) -> Result<()> {
     Ok(store.keep("container", &description, &[shown])?)
 }
 
-/// What a live save has in memory of a large tree: what the image shows, the look before the freeze, that under it, the
-/// changes and what is kept for the next save; and of the next save, which begins with what was kept. The trees are the
-/// same but for one file, so that what is held is about one of them.
+/// Memory of a live save of a large tree: the state in the image, the scans before and under the freeze, the changes
+/// and what is stored for the next save; and of the next save, which begins with the stored scan. The trees differ in
+/// one file only, so that the memory is about that of one.
 #[test]
 fn a_live_save_holds_the_tree_about_once() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -189,7 +189,7 @@ fn a_live_save_holds_the_tree_about_once() -> Result<()> {
         keep(&store, &now)?;
     }
     let first = (peak()? - before) / ENTRIES;
-    // From here on the peak of the next one alone, where the kernel can forget the first.
+    // Resets the peak, where the kernel supports it, so that it is that of the next save alone.
     std::fs::write("/proc/self/clear_refs", "5").ok();
     {
         let known = store.load("container")?.stored.remove(0).scan;
@@ -206,7 +206,7 @@ fn a_live_save_holds_the_tree_about_once() -> Result<()> {
     Ok(())
 }
 
-/// How much the largest resident set grows while `work` is done, in bytes.
+/// Returns the growth of the peak resident set size during `work`, in bytes.
 fn growth<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
     std::fs::write("/proc/self/clear_refs", "5").ok();
     let before = peak()?;
@@ -214,7 +214,7 @@ fn growth<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
     Ok((made, peak()? - before))
 }
 
-/// Directories in one another with names of 250 control characters: each is written as five characters in a report.
+/// Creates nested directories with names of 250 control characters, each of which a report escapes as five characters.
 fn long_path(from: &Path, levels: usize) -> Result<std::fs::File> {
     use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -227,7 +227,7 @@ fn long_path(from: &Path, levels: usize) -> Result<std::fs::File> {
     Ok(at.into())
 }
 
-/// Hard links to a socket cost a tenant next to nothing; a list of them with their paths was gigabytes.
+/// Hard links to a socket cost a tenant next to nothing; a list of their paths took gigabytes.
 #[test]
 fn sockets_under_a_long_path_are_counted_and_not_listed() -> Result<()> {
     use rustix::fs::{AtFlags, FileType, Mode, linkat, mknodat};
@@ -253,7 +253,8 @@ fn sockets_under_a_long_path_are_counted_and_not_listed() -> Result<()> {
     Ok(())
 }
 
-/// Files that all have the same attributes, as file systems keep them once, too.
+/// Creates files, each with the attribute value given for its number. Returns false if the file system does not support
+/// user attributes.
 fn with_attributes(upper: &Path, files: usize, value: impl Fn(usize) -> Vec<u8>) -> Result<bool> {
     for number in 0..files {
         let file = std::fs::File::create(upper.join(number.to_string()))?;
@@ -287,7 +288,7 @@ fn attributes_that_many_files_have_are_kept_once() -> Result<()> {
         assert_eq!(scan.xattrs(&entry), [(b"user.a".to_vec(), value.clone())]);
     }
     assert!(grown < 24 * MIB, "{} MiB for one value", grown / MIB);
-    // The next save begins with them once, too.
+    // The next save also loads them once.
     let store = Store::new(&dir.path().join("state"));
     keep(&store, &scan)?;
     drop(scan);
@@ -320,7 +321,7 @@ fn attributes_names_and_listings_count_against_a_bound_that_has_a_flag() -> Resu
     if with_attributes(attributes.path(), 2000, value)? {
         refused(attributes.path(), None, 5 << 20)?;
         let scan = bounded(attributes.path(), None, caps(8 << 20))?;
-        // What is not looked at again counts as well.
+        // Entries that are not inspected again count as well.
         refused(attributes.path(), Some(&scan), 5 << 20)?;
     }
     let names = tempfile::tempdir()?;
@@ -329,7 +330,7 @@ fn attributes_names_and_listings_count_against_a_bound_that_has_a_flag() -> Resu
     }
     refused(names.path(), None, 1 << 20)?;
     bounded(names.path(), None, caps(4 << 20))?;
-    // Directories that wait to be walked, each with its whole path.
+    // Directories waiting to be walked, each with its full path.
     let waiting = tempfile::tempdir()?;
     let at = long_path(waiting.path(), 14)?;
     for number in 0..2000 {

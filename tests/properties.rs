@@ -1,5 +1,5 @@
-//! The promise itself: a random tree, random changes made through a real overlay mount, and the layer applied over the
-//! base is what the mount showed, in every detail.
+//! Property tests of the central guarantee: for a random tree and random changes made through a real overlay mount, the
+//! layer applied over the base equals what the mount showed, in every detail.
 //!
 //! `UPPERDECK_PROPTEST_CASES=5000 cargo test --test properties` runs that many cases for each kind of mount instead of
 //! the few that CI has time for.
@@ -36,10 +36,10 @@ use upperdeck::layer::scan::Scan;
 use upperdeck::node::overlay::volume::{Volume, Way};
 use upperdeck::node::overlay::xattr::Namespace;
 
-/// Cases of each kind where the environment does not say otherwise.
+/// Number of cases of each kind, unless set by the environment.
 const CASES: u32 = 40;
 
-/// Something that a user does. Paths are short and few, so that one change meets another.
+/// A change by a user. Paths are short and few, so that changes interact.
 #[derive(Clone, Debug)]
 enum Change {
     Write {
@@ -170,7 +170,7 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
-/// Does it, as far as it can be done: most changes do not fit the tree that they meet.
+/// Applies a change as far as possible: most changes do not fit the current tree.
 fn apply(root: &Path, change: &Change) -> io::Result<()> {
     let at = |path: &str| root.join(path);
     let bytes = |seed: u8, length: u32| -> Vec<u8> {
@@ -178,7 +178,7 @@ fn apply(root: &Path, change: &Change) -> io::Result<()> {
             .map(|i| seed.wrapping_add((i % 251) as u8))
             .collect()
     };
-    // A stranger's link or FIFO in the way is not to be followed or waited for.
+    // Do not follow a link or wait for a FIFO that an earlier change created.
     let no_follow = rustix::fs::OFlags::NOFOLLOW
         .union(rustix::fs::OFlags::NONBLOCK)
         .bits() as i32;
@@ -346,11 +346,11 @@ impl Kind {
     }
 }
 
-/// A mount that is attached nowhere, reached through its descriptor: nothing is left behind, whatever happens.
+/// A detached mount that is accessed through its descriptor: it never remains mounted, whatever happens.
 struct Overlay(OwnedFd);
 
 impl Overlay {
-    /// `lowers` topmost first.
+    /// `lowers` are topmost first.
     fn new(kind: Kind, upper: Option<(&Path, &Path)>, lowers: &[PathBuf]) -> Result<Self> {
         let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).context("fsopen overlay")?;
         let fs = context.as_fd();
@@ -385,14 +385,14 @@ impl Overlay {
     }
 }
 
-/// Makes each list of changes a base layer: the lowers, topmost first, and what they show.
+/// Makes a base layer of each list of changes. Returns the lowers, topmost first, and their merged tree.
 fn lowers(kind: Kind, home: &Path, base: &[Vec<Change>]) -> Result<(Vec<PathBuf>, Tree)> {
     let directory = |name: String| -> Result<PathBuf> {
         let path = home.join(name);
         fs::create_dir(&path)?;
         Ok(path)
     };
-    // The kernel wants one to begin with.
+    // The kernel needs at least one.
     let mut lowers = vec![directory("empty".to_owned())?];
     for (number, changes) in base.iter().enumerate() {
         let (upper, work) = (
@@ -418,7 +418,7 @@ fn lowers(kind: Kind, home: &Path, base: &[Vec<Change>]) -> Result<(Vec<PathBuf>
     Ok((lowers, before))
 }
 
-/// Each list of changes is a layer, the last one the upper. Whether the case counted.
+/// Tests a case in which each list of changes is a layer, the last one the upper. Returns whether the case counts.
 fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
     let home = tempfile::Builder::new()
         .prefix("upperdeck-property")
@@ -440,11 +440,11 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
     }
     let live = overlay.tree()?;
     drop(overlay);
-    // Mounted again: a mount goes on showing links that it made itself to copied-up symbolic links as two files.
+    // Mounted again: a mount continues to show hard links that it made to copied-up symbolic links as two files.
     let merged = Overlay::new(kind, Some((&upper, &work)), &lowers)?.tree()?;
     let source = Source::new(upper.clone(), lowers.clone(), kind.namespace());
     let made = match make(&source, Compression::None, 2) {
-        // What cannot be represented is refused: a changed base file whose other names are not in the upper.
+        // A case that cannot be represented is refused: a changed base file whose other names are not in the upper.
         Err(message) if matches!(kind, Kind::Index) && message.contains("index=on") => {
             return Ok(false);
         }
@@ -470,7 +470,7 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
         &after,
         &ignore,
     )?;
-    // Cut wherever it can be.
+    // Cut wherever possible.
     let cut = make_cut(&source, 1).map_err(anyhow::Error::msg)?;
     let mut layers = Layers::over(before.clone());
     for (_, bytes) in &cut {
@@ -499,8 +499,8 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
     Ok(true)
 }
 
-/// Base layers as in [`case`]; then each list of changes is made in the upper and saved on top of what was saved before.
-/// How many saves there were on top of another.
+/// Tests base layers as in [`case`], then applies each list of changes to the upper and saves it on top of the previous
+/// saves. Returns the number of saves on top of another.
 fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) -> Result<u32> {
     let home = tempfile::Builder::new()
         .prefix("upperdeck-property")
@@ -520,7 +520,7 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
         }
         drop(overlay);
         if settle {
-            // So that scanning again may trust the stamps.
+            // So that the rescan can trust the time stamps.
             std::thread::sleep(4 * upperdeck::layer::scan::tick());
         }
         let merged = Overlay::new(kind, Some((&upper, &work)), &lowers)?.tree()?;
@@ -569,7 +569,7 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
         layers = Layers::over(after);
         earlier = Some(now);
     }
-    // And nothing changed: nothing is taken again but what is too young to tell.
+    // Without a change, only entries whose stamps are too recent are saved again.
     if let (Some(earlier), true) = (&earlier, settle) {
         let now = scan(&source, 2, Some(earlier)).map_err(anyhow::Error::msg)?;
         let delta = now.changes_since(earlier, &|_| false);
@@ -582,7 +582,7 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
     Ok(on_top)
 }
 
-/// A container with a volume mounted at `at`: its root in a mount namespace of this thread's own.
+/// A container with a volume mounted at `at`; its root is in a mount namespace of this thread.
 struct Mounted {
     merged: PathBuf,
     id: u64,
@@ -607,7 +607,7 @@ impl Mounted {
             &merged,
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
         )?;
-        // As a runtime does it: directories where there are none.
+        // Like a runtime, create missing directories.
         let mut point = merged.clone();
         for name in at.split('/') {
             point.push(name);
@@ -628,7 +628,7 @@ impl Mounted {
     }
 }
 
-/// The volume in the container at `merged`, if it is that mount.
+/// Opens the volume in the container at `merged`; returns `None` if it is not that mount.
 fn open_volume(merged: &Path, at: &str, mount: u64) -> Option<Volume> {
     let table = || {
         let table = fs::read("/proc/thread-self/mountinfo")?;
@@ -647,7 +647,7 @@ fn open_volume(merged: &Path, at: &str, mount: u64) -> Option<Volume> {
     way.go().ok()?.open(&way, None, true).ok()
 }
 
-/// As [`chain`], in a container with a volume: what changes in it and beside it is saved in layers of their own.
+/// Like [`chain`], in a container with a volume: changes in the volume and outside are saved in separate layers.
 fn volume_chain(
     base: &[Vec<Change>],
     saves: &[Vec<Change>],
@@ -677,7 +677,7 @@ fn volume_chain(
         for change in changes {
             apply(&container.merged, change).ok();
         }
-        // A directory above it was renamed: then a save says that it is gone.
+        // A directory above it was renamed: a save then reports that the volume is gone.
         if open_volume(&container.merged, at, container.id).is_none() {
             return Ok(on_top);
         }
@@ -695,7 +695,7 @@ fn volume_chain(
                 listing(&fresh),
                 listing(&now)
             );
-            // What is kept for the next save is as good.
+            // The stored scan is as good for the next save.
             let mut bytes = Vec::new();
             now.store(&|_| false, &mut bytes)?;
             let stored = Scan::restore(&mut bytes.as_slice(), bytes.len() as u64);
@@ -752,7 +752,7 @@ fn volume_chain(
     Ok(on_top)
 }
 
-/// In a thread that may go its own ways.
+/// Runs `work` in a thread of its own, which may change its namespaces.
 fn aside<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| scope.spawn(work).join())
         .map_err(|_| anyhow::anyhow!("a thread died"))?
@@ -782,7 +782,7 @@ fn volume_property() -> Outcome {
     Ok(())
 }
 
-/// Everything that a scan says.
+/// Lists everything about a scan.
 fn listing(scan: &Scan) -> Vec<String> {
     let emitted: std::collections::HashSet<u32> = scan.emitted().collect();
     (0..scan.len() as u32)
@@ -827,7 +827,7 @@ fn same(what: &str, expected: &Tree, found: &Tree, ignore: &Ignore) -> Result<()
     Ok(())
 }
 
-/// How many cases, if the kernel mounts such overlays.
+/// Returns the number of cases, if the kernel supports such mounts.
 fn cases(kind: Kind) -> Result<u32, Stop> {
     harness::need_root()?;
     let empty = tempfile::tempdir()?;
@@ -904,7 +904,7 @@ fn chain_property(kind: Kind) -> Outcome {
                 .map_err(|error| TestCaseError::fail(format!("{error:#}")))
         }),
     )?;
-    // One or more saves on top of another a case, were none of them given up.
+    // At least one save on top of another per case, if none of them was skipped.
     let least = if matches!(kind, Kind::Default | Kind::Userxattr) {
         cases
     } else {

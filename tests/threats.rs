@@ -1,7 +1,7 @@
-//! A tenant who changes the tree while it is read: nothing from outside the upper directory may ever get into a layer,
-//! and nothing may hang the builder (CVE-2018-15664 and its kin).
+//! Attacks by a tenant who changes the tree during a read: nothing from outside the upper directory may get into a
+//! layer, and nothing may hang the builder (CVE-2018-15664 and similar).
 
-// A test program without libtest says itself what it did.
+// Test programs without libtest print their results themselves.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 #[path = "harness/mod.rs"]
@@ -27,17 +27,17 @@ use upperdeck::image::verify::archive::Archive;
 use upperdeck::layer::Compression;
 use upperdeck::node::overlay::xattr::Namespace;
 
-/// What must never be in a layer.
+/// Content that must never be in a layer.
 const CANARY: &str = "canary-of-the-host-0b5f3e9d";
 /// How long the tree is changed while layers are made of it.
 const DURATION: Duration = Duration::from_secs(5);
-/// A layer of this tree takes milliseconds; one that takes this long hangs.
+/// Time limit for a layer, which takes milliseconds: a longer run counts as a hang.
 const HANGS: Duration = Duration::from_secs(60);
 
-/// Makes what stands at the first path trade places with what stands at the second, for as long as it may.
+/// Repeatedly exchanges the entries at two paths until `stop` is set.
 fn swap(a: &Path, b: &Path, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
-        // Nothing but both names existing can go wrong, and then the next try is as good.
+        // Both names exist; if the call fails all the same, the next one is as good.
         rustix::fs::renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE).ok();
     }
 }
@@ -54,24 +54,24 @@ fn tree(upper: &Path, outside: &Path, aside: &Path) -> Result<Vec<(PathBuf, Path
                 "harmless".repeat(100 * file),
             )?;
         }
-        // The file's namesake outside, so that a path through the swapped directory finds it.
+        // A file of the same name outside, so that a path through the swapped directory finds it.
         fs::write(directory.join("canary"), "harmless")?;
     }
     let mut pair = |inside: PathBuf, other: PathBuf| pairs.push((inside, other));
 
-    // A directory for a symlink to the outside, at two depths.
+    // A directory swapped with a symlink to the outside, at two depths.
     symlink(outside, aside.join("link-for-directory"))?;
     pair(upper.join("d0/sub"), aside.join("link-for-directory"));
     symlink(outside, aside.join("link-for-top"))?;
     pair(upper.join("d1"), aside.join("link-for-top"));
-    // A file for a symlink, absolute and relative.
+    // A file swapped with a symlink, absolute and relative.
     symlink(&canary, aside.join("link-for-file"))?;
     pair(upper.join("d2/sub/f1"), aside.join("link-for-file"));
     symlink("/etc/shadow", aside.join("link-to-shadow"))?;
     pair(upper.join("d2/sub/f2"), aside.join("link-to-shadow"));
     symlink("../../../outside/canary", aside.join("relative-link"))?;
     pair(upper.join("d2/sub/f3"), aside.join("relative-link"));
-    // A file for what blocks or never ends when it is read.
+    // A file swapped with something that blocks or never ends when read.
     for (name, kind, device) in [
         ("fifo", FileType::Fifo, 0),
         ("zero", FileType::CharacterDevice, rustix::fs::makedev(1, 5)),
@@ -91,12 +91,12 @@ fn tree(upper: &Path, outside: &Path, aside: &Path) -> Result<Vec<(PathBuf, Path
     Ok(pairs)
 }
 
-/// A file that grows, shrinks, goes away and comes back.
+/// Repeatedly extends, truncates, removes and recreates a file.
 fn restless(path: &Path, stop: &AtomicBool) {
     let mut round = 0u64;
     while !stop.load(Ordering::Relaxed) {
         round += 1;
-        // Each step may meet a swapped parent; the next one is as good.
+        // Any step may fail because a parent was swapped; the next one is as good.
         match round % 4 {
             0 => drop(fs::write(path, vec![b'x'; 300_000])),
             1 => drop(
@@ -130,7 +130,7 @@ fn race() -> Outcome {
     for path in [&upper, &outside, &aside, &lower] {
         fs::create_dir(path)?;
     }
-    // Every name that the walk may look for, once it is led astray.
+    // Every name that the walk may look up if it is misled.
     fs::create_dir(outside.join("sub"))?;
     for name in [
         "canary",
@@ -179,7 +179,7 @@ fn attack(upper: &Path, lower: &Path, secrets: &[Vec<u8>]) -> Result<()> {
     while start.elapsed() < DURATION {
         let source = Source::new(upper.to_owned(), vec![lower.to_owned()], Namespace::Trusted);
         let (send, receive) = mpsc::channel();
-        // Its own thread, not a scoped one: a hang must end in a message and not in a join.
+        // A separate thread instead of a scoped one: a hang must end in a message, not in a join.
         std::thread::spawn(move || send.send(make(&source, Compression::None, 2)).ok());
         match receive
             .recv_timeout(HANGS)

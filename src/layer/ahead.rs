@@ -1,9 +1,10 @@
-//! The node's page cache while a layer is read: what is not in it is asked for ahead of need, many files at once, and let
-//! go of afterwards; what was in it stays. A tree that is in memory costs nothing of this.
+//! Manages the node's page cache while a layer is read: files that are not cached are read ahead, many at once, and
+//! dropped from the cache afterwards. Pages that were cached before stay. A tree that is fully cached costs none of
+//! this.
 //!
-//! Files that are not in memory come in stretches (a directory that nobody used since the session began). A few of them in
-//! a row make everybody look ahead, and a stretch that was in memory ends it: opening every file twice for one in a
-//! hundred that is on the disk costs more than it saves.
+//! Uncached files come in runs (a directory that has not been used since the session began). A few in a row turn
+//! read-ahead on for all workers, and a run of cached files turns it off again: opening every file twice for one in a
+//! hundred that is on disk costs more than it saves.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -17,26 +18,26 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use super::plan::Plan;
 
-/// What a file that was not in memory counts; one that was takes one off again.
+/// Weight of a file that was not cached; a cached one subtracts 1.
 const COLD: u32 = 16;
-/// From how much on it is worth looking ahead, and how much is remembered at most.
+/// Count from which read-ahead is on, and the maximum of the count.
 const WORTH: u32 = 2 * COLD;
 const MOST: u32 = 4 * COLD;
 
-/// A plan, and what is known of its files' places in the page cache.
+/// A plan with what is known about its files in the page cache.
 pub struct Ahead<'a> {
     plan: &'a Plan,
-    /// How many files were met lately that had to be waited for, or were asked for.
+    /// Weighted count of recent files that had to be waited for or were read ahead.
     cold: AtomicU32,
-    /// Bytes of the tar that workers have in hand or are done with: asking for those would come too late, and leave in
-    /// memory what nobody lets go of.
+    /// End, in bytes of the tar, of the blocks that workers have taken. Reading ahead before it would come too late,
+    /// and would leave pages in the cache that no worker drops.
     given: AtomicU64,
-    /// One bit an item: it was asked for ahead, so it was not in memory before.
+    /// One bit per item: set if it was read ahead, and therefore was not cached before.
     fetched: OnceLock<Box<[AtomicU64]>>,
 }
 
 impl<'a> Ahead<'a> {
-    /// Everything is taken to be in memory until one file is not.
+    /// Creates the state. All files are assumed to be cached until one is not.
     pub fn new(plan: &'a Plan) -> Self {
         Self {
             plan,
@@ -46,17 +47,17 @@ impl<'a> Ahead<'a> {
         }
     }
 
-    /// What is read.
+    /// Returns the plan.
     pub fn plan(&self) -> &'a Plan {
         self.plan
     }
 
-    /// Whether looking ahead is worth it.
+    /// Returns whether read-ahead is worthwhile at present.
     pub(super) fn is_cold(&self) -> bool {
         self.cold.load(Ordering::Relaxed) >= WORTH
     }
 
-    /// A file was read that was, or was not, in memory before.
+    /// Records that a file was read which was (`cold`) or was not absent from the page cache.
     fn met(&self, cold: bool) {
         let count = |count: u32| {
             let next = if cold {
@@ -66,18 +67,19 @@ impl<'a> Ahead<'a> {
             };
             (next != count).then_some(next)
         };
-        // Unchanged, most of the time.
+        // The closure returns `None`, and nothing is stored, in most cases.
         let _ = self
             .cold
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
     }
 
-    /// Workers have all before `end` in hand.
+    /// Records that workers have taken all blocks before `end`.
     pub(super) fn give(&self, end: u64) {
         self.given.store(end, Ordering::Relaxed);
     }
 
-    /// Asks the kernel for the files that the bytes `start..end` of the tar need. Errors are left to who reads them.
+    /// Asks the kernel to read ahead the files that bytes `start..end` of the tar need. Errors are ignored here; the
+    /// reader of the file reports them.
     pub(super) fn fetch(&self, start: u64, end: u64, path: &mut Vec<u8>) {
         for (index, item, from, to) in self.plan.contents(start, end) {
             if self.given.load(Ordering::Relaxed) > start {
@@ -97,7 +99,8 @@ impl<'a> Ahead<'a> {
         }
     }
 
-    /// Reads until `part` is full or the file ends, and gives back to the kernel what was not in memory before.
+    /// Reads until `part` is full or the file ends, and drops from the page cache what was not in it before. Returns
+    /// the number of bytes read.
     pub(super) fn read(
         &self,
         index: usize,
@@ -149,7 +152,8 @@ impl<'a> Ahead<'a> {
     }
 }
 
-/// [`Errno::AGAIN`] when it would have to wait for the disk. File systems that cannot tell are read as they are.
+/// Reads cached pages only; fails with [`Errno::AGAIN`] if the read would have to wait for the disk. File systems
+/// without `RWF_NOWAIT` are read normally.
 fn read_from_memory(file: impl AsFd, piece: &mut [u8], at: u64) -> rustix::io::Result<usize> {
     let mut into = [IoSliceMut::new(piece)];
     match rustix::io::preadv2(&file, &mut into, at, ReadWriteFlags::NOWAIT) {
@@ -158,7 +162,7 @@ fn read_from_memory(file: impl AsFd, piece: &mut [u8], at: u64) -> rustix::io::R
     }
 }
 
-/// Whether the page at `at` is in memory; yes where the file system cannot tell.
+/// Returns whether the page at `at` is cached; true if the file system cannot tell.
 fn is_in_memory(file: impl AsFd, at: u64) -> bool {
     let mut byte = [0];
     let mut into = [IoSliceMut::new(&mut byte)];

@@ -1,4 +1,5 @@
-//! Tar bytes of any stretch of a layer, made from the plan and the files: any thread, any order, any number of times.
+//! Produces the tar bytes of any range of a layer from the plan and the files, on any thread, in any order and any
+//! number of times.
 
 use std::io;
 
@@ -7,7 +8,7 @@ use super::content::{Instability, ReadError, Unstable, is_sparse, read_sparse, s
 use super::plan::Item;
 use crate::common::escape;
 
-/// Buffers of one worker.
+/// Reusable buffers of one worker.
 #[derive(Default)]
 pub struct Scratch {
     path: Vec<u8>,
@@ -15,7 +16,10 @@ pub struct Scratch {
     header: Vec<u8>,
 }
 
-/// Makes the bytes `start..end` of the tar in `out`, whatever was in it; `unstable` collects what changed meanwhile.
+/// Fills `out` with bytes `start..end` of the tar, whatever it held before. Appends files that changed during the read
+/// to `unstable`.
+///
+/// Fails if a file cannot be opened or read.
 pub fn fill(
     ahead: &Ahead<'_>,
     start: u64,
@@ -26,10 +30,10 @@ pub fn fill(
 ) -> Result<(), ReadError> {
     let plan = ahead.plan();
     let end = end.min(plan.tar_size());
-    // What is there from another block is written over: all of it is a header, content, or zeros from here.
+    // Bytes of an earlier block need no clearing: each byte is overwritten by a header, by content, or by zeros below.
     out.resize((end - start) as usize, 0);
     let target = &mut out[..];
-    // Up to where the block is made.
+    // End of the bytes produced so far.
     let mut made = start;
     for item in plan.items_in(start, end) {
         let content = item.offset + u64::from(item.header_len);
@@ -39,13 +43,13 @@ pub fn fill(
             plan.header(item, &mut scratch.path, &mut scratch.link, |h| {
                 h.write(header);
             });
-            // Between two entries there is padding.
+            // Padding between two entries.
             clear(target, start, made, item.offset);
             copy_overlap(target, start, &scratch.header, item.offset);
         }
         made = (content + plan.content_size(item)).max(start);
     }
-    // Padding, and the archive's end.
+    // Padding, and the end of the archive.
     clear(target, start, made, end);
     for (index, item, from, to) in plan.contents(start, end) {
         let at = item.offset + u64::from(item.header_len) + from - start;
@@ -55,7 +59,7 @@ pub fn fill(
     Ok(())
 }
 
-/// Makes zeros of what of the tar's bytes `from..to` falls into `target`, which begins at `start`.
+/// Zeroes the overlap of tar bytes `from..to` with `target`, which begins at `start`.
 fn clear(target: &mut [u8], start: u64, from: u64, to: u64) {
     let within = |at: u64| (at.saturating_sub(start)).min(target.len() as u64) as usize;
     let (from, to) = (within(from), within(to));
@@ -64,7 +68,7 @@ fn clear(target: &mut [u8], start: u64, from: u64, to: u64) {
     }
 }
 
-/// Copies what of `bytes`, which stand at `at` in the tar, falls into `target`, which begins at `start`.
+/// Copies the overlap of `bytes`, located at `at` in the tar, with `target`, which begins at `start`.
 fn copy_overlap(target: &mut [u8], start: u64, bytes: &[u8], at: u64) {
     let skip = start.saturating_sub(at) as usize;
     let to = at.saturating_sub(start) as usize;
@@ -75,7 +79,7 @@ fn copy_overlap(target: &mut [u8], start: u64, bytes: &[u8], at: u64) {
     target[to..to + len].copy_from_slice(&bytes[skip..skip + len]);
 }
 
-/// Reads `part.len()` bytes of a file's content from `offset` on. What is not there is zero.
+/// Reads `part.len()` bytes of a file's content from `offset`. Bytes that the file no longer has become zero.
 fn read_part(
     ahead: &Ahead<'_>,
     index: usize,
@@ -112,10 +116,10 @@ fn read_part(
             }
             let read = |at, part: &mut [u8]| ahead.read(index, &file, at, part);
             let read = read_sparse(&file, read, offset, part, entry).map_err(fail)?;
-            // It is shorter than it was.
+            // The file is shorter than at the scan.
             part[read..].fill(0);
             let stat = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?;
-            // A lower does not change, and its times are not the entry's.
+            // A lower does not change, and its times are not those of the entry.
             let changed = plan.scan().elsewhere(entry).is_none() && !same_file(&stat, entry);
             match (stat.st_size as u64).cmp(&entry.size) {
                 std::cmp::Ordering::Less => Some(Instability::Shrank),
@@ -152,7 +156,7 @@ pub(super) mod tests {
     use crate::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
     use crate::node::overlay::xattr::Namespace;
 
-    /// A layout of all that is in a directory.
+    /// Returns a plan of everything in a directory.
     pub fn plan_of(dir: &Path) -> Plan {
         let roots = Roots {
             upper: dir.to_owned(),
@@ -184,7 +188,7 @@ pub(super) mod tests {
         for (name, size) in [("a", 700), ("empty", 0), ("gone", 3000), ("short", 5000)] {
             fs::write(at(name), vec![b'x'; size]).unwrap();
         }
-        // A hole between two blocks of data.
+        // A hole between two extents.
         let sparse = fs::File::create(at("sparse")).unwrap();
         sparse.write_at(b"begin", 0).unwrap();
         sparse.write_at(b"end", 100_000).unwrap();

@@ -1,18 +1,20 @@
-//! Compression of blocks, each on its own, so that any thread can do any of them and the sum is one valid stream.
+//! Compresses each block independently, so that any thread can compress any block and the concatenation is one valid
+//! stream.
 //!
-//! gzip (RFC 1952): one member; every block is deflated without history and ends at the end of a byte, so that blocks
-//! simply follow one another; the checksums are combined. The 32 KiB before a block as its history would make a session's
-//! layer 0.3 % smaller, but a worker would have to read them anew from files that may change between the two reads. zstd (RFC 8878): one frame a block; frames may follow one
-//! another. A block that would not become smaller is stored, in either.
+//! gzip (RFC 1952): one member. Every block is deflated without history and ends on a byte boundary, so that blocks can
+//! be concatenated; their checksums are combined. With the preceding 32 KiB as history, a session's layer would be 0.3
+//! % smaller, but a worker would have to read them again from files that may change between the two reads. zstd (RFC
+//! 8878): one frame per block; frames may be concatenated. In both formats, a block that would not become smaller is
+//! stored.
 
 use super::deflate::{self, Encoder};
 use structured_zstd::encoding::{CompressionLevel, FrameCompressor};
 
-/// How a layer is compressed.
+/// The compression of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compression {
-    /// `application/vnd.oci.image.layer.v1.tar+gzip`: everything reads it.
+    /// `application/vnd.oci.image.layer.v1.tar+gzip`; supported by all consumers.
     Gzip,
     /// `application/vnd.oci.image.layer.v1.tar+zstd`.
     Zstd,
@@ -21,7 +23,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// Media type of a layer compressed so (image-spec `layer.md`).
+    /// Returns the media type of a layer compressed this way (image-spec `layer.md`).
     pub fn media_type(self) -> &'static str {
         match self {
             Self::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
@@ -30,7 +32,7 @@ impl Compression {
         }
     }
 
-    /// Levels that the codec has.
+    /// Returns the levels of the codec.
     pub fn levels(self) -> std::ops::RangeInclusive<u32> {
         match self {
             Self::Gzip => 1..=9,
@@ -39,7 +41,7 @@ impl Compression {
         }
     }
 
-    /// The level used when none is asked for.
+    /// Returns the level that is used by default.
     pub fn default_level(self) -> u32 {
         match self {
             Self::Gzip | Self::Zstd => 2,
@@ -47,20 +49,20 @@ impl Compression {
         }
     }
 
-    /// What stands before the first block.
+    /// Returns the bytes that precede the first block.
     pub(super) fn head(self) -> &'static [u8] {
         match self {
-            // Deflate, no flags, no time, no level, unknown system: the same bytes everywhere.
+            // Deflate, no flags, no time, no level, unknown operating system: the same bytes on every machine.
             Self::Gzip => &[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255],
             Self::Zstd | Self::None => &[],
         }
     }
 
-    /// What stands after the last block, given the checksum over the tar.
+    /// Returns the bytes that follow the last block, given the checksum of the tar.
     pub(super) fn tail(self, crc: &crc32fast::Hasher, tar_size: u64) -> Vec<u8> {
         match self {
             Self::Gzip => {
-                // An empty final block, then CRC-32 and the size modulo 2^32.
+                // An empty final block, then the CRC-32 and the size modulo 2^32.
                 let mut tail = deflate::END.to_vec();
                 tail.extend(crc.clone().finalize().to_le_bytes());
                 tail.extend((tar_size as u32).to_le_bytes());
@@ -71,18 +73,18 @@ impl Compression {
     }
 }
 
-/// The state of one worker's compressor, reused from block to block.
+/// The compressor of one worker, reused for every block.
 pub enum Codec {
-    /// Deflate; head and tail of the member are the stream's.
+    /// Deflate; the stream writes the header and trailer of the gzip member.
     Gzip(Box<Encoder>),
-    /// A frame a block.
+    /// One zstd frame per block.
     Zstd(Box<FrameCompressor>),
-    /// Blocks go out as they are.
+    /// Blocks are not compressed.
     None,
 }
 
 impl Codec {
-    /// `level` within [`Compression::levels`].
+    /// Creates a compressor; `level` must be within [`Compression::levels`].
     pub fn new(compression: Compression, level: u32) -> Self {
         match compression {
             Compression::Gzip => Self::Gzip(Box::new(Encoder::new(level))),
@@ -94,7 +96,7 @@ impl Codec {
         }
     }
 
-    /// Compresses one block. `None` means that the block goes out as it is.
+    /// Compresses one block. Returns `None` if the block is to be written as it is.
     pub fn compress(&mut self, block: &[u8]) -> Option<Vec<u8>> {
         if !matches!(self, Self::None) && is_hopeless(block) {
             return Some(match self {
@@ -119,18 +121,18 @@ impl Codec {
     }
 }
 
-/// Bytes looked at in one place of a block, and at how many places.
+/// Bytes of a sample, and the number of samples taken from a block.
 const SAMPLE: usize = 4 << 10;
 const SAMPLES: usize = 16;
-/// Bits of information a byte from which on it is worth a second look. Noise has 7.997 in a sample of this size; text 4
-/// to 5, programs 6, numbers up to 7.5.
+/// Entropy in bits per byte from which a block is tested by compressing a sample. Random data has 7.997 in a sample of
+/// this size; text 4 to 5, programs 6, numeric data up to 7.5.
 const NOISE: f64 = 7.9;
-/// A sample of noise has to become this much smaller (in per cent) for the whole block to be tried.
+/// Percentage that a compressed high-entropy sample must not exceed for the whole block to be compressed.
 const WORTHWHILE: usize = 99;
 
-/// Whether a block is packed already (archives, pictures, encrypted data): compressing it would take the longest and gain
-/// nothing. First by how often each byte occurs, which costs next to nothing; what looks like noise by trying, since
-/// noise may repeat.
+/// Returns whether a block is already compressed or encrypted (archives, images): compressing it would take the longest
+/// and gain nothing. The entropy of the byte frequencies is tested first, which costs next to nothing; a block with
+/// high entropy is then tested by compressing a sample, since random-looking data may repeat.
 fn is_hopeless(block: &[u8]) -> bool {
     if block.len() < SAMPLE * SAMPLES {
         return false;
@@ -151,7 +153,7 @@ fn is_hopeless(block: &[u8]) -> bool {
     packed.len() * 100 > sample.len() * WORTHWHILE
 }
 
-/// Bits of information a byte, from how often each value occurs.
+/// Returns the entropy in bits per byte, given how often each value occurs.
 fn information(counts: &[u32; 256]) -> f64 {
     let total = f64::from(counts.iter().sum::<u32>().max(1));
     let of = |&count: &u32| {
@@ -167,7 +169,7 @@ fn stored_deflate(block: &[u8]) -> Vec<u8> {
     out
 }
 
-/// One frame of raw blocks (RFC 8878, 3.1.1): a single segment with its size in four bytes, no checksum.
+/// Returns one frame of raw blocks (RFC 8878, 3.1.1): a single segment with a four-byte size and no checksum.
 fn stored_zstd(block: &[u8]) -> Vec<u8> {
     const MOST: usize = 128 << 10;
     let mut out = Vec::with_capacity(block.len() + 9 + 3 * block.len().div_ceil(MOST));
@@ -204,13 +206,13 @@ mod tests {
         assert!(is_hopeless(&packed));
         let text = "def upperdeck(): return None\n".repeat(40_000);
         assert!(!is_hopeless(text.as_bytes()));
-        // Every byte as often as every other, and yet it repeats.
+        // All byte values are equally frequent, but the data repeat.
         let repeats = noise(1 << 12).repeat(256);
         assert!(!is_hopeless(&repeats));
-        // Half of it is worth it.
+        // Half of the block is compressible.
         let half = [&packed[..1 << 19], &vec![b'x'; 1 << 19]].concat();
         assert!(!is_hopeless(&half));
-        // Numbers: the exponents of floats are alike.
+        // Numeric data: the exponents of floats are similar.
         let floats: Vec<u8> = noise(1 << 20)
             .chunks_exact(4)
             .flat_map(|b| (f32::from(b[0]) + f32::from(b[1]) / 256.0).to_le_bytes())

@@ -1,4 +1,4 @@
-//! The contents of files: read where they lie, or kept from an instant; and what went wrong with them.
+//! Contents of files, read in place or held from an earlier instant, and the errors and changes met while reading them.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -8,28 +8,28 @@ use rustix::fs::{SeekFrom, Stat};
 
 use crate::layer::scan::Entry;
 
-/// How a file turned out when its content was read.
+/// How a file changed between the scan and the end of its read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Instability {
-    /// It was written to: the layer may hold some of the old and some of the new.
+    /// It was modified: the layer may hold a mixture of old and new content.
     Changed,
-    /// It became shorter: the rest is zeros.
+    /// It became shorter: the remainder is zeros.
     Shrank,
-    /// It became longer: what was added is not in the layer.
+    /// It became longer: the appended content is not in the layer.
     Grew,
-    /// It is gone, or something else is there now: its content is zeros.
+    /// It was removed or replaced: its content is zeros.
     Vanished,
-    /// A write that had begun before it was found may have been under way: part of it may be in the layer.
+    /// A write that began before the scan may still have been under way: the layer may hold part of it.
     Unsettled,
 }
 
-/// A file that was not the same when it was read as when it was found.
+/// A file that changed between the scan and the end of its read.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct Unstable {
-    /// Path in the layer, printable.
+    /// Path in the layer, escaped for printing.
     pub path: String,
-    /// In what way.
+    /// The kind of change.
     pub what: Instability,
 }
 
@@ -37,26 +37,26 @@ pub struct Unstable {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read {path}: {source}")]
 pub struct ReadError {
-    /// Path in the container, printable.
+    /// Path in the container, escaped for printing.
     pub path: String,
-    /// What the system said.
+    /// Error of the operating system.
     pub source: io::Error,
 }
 
 /// The content of one file.
 #[derive(Debug)]
 pub enum Content {
-    /// Data by offset; between them are holes.
+    /// Extents by offset; the gaps are holes.
     Memory(Vec<(u64, Vec<u8>)>),
-    /// A file that nobody else writes to.
+    /// A clone, which no other process writes to.
     Clone(File),
 }
 
-/// What is kept, by entry of the plan's scan.
+/// Held contents, by index of the entry in the plan's scan.
 #[derive(Debug, Default)]
 pub struct Held {
     pub(super) contents: HashMap<u32, Content>,
-    /// Files that changed while they were read, all the same.
+    /// Files that changed while their content was being captured.
     pub unstable: Vec<Unstable>,
 }
 
@@ -67,7 +67,7 @@ impl Held {
 }
 
 impl Content {
-    /// Reads from `offset` on into `part`, which is all zeros.
+    /// Reads content from `offset` into `part`, which must be zeroed.
     pub(super) fn read(&self, offset: u64, part: &mut [u8], entry: &Entry) -> io::Result<()> {
         match self {
             Self::Memory(pieces) => {
@@ -89,7 +89,8 @@ impl Content {
     }
 }
 
-/// The kernel moves ctime at every change, and nobody can set it.
+/// Returns whether a file is unmodified since its entry was made. The kernel updates ctime on every change, and no
+/// process can set it.
 pub(super) fn same_file(stat: &Stat, entry: &Entry) -> bool {
     (stat.st_ctime, stat.st_ctime_nsec as u32) == (entry.ctime, entry.ctime_nsec)
         && (stat.st_mtime, stat.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_nsec)
@@ -99,7 +100,8 @@ pub(super) fn is_sparse(entry: &Entry) -> bool {
     entry.allocated < entry.size
 }
 
-/// Reads without touching holes, of which `part` has the zeros already. Returns how far into `part` the file reaches.
+/// Reads only the data extents: the holes of `part` must be zeroed already. Returns how far into `part` the file
+/// reaches.
 pub(super) fn read_sparse(
     file: &File,
     read: impl Fn(u64, &mut [u8]) -> io::Result<usize>,
@@ -115,9 +117,10 @@ pub(super) fn read_sparse(
         let at = offset + done as u64;
         let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
             Ok(data) => data,
-            // Only a hole, up to the end of the file; or the file is shorter by now, which its status will tell.
+            // There is only a hole up to the end of the file; or the file has become shorter, which its status will
+            // show.
             Err(rustix::io::Errno::NXIO) => return Ok(part.len()),
-            // A file system without holes: then all of it is data.
+            // The file system does not report holes: treat everything as data.
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => at,
             Err(error) => return Err(error.into()),
         };
@@ -140,7 +143,7 @@ pub(super) fn read_sparse(
     Ok(done)
 }
 
-/// Reads until `part` is full or the file ends.
+/// Reads until `part` is full or the file ends. Returns the number of bytes read.
 pub(super) fn read_full(file: &File, offset: u64, part: &mut [u8]) -> io::Result<usize> {
     let mut done = 0;
     while done < part.len() {

@@ -1,14 +1,14 @@
-//! The contents of an instant: what a layer's files hold while the container stands still, kept for when it runs on.
+//! Captures the contents of a layer's files while the container is frozen, for use after it resumes.
 //!
-//! Small ones are read into memory. Where the file system can clone (`FICLONE`: XFS with reflinks, Btrfs), large ones
-//! are cloned into files without a name, which share the data until the original is written to, and which vanish with
-//! this process whatever way it ends.
+//! Small files are read into memory. Where the file system supports cloning (`FICLONE`: XFS with reflinks, Btrfs),
+//! large files are cloned into unnamed files, which share the data until the original is written to and which vanish
+//! with this process however it ends.
 //!
-//! A clone takes as long as the file has pieces: 10 microseconds each, and a database that was cloned before and
-//! written to at random has hundreds of thousands. The container need not stand still for that: for as long as it
-//! clones, the kernel lets nobody write to the original, by whatever way (its lock of the inode, and that of its
-//! mappings), so a clone that has begun is of this instant. Only a writer to that very file waits, if any; on XFS before
-//! Linux 6.8 a reader as well.
+//! Cloning takes time proportional to the number of extents: 10 microseconds each, and a database file that was cloned
+//! before and then written to at random has hundreds of thousands. The container need not stay frozen for that: during
+//! a clone the kernel blocks all writes to the original, by any path (it holds the lock of the inode and that of its
+//! mappings), so a clone that has begun shows the file at this instant. Only writers to that very file wait; on XFS
+//! before Linux 6.8, readers as well.
 
 use std::fs::File;
 use std::io;
@@ -26,36 +26,37 @@ use crate::common::escape;
 use crate::layer::scan::{Entry, Scan};
 use crate::node::overlay::flush::flush;
 
-/// Files up to this size are read where they fit: a clone costs as much as reading so many bytes.
+/// Files up to this size are read into memory if they fit: a clone costs as much as reading this many bytes.
 const SMALL: u64 = 128 << 10;
-/// What opening a file costs, in bytes that could be read meanwhile.
+/// Cost of opening a file, in bytes that could be read in the same time.
 const OPENING: u64 = 16 << 10;
-/// Descriptors that are left to everybody else in this process.
+/// File descriptors left to the rest of this process.
 const SPARE_DESCRIPTORS: u64 = 256;
-/// How often a file is flushed before it is cloned, at most, and what is little of it.
+/// Maximum number of flushes of a file before it is cloned, and the duration of a flush from which on no other is
+/// needed.
 const FLUSHES: u32 = 8;
 const LITTLE: Duration = Duration::from_millis(15);
 /// Items that a thread takes at a time.
 const CHUNK: usize = 8;
-/// Files up to this size are cloned at once, as they cannot have many pieces.
+/// Files up to this size are cloned synchronously, as they cannot have many extents.
 const FEW_PIECES: u64 = 4 << 20;
-/// How often a clone that was begun is looked at.
+/// Poll interval for a clone that was begun.
 const LOOK: Duration = Duration::from_micros(100);
-/// The same where nothing waits for it but this save.
+/// Poll interval where only this save waits for the clone.
 const SLOW_LOOK: Duration = Duration::from_millis(20);
-/// What `statfs` calls the file systems that are known to let nobody write to a file while it is cloned, and to count
-/// the clone's blocks as they are shared (`fs/xfs/xfs_reflink.c`, `fs/btrfs/reflink.c`).
+/// File system types (`statfs`) that are known to block writes to a file during a clone, and to update the block count
+/// of the clone as extents are shared (`fs/xfs/xfs_reflink.c`, `fs/btrfs/reflink.c`).
 const XFS: i64 = 0x5846_5342;
 const BTRFS: i64 = 0x9123_683e;
 
-/// What is kept of an instant, while some of it is still being cloned: the container may run on.
+/// Captured contents, some of which may still be being cloned. The container may resume.
 #[derive(Debug, Default)]
 pub struct Holding {
     held: Held,
     cloning: Vec<Cloning>,
 }
 
-/// A clone that was begun, and whose original cannot be written to until it is whole.
+/// A clone under way; its original cannot be written to until it is complete.
 #[derive(Debug)]
 struct Cloning {
     entry: u32,
@@ -64,35 +65,35 @@ struct Cloning {
     ended: mpsc::Receiver<io::Result<()>>,
 }
 
-/// A file whose writers had to wait.
+/// A file whose writers may have been blocked by a clone.
 #[derive(Debug)]
 pub struct Waited {
-    /// As in messages.
+    /// Path, escaped for messages.
     pub path: String,
-    /// For how long after the container ran on, at most.
+    /// Longest time for which they were blocked after the container resumed.
     pub time: Duration,
 }
 
-/// How the contents of a plan can be kept.
+/// How the contents of a plan can be captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// All of it in memory.
+    /// All of them in memory.
     Memory,
-    /// In memory what is small, clones of the rest.
+    /// Small files in memory, clones of the others.
     Clones,
-    /// There is too much.
+    /// They cannot be captured: there is too much data.
     No,
 }
 
 impl Holding {
-    /// Clones that are not whole yet.
+    /// Returns the number of clones that are not complete.
     pub fn cloning(&self) -> usize {
         self.cloning.len()
     }
 
-    /// Waits until every clone is whole. One that fails then is an error: the instant is over.
+    /// Waits until every clone is complete, and returns the contents and the files whose writers may have waited.
     ///
-    /// Once `cancel` is set, what is there is returned.
+    /// Fails if a clone fails, since the instant is over by then. Returns what there is once `cancel` is set.
     pub fn complete(mut self, cancel: &AtomicBool) -> Result<(Held, Vec<Waited>), ReadError> {
         let begun = Instant::now();
         let mut waited = Vec::new();
@@ -126,9 +127,9 @@ fn ended_early() -> io::Error {
     io::Error::other("what clones it ended early")
 }
 
-/// Bytes that are on disk of a file's content, as far as they are to be kept in memory.
+/// Returns the bytes of memory that a file's content is expected to take.
 fn weight(entry: &Entry) -> u64 {
-    // A file whose data are not on disk yet may have nothing allocated.
+    // With delayed allocation, a file may have no blocks allocated yet.
     if entry.allocated == 0 {
         entry.size
     } else {
@@ -136,9 +137,9 @@ fn weight(entry: &Entry) -> u64 {
     }
 }
 
-/// Which way the contents of `plans` can be kept in at most `limit` bytes of memory together.
+/// Returns how the contents of `plans` can be captured in at most `limit` bytes of memory in total.
 ///
-/// Whether there are clones is found out by trying, on a file without a name.
+/// Support for clones is determined by trying one on an unnamed file.
 pub fn way(plans: &[Plan], limit: u64) -> Way {
     let weights_of = |plan: &Plan| -> Vec<u64> {
         let items = plan.items().iter();
@@ -167,7 +168,7 @@ pub fn way(plans: &[Plan], limit: u64) -> Way {
     }
 }
 
-/// Whether files of the upper can be cloned.
+/// Returns whether files of the upper can be cloned.
 pub fn can_clone(scan: &Scan) -> bool {
     let try_it = || -> io::Result<()> {
         let (from, to) = (scan.root(0).nameless_file()?, scan.root(0).nameless_file()?);
@@ -177,7 +178,7 @@ pub fn can_clone(scan: &Scan) -> bool {
     try_it().is_ok()
 }
 
-/// How many files can be held open, after asking for as many as may be had.
+/// Raises the soft limit of open files as far as possible, and returns how many files can be held open.
 fn descriptors() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let now = getrlimit(Resource::Nofile);
@@ -193,14 +194,14 @@ fn descriptors() -> u64 {
     have.saturating_sub(SPARE_DESCRIPTORS)
 }
 
-/// Writes the dirty pages of the plan's large files to disk, so that cloning them later finds little to do: the kernel
-/// writes them before it shares the data.
+/// Writes the dirty pages of the plan's large files to disk, so that cloning them later is fast: the kernel writes them
+/// before it shares the data.
 pub fn prepare_clones(plan: &Plan) {
     for item in plan.items() {
         let entry = &plan.entry(item);
         if plan.content_size(item) > SMALL && plan.scan().elsewhere(entry).is_none() {
             let path = plan.scan().path(item.entry);
-            // It may be gone by now, and the clone will do what is left.
+            // The file may be gone; and the clone flushes whatever remains.
             if let Ok(Some(file)) = plan.scan().root(0).open_file(&path, entry.ino) {
                 flush_until_little_is_left(file.as_fd());
             }
@@ -208,8 +209,8 @@ pub fn prepare_clones(plan: &Plan) {
     }
 }
 
-/// What is written to a file while it is flushed is dirty again: each time that is less, as long as the disk is faster
-/// than the writer.
+/// Flushes a file repeatedly: pages written during a flush are dirty again, but each time there are fewer, as long as
+/// the disk is faster than the writer.
 fn flush_until_little_is_left(file: BorrowedFd<'_>) {
     let mut before = None;
     for _ in 0..FLUSHES {
@@ -218,7 +219,7 @@ fn flush_until_little_is_left(file: BorrowedFd<'_>) {
             return;
         }
         let took = begun.elapsed();
-        // It will take about as long under the freeze.
+        // The next flush, under the freeze, will take about as long.
         if took < LITTLE || before.is_some_and(|before| took > before * 3 / 4) {
             return;
         }
@@ -226,7 +227,9 @@ fn flush_until_little_is_left(file: BorrowedFd<'_>) {
     }
 }
 
-/// Keeps the contents of a plan, `way` as [`way`] said. From then on the originals may change.
+/// Captures the contents of a plan in the way that [`way`] returned. The originals may change afterwards.
+///
+/// Fails if a file cannot be read or cloned.
 pub fn hold(plan: &Plan, way: Way, jobs: usize, cancel: &AtomicBool) -> Result<Holding, ReadError> {
     let items: Vec<&Item> = plan
         .items()
@@ -259,7 +262,7 @@ pub fn hold(plan: &Plan, way: Way, jobs: usize, cancel: &AtomicBool) -> Result<H
     let threads = jobs.clamp(1, items.len().div_ceil(CHUNK).max(1));
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            // What others do not, this thread does.
+            // The current thread does the work of threads that cannot be started.
             let _ = std::thread::Builder::new().spawn_scoped(scope, work);
         }
         work();
@@ -321,7 +324,8 @@ fn keep(plan: &Plan, item: &Item, way: Way, kept: &mut Holding) -> Result<(), Re
     Ok(())
 }
 
-/// Clones `file`, until the clone is whole or nobody can write to `file` before it is: then comes what says how it ended.
+/// Starts a clone of `file`. Returns once the clone is complete, or, with the receiver of its result, once the kernel
+/// blocks writes to `file` until it is.
 fn begin_clone(
     file: &File,
     clone: &File,
@@ -337,13 +341,13 @@ fn begin_clone(
         .name("clone".to_owned())
         .spawn(move || {
             let result = rustix::fs::ioctl_ficlone(&to, &from);
-            // Nobody is left to hear it where the save was cancelled.
+            // The receiver is gone if the save was cancelled.
             let _ = say.send(result.map_err(io::Error::from));
         })?;
     loop {
         match ended.recv_timeout(LOOK) {
             Ok(result) => return result.map(|()| None),
-            // A first piece is shared: the locks are held, and dirty pages were written.
+            // The first extent is shared: the locks are held, and dirty pages were written.
             Err(RecvTimeoutError::Timeout) if rustix::fs::fstat(clone)?.st_blocks > 0 => {
                 return Ok(Some(ended));
             }
@@ -358,7 +362,7 @@ fn is_locked_while_it_is_cloned(clone: &File) -> io::Result<bool> {
     Ok(matches!(kind, XFS | BTRFS))
 }
 
-/// Everything of a file that is no hole.
+/// Returns the data extents of a file with their offsets.
 fn pieces(file: &File, size: u64) -> io::Result<Vec<(u64, Vec<u8>)>> {
     let mut pieces = Vec::new();
     let mut at = 0;

@@ -1,9 +1,9 @@
-//! From a scan to a layer: a plan that knows every byte's place, blocks that any thread can make in any
-//! order, and one ordered stream of them.
+//! Turns a scan into a layer: a plan fixes the place of every byte, any thread produces blocks in any order, and one
+//! ordered stream delivers them.
 //!
-//! `tar` writes headers, `plan` lays entries out, `content` reads files, `held` keeps what they held at an instant, `block` makes tar bytes with
-//! `ahead` minding the page cache and `settle` the writes that are under way, `codec` compresses them,
-//! `stream` puts all of it to work.
+//! `scan` lists the entries, `plan` lays them out, `tar` encodes headers, `content` reads files, `held` keeps contents
+//! as they were at one instant, `block` produces tar bytes, `ahead` manages the page cache, `settle` waits for writes
+//! under way, `codec` compresses blocks (`deflate` for gzip), and `stream` runs all of it.
 
 pub mod ahead;
 pub mod block;

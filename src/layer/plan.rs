@@ -1,5 +1,5 @@
-//! The layout of a layer: where in the tar each entry begins, known before one content byte is read. A large one can be
-//! cut into several, which are then hashed, compressed, uploaded and later pulled side by side.
+//! The layout of a layer: the offset of every entry in the tar, fixed before any content is read. A large layout can be
+//! cut into several layers, which are then hashed, compressed, uploaded and later pulled in parallel.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
@@ -12,26 +12,27 @@ use super::tar::{END, Header, RECORD};
 use crate::layer::scan::{Entry, Kind, Scan};
 use crate::node::overlay::lower::join;
 
-/// No link target: the entry stands for itself.
+/// No link target: the entry is not a hard link.
 const ITSELF: u32 = u32::MAX;
 
-/// Most layers that one scan is cut into: every image has 127 to spend, and a registry takes four at a time.
+/// Maximum number of layers that one scan is cut into: an image can have 127 in total, and a registry accepts four at a
+/// time.
 const MOST_PARTS: u64 = 16;
 
-/// One entry's place.
+/// The place of one entry.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Item {
-    /// Where its header begins.
+    /// Offset of its header in the tar, in bytes.
     pub(super) offset: u64,
-    /// Index of the scan's entry.
+    /// Index of the entry in the scan.
     pub(super) entry: u32,
-    /// Index of the scan's entry that this is a hard link to, or [`ITSELF`].
+    /// Index in the scan of the entry that this one is a hard link to, or [`ITSELF`].
     link_to: u32,
-    /// Length of its header, PAX records included.
+    /// Length of its header in bytes, PAX records included.
     pub(super) header_len: u32,
 }
 
-/// A layer's layout. The bytes of the tar depend on it, and on the files, alone.
+/// The layout of a layer. The bytes of the tar depend only on it and on the files.
 #[derive(Clone, Debug)]
 pub struct Plan {
     scan: Arc<Scan>,
@@ -43,13 +44,15 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Lays out everything that the scan emits. Times later than `timestamp` (seconds since the epoch) become it.
+    /// Lays out all entries that the scan emits. Times later than `timestamp` (seconds since the epoch) are clamped to
+    /// it.
     pub fn new(scan: Arc<Scan>, timestamp: Option<i64>) -> Self {
         let emitting = Arc::clone(&scan);
         Self::of(scan, emitting.emitted(), timestamp)
     }
 
-    /// Lays out `entries`, which stand in the order of the scan, with all the parents that are to be in the layer.
+    /// Lays out `entries`, given in the order of the scan and including every parent directory that belongs in the
+    /// layer.
     fn of(
         scan: Arc<Scan>,
         entries: impl Iterator<Item = u32> + Clone,
@@ -95,21 +98,21 @@ impl Plan {
         plan
     }
 
-    /// The same with contents that are read from `held` where it has them, and not from the tree.
+    /// Takes contents from `held` where it has them, and from the tree otherwise.
     #[must_use]
     pub fn with(mut self, held: Held) -> Self {
         self.held = Arc::new(held);
         self
     }
 
-    /// The same, told who may be writing to the files.
+    /// Sets which writers may be modifying the files during the read.
     #[must_use]
     pub fn beside(mut self, writers: Writers) -> Self {
         self.settling = Arc::new(Settling::new(writers));
         self
     }
 
-    /// Whether `file`, of which something is about to be read, has no write under way that its stamps stand for already.
+    /// Returns whether every write that the entry's time stamps account for is complete. `file` is about to be read.
     pub(super) fn settled(&self, item: &Item, file: &File) -> bool {
         let entry = &self.entry(item);
         // A lower does not change.
@@ -121,9 +124,10 @@ impl Plan {
         self.held.get(item.entry)
     }
 
-    /// Cuts the layer where a directory begins or ends into parts of about `size` bytes of tar each (sixteen at most: then
-    /// they are larger), to be applied in this order. A file is never cut, so a part with a large one is larger; a
-    /// directory that is larger by itself is cut between its files. The cuts depend on the plan alone.
+    /// Cuts the layer at the beginning or end of directories into parts of about `size` bytes of tar each, to be
+    /// applied in this order. There are sixteen parts at most; they are larger if needed. A file is never cut, so a
+    /// part with a large file is larger; a directory that exceeds the size by itself is cut between its files. The cuts
+    /// depend on the plan alone.
     pub fn cut(self, size: u64) -> Vec<Self> {
         let size = size.max(self.tar_size.div_ceil(MOST_PARTS)).max(1);
         if self.tar_size <= size {
@@ -135,7 +139,7 @@ impl Plan {
         let part = |number: u16| {
             let mut entries = BTreeSet::new();
             for (item, _) in self.items.iter().zip(&part_of).filter(|of| *of.1 == number) {
-                // With every directory on the way to it. The root directory stands for itself.
+                // Include every ancestor directory. The root directory is not added for its descendants.
                 let mut at = item.entry;
                 while entries.insert(at) && scan.parent(at) != 0 {
                     at = scan.parent(at);
@@ -149,11 +153,11 @@ impl Plan {
         (0..count).map(part).collect()
     }
 
-    /// Which part each item falls into.
+    /// Returns the number of the part for each item.
     fn parts(&self, size: u64) -> Vec<u16> {
         let mut part_of = Vec::with_capacity(self.items.len());
-        // Hard links need their file in the same layer. A group goes where its last name is: later never hurts, while
-        // earlier could put a name below an opaque mark that hides it.
+        // Hard links need their target in the same layer. A group goes into the part of its last name: a later part is
+        // always safe, while an earlier one could put a name below an opaque marker that hides it.
         let mut groups: HashMap<(u16, u64), u16> = HashMap::new();
         let (mut part, mut begins_at, mut before) = (0, 0, 0);
         for item in &self.items {
@@ -184,39 +188,40 @@ impl Plan {
         part_of
     }
 
-    /// Length of the tar in bytes, its end included.
+    /// Returns the length of the tar in bytes, including the end of the archive.
     pub fn tar_size(&self) -> u64 {
         self.tar_size
     }
 
-    /// Number of entries.
+    /// Returns the number of entries.
     pub fn len(&self) -> usize {
         self.items.len()
     }
 
-    /// Whether there is nothing to save.
+    /// Returns whether the layer has no entries.
     pub fn is_empty(&self) -> bool {
         self.items.is_empty()
     }
 
-    /// What is laid out.
+    /// Returns the scan that is laid out.
     pub fn scan(&self) -> &Scan {
         &self.scan
     }
 
-    /// The items of which something lies in the bytes `start..end` of the tar.
+    /// Returns all items in the order of the tar.
     pub(super) fn items(&self) -> &[Item] {
         &self.items
     }
 
+    /// Returns the items that overlap bytes `start..end` of the tar.
     pub(super) fn items_in(&self, start: u64, end: u64) -> &[Item] {
         let from = self.items.partition_point(|item| item.offset <= start);
         let to = self.items.partition_point(|item| item.offset < end);
         &self.items[from.saturating_sub(1)..to]
     }
 
-    /// Files of which content lies in the bytes `start..end` of the tar: the item's index, the item, and from where to where
-    /// in the file.
+    /// Iterates over the files with content in bytes `start..end` of the tar: index of the item, the item, and the
+    /// start and end of the range in the file.
     pub(super) fn contents(
         &self,
         start: u64,
@@ -233,7 +238,8 @@ impl Plan {
         })
     }
 
-    /// Opens the file that holds an item's content; none when something else, or nothing, is there now. `path` is a buffer.
+    /// Opens the file that holds an item's content; returns `None` if another file, or none, is there now. `path` is a
+    /// buffer.
     pub(super) fn open(&self, item: &Item, path: &mut Vec<u8>) -> io::Result<Option<File>> {
         let scan = self.scan();
         let entry = &self.entry(item);
@@ -251,7 +257,7 @@ impl Plan {
         self.scan.entry(item.entry)
     }
 
-    /// Bytes of content that follow an item's header, without padding.
+    /// Returns the bytes of content that follow an item's header, without padding.
     pub(super) fn content_size(&self, item: &Item) -> u64 {
         if item.link_to == ITSELF {
             self.entry(item).size
@@ -260,7 +266,7 @@ impl Plan {
         }
     }
 
-    /// Hands an item's header to `use_it`; `path` and `link` are buffers.
+    /// Passes an item's header to `use_it`; `path` and `link` are buffers.
     pub(super) fn header<'b>(
         &'b self,
         item: &Item,
@@ -320,24 +326,24 @@ impl Plan {
                 .map_or(entry.mtime, |most| entry.mtime.min(most)),
             link,
             device: (rustix::fs::major(entry.rdev), rustix::fs::minor(entry.rdev)),
-            // The first name of a link group carries them: they belong to the inode.
+            // Attributes belong to the inode, so only the first name of a link group carries them.
             xattrs: if is_link { &[] } else { scan.xattrs(entry) },
         });
     }
 }
 
-/// What an entry shares with the other names of its file, if it may have others.
+/// Returns the key that an entry shares with the other names of its inode, if it may have other names.
 fn link_group(entry: &Entry) -> Option<(u16, u64)> {
     let linkable = !matches!(entry.kind, Kind::Dir | Kind::Whiteout | Kind::Opaque);
     (linkable && entry.nlink > 1).then_some((entry.root, entry.ino))
 }
 
-/// Turns the path of a mark into the name that says it; `None` for everything that is no mark.
+/// Turns the path of a whiteout or opaque marker into its name in the archive; returns `None` for all other entries.
 fn mark_name(kind: Kind, path: &mut Vec<u8>) -> Option<u8> {
     let cut = path.iter().rposition(|&b| b == b'/');
     match kind {
         Kind::Opaque => {
-            // The mark's own name is empty: the path is its directory's, with a slash.
+            // A marker's own name is empty: the path is its directory's, with a slash.
             let dir = path.strip_suffix(b"/").unwrap_or(path).to_vec();
             *path = join(&dir, b".wh..wh..opq");
         }

@@ -1,32 +1,33 @@
-//! Writes that are under way when a file is about to be read.
+//! Waits for writes that are under way when a file is about to be read.
 //!
-//! The kernel moves a file's change time when a write begins, not when it ends. So a file may bear its final stamps
-//! while its last bytes are still the old ones: what is read then is torn, and no stamp will ever tell. Between the
-//! stamps of an entry and the first byte that is read of it (of each block of it: each is read by itself) this finds
-//! out that every write which had stamped it by then is over. Whatever begins later is stamped later, and shows.
+//! The kernel updates the change time of a file when a write begins, not when it ends. A file may therefore have its
+//! final time stamps while its last bytes are still the old ones: a read at that moment is torn, and no time stamp ever
+//! shows it. Between taking an entry's stamps and reading the first byte of it (of each block of it: each is read
+//! separately), this module makes sure that every write which had updated the stamps is complete. A write that begins
+//! later has a later stamp and is detected.
 //!
-//! | who writes | what tells that it is over |
+//! | kind of writer | how its completion is determined |
 //! | --- | --- |
-//! | anybody, by any way | a read lease is to be had: nobody has the file open for writing. The kernel counts that in the inode, and counts descriptors, mappings (also of descriptors that were closed), and requests under way of `libaio` and `io_uring` alike; `truncate` by path counts for as long as it lasts |
-//! | `write`, `fallocate` (all modes), `truncate`, `copy_file_range`, `FICLONE` and `FIDEDUPERANGE` into it, also by a worker of `io_uring` | they hold the inode's lock, exclusively, from before their stamp to their last byte: `lseek(SEEK_HOLE)` takes it shared on ext4, Btrfs, F2FS and tmpfs. On XFS reading takes it. What is done in pieces (`splice`, a copy between file systems, a write that `io_uring` begins inline and ends in a worker) takes the lock anew for each, and stamps anew. (All but `write` keep readers of the pages away for as long as they last, too: with slow disks nothing torn was seen of them without any wait) |
-//! | direct writes, which hold that lock shared (ext4, XFS), or not to their end (Btrfs, asynchronous ones everywhere) | a call that takes the lock exclusively, and waits until the inode counts no direct I/O. It counts them from before the lock is given back to their last byte, whoever asked for them, and whether or not somebody still has the file open. On XFS and Btrfs that call is `FICLONERANGE` of one block, on ext4 `EXT4_IOC_MOVE_EXT` of what no file can have ([`wait_as_ext4_does`]) |
+//! | any | a read lease can be had: no process has the file open for writing. The kernel counts that in the inode, and counts descriptors, mappings (also of descriptors that were closed), and requests under way of `libaio` and `io_uring` alike; `truncate` by path counts for as long as it lasts |
+//! | `write`, `fallocate` (all modes), `truncate`, `copy_file_range`, `FICLONE` and `FIDEDUPERANGE` into it, also by a worker of `io_uring` | they hold the inode's lock exclusively from before their stamp to their last byte: `lseek(SEEK_HOLE)` takes it shared on ext4, Btrfs, F2FS and tmpfs. On XFS reading takes it. Operations done in pieces (`splice`, a copy between file systems, a write that `io_uring` begins inline and ends in a worker) take the lock again for each piece, and update the stamp again. (All but `write` also block readers of the pages for as long as they last: with slow disks no torn reads were seen from them without any wait) |
+//! | direct writes, which hold that lock shared (ext4, XFS), or not to their end (Btrfs, asynchronous ones everywhere) | a call that takes the lock exclusively, and waits until the inode counts no direct I/O. The count covers the time from before the lock is released to the last byte, for any issuer, whether or not the file is still open. On XFS and Btrfs that call is `FICLONERANGE` of one block, on ext4 `EXT4_IOC_MOVE_EXT` of a block that no file can have ([`wait_as_ext4_does`]) |
 //! | a mapping | `save::mapped` |
-//! | another client of a server | nothing here can tell. A server writes request by request, a megabyte or so, and stamps each; what it stamped in the minute before a scan is taken again (`save::trees`) |
+//! | another client of a server | cannot be determined. A server writes request by request, a megabyte or so, and updates the stamp for each; files with a stamp from the minute before a scan are saved again (`save::trees`) |
 //!
-//! Under the freeze every `write` of the container's, direct ones too, has come to its end, as a process in mid-call is
-//! not frozen. Only asynchronous requests go on (and writers of a volume outside the container). On cgroup v2 one that is
-//! linked to another (`IOSQE_IO_LINK`) even begins when that one is over, the process being frozen (seen on Linux 6.18, by
-//! way of task work; not on v1). It stamps its file after the scan that is read by: what is read of it has changed, and is
-//! said to have.
+//! Under the freeze, every `write` of the container is complete, direct ones included, as a process is not frozen in
+//! the middle of a call. Only asynchronous requests continue (and writers of a volume outside the container). On cgroup
+//! v2, a request that is linked to another (`IOSQE_IO_LINK`) even begins when that one completes while the process is
+//! frozen (seen on Linux 6.18, through task work; not on v1). It updates the stamp of its file after the scan, so the
+//! file is detected and reported as changed.
 //!
-//! Where neither call is to be had, a file that is open for writing and was stamped in the last minute is *unsettled*: it
-//! is taken again under the freeze, and by the next save. So it is on F2FS and other file systems that write directly and
-//! do not clone, and on ext4 for files without extents (made by ext3), encrypted, or with their data in the journal, with
-//! `bigalloc`, on a mount that is read-only for this program, where this program may not write to the file, and, beside
-//! the running container, for files that can be executed.
+//! Where neither call is available, a file that is open for writing and whose stamp is from the last minute is
+//! *unsettled*: it is saved again under the freeze, and by the next save. This applies to F2FS and other file systems
+//! that support direct writes but not clones, and on ext4 to files without extents (made by ext3), encrypted files,
+//! files with journaled data, `bigalloc`, a mount that is read-only for this program, files that this program may not
+//! write to, and, while the container runs, executable files.
 //!
-//! None of this can be made to hang: a lock may be held for as long as a stranger likes (a write from a buffer whose
-//! pages come from a FUSE mount of his), so it is waited for in a thread of its own, for a while; then the file is
+//! None of this can hang: a hostile process may hold a lock for as long as it likes (a write from a buffer whose pages
+//! come from its own FUSE mount), so a separate thread waits for it, up to a time limit; after that the file is
 //! unsettled.
 
 use std::fs::File;
@@ -42,29 +43,29 @@ use crate::layer::scan::{Clock, Entry};
 use crate::node::overlay::root::Root;
 use crate::node::overlay::xattr::proc_path;
 
-/// What was stamped longer ago is not asked about: one call writes two gigabytes at most.
+/// Age from which on a stamp is not checked: one call writes two gigabytes at most.
 const LONG_AGO: Duration = Duration::from_secs(60 * 60);
-/// For how long a direct write may be under way where nothing tells: the kernel gives a disk half a minute a request.
+/// Longest time that an undetectable direct write may be under way: the kernel gives a disk half a minute per request.
 const DIRECT: Duration = Duration::from_secs(60);
-/// The longest that one file is waited for.
+/// Longest wait for one file.
 const ONE_FILE: Duration = Duration::from_secs(10);
 
-/// What `statfs` says of ext4, and of ext2 and ext3, which have no such call or are served by ext4.
+/// Type in `statfs` of ext4, and of ext2 and ext3, which do not have the call or are served by ext4.
 const EXT4: i64 = 0xef53;
 
-/// `fcntl`'s: the same number on every machine that Rust builds for, and not in `libc` for them.
+/// Operation of `fcntl`: the same number on every machine that Rust supports, and missing from `libc` for them.
 const F_SETSIG: libc::c_int = 10;
 
-/// Who may be writing to a plan's files while they are read.
+/// The writers that may modify a plan's files during the read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Writers {
-    /// Direct or asynchronous writes are to be reckoned with.
+    /// Direct or asynchronous writes are possible.
     pub direct: bool,
-    /// A server stamps the files.
+    /// A server sets the time stamps of the files.
     pub remote: bool,
-    /// The container stands still: none of its processes starts a program meanwhile.
+    /// The container is frozen: none of its processes executes a program during the read.
     pub still: bool,
-    /// For how long writes under way are waited for, all files together.
+    /// Total time to wait for writes under way, over all files.
     pub patience: Duration,
 }
 
@@ -79,7 +80,7 @@ impl Default for Writers {
     }
 }
 
-/// The writers, and how much longer they are waited for.
+/// The writers, and the remaining time to wait for them.
 #[derive(Debug)]
 pub(super) struct Settling {
     writers: Writers,
@@ -95,7 +96,8 @@ impl Settling {
         }
     }
 
-    /// Whether all writes that had stamped `file`, which is open for reading only, when `entry` was made are over.
+    /// Returns whether all writes are complete that had updated the stamps of `file` when `entry` was made. `file` must
+    /// be open for reading only.
     pub(super) fn settled(&self, file: &File, entry: &Entry, root: &Root) -> bool {
         if self.writers.remote || older(entry, LONG_AGO) || nobody_writes(file) {
             return true;
@@ -119,7 +121,7 @@ impl Settling {
         let (say, answer) = mpsc::channel();
         let thread = std::thread::Builder::new().name("settle".to_owned());
         let begun = Instant::now();
-        // Nobody may be left to hear it.
+        // The receiver is gone after the timeout.
         let Ok(_) = thread.spawn(move || say.send(work()).ok()) else {
             return false;
         };
@@ -127,7 +129,7 @@ impl Settling {
         let waited = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let less = |left: u64| Some(left.saturating_sub(waited));
         let order = Ordering::Relaxed;
-        // It always gives a value.
+        // The closure always returns a value.
         let _ = self.left_ms.fetch_update(order, order, less);
         settled
     }
@@ -139,16 +141,16 @@ fn older(entry: &Entry, age: Duration) -> bool {
         .settles(entry.ctime, entry.ctime_nsec)
 }
 
-/// Waits until nobody holds the inode's lock exclusively. What the file system answers is of no interest.
+/// Waits until no process holds the inode's lock exclusively. The result of the call is irrelevant.
 fn wait_for_lock(file: &File, size: u64) {
-    // From the last byte on: what lies before would have to be searched.
+    // Start at the last byte: a search from an earlier offset would take time.
     let _ = rustix::fs::seek(file, SeekFrom::Hole(size.saturating_sub(1)));
 }
 
-/// Whether nobody has the file open for writing. No also where that is not to be found out.
+/// Returns whether no process has the file open for writing; false if that cannot be determined.
 ///
-/// The lease is given back at once. Should somebody want to open the file for writing in between, the kernel makes that
-/// call wait for it, and sends this process a signal: one that is ignored, as the usual one would end it.
+/// The lease is released at once. If another process opens the file for writing in between, the kernel makes that call
+/// wait, and sends this process a signal: one that is ignored, as the default one would terminate it.
 #[allow(unsafe_code, reason = "neither rustix nor nix has these calls")]
 fn nobody_writes(file: &File) -> bool {
     let call = |what: libc::c_int, argument: libc::c_int| {
@@ -162,14 +164,14 @@ fn nobody_writes(file: &File) -> bool {
     leased
 }
 
-/// Waits until no direct I/O on the file is under way, where the file system has a call that does.
+/// Waits until no direct I/O on the file is under way. Fails if the file system has no call for that.
 fn wait_for_direct(file: &File, root: &Root, may_be_started: bool) -> io::Result<()> {
     let other = File::from(root.nameless_file()?);
     if rustix::fs::fstatfs(file)?.f_type as i64 != EXT4 {
         return wait_as_cloning_does(file, &other);
     }
     if may_be_started {
-        // For as long as it is open for writing, nobody can execute it: a program that was just written would not start.
+        // A file that is open for writing cannot be executed: starting a program that was just written would fail.
         return Err(io::ErrorKind::ExecutableFileBusy.into());
     }
     wait_as_ext4_does(file, &other)
@@ -182,11 +184,11 @@ fn wait_as_cloning_does(file: &File, clone: &File) -> io::Result<()> {
     let range = libc::file_clone_range {
         src_fd: file.as_raw_fd().into(),
         src_offset: 0,
-        // To the end where that comes first.
+        // 0 means up to the end of the file.
         src_length: if size > block { block } else { 0 },
         dest_offset: 0,
     };
-    // SAFETY: both descriptors are open, and the range lives until the call is over, which only reads it.
+    // SAFETY: both descriptors are open, and the range outlives the call, which only reads it.
     let result = unsafe { libc::ioctl(clone.as_raw_fd(), libc::FICLONERANGE, &raw const range) };
     if result == 0 {
         Ok(())
@@ -210,15 +212,15 @@ const EXT4_IOC_MOVE_EXT: libc::Ioctl = 0xc028_660f_u32 as libc::Ioctl;
 /// Beyond the last block that a file can have (`EXT_MAX_BLOCKS`).
 const NO_BLOCK: u64 = 0xffff_ffff;
 
-/// Asks for a block to be exchanged that no file can have: `ext4_move_extents` takes the locks of both files, waits for
-/// the direct I/O on each, looks at the range then, and refuses it with `EINVAL`. Nothing has changed, no time stamp
-/// either. The only other reasons for `EINVAL`, which come before the wait, are files that cannot be: the same one twice,
-/// none that is regular, of two file systems, or empty ones (since Linux 6.19; so the other file has a byte. An empty
-/// `file` has nothing to be read).
+/// Requests the exchange of a block that no file can have: `ext4_move_extents` takes the locks of both files, waits for
+/// the direct I/O on each, only then checks the range, and fails with `EINVAL`. Nothing has changed by then, no time
+/// stamp either. The only other reasons for `EINVAL`, which are checked before the wait, cannot apply here: the same
+/// file twice, a file that is not regular, two file systems, or an empty file (since Linux 6.19; so the other file has
+/// a byte. An empty `file` has nothing to be read).
 ///
-/// The call needs the file open for writing: the very inode that is open for reading, a regular file, is opened again by
-/// its descriptor. No byte of it is written. In a volume, who watches the file (`inotify`) is told of it as of any opening.
-/// Somebody had the file open for writing a moment ago, so nobody has a lease on it that this would break.
+/// The call needs the file open for writing: the inode that is open for reading, a regular file, is opened again
+/// through its descriptor. No byte of it is written. In a volume, watchers of the file (`inotify`) see the open as any
+/// other. A moment ago another process had the file open for writing, so there is no lease that this could break.
 #[allow(unsafe_code, reason = "neither rustix nor nix has this call")]
 fn wait_as_ext4_does(file: &File, other: &File) -> io::Result<()> {
     use rustix::fs::{Mode, OFlags};
@@ -234,7 +236,7 @@ fn wait_as_ext4_does(file: &File, other: &File) -> io::Result<()> {
         blocks: 1,
         moved: 0,
     };
-    // SAFETY: both descriptors are open, and the range, of the size that the number tells, lives until the call is over.
+    // SAFETY: both descriptors are open, and the range, of the size encoded in the number, outlives the call.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), EXT4_IOC_MOVE_EXT, &raw mut range) };
     if result == 0 {
         return Err(io::ErrorKind::Unsupported.into());

@@ -1,8 +1,8 @@
-//! Blocks in order: workers make and compress them; for each layer one thread puts them into order and hashes the tar, and
-//! another hashes the compressed bytes and hands them on. Memory is bounded.
+//! Produces layers from blocks: workers fill and compress blocks; for each layer one thread orders them and hashes the
+//! tar, and another hashes the compressed bytes and delivers them. Memory is bounded.
 //!
-//! Workers are shared by all layers that are made side by side, and never wait for anything but work: a layer whose
-//! destination is slow, or takes one blob at a time, holds up no other.
+//! All layers that are produced in parallel share the workers, which wait for nothing but work: a layer whose
+//! destination is slow, or accepts one blob at a time, does not delay the others.
 
 use std::collections::VecDeque;
 use std::io;
@@ -21,32 +21,32 @@ use super::content::{ReadError, Unstable};
 use super::plan::Plan;
 use crate::common::digest::{DiffId, Digest};
 
-/// Tar bytes of a block. Part of the format that `--jobs` must not change: the same plan gives the same bytes.
+/// Tar bytes of a block. Part of the format and independent of `--jobs`: the same plan gives the same bytes.
 pub const BLOCK: u64 = 1 << 20;
-/// Layers made at once: a registry serialises what more would do (see [`write_all`]).
+/// Layers produced at once: a registry serialises any more (see [`write_all`]).
 const SIDE_BY_SIDE: usize = 4;
-/// Compressed blocks that wait for the destination, a layer.
+/// Compressed blocks per layer that wait for the destination.
 const READY: usize = 2;
-/// Threads that ask for files ahead of need, where they are not in memory: a disk, and a network disk all the more, gives
-/// many files at once nearly as fast as one.
+/// Threads that read uncached files ahead: a disk, and even more a network disk, delivers many files at once nearly as
+/// fast as one.
 const FETCHERS: usize = 8;
-/// How many blocks ahead of the workers.
+/// How many blocks the read-ahead is in front of the workers.
 const FETCH_AHEAD: u64 = 16;
 
-/// How to make the layer.
+/// How to produce the layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Options<'a> {
     /// Codec.
     pub compression: Compression,
-    /// Its level, within [`Compression::levels`].
+    /// Compression level, within [`Compression::levels`].
     pub level: u32,
-    /// Worker threads; the bytes do not depend on it.
+    /// Worker threads; the output does not depend on the number.
     pub jobs: usize,
     /// Set to stop early with [`Error::Cancelled`].
     pub cancel: &'a AtomicBool,
 }
 
-/// A layer to be made, and what takes its bytes.
+/// A layer to be produced, and the sink of its bytes.
 pub struct Part<'a, S> {
     /// Its layout.
     pub plan: &'a Plan,
@@ -54,12 +54,12 @@ pub struct Part<'a, S> {
     pub sink: S,
 }
 
-/// How far the stream is, all layers together.
+/// Progress of the stream, over all layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// Tar bytes made, hashed and handed on.
+    /// Tar bytes produced, hashed and delivered.
     pub tar_bytes: u64,
-    /// Compressed bytes handed on.
+    /// Compressed bytes delivered.
     pub sent_bytes: u64,
 }
 
@@ -78,17 +78,17 @@ pub struct Layer {
     pub entries: usize,
     /// Media type of the compressed bytes.
     pub media_type: &'static str,
-    /// Files that changed while they were read, sorted, each once.
+    /// Files that changed while they were read, sorted by path, without duplicates.
     pub unstable: Vec<Unstable>,
 }
 
-/// Why there is no layer. None of these leaves a digest behind.
+/// Why a layer could not be produced. No digest exists in any of these cases.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// Whoever takes the bytes failed.
+    /// The sink of the bytes failed.
     #[error("the layer could not be delivered")]
     Sink(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The kernel has no more threads for this process (`pids.max`, `RLIMIT_NPROC`).
@@ -97,14 +97,14 @@ pub enum Error {
     /// A worker panicked: a defect of this program.
     #[error("a worker died; this is a defect of upperdeck")]
     Worker,
-    /// Somebody asked to stop.
+    /// The operation was cancelled.
     #[error("cancelled")]
     Cancelled,
 }
 
 struct Block {
     tar: Vec<u8>,
-    /// `None`: as the tar.
+    /// `None` if the block is not compressed.
     compressed: Option<Vec<u8>>,
     crc: crc32fast::Hasher,
     unstable: Vec<Unstable>,
@@ -112,34 +112,35 @@ struct Block {
 
 type Made = Result<Block, Error>;
 
-/// A block to be made, and where it goes.
+/// A block to be produced, and the channel of its result.
 struct Work<'a> {
     ahead: &'a Ahead<'a>,
     number: u64,
     result: Sender<Made>,
 }
 
-/// Where a layer's blocks are given out.
+/// Channels through which a layer's blocks are distributed.
 #[derive(Clone)]
 struct Hands<'a> {
     work: Sender<Work<'a>>,
-    /// Blocks whose files are to be asked for.
+    /// Blocks whose files are to be read ahead.
     fetch: Sender<(&'a Ahead<'a>, u64)>,
-    /// Tar buffers that are free again.
+    /// Tar buffers for reuse.
     spare: Sender<Vec<u8>>,
 }
 
-/// What all layers of a call share.
+/// State shared by all layers of a call.
 struct Shared<'a> {
     options: Options<'a>,
-    /// Blocks of one layer that are given out or wait for their turn.
+    /// Maximum number of blocks of one layer that are in work or waiting for their turn.
     under_way: usize,
     tar_bytes: AtomicU64,
     sent_bytes: AtomicU64,
     progress: &'a (dyn Fn(Progress) + Sync),
 }
 
-/// Makes one layer and hands its bytes, in order, to `sink`. It may be called again: the plan gives the same blocks.
+/// Produces one layer and passes its compressed bytes, in order, to `sink`. It may be called again: the plan gives the
+/// same blocks.
 pub fn write<E>(
     plan: &Plan,
     options: Options<'_>,
@@ -153,8 +154,8 @@ where
     layers.pop().unwrap_or(Err(Error::Worker))
 }
 
-/// Makes several layers side by side, four at a time, on one set of workers. The answers stand in the order of the parts:
-/// one that failed leaves the others alone, and may be made again.
+/// Produces several layers in parallel, four at a time, with one set of workers. Returns the results in the order of
+/// the parts. A failure does not affect the other parts, and a failed part may be retried.
 pub fn write_all<E, S>(
     parts: Vec<Part<'_, S>>,
     options: Options<'_>,
@@ -176,7 +177,7 @@ where
         progress,
     };
     let aheads: Vec<_> = parts.iter().map(|part| Ahead::new(part.plan)).collect();
-    // Bounded by what each layer may have under way.
+    // Bounded by the blocks that each layer may have in work.
     let (work_in, work) = unbounded::<Work<'_>>();
     let (fetch_in, fetch) = unbounded();
     let (spare_in, spare) = bounded::<Vec<u8>>(2 * jobs + 2);
@@ -203,7 +204,7 @@ where
                 for given in work {
                     let tar = spare.try_recv().unwrap_or_default();
                     let made = make(given.ahead, given.number, tar, &mut codec, &mut scratch);
-                    // The receiver is gone only when the layer was given up.
+                    // The receiver is gone only if the layer was abandoned.
                     given.result.send(made).ok();
                 }
             });
@@ -212,7 +213,7 @@ where
                 Err(error) => refused = Some(error),
             }
         }
-        // Fewer are slower; without any nothing would ever come.
+        // With fewer threads it is slower; with none there would be no progress at all.
         if let (0, Some(error)) = (workers, refused) {
             while let Some((_, layer)) = take() {
                 *layer = Err(Error::Thread(error.kind().into()));
@@ -221,7 +222,7 @@ where
         }
         for _ in 0..FETCHERS.min(blocks) {
             let fetch = fetch.clone();
-            // What is not asked for beforehand is waited for when it is read.
+            // What is not read ahead is waited for when it is read.
             let _ = start().spawn_scoped(scope, move || {
                 let mut path = Vec::new();
                 for (ahead, number) in fetch {
@@ -240,11 +241,11 @@ where
             };
             let _ = start().spawn_scoped(scope, lane);
         }
-        // What the others do not, this thread does.
+        // The current thread handles the remaining layers.
         while let Some(((part, ahead), layer)) = take() {
             *layer = write_one(part.sink, ahead, &shared, &hands);
         }
-        // Workers and fetchers end with the last lane.
+        // Workers and fetchers end with the last layer thread.
         drop(hands);
     });
     layers
@@ -294,9 +295,9 @@ where
         let delivery = thread::Builder::new()
             .spawn_scoped(scope, move || deliver(ready, sink, &shared.sent_bytes))
             .map_err(Error::Thread)?;
-        // The channel's end goes with it, which is what ends the delivery.
+        // Consumes the sender: its drop ends the delivery.
         let tar = in_order(ahead, shared, hands, ready_in);
-        // Where the destination failed the order was given up for that reason.
+        // If the destination failed, that is why the ordering stopped: report that error first.
         let (digest, size) = delivery.join().map_err(|_| Error::Worker)??;
         let tar = tar?;
         Ok(Layer {
@@ -311,14 +312,14 @@ where
     })
 }
 
-/// What is known of a tar at its end.
+/// Summary of a complete tar.
 struct Tar {
     diff_id: DiffId,
     size: u64,
     unstable: Vec<Unstable>,
 }
 
-/// Gives out the plan's blocks, takes them back in order, hashes the tar and hands what is to be delivered to `ready`.
+/// Distributes the plan's blocks, collects them in order, hashes the tar and sends the compressed bytes to `ready`.
 #[allow(
     clippy::needless_pass_by_value,
     reason = "its end, with this function's, tells that nothing more comes"
@@ -332,7 +333,7 @@ fn in_order<'a>(
     let plan = ahead.plan();
     let compression = shared.options.compression;
     let send = move |bytes: Bytes| {
-        // Refused only when the delivery has ended, and it knows why.
+        // Fails only if the delivery has ended; its own error says why.
         ready.send(bytes).map_err(|_| Error::Worker)
     };
     let mut hash = Sha256::new();
@@ -405,7 +406,8 @@ fn in_order<'a>(
     })
 }
 
-/// Hashes the compressed bytes and hands them on. The digest is that of a whole layer only if the tar came to its end.
+/// Hashes the compressed bytes and delivers them. Returns digest and size in bytes; they are those of a whole layer
+/// only if the tar is complete.
 fn deliver<E>(
     ready: Receiver<Bytes>,
     mut sink: impl FnMut(Bytes) -> Result<(), E>,

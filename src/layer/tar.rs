@@ -4,7 +4,7 @@ use crate::layer::scan::Xattr;
 
 /// Size of a tar record in bytes.
 pub const RECORD: u64 = 512;
-/// Two zero records end an archive.
+/// Size in bytes of the end of an archive, which is two zero records.
 pub const END: u64 = 2 * RECORD;
 
 /// Largest value of an 11-digit octal field (sizes, times): 8 GiB less one.
@@ -12,10 +12,10 @@ const MAX_OCTAL_11: u64 = 0o777_7777_7777;
 /// Largest value of a 7-digit octal field (ids, device numbers).
 const MAX_OCTAL_7: u32 = 0o777_7777;
 
-/// What a header says. Byte strings are written as they are: names need not be UTF-8.
+/// The fields of a header. Byte strings are written unchanged: names need not be UTF-8.
 #[derive(Clone, Copy, Debug)]
 pub struct Header<'a> {
-    /// Path as the archive has it: no leading slash, a directory's ends in one.
+    /// Path in the archive: no leading slash, a directory's path ends in a slash.
     pub path: &'a [u8],
     /// `0` file, `1` hard link, `2` symlink, `3` character and `4` block device, `5` directory, `6` FIFO.
     pub typeflag: u8,
@@ -38,7 +38,7 @@ pub struct Header<'a> {
 }
 
 impl Header<'_> {
-    /// Length in bytes of what [`Header::write`] writes.
+    /// Returns the length in bytes of the output of [`Header::write`].
     pub fn encoded_len(&self) -> u64 {
         match self.pax_records().len() as u64 {
             0 => RECORD,
@@ -46,11 +46,11 @@ impl Header<'_> {
         }
     }
 
-    /// Appends the header, with a PAX extended header before it where it is needed.
+    /// Appends the header, preceded by a PAX extended header if one is needed.
     pub fn write(&self, out: &mut Vec<u8>) {
         let records = self.pax_records();
         if !records.is_empty() {
-            // The name is for programs that do not know PAX; those that do never show it.
+            // The name is for programs without PAX support; others never show it.
             let name = self.path.strip_suffix(b"/").unwrap_or(self.path);
             let name = name.rsplit(|&b| b == b'/').next().unwrap_or(name);
             let mut path = b"PaxHeaders.0/".to_vec();
@@ -89,7 +89,7 @@ impl Header<'_> {
         xattrs: &[],
     };
 
-    /// The PAX records that this header needs, in the order of their keys; empty when ustar can say it all.
+    /// Returns the PAX records that this header needs, sorted by key; empty if ustar can represent all fields.
     fn pax_records(&self) -> Vec<u8> {
         let mut records = Vec::new();
         for (name, value) in self.xattrs {
@@ -164,7 +164,7 @@ impl Header<'_> {
     }
 }
 
-/// `LENGTH KEY=VALUE\n`, where the length counts its own digits too.
+/// Appends a record `LENGTH KEY=VALUE\n`; the length includes its own digits.
 fn record(out: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     let rest = key.len() + value.len() + 3;
     let mut len = rest + rest.to_string().len();
@@ -179,7 +179,7 @@ fn record(out: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     out.push(b'\n');
 }
 
-/// Prefix and name of a path that fits into ustar's two fields.
+/// Splits a path into prefix and name for ustar's two fields; returns `None` if it does not fit.
 fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
     if path.len() <= 100 {
         return Some((b"", path));
@@ -187,7 +187,7 @@ fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
     if path.len() > 256 {
         return None;
     }
-    // The last slash that leaves a prefix of at most 155 bytes; a directory's own trailing slash is no cut.
+    // The last slash that leaves a prefix of at most 155 bytes, excluding a directory's trailing slash.
     let cut = path[..path.len() - 1]
         .iter()
         .take(156)
@@ -207,7 +207,7 @@ mod tests {
         out
     }
 
-    /// What the `tar` crate, as a reader, makes of a header.
+    /// Returns path, link and time of a header as the `tar` crate reads it.
     fn read_back(header: Header<'_>) -> std::io::Result<(Vec<u8>, Option<Vec<u8>>, i64)> {
         let mut bytes = encoded(header);
         bytes.resize(bytes.len() + header.size.min(1024) as usize + 1024, 0);
@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn record_length_counts_its_own_digits() {
-        // 99 and 999 are where one more digit changes the length again.
+        // At 99 and 999, one more digit changes the length again.
         for value_len in 0..1100 {
             let mut out = Vec::new();
             record(&mut out, b"k", &vec![b'v'; value_len]);

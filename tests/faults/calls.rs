@@ -1,17 +1,17 @@
-//! The system calls that are watched, what each of them can fail with, and where its arguments say what it is about.
+//! The traced system calls: their possible errors, and which arguments identify the object of a call.
 
 use nix::errno::Errno;
 
-/// What a call is about: which of its arguments say so.
+/// The object of a call, by the arguments that identify it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum About {
     /// A descriptor.
     Fd(usize),
-    /// A directory's descriptor, and a path from there.
+    /// A directory descriptor, and a path relative to it.
     At(usize, usize),
     /// A path.
     Path(usize),
-    /// Nothing that has a name: memory, a new process, a new descriptor.
+    /// No named object: memory, a new process, a new descriptor.
     Process,
 }
 
@@ -22,7 +22,7 @@ pub struct Call {
     pub name: &'static str,
     pub about: About,
     pub errors: &'static [Errno],
-    /// The argument with the length that the kernel may fall short of.
+    /// The argument with the length, which the kernel may not use in full.
     pub length: Option<usize>,
 }
 
@@ -45,10 +45,10 @@ const LOOK: &[Errno] = &[EIO, ENOMEM];
 const MAKE: &[Errno] = &[EIO, ENOSPC];
 const DESCRIPTOR: &[Errno] = &[EMFILE, ENOMEM];
 const INTERRUPTED: &[Errno] = &[EINTR];
-/// The C library says the same of every reason why there is no thread.
+/// The C library reports the same error for every reason why a thread cannot be started.
 const BEGIN: &[Errno] = &[EAGAIN];
 
-/// All of them. What a descriptor that is a socket or a pipe can fail with is decided where it is known to be one.
+/// All traced calls. The errors of a descriptor that is a socket or a pipe are determined where it is known to be one.
 pub const CALLS: &[Call] = calls! {
     open SYS_open Path(0), OPEN, None;
     openat SYS_openat At(0, 1), OPEN, None;
@@ -137,7 +137,7 @@ pub const CALLS: &[Call] = calls! {
     mount SYS_mount Path(1), &[ENOMEM, EPERM], None;
 };
 
-/// By its number.
+/// Returns the call with this number.
 pub fn of(number: i64) -> Option<&'static Call> {
     CALLS.iter().find(|call| call.number == number)
 }

@@ -1,4 +1,4 @@
-//! Saves of the container, each with what it makes and how that is read again.
+//! Saves of the container, with their outputs and the readers of these.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,45 +18,45 @@ use upperdeck::store::layout::Reader;
 
 use crate::world::{PROGRAM, World};
 
-/// What the file that changes holds first and last.
+/// Content, as a repeated letter, of the changing file before and after the change.
 pub const BEFORE: &str = "a";
 pub const AFTER: &str = "b";
 
-/// What a save makes.
+/// The output of a save.
 #[derive(Clone, Debug)]
 pub enum Made {
-    /// One file with a layer.
+    /// A file with one layer.
     Layer,
-    /// A layout, in `out`.
+    /// An OCI layout in `out`.
     Layout,
-    /// An archive, in `out`.
+    /// An archive in `out`.
     Archive,
-    /// A tag of a registry, whose storage is there, in a repository that is new for every save.
+    /// A tag of a registry with local storage, in a repository that is new for every save.
     Registry { host: String, storage: PathBuf },
 }
 
-/// A save that is done again and again, from the same beginning.
+/// A save that is repeated from the same initial state.
 pub struct Case<'a> {
     pub name: &'static str,
     pub world: &'a World,
     pub made: Made,
     pub options: &'a [&'a str],
-    /// After an earlier save, whose state and image are there.
+    /// Whether it follows an earlier save, whose state and image are there.
     pub again: bool,
-    /// Somebody changes a file while it is read.
+    /// Whether a file is changed while it is read.
     pub meanwhile: bool,
-    /// How often there was a beginning.
+    /// Number of times the initial state was restored.
     round: std::cell::Cell<u32>,
 }
 
-/// An image, or a layer, as it is right.
+/// The correct image or layer.
 pub struct Right {
-    /// Of the manifest, or of the layer's file.
+    /// Digest of the manifest, or of the layer's file.
     pub digest: Digest,
     pub tree: Tree,
-    /// The same after the change meanwhile.
+    /// The tree after the concurrent change.
     after: Option<Tree>,
-    /// What is in the state's directory.
+    /// Names in the state's directory.
     state: BTreeSet<String>,
 }
 
@@ -78,12 +78,12 @@ impl<'a> Case<'a> {
     }
 
     fn repository(&self) -> String {
-        // A round on top of an earlier save goes where that is.
+        // A save on top of an earlier one uses the same repository.
         let round = if self.again { 0 } else { self.round.get() };
         format!("faults/{}-{round}", self.name)
     }
 
-    /// The command line.
+    /// Returns the command line.
     pub fn arguments(&self) -> Vec<String> {
         let at = |name: &str| self.at(name).display().to_string();
         let mut arguments = vec![PROGRAM.to_owned()];
@@ -130,7 +130,7 @@ impl<'a> Case<'a> {
         arguments
     }
 
-    /// Puts everything back to where a save begins.
+    /// Restores the initial state of a save.
     pub fn begin(&self) -> Result<()> {
         if self.meanwhile {
             self.world.change(BEFORE)?;
@@ -152,7 +152,7 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// Keeps what an earlier save left as the beginning of all that follow.
+    /// Makes the result of an earlier save part of the initial state.
     pub fn keep(&mut self) -> Result<()> {
         for name in ["out", "state"] {
             let kept = self.at(&format!("kept-{name}"));
@@ -165,7 +165,7 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// A save that nothing disturbs.
+    /// Runs a save without faults.
     pub fn undisturbed(&self) -> Result<()> {
         let arguments = self.arguments();
         let done = Command::new(&arguments[0]).args(&arguments[1..]).output()?;
@@ -178,7 +178,7 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// What is right, after an undisturbed save.
+    /// Returns the correct result, after a save without faults.
     pub fn right(&self) -> Result<Right> {
         let (digest, tree) = self.read()?.context("nothing was saved")?;
         let state = self.state()?;
@@ -196,7 +196,10 @@ impl<'a> Case<'a> {
         })
     }
 
-    /// Whether what was saved is right: by its digest, or what is in it. None where there is nothing.
+    /// Checks the saved output by its digest or else by its content. Returns a description, or `None` if there is no
+    /// output.
+    ///
+    /// Fails if the output is wrong.
     pub fn is(&self, right: &Right) -> Result<Option<&'static str>> {
         let Some((digest, tree)) = self.read()? else {
             return Ok(None);
@@ -278,7 +281,7 @@ impl<'a> Case<'a> {
         Ok(Some((digest, tree)))
     }
 
-    /// The content of a file as it was saved in a layout.
+    /// Returns the content of a file as saved in a layout.
     pub fn content(&self, path: &str) -> Result<Vec<u8>> {
         let reader = Reader::directory(self.at("out/layout"))?;
         let manifest = reader.manifest(Some("saved"), &Platform::host())?;
@@ -303,12 +306,13 @@ impl<'a> Case<'a> {
         anyhow::bail!("{path} is in no layer")
     }
 
-    /// Names in the state's directory, which are the same for the same container.
+    /// Returns the names in the state's directory, which are the same for the same container.
     fn state(&self) -> Result<BTreeSet<String>> {
         files(&self.at("state")).map(|files| files.into_keys().map(|name| plain(&name)).collect())
     }
 
-    /// What a save may not leave behind, whatever became of it; `failed`: it said that nothing was saved.
+    /// Checks that nothing is left behind that should not be, whatever the result; `failed` means that the save
+    /// reported that nothing was saved.
     pub fn left_behind(&self, right: &Right, failed: bool) -> Result<()> {
         for (name, path) in files(&self.at("out"))? {
             if let Some((_, hex)) = name.split_once("blobs/sha256/") {
@@ -347,7 +351,7 @@ impl<'a> Case<'a> {
     }
 }
 
-/// A name without what differs between runs: numbers and hexadecimal digits.
+/// Replaces the parts of a name that differ between runs, i.e. its numbers.
 pub fn plain(name: &str) -> String {
     let mut out = String::new();
     for c in name.chars() {
@@ -359,7 +363,7 @@ pub fn plain(name: &str) -> String {
     out
 }
 
-/// Regular files below a directory, by their path from there.
+/// Returns the regular files below a directory by their relative path.
 fn files(dir: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let mut found = BTreeMap::new();
     for entry in walkdir::WalkDir::new(dir) {

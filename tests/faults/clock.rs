@@ -1,4 +1,4 @@
-//! A wall clock that jumps: looks at it are made to be system calls, and the tracer answers them.
+//! A wall clock that jumps: readings of the clock are forced to be system calls, and the tracer answers them.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result};
 use libc::user_regs_struct as Registers;
 
-/// What tells the wall clock.
+/// System calls that read the wall clock.
 pub const CALLS: [i64; 3] = [
     libc::SYS_clock_gettime,
     libc::SYS_gettimeofday,
@@ -28,7 +28,7 @@ fn memory(pid: i32) -> io::Result<File> {
         .open(format!("/proc/{pid}/mem"))
 }
 
-/// Replaces the functions of the kernel's own library in that process, which read the clock without a call, by the calls.
+/// Replaces the functions of the process's vDSO, which read the clock without a system call, by the calls.
 pub fn patch(pid: i32) -> Result<()> {
     let auxiliary = fs::read(format!("/proc/{pid}/auxv"))?;
     let words: Vec<u64> = auxiliary.chunks_exact(8).map(number).collect();
@@ -56,7 +56,7 @@ fn number(bytes: &[u8]) -> u64 {
         .fold(0, |sum, &byte| sum << 8 | u64::from(byte))
 }
 
-/// The value of a dynamic symbol of an ELF image.
+/// Returns the value of a dynamic symbol of an ELF image.
 fn symbol(image: &[u8], name: &[u8]) -> Option<u64> {
     let at = |offset: u64, length: u64| {
         let part = image.get(offset as usize..(offset + length) as usize);
@@ -78,7 +78,7 @@ fn symbol(image: &[u8], name: &[u8]) -> Option<u64> {
         })
 }
 
-/// Answers a call: none where it asks for another clock. The time is shifted by `seconds`.
+/// Answers a call with the time shifted by `seconds`; returns `None` if it asks for another clock.
 pub fn tell(pid: i32, registers: &Registers, seconds: i64) -> Result<Option<u64>> {
     let call = registers.orig_rax as i64;
     let coarse_or_not =

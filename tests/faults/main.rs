@@ -1,9 +1,9 @@
-//! System calls that fail: a save is the right image or the right error, whatever the kernel says.
+//! Saves with failing system calls: every save gives the right image or the right error, whatever a call returns.
 //!
-//! A first run counts the calls that matter, then each of them fails in a run of its own. `UPPERDECK_FAULTS=all` does that
-//! for all of them (hours); otherwise a few of each kind are taken, always the same.
+//! A first run counts the relevant calls, then each of them fails in a run of its own. `UPPERDECK_FAULTS=all` does that
+//! for all of them (hours); otherwise a few of each kind are selected, always the same.
 
-// A test program without libtest says itself what it did.
+// Test programs without libtest print their results themselves.
 #![allow(clippy::print_stdout)]
 
 #[path = "../harness/mod.rs"]

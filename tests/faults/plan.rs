@@ -1,4 +1,4 @@
-//! Which faults there are, which of them are tried, and what became of them.
+//! The list of possible faults, the selection that is tested, and the results.
 
 use std::collections::BTreeMap;
 
@@ -7,13 +7,14 @@ use nix::errno::Errno;
 use crate::calls;
 use crate::tracer::{Fault, Order, Report, Target};
 
-/// How many are tried of a save where not all are.
+/// Number of faults tested per save unless all are.
 const FEW: usize = 20;
 
-/// Faults of the calls that a run made: `all`, those of the one call that is wanted, or a few of each.
+/// Returns the faults of the calls of a run: `all`, those of the one wanted call, or a few of each.
 pub fn faults(report: &Report, order: &Order, wanted: Option<&str>) -> Vec<Target> {
     let mut found = Vec::new();
-    // Calls of one name on one thing differ in nothing but when they come: of many, the first and the last.
+    // Calls of one name on one object differ only in their position in the run: of many, the first and the last are
+    // taken.
     let mut groups: BTreeMap<(&str, String), Vec<u64>> = BTreeMap::new();
     for seen in &report.calls {
         groups
@@ -45,21 +46,21 @@ pub fn faults(report: &Report, order: &Order, wanted: Option<&str>) -> Vec<Targe
     }
 }
 
-/// Always the same: in the order of the names, so that each has its share.
+/// Selects a few, always the same: evenly over the list ordered by name, so that each name has its share.
 fn few(found: &[Target]) -> Vec<Target> {
     let step = (found.len() as f64 / FEW as f64).max(1.0);
     let at = |n: usize| found.get((n as f64 * step) as usize).cloned();
     (0..FEW).map_while(at).collect()
 }
 
-/// What can happen to a call.
+/// Returns the faults that a call can have.
 fn ways(name: &str, about: &str, length: u64) -> Vec<Fault> {
     let Some(call) = calls::CALLS.iter().find(|call| call.name == name) else {
         return Vec::new();
     };
     let stream = about.starts_with("socket:") || about.starts_with("pipe:");
     let errors: &[Errno] = match name {
-        // A number in memory: nothing of it can fail.
+        // A counter in memory cannot fail.
         _ if about.starts_with("anon_inode:") => return Vec::new(),
         "read" | "readv" | "recvfrom" | "recvmsg" if about.starts_with("socket:") => {
             &[Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EINTR]
@@ -75,18 +76,18 @@ fn ways(name: &str, about: &str, length: u64) -> Vec<Fault> {
         .iter()
         .map(|&error| Fault::Fails(error as i32))
         .collect();
-    // A disk that is full or broken stays so, and so does a process that has no descriptors left.
+    // A disk that is full or broken remains so, and so does a process without free descriptors.
     let lasting = [Errno::EIO, Errno::ENOSPC, Errno::EMFILE];
-    // But a cgroup that can be frozen can be thawed: what would be held against it is the kernel's.
+    // But a cgroup that can be frozen can be thawed: a lasting failure there would be the kernel's fault.
     let thaws = about.starts_with("/sys/fs/cgroup") && name.contains("write");
     let lasting = errors
         .iter()
         .filter(|&error| lasting.contains(error) && !thaws);
     ways.extend(lasting.map(|&error| Fault::FailsFrom(error as i32)));
-    // A cgroup's or the kernel's own file takes what is written at once.
+    // Files of a cgroup and of the kernel accept a write as a whole.
     let whole = about.starts_with("/sys/") || about.starts_with("/proc/") && name.contains("write");
     if call.length.is_some() && length > 1 && !whole {
-        // A directory's entries have to fit.
+        // Directory entries must fit into the buffer.
         if name != "getdents64" {
             ways.push(Fault::One);
         }

@@ -1,4 +1,4 @@
-//! A registry, as a package brings it.
+//! A registry server from a distribution package.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use anyhow::ensure;
 use crate::case::Made;
 use crate::harness::Stop;
 
-/// Ends when dropped.
+/// A running registry, which ends when dropped.
 pub struct Registry {
     child: Child,
     host: String,
@@ -43,7 +43,7 @@ impl Registry {
             storage,
         };
         let begun = Instant::now();
-        // The port is the kernel's choice; the log names it.
+        // The kernel chooses the port; the log contains it.
         while registry.host.is_empty() {
             ensure(begun.elapsed() < Duration::from_secs(30))?;
             std::thread::sleep(Duration::from_millis(20));

@@ -1,4 +1,4 @@
-//! Saves under faults, and what is asked of each.
+//! Runs saves under faults, and checks the result of each.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,12 +18,12 @@ use crate::registry::Registry;
 use crate::tracer::{self, Fault, Meanwhile, Order, Report, Target};
 use crate::world::{CHANGES, CHANGING, World};
 
-/// A save takes a second under the tracer; one that takes this long hangs.
+/// Time limit for a save, which takes a second under the tracer: a longer run counts as a hang.
 const HANGS: Duration = Duration::from_secs(60);
-/// Of the table in the README, without 2: the command line is right.
+/// Exit codes of the table in the README, without 2, as the command line is valid.
 const EXITS: [i32; 7] = [0, 1, 66, 69, 75, 77, 130];
 
-/// Which faults are wanted: all, those of one call, or (none) a few of each.
+/// Returns the faults wanted: all, those of one call, or (`None`) a few of each.
 fn wanted() -> Option<String> {
     std::env::var("UPPERDECK_FAULTS").ok()
 }
@@ -56,7 +56,7 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// Runs what the order says; an error where it hangs.
+/// Runs an order. Fails if it hangs.
 fn run(order: &Order) -> Result<Report> {
     let _ = fs::remove_file(order.said.join("report"));
     let mut child = tracer::command(order)?.stdin(Stdio::null()).spawn()?;
@@ -76,7 +76,7 @@ fn run(order: &Order) -> Result<Report> {
     }
 }
 
-/// What the processes below the tracer are doing, in the kernel's words.
+/// Returns the kernel stacks of the processes below the tracer.
 fn stacks(tracer: u32) -> String {
     let mut told = String::new();
     for process in children(tracer) {
@@ -116,7 +116,7 @@ fn children(process: u32) -> Vec<u32> {
         .collect()
 }
 
-/// A directory for a world: where files can be cloned, a file system of its own.
+/// A directory for a world; on a file system of its own where files have to be cloned.
 enum Place {
     Disk(Disk),
     Temporary(tempfile::TempDir),
@@ -225,7 +225,7 @@ fn faults(case: &Case<'_>, right: &Right) -> Result<()> {
     })
 }
 
-/// How runs ended, and which of them were wrong.
+/// The results of the runs, and the wrong ones among them.
 #[derive(Default)]
 struct Ends {
     counts: BTreeMap<String, u32>,
@@ -246,7 +246,7 @@ impl Ends {
         let text = said(&order.said);
         let judged = report.and_then(|report| judge(case, right, order, &report));
         if judged.is_err() {
-            // What comes next is not to suffer from it.
+            // The next run must not suffer from it.
             case.world.thaw();
         }
         if std::env::var_os("UPPERDECK_FAULTS_TOLD").is_some() {
@@ -292,7 +292,7 @@ fn said(dir: &Path) -> String {
         .to_owned()
 }
 
-/// What is asked of a save whose call failed; in words how it ended.
+/// Checks a save with a failed call. Returns a description of its result.
 fn judge(case: &Case<'_>, right: &Right, order: &Order, report: &Report) -> Result<String> {
     case.world.runs()?;
     let said = said(&order.said);
@@ -300,7 +300,7 @@ fn judge(case: &Case<'_>, right: &Right, order: &Order, report: &Report) -> Resu
         .target
         .as_ref()
         .is_some_and(|target| target.call == "mmap");
-    // The standard library and the allocator have no other way to say that there is no memory.
+    // The standard library and the allocator have no other way to report that memory is exhausted.
     ensure!(memory || !said.contains("panicked"), "a panic");
     ensure!(
         report.stayed == 0,
@@ -317,7 +317,7 @@ fn judge(case: &Case<'_>, right: &Right, order: &Order, report: &Report) -> Resu
         (Some(exit), None) => {
             ensure!(EXITS.contains(&exit), "exit {exit}");
             message(&said, order.target.as_ref())?;
-            // What fails after the tag says that there is an image.
+            // An error after the tag was written says that there is an image.
             let saved = ["is saved, but", "is written, but"]
                 .iter()
                 .any(|word| said.contains(word));
@@ -341,7 +341,7 @@ fn judge(case: &Case<'_>, right: &Right, order: &Order, report: &Report) -> Resu
     Ok(end)
 }
 
-/// One line that says what failed and why: in the kernel's own words, where it is one that failed once.
+/// Checks for one line that says what failed and why, with the kernel's own error text where a call failed once.
 fn message(said: &str, target: Option<&Target>) -> Result<()> {
     let last = said.lines().last().context("it says nothing")?;
     let text = last.strip_prefix("upperdeck: ").context("no message")?;
@@ -362,7 +362,7 @@ fn message(said: &str, target: Option<&Target>) -> Result<()> {
     Ok(())
 }
 
-/// A process that may open few files: the bound is met at every descriptor that a save opens.
+/// A process with a low limit of open files: the limit is reached at every descriptor that a save opens.
 fn few_descriptors() -> Outcome {
     let place = Place::new(false)?;
     let world = World::new(&place.path())?;
@@ -383,7 +383,7 @@ fn few_descriptors() -> Outcome {
     ends.over()
 }
 
-/// File systems that are really full: the destination's, and the state's.
+/// File systems that are really full: that of the destination, and that of the state.
 fn full_disks() -> Outcome {
     let place = Place::new(false)?;
     let world = World::new(&place.path())?;
@@ -417,7 +417,7 @@ fn full_disks() -> Outcome {
     Ok(())
 }
 
-/// A file system of so many pages.
+/// A file system of a given number of pages.
 struct Full(PathBuf);
 
 impl Full {
@@ -450,7 +450,7 @@ impl Full {
             None => bail!("{:?}", report.signal),
         };
         case.left_behind(right, report.exit != Some(0))?;
-        // There is room again.
+        // Make room again.
         nix::mount::mount(
             None::<&str>,
             &self.0,
@@ -474,7 +474,7 @@ impl Drop for Full {
     }
 }
 
-/// Hours forwards and backwards, before, within and between saves.
+/// Jumps of hours forwards and backwards, before, during and between saves.
 fn clock_that_jumps() -> Outcome {
     const HOUR: i64 = 3600;
     let place = Place::new(false)?;
@@ -528,8 +528,8 @@ fn ensure_stop(what: bool, why: &str) -> Outcome {
     }
 }
 
-/// The second save is of another hour than the first, and of the true one is the third: nothing that changed between them
-/// is taken for old.
+/// The second save is at a time that is hours off, the third at the true one: nothing that changed in between is taken
+/// for unchanged.
 fn clock_between(world: &World) -> Outcome {
     for jump in [-7200, 7200] {
         let mut case = Case::new("between", world, Made::Layout, &[]);

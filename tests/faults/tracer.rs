@@ -1,7 +1,7 @@
-//! Runs a program with all its threads and children under `ptrace`, and has one system call of theirs fail.
+//! Runs a program with all its threads and children under `ptrace`, and makes one of their system calls fail.
 //!
-//! A process of its own does that (this test program again), as only the thread that traces may speak to the traced, and
-//! as all of them end with it. A seccomp filter stops them at the calls that are watched, and at no others.
+//! A separate process does that (this test program again), as only the tracing thread may control the traced ones, and
+//! as all of them end with it. A seccomp filter stops them at the traced calls, and at no others.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
@@ -23,23 +23,23 @@ use serde::{Deserialize, Serialize};
 use crate::calls::{self, About, Call};
 use crate::{case, clock};
 
-/// The first argument of the process that traces.
+/// First argument of the tracing process.
 const TRACE: &str = "--trace-an-order";
-/// The first argument of what becomes the traced program.
+/// First argument of the process that becomes the traced program.
 const TRACED: &str = "--become-traced";
-/// Paths outside the test's own directory that matter to a save.
+/// Paths outside the test's own directory that are relevant for a save.
 const SYSTEM: [&str; 2] = ["/proc/", "/sys/fs/cgroup"];
 
 /// What happens to a call.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Fault {
-    /// It fails with that errno, undone.
+    /// It fails with this errno, without effect.
     Fails(i32),
-    /// This one and all after it.
+    /// This call and all later ones fail with this errno.
     FailsFrom(i32),
-    /// It is asked for one byte.
+    /// Its length is reduced to one byte.
     One,
-    /// It is asked for half.
+    /// Its length is halved.
     Half,
 }
 
@@ -54,13 +54,13 @@ impl std::fmt::Display for Fault {
     }
 }
 
-/// Which call, and what happens to it.
+/// A call and its fault.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Target {
     pub call: String,
-    /// What it is about, without what differs between runs.
+    /// The object of the call, without the parts that differ between runs.
     pub about: String,
-    /// 0 is the first of its name that is about that.
+    /// Index among the calls of this name on this object, from 0.
     pub nth: usize,
     pub fault: Fault,
 }
@@ -69,21 +69,22 @@ pub struct Target {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Order {
     pub arguments: Vec<String>,
-    /// Files below it matter.
+    /// Files below this directory are relevant.
     pub home: PathBuf,
-    /// Where its output and the report go.
+    /// Directory for its output and the report.
     pub said: PathBuf,
     pub target: Option<Target>,
-    /// What is added to the wall clock, in seconds, from the n-th look at it on; empty: the clock is left alone.
+    /// Shifts of the wall clock in seconds, each from the n-th reading on; empty: the clock is unchanged.
     pub clock: Vec<(usize, i64)>,
-    /// The bound of open files.
+    /// Limit of open files.
     pub files: Option<u64>,
-    /// Somebody changes a file of the container's while it is read.
+    /// A change of one of the container's files while it is read.
     pub meanwhile: Option<Meanwhile>,
 }
 
 impl Order {
-    /// What a call is about, without what differs between runs: the place, numbers, and names made up.
+    /// Returns the object of a call without the parts that differ between runs: the directory, numbers, and random
+    /// names.
     pub fn plain(&self, about: &str) -> String {
         let home = self.home.display().to_string();
         let about = about.replace(&home, "");
@@ -95,7 +96,7 @@ impl Order {
     }
 }
 
-/// At the first call of that name on what ends like that, a file is written.
+/// Writes a file at the first call of this name on an object whose name ends with `about`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Meanwhile {
     pub call: String,
@@ -104,17 +105,17 @@ pub struct Meanwhile {
     pub content: String,
 }
 
-/// A call that was seen.
+/// A call that was observed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Seen {
     pub call: String,
-    /// A path, or what `/proc/PID/fd` calls a descriptor.
+    /// A path, or the name of a descriptor in `/proc/PID/fd`.
     pub about: String,
-    /// What was asked for, where that is a length.
+    /// Requested length, if the call has one.
     pub length: u64,
 }
 
-/// What became of it.
+/// The result of a run.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Report {
     pub exit: Option<i32>,
@@ -122,11 +123,11 @@ pub struct Report {
     pub calls: Vec<Seen>,
     pub hit: Option<Seen>,
     pub clock_reads: usize,
-    /// Processes that were still there when the program had ended, and did not end by themselves.
+    /// Processes that were still running after the program had ended, and did not end by themselves.
     pub stayed: usize,
 }
 
-/// For `main`: this process is one of the two helpers.
+/// Runs this process as one of the two helpers if its arguments say so; called by `main`.
 pub fn entry() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);
     let first = arguments.next()?;
@@ -141,14 +142,14 @@ pub fn entry() -> Option<ExitCode> {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let text = format!("{error:#}\n");
-            // The parent says that there is no report; this says why.
+            // The parent reports that there is no report; this is the reason.
             drop(io::Write::write_all(&mut io::stderr(), text.as_bytes()));
             ExitCode::FAILURE
         }
     })
 }
 
-/// The command that traces what `order` asks for.
+/// Returns the command that traces `order`.
 pub fn command(order: &Order) -> Result<Command> {
     let file = order.said.join("order");
     fs::write(&file, serde_json::to_vec(order)?)?;
@@ -157,13 +158,13 @@ pub fn command(order: &Order) -> Result<Command> {
     Ok(command)
 }
 
-/// The report of a trace that has ended.
+/// Returns the report of a trace that has ended.
 pub fn report(order: &Order) -> Result<Report> {
     let bytes = fs::read(order.said.join("report")).context("no report")?;
     Ok(serde_json::from_slice(&bytes)?)
 }
 
-/// Stops for the tracer, has all calls that are watched stop, and becomes the program.
+/// Stops for the tracer, installs the filter for the traced calls, and executes the program.
 fn become_traced(arguments: &[std::ffi::OsString]) -> Result<()> {
     let (clock, arguments) = arguments.split_first().context("no clock")?;
     let (program, arguments) = arguments.split_first().context("no program")?;
@@ -192,10 +193,10 @@ struct Trace {
     order: Order,
     main: Pid,
     alive: HashSet<Pid>,
-    /// Those that go on after the program has replaced the helper.
+    /// Whether the program has replaced the helper.
     begun: bool,
     nth: usize,
-    /// Registers to put back when a call whose length was changed is over.
+    /// Registers to restore at the end of a call whose length was changed.
     changed: HashMap<Pid, Registers>,
     report: Report,
 }
@@ -294,7 +295,7 @@ impl Trace {
     }
 
     fn stopped(&mut self, status: WaitStatus) -> Result<()> {
-        // ESRCH: a thread that is stopped can still be killed, by the end of its process.
+        // ESRCH: a stopped thread can still be killed by the end of its process.
         let gone = |done: nix::Result<()>| match done {
             Err(Errno::ESRCH) => Ok(()),
             other => other,
@@ -339,7 +340,7 @@ impl Trace {
         Ok(())
     }
 
-    /// A call begins. True where its registers are to be put back when it is over.
+    /// Handles the start of a call. Returns true if its registers have to be restored at its end.
     fn call(&mut self, pid: Pid) -> Result<bool> {
         if !self.begun {
             return Ok(false);
@@ -378,9 +379,8 @@ impl Trace {
             return Ok(false);
         };
         let lasting = matches!(target.fault, Fault::FailsFrom(_)) && self.report.hit.is_some();
-        // What is broken for good is a disk, or the table of descriptors: no pipe, nothing in memory, and no cgroup, as one
-        // that can be frozen can be thawed.
-        // And what it says has to be heard.
+        // Lasting failures are those of disks and of the descriptor table: not of pipes, of memory, or of cgroups, as
+        // one that can be frozen can be thawed. Output must not fail either, as it has to be read.
         let disk = seen.about.starts_with('/')
             && !(seen.about.starts_with("/sys/") && call.length.is_some())
             && !Path::new(&seen.about).starts_with(&self.order.said);
@@ -406,7 +406,7 @@ impl Trace {
         })
     }
 
-    /// What it is about, where that is the test's or the system's, and not the loader's or a library's.
+    /// Returns the object of a call if it belongs to the test or the system, and not to the loader or a library.
     fn matters(&self, pid: Pid, call: &Call, arguments: [u64; 6]) -> Option<String> {
         let fd = |number: u64| {
             if number as i32 == libc::AT_FDCWD {
@@ -416,7 +416,7 @@ impl Trace {
         };
         let about = match call.about {
             About::Process => {
-                // The loader maps as well, before anything of the test's is looked at.
+                // The loader maps memory as well, before any file of the test is accessed.
                 return (!self.report.calls.is_empty()).then(String::new);
             }
             About::Fd(at) => fd(arguments[at])?,
@@ -431,14 +431,14 @@ impl Trace {
             }
         };
         if call.number == libc::SYS_fcntl {
-            // Only what asks the kernel for something: a lease, a second descriptor, the size of a pipe.
+            // Only requests to the kernel: a lease, a second descriptor, the size of a pipe.
             let asks = [libc::F_SETLEASE, libc::F_DUPFD_CLOEXEC, libc::F_SETPIPE_SZ];
             if !asks.contains(&(arguments[1] as i32)) {
                 return None;
             }
         }
         if call.number == libc::SYS_lseek && ![3, 4].contains(&arguments[2]) {
-            // Only holes are asked of the disk.
+            // Of lseek, only SEEK_DATA and SEEK_HOLE reach the file system.
             return None;
         }
         let text = about.to_string_lossy().into_owned();
@@ -450,7 +450,7 @@ impl Trace {
         matters.then_some(text)
     }
 
-    /// The wall clock is told by the tracer.
+    /// Answers a reading of the wall clock.
     fn time(&mut self, pid: Pid, mut registers: Registers) -> Result<bool> {
         let seen = self.report.clock_reads;
         let shift = self.order.clock.iter().rfind(|(from, _)| *from <= seen);
@@ -464,7 +464,7 @@ impl Trace {
     }
 }
 
-/// Has the call fail, or ask for less. True where registers have to be put back.
+/// Makes a call fail, or reduces its length. Returns true if its registers have to be restored.
 fn change(pid: Pid, call: &Call, mut registers: Registers, fault: Fault) -> Result<bool> {
     let shorter = match fault {
         Fault::Fails(number) | Fault::FailsFrom(number) => {
@@ -490,12 +490,12 @@ fn change(pid: Pid, call: &Call, mut registers: Registers, fault: Fault) -> Resu
     Ok(true)
 }
 
-/// A string of the traced program's, as far as it can be read.
+/// Returns a string of the traced program, as far as it can be read.
 fn string(pid: Pid, at: u64) -> PathBuf {
     use std::os::unix::ffi::OsStringExt as _;
     let mut bytes = vec![0; 4096];
     let read = File::open(format!("/proc/{pid}/mem")).and_then(|memory| {
-        // The end of a page may be the end of what there is.
+        // The memory after the end of a page may not be mapped.
         let whole = 4096 - at as usize % 4096;
         let first = memory.read_at(&mut bytes[..whole], at)?;
         Ok(first

@@ -1,4 +1,4 @@
-//! A container with something in it, and everything that a save of it reads and writes, in one directory.
+//! A container with content, and everything that a save of it reads and writes, in one directory.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -15,7 +15,7 @@ use upperdeck::image::manifest::platform::Platform;
 use upperdeck::store::layout::Directory;
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_upperdeck");
-/// A file that changes while it is read, and its length.
+/// The file that changes while it is read, and its length in bytes.
 pub const CHANGES: &str = "home/user/changes";
 pub const CHANGING: usize = 300_000;
 /// Long before anything that a container does.
@@ -47,10 +47,10 @@ const BASE: [&[(&str, u32, &str)]; 2] = [
     ],
 ];
 
-/// A directory, and a container whose overlay lies in it.
+/// A directory, and a container whose overlay is in it.
 pub struct World {
     pub home: PathBuf,
-    /// Of its first process.
+    /// PID of its first process.
     pub pid: u32,
     cgroup: PathBuf,
     maker: Child,
@@ -58,7 +58,7 @@ pub struct World {
 }
 
 impl World {
-    /// In `home`, which is empty.
+    /// Creates a container in `home`, which must be empty.
     pub fn new(home: &Path) -> Result<Self> {
         let home = home.canonicalize()?;
         base(&home)?;
@@ -97,12 +97,12 @@ impl World {
         })
     }
 
-    /// A file or directory as the container sees it.
+    /// Returns the path of a file or directory as seen in the container.
     pub fn inside(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root/{path}", self.pid))
     }
 
-    /// Of every kind that a layer has.
+    /// Creates files of every type that a layer can hold.
     pub fn work(&self) -> Result<()> {
         let at = |path: &str| self.inside(path);
         fs::write(at("home/user/notes.txt"), "first\n")?;
@@ -142,7 +142,7 @@ impl World {
         Ok(())
     }
 
-    /// What is done between two saves.
+    /// Makes changes between two saves.
     pub fn work_on(&self) -> Result<()> {
         let at = |path: &str| self.inside(path);
         fs::OpenOptions::new()
@@ -157,7 +157,7 @@ impl World {
         Ok(())
     }
 
-    /// The file that changes, full of one letter.
+    /// Fills the changing file with one letter.
     pub fn change(&self, letter: &str) -> Result<()> {
         if !self.changed(letter).unwrap_or_default() {
             fs::write(self.inside(CHANGES), letter.repeat(CHANGING))?;
@@ -166,19 +166,19 @@ impl World {
         Ok(())
     }
 
-    /// Whether it is full of that letter.
+    /// Returns whether the changing file is full of this letter.
     pub fn changed(&self, letter: &str) -> Result<bool> {
         Ok(fs::read_to_string(self.inside(CHANGES))? == letter.repeat(CHANGING))
     }
 
-    /// Thaws the container, whoever froze it.
+    /// Thaws the container.
     pub fn thaw(&self) {
-        // One of the two is there.
+        // One of the two files exists.
         let _ = fs::write(self.cgroup.join("freezer.state"), "THAWED");
         let _ = fs::write(self.cgroup.join("cgroup.freeze"), "0");
     }
 
-    /// That the container runs: its cgroup is not frozen, and no process of it is stopped.
+    /// Checks that the container runs: its cgroup is not frozen, and none of its processes is stopped.
     pub fn runs(&self) -> Result<()> {
         for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
             if let Ok(state) = fs::read_to_string(self.cgroup.join(file)) {
@@ -207,7 +207,7 @@ impl Drop for World {
         while matches!(self.maker.try_wait(), Ok(None)) && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(5));
         }
-        // Takes the container along where it did not end.
+        // Also kills the container, if it did not end.
         let _ = self.maker.kill();
         let _ = self.maker.wait();
         while fs::remove_dir(&self.cgroup).is_err() && Instant::now() < end {
@@ -216,7 +216,7 @@ impl Drop for World {
     }
 }
 
-/// Until what was written is older than the clock's tick, so that every save sees the same.
+/// Waits until everything written is older than the clock's tick, so that every save sees the same.
 fn settle() {
     std::thread::sleep(Duration::from_millis(60));
 }
@@ -239,7 +239,7 @@ fn cgroup(pid: u32) -> Result<PathBuf> {
     anyhow::bail!("no cgroup can be made")
 }
 
-/// Bytes that compress to about half.
+/// Returns bytes that compress to about half.
 fn noise(length: usize) -> Vec<u8> {
     let mut state = 1_u64;
     let next = || {
@@ -251,7 +251,7 @@ fn noise(length: usize) -> Vec<u8> {
     std::iter::repeat_with(next).take(length).collect()
 }
 
-/// The base in the layout `images`, tag `base`, and unpacked in `lower1` and `lower2`.
+/// Creates the base in the layout `images` with the tag `base`, and unpacked in `lower1` and `lower2`.
 fn base(home: &Path) -> Result<()> {
     let layout = Directory::new(home.join("images"));
     let (mut descriptors, mut diff_ids) = (Vec::new(), Vec::new());

@@ -1,4 +1,4 @@
-//! Layers and archives of images: whoever made a base image wrote them.
+//! Fuzzes the readers of layers and image archives, which the maker of a base image controls.
 
 use std::io::Read;
 
@@ -12,7 +12,7 @@ use crate::files::{self, selected};
 use crate::said;
 
 const BLOCK: usize = 512;
-/// Uncompressed bytes that are read of an input: more would show no other code.
+/// Maximum of uncompressed bytes read of an input: more would not reach any other code.
 const UNPACKED: u64 = 4 << 20;
 
 pub fn run(input: &[u8]) {
@@ -25,7 +25,7 @@ pub fn run(input: &[u8]) {
     }
 }
 
-/// With right checksums in all that looks like a header: no fuzzer finds them.
+/// Returns the archive with valid checksums in everything that looks like a header: a fuzzer does not find them.
 fn sealed(tar: &[u8]) -> Vec<u8> {
     let mut tar = tar.to_vec();
     for block in tar.chunks_exact_mut(BLOCK) {
@@ -66,15 +66,16 @@ fn entries(tar: impl Read) -> Result<Vec<(Entry, Digest)>, ArchiveError> {
     Ok(found)
 }
 
-/// Names, lengths and contents as the `tar` crate has them; none where it is known to read otherwise than the format says, or
-/// refuses.
+/// Returns names, lengths and digests of the contents as read by the `tar` crate; `None` if the crate refuses the
+/// archive or is known to read it differently from the format.
 fn of_the_tar_crate(tar: &[u8]) -> Option<Vec<(Vec<u8>, u64, Digest)>> {
     let mut archive = tar::Archive::new(tar);
     let mut found = Vec::new();
     for entry in archive.entries().ok()? {
         let mut entry = entry.ok()?;
         let kind = entry.header().entry_type();
-        // It reads content behind what has none, lets a long name of GNU's win over a pax header, and keeps zero bytes.
+        // The crate reads content after entries that have none, prefers a GNU long name to a pax header, and keeps zero
+        // bytes.
         let odd = !kind.is_file() && entry.size() > 0;
         let name = entry.path_bytes().into_owned();
         let ustar = entry.header().as_ustar().is_some() || entry.header().as_gnu().is_some();
@@ -96,7 +97,7 @@ fn compressed(blob: &[u8]) {
     said::or_error(entries(reader.take(UNPACKED)));
 }
 
-/// An image in an archive, as `--base oci-archive:` reads it.
+/// Reads an image in an archive as `--base oci-archive:` does.
 fn image(tar: &[u8]) {
     let (_file, path) = files::file(&sealed(tar));
     let Some(reader) = said::or_error(Reader::archive(path)) else {
@@ -114,7 +115,7 @@ fn image(tar: &[u8]) {
     }
 }
 
-/// Two layers, one over the other.
+/// Applies two layers, one on top of the other.
 fn layers(input: &[u8]) {
     let (blocks, rest) = selected(input);
     let (lower, upper) = rest.split_at((usize::from(blocks) * BLOCK).min(rest.len()));
@@ -124,7 +125,7 @@ fn layers(input: &[u8]) {
         if said::or_error(layers.apply(&tar[..])).is_none() {
             return;
         }
-        // What a layer says of a path, nobody who reads it may take for another one.
+        // No reader of a layer may take one path of it for another.
         for (entry, _) in said::or_error(entries(&tar[..])).into_iter().flatten() {
             assert!(!entry.name.contains(&0) && !entry.link.contains(&0));
             assert!(entry.kind == EntryKind::File || entry.size == 0);

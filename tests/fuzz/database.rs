@@ -1,15 +1,15 @@
-//! bbolt: containerd's metadata, and its snapshotters'.
+//! Fuzzes the reader of bbolt databases: the metadata of containerd and of its snapshotters.
 
 use upperdeck::node::container::bolt::{self, Bucket, Error, Value};
 
 use crate::files;
 use crate::said;
 
-/// Where a page's meta has its fields, and their end: the checksum follows.
+/// Range of the fields in a meta page; the checksum follows.
 const META: std::ops::Range<usize> = 16..72;
-/// The size of pages that seeds have.
+/// Page size of the seeds in bytes.
 const PAGE: usize = 4096;
-/// Buckets in buckets that are looked into.
+/// Maximum depth of nested buckets that are read.
 const DEPTH: u32 = 6;
 
 pub fn run(input: &[u8]) {
@@ -30,8 +30,8 @@ pub fn run(input: &[u8]) {
     said::or_error(read);
 }
 
-/// Pages are mostly empty, and inputs are not to be: each part says with two bytes which page it is, and how long with two
-/// more.
+/// Expands an input into pages. Pages are mostly empty, but inputs should not be: each part begins with two bytes for
+/// the page number and two bytes for the length.
 fn spread(mut input: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     while let [page, more, low, high, rest @ ..] = input {
@@ -47,7 +47,7 @@ fn spread(mut input: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Puts the checksum on a meta page (FNV-1a of 64 bits): no fuzzer guesses it.
+/// Sets the checksum of a meta page (64-bit FNV-1a): a fuzzer does not guess it.
 fn seal(bytes: &mut [u8], at: usize) {
     let Some(page) = bytes.get_mut(at..at + META.end + 8) else {
         return;

@@ -1,9 +1,10 @@
-//! Any bytes, compressed at any level in blocks of any size, are read back by two inflaters that share no code.
+//! Fuzzes the deflate encoder: any bytes, compressed at any level in blocks of any size, are read back by two
+//! independent inflaters.
 
 use upperdeck::layer::deflate::{END, Encoder};
 
-/// The first byte says which level and how often the rest is repeated, so that short inputs reach all of a window; the next
-/// two how large blocks are.
+/// The first byte selects the level and the number of repetitions of the rest, so that short inputs reach all of a
+/// window; the next two give the block size.
 pub fn run(input: &[u8]) {
     let Some((&[first, low, high], rest)) = input.split_first_chunk::<3>() else {
         return;
@@ -20,7 +21,7 @@ pub fn run(input: &[u8]) {
     reads_back(&packed, &data, &format!("level {level}"));
 }
 
-/// Both inflaters read `packed` to its last byte, and find `data`.
+/// Checks that both inflaters read `packed` to its last byte, and return `data`.
 pub fn reads_back(packed: &[u8], data: &[u8], what: &str) {
     let mut out = Vec::with_capacity(data.len() + 1);
     let mut inflater = flate2::Decompress::new(false);

@@ -1,4 +1,4 @@
-//! Where targets put what is read from files: memory, under a name that a parser can open.
+//! Files for the targets, in memory and with a path that a parser can open.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::MemfdFlags;
 use tempfile::TempDir;
 
-/// A file with these bytes, and its name for as long as it is held.
+/// Creates a file with these bytes; the path is valid as long as the file is open.
 pub fn file(bytes: &[u8]) -> (File, PathBuf) {
     let made = rustix::fs::memfd_create("fuzz", MemfdFlags::CLOEXEC);
     let mut file = File::from(made.expect("a file in memory"));
@@ -17,7 +17,7 @@ pub fn file(bytes: &[u8]) -> (File, PathBuf) {
     (file, path)
 }
 
-/// A new directory, in memory where the system has such a place.
+/// Creates a directory, in memory where the system provides that.
 pub fn directory() -> TempDir {
     let memory = Path::new("/dev/shm");
     let made = tempfile::Builder::new()
@@ -27,7 +27,7 @@ pub fn directory() -> TempDir {
     made.expect("a place for files")
 }
 
-/// The first byte, which says what the rest is for, and the rest.
+/// Splits off the first byte, which selects the use of the rest.
 pub fn selected(input: &[u8]) -> (u8, &[u8]) {
     input
         .split_first()

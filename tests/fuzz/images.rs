@@ -1,4 +1,4 @@
-//! Manifests, indexes, configs and what is to be changed of them: a base image's maker and a user wrote them.
+//! Fuzzes manifests, indexes, configs and changes to them, which the maker of a base image and a user control.
 
 use std::path::PathBuf;
 
@@ -54,14 +54,14 @@ thread_local! {
     };
 }
 
-/// An index, and a blob that it may name.
+/// Reads an index, and a blob that it may refer to.
 fn layout(input: &[u8]) {
     let mut parts = input.splitn(2, |&byte| byte == 0);
     let (index, blob) = (parts.next().unwrap_or_default(), parts.next());
     let blob = blob.unwrap_or_default();
     let digest = Digest::of(blob);
     LAYOUT.with(|(dir, path)| {
-        // The digest stands in the index as DIGEST.
+        // DIGEST in the index stands for the blob's digest.
         let index = String::from_utf8_lossy(index).replace("DIGEST", &digest.to_string());
         let blob_path = dir.path().join("blobs/sha256").join(digest.hex());
         std::fs::write(path, index).expect("a place for files");
@@ -80,7 +80,7 @@ fn layout(input: &[u8]) {
     });
 }
 
-/// A config and changes to it, with zero bytes between.
+/// Applies changes to a config; all are separated by zero bytes.
 fn changes(input: &[u8]) {
     let mut parts = input.split(|&byte| byte == 0);
     let config = parts.next().unwrap_or_default();
@@ -89,11 +89,11 @@ fn changes(input: &[u8]) {
         .collect();
     let before = said::or_error(manifest::check(&changes, &[], &[], None)).is_some();
     let with_base = said::or_error(manifest::check_changes(config, &changes)).is_some();
-    // What is refused before the base is known is refused with it, too.
+    // Changes that are refused without a base are refused with one, too.
     assert!(before || !with_base || changes.is_empty(), "{changes:?}");
 }
 
-/// A base's manifest and config with changes, made into an image.
+/// Assembles an image from a base's manifest and config with changes.
 fn assembled(input: &[u8]) {
     let mut parts = input.split(|&byte| byte == 0);
     let bytes = parts.next().unwrap_or_default();
@@ -113,7 +113,7 @@ fn assembled(input: &[u8]) {
         return;
     };
     check(&image, layers + 1);
-    // What was made is a base, and keeps all it has.
+    // The result is itself a valid base, and keeps everything.
     let base = BaseManifest {
         bytes: &image.manifest.bytes,
         media_type: image.manifest.media_type,

@@ -1,4 +1,4 @@
-//! What lies in the queue: whoever can write to Redis wrote it, with or without a node's key.
+//! Fuzzes the messages in the queue, which anyone with write access to Redis controls, with or without a node's key.
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use serde::Serialize;
@@ -41,7 +41,7 @@ fn hmac(key: &[u8], parts: &[&str]) -> Vec<u8> {
     mac.finalize().into_bytes().to_vec()
 }
 
-/// A body that was signed, and the same body unsigned, for another node, and as another kind of message.
+/// Opens a signed body, and the same body unsigned, for another node, and as another kind of message.
 fn message<T>(kind: Message, direction: &str, body: &str)
 where
     T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug,
@@ -79,7 +79,7 @@ where
     }
 }
 
-/// Written and read back.
+/// Checks that content is the same after serialisation and parsing.
 fn same<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(content: &T) {
     let text = serde_json::to_string(content).expect("it was read before");
     let again: T = serde_json::from_str(&text).expect("what was just written");

@@ -1,4 +1,4 @@
-//! What the kernel hands on of a tenant's making: mount tables, options of overlays, values of attributes.
+//! Fuzzes text from the kernel that a tenant controls: mount tables, overlay options, attribute values.
 
 use std::os::unix::ffi::OsStrExt as _;
 
@@ -35,7 +35,7 @@ fn mounts(text: &[u8]) {
     }
 }
 
-/// As `fs/proc_namespace.c` prints a mount.
+/// Formats a mount as `fs/proc_namespace.c` does.
 fn line(mount: &MountInfo) -> Vec<u8> {
     let (major, minor) = mount.device;
     let mut out = format!("{} {} {major}:{minor} ", mount.id, mount.parent).into_bytes();
@@ -69,7 +69,7 @@ fn options(text: &[u8]) {
     };
     assert!(!options.lowers.is_empty() && !options.upper.is_empty());
     assert!(options.lowers.len() + options.data_only.len() <= 500);
-    // Printed with `lowerdir+` and `datadir+`, which take directories as they are.
+    // Printed with `lowerdir+` and `datadir+`, which take paths without escapes.
     let mut printed = Vec::new();
     let lists = [
         ("lowerdir+", &options.lowers),
@@ -87,7 +87,7 @@ fn options(text: &[u8]) {
     let again = OverlayOptions::parse(&printed).expect("what was printed as the kernel prints it");
     assert_eq!(again.lowers, options.lowers);
     assert_eq!(again.data_only, options.data_only);
-    // Nothing is anywhere: it must say so, and no more.
+    // No path exists: the error must say that, and no more.
     let nowhere = |_: &std::path::Path| Err(std::io::ErrorKind::NotFound.into());
     let bases = ["/a".into(), "/b".into()];
     said::check(&options.locate_upper(&bases, &nowhere).expect_err("nothing"));

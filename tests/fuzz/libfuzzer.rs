@@ -1,5 +1,5 @@
-//! Hands a target to libFuzzer: `UPPERDECK_FUZZ_TARGET=TARGET fuzz [libFuzzer's own arguments]`, or `list` for a list of them.
-//! It is a variable because libFuzzer starts itself again, with arguments of its own.
+//! Runs a target under libFuzzer: `UPPERDECK_FUZZ_TARGET=TARGET fuzz [libFuzzer's own arguments]`, or `list` for a list
+//! of them. The target is in a variable because libFuzzer starts itself again with arguments of its own.
 
 #![allow(
     unsafe_code,
@@ -26,7 +26,7 @@ extern "C" fn callback(data: *const u8, size: usize) -> c_int {
     let input = if size == 0 {
         &[][..]
     } else {
-        // SAFETY: libFuzzer gives `size` bytes that stay until this returns.
+        // SAFETY: libFuzzer passes `size` bytes that stay valid until this function returns.
         unsafe { std::slice::from_raw_parts(data, size) }
     };
     if let Some(target) = TARGET.get() {
@@ -35,7 +35,7 @@ extern "C" fn callback(data: *const u8, size: usize) -> c_int {
     0
 }
 
-/// None where no target is named.
+/// Runs libFuzzer on the target named by the variable; returns `None` if it is not set.
 pub fn main(targets: &'static [Target]) -> Option<ExitCode> {
     let name = std::env::var("UPPERDECK_FUZZ_TARGET").ok()?;
     let mut words = std::env::args();
@@ -51,7 +51,7 @@ pub fn main(targets: &'static [Target]) -> Option<ExitCode> {
         });
     };
     let _ = TARGET.set(target);
-    // What panics has failed, whoever would catch it.
+    // A panic is a failure, even where it would be caught.
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         usual(panic);
@@ -68,7 +68,7 @@ pub fn main(targets: &'static [Target]) -> Option<ExitCode> {
     let mut argc = c_int::try_from(pointers.len()).ok()?;
     pointers.push(std::ptr::null_mut());
     let mut argv = pointers.as_mut_ptr();
-    // SAFETY: argc and argv are as C's main has them, and live as long as the call.
+    // SAFETY: argc and argv are as for C's `main`, and outlive the call.
     let status = unsafe { LLVMFuzzerRunDriver(&raw mut argc, &raw mut argv, callback) };
     Some(ExitCode::from(u8::try_from(status).unwrap_or(1)))
 }

@@ -1,10 +1,10 @@
-//! What a stranger wrote, parsed: by a tenant, a registry, another node, or whoever made an image. Each target is a
-//! function of bytes that holds what its parsers promise; none may panic, take much memory, or long.
+//! Fuzz targets for all parsers of untrusted input: from a tenant, a registry, another node, or the maker of an image.
+//! Each target is a function of bytes that checks its parsers' guarantees; none may panic, or take much memory or time.
 //!
 //! As a test it runs every file of `fixtures/fuzz/TARGET/`, and mutations of them that are the same in each run.
-//! `tests/fuzz/run` builds it with coverage and libFuzzer, for a minute or for days.
+//! `tests/fuzz/run` builds it with coverage and libFuzzer, to run for a minute or for days.
 
-// A test program without libtest says itself what it did.
+// Test programs without libtest print their results themselves.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod archives;
@@ -35,14 +35,14 @@ use std::process::ExitCode;
 
 use harness::{Outcome, Test};
 
-/// What is tried.
+/// A fuzz target.
 struct Target {
-    /// Also that of its corpus.
+    /// Name of the target and of its corpus.
     name: &'static str,
     run: fn(&[u8]),
-    /// Longer inputs are not tried, in bytes.
+    /// Maximum length of an input in bytes.
     longest: usize,
-    /// Mutations of each file of the corpus, as a test.
+    /// Mutations per file of the corpus in a test run.
     mutations: u32,
 }
 
@@ -79,7 +79,7 @@ impl Target {
         memory::bounded(|| (self.run)(input));
     }
 
-    /// The corpus and its mutations.
+    /// Runs the corpus and its mutations.
     fn replay(&self) -> Outcome {
         let mut files: Vec<PathBuf> = std::fs::read_dir(self.corpus())?
             .map(|entry| entry.map(|entry| entry.path()))

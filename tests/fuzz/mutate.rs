@@ -1,6 +1,6 @@
-//! Small changes to an input, the same for the same seed: what runs everywhere, without coverage.
+//! Small mutations of an input, determined by a seed, which run everywhere and need no coverage.
 
-/// Steps of xorshift64*.
+/// The xorshift64* generator.
 struct Chance(u64);
 
 impl Chance {
@@ -11,13 +11,13 @@ impl Chance {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// Below `end`; 0 where that is 0.
+    /// Returns a number below `end`; 0 if `end` is 0.
     fn below(&mut self, end: usize) -> usize {
         (self.next() >> 11) as usize % end.max(1)
     }
 }
 
-/// What breaks parsers: ends of ranges, signs, separators.
+/// Typical breakers of parsers: limits of ranges, signs, separators.
 const TOKENS: [&[u8]; 20] = [
     b"0",
     b"-1",
@@ -41,7 +41,7 @@ const TOKENS: [&[u8]; 20] = [
     b"{}",
 ];
 
-/// `input` after a few changes, with parts of `others`.
+/// Returns `input` after a few mutations, with parts of `others`.
 pub fn mutated(input: &[u8], others: &[Vec<u8>], seed: u64, longest: usize) -> Vec<u8> {
     let mut chance = Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     chance.next();

@@ -1,6 +1,7 @@
-//! A node's files: what containerd, CRI-O, Podman and Docker keep, and what `/proc` says of a tenant's processes.
+//! Fuzzes the readers of a node's files: those of containerd, CRI-O, Podman and Docker, and `/proc` for a tenant's
+//! processes.
 //!
-//! An input is a list of files. A line `@ f OFFSET PATH` begins a file, or a part of it; `@ d PATH` is a directory and
+//! An input is a list of files. A line `@ f OFFSET PATH` begins a file or a part of one; `@ d PATH` is a directory and
 //! `@ l PATH TARGET` a symbolic link.
 
 use std::collections::HashSet;
@@ -17,9 +18,9 @@ use upperdeck::node::freeze;
 use crate::files;
 use crate::said;
 
-/// No file is longer, in bytes.
+/// Maximum length of a file in bytes.
 const LONGEST: u64 = 1 << 20;
-/// No node has more files and directories.
+/// Maximum number of files and directories of a node.
 const MOST: usize = 200;
 
 pub fn run(input: &[u8]) {
@@ -33,7 +34,7 @@ pub fn run(input: &[u8]) {
     let mut seen = HashSet::new();
     for container in listing.containers.iter().chain(&listing.sandboxes).take(8) {
         assert!(!container.overlay.lowers.is_empty());
-        // Nothing that is read of it lies outside the node.
+        // No path read from it is outside the node.
         let overlay = &container.overlay;
         for path in overlay.lowers.iter().chain([&overlay.upper]) {
             assert!(path.starts_with(dir.path()), "{}", path.display());
@@ -54,7 +55,7 @@ pub fn run(input: &[u8]) {
     said::or_error(find(&roots, "pid:77"));
 }
 
-/// Where seeds have their runtimes.
+/// Returns the locations of the runtimes in the seeds.
 fn roots(node: &Path) -> Roots {
     let containerd = ["containerd", "containerd-2.2"].map(|name| ContainerdRoot {
         state: Path::new("/run").join(name),
@@ -89,7 +90,7 @@ fn make(node: &Path, input: &[u8]) {
         };
         let content = &after[..next(after).unwrap_or(after.len())];
         let words: Vec<&str> = line.splitn(3, ' ').collect();
-        // What cannot be made is not there.
+        // Files that cannot be created are skipped.
         let _ = match words.as_slice() {
             ["f", offset, path] if plain(path) => {
                 write(&node.join(path), offset.parse().unwrap_or(0), content)
@@ -103,7 +104,7 @@ fn make(node: &Path, input: &[u8]) {
     }
 }
 
-/// Where the next line of the list begins.
+/// Returns the start of the next line of the list.
 fn next(text: &[u8]) -> Option<usize> {
     if text.starts_with(b"@ ") {
         return Some(0);
@@ -112,7 +113,7 @@ fn next(text: &[u8]) -> Option<usize> {
     found.map(|at| at + 1)
 }
 
-/// Whether a path stays below the node.
+/// Returns whether a path stays below the node.
 fn plain(path: &str) -> bool {
     let path = Path::new(path);
     let mut parts = path.components();
@@ -121,7 +122,7 @@ fn plain(path: &str) -> bool {
         && parts.all(|part| matches!(part, Component::Normal(_)))
 }
 
-/// Whether a link leads to something in the node's own directories, or nowhere.
+/// Returns whether a link leads into the node's own directories, or nowhere.
 fn inside(path: &str, target: &str) -> bool {
     let above = target.split('/').filter(|part| *part == "..").count();
     !target.starts_with('/') && above < Path::new(path).components().count()

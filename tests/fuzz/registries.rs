@@ -1,7 +1,7 @@
-//! What a registry answers, or a Harbor, or what stands between: statuses, headers and bodies, to this program's client.
+//! Fuzzes the registry client with the answers of a registry, Harbor, or a proxy: statuses, headers and bodies.
 //!
-//! An input says with its first byte what is asked for; the rest are the answers, zero bytes between them, the last one for
-//! every request after it: `STATUS`, headers, an empty line, the body. `HOST` stands for the registry's own address.
+//! The first byte of an input selects the request; the rest are the answers, separated by zero bytes, the last one for
+//! all further requests: `STATUS`, headers, an empty line, the body. `HOST` stands for the registry's own address.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use upperdeck::store::registry::{self, Access, Reference, Registries, Retry};
 use crate::files::{self, selected};
 use crate::said;
 
-/// Connections of one input: a client that goes on for ever is stopped by its registry's silence.
+/// Maximum number of connections per input: a client that never stops gets no more answers.
 const MOST: usize = 64;
 
 pub fn run(input: &[u8]) {
@@ -37,7 +37,7 @@ pub fn run(input: &[u8]) {
     }));
 }
 
-/// The parts of an answer by themselves: its lines as a challenge, its body as a token and as an error.
+/// Parses the parts of an answer separately: its lines as a challenge, its body as a token and as an error.
 fn parts(answer: &[u8]) {
     let text = String::from_utf8_lossy(answer);
     let heard = registry::heard(&text, answer);
@@ -53,7 +53,7 @@ async fn serve(listener: TcpListener, host: String, answers: Vec<Vec<u8>>) {
         let Ok((stream, _)) = listener.accept().await else {
             return;
         };
-        // A client that is not answered has gone.
+        // The client has disconnected if it cannot be answered.
         let _ = answer(stream, &host, &answers, &mut next).await;
     }
 }
@@ -69,7 +69,7 @@ async fn answer(
         if stream.read_buf(&mut request).await? == 0 {
             return Ok(());
         }
-        // TLS begins with a handshake: there is none here.
+        // A TLS handshake, which is not supported here.
         if request.first() == Some(&0x16) {
             return Ok(());
         }
@@ -83,7 +83,7 @@ async fn answer(
     let text = format!("HTTP/1.1 {head}\r\nConnection: close\r\n\r\n{body}");
     stream.write_all(text.as_bytes()).await?;
     stream.shutdown().await?;
-    // What the client still sends is taken, so that it reads the answer.
+    // Reads what the client still sends, so that it reads the answer.
     let mut rest = [0; 4096];
     while stream.read(&mut rest).await? > 0 {}
     Ok(())

@@ -1,13 +1,13 @@
-//! What an error's message promises, whatever it is about.
+//! Checks the guarantees that hold for every error message.
 
 use std::error::Error;
 
 use upperdeck::{common::escape, common::message};
 
-/// No more than this is told of an error, in bytes.
+/// Maximum length of an error message in bytes.
 const LONGEST: usize = 16 << 10;
 
-/// Checks the message of an error as it is printed.
+/// Checks the message of an error as printed.
 pub fn check(error: &(dyn Error + 'static)) {
     let text = message::of(error);
     assert!(!text.is_empty(), "an error without a word");
@@ -17,7 +17,7 @@ pub fn check(error: &(dyn Error + 'static)) {
     assert!(!printed.contains(obeyed), "{printed:?}");
 }
 
-/// What was parsed; an error is checked.
+/// Returns the parsed value; an error is checked.
 pub fn or_error<T, E: Error + 'static>(result: Result<T, E>) -> Option<T> {
     result.inspect_err(|error| check(error)).ok()
 }

@@ -1,4 +1,5 @@
-//! What is kept of an earlier save: a file that this program wrote, and that disks and people change.
+//! Fuzzes the reader of the stored state of an earlier save: a file that this program wrote, and that may be damaged or
+//! edited.
 
 use std::path::PathBuf;
 
@@ -22,7 +23,7 @@ thread_local! {
     static PLACE: Place = place();
 }
 
-/// A store, and the file that it has of the container: found by what it writes.
+/// Creates a store, and determines its file for the container by writing to it.
 fn place() -> Place {
     let dir = files::directory();
     let store = Store::new(&dir.path().join("state"));
@@ -45,7 +46,7 @@ fn place() -> Place {
     }
 }
 
-/// Two bytes say how long the description is; the rest is one tree.
+/// Two bytes give the length of the description; the rest is one tree.
 pub fn run(input: &[u8]) {
     let [low, high, rest @ ..] = input else {
         return;
@@ -63,7 +64,7 @@ pub fn run(input: &[u8]) {
     restored(tree);
 }
 
-/// Head, lengths and checksum as they must be.
+/// Adds a valid header, lengths and checksum.
 fn file(description: &[u8], tree: &[u8]) -> Vec<u8> {
     let mut bytes = b"updeckst".to_vec();
     bytes.extend(VERSION.to_le_bytes());
@@ -82,7 +83,7 @@ fn load(store: &Store) -> Option<Kept> {
     said::or_error(loaded)
 }
 
-/// What was read is written, and read as the same.
+/// Checks that a state read from a file is the same after writing and reading it again.
 fn again(store: &Store, kept: &Kept) {
     let shown: Vec<Shown<'_>> = kept
         .stored

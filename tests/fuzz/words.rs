@@ -1,4 +1,4 @@
-//! Short texts: references, names, patterns, templates, and specifications of what a layer holds.
+//! Fuzzes short texts: references, names, patterns, templates, and specifications of a layer's content.
 
 use std::fmt::Display;
 use std::str::FromStr;
@@ -41,7 +41,7 @@ pub fn run(input: &[u8]) {
     }
 }
 
-/// What is printed is read as the same.
+/// Checks that a printed value is parsed to the same value.
 fn printed<T>(text: &str) -> Option<T>
 where
     T: FromStr<Err: std::error::Error + 'static> + Display + PartialEq + std::fmt::Debug,
@@ -65,7 +65,7 @@ fn reference(text: &str) {
                 .as_deref()
                 .is_none_or(|tag| check_tag(tag).is_ok())
         );
-        // Nothing in it means anything else in a URL.
+        // No part of it has a special meaning in a URL.
         let url = format!(
             "https://{}/v2/{}/tags",
             reference.host, reference.repository
@@ -110,7 +110,7 @@ fn names(text: &str, bytes: &[u8]) {
     }
 }
 
-/// Patterns, one a line, and the last line a path.
+/// Patterns, one per line; the last line is a path.
 fn patterns(text: &str) {
     let mut lines: Vec<String> = text.split('\n').map(str::to_owned).collect();
     let path = lines.pop().unwrap_or_default();
@@ -136,7 +136,7 @@ fn patterns(text: &str) {
 }
 
 fn users(text: &str) {
-    // No two users have one component, and no component is anything but one.
+    // Different users have different components, and a component is always a single one.
     if let Ok(part) = component(text) {
         assert_eq!(user_of(&part).as_deref(), Some(text));
         assert!(check_repository(&part).is_ok(), "{part:?}");

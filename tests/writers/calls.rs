@@ -1,5 +1,5 @@
-//! Calls that change a file in many pieces, under one stamp: what is read beside one is what it leaves, or the next scan, or
-//! the layer itself, tells that it is not.
+//! System calls that change a file in many pieces under one time stamp: content read during the call is its final
+//! content, or the next scan or the layer itself reports that it is not.
 
 use std::os::unix::fs::MetadataExt as _;
 
@@ -29,7 +29,7 @@ fn ended(mut child: Child) -> Result<()> {
         .ok_or_else(|| format!("{status}").into())
 }
 
-/// Whether the call went on when its file was scanned.
+/// Returns whether the call was still running when its file was scanned.
 fn beside(disk: &Disk, mkfs: &str, way: &str) -> Result<bool> {
     let name = |what: &str| disk.path().join(way).join(what);
     std::fs::create_dir(name(""))?;
@@ -44,7 +44,7 @@ fn beside(disk: &Disk, mkfs: &str, way: &str) -> Result<bool> {
     while stamps(&std::fs::metadata(&path)?) == stamps(&before) && child.try_wait()?.is_none() {
         std::thread::sleep(Duration::from_millis(1));
     }
-    // What is stamped as the scan is made is taken again for that alone.
+    // A file whose stamp is as recent as the scan would be saved again for that reason alone.
     std::thread::sleep(8 * tick());
     let begun = Arc::new(scan(&name(""))?);
     let middle = child.try_wait()?.is_none();

@@ -1,5 +1,4 @@
-//! A file is read while a write to it is in its middle: what is in the layer is all of that write, or the file is taken
-//! again.
+//! Files that are read in the middle of a write: the layer holds the complete write, or the file is saved again.
 
 mod calls;
 #[allow(dead_code, reason = "the parts that writers need")]
@@ -28,7 +27,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const SLOW_WRITE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/harness/slow_write.py");
 const SIZE: usize = 8 << 20;
-/// A write that is not over by then goes on: whoever waits for it has done so.
+/// Time after which a write is completed: a reader that has not finished by then waits for the write.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 static NEVER: AtomicBool = AtomicBool::new(false);
@@ -68,9 +67,9 @@ impl SlowWrite {
         Err(format!("{line:?}, expected {expected:?}").into())
     }
 
-    /// Its second half.
+    /// Completes its second half.
     fn go_on(mut self) -> Result<()> {
-        // Some have ended by now, and never asked.
+        // Some writes have ended by now without waiting for input.
         self.stdin.write_all(b"\n").ok();
         self.hear("over")?;
         self.child.wait()?;
@@ -132,7 +131,7 @@ fn content(tar: &[u8]) -> Result<Vec<u8>> {
     Err("no file".into())
 }
 
-/// What is read of a file that a write was in the middle of when its stamps were read and are the last already.
+/// Returns what is read of a file in the middle of a write that has already set the final time stamps.
 fn read_beside(way: &str, disk: &Disk, slow: Option<&Slow>) -> Result<(Vec<u8>, Layer)> {
     let upper = disk.path().join(way);
     std::fs::create_dir(&upper)?;
@@ -210,8 +209,8 @@ fn requests_that_nobody_waits_for_are_waited_for() -> Result<()> {
     Ok(())
 }
 
-/// For as long as a file is open for writing it cannot be executed. On ext4 direct requests are waited for by opening it so:
-/// not beside the running container, which may be about to start what it has just written.
+/// A file that is open for writing cannot be executed. On ext4, waiting for direct I/O requires opening the file that
+/// way, so it is not done while the container runs, which may be about to execute a file that it has just written.
 #[test]
 fn a_file_that_can_be_executed_is_opened_for_writing_under_the_freeze_only() -> Result<()> {
     if !needs("mkfs.ext4") {
@@ -244,7 +243,7 @@ fn a_file_that_can_be_executed_is_opened_for_writing_under_the_freeze_only() -> 
     Ok(())
 }
 
-/// A lock may be held for as long as a stranger likes.
+/// A hostile process may hold a lock for any length of time.
 #[test]
 fn a_write_that_never_ends_does_not_hang_the_reader() -> Result<()> {
     for mkfs in ["mkfs.ext4", "mkfs.btrfs"] {

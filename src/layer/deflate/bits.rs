@@ -1,9 +1,9 @@
-//! Bits into bytes, least significant first (RFC 1951, 3.1.1).
+//! A bit writer, least significant bit first (RFC 1951, 3.1.1).
 
-/// Bytes of the output that [`Bits::flush`] may write behind the last bit.
+/// Bytes after the last bit that [`Bits::flush`] may overwrite.
 pub const SLACK: usize = 8;
 
-/// Writes bits into a slice that the caller made large enough, [`SLACK`] included.
+/// Writes bits into a slice, which must be large enough including [`SLACK`].
 pub struct Bits<'a> {
     out: &'a mut [u8],
     at: usize,
@@ -12,7 +12,7 @@ pub struct Bits<'a> {
 }
 
 impl<'a> Bits<'a> {
-    /// Goes on behind `count` (less than 8) pending bits.
+    /// Starts after the `count` (less than 8) bits of `pending`.
     pub fn new(out: &'a mut [u8], pending: Pending) -> Self {
         Self {
             out,
@@ -22,7 +22,8 @@ impl<'a> Bits<'a> {
         }
     }
 
-    /// Adds the lowest `count` bits of `bits`; those above must be zero. At most 56 bits between two flushes.
+    /// Appends the lowest `count` bits of `bits`; the bits above must be zero. At most 56 bits may be appended between
+    /// two flushes.
     #[inline(always)]
     pub fn put(&mut self, bits: u64, count: u32) {
         debug_assert!(self.count + count <= 63 && bits >> count == 0);
@@ -30,7 +31,7 @@ impl<'a> Bits<'a> {
         self.count += count;
     }
 
-    /// Writes out all whole bytes.
+    /// Writes all complete bytes.
     #[inline(always)]
     pub fn flush(&mut self) {
         self.out[self.at..self.at + 8].copy_from_slice(&self.word.to_le_bytes());
@@ -39,7 +40,7 @@ impl<'a> Bits<'a> {
         self.count &= 7;
     }
 
-    /// The number of bytes written, and the bits that are left.
+    /// Returns the number of bytes written, and the remaining bits.
     pub fn end(mut self) -> (usize, Pending) {
         self.flush();
         let pending = Pending {
@@ -55,6 +56,6 @@ impl<'a> Bits<'a> {
 pub struct Pending {
     /// The bits; those above `count` are zero.
     pub bits: u8,
-    /// How many, less than 8.
+    /// Number of bits, less than 8.
     pub count: u8,
 }

@@ -1,4 +1,5 @@
-//! All earlier positions with the same hash, in chains, and a second thought before a match is taken.
+//! The hash-chain matcher with lazy matching: chains link all earlier positions with the same hash, and a match is
+//! compared with later ones before it is used.
 
 use super::halves::{Found, GROUP, Table};
 use super::symbols::{FARTHEST, LONGEST};
@@ -8,21 +9,21 @@ use super::window::{LAST, POSITIONS, STRIDE, Window, length_of_match, load32};
 const BITS: u32 = 15;
 /// Bits of the hash of three bytes.
 const BITS_OF_THREE: u32 = 13;
-/// A match of three bytes that is farther costs more than three literals.
+/// Maximum distance of a three-byte match; a farther one costs more than three literals.
 const FARTHEST_OF_THREE: u16 = 4096;
-/// Positions behind the first one of a step up to which a better match is waited for.
+/// Number of positions after the start of a step up to which lazy matching goes on.
 const PATIENCE: usize = 8;
 
-/// How hard to look.
+/// How much effort to spend on finding matches.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Effort {
-    /// Candidates looked at.
+    /// Maximum number of candidates per position.
     pub depth: u32,
-    /// A match this long is taken without looking further.
+    /// Length in bytes from which a match is used without looking further.
     pub nice: usize,
 }
 
-/// The last position of each hash, and for each position the one before it with the same hash.
+/// The last position of each hash, and for each position the previous one with the same hash.
 pub struct Chains {
     heads: Box<[u16; 1 << BITS]>,
     heads_of_three: Box<[u16; 1 << BITS_OF_THREE]>,
@@ -30,7 +31,7 @@ pub struct Chains {
     effort: Effort,
 }
 
-/// A match; shorter than 3 if there is none.
+/// A match; its length is less than 3 if there is none.
 #[derive(Clone, Copy)]
 struct Match {
     length: usize,
@@ -38,7 +39,8 @@ struct Match {
 }
 
 impl Match {
-    /// Whether to prefer `later`, which begins one byte on: what it is longer, against what its distance costs.
+    /// Returns whether to prefer `later`, which begins one byte later: weighs the additional length against the cost of
+    /// its distance.
     fn is_worse_than(self, later: Match) -> bool {
         let bits = |dist: u16| 16 - dist.leading_zeros() as i32;
         let gain = 4 * (later.length as i32 - self.length as i32);
@@ -68,7 +70,7 @@ fn slide(slots: &mut [u16]) {
 }
 
 impl Chains {
-    /// Enters a position; returns the last ones before it with the same hash of four and of three bytes.
+    /// Inserts a position; returns the previous positions with the same hash of four and of three bytes.
     #[inline(always)]
     fn candidates(&mut self, four: u32, at: u16) -> (u16, u16) {
         let head = &mut self.heads[hash(four)];
@@ -78,7 +80,7 @@ impl Chains {
         (candidate, std::mem::replace(head, at))
     }
 
-    /// The longest match at `here` that is longer than `least` bytes, among the next `depth` candidates.
+    /// Returns the longest match at `here` that is longer than `least` bytes, among the next `depth` candidates.
     #[inline(always)]
     fn search(&mut self, window: &Window, here: u16, least: usize, mut depth: u32) -> Match {
         let four = load32(window, here);
@@ -95,7 +97,7 @@ impl Chains {
                 best.dist = here - of_three;
             }
         }
-        // The last four bytes of what would be longer than the best.
+        // The last four bytes that a match longer than the best must have.
         let mut tail_at = best.length.max(3) - 3;
         let mut tail = load(window, here, tail_at);
         while candidate >= oldest {
@@ -124,7 +126,7 @@ impl Chains {
     }
 }
 
-/// The four bytes from `at + offset` on.
+/// Loads the four bytes at `at + offset`.
 #[inline(always)]
 fn load(window: &Window, at: u16, offset: usize) -> u32 {
     debug_assert!(offset < LONGEST as usize);

@@ -1,45 +1,45 @@
-//! A block's two prefix codes, and their description at the head of a dynamic block (RFC 1951, 3.2.7).
+//! The two Huffman codes of a block, and their description in the header of a dynamic block (RFC 1951, 3.2.7).
 
 use super::bits::Bits;
 use super::huffman::{code_lengths, codes};
 use super::symbols::{DISTS, END, LENGTH_EXTRA, LITLEN, dist_extra, fixed_lengths};
 use super::tokens::Frequencies;
 
-/// The most bits of a literal's or length's code: four literals and seven bits that wait fit into 64.
+/// Maximum code length of literals and lengths: four literals and seven pending bits fit into 64 bits.
 const LITLEN_BITS: usize = 14;
-/// The most bits of a distance's code.
+/// Maximum code length of distances.
 const DIST_BITS: usize = 15;
-/// Symbols of the code in which lengths of codes are written.
+/// Number of symbols of the code length alphabet.
 const PRE: usize = 19;
-/// Its most bits.
+/// Maximum code length of that alphabet.
 const PRE_BITS: usize = 7;
-/// The order in which its lengths are written.
+/// Order in which its code lengths are written.
 const PRE_ORDER: [usize; PRE] = [
     16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15,
 ];
-/// Repeats the length before 3 to 6 times.
+/// Symbol that repeats the previous length 3 to 6 times.
 const REPEAT: u8 = 16;
-/// 3 to 10 zeros.
+/// Symbol for 3 to 10 zeros.
 const ZEROS: u8 = 17;
-/// 11 to 138 zeros.
+/// Symbol for 11 to 138 zeros.
 const MANY_ZEROS: u8 = 18;
 
-/// The lengths of a block's codes.
+/// The code lengths of a block.
 pub struct Lengths {
-    /// Of literals, the end and lengths.
+    /// Code lengths of literals, the end of the block and match lengths.
     pub litlen: [u8; LITLEN],
-    /// Of distances.
+    /// Code lengths of distances.
     pub dists: [u8; DISTS],
 }
 
 impl Lengths {
-    /// The best for these frequencies.
+    /// Returns the best code lengths for these frequencies.
     pub fn best(freqs: &Frequencies) -> Self {
         let mut lengths = Self {
             litlen: [0; LITLEN],
             dists: [0; DISTS],
         };
-        // The last two symbols of either alphabet are none in a dynamic block.
+        // The last two symbols of either alphabet do not occur in a dynamic block.
         code_lengths(
             &freqs.litlen[..LITLEN - 2],
             LITLEN_BITS,
@@ -53,7 +53,7 @@ impl Lengths {
         lengths
     }
 
-    /// Those of a fixed block.
+    /// Returns the code lengths of a fixed block.
     pub const fn fixed() -> Self {
         Self {
             litlen: fixed_lengths(),
@@ -61,7 +61,7 @@ impl Lengths {
         }
     }
 
-    /// Bits that the block's symbols take, extra bits included.
+    /// Returns the size of the block's symbols in bits, extra bits included.
     pub fn cost(&self, freqs: &Frequencies) -> u64 {
         let mut bits = 0;
         for (&freq, &length) in freqs.litlen.iter().zip(&self.litlen) {
@@ -76,7 +76,7 @@ impl Lengths {
         bits
     }
 
-    /// The codes, as they are written.
+    /// Returns the codes, bit-reversed for writing.
     pub fn codes(&self) -> ([u16; LITLEN], [u16; DISTS]) {
         let (mut litlen, mut dists) = ([0; LITLEN], [0; DISTS]);
         codes(&self.litlen, &mut litlen);
@@ -87,18 +87,18 @@ impl Lengths {
 
 /// The description of a block's codes.
 pub struct Description {
-    /// Symbols of the code of lengths, each with its extra bits' value.
+    /// Symbols of the code length alphabet, each with the value of its extra bits.
     items: [(u8, u8); LITLEN + DISTS],
     len: usize,
     litlen: usize,
     dists: usize,
     pre: usize,
     lengths: [u8; PRE],
-    /// Bits that it takes, without the block's three.
+    /// Size in bits, without the three bits of the block header.
     pub cost: u64,
 }
 
-/// The number of extra bits of a symbol in the description.
+/// Returns the number of extra bits of a symbol of the code length alphabet.
 fn pre_extra(symbol: u8) -> u32 {
     match symbol {
         REPEAT => 2,
@@ -109,7 +109,7 @@ fn pre_extra(symbol: u8) -> u32 {
 }
 
 impl Description {
-    /// Of these lengths.
+    /// Creates the description of these code lengths.
     pub fn of(lengths: &Lengths) -> Self {
         let used = |all: &[u8], least: usize| {
             let last = all.iter().rposition(|&length| length > 0);
@@ -154,7 +154,7 @@ impl Description {
         self.len += 1;
     }
 
-    /// `count` equal lengths.
+    /// Adds `count` equal lengths.
     fn add_run(&mut self, length: u8, mut count: usize) {
         if length == 0 {
             while count >= 11 {
@@ -180,7 +180,7 @@ impl Description {
         }
     }
 
-    /// Writes it.
+    /// Writes the description.
     pub fn write(&self, bits: &mut Bits<'_>) {
         let mut pre_codes = [0; PRE];
         codes(&self.lengths, &mut pre_codes);

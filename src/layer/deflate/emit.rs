@@ -1,4 +1,4 @@
-//! Writes a block's tokens, in the kind of block that takes the fewest bits.
+//! Writes tokens as blocks, each of the type (stored, fixed or dynamic) that takes the fewest bits.
 
 use super::bits::{Bits, Pending, SLACK};
 use super::code::{Description, Lengths};
@@ -8,9 +8,9 @@ use super::symbols::{
 };
 use super::tokens::{Frequencies, NO_MATCH, Token, Tokens, literals_of, matched_by};
 
-/// Bytes of one stored block.
+/// Maximum number of bytes of a stored block.
 const MOST_STORED: usize = 0xffff;
-/// Bits, and how many.
+/// Bits and their number.
 #[derive(Clone, Copy, Default)]
 struct Word {
     bits: u32,
@@ -26,7 +26,7 @@ impl Word {
     }
 }
 
-/// A distance's code, its length, and how many extra bits follow.
+/// Code of a distance, its length, and the number of extra bits that follow.
 #[derive(Clone, Copy, Default)]
 struct DistWord {
     bits: u16,
@@ -34,24 +34,24 @@ struct DistWord {
     extra: u8,
 }
 
-/// Index of a literal that is none and takes no bits.
+/// Index of an entry that stands for no literal and takes no bits.
 const NONE: usize = 256;
 
 /// Tokens between two places where a block may end.
 const CHUNK: usize = 512;
 
-/// Compressed bytes so far, and the bits that wait for more.
+/// The compressed bytes so far, and the bits that do not fill a byte yet.
 pub struct Output<'a> {
-    /// Where the bytes go.
+    /// Destination of the bytes.
     pub bytes: &'a mut Vec<u8>,
     pending: Pending,
 }
 
-/// What a block's tokens are written with.
+/// Lookup tables for writing a block's tokens.
 struct Tables {
     /// By literal.
     literals: [Word; NONE + 1],
-    /// By length less 3, with extra bits.
+    /// By length less 3, including the extra bits.
     lengths: [Word; 256],
     /// By [`dist_index`].
     dists: [DistWord; DIST_INDICES],
@@ -93,7 +93,7 @@ impl Tables {
 static FIXED: Lengths = Lengths::fixed();
 
 impl<'a> Output<'a> {
-    /// Appends to `bytes`.
+    /// Creates an output that appends to `bytes`.
     pub fn new(bytes: &'a mut Vec<u8>) -> Self {
         Self {
             bytes,
@@ -101,7 +101,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Writes the bytes of `data` for which `tokens` stand, cut into blocks.
+    /// Writes `data`, which `tokens` encode, cutting it into blocks of about `block_bytes` bytes of input.
     pub fn tokens(&mut self, mut data: &[u8], tokens: &Tokens, block_bytes: usize) {
         let mut literals = tokens.literals();
         let mut list = tokens.list();
@@ -131,7 +131,7 @@ impl<'a> Output<'a> {
         let description = Description::of(&lengths);
         let dynamic = 3 + description.cost + lengths.cost(&freqs);
         let fixed = 3 + FIXED.cost(&freqs);
-        // At most 10 bits for a block's head and up to the byte, 32 for its length.
+        // At most 10 bits for the block header and the padding to a byte, and 32 for the lengths.
         let stored = 42 * block.len().div_ceil(MOST_STORED) as u64 + 8 * block.len() as u64;
         if stored <= dynamic.min(fixed) {
             self.stored(block);
@@ -142,7 +142,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Writes `block` as it is.
+    /// Writes `block` as stored blocks.
     pub fn stored(&mut self, block: &[u8]) {
         for piece in block.chunks(MOST_STORED) {
             self.stored_piece(piece);
@@ -161,7 +161,7 @@ impl<'a> Output<'a> {
         self.bytes.extend(piece);
     }
 
-    /// Comes to the end of a byte, by an empty stored block if need be.
+    /// Pads the output to a byte boundary, with an empty stored block if necessary.
     pub fn align(&mut self) {
         if self.pending.count > 0 {
             self.stored_piece(&[]);
@@ -225,15 +225,15 @@ fn write_match(bits: &mut Bits<'_>, token: Token, tables: &Tables) {
     let dist_count = u32::from(dist.count);
     let extra_count = u32::from(dist.extra);
     let extra = u64::from(token.dist) & ((1 << extra_count) - 1);
-    // All but the last shift does not wait for what was written before.
+    // Only the last shift depends on what was written before.
     let dist_bits = u64::from(dist.bits) | extra << dist_count;
     let all = u64::from(length.bits) | dist_bits << length.count;
     bits.put(all, length.count + dist_count + extra_count);
     bits.flush();
 }
 
-/// Writes `count` (at most 4) of the literals from `at` on, without a branch on how many there are. Four bytes must be
-/// there.
+/// Writes `count` (at most 4) literals from `at`, without a branch on the number. At least four bytes must be
+/// available.
 #[inline(always)]
 fn write_literals(bits: &mut Bits<'_>, literals: &[u8], at: usize, count: usize, tables: &Tables) {
     let mut bytes = [0; 4];

@@ -1,4 +1,4 @@
-//! The fastest level: for each position one candidate, or none.
+//! The matcher of the fastest level: at most one candidate per position.
 
 use super::halves::{Found, GROUP, Table};
 use super::symbols::FARTHEST;
@@ -42,8 +42,8 @@ impl Table for One {
         self.slots[hash(load32(window, at))] = at;
     }
 
-    /// Looks at all four and takes the first with a match without a branch on which it is: a branch that is foretold
-    /// wrongly costs more than looking at some positions in vain.
+    /// Looks up all four positions and uses the first match, without a branch on its position: a mispredicted branch
+    /// costs more than a few unnecessary lookups.
     #[inline(always)]
     fn find(&mut self, window: &Window, at: u16) -> Found {
         let eight = load64(window, at, 0);
@@ -67,7 +67,7 @@ impl Table for One {
             }
             if dist <= FARTHEST as usize {
                 let length = length_of_match(window, candidate, here);
-                // One more position, so that a run goes on at the distance that costs least.
+                // Inserts one more position, so that a run continues at the cheapest distance.
                 let last = (usize::from(here) + length - 1).min(LAST);
                 self.enter(window, last as u16);
                 return Found {

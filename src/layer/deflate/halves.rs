@@ -1,43 +1,43 @@
-//! Two halves of the input gone through side by side.
+//! Finds matches in two halves of the input, interleaved on one thread.
 //!
-//! Where a match ends decides where the next one is looked for, so looking for matches is one chain of loads that wait for
-//! each other. Two such chains that have nothing to do with each other take little longer than one.
+//! The end of a match determines where the search for the next one begins, so the search is one chain of dependent
+//! loads. Two independent chains take little longer than one.
 
 use super::symbols::FARTHEST;
 use super::tokens::Tokens;
 use super::window::{POSITIONS, STRIDE, Window, Windows};
 
-/// Input below this is not worth two halves.
+/// Minimum size of input in bytes for two halves.
 const WORTHWHILE: usize = 128 << 10;
-/// Bytes before a window's or the input's end at which no step begins.
+/// Bytes before the end of a window or the input in which no step begins.
 pub const MARGIN: usize = 16;
-/// Bytes that a step may go without a match.
+/// Maximum number of bytes that a step passes without a match.
 pub const GROUP: usize = 4;
 
-/// Earlier positions by a hash of what stands there.
+/// A table of earlier positions by hash.
 pub trait Table {
-    /// How hard to look for matches.
+    /// How much effort to spend on finding matches.
     type Effort: Copy;
-    /// Empty.
+    /// Creates an empty table.
     fn new(effort: Self::Effort) -> Self;
-    /// Forgets all.
+    /// Removes all positions.
     fn clear(&mut self);
-    /// Makes positions those of the next window.
+    /// Rebases all positions to the next window.
     fn slide(&mut self);
-    /// Enters a position.
+    /// Inserts a position.
     fn enter(&mut self, window: &Window, at: u16);
-    /// Enters the positions from `at` on, at least [`GROUP`] of them or up to a match's end, and finds the match that
-    /// comes first, or a better one behind it.
+    /// Inserts the positions from `at`, either at least [`GROUP`] of them or up to the end of a match, and returns the
+    /// first match, or a better one shortly after it.
     fn find(&mut self, window: &Window, at: u16) -> Found;
 }
 
-/// What [`Table::find`] found.
+/// Result of [`Table::find`].
 pub struct Found {
-    /// How far behind the start; [`GROUP`] if there is none.
+    /// Number of bytes before the match; [`GROUP`] if there is none.
     pub skipped: usize,
-    /// Its length, up to what stands behind the input's end; 0 if there is none.
+    /// Length of the match in bytes, which may extend beyond the end of the input; 0 if there is none.
     pub length: usize,
-    /// Its distance.
+    /// Distance of the match in bytes.
     pub dist: usize,
 }
 
@@ -50,17 +50,17 @@ impl Found {
     };
 }
 
-/// One half's state.
+/// The state of one half.
 struct Half<'a, T> {
     table: &'a mut T,
     tokens: &'a mut Tokens,
     /// Position in the window.
     at: usize,
-    /// Where the literals begin that belong to no match yet.
+    /// Start of the literals that precede the next match.
     anchor: usize,
-    /// Where the last step in this window begins, at the latest.
+    /// Position in the window before which steps may begin.
     limit: usize,
-    /// Where the input ends.
+    /// End of the input.
     end: usize,
 }
 
@@ -68,7 +68,7 @@ impl<'a, T: Table> Half<'a, T> {
     fn new(windows: &Windows<'_>, start: usize, table: &'a mut T, tokens: &'a mut Tokens) -> Self {
         table.clear();
         let window = windows.get();
-        // A position that is 0 stands for none.
+        // Position 0 stands for an empty slot.
         for at in 1..start.min(windows.rest().saturating_sub(MARGIN)) {
             table.enter(window, at as u16);
         }
@@ -99,7 +99,7 @@ impl<'a, T: Table> Half<'a, T> {
         self.at >= self.end.saturating_sub(MARGIN)
     }
 
-    /// Goes past one match, or past a group without one.
+    /// Advances past one match, or past a group without a match.
     #[inline(always)]
     fn step(&mut self, window: &Window) {
         let found = self.table.find(window, self.at as u16);
@@ -115,7 +115,7 @@ impl<'a, T: Table> Half<'a, T> {
         self.anchor = self.at;
     }
 
-    /// Goes on to the next window where this one is used up, or to the end.
+    /// Moves to the next window at the end of this one, or finishes at the end of the input.
     fn leave(&mut self, windows: &mut Windows<'_>) {
         let done = self.is_done();
         let literals_end = if done { self.end } else { self.at };
@@ -134,14 +134,14 @@ impl<'a, T: Table> Half<'a, T> {
     }
 }
 
-/// What looking for matches in halves needs, with tables of type `T`.
+/// Finds matches in two halves with tables of type `T`.
 pub struct Halves<T> {
     tables: [T; 2],
     last: [Box<Window>; 2],
 }
 
 impl<T: Table> Halves<T> {
-    /// With empty tables.
+    /// Creates the state with empty tables.
     pub fn new(effort: T::Effort) -> Self {
         let last = || {
             let window = vec![0; size_of::<Window>()].into_boxed_slice();
@@ -153,7 +153,7 @@ impl<T: Table> Halves<T> {
         }
     }
 
-    /// Finds the tokens of `data[start..]`, in two parts; returns where the second begins.
+    /// Finds the tokens of `data[start..]` in two parts; returns the start of the second.
     #[inline(never)]
     pub fn run(&mut self, data: &[u8], start: usize, tokens: &mut [Tokens; 2]) -> usize {
         let middle = if data.len() - start < WORTHWHILE {
@@ -192,7 +192,7 @@ impl<T: Table> Halves<T> {
     }
 }
 
-/// Goes through the rest of one half.
+/// Processes the rest of one half.
 #[inline(never)]
 fn finish<T: Table>(half: &mut Half<'_, T>, windows: &mut Windows<'_>) {
     while half.anchor < half.end {

@@ -1,18 +1,18 @@
-//! Code lengths from frequencies, and canonical codes from lengths.
+//! Computes code lengths from frequencies, and canonical codes from code lengths.
 
-/// The most bits that a symbol of literals, lengths or distances may have (RFC 1951, 3.2.7).
+/// Maximum code length of literals, lengths and distances (RFC 1951, 3.2.7).
 pub const MOST_BITS: usize = 15;
 
-/// A symbol's frequency and number in one word, so that sorting compares words.
+/// Frequency and number of a symbol are packed into one word, so that sorting compares words.
 const SYMBOL_BITS: u32 = 9;
 const SYMBOL: u32 = (1 << SYMBOL_BITS) - 1;
-/// Frequencies above are taken for this one.
+/// Maximum frequency; larger ones are clamped to it.
 const MOST: u32 = (1 << (32 - SYMBOL_BITS)) - 1;
-/// Symbols of the largest alphabet.
+/// Size of the largest alphabet.
 const SYMBOLS: usize = 288;
 
-/// Sets `lengths` to those of a prefix code for the symbols that occur, none above `limit`. The code is complete: where
-/// fewer than two symbols occur, others get a code too.
+/// Sets `lengths` to the code lengths of a prefix code for the symbols that occur, each at most `limit`. The code is
+/// complete: if fewer than two symbols occur, others get a code too.
 pub fn code_lengths(freqs: &[u32], limit: usize, lengths: &mut [u8]) {
     debug_assert!(freqs.len() == lengths.len() && freqs.len() <= SYMBOLS);
     debug_assert!(limit <= MOST_BITS && freqs.len() <= 1 << limit);
@@ -44,7 +44,7 @@ pub fn code_lengths(freqs: &[u32], limit: usize, lengths: &mut [u8]) {
     debug_assert!(is_complete(lengths));
 }
 
-/// Whether the lengths are those of a complete prefix code (Kraft's sum is one).
+/// Returns whether the lengths are those of a complete prefix code (the Kraft sum is one).
 pub fn is_complete(lengths: &[u8]) -> bool {
     let sum: u32 = lengths
         .iter()
@@ -54,14 +54,14 @@ pub fn is_complete(lengths: &[u8]) -> bool {
     sum == 1 << MOST_BITS
 }
 
-/// How many codes there are of each length in Huffman's code for the frequencies in `keys`, which ascend. Lengths above
-/// [`MOST_BITS`] are counted as that; then the counts are too many for a code.
+/// Returns the number of codes of each length in the Huffman code for the frequencies in `keys`, which are ascending.
+/// Lengths above [`MOST_BITS`] are counted as that length; the counts then exceed those of a prefix code.
 fn lengths_of_sorted(keys: &[u32]) -> [u32; MOST_BITS + 1] {
     let leaves = keys.len();
-    // Inner nodes in the order in which they are made, so their weights ascend.
+    // Inner nodes in order of creation, so their weights ascend.
     let mut weights = [0u32; SYMBOLS];
     let mut parents = [0u16; SYMBOLS];
-    // How many of each inner node's children are leaves.
+    // Number of leaves among each inner node's children.
     let mut leaf_children = [0u8; SYMBOLS];
     let (mut leaf, mut inner) = (0, 0);
     for made in 0..leaves - 1 {
@@ -81,7 +81,7 @@ fn lengths_of_sorted(keys: &[u32]) -> [u32; MOST_BITS + 1] {
         weights[made] = weight;
     }
     let mut counts = [0; MOST_BITS + 1];
-    // From the root down: a parent was made after its children.
+    // From the root down: a parent is created after its children.
     let mut depths = [0u16; SYMBOLS];
     for node in (0..leaves - 1).rev() {
         if node < leaves - 2 {
@@ -93,17 +93,17 @@ fn lengths_of_sorted(keys: &[u32]) -> [u32; MOST_BITS + 1] {
     counts
 }
 
-/// Makes the counts those of a code of at most `limit` bits.
+/// Adjusts the counts to a code with at most `limit` bits.
 fn limit_counts(counts: &mut [u32; MOST_BITS + 1], limit: usize) {
     for length in limit + 1..=MOST_BITS {
         counts[limit] += std::mem::take(&mut counts[length]);
     }
-    // Kraft's sum in units of the longest code.
+    // Kraft sum in units of the longest code.
     let mut sum: u32 = (1..=limit)
         .map(|length| counts[length] << (limit - length))
         .sum();
     while sum > 1 << limit {
-        // A leaf of the longest length goes up beside the deepest shorter leaf, which goes down one.
+        // Moves a leaf of maximum length up beside the deepest shorter leaf, which moves down by one.
         let mut length = limit - 1;
         while counts[length] == 0 {
             length -= 1;
@@ -115,7 +115,7 @@ fn limit_counts(counts: &mut [u32; MOST_BITS + 1], limit: usize) {
     }
 }
 
-/// Sets each symbol's code, its bits in the order in which they are written.
+/// Sets each symbol's code, bit-reversed for writing.
 pub fn codes(lengths: &[u8], codes: &mut [u16]) {
     let mut counts = [0u16; MOST_BITS + 1];
     for &length in lengths {
@@ -141,7 +141,7 @@ pub fn codes(lengths: &[u8], codes: &mut [u16]) {
 mod tests {
     use super::*;
 
-    /// Fibonacci's numbers make the deepest code there is: one bit more for each symbol.
+    /// Fibonacci numbers as frequencies give the deepest possible code: one more bit for each symbol.
     #[test]
     fn limits_hold_and_codes_are_complete() {
         for (limit, symbols) in [(7, 19), (14, 30), (15, 30), (15, 286), (14, 286)] {
@@ -157,7 +157,7 @@ mod tests {
             code_lengths(&freqs, limit, &mut lengths);
             assert!(is_complete(&lengths));
             assert!(lengths.iter().all(|&l| l > 0 && usize::from(l) <= limit));
-            // The rarer, the longer.
+            // Rarer symbols have longer codes.
             assert!(lengths.windows(2).all(|pair| pair[0] >= pair[1]));
         }
     }

@@ -1,9 +1,10 @@
-//! An encoder for raw deflate (RFC 1951) whose blocks of input can be compressed by any thread, in any order: each ends at
-//! the end of a byte, so that the outputs simply follow one another. The same input gives the same bytes everywhere.
+//! An encoder for raw deflate (RFC 1951) whose input blocks can be compressed by any thread, in any order: each block's
+//! output ends on a byte boundary, so that the outputs can be concatenated. The same input gives the same bytes on
+//! every machine.
 //!
-//! Matches are found first and written later: a table (`fast`, `pair`, `chain`: one candidate, two, all) finds them, in two
-//! halves of the input side by side (`halves`, over a `window`), as `tokens`; `emit` cuts these into blocks and writes each
-//! with the `code` that suits it (`huffman`), through `bits`. `symbols` has the format's alphabets.
+//! Matches are found first and written later: a table (`fast`, `pair`, `chain`: one candidate, two, all) finds them in
+//! two interleaved halves of the input (`halves`, over a `window`) and produces `tokens`; `emit` cuts these into blocks
+//! and writes each with the best `code` (`huffman`), through `bits`. `symbols` holds the alphabets of the format.
 
 #![allow(
     clippy::inline_always,
@@ -29,17 +30,17 @@ use halves::{Halves, Table};
 use pair::Two;
 use tokens::Tokens;
 
-/// What ends a stream of blocks: an empty final one.
+/// An empty final block, which ends the stream.
 pub const END: [u8; 2] = [3, 0];
 
 /// Bytes of input whose tokens are held at once.
 const SEGMENT: usize = 1 << 20;
 
-/// The state of one thread's encoder, to be reused from block to block.
+/// The encoder of one thread, reused for every block.
 pub struct Encoder {
     matcher: Matcher,
     tokens: [Tokens; 2],
-    /// Bytes of input behind which a block of the format ends.
+    /// Bytes of input after which a deflate block ends.
     block: usize,
 }
 
@@ -51,7 +52,7 @@ enum Matcher {
 }
 
 impl Encoder {
-    /// For a level, 1 (fastest) to 9 (smallest); others are taken for the nearest.
+    /// Creates an encoder for a level from 1 (fastest) to 9 (smallest); other levels are clamped.
     pub fn new(level: u32) -> Self {
         let matcher = match level {
             0 | 1 => Matcher::One(Halves::new(())),
@@ -71,8 +72,8 @@ impl Encoder {
         }
     }
 
-    /// Appends to `out` what `data` becomes: it refers to nothing before it, ends at the end of a byte, and is not the end
-    /// of the stream: that is [`END`].
+    /// Appends the compressed `data` to `out`. The output refers to no earlier data, ends on a byte boundary, and does
+    /// not end the stream; [`END`] does.
     pub fn encode(&mut self, data: &[u8], out: &mut Vec<u8>) {
         let (tokens, block) = (&mut self.tokens, self.block);
         match &mut self.matcher {
@@ -104,7 +105,7 @@ fn encode<T: Table>(
     output.align();
 }
 
-/// Appends to `out` what makes `data` part of the stream without compressing it.
+/// Appends `data` to `out` as stored blocks.
 pub fn store(data: &[u8], out: &mut Vec<u8>) {
     Output::new(out).stored(data);
 }

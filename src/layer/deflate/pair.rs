@@ -1,14 +1,14 @@
-//! Two candidates for each position.
+//! A matcher with two candidates per position.
 
 use super::halves::{Found, GROUP, Table};
 use super::symbols::FARTHEST;
 use super::window::{LAST, STRIDE, Window, length_of_match, load32, load64};
 
-/// A match this long is taken without a look at the next position.
+/// Length from which a match is used without looking at the next position.
 const NICE: usize = 16;
 
-/// The last two positions of each of `SLOTS` (a power of two) hashes, the later one first. Of the positions in a match
-/// every `STEP`th is entered.
+/// The last two positions for each of `SLOTS` (a power of two) hashes, the later one first. Of the positions within a
+/// match, every `STEP`th is inserted.
 pub struct Two<const SLOTS: usize, const STEP: usize> {
     slots: Box<[[u16; 2]; SLOTS]>,
 }
@@ -67,7 +67,7 @@ impl<const SLOTS: usize, const STEP: usize> Table for Two<SLOTS, STEP> {
             let [a, b] = candidates[skipped & (GROUP - 1)];
             let (mut length, mut candidate) = better(window, a, b, here);
             if length >= 4 {
-                // What begins one byte on has been looked up already, unless it is in the next group.
+                // The position one byte later has been looked up already, unless it is in the next group.
                 let has_later = skipped + 1 < GROUP && found >> (skipped + 1) & 1 == 1;
                 if has_later && length < NICE {
                     let [a, b] = candidates[(skipped + 1) & (GROUP - 1)];
@@ -93,7 +93,8 @@ impl<const SLOTS: usize, const STEP: usize> Table for Two<SLOTS, STEP> {
     }
 }
 
-/// The longer of two candidates' matches, and which; less than 4 if there is none.
+/// Returns the length of the longer of two candidates' matches, and its candidate; the length is less than 4 if there
+/// is no match.
 #[inline(always)]
 fn better(window: &Window, a: u16, b: u16, here: u16) -> (usize, u16) {
     let (low, high) = (load64(window, here, 0), load64(window, here, 8));

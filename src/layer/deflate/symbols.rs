@@ -1,28 +1,28 @@
-//! The alphabets of RFC 1951, 3.2.5: how lengths and distances become symbols and extra bits.
+//! The alphabets of RFC 1951, 3.2.5: maps lengths and distances to symbols and extra bits.
 
 /// Symbols for literals, the end of the block and lengths; the last two occur only in the fixed code.
 pub const LITLEN: usize = 288;
 /// Symbols for distances; the last two occur only in the fixed code.
 pub const DISTS: usize = 32;
-/// What [`dist_index`] is less than.
+/// Upper bound (exclusive) of [`dist_index`].
 pub const DIST_INDICES: usize = 768;
-/// The symbol that ends a block.
+/// The end-of-block symbol.
 pub const END: usize = 256;
-/// The longest match.
+/// Maximum length of a match.
 pub const LONGEST: u32 = 258;
-/// The largest distance.
+/// Maximum distance of a match.
 pub const FARTHEST: u32 = 32768;
 
-/// For each length less 3 its symbol less 257.
+/// Symbol less 257, by length less 3.
 pub static LENGTH_SYMBOL: [u8; 256] = length_symbols();
-/// For each symbol less 257 the number of extra bits.
+/// Number of extra bits, by symbol less 257.
 pub static LENGTH_EXTRA: [u8; 29] = [
     0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0,
 ];
-/// For each symbol less 257 the smallest length less 3.
+/// Smallest length less 3, by symbol less 257.
 pub static LENGTH_BASE: [u8; 29] = length_bases();
-/// The symbols of distances less one: below 256 directly, above by the distance in steps of 128. Those in one step have
-/// the same symbol.
+/// Symbols of distances less one: the first 256 entries are indexed directly, the others by the distance in steps of
+/// 128. All distances within one step have the same symbol.
 pub static DIST_SYMBOL: [u8; DIST_INDICES] = dist_symbols();
 
 const fn length_bases() -> [u8; 29] {
@@ -34,7 +34,7 @@ const fn length_bases() -> [u8; 29] {
         base += 1 << extra_of_length(symbol);
         symbol += 1;
     }
-    // 258 has a symbol of its own.
+    // Length 258 has a symbol of its own.
     bases[28] = 255;
     bases
 }
@@ -62,19 +62,19 @@ const fn length_symbols() -> [u8; 256] {
     symbols
 }
 
-/// The number of extra bits of a distance's symbol.
+/// Returns the number of extra bits of a distance symbol.
 pub const fn dist_extra(symbol: usize) -> u32 {
     if symbol < 4 { 0 } else { symbol as u32 / 2 - 1 }
 }
 
 const fn dist_symbols() -> [u8; DIST_INDICES] {
-    // A symbol of no meaning for what is no distance.
+    // Entries that are no distance keep an unused symbol.
     let mut symbols = [DISTS as u8 - 1; DIST_INDICES];
     let mut base = 0usize;
     let mut symbol = 0;
     while symbol < 30 {
         let next = base + (1 << dist_extra(symbol));
-        // Symbols below 16 end at 256.
+        // The distances of the symbols below 16 end at 256.
         let (mut from, to) = if symbol < 16 {
             (base, next)
         } else {
@@ -90,7 +90,7 @@ const fn dist_symbols() -> [u8; DIST_INDICES] {
     symbols
 }
 
-/// Where in [`DIST_SYMBOL`] a distance's symbol stands, given less one.
+/// Returns the index in [`DIST_SYMBOL`] of a distance, given less one.
 #[inline(always)]
 pub fn dist_index(less_one: u16) -> usize {
     if less_one < 256 {
@@ -100,13 +100,13 @@ pub fn dist_index(less_one: u16) -> usize {
     }
 }
 
-/// The symbol of a distance, given less one; the last one of all for what is no distance.
+/// Returns the symbol of a distance, given less one; the last symbol of the alphabet for a value that is no distance.
 #[inline(always)]
 pub fn dist_symbol(less_one: u16) -> u8 {
     DIST_SYMBOL[dist_index(less_one)]
 }
 
-/// The lengths of the fixed code for literals and lengths (RFC 1951, 3.2.6).
+/// Returns the code lengths of the fixed code for literals and lengths (RFC 1951, 3.2.6).
 pub const fn fixed_lengths() -> [u8; LITLEN] {
     let mut lengths = [8; LITLEN];
     let mut symbol = 144;
@@ -126,7 +126,7 @@ mod tests {
         for length in 0..256u32 {
             let symbol = usize::from(LENGTH_SYMBOL[length as usize]);
             let extra = length - u32::from(LENGTH_BASE[symbol]);
-            // 258 could also be written with symbol 284.
+            // Length 258 could also be written with symbol 284.
             assert!(extra < 1 << LENGTH_EXTRA[symbol], "{length}");
             assert!(symbol == 28 || u32::from(LENGTH_EXTRA[symbol]) == extra_of_length(symbol));
         }

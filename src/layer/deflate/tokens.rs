@@ -1,32 +1,32 @@
-//! What a matcher found: literals and matches in order.
+//! The output of a matcher: literals and matches in order.
 
 use super::symbols::{DISTS, END, LENGTH_SYMBOL, LITLEN, dist_symbol};
 
-/// Literals and the match behind them, or literals alone.
+/// Literals with the match that follows them, or literals alone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Token {
-    /// How many literals.
+    /// Number of literals.
     pub literals: u8,
-    /// The match's length less 3.
+    /// Length of the match less 3.
     pub length: u8,
-    /// Its distance less one, or [`NO_MATCH`].
+    /// Distance of the match less one, or [`NO_MATCH`].
     pub dist: u16,
 }
 
-/// Stands for the distance where no match follows the literals.
+/// Value of the distance if no match follows the literals.
 pub const NO_MATCH: u16 = 0xffff;
-/// Bytes copied at once, whether or not there are so many literals.
+/// Bytes copied at once, even if there are fewer literals.
 const COPY: usize = 16;
-/// The most literals of a token.
+/// Maximum number of literals in a token.
 const MOST_LITERALS: usize = 255;
 
-/// How many literals there are in all.
+/// Returns the total number of literals.
 pub fn literals_of(tokens: &[Token]) -> usize {
     let count = |token: &Token| u32::from(token.literals);
     tokens.iter().map(count).sum::<u32>() as usize
 }
 
-/// How many bytes are matched in all.
+/// Returns the total number of bytes in matches.
 pub fn matched_by(tokens: &[Token]) -> usize {
     let count = |token: &Token| {
         let matched = u32::from(token.length) + 3;
@@ -35,20 +35,20 @@ pub fn matched_by(tokens: &[Token]) -> usize {
     tokens.iter().map(count).sum::<u32>() as usize
 }
 
-/// The tokens of a stretch of input.
+/// The tokens of a range of input.
 #[derive(Default)]
 pub struct Tokens {
     list: Vec<Token>,
     len: usize,
-    /// All literals, one behind the other, and room for what is copied in vain.
+    /// All literals in order, and room for excess bytes of a copy.
     literals: Vec<u8>,
     literals_len: usize,
 }
 
 impl Tokens {
-    /// For `bytes` of input.
+    /// Prepares for `bytes` of input.
     pub fn reset(&mut self, bytes: usize) {
-        // A match is at least 3 bytes long, and only 255 literals go without.
+        // A match has at least 3 bytes, and only 255 literals need a token of their own.
         let tokens = bytes / 3 + 2;
         if self.list.len() < tokens {
             self.list.resize(tokens, Token::default());
@@ -60,12 +60,12 @@ impl Tokens {
         self.literals_len = 0;
     }
 
-    /// The tokens.
+    /// Returns the tokens.
     pub fn list(&self) -> &[Token] {
         &self.list[..self.len]
     }
 
-    /// The literals, and behind them at least 4 bytes of no meaning.
+    /// Returns the literals, followed by at least 4 unspecified bytes.
     pub fn literals(&self) -> &[u8] {
         &self.literals[..self.literals_len + COPY]
     }
@@ -76,7 +76,7 @@ impl Tokens {
         self.len += 1;
     }
 
-    /// Adds a match behind `literals` literals, the first bytes of `data`.
+    /// Adds a match preceded by `literals` literals, the first bytes of `data`.
     #[inline(always)]
     pub fn push(&mut self, data: &[u8], literals: usize, length: usize, dist: usize) {
         debug_assert!((3..=258).contains(&length) && (1..=32768).contains(&dist));
@@ -96,7 +96,8 @@ impl Tokens {
         });
     }
 
-    /// Copies many literals, and makes tokens of them until few enough are left for one: how many.
+    /// Copies `count` literals, and adds tokens for them until the rest fits into one token. Returns the length of the
+    /// rest.
     #[inline(never)]
     fn push_many(&mut self, data: &[u8], count: usize) -> usize {
         self.literals[self.literals_len..][..count].copy_from_slice(&data[..count]);
@@ -112,7 +113,7 @@ impl Tokens {
         left
     }
 
-    /// Adds literals, all of `data`, that no match follows.
+    /// Adds literals, all of `data`, without a match.
     pub fn push_literals(&mut self, data: &[u8]) {
         if data.is_empty() {
             return;
@@ -127,19 +128,19 @@ impl Tokens {
     }
 }
 
-/// How often each symbol occurs in a block.
+/// Frequencies of the symbols of a block.
 pub struct Frequencies {
-    /// Literals, the end, lengths.
+    /// Of literals, the end of the block and lengths.
     pub litlen: [u32; LITLEN],
-    /// Distances.
+    /// Of distances.
     pub dists: [u32; DISTS],
 }
 
 impl Frequencies {
-    /// Of a block of these tokens, with these literals, and its end.
+    /// Counts the symbols of a block with these tokens and literals, and its end.
     #[inline(never)]
     pub fn of(tokens: &[Token], literals: &[u8]) -> Self {
-        // In several rows, so that increments of the same count seldom wait for each other.
+        // Several rows of counters, so that increments of the same counter seldom depend on each other.
         let mut rows = [[0u32; 256]; 4];
         let (fours, rest) = literals.as_chunks::<4>();
         for four in fours {
@@ -157,7 +158,7 @@ impl Frequencies {
             }
         }
         let mut lengths = [[0u32; 256]; 2];
-        // One more for what is none.
+        // Includes a counter for tokens without a match.
         let mut dists = [[0u32; DISTS]; 2];
         for (index, token) in tokens.iter().enumerate() {
             lengths[index & 1][usize::from(token.length)] += u32::from(token.dist != NO_MATCH);

@@ -1,15 +1,15 @@
-//! A stretch of input in which positions have 16 bits, so that none needs a check.
+//! A window of the input in which positions have 16 bits, so that array accesses need no bounds checks.
 
 use super::symbols::{FARTHEST, LONGEST};
 
-/// Positions that matches begin at or point to.
+/// Number of positions that matches can begin at or point to.
 pub const POSITIONS: usize = 1 << 16;
-/// Positions from here on are not entered in a table within a match: the next window has them too.
+/// Position from which on positions within a match are not inserted into a table: they are in the next window as well.
 pub const LAST: usize = POSITIONS - 8;
-/// The input from some place on: as many bytes as have positions, and what may be read behind them.
+/// A range of the input: one byte per position, and those that may be read after the last position.
 pub type Window = [u8; POSITIONS + 320];
 
-/// The four bytes from `at` on.
+/// Loads the four bytes at `at`.
 #[inline(always)]
 pub fn load32(window: &Window, at: u16) -> u32 {
     let at = usize::from(at);
@@ -18,7 +18,7 @@ pub fn load32(window: &Window, at: u16) -> u32 {
     u32::from_le_bytes(bytes)
 }
 
-/// The eight bytes from `at + offset` on; `offset` at most 300.
+/// Loads the eight bytes at `at + offset`; `offset` is at most 300.
 #[inline(always)]
 pub fn load64(window: &Window, at: u16, offset: usize) -> u64 {
     let at = usize::from(at) + offset;
@@ -27,12 +27,12 @@ pub fn load64(window: &Window, at: u16, offset: usize) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-/// How many bytes from `a` and from `b` on are the same, at most [`LONGEST`]; the first four are known to be.
+/// Returns the number of equal bytes at `a` and `b`, at most [`LONGEST`]; the first four must be equal.
 #[inline(always)]
 pub fn length_of_match(window: &Window, a: u16, b: u16) -> usize {
     let first = load64(window, a, 4) ^ load64(window, b, 4);
     let second = load64(window, a, 12) ^ load64(window, b, 12);
-    // The usual length without a branch.
+    // Computes typical lengths without a branch.
     let low = first.trailing_zeros();
     let high = 64 + second.trailing_zeros();
     let same = if first == 0 { high } else { low };
@@ -51,21 +51,21 @@ pub fn length_of_match(window: &Window, a: u16, b: u16) -> usize {
     length.min(LONGEST as usize)
 }
 
-/// The windows of a stretch of input, each half a window further than the one before.
+/// The windows of an input, each half a window after the previous one.
 pub struct Windows<'a> {
     data: &'a [u8],
-    /// Where the window begins in the data.
+    /// Start of the window in the data.
     base: usize,
-    /// The last bytes of the data, and zeros, where they do not fill a window.
+    /// The last bytes of the data, padded with zeros, where they do not fill a window.
     last: &'a mut Window,
     is_last: bool,
 }
 
-/// How far a window is behind the one before.
+/// Distance between the starts of two consecutive windows in bytes.
 pub const STRIDE: usize = FARTHEST as usize;
 
 impl<'a> Windows<'a> {
-    /// The first window, which begins at `base`.
+    /// Creates the first window, which begins at `base`.
     pub fn new(data: &'a [u8], base: usize, last: &'a mut Window) -> Self {
         let mut windows = Self {
             data,
@@ -77,7 +77,7 @@ impl<'a> Windows<'a> {
         windows
     }
 
-    /// The next one.
+    /// Moves to the next window.
     pub fn slide(&mut self) {
         self.base += STRIDE;
         self.prepare();
@@ -93,7 +93,7 @@ impl<'a> Windows<'a> {
         }
     }
 
-    /// The window.
+    /// Returns the current window.
     pub fn get(&self) -> &Window {
         match self.data[self.base..].first_chunk() {
             Some(window) => window,
@@ -101,7 +101,7 @@ impl<'a> Windows<'a> {
         }
     }
 
-    /// Bytes from the window's start to the end of the data.
+    /// Returns the number of bytes from the window's start to the end of the data.
     pub fn rest(&self) -> usize {
         self.data.len() - self.base
     }

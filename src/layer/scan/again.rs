@@ -1,8 +1,8 @@
-//! A scan of a tree that was scanned before: a status of each entry, and a full look only where something changed.
+//! Rescans a tree that was scanned before: one `stat` per entry, and a full inspection only where something changed.
 //!
-//! What it gives is what a scan from nothing would give. It rests on what the kernel does: whatever changes an inode
-//! moves its change time, and whatever adds, removes or renames a name moves that of the directory. Entries and
-//! directories that were stamped too close to the earlier scan's clock are looked at as if they had changed.
+//! The result equals that of a scan from scratch. This relies on the kernel: every change of an inode updates its
+//! change time, and every added, removed or renamed entry updates that of the directory. Entries and directories whose
+//! stamps are too close to the earlier scan's clock are treated as changed.
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
@@ -23,13 +23,13 @@ use crate::node::overlay::xattr::proc_path;
 /// Directories that a thread takes at a time.
 const CHUNK: usize = 16;
 
-/// The earlier scan while it is compared with the tree.
+/// State of the comparison of the earlier scan with the tree.
 struct Comparison<'a> {
     earlier: Earlier<'a>,
     contexts: Mutex<HashMap<u32, Arc<Context>>>,
 }
 
-/// What a walk has to know of a directory before it enters it.
+/// What a walk needs to know about a directory before it enters it.
 struct Context {
     merge: Stack,
     base: Stack,
@@ -37,7 +37,7 @@ struct Context {
 }
 
 impl Context {
-    /// Bytes that it takes.
+    /// Returns the memory it takes, in bytes.
     fn weight(&self) -> u64 {
         let places = self.merge.iter().chain(&self.base);
         let places: usize = places
@@ -48,10 +48,10 @@ impl Context {
 }
 
 impl Scan {
-    /// Walks the upper directory again.
+    /// Rescans the upper directory.
     ///
-    /// `earlier` must be a scan of the same directories by the same rules. `None` when too much changed while it was
-    /// looked at, then it takes a scan from nothing.
+    /// `earlier` must be a scan of the same directories with the same rules. Returns `None` if the earlier scan cannot
+    /// be used, or if too much changed during the rescan; a full scan is needed then.
     pub fn again(
         earlier: &Scan,
         roots: &Roots,
@@ -78,7 +78,7 @@ impl Scan {
         let mut known = Comparison::new(earlier);
         let top = {
             let walker = Walker::new(&upper, &lowers, roots, options, None);
-            // The root's stamps are read before its names, as those of every directory.
+            // As for every directory, the root's stamps are read before its names.
             let top = walker.top()?;
             let Some(begin) = top.entries.last() else {
                 return Ok(None);
@@ -102,7 +102,7 @@ impl Scan {
         let mut walk = walker.run(tasks)?;
         let report = std::mem::take(&mut walk.report);
         let rows = known.flatten(top, &tops, walk);
-        // The bounds are for all there is, not for what was walked.
+        // The limits apply to the whole tree, not only to what was walked.
         let counter = Walker::new(&upper, &lowers, roots, options, None);
         let mut share = counter.memory.share();
         let mut sets = HashSet::new();
@@ -136,9 +136,9 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// Takes the status of every entry, and notes which directories have to be walked.
+    /// Takes the status of every entry and marks the directories that have to be walked.
     fn look(&mut self, walker: &Walker<'_>, root: &Entry) -> Result<(), Error> {
-        // What was moved is walked in full each time: it is merged with directories from elsewhere.
+        // Moved directories are always walked in full, as they are merged with directories from elsewhere.
         let mut moved = vec![
             false;
             if self.earlier.scan.rows.extras().any(|e| e.moved) {
@@ -209,7 +209,8 @@ impl<'a> Comparison<'a> {
                     Err(error) => refused = Some(error),
                 }
             }
-            // Fewer are slower; the rights of an upper directory are a thread's own, and not this one's.
+            // With fewer threads it is slower. The current thread cannot do the work: access rights for the upper
+            // directory are set per thread.
             if let (0, Some(error)) = (started, refused) {
                 *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Error::Thread(error));
             }
@@ -226,7 +227,8 @@ impl<'a> Comparison<'a> {
         Ok(())
     }
 
-    /// Whether a directory, and which of its subdirectories, have to be walked, as far as can be told from in here.
+    /// Adds to `dirty` this directory and those of its subdirectories that have to be walked, as far as their status
+    /// shows it.
     fn look_into(&self, walker: &Walker<'_>, dir: u32, dirty: &mut Vec<u32>) -> Result<(), Error> {
         let entry = &self.earlier.scan.entry(dir);
         let mut changed = entry.flags.has(Flags::PARTIAL)
@@ -246,7 +248,7 @@ impl<'a> Comparison<'a> {
         for (name, index) in self.earlier.children(dir) {
             let before = &self.earlier.scan.entry(index);
             if matches!(before.kind, Kind::Whiteout | Kind::Opaque) {
-                // A name that is deleted comes back by a change of the directory.
+                // A deleted name can only reappear by a change of the directory.
                 continue;
             }
             let stat = walker
@@ -269,7 +271,7 @@ impl<'a> Comparison<'a> {
         Ok(())
     }
 
-    /// Directories to walk that no other walk comes to.
+    /// Returns the directories to walk whose parents are not walked.
     fn tops(&self) -> Vec<u32> {
         (0..self.earlier.dirty.len() as u32)
             .filter(|&index| {
@@ -280,7 +282,7 @@ impl<'a> Comparison<'a> {
             .collect()
     }
 
-    /// The task of a directory whose parent is not walked.
+    /// Returns the task for a directory whose parent is not walked.
     fn task(&self, walker: &Walker<'_>, dir: u32) -> Result<Option<Task>, Error> {
         let Some(context) = self.context(walker, dir)? else {
             return Ok(None);
@@ -380,12 +382,12 @@ impl<'a> Comparison<'a> {
         }))
     }
 
-    /// The earlier scan's entries where nothing changed, and what was walked where something did.
+    /// Merges the entries of the earlier scan, where nothing changed, with the results of the walk.
     fn flatten(&self, top: Output, tops: &[u32], walk: Walk) -> Rows {
         enum Open {
-            /// What was walked, and the index of the directory.
+            /// A walked directory, and its index.
             Walked(Cursor, u32),
-            /// The next of the earlier scan's entries, the end, and the index of the directory.
+            /// Index of the next entry of the earlier scan, the end of the range, and the index of the directory.
             Kept(u32, u32, u32),
         }
         let tops: HashMap<u32, u32> = tops.iter().zip(0..).map(|(&top, id)| (top, id)).collect();
@@ -463,7 +465,7 @@ impl<'a> Comparison<'a> {
         rows.finish()
     }
 
-    /// Adds an entry of the earlier scan's. Where its facts are not shared, they are copied.
+    /// Adds an entry of the earlier scan. Its facts are copied if they are not shared.
     fn take_over(&self, to: &mut Builder, at: u32, parent: u32, share: bool) -> u32 {
         let rows = &self.earlier.scan.rows;
         let mut flags = rows.flags(at);
@@ -482,7 +484,7 @@ impl<'a> Comparison<'a> {
         )
     }
 
-    /// What was told of entries that were not looked at again holds.
+    /// Keeps the findings on entries that were not inspected again.
     fn report(&self, mut new: Report) -> Report {
         for (name, count) in self.earlier.scan.report.dropped_xattrs.iter() {
             new.dropped_xattrs.at_least(name, count);

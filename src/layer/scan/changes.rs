@@ -1,8 +1,8 @@
-//! What became of a tree since an earlier scan, as a scan of its own that a layer can be made of.
+//! Computes the changes of a tree since an earlier scan, as a scan of its own from which a layer can be made.
 //!
-//! An image that holds the earlier scan's layer over the base shows the earlier tree; with the layer of the changes on
-//! top, it shows this one. Each path is held against what the image has there so far, in four states: as the base has
-//! it (no entry, or a silent one), something of the upper's, deleted, or (in this scan only) gone without a trace.
+//! An image with the earlier scan's layer on top of the base shows the earlier tree; with the layer of the changes on
+//! top of both, it shows the current tree. For each path there are four states: as in the base (no entry, or a silent
+//! one), an entry of the upper, deleted, or (in the current scan only) gone without a whiteout.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use super::{Entry, Flags, Kind, Report, Scan};
 /// No entry.
 const NONE: u32 = u32::MAX;
 
-/// Names of one directory, in two runs as the layer's order has them: marks, then the others.
+/// The names of one directory in two runs, in the order of the layer: whiteouts and opaque markers, then all others.
 #[derive(Clone, Copy)]
 struct Names {
     mark: u32,
@@ -22,18 +22,18 @@ struct Names {
     end: u32,
 }
 
-/// A directory that both scans have, as far as it was compared.
+/// A directory that exists in both scans, and how far it has been compared.
 struct Pair {
     earlier: Names,
     now: Names,
-    /// Index of the directory now.
+    /// Index of the directory in the current scan.
     dir: u32,
 }
 
-/// What to do with a part of the tree that the image does not have so.
+/// How to add a subtree that the image does not have yet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Take {
-    /// The image shows the base there.
+    /// The image shows the base's content there.
     OverBase,
     /// The image shows nothing there.
     OverNothing,
@@ -44,25 +44,26 @@ struct Comparison<'a> {
     now: &'a Scan,
     earlier_ends: Vec<u32>,
     now_ends: Vec<u32>,
-    /// By index now: belongs to the changes.
+    /// By index in the current scan: the entry is part of the changes.
     take: Vec<bool>,
-    /// By index now: names of that directory that the image has and that are gone.
+    /// By index of a directory in the current scan: entries of the earlier scan that are in the image and are gone now.
     gone: HashMap<u32, Vec<u32>>,
 }
 
-/// The changes cannot be said on top of the earlier layer: where it has something, the base is to be seen again.
+/// The changes cannot be expressed on top of the earlier layer: the base's content would have to reappear where that
+/// layer has an entry.
 #[derive(Debug)]
 struct Inexpressible;
 
 impl Scan {
-    /// What a layer on top of the earlier scan's must have to show this scan's tree.
+    /// Returns the entries that a layer on top of the earlier scan's layer needs to show this scan's tree.
     ///
-    /// `unsure` says of an entry of the earlier scan that what was read of it may not be what its stamps stand for: it
-    /// is taken whatever they say now. An earlier scan's entries that were stamped too close to its clock are taken in
-    /// any case.
+    /// `unsure` returns whether the content that was read of an entry of the earlier scan may differ from what its time
+    /// stamps stand for; such entries are always included. So are entries of the earlier scan whose stamps were too
+    /// close to its clock.
     ///
-    /// `None` when no layer on top can do it, because the base would have to be seen where the earlier layer has
-    /// something: then everything has to be saved anew.
+    /// Returns `None` if no such layer exists, because the base's content would have to reappear where the earlier
+    /// layer has an entry; everything has to be saved again then.
     pub fn changes_since(&self, earlier: &Scan, unsure: &dyn Fn(u32) -> bool) -> Option<Scan> {
         if !self.lowers_known || !earlier.lowers_known || self.above != earlier.above {
             return None;
@@ -82,8 +83,8 @@ impl Scan {
         Some(comparison.scan())
     }
 
-    /// Takes everything out of the changes of a volume that are none but of directories above it, where those of the
-    /// tree that they belong to have them as well.
+    /// Empties the changes of a volume if they consist only of directories above it that the changes of the containing
+    /// `tree` include as well.
     pub fn leave_to(&mut self, tree: &Scan) {
         let mut directories = None;
         let told = |index: u32| {
@@ -101,12 +102,13 @@ impl Scan {
         }
     }
 
-    /// Whether an entry's stamps show every change that came after this scan.
+    /// Returns whether an entry's stamps show every change made after this scan.
     pub fn settled(&self, entry: &Entry) -> bool {
         entry.root != 0 || self.clock.settles(entry.ctime, entry.ctime_nsec)
     }
 
-    /// Whether what lies behind two entries is the same, by all that the kernel moves when it changes.
+    /// Returns whether two entries refer to the same state of an inode, by everything that the kernel updates on a
+    /// change.
     fn same(&self, entry: &Entry, earlier: &Scan, before: &Entry) -> bool {
         same_stamps(entry, before) && {
             match (self.extra(entry), earlier.extra(before)) {
@@ -122,7 +124,8 @@ impl Scan {
     }
 }
 
-/// Allocated size is not among them: it moves when data reach the disk, which changes nothing.
+/// Returns whether all time stamps and metadata are equal. The allocated size is not compared: it changes when data
+/// reach the disk, without a change of content.
 pub(super) fn same_stamps(a: &Entry, b: &Entry) -> bool {
     let times = |e: &Entry| (e.ctime, e.ctime_nsec, e.mtime, e.mtime_nsec);
     let inode = |e: &Entry| (e.kind, e.root, e.ino, e.rdev, e.size);
@@ -182,7 +185,7 @@ impl Comparison<'_> {
         match (silent(&before), silent(&now)) {
             (true, true) => {}
             (true, false) => self.take[0] = true,
-            // What the base has is not what the upper's root has, where a runtime gives that its own mode.
+            // The base's root may differ from the upper's, where the runtime sets a mode of its own.
             (false, true) => return Err(Inexpressible),
             (false, false) => {
                 let looks = |e: &Entry| (e.mode, e.uid, e.gid, e.mtime);
@@ -246,7 +249,8 @@ impl Comparison<'_> {
         }
     }
 
-    /// One path: the earlier scan's mark and entry, and this one's. A directory that both have is to be gone through.
+    /// Compares one path: whiteout and entry of the earlier scan with those of the current one. Returns the directory
+    /// to descend into, if both scans have one.
     fn path(
         &mut self,
         dir: u32,
@@ -268,18 +272,18 @@ impl Comparison<'_> {
             is_mark.is_some(),
             entry_of(self.now, now),
         ) {
-            // A directory above what was scanned is another layer's; here only what it looks like.
+            // A directory above the scanned tree belongs to another layer: only its own metadata are compared here.
             (false, Some(was), false, Some(is)) if now < self.now.above => {
                 let looks = |e: &Entry| (e.mode, e.uid, e.gid, e.mtime);
                 self.take[now as usize] |=
                     looks(&was) != looks(&is) || self.now.xattrs(&is) != self.earlier.xattrs(&was);
                 return Ok(Some(self.pair(before, now)));
             }
-            // Deleted then and now.
+            // Deleted in both.
             (true, _, true, _) | (false, None, false, None) => {}
             (false, _, true, _) => self.take[mark_now as usize] = true,
             (true, _, false, Some(entry)) => self.subtree(now, &entry, Take::OverNothing)?,
-            // The base is to be seen where the image has it deleted.
+            // The base's content has to reappear where the image has a whiteout.
             (true, _, false, None) => return Err(Inexpressible),
             (false, None, false, Some(entry)) => self.subtree(now, &entry, Take::OverBase)?,
             (false, Some(was), false, Some(is))
@@ -290,7 +294,8 @@ impl Comparison<'_> {
                     && !unsure(before);
                 let shown = match (silent(&was), silent(&is)) {
                     (true, true) => true,
-                    // What equals the base is in the image as it is; a directory whose time alone differs is not.
+                    // An entry equal to the base is in the image already; a directory that differs only in its time is
+                    // not.
                     (true, false) => same && was.flags.has(Flags::UNCHANGED),
                     (false, _) => same,
                 };
@@ -299,7 +304,7 @@ impl Comparison<'_> {
                     return Ok(Some(self.pair(before, now)));
                 }
             }
-            // A directory where there was none.
+            // A directory that replaces another kind of entry.
             (false, Some(_), false, Some(is)) => self.subtree(now, &is, Take::OverNothing)?,
             (false, Some(was), false, None) => {
                 if silent(&was) || was.flags.has(Flags::IN_BASE) {
@@ -318,7 +323,7 @@ impl Comparison<'_> {
     fn subtree(&mut self, at: u32, entry: &Entry, how: Take) -> Result<(), Inexpressible> {
         let range = at..self.now_ends[at as usize];
         if how == Take::OverNothing {
-            // What the base has in it, and the upper does not, would be missing.
+            // The base's content of the directory, which is not in the upper, would be missing.
             let shows_base = |e: &Entry| {
                 e.kind == Kind::Dir
                     && e.root == 0
@@ -340,7 +345,7 @@ impl Comparison<'_> {
         Ok(())
     }
 
-    /// A changed group of hard links is there as a whole, or what links to it would be another file.
+    /// Includes every name of a changed hard link group: a partial group would be a separate file.
     fn link_groups(&mut self) {
         let linked = |e: &Entry| e.nlink > 1 && e.kind != Kind::Dir && !is_mark(e.kind);
         let mut changed = HashSet::new();
@@ -358,7 +363,7 @@ impl Comparison<'_> {
         }
     }
 
-    /// Every parent directory of a change is there, with what it is like now.
+    /// Includes every parent directory of a change, with its current metadata.
     fn parents(&mut self) {
         for &dir in self.gone.keys() {
             self.take[dir as usize] |= dir != 0;
@@ -405,7 +410,7 @@ impl Comparison<'_> {
         }
     }
 
-    /// Everything deleted in one directory, by name.
+    /// Adds the whiteouts of one directory, sorted by name.
     fn whiteouts(&mut self, changes: &mut Builder, dir: u32, to: u32) {
         let names = Names::of(self.now, &self.now_ends, dir);
         let mut deleted: Vec<&[u8]> = (names.mark..names.mark_end)

@@ -1,9 +1,10 @@
-//! What a change time can tell: the file system's clock ticks, and two changes in one tick look like one.
+//! What change times can prove: the clock of the file system has a tick, and two changes within one tick have the same
+//! stamp.
 //!
-//! The kernel stamps a change with its coarse clock (`CLOCK_REALTIME_COARSE`, a tick of 1 to 10 ms), since Linux 6.13
-//! more finely where somebody has looked at the stamp in between. Either way a change that comes after the coarse clock
-//! showed `C` is stamped `C` or later. So an entry that was stamped before `C`, and is looked at after, cannot change
-//! any more without its stamp showing it. What was stamped at `C` or later may, within the tick.
+//! The kernel stamps a change with its coarse clock (`CLOCK_REALTIME_COARSE`, a tick of 1 to 10 ms), and since Linux
+//! 6.13 with a finer one if the stamp was queried in between. Either way, a change made after the coarse clock showed
+//! `C` has the stamp `C` or a later one. So if an entry has a stamp before `C` and is read after that, every later
+//! change of it shows in the stamp. An entry with the stamp `C` or later may change within the tick without a trace.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -15,12 +16,12 @@ use rustix::time::{ClockId, clock_getres, clock_gettime};
 pub struct Clock {
     /// Seconds since the epoch.
     pub seconds: i64,
-    /// And nanoseconds.
+    /// Nanoseconds within the second.
     pub nanos: u32,
 }
 
 impl Clock {
-    /// What it shows.
+    /// Returns the current reading.
     pub fn now() -> Self {
         let now = clock_gettime(ClockId::RealtimeCoarse);
         Self {
@@ -29,7 +30,7 @@ impl Clock {
         }
     }
 
-    /// What it showed a while before.
+    /// Returns the reading `a_while` earlier.
     #[must_use]
     pub fn before(self, a_while: Duration) -> Self {
         Self {
@@ -38,10 +39,11 @@ impl Clock {
         }
     }
 
-    /// Whether what was stamped so and is looked at from now on shows every later change.
+    /// Returns whether an entry with this change time, if read after this clock reading, shows every later change.
     pub fn settles(&self, ctime: i64, ctime_nsec: u32) -> bool {
         let at = |seconds: i64, nanos: u32| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
-        // No nanoseconds: most likely a file system that has none (ext4 with small inodes), where a tick is a second.
+        // Zero nanoseconds most likely mean a file system without them (ext4 with small inodes), where a tick is a
+        // second.
         let grain = if ctime_nsec == 0 {
             Duration::from_secs(1)
         } else {
@@ -52,7 +54,7 @@ impl Clock {
     }
 }
 
-/// How far apart two readings are that differ. The kernel is asked once: every entry is held against it several times.
+/// Returns the tick of the clock that stamps files. The result is cached, as it is needed several times per entry.
 pub fn tick() -> Duration {
     static TICK: OnceLock<Duration> = OnceLock::new();
     *TICK.get_or_init(|| {
@@ -84,7 +86,7 @@ mod tests {
             (101, 1, false),
             (0, 1, true),
             (-1, 1, true),
-            // Whole seconds: the tick may be one.
+            // Whole seconds: the tick may be a second.
             (100, 0, false),
             (99, 0, true),
             (98, 0, true),

@@ -1,13 +1,13 @@
-//! An earlier scan of the same tree, and which of its directories have to be walked again.
+//! An earlier scan of the same tree, with the directories that have to be walked again.
 
 use super::{Entry, Flags, Kind, Scan};
 
-/// The earlier scan, and what is known of what became of it.
+/// The earlier scan and what has been found out about its entries since.
 pub(super) struct Earlier<'a> {
     pub(super) scan: &'a Scan,
-    /// By entry: the index behind the last entry that lies in it.
+    /// By entry: the index after its last descendant.
     pub(super) ends: Vec<u32>,
-    /// By entry: a directory that has to be walked.
+    /// By entry: whether it is a directory that has to be walked.
     pub(super) dirty: Vec<bool>,
 }
 
@@ -20,7 +20,7 @@ impl<'a> Earlier<'a> {
         }
     }
 
-    /// Names in a directory, and their entries.
+    /// Iterates over the names in a directory and the indices of their entries.
     pub(super) fn children(&self, dir: u32) -> impl Iterator<Item = (&'a [u8], u32)> + '_ {
         let end = self.ends[dir as usize];
         let mut at = dir + 1;
@@ -37,7 +37,8 @@ impl<'a> Earlier<'a> {
         self.dirty[index as usize]
     }
 
-    /// The earlier scan's directory of the same path, if what is in it stands in the same relation to the base as then.
+    /// Returns `index` if the earlier scan's directory is the same as `entry` and its content relates to the base as
+    /// before.
     pub(super) fn same_directory(&self, index: u32, entry: &Entry) -> Option<u32> {
         let before = &self.scan.entry(index);
         let same = before.kind == Kind::Dir

@@ -1,8 +1,8 @@
-//! What must not get into a layer: mounts and what runtimes leave of them, GPU remnants, credentials, caches, and what
-//! the user names.
+//! Exclusion rules: entries that must not get into a layer. These are mounts and the stubs that runtimes leave for
+//! them, GPU driver stubs, credentials, caches, and whatever matches the user's patterns.
 //!
-//! A pure matcher over path bytes; every entry of an upper directory is asked about once, so nothing here reads a file.
-//! The lists stand in one table each: [`CREDENTIALS`] and [`CACHES`].
+//! The matcher works on path bytes only and is called once for every entry of an upper directory, so it reads no files.
+//! There is one table per list: [`CREDENTIALS`] and [`CACHES`].
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -13,20 +13,20 @@ use rustix::fs::FileType;
 
 use crate::node::overlay::lower::basename;
 
-/// What is known of an entry besides its path.
+/// Properties of an entry besides its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts<'a> {
-    /// What it is; none for a whiteout in either form.
+    /// Type of the entry; `None` for a whiteout in either form.
     pub file_type: Option<FileType>,
-    /// Apparent size of a file in bytes; 0 for all else.
+    /// Apparent size of a file in bytes; 0 for all other types.
     pub size: u64,
-    /// Where a symbolic link points to.
+    /// Target of a symbolic link.
     pub link: Option<&'a [u8]>,
-    /// The base has an entry of this path.
+    /// Whether the base has an entry at this path.
     pub in_base: bool,
 }
 
-/// Why an entry stays out.
+/// Reason for leaving out an entry.
 #[derive(
     Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
@@ -34,26 +34,26 @@ pub struct Facts<'a> {
 pub enum Reason {
     /// At or below the destination of a mount.
     Mount,
-    /// What a runtime puts where it mounts something.
+    /// A stub that a runtime creates as a mount point.
     MountStub,
-    /// A device that the runtime makes in every container.
+    /// A device that the runtime creates in every container.
     RuntimeDevice,
-    /// What the GPU hook leaves.
+    /// A stub left by the GPU hook.
     Gpu,
-    /// A secret, or where programs keep them, histories included.
+    /// A credential, or a place where programs keep credentials, shell histories included.
     Credential,
-    /// What can be fetched again.
+    /// Data that can be downloaded again.
     Cache,
-    /// This pattern of the user's.
+    /// The user's pattern that matched.
     Pattern(String),
-    /// A path so long that those who unpack it into a directory go over `PATH_MAX`.
+    /// A path so long that unpacking it into a directory would exceed `PATH_MAX`.
     PathTooLong,
     /// A name that begins with `.wh.`, which means a deletion in a layer.
     ReservedName,
 }
 
 impl Reason {
-    /// As JSON has it.
+    /// Returns the value of `reason` in JSON.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Mount => "mount",
@@ -69,57 +69,58 @@ impl Reason {
     }
 }
 
-/// What to keep out.
+/// The rules of a matcher.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rules<'a> {
     /// Absolute destinations of the container's mounts. The root itself is ignored.
     pub mounts: &'a [Vec<u8>],
-    /// Those of them that are saved by themselves: the directories above them are in the image.
+    /// The mounts that are saved separately: the directories above them are in the image.
     pub saved: &'a [Vec<u8>],
     /// The user's patterns, see [`Exclusions::new`].
     pub user: &'a [String],
-    /// Keep `CREDENTIALS` out.
+    /// Exclude `CREDENTIALS`.
     pub credentials: bool,
-    /// Keep `CACHES` out.
+    /// Exclude `CACHES`.
     pub caches: bool,
-    /// Keep the GPU hook's remnants out.
+    /// Exclude the GPU hook's stubs.
     pub gpu: bool,
-    /// The tree is an image's own layer: nothing in it is a runtime's placeholder.
+    /// Whether the tree is an image's own layer, in which nothing is a runtime's stub.
     pub of_image: bool,
 }
 
-/// A pattern that cannot be used.
+/// A pattern that is not valid.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("exclude pattern {pattern:?}: {why}")]
 pub struct PatternError {
-    /// As the user wrote it.
+    /// The pattern as given by the user.
     pub pattern: String,
-    /// In words, for people.
+    /// A description of the error.
     pub why: String,
 }
 
 impl PatternError {
-    /// The program's exit code for it: usage.
+    /// Returns the program's exit code for this error: usage.
     pub fn exit_code(&self) -> u8 {
         2
     }
 }
 
-/// How far an entry of a list reaches.
+/// What an entry of a list matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// Anywhere in the tree as trailing components: whatever has that name, and all below it.
+    /// Trailing components anywhere in the tree: everything with that name, and all below it.
     Tree,
-    /// Anywhere in the tree as trailing components: whatever has that name and is no directory.
+    /// Trailing components anywhere in the tree: everything with that name except directories.
     File,
-    /// From the root on: all below that directory, not the directory.
+    /// A path from the root: all below that directory, but not the directory.
     Contents,
 }
 
-/// Where secrets are, and what people have typed. Files of settings that may hold a password among much else (`.env`,
-/// `pip.conf`, `.condarc`, `.gitconfig`, Maven's `settings.xml`) are not: programs need them, and nobody would know why they fail.
+/// Paths of credentials and input histories. Configuration files that may hold a password among much else (`.env`,
+/// `pip.conf`, `.condarc`, `.gitconfig`, Maven's `settings.xml`) are not listed: programs need them, and would fail for
+/// no visible reason.
 pub const CREDENTIALS: &[(&str, Reach)] = &[
-    // Keys, and what keeps passwords.
+    // Keys and password stores.
     (".ssh", Reach::Tree),
     (".gnupg", Reach::Tree),
     (".pki/nssdb", Reach::Tree),
@@ -134,7 +135,7 @@ pub const CREDENTIALS: &[(&str, Reach)] = &[
     (".vault-token", Reach::File),
     (".vault_pass", Reach::File),
     (".vault_pass.txt", Reach::File),
-    // Hosts, mail, file servers.
+    // Hosts, mail and file servers.
     (".netrc", Reach::File),
     ("_netrc", Reach::File),
     (".authinfo", Reach::File),
@@ -216,7 +217,7 @@ pub const CREDENTIALS: &[(&str, Reach)] = &[
     (".snowflake", Reach::Tree),
     (".databrickscfg", Reach::File),
     (".dbt/profiles.yml", Reach::File),
-    // Data and models.
+    // Data sets and models.
     (".kaggle", Reach::Tree),
     (".config/kaggle", Reach::Tree),
     (".huggingface/token", Reach::File),
@@ -241,7 +242,7 @@ pub const CREDENTIALS: &[(&str, Reach)] = &[
     (".httr-oauth", Reach::File),
     (".cache/gargle", Reach::Tree),
     (".R/gargle", Reach::Tree),
-    // Sessions of their own: cookies, tokens, what is open.
+    // Sessions: cookies, tokens, open documents.
     (".Renviron", Reach::File),
     (".local/share/jupyter/runtime", Reach::Tree),
     (".local/share/jupyter/notebook_secret", Reach::File),
@@ -249,7 +250,7 @@ pub const CREDENTIALS: &[(&str, Reach)] = &[
     (".config/code-server/config.yaml", Reach::File),
     (".local/share/rstudio", Reach::Tree),
     (".rstudio", Reach::Tree),
-    // What was typed.
+    // Input histories.
     (".sh_history", Reach::File),
     (".ash_history", Reach::File),
     (".bash_history", Reach::File),
@@ -270,7 +271,7 @@ pub const CREDENTIALS: &[(&str, Reach)] = &[
     (".rediscli_history", Reach::File),
 ];
 
-/// What can be fetched again. Conda's archives are in [`is_conda_archive`], their names being no fixed ones.
+/// Paths of data that can be downloaded again. Conda's archives have no fixed names; see [`is_conda_archive`].
 pub const CACHES: &[(&str, Reach)] = &[
     (".cache/pip", Reach::Tree),
     (".cache/uv", Reach::Tree),
@@ -279,7 +280,7 @@ pub const CACHES: &[(&str, Reach)] = &[
     ("var/tmp", Reach::Contents),
 ];
 
-/// Files that runtimes create, empty, to mount something over them or to mark a container.
+/// Empty files that runtimes create to mount something over them or to mark a container.
 const EMPTY_STUBS: &[&[u8]] = &[
     b"etc/hosts",
     b"etc/hostname",
@@ -289,7 +290,7 @@ const EMPTY_STUBS: &[&[u8]] = &[
     b"dev/console",
 ];
 
-/// Links that runtimes create, and where those point to.
+/// Symbolic links that runtimes create, and their targets.
 const LINK_STUBS: &[(&[u8], &[u8])] = &[
     (b"etc/mtab", b"/proc/mounts"),
     (b"dev/fd", b"/proc/self/fd"),
@@ -300,7 +301,7 @@ const LINK_STUBS: &[(&[u8], &[u8])] = &[
     (b"dev/ptmx", b"pts/ptmx"),
 ];
 
-/// Directories that runtimes create to mount something over them.
+/// Directories that runtimes create as mount points.
 const DIRECTORY_STUBS: &[&[u8]] = &[
     b"dev",
     b"dev/pts",
@@ -311,7 +312,7 @@ const DIRECTORY_STUBS: &[&[u8]] = &[
     b"run/secrets",
 ];
 
-/// Runtime spec, `config-linux.md`, "Default Devices".
+/// Default devices (runtime-spec, `config-linux.md`, "Default Devices").
 const DEFAULT_DEVICES: &[&[u8]] = &[
     b"null", b"zero", b"full", b"random", b"urandom", b"tty", b"console", b"ptmx",
 ];
@@ -321,7 +322,7 @@ const DEFAULT_DEVICES: &[&[u8]] = &[
 pub struct Exclusions {
     mounts: HashSet<Vec<u8>>,
     ancestors: HashSet<Vec<u8>>,
-    /// By last component.
+    /// By last component of the path.
     lists: HashMap<&'static [u8], Vec<Listed>>,
     caches: bool,
     gpu: bool,
@@ -339,10 +340,12 @@ struct Listed {
 impl Exclusions {
     /// Compiles the rules.
     ///
-    /// A pattern is a glob as in `.gitignore`: `*`, `?` and `[…]` do not match a slash, `**` does, `{a,b}` is either.
-    /// A leading slash binds it to the root, else it matches anywhere. A trailing slash makes it match directories
-    /// only. What matches a directory takes all below it along. `!` is not to be had. Deletions match too: then the
-    /// base's version shows.
+    /// A pattern is a glob as in `.gitignore`: `*`, `?` and `[…]` do not match a slash, `**` does, `{a,b}` matches
+    /// either. A leading slash anchors it at the root; otherwise it matches anywhere. With a trailing slash it matches
+    /// only directories. A matching directory includes everything below it. `!` is not supported. Patterns also match
+    /// deletions, in which case the base's version remains.
+    ///
+    /// Fails if a pattern is not valid.
     pub fn new(rules: Rules<'_>) -> Result<Self, PatternError> {
         let mounts: HashSet<Vec<u8>> = rules
             .mounts
@@ -396,10 +399,12 @@ impl Exclusions {
         })
     }
 
-    /// Whether an entry stays out, and why. `path` has neither a leading nor a trailing slash; the root is empty.
+    /// Returns the reason why an entry is left out, if it is. `path` has neither a leading nor a trailing slash; the
+    /// root is empty.
     ///
-    /// When a directory stays out, so does all below it, and need not be asked about. A directory of the base is not
-    /// itself a credential or a cache (only what is new in it is): deletions inside it have to stay deletions.
+    /// If a directory is left out, so is everything below it, and no further calls are needed. A directory of the base
+    /// is not itself a credential or a cache (only new entries in it are), since deletions inside it have to stay
+    /// deletions.
     pub fn check(&self, path: &[u8], facts: &Facts<'_>) -> Option<Reason> {
         if !self.mounts.is_empty() && prefixes(path).any(|prefix| self.mounts.contains(prefix)) {
             return Some(Reason::Mount);
@@ -453,21 +458,21 @@ impl Exclusions {
             .then_some(Reason::Cache)
     }
 
-    /// Whether a directory is one that a runtime makes to have something to mount on: an ancestor of a mount's
-    /// destination, or a usual destination. If it is not in the base and nothing in it goes into the layer, it is not
-    /// the user's.
+    /// Returns whether a runtime creates this directory as a mount point or as a parent of one: an ancestor of a
+    /// mount's destination, or a usual destination. If it is not in the base and nothing in it goes into the layer, it
+    /// does not belong to the user.
     pub fn mount_ancestor(&self, path: &[u8]) -> bool {
         self.ancestors.contains(path)
     }
 
-    /// Whether a symbolic link is the GPU hook's if it leads, in the merged tree, to nothing or to an empty file. That
-    /// takes a look-up, so the caller does it for these few.
+    /// Returns whether a symbolic link belongs to the GPU hook, provided that it leads to nothing or to an empty file
+    /// in the merged tree. Checking that takes a lookup, so the caller does it for these few.
     pub fn gpu_link(&self, path: &[u8]) -> bool {
         self.gpu && is_driver_library(basename(path))
     }
 }
 
-/// Every leading part of a path, the path itself included: `a`, `a/b`, `a/b/c`.
+/// Iterates over the leading parts of a path, the path itself included: `a`, `a/b`, `a/b/c`.
 fn prefixes(path: &[u8]) -> impl Iterator<Item = &[u8]> {
     let slashes = path
         .iter()
@@ -483,7 +488,7 @@ fn ends_with_components(path: &[u8], tail: &[u8]) -> bool {
         .is_some_and(|head| head.is_empty() || head.ends_with(b"/"))
 }
 
-/// An absolute path without its leading slash, empty and `.` components gone, `..` taken back.
+/// Returns an absolute path without its leading slash and without empty and `.` components, with `..` resolved.
 fn relative(path: &[u8]) -> Vec<u8> {
     let mut parts: Vec<&[u8]> = Vec::new();
     for part in path.split(|&b| b == b'/') {
@@ -498,9 +503,9 @@ fn relative(path: &[u8]) -> Vec<u8> {
     parts.join(&b'/')
 }
 
-/// What a runtime itself put there. A file with content is somebody's.
+/// Returns the reason for a stub made by a runtime. A file with content is the user's.
 fn stub(path: &[u8], facts: &Facts<'_>) -> Option<Reason> {
-    // Nearly every path is ruled out by its first component.
+    // Fast path: the first component rules out nearly all paths.
     let first = path.split(|&b| b == b'/').next()?;
     if !matches!(
         first,
@@ -519,7 +524,7 @@ fn stub(path: &[u8], facts: &Facts<'_>) -> Option<Reason> {
         return Some(Reason::RuntimeDevice);
     }
     let stub = match facts.file_type {
-        // Some runtimes bind the host's devices over empty files.
+        // Some runtimes bind-mount the host's devices over empty files.
         Some(FileType::RegularFile) => {
             facts.size == 0
                 && (EMPTY_STUBS.contains(&path)
@@ -539,8 +544,8 @@ fn stub(path: &[u8], facts: &Facts<'_>) -> Option<Reason> {
     stub.then_some(Reason::MountStub)
 }
 
-/// What libnvidia-container leaves in the upper directory: it mounts the driver's files over empty ones that it makes,
-/// and `ldconfig` adds links to them (libnvidia-container#50, nvidia-docker#1488).
+/// Returns whether an entry was left in the upper by libnvidia-container: it creates empty files, mounts the driver's
+/// files over them, and `ldconfig` adds links to them (libnvidia-container#50, nvidia-docker#1488).
 fn is_gpu_remnant(path: &[u8], facts: &Facts<'_>) -> bool {
     let name = basename(path);
     match facts.file_type {
@@ -559,7 +564,8 @@ fn is_gpu_remnant(path: &[u8], facts: &Facts<'_>) -> bool {
     }
 }
 
-/// A shared library of the driver: `lib{cuda,nvidia-*,nvcuvid,nvoptix}*.so` with or without a version.
+/// Returns whether a name is that of a driver's shared library: `lib{cuda,nvidia-*,nvcuvid,nvoptix}*.so` with or
+/// without a version.
 fn is_driver_library(name: &[u8]) -> bool {
     let Some(stem) = name.strip_prefix(b"lib") else {
         return false;
@@ -570,8 +576,8 @@ fn is_driver_library(name: &[u8]) -> bool {
     driver && (stem.ends_with(b".so") || stem.windows(4).any(|part| part == b".so."))
 }
 
-/// `pkgs/NAME-VERSION-BUILD.conda` or `.tar.bz2`: conda keeps what it has unpacked. The two dashes tell an archive of
-/// conda's from somebody's own in a directory that happens to be called `pkgs`.
+/// Returns whether a path is an archive that conda has unpacked and kept: `pkgs/NAME-VERSION-BUILD.conda` or
+/// `.tar.bz2`. The two dashes distinguish it from a user's archive in a directory that happens to be called `pkgs`.
 fn is_conda_archive(path: &[u8]) -> bool {
     let name = basename(path);
     let Some(stem) = name
@@ -589,7 +595,7 @@ fn is_conda_archive(path: &[u8]) -> bool {
 #[derive(Debug)]
 struct Patterns {
     texts: Vec<String>,
-    /// Two globs a pattern: 2i for the entry itself, 2i + 1 for all below it.
+    /// Two globs per pattern: 2i for the entry itself, 2i + 1 for everything below it.
     set: GlobSet,
     directories_only: Vec<bool>,
 }
@@ -613,7 +619,7 @@ impl Patterns {
                 Some(rest) => (true, rest),
                 None => (false, text.as_str()),
             };
-            // A backslash makes the slash part of a name, which it never is.
+            // A backslash would make the slash part of a name, which cannot contain one.
             let (directory, rest) = match rest.strip_suffix('/') {
                 Some(rest) => (true, rest),
                 None => (false, rest),
@@ -654,7 +660,7 @@ impl Patterns {
         })
     }
 
-    /// The first pattern that matches.
+    /// Returns the first pattern that matches.
     fn matching(&self, path: &[u8], directory: bool) -> Option<&str> {
         let candidate = Candidate::new(OsStr::from_bytes(path));
         let matches = self.set.matches_candidate(&candidate);
@@ -735,7 +741,7 @@ mod tests {
             assert!(none.mount_ancestor(above));
             assert!(!one.mount_ancestor(above));
         }
-        // The mount itself stays out of its parent's layer.
+        // The mount itself is not in its parent's layer.
         assert_eq!(one.check(b"home/w/data", &DIR), Some(Reason::Mount));
     }
 
@@ -774,7 +780,7 @@ mod tests {
                 ("data2", file(1), None),
                 ("dat", file(1), None),
                 ("other/data", file(1), None),
-                // A whiteout there would delete what the base has (buildah#2816).
+                // A whiteout there would delete the base's entry (buildah#2816).
                 ("data", WHITEOUT, Some(Reason::Mount)),
                 ("data/deleted", WHITEOUT, Some(Reason::Mount)),
                 ("etc/hosts", file(100), Some(Reason::Mount)),
@@ -813,7 +819,7 @@ mod tests {
         table(
             &plain(),
             &[
-                // As seen in the uppers of CRI-O 1.36 and containerd 2.2.
+                // As observed in the uppers of CRI-O 1.36 and containerd 2.2.
                 ("etc/hosts", file(0), Some(Reason::MountStub)),
                 ("etc/mtab", link("/proc/mounts"), Some(Reason::MountStub)),
                 ("run/.containerenv", file(0), Some(Reason::MountStub)),
@@ -829,7 +835,7 @@ mod tests {
                 ("proc", WHITEOUT, Some(Reason::MountStub)),
                 ("dev/x", WHITEOUT, Some(Reason::MountStub)),
                 ("run/secrets", WHITEOUT, Some(Reason::MountStub)),
-                // Somebody's own: never lost in silence.
+                // Files of the user are never dropped silently.
                 ("etc/hosts", file(1), None),
                 (
                     "etc/resolv.conf",
@@ -880,7 +886,7 @@ mod tests {
             ("libnvidia-ml.so.1", file(0), true),
             ("libnvcuvid.so.1", file(0), true),
             ("libnvoptix.so.535", file(0), true),
-            // The toolkit's own, which the user installed.
+            // Belongs to the toolkit, which the user installed.
             ("libcudart.so.12", file(700_000), false),
             ("libcudart.so", link("libcudart.so.12"), false),
             ("libnvidia.txt", file(0), false),
@@ -971,7 +977,7 @@ mod tests {
                     None,
                 ),
                 ("root/.local/share/rstudio/sessions", DIR, out()),
-                // As the programs' own documentation names them.
+                // As named in the documentation of the programs.
                 ("root/.gnupg/private-keys-v1.d/x.key", file(9), out()),
                 ("root/.azure/msal_token_cache.json", file(9), out()),
                 ("srv/app/.npmrc", file(9), out()),
@@ -987,13 +993,13 @@ mod tests {
                 ("root/.psql_history", file(9), out()),
                 ("srv/app/.env", file(9), None),
                 ("root/.config/pip/pip.conf", file(9), None),
-                // Case and whole components count; a directory is not a file.
+                // Case is significant, and components match as a whole; a directory is not a file.
                 ("root/.SSH/id", file(9), None),
                 ("root/x.ssh/id", file(9), None),
                 ("root/.sshd", file(9), None),
                 ("etc/ssh/ssh_config", file(9), None),
                 ("root/.netrc", DIR, None),
-                // Deletions stay deletions, those inside a directory of the base too.
+                // Deletions stay deletions, also inside a directory of the base.
                 ("root/.ssh", WHITEOUT, None),
                 ("root/.ssh", BASE_DIR, None),
                 ("root/.ssh/known_hosts", WHITEOUT, None),
@@ -1069,7 +1075,7 @@ mod tests {
 
     #[test]
     fn user_patterns_are_as_in_gitignore() {
-        // Pattern, path, is a directory, matches.
+        // Columns: pattern, path, path is a directory, matches.
         let cases: &[(&str, &str, bool, bool)] = &[
             ("*.log", "a.log", false, true),
             ("*.log", "deep/er/a.log", false, true),

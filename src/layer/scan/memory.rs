@@ -1,5 +1,5 @@
-//! The memory that a scan may take, counted as it is taken: names, attributes and the directories under way are as many
-//! and as long as whoever wrote the tree likes.
+//! Accounting for the memory of a scan: the author of the tree determines number and length of names, attributes and
+//! directories being walked, so every allocation counts against a limit.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,20 +7,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Entry, Error, Extra, Xattr};
 
-/// Of which a [`Share`] takes a whole number, so that threads do not meet at every name.
+/// A [`Share`] takes memory in multiples of this size, so that threads do not contend for every name.
 const PIECE: u64 = 4 << 10;
-/// What is kept of an entry besides its name: its facts, and its row.
+/// Bytes kept per entry besides its name: its facts and its row.
 const KEPT: u64 = 49;
 
-/// Attributes of an entry, one copy for all entries that have the same.
+/// The attributes of an entry, shared by all entries with the same set.
 pub(super) type Xattrs = Arc<[Xattr]>;
 
-/// What a scan has taken, and may take.
+/// Memory used by a scan, and its limit, in bytes.
 #[derive(Debug)]
 pub(super) struct Memory {
     limit: u64,
     used: AtomicU64,
-    /// The sets of attributes of this scan.
+    /// The distinct attribute sets of this scan.
     sets: Mutex<HashSet<Xattrs>>,
 }
 
@@ -33,7 +33,7 @@ impl Memory {
         })
     }
 
-    /// Gives back what was kept.
+    /// Releases memory that was kept.
     pub(super) fn release(&self, bytes: u64) {
         self.used.fetch_sub(bytes, Ordering::Relaxed);
     }
@@ -48,7 +48,8 @@ impl Memory {
     }
 }
 
-/// What one thread takes of it for one directory. What was held is given back in the end, what was kept is not.
+/// Memory taken by one thread for one directory. On drop, memory that was held is released, memory that was kept is
+/// not.
 #[derive(Debug)]
 pub(super) struct Share {
     of: Arc<Memory>,
@@ -58,7 +59,7 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// Takes `bytes` until this share is dropped.
+    /// Takes `bytes` until this share is dropped. Fails if the limit is exceeded.
     pub(super) fn hold(&mut self, bytes: u64) -> Result<(), Error> {
         self.used = self.used.saturating_add(bytes);
         if self.used <= self.taken {
@@ -77,23 +78,23 @@ impl Share {
         })
     }
 
-    /// Takes `bytes` for as long as there is the scan.
+    /// Takes `bytes` for the lifetime of the scan.
     pub(super) fn keep(&mut self, bytes: u64) -> Result<(), Error> {
         self.kept += bytes;
         self.hold(bytes)
     }
 
-    /// Takes what an entry takes in the scan; and, beside its attributes, what is rare about it.
+    /// Takes the memory of an entry in the scan, including its rarer parts except attributes.
     pub(super) fn keep_entry(&mut self, name: &[u8], extra: Option<&Extra>) -> Result<(), Error> {
         self.keep(KEPT + name.len() as u64 + extra.map_or(0, weight))
     }
 
-    /// Takes what an entry takes in a directory under way, besides.
+    /// Takes the additional memory of an entry in a directory being walked.
     pub(super) fn hold_entry(&mut self, name: &[u8]) -> Result<(), Error> {
         self.hold((size_of::<Entry>() + name.len()) as u64)
     }
 
-    /// The one copy of a set of attributes that this scan has, which is taken if there was none; none of the empty set.
+    /// Returns this scan's copy of an attribute set, adding it if there is none; `None` for the empty set.
     pub(super) fn set_of(&mut self, xattrs: Vec<Xattr>) -> Result<Option<Xattrs>, Error> {
         if xattrs.is_empty() {
             return Ok(None);
@@ -108,7 +109,7 @@ impl Share {
         Ok(Some(set))
     }
 
-    /// Takes what a set of attributes takes.
+    /// Takes the memory of an attribute set.
     pub(super) fn keep_set(&mut self, xattrs: &[Xattr]) -> Result<(), Error> {
         let bytes: usize = xattrs
             .iter()

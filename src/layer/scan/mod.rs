@@ -1,9 +1,10 @@
-//! What is in an upper directory: a list of entries in the order of the layer, each with all that its tar
-//! header needs, known before one content byte is read.
+//! The scan of an upper directory: a list of entries in the order of the layer, each with all that its tar header
+//! needs, known before any content is read.
 //!
-//! `walk` makes it, `again` makes it anew where little changed, `rows` holds it in little memory, `changes` tells two of
-//! them apart, `clock` says what can be told by time stamps, `stored` keeps one for the next save, `exclude` says what must
-//! not get in, `sample` keeps reports short, `memory` counts what all of it takes.
+//! `walk` builds it, `again` rebuilds it where little changed (over `earlier`), `rows` stores it compactly, `changes`
+//! computes the difference of two scans, `clock` decides what time stamps can prove, `stored` serialises a scan for the
+//! next save, `exclude` holds the exclusion rules, `sample` bounds reports, `memory` accounts for the memory used,
+//! `usage` measures a tree on disk.
 
 mod again;
 mod changes;
@@ -39,36 +40,37 @@ use rows::Rows;
 /// The directories of an overlay.
 #[derive(Clone, Debug)]
 pub struct Roots {
-    /// What changed.
+    /// The upper directory.
     pub upper: PathBuf,
-    /// What it changed from, topmost first.
+    /// Lower directories, topmost first.
     pub lowers: Vec<PathBuf>,
-    /// Lowers that only hold data for metacopy files.
+    /// Data-only lowers: they only hold the content of metacopy files.
     pub data_only: Vec<PathBuf>,
-    /// Those of all these in which the ids are the container's own, whatever its map: they are mounted ID-mapped for it.
+    /// The directories above that are mounted ID-mapped for the container: their ids are the container's own, whatever
+    /// its map.
     pub id_mapped: Vec<PathBuf>,
-    /// Whether `lowers` are all there are. If not, opaque directories are written as opaque whiteouts, and
-    /// nothing can be left out for being unchanged.
+    /// Whether `lowers` is complete. If not, opaque directories are written as opaque whiteouts, and no entry can be
+    /// left out as unchanged.
     pub lowers_known: bool,
-    /// Where the overlay keeps its marks.
+    /// Namespace of the overlay's own attributes.
     pub namespace: Namespace,
-    /// What is scanned instead of `upper`: a directory that is mounted over the tree. Everything in it is its own, and
-    /// what the lowers have at its path is hidden. Paths are those of the container.
+    /// A directory mounted over the tree that is scanned instead of `upper`. All of its content belongs to it, and the
+    /// lowers' content at its path is hidden. Paths are those of the container.
     pub volume: Option<Volume>,
 }
 
-/// Bounds on what a hostile tree can make this program do. A refusal names the bound and its flag.
+/// Limits on the resources that a hostile tree can consume. An error names the limit and its flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caps {
-    /// Entries (`--max-entries`).
+    /// Number of entries (`--max-entries`).
     pub entries: u64,
-    /// Levels of directories (`--max-depth`).
+    /// Depth of directories (`--max-depth`).
     pub depth: u32,
     /// Sum of apparent file sizes in bytes (`--max-size`).
     pub bytes: u64,
-    /// Apparent size less allocated size, in bytes, of all files (`--max-holes`).
+    /// Sum over all files of the apparent less the allocated size, in bytes (`--max-holes`).
     pub holes: u64,
-    /// Bytes of memory for what one look at a tree finds: names, attributes, link targets, and the directories under way
+    /// Bytes of memory for the results of one scan: names, attributes, link targets, and the directories being walked
     /// (`--max-memory`).
     pub memory: u64,
 }
@@ -87,29 +89,29 @@ impl Default for Caps {
 
 /// How to scan.
 pub struct Options<'a> {
-    /// Threads.
+    /// Number of threads.
     pub jobs: usize,
-    /// User ids of the container's user namespace; empty: none.
+    /// User ID map of the container's user namespace; empty if it has none.
     pub uid_map: &'a [IdMapping],
-    /// Group ids, likewise.
+    /// Group ID map, likewise.
     pub gid_map: &'a [IdMapping],
-    /// What must not get in.
+    /// Exclusion rules.
     pub exclusions: &'a Exclusions,
-    /// Bounds.
+    /// Limits.
     pub caps: Caps,
-    /// A mode that the runtime gives the upper's root by itself: no change of the user's.
+    /// Mode that the runtime itself gives to the upper's root; it does not count as a change by the user.
     pub runtime_root_mode: Option<u32>,
     /// Set to stop early with [`Error::Cancelled`].
     pub cancel: &'a AtomicBool,
 }
 
-/// What an entry is.
+/// Type of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// `.wh..wh..opq`: the base's content of the parent directory is hidden.
+    /// `.wh..wh..opq`: hides the base's content of the parent directory.
     Opaque,
-    /// `.wh.NAME`: the base's entry of that name is deleted.
+    /// `.wh.NAME`: deletes the base's entry of that name.
     Whiteout,
     /// A directory.
     Dir,
@@ -126,37 +128,37 @@ pub enum Kind {
     Fifo,
 }
 
-/// One entry, as [`Scan::entry`] puts it together. Its name and rarer parts are in the [`Scan`].
+/// One entry, as assembled by [`Scan::entry`]. Its name and rarer parts are in the [`Scan`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Entry {
-    /// Index of the directory that it is in; the root is its own parent.
+    /// Index of the parent directory; the root is its own parent.
     pub parent: u32,
-    /// Whose names and extras the following are of.
+    /// Store of the facts that the following indices refer to.
     store: u32,
     name_at: u32,
     name_len: u16,
-    /// Root that it comes from: 0 the upper, n the lower `n - 1`.
+    /// Root that holds it: 0 is the upper, n the lower `n - 1`.
     pub root: u16,
-    /// What it is.
+    /// Its type.
     pub kind: Kind,
-    /// What the walk found out about it.
+    /// Results of the walk.
     flags: Flags,
-    /// Permission bits with setuid, setgid and sticky.
+    /// Permission bits including setuid, setgid and sticky.
     pub mode: u16,
     extra: u32,
-    /// Owner as the container sees it.
+    /// Owner as seen in the container.
     pub uid: u32,
-    /// Group as the container sees it.
+    /// Group as seen in the container.
     pub gid: u32,
-    /// Hard links on disk.
+    /// Hard link count on disk.
     pub nlink: u32,
     /// Inode number in its root.
     pub ino: u64,
-    /// Apparent size in bytes; 0 for all but files.
+    /// Apparent size in bytes; 0 for everything but files.
     pub size: u64,
     /// Bytes allocated on disk.
     pub allocated: u64,
-    /// Device number of device entries.
+    /// Device number of a device.
     pub rdev: u64,
     /// Modification time, whole seconds (floor).
     pub mtime: i64,
@@ -164,31 +166,32 @@ pub struct Entry {
     pub mtime_nsec: u32,
     /// Nanoseconds of the change time.
     pub ctime_nsec: u32,
-    /// Change time, whole seconds: the kernel moves it at every change, nobody can set it.
+    /// Change time, whole seconds: the kernel updates it on every change, and no process can set it.
     pub ctime: i64,
 }
 
-/// What the walk found out about an entry, one bit each.
+/// Results of the walk for an entry, one bit each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 struct Flags(u8);
 
 impl Flags {
-    /// Metadata and content equal the base's.
+    /// Metadata and content equal those of the base.
     const UNCHANGED: Self = Self(1);
-    /// A directory that differs from the base's in its time only.
+    /// A directory that differs from the base's only in its modification time.
     const TIME_ONLY: Self = Self(2);
-    /// A directory that the runtime made to mount something below it.
+    /// A directory that the runtime created as a parent of a mount point.
     const MOUNT_PARENT: Self = Self(4);
-    /// The base has something at this path.
+    /// The base has an entry at this path.
     const IN_BASE: Self = Self(8);
-    /// Not in the layer: what the base has at this path is what it is to be. The root, when nothing about it changed
-    /// that counts, and what equals the base.
+    /// Not in the layer, because the image already has the right entry from the base: an entry equal to the base, or
+    /// the root without a relevant change.
     const SILENT: Self = Self(16);
-    /// A directory in which something was left out that the runtime had made.
+    /// A directory in which an entry made by the runtime was left out.
     const STUBS: Self = Self(32);
-    /// A directory in which there is more than the entries say: left out, or without meaning for the image.
+    /// A directory that contains more than the entries of the scan: some were left out, or have no meaning for the
+    /// image.
     const PARTIAL: Self = Self(64);
-    /// A directory marked opaque.
+    /// A directory that is marked opaque.
     const OPAQUE: Self = Self(128);
 
     fn has(self, other: Self) -> bool {
@@ -204,13 +207,13 @@ impl Flags {
     }
 }
 
-/// An extended attribute as the image is to have it: name and value.
+/// Name and value of an extended attribute as it is in the image.
 pub type Xattr = (Vec<u8>, Vec<u8>);
 
-/// Where content is that is not in the upper under the entry's own path.
+/// Location of content that is not in the upper at the entry's own path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Elsewhere {
-    /// 0 the upper, n the lower `n - 1`.
+    /// Root: 0 is the upper, n the lower `n - 1`.
     pub root: u16,
     /// Path below that root.
     pub path: Vec<u8>,
@@ -224,29 +227,29 @@ struct Extra {
     link: Option<Vec<u8>>,
     xattrs: Option<Xattrs>,
     content: Option<Elsewhere>,
-    /// Root and inode of the base's file of the same path, for hard link groups.
+    /// Root and inode number of the base's file at the same path, for hard link groups.
     base: Option<(u16, u64)>,
-    /// Hard links that the container sees, where the overlay's index keeps them together.
+    /// Hard link count as seen in the container, where the overlay's index tracks the links.
     indexed_nlink: Option<u32>,
-    /// A directory that was moved here, and is merged with what lies elsewhere.
+    /// A directory that was moved here (redirect) and is merged with content from its old path.
     moved: bool,
-    /// A file with setuid, setgid or file capabilities that the base does not have so.
+    /// A file with setuid, setgid or file capabilities that it does not have in the base.
     privileged: bool,
 }
 
 impl Extra {
-    /// Extended attributes, sorted by name.
+    /// Returns the extended attributes, sorted by name.
     fn xattrs(&self) -> &[Xattr] {
         self.xattrs.as_deref().unwrap_or_default()
     }
 }
 
-/// Something that is not in the layer on purpose.
+/// An entry that is deliberately not in the layer.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct Excluded {
-    /// Path without a leading slash; a directory stands for all below it. Lossy where it is not UTF-8.
+    /// Path without a leading slash; a directory stands for everything below it. Lossy if not UTF-8.
     pub path: String,
-    /// Why.
+    /// Reason for the exclusion.
     #[serde(flatten)]
     pub reason: Reason,
 }
@@ -257,30 +260,30 @@ impl Example for Excluded {
     }
 }
 
-/// What the walk has to tell besides the entries. Paths are lossy where they are not UTF-8.
+/// Findings of the walk besides the entries. Paths are lossy where they are not UTF-8.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Report {
-    /// What was left out by the rules, by the kind of reason ([`Reason::kind`]).
+    /// Entries excluded by the rules, by kind of reason ([`Reason::kind`]).
     pub excluded: BTreeMap<&'static str, Sample<Excluded>>,
-    /// Sockets: no archive can hold one.
+    /// Sockets, which no archive can represent.
     pub sockets: Sample<String>,
-    /// Files with setuid, setgid or file capabilities that the base does not have so.
+    /// Files with setuid, setgid or file capabilities that they do not have in the base.
     pub privileged: Sample<String>,
-    /// Extended attributes that belong to the host and were left out: name to number of entries.
+    /// Extended attributes that belong to the host and were left out: number of entries by name.
     pub dropped_xattrs: Counts,
-    /// Paths with an attribute whose value is empty: some unpackers leave such attributes out.
+    /// Paths with an attribute whose value is empty, which some unpackers drop.
     pub empty_xattrs: Sample<String>,
-    /// Files in renamed directories that have hard links elsewhere in the base: those come out as files of their own.
+    /// Files in renamed directories that have hard links elsewhere in the base: they become separate files.
     pub split_links: Sample<String>,
-    /// Entries that vanished while the tree was walked (only when the container runs).
+    /// Entries that vanished during the walk (only while the container runs).
     pub vanished: Sample<String>,
-    /// What the container may not read itself in its volumes, and what is therefore left out. A directory stands for all below
-    /// it.
+    /// Entries of volumes that the container itself may not read, and that are therefore left out. A directory stands
+    /// for everything below it.
     pub unreadable: Sample<String>,
 }
 
 impl Report {
-    /// Adds what another walk has to tell.
+    /// Adds the findings of another walk.
     pub fn add(&mut self, other: Self) {
         for (kind, sample) in other.excluded {
             self.excluded.entry(kind).or_default().append(sample);
@@ -297,108 +300,112 @@ impl Report {
     }
 }
 
-/// The entries of a tree in the order of the layer: parents first, siblings by bytes, whiteouts before their siblings.
+/// The entries of a tree in the order of the layer: parents before children, siblings in byte order, whiteouts before
+/// their siblings.
 #[derive(Debug)]
 pub struct Scan {
     rows: Rows,
     roots: Arc<Vec<Root>>,
-    /// Whether the lowers were all there are.
+    /// Whether the list of lowers was complete.
     lowers_known: bool,
-    /// The first entries that are directories above the tree, the root included; 0 where that is the tree.
+    /// Number of leading entries that are directories above the scanned tree, the root included; 0 if the tree is the
+    /// root.
     above: u32,
-    /// When the walk began.
+    /// Time at which the walk began.
     clock: Clock,
-    /// What the walk has to tell.
+    /// Findings of the walk.
     pub report: Report,
 }
 
 impl Scan {
     /// Walks the upper directory.
+    ///
+    /// Fails if the tree cannot be read or represented, or exceeds a limit; see `Error`.
     pub fn new(roots: &Roots, options: &Options<'_>) -> Result<Self, Error> {
         walk::walk(roots, options)
     }
 
-    /// Every entry; the first is the root directory itself.
+    /// Iterates over all entries; the first is the root directory itself.
     pub fn entries(
         &self,
     ) -> impl ExactSizeIterator<Item = Entry> + DoubleEndedIterator + Clone + '_ {
         self.rows.iter()
     }
 
-    /// The entry with this index.
+    /// Returns the entry with this index.
     pub fn entry(&self, index: u32) -> Entry {
         self.rows.entry(index)
     }
 
-    /// Number of entries.
+    /// Returns the number of entries.
     pub fn len(&self) -> usize {
         self.rows.len()
     }
 
-    /// Index of the directory that an entry is in.
+    /// Returns the index of an entry's parent directory.
     pub fn parent(&self, index: u32) -> u32 {
         self.rows.parent(index)
     }
 
-    /// Whether there is nothing to save.
+    /// Returns whether the layer would be empty.
     pub fn is_empty(&self) -> bool {
         self.emitted().next().is_none()
     }
 
-    /// The entries that a layer has: all but those that equal the base.
+    /// Iterates over the indices of the entries that go into a layer: all but those that equal the base.
     pub fn emitted(&self) -> impl Iterator<Item = u32> + Clone + '_ {
         (0..self.len() as u32).filter(|&i| !self.rows.flags(i).has(Flags::SILENT))
     }
 
-    /// Name of an entry in its directory; of a whiteout, the name that is deleted.
+    /// Returns the name of an entry in its directory; for a whiteout, the name that it deletes.
     pub fn name(&self, entry: &Entry) -> &[u8] {
         self.rows.name(entry)
     }
 
-    /// Path of an entry without a leading slash; of a whiteout, the path that is deleted.
+    /// Returns the path of an entry without a leading slash; for a whiteout, the path that it deletes.
     pub fn path(&self, index: u32) -> Vec<u8> {
         let mut path = Vec::new();
         self.path_into(index, &mut path);
         path
     }
 
-    /// As [`Scan::path`], into a buffer that is cleared first.
+    /// Like [`Scan::path`], into a buffer that is cleared first.
     pub fn path_into(&self, index: u32, path: &mut Vec<u8>) {
         self.rows.path_into(index, path);
     }
 
-    /// Target of a symlink.
+    /// Returns the target of a symlink.
     pub fn link(&self, entry: &Entry) -> Option<&[u8]> {
         self.extra(entry)?.link.as_deref()
     }
 
-    /// Extended attributes for the image, sorted by name.
+    /// Returns the extended attributes for the image, sorted by name.
     pub fn xattrs(&self, entry: &Entry) -> &[Xattr] {
         self.extra(entry).map_or(&[], Extra::xattrs)
     }
 
-    /// Where the content is, if it is not in the upper under the entry's own path.
+    /// Returns the location of the content if it is not in the upper at the entry's own path.
     pub fn elsewhere(&self, entry: &Entry) -> Option<&Elsewhere> {
         self.extra(entry)?.content.as_ref()
     }
 
-    /// The opened directories: 0 the upper, n the lower `n - 1`.
+    /// Returns an opened directory: 0 is the upper, n the lower `n - 1`.
     pub fn root(&self, root: u16) -> &Root {
         &self.roots[usize::from(root)]
     }
 
-    /// Whether the base has something at this entry's path.
+    /// Returns whether the base has an entry at this path.
     pub fn in_base(&self, entry: &Entry) -> bool {
         entry.flags.has(Flags::IN_BASE)
     }
 
-    /// When the walk began: what is stamped earlier, and not too closely, shows every later change.
+    /// Returns the time at which the walk began: an entry with a sufficiently earlier stamp shows every later change.
     pub fn clock(&self) -> Clock {
         self.clock
     }
 
-    /// The same, with less trust in stamps: `clock` is what it showed before the walk, and before what was to be done
-    /// for the stamps to tell.
+    /// Lowers the clock of the scan to `clock` if that is earlier, so that fewer time stamps are trusted. `clock` is a
+    /// reading from before the walk, and from before any preparation on which the stamps depend.
     #[must_use]
     pub fn since(mut self, clock: Clock) -> Self {
         self.clock = self.clock.min(clock);
@@ -413,15 +420,15 @@ impl Scan {
 /// Why a tree cannot be scanned.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Something could not be read.
+    /// A file or directory could not be read.
     #[error("cannot read {path}: {source}")]
     Read {
         /// Full path.
         path: String,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// The process may not read the overlay's marks, and without them deletions would silently come back.
+    /// The process may not read the overlay's attributes; without them, deleted files would silently reappear.
     #[error(
         "the overlay keeps its marks in trusted.overlay.* attributes, which this process cannot read: \
          run as root in the initial user namespace with CAP_SYS_ADMIN"
@@ -433,17 +440,17 @@ pub enum Error {
     /// A thread of the walk panicked.
     #[error("a thread that walks the tree died; this is a defect of upperdeck")]
     Worker,
-    /// A bound was reached.
+    /// A limit was exceeded.
     #[error("refused: {what} is over the limit of {limit}; if that is meant, raise it with {flag}")]
     Cap {
-        /// What was counted.
+        /// The limited quantity.
         what: String,
-        /// The bound.
+        /// The limit.
         limit: u64,
         /// Flag that raises it.
         flag: &'static str,
     },
-    /// A device that is a deletion where layers are unpacked.
+    /// A character device 0:0, which unpackers of layers take for a whiteout.
     #[error(
         "{path} cannot be put into a layer: character devices 0:0 mean deletions where it is unpacked; \
          remove it, or leave it out with --exclude"
@@ -452,25 +459,25 @@ pub enum Error {
         /// The path.
         path: String,
     },
-    /// An owner outside the container's user namespace.
+    /// An owner outside the container's ID map.
     #[error("{path} belongs to {what} {id}, which is outside the container's id map")]
     Unmapped {
         /// The path.
         path: String,
         /// `user` or `group`.
         what: &'static str,
-        /// The host's id.
+        /// The id on the host.
         id: u32,
     },
-    /// An extended attribute that cannot be carried over.
+    /// An extended attribute that cannot be represented in the image.
     #[error("{path}: {source}")]
     Xattr {
         /// The path.
         path: String,
-        /// Why.
+        /// The reason.
         source: ValueError,
     },
-    /// A mark that leads nowhere.
+    /// A redirect or metacopy mark whose target does not exist.
     #[error("{path} is marked {mark}, but what the mark leads to is not in the lower directories")]
     Dangling {
         /// The path.
@@ -478,7 +485,7 @@ pub enum Error {
         /// `redirect` or `metacopy`.
         mark: &'static str,
     },
-    /// Hard links of a lower file under `index=on` of which the upper has only some.
+    /// A file of a lower with several hard links under `index=on`, of which the upper has only some.
     #[error(
         "{path} is one name of a hard-linked base file on an overlay mounted with index=on; \
          its other names changed with it but are not in the upper directory"
@@ -487,7 +494,7 @@ pub enum Error {
         /// The path.
         path: String,
     },
-    /// Somebody asked to stop.
+    /// The operation was cancelled.
     #[error("cancelled")]
     Cancelled,
 }

@@ -1,25 +1,25 @@
-//! The entries of a scan, kept small, and kept once: what a later scan finds unchanged it shares with the earlier one.
+//! Compact storage of a scan's entries; entries that a later scan finds unchanged are shared with the earlier one.
 //!
-//! While a container is saved live, what the image shows and what is there now are held side by side, a million entries
-//! each. So an entry lies here in two parts. Its facts are what was found out about a name and the inode behind it: they
-//! never change once they are collected, and any number of scans may have them. Its row is where it stands in one scan's
-//! tree, with the flags that this scan gave it: 9 bytes, beside some 40 and the name for the facts.
+//! During a live save, the state in the image and the current state are in memory together, with a million entries
+//! each. An entry is therefore stored in two parts. Its facts describe the name and the inode: they are immutable once
+//! collected, and any number of scans can share them. Its row is the position in one scan's tree, with the flags
+//! assigned by that scan: 9 bytes, against some 40 bytes and the name for the facts.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Entry, Extra, Flags, Kind};
 
-/// `Entry::extra` of entries without any.
+/// `Entry::extra` of entries without an `Extra`.
 pub(super) const NO_EXTRA: u32 = u32::MAX;
-/// Places are handed out in blocks of so many, each of one store.
+/// Number of places in a block; all places of a block belong to one store.
 const BLOCK: u32 = 1 << 12;
-/// [`Fact::size`] where the sizes do not fit, and are in [`Facts::large`].
+/// Value of [`Fact::size`] if the sizes do not fit and are in [`Facts::large`].
 const LARGE: u32 = u32::MAX;
-/// Where a shelf ends: offsets are of 32 bits, and a directory's names come all at once.
+/// Size at which a shelf is full: offsets have 32 bits, and the names of a directory are added all at once.
 const FULL: usize = 1 << 30;
 
-/// What many entries have in common, once for all of them.
+/// Attributes that many entries have in common, stored once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Look {
     kind: Kind,
@@ -29,13 +29,13 @@ struct Look {
     gid: u32,
     nlink: u32,
     rdev: u64,
-    /// The upper halves of what is in [`Fact`].
+    /// Upper halves of the values in [`Fact`].
     ino: u32,
     mtime: u32,
     ctime: u32,
 }
 
-/// What an entry has for itself. Its name ends where that of the next begins.
+/// Attributes of a single entry. Its name ends where the name of the next begins.
 #[derive(Clone, Copy, Debug)]
 struct Fact {
     look: u32,
@@ -43,7 +43,7 @@ struct Fact {
     name_at: u32,
     ino: u32,
     size: u32,
-    /// Allocated, in units of 512 bytes.
+    /// Allocated size in units of 512 bytes.
     blocks: u32,
     mtime: u32,
     mtime_nsec: u32,
@@ -58,7 +58,7 @@ pub(super) struct Facts {
     names: Vec<u8>,
     extras: Vec<Extra>,
     looks: Vec<Look>,
-    /// Apparent and allocated size, where they do not fit into a fact.
+    /// Apparent and allocated size in bytes, where they do not fit into a fact.
     large: HashMap<u32, (u64, u64)>,
 }
 
@@ -108,17 +108,17 @@ impl Facts {
     }
 }
 
-/// Facts that are being collected.
+/// Facts being collected.
 #[derive(Debug, Default)]
 pub(super) struct Shelf {
     facts: Facts,
     looks: HashMap<Look, u32>,
-    /// The look of the last, which is most often that of the next.
+    /// The look of the previous entry, which is most often that of the next.
     last: Option<(Look, u32)>,
 }
 
 impl Shelf {
-    /// Adds an entry's facts; where it is in the tree, and its flags, are left to its row. Their number.
+    /// Adds an entry's facts and returns their number. Position in the tree and flags belong to the row.
     pub(super) fn push(&mut self, entry: &Entry, name: &[u8], extra: Option<Extra>) -> u32 {
         let at = self.facts.list.len() as u32;
         let high = |whole: u64| (whole >> 32) as u32;
@@ -180,12 +180,12 @@ impl Shelf {
         number
     }
 
-    /// How many are collected.
+    /// Returns the number of facts collected.
     pub(super) fn len(&self) -> u32 {
         self.facts.list.len() as u32
     }
 
-    /// What is collected so far.
+    /// Returns the facts collected so far.
     pub(super) fn facts(&self) -> &Facts {
         &self.facts
     }
@@ -194,7 +194,7 @@ impl Shelf {
         self.facts.list.reserve_exact(entries);
     }
 
-    /// Whether the rest belongs on another.
+    /// Returns whether further facts have to go to another shelf.
     pub(super) fn is_full(&self) -> bool {
         self.facts.names.len().max(self.facts.list.len()) >= FULL
     }
@@ -214,15 +214,15 @@ impl Shelf {
 pub(super) struct Rows {
     parents: Vec<u32>,
     flags: Vec<Flags>,
-    /// Where the facts are: the number of a block, and that in the block.
+    /// Place of the facts: block number times `BLOCK` plus the index in the block.
     places: Vec<u32>,
     stores: Vec<Arc<Facts>>,
-    /// The store of each block, and the first fact of it there.
+    /// The store of each block, and the index of its first fact there.
     blocks: Vec<(u32, u32)>,
 }
 
 impl Rows {
-    /// None yet, with the stores of another scan: its places are to be had.
+    /// Creates an empty list that shares the stores of another scan, so that its places can be used.
     pub(super) fn sharing(earlier: &Self) -> Self {
         Self {
             stores: earlier.stores.clone(),
@@ -231,13 +231,14 @@ impl Rows {
         }
     }
 
-    /// Whether half of what the stores have is of use here at least: who shares them keeps all of it.
+    /// Returns whether at least half of the facts in the stores are used here: sharing the stores keeps all of them in
+    /// memory.
     pub(super) fn is_worth_sharing(&self) -> bool {
         let facts: usize = self.stores.iter().map(|store| store.list.len()).sum();
         facts <= 2 * self.len()
     }
 
-    /// Adds what was collected. The place of its first fact; the others follow.
+    /// Adds collected facts. Returns the place of the first; the others follow it.
     pub(super) fn add(&mut self, shelf: Shelf) -> u32 {
         let first = self.next_place();
         let facts = shelf.finish();
@@ -261,7 +262,7 @@ impl Rows {
         self.places.reserve_exact(rows);
     }
 
-    /// Adds a row. Its index.
+    /// Adds a row and returns its index.
     pub(super) fn push(&mut self, parent: u32, flags: Flags, place: u32) -> u32 {
         self.parents.push(parent);
         self.flags.push(flags);
@@ -273,7 +274,7 @@ impl Rows {
         self.parents.len()
     }
 
-    /// The number of a row's store, and of its fact there.
+    /// Returns the number of a row's store, and the index of its fact there.
     fn find(&self, index: u32) -> (u32, u32) {
         let place = self.places[index as usize];
         let (store, begin) = self.blocks[(place / BLOCK) as usize];
@@ -286,7 +287,7 @@ impl Rows {
         facts.entry(fact, store, self.parent(index), self.flags(index))
     }
 
-    /// As [`Rows::name`] of the entry there, and cheaper.
+    /// Returns the same as [`Rows::name`] for the entry at `index`, at a lower cost.
     pub(super) fn name_at(&self, index: u32) -> &[u8] {
         let (store, fact) = self.find(index);
         self.stores[store as usize].name(fact)
@@ -329,18 +330,19 @@ impl Rows {
         store.extras.get(entry.extra as usize)
     }
 
-    /// Where any of the entries is from, and perhaps some that only another scan has.
+    /// Iterates over the roots of all entries, possibly with some that only another scan has.
     pub(super) fn roots(&self) -> impl Iterator<Item = u16> {
         let looks = self.stores.iter().flat_map(|store| &store.looks);
         looks.map(|look| look.root)
     }
 
-    /// Everything rare about any entry, and perhaps about some that only another scan has.
+    /// Iterates over all extras, possibly with some that only another scan has.
     pub(super) fn extras(&self) -> impl Iterator<Item = &Extra> {
         self.stores.iter().flat_map(|store| &store.extras)
     }
 
-    /// Path of an entry without a leading slash. Backwards, then once around: no allocation but the buffer.
+    /// Writes the path of an entry without a leading slash. It is built backwards and then reversed, without any other
+    /// allocation than the buffer.
     pub(super) fn path_into(&self, index: u32, path: &mut Vec<u8>) {
         path.clear();
         let mut at = index;
@@ -354,7 +356,7 @@ impl Rows {
         path.reverse();
     }
 
-    /// For each entry, the index after its last descendant.
+    /// Returns, for each entry, the index after its last descendant.
     pub(super) fn ends(&self) -> Vec<u32> {
         let mut ends: Vec<u32> = (1..=self.len() as u32).collect();
         for index in (1..self.len()).rev() {
@@ -364,7 +366,7 @@ impl Rows {
         ends
     }
 
-    /// Takes out the rows that are `dropped`, which none of the others is in.
+    /// Removes the rows marked in `dropped`; no remaining row may have a dropped parent.
     pub(super) fn drop_rows(&mut self, dropped: &[bool]) {
         if !dropped.contains(&true) {
             return;
@@ -387,16 +389,16 @@ impl Rows {
     }
 }
 
-/// Rows that are put together from those of an earlier scan and from new entries.
+/// Builds rows from those of an earlier scan and from new entries.
 #[derive(Debug, Default)]
 pub(super) struct Builder {
     pub(super) rows: Rows,
-    /// What is added at the end.
+    /// Facts of new entries, added at the end.
     own: Shelf,
 }
 
 impl Builder {
-    /// On top of rows that nothing is added to meanwhile.
+    /// Starts from rows to which no facts may be added until `Builder::finish`.
     pub(super) fn new(rows: Rows) -> Self {
         Self {
             rows,
@@ -409,7 +411,7 @@ impl Builder {
         self.own.reserve(entries);
     }
 
-    /// Adds a new entry. Its index.
+    /// Adds a new entry and returns its index.
     pub(super) fn push(
         &mut self,
         entry: &Entry,
@@ -421,7 +423,7 @@ impl Builder {
         self.rows.push(parent, entry.flags, place)
     }
 
-    /// What was added.
+    /// Returns the facts of the new entries.
     pub(super) fn own(&self) -> &Facts {
         self.own.facts()
     }
@@ -536,7 +538,7 @@ mod tests {
         assert!(inodes[1..].iter().copied().eq(expected));
         let new = second.entry(0);
         assert_eq!((new.ino, second.name(&new)), (1 << 40, b"new".as_slice()));
-        // Little of what is there is of use to the next.
+        // Few of the facts are of use to the next scan.
         assert!(second.is_worth_sharing());
         let mut little = Rows::sharing(&second);
         little.push(0, Flags::default(), second.place(0));

@@ -1,36 +1,36 @@
-//! What reports tell of many: how many there are, and some of them. A tree can have any number of things that are worth a
-//! word, each with a path of thousands of bytes; a report has the same size all the same.
+//! Bounded lists for reports: a count and some examples. A tree can have any number of entries worth reporting, each
+//! with a path of thousands of bytes, but the size of a report is bounded.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 use serde::ser::{SerializeMap as _, Serializer};
 
-/// Examples of one list, at most.
+/// Maximum number of examples in a list.
 const EXAMPLES: usize = 100;
-/// Bytes of text that they have together, at most. The first is kept however long it is.
+/// Maximum total size of the examples in bytes. The first is kept however long it is.
 const BYTES: usize = 64 << 10;
-/// Names that [`Counts`] tells apart, at most.
+/// Maximum number of distinct names in [`Counts`].
 const NAMES: usize = 100;
 
-/// How many there are, and the first of them in their order. What is kept does not depend on the order of adding, so that
-/// the report of a tree is the same for any number of threads.
+/// A count of items, and the first of them in their order. The examples do not depend on the order of insertion, so
+/// that the report of a tree is the same for any number of threads.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Sample<T> {
     count: u64,
     /// Sorted.
     examples: Vec<T>,
-    /// What the examples have together.
+    /// Total size of the examples in bytes.
     #[serde(skip)]
     bytes: usize,
-    /// The first that there was no room for: all that come after it in order have none either.
+    /// The first item for which there was no room; later items in the order have none either.
     #[serde(skip)]
     end: Option<T>,
 }
 
-/// What a [`Sample`] can hold, in the order in which it is told.
+/// An item of a [`Sample`]; its order is that of the examples.
 pub trait Example: Ord {
-    /// Bytes of its text.
+    /// Returns the size of its text in bytes.
     fn bytes(&self) -> usize;
 }
 
@@ -52,13 +52,13 @@ impl<T> Default for Sample<T> {
 }
 
 impl<T: Example> Sample<T> {
-    /// Counts one more.
+    /// Counts an item.
     pub fn add(&mut self, item: T) {
         self.count += 1;
         self.keep(item);
     }
 
-    /// Adds what another one has.
+    /// Adds the items of another sample.
     pub fn append(&mut self, other: Self) {
         self.count += other.count;
         for item in other.examples {
@@ -85,7 +85,7 @@ impl<T: Example> Sample<T> {
         }
     }
 
-    /// Nothing from `end` on was kept elsewhere, so none of it is here.
+    /// Drops examples from `end` on: the other sample kept none of those.
     fn keep_up_to(&mut self, end: T) {
         if self.end.as_ref().is_some_and(|known| *known <= end) {
             return;
@@ -99,22 +99,22 @@ impl<T: Example> Sample<T> {
 }
 
 impl<T> Sample<T> {
-    /// How many there are.
+    /// Returns the number of items.
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// Some of them, in order.
+    /// Returns the examples, in order.
     pub fn examples(&self) -> &[T] {
         &self.examples
     }
 
-    /// How many are counted only.
+    /// Returns the number of items that are counted without an example.
     pub fn more(&self) -> u64 {
         self.count - self.examples.len() as u64
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no items.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
@@ -128,7 +128,7 @@ impl<T: Example> FromIterator<T> for Sample<T> {
     }
 }
 
-/// How often each name came. There may be any number of names: those after the first hundred are counted together.
+/// Number of occurrences by name. There may be any number of names: those after the first hundred are counted together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     names: BTreeMap<String, u64>,
@@ -136,10 +136,10 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Under which those without a name of their own are told. No attribute is called so.
+    /// Name for the combined count. No attribute has this name.
     const OTHERS: &'static str = "(others)";
 
-    /// Counts `name` so many times more.
+    /// Adds `count` occurrences of `name`.
     pub fn add(&mut self, name: &str, count: u64) {
         if let Some(known) = self.names.get_mut(name) {
             *known += count;
@@ -150,7 +150,7 @@ impl Counts {
         }
     }
 
-    /// Makes the count of `name` that of `count` at least.
+    /// Raises the count of `name` to at least `count`.
     pub(super) fn at_least(&mut self, name: &str, count: u64) {
         let known = if name == Self::OTHERS {
             self.others
@@ -162,7 +162,7 @@ impl Counts {
         }
     }
 
-    /// Names and how often each came; at the end all others, if there are.
+    /// Iterates over the names and their counts; the combined count of others comes last, if any.
     pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
         let others = (self.others > 0).then_some((Self::OTHERS, self.others));
         let names = self.names.iter();
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_does_not_depend_on_the_order_of_adding() {
-        // Of many lengths, so that both bounds matter.
+        // Many lengths, so that both limits apply.
         let items: Vec<String> = (0..400usize)
             .map(|n| format!("{n:04}{}", "x".repeat(n * 7919 % 3000)))
             .collect();

@@ -1,8 +1,8 @@
-//! A scan as bytes, to be kept until the next save of the same container.
+//! Serialises a scan, to be kept until the next save of the same container.
 //!
-//! Compact, because a node keeps many: numbers have variable length, times are told against the entry before. Reading
-//! takes nothing for granted: what is not exactly what writing makes is no scan. Either way the bytes pass by, and are
-//! never all in memory.
+//! The format is compact, because a node keeps many: numbers have variable length, and times are relative to the
+//! previous entry. Reading is strict: it rejects everything that writing does not produce exactly. Both directions
+//! stream, so that the bytes are never all in memory.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, Write};
@@ -12,16 +12,16 @@ use super::memory::Xattrs;
 use super::rows::{Builder, NO_EXTRA};
 use super::{Clock, Elsewhere, Entry, Extra, Flags, Kind, Report, Scan, Xattr};
 
-/// Longest name of a directory entry.
+/// Maximum length of a directory entry's name in bytes.
 const MAX_NAME: usize = 255;
-/// Longest path, attribute or link target that a file system hands out, with room.
+/// Maximum length in bytes of a path, attribute or link target: more than any file system returns.
 const MAX_BYTES: u64 = 1 << 20;
-/// Attributes of one entry: more do not fit into the 64 KiB of their list.
+/// Maximum number of attributes of one entry: no more fit into the 64 KiB of their list.
 const MAX_XATTRS: u64 = 1 << 16;
 
-/// In the place of a set of attributes: it follows.
+/// Instead of the number of an attribute set: the set follows.
 const NEW_SET: u64 = 1;
-/// The number by which the first set is meant later on.
+/// Number of the first attribute set in later references.
 const FIRST_SET: u64 = 2;
 
 const KINDS: [Kind; 8] = [
@@ -35,21 +35,22 @@ const KINDS: [Kind; 8] = [
     Kind::Fifo,
 ];
 
-/// Bits of an entry's second byte, beside its kind.
+/// Bits of an entry's second byte besides its kind.
 const EXTRA: u8 = 0x80;
 const UNSURE: u8 = 0x40;
 
-/// A scan that was kept, and the entries of it whose content may have changed without their stamps showing it.
+/// A stored scan, and the entries whose content may have changed without a change of their stamps.
 #[derive(Debug)]
 pub struct Stored {
     /// The scan. Its directories are opened when it is scanned again.
     pub scan: Scan,
-    /// By entry.
+    /// By entry: the content is unsure.
     pub unsure: Vec<bool>,
 }
 
 impl Scan {
-    /// Writes the scan as bytes. `unsure` as for [`Scan::changes_since`]; those stamped too late to tell are added.
+    /// Writes the scan to `to`. `unsure` is as for [`Scan::changes_since`]; entries whose stamps are too recent are
+    /// added.
     pub fn store(&self, unsure: &dyn Fn(u32) -> bool, to: &mut dyn Write) -> io::Result<()> {
         let mut out = Vec::new();
         number(&mut out, self.len() as u64);
@@ -108,11 +109,11 @@ impl Scan {
         to.write_all(&out)
     }
 
-    /// Reads the `length` bytes that [`Scan::store`] wrote; none if they are anything else.
+    /// Reads the `length` bytes written by [`Scan::store`]. Returns `None` if they are not valid.
     pub fn restore(from: &mut impl BufRead, length: u64) -> Option<Stored> {
         let mut from = Reader { from, left: length };
         let count = from.number()?;
-        // The least that an entry takes.
+        // 4 is the minimum size of an entry.
         if count == 0 || count > length / 4 || count >= u32::MAX.into() {
             return None;
         }
@@ -133,7 +134,7 @@ impl Scan {
         let mut scan = Builder::default();
         scan.reserve(count);
         let mut unsure = Vec::with_capacity(count);
-        // The directories that the last entry is in, each with the last of its entries.
+        // The chain of directories of the previous entry, each with its last child.
         let mut open: Vec<(u32, Option<u32>)> = Vec::new();
         let mut before = Entry::default();
         let mut sets = Vec::new();
@@ -167,7 +168,7 @@ impl Scan {
                 {
                     return None;
                 }
-                // Parents first, each directory's entries right after it, in order.
+                // Parents come first, and a directory's entries follow it immediately, in order.
                 while open.last()?.0 != entry.parent {
                     open.pop();
                 }
@@ -206,7 +207,7 @@ impl Scan {
             if entry.kind == Kind::Dir {
                 open.push((index, None));
             }
-            // The directories above are a chain, each all that is in the one before.
+            // The directories above the tree form a chain, each the only entry of the one before.
             if index <= above && (entry.kind != Kind::Dir || (index > 0 && back != 1))
                 || index > above && entry.parent < above
             {
@@ -227,7 +228,7 @@ impl Scan {
     }
 }
 
-/// `sets`: the sets of attributes that were written, and their numbers.
+/// Writes an `Extra`. `sets` maps the attribute sets written so far to their numbers.
 fn write_extra(out: &mut Vec<u8>, extra: &Extra, sets: &mut HashMap<*const Xattr, u64>) {
     let has = [
         extra.link.is_some(),
@@ -253,7 +254,7 @@ fn write_extra(out: &mut Vec<u8>, extra: &Extra, sets: &mut HashMap<*const Xattr
     if let Some(nlink) = extra.indexed_nlink {
         number(out, nlink.into());
     }
-    // 0: none. 1: a set that was not written yet. More: one that was.
+    // 0: no attributes. 1: a new set follows. Larger: the number of a set written before.
     let Some(xattrs) = &extra.xattrs else {
         number(out, 0);
         return;
@@ -272,7 +273,7 @@ fn write_extra(out: &mut Vec<u8>, extra: &Extra, sets: &mut HashMap<*const Xattr
     }
 }
 
-/// `sets`: those that were read.
+/// Reads an `Extra`. `sets` holds the attribute sets read so far.
 fn read_extra(from: &mut Reader<'_, impl BufRead>, sets: &mut Vec<Xattrs>) -> Option<Extra> {
     let has = from.byte()?;
     let bit = |n: u8| has & (1 << n) != 0;
@@ -327,7 +328,7 @@ fn read_set(from: &mut Reader<'_, impl BufRead>) -> Option<Xattrs> {
     Some(xattrs.into())
 }
 
-/// Seven bits a byte, the lowest first.
+/// Writes a number with seven bits per byte, lowest first.
 fn number(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
@@ -336,7 +337,7 @@ fn number(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
-/// Small either side of zero.
+/// Writes a signed number in zigzag encoding, which is short for small absolute values.
 fn signed(out: &mut Vec<u8>, value: i64) {
     number(out, ((value << 1) ^ (value >> 63)) as u64);
 }
@@ -348,7 +349,7 @@ fn bytes(out: &mut Vec<u8>, bytes: &[u8]) {
 
 struct Reader<'a, R> {
     from: &'a mut R,
-    /// Bytes that are still to come.
+    /// Remaining bytes.
     left: u64,
 }
 
@@ -385,7 +386,7 @@ impl<R: BufRead> Reader<'_, R> {
         Some((value >> 1) as i64 ^ -((value & 1) as i64))
     }
 
-    /// Into a buffer that is cleared first.
+    /// Reads a byte string into a buffer that is cleared first.
     fn bytes(&mut self, bytes: &mut Vec<u8>) -> Option<()> {
         let length = self
             .number()

@@ -1,4 +1,4 @@
-//! How much a tree takes on disk, for lists: a quick look that reads no attributes and follows nothing.
+//! Measures the disk usage of a tree for listings: a quick walk that reads no attributes and follows no links.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -9,7 +9,7 @@ use rustix::fs::FileType;
 use crate::node::overlay::lower::join;
 use crate::node::overlay::root::{Root, is_absent, names, stat_at};
 
-/// Bytes of paths of directories that are still to be counted, at most.
+/// Maximum size in bytes of the paths of directories still to be counted.
 const MOST: usize = 128 << 20;
 
 /// Size of a tree.
@@ -21,8 +21,10 @@ pub struct Usage {
     pub bytes: u64,
 }
 
-/// Counts the tree at `path`. What vanishes meanwhile is not counted. Fails, too, where so many directories with long
-/// paths lie beside one another that it would take more memory than a figure is worth.
+/// Counts the tree at `path`. Entries that vanish during the walk are not counted.
+///
+/// Fails if the tree cannot be read, or if the pending directories with their paths would take more memory than a
+/// statistic is worth.
 pub fn usage(path: &Path) -> io::Result<Usage> {
     let root = Root::open(path)?;
     let mut usage = Usage::default();

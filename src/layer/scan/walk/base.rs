@@ -1,4 +1,5 @@
-//! Whether an entry still is what the base has: such a one needs no place in the layer, and no warning.
+//! Compares entries with those of the base: an entry equal to the base's is left out of the layer and causes no
+//! warning.
 
 use std::io::{self, Read};
 
@@ -33,7 +34,7 @@ impl Directory<'_> {
         Ok(())
     }
 
-    /// Whether a copied-up entry still equals the base's: metadata first, then content.
+    /// Marks a copied-up entry as unchanged if it equals the base's; compares the metadata first, then the content.
     pub(super) fn compare_other(
         &self,
         entry: &mut Entry,
@@ -107,7 +108,8 @@ impl Directory<'_> {
         same_bytes(ours.into(), theirs.into()).map_err(|e| walker.read_error(path, e))
     }
 
-    /// Whether a file gives whoever runs it another user's rights, unless the base has it so.
+    /// Returns whether a file runs with privileges other than its caller's (setuid, setgid or file capabilities),
+    /// unless the base's file has the same.
     pub(super) fn is_privileged(
         &self,
         entry: &Entry,

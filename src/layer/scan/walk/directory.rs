@@ -1,4 +1,4 @@
-//! One directory: what the upper has in it, and what of the base must not shine through.
+//! Reads one directory: the entries of the upper, and the names of the base that have to be hidden.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
@@ -20,26 +20,26 @@ use crate::node::overlay::root::{self, Follow, is_absent, read_link_at, xattr_at
 use crate::node::overlay::xattr::PROTECTED;
 use crate::node::overlay::xattr::proc_path;
 
-/// One directory being walked.
+/// A directory being read.
 pub(super) struct Directory<'a> {
     pub(super) walker: &'a Walker<'a>,
     pub(super) task: &'a Task,
-    /// The thread's working directory is its own to change.
+    /// Whether the thread may change its working directory.
     own_cwd: bool,
     pub(super) output: Output,
     pub(super) tasks: Vec<(u32, Task)>,
-    /// Names of which nothing is to be merged in or hidden any more.
+    /// Names for which nothing more is to be merged in or hidden.
     pub(super) decided: HashSet<Vec<u8>>,
-    /// Names that the upper deleted: nothing is merged in under them.
+    /// Names that the upper deleted: nothing is merged in for them.
     pub(super) deleted: HashSet<Vec<u8>>,
-    /// What the earlier scan has here.
+    /// Entries of the earlier scan in this directory.
     known: HashMap<&'a [u8], u32>,
     pub(super) report: Report,
-    /// What all of this takes.
+    /// Memory taken for all of this.
     pub(super) share: Share,
 }
 
-/// What stops a listing of the base.
+/// Why a listing of the base stops.
 enum Stop {
     Read(io::Error),
     Full(Error),
@@ -51,9 +51,9 @@ impl From<io::Error> for Stop {
     }
 }
 
-/// What a set takes of a name, besides its bytes.
+/// Memory that a set takes per name besides its bytes.
 const IN_SET: usize = 48;
-/// What is kept of each directory beside its entries, until all are walked.
+/// Memory kept per directory, besides its entries, until the walk ends.
 const OF_DIRECTORY: u64 = 128;
 
 impl Walker<'_> {
@@ -116,7 +116,7 @@ impl Directory<'_> {
                 self.report.vanished.add(escape::path(&self.task.path));
                 return Ok(());
             }
-            // Its mode changed since it was come to.
+            // Its mode changed after it was queued.
             Err(error) if walker.upper.is_denied(&error) => {
                 self.report.unreadable.add(escape::path(&self.task.path));
                 self.output.partial = true;
@@ -129,13 +129,13 @@ impl Directory<'_> {
         } else {
             [proc_path(fd.as_fd()).as_bytes(), b"/"].concat()
         };
-        // Regular files are whiteouts only in a directory that says so.
+        // Regular files are whiteouts only in a directory that is marked accordingly.
         let mut holds_whiteout_files = None;
         let mut names = root::names(fd.as_fd());
         while let Some(name) = names.next() {
             let name = match name {
                 Ok(name) => name,
-                // Removed since it was opened.
+                // Removed after it was opened.
                 Err(error) if is_absent(&error) => {
                     self.report.vanished.add(escape::path(&self.task.path));
                     return Ok(());
@@ -164,8 +164,8 @@ impl Directory<'_> {
                 self.whiteout(name, &path, &stat)?;
                 continue;
             }
-            // Nothing about a file that is no directory's frame depends on the base or on attributes: a cache full of
-            // them is not worth reading either. An empty one may be a whiteout.
+            // The rules for a regular file that is not empty depend neither on the base nor on attributes, so excluded
+            // files (a full cache) need not be opened. An empty file may be a whiteout.
             if file_type == FileType::RegularFile
                 && stat.st_size > 0
                 && self.left_out(&path, Some(file_type), &stat, None, false)
@@ -228,7 +228,7 @@ impl Directory<'_> {
         if self.left_out(path, None, stat, None, in_base) {
             self.decide(&name)?;
         } else if self.task.full || self.task.hidden {
-            // What the base has under this name is hidden with all else that is not here.
+            // The base's entry of this name is hidden with everything else that is not here.
             self.delete(name)?;
         } else if in_base || !self.walker.lowers_known {
             self.push_mark(Kind::Whiteout, &name)?;
@@ -238,7 +238,8 @@ impl Directory<'_> {
         Ok(())
     }
 
-    /// Takes over the earlier scan's entry of that name, if nothing about it changed. False: it has to be looked at.
+    /// Takes over the earlier scan's entry of this name if it is unchanged. Returns false if the entry has to be
+    /// inspected.
     fn as_before(&mut self, name: &[u8], path: &[u8], stat: &Stat) -> Result<bool, Error> {
         let (Some(earlier), Some(&index)) = (self.walker.earlier, self.known.get(name)) else {
             return Ok(false);
@@ -256,7 +257,7 @@ impl Directory<'_> {
             return Ok(false);
         }
         let mut entry = before;
-        // The earlier scan has it, with all that is rare about it.
+        // The earlier scan keeps the entry with its rarer parts.
         entry.extra = NO_EXTRA;
         entry.flags.clear(Flags::SILENT);
         entry.flags.clear(Flags::STUBS);
@@ -304,14 +305,14 @@ impl Directory<'_> {
         let Some(kind) = kind_of(file_type) else {
             self.output.partial = true;
             self.report.sockets.add(escape::path(&path));
-            // The container sees a socket here, never what the base has.
+            // The container sees a socket here, never the base's entry.
             if in_base && !self.task.full && !self.task.hidden {
                 self.push_mark(Kind::Whiteout, &name)?;
             }
             return self.delete(name);
         };
         for name in dropped {
-            // Labels of the host's security module are on every file: that they stay behind is no news.
+            // Every file has labels of the host's security module: that they are dropped is not reported.
             let label = name.starts_with(b"security.") || name.starts_with(b"trusted.");
             if !label || name == walker.namespace.name(PROTECTED).as_bytes() {
                 self.report.dropped_xattrs.add(&escape::path(&name), 1);
@@ -355,7 +356,7 @@ impl Directory<'_> {
                     entry.flags.set(Flags::MOUNT_PARENT);
                 }
             }
-            // All of it is hidden: nothing here depends on it.
+            // The whole directory is hidden, so nothing here depends on the entry found.
             Found::Dir { stack, .. } if walker.volume.is_some() => base_stack.clone_from(stack),
             Found::Other { .. } if walker.volume.is_some() => {}
             Found::Dir { stack, .. } => {
@@ -401,7 +402,8 @@ impl Directory<'_> {
         Ok(())
     }
 
-    /// Where the base's content must not shine through: a whiteout for each name that is not here.
+    /// Adds a whiteout for each name of the base that is not in this directory, where the base's content has to be
+    /// hidden.
     fn hide_base(&mut self) -> Result<(), Error> {
         for name in self.base_names(&self.task.base)? {
             if self.decided.contains(&name) {
@@ -419,7 +421,7 @@ impl Directory<'_> {
         Ok(())
     }
 
-    /// Nothing is merged in or hidden under this name any more: only directories where either happens need to know.
+    /// Records that nothing more is merged in or hidden for this name; needed only in directories where either happens.
     pub(super) fn decide(&mut self, name: &[u8]) -> Result<(), Error> {
         if self.task.full || self.task.hidden {
             self.share.hold((name.len() + IN_SET) as u64)?;
@@ -428,7 +430,7 @@ impl Directory<'_> {
         Ok(())
     }
 
-    /// Nothing is merged in under this name: only directories where that happens need to know.
+    /// Records that nothing is merged in for this name; needed only in directories where that happens.
     fn delete(&mut self, name: Vec<u8>) -> Result<(), Error> {
         if self.task.full {
             self.share.hold((name.len() + IN_SET) as u64)?;
@@ -437,14 +439,14 @@ impl Directory<'_> {
         Ok(())
     }
 
-    /// A subdirectory to be walked.
+    /// Queues a subdirectory.
     pub(super) fn later(&mut self, index: u32, task: Task) -> Result<(), Error> {
         self.share.keep(task.weight())?;
         self.tasks.push((index, task));
         Ok(())
     }
 
-    /// Names in a directory of the base, of which some may be deleted there.
+    /// Returns the names in a directory of the base, some of which may be deleted there.
     pub(super) fn base_names(&mut self, stack: &Stack) -> Result<BTreeSet<Vec<u8>>, Error> {
         let (walker, share) = (self.walker, &mut self.share);
         let room = |length: usize| {

@@ -1,4 +1,4 @@
-//! What is on disk of one name: status and attributes, as the container sees them.
+//! Reads the status and the attributes of one name on disk, as seen in the container.
 
 use std::ffi::CString;
 use std::os::fd::AsFd;
@@ -24,7 +24,7 @@ pub(super) const SET_ID: u16 = 0o6000;
 /// The attribute that holds file capabilities.
 pub(super) const CAPABILITY: &[u8] = b"security.capability";
 
-/// Attributes of one entry, sorted by what becomes of them.
+/// Attributes of one entry, by purpose.
 #[derive(Default)]
 pub(in crate::layer::scan) struct Attributes {
     pub(super) kept: Vec<Xattr>,
@@ -36,7 +36,7 @@ pub(in crate::layer::scan) struct Attributes {
 }
 
 impl Walker<'_> {
-    /// Whether an entry is what it was in the earlier scan, so that everything that was found out about it holds.
+    /// Returns whether an entry is unchanged since the earlier scan, so that all its facts are still valid.
     pub(in crate::layer::scan) fn holds(
         &self,
         earlier: &Earlier<'_>,
@@ -102,7 +102,7 @@ impl Walker<'_> {
         })
     }
 
-    /// The maps from the ids in `root` to the container's: of users, of groups.
+    /// Returns the maps from the ids in `root` to the container's: users, groups.
     fn ids_of(&self, root: u16) -> (&[IdMapping], &[IdMapping]) {
         if self.id_mapped.get(usize::from(root)) == Some(&true) {
             (&self.stored_ids.0, &self.stored_ids.1)
@@ -111,7 +111,9 @@ impl Walker<'_> {
         }
     }
 
-    /// Owner and group, as the container sees them, of something at `path` in `root`.
+    /// Returns owner and group, as seen in the container, of the inode at `path` in `root`.
+    ///
+    /// Fails if either is outside the container's ID map.
     pub(super) fn owner_of(
         &self,
         stat: &Stat,
@@ -132,7 +134,8 @@ impl Walker<'_> {
         ))
     }
 
-    /// Attributes of what `at` names in the upper, told apart; `dropped` collects the names of those that stay behind.
+    /// Returns the attributes of `at` in the upper, by purpose; appends the names of those that are left out to
+    /// `dropped`.
     pub(in crate::layer::scan) fn attributes_of(
         &self,
         at: impl Into<Vec<u8>>,
@@ -201,7 +204,7 @@ impl Walker<'_> {
         }
     }
 
-    /// Status and kept attributes of something in a lower.
+    /// Returns the status and the kept attributes of an entry of a lower.
     pub(super) fn base_facts(&self, place: &Place) -> Result<(Stat, Vec<Xattr>), Error> {
         let root = &self.lowers.roots[usize::from(place.root)];
         let fail = |source| read_error(root.path(), &place.path, source);

@@ -1,4 +1,5 @@
-//! The scan out of the list: what equals the base and what only the runtime made needs no entry.
+//! Turns the list of entries into the scan: leaves out entries that equal the base and those that only the runtime
+//! created.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,7 +11,9 @@ use crate::layer::scan::rows::Rows;
 use crate::layer::scan::{Clock, Error, Extra, Flags, Kind, Report, Roots, Sample, Scan};
 use crate::node::overlay::root::Root;
 
-/// Takes out what needs no entry, and puts the scan together.
+/// Removes the entries that are not needed and assembles the scan.
+///
+/// Fails if the scan cannot be represented in a layer.
 pub(in crate::layer::scan) fn finish(
     mut rows: Rows,
     opened: Arc<Vec<Root>>,
@@ -35,7 +38,7 @@ pub(in crate::layer::scan) fn finish(
     })
 }
 
-/// Paths of which something holds, as they were found now or by the scan before this one.
+/// Returns the paths of entries whose extra satisfies `holds`, including those taken over from an earlier scan.
 fn having(rows: &Rows, holds: impl Fn(&Extra) -> bool) -> Sample<String> {
     let mut found = Sample::default();
     if !rows.extras().any(&holds) {
@@ -51,7 +54,7 @@ fn having(rows: &Rows, holds: impl Fn(&Extra) -> bool) -> Sample<String> {
     found
 }
 
-/// Takes out what needs no entry: what equals the base, and what only the runtime made. The root stays.
+/// Removes the entries that equal the base or were created only by the runtime. The root stays.
 fn prune(rows: &mut Rows) {
     let mut groups: HashMap<(u16, u64), Vec<u32>> = HashMap::new();
     for (index, entry) in (0..).zip(rows.iter()) {
@@ -62,7 +65,7 @@ fn prune(rows: &mut Rows) {
                 .push(index);
         }
     }
-    // A group of hard links is left out as a whole or not at all: half of it would be another file.
+    // A hard link group is left out as a whole or not at all: a part of it would be another file.
     for group in groups.values() {
         let base = |&index: &u32| {
             let entry = rows.entry(index);
@@ -87,7 +90,7 @@ fn prune(rows: &mut Rows) {
     let mut inside = vec![false; count];
     let mut keep = vec![false; count];
     let mut real = false;
-    // Children stand behind their parents: backwards, each parent is seen after all of its children.
+    // Children follow their parents: backwards, each parent comes after all of its children.
     for index in (1..count).rev() {
         let flags = rows.flags(index as u32);
         let parent = rows.parent(index as u32);
@@ -106,7 +109,8 @@ fn prune(rows: &mut Rows) {
     }
     real |= count > 0 && !rows.flags(0).has(Flags::SILENT);
     for index in 1..count {
-        // What equals the base stays, silently: when it changes, that has to be told from what is new.
+        // An entry equal to the base stays as a silent one: if it changes later, that must be distinguished from a new
+        // entry.
         dropped[index] |= dropped[rows.parent(index as u32) as usize];
         if !(keep[index] && real) {
             rows.flags_mut(index as u32).set(Flags::SILENT);

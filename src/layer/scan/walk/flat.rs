@@ -1,37 +1,38 @@
-//! The directories' entries, put into one list in the order of the layer.
+//! Combines the entries of all directories into one list in the order of the layer.
 
 use super::Task;
 use crate::layer::scan::rows::{Rows, Shelf};
 use crate::layer::scan::{Entry, Extra, Flags, Kind};
 
-/// What walking one directory gives, as long as it is walked.
+/// Result of walking one directory, while the walk of it lasts.
 #[derive(Default)]
 pub(in crate::layer::scan) struct Output {
     pub(super) id: u32,
     pub(in crate::layer::scan) entries: Vec<Entry>,
     pub(super) names: Vec<u8>,
     pub(super) extras: Vec<Extra>,
-    /// Index of each entry (in this output) that is as it was, and that of the earlier scan's.
+    /// Index (in this output) of each unchanged entry, and its index in the earlier scan.
     pub(super) kept: Vec<(u32, u32)>,
-    /// Something was left out here that the runtime had made.
+    /// Whether an entry made by the runtime was left out here.
     pub(super) stubs: bool,
-    /// The entries are not all that is here.
+    /// Whether the directory contains more than these entries.
     pub(super) partial: bool,
-    /// The directory was read in more than one piece: a name may be here twice.
+    /// Whether the directory was read in more than one piece, so that a name may occur twice.
     pub(super) in_pieces: bool,
 }
 
-/// What walking one directory gave. What is new in it lies on a shelf by now, as much memory as a scan is made of.
+/// Result of walking one directory, in compact form: its new entries are on a shelf, in the same representation as in
+/// the scan.
 pub(in crate::layer::scan) struct Walked {
     pub(in crate::layer::scan) id: u32,
-    /// Number of the shelf, and of the first new entry there.
+    /// Number of the shelf, and index of the first new entry there.
     shelf: u32,
     first: u32,
-    /// Of each entry.
+    /// By entry.
     flags: Box<[Flags]>,
-    /// As [`Output::kept`], sorted.
+    /// Like [`Output::kept`], sorted.
     kept: Box<[(u32, u32)]>,
-    /// Index of each subdirectory that is walked, and its output, sorted.
+    /// Index of each walked subdirectory and the number of its output, sorted.
     children: Box<[(u32, u32)]>,
     stubs: bool,
     partial: bool,
@@ -43,7 +44,7 @@ impl Output {
         &self.names[at..at + usize::from(entry.name_len)]
     }
 
-    /// Puts what is new onto a shelf. Returns the number of the first.
+    /// Moves the new entries to a shelf. Returns the index of the first.
     fn shelve(&mut self, shelf: &mut Shelf) -> u32 {
         let first = shelf.len();
         let mut kept = self.kept.iter().map(|&(at, _)| at).peekable();
@@ -60,7 +61,8 @@ impl Output {
         first
     }
 
-    /// What is kept of it, with the numbers of the subdirectories' outputs to be filled in. `number` is the shelf's.
+    /// Converts to the compact form; the numbers of the subdirectories' outputs have yet to be filled in. `number` is
+    /// that of the shelf.
     pub(super) fn finish(
         mut self,
         number: u32,
@@ -81,14 +83,14 @@ impl Output {
 }
 
 impl Walked {
-    /// Gives the subdirectories, in their order, the numbers of their outputs.
+    /// Sets the numbers of the subdirectories' outputs, in their order.
     pub(super) fn number(&mut self, ids: impl Iterator<Item = u32>) {
         for (child, id) in self.children.iter_mut().zip(ids) {
             child.1 = id;
         }
     }
 
-    /// Notes on a directory's entry what walking it told.
+    /// Sets the flags of a directory's entry that result from walking it.
     pub(in crate::layer::scan) fn mark(&self, directory: &mut Flags) {
         for (is, flag) in [(self.stubs, Flags::STUBS), (self.partial, Flags::PARTIAL)] {
             if is {
@@ -99,33 +101,33 @@ impl Walked {
         }
     }
 
-    /// How many entries it has.
+    /// Returns the number of entries.
     pub(in crate::layer::scan) fn len(&self) -> usize {
         self.flags.len()
     }
 }
 
-/// An entry of a directory that was walked.
+/// An entry of a walked directory.
 pub(in crate::layer::scan) struct Next {
     pub(in crate::layer::scan) flags: Flags,
     pub(in crate::layer::scan) from: From,
-    /// The output of a subdirectory that was walked.
+    /// The output of the subdirectory, if it was walked.
     pub(in crate::layer::scan) child: Option<u32>,
 }
 
-/// Where an entry is to be had.
+/// Where an entry is stored.
 pub(in crate::layer::scan) enum From {
-    /// Number of its shelf, and its number there.
+    /// Number of its shelf, and its index there.
     Shelf(u32, u32),
     /// Its index in the earlier scan.
     Earlier(u32),
 }
 
-/// A directory that was walked, entry after entry.
+/// Iterates over the entries of a walked directory.
 pub(in crate::layer::scan) struct Cursor {
     walked: Walked,
     at: u32,
-    /// Of what is kept, and of the children: how many were passed.
+    /// Number of kept entries and of children that were passed.
     kept: usize,
     children: usize,
 }
@@ -173,7 +175,7 @@ impl Iterator for Cursor {
     }
 }
 
-/// Puts a directory's entries into the order of the layer.
+/// Sorts a directory's entries into the order of the layer.
 pub(super) fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Vec<(u32, Task)>) {
     let mut order: Vec<u32> = (0..output.entries.len() as u32).collect();
     if output.in_pieces {
@@ -212,18 +214,18 @@ pub(super) fn sorted(mut output: Output, tasks: Vec<(u32, Task)>) -> (Output, Ve
     (output, tasks)
 }
 
-/// Place of an entry that is not taken over.
+/// Index of an entry that is dropped.
 const GONE: u32 = u32::MAX;
 
-/// Of names that came twice leaves that which was looked at last: `order` are the entries as they came.
+/// Keeps, of names that occur twice, the one read last; `order` holds the entries in the order of reading.
 fn only_last(output: &Output, order: &mut Vec<u32>) {
     let name = |at: u32| output.name(&output.entries[at as usize]);
-    // The mark of an opaque directory has no name.
+    // The marker of an opaque directory has no name.
     order.sort_unstable_by(|&a, &b| name(a).cmp(name(b)).then(b.cmp(&a)));
     order.dedup_by(|later, kept| name(*later) == name(*kept));
 }
 
-/// Adds entries each of which is in the one before. The index of the last.
+/// Adds a chain of entries, each the parent of the next. Returns the index of the last.
 pub(in crate::layer::scan) fn append_chain(rows: &mut Rows, mut chain: Output) -> u32 {
     let mut shelf = Shelf::default();
     chain.shelve(&mut shelf);
@@ -235,7 +237,7 @@ pub(in crate::layer::scan) fn append_chain(rows: &mut Rows, mut chain: Output) -
     parent
 }
 
-/// Outputs by their numbers.
+/// Returns the outputs indexed by their numbers.
 pub(in crate::layer::scan) fn by_id(outputs: Vec<Walked>, count: u32) -> Vec<Option<Walked>> {
     let mut by_id = Vec::new();
     by_id.resize_with(count as usize, || None);
@@ -246,7 +248,7 @@ pub(in crate::layer::scan) fn by_id(outputs: Vec<Walked>, count: u32) -> Vec<Opt
     by_id
 }
 
-/// Parents first, each directory's content right after it.
+/// Combines all outputs into rows: parents first, each directory's content immediately after it.
 pub(super) fn flatten(top: Output, walk: super::Walk) -> Rows {
     let mut rows = Rows::default();
     rows.reserve(top.entries.len() + walk.outputs.iter().map(Walked::len).sum::<usize>());
@@ -265,7 +267,7 @@ pub(super) fn flatten(top: Output, walk: super::Walk) -> Rows {
             open.pop();
             continue;
         };
-        // Nothing is kept of an earlier scan where there is none.
+        // Without an earlier scan there are no kept entries.
         let From::Shelf(shelf, number) = from else {
             continue;
         };

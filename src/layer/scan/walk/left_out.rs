@@ -1,4 +1,4 @@
-//! What the rules keep out of the layer, and what is noted of it.
+//! Applies the exclusion rules to the entries of a directory, and records what they leave out.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -11,14 +11,15 @@ use crate::node::overlay::lower::{Found, basename};
 use crate::node::overlay::root::{read_link_at, stat_at};
 use crate::node::overlay::volume::{Look, Volume};
 
-/// Bytes of the longest path that can be unpacked: `PATH_MAX` (4096) less what Podman, umoci and others put in front, the
-/// directory that they unpack into.
+/// Length in bytes of the longest path that can be unpacked: `PATH_MAX` (4096) less the prefix of the directory into
+/// which Podman, umoci and others unpack.
 const LONGEST_PATH: usize = 3840;
-/// What a deletion has in front of the name.
+/// Prefix of a whiteout's name.
 const WHITEOUT: &[u8] = b".wh.";
 
 impl Directory<'_> {
-    /// Asks the rules, and notes what they leave out. No file type means a whiteout.
+    /// Applies the rules, and records the entry if it is left out; returns whether it is. No file type means a
+    /// whiteout.
     pub(super) fn left_out(
         &mut self,
         path: &[u8],
@@ -27,7 +28,7 @@ impl Directory<'_> {
         link: Option<&[u8]>,
         in_base: bool,
     ) -> bool {
-        // What is there is left out, and what a deletion would be called is no shorter.
+        // The entry itself is left out, and the name of a whiteout for it is not shorter.
         let mark = file_type.map_or(WHITEOUT.len(), |_| 0);
         if path.len() + mark > LONGEST_PATH {
             self.note_left_out(path, Reason::PathTooLong);
@@ -65,14 +66,15 @@ impl Directory<'_> {
         });
     }
 
-    /// Leaves out what the container may not read itself. Looked at again each time: it may come to be readable.
+    /// Leaves out an entry that the container itself may not read. It is inspected on every scan, as it may become
+    /// readable.
     pub(super) fn note_unreadable(&mut self, name: &[u8], path: &[u8]) -> Result<(), Error> {
         self.report.unreadable.add(escape::path(path));
         self.output.partial = true;
         self.decide(name)
     }
 
-    /// The status of a name in the directory; none where there is nothing to be put into the layer, which is noted.
+    /// Returns the status of a name in the directory; `None` if nothing is to be added to the layer, which is recorded.
     pub(super) fn status(
         &mut self,
         dir: BorrowedFd<'_>,
@@ -103,7 +105,7 @@ impl Directory<'_> {
         Ok(None)
     }
 
-    /// Opens for a closer look what has the status `stat`; none where it is not there any more, or may not be read.
+    /// Opens an entry with the status `stat` for inspection; returns `None` if it is gone or may not be read.
     pub(super) fn readable(
         &mut self,
         volume: &Volume,
@@ -130,7 +132,7 @@ impl Directory<'_> {
         let may = match (volume.root().who(), file_type) {
             (Some(who), FileType::RegularFile) => who.may_read(&handle, false).map_err(failed)?,
             (Some(who), FileType::Directory) => who.may_read(&handle, true).map_err(failed)?,
-            // There is nothing to read in others but what their directory tells.
+            // Other types have no content beyond their directory entry.
             _ => true,
         };
         if !may {
@@ -139,7 +141,7 @@ impl Directory<'_> {
         Ok(may.then_some(handle))
     }
 
-    /// Whether a link's target in the same directory of the merged tree is missing or an empty file.
+    /// Returns whether a link's target in the same directory of the merged tree is missing or an empty file.
     pub(super) fn leads_nowhere(
         &self,
         dir: BorrowedFd<'_>,
@@ -147,7 +149,8 @@ impl Directory<'_> {
         path: &[u8],
     ) -> Result<bool, Error> {
         let mut name = link.to_vec();
-        // A few links in a row are usual (`libx.so -> libx.so.1 -> libx.so.1.2`); what goes elsewhere is not looked at.
+        // Short chains of links are common (`libx.so -> libx.so.1 -> libx.so.1.2`); links to other directories are not
+        // followed.
         for _ in 0..8 {
             if name.contains(&b'/') {
                 return Ok(false);

@@ -1,4 +1,4 @@
-//! Hard links: names that are not in the upper, and yet are of a file that is.
+//! Checks hard links: names that are not in the upper but belong to a file that is.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use crate::layer::scan::rows::Rows;
 use crate::layer::scan::{Entry, Error, Kind, Sample};
 use crate::node::overlay::lower::Found;
 
-/// Hard links that the container sees of an indexed file (`ovl_get_nlink` in the kernel's `util.c`).
+/// Returns the hard link count of an indexed file as seen in the container (`ovl_get_nlink` in the kernel's `util.c`).
 pub(super) fn indexed_nlink(mark: &[u8], stat: &Stat, base: &Found) -> Option<u32> {
     let (of, difference) = mark.split_first()?;
     let difference: i64 = std::str::from_utf8(difference).ok()?.parse().ok()?;
@@ -21,7 +21,8 @@ pub(super) fn indexed_nlink(mark: &[u8], stat: &Stat, base: &Found) -> Option<u3
     u32::try_from(on_disk + difference).ok()
 }
 
-/// With `index=on` a base file's other names change with the one that was written to, without being in the upper.
+/// Fails if names of a hard link group are missing: with `index=on`, a write through one name of a base file changes
+/// the others as well, although they are not in the upper.
 pub(super) fn check_indexed(rows: &Rows) -> Result<(), Error> {
     if rows.extras().all(|extra| extra.indexed_nlink.is_none()) {
         return Ok(());
@@ -48,7 +49,7 @@ pub(super) fn check_indexed(rows: &Rows) -> Result<(), Error> {
     Ok(())
 }
 
-/// Files taken from a lower (a renamed directory's) of which the lower has more names than were taken.
+/// Returns the files taken from a lower (by a renamed directory) that have more names in the lower than were taken.
 pub(super) fn split_links(rows: &Rows) -> Sample<String> {
     let linked = |e: &Entry| e.root != 0 && e.kind != Kind::Dir && e.nlink > 1;
     let mut names: HashMap<(u16, u64), u32> = HashMap::new();

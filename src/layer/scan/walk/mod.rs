@@ -1,8 +1,10 @@
-//! The walk: directories from a shared queue, one at a time a thread, put into the layer's order at the end.
+//! The walk of a tree: threads take directories from a shared queue, and the results are put into the order of the
+//! layer at the end.
 //!
-//! `queue` hands out the directories, `directory` reads one, `entry` what is on disk of one name, `moved` finds what lies
-//! elsewhere, `base` compares with what the image has, `left_out` asks the rules, `top` sees to what is above, `flat` puts
-//! all into one list, `links` counts its hard links, `finish` takes out what needs no entry.
+//! `queue` distributes the directories, `directory` reads one, `entry` reads status and attributes of one name, `moved`
+//! resolves redirects and metacopy, `base` compares with the base, `left_out` applies the exclusion rules, `top`
+//! creates the entries above the tree, `flat` combines everything into one list, `links` checks hard link counts, and
+//! `finish` removes unneeded entries.
 
 mod base;
 mod directory;
@@ -42,29 +44,29 @@ use crate::node::overlay::xattr::Namespace;
 
 /// A directory to be walked.
 pub(super) struct Task {
-    /// Index of its output.
+    /// Number of its output.
     pub(super) id: u32,
     pub(super) depth: u32,
     /// Path in the layer.
     pub(super) path: Vec<u8>,
-    /// The earlier scan's directory of this path, if what it says of what is in it holds where nothing changed.
+    /// The earlier scan's directory at this path, if its entries are still valid where nothing changed.
     pub(super) earlier: Option<u32>,
-    /// Whether the upper has it (then under the same path).
+    /// Whether the directory is in the upper (then at the same path).
     pub(super) upper: bool,
-    /// What the overlay merges beneath the upper's.
+    /// Directories of the lowers that the overlay merges below that of the upper.
     pub(super) merge: Stack,
-    /// What the base has at the layer's path.
+    /// Directories of the base at the path in the layer.
     pub(super) base: Stack,
-    /// The directory was moved here: all that is merged must be in the layer, not the upper's part alone.
+    /// The directory was moved here: all merged content goes into the layer, not only the upper's part.
     pub(super) full: bool,
-    /// What the base has here must not shine through.
+    /// The base's content here has to be hidden.
     pub(super) hidden: bool,
-    /// The same, but what the base has here is not known.
+    /// Like `hidden`, but the base's content is unknown.
     pub(super) opaque: bool,
 }
 
 impl Task {
-    /// Bytes that it takes until it is done.
+    /// Returns the memory, in bytes, that it takes until it is done.
     pub(super) fn weight(&self) -> u64 {
         let places = self.merge.iter().chain(&self.base);
         let places: usize = places
@@ -74,15 +76,15 @@ impl Task {
     }
 }
 
-/// What a walk gave.
+/// Result of a walk.
 pub(super) struct Walk {
-    /// Those of the directories that it began with are numbered as they came.
+    /// The outputs; those of the initial directories are numbered in their order.
     pub(super) outputs: Vec<Walked>,
-    /// How many numbers there are.
+    /// Number of outputs.
     pub(super) count: u32,
-    /// What lies where the outputs say, by number.
+    /// Shelves that the outputs refer to, by number.
     pub(super) shelves: Vec<Shelf>,
-    /// What there is to tell.
+    /// Findings of the walk.
     pub(super) report: Report,
 }
 
@@ -91,15 +93,15 @@ pub(super) struct Walker<'a> {
     pub(super) lowers: &'a Lowers,
     lowers_known: bool,
     namespace: Namespace,
-    /// What is walked instead of an upper directory: nothing in it is a mark of an overlay's, and nothing that the base
-    /// has at its path is to be seen.
+    /// The volume walked instead of an upper directory: nothing in it is a mark of an overlay, and the base's content
+    /// at its path is invisible.
     volume: Option<&'a Volume>,
     pub(super) options: &'a Options<'a>,
-    /// Which roots are mounted ID-mapped for the container: 0 the upper, n the lower `n - 1`.
+    /// Whether each root is mounted ID-mapped for the container: 0 is the upper, n the lower `n - 1`.
     id_mapped: Vec<bool>,
-    /// Users and groups of those.
+    /// User and group maps for those.
     stored_ids: (Vec<IdMapping>, Vec<IdMapping>),
-    /// What is held against, where the tree was scanned before.
+    /// The earlier scan of the tree, if there is one.
     pub(super) earlier: Option<&'a Earlier<'a>>,
     queue: Mutex<Queue>,
     changed: Condvar,
@@ -129,7 +131,7 @@ pub(super) fn walk(roots: &Roots, options: &Options<'_>) -> Result<Scan, Error> 
     finish(rows, Arc::new(all_roots), roots, clock, report)
 }
 
-/// Opens the directories of an overlay, if their marks can be read.
+/// Opens the directories of an overlay. Fails if its marks cannot be read.
 pub(super) fn open(roots: &Roots) -> Result<(Root, Lowers), Error> {
     if roots.namespace == Namespace::Trusted && !may_read_trusted()? {
         return Err(Error::MarksUnreadable);
@@ -152,7 +154,7 @@ pub(super) fn open(roots: &Roots) -> Result<(Root, Lowers), Error> {
     Ok((upper, lowers))
 }
 
-/// Which of the opened directories are mounted ID-mapped.
+/// Returns, for each opened directory, whether it is mounted ID-mapped.
 fn id_mapped(roots: &Roots) -> Vec<bool> {
     let upper = Some(&roots.upper).filter(|_| roots.volume.is_none());
     let lowers = roots.lowers.iter().chain(&roots.data_only).map(Some);
@@ -161,7 +163,7 @@ fn id_mapped(roots: &Roots) -> Vec<bool> {
         .collect()
 }
 
-/// Directories above what is walked, the root included: none where that is the root.
+/// Returns the number of directories above the walked tree, the root included; 0 if the tree is the root.
 pub(super) fn above(volume: Option<&Volume>) -> u32 {
     volume.map_or(0, |volume| volume.above().count() as u32 + 1)
 }
@@ -196,7 +198,7 @@ impl<'a> Walker<'a> {
         }
     }
 
-    /// The directory with which all walks begin: the root, or that which is mounted.
+    /// Returns the directory at which every walk begins: the root, or the mounted directory.
     pub(super) fn root_task(&self) -> Result<Task, Error> {
         let base = self.lowers.root_stack();
         let Some(volume) = self.volume else {
@@ -241,7 +243,7 @@ impl Walker<'_> {
         read_error(self.upper.path(), path, source)
     }
 
-    /// The status of a name in a directory of what is walked; none where there is nothing, or nothing that may be seen.
+    /// Returns the status of a name in a directory of the walked tree; `None` if there is nothing, or nothing visible.
     pub(super) fn status(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
         match self.volume {
             None => stat_at(dir, name),
@@ -279,7 +281,8 @@ impl Walker<'_> {
             return over("the size of all files in bytes", bytes, "--max-size");
         }
         let hole = entry.size.saturating_sub(entry.allocated);
-        // A metacopy file is all hole here, its data are elsewhere; the bound is for what would be expanded.
+        // A metacopy file has no data in the upper and looks like one hole; the limit applies to holes that would be
+        // expanded.
         if entry.kind == Kind::File
             && self
                 .count
@@ -310,8 +313,8 @@ fn read_error(root: &Path, path: &[u8], source: io::Error) -> Error {
     }
 }
 
-/// Whether `trusted.*` attributes can be seen: CAP_SYS_ADMIN in the initial user namespace. Without it the
-/// kernel reads them as absent, and deletions would silently come back.
+/// Returns whether `trusted.*` attributes are visible: CAP_SYS_ADMIN in the initial user namespace. Without it the
+/// kernel reports them as absent, and deleted files would silently reappear.
 fn may_read_trusted() -> Result<bool, Error> {
     const CAP_SYS_ADMIN: u32 = 21;
     let read = |path: &str| {

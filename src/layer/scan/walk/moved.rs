@@ -1,5 +1,5 @@
-//! What lies elsewhere: directories that were moved here (redirect), files of which only the metadata were copied up
-//! (metacopy).
+//! Resolves content that is elsewhere: directories that were moved here (redirect), and files of which only the
+//! metadata were copied up (metacopy).
 
 use rustix::fs::{FileType, Stat};
 
@@ -11,7 +11,7 @@ use crate::layer::scan::{Elsewhere, Entry, Error, Extra, Flags, Kind};
 use crate::node::overlay::lower::{Found, Place, Stack, join};
 
 impl Directory<'_> {
-    /// In a directory that was moved here: what is merged from where it was.
+    /// Adds the entries that a moved directory merges in from its old path.
     pub(super) fn merged_entries(&mut self) -> Result<(), Error> {
         let walker = self.walker;
         for name in self.base_names(&self.task.merge)? {
@@ -94,7 +94,7 @@ impl Directory<'_> {
         Ok(())
     }
 
-    /// The directories that the overlay merges beneath the upper's directory `name`.
+    /// Returns the directories that the overlay merges below the upper's directory `name`.
     pub(super) fn merged_with(
         &self,
         name: &[u8],
@@ -108,7 +108,7 @@ impl Directory<'_> {
         };
         match found.map_err(|e| self.walker.read_error(path, e))? {
             Found::Dir { stack, .. } => Ok(stack),
-            // The kernel's view of a redirect that leads nowhere is an empty directory; ours is doubt.
+            // The kernel shows an empty directory for a redirect that leads nowhere; here it is an error.
             _ if redirect.is_some() => Err(Error::Dangling {
                 path: escape::path(path),
                 mark: "redirect",
@@ -133,7 +133,7 @@ impl Directory<'_> {
     }
 }
 
-/// The content of a file that is not where its metadata are.
+/// Returns the location of a file's content that is not with its metadata. Fails if it does not exist.
 pub(super) fn elsewhere(
     data: Option<(Place, Stat)>,
     path: &[u8],

@@ -1,4 +1,4 @@
-//! The queue of directories that the threads share: what is found below one is for whoever is free.
+//! The queue of directories that all threads share: any free thread takes the subdirectories found.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,14 +13,15 @@ use crate::layer::scan::Error;
 use crate::layer::scan::memory::Share;
 use crate::layer::scan::rows::Shelf;
 
-/// What a directory gave: its entries, the directories below it that are to be walked, by entry, and what both take.
+/// Result of one directory: its entries, the subdirectories to be walked with the indices of their entries, and the
+/// memory of both.
 pub(super) type Collected = (Output, Vec<(u32, Task)>, Share);
 
 #[derive(Default)]
 pub(super) struct Queue {
     tasks: Vec<Task>,
     outputs: Vec<Walked>,
-    /// What the threads that are done collected, by number.
+    /// Shelves of the threads that have ended, by number.
     shelves: BTreeMap<u32, Shelf>,
     working: usize,
     next_id: u32,
@@ -28,7 +29,9 @@ pub(super) struct Queue {
 }
 
 impl Walker<'_> {
-    /// Walks the directories of `tasks` and what is to be walked below them.
+    /// Walks the directories of `tasks` and their subdirectories.
+    ///
+    /// Fails with the first error of any thread.
     pub(in crate::layer::scan) fn run(&self, tasks: Vec<Task>) -> Result<Walk, Error> {
         self.run_with(tasks, &|task, own_cwd| self.directory(task, own_cwd))
     }
@@ -63,12 +66,13 @@ impl Walker<'_> {
                     Err(error) => refused = Some(error),
                 }
             }
-            // Fewer are slower. This thread cannot do it: it would lose its working directory and its rights.
+            // With fewer threads it is slower. The current thread cannot do the work: it would lose its working
+            // directory and its access rights.
             if let (true, Some(error)) = (threads.is_empty(), refused) {
                 lock(&self.queue).failed = Some(Error::Thread(error));
             }
             for thread in threads {
-                // One that panicked has said so in the queue.
+                // A thread that panicked has recorded that in the queue.
                 let _ = thread.join();
             }
         });
@@ -89,8 +93,8 @@ impl Walker<'_> {
         shelves: &mut BTreeMap<u32, Shelf>,
         directory: &(dyn Fn(&Task, bool) -> Result<Collected, Error> + Sync),
     ) {
-        // A working directory of this thread's own: attributes can only be asked for by path, and a name alone is the
-        // shortest. Where that is not granted the way leads through /proc, which takes twice as long.
+        // A working directory for this thread alone: attributes can only be read by path, and a bare name is the
+        // shortest. Where that is not permitted, the path leads through /proc, which takes twice as long.
         let own_cwd = unshare(CloneFlags::CLONE_FS).is_ok();
         let rights = self.upper.enter();
         loop {
@@ -137,7 +141,7 @@ impl Walker<'_> {
             let mut queue = lock(&self.queue);
             match result {
                 Ok((mut walked, tasks)) => {
-                    // Subdirectories get the numbers of their outputs here, where the counter is.
+                    // The output numbers of subdirectories are assigned here, where the counter is.
                     walked.number(queue.next_id..);
                     for (_, mut task) in tasks {
                         task.id = queue.next_id;
@@ -154,8 +158,8 @@ impl Walker<'_> {
     }
 }
 
-/// A thread that has a directory in hand. The others wait for what it finds there, so it must not leave without a word,
-/// whatever way it leaves.
+/// A guard for a thread that works on a directory. The other threads wait for its subdirectories, so it must report its
+/// end in any case, also on a panic.
 struct Working<'w, 'a>(&'w Walker<'a>);
 
 impl Drop for Working<'_, '_> {
@@ -170,7 +174,8 @@ impl Drop for Working<'_, '_> {
     }
 }
 
-/// A panicked thread leaves nothing half done here: every change under the lock is a whole one.
+/// Locks a mutex and ignores poisoning: every change under the lock is complete in itself, so a panic leaves no
+/// inconsistent state.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -210,7 +215,7 @@ mod tests {
         };
         let (upper, lowers) = super::super::open(&roots).unwrap();
         let walker = Walker::new(&upper, &lowers, &roots, &options, None);
-        // The other threads wait for what this one finds.
+        // The other threads wait for the subdirectories of this one.
         let ended = walker.run_with(vec![walker.root_task().unwrap()], &|_, _| {
             std::thread::sleep(std::time::Duration::from_millis(50));
             panic!("a defect, for the test");

@@ -1,4 +1,5 @@
-//! What is above all that is walked: the root, which is in the layer only if it changed, and the way to a volume.
+//! Creates the entries above the walked tree: the root, which is in the layer only if it changed, and the directories
+//! that lead to a volume.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,7 +14,7 @@ use crate::node::overlay::volume::Volume;
 use crate::node::overlay::xattr::proc_path;
 
 impl Walker<'_> {
-    /// The entry of the root directory itself; for what is mounted elsewhere, all from the root on down to it.
+    /// Returns the entry of the root directory; for a volume, the entries from the root down to it.
     pub(in crate::layer::scan) fn top(&self) -> Result<Output, Error> {
         match self.volume {
             None => self.root_entry(),
@@ -21,8 +22,8 @@ impl Walker<'_> {
         }
     }
 
-    /// The directories on the way are as the container sees them, the mounted one as it is itself. What the image has at
-    /// the root is another layer's.
+    /// Returns the chain of directories down to a volume. Those above it are as seen in the container, the mounted one
+    /// as it is itself. The root itself belongs to another layer.
     fn entries_down_to(&self, volume: &Volume) -> Result<Output, Error> {
         let mut output = Output::default();
         output.entries.push(Entry {
@@ -56,7 +57,7 @@ impl Walker<'_> {
         Ok(output)
     }
 
-    /// In the layer only if its mode, owner or attributes changed.
+    /// Returns the root's entry, which is in the layer only if its mode, owner or attributes changed.
     fn root_entry(&self) -> Result<Output, Error> {
         let stat = self
             .upper
