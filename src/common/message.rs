@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::fmt::Display;
 
-/// The longest message, in bytes: what is told of an input is as long as the input.
+/// Maximum length of a message, in bytes. Text that describes an input can be as long as the input.
 const LONGEST: usize = 8 << 10;
 
 /// An error and its causes on one line, as all of this program prints them. A cause that the text before it repeats

@@ -40,12 +40,12 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// It is written, and a crash of the machine may undo that.
+    /// The file is written, but a crash of the machine may undo that.
     #[error("{} is written, but may be lost if the machine crashes now: its directory cannot be synchronized: {source}", path.display())]
     NotLasting {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system.
         source: io::Error,
     },
     /// Something else is there already.

@@ -24,7 +24,7 @@ pub(super) fn run(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()>
     }
 }
 
-/// The role of the process of a verb; none for those that read nothing of strangers.
+/// Returns the confinement role of a verb's process, or `None` for verbs that read no untrusted input.
 pub(super) fn role(verb: &Verb) -> Option<Role> {
     match verb {
         Verb::Agent(_) => Some(Role::Agent),

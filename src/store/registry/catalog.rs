@@ -20,7 +20,7 @@ const PAGE: usize = 1000;
 const MAX_NAMES: usize = 200_000;
 /// Pages of a list: they can be empty, and there can be one after each.
 const MAX_PAGES: usize = 2_000;
-/// The longest name of a repository or a tag, in bytes: what is longer is neither.
+/// The longest name of a repository or a tag, in bytes.
 const MAX_NAME: usize = 255;
 const MAX_PAGE_BYTES: u64 = 16 << 20;
 
