@@ -186,7 +186,7 @@ fn a_page_that_stays_dirty_is_saved_as_it_is_each_time() -> Result<()> {
             "save {number} has {value}, written before it began was {before}: {}",
             saved.stderr
         );
-        // Valid while the kernel does not write the page out by itself.
+        // The page stays dirty for as long as the kernel does not write it out by itself.
         let wrote = shown()?;
         wait_until("it writes on", || shown().is_ok_and(|now| now > wrote))?;
     }
