@@ -8,7 +8,7 @@ use crate::common::digest::Digest;
 /// Version of the event lines. It is incremented when a field changes its meaning or is removed, not when one is added.
 pub const EVENT_VERSION: u32 = 1;
 
-/// The phases of a save.
+/// What a save is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "service", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]

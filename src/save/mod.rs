@@ -76,7 +76,7 @@ pub enum LayerSize {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pause {
-    /// Frozen briefly, to take what changed while the rest was read and delivered.
+    /// Frozen for an instant, to take what changed while the rest was read and delivered.
     Live,
     /// Frozen while the layer is read.
     Full,

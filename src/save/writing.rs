@@ -18,7 +18,8 @@ use crate::node::freeze::{self, Ways};
 const BESIDE: Duration = Duration::from_secs(60);
 /// The same while it is frozen: only writes from outside the container are in progress then.
 const FROZEN: Duration = Duration::from_millis(100);
-/// Asynchronous requests, which continue during a freeze, may take this part of the permitted pause.
+/// Divisor of the permitted pause: a quarter of it may be spent on waiting for asynchronous requests, which continue
+/// during a freeze.
 const PART: u32 = 4;
 
 /// Assumed if the lists of the processes are not available.

@@ -13,7 +13,7 @@ use super::mapped::{MAX_MAPS, container_pids, is_gone};
 
 /// Maximum number of descriptors that are examined. Beyond it, every way of writing is assumed.
 const MAX_DESCRIPTORS: usize = 100_000;
-/// Maximum bytes read of one descriptor's `fdinfo`: enough for the flags and the first line of a ring.
+/// Maximum bytes read of one descriptor's `fdinfo`: enough for the flags and the first word of a ring.
 const MAX_INFO: u64 = 1 << 10;
 
 /// The ways in which the processes may write.

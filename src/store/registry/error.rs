@@ -190,7 +190,7 @@ pub enum Error {
         /// The chain of causes.
         reason: String,
     },
-    /// Nothing moved for too long.
+    /// No data was transferred for too long.
     #[error("{request}: nothing moved for {}: try again later", crate::common::message::count(after.as_secs(), "second", "seconds"))]
     Silent {
         /// The request.

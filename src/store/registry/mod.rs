@@ -128,7 +128,7 @@ pub fn heard(header: &str, body: &[u8]) -> Vec<String> {
     code.into_iter().chain(message).collect()
 }
 
-/// All registries of a save. Repositories on one host share connections and tokens. Clones are the same thing.
+/// The registries of a save. Repositories on one host share connections and tokens. Clones share the same state.
 #[derive(Clone)]
 pub struct Registries {
     access: Arc<Access>,
