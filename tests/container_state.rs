@@ -502,7 +502,7 @@ fn a_root_that_the_runtime_did_not_make_is_refused() -> Outcome {
     Ok(())
 }
 
-/// Any difference between the node's own mount and the record is refused too.
+/// Anything in the node's own mount beyond the record is refused too, whatever made the mount.
 #[test]
 fn a_mount_that_is_not_the_records_is_refused() -> Outcome {
     for (node, id, lower) in [
@@ -531,7 +531,7 @@ fn a_mount_that_is_not_the_records_is_refused() -> Outcome {
             let error = find(&node.roots, id).unwrap_err();
             assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
             assert!(error.to_string().contains(why), "{error}");
-            // The container is replaced by another one after it was found.
+            // If the mount changes after the container was found, it counts as another container.
             assert!(matches!(
                 recheck(&node.roots, &container),
                 Err(Error::Gone { .. })

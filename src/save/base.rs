@@ -532,7 +532,7 @@ struct Bar<'a> {
     layers: usize,
 }
 
-/// Like [`Bar`], for use on another thread.
+/// Like `Bar`, for use on another thread.
 struct SharedBar {
     observer: Arc<dyn crate::save::event::Observer>,
     layer: usize,

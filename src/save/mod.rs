@@ -563,7 +563,7 @@ async fn stream(
     repeat(context, codec, plans, destination, bound, Ends::Later).await
 }
 
-/// Like [`stream`], for sources that can be read repeatedly. Also finishes the blobs.
+/// Like `stream`, for sources that can be read repeatedly. Also finishes the blobs.
 async fn deliver(
     context: &Context,
     codec: (Compression, u32),

@@ -56,7 +56,7 @@ impl Session {
         Self::on(kind, None, mounts)
     }
 
-    /// Like [`Session::with`], with the storage on a file system of its own, made by `mkfs`.
+    /// Like `Session::with`, with the storage on a file system of its own, made by `mkfs`.
     fn on(
         kind: Base,
         mkfs: Option<&'static str>,

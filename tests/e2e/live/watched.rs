@@ -107,7 +107,7 @@ impl Watched {
         }
     }
 
-    /// Like [`Watched::until`], but answers every request for the list meanwhile: the save also searches it for rings
+    /// Like `Watched::until`, but answers every request for the list meanwhile: the save also searches it for rings
     /// of io_uring.
     pub fn until_answering(&self, what: &str) -> Result<()> {
         let started = std::time::Instant::now();
