@@ -1,4 +1,4 @@
-//! `upperdeck bench` as scripts meet it: figures that can be read, nothing left behind, errors that say why.
+//! Tests of `upperdeck bench` as scripts use it: readable figures, no files left behind, errors with a reason.
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -29,7 +29,7 @@ fn empty(dir: &Path) -> std::io::Result<bool> {
     Ok(std::fs::read_dir(dir)?.next().is_none())
 }
 
-/// Runs it with JSON output, small and short.
+/// Runs it with JSON output, on a small tree and for a short time.
 fn report(scratch: &Path, args: &[&str]) -> Result<Value, Box<dyn std::error::Error>> {
     let short = [
         "--rounds", "2", "--codec", "gzip:1", "--codec", "zstd:1", "--format", "json",
@@ -39,7 +39,7 @@ fn report(scratch: &Path, args: &[&str]) -> Result<Value, Box<dyn std::error::Er
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// The field's numbers, all above zero.
+/// Asserts that the fields are numbers above zero.
 fn positive(object: &Value, fields: &[&str]) {
     for field in fields {
         let figure = object[field].as_f64();
@@ -109,7 +109,7 @@ fn figures_of_a_generated_tree_and_the_tree_is_gone() -> Outcome {
         );
     }
 
-    // The two that were asked for, and the one that saves are made with.
+    // The two that were requested, and the one that saves use.
     let codecs: Vec<_> = list(&report, "codecs")
         .iter()
         .map(|c| format!("{}:{}", c["compression"], c["level"]))
@@ -190,7 +190,7 @@ fn figures_of_a_generated_tree_and_the_tree_is_gone() -> Outcome {
             .iter()
             .filter_map(Value::as_str)
             .collect();
-        // What is recommended, the program takes.
+        // The program accepts the recommended options.
         let taken = Command::new(env!("CARGO_BIN_EXE_upperdeck"))
             .arg("commit")
             .args(&words)

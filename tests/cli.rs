@@ -1,4 +1,4 @@
-//! The program as scripts and people meet it: exit codes, streams, help, pages.
+//! Tests of the command line as scripts and users meet it: exit codes, streams, help, manual pages.
 
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
@@ -75,7 +75,7 @@ fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
         &["commit", "--creds", "nocolon", "web", "oci:x"],
         &["commit", "--creds", ":nouser", "web", "oci:x"],
         &["commit", "--tls-verify=maybe", "web", "oci:x"],
-        // Told before the container is looked for, which is nowhere.
+        // Reported before the container is looked up, which does not exist.
         &["commit", "-c", "CMDD x", "web", "oci:x"],
         &[
             "commit",
@@ -107,7 +107,7 @@ fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
         &["bench", "--registry", "no host"],
         &["completions", "cmd.exe"],
         &["man", "/nonexistent"],
-        // What does not exist yet is not offered.
+        // Features that do not exist yet are not offered.
         &["manager"],
         &["commit", "--include-volume", "home", "web", "oci:x"],
     ];
@@ -167,7 +167,7 @@ fn the_last_json_line_says_how_it_failed() -> Outcome {
             .is_some_and(|time| time.ends_with('Z') && time.contains('T')),
         "{last}"
     );
-    // What was given may be the password alone.
+    // The given text may be the password alone.
     assert!(!stdout.contains("hunter2") && !text(&output.stderr).contains("hunter2"));
     Ok(())
 }
@@ -210,13 +210,13 @@ fn credentials_come_from_a_file_or_a_descriptor() -> Outcome {
         "{}",
         text(&output.stderr)
     );
-    // A path that never ends.
+    // A path whose content never ends.
     let output = run(&["--creds-file", "/dev/zero"], b"")?;
     assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
     Ok(())
 }
 
-/// A FIFO (or a device: `/dev/null`) is written to, never replaced by a file.
+/// A FIFO (or a device such as `/dev/null`) is written to and never replaced by a file.
 #[test]
 fn a_layer_goes_into_a_fifo() -> Outcome {
     let dir = tempfile::tempdir()?;
@@ -394,7 +394,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
             cells.next().unwrap_or_default(),
             cells.next().unwrap_or_default(),
         );
-        // The first words are the help's own.
+        // The first words are those of the help.
         let words = meaning.split(['(', ':']).next().unwrap_or_default().trim();
         assert!(
             help.contains(&format!("  {code:<4} {words}")),
@@ -583,7 +583,7 @@ fn the_settings_that_we_hand_out_are_understood() -> Outcome {
         let printed = text(&output.stdout);
         assert!(printed.contains("running_per_user = 2    # /"), "{printed}");
     }
-    // Every flag in the units and in the compose file is one.
+    // Every flag in the units and in the compose file exists.
     let help = ["manager", "agent"].map(|verb| upperdeck(&[verb, "--help"]));
     let help: String = help
         .into_iter()

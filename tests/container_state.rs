@@ -1,4 +1,5 @@
-//! The state that real runtimes left on disk: found, told apart, proven, and harmless when it is damaged.
+//! Tests of reading the state that real runtimes leave on disk: containers are found, distinguished and their bases
+//! proven, and damaged files do no harm.
 
 #![allow(
     clippy::unwrap_used,
@@ -21,7 +22,7 @@ use upperdeck::node::overlay::xattr::Namespace;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-/// `../shared/runtime-state/NAME`, which is no part of the repository. In CI its absence is a failure.
+/// Returns `../shared/runtime-state/NAME`, which is not part of the repository. In CI its absence is a failure.
 fn recording(name: &str) -> Option<PathBuf> {
     let shared = std::env::var_os("UPPERDECK_SHARED").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"),
@@ -40,7 +41,7 @@ fn recording(name: &str) -> Option<PathBuf> {
     None
 }
 
-/// A node's root directory below which everything that a test needs is made.
+/// A root directory of a node, below which everything that a test needs is created.
 struct Node {
     dir: TempDir,
     roots: Roots,
@@ -49,7 +50,7 @@ struct Node {
 impl Node {
     fn empty() -> std::io::Result<Self> {
         let dir = TempDir::new()?;
-        // What an agent in a pod has: the node's files under a mount.
+        // The roots of an agent in a pod, which has the node's files under a mount.
         let roots = Roots {
             host_root: Some(dir.path().canonicalize()?),
             containerd: Vec::new(),
@@ -86,7 +87,7 @@ impl Node {
     }
 }
 
-/// As the node's own table shows the root that is the first line of a container's.
+/// Returns the mountinfo line of the node's own table for the root in the first line of a container's.
 fn as_mounted(mountinfo: &str, at: &str) -> String {
     let line = mountinfo.lines().next().unwrap_or_default();
     let fields: Vec<&str> = line.splitn(6, ' ').collect();
@@ -103,7 +104,7 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
         if entry.file_type()?.is_dir() {
             copy_tree(&entry.path(), &target)?;
         } else {
-            // Written anew: the recording is read-only.
+            // Rewritten instead of copied, because the recording is read-only.
             fs::write(target, fs::read(entry.path())?)?;
         }
     }
@@ -124,7 +125,7 @@ const LAYERS: [&str; 2] = [
     "sha256:f7ac7b3b051a39baf0f0c4cc9b2111a0a87d64b2c5f61d29429fda47b7f247a2",
 ];
 
-/// Where containerd mounts the root of the container.
+/// Returns the path where containerd mounts the root of the container.
 fn rootfs() -> String {
     format!("/{TASKS}/{CONTAINERD_ID}/rootfs")
 }
@@ -191,7 +192,7 @@ fn crio_node() -> Option<Node> {
     Some(node)
 }
 
-/// What both recordings have in common: the same pod of the same image.
+/// Asserts what both recordings have in common: the same pod of the same image.
 fn assert_pod(node: &Node, id: &str, pid: u32) -> Container {
     let listing = list(&node.roots);
     assert_eq!(listing.problems, []);
@@ -325,12 +326,12 @@ fn a_pod_of_crio_1_36_is_found_and_its_base_proven() {
         node.path(&format!("{CRIO}/overlay/{layer}/diff"))
     );
     assert_eq!(container.runtime_root_mode, Some(0o555));
-    // CRI-O gives its containers names as well.
+    // CRI-O gives names to its containers too.
     let name = "k8s_notebook_notebook-alice_hub_u-1795473973013157754_0";
     assert_eq!(find(&node.roots, name).unwrap().id, CRIO_ID);
 }
 
-/// A pod can write annotations; who it is comes from what the kubelet asked for.
+/// A pod can write annotations; its identity comes from the kubelet's request.
 #[test]
 fn annotations_of_a_pod_do_not_make_it_another() -> Outcome {
     let crio_sandbox = "run/crio-1.36/overlay-containers/\
@@ -401,7 +402,7 @@ fn an_unknown_name_lists_what_there_is() {
     }
 }
 
-/// A second container of the pod makes the pod's name alone ambiguous; a running sandbox does not.
+/// A second container makes the pod's name alone ambiguous; a running sandbox does not.
 #[test]
 fn a_pod_with_several_containers_needs_the_containers_name() -> Outcome {
     let Some(node) = crio_node() else {
@@ -447,8 +448,8 @@ fn a_pod_with_several_containers_needs_the_containers_name() -> Outcome {
     Ok(())
 }
 
-/// In a user namespace of its own a tenant can mount an overlay of any names it likes and make it its root: with the names
-/// that the runtime recorded, and more.
+/// In a user namespace of its own, a tenant can mount an overlay with arbitrary names and make it its root, including
+/// the names that the runtime recorded.
 #[test]
 fn a_root_that_the_runtime_did_not_make_is_refused() -> Outcome {
     for (node, id, pid) in [
@@ -475,13 +476,13 @@ fn a_root_that_the_runtime_did_not_make_is_refused() -> Outcome {
             assert_eq!((error.exit_code(), error.retryable()), (69, false));
             let listing = list(&node.roots);
             assert_eq!((listing.containers.len(), listing.problems.len()), (0, 1));
-            // A container that was honest when the save began.
+            // A container that was genuine when the save began.
             assert!(matches!(
                 recheck(&node.roots, &container),
                 Err(Error::Gone { .. })
             ));
         }
-        // Of the right file system the container's text counts for nothing.
+        // If the file system is the right one, the container's text is ignored.
         for (from, to) in [
             (",upperdir=", "::/etc,upperdir="),
             (",upperdir=", ",userxattr,upperdir="),
@@ -501,7 +502,7 @@ fn a_root_that_the_runtime_did_not_make_is_refused() -> Outcome {
     Ok(())
 }
 
-/// What the node's own mount has beside the record is refused, too, whoever made it.
+/// Anything in the node's own mount beyond the record is refused too, whatever made the mount.
 #[test]
 fn a_mount_that_is_not_the_records_is_refused() -> Outcome {
     for (node, id, lower) in [
@@ -530,7 +531,7 @@ fn a_mount_that_is_not_the_records_is_refused() -> Outcome {
             let error = find(&node.roots, id).unwrap_err();
             assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
             assert!(error.to_string().contains(why), "{error}");
-            // After the container was found, it is another one.
+            // If the mount changes after the container was found, it counts as another container.
             assert!(matches!(
                 recheck(&node.roots, &container),
                 Err(Error::Gone { .. })
@@ -542,7 +543,7 @@ fn a_mount_that_is_not_the_records_is_refused() -> Outcome {
     Ok(())
 }
 
-/// A mount in a volume that is shared with the node is in the node's table, and is the container's all the same.
+/// A mount in a volume that is shared with the node appears in the node's table, but was still made by the container.
 #[test]
 fn what_a_container_mounts_in_a_shared_volume_is_not_the_nodes_word() -> Outcome {
     for (node, id) in [
@@ -571,7 +572,7 @@ fn what_a_container_mounts_in_a_shared_volume_is_not_the_nodes_word() -> Outcome
         };
         let forged = "::/etc,userxattr,upperdir=";
         let place = "/srv/shared/new";
-        // What is looked up there leads to the runtime's own directory.
+        // A lookup of that path leads to the runtime's own directory.
         symlink(at, node.path("srv/shared/new"))?;
         node.write(
             "proc/1/mountinfo",
@@ -580,7 +581,7 @@ fn what_a_container_mounts_in_a_shared_volume_is_not_the_nodes_word() -> Outcome
         let error = find(&node.roots, id).unwrap_err();
         assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
         assert!(error.to_string().contains("not mounted where"), "{error}");
-        // Where nothing goes beyond the record, only the record counts.
+        // If no mount adds anything to the record, only the record counts.
         node.write(
             "proc/1/mountinfo",
             honest.replace(line, &with(place, ",upperdir=")),
@@ -590,7 +591,7 @@ fn what_a_container_mounts_in_a_shared_volume_is_not_the_nodes_word() -> Outcome
     Ok(())
 }
 
-/// Directories of the record are the runtime's own, below its store: no link leads elsewhere.
+/// Directories of the record are the runtime's own, below its store, so no link may lead elsewhere.
 #[test]
 fn a_directory_that_became_a_symbolic_link_is_not_followed() -> Outcome {
     for (node, id) in [
@@ -615,8 +616,9 @@ fn a_directory_that_became_a_symbolic_link_is_not_followed() -> Outcome {
     Ok(())
 }
 
-/// Where the runtime mounts in another mount namespace than the node's first process, the one that waits for the
-/// container has the mount: conmon, a shim. In a user namespace it is a user's word, and only the record counts.
+/// If the runtime mounts in a mount namespace other than that of the node's first process, the process that waits for
+/// the container (conmon, a shim) has the mount. In a user namespace, a user controls that table, and only the record
+/// counts.
 #[test]
 fn the_monitors_table_has_what_the_nodes_has_not() -> Outcome {
     let Some(node) = crio_node() else {
@@ -648,7 +650,7 @@ fn the_monitors_table_has_what_the_nodes_has_not() -> Outcome {
     assert_eq!(found.root.witness, Witness::Monitor { pid: 600, start: 4 });
     recheck(&node.roots, &found)?;
 
-    // In a user namespace of its own: the record's directories, with the attributes of users.
+    // In a user namespace of its own: the record's directories, with `user.*` attributes.
     let with =
         |from: &str, to: &str| node.write("proc/600/mountinfo", honest.replacen(from, to, 1));
     namespaces("600", "1", "11")?;
@@ -660,7 +662,7 @@ fn the_monitors_table_has_what_the_nodes_has_not() -> Outcome {
     let error = find(&node.roots, CRIO_ID).unwrap_err();
     assert!(error.to_string().contains("do not name"), "{error}");
 
-    // It stands in the container's own mount namespace: there the tenant says what is mounted.
+    // The monitor is in the container's own mount namespace, whose mounts the tenant controls.
     with("x", "x")?;
     namespaces("600", "2", "10")?;
     let error = find(&node.roots, CRIO_ID).unwrap_err();
@@ -668,7 +670,8 @@ fn the_monitors_table_has_what_the_nodes_has_not() -> Outcome {
     Ok(())
 }
 
-/// A snapshotter of its own keeps its records elsewhere: the node's mount counts, where the runtime mounts the root.
+/// A custom snapshotter keeps its records elsewhere: the node's mount at the place where the runtime mounts the root
+/// counts.
 #[test]
 fn of_another_snapshotter_the_nodes_mount_counts() -> Outcome {
     let Some(node) = containerd_node() else {
@@ -697,7 +700,7 @@ fn of_another_snapshotter_the_nodes_mount_counts() -> Outcome {
     let container = find(&node.roots, CONTAINERD_ID)?;
     assert_eq!(container.overlay.upper, node.path("other/b"));
     assert_eq!(container.overlay.lowers, [node.path("other/a")]);
-    // The container's own table names the directories that the record of overlayfs would.
+    // The container's own table names the directories that the record of overlayfs would name.
     for (device, at) in [("0:107", rootfs()), ("0:108", "/elsewhere".to_owned())] {
         node.write("proc/1/mountinfo", line(device, &at))?;
         let error = find(&node.roots, CONTAINERD_ID).unwrap_err();
@@ -747,8 +750,8 @@ fn roots_that_are_no_overlay_with_an_upper_are_refused() -> Outcome {
     Ok(())
 }
 
-/// With mapped ids runtimes mount copies of the lowers whose names are gone afterwards; the records name the originals,
-/// and they count only if they are as many as were mounted.
+/// With mapped IDs, runtimes mount copies of the lowers whose names are gone afterwards. The records name the
+/// originals, which count only if their number is that of the mounted ones.
 #[test]
 fn lowers_without_a_name_come_from_the_records() -> Outcome {
     let Some(node) = containerd_node() else {
@@ -765,7 +768,7 @@ fn lowers_without_a_name_come_from_the_records() -> Outcome {
     );
     prove_base(&node.roots, &container)?;
     assert!(container.overlay.id_mapped.is_empty());
-    // A pod with `hostUsers: false`: what was mounted so was ID-mapped for it.
+    // A pod with `hostUsers: false`: its lowers were mounted ID-mapped.
     for map in ["uid_map", "gid_map"] {
         node.write(&format!("proc/{}/{map}", container.pid), "0 100000 65536\n")?;
     }
@@ -787,7 +790,7 @@ fn a_base_is_proven_by_what_is_mounted_or_not_at_all() -> Outcome {
     };
     let container = find(&node.roots, CONTAINERD_ID)?;
 
-    // Another stack under the container than its image has.
+    // The stack under the container is not the one of its image.
     let mut other = container.clone();
     node.mkdir(&format!("{SNAPSHOTS}/3/fs"))?;
     other.overlay.lowers[0] = node.path(&format!("{SNAPSHOTS}/3/fs"));
@@ -802,13 +805,13 @@ fn a_base_is_proven_by_what_is_mounted_or_not_at_all() -> Outcome {
     let base = prove_base(&node.roots, &container)?;
     assert!(base.manifest.is_none() && base.layers.iter().all(|layer| layer.descriptor.is_none()));
     assert_eq!(Digest::of(&base.config).hex(), CONFIG);
-    // It is there under its name with other contents: not it.
+    // A file of that name with other contents is not accepted.
     fs::write(&manifest, text.replace("95054920", "95054921"))?;
     assert!(prove_base(&node.roots, &container)?.manifest.is_none());
     fs::write(&manifest, &text)?;
     assert!(prove_base(&node.roots, &container)?.manifest.is_some());
 
-    // The config is gone: nothing proves anything.
+    // The config is gone: there is no proof.
     fs::remove_file(node.path(&format!("{BLOBS}/{CONFIG}")))?;
     let error = prove_base(&node.roots, &container).unwrap_err();
     assert_eq!(error.exit_code(), 69);
@@ -821,7 +824,7 @@ fn a_base_is_proven_by_what_is_mounted_or_not_at_all() -> Outcome {
     Ok(())
 }
 
-/// A layer's blob counts only with the length that the manifest says.
+/// A layer's blob is accepted only with the length given in the manifest.
 #[test]
 fn a_local_blob_has_its_descriptors_size() -> Outcome {
     let Some(node) = containerd_node() else {
@@ -907,7 +910,7 @@ fn files_below(directory: &Path, out: &mut Vec<PathBuf>) {
     }
 }
 
-/// Everything there is, asked of a node whose files are not what they should be.
+/// Runs all queries on a node with damaged files.
 fn ask(node: &Node, id: &str) {
     let listing = list(&node.roots);
     for container in listing.containers.iter().chain(&listing.sandboxes) {
@@ -942,7 +945,7 @@ fn garbage_in_any_file_is_an_error_and_never_a_panic() -> Outcome {
                 fs::write(&file, garbage)?;
                 ask(&node, id);
             }
-            // Nothing in its place, and a directory in its place.
+            // The file is missing, or a directory is in its place.
             fs::remove_file(&file)?;
             ask(&node, id);
             fs::create_dir(&file)?;
@@ -970,7 +973,7 @@ fn what_cannot_be_read_is_a_problem_with_its_path() -> Outcome {
             "{file}: {:?}",
             listing.problems
         );
-        // The node's own mount still says what its root is, but nothing what image that is.
+        // The node's own mount still shows the root, but nothing shows the image.
         let found = find(&node.roots, CONTAINERD_ID);
         assert!(found.is_err() || prove_base(&node.roots, &found?).is_err());
         node.write(file, whole)?;
@@ -999,7 +1002,7 @@ fn walk(bucket: &bolt::Bucket<'_>, depth: usize) -> Result<usize, bolt::Error> {
     Ok(keys)
 }
 
-/// Truncations and flipped bits of a real database: read or refused, never a panic, never a hang.
+/// A real database, truncated and with flipped bits, is read or rejected; it never causes a panic or hang.
 #[test]
 fn a_real_database_can_be_damaged_at_will() -> Outcome {
     let Some(recording) = recording("containerd-2.2.1") else {
@@ -1019,13 +1022,13 @@ fn a_real_database_can_be_damaged_at_will() -> Outcome {
     for len in (0..whole.len()).step_by(4096 * 5 + 321) {
         let _ = keys(&whole[..len])?;
     }
-    // By a stride that is prime: spread over the file, and the same bits in every run.
+    // The stride is a prime: the bits are spread over the file and are the same in every run.
     let mut at = 0;
     for round in 0..400 {
         at = (at + 104_729) % whole.len();
         let mut bytes = whole.clone();
         bytes[at] ^= 1 << (round % 8);
-        // And one in a page's header, where it hurts.
+        // And one in a page header, where it does the most damage.
         let page = (round % (whole.len() / 4096)) * 4096;
         bytes[page + 8 + round % 8] ^= 1 << (round % 7);
         let _ = keys(&bytes)?;
@@ -1037,7 +1040,7 @@ const DOCKER_ID: &str = "175bcd10f408acce2d70bebe8edb74cccda20d520650eb39f044470
 const DOCKER: &str = "var/lib/docker";
 const IMAGEDB: &str = "var/lib/docker/image/overlay2/imagedb/content/sha256";
 
-/// Docker's files, as dockerd 20.10 lays them out for a container on an image of two layers.
+/// Creates Docker's files, as dockerd 20.10 writes them for a container on an image of two layers.
 fn docker_node() -> std::io::Result<(Node, Digest)> {
     let mut node = Node::empty()?;
     let diff_ids = [DiffId(Digest::of("one")), DiffId(Digest::of("two"))];
@@ -1100,7 +1103,7 @@ fn docker_node() -> std::io::Result<(Node, Digest)> {
                 "Driver":"overlay2","Config":{{"Image":"127.0.0.1:5000/library/two:1"}}}}"#
         ),
     )?;
-    // Relative, the upper too: what Docker does when the options get too long.
+    // Relative paths, including the upper: Docker does this if the options get too long.
     let root = "72 48 0:39 / / rw,relatime - overlay overlay rw,lowerdir=l/III:l/BBB:l/AAA,upperdir=cc/diff,workdir=w\n";
     node.process(77, 5, root.as_bytes(), "0 100000 65536\n")?;
     let merged = format!("/{DOCKER}/overlay2/cc/merged");
@@ -1155,7 +1158,7 @@ fn dockers_records_are_checked_against_the_mount_and_against_each_other() -> Out
     other.overlay.lowers.swap(1, 2);
     assert_eq!(prove_base(&node.roots, &other).unwrap_err().exit_code(), 69);
 
-    // The image was removed by force: no other config with the same layers is silently taken for it.
+    // The image was removed by force: another config with the same layers is not silently used instead.
     let config = fs::read_to_string(node.path(&format!("{IMAGEDB}/{}", image.hex())))?;
     for os in ["one", "two"] {
         let fake = config.replace("linux", os);
@@ -1172,7 +1175,7 @@ fn dockers_records_are_checked_against_the_mount_and_against_each_other() -> Out
         "{error}"
     );
 
-    // A directory of the layerdb whose name is not the chain of its contents.
+    // A directory of the layerdb whose name is not the chain ID of its contents.
     let bottom = Digest::of("one").hex();
     let layer = format!("{DOCKER}/image/overlay2/layerdb/sha256/{bottom}/diff");
     node.write(&layer, Digest::of("other").to_string())?;
@@ -1186,7 +1189,7 @@ fn dockers_records_are_checked_against_the_mount_and_against_each_other() -> Out
     node.write(&mount_id, "../../../../root")?;
     assert!(find(&node.roots, "lab").is_err());
 
-    // A container that runs is not passed over for want of a file about it.
+    // A running container is not skipped if a file about it is missing.
     fs::remove_file(node.path(&mount_id))?;
     let problems = list(&node.roots).problems;
     assert!(
@@ -1196,7 +1199,7 @@ fn dockers_records_are_checked_against_the_mount_and_against_each_other() -> Out
     Ok(())
 }
 
-/// Podman keeps the spec with the data and the pid with the state; with mapped ids it mounts copies of the lowers that
+/// Podman keeps the spec with the data and the PID with the state; with mapped IDs it mounts copies of the lowers that
 /// have no name afterwards.
 #[test]
 fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome {
@@ -1300,9 +1303,9 @@ fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome 
     assert_eq!(Digest::of(&base.config), image);
     assert_eq!(base.name.as_deref(), Some("localhost/two:1"));
     assert_eq!(base.layers[0].lower, Some(diff("aa")));
-    // Their names are gone: they were mounted ID-mapped, and have the container's own ids.
+    // Their names are gone: they were mounted ID-mapped, with the container's own IDs.
     assert_eq!(found.overlay.id_mapped, found.overlay.lowers);
-    // What is only local is no registry to ask.
+    // A repository that is only local is not a registry to query.
     assert_eq!(base.layers[0].repositories, ["quay.io/lab/two"]);
     assert_eq!(
         base.layers[1]
@@ -1312,7 +1315,7 @@ fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome 
         Some(7)
     );
 
-    // A layer whose whole tar nobody has seen proves nothing.
+    // A layer whose tar was never read as a whole proves nothing.
     let layers = fs::read_to_string(node.path(&format!("{root}/overlay-layers/layers.json")))?;
     node.write(
         &format!("{root}/overlay-layers/layers.json"),
@@ -1322,11 +1325,11 @@ fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome 
     Ok(())
 }
 
-/// `--userns=host` in a store of `userns-remap`: what the base has belongs to other ids than what the container writes.
+/// `--userns=host` in a store of `userns-remap`: the base's files have other IDs than those that the container writes.
 #[test]
 fn a_container_of_docker_with_other_ids_than_its_store_is_refused() -> Outcome {
     let (node, _) = docker_node()?;
-    // As userns-remap names it: by the ids that its files begin at.
+    // Named by userns-remap after the first IDs of its files.
     let (root, aside) = (node.path(DOCKER), node.path("aside"));
     fs::rename(&root, &aside)?;
     fs::create_dir(&root)?;
@@ -1367,7 +1370,7 @@ fn symlinks_below_the_host_root_stay_there() -> Outcome {
     Ok(())
 }
 
-/// What the kernel of this machine makes of names, told by the mount options it shows afterwards.
+/// Mounts made by the kernel of this machine, and the names in the mount options that it shows afterwards.
 mod real_mounts {
     use super::*;
     use rustix::fs::CWD;
@@ -1385,7 +1388,7 @@ mod real_mounts {
         }
     }
 
-    /// Whether overlays can be mounted here; in CI they must.
+    /// Returns whether overlays can be mounted here; in CI they must be.
     fn can_mount() -> bool {
         if rustix::process::geteuid().is_root() {
             return true;
@@ -1398,7 +1401,7 @@ mod real_mounts {
         false
     }
 
-    /// Mounts with the options given one by one, which need no escapes but the overlay's own.
+    /// Mounts with the options passed one by one, which need no escapes other than the overlay's own.
     fn mount(at: &Path, options: &[(&str, &Path)]) -> Result<Mounted, Box<dyn std::error::Error>> {
         fs::create_dir_all(at)?;
         let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -1455,7 +1458,7 @@ mod real_mounts {
             for path in lowers.iter().chain([&upper, &work]) {
                 fs::create_dir_all(path)?;
             }
-            // One option a layer: nothing is escaped in these, but still in upperdir and workdir.
+            // One option per layer: these need no escapes, but upperdir and workdir still do.
             let merged = base.join("m1");
             let options = [
                 ("lowerdir+", lowers[0].as_path()),
@@ -1471,7 +1474,7 @@ mod real_mounts {
                 "{name:?}"
             );
             drop(guard);
-            // All in one.
+            // All in one option.
             let merged = base.join("m2");
             let mut joined = escaped(&lowers[0]).into_os_string();
             joined.push(":");
@@ -1556,7 +1559,7 @@ mod real_mounts {
         Ok(())
     }
 
-    /// What a runtime does when the options get longer than a page.
+    /// As runtimes mount if the options get longer than a page.
     #[test]
     fn a_hundred_relative_lowers_are_found_again() -> Outcome {
         if !can_mount() {

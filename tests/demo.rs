@@ -1,11 +1,12 @@
-//! The demonstration shows what it says, as whoever runs the tests, and leaves nothing behind.
+//! Tests that the demonstration does what it prints, as the user who runs the tests, and leaves nothing behind.
 #![allow(clippy::print_stdout, reason = "why a test is ignored")]
 
 use std::process::{Command, Output};
 
 type Result = std::result::Result<(), Box<dyn std::error::Error>>;
 
-/// Runs it in a temporary directory of its own; none when this machine does not let a container be made.
+/// Runs it in a temporary directory of its own. Returns `None` if this machine does not allow a container to be
+/// created.
 fn demo(wrapper: &[&str]) -> std::result::Result<Option<Output>, Box<dyn std::error::Error>> {
     let dir = tempfile::tempdir()?;
     std::os::unix::fs::chown(dir.path(), Some(65534), Some(65534)).or_else(|error| {
@@ -15,8 +16,9 @@ fn demo(wrapper: &[&str]) -> std::result::Result<Option<Output>, Box<dyn std::er
             Err(error)
         }
     })?;
-    // Others may not enter the build directory. By a process of its own: a child that the other test forks meanwhile would
-    // hold the descriptor that this one writes to, and a program that is open for writing cannot be started.
+    // Other users may not enter the build directory. The copy is made by a separate process: a child that another test
+    // forks meanwhile would inherit the descriptor that is written to, and a program that is open for writing cannot be
+    // started.
     let program = dir.path().join("upperdeck");
     let copied = Command::new("cp")
         .args([
@@ -80,7 +82,7 @@ fn as_the_user_who_tests() -> Result {
 #[test]
 fn in_a_user_namespace() -> Result {
     if !nix::unistd::geteuid().is_root() {
-        // Then the other test is this one.
+        // The other test covers this case then.
         return Ok(());
     }
     if let Some(output) = demo(&[

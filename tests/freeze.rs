@@ -1,4 +1,5 @@
-//! Real cgroups of both versions, real processes that count, and a freezer that is killed at every moment.
+//! Tests of the freezer on real cgroups of both versions, with processes that count, including a freezer that is killed
+//! at arbitrary moments.
 #![allow(clippy::print_stderr, reason = "why a test is ignored, and figures")]
 #![allow(
     clippy::unnecessary_debug_formatting,
@@ -20,7 +21,7 @@ use upperdeck::node::freeze::{Error, Options, freeze};
 
 type Result<T = (), E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
-/// Where each version of the freezer is on this machine.
+/// A version of the freezer.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Version {
     V1,
@@ -52,7 +53,7 @@ fn next() -> u32 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// The versions that can be tried here. A machine without any skips, but not in CI.
+/// Returns the versions that can be tested here. A machine without any skips the tests, except in CI.
 fn versions() -> Vec<Version> {
     let found: Vec<_> = [Version::V1, Version::V2]
         .into_iter()
@@ -69,9 +70,9 @@ fn versions() -> Vec<Version> {
 
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// A cgroup with processes that count, in a mount namespace of their own; gone when dropped.
+/// A cgroup with processes that count, in a mount namespace of their own. Removed when dropped.
 struct Counters {
-    /// Many counting at once would starve each other.
+    /// Counters of several tests at the same time would starve each other.
     _alone: Option<MutexGuard<'static, ()>>,
     cgroup: PathBuf,
     children: Vec<Child>,
@@ -85,7 +86,7 @@ impl Counters {
         Self::beside(None, version)
     }
 
-    /// With another one already there.
+    /// Like `new`, in the mount namespace of another one if given.
     fn beside(with: Option<&Self>, version: Version) -> Result<Self> {
         let name = format!("upperdeck-test-{}-{}", std::process::id(), next());
         let cgroup = hierarchy(version).ok_or("no hierarchy")?.join(name);
@@ -111,7 +112,7 @@ impl Counters {
         Ok(path)
     }
 
-    /// A process in `cgroup`; the first makes the container's mount namespace, the others join it.
+    /// Starts a process in `cgroup`. The first one creates the container's mount namespace, the others join it.
     fn spawn(&mut self, cgroup: &Path) -> Result<u32> {
         let mut command = match self.children.first() {
             None => {
@@ -152,7 +153,7 @@ impl Counters {
             .collect()
     }
 
-    /// Every counter moves, soon: that the thaw itself is within a second is asserted where that is the promise.
+    /// Asserts that every counter advances soon. The tests that promise a thaw within a second assert that themselves.
     fn assert_runs(&self, when: &str) {
         let before = self.counts();
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -232,7 +233,7 @@ fn options() -> Options {
     }
 }
 
-/// The watchdogs that this process has as children.
+/// Returns the watchdogs among the children of a process.
 fn watchdogs(parent: u32) -> Vec<Pid> {
     let mut found = Vec::new();
     for task in fs::read_dir(format!("/proc/{parent}/task"))
@@ -312,7 +313,7 @@ fn thaws_on_drop_and_on_panic() -> Result {
     Ok(())
 }
 
-/// moby#10932: a container that was paused before is paused afterwards.
+/// moby#10932: a container that was paused before is still paused afterwards.
 #[test]
 fn a_container_paused_by_somebody_else_stays_paused() -> Result {
     for version in versions() {
@@ -339,7 +340,7 @@ fn a_container_paused_by_somebody_else_stays_paused() -> Result {
     Ok(())
 }
 
-/// Docker pauses in v1 where both are mounted; choosing v2 must not make that pause invisible.
+/// Docker pauses in v1 if both versions are mounted; choosing v2 must not hide that pause.
 #[test]
 fn a_pause_in_the_other_hierarchy_is_seen() -> Result {
     if versions().len() < 2 {
@@ -389,7 +390,7 @@ fn refuses_itself_strangers_and_the_root() -> Result {
         stranger.wait()?;
         freeze(pid, None, &options())?.thaw()?;
     }
-    // Ourselves: a process in the cgroup of this test.
+    // A process in the cgroup of this test, which includes this program.
     let mut sibling = Command::new("unshare")
         .args(["--mount", "sleep", "1000"])
         .spawn()?;
@@ -407,7 +408,7 @@ fn refuses_itself_strangers_and_the_root() -> Result {
     Ok(())
 }
 
-/// This test's own process moves into the container's cgroup, in a child of its own so that others do not suffer.
+/// The process that moves into the container's cgroup is a child of this test, so that other tests are not affected.
 #[test]
 fn refuses_when_this_program_is_in_the_cgroup() -> Result {
     for version in versions() {
@@ -426,7 +427,7 @@ fn refuses_when_this_program_is_in_the_cgroup() -> Result {
     Ok(())
 }
 
-/// A service manager inside moves itself to a child cgroup; the rest of the container is beside it.
+/// A service manager inside the container moves itself to a child cgroup; the rest of the container is beside it.
 #[test]
 fn takes_the_ancestor_that_holds_the_whole_container() -> Result {
     for version in versions() {
@@ -440,7 +441,7 @@ fn takes_the_ancestor_that_holds_the_whole_container() -> Result {
         counters.assert_stands("both");
         frozen.thaw()?;
         counters.assert_runs("both");
-        // With a stranger in the ancestor only the first process's cgroup can be had, and that is said.
+        // With a foreign process in the ancestor, only the first process's cgroup can be frozen, and this is reported.
         let mut stranger = Command::new("sleep").arg("1000").spawn()?;
         fs::write(
             counters.cgroup.join("cgroup.procs"),
@@ -456,7 +457,8 @@ fn takes_the_ancestor_that_holds_the_whole_container() -> Result {
     Ok(())
 }
 
-/// Containers inside the container, or a service with private mounts: other mount namespaces, but its own processes.
+/// Containers inside the container, or a service with private mounts: other mount namespaces, but the container's own
+/// processes.
 #[test]
 fn descendants_with_mounts_of_their_own_belong() -> Result {
     for version in versions() {
@@ -500,7 +502,7 @@ fn stands_no_longer_than_it_may() -> Result {
         let begun = Instant::now();
         let frozen = freeze(pid, None, &options)?;
         counters.assert_stands("before the deadline");
-        // This process does nothing (it hangs): the watchdog does.
+        // This process does not thaw, as if it hung, so the watchdog has to.
         while counters.is_frozen() {
             assert!(begun.elapsed() < Duration::from_secs(2));
             std::thread::sleep(Duration::from_millis(1));
@@ -521,7 +523,7 @@ fn a_killed_watchdog_ends_the_freeze() -> Result {
         let frozen = freeze(pid, None, &options())?;
         let watchdogs = watchdogs_of(&cgroup);
         assert_eq!(watchdogs.len(), 1);
-        // Nothing but SIGKILL ends it.
+        // Only SIGKILL ends the watchdog.
         for signal in [
             Signal::SIGTERM,
             Signal::SIGINT,
@@ -545,7 +547,7 @@ fn says_that_the_container_ended() -> Result {
         let mut counters = Counters::new(version)?;
         let cgroup = counters.cgroup.clone();
         let pid = counters.spawn(&cgroup)?;
-        // The same pid, another process.
+        // The same PID, but another process.
         assert!(matches!(
             freeze(pid, Some(1), &options()),
             Err(Error::Gone { .. })
@@ -553,7 +555,7 @@ fn says_that_the_container_ended() -> Result {
         let frozen = freeze(pid, None, &options())?;
         counters.children[0].kill()?;
         if version == Version::V2 {
-            // v1 holds even the killed; they die with the thaw.
+            // v1 holds even killed processes; they die with the thaw.
             counters.children[0].wait()?;
             let outcome = frozen.thaw();
             assert!(matches!(outcome, Err(Error::Gone { .. })), "{outcome:?}");
@@ -566,7 +568,7 @@ fn says_that_the_container_ended() -> Result {
             matches!(&outcome, Err(e @ Error::Gone { .. }) if e.exit_code() == 66),
             "{outcome:?}"
         );
-        // The cgroup itself removed while the guard is held.
+        // The cgroup itself is removed while the guard exists.
         let pid = counters.spawn_again(&cgroup)?;
         if version == Version::V2 {
             let frozen = freeze(pid, None, &options())?;
@@ -613,7 +615,7 @@ fn without_a_watchdog_nothing_is_frozen() -> Result {
     Ok(())
 }
 
-/// Starts this test program again as one that freezes `pid` and then hangs, in a process group of its own.
+/// Starts this test program as a process that freezes `pid` and then hangs, in a process group of its own.
 fn freezer(pid: u32, env: &[(&str, &std::ffi::OsStr)]) -> Result<Child> {
     let child = Command::new(std::env::current_exe()?)
         .args([
@@ -654,8 +656,8 @@ fn helper_freezes_and_hangs() -> Result {
     Ok(())
 }
 
-/// `kill -9` at moments swept over the whole life of a freeze, to the process and to its group. How often: a bounded
-/// number here, `UPPERDECK_TEST_KILLS` for more.
+/// Sends SIGKILL to the process and to its group, at moments spread over the whole life of a freeze. The number is
+/// limited here; `UPPERDECK_TEST_KILLS` raises it.
 #[test]
 fn runs_again_within_a_second_of_kill_9() -> Result {
     let kills: u64 = std::env::var("UPPERDECK_TEST_KILLS")
@@ -667,7 +669,7 @@ fn runs_again_within_a_second_of_kill_9() -> Result {
         let cgroup = counters.cgroup.clone();
         let pid = counters.spawn(&cgroup)?;
         counters.spawn(&cgroup)?;
-        // What one freeze takes on this machine bounds the sweep.
+        // The sweep covers the time that one freeze takes on this machine.
         let begun = Instant::now();
         let mut child = freezer(pid, &[])?;
         let mut lines = BufReader::new(child.stdout.take().ok_or("stdout")?).lines();
@@ -700,7 +702,7 @@ fn runs_again_within_a_second_of_kill_9() -> Result {
     Ok(())
 }
 
-/// A service manager, a kubelet and the out-of-memory killer end everything in a cgroup at once.
+/// A service manager, a kubelet and the out-of-memory killer end all processes of a cgroup at once.
 #[test]
 fn survives_the_end_of_the_callers_whole_cgroup() -> Result {
     let Some(unified) = hierarchy(Version::V2) else {
@@ -743,7 +745,7 @@ fn kill_and_check(child: &mut Child, counters: &Counters, group: bool) -> Result
     }
     let took = killed.elapsed();
     counters.assert_runs("killed");
-    // And it stays so: nobody freezes after the fact.
+    // It must not be frozen again later.
     std::thread::sleep(Duration::from_millis(5));
     counters.assert_runs("a moment after the kill");
     Ok(took)

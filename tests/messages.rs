@@ -1,13 +1,14 @@
-//! One way to print an error: over all texts in the source, and over what the program says when it is used wrongly.
+//! Checks that errors are printed in one way only: all texts in the source, and the messages of the program when it is
+//! used wrongly.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-/// The one place that puts an error and its causes into words.
+/// The only file that formats an error with its causes.
 const PRINTER: &str = "message.rs";
-/// Nouns of units, whose number is a bound or a measurement: of these there is one as seldom as not at all.
+/// Nouns of units. Their numbers are limits or measurements, which are as rarely one as zero.
 const UNITS: [&str; 4] = ["bytes", "ms", "ids", "rounds"];
 
 /// A source file without its tests.
@@ -42,14 +43,14 @@ fn sources() -> Result<Vec<Source>, Box<dyn std::error::Error>> {
     Ok(found)
 }
 
-/// The text literals of a piece of code.
+/// Returns the string literals of a piece of code.
 fn literals(code: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut rest = code.chars().peekable();
     while let Some(c) = rest.next() {
         match c {
             '\'' => {
-                // A character, or a lifetime.
+                // A character or a lifetime.
                 let next = rest.next();
                 if next == Some('\\') {
                     rest.next();
@@ -64,7 +65,7 @@ fn literals(code: &str) -> Vec<String> {
                     match c {
                         '"' => break,
                         '\\' => match rest.next() {
-                            // A line that goes on.
+                            // A continued line.
                             Some('\n') => while rest.next_if(|c| c.is_whitespace()).is_some() {},
                             Some('n') => text.push('\n'),
                             Some(other) => text.push(other),
@@ -81,7 +82,7 @@ fn literals(code: &str) -> Vec<String> {
     found
 }
 
-/// The attributes `#[error(...)]`, with what they stand on up to the next one.
+/// Returns the attributes `#[error(...)]`, each with the code up to the next one.
 fn errors(code: &str) -> Vec<(&str, &str)> {
     let mut found = Vec::new();
     for (at, _) in code.match_indices("#[error(") {
@@ -167,7 +168,7 @@ fn the_texts_of_errors_are_alike_and_tell_their_cause() -> Outcome {
             if text.contains('\n') {
                 say("a line end");
             }
-            // A field named so is the cause; the fields end with their brace.
+            // A field of this name is the cause; the fields end with the closing brace.
             let fields = on.split('}').next().unwrap_or_default();
             let named = fields.contains(" source: ") && !fields.contains("#[source]");
             if named && !attribute.contains("source") {
@@ -220,7 +221,7 @@ fn one_is_not_many() -> Outcome {
     ];
     let mut wrong = Vec::new();
     for source in sources()? {
-        // What is drawn for people to look at has its own form: tables, and the demonstration.
+        // Output for people has a form of its own: tables, and the demonstration.
         if ["cli/view.rs", "demo/mod.rs", "bench/report.rs"].contains(&source.name.as_str()) {
             continue;
         }
@@ -228,7 +229,7 @@ fn one_is_not_many() -> Outcome {
             for noun in nouns.iter().filter(|noun| !UNITS.contains(noun)) {
                 for (at, _) in text.match_indices(&format!("}} {noun}")) {
                     let begins = text[..at].rfind('{').unwrap_or_default();
-                    // A bound is never one.
+                    // A limit is never one.
                     if text[begins..at].starts_with("{MAX_") {
                         continue;
                     }
@@ -244,7 +245,7 @@ fn one_is_not_many() -> Outcome {
     Ok(())
 }
 
-/// A use of the program that fails.
+/// Runs the program with arguments that fail.
 fn said(directory: &Path, line: &str) -> Result<(i32, String), Box<dyn std::error::Error>> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_upperdeck"));
     let dir = directory.display().to_string();
@@ -267,12 +268,12 @@ fn said(directory: &Path, line: &str) -> Result<(i32, String), Box<dyn std::erro
     Ok((exit, String::from_utf8(done.stderr)?))
 }
 
-/// What is wrong with a message, if anything is.
+/// Returns what is wrong with a message, or `None`.
 fn judge(said: &str) -> Option<&'static str> {
     let mut lines = said.lines();
     let first = lines.next().unwrap_or_default();
     let Some(text) = first.strip_prefix("upperdeck: ") else {
-        // The parser's own, with its own hints.
+        // The argument parser's own, with its own hints.
         return (!first.starts_with("error: ")).then_some("neither a message nor a usage error");
     };
     if lines.any(|line| !line.starts_with("  ")) {

@@ -10,8 +10,8 @@ use crate::common::cancel::Cancel;
 
 /// The first signal cancels. The second ends the process immediately, and the freeze watchdog then thaws the container.
 pub(super) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
-    // Tokio panics where there is no pair to be had for the signals of this process: with these eight descriptors in hand
-    // there is one when all else that a runtime opens is open.
+    // Tokio panics if it cannot create its socket pair for the signals of this process. Eight descriptors that can be
+    // opened now leave room for that pair after everything else that a runtime opens.
     let spare: Vec<_> = (0..4)
         .map(|_| UnixStream::pair())
         .collect::<io::Result<_>>()?;

@@ -62,7 +62,7 @@ pub(super) fn table(header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
     out
 }
 
-/// To the second: the rest of an RFC 3339 time is for programs.
+/// Formats an RFC 3339 time without fractions of a second and the zone, which are only of use to programs.
 pub(super) fn time(time: Option<&str>) -> String {
     match time {
         Some(time) => time

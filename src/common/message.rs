@@ -3,23 +3,23 @@
 use std::error::Error;
 use std::fmt::Display;
 
-/// The longest message, in bytes: what is told of an input is as long as the input.
+/// Maximum length of a message, in bytes. Text that describes an input can be as long as the input.
 const LONGEST: usize = 8 << 10;
 
-/// An error and its causes on one line, as all of this program prints them. A cause that the text before it repeats
-/// already is left out, as many errors print their own cause. What is longer than 8 KiB is cut off.
+/// Formats an error and its causes as one line, as everywhere in this program. A cause is left out if the text before
+/// it contains it already, because many errors print their own cause. Text beyond 8 KiB is cut off.
 pub fn of(error: &(dyn Error + 'static)) -> String {
     joined(chain(error).map(ToString::to_string))
 }
 
-/// An error, its cause, that one's cause and so on.
+/// Returns an iterator over an error, its cause, the cause of that, and so on.
 pub fn chain<'a>(
     error: &'a (dyn Error + 'static),
 ) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |&error| error.source())
 }
 
-/// The texts of a chain of causes as one.
+/// Joins the texts of a chain of causes to one.
 pub fn joined(texts: impl IntoIterator<Item = String>) -> String {
     let mut message = String::new();
     for text in texts {
@@ -39,7 +39,7 @@ pub fn joined(texts: impl IntoIterator<Item = String>) -> String {
     message
 }
 
-/// `1 path`, `2 paths`.
+/// Formats a number with its noun: `1 path`, `2 paths`.
 pub fn count<N: Copy + Display + PartialEq + From<u8>>(number: N, one: &str, many: &str) -> String {
     let noun = if number == N::from(1) { one } else { many };
     format!("{number} {noun}")

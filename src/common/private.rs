@@ -73,7 +73,7 @@ pub fn make_dir(dir: &Path, mode: FileMode) -> io::Result<()> {
             make_dir(above.ok_or(error)?, mode)?;
             make_dir(dir, mode)
         }
-        // Where it cannot be looked at, that is what is wrong.
+        // If it cannot be examined, that error is reported.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             fs::metadata(dir)?.is_dir().then_some(()).ok_or(error)
         }

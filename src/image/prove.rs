@@ -52,7 +52,7 @@ pub enum ProveError {
         /// Group ID on disk.
         gid: u32,
     },
-    /// They are not the same.
+    /// The base and the mounted directories differ.
     #[error("the base is not what is mounted: {} between its {} (expected) and the mounted lower directories (found){}", crate::common::message::count(*count, "difference", "differences"), crate::common::message::count(*layers, "layer", "layers"), list(.first))]
     Differs {
         /// Number of layers of the base.

@@ -1,10 +1,11 @@
-//! Work that nobody else on the node is to feel: it takes the share of the cores that is left over, and that of the disks
-//! where they are shared out by cgroup; but for the moments in which a container stands still for it.
+//! Runs this process in the background, so that other programs on the node are not slowed down: it gets the share of
+//! the cores that is left over, and of the disks where cgroups control them, except while a container is frozen for it.
 //!
-//! Weights of processes count within their cgroup only, and pods have cgroups of their own: so the process moves into
-//! one at the top of the hierarchy that counts as idle as a whole (`cpu.idle`, Linux 5.15), or weighs the least. Its
-//! threads are nice besides, which is what holds where no such cgroup can be had, and orders their disk I/O last within
-//! the best-effort class (`ioprio_set(2)`). Where others leave nothing for long, the group gets a floor.
+//! Weights of processes apply only within their cgroup, and pods have cgroups of their own. The process therefore moves
+//! into a cgroup at the top of the hierarchy that is idle as a whole (`cpu.idle`, Linux 5.15) or has the lowest weight.
+//! In addition its threads are niced, which takes effect where no such cgroup is available, and puts their disk I/O
+//! last within the best-effort class (`ioprio_set(2)`). If other processes leave nothing for a long time, the group
+//! gets a minimum share.
 //!
 //! Sources: kernel `Documentation/admin-guide/cgroup-v2.rst` (`cpu.idle`, `cpu.weight`, `io.weight`, `io.prio.class`),
 //! `cgroups(7)`, `sched(7)` (autogroup and group scheduling).
@@ -22,54 +23,55 @@ mod memory;
 
 pub use memory::Bound;
 
-/// The cgroup in which such processes are. It stays: empty it costs nothing.
+/// Cgroup of background processes. It is never removed; an empty one costs nothing.
 const GROUP: &str = "upperdeck-idle";
-/// The same for processes at the usual priority whose memory is bounded.
+/// Cgroup of processes at the usual priority whose memory is limited.
 const NORMAL: &str = "upperdeck-saves";
-/// In the idle group of the unified hierarchy, where processes are without a bound on their memory: a group with groups
-/// that share out memory holds none itself.
+/// Child of the idle group in the unified hierarchy, for processes without a memory limit: a cgroup whose children
+/// distribute memory cannot contain processes itself.
 const UNBOUNDED: &str = "unbounded";
-/// The least there is.
+/// The highest nice value, which is the lowest priority.
 const NICEST: i32 = 19;
-/// Per cent of the node's cores that all processes in the background get together, where others want every core.
+/// Minimum share of all background processes together while other processes want every core, in per cent of the node's
+/// cores.
 pub const FLOOR: f64 = 2.0;
 
-/// This process, as one that nobody is to feel.
+/// This process running in the background.
 #[derive(Clone, Debug)]
 pub struct Background(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// `cgroup.procs` of the idle groups and of those that it came from, pair by pair.
+    /// Pairs of `cgroup.procs` files: of an idle group, and of the group that the process came from.
     groups: Vec<(PathBuf, PathBuf)>,
-    /// How nice it was.
+    /// The nice value before.
     usual: i32,
-    /// What it came to.
+    /// What the background priority is based on.
     holds: Holds,
 }
 
-/// What a process' place in the background rests on, the best first.
+/// What a process's background priority is based on, the best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holds {
-    /// A cgroup that runs when no other wants to.
+    /// A cgroup that runs only when no other wants to.
     Idle,
-    /// A cgroup that weighs the least.
+    /// A cgroup with the lowest weight.
     Weight,
-    /// Niceness alone: it counts within its cgroup and not against pods.
+    /// Niceness alone, which applies within its cgroup and not against pods.
     Nice,
 }
 
-/// The usual share, until it is dropped.
+/// The usual priority, until this is dropped.
 #[derive(Debug)]
 #[must_use = "the process is back in the background as soon as this is dropped"]
 pub struct Hurry(Background);
 
 impl Background {
-    /// Moves this process there, and bounds its memory where that is asked for. `host_root`: cgroup file systems that are
-    /// mounted below it are the node's. `floor`: per cent of all cores that it gets in the end, whatever others want; 0:
-    /// nothing.
+    /// Moves this process to the background, and limits its memory if `bound` is given. Cgroup file systems mounted
+    /// below `host_root` are the node's. `floor` is the minimum share in per cent of all cores that it gets after a
+    /// while, whatever other processes want; 0 means none.
     ///
-    /// What cannot be had is done without: see [`Background::holds`].
+    /// Whatever is not available is left out: see [`Background::holds`].
     pub fn enter(host_root: Option<&Path>, bound: Option<&Bound>, floor: f64) -> Self {
         let bounded = bound.and_then(|bound| bound.hold(host_root, true));
         let read = |path: &str| fs::read(path).unwrap_or_default();
@@ -80,7 +82,7 @@ impl Background {
         let mut shared = None;
         for place in places(&mounts, &own, host_root) {
             if let Some(held) = prepare(&place) {
-                // The memory and blkio hierarchies of v1 make no idle group by themselves.
+                // The memory and blkio hierarchies of v1 alone do not make a group idle.
                 if place.cpu {
                     holds = held;
                     shared = Some(place.idle.clone());
@@ -112,17 +114,17 @@ impl Background {
         background
     }
 
-    /// Bounds the memory of this process, which stays at its usual priority.
+    /// Limits the memory of this process, which keeps its usual priority.
     pub fn bound_only(host_root: Option<&Path>, bound: &Bound) {
         bound.hold(host_root, false);
     }
 
-    /// What it rests on.
+    /// Returns what the background priority is based on.
     pub fn holds(&self) -> Holds {
         self.0.holds
     }
 
-    /// The usual share of everything, for work that somebody waits for.
+    /// Returns to the usual share of everything, for work that another program waits for.
     pub fn hurry(&self) -> Hurry {
         for (_, usual) in &self.0.groups {
             join(usual);
@@ -131,7 +133,7 @@ impl Background {
         Hurry(self.clone())
     }
 
-    /// By a thread of its own, which ends with this.
+    /// Starts a thread that maintains the floor. It ends with this value.
     fn keep_floor(&self, dir: PathBuf, percent: f64) {
         let of = Arc::downgrade(&self.0);
         let group = floor::Group::new(dir);
@@ -158,26 +160,26 @@ impl Drop for Hurry {
     }
 }
 
-/// All threads of this process.
+/// Moves all threads of this process.
 fn join(procs: &Path) {
     if let Err(error) = fs::write(procs, "0") {
         tracing::debug!(path = %procs.display(), %error, "cannot move to this cgroup");
     }
 }
 
-/// Niceness is a thread's; new threads have that of the one that makes them.
+/// Sets the nice value of all threads. Niceness is an attribute of a thread; new threads inherit that of their creator.
 fn set_nice(nice: i32) {
     let Ok(tasks) = fs::read_dir("/proc/self/task") else {
         return;
     };
     let tasks = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok());
     for task in tasks.filter_map(Pid::from_raw) {
-        // Fails for a thread that has ended, and upwards without the capability.
+        // Fails for a thread that has ended, and without the capability when the priority is raised.
         let _ = rustix::process::setpriority_process(Some(task), nice);
     }
 }
 
-/// An idle group in one hierarchy, and the group that this process is in there.
+/// An idle group in one hierarchy, and this process's own group there.
 #[derive(Debug, PartialEq, Eq)]
 struct Place {
     idle: PathBuf,
@@ -186,18 +188,19 @@ struct Place {
     unified: bool,
 }
 
-/// A hierarchy that this process is in.
+/// A hierarchy that this process belongs to.
 struct Hierarchy<'a> {
-    /// The mount that shows the most of it.
+    /// The mount that shows the largest part of it.
     mount: &'a MountInfo,
-    /// This process' group there.
+    /// This process's group in it.
     path: PathBuf,
     /// The first of the wanted controllers that it has.
     controller: &'a str,
     unified: bool,
 }
 
-/// The hierarchies that have one of `wanted`, and the unified one, from `/proc/self/mountinfo` and `/proc/self/cgroup`.
+/// Returns the hierarchies that have one of `wanted`, and the unified one, from `/proc/self/mountinfo` and
+/// `/proc/self/cgroup`.
 fn hierarchies<'a>(
     mounts: &'a [MountInfo],
     own: &[u8],
@@ -249,7 +252,7 @@ fn hierarchies<'a>(
     })
 }
 
-/// An idle group in each of the hierarchies that share out cores and disks.
+/// Returns an idle group for each of the hierarchies that distribute cores and disks.
 fn places(mounts: &[MountInfo], own: &[u8], host_root: Option<&Path>) -> Vec<Place> {
     let mut places: Vec<Place> = Vec::new();
     if own.ends_with(b" (deleted)") {
@@ -277,21 +280,21 @@ fn places(mounts: &[MountInfo], own: &[u8], host_root: Option<&Path>) -> Vec<Pla
             cpu: hierarchy.unified || hierarchy.controller == "cpu",
             unified: hierarchy.unified,
         };
-        // It is there already.
+        // The process is in an idle group already.
         let inside = below.components().any(|part| part.as_os_str() == GROUP);
         places.extend((!inside).then_some(place));
     }
     places
 }
 
-/// Where in an idle group of the unified hierarchy a process is whose memory is not bounded.
+/// Returns the child of an idle group of the unified hierarchy for a process without a memory limit.
 fn unbounded(idle: &Path) -> PathBuf {
     let dir = idle.join(UNBOUNDED);
     let _ = fs::create_dir(&dir);
     if dir.is_dir() { dir } else { idle.to_owned() }
 }
 
-/// Makes the group and sets what it has. None where it can share out nothing.
+/// Creates the group and sets its attributes. Returns `None` if it can control nothing.
 fn prepare(place: &Place) -> Option<Holds> {
     let dir = &place.idle;
     let made = fs::create_dir(dir).is_ok();
@@ -300,7 +303,7 @@ fn prepare(place: &Place) -> Option<Holds> {
     }
     let set = |file: &str, value: &str| {
         let path = dir.join(file);
-        // Never made: in cgroupfs a file that is not there is a controller that is not.
+        // The file is never created: in cgroupfs, a missing file means a missing controller.
         path.exists() && fs::write(path, value).is_ok()
     };
     let disks = [
@@ -362,7 +365,7 @@ mod tests {
                 place(&format!("/cg/unified/{idle}"), "/cg/unified/kube/a", true),
             ]
         );
-        // A pod that has the node's file system mounted, and a namespace's own view beside it.
+        // A pod that has the node's file system mounted in addition to the view of its own namespace.
         let pod = "40 1 0:32 /kube/a /sys/fs/cgroup rw - cgroup2 cgroup rw\n\
             41 1 0:32 / /host/sys/fs/cgroup rw - cgroup2 cgroup rw\n";
         assert_eq!(
@@ -373,9 +376,9 @@ mod tests {
                 true
             )]
         );
-        // Nothing leads out of what is mounted.
+        // A path must not lead out of the mount.
         assert!(places_of(V1, "0::/../other\n", None).is_empty());
-        // It is there already.
+        // The process is in the idle group already.
         assert!(places_of(V1, "0::/upperdeck-idle\n", None).is_empty());
         assert!(places_of("", "0::/\n", None).is_empty());
     }

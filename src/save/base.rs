@@ -1,5 +1,6 @@
-//! Every base layer must be at the destination before a manifest may name it: there already, mounted, copied
-//! from this node or from a registry, or, when it is nowhere, made again from the directory that is mounted.
+//! Ensures that every base layer is at the destination before a manifest names it: it is there already, is mounted from
+//! another repository, is copied from this node or a registry, or, if its blob is found nowhere, is remade from the
+//! mounted directory.
 
 use std::io::Read;
 use std::str::FromStr;
@@ -20,18 +21,18 @@ use crate::store::destination::{self, BlobWriter, Destination};
 use crate::store::layout::Reader;
 use crate::store::registry;
 
-/// Questions to a registry at the same time.
+/// Maximum number of concurrent requests to a registry.
 const LOOKUPS: usize = 4;
 /// Bytes read from a local blob at a time.
 const PIECE: usize = 1 << 20;
 
-/// Where a base layer at the destination came from.
+/// The source of a base layer at the destination.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(tag = "from", rename_all = "snake_case")]
 pub enum Origin {
     /// The destination had it.
     Present,
-    /// The destination's registry took it over from another of its repositories.
+    /// The destination's registry mounted it from another of its repositories.
     Mounted {
         /// `HOST/REPOSITORY`.
         repository: String,
@@ -43,16 +44,16 @@ pub enum Origin {
         /// `HOST/REPOSITORY`.
         repository: String,
     },
-    /// Made again from the mounted directory, with a new diff ID: its blob was nowhere.
+    /// Remade from the mounted directory, with a new diff ID, because its blob was found nowhere.
     Remade,
 }
 
-/// A base layer as it is at the destination.
+/// A base layer at the destination.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Delivered {
     /// Digest of the compressed blob.
     pub digest: Digest,
-    /// Digest of its tar.
+    /// Digest of its tar (diff ID).
     pub diff_id: DiffId,
     /// Compressed size in bytes.
     pub size: u64,
@@ -72,10 +73,10 @@ impl Delivered {
     }
 }
 
-/// The descriptor of a blob.
+/// Returns the descriptor of a blob.
 pub(super) fn descriptor(media_type: &str, digest: Digest, size: u64) -> Descriptor {
     let digest = oci_spec::image::Sha256Digest::from_str(&digest.hex());
-    // 64 hex digits are a digest to everybody.
+    // 64 hex digits are always a valid digest.
     Descriptor::new(
         media_type.into(),
         size,
@@ -83,10 +84,10 @@ pub(super) fn descriptor(media_type: &str, digest: Digest, size: u64) -> Descrip
     )
 }
 
-/// What has to be known of a base layer's blob before it can be looked for.
+/// The data that is needed to look for a base layer's blob.
 struct Blob<'a> {
     digest: Digest,
-    /// 0 when it is not known.
+    /// Compressed size in bytes; 0 if unknown.
     size: u64,
     media_type: String,
     layer: &'a BaseLayer,
@@ -123,9 +124,9 @@ impl<'a> Blob<'a> {
     }
 }
 
-/// Which base layers the destination has, or takes over by itself: questions only, no content is moved.
+/// Returns which base layers the destination has, or can mount by itself. Only queries are sent; no content is moved.
 ///
-/// One answer a layer, bottom first; `None` where the content has to be brought.
+/// The result has one item per layer, bottom first; `None` if the content has to be copied.
 pub(super) async fn look_up(
     destination: &Destination,
     layers: &[BaseLayer],
@@ -140,7 +141,7 @@ pub(super) async fn look_up(
         for repository in &layer.repositories {
             if destination.mount_blob(&blob.digest, repository).await? {
                 let size = destination.has_blob(&blob.digest, blob.size()).await?;
-                // Believed only when it can be seen: some registries say yes and mean later.
+                // The blob is checked for: some registries report a mount as done before the blob is available.
                 if let Some(size) = size {
                     return Ok(Some(blob.delivered(
                         size,
@@ -160,7 +161,7 @@ pub(super) async fn look_up(
     answers.into_iter().collect()
 }
 
-/// The same, and whether the destination has room for what is missing, where it says so.
+/// Like [`look_up`], and checks that the destination has room for what is missing, if it reports its quota.
 pub(super) async fn look_up_with_room(
     destination: &Destination,
     base: &Base,
@@ -170,7 +171,7 @@ pub(super) async fn look_up_with_room(
     Ok(found)
 }
 
-/// Bytes that have to be brought, as far as their sizes are known.
+/// Returns the number of bytes that have to be copied, as far as their sizes are known.
 fn missing_bytes(base: &Base, found: &[Option<Delivered>]) -> u64 {
     let missing = base
         .layers
@@ -181,7 +182,7 @@ fn missing_bytes(base: &Base, found: &[Option<Delivered>]) -> u64 {
     sizes.fold(0, u64::saturating_add)
 }
 
-/// Brings what [`look_up`] did not find, several at the same time.
+/// Copies the layers that [`look_up`] did not find, several at a time.
 pub(super) async fn bring(
     context: &Context,
     destination: &Destination,
@@ -238,7 +239,8 @@ async fn bring_one(
     remake(context, destination, container, base, index, &bar).await
 }
 
-/// Copies a layer that is no base's from where it is known to be, or says what was tried.
+/// Copies a layer that does not belong to the base from a known source. Returns the sources that were tried if none
+/// worked.
 pub(super) async fn copy(
     context: &Context,
     destination: &Destination,
@@ -255,7 +257,7 @@ pub(super) async fn copy(
     }
 }
 
-/// The first source that gives the blob, or what was tried.
+/// Copies the blob from the first source that has it. Returns what was tried if none does.
 async fn copy_blob(
     context: &Context,
     destination: &Destination,
@@ -267,7 +269,7 @@ async fn copy_blob(
     for (name, open) in local_copies(blob, layout) {
         match copy_local(destination, blob, &*open, bar).await {
             Ok(size) => return Ok(Ok(blob.delivered(size, Origin::Local))),
-            // What is wrong with the destination will be wrong with the next source too.
+            // An error of the destination would occur with the next source too.
             Err(Copy::Destination(error)) => return Err(error),
             Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
         }
@@ -288,7 +290,7 @@ async fn copy_blob(
     Ok(Err(tried))
 }
 
-/// Which side of a copy failed.
+/// The side on which a copy failed.
 enum Copy {
     Source(String),
     Destination(Error),
@@ -300,12 +302,12 @@ impl From<crate::store::destination::Error> for Copy {
     }
 }
 
-/// A copy of a blob on this node, or why it cannot be read.
+/// An opened copy of a blob on this node, or the reason why it cannot be read.
 type Opened = Result<Box<dyn Read + Send>, String>;
-/// Opens it, as often as it has to be sent.
+/// Opens the copy anew for each attempt to send it.
 type Open<'a> = Box<dyn Fn() -> Opened + Send + Sync + 'a>;
 
-/// The blob in the runtime's store, and in the layout that `--base` names.
+/// Returns the copies of the blob in the runtime's store and in the layout that `--base` names.
 fn local_copies<'a>(blob: &'a Blob<'_>, layout: Option<&'a Reader>) -> Vec<(String, Open<'a>)> {
     let mut copies: Vec<(String, Open<'a>)> = Vec::new();
     if let Some(path) = &blob.layer.local_blob {
@@ -326,7 +328,8 @@ fn local_copies<'a>(blob: &'a Blob<'_>, layout: Option<&'a Reader>) -> Vec<(Stri
     copies
 }
 
-/// Copies until the destination has it or has failed for good: what broke is read and written again.
+/// Copies a blob until the destination has it or has failed for good. After a failure that may pass, it is read and
+/// written again.
 async fn copy_local(
     destination: &Destination,
     blob: &Blob<'_>,
@@ -375,7 +378,7 @@ async fn copy_local(
     }
 }
 
-/// A writer for another try, or the error where none is worth it.
+/// Returns a writer for another attempt, or the error if it is not retryable.
 async fn again(writer: BlobWriter, error: destination::Error) -> Result<BlobWriter, Copy> {
     if error.retryable() {
         Ok(writer.again(error).await?)
@@ -404,7 +407,7 @@ async fn copy_remote(
             match stream.next().await {
                 Ok(Some(bytes)) => {
                     size += bytes.len() as u64;
-                    // The writer blocks when the destination is slower than the source.
+                    // The writer blocks if the destination is slower than the source.
                     let written;
                     (writer, written) = tokio::task::spawn_blocking(move || {
                         let written = writer.write(bytes);
@@ -431,7 +434,7 @@ async fn copy_remote(
     }
 }
 
-/// Makes a layer from the directory that holds it unpacked, against those below it.
+/// Makes a layer from the directory that holds it unpacked, relative to the layers below it.
 async fn remake(
     context: &Context,
     destination: &Destination,
@@ -522,14 +525,14 @@ async fn remake(
     })
 }
 
-/// Whom to tell how far a base layer is.
+/// Reports the progress of a base layer.
 struct Bar<'a> {
     context: &'a Context,
     layer: usize,
     layers: usize,
 }
 
-/// The same, for another thread.
+/// Like `Bar`, for use on another thread.
 struct SharedBar {
     observer: Arc<dyn crate::save::event::Observer>,
     layer: usize,

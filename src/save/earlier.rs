@@ -1,4 +1,5 @@
-//! What this node kept of the last save of a container, if the next one can be made on top of it.
+//! Finds what this node kept of the last save of a container, decides whether the next one can be made on top of it,
+//! and keeps the next one.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,19 +16,19 @@ use crate::node::container::{Base, BaseLayer, Container, Volume};
 use crate::save::kept::{Description, Kept, Layer, Lock, Shown, Store, Unusable};
 use crate::store::destination::{Destination, Target};
 
-/// How often a save that waits for another of the same container looks.
+/// Polling interval of a save that waits for another save of the same container.
 const WAIT: Duration = Duration::from_millis(100);
 
-/// A save that another can be made on top of.
+/// An earlier save that can serve as the ground for another.
 #[derive(Debug)]
 pub(super) struct Under {
-    /// One for each tree.
+    /// One item per tree.
     pub(super) known: Vec<Known>,
-    /// Bottom first, above the base; all at the destination.
+    /// The layers above the base, bottom first; all are at the destination.
     pub(super) layers: Vec<Layer>,
 }
 
-/// What is known of earlier saves, and the place where this one is to be kept.
+/// What is known of earlier saves, and where this one is to be kept.
 #[derive(Debug)]
 pub(super) struct Earlier {
     store: Option<Store>,
@@ -38,7 +39,7 @@ pub(super) struct Earlier {
     pub(super) under: Option<Under>,
 }
 
-/// Looks for the last save of the container. Nothing that is wrong with it fails the save at hand.
+/// Looks for the last save of the container. An unusable one never fails the save at hand.
 pub(super) async fn find(
     context: &Context,
     options: &Options,
@@ -54,7 +55,7 @@ pub(super) async fn find(
         upper_inode: (0, 0),
         under: None,
     };
-    // What was read while the container ran is no ground to build on.
+    // A scan of a running container is no basis for another save.
     let Some(dir) = options
         .state_dir
         .as_ref()
@@ -104,16 +105,16 @@ pub(super) async fn find(
 
 /// What this node has of the last save.
 pub(super) enum Last {
-    /// Nothing, and that is no news.
+    /// Nothing was kept, which needs no message.
     Nothing,
-    /// Something, or a reason not to look, which says why nothing is built on it.
+    /// Something was kept, but is not used for this reason; or there was a reason not to look.
     NotUsed(String),
-    /// What the next save can be made on top of.
+    /// A save that the next one can be made on top of.
     Save(Box<Kept>),
 }
 
 impl Last {
-    /// Looks for it.
+    /// Loads the last save and checks that it can be used.
     pub(super) fn of(
         store: &Store,
         container: &Container,
@@ -137,7 +138,7 @@ impl Last {
     }
 }
 
-/// One save of a container at a time. Without a place for the lock there is none.
+/// Takes the lock that allows one save of a container at a time. Returns `None` if there is no place for the lock file.
 async fn lock(context: &Context, store: &Store, container: &Container) -> Option<Lock> {
     let mut told = false;
     loop {
@@ -159,12 +160,12 @@ async fn lock(context: &Context, store: &Store, container: &Container) -> Option
             );
             told = true;
         }
-        // Cancelling drops this.
+        // Cancellation drops this future.
         tokio::time::sleep(WAIT).await;
     }
 }
 
-/// Why a chain of layers ends here, if it does.
+/// Returns the reason why a chain of layers must not grow, if there is one.
 fn too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
     let size = |full: bool| {
         layers
@@ -183,10 +184,10 @@ fn too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
         .then(|| "what changed since the last full save is half as much as that".to_owned())
 }
 
-/// Changes that are no burden whatever the size of the full save, in bytes of tar.
+/// Size in bytes of tar up to which the changes are acceptable, whatever the size of the full save.
 const SMALL_CHAIN: u64 = 16 << 20;
 
-/// Sees to it that the layers are at the destination, or says why they are not.
+/// Ensures that the layers are at the destination. Returns the reason if they cannot be brought there.
 async fn bring(
     context: &Context,
     destination: &Destination,
@@ -236,7 +237,7 @@ fn as_base(layer: &Layer, where_kept: &str) -> BaseLayer {
     }
 }
 
-/// What was kept, as scans that new ones are held against.
+/// Returns what was kept as scans that new ones are compared with.
 pub(super) fn restored(stored: Vec<Stored>) -> Vec<Known> {
     let known = |stored: Stored| Known {
         scan: Arc::new(stored.scan),
@@ -245,7 +246,7 @@ pub(super) fn restored(stored: Vec<Stored>) -> Vec<Known> {
     stored.into_iter().map(known).collect()
 }
 
-/// What of a save's options decides what its layers show.
+/// The options of a save that determine what its layers contain.
 pub(super) struct Granted<'o> {
     pub(super) rules: &'o Rules,
     pub(super) timestamp: Option<i64>,
@@ -274,7 +275,7 @@ fn unreadable(path: &Path, source: std::io::Error) -> Error {
     })
 }
 
-/// Over everything that a scan and its layers take for granted.
+/// Returns a digest over everything that a scan and its layers depend on.
 #[allow(
     clippy::unnecessary_debug_formatting,
     reason = "quotes and escapes keep the parts apart"
@@ -286,7 +287,8 @@ pub(super) fn fingerprint(
     base: &Base,
     upper: (u64, u64),
 ) -> Result<Digest, Error> {
-    // Time stamps of what was not on disk yet may be lost with a crash, and what was written after them not.
+    // The boot is included because after a crash the time stamps of data that was not yet on disk may be lost while
+    // later data is not.
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let overlay = &container.overlay;
     let rules = granted.rules;
@@ -296,7 +298,7 @@ pub(super) fn fingerprint(
         .iter()
         .map(|mount| &mount.destination)
         .collect();
-    // Another directory may be mounted where one was, by the same name.
+    // A different directory may have been mounted at the same path.
     let volume = |volume: &Volume| {
         let stat = volume.opened.root().stat(volume.opened.at());
         let stat = stat.map_err(|source| unreadable(&volume.destination, source))?;
@@ -332,7 +334,8 @@ pub(super) fn fingerprint(
 }
 
 impl Earlier {
-    /// The layers of the image above the base: those of earlier saves that this one stands on, then its own.
+    /// Returns the layers of the image above the base: those of the earlier saves that this one builds on, then its
+    /// own.
     pub(super) fn layers(&self, taken: &Taken) -> Vec<Layer> {
         let under = self
             .under
@@ -350,7 +353,7 @@ impl Earlier {
         under.chain(new).collect()
     }
 
-    /// Keeps a save that is at its destination. That it cannot be is told, and costs the next save its time.
+    /// Keeps a save that is at its destination. A failure causes a warning, and the next save takes longer.
     pub(super) fn keep(
         &self,
         context: &Context,
@@ -377,7 +380,7 @@ impl Earlier {
             None => store.forget(&container.id),
         };
         if let Err(error) = kept {
-            // What was kept before is of an image that is older, and good for the next save all the same.
+            // What was kept before belongs to an older image and is still usable for the next save.
             context.warn(
                 "state_not_kept",
                 format!("nothing is kept for the next save: {error}"),
@@ -386,7 +389,7 @@ impl Earlier {
     }
 }
 
-/// The layers as a manifest lists them.
+/// Returns the layers as a manifest lists them.
 pub(super) fn listed(layers: &[Layer]) -> Vec<manifest::NewLayer> {
     let listed = |layer: &Layer| manifest::NewLayer {
         layer: manifest::Layer {

@@ -1,4 +1,4 @@
-//! Why a save ended without an image, told apart as the exit codes of the design want it.
+//! The errors of a save, classified as the exit codes require.
 
 use crate::common::digest::DiffId;
 use crate::image::manifest;
@@ -12,114 +12,114 @@ use crate::store::destination::{self, TargetError};
 /// Every way a save can fail.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The container or its base.
+    /// The container or its base could not be read.
     #[error(transparent)]
     Container(#[from] container::Error),
-    /// DESTINATION or `--base` is no name for an image.
+    /// DESTINATION or `--base` is not a valid image name.
     #[error(transparent)]
     Target(#[from] TargetError),
-    /// The destination, or a registry that was read from.
+    /// The destination failed, or a registry that was read from.
     #[error(transparent)]
     Destination(#[from] destination::Error),
-    /// The freezer.
+    /// The freezer failed.
     #[error(transparent)]
     Freeze(#[from] freeze::Error),
-    /// The upper directory.
+    /// The upper directory could not be scanned.
     #[error(transparent)]
     Scan(#[from] scan::Error),
-    /// A pattern of `--exclude`.
+    /// A pattern of `--exclude` is invalid.
     #[error(transparent)]
     Pattern(#[from] scan::PatternError),
-    /// Making or delivering the layer.
+    /// A layer could not be made or delivered.
     #[error(transparent)]
     Layer(#[from] layer::Error),
-    /// Manifest or config.
+    /// The manifest or config could not be made.
     #[error(transparent)]
     Manifest(#[from] manifest::Error),
-    /// The base named with `--base` is not what is mounted.
+    /// The base named with `--base` is not the one that is mounted.
     #[error(transparent)]
     Prove(#[from] ProveError),
-    /// `pid:N` says nothing about its image.
+    /// The container was given as `pid:N`, for which no image is recorded.
     #[error("nothing on disk says which image {container} stands on: name it with --base IMAGE")]
     BaseNotNamed {
-        /// As given.
+        /// The container as given.
         container: String,
     },
     /// The named base cannot be used.
     #[error("--base {name}: {reason}")]
     BaseUnusable {
-        /// As given.
+        /// The name as given.
         name: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// A base layer whose blob is nowhere, and whose directory is not mounted either.
+    /// The blob of a base layer was found nowhere, and its directory is not mounted either.
     #[error(
         "the base layer {diff_id} is in no store and no known registry, and no directory holds it unpacked"
     )]
     BaseLayerNowhere {
-        /// Which one.
+        /// Diff ID of the layer.
         diff_id: DiffId,
     },
-    /// The container would have to stand still for longer than it may.
+    /// The container would have to be frozen for longer than permitted.
     #[error(
         "reading the container takes longer than it may stand still (--max-pause, {limit_ms:.0} ms); \
          nothing was saved: raise the bound, or save with --pause none"
     )]
     PausedTooLong {
-        /// The bound, in milliseconds.
+        /// The limit in milliseconds.
         limit_ms: f64,
     },
-    /// Something about the container's processes cannot be had in time: one of them keeps the kernel waiting.
+    /// The kernel did not return data about the container's processes in time, because one of the processes blocks it.
     #[error(
         "{what} cannot be read within {seconds} s: a process of the container waits in the kernel, most likely for a file \
          system that does not answer; nothing was saved"
     )]
     Unanswered {
-        /// What was asked for.
+        /// The data that was requested.
         what: &'static str,
-        /// How long it was waited for.
+        /// The time waited, in seconds.
         seconds: u64,
     },
-    /// `--metadata-file` or `--digestfile` cannot be written: the image is saved all the same.
+    /// `--metadata-file` or `--digestfile` cannot be written. The image is saved all the same.
     #[error("the image {reference} is saved, but {path} cannot be written: {source}")]
     Report {
-        /// What was saved.
+        /// Reference of the image that was saved.
         reference: String,
-        /// Which file.
+        /// Path of the file.
         path: String,
-        /// What the system said.
+        /// The error of the system.
         source: std::io::Error,
     },
     /// A thread of this program panicked.
     #[error("a thread died; this is a defect of upperdeck")]
     Worker,
-    /// Somebody asked to stop.
+    /// The save was cancelled.
     #[error("cancelled; nothing was saved")]
     Cancelled,
 }
 
-/// The kinds that the exit codes tell apart.
+/// The kinds of errors that the exit codes distinguish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// 1
+    /// Exit code 1.
     Final,
-    /// 2
+    /// Exit code 2.
     Usage,
-    /// 66
+    /// Exit code 66.
     ContainerGone,
-    /// 69
+    /// Exit code 69.
     BaseUnproven,
-    /// 75
+    /// Exit code 75.
     Retryable,
-    /// 77
+    /// Exit code 77.
     NotPermitted,
-    /// 130
+    /// Exit code 130.
     Cancelled,
 }
 
 impl Kind {
-    /// The kind that a module's own exit code means.
+    /// Returns the kind for a module's own exit code.
     fn of_exit(code: u8) -> Self {
         match code {
             2 => Self::Usage,
@@ -134,7 +134,7 @@ impl Kind {
 }
 
 impl Error {
-    /// What kind of failure it is.
+    /// Returns the kind of the error.
     pub fn kind(&self) -> Kind {
         match self {
             Self::Container(error) => Kind::of_exit(error.exit_code()),
@@ -163,12 +163,12 @@ impl Error {
         }
     }
 
-    /// Whether it was the destination that failed, not what was read, and it may work when it is tried again.
+    /// Returns whether the destination failed, not the source, and the save may succeed when it is repeated.
     pub(super) fn may_pass_at_destination(&self) -> bool {
         matches!(self, Self::Destination(_)) && self.kind() == Kind::Retryable
     }
 
-    /// A stable name in snake case, for `--progress json` and the service.
+    /// Returns a stable name in snake case, for `--progress json` and the service.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Destination(error) if error.is_quota() => return "quota_exceeded",

@@ -1,10 +1,11 @@
-//! What a save tells the outside while it runs: one event type for the bar, for `--progress json` and for the service.
+//! The events that a save reports while it runs: one type for the progress bar, for `--progress json` and for the
+//! service.
 
 use serde::{Deserialize, Serialize};
 
 use crate::common::digest::Digest;
 
-/// Version of the event lines; it grows when a field changes its meaning or goes away, not when one is added.
+/// Version of the event lines. It is incremented when a field changes its meaning or is removed, not when one is added.
 pub const EVENT_VERSION: u32 = 1;
 
 /// What a save is doing.
@@ -28,28 +29,28 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// A save that was asked for by way of a manager waits. Never said by `commit`.
+    /// A save submitted through a manager is waiting. `commit` never reports it.
     Queued {
-        /// So many are before it.
+        /// Number of saves before it.
         place: u64,
     },
     /// A phase began.
     Phase {
-        /// Which one.
+        /// The phase.
         phase: Phase,
     },
-    /// How far the save is. Totals are known before the first byte is read.
+    /// Progress of the save. Totals are known before the first byte is read.
     Progress {
-        /// Tar bytes made so far, of all layers of this save.
+        /// Tar bytes produced so far, over all layers of this save.
         bytes_done: u64,
-        /// Tar bytes in all.
+        /// Total of tar bytes.
         bytes_total: u64,
-        /// Compressed bytes handed to the destination so far.
+        /// Compressed bytes passed to the destination so far.
         bytes_sent: u64,
-        /// Entries of the layer.
+        /// Total of entries in the layers.
         entries_total: u64,
     },
-    /// Bytes of a base layer on their way to the destination.
+    /// Progress of the transfer of a base layer to the destination.
     BaseProgress {
         /// Index of the layer, bottom first.
         layer: usize,
@@ -57,22 +58,22 @@ pub enum Event {
         layers: usize,
         /// Compressed bytes delivered so far.
         bytes_done: u64,
-        /// Compressed size; 0 when it is not known beforehand.
+        /// Compressed size; 0 if it is not known in advance.
         bytes_total: u64,
     },
-    /// Something that the user should know, and that did not stop the save.
+    /// A problem that the user should know of and that did not stop the save.
     Warning {
         /// Stable code in snake case, e.g. `unstable_file`.
         code: String,
-        /// A sentence.
+        /// The message, a sentence.
         message: String,
     },
-    /// The container stood still between two instants.
+    /// The container was frozen and is thawed.
     Paused {
-        /// From freeze written to thaw read back, in milliseconds.
+        /// Time from the write of the freeze to the read-back of the thaw, in milliseconds.
         pause_ms: f64,
     },
-    /// All is delivered but the tag; with `--gate-fd` the save waits for the answer.
+    /// Everything but the tag is delivered. With `--gate-fd` the save waits for the answer.
     Ready,
     /// The last line of a save that succeeded.
     Saved {
@@ -87,20 +88,20 @@ pub enum Event {
         exit: u8,
         /// Stable code in snake case, e.g. `base_unproven`.
         code: String,
-        /// A sentence.
+        /// The message, a sentence.
         message: String,
-        /// Whether trying again may help.
+        /// Whether a retry may help.
         retryable: bool,
     },
 }
 
-/// Where a save reports to. Called from several threads; must not block for long.
+/// Receives the events of a save. Called from several threads; must not block for long.
 pub trait Observer: Send + Sync {
-    /// One event.
+    /// Handles one event.
     fn event(&self, event: Event);
 }
 
-/// For callers who do not want to hear anything.
+/// An observer that ignores all events.
 impl Observer for () {
     fn event(&self, _: Event) {}
 }

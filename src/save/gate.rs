@@ -1,4 +1,4 @@
-//! Somebody who is asked before the tag is put on: an agent, which has to be sure that the job is still its own.
+//! A gate that a save passes before the tag is set. An agent answers it once it is certain that it still owns the job.
 
 use std::io::{self, ErrorKind, Read};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,16 +8,16 @@ use tokio::sync::oneshot;
 use super::Error;
 use crate::common::cancel::Cancel;
 
-/// The answer that opens.
+/// The answer that opens the gate.
 const GO_ON: u8 = b'y';
 
-/// Where the answer comes from. Clones are the same one; it is asked once.
+/// The receiver of the answer. Clones share the same gate, which can be passed once.
 #[derive(Clone, Debug)]
 pub struct Gate(Arc<Mutex<Option<oneshot::Receiver<()>>>>);
 
 impl Gate {
-    /// Listens to `answers`. Anything but the answer that opens cancels, the end included, at once and not only when it
-    /// is asked for: nobody wants a save whose agent died.
+    /// Starts a thread that reads `answers`. Any byte other than the one that opens, and the end of the input, cancel
+    /// the save at once, not only when the gate is reached: a save whose agent died is useless.
     pub fn new(mut answers: impl Read + Send + 'static, cancel: Cancel) -> io::Result<Self> {
         let (open, opened) = oneshot::channel();
         let listen = move || {
@@ -26,7 +26,7 @@ impl Gate {
                 match answers.read(&mut byte) {
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
                     Ok(1) if byte[0] == GO_ON => {
-                        // Nobody listens when the save has failed meanwhile.
+                        // The receiver is gone if the save has failed meanwhile.
                         let _ = open.send(());
                         return;
                     }
@@ -40,7 +40,7 @@ impl Gate {
         Ok(Self(Arc::new(Mutex::new(Some(opened)))))
     }
 
-    /// Waits for the answer.
+    /// Waits for the answer. Fails with `Error::Cancelled` if it is negative, or if the gate was passed before.
     pub(super) async fn pass(&self) -> Result<(), Error> {
         let opened = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         match opened {
@@ -74,7 +74,7 @@ mod tests {
             if !opens {
                 cancel.cancelled().await;
             }
-            // It is asked once: a second save is another one.
+            // A gate can be passed once: a second save needs its own.
             assert!(gate.pass().await.is_err());
         }
         Ok(())

@@ -1,10 +1,10 @@
-//! Saving a container that runs on: it stands still only while what changed meanwhile is taken.
+//! Saves a running container and freezes it only while the last changes are taken.
 //!
-//! Rounds beside the running container save what there is, until what changes between two of them is little. Then it is
-//! frozen, scanned again, and the last changes are kept in memory or as clones; it thaws, and they are compressed and
-//! delivered. The image is the container at the instant of the freeze: whatever the rounds read is in it only where
-//! nothing changed it since, which the kernel's stamps tell (`scan::changes`, `mapped`), and where no write was under way
-//! that had stamped the file before it was scanned (`layer::settle`).
+//! Rounds beside the running container save its contents until little changes between two of them. Then it is frozen
+//! and scanned again, and the last changes are kept in memory or as clones; it is thawed, and they are compressed and
+//! delivered. The image is the container at the moment of the freeze: what the rounds read is used only if it has not
+//! changed since, which the kernel's time stamps show (`scan::changes`, `mapped`), and if no write was in progress that
+//! had stamped the file before it was scanned (`layer::settle`).
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -24,28 +24,28 @@ use crate::node::freeze::Ways;
 use crate::save::event::{Event, Phase};
 use crate::store::destination::Destination;
 
-/// Rounds before the freeze, at most.
+/// Maximum number of rounds before the freeze.
 const ROUNDS: u32 = 3;
-/// The longest pause, where nobody says otherwise.
+/// Default limit of the pause.
 pub const MAX_PAUSE: Duration = Duration::from_secs(1);
-/// Writers of one file that wait longer than this for its clone are spoken of.
+/// A warning is issued for files whose writers wait longer than this for the file's clone.
 const LONG_WAIT: Duration = Duration::from_millis(500);
 
-/// What a save has so far.
+/// The result of the rounds.
 struct Rounds {
-    /// What the image shows by now, with the layers of earlier saves and of the rounds.
+    /// What the image contains so far, including the layers of earlier saves and of the rounds.
     known: Option<Vec<Known>>,
     on_top: bool,
     layers: Vec<Layer>,
-    /// The shared mappings before the last look.
+    /// The shared mappings before the last scan.
     mapped: Mapped,
-    /// The last look: the one under the freeze is held against it.
+    /// The last scan, with which the one under the freeze is compared.
     look: Vec<Arc<Scan>>,
-    /// How the container's processes could write right before the freeze.
+    /// The ways in which the container's processes could write immediately before the freeze.
     ways: Ways,
 }
 
-/// Takes the container's trees as they are at one instant. `None` when it can only be done while it stands still.
+/// Takes the container's trees as they are at one moment. Returns `None` if this is possible only while it is frozen.
 pub(super) async fn take(
     context: &Context,
     options: &Options,
@@ -107,7 +107,7 @@ pub(super) async fn take(
     }))
 }
 
-/// Waits for the clones that were begun while the container stood still.
+/// Waits for the clones that were begun during the freeze.
 async fn complete(context: &Context, holding: Vec<Holding>) -> Result<Vec<Held>, Error> {
     let cancel = context.cancel.clone();
     let work = move || {
@@ -166,7 +166,7 @@ async fn approach(
         }
         trees::recheck(context, container, volumes)?;
         let before = known.as_deref().map(trees::scans);
-        // What was stamped while the mappings were written out may have dirty pages.
+        // Files stamped while the mappings were written out may have dirty pages.
         let since = Some(mapped.since);
         let scans = trees::scan(context, options, container, volumes, before, since).await?;
         let changes = match &known {
@@ -174,7 +174,8 @@ async fn approach(
             Some(known) => trees::changes(known, &scans),
         };
         let Some(changes) = changes else {
-            // No layer on top can say it. From nothing, then; what was delivered of this save is of no use.
+            // A layer on top cannot express the changes. Start from nothing; what was delivered of this save is of no
+            // use.
             if !on_top && round > 0 {
                 return Ok(None);
             }
@@ -187,7 +188,8 @@ async fn approach(
             layers.clear();
             continue;
         };
-        // After the scan: what is under way since before it is by what is still there.
+        // Determined after the scan: a write that has been in progress since before the scan belongs to a ring or
+        // descriptor that still exists.
         let ways = writing::ways(context, container).await?;
         let plans = trees::plans(changes, options.timestamp);
         let plans = writing::beside(plans, volumes, ways);
@@ -225,7 +227,8 @@ async fn approach(
     }
 }
 
-/// The files that changed while they were read, or may have. They are read again, so nobody needs to hear of them.
+/// Removes and returns the files that changed while they were read, or may have. They are read again, so they need no
+/// warning.
 fn unstable(scans: &[Arc<Scan>], layers: &mut [Layer]) -> HashSet<File> {
     let layers = layers.iter_mut();
     let unstable = layers.flat_map(|layer| std::mem::take(&mut layer.unstable));
@@ -233,20 +236,20 @@ fn unstable(scans: &[Arc<Scan>], layers: &mut [Layer]) -> HashSet<File> {
     writing::files_of(scans, &paths)
 }
 
-/// What there was at the instant of the freeze.
+/// The state of the container at the moment of the freeze.
 struct Instantly {
     now: Vec<Arc<Scan>>,
     plans: Vec<Plan>,
-    /// The contents by plan, or none: then they were streamed.
+    /// The contents by plan, or `None` if they were streamed.
     held: Option<Vec<Holding>>,
     streamed: Vec<Layer>,
     pause: Duration,
     was_frozen: bool,
-    /// Files that may be written to from now on without it showing; none when they cannot be told.
+    /// Files that may be written to from now on without a change of time stamps; `None` if they cannot be determined.
     dirty: Option<HashSet<File>>,
 }
 
-/// Freeze, scan, take what changed, thaw.
+/// Freezes, scans, takes what changed, and thaws.
 async fn stand_still(
     context: &Context,
     options: &Options,
@@ -259,7 +262,7 @@ async fn stand_still(
     let bound = options.max_pause.filter(|bound| !bound.is_zero());
     let hurry = options.hurry();
     let frozen = match (freeze(context, options, container), bound) {
-        // Asked to stop, they did not in the time that they may stand still.
+        // The processes did not stop within the time for which they may be frozen.
         (Err(Error::Freeze(crate::node::freeze::Error::Timeout { waited, .. })), Some(bound))
             if waited >= bound =>
         {
@@ -282,7 +285,7 @@ async fn stand_still(
     let was_frozen = frozen.was_frozen();
     let thawed = frozen.thaw();
     drop(hurry);
-    // What was taken while it ran on is of no use, whatever came of it.
+    // If the container ran meanwhile, what was taken is useless, whether or not that succeeded.
     let pause = match (thawed, bound) {
         (Ok(pause), _) => pause,
         (Err(Error::Freeze(crate::node::freeze::Error::NotHeld { .. })), Some(bound))
@@ -325,7 +328,7 @@ async fn stand_still(
     }))
 }
 
-/// Files that were stamped at `clock` or later.
+/// Returns the files that were stamped at `clock` or later.
 fn late(
     scans: &[Arc<Scan>],
     volumes: &[Volume],
@@ -372,7 +375,7 @@ async fn take_frozen(
     let Some(changes) = changes else {
         return Ok(None);
     };
-    // Only what was written to since its pages were clean may be written to without a trace after the thaw.
+    // Only files written to since their pages were clean can be written to without a trace after the thaw.
     let written = late(&now, volumes, rounds.mapped.since).next().is_some();
     let mappings = if written {
         Some(mapped::list(context, container, volumes)?)
@@ -425,7 +428,7 @@ fn too_long(bound: Duration) -> Error {
     }
 }
 
-/// Whether the container can be frozen at all: found out before anything is delivered.
+/// Checks that the container can be frozen, before anything is delivered.
 pub(super) fn check(context: &Context, container: &Container) -> Result<(), Error> {
     let how = crate::node::freeze::Options {
         host_root: context.roots.host_root.clone(),

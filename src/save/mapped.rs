@@ -1,14 +1,15 @@
-//! Files that the container's processes write to through shared mappings: a way to change a file that need not show in
-//! its time stamps. (Another is a write that had stamped it before it was looked at, and is still under way when it is
-//! read: `layer::settle`.)
+//! Files that the container's processes write to through shared mappings, which can change a file without changing its
+//! time stamps. (Another such case is a write that had stamped the file before it was scanned, and is still in progress
+//! when the file is read: `layer::settle`.)
 //!
-//! While a page is dirty, more writes to it move nothing. Once it was written to disk it is clean and protected, and the
-//! next write faults, which moves the change time. So before each scan these files, and no others, are written out, the
-//! clock having been read before: an entry that is stamped before that clock had only clean pages when it was scanned,
-//! and whatever is written to it later shows. An entry that is stamped later is read again under the freeze whatever its
-//! stamps say then ([`crate::layer::scan::Scan::changes_since`]), and so is what could not be written out in time.
+//! While a page is dirty, further writes to it change no time stamp. Once it is written to disk it is clean and
+//! write-protected, and the next write faults, which updates the change time. Before each scan, therefore, these files,
+//! and no others, are written out, and the clock is read before that: an entry stamped before that clock had only clean
+//! pages when it was scanned, and any later write to it is visible. An entry that is stamped later is read again under
+//! the freeze whatever its stamps are then ([`crate::layer::scan::Scan::changes_since`]), and so is a file that could
+//! not be written out in time.
 //!
-//! A mapping that is made after the list was taken is not in it, and need not be: its first write to each page faults,
+//! A mapping that is made after the list was taken is not in it and need not be: its first write to each page faults,
 //! dirty or not (measured for the same process, another one and a forked child).
 
 use std::collections::{HashMap, HashSet};
@@ -28,26 +29,25 @@ use crate::node::freeze::{self, SharedMapping};
 use crate::node::overlay::flush::flush;
 use crate::node::overlay::root::Root;
 
-/// How long writing them out may take. What is not done by then is read under the freeze.
+/// Timeout for writing the files out. The rest is read under the freeze.
 const FLUSH_BOUND: Duration = Duration::from_secs(5);
-/// Lists that are taken until one has no name in it that changed meanwhile.
+/// Maximum number of lists that are taken until one contains no name that changed meanwhile.
 const LOOKS: u32 = 3;
-/// How long one list may take. A process that waits for a file system of its own may keep the lock that its list needs.
+/// Timeout for one list. A process that waits for a file system of its own may hold the lock that its list needs.
 pub(super) const LOOK_BOUND: Duration = Duration::from_secs(10);
 
-/// What is known of shared mappings at one time.
+/// The shared mappings at one time.
 #[derive(Debug)]
 pub(super) struct Mapped {
-    /// The clock before anything was looked at.
+    /// The clock before anything was examined.
     pub(super) since: Clock,
-    /// Files that are mapped, and may have dirty pages.
+    /// Mapped files that may have dirty pages.
     pub(super) dirty: HashSet<File>,
-    /// A file of the container's that is written to under a name that is not to be found where it should be: nothing can be
-    /// said about what changes in it.
+    /// A file of the container that is written to but cannot be found under its name: changes to it cannot be detected.
     pub(super) elsewhere: Option<String>,
 }
 
-/// Lists them and writes them out.
+/// Lists the mapped files and writes them out.
 pub(super) async fn write_out(
     context: &Context,
     container: &Container,
@@ -77,7 +77,7 @@ pub(super) async fn write_out(
         .map_err(|_| Error::Worker)?
 }
 
-/// Lists them only: for a container that stands still.
+/// Only lists the mapped files, for a frozen container.
 pub(super) fn list(
     context: &Context,
     container: &Container,
@@ -92,10 +92,10 @@ pub(super) fn list(
     })
 }
 
-/// Files, opened where they can be written out, and a mapping whose file is not to be found.
+/// Files, with a descriptor if they can be written out, and a mapping whose file cannot be found.
 type Found = (HashMap<File, Option<OwnedFd>>, Option<String>);
 
-/// As [`find`], and no longer than [`LOOK_BOUND`]. A thread that got stuck is left behind: it ends with this process.
+/// Like [`find`], for at most [`LOOK_BOUND`]. A thread that hangs is abandoned: it ends with this process.
 fn find_in_time(
     host_root: Option<PathBuf>,
     container: &Container,
@@ -111,18 +111,18 @@ fn find_in_time(
     }))
 }
 
-/// What `work` comes to, if it does within `bound`.
+/// Returns the result of `work` if it is ready within `bound`.
 pub(super) fn in_time<T: Send + 'static>(
     bound: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
     let (done, result) = mpsc::channel();
-    // Without a thread there is no answer either: the sender is dropped, and nothing is waited for.
+    // If the thread cannot be started, the sender is dropped and nothing is waited for.
     let _ = std::thread::Builder::new().spawn(move || done.send(work()));
     result.recv_timeout(bound).ok()
 }
 
-/// Device numbers of what `path` leads to. Whoever serves it is not asked.
+/// Returns the device numbers of the file at `path`, without a request to the server of its file system.
 fn device_of(path: &Path) -> Option<(u32, u32)> {
     use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statx};
     let root = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
@@ -141,7 +141,7 @@ fn find(
     let device = |dev: u64| (rustix::fs::major(dev), rustix::fs::minor(dev));
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
     let root = device_of(&proc.join(container.pid.to_string()).join("root"));
-    // Kernels differ in whose numbers the list shows: the overlay's, or those of the file underneath.
+    // Kernels differ in whose device numbers the list shows: the overlay's, or those of the underlying file.
     let mut devices = vec![device(
         fs::metadata(&container.overlay.upper)
             .map_err(|source| unreadable(container, source))?
@@ -155,7 +155,7 @@ fn find(
                 Some((ino, file)) => {
                     files.insert((number, ino), Some(file));
                 }
-                // Of another device it is a file of a mount that came later, which is not asked for its status.
+                // A file of another device belongs to a mount that was made later, whose status is not queried.
                 None if mapping.writable
                     && mapping.device == volume.device
                     && has_a_name(&mapping) =>
@@ -166,7 +166,7 @@ fn find(
             }
             continue;
         }
-        // Mounted in another place as well, or at it alone: the inode tells, and it is not written out.
+        // Mounted in another place as well, or only there: the inode identifies the file, and it is not written out.
         for (number, volume) in (1..).zip(volumes) {
             if volume.device == mapping.device {
                 files.entry((number, mapping.inode)).or_insert(None);
@@ -183,7 +183,7 @@ fn find(
             {
                 elsewhere = Some(crate::common::escape::path(&mapping.path));
             }
-            // From a lower, a volume, or nameless by now.
+            // From a lower or a volume, or deleted by now.
             None => {}
         }
     }
@@ -202,7 +202,7 @@ fn named(root: &Root, mapping: &SharedMapping) -> Option<(u64, OwnedFd)> {
     if mapping.deleted {
         names.push([&mapping.path[..], b" (deleted)"].concat());
     }
-    // A name may hold a newline, or what stands for one.
+    // A name may contain a newline, or the text that stands for one.
     let with_newlines = |name: &Vec<u8>| {
         let text = name.split(|&b| b == b'\\').collect::<Vec<_>>();
         let mut out = text[0].to_vec();
@@ -223,7 +223,8 @@ fn named(root: &Root, mapping: &SharedMapping) -> Option<(u64, OwnedFd)> {
     })
 }
 
-/// The volume that a mapping's path leads into, with the number of its tree: not into what is mounted in it.
+/// Returns the volume that a mapping's path leads into, with the number of its tree; not if it leads into a mount
+/// inside the volume.
 fn volume_of<'v>(
     volumes: &'v [Volume],
     container: &Container,
@@ -248,19 +249,19 @@ fn on_a_mount(container: &Container, mapping: &SharedMapping) -> bool {
 fn has_a_name(mapping: &SharedMapping) -> bool {
     match fs::metadata(&mapping.link) {
         Ok(meta) => !mapping.deleted || meta.nlink() > 0,
-        // Unmapped by now, or its process has ended.
+        // The file was unmapped meanwhile, or its process has ended.
         Err(error) => error.kind() != std::io::ErrorKind::NotFound,
     }
 }
 
-/// Writes the files out. Those that are not done in time are returned.
+/// Writes the files out. Returns those that were not written in time.
 fn flush_all(files: HashMap<File, Option<OwnedFd>>) -> HashSet<File> {
     let mut dirty: HashSet<File> = files.keys().copied().collect();
     if files.is_empty() {
         return dirty;
     }
     let (done, flushed) = mpsc::channel();
-    // Not waited for beyond the bound: a disk may hang for longer than anybody wants to.
+    // The thread is abandoned after the timeout: a disk may hang for much longer.
     let _ = std::thread::Builder::new().spawn(move || {
         let opened = files.into_iter();
         for (which, file) in opened.filter_map(|(which, file)| Some((which, file?))) {

@@ -1,4 +1,4 @@
-//! The save itself: one function that reads as the data flow of the design.
+//! Saves a container: one function that follows the data flow of the design.
 
 mod base;
 mod earlier;
@@ -48,31 +48,31 @@ pub use next::{Kind as NextKind, NextSave, Question, next_save};
 pub use outcome::{BaseOutcome, Metadata, Saved};
 pub use upper::Rules;
 
-/// Tries of a save whose layers were read while the container stood still, and could not be ended: what failed may pass.
+/// Attempts at a save whose layers were read under a freeze but could not be finished, if the error may pass.
 const TRIES: u32 = 3;
-/// Tar bytes from which on a save is cut into several layers by itself, and of how many bytes each then is: one core's
-/// SHA-256 needs four seconds for as much, and fewer layers are better for everybody.
+/// Size in tar bytes from which a save is divided into several layers by default, and the size of each: SHA-256 of that
+/// much takes one core four seconds, and fewer layers are better for all consumers.
 const CUT_FROM: u64 = 8 << 30;
 const CUT_INTO: u64 = 4 << 30;
-/// Cores that one core's SHA-256 serves: fewer with a fast codec, more with a thorough one.
+/// Number of cores that one core's SHA-256 keeps busy: fewer with a fast codec, more with a thorough one.
 const CORES_A_LAYER: usize = 4;
-/// Layers that are made side by side.
+/// Maximum number of layers that are made concurrently.
 const LAYERS_AT_ONCE: usize = 4;
-/// Tar bytes that are worth a layer of their own, whatever cores there are: a sixth of a second of SHA-256.
+/// Minimum size of a layer in tar bytes, whatever the number of cores: a sixth of a second of SHA-256.
 const WORTH_A_LAYER: u64 = 256 << 20;
 
 /// When another layer is begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LayerSize {
-    /// After so many bytes of tar; 0: never.
+    /// After this many bytes of tar; 0 means never.
     Bytes(u64),
-    /// So that as many are hashed side by side as this machine's cores keep busy. The image is then not the same on a
-    /// machine with another number of cores, so it is not what is done by itself.
+    /// So that as many layers are hashed concurrently as keep this machine's cores busy. The image then differs between
+    /// machines with different numbers of cores, so this is not the default.
     ByCores,
 }
 
-/// What becomes of the container while its files are read.
+/// What happens to the container while its files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pause {
@@ -84,7 +84,7 @@ pub enum Pause {
     None,
 }
 
-/// Everything `upperdeck commit` was asked for, resolved from the flags.
+/// The options of `upperdeck commit`, resolved from the flags.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// CONTAINER as the user wrote it.
@@ -93,67 +93,67 @@ pub struct Options {
     pub destination: String,
     /// Author for the history entry and the config.
     pub author: Option<String>,
-    /// Message: history comment.
+    /// Message, for the history comment.
     pub message: Option<String>,
-    /// `--change` texts, in order.
+    /// Texts of `--change`, in order.
     pub changes: Vec<String>,
     /// `--label` K=V.
     pub labels: Vec<(String, String)>,
     /// `--annotation` K=V, on the manifest.
     pub annotations: Vec<(String, String)>,
-    /// Freeze or not.
+    /// Whether to freeze the container.
     pub pause: Pause,
-    /// The longest the container may stand still; none, or zero: no bound.
+    /// The longest time for which the container may be frozen. `None` or zero means no limit.
     pub max_pause: Option<Duration>,
-    /// Bytes that may be kept in memory of what changed while the container ran.
+    /// Maximum bytes of changes that may be kept in memory while the container runs.
     pub live_limit: u64,
-    /// Where what the next save needs is kept; none: nowhere.
+    /// Directory for what the next save needs. `None` means that nothing is kept.
     pub state_dir: Option<PathBuf>,
-    /// Layers above the base from which on everything is saved anew.
+    /// Maximum number of layers above the base. Beyond it, everything is saved anew.
     pub max_layers: usize,
     /// Save everything anew in any case.
     pub full: bool,
-    /// Codec.
+    /// The codec.
     pub compression: Compression,
     /// Level of the codec, within [`Compression::levels`].
     pub level: u32,
-    /// Threads; none: all cores.
+    /// Number of threads. `None` means all cores.
     pub jobs: Option<usize>,
-    /// When another layer is begun; none: only where the change set is large, the same on every machine.
+    /// When another layer is begun. `None` means only if the change set is large, in the same way on every machine.
     pub layer_size: Option<LayerSize>,
     /// What goes into the layer.
     pub rules: Rules,
-    /// `--include-volume`: where the volumes are mounted that are saved, too.
+    /// `--include-volume`: mount points of the volumes that are saved too.
     pub volumes: Vec<PathBuf>,
-    /// `--allow-volume`, `--volume-identity`: which of them may be, and with whose rights they are read.
+    /// `--allow-volume`, `--volume-identity`: which of them may be saved, and with whose rights they are read.
     pub volume_rules: VolumeRules,
     /// `--base` IMAGE, for `pid:N`: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or a registry reference.
     pub base: Option<String>,
-    /// Clamp times to at most this, in seconds since the epoch; also `created`.
+    /// Maximum for all times, in seconds since the epoch; also the value of `created`.
     pub timestamp: Option<i64>,
-    /// JSON with all figures.
+    /// Path of a JSON file for all figures.
     pub metadata_file: Option<PathBuf>,
-    /// The mode of the files that are made: layout, archive, metadata, digest. None: for their owner alone, or as the
-    /// layout has it that is there.
+    /// Mode of the files that are created: layout, archive, metadata, digest. `None` means readable by the owner alone,
+    /// or the mode of an existing layout.
     pub output_mode: Option<FileMode>,
-    /// File that gets the manifest's digest.
+    /// Path of a file for the manifest's digest.
     pub digestfile: Option<PathBuf>,
-    /// Whoever has to agree before the tag is put on.
+    /// The gate that must open before the tag is set.
     pub gate: Option<Gate>,
-    /// File that is there while the container may stand still by this save's doing ([`freeze::Options::mark`]).
+    /// A file that exists while the container may be frozen by this save ([`freeze::Options::mark`]).
     pub freeze_mark: Option<PathBuf>,
-    /// Where nobody on the node is to feel the save: left while the container stands still.
+    /// The background priority, which is left while the container is frozen.
     pub background: Option<Background>,
 }
 
 impl Options {
-    /// For as long as somebody waits for the save.
+    /// Returns to the usual priority while another program waits for the save.
     fn hurry(&self) -> Option<Hurry> {
         self.background.as_ref().map(Background::hurry)
     }
 }
 
-/// What a save works with besides its options.
+/// The environment of a save besides its options.
 struct Context {
     roots: container::Roots,
     registries: Registries,
@@ -184,7 +184,7 @@ pub async fn commit(
     observer: Arc<dyn Observer>,
     cancel: &Cancel,
 ) -> Result<Saved, Error> {
-    // Whatever is under way is dropped on cancellation: uploads are given up, the container thaws.
+    // On cancellation everything in progress is dropped: uploads are aborted, the container is thawed.
     let started = Instant::now();
     tokio::select! {
         saved = save(options, roots, access, Arc::clone(&observer), cancel, started) => saved,
@@ -220,12 +220,12 @@ async fn save(
     )?;
     let (base, layout) = prove_base(&context, &container, options).await?;
     manifest::check_changes(&base.config, &options.changes)?;
-    // A destination that takes nothing is found out before anybody's work is stopped for it.
+    // An unusable destination is detected before the container is frozen for it.
     let destination = Destination::open_as(&target, &context.registries, options.output_mode)?;
     destination.check().await?;
     let earlier =
         earlier::find(&context, options, &container, &volumes, &base, &destination).await?;
-    // Questions only, asked meanwhile. Content of the base is moved when nobody stands still for it.
+    // Only queries are sent meanwhile. Base layers are transferred when the container is no longer frozen.
     let (taken, found) = tokio::try_join!(
         take_layers(
             &context,
@@ -283,7 +283,7 @@ async fn save(
     Ok(saved)
 }
 
-/// What can be wrong with a request by itself: told before anything is looked for. Returns where the image goes.
+/// Checks the request by itself, before anything is looked up. Returns the destination.
 fn check(options: &Options) -> Result<Target, Error> {
     let target = Target::for_saving(&options.destination)?;
     if let Some(base) = &options.base {
@@ -299,12 +299,13 @@ fn check(options: &Options) -> Result<Target, Error> {
     Ok(target)
 }
 
-/// Cores that this process may use.
+/// Returns the number of cores that this process may use.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// The base as the runtime's own state proves it, or as the user named it, then perhaps with a layout that has it.
+/// Returns the base as the runtime's own state proves it, or as the user named it; in the latter case possibly with a
+/// layout that contains it.
 async fn prove_base(
     context: &Context,
     container: &Container,
@@ -321,20 +322,20 @@ async fn prove_base(
 
 /// What was read of the container.
 struct Taken {
-    /// In the order in which they are applied; none when nothing had changed.
+    /// The layers in the order in which they are applied; empty if nothing had changed.
     layers: Vec<Layer>,
-    /// Whether they go on top of an earlier save's.
+    /// Whether they go on top of an earlier save's layers.
     on_top: bool,
     report: Report,
     pause: Option<Duration>,
-    /// Somebody else had paused it, and it stays so.
+    /// Another program had paused the container, and it stays paused.
     was_frozen: bool,
-    /// What the image shows of each tree, for the next save; none where that cannot be told.
+    /// What the image contains of each tree, for the next save; `None` if that cannot be determined.
     seen: Option<Vec<Known>>,
 }
 
-/// Freeze, scan, plan, stream, thaw. Again from the start when the end of a blob failed in a way that may pass: by then
-/// the container runs again.
+/// Freezes, scans, plans, streams and thaws. Starts again if a blob could not be finished because of an error that may
+/// pass: by then the container is running again.
 async fn take_layers(
     context: &Context,
     options: &Options,
@@ -408,7 +409,7 @@ async fn take_once(
         stream(context, codec, plans, destination, bound).await?
     };
     trees::recheck(context, container, volumes)?;
-    // All is read: the container runs on while the destination finishes.
+    // Everything is read: the container resumes while the destination finishes.
     let stood_still = frozen.is_some();
     let pause = frozen.map(Still::thaw).transpose()?;
     drop(hurry);
@@ -438,7 +439,8 @@ async fn take_once(
     })
 }
 
-/// What is known of a container that stands still, and which files may be written to without a trace once it runs.
+/// Returns what is known of a frozen container, including the files that may be written to without a trace once it
+/// runs.
 fn seen_frozen(
     context: &Context,
     container: &Container,
@@ -450,7 +452,7 @@ fn seen_frozen(
     Ok(tells.then(|| Known::all(scans.to_vec(), &mapped.dirty)))
 }
 
-/// Ends the blobs of layers that are all read.
+/// Finishes the blobs of layers that have been read completely.
 async fn finish(made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
     let finish = |(layer, writer): (Layer, BlobWriter)| async move {
         writer.finish(&layer.digest, layer.size).await?;
@@ -459,7 +461,7 @@ async fn finish(made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
     futures_util::future::try_join_all(made.into_iter().map(finish)).await
 }
 
-/// Several layers where that was asked for, or where one would be very large.
+/// Divides a plan into several layers if that was requested, or if one layer would be very large.
 pub fn cut(plan: Plan, layer_size: Option<LayerSize>) -> Vec<Plan> {
     match part_size(plan.tar_size(), layer_size, cores()) {
         Some(size) => plan.cut(size),
@@ -467,7 +469,7 @@ pub fn cut(plan: Plan, layer_size: Option<LayerSize>) -> Vec<Plan> {
     }
 }
 
-/// Bytes of tar after which another layer is begun, where `tar` bytes are to be cut at all.
+/// Returns the number of tar bytes after which another layer is begun, or `None` if `tar` bytes are not divided.
 fn part_size(tar: u64, layer_size: Option<LayerSize>, cores: usize) -> Option<u64> {
     let usual = (tar > CUT_FROM).then_some(CUT_INTO);
     match layer_size {
@@ -482,7 +484,8 @@ fn part_size(tar: u64, layer_size: Option<LayerSize>, cores: usize) -> Option<u6
     }
 }
 
-/// A container that stands still. To freeze and to thaw may take seconds: the runtime's other tasks do not wait for it.
+/// A frozen container. Freezing and thawing may take seconds, for which the other tasks of the async runtime do not
+/// wait.
 struct Still(Option<Frozen>);
 
 impl Still {
@@ -504,8 +507,8 @@ impl Drop for Still {
     }
 }
 
-/// Does what blocks, here and now, so that it is over when this returns; the tasks that this thread has to see to are
-/// given to another.
+/// Runs blocking work in place, so that it is complete on return. The other tasks of this thread are moved to another
+/// thread.
 fn beside_others<T>(work: impl FnOnce() -> T) -> T {
     use tokio::runtime::{Handle, RuntimeFlavor};
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
@@ -546,10 +549,10 @@ fn freeze(
     Ok(Some(Still(Some(frozen))))
 }
 
-/// Makes the layers and hands them on, as they are made. What is returned is all read, and not yet finished: whoever
-/// stands still for it may go on before [`finish`].
+/// Makes the layers and passes them on as they are made. The returned layers are read completely but not finished: a
+/// frozen container may be thawed before [`finish`].
 ///
-/// Given up when the container, frozen meanwhile, would have to stand still for longer than `bound`.
+/// Fails if the container, which is frozen meanwhile, would have to stay frozen for longer than `bound`.
 async fn stream(
     context: &Context,
     codec: (Compression, u32),
@@ -560,7 +563,7 @@ async fn stream(
     repeat(context, codec, plans, destination, bound, Ends::Later).await
 }
 
-/// The same for what can be read as often as it takes, with the ends of the blobs.
+/// Like `stream`, for sources that can be read repeatedly. Also finishes the blobs.
 async fn deliver(
     context: &Context,
     codec: (Compression, u32),
@@ -574,13 +577,13 @@ async fn deliver(
 /// When the destination is asked to finish a blob.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ends {
-    /// As soon as it is all there: what fails then is made again.
+    /// As soon as it is complete: a blob that fails then is made again.
     AtOnce,
-    /// By the caller, when nobody stands still for it any more.
+    /// By the caller, after the container is thawed.
     Later,
 }
 
-/// Layers whose upload failed in a way that may pass are made again from their plans.
+/// Makes layers again from their plans if their upload failed in a way that may pass.
 async fn repeat(
     context: &Context,
     codec: (Compression, u32),
@@ -618,7 +621,7 @@ async fn repeat(
         for (number, outcome, writer) in futures_util::future::join_all(ended).await {
             match outcome {
                 Ok(layer) => made[number] = Some((layer, writer)),
-                // What was given up because another failed for good does not say why.
+                // A layer that was cancelled because another failed for good does not carry the reason.
                 Err(Error::Cancelled) if failed.is_some() => {}
                 Err(Error::Destination(error)) if error.retryable() => {
                     let said = error.to_string();
@@ -642,7 +645,7 @@ async fn repeat(
 
 type Outcome = Result<Layer, Error>;
 
-/// Each of the plans that are named once, side by side, each into its writer.
+/// Makes each of the named plans once, concurrently, each into its own writer.
 async fn stream_once(
     context: &Context,
     (compression, level): (Compression, u32),
@@ -705,7 +708,7 @@ async fn stream_once(
     made.await.map_err(|_| Error::Worker)
 }
 
-/// The sink's own error, which the stream handed through.
+/// Returns the sink's own error, which the stream passed through.
 fn of_the_sink(error: layer::Error) -> Error {
     match error {
         layer::Error::Sink(source) => match source.downcast::<Error>() {
@@ -764,7 +767,7 @@ mod tests {
         assert_eq!(by_cores(600 << 20, 128), Some(256 << 20));
         assert_eq!(by_cores(200 << 20, 128), None);
         assert_eq!(by_cores(40 << 30, 2), Some(CUT_INTO));
-        // By itself: the same whatever the cores.
+        // By default the same for any number of cores.
         for cores in [1, 128] {
             assert_eq!(part_size(4 << 30, None, cores), None);
             assert_eq!(part_size(40 << 30, None, cores), Some(CUT_INTO));
@@ -782,7 +785,7 @@ mod tests {
         let (say, heard) = std::sync::mpsc::channel();
         let save = async move {
             let other = tokio::spawn(async move { say.send(()) });
-            // As long as the container takes to stand still, the other task runs.
+            // The other task runs while the container is being frozen.
             let heard = beside_others(|| heard.recv_timeout(Duration::from_secs(60)));
             other.await.unwrap().unwrap();
             heard

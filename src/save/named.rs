@@ -1,5 +1,5 @@
-//! A base named with `--base`, for containers of which no runtime says what they stand on (`pid:N`): read from a
-//! layout or a registry, and proven by content against the directories that are mounted.
+//! Reads a base named with `--base` from a layout or a registry and proves it by content against the mounted
+//! directories. It is for containers whose base no runtime records (`pid:N`).
 
 use std::io::{self, Read};
 use std::path::PathBuf;
@@ -18,13 +18,13 @@ use crate::store::destination::Target;
 use crate::store::layout;
 use crate::store::registry::{self, Reference, Repository};
 
-/// Where a named base is read from.
+/// The source of a named base.
 enum Source {
     Layout(layout::Reader),
     Registry(Repository),
 }
 
-/// Reads the base and proves it. The second part is the layout that has its blobs, if it is one.
+/// Reads the base and proves it. If it comes from a layout, the layout is returned too, because it has its blobs.
 pub(super) async fn base(
     context: &Context,
     container: &Container,
@@ -199,7 +199,7 @@ async fn prove(
     Ok(proven.await.map_err(|_| Error::Worker)??)
 }
 
-/// The maps of the ids in the lowers: one for all of them.
+/// Returns the ID maps of the lowers, which must be the same for all of them.
 fn ids_of_lowers(container: &Container) -> Result<(Vec<IdMapping>, Vec<IdMapping>), Error> {
     let overlay = &container.overlay;
     let mapped = |lower: &&PathBuf| overlay.id_mapped.contains(lower);
@@ -221,7 +221,7 @@ fn reach(error: registry::Error) -> Error {
     Error::Destination(error.into())
 }
 
-/// A blob of a registry as a [`Read`], fetched when the first byte is asked for.
+/// A registry blob as a [`Read`], fetched at the first read.
 struct Piped {
     begin: Option<Box<dyn FnOnce() + Send>>,
     pieces: mpsc::Receiver<io::Result<Bytes>>,

@@ -1,5 +1,5 @@
-//! What the next save of a container would be, without making it: all of it, or what changed since the last one, and how
-//! much that is. Nothing is frozen, nothing is written, nobody is asked but this node.
+//! Determines what the next save of a container would be without making it: a full save or a delta, and its size.
+//! Nothing is frozen or written, and only this node is queried.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,28 +12,28 @@ use crate::layer::scan::Scan;
 use crate::node::container::{self, Base, Container, VolumeRules};
 use crate::save::kept::Store;
 
-/// The options of a save that decide what it would be.
+/// The options of a save that determine what it would be.
 #[derive(Clone, Copy, Debug)]
 pub struct Question<'a> {
-    /// What would go into the layers.
+    /// The rules for what goes into the layers.
     pub rules: &'a Rules,
-    /// Where the volumes are mounted that would be saved, too.
+    /// Mount points of the volumes that would be saved too.
     pub volumes: &'a [PathBuf],
     /// As [`super::Options::volume_rules`].
     pub volume_rules: &'a VolumeRules,
     /// As [`super::Options::timestamp`].
     pub timestamp: Option<i64>,
-    /// Where what the last save left is kept; none: nowhere.
+    /// Directory in which the last save is kept. `None` means that nothing is kept.
     pub state_dir: Option<&'a Path>,
     /// As [`super::Options::max_layers`].
     pub max_layers: usize,
     /// Save everything anew in any case.
     pub full: bool,
-    /// Threads.
+    /// Number of threads.
     pub jobs: usize,
 }
 
-/// What a save would be.
+/// The kind of a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -43,25 +43,25 @@ pub enum Kind {
     Full,
 }
 
-/// The next save, as far as this node can tell: whether the destination still has the layers of the last one is not known
-/// before it is asked.
+/// The next save, as far as this node can determine it: whether the destination still has the layers of the last one is
+/// unknown until it is asked.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct NextSave {
-    /// Which.
+    /// The kind of the save.
     pub kind: Kind,
-    /// Why it is not the other one.
+    /// The reason for this kind.
     pub reason: String,
-    /// Entries of the layers to come.
+    /// Number of entries of the layers to be made.
     pub entries: u64,
-    /// Their bytes before they are compressed.
+    /// Size of these layers before compression, in bytes.
     pub bytes: u64,
-    /// Layers above the base that the image would have (more where `--layer-size` cuts them).
+    /// Number of layers above the base that the image would have (more if `--layer-size` divides them).
     pub layers: usize,
 }
 
-/// Looks at the container as it is now. A delta costs a status of every entry, everything costs a walk.
+/// Examines the container as it is now. A delta needs the status of every entry, a full save a complete walk.
 ///
-/// Fails as a save would that cannot read what there is to save.
+/// Fails as a save would if the contents cannot be read.
 pub fn next_save(
     roots: &container::Roots,
     container: &Container,

@@ -1,4 +1,4 @@
-//! What a save came to: the result for stdout and all figures for `--metadata-file`.
+//! The result of a save: the reference for stdout and all figures for `--metadata-file`.
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use crate::layer::scan::{Example, Report, Sample};
 use crate::node::container::{Base, Container, MountPoint, Pod, Runtime, Volume};
 use crate::store::destination::Target;
 
-/// Version of [`Metadata`]; it grows when a field changes its meaning or goes away, not when one is added.
+/// Version of [`Metadata`]. It is incremented when a field changes its meaning or is removed, not when one is added.
 pub const METADATA_VERSION: u32 = 3;
 
 /// A finished save.
@@ -29,57 +29,57 @@ pub struct Saved {
     pub metadata: Metadata,
 }
 
-/// All figures of a save. Sizes in bytes, times as their names say.
+/// All figures of a save. Sizes are in bytes, times in the unit of their name.
 #[derive(Clone, Debug, Serialize)]
 pub struct Metadata {
     /// Version of this structure: `METADATA_VERSION`.
     pub version: u32,
-    /// As on stdout.
+    /// The reference, as on stdout.
     pub reference: String,
-    /// Where it was put, with the tag.
+    /// The destination, with the tag.
     pub destination: String,
     /// Digest of the manifest.
     pub digest: Digest,
     /// Digest of the config.
     pub config_digest: Digest,
-    /// Sum of all layers, compressed.
+    /// Sum of the compressed sizes of all layers.
     pub size_bytes: u64,
     /// Size of the config.
     pub config_size_bytes: u64,
-    /// What was saved.
+    /// The container that was saved.
     pub container: ContainerOutcome,
-    /// What it stood on.
+    /// The base of the image.
     pub base: BaseOutcome,
-    /// The layers that were added, bottom first; none when nothing had changed.
+    /// The layers that were added, bottom first; empty if nothing had changed.
     pub layers: Vec<LayerOutcome>,
-    /// Layers above the base, those of earlier saves that this one stands on included.
+    /// Number of layers above the base, including those of earlier saves that this one builds on.
     pub layers_above_base: usize,
-    /// From freeze written to thaw read back; none when nothing was frozen.
+    /// Time from the write of the freeze to the read-back of the thaw; `None` if nothing was frozen.
     pub pause_ms: Option<f64>,
-    /// Somebody else had paused the container; it is paused still.
+    /// Whether another program had paused the container, which then is still paused.
     pub was_paused: bool,
-    /// What is not in the image, and why.
+    /// What is not in the image, and the reasons.
     #[serde(flatten)]
     pub report: Report,
     /// Files that changed while they were read.
     pub unstable: Vec<Unstable>,
-    /// Volumes: mounted, and not saved.
+    /// Volumes that are mounted and were not saved.
     pub volumes: Sample<VolumeOutcome>,
-    /// Volumes that were saved, each by where it is mounted: the layers above the base hold them after the container's own
+    /// Mount points of the volumes that were saved. The layers above the base contain them after the container's own
     /// changes.
     pub saved_volumes: Vec<PathBuf>,
-    /// The whole save.
+    /// Duration of the whole save.
     pub seconds: f64,
 }
 
 /// A volume that is not in the image.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct VolumeOutcome {
-    /// Where the container sees it, printable.
+    /// Its mount point in the container, with control characters escaped.
     pub destination: String,
     /// File system type.
     pub kind: String,
-    /// Where it comes from, as the runtime or the kernel says.
+    /// Its source, as reported by the runtime or the kernel.
     pub source: String,
 }
 
@@ -102,7 +102,7 @@ impl VolumeOutcome {
 /// The container that was saved.
 #[derive(Clone, Debug, Serialize)]
 pub struct ContainerOutcome {
-    /// Who runs it.
+    /// The runtime.
     pub runtime: Runtime,
     /// Its ID.
     pub id: String,
@@ -115,13 +115,13 @@ pub struct ContainerOutcome {
 /// The base of the image.
 #[derive(Clone, Debug, Serialize)]
 pub struct BaseOutcome {
-    /// Reference that it was pulled under.
+    /// Reference under which it was pulled.
     pub name: Option<String>,
-    /// Digest of its manifest, where the runtime keeps one.
+    /// Digest of its manifest, if the runtime keeps one.
     pub digest: Option<Digest>,
-    /// How it was proven.
+    /// The kind of proof.
     pub proof: String,
-    /// Its layers, bottom first, and where each came from.
+    /// Its layers, bottom first, and the source of each.
     pub layers: Vec<Delivered>,
 }
 
@@ -130,7 +130,7 @@ pub struct BaseOutcome {
 pub struct LayerOutcome {
     /// Digest of the compressed bytes.
     pub digest: Digest,
-    /// Digest of the tar.
+    /// Digest of the tar (diff ID).
     pub diff_id: DiffId,
     /// Media type of the compressed bytes.
     pub media_type: String,
@@ -228,7 +228,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
     }
 }
 
-/// Volumes that are mounted and not saved.
+/// Returns the volumes that are mounted and not saved.
 pub(super) fn volumes_left_out<'a>(
     container: &'a Container,
     saved: &[Volume],

@@ -1,5 +1,5 @@
-//! The trees that a save reads: the container's upper directory, then each volume that was asked for. Each makes layers of
-//! its own, all of them at one instant; what is said of one is said of all, in this order.
+//! The trees that a save reads: the container's upper directory, then each requested volume. Each tree has layers of
+//! its own, and all are taken at the same moment. Lists of per-tree items are in this order.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -11,14 +11,14 @@ use crate::layer::Plan;
 use crate::layer::scan::{Clock, Entry, Report, Scan};
 use crate::node::container::{self, Container, Volume, VolumeRules};
 
-/// How far the clock of a server that stamps files may be behind this node's. What was stamped later than that before a
-/// scan is taken again.
+/// How far the clock of a server that stamps files may be behind this node's. Files stamped later than this before a
+/// scan are read again.
 const SERVERS_CLOCK: Duration = Duration::from_secs(60);
 
-/// A file: the number of its tree, and its inode.
+/// A file: the number of its tree, and its inode number.
 pub(super) type File = (usize, u64);
 
-/// Opens the volumes that were asked for, those above others first: what is mounted in one is another.
+/// Opens the requested volumes, outer ones before those mounted inside them, which are volumes of their own.
 pub(super) fn open(
     roots: &container::Roots,
     container: &Container,
@@ -34,7 +34,7 @@ pub(super) fn open(
     Ok(volumes)
 }
 
-/// Whether everything that is read is still the container's.
+/// Checks that everything that is read still belongs to the container.
 pub(super) fn recheck(
     context: &Context,
     container: &Container,
@@ -47,8 +47,8 @@ pub(super) fn recheck(
     Ok(())
 }
 
-/// Scans all trees, again where there are earlier scans. `since` is what the clock showed before what was to be done for
-/// the stamps to tell, if there was such a thing.
+/// Scans all trees, as a rescan if there are earlier scans. `since` is the clock before the preparations on which the
+/// time stamps depend, if there were any.
 pub(super) async fn scan(
     context: &Context,
     options: &Options,
@@ -74,7 +74,7 @@ pub(super) async fn scan(
     scans.await.map_err(|_| Error::Worker)?
 }
 
-/// As [`scan`], here and now, with their own clocks.
+/// Like [`scan`], but synchronous and with each scan's own clock.
 pub(super) fn scan_all(
     rules: &super::Rules,
     container: &Container,
@@ -91,7 +91,7 @@ pub(super) fn scan_all(
     Ok(scans)
 }
 
-/// With no more trust in stamps than there is ground for.
+/// Limits the trust in time stamps to what the clocks justify.
 pub(super) fn trusted(
     scans: Vec<Scan>,
     volumes: &[Volume],
@@ -104,7 +104,7 @@ pub(super) fn trusted(
     scans.into_iter().enumerate().map(trusted).collect()
 }
 
-/// What the clock that stamps a tree's files showed at least when this node's showed `clock`.
+/// Returns a lower bound of the clock that stamps a tree's files, for the time when this node's clock was `clock`.
 pub(super) fn since(volumes: &[Volume], tree: usize, clock: Clock) -> Clock {
     let volume = tree.checked_sub(1).and_then(|at| volumes.get(at));
     if volume.is_some_and(|volume| !volume.local) {
@@ -114,7 +114,7 @@ pub(super) fn since(volumes: &[Volume], tree: usize, clock: Clock) -> Clock {
     }
 }
 
-/// A scan, and the entries of it whose content may not be what their stamps stand for.
+/// A scan, and for each of its entries whether its content may differ from what its time stamps imply.
 #[derive(Clone, Debug)]
 pub(super) struct Known {
     pub(super) scan: Arc<Scan>,
@@ -122,7 +122,7 @@ pub(super) struct Known {
 }
 
 impl Known {
-    /// One for each tree. `dirty` are files whose stamps do not tell.
+    /// Returns one item per tree. `dirty` are the files whose time stamps are not reliable.
     pub(super) fn all(scans: Vec<Arc<Scan>>, dirty: &HashSet<File>) -> Vec<Self> {
         let known = |(number, scan): (usize, Arc<Scan>)| {
             let unsure = |e: Entry| e.root == 0 && dirty.contains(&(number, e.ino));
@@ -135,7 +135,7 @@ impl Known {
         scans.into_iter().enumerate().map(known).collect()
     }
 
-    /// Takes the stamps of more files of this tree, which is number `tree`, for no proof.
+    /// Marks the time stamps of more files as unreliable. `tree` is the number of this tree.
     pub(super) fn doubt(&mut self, tree: usize, files: &HashSet<File>) {
         let doubted = |e: Entry| e.root == 0 && files.contains(&(tree, e.ino));
         let doubted = self.scan.entries().map(doubted);
@@ -144,12 +144,12 @@ impl Known {
     }
 }
 
-/// What was scanned of each.
+/// Returns the scan of each tree.
 pub(super) fn scans(known: &[Known]) -> Vec<Arc<Scan>> {
     known.iter().map(|known| Arc::clone(&known.scan)).collect()
 }
 
-/// What layers on top have to have, if they can do it.
+/// Returns what layers on top must contain, or `None` if such layers cannot express the changes.
 pub(super) fn changes(known: &[Known], now: &[Arc<Scan>]) -> Option<Vec<Arc<Scan>>> {
     if known.len() != now.len() {
         return None;
@@ -167,19 +167,19 @@ pub(super) fn changes(known: &[Known], now: &[Arc<Scan>]) -> Option<Vec<Arc<Scan
     Some(changes.into_iter().map(Arc::new).collect())
 }
 
-/// A layout for each.
+/// Returns one plan per tree.
 pub(super) fn plans(scans: Vec<Arc<Scan>>, timestamp: Option<i64>) -> Vec<Plan> {
     let plan = |scan| Plan::new(scan, timestamp);
     scans.into_iter().map(plan).collect()
 }
 
-/// Layouts of what is there, cut as asked for.
+/// Returns the plans that are not empty, divided into layers of the requested size.
 pub(super) fn cut(plans: Vec<Plan>, layer_size: Option<LayerSize>) -> Vec<Plan> {
     let some = plans.into_iter().filter(|plan| !plan.is_empty());
     some.flat_map(|plan| super::cut(plan, layer_size)).collect()
 }
 
-/// What all of them have to tell.
+/// Returns the combined report of all trees.
 pub(super) fn report(scans: &[Arc<Scan>]) -> Report {
     let mut report = Report::default();
     for scan in scans {

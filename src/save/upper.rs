@@ -1,5 +1,5 @@
-//! The upper directory of a container, and its volumes, scanned by the rules of a save: for the save itself, and for those
-//! who want to know beforehand (`diff`, `inspect`).
+//! Scans the upper directory of a container, and its volumes, by the rules of a save: for the save itself, and for
+//! previews (`diff`, `inspect`).
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -9,7 +9,7 @@ use crate::common::cancel::Cancel;
 use crate::layer::scan::{self, Caps, Exclusions, Scan};
 use crate::node::container::{Container, Volume};
 
-/// What goes into the layer.
+/// The rules for what goes into the layer.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
     /// `--exclude` patterns.
@@ -18,12 +18,12 @@ pub struct Rules {
     pub include_credentials: bool,
     /// Keep caches (`.cache/pip`, `/tmp`, ...) in the image.
     pub include_caches: bool,
-    /// Bounds on what the container can make a save do.
+    /// Limits on what the container can make a save do.
     pub caps: Caps,
 }
 
 impl Rules {
-    /// What must not get in, where `mounts` are mounted.
+    /// Returns what must be left out if `mounts` are mounted.
     pub fn exclusions(&self, mounts: &[Vec<u8>]) -> Result<Exclusions, scan::PatternError> {
         self.exclusions_but(mounts, &[])
     }
@@ -44,9 +44,9 @@ impl Rules {
         })
     }
 
-    /// Scans the container's upper directory, of which `volumes` are saved, too.
+    /// Scans the container's upper directory while `volumes` are saved too.
     ///
-    /// From nothing, or again where there is an earlier scan.
+    /// The scan is complete, or a rescan if there is an earlier one.
     pub fn scan(
         &self,
         container: &Container,
@@ -64,7 +64,7 @@ impl Rules {
         self.scan_roots(container, None, &exclusions, earlier, jobs, cancel)
     }
 
-    /// Scans a volume of the container's. What is mounted in it stays out.
+    /// Scans a volume of the container. Mounts inside it are left out.
     pub fn scan_volume(
         &self,
         container: &Container,
@@ -114,7 +114,7 @@ impl Rules {
     }
 }
 
-/// Where something is mounted, as far as it is wanted.
+/// Returns the mount points that satisfy `wanted`.
 fn destinations(container: &Container, wanted: impl Fn(&Path) -> bool) -> Vec<Vec<u8>> {
     let mounts = container.mounts.iter();
     let destinations = mounts.map(|mount| mount.destination.as_path());

@@ -1,4 +1,4 @@
-//! What the user should hear of a save without asking: a few lines here, more examples in the metadata file.
+//! Warnings about a finished save: a few lines each, with more examples in the metadata file.
 
 use std::os::unix::ffi::OsStrExt;
 
@@ -9,9 +9,9 @@ use crate::layer::content::Instability;
 use crate::layer::scan::{Reason, Sample};
 use crate::node::container::{Container, Volume};
 
-/// Characters of a path in a warning.
+/// Maximum number of characters of a path in a warning.
 const SHOWN: usize = 200;
-/// Files named one by one in warnings of one kind.
+/// Maximum number of files that are named individually in warnings of one kind.
 const NAMED: usize = 10;
 
 pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], taken: &Taken) {
@@ -134,7 +134,7 @@ pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], t
     }
 }
 
-/// What is mounted is not in the image: the commonest surprise of all.
+/// Warns of volumes that are mounted and therefore not in the image, which is the most common surprise.
 fn volumes(context: &Context, container: &Container, saved: &[Volume]) {
     let left_out = outcome::volumes_left_out(container, saved);
     let Some(first) = left_out.first() else {
@@ -159,7 +159,7 @@ fn volumes(context: &Context, container: &Container, saved: &[Volume]) {
     );
 }
 
-/// The first few, and how many there are besides: `more` of them have no message.
+/// Issues the first few messages, and the number of the rest. `more` is the number of those without a message.
 fn some(context: &Context, code: &str, more: u64, messages: impl Iterator<Item = String>) {
     let mut messages = messages.fuse();
     for message in messages.by_ref().take(NAMED) {

@@ -1,5 +1,5 @@
-//! What the readers of files are told of those who write to them meanwhile, and what becomes of files that were read
-//! without knowing that all writes to them were over (`layer::settle`).
+//! Decides what the readers of files have to expect of concurrent writers, and handles files that were read without
+//! proof that all writes to them were complete (`layer::settle`).
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -14,20 +14,21 @@ use crate::layer::{Plan, Writers};
 use crate::node::container::{Container, Volume};
 use crate::node::freeze::{self, Ways};
 
-/// For how long writes are waited for beside the running container, all files of a tree together.
+/// Timeout for writes in progress while the container runs, over all files of a tree together.
 const BESIDE: Duration = Duration::from_secs(60);
-/// And while it stands still: then only those of others are under way.
+/// The same while it is frozen: only writes from outside the container are in progress then.
 const FROZEN: Duration = Duration::from_millis(100);
-/// Requests that go on while it stands still may take this part of the time that it may do so.
+/// Divisor of the permitted pause: a quarter of it may be spent on waiting for asynchronous requests, which continue
+/// during a freeze.
 const PART: u32 = 4;
 
-/// What is reckoned with where the lists of the processes do not come.
+/// Assumed if the lists of the processes are not available.
 const ANY: Ways = Ways {
     direct: true,
     asynchronous: true,
 };
 
-/// In which ways the container's processes can write.
+/// Returns the ways in which the container's processes can write.
 pub(super) async fn ways(context: &Context, container: &Container) -> Result<Ways, Error> {
     let (pid, host_root) = (container.pid, context.roots.host_root.clone());
     let look = move || {
@@ -38,7 +39,7 @@ pub(super) async fn ways(context: &Context, container: &Container) -> Result<Way
     Ok(ways.await.map_err(|_| Error::Worker)??)
 }
 
-/// Plans, one for each tree, that are read beside the running container.
+/// Prepares plans, one per tree, that are read beside the running container.
 pub(super) fn beside(plans: Vec<Plan>, volumes: &[Volume], ways: Ways) -> Vec<Plan> {
     let writers = Writers {
         direct: ways.direct || ways.asynchronous,
@@ -49,7 +50,8 @@ pub(super) fn beside(plans: Vec<Plan>, volumes: &[Volume], ways: Ways) -> Vec<Pl
     told(plans, volumes, writers)
 }
 
-/// Those that are read while it stands still, for `bound` at most: direct writes that somebody waits for have ended.
+/// Prepares plans that are read while the container is frozen, for at most `bound`. Synchronous direct writes have
+/// ended by then.
 pub(super) fn frozen(
     plans: Vec<Plan>,
     volumes: &[Volume],
@@ -74,7 +76,7 @@ fn told(plans: Vec<Plan>, volumes: &[Volume], writers: Writers) -> Vec<Plan> {
     let told = |(tree, plan): (usize, Plan)| {
         let volume = tree.checked_sub(1).and_then(|at| volumes.get(at));
         plan.beside(Writers {
-            // Nothing is known of those who write to a volume from elsewhere.
+            // Programs elsewhere that write to a volume are unknown.
             direct: writers.direct || volume.is_some(),
             remote: volume.is_some_and(|volume| !volume.local),
             ..writers
@@ -83,14 +85,14 @@ fn told(plans: Vec<Plan>, volumes: &[Volume], writers: Writers) -> Vec<Plan> {
     plans.into_iter().enumerate().map(told).collect()
 }
 
-/// Takes the files out of `unstable` of which nobody knows whether a write was under way.
+/// Removes from `unstable` the files for which it is unknown whether a write was in progress, and returns their paths.
 pub(super) fn take_unsettled(unstable: &mut Vec<Unstable>) -> HashSet<String> {
     let unsettled = |file: &mut Unstable| file.what == Instability::Unsettled;
     let taken = unstable.extract_if(.., unsettled);
     taken.map(|file| file.path).collect()
 }
 
-/// Says of files that were read while the container stood still what may be wrong with them.
+/// Warns of files that were read under the freeze while a write to them may have been in progress.
 pub(super) fn tell_unsettled(context: &Context, paths: &HashSet<String>) {
     let Some(first) = paths.iter().min() else {
         return;
@@ -105,7 +107,7 @@ pub(super) fn tell_unsettled(context: &Context, paths: &HashSet<String>) {
     );
 }
 
-/// The files that have these paths, printable as in reports.
+/// Returns the files with these paths, which are escaped as in reports.
 pub(super) fn files_of<S: AsRef<Scan>>(scans: &[S], paths: &HashSet<String>) -> HashSet<File> {
     if paths.is_empty() {
         return HashSet::new();

@@ -40,15 +40,15 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// It is written, and a crash of the machine may undo that.
+    /// The file is written, but a crash of the machine may undo that.
     #[error("{} is written, but may be lost if the machine crashes now: its directory cannot be synchronized: {source}", path.display())]
     NotLasting {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system.
         source: io::Error,
     },
-    /// Something else is there already.
+    /// The path contains something other than a layout.
     #[error("{} is not an OCI layout: {reason}; name a new or empty directory, or a layout", path.display())]
     NotALayout {
         /// The path.
@@ -157,7 +157,7 @@ fn io_error<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) 
     }
 }
 
-/// The file is there, and its directory was not written to disk.
+/// Returns the error for a file that exists but whose directory was not synced to disk.
 fn not_lasting(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     move |source| Error::NotLasting {
         path: path.to_path_buf(),

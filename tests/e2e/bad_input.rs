@@ -1,4 +1,5 @@
-//! What is broken, full, down or forbidden: the documented exit code, and a message that a person can act on.
+//! Broken files, full disks, unreachable services and missing permissions: each leads to the documented exit code and a
+//! message that the user can act on.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -12,10 +13,10 @@ use crate::host::{Freezer, command, output, run};
 use crate::lab::Lab;
 use crate::save::{layers, manifest, refuse, save, upperdeck};
 
-/// What is done to the bytes of a file.
+/// A change to the bytes of a file.
 type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
 
-/// A file that is put back as it was.
+/// A file that is restored when dropped.
 struct Damaged {
     path: PathBuf,
     content: Vec<u8>,
@@ -46,7 +47,7 @@ fn damaged_state_of_containerd_is_an_error_with_its_path() -> Result<()> {
         return Ok(());
     };
     let pod = lab.session()?;
-    // So that nobody else trips over the damage.
+    // So that containerd does not read the damaged file.
     lab.containerd.kill()?;
     let image = manifest(&lab.image)?;
     let config = image["config"]["digest"].as_str().context("a config")?;
@@ -81,7 +82,7 @@ fn damaged_state_of_containerd_is_an_error_with_its_path() -> Result<()> {
     let empty = |bytes: &mut Vec<u8>| bytes.clear();
     let zero = |bytes: &mut Vec<u8>| bytes.fill(0);
     let noise = |bytes: &mut Vec<u8>| {
-        // Past the two meta pages: well-formed at first sight.
+        // After the two meta pages, so that the file looks well-formed at first.
         for (at, byte) in bytes.iter_mut().enumerate().skip(8192) {
             *byte ^= (at * 31 % 251) as u8;
         }
@@ -99,7 +100,7 @@ fn damaged_state_of_containerd_is_an_error_with_its_path() -> Result<()> {
         (&bundle, "text", &text, &[1, 66]),
         (&bundle, "empty", &empty, &[1, 66]),
         (&lab.containerd.blob(config), "text", &text, &[1, 69]),
-        // The config alone proves the base: layers by other ways, and a word about it.
+        // The config alone proves the base: the layers come from elsewhere, with a warning.
         (
             &lab.containerd.blob(&manifest_digest),
             "text",
@@ -320,7 +321,7 @@ fn a_layer_blob_that_was_swapped_is_not_pushed() -> Result<()> {
     };
     let pod = lab.session()?;
     let (_, digest) = layers(&manifest(&lab.image)?).remove(0);
-    // Same length, other bytes; and no registry to take the true ones from.
+    // The same length but other bytes, and no registry to fetch the right ones from.
     let blob = lab.containerd.blob(&digest);
     let length = fs::metadata(&blob)?.len();
     fs::remove_file(&blob)?;
@@ -334,7 +335,7 @@ fn a_layer_blob_that_was_swapped_is_not_pushed() -> Result<()> {
         &other.reference("users/ada:saved"),
         &[],
     );
-    // Either refused or made again from the mounted directory: never the swapped bytes.
+    // Either refused or remade from the mounted directory, but never the changed bytes.
     if let Ok(saved) = saved {
         ensure!(
             layers(&manifest(&saved.reference)?)[0].1 != digest,

@@ -1,4 +1,5 @@
-//! When the world around a container has moved on: containerd dead, the tag another image, blobs deleted, registry gone.
+//! Saves after the surroundings of a container have changed: containerd dead, the tag on another image, blobs deleted,
+//! registry gone.
 
 use std::fs;
 
@@ -48,7 +49,7 @@ fn a_tag_that_moved_is_not_the_base() -> Result<()> {
     };
     let before = manifest(&lab.image)?;
     let pod = lab.session()?;
-    // The same tag is another image now, in the registry and on the node.
+    // The same tag refers to another image now, in the registry and on the node.
     lab.registry
         .push(&base(Base::Pause, Format::Oci)?, "bases/notebook:1")?;
     lab.containerd.pull(&lab.image)?;
@@ -68,7 +69,7 @@ fn a_tag_that_moved_is_not_the_base() -> Result<()> {
     same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)
 }
 
-/// As with `discard_unpacked_layers`: manifest and config stay, the layers' blobs go.
+/// Deletes the layers' blobs but not manifest and config, as `discard_unpacked_layers` does.
 fn discard_layers(lab: &Lab) -> Result<()> {
     for (_, digest) in layers(&manifest(&lab.image)?) {
         fs::remove_file(lab.containerd.blob(&digest)).with_context(|| digest)?;
@@ -84,7 +85,7 @@ fn base_layers_come_from_the_source_registry_when_the_node_has_none() -> Result<
     let pod = lab.session()?;
     let expected = layers(&manifest(&lab.image)?);
     discard_layers(&lab)?;
-    // Another registry: nothing can be mounted there.
+    // Another registry: no blob can be mounted there.
     let other = Registry::start_named(&lab.scratch, "other", None)?;
     let saved = save(
         &lab.scratch,
@@ -96,7 +97,7 @@ fn base_layers_come_from_the_source_registry_when_the_node_has_none() -> Result<
     assert_eq!(layers(&manifest(&saved.reference)?)[..3], expected[..]);
     let rootfs = unpack(&lab.scratch, &saved.reference)?;
     same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)?;
-    // And the same registry: mounted, nothing moved.
+    // The same registry: blobs are mounted and nothing is transferred.
     let saved = save(
         &lab.scratch,
         &lab.roots,

@@ -1,5 +1,4 @@
-//! Other people's programs as readers of a saved image: skopeo, umoci, the schemas of the specification, Docker, Podman,
-//! containerd.
+//! Other programs that read a saved image: skopeo, umoci, the schemas of the specification, Docker, Podman, containerd.
 
 use std::fs;
 
@@ -79,7 +78,7 @@ fn skopeo_umoci_docker_and_podman_read_what_was_saved() -> Result<()> {
         );
         let podman = Podman::new(&lab.scratch)?;
         let container = podman.run("copy", &destination, &[], &[])?;
-        // Podman gives its own mode to a root that no layer describes.
+        // Podman sets its own mode on a root that no layer describes.
         let except = [LEFT_OUT, &["."]].concat();
         same_tree(
             &pod.rootfs,
@@ -106,7 +105,7 @@ fn layouts_and_archives_are_read_by_umoci_and_skopeo() -> Result<()> {
     let layout = lab.scratch.path().join("layout");
     let destination = format!("oci:{}:first", layout.display());
     let saved = save(&lab.scratch, &lab.roots, &pod.container, &destination, &[])?;
-    // A second tag beside the first one, which stays.
+    // A second tag beside the first one, which remains.
     let second = format!("oci:{}:second", layout.display());
     save(
         &lab.scratch,
@@ -137,7 +136,7 @@ fn layouts_and_archives_are_read_by_umoci_and_skopeo() -> Result<()> {
     same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)
 }
 
-/// The schemas of image-spec, by a validator that has never heard of this program.
+/// The schemas of image-spec, checked by an independent validator.
 #[test]
 fn the_schemas_of_the_specification_accept_the_image() -> Result<()> {
     let Some(schemas) = schemas() else {
@@ -169,7 +168,7 @@ fn the_schemas_of_the_specification_accept_the_image() -> Result<()> {
         (blob(&saved.digest), "image-manifest-schema.json"),
         (blob(config), "config-schema.json"),
     ] {
-        // Debian's own interpreter: the validator is a package of it.
+        // Debian's own interpreter, because the validator is one of its packages.
         run(command("/usr/bin/python3", ["-c", VALIDATE])
             .arg(&schemas)
             .arg(schema)
@@ -193,7 +192,7 @@ resolver = Beside(whole.get('id', ''), whole)
 jsonschema.Draft4Validator(whole, resolver=resolver).validate(json.load(open(document)))
 ";
 
-/// Every manifest of the registry's repository can be read back: no half image is left under a tag.
+/// Every manifest of the registry's repository can be read back: no incomplete image is left under a tag.
 #[test]
 fn a_repeated_save_moves_the_tag() -> Result<()> {
     let Some(lab) = Lab::new(Base::Small, Format::Oci)? else {

@@ -1,4 +1,4 @@
-//! Pods of Kubernetes on containerd: saved to a registry, compared, pulled and run again.
+//! Pods of Kubernetes on containerd are saved to a registry, compared, pulled and run again.
 
 use std::env;
 use std::fs;
@@ -18,7 +18,7 @@ use crate::save::{
 };
 use crate::support;
 
-/// Every way in which the image of a pod must be what the pod saw, for both families of media types.
+/// Checks in every respect that the image of a pod is what the pod saw, for either family of media types.
 fn round_trip(format: Format) -> Result<()> {
     let Some(lab) = Lab::new(Base::Small, format)? else {
         return Ok(());
@@ -74,7 +74,8 @@ fn round_trip(format: Format) -> Result<()> {
         "notebook\n1\n"
     );
 
-    // The base's layers are there untouched, with one on top, all of one family of media types whatever the base's is.
+    // The base's layers are unchanged, with one layer on top, all of one family of media types, whichever the base's
+    // is.
     let (base, image) = (manifest(&lab.image)?, manifest(&saved.reference)?);
     assert_eq!(digests(&image)[..3], digests(&base)[..]);
     assert_eq!(layers(&image).len(), 4);
@@ -90,7 +91,7 @@ fn round_trip(format: Format) -> Result<()> {
         assert_eq!(kind, "application/vnd.oci.image.layer.v1.tar+gzip");
     }
 
-    // The config is the base's own with what was asked for, and nothing of the pod's environment.
+    // The config is the base's own with the requested changes, and nothing of the pod's environment.
     let after = config(&saved.reference)?;
     ensure!(
         !after.to_string().contains("hunter2"),
@@ -130,7 +131,7 @@ fn a_pod_on_a_docker_base_keeps_healthcheck_onbuild_and_shell() -> Result<()> {
     round_trip(Format::Docker)
 }
 
-/// A session as people have them: a few hundred megabytes of packages in ten thousand files.
+/// A typical session: a few hundred megabytes of packages in ten thousand files.
 #[test]
 fn a_jupyter_session_with_hundreds_of_megabytes_of_packages() -> Result<()> {
     let Some(lab) = Lab::new(Base::Big, Format::Oci)? else {
@@ -143,7 +144,7 @@ fn a_jupyter_session_with_hundreds_of_megabytes_of_packages() -> Result<()> {
     if certificates.is_dir() {
         mounts.push((certificates, "/mnt/certificates", true));
     }
-    // The machine's pip settings, but for the paths in them.
+    // The machine's pip settings, except for the paths in them.
     let settings: Vec<(String, String)> = env::vars()
         .filter(|(key, _)| key.starts_with("PIP_") || key.to_ascii_lowercase().ends_with("_proxy"))
         .filter(|(_, value)| !value.starts_with('/'))
@@ -215,7 +216,7 @@ fn a_jupyter_session_with_hundreds_of_megabytes_of_packages() -> Result<()> {
     Ok(())
 }
 
-/// As large and as varied as the packages: many small modules with compiled twins, some big binaries, links.
+/// As large and as varied as the packages: many small modules with compiled counterparts, some large binaries, links.
 const GENERATE: &str = r##"
 python3 - <<'END'
 import os, random, compileall, pathlib
@@ -312,7 +313,7 @@ fn pods_are_found_by_every_name_and_doubt_is_an_error() -> Result<()> {
     ensure!(text.contains(&format!("jupyter/{}", pod.name)), "{text}");
     let unknown = crate::save::refuse(&lab.roots, "nosuch", &lab.destination("x/y"), &[], 66)?;
     ensure!(unknown.contains("nosuch"), "{unknown}");
-    // Both pods begin with nothing in common but the empty text; the namespace alone names two.
+    // The names of both pods have only the empty prefix in common; the namespace alone matches two.
     let doubt = crate::save::refuse(&lab.roots, "jupyter/", &lab.destination("x/y"), &[], 66);
     ensure!(
         doubt.is_ok()
@@ -343,7 +344,7 @@ fn diff_says_what_changed_as_docker_does() -> Result<()> {
             "{line:?} is not in\n{diff}"
         );
     }
-    // Copied up, and as it was: no change.
+    // Copied up but not changed, so not a change.
     ensure!(!diff.contains("plugins/p3"), "{diff}");
     Ok(())
 }

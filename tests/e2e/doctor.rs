@@ -1,4 +1,4 @@
-//! What `upperdeck doctor` says of a real Redis, a real registry and files as they should not be.
+//! Tests of `upperdeck doctor` on a real Redis, a real registry and files with errors.
 
 use std::fs;
 use std::net::TcpListener;
@@ -14,7 +14,7 @@ use crate::host::{Roots, Scratch};
 use crate::save::upperdeck_itself;
 use crate::support::{Need, ignored};
 
-/// The findings, and the exit code.
+/// Returns the findings and the exit code.
 fn doctor(scratch: &Scratch, words: &[&str]) -> Result<(Vec<Value>, Option<i32>)> {
     let output = upperdeck_itself("doctor", &Roots::none(scratch))
         .args(["--format", "json"])
@@ -106,18 +106,18 @@ fn an_agents_servers_and_files_are_looked_at_and_left_as_they_were() -> Result<(
     assert_eq!(states(&findings, "redis-password"), ["warning"]);
     assert_eq!(states(&findings, "registry-tls"), ["warning"]);
     assert_eq!(exit, Some(0));
-    // Warnings count where that is asked for.
+    // Warnings count if that is requested.
     let mut strict = base(&url, &robot);
     strict.push("--strict".to_owned());
     assert_eq!(ask(&strict)?.1, Some(1));
-    // Nothing is left.
+    // Nothing is left in Redis.
     assert_eq!(redis.cli(&["DBSIZE"])?.trim(), "0");
     assert_eq!(
         registry.tags("sessions/upperdeck-doctor"),
         Vec::<String>::new()
     );
 
-    // A user of Redis who may only read, wrong credentials, a key that everybody can read.
+    // A Redis user with read access only, wrong credentials, and a key that everyone can read.
     redis.cli(&[
         "ACL",
         "SETUSER",
@@ -146,7 +146,7 @@ fn an_agents_servers_and_files_are_looked_at_and_left_as_they_were() -> Result<(
     assert_eq!(states(&findings, "registry"), ["failed"]);
     assert_eq!(states(&findings, "secrets"), ["ok", "failed"]);
     assert_eq!(exit, Some(1));
-    // The user that the documentation asks for.
+    // The user that the documentation specifies.
     redis.cli(&[
         "ACL",
         "SETUSER",
@@ -171,7 +171,7 @@ fn servers_that_never_answer_hold_up_nothing() -> Result<()> {
         return Ok(());
     }
     let scratch = Scratch::new()?;
-    // Connections are made by the kernel, and nothing ever reads from them.
+    // The kernel accepts connections, but nothing ever reads from them.
     let silent = TcpListener::bind("127.0.0.1:0")?;
     let address = silent.local_addr()?;
     let (findings, exit) = doctor(

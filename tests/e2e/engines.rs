@@ -1,4 +1,4 @@
-//! Docker and Podman: saved without asking either, pulled and run by it again.
+//! Docker and Podman containers are saved without contacting the engine, then pulled and run by it.
 
 use anyhow::{Result, ensure};
 
@@ -32,14 +32,15 @@ fn check(
         !rootfs.join("data/in-the-volume").exists(),
         "a volume's file is in the image"
     );
-    // An unpacked base is gone from these engines' disks: its layers come from where they are known to be, as they were.
+    // These engines do not keep the blobs of an unpacked base: the layers come unchanged from where they are known to
+    // be.
     assert_eq!(
         digests(&manifest(&saved.reference)?)[..3],
         digests(&manifest(base)?)[..]
     );
     let (before, after) = (config(base)?, config(&saved.reference)?);
     assert_eq!(meaningful(&after["config"]), meaningful(&before["config"]));
-    // The short ID works as the name does.
+    // The short ID works like the name.
     let again = save(
         scratch,
         roots,
@@ -126,7 +127,7 @@ fn a_podman_container_is_saved_and_runs_again() -> Result<()> {
         &podman.roots(&scratch),
         &container,
         &image,
-        // Podman gives its own mode to a root that no layer of the base describes.
+        // Podman sets its own mode on a root that no layer of the base describes.
         &["."],
     )?;
     let copy = podman.run("copy", &destination, &[], &[])?;
@@ -144,7 +145,8 @@ fn a_podman_container_is_saved_and_runs_again() -> Result<()> {
     Ok(())
 }
 
-/// A named volume and a directory of the host's: saved with what is in them and nothing else, then with what changed.
+/// A named volume and a directory of the host are saved with their contents and nothing else, and then with what
+/// changed.
 #[test]
 fn a_docker_container_is_saved_with_its_volumes() -> Result<()> {
     let Some((scratch, registry, image)) = lab(&["dockerd", "docker", "runc"])? else {
@@ -161,7 +163,7 @@ fn a_docker_container_is_saved_with_its_volumes() -> Result<()> {
     let container = docker.run("session", &image, &mounts, &[])?;
     let named = docker.docker(["volume", "inspect", "--format", "{{.Mountpoint}}", "named"])?;
     let named = std::path::Path::new(&named);
-    // Docker copies into an empty volume what the image has there.
+    // Docker copies the image's files at that path into an empty volume.
     ensure!(named.join("dash/a/x").exists());
     docker.shell(&container, WORK_WITHOUT_SRV)?;
     docker.shell(

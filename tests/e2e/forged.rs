@@ -1,5 +1,5 @@
-//! A tenant whose first process makes a root of its own that looks like the runtime's, and has the host's `/etc` in it:
-//! refused on every runtime and by way of the service, with nothing read.
+//! A tenant's first process makes a root of its own that looks like the runtime's and contains the host's `/etc`. It is
+//! refused on every runtime and through the service, and nothing of it is read.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,16 +19,16 @@ use crate::save::{failed, refuse, save, upperdeck};
 use crate::support::{Need, ignored};
 
 const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/forge.c");
-/// Where it is in the containers.
+/// Path of the program in the containers.
 const INSIDE: &str = "/srv/forge";
 
-/// What a tenant tries: user namespaces within one another, the lower that is added, a file, and what it redirects to.
+/// The tenant's attempts: nested user namespaces, the additional lower, a file, and the target of its redirect.
 const TRIES: [[&str; 4]; 4] = [
     ["1", "::/etc", "/notes.txt", "/shadow"],
     ["2", "::/etc", "/notes.txt", "/shadow"],
-    // A directory of its own in place of a lower.
+    // A directory of the tenant's in place of a lower.
     ["1", "/etc:", "/notes.txt", "/shadow"],
-    // The record's own names, and nothing else: only the file system is another one.
+    // The names in the record and nothing else: only the file system is a different one.
     ["1", "", "/notes.txt", "/etc/shadow"],
 ];
 
@@ -39,7 +39,7 @@ fn needs(programs: &[&'static str]) -> bool {
     !ignored(&needs)
 }
 
-/// The tenant's program, compiled.
+/// Compiles the tenant's program.
 fn program(scratch: &Scratch) -> Result<PathBuf> {
     let program = scratch.path().join("forge");
     run(command("cc", ["-O2", "-static", "-o"])
@@ -52,7 +52,7 @@ fn is_root_of(pid: i32, file: &str) -> bool {
     Path::new(&format!("/proc/{pid}/root{file}")).exists()
 }
 
-/// Saves while it is honest, lets it forge its root, and has it refused by every verb.
+/// Saves while the root is genuine, lets the program forge it, and checks that every verb refuses it.
 fn honest_then_forged(scratch: &Scratch, roots: &Roots, id: &str, pid: i32) -> Result<()> {
     let layout = |name: &str| format!("oci:{}:saved", scratch.path().join(name).display());
     let state = ["--state-dir", ""];
@@ -106,7 +106,7 @@ fn a_forged_root_is_refused_on_podman() -> Result<()> {
     Ok(())
 }
 
-/// Docker's own seccomp profile leaves user namespaces to those with CAP_SYS_ADMIN; many switch it off.
+/// Docker's default seccomp profile allows user namespaces only with CAP_SYS_ADMIN; many installations disable it.
 #[test]
 fn a_forged_root_is_refused_on_docker() -> Result<()> {
     if !needs(&["dockerd", "docker", "runc"]) {
@@ -150,7 +150,7 @@ fn pod(lab: &Lab, program: &Path, words: &[&str]) -> Result<crate::host::contain
     lab.containerd.run_pod(&lab.image, &options)
 }
 
-/// As `ctr run -d` makes it.
+/// A container made by `ctr run -d`.
 fn by_ctr(
     containerd: &Containerd,
     image: &str,
@@ -203,7 +203,8 @@ fn a_forged_root_is_refused_on_containerd() -> Result<()> {
     Ok(())
 }
 
-/// A session that the manager knows forges its root before its save: the save fails for good, and the registry has nothing.
+/// A session known to the manager forges its root before its save: the save fails for good, and nothing is in the
+/// registry.
 #[test]
 fn a_forged_root_is_refused_by_the_agent() -> Result<()> {
     if !needs(&["containerd", "runc", "redis-server", "redis-cli"]) {

@@ -1,5 +1,5 @@
-//! The harness itself: every host runs a container, and leaves nothing behind. Where one of these fails, the machine or
-//! the harness is at fault, not the program.
+//! Tests of the harness itself: every host runs a container and leaves nothing behind. A failure here points to the
+//! machine or the harness, not to the program.
 
 use std::path::Path;
 
@@ -129,7 +129,7 @@ fn processes_run_on_overlays_of_every_kind() -> Result<()> {
             "main",
             "{mount:?}"
         );
-        // Nothing has changed but times: the merged view is the image.
+        // Only times have changed: the merged view is the image.
         let layout = process
             .base
             .trim_start_matches("oci:")

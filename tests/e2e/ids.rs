@@ -1,4 +1,4 @@
-//! Containers with a user namespace over layers that are not of their ids: mounted ID-mapped.
+//! Containers with a user namespace over layers with other IDs, which are mounted ID-mapped.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -15,7 +15,7 @@ use crate::host::{output, run};
 use crate::save::{failed, save, unpack_layout, upperdeck};
 use crate::support::{Need, ignore, ignored};
 
-/// New, changed, unchanged but copied up, linked, moved with what is in it, and made by a user.
+/// New, changed, copied up but unchanged, linked, moved with its contents, and created by a user.
 const WORK: &str = "
 mkdir -p /home/u; echo new > /home/u/new; chown -R 1000:1001 /home/u
 echo more >> /usr/lib/app/main
@@ -26,7 +26,7 @@ chown 7:8 /usr/lib/app/plugins
 rm -rf /srv/share
 ";
 
-/// Owners by path, as `find` in the container and the unpacked image tell.
+/// Owners by path, as `find` lists them in the container and in the unpacked image.
 const LIST: &str =
     "cd \"$0\"; find usr home opt srv root var etc/passwd -exec stat -c '%u %g %n' {} + | sort -k3";
 
@@ -48,7 +48,7 @@ fn lowers_that_podman_maps_have_the_owners_that_the_container_sees() -> Result<(
         return Ok(());
     }
     let scratch = Scratch::new()?;
-    // The container's root goes through it.
+    // The container's root must be able to traverse it.
     fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o711))?;
     let registry = Registry::start(&scratch)?;
     let image = registry.push(&base(Base::Small, Format::Oci)?, "bases/notebook:1")?;
@@ -95,12 +95,12 @@ fn lowers_that_podman_maps_have_the_owners_that_the_container_sees() -> Result<(
     ensure!(owner("usr/lib/app/main")? == (0, 0));
     ensure!(owner("usr/lib/app/plugins")? == (7, 8));
 
-    // What was copied up and is as it was is no change.
+    // A file that was copied up without a change is not a change.
     let changes = run(upperdeck("diff", &roots).arg(&id))?;
     ensure!(!changes.contains("plugins/p1"), "{changes}");
     ensure!(changes.contains("usr/lib/app/main"), "{changes}");
 
-    // The base held against the lowers by content, and its layers made again from them.
+    // The base is compared with the lowers by content, and its layers are remade from them.
     drop(registry);
     let given = base(Base::Small, Format::Oci)?;
     for (name, options) in [
@@ -120,8 +120,8 @@ fn lowers_that_podman_maps_have_the_owners_that_the_container_sees() -> Result<(
     Ok(())
 }
 
-/// `dockerd --userns-remap`: a container with its ids has the owners that it sees; one with `--userns=host`, whose own files
-/// are of other ids than those of its base, is refused.
+/// `dockerd --userns-remap`: a container with its IDs gets the owners that it sees; one with `--userns=host`, whose own
+/// files have other IDs than those of its base, is refused.
 #[test]
 fn owners_in_a_store_of_userns_remap_are_those_of_the_container_or_it_is_refused() -> Result<()> {
     let programs = [

@@ -1,4 +1,5 @@
-//! `kill -9` of the program at any moment: the container runs again within a second, and no tag shows half an image.
+//! `kill -9` of the program at any moment: the container runs again within a second, and no tag refers to an incomplete
+//! image.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()
         return Ok(());
     };
     let pod = lab.session()?;
-    // Enough to be caught in the middle of it.
+    // Enough data for a kill in the middle of the save.
     lab.containerd.shell(&pod, "for i in 1 2 3 4; do dd if=/dev/urandom of=/home/researcher/work/big$i bs=1048576 count=16; done")?;
     let freezer = Freezer::of(pod.pid)?;
     let start = Instant::now();
@@ -31,13 +32,14 @@ fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()
 
     let (mut while_frozen, mut finished) = (0, 0);
     for round in 0..30_u32 {
-        // The last ten with pauses that are too short to be hit often: every other phase of a save is.
+        // The last ten rounds are live saves, whose pauses are too short to be hit often: the kills cover every other
+        // phase.
         let how: &[&str] = if round < 20 {
             &["--pause", "full", "--full"]
         } else {
             &[]
         };
-        // Spread over the whole run and a little beyond its end, by a step that does not repeat.
+        // Spread over the whole run and slightly beyond its end, in steps that do not repeat.
         let moment = whole.mul_f64(f64::from(round * 7 % 20) / 19.0);
         let repository = format!("kill/round-{round}");
         let mut child = upperdeck_itself("commit", &lab.roots)
@@ -48,7 +50,7 @@ fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()
             .stderr(Stdio::null())
             .spawn()?;
         if round < 4 {
-            // Whatever else the machine does, some are caught there.
+            // Ensures that some kills hit the freeze, however busy the machine is.
             wait_at_most(Duration::from_secs(60), "the container is frozen", || {
                 freezer.frozen()
             })?;
@@ -66,7 +68,7 @@ fn killed_at_any_moment_the_container_thaws_and_a_repeat_succeeds() -> Result<()
         if ended {
             finished += 1;
         } else if !lab.registry.tags(&repository).is_empty() {
-            // All was done but what is kept for the next save.
+            // Everything was done except for what is kept for the next save.
             let rootfs = unpack(&lab.scratch, &lab.destination(&repository))?;
             same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)
                 .with_context(|| format!("a tag after {moment:?}"))?;

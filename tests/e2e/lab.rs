@@ -1,4 +1,4 @@
-//! A node with pods: a registry, a containerd, and the small base in three layers, as most scenarios want it.
+//! A node with pods: a registry, a containerd, and the small base in three layers, as most scenarios need them.
 
 use anyhow::Result;
 
@@ -9,7 +9,7 @@ use crate::host::{Roots, Scratch};
 use crate::save::{WORK, set_attributes};
 use crate::support::{Need, ignored};
 
-/// Dropped in this order: servers first, their directories last.
+/// Fields are dropped in this order: servers first, their directories last.
 #[derive(Debug)]
 pub struct Lab {
     pub containerd: Containerd,
@@ -21,7 +21,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// None where this machine cannot have it.
+    /// Returns `None` if this machine cannot run it.
     pub fn new(kind: Base, format: Format) -> Result<Option<Self>> {
         let programs = [
             "containerd",
@@ -56,7 +56,7 @@ impl Lab {
         }))
     }
 
-    /// A pod on the base in which somebody has worked.
+    /// Starts a pod on the base with a user's work in it.
     pub fn session(&self) -> Result<Pod> {
         let pod = self
             .containerd
@@ -66,7 +66,7 @@ impl Lab {
         Ok(pod)
     }
 
-    /// Where to save to: a repository of its own, so that nothing of the base is there.
+    /// Returns a destination with a repository of its own, which contains nothing of the base.
     pub fn destination(&self, repository: &str) -> String {
         self.registry.reference(&format!("{repository}:saved"))
     }

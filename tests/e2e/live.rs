@@ -1,4 +1,5 @@
-//! Saving a container that writes as hard as it can: every image is one instant, and a second save costs what changed.
+//! Saves a container that writes at full speed: every image is of one moment, and a second save costs only what
+//! changed.
 
 mod next;
 mod programs;
@@ -28,7 +29,7 @@ use crate::support::{Need, ignored};
 const WRITERS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/host/writers.py");
 const INSTANT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/host/instant.py");
 
-/// Saves of each kind. `UPPERDECK_SOAK=300` for as many as it takes to believe it.
+/// Returns the number of saves of each kind. `UPPERDECK_SOAK=300` sets a higher number, for a long test.
 fn saves(usual: u32) -> Result<u32> {
     Ok(match std::env::var("UPPERDECK_SOAK") {
         Ok(text) => text.parse()?,
@@ -50,12 +51,12 @@ impl Session {
         Self::on(kind, None, &|_| Ok(Vec::new()))
     }
 
-    /// With what `mounts` says to Podman, told the scratch directory.
+    /// Starts the session with the options for Podman that `mounts` returns for the scratch directory.
     fn with(kind: Base, mounts: &dyn Fn(&Scratch) -> Result<Vec<String>>) -> Result<Option<Self>> {
         Self::on(kind, None, mounts)
     }
 
-    /// With its storage on a file system of its own, made by `mkfs`.
+    /// Like `Session::with`, with the storage on a file system of its own, made by `mkfs`.
     fn on(
         kind: Base,
         mkfs: Option<&'static str>,
@@ -118,7 +119,7 @@ impl Session {
         Ok(())
     }
 
-    /// As the container sees it, with what is mounted in it.
+    /// Returns the root as the container sees it, including mounts.
     fn root(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root", self.container.pid))
     }
@@ -127,7 +128,7 @@ impl Session {
         self.scratch.path().join("images").display().to_string()
     }
 
-    /// Without a bound on the pause: how long a busy machine takes proves nothing.
+    /// Saves without a limit on the pause: the time that a busy machine takes proves nothing.
     fn save(&self, tag: &str, options: &[&str]) -> Result<Saved> {
         let destination = format!("oci:{}:{tag}", self.layout());
         let options = [&["--max-pause", "0"], options].concat();
@@ -144,7 +145,7 @@ impl Session {
         self.instant_but(saved, &[])
     }
 
-    /// With what the save has said of it.
+    /// Checks that the image is of one moment, except for the files that the save reported.
     fn instant_but(&self, saved: &Saved, said: &[&str]) -> Result<String> {
         let layers = saved.metadata["base"]["layers"]
             .as_array()
@@ -160,7 +161,7 @@ impl Session {
         ))
     }
 
-    /// The image, unpacked.
+    /// Unpacks the image.
     fn unpacked(&self, saved: &Saved) -> Result<PathBuf> {
         let destination = saved.metadata["destination"].as_str();
         let tag = destination.and_then(|name| name.rsplit_once(':'));
@@ -175,7 +176,7 @@ impl Session {
         self.same_as(destination)
     }
 
-    /// As [`Session::same`], by `oci:DIR:TAG`.
+    /// Like [`Session::same`], for `oci:DIR:TAG`.
     fn same_as(&self, destination: &str) -> Result<()> {
         let name = destination.strip_prefix("oci:").context("a layout")?;
         let (dir, tag) = name.rsplit_once(':').context("a tag")?;
@@ -256,7 +257,7 @@ fn large_files_on_btrfs_are_cloned_at_one_instant() -> Result<()> {
     clones_are_of_one_instant("mkfs.btrfs")
 }
 
-/// Where files can be cloned, large ones that never rest are taken as they are at the instant, and read afterwards.
+/// If files can be cloned, large ones that change constantly are cloned at the freeze and read afterwards.
 fn clones_are_of_one_instant(mkfs: &'static str) -> Result<()> {
     let Some(session) = Session::on(Base::Big, Some(mkfs), &|_| Ok(Vec::new()))? else {
         return Ok(());
@@ -292,7 +293,7 @@ fn clones_are_of_one_instant(mkfs: &'static str) -> Result<()> {
     Ok(())
 }
 
-/// A home on a volume, which everybody writes to: it is of the same instant as all else.
+/// A home on a volume that everything writes to is of the same moment as the rest.
 #[test]
 fn a_volume_that_is_written_to_is_saved_at_the_same_instant() -> Result<()> {
     let mounts = |scratch: &Scratch| {
@@ -328,7 +329,7 @@ fn a_volume_that_is_written_to_is_saved_at_the_same_instant() -> Result<()> {
     Ok(())
 }
 
-/// Volumes over what the image has, and in another volume.
+/// Volumes over paths that exist in the image, and inside another volume.
 #[test]
 fn volumes_hide_what_the_image_has_there_and_are_saved_by_what_changed() -> Result<()> {
     let mounts = |scratch: &Scratch| {
@@ -359,7 +360,7 @@ fn volumes_hide_what_the_image_has_there_and_are_saved_by_what_changed() -> Resu
             let volume = session.scratch.path().join(directory);
             same_tree(&volume, &rootfs.join(at), except, &[], 1).with_context(|| at.to_owned())?;
         }
-        // The mount points in the container's own tree are the base's.
+        // The mount points in the container's own tree come from the base.
         let left_out = [LEFT_OUT, &[".", "srv", "srv/*"]].concat();
         let root = &session.container.rootfs;
         same_tree(root, &rootfs, &left_out, TOUCHED_BY_RUNTIMES, 1)?;
@@ -377,7 +378,7 @@ fn volumes_hide_what_the_image_has_there_and_are_saved_by_what_changed() -> Resu
     let saved = session.save("deleted", &both)?;
     ensure!(!saved.stderr.contains("saved anew"), "{}", saved.stderr);
     check(&saved, 3)?;
-    // With one of them alone all is another image.
+    // With only one of them, the save makes a different image.
     let saved = session.save("one", &["--include-volume", "/srv/inner"])?;
     ensure!(saved.stderr.contains("saved anew"), "{}", saved.stderr);
     let rootfs = session.unpacked(&saved)?;
@@ -441,7 +442,7 @@ fn what_is_no_volume_is_refused_with_those_that_are() -> Result<()> {
     Ok(())
 }
 
-/// What the program itself finds out about the file system of a directory.
+/// Returns what the program detects about the file system of a directory.
 fn can_clone(dir: &Path) -> Result<bool> {
     let exclusions = Exclusions::new(Rules::default())?;
     let roots = scan::Roots {
@@ -499,7 +500,7 @@ fn a_second_save_is_what_changed_and_the_image_is_whole() -> Result<()> {
         );
         session.same(&saved).with_context(|| change.to_string())?;
     }
-    // Somewhere else, the earlier layers are copied; asked for, everything is made anew.
+    // At another destination the earlier layers are copied; with --full everything is made anew.
     let elsewhere = format!(
         "oci:{}:x",
         session.scratch.path().join("elsewhere").display()
@@ -526,7 +527,7 @@ fn chains_end_at_the_cap_and_every_image_is_the_container() -> Result<()> {
     session.podman.shell(&session.container, save::WORK)?;
     let mut anew = 0;
     for number in 0..saves(12)? {
-        // What is done depends on the number alone, and undoes some of what was done before.
+        // The changes depend only on the number, and undo some of the earlier ones.
         let script = format!(
             "cd /home/researcher; n={number}; echo $n > file$((n % 5)); rm -rf dir$((n % 3)); mkdir dir$((n % 3)); \
              echo $n > dir$((n % 3))/a; ln dir$((n % 3))/a dir$((n % 3))/b; rm -f file$(((n + 2) % 5)); \
@@ -594,7 +595,7 @@ fn whatever_is_wrong_with_the_state_the_image_is_right() -> Result<()> {
         );
         session.same(&saved)?;
     }
-    // Deleted: as if there had been no save, and it is there again for the next one.
+    // After deletion it is as if there had been no save, and the next save can build on this one again.
     change("deleted")?;
     fs::remove_dir_all(&state)?;
     let saved = session.save("deleted", &[])?;
@@ -607,7 +608,7 @@ fn whatever_is_wrong_with_the_state_the_image_is_right() -> Result<()> {
     ensure!(!told_of_state(&saved), "{}", saved.stderr);
     ensure!(saved.metadata["layers_above_base"] == 2);
     session.same(&saved)?;
-    // Nothing can be kept: told, and saved all the same.
+    // If nothing can be kept, this is reported and the save succeeds.
     fs::remove_dir_all(&state)?;
     fs::write(&state, "in the way")?;
     let saved = session.save("no-place", &[])?;
@@ -617,7 +618,7 @@ fn whatever_is_wrong_with_the_state_the_image_is_right() -> Result<()> {
     Ok(())
 }
 
-/// A disk that is full, from the first save on, and from the second: what was kept before is good for the next one.
+/// A full disk, at the first save and at a later one: what was kept before is usable for the next one.
 #[test]
 fn a_full_disk_costs_the_state_and_no_save() -> Result<()> {
     let Some(session) = Session::new(Base::Small)? else {
@@ -650,7 +651,7 @@ fn a_full_disk_costs_the_state_and_no_save() -> Result<()> {
     fs::remove_file(&filler)?;
     change("with-room")?;
     session.same(&session.save("with-room", &[])?)?;
-    // From here on there is something to stand on, older each time.
+    // From here on there is a save to build on, which becomes older each time.
     for what in ["full-later", "full-still"] {
         change(what)?;
         fill()?;
@@ -668,7 +669,7 @@ fn a_full_disk_costs_the_state_and_no_save() -> Result<()> {
     session.same(&saved)
 }
 
-/// Whether a save had something to say of what is kept for the next one.
+/// Returns whether a save reported anything about what is kept for the next one.
 fn told_of_state(saved: &Saved) -> bool {
     ["full_save", "state_not_kept"]
         .iter()
@@ -735,7 +736,7 @@ fn a_pause_that_cannot_be_kept_ends_the_save() -> Result<()> {
     session.same(&session.save("after", &[])?)
 }
 
-/// Where [`save::upperdeck`] lets the state be kept.
+/// Returns the directory where [`save::upperdeck`] keeps the state.
 fn state_of(roots: &Roots) -> std::path::PathBuf {
     save::state_dir(roots)
 }

@@ -1,4 +1,4 @@
-//! The program against real registries and real container runtimes.
+//! End-to-end tests of the program against real registries and real container runtimes.
 
 #[path = "../support/mod.rs"]
 mod support;

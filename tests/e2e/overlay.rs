@@ -1,4 +1,5 @@
-//! Overlays mounted in every way that a kernel offers, under processes that no engine knows (`pid:N` with `--base`).
+//! Overlays with all mount options that a kernel offers, under processes that belong to no engine (`pid:N` with
+//! `--base`).
 
 use anyhow::{Context, Result, ensure};
 
@@ -25,14 +26,14 @@ fn scratch() -> Result<Option<Scratch>> {
     }
 }
 
-/// Work, save by process id, unpack, compare.
+/// Does some work, saves by process ID, unpacks and compares.
 fn round_trip(mount: &Mount<'_>, more_work: &str) -> Result<()> {
     let Some(scratch) = scratch()? else {
         return Ok(());
     };
     let process = Process::start(&scratch, mount)?;
-    // A user namespace has no devices to make; and in one the kernel shows the two names of a lower file that was linked as
-    // two files, as long as it has the first one cached.
+    // No device nodes can be created in a user namespace. There, the kernel also shows the two names of a linked lower
+    // file as two files while the first one is cached.
     let work: Vec<&str> = WORK
         .lines()
         .filter(|line| {
@@ -54,7 +55,7 @@ fn round_trip(mount: &Mount<'_>, more_work: &str) -> Result<()> {
     )?;
     ensure!(!Freezer::of(process.pid)?.frozen());
     let rootfs = unpack_layout(&layout, "saved")?;
-    // Where the merged view is mounted, with the host's own interpreter.
+    // In the namespace of the merged view, with the host's own interpreter.
     let mut compare = process.enter(false);
     compare.args(["python3", TREE, "--shift", &mount.shift.to_string()]);
     let except: Vec<&str> = LEFT_OUT.iter().chain(&["dev"]).copied().collect();
@@ -73,8 +74,8 @@ fn a_plain_overlay() -> Result<()> {
     round_trip(&Mount::default(), "true")
 }
 
-/// The third name of a link group goes first: a group of which only some names are in a renamed directory falls apart
-/// (README, limits).
+/// The third name of a link group is removed first: a group of which only some names are in a renamed directory is
+/// split (README, limits).
 #[test]
 fn redirected_directories_and_metadata_copies_are_resolved() -> Result<()> {
     let mount = Mount {
@@ -126,7 +127,7 @@ fn owners_of_a_user_namespace_are_mapped_back() -> Result<()> {
     )
 }
 
-/// The names that changed with it are not in the upper: refused by path, never half of it.
+/// The names that changed with it are not in the upper: it is refused with its path, never saved in part.
 #[test]
 fn a_link_group_that_changed_as_one_is_refused() -> Result<()> {
     let Some(scratch) = scratch()? else {

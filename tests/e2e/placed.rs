@@ -1,4 +1,4 @@
-//! Lower directories that are mounts of their own, read in mount namespaces that have them and in such that do not.
+//! Lower directories that are mounts of their own, read in mount namespaces with and without these mounts.
 
 use std::path::Path;
 use std::process::Command;
@@ -16,7 +16,7 @@ use crate::save::{
 };
 use crate::support::{Need, ignored};
 
-/// `command` in a mount namespace of its own, after a script whose first argument is `argument`.
+/// Returns `command` in its own mount namespace, after a script whose first argument is `argument`.
 fn apart(command_line: &Command, script: &str, argument: &Path) -> Command {
     let script = format!("set -e; at=$1; shift; {script}; exec \"$@\"");
     let unshare = ["--mount", "--propagation", "private", "bash", "-c", &script];
@@ -45,7 +45,7 @@ fn commit(roots: &Roots, options: &[&str], container: &str, destination: &Path) 
     commit
 }
 
-/// Refused with the name of the mount that is missing, and nothing written.
+/// Checks that the save is refused with the name of the missing mount, and that nothing is written.
 fn missing(commit: &mut Command, mount: &Path, destination: &Path) -> Result<()> {
     let said = failed(&output(commit)?, 69)?;
     ensure!(
@@ -93,7 +93,7 @@ fn lowers_that_are_mounts_are_read_where_they_are_mounted_only() -> Result<()> {
         failed(&output(&mut apart(&look, "umount -l \"$at\"", &lower))?, 69)?;
     }
 
-    // The node's root as a pod sees it that does not get the node's mounts, and as one sees it that does.
+    // The node's root as seen by a pod without the node's mounts, and by one with them.
     let host = scratch.dir("host")?;
     let flag = host.display().to_string();
     let below = [&["--host-root", flag.as_str()], &based[..]].concat();
@@ -141,7 +141,7 @@ fn lowers_that_are_mounts_are_read_where_they_are_mounted_only() -> Result<()> {
     Ok(())
 }
 
-/// The same by a runtime's record.
+/// The same with a runtime's record.
 #[test]
 fn a_layer_of_podman_that_is_not_mounted_here_is_refused() -> Result<()> {
     let programs = [
@@ -164,7 +164,7 @@ fn a_layer_of_podman_that_is_not_mounted_here_is_refused() -> Result<()> {
     let image = registry.push(&base(Base::Small, Format::Oci)?, "bases/notebook:1")?;
     let podman = Podman::new(&scratch)?;
     let roots = podman.roots(&scratch);
-    // Once, so that its layers are there.
+    // A first run creates the layers.
     let first = podman.run("first", &image, &[], &["/bin/sleep", "100000"])?;
     let format = "{{.GraphDriver.Data.LowerDir}}";
     let lowers = podman.podman(["inspect", "--format", format, &first.id])?;

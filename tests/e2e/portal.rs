@@ -1,5 +1,5 @@
-//! The page before the real service: a pod in containerd, an agent, Redis, a manager and a registry, each a process of its
-//! own.
+//! The portal's page with the real service: a pod in containerd, an agent, Redis, a manager and a registry, each in a
+//! process of its own.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -17,18 +17,18 @@ use crate::support::{Need, ignore, ignored};
 
 const TOKEN: &str = "a-token-for-tests-of-the-portal";
 
-/// As a tokens file wants it.
+/// Returns the hash as in a tokens file.
 fn sha256(text: &str) -> String {
     use sha2::Digest as _;
     hex::encode(sha2::Sha256::digest(text))
 }
 
-/// A port that nobody had a moment ago.
+/// Returns a port that was free a moment ago.
 fn port() -> Outcome<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// Dropped in this order: who asks before who answers, the directories last.
+/// Fields are dropped in this order: clients before servers, the directories last.
 struct Centre {
     agent: Daemon,
     manager: Daemon,
@@ -174,7 +174,7 @@ impl Centre {
         Ok(())
     }
 
-    /// As a crash: no goodbye.
+    /// Kills and restarts the manager, as after a crash.
     fn restart_manager(&mut self) -> Outcome {
         self.manager.kill()?;
         self.manager = Self::manager(
@@ -210,7 +210,7 @@ impl Centre {
         )
     }
 
-    /// Signs in by the token's link and waits for the session.
+    /// Signs in with the token's link and waits for the session.
     fn enter(&self, browser: &Browser, pod: &Pod) -> Outcome {
         browser.go(&format!("{}?token={TOKEN}", self.url()))?;
         browser.click("#enter")?;
@@ -241,7 +241,7 @@ fn keep(browser: &Browser, name: &str) -> Outcome {
     browser.whole_page(&dir.join(format!("real-{name}.png")))
 }
 
-/// What the bar showed, from the next press on.
+/// Records the values of the progress bar, from the next click on.
 const RECORD_BAR: &str = "window.values = []; new MutationObserver(() => {
         const bar = document.querySelector('progress');
         if (bar && bar.position >= 0 && values.at(-1) !== bar.value) values.push(bar.value);
@@ -289,7 +289,7 @@ fn a_pod_is_saved_found_and_deleted_and_a_manager_may_die_meanwhile() -> Outcome
     );
     browser.assert_clean()?;
 
-    // What changes after that is a delta; the manager dies while it is saved.
+    // Later changes are saved as a delta; the manager dies during that save.
     centre.containerd.shell(
         &pod,
         "dd if=/dev/urandom of=/opt/env/more bs=1048576 count=160 2>/dev/null",
@@ -377,7 +377,7 @@ fn two_tabs_a_reload_a_cancellation_and_a_failure_before_the_real_service() -> O
         "return document.querySelector('progress, .last .verdict')",
         json!([]),
     )?;
-    // It may have ended by now on a fast machine; otherwise it is cancelled from the other tab.
+    // It may have ended already on a fast machine; otherwise it is cancelled from the other tab.
     let running = browser.run(
         "return !!document.querySelector('.running button')",
         json!([]),
@@ -399,7 +399,7 @@ fn two_tabs_a_reload_a_cancellation_and_a_failure_before_the_real_service() -> O
     assert_eq!(here, there);
     browser.assert_clean()?;
 
-    // A registry that is gone: it is tried again, and the page says which attempt it is; or it fails with its code.
+    // The registry is gone: the save is retried and the page shows the attempt, or it fails with its code.
     centre.registry.kill()?;
     browser.click("article button.main")?;
     let told = "const text = document.body.innerText; return text.includes('attempt 2') || text.includes('The place where images are kept does not answer.')";

@@ -1,4 +1,5 @@
-//! What a save has given up while it reads what a stranger wrote: seen by the kernel, in every thread.
+//! Checks the privileges that a save has given up while it reads untrusted data, as the kernel shows them for every
+//! thread.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +21,7 @@ const OF_A_SAVE: u64 =
 /// DAC_OVERRIDE.
 const OF_A_WATCHDOG: u64 = 1 << 1;
 
-/// The fields of `/proc/PID/task/TID/status`.
+/// Returns the fields of `/proc/PID/task/TID/status`.
 fn status(file: &Path) -> Result<BTreeMap<String, String>> {
     let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
     let fields = text.lines().filter_map(|line| line.split_once(':'));
@@ -68,7 +69,7 @@ fn a_save_that_waits_has_no_more_rights_than_it_needs_in_any_thread() -> Result<
     process.shell("echo work > /work.txt")?;
     let layout = scratch.path().join("saved");
     let destination = format!("oci:{}:saved", layout.display());
-    // Descriptors that the caller left open by mistake, and one that is named.
+    // Descriptors that the caller left open by mistake, and one that is passed on purpose.
     let stray = fs::File::open("/etc/hostname")?;
     rustix::io::fcntl_setfd(&stray, rustix::io::FdFlags::empty())?;
     let mut child = upperdeck_itself("commit", &Roots::none(&scratch))
@@ -91,7 +92,7 @@ fn a_save_that_waits_has_no_more_rights_than_it_needs_in_any_thread() -> Result<
     let open = format!("/proc/{pid}/fd/{}", stray.as_raw_fd());
     let leads_to = fs::read_link(open).unwrap_or_default();
     assert_ne!(leads_to, Path::new("/etc/hostname"));
-    // The watchdog that it has had stand by, with less.
+    // The watchdog on standby, with fewer privileges.
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
     let watchdogs: Vec<u32> = children
         .split_whitespace()

@@ -1,4 +1,4 @@
-//! What every scenario does: run the program, look at what it said, take the image apart with other people's tools, and
+//! The steps that all scenarios share: run the program, check its output, unpack the image with other tools, and
 //! compare it with what the container sees.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,8 @@ use serde_json::Value;
 
 use crate::host::{Roots, Scratch, command, output, run};
 
-/// A user's work in the small base, in shell: one line for each thing that a layer must carry, or must not.
+/// A user's work in the small base, as shell commands: one line per kind of entry that a layer must contain or must not
+/// contain.
 pub const WORK: &str = r"
 echo changed >> /usr/lib/app/main
 rm /usr/lib/app/plugins/p2 /usr/lib/app/dangling
@@ -43,7 +44,7 @@ mkdir -p /root/.ssh /home/researcher/.cache/pip && echo key > /root/.ssh/id_ed25
 echo gone > /tmp/scratch
 ";
 
-/// The same without what is done below `/srv`, where a volume may be.
+/// The same without the commands below `/srv`, where a volume may be mounted.
 pub const WORK_WITHOUT_SRV: &str = r"
 echo changed >> /usr/lib/app/main
 rm /usr/lib/app/plugins/p2 /usr/lib/app/dangling
@@ -53,7 +54,7 @@ echo notebook > /home/researcher/work/deep/er/a.ipynb
 ln /home/researcher/work/deep/er/a.ipynb /home/researcher/work/b.ipynb
 ";
 
-/// What busybox cannot do of a user's work: attributes and access lists, set in the root of a process.
+/// Does the part of a user's work that busybox cannot do: sets attributes and access lists in the root of a process.
 pub fn set_attributes(pid: i32, access_lists: bool) -> Result<()> {
     let home = format!("/proc/{pid}/root/home/researcher");
     run(&mut command(
@@ -71,7 +72,8 @@ pub fn set_attributes(pid: i32, access_lists: bool) -> Result<()> {
             "setfacl",
             ["-m", "u:1234:rwx", &format!("{home}/work/deep")],
         ))?;
-        // A default list on an empty directory only: containerd and Docker set it before they make what is in it.
+        // A default list only on an empty directory, because containerd and Docker set it before they create the
+        // contents.
         run(&mut command(
             "setfacl",
             ["-m", "d:u:1234:rx", &format!("{home}/empty")],
@@ -80,14 +82,14 @@ pub fn set_attributes(pid: i32, access_lists: bool) -> Result<()> {
     Ok(())
 }
 
-/// What a save leaves out of [`WORK`] on purpose, and what runtimes put into every container for themselves.
+/// What a save intentionally leaves out of [`WORK`], and what runtimes create in every container.
 pub const LEFT_OUT: &[&str] = &[
     "tmp/*",
     "root/.ssh",
     "root/.ssh/*",
     "home/researcher/.cache/pip/*",
     "home/researcher/.cache/pip",
-    // Mount points and what engines write.
+    // Mount points, and files written by engines.
     "dev/*",
     "proc/*",
     "sys/*",
@@ -100,7 +102,7 @@ pub const LEFT_OUT: &[&str] = &[
     "data",
 ];
 
-/// Directories in which a runtime makes the above, so that their times are its own.
+/// Directories in which a runtime creates the above, so that their times differ.
 pub const TOUCHED_BY_RUNTIMES: &[&str] = &[
     ".",
     "dev",
@@ -127,34 +129,35 @@ pub const TOUCHED_BY_ENGINES: &[&str] = &[
     "home/researcher/work/old",
 ];
 
-/// The comparison, which shares no code with the program.
+/// The comparison tool, which shares no code with the program.
 pub const TREE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/host/tree.py");
 
-/// An image that was saved.
+/// A saved image.
 #[derive(Clone, Debug)]
 pub struct Saved {
     /// `HOST/REPO@sha256:…`, or the layout's path with the digest.
     pub reference: String,
     pub digest: String,
-    /// What `--metadata-file` says.
+    /// The content of `--metadata-file`.
     pub metadata: Value,
     pub stderr: String,
 }
 
-/// The program with a verb, and with the state roots of a host. Killed where it hangs: no save here takes minutes.
+/// Returns a command for a verb with the state directories of a host. It is killed if it hangs: no save here takes
+/// minutes.
 pub fn upperdeck(verb: &str, roots: &Roots) -> Command {
     let bounded = command("timeout", ["--signal=KILL", "300", PROGRAM]);
     arranged(bounded, verb, roots)
 }
 
-/// As [`upperdeck`], the child being the program itself, for tests that send it signals.
+/// Like [`upperdeck`], but the child is the program itself, for tests that send it signals.
 pub fn upperdeck_itself(verb: &str, roots: &Roots) -> Command {
     arranged(Command::new(PROGRAM), verb, roots)
 }
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_upperdeck");
 
-/// Where the program keeps what it needs for the next save.
+/// Returns the directory where the program keeps what it needs for the next save.
 pub fn state_dir(roots: &Roots) -> PathBuf {
     let any = [
         &roots.docker_root,
@@ -171,7 +174,7 @@ pub fn state_dir(roots: &Roots) -> PathBuf {
 }
 
 fn arranged(mut command: Command, verb: &str, roots: &Roots) -> Command {
-    // Whatever credentials and proxies this machine has are not for tests.
+    // The machine's credentials and proxies are not used in tests.
     command
         .arg(verb)
         .args(roots.flags())
@@ -200,7 +203,7 @@ fn arranged(mut command: Command, verb: &str, roots: &Roots) -> Command {
     command
 }
 
-/// Saves, and checks what the program says of it on stdout, in `--digestfile` and in `--metadata-file` against each other.
+/// Saves, and checks the output on stdout, `--digestfile` and `--metadata-file` against each other.
 pub fn save(
     scratch: &Scratch,
     roots: &Roots,
@@ -247,7 +250,7 @@ pub fn save(
     })
 }
 
-/// A save that must fail with `exit`. Returns what it said, which must be for a person: not a panic.
+/// Runs a save that must fail with `exit`. Returns its message, which must not be a panic.
 pub fn refuse(
     roots: &Roots,
     container: &str,
@@ -285,7 +288,8 @@ pub fn failed(done: &Output, exit: i32) -> Result<String> {
     Ok(stderr)
 }
 
-/// A registry image (`HOST/REPO:TAG` or with a digest) as an OCI layout, unpacked by umoci. Returns its root file system.
+/// Copies a registry image (`HOST/REPO:TAG` or with a digest) to an OCI layout and unpacks it with umoci. Returns its
+/// root file system.
 pub fn unpack(scratch: &Scratch, reference: &str) -> Result<PathBuf> {
     let dir = tempfile::Builder::new()
         .prefix("unpacked.")
@@ -300,7 +304,7 @@ pub fn unpack(scratch: &Scratch, reference: &str) -> Result<PathBuf> {
     unpack_layout(&layout, "latest")
 }
 
-/// As [`unpack`], from an OCI layout.
+/// Like [`unpack`], from an OCI layout.
 pub fn unpack_layout(layout: &Path, tag: &str) -> Result<PathBuf> {
     let bundle = layout.with_extension(format!("unpacked-{tag}"));
     run(command("umoci", ["unpack", "--image"])
@@ -309,7 +313,7 @@ pub fn unpack_layout(layout: &Path, tag: &str) -> Result<PathBuf> {
     Ok(bundle.join("rootfs"))
 }
 
-/// An error that lists them unless two trees are alike but for what is excepted.
+/// Fails with a list of differences unless two trees are equal except for the given paths.
 pub fn same_tree(
     a: &Path,
     b: &Path,
@@ -327,7 +331,7 @@ pub fn same_tree(
     )
 }
 
-/// As [`same_tree`], by a command that ends in [`TREE`] and some options of it (in another mount namespace).
+/// Like [`same_tree`], with a command that ends in [`TREE`] and some of its options (in another mount namespace).
 pub fn same_tree_by(
     mut compare: Command,
     a: &Path,
@@ -359,7 +363,7 @@ pub fn same_tree_by(
     Ok(())
 }
 
-/// The manifest of an image in a registry, byte for byte.
+/// Returns the manifest of an image in a registry.
 pub fn manifest(reference: &str) -> Result<Value> {
     let raw = run(&mut command(
         "skopeo",
@@ -373,7 +377,7 @@ pub fn manifest(reference: &str) -> Result<Value> {
     Ok(serde_json::from_str(&raw)?)
 }
 
-/// The config of an image in a registry, byte for byte.
+/// Returns the config of an image in a registry.
 pub fn config(reference: &str) -> Result<Value> {
     let arguments = [
         "inspect",
@@ -387,7 +391,7 @@ pub fn config(reference: &str) -> Result<Value> {
     ))?)?)
 }
 
-/// Checks manifest and config against the schemas of image-spec, where they lie beside the project.
+/// Returns the directory of the image-spec schemas, if it exists beside the project.
 pub fn schemas() -> Option<PathBuf> {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .ancestors()
@@ -395,7 +399,7 @@ pub fn schemas() -> Option<PathBuf> {
         .find(|dir| dir.is_dir())
 }
 
-/// The layers of a manifest, as (media type, digest).
+/// Returns the layers of a manifest as (media type, digest).
 pub fn layers(manifest: &Value) -> Vec<(String, String)> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let layers = manifest["layers"]
@@ -408,7 +412,7 @@ pub fn layers(manifest: &Value) -> Vec<(String, String)> {
         .collect()
 }
 
-/// The digests of a manifest's layers alone.
+/// Returns the digests of a manifest's layers.
 pub fn digests(manifest: &Value) -> Vec<String> {
     layers(manifest)
         .into_iter()
@@ -416,7 +420,8 @@ pub fn digests(manifest: &Value) -> Vec<String> {
         .collect()
 }
 
-/// An image's `config` without what says nothing (null) and what Docker writes of the container that an image was made in.
+/// Returns an image's `config` without null values and without what Docker writes about the container in which an image
+/// was made.
 pub fn meaningful(config: &Value) -> BTreeMap<String, Value> {
     let stale = ["Hostname", "Domainname", "Image", "MacAddress"];
     let fields = config.as_object().into_iter().flatten();

@@ -1,4 +1,4 @@
-//! The whole service: Redis, a manager, an agent, pods on containerd and a registry, asked by `upperdeck job`.
+//! Tests of the whole service through `upperdeck job`: Redis, a manager, an agent, pods on containerd and a registry.
 
 use std::collections::BTreeMap;
 use std::process::Stdio;
@@ -18,7 +18,7 @@ use crate::lab::Lab;
 use crate::save::{LEFT_OUT, TOUCHED_BY_RUNTIMES, WORK, same_tree, set_attributes, unpack};
 use crate::support::{Need, ignored, note};
 
-/// A lab with a service on it. Dropped in this order.
+/// A lab with a service on it. Fields are dropped in this order.
 struct Centre {
     service: Service,
     redis: Redis,
@@ -42,7 +42,7 @@ impl Centre {
         }))
     }
 
-    /// A pod of `user`'s.
+    /// Starts a pod of `user`.
     fn session(&self, user: &str) -> Result<Pod> {
         let options = PodOptions {
             environment: &[("JUPYTERHUB_USER", user)],
@@ -76,7 +76,7 @@ fn twenty_users_save_their_sessions_at_once() -> Result<()> {
     let service = &centre.service;
     service.wait_for_sessions(sessions.len())?;
 
-    // Each sees his own session, and nobody else's.
+    // Each user sees only their own session.
     let (user, pod) = &sessions[3];
     let seen = service.ask(Some(user), &["job", "sessions", "--format", "json"])?;
     assert_eq!(seen.as_array().map(Vec::len), Some(1), "{seen}");
@@ -132,7 +132,7 @@ fn twenty_users_save_their_sessions_at_once() -> Result<()> {
         ensure!(!Freezer::of(pod.pid)?.frozen(), "{user}'s pod stands still");
     }
 
-    // LIST and DEL, of one's own.
+    // List and delete one's own images.
     let images = service.ask(Some(user), &["image", "ls", "--format", "json"])?;
     assert_eq!(images["total"], 1, "{images}");
     let image = &images["images"][0];
@@ -154,7 +154,8 @@ fn twenty_users_save_their_sessions_at_once() -> Result<()> {
     Ok(())
 }
 
-/// A session under saves: what was asked for last, and what the pod held then. Nobody changes it before that save is done.
+/// A session under repeated saves: the last save that was requested, and the pod's content at that time, which does not
+/// change before that save is done.
 struct Under {
     user: String,
     pod: Pod,
@@ -162,7 +163,7 @@ struct Under {
     open: Option<String>,
 }
 
-/// Kills in the suite; `UPPERDECK_KILLS` asks for more.
+/// Number of kills in the suite; `UPPERDECK_KILLS` sets a higher one.
 const KILLS: u32 = 12;
 
 #[test]
@@ -207,7 +208,7 @@ fn killed_at_random_every_save_ends_in_the_right_image_or_in_a_failure_with_a_co
             "registry" => centre.lab.registry.crash()?,
             _ => {
                 for child in centre.service.children() {
-                    // It may have ended by itself.
+                    // It may have exited by itself.
                     let child = nix::unistd::Pid::from_raw(child);
                     let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
                 }
@@ -218,7 +219,7 @@ fn killed_at_random_every_save_ends_in_the_right_image_or_in_a_failure_with_a_co
             note(&format!("{} kills, ended: {ended:?}", round + 1));
         }
     }
-    // Nothing dies any more: all that is open comes to its end.
+    // No more kills: all open saves come to an end.
     let start = Instant::now();
     while sessions.iter().any(|session| session.open.is_some()) {
         ensure!(
@@ -254,7 +255,7 @@ fn killed_at_random_every_save_ends_in_the_right_image_or_in_a_failure_with_a_co
     Ok(())
 }
 
-/// Looks at what is open, and asks for a new save where nothing is.
+/// Checks the open saves, and requests a new one where there is none.
 fn advance(
     centre: &Centre,
     sessions: &mut [Under],
@@ -281,7 +282,7 @@ fn advance(
             &session.pod.container,
             &image,
         ];
-        // Accepted or not, as the manager may be away; under the same key it is one save.
+        // The request may or may not be accepted while the manager is down; with the same key it is a single save.
         let accepted = (0..100).find_map(|_| {
             let save = centre.service.ask(Some(&session.user), &words);
             if save.is_err() {
@@ -301,7 +302,7 @@ fn advance(
     Ok(())
 }
 
-/// Takes those that are done, and looks whether what became of them is right.
+/// Removes the saves that are done and checks their results.
 fn finish(
     centre: &Centre,
     sessions: &mut [Under],
@@ -311,7 +312,7 @@ fn finish(
         let Some(id) = &session.open else {
             continue;
         };
-        // The manager may be away.
+        // The manager may be down.
         let Ok(save) = centre.service.ask(
             Some(&session.user),
             &["job", "status", "--format", "json", id],
@@ -358,10 +359,10 @@ fn finish(
     Ok(())
 }
 
-/// `upperdeck up` until it is dropped, as its user sees it.
+/// A running `upperdeck up`, ended when dropped, as its user sees it.
 struct Up {
     child: std::process::Child,
-    /// With the token.
+    /// The URL with the token.
     url: String,
 }
 
@@ -387,7 +388,7 @@ impl Up {
         Ok(Self { child, url })
     }
 
-    /// Killed where it hangs.
+    /// Runs the client, which is killed if it hangs.
     fn shell(&self, words: &[&str]) -> Result<std::process::Output> {
         let mut shell = crate::host::command("timeout", ["--signal=KILL", "120"]);
         shell.arg(env!("CARGO_BIN_EXE_upperdeck")).args(words);
@@ -407,7 +408,7 @@ impl Up {
 
 impl Drop for Up {
     fn drop(&mut self) {
-        // It may have ended already.
+        // It may have exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -430,7 +431,7 @@ fn up_is_all_of_it_on_one_machine_and_a_crash_loses_nothing() -> Result<()> {
     assert_eq!(text(&sessions[0], "id"), pod.container);
     assert_eq!(text(&sessions[0], "owner"), "ada");
 
-    // Without a server's name the shell finds the one of this machine.
+    // Without a server name, the client finds the one of this machine.
     let mut submit = crate::host::command(env!("CARGO_BIN_EXE_upperdeck"), ["job", "submit"]);
     let done = crate::host::output(submit.args([
         "--watch",
@@ -452,7 +453,7 @@ fn up_is_all_of_it_on_one_machine_and_a_crash_loses_nothing() -> Result<()> {
     let rootfs = crate::save::unpack_layout(&layout, "monday")?;
     same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)?;
 
-    // Killed in the middle of a save, and started again: the save that was accepted is done.
+    // Killed in the middle of a save and started again: the accepted save is completed.
     lab.containerd.shell(
         &pod,
         "dd if=/dev/urandom of=/home/researcher/big bs=1048576 count=48 2> /dev/null",
@@ -490,7 +491,7 @@ fn up_is_all_of_it_on_one_machine_and_a_crash_loses_nothing() -> Result<()> {
     let images = up.ask(&["image", "ls", "--format", "json"])?;
     assert_eq!(images["total"], 1, "{images}");
 
-    // Asked to end, it ends by itself and takes the address with it.
+    // On a signal it exits and removes the address file.
     nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(up.child.id() as i32),
         nix::sys::signal::Signal::SIGTERM,

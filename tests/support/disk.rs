@@ -24,7 +24,7 @@ impl Disk {
         Ok(Self(dir))
     }
 
-    /// Nothing of it is in memory afterwards.
+    /// Remounts the file system, so that nothing of it is cached in memory.
     pub fn forget(&self) -> Result<()> {
         let (image, at) = (self.0.path().join("image"), self.path());
         run(Command::new("umount").arg(&at))?;
@@ -67,12 +67,12 @@ impl Drop for Disk {
 pub struct Slow(PathBuf);
 
 impl Slow {
-    /// They write `rate` bytes a second.
+    /// Creates a cgroup whose processes write at most `rate` bytes per second.
     pub fn writes(disk: &Disk, rate: u64) -> Result<Self> {
         Self::new(disk, rate, "write_bps_device", "wbps")
     }
 
-    /// They read `rate` times a second.
+    /// Creates a cgroup whose processes read at most `rate` times per second.
     pub fn reads(disk: &Disk, rate: u64) -> Result<Self> {
         Self::new(disk, rate, "read_iops_device", "riops")
     }

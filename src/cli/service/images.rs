@@ -7,7 +7,7 @@ use crate::cli::text::{self, Align};
 use crate::cli::{verbs, write_stdout};
 use crate::service::manager::shape;
 
-/// The caller's images, as the portal shows them.
+/// Lists the caller's images, as the portal shows them.
 pub(in crate::cli) fn ls(args: &ImageLs) -> anyhow::Result<()> {
     let mut query = vec![
         ("sort", job::word(&args.sort)),
@@ -59,7 +59,7 @@ fn managed_table(found: &shape::Images) -> String {
     out
 }
 
-/// `NAME:TAG`, each in turn.
+/// Deletes the images given as `NAME:TAG`, one after another.
 pub(in crate::cli) fn rm(args: &ImageRm) -> anyhow::Result<()> {
     let images = args.images.iter().map(|image| {
         image

@@ -24,7 +24,7 @@ pub(super) fn run(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()>
     }
 }
 
-/// The role of the process of a verb; none for those that read nothing of strangers.
+/// Returns the confinement role of a verb's process, or `None` for verbs that read no untrusted input.
 pub(super) fn role(verb: &Verb) -> Option<Role> {
     match verb {
         Verb::Agent(_) => Some(Role::Agent),
@@ -35,7 +35,7 @@ pub(super) fn role(verb: &Verb) -> Option<Role> {
     }
 }
 
-/// The exit code of an error of the service, and its word.
+/// Returns the exit code of a service error and its name in snake case, or `None` for any other error.
 pub(super) fn failure(cause: &(dyn std::error::Error + 'static)) -> Option<(Exit, &'static str)> {
     if let Some(error) = cause.downcast_ref::<client::Error>() {
         let code = match error {

@@ -279,7 +279,7 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// A time that RFC 3339 cannot write.
+    /// A time that cannot be written in RFC 3339.
     #[error("{0} (seconds since 1970) is no time that an image can carry: the years are 0 to 9999")]
     Time(i64),
 }

@@ -36,7 +36,7 @@ use crate::common::digest::{Digest, HashingWriter};
 pub const DEFAULT_TIME: i64 = 1_000_000_000;
 /// Most items that one `/for` or `/deep` line makes.
 const MAX_REPEAT: u64 = 100_000;
-/// What all items of a document may take together, in bytes: a line of a few words can make very many.
+/// Maximum memory of all items of a document together, in bytes: a line of a few words can create very many.
 const MAX_BYTES: usize = 64 << 20;
 /// Longest name after `{TEXT*N}` is expanded, in bytes.
 const MAX_NAME: usize = super::archive::PATH_BYTES;
@@ -291,11 +291,11 @@ pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
     Ok(lines.found)
 }
 
-/// What was read of a document.
+/// The items read from a document.
 #[derive(Default)]
 struct Lines {
     found: Vec<Line>,
-    /// Of all items.
+    /// Memory used by all items, in bytes.
     bytes: usize,
 }
 
@@ -313,7 +313,7 @@ impl Lines {
 }
 
 impl Item {
-    /// What it takes in memory.
+    /// Returns the memory that the item uses, in bytes.
     fn bytes(&self) -> usize {
         let pairs = self.xattrs.iter().chain(&self.overlay);
         let pairs: usize = pairs.map(|(name, value)| name.len() + value.len()).sum();

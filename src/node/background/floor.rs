@@ -1,14 +1,14 @@
-//! A floor under what processes in the background get: a group that counts as idle gets nothing at all while others want
-//! every core, and a save that has begun is to end.
+//! Maintains a minimum share (floor) for background processes: an idle group gets no processor time at all while other
+//! groups want every core, but a save that has begun must end.
 //!
-//! Who has wanted to run for a while and got less than the floor is given a weight in place of idleness, and the weight
-//! follows what came of it: what the same weight is worth depends on how many other groups want to run and on theirs (one
-//! for all pods on Kubernetes, heavier with every core of the node). The group is that of all processes in the background,
-//! and so is the floor. Where cores are free again it goes back to being idle.
+//! If the group has wanted to run for a while and got less than the floor, it gets a weight instead of being idle. The
+//! weight follows the measured result, because the effect of a weight depends on how many other groups want to run and
+//! on their weights (on Kubernetes one group for all pods, whose weight grows with every core of the node). The group
+//! and the floor are shared by all background processes. When cores are free again, the group becomes idle again.
 //!
-//! Sources: kernel `Documentation/admin-guide/cgroup-v2.rst` (`cpu.idle`, `cpu.weight`), `Documentation/scheduler/
-//! sched-stats.rst` (`/proc/PID/schedstat`: time on a core, time of waiting for one), `kernel/sched/core.c`
-//! (`sched_group_set_idle`: a group that is idle takes no weight).
+//! Sources: kernel `Documentation/admin-guide/cgroup-v2.rst` (`cpu.idle`, `cpu.weight`),
+//! `Documentation/scheduler/sched-stats.rst` (`/proc/PID/schedstat`: time on a core, time of waiting for one),
+//! `kernel/sched/core.c` (`sched_group_set_idle`: a group that is idle takes no weight).
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -18,50 +18,50 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 
-/// How long less than the floor is borne.
+/// How long the share may stay below the floor before the group gets a weight.
 pub const AFTER: Duration = Duration::from_secs(10);
-/// Between two looks. Long enough for a share of a hundredth to be some slices.
+/// Interval between two measurements, long enough for a share of one per cent to consist of several time slices.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// Per cent of a usual group's weight: where it begins, and the bounds.
+/// Weight in per cent of a default group's: initial value and limits.
 const FIRST: f64 = 1.0;
 const LEAST: f64 = 0.2;
 const MOST: f64 = 100.0;
-/// What the weight is multiplied or divided by from one look to the next, at most.
+/// Maximum factor by which the weight is multiplied or divided per measurement.
 const STEP: f64 = 4.0;
 
-/// How the group stands among the others.
+/// The priority of the group among the others.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Standing {
-    /// It runs when no other wants to, or weighs the least where the kernel has no idle groups.
+    /// It runs when no other group wants to, or has the lowest weight if the kernel has no idle groups.
     Idle,
-    /// It weighs so many per cent of a usual group.
+    /// It has a weight, in per cent of a default group's.
     Weight(f64),
 }
 
-/// What the processes of the group did between two looks.
+/// A measurement of the group's processes between two points in time.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Look {
-    /// How long that was.
+    /// Elapsed time.
     pub(super) wall: Duration,
-    /// Time on cores, of all threads.
+    /// Time on cores, summed over all threads.
     pub(super) ran: Duration,
-    /// Time in which threads wanted a core and had none.
+    /// Time in which threads were runnable without a core, summed over all threads.
     pub(super) waited: Duration,
 }
 
 /// Finds the weight at which the group gets its floor.
 #[derive(Debug)]
 pub(super) struct Regulator {
-    /// Processor seconds a second.
+    /// In processor seconds per second.
     floor: f64,
     standing: Standing,
-    /// How long it has been below the floor, or above.
+    /// How long the share has been below the floor, or above it.
     below: Duration,
     above: Duration,
 }
 
 impl Regulator {
-    /// `percent` of `cores`.
+    /// Creates a regulator for a floor of `percent` of `cores`.
     pub(super) fn new(percent: f64, cores: usize) -> Self {
         Self {
             floor: percent / 100.0 * cores as f64,
@@ -71,10 +71,10 @@ impl Regulator {
         }
     }
 
-    /// How the group is to stand from now on.
+    /// Returns the new priority of the group after a measurement.
     pub(super) fn look(&mut self, look: Look) -> Standing {
         let share = look.ran.as_secs_f64() / look.wall.as_secs_f64().max(1e-3);
-        // Who waits for a disk or a registry wants no core.
+        // Threads that wait for a disk or a registry do not want a core.
         let wanted = look.ran.max(look.wall / 10);
         let below = share < self.floor && look.waited > wanted;
         if below {
@@ -99,11 +99,11 @@ impl Regulator {
     }
 }
 
-/// The group that all processes in the background are in.
+/// The group of all background processes.
 #[derive(Debug)]
 pub(super) struct Group {
     dir: PathBuf,
-    /// Time on cores and of waiting for one, by thread, at the last look.
+    /// Time on cores and time waited for one at the last measurement, in nanoseconds, by process and thread.
     known: HashMap<(u32, u32), (u64, u64)>,
 }
 
@@ -115,7 +115,7 @@ impl Group {
         }
     }
 
-    /// Looks at the processes, of which `schedstat` are the figures of each thread.
+    /// Measures the processes from the `schedstat` file of each thread.
     fn look(&mut self, wall: Duration, proc: &Path) -> Look {
         let mut now = HashMap::new();
         let (mut ran, mut waited) = (0, 0);
@@ -131,7 +131,7 @@ impl Group {
                 let (Some(Ok(on)), Some(Ok(off))) = (figures.next(), figures.next()) else {
                     continue;
                 };
-                // What is new may have run elsewhere before: a process that was in a hurry.
+                // A new thread may have run outside the group before, in a process that had left it for a while.
                 if let Some((on_before, off_before)) = self.known.get(&(pid, tid)) {
                     ran += on.saturating_sub(*on_before);
                     waited += off.saturating_sub(*off_before);
@@ -147,7 +147,7 @@ impl Group {
         }
     }
 
-    /// In the unified hierarchy they are one level below.
+    /// Returns the processes of the group. In the unified hierarchy they are one level below.
     fn processes(&self) -> Vec<u32> {
         let below = fs::read_dir(&self.dir).into_iter().flatten().flatten();
         let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
@@ -157,15 +157,15 @@ impl Group {
             let pids = text.lines().filter_map(|line| line.parse().ok());
             pids.collect::<Vec<u32>>()
         });
-        // Those of another PID namespace are shown as 0.
+        // Processes of another PID namespace are shown as 0.
         pids.filter(|pid| *pid != 0).collect()
     }
 
-    /// Sets how it stands, in both versions.
+    /// Sets the priority of the group, in v1 and v2.
     fn stand(&self, standing: Standing) {
         let set = |file: &str, value: &str| {
             let path = self.dir.join(file);
-            // Never made: in cgroupfs a file that is not there is a controller that is not.
+            // The file is never created: in cgroupfs, a missing file means a missing controller.
             path.exists() && fs::write(path, value).is_ok()
         };
         match standing {
@@ -174,7 +174,7 @@ impl Group {
                 set("cpu.idle", "1");
             }
             Standing::Weight(percent) => {
-                // An idle group takes no weight.
+                // An idle group rejects a weight.
                 set("cpu.idle", "0");
                 let weight = percent.round().clamp(1.0, 100.0);
                 let shares = (percent * 10.24).round().clamp(2.0, 1024.0);
@@ -185,7 +185,8 @@ impl Group {
     }
 }
 
-/// Keeps the floor for as long as `of` is there. One process a group does, the others stand by.
+/// Maintains the floor for as long as `of` is alive. One process per group does so, under a lock; the others wait to
+/// take over.
 pub(super) fn keep<T>(mut group: Group, percent: f64, of: &Weak<T>) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut regulator = Regulator::new(percent, cores);
@@ -203,7 +204,7 @@ pub(super) fn keep<T>(mut group: Group, percent: f64, of: &Weak<T>) {
         last = Instant::now();
         let look = group.look(wall, Path::new("/proc"));
         let standing = regulator.look(look);
-        // A weight every time: who comes into the group sets it back.
+        // A weight is set every time, because a process that enters the group resets it.
         if standing != Standing::Idle || before != Standing::Idle {
             tracing::debug!(?look, ?standing, "the floor of the background");
             group.stand(standing);
@@ -218,7 +219,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// A second in which it had so many milliseconds on cores, and waited for so many.
+    /// Returns a measurement of one second with these milliseconds on cores and of waiting.
     fn second(ran: u64, waited: u64) -> Look {
         Look {
             wall: SECOND,
@@ -255,7 +256,7 @@ mod tests {
         }
     }
 
-    /// Neighbours of any weight: what the group gets is its weight by the sum.
+    /// Neighbours of any weight: the group's share is its weight divided by the sum of weights.
     #[test]
     fn the_weight_finds_the_floor_whatever_the_neighbours_weigh() {
         for (cores, neighbours) in [(2, 100.0), (2, 400.0), (64, 2500.0)] {
@@ -290,7 +291,7 @@ mod tests {
         assert_eq!(last, Some(Standing::Weight(MOST)));
     }
 
-    /// A directory in the place of cgroupfs: which files are written, in both versions.
+    /// A directory in place of cgroupfs: which files are written, in v1 and v2.
     #[test]
     fn idleness_goes_before_a_weight_is_written() -> std::io::Result<()> {
         for (file, of_two, least) in [("cpu.weight", "2", "1"), ("cpu.shares", "20", "2")] {

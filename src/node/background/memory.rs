@@ -1,9 +1,9 @@
-//! The memory that a process may take: a cgroup of its own where one can be had (v1 and v2), and in any case a bound on its
-//! data, which also holds while the process is out of that cgroup for a hurried moment.
+//! Limits the memory of a process: with a cgroup of its own where one is available (v1 and v2), and in any case with a
+//! limit on its data segment, which also holds while the process is temporarily outside that cgroup.
 //!
 //! Sources: kernel `Documentation/admin-guide/cgroup-v2.rst` (`memory.max`, `memory.events`, "No Internal Process
-//! Constraint"), `cgroup-v1/memory.rst` (`memory.limit_in_bytes`, `memory.oom_control`), `setrlimit(2)` (`RLIMIT_DATA`),
-//! `proc_pid_oom_score_adj(5)`.
+//! Constraint"), `cgroup-v1/memory.rst` (`memory.limit_in_bytes`, `memory.oom_control`), `setrlimit(2)`
+//! (`RLIMIT_DATA`), `proc_pid_oom_score_adj(5)`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,13 +13,13 @@ use rustix::process::{Resource, Rlimit};
 use super::{GROUP, NORMAL, hierarchies};
 use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
 
-/// What is beside the memory in use: stacks and arenas that were reserved and not touched.
+/// Bytes allowed for RLIMIT_DATA beyond the memory in use: stacks and arenas that are reserved but never touched.
 const HEADROOM: u64 = 512 << 20;
-/// Of all processes on a node that is short of memory, a save that can be done again is ended before others (0 is usual,
-/// 1000 the most).
+/// `oom_score_adj` of a save: on a node that is short of memory, a save, which can be repeated, is killed before other
+/// processes (0 is the default, 1000 the maximum).
 const OOM_SCORE: i32 = 500;
 
-/// A bound on what a process may take.
+/// A limit on the memory of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bound {
     /// Bytes.
@@ -29,10 +29,10 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// Bounds this process and what it starts. `background`: it runs in the idle group.
+    /// Limits this process and its children. `background` means that it runs in the idle group.
     ///
-    /// The path of the cgroup of the unified hierarchy, if that has one for it: then the process has to be there in any
-    /// case, as a group that shares out memory holds no processes itself.
+    /// Returns the path of the cgroup in the unified hierarchy, if there is one: the process must be in it then,
+    /// because a cgroup that distributes memory cannot contain processes itself.
     pub(super) fn hold(&self, host_root: Option<&Path>, background: bool) -> Option<PathBuf> {
         let soft = self.bytes.saturating_add(HEADROOM);
         let limit = Rlimit {
@@ -51,19 +51,21 @@ impl Bound {
         group.filter(|group| group.unified).map(|group| group.dir)
     }
 
-    /// Removes the cgroup of a process that has ended. Whether the kernel ended it there for want of memory.
+    /// Removes the cgroup of a process that has ended. Returns whether the kernel killed a process in it for lack of
+    /// memory.
     pub fn release(&self, host_root: Option<&Path>, background: bool) -> bool {
         let mut killed = false;
         for group in groups(host_root, background, &self.group) {
             killed |= group.kills() > 0;
-            // Not there, or something in it still ends: the next of that name has its limit set anew.
+            // It does not exist, or a process in it is still exiting. The next group of that name has its limit set
+            // anew.
             let _ = fs::remove_dir(&group.dir);
         }
         killed
     }
 }
 
-/// The kernel's choice where memory is short on the node as a whole. Never less than it was.
+/// Makes the kernel prefer this process if memory is short on the whole node. The value is never lowered.
 fn prefer_for_oom() {
     let path = "/proc/self/oom_score_adj";
     let now = fs::read_to_string(path).ok();
@@ -78,13 +80,14 @@ fn prefer_for_oom() {
 /// A cgroup for one process.
 #[derive(Debug, PartialEq, Eq)]
 struct Group {
-    /// In which those of all processes are.
+    /// The cgroup that contains those of all processes.
     parent: PathBuf,
     dir: PathBuf,
     unified: bool,
 }
 
-/// Where it can be, the first that works is the one: at the top of each hierarchy that accounts for memory.
+/// Returns the possible places, of which the first that works is used: at the top of each hierarchy that accounts for
+/// memory.
 fn groups(host_root: Option<&Path>, background: bool, name: &str) -> impl Iterator<Item = Group> {
     let read = |path: &str| fs::read(path).unwrap_or_default();
     let mounts = parse_mountinfo(&read("/proc/self/mountinfo")).unwrap_or_default();
@@ -118,26 +121,26 @@ fn groups_of(
             }
         })
         .collect();
-    // Where there are both, memory is that of v1.
+    // If both versions are mounted, the memory controller is in v1.
     groups.sort_by_key(|group| group.unified);
     groups
 }
 
 impl Group {
-    /// Makes it with its limit. False where that cannot be had.
+    /// Creates the cgroup with its limit. Returns `false` if the limit cannot be set.
     fn make(&self, bytes: u64) -> bool {
         let _ = fs::create_dir(&self.parent);
         if self.unified {
             let above = self.parent.parent().unwrap_or(&self.parent);
             for dir in [above, &self.parent] {
-                // Done already, or refused: whether the limit can be set tells.
+                // Enabled already, or refused: the write of the limit shows which.
                 let _ = fs::write(dir.join("cgroup.subtree_control"), "+memory");
             }
         }
         let made = fs::create_dir(&self.dir).is_ok();
         let set = |file: &str, value: &str| {
             let path = self.dir.join(file);
-            // Never made: in cgroupfs a file that is not there is a controller that is not.
+            // The file is never created: in cgroupfs, a missing file means a missing controller.
             path.exists() && fs::write(path, value).is_ok()
         };
         let bounded = if self.unified {
@@ -145,7 +148,7 @@ impl Group {
             set("memory.max", &bytes.to_string())
         } else {
             let set_it = set("memory.limit_in_bytes", &bytes.to_string());
-            // Memory and swap together; there only where swap is accounted for.
+            // Memory and swap together. The file exists only where swap is accounted for.
             set("memory.memsw.limit_in_bytes", &bytes.to_string());
             set_it
         };
@@ -155,7 +158,7 @@ impl Group {
         bounded
     }
 
-    /// How often the kernel ended a process in it for want of memory.
+    /// Returns how often the kernel killed a process in it for lack of memory.
     fn kills(&self) -> u64 {
         let file = if self.unified {
             "memory.events"
@@ -199,7 +202,7 @@ mod tests {
                 "/cg/unified/upperdeck-idle/save-1"
             ]
         );
-        // A pod with the node's file system beside the namespace's own view, in the idle group already.
+        // A pod with the node's file system mounted beside the view of its own namespace, already in the idle group.
         let v2 = "40 1 0:32 /kube/a /sys/fs/cgroup rw - cgroup2 cgroup rw\n\
             41 1 0:32 / /host/sys/fs/cgroup rw - cgroup2 cgroup rw\n";
         for own in ["0::/kube/a\n", "0::/upperdeck-idle/save-0\n"] {
@@ -212,13 +215,13 @@ mod tests {
             dirs(v2, "0::/kube/a\n", Some("/host"), false),
             ["/host/sys/fs/cgroup/upperdeck-saves/save-1"]
         );
-        // What shows only a part of the tree has no top.
+        // A mount that shows only a part of the tree has no top.
         let part = "40 1 0:32 /kube/a /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
         assert!(dirs(part, "0::/kube/a\n", None, true).is_empty());
         assert!(dirs("", "0::/\n", None, true).is_empty());
     }
 
-    /// A directory in the place of cgroupfs: which files are written, in both versions.
+    /// A directory in place of cgroupfs: which files are written, in v1 and v2.
     #[test]
     fn limits_are_written_where_the_controller_is() -> std::io::Result<()> {
         let top = tempfile::tempdir()?;
@@ -234,7 +237,7 @@ mod tests {
             };
             assert!(!group.make(1 << 30), "there is no controller");
             assert!(!group.dir.exists());
-            // The kernel makes these files with the directory.
+            // The kernel creates these files with the directory.
             fs::create_dir(&group.dir)?;
             fs::write(group.dir.join(limit), "max")?;
             assert!(group.make(1 << 30));

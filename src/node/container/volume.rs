@@ -107,7 +107,7 @@ pub fn volume(
     })
 }
 
-/// Fails if the volume is not what is mounted there any more.
+/// Fails if the volume is no longer the one that is mounted there.
 pub fn recheck_volume(roots: &Roots, container: &Container, volume: &Volume) -> Result<(), Error> {
     let gone = |detail: String| Error::Gone {
         container: container.id.clone(),

@@ -1,4 +1,4 @@
-//! One cgroup that can be frozen, in either version of the interface, and where it is found.
+//! Finds the freezer cgroup of a process in cgroup v1 and v2, and freezes, thaws and observes one cgroup.
 //!
 //! Sources: kernel `Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst`, `cgroup-v2.rst` (`cgroup.freeze`,
 //! `cgroup.events`); `cgroups(7)` for `/proc/PID/cgroup`; `proc(5)` for `/proc/PID/mountinfo`.
@@ -15,24 +15,24 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Error;
 
-/// How long a thaw may take to be read back; it is immediate but for a loaded machine.
+/// Timeout for a thaw to be read back. A thaw is immediate except on a heavily loaded machine.
 const THAW_BOUND: Duration = Duration::from_secs(1);
 
-/// A v1 group that hangs in FREEZING for this long is thawed for a moment and asked again: a task that waits for a
-/// child which was frozen before it (vfork, ptrace) cannot stop otherwise.
+/// Time after which a v1 cgroup that stays in FREEZING is thawed and frozen again. A task that waits for a child which
+/// was frozen first (vfork, ptrace) cannot stop otherwise.
 const STUCK: Duration = Duration::from_millis(500);
 
-/// The interface that a cgroup hierarchy speaks.
+/// The version of a cgroup hierarchy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Version {
-    /// A hierarchy with the `freezer` controller.
+    /// A v1 hierarchy with the `freezer` controller.
     V1,
-    /// The unified hierarchy.
+    /// The unified hierarchy of v2.
     V2,
 }
 
 impl Version {
-    /// As the watchdog's command line writes it.
+    /// Returns the name that stands for the version on the watchdog's command line.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::V1 => "v1",
@@ -40,7 +40,7 @@ impl Version {
         }
     }
 
-    /// The reverse of [`Version::name`].
+    /// Parses a name returned by [`Version::name`].
     pub(super) fn from_name(name: &OsStr) -> Option<Self> {
         [Self::V1, Self::V2].into_iter().find(|v| name == v.name())
     }
@@ -53,12 +53,13 @@ impl Version {
     }
 }
 
-/// The path of a process within the hierarchy that can freeze it, from the text of `/proc/PID/cgroup`.
+/// Returns the cgroup path of a process in the hierarchy that can freeze it, from the text of `/proc/PID/cgroup`.
 ///
-/// `None` when the process is in no such hierarchy. Paths are relative to the root of the reader's cgroup namespace.
+/// Returns `None` if the process is in no such hierarchy. Paths are relative to the root of the reader's cgroup
+/// namespace.
 pub(super) fn membership(text: &[u8], version: Version) -> Option<&[u8]> {
     text.split(|&b| b == b'\n').find_map(|line| {
-        // A path may hold colons itself: only the first two separate.
+        // The path may contain colons: only the first two are separators.
         let mut fields = line.splitn(3, |&b| b == b':');
         let (id, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
         let ours = match version {
@@ -73,20 +74,21 @@ pub(super) fn membership(text: &[u8], version: Version) -> Option<&[u8]> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Mount {
     pub(super) version: Version,
-    /// The cgroup that is seen at the mount point.
+    /// The cgroup that is visible at the mount point.
     root: Vec<u8>,
     pub(super) point: PathBuf,
     pub(super) writable: bool,
 }
 
-/// The freezer hierarchies in the text of `/proc/PID/mountinfo`, v2 first: its frozen processes can still be killed.
+/// Returns the freezer hierarchies in the text of `/proc/PID/mountinfo`. v2 comes first because its frozen processes
+/// can still be killed.
 pub(super) fn mounts(text: &[u8]) -> Vec<Mount> {
     let mut mounts: Vec<Mount> = text.split(|&b| b == b'\n').filter_map(mount).collect();
     mounts.sort_by_key(|m| (m.version == Version::V1, !m.writable));
     mounts
 }
 
-/// Where any cgroup hierarchy is mounted, freezer or not.
+/// Returns the mount points of all cgroup hierarchies, with or without a freezer.
 pub(super) fn all_mount_points(text: &[u8]) -> Vec<PathBuf> {
     let point = |line: &[u8]| {
         let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
@@ -120,7 +122,7 @@ fn path(field: &[u8]) -> PathBuf {
     PathBuf::from(OsString::from_vec(unescape(field)))
 }
 
-/// mountinfo writes space, tab, newline and backslash as three octal digits.
+/// Resolves the escapes of mountinfo: space, tab, newline and backslash are written as three octal digits.
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -137,10 +139,10 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 }
 
 impl Mount {
-    /// The directory of a cgroup, or `None` when this mount does not show it.
+    /// Returns the directory of a cgroup, or `None` if it is not visible in this mount.
     ///
-    /// With a cgroup namespace in between, both sides begin with `/..`: those are compared like any other component,
-    /// but none may be left in what is below the mount point.
+    /// If there is a cgroup namespace in between, both paths begin with `/..`. These components are compared like any
+    /// other, but none may remain in the part below the mount point.
     pub(super) fn directory(&self, cgroup: &[u8]) -> Option<PathBuf> {
         let below = Path::new(OsStr::from_bytes(cgroup))
             .strip_prefix(OsStr::from_bytes(&self.root))
@@ -148,22 +150,22 @@ impl Mount {
         let plain = below
             .components()
             .all(|c| matches!(c, Component::Normal(_)));
-        // What the kernel appends to the path of a process whose cgroup was removed.
+        // The kernel appends this to the path of a process whose cgroup was removed.
         (plain && !cgroup.ends_with(b" (deleted)")).then(|| self.point.join(below))
     }
 }
 
-/// How far a freeze is.
+/// The state of a freeze.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Running,
-    /// Asked for, here or by an ancestor (v1), and not every process has stopped yet.
+    /// Requested on this cgroup or on an ancestor (v1), but not all processes have stopped yet.
     Freezing,
     Frozen,
 }
 
-/// A cgroup below the root of its hierarchy, its control files held open: a cgroup of the same name that is made
-/// later is another one.
+/// A cgroup below the root of its hierarchy. Its control files are held open, because a cgroup created later under the
+/// same name is a different one.
 #[derive(Debug)]
 pub(super) struct Group {
     version: Version,
@@ -233,7 +235,7 @@ impl Group {
             .map_err(|e| Error::io(self.control_path(), e))
     }
 
-    /// Whether the processes stand still, for whatever reason.
+    /// Returns whether the processes are frozen, whatever the cause.
     pub(super) fn state(&self) -> Result<State, Error> {
         let control = self.read(&self.control)?;
         match &self.events {
@@ -250,7 +252,7 @@ impl Group {
                 }),
             },
             Some(events) => {
-                // Frozen by an ancestor, the group's own `cgroup.freeze` reads 0.
+                // If an ancestor is frozen, the cgroup's own `cgroup.freeze` still reads 0.
                 let events = self.read(events)?;
                 if events
                     .split(|&b| b == b'\n')
@@ -266,9 +268,10 @@ impl Group {
         }
     }
 
-    /// Waits until every process stands still, asking again where the interface wants that. `false`: not by `deadline`.
+    /// Waits until all processes have stopped and repeats the request where the interface needs that. Returns `false`
+    /// if `deadline` passes first.
     ///
-    /// `ask` is off when somebody else began the freeze.
+    /// `ask` is `false` if another program began the freeze.
     pub(super) fn wait_frozen(&self, deadline: Instant, ask: bool) -> Result<bool, Error> {
         let mut asked_from_scratch = Instant::now();
         let pause = Pause::default();
@@ -285,14 +288,15 @@ impl Group {
                     self.request(false)?;
                     asked_from_scratch = now;
                 }
-                // Tasks forked while the freeze was on its way are reached by asking again only.
+                // Tasks that are forked during the freeze are stopped only by a repeated request.
                 self.request(true)?;
             }
             self.sleep(pause.next().min(deadline - now))?;
         }
     }
 
-    /// Thaws, and waits until that is read back (or until it is plain that somebody else holds an ancestor frozen).
+    /// Thaws the cgroup and waits until the thaw is read back, or until it is clear that another program holds an
+    /// ancestor frozen.
     pub(super) fn thaw(&self) -> Result<(), Error> {
         self.request(false)?;
         let deadline = Instant::now() + THAW_BOUND;
@@ -314,7 +318,8 @@ impl Group {
         Ok(())
     }
 
-    /// Whether an ancestor is frozen by its own setting; this group's thaw then changes nothing and is complete.
+    /// Returns whether an ancestor is frozen by its own setting. A thaw of this cgroup then has no effect and counts as
+    /// complete.
     fn held_from_above(&self) -> Result<bool, Error> {
         let flag = |path: PathBuf| match std::fs::read(&path) {
             Ok(text) => Ok(text.trim_ascii() == b"1"),
@@ -334,8 +339,8 @@ impl Group {
         }
     }
 
-    /// Until the kernel announces a change, at most `bound`: announcements of v2 come up to 10 ms late when there was
-    /// another shortly before, and v1 has none.
+    /// Waits until the kernel reports a change, at most for `bound`. Notifications of v2 arrive up to 10 ms late if
+    /// there was another one shortly before; v1 has none.
     fn sleep(&self, bound: Duration) -> Result<(), Error> {
         let Some(events) = &self.events else {
             std::thread::sleep(bound);
@@ -352,8 +357,8 @@ impl Group {
     }
 }
 
-/// Growing pauses: most freezes are there within microseconds, and the container's standstill is what counts. Each is an
-/// eighth of what was waited so far, so that no more than that is waited for nothing.
+/// Growing pauses between polls. Most freezes complete within microseconds, and the time for which the container is
+/// frozen is what matters. Each pause is an eighth of the time waited so far, so that at most an eighth is wasted.
 struct Pause(Instant);
 
 impl Default for Pause {
@@ -395,7 +400,7 @@ mod tests {
         let cases: &[(&[u8], Version, Option<&[u8]>)] = &[
             (hybrid, Version::V1, Some(b"/kube/pod:1/x")),
             (hybrid, Version::V2, Some(b"/unified")),
-            // Co-mounted controllers; a named hierarchy that only sounds like it.
+            // Co-mounted controllers, and a named hierarchy whose name only looks like the controller's.
             (b"3:cpu,freezer:/c\n", Version::V1, Some(b"/c")),
             (b"3:name=freezer:/c\n", Version::V1, None),
             (b"0::/only/v2\n", Version::V1, None),
@@ -457,7 +462,7 @@ mod tests {
             ("/kube", "/kube/x", Some("/m/x")),
             ("/kube", "/kubernetes/x", None),
             ("/kube", "/", None),
-            // Seen from inside a cgroup namespace.
+            // As visible from inside a cgroup namespace.
             ("/../..", "/../../kube/x", Some("/m/kube/x")),
             ("/", "/../x", None),
             ("/", "/a/../../x", None),

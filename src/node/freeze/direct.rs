@@ -1,8 +1,8 @@
-//! Whether a container's processes can write to files past the page cache, or without waiting for it: `O_DIRECT`, `libaio`,
-//! `io_uring`. Locks and stamps tell least of those.
+//! Detects whether a container's processes can write to files past the page cache or asynchronously: `O_DIRECT`,
+//! `libaio`, `io_uring`. Locks and time stamps reveal the least about such writes.
 //!
-//! Source: `proc_pid_fdinfo(5)`; kernel `fs/aio.c` (the ring is mapped, under a name of its own), `io_uring/fdinfo.c`,
-//! `io_uring/register.c` (the descriptor of a ring may be closed once it is registered; its mapping stays).
+//! Source: `proc_pid_fdinfo(5)`; kernel `fs/aio.c` (the ring is mapped under a name of its own), `io_uring/fdinfo.c`,
+//! `io_uring/register.c` (the descriptor of a ring may be closed once it is registered; its mapping remains).
 
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Read as _};
@@ -11,27 +11,27 @@ use std::path::Path;
 use super::Error;
 use super::mapped::{MAX_MAPS, container_pids, is_gone};
 
-/// Descriptors that are looked at. With more, everything is reckoned with.
+/// Maximum number of descriptors that are examined. Beyond it, every way of writing is assumed.
 const MAX_DESCRIPTORS: usize = 100_000;
-/// Bytes of what is said of one: enough for the flags and the first word of a ring.
+/// Maximum bytes read of one descriptor's `fdinfo`: enough for the flags and the first word of a ring.
 const MAX_INFO: u64 = 1 << 10;
 
-/// In which ways the processes may write.
+/// The ways in which the processes may write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ways {
     /// A file is open with `O_DIRECT`.
     pub direct: bool,
-    /// There is a ring of `libaio` or `io_uring`: writes go on while their process stands still.
+    /// There is a ring of `libaio` or `io_uring`: writes continue while the process is frozen.
     pub asynchronous: bool,
 }
 
-/// In which ways the processes of the container of `pid` can write now.
+/// Returns the ways in which the processes of the container of `pid` can write now.
 ///
-/// What was asked for before, and is still under way, is by a ring or descriptor that is still there, but for programs
-/// that close theirs without waiting, and rings in memory of the program's own whose descriptor is registered only
-/// (`IORING_SETUP_NO_MMAP` with `IORING_SETUP_REGISTERED_FD_ONLY`), of which no file of `/proc` tells. In every way, where
-/// the container has no cgroup of its own that would tell which processes it has: it cannot be frozen then, but it can be
-/// saved while it runs.
+/// A write that was submitted before and is still in flight belongs to a ring or descriptor that still exists, with two
+/// exceptions: programs that close theirs without waiting, and rings in the program's own memory whose descriptor is
+/// only registered (`IORING_SETUP_NO_MMAP` with `IORING_SETUP_REGISTERED_FD_ONLY`), which no file in `/proc` shows. All
+/// ways are returned if the container has no cgroup of its own that lists its processes: such a container cannot be
+/// frozen, but it can be saved while it runs.
 pub fn ways_to_write(pid: u32, host_root: Option<&Path>) -> Result<Ways, Error> {
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
     let mut ways = Ways::default();
@@ -51,7 +51,7 @@ pub fn ways_to_write(pid: u32, host_root: Option<&Path>) -> Result<Ways, Error> 
             .and_then(|()| rings(&process.join("maps"), &mut ways));
         match looked {
             Ok(()) => {}
-            // It ended: its writes are waited for by the kernel.
+            // The process exited: the kernel waits for its writes.
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(Error::io(process, error)),
         }
@@ -77,7 +77,7 @@ fn descriptors(dir: &Path, left: &mut usize, ways: &mut Ways) -> io::Result<()> 
         });
         match read {
             Ok(_) => note(&text, ways),
-            // Closed by now.
+            // The descriptor was closed meanwhile.
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(error),
         }
@@ -106,13 +106,13 @@ fn rings(maps: &Path, ways: &mut Ways) -> io::Result<()> {
         if n == 0 {
             break;
         }
-        // What is behind a list that was cut off is not known.
+        // The rest of a truncated list is unknown.
         ways.asynchronous = read == MAX_MAPS || is_ring(line.trim_ascii_end());
     }
     Ok(())
 }
 
-/// Whether a line of a process' mappings is of a ring. A file may be called so, too.
+/// Returns whether a line of a process's mappings is a ring. A file may have the same name.
 fn is_ring(line: &[u8]) -> bool {
     let line = line.strip_suffix(b" (deleted)").unwrap_or(line);
     line.ends_with(b" /[aio]") || line.ends_with(b" anon_inode:[io_uring]")
@@ -190,7 +190,7 @@ mod tests {
             .write(true)
             .create(true)
             .custom_flags(libc::O_DIRECT);
-        // Not every file system has it.
+        // Not every file system supports `O_DIRECT`.
         let Ok(file) = options.open(dir.path().join("file")) else {
             return;
         };

@@ -1,7 +1,8 @@
-//! Which files a container's processes have mapped shared: through such a mapping a page that is dirty already can be
-//! written to without moving any time stamp.
+//! Lists the files that a container's processes have mapped shared. A write through such a mapping to a page that is
+//! already dirty does not change any time stamp.
 //!
-//! Source: `proc_pid_maps(5)`; kernel `fs/proc/task_mmu.c`. The text is a stranger's: paths in it are of his making.
+//! Source: `proc_pid_maps(5)`; kernel `fs/proc/task_mmu.c`. The text is untrusted: the container chooses the paths in
+//! it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
@@ -10,34 +11,35 @@ use std::path::{Path, PathBuf};
 
 use super::{Error, Processes, groups, members};
 
-/// Bytes of one process's list that are read: four times what the kernel's default of 65,530 mappings take with short
+/// Maximum bytes read of one process's list: four times what the kernel's default of 65,530 mappings takes with short
 /// names.
 pub(super) const MAX_MAPS: u64 = 32 << 20;
-/// Bytes of names that are kept of all processes together: each can have its own, as long as a path may be.
+/// Maximum bytes of names kept for all processes together: each mapping can have a different name of up to the maximum
+/// path length.
 const MAX_NAMES: usize = 64 << 20;
 
 /// A file that a process has mapped shared.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedMapping {
-    /// Absolute path as the process's mount namespace has it, without the mark of a deleted file. Newlines in names are
-    /// written `\012`.
+    /// Absolute path in the process's mount namespace, without the suffix of a deleted file. Newlines in names are
+    /// written as `\012`.
     pub path: Vec<u8>,
-    /// Whether it says that the file has no name any more. A file may be called so, too.
+    /// Whether the kernel reports the file as deleted. A file may also have a name that ends like that.
     pub deleted: bool,
-    /// Whether it can be written through now. Otherwise `mprotect` may allow it later.
+    /// Whether the mapping is writable now. If not, `mprotect` may make it writable later.
     pub writable: bool,
     /// Device numbers of the file system.
     pub device: (u32, u32),
-    /// Inode number in it.
+    /// Inode number in that file system.
     pub inode: u64,
-    /// A link of the kernel's that leads to the file, for as long as the process has it mapped.
+    /// Path of a kernel link that leads to the file for as long as the process has it mapped.
     pub link: PathBuf,
 }
 
-/// Every shared mapping of a file by a process of the container of `pid`, each file once.
+/// Returns every shared mapping of a file by a process of the container of `pid`, each file once.
 ///
-/// Mappings made, and processes started, after this list was taken are not in it. They need not be: a mapping's first
-/// write to a page faults, which moves the file's time stamps, in a forked child too.
+/// Mappings made and processes started after the list was taken are not in it. They are not needed: the first write of
+/// a mapping to a page faults, which updates the file's time stamps, also in a forked child.
 pub fn shared_mappings(pid: u32, host_root: Option<&Path>) -> Result<Vec<SharedMapping>, Error> {
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
     let pids = container_pids(&proc, pid, host_root)?;
@@ -61,7 +63,7 @@ fn collect_all(lists: impl Iterator<Item = PathBuf>, most: usize) -> Result<Foun
         });
         match result {
             Ok(()) => {}
-            // It ended: it writes no more.
+            // The process exited and writes no more.
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(Error::io(path, error)),
         }
@@ -69,7 +71,7 @@ fn collect_all(lists: impl Iterator<Item = PathBuf>, most: usize) -> Result<Foun
     Ok(found)
 }
 
-/// Everybody who sees the container's root, or is in its cgroup.
+/// Returns all processes that have the container's root or are in its cgroup.
 pub(super) fn container_pids(
     proc: &Path,
     pid: u32,
@@ -89,7 +91,7 @@ pub(super) fn is_gone(error: &io::Error) -> bool {
 
 type Found = BTreeMap<(Vec<u8>, bool, (u32, u32)), SharedMapping>;
 
-/// Adds what one process has mapped; the bytes of names that were not there.
+/// Adds the mappings of one process. Returns the number of bytes of names that were added.
 fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<usize> {
     let mut lines = BufReader::with_capacity(64 << 10, file.take(MAX_MAPS + 1));
     let (mut line, mut read, mut kept) = (Vec::new(), 0, 0);
@@ -119,7 +121,8 @@ fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<usize> {
     }
 }
 
-/// One line: `START-END PERMS OFFSET MAJOR:MINOR INODE PATH`. None for what is private, or no file.
+/// Parses one line: `START-END PERMS OFFSET MAJOR:MINOR INODE PATH`. Returns `None` for private mappings and for
+/// mappings without a file.
 fn parse(line: &[u8]) -> Option<(&str, SharedMapping)> {
     let mut rest = line;
     let mut field = || {

@@ -1,5 +1,6 @@
-//! What is written to disk before a container is frozen, so that whoever comes after this process and its watchdog are
-//! both dead knows that the freeze was theirs, and may end it. A freeze without a mark is somebody else's.
+//! The mark: a file that is written before a container is frozen. If this process and its watchdog are both dead, a
+//! later process learns from it that the freeze was theirs and may be ended. A freeze without a mark belongs to another
+//! program.
 
 use std::fs;
 use std::io;
@@ -11,29 +12,29 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use super::cgroup::{Group, State, Version};
 
-/// Larger ones are none of ours.
+/// Maximum size of a mark, in bytes. A larger file was not written by this program.
 const MAX_MARK: u64 = 64 << 10;
 
-/// The cgroup, told apart from a later one of the same name.
+/// Identifies the cgroup, distinct from a later one of the same name.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Mark {
     version: String,
     dir: PathBuf,
     inode: u64,
-    /// Inodes count from boot.
+    /// Boot ID: inode numbers restart at boot.
     boot: String,
 }
 
-/// What became of a freeze that somebody left behind.
+/// The result of [`thaw_left`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Left {
-    /// None was begun, or whoever began it ended it.
+    /// No freeze was begun, or it was ended properly.
     Nothing,
-    /// The cgroup is no more.
+    /// The cgroup no longer exists.
     Gone,
-    /// It ran already.
+    /// The cgroup was already running.
     Running,
-    /// It was frozen, and runs again.
+    /// The cgroup was frozen and is running again.
     Thawed,
 }
 
@@ -42,7 +43,7 @@ fn boot() -> String {
     id.map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
-/// Written before the freeze is.
+/// Writes the mark. Called before the freeze.
 pub(super) fn write(path: &Path, group: &Group) -> Result<(), Error> {
     let io = |error| Error::io(path.to_owned(), error);
     let mark = Mark {
@@ -59,11 +60,11 @@ pub(super) fn write(path: &Path, group: &Group) -> Result<(), Error> {
         .mode(0o600)
         .open(path)
         .map_err(io)?;
-    // A few bytes in one write, and no power failure concerns a freeze: it does not outlive the boot.
+    // A few bytes in one write. It need not survive a power failure, because a freeze does not outlive the boot.
     io::Write::write_all(&mut file, &json).map_err(io)
 }
 
-/// After the thaw.
+/// Removes the mark. Called after the thaw.
 pub(super) fn remove(path: &Path) {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -73,8 +74,8 @@ pub(super) fn remove(path: &Path) {
     }
 }
 
-/// Ends the freeze that the mark at `path` speaks of (see [`super::Options::mark`]), and removes the mark. On `Ok` the
-/// container runs, as far as the one who wrote the mark is concerned; that is read back.
+/// Ends the freeze that the mark at `path` describes (see [`super::Options::mark`]) and removes the mark. On `Ok` the
+/// container runs as far as the writer of the mark is concerned; this is read back from the kernel.
 pub fn thaw_left(path: &Path) -> Result<Left, Error> {
     let io = |error| Error::io(path.to_owned(), error);
     let text = match fs::metadata(path) {
@@ -82,12 +83,12 @@ pub fn thaw_left(path: &Path) -> Result<Left, Error> {
         Err(error) => return Err(io(error)),
         Ok(there) if there.len() > MAX_MARK => Vec::new(),
         Ok(_) => match fs::read(path) {
-            // Removed by the watchdog, which thawed.
+            // Removed by the watchdog after its thaw.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Left::Nothing),
             text => text.map_err(io)?,
         },
     };
-    // One that was cut off was not followed by a freeze.
+    // A truncated mark was never followed by a freeze.
     let Ok(mark) = serde_json::from_slice::<Mark>(&text) else {
         remove(path);
         return Ok(Left::Nothing);

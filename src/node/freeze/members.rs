@@ -1,4 +1,4 @@
-//! Who would stand still: the processes of a cgroup, and whether they are all the container's.
+//! Lists the processes of a cgroup and decides whether all of them belong to the container.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 
 use super::Error;
 
-/// Cgroups below one container; a container that may make its own cgroups must not keep us walking for ever.
+/// Maximum number of cgroups below one container. A container that may create cgroups must not make this walk endless.
 const MAX_CGROUPS: usize = 100_000;
 
-/// A process in the container's cgroup that is not the container's.
+/// A process in the container's cgroup that does not belong to the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stranger {
-    /// Its id.
+    /// Process ID.
     pub pid: u32,
-    /// Its name (`/proc/PID/comm`), control characters escaped.
+    /// Process name (`/proc/PID/comm`), with control characters escaped.
     pub name: String,
 }
 
@@ -24,13 +24,14 @@ pub(super) struct Processes {
     proc: PathBuf,
     target: u32,
     mount_namespace: PathBuf,
-    /// Set only when the target has a PID namespace other than ours: then everything in it is the container's.
+    /// Set only if the target has a PID namespace other than this program's: everything in it then belongs to the
+    /// container.
     pid_namespace: Option<PathBuf>,
     known: HashMap<u32, bool>,
 }
 
 impl Processes {
-    /// `proc` is where procfs is mounted.
+    /// Creates a reader for the container of process `target`. `proc` is the mount point of procfs.
     pub(super) fn new(proc: &Path, target: u32) -> Result<Self, Error> {
         let link = |pid: &str, name: &str| {
             let path = proc.join(pid).join("ns").join(name);
@@ -57,7 +58,7 @@ impl Processes {
         self.proc.join(pid.to_string()).join(name)
     }
 
-    /// Whether a process sees the container's root, or `None` if it is gone (or a zombie, which does nothing).
+    /// Returns whether a process has the container's root, or `None` if it is gone or a zombie, which does nothing.
     fn shares_root(&self, pid: u32) -> Option<bool> {
         match fs::read_link(self.path(pid, "ns/mnt")) {
             Ok(namespace) => Some(namespace == self.mount_namespace),
@@ -66,8 +67,8 @@ impl Processes {
         }
     }
 
-    /// Whether a process is the container's: it sees the container's root, lives in its PID namespace, or descends
-    /// from one that does (a container may run containers of its own). A process that is gone belongs.
+    /// Returns whether a process belongs to the container: it has the container's root, is in its PID namespace, or
+    /// descends from a process that does (a container may run containers of its own). A process that is gone belongs.
     fn belongs(&mut self, pid: u32) -> bool {
         let mut chain = Vec::new();
         let mut at = pid;
@@ -101,9 +102,10 @@ impl Processes {
         answer
     }
 
-    /// Those of `pids` that are not the container's.
+    /// Returns those of `pids` that do not belong to the container.
     pub(super) fn strangers(&mut self, pids: &HashSet<u32>) -> Vec<Stranger> {
-        // Asked anew each time: a process on its way into the container is none of its own a moment before.
+        // Nothing is cached between calls: a process that is entering the container does not belong to it a moment
+        // earlier.
         self.known.clear();
         let mut pids: Vec<u32> = pids
             .iter()
@@ -122,7 +124,7 @@ impl Processes {
             .collect()
     }
 
-    /// Every process on the node that sees the container's root, wherever its cgroup is.
+    /// Returns every process on the node that has the container's root, in whatever cgroup.
     pub(super) fn in_root(&self) -> Result<HashSet<u32>, Error> {
         let mut found = HashSet::from([self.target]);
         for entry in fs::read_dir(&self.proc).map_err(|e| Error::io(self.proc.clone(), e))? {
@@ -140,7 +142,8 @@ impl Processes {
     }
 }
 
-/// The processes of a cgroup and of all below it. 0 stands for those of PID namespaces that are not visible from here.
+/// Returns the processes of a cgroup and of all its descendants. 0 stands for processes of PID namespaces that are not
+/// visible from here.
 pub(super) fn pids_below(dir: &Path) -> Result<HashSet<u32>, Error> {
     let mut pids = HashSet::new();
     let mut open = vec![dir.to_owned()];
@@ -171,7 +174,7 @@ pub(super) fn pids_below(dir: &Path) -> Result<HashSet<u32>, Error> {
 fn read_pids(dir: &Path, pids: &mut HashSet<u32>) -> Result<(), Error> {
     let path = dir.join("cgroup.procs");
     let text = match fs::read(&path) {
-        // A threaded cgroup lists threads only; they serve as well to ask whose they are.
+        // A threaded cgroup lists only threads. They serve as well to find out to which container they belong.
         Err(e) if e.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) => {
             fs::read(dir.join("cgroup.threads"))
         }
@@ -186,7 +189,7 @@ fn read_pids(dir: &Path, pids: &mut HashSet<u32>) -> Result<(), Error> {
             );
             Ok(())
         }
-        // A cgroup that was removed meanwhile had no process left.
+        // A cgroup that was removed meanwhile had no processes left.
         Err(e) if is_removed(&e) => Ok(()),
         Err(e) => Err(Error::io(path, e)),
     }
@@ -197,17 +200,18 @@ fn is_removed(error: &io::Error) -> bool {
         || error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error())
 }
 
-/// What is needed of `/proc/PID/stat`.
+/// The fields of `/proc/PID/stat` that are needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) state: u8,
     pub(super) parent: u32,
-    /// Clock ticks since boot.
+    /// Start time, in clock ticks since boot.
     pub(super) start: u64,
 }
 
 impl Stat {
-    /// Fields 3, 4 and 22 of `proc_pid_stat(5)`. Field 2 is the name in parentheses and may hold anything, those too.
+    /// Parses fields 3, 4 and 22 of `proc_pid_stat(5)`. Field 2 is the name in parentheses and may contain anything,
+    /// including parentheses.
     pub(super) fn parse(text: &[u8]) -> Option<Self> {
         let end = text.iter().rposition(|&b| b == b')')?;
         let fields: Vec<&str> = std::str::from_utf8(&text[end + 1..])

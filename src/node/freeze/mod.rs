@@ -1,11 +1,12 @@
-//! The cgroup freezer: a guard that thaws when dropped, and a watchdog process that thaws when this one is killed.
+//! The cgroup freezer: freezes a container and returns a guard that thaws it when dropped. A watchdog process thaws it
+//! if this process is killed.
 //!
-//! Order is everything here. The watchdog is up and has said so before the freeze is written, so there is no instant
-//! at which the death of this process leaves the container frozen. The guard thread watches the watchdog in turn. And
-//! a container that somebody else had frozen is left as it was.
+//! The order of the steps matters. The watchdog is running and has confirmed so before the freeze is written, so there
+//! is no moment at which the death of this process leaves the container frozen. A guard thread in turn watches the
+//! watchdog. A container that another program had frozen already is left as it was.
 //!
-//! What cannot be seen from here: somebody who pauses the same container *while* it is frozen writes the very same
-//! setting, and the thaw undoes it.
+//! One case cannot be detected: a program that pauses the same container *while* it is frozen writes the same setting,
+//! and the thaw undoes it.
 #![allow(
     clippy::unnecessary_debug_formatting,
     reason = "control characters in paths are escaped that way"
@@ -36,39 +37,39 @@ pub use watchdog::{
     ARGUMENT as WATCHDOG_ARGUMENT, StandBy, entry as watchdog_entry, stand_by, watchdog_main,
 };
 
-/// Strangers in a container's cgroup are looked at again before they are a reason to refuse: `exec` into a container
-/// enters the cgroup first and the container's root milliseconds later.
+/// Number of times that foreign processes in a container's cgroup are checked before the freeze is refused: `exec` into
+/// a container enters the cgroup first and the container's root milliseconds later.
 const STRANGER_LOOKS: u32 = 10;
 const STRANGER_PAUSE: Duration = Duration::from_millis(30);
 
-/// Why a container was not frozen, or did not stay so.
+/// The reason why a container was not frozen, or did not stay frozen.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The cgroup's files may not be written.
+    /// The cgroup's files are not writable for this program.
     #[error(
         "not permitted to freeze: {path:?}: {source}; run as root with the cgroup file system writable, or use --pause none"
     )]
     NotPermitted {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
     /// There is no freezer for this process on this machine.
     #[error("this container cannot be frozen: {why}; use --pause none")]
     Unsupported {
-        /// In words, for people.
+        /// The reason, as text for the user.
         why: String,
     },
-    /// The container's cgroup holds processes that are not the container's.
+    /// The cgroup contains processes that do not belong to the container.
     #[error("cgroup {cgroup:?} holds processes that are not the container's: {}; they would be frozen too, use --pause none", list(.strangers))]
     Shared {
         /// The cgroup's directory.
         cgroup: PathBuf,
-        /// Whose they are.
+        /// The processes that do not belong to it.
         strangers: Vec<Stranger>,
     },
-    /// This program is in the cgroup that it was to freeze.
+    /// This program is in the cgroup that it was asked to freeze.
     #[error(
         "this program runs in the container's own cgroup {cgroup:?} and would freeze itself; run it from elsewhere, or use --pause none"
     )]
@@ -76,12 +77,12 @@ pub enum Error {
         /// The cgroup's directory.
         cgroup: PathBuf,
     },
-    /// The processes did not stop (or did not start again) in time. They run.
+    /// The processes did not stop, or did not resume, in time. They are running.
     #[error("{cgroup:?} did not {wanted} within {waited:?}; the container runs")]
     Timeout {
         /// The cgroup's directory.
         cgroup: PathBuf,
-        /// How long it was waited for.
+        /// The time waited.
         waited: Duration,
         /// `freeze` or `thaw`.
         wanted: &'static str,
@@ -89,27 +90,27 @@ pub enum Error {
     /// The container ran before it was thawed: what was read meanwhile may be torn.
     #[error("the container did not stay frozen: {why}")]
     NotHeld {
-        /// In words, for people.
+        /// The reason, as text for the user.
         why: String,
     },
-    /// The process or its cgroup is no more.
+    /// The process or its cgroup no longer exists.
     #[error("{what} ended")]
     Gone {
-        /// What it was, e.g. `process 42`.
+        /// What ended, e.g. `process 42`.
         what: String,
     },
-    /// Without a watchdog nothing is frozen.
+    /// The watchdog could not be started. Nothing is frozen without one.
     #[error("the process that guards the freeze did not start: {why}")]
     Watchdog {
-        /// In words, for people.
+        /// The reason, as text for the user.
         why: String,
     },
-    /// Anything else that the kernel refused.
+    /// Any other error of the kernel.
     #[error("{path:?}: {source}")]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
 }
@@ -118,7 +119,7 @@ impl Error {
     fn io(path: PathBuf, source: io::Error) -> Self {
         use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
         if source.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) {
-            // How cgroupfs answers on a descriptor of a cgroup that was removed.
+            // cgroupfs returns ENODEV on a descriptor of a cgroup that was removed.
             return Self::Gone {
                 what: format!("the container of {:?}", path.parent().unwrap_or(&path)),
             };
@@ -129,7 +130,7 @@ impl Error {
         }
     }
 
-    /// The program's exit code for it, as the design lists them.
+    /// Returns the exit code of the program for this error, as listed in the design.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Gone { .. } => 66,
@@ -143,7 +144,7 @@ impl Error {
         }
     }
 
-    /// Whether the same save may succeed at another time.
+    /// Returns whether the same save may succeed later.
     pub fn retryable(&self) -> bool {
         self.exit_code() == 75
     }
@@ -162,19 +163,19 @@ fn list(strangers: &[Stranger]) -> String {
     text.join(", ")
 }
 
-/// How to freeze.
+/// The options of a freeze.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Prefix of the node's `/proc`, and of the cgroup mounts to prefer (`--host-root`); none: `/`.
+    /// Prefix of the node's `/proc`, and of the cgroup mounts to prefer (`--host-root`). `None` stands for `/`.
     pub host_root: Option<PathBuf>,
-    /// How long the processes may take to stop.
+    /// Timeout for the processes to stop.
     pub wait: Duration,
-    /// The longest the container may stand still, the wait included; none: no bound.
+    /// The longest time for which the container may be frozen, including the wait. `None` means no limit.
     pub hold: Option<Duration>,
-    /// The program that is started as the watchdog with [`WATCHDOG_ARGUMENT`]: it has to call [`watchdog_entry`].
+    /// The program that is started as the watchdog with [`WATCHDOG_ARGUMENT`]. It must call [`watchdog_entry`].
     pub program: PathBuf,
-    /// A file that is there while the container may stand still by this process' doing. Whoever finds it when this
-    /// process is dead calls [`thaw_left`].
+    /// A file that exists while the container may be frozen by this process. If this process is dead and the file still
+    /// exists, call [`thaw_left`].
     pub mark: Option<PathBuf>,
 }
 
@@ -190,13 +191,13 @@ impl Default for Options {
     }
 }
 
-/// A container that stands still until this is dropped.
+/// A container that stays frozen until this is dropped.
 #[derive(Debug)]
 #[must_use = "the container runs again as soon as this is dropped"]
 pub struct Frozen {
     group: Arc<Group>,
     target: Target,
-    /// None when somebody else froze: then nothing is thawed here.
+    /// `None` if another program froze the container: nothing is thawed then.
     watchdog: Option<Watchdog>,
     since: Instant,
     hold: Option<Duration>,
@@ -204,9 +205,9 @@ pub struct Frozen {
     mark: Option<PathBuf>,
 }
 
-/// Freezes the container of process `pid`, whose start time (field 22 of `/proc/PID/stat`) is `start` where known.
+/// Freezes the container of process `pid`, whose start time (field 22 of `/proc/PID/stat`) is `start` if known.
 ///
-/// On return every process of it stands still. On error none was stopped, or all run again.
+/// On return all its processes have stopped. On error none was stopped, or all are running again.
 pub fn freeze(pid: u32, start: Option<u64>, options: &Options) -> Result<Frozen, Error> {
     let proc = options
         .host_root
@@ -215,11 +216,11 @@ pub fn freeze(pid: u32, start: Option<u64>, options: &Options) -> Result<Frozen,
         .join("proc");
     let target = Target { proc, pid, start };
     target.alive()?;
-    // The end of a container makes many calls fail; it alone is what is to be said then.
+    // The end of a container makes many calls fail. Only the end is reported then.
     find_and_stop(&target, options).map_err(|error| target.alive().err().unwrap_or(error))
 }
 
-/// Whether [`freeze`] would find something to freeze. Nothing is.
+/// Checks whether [`freeze`] could freeze the container, without freezing it.
 pub fn can_be_frozen(pid: u32, start: Option<u64>, options: &Options) -> Result<(), Error> {
     let proc = options
         .host_root
@@ -253,7 +254,7 @@ fn find_and_stop(target: &Target, options: &Options) -> Result<Frozen, Error> {
     let (proc, pid) = (&*target.proc, target.pid);
     let mut processes = Processes::new(proc, pid)?;
     let groups = groups(proc, pid, options.host_root.as_deref())?;
-    // A container may be frozen in another hierarchy than the one that would be chosen here.
+    // The container may be frozen in a hierarchy other than the one that would be chosen here.
     for group in &groups {
         if group.state()? != State::Running {
             return already_frozen(group, target, options);
@@ -279,7 +280,7 @@ struct Target {
 }
 
 impl Target {
-    /// Another process in its place would be a stranger's.
+    /// Fails if the process is gone or its PID was reused by another process.
     fn alive(&self) -> Result<(), Error> {
         let gone = || Error::Gone {
             what: format!("process {}", self.pid),
@@ -302,10 +303,10 @@ impl Target {
     }
 }
 
-/// The cgroups of `pid` that have a freezer and can be opened, the preferred one first.
+/// Returns the cgroups of `pid` that have a freezer and can be opened, the preferred one first.
 fn groups(proc: &Path, pid: u32, prefer: Option<&Path>) -> Result<Vec<Arc<Group>>, Error> {
     let read = |path: PathBuf| fs::read(&path).map_err(|e| Error::io(path, e));
-    // Our own mount namespace is what paths are opened in, whatever node `proc` shows.
+    // Paths are opened in this program's own mount namespace, whichever node `proc` belongs to.
     let mut mounts = cgroup::mounts(&read(PathBuf::from("/proc/self/mountinfo"))?);
     if let Some(prefix) = prefer {
         mounts.sort_by_key(|mount| !mount.point.starts_with(prefix));
@@ -334,7 +335,8 @@ fn groups(proc: &Path, pid: u32, prefer: Option<&Path>) -> Result<Vec<Arc<Group>
             })
         };
         match opened {
-            // Two mounts of one name may show different trees: only the one that lists the process is meant.
+            // Two mounts of the same name may show different trees: only the one that lists the process is the right
+            // one.
             Ok(group) if members::pids_below(group.dir())?.contains(&pid) => {
                 groups.push(Arc::new(group));
             }
@@ -354,7 +356,7 @@ fn groups(proc: &Path, pid: u32, prefer: Option<&Path>) -> Result<Vec<Arc<Group>
     }
 }
 
-/// The one a person can do most about.
+/// Returns the error that the user can most likely resolve.
 fn best_refusal(refusals: Vec<Error>) -> Error {
     let none = || Error::Unsupported {
         why: "no cgroup hierarchy with a freezer is mounted".to_owned(),
@@ -369,7 +371,7 @@ fn best_refusal(refusals: Vec<Error>) -> Error {
     refusals.into_iter().min_by_key(rank).unwrap_or_else(none)
 }
 
-/// Somebody else's freeze: waited for when it is still under way, never undone.
+/// Handles a freeze by another program: waits for it if it is still in progress, and never undoes it.
 fn already_frozen(group: &Arc<Group>, target: &Target, options: &Options) -> Result<Frozen, Error> {
     if !group.wait_frozen(Instant::now() + options.wait, false)? {
         let cgroup = group.dir().to_owned();
@@ -390,11 +392,11 @@ fn already_frozen(group: &Arc<Group>, target: &Target, options: &Options) -> Res
     })
 }
 
-/// The cgroup to freeze, starting from that of the container's first process, and the container's processes that are
-/// in none of it.
+/// Returns the cgroup to freeze, starting from that of the container's first process, and the container's processes
+/// outside it.
 ///
-/// A service manager inside the container moves itself into a child cgroup: then an ancestor holds the whole
-/// container, and is taken if it holds nothing else.
+/// A service manager inside the container moves itself into a child cgroup. An ancestor then holds the whole container,
+/// and is chosen if it holds nothing else.
 fn container_group(
     start: &Arc<Group>,
     proc: &Path,
@@ -423,7 +425,7 @@ fn container_group(
     Ok((best.0, outside))
 }
 
-/// The processes in `dir` and below, if they are all the container's and none is ours.
+/// Returns the processes in `dir` and below if all belong to the container and none is this program.
 fn check(
     dir: &Path,
     proc: &Path,
@@ -469,7 +471,7 @@ fn stop(
         options.mark.as_deref(),
     )?;
     let since = Instant::now();
-    // From here on the guard's drop thaws, whatever goes wrong.
+    // From here on, dropping the guard thaws the container on every error.
     let target = target.clone();
     let frozen = Frozen {
         group,
@@ -500,25 +502,28 @@ fn stop(
 }
 
 impl Frozen {
-    /// Whether somebody else had frozen the container already: then it stays frozen.
+    /// Returns whether another program had already frozen the container. It then stays frozen.
     pub fn was_frozen(&self) -> bool {
         self.watchdog.is_none()
     }
 
-    /// The cgroup that stands still.
+    /// Returns the directory of the frozen cgroup.
     pub fn cgroup(&self) -> &Path {
         self.group.dir()
     }
 
-    /// Processes that see the container's root but are not in its cgroup (an administrator's `nsenter`): they go on.
+    /// Returns the processes that have the container's root but are not in its cgroup (an administrator's `nsenter`).
+    /// They keep running.
     pub fn outside(&self) -> &[u32] {
         &self.outside
     }
 
-    /// Thaws: the time from the freeze written to the thaw read back; zero when somebody else had frozen.
+    /// Thaws the container. Returns the time from the write of the freeze to the read-back of the thaw; zero if another
+    /// program had frozen it.
     ///
-    /// [`Error::Gone`] when it was ended while it stood still, [`Error::NotHeld`] when the container ran before, by somebody else's doing or because the longest time to stand
-    /// still was over. It runs after every error too, as far as that is in anybody's power.
+    /// Fails with [`Error::Gone`] if the container was ended while it was frozen, and with [`Error::NotHeld`] if it ran
+    /// before, because another program thawed it or the longest time to be frozen had passed. The container runs after
+    /// an error too, unless the thaw itself cannot be carried out.
     pub fn thaw(mut self) -> Result<Duration, Error> {
         let held = self.held();
         if self.watchdog.is_none() {
@@ -533,7 +538,7 @@ impl Frozen {
         }
     }
 
-    /// Whether the container stands still, and has since the freeze as far as can be told.
+    /// Checks that the container is frozen and, as far as can be determined, has been since the freeze.
     pub fn held(&mut self) -> Result<(), Error> {
         let not_held = |why: &str| {
             Err(Error::NotHeld {

@@ -1,11 +1,11 @@
-//! The process that thaws when the one that froze is no longer there to do it.
+//! The watchdog: a process that thaws the container if the process that froze it dies.
 //!
-//! It is this program again, in a session of its own and (where permitted) in the root cgroups, so that neither a
-//! signal to the caller's process group nor the end of its service or pod takes both at once. It holds the read end of
-//! a pipe: the kernel closes the other end whatever way the caller dies.
+//! It is another process of this program, in its own session and (where permitted) in the root cgroups, so that neither
+//! a signal to the caller's process group nor the end of its service or pod kills both at once. It holds the read end
+//! of a pipe, whose other end the kernel closes however the caller dies.
 //!
-//! A caller that is about to give up the right to start programs has one stand by before ([`stand_by`]): it takes what it is
-//! to guard from the pipe, and serves for one freeze after the other.
+//! A caller that is about to give up the right to start programs starts a standby watchdog first ([`stand_by`]). That
+//! one reads its orders from the pipe and serves one freeze after another.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -26,43 +26,43 @@ use super::cgroup::{Group, Version};
 use crate::common::escape;
 use crate::node::confine::{self, Role};
 
-/// The first argument of a process that is a watchdog. Not for people: it is not in the help.
+/// The first argument of a watchdog process. Internal, and therefore not in the help.
 pub const ARGUMENT: &str = "__freeze-watchdog";
 
-/// What the watchdog answers once it is ready to thaw.
+/// Answer of the watchdog when it is ready to thaw.
 const READY: &[u8] = b"ready\n";
-/// What it is told when the caller has thawed by itself.
+/// Byte sent to the watchdog when the caller has thawed the container itself.
 const DONE: u8 = b'd';
-/// What one that stands by answers to that: it waits for the next order.
+/// Answer of a standby watchdog to `DONE`: it waits for the next order.
 const STANDS_BY: &[u8] = b"standing by\n";
-/// An order is four fields, each with a NUL at its end; a path is no longer than the kernel takes.
+/// An order has four fields, each terminated by NUL. A path is at most as long as the kernel accepts.
 const ORDER_FIELDS: usize = 4;
 const MAX_ORDER: usize = 16 << 10;
-/// It starts in milliseconds; a machine under load gets this long.
+/// Timeout for the start. A watchdog starts in milliseconds; the rest is for a loaded machine.
 const START_BOUND: Duration = Duration::from_secs(10);
-/// How long a watchdog goes on trying to thaw. Beyond, the cgroup is gone or not to be had.
+/// How long a watchdog retries the thaw. After that, the cgroup is gone or out of reach.
 const THAW_TRIES: Duration = Duration::from_secs(60);
 
-/// A process that is, or will be, a watchdog.
+/// A process that is a watchdog or stands by to become one.
 #[derive(Debug)]
 struct Process {
     child: Child,
     /// Closed by the kernel when this process dies.
     life: ChildStdin,
     answers: ChildStdout,
-    /// Whether it goes on standing by when a freeze is over.
+    /// Whether the process returns to standby after a freeze.
     stays: bool,
 }
 
-/// The one that stands by, while it guards nothing; or why there is none.
+/// The standby watchdog while it guards nothing, or the reason why there is none.
 static SPARE: Mutex<Spare> = Mutex::new(Spare::None);
 
 #[derive(Debug)]
 enum Spare {
-    /// None was asked for, or it guards.
+    /// No standby was requested, or it is in use.
     None,
     Process(Process),
-    /// It could not be started, and a process that has given up its rights cannot start one any more.
+    /// It could not be started, and a process that has given up its rights can no longer start one.
     Failed(String),
 }
 
@@ -76,13 +76,13 @@ fn spare() -> std::sync::MutexGuard<'static, Spare> {
     SPARE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A watchdog that stands by until this is dropped.
+/// A standby watchdog, which ends when this is dropped.
 #[derive(Debug)]
 #[must_use = "the watchdog ends as soon as this is dropped"]
 pub struct StandBy(());
 
-/// Starts a watchdog that the freezes of this process will use, one after the other: from then on none of them starts a
-/// program.
+/// Starts a watchdog for all later freezes of this process, which use it one after another and start no program of
+/// their own.
 pub fn stand_by() -> Result<StandBy, Error> {
     match Process::start(&super::Options::default().program, &[], true) {
         Ok(process) => {
@@ -90,7 +90,7 @@ pub fn stand_by() -> Result<StandBy, Error> {
             Ok(StandBy(()))
         }
         Err(why) => {
-            // For the freeze, whose own try would be refused for another reason.
+            // Kept for the freeze, whose own attempt would fail for another reason.
             *spare() = Spare::Failed(why.clone());
             Err(failed(why))
         }
@@ -101,7 +101,7 @@ impl Drop for StandBy {
     fn drop(&mut self) {
         let process = spare().take();
         if let Spare::Process(mut process) = process {
-            // The end of its input is its end; it is waited for, so that no zombie is left.
+            // The watchdog exits at the end of its input. It is waited for so that no zombie remains.
             drop(process.life);
             let _ = process.child.wait();
         }
@@ -134,7 +134,7 @@ impl Process {
         })
     }
 
-    /// The one that stands by, given its order; else one that is started with it.
+    /// Returns the standby watchdog after sending it `order`, or else starts one with it.
     fn ordered(program: &Path, order: &[OsString]) -> Result<Self, Error> {
         let mut process = match spare().take() {
             Spare::Process(process) => process,
@@ -157,21 +157,21 @@ impl Process {
     }
 }
 
-/// A watchdog that is up.
+/// A running watchdog.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     child: Option<Child>,
     /// Closed by the kernel when this process dies.
     life: Option<ChildStdin>,
-    /// Thaws if the watchdog itself is killed: nobody would be left to do it when this process dies next. Hands back its
-    /// answers if it stands by for the next freeze.
+    /// Thread that thaws the container if the watchdog itself is killed: a death of this process would otherwise leave
+    /// the container frozen. Returns the pipe of answers if the watchdog goes back to standby.
     guard: Option<JoinHandle<Option<ChildStdout>>>,
     ending: Arc<AtomicBool>,
     stays: bool,
 }
 
 impl Watchdog {
-    /// Has one for `group` and waits until it is ready.
+    /// Starts a watchdog for `group`, or takes the standby one, and waits until it is ready.
     pub(super) fn start(
         program: &Path,
         group: &Arc<Group>,
@@ -203,7 +203,7 @@ impl Watchdog {
             Ok(answer) if answer == READY => {}
             Ok(answer) => {
                 watchdog.dismiss(false);
-                // It is one line, and escaped.
+                // The answer is a single line and already escaped.
                 let answer = String::from_utf8_lossy(&answer);
                 return Err(failed(answer.trim_end().to_owned()));
             }
@@ -229,14 +229,14 @@ impl Watchdog {
         Ok(watchdog)
     }
 
-    /// Ends it, or has it stand by again; with `thawed` false it thaws once more before it goes.
+    /// Ends the watchdog or returns it to standby. If `thawed` is `false`, it thaws once more before it exits.
     pub(super) fn dismiss(&mut self, thawed: bool) {
         self.ending.store(true, Ordering::SeqCst);
         let mut life = self.life.take();
         if let Some(life) = &mut life
             && thawed
         {
-            // A watchdog that is gone cannot be told, and need not be.
+            // A write to a watchdog that has exited fails, which does not matter.
             let _ = life.write_all(&[DONE]);
         }
         let stays = self.stays && thawed;
@@ -261,7 +261,7 @@ impl Watchdog {
         }
     }
 
-    /// Whether it still stands guard.
+    /// Returns whether the watchdog process is still running.
     pub(super) fn alive(&mut self) -> bool {
         self.child
             .as_mut()
@@ -269,7 +269,8 @@ impl Watchdog {
     }
 }
 
-/// Until the watchdog ends, or says that it stands by again: then its answers are handed back.
+/// Waits until the watchdog exits or reports that it is on standby again, in which case the pipe of answers is
+/// returned.
 fn guard(mut answers: ChildStdout, ending: &AtomicBool, group: &Group) -> Option<ChildStdout> {
     let mut said = Vec::new();
     let mut piece = [0; 64];
@@ -310,7 +311,7 @@ fn read_answer(answers: &mut ChildStdout) -> io::Result<Vec<u8>> {
     Ok(answer)
 }
 
-/// Waits for data or the end of a pipe; `false` when `deadline` comes first.
+/// Waits for data or the end of a pipe. Returns `false` if `deadline` passes first.
 fn wait_readable(pipe: impl std::os::fd::AsFd, deadline: Option<Instant>) -> io::Result<bool> {
     loop {
         let timeout = match deadline {
@@ -332,10 +333,10 @@ fn wait_readable(pipe: impl std::os::fd::AsFd, deadline: Option<Instant>) -> io:
     }
 }
 
-/// The watchdog's own `main`: `ARGUMENT` is taken off, `args` are the version, the cgroup's directory, the longest
-/// time in milliseconds that it may stand still (empty: no bound) and the mark of the freeze (empty: none). Without any it
-/// stands by: it reads them from stdin, each with a NUL at its end, again and again. Talks over stdin and stdout, see
-/// [`super::freeze`].
+/// The `main` function of the watchdog. `args`, without `ARGUMENT`, are the version, the cgroup's directory, the
+/// longest time in milliseconds for which it may be frozen (empty: no limit) and the path of the mark (empty: none).
+/// Without arguments it is on standby and reads them repeatedly from stdin, each terminated by NUL. It communicates
+/// over stdin and stdout, see [`super::freeze`].
 pub fn watchdog_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
     if let Err(why) = leave() {
@@ -363,11 +364,11 @@ pub fn watchdog_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// How a freeze ended.
+/// The way in which a freeze ended.
 enum Ended {
-    /// The caller thawed, and said so.
+    /// The caller thawed the container and reported it.
     Thawed,
-    /// The caller is no more: this process thawed, or could not.
+    /// The caller died: this process thawed the container, or failed to.
     Alone(ExitCode),
 }
 
@@ -378,7 +379,7 @@ fn say(word: &[u8]) -> io::Result<()> {
 }
 
 fn refuse(why: &str) -> ExitCode {
-    // One line: the other side reads up to its end.
+    // One line, because the other side reads up to the newline.
     let _ = say(format!("{}\n", escape::text(why)).as_bytes());
     ExitCode::FAILURE
 }
@@ -390,13 +391,13 @@ fn serve(order: &[OsString]) -> Result<Ended, ExitCode> {
     Ok(watch(&group, deadline, mark.as_deref()))
 }
 
-/// The next order, or nothing when the caller has no more.
+/// Reads the next order. Returns `None` at the end of the input.
 fn read_order() -> io::Result<Option<Vec<OsString>>> {
     let mut stdin = io::stdin().lock();
     let mut text = Vec::new();
     let mut byte = [0];
     let mut ends = 0;
-    // One byte after the other: what follows is not for this function.
+    // One byte at a time: the bytes after the order belong to another reader.
     while ends < ORDER_FIELDS {
         if text.len() > MAX_ORDER {
             return Err(io::Error::other(format!("longer than {MAX_ORDER} bytes")));
@@ -420,19 +421,21 @@ fn read_order() -> io::Result<Option<Vec<OsString>>> {
     ))
 }
 
-/// Out of all that the caller stands in, and with no more rights than a write to a cgroup takes.
+/// Leaves the caller's session, directory and cgroups, closes inherited descriptors and drops every right except those
+/// needed to write to a cgroup.
 fn leave() -> Result<(), String> {
     nix::unistd::setsid().map_err(|e| format!("setsid: {e}"))?;
-    // Nothing but SIGKILL ends it before its work is done; blocked is as good as ignored, and is inherited by none.
+    // Only SIGKILL may end the watchdog before its work is done. Blocking has the same effect as ignoring, and it
+    // starts no process that would inherit the mask.
     nix::sys::signal::SigSet::all()
         .thread_block()
         .map_err(|e| format!("blocking signals: {e}"))?;
-    // Whatever the caller stood in can be unmounted.
+    // So that the caller's working directory can be unmounted.
     let _ = std::env::set_current_dir("/");
-    // The last to go when memory runs out; lowering it wants CAP_SYS_RESOURCE.
+    // Makes this process the last to be killed when memory runs out. Lowering the value needs CAP_SYS_RESOURCE.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     leave_cgroups(&PathBuf::from("/proc"));
-    // Descriptors that the caller's parent left open would keep pipes and mounts of strangers alive: they are closed, too.
+    // Descriptors left open by the caller's parent would keep unrelated pipes and mounts alive, so they are closed too.
     confine::close_inherited(&[]);
     confine::apply(Role::Watchdog);
     Ok(())
@@ -453,7 +456,7 @@ fn prepare(args: &[OsString]) -> Result<(Group, Option<Instant>, Option<PathBuf>
             let millis = text
                 .parse()
                 .map_err(|_| format!("not milliseconds: {text:?}"))?;
-            // Too far away to be reckoned with is no deadline.
+            // A time too far in the future to be represented means no deadline.
             Instant::now().checked_add(Duration::from_millis(millis))
         }
         None => return Err(format!("not milliseconds: {millis:?}")),
@@ -469,8 +472,8 @@ fn prepare(args: &[OsString]) -> Result<(Group, Option<Instant>, Option<PathBuf>
     Ok((group, deadline, mark))
 }
 
-/// Moves this process to the root cgroup of every hierarchy in which it may: service managers, kubelets and the
-/// out-of-memory killer end all that is in one cgroup. Not being allowed to is no error, only less protection.
+/// Moves this process to the root cgroup of every hierarchy where that is permitted, because service managers, kubelets
+/// and the out-of-memory killer end all processes of a cgroup. A refusal is no error; it only means less protection.
 fn leave_cgroups(proc: &Path) {
     let Ok(text) = fs::read(proc.join("self/mountinfo")) else {
         return;
@@ -484,23 +487,23 @@ fn watch(group: &Group, deadline: Option<Instant>, mark: Option<&Path>) -> Ended
     let stdin = io::stdin();
     if !wait_readable(stdin.as_fd(), deadline).unwrap_or(true) {
         thaw(group, None);
-        // The caller may still be about to freeze (it was stopped): its end is waited for, and thawed again then.
+        // The caller may have been stopped just before it freezes: wait for its end and thaw again then.
         let _ = wait_readable(stdin.as_fd(), None);
     }
     let mut word = [0];
-    // `read_exact` goes on where a read is interrupted: that is not the end of the caller.
+    // `read_exact` retries an interrupted read, which is not the end of the caller.
     match stdin.lock().read_exact(&mut word) {
         Ok(()) if word[0] == DONE => Ended::Thawed,
         _ => Ended::Alone(thaw(group, mark)),
     }
 }
 
-/// Until it is thawed; then nobody has to know any more that it was frozen.
+/// Thaws the group, retrying until it succeeds or the time is over, and then removes the mark.
 fn thaw(group: &Group, mark: Option<&Path>) -> ExitCode {
     let deadline = Instant::now() + THAW_TRIES;
     loop {
         match group.thaw() {
-            // When the cgroup is gone, nothing is left that could be frozen.
+            // If the cgroup is gone, nothing can be frozen.
             Ok(()) | Err(Error::Gone { .. }) => {
                 mark.into_iter().for_each(super::mark::remove);
                 return ExitCode::SUCCESS;
@@ -511,7 +514,7 @@ fn thaw(group: &Group, mark: Option<&Path>) -> ExitCode {
     }
 }
 
-/// If this process was started as a watchdog: runs it. For `main`, before anything else.
+/// Runs the watchdog if this process was started as one. `main` calls this before anything else.
 pub fn entry() -> Option<ExitCode> {
     let mut args = std::env::args_os().skip(1);
     (args.next().as_deref() == Some(OsStr::new(ARGUMENT))).then(|| watchdog_main(args))

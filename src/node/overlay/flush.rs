@@ -1,14 +1,14 @@
-//! Writing one file's dirty pages to disk, and no other's.
+//! Writes the dirty pages of one file to disk, without those of any other file.
 //!
-//! `syncfs` would write all of the file system's, gigabytes of the neighbours' maybe, and `fdatasync` commits a journal
-//! that waits for theirs. `sync_file_range` writes this file's pages and waits for them; neither metadata nor journal
-//! are touched, as nothing has to survive a crash: what counts is that the pages are clean, so that the next write to
-//! them through a mapping faults, and moves the file's time stamps.
+//! `syncfs` would write all pages of the file system, possibly gigabytes of other containers, and `fdatasync` commits a
+//! journal that waits for theirs. `sync_file_range` writes this file's pages and waits for them. It touches neither
+//! metadata nor the journal, which is sufficient because nothing has to survive a crash: the pages only have to be
+//! clean, so that the next write to them through a mapping faults and updates the file's time stamps.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Waits until every page that is dirty now was written.
+/// Writes all pages of the file that are dirty now and waits until they are written.
 #[allow(unsafe_code, reason = "neither rustix nor nix has this call")]
 pub fn flush(file: BorrowedFd<'_>) -> io::Result<()> {
     let how = libc::SYNC_FILE_RANGE_WAIT_BEFORE

@@ -1,10 +1,10 @@
-//! With whose rights a volume is read: those of the container's process, so that nothing gets into an image that the
-//! container could not have read itself.
+//! The rights with which a volume is read: those of the container's process, so that nothing gets into an image that
+//! the container could not have read itself.
 //!
-//! A thread takes them on for as long as it reads: file system user and group, supplementary groups, and of the
-//! capabilities none that reads past permissions unless the container has it (`credentials(7)`, `capabilities(7)`). The
-//! kernel decides then, by mode, access control list or whatever else the file system asks. All of it belongs to one
-//! thread: `setfsuid(2)` and the raw `setgroups` and `capset` calls change no other.
+//! A thread takes on these rights while it reads: file system user and group, supplementary groups, and no capability
+//! that bypasses read permissions unless the container has it (`credentials(7)`, `capabilities(7)`). The kernel then
+//! decides by mode, access control list or whatever else the file system checks. All of these are attributes of one
+//! thread: `setfsuid(2)` and the raw `setgroups` and `capset` calls do not change other threads.
 
 use std::cell::{OnceCell, RefCell};
 use std::io;
@@ -21,36 +21,36 @@ use rustix::thread::{
 use super::owner::{self, IdMapping};
 use super::xattr::proc_path;
 
-/// What a process may read beyond what modes and access control lists say.
+/// What a process may read in addition to what modes and access control lists allow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Beyond {
     /// Nothing.
     Nothing,
     /// Everything: `CAP_DAC_OVERRIDE` or `CAP_DAC_READ_SEARCH` in the user namespace of this program.
     All,
-    /// What belongs to ids of its own user namespace, where it has one of these capabilities.
+    /// Files whose owner and group are mapped in its own user namespace, in which it has one of these capabilities.
     Mapped {
-        /// Users.
+        /// Map of user IDs.
         uids: Vec<IdMapping>,
-        /// Groups.
+        /// Map of group IDs.
         gids: Vec<IdMapping>,
     },
 }
 
-/// A process' rights to files. Ids are those that this program sees.
+/// A process's rights to files. IDs are those that this program sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// User.
+    /// File system user.
     pub uid: u32,
-    /// Group.
+    /// File system group.
     pub gid: u32,
     /// Supplementary groups, sorted.
     pub groups: Vec<u32>,
-    /// What capabilities add.
+    /// What its capabilities add.
     pub beyond: Beyond,
 }
 
-/// What a thread was before it took on another identity.
+/// The identity of a thread before it took on another one.
 struct Own {
     uid: nix::unistd::Uid,
     gid: nix::unistd::Gid,
@@ -63,7 +63,7 @@ thread_local! {
     static OWN: OnceCell<Own> = const { OnceCell::new() };
 }
 
-/// The thread is what it was before as soon as this is dropped.
+/// A guard that restores the thread's previous identity when dropped.
 #[must_use = "the thread is what it was before as soon as this is dropped"]
 #[derive(Debug)]
 #[allow(
@@ -71,14 +71,14 @@ thread_local! {
     reason = "two kinds of nothing: nothing changed, and this program's own"
 )]
 pub struct Entered {
-    /// What it was, where that was something else.
+    /// The previous identity, if it was a different one.
     before: Option<Option<Arc<Identity>>>,
 }
 
-/// This thread reads as `who` from now on; without one, as this program. Costs nothing where it does already.
+/// Makes this thread read as `who`, or as this program if `who` is `None`. Costs nothing if the thread does so already.
 ///
-/// Fails where this program may not take the identity on: then nothing is read. That is no [`io::ErrorKind::PermissionDenied`],
-/// which says what the identity may not do.
+/// Fails if this program may not take on the identity; nothing is read then. The error is not
+/// [`io::ErrorKind::PermissionDenied`], which stands for what the identity itself may not do.
 pub fn enter(who: Option<&Arc<Identity>>) -> io::Result<Entered> {
     let same = CURRENT.with_borrow(|current| match (current, who) {
         (None, None) => true,
@@ -90,7 +90,7 @@ pub fn enter(who: Option<&Arc<Identity>>) -> io::Result<Entered> {
     }
     let before = CURRENT.with_borrow(Clone::clone);
     if let Err(error) = become_one(who) {
-        // Part of it may have been done.
+        // A part of the change may have been made.
         let _ = become_one(before.as_ref());
         let uid = who.map_or(0, |who| who.uid);
         return Err(io::Error::other(format!(
@@ -130,7 +130,7 @@ fn become_one(who: Option<&Arc<Identity>>) -> io::Result<()> {
     })
 }
 
-/// No id: `setfsuid` then changes nothing, and says what there is.
+/// An invalid ID: with it, `setfsuid` changes nothing and returns the current ID.
 const ASK: u32 = u32::MAX;
 
 impl Own {
@@ -154,7 +154,8 @@ impl Own {
         let groups: Vec<Gid> = who.groups.iter().map(|&gid| Gid::from_raw(gid)).collect();
         set_groups(&groups)?;
         become_user(who.uid.into(), who.gid.into())?;
-        // The change of the user took some away that are harmless, and need not have taken all that are not.
+        // The change of the user removed some harmless capabilities, and may not have removed all that bypass
+        // permissions.
         let reads = who.beyond != Beyond::Nothing;
         set_capabilities(None, self.without(reads))?;
         Ok(())
@@ -170,14 +171,14 @@ impl Own {
     }
 }
 
-/// The order of groups does not count.
+/// Sets the supplementary groups. Their order does not matter.
 fn set_groups(groups: &[Gid]) -> io::Result<()> {
     let sorted = |groups: &[Gid]| {
         let mut raw: Vec<u32> = groups.iter().map(|gid| gid.as_raw()).collect();
         raw.sort_unstable();
         raw
     };
-    // Where there is nothing to change, no right to change it is needed.
+    // If nothing changes, no right to change the groups is needed.
     if sorted(&getgroups()?) != sorted(groups) {
         set_thread_groups(groups)?;
     }
@@ -187,7 +188,7 @@ fn set_groups(groups: &[Gid]) -> io::Result<()> {
 fn become_user(uid: nix::unistd::Uid, gid: nix::unistd::Gid) -> io::Result<()> {
     setfsgid(gid);
     setfsuid(uid);
-    // Neither call says whether it did anything.
+    // Neither call reports whether it changed anything.
     if setfsgid(ASK.into()) == gid && setfsuid(ASK.into()) == uid {
         Ok(())
     } else {
@@ -196,8 +197,8 @@ fn become_user(uid: nix::unistd::Uid, gid: nix::unistd::Gid) -> io::Result<()> {
 }
 
 impl Identity {
-    /// Whether it may open what `fd` is for reading; a directory, look up names in it, too. For a thread that has taken
-    /// the identity on.
+    /// Returns whether the identity may open `fd` for reading, and for a directory also look up names in it. The thread
+    /// must have taken on the identity.
     pub fn may_read(&self, fd: impl AsFd, directory: bool) -> io::Result<bool> {
         let access = if directory {
             Access::READ_OK | Access::EXEC_OK
@@ -207,12 +208,12 @@ impl Identity {
         self.may(fd.as_fd(), access)
     }
 
-    /// Whether it may look up names in the directory.
+    /// Returns whether the identity may look up names in the directory.
     pub fn may_search(&self, fd: impl AsFd) -> io::Result<bool> {
         self.may(fd.as_fd(), Access::EXEC_OK)
     }
 
-    /// Whether the kernel alone cannot decide: then every step of a path is looked at.
+    /// Returns whether the kernel alone cannot decide. Every component of a path is checked then.
     pub(super) fn is_mapped(&self) -> bool {
         matches!(self.beyond, Beyond::Mapped { .. })
     }
@@ -221,7 +222,8 @@ impl Identity {
         let Beyond::Mapped { uids, gids } = &self.beyond else {
             return allowed(fd, access);
         };
-        // As the kernel's capable_wrt_inode_uidgid: a capability of a user namespace counts for ids that it maps.
+        // Follows `capable_wrt_inode_uidgid` of the kernel: a capability in a user namespace applies to the IDs that it
+        // maps.
         let stat = rustix::fs::fstat(fd)?;
         if owner::inside(uids, stat.st_uid).is_some() && owner::inside(gids, stat.st_gid).is_some()
         {
@@ -234,7 +236,7 @@ impl Identity {
     }
 }
 
-/// With or without the capability to read past permissions.
+/// Sets or clears the capability to bypass read permissions in this thread.
 fn with_reading(reads: bool) -> io::Result<()> {
     OWN.with(|own| match own.get() {
         Some(own) => Ok(set_capabilities(None, own.without(reads))?),

@@ -1,7 +1,7 @@
-//! The lower directories of an overlay, seen merged: what the image has at a path, and where on disk that is.
+//! The merged view of an overlay's lower directories: looks up what the image has at a path and in which lower it is.
 //!
-//! Follows `ovl_lookup` of the kernel (`fs/overlayfs/namei.c`): whiteouts end a search, opaque directories
-//! end a stack, redirects change the name that is looked for in the layers below.
+//! Follows `ovl_lookup` of the kernel (`fs/overlayfs/namei.c`): whiteouts end a search, opaque directories end a stack,
+//! redirects change the name that is looked up in the layers below.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -12,7 +12,7 @@ use rustix::fs::{FileType, Stat};
 use super::root::{Root, names};
 use super::xattr::Namespace;
 
-/// A directory or file in one root: index into [`Lowers::roots`], path below it without a leading slash.
+/// A directory or file in one root: an index into [`Lowers::roots`] and a path below it without a leading slash.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     /// Index of the root, 0 the topmost.
@@ -21,31 +21,31 @@ pub struct Place {
     pub path: Vec<u8>,
 }
 
-/// The directories that are merged at one path, topmost first. Empty: the lowers have no directory there.
+/// The directories that are merged at one path, topmost first. Empty if the lowers have no directory there.
 pub type Stack = Vec<Place>;
 
-/// What the merged lowers have under a name.
+/// The result of a lookup in the merged lowers.
 #[derive(Clone, Debug)]
 pub enum Found {
-    /// Nothing, or it is whited out.
+    /// Nothing, or a whiteout.
     Absent,
-    /// A directory; its status is that of the topmost.
+    /// A merged directory.
     Dir {
-        /// What is merged.
+        /// The directories that are merged.
         stack: Stack,
         /// Status of the topmost.
         stat: Stat,
     },
-    /// Anything else.
+    /// Any other file type.
     Other {
-        /// Where it is.
+        /// The topmost entry.
         place: Place,
         /// Its status.
         stat: Stat,
     },
 }
 
-/// The name that a search looks for; a redirect changes it on the way down.
+/// The name of a search; a redirect changes it on the way down.
 #[derive(Clone)]
 enum Name {
     /// One component below each directory of the parent's stack.
@@ -57,16 +57,16 @@ enum Name {
 /// The lowers of an overlay.
 #[derive(Debug)]
 pub struct Lowers {
-    /// Merged ones first, topmost first; then the data-only ones.
+    /// The merged lowers, topmost first, followed by the data-only ones.
     pub roots: Vec<Root>,
-    /// How many of `roots` are merged.
+    /// Number of `roots` that are merged.
     pub merged: usize,
-    /// Where their marks are.
+    /// The namespace of the overlay's marks.
     pub namespace: Namespace,
 }
 
 impl Lowers {
-    /// The stack of the root directory.
+    /// Returns the stack of the root directory.
     pub fn root_stack(&self) -> Stack {
         (0..self.merged)
             .map(|root| Place {
@@ -76,7 +76,7 @@ impl Lowers {
             .collect()
     }
 
-    /// What is under `name` in the merged directory `parent`.
+    /// Looks up `name` in the merged directory `parent`.
     pub fn lookup(&self, parent: &Stack, name: &[u8]) -> io::Result<Found> {
         if parent.is_empty() {
             return Ok(Found::Absent);
@@ -84,7 +84,8 @@ impl Lowers {
         self.search(parent, Name::Child(name.to_vec()))
     }
 
-    /// What a redirect found in a directory with the stack `parent` leads to: a sibling's name, or an absolute path.
+    /// Looks up the target of a redirect found in a directory with the stack `parent`: the name of a sibling, or an
+    /// absolute path.
     pub fn lookup_redirect(&self, parent: &Stack, redirect: &[u8]) -> io::Result<Found> {
         match redirect.strip_prefix(b"/") {
             Some(path) => self.search(&self.root_stack(), Name::Absolute(path.to_vec())),
@@ -92,7 +93,8 @@ impl Lowers {
         }
     }
 
-    /// Where the data of a metacopy file is that says `redirect`, or, without one, is looked for as `name` in `parent`.
+    /// Returns the place of the data of a metacopy file with the redirect `redirect`, or without one the data found as
+    /// `name` in `parent`.
     ///
     /// Absolute redirects may lead into the data-only lowers.
     pub fn data(
@@ -116,8 +118,8 @@ impl Lowers {
         }
     }
 
-    /// The place that really holds the data of the lower file at `place`, found as `name` in `parent`: it may
-    /// be metadata only itself.
+    /// Returns the place that holds the data of the lower file at `place`, which was found as `name` in `parent` and
+    /// may be a metacopy itself.
     pub fn data_of(
         &self,
         place: Place,
@@ -168,8 +170,8 @@ impl Lowers {
         Ok(None)
     }
 
-    /// Names in the merged directory, each once, in order; of some the topmost says that they are deleted. `room` is told
-    /// of each how long it is before it is kept.
+    /// Returns the names in the merged directory, each once and sorted, including names that the topmost directory has
+    /// whiteouts for. `room` is called with the length of each name before it is kept.
     pub fn names<E: From<io::Error>>(
         &self,
         stack: &Stack,
@@ -258,8 +260,8 @@ impl Lowers {
         })
     }
 
-    /// For an absolute search: whether a parent of `path` is whited out in this root (then nothing below
-    /// counts), and whether one is opaque (then this root is the last that counts).
+    /// For an absolute search, returns whether a parent of `path` is whited out in this root (nothing below it counts
+    /// then), and whether one is opaque (this root is then the last one searched).
     fn walk_parents(&self, root: u16, path: &[u8]) -> io::Result<(bool, bool)> {
         let mut ends = false;
         for cut in path
@@ -307,7 +309,7 @@ impl Lowers {
     }
 }
 
-/// `dir/name`, or `name` in the root.
+/// Returns `dir/name`, or `name` if `dir` is the root.
 pub fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
     if dir.is_empty() {
         name.to_vec()
@@ -316,14 +318,14 @@ pub fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Everything before the last slash; empty for a name in the root.
+/// Returns the part before the last slash; empty for a name in the root.
 pub fn dirname(path: &[u8]) -> &[u8] {
     path.iter()
         .rposition(|&b| b == b'/')
         .map_or(b"".as_slice(), |cut| &path[..cut])
 }
 
-/// Everything after the last slash.
+/// Returns the part after the last slash.
 pub fn basename(path: &[u8]) -> &[u8] {
     path.iter()
         .rposition(|&b| b == b'/')

@@ -1,4 +1,4 @@
-//! What an overlay mount is made of, and what the marks in its directories mean.
+//! Overlay mounts: reads their options, opens their directories safely, and interprets the marks in them.
 //!
 //! Source: kernel `Documentation/filesystems/overlayfs.rst` and `fs/overlayfs/`.
 

@@ -1,7 +1,8 @@
-//! The options of an overlay mount, as `/proc/PID/mountinfo` shows them: upper and lowers.
+//! Parses the options of an overlay mount as `/proc/PID/mountinfo` shows them, and finds its upper and lower
+//! directories.
 //!
 //! Sources: `proc_pid_mountinfo(5)` for the lines; `fs/overlayfs/params.c` of the kernel for the options and their two
-//! layers of escapes (octal by `seq_show_option`, backslashes by the mounter); each was tried on Linux 6.18.
+//! layers of escapes (octal by `seq_show_option`, backslashes by the mounter); each was verified on Linux 6.18.
 
 use std::ffi::OsString;
 use std::io;
@@ -10,43 +11,43 @@ use std::path::{Path, PathBuf};
 
 use super::xattr::Namespace;
 
-/// The kernel stacks no more layers than this (`OVL_MAX_STACK`).
+/// Maximum number of layers that the kernel stacks (`OVL_MAX_STACK`).
 const MAX_LAYERS: usize = 500;
 
-/// One overlay mount. Paths are the node's, a `--host-root` prefix already in front of them.
+/// An overlay mount. Paths are the node's and already include a `--host-root` prefix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OverlayMount {
     /// The upper directory.
     pub upper: PathBuf,
-    /// The lower directories that are merged, topmost first (as the kernel lists them).
+    /// The merged lower directories, topmost first (in the kernel's order).
     pub lowers: Vec<PathBuf>,
-    /// Data-only lowers (`::`, `datadir+`), topmost first: they are never merged, only metacopy files point into them.
+    /// Data-only lowers (`::`, `datadir+`), topmost first. They are never merged; only metacopy files refer to them.
     pub data_only: Vec<PathBuf>,
-    /// Those of the lowers that were mounted ID-mapped: the ids in them are the container's own, not the node's.
+    /// Those of the lowers that were mounted ID-mapped: the IDs in them are the container's, not the node's.
     pub id_mapped: Vec<PathBuf>,
-    /// Where the kernel keeps its marks: `trusted.overlay.*`, or `user.overlay.*` with `userxattr`.
+    /// The namespace of the kernel's marks: `trusted.overlay.*`, or `user.overlay.*` with `userxattr`.
     pub namespace: Namespace,
     /// `index=on`: hard links of lower files survive copy-up.
     pub index: bool,
 }
 
-/// Why a mount cannot be read.
+/// The reason why a mount cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
-    /// The text is not what the kernel writes.
+    /// The text does not have the kernel's format.
     #[error("{text:?} is not what the kernel writes: {expected}")]
     Malformed {
-        /// The line or option, escapes as the kernel wrote them.
+        /// The line or option, with the kernel's escapes.
         text: OsString,
         /// What was expected.
         expected: &'static str,
     },
-    /// There is no upper directory: nothing can have been written.
+    /// There is no upper directory, so nothing can have been written.
     #[error(
         "the overlay is mounted read-only, without an upper directory: there is nothing to save"
     )]
     NoUpper,
-    /// A directory that the mount names is not there.
+    /// A directory that the mount names does not exist.
     #[error(
         "the mount's {role} directory {} is not there (looked for {}); \
          is --host-root right, and is the container still running?",
@@ -56,27 +57,27 @@ pub enum MountError {
     Missing {
         /// `lower`, `upper`, `data-only lower`.
         role: &'static str,
-        /// As the mount option says.
+        /// The path in the mount option.
         path: PathBuf,
-        /// Every path that was tried.
+        /// All paths that were tried.
         tried: Vec<PathBuf>,
     },
-    /// A relative or doubly escaped name fits several directories.
+    /// A relative or doubly escaped name matches several directories.
     #[error("the mount's {role} directory {} can be any of {}; guessing would be wrong", path.display(), paths(found))]
     Ambiguous {
         /// `lower` or `upper`.
         role: &'static str,
-        /// As the mount option says.
+        /// The path in the mount option.
         path: PathBuf,
-        /// What it can be.
+        /// The directories that it matches.
         found: Vec<PathBuf>,
     },
-    /// A directory could not be looked at.
+    /// A directory could not be examined.
     #[error("{}: {source}", path.display())]
     Io {
         /// The path.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The error of the kernel.
         source: io::Error,
     },
 }
@@ -89,7 +90,7 @@ fn paths(paths: &[PathBuf]) -> String {
         .join(", ")
 }
 
-/// One line of `/proc/PID/mountinfo`; octal escapes are resolved everywhere but in `super_options`.
+/// One line of `/proc/PID/mountinfo`. Octal escapes are resolved in all fields except `super_options`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountInfo {
     /// Mount ID.
@@ -98,19 +99,19 @@ pub struct MountInfo {
     pub parent: u64,
     /// Device number of the file system, major and minor.
     pub device: (u32, u32),
-    /// The directory of the file system that is mounted (`/` unless it is a bind mount of something below).
+    /// The directory of the file system that is mounted (`/`, except for a bind mount of a subdirectory).
     pub root: PathBuf,
-    /// Where it is mounted, relative to the root of the process whose mountinfo it is.
+    /// The mount point, relative to the root of the process whose mountinfo this is.
     pub mount_point: PathBuf,
     /// File system type.
     pub fs_type: String,
-    /// What the file system says its source is.
+    /// The source that the file system reports.
     pub source: OsString,
-    /// Options of the file system, escaped as the kernel wrote them: a `,` in a value is `\054`.
+    /// Options of the file system, with the kernel's escapes: a `,` in a value is `\054`.
     pub super_options: Vec<u8>,
 }
 
-/// All lines of a mountinfo file, in its order.
+/// Parses all lines of a mountinfo file, in their order.
 pub fn parse_mountinfo(bytes: &[u8]) -> Result<Vec<MountInfo>, MountError> {
     bytes
         .split(|&b| b == b'\n')
@@ -125,7 +126,7 @@ fn parse_line(line: &[u8]) -> Result<MountInfo, MountError> {
         expected,
     };
     let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
-    // Fields 1 to 6, any number of optional ones, "-", type, source, options.
+    // Fields 1 to 6, any number of optional fields, "-", type, source, options.
     let dash = fields
         .iter()
         .skip(6)
@@ -155,29 +156,29 @@ fn parse_line(line: &[u8]) -> Result<MountInfo, MountError> {
     })
 }
 
-/// The mount that is the root of the process: of those at `/` the one that no other covers.
+/// Returns the root mount of the process: of the mounts at `/`, the one that no other covers.
 pub fn root_mount(mounts: &[MountInfo]) -> Option<&MountInfo> {
     let at_root = || mounts.iter().filter(|m| m.mount_point == Path::new("/"));
     at_root().find(|m| !at_root().any(|over| over.parent == m.id && over.id != m.id))
 }
 
-/// An overlay's options before any directory was looked for.
+/// An overlay's options before its directories are located.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OverlayOptions {
-    /// Topmost first; may be relative to a directory that the kernel does not tell.
+    /// Topmost first. They may be relative to a directory that the kernel does not reveal.
     pub lowers: Vec<PathBuf>,
     /// Data-only lowers, topmost first.
     pub data_only: Vec<PathBuf>,
-    /// The upper directory as text and, where backslashes make a second reading possible, that reading.
+    /// The upper directory as text and, if backslashes allow a second reading, that reading.
     pub upper: Vec<PathBuf>,
     /// `userxattr` was given.
     pub user_xattr: bool,
-    /// `index=` was shown; the kernel shows it only where it differs from the module's default.
+    /// The value of `index=`. The kernel shows it only if it differs from the module's default.
     pub index: Option<bool>,
 }
 
 impl OverlayOptions {
-    /// Reads the file system options of an overlay's mountinfo line.
+    /// Parses the file system options of an overlay's mountinfo line.
     pub fn parse(super_options: &[u8]) -> Result<Self, MountError> {
         let malformed = |text: &[u8], expected| MountError::Malformed {
             text: OsString::from_vec(text.to_vec()),
@@ -190,7 +191,7 @@ impl OverlayOptions {
             user_xattr: false,
             index: None,
         };
-        // A comma inside a value is octal here, so every comma separates.
+        // A comma inside a value is escaped in octal, so every comma is a separator.
         for option in super_options.split(|&b| b == b',') {
             let equals = option.iter().position(|&b| b == b'=');
             let (name, value) = match equals {
@@ -208,10 +209,11 @@ impl OverlayOptions {
                     options.lowers.extend(lowers);
                     options.data_only.extend(data_only);
                 }
-                // These two and nothing else are shown as they are on disk.
+                // Only these two are shown as they are on disk.
                 b"lowerdir+" => options.lowers.push(path(value)),
                 b"datadir+" => options.data_only.push(path(value)),
-                // Given as text the kernel removes backslashes, given as a descriptor it shows the plain path.
+                // If the path was given as text, the kernel removed backslashes from it; if it was given as a
+                // descriptor, the kernel shows the plain path.
                 b"upperdir" => {
                     let plain = unescape_backslash(&value);
                     if plain != value {
@@ -236,8 +238,8 @@ impl OverlayOptions {
         Ok(options)
     }
 
-    /// Finds the upper directory. `locate` turns a path of the mount into one of this program, and answers
-    /// [`io::ErrorKind::NotFound`] for what is not there.
+    /// Finds the upper directory. `locate` translates a path of the mount to one of this program and fails with
+    /// [`io::ErrorKind::NotFound`] if it does not exist.
     pub fn locate_upper(
         &self,
         bases: &[PathBuf],
@@ -275,8 +277,8 @@ impl OverlayOptions {
         }
     }
 
-    /// Finds the lower and data-only directories. Relative ones are looked for in `bases` (directories from which
-    /// the runtime may have mounted) and must all be there in the same one, and only in one.
+    /// Finds the lower and data-only directories. Relative ones are searched in `bases` (directories from which the
+    /// runtime may have mounted); all must exist in one and the same base, and only in that one.
     pub fn locate_lowers(
         &self,
         bases: &[PathBuf],
@@ -335,8 +337,8 @@ impl OverlayOptions {
         }
     }
 
-    /// The mount with its directories found: `bases` first, then the ancestors of the upper directory (never the
-    /// upper itself, which belongs to the container). `index_default` is the module's parameter.
+    /// Returns the mount with its directories located: `bases` are searched first, then the ancestors of the upper
+    /// directory (never the upper itself, which belongs to the container). `index_default` is the module's parameter.
     pub fn resolve(
         &self,
         bases: &[PathBuf],
@@ -352,7 +354,7 @@ impl OverlayOptions {
         Ok(self.mount(upper, lowers, data_only, index_default))
     }
 
-    /// The mount with directories that the caller has found.
+    /// Returns the mount with directories that the caller has located.
     pub fn mount(
         &self,
         upper: PathBuf,
@@ -396,7 +398,7 @@ fn look(
     }
 }
 
-/// `a:b::c::d` -> merged [a, b], data-only [c, d]. A backslash takes the next byte out of the grammar.
+/// Splits `a:b::c::d` into merged [a, b] and data-only [c, d]. A backslash makes the next byte literal.
 fn split_lowerdir(value: &[u8]) -> Option<(Vec<PathBuf>, Vec<PathBuf>)> {
     let (mut merged, mut data_only) = (Vec::new(), Vec::new());
     let mut current = Vec::new();
@@ -410,7 +412,7 @@ fn split_lowerdir(value: &[u8]) -> Option<(Vec<PathBuf>, Vec<PathBuf>)> {
             }
             Some(b':') => {
                 let double = bytes.next_if_eq(&b':').is_some();
-                // After the first data-only directory there are no others.
+                // Only data-only directories may follow the first one.
                 if in_data && !double {
                     return None;
                 }
@@ -438,7 +440,7 @@ fn split_lowerdir(value: &[u8]) -> Option<(Vec<PathBuf>, Vec<PathBuf>)> {
     }
 }
 
-/// `\012` -> newline. Anything else after a backslash stays as it is.
+/// Replaces octal escapes, such as `\012` by a newline. Any other text after a backslash is unchanged.
 fn unescape_octal(bytes: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(bytes.len());
     let mut rest = bytes;
@@ -461,7 +463,7 @@ fn unescape_octal(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// `\:` -> `:`, as the kernel does before it looks a path up.
+/// Replaces `\:` by `:`, as the kernel does before it looks a path up.
 fn unescape_backslash(bytes: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(bytes.len());
     let mut bytes = bytes.iter().copied();
@@ -630,7 +632,7 @@ mod tests {
             )
             .unwrap();
         assert_eq!(strings(&mount.lowers), ["/s/2/fs", "/s/1/fs"]);
-        // One of them is somewhere else: not a match.
+        // One of them is in another directory, so this base does not match.
         let e = options
             .resolve(&[], false, &only(&["/s/5/fs", "/s/2/fs", "/1/fs"]))
             .unwrap_err();
@@ -638,7 +640,7 @@ mod tests {
             matches!(&e, MountError::Missing { role: "lower", path, .. } if path == Path::new("1/fs")),
             "{e}"
         );
-        // Inside the upper the container may have made anything.
+        // Inside the upper, the container may have created anything.
         let e = options
             .resolve(
                 &[],

@@ -1,17 +1,18 @@
-//! Owners in a user namespace: the ids on disk are the host's, the image wants the container's.
+//! Maps file owners between user namespaces: the IDs on disk are the host's, those in the image are the container's.
 
-/// One line of `/proc/PID/uid_map`: `count` ids from `inside` on are `outside` on the host.
+/// One line of `/proc/PID/uid_map`: `count` IDs starting at `inside` are mapped to those starting at `outside` on the
+/// host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct IdMapping {
-    /// First id as the container sees it.
+    /// First ID as seen in the container.
     pub inside: u32,
-    /// First id as the host (and the disk) sees it.
+    /// First ID as seen on the host (and on disk).
     pub outside: u32,
     /// Number of ids.
     pub count: u32,
 }
 
-/// The container's id for the host's `outside`; an empty map means that they are the same.
+/// Returns the container's ID for the host's `outside`. An empty map is the identity.
 pub fn inside(map: &[IdMapping], outside: u32) -> Option<u32> {
     if map.is_empty() {
         return Some(outside);
@@ -26,8 +27,8 @@ pub fn inside(map: &[IdMapping], outside: u32) -> Option<u32> {
     })
 }
 
-/// The map of a directory that is mounted ID-mapped for the container with `map`: its ids are those of the container, as
-/// far as the container has them.
+/// Returns the map of a directory that is mounted ID-mapped for a container with `map`: its IDs on disk are the
+/// container's, as far as the container has them.
 pub fn stored(map: &[IdMapping]) -> Vec<IdMapping> {
     let stored = |m: &IdMapping| IdMapping {
         outside: m.inside,

@@ -1,8 +1,8 @@
-//! One directory of an overlay, opened so that nothing in it can lead out of it.
+//! Opens one directory of an overlay in such a way that no path in it can lead outside.
 //!
-//! The upper belongs to a stranger who changes it while it is read. Every path is resolved by the kernel
-//! relative to the root's descriptor with `openat2`: no symlink is followed, no mount is crossed, nothing
-//! above the root is reached (CVE-2018-15664 and its kin).
+//! The upper is untrusted and changes while it is read. The kernel resolves every path relative to the root's
+//! descriptor with `openat2`: no symlink is followed, no mount is crossed, nothing above the root is reached
+//! (CVE-2018-15664 and similar).
 
 use std::ffi::OsStr;
 use std::io;
@@ -27,15 +27,15 @@ const XATTR_MAX: usize = 65_536;
 pub struct Root {
     fd: Arc<OwnedFd>,
     path: PathBuf,
-    /// What every path begins with that leads in here; empty but for volumes.
+    /// Prefix of all paths that lead into this root; empty except for volumes.
     at: Vec<u8>,
-    /// With whose rights it is read; none: with this program's own.
+    /// The rights with which it is read; `None` means this program's own.
     who: Option<Arc<Identity>>,
 }
 
 impl Root {
-    /// Opens the directory at `path`, which has no symbolic links in it. It comes from the runtime, not from the tenant; but
-    /// a store in a user's home can have been changed by that user since it was looked at.
+    /// Opens the directory at `path`, which must not contain symbolic links. The path comes from the runtime, not from
+    /// the tenant, but a store in a user's home may have been changed by that user since it was checked.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::NO_SYMLINKS;
@@ -49,8 +49,8 @@ impl Root {
         })
     }
 
-    /// An opened directory that is mounted at `at` below `path`: its paths are those of the tree that it is mounted in.
-    /// All in it is read with the rights of `who`.
+    /// Wraps an opened directory that is mounted at `at` below `path`. Its paths are those of the tree that it is
+    /// mounted in, and everything in it is read with the rights of `who`.
     pub(super) fn mounted(fd: OwnedFd, path: &Path, at: &[u8], who: Option<Arc<Identity>>) -> Self {
         Self {
             fd: Arc::new(fd),
@@ -60,18 +60,18 @@ impl Root {
         }
     }
 
-    /// With whose rights it is read, where they are not this program's own.
+    /// Returns the identity with which the root is read, if it is not this program's own.
     pub fn who(&self) -> Option<&Identity> {
         self.who.as_deref()
     }
 
-    /// Gives this thread the rights with which this root is read, until what is returned is dropped. Every call here does
-    /// it by itself; who makes many, or works with descriptors, does it once for all of them.
+    /// Gives this thread the rights with which this root is read, until the returned guard is dropped. Every method
+    /// here does so itself; a caller that makes many calls, or works with descriptors, does it once for all of them.
     pub fn enter(&self) -> io::Result<Entered> {
         identity::enter(self.who.as_ref())
     }
 
-    /// A path as it is from the opened directory on; `None` where it does not lead in here.
+    /// Returns a path relative to the opened directory, or `None` if it does not lead into it.
     fn inside<'p>(&self, path: &'p [u8]) -> Option<&'p [u8]> {
         if self.at.is_empty() {
             return Some(path);
@@ -83,12 +83,12 @@ impl Root {
         }
     }
 
-    /// Where it is, for messages.
+    /// Returns the path of the directory, for messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Opens `path` below the root without following anything. An empty path is the root itself.
+    /// Opens `path` below the root without following any link. An empty path is the root itself.
     pub fn open_beneath(&self, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
         let _rights = self.enter()?;
         let resolve = ResolveFlags::BENEATH
@@ -142,7 +142,7 @@ impl Root {
         }
     }
 
-    /// Set where the kernel alone cannot tell what may be read here.
+    /// Returns the identity if the kernel alone cannot decide what may be read here.
     fn stepwise(&self) -> Option<&Identity> {
         self.who.as_deref().filter(|who| who.is_mapped())
     }
@@ -162,7 +162,7 @@ impl Root {
         Ok(rustix::fs::openat(&handle, ".", flags, Mode::empty())?)
     }
 
-    /// Status of `path` itself, never of what it points to; `None` when it is not there.
+    /// Returns the status of `path` itself, never of a link's target, or `None` if it does not exist.
     pub fn stat(&self, path: &[u8]) -> io::Result<Option<Stat>> {
         let fd = match self.open_beneath(path, OFlags::PATH) {
             Ok(fd) => fd,
@@ -172,7 +172,7 @@ impl Root {
         Ok(Some(rustix::fs::fstat(&fd)?))
     }
 
-    /// Target of the symlink at `path`.
+    /// Returns the target of the symlink at `path`.
     pub fn read_link(&self, path: &[u8]) -> io::Result<Vec<u8>> {
         let _rights = self.enter()?;
         let fd = self.open_beneath(path, OFlags::PATH)?;
@@ -181,9 +181,9 @@ impl Root {
 
     /// Opens `path` for reading if, and only if, it is a regular file with the inode number `ino`.
     ///
-    /// A device or FIFO is never opened: the entry is looked at through an `O_PATH` descriptor first, and that
-    /// very inode is then reopened. `Ok(None)` says that something else, or nothing, is there now, or what is read with
-    /// another's rights and may not be read any more.
+    /// A device or FIFO is never opened: the entry is examined through an `O_PATH` descriptor first, and that very
+    /// inode is then reopened. Returns `Ok(None)` if the path is gone or is a different file now, or if it is read with
+    /// another identity that may no longer read it.
     pub fn open_file(&self, path: &[u8], ino: u64) -> io::Result<Option<OwnedFd>> {
         let _rights = self.enter()?;
         match self.open_that_file(path, ino) {
@@ -192,7 +192,7 @@ impl Root {
         }
     }
 
-    /// Whether a call failed because those with whose rights this is read may not do that.
+    /// Returns whether a call failed because the identity with which this root is read lacks the permission.
     pub fn is_denied(&self, error: &io::Error) -> bool {
         self.who.is_some() && error.kind() == io::ErrorKind::PermissionDenied
     }
@@ -210,14 +210,14 @@ impl Root {
             return Ok(None);
         }
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
-        // NOATIME needs the file's owner or CAP_FOWNER: a save must not touch access times where it can help it.
+        // O_NOATIME needs the file's owner or CAP_FOWNER. A save should not change access times where it can avoid it.
         match reopen(handle.as_fd(), flags | OFlags::NOATIME) {
             Err(rustix::io::Errno::PERM) => Ok(Some(reopen(handle.as_fd(), flags)?)),
             other => Ok(Some(other?)),
         }
     }
 
-    /// A file without a name on the same file system: it vanishes with its descriptor. It is this program's own.
+    /// Creates a file without a name on the same file system, owned by this program. It vanishes with its descriptor.
     pub fn nameless_file(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(
@@ -228,7 +228,7 @@ impl Root {
         )?)
     }
 
-    /// One extended attribute of `path` itself; `None` when it has none of that name, or is not there.
+    /// Returns an extended attribute of `path` itself, or `None` if the attribute or the path does not exist.
     pub fn xattr(&self, path: &[u8], name: &str) -> io::Result<Option<Vec<u8>>> {
         let _rights = self.enter()?;
         let handle = match self.open_beneath(path, OFlags::PATH) {
@@ -236,8 +236,8 @@ impl Root {
             Err(error) if is_absent(&error) => return Ok(None),
             Err(error) => return Err(error),
         };
-        // An O_PATH descriptor refuses fgetxattr; through /proc the same inode is reached, and for a
-        // symlink too, because the magic link leads to the inode and not to what its text names.
+        // fgetxattr fails on an O_PATH descriptor. The path through /proc reaches the same inode, also for a symlink,
+        // because the magic link leads to the inode and not to the link's target.
         xattr_at(proc_path(handle.as_fd()).as_str(), name, Follow::Yes)
     }
 }
@@ -251,7 +251,7 @@ pub enum Follow {
     No,
 }
 
-/// Value of the attribute `name`, or `None`.
+/// Returns the value of the attribute `name`, or `None` if there is none.
 pub fn xattr_at(
     path: impl Arg + Copy,
     name: impl Arg + Copy,
@@ -280,7 +280,7 @@ pub fn xattr_at(
     }
 }
 
-/// Names of all attributes, each ended by a NUL byte.
+/// Returns the names of all attributes, each terminated by NUL.
 pub fn xattr_names_at(path: impl Arg + Copy, follow: Follow) -> io::Result<Vec<u8>> {
     use rustix::io::Errno;
     let list = |buffer: &mut [u8]| match follow {
@@ -302,8 +302,9 @@ pub fn xattr_names_at(path: impl Arg + Copy, follow: Follow) -> io::Result<Vec<u
 
 /// Opens the inode behind an `O_PATH` descriptor.
 ///
-/// By its number in the directory of this process' descriptors, which is opened once: the way there through `/proc` takes
-/// longer than the rest. (It is that of the process that opened it; this program never forks without starting another.)
+/// Uses its number in the directory of this process's descriptors, which is opened once, because the path through
+/// `/proc` takes longer than the rest. (The directory belongs to the process that opened it; this program never forks
+/// without executing another program.)
 fn reopen(handle: BorrowedFd<'_>, flags: OFlags) -> rustix::io::Result<OwnedFd> {
     static DESCRIPTORS: OnceLock<Option<OwnedFd>> = OnceLock::new();
     let directory = DESCRIPTORS.get_or_init(|| {
@@ -319,7 +320,7 @@ fn reopen(handle: BorrowedFd<'_>, flags: OFlags) -> rustix::io::Result<OwnedFd> 
     }
 }
 
-/// Target of the symlink `name` in `dir`; `None` when it is no longer one.
+/// Returns the target of the symlink `name` in `dir`, or `None` if it is no longer a symlink.
 pub fn read_link_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
     use rustix::io::Errno;
     match rustix::fs::readlinkat(dir, OsStr::from_bytes(name), Vec::new()) {
@@ -329,12 +330,13 @@ pub fn read_link_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Vec<u
     }
 }
 
-/// Bytes of a directory that are read at a time.
+/// Bytes of a directory that are read per call.
 const PIECE: usize = 32 * 1024;
 
-/// Names in a directory, unsorted, without `.` and `..`, read in pieces: a directory may be larger than memory.
+/// The names in a directory, unsorted, without `.` and `..`. They are read in pieces because a directory may be larger
+/// than memory.
 ///
-/// A name that is taken away and made again meanwhile may come twice, but never twice in one piece.
+/// A name that is removed and created again meanwhile may be returned twice, but never twice in one piece.
 pub struct Names<'fd> {
     fd: BorrowedFd<'fd>,
     buffer: Vec<u8>,
@@ -343,7 +345,7 @@ pub struct Names<'fd> {
     ended: bool,
 }
 
-/// The names in the directory `fd`.
+/// Returns an iterator over the names in the directory `fd`.
 pub fn names(fd: BorrowedFd<'_>) -> Names<'_> {
     Names {
         fd,
@@ -355,7 +357,7 @@ pub fn names(fd: BorrowedFd<'_>) -> Names<'_> {
 }
 
 impl Names<'_> {
-    /// Whether they came in more than one piece so far.
+    /// Returns whether the names came in more than one piece so far.
     pub fn in_pieces(&self) -> bool {
         self.pieces > 1
     }
@@ -402,7 +404,7 @@ impl Iterator for Names<'_> {
     }
 }
 
-/// Status of `name` in the directory `dir`, not following it; `None` when it vanished.
+/// Returns the status of `name` in the directory `dir` without following links, or `None` if it vanished.
 pub fn stat_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
     match rustix::fs::statat(dir, OsStr::from_bytes(name), AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(stat)),
@@ -411,8 +413,8 @@ pub fn stat_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
     }
 }
 
-/// Errors that say "not there (any more), or something else now": a component vanished or became a link, or was
-/// exchanged while the kernel walked over it (EXDEV).
+/// Returns whether an error means that the path no longer exists or is something else now: a component vanished or
+/// became a link, or was exchanged while the kernel walked over it (EXDEV).
 pub fn is_absent(error: &io::Error) -> bool {
     use rustix::io::Errno;
     matches!(
@@ -421,7 +423,7 @@ pub fn is_absent(error: &io::Error) -> bool {
     )
 }
 
-/// `openat2` answers EAGAIN when a rename somewhere raced with the resolution; the name must then be tried again.
+/// Repeats `call` on EAGAIN, which `openat2` returns if a rename anywhere raced with the resolution, and on EINTR.
 pub(super) fn retry_again<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {
     for _ in 0..10_000 {
         match call() {

@@ -1,11 +1,12 @@
-//! A directory that is mounted into a container, opened so that nothing in it leads out of it, and nothing on the way
-//! waits for a file system of the tenant's.
+//! Opens a directory that is mounted into a container, such that nothing in it leads outside and no lookup on the way
+//! waits for a file system that the tenant serves.
 //!
-//! It is reached through the container's own root, so it is what the container sees there, the ids of an id-mapped mount
-//! included. The way goes name by name. A descriptor that was only looked up (`O_PATH`) makes no file system answer
-//! anything; it keeps its mount from being taken away, so that the mount's id means that mount and no other when the
-//! container's mount table is read *after* it. Nothing is looked up in a mount before the table said of what kind it is. From
-//! the volume on everything goes through its descriptor, beneath it, and never into another mount.
+//! It is reached through the container's own root, so it is what the container sees there, including the IDs of an
+//! ID-mapped mount. The path is resolved name by name. A descriptor that was only looked up (`O_PATH`) makes no file
+//! system respond to anything. It keeps its mount from being removed, so the mount's ID refers to that mount and no
+//! other when the container's mount table is read *afterwards*. No name is looked up in a mount before the table has
+//! shown its type. From the volume on, everything goes through its descriptor, beneath it, and never into another
+//! mount.
 
 use std::ffi::OsStr;
 use std::io;
@@ -20,37 +21,37 @@ use super::identity::Identity;
 use super::mount::MountInfo;
 use super::root::{Root, is_absent};
 
-/// The opened directory, and those above it as the container sees them.
+/// The opened directory, and the directories above it as the container sees them.
 #[derive(Clone, Debug)]
 pub struct Volume {
     at: Vec<u8>,
     root: Root,
     above: Vec<Arc<OwnedFd>>,
-    /// Id of the mount.
+    /// ID of the mount.
     mount: u64,
-    /// Status of the directory, for what a status has besides what is asked for.
+    /// Status of the directory, as the template for status fields that `statx` is not asked for.
     stat: Stat,
-    /// Whether a status is this kernel's to tell, so that nothing is waited for.
+    /// Whether this kernel can determine a status by itself, without waiting for a server.
     local: bool,
 }
 
-/// Why it is not opened.
+/// The reason why a volume is not opened.
 #[derive(Debug)]
 pub enum Refusal {
-    /// The kernel's answer.
+    /// The error of the kernel.
     Io(io::Error),
-    /// Something else is mounted there than was meant.
+    /// A different mount is at this path.
     Elsewhere,
-    /// It is no directory.
+    /// It is not a directory.
     NoDirectory,
-    /// The way leads through a mount that might never answer.
+    /// The path leads through a mount that may never respond.
     Through {
-        /// Where that is mounted.
+        /// Its mount point.
         at: PathBuf,
         /// Type of its file system.
         fs_type: String,
     },
-    /// Those with whose rights it is read may not read it.
+    /// The identity with which it is read has no permission.
     Denied,
 }
 
@@ -66,13 +67,13 @@ impl From<rustix::io::Errno> for Refusal {
     }
 }
 
-/// What is known of a name in a volume.
+/// The result of looking at a name in a volume.
 pub enum Look {
-    /// It is not there any more.
+    /// It no longer exists.
     Gone,
-    /// Something is mounted on it.
+    /// It is a mount point.
     Mounted,
-    /// Its directory may not be searched.
+    /// Its directory may not be searched by the identity.
     Denied,
     /// Its status.
     There(Box<Stat>),
@@ -80,21 +81,21 @@ pub enum Look {
 
 /// How a volume is found and read.
 pub struct Way<'a> {
-    /// Path to the container's root: `/proc/PID/root`.
+    /// Path of the container's root: `/proc/PID/root`.
     pub container: &'a Path,
-    /// Device number of the file system that this root is to be: a process can make anything its root at any time.
+    /// Device number that the file system of this root must have: a process can change its root at any time.
     pub device: (u32, u32),
-    /// Where the volume is mounted, without a leading slash.
+    /// Mount point of the volume, without a leading slash.
     pub at: &'a [u8],
-    /// The mount that is meant.
+    /// ID of the expected mount.
     pub mount: u64,
     /// Reads the container's mount table.
     pub table: &'a dyn Fn() -> io::Result<Vec<MountInfo>>,
-    /// Whether names may be looked up in such a file system.
+    /// Whether names may be looked up in a file system of this type.
     pub passable: &'a dyn Fn(&MountInfo) -> bool,
 }
 
-/// A mount that was come to: it stays for as long as this is there.
+/// A mount that was reached. It cannot be removed while this exists.
 pub struct Reached {
     handle: OwnedFd,
     above: Vec<OwnedFd>,
@@ -103,7 +104,7 @@ pub struct Reached {
 }
 
 impl Way<'_> {
-    /// Goes there.
+    /// Walks to the volume.
     pub fn go(&self) -> Result<Reached, Refusal> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let base = rustix::fs::open(self.container, flags | OFlags::DIRECTORY, Mode::empty())?;
@@ -153,14 +154,14 @@ impl Way<'_> {
     fn line(&self, mount: u64) -> Result<MountInfo, Refusal> {
         let lines = (self.table)()?;
         let line = lines.into_iter().find(|line| line.id == mount);
-        // One that was taken out of the tree meanwhile is in no table.
+        // A mount that was removed from the tree meanwhile is in no table.
         line.ok_or(Refusal::Elsewhere)
     }
 }
 
 impl Reached {
-    /// Opens it to be read with the rights of `who`; none: this program's own. `local`: a status is this
-    /// kernel's to tell, so that nothing is waited for.
+    /// Opens the directory to be read with the rights of `who`, or with this program's own. `local` means that this
+    /// kernel can determine a status by itself, without waiting for a server.
     pub fn open(
         self,
         way: &Way<'_>,
@@ -172,7 +173,7 @@ impl Reached {
             mut above,
             line,
         } = self;
-        // Of a kind that the caller agreed to: it may be asked.
+        // The caller has accepted this type of file system, so it may be queried.
         let stat = rustix::fs::fstat(&handle)?;
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir() {
             return Err(Refusal::NoDirectory);
@@ -188,7 +189,7 @@ impl Reached {
                 return Err(Refusal::Denied);
             }
         }
-        // The container's root is not above: it is the root of all.
+        // The container's root is not one of the directories above: it is the root of the tree.
         above.remove(0);
         Ok(Volume {
             at: way.at.to_vec(),
@@ -202,29 +203,29 @@ impl Reached {
 }
 
 impl Volume {
-    /// Where it is mounted, without a leading slash.
+    /// Returns the mount point, without a leading slash.
     pub fn at(&self) -> &[u8] {
         &self.at
     }
 
-    /// The directory. Paths below it begin with where it is mounted.
+    /// Returns the directory. Paths below it begin with its mount point.
     pub fn root(&self) -> &Root {
         &self.root
     }
 
-    /// The directories on the way to it, the outermost first, with their names.
+    /// Returns the directories on the path to it, outermost first, with their names.
     pub fn above(&self) -> impl Iterator<Item = (&[u8], BorrowedFd<'_>)> {
         self.at
             .split(|&b| b == b'/')
             .zip(self.above.iter().map(|fd| fd.as_fd()))
     }
 
-    /// Its own name, in the last of the directories above.
+    /// Returns its own name, in the last of the directories above.
     pub fn name(&self) -> &[u8] {
         super::lower::basename(&self.at)
     }
 
-    /// What is under `name` in the volume's directory `dir`. A mount that was put there is not asked for anything.
+    /// Looks at `name` in the volume's directory `dir`. A mount on top of it is not queried.
     pub fn look(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Look> {
         if !self.local {
             return match self.handle(dir, name) {
@@ -232,8 +233,8 @@ impl Volume {
                 Err(error) => self.not_there(error),
             };
         }
-        // One call instead of three. What serves a mount in there is not asked where only what is known is wanted, and a
-        // disk of this node's always knows.
+        // One call instead of three. With AT_STATX_DONT_SYNC the server of a mount in there is not asked, only cached
+        // data is returned, and a local disk always has it.
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
         let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
         match rustix::fs::statx(dir, OsStr::from_bytes(name), flags, wanted) {
@@ -243,8 +244,8 @@ impl Volume {
         }
     }
 
-    /// A descriptor of what is under `name` in the volume's directory `dir`, for looking at only; EXDEV where something is
-    /// mounted on it.
+    /// Returns a descriptor of `name` in the volume's directory `dir` that serves only for looking at it. Fails with
+    /// EXDEV if something is mounted on it.
     pub fn handle(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::BENEATH
             | ResolveFlags::NO_SYMLINKS
@@ -256,7 +257,7 @@ impl Volume {
         })
     }
 
-    /// What an error of a look means.
+    /// Classifies an error of a look.
     pub fn not_there(&self, error: io::Error) -> io::Result<Look> {
         let crosses = rustix::io::Errno::XDEV.raw_os_error();
         match error {
@@ -290,7 +291,7 @@ impl Volume {
     }
 }
 
-/// Other mounts are crossed, links are not followed, nothing leads above.
+/// Looks up one name. Mounts are crossed; links are not followed and nothing above is reached.
 fn look_up(dir: BorrowedFd<'_>, name: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     super::root::retry_again(|| {
@@ -299,7 +300,7 @@ fn look_up(dir: BorrowedFd<'_>, name: &[u8], flags: OFlags) -> io::Result<OwnedF
     })
 }
 
-/// The id of the mount that a descriptor is in. `statx` would ask the file system.
+/// Returns the ID of the mount that a descriptor belongs to. `statx` would query the file system.
 fn mount_id(fd: BorrowedFd<'_>) -> io::Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
     let line = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));

@@ -1,13 +1,14 @@
-//! Which extended attributes are the kernel's, which are the host's, and which belong to the image: one table.
+//! Decides for each extended attribute whether it is one of the kernel's marks, belongs to the host, or goes into the
+//! image, in a single table.
 //!
-//! Invariants: a mark of the mount's own namespace never reaches a layer; what the container itself
-//! could see under a name that collides with a mark (kernels escape it) reaches the layer unescaped;
-//! what only the host gives meaning to never reaches a layer.
+//! Invariants: a mark of the mount's own namespace never reaches a layer; what the container itself could see under a
+//! name that collides with a mark (kernels escape it) reaches the layer unescaped; what only the host gives meaning to
+//! never reaches a layer.
 
 use std::borrow::Cow;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-/// Where an overlay keeps its marks.
+/// The namespace in which an overlay stores its marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Namespace {
     /// `trusted.overlay.*`, the default; readable with CAP_SYS_ADMIN only.
@@ -17,7 +18,7 @@ pub enum Namespace {
 }
 
 impl Namespace {
-    /// The prefix of every mark, with its trailing dot.
+    /// Returns the prefix of every mark, with its trailing dot.
     pub fn prefix(self) -> &'static str {
         match self {
             Self::Trusted => "trusted.overlay.",
@@ -25,16 +26,17 @@ impl Namespace {
         }
     }
 
-    /// The full name of a mark, e.g. `trusted.overlay.opaque`.
+    /// Returns the full name of a mark, e.g. `trusted.overlay.opaque`.
     pub fn name(self, mark: &str) -> String {
         format!("{}{mark}", self.prefix())
     }
 }
 
-/// A mark that changes what an entry means. The others (`origin`, `impure`, ...) only matter to the kernel.
+/// A mark that changes the meaning of an entry. The others (`origin`, `impure`, ...) only matter to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mark {
-    /// `y`: what the lowers have in this directory is hidden. `x`: it may hold whiteouts that are regular files.
+    /// `y`: the contents of this directory in the lowers are hidden. `x`: it may contain whiteouts that are regular
+    /// files.
     Opaque,
     /// The lowers have this directory (or a metacopy file's data) under another name.
     Redirect,
@@ -46,25 +48,25 @@ pub enum Mark {
     Nlink,
     /// The file is immutable or append-only (`chattr +i`, `+a`) in the container.
     Protected,
-    /// For the kernel alone: `origin`, `impure`, `uuid`, and whatever comes.
+    /// For the kernel alone: `origin`, `impure`, `uuid`, and any future mark.
     Kernel,
 }
 
 /// The mark of immutable and append-only files (Linux 5.13 and later).
 pub const PROTECTED: &str = "protattr";
 
-/// What becomes of one extended attribute.
+/// What happens to an extended attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fate<'a> {
     /// It goes into the layer, under this name.
     Keep(Cow<'a, [u8]>),
     /// It is one of the overlay's own marks.
     Mark(Mark),
-    /// It belongs to the host, or no layer can have it.
+    /// It belongs to the host, or cannot be represented in a layer.
     Drop,
 }
 
-/// The table.
+/// Returns the fate of the attribute `name` on an overlay with marks in `namespace`.
 pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
     if let Some(mark) = name.strip_prefix(namespace.prefix().as_bytes()) {
         return match mark {
@@ -75,7 +77,7 @@ pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
             b"whiteout" => Fate::Mark(Mark::Whiteout),
             b"nlink" => Fate::Mark(Mark::Nlink),
             _ if mark == PROTECTED.as_bytes() => Fate::Mark(Mark::Protected),
-            // A nested overlay's own mark, escaped by the kernel (6.7 and later).
+            // A mark of a nested overlay, escaped by the kernel (6.7 and later).
             _ => match mark.strip_prefix(b"overlay.") {
                 Some(inner) => {
                     Fate::Keep(Cow::Owned([namespace.prefix().as_bytes(), inner].concat()))
@@ -87,19 +89,21 @@ pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
     plain_fate(name)
 }
 
-/// A pax record ends its keyword at the first `=`: an attribute of such a name would become another one.
+/// Returns whether a name cannot be written to a pax record, whose keyword ends at the first `=`: the attribute would
+/// become another one.
 pub fn unnameable(name: &[u8]) -> bool {
     name.contains(&b'=')
 }
 
-/// The table for a file system that is no overlay's: there nobody keeps marks.
+/// Returns the fate of an attribute on a file system that is not an overlay and therefore has no marks.
 pub fn plain_fate(name: &[u8]) -> Fate<'_> {
     let keep = name == b"security.capability"
         || name.starts_with(b"user.")
         || name == b"system.posix_acl_access"
         || name == b"system.posix_acl_default";
     let keep = keep && !unnameable(name);
-    // The rest is the host's: trusted.*, security.{selinux,ima,evm,...}, system.nfs4_acl, a file system's own.
+    // All others belong to the host: trusted.*, security.{selinux,ima,evm,...}, system.nfs4_acl, and those of single
+    // file systems.
     if keep {
         Fate::Keep(Cow::Borrowed(name))
     } else {
@@ -110,12 +114,12 @@ pub fn plain_fate(name: &[u8]) -> Fate<'_> {
 /// An attribute whose value cannot be carried into the image.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ValueError {
-    /// An id in it lies outside the container's id map.
+    /// An ID in it lies outside the container's ID map.
     #[error("the {what} names {id}, which is outside the container's id map")]
     Unmapped {
         /// `ACL` or `file capability`.
         what: &'static str,
-        /// The host's id.
+        /// The host's ID.
         id: u32,
     },
     /// The value does not have the kernel's format.
@@ -130,8 +134,8 @@ const CAP_REVISION_3: u32 = 0x0300_0000;
 
 /// Translates `security.capability` from the host's view to the container's.
 ///
-/// A version 3 value carries the id of the root of the user namespace that set it. For the container's own
-/// root this is what version 2 means inside, so version 2 is written: it is what unpackers everywhere take.
+/// A version 3 value carries the ID of the root of the user namespace that set it. If that is the container's own root,
+/// its meaning inside is that of version 2, so version 2 is written, which all unpackers accept.
 pub fn capability_inside(
     value: &[u8],
     map_uid: impl Fn(u32) -> Option<u32>,
@@ -192,7 +196,8 @@ pub fn acl_inside(
     Ok(inside)
 }
 
-/// A path by which the `*xattr` calls, which refuse `O_PATH` descriptors, reach the inode behind one.
+/// Returns a path through which the `*xattr` calls, which fail on `O_PATH` descriptors, reach the inode of a
+/// descriptor.
 pub fn proc_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
@@ -230,7 +235,7 @@ mod tests {
                 "user.overlay.overlay.redirect",
                 keep("user.overlay.redirect"),
             ),
-            // Another overlay's namespace is data: rootless containers inside this one keep their marks there.
+            // The namespace of other overlays is data: rootless containers inside this one keep their marks there.
             (Trusted, "user.overlay.opaque", keep("user.overlay.opaque")),
             (User, "trusted.overlay.opaque", Fate::Drop),
             (Trusted, "user.note", keep("user.note")),

@@ -1,12 +1,12 @@
-//! What a node keeps of a save for the next one of the same container: the scan, and the layers that hold it.
+//! Stores what a node keeps of a save for the next one of the same container: the scan, and the layers that contain it.
 //!
-//! Losing it costs one full save and nothing else, so nothing here fails a save. A file is as trustworthy as its
-//! checksum: what is damaged, cut off, of another version or about another upper directory is not used.
+//! Losing it costs one full save and nothing else, so no error here fails a save. A file is trusted if its checksum is
+//! right: a file that is damaged, truncated, of another version or of another upper directory is not used.
 //!
-//! One file a container: magic, version, length of the description, description (JSON), the scans of the upper and of the
-//! volumes that were saved with it, each with its length before it, and the SHA-256 of all that. Written beside and renamed;
-//! who saves the container holds a lock on a file beside it meanwhile. A scan is large: it is never in memory as it is in
-//! the file.
+//! There is one file per container: magic, version, length of the description, description (JSON), the scans of the
+//! upper and of the volumes that were saved with it, each preceded by its length, and the SHA-256 of all that. It is
+//! written to a temporary file and renamed. A save of the container holds a lock on a second file meanwhile. A scan is
+//! large and is never in memory in its file format.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write};
@@ -20,25 +20,26 @@ use crate::common::private;
 use crate::layer::scan::{Scan, Stored};
 
 const MAGIC: &[u8; 8] = b"updeckst";
-/// Grows when the meaning of anything in a file changes, the scan's included: flags, what is emitted, what is left out.
+/// Incremented when the meaning of anything in a file changes, including the scan: flags, what is emitted, what is left
+/// out.
 pub const VERSION: u32 = 3;
-/// Largest description.
+/// Maximum size of the description, in bytes.
 const MAX_DESCRIPTION: u64 = 4 << 20;
-/// Largest file. A million entries take some 40 MB.
+/// Maximum size of a file, in bytes. A million entries take some 40 MB.
 const MAX_FILE: u64 = 1 << 30;
-/// All files together; the oldest go first.
+/// Maximum size of all files together, in bytes. The oldest are removed first.
 pub const MAX_TOTAL: u64 = 2 << 30;
-/// What is read or written at once of a file.
+/// Bytes of a file that are read or written at once.
 const BUFFER: usize = 64 << 10;
 const SUFFIX: &str = "state";
 const LOCK: &str = "lock";
 
-/// A layer of the image that was saved, above the base.
+/// A layer of the saved image, above the base.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {
     /// Digest of the compressed bytes.
     pub digest: Digest,
-    /// Digest of the tar.
+    /// Digest of the tar (diff ID).
     pub diff_id: DiffId,
     /// Compressed size in bytes.
     pub size: u64,
@@ -46,38 +47,38 @@ pub struct Layer {
     pub media_type: String,
     /// Size of the tar in bytes.
     pub tar_size: u64,
-    /// Whether it is of a full save.
+    /// Whether it belongs to a full save.
     pub full: bool,
 }
 
-/// What was saved, and of what.
+/// Describes a kept save.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Description {
-    /// Over everything that a layer on top takes for granted: base, rules, mounts, id maps, the upper, this boot.
+    /// Digest over everything that a layer on top depends on: base, rules, mounts, ID maps, the upper, this boot.
     pub fingerprint: Digest,
     /// The upper directory.
     pub upper: PathBuf,
     /// Its device and inode.
     pub upper_inode: (u64, u64),
-    /// Where the layers are: `HOST/REPOSITORY` or a layout's path, as destinations are written.
+    /// The location of the layers: `HOST/REPOSITORY` or a layout's path, as in a destination.
     pub destination: String,
-    /// Bottom first.
+    /// The layers above the base, bottom first.
     pub layers: Vec<Layer>,
 }
 
 /// A save that was kept.
 #[derive(Debug)]
 pub struct Kept {
-    /// What was saved.
+    /// The description of the save.
     pub description: Description,
-    /// What was there: the upper, then the volumes.
+    /// The scans: the upper, then the volumes.
     pub stored: Vec<Stored>,
 }
 
-/// What is to be kept of one tree.
+/// The data of one tree that is to be kept.
 #[derive(Clone, Copy)]
 pub struct Shown<'a> {
-    /// What was there.
+    /// The scan of the tree.
     pub scan: &'a Scan,
     /// As [`Stored::unsure`].
     pub unsure: &'a [bool],
@@ -96,49 +97,49 @@ impl Shown<'_> {
     }
 }
 
-/// Why nothing that was kept can be used.
+/// The reason why nothing that was kept can be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unusable {
-    /// Nothing was kept: no reason for a word.
+    /// Nothing was kept, which needs no message.
     #[error("nothing is kept of an earlier save")]
     Absent,
-    /// It was, and is of no use.
+    /// Something was kept but cannot be used.
     #[error("what was kept of the last save in {path} is not used: {why}")]
     Damaged {
         /// The file.
         path: String,
-        /// Why, in words.
+        /// The reason, as text for the user.
         why: String,
     },
 }
 
-/// The directory.
+/// The directory of kept saves.
 #[derive(Clone, Debug)]
 pub struct Store {
     dir: PathBuf,
 }
 
-/// A container that nobody else saves meanwhile (who asks here).
+/// The lock on a container, which excludes other saves of it that use the same directory.
 #[derive(Debug)]
 pub struct Lock {
-    /// The lock goes with the descriptor.
+    /// The lock is released with the descriptor.
     file: File,
     path: PathBuf,
 }
 
 impl Drop for Lock {
-    /// Where nothing is kept of the container, no file of its lock stays either.
+    /// Removes the lock file if nothing is kept of the container.
     fn drop(&mut self) {
         if !self.path.with_extension(SUFFIX).exists()
             && is_at(&self.file, &self.path).unwrap_or(false)
         {
-            // Otherwise it is left to `Store::clear`.
+            // Otherwise `Store::clear` removes it.
             fs::remove_file(&self.path).ok();
         }
     }
 }
 
-/// Whether a file of that name in a state directory is upperdeck's: a save's, an agent's or that of `upperdeck up`.
+/// Returns whether a file name in a state directory belongs to upperdeck: to a save, an agent or `upperdeck up`.
 pub fn is_ours(name: &str) -> bool {
     [".state", ".lock"].iter().any(|end| name.ends_with(end))
         || name.starts_with(".new-")
@@ -147,14 +148,14 @@ pub fn is_ours(name: &str) -> bool {
 }
 
 impl Store {
-    /// The store in `dir`, which is made when it is needed.
+    /// Returns the store in `dir`, which is created when it is needed.
     pub fn new(dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
         }
     }
 
-    /// A name that no other container's is, whatever its ID has in it.
+    /// Returns a path that is unique to the container, whatever characters its ID contains.
     fn path(&self, container: &str, suffix: &str) -> PathBuf {
         self.dir.join(format!(
             "{}.{suffix}",
@@ -166,7 +167,7 @@ impl Store {
         private::own_dir(&self.dir, is_ours)
     }
 
-    /// Takes the container's lock; none while another save has it.
+    /// Takes the container's lock. Returns `None` if another save holds it.
     pub fn try_lock(&self, container: &str) -> io::Result<Option<Lock>> {
         self.make_dir()?;
         let path = self.path(container, LOCK);
@@ -183,14 +184,14 @@ impl Store {
                 Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
-            // Cleared away by somebody else in between: then it locks nothing.
+            // If another process removed the file in between, this lock has no effect.
             if is_at(&file, &path)? {
                 return Ok(Some(Lock { file, path }));
             }
         }
     }
 
-    /// What is kept of a container.
+    /// Loads what is kept of a container.
     pub fn load(&self, container: &str) -> Result<Kept, Unusable> {
         let path = self.path(container, SUFFIX);
         let damaged = |why: String| Unusable::Damaged {
@@ -204,7 +205,7 @@ impl Store {
         parse(&file).map_err(|why| damaged(why.to_string()))
     }
 
-    /// Keeps a save instead of what was kept before, atomically, within the bound on all.
+    /// Keeps a save in place of the previous one, atomically and within the limit on the total size.
     pub fn keep(
         &self,
         container: &str,
@@ -213,7 +214,7 @@ impl Store {
     ) -> io::Result<()> {
         self.make_dir()?;
         let json = serde_json::to_vec(description)?;
-        // Written twice, the first time to nowhere: the length comes first.
+        // Everything is written twice, the first time only to count, because the lengths come first.
         let lengths = scans.iter().map(Shown::length);
         let lengths = lengths.collect::<io::Result<Vec<u64>>>()?;
         let all: u64 = lengths.iter().map(|length| 8 + length).sum();
@@ -222,14 +223,14 @@ impl Store {
             .prefix(".new-")
             .tempfile_in(&self.dir)?;
         write(&json, scans.iter().zip(lengths), file.as_file_mut())?;
-        // Not written out to the disk, for which everything else on it might have to be: after a failure of the machine nothing
-        // that was kept before it is used in any case (`commit::earlier`'s fingerprint has the boot's identity).
+        // Not synced to disk, which could force out everything else on it: after a failure of the machine nothing that
+        // was kept before is used anyway (the fingerprint of `save::earlier` includes the boot's ID).
         file.persist(self.path(container, SUFFIX))
             .map_err(|error| error.error)?;
         Ok(())
     }
 
-    /// Forgets a container.
+    /// Removes what is kept of a container.
     pub fn forget(&self, container: &str) -> io::Result<()> {
         match fs::remove_file(self.path(container, SUFFIX)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -237,8 +238,8 @@ impl Store {
         }
     }
 
-    /// Removes what belongs to containers that are gone, what was left half written, and the oldest of the rest where
-    /// all of it with `more` bytes would be too much.
+    /// Removes the files of containers that are gone, files left half written, and the oldest of the rest if their
+    /// total plus `more` bytes would exceed the limit.
     pub fn clear(&self, more: u64) {
         let Ok(entries) = fs::read_dir(&self.dir) else {
             return;
@@ -250,7 +251,7 @@ impl Store {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             if name.starts_with(".new-") {
-                // An hour is longer than writing one takes.
+                // Writing a file takes less than an hour.
                 if meta
                     .modified()
                     .is_ok_and(|t| t.elapsed().is_ok_and(|age| age.as_secs() > 3600))
@@ -285,18 +286,19 @@ impl Store {
     }
 }
 
-/// Whether `path` is still the name of this file.
+/// Returns whether `path` still refers to this file.
 fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     let there = match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        // Not taken for another file's: who asks would ask for ever.
+        // An error is not treated as "a different file": the caller would retry forever.
         there => there?,
     };
     let ours = file.metadata()?;
     Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino()))
 }
 
-/// Removes the file of a lock that nobody has. Whoever takes it at this moment sees that it is gone, and makes another.
+/// Removes a lock file that is not held. A process that takes the lock at this moment notices that the file is gone and
+/// creates another.
 fn remove_unless_held(path: &Path) {
     let Ok(file) = OpenOptions::new().write(true).open(path) else {
         return;
@@ -307,17 +309,17 @@ fn remove_unless_held(path: &Path) {
     }
 }
 
-/// Whether the upper directory that a file is about is no more.
+/// Returns whether the upper directory that a file describes no longer exists.
 fn is_orphan(path: &Path) -> bool {
     let description = || -> Result<Description, Flaw> { Ok(describe(&mut File::open(path)?)?.0) };
-    // What cannot be read is the next save's to replace.
+    // An unreadable file is left for the next save to replace.
     description().is_ok_and(|description| match fs::metadata(&description.upper) {
         Ok(meta) => (meta.dev(), meta.ino()) != description.upper_inode,
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     })
 }
 
-/// Writes a file from its beginning to its end, scans with their lengths.
+/// Writes a whole file: the header, then the scans with their lengths.
 fn write<'a>(
     json: &[u8],
     scans: impl Iterator<Item = (&'a Shown<'a>, u64)>,
@@ -337,7 +339,7 @@ fn write<'a>(
     file.write_all(checksum.as_bytes())
 }
 
-/// How much was written.
+/// A writer that counts bytes.
 struct Counted(u64);
 
 impl Write for Counted {
@@ -351,12 +353,12 @@ impl Write for Counted {
     }
 }
 
-/// The description, from the beginning of a file, and where the first scan's length is.
+/// Reads the description from the beginning of a file. Also returns the offset of the first scan's length.
 fn describe(file: &mut impl io::Read) -> Result<(Description, u64), Flaw> {
     if &take_array::<8>(file)? != MAGIC {
         return Err("it is no such file".into());
     }
-    // Before all else: in another version it may be elsewhere.
+    // Checked first, because another version may have a different layout.
     if u32::from_le_bytes(take_array(file)?) != VERSION {
         return Err("it is of another version of upperdeck".into());
     }
@@ -373,7 +375,7 @@ fn describe(file: &mut impl io::Read) -> Result<(Description, u64), Flaw> {
     Ok((description, 16 + length))
 }
 
-/// Why a file is of no use.
+/// The reason why a file is unusable.
 #[derive(Debug, thiserror::Error)]
 enum Flaw {
     #[error("{0}")]
@@ -390,7 +392,7 @@ impl From<&'static str> for Flaw {
     }
 }
 
-/// Reads a file twice: whether it is whole, and then what is in it.
+/// Reads a file twice: first to verify the checksum, then to parse it.
 fn parse(file: &File) -> Result<Kept, Flaw> {
     let length = file.metadata()?.len();
     if length > MAX_FILE {
@@ -432,7 +434,7 @@ fn take_array<const N: usize>(from: &mut impl io::Read) -> Result<[u8; N], Flaw>
     }
 }
 
-/// Of the next `length` bytes.
+/// Returns the checksum of the next `length` bytes.
 fn checksum(from: &mut impl io::Read, length: u64) -> Result<Digest, Flaw> {
     let mut hash = HashingWriter::new(io::sink());
     io::copy(&mut from.take(length), &mut hash)?;
@@ -460,13 +462,13 @@ mod tests {
         drop(lock);
         assert_eq!(there(), 0, "it stays when its holder ends");
 
-        // What is kept of a container keeps the file of its lock, and both go together.
+        // The lock file stays as long as something is kept of the container, and both are removed together.
         let kept = store.path("a", SUFFIX);
         fs::write(&kept, "damaged").unwrap();
         drop(store.try_lock("a").unwrap().unwrap());
         assert_eq!(there(), 2);
         fs::remove_file(&kept).unwrap();
-        // As a process leaves it that was killed.
+        // The state that a killed process leaves.
         store.clear(0);
         assert_eq!(there(), 0, "it stays when nothing is kept any more");
     }

@@ -100,7 +100,7 @@ impl Directory {
                         .collect::<io::Result<Vec<_>>>()
                 })
                 .map_err(io_error(&self.path, "read"))?;
-            // What an interrupted save into a new directory has left is ours to go on with.
+            // What an interrupted save left in a new directory may be continued.
             let ours = |name: &std::ffi::OsStr| {
                 name == "blobs" || name.as_encoded_bytes().starts_with(b".upperdeck-")
             };

@@ -18,9 +18,9 @@ use crate::image::manifest::raw::MANIFEST_TYPES;
 const PAGE: usize = 1000;
 /// Upper bound on the number of names; a longer list is treated as endless.
 const MAX_NAMES: usize = 200_000;
-/// Pages of a list: they can be empty, and there can be one after each.
+/// Maximum number of pages of a list: pages can be empty, and each can name a next one.
 const MAX_PAGES: usize = 2_000;
-/// The longest name of a repository or a tag, in bytes: what is longer is neither.
+/// The longest name of a repository or a tag, in bytes.
 const MAX_NAME: usize = 255;
 const MAX_PAGE_BYTES: u64 = 16 << 20;
 

@@ -190,7 +190,7 @@ pub enum Error {
         /// The chain of causes.
         reason: String,
     },
-    /// Nothing moved for too long.
+    /// No data was transferred for too long.
     #[error("{request}: nothing moved for {}: try again later", crate::common::message::count(after.as_secs(), "second", "seconds"))]
     Silent {
         /// The request.
@@ -397,7 +397,7 @@ impl Error {
 /// Returns the chain of causes on one line, and whether one of them concerns certificates.
 pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool) {
     let certificate = message::chain(error).any(is_certificate_error);
-    // What reqwest says of itself is in the request already.
+    // The error's own text repeats the request, which is reported already.
     let causes = message::chain(error).filter(|cause| !cause.is::<reqwest::Error>());
     let mut reason = message::joined(
         causes.map(|cause| crate::common::escape::limited(&cause.to_string(), 300)),

@@ -113,8 +113,8 @@ impl Default for Access {
     }
 }
 
-/// What an answer's header and body are read as, apart from any request: realm and service of a challenge, the words of an
-/// error. For the fuzz targets alone.
+/// Returns what a response header and a body parse to, independent of any request: realm and service of a challenge,
+/// the text of an error. Used only by the fuzz targets.
 #[doc(hidden)]
 pub fn heard(header: &str, body: &[u8]) -> Vec<String> {
     let now = std::time::Instant::now();
@@ -128,7 +128,7 @@ pub fn heard(header: &str, body: &[u8]) -> Vec<String> {
     code.into_iter().chain(message).collect()
 }
 
-/// All registries of a save. Repositories on one host share connections and tokens. Clones are the same thing.
+/// The registries of a save. Repositories on one host share connections and tokens. Clones share the same state.
 #[derive(Clone)]
 pub struct Registries {
     access: Arc<Access>,

@@ -1,4 +1,4 @@
-//! containerd with its CRI plugin, and pods in it without Kubernetes.
+//! Starts containerd with its CRI plugin, and pods in it without Kubernetes.
 
 use std::cell::Cell;
 use std::fs;
@@ -15,7 +15,7 @@ const RUNTIME: &str = "/runtime.v1.RuntimeService";
 /// `NamespaceMode` of CRI: the node's own network, so that no CNI is needed.
 const NODE: u64 = 2;
 
-/// A containerd of its own.
+/// A containerd process with its own directories.
 #[derive(Debug)]
 pub struct Containerd {
     daemon: Daemon,
@@ -37,17 +37,17 @@ pub struct Pod {
     pub rootfs: PathBuf,
 }
 
-/// What a pod's container is made from, beside the image.
+/// The options of a pod's container besides the image.
 #[derive(Clone, Debug, Default)]
 pub struct PodOptions<'a> {
-    /// Instead of the image's own entrypoint and command.
+    /// Replaces the image's entrypoint and command.
     pub command: &'a [&'a str],
     pub environment: &'a [(&'a str, &'a str)],
     /// Host directory or file, path in the container, read-only.
     pub mounts: &'a [(&'a Path, &'a str, bool)],
 }
 
-/// What a command in a container said.
+/// The result of a command in a container.
 #[derive(Clone, Debug)]
 pub struct Executed {
     pub stdout: String,
@@ -56,13 +56,13 @@ pub struct Executed {
 }
 
 impl Containerd {
-    /// Starts it; pods' sandboxes run the image `pause:1` of `registry`.
+    /// Starts containerd. Sandboxes of pods run the image `pause:1` of `registry`.
     pub fn start(scratch: &Scratch, registry: &Registry) -> Result<Self> {
         let dir = scratch.dir("containerd")?;
         let socket = dir.join("sock");
         let (root, state) = (dir.join("root"), dir.join("state"));
         let configuration = dir.join("config.toml");
-        // Without CAP_SYS_RESOURCE the sandbox's OOM score is refused, hence restrict_oom_score_adj.
+        // Without CAP_SYS_RESOURCE the sandbox's OOM score is rejected, hence restrict_oom_score_adj.
         fs::write(
             &configuration,
             format!(
@@ -113,7 +113,7 @@ impl Containerd {
             .map(drop)
     }
 
-    /// Kills it as a crash would: its shims and the containers live on.
+    /// Kills it, as in a crash: its shims and the containers keep running.
     pub fn kill(&mut self) -> Result<()> {
         self.daemon.kill().map(drop)
     }
@@ -137,7 +137,7 @@ impl Containerd {
         call(&self.socket, &format!("{RUNTIME}/{method}"), request)
     }
 
-    /// `ctr`, in the namespace of CRI.
+    /// Runs `ctr` in the namespace of CRI.
     pub fn ctr<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<String> {
         let mut ctr = command("ctr", ["--address"]);
         run(ctr
@@ -146,7 +146,7 @@ impl Containerd {
             .args(arguments))
     }
 
-    /// Pulls an image as the kubelet does. Returns the config's digest.
+    /// Pulls an image as the kubelet does. Returns the digest of the config.
     pub fn pull(&self, image: &str) -> Result<String> {
         let request = Message::new().message(1, &Message::new().bytes(1, image));
         Ok(call(&self.socket, "/runtime.v1.ImageService/PullImage", &request)?.text(1))
@@ -164,7 +164,7 @@ impl Containerd {
             .bytes(2, format!("00000000-0000-4000-8000-{attempt:012}"))
             .bytes(3, "jupyter")
             .int(4, 0);
-        // No hostname: a pod on the node's network has the node's.
+        // No hostname: a pod on the node's network has the node's hostname.
         let sandbox_config = Message::new()
             .message(1, &metadata)
             .pair(6, "app", "jupyter")
@@ -180,7 +180,7 @@ impl Containerd {
             .message(1, &Message::new().bytes(1, "notebook").int(2, 0))
             .message(2, &Message::new().bytes(1, image))
             .strings(3, options.command)
-            // As the kubelet does it: the pod's secrets arrive in the environment.
+            // As the kubelet does: the pod's secrets are passed in the environment.
             .message(
                 6,
                 &Message::new()
@@ -228,7 +228,7 @@ impl Containerd {
             .join(container)
     }
 
-    /// Runs a command in a pod and waits for its end.
+    /// Runs a command in a pod and waits until it exits.
     pub fn exec<S: AsRef<str>>(&self, pod: &Pod, command: &[S]) -> Result<Executed> {
         let request = Message::new()
             .bytes(1, &pod.container)
@@ -242,7 +242,7 @@ impl Containerd {
         })
     }
 
-    /// Runs a shell script in a pod; an error unless it succeeds.
+    /// Runs a shell script in a pod. Fails unless the script succeeds.
     pub fn shell(&self, pod: &Pod, script: &str) -> Result<String> {
         let done = self.exec(pod, &["/bin/sh", "-ec", script])?;
         ensure!(
@@ -255,7 +255,7 @@ impl Containerd {
         Ok(done.stdout)
     }
 
-    /// A container without CRI, as `ctr run -d` makes it. The image must have been pulled. Returns its process.
+    /// Starts a container without CRI, as `ctr run -d` does. The image must have been pulled. Returns its process ID.
     pub fn ctr_run(&self, image: &str, id: &str, command: &[&str]) -> Result<i32> {
         // Without an OCI hook or CNI: the node's network.
         self.ctr(
@@ -269,7 +269,7 @@ impl Containerd {
             .parse()?)
     }
 
-    /// Files of the content store.
+    /// Returns the path of a blob in the content store.
     pub fn blob(&self, digest: &str) -> PathBuf {
         let hex = digest.trim_start_matches("sha256:");
         self.root

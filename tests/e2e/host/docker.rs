@@ -1,4 +1,4 @@
-//! Docker with its overlay2 graph driver.
+//! Starts Docker with its overlay2 graph driver.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::{Daemon, Roots, Scratch, command, output, run};
 
-/// A Docker daemon of its own.
+/// A Docker daemon with its own directories.
 #[derive(Debug)]
 pub struct Docker {
     daemon: Daemon,
@@ -30,8 +30,8 @@ impl Docker {
         Self::with(scratch, Command::new(server), &[])
     }
 
-    /// With `userns-remap`: root's files are user 200000's in its store. The file that gives these ids away is seen by this
-    /// daemon alone, and its mounts by everybody.
+    /// Starts a daemon with `userns-remap`: root's files belong to user 200000 in its store. Only this daemon sees the
+    /// file that assigns these IDs, but its mounts are visible everywhere.
     pub fn remapped(scratch: &Scratch) -> Result<Self> {
         let (dir, ids) = (scratch.dir("docker")?, scratch.dir("ids")?.join("ids"));
         std::fs::write(&ids, "daemon:200000:65536\n")?;
@@ -74,7 +74,7 @@ impl Docker {
             .arg(dir.join("exec"))
             .arg("--pidfile")
             .arg(dir.join("pid"))
-            // An empty configuration: whatever the machine's own Docker is set to is not ours.
+            // An empty configuration, so that the configuration of the machine's own Docker has no effect.
             .arg("--config-file")
             .arg(dir.join("daemon.json"));
         std::fs::write(dir.join("daemon.json"), "{}")?;

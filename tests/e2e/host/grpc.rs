@@ -1,14 +1,15 @@
-//! Just enough gRPC to drive a CRI server in tests: one unary call over a unix socket, and the handful of protobuf
-//! fields that a pod needs. A generated client would bring a compiler for the protocol and several crates.
+//! A minimal gRPC client to control a CRI server in tests: one unary call over a unix socket, and the few protobuf
+//! fields that a pod needs. A generated client would need a protocol compiler and several crates.
 //!
-//! Formats: gRPC over HTTP/2 (`PROTOCOL-HTTP2.md`), protobuf wire encoding, field numbers of `runtime.v1` (`api.proto`).
+//! Formats: gRPC over HTTP/2 (`PROTOCOL-HTTP2.md`), protobuf wire encoding, field numbers of `runtime.v1`
+//! (`api.proto`).
 
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::{BufMut, Bytes, BytesMut};
 
-/// A protobuf message being written.
+/// A protobuf message under construction.
 #[derive(Clone, Debug, Default)]
 pub struct Message(Vec<u8>);
 
@@ -48,20 +49,20 @@ impl Message {
             .fold(self, |message, value| message.bytes(field, value.as_ref()))
     }
 
-    /// One entry of a `map<string, string>`.
+    /// Appends an entry of a `map<string, string>`.
     pub fn pair(self, field: u32, key: &str, value: &str) -> Self {
         self.message(field, &Self::new().bytes(1, key).bytes(2, value))
     }
 }
 
-/// A value of a field that was read.
+/// The value of a received field.
 #[derive(Clone, Debug)]
 pub enum Value {
     Int(u64),
     Bytes(Vec<u8>),
 }
 
-/// The fields of a message that was received, in order.
+/// The fields of a received message, in order.
 #[derive(Clone, Debug, Default)]
 pub struct Fields(Vec<(u32, Value)>);
 
@@ -122,7 +123,7 @@ impl Fields {
     }
 }
 
-/// Calls `method` (`/package.Service/Method`) of the server at `socket` and waits for the answer.
+/// Calls `method` (`/package.Service/Method`) of the server at `socket` and waits for the response.
 pub fn call(socket: &Path, method: &str, request: &Message) -> Result<Fields> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -1,4 +1,4 @@
-//! The base images of the tests: made once a machine by `bases.sh`, kept in a cache under `/var/tmp`.
+//! The base images of the tests. `bases.sh` creates them once per machine in a cache under `/var/tmp`.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -11,14 +11,14 @@ use super::{command, run};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/host/bases.sh");
 
-/// Which image.
+/// A base image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Base {
     /// busybox and a few files of every kind: 3 layers, 2 MB.
     Small,
     /// Debian with Python and pip: 2 layers, 300 MB.
     Big,
-    /// For sandboxes of pods.
+    /// For the sandboxes of pods.
     Pause,
 }
 
@@ -29,7 +29,7 @@ pub enum Format {
     Docker,
 }
 
-/// Where the image is, in the notation of skopeo; it is made where it is not there yet.
+/// Returns the location of the image in skopeo's notation. Creates the image if it does not exist yet.
 pub fn base(base: Base, format: Format) -> Result<String> {
     let name = match base {
         Base::Small => "small",
@@ -44,7 +44,7 @@ pub fn base(base: Base, format: Format) -> Result<String> {
 }
 
 fn made(name: &str) -> Result<PathBuf> {
-    // A changed recipe is another image.
+    // A changed recipe makes another image.
     let recipe = Digest::of(fs::read(SCRIPT)?).hex();
     let cache = Path::new("/var/tmp/upperdeck-test-bases");
     let dir = cache.join(format!("{name}-{}", &recipe[..16]));

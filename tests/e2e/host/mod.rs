@@ -1,5 +1,6 @@
-//! Real servers and runtimes for tests: each on loopback, with its own directories under one scratch directory, ended by
-//! process id when dropped (also when the test panics). What a killed test run left behind, the next one clears away.
+//! Real servers and runtimes for tests. Each listens on loopback, has its own directories under one scratch directory,
+//! and is killed by process ID when dropped (also if the test panics). The next test run removes what a killed one left
+//! behind.
 
 pub mod containerd;
 pub mod docker;
@@ -26,13 +27,13 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// How long a server may take to come up, or a container to end. Generous: the machine may be busy.
+/// Timeout for a server to start or a container to end. Generous, because the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
 const PREFIX: &str = "upperdeck-test.";
 
-/// A directory of one test with everything in it: dropped, it ends what runs from it, unmounts what is mounted in it and
-/// goes away.
+/// The directory of one test with everything in it. When dropped, it ends the processes started from it, unmounts what
+/// is mounted in it, and removes it.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
 
@@ -41,7 +42,7 @@ impl Scratch {
         static SWEEP: Once = Once::new();
         SWEEP.call_once(sweep);
         let prefix = format!("{PREFIX}{}.", std::process::id());
-        // Not under a longer TMPDIR: unix sockets have 108 bytes for their path.
+        // Not under a longer TMPDIR, because the path of a unix socket is limited to 108 bytes.
         let dir = tempfile::Builder::new()
             .prefix(&prefix)
             .rand_bytes(4)
@@ -53,7 +54,7 @@ impl Scratch {
         &self.0
     }
 
-    /// A new directory in it.
+    /// Creates a directory in it.
     pub fn dir(&self, name: &str) -> Result<PathBuf> {
         let dir = self.0.join(name);
         fs::create_dir_all(&dir)?;
@@ -67,7 +68,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Clears away the scratch directories of test processes that are no more.
+/// Removes the scratch directories of test processes that no longer exist.
 fn sweep() {
     for entry in fs::read_dir("/tmp").into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -84,11 +85,11 @@ fn sweep() {
     }
 }
 
-/// Ends every process that belongs to `root`, and removes its mounts, cgroups, sockets and files.
+/// Ends every process that belongs to `root` and removes its mounts, cgroups, sockets and files.
 fn reap(root: &Path) {
     let containers = bundles(root);
     let mut groups = BTreeSet::new();
-    // Twice and more: a shim starts nothing new, but conmon and dockerd may while they are being ended.
+    // Repeated, because conmon and dockerd may start processes while they are being ended; a shim does not.
     for _ in 0..20 {
         let pids = processes_of(root);
         if pids.is_empty() {
@@ -113,7 +114,7 @@ fn reap(root: &Path) {
         if let Ok(address) = fs::read_to_string(bundle.join("address")) {
             let _ = fs::remove_file(address.trim().trim_start_matches("unix://"));
         }
-        // runc's own state, which is not below the engine that it runs for.
+        // runc's own state, which is not below the directory of the engine that uses it.
         if let (Some(id), Some(namespace)) = (
             bundle.file_name(),
             bundle.parent().and_then(Path::file_name),
@@ -133,7 +134,8 @@ fn reap(root: &Path) {
     }
 }
 
-/// Bundles of containerd (its own, Docker's) and Podman below `root`; the directory is named as the container.
+/// Returns the bundles of containerd (its own and Docker's) and Podman below `root`. The directory has the name of the
+/// container.
 fn bundles(root: &Path) -> Vec<PathBuf> {
     let tasks = walkdir::WalkDir::new(root)
         .max_depth(7)
@@ -158,7 +160,7 @@ fn bundles(root: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Servers started from `root`, and processes whose root file system is an overlay from there.
+/// Returns servers started from `root`, and processes whose root file system is an overlay from there.
 fn processes_of(root: &Path) -> Vec<i32> {
     let needle = root.as_os_str().as_bytes();
     let own = std::process::id() as i32;
@@ -170,7 +172,7 @@ fn processes_of(root: &Path) -> Vec<i32> {
         .filter(|&pid| {
             let proc = Path::new("/proc").join(pid.to_string());
             let state = fs::read_to_string(proc.join("stat")).unwrap_or_default();
-            // Past the name, which may hold anything.
+            // After the name, which may contain anything.
             if pid == own
                 || state
                     .rsplit(')')
@@ -185,7 +187,7 @@ fn processes_of(root: &Path) -> Vec<i32> {
                         && matches!(bytes.get(at + needle.len()), None | Some(b'/' | 0 | b' '))
                 })
             };
-            // Only servers' command lines: a person may be looking at the directory with an editor.
+            // Only command lines of servers: an editor may have the directory open.
             let server = [
                 "containerd",
                 "dockerd",
@@ -209,7 +211,7 @@ fn processes_of(root: &Path) -> Vec<i32> {
         .collect()
 }
 
-/// Every cgroup directory of a process but the roots and those that this process shares.
+/// Returns every cgroup directory of a process, except the roots and those that this process is in.
 pub fn cgroups_of(pid: i32) -> Vec<PathBuf> {
     let read = |pid: &str| {
         fs::read_to_string(Path::new("/proc").join(pid).join("cgroup")).unwrap_or_default()
@@ -238,7 +240,7 @@ pub fn cgroups_of(pid: i32) -> Vec<PathBuf> {
     dirs
 }
 
-/// Thaws the cgroups of a process: SIGKILL does not reach a frozen one.
+/// Thaws the cgroups of a process: SIGKILL has no effect on a frozen one.
 fn thaw(pid: i32) {
     for dir in cgroups_of(pid) {
         let _ = fs::write(dir.join("freezer.state"), "THAWED");
@@ -248,7 +250,7 @@ fn thaw(pid: i32) {
     }
 }
 
-/// Waits for those of `pids` that are children of this process and have ended.
+/// Waits for those of `pids` that are children of this process and have exited.
 fn reap_zombies(pids: &[i32]) {
     use nix::sys::wait::{WaitPidFlag, waitpid};
     for &pid in pids {
@@ -256,7 +258,7 @@ fn reap_zombies(pids: &[i32]) {
     }
 }
 
-/// Mount points at and below `root`, in the order in which they were mounted.
+/// Returns the mount points at and below `root`, in the order in which they were mounted.
 fn mounts_below(root: &Path) -> Vec<PathBuf> {
     let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
     table
@@ -267,7 +269,7 @@ fn mounts_below(root: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// A server in the background, killed when dropped; its output is in a log file.
+/// A server in the background, killed when dropped. Its output is in a log file.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
@@ -290,7 +292,7 @@ impl Daemon {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// Waits until `ready` says so; an error with the log's end when the server dies or takes too long.
+    /// Waits until `ready` returns a value. Fails with the end of the log if the server exits or takes too long.
     pub fn wait_for<T>(&mut self, mut ready: impl FnMut(&Self) -> Option<T>) -> Result<T> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -309,7 +311,7 @@ impl Daemon {
         }
     }
 
-    /// SIGKILL, and waits for the end.
+    /// Sends SIGKILL and waits for the exit.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         let _ = self.child.kill();
         Ok(self.child.wait()?)
@@ -322,7 +324,7 @@ impl Drop for Daemon {
     }
 }
 
-/// Runs a command to its end; an error with its output unless it succeeds. Returns stdout without the last newline.
+/// Runs a command to its end. Fails with its output unless it succeeds. Returns stdout without the last newline.
 pub fn run(command: &mut Command) -> Result<String> {
     let output = output(command)?;
     if !output.status.success() {
@@ -338,7 +340,7 @@ pub fn run(command: &mut Command) -> Result<String> {
         .to_owned())
 }
 
-/// Runs a command to its end, whatever comes of it.
+/// Runs a command to its end, whether or not it succeeds.
 pub fn output(command: &mut Command) -> Result<Output> {
     command
         .stdin(Stdio::null())
@@ -346,7 +348,7 @@ pub fn output(command: &mut Command) -> Result<Output> {
         .with_context(|| format!("running {}", command.get_program().display()))
 }
 
-/// A command from a program and its arguments.
+/// Returns a command with its arguments.
 pub fn command<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Command {
     let program = crate::support::find_program(program).unwrap_or_else(|| PathBuf::from(program));
     let mut command = Command::new(program);
@@ -354,12 +356,12 @@ pub fn command<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item
     command
 }
 
-/// Waits until `done`, checking every few milliseconds; an error that names `what` after [`PATIENCE`].
+/// Waits until `done`, polling every few milliseconds. Fails with `what` after [`PATIENCE`].
 pub fn wait_until(what: &str, done: impl FnMut() -> bool) -> Result<Duration> {
     wait_at_most(PATIENCE, what, done)
 }
 
-/// As [`wait_until`], with its own bound. Returns how long it took.
+/// Like [`wait_until`], with its own limit. Returns the time it took.
 pub fn wait_at_most(
     bound: Duration,
     what: &str,
@@ -375,8 +377,8 @@ pub fn wait_at_most(
     Ok(start.elapsed())
 }
 
-/// State directories that `upperdeck` is to look at; those of runtimes that a test does not start are empty ones, so
-/// that nothing else on the machine is found.
+/// The state directories for `upperdeck`. Those of runtimes that a test does not start are empty, so that nothing else
+/// on the machine is found.
 #[derive(Clone, Debug)]
 pub struct Roots {
     pub containerd_root: PathBuf,
@@ -398,7 +400,7 @@ impl Roots {
         }
     }
 
-    /// As flags of the command line.
+    /// Returns them as command line flags.
     pub fn flags(&self) -> Vec<String> {
         [
             ("containerd-root", &self.containerd_root),
@@ -412,7 +414,7 @@ impl Roots {
     }
 }
 
-/// The freezers of a process: on a hybrid machine there are two, and either stops it.
+/// The freezers of a process. A hybrid machine has two, and each of them stops it.
 #[derive(Clone, Debug)]
 pub struct Freezer(Vec<PathBuf>);
 
@@ -440,7 +442,7 @@ impl Freezer {
             .any(|state| state.starts_with("FR") || state.trim() == "1")
     }
 
-    /// As somebody else's `pause` would: engines use the first hierarchy where there are two.
+    /// Freezes or thaws as another program's `pause` would: engines use the first hierarchy if there are two.
     pub fn set(&self, frozen: bool) -> Result<()> {
         let file = &self.0[0];
         let state = match (file.ends_with("freezer.state"), frozen) {
@@ -453,7 +455,7 @@ impl Freezer {
     }
 }
 
-/// Whether something is mounted, running or lying about that belongs to `root`; for the test of the harness itself.
+/// Returns mounts, processes and files that belong to `root`, for the test of the harness itself.
 pub fn leftovers(root: &Path) -> Vec<String> {
     let mut left: Vec<String> = processes_of(root)
         .iter()

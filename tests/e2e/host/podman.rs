@@ -1,4 +1,4 @@
-//! Podman as root, on containers/storage with its overlay driver.
+//! Runs Podman as root, on containers/storage with its overlay driver.
 
 use std::fs;
 use std::path::PathBuf;
@@ -20,7 +20,7 @@ pub struct Podman {
 impl Podman {
     pub fn new(scratch: &Scratch) -> Result<Self> {
         let dir = scratch.dir("podman")?;
-        // Locks as files: those in shared memory belong to all Podmans of the machine together.
+        // Locks in files, because those in shared memory are shared by all Podman instances of the machine.
         fs::write(
             dir.join("containers.conf"),
             format!(

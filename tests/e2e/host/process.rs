@@ -1,4 +1,4 @@
-//! Containers that no engine made: a process whose root is an overlay that the test mounted as it likes.
+//! Containers without an engine: a process whose root is an overlay with the mount options of the test.
 
 use std::fs;
 use std::io::Write;
@@ -10,20 +10,21 @@ use anyhow::{Context, Result, ensure};
 use super::image::{Base, Format, base};
 use super::{Scratch, command, run, wait_until};
 
-/// How the overlay is to be.
+/// The options of the overlay.
 #[derive(Clone, Copy, Debug)]
 pub struct Mount<'a> {
     /// More mount options, e.g. `redirect_dir=on`.
     pub options: &'a str,
-    /// `trusted` or `user`: whose extended attributes the kernel keeps its marks in.
+    /// `trusted` or `user`: the namespace of the extended attributes in which the kernel stores its marks.
     pub prefix: &'a str,
-    /// Lowers named relative to a directory above them and the upper, as containerd does where the options get long.
+    /// Whether the lowers are relative to a directory above them and the upper, as containerd does if the options get
+    /// long.
     pub relative: bool,
-    /// Layers put on the three of the small base.
+    /// Number of layers in addition to the three of the small base.
     pub more_layers: usize,
-    /// The id on the host of the container's root; 0 is no user namespace.
+    /// The host's ID of the container's root; 0 means no user namespace.
     pub shift: u32,
-    /// Each lower is a mount of its own, and the directory beneath it is empty.
+    /// Whether each lower is a mount of its own over an empty directory.
     pub mounted: bool,
 }
 
@@ -40,7 +41,7 @@ impl Default for Mount<'_> {
     }
 }
 
-/// A process on an overlay, in a mount namespace and a freezer cgroup of its own.
+/// A process on an overlay, in its own mount namespace and freezer cgroup.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
@@ -67,7 +68,7 @@ impl Process {
             let mut add = command("python3", [stack]);
             run(add.arg(&layout).arg(mount.more_layers.to_string()))?;
         }
-        // Short names, or a hundred of them do not fit into the page that mount options have.
+        // Short names, because a hundred of them must fit into the page for mount options.
         let lowers = dir.join("l");
         fs::create_dir(&lowers)?;
         let mut names = Vec::new();
@@ -122,7 +123,7 @@ impl Process {
                       mount --rbind /dev \"$3/dev\"; exec chroot \"$3\" /bin/sleep 100000";
         let unshare = ["unshare", "--mount", "bash", "-c", script, "process"];
         let mut start = match &holder {
-            // As the namespace's root: whoever has no id in it loses his capabilities with the next exec.
+            // As the namespace's root: a process without an ID in it loses its capabilities at the next exec.
             Some(namespace) => {
                 let target = namespace.0.id().to_string();
                 command(
@@ -149,7 +150,7 @@ impl Process {
             fs::create_dir_all(&freezer)?;
             fs::write(freezer.join("cgroup.procs"), pid.to_string())?;
         }
-        // The line that it waits for says that it is in its cgroup.
+        // The line that the process waits for tells it that it is in its cgroup.
         child.stdin.take().context("stdin")?.write_all(b"go\n")?;
         let cmdline = Path::new("/proc").join(pid.to_string()).join("cmdline");
         wait_until("the process is on its overlay", || {
@@ -169,7 +170,7 @@ impl Process {
         })
     }
 
-    /// A command in its namespaces, its root still the host's unless asked for.
+    /// Returns a command in its namespaces. The root is the host's unless `root` is set.
     pub fn enter(&self, root: bool) -> Command {
         let mut enter = command("nsenter", ["--target", &self.pid.to_string(), "--mount"]);
         if root {
@@ -181,7 +182,7 @@ impl Process {
         enter
     }
 
-    /// A script of the container's shell.
+    /// Runs a script in the container's shell.
     pub fn shell(&self, script: &str) -> Result<String> {
         run(self
             .enter(true)
@@ -197,7 +198,7 @@ impl Drop for Process {
     }
 }
 
-/// Mounts what is in a directory over it, and leaves it empty beneath.
+/// Moves the contents of a directory to a mount over it, and leaves the directory beneath empty.
 pub fn mount_over(directory: &Path) -> Result<()> {
     let aside = directory.with_extension("aside");
     fs::rename(directory, &aside)?;
@@ -206,7 +207,7 @@ pub fn mount_over(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A user namespace, as long as its first process lives.
+/// A user namespace, which exists while its first process runs.
 #[derive(Debug)]
 struct UserNamespace(Child);
 
@@ -232,7 +233,7 @@ impl Drop for UserNamespace {
     }
 }
 
-/// Digests of the layers of the only image of an OCI layout, bottom first.
+/// Returns the digests of the layers of the only image in an OCI layout, bottom first.
 fn layer_digests(layout: &Path) -> Result<Vec<String>> {
     let blob = |digest: &serde_json::Value| -> Result<serde_json::Value> {
         let hex = digest

@@ -1,4 +1,4 @@
-//! A Redis of its own, on a socket file.
+//! Starts a Redis server on a unix socket.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,7 +25,7 @@ impl Redis {
     }
 
     fn spawn(dir: &Path) -> Result<Daemon> {
-        // It writes what it holds now and then only, as many a centre has it: a crash loses the last of it.
+        // It writes its data only from time to time, as in many installations: a crash loses the most recent data.
         Daemon::start(
             Command::new("redis-server")
                 .args(["--port", "0", "--save", "1 1", "--appendonly", "no"])
@@ -44,23 +44,23 @@ impl Redis {
             .map(drop)
     }
 
-    /// As `--redis` takes it.
+    /// Returns the URL for `--redis`.
     pub fn url(&self) -> String {
         format!("redis+unix://{}", self.dir.join("sock").display())
     }
 
-    /// What `redis-cli` prints.
+    /// Returns the output of `redis-cli`.
     pub fn cli(&self, words: &[&str]) -> Result<String> {
         let mut cli = command("redis-cli", ["-s"]);
         run(cli.arg(self.dir.join("sock")).args(words))
     }
 
-    /// Everything is gone at once.
+    /// Deletes everything at once.
     pub fn flush(&self) -> Result<()> {
         self.cli(&["FLUSHALL"]).map(drop)
     }
 
-    /// SIGKILL, and up again with what it had written.
+    /// Sends SIGKILL, and starts it again with the data that it had written.
     pub fn crash(&mut self) -> Result<()> {
         self.daemon.kill()?;
         self.daemon = Self::spawn(&self.dir)?;

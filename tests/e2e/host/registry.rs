@@ -1,4 +1,4 @@
-//! A `docker-registry` of the distribution project, as a package brings it.
+//! Starts `docker-registry` of the distribution project, as packaged by Debian.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,10 +8,10 @@ use anyhow::{Context, Result};
 
 use super::{Daemon, Scratch, command, run};
 
-/// What a registry with a password takes.
+/// Credentials of a registry with a password.
 pub const CREDENTIALS: &str = "tester:secret";
 
-/// The same, with the bcrypt hash that the server wants (made with `crypt(3)`, so that no further package is needed).
+/// The same with the bcrypt hash for the server (made with `crypt(3)`, so that no further package is needed).
 const HTPASSWD: &str = "tester:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
 
 /// A registry on a free port of loopback, plain HTTP, deletion enabled.
@@ -20,7 +20,7 @@ pub struct Registry {
     daemon: Daemon,
     /// `127.0.0.1:PORT`.
     pub host: String,
-    /// Where its blobs are.
+    /// Directory of its blobs.
     pub storage: PathBuf,
     credentials: Option<&'static str>,
 }
@@ -30,12 +30,12 @@ impl Registry {
         Self::start_named(scratch, "registry", None)
     }
 
-    /// With basic authentication: [`CREDENTIALS`].
+    /// Starts a registry with basic authentication by [`CREDENTIALS`].
     pub fn start_with_password(scratch: &Scratch) -> Result<Self> {
         Self::start_named(scratch, "registry-auth", Some(CREDENTIALS))
     }
 
-    /// A second one beside others, in a directory of its own.
+    /// Starts another registry, in a directory of its own.
     pub fn start_named(
         scratch: &Scratch,
         name: &str,
@@ -64,7 +64,7 @@ impl Registry {
             Command::new("docker-registry").arg("serve").arg(&file),
             dir.join("log"),
         )?;
-        // The port is the kernel's choice, so that no two tests ask for the same one; the log names it.
+        // The kernel chooses the port, so that no two tests use the same one; the log contains it.
         let host = daemon.wait_for(|daemon| {
             let log = daemon.log();
             let rest = log.split_once("listening on ")?.1;
@@ -82,12 +82,12 @@ impl Registry {
         })
     }
 
-    /// `HOST/NAME`.
+    /// Returns `HOST/NAME`.
     pub fn reference(&self, name: &str) -> String {
         format!("{}/{name}", self.host)
     }
 
-    /// Puts an image of another transport (`oci:…`, `dir:…`) under `name`, digests unchanged.
+    /// Copies an image of another transport (`oci:…`, `dir:…`) to `name` with unchanged digests.
     pub fn push(&self, from: &str, name: &str) -> Result<String> {
         let mut copy = command(
             "skopeo",
@@ -105,7 +105,7 @@ impl Registry {
         Ok(self.reference(name))
     }
 
-    /// The tags of a repository; none where it is unknown.
+    /// Returns the tags of a repository; empty if it does not exist.
     pub fn tags(&self, repository: &str) -> Vec<String> {
         let dir = self
             .storage
@@ -118,7 +118,7 @@ impl Registry {
             .collect()
     }
 
-    /// SIGKILL, and up again at the same address.
+    /// Sends SIGKILL, and starts it again at the same address.
     pub fn crash(&mut self) -> Result<()> {
         self.daemon.kill()?;
         let dir = self.storage.parent().context("it has a directory")?;
@@ -135,7 +135,7 @@ impl Registry {
             .map(drop)
     }
 
-    /// Ends it: from now on it cannot be reached.
+    /// Ends it, so that it cannot be reached any more.
     pub fn kill(&mut self) -> Result<()> {
         self.daemon.kill().map(drop)
     }

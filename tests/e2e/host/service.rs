@@ -1,4 +1,4 @@
-//! A manager and an agent as a centre has them, each a process of its own, and the shell that asks them.
+//! A manager and an agent, each in its own process, and the command line client that uses them.
 
 use std::fs;
 use std::net::TcpListener;
@@ -14,7 +14,7 @@ use super::registry::Registry;
 use super::{Daemon, Roots, Scratch, output, wait_until};
 use crate::save::upperdeck_itself;
 
-/// Tokens, and their SHA-256 as the manager's file has them.
+/// Tokens, and their SHA-256 as in the manager's file.
 const PORTAL: &str = "the portal's token";
 const ADMINISTRATOR: &str = "the administrator's token";
 
@@ -30,7 +30,7 @@ pub struct Service {
     state: PathBuf,
 }
 
-/// The managers' `key` and node-1's `node-key` in `dir`, as an administrator makes them.
+/// Writes the managers' `key` and node-1's `node-key` to `dir`, as an administrator would.
 pub fn write_keys(dir: &Path) -> Result<()> {
     let key = dir.join("key");
     fs::write(&key, "a key that is long enough for this\n")?;
@@ -46,7 +46,8 @@ pub fn write_keys(dir: &Path) -> Result<()> {
 }
 
 impl Service {
-    /// Sessions are whose `JUPYTERHUB_USER` says; images go to `sessions/` of the registry.
+    /// Starts the service. A session belongs to the user in its `JUPYTERHUB_USER`; images go to `sessions/` of the
+    /// registry.
     pub fn start(
         scratch: &Scratch,
         roots: &Roots,
@@ -66,7 +67,7 @@ impl Service {
         };
         let tokens = token("portal", PORTAL) + &token("administrator", ADMINISTRATOR);
         fs::write(dir.join("tokens.toml"), tokens)?;
-        // Free now, and hardly taken by anybody before the manager comes.
+        // The port is free now, and will hardly be taken before the manager starts.
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let (redis, registry) = (redis.url(), registry.host.clone());
         let mut service = Self {
@@ -131,7 +132,7 @@ impl Service {
             .map(drop)
     }
 
-    /// SIGKILL, and a new one.
+    /// Sends SIGKILL to the manager and starts a new one.
     pub fn crash_manager(&mut self) -> Result<()> {
         self.manager.kill()?;
         self.manager = Self::spawn_manager(
@@ -144,15 +145,14 @@ impl Service {
         self.wait_ready()
     }
 
-    /// SIGKILL, and a new one.
+    /// Sends SIGKILL to the agent and starts a new one.
     pub fn crash_agent(&mut self) -> Result<()> {
         self.agent.kill()?;
         self.agent = Self::spawn_agent(&self.dir, &self.roots, &self.redis, &self.registry)?;
         Ok(())
     }
 
-    /// Where the agent's children keep what the next save needs; one of them is running while this can be found in its
-    /// command line.
+    /// Returns the agent's running children, found by the state directory in their command lines.
     pub fn children(&self) -> Vec<i32> {
         let needle = self.state.display().to_string();
         let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -169,7 +169,7 @@ impl Service {
         fs::read_to_string(self.dir.join(format!("{who}.log"))).unwrap_or_default()
     }
 
-    /// The program as a client of the manager, for `user` by the portal's token; for the administrator where there is none.
+    /// Returns the program as a client of the manager, for `user` with the portal's token, or for the administrator.
     pub fn shell(&self, user: Option<&str>, words: &[&str]) -> Command {
         let mut shell = Command::new("timeout");
         shell
@@ -188,7 +188,7 @@ impl Service {
         shell
     }
 
-    /// What it answers, as JSON; an error with its words where it refuses.
+    /// Returns its output as JSON. Fails with its message if the request is refused.
     pub fn ask(&self, user: Option<&str>, words: &[&str]) -> Result<Value> {
         let done = self.output(user, words)?;
         if !done.status.success() {
@@ -206,7 +206,7 @@ impl Service {
         output(&mut self.shell(user, words))
     }
 
-    /// Waits until the manager knows of `count` sessions.
+    /// Waits until the manager lists `count` sessions.
     pub fn wait_for_sessions(&self, count: usize) -> Result<()> {
         let mut last = String::new();
         let waited = wait_until("the manager knows the sessions", || {

@@ -1,4 +1,4 @@
-//! `upperdeck inspect` says what the next save would be, and it is that.
+//! `upperdeck inspect` predicts the next save, and the save matches the prediction.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -8,7 +8,7 @@ use crate::host::image::Base;
 use crate::host::run;
 use crate::save;
 
-/// What it says, with some of the flags of a save.
+/// Returns the prediction for some of the flags of a save.
 fn foretold(session: &Session, flags: &[&str]) -> Result<Value> {
     let mut inspect = save::upperdeck("inspect", &session.roots);
     inspect
@@ -19,7 +19,7 @@ fn foretold(session: &Session, flags: &[&str]) -> Result<Value> {
     Ok(view["next_save"].clone())
 }
 
-/// Holds what is foretold against the save that is made then. Returns why it was to be that.
+/// Compares the prediction with the save that is then made. Returns the reason in the prediction.
 fn comes_true(session: &Session, tag: &str, kind: &str, flags: &[&str]) -> Result<String> {
     let next = foretold(session, flags)?;
     ensure!(next["kind"] == kind, "{tag}: {next}");
@@ -35,7 +35,7 @@ fn comes_true(session: &Session, tag: &str, kind: &str, flags: &[&str]) -> Resul
         "{tag}: {next} was to come, and it was {}",
         saved.metadata
     );
-    // The first save has nobody to tell that it is no delta.
+    // The first save does not report that it is full, because there is no earlier one.
     let anew = saved.stderr.contains("saved anew");
     ensure!(
         anew == (kind == "full" && tag != "first"),
@@ -43,7 +43,7 @@ fn comes_true(session: &Session, tag: &str, kind: &str, flags: &[&str]) -> Resul
         saved.stderr
     );
     session.same(&saved)?;
-    // Nothing but what was there before is in a layer of changes, so the figures are not those of all there is.
+    // A delta contains only what changed, so its figures are not those of a full save.
     ensure!(kind == "full" || sum("tar_size_bytes") < 100_000);
     ensure!(kind == "delta" || (layers(&saved) == 1 && sum("tar_size_bytes") > 2_000_000));
     next["reason"]
@@ -78,7 +78,7 @@ fn what_inspect_foretells_the_next_save_is() -> Result<()> {
         );
         comes_true(&session, change, "delta", &short)?;
     }
-    // Three layers: the chain ends, but not for whoever allows more.
+    // Three layers: the chain ends, unless a higher maximum is given.
     ensure!(foretold(&session, &["--max-layers", "4"])?["kind"] == "delta");
     let all = foretold(&session, &["--full"])?;
     ensure!(all["kind"] == "full", "{all}");

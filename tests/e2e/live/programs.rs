@@ -1,4 +1,4 @@
-//! Programs that people leave running: each image is one instant by the program's own check.
+//! Programs that users keep running: by the program's own check, each image is of one moment.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::lab::Lab;
 use crate::save;
 use crate::support::{Need, ignored};
 
-/// Where this machine's PostgreSQL is, if it has one.
+/// Returns the path of this machine's PostgreSQL, if there is one.
 fn postgres() -> Option<String> {
     let versions = fs::read_dir("/usr/lib/postgresql").ok()?;
     let mut found: Vec<String> = versions
@@ -44,7 +44,7 @@ fn install(bin: &str, root: &Path) -> Result<()> {
     run(copy.arg(root).arg(LIBRARIES)).map(drop)
 }
 
-/// A shell script in which the server's programs are found.
+/// Returns a shell script with the server's programs in its path.
 fn with_postgres(bin: &str, script: &str) -> String {
     format!(
         "export PATH={bin}:$PATH LD_LIBRARY_PATH={LIBRARIES} PGHOST=/tmp PGDATABASE=postgres; cd /home/{USER}; {script}"
@@ -63,8 +63,8 @@ fn as_user(session: &Session, container: &str, script: &str) -> Result<String> {
     ])
 }
 
-/// pgbench all the while. The image is started, its indexes are held against its tables, and the sums of its accounts,
-/// tellers and branches against its history.
+/// pgbench runs all the time. The image is started, its indexes are checked against its tables, and the sums of its
+/// accounts, tellers and branches against its history.
 #[test]
 fn postgres_starts_from_every_image_with_its_books_balanced() -> Result<()> {
     let bin = postgres();
@@ -128,8 +128,8 @@ fn postgres_starts_from_every_image_with_its_books_balanced() -> Result<()> {
     Ok(())
 }
 
-/// One package after the other is installed with pip, and a large tree is removed: what the markers say is done is there
-/// whole, or gone.
+/// Packages are installed with pip one after another while a large tree is removed: whatever the markers report as done
+/// is complete, or gone.
 #[test]
 fn pip_install_in_full_swing_and_rm_of_a_large_tree() -> Result<()> {
     let Some(session) = Session::new(Base::Big)? else {
@@ -155,13 +155,13 @@ fn pip_install_in_full_swing_and_rm_of_a_large_tree() -> Result<()> {
     Ok(())
 }
 
-/// A mapping whose one page stays dirty, and no time stamp moves: each save has what was last written to it.
+/// A mapping whose only page stays dirty, so that no time stamp changes: each save has what was last written to it.
 #[test]
 fn a_page_that_stays_dirty_is_saved_as_it_is_each_time() -> Result<()> {
     let Some(session) = Session::new(Base::Big)? else {
         return Ok(());
     };
-    // So much besides that a round runs beside the container.
+    // Enough other data for a round to run beside the container.
     session.podman.shell(
         &session.container,
         "mkdir -p /home/w; dd if=/dev/urandom of=/home/w/much bs=1M count=48 2> /dev/null",
@@ -186,7 +186,7 @@ fn a_page_that_stays_dirty_is_saved_as_it_is_each_time() -> Result<()> {
             "save {number} has {value}, written before it began was {before}: {}",
             saved.stderr
         );
-        // For as long as nothing is written out by the kernel itself.
+        // The page stays dirty for as long as the kernel does not write it out by itself.
         let wrote = shown()?;
         wait_until("it writes on", || shown().is_ok_and(|now| now > wrote))?;
     }
@@ -205,7 +205,7 @@ fn a_pod_that_is_written_to_is_one_instant() -> Result<()> {
     fs::create_dir(&home)?;
     std::os::unix::fs::chown(&home, Some(1000), Some(1000))?;
     for what in ["counters", "tree"] {
-        // By the runtime, so that it is in the pod's cgroup.
+        // Started by the runtime, so that it is in the pod's cgroup.
         let script = format!(
             "setsid /usr/bin/python3 /opt/writers.py {what} > /tmp/{what}.log 2>&1 < /dev/null &"
         );

@@ -1,15 +1,15 @@
-//! Files that are rewritten in place, by every way there is to write, on a disk that is slow: in each image each of them is
-//! one of its states, whole.
+//! Files that are rewritten in place in every way of writing, on a slow disk: in each image each file is in one of its
+//! states, complete.
 
 use std::os::unix::fs::MetadataExt as _;
 
 use super::*;
 use crate::host::cgroups_of;
 
-/// Bytes a second that the container's own requests to its disk get, all together.
+/// Bytes per second for all of the container's own disk requests together.
 const RATE: u64 = 64 << 20;
 
-/// Direct requests take as long as a slow disk takes, too.
+/// Limits the rate, so that direct requests take as long as on a slow disk.
 fn slow_down(session: &Session) -> Result<()> {
     let at = session.scratch.path().join("podman");
     let source = run(command("findmnt", ["-n", "-o", "SOURCE"]).arg(at))?;
@@ -32,7 +32,7 @@ fn slow_down(session: &Session) -> Result<()> {
     Ok(())
 }
 
-/// Dirty pages are written to disk early, and writers wait for it: a write lasts as long as the disk takes.
+/// Makes dirty pages be written to disk early and writers wait for it: a write takes as long as the disk does.
 struct SlowDisk(String);
 
 const DIRTY_BYTES: &str = "/proc/sys/vm/dirty_bytes";
@@ -47,7 +47,7 @@ impl SlowDisk {
 
 impl Drop for SlowDisk {
     fn drop(&mut self) {
-        // 0 says that it is not in use, and cannot be written.
+        // 0 means that this setting is not in use, and it cannot be written.
         let ratio = "/proc/sys/vm/dirty_ratio";
         let restored = match self.0.trim() {
             "0" => fs::read_to_string(ratio)
@@ -68,7 +68,7 @@ impl Drop for SlowDisk {
 }
 
 fn whole_on(mkfs: &'static str, ways: &[&str]) -> Result<()> {
-    // Podman's own rules deny io_uring.
+    // Podman's default seccomp profile denies io_uring.
     let options = |_: &Scratch| Ok(vec!["--security-opt=seccomp=unconfined".to_owned()]);
     let Some(session) = Session::on(Base::Big, Some(mkfs), &options)? else {
         return Ok(());

@@ -1,5 +1,5 @@
-//! What a live save rests on, one step at a time, each at the moment at which only this step helps: whoever takes it away
-//! sees the test fail.
+//! The steps of a live save, each tested at the moment at which only this step makes the image right: without the step,
+//! its test fails.
 
 use std::os::unix::fs::MetadataExt as _;
 
@@ -15,7 +15,7 @@ use crate::host::image::Base;
 use crate::host::{Freezer, wait_at_most, wait_until};
 use crate::save;
 
-/// Maps a file with the first signal, and writes to one page of it with each: in the directory that it is told.
+/// Maps a file at the first signal, and writes to one page of it at each signal, in the directory given as argument.
 const MAPPER: &str = r#"
 import mmap, os, signal, sys
 home = sys.argv[1]
@@ -54,17 +54,17 @@ fn map(session: &mut Session, name: &str, at: &str, volumes: &[&str]) -> Result<
     Ok(())
 }
 
-/// When the page is written to for the first time in a save.
+/// The time of the first write to the page in a save.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum First {
     /// Long before its first list.
     BeforeTheList,
-    /// When its first list has been made, through a mapping that is not in it.
+    /// After its first list has been made, through a mapping that is not in it.
     AfterTheList,
 }
 
-/// Lets a save read the page in a round, writes to it again before the freeze, and sees whether that is in the image.
-/// `unnoticed`: only if that moved no stamp.
+/// Lets a save read the page in a round, writes to it again before the freeze, and checks that this write is in the
+/// image. `unnoticed`: only if the write changed no time stamp.
 fn is_saved_as_it_was_last(
     session: &Session,
     tag: &str,
@@ -112,7 +112,7 @@ fn is_saved_as_it_was_last(
         }
         list.answer_with(&mapped)?;
         save.until("streaming")?;
-        // The round is over when the next one asks.
+        // The round is over when the next one opens the list.
         save.until("scanning")?;
         let list = save.asked()?;
         let before = stamp()?;
@@ -134,24 +134,24 @@ fn is_saved_as_it_was_last(
     anyhow::bail!("the page never stayed dirty")
 }
 
-/// The three steps that writes through mappings take, each at the moment at which nothing else helps. One machine for all:
-/// its image is large.
+/// The three steps that writes through mappings need, each at the moment at which nothing else helps. All share one
+/// container, because its image is large.
 #[test]
 fn what_is_written_through_a_mapping_is_saved_as_it_was_last() -> Result<()> {
-    // Where files can be cloned there would be no round that reads the page too early.
+    // If files could be cloned, no round would read the page too early.
     let Some(mut session) = Session::on(Base::Big, Some("mkfs.ext4"), &|_| Ok(Vec::new()))? else {
         return Ok(());
     };
     map(&mut session, "own", "/home/w", &[])?;
-    // The clock is noted before the mappings are listed. A page that is dirtied right after the list is not written out, and
-    // what is written to it once it was read moves no stamp: only that its file is stamped after the clock tells.
+    // The clock is read before the mappings are listed. A page that is dirtied right after the list is not written out,
+    // and writes to it after it was read change no time stamp: only the file's stamp after the clock reveals it.
     is_saved_as_it_was_last(&session, "late", First::AfterTheList, true, &[])
         .context("mapped after the list was made, then written to without a trace")?;
-    // What is listed is written out before it is read: a page that was dirty long before shows its next change then.
+    // Listed files are written out before they are read: a page that was dirty long before then shows its next change.
     is_saved_as_it_was_last(&session, "listed", First::BeforeTheList, false, &[])
         .context("mapped and dirty before the list")?;
-    // What cannot be written out is read under the freeze whatever its stamps say: here a file of a volume that is mapped
-    // where the same directory is mounted a second time, so that only its inode is known.
+    // A file that cannot be written out is read under the freeze whatever its stamps are: here a file of a volume that
+    // is mapped through a second mount of the same directory, so that only its inode is known.
     map(
         &mut session,
         "twice",
@@ -163,43 +163,43 @@ fn what_is_written_through_a_mapping_is_saved_as_it_was_last() -> Result<()> {
         .context("mapped and not written out")
 }
 
-/// What the container has in its page.
+/// Returns the content of the container's page.
 fn shown(session: &Session) -> Result<u64> {
     let bytes = std::fs::read(session.root().join("home/w/page"))?;
     let text = bytes.get(4096..4112).context("16 bytes")?;
     Ok(std::str::from_utf8(text)?.parse()?)
 }
 
-/// The list as it is before the file is mapped.
+/// Returns the list as it was before the file was mapped.
 fn without(mapped: &[u8], path: &[u8]) -> Vec<u8> {
     let lines = mapped.split_inclusive(|&b| b == b'\n');
     let others = lines.filter(|line| !line.trim_ascii_end().ends_with(path));
     others.flatten().copied().collect()
 }
 
-/// Where a save is killed.
+/// The moment at which a save is killed.
 #[derive(Clone, Copy, Debug)]
 enum Moment {
-    /// Before the first look at the tree.
+    /// Before the first scan of the tree.
     Scanning,
     /// In a round beside the running container.
     Streaming,
-    /// Frozen, the last look taken.
+    /// Frozen, after the last scan.
     Frozen,
-    /// Frozen, while what changed is read into memory.
+    /// Frozen, while changes are read into memory.
     Holding,
-    /// Thawed again, what was held on its way to the destination.
+    /// Thawed, while the held data is being delivered.
     Delivering,
-    /// All is delivered but manifest and tag.
+    /// Everything but manifest and tag is delivered.
     Manifest,
 }
 
-/// `kill -9` in every phase of a live save: the container runs, no tag shows half an image, and the next save is right and
-/// made on top of the last one that came to its end.
+/// `kill -9` in every phase of a live save: the container runs, no tag refers to an incomplete image, and the next save
+/// is right and builds on the last one that completed.
 #[test]
 fn killed_in_any_phase_of_a_live_save_the_container_runs_and_the_next_save_is_right() -> Result<()>
 {
-    // Where files can be cloned, those held would be clones, and there would be no round.
+    // If files could be cloned, the held files would be clones and there would be no round.
     let Some(session) = Session::on(Base::Small, Some("mkfs.ext4"), &|_| Ok(Vec::new()))? else {
         return Ok(());
     };
@@ -240,7 +240,7 @@ fn killed_in_any_phase_of_a_live_save_the_container_runs_and_the_next_save_is_ri
     Ok(())
 }
 
-/// Begins a save, and kills it at the moment; again where it was too late.
+/// Begins a save and kills it at the moment. Repeats this if it was too late.
 fn killed_at(session: &Session, freezer: &Freezer, moment: Moment) -> Result<()> {
     let limit = match moment {
         Moment::Streaming => "1MiB",
@@ -261,7 +261,7 @@ fn killed_at(session: &Session, freezer: &Freezer, moment: Moment) -> Result<()>
             }
             _ => {}
         }
-        // Stamped after the clock: it has to be looked for in the mappings under the freeze.
+        // Stamped after the clock, so it has to be looked up in the mappings under the freeze.
         session
             .podman
             .shell(&session.container, "touch /opt/stamped")?;
@@ -301,7 +301,7 @@ fn killed_at(session: &Session, freezer: &Freezer, moment: Moment) -> Result<()>
     anyhow::bail!("it was never caught")
 }
 
-/// Whether a process has a file open whose path ends so.
+/// Returns whether a process has an open file whose path ends with `end`.
 fn has_open(pid: u32, end: &str) -> bool {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"));
     let links = descriptors.into_iter().flatten().flatten();

@@ -1,8 +1,8 @@
-//! A save that waits where the test wants it to: at every look at what the container's processes have mapped.
+//! A save that stops where the test wants it to: each time it lists what the container's processes have mapped.
 //!
 //! In the save's own mount namespace the list of the first process's mappings (`/proc/PID/maps`) is a FIFO. Opening it
-//! for reading waits for a writer, so the save stands at that place for as long as the test likes, before it or under the
-//! freeze, without a sleep here or a hook in the program.
+//! for reading waits for a writer, so the save stops there for as long as the test wants, before or during the freeze,
+//! without a sleep in the test or a hook in the program.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -19,13 +19,13 @@ use super::Session;
 use crate::host::{PATIENCE, wait_until};
 use crate::save::{Saved, upperdeck_itself};
 
-/// The save. Killed when dropped.
+/// A running save. Killed when dropped.
 pub struct Watched {
     child: Child,
-    /// Where the answer to `--gate-fd` goes.
+    /// The pipe for the answer to `--gate-fd`.
     gate: ChildStdin,
     events: Receiver<Value>,
-    /// What the save reads instead of the list.
+    /// The FIFO that the save reads instead of the list.
     fifo: PathBuf,
     maps: PathBuf,
     metadata: PathBuf,
@@ -48,7 +48,7 @@ impl Watched {
                 &session.container.id,
                 &format!("oci:{}:{tag}", session.layout()),
             ]);
-        // In the end it is the program itself, with this process for its parent.
+        // The last exec makes it the program itself, as a child of this process.
         let script = r#"mount --bind "$1" "$2"; shift 2; exec "$@""#;
         let mut child = Command::new("unshare")
             .args(["--mount", "bash", "-ec", script, "watched"])
@@ -95,7 +95,7 @@ impl Watched {
         fs::read_to_string(&self.stderr).unwrap_or_default()
     }
 
-    /// Waits for an event by its name, or for the beginning of a phase by its.
+    /// Waits for an event with this name, or for the beginning of a phase with this name.
     pub fn until(&self, what: &str) -> Result<()> {
         loop {
             let Ok(event) = self.events.recv_timeout(PATIENCE) else {
@@ -107,7 +107,8 @@ impl Watched {
         }
     }
 
-    /// The same, answering whatever the save asks meanwhile: it looks for rings of io_uring in the list as well.
+    /// Like `Watched::until`, but answers every request for the list meanwhile: the save also searches it for rings
+    /// of io_uring.
     pub fn until_answering(&self, what: &str) -> Result<()> {
         let started = std::time::Instant::now();
         while started.elapsed() < PATIENCE {
@@ -125,15 +126,15 @@ impl Watched {
         bail!("the save never says {what}: {}", self.stderr());
     }
 
-    /// Answers the save if it asks now.
+    /// Answers the save if it has the list open now.
     pub fn answer_rest(&self) {
         if let Some(asked) = self.open() {
-            // It may have been asked and answered before.
+            // It may have been answered already.
             let _ = asked.answer();
         }
     }
 
-    /// The list, if the save has it open for reading now.
+    /// Returns the list if the save has it open for reading now.
     fn open(&self) -> Option<Asked> {
         let open = fs::OpenOptions::new()
             .write(true)
@@ -145,7 +146,7 @@ impl Watched {
         })
     }
 
-    /// Waits until the save opens the list. It stands there until it is answered.
+    /// Waits until the save opens the list. The save waits there for the answer.
     pub fn asked(&self) -> Result<Asked> {
         let mut asked = None;
         wait_until("the save asks what is mapped", || {
@@ -156,7 +157,7 @@ impl Watched {
         asked.context("a list")
     }
 
-    /// `kill -9`, which must find it at work.
+    /// Sends SIGKILL. The save must still be running.
     pub fn kill(mut self) -> Result<()> {
         self.child.kill()?;
         let status = self.child.wait()?;
@@ -168,7 +169,7 @@ impl Watched {
         Ok(())
     }
 
-    /// Answers whatever it still asks, lets it put the tag on, and waits for its end.
+    /// Answers all further requests, allows the tag, and waits for the end of the save.
     pub fn finish(mut self) -> Result<Saved> {
         wait_until("all is delivered", || {
             self.answer_rest();
@@ -198,31 +199,31 @@ impl Drop for Watched {
     }
 }
 
-/// A list that the save waits for.
+/// A list that the save is waiting for.
 pub struct Asked {
     list: fs::File,
     maps: PathBuf,
 }
 
 impl Asked {
-    /// What is mapped now.
+    /// Returns the current mappings.
     pub fn mapped(&self) -> Result<Vec<u8>> {
         Ok(fs::read(&self.maps)?)
     }
 
-    /// Gives it what there is now.
+    /// Answers with the current mappings.
     pub fn answer(self) -> Result<()> {
         let mapped = self.mapped()?;
         self.answer_with(&mapped)
     }
 
-    /// Gives it a list that was made earlier.
+    /// Answers with a list that was made earlier.
     pub fn answer_with(mut self, mapped: &[u8]) -> Result<()> {
         Ok(self.list.write_all(mapped)?)
     }
 }
 
-/// Whether an event is called so, or begins a phase that is.
+/// Returns whether an event has this name, or begins a phase with this name.
 fn is_about(event: &Value, what: &str) -> bool {
     event["event"] == what || (event["event"] == "phase" && event["phase"] == what)
 }
