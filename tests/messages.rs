@@ -7,7 +7,7 @@ use std::process::Command;
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// The only file that formats an error with its causes.
-const PRINTER: &str = "message.rs";
+const PRINTER: &str = "common/message.rs";
 /// Nouns of units. Their numbers are limits or measurements, which are as rarely one as zero.
 const UNITS: [&str; 4] = ["bytes", "ms", "ids", "rounds"];
 
