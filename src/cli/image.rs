@@ -5,8 +5,9 @@ use serde::Serialize;
 
 use super::args::{ImageLs, ImageRm};
 use super::exit::Usage;
+use super::print::print;
 use super::text::{self, Align};
-use super::{options, signals, verbs};
+use super::{options, signals};
 use crate::common::cancel::{Cancel, Cancelled};
 use crate::store::harbor::Room;
 use crate::store::images::{
@@ -51,7 +52,7 @@ pub(super) fn ls(args: &ImageLs) -> anyhow::Result<()> {
     let view = run(&args.registry, &place, async |images| {
         list(images, &place, &query).await
     })?;
-    verbs::print(args.format, &view, |view| table(view, args.no_trunc))
+    print(args.format, &view, |view| table(view, args.no_trunc))
 }
 
 async fn list(images: &dyn Images, place: &Place, query: &Query) -> Result<ListView, Error> {
@@ -220,7 +221,7 @@ pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
         }
     }
     if failure.is_none() || !views.is_empty() {
-        verbs::print(args.format, views.as_slice(), removed_text)?;
+        print(args.format, views.as_slice(), removed_text)?;
     }
     failure.map_or(Ok(()), Err)
 }

@@ -7,6 +7,7 @@ mod exit;
 mod failure;
 mod image;
 pub mod options;
+mod print;
 mod progress;
 mod secret;
 #[cfg(feature = "service")]

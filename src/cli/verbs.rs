@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::args::{self, Format};
+use super::args;
 use super::exit::Usage;
 use super::failure::Failure;
+use super::print::print;
 use super::{options, progress, signals, view, write_stdout};
 use crate::common::cancel::Cancel;
 use crate::common::private::FileMode;
@@ -25,19 +26,6 @@ use crate::node::overlay::xattr::Namespace;
 use crate::save;
 use crate::save::event::{Event, Observer};
 use crate::store::destination::Target;
-
-/// Prints a result as JSON, or as the table that `table` returns.
-pub(super) fn print<T: serde::Serialize + ?Sized>(
-    format: Format,
-    result: &T,
-    table: impl FnOnce(&T) -> String,
-) -> anyhow::Result<()> {
-    let text = match format {
-        Format::Table => table(result),
-        Format::Json => serde_json::to_string_pretty(result)? + "\n",
-    };
-    Ok(write_stdout(text.as_bytes())?)
-}
 
 pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
     let listing = container::list(roots);

@@ -3,8 +3,9 @@
 use super::job;
 use crate::cli::args::{Format, ImageLs, ImageRm};
 use crate::cli::exit::Usage;
+use crate::cli::print::print;
 use crate::cli::text::{self, Align};
-use crate::cli::{verbs, write_stdout};
+use crate::cli::write_stdout;
 use crate::service::manager::shape;
 
 /// Lists the caller's images, as the portal shows them.
@@ -17,7 +18,7 @@ pub(in crate::cli) fn ls(args: &ImageLs) -> anyhow::Result<()> {
     query.extend(args.search.clone().map(|search| ("search", search)));
     job::on(&args.server, async |client| {
         let found: shape::Images = client.get("images", &query).await?;
-        verbs::print(args.format, &found, managed_table)
+        print(args.format, &found, managed_table)
     })
 }
 
@@ -90,7 +91,7 @@ pub(in crate::cli) fn rm(args: &ImageRm) -> anyhow::Result<()> {
             }
         }
         if args.format == Format::Json {
-            verbs::print(Format::Json, args.images.as_slice(), |_| String::new())?;
+            print(Format::Json, args.images.as_slice(), |_| String::new())?;
         }
         Ok(())
     })

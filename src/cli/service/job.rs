@@ -11,9 +11,10 @@ use super::client::{Client, Error};
 use crate::cli::args::service::{Job, JobSubmit};
 use crate::cli::args::{Format, Server};
 use crate::cli::exit::{Exit, Usage};
+use crate::cli::print::print;
 use crate::cli::progress::{self, Mode};
 use crate::cli::text::{self, Align};
-use crate::cli::{signals, verbs, write_stdout};
+use crate::cli::{signals, write_stdout};
 use crate::common::cancel::{Cancel, Cancelled};
 use crate::service::job::{Code, Event, Observer, SaveOptions, State};
 use crate::service::manager::shape::{
@@ -27,7 +28,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
     match job {
         Job::Sessions(args) => on(&args.server, async |client| {
             let found: Sessions = client.get("sessions", &[]).await?;
-            verbs::print(args.format, found.sessions.as_slice(), sessions_table)
+            print(args.format, found.sessions.as_slice(), sessions_table)
         }),
         Job::Submit(args) => {
             let server = args.server.clone();
@@ -35,7 +36,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
         }
         Job::Status(args) => on(&args.server, async |client| {
             let save: Save = client.get(&format!("saves/{}", args.id), &[]).await?;
-            verbs::print(args.format, &save, status_text)
+            print(args.format, &save, status_text)
         }),
         Job::Watch(args) => on(&args.server, async |client| {
             watch(client, &args.id.to_string(), args.progress, verbose).await
@@ -55,7 +56,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
             query.extend(args.of.clone().map(|of| ("user", of)));
             query.extend(args.after.clone().map(|after| ("after", after)));
             let found: Saves = client.get("saves", &query).await?;
-            verbs::print(args.format, &found, |found| {
+            print(args.format, &found, |found| {
                 saves_table(found, Timestamp::now())
             })
         }),
@@ -144,7 +145,7 @@ async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Resu
     }
     match args.format {
         Format::Table => Ok(write_stdout(format!("{}\n", save.id).as_bytes())?),
-        Format::Json => verbs::print(Format::Json, &save, status_text),
+        Format::Json => print(Format::Json, &save, status_text),
     }
 }
 
