@@ -419,7 +419,15 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
     {
-        let foreign = ["--release", "--path", "--against", "--now", "--uidmap"].contains(&flag);
+        let foreign = [
+            "--release",
+            "--no-default-features",
+            "--path",
+            "--against",
+            "--now",
+            "--uidmap",
+        ]
+        .contains(&flag);
         assert!(
             foreign
                 || [

@@ -71,7 +71,10 @@ fn section<'a>(verb: &'a str, asked: &ArgMatches) -> &'a str {
 pub(super) fn command() -> Command {
     let mut command = Cli::command();
     for verb in VERBS.into_iter().chain([DOCTOR]) {
-        command = command.mut_subcommand(verb, |verb| verb.mut_args(with_environment));
+        // Without the service there are none of them.
+        if command.find_subcommand(verb).is_some() {
+            command = command.mut_subcommand(verb, |verb| verb.mut_args(with_environment));
+        }
     }
     command
 }

@@ -93,7 +93,7 @@ fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
         // Before the first thread is created, so that all threads inherit the reduced privileges.
         confine::apply(role);
     }
-    let done = dispatch(cli.verb, roots, verbose);
+    let done = dispatch(cli.verb, &roots, verbose);
     drop(watchdog);
     done
 }
@@ -115,17 +115,17 @@ fn role(verb: &Verb) -> Option<Role> {
     })
 }
 
-fn dispatch(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()> {
+fn dispatch(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()> {
     match verb {
-        Verb::Ps(args) => verbs::ps(&roots, &args),
-        Verb::Inspect(args) => verbs::inspect(&roots, &args),
-        Verb::Diff(args) => verbs::diff(&roots, &args),
-        Verb::Commit(args) => verbs::commit(&roots, *args, verbose),
+        Verb::Ps(args) => verbs::ps(roots, &args),
+        Verb::Inspect(args) => verbs::inspect(roots, &args),
+        Verb::Diff(args) => verbs::diff(roots, &args),
+        Verb::Commit(args) => verbs::commit(roots, *args, verbose),
         Verb::Layer(args) => verbs::layer(&args),
         Verb::Image(args::Image::Ls(args)) => image::ls(&args),
         Verb::Image(args::Image::Rm(args)) => image::rm(&args),
         Verb::Validate(args) => verbs::validate(&args),
-        Verb::Bench(args) => verbs::bench(&roots, *args),
+        Verb::Bench(args) => verbs::bench(roots, *args),
         #[cfg(feature = "service")]
         Verb::Service(verb) => service::run(verb, roots, verbose),
         Verb::Demo => verbs::demo(),

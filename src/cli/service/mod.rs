@@ -13,13 +13,13 @@ use crate::node::container::Roots;
 use crate::service::{agent, queue, record};
 
 /// Runs a verb.
-pub(super) fn run(verb: Verb, roots: Roots, verbose: bool) -> anyhow::Result<()> {
+pub(super) fn run(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()> {
     match verb {
-        Verb::Doctor(args) => doctor::doctor(roots, &args),
+        Verb::Doctor(args) => doctor::doctor(roots.clone(), &args),
         Verb::Job(args) => job::run(args, verbose),
-        Verb::Up(args) => verbs::up(roots, *args),
+        Verb::Up(args) => verbs::up(roots.clone(), *args),
         Verb::Manager(args) => verbs::manager(&args),
-        Verb::Agent(args) => verbs::agent(roots, *args),
+        Verb::Agent(args) => verbs::agent(roots.clone(), *args),
         Verb::Key(args) => verbs::key(&args),
     }
 }
