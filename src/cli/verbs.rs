@@ -110,7 +110,8 @@ pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow
             });
             drop(observer);
             if !json {
-                write_stdout(line.as_bytes())?;
+                write_stdout(line.as_bytes())
+                    .context("the image is saved, but its reference cannot be printed")?;
             }
             Ok(())
         }
@@ -202,7 +203,8 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         "tarSize": made.tar_size,
         "entries": made.entries,
     });
-    Ok(write_stdout(format!("{json}\n").as_bytes())?)
+    write_stdout(format!("{json}\n").as_bytes())
+        .context("the layer is written, but its descriptor cannot be printed")
 }
 
 /// Writes to a temporary file beside `output` and renames it, so that `output` is always complete. A device or FIFO is
