@@ -12,6 +12,7 @@ mod http;
 #[path = "../support/image.rs"]
 mod image;
 mod observed;
+mod replay;
 mod stand_in;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)]

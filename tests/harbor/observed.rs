@@ -16,18 +16,18 @@ use crate::support;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-struct Exchange {
-    method: String,
-    url: String,
-    auth: String,
-    content_type: Option<String>,
-    body: Option<String>,
-    status: u16,
-    headers: BTreeMap<String, String>,
-    answer: String,
+pub struct Exchange {
+    pub method: String,
+    pub url: String,
+    pub auth: String,
+    pub content_type: Option<String>,
+    pub body: Option<String>,
+    pub status: u16,
+    pub headers: BTreeMap<String, String>,
+    pub answer: String,
 }
 
-fn exchanges(text: &str) -> Result<Vec<Exchange>> {
+pub fn exchanges(text: &str) -> Result<Vec<Exchange>> {
     let text_of = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     text.lines()
         .map(|line| {
@@ -48,18 +48,18 @@ fn exchanges(text: &str) -> Result<Vec<Exchange>> {
         .collect()
 }
 
-fn upload_id(url: &str) -> Option<&str> {
+pub fn upload_id(url: &str) -> Option<&str> {
     let rest = url.split("/blobs/uploads/").nth(1)?;
     rest.split('?').next().filter(|id| !id.is_empty())
 }
 
-fn parameter<'a>(url: &'a str, name: &str) -> Option<&'a str> {
+pub fn parameter<'a>(url: &'a str, name: &str) -> Option<&'a str> {
     url.split(['?', '&'])
         .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
 }
 
 /// Returns content for a blob of which only digest and size are known.
-fn content(digest: &str, size: usize) -> Vec<u8> {
+pub fn content(digest: &str, size: usize) -> Vec<u8> {
     match size {
         2 => b"{}".to_vec(),
         100 => format!(
@@ -99,7 +99,7 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
         for layer in document["layers"].as_array().into_iter().flatten() {
             let digest = layer["digest"].as_str().unwrap_or_default();
             state.seed(
-                "library",
+                "library/pybase",
                 digest,
                 layer["size"].as_u64().unwrap_or_default(),
             );
@@ -309,7 +309,7 @@ async fn the_stand_in_answers_as_harbor_did() -> Result<()> {
 }
 
 /// Returns a `Location` without the parts that the server chooses.
-fn shape(location: &str) -> String {
+pub fn shape(location: &str) -> String {
     let path = location.split('?').next().unwrap_or_default();
     let (start, last) = path.rsplit_once('/').unwrap_or(("", path));
     let query = if location.contains("?_state=") {
@@ -329,10 +329,13 @@ fn is_chosen(key: &str) -> bool {
     key == "id"
         || key.ends_with("_id")
         || key.ends_with("_time")
-        || matches!(key, "token" | "issued_at" | "secret")
+        || matches!(
+            key,
+            "token" | "issued_at" | "secret" | "icon" | "pull_count" | "expires_at"
+        )
 }
 
-fn differences(shown: &str, at: &str, theirs: &Value, own: &Value, wrong: &mut Vec<String>) {
+pub fn differences(shown: &str, at: &str, theirs: &Value, own: &Value, wrong: &mut Vec<String>) {
     match (theirs, own) {
         (Value::Object(a), Value::Object(b)) => {
             for key in a.keys().chain(b.keys().filter(|key| !a.contains_key(*key))) {
@@ -360,7 +363,7 @@ fn differences(shown: &str, at: &str, theirs: &Value, own: &Value, wrong: &mut V
     }
 }
 
-fn reqwest_client() -> reqwest::Client {
+pub fn reqwest_client() -> reqwest::Client {
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder().no_proxy().build().unwrap()
 }
