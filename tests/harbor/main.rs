@@ -1,8 +1,7 @@
 //! Tests of Harbor: pushing, listing, deleting, and its error answers.
 //!
-//! They run against the stand-in, or against the Harbor given by `UPPERDECK_HARBOR` (its URL) and
-//! `UPPERDECK_HARBOR_ADMIN` (`USER:PASSWORD`). Everything is created in projects of the tests, which are deleted
-//! afterwards.
+//! They run against the stand-in, or against the Harbor given by `UPPERDECK_TEST_HARBOR=URL,USER,PASSWORD`, whose user
+//! is an administrator. Everything is created in projects of the tests, which are deleted afterwards.
 // A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
@@ -48,19 +47,19 @@ struct Lab {
 impl Lab {
     fn start() -> Result<Self, Box<dyn std::error::Error>> {
         let projects = std::sync::Mutex::default();
-        if let Ok(url) = std::env::var("UPPERDECK_HARBOR") {
-            let host = url
-                .split("://")
-                .last()
-                .unwrap_or_default()
-                .trim_end_matches('/')
-                .to_owned();
-            let admin = std::env::var("UPPERDECK_HARBOR_ADMIN")?;
-            let stand_in = None;
+        if let Ok(given) = std::env::var("UPPERDECK_TEST_HARBOR") {
+            let mut parts = given.splitn(3, ',');
+            let mut next = || {
+                parts
+                    .next()
+                    .ok_or("UPPERDECK_TEST_HARBOR is URL,USER,PASSWORD")
+            };
+            let (url, user, password) = (next()?, next()?, next()?);
+            let host = url.split("://").last().unwrap_or_default();
             return Ok(Self {
-                host,
-                admin,
-                stand_in,
+                host: host.trim_end_matches('/').to_owned(),
+                admin: format!("{user}:{password}"),
+                stand_in: None,
                 projects,
             });
         }
