@@ -256,7 +256,7 @@ fn prepare(stand_in: &StandIn, step: &Step) {
 /// Returns path and body of a request in the stand-in's terms.
 fn request_of(exchanges: &[Exchange], n: usize, world: &mut World) -> Result<(String, Vec<u8>)> {
     let exchange = &exchanges[n];
-    let mut body = match exchange.body.as_deref() {
+    let body = match exchange.body.as_deref() {
         Some("<stream>") => {
             let id = observed::upload_id(&exchange.url).ok_or("a stream without an upload")?;
             let range = exchange.headers.get("Range").map_or("0-9", String::as_str);
@@ -279,7 +279,7 @@ fn request_of(exchanges: &[Exchange], n: usize, world: &mut World) -> Result<(St
         None => Vec::new(),
     };
     if exchange.url.contains("/manifests/") && exchange.method == "PUT" {
-        body = pad(body, exchange, world);
+        learn_manifest(&body, exchange, world);
     }
     let mut url = world.ids_in(&world.translate(&exchange.url));
     if let Some(id) = observed::upload_id(&exchange.url) {
@@ -306,12 +306,10 @@ fn request_of(exchanges: &[Exchange], n: usize, world: &mut World) -> Result<(St
 }
 
 /// Learns the digest of a manifest that is about to be written.
-fn pad(body: Vec<u8>, exchange: &Exchange, world: &mut World) -> Vec<u8> {
-    let own = Digest::of(&body).to_string();
+fn learn_manifest(body: &[u8], exchange: &Exchange, world: &mut World) {
     if let Some(theirs) = exchange.headers.get("Docker-Content-Digest") {
-        world.learn(theirs, &own);
+        world.learn(theirs, &Digest::of(body).to_string());
     }
-    body
 }
 
 /// Replaces the IDs of labels, artifacts and repositories in a message.

@@ -20,7 +20,7 @@ fn fixed(tag: &str) -> Response {
 impl Artifact {
     /// Returns the kind of accessory that Harbor takes it for.
     pub fn accessory_type(&self) -> &'static str {
-        let by_tag = |(_, tag, _): &(u64, String, u64)| tag.ends_with(".sig");
+        let by_tag = |(_, tag, _): &(u64, String, u64)| tag.rsplit('.').next() == Some("sig");
         let layers = self.manifest()["layers"][0]["mediaType"].clone();
         if self.tags.iter().any(by_tag)
             || layers == "application/vnd.dev.cosign.simplesigning.v1+json"

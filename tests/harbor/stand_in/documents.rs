@@ -129,11 +129,11 @@ impl Repository {
                 })
             })
             .collect();
-        or_null(all)
+        or_null(&all)
     }
 }
 
-fn or_null(list: Vec<Value>) -> Value {
+fn or_null(list: &[Value]) -> Value {
     if list.is_empty() {
         Value::Null
     } else {
@@ -174,7 +174,7 @@ impl State {
             .filter_map(|id| self.labels.get(id).cloned())
             .collect();
         let accessories = if asked("with_accessory") {
-            or_null(found.accessories(project, name, artifact))
+            or_null(&found.accessories(project, name, artifact))
         } else {
             Value::Null
         };
@@ -185,11 +185,11 @@ impl State {
         };
         let mut document = json!({
             "accessories": accessories, "digest": artifact.digest, "icon": ICON, "id": artifact.id,
-            "labels": if asked("with_label") { or_null(labels) } else { Value::Null },
+            "labels": if asked("with_label") { or_null(&labels) } else { Value::Null },
             "manifest_media_type": artifact.media_type, "media_type": media_type, "project_id": held.id,
             "pull_time": NEVER, "push_time": stamp(artifact.pushed), "references": found.references(artifact),
             "repository_id": found.id, "repository_name": format!("{project}/{name}"),
-            "size": found.size(artifact), "tags": or_null(tags.collect()), "type": "IMAGE",
+            "size": found.size(artifact), "tags": or_null(&tags.collect::<Vec<_>>()), "type": "IMAGE",
         });
         if let Some(fields) = document.as_object_mut()
             && !is_index

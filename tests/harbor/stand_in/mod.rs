@@ -222,17 +222,6 @@ impl State {
         });
     }
 
-    /// Returns the bytes that a project is charged for.
-    pub fn used(&self, project: &str) -> u64 {
-        self.projects.get(project).map_or(0, Project::used)
-    }
-
-    pub fn set_limit(&mut self, project: &str, limit: Option<u64>) {
-        if let Some(project) = self.projects.get_mut(project) {
-            project.limit = limit;
-        }
-    }
-
     /// Returns whether the registry behind Harbor has a blob under the name of the repository.
     pub fn has_link(&self, repository: &str, digest: &str) -> bool {
         let (project, name) = split(repository);

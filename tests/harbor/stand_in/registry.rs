@@ -40,11 +40,10 @@ fn parts(path: &str) -> Option<(&str, &'static str, &str)> {
         "/tags/",
         "/referrers/",
     ];
-    let found = kinds.into_iter().find_map(|kind| {
+    kinds.into_iter().find_map(|kind| {
         let at = path.rfind(kind)?;
         Some((&path[..at], kind, &path[at + kind.len()..]))
-    });
-    found
+    })
 }
 
 impl State {
