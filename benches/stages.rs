@@ -6,9 +6,9 @@ use std::sync::{Arc, OnceLock};
 
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
+use tokio_util::sync::CancellationToken;
 use upperdeck::bench::stages::{self, How, Place, Sample, Setting, Source};
 use upperdeck::bench::tree::Tree;
-use upperdeck::common::cancel::Cancel;
 use upperdeck::layer::{Compression, Plan};
 use upperdeck::save::{Rules, cores};
 
@@ -26,7 +26,7 @@ struct Stage {
 fn stage() -> &'static Stage {
     static STAGE: OnceLock<Stage> = OnceLock::new();
     STAGE.get_or_init(|| {
-        let cancel = Cancel::default();
+        let cancel = CancellationToken::new();
         let made = || -> Result<Stage, upperdeck::bench::Error> {
             let tree = Tree::generate(&std::env::temp_dir(), TREE, &cancel, &|_| ())?;
             let source = Source::Directory(tree.path().to_owned());
@@ -77,7 +77,7 @@ fn scan(bencher: Bencher) {
         .bench(|| {
             stage
                 .source
-                .scan(&Rules::default(), cores(), &Cancel::default())
+                .scan(&Rules::default(), cores(), &CancellationToken::new())
                 .expect("a scan")
         });
 }
@@ -87,7 +87,7 @@ fn plan(bencher: Bencher) {
     let stage = stage();
     let scan = stage
         .source
-        .scan(&Rules::default(), cores(), &Cancel::default())
+        .scan(&Rules::default(), cores(), &CancellationToken::new())
         .expect("a scan");
     let scan = Arc::new(scan);
     bencher
@@ -100,7 +100,7 @@ fn read(bencher: Bencher, threads: usize) {
     let stage = stage();
     bencher
         .counter(BytesCount::new(stage.plan.tar_size()))
-        .bench(|| stages::read(&stage.plan, threads, &Cancel::default()).expect("a read"));
+        .bench(|| stages::read(&stage.plan, threads, &CancellationToken::new()).expect("a read"));
 }
 
 #[divan::bench(sample_count = 20)]
@@ -118,12 +118,12 @@ fn compress(bencher: Bencher, (codec, level, threads): (Compression, u32, usize)
     // Several turns where there are many threads: what went in is counted.
     let once = stage
         .sample
-        .compress(setting, threads, &Cancel::default())
+        .compress(setting, threads, &CancellationToken::new())
         .expect("a codec");
     bencher.counter(BytesCount::new(once.bytes_in)).bench(|| {
         stage
             .sample
-            .compress(setting, threads, &Cancel::default())
+            .compress(setting, threads, &CancellationToken::new())
             .expect("a codec")
     });
 }
@@ -150,7 +150,12 @@ fn save(bencher: Bencher, codec: &str) {
     bencher
         .counter(BytesCount::new(stage.plan.tar_size()))
         .bench(|| {
-            let saved = stages::save(&stage.source, how, &Place::Nothing, &Cancel::default());
+            let saved = stages::save(
+                &stage.source,
+                how,
+                &Place::Nothing,
+                &CancellationToken::new(),
+            );
             black_box(saved.expect("a save"))
         });
 }

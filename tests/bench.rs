@@ -263,10 +263,10 @@ fn a_table_of_a_directory_that_stays_as_it_is() -> Outcome {
 
 #[test]
 fn the_tree_is_the_same_every_time() -> Outcome {
+    use tokio_util::sync::CancellationToken;
     use upperdeck::bench::stages::{self, How, Place, Setting, Source};
     use upperdeck::bench::tree::Tree;
-    use upperdeck::common::cancel::Cancel;
-    let (scratch, cancel) = (tempfile::tempdir()?, Cancel::default());
+    let (scratch, cancel) = (tempfile::tempdir()?, CancellationToken::new());
     let rules = upperdeck::save::Rules::default();
     let how = How {
         rules: &rules,

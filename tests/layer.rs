@@ -13,7 +13,8 @@ use std::io::Read;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::LazyLock;
+use tokio_util::sync::CancellationToken;
 
 use disk::Disk;
 use support::Need;
@@ -24,7 +25,7 @@ use upperdeck::node::overlay::xattr::Namespace;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-static NEVER: AtomicBool = AtomicBool::new(false);
+static NEVER: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
 
 fn scan(upper: &Path) -> Result<Scan> {
     scan_over(upper, false)

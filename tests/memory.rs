@@ -9,8 +9,9 @@ mod support;
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::AtomicBool;
+use std::sync::LazyLock;
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio_util::sync::CancellationToken;
 
 use nix::sys::resource::{UsageWho, getrusage};
 use upperdeck::common::digest::Digest;
@@ -102,7 +103,7 @@ fn scanned(upper: &Path, earlier: Option<&Scan>) -> Result<Scan> {
 }
 
 fn bounded(upper: &Path, earlier: Option<&Scan>, caps: Caps) -> Result<Scan> {
-    static NEVER: AtomicBool = AtomicBool::new(false);
+    static NEVER: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
     let roots = Roots {
         upper: upper.to_owned(),
         lowers: Vec::new(),

@@ -11,9 +11,9 @@ use super::neighbour::Neighbour;
 use super::report::{ByThreads, Codec, Node, REPORT_VERSION, Report, Save, Stage, Subject};
 use super::stages::{self, Compressed, How, Made, Place, Sample, Setting, Source};
 use super::{Error, Options, Upload};
-use crate::common::cancel::Cancel;
 use crate::layer::Plan;
 use crate::save::Compression;
+use tokio_util::sync::CancellationToken;
 
 /// Size in bytes of the part of the tar that is kept in memory for the codecs, SHA-256 and the uploads.
 const SAMPLE: u64 = 48 << 20;
@@ -62,7 +62,7 @@ struct Tried {
 pub(super) struct Bench<'a> {
     pub(super) options: &'a Options,
     pub(super) source: Source,
-    pub(super) cancel: &'a Cancel,
+    pub(super) cancel: &'a CancellationToken,
     pub(super) told: &'a dyn Fn(&str),
     pub(super) cores: usize,
     pub(super) jobs: usize,
@@ -413,7 +413,12 @@ impl<'a> Way<'a> {
     }
 
     /// Measures the delivery of the compressed bytes alone.
-    fn deliver(&mut self, pieces: &[Bytes], bytes: u64, cancel: &Cancel) -> Result<(), Error> {
+    fn deliver(
+        &mut self,
+        pieces: &[Bytes],
+        bytes: u64,
+        cancel: &CancellationToken,
+    ) -> Result<(), Error> {
         let before = self.neighbour.cpu();
         let spent = stages::deliver(self.place, pieces, bytes, cancel)?;
         let after = self.neighbour.cpu();

@@ -25,13 +25,14 @@ use tree::Tree;
 
 use measure::Bench;
 
-use crate::common::cancel::{Cancel, Cancelled};
+use crate::common::cancel::Cancelled;
 use crate::common::escape;
 use crate::layer::Plan;
 use crate::node::container::{self, Roots};
 use crate::save::{self, Rules};
 use crate::store::destination::{self, Target};
 use crate::store::registry::{Access, Reference, Registries};
+use tokio_util::sync::CancellationToken;
 
 /// An error of the benchmark.
 #[derive(Debug, thiserror::Error)]
@@ -110,7 +111,7 @@ pub struct Options {
 pub fn run(
     options: &Options,
     roots: &Roots,
-    cancel: &Cancel,
+    cancel: &CancellationToken,
     told: &dyn Fn(&str),
 ) -> Result<Report, Error> {
     let (source, kind, name, tree) = subject(options, roots, cancel, told)?;
@@ -152,7 +153,7 @@ type Found = (Source, &'static str, String, Option<Tree>);
 fn subject(
     options: &Options,
     roots: &Roots,
-    cancel: &Cancel,
+    cancel: &CancellationToken,
     told: &dyn Fn(&str),
 ) -> Result<Found, Error> {
     Ok(match &options.on {

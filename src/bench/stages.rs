@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::Error;
 use super::clock::{self, Clock, Spent};
-use crate::common::cancel::Cancel;
+use crate::common::cancel::Cancelled;
 use crate::layer::ahead::Ahead;
 use crate::layer::block::{self, Scratch};
 use crate::layer::codec::Codec;
@@ -26,6 +26,7 @@ use crate::node::overlay::xattr::Namespace;
 use crate::save::{self, Rules};
 use crate::store::destination;
 use crate::store::registry::{Repository, Writer};
+use tokio_util::sync::CancellationToken;
 
 /// A codec at a level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -47,7 +48,12 @@ pub enum Source {
 
 impl Source {
     /// Runs the first stage, the scan, on `jobs` threads.
-    pub fn scan(&self, rules: &Rules, jobs: usize, cancel: &Cancel) -> Result<Scan, Error> {
+    pub fn scan(
+        &self,
+        rules: &Rules,
+        jobs: usize,
+        cancel: &CancellationToken,
+    ) -> Result<Scan, Error> {
         match self {
             Self::Container(container) => Ok(rules.scan(container, &[], None, jobs, cancel)?),
             Self::Directory(directory) => {
@@ -75,7 +81,7 @@ impl Source {
                     exclusions: &exclusions,
                     caps: rules.caps,
                     runtime_root_mode: None,
-                    cancel: cancel.flag(),
+                    cancel: &cancel,
                 };
                 Ok(Scan::new(&roots, &options).map_err(save::Error::from)?)
             }
@@ -88,7 +94,7 @@ impl Source {
 fn side_by_side<S, T: Send>(
     threads: usize,
     count: u64,
-    cancel: &Cancel,
+    cancel: &CancellationToken,
     state: impl Fn() -> S + Sync,
     work: impl Fn(&mut S, u64) -> Result<(), save::Error> + Sync,
     done: impl Fn(S) -> T + Sync,
@@ -101,7 +107,7 @@ fn side_by_side<S, T: Send>(
             if number >= count {
                 return Ok(done(state));
             }
-            cancel.check()?;
+            Cancelled::check(cancel)?;
             work(&mut state, number)?;
         }
     };
@@ -137,7 +143,7 @@ fn fill(
 }
 
 /// Reads every file once into the page cache, so that all rounds start from the same state. A save does not do this.
-pub fn read_first(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent, Error> {
+pub fn read_first(plan: &Plan, threads: usize, cancel: &CancellationToken) -> Result<Spent, Error> {
     let scan = plan.scan();
     let clock = Clock::start();
     side_by_side(
@@ -174,7 +180,7 @@ pub fn read_first(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent,
 }
 
 /// Produces the tar from the plan: files are read and headers written, but nothing is hashed or compressed.
-pub fn read(plan: &Plan, threads: usize, cancel: &Cancel) -> Result<Spent, Error> {
+pub fn read(plan: &Plan, threads: usize, cancel: &CancellationToken) -> Result<Spent, Error> {
     let ahead = Ahead::new(plan);
     let clock = Clock::start();
     side_by_side(
@@ -204,7 +210,12 @@ pub struct Made {
 }
 
 /// Runs the workers' part of a save (read, checksum, compress), without the thread that hashes and delivers.
-pub fn make(plan: &Plan, setting: Setting, threads: usize, cancel: &Cancel) -> Result<Made, Error> {
+pub fn make(
+    plan: &Plan,
+    setting: Setting,
+    threads: usize,
+    cancel: &CancellationToken,
+) -> Result<Made, Error> {
     struct Worker {
         codec: Codec,
         tar: Vec<u8>,
@@ -270,14 +281,14 @@ pub struct Sample {
 
 impl Sample {
     /// Takes a sample of at most `most` bytes, but at least one block.
-    pub fn new(plan: &Plan, most: u64, cancel: &Cancel) -> Result<Self, Error> {
+    pub fn new(plan: &Plan, most: u64, cancel: &CancellationToken) -> Result<Self, Error> {
         let all = blocks(plan);
         let ahead = Ahead::new(plan);
         let taken = (most / BLOCK).clamp(1, all.max(1));
         let mut scratch = Scratch::default();
         let mut sample = Vec::new();
         for number in 0..taken {
-            cancel.check()?;
+            Cancelled::check(cancel)?;
             let mut tar = Vec::new();
             fill(&ahead, number * all / taken, &mut tar, &mut scratch)?;
             sample.push(tar);
@@ -310,7 +321,7 @@ impl Sample {
         &self,
         setting: Setting,
         threads: usize,
-        cancel: &Cancel,
+        cancel: &CancellationToken,
     ) -> Result<Compressed, Error> {
         /// Minimum number of blocks per thread. With fewer, the result would be dominated by the wait for the last
         /// thread.
@@ -337,10 +348,14 @@ impl Sample {
     }
 
     /// Returns the compressed blocks, in the pieces in which a save delivers them.
-    pub fn pieces(&self, setting: Setting, cancel: &Cancel) -> Result<Vec<Bytes>, Error> {
+    pub fn pieces(
+        &self,
+        setting: Setting,
+        cancel: &CancellationToken,
+    ) -> Result<Vec<Bytes>, Error> {
         let mut codec = Codec::new(setting.codec, setting.level);
         let pieces = self.blocks.iter().map(|block| {
-            cancel.check()?;
+            Cancelled::check(cancel)?;
             let compressed = codec.compress(block);
             Ok(compressed.map_or_else(|| Bytes::copy_from_slice(block), Bytes::from))
         });
@@ -438,7 +453,7 @@ pub fn deliver(
     place: &Place,
     pieces: &[Bytes],
     bytes: u64,
-    cancel: &Cancel,
+    cancel: &CancellationToken,
 ) -> Result<Spent, Error> {
     let clock = Clock::start();
     let mut delivery = place.begin()?;
@@ -446,7 +461,7 @@ pub fn deliver(
     let mut endless = pieces.iter().filter(|piece| !piece.is_empty()).cycle();
     let mut next = || -> Result<(), Error> {
         while let Some(piece) = endless.next().filter(|_| left > 0) {
-            cancel.check()?;
+            Cancelled::check(cancel)?;
             let len = piece.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             left -= len as u64;
             delivery.write(piece.slice(..len))?;
@@ -486,7 +501,12 @@ pub struct Saved {
 }
 
 /// Runs a whole save: scan, plan, stream, deliver.
-pub fn save(source: &Source, how: How<'_>, place: &Place, cancel: &Cancel) -> Result<Saved, Error> {
+pub fn save(
+    source: &Source,
+    how: How<'_>,
+    place: &Place,
+    cancel: &CancellationToken,
+) -> Result<Saved, Error> {
     let clock = Clock::start();
     let scan = source.scan(how.rules, how.jobs, cancel)?;
     let plans = save::cut(Plan::new(Arc::new(scan), how.timestamp), how.layer_size);
@@ -498,7 +518,7 @@ pub fn save(source: &Source, how: How<'_>, place: &Place, cancel: &Cancel) -> Re
         compression: how.setting.codec,
         level: how.setting.level,
         jobs: how.jobs,
-        cancel: cancel.flag(),
+        cancel: &cancel,
     };
     let parts = plans
         .iter()

@@ -14,7 +14,8 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 
 use super::Error;
-use crate::common::cancel::Cancel;
+use crate::common::cancel::Cancelled;
+use tokio_util::sync::CancellationToken;
 
 /// Modification time of all files, which contributes to the tar being identical everywhere.
 const WRITTEN: Duration = Duration::from_secs(1_700_000_000);
@@ -34,7 +35,7 @@ impl Tree {
     pub fn generate(
         place: &Path,
         bytes: u64,
-        cancel: &Cancel,
+        cancel: &CancellationToken,
         told: &dyn Fn(u64),
     ) -> Result<Self, Error> {
         let dir = tempfile::Builder::new()
@@ -147,7 +148,7 @@ fn forms(numbers: &mut Numbers) -> Vec<[u8; 6]> {
 }
 
 struct Writer<'a> {
-    cancel: &'a Cancel,
+    cancel: &'a CancellationToken,
     left: u64,
     buffer: Vec<u8>,
     words: Vec<Vec<u8>>,
@@ -243,7 +244,7 @@ impl Writer<'_> {
         bytes: usize,
         content: Content,
     ) -> Result<(), Error> {
-        self.cancel.check()?;
+        Cancelled::check(self.cancel)?;
         if self.left == 0 {
             return Ok(());
         }

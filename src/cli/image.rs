@@ -8,11 +8,12 @@ use super::exit::Usage;
 use super::print::print;
 use super::text::{self, Align};
 use super::{options, signals};
-use crate::common::cancel::{Cancel, Cancelled};
+use crate::common::cancel::Cancelled;
 use crate::store::harbor::Room;
 use crate::store::images::{
     Error, ImageEntry, Images, Listed, Place, Query, Removed, RepositoryEntry, Which,
 };
+use tokio_util::sync::CancellationToken;
 
 /// Length of a shortened digest in a table.
 const SHORT_DIGEST: usize = "sha256:".len() + 12;
@@ -265,7 +266,7 @@ fn run<T>(
         Place::Layout { .. } => None,
     };
     let registries = options::registries(registry, host)?;
-    let cancel = Cancel::default();
+    let cancel = CancellationToken::new();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
     runtime.block_on(async {

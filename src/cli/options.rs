@@ -11,7 +11,6 @@ use zeroize::Zeroizing;
 use super::args;
 use super::exit::Usage;
 use crate::bench::{self, stages::Setting};
-use crate::common::cancel::Cancel;
 use crate::layer::scan::Caps;
 use crate::node::background::Background;
 use crate::node::container::{ContainerdRoot, Roots, StorageRoot, VolumeRules};
@@ -19,6 +18,7 @@ use crate::save::{self, Compression, Gate, Rules};
 use crate::store::destination::Target;
 use crate::store::registry;
 use crate::store::registry::credentials::{Credentials, CredentialsError};
+use tokio_util::sync::CancellationToken;
 
 /// The options of `commit`.
 #[derive(Clone, Debug)]
@@ -95,7 +95,7 @@ impl Commit {
     pub(super) fn new(
         args: args::Commit,
         host_root: Option<&Path>,
-        cancel: &Cancel,
+        cancel: &CancellationToken,
     ) -> anyhow::Result<Self> {
         let level = level(&args.content)?;
         if let Some(path) = args.include_volume.iter().find(|path| !path.is_absolute()) {
@@ -174,7 +174,7 @@ pub(super) fn background(
 }
 
 /// Creates the gate on an open descriptor.
-fn gate(fd: u32, cancel: &Cancel) -> anyhow::Result<Gate> {
+fn gate(fd: u32, cancel: &CancellationToken) -> anyhow::Result<Gate> {
     let context = || format!("cannot read from descriptor {fd}");
     let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
     // Sockets cannot be opened through /dev/fd, and a socket is most likely the one that the events are written to.

@@ -6,10 +6,10 @@ use std::os::unix::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit::Exit;
-use crate::common::cancel::Cancel;
+use tokio_util::sync::CancellationToken;
 
 /// The first signal cancels. The second ends the process immediately, and the freeze watchdog then thaws the container.
-pub(super) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
+pub(super) fn cancel_on_signals(cancel: &CancellationToken) -> io::Result<()> {
     // Tokio panics if it cannot create its socket pair for the signals of this process. Eight descriptors that can be
     // opened now leave room for that pair after everything else that a runtime opens.
     let spare: Vec<_> = (0..4)
@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn a_signal_cancels_and_does_not_kill() -> anyhow::Result<()> {
-        let cancel = Cancel::default();
+        let cancel = CancellationToken::new();
         cancel_on_signals(&cancel)?;
         raise(Signal::SIGTERM)?;
         let deadline = Instant::now() + Duration::from_secs(10);

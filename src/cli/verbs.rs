@@ -15,7 +15,6 @@ use super::exit::Usage;
 use super::failure::Failure;
 use super::print::print;
 use super::{options, progress, signals, view, write_stdout};
-use crate::common::cancel::Cancel;
 use crate::common::private::FileMode;
 use crate::image::manifest::Platform;
 use crate::image::verify::validate::{self, Expected};
@@ -26,6 +25,7 @@ use crate::node::overlay::xattr::Namespace;
 use crate::save;
 use crate::save::event::{Event, Observer};
 use crate::store::destination::Target;
+use tokio_util::sync::CancellationToken;
 
 pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
     let listing = container::list(roots);
@@ -68,7 +68,13 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
             full: args.state.full,
             jobs: save::cores(),
         };
-        match save::next_save(roots, &container, base, &question, &Cancel::default()) {
+        match save::next_save(
+            roots,
+            &container,
+            base,
+            &question,
+            &CancellationToken::new(),
+        ) {
             Ok(next) => view.saved_next(next, &args.include_volume),
             Err(error) if error.kind() == save::Kind::Usage => return Err(error.into()),
             // Only the next save would fail with this error; the rest can still be shown.
@@ -81,8 +87,13 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
 /// Lists changes: D for whiteouts, C for paths that exist in the base, A for others.
 pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
     let container = container::find(roots, &args.container).map_err(save::Error::from)?;
-    let scan =
-        save::Rules::default().scan(&container, &[], None, save::cores(), &Cancel::default())?;
+    let scan = save::Rules::default().scan(
+        &container,
+        &[],
+        None,
+        save::cores(),
+        &CancellationToken::new(),
+    )?;
     let lines = scan.emitted().map(|index| {
         let entry = scan.entry(index);
         let change = match entry.kind {
@@ -133,7 +144,7 @@ fn commit_with(
     args: args::Commit,
     observer: Arc<dyn Observer>,
 ) -> anyhow::Result<save::Saved> {
-    let cancel = Cancel::default();
+    let cancel = CancellationToken::new();
     // Before threads are created, because they inherit the background settings of their creator.
     let options = options::Commit::new(args, roots.host_root.as_deref(), &cancel)?;
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
@@ -155,7 +166,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     let level = options::level(&args.content)?;
     let rules = options::rules(&args.content.choice);
     let exclusions = rules.exclusions(&[]).map_err(save::Error::from)?;
-    let cancel = Cancel::default();
+    let cancel = CancellationToken::new();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let jobs = args.content.jobs.map_or_else(save::cores, usize::from);
     // Symbolic links are resolved, because they are not followed later. Missing paths are reported when they are
@@ -181,7 +192,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         exclusions: &exclusions,
         caps: rules.caps,
         runtime_root_mode: None,
-        cancel: cancel.flag(),
+        cancel: &cancel,
     };
     let scan = Scan::new(&roots, &scan).map_err(save::Error::from)?;
     let plan = Plan::new(Arc::new(scan), args.content.choice.timestamp);
@@ -189,7 +200,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         compression: args.content.compression,
         level,
         jobs,
-        cancel: cancel.flag(),
+        cancel: &cancel,
     };
     let made = write_layer(&args.output, args.output_mode, &plan, options)?;
     for file in &made.unstable {
@@ -284,7 +295,7 @@ pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {
 pub(super) fn bench(roots: &Roots, args: args::Bench) -> anyhow::Result<()> {
     let format = args.format;
     let options = options::bench(args)?;
-    let cancel = Cancel::default();
+    let cancel = CancellationToken::new();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let line = progress::StatusLine::new();
     let report = crate::bench::run(&options, roots, &cancel, &|what| line.say(what))?;
@@ -293,7 +304,7 @@ pub(super) fn bench(roots: &Roots, args: args::Bench) -> anyhow::Result<()> {
 }
 
 pub(super) fn demo() -> anyhow::Result<()> {
-    let cancel = Cancel::default();
+    let cancel = CancellationToken::new();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     Ok(crate::demo::run(&mut std::io::stdout(), &cancel)?)
 }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
-use crate::common::cancel::{Cancel, Cancelled};
+use crate::common::cancel::Cancelled;
 use crate::common::digest::Digest;
 use crate::image::manifest::platform::Platform;
 use crate::image::verify::directory::DirectoryError;
@@ -31,6 +31,7 @@ use crate::save::event::{Event, Observer};
 use crate::save::{self, Compression, Pause, Rules, Saved};
 use crate::store::layout::{self, Reader};
 use crate::store::registry::Access;
+use tokio_util::sync::CancellationToken;
 
 pub use inside::entry;
 
@@ -107,7 +108,7 @@ fn list(differences: &[Difference]) -> String {
 }
 
 /// Runs the demonstration and describes it on `out`. Everything created is removed afterwards, even after an error.
-pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
+pub fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(), Error> {
     let begun = Instant::now();
     let mut story = Story {
         out,
@@ -139,7 +140,7 @@ pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
         .into_iter()
         .enumerate()
     {
-        cancel.check()?;
+        Cancelled::check(cancel)?;
         story
             .step(if round == 0 {
                 "Somebody works in it"
@@ -150,7 +151,7 @@ pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
         stage.container.tell(work)?;
         story.line(what).map_err(told)?;
 
-        cancel.check()?;
+        Cancelled::check(cancel)?;
         let destination = format!("oci:{}:{work}", stage.layout().display());
         let base = format!("oci:{}:base", stage.layout().display());
         story.step("Save it while it is there").map_err(told)?;
@@ -165,7 +166,7 @@ pub fn run(out: &mut dyn Write, cancel: &Cancel) -> Result<(), Error> {
             story.line(&line).map_err(told)?;
         }
 
-        cancel.check()?;
+        Cancelled::check(cancel)?;
         story
             .step("Unpack the image and compare it with what the container sees")
             .map_err(told)?;
@@ -499,7 +500,7 @@ fn save(
     stage: &Stage,
     destination: String,
     base: String,
-    cancel: &Cancel,
+    cancel: &CancellationToken,
 ) -> Result<(Saved, Vec<String>), Error> {
     let options = save::Options {
         container: format!("pid:{}", stage.container.pid),

@@ -149,7 +149,7 @@ pub(super) mod tests {
     use std::os::unix::fs::FileExt as _;
     use std::path::Path;
     use std::sync::Arc;
-    use std::sync::atomic::AtomicBool;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
     use crate::layer::plan::Plan;
@@ -175,7 +175,7 @@ pub(super) mod tests {
             exclusions: &exclusions,
             caps: Caps::default(),
             runtime_root_mode: None,
-            cancel: &AtomicBool::new(false),
+            cancel: &CancellationToken::new(),
         };
         let scan = Scan::new(&roots, &options).unwrap();
         Plan::new(Arc::new(scan), None)

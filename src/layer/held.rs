@@ -13,7 +13,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,6 +25,7 @@ use super::plan::{Item, Plan};
 use crate::common::escape;
 use crate::layer::scan::{Entry, Scan};
 use crate::node::overlay::flush::flush;
+use tokio_util::sync::CancellationToken;
 
 /// Files up to this size are read into memory if they fit: a clone costs as much as reading this many bytes.
 const SMALL: u64 = 128 << 10;
@@ -94,7 +95,10 @@ impl Holding {
     /// Waits until every clone is complete, and returns the contents and the files whose writers may have waited.
     ///
     /// Fails if a clone fails, since the instant is over by then. Returns what there is once `cancel` is set.
-    pub fn complete(mut self, cancel: &AtomicBool) -> Result<(Held, Vec<Waited>), ReadError> {
+    pub fn complete(
+        mut self,
+        cancel: &CancellationToken,
+    ) -> Result<(Held, Vec<Waited>), ReadError> {
         let begun = Instant::now();
         let mut waited = Vec::new();
         for cloning in self.cloning {
@@ -105,7 +109,7 @@ impl Holding {
             loop {
                 match cloning.ended.recv_timeout(SLOW_LOOK) {
                     Ok(result) => break result.map_err(fail)?,
-                    Err(RecvTimeoutError::Timeout) if cancel.load(Ordering::Relaxed) => {
+                    Err(RecvTimeoutError::Timeout) if cancel.is_cancelled() => {
                         return Ok((self.held, waited));
                     }
                     Err(RecvTimeoutError::Timeout) => {}
@@ -230,7 +234,12 @@ fn flush_until_little_is_left(file: BorrowedFd<'_>) {
 /// Captures the contents of a plan in the way that [`way`] returned. The originals may change afterwards.
 ///
 /// Fails if a file cannot be read or cloned.
-pub fn hold(plan: &Plan, way: Way, jobs: usize, cancel: &AtomicBool) -> Result<Holding, ReadError> {
+pub fn hold(
+    plan: &Plan,
+    way: Way,
+    jobs: usize,
+    cancel: &CancellationToken,
+) -> Result<Holding, ReadError> {
     let items: Vec<&Item> = plan
         .items()
         .iter()
@@ -244,7 +253,7 @@ pub fn hold(plan: &Plan, way: Way, jobs: usize, cancel: &AtomicBool) -> Result<H
         loop {
             let from = next.fetch_add(CHUNK, Ordering::Relaxed).min(items.len());
             let chunk = &items[from..items.len().min(from + CHUNK)];
-            if chunk.is_empty() || cancel.load(Ordering::Relaxed) {
+            if chunk.is_empty() || cancel.is_cancelled() {
                 break;
             }
             for item in chunk {

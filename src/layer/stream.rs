@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
@@ -20,6 +20,7 @@ use super::codec::{Codec, Compression};
 use super::content::{ReadError, Unstable};
 use super::plan::Plan;
 use crate::common::digest::{DiffId, Digest};
+use tokio_util::sync::CancellationToken;
 
 /// Tar bytes of a block. Part of the format and independent of `--jobs`: the same plan gives the same bytes.
 pub const BLOCK: u64 = 1 << 20;
@@ -43,7 +44,7 @@ pub struct Options<'a> {
     /// Worker threads; the output does not depend on the number.
     pub jobs: usize,
     /// Set to stop early with [`Error::Cancelled`].
-    pub cancel: &'a AtomicBool,
+    pub cancel: &'a CancellationToken,
 }
 
 /// A layer to be produced, and the sink of its bytes.
@@ -372,7 +373,7 @@ fn in_order<'a>(
         let Some(made) = under_way.pop_front() else {
             break;
         };
-        if shared.options.cancel.load(Ordering::Relaxed) {
+        if shared.options.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
         let block = made.recv().map_err(|_| Error::Worker)??;

@@ -476,7 +476,7 @@ async fn remake(
             exclusions: &exclusions,
             caps: context.caps,
             runtime_root_mode: None,
-            cancel: context.cancel.flag(),
+            cancel: &context.cancel,
         },
     )?;
     let plan = Arc::new(Plan::new(Arc::new(scan), None));
@@ -491,7 +491,7 @@ async fn remake(
                 compression,
                 level: compression.default_level(),
                 jobs,
-                cancel: cancel.flag(),
+                cancel: &cancel,
             };
             let sink = |bytes| writer.write(bytes).map_err(Error::from);
             let made = layer::stream::write(&plan, options, sink, &|at| {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::oneshot;
 
 use super::Error;
-use crate::common::cancel::Cancel;
+use tokio_util::sync::CancellationToken;
 
 /// The answer that opens the gate.
 const GO_ON: u8 = b'y';
@@ -18,7 +18,10 @@ pub struct Gate(Arc<Mutex<Option<oneshot::Receiver<()>>>>);
 impl Gate {
     /// Starts a thread that reads `answers`. Any byte other than the one that opens, and the end of the input, cancel
     /// the save at once, not only when the gate is reached: a save whose agent died is useless.
-    pub fn new(mut answers: impl Read + Send + 'static, cancel: Cancel) -> io::Result<Self> {
+    pub fn new(
+        mut answers: impl Read + Send + 'static,
+        cancel: CancellationToken,
+    ) -> io::Result<Self> {
         let (open, opened) = oneshot::channel();
         let listen = move || {
             let mut byte = [0];
@@ -66,7 +69,7 @@ mod tests {
             (b"", false),
         ] {
             let (answers, mut agent) = io::pipe()?;
-            let cancel = Cancel::default();
+            let cancel = CancellationToken::new();
             let gate = Gate::new(answers, cancel.clone())?;
             agent.write_all(said)?;
             drop(agent);
@@ -83,7 +86,7 @@ mod tests {
     #[tokio::test]
     async fn an_agent_that_dies_cancels_though_nobody_asks() -> io::Result<()> {
         let (answers, agent) = io::pipe()?;
-        let cancel = Cancel::default();
+        let cancel = CancellationToken::new();
         let _gate = Gate::new(answers, cancel.clone())?;
         assert!(!cancel.is_cancelled());
         drop(agent);

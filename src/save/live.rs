@@ -8,7 +8,6 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::earlier::Earlier;
@@ -111,7 +110,7 @@ pub(super) async fn take(
 async fn complete(context: &Context, holding: Vec<Holding>) -> Result<Vec<Held>, Error> {
     let cancel = context.cancel.clone();
     let work = move || {
-        let complete = |holding: Holding| holding.complete(cancel.flag());
+        let complete = |holding: Holding| holding.complete(&cancel);
         holding
             .into_iter()
             .map(complete)
@@ -408,8 +407,7 @@ async fn take_frozen(
         way => {
             let (jobs, cancel) = (context.jobs, context.cancel.clone());
             let work = move || {
-                let flag: &AtomicBool = cancel.flag();
-                let hold = |plan: &Plan| held::hold(plan, way, jobs, flag);
+                let hold = |plan: &Plan| held::hold(plan, way, jobs, &cancel);
                 let held = plans.iter().map(hold).collect::<Result<Vec<_>, _>>();
                 (plans, held)
             };

@@ -23,7 +23,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
-use crate::common::cancel::Cancel;
 use crate::common::private::FileMode;
 use crate::image::manifest;
 pub use crate::layer::Compression;
@@ -36,6 +35,7 @@ use crate::save::event::{Event, Observer, Phase};
 use crate::store::destination::{BlobWriter, Destination, Target};
 use crate::store::layout;
 use crate::store::registry::{Access, Registries};
+use tokio_util::sync::CancellationToken;
 
 use earlier::Earlier;
 use trees::Known;
@@ -158,7 +158,7 @@ struct Context {
     roots: container::Roots,
     registries: Registries,
     observer: Arc<dyn Observer>,
-    cancel: Cancel,
+    cancel: CancellationToken,
     jobs: usize,
     caps: Caps,
 }
@@ -182,7 +182,7 @@ pub async fn commit(
     roots: container::Roots,
     access: Access,
     observer: Arc<dyn Observer>,
-    cancel: &Cancel,
+    cancel: &CancellationToken,
 ) -> Result<Saved, Error> {
     // On cancellation everything in progress is dropped: uploads are aborted, the container is thawed.
     let started = Instant::now();
@@ -197,7 +197,7 @@ async fn save(
     roots: container::Roots,
     access: Access,
     observer: Arc<dyn Observer>,
-    cancel: &Cancel,
+    cancel: &CancellationToken,
     started: Instant,
 ) -> Result<Saved, Error> {
     let target = check(options)?;
@@ -664,7 +664,7 @@ async fn stream_once(
             compression,
             level,
             jobs,
-            cancel: cancel.flag(),
+            cancel: &cancel,
         };
         let given_up = AtomicBool::new(false);
         let parts = numbers.iter().map(planned).zip(&mut writers);

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use super::earlier::{self, Granted, Last};
 use super::{Error, Rules, trees};
-use crate::common::cancel::Cancel;
 use crate::layer::Plan;
 use crate::layer::scan::Scan;
 use crate::node::container::{self, Base, Container, VolumeRules};
 use crate::save::kept::Store;
+use tokio_util::sync::CancellationToken;
 
 /// The options of a save that determine what it would be.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +67,7 @@ pub fn next_save(
     container: &Container,
     base: &Base,
     question: &Question<'_>,
-    cancel: &Cancel,
+    cancel: &CancellationToken,
 ) -> Result<NextSave, Error> {
     let volumes = trees::open(roots, container, question.volumes, question.volume_rules)?;
     let scan = |earlier: Option<&[Arc<Scan>]>| {

@@ -10,6 +10,7 @@ use super::{Context, Error, LayerSize, Options};
 use crate::layer::Plan;
 use crate::layer::scan::{Clock, Entry, Report, Scan};
 use crate::node::container::{self, Container, Volume, VolumeRules};
+use tokio_util::sync::CancellationToken;
 
 /// How far the clock of a server that stamps files may be behind this node's. Files stamped later than this before a
 /// scan are read again.
@@ -81,7 +82,7 @@ pub(super) fn scan_all(
     volumes: &[Volume],
     earlier: Option<&[Arc<Scan>]>,
     jobs: usize,
-    cancel: &crate::common::cancel::Cancel,
+    cancel: &CancellationToken,
 ) -> Result<Vec<Scan>, Error> {
     let before = |tree: usize| earlier.and_then(|earlier| earlier.get(tree)).map(|s| &**s);
     let mut scans = vec![rules.scan(container, volumes, before(0), jobs, cancel)?];

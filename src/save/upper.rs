@@ -5,9 +5,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::Error;
-use crate::common::cancel::Cancel;
 use crate::layer::scan::{self, Caps, Exclusions, Scan};
 use crate::node::container::{Container, Volume};
+use tokio_util::sync::CancellationToken;
 
 /// The rules for what goes into the layer.
 #[derive(Clone, Debug, Default)]
@@ -53,7 +53,7 @@ impl Rules {
         volumes: &[Volume],
         earlier: Option<&Scan>,
         jobs: usize,
-        cancel: &Cancel,
+        cancel: &CancellationToken,
     ) -> Result<Scan, Error> {
         let mounts = destinations(container, |_| true);
         let saved: Vec<Vec<u8>> = volumes
@@ -71,7 +71,7 @@ impl Rules {
         volume: &Volume,
         earlier: Option<&Scan>,
         jobs: usize,
-        cancel: &Cancel,
+        cancel: &CancellationToken,
     ) -> Result<Scan, Error> {
         let mounts = destinations(container, |mount| !volume.destination.starts_with(mount));
         let exclusions = self.exclusions(&mounts)?;
@@ -85,7 +85,7 @@ impl Rules {
         exclusions: &Exclusions,
         earlier: Option<&Scan>,
         jobs: usize,
-        cancel: &Cancel,
+        cancel: &CancellationToken,
     ) -> Result<Scan, Error> {
         let overlay = &container.overlay;
         let roots = scan::Roots {
@@ -104,7 +104,7 @@ impl Rules {
             exclusions,
             caps: self.caps,
             runtime_root_mode: container.runtime_root_mode,
-            cancel: cancel.flag(),
+            cancel: &cancel,
         };
         let again = earlier.map(|earlier| Scan::again(earlier, &roots, &options));
         match again.transpose()?.flatten() {

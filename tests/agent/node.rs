@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
-use upperdeck::common::cancel::Cancel;
+use tokio_util::sync::CancellationToken;
 use upperdeck::common::digest::Digest;
 use upperdeck::node::container::{ContainerdRoot, Roots};
 use upperdeck::service::agent::{self, Options, OwnerRule};
@@ -384,7 +384,7 @@ pub struct Service {
     pub reports: Arc<Mutex<Vec<Report>>>,
     /// The manager's answers other than "wanted"; `None` means no answer.
     words: Words,
-    cancel: Cancel,
+    cancel: CancellationToken,
     agent: JoinHandle<Result<(), agent::Error>>,
     manager: JoinHandle<()>,
     answers: JoinHandle<()>,
@@ -450,7 +450,7 @@ impl Service {
                 }
             })
         };
-        let cancel = Cancel::default();
+        let cancel = CancellationToken::new();
         let agent = tokio::spawn(agent::run(options, agents, cancel.clone()));
         Self {
             queue,

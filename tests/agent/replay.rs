@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use redis::{Value, cmd};
 use tokio::task::JoinHandle;
-use upperdeck::common::cancel::Cancel;
+use tokio_util::sync::CancellationToken;
 use upperdeck::service::agent;
 use upperdeck::service::job::{
     Before, Category, Code, JobId, Kind, Order, Outcome, Said, SaveOptions, State, Word, now_ms,
@@ -25,13 +25,13 @@ struct Site {
     managers: Queue,
     agents: Queue,
     server: Option<Server>,
-    cancel: Cancel,
+    cancel: CancellationToken,
     manager: JoinHandle<Result<(), manager::Error>>,
 }
 
 /// A running agent.
 struct Agent {
-    cancel: Cancel,
+    cancel: CancellationToken,
     task: JoinHandle<Result<(), agent::Error>>,
 }
 
@@ -74,7 +74,7 @@ impl Site {
         let mut options =
             manager::Options::new(Listen::Unix(node.path("manager.sock")), target.parse()?);
         options.reconcile_every = Duration::from_millis(200);
-        let cancel = Cancel::default();
+        let cancel = CancellationToken::new();
         let manager = tokio::spawn(manager::run(
             options,
             managers.clone(),
@@ -170,7 +170,7 @@ impl Site {
     }
 
     fn agent(&self, options: agent::Options) -> Agent {
-        let cancel = Cancel::default();
+        let cancel = CancellationToken::new();
         let (queue, until) = (self.agents.clone(), cancel.clone());
         let task = tokio::spawn(async move {
             loop {

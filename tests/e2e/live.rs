@@ -9,7 +9,7 @@ mod watched;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use tokio_util::sync::CancellationToken;
 
 use anyhow::{Context, Result, ensure};
 use upperdeck::layer::held;
@@ -454,7 +454,7 @@ fn can_clone(dir: &Path) -> Result<bool> {
         namespace: Namespace::Trusted,
         volume: None,
     };
-    let never = AtomicBool::new(false);
+    let never = CancellationToken::new();
     let options = scan::Options {
         jobs: 1,
         uid_map: &[],

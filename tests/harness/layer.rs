@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use tokio_util::sync::CancellationToken;
 
 use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};
@@ -169,7 +169,7 @@ pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan
         namespace: source.namespace,
         volume: source.volume.clone(),
     };
-    let cancel = AtomicBool::new(false);
+    let cancel = CancellationToken::new();
     let options = Options {
         jobs,
         uid_map: &source.uid_map,
@@ -193,7 +193,7 @@ fn write(
     compression: Compression,
     jobs: usize,
 ) -> Result<Vec<(Layer, Vec<u8>)>, String> {
-    let cancel = AtomicBool::new(false);
+    let cancel = CancellationToken::new();
     let options = layer::Options {
         compression,
         level: compression.default_level(),

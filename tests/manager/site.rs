@@ -11,7 +11,7 @@ use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
-use upperdeck::common::cancel::Cancel;
+use tokio_util::sync::CancellationToken;
 use upperdeck::service::job::{
     Category, Event, JobId, Kind, Load, Node, Outcome, Phase, Report, Said, Saved, Session,
 };
@@ -40,7 +40,7 @@ pub enum Who {
 /// A running manager.
 pub struct Manager {
     pub address: SocketAddr,
-    cancel: Cancel,
+    cancel: CancellationToken,
     task: JoinHandle<Result<(), upperdeck::service::manager::Error>>,
 }
 
@@ -136,7 +136,7 @@ impl Site {
         let record = Record::open(&self.place).await?;
         let server = Server::bind(options, queue, record).await?;
         let address = server.address().unwrap_or(([127, 0, 0, 1], 1).into());
-        let cancel = Cancel::default();
+        let cancel = CancellationToken::new();
         let task = tokio::spawn(server.run(cancel.clone()));
         Ok(Manager {
             address,

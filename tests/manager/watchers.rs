@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use upperdeck::common::cancel::Cancel;
+use tokio_util::sync::CancellationToken;
 use upperdeck::service::manager::{Server, raise_open_files};
 use upperdeck::service::record::Record;
 
@@ -40,7 +40,7 @@ fn cpu_seconds() -> f64 {
 fn a_thousand_watchers_cost_little() -> Outcomes {
     raise_open_files()?;
     let site = Site::new()?;
-    let cancel = Cancel::default();
+    let cancel = CancellationToken::new();
     let (told, address) = std::sync::mpsc::channel();
     let manager = {
         let (options, queue, place, cancel) = (

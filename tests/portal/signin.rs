@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde_json::json;
 use tokio::runtime::Runtime;
-use upperdeck::common::cancel::Cancel;
+use tokio_util::sync::CancellationToken;
 use upperdeck::service::manager::auth::{Proxies, Role, Tokens};
 use upperdeck::service::manager::{Listen, Options, Server};
 use upperdeck::service::queue::{Limits, Local, Queue};
@@ -15,7 +15,7 @@ use crate::browser::{Browser, Look, Outcome, missing};
 
 struct Manager {
     address: SocketAddr,
-    cancel: Cancel,
+    cancel: CancellationToken,
     runtime: Runtime,
     _dir: tempfile::TempDir,
 }
@@ -37,7 +37,7 @@ impl Manager {
             registry: 0,
         };
         let place = format!("sqlite:{}", dir.path().join("record.db").display());
-        let cancel = Cancel::default();
+        let cancel = CancellationToken::new();
         let ending = cancel.clone();
         let address = runtime.block_on(async {
             let record = Record::open(&place).await?;

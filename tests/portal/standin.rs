@@ -19,7 +19,6 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use jiff::{SignedDuration, Timestamp};
 use tokio::runtime::Runtime;
-use tokio_stream::wrappers::ReceiverStream;
 use upperdeck::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, Saved, State, Unsaved,
 };
@@ -641,7 +640,7 @@ async fn requeue(Given(world): Given<Shared>, headers: HeaderMap, Path(id): Path
 
 async fn events(Given(world): Given<Shared>, headers: HeaderMap, Path(id): Path<String>) -> Reply {
     find(&*enter(&world, &headers, false)?, &id)?;
-    let (says, hears) = tokio::sync::mpsc::channel::<Result<Event, Infallible>>(16);
+    let (says, mut hears) = tokio::sync::mpsc::channel::<Result<Event, Infallible>>(16);
     let mut seen: Option<u64> = headers
         .get("last-event-id")
         .and_then(|id| id.to_str().ok()?.parse().ok());
@@ -670,7 +669,8 @@ async fn events(Given(world): Given<Shared>, headers: HeaderMap, Path(id): Path<
             }
         }
     });
-    Ok(Sse::new(ReceiverStream::new(hears))
+    let events = futures_util::stream::poll_fn(move |context| hears.poll_recv(context));
+    Ok(Sse::new(events)
         .keep_alive(KeepAlive::default())
         .into_response())
 }

@@ -12,9 +12,10 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::atomic::AtomicBool;
+use std::sync::LazyLock;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 
 use disk::{Disk, Slow};
 use support::Need;
@@ -30,7 +31,7 @@ const SIZE: usize = 8 << 20;
 /// Time after which a write is completed: a reader that has not finished by then waits for the write.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-static NEVER: AtomicBool = AtomicBool::new(false);
+static NEVER: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
 
 /// A write that has begun.
 struct SlowWrite {

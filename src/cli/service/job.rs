@@ -15,11 +15,12 @@ use crate::cli::print::print;
 use crate::cli::progress::{self, Mode};
 use crate::cli::text::{self, Align};
 use crate::cli::{signals, write_stdout};
-use crate::common::cancel::{Cancel, Cancelled};
+use crate::common::cancel::Cancelled;
 use crate::service::job::{Code, Event, Observer, SaveOptions, State};
 use crate::service::manager::shape::{
     ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Which,
 };
+use tokio_util::sync::CancellationToken;
 
 /// Length of a shortened container ID in a table.
 const SHORT_ID: usize = 12;
@@ -69,7 +70,7 @@ pub(super) fn on(
     work: impl AsyncFnOnce(&Client) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let client = Client::new(server)?;
-    let cancel = Cancel::default();
+    let cancel = CancellationToken::new();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
     runtime.block_on(async {

@@ -11,7 +11,6 @@ use super::client;
 use crate::cli::args::service;
 use crate::cli::exit::Usage;
 use crate::cli::{options, secret as secrets, signals, text, write_stdout};
-use crate::common::cancel::Cancel;
 use crate::common::private;
 use crate::node::container::Roots;
 use crate::service::agent;
@@ -22,6 +21,7 @@ use crate::service::manager::{self, Listen};
 use crate::service::queue::{self, Limits, Queue};
 use crate::service::record::Record;
 use crate::store::registry;
+use tokio_util::sync::CancellationToken;
 
 /// Default location of a manager's record.
 pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
@@ -113,12 +113,12 @@ async fn redis(queue: &service::Queue, node: Option<&str>) -> anyhow::Result<Opt
 }
 
 /// Runs `work` until a signal cancels.
-fn serve(work: impl AsyncFnOnce(Cancel) -> anyhow::Result<()>) -> anyhow::Result<()> {
+fn serve(work: impl AsyncFnOnce(CancellationToken) -> anyhow::Result<()>) -> anyhow::Result<()> {
     // Every connection takes a descriptor. If the limit cannot be raised, fewer connections are served.
     if let Err(error) = manager::raise_open_files() {
         tracing::warn!(error = %error, "the limit of open files cannot be raised");
     }
-    let cancel = Cancel::default();
+    let cancel = CancellationToken::new();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
     runtime.block_on(work(cancel))
@@ -477,9 +477,9 @@ async fn run_up(
     server: manager::Server,
     work: agent::Options,
     queue: Queue,
-    cancel: Cancel,
+    cancel: CancellationToken,
 ) -> anyhow::Result<()> {
-    let (stop_agent, stop_manager) = (Cancel::default(), Cancel::default());
+    let (stop_agent, stop_manager) = (CancellationToken::new(), CancellationToken::new());
     let manager = tokio::spawn(server.run(stop_manager.clone()));
     tokio::pin!(manager);
     let agent = tokio::spawn(agent::run(work, queue.clone(), stop_agent.clone()));

@@ -184,7 +184,7 @@ impl<'a> Comparison<'a> {
                         if chunk.is_empty() {
                             break;
                         }
-                        let looked = if walker.options.cancel.load(Ordering::Relaxed) {
+                        let looked = if walker.options.cancel.is_cancelled() {
                             Err(Error::Cancelled)
                         } else if let Err(error) = &rights {
                             let error = std::io::Error::other(error.to_string());

@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use tokio_util::sync::CancellationToken;
 
 pub use clock::{Clock, tick};
 pub use exclude::{Exclusions, Facts, PatternError, Reason, Rules};
@@ -102,7 +102,7 @@ pub struct Options<'a> {
     /// Mode that the runtime itself gives to the upper's root; it does not count as a change by the user.
     pub runtime_root_mode: Option<u32>,
     /// Set to stop early with [`Error::Cancelled`].
-    pub cancel: &'a AtomicBool,
+    pub cancel: &'a CancellationToken,
 }
 
 /// Type of an entry.

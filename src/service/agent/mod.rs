@@ -20,9 +20,9 @@ use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
-use crate::common::cancel::Cancel;
 use crate::service::job::{JobId, Node, Order, now_ms};
 use crate::service::queue::{self, Claim, Queue};
+use tokio_util::sync::CancellationToken;
 
 use inventory::{Inside, Inventory};
 use spool::Spool;
@@ -80,9 +80,9 @@ struct Agent {
     stuck: Stuck,
     started_ms: i64,
     /// Set when the agent has to end.
-    cancel: Cancel,
+    cancel: CancellationToken,
     /// Set when the time for draining is over and running jobs have to be returned.
-    drain_over: Cancel,
+    drain_over: CancellationToken,
     running: Mutex<HashMap<JobId, Running>>,
 }
 
@@ -90,16 +90,16 @@ struct Agent {
 struct Running {
     threads: u32,
     /// Set when another consumer holds the claim.
-    lost: Cancel,
+    lost: CancellationToken,
     /// Set when nothing of the job is left.
-    ended: Cancel,
+    ended: CancellationToken,
 }
 
 /// Runs the agent until `cancel` is set, then drains: running jobs may finish within [`Options::drain`], the others are
 /// returned to the queue.
 ///
 /// Fails with [`Error`] if the agent cannot start.
-pub async fn run(options: Options, queue: Queue, cancel: Cancel) -> Result<(), Error> {
+pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> Result<(), Error> {
     if options.node.is_empty() {
         return Err(Error::Options("a node has a name".to_owned()));
     }
@@ -113,7 +113,7 @@ pub async fn run(options: Options, queue: Queue, cancel: Cancel) -> Result<(), E
         inventory: Inventory::default(),
         stuck: Stuck::default(),
         started_ms: now_ms(),
-        drain_over: Cancel::default(),
+        drain_over: CancellationToken::new(),
         running: Mutex::default(),
         options,
         queue,
@@ -243,7 +243,7 @@ impl Agent {
         let agent = Arc::clone(self);
         jobs.spawn(async move {
             let job = claim.order.job;
-            let (lost, ended) = (Cancel::default(), Cancel::default());
+            let (lost, ended) = (CancellationToken::new(), CancellationToken::new());
             // A claim for a job that is still running here means that the earlier claim is lost.
             loop {
                 let former = {
@@ -386,7 +386,7 @@ impl Agent {
 struct Gone {
     agent: Arc<Agent>,
     job: JobId,
-    ended: Cancel,
+    ended: CancellationToken,
 }
 
 impl Drop for Gone {

@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::common::cancel::Cancel;
 use crate::service::job::{Before, Event, Question, Report, Said, Word, now_ms};
 use crate::service::queue::{Claim, Error, Hold, Queue};
+use tokio_util::sync::CancellationToken;
 
 /// Time limit of a call of the queue.
 pub(super) const CALL: Duration = Duration::from_secs(5);
@@ -166,7 +166,7 @@ impl Teller {
 
     /// Sends the final report, and retries as long as necessary. `over` limits that time, because the agent is about to
     /// end.
-    pub(super) async fn complete(mut self, said: Said, over: &Cancel) -> Hold {
+    pub(super) async fn complete(mut self, said: Said, over: &CancellationToken) -> Hold {
         let last = self.report(said);
         let mut until = None;
         loop {

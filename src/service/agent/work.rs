@@ -11,12 +11,12 @@ use super::child::{self, Child};
 use super::made::read_saved;
 use super::spool::{Note, Of};
 use super::telling::Teller;
-use crate::common::cancel::Cancel;
 use crate::common::escape;
 use crate::node::container::{self, Container, Runtime};
 use crate::node::freeze;
 use crate::service::job::{Before, Code, Event, JobId, Order, Outcome, Said, Word, now_ms};
 use crate::service::queue::{Claim, Hold, RENEW_EVERY};
+use tokio_util::sync::CancellationToken;
 
 /// Interval between questions to a manager that has not answered.
 const CONFIRM_AGAIN: Duration = Duration::from_secs(1);
@@ -78,7 +78,7 @@ enum End {
 }
 
 /// Processes `claim`. `lost` is set when another consumer is known to hold the claim.
-pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: Cancel) {
+pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: CancellationToken) {
     let order = claim.order.clone();
     let mut teller = Teller::new(agent.queue.clone(), agent.options.node.clone(), claim);
     let end = match permission(&agent, &mut teller, &order, &lost).await {
@@ -119,7 +119,7 @@ async fn permission(
     agent: &Agent,
     teller: &mut Teller,
     order: &Order,
-    lost: &Cancel,
+    lost: &CancellationToken,
 ) -> Option<End> {
     if let Some(outcome) = agent.spool.kept(order, now_ms()) {
         return Some(End::Known(outcome));
@@ -158,7 +158,12 @@ async fn permission(
     }
 }
 
-async fn one_end(agent: &Arc<Agent>, teller: &mut Teller, order: &Order, lost: &Cancel) -> End {
+async fn one_end(
+    agent: &Arc<Agent>,
+    teller: &mut Teller,
+    order: &Order,
+    lost: &CancellationToken,
+) -> End {
     if agent.cancel.is_cancelled() {
         return End::GivenBack("the agent ends");
     }
@@ -330,7 +335,12 @@ enum Why {
     NoManager,
 }
 
-async fn attempt(agent: &Agent, teller: &mut Teller, order: &Order, lost: &Cancel) -> End {
+async fn attempt(
+    agent: &Agent,
+    teller: &mut Teller,
+    order: &Order,
+    lost: &CancellationToken,
+) -> End {
     let threads = agent.threads_for(order.job);
     let arguments = child::arguments(&agent.options, &agent.spool, order, threads);
     let begun = Instant::now();
@@ -416,7 +426,7 @@ async fn follow(
     agent: &Agent,
     teller: &mut Teller,
     order: &Order,
-    lost: &Cancel,
+    lost: &CancellationToken,
     child: &mut Child,
 ) -> (Option<Why>, std::io::Result<ExitStatus>, LastSaid) {
     let mut said = LastSaid::default();

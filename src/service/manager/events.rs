@@ -23,10 +23,10 @@ use super::door::One;
 use super::input::Path;
 use super::refusal::Refusal;
 use super::saves::{get, shown};
-use crate::common::cancel::Cancel;
 use crate::service::job::{JobId, State};
 use crate::service::queue::{Place, Queue};
 use crate::service::record::{self, Head, Progress, Record, Save};
+use tokio_util::sync::CancellationToken;
 
 /// Number of events a watcher may fall behind before it has to read the record.
 const BEHIND: usize = 32;
@@ -105,7 +105,7 @@ impl Hub {
         record: &Record,
         queue: &Queue,
         every: Duration,
-        cancel: &Cancel,
+        cancel: &CancellationToken,
     ) {
         let mut round = 0_u64;
         let mut clock = tokio::time::interval(every);

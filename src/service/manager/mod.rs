@@ -30,10 +30,10 @@ use std::sync::Arc;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Notify;
 
-use crate::common::cancel::Cancel;
 use crate::service::log_limit::Hush;
 use crate::service::queue::{self, Queue};
 use crate::service::record::{self, Policy, Record};
+use tokio_util::sync::CancellationToken;
 
 use self::door::Bound;
 
@@ -94,7 +94,7 @@ struct Inner {
     metrics: metrics::Metrics,
     /// Notified when the outbox contains a request.
     errands: Notify,
-    cancel: Cancel,
+    cancel: CancellationToken,
 }
 
 /// A manager that is bound to its address. It accepts connections at once and answers them after [`Server::run`].
@@ -156,7 +156,7 @@ impl Server {
             hub: events::Hub::default(),
             metrics: metrics::Metrics::new(&name),
             errands: Notify::new(),
-            cancel: Cancel::default(),
+            cancel: CancellationToken::new(),
             name,
             queue,
             record,
@@ -178,7 +178,7 @@ impl Server {
     /// finished or [`Options::grace`] has passed.
     ///
     /// Fails with [`Error::Work`] if the background work fails.
-    pub async fn run(self, cancel: Cancel) -> Result<(), Error> {
+    pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let app = self.app;
         let at = match &self.bound {
             Bound::Tcp(_) => self.address.map(|at| at.to_string()).unwrap_or_default(),
@@ -210,7 +210,7 @@ impl Server {
 }
 
 /// Completes when `work` ends without having been cancelled.
-async fn breakdown(work: &mut tokio::task::JoinHandle<()>, cancel: &Cancel) -> Error {
+async fn breakdown(work: &mut tokio::task::JoinHandle<()>, cancel: &CancellationToken) -> Error {
     if (&mut *work).await.is_ok() && cancel.is_cancelled() {
         // The task has been joined and must not be awaited again, so it is replaced by one that is done.
         *work = tokio::spawn(async {});
@@ -244,7 +244,7 @@ pub async fn run(
     options: Options,
     queue: Queue,
     record: Record,
-    cancel: Cancel,
+    cancel: CancellationToken,
 ) -> Result<(), Error> {
     Server::bind(options, queue, record)
         .await?
@@ -258,7 +258,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_manager_ends_when_its_work_breaks_down() {
-        let cancel = Cancel::default();
+        let cancel = CancellationToken::new();
         let mut work = tokio::spawn(async { panic!("a defect") });
         assert!(matches!(breakdown(&mut work, &cancel).await, Error::Work));
         let mut work = tokio::spawn(async {});

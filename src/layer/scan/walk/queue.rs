@@ -117,7 +117,7 @@ impl Walker<'_> {
             };
             drop(queue);
             let working = Working(self);
-            let result = if self.options.cancel.load(Ordering::Relaxed) {
+            let result = if self.options.cancel.is_cancelled() {
                 Err(Error::Cancelled)
             } else if let Err(error) = &rights {
                 let error = io::Error::other(error.to_string());
@@ -182,7 +182,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
     use crate::layer::scan::{Caps, Exclusions, Options, Roots, Rules};
@@ -202,7 +202,7 @@ mod tests {
         };
         let (exclusions, cancel) = (
             Exclusions::new(Rules::default()).unwrap(),
-            AtomicBool::new(false),
+            CancellationToken::new(),
         );
         let options = Options {
             jobs: 3,
