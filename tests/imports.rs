@@ -214,6 +214,31 @@ fn in_circles(arrows: &BTreeSet<(String, String)>) -> BTreeSet<&str> {
     }
 }
 
+/// The names of the packages that a table of Cargo.toml lists, such as `[dependencies]`.
+fn dependencies(manifest: &toml::Table, table: &str) -> BTreeSet<String> {
+    let table = manifest.get(table).and_then(toml::Value::as_table);
+    table
+        .into_iter()
+        .flatten()
+        .map(|(name, _)| name.clone())
+        .collect()
+}
+
+/// The packages of `listed` that no path in the sources of `dirs` begins with. Paths alone count: not comments and text.
+fn unnamed(listed: BTreeSet<String>, dirs: &[&str]) -> Result<Vec<String>, Box<dyn Error>> {
+    let mut files = Vec::new();
+    for dir in dirs {
+        sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join(dir), &mut files)?;
+    }
+    let mut named = BTreeSet::new();
+    for file in files {
+        let text = fs::read_to_string(&file)?.replace("\n#[cfg(test)]\nmod ", "\nmod ");
+        named.extend(paths(&text).into_iter().map(|path| path[0].clone()));
+    }
+    let is_unnamed = |name: &String| !named.contains(&name.replace('-', "_"));
+    Ok(listed.into_iter().filter(is_unnamed).collect())
+}
+
 fn src() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
 }
@@ -259,6 +284,24 @@ fn no_two_modules_of_a_directory_depend_on_each_other() -> Outcome {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn every_dependency_is_used_by_a_source() -> Outcome {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+    let manifest: toml::Table = toml::from_str(&fs::read_to_string(manifest)?)?;
+    let program = dependencies(&manifest, "dependencies");
+    let tests = dependencies(&manifest, "dev-dependencies");
+    assert!(program.contains("serde") && tests.contains("boon"));
+    assert_eq!(unnamed(program, &["src"])?, [""; 0], "[dependencies]");
+    assert_eq!(
+        unnamed(tests, &["tests", "benches"])?,
+        [""; 0],
+        "[dev-dependencies]"
+    );
+    let invented = BTreeSet::from(["serde".to_owned(), "not-a-crate".to_owned()]);
+    assert_eq!(unnamed(invented, &["src"])?, ["not-a-crate"]);
     Ok(())
 }
 

@@ -14,10 +14,10 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::LazyLock;
-use tokio_util::sync::CancellationToken;
 
 use disk::Disk;
 use support::Need;
+use tokio_util::sync::CancellationToken;
 use upperdeck::layer::held::{self, Way};
 use upperdeck::layer::scan::{Caps, Clock, Exclusions, Options, Roots, Rules, Scan, tick};
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};

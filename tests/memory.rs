@@ -11,9 +11,9 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::LazyLock;
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio_util::sync::CancellationToken;
 
 use nix::sys::resource::{UsageWho, getrusage};
+use tokio_util::sync::CancellationToken;
 use upperdeck::common::digest::Digest;
 use upperdeck::layer::Plan;
 use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan, tick};

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
 
 use super::advice::{self, Candidate};
 use super::clock::{self, Spent, median};
@@ -13,7 +14,6 @@ use super::stages::{self, Compressed, How, Made, Place, Sample, Setting, Source}
 use super::{Error, Options, Upload};
 use crate::layer::Plan;
 use crate::save::Compression;
-use tokio_util::sync::CancellationToken;
 
 /// Size in bytes of the part of the tar that is kept in memory for the codecs, SHA-256 and the uploads.
 const SAMPLE: u64 = 48 << 20;

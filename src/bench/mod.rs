@@ -24,6 +24,7 @@ use stages::{Place, Setting, Source};
 use tree::Tree;
 
 use measure::Bench;
+use tokio_util::sync::CancellationToken;
 
 use crate::common::cancel::Cancelled;
 use crate::common::escape;
@@ -32,7 +33,6 @@ use crate::node::container::{self, Roots};
 use crate::save::{self, Rules};
 use crate::store::destination::{self, Target};
 use crate::store::registry::{Access, Reference, Registries};
-use tokio_util::sync::CancellationToken;
 
 /// An error of the benchmark.
 #[derive(Debug, thiserror::Error)]

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::Error;
 use super::clock::{self, Clock, Spent};
@@ -26,7 +27,6 @@ use crate::node::overlay::xattr::Namespace;
 use crate::save::{self, Rules};
 use crate::store::destination;
 use crate::store::registry::{Repository, Writer};
-use tokio_util::sync::CancellationToken;
 
 /// A codec at a level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

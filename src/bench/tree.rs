@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
+use tokio_util::sync::CancellationToken;
 
 use super::Error;
 use crate::common::cancel::Cancelled;
-use tokio_util::sync::CancellationToken;
 
 /// Modification time of all files, which contributes to the tar being identical everywhere.
 const WRITTEN: Duration = Duration::from_secs(1_700_000_000);

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 
 use super::args::{ImageLs, ImageRm};
 use super::exit::Usage;
@@ -13,7 +14,6 @@ use crate::store::harbor::Room;
 use crate::store::images::{
     Error, ImageEntry, Images, Listed, Place, Query, Removed, RepositoryEntry, Which,
 };
-use tokio_util::sync::CancellationToken;
 
 /// Length of a shortened digest in a table.
 const SHORT_DIGEST: usize = "sha256:".len() + 12;

@@ -6,6 +6,7 @@ use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use super::args;
@@ -18,7 +19,6 @@ use crate::save::{self, Compression, Gate, Rules};
 use crate::store::destination::Target;
 use crate::store::registry;
 use crate::store::registry::credentials::{Credentials, CredentialsError};
-use tokio_util::sync::CancellationToken;
 
 /// The options of `commit`.
 #[derive(Clone, Debug)]

@@ -4,9 +4,9 @@ use std::io;
 use std::os::unix::net::UnixStream;
 
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use super::exit::Exit;
-use tokio_util::sync::CancellationToken;
 
 /// The first signal cancels. The second ends the process immediately, and the freeze watchdog then thaws the container.
 pub(super) fn cancel_on_signals(cancel: &CancellationToken) -> io::Result<()> {

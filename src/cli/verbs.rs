@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio_util::sync::CancellationToken;
 
 use super::args;
 use super::exit::Usage;
@@ -25,7 +26,6 @@ use crate::node::overlay::xattr::Namespace;
 use crate::save;
 use crate::save::event::{Event, Observer};
 use crate::store::destination::Target;
-use tokio_util::sync::CancellationToken;
 
 pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
     let listing = container::list(roots);

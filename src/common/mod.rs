@@ -1,8 +1,9 @@
-//! Code that every other module may use: digests, escaping of untrusted text, messages, cancellation, and files with
-//! private modes.
+//! Code that every other module may use: digests, escaping of untrusted text, messages, names of images, cancellation,
+//! and files with private modes.
 
 pub mod cancel;
 pub mod digest;
 pub mod escape;
 pub mod message;
 pub mod private;
+pub mod reference;

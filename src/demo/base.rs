@@ -9,6 +9,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use bytes::Bytes;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use oci_client::manifest::IMAGE_LAYER_GZIP_MEDIA_TYPE;
 use serde_json::json;
 
 use super::Error;
@@ -16,8 +17,6 @@ use crate::common::digest::Digest;
 use crate::image::manifest::platform::Platform;
 use crate::image::manifest::{CONFIG, MANIFEST};
 use crate::store::layout::Directory;
-
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
 /// A time in November 2023, clearly older than the changes in the container.
 const MTIME: u64 = 1_700_000_000;
@@ -89,7 +88,9 @@ pub(super) fn make(layout: &Path, lowers: [&Path; 2], owned: bool) -> Result<(),
         );
         let digest = Digest::of(&blob);
         destination.put_blob(&blob, &digest)?;
-        descriptors.push(json!({"mediaType": LAYER, "digest": digest, "size": blob.len()}));
+        descriptors.push(
+            json!({"mediaType": IMAGE_LAYER_GZIP_MEDIA_TYPE, "digest": digest, "size": blob.len()}),
+        );
         diff_ids.push(Digest::of(&tar));
         unpack(items, &tar, lower, owned).map_err(Error::io("unpacking the base image"))?;
     }

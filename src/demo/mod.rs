@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use tokio_util::sync::CancellationToken;
 
 use crate::common::cancel::Cancelled;
 use crate::common::digest::Digest;
@@ -31,7 +32,6 @@ use crate::save::event::{Event, Observer};
 use crate::save::{self, Compression, Pause, Rules, Saved};
 use crate::store::layout::{self, Reader};
 use crate::store::registry::Access;
-use tokio_util::sync::CancellationToken;
 
 pub use inside::entry;
 

@@ -8,6 +8,7 @@
 //! stored.
 
 use super::deflate::{self, Encoder};
+use oci_client::manifest::{IMAGE_LAYER_GZIP_MEDIA_TYPE, IMAGE_LAYER_MEDIA_TYPE};
 use structured_zstd::encoding::{CompressionLevel, FrameCompressor};
 
 /// The compression of a layer.
@@ -26,9 +27,9 @@ impl Compression {
     /// Returns the media type of a layer compressed this way (image-spec `layer.md`).
     pub fn media_type(self) -> &'static str {
         match self {
-            Self::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
+            Self::Gzip => IMAGE_LAYER_GZIP_MEDIA_TYPE,
             Self::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
-            Self::None => "application/vnd.oci.image.layer.v1.tar",
+            Self::None => IMAGE_LAYER_MEDIA_TYPE,
         }
     }
 

@@ -19,13 +19,13 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::SeekFrom;
+use tokio_util::sync::CancellationToken;
 
 use super::content::{Content, Held, Instability, ReadError, Unstable, read_full, same_file};
 use super::plan::{Item, Plan};
 use crate::common::escape;
 use crate::layer::scan::{Entry, Scan};
 use crate::node::overlay::flush::flush;
-use tokio_util::sync::CancellationToken;
 
 /// Files up to this size are read into memory if they fit: a clone costs as much as reading this many bytes.
 const SMALL: u64 = 128 << 10;

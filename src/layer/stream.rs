@@ -13,6 +13,7 @@ use std::thread;
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use sha2::{Digest as _, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::ahead::Ahead;
 use super::block::{self, Scratch};
@@ -20,7 +21,6 @@ use super::codec::{Codec, Compression};
 use super::content::{ReadError, Unstable};
 use super::plan::Plan;
 use crate::common::digest::{DiffId, Digest};
-use tokio_util::sync::CancellationToken;
 
 /// Tar bytes of a block. Part of the format and independent of `--jobs`: the same plan gives the same bytes.
 pub const BLOCK: u64 = 1 << 20;

@@ -4,9 +4,9 @@ use std::io::{self, ErrorKind, Read};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use super::Error;
-use tokio_util::sync::CancellationToken;
 
 /// The answer that opens the gate.
 const GO_ON: u8 = b'y';

@@ -35,9 +35,9 @@ use crate::save::event::{Event, Observer, Phase};
 use crate::store::destination::{BlobWriter, Destination, Target};
 use crate::store::layout;
 use crate::store::registry::{Access, Registries};
-use tokio_util::sync::CancellationToken;
 
 use earlier::Earlier;
+use tokio_util::sync::CancellationToken;
 use trees::Known;
 
 pub use base::{Delivered, Origin};

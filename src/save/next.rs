@@ -4,13 +4,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use tokio_util::sync::CancellationToken;
+
 use super::earlier::{self, Granted, Last};
 use super::{Error, Rules, trees};
 use crate::layer::Plan;
 use crate::layer::scan::Scan;
 use crate::node::container::{self, Base, Container, VolumeRules};
 use crate::save::kept::Store;
-use tokio_util::sync::CancellationToken;
 
 /// The options of a save that determine what it would be.
 #[derive(Clone, Copy, Debug)]

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use super::{Context, Error, LayerSize, Options};
 use crate::layer::Plan;
 use crate::layer::scan::{Clock, Entry, Report, Scan};
 use crate::node::container::{self, Container, Volume, VolumeRules};
-use tokio_util::sync::CancellationToken;
 
 /// How far the clock of a server that stamps files may be behind this node's. Files stamped later than this before a
 /// scan are read again.

@@ -4,10 +4,11 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use tokio_util::sync::CancellationToken;
+
 use super::Error;
 use crate::layer::scan::{self, Caps, Exclusions, Scan};
 use crate::node::container::{Container, Volume};
-use tokio_util::sync::CancellationToken;
 
 /// The rules for what goes into the layer.
 #[derive(Clone, Debug, Default)]

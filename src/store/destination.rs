@@ -9,9 +9,9 @@ use tokio::runtime::Handle;
 
 use crate::common::digest::Digest;
 use crate::common::private::FileMode;
+use crate::common::reference::ReferenceError;
 use crate::store::harbor;
 use crate::store::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob, Reader};
-use crate::store::registry::reference::ReferenceError;
 use crate::store::registry::{self, Reference, Registries, Repository, Writer};
 
 /// Tag used if none is given.

@@ -11,16 +11,17 @@ mod staged;
 use std::io;
 use std::path::{Path, PathBuf};
 
+// The annotation that holds a tag in `index.json`.
+use oci_client::annotations::ORG_OPENCONTAINERS_IMAGE_REF_NAME as REF_NAME;
 use serde_json::{Map, Value, json};
 
 use crate::common::digest::Digest;
+use crate::image::manifest::INDEX;
 
 pub use archive::{Archive, ArchiveBlob};
 pub use directory::{Directory, DirectoryBlob};
 pub use read::{Listing, Reader};
 
-/// Annotation that holds a tag in `index.json`.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Content of the file `oci-layout`.
 const LAYOUT_FILE: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
 /// Maximum size of `index.json` and other documents, in bytes.
@@ -181,7 +182,7 @@ fn add_to_index(
     let mut index = match existing {
         None => json!({
             "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "mediaType": INDEX,
             "manifests": [],
         }),
         Some(bytes) => {

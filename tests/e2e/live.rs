@@ -9,9 +9,9 @@ mod watched;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use tokio_util::sync::CancellationToken;
 
 use anyhow::{Context, Result, ensure};
+use tokio_util::sync::CancellationToken;
 use upperdeck::layer::held;
 use upperdeck::layer::scan::{self, Caps, Exclusions, Rules, Scan};
 use upperdeck::node::overlay::xattr::Namespace;

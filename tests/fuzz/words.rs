@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use upperdeck::common::digest::Digest;
 use upperdeck::common::escape;
+use upperdeck::common::reference::{check_repository, check_tag};
 use upperdeck::image::verify::validate::Expected;
 use upperdeck::image::verify::vis;
 use upperdeck::layer::scan::{Exclusions, Facts, Rules};
@@ -14,7 +15,6 @@ use upperdeck::service::manager::auth::{Range, Tokens};
 use upperdeck::service::manager::target::{Template, component, user_of};
 use upperdeck::store::destination::Target;
 use upperdeck::store::images::Place;
-use upperdeck::store::registry::reference::{check_repository, check_tag};
 use upperdeck::store::registry::{Credentials, Reference};
 
 use crate::files::selected;

@@ -3,8 +3,8 @@
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio_util::sync::CancellationToken;
 
+use tokio_util::sync::CancellationToken;
 use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};
 use upperdeck::node::overlay::owner::IdMapping;

@@ -15,10 +15,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::LazyLock;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
-use tokio_util::sync::CancellationToken;
 
 use disk::{Disk, Slow};
 use support::Need;
+use tokio_util::sync::CancellationToken;
 use upperdeck::layer::content::Instability;
 use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan, tick};
 use upperdeck::layer::{self, Compression, Layer, Plan};

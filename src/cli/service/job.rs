@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::ValueEnum;
 use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::client::{Client, Error};
@@ -20,7 +21,6 @@ use crate::service::job::{Code, Event, Observer, SaveOptions, State};
 use crate::service::manager::shape::{
     ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Which,
 };
-use tokio_util::sync::CancellationToken;
 
 /// Length of a shortened container ID in a table.
 const SHORT_ID: usize = 12;

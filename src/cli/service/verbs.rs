@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio_util::sync::CancellationToken;
 
 use super::client;
 use crate::cli::args::service;
@@ -21,7 +22,6 @@ use crate::service::manager::{self, Listen};
 use crate::service::queue::{self, Limits, Queue};
 use crate::service::record::Record;
 use crate::store::registry;
-use tokio_util::sync::CancellationToken;
 
 /// Default location of a manager's record.
 pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";

@@ -12,6 +12,16 @@ mod expand;
 pub mod platform;
 pub mod raw;
 
+use oci_client::annotations::{
+    ORG_OPENCONTAINERS_IMAGE_BASE_DIGEST as BASE_DIGEST,
+    ORG_OPENCONTAINERS_IMAGE_BASE_NAME as BASE_NAME,
+    ORG_OPENCONTAINERS_IMAGE_CREATED as ANNOTATION_CREATED,
+};
+use oci_client::manifest::{
+    IMAGE_DOCKER_CONFIG_MEDIA_TYPE as DOCKER_CONFIG, IMAGE_DOCKER_LAYER_GZIP_MEDIA_TYPE,
+    IMAGE_DOCKER_LAYER_TAR_MEDIA_TYPE, IMAGE_LAYER_GZIP_MEDIA_TYPE, IMAGE_LAYER_MEDIA_TYPE,
+    IMAGE_LAYER_NONDISTRIBUTABLE_GZIP_MEDIA_TYPE, IMAGE_LAYER_NONDISTRIBUTABLE_MEDIA_TYPE,
+};
 use oci_spec::image::Descriptor;
 use serde_json::{Map, Value, json};
 
@@ -19,27 +29,21 @@ use crate::common::digest::{DiffId, Digest};
 
 pub use platform::Platform;
 
-/// Media type of all manifests built here.
-pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// Media type of all configs built here.
-pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-/// Media type of an OCI index.
-pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-/// Media type of Docker's manifest, which is accepted for a base.
-pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+pub use oci_client::manifest::IMAGE_CONFIG_MEDIA_TYPE as CONFIG;
 /// Media type of Docker's manifest list, its counterpart of an index.
-pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-/// Media type of Docker's image config.
-const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+pub use oci_client::manifest::IMAGE_MANIFEST_LIST_MEDIA_TYPE as DOCKER_LIST;
+/// Media type of Docker's manifest, which is accepted for a base.
+pub use oci_client::manifest::IMAGE_MANIFEST_MEDIA_TYPE as DOCKER_MANIFEST;
+/// Media type of an OCI index.
+pub use oci_client::manifest::OCI_IMAGE_INDEX_MEDIA_TYPE as INDEX;
+/// Media type of all manifests built here.
+pub use oci_client::manifest::OCI_IMAGE_MEDIA_TYPE as MANIFEST;
 
 /// Maximum number of layers that container engines support (moby#20298).
 pub const MAX_LAYERS: usize = 127;
 /// Maximum size of a manifest that registries accept, in bytes (413 beyond it).
 pub const MAX_MANIFEST_BYTES: usize = 4 << 20;
-
-const BASE_NAME: &str = "org.opencontainers.image.base.name";
-const BASE_DIGEST: &str = "org.opencontainers.image.base.digest";
-const ANNOTATION_CREATED: &str = "org.opencontainers.image.created";
 
 /// Fields that Docker adds to the image-spec's, about the container that an image was committed from or for Docker's
 /// first image format. They are wrong for the new image; `docker commit` and buildah refresh or drop them, too.
@@ -55,45 +59,45 @@ const STALE: [&str; 7] = [
 /// Such fields within `config`: names of the container that the base was committed from.
 const STALE_CONFIG: [&str; 4] = ["Hostname", "Domainname", "Image", "MacAddress"];
 
+/// Media type of a layer compressed with zstd.
+pub const IMAGE_LAYER_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
+
 /// Docker's layer types and their OCI counterparts. Non-distributable layers (Docker's foreign ones, and those of OCI,
 /// which image-spec 1.1 deprecates) become ordinary ones, because their blobs are stored at the destination like all
 /// others.
 const LAYER_TYPES: [(&str, &str); 9] = [
     (
-        "application/vnd.oci.image.layer.nondistributable.v1.tar",
-        "application/vnd.oci.image.layer.v1.tar",
+        IMAGE_LAYER_NONDISTRIBUTABLE_MEDIA_TYPE,
+        IMAGE_LAYER_MEDIA_TYPE,
     ),
     (
-        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
-        "application/vnd.oci.image.layer.v1.tar+gzip",
+        IMAGE_LAYER_NONDISTRIBUTABLE_GZIP_MEDIA_TYPE,
+        IMAGE_LAYER_GZIP_MEDIA_TYPE,
     ),
     (
         "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
-        "application/vnd.oci.image.layer.v1.tar+zstd",
+        IMAGE_LAYER_ZSTD,
     ),
+    (IMAGE_DOCKER_LAYER_TAR_MEDIA_TYPE, IMAGE_LAYER_MEDIA_TYPE),
     (
-        "application/vnd.docker.image.rootfs.diff.tar",
-        "application/vnd.oci.image.layer.v1.tar",
-    ),
-    (
-        "application/vnd.docker.image.rootfs.diff.tar.gzip",
-        "application/vnd.oci.image.layer.v1.tar+gzip",
+        IMAGE_DOCKER_LAYER_GZIP_MEDIA_TYPE,
+        IMAGE_LAYER_GZIP_MEDIA_TYPE,
     ),
     (
         "application/vnd.docker.image.rootfs.diff.tar.zstd",
-        "application/vnd.oci.image.layer.v1.tar+zstd",
+        IMAGE_LAYER_ZSTD,
     ),
     (
         "application/vnd.docker.image.rootfs.foreign.diff.tar",
-        "application/vnd.oci.image.layer.v1.tar",
+        IMAGE_LAYER_MEDIA_TYPE,
     ),
     (
         "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
-        "application/vnd.oci.image.layer.v1.tar+gzip",
+        IMAGE_LAYER_GZIP_MEDIA_TYPE,
     ),
     (
         "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd",
-        "application/vnd.oci.image.layer.v1.tar+zstd",
+        IMAGE_LAYER_ZSTD,
     ),
 ];
 

@@ -2,15 +2,11 @@
 
 use bytes::Bytes;
 
+use super::{DOCKER_LIST, DOCKER_MANIFEST, INDEX, MANIFEST};
 use crate::common::digest::Digest;
 
 /// Media types of documents that a tag can refer to.
-pub const MANIFEST_TYPES: [&str; 4] = [
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-];
+pub const MANIFEST_TYPES: [&str; 4] = [MANIFEST, INDEX, DOCKER_MANIFEST, DOCKER_LIST];
 
 /// A manifest or index as a registry or layout stores it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +22,7 @@ pub struct RawManifest {
 impl RawManifest {
     /// Returns whether it lists manifests instead of layers.
     pub fn is_index(&self) -> bool {
-        self.media_type == MANIFEST_TYPES[1] || self.media_type == MANIFEST_TYPES[3]
+        matches!(self.media_type.as_str(), INDEX | DOCKER_LIST)
     }
 }
 
@@ -58,8 +54,8 @@ pub fn manifest_type(header: Option<&str>, bytes: &[u8]) -> Result<String, Strin
             "expected an image manifest or index, found media type {:?}",
             said.chars().take(100).collect::<String>()
         )),
-        (None, true, false) => Ok(MANIFEST_TYPES[1].to_owned()),
-        (None, false, true) => Ok(MANIFEST_TYPES[0].to_owned()),
+        (None, true, false) => Ok(INDEX.to_owned()),
+        (None, false, true) => Ok(MANIFEST.to_owned()),
         (None, _, _) => Err(
             "expected an image manifest or index, found neither manifests nor layers".to_owned(),
         ),
@@ -73,7 +69,7 @@ mod tests {
     #[test]
     fn manifest_types() {
         let of = |header, body: &str| manifest_type(header, body.as_bytes());
-        let [manifest, index, docker, _] = MANIFEST_TYPES.map(str::to_owned);
+        let [manifest, index, docker] = [MANIFEST, INDEX, DOCKER_MANIFEST].map(str::to_owned);
         assert_eq!(
             of(None, r#"{"schemaVersion":2,"layers":[]}"#),
             Ok(manifest.clone())

@@ -22,7 +22,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio_util::sync::CancellationToken;
 
 pub use clock::{Clock, tick};
 pub use exclude::{Exclusions, Facts, PatternError, Reason, Rules};
@@ -36,6 +35,7 @@ use crate::node::overlay::volume::Volume;
 use crate::node::overlay::xattr::{Namespace, ValueError};
 use memory::Xattrs;
 use rows::Rows;
+use tokio_util::sync::CancellationToken;
 
 /// The directories of an overlay.
 #[derive(Clone, Debug)]

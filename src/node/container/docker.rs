@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use oci_client::manifest::IMAGE_DOCKER_LAYER_GZIP_MEDIA_TYPE;
 use oci_spec::image::{Descriptor, MediaType};
 use serde::Deserialize;
 
@@ -336,9 +337,7 @@ fn prove_overlay2(
             // Docker compresses layers with gzip for a push and pulls them as gzip. It does not record the size.
             descriptor: known.first().and_then(|v2| {
                 Some(Descriptor::new(
-                    MediaType::Other(
-                        "application/vnd.docker.image.rootfs.diff.tar.gzip".to_owned(),
-                    ),
+                    MediaType::Other(IMAGE_DOCKER_LAYER_GZIP_MEDIA_TYPE.to_owned()),
                     0_u64,
                     v2.digest
                         .to_string()

@@ -3,12 +3,16 @@
 //!
 //! Format: image-spec `config.md`, `manifest.md`, `image-index.md`; Docker's image manifest v2 schema 2.
 
+use oci_client::manifest::{
+    IMAGE_DOCKER_CONFIG_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE,
+};
 use oci_spec::image::Descriptor;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::RawManifest;
 use crate::common::digest::{ChainId, DiffId, Digest};
+use crate::common::reference::Reference;
 
 /// Maximum size of a document in bytes. Registries accept manifests up to 4 MiB (distribution-spec); configs are
 /// similar.
@@ -88,11 +92,11 @@ impl Document {
         };
         let own = json.get("mediaType").and_then(Value::as_str);
         let docker = json["config"].get("mediaType").and_then(Value::as_str)
-            == Some("application/vnd.docker.container.image.v1+json");
+            == Some(IMAGE_DOCKER_CONFIG_MEDIA_TYPE);
         let inferred = if docker {
-            "application/vnd.docker.distribution.manifest.v2+json"
+            IMAGE_MANIFEST_MEDIA_TYPE
         } else {
-            "application/vnd.oci.image.manifest.v1+json"
+            OCI_IMAGE_MEDIA_TYPE
         };
         let media_type = own.or(media_type).unwrap_or(inferred).to_owned();
         let digest = Digest::of(&bytes);
@@ -108,28 +112,15 @@ impl Document {
     }
 }
 
-/// Returns `HOST/REPOSITORY` of a reference, or `None` for names that are local (`localhost/x`, digests).
-pub(super) fn repository(reference: &str) -> Option<String> {
-    let name = reference
-        .split_once('@')
-        .map_or(reference, |(name, _)| name);
-    // A colon after the last slash starts a tag, one before it a port.
-    let name = match name.rfind(':') {
-        Some(colon) if name.rfind('/').is_none_or(|slash| colon > slash) => &name[..colon],
-        _ => name,
-    };
-    let (host, path) = match name.split_once('/') {
-        Some((host, path)) if host == "localhost" || host.contains(['.', ':']) => {
-            (host, path.to_owned())
-        }
-        // Docker's short names.
-        Some(_) => ("docker.io", name.to_owned()),
-        None => ("docker.io", format!("library/{name}")),
-    };
-    let bare_digest =
-        name == "sha256" || name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
-    (host != "localhost" && !path.is_empty() && !name.is_empty() && !bare_digest)
-        .then(|| format!("{host}/{path}"))
+/// Returns `HOST/REPOSITORY` of an image's name in a runtime's record, or `None` for what names no repository: names that
+/// are local (`localhost/x`), digests, IDs, and texts that are no reference.
+pub(super) fn repository(name: &str) -> Option<String> {
+    let is_id = name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
+    if is_id || name.starts_with("sha256:") {
+        return None;
+    }
+    let reference = Reference::parse_with_default_host(name).ok()?;
+    (reference.host != "localhost").then(|| reference.name())
 }
 
 /// Appends the repositories that are not in the list yet.
@@ -160,8 +151,18 @@ mod tests {
             ),
             ("busybox", Some("docker.io/library/busybox")),
             ("jupyter/base:1", Some("docker.io/jupyter/base")),
-            ("quay.io/a/b/c@sha256:00", Some("quay.io/a/b/c")),
-            ("quay.io/a:1@sha256:00", Some("quay.io/a")),
+            (
+                "quay.io/a/b/c@sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+                Some("quay.io/a/b/c"),
+            ),
+            (
+                "quay.io/a:1@sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+                Some("quay.io/a"),
+            ),
+            ("quay.io/a@sha256:00", None),
+            ("Quay.io/A", None),
+            ("index.docker.io/busybox", Some("docker.io/library/busybox")),
+            ("[::1]:5000/a", Some("[::1]:5000/a")),
             ("sha256:00", None),
             (
                 "8a021f01bcd97a2ec4c4b4d0ec9f274135517d907ccb9068bec99f328ed85ecb",

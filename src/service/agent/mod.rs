@@ -22,12 +22,12 @@ use tokio::task::JoinSet;
 
 use crate::service::job::{JobId, Node, Order, now_ms};
 use crate::service::queue::{self, Claim, Queue};
-use tokio_util::sync::CancellationToken;
 
 use inventory::{Inside, Inventory};
 use spool::Spool;
 use stuck::Stuck;
 use telling::{CALL, call};
+use tokio_util::sync::CancellationToken;
 
 pub use options::{Allowed, AllowedError, Options, Registry};
 pub use owner::{OwnerRule, RuleError};

@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use tokio_util::sync::CancellationToken;
+
 use crate::service::job::{Before, Event, Question, Report, Said, Word, now_ms};
 use crate::service::queue::{Claim, Error, Hold, Queue};
-use tokio_util::sync::CancellationToken;
 
 /// Time limit of a call of the queue.
 pub(super) const CALL: Duration = Duration::from_secs(5);

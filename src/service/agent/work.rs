@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
 
 use super::Agent;
 use super::child::{self, Child};
@@ -16,7 +17,6 @@ use crate::node::container::{self, Container, Runtime};
 use crate::node::freeze;
 use crate::service::job::{Before, Code, Event, JobId, Order, Outcome, Said, Word, now_ms};
 use crate::service::queue::{Claim, Hold, RENEW_EVERY};
-use tokio_util::sync::CancellationToken;
 
 /// Interval between questions to a manager that has not answered.
 const CONFIRM_AGAIN: Duration = Duration::from_secs(1);

@@ -16,6 +16,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
 use futures_util::stream;
 use tokio::sync::{Notify, broadcast};
+use tokio_util::sync::CancellationToken;
 
 use super::App;
 use super::auth::Caller;
@@ -26,7 +27,6 @@ use super::saves::{get, shown};
 use crate::service::job::{JobId, State};
 use crate::service::queue::{Place, Queue};
 use crate::service::record::{self, Head, Progress, Record, Save};
-use tokio_util::sync::CancellationToken;
 
 /// Number of events a watcher may fall behind before it has to read the record.
 const BEHIND: usize = 32;

@@ -383,7 +383,7 @@ mod tests {
         ] {
             let name_of = suggested_name(&session("ab", None, image));
             assert_eq!(name_of, name);
-            assert!(crate::store::registry::reference::check_repository(&name_of).is_ok());
+            assert!(crate::common::reference::check_repository(&name_of).is_ok());
         }
     }
 

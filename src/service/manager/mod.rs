@@ -29,11 +29,11 @@ use std::sync::Arc;
 
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use crate::service::log_limit::Hush;
 use crate::service::queue::{self, Queue};
 use crate::service::record::{self, Policy, Record};
-use tokio_util::sync::CancellationToken;
 
 use self::door::Bound;
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use axum::Json;
 use axum::extract::State as Extracted;
 use futures_util::{StreamExt as _, TryStreamExt as _};
+use oci_client::annotations::ORG_OPENCONTAINERS_IMAGE_BASE_NAME;
 use serde::Deserialize;
 use tokio::sync::Mutex;
 use utoipa::{IntoParams, ToSchema};
@@ -393,7 +394,7 @@ fn view(found: &Found, saves: &HashMap<(&str, &str, String), &Save>) -> ImageVie
         kind: save.map(|save| save.kind),
         base: result
             .and_then(|saved| saved.base_name.clone())
-            .or_else(|| label("org.opencontainers.image.base.name")),
+            .or_else(|| label(ORG_OPENCONTAINERS_IMAGE_BASE_NAME)),
         pulls: found.pulls,
         changed: entry
             .pushed

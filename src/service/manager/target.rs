@@ -5,9 +5,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use crate::common::reference::{check_repository, check_tag};
 use crate::store::destination::Target;
 use crate::store::images::Place;
-use crate::store::registry::reference::{check_repository, check_tag};
 
 /// Maximum length of a user's name in bytes.
 const MAX_USER: usize = 64;

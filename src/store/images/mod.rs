@@ -14,9 +14,9 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 
 use crate::common::digest::Digest;
+use crate::common::reference::{ReferenceError, check_tag};
 use crate::store::harbor::{self as harbor_api, Harbor, Room};
 use crate::store::layout::{self as on_disk, Directory};
-use crate::store::registry::reference::{ReferenceError, check_tag};
 use crate::store::registry::{self, Reference, Registries};
 
 pub use harbor::HarborImages;

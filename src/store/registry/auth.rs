@@ -356,7 +356,7 @@ mod tests {
 
     fn origin(url: &str, verified: bool) -> Origin {
         let url: Url = url.parse().unwrap();
-        let loopback = super::super::reference::is_loopback(url.host_str().unwrap());
+        let loopback = crate::common::reference::is_loopback(url.host_str().unwrap());
         Origin {
             url,
             verified,

@@ -10,8 +10,9 @@ use serde::Deserialize;
 
 use super::error::{Error, Request, Step};
 use super::host::{Call, Scopes};
-use super::{Reference, Registries, Repository, header_text, reference};
+use super::{Reference, Registries, Repository, header_text};
 use crate::common::digest::Digest;
+use crate::common::reference;
 use crate::image::manifest::raw::MANIFEST_TYPES;
 
 /// Number of names requested per page. Registries may return fewer.

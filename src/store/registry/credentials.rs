@@ -16,7 +16,7 @@ use serde::{Deserialize, Deserializer};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::error::Error;
-use super::reference::DOCKER_HUB;
+use crate::common::reference::DOCKER_HUB;
 
 /// Maximum size of an auth file, in bytes. A larger file is refused.
 const MAX_AUTH_FILE: u64 = 4 << 20;

@@ -5,11 +5,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::Deserialize;
+use oci_client::errors::{OciEnvelope, OciErrorCode};
 
-use super::reference::ReferenceError;
 use crate::common::digest::Digest;
 use crate::common::message;
+use crate::common::reference::ReferenceError;
 
 /// The purpose of a request. The same status means different things at different steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -437,27 +437,21 @@ fn is_certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
         .is_some_and(|inner| is_certificate_error(inner))
 }
 
-/// The error document of the distribution-spec ("Error Codes"). Fields that Harbor's API and others omit are optional.
-#[derive(Deserialize)]
-struct ErrorDocument {
-    errors: Vec<ErrorEntry>,
+/// Returns the code as the registry wrote it.
+fn code(code: &OciErrorCode) -> Option<String> {
+    match serde_json::to_value(code) {
+        Ok(serde_json::Value::String(code)) if !code.is_empty() => Some(code),
+        _ => None,
+    }
 }
 
-#[derive(Deserialize)]
-struct ErrorEntry {
-    #[serde(default)]
-    code: String,
-    #[serde(default)]
-    message: String,
-}
-
-/// Reads code and message from the body of an error answer, bounded and escaped.
+/// Reads code and message from the body of an error answer (distribution-spec, "Error Codes"), bounded and escaped.
 pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
     let some = |text: String| (!text.is_empty()).then_some(text);
-    if let Ok(document) = serde_json::from_slice::<ErrorDocument>(body) {
-        return match document.errors.into_iter().next() {
+    if let Ok(envelope) = serde_json::from_slice::<OciEnvelope>(body) {
+        return match envelope.errors.into_iter().next() {
             Some(first) => (
-                some(crate::common::escape::limited(&first.code, 64)),
+                code(&first.code).map(|code| crate::common::escape::limited(&code, 64)),
                 some(crate::common::escape::limited(&first.message, 512)),
             ),
             None => (None, None),
@@ -545,6 +539,26 @@ mod tests {
         assert_eq!(
             read_error_body(body),
             (Some("DENIED".into()), Some("a\\u{1b}[31mb".into()))
+        );
+        // Codes of the specification and of a registry's own.
+        for (code, message) in [
+            ("TOOMANYREQUESTS", "slow down"),
+            ("PROJECTPOLICYVIOLATION", ""),
+        ] {
+            let body = format!(r#"{{"errors":[{{"code":"{code}","message":"{message}"}}]}}"#);
+            assert_eq!(
+                read_error_body(body.as_bytes()),
+                (
+                    Some(code.into()),
+                    (!message.is_empty()).then(|| message.into())
+                )
+            );
+        }
+        let own = br#"{"errors":[{"code":"NOT_FOUND"}]}"#;
+        assert_eq!(read_error_body(own), (Some("NOT_FOUND".into()), None));
+        assert_eq!(
+            read_error_body(br#"{"errors":[{"message":"no code"}]}"#),
+            (None, Some(r#"{"errors":[{"message":"no code"}]}"#.into()))
         );
         assert_eq!(read_error_body(br#"{"errors":[]}"#), (None, None));
         assert_eq!(read_error_body(b"<html>x"), (None, None));

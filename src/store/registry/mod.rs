@@ -12,7 +12,6 @@ mod catalog;
 pub mod credentials;
 pub mod error;
 mod host;
-pub mod reference;
 pub mod retry;
 mod tls;
 mod trust;
@@ -29,13 +28,15 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use reqwest::{Response, Url};
 use sha2::{Digest as _, Sha256};
 
+use crate::common::digest::Digest;
+use crate::common::reference;
+pub use crate::common::reference::Reference;
 use crate::image::manifest::MAX_MANIFEST_BYTES;
 use crate::image::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 pub use api::Api;
 pub use catalog::Tagged;
 pub use credentials::Credentials;
 pub use error::Error;
-pub use reference::Reference;
 pub use retry::Retry;
 pub use upload::Writer;
 
@@ -213,8 +214,6 @@ impl Registries {
         }
     }
 }
-
-use crate::common::digest::Digest;
 
 /// One repository on one host. Clones share the same state.
 #[derive(Clone)]

@@ -232,7 +232,7 @@ async fn read_file(path: &std::path::Path) -> Result<String, String> {
 async fn fetch(url: &str) -> Result<String, String> {
     let parsed = reqwest::Url::parse(url).map_err(|error| crate::common::message::of(&error))?;
     let host = parsed.host_str().unwrap_or_default().to_owned();
-    let plain = parsed.scheme() == "http" && crate::store::registry::reference::is_loopback(&host);
+    let plain = parsed.scheme() == "http" && crate::common::reference::is_loopback(&host);
     if parsed.scheme() != "https" && !plain {
         return Err("keys are fetched over https only".to_owned());
     }

@@ -26,9 +26,9 @@ use resolver::{GuardedResolver, host_of, proxy_hosts};
 use super::auth::{Challenge, Origin, Token};
 use super::credentials::{Found, environment};
 use super::error::{Error, causes};
-use super::reference::is_loopback;
 use super::retry::{Budget, Retry};
 use super::tls;
+use crate::common::reference::is_loopback;
 
 /// Timeout for establishing a TCP and TLS connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

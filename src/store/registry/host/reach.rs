@@ -10,9 +10,9 @@ use reqwest::Url;
 use super::Host;
 use super::request::{Call, reply_of};
 use super::scopes::Scopes;
+use crate::common::reference::authority;
 use crate::store::registry::auth::{Challenge, Origin, read_challenge};
 use crate::store::registry::error::{Error, Request, Step};
-use crate::store::registry::reference::authority;
 
 impl Host {
     /// Returns the URL of `path` (including its query) on this host. The first call determines how the host is reached.

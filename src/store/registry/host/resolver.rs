@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use reqwest::Url;
 
+use crate::common::reference::authority;
 use crate::store::registry::auth::is_local_address;
 use crate::store::registry::credentials::environment;
-use crate::store::registry::reference::authority;
 
 /// Resolves names and drops loopback and link-local addresses, so that a name chosen by a registry cannot lead to this
 /// machine. Address literals are not resolved here and are checked by

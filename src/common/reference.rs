@@ -1,10 +1,16 @@
 //! Parses names of images in registries. They are checked against the grammar before any of them becomes part of a URL.
+//!
+//! The grammar is that of [`oci_client::Reference`]; this module adds what it lacks (IPv6 addresses) or allows (host names
+//! that are none, tags beyond ASCII, other digests than SHA-256, the missing tag as `latest`).
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 
-use crate::common::digest::{Digest, DigestError};
+use super::digest::{Digest, DigestError};
+
+/// A host for names that are parsed without theirs; it cannot exist (RFC 2606).
+const STAND_IN: &str = "host.invalid";
 
 /// Docker Hub's name in references. Its API has another host name, see [`authority`].
 pub const DOCKER_HUB: &str = "docker.io";
@@ -77,39 +83,51 @@ impl FromStr for Reference {
 
     /// Parses `[docker://]HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]`. The host is required.
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
-        let shown = || shorten(text);
         let rest = text.strip_prefix("docker://").unwrap_or(text);
-        let (host, rest) = rest
-            .split_once('/')
-            .ok_or_else(|| ReferenceError::NoHost(shown()))?;
-        if !looks_like_host(host) {
-            return Err(ReferenceError::NoHost(shown()));
-        }
-        let mut host = check_host(host)?;
-        if host == "index.docker.io" || host == "registry-1.docker.io" {
-            DOCKER_HUB.clone_into(&mut host);
-        }
-        let (rest, digest) = match rest.split_once('@') {
-            Some((rest, digest)) => (rest, Some(digest.parse::<Digest>()?)),
-            None => (rest, None),
+        let (host, path) = match rest.split_once('/') {
+            Some((host, path)) if looks_like_host(host) => (check_host(host)?, path),
+            _ => return Err(ReferenceError::NoHost(shorten(text))),
         };
-        let (repository, tag) = match rest.rsplit_once(':') {
-            Some((repository, tag)) => (repository, Some(check_tag(tag)?.to_owned())),
-            None => (rest, None),
+        let (host, domain) = match host.as_str() {
+            "registry-1.docker.io" => (DOCKER_HUB, DOCKER_HUB),
+            // The grammar of the library has no IPv6 addresses.
+            address if address.starts_with('[') => (address, STAND_IN),
+            name => (name, name),
         };
-        let repository = if host == DOCKER_HUB && !repository.contains('/') {
-            format!("library/{repository}")
+        let parsed: oci_client::Reference = format!("{domain}/{path}")
+            .parse()
+            .map_err(|_| reason(path))?;
+        let host = if domain == STAND_IN {
+            host
         } else {
-            repository.to_owned()
+            parsed.registry()
         };
-        check_repository(&repository)?;
+        // The library adds the tag `latest` where there is neither tag nor digest.
+        let tag = parsed
+            .tag()
+            .filter(|tag| parsed.digest().is_some() || path.ends_with(&format!(":{tag}")));
         Ok(Self {
-            host,
-            repository,
-            tag,
-            digest,
+            host: host.to_owned(),
+            repository: parsed.repository().to_owned(),
+            tag: tag.map(check_tag).transpose()?.map(str::to_owned),
+            digest: parsed.digest().map(str::parse).transpose()?,
         })
     }
+}
+
+/// Returns which part of `REPOSITORY[:TAG][@DIGEST]` violates the grammar; the library does not say.
+fn reason(path: &str) -> ReferenceError {
+    let (name, digest) = match path.split_once('@') {
+        Some((name, digest)) => (name, digest.parse::<Digest>().err()),
+        None => (path, None),
+    };
+    let tag = name
+        .rsplit_once(':')
+        .and_then(|(_, tag)| check_tag(tag).err());
+    digest
+        .map(ReferenceError::Digest)
+        .or(tag)
+        .unwrap_or_else(|| ReferenceError::Repository(shorten(path)))
 }
 
 impl fmt::Display for Reference {
@@ -195,28 +213,16 @@ fn check_host(host: &str) -> Result<String, ReferenceError> {
 
 /// Checks a repository name (without host) against the grammar of the distribution-spec.
 pub fn check_repository(name: &str) -> Result<&str, ReferenceError> {
-    let fine = name.len() <= 255 && name.split('/').all(is_path_component);
-    if fine {
+    let parsed = format!("{STAND_IN}/{name}").parse::<oci_client::Reference>();
+    // A name with a tag or digest is a reference, too.
+    if parsed.is_ok_and(|parsed| parsed.repository() == name) {
         Ok(name)
     } else {
         Err(ReferenceError::Repository(shorten(name)))
     }
 }
 
-/// Matches `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`.
-fn is_path_component(part: &str) -> bool {
-    let alnum = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-    let bytes = part.as_bytes();
-    if !bytes.first().is_some_and(|&b| alnum(b)) || !bytes.last().is_some_and(|&b| alnum(b)) {
-        return false;
-    }
-    part.split(|c: char| c.is_ascii() && alnum(c as u8))
-        .all(|separator| {
-            matches!(separator, "" | "." | "_" | "__") || separator.bytes().all(|b| b == b'-')
-        })
-}
-
-/// Checks a tag against `[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`.
+/// Checks a tag against `[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`. The library allows letters beyond ASCII.
 pub fn check_tag(tag: &str) -> Result<&str, ReferenceError> {
     let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
     let fine = tag.len() <= 128
