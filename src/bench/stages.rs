@@ -81,7 +81,7 @@ impl Source {
                     exclusions: &exclusions,
                     caps: rules.caps,
                     runtime_root_mode: None,
-                    cancel: &cancel,
+                    cancel,
                 };
                 Ok(Scan::new(&roots, &options).map_err(save::Error::from)?)
             }
@@ -518,7 +518,7 @@ pub fn save(
         compression: how.setting.codec,
         level: how.setting.level,
         jobs: how.jobs,
-        cancel: &cancel,
+        cancel,
     };
     let parts = plans
         .iter()

@@ -276,7 +276,7 @@ fn run<T>(
         };
         tokio::select! {
             done = work => Ok(done?),
-            _ = cancel.cancelled() => Err(Cancelled.into()),
+            () = cancel.cancelled() => Err(Cancelled.into()),
         }
     })
 }

@@ -188,7 +188,7 @@ pub async fn commit(
     let started = Instant::now();
     tokio::select! {
         saved = save(options, roots, access, Arc::clone(&observer), cancel, started) => saved,
-        _ = cancel.cancelled() => Err(Error::Cancelled),
+        () = cancel.cancelled() => Err(Error::Cancelled),
     }
 }
 

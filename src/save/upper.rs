@@ -105,7 +105,7 @@ impl Rules {
             exclusions,
             caps: self.caps,
             runtime_root_mode: container.runtime_root_mode,
-            cancel: &cancel,
+            cancel,
         };
         let again = earlier.map(|earlier| Scan::again(earlier, &roots, &options));
         match again.transpose()?.flatten() {

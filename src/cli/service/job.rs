@@ -76,7 +76,7 @@ pub(super) fn on(
     runtime.block_on(async {
         tokio::select! {
             done = work(&client) => done,
-            _ = cancel.cancelled() => Err(Cancelled.into()),
+            () = cancel.cancelled() => Err(Cancelled.into()),
         }
     })
 }

@@ -487,7 +487,7 @@ async fn run_up(
     let mut early = None;
     let mut worked = None;
     tokio::select! {
-        _ = cancel.cancelled() => {}
+        () = cancel.cancelled() => {}
         ended = &mut manager => early = Some(ended),
         ended = &mut agent => worked = Some(ended),
     }

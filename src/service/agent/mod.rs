@@ -210,7 +210,7 @@ impl Agent {
                     tokio::select! {
                         Some(ended) = jobs.join_next() => told_of_panic(&ended),
                         () = tokio::time::sleep(ROOM_EVERY) => {}
-                        _ = self.cancel.cancelled() => {}
+                        () = self.cancel.cancelled() => {}
                     }
                     continue;
                 }
@@ -231,7 +231,7 @@ impl Agent {
                     tracing::warn!(%error, "no orders can be had");
                     tokio::select! {
                         () = tokio::time::sleep(pause) => {}
-                        _ = self.cancel.cancelled() => {}
+                        () = self.cancel.cancelled() => {}
                     }
                     pause = (pause * 2).min(BACKOFF.1);
                 }

@@ -152,8 +152,8 @@ async fn permission(
         }
         tokio::select! {
             () = tokio::time::sleep(CONFIRM_AGAIN) => {}
-            _ = agent.cancel.cancelled() => {}
-            _ = lost.cancelled() => {}
+            () = agent.cancel.cancelled() => {}
+            () = lost.cancelled() => {}
         }
     }
 }
@@ -486,8 +486,8 @@ async fn follow(
             _ = renew.tick() => hold = teller.renew().await,
             () = &mut last_word => break None,
             () = &mut ends => break Some(Why::TimedOut),
-            _ = lost.cancelled() => break Some(Why::Lost),
-            _ = agent.drain_over.cancelled() => break Some(Why::Drained),
+            () = lost.cancelled() => break Some(Why::Lost),
+            () = agent.drain_over.cancelled() => break Some(Why::Drained),
         }
     };
     let status = child.stop().await;

@@ -112,7 +112,7 @@ impl Hub {
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let all = tokio::select! {
-                _ = cancel.cancelled() => return,
+                () = cancel.cancelled() => return,
                 _ = clock.tick() => true,
                 () = self.wake.notified() => false,
             };
@@ -294,7 +294,7 @@ impl Watcher {
             }
             let told = tokio::select! {
                 told = tokio::time::timeout(AT_LEAST, self.receiver.recv()) => told,
-                _ = self.app.cancel.cancelled() => return None,
+                () = self.app.cancel.cancelled() => return None,
             };
             match told {
                 Ok(Ok(told)) => match &*told {

@@ -99,7 +99,7 @@ pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
     let mut trouble = Trouble::default();
     loop {
         let accepted = tokio::select! {
-            _ = app.cancel.cancelled() => break,
+            () = app.cancel.cancelled() => break,
             _ = clock.tick() => {
                 app.table.sweep(Instant::now());
                 while connections.try_join_next().is_some() {}
@@ -178,7 +178,7 @@ async fn converse(
             // An aborted connection or a malformed request is the peer's fault and needs no handling.
             _ = connection.as_mut() => break,
             () = seat.closed() => break,
-            _ = app.cancel.cancelled(), if !ending => {
+            () = app.cancel.cancelled(), if !ending => {
                 ending = true;
                 connection.as_mut().graceful_shutdown();
             }

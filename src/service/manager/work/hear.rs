@@ -73,7 +73,7 @@ pub(super) async fn hear(app: &App) {
     let mut rates = Rates::default();
     loop {
         let delivered = tokio::select! {
-            _ = app.cancel.cancelled() => return,
+            () = app.cancel.cancelled() => return,
             delivered = app.queue.reports(&app.name, REPORTS, REPORTS_WAIT) => delivered,
         };
         let delivered = match delivered {
@@ -109,7 +109,7 @@ pub(super) async fn hear(app: &App) {
 
 async fn pause(app: &App) {
     tokio::select! {
-        _ = app.cancel.cancelled() => {}
+        () = app.cancel.cancelled() => {}
         () = tokio::time::sleep(PAUSE) => {}
     }
 }

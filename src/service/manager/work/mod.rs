@@ -67,7 +67,7 @@ async fn rounds<F: Future<Output = Result<(), Trouble>>>(
             app.metrics.error(task);
         }
         tokio::select! {
-            _ = app.cancel.cancelled() => return,
+            () = app.cancel.cancelled() => return,
             () = tokio::time::sleep(every) => {}
             () = app.errands.notified(), if woken => {}
         }

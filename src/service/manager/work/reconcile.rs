@@ -153,7 +153,7 @@ pub(super) async fn reconcile(app: &App) {
             }
         }
         tokio::select! {
-            _ = app.cancel.cancelled() => return,
+            () = app.cancel.cancelled() => return,
             () = tokio::time::sleep(app.options.reconcile_every) => {}
         }
     }

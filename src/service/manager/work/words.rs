@@ -34,7 +34,7 @@ fn word(save: Option<&Save>, question: &Question) -> Word {
 pub(super) async fn answer(app: &App) {
     while !app.cancel.is_cancelled() {
         let asked = tokio::select! {
-            _ = app.cancel.cancelled() => return,
+            () = app.cancel.cancelled() => return,
             asked = app.queue.questions(QUESTIONS_WAIT) => asked,
         };
         match asked {
@@ -52,7 +52,7 @@ pub(super) async fn answer(app: &App) {
                 tracing::warn!(%error, "agents' questions cannot be heard");
                 app.metrics.error("words");
                 tokio::select! {
-                    _ = app.cancel.cancelled() => return,
+                    () = app.cancel.cancelled() => return,
                     () = tokio::time::sleep(PAUSE) => {}
                 }
             }
