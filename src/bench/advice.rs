@@ -14,18 +14,18 @@ const SMALLEST_LAYER: u64 = 64 << 20;
 
 /// The estimated cost of a save with a codec and level.
 #[derive(Clone, Copy, Debug)]
-pub struct Candidate {
+pub(crate) struct Candidate {
     /// Codec and level.
-    pub setting: Setting,
+    pub(crate) setting: Setting,
     /// Costs of the whole save.
-    pub costs: Costs,
+    pub(crate) costs: Costs,
     /// Number of compressed bytes.
-    pub sent_bytes: u64,
+    pub(crate) sent_bytes: u64,
 }
 
 /// Returns recommendations in order: first the one that suits all consumers, then faster and smaller ones with their
 /// price. `asked` is the setting of the measured saves; the result is empty if it is not among the candidates.
-pub fn advise(
+pub(crate) fn advise(
     candidates: &[Candidate],
     asked: Setting,
     hands: Hands,
@@ -119,7 +119,7 @@ fn one(candidate: &Candidate, hands: Hands, tar_bytes: u64, mut why: String) -> 
 }
 
 /// Returns the value of the flag `--compression`.
-pub fn word(codec: Compression) -> &'static str {
+pub(crate) fn word(codec: Compression) -> &'static str {
     match codec {
         Compression::Gzip => "gzip",
         Compression::Zstd => "zstd",

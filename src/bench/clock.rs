@@ -15,14 +15,14 @@ pub struct Spent {
 
 /// A clock that runs from its creation.
 #[derive(Clone, Copy, Debug)]
-pub struct Clock {
+pub(crate) struct Clock {
     wall: Instant,
     cpu: f64,
 }
 
 impl Clock {
     /// Starts a clock.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self {
             wall: Instant::now(),
             cpu: seconds(ClockId::ProcessCPUTime),
@@ -30,12 +30,12 @@ impl Clock {
     }
 
     /// Returns the time spent until now.
-    pub fn spent(&self) -> Spent {
+    pub(crate) fn spent(&self) -> Spent {
         self.spent_until(Instant::now())
     }
 
     /// Returns the wall time until `end` and the CPU time until now.
-    pub fn spent_until(&self, end: Instant) -> Spent {
+    pub(crate) fn spent_until(&self, end: Instant) -> Spent {
         Spent {
             wall: end.duration_since(self.wall).as_secs_f64(),
             cpu: seconds(ClockId::ProcessCPUTime) - self.cpu,

@@ -18,64 +18,64 @@
 
 /// The cost of each stage in a save of a given tree, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
-pub struct Costs {
+pub(crate) struct Costs {
     /// CPU time of the scan.
-    pub scan: f64,
+    pub(crate) scan: f64,
     /// CPU time of planning the tar.
-    pub plan: f64,
+    pub(crate) plan: f64,
     /// CPU time of reading files and writing headers.
-    pub read: f64,
+    pub(crate) read: f64,
     /// CPU time of the checksum over the tar (gzip).
-    pub checksum: f64,
+    pub(crate) checksum: f64,
     /// CPU time of the codec.
-    pub compress: f64,
+    pub(crate) compress: f64,
     /// Time of SHA-256 over the tar on one core.
-    pub hash_tar: f64,
+    pub(crate) hash_tar: f64,
     /// Time of SHA-256 over the compressed bytes on one core.
-    pub hash_compressed: f64,
+    pub(crate) hash_compressed: f64,
     /// CPU time of this program for delivering the compressed bytes.
-    pub hand_on: f64,
+    pub(crate) hand_on: f64,
     /// CPU time of a registry on this machine for receiving them.
-    pub registry: f64,
+    pub(crate) registry: f64,
     /// Wall time of delivering them, without other stages.
-    pub hand_on_wall: f64,
+    pub(crate) hand_on_wall: f64,
 }
 
 impl Costs {
     /// Returns the CPU time before the first byte can be produced.
-    pub fn before(&self) -> f64 {
+    pub(crate) fn before(&self) -> f64 {
         self.scan + self.plan
     }
 
     /// Returns the CPU time that the workers share.
-    pub fn workers(&self) -> f64 {
+    pub(crate) fn workers(&self) -> f64 {
         self.read + self.checksum + self.compress
     }
 
     /// Returns the CPU time of everything after the first byte.
-    pub fn stream(&self) -> f64 {
+    pub(crate) fn stream(&self) -> f64 {
         self.workers() + self.hash_tar + self.hash_compressed + self.hand_on + self.registry
     }
 }
 
 /// The resources of a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hands {
+pub(crate) struct Hands {
     /// Number of cores that this process may use.
-    pub cores: usize,
+    pub(crate) cores: usize,
     /// Number of workers.
-    pub jobs: usize,
+    pub(crate) jobs: usize,
     /// Number of layers, of which at most [`SIDE_BY_SIDE`] are hashed concurrently.
-    pub layers: usize,
+    pub(crate) layers: usize,
 }
 
 /// Number of layers that a save creates concurrently.
-pub const SIDE_BY_SIDE: usize = 4;
+pub(crate) const SIDE_BY_SIDE: usize = 4;
 
 /// The resource that limits a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Bound {
+pub(crate) enum Bound {
     /// All cores are busy.
     Cores,
     /// All workers are busy, and there are fewer of them than cores.
@@ -88,26 +88,26 @@ pub enum Bound {
 
 /// The lower bound on the duration of a save.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
-pub struct Limit {
+pub(crate) struct Limit {
     /// Shortest possible duration in seconds.
-    pub seconds: f64,
+    pub(crate) seconds: f64,
     /// The limiting resource.
-    pub bound_by: Bound,
+    pub(crate) bound_by: Bound,
     /// Seconds before the first byte.
-    pub before: f64,
+    pub(crate) before: f64,
     /// Seconds that all cores need for the rest.
-    pub cores: f64,
+    pub(crate) cores: f64,
     /// Seconds that the workers need for their share.
-    pub jobs: f64,
+    pub(crate) jobs: f64,
     /// Seconds of SHA-256 over the tar, one core per layer.
-    pub sha256: f64,
+    pub(crate) sha256: f64,
     /// Seconds that the destination needs.
-    pub destination: f64,
+    pub(crate) destination: f64,
 }
 
 impl Limit {
     /// Computes the limit for the given costs.
-    pub fn of(costs: &Costs, hands: Hands) -> Self {
+    pub(crate) fn of(costs: &Costs, hands: Hands) -> Self {
         let cores = hands.cores.max(1) as f64;
         let workers = hands.jobs.clamp(1, hands.cores.max(1)) as f64;
         let before = costs.before() / workers;
@@ -140,7 +140,7 @@ impl Limit {
 
 /// Returns the number of workers beyond which more would only wait for the hash or the destination, or that of the
 /// cores if they are the limit.
-pub fn enough_jobs(costs: &Costs, hands: Hands) -> usize {
+pub(crate) fn enough_jobs(costs: &Costs, hands: Hands) -> usize {
     let limit = Limit::of(
         costs,
         Hands {
@@ -158,7 +158,7 @@ pub fn enough_jobs(costs: &Costs, hands: Hands) -> usize {
 }
 
 /// Returns the number of concurrent layers at which hashing is no longer the limit, or 1 if it never is.
-pub fn enough_layers(costs: &Costs, hands: Hands) -> usize {
+pub(crate) fn enough_layers(costs: &Costs, hands: Hands) -> usize {
     let limit = Limit::of(costs, Hands { layers: 1, ..hands });
     if limit.bound_by != Bound::Sha256 {
         return 1;

@@ -5,12 +5,12 @@
 //! disturbances of the machine affect all of them alike (`measure`). The rest is arithmetic on the results (`limit`,
 //! `advice`).
 
-pub mod advice;
+pub(crate) mod advice;
 pub mod clock;
-pub mod limit;
+pub(crate) mod limit;
 mod measure;
 mod neighbour;
-pub mod report;
+pub(crate) mod report;
 pub mod stages;
 pub mod tree;
 
@@ -73,7 +73,7 @@ impl Error {
 
 /// The tree to measure on.
 #[derive(Clone, Debug)]
-pub enum On {
+pub(crate) enum On {
     /// A container, as named by the user.
     Container(String),
     /// A directory.
@@ -84,31 +84,31 @@ pub enum On {
 
 /// Options of the benchmark.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// The tree to measure on.
-    pub on: On,
+    pub(crate) on: On,
     /// Rules for the content of the layer.
-    pub rules: Rules,
+    pub(crate) rules: Rules,
     /// Directory for the generated tree and the unnamed file.
-    pub scratch: PathBuf,
+    pub(crate) scratch: PathBuf,
     /// Registry for test uploads, and the access to it.
-    pub registry: Option<(Reference, Access)>,
+    pub(crate) registry: Option<(Reference, Access)>,
     /// Number of rounds, at least 1.
-    pub rounds: usize,
+    pub(crate) rounds: usize,
     /// Workers of the whole saves; if `None`, one per core.
-    pub jobs: Option<usize>,
+    pub(crate) jobs: Option<usize>,
     /// Codec and level of the whole saves.
-    pub setting: Setting,
+    pub(crate) setting: Setting,
     /// Further codecs and levels to measure.
-    pub settings: Vec<Setting>,
+    pub(crate) settings: Vec<Setting>,
     /// Times later than this are replaced by it.
-    pub timestamp: Option<i64>,
+    pub(crate) timestamp: Option<i64>,
     /// Tar bytes after which whole saves begin another layer, see [`save::cut`].
-    pub layer_size: Option<save::LayerSize>,
+    pub(crate) layer_size: Option<save::LayerSize>,
 }
 
 /// Runs the benchmark. `told` is called with a short description of each step.
-pub fn run(
+pub(crate) fn run(
     options: &Options,
     roots: &Roots,
     cancel: &CancellationToken,
@@ -218,7 +218,7 @@ impl Upload {
 }
 
 /// Parses the value of `--registry`. There is no tag, because no image is saved.
-pub fn registry(text: &str) -> Result<Reference, save::Error> {
+pub(crate) fn registry(text: &str) -> Result<Reference, save::Error> {
     match Target::for_saving(text)? {
         Target::Registry(reference) => Ok(reference),
         _ => Err(destination::TargetError::Transport(text.chars().take(200).collect()).into()),

@@ -6,7 +6,7 @@ use std::net::{IpAddr, ToSocketAddrs as _, UdpSocket};
 
 /// The process that serves a registry, if it is on this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Neighbour {
+pub(crate) enum Neighbour {
     /// The registry is on another machine.
     Elsewhere,
     /// The registry is on this machine, but its process cannot be determined (which requires root).
@@ -17,7 +17,7 @@ pub enum Neighbour {
 
 impl Neighbour {
     /// Looks up `host`, which is `HOST[:PORT]`.
-    pub fn find(host: &str) -> Self {
+    pub(crate) fn find(host: &str) -> Self {
         let with_port = host
             .rsplit_once(':')
             .is_some_and(|(_, port)| port.parse::<u16>().is_ok());
@@ -39,7 +39,7 @@ impl Neighbour {
     }
 
     /// Returns the CPU time of the process in seconds.
-    pub fn cpu(self) -> Option<f64> {
+    pub(crate) fn cpu(self) -> Option<f64> {
         let Self::Process(pid) = self else {
             return None;
         };

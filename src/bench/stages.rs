@@ -143,7 +143,11 @@ fn fill(
 }
 
 /// Reads every file once into the page cache, so that all rounds start from the same state. A save does not do this.
-pub fn read_first(plan: &Plan, threads: usize, cancel: &CancellationToken) -> Result<Spent, Error> {
+pub(crate) fn read_first(
+    plan: &Plan,
+    threads: usize,
+    cancel: &CancellationToken,
+) -> Result<Spent, Error> {
     let scan = plan.scan();
     let clock = Clock::start();
     side_by_side(
@@ -196,21 +200,21 @@ pub fn read(plan: &Plan, threads: usize, cancel: &CancellationToken) -> Result<S
 
 /// The time of the workers of a save, in total and by part.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Made {
+pub(crate) struct Made {
     /// Total time.
-    pub spent: Spent,
+    pub(crate) spent: Spent,
     /// CPU time of reading, in seconds.
-    pub read: f64,
+    pub(crate) read: f64,
     /// CPU time of the checksum, in seconds.
-    pub checksum: f64,
+    pub(crate) checksum: f64,
     /// CPU time of the codec, in seconds.
-    pub compress: f64,
+    pub(crate) compress: f64,
     /// Number of compressed bytes.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
 }
 
 /// Runs the workers' part of a save (read, checksum, compress), without the thread that hashes and delivers.
-pub fn make(
+pub(crate) fn make(
     plan: &Plan,
     setting: Setting,
     threads: usize,
@@ -348,7 +352,7 @@ impl Sample {
     }
 
     /// Returns the compressed blocks, in the pieces in which a save delivers them.
-    pub fn pieces(
+    pub(crate) fn pieces(
         &self,
         setting: Setting,
         cancel: &CancellationToken,
@@ -386,7 +390,7 @@ pub enum Place {
 }
 
 /// A delivery in progress to a [`Place`].
-pub enum Delivery {
+pub(crate) enum Delivery {
     /// See [`Place::Nothing`].
     Nothing,
     /// See [`Place::File`].
@@ -397,7 +401,7 @@ pub enum Delivery {
 
 impl Place {
     /// Starts a delivery.
-    pub fn begin(&self) -> Result<Delivery, Error> {
+    pub(crate) fn begin(&self) -> Result<Delivery, Error> {
         Ok(match self {
             Self::Nothing => Delivery::Nothing,
             Self::File(directory) => {
@@ -414,7 +418,7 @@ impl Place {
 
 impl Delivery {
     /// Writes bytes. For threads, not for async tasks.
-    pub fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
+    pub(crate) fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
         match self {
             Self::Nothing => Ok(()),
             Self::File(file, directory) => file.write_all(&bytes).map_err(Error::io(directory)),
@@ -430,7 +434,7 @@ impl Delivery {
     }
 
     /// Waits until all data is on disk or confirmed by the registry. Returns the time of that.
-    pub fn end(self) -> Result<Instant, Error> {
+    pub(crate) fn end(self) -> Result<Instant, Error> {
         match self {
             Self::Nothing => Ok(Instant::now()),
             Self::File(file, directory) => {
@@ -449,7 +453,7 @@ fn of_registry(error: crate::store::registry::Error) -> Error {
 }
 
 /// Delivers `bytes` bytes by repeating `pieces`. Nothing is read, hashed or compressed.
-pub fn deliver(
+pub(crate) fn deliver(
     place: &Place,
     pieces: &[Bytes],
     bytes: u64,

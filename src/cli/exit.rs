@@ -5,7 +5,7 @@ use std::process::ExitCode;
 /// Exit code of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
-pub enum Exit {
+pub(crate) enum Exit {
     /// Success. For `commit`, the image is at the destination under its tag.
     Saved = 0,
     /// Permanent failure: a retry will not help unless something changes.
@@ -26,7 +26,7 @@ pub enum Exit {
 
 impl Exit {
     /// All exit codes with their meaning, for the help and the man page.
-    pub const TABLE: [(Self, &'static str); 8] = [
+    pub(crate) const TABLE: [(Self, &'static str); 8] = [
         (Self::Saved, "saved (or done)"),
         (Self::Failed, "failed for good"),
         (Self::Usage, "usage: the command line is wrong"),
@@ -44,12 +44,12 @@ impl Exit {
     ];
 
     /// Returns the number.
-    pub fn code(self) -> u8 {
+    pub(crate) fn code(self) -> u8 {
         self as u8
     }
 
     /// Converts a number. Unknown numbers become [`Exit::Failed`].
-    pub fn from_code(code: u8) -> Self {
+    pub(crate) fn from_code(code: u8) -> Self {
         Self::TABLE
             .iter()
             .map(|(exit, _)| *exit)
@@ -67,4 +67,4 @@ impl From<Exit> for ExitCode {
 /// An invalid command line that clap cannot detect by itself.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct Usage(pub String);
+pub(crate) struct Usage(pub(crate) String);

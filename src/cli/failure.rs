@@ -11,13 +11,13 @@ use crate::store::images;
 
 /// The machine-readable form of an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Failure {
+pub(crate) struct Failure {
     /// Exit code.
-    pub exit: Exit,
+    pub(crate) exit: Exit,
     /// Stable code in snake case, for the `failed` event.
-    pub code: &'static str,
+    pub(crate) code: &'static str,
     /// Whether the same call may succeed later.
-    pub retryable: bool,
+    pub(crate) retryable: bool,
 }
 
 impl Failure {
@@ -31,7 +31,7 @@ impl Failure {
 
     /// Maps `error` by its outermost cause of a known type. A typed error has to be a cause (`?`, `#[source]`); one
     /// that was only attached with `context` is text.
-    pub fn of(error: &anyhow::Error) -> Self {
+    pub(crate) fn of(error: &anyhow::Error) -> Self {
         error
             .chain()
             .find_map(Self::of_cause)

@@ -6,7 +6,7 @@ mod config;
 mod exit;
 mod failure;
 mod image;
-pub mod options;
+pub(crate) mod options;
 mod print;
 mod progress;
 mod secret;
@@ -15,7 +15,7 @@ mod service;
 mod signals;
 mod text;
 mod verbs;
-pub mod view;
+pub(crate) mod view;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -25,8 +25,8 @@ use tracing_subscriber::EnvFilter;
 use crate::node::confine::{self, Role};
 use crate::node::container::Roots;
 use args::{Cli, Global, LogFormat, Verb};
-pub use exit::{Exit, Usage};
-pub use failure::Failure;
+pub(crate) use exit::{Exit, Usage};
+pub(crate) use failure::Failure;
 
 /// Runs the program.
 pub fn main() -> ExitCode {

@@ -22,11 +22,11 @@ use crate::store::registry::credentials::{Credentials, CredentialsError};
 
 /// The options of `commit`.
 #[derive(Clone, Debug)]
-pub struct Commit {
+pub(crate) struct Commit {
     /// What to save, and how.
-    pub options: save::Options,
+    pub(crate) options: save::Options,
     /// How registries are reached.
-    pub access: registry::Access,
+    pub(crate) access: registry::Access,
 }
 
 /// Returns where runtimes keep their state, from the global flags and the default paths.

@@ -17,7 +17,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// `--progress`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Mode {
+pub(crate) enum Mode {
     /// A bar on a terminal, else a line now and then; on stderr.
     Auto,
     /// A bar on a terminal, even beside log lines.

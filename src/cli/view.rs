@@ -23,28 +23,28 @@ const MAX_SOURCE: usize = 1024;
 
 /// An entry of `ps`, and the head of `inspect`.
 #[derive(Clone, Debug, Serialize)]
-pub struct ContainerView {
+pub(crate) struct ContainerView {
     /// The runtime.
-    pub runtime: Runtime,
+    pub(crate) runtime: Runtime,
     /// Full ID.
-    pub id: String,
+    pub(crate) id: String,
     /// Names, the preferred one first.
-    pub names: Vec<String>,
+    pub(crate) names: Vec<String>,
     /// Namespace in containerd.
-    pub namespace: Option<String>,
+    pub(crate) namespace: Option<String>,
     /// The pod.
-    pub pod: Option<Pod>,
+    pub(crate) pod: Option<Pod>,
     /// Image as recorded by the runtime.
-    pub image: Option<String>,
+    pub(crate) image: Option<String>,
     /// PID of the first process.
-    pub pid: u32,
+    pub(crate) pid: u32,
     /// Allocated bytes of the upper directory.
-    pub upper_bytes: Option<u64>,
+    pub(crate) upper_bytes: Option<u64>,
 }
 
 impl ContainerView {
     /// Creates the entry. `upper_bytes` is `None` if it could not be determined.
-    pub fn new(container: &Container, upper_bytes: Option<u64>) -> Self {
+    pub(crate) fn new(container: &Container, upper_bytes: Option<u64>) -> Self {
         Self {
             runtime: container.runtime,
             id: container.id.clone(),
@@ -74,7 +74,7 @@ impl ContainerView {
 }
 
 /// Formats `ps` as a table.
-pub fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
+pub(crate) fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
     let header = [
         ("RUNTIME", Align::Left),
         ("ID", Align::Left),
@@ -102,91 +102,91 @@ pub fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
 
 /// Output of `inspect`.
 #[derive(Clone, Debug, Serialize)]
-pub struct InspectView {
+pub(crate) struct InspectView {
     /// The fields of `ps`.
     #[serde(flatten)]
-    pub container: ContainerView,
+    pub(crate) container: ContainerView,
     /// The base, if it was proven.
-    pub base: Option<BaseView>,
+    pub(crate) base: Option<BaseView>,
     /// The reason why it was not proven.
-    pub base_error: Option<String>,
+    pub(crate) base_error: Option<String>,
     /// The upper directory.
-    pub upper: UpperView,
+    pub(crate) upper: UpperView,
     /// UID map; empty without a user namespace.
-    pub uid_map: Vec<IdMapping>,
+    pub(crate) uid_map: Vec<IdMapping>,
     /// GID map; empty without a user namespace.
-    pub gid_map: Vec<IdMapping>,
+    pub(crate) gid_map: Vec<IdMapping>,
     /// Mounts whose content is not saved, volumes first.
-    pub not_saved: Vec<MountView>,
+    pub(crate) not_saved: Vec<MountView>,
     /// Number of such mounts beyond the limit.
-    pub not_saved_more: usize,
+    pub(crate) not_saved_more: usize,
     /// Kind of the next save; `None` if the base is not proven.
-    pub next_save: Option<NextSave>,
+    pub(crate) next_save: Option<NextSave>,
     /// The reason why the next save would fail.
-    pub next_save_error: Option<String>,
+    pub(crate) next_save_error: Option<String>,
 }
 
 /// The proven base.
 #[derive(Clone, Debug, Serialize)]
-pub struct BaseView {
+pub(crate) struct BaseView {
     /// Reference by which it was pulled.
-    pub name: Option<String>,
+    pub(crate) name: Option<String>,
     /// Digest of the manifest; `None` if the runtime keeps none.
-    pub manifest_digest: Option<Digest>,
+    pub(crate) manifest_digest: Option<Digest>,
     /// Digest of the config, which is the image ID.
-    pub config_digest: Digest,
+    pub(crate) config_digest: Digest,
     /// A sentence on how it was proven.
-    pub proof: String,
+    pub(crate) proof: String,
     /// Layers, bottom first.
-    pub layers: Vec<LayerView>,
+    pub(crate) layers: Vec<LayerView>,
 }
 
 /// A layer of the base.
 #[derive(Clone, Debug, Serialize)]
-pub struct LayerView {
+pub(crate) struct LayerView {
     /// Digest of the uncompressed tar.
-    pub diff_id: DiffId,
+    pub(crate) diff_id: DiffId,
     /// Chain ID of the layers up to this one.
-    pub chain_id: ChainId,
+    pub(crate) chain_id: ChainId,
     /// Digest of the compressed blob, if known.
-    pub digest: Option<String>,
+    pub(crate) digest: Option<String>,
     /// Size of the compressed blob in bytes, if known.
-    pub size: Option<u64>,
+    pub(crate) size: Option<u64>,
     /// Media type of the blob, if known.
-    pub media_type: Option<String>,
+    pub(crate) media_type: Option<String>,
     /// Directory with the unpacked layer.
-    pub lower: Option<String>,
+    pub(crate) lower: Option<String>,
     /// Whether the compressed blob is on this node.
-    pub local: bool,
+    pub(crate) local: bool,
 }
 
 /// The upper directory.
 #[derive(Clone, Debug, Serialize)]
-pub struct UpperView {
+pub(crate) struct UpperView {
     /// Path.
-    pub path: String,
+    pub(crate) path: String,
     /// Allocated bytes.
-    pub bytes: Option<u64>,
+    pub(crate) bytes: Option<u64>,
     /// Number of entries.
-    pub entries: Option<u64>,
+    pub(crate) entries: Option<u64>,
 }
 
 /// A mount.
 #[derive(Clone, Debug, Serialize)]
-pub struct MountView {
+pub(crate) struct MountView {
     /// Mount point in the container.
-    pub destination: String,
+    pub(crate) destination: String,
     /// File system type.
-    pub kind: String,
+    pub(crate) kind: String,
     /// Source of the mount.
-    pub source: String,
+    pub(crate) source: String,
     /// Whether this is a volume with user data, as opposed to a mount of the runtime.
-    pub volume: bool,
+    pub(crate) volume: bool,
 }
 
 impl InspectView {
     /// Creates the view. `entries` is the number in the upper directory, `None` if it could not be determined.
-    pub fn new(
+    pub(crate) fn new(
         container: &Container,
         base: Result<&Base, String>,
         upper_bytes: Option<u64>,
@@ -234,7 +234,7 @@ impl InspectView {
     }
 
     /// Adds the kind of the next save, which includes the volumes at `volumes`.
-    pub fn saved_next(&mut self, next: NextSave, volumes: &[PathBuf]) {
+    pub(crate) fn saved_next(&mut self, next: NextSave, volumes: &[PathBuf]) {
         self.next_save = Some(next);
         let saved: Vec<String> = volumes
             .iter()
@@ -245,7 +245,7 @@ impl InspectView {
     }
 
     /// Formats the view as a table. Mounts of the runtime (`/proc`, `/dev`, ...) are only counted.
-    pub fn table(&self) -> String {
+    pub(crate) fn table(&self) -> String {
         let container = &self.container;
         let mut rows: Vec<[String; 2]> = Vec::new();
         let mut add = |name: &str, value: String| rows.push([name.to_owned(), value]);
@@ -384,7 +384,7 @@ impl BaseView {
 
 /// Kind of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Change {
+pub(crate) enum Change {
     /// Added.
     A,
     /// Changed.
@@ -395,16 +395,16 @@ pub enum Change {
 
 /// A line of `diff`.
 #[derive(Clone, Debug, Serialize)]
-pub struct DiffView {
+pub(crate) struct DiffView {
     /// Kind of the change.
-    pub change: Change,
+    pub(crate) change: Change,
     /// Absolute path as text.
-    pub path: String,
+    pub(crate) path: String,
 }
 
 impl DiffView {
     /// Creates a line. `path` is relative to the root or absolute.
-    pub fn new(change: Change, path: &Path) -> Self {
+    pub(crate) fn new(change: Change, path: &Path) -> Self {
         Self {
             change,
             path: format!("/{}", text::path(path).trim_matches('/')),
@@ -413,7 +413,7 @@ impl DiffView {
 }
 
 /// Formats `diff` like `docker diff`.
-pub fn diff_table(lines: &[DiffView]) -> String {
+pub(crate) fn diff_table(lines: &[DiffView]) -> String {
     lines
         .iter()
         .map(|line| format!("{:?} {}\n", line.change, line.path))
@@ -422,7 +422,7 @@ pub fn diff_table(lines: &[DiffView]) -> String {
 }
 
 /// Formats `bench` as tables.
-pub fn bench_table(report: &Report) -> String {
+pub(crate) fn bench_table(report: &Report) -> String {
     let Report { node, subject, .. } = report;
     let mb = |bytes: u64| format!("{:.0}", bytes as f64 / 1e6);
     let mut out = format!(

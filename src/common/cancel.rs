@@ -10,7 +10,7 @@ pub struct Cancelled;
 
 impl Cancelled {
     /// Fails if the token is cancelled. Meant for loops in threads.
-    pub fn check(token: &CancellationToken) -> Result<(), Self> {
+    pub(crate) fn check(token: &CancellationToken) -> Result<(), Self> {
         if token.is_cancelled() {
             Err(Self)
         } else {

@@ -30,7 +30,7 @@ impl Digest {
     }
 
     /// Returns the digest of everything that was fed to `hasher`.
-    pub fn finish(hasher: Sha256) -> Self {
+    pub(crate) fn finish(hasher: Sha256) -> Self {
         Self(hasher.finalize().into())
     }
 
@@ -126,13 +126,13 @@ impl fmt::Display for ChainId {
 
 impl ChainId {
     /// Returns the chain ID of a single layer, which equals its diff ID.
-    pub fn bottom(diff_id: DiffId) -> Self {
+    pub(crate) fn bottom(diff_id: DiffId) -> Self {
         Self(diff_id.0)
     }
 
     /// Returns the chain ID of this stack with `diff_id` on top.
     #[must_use]
-    pub fn child(self, diff_id: DiffId) -> Self {
+    pub(crate) fn child(self, diff_id: DiffId) -> Self {
         Self(Digest::of(format!("{self} {diff_id}")))
     }
 
@@ -151,7 +151,7 @@ impl ChainId {
 
 /// A writer that counts and hashes what is written through it. The digest exists only after
 /// [`HashingWriter::complete`].
-pub struct HashingWriter<W> {
+pub(crate) struct HashingWriter<W> {
     inner: W,
     hasher: Sha256,
     written: u64,
@@ -159,7 +159,7 @@ pub struct HashingWriter<W> {
 
 impl<W: Write> HashingWriter<W> {
     /// Wraps `inner`.
-    pub fn new(inner: W) -> Self {
+    pub(crate) fn new(inner: W) -> Self {
         Self {
             inner,
             hasher: Sha256::new(),
@@ -168,7 +168,7 @@ impl<W: Write> HashingWriter<W> {
     }
 
     /// Consumes the writer and returns the inner writer, the digest and the number of bytes written.
-    pub fn complete(self) -> (W, Digest, u64) {
+    pub(crate) fn complete(self) -> (W, Digest, u64) {
         (self.inner, Digest::finish(self.hasher), self.written)
     }
 }

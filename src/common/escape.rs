@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 /// Escapes everything in `text` that a terminal would interpret or hide: control characters, bidirectional controls and
 /// zero-width characters. With the latter two, a name can be made to look like another.
-pub fn text(text: &str) -> String {
+pub(crate) fn text(text: &str) -> String {
     limited(text, usize::MAX)
 }
 

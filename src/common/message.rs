@@ -13,14 +13,14 @@ pub fn of(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Returns an iterator over an error, its cause, the cause of that, and so on.
-pub fn chain<'a>(
+pub(crate) fn chain<'a>(
     error: &'a (dyn Error + 'static),
 ) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |&error| error.source())
 }
 
 /// Joins the texts of a chain of causes to one.
-pub fn joined(texts: impl IntoIterator<Item = String>) -> String {
+pub(crate) fn joined(texts: impl IntoIterator<Item = String>) -> String {
     let mut message = String::new();
     for text in texts {
         if text.is_empty() || message.contains(&text) {
@@ -40,7 +40,11 @@ pub fn joined(texts: impl IntoIterator<Item = String>) -> String {
 }
 
 /// Formats a number with its noun: `1 path`, `2 paths`.
-pub fn count<N: Copy + Display + PartialEq + From<u8>>(number: N, one: &str, many: &str) -> String {
+pub(crate) fn count<N: Copy + Display + PartialEq + From<u8>>(
+    number: N,
+    one: &str,
+    many: &str,
+) -> String {
     let noun = if number == N::from(1) { one } else { many };
     format!("{number} {noun}")
 }

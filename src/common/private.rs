@@ -19,30 +19,25 @@ const OTHERS: u32 = 0o077;
 
 /// Permission bits of created files. A directory gets the execute bit wherever it has the read bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileMode(u32);
+pub(crate) struct FileMode(u32);
 
 impl FileMode {
     /// 0600 for files, 0700 for directories.
-    pub const PRIVATE: Self = Self(0o600);
+    pub(crate) const PRIVATE: Self = Self(0o600);
 
     /// Returns the mode of `file` without the bits that an image file does not need (execute, setuid), and with read
     /// and write for the owner.
-    pub fn of(file: &fs::Metadata) -> Self {
+    pub(crate) fn of(file: &fs::Metadata) -> Self {
         Self(file.mode() & 0o666 | 0o600)
     }
 
-    /// Returns the mode for files.
-    pub fn file(self) -> u32 {
-        self.0
-    }
-
     /// Returns the mode for directories.
-    pub fn directory(self) -> u32 {
+    pub(crate) fn directory(self) -> u32 {
         self.0 | (self.0 & 0o444) >> 2
     }
 
     /// Sets the mode of a file that was created with 0600 and has no name yet, or lies in a private directory.
-    pub fn set(self, file: &File) -> io::Result<()> {
+    pub(crate) fn set(self, file: &File) -> io::Result<()> {
         file.set_permissions(Permissions::from_mode(self.0))
     }
 }
@@ -62,7 +57,7 @@ impl FromStr for FileMode {
 }
 
 /// Creates `dir` and its missing parents. Directories that exist keep their mode.
-pub fn make_dir(dir: &Path, mode: FileMode) -> io::Result<()> {
+pub(crate) fn make_dir(dir: &Path, mode: FileMode) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Ok(()) if mode == FileMode::PRIVATE => Ok(()),
         // The mode may be wider than the umask permits. It is set by descriptor, so that no other directory is changed.
@@ -91,7 +86,7 @@ fn open_dir(dir: &Path, more: OFlags) -> io::Result<File> {
 /// Fails with `PermissionDenied` if `dir` belongs to another user, or if others have rights to it and it contains an
 /// entry for which `ours` returns false: such a directory was not made for this purpose, and its users would lose
 /// access.
-pub fn own_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> io::Result<()> {
+pub(crate) fn own_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> io::Result<()> {
     make_dir(dir, FileMode::PRIVATE)?;
     let open = open_dir(dir, OFlags::empty())?;
     let there = open.metadata()?;
@@ -125,7 +120,7 @@ pub fn own_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> io::Result<()> {
 
 /// Writes `bytes` to a file and truncates it to that length. A new file gets `mode`; an existing one (which may be a
 /// device) keeps its mode.
-pub fn write(path: &Path, bytes: &[u8], mode: FileMode) -> io::Result<()> {
+pub(crate) fn write(path: &Path, bytes: &[u8], mode: FileMode) -> io::Result<()> {
     let made = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -147,7 +142,7 @@ pub fn write(path: &Path, bytes: &[u8], mode: FileMode) -> io::Result<()> {
 
 /// Returns whether users other than the owner and the group can read or change a file that holds a secret. Only regular
 /// files count: the mode of a pipe says nothing about its source.
-pub fn is_shared(file: &fs::Metadata) -> bool {
+pub(crate) fn is_shared(file: &fs::Metadata) -> bool {
     file.is_file() && file.mode() & 0o007 != 0
 }
 

@@ -13,7 +13,7 @@ use super::digest::{Digest, DigestError};
 const STAND_IN: &str = "host.invalid";
 
 /// Docker Hub's name in references. Its API has another host name, see [`authority`].
-pub const DOCKER_HUB: &str = "docker.io";
+pub(crate) const DOCKER_HUB: &str = "docker.io";
 
 /// `HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]`.
 ///
@@ -68,7 +68,7 @@ impl Reference {
     }
 
     /// Returns `HOST/REPOSITORY`.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         format!("{}/{}", self.host, self.repository)
     }
 }
@@ -144,7 +144,7 @@ impl fmt::Display for Reference {
 }
 
 /// Returns the `HOST[:PORT]` of a host's API. It differs from `host` only for Docker Hub.
-pub fn authority(host: &str) -> &str {
+pub(crate) fn authority(host: &str) -> &str {
     if host == DOCKER_HUB {
         "registry-1.docker.io"
     } else {
@@ -154,7 +154,7 @@ pub fn authority(host: &str) -> &str {
 
 /// Returns whether `host` (with or without a port) is this machine by definition: `localhost`, 127.0.0.0/8, `[::1]`.
 /// Names that merely resolve to such an address do not count, because their DNS records may be controlled by others.
-pub fn is_loopback(host: &str) -> bool {
+pub(crate) fn is_loopback(host: &str) -> bool {
     let name = without_port(host);
     if name == "localhost" || name.ends_with(".localhost") {
         return true;

@@ -47,7 +47,7 @@ const END: Duration = Duration::from_secs(3);
 
 /// An error of the demonstration.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// A container can be created neither as root nor in a user namespace.
     #[error("this machine does not let a container be made here: {0}")]
     NoContainer(String),
@@ -88,7 +88,7 @@ impl Error {
     }
 
     /// Returns the exit code, unless a nested [`save::Error`] determines it.
-    pub fn exit_code(&self) -> u8 {
+    pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::NoContainer(_) => 77,
             Self::Cancelled(_) => 130,
@@ -108,7 +108,7 @@ fn list(differences: &[Difference]) -> String {
 }
 
 /// Runs the demonstration and describes it on `out`. Everything created is removed afterwards, even after an error.
-pub fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(), Error> {
+pub(crate) fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(), Error> {
     let begun = Instant::now();
     let mut story = Story {
         out,

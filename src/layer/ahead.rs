@@ -25,7 +25,7 @@ const WORTH: u32 = 2 * COLD;
 const MOST: u32 = 4 * COLD;
 
 /// A plan with what is known about its files in the page cache.
-pub struct Ahead<'a> {
+pub(crate) struct Ahead<'a> {
     plan: &'a Plan,
     /// Weighted count of recent files that had to be waited for or were read ahead.
     cold: AtomicU32,
@@ -38,7 +38,7 @@ pub struct Ahead<'a> {
 
 impl<'a> Ahead<'a> {
     /// Creates the state. All files are assumed to be cached until one is not.
-    pub fn new(plan: &'a Plan) -> Self {
+    pub(crate) fn new(plan: &'a Plan) -> Self {
         Self {
             plan,
             cold: AtomicU32::new(0),
@@ -48,7 +48,7 @@ impl<'a> Ahead<'a> {
     }
 
     /// Returns the plan.
-    pub fn plan(&self) -> &'a Plan {
+    pub(crate) fn plan(&self) -> &'a Plan {
         self.plan
     }
 

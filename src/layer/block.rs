@@ -10,7 +10,7 @@ use crate::common::escape;
 
 /// Reusable buffers of one worker.
 #[derive(Default)]
-pub struct Scratch {
+pub(crate) struct Scratch {
     path: Vec<u8>,
     link: Vec<u8>,
     header: Vec<u8>,
@@ -20,7 +20,7 @@ pub struct Scratch {
 /// to `unstable`.
 ///
 /// Fails if a file cannot be opened or read.
-pub fn fill(
+pub(crate) fn fill(
     ahead: &Ahead<'_>,
     start: u64,
     end: u64,
@@ -157,7 +157,7 @@ pub(super) mod tests {
     use crate::node::overlay::xattr::Namespace;
 
     /// Returns a plan of everything in a directory.
-    pub fn plan_of(dir: &Path) -> Plan {
+    pub(crate) fn plan_of(dir: &Path) -> Plan {
         let roots = Roots {
             upper: dir.to_owned(),
             lowers: Vec::new(),

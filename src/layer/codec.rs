@@ -25,7 +25,7 @@ pub enum Compression {
 
 impl Compression {
     /// Returns the media type of a layer compressed this way (image-spec `layer.md`).
-    pub fn media_type(self) -> &'static str {
+    pub(crate) fn media_type(self) -> &'static str {
         match self {
             Self::Gzip => IMAGE_LAYER_GZIP_MEDIA_TYPE,
             Self::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
@@ -34,7 +34,7 @@ impl Compression {
     }
 
     /// Returns the levels of the codec.
-    pub fn levels(self) -> std::ops::RangeInclusive<u32> {
+    pub(crate) fn levels(self) -> std::ops::RangeInclusive<u32> {
         match self {
             Self::Gzip => 1..=9,
             Self::Zstd => 1..=19,
@@ -75,7 +75,7 @@ impl Compression {
 }
 
 /// The compressor of one worker, reused for every block.
-pub enum Codec {
+pub(crate) enum Codec {
     /// Deflate; the stream writes the header and trailer of the gzip member.
     Gzip(Box<Encoder>),
     /// One zstd frame per block.
@@ -86,7 +86,7 @@ pub enum Codec {
 
 impl Codec {
     /// Creates a compressor; `level` must be within [`Compression::levels`].
-    pub fn new(compression: Compression, level: u32) -> Self {
+    pub(crate) fn new(compression: Compression, level: u32) -> Self {
         match compression {
             Compression::Gzip => Self::Gzip(Box::new(Encoder::new(level))),
             Compression::Zstd => {
@@ -98,7 +98,7 @@ impl Codec {
     }
 
     /// Compresses one block. Returns `None` if the block is to be written as it is.
-    pub fn compress(&mut self, block: &[u8]) -> Option<Vec<u8>> {
+    pub(crate) fn compress(&mut self, block: &[u8]) -> Option<Vec<u8>> {
         if !matches!(self, Self::None) && is_hopeless(block) {
             return Some(match self {
                 Self::Gzip(_) => stored_deflate(block),

@@ -45,7 +45,7 @@ pub struct ReadError {
 
 /// The content of one file.
 #[derive(Debug)]
-pub enum Content {
+pub(crate) enum Content {
     /// Extents by offset; the gaps are holes.
     Memory(Vec<(u64, Vec<u8>)>),
     /// A clone, which no other process writes to.

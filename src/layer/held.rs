@@ -144,7 +144,7 @@ fn weight(entry: &Entry) -> u64 {
 /// Returns how the contents of `plans` can be captured in at most `limit` bytes of memory in total.
 ///
 /// Support for clones is determined by trying one on an unnamed file.
-pub fn way(plans: &[Plan], limit: u64) -> Way {
+pub(crate) fn way(plans: &[Plan], limit: u64) -> Way {
     let weights_of = |plan: &Plan| -> Vec<u64> {
         let items = plan.items().iter();
         let files = items.filter(|item| plan.content_size(item) > 0);
@@ -200,7 +200,7 @@ fn descriptors() -> u64 {
 
 /// Writes the dirty pages of the plan's large files to disk, so that cloning them later is fast: the kernel writes them
 /// before it shares the data.
-pub fn prepare_clones(plan: &Plan) {
+pub(crate) fn prepare_clones(plan: &Plan) {
     for item in plan.items() {
         let entry = &plan.entry(item);
         if plan.content_size(item) > SMALL && plan.scan().elsewhere(entry).is_none() {

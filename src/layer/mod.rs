@@ -5,20 +5,20 @@
 //! as they were at one instant, `block` produces tar bytes, `ahead` manages the page cache, `settle` waits for writes
 //! under way, `codec` compresses blocks (`deflate` for gzip), and `stream` runs all of it.
 
-pub mod ahead;
-pub mod block;
-pub mod codec;
+pub(crate) mod ahead;
+pub(crate) mod block;
+pub(crate) mod codec;
 pub mod content;
 pub mod deflate;
 pub mod held;
-pub mod plan;
+pub(crate) mod plan;
 pub mod scan;
 mod settle;
 pub mod stream;
-pub mod tar;
+pub(crate) mod tar;
 
 pub use codec::Compression;
-pub use content::Held;
+pub(crate) use content::Held;
 pub use plan::Plan;
 pub use settle::Writers;
 pub use stream::{Error, Layer, Options, Part, Progress};

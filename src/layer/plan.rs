@@ -204,7 +204,7 @@ impl Plan {
     }
 
     /// Returns the scan that is laid out.
-    pub fn scan(&self) -> &Scan {
+    pub(crate) fn scan(&self) -> &Scan {
         &self.scan
     }
 

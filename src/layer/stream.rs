@@ -23,7 +23,7 @@ use super::plan::Plan;
 use crate::common::digest::{DiffId, Digest};
 
 /// Tar bytes of a block. Part of the format and independent of `--jobs`: the same plan gives the same bytes.
-pub const BLOCK: u64 = 1 << 20;
+pub(crate) const BLOCK: u64 = 1 << 20;
 /// Layers produced at once: a registry serialises any more (see [`write_all`]).
 const SIDE_BY_SIDE: usize = 4;
 /// Compressed blocks per layer that wait for the destination.

@@ -3,9 +3,9 @@
 use crate::layer::scan::Xattr;
 
 /// Size of a tar record in bytes.
-pub const RECORD: u64 = 512;
+pub(crate) const RECORD: u64 = 512;
 /// Size in bytes of the end of an archive, which is two zero records.
-pub const END: u64 = 2 * RECORD;
+pub(crate) const END: u64 = 2 * RECORD;
 
 /// Largest value of an 11-digit octal field (sizes, times): 8 GiB less one.
 const MAX_OCTAL_11: u64 = 0o777_7777_7777;
@@ -14,32 +14,32 @@ const MAX_OCTAL_7: u32 = 0o777_7777;
 
 /// The fields of a header. Byte strings are written unchanged: names need not be UTF-8.
 #[derive(Clone, Copy, Debug)]
-pub struct Header<'a> {
+pub(crate) struct Header<'a> {
     /// Path in the archive: no leading slash, a directory's path ends in a slash.
-    pub path: &'a [u8],
+    pub(crate) path: &'a [u8],
     /// `0` file, `1` hard link, `2` symlink, `3` character and `4` block device, `5` directory, `6` FIFO.
-    pub typeflag: u8,
+    pub(crate) typeflag: u8,
     /// Low 12 bits of the mode.
-    pub mode: u16,
+    pub(crate) mode: u16,
     /// Owner.
-    pub uid: u32,
+    pub(crate) uid: u32,
     /// Group.
-    pub gid: u32,
+    pub(crate) gid: u32,
     /// Bytes of content that follow.
-    pub size: u64,
+    pub(crate) size: u64,
     /// Seconds since the epoch.
-    pub mtime: i64,
+    pub(crate) mtime: i64,
     /// Target of a link.
-    pub link: &'a [u8],
+    pub(crate) link: &'a [u8],
     /// Major and minor number of a device.
-    pub device: (u32, u32),
+    pub(crate) device: (u32, u32),
     /// Extended attributes, sorted by name.
-    pub xattrs: &'a [Xattr],
+    pub(crate) xattrs: &'a [Xattr],
 }
 
 impl Header<'_> {
     /// Returns the length in bytes of the output of [`Header::write`].
-    pub fn encoded_len(&self) -> u64 {
+    pub(crate) fn encoded_len(&self) -> u64 {
         match self.pax_records().len() as u64 {
             0 => RECORD,
             len => RECORD + len.next_multiple_of(RECORD) + RECORD,
@@ -47,7 +47,7 @@ impl Header<'_> {
     }
 
     /// Appends the header, preceded by a PAX extended header if one is needed.
-    pub fn write(&self, out: &mut Vec<u8>) {
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
         let records = self.pax_records();
         if !records.is_empty() {
             // The name is for programs without PAX support; others never show it.

@@ -21,7 +21,7 @@ use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
 mod floor;
 mod memory;
 
-pub use memory::Bound;
+pub(crate) use memory::Bound;
 
 /// Cgroup of background processes. It is never removed; an empty one costs nothing.
 const GROUP: &str = "upperdeck-idle";
@@ -34,11 +34,11 @@ const UNBOUNDED: &str = "unbounded";
 const NICEST: i32 = 19;
 /// Minimum share of all background processes together while other processes want every core, in per cent of the node's
 /// cores.
-pub const FLOOR: f64 = 2.0;
+pub(crate) const FLOOR: f64 = 2.0;
 
 /// This process running in the background.
 #[derive(Clone, Debug)]
-pub struct Background(Arc<Inner>);
+pub(crate) struct Background(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -46,13 +46,11 @@ struct Inner {
     groups: Vec<(PathBuf, PathBuf)>,
     /// The nice value before.
     usual: i32,
-    /// What the background priority is based on.
-    holds: Holds,
 }
 
 /// What a process's background priority is based on, the best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holds {
+pub(crate) enum Holds {
     /// A cgroup that runs only when no other wants to.
     Idle,
     /// A cgroup with the lowest weight.
@@ -64,15 +62,15 @@ pub enum Holds {
 /// The usual priority, until this is dropped.
 #[derive(Debug)]
 #[must_use = "the process is back in the background as soon as this is dropped"]
-pub struct Hurry(Background);
+pub(crate) struct Hurry(Background);
 
 impl Background {
     /// Moves this process to the background, and limits its memory if `bound` is given. Cgroup file systems mounted
     /// below `host_root` are the node's. `floor` is the minimum share in per cent of all cores that it gets after a
     /// while, whatever other processes want; 0 means none.
     ///
-    /// Whatever is not available is left out: see [`Background::holds`].
-    pub fn enter(host_root: Option<&Path>, bound: Option<&Bound>, floor: f64) -> Self {
+    /// Whatever is not available is left out.
+    pub(crate) fn enter(host_root: Option<&Path>, bound: Option<&Bound>, floor: f64) -> Self {
         let bounded = bound.and_then(|bound| bound.hold(host_root, true));
         let read = |path: &str| fs::read(path).unwrap_or_default();
         let mounts = parse_mountinfo(&read("/proc/self/mountinfo")).unwrap_or_default();
@@ -97,11 +95,7 @@ impl Background {
             }
         }
         let usual = rustix::process::getpriority_process(None).unwrap_or(0);
-        let background = Self(Arc::new(Inner {
-            groups,
-            usual,
-            holds,
-        }));
+        let background = Self(Arc::new(Inner { groups, usual }));
         background.relax();
         if let Some(dir) = shared.filter(|_| floor > 0.0) {
             background.keep_floor(dir, floor);
@@ -115,17 +109,12 @@ impl Background {
     }
 
     /// Limits the memory of this process, which keeps its usual priority.
-    pub fn bound_only(host_root: Option<&Path>, bound: &Bound) {
+    pub(crate) fn bound_only(host_root: Option<&Path>, bound: &Bound) {
         bound.hold(host_root, false);
     }
 
-    /// Returns what the background priority is based on.
-    pub fn holds(&self) -> Holds {
-        self.0.holds
-    }
-
     /// Returns to the usual share of everything, for work that another program waits for.
-    pub fn hurry(&self) -> Hurry {
+    pub(crate) fn hurry(&self) -> Hurry {
         for (_, usual) in &self.0.groups {
             join(usual);
         }

@@ -1,8 +1,8 @@
 //! What is on this machine: overlay mounts, the containers of its runtimes, the freezer, and the rights and the share of
 //! the processor that this process has itself.
 
-pub mod background;
-pub mod confine;
+pub(crate) mod background;
+pub(crate) mod confine;
 pub mod container;
 pub mod freeze;
 pub mod overlay;

@@ -29,7 +29,7 @@ const PIECE: usize = 1 << 20;
 /// The source of a base layer at the destination.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(tag = "from", rename_all = "snake_case")]
-pub enum Origin {
+pub(crate) enum Origin {
     /// The destination had it.
     Present,
     /// The destination's registry mounted it from another of its repositories.
@@ -50,18 +50,18 @@ pub enum Origin {
 
 /// A base layer at the destination.
 #[derive(Clone, Debug, serde::Serialize)]
-pub struct Delivered {
+pub(crate) struct Delivered {
     /// Digest of the compressed blob.
-    pub digest: Digest,
+    pub(crate) digest: Digest,
     /// Digest of its tar (diff ID).
-    pub diff_id: DiffId,
+    pub(crate) diff_id: DiffId,
     /// Compressed size in bytes.
-    pub size: u64,
+    pub(crate) size: u64,
     /// Its media type.
-    pub media_type: String,
+    pub(crate) media_type: String,
     /// Where it came from.
     #[serde(flatten)]
-    pub origin: Origin,
+    pub(crate) origin: Origin,
 }
 
 impl Delivered {

@@ -101,7 +101,7 @@ pub enum Error {
 
 /// The kinds of errors that the exit codes distinguish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// Exit code 1.
     Final,
     /// Exit code 2.
@@ -135,7 +135,7 @@ impl Kind {
 
 impl Error {
     /// Returns the kind of the error.
-    pub fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> Kind {
         match self {
             Self::Container(error) => Kind::of_exit(error.exit_code()),
             Self::Target(_) | Self::Pattern(_) => Kind::Usage,
@@ -169,7 +169,7 @@ impl Error {
     }
 
     /// Returns a stable name in snake case, for `--progress json` and the service.
-    pub fn code(&self) -> &'static str {
+    pub(crate) fn code(&self) -> &'static str {
         match self {
             Self::Destination(error) if error.is_quota() => return "quota_exceeded",
             Self::Scan(scan::Error::Cap { .. }) => return "policy",

@@ -13,12 +13,12 @@ const GO_ON: u8 = b'y';
 
 /// The receiver of the answer. Clones share the same gate, which can be passed once.
 #[derive(Clone, Debug)]
-pub struct Gate(Arc<Mutex<Option<oneshot::Receiver<()>>>>);
+pub(crate) struct Gate(Arc<Mutex<Option<oneshot::Receiver<()>>>>);
 
 impl Gate {
     /// Starts a thread that reads `answers`. Any byte other than the one that opens, and the end of the input, cancel
     /// the save at once, not only when the gate is reached: a save whose agent died is useless.
-    pub fn new(
+    pub(crate) fn new(
         mut answers: impl Read + Send + 'static,
         cancel: CancellationToken,
     ) -> io::Result<Self> {

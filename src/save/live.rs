@@ -26,7 +26,7 @@ use crate::store::destination::Destination;
 /// Maximum number of rounds before the freeze.
 const ROUNDS: u32 = 3;
 /// Default limit of the pause.
-pub const MAX_PAUSE: Duration = Duration::from_secs(1);
+pub(crate) const MAX_PAUSE: Duration = Duration::from_secs(1);
 /// A warning is issued for files whose writers wait longer than this for the file's clone.
 const LONG_WAIT: Duration = Duration::from_millis(500);
 

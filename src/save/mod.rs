@@ -3,7 +3,7 @@
 mod base;
 mod earlier;
 mod error;
-pub mod event;
+pub(crate) mod event;
 mod gate;
 pub mod kept;
 mod live;
@@ -25,7 +25,7 @@ use bytes::Bytes;
 
 use crate::common::private::FileMode;
 use crate::image::manifest;
-pub use crate::layer::Compression;
+pub(crate) use crate::layer::Compression;
 use crate::layer::scan::{Caps, Report, Scan};
 use crate::layer::{self, Layer, Part, Plan};
 use crate::node::background::{Background, Hurry};
@@ -40,12 +40,12 @@ use earlier::Earlier;
 use tokio_util::sync::CancellationToken;
 use trees::Known;
 
-pub use base::{Delivered, Origin};
-pub use error::{Error, Kind};
-pub use gate::Gate;
-pub use live::MAX_PAUSE;
-pub use next::{Kind as NextKind, NextSave, Question, next_save};
-pub use outcome::{BaseOutcome, Metadata, Saved};
+pub(crate) use base::Delivered;
+pub(crate) use error::{Error, Kind};
+pub(crate) use gate::Gate;
+pub(crate) use live::MAX_PAUSE;
+pub(crate) use next::{Kind as NextKind, NextSave, Question, next_save};
+pub(crate) use outcome::Saved;
 pub use upper::Rules;
 
 /// Attempts at a save whose layers were read under a freeze but could not be finished, if the error may pass.
@@ -75,7 +75,7 @@ pub enum LayerSize {
 /// What happens to the container while its files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Pause {
+pub(crate) enum Pause {
     /// Frozen for an instant, to take what changed while the rest was read and delivered.
     Live,
     /// Frozen while the layer is read.
@@ -86,64 +86,64 @@ pub enum Pause {
 
 /// The options of `upperdeck commit`, resolved from the flags.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// CONTAINER as the user wrote it.
-    pub container: String,
+    pub(crate) container: String,
     /// DESTINATION as the user wrote it.
-    pub destination: String,
+    pub(crate) destination: String,
     /// Author for the history entry and the config.
-    pub author: Option<String>,
+    pub(crate) author: Option<String>,
     /// Message, for the history comment.
-    pub message: Option<String>,
+    pub(crate) message: Option<String>,
     /// Texts of `--change`, in order.
-    pub changes: Vec<String>,
+    pub(crate) changes: Vec<String>,
     /// `--label` K=V.
-    pub labels: Vec<(String, String)>,
+    pub(crate) labels: Vec<(String, String)>,
     /// `--annotation` K=V, on the manifest.
-    pub annotations: Vec<(String, String)>,
+    pub(crate) annotations: Vec<(String, String)>,
     /// Whether to freeze the container.
-    pub pause: Pause,
+    pub(crate) pause: Pause,
     /// The longest time for which the container may be frozen. `None` or zero means no limit.
-    pub max_pause: Option<Duration>,
+    pub(crate) max_pause: Option<Duration>,
     /// Maximum bytes of changes that may be kept in memory while the container runs.
-    pub live_limit: u64,
+    pub(crate) live_limit: u64,
     /// Directory for what the next save needs. `None` means that nothing is kept.
-    pub state_dir: Option<PathBuf>,
+    pub(crate) state_dir: Option<PathBuf>,
     /// Maximum number of layers above the base. Beyond it, everything is saved anew.
-    pub max_layers: usize,
+    pub(crate) max_layers: usize,
     /// Save everything anew in any case.
-    pub full: bool,
+    pub(crate) full: bool,
     /// The codec.
-    pub compression: Compression,
+    pub(crate) compression: Compression,
     /// Level of the codec, within [`Compression::levels`].
-    pub level: u32,
+    pub(crate) level: u32,
     /// Number of threads. `None` means all cores.
-    pub jobs: Option<usize>,
+    pub(crate) jobs: Option<usize>,
     /// When another layer is begun. `None` means only if the change set is large, in the same way on every machine.
-    pub layer_size: Option<LayerSize>,
+    pub(crate) layer_size: Option<LayerSize>,
     /// What goes into the layer.
-    pub rules: Rules,
+    pub(crate) rules: Rules,
     /// `--include-volume`: mount points of the volumes that are saved too.
-    pub volumes: Vec<PathBuf>,
+    pub(crate) volumes: Vec<PathBuf>,
     /// `--allow-volume`, `--volume-identity`: which of them may be saved, and with whose rights they are read.
-    pub volume_rules: VolumeRules,
+    pub(crate) volume_rules: VolumeRules,
     /// `--base` IMAGE, for `pid:N`: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or a registry reference.
-    pub base: Option<String>,
+    pub(crate) base: Option<String>,
     /// Maximum for all times, in seconds since the epoch; also the value of `created`.
-    pub timestamp: Option<i64>,
+    pub(crate) timestamp: Option<i64>,
     /// Path of a JSON file for all figures.
-    pub metadata_file: Option<PathBuf>,
+    pub(crate) metadata_file: Option<PathBuf>,
     /// Mode of the files that are created: layout, archive, metadata, digest. `None` means readable by the owner alone,
     /// or the mode of an existing layout.
-    pub output_mode: Option<FileMode>,
+    pub(crate) output_mode: Option<FileMode>,
     /// Path of a file for the manifest's digest.
-    pub digestfile: Option<PathBuf>,
+    pub(crate) digestfile: Option<PathBuf>,
     /// The gate that must open before the tag is set.
-    pub gate: Option<Gate>,
+    pub(crate) gate: Option<Gate>,
     /// A file that exists while the container may be frozen by this save ([`freeze::Options::mark`]).
-    pub freeze_mark: Option<PathBuf>,
+    pub(crate) freeze_mark: Option<PathBuf>,
     /// The background priority, which is left while the container is frozen.
-    pub background: Option<Background>,
+    pub(crate) background: Option<Background>,
 }
 
 impl Options {
@@ -177,7 +177,7 @@ impl Context {
 }
 
 /// Saves a running container as an image.
-pub async fn commit(
+pub(crate) async fn commit(
     options: &Options,
     roots: container::Roots,
     access: Access,
@@ -462,7 +462,7 @@ async fn finish(made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
 }
 
 /// Divides a plan into several layers if that was requested, or if one layer would be very large.
-pub fn cut(plan: Plan, layer_size: Option<LayerSize>) -> Vec<Plan> {
+pub(crate) fn cut(plan: Plan, layer_size: Option<LayerSize>) -> Vec<Plan> {
     match part_size(plan.tar_size(), layer_size, cores()) {
         Some(size) => plan.cut(size),
         None => vec![plan],

@@ -15,29 +15,29 @@ use crate::save::kept::Store;
 
 /// The options of a save that determine what it would be.
 #[derive(Clone, Copy, Debug)]
-pub struct Question<'a> {
+pub(crate) struct Question<'a> {
     /// The rules for what goes into the layers.
-    pub rules: &'a Rules,
+    pub(crate) rules: &'a Rules,
     /// Mount points of the volumes that would be saved too.
-    pub volumes: &'a [PathBuf],
+    pub(crate) volumes: &'a [PathBuf],
     /// As [`super::Options::volume_rules`].
-    pub volume_rules: &'a VolumeRules,
+    pub(crate) volume_rules: &'a VolumeRules,
     /// As [`super::Options::timestamp`].
-    pub timestamp: Option<i64>,
+    pub(crate) timestamp: Option<i64>,
     /// Directory in which the last save is kept. `None` means that nothing is kept.
-    pub state_dir: Option<&'a Path>,
+    pub(crate) state_dir: Option<&'a Path>,
     /// As [`super::Options::max_layers`].
-    pub max_layers: usize,
+    pub(crate) max_layers: usize,
     /// Save everything anew in any case.
-    pub full: bool,
+    pub(crate) full: bool,
     /// Number of threads.
-    pub jobs: usize,
+    pub(crate) jobs: usize,
 }
 
 /// The kind of a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub(crate) enum Kind {
     /// What changed since the last save, on top of its image.
     Delta,
     /// Everything, on top of the base.
@@ -47,23 +47,23 @@ pub enum Kind {
 /// The next save, as far as this node can determine it: whether the destination still has the layers of the last one is
 /// unknown until it is asked.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct NextSave {
+pub(crate) struct NextSave {
     /// The kind of the save.
-    pub kind: Kind,
+    pub(crate) kind: Kind,
     /// The reason for this kind.
-    pub reason: String,
+    pub(crate) reason: String,
     /// Number of entries of the layers to be made.
-    pub entries: u64,
+    pub(crate) entries: u64,
     /// Size of these layers before compression, in bytes.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// Number of layers above the base that the image would have (more if `--layer-size` divides them).
-    pub layers: usize,
+    pub(crate) layers: usize,
 }
 
 /// Examines the container as it is now. A delta needs the status of every entry, a full save a complete walk.
 ///
 /// Fails as a save would if the contents cannot be read.
-pub fn next_save(
+pub(crate) fn next_save(
     roots: &container::Roots,
     container: &Container,
     base: &Base,

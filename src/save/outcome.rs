@@ -16,71 +16,71 @@ use crate::node::container::{Base, Container, MountPoint, Pod, Runtime, Volume};
 use crate::store::destination::Target;
 
 /// Version of [`Metadata`]. It is incremented when a field changes its meaning or is removed, not when one is added.
-pub const METADATA_VERSION: u32 = 3;
+pub(crate) const METADATA_VERSION: u32 = 3;
 
 /// A finished save.
 #[derive(Clone, Debug)]
-pub struct Saved {
+pub(crate) struct Saved {
     /// `HOST/REPO@sha256:…`, or the layout's path with the digest.
-    pub reference: String,
+    pub(crate) reference: String,
     /// Digest of the manifest.
-    pub digest: Digest,
+    pub(crate) digest: Digest,
     /// All figures.
-    pub metadata: Metadata,
+    pub(crate) metadata: Metadata,
 }
 
 /// All figures of a save. Sizes are in bytes, times in the unit of their name.
 #[derive(Clone, Debug, Serialize)]
-pub struct Metadata {
+pub(crate) struct Metadata {
     /// Version of this structure: `METADATA_VERSION`.
-    pub version: u32,
+    pub(crate) version: u32,
     /// The reference, as on stdout.
-    pub reference: String,
+    pub(crate) reference: String,
     /// The destination, with the tag.
-    pub destination: String,
+    pub(crate) destination: String,
     /// Digest of the manifest.
-    pub digest: Digest,
+    pub(crate) digest: Digest,
     /// Digest of the config.
-    pub config_digest: Digest,
+    pub(crate) config_digest: Digest,
     /// Sum of the compressed sizes of all layers.
-    pub size_bytes: u64,
+    pub(crate) size_bytes: u64,
     /// Size of the config.
-    pub config_size_bytes: u64,
+    pub(crate) config_size_bytes: u64,
     /// The container that was saved.
-    pub container: ContainerOutcome,
+    pub(crate) container: ContainerOutcome,
     /// The base of the image.
-    pub base: BaseOutcome,
+    pub(crate) base: BaseOutcome,
     /// The layers that were added, bottom first; empty if nothing had changed.
-    pub layers: Vec<LayerOutcome>,
+    pub(crate) layers: Vec<LayerOutcome>,
     /// Number of layers above the base, including those of earlier saves that this one builds on.
-    pub layers_above_base: usize,
+    pub(crate) layers_above_base: usize,
     /// Time from the write of the freeze to the read-back of the thaw; `None` if nothing was frozen.
-    pub pause_ms: Option<f64>,
+    pub(crate) pause_ms: Option<f64>,
     /// Whether another program had paused the container, which then is still paused.
-    pub was_paused: bool,
+    pub(crate) was_paused: bool,
     /// What is not in the image, and the reasons.
     #[serde(flatten)]
-    pub report: Report,
+    pub(crate) report: Report,
     /// Files that changed while they were read.
-    pub unstable: Vec<Unstable>,
+    pub(crate) unstable: Vec<Unstable>,
     /// Volumes that are mounted and were not saved.
-    pub volumes: Sample<VolumeOutcome>,
+    pub(crate) volumes: Sample<VolumeOutcome>,
     /// Mount points of the volumes that were saved. The layers above the base contain them after the container's own
     /// changes.
-    pub saved_volumes: Vec<PathBuf>,
+    pub(crate) saved_volumes: Vec<PathBuf>,
     /// Duration of the whole save.
-    pub seconds: f64,
+    pub(crate) seconds: f64,
 }
 
 /// A volume that is not in the image.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct VolumeOutcome {
+pub(crate) struct VolumeOutcome {
     /// Its mount point in the container, with control characters escaped.
-    pub destination: String,
+    pub(crate) destination: String,
     /// File system type.
-    pub kind: String,
+    pub(crate) kind: String,
     /// Its source, as reported by the runtime or the kernel.
-    pub source: String,
+    pub(crate) source: String,
 }
 
 impl Example for VolumeOutcome {
@@ -101,45 +101,45 @@ impl VolumeOutcome {
 
 /// The container that was saved.
 #[derive(Clone, Debug, Serialize)]
-pub struct ContainerOutcome {
+pub(crate) struct ContainerOutcome {
     /// The runtime.
-    pub runtime: Runtime,
+    pub(crate) runtime: Runtime,
     /// Its ID.
-    pub id: String,
+    pub(crate) id: String,
     /// Its names.
-    pub names: Vec<String>,
+    pub(crate) names: Vec<String>,
     /// Its pod.
-    pub pod: Option<Pod>,
+    pub(crate) pod: Option<Pod>,
 }
 
 /// The base of the image.
 #[derive(Clone, Debug, Serialize)]
-pub struct BaseOutcome {
+pub(crate) struct BaseOutcome {
     /// Reference under which it was pulled.
-    pub name: Option<String>,
+    pub(crate) name: Option<String>,
     /// Digest of its manifest, if the runtime keeps one.
-    pub digest: Option<Digest>,
+    pub(crate) digest: Option<Digest>,
     /// The kind of proof.
-    pub proof: String,
+    pub(crate) proof: String,
     /// Its layers, bottom first, and the source of each.
-    pub layers: Vec<Delivered>,
+    pub(crate) layers: Vec<Delivered>,
 }
 
 /// A layer that a save added.
 #[derive(Clone, Debug, Serialize)]
-pub struct LayerOutcome {
+pub(crate) struct LayerOutcome {
     /// Digest of the compressed bytes.
-    pub digest: Digest,
+    pub(crate) digest: Digest,
     /// Digest of the tar (diff ID).
-    pub diff_id: DiffId,
+    pub(crate) diff_id: DiffId,
     /// Media type of the compressed bytes.
-    pub media_type: String,
+    pub(crate) media_type: String,
     /// Compressed size.
-    pub size_bytes: u64,
+    pub(crate) size_bytes: u64,
     /// Size of the tar.
-    pub tar_size_bytes: u64,
+    pub(crate) tar_size_bytes: u64,
     /// Number of entries.
-    pub entries: usize,
+    pub(crate) entries: usize,
 }
 
 pub(super) struct Parts<'a> {

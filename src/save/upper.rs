@@ -25,7 +25,7 @@ pub struct Rules {
 
 impl Rules {
     /// Returns what must be left out if `mounts` are mounted.
-    pub fn exclusions(&self, mounts: &[Vec<u8>]) -> Result<Exclusions, scan::PatternError> {
+    pub(crate) fn exclusions(&self, mounts: &[Vec<u8>]) -> Result<Exclusions, scan::PatternError> {
         self.exclusions_but(mounts, &[])
     }
 
@@ -48,7 +48,7 @@ impl Rules {
     /// Scans the container's upper directory while `volumes` are saved too.
     ///
     /// The scan is complete, or a rescan if there is an earlier one.
-    pub fn scan(
+    pub(crate) fn scan(
         &self,
         container: &Container,
         volumes: &[Volume],
@@ -66,7 +66,7 @@ impl Rules {
     }
 
     /// Scans a volume of the container. Mounts inside it are left out.
-    pub fn scan_volume(
+    pub(crate) fn scan_volume(
         &self,
         container: &Container,
         volume: &Volume,

@@ -2,7 +2,7 @@
 //! node, the manager with its REST API, the portal page, and the check of an installation (`doctor`).
 
 pub mod agent;
-pub mod doctor;
+pub(crate) mod doctor;
 pub mod job;
 pub(crate) mod log_limit;
 pub mod manager;

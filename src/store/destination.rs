@@ -222,7 +222,7 @@ impl Error {
     }
 
     /// Returns whether a quota is, or would be, exceeded.
-    pub fn is_quota(&self) -> bool {
+    pub(crate) fn is_quota(&self) -> bool {
         matches!(
             self,
             Self::Harbor(harbor::Error::Quota { .. } | harbor::Error::NoRoom { .. })
@@ -272,7 +272,7 @@ impl Destination {
 
     /// Like [`Destination::open`], with the mode of created files. `None` selects the mode of an existing layout, or
     /// else access for the owner only.
-    pub fn open_as(
+    pub(crate) fn open_as(
         target: &Target,
         registries: &Registries,
         mode: Option<FileMode>,
@@ -311,7 +311,7 @@ impl Destination {
     }
 
     /// Returns how many blobs should be written concurrently.
-    pub fn blobs_at_once(&self) -> usize {
+    pub(crate) fn blobs_at_once(&self) -> usize {
         match &self.0 {
             Kind::Registry { .. } => registry::UPLOADS_AT_ONCE,
             Kind::Directory(_) | Kind::Archive(_) => 1,
@@ -473,7 +473,7 @@ impl BlobWriter {
 
     /// Cancels the blob and waits until the destination has cleaned up. Dropping the writer does the same without
     /// waiting.
-    pub async fn abort(self) {
+    pub(crate) async fn abort(self) {
         if let Writing::Registry(writer) = self.0 {
             writer.abort().await;
         }

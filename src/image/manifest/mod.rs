@@ -36,14 +36,14 @@ pub use oci_client::manifest::IMAGE_MANIFEST_LIST_MEDIA_TYPE as DOCKER_LIST;
 /// Media type of Docker's manifest, which is accepted for a base.
 pub use oci_client::manifest::IMAGE_MANIFEST_MEDIA_TYPE as DOCKER_MANIFEST;
 /// Media type of an OCI index.
-pub use oci_client::manifest::OCI_IMAGE_INDEX_MEDIA_TYPE as INDEX;
+pub(crate) use oci_client::manifest::OCI_IMAGE_INDEX_MEDIA_TYPE as INDEX;
 /// Media type of all manifests built here.
 pub use oci_client::manifest::OCI_IMAGE_MEDIA_TYPE as MANIFEST;
 
 /// Maximum number of layers that container engines support (moby#20298).
-pub const MAX_LAYERS: usize = 127;
+pub(crate) const MAX_LAYERS: usize = 127;
 /// Maximum size of a manifest that registries accept, in bytes (413 beyond it).
-pub const MAX_MANIFEST_BYTES: usize = 4 << 20;
+pub(crate) const MAX_MANIFEST_BYTES: usize = 4 << 20;
 
 /// Fields that Docker adds to the image-spec's, about the container that an image was committed from or for Docker's
 /// first image format. They are wrong for the new image; `docker commit` and buildah refresh or drop them, too.
@@ -353,7 +353,7 @@ pub fn check_changes(base_config: &[u8], changes: &[String]) -> Result<(), Error
 
 /// Translates a layer's media type from Docker's name to that of OCI. Other types are returned unchanged. Returns
 /// `None` for a Docker type without an OCI counterpart.
-pub fn oci_layer_type(media_type: &str) -> Option<&str> {
+pub(crate) fn oci_layer_type(media_type: &str) -> Option<&str> {
     match LAYER_TYPES.iter().find(|(docker, _)| *docker == media_type) {
         Some((_, oci)) => Some(oci),
         None if media_type.starts_with("application/vnd.docker.") => None,

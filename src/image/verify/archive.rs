@@ -15,7 +15,7 @@ use super::vis;
 use crate::common::digest::{Digest, HashingWriter};
 
 /// Maximum length of a path or link target, in bytes: far above `PATH_MAX`, but harmless.
-pub const PATH_BYTES: usize = 64 * 1024;
+pub(crate) const PATH_BYTES: usize = 64 * 1024;
 /// Maximum size of an extended header, in bytes. Linux limits one extended attribute to 64 KiB, and a file has few.
 const EXTENSION_BYTES: u64 = 1024 * 1024;
 /// Maximum zstd window size, in bytes: that of `zstd -22 --ultra`.
@@ -282,7 +282,7 @@ impl<R: Read> Archive<R> {
     }
 
     /// Reads from the current entry's content. Returns the number of bytes, 0 at the end.
-    pub fn read_content(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
+    pub(crate) fn read_content(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
         let want = buffer
             .len()
             .min(usize::try_from(self.content).unwrap_or(usize::MAX));

@@ -4,7 +4,7 @@
 //! not share the same mistake.
 
 pub mod archive;
-pub mod directory;
+pub(crate) mod directory;
 pub mod layers;
 pub mod text;
 pub mod tree;

@@ -33,7 +33,7 @@ use super::vis;
 use crate::common::digest::{Digest, HashingWriter};
 
 /// Default time in seconds since the epoch (2001-09-09).
-pub const DEFAULT_TIME: i64 = 1_000_000_000;
+pub(crate) const DEFAULT_TIME: i64 = 1_000_000_000;
 /// Most items that one `/for` or `/deep` line makes.
 const MAX_REPEAT: u64 = 100_000;
 /// Maximum memory of all items of a document together, in bytes: a line of a few words can create very many.
@@ -124,14 +124,6 @@ pub enum Line {
 }
 
 impl Content {
-    /// Creates a content from its bytes.
-    pub fn bytes(bytes: impl Into<Vec<u8>>) -> Self {
-        Self {
-            base: Base::Bytes(bytes.into()),
-            over: Vec::new(),
-        }
-    }
-
     /// Returns the length in bytes.
     pub fn len(&self) -> u64 {
         match &self.base {
@@ -139,11 +131,6 @@ impl Content {
             Base::Random { length, .. } | Base::Zeros { length } | Base::Hole { length } => *length,
             Base::Stated { size, .. } => *size,
         }
-    }
-
-    /// Returns whether the content is empty.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Returns whether the file has a hole wherever nothing is written over it.
@@ -157,7 +144,7 @@ impl Content {
     }
 
     /// Returns the digest, or `None` if only a size is given.
-    pub fn digest(&self) -> Option<Digest> {
+    pub(crate) fn digest(&self) -> Option<Digest> {
         if let Base::Stated { digest, .. } = self.base {
             return digest;
         }
@@ -566,7 +553,7 @@ fn expand(text: &str) -> Result<Vec<u8>, String> {
 }
 
 /// Builds a tree from the items. The root and missing parents are added as implicit directories.
-pub fn tree<'a>(items: impl IntoIterator<Item = &'a Item>) -> Result<Tree, String> {
+pub(crate) fn tree<'a>(items: impl IntoIterator<Item = &'a Item>) -> Result<Tree, String> {
     let mut tree = Tree::default();
     let mut inode = 0;
     let mut number = || {
@@ -655,6 +642,13 @@ fn node(item: Option<&Item>, inode: u64) -> Node {
 mod tests {
     use super::*;
 
+    fn text_of(text: &str) -> Content {
+        Content {
+            base: Base::Bytes(text.into()),
+            over: Vec::new(),
+        }
+    }
+
     fn items(text: &str) -> Result<Vec<Item>, ParseError> {
         let lines = parse(text)?;
         Ok(lines
@@ -711,7 +705,7 @@ mod tests {
                 nanos: 500_000_000
             }
         );
-        assert_eq!(first.content, Content::bytes("x\n"));
+        assert_eq!(first.content, text_of("x\n"));
         assert_eq!(first.xattrs[b"user.k".as_slice()], b"v\0");
         assert!(first.overlay[b"metacopy".as_slice()].is_empty());
         assert_eq!(first.pax, ["path", "mtime"]);
@@ -742,7 +736,7 @@ mod tests {
             names[..6],
             ["d/f08", "d/f09", "d/f10", "a/d/", "a/d/d/", "a/d/d/d/"]
         );
-        assert_eq!(items[0].content, Content::bytes("08"));
+        assert_eq!(items[0].content, text_of("08"));
         assert_eq!(names[6].len(), 255);
         Ok(())
     }

@@ -28,7 +28,7 @@ pub enum Kind {
 
 impl Kind {
     /// Returns the word of `mtree(5)` for it.
-    pub fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::File => "file",
             Self::Directory => "dir",
@@ -111,13 +111,8 @@ impl Tree {
     }
 
     /// Returns the number of paths, including the root.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.nodes.len()
-    }
-
-    /// Returns whether the tree is empty, without even a root.
-    pub fn is_empty(&self) -> bool {
-        self.nodes.is_empty()
     }
 
     /// Maps the owners of all nodes. Fails with the path and its owners if `owner` returns `None`.

@@ -1,10 +1,10 @@
 //! A bit writer, least significant bit first (RFC 1951, 3.1.1).
 
 /// Bytes after the last bit that [`Bits::flush`] may overwrite.
-pub const SLACK: usize = 8;
+pub(crate) const SLACK: usize = 8;
 
 /// Writes bits into a slice, which must be large enough including [`SLACK`].
-pub struct Bits<'a> {
+pub(crate) struct Bits<'a> {
     out: &'a mut [u8],
     at: usize,
     word: u64,
@@ -13,7 +13,7 @@ pub struct Bits<'a> {
 
 impl<'a> Bits<'a> {
     /// Starts after the `count` (less than 8) bits of `pending`.
-    pub fn new(out: &'a mut [u8], pending: Pending) -> Self {
+    pub(crate) fn new(out: &'a mut [u8], pending: Pending) -> Self {
         Self {
             out,
             at: 0,
@@ -25,7 +25,7 @@ impl<'a> Bits<'a> {
     /// Appends the lowest `count` bits of `bits`; the bits above must be zero. At most 56 bits may be appended between
     /// two flushes.
     #[inline(always)]
-    pub fn put(&mut self, bits: u64, count: u32) {
+    pub(crate) fn put(&mut self, bits: u64, count: u32) {
         debug_assert!(self.count + count <= 63 && bits >> count == 0);
         self.word |= bits << (self.count & 63);
         self.count += count;
@@ -33,7 +33,7 @@ impl<'a> Bits<'a> {
 
     /// Writes all complete bytes.
     #[inline(always)]
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         self.out[self.at..self.at + 8].copy_from_slice(&self.word.to_le_bytes());
         self.at += (self.count >> 3) as usize;
         self.word >>= self.count & !7;
@@ -41,7 +41,7 @@ impl<'a> Bits<'a> {
     }
 
     /// Returns the number of bytes written, and the remaining bits.
-    pub fn end(mut self) -> (usize, Pending) {
+    pub(crate) fn end(mut self) -> (usize, Pending) {
         self.flush();
         let pending = Pending {
             bits: self.word as u8,
@@ -53,9 +53,9 @@ impl<'a> Bits<'a> {
 
 /// Bits that do not fill a byte yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Pending {
+pub(crate) struct Pending {
     /// The bits; those above `count` are zero.
-    pub bits: u8,
+    pub(crate) bits: u8,
     /// Number of bits, less than 8.
-    pub count: u8,
+    pub(crate) count: u8,
 }

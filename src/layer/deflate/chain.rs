@@ -16,15 +16,15 @@ const PATIENCE: usize = 8;
 
 /// How much effort to spend on finding matches.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Effort {
+pub(crate) struct Effort {
     /// Maximum number of candidates per position.
-    pub depth: u32,
+    pub(crate) depth: u32,
     /// Length in bytes from which a match is used without looking further.
-    pub nice: usize,
+    pub(crate) nice: usize,
 }
 
 /// The last position of each hash, and for each position the previous one with the same hash.
-pub struct Chains {
+pub(crate) struct Chains {
     heads: Box<[u16; 1 << BITS]>,
     heads_of_three: Box<[u16; 1 << BITS_OF_THREE]>,
     before: Box<[u16; POSITIONS]>,

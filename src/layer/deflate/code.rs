@@ -25,16 +25,16 @@ const ZEROS: u8 = 17;
 const MANY_ZEROS: u8 = 18;
 
 /// The code lengths of a block.
-pub struct Lengths {
+pub(crate) struct Lengths {
     /// Code lengths of literals, the end of the block and match lengths.
-    pub litlen: [u8; LITLEN],
+    pub(crate) litlen: [u8; LITLEN],
     /// Code lengths of distances.
-    pub dists: [u8; DISTS],
+    pub(crate) dists: [u8; DISTS],
 }
 
 impl Lengths {
     /// Returns the best code lengths for these frequencies.
-    pub fn best(freqs: &Frequencies) -> Self {
+    pub(crate) fn best(freqs: &Frequencies) -> Self {
         let mut lengths = Self {
             litlen: [0; LITLEN],
             dists: [0; DISTS],
@@ -54,7 +54,7 @@ impl Lengths {
     }
 
     /// Returns the code lengths of a fixed block.
-    pub const fn fixed() -> Self {
+    pub(crate) const fn fixed() -> Self {
         Self {
             litlen: fixed_lengths(),
             dists: [5; DISTS],
@@ -62,7 +62,7 @@ impl Lengths {
     }
 
     /// Returns the size of the block's symbols in bits, extra bits included.
-    pub fn cost(&self, freqs: &Frequencies) -> u64 {
+    pub(crate) fn cost(&self, freqs: &Frequencies) -> u64 {
         let mut bits = 0;
         for (&freq, &length) in freqs.litlen.iter().zip(&self.litlen) {
             bits += u64::from(freq) * u64::from(length);
@@ -77,7 +77,7 @@ impl Lengths {
     }
 
     /// Returns the codes, bit-reversed for writing.
-    pub fn codes(&self) -> ([u16; LITLEN], [u16; DISTS]) {
+    pub(crate) fn codes(&self) -> ([u16; LITLEN], [u16; DISTS]) {
         let (mut litlen, mut dists) = ([0; LITLEN], [0; DISTS]);
         codes(&self.litlen, &mut litlen);
         codes(&self.dists, &mut dists);
@@ -86,7 +86,7 @@ impl Lengths {
 }
 
 /// The description of a block's codes.
-pub struct Description {
+pub(crate) struct Description {
     /// Symbols of the code length alphabet, each with the value of its extra bits.
     items: [(u8, u8); LITLEN + DISTS],
     len: usize,
@@ -95,7 +95,7 @@ pub struct Description {
     pre: usize,
     lengths: [u8; PRE],
     /// Size in bits, without the three bits of the block header.
-    pub cost: u64,
+    pub(crate) cost: u64,
 }
 
 /// Returns the number of extra bits of a symbol of the code length alphabet.
@@ -110,7 +110,7 @@ fn pre_extra(symbol: u8) -> u32 {
 
 impl Description {
     /// Creates the description of these code lengths.
-    pub fn of(lengths: &Lengths) -> Self {
+    pub(crate) fn of(lengths: &Lengths) -> Self {
         let used = |all: &[u8], least: usize| {
             let last = all.iter().rposition(|&length| length > 0);
             last.map_or(least, |last| (last + 1).max(least))
@@ -181,7 +181,7 @@ impl Description {
     }
 
     /// Writes the description.
-    pub fn write(&self, bits: &mut Bits<'_>) {
+    pub(crate) fn write(&self, bits: &mut Bits<'_>) {
         let mut pre_codes = [0; PRE];
         codes(&self.lengths, &mut pre_codes);
         bits.put((self.litlen - END - 1) as u64, 5);

@@ -41,9 +41,9 @@ const NONE: usize = 256;
 const CHUNK: usize = 512;
 
 /// The compressed bytes so far, and the bits that do not fill a byte yet.
-pub struct Output<'a> {
+pub(crate) struct Output<'a> {
     /// Destination of the bytes.
-    pub bytes: &'a mut Vec<u8>,
+    pub(crate) bytes: &'a mut Vec<u8>,
     pending: Pending,
 }
 
@@ -94,7 +94,7 @@ static FIXED: Lengths = Lengths::fixed();
 
 impl<'a> Output<'a> {
     /// Creates an output that appends to `bytes`.
-    pub fn new(bytes: &'a mut Vec<u8>) -> Self {
+    pub(crate) fn new(bytes: &'a mut Vec<u8>) -> Self {
         Self {
             bytes,
             pending: Pending::default(),
@@ -102,7 +102,7 @@ impl<'a> Output<'a> {
     }
 
     /// Writes `data`, which `tokens` encode, cutting it into blocks of about `block_bytes` bytes of input.
-    pub fn tokens(&mut self, mut data: &[u8], tokens: &Tokens, block_bytes: usize) {
+    pub(crate) fn tokens(&mut self, mut data: &[u8], tokens: &Tokens, block_bytes: usize) {
         let mut literals = tokens.literals();
         let mut list = tokens.list();
         while !list.is_empty() {
@@ -143,7 +143,7 @@ impl<'a> Output<'a> {
     }
 
     /// Writes `block` as stored blocks.
-    pub fn stored(&mut self, block: &[u8]) {
+    pub(crate) fn stored(&mut self, block: &[u8]) {
         for piece in block.chunks(MOST_STORED) {
             self.stored_piece(piece);
         }
@@ -162,7 +162,7 @@ impl<'a> Output<'a> {
     }
 
     /// Pads the output to a byte boundary, with an empty stored block if necessary.
-    pub fn align(&mut self) {
+    pub(crate) fn align(&mut self) {
         if self.pending.count > 0 {
             self.stored_piece(&[]);
         }

@@ -8,7 +8,7 @@ use super::window::{LAST, STRIDE, Window, length_of_match, load32, load64};
 const BITS: u32 = 13;
 
 /// The last position of each hash.
-pub struct One {
+pub(crate) struct One {
     slots: Box<[u16; 1 << BITS]>,
 }
 

@@ -10,12 +10,12 @@ use super::window::{POSITIONS, STRIDE, Window, Windows};
 /// Minimum size of input in bytes for two halves.
 const WORTHWHILE: usize = 128 << 10;
 /// Bytes before the end of a window or the input in which no step begins.
-pub const MARGIN: usize = 16;
+pub(crate) const MARGIN: usize = 16;
 /// Maximum number of bytes that a step passes without a match.
-pub const GROUP: usize = 4;
+pub(crate) const GROUP: usize = 4;
 
 /// A table of earlier positions by hash.
-pub trait Table {
+pub(crate) trait Table {
     /// How much effort to spend on finding matches.
     type Effort: Copy;
     /// Creates an empty table.
@@ -32,18 +32,18 @@ pub trait Table {
 }
 
 /// Result of [`Table::find`].
-pub struct Found {
+pub(crate) struct Found {
     /// Number of bytes before the match; [`GROUP`] if there is none.
-    pub skipped: usize,
+    pub(crate) skipped: usize,
     /// Length of the match in bytes, which may extend beyond the end of the input; 0 if there is none.
-    pub length: usize,
+    pub(crate) length: usize,
     /// Distance of the match in bytes.
-    pub dist: usize,
+    pub(crate) dist: usize,
 }
 
 impl Found {
     /// No match.
-    pub const NONE: Self = Self {
+    pub(crate) const NONE: Self = Self {
         skipped: GROUP,
         length: 0,
         dist: 0,
@@ -135,14 +135,14 @@ impl<'a, T: Table> Half<'a, T> {
 }
 
 /// Finds matches in two halves with tables of type `T`.
-pub struct Halves<T> {
+pub(crate) struct Halves<T> {
     tables: [T; 2],
     last: [Box<Window>; 2],
 }
 
 impl<T: Table> Halves<T> {
     /// Creates the state with empty tables.
-    pub fn new(effort: T::Effort) -> Self {
+    pub(crate) fn new(effort: T::Effort) -> Self {
         let last = || {
             let window = vec![0; size_of::<Window>()].into_boxed_slice();
             window.try_into().unwrap_or_else(|_| unreachable!())
@@ -155,7 +155,7 @@ impl<T: Table> Halves<T> {
 
     /// Finds the tokens of `data[start..]` in two parts; returns the start of the second.
     #[inline(never)]
-    pub fn run(&mut self, data: &[u8], start: usize, tokens: &mut [Tokens; 2]) -> usize {
+    pub(crate) fn run(&mut self, data: &[u8], start: usize, tokens: &mut [Tokens; 2]) -> usize {
         let middle = if data.len() - start < WORTHWHILE {
             data.len()
         } else {

@@ -1,7 +1,7 @@
 //! Computes code lengths from frequencies, and canonical codes from code lengths.
 
 /// Maximum code length of literals, lengths and distances (RFC 1951, 3.2.7).
-pub const MOST_BITS: usize = 15;
+pub(crate) const MOST_BITS: usize = 15;
 
 /// Frequency and number of a symbol are packed into one word, so that sorting compares words.
 const SYMBOL_BITS: u32 = 9;
@@ -13,7 +13,7 @@ const SYMBOLS: usize = 288;
 
 /// Sets `lengths` to the code lengths of a prefix code for the symbols that occur, each at most `limit`. The code is
 /// complete: if fewer than two symbols occur, others get a code too.
-pub fn code_lengths(freqs: &[u32], limit: usize, lengths: &mut [u8]) {
+pub(crate) fn code_lengths(freqs: &[u32], limit: usize, lengths: &mut [u8]) {
     debug_assert!(freqs.len() == lengths.len() && freqs.len() <= SYMBOLS);
     debug_assert!(limit <= MOST_BITS && freqs.len() <= 1 << limit);
     lengths.fill(0);
@@ -45,7 +45,7 @@ pub fn code_lengths(freqs: &[u32], limit: usize, lengths: &mut [u8]) {
 }
 
 /// Returns whether the lengths are those of a complete prefix code (the Kraft sum is one).
-pub fn is_complete(lengths: &[u8]) -> bool {
+pub(crate) fn is_complete(lengths: &[u8]) -> bool {
     let sum: u32 = lengths
         .iter()
         .filter(|&&length| length > 0)
@@ -116,7 +116,7 @@ fn limit_counts(counts: &mut [u32; MOST_BITS + 1], limit: usize) {
 }
 
 /// Sets each symbol's code, bit-reversed for writing.
-pub fn codes(lengths: &[u8], codes: &mut [u16]) {
+pub(crate) fn codes(lengths: &[u8], codes: &mut [u16]) {
     let mut counts = [0u16; MOST_BITS + 1];
     for &length in lengths {
         counts[usize::from(length)] += 1;

@@ -9,7 +9,7 @@ const NICE: usize = 16;
 
 /// The last two positions for each of `SLOTS` (a power of two) hashes, the later one first. Of the positions within a
 /// match, every `STEP`th is inserted.
-pub struct Two<const SLOTS: usize, const STEP: usize> {
+pub(crate) struct Two<const SLOTS: usize, const STEP: usize> {
     slots: Box<[[u16; 2]; SLOTS]>,
 }
 

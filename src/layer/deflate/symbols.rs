@@ -1,29 +1,29 @@
 //! The alphabets of RFC 1951, 3.2.5: maps lengths and distances to symbols and extra bits.
 
 /// Symbols for literals, the end of the block and lengths; the last two occur only in the fixed code.
-pub const LITLEN: usize = 288;
+pub(crate) const LITLEN: usize = 288;
 /// Symbols for distances; the last two occur only in the fixed code.
-pub const DISTS: usize = 32;
+pub(crate) const DISTS: usize = 32;
 /// Upper bound (exclusive) of [`dist_index`].
-pub const DIST_INDICES: usize = 768;
+pub(crate) const DIST_INDICES: usize = 768;
 /// The end-of-block symbol.
-pub const END: usize = 256;
+pub(crate) const END: usize = 256;
 /// Maximum length of a match.
-pub const LONGEST: u32 = 258;
+pub(crate) const LONGEST: u32 = 258;
 /// Maximum distance of a match.
-pub const FARTHEST: u32 = 32768;
+pub(crate) const FARTHEST: u32 = 32768;
 
 /// Symbol less 257, by length less 3.
-pub static LENGTH_SYMBOL: [u8; 256] = length_symbols();
+pub(crate) static LENGTH_SYMBOL: [u8; 256] = length_symbols();
 /// Number of extra bits, by symbol less 257.
-pub static LENGTH_EXTRA: [u8; 29] = [
+pub(crate) static LENGTH_EXTRA: [u8; 29] = [
     0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0,
 ];
 /// Smallest length less 3, by symbol less 257.
-pub static LENGTH_BASE: [u8; 29] = length_bases();
+pub(crate) static LENGTH_BASE: [u8; 29] = length_bases();
 /// Symbols of distances less one: the first 256 entries are indexed directly, the others by the distance in steps of
 /// 128. All distances within one step have the same symbol.
-pub static DIST_SYMBOL: [u8; DIST_INDICES] = dist_symbols();
+pub(crate) static DIST_SYMBOL: [u8; DIST_INDICES] = dist_symbols();
 
 const fn length_bases() -> [u8; 29] {
     let mut bases = [0; 29];
@@ -63,7 +63,7 @@ const fn length_symbols() -> [u8; 256] {
 }
 
 /// Returns the number of extra bits of a distance symbol.
-pub const fn dist_extra(symbol: usize) -> u32 {
+pub(crate) const fn dist_extra(symbol: usize) -> u32 {
     if symbol < 4 { 0 } else { symbol as u32 / 2 - 1 }
 }
 
@@ -92,7 +92,7 @@ const fn dist_symbols() -> [u8; DIST_INDICES] {
 
 /// Returns the index in [`DIST_SYMBOL`] of a distance, given less one.
 #[inline(always)]
-pub fn dist_index(less_one: u16) -> usize {
+pub(crate) fn dist_index(less_one: u16) -> usize {
     if less_one < 256 {
         usize::from(less_one)
     } else {
@@ -102,12 +102,12 @@ pub fn dist_index(less_one: u16) -> usize {
 
 /// Returns the symbol of a distance, given less one; the last symbol of the alphabet for a value that is no distance.
 #[inline(always)]
-pub fn dist_symbol(less_one: u16) -> u8 {
+pub(crate) fn dist_symbol(less_one: u16) -> u8 {
     DIST_SYMBOL[dist_index(less_one)]
 }
 
 /// Returns the code lengths of the fixed code for literals and lengths (RFC 1951, 3.2.6).
-pub const fn fixed_lengths() -> [u8; LITLEN] {
+pub(crate) const fn fixed_lengths() -> [u8; LITLEN] {
     let mut lengths = [8; LITLEN];
     let mut symbol = 144;
     while symbol < 280 {

@@ -4,30 +4,30 @@ use super::symbols::{DISTS, END, LENGTH_SYMBOL, LITLEN, dist_symbol};
 
 /// Literals with the match that follows them, or literals alone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Token {
+pub(crate) struct Token {
     /// Number of literals.
-    pub literals: u8,
+    pub(crate) literals: u8,
     /// Length of the match less 3.
-    pub length: u8,
+    pub(crate) length: u8,
     /// Distance of the match less one, or [`NO_MATCH`].
-    pub dist: u16,
+    pub(crate) dist: u16,
 }
 
 /// Value of the distance if no match follows the literals.
-pub const NO_MATCH: u16 = 0xffff;
+pub(crate) const NO_MATCH: u16 = 0xffff;
 /// Bytes copied at once, even if there are fewer literals.
 const COPY: usize = 16;
 /// Maximum number of literals in a token.
 const MOST_LITERALS: usize = 255;
 
 /// Returns the total number of literals.
-pub fn literals_of(tokens: &[Token]) -> usize {
+pub(crate) fn literals_of(tokens: &[Token]) -> usize {
     let count = |token: &Token| u32::from(token.literals);
     tokens.iter().map(count).sum::<u32>() as usize
 }
 
 /// Returns the total number of bytes in matches.
-pub fn matched_by(tokens: &[Token]) -> usize {
+pub(crate) fn matched_by(tokens: &[Token]) -> usize {
     let count = |token: &Token| {
         let matched = u32::from(token.length) + 3;
         if token.dist == NO_MATCH { 0 } else { matched }
@@ -37,7 +37,7 @@ pub fn matched_by(tokens: &[Token]) -> usize {
 
 /// The tokens of a range of input.
 #[derive(Default)]
-pub struct Tokens {
+pub(crate) struct Tokens {
     list: Vec<Token>,
     len: usize,
     /// All literals in order, and room for excess bytes of a copy.
@@ -47,7 +47,7 @@ pub struct Tokens {
 
 impl Tokens {
     /// Prepares for `bytes` of input.
-    pub fn reset(&mut self, bytes: usize) {
+    pub(crate) fn reset(&mut self, bytes: usize) {
         // A match has at least 3 bytes, and only 255 literals need a token of their own.
         let tokens = bytes / 3 + 2;
         if self.list.len() < tokens {
@@ -61,12 +61,12 @@ impl Tokens {
     }
 
     /// Returns the tokens.
-    pub fn list(&self) -> &[Token] {
+    pub(crate) fn list(&self) -> &[Token] {
         &self.list[..self.len]
     }
 
     /// Returns the literals, followed by at least 4 unspecified bytes.
-    pub fn literals(&self) -> &[u8] {
+    pub(crate) fn literals(&self) -> &[u8] {
         &self.literals[..self.literals_len + COPY]
     }
 
@@ -78,7 +78,7 @@ impl Tokens {
 
     /// Adds a match preceded by `literals` literals, the first bytes of `data`.
     #[inline(always)]
-    pub fn push(&mut self, data: &[u8], literals: usize, length: usize, dist: usize) {
+    pub(crate) fn push(&mut self, data: &[u8], literals: usize, length: usize, dist: usize) {
         debug_assert!((3..=258).contains(&length) && (1..=32768).contains(&dist));
         let to = self.literals[self.literals_len..].first_chunk_mut::<COPY>();
         if let (Some(from), Some(to)) = (data.first_chunk::<COPY>(), to) {
@@ -114,7 +114,7 @@ impl Tokens {
     }
 
     /// Adds literals, all of `data`, without a match.
-    pub fn push_literals(&mut self, data: &[u8]) {
+    pub(crate) fn push_literals(&mut self, data: &[u8]) {
         if data.is_empty() {
             return;
         }
@@ -129,17 +129,17 @@ impl Tokens {
 }
 
 /// Frequencies of the symbols of a block.
-pub struct Frequencies {
+pub(crate) struct Frequencies {
     /// Of literals, the end of the block and lengths.
-    pub litlen: [u32; LITLEN],
+    pub(crate) litlen: [u32; LITLEN],
     /// Of distances.
-    pub dists: [u32; DISTS],
+    pub(crate) dists: [u32; DISTS],
 }
 
 impl Frequencies {
     /// Counts the symbols of a block with these tokens and literals, and its end.
     #[inline(never)]
-    pub fn of(tokens: &[Token], literals: &[u8]) -> Self {
+    pub(crate) fn of(tokens: &[Token], literals: &[u8]) -> Self {
         // Several rows of counters, so that increments of the same counter seldom depend on each other.
         let mut rows = [[0u32; 256]; 4];
         let (fours, rest) = literals.as_chunks::<4>();

@@ -3,15 +3,15 @@
 use super::symbols::{FARTHEST, LONGEST};
 
 /// Number of positions that matches can begin at or point to.
-pub const POSITIONS: usize = 1 << 16;
+pub(crate) const POSITIONS: usize = 1 << 16;
 /// Position from which on positions within a match are not inserted into a table: they are in the next window as well.
-pub const LAST: usize = POSITIONS - 8;
+pub(crate) const LAST: usize = POSITIONS - 8;
 /// A range of the input: one byte per position, and those that may be read after the last position.
-pub type Window = [u8; POSITIONS + 320];
+pub(crate) type Window = [u8; POSITIONS + 320];
 
 /// Loads the four bytes at `at`.
 #[inline(always)]
-pub fn load32(window: &Window, at: u16) -> u32 {
+pub(crate) fn load32(window: &Window, at: u16) -> u32 {
     let at = usize::from(at);
     let mut bytes = [0; 4];
     bytes.copy_from_slice(&window[at..at + 4]);
@@ -20,7 +20,7 @@ pub fn load32(window: &Window, at: u16) -> u32 {
 
 /// Loads the eight bytes at `at + offset`; `offset` is at most 300.
 #[inline(always)]
-pub fn load64(window: &Window, at: u16, offset: usize) -> u64 {
+pub(crate) fn load64(window: &Window, at: u16, offset: usize) -> u64 {
     let at = usize::from(at) + offset;
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&window[at..at + 8]);
@@ -29,7 +29,7 @@ pub fn load64(window: &Window, at: u16, offset: usize) -> u64 {
 
 /// Returns the number of equal bytes at `a` and `b`, at most [`LONGEST`]; the first four must be equal.
 #[inline(always)]
-pub fn length_of_match(window: &Window, a: u16, b: u16) -> usize {
+pub(crate) fn length_of_match(window: &Window, a: u16, b: u16) -> usize {
     let first = load64(window, a, 4) ^ load64(window, b, 4);
     let second = load64(window, a, 12) ^ load64(window, b, 12);
     // Computes typical lengths without a branch.
@@ -52,7 +52,7 @@ pub fn length_of_match(window: &Window, a: u16, b: u16) -> usize {
 }
 
 /// The windows of an input, each half a window after the previous one.
-pub struct Windows<'a> {
+pub(crate) struct Windows<'a> {
     data: &'a [u8],
     /// Start of the window in the data.
     base: usize,
@@ -62,11 +62,11 @@ pub struct Windows<'a> {
 }
 
 /// Distance between the starts of two consecutive windows in bytes.
-pub const STRIDE: usize = FARTHEST as usize;
+pub(crate) const STRIDE: usize = FARTHEST as usize;
 
 impl<'a> Windows<'a> {
     /// Creates the first window, which begins at `base`.
-    pub fn new(data: &'a [u8], base: usize, last: &'a mut Window) -> Self {
+    pub(crate) fn new(data: &'a [u8], base: usize, last: &'a mut Window) -> Self {
         let mut windows = Self {
             data,
             base,
@@ -78,7 +78,7 @@ impl<'a> Windows<'a> {
     }
 
     /// Moves to the next window.
-    pub fn slide(&mut self) {
+    pub(crate) fn slide(&mut self) {
         self.base += STRIDE;
         self.prepare();
     }
@@ -94,7 +94,7 @@ impl<'a> Windows<'a> {
     }
 
     /// Returns the current window.
-    pub fn get(&self) -> &Window {
+    pub(crate) fn get(&self) -> &Window {
         match self.data[self.base..].first_chunk() {
             Some(window) => window,
             None => self.last,
@@ -102,7 +102,7 @@ impl<'a> Windows<'a> {
     }
 
     /// Returns the number of bytes from the window's start to the end of the data.
-    pub fn rest(&self) -> usize {
+    pub(crate) fn rest(&self) -> usize {
         self.data.len() - self.base
     }
 }

@@ -103,7 +103,7 @@ impl Scan {
     }
 
     /// Returns whether an entry's stamps show every change made after this scan.
-    pub fn settled(&self, entry: &Entry) -> bool {
+    pub(crate) fn settled(&self, entry: &Entry) -> bool {
         entry.root != 0 || self.clock.settles(entry.ctime, entry.ctime_nsec)
     }
 

@@ -32,7 +32,7 @@ impl Clock {
 
     /// Returns the reading `a_while` earlier.
     #[must_use]
-    pub fn before(self, a_while: Duration) -> Self {
+    pub(crate) fn before(self, a_while: Duration) -> Self {
         Self {
             seconds: self.seconds.saturating_sub_unsigned(a_while.as_secs()),
             nanos: self.nanos,

@@ -54,7 +54,7 @@ pub enum Reason {
 
 impl Reason {
     /// Returns the value of `reason` in JSON.
-    pub fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Mount => "mount",
             Self::MountStub => "mount_stub",
@@ -98,16 +98,9 @@ pub struct PatternError {
     pub why: String,
 }
 
-impl PatternError {
-    /// Returns the program's exit code for this error: usage.
-    pub fn exit_code(&self) -> u8 {
-        2
-    }
-}
-
 /// What an entry of a list matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
+pub(crate) enum Reach {
     /// Trailing components anywhere in the tree: everything with that name, and all below it.
     Tree,
     /// Trailing components anywhere in the tree: everything with that name except directories.
@@ -119,7 +112,7 @@ pub enum Reach {
 /// Paths of credentials and input histories. Configuration files that may hold a password among much else (`.env`,
 /// `pip.conf`, `.condarc`, `.gitconfig`, Maven's `settings.xml`) are not listed: programs need them, and would fail for
 /// no visible reason.
-pub const CREDENTIALS: &[(&str, Reach)] = &[
+pub(crate) const CREDENTIALS: &[(&str, Reach)] = &[
     // Keys and password stores.
     (".ssh", Reach::Tree),
     (".gnupg", Reach::Tree),
@@ -272,7 +265,7 @@ pub const CREDENTIALS: &[(&str, Reach)] = &[
 ];
 
 /// Paths of data that can be downloaded again. Conda's archives have no fixed names; see [`is_conda_archive`].
-pub const CACHES: &[(&str, Reach)] = &[
+pub(crate) const CACHES: &[(&str, Reach)] = &[
     (".cache/pip", Reach::Tree),
     (".cache/uv", Reach::Tree),
     ("var/cache/apt/archives", Reach::Contents),
@@ -1152,11 +1145,7 @@ mod tests {
                 ..Rules::default()
             })
             .unwrap_err();
-            assert_eq!(
-                (error.pattern.as_str(), error.exit_code()),
-                (bad, 2),
-                "{error}"
-            );
+            assert_eq!(error.pattern, bad, "{error}");
         }
     }
 

@@ -25,9 +25,9 @@ use std::sync::Arc;
 
 pub use clock::{Clock, tick};
 pub use exclude::{Exclusions, Facts, PatternError, Reason, Rules};
-pub use sample::{Counts, Example, Sample};
+pub(crate) use sample::{Counts, Example, Sample};
 pub use stored::Stored;
-pub use usage::{Usage, usage};
+pub(crate) use usage::usage;
 
 use crate::node::overlay::owner::IdMapping;
 use crate::node::overlay::root::Root;
@@ -208,7 +208,7 @@ impl Flags {
 }
 
 /// Name and value of an extended attribute as it is in the image.
-pub type Xattr = (Vec<u8>, Vec<u8>);
+pub(crate) type Xattr = (Vec<u8>, Vec<u8>);
 
 /// Location of content that is not in the upper at the entry's own path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -284,7 +284,7 @@ pub struct Report {
 
 impl Report {
     /// Adds the findings of another walk.
-    pub fn add(&mut self, other: Self) {
+    pub(crate) fn add(&mut self, other: Self) {
         for (kind, sample) in other.excluded {
             self.excluded.entry(kind).or_default().append(sample);
         }
@@ -343,7 +343,7 @@ impl Scan {
     }
 
     /// Returns the index of an entry's parent directory.
-    pub fn parent(&self, index: u32) -> u32 {
+    pub(crate) fn parent(&self, index: u32) -> u32 {
         self.rows.parent(index)
     }
 
@@ -358,7 +358,7 @@ impl Scan {
     }
 
     /// Returns the name of an entry in its directory; for a whiteout, the name that it deletes.
-    pub fn name(&self, entry: &Entry) -> &[u8] {
+    pub(crate) fn name(&self, entry: &Entry) -> &[u8] {
         self.rows.name(entry)
     }
 
@@ -370,7 +370,7 @@ impl Scan {
     }
 
     /// Like [`Scan::path`], into a buffer that is cleared first.
-    pub fn path_into(&self, index: u32, path: &mut Vec<u8>) {
+    pub(crate) fn path_into(&self, index: u32, path: &mut Vec<u8>) {
         self.rows.path_into(index, path);
     }
 
@@ -390,7 +390,7 @@ impl Scan {
     }
 
     /// Returns an opened directory: 0 is the upper, n the lower `n - 1`.
-    pub fn root(&self, root: u16) -> &Root {
+    pub(crate) fn root(&self, root: u16) -> &Root {
         &self.roots[usize::from(root)]
     }
 
@@ -400,7 +400,7 @@ impl Scan {
     }
 
     /// Returns the time at which the walk began: an entry with a sufficiently earlier stamp shows every later change.
-    pub fn clock(&self) -> Clock {
+    pub(crate) fn clock(&self) -> Clock {
         self.clock
     }
 

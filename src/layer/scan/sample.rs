@@ -53,13 +53,13 @@ impl<T> Default for Sample<T> {
 
 impl<T: Example> Sample<T> {
     /// Counts an item.
-    pub fn add(&mut self, item: T) {
+    pub(crate) fn add(&mut self, item: T) {
         self.count += 1;
         self.keep(item);
     }
 
     /// Adds the items of another sample.
-    pub fn append(&mut self, other: Self) {
+    pub(crate) fn append(&mut self, other: Self) {
         self.count += other.count;
         for item in other.examples {
             self.keep(item);
@@ -110,12 +110,12 @@ impl<T> Sample<T> {
     }
 
     /// Returns the number of items that are counted without an example.
-    pub fn more(&self) -> u64 {
+    pub(crate) fn more(&self) -> u64 {
         self.count - self.examples.len() as u64
     }
 
     /// Returns whether there are no items.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.count == 0
     }
 }
@@ -140,7 +140,7 @@ impl Counts {
     const OTHERS: &'static str = "(others)";
 
     /// Adds `count` occurrences of `name`.
-    pub fn add(&mut self, name: &str, count: u64) {
+    pub(crate) fn add(&mut self, name: &str, count: u64) {
         if let Some(known) = self.names.get_mut(name) {
             *known += count;
         } else if self.names.len() < NAMES && name != Self::OTHERS {
@@ -163,7 +163,7 @@ impl Counts {
     }
 
     /// Iterates over the names and their counts; the combined count of others comes last, if any.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
         let others = (self.others > 0).then_some((Self::OTHERS, self.others));
         let names = self.names.iter();
         names

@@ -14,18 +14,18 @@ const MOST: usize = 128 << 20;
 
 /// Size of a tree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Usage {
+pub(crate) struct Usage {
     /// Entries below the root.
-    pub entries: u64,
+    pub(crate) entries: u64,
     /// Allocated bytes.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
 }
 
 /// Counts the tree at `path`. Entries that vanish during the walk are not counted.
 ///
 /// Fails if the tree cannot be read, or if the pending directories with their paths would take more memory than a
 /// statistic is worth.
-pub fn usage(path: &Path) -> io::Result<Usage> {
+pub(crate) fn usage(path: &Path) -> io::Result<Usage> {
     let root = Root::open(path)?;
     let mut usage = Usage::default();
     let mut todo = vec![Vec::new()];

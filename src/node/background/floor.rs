@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 
 /// How long the share may stay below the floor before the group gets a weight.
-pub const AFTER: Duration = Duration::from_secs(10);
+pub(crate) const AFTER: Duration = Duration::from_secs(10);
 /// Interval between two measurements, long enough for a share of one per cent to consist of several time slices.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Weight in per cent of a default group's: initial value and limits.

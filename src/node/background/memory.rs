@@ -21,11 +21,11 @@ const OOM_SCORE: i32 = 500;
 
 /// A limit on the memory of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bound {
+pub(crate) struct Bound {
     /// Bytes.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// Name of its cgroup, unique on the node.
-    pub group: String,
+    pub(crate) group: String,
 }
 
 impl Bound {
@@ -53,7 +53,8 @@ impl Bound {
 
     /// Removes the cgroup of a process that has ended. Returns whether the kernel killed a process in it for lack of
     /// memory.
-    pub fn release(&self, host_root: Option<&Path>, background: bool) -> bool {
+    #[cfg(feature = "service")]
+    pub(crate) fn release(&self, host_root: Option<&Path>, background: bool) -> bool {
         let mut killed = false;
         for group in groups(host_root, background, &self.group) {
             killed |= group.kills() > 0;
@@ -159,6 +160,7 @@ impl Group {
     }
 
     /// Returns how often the kernel killed a process in it for lack of memory.
+    #[cfg(feature = "service")]
     fn kills(&self) -> u64 {
         let file = if self.unified {
             "memory.events"

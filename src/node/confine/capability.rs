@@ -12,15 +12,15 @@ use super::Role;
 
 /// A capability that a role uses.
 #[derive(Clone, Copy, Debug)]
-pub struct Need {
+pub(crate) struct Need {
     /// Its bit.
-    pub capability: CapabilitySet,
+    pub(crate) capability: CapabilitySet,
     /// Its name without `CAP_`.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// What it is used for.
-    pub purpose: &'static str,
+    pub(crate) purpose: &'static str,
     /// Whether the role cannot work without it. If false, `purpose` names what does not work.
-    pub indispensable: bool,
+    pub(crate) indispensable: bool,
 }
 
 const fn need(
@@ -145,7 +145,7 @@ const WATCHDOG: &[Need] = &[DAC_OVERRIDE];
 
 /// Returns the capabilities that `role` uses. An agent needs exactly those of the builders that it starts, because a
 /// process that runs as root cannot pass on a capability that it has dropped.
-pub fn needs(role: Role) -> &'static [Need] {
+pub(crate) fn needs(role: Role) -> &'static [Need] {
     match role {
         Role::Look => LOOK,
         Role::Layer => LAYER,
@@ -168,7 +168,8 @@ fn union(needs: &[Need]) -> CapabilitySet {
 }
 
 /// Returns the capabilities of this thread.
-pub fn of_this_thread() -> io::Result<CapabilitySets> {
+#[cfg(feature = "service")]
+pub(crate) fn of_this_thread() -> io::Result<CapabilitySets> {
     Ok(capabilities(None)?)
 }
 

@@ -18,7 +18,7 @@ pub(super) fn close(kept: &[u32]) -> io::Result<()> {
 }
 
 /// Returns the descriptor that a path refers to: `/dev/fd/N`, `/proc/self/fd/N`.
-pub fn named_by(value: &str) -> Option<u32> {
+pub(crate) fn named_by(value: &str) -> Option<u32> {
     ["/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/"]
         .iter()
         .find_map(|prefix| {

@@ -19,12 +19,15 @@ use std::io;
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, setrlimit};
 
-pub use capability::{Need, needs, of_this_thread};
-pub use descriptors::named_by as descriptor_named_by;
+pub(crate) use capability::needs;
+#[cfg(feature = "service")]
+pub(crate) use capability::of_this_thread;
+pub(crate) use descriptors::named_by as descriptor_named_by;
 
 /// The purpose of a process, which determines the rights that it keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+#[cfg_attr(not(feature = "service"), allow(dead_code))]
+pub(crate) enum Role {
     /// `ps`, `inspect`, `diff`: reads a container and prints.
     Look,
     /// `layer`: reads directories and writes a file.
@@ -44,8 +47,9 @@ pub enum Role {
 }
 
 impl Role {
-    /// All roles with the names of their verbs.
-    pub const ALL: [(Self, &'static str); 8] = [
+    /// All roles, with the names of their verbs.
+    #[cfg(test)]
+    pub(crate) const ALL: [(Self, &'static str); 8] = [
         (Self::Look, "inspect"),
         (Self::Layer, "layer"),
         (Self::Commit, "commit"),
@@ -59,9 +63,9 @@ impl Role {
 
 /// The result of [`apply`].
 #[derive(Debug, Default)]
-pub struct Applied {
+pub(crate) struct Applied {
     /// What could not be dropped, and why.
-    pub left: Vec<(&'static str, io::Error)>,
+    pub(crate) left: Vec<(&'static str, io::Error)>,
 }
 
 impl Applied {
@@ -73,14 +77,14 @@ impl Applied {
 }
 
 /// Closes all descriptors above 2 except `kept`. Has to be called before this program opens any itself.
-pub fn close_inherited(kept: &[u32]) {
+pub(crate) fn close_inherited(kept: &[u32]) {
     if let Err(error) = descriptors::close(kept) {
         tracing::debug!(%error, "inherited descriptors are not closed");
     }
 }
 
 /// Drops what `role` does not need, for this thread and those that it creates later.
-pub fn apply(role: Role) -> Applied {
+pub(crate) fn apply(role: Role) -> Applied {
     let mut applied = Applied::default();
     apply_to_thread(role, &mut applied);
     // Keeps credentials in memory from core files and from other processes of the same user.
@@ -102,7 +106,7 @@ pub fn apply(role: Role) -> Applied {
 
 /// The part of [`apply`] that affects a single thread. Called in a thread of its own, it shows what can be dropped on
 /// this machine.
-pub fn apply_to_thread(role: Role, applied: &mut Applied) {
+pub(crate) fn apply_to_thread(role: Role, applied: &mut Applied) {
     applied.note("capabilities", capability::keep(role));
     let fixed = rustix::thread::set_no_new_privs(true);
     applied.note("no_new_privs", fixed.map_err(Into::into));

@@ -371,7 +371,7 @@ impl Snapshot<'_> {
 
 impl<'s> Bucket<'s> {
     /// Returns the value of `key`.
-    pub fn value(&self, key: &[u8]) -> Result<Option<Value<'s>>, Error> {
+    pub(crate) fn value(&self, key: &[u8]) -> Result<Option<Value<'s>>, Error> {
         let snapshot = self.snapshot;
         let mut node = self.root.clone();
         for _ in 0..MAX_DEPTH {
@@ -411,7 +411,7 @@ impl<'s> Bucket<'s> {
     }
 
     /// Returns the bucket of `key`, or `None` if it is missing or not a bucket.
-    pub fn bucket(&self, key: &[u8]) -> Result<Option<Bucket<'s>>, Error> {
+    pub(crate) fn bucket(&self, key: &[u8]) -> Result<Option<Bucket<'s>>, Error> {
         Ok(self.value(key)?.and_then(|value| match value {
             Value::Bucket(bucket) => Some(bucket),
             Value::Bytes(_) => None,

@@ -10,7 +10,7 @@ use oci_spec::image::Descriptor;
 
 use crate::common::digest::{ChainId, DiffId, Digest};
 use crate::node::overlay::mount::OverlayMount;
-pub use crate::node::overlay::owner::IdMapping;
+pub(crate) use crate::node::overlay::owner::IdMapping;
 
 pub mod bolt;
 mod bundle;
@@ -35,7 +35,7 @@ pub use pattern::{Pattern, PatternError};
 pub use roots::{ContainerdRoot, Roots, StorageRoot};
 pub use survey::{Listing, find, list, recheck};
 pub use table::{RootMount, Witness};
-pub use volume::{Volume, VolumeRules, recheck_volume, volume};
+pub(crate) use volume::{Volume, VolumeRules, recheck_volume, volume};
 
 /// The runtime of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
@@ -55,7 +55,7 @@ pub enum Runtime {
 
 impl Runtime {
     /// Returns its name in JSON.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Containerd => "containerd",
             Self::Docker => "docker",
@@ -149,7 +149,8 @@ pub struct Spec {
 
 impl Spec {
     /// Returns the value of an environment variable, or `None` if it is missing or has several different values.
-    pub fn variable(&self, name: &str) -> Option<&str> {
+    #[cfg(feature = "service")]
+    pub(crate) fn variable(&self, name: &str) -> Option<&str> {
         let pairs = self.env.iter().filter_map(|line| line.split_once('='));
         let mut values = pairs
             .filter(|(key, _)| *key == name)
@@ -162,7 +163,8 @@ impl Spec {
 impl Container {
     /// Returns the start time of the first process in milliseconds since the epoch (UTC), or `None` if `/proc/stat`
     /// does not contain the boot time.
-    pub fn started_ms(&self, roots: &Roots) -> Option<i64> {
+    #[cfg(feature = "service")]
+    pub(crate) fn started_ms(&self, roots: &Roots) -> Option<i64> {
         process::started_ms(roots, self.pid_start)
     }
 }

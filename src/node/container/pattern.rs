@@ -96,7 +96,7 @@ impl Pattern {
     }
 
     /// Returns whether the pattern matches a mount. `node` is the node's mount table.
-    pub fn covers(&self, mount: &MountInfo, node: &[MountInfo]) -> bool {
+    pub(crate) fn covers(&self, mount: &MountInfo, node: &[MountInfo]) -> bool {
         match self {
             Self::Path(path) => {
                 // The path is in a file system of the node. The mount has to be of the same file system, with the same

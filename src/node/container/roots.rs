@@ -80,7 +80,7 @@ impl Default for Roots {
 impl Roots {
     /// Converts a path on the node to one that this program can open: below the host root, with symbolic links
     /// (including absolute ones) resolved as on the node. Fails with [`io::ErrorKind::NotFound`] if it does not exist.
-    pub fn locate(&self, path: &Path) -> io::Result<PathBuf> {
+    pub(crate) fn locate(&self, path: &Path) -> io::Result<PathBuf> {
         let Some(host_root) = &self.host_root else {
             return fs::canonicalize(path);
         };

@@ -30,26 +30,26 @@ const ANSWERING: [&str; 7] = [
 
 /// Which volumes may be saved, and with whose rights they are read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct VolumeRules {
+pub(crate) struct VolumeRules {
     /// Whether this program's own rights are used instead of those of the container's first process.
-    pub own_rights: bool,
+    pub(crate) own_rights: bool,
     /// Patterns of permitted volumes; `None` permits any.
-    pub allowed: Option<Vec<Pattern>>,
+    pub(crate) allowed: Option<Vec<Pattern>>,
 }
 
 /// A volume that is saved with its container.
 #[derive(Clone, Debug)]
-pub struct Volume {
+pub(crate) struct Volume {
     /// Mount point in the container.
-    pub destination: PathBuf,
+    pub(crate) destination: PathBuf,
     /// File system type.
-    pub kind: String,
+    pub(crate) kind: String,
     /// Whether its timestamps are from this kernel's clock; a server has its own.
-    pub local: bool,
+    pub(crate) local: bool,
     /// Device number of the file system, as in lists of mappings.
-    pub device: (u32, u32),
+    pub(crate) device: (u32, u32),
     /// The opened directory.
-    pub opened: overlay::Volume,
+    pub(crate) opened: overlay::Volume,
     mount: u64,
 }
 
@@ -57,7 +57,7 @@ pub struct Volume {
 ///
 /// Fails with [`Error::NotAVolume`], which lists the possible volumes, if it is not a directory on a disk or server
 /// file system. Fails with [`Error::VolumeNotAllowed`] if `rules` do not permit it, or the container may not read it.
-pub fn volume(
+pub(crate) fn volume(
     roots: &Roots,
     container: &Container,
     path: &Path,
@@ -108,7 +108,11 @@ pub fn volume(
 }
 
 /// Fails if the volume is no longer the one that is mounted there.
-pub fn recheck_volume(roots: &Roots, container: &Container, volume: &Volume) -> Result<(), Error> {
+pub(crate) fn recheck_volume(
+    roots: &Roots,
+    container: &Container,
+    volume: &Volume,
+) -> Result<(), Error> {
     let gone = |detail: String| Error::Gone {
         container: container.id.clone(),
         detail,

@@ -30,12 +30,11 @@ use cgroup::{Group, State, Version};
 pub use direct::{Ways, ways_to_write};
 pub use mapped::{SharedMapping, shared_mappings};
 pub use mark::{Left, thaw_left};
-pub use members::Stranger;
+pub(crate) use members::Stranger;
 use members::{Processes, Stat};
 use watchdog::Watchdog;
-pub use watchdog::{
-    ARGUMENT as WATCHDOG_ARGUMENT, StandBy, entry as watchdog_entry, stand_by, watchdog_main,
-};
+pub use watchdog::entry as watchdog_entry;
+pub(crate) use watchdog::stand_by;
 
 /// Number of times that foreign processes in a container's cgroup are checked before the freeze is refused: `exec` into
 /// a container enters the cgroup first and the container's root milliseconds later.
@@ -143,11 +142,6 @@ impl Error {
             | Self::Io { .. } => 1,
         }
     }
-
-    /// Returns whether the same save may succeed later.
-    pub fn retryable(&self) -> bool {
-        self.exit_code() == 75
-    }
 }
 
 fn list(strangers: &[Stranger]) -> String {
@@ -221,7 +215,7 @@ pub fn freeze(pid: u32, start: Option<u64>, options: &Options) -> Result<Frozen,
 }
 
 /// Checks whether [`freeze`] could freeze the container, without freezing it.
-pub fn can_be_frozen(pid: u32, start: Option<u64>, options: &Options) -> Result<(), Error> {
+pub(crate) fn can_be_frozen(pid: u32, start: Option<u64>, options: &Options) -> Result<(), Error> {
     let proc = options
         .host_root
         .as_deref()

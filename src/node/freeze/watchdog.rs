@@ -27,7 +27,7 @@ use crate::common::escape;
 use crate::node::confine::{self, Role};
 
 /// The first argument of a watchdog process. Internal, and therefore not in the help.
-pub const ARGUMENT: &str = "__freeze-watchdog";
+pub(crate) const ARGUMENT: &str = "__freeze-watchdog";
 
 /// Answer of the watchdog when it is ready to thaw.
 const READY: &[u8] = b"ready\n";
@@ -79,11 +79,11 @@ fn spare() -> std::sync::MutexGuard<'static, Spare> {
 /// A standby watchdog, which ends when this is dropped.
 #[derive(Debug)]
 #[must_use = "the watchdog ends as soon as this is dropped"]
-pub struct StandBy(());
+pub(crate) struct StandBy(());
 
 /// Starts a watchdog for all later freezes of this process, which use it one after another and start no program of
 /// their own.
-pub fn stand_by() -> Result<StandBy, Error> {
+pub(crate) fn stand_by() -> Result<StandBy, Error> {
     match Process::start(&super::Options::default().program, &[], true) {
         Ok(process) => {
             *spare() = Spare::Process(process);
@@ -337,7 +337,7 @@ fn wait_readable(pipe: impl std::os::fd::AsFd, deadline: Option<Instant>) -> io:
 /// longest time in milliseconds for which it may be frozen (empty: no limit) and the path of the mark (empty: none).
 /// Without arguments it is on standby and reads them repeatedly from stdin, each terminated by NUL. It communicates
 /// over stdin and stdout, see [`super::freeze`].
-pub fn watchdog_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+pub(crate) fn watchdog_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
     if let Err(why) = leave() {
         return refuse(&why);

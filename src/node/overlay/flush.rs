@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Writes all pages of the file that are dirty now and waits until they are written.
 #[allow(unsafe_code, reason = "neither rustix nor nix has this call")]
-pub fn flush(file: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn flush(file: BorrowedFd<'_>) -> io::Result<()> {
     let how = libc::SYNC_FILE_RANGE_WAIT_BEFORE
         | libc::SYNC_FILE_RANGE_WRITE
         | libc::SYNC_FILE_RANGE_WAIT_AFTER;

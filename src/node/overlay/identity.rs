@@ -209,7 +209,7 @@ impl Identity {
     }
 
     /// Returns whether the identity may look up names in the directory.
-    pub fn may_search(&self, fd: impl AsFd) -> io::Result<bool> {
+    pub(crate) fn may_search(&self, fd: impl AsFd) -> io::Result<bool> {
         self.may(fd.as_fd(), Access::EXEC_OK)
     }
 

@@ -14,19 +14,19 @@ use super::xattr::Namespace;
 
 /// A directory or file in one root: an index into [`Lowers::roots`] and a path below it without a leading slash.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub(crate) struct Place {
     /// Index of the root, 0 the topmost.
-    pub root: u16,
+    pub(crate) root: u16,
     /// Path below the root; empty for the root itself.
-    pub path: Vec<u8>,
+    pub(crate) path: Vec<u8>,
 }
 
 /// The directories that are merged at one path, topmost first. Empty if the lowers have no directory there.
-pub type Stack = Vec<Place>;
+pub(crate) type Stack = Vec<Place>;
 
 /// The result of a lookup in the merged lowers.
 #[derive(Clone, Debug)]
-pub enum Found {
+pub(crate) enum Found {
     /// Nothing, or a whiteout.
     Absent,
     /// A merged directory.
@@ -56,18 +56,18 @@ enum Name {
 
 /// The lowers of an overlay.
 #[derive(Debug)]
-pub struct Lowers {
+pub(crate) struct Lowers {
     /// The merged lowers, topmost first, followed by the data-only ones.
-    pub roots: Vec<Root>,
+    pub(crate) roots: Vec<Root>,
     /// Number of `roots` that are merged.
-    pub merged: usize,
+    pub(crate) merged: usize,
     /// The namespace of the overlay's marks.
-    pub namespace: Namespace,
+    pub(crate) namespace: Namespace,
 }
 
 impl Lowers {
     /// Returns the stack of the root directory.
-    pub fn root_stack(&self) -> Stack {
+    pub(crate) fn root_stack(&self) -> Stack {
         (0..self.merged)
             .map(|root| Place {
                 root: root as u16,
@@ -77,7 +77,7 @@ impl Lowers {
     }
 
     /// Looks up `name` in the merged directory `parent`.
-    pub fn lookup(&self, parent: &Stack, name: &[u8]) -> io::Result<Found> {
+    pub(crate) fn lookup(&self, parent: &Stack, name: &[u8]) -> io::Result<Found> {
         if parent.is_empty() {
             return Ok(Found::Absent);
         }
@@ -86,7 +86,7 @@ impl Lowers {
 
     /// Looks up the target of a redirect found in a directory with the stack `parent`: the name of a sibling, or an
     /// absolute path.
-    pub fn lookup_redirect(&self, parent: &Stack, redirect: &[u8]) -> io::Result<Found> {
+    pub(crate) fn lookup_redirect(&self, parent: &Stack, redirect: &[u8]) -> io::Result<Found> {
         match redirect.strip_prefix(b"/") {
             Some(path) => self.search(&self.root_stack(), Name::Absolute(path.to_vec())),
             None => self.lookup(parent, redirect),
@@ -97,7 +97,7 @@ impl Lowers {
     /// `name` in `parent`.
     ///
     /// Absolute redirects may lead into the data-only lowers.
-    pub fn data(
+    pub(crate) fn data(
         &self,
         parent: &Stack,
         name: &[u8],
@@ -120,7 +120,7 @@ impl Lowers {
 
     /// Returns the place that holds the data of the lower file at `place`, which was found as `name` in `parent` and
     /// may be a metacopy itself.
-    pub fn data_of(
+    pub(crate) fn data_of(
         &self,
         place: Place,
         stat: Stat,
@@ -172,7 +172,7 @@ impl Lowers {
 
     /// Returns the names in the merged directory, each once and sorted, including names that the topmost directory has
     /// whiteouts for. `room` is called with the length of each name before it is kept.
-    pub fn names<E: From<io::Error>>(
+    pub(crate) fn names<E: From<io::Error>>(
         &self,
         stack: &Stack,
         mut room: impl FnMut(usize) -> Result<(), E>,
@@ -310,7 +310,7 @@ impl Lowers {
 }
 
 /// Returns `dir/name`, or `name` if `dir` is the root.
-pub fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
+pub(crate) fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
     if dir.is_empty() {
         name.to_vec()
     } else {
@@ -319,14 +319,14 @@ pub fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
 }
 
 /// Returns the part before the last slash; empty for a name in the root.
-pub fn dirname(path: &[u8]) -> &[u8] {
+pub(crate) fn dirname(path: &[u8]) -> &[u8] {
     path.iter()
         .rposition(|&b| b == b'/')
         .map_or(b"".as_slice(), |cut| &path[..cut])
 }
 
 /// Returns the part after the last slash.
-pub fn basename(path: &[u8]) -> &[u8] {
+pub(crate) fn basename(path: &[u8]) -> &[u8] {
     path.iter()
         .rposition(|&b| b == b'/')
         .map_or(path, |cut| &path[cut + 1..])

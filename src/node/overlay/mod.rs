@@ -2,11 +2,11 @@
 //!
 //! Source: kernel `Documentation/filesystems/overlayfs.rst` and `fs/overlayfs/`.
 
-pub mod flush;
+pub(crate) mod flush;
 pub mod identity;
-pub mod lower;
+pub(crate) mod lower;
 pub mod mount;
 pub mod owner;
-pub mod root;
+pub(crate) mod root;
 pub mod volume;
 pub mod xattr;

@@ -355,7 +355,7 @@ impl OverlayOptions {
     }
 
     /// Returns the mount with directories that the caller has located.
-    pub fn mount(
+    pub(crate) fn mount(
         &self,
         upper: PathBuf,
         lowers: Vec<PathBuf>,

@@ -24,7 +24,7 @@ const XATTR_MAX: usize = 65_536;
 
 /// The root of one upper or lower directory, or of a volume.
 #[derive(Clone, Debug)]
-pub struct Root {
+pub(crate) struct Root {
     fd: Arc<OwnedFd>,
     path: PathBuf,
     /// Prefix of all paths that lead into this root; empty except for volumes.
@@ -36,7 +36,7 @@ pub struct Root {
 impl Root {
     /// Opens the directory at `path`, which must not contain symbolic links. The path comes from the runtime, not from
     /// the tenant, but a store in a user's home may have been changed by that user since it was checked.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::NO_SYMLINKS;
         let open = || rustix::fs::openat2(rustix::fs::CWD, path, flags, Mode::empty(), resolve);
@@ -61,13 +61,13 @@ impl Root {
     }
 
     /// Returns the identity with which the root is read, if it is not this program's own.
-    pub fn who(&self) -> Option<&Identity> {
+    pub(crate) fn who(&self) -> Option<&Identity> {
         self.who.as_deref()
     }
 
     /// Gives this thread the rights with which this root is read, until the returned guard is dropped. Every method
     /// here does so itself; a caller that makes many calls, or works with descriptors, does it once for all of them.
-    pub fn enter(&self) -> io::Result<Entered> {
+    pub(crate) fn enter(&self) -> io::Result<Entered> {
         identity::enter(self.who.as_ref())
     }
 
@@ -84,12 +84,12 @@ impl Root {
     }
 
     /// Returns the path of the directory, for messages.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Opens `path` below the root without following any link. An empty path is the root itself.
-    pub fn open_beneath(&self, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+    pub(crate) fn open_beneath(&self, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
         let _rights = self.enter()?;
         let resolve = ResolveFlags::BENEATH
             | ResolveFlags::NO_SYMLINKS
@@ -148,7 +148,7 @@ impl Root {
     }
 
     /// Opens a directory for listing.
-    pub fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
+    pub(crate) fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let Some(who) = self.stepwise() else {
             return self.open_beneath(path, flags);
@@ -163,7 +163,7 @@ impl Root {
     }
 
     /// Returns the status of `path` itself, never of a link's target, or `None` if it does not exist.
-    pub fn stat(&self, path: &[u8]) -> io::Result<Option<Stat>> {
+    pub(crate) fn stat(&self, path: &[u8]) -> io::Result<Option<Stat>> {
         let fd = match self.open_beneath(path, OFlags::PATH) {
             Ok(fd) => fd,
             Err(error) if is_absent(&error) => return Ok(None),
@@ -173,7 +173,7 @@ impl Root {
     }
 
     /// Returns the target of the symlink at `path`.
-    pub fn read_link(&self, path: &[u8]) -> io::Result<Vec<u8>> {
+    pub(crate) fn read_link(&self, path: &[u8]) -> io::Result<Vec<u8>> {
         let _rights = self.enter()?;
         let fd = self.open_beneath(path, OFlags::PATH)?;
         Ok(rustix::fs::readlinkat(&fd, "", Vec::new())?.into_bytes())
@@ -184,7 +184,7 @@ impl Root {
     /// A device or FIFO is never opened: the entry is examined through an `O_PATH` descriptor first, and that very
     /// inode is then reopened. Returns `Ok(None)` if the path is gone or is a different file now, or if it is read with
     /// another identity that may no longer read it.
-    pub fn open_file(&self, path: &[u8], ino: u64) -> io::Result<Option<OwnedFd>> {
+    pub(crate) fn open_file(&self, path: &[u8], ino: u64) -> io::Result<Option<OwnedFd>> {
         let _rights = self.enter()?;
         match self.open_that_file(path, ino) {
             Err(error) if is_absent(&error) || self.is_denied(&error) => Ok(None),
@@ -193,7 +193,7 @@ impl Root {
     }
 
     /// Returns whether a call failed because the identity with which this root is read lacks the permission.
-    pub fn is_denied(&self, error: &io::Error) -> bool {
+    pub(crate) fn is_denied(&self, error: &io::Error) -> bool {
         self.who.is_some() && error.kind() == io::ErrorKind::PermissionDenied
     }
 
@@ -218,7 +218,7 @@ impl Root {
     }
 
     /// Creates a file without a name on the same file system, owned by this program. It vanishes with its descriptor.
-    pub fn nameless_file(&self) -> io::Result<OwnedFd> {
+    pub(crate) fn nameless_file(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(
             self.fd.as_fd(),
@@ -229,7 +229,7 @@ impl Root {
     }
 
     /// Returns an extended attribute of `path` itself, or `None` if the attribute or the path does not exist.
-    pub fn xattr(&self, path: &[u8], name: &str) -> io::Result<Option<Vec<u8>>> {
+    pub(crate) fn xattr(&self, path: &[u8], name: &str) -> io::Result<Option<Vec<u8>>> {
         let _rights = self.enter()?;
         let handle = match self.open_beneath(path, OFlags::PATH) {
             Ok(handle) => handle,
@@ -244,7 +244,7 @@ impl Root {
 
 /// Whether the last component of a path may be a link that is followed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Follow {
+pub(crate) enum Follow {
     /// Only for `/proc/self/fd` links, which lead to one inode.
     Yes,
     /// For names in a directory.
@@ -252,7 +252,7 @@ pub enum Follow {
 }
 
 /// Returns the value of the attribute `name`, or `None` if there is none.
-pub fn xattr_at(
+pub(crate) fn xattr_at(
     path: impl Arg + Copy,
     name: impl Arg + Copy,
     follow: Follow,
@@ -281,7 +281,7 @@ pub fn xattr_at(
 }
 
 /// Returns the names of all attributes, each terminated by NUL.
-pub fn xattr_names_at(path: impl Arg + Copy, follow: Follow) -> io::Result<Vec<u8>> {
+pub(crate) fn xattr_names_at(path: impl Arg + Copy, follow: Follow) -> io::Result<Vec<u8>> {
     use rustix::io::Errno;
     let list = |buffer: &mut [u8]| match follow {
         Follow::Yes => rustix::fs::listxattr(path, buffer),
@@ -321,7 +321,7 @@ fn reopen(handle: BorrowedFd<'_>, flags: OFlags) -> rustix::io::Result<OwnedFd> 
 }
 
 /// Returns the target of the symlink `name` in `dir`, or `None` if it is no longer a symlink.
-pub fn read_link_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
+pub(crate) fn read_link_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
     use rustix::io::Errno;
     match rustix::fs::readlinkat(dir, OsStr::from_bytes(name), Vec::new()) {
         Ok(target) => Ok(Some(target.into_bytes())),
@@ -337,7 +337,7 @@ const PIECE: usize = 32 * 1024;
 /// than memory.
 ///
 /// A name that is removed and created again meanwhile may be returned twice, but never twice in one piece.
-pub struct Names<'fd> {
+pub(crate) struct Names<'fd> {
     fd: BorrowedFd<'fd>,
     buffer: Vec<u8>,
     piece: std::vec::IntoIter<Vec<u8>>,
@@ -346,7 +346,7 @@ pub struct Names<'fd> {
 }
 
 /// Returns an iterator over the names in the directory `fd`.
-pub fn names(fd: BorrowedFd<'_>) -> Names<'_> {
+pub(crate) fn names(fd: BorrowedFd<'_>) -> Names<'_> {
     Names {
         fd,
         buffer: Vec::with_capacity(PIECE),
@@ -358,7 +358,7 @@ pub fn names(fd: BorrowedFd<'_>) -> Names<'_> {
 
 impl Names<'_> {
     /// Returns whether the names came in more than one piece so far.
-    pub fn in_pieces(&self) -> bool {
+    pub(crate) fn in_pieces(&self) -> bool {
         self.pieces > 1
     }
 
@@ -405,7 +405,7 @@ impl Iterator for Names<'_> {
 }
 
 /// Returns the status of `name` in the directory `dir` without following links, or `None` if it vanished.
-pub fn stat_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
+pub(crate) fn stat_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
     match rustix::fs::statat(dir, OsStr::from_bytes(name), AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(stat)),
         Err(rustix::io::Errno::NOENT) => Ok(None),
@@ -415,7 +415,7 @@ pub fn stat_at(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
 
 /// Returns whether an error means that the path no longer exists or is something else now: a component vanished or
 /// became a link, or was exchanged while the kernel walked over it (EXDEV).
-pub fn is_absent(error: &io::Error) -> bool {
+pub(crate) fn is_absent(error: &io::Error) -> bool {
     use rustix::io::Errno;
     matches!(
         error.raw_os_error().map(Errno::from_raw_os_error),

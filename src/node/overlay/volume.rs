@@ -68,7 +68,7 @@ impl From<rustix::io::Errno> for Refusal {
 }
 
 /// The result of looking at a name in a volume.
-pub enum Look {
+pub(crate) enum Look {
     /// It no longer exists.
     Gone,
     /// It is a mount point.
@@ -204,29 +204,29 @@ impl Reached {
 
 impl Volume {
     /// Returns the mount point, without a leading slash.
-    pub fn at(&self) -> &[u8] {
+    pub(crate) fn at(&self) -> &[u8] {
         &self.at
     }
 
     /// Returns the directory. Paths below it begin with its mount point.
-    pub fn root(&self) -> &Root {
+    pub(crate) fn root(&self) -> &Root {
         &self.root
     }
 
     /// Returns the directories on the path to it, outermost first, with their names.
-    pub fn above(&self) -> impl Iterator<Item = (&[u8], BorrowedFd<'_>)> {
+    pub(crate) fn above(&self) -> impl Iterator<Item = (&[u8], BorrowedFd<'_>)> {
         self.at
             .split(|&b| b == b'/')
             .zip(self.above.iter().map(|fd| fd.as_fd()))
     }
 
     /// Returns its own name, in the last of the directories above.
-    pub fn name(&self) -> &[u8] {
+    pub(crate) fn name(&self) -> &[u8] {
         super::lower::basename(&self.at)
     }
 
     /// Looks at `name` in the volume's directory `dir`. A mount on top of it is not queried.
-    pub fn look(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Look> {
+    pub(crate) fn look(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Look> {
         if !self.local {
             return match self.handle(dir, name) {
                 Ok(handle) => Ok(Look::There(Box::new(rustix::fs::fstat(handle)?))),
@@ -246,7 +246,7 @@ impl Volume {
 
     /// Returns a descriptor of `name` in the volume's directory `dir` that serves only for looking at it. Fails with
     /// EXDEV if something is mounted on it.
-    pub fn handle(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
+    pub(crate) fn handle(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::BENEATH
             | ResolveFlags::NO_SYMLINKS
             | ResolveFlags::NO_MAGICLINKS
@@ -258,7 +258,7 @@ impl Volume {
     }
 
     /// Classifies an error of a look.
-    pub fn not_there(&self, error: io::Error) -> io::Result<Look> {
+    pub(crate) fn not_there(&self, error: io::Error) -> io::Result<Look> {
         let crosses = rustix::io::Errno::XDEV.raw_os_error();
         match error {
             error if error.raw_os_error() == Some(crosses) => Ok(Look::Mounted),

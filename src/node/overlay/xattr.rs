@@ -19,7 +19,7 @@ pub enum Namespace {
 
 impl Namespace {
     /// Returns the prefix of every mark, with its trailing dot.
-    pub fn prefix(self) -> &'static str {
+    pub(crate) fn prefix(self) -> &'static str {
         match self {
             Self::Trusted => "trusted.overlay.",
             Self::User => "user.overlay.",
@@ -53,7 +53,7 @@ pub enum Mark {
 }
 
 /// The mark of immutable and append-only files (Linux 5.13 and later).
-pub const PROTECTED: &str = "protattr";
+pub(crate) const PROTECTED: &str = "protattr";
 
 /// What happens to an extended attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,7 +91,7 @@ pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
 
 /// Returns whether a name cannot be written to a pax record, whose keyword ends at the first `=`: the attribute would
 /// become another one.
-pub fn unnameable(name: &[u8]) -> bool {
+pub(crate) fn unnameable(name: &[u8]) -> bool {
     name.contains(&b'=')
 }
 
@@ -198,7 +198,7 @@ pub fn acl_inside(
 
 /// Returns a path through which the `*xattr` calls, which fail on `O_PATH` descriptors, reach the inode of a
 /// descriptor.
-pub fn proc_path(fd: BorrowedFd<'_>) -> String {
+pub(crate) fn proc_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 

@@ -28,7 +28,7 @@ const MAX_DESCRIPTION: u64 = 4 << 20;
 /// Maximum size of a file, in bytes. A million entries take some 40 MB.
 const MAX_FILE: u64 = 1 << 30;
 /// Maximum size of all files together, in bytes. The oldest are removed first.
-pub const MAX_TOTAL: u64 = 2 << 30;
+pub(crate) const MAX_TOTAL: u64 = 2 << 30;
 /// Bytes of a file that are read or written at once.
 const BUFFER: usize = 64 << 10;
 const SUFFIX: &str = "state";
@@ -121,7 +121,7 @@ pub struct Store {
 
 /// The lock on a container, which excludes other saves of it that use the same directory.
 #[derive(Debug)]
-pub struct Lock {
+pub(crate) struct Lock {
     /// The lock is released with the descriptor.
     file: File,
     path: PathBuf,
@@ -140,7 +140,7 @@ impl Drop for Lock {
 }
 
 /// Returns whether a file name in a state directory belongs to upperdeck: to a save, an agent or `upperdeck up`.
-pub fn is_ours(name: &str) -> bool {
+pub(crate) fn is_ours(name: &str) -> bool {
     [".state", ".lock"].iter().any(|end| name.ends_with(end))
         || name.starts_with(".new-")
         || name.starts_with("manager.db")
@@ -168,7 +168,7 @@ impl Store {
     }
 
     /// Takes the container's lock. Returns `None` if another save holds it.
-    pub fn try_lock(&self, container: &str) -> io::Result<Option<Lock>> {
+    pub(crate) fn try_lock(&self, container: &str) -> io::Result<Option<Lock>> {
         self.make_dir()?;
         let path = self.path(container, LOCK);
         loop {
@@ -231,7 +231,7 @@ impl Store {
     }
 
     /// Removes what is kept of a container.
-    pub fn forget(&self, container: &str) -> io::Result<()> {
+    pub(crate) fn forget(&self, container: &str) -> io::Result<()> {
         match fs::remove_file(self.path(container, SUFFIX)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
@@ -240,7 +240,7 @@ impl Store {
 
     /// Removes the files of containers that are gone, files left half written, and the oldest of the rest if their
     /// total plus `more` bytes would exceed the limit.
-    pub fn clear(&self, more: u64) {
+    pub(crate) fn clear(&self, more: u64) {
         let Ok(entries) = fs::read_dir(&self.dir) else {
             return;
         };

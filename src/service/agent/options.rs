@@ -195,7 +195,7 @@ fn plain(path: &str) -> bool {
 
 impl Allowed {
     /// Returns whether `destination` is below this prefix.
-    pub fn covers(&self, destination: &str) -> bool {
+    pub(crate) fn covers(&self, destination: &str) -> bool {
         let Some((scheme, place)) = split(destination) else {
             return false;
         };

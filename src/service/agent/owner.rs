@@ -105,7 +105,7 @@ impl fmt::Display for OwnerRule {
 
 /// Returns whether `name` is a valid component of a repository's path according to the OCI distribution specification:
 /// `[a-z0-9]+`, separated by one `.`, one or two `_`, or any number of `-`. Its length is at most 64.
-pub fn is_owner(name: &str) -> bool {
+pub(crate) fn is_owner(name: &str) -> bool {
     let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let ends = name.starts_with(word) && name.ends_with(word);
     let separators = name.split(word).filter(|between| !between.is_empty());
@@ -117,7 +117,7 @@ pub fn is_owner(name: &str) -> bool {
 
 impl OwnerRule {
     /// Returns the owner of `container`; `None` if the rule does not match or yields an invalid name.
-    pub fn owner(&self, container: &Container) -> Option<String> {
+    pub(crate) fn owner(&self, container: &Container) -> Option<String> {
         let pod = container.pod.as_ref();
         let owner = match self {
             Self::Namespace(regex) => matched(regex.as_ref(), &pod?.namespace)?,

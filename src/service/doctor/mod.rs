@@ -24,7 +24,7 @@ use crate::store::registry::Access;
 
 /// The role that the machine is examined for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Purpose {
+pub(crate) enum Purpose {
     /// Saves started by hand.
     Commit,
     /// The agent of a node.
@@ -35,7 +35,7 @@ pub enum Purpose {
 
 impl Purpose {
     /// Returns the name of the subcommand.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Commit => "commit",
             Self::Agent => "agent",
@@ -60,7 +60,7 @@ impl Purpose {
 /// Severity of a finding, ordered from best to worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub(crate) enum State {
     /// As expected.
     Ok,
     /// Not checked, or not relevant here.
@@ -73,15 +73,15 @@ pub enum State {
 
 /// One result of a check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Finding {
+pub(crate) struct Finding {
     /// Stable name of the check, e.g. `capabilities`.
-    pub check: &'static str,
+    pub(crate) check: &'static str,
     /// Severity.
-    pub state: State,
+    pub(crate) state: State,
     /// Description of what was found.
-    pub found: String,
+    pub(crate) found: String,
     /// What to do about it; `None` if there is nothing to do.
-    pub advice: Option<String>,
+    pub(crate) advice: Option<String>,
 }
 
 impl Finding {
@@ -113,48 +113,48 @@ impl Finding {
 
 /// A file that holds a secret or that decides access rights.
 #[derive(Clone, Debug)]
-pub struct Secret {
+pub(crate) struct Secret {
     /// Name of the setting that holds the path.
-    pub setting: &'static str,
+    pub(crate) setting: &'static str,
     /// Path of the file.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 /// Input of the examination.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// Role to examine the machine for.
-    pub purpose: Purpose,
+    pub(crate) purpose: Purpose,
     /// Directories in which the runtimes keep their state.
-    pub roots: Roots,
+    pub(crate) roots: Roots,
     /// Names of settings that the role requires and that are not set.
-    pub missing: Vec<String>,
+    pub(crate) missing: Vec<String>,
     /// Directories for state, each with the name of its setting. They are created on demand, so a missing one is not a
     /// failure.
-    pub directories: Vec<(&'static str, PathBuf)>,
+    pub(crate) directories: Vec<(&'static str, PathBuf)>,
     /// Files that only their owner should be able to read.
-    pub secrets: Vec<Secret>,
+    pub(crate) secrets: Vec<Secret>,
     /// URL of Redis, including the password.
-    pub redis: Option<zeroize::Zeroizing<String>>,
+    pub(crate) redis: Option<zeroize::Zeroizing<String>>,
     /// Address of the record's database, including the password.
-    pub record: Option<zeroize::Zeroizing<String>>,
+    pub(crate) record: Option<zeroize::Zeroizing<String>>,
     /// Repositories that are pushed to, as `HOST/REPOSITORY`.
-    pub registries: Vec<String>,
+    pub(crate) registries: Vec<String>,
     /// How the registries are accessed.
-    pub access: Access,
+    pub(crate) access: Access,
     /// Time limit of one check.
-    pub timeout: Duration,
+    pub(crate) timeout: Duration,
 }
 
 /// Result of an examination.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub(crate) struct Report {
     /// `commit`, `agent` or `manager`.
-    pub purpose: &'static str,
+    pub(crate) purpose: &'static str,
     /// The worst state of all findings.
-    pub state: State,
+    pub(crate) state: State,
     /// Findings in the order of the checks.
-    pub findings: Vec<Finding>,
+    pub(crate) findings: Vec<Finding>,
 }
 
 type Check = (
@@ -205,7 +205,7 @@ fn settings(options: &Options) -> Vec<Finding> {
 }
 
 /// Runs all checks for the role and returns their findings.
-pub fn run(options: &Options) -> Report {
+pub(crate) fn run(options: &Options) -> Report {
     report(options, checks(options))
 }
 

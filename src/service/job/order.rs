@@ -23,7 +23,7 @@ impl JobId {
 
     /// Returns an identifier that sorts before every one that was created at or after `ms` (milliseconds since the
     /// epoch).
-    pub fn earliest(ms: i64) -> Self {
+    pub(crate) fn earliest(ms: i64) -> Self {
         let ms = u64::try_from(ms).unwrap_or(0);
         Self(uuid::Builder::from_unix_timestamp_millis(ms, &[0; 10]).into_uuid())
     }

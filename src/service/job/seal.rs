@@ -264,12 +264,6 @@ impl Keys {
         Ok(text)
     }
 
-    /// Creates a random master key, for a manager and an agent in the same process.
-    pub fn random() -> Self {
-        let key: [u8; 32] = rand::random();
-        Self(Held::Master(vec![Zeroizing::new(key.to_vec())]))
-    }
-
     /// Returns the keys of `node`; the first one signs.
     fn of_node(&self, node: &str) -> Result<Vec<Key>, SealError> {
         match &self.0 {

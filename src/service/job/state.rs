@@ -122,7 +122,7 @@ impl Code {
     }
 
     /// Returns the code with that name.
-    pub fn named(name: &str) -> Option<Self> {
+    pub(crate) fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|code| code.name() == name)
     }
 }

@@ -157,54 +157,54 @@ pub struct Save {
 
 /// `GET /api/v1/saves/{id}/audit`, for administrators.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Audit {
+pub(crate) struct Audit {
     /// In chronological order.
-    pub transitions: Vec<AuditLine>,
+    pub(crate) transitions: Vec<AuditLine>,
 }
 
 /// A transition of a save.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct AuditLine {
+pub(crate) struct AuditLine {
     /// Version of the save after the transition.
-    pub version: u64,
+    pub(crate) version: u64,
     /// Time of the transition.
-    pub at: String,
+    pub(crate) at: String,
     /// State before the transition; absent for the submission.
-    pub from: Option<State>,
+    pub(crate) from: Option<State>,
     /// State after the transition. Equal to `from` if only a request was recorded.
-    pub to: State,
+    pub(crate) to: State,
     /// Number of the order.
-    pub attempt: u32,
+    pub(crate) attempt: u32,
     /// Highest fencing token known at that time.
-    pub fence: u64,
+    pub(crate) fence: u64,
     /// `token:NAME`, `jwt:USER`, `proxy:USER`, `node:NAME` or `manager:NAME`.
-    pub actor: String,
+    pub(crate) actor: String,
     /// Reason; may be empty.
-    pub detail: String,
+    pub(crate) detail: String,
 }
 
 /// `DELETE /api/v1/images/{name}/tags/{tag}`: DEL.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Deleted {
+pub(crate) struct Deleted {
     /// Tags that were deleted.
-    pub tags: Vec<String>,
+    pub(crate) tags: Vec<String>,
     /// Digest of the image that had the tag.
-    pub digest: String,
+    pub(crate) digest: String,
     /// Whether the image was deleted, too, because it was its last tag.
-    pub image_deleted: bool,
+    pub(crate) image_deleted: bool,
     /// Tags that the image still has.
-    pub kept: Vec<String>,
+    pub(crate) kept: Vec<String>,
     /// When the space is released, as a sentence.
-    pub space: String,
+    pub(crate) space: String,
 }
 
 /// `/readyz` and `/healthz`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Health {
+pub(crate) struct Health {
     /// Whether the manager serves requests.
-    pub ready: bool,
+    pub(crate) ready: bool,
     /// Missing parts, `record` or `queue`, each with a reason.
-    pub missing: Vec<String>,
+    pub(crate) missing: Vec<String>,
 }
 
 /// Progress of a save.
@@ -369,22 +369,22 @@ pub struct Me {
 /// `POST /api/v1/signin`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct SignIn {
+pub(crate) struct SignIn {
     /// Whether to replace another user who is signed in in this browser.
-    pub replace: bool,
+    pub(crate) replace: bool,
 }
 
 /// A successful sign-in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct SignedIn {
+pub(crate) struct SignedIn {
     /// The user; empty for an administrator without a user name.
-    pub user: String,
+    pub(crate) user: String,
     /// Whether the user is an administrator.
-    pub administrator: bool,
+    pub(crate) administrator: bool,
     /// Key that the page sends in the `Upperdeck-Page` header and stores where no other origin can read it.
-    pub key: String,
+    pub(crate) key: String,
     /// When the sign-in expires.
-    pub expires: String,
+    pub(crate) expires: String,
 }
 
 /// Body of every error response.

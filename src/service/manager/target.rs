@@ -124,12 +124,12 @@ impl fmt::Display for Template {
 
 impl Template {
     /// Returns whether images are saved into OCI layout directories.
-    pub fn is_layout(&self) -> bool {
+    pub(crate) fn is_layout(&self) -> bool {
         self.layout
     }
 
     /// Returns the host of the registry; `None` for layouts.
-    pub fn host(&self) -> Option<&str> {
+    pub(crate) fn host(&self) -> Option<&str> {
         (!self.layout).then_some(self.host.as_str())
     }
 
@@ -172,7 +172,7 @@ impl Template {
     }
 
     /// Returns the destination without a tag.
-    pub fn repository(&self, user: &str, name: &str) -> Result<String, Refused> {
+    pub(crate) fn repository(&self, user: &str, name: &str) -> Result<String, Refused> {
         let path = self.path(user, name)?;
         Ok(if self.layout {
             format!("oci:/{path}")
@@ -202,7 +202,7 @@ impl Template {
 
     /// Returns the prefix of the images of `user`, or of all users: a path within the host with a trailing slash (empty
     /// for everything), or a directory.
-    pub fn prefix(&self, user: Option<&str>) -> Result<String, Refused> {
+    pub(crate) fn prefix(&self, user: Option<&str>) -> Result<String, Refused> {
         let mut parts: Vec<&str> = self.before.iter().map(String::as_str).collect();
         let escaped = user.map(component).transpose()?;
         if let Some(user) = &escaped {
@@ -234,7 +234,10 @@ impl Template {
     }
 
     /// Returns the directories of a layout template that contain images, with user and name. Reads the disk and blocks.
-    pub fn layouts(&self, user: Option<&str>) -> std::io::Result<Vec<(PathBuf, String, String)>> {
+    pub(crate) fn layouts(
+        &self,
+        user: Option<&str>,
+    ) -> std::io::Result<Vec<(PathBuf, String, String)>> {
         let Ok(prefix) = self.prefix(user) else {
             return Ok(Vec::new());
         };
@@ -271,7 +274,7 @@ impl Template {
     }
 
     /// Returns the place that contains the images of a directory (for layouts) or all images (for a registry).
-    pub fn place(&self, dir: Option<&Path>) -> Place {
+    pub(crate) fn place(&self, dir: Option<&Path>) -> Place {
         match dir {
             Some(dir) => Place::Layout {
                 dir: dir.to_owned(),
@@ -359,7 +362,7 @@ pub fn user_of(component_text: &str) -> Option<String> {
 
 /// Returns whether `tag` is one of `reserved`, or one that registries use themselves (referrers tags of
 /// distribution-spec 1.1).
-pub fn is_reserved(tag: &str, reserved: &[String]) -> bool {
+pub(crate) fn is_reserved(tag: &str, reserved: &[String]) -> bool {
     tag.starts_with("sha256-")
         || tag.starts_with("sha512-")
         || reserved

@@ -22,7 +22,7 @@ use sha2::{Digest as _, Sha256};
 
 /// Content security policy of the page: it may use its own scripts and styles and send requests to its own origin,
 /// nothing else. Trusted Types without a policy turn every conversion of text into markup into an error.
-pub const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
+pub(crate) const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
     require-trusted-types-for 'script'; trusted-types 'none'";
 

@@ -22,7 +22,7 @@ pub use self::local::Local;
 pub use self::redis::{Examined, Redis, examine};
 
 /// Duration of a lease. A claim that is not renewed within it is lost.
-pub const LEASE: Duration = Duration::from_secs(30);
+pub(crate) const LEASE: Duration = Duration::from_secs(30);
 /// Interval at which an agent renews a claim.
 pub const RENEW_EVERY: Duration = Duration::from_secs(10);
 /// Interval at which an agent sends a heartbeat.

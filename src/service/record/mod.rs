@@ -21,8 +21,7 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 
 use crate::service::job::{JobId, State};
 
-pub use self::audit::Transition;
-pub use self::outbox::Taken;
+pub(crate) use self::outbox::Taken;
 pub use self::save::{Draft, Errand, Failure, Policy, Progress, Remark, Save};
 pub use self::signin::SignIn;
 pub use self::submit::{Most, Request, Submitted};
@@ -88,7 +87,7 @@ pub enum Error {
 impl Error {
     /// Returns whether the error is caused by the data of one save, so that a retry cannot help, rather than by the
     /// database.
-    pub fn is_of_one_save(&self) -> bool {
+    pub(crate) fn is_of_one_save(&self) -> bool {
         match self {
             Self::Row { .. } => true,
             // SQLSTATE class 22: data exceptions. SQLite's codes are shorter.
@@ -130,7 +129,7 @@ impl Record {
 
     /// Checks whether the record at `place` responds, without creating or changing anything. Returns `false` if it is a
     /// file that does not exist but can be created.
-    pub async fn look(place: &str) -> Result<bool, Error> {
+    pub(crate) async fn look(place: &str) -> Result<bool, Error> {
         sqlx::any::install_default_drivers();
         let url = if place.starts_with("postgres://") || place.starts_with("postgresql://") {
             place.to_owned()

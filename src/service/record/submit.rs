@@ -70,7 +70,7 @@ impl Record {
     }
 
     /// Returns the save that was accepted for this request under this key, if there is one.
-    pub async fn repeated(&self, request: &Request) -> Result<Option<Save>, Error> {
+    pub(crate) async fn repeated(&self, request: &Request) -> Result<Option<Save>, Error> {
         let row = sqlx::query(
             "SELECT saves.id AS id, body, progress FROM saves JOIN idempotency ON idempotency.save = saves.id
              WHERE caller = $1 AND request_key = $2 AND request_hash = $3",

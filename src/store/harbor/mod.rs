@@ -19,7 +19,7 @@ pub use push::{Room, check_push, check_room, explain};
 /// Base path of the API.
 const BASE: &str = "/api/v2.0";
 /// Maximum page size; Harbor refuses larger ones.
-pub const MAX_PAGE_SIZE: u32 = 100;
+pub(crate) const MAX_PAGE_SIZE: u32 = 100;
 /// Characters that are escaped in a path or a query.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
@@ -103,12 +103,12 @@ fn needs(needed: u64) -> String {
 
 impl Error {
     /// Returns whether a later attempt may succeed (exit code 75).
-    pub fn retryable(&self) -> bool {
+    pub(crate) fn retryable(&self) -> bool {
         matches!(self, Self::Registry(e) if e.retryable())
     }
 
     /// Returns whether the cause is a lack of permission: credentials, quota or policy (exit code 77).
-    pub fn not_permitted(&self) -> bool {
+    pub(crate) fn not_permitted(&self) -> bool {
         match self {
             Self::Registry(e) => e.not_permitted(),
             Self::Search(_) => false,
@@ -197,7 +197,7 @@ struct Quota {
 
 impl Summary {
     /// Returns quota and usage. Returns `None` if there is no limit (-1) or it is not visible.
-    pub fn room(&self) -> Option<Room> {
+    pub(crate) fn room(&self) -> Option<Room> {
         let quota = self.quota.as_ref()?;
         let limit = u64::try_from(*quota.hard.get("storage")?).ok()?;
         let used = quota.used.get("storage").copied().unwrap_or(0);
@@ -284,7 +284,7 @@ pub struct Artifact {
 
 impl Artifact {
     /// Returns the names of its tags.
-    pub fn tag_names(&self) -> Vec<String> {
+    pub(crate) fn tag_names(&self) -> Vec<String> {
         let tags = self.tags.iter().flatten();
         tags.map(|tag| tag.name.clone()).collect()
     }
@@ -311,7 +311,7 @@ fn repository_path(project: &str, repository: &str) -> String {
 }
 
 /// Splits a path within a host (`PROJECT/REPOSITORY`) at the first slash.
-pub fn split(path: &str) -> Option<(&str, &str)> {
+pub(crate) fn split(path: &str) -> Option<(&str, &str)> {
     path.split_once('/')
 }
 
@@ -332,7 +332,7 @@ impl Harbor {
     }
 
     /// Returns the Harbor behind a host's API, or `None` if the host is not a Harbor.
-    pub async fn behind(api: Api) -> Result<Option<Self>, Error> {
+    pub(crate) async fn behind(api: Api) -> Result<Option<Self>, Error> {
         if !api.asks_like_harbor().await? {
             return Ok(None);
         }
@@ -340,7 +340,7 @@ impl Harbor {
     }
 
     /// Returns `HOST[:PORT]`.
-    pub fn host(&self) -> &str {
+    pub(crate) fn host(&self) -> &str {
         self.api.host()
     }
 
@@ -397,7 +397,11 @@ impl Harbor {
 
     /// Returns whether a repository exists and is visible with these credentials. The list of a missing one is just
     /// empty.
-    pub async fn repository_exists(&self, project: &str, repository: &str) -> Result<bool, Error> {
+    pub(crate) async fn repository_exists(
+        &self,
+        project: &str,
+        repository: &str,
+    ) -> Result<bool, Error> {
         let path = repository_path(project, repository);
         Ok(self.api.get(&path, &[404]).await?.status != 404)
     }
@@ -433,7 +437,7 @@ impl Harbor {
     }
 
     /// Removes one tag from an artifact, which itself remains. Returns false if the tag did not exist.
-    pub async fn delete_tag(
+    pub(crate) async fn delete_tag(
         &self,
         project: &str,
         repository: &str,
@@ -448,7 +452,7 @@ impl Harbor {
     }
 
     /// Deletes an artifact with all its tags and accessories. Returns false if it did not exist.
-    pub async fn delete_artifact(
+    pub(crate) async fn delete_artifact(
         &self,
         project: &str,
         repository: &str,

@@ -8,13 +8,13 @@ const SPACE: &str = "the quota is relieved at once of what no other image of the
                      comes back with Harbor's next garbage collection, until when blobs pushed and in no image count too";
 
 /// The images of a Harbor.
-pub struct HarborImages {
+pub(crate) struct HarborImages {
     harbor: Harbor,
 }
 
 impl HarborImages {
     /// Creates the store on a Harbor client.
-    pub fn new(harbor: Harbor) -> Self {
+    pub(crate) fn new(harbor: Harbor) -> Self {
         Self { harbor }
     }
 

@@ -9,13 +9,13 @@ const SPACE: &str = "the blobs stay in the directory, as a save that is under wa
                      `umoci gc --layout DIRECTORY` takes out what no image needs";
 
 /// The images of a layout directory.
-pub struct LayoutImages {
+pub(crate) struct LayoutImages {
     directory: Directory,
 }
 
 impl LayoutImages {
     /// Creates the store. No file is touched before the first call.
-    pub fn new(directory: Directory) -> Self {
+    pub(crate) fn new(directory: Directory) -> Self {
         Self { directory }
     }
 

@@ -19,14 +19,14 @@ use crate::store::harbor::{self as harbor_api, Harbor, Room};
 use crate::store::layout::{self as on_disk, Directory};
 use crate::store::registry::{self, Reference, Registries};
 
-pub use harbor::HarborImages;
-pub use layout::LayoutImages;
-pub use plain::PlainImages;
+pub(crate) use harbor::HarborImages;
+pub(crate) use layout::LayoutImages;
+pub(crate) use plain::PlainImages;
 
 /// Default number of images per page.
-pub const PAGE_SIZE: u32 = 50;
+pub(crate) const PAGE_SIZE: u32 = 50;
 /// Maximum number of images per page, which is that of Harbor.
-pub const MAX_PAGE_SIZE: u32 = harbor_api::MAX_PAGE_SIZE;
+pub(crate) const MAX_PAGE_SIZE: u32 = harbor_api::MAX_PAGE_SIZE;
 
 /// An error while listing or deleting images.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +104,7 @@ impl From<ReferenceError> for Error {
 
 impl Error {
     /// Returns whether a later attempt may succeed (exit code 75).
-    pub fn retryable(&self) -> bool {
+    pub(crate) fn retryable(&self) -> bool {
         match self {
             Self::Registry(e) => e.retryable(),
             Self::Harbor(e) => e.retryable(),
@@ -124,7 +124,7 @@ impl Error {
     }
 
     /// Returns whether the command line is invalid (exit code 2).
-    pub fn is_usage(&self) -> bool {
+    pub(crate) fn is_usage(&self) -> bool {
         matches!(
             self,
             Self::Place { .. }
@@ -519,7 +519,7 @@ impl FromStr for Place {
 
 impl Place {
     /// Returns the path within the place, and the tag or digest.
-    pub fn inside(&self) -> (&str, Option<&Which>) {
+    pub(crate) fn inside(&self) -> (&str, Option<&Which>) {
         match self {
             Self::Registry { path, which, .. } => (path, which.as_ref()),
             Self::Layout { which, .. } => ("", which.as_ref()),

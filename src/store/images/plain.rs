@@ -18,14 +18,14 @@ const SPACE: &str = "the space comes back with the registry's garbage collection
                      which its administrator runs";
 
 /// The images of a registry with only the distribution API.
-pub struct PlainImages {
+pub(crate) struct PlainImages {
     registries: Registries,
     host: String,
 }
 
 impl PlainImages {
     /// Creates the store for `HOST[:PORT]`.
-    pub fn new(registries: Registries, host: String) -> Self {
+    pub(crate) fn new(registries: Registries, host: String) -> Self {
         Self { registries, host }
     }
 

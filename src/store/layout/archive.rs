@@ -55,7 +55,7 @@ impl Archive {
     }
 
     /// Like [`Archive::new`], with the mode of the file. The mode of an existing file is not kept.
-    pub fn with_mode(path: impl Into<PathBuf>, mode: FileMode) -> Self {
+    pub(crate) fn with_mode(path: impl Into<PathBuf>, mode: FileMode) -> Self {
         let shared = Shared {
             path: path.into(),
             mode,

@@ -34,7 +34,7 @@ impl Directory {
     /// Sets the mode of created files. `None` selects that of the layout's files, or access for the owner only in a new
     /// layout.
     #[must_use]
-    pub fn with_mode(self, mode: Option<FileMode>) -> Self {
+    pub(crate) fn with_mode(self, mode: Option<FileMode>) -> Self {
         Self { mode, ..self }
     }
 
@@ -228,7 +228,7 @@ impl Directory {
 
     /// Removes an image, or only one of its tags, from the index. The blobs are kept, because other images may share
     /// them and a concurrent save may rely on them.
-    pub fn remove(&self, digest: &Digest, tag: Option<&str>) -> Result<(), Error> {
+    pub(crate) fn remove(&self, digest: &Digest, tag: Option<&str>) -> Result<(), Error> {
         let lock = self.lock()?;
         let existing = read_document(&self.path.join("index.json"))?.unwrap_or_default();
         let index = take_from_index(&existing, digest, tag).map_err(|reason| Error::Document {
@@ -242,7 +242,7 @@ impl Directory {
     }
 
     /// Returns the path of the directory.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }

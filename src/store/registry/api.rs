@@ -40,7 +40,7 @@ pub struct Answer {
 
 impl Answer {
     /// Parses the body as JSON. Fails with [`Error::Garbled`] if it is not the expected document.
-    pub fn read<T: DeserializeOwned>(&self) -> Result<T, Error> {
+    pub(crate) fn read<T: DeserializeOwned>(&self) -> Result<T, Error> {
         serde_json::from_slice(&self.body).map_err(|e| Error::Garbled {
             request: self.request.clone(),
             reason: format!(
@@ -66,7 +66,7 @@ impl Registries {
 
 impl Repository {
     /// Returns the API of the host that this repository is on, with the credentials for the repository.
-    pub fn api(&self) -> Api {
+    pub(crate) fn api(&self) -> Api {
         Api {
             host: Arc::clone(&self.host),
             repository: self.name.clone(),
@@ -76,12 +76,12 @@ impl Repository {
 
 impl Api {
     /// Returns `HOST[:PORT]`.
-    pub fn host(&self) -> &str {
+    pub(crate) fn host(&self) -> &str {
         self.host.name()
     }
 
     /// Returns whether the registry names a token service like that of Harbor. Harbor's API is used only if it does.
-    pub async fn asks_like_harbor(&self) -> Result<bool, Error> {
+    pub(crate) async fn asks_like_harbor(&self) -> Result<bool, Error> {
         self.host.url("/").await?;
         Ok(self.host.token_service().is_some_and(|(realm, service)| {
             realm.ends_with("/service/token") && service.as_deref() == Some("harbor-registry")
@@ -100,7 +100,7 @@ impl Api {
     }
 
     /// Sends a HEAD request; otherwise like [`Api::get`].
-    pub async fn head(&self, path: &str, accept: &'static [u16]) -> Result<Answer, Error> {
+    pub(crate) async fn head(&self, path: &str, accept: &'static [u16]) -> Result<Answer, Error> {
         self.ask(Method::HEAD, path, None, accept).await
     }
 

@@ -68,7 +68,7 @@ impl Registries {
     }
 
     /// Opens the repository of `reference` for deletion.
-    pub fn delete_from(&self, reference: &Reference) -> Result<Repository, Error> {
+    pub(crate) fn delete_from(&self, reference: &Reference) -> Result<Repository, Error> {
         self.open(reference, "pull,delete")
     }
 }

@@ -27,12 +27,12 @@ pub struct Secret(Zeroizing<String>);
 
 impl Secret {
     /// Wraps `text`.
-    pub fn new(text: String) -> Self {
+    pub(crate) fn new(text: String) -> Self {
         Self(Zeroizing::new(text))
     }
 
     /// Returns the text itself. Must not be used in messages.
-    pub fn expose(&self) -> &str {
+    pub(crate) fn expose(&self) -> &str {
         &self.0
     }
 }
@@ -85,7 +85,7 @@ impl FromStr for Credentials {
 
 /// The result of a search for credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Found {
+pub(crate) enum Found {
     /// Credentials were found.
     Credentials {
         /// The credentials.
@@ -106,7 +106,7 @@ pub enum Found {
 
 impl Found {
     /// Describes, for error messages, which credentials were used or why there were none.
-    pub fn describe(&self, host: &str) -> String {
+    pub(crate) fn describe(&self, host: &str) -> String {
         match self {
             Self::Credentials {
                 credentials: Credentials::Basic { user, .. },
@@ -138,7 +138,7 @@ impl Found {
 
 /// The auth files to search, in order of precedence.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AuthFiles {
+pub(crate) struct AuthFiles {
     files: Vec<PathBuf>,
     /// Whether the user named the file. If so, it has to exist and is the only one.
     explicit: bool,
@@ -146,7 +146,11 @@ pub struct AuthFiles {
 
 impl AuthFiles {
     /// Determines the auth files from `--authfile` and the environment, which is read through `var`.
-    pub fn find(authfile: Option<&Path>, var: impl Fn(&str) -> Option<OsString>, uid: u32) -> Self {
+    pub(crate) fn find(
+        authfile: Option<&Path>,
+        var: impl Fn(&str) -> Option<OsString>,
+        uid: u32,
+    ) -> Self {
         let set = |name| var(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         if let Some(file) = authfile
             .map(Path::to_path_buf)
@@ -176,7 +180,7 @@ impl AuthFiles {
     }
 
     /// Searches for the credentials of `host` and `repository` (without host). The longest matching key wins.
-    pub fn search(&self, host: &str, repository: &str) -> Result<Found, Error> {
+    pub(crate) fn search(&self, host: &str, repository: &str) -> Result<Found, Error> {
         let mut helper = None;
         for path in &self.files {
             let bytes = match read_bounded(path) {

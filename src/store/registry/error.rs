@@ -49,7 +49,7 @@ pub struct Request {
 
 impl Request {
     /// Creates the printable form of a request: without query, fragment, user and password.
-    pub fn new(method: &http::Method, url: &reqwest::Url) -> Self {
+    pub(crate) fn new(method: &http::Method, url: &reqwest::Url) -> Self {
         let mut url = url.clone();
         url.set_query(None);
         url.set_fragment(None);

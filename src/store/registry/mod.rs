@@ -6,16 +6,16 @@
 //!
 //! Format: OCI distribution-spec 1.1.
 
-pub mod api;
+pub(crate) mod api;
 mod auth;
 mod catalog;
-pub mod credentials;
-pub mod error;
+pub(crate) mod credentials;
+pub(crate) mod error;
 mod host;
-pub mod retry;
+pub(crate) mod retry;
 mod tls;
 mod trust;
-pub mod upload;
+pub(crate) mod upload;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -33,12 +33,11 @@ use crate::common::reference;
 pub use crate::common::reference::Reference;
 use crate::image::manifest::MAX_MANIFEST_BYTES;
 use crate::image::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
-pub use api::Api;
-pub use catalog::Tagged;
+pub(crate) use api::Api;
 pub use credentials::Credentials;
 pub use error::Error;
 pub use retry::Retry;
-pub use upload::Writer;
+pub(crate) use upload::Writer;
 
 use credentials::{AuthFiles, Found};
 use error::{Request, Step};
@@ -46,10 +45,10 @@ use host::{Call, Host, SILENCE, Scopes, Settings};
 use retry::Budget;
 
 /// Number of concurrent uploads. Registries serialise the quota of a project, so more are slower.
-pub const UPLOADS_AT_ONCE: usize = 4;
+pub(crate) const UPLOADS_AT_ONCE: usize = 4;
 
 /// Default deadline of a save, for transfers that progress slowly: enough for a terabyte at 25 MB/s.
-pub const DEADLINE: Duration = Duration::from_secs(12 * 3600);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
 /// Returns a builder for an HTTP client to a host that is not a registry (a manager, a key set). It uses the machine's
 /// certificates and its proxies except for loopback addresses, and follows no redirects, because a token must go to no
@@ -148,7 +147,7 @@ impl Registries {
     }
 
     /// Returns whether missing projects are to be created.
-    pub fn creates_projects(&self) -> bool {
+    pub(crate) fn creates_projects(&self) -> bool {
         self.access.create_project
     }
 
@@ -225,20 +224,13 @@ pub struct Repository {
 
 impl Repository {
     /// Returns `HOST/REPOSITORY`.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         format!("{}/{}", self.host.name(), self.name)
     }
 
     /// Returns the name within the host.
-    pub fn path(&self) -> &str {
+    pub(crate) fn path(&self) -> &str {
         &self.name
-    }
-
-    /// Returns whether `other` is on the same registry, so that blobs can be mounted from it.
-    pub fn same_host(&self, other: &str) -> bool {
-        other
-            .parse::<Reference>()
-            .is_ok_and(|r| r.host == self.host.name())
     }
 
     async fn url(&self, rest: &str) -> Result<Url, Error> {

@@ -106,7 +106,7 @@ impl Writer {
     }
 
     /// Returns the repository that the blob is uploaded to.
-    pub fn repository(&self) -> &Repository {
+    pub(crate) fn repository(&self) -> &Repository {
         &self.repository
     }
 
@@ -156,7 +156,7 @@ impl Writer {
     }
 
     /// Like [`Writer::finish`], but keeps the writer, so that a failure can be followed by [`Writer::again`].
-    pub async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+    pub(crate) async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         if self.written != size {
             return Err(Error::Size {
                 what: "the blob that was written".to_owned(),
@@ -192,7 +192,7 @@ impl Writer {
     /// written to it from their start; those that the registry has kept (it is queried) are not sent again.
     ///
     /// Returns the error if another attempt is not worthwhile, or the retries of the blob or of the save are used up.
-    pub async fn again(mut self, error: Error) -> Result<Self, Error> {
+    pub(crate) async fn again(mut self, error: Error) -> Result<Self, Error> {
         if self.pieces.take().is_some()
             && let Some(task) = self.task.take()
         {
@@ -233,7 +233,7 @@ impl Writer {
 
     /// Waits until the registry has confirmed every byte, then cancels the upload, so that its cost can be measured
     /// without leaving a blob behind. Returns the time of the confirmation.
-    pub async fn rehearse(mut self) -> Result<Instant, Error> {
+    pub(crate) async fn rehearse(mut self) -> Result<Instant, Error> {
         let session = self.all_sent().await?;
         let confirmed = Instant::now();
         cancel(&self.repository, &session).await;
@@ -241,7 +241,7 @@ impl Writer {
     }
 
     /// Cancels the upload and waits until the registry has been notified.
-    pub async fn abort(mut self) {
+    pub(crate) async fn abort(mut self) {
         self.pieces = None;
         if let Some(task) = self.task.take() {
             let _ = tokio::time::timeout(2 * CANCEL_WAIT, task).await;

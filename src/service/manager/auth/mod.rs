@@ -28,11 +28,11 @@ use crate::service::record::{self, Record, SignIn};
 pub(super) use cookie::{Cookie, digest, secret};
 
 /// Header in which a portal (or an administrator) names the user it acts for.
-pub const ACTS_FOR: HeaderName = HeaderName::from_static("upperdeck-user");
+pub(crate) const ACTS_FOR: HeaderName = HeaderName::from_static("upperdeck-user");
 /// Header that forms on other sites cannot send. It proves that a request with a cookie comes from the page.
-pub const OWN_REQUEST: HeaderName = HeaderName::from_static("upperdeck-request");
+pub(crate) const OWN_REQUEST: HeaderName = HeaderName::from_static("upperdeck-request");
 /// Header with the key that the page received at sign-in. The cookie is not accepted without it.
-pub const PAGE: HeaderName = HeaderName::from_static("upperdeck-page");
+pub(crate) const PAGE: HeaderName = HeaderName::from_static("upperdeck-page");
 /// Maximum length of a token in bytes; tokens of identity providers grow with the number of a user's groups.
 const MAX_TOKEN: usize = 16 << 10;
 
@@ -62,16 +62,16 @@ pub enum AuthError {
 
 /// An authenticated caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Caller {
+pub(crate) struct Caller {
     /// Name for the audit log and idempotency keys: `token:NAME`, `jwt:USER` or `proxy:USER`, with the suffix ` for
     /// USER` if it acts for a user.
-    pub name: String,
+    pub(crate) name: String,
     /// User that the caller acts as; `None` for a portal that names no user, or an administrator without a user name.
-    pub user: Option<String>,
+    pub(crate) user: Option<String>,
     /// Whether the caller may see and do everything.
-    pub administrator: bool,
+    pub(crate) administrator: bool,
     /// How the caller was authenticated.
-    pub via: Via,
+    pub(crate) via: Via,
 }
 
 /// How a caller was authenticated.
@@ -100,7 +100,7 @@ pub(super) struct Bearer {
 
 /// Why a caller is rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Rejected {
+pub(crate) enum Rejected {
     /// The request has no credentials, or they are not valid.
     Unknown(&'static str),
     /// The caller is known but not permitted to make the request.

@@ -129,7 +129,7 @@ impl Tokens {
     }
 
     /// Returns whether there are no tokens.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 

@@ -37,7 +37,7 @@ pub struct Examined {
 
 impl Examined {
     /// Returns the major and minor version. Valkey continues the numbers of Redis from 7.2.
-    pub fn version_number(&self) -> Option<(u32, u32)> {
+    pub(crate) fn version_number(&self) -> Option<(u32, u32)> {
         let mut parts = self.version.as_deref()?.split('.');
         Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
     }

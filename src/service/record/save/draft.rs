@@ -43,7 +43,7 @@ pub enum Errand {
 
 impl Errand {
     /// Returns the name used in the record.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Offer => "offer",
             Self::Withdraw => "withdraw",
@@ -51,7 +51,7 @@ impl Errand {
     }
 
     /// Returns the request with that name.
-    pub fn named(name: &str) -> Option<Self> {
+    pub(crate) fn named(name: &str) -> Option<Self> {
         [Self::Offer, Self::Withdraw]
             .into_iter()
             .find(|errand| errand.name() == name)
@@ -93,12 +93,12 @@ impl Draft {
     }
 
     /// Returns the save with the changes so far.
-    pub fn save(&self) -> &Save {
+    pub(crate) fn save(&self) -> &Save {
         &self.save
     }
 
     /// Returns whether anything but the sequence number and the progress has changed.
-    pub fn is_changed(&self) -> bool {
+    pub(crate) fn is_changed(&self) -> bool {
         let mut was = self.before.clone();
         was.seq = self.save.seq;
         was.progress = self.save.progress;
@@ -196,7 +196,7 @@ impl Draft {
     }
 
     /// Applies a report of an agent. `chance` is between 0 and 1 and randomizes the delay before a retry.
-    pub fn hear(&mut self, report: &Report, policy: &Policy, chance: f64) {
+    pub(crate) fn hear(&mut self, report: &Report, policy: &Policy, chance: f64) {
         // A job belongs to its node, so reports of other nodes are ignored.
         if report.fence < self.save.fence || report.node != self.save.node {
             return;
@@ -385,7 +385,7 @@ impl Draft {
     }
 
     /// Records that the cancellation came too late, because the tag is being set.
-    pub fn too_late_to_end(&mut self) {
+    pub(crate) fn too_late_to_end(&mut self) {
         self.save.cancelling = false;
         self.revoked.push(Errand::Withdraw);
     }
@@ -396,7 +396,7 @@ impl Draft {
     }
 
     /// Queues the save again after its lease has ended while the order is still in the queue.
-    pub fn lose_lease(&mut self) {
+    pub(crate) fn lose_lease(&mut self) {
         if self.save.state != State::Queued {
             self.go(State::Queued, "the lease has ended");
             self.save.queued_ms = self.now_ms;
@@ -414,7 +414,7 @@ impl Draft {
     }
 
     /// Gives the save up, and removes it from the queue.
-    pub fn give_up(&mut self, code: Code, message: &str) {
+    pub(crate) fn give_up(&mut self, code: Code, message: &str) {
         if self.save.state.is_final() {
             return;
         }
@@ -431,7 +431,7 @@ impl Draft {
     }
 
     /// Repeats the request for cancellation, which the queue may not have received.
-    pub fn remind_of_end(&mut self) {
+    pub(crate) fn remind_of_end(&mut self) {
         if self.save.cancelling && !self.save.state.is_final() {
             self.send(Errand::Withdraw, self.now_ms);
         }
