@@ -85,9 +85,9 @@ fn main() {
     let mut sizes = vec![0; encoders.len()];
     for _ in 0..arguments.rounds {
         for ((name, times), size) in encoders.iter().zip(&mut times).zip(&mut sizes) {
-            let before = clock::of_thread();
+            let before = clock::thread_cpu_seconds();
             *size = compress(name, &blocks);
-            times.push(clock::of_thread() - before);
+            times.push(clock::thread_cpu_seconds() - before);
         }
     }
     let medians: Vec<f64> = times.iter().map(|times| clock::median(times)).collect();

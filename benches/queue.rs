@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
 use upperdeck::service::job::{
-    Event, JobId, Keys, Load, Node, Order, Outcome, Report, Said, SaveOptions, Saved, now_ms,
+    Event, JobId, Keys, Load, Node, Order, Outcome, Report, SaveOptions, Saved, Update, now_ms,
 };
 use upperdeck::service::queue::{
-    Claim, HEARTBEAT_EVERY, Hold, Limits, Queue, RENEW_EVERY, Redis, Settings,
+    Claim, ClaimState, HEARTBEAT_EVERY, Limits, Queue, RENEW_EVERY, Redis, Settings,
 };
 
 const USERS: usize = 500;
@@ -63,10 +63,10 @@ impl Server {
         Queue::Redis(Redis::with(&self.url(), keys, limits, Settings::default()).unwrap())
     }
 
-    async fn look(&self) -> Look {
+    async fn stats(&self) -> ServerStats {
         let client = redis::Client::open(self.url()).unwrap();
         let mut connection = client.get_multiplexed_async_connection().await.unwrap();
-        Look::now(&mut connection).await
+        ServerStats::now(&mut connection).await
     }
 }
 
@@ -78,7 +78,7 @@ impl Drop for Server {
 }
 
 /// What Redis and this process have used so far.
-struct Look {
+struct ServerStats {
     memory: u64,
     redis_cpu: f64,
     calls: f64,
@@ -86,7 +86,7 @@ struct Look {
     at: Instant,
 }
 
-impl Look {
+impl ServerStats {
     async fn now(connection: &mut MultiplexedConnection) -> Self {
         let info: String = redis::cmd("INFO")
             .arg("everything")
@@ -142,7 +142,7 @@ fn order(node: &str, user: &str) -> Order {
     }
 }
 
-fn report(claim: &Claim, seq: u64, said: Said) -> Report {
+fn report(claim: &Claim, seq: u64, update: Update) -> Report {
     Report {
         job: claim.order.job,
         node: claim.order.node.clone(),
@@ -150,7 +150,7 @@ fn report(claim: &Claim, seq: u64, said: Said) -> Report {
         fence: claim.fence,
         seq,
         at_ms: now_ms(),
-        said,
+        update,
     }
 }
 
@@ -187,18 +187,18 @@ impl Run {
 /// One save as an agent sees it: seven reports, of which the last ends it.
 async fn save(queue: &Queue, claim: &Claim, run: &Run) {
     let mut seq = 0;
-    let mut say = async |said: Said| {
+    let mut say = async |update: Update| {
         seq += 1;
         assert_eq!(
             queue
-                .report(claim, &report(claim, seq, said))
+                .report(claim, &report(claim, seq, update))
                 .await
                 .unwrap(),
-            Hold::Held
+            ClaimState::Held
         );
     };
-    say(Said::Assigned).await;
-    say(Said::Started).await;
+    say(Update::Assigned).await;
+    say(Update::Started).await;
     let steps = 4;
     for done in 1..=steps {
         let mut left = run.child / steps;
@@ -217,9 +217,9 @@ async fn save(queue: &Queue, claim: &Claim, run: &Run) {
             bytes_sent: u64::from(done) * 30_000_000,
             entries_total: 30_000,
         };
-        say(Said::Event { event }).await;
+        say(Update::Event { event }).await;
     }
-    assert_eq!(queue.confirm(claim).await.unwrap(), Hold::Held);
+    assert_eq!(queue.confirm(claim).await.unwrap(), ClaimState::Held);
     let saved = Saved {
         reference: format!("{}@sha256:{:064x}", claim.order.destination, 7),
         digest: format!("sha256:{:064x}", 7),
@@ -233,14 +233,14 @@ async fn save(queue: &Queue, claim: &Claim, run: &Run) {
         pause_ms: Some(12.5),
         seconds: 4.2,
     };
-    let last = Said::Ended {
+    let last = Update::Ended {
         outcome: Outcome::Succeeded { saved },
     };
     let hold = queue
         .complete(claim, &report(claim, 100, last))
         .await
         .unwrap();
-    assert_eq!(hold, Hold::Held);
+    assert_eq!(hold, ClaimState::Held);
     run.ended.fetch_add(1, Ordering::Relaxed);
 }
 
@@ -295,7 +295,7 @@ async fn manager(queue: Queue, name: &'static str, run: Arc<Run>) {
             .unwrap();
         run.heard.fetch_add(got.len(), Ordering::Relaxed);
         let entries: Vec<String> = got.into_iter().map(|one| one.entry).collect();
-        queue.taken(&entries).await.unwrap();
+        queue.acknowledge(&entries).await.unwrap();
     }
 }
 
@@ -388,9 +388,9 @@ async fn backlog(jobs: usize, agents: usize) {
     let queue = server.queue(LIMITS);
     let run = Run::new(Duration::ZERO);
     queue.ping().await.unwrap();
-    let empty = server.look().await;
+    let empty = server.stats().await;
     offer(&queue, orders(jobs, agents), &run, None).await;
-    let full = server.look().await;
+    let full = server.stats().await;
     let wall = (full.at - empty.at).as_secs_f64();
     println!(
         "\n## A backlog: {jobs} jobs wait before the first of {agents} agents starts; the stand-in takes no time\n"
@@ -423,10 +423,10 @@ async fn backlog(jobs: usize, agents: usize) {
         tokio::spawn(manager(server.queue(LIMITS), "m1", run.clone())),
         tokio::spawn(manager(server.queue(LIMITS), "m2", run.clone())),
     ];
-    let before = server.look().await;
+    let before = server.stats().await;
     let all = start_agents(&server, agents, LIMITS, &run);
     until(&run, jobs).await;
-    let after = server.look().await;
+    let after = server.stats().await;
     let wall = (after.at - before.at).as_secs_f64();
     println!(
         "- done: {:.0} jobs/s with 7 reports each, all in {wall:.1} s; {}",
@@ -436,14 +436,14 @@ async fn backlog(jobs: usize, agents: usize) {
     while queue.depth().await.unwrap().reports > 0 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let idle = server.look().await;
+    let idle = server.stats().await;
     println!(
         "- words that two managers took: {} of {}; the others were of passing progress, left out while more than 10,000 waited",
         run.heard.load(Ordering::Relaxed),
         jobs * 7
     );
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let later = server.look().await;
+    let later = server.stats().await;
     println!("- with nothing to do: {}", later.since(&idle));
     drop(all);
     managers.iter().for_each(tokio::task::JoinHandle::abort);
@@ -460,9 +460,9 @@ async fn stream(jobs: usize, agents: usize, pace: f64) {
     ];
     let all = start_agents(&server, agents, LIMITS, &run);
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let before = server.look().await;
+    let before = server.stats().await;
     offer(&queue, orders(jobs, agents), &run, Some(pace)).await;
-    let after = server.look().await;
+    let after = server.stats().await;
     until(&run, jobs).await;
     println!(
         "\n## A stream: {jobs} jobs, {pace:.0} a second, to {agents} agents that wait; the stand-in takes 2 s\n"

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
 use tokio_util::sync::CancellationToken;
-use upperdeck::bench::stages::{self, How, Place, Sample, Setting, Source};
+use upperdeck::bench::stages::{self, Sample, SaveOptions, Setting, Sink, Source};
 use upperdeck::bench::tree::Tree;
 use upperdeck::layer::{Compression, Plan};
 use upperdeck::save::{Rules, cores};
@@ -137,7 +137,7 @@ fn save(bencher: Bencher, codec: &str) {
         _ => Compression::None,
     };
     let rules = Rules::default();
-    let how = How {
+    let how = SaveOptions {
         rules: &rules,
         setting: Setting {
             codec,
@@ -153,7 +153,7 @@ fn save(bencher: Bencher, codec: &str) {
             let saved = stages::save(
                 &stage.source,
                 how,
-                &Place::Nothing,
+                &Sink::Nothing,
                 &CancellationToken::new(),
             );
             black_box(saved.expect("a save"))

@@ -264,11 +264,11 @@ fn a_table_of_a_directory_that_stays_as_it_is() -> Outcome {
 #[test]
 fn the_tree_is_the_same_every_time() -> Outcome {
     use tokio_util::sync::CancellationToken;
-    use upperdeck::bench::stages::{self, How, Place, Setting, Source};
+    use upperdeck::bench::stages::{self, SaveOptions, Setting, Sink, Source};
     use upperdeck::bench::tree::Tree;
     let (scratch, cancel) = (tempfile::tempdir()?, CancellationToken::new());
     let rules = upperdeck::save::Rules::default();
-    let how = How {
+    let how = SaveOptions {
         rules: &rules,
         setting: Setting {
             codec: upperdeck::layer::Compression::None,
@@ -282,7 +282,7 @@ fn the_tree_is_the_same_every_time() -> Outcome {
     for _ in 0..2 {
         let tree = Tree::generate(scratch.path(), 3 << 20, &cancel, &|_| ())?;
         let source = Source::Directory(tree.path().to_owned());
-        let saved = stages::save(&source, how, &Place::Nothing, &cancel)?;
+        let saved = stages::save(&source, how, &Sink::Nothing, &cancel)?;
         let layer = &saved.layers[0];
         assert!(layer.entries > 100, "{layer:?}");
         diff_ids.push(layer.diff_id);

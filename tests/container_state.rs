@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use upperdeck::common::digest::{ChainId, DiffId, Digest};
 use upperdeck::node::container::{
-    Container, ContainerdRoot, Error, Roots, Runtime, StorageRoot, Witness, bolt, find, list,
+    Container, ContainerdRoot, Error, Roots, Runtime, StorageRoot, TableSource, bolt, find, list,
     prove_base, recheck,
 };
 use upperdeck::node::overlay::xattr::Namespace;
@@ -647,7 +647,10 @@ fn the_monitors_table_has_what_the_nodes_has_not() -> Outcome {
     namespaces("600", "1", "10")?;
     let found = find(&node.roots, CRIO_ID)?;
     assert_eq!(found.overlay, container.overlay);
-    assert_eq!(found.root.witness, Witness::Monitor { pid: 600, start: 4 });
+    assert_eq!(
+        found.root.source,
+        TableSource::Monitor { pid: 600, start: 4 }
+    );
     recheck(&node.roots, &found)?;
 
     // In a user namespace of its own: the record's directories, with `user.*` attributes.

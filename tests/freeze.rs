@@ -280,9 +280,13 @@ fn stands_still_and_runs_again() -> Result {
         let mut frozen = freeze(counters.pid(), None, &options())?;
         assert_eq!(frozen.cgroup(), cgroup, "{version:?}");
         assert!(!frozen.was_frozen());
-        assert!(frozen.outside().is_empty(), "{:?}", frozen.outside());
+        assert!(
+            frozen.processes_outside().is_empty(),
+            "{:?}",
+            frozen.processes_outside()
+        );
         counters.assert_stands("frozen");
-        frozen.held()?;
+        frozen.check_frozen()?;
         let pause = frozen.thaw()?;
         assert!(
             (Duration::from_millis(60)..Duration::from_secs(2)).contains(&pause),
@@ -333,7 +337,7 @@ fn a_container_paused_by_somebody_else_stays_paused() -> Result {
             counters.assert_stands("paused by somebody else");
             let frozen = freeze(pid, None, &options())?;
             set_frozen(paused, false)?;
-            assert!(matches!(frozen.thaw(), Err(Error::NotHeld { .. })));
+            assert!(matches!(frozen.thaw(), Err(Error::ThawedEarly { .. })));
             counters.assert_runs("unpaused by somebody else");
         }
     }
@@ -379,9 +383,14 @@ fn refuses_itself_strangers_and_the_root() -> Result {
         let mut stranger = Command::new("sleep").arg("1000").spawn()?;
         fs::write(cgroup.join("cgroup.procs"), stranger.id().to_string())?;
         match freeze(pid, None, &options()) {
-            Err(Error::Shared { strangers, .. }) => {
-                assert_eq!((strangers.len(), strangers[0].pid), (1, stranger.id()));
-                assert_eq!(strangers[0].name, "sleep");
+            Err(Error::Shared {
+                foreign_processes, ..
+            }) => {
+                assert_eq!(
+                    (foreign_processes.len(), foreign_processes[0].pid),
+                    (1, stranger.id())
+                );
+                assert_eq!(foreign_processes[0].name, "sleep");
             }
             other => panic!("{other:?}"),
         }
@@ -449,7 +458,7 @@ fn takes_the_ancestor_that_holds_the_whole_container() -> Result {
         )?;
         let frozen = freeze(pid, None, &options())?;
         assert_eq!(frozen.cgroup(), init);
-        assert_eq!(frozen.outside(), [counters.children[1].id()]);
+        assert_eq!(frozen.processes_outside(), [counters.children[1].id()]);
         frozen.thaw()?;
         stranger.kill()?;
         stranger.wait()?;
@@ -496,7 +505,7 @@ fn stands_no_longer_than_it_may() -> Result {
         let cgroup = counters.cgroup.clone();
         let pid = counters.spawn(&cgroup)?;
         let options = Options {
-            hold: Some(Duration::from_millis(300)),
+            max_duration: Some(Duration::from_millis(300)),
             ..options()
         };
         let begun = Instant::now();
@@ -509,7 +518,10 @@ fn stands_no_longer_than_it_may() -> Result {
         }
         counters.assert_runs("after the deadline");
         let outcome = frozen.thaw();
-        assert!(matches!(outcome, Err(Error::NotHeld { .. })), "{outcome:?}");
+        assert!(
+            matches!(outcome, Err(Error::ThawedEarly { .. })),
+            "{outcome:?}"
+        );
     }
     Ok(())
 }
@@ -536,7 +548,10 @@ fn a_killed_watchdog_ends_the_freeze() -> Result {
         kill(watchdogs[0], Signal::SIGKILL)?;
         counters.assert_runs("without watchdog");
         let outcome = frozen.thaw();
-        assert!(matches!(outcome, Err(Error::NotHeld { .. })), "{outcome:?}");
+        assert!(
+            matches!(outcome, Err(Error::ThawedEarly { .. })),
+            "{outcome:?}"
+        );
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use support::{Need, ignored};
 use upperdeck::common::digest::Digest;
 use upperdeck::store::destination::{Destination, Error as DestinationError, Target};
-use upperdeck::store::images::{Error, Images, Place, Query, Sort, Which};
+use upperdeck::store::images::{Error, ImageLocation, ImageSelector, Images, Query, Sort};
 use upperdeck::store::registry::{Access, Registries};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -91,7 +91,7 @@ impl Registry {
 }
 
 async fn place(text: &str) -> Box<dyn Images> {
-    text.parse::<Place>()
+    text.parse::<ImageLocation>()
         .unwrap()
         .open(&registries())
         .await
@@ -152,7 +152,7 @@ async fn lists(images: &dyn Images, target: &str, repository: &str) -> Outcome {
         (2, 1, one.digest())
     );
     let error = images
-        .remove(repository, &Which::Digest(one.digest()), false)
+        .remove(repository, &ImageSelector::Digest(one.digest()), false)
         .await
         .unwrap_err();
     assert!(
@@ -160,10 +160,10 @@ async fn lists(images: &dyn Images, target: &str, repository: &str) -> Outcome {
         "{error}"
     );
     let error = images
-        .remove(repository, &Which::Tag("none".into()), false)
+        .remove(repository, &ImageSelector::Tag("none".into()), false)
         .await
         .unwrap_err();
-    assert!(matches!(error, Error::NotThere(_)), "{error}");
+    assert!(matches!(error, Error::NotFound(_)), "{error}");
     Ok(())
 }
 
@@ -173,19 +173,25 @@ async fn a_layout_directory() -> Outcome {
     let target = format!("oci:{}", dir.path().display());
     let images = place(&target).await;
     lists(images.as_ref(), &target, "").await?;
-    let removed = images.remove("", &Which::Tag("a".into()), false).await?;
+    let removed = images
+        .remove("", &ImageSelector::Tag("a".into()), false)
+        .await?;
     assert_eq!(
         (removed.image_deleted, removed.kept),
         (false, vec!["b".to_owned()])
     );
-    let removed = images.remove("", &Which::Tag("b".into()), false).await?;
+    let removed = images
+        .remove("", &ImageSelector::Tag("b".into()), false)
+        .await?;
     assert!(removed.image_deleted && removed.space.contains("umoci gc"));
     let left = images.images("", &Query::default()).await?;
     assert_eq!(
         (left.total, left.items[0].tags.as_slice()),
         (1, ["c".to_owned()].as_slice())
     );
-    let removed = images.remove("", &Which::Tag("c".into()), true).await?;
+    let removed = images
+        .remove("", &ImageSelector::Tag("c".into()), true)
+        .await?;
     assert!(removed.image_deleted);
     // The result is still a valid layout and accepts another save.
     save(&format!("{target}:d"), &image("three", 10, 3)).await?;
@@ -232,11 +238,11 @@ async fn a_plain_registry() -> Outcome {
         .images("nobody/x", &Query::default())
         .await
         .unwrap_err();
-    assert!(matches!(error, Error::NotThere(_)), "{error}");
+    assert!(matches!(error, Error::NotFound(_)), "{error}");
 
     // This registry can delete only images, not one of several tags.
     let error = images
-        .remove("alice/note", &Which::Tag("a".into()), false)
+        .remove("alice/note", &ImageSelector::Tag("a".into()), false)
         .await
         .unwrap_err();
     assert!(
@@ -259,25 +265,25 @@ async fn a_plain_registry() -> Outcome {
         .put_manifest(index.to_string().into(), INDEX_TYPE, "multi")
         .await?;
     let error = images
-        .remove("alice/note", &Which::Tag("c".into()), false)
+        .remove("alice/note", &ImageSelector::Tag("c".into()), false)
         .await
         .unwrap_err();
     assert!(matches!(error, Error::Needed { .. }), "{error}");
     assert!(
         images
-            .remove("alice/note", &Which::Tag("multi".into()), false)
+            .remove("alice/note", &ImageSelector::Tag("multi".into()), false)
             .await?
             .image_deleted
     );
 
     assert!(
         images
-            .remove("alice/note", &Which::Tag("c".into()), false)
+            .remove("alice/note", &ImageSelector::Tag("c".into()), false)
             .await?
             .image_deleted
     );
     let removed = images
-        .remove("alice/note", &Which::Tag("a".into()), true)
+        .remove("alice/note", &ImageSelector::Tag("a".into()), true)
         .await?;
     assert_eq!((removed.image_deleted, removed.tags.len()), (true, 2));
     assert!(removed.space.contains("garbage-collect"));
@@ -292,7 +298,7 @@ async fn a_plain_registry() -> Outcome {
     save(&format!("{host}/x:1"), &image("x", 10, 1)).await?;
     let error = place(&host)
         .await
-        .remove("x", &Which::Tag("1".into()), false)
+        .remove("x", &ImageSelector::Tag("1".into()), false)
         .await
         .unwrap_err();
     assert!(

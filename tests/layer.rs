@@ -18,7 +18,7 @@ use std::sync::LazyLock;
 use disk::Disk;
 use support::Need;
 use tokio_util::sync::CancellationToken;
-use upperdeck::layer::held::{self, Way};
+use upperdeck::layer::capture::{self, CaptureMethod};
 use upperdeck::layer::scan::{Caps, Clock, Exclusions, Options, Roots, Rules, Scan, tick};
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};
 use upperdeck::node::overlay::xattr::Namespace;
@@ -178,8 +178,9 @@ fn a_plan_is_cut_at_directories() -> Result<()> {
     // The first name of the file is in the first part, its last name in the last.
     std::fs::write(dir.path().join("a/linked"), "one file")?;
     std::fs::hard_link(dir.path().join("a/linked"), dir.path().join("d/y/linked"))?;
-    let plan =
-        |size| -> Result<Vec<Plan>> { Ok(Plan::new(Arc::new(scan(dir.path())?), None).cut(size)) };
+    let plan = |size| -> Result<Vec<Plan>> {
+        Ok(Plan::new(Arc::new(scan(dir.path())?), None).split(size))
+    };
     assert_eq!(plan(u64::MAX)?.len(), 1);
     let plans = plan(1 << 20)?;
     let layers = write_all(&plans, 2)?;
@@ -311,7 +312,7 @@ fn a_layer_that_cannot_be_delivered_fails_alone() -> Result<()> {
         std::fs::create_dir(dir.path().join(top))?;
         std::fs::File::create(dir.path().join(top).join("large"))?.set_len(20 << 20)?;
     }
-    let plans = Plan::new(Arc::new(scan(dir.path())?), None).cut(10 << 20);
+    let plans = Plan::new(Arc::new(scan(dir.path())?), None).split(10 << 20);
     assert_eq!(plans.len(), 3);
     let options = layer::Options {
         compression: Compression::Gzip,
@@ -412,7 +413,7 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
     assert_eq!(taken(&scanned()?, false)?, 0, "nothing changed");
     assert_eq!(taken(&scanned()?, true)?, 1, "nobody is sure of it");
     assert_eq!(
-        taken(&scanned()?.since(stamped), false)?,
+        taken(&scanned()?.with_clock(stamped), false)?,
         1,
         "stamped when the clock showed the same"
     );
@@ -425,18 +426,20 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
         }
     };
     assert_eq!(
-        taken(&scanned()?.since(later(tick())), false)?,
+        taken(&scanned()?.with_clock(later(tick())), false)?,
         1,
         "stamped in the tick before"
     );
     assert_eq!(
-        taken(&scanned()?.since(later(3 * tick())), false)?,
+        taken(&scanned()?.with_clock(later(3 * tick())), false)?,
         0,
         "stamped three ticks before"
     );
     // The scan stored for the next save keeps this.
     let mut bytes = Vec::new();
-    scanned()?.since(stamped).store(&|_| false, &mut bytes)?;
+    scanned()?
+        .with_clock(stamped)
+        .store(&|_| false, &mut bytes)?;
     let kept = Scan::restore(&mut bytes.as_slice(), bytes.len() as u64).ok_or("damaged")?;
     let unsure = kept.unsure.iter().filter(|unsure| **unsure).count();
     assert!(unsure >= 1, "{:?}", kept.unsure);
@@ -473,13 +476,13 @@ fn a_clone_that_goes_on_is_of_the_instant_at_which_it_began() -> Result<()> {
         let pieces: Vec<u8> = [[b'b'; PIECE], [b'a'; PIECE]].concat();
 
         let plan = Plan::new(Arc::new(scan(&upper)?), None);
-        let holding = held::hold(&plan, Way::Clones, 2, &NEVER)?;
-        let goes_on = holding.cloning();
+        let holding = capture::capture(&plan, CaptureMethod::Clones, 2, &NEVER)?;
+        let goes_on = holding.pending_clones();
         // The last extent to be cloned.
         file.write_all_at(&[b'c'; PIECE], (SIZE - PIECE) as u64)?;
         file.set_len(SIZE as u64 / 2)?;
         let (held, waited) = holding.complete(&NEVER)?;
-        let (bytes, _) = write(&plan.with(held), Compression::None, 2)?;
+        let (bytes, _) = write(&plan.with_captured(held), Compression::None, 2)?;
 
         assert_eq!(goes_on, 1, "{mkfs}: cloned before the container ran on");
         let waited: Vec<_> = waited.into_iter().map(|waited| waited.path).collect();

@@ -18,7 +18,7 @@ use upperdeck::common::digest::Digest;
 use upperdeck::layer::Plan;
 use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan, tick};
 use upperdeck::node::overlay::xattr::Namespace;
-use upperdeck::save::kept::{Description, Shown, Store};
+use upperdeck::save::state_store::{Description, Store, TreeState};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -126,7 +126,7 @@ fn bounded(upper: &Path, earlier: Option<&Scan>, caps: Caps) -> Result<Scan> {
     match earlier {
         None => Ok(Scan::new(&roots, &options)?),
         Some(earlier) => {
-            let again = Scan::again(earlier, &roots, &options)?;
+            let again = Scan::rescan(earlier, &roots, &options)?;
             Ok(again.ok_or("too much changed meanwhile")?)
         }
     }
@@ -149,7 +149,7 @@ fn keep(store: &Store, scan: &Scan) -> Result<()> {
         layers: Vec::new(),
     };
     let unsure = vec![false; scan.len()];
-    let shown = Shown {
+    let shown = TreeState {
         scan,
         unsure: &unsure,
     };

@@ -33,7 +33,7 @@ use upperdeck::image::verify::layers::Layers;
 use upperdeck::image::verify::tree::{Ignore, Tree, compare};
 use upperdeck::layer::Compression;
 use upperdeck::layer::scan::Scan;
-use upperdeck::node::overlay::volume::{Volume, Way};
+use upperdeck::node::overlay::volume::{Volume, VolumeLookup};
 use upperdeck::node::overlay::xattr::Namespace;
 
 /// Number of cases of each kind, unless set by the environment.
@@ -455,9 +455,9 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
         "unstable: {:?}",
         made.layer.unstable
     );
-    let mut layers = Layers::over(before.clone());
+    let mut layers = Layers::on_top_of(before.clone());
     layers.apply(made.bytes.as_slice())?;
-    let after = layers.complete();
+    let after = layers.into_tree();
     let ignore = Ignore {
         mtime_nanos: true,
         root: true,
@@ -472,11 +472,11 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
     )?;
     // Cut wherever possible.
     let cut = make_cut(&source, 1).map_err(anyhow::Error::msg)?;
-    let mut layers = Layers::over(before.clone());
+    let mut layers = Layers::on_top_of(before.clone());
     for (_, bytes) in &cut {
         layers.apply(bytes.as_slice())?;
     }
-    let parts = layers.complete();
+    let parts = layers.into_tree();
     same("one layer, and several", &after, &parts, &ignore)?;
     let links = Ignore {
         hardlinks: true,
@@ -511,7 +511,7 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
     fs::create_dir(&work)?;
     let source = Source::new(upper.clone(), lowers.clone(), kind.namespace());
     let mut earlier: Option<Scan> = None;
-    let mut layers = Layers::over(before.clone());
+    let mut layers = Layers::on_top_of(before.clone());
     let mut on_top = 0;
     for changes in saves {
         let overlay = Overlay::new(kind, Some((&upper, &work)), &lowers)?;
@@ -546,14 +546,14 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
                 layer_of(delta)
             }
             None => {
-                layers = Layers::over(before.clone());
+                layers = Layers::on_top_of(before.clone());
                 let scan = scan(&source, 2, None).map_err(anyhow::Error::msg)?;
                 layer_of(scan)
             }
         };
         let made = made.map_err(anyhow::Error::msg)?;
         layers.apply(made.bytes.as_slice())?;
-        let after = layers.complete();
+        let after = layers.into_tree();
         let ignore = Ignore {
             mtime_nanos: true,
             root: true,
@@ -566,7 +566,7 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
             &after,
             &ignore,
         )?;
-        layers = Layers::over(after);
+        layers = Layers::on_top_of(after);
         earlier = Some(now);
     }
     // Without a change, only entries whose stamps are too recent are saved again.
@@ -636,15 +636,15 @@ fn open_volume(merged: &Path, at: &str, mount: u64) -> Option<Volume> {
     };
     let mounts = table().ok()?;
     let root = mounts.iter().find(|line| line.mount_point == merged)?;
-    let way = Way {
+    let lookup = VolumeLookup {
         container: merged,
         device: root.device,
         at: at.as_bytes(),
         mount,
         table: &table,
-        passable: &|_| false,
+        is_traversable: &|_| false,
     };
-    way.go().ok()?.open(&way, None, true).ok()
+    lookup.resolve().ok()?.open(&lookup, None, true).ok()
 }
 
 /// Like [`chain`], in a container with a volume: changes in the volume and outside are saved in separate layers.
@@ -671,7 +671,7 @@ fn volume_chain(
     sources[1].volume = Some(container.volume.clone());
     sources[1].mounts.clear();
     let mut earlier: [Option<Scan>; 2] = [None, None];
-    let mut layers = Layers::over(before.clone());
+    let mut layers = Layers::on_top_of(before.clone());
     let mut on_top = 0;
     for changes in saves {
         for change in changes {
@@ -711,12 +711,12 @@ fn volume_chain(
         let changes = match deltas {
             Some(mut deltas) => {
                 let (upper, volume) = deltas.split_at_mut(1);
-                volume[0].leave_to(&upper[0]);
+                volume[0].clear_if_covered_by(&upper[0]);
                 on_top += 1;
                 deltas
             }
             None => {
-                layers = Layers::over(before.clone());
+                layers = Layers::on_top_of(before.clone());
                 let scans = sources.iter().map(|source| scan(source, 2, None));
                 let scans: Result<Vec<Scan>, String> = scans.collect();
                 scans.map_err(anyhow::Error::msg)?
@@ -728,7 +728,7 @@ fn volume_chain(
                 layers.apply(made.bytes.as_slice())?;
             }
         }
-        let after = layers.complete();
+        let after = layers.into_tree();
         let ignore = Ignore {
             mtime_nanos: true,
             root: true,
@@ -741,7 +741,7 @@ fn volume_chain(
             &after,
             &ignore,
         )?;
-        layers = Layers::over(after);
+        layers = Layers::on_top_of(after);
         earlier = scans
             .into_iter()
             .map(Some)
@@ -807,7 +807,7 @@ fn listing(scan: &Scan) -> Vec<String> {
                 e.ctime_nsec,
                 scan.link(e),
                 scan.xattrs(e),
-                scan.elsewhere(e),
+                scan.content_location(e),
                 scan.in_base(e),
             )
         })

@@ -255,7 +255,7 @@ fn quick() -> Access {
     Access {
         authfile: Some(no_credentials()),
         retry: Retry {
-            tries: 5,
+            max_attempts: 5,
             first_pause: Duration::from_millis(10),
             ..Retry::default()
         },
@@ -704,9 +704,9 @@ async fn a_lost_answer_to_the_last_request_is_looked_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_is_an_error() {
     let access = || Access {
-        silence: Duration::from_millis(300),
+        stall_timeout: Duration::from_millis(300),
         retry: Retry {
-            tries: 1,
+            max_attempts: 1,
             ..Retry::default()
         },
         ..quick()
@@ -798,7 +798,7 @@ async fn a_save_has_only_so_many_tries_in_all() {
     .await;
     let access = Access {
         retry: Retry {
-            in_all: 6,
+            max_retries: 6,
             ..quick().retry
         },
         ..quick()
@@ -1012,7 +1012,7 @@ async fn what_is_written_is_not_redirected() {
         .await
         .unwrap_err();
     assert!(
-        matches!(error, registry::Error::LeadsAway { .. }),
+        matches!(error, registry::Error::ForbiddenUrl { .. }),
         "{error}"
     );
     assert!(other.seen().is_empty());
@@ -1139,7 +1139,7 @@ fn client_behind_a_proxy() {
     let access = Access {
         tls_verify: std::env::var_os("UPPERDECK_TEST_PLAIN").is_none(),
         retry: Retry {
-            tries: 1,
+            max_attempts: 1,
             ..Retry::default()
         },
         ..with_password()
@@ -1307,7 +1307,7 @@ async fn tls_of_today_and_no_other() {
         let access = Access {
             cert_dir: Some(dir.path().to_path_buf()),
             retry: Retry {
-                tries: 2,
+                max_attempts: 2,
                 ..quick().retry
             },
             ..quick()
@@ -1317,7 +1317,7 @@ async fn tls_of_today_and_no_other() {
             .unwrap();
         // The server is not a registry, but it has answered over TLS with a verified certificate.
         let error = repository.manifest("1").await.unwrap_err();
-        let answered = matches!(error, registry::Error::Nonsense { .. });
+        let answered = matches!(error, registry::Error::ProtocolViolation { .. });
         assert_eq!(answered, spoken, "{version}: {error}");
     }
 }
@@ -1929,7 +1929,7 @@ async fn a_read_only_registry_is_a_matter_of_permission() {
     // The server is not up yet, so the request has to be retried.
     let access = Access {
         retry: Retry {
-            tries: 8,
+            max_attempts: 8,
             first_pause: Duration::from_millis(100),
             ..Retry::default()
         },

@@ -92,7 +92,7 @@ fn tree(upper: &Path, outside: &Path, aside: &Path) -> Result<Vec<(PathBuf, Path
 }
 
 /// Repeatedly extends, truncates, removes and recreates a file.
-fn restless(path: &Path, stop: &AtomicBool) {
+fn change_repeatedly(path: &Path, stop: &AtomicBool) {
     let mut round = 0u64;
     while !stop.load(Ordering::Relaxed) {
         round += 1;
@@ -160,12 +160,12 @@ fn race() -> Outcome {
     .map(String::into_bytes)
     .collect();
     let stop = AtomicBool::new(false);
-    let restless_file = upper.join("d3/restless");
+    let restless_file = upper.join("d3/change_repeatedly");
     let result = std::thread::scope(|scope| {
         for (a, b) in &pairs {
             scope.spawn(|| swap(a, b, &stop));
         }
-        scope.spawn(|| restless(&restless_file, &stop));
+        scope.spawn(|| change_repeatedly(&restless_file, &stop));
         let result = attack(&upper, &lower, &secrets);
         stop.store(true, Ordering::Relaxed);
         result

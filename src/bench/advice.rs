@@ -1,14 +1,14 @@
 //! Derives recommended flags from the measurements. Pure: another level is never recommended without its cost in bytes.
 
-use super::limit::{Bound, Costs, Hands, Limit, enough_jobs, enough_layers};
+use super::limit::{Bound, Costs, Limit, Resources, enough_jobs, enough_layers};
 use super::report::Advice;
 use super::stages::Setting;
 use crate::layer::Compression;
 
 /// Factor on the time up to which a smaller layer counts as free.
-const FREE: f64 = 1.05;
+const FREE_FACTOR: f64 = 1.05;
 /// Minimum speedup for which another setting is recommended.
-const WORTH: f64 = 1.2;
+const MIN_SPEEDUP: f64 = 1.2;
 /// Minimum size of a layer, in bytes. For a smaller one, its own requests cost more than a second hash gains.
 const SMALLEST_LAYER: u64 = 64 << 20;
 
@@ -28,20 +28,20 @@ pub(crate) struct Candidate {
 pub(crate) fn advise(
     candidates: &[Candidate],
     asked: Setting,
-    hands: Hands,
+    resources: Resources,
     tar_bytes: u64,
 ) -> Vec<Advice> {
-    let seconds = |c: &Candidate| Limit::of(&c.costs, hands).seconds;
+    let seconds = |c: &Candidate| Limit::of(&c.costs, resources).seconds;
     let of = |codec: Compression| candidates.iter().filter(move |c| c.setting.codec == codec);
     let Some(asked) = candidates.iter().find(|c| c.setting == asked) else {
         return Vec::new();
     };
     // A smaller layer that takes no more time is better in any case.
     let free = of(asked.setting.codec)
-        .filter(|c| c.sent_bytes < asked.sent_bytes && seconds(c) <= FREE * seconds(asked))
+        .filter(|c| c.sent_bytes < asked.sent_bytes && seconds(c) <= FREE_FACTOR * seconds(asked))
         .min_by_key(|c| c.sent_bytes);
     let best = free.unwrap_or(asked);
-    let bound = Limit::of(&best.costs, hands).bound_by;
+    let bound = Limit::of(&best.costs, resources).bound_by;
     let why = match (bound, free.is_some()) {
         (Bound::Cores, false) => {
             "the cores bind: this level's layer costs all of their time".to_owned()
@@ -53,7 +53,7 @@ pub(crate) fn advise(
         (Bound::Destination, _) => "the destination binds, not the codec".to_owned(),
         (_, true) => "a higher level costs next to no time here".to_owned(),
     };
-    let mut advice = vec![one(best, hands, tar_bytes, why)];
+    let mut advice = vec![advice_for(best, resources, tar_bytes, why)];
     let compared = |c: &Candidate, note: &str| {
         let (faster, larger) = (
             seconds(best) / seconds(c),
@@ -63,8 +63,8 @@ pub(crate) fn advise(
     };
     // The fastest setting of the same codec.
     let fastest = of(asked.setting.codec).min_by(|a, b| seconds(a).total_cmp(&seconds(b)));
-    if let Some(c) = fastest.filter(|c| seconds(best) >= WORTH * seconds(c)) {
-        advice.push(one(c, hands, tar_bytes, compared(c, "")));
+    if let Some(c) = fastest.filter(|c| seconds(best) >= MIN_SPEEDUP * seconds(c)) {
+        advice.push(advice_for(c, resources, tar_bytes, compared(c, "")));
     }
     // The fastest zstd setting, among those that are no larger if there are any.
     if asked.setting.codec != Compression::Zstd {
@@ -76,9 +76,9 @@ pub(crate) fn advise(
         if let Some(c) =
             zstd.filter(|c| seconds(c) < seconds(best) || c.sent_bytes < best.sent_bytes)
         {
-            advice.push(one(
+            advice.push(advice_for(
                 c,
-                hands,
+                resources,
                 tar_bytes,
                 compared(c, "; only where everything that pulls reads zstd"),
             ));
@@ -88,14 +88,19 @@ pub(crate) fn advise(
 }
 
 /// Returns the flags for a candidate, with as many workers and layers as are useful.
-fn one(candidate: &Candidate, hands: Hands, tar_bytes: u64, mut why: String) -> Advice {
+fn advice_for(
+    candidate: &Candidate,
+    resources: Resources,
+    tar_bytes: u64,
+    mut why: String,
+) -> Advice {
     let Setting { codec, level } = candidate.setting;
-    let mut flags = vec!["--compression".to_owned(), word(codec).to_owned()];
+    let mut flags = vec!["--compression".to_owned(), codec_name(codec).to_owned()];
     if codec != Compression::None {
         flags.extend(["--compression-level".to_owned(), level.to_string()]);
     }
-    let mut hands = hands;
-    let layers = enough_layers(&candidate.costs, hands);
+    let mut resources = resources;
+    let layers = enough_layers(&candidate.costs, resources);
     let size = tar_bytes.div_ceil(layers as u64).next_multiple_of(1 << 20);
     if layers > 1 && size >= SMALLEST_LAYER {
         flags.extend(["--layer-size".to_owned(), format!("{}M", size >> 20)]);
@@ -103,23 +108,23 @@ fn one(candidate: &Candidate, hands: Hands, tar_bytes: u64, mut why: String) -> 
             "; {} hashed side by side",
             crate::common::message::count(layers, "layer", "layers")
         );
-        hands.layers = layers;
+        resources.layers = layers;
     }
-    let jobs = enough_jobs(&candidate.costs, hands);
-    if jobs < hands.cores {
+    let jobs = enough_jobs(&candidate.costs, resources);
+    if jobs < resources.cores {
         flags.extend(["--jobs".to_owned(), jobs.to_string()]);
         why += &format!("; more than {jobs} workers would only wait");
     }
     Advice {
         flags,
-        limit_seconds: Limit::of(&candidate.costs, hands).seconds,
+        limit_seconds: Limit::of(&candidate.costs, resources).seconds,
         sent_bytes: candidate.sent_bytes,
         why,
     }
 }
 
 /// Returns the value of the flag `--compression`.
-pub(crate) fn word(codec: Compression) -> &'static str {
+pub(crate) fn codec_name(codec: Compression) -> &'static str {
     match codec {
         Compression::Gzip => "gzip",
         Compression::Zstd => "zstd",
@@ -168,12 +173,12 @@ mod tests {
 
     #[test]
     fn where_the_cores_bind_speed_has_its_price() {
-        let hands = Hands {
+        let resources = Resources {
             cores: 2,
             jobs: 2,
             layers: 1,
         };
-        let advice = advise(&candidates(), ASKED, hands, GB);
+        let advice = advise(&candidates(), ASKED, resources, GB);
         assert_eq!(
             flags(&advice),
             [
@@ -199,12 +204,12 @@ mod tests {
             },
             ..c
         });
-        let hands = Hands {
+        let resources = Resources {
             cores: 8,
             jobs: 8,
             layers: 1,
         };
-        let advice = advise(&slow, ASKED, hands, GB);
+        let advice = advise(&slow, ASKED, resources, GB);
         assert_eq!(
             flags(&advice),
             [
@@ -223,12 +228,12 @@ mod tests {
             },
             ..c
         });
-        let hands = Hands {
+        let resources = Resources {
             cores: 64,
             jobs: 64,
             layers: 1,
         };
-        let advice = advise(&many, ASKED, hands, GB);
+        let advice = advise(&many, ASKED, resources, GB);
         assert_eq!(
             advice[0].flags[..4],
             ["--compression", "gzip", "--compression-level", "6"]
@@ -241,13 +246,13 @@ mod tests {
                     codec: Compression::None,
                     level: 0
                 },
-                hands,
+                resources,
                 GB
             )
             .is_empty()
         );
         // A small save gains nothing from several layers.
-        let small = advise(&many, ASKED, hands, 50_000_000);
+        let small = advise(&many, ASKED, resources, 50_000_000);
         assert!(
             !small[0].flags.contains(&"--layer-size".to_owned()),
             "{small:?}"

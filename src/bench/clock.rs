@@ -6,7 +6,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 /// Time spent, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Spent {
+pub struct Elapsed {
     /// Wall time.
     pub wall: f64,
     /// CPU time of all threads of this process.
@@ -30,13 +30,13 @@ impl Clock {
     }
 
     /// Returns the time spent until now.
-    pub(crate) fn spent(&self) -> Spent {
+    pub(crate) fn spent(&self) -> Elapsed {
         self.spent_until(Instant::now())
     }
 
     /// Returns the wall time until `end` and the CPU time until now.
-    pub(crate) fn spent_until(&self, end: Instant) -> Spent {
-        Spent {
+    pub(crate) fn spent_until(&self, end: Instant) -> Elapsed {
+        Elapsed {
             wall: end.duration_since(self.wall).as_secs_f64(),
             cpu: seconds(ClockId::ProcessCPUTime) - self.cpu,
         }
@@ -44,7 +44,7 @@ impl Clock {
 }
 
 /// Returns the CPU time of the calling thread in seconds.
-pub fn of_thread() -> f64 {
+pub fn thread_cpu_seconds() -> f64 {
     seconds(ClockId::ThreadCPUTime)
 }
 

@@ -60,17 +60,17 @@ impl Costs {
 
 /// The resources of a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Hands {
+pub(crate) struct Resources {
     /// Number of cores that this process may use.
     pub(crate) cores: usize,
     /// Number of workers.
     pub(crate) jobs: usize,
-    /// Number of layers, of which at most [`SIDE_BY_SIDE`] are hashed concurrently.
+    /// Number of layers, of which at most [`MAX_CONCURRENT_LAYERS`] are hashed concurrently.
     pub(crate) layers: usize,
 }
 
 /// Number of layers that a save creates concurrently.
-pub(crate) const SIDE_BY_SIDE: usize = 4;
+pub(crate) const MAX_CONCURRENT_LAYERS: usize = 4;
 
 /// The resource that limits a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -107,16 +107,16 @@ pub(crate) struct Limit {
 
 impl Limit {
     /// Computes the limit for the given costs.
-    pub(crate) fn of(costs: &Costs, hands: Hands) -> Self {
-        let cores = hands.cores.max(1) as f64;
-        let workers = hands.jobs.clamp(1, hands.cores.max(1)) as f64;
+    pub(crate) fn of(costs: &Costs, resources: Resources) -> Self {
+        let cores = resources.cores.max(1) as f64;
+        let workers = resources.jobs.clamp(1, resources.cores.max(1)) as f64;
         let before = costs.before() / workers;
         let parts = [
             (Bound::Cores, costs.stream() / cores),
             (Bound::Jobs, costs.workers() / workers),
             (
                 Bound::Sha256,
-                costs.hash_tar / hands.layers.clamp(1, SIDE_BY_SIDE) as f64,
+                costs.hash_tar / resources.layers.clamp(1, MAX_CONCURRENT_LAYERS) as f64,
             ),
             (Bound::Destination, costs.hand_on_wall),
         ];
@@ -140,34 +140,40 @@ impl Limit {
 
 /// Returns the number of workers beyond which more would only wait for the hash or the destination, or that of the
 /// cores if they are the limit.
-pub(crate) fn enough_jobs(costs: &Costs, hands: Hands) -> usize {
+pub(crate) fn enough_jobs(costs: &Costs, resources: Resources) -> usize {
     let limit = Limit::of(
         costs,
-        Hands {
-            jobs: hands.cores,
-            ..hands
+        Resources {
+            jobs: resources.cores,
+            ..resources
         },
     );
     let slowest = limit.sha256.max(limit.destination);
     if limit.bound_by == Bound::Cores || slowest <= 0.0 {
-        return hands.cores;
+        return resources.cores;
     }
     // A reserve of a tenth, so that a late worker does not delay all others.
     let jobs = (1.1 * costs.workers() / slowest).ceil() as usize;
-    jobs.clamp(1, hands.cores.max(1))
+    jobs.clamp(1, resources.cores.max(1))
 }
 
 /// Returns the number of concurrent layers at which hashing is no longer the limit, or 1 if it never is.
-pub(crate) fn enough_layers(costs: &Costs, hands: Hands) -> usize {
-    let limit = Limit::of(costs, Hands { layers: 1, ..hands });
+pub(crate) fn enough_layers(costs: &Costs, resources: Resources) -> usize {
+    let limit = Limit::of(
+        costs,
+        Resources {
+            layers: 1,
+            ..resources
+        },
+    );
     if limit.bound_by != Bound::Sha256 {
         return 1;
     }
     let next = limit.cores.max(limit.jobs).max(limit.destination);
     if next <= 0.0 {
-        return SIDE_BY_SIDE;
+        return MAX_CONCURRENT_LAYERS;
     }
-    ((costs.hash_tar / next).ceil() as usize).clamp(2, SIDE_BY_SIDE)
+    ((costs.hash_tar / next).ceil() as usize).clamp(2, MAX_CONCURRENT_LAYERS)
 }
 
 #[cfg(test)]
@@ -188,8 +194,8 @@ mod tests {
         hand_on_wall: 0.5,
     };
 
-    fn hands(cores: usize, jobs: usize) -> Hands {
-        Hands {
+    fn resources(cores: usize, jobs: usize) -> Resources {
+        Resources {
             cores,
             jobs,
             layers: 1,
@@ -202,44 +208,44 @@ mod tests {
 
     #[test]
     fn few_cores_bind() {
-        let limit = Limit::of(&GZIP, hands(2, 2));
+        let limit = Limit::of(&GZIP, resources(2, 2));
         assert_eq!(limit.bound_by, Bound::Cores);
         near(limit.before, 0.1);
         near(limit.seconds, 0.1 + 16.0 / 2.0);
         // With one worker on one core, the sum of all costs.
-        near(Limit::of(&GZIP, hands(1, 1)).seconds, 16.2);
+        near(Limit::of(&GZIP, resources(1, 1)).seconds, 16.2);
     }
 
     #[test]
     fn fewer_workers_than_cores_bind() {
-        let limit = Limit::of(&GZIP, hands(8, 2));
+        let limit = Limit::of(&GZIP, resources(8, 2));
         assert_eq!(limit.bound_by, Bound::Jobs);
         near(limit.seconds, 0.1 + 14.6 / 2.0);
         // More workers than cores have no effect.
         near(
-            Limit::of(&GZIP, hands(2, 64)).seconds,
-            Limit::of(&GZIP, hands(2, 2)).seconds,
+            Limit::of(&GZIP, resources(2, 64)).seconds,
+            Limit::of(&GZIP, resources(2, 2)).seconds,
         );
     }
 
     #[test]
     fn on_many_cores_the_hash_binds_until_there_are_layers() {
-        let limit = Limit::of(&GZIP, hands(64, 64));
+        let limit = Limit::of(&GZIP, resources(64, 64));
         assert_eq!(limit.bound_by, Bound::Sha256);
         near(limit.sha256, 0.7);
-        assert_eq!(enough_layers(&GZIP, hands(64, 64)), 2);
+        assert_eq!(enough_layers(&GZIP, resources(64, 64)), 2);
         let cut = Limit::of(
             &GZIP,
-            Hands {
+            Resources {
                 layers: 2,
-                ..hands(64, 64)
+                ..resources(64, 64)
             },
         );
         assert_eq!(cut.bound_by, Bound::Destination);
-        assert_eq!(enough_jobs(&GZIP, hands(64, 64)), 23);
+        assert_eq!(enough_jobs(&GZIP, resources(64, 64)), 23);
         // If the cores are the limit, nothing can be gained.
-        assert_eq!(enough_layers(&GZIP, hands(2, 2)), 1);
-        assert_eq!(enough_jobs(&GZIP, hands(2, 2)), 2);
+        assert_eq!(enough_layers(&GZIP, resources(2, 2)), 1);
+        assert_eq!(enough_jobs(&GZIP, resources(2, 2)), 2);
     }
 
     #[test]
@@ -248,18 +254,18 @@ mod tests {
             hand_on_wall: 60.0,
             ..GZIP
         };
-        let limit = Limit::of(&slow, hands(8, 8));
+        let limit = Limit::of(&slow, resources(8, 8));
         assert_eq!(limit.bound_by, Bound::Destination);
         near(limit.seconds, 0.2 / 8.0 + 60.0);
-        assert_eq!(enough_jobs(&slow, hands(8, 8)), 1);
-        assert_eq!(enough_layers(&slow, hands(8, 8)), 1);
+        assert_eq!(enough_jobs(&slow, resources(8, 8)), 1);
+        assert_eq!(enough_layers(&slow, resources(8, 8)), 1);
     }
 
     #[test]
     fn nothing_costs_nothing() {
-        let limit = Limit::of(&Costs::default(), hands(0, 0));
+        let limit = Limit::of(&Costs::default(), resources(0, 0));
         near(limit.seconds, 0.0);
-        assert_eq!(enough_jobs(&Costs::default(), hands(4, 4)), 4);
-        assert_eq!(enough_layers(&Costs::default(), hands(4, 4)), 1);
+        assert_eq!(enough_jobs(&Costs::default(), resources(4, 4)), 4);
+        assert_eq!(enough_layers(&Costs::default(), resources(4, 4)), 1);
     }
 }

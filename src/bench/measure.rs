@@ -6,17 +6,17 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::advice::{self, Candidate};
-use super::clock::{self, Spent, median};
-use super::limit::{Costs, Hands, Limit};
-use super::neighbour::Neighbour;
+use super::clock::{self, Elapsed, median};
+use super::limit::{Costs, Limit, Resources};
+use super::registry_process::RegistryProcess;
 use super::report::{ByThreads, Codec, Node, REPORT_VERSION, Report, Save, Stage, Subject};
-use super::stages::{self, Compressed, How, Made, Place, Sample, Setting, Source};
+use super::stages::{self, Compressed, Sample, SaveOptions, Setting, Sink, Source, WorkerTimes};
 use super::{Error, Options, Upload};
 use crate::layer::Plan;
 use crate::save::Compression;
 
 /// Size in bytes of the part of the tar that is kept in memory for the codecs, SHA-256 and the uploads.
-const SAMPLE: u64 = 48 << 20;
+const SAMPLE_SIZE: u64 = 48 << 20;
 
 /// Times of one stage, one value per round.
 #[derive(Clone, Debug, Default)]
@@ -26,7 +26,7 @@ struct Rounds {
 }
 
 impl Rounds {
-    fn add(&mut self, spent: Spent) {
+    fn add(&mut self, spent: Elapsed) {
         self.wall.push(spent.wall);
         self.cpu.push(spent.cpu);
     }
@@ -41,10 +41,10 @@ impl Rounds {
 }
 
 /// A destination and its measurements.
-struct Way<'a> {
+struct DestinationRun<'a> {
     to: &'static str,
-    place: &'a Place,
-    neighbour: Neighbour,
+    place: &'a Sink,
+    registry_process: RegistryProcess,
     deliver: Rounds,
     registry_cpu: Vec<f64>,
     save: Rounds,
@@ -53,7 +53,7 @@ struct Way<'a> {
 }
 
 /// A codec at a level and its measurements.
-struct Tried {
+struct CodecRuns {
     setting: Setting,
     threads: usize,
     runs: Vec<Compressed>,
@@ -63,7 +63,7 @@ pub(super) struct Bench<'a> {
     pub(super) options: &'a Options,
     pub(super) source: Source,
     pub(super) cancel: &'a CancellationToken,
-    pub(super) told: &'a dyn Fn(&str),
+    pub(super) progress: &'a dyn Fn(&str),
     pub(super) cores: usize,
     pub(super) jobs: usize,
     pub(super) upload: Option<&'a Upload>,
@@ -92,27 +92,31 @@ impl Bench<'_> {
         let (options, cancel) = (self.options, self.cancel);
         let (tar_bytes, jobs) = (plan.tar_size(), self.jobs);
         let first = stages::read_first(plan, jobs, cancel)?;
-        let sample = Sample::new(plan, SAMPLE, cancel)?;
+        let sample = Sample::new(plan, SAMPLE_SIZE, cancel)?;
         subject.sample_bytes = sample.bytes();
         let pieces = sample.pieces(options.setting, cancel)?;
 
-        let (nothing, file) = (Place::Nothing, Place::File(options.scratch.clone()));
+        let (nothing, file) = (Sink::Nothing, Sink::File(options.scratch.clone()));
         let mut ways = vec![
-            Way::new("nothing", &nothing, Neighbour::Elsewhere),
-            Way::new("file", &file, Neighbour::Elsewhere),
+            DestinationRun::new("nothing", &nothing, RegistryProcess::Remote),
+            DestinationRun::new("file", &file, RegistryProcess::Remote),
         ];
         if let Some(upload) = self.upload {
-            ways.push(Way::new("registry", &upload.place, upload.neighbour));
+            ways.push(DestinationRun::new(
+                "registry",
+                &upload.place,
+                upload.registry_process,
+            ));
         }
         let mut reads: Vec<(usize, Rounds)> = self
             .threads()
             .into_iter()
             .map(|threads| (threads, Rounds::default()))
             .collect();
-        let mut tried: Vec<Tried> = Vec::new();
+        let mut tried: Vec<CodecRuns> = Vec::new();
         for setting in self.settings() {
             let runs = Vec::new;
-            tried.extend(self.threads().into_iter().map(|threads| Tried {
+            tried.extend(self.threads().into_iter().map(|threads| CodecRuns {
                 setting,
                 threads,
                 runs: runs(),
@@ -120,43 +124,44 @@ impl Bench<'_> {
         }
         let (mut scans, mut plans, mut hashes) =
             (Rounds::default(), Rounds::default(), Rounds::default());
-        let mut made: Vec<Made> = Vec::new();
+        let mut made: Vec<WorkerTimes> = Vec::new();
 
         for round in 1..=options.rounds {
-            let told =
-                |what: &str| (self.told)(&format!("round {round} of {}: {what}", options.rounds));
-            told("scan");
+            let progress = |what: &str| {
+                (self.progress)(&format!("round {round} of {}: {what}", options.rounds))
+            };
+            progress("scan");
             let clock = clock::Clock::start();
             let scan = self.source.scan(&options.rules, jobs, cancel)?;
             scans.add(clock.spent());
             let clock = clock::Clock::start();
             drop(Plan::new(Arc::new(scan), options.timestamp));
             plans.add(clock.spent());
-            told("read");
+            progress("read");
             for (threads, rounds) in &mut reads {
                 rounds.add(stages::read(plan, *threads, cancel)?);
             }
-            told("SHA-256");
+            progress("SHA-256");
             hashes.add(sample.hash());
             for tried in &mut tried {
                 let Setting { codec, level } = tried.setting;
-                told(&format!(
+                progress(&format!(
                     "{} {level}, threads: {}",
-                    advice::word(codec),
+                    advice::codec_name(codec),
                     tried.threads
                 ));
                 tried
                     .runs
                     .push(sample.compress(tried.setting, tried.threads, cancel)?);
             }
-            told("read and compress");
+            progress("read and compress");
             made.push(stages::make(plan, options.setting, jobs, cancel)?);
             let sent = made.last().map_or(0, |made| made.bytes);
             for way in &mut ways {
-                told(&format!("delivery alone, to: {}", way.to));
+                progress(&format!("delivery alone, to: {}", way.to));
                 way.deliver(&pieces, sent, cancel)?;
-                told(&format!("whole save, to: {}", way.to));
-                let how = How {
+                progress(&format!("whole save, to: {}", way.to));
+                let how = SaveOptions {
                     rules: &options.rules,
                     setting: options.setting,
                     jobs,
@@ -171,7 +176,8 @@ impl Bench<'_> {
         }
 
         let sha_per_byte = hashes.wall() / sample.bytes().max(1) as f64;
-        let of_made = |part: fn(&Made) -> f64| median(&made.iter().map(part).collect::<Vec<_>>());
+        let of_made =
+            |part: fn(&WorkerTimes) -> f64| median(&made.iter().map(part).collect::<Vec<_>>());
         let common = Costs {
             scan: scans.cpu(),
             plan: plans.cpu(),
@@ -181,7 +187,7 @@ impl Bench<'_> {
             hash_tar: sha_per_byte * tar_bytes as f64,
             ..Costs::default()
         };
-        let hands = Hands {
+        let resources = Resources {
             cores: self.cores,
             jobs,
             layers: 1,
@@ -193,11 +199,11 @@ impl Bench<'_> {
                     hash_compressed: sha_per_byte * way.sent_bytes as f64,
                     ..way.costs(common)
                 };
-                let hands = Hands {
+                let resources = Resources {
                     layers: way.layers,
-                    ..hands
+                    ..resources
                 };
-                let limit = Limit::of(&costs, hands);
+                let limit = Limit::of(&costs, resources);
                 let seconds = way.save.wall();
                 Save {
                     to: way.to,
@@ -282,7 +288,7 @@ impl Bench<'_> {
         let advice = advice::advise(
             &candidates.unwrap_or_default(),
             options.setting,
-            hands,
+            resources,
             tar_bytes,
         );
         Ok(Report {
@@ -380,13 +386,13 @@ impl Bench<'_> {
                     .to_owned(),
             );
         }
-        notes.push(match upload.neighbour {
-            Neighbour::Elsewhere => "The registry is on another machine: it takes none of these cores.".to_owned(),
-            Neighbour::Process(pid) => format!(
+        notes.push(match upload.registry_process {
+            RegistryProcess::Remote => "The registry is on another machine: it takes none of these cores.".to_owned(),
+            RegistryProcess::Local(pid) => format!(
                 "The registry (process {pid}) is on this machine: the processor time that it takes for an upload \
                  alone counts against these cores in the limit."
             ),
-            Neighbour::Unseen => "The registry is on this machine, but its process cannot be seen: what it takes of \
+            RegistryProcess::Unknown => "The registry is on this machine, but its process cannot be seen: what it takes of \
                                   these cores is not in the limit, which is too fast by that."
                 .to_owned(),
         });
@@ -398,12 +404,12 @@ impl Bench<'_> {
 /// first two digits of any figure.
 const CRC_SECONDS_PER_BYTE: f64 = 1e-10;
 
-impl<'a> Way<'a> {
-    fn new(to: &'static str, place: &'a Place, neighbour: Neighbour) -> Self {
+impl<'a> DestinationRun<'a> {
+    fn new(to: &'static str, place: &'a Sink, registry_process: RegistryProcess) -> Self {
         Self {
             to,
             place,
-            neighbour,
+            registry_process,
             deliver: Rounds::default(),
             registry_cpu: Vec::new(),
             save: Rounds::default(),
@@ -419,9 +425,9 @@ impl<'a> Way<'a> {
         bytes: u64,
         cancel: &CancellationToken,
     ) -> Result<(), Error> {
-        let before = self.neighbour.cpu();
+        let before = self.registry_process.cpu();
         let spent = stages::deliver(self.place, pieces, bytes, cancel)?;
-        let after = self.neighbour.cpu();
+        let after = self.registry_process.cpu();
         self.deliver.add(spent);
         self.registry_cpu.extend(
             before
@@ -451,7 +457,7 @@ fn percent(part: f64, whole: f64) -> f64 {
 }
 
 /// Merges one entry per setting and number of threads into one entry per setting.
-fn codecs(tried: &[Tried]) -> Vec<Codec> {
+fn codecs(tried: &[CodecRuns]) -> Vec<Codec> {
     let mut codecs: Vec<Codec> = Vec::new();
     for tried in tried {
         let of = |figure: fn(&Compressed) -> f64| {

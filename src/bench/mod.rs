@@ -9,7 +9,7 @@ pub(crate) mod advice;
 pub mod clock;
 pub(crate) mod limit;
 mod measure;
-mod neighbour;
+mod registry_process;
 pub(crate) mod report;
 pub mod stages;
 pub mod tree;
@@ -18,9 +18,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use neighbour::Neighbour;
+use registry_process::RegistryProcess;
 use report::{Report, Subject};
-use stages::{Place, Setting, Source};
+use stages::{Setting, Sink, Source};
 use tree::Tree;
 
 use measure::Bench;
@@ -73,7 +73,7 @@ impl Error {
 
 /// The tree to measure on.
 #[derive(Clone, Debug)]
-pub(crate) enum On {
+pub(crate) enum BenchTree {
     /// A container, as named by the user.
     Container(String),
     /// A directory.
@@ -86,7 +86,7 @@ pub(crate) enum On {
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     /// The tree to measure on.
-    pub(crate) on: On,
+    pub(crate) tree: BenchTree,
     /// Rules for the content of the layer.
     pub(crate) rules: Rules,
     /// Directory for the generated tree and the unnamed file.
@@ -103,18 +103,18 @@ pub(crate) struct Options {
     pub(crate) settings: Vec<Setting>,
     /// Times later than this are replaced by it.
     pub(crate) timestamp: Option<i64>,
-    /// Tar bytes after which whole saves begin another layer, see [`save::cut`].
+    /// Tar bytes after which whole saves begin another layer, see [`save::split_plan`].
     pub(crate) layer_size: Option<save::LayerSize>,
 }
 
-/// Runs the benchmark. `told` is called with a short description of each step.
+/// Runs the benchmark. `progress` is called with a short description of each step.
 pub(crate) fn run(
     options: &Options,
     roots: &Roots,
     cancel: &CancellationToken,
-    told: &dyn Fn(&str),
+    progress: &dyn Fn(&str),
 ) -> Result<Report, Error> {
-    let (source, kind, name, tree) = subject(options, roots, cancel, told)?;
+    let (source, kind, name, tree) = subject(options, roots, cancel, progress)?;
     let upload = options
         .registry
         .as_ref()
@@ -124,12 +124,12 @@ pub(crate) fn run(
         options,
         source,
         cancel,
-        told,
+        progress,
         cores: save::cores(),
         jobs: options.jobs.unwrap_or_else(save::cores),
         upload: upload.as_ref(),
     };
-    told("reading the tree once");
+    progress("reading the tree once");
     let scan = bench.source.scan(&options.rules, bench.jobs, cancel)?;
     let plan = Plan::new(Arc::new(scan), options.timestamp);
     if plan.is_empty() {
@@ -148,16 +148,16 @@ pub(crate) fn run(
     Ok(report)
 }
 
-type Found = (Source, &'static str, String, Option<Tree>);
+type ResolvedSubject = (Source, &'static str, String, Option<Tree>);
 
 fn subject(
     options: &Options,
     roots: &Roots,
     cancel: &CancellationToken,
-    told: &dyn Fn(&str),
-) -> Result<Found, Error> {
-    Ok(match &options.on {
-        On::Container(name) => {
+    progress: &dyn Fn(&str),
+) -> Result<ResolvedSubject, Error> {
+    Ok(match &options.tree {
+        BenchTree::Container(name) => {
             let container = container::find(roots, name).map_err(save::Error::from)?;
             let id = container.id.clone();
             (
@@ -167,7 +167,7 @@ fn subject(
                 None,
             )
         }
-        On::Directory(directory) => {
+        BenchTree::Directory(directory) => {
             let name = escape::text(&directory.display().to_string());
             (
                 Source::Directory(directory.clone()),
@@ -176,9 +176,9 @@ fn subject(
                 None,
             )
         }
-        On::Generated(bytes) => {
+        BenchTree::Generated(bytes) => {
             let tree = Tree::generate(&options.scratch, *bytes, cancel, &|done| {
-                told(&format!(
+                progress(&format!(
                     "making a tree: {} of {} MB",
                     done / 1_000_000,
                     bytes / 1_000_000
@@ -192,8 +192,8 @@ fn subject(
 
 /// A registry for test uploads.
 struct Upload {
-    place: Place,
-    neighbour: Neighbour,
+    place: Sink,
+    registry_process: RegistryProcess,
     // Last, because the requests of `place` run on it.
     _runtime: tokio::runtime::Runtime,
 }
@@ -210,8 +210,8 @@ impl Upload {
             .block_on(repository.check_push())
             .map_err(of_registry)?;
         Ok(Self {
-            place: Place::Registry(repository, runtime.handle().clone()),
-            neighbour: Neighbour::find(&to.host),
+            place: Sink::Registry(repository, runtime.handle().clone()),
+            registry_process: RegistryProcess::find(&to.host),
             _runtime: runtime,
         })
     }

@@ -14,11 +14,11 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::Error;
-use super::clock::{self, Clock, Spent};
+use super::clock::{self, Clock, Elapsed};
 use crate::common::cancel::Cancelled;
-use crate::layer::ahead::Ahead;
 use crate::layer::block::{self, Scratch};
 use crate::layer::codec::Codec;
+use crate::layer::read_ahead::ReadAhead;
 use crate::layer::scan::{self, Kind, Scan};
 use crate::layer::stream::BLOCK;
 use crate::layer::{self, Compression, Layer, Part, Plan};
@@ -91,7 +91,7 @@ impl Source {
 
 /// Runs `threads` workers, each with its own state, which take numbers below `count` until there are none left. Returns
 /// the result of `done` for each state.
-fn side_by_side<S, T: Send>(
+fn run_workers<S, T: Send>(
     threads: usize,
     count: u64,
     cancel: &CancellationToken,
@@ -130,7 +130,7 @@ fn blocks(plan: &Plan) -> u64 {
 
 /// Fills `tar` with block `number` of the tar.
 fn fill(
-    ahead: &Ahead<'_>,
+    ahead: &ReadAhead<'_>,
     number: u64,
     tar: &mut Vec<u8>,
     scratch: &mut Scratch,
@@ -147,10 +147,10 @@ pub(crate) fn read_first(
     plan: &Plan,
     threads: usize,
     cancel: &CancellationToken,
-) -> Result<Spent, Error> {
+) -> Result<Elapsed, Error> {
     let scan = plan.scan();
     let clock = Clock::start();
-    side_by_side(
+    run_workers(
         threads,
         scan.len() as u64,
         cancel,
@@ -158,7 +158,7 @@ pub(crate) fn read_first(
         |buffer, number| {
             let entry = &scan.entry(number as u32);
             let path = scan.path(number as u32);
-            let (root, path, ino) = match scan.elsewhere(entry) {
+            let (root, path, ino) = match scan.content_location(entry) {
                 Some(place) => (place.root, &place.path, place.ino),
                 None => (0, &path, entry.ino),
             };
@@ -184,10 +184,10 @@ pub(crate) fn read_first(
 }
 
 /// Produces the tar from the plan: files are read and headers written, but nothing is hashed or compressed.
-pub fn read(plan: &Plan, threads: usize, cancel: &CancellationToken) -> Result<Spent, Error> {
-    let ahead = Ahead::new(plan);
+pub fn read(plan: &Plan, threads: usize, cancel: &CancellationToken) -> Result<Elapsed, Error> {
+    let ahead = ReadAhead::new(plan);
     let clock = Clock::start();
-    side_by_side(
+    run_workers(
         threads,
         blocks(plan),
         cancel,
@@ -200,9 +200,9 @@ pub fn read(plan: &Plan, threads: usize, cancel: &CancellationToken) -> Result<S
 
 /// The time of the workers of a save, in total and by part.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Made {
+pub(crate) struct WorkerTimes {
     /// Total time.
-    pub(crate) spent: Spent,
+    pub(crate) spent: Elapsed,
     /// CPU time of reading, in seconds.
     pub(crate) read: f64,
     /// CPU time of the checksum, in seconds.
@@ -219,16 +219,16 @@ pub(crate) fn make(
     setting: Setting,
     threads: usize,
     cancel: &CancellationToken,
-) -> Result<Made, Error> {
+) -> Result<WorkerTimes, Error> {
     struct Worker {
         codec: Codec,
         tar: Vec<u8>,
         scratch: Scratch,
-        made: Made,
+        made: WorkerTimes,
     }
-    let ahead = Ahead::new(plan);
+    let ahead = ReadAhead::new(plan);
     let clock = Clock::start();
-    let parts = side_by_side(
+    let parts = run_workers(
         threads,
         blocks(plan),
         cancel,
@@ -236,21 +236,21 @@ pub(crate) fn make(
             codec: Codec::new(setting.codec, setting.level),
             tar: Vec::new(),
             scratch: Scratch::default(),
-            made: Made::default(),
+            made: WorkerTimes::default(),
         },
         |worker, number| {
-            let begun = clock::of_thread();
+            let begun = clock::thread_cpu_seconds();
             fill(&ahead, number, &mut worker.tar, &mut worker.scratch)?;
-            let read = clock::of_thread();
+            let read = clock::thread_cpu_seconds();
             if setting.codec == Compression::Gzip {
                 std::hint::black_box(crc32fast::hash(&worker.tar));
             }
-            let summed = clock::of_thread();
+            let summed = clock::thread_cpu_seconds();
             let bytes = compressed_size(&mut worker.codec, &worker.tar);
             let made = &mut worker.made;
             made.read += read - begun;
             made.checksum += summed - read;
-            made.compress += clock::of_thread() - summed;
+            made.compress += clock::thread_cpu_seconds() - summed;
             made.bytes += bytes;
             Ok(())
         },
@@ -258,11 +258,11 @@ pub(crate) fn make(
     )?;
     let spent = clock.spent();
     Ok(parts.iter().fold(
-        Made {
+        WorkerTimes {
             spent,
-            ..Made::default()
+            ..WorkerTimes::default()
         },
-        |sum, part| Made {
+        |sum, part| WorkerTimes {
             read: sum.read + part.read,
             checksum: sum.checksum + part.checksum,
             compress: sum.compress + part.compress,
@@ -287,7 +287,7 @@ impl Sample {
     /// Takes a sample of at most `most` bytes, but at least one block.
     pub fn new(plan: &Plan, most: u64, cancel: &CancellationToken) -> Result<Self, Error> {
         let all = blocks(plan);
-        let ahead = Ahead::new(plan);
+        let ahead = ReadAhead::new(plan);
         let taken = (most / BLOCK).clamp(1, all.max(1));
         let mut scratch = Scratch::default();
         let mut sample = Vec::new();
@@ -310,7 +310,7 @@ impl Sample {
     }
 
     /// Computes SHA-256 over the sample on this thread.
-    pub fn hash(&self) -> Spent {
+    pub fn hash(&self) -> Elapsed {
         let clock = Clock::start();
         let mut hash = Sha256::new();
         for block in &self.blocks {
@@ -329,11 +329,13 @@ impl Sample {
     ) -> Result<Compressed, Error> {
         /// Minimum number of blocks per thread. With fewer, the result would be dominated by the wait for the last
         /// thread.
-        const EACH: u64 = 4;
+        const BLOCKS_PER_THREAD: u64 = 4;
         let once = self.blocks.len() as u64;
-        let turns = (EACH * threads as u64).div_ceil(once.max(1)).max(1);
+        let turns = (BLOCKS_PER_THREAD * threads as u64)
+            .div_ceil(once.max(1))
+            .max(1);
         let clock = Clock::start();
-        let sizes = side_by_side(
+        let sizes = run_workers(
             threads,
             turns * once,
             cancel,
@@ -371,7 +373,7 @@ impl Sample {
 #[derive(Clone, Copy, Debug)]
 pub struct Compressed {
     /// Time spent.
-    pub spent: Spent,
+    pub spent: Elapsed,
     /// Uncompressed bytes.
     pub bytes_in: u64,
     /// Compressed bytes.
@@ -380,7 +382,7 @@ pub struct Compressed {
 
 /// A destination for data.
 #[derive(Clone)]
-pub enum Place {
+pub enum Sink {
     /// Discards the data.
     Nothing,
     /// Writes to an unnamed file in this directory, which is deleted when it is closed.
@@ -389,45 +391,45 @@ pub enum Place {
     Registry(Repository, tokio::runtime::Handle),
 }
 
-/// A delivery in progress to a [`Place`].
-pub(crate) enum Delivery {
-    /// See [`Place::Nothing`].
+/// A delivery in progress to a [`Sink`].
+pub(crate) enum OpenSink {
+    /// See [`Sink::Nothing`].
     Nothing,
-    /// See [`Place::File`].
+    /// See [`Sink::File`].
     File(File, PathBuf),
-    /// See [`Place::Registry`].
+    /// See [`Sink::Registry`].
     Registry(Box<Writer>, tokio::runtime::Handle),
 }
 
-impl Place {
+impl Sink {
     /// Starts a delivery.
-    pub(crate) fn begin(&self) -> Result<Delivery, Error> {
+    pub(crate) fn begin(&self) -> Result<OpenSink, Error> {
         Ok(match self {
-            Self::Nothing => Delivery::Nothing,
+            Self::Nothing => OpenSink::Nothing,
             Self::File(directory) => {
                 let file = tempfile::tempfile_in(directory).map_err(Error::io(directory))?;
-                Delivery::File(file, directory.clone())
+                OpenSink::File(file, directory.clone())
             }
             Self::Registry(repository, handle) => {
                 let writer = repository.begin_blob(handle.clone());
-                Delivery::Registry(Box::new(writer), handle.clone())
+                OpenSink::Registry(Box::new(writer), handle.clone())
             }
         })
     }
 }
 
-impl Delivery {
+impl OpenSink {
     /// Writes bytes. For threads, not for async tasks.
     pub(crate) fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
         match self {
             Self::Nothing => Ok(()),
             Self::File(file, directory) => file.write_all(&bytes).map_err(Error::io(directory)),
-            Self::Registry(writer, _) => writer.write(bytes).map_err(of_registry),
+            Self::Registry(writer, _) => writer.write(bytes).map_err(registry_error),
         }
     }
 
     /// Cancels an upload and waits until the registry has been notified.
-    fn give_up(self) {
+    fn abort(self) {
         if let Self::Registry(writer, handle) = self {
             handle.block_on(writer.abort());
         }
@@ -441,24 +443,24 @@ impl Delivery {
                 file.sync_all().map_err(Error::io(&directory))?;
                 Ok(Instant::now())
             }
-            Self::Registry(writer, handle) => {
-                handle.block_on(writer.rehearse()).map_err(of_registry)
-            }
+            Self::Registry(writer, handle) => handle
+                .block_on(writer.finish_without_blob())
+                .map_err(registry_error),
         }
     }
 }
 
-fn of_registry(error: crate::store::registry::Error) -> Error {
+fn registry_error(error: crate::store::registry::Error) -> Error {
     save::Error::from(destination::Error::from(error)).into()
 }
 
 /// Delivers `bytes` bytes by repeating `pieces`. Nothing is read, hashed or compressed.
 pub(crate) fn deliver(
-    place: &Place,
+    place: &Sink,
     pieces: &[Bytes],
     bytes: u64,
     cancel: &CancellationToken,
-) -> Result<Spent, Error> {
+) -> Result<Elapsed, Error> {
     let clock = Clock::start();
     let mut delivery = place.begin()?;
     let mut left = bytes;
@@ -473,7 +475,7 @@ pub(crate) fn deliver(
         Ok(())
     };
     if let Err(error) = next() {
-        delivery.give_up();
+        delivery.abort();
         return Err(error);
     }
     let end = delivery.end()?;
@@ -482,7 +484,7 @@ pub(crate) fn deliver(
 
 /// Options of a whole save.
 #[derive(Clone, Copy, Debug)]
-pub struct How<'a> {
+pub struct SaveOptions<'a> {
     /// Rules for the content of the layer.
     pub rules: &'a Rules,
     /// Codec and level.
@@ -491,7 +493,7 @@ pub struct How<'a> {
     pub jobs: usize,
     /// Times later than this are replaced by it.
     pub timestamp: Option<i64>,
-    /// Tar bytes after which another layer begins, see [`save::cut`].
+    /// Tar bytes after which another layer begins, see [`save::split_plan`].
     pub layer_size: Option<save::LayerSize>,
 }
 
@@ -499,7 +501,7 @@ pub struct How<'a> {
 #[derive(Clone, Debug)]
 pub struct Saved {
     /// Time spent.
-    pub spent: Spent,
+    pub spent: Elapsed,
     /// Layers, bottom first.
     pub layers: Vec<Layer>,
 }
@@ -507,13 +509,13 @@ pub struct Saved {
 /// Runs a whole save: scan, plan, stream, deliver.
 pub fn save(
     source: &Source,
-    how: How<'_>,
-    place: &Place,
+    how: SaveOptions<'_>,
+    place: &Sink,
     cancel: &CancellationToken,
 ) -> Result<Saved, Error> {
     let clock = Clock::start();
     let scan = source.scan(how.rules, how.jobs, cancel)?;
-    let plans = save::cut(Plan::new(Arc::new(scan), how.timestamp), how.layer_size);
+    let plans = save::split_plan(Plan::new(Arc::new(scan), how.timestamp), how.layer_size);
     let mut deliveries = plans
         .iter()
         .map(|_| place.begin())
@@ -535,8 +537,8 @@ pub fn save(
     let layers = match made.into_iter().collect::<Result<Vec<_>, _>>() {
         Ok(layers) => layers,
         Err(error) => {
-            deliveries.into_iter().for_each(Delivery::give_up);
-            return Err(of_layer(error));
+            deliveries.into_iter().for_each(OpenSink::abort);
+            return Err(layer_error(error));
         }
     };
     let mut end = Instant::now();
@@ -548,7 +550,7 @@ pub fn save(
 }
 
 /// Unwraps an error of the sink.
-fn of_layer(error: layer::Error) -> Error {
+fn layer_error(error: layer::Error) -> Error {
     match error {
         layer::Error::Sink(source) => match source.downcast::<Error>() {
             Ok(own) => *own,

@@ -18,7 +18,7 @@ use super::Error;
 use crate::common::cancel::Cancelled;
 
 /// Modification time of all files, which contributes to the tar being identical everywhere.
-const WRITTEN: Duration = Duration::from_secs(1_700_000_000);
+const MTIME: Duration = Duration::from_secs(1_700_000_000);
 /// Number of Python files in a package (and as many compiled ones), distributed over [`PARTS`] directories.
 const MODULES: usize = 28;
 const PARTS: usize = 5;
@@ -30,13 +30,13 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// Writes at least `bytes` of content to a new directory in `place`. `told` is called with the number of bytes
+    /// Writes at least `bytes` of content to a new directory in `place`. `progress` is called with the number of bytes
     /// written so far.
     pub fn generate(
         place: &Path,
         bytes: u64,
         cancel: &CancellationToken,
-        told: &dyn Fn(u64),
+        progress: &dyn Fn(u64),
     ) -> Result<Self, Error> {
         let dir = tempfile::Builder::new()
             .prefix("upperdeck-bench-")
@@ -47,8 +47,8 @@ impl Tree {
             cancel,
             left: bytes,
             buffer: Vec::new(),
-            words: words(&mut Numbers(7)),
-            forms: forms(&mut Numbers(11)),
+            words: words(&mut Rng(7)),
+            forms: forms(&mut Rng(11)),
         };
         let site = path.join("opt/session/lib/python3.13/site-packages");
         fs::create_dir_all(&site).map_err(Error::io(&site))?;
@@ -57,7 +57,7 @@ impl Tree {
                 break;
             }
             writer.package(&site, number)?;
-            told(bytes - writer.left);
+            progress(bytes - writer.left);
         }
         settle(&path)?;
         Ok(Self { dir, path })
@@ -83,7 +83,7 @@ fn settle(root: &Path) -> Result<(), Error> {
             let set = |path: &Path| -> io::Result<()> {
                 let dir = File::open(path)?;
                 dir.set_permissions(Permissions::from_mode(0o755))?;
-                dir.set_modified(SystemTime::UNIX_EPOCH + WRITTEN)
+                dir.set_modified(SystemTime::UNIX_EPOCH + MTIME)
             };
             set(entry.path()).map_err(Error::io(entry.path()))?;
         }
@@ -92,9 +92,9 @@ fn settle(root: &Path) -> Result<(), Error> {
 }
 
 /// Sebastiano Vigna's splitmix64. The output of a general-purpose generator may change with its version.
-struct Numbers(u64);
+struct Rng(u64);
 
-impl Numbers {
+impl Rng {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -108,21 +108,21 @@ impl Numbers {
     }
 
     /// Returns small numbers much more often than large ones, like the frequencies of words in a text.
-    fn few(&mut self, n: usize) -> usize {
+    fn skewed(&mut self, n: usize) -> usize {
         let (a, b) = (self.below(n), self.below(n));
         a * b / n
     }
 }
 
 /// Generates names like those in source code.
-fn words(numbers: &mut Numbers) -> Vec<Vec<u8>> {
+fn words(numbers: &mut Rng) -> Vec<Vec<u8>> {
     const SYLLABLES: [&str; 24] = [
         "ar", "ray", "in", "dex", "val", "ue", "con", "fig", "frame", "self", "get", "set", "the",
         "of", "re", "turn", "name", "type", "data", "len", "ob", "ject", "key", "path",
     ];
     (0..3000)
         .map(|_| {
-            let parts = 1 + numbers.few(4);
+            let parts = 1 + numbers.skewed(4);
             (0..=parts)
                 .flat_map(|_| SYLLABLES[numbers.below(SYLLABLES.len())].bytes())
                 .collect()
@@ -131,7 +131,7 @@ fn words(numbers: &mut Numbers) -> Vec<Vec<u8>> {
 }
 
 /// Generates instruction forms, because machine code consists of few forms with changing operands.
-fn forms(numbers: &mut Numbers) -> Vec<[u8; 6]> {
+fn forms(numbers: &mut Rng) -> Vec<[u8; 6]> {
     (0..400)
         .map(|_| {
             let bytes = numbers.next().to_le_bytes();
@@ -169,7 +169,7 @@ impl Writer<'_> {
     fn package(&mut self, site: &Path, number: u64) -> Result<(), Error> {
         const MODULE_KB: [usize; 8] = [1, 2, 3, 5, 8, 16, 32, 64];
         const OBJECT_KB: [usize; 4] = [60, 200, 400, 2080];
-        let mut numbers = Numbers(number);
+        let mut numbers = Rng(number);
         let root = site.join(format!("package{number:04}"));
         for part in 0..PARTS {
             let dir = root.join(format!("part{part}/__pycache__"));
@@ -225,7 +225,7 @@ impl Writer<'_> {
         let write = || -> io::Result<()> {
             symlink("_core.cpython-313-x86_64-linux-gnu.so", &link)?;
             let time = Timespec {
-                tv_sec: WRITTEN.as_secs().cast_signed(),
+                tv_sec: MTIME.as_secs().cast_signed(),
                 tv_nsec: 0,
             };
             let times = Timestamps {
@@ -240,7 +240,7 @@ impl Writer<'_> {
     fn file(
         &mut self,
         path: &Path,
-        numbers: &mut Numbers,
+        numbers: &mut Rng,
         bytes: usize,
         content: Content,
     ) -> Result<(), Error> {
@@ -253,7 +253,7 @@ impl Writer<'_> {
             Content::Python => self.python(numbers, bytes),
             Content::Compiled => self.compiled(numbers, bytes),
             Content::Code => self.code(numbers, bytes),
-            Content::Noise => self.noise(numbers, bytes),
+            Content::Noise => self.random_bytes(numbers, bytes),
         }
         self.buffer.truncate(bytes);
         self.left = self.left.saturating_sub(bytes as u64);
@@ -261,23 +261,23 @@ impl Writer<'_> {
             let mut file = File::create_new(path)?;
             file.write_all(&self.buffer)?;
             file.set_permissions(Permissions::from_mode(0o644))?;
-            file.set_modified(SystemTime::UNIX_EPOCH + WRITTEN)
+            file.set_modified(SystemTime::UNIX_EPOCH + MTIME)
         };
         write().map_err(Error::io(path))
     }
 
     /// Appends lines of code, many of which are similar to one shortly before.
-    fn python(&mut self, numbers: &mut Numbers, bytes: usize) {
+    fn python(&mut self, numbers: &mut Rng, bytes: usize) {
         let local: Vec<usize> = (0..60).map(|_| numbers.below(self.words.len())).collect();
         let mut lines: Vec<(usize, usize)> = Vec::new();
         while self.buffer.len() < bytes {
             let start = self.buffer.len();
             if lines.len() > 8 && numbers.below(100) < 24 {
-                let (from, to) = lines[lines.len() - 1 - numbers.few(lines.len().min(60))];
+                let (from, to) = lines[lines.len() - 1 - numbers.skewed(lines.len().min(60))];
                 self.buffer.extend_from_within(from..to);
                 // One word is replaced by another.
                 let at = start + numbers.below(to - from);
-                let word = &self.words[local[numbers.few(60)]];
+                let word = &self.words[local[numbers.skewed(60)]];
                 let end = (at + word.len()).min(self.buffer.len() - 1);
                 if at < end {
                     self.buffer[at..end].copy_from_slice(&word[..end - at]);
@@ -286,12 +286,12 @@ impl Writer<'_> {
                 self.buffer.resize(start + 4 * numbers.below(4), b' ');
                 for _ in 0..3 + numbers.below(6) {
                     let word = if numbers.below(5) == 0 {
-                        numbers.few(self.words.len())
+                        numbers.skewed(self.words.len())
                     } else {
-                        local[numbers.few(60)]
+                        local[numbers.skewed(60)]
                     };
                     self.buffer.extend_from_slice(&self.words[word]);
-                    let joint: &[u8] = match numbers.few(8) {
+                    let joint: &[u8] = match numbers.skewed(8) {
                         0 => b" ",
                         1 => b".",
                         2 => b", ",
@@ -310,19 +310,19 @@ impl Writer<'_> {
     }
 
     /// Appends byte code with interspersed constants.
-    fn compiled(&mut self, numbers: &mut Numbers, bytes: usize) {
+    fn compiled(&mut self, numbers: &mut Rng, bytes: usize) {
         while self.buffer.len() < bytes {
-            self.again(numbers, 2);
+            self.repeat_recent(numbers, 2);
             for _ in 0..20 + numbers.below(60) {
-                let operand = numbers.few(16) as u8;
+                let operand = numbers.skewed(16) as u8;
                 self.buffer
-                    .extend_from_slice(&[(numbers.few(40) * 3) as u8, operand]);
+                    .extend_from_slice(&[(numbers.skewed(40) * 3) as u8, operand]);
                 if numbers.below(4) == 0 {
                     self.buffer.extend_from_slice(&[0; 6]);
                 }
             }
             for _ in 0..4 + numbers.below(10) {
-                let word = &self.words[numbers.few(self.words.len())];
+                let word = &self.words[numbers.skewed(self.words.len())];
                 self.buffer.extend_from_slice(&[0xda, word.len() as u8]);
                 self.buffer.extend_from_slice(word);
             }
@@ -330,15 +330,16 @@ impl Writer<'_> {
     }
 
     /// Appends machine code, then tables.
-    fn code(&mut self, numbers: &mut Numbers, bytes: usize) {
+    fn code(&mut self, numbers: &mut Rng, bytes: usize) {
         let mut address = 0x1000_u64;
         while self.buffer.len() < bytes {
             for _ in 0..400 {
                 if numbers.below(7) == 0 {
-                    self.again(numbers, 1);
+                    self.repeat_recent(numbers, 1);
                 }
-                let form = self.forms[numbers.few(400)];
-                self.buffer.extend_from_slice(&form[..3 + numbers.few(4)]);
+                let form = self.forms[numbers.skewed(400)];
+                self.buffer
+                    .extend_from_slice(&form[..3 + numbers.skewed(4)]);
                 if numbers.below(5) == 0 {
                     let operand = (numbers.next() as u16).to_le_bytes();
                     self.buffer
@@ -346,18 +347,18 @@ impl Writer<'_> {
                 }
             }
             for _ in 0..numbers.below(60) {
-                address += 8 * (1 + numbers.few(12) as u64);
+                address += 8 * (1 + numbers.skewed(12) as u64);
                 self.buffer.extend_from_slice(&address.to_le_bytes());
             }
         }
     }
 
     /// Repeats sequences from shortly before, as compilers do.
-    fn again(&mut self, numbers: &mut Numbers, stretches: usize) {
+    fn repeat_recent(&mut self, numbers: &mut Rng, stretches: usize) {
         const FAR: usize = 16 << 10;
         for _ in 0..stretches {
-            let length = 20 + numbers.few(120);
-            let back = length + numbers.few(FAR);
+            let length = 20 + numbers.skewed(120);
+            let back = length + numbers.skewed(FAR);
             if let Some(from) = self.buffer.len().checked_sub(back) {
                 self.buffer.extend_from_within(from..from + length);
             }
@@ -365,7 +366,7 @@ impl Writer<'_> {
     }
 
     /// Appends incompressible data.
-    fn noise(&mut self, numbers: &mut Numbers, bytes: usize) {
+    fn random_bytes(&mut self, numbers: &mut Rng, bytes: usize) {
         while self.buffer.len() < bytes {
             self.buffer.extend_from_slice(&numbers.next().to_le_bytes());
         }

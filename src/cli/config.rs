@@ -20,11 +20,11 @@ const VERBS: [&str; 3] = ["manager", "agent", "up"];
 /// The verb that uses the settings of the verb it checks.
 const DOCTOR: &str = "doctor";
 /// Default file, which is read if `--config` is not given and the file exists.
-const USUAL: &str = "/etc/upperdeck/upperdeck.toml";
+const DEFAULT_FILE: &str = "/etc/upperdeck/upperdeck.toml";
 /// Maximum size of a settings file, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 /// Flags that are not settings.
-const NO_SETTINGS: [&str; 9] = [
+const NOT_CONFIGURABLE: [&str; 9] = [
     "config",
     "print-config",
     "help",
@@ -81,7 +81,7 @@ pub(super) fn command() -> Command {
 
 fn with_environment(arg: Arg) -> Arg {
     match arg.get_long() {
-        Some(long) if arg.get_env().is_none() && !NO_SETTINGS.contains(&long) => {
+        Some(long) if arg.get_env().is_none() && !NOT_CONFIGURABLE.contains(&long) => {
             let variable = format!("UPPERDECK_{}", long.to_uppercase().replace('-', "_"));
             arg.env(variable).hide_env_values(true)
         }
@@ -169,7 +169,7 @@ fn descriptors(matches: &ArgMatches) -> Vec<u32> {
             found.extend(if id.as_str().ends_with("_fd") {
                 value.parse().ok()
             } else {
-                confine::descriptor_named_by(value)
+                confine::descriptor_from_path(value)
             });
         }
     }
@@ -202,7 +202,7 @@ fn in_file(file: &Path, reason: &str) -> Error {
 fn read(named: Option<&PathBuf>) -> Result<Option<(PathBuf, Table)>, Error> {
     let file = match named {
         Some(file) => file.clone(),
-        None if Path::new(USUAL).exists() => USUAL.into(),
+        None if Path::new(DEFAULT_FILE).exists() => DEFAULT_FILE.into(),
         None => return Ok(None),
     };
     let cannot = |reason: String| in_file(&file, &reason);
@@ -235,7 +235,7 @@ fn flag_of<'a>(command: &'a Command, verb: &str, key: &str) -> Option<&'a Arg> {
     command
         .find_subcommand(verb)?
         .get_arguments()
-        .find(|arg| arg.get_long() == Some(&long) && !NO_SETTINGS.contains(&long.as_str()))
+        .find(|arg| arg.get_long() == Some(&long) && !NOT_CONFIGURABLE.contains(&long.as_str()))
 }
 
 /// Returns the settings for `verb` (`commit` has none). Fails with a text that names the invalid key, even if the key
@@ -351,7 +351,7 @@ fn printed(
         let (Some(long), id) = (arg.get_long(), arg.get_id().as_str()) else {
             continue;
         };
-        if NO_SETTINGS.contains(&long) {
+        if NOT_CONFIGURABLE.contains(&long) {
             continue;
         }
         let key = long.replace('-', "_");

@@ -10,9 +10,10 @@ use super::print::print;
 use super::text::{self, Align};
 use super::{options, signals};
 use crate::common::cancel::Cancelled;
-use crate::store::harbor::Room;
+use crate::store::harbor::QuotaUsage;
 use crate::store::images::{
-    Error, ImageEntry, Images, Listed, Place, Query, Removed, RepositoryEntry, Which,
+    Error, ImageEntry, ImageLocation, ImageSelector, Images, Listed, Query, Removed,
+    RepositoryEntry,
 };
 
 /// Length of a shortened digest in a table.
@@ -24,14 +25,14 @@ struct ListView {
     page: u32,
     page_size: u32,
     total: u64,
-    quota: Option<Room>,
+    quota: Option<QuotaUsage>,
     #[serde(flatten)]
-    what: What,
+    what: Listing,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
-enum What {
+enum Listing {
     Repositories(Vec<RepositoryEntry>),
     Images(Vec<ImageEntry>),
 }
@@ -43,7 +44,7 @@ pub(super) fn ls(args: &ImageLs) -> anyhow::Result<()> {
         #[cfg(not(feature = "service"))]
         return Err(Usage("name the place: HOST/REPOSITORY or oci:DIRECTORY".to_owned()).into());
     };
-    let place: Place = place.parse()?;
+    let place: ImageLocation = place.parse()?;
     let query = Query {
         search: args.search.clone(),
         sort: args.sort,
@@ -56,19 +57,23 @@ pub(super) fn ls(args: &ImageLs) -> anyhow::Result<()> {
     print(args.format, &view, |view| table(view, args.no_trunc))
 }
 
-async fn list(images: &dyn Images, place: &Place, query: &Query) -> Result<ListView, Error> {
-    let (path, which) = place.inside();
+async fn list(
+    images: &dyn Images,
+    place: &ImageLocation,
+    query: &Query,
+) -> Result<ListView, Error> {
+    let (path, which) = place.path_and_image();
     let mut query = query.clone();
-    if let Some(Which::Tag(tag)) = which {
+    if let Some(ImageSelector::Tag(tag)) = which {
         query.search.get_or_insert_with(|| tag.clone());
     }
     let (what, total) = if images.is_group(path) {
         repositories(images, path, &query).await?
     } else {
         match images.images(path, &query).await {
-            Ok(Listed { items, total }) => (What::Images(items), total),
+            Ok(Listed { items, total }) => (Listing::Images(items), total),
             // A plain registry has no projects, so a path that is not a repository may be a prefix of some.
-            Err(missing @ Error::NotThere(_)) => {
+            Err(missing @ Error::NotFound(_)) => {
                 match repositories(images, &format!("{path}/"), &query).await {
                     Ok((what, total)) if total > 0 => (what, total),
                     _ => return Err(missing),
@@ -81,7 +86,7 @@ async fn list(images: &dyn Images, place: &Place, query: &Query) -> Result<ListV
         page: query.page,
         page_size: query.page_size,
         total,
-        quota: images.room(path).await?,
+        quota: images.quota_usage(path).await?,
         what,
     })
 }
@@ -90,16 +95,16 @@ async fn repositories(
     images: &dyn Images,
     path: &str,
     query: &Query,
-) -> Result<(What, u64), Error> {
+) -> Result<(Listing, u64), Error> {
     let Listed { items, total } = images.repositories(path, query).await?;
-    Ok((What::Repositories(items), total))
+    Ok((Listing::Repositories(items), total))
 }
 
 fn table(view: &ListView, no_trunc: bool) -> String {
     let or_dash = |text: Option<&str>| text.unwrap_or("-").to_owned();
     let number = |n: Option<u64>| n.map_or_else(|| "-".to_owned(), |n| n.to_string());
     let (mut out, shown) = match &view.what {
-        What::Repositories(found) => {
+        Listing::Repositories(found) => {
             let header = [
                 ("REPOSITORY", Align::Left),
                 ("IMAGES", Align::Right),
@@ -116,7 +121,7 @@ fn table(view: &ListView, no_trunc: bool) -> String {
             });
             (text::table(&header, &rows.collect::<Vec<_>>()), found.len())
         }
-        What::Images(found) => {
+        Listing::Images(found) => {
             let header = [
                 ("TAG", Align::Left),
                 ("DIGEST", Align::Left),
@@ -190,8 +195,8 @@ pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
         .into());
     }
     let places = args.images.iter().map(|image| {
-        let place: Place = image.parse()?;
-        match place.inside() {
+        let place: ImageLocation = image.parse()?;
+        match place.path_and_image() {
             (_, Some(_)) => Ok((image, place)),
             _ => Err(Error::Place {
                 text: image.clone(),
@@ -205,9 +210,9 @@ pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
     let mut failure = None;
     for (image, place) in places {
         let removed = run(&args.registry, &place, async |images| {
-            match place.inside() {
+            match place.path_and_image() {
                 (path, Some(which)) => images.remove(path, which, args.all_tags).await,
-                _ => Err(Error::NotThere(image.clone())),
+                _ => Err(Error::NotFound(image.clone())),
             }
         });
         match removed {
@@ -258,12 +263,12 @@ fn removed_text(views: &[RemovedView]) -> String {
 /// Opens the place and runs `work` on it until a signal cancels.
 fn run<T>(
     registry: &super::args::Registry,
-    place: &Place,
+    place: &ImageLocation,
     work: impl AsyncFnOnce(&dyn Images) -> Result<T, Error>,
 ) -> anyhow::Result<T> {
     let host = match place {
-        Place::Registry { host, .. } => Some(host.clone()),
-        Place::Layout { .. } => None,
+        ImageLocation::Registry { host, .. } => Some(host.clone()),
+        ImageLocation::Layout { .. } => None,
     };
     let registries = options::registries(registry, host)?;
     let cancel = CancellationToken::new();

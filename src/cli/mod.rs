@@ -58,7 +58,7 @@ pub fn main() -> ExitCode {
         Err(error)
             if error
                 .downcast_ref::<Stdout>()
-                .is_some_and(Stdout::reader_is_gone) =>
+                .is_some_and(Stdout::is_broken_pipe) =>
         {
             Exit::Saved.into()
         }
@@ -88,7 +88,7 @@ fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
         {
             // The watchdog has to be started before privileges are dropped. A failure is reported when the freeze needs
             // it.
-            watchdog = crate::node::freeze::stand_by().ok();
+            watchdog = crate::node::freeze::start_standby().ok();
         }
         // Before the first thread is created, so that all threads inherit the reduced privileges.
         confine::apply(role);
@@ -102,7 +102,7 @@ fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
 /// data.
 fn role(verb: &Verb) -> Option<Role> {
     Some(match verb {
-        Verb::Ps(_) | Verb::Inspect(_) | Verb::Diff(_) => Role::Look,
+        Verb::Ps(_) | Verb::Inspect(_) | Verb::Diff(_) => Role::Inspect,
         Verb::Layer(_) => Role::Layer,
         Verb::Commit(_) | Verb::Bench(_) => Role::Commit,
         #[cfg(feature = "service")]
@@ -164,7 +164,7 @@ fn start_log(global: &Global) -> Result<(), Usage> {
 struct Stdout(#[source] io::Error);
 
 impl Stdout {
-    fn reader_is_gone(&self) -> bool {
+    fn is_broken_pipe(&self) -> bool {
         self.0.kind() == io::ErrorKind::BrokenPipe
     }
 }

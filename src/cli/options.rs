@@ -168,7 +168,7 @@ pub(super) fn background(
         return Some(Background::enter(host_root, bound.as_ref(), floor));
     }
     if let Some(bound) = &bound {
-        Background::bound_only(host_root, bound);
+        Background::limit_memory(host_root, bound);
     }
     None
 }
@@ -188,7 +188,7 @@ fn gate(fd: u32, cancel: &CancellationToken) -> anyhow::Result<Gate> {
 }
 
 /// Codecs and levels that `bench` measures by default, from fast to small. Slower levels are not practical for a save.
-const USUAL: [(Compression, u32); 8] = [
+const BENCH_LEVELS: [(Compression, u32); 8] = [
     (Compression::Gzip, 1),
     (Compression::Gzip, 2),
     (Compression::Gzip, 3),
@@ -215,19 +215,19 @@ pub(super) fn bench(args: args::Bench) -> anyhow::Result<bench::Options> {
         None => None,
     };
     let settings = if args.codec.is_empty() {
-        USUAL
+        BENCH_LEVELS
             .map(|(codec, level)| Setting { codec, level })
             .to_vec()
     } else {
         args.codec
     };
     let on = match (args.container, args.directory) {
-        (Some(container), _) => bench::On::Container(container),
-        (None, Some(directory)) => bench::On::Directory(directory),
-        (None, None) => bench::On::Generated(args.size),
+        (Some(container), _) => bench::BenchTree::Container(container),
+        (None, Some(directory)) => bench::BenchTree::Directory(directory),
+        (None, None) => bench::BenchTree::Generated(args.size),
     };
     Ok(bench::Options {
-        on,
+        tree: on,
         rules: rules(&args.content.choice),
         scratch: args.scratch.unwrap_or_else(std::env::temp_dir),
         registry,
@@ -253,7 +253,7 @@ fn access(
         tls_verify: registry.tls_verify,
         cert_dir: registry.cert_dir.clone(),
         host,
-        deadline: registry.deadline.unwrap_or(registry::DEADLINE),
+        deadline: registry.deadline.unwrap_or(registry::DEFAULT_DEADLINE),
         ..registry::Access::default()
     }
 }

@@ -11,9 +11,9 @@ use crate::common::escape::text as escaped;
 use crate::save::event::{EVENT_VERSION, Event, Observer, Phase};
 
 /// Minimum interval between JSON lines about bytes.
-const JSON_EVERY: Duration = Duration::from_millis(100);
+const JSON_INTERVAL: Duration = Duration::from_millis(100);
 /// Minimum interval between plain lines about bytes.
-const LINE_EVERY: Duration = Duration::from_secs(10);
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// `--progress`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -31,14 +31,14 @@ pub(crate) enum Mode {
 /// Returns the observer for a mode. `quiet` suppresses all output. `verbose` means that log lines share the terminal.
 pub(super) fn observer(mode: Mode, quiet: bool, verbose: bool) -> Box<dyn Observer> {
     match mode {
-        Mode::Json => Box::new(Json::new(io::stdout(), JSON_EVERY)),
+        Mode::Json => Box::new(Json::new(io::stdout(), JSON_INTERVAL)),
         _ if quiet => Box::new(()),
         Mode::None => Box::new(Lines::new(io::stderr(), None)),
         // Without a terminal, indicatif would drop the warnings. Log lines would break up the bar.
         Mode::Auto | Mode::Bar
             if !io::stderr().is_terminal() || (verbose && mode == Mode::Auto) =>
         {
-            Box::new(Lines::new(io::stderr(), Some(LINE_EVERY)))
+            Box::new(Lines::new(io::stderr(), Some(LINE_INTERVAL)))
         }
         Mode::Auto | Mode::Bar => Box::new(Bar::new()),
     }
@@ -57,7 +57,7 @@ impl StatusLine {
         }))
     }
 
-    pub(super) fn say(&self, what: &str) {
+    pub(super) fn show(&self, what: &str) {
         if let Some(line) = &self.0 {
             line.set_message(what.to_owned());
         }
@@ -94,7 +94,7 @@ fn warning_text(code: &str, message: &str) -> String {
 }
 
 /// Calls `use_it` on the value of a mutex, even if another thread panicked with the lock held.
-fn with<T, R>(mutex: &Mutex<T>, use_it: impl FnOnce(&mut T) -> R) -> R {
+fn with_lock<T, R>(mutex: &Mutex<T>, use_it: impl FnOnce(&mut T) -> R) -> R {
     use_it(&mut mutex.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
@@ -138,7 +138,7 @@ fn json_line(event: &Event, time: jiff::Timestamp) -> serde_json::Result<String>
 
 impl<W: Write + Send> Observer for Json<W> {
     fn event(&self, event: Event) {
-        with(&self.state, |state| {
+        with_lock(&self.state, |state| {
             let frequent = match event {
                 Event::Progress {
                     bytes_done,
@@ -191,7 +191,7 @@ impl<W: Write + Send> Lines<W> {
 
 impl<W: Write + Send> Observer for Lines<W> {
     fn event(&self, event: Event) {
-        with(&self.state, |state| {
+        with_lock(&self.state, |state| {
             let line = match (event, self.every) {
                 (Event::Warning { code, message }, _) => warning_text(&code, &message),
                 (Event::Queued { place }, Some(_)) => queued_text(place),
@@ -266,7 +266,7 @@ impl Bar {
         }
     }
 
-    fn say(&self, line: &str) {
+    fn show(&self, line: &str) {
         // Printed above the bars. A failed write is ignored.
         let _ = self.all.println(line);
     }
@@ -311,16 +311,16 @@ impl Observer for Bar {
                 bytes_done,
                 bytes_total,
             } => self.base(layer, layers, bytes_done, bytes_total),
-            Event::Warning { code, message } => self.say(&warning_text(&code, &message)),
+            Event::Warning { code, message } => self.show(&warning_text(&code, &message)),
             Event::Paused { pause_ms } => {
-                self.say(&format!("the container stood still for {pause_ms:.1} ms"));
+                self.show(&format!("the container stood still for {pause_ms:.1} ms"));
             }
             Event::Saved { .. } => {
                 let (bytes, time) = (
                     HumanBytes(self.main.position()),
                     HumanDuration(self.main.elapsed()),
                 );
-                self.say(&format!("saved: {bytes} of changes in {time}"));
+                self.show(&format!("saved: {bytes} of changes in {time}"));
                 self.clear();
             }
             Event::Failed { .. } => self.clear(),
@@ -331,7 +331,7 @@ impl Observer for Bar {
 
 impl Bar {
     fn base(&self, layer: usize, layers: usize, bytes_done: u64, bytes_total: u64) {
-        with(&self.base, |base| {
+        with_lock(&self.base, |base| {
             let bar = base.entry(layer).or_insert_with(|| {
                 let template = if bytes_total == 0 { BASE_UNKNOWN } else { BASE };
                 let bar = ProgressBar::new(bytes_total)
@@ -349,7 +349,7 @@ impl Bar {
 
     fn clear(&self) {
         self.main.finish_and_clear();
-        with(&self.base, |base| {
+        with_lock(&self.base, |base| {
             for bar in std::mem::take(base).values() {
                 bar.finish_and_clear();
             }
@@ -460,7 +460,7 @@ mod tests {
             bytes_done: 2,
             bytes_total: 2,
         });
-        let text = with(&json.state, |state| {
+        let text = with_lock(&json.state, |state| {
             String::from_utf8_lossy(&state.out).into_owned()
         });
         let events: Vec<serde_json::Value> = text
@@ -493,7 +493,7 @@ mod tests {
                 message: "bad \x1b]0;name".into(),
             });
             lines.event(Event::Paused { pause_ms: 12.34 });
-            with(&lines.state, |state| {
+            with_lock(&lines.state, |state| {
                 String::from_utf8_lossy(&state.out).into_owned()
             })
         };

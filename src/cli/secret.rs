@@ -6,14 +6,14 @@ use std::path::Path;
 
 use zeroize::Zeroizing;
 
-use crate::common::private;
+use crate::common::private_files;
 
 /// Maximum size of a file with a secret, in bytes.
-const MOST: u64 = 64 << 10;
+const MAX_SECRET_BYTES: u64 = 64 << 10;
 
 /// Logs a warning if other users can read or change a file with a secret.
 pub(super) fn warn_if_shared(path: &Path) {
-    if std::fs::metadata(path).is_ok_and(|there| private::is_shared(&there)) {
+    if std::fs::metadata(path).is_ok_and(|there| private_files::is_accessible_to_others(&there)) {
         tracing::warn!(file = %path.display(), "any user of this machine can read or change this file with a secret: take their rights from it ('chmod o= FILE')");
     }
 }
@@ -23,16 +23,16 @@ pub(super) fn warn_if_shared(path: &Path) {
 #[cfg(feature = "service")]
 pub(super) fn keys(path: &Path) -> io::Result<Zeroizing<String>> {
     let file = File::open(path)?;
-    if private::is_shared(&file.metadata()?) {
+    if private_files::is_accessible_to_others(&file.metadata()?) {
         let told = "any user of this machine can read or change it: 'chmod 600' it, and make a new key if somebody may have read it";
         return Err(io::Error::new(ErrorKind::PermissionDenied, told));
     }
-    let mut text = Zeroizing::new(String::with_capacity(MOST as usize + 1));
-    file.take(MOST + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MOST {
+    let mut text = Zeroizing::new(String::with_capacity(MAX_SECRET_BYTES as usize + 1));
+    file.take(MAX_SECRET_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_SECRET_BYTES {
         return Err(io::Error::new(
             ErrorKind::InvalidData,
-            format!("it is larger than {MOST} bytes"),
+            format!("it is larger than {MAX_SECRET_BYTES} bytes"),
         ));
     }
     Ok(text)
@@ -43,12 +43,12 @@ pub(super) fn first_line(path: &Path) -> io::Result<Zeroizing<String>> {
     let file = File::open(path)?;
     warn_if_shared(path);
     // Allocated at full size, because growing would leave copies behind.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(MOST as usize + 1));
-    file.take(MOST + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MOST {
+    let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_SECRET_BYTES as usize + 1));
+    file.take(MAX_SECRET_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_SECRET_BYTES {
         return Err(io::Error::new(
             ErrorKind::InvalidData,
-            format!("it is larger than {MOST} bytes"),
+            format!("it is larger than {MAX_SECRET_BYTES} bytes"),
         ));
     }
     let line = bytes
@@ -63,7 +63,7 @@ pub(super) fn first_line(path: &Path) -> io::Result<Zeroizing<String>> {
 
 /// Reads the first line without surrounding white space. Fails if it is empty.
 #[cfg(feature = "service")]
-pub(super) fn word(path: &Path) -> io::Result<Zeroizing<String>> {
+pub(super) fn trimmed_line(path: &Path) -> io::Result<Zeroizing<String>> {
     let line = first_line(path)?;
     let word = line.trim();
     if word.is_empty() {

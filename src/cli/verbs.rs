@@ -16,7 +16,7 @@ use super::exit::Usage;
 use super::failure::Failure;
 use super::print::print;
 use super::{options, progress, signals, view, write_stdout};
-use crate::common::private::FileMode;
+use crate::common::private_files::FileMode;
 use crate::image::manifest::Platform;
 use crate::image::verify::validate::{self, Expected};
 use crate::layer::scan::{self, Kind, Scan};
@@ -58,7 +58,7 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
     if let Ok(base) = &base {
         let rules = options::rules(&args.choice);
         let state_dir = args.state.state_dir.as_deref();
-        let question = save::Question {
+        let question = save::NextSaveOptions {
             rules: &rules,
             volumes: &args.include_volume,
             volume_rules: &VolumeRules::default(),
@@ -298,7 +298,7 @@ pub(super) fn bench(roots: &Roots, args: args::Bench) -> anyhow::Result<()> {
     let cancel = CancellationToken::new();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let line = progress::StatusLine::new();
-    let report = crate::bench::run(&options, roots, &cancel, &|what| line.say(what))?;
+    let report = crate::bench::run(&options, roots, &cancel, &|what| line.show(what))?;
     drop(line);
     print(format, &report, view::bench_table)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::text::{self, Align};
-use crate::bench::advice::word;
+use crate::bench::advice::codec_name;
 use crate::bench::limit::Bound;
 use crate::bench::report::Report;
 use crate::common::digest::{ChainId, DiffId, Digest};
@@ -492,7 +492,7 @@ fn codec_table(report: &Report) -> String {
     header.push(("CPU S/GB", Align::Right));
     let rows = report.codecs.iter().map(|codec| {
         let mut row = vec![
-            word(codec.compression).to_owned(),
+            codec_name(codec.compression).to_owned(),
             codec.level.to_string(),
             format!("{:.1} %", 100.0 * codec.ratio),
         ];
@@ -524,7 +524,7 @@ fn save_table(report: &Report) -> String {
         };
         vec![
             save.to.to_owned(),
-            format!("{} {}", word(save.compression), save.level),
+            format!("{} {}", codec_name(save.compression), save.level),
             format!("{:.0}", save.sent_bytes as f64 / 1e6),
             format!("{:.3}", save.seconds),
             format!("{:.3}", save.cpu_seconds),

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fmt::Display;
 
 /// Maximum length of a message, in bytes. Text that describes an input can be as long as the input.
-const LONGEST: usize = 8 << 10;
+const MAX_BYTES: usize = 8 << 10;
 
 /// Formats an error and its causes as one line, as everywhere in this program. A cause is left out if the text before
 /// it contains it already, because many errors print their own cause. Text beyond 8 KiB is cut off.
@@ -31,9 +31,9 @@ pub(crate) fn joined(texts: impl IntoIterator<Item = String>) -> String {
         }
         message.push_str(&text);
     }
-    if message.len() > LONGEST {
+    if message.len() > MAX_BYTES {
         let fits = |end: &usize| message.is_char_boundary(*end);
-        message.truncate((0..=LONGEST).rev().find(fits).unwrap_or(0));
+        message.truncate((0..=MAX_BYTES).rev().find(fits).unwrap_or(0));
         message.push('…');
     }
     message
@@ -65,9 +65,9 @@ mod tests {
 
     #[test]
     fn a_message_is_no_longer_than_people_read() {
-        let text = "é".repeat(LONGEST);
+        let text = "é".repeat(MAX_BYTES);
         let told = of(&Told::Once(std::io::Error::other(text)));
-        assert!(told.len() <= LONGEST + '…'.len_utf8());
+        assert!(told.len() <= MAX_BYTES + '…'.len_utf8());
         assert!(told.starts_with("the layer: éé") && told.ends_with("é…"));
     }
 

@@ -5,5 +5,5 @@ pub mod cancel;
 pub mod digest;
 pub mod escape;
 pub mod message;
-pub(crate) mod private;
+pub(crate) mod private_files;
 pub mod reference;

@@ -29,19 +29,19 @@ pub fn entry() -> Option<ExitCode> {
     let args: Vec<OsString> = args.collect();
     let outcome = match part.to_str()? {
         ARGUMENT => make(&args),
-        PROCESS => be(&args),
+        PROCESS => run_container(&args),
         _ => return None,
     };
     Some(match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
-            let _ = say(&format!("error {}", why.escape_debug()));
+            let _ = write_line(&format!("error {}", why.escape_debug()));
             ExitCode::FAILURE
         }
     })
 }
 
-fn say(line: &str) -> io::Result<()> {
+fn write_line(line: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "{line}")?;
     stdout.flush()
@@ -104,7 +104,7 @@ fn make(args: &[OsString]) -> Result<(), String> {
         .stdout(Stdio::inherit())
         .spawn()
         .map_err(failed("starting the container's process"))?;
-    say(&format!("pid {}", process.id())).map_err(failed("stdout"))?;
+    write_line(&format!("pid {}", process.id())).map_err(failed("stdout"))?;
     process
         .wait()
         .map_err(failed("waiting for the container"))?;
@@ -122,7 +122,7 @@ fn read_byte() -> Result<(), String> {
 }
 
 /// Runs as PID 1 of the container: changes to its root, then executes commands line by line.
-fn be(args: &[OsString]) -> Result<(), String> {
+fn run_container(args: &[OsString]) -> Result<(), String> {
     let [merged] = args else {
         return Err("expected DIR".to_owned());
     };
@@ -150,21 +150,21 @@ fn be(args: &[OsString]) -> Result<(), String> {
     umount2(".", MntFlags::MNT_DETACH).map_err(failed("leaving the old root"))?;
     std::env::set_current_dir("/").map_err(failed("chdir"))?;
     nix::unistd::sethostname("demo").map_err(failed("sethostname"))?;
-    say("ready").map_err(failed("stdout"))?;
+    write_line("ready").map_err(failed("stdout"))?;
     for line in io::stdin().lock().lines() {
         let done = match line.map_err(failed("stdin"))?.as_str() {
-            "first" => first(),
-            "second" => second(),
+            "first" => first_changes(),
+            "second" => second_changes(),
             other => return Err(format!("no such work: {other}")),
         };
         done.map_err(failed("working"))?;
-        say("done").map_err(failed("stdout"))?;
+        write_line("done").map_err(failed("stdout"))?;
     }
     Ok(())
 }
 
-/// Makes the changes of the first hour of a session, which [`super::FIRST`] describes.
-fn first() -> io::Result<()> {
+/// Makes the changes of the first hour of a session, which [`super::FIRST_CHANGES`] describes.
+fn first_changes() -> io::Result<()> {
     // Installs packages.
     for package in 0..20 {
         let dir = format!("/usr/lib/python3/site-packages/package{package}");
@@ -210,8 +210,8 @@ fn first() -> io::Result<()> {
     fs::write("/data/survey.csv", "on a volume\n")
 }
 
-/// Makes the changes before the second save, which [`super::SECOND`] describes.
-fn second() -> io::Result<()> {
+/// Makes the changes before the second save, which [`super::SECOND_CHANGES`] describes.
+fn second_changes() -> io::Result<()> {
     append("/home/user/analysis.py", "print('one more line')\n")?;
     fs::remove_file("/home/user/results.bin")?;
     fs::remove_file("/home/user/latest")?;

@@ -36,14 +36,14 @@ use crate::store::registry::Access;
 pub use inside::entry;
 
 /// What the container does before the first save.
-const FIRST: &str = "installs 20 packages, writes programs and 12 MB of results, links, renames, deletes,\n\
+const FIRST_CHANGES: &str = "installs 20 packages, writes programs and 12 MB of results, links, renames, deletes,\n\
     \x20    replaces a directory; and leaves a key in ~/.ssh, a cache, /tmp and a volume";
 /// What the container does before the second save.
-const SECOND: &str =
+const SECOND_CHANGES: &str =
     "edits a file, deletes the results, turns a link into a directory, renames 300 files' parent";
 
 /// Time given to the container's process to end on request; long enough for a loaded machine.
-const END: Duration = Duration::from_secs(3);
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// An error of the demonstration.
 #[derive(Debug, thiserror::Error)]
@@ -110,7 +110,7 @@ fn list(differences: &[Difference]) -> String {
 /// Runs the demonstration and describes it on `out`. Everything created is removed afterwards, even after an error.
 pub(crate) fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(), Error> {
     let begun = Instant::now();
-    let mut story = Story {
+    let mut story = StepPrinter {
         out,
         step: 0,
         begun,
@@ -123,7 +123,7 @@ pub(crate) fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(),
     story
         .step("A base image of two layers, and a container on it")
         .map_err(told)?;
-    let mut stage = Stage::open()?;
+    let mut stage = Environment::open()?;
     let kind = if stage.rootless {
         "user, mount and PID namespaces"
     } else {
@@ -136,7 +136,7 @@ pub(crate) fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(),
         ))
         .map_err(told)?;
 
-    for (round, (work, what)) in [("first", FIRST), ("second", SECOND)]
+    for (round, (work, what)) in [("first", FIRST_CHANGES), ("second", SECOND_CHANGES)]
         .into_iter()
         .enumerate()
     {
@@ -148,7 +148,7 @@ pub(crate) fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(),
                 "The work goes on"
             })
             .map_err(told)?;
-        stage.container.tell(work)?;
+        stage.container.run_command(work)?;
         story.line(what).map_err(told)?;
 
         Cancelled::check(cancel)?;
@@ -180,13 +180,13 @@ pub(crate) fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(),
 }
 
 /// Prints the steps.
-struct Story<'a> {
+struct StepPrinter<'a> {
     out: &'a mut dyn Write,
     step: usize,
     begun: Instant,
 }
 
-impl Story<'_> {
+impl StepPrinter<'_> {
     fn step(&mut self, title: &str) -> io::Result<()> {
         self.step += 1;
         writeln!(
@@ -218,15 +218,15 @@ impl Story<'_> {
 }
 
 /// The temporary directory and the container.
-struct Stage {
-    container: Running,
+struct Environment {
+    container: DemoContainer,
     rootless: bool,
     cgroup: Option<Cgroup>,
     // Last, so that it is removed after the container has ended.
     dir: TemporaryDirectory,
 }
 
-impl Stage {
+impl Environment {
     /// Starts the container as root if possible, else in a user namespace, in the first temporary directory that can
     /// hold an overlay.
     fn open() -> Result<Self, Error> {
@@ -250,7 +250,7 @@ impl Stage {
                 }
             }
         }
-        refusals.extend(obstacles());
+        refusals.extend(userns_restrictions());
         Err(Error::NoContainer(refusals.join("; ")))
     }
 
@@ -267,7 +267,7 @@ impl Stage {
         }
         fs::set_permissions(path("upper"), fs::Permissions::from_mode(0o755))
             .map_err(Error::io("making the overlay's directories"))?;
-        let (container, cgroup) = Running::start(dir.path(), rootless)?;
+        let (container, cgroup) = DemoContainer::start(dir.path(), rootless)?;
         Ok(Self {
             container,
             rootless,
@@ -294,7 +294,7 @@ impl Stage {
 }
 
 /// Returns the sysctl settings that prevent user namespaces.
-fn obstacles() -> Vec<String> {
+fn userns_restrictions() -> Vec<String> {
     let settings = [
         ("user.max_user_namespaces", "0", "a number above 0"),
         ("user.max_mnt_namespaces", "0", "a number above 0"),
@@ -339,21 +339,21 @@ impl TemporaryDirectory {
     }
 
     fn remove(mut self) -> Result<(), Error> {
-        self.open_up();
+        self.make_accessible();
         self.0
             .take()
             .map_or(Ok(()), tempfile::TempDir::close)
             .map_err(Error::io("removing the temporary directory"))
     }
 
-    fn open_up(&self) {
+    fn make_accessible(&self) {
         let _ = fs::set_permissions(self.1.join("work/work"), fs::Permissions::from_mode(0o700));
     }
 }
 
 impl Drop for TemporaryDirectory {
     fn drop(&mut self) {
-        self.open_up();
+        self.make_accessible();
     }
 }
 
@@ -362,7 +362,7 @@ struct Cgroup(PathBuf);
 
 impl Cgroup {
     /// Moves `pid` into a new cgroup. Returns `None` if that is not permitted; it requires root.
-    fn around(pid: u32) -> Option<Self> {
+    fn for_process(pid: u32) -> Option<Self> {
         let unified = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
         let unified = unified
             .into_iter()
@@ -380,7 +380,7 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        let deadline = Instant::now() + END;
+        let deadline = Instant::now() + STOP_TIMEOUT;
         // The last process may still be exiting.
         while fs::remove_dir(&self.0).is_err() && self.0.exists() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
@@ -389,7 +389,7 @@ impl Drop for Cgroup {
 }
 
 /// The container as seen from outside. It ends when this is dropped or this process ends.
-struct Running {
+struct DemoContainer {
     maker: Child,
     commands: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
@@ -397,7 +397,7 @@ struct Running {
     pid: u32,
 }
 
-impl Running {
+impl DemoContainer {
     fn start(dir: &Path, rootless: bool) -> Result<(Self, Option<Cgroup>), Error> {
         let mut maker = Command::new("/proc/self/exe")
             .arg(inside::ARGUMENT)
@@ -414,7 +414,7 @@ impl Running {
         let (Some(mut commands), Some(answers)) = pipes else {
             return Err(Error::Container("its pipes are missing".to_owned()));
         };
-        let cgroup = Cgroup::around(maker.id());
+        let cgroup = Cgroup::for_process(maker.id());
         let sent = commands.write_all(b"\n");
         let mut running = Self {
             maker,
@@ -426,7 +426,7 @@ impl Running {
         let mut ready = false;
         // Two processes answer, in either order.
         while !ready || running.pid == 0 {
-            let line = running.answer()?;
+            let line = running.read_answer()?;
             match line.strip_prefix("pid ").map(str::parse) {
                 Some(Ok(pid)) => running.pid = pid,
                 None if line == "ready" => ready = true,
@@ -436,7 +436,7 @@ impl Running {
         Ok((running, cgroup))
     }
 
-    fn answer(&mut self) -> Result<String, Error> {
+    fn read_answer(&mut self) -> Result<String, Error> {
         let mut line = String::new();
         let n = self
             .answers
@@ -451,24 +451,24 @@ impl Running {
     }
 
     /// Sends a command to the container and waits until it is done.
-    fn tell(&mut self, work: &str) -> Result<(), Error> {
+    fn run_command(&mut self, work: &str) -> Result<(), Error> {
         let mut commands = self
             .commands
             .as_ref()
             .ok_or_else(|| Error::Container("it ended".to_owned()))?;
         writeln!(commands, "{work}").map_err(Error::io("talking to the container"))?;
-        match self.answer()?.as_str() {
+        match self.read_answer()?.as_str() {
             "done" => Ok(()),
             other => Err(Error::Container(format!("it said {other:?}"))),
         }
     }
 }
 
-impl Drop for Running {
+impl Drop for DemoContainer {
     fn drop(&mut self) {
         // The container's first process ends with its standard input, and all others with it.
         drop(self.commands.take());
-        let deadline = Instant::now() + END;
+        let deadline = Instant::now() + STOP_TIMEOUT;
         while matches!(self.maker.try_wait(), Ok(None)) {
             if Instant::now() >= deadline {
                 // Kills the container as well.
@@ -497,7 +497,7 @@ impl Observer for Warnings {
 }
 
 fn save(
-    stage: &Stage,
+    stage: &Environment,
     destination: String,
     base: String,
     cancel: &CancellationToken,
@@ -613,7 +613,7 @@ struct Blob {
 }
 
 /// Unpacks the image and compares it with the container's root as seen in the container. Returns the number of paths.
-fn check(stage: &Stage, saved: &Saved) -> Result<usize, Error> {
+fn check(stage: &Environment, saved: &Saved) -> Result<usize, Error> {
     let reader = Reader::directory(stage.layout())?;
     let tag = saved.metadata.destination.rsplit(':').next();
     let manifest = reader.manifest(tag, &Platform::host())?;
@@ -631,7 +631,7 @@ fn check(stage: &Stage, saved: &Saved) -> Result<usize, Error> {
             .apply(reader.open_blob(&blob.digest, Some(blob.size))?)
             .map_err(|e| unreadable(&e))?;
     }
-    let image = layers.complete();
+    let image = layers.into_tree();
 
     let root = PathBuf::from(format!("/proc/{}/root/", stage.container.pid));
     let seen = Tree::from_directory(&root, true)?;

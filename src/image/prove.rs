@@ -12,7 +12,7 @@ use crate::image::verify::tree::{Difference, Ignore, Tree, compare};
 use crate::node::overlay::xattr::Namespace;
 
 /// Maximum number of differences listed in an error.
-const LISTED: usize = 10;
+const MAX_LISTED_DIFFERENCES: usize = 10;
 
 /// The lower directories of a mount.
 pub(crate) struct Lowers<'a, M> {
@@ -79,7 +79,7 @@ fn list(differences: &[Difference]) -> String {
 /// Excluded are the metadata of the root directory (set by runtimes), times of directories and fractions of seconds
 /// (which differ between unpackers), metadata of directories that a layer writes into without an entry for them, hard
 /// links (an unpacker breaks those into another layer), and extended attributes that belong to the host.
-pub(crate) fn by_content<R, M>(
+pub(crate) fn compare_content<R, M>(
     layers: impl IntoIterator<Item = io::Result<R>>,
     lowers: &Lowers<'_, M>,
 ) -> Result<String, ProveError>
@@ -98,7 +98,7 @@ where
         let layer = layer.map_err(|source| failed(ArchiveError::Io { offset: 0, source }))?;
         stack.apply(layer).map_err(failed)?;
     }
-    let base = stack.complete_lenient();
+    let base = stack.into_lenient_tree();
     let mounted = Tree::from_lowers(lowers.directories, lowers.namespace)?
         .map_owners(&lowers.owner)
         .map_err(|(path, uid, gid)| ProveError::Owner {
@@ -133,7 +133,7 @@ where
         ));
     }
     let all = differences.len();
-    differences.truncate(LISTED);
+    differences.truncate(MAX_LISTED_DIFFERENCES);
     Err(ProveError::Differs {
         layers: count,
         count: all,
@@ -211,18 +211,19 @@ mod tests {
             owner: |u, g| (u == uid && g == gid).then_some((0, 0)),
             ignore: BTreeSet::new(),
         };
-        let proof = by_content(layers.iter().map(|l| Ok(l.as_slice())), &lowers)?;
+        let proof = compare_content(layers.iter().map(|l| Ok(l.as_slice())), &lowers)?;
         assert!(
             proof.contains("2 layers") && proof.contains("6 paths"),
             "{proof}"
         );
 
-        let error = by_content(layers[..1].iter().map(|l| Ok(l.as_slice())), &lowers).unwrap_err();
+        let error =
+            compare_content(layers[..1].iter().map(|l| Ok(l.as_slice())), &lowers).unwrap_err();
         assert!(matches!(error, ProveError::Differs { .. }), "{error}");
         let text = error.to_string();
         assert!(text.contains("d/a: content: expected sha256:"), "{text}");
 
-        let broken = by_content([Ok(&layers[0][..700])], &lowers).unwrap_err();
+        let broken = compare_content([Ok(&layers[0][..700])], &lowers).unwrap_err();
         assert!(
             !matches!(broken, ProveError::Differs { .. }) && broken.to_string().contains("layer 1"),
             "{broken}"

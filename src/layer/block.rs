@@ -3,9 +3,9 @@
 
 use std::io;
 
-use super::ahead::Ahead;
 use super::content::{Instability, ReadError, Unstable, is_sparse, read_sparse, same_file};
 use super::plan::Item;
+use super::read_ahead::ReadAhead;
 use crate::common::escape;
 
 /// Reusable buffers of one worker.
@@ -21,7 +21,7 @@ pub(crate) struct Scratch {
 ///
 /// Fails if a file cannot be opened or read.
 pub(crate) fn fill(
-    ahead: &Ahead<'_>,
+    ahead: &ReadAhead<'_>,
     start: u64,
     end: u64,
     out: &mut Vec<u8>,
@@ -81,7 +81,7 @@ fn copy_overlap(target: &mut [u8], start: u64, bytes: &[u8], at: u64) {
 
 /// Reads `part.len()` bytes of a file's content from `offset`. Bytes that the file no longer has become zero.
 fn read_part(
-    ahead: &Ahead<'_>,
+    ahead: &ReadAhead<'_>,
     index: usize,
     item: &Item,
     offset: u64,
@@ -91,7 +91,7 @@ fn read_part(
 ) -> Result<(), ReadError> {
     let plan = ahead.plan();
     let entry = &plan.entry(item);
-    if let Some(content) = plan.held(item) {
+    if let Some(content) = plan.captured(item) {
         part.fill(0);
         return content
             .read(offset, part, entry)
@@ -110,7 +110,7 @@ fn read_part(
     };
     let found = match opened.map_err(fail)? {
         Some(file) => {
-            let settled = plan.settled(item, &file);
+            let settled = plan.writes_are_complete(item, &file);
             if is_sparse(entry) {
                 part.fill(0);
             }
@@ -120,7 +120,7 @@ fn read_part(
             part[read..].fill(0);
             let stat = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?;
             // A lower does not change, and its times are not those of the entry.
-            let changed = plan.scan().elsewhere(entry).is_none() && !same_file(&stat, entry);
+            let changed = plan.scan().content_location(entry).is_none() && !same_file(&stat, entry);
             match (stat.st_size as u64).cmp(&entry.size) {
                 std::cmp::Ordering::Less => Some(Instability::Shrank),
                 std::cmp::Ordering::Greater => Some(Instability::Grew),
@@ -196,7 +196,7 @@ pub(super) mod tests {
         let plan = plan_of(dir.path());
         fs::remove_file(at("gone")).unwrap();
         fs::write(at("short"), "x").unwrap();
-        let ahead = Ahead::new(&plan);
+        let ahead = ReadAhead::new(&plan);
         let make = |block: u64, dirt: &[u8]| {
             let (mut tar, mut unstable) = (Vec::new(), Vec::new());
             let mut scratch = Scratch::default();

@@ -99,7 +99,7 @@ impl Codec {
 
     /// Compresses one block. Returns `None` if the block is to be written as it is.
     pub(crate) fn compress(&mut self, block: &[u8]) -> Option<Vec<u8>> {
-        if !matches!(self, Self::None) && is_hopeless(block) {
+        if !matches!(self, Self::None) && is_incompressible(block) {
             return Some(match self {
                 Self::Gzip(_) => stored_deflate(block),
                 Self::Zstd(_) | Self::None => stored_zstd(block),
@@ -127,14 +127,14 @@ const SAMPLE: usize = 4 << 10;
 const SAMPLES: usize = 16;
 /// Entropy in bits per byte from which a block is tested by compressing a sample. Random data has 7.997 in a sample of
 /// this size; text 4 to 5, programs 6, numeric data up to 7.5.
-const NOISE: f64 = 7.9;
+const HIGH_ENTROPY: f64 = 7.9;
 /// Percentage that a compressed high-entropy sample must not exceed for the whole block to be compressed.
-const WORTHWHILE: usize = 99;
+const MAX_SAMPLE_PERCENT: usize = 99;
 
 /// Returns whether a block is already compressed or encrypted (archives, images): compressing it would take the longest
 /// and gain nothing. The entropy of the byte frequencies is tested first, which costs next to nothing; a block with
 /// high entropy is then tested by compressing a sample, since random-looking data may repeat.
-fn is_hopeless(block: &[u8]) -> bool {
+fn is_incompressible(block: &[u8]) -> bool {
     if block.len() < SAMPLE * SAMPLES {
         return false;
     }
@@ -144,18 +144,18 @@ fn is_hopeless(block: &[u8]) -> bool {
     for byte in samples().flatten() {
         counts[usize::from(*byte)] += 1;
     }
-    if information(&counts) < NOISE {
+    if entropy(&counts) < HIGH_ENTROPY {
         return false;
     }
     let mut sample = Vec::with_capacity(SAMPLE * SAMPLES);
     sample.extend(samples().flatten());
     let mut packed = Vec::with_capacity(sample.len() + sample.len() / 8);
     Encoder::new(1).encode(&sample, &mut packed);
-    packed.len() * 100 > sample.len() * WORTHWHILE
+    packed.len() * 100 > sample.len() * MAX_SAMPLE_PERCENT
 }
 
 /// Returns the entropy in bits per byte, given how often each value occurs.
-fn information(counts: &[u32; 256]) -> f64 {
+fn entropy(counts: &[u32; 256]) -> f64 {
     let total = f64::from(counts.iter().sum::<u32>().max(1));
     let of = |&count: &u32| {
         let share = f64::from(count) / total;
@@ -172,12 +172,12 @@ fn stored_deflate(block: &[u8]) -> Vec<u8> {
 
 /// Returns one frame of raw blocks (RFC 8878, 3.1.1): a single segment with a four-byte size and no checksum.
 fn stored_zstd(block: &[u8]) -> Vec<u8> {
-    const MOST: usize = 128 << 10;
-    let mut out = Vec::with_capacity(block.len() + 9 + 3 * block.len().div_ceil(MOST));
+    const MAX_RAW_BLOCK: usize = 128 << 10;
+    let mut out = Vec::with_capacity(block.len() + 9 + 3 * block.len().div_ceil(MAX_RAW_BLOCK));
     out.extend(0xFD2F_B528_u32.to_le_bytes());
     out.push(0b1010_0000);
     out.extend((block.len() as u32).to_le_bytes());
-    let mut pieces = block.chunks(MOST).peekable();
+    let mut pieces = block.chunks(MAX_RAW_BLOCK).peekable();
     while let Some(piece) = pieces.next() {
         let header = (piece.len() as u32) << 3 | u32::from(pieces.peek().is_none());
         out.extend(&header.to_le_bytes()[..3]);
@@ -204,22 +204,22 @@ mod tests {
     #[test]
     fn what_is_packed_already_is_stored_and_nothing_else() {
         let packed = noise(1 << 20);
-        assert!(is_hopeless(&packed));
+        assert!(is_incompressible(&packed));
         let text = "def upperdeck(): return None\n".repeat(40_000);
-        assert!(!is_hopeless(text.as_bytes()));
+        assert!(!is_incompressible(text.as_bytes()));
         // All byte values are equally frequent, but the data repeat.
         let repeats = noise(1 << 12).repeat(256);
-        assert!(!is_hopeless(&repeats));
+        assert!(!is_incompressible(&repeats));
         // Half of the block is compressible.
         let half = [&packed[..1 << 19], &vec![b'x'; 1 << 19]].concat();
-        assert!(!is_hopeless(&half));
+        assert!(!is_incompressible(&half));
         // Numeric data: the exponents of floats are similar.
         let floats: Vec<u8> = noise(1 << 20)
             .chunks_exact(4)
             .flat_map(|b| (f32::from(b[0]) + f32::from(b[1]) / 256.0).to_le_bytes())
             .collect();
-        assert!(!is_hopeless(&floats));
-        assert!(!is_hopeless(&[]));
+        assert!(!is_incompressible(&floats));
+        assert!(!is_incompressible(&[]));
         for compression in [Compression::Gzip, Compression::Zstd] {
             let mut codec = Codec::new(compression, compression.default_level());
             let stored = codec.compress(&packed).unwrap_or_default();

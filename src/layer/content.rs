@@ -52,15 +52,15 @@ pub(crate) enum Content {
     Clone(File),
 }
 
-/// Held contents, by index of the entry in the plan's scan.
+/// Captured contents, by index of the entry in the plan's scan.
 #[derive(Debug, Default)]
-pub struct Held {
+pub struct CapturedContents {
     pub(super) contents: HashMap<u32, Content>,
     /// Files that changed while their content was being captured.
     pub unstable: Vec<Unstable>,
 }
 
-impl Held {
+impl CapturedContents {
     pub(super) fn get(&self, entry: u32) -> Option<&Content> {
         self.contents.get(&entry)
     }

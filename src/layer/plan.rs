@@ -6,18 +6,18 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use super::content::{Content, Held};
-use super::settle::{Settling, Writers};
+use super::content::{CapturedContents, Content};
+use super::pending_writes::{PendingWrites, Writers};
 use super::tar::{END, Header, RECORD};
 use crate::layer::scan::{Entry, Kind, Scan};
 use crate::node::overlay::lower::join;
 
 /// No link target: the entry is not a hard link.
-const ITSELF: u32 = u32::MAX;
+const NOT_A_LINK: u32 = u32::MAX;
 
 /// Maximum number of layers that one scan is cut into: an image can have 127 in total, and a registry accepts four at a
 /// time.
-const MOST_PARTS: u64 = 16;
+const MAX_PARTS: u64 = 16;
 
 /// The place of one entry.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +26,7 @@ pub(super) struct Item {
     pub(super) offset: u64,
     /// Index of the entry in the scan.
     pub(super) entry: u32,
-    /// Index in the scan of the entry that this one is a hard link to, or [`ITSELF`].
+    /// Index in the scan of the entry that this one is a hard link to, or [`NOT_A_LINK`].
     link_to: u32,
     /// Length of its header in bytes, PAX records included.
     pub(super) header_len: u32,
@@ -39,8 +39,8 @@ pub struct Plan {
     items: Vec<Item>,
     tar_size: u64,
     timestamp: Option<i64>,
-    held: Arc<Held>,
-    settling: Arc<Settling>,
+    captured: Arc<CapturedContents>,
+    pending_writes: Arc<PendingWrites>,
 }
 
 impl Plan {
@@ -48,12 +48,12 @@ impl Plan {
     /// it.
     pub fn new(scan: Arc<Scan>, timestamp: Option<i64>) -> Self {
         let emitting = Arc::clone(&scan);
-        Self::of(scan, emitting.emitted(), timestamp)
+        Self::from_entries(scan, emitting.emitted(), timestamp)
     }
 
     /// Lays out `entries`, given in the order of the scan and including every parent directory that belongs in the
     /// layer.
-    fn of(
+    fn from_entries(
         scan: Arc<Scan>,
         entries: impl Iterator<Item = u32> + Clone,
         timestamp: Option<i64>,
@@ -62,8 +62,8 @@ impl Plan {
             items: Vec::new(),
             tar_size: 0,
             timestamp,
-            held: Arc::default(),
-            settling: Arc::new(Settling::new(Writers::default())),
+            captured: Arc::default(),
+            pending_writes: Arc::new(PendingWrites::new(Writers::default())),
             scan,
         };
         let scan = Arc::clone(&plan.scan);
@@ -76,7 +76,7 @@ impl Plan {
             let mut item = Item {
                 offset,
                 entry: index,
-                link_to: ITSELF,
+                link_to: NOT_A_LINK,
                 header_len: 0,
             };
             if let Some(group) = link_group(entry) {
@@ -98,38 +98,40 @@ impl Plan {
         plan
     }
 
-    /// Takes contents from `held` where it has them, and from the tree otherwise.
+    /// Takes contents from `captured` where it has them, and from the tree otherwise.
     #[must_use]
-    pub fn with(mut self, held: Held) -> Self {
-        self.held = Arc::new(held);
+    pub fn with_captured(mut self, captured: CapturedContents) -> Self {
+        self.captured = Arc::new(captured);
         self
     }
 
     /// Sets which writers may be modifying the files during the read.
     #[must_use]
-    pub fn beside(mut self, writers: Writers) -> Self {
-        self.settling = Arc::new(Settling::new(writers));
+    pub fn with_writers(mut self, writers: Writers) -> Self {
+        self.pending_writes = Arc::new(PendingWrites::new(writers));
         self
     }
 
     /// Returns whether every write that the entry's time stamps account for is complete. `file` is about to be read.
-    pub(super) fn settled(&self, item: &Item, file: &File) -> bool {
+    pub(super) fn writes_are_complete(&self, item: &Item, file: &File) -> bool {
         let entry = &self.entry(item);
         // A lower does not change.
-        self.scan.elsewhere(entry).is_some()
-            || self.settling.settled(file, entry, self.scan.root(0))
+        self.scan.content_location(entry).is_some()
+            || self
+                .pending_writes
+                .writes_are_complete(file, entry, self.scan.root(0))
     }
 
-    pub(super) fn held(&self, item: &Item) -> Option<&Content> {
-        self.held.get(item.entry)
+    pub(super) fn captured(&self, item: &Item) -> Option<&Content> {
+        self.captured.get(item.entry)
     }
 
     /// Cuts the layer at the beginning or end of directories into parts of about `size` bytes of tar each, to be
     /// applied in this order. There are sixteen parts at most; they are larger if needed. A file is never cut, so a
     /// part with a large file is larger; a directory that exceeds the size by itself is cut between its files. The cuts
     /// depend on the plan alone.
-    pub fn cut(self, size: u64) -> Vec<Self> {
-        let size = size.max(self.tar_size.div_ceil(MOST_PARTS)).max(1);
+    pub fn split(self, size: u64) -> Vec<Self> {
+        let size = size.max(self.tar_size.div_ceil(MAX_PARTS)).max(1);
         if self.tar_size <= size {
             return vec![self];
         }
@@ -145,9 +147,10 @@ impl Plan {
                     at = scan.parent(at);
                 }
             }
-            let mut part = Self::of(Arc::clone(scan), entries.iter().copied(), self.timestamp);
-            part.held = Arc::clone(&self.held);
-            part.settling = Arc::clone(&self.settling);
+            let mut part =
+                Self::from_entries(Arc::clone(scan), entries.iter().copied(), self.timestamp);
+            part.captured = Arc::clone(&self.captured);
+            part.pending_writes = Arc::clone(&self.pending_writes);
             part
         };
         (0..count).map(part).collect()
@@ -243,7 +246,7 @@ impl Plan {
     pub(super) fn open(&self, item: &Item, path: &mut Vec<u8>) -> io::Result<Option<File>> {
         let scan = self.scan();
         let entry = &self.entry(item);
-        let opened = match scan.elsewhere(entry) {
+        let opened = match scan.content_location(entry) {
             Some(place) => scan.root(place.root).open_file(&place.path, place.ino),
             None => {
                 scan.path_into(item.entry, path);
@@ -259,7 +262,7 @@ impl Plan {
 
     /// Returns the bytes of content that follow an item's header, without padding.
     pub(super) fn content_size(&self, item: &Item) -> u64 {
-        if item.link_to == ITSELF {
+        if item.link_to == NOT_A_LINK {
             self.entry(item).size
         } else {
             0
@@ -291,7 +294,7 @@ impl Plan {
                 xattrs: &[],
             });
         }
-        let is_link = item.link_to != ITSELF;
+        let is_link = item.link_to != NOT_A_LINK;
         let typeflag = match entry.kind {
             _ if is_link => b'1',
             Kind::Symlink => b'2',

@@ -15,24 +15,24 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::ahead::Ahead;
 use super::block::{self, Scratch};
 use super::codec::{Codec, Compression};
 use super::content::{ReadError, Unstable};
 use super::plan::Plan;
+use super::read_ahead::ReadAhead;
 use crate::common::digest::{DiffId, Digest};
 
 /// Tar bytes of a block. Part of the format and independent of `--jobs`: the same plan gives the same bytes.
 pub(crate) const BLOCK: u64 = 1 << 20;
 /// Layers produced at once: a registry serialises any more (see [`write_all`]).
-const SIDE_BY_SIDE: usize = 4;
+const MAX_PARALLEL_LAYERS: usize = 4;
 /// Compressed blocks per layer that wait for the destination.
-const READY: usize = 2;
+const MAX_READY_BLOCKS: usize = 2;
 /// Threads that read uncached files ahead: a disk, and even more a network disk, delivers many files at once nearly as
 /// fast as one.
-const FETCHERS: usize = 8;
+const READ_AHEAD_THREADS: usize = 8;
 /// How many blocks the read-ahead is in front of the workers.
-const FETCH_AHEAD: u64 = 16;
+const READ_AHEAD_BLOCKS: u64 = 16;
 
 /// How to produce the layer.
 #[derive(Clone, Copy, Debug)]
@@ -111,21 +111,21 @@ struct Block {
     unstable: Vec<Unstable>,
 }
 
-type Made = Result<Block, Error>;
+type BlockResult = Result<Block, Error>;
 
 /// A block to be produced, and the channel of its result.
-struct Work<'a> {
-    ahead: &'a Ahead<'a>,
+struct BlockTask<'a> {
+    ahead: &'a ReadAhead<'a>,
     number: u64,
-    result: Sender<Made>,
+    result: Sender<BlockResult>,
 }
 
 /// Channels through which a layer's blocks are distributed.
 #[derive(Clone)]
-struct Hands<'a> {
-    work: Sender<Work<'a>>,
+struct Senders<'a> {
+    work: Sender<BlockTask<'a>>,
     /// Blocks whose files are to be read ahead.
-    fetch: Sender<(&'a Ahead<'a>, u64)>,
+    fetch: Sender<(&'a ReadAhead<'a>, u64)>,
     /// Tar buffers for reuse.
     spare: Sender<Vec<u8>>,
 }
@@ -134,7 +134,7 @@ struct Hands<'a> {
 struct Shared<'a> {
     options: Options<'a>,
     /// Maximum number of blocks of one layer that are in work or waiting for their turn.
-    under_way: usize,
+    in_flight: usize,
     tar_bytes: AtomicU64,
     sent_bytes: AtomicU64,
     progress: &'a (dyn Fn(Progress) + Sync),
@@ -169,26 +169,26 @@ where
     let blocks = |part: &Part<'_, S>| part.plan.tar_size().div_ceil(BLOCK);
     let blocks = usize::try_from(parts.iter().map(blocks).sum::<u64>()).unwrap_or(usize::MAX);
     let jobs = options.jobs.clamp(1, blocks.max(1));
-    let lanes = parts.len().min(SIDE_BY_SIDE);
+    let lanes = parts.len().min(MAX_PARALLEL_LAYERS);
     let shared = Shared {
         options,
-        under_way: (2 * jobs).div_ceil(lanes.max(1)).max(2),
+        in_flight: (2 * jobs).div_ceil(lanes.max(1)).max(2),
         tar_bytes: AtomicU64::new(0),
         sent_bytes: AtomicU64::new(0),
         progress,
     };
-    let aheads: Vec<_> = parts.iter().map(|part| Ahead::new(part.plan)).collect();
+    let read_aheads: Vec<_> = parts.iter().map(|part| ReadAhead::new(part.plan)).collect();
     // Bounded by the blocks that each layer may have in work.
-    let (work_in, work) = unbounded::<Work<'_>>();
+    let (work_in, work) = unbounded::<BlockTask<'_>>();
     let (fetch_in, fetch) = unbounded();
     let (spare_in, spare) = bounded::<Vec<u8>>(2 * jobs + 2);
-    let hands = Hands {
+    let senders = Senders {
         work: work_in,
         fetch: fetch_in,
         spare: spare_in,
     };
     let mut layers: Vec<_> = parts.iter().map(|_| Err(Error::Worker)).collect();
-    let waiting = Mutex::new(parts.into_iter().zip(&aheads).zip(&mut layers));
+    let waiting = Mutex::new(parts.into_iter().zip(&read_aheads).zip(&mut layers));
     let take = || {
         let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
         waiting.next()
@@ -204,7 +204,8 @@ where
                 let mut scratch = Scratch::default();
                 for given in work {
                     let tar = spare.try_recv().unwrap_or_default();
-                    let made = make(given.ahead, given.number, tar, &mut codec, &mut scratch);
+                    let made =
+                        build_block(given.ahead, given.number, tar, &mut codec, &mut scratch);
                     // The receiver is gone only if the layer was abandoned.
                     given.result.send(made).ok();
                 }
@@ -221,44 +222,44 @@ where
             }
             return;
         }
-        for _ in 0..FETCHERS.min(blocks) {
+        for _ in 0..READ_AHEAD_THREADS.min(blocks) {
             let fetch = fetch.clone();
             // What is not read ahead is waited for when it is read.
             let _ = start().spawn_scoped(scope, move || {
                 let mut path = Vec::new();
                 for (ahead, number) in fetch {
-                    let ahead: &Ahead<'_> = ahead;
+                    let ahead: &ReadAhead<'_> = ahead;
                     ahead.fetch(number * BLOCK, (number + 1) * BLOCK, &mut path);
                 }
             });
         }
         drop((work, fetch));
         for _ in 1..lanes {
-            let (hands, shared, take) = (hands.clone(), &shared, &take);
+            let (senders, shared, take) = (senders.clone(), &shared, &take);
             let lane = move || {
                 while let Some(((part, ahead), layer)) = take() {
-                    *layer = write_one(part.sink, ahead, shared, &hands);
+                    *layer = write_layer(part.sink, ahead, shared, &senders);
                 }
             };
             let _ = start().spawn_scoped(scope, lane);
         }
         // The current thread handles the remaining layers.
         while let Some(((part, ahead), layer)) = take() {
-            *layer = write_one(part.sink, ahead, &shared, &hands);
+            *layer = write_layer(part.sink, ahead, &shared, &senders);
         }
         // Workers and fetchers end with the last layer thread.
-        drop(hands);
+        drop(senders);
     });
     layers
 }
 
-fn make(
-    ahead: &Ahead<'_>,
+fn build_block(
+    ahead: &ReadAhead<'_>,
     number: u64,
     mut tar: Vec<u8>,
     codec: &mut Codec,
     scratch: &mut Scratch,
-) -> Made {
+) -> BlockResult {
     let mut unstable = Vec::new();
     block::fill(
         ahead,
@@ -281,23 +282,23 @@ fn make(
     })
 }
 
-fn write_one<'a, E, S>(
+fn write_layer<'a, E, S>(
     sink: S,
-    ahead: &'a Ahead<'a>,
+    ahead: &'a ReadAhead<'a>,
     shared: &Shared<'_>,
-    hands: &Hands<'a>,
+    senders: &Senders<'a>,
 ) -> Result<Layer, Error>
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
     S: FnMut(Bytes) -> Result<(), E> + Send,
 {
-    let (ready_in, ready) = bounded(READY);
+    let (ready_in, ready) = bounded(MAX_READY_BLOCKS);
     thread::scope(|scope| {
         let delivery = thread::Builder::new()
             .spawn_scoped(scope, move || deliver(ready, sink, &shared.sent_bytes))
             .map_err(Error::Thread)?;
         // Consumes the sender: its drop ends the delivery.
-        let tar = in_order(ahead, shared, hands, ready_in);
+        let tar = assemble(ahead, shared, senders, ready_in);
         // If the destination failed, that is why the ordering stopped: report that error first.
         let (digest, size) = delivery.join().map_err(|_| Error::Worker)??;
         let tar = tar?;
@@ -325,10 +326,10 @@ struct Tar {
     clippy::needless_pass_by_value,
     reason = "its end, with this function's, tells that nothing more comes"
 )]
-fn in_order<'a>(
-    ahead: &'a Ahead<'a>,
+fn assemble<'a>(
+    ahead: &'a ReadAhead<'a>,
     shared: &Shared<'_>,
-    hands: &Hands<'a>,
+    senders: &Senders<'a>,
     ready: Sender<Bytes>,
 ) -> Result<Tar, Error> {
     let plan = ahead.plan();
@@ -344,33 +345,33 @@ fn in_order<'a>(
     let blocks = plan.tar_size().div_ceil(BLOCK);
     let mut numbers = 0..blocks;
     let mut fetched = 0;
-    let mut under_way: VecDeque<Receiver<Made>> = VecDeque::with_capacity(shared.under_way);
+    let mut in_flight: VecDeque<Receiver<BlockResult>> = VecDeque::with_capacity(shared.in_flight);
     send(Bytes::from_static(compression.head()))?;
     loop {
-        while under_way.len() < shared.under_way
+        while in_flight.len() < shared.in_flight
             && let Some(number) = numbers.next()
         {
             let (result, made) = bounded(1);
-            let given = Work {
+            let given = BlockTask {
                 ahead,
                 number,
                 result,
             };
-            ahead.give((number + 1) * BLOCK);
-            hands.work.send(given).map_err(|_| Error::Worker)?;
-            under_way.push_back(made);
+            ahead.set_taken_end((number + 1) * BLOCK);
+            senders.work.send(given).map_err(|_| Error::Worker)?;
+            in_flight.push_back(made);
         }
-        if ahead.is_cold() {
-            let until = blocks.min(numbers.start + FETCH_AHEAD);
+        if ahead.is_enabled() {
+            let until = blocks.min(numbers.start + READ_AHEAD_BLOCKS);
             for number in fetched.max(numbers.start)..until {
-                hands
+                senders
                     .fetch
                     .send((ahead, number))
                     .map_err(|_| Error::Worker)?;
             }
             fetched = until;
         }
-        let Some(made) = under_way.pop_front() else {
+        let Some(made) = in_flight.pop_front() else {
             break;
         };
         if shared.options.cancel.is_cancelled() {
@@ -385,7 +386,7 @@ fn in_order<'a>(
         match block.compressed {
             Some(compressed) => {
                 send(compressed.into())?;
-                hands.spare.try_send(block.tar).ok();
+                senders.spare.try_send(block.tar).ok();
             }
             None => send(block.tar.into())?,
         }

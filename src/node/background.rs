@@ -21,20 +21,20 @@ use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
 mod floor;
 mod memory;
 
-pub(crate) use memory::Bound;
+pub(crate) use memory::MemoryLimit;
 
 /// Cgroup of background processes. It is never removed; an empty one costs nothing.
-const GROUP: &str = "upperdeck-idle";
+const IDLE_CGROUP: &str = "upperdeck-idle";
 /// Cgroup of processes at the usual priority whose memory is limited.
-const NORMAL: &str = "upperdeck-saves";
+const NORMAL_CGROUP: &str = "upperdeck-saves";
 /// Child of the idle group in the unified hierarchy, for processes without a memory limit: a cgroup whose children
 /// distribute memory cannot contain processes itself.
-const UNBOUNDED: &str = "unbounded";
+const UNLIMITED_CGROUP: &str = "unbounded";
 /// The highest nice value, which is the lowest priority.
-const NICEST: i32 = 19;
+const MAX_NICE: i32 = 19;
 /// Minimum share of all background processes together while other processes want every core, in per cent of the node's
 /// cores.
-pub(crate) const FLOOR: f64 = 2.0;
+pub(crate) const DEFAULT_FLOOR_PERCENT: f64 = 2.0;
 
 /// This process running in the background.
 #[derive(Clone, Debug)]
@@ -45,12 +45,12 @@ struct Inner {
     /// Pairs of `cgroup.procs` files: of an idle group, and of the group that the process came from.
     groups: Vec<(PathBuf, PathBuf)>,
     /// The nice value before.
-    usual: i32,
+    initial_nice: i32,
 }
 
 /// What a process's background priority is based on, the best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Holds {
+pub(crate) enum Mechanism {
     /// A cgroup that runs only when no other wants to.
     Idle,
     /// A cgroup with the lowest weight.
@@ -62,7 +62,7 @@ pub(crate) enum Holds {
 /// The usual priority, until this is dropped.
 #[derive(Debug)]
 #[must_use = "the process is back in the background as soon as this is dropped"]
-pub(crate) struct Hurry(Background);
+pub(crate) struct NormalPriority(Background);
 
 impl Background {
     /// Moves this process to the background, and limits its memory if `bound` is given. Cgroup file systems mounted
@@ -70,19 +70,19 @@ impl Background {
     /// while, whatever other processes want; 0 means none.
     ///
     /// Whatever is not available is left out.
-    pub(crate) fn enter(host_root: Option<&Path>, bound: Option<&Bound>, floor: f64) -> Self {
-        let bounded = bound.and_then(|bound| bound.hold(host_root, true));
+    pub(crate) fn enter(host_root: Option<&Path>, bound: Option<&MemoryLimit>, floor: f64) -> Self {
+        let bounded = bound.and_then(|bound| bound.apply(host_root, true));
         let read = |path: &str| fs::read(path).unwrap_or_default();
         let mounts = parse_mountinfo(&read("/proc/self/mountinfo")).unwrap_or_default();
         let own = read("/proc/self/cgroup");
         let mut groups = Vec::new();
-        let mut holds = Holds::Nice;
+        let mut mechanism = Mechanism::Nice;
         let mut shared = None;
-        for place in places(&mounts, &own, host_root) {
+        for place in idle_cgroups(&mounts, &own, host_root) {
             if let Some(held) = prepare(&place) {
                 // The memory and blkio hierarchies of v1 alone do not make a group idle.
                 if place.cpu {
-                    holds = held;
+                    mechanism = held;
                     shared = Some(place.idle.clone());
                 }
                 let procs = |dir: &Path| dir.join("cgroup.procs");
@@ -94,14 +94,17 @@ impl Background {
                 groups.push((procs(&idle), procs(&place.own)));
             }
         }
-        let usual = rustix::process::getpriority_process(None).unwrap_or(0);
-        let background = Self(Arc::new(Inner { groups, usual }));
-        background.relax();
+        let initial_nice = rustix::process::getpriority_process(None).unwrap_or(0);
+        let background = Self(Arc::new(Inner {
+            groups,
+            initial_nice,
+        }));
+        background.lower_priority();
         if let Some(dir) = shared.filter(|_| floor > 0.0) {
-            background.keep_floor(dir, floor);
+            background.start_floor_thread(dir, floor);
         }
         tracing::debug!(
-            ?holds,
+            ?mechanism,
             groups = background.0.groups.len(),
             "in the background"
         );
@@ -109,24 +112,24 @@ impl Background {
     }
 
     /// Limits the memory of this process, which keeps its usual priority.
-    pub(crate) fn bound_only(host_root: Option<&Path>, bound: &Bound) {
-        bound.hold(host_root, false);
+    pub(crate) fn limit_memory(host_root: Option<&Path>, bound: &MemoryLimit) {
+        bound.apply(host_root, false);
     }
 
     /// Returns to the usual share of everything, for work that another program waits for.
-    pub(crate) fn hurry(&self) -> Hurry {
+    pub(crate) fn normal_priority(&self) -> NormalPriority {
         for (_, usual) in &self.0.groups {
             join(usual);
         }
-        set_nice(self.0.usual);
-        Hurry(self.clone())
+        set_nice(self.0.initial_nice);
+        NormalPriority(self.clone())
     }
 
     /// Starts a thread that maintains the floor. It ends with this value.
-    fn keep_floor(&self, dir: PathBuf, percent: f64) {
+    fn start_floor_thread(&self, dir: PathBuf, percent: f64) {
         let of = Arc::downgrade(&self.0);
         let group = floor::Group::new(dir);
-        let keep = move || floor::keep(group, percent, &of);
+        let keep = move || floor::maintain(group, percent, &of);
         let started = std::thread::Builder::new()
             .name("floor".to_owned())
             .spawn(keep);
@@ -135,17 +138,17 @@ impl Background {
         }
     }
 
-    fn relax(&self) {
+    fn lower_priority(&self) {
         for (idle, _) in &self.0.groups {
             join(idle);
         }
-        set_nice(NICEST);
+        set_nice(MAX_NICE);
     }
 }
 
-impl Drop for Hurry {
+impl Drop for NormalPriority {
     fn drop(&mut self) {
-        self.0.relax();
+        self.0.lower_priority();
     }
 }
 
@@ -170,7 +173,7 @@ fn set_nice(nice: i32) {
 
 /// An idle group in one hierarchy, and this process's own group there.
 #[derive(Debug, PartialEq, Eq)]
-struct Place {
+struct IdleCgroup {
     idle: PathBuf,
     own: PathBuf,
     cpu: bool,
@@ -242,10 +245,10 @@ fn hierarchies<'a>(
 }
 
 /// Returns an idle group for each of the hierarchies that distribute cores and disks.
-fn places(mounts: &[MountInfo], own: &[u8], host_root: Option<&Path>) -> Vec<Place> {
-    let mut places: Vec<Place> = Vec::new();
+fn idle_cgroups(mounts: &[MountInfo], own: &[u8], host_root: Option<&Path>) -> Vec<IdleCgroup> {
+    let mut idle_cgroups: Vec<IdleCgroup> = Vec::new();
     if own.ends_with(b" (deleted)") {
-        return places;
+        return idle_cgroups;
     }
     let mut known = Vec::new();
     for hierarchy in hierarchies(mounts, own, host_root, &["cpu", "blkio"]) {
@@ -263,28 +266,30 @@ fn places(mounts: &[MountInfo], own: &[u8], host_root: Option<&Path>) -> Vec<Pla
             continue;
         }
         known.push(kind);
-        let place = Place {
-            idle: hierarchy.mount.mount_point.join(GROUP),
+        let place = IdleCgroup {
+            idle: hierarchy.mount.mount_point.join(IDLE_CGROUP),
             own: hierarchy.mount.mount_point.join(below),
             cpu: hierarchy.unified || hierarchy.controller == "cpu",
             unified: hierarchy.unified,
         };
         // The process is in an idle group already.
-        let inside = below.components().any(|part| part.as_os_str() == GROUP);
-        places.extend((!inside).then_some(place));
+        let inside = below
+            .components()
+            .any(|part| part.as_os_str() == IDLE_CGROUP);
+        idle_cgroups.extend((!inside).then_some(place));
     }
-    places
+    idle_cgroups
 }
 
 /// Returns the child of an idle group of the unified hierarchy for a process without a memory limit.
 fn unbounded(idle: &Path) -> PathBuf {
-    let dir = idle.join(UNBOUNDED);
+    let dir = idle.join(UNLIMITED_CGROUP);
     let _ = fs::create_dir(&dir);
     if dir.is_dir() { dir } else { idle.to_owned() }
 }
 
 /// Creates the group and sets its attributes. Returns `None` if it can control nothing.
-fn prepare(place: &Place) -> Option<Holds> {
+fn prepare(place: &IdleCgroup) -> Option<Mechanism> {
     let dir = &place.idle;
     let made = fs::create_dir(dir).is_ok();
     if !made && !dir.is_dir() {
@@ -305,9 +310,9 @@ fn prepare(place: &Place) -> Option<Holds> {
     let weighed = set("cpu.weight", "1") || set("cpu.shares", "2");
     let idle = set("cpu.idle", "1");
     match (idle, weighed, disks.contains(&true)) {
-        (true, ..) => Some(Holds::Idle),
-        (false, true, _) => Some(Holds::Weight),
-        (false, false, true) if !place.cpu => Some(Holds::Nice),
+        (true, ..) => Some(Mechanism::Idle),
+        (false, true, _) => Some(Mechanism::Weight),
+        (false, false, true) if !place.cpu => Some(Mechanism::Nice),
         _ => {
             if made {
                 let _ = fs::remove_dir(dir);
@@ -332,7 +337,7 @@ mod tests {
     ) -> Vec<(String, String, bool)> {
         let mounts = parse_mountinfo(mountinfo.as_bytes()).unwrap_or_default();
         let shown = |path: PathBuf| path.display().to_string();
-        places(&mounts, own.as_bytes(), host_root.map(Path::new))
+        idle_cgroups(&mounts, own.as_bytes(), host_root.map(Path::new))
             .into_iter()
             .map(|place| (shown(place.idle), shown(place.own), place.cpu))
             .collect()

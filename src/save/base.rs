@@ -22,9 +22,9 @@ use crate::store::layout::Reader;
 use crate::store::registry;
 
 /// Maximum number of concurrent requests to a registry.
-const LOOKUPS: usize = 4;
+const MAX_CONCURRENT_LOOKUPS: usize = 4;
 /// Bytes read from a local blob at a time.
-const PIECE: usize = 1 << 20;
+const READ_SIZE: usize = 1 << 20;
 
 /// The source of a base layer at the destination.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -155,19 +155,19 @@ pub(super) async fn look_up(
         Ok(None)
     });
     let answers: Vec<Result<_, Error>> = futures_util::stream::iter(answers)
-        .buffered(LOOKUPS)
+        .buffered(MAX_CONCURRENT_LOOKUPS)
         .collect()
         .await;
     answers.into_iter().collect()
 }
 
 /// Like [`look_up`], and checks that the destination has room for what is missing, if it reports its quota.
-pub(super) async fn look_up_with_room(
+pub(super) async fn look_up_and_check_quota(
     destination: &Destination,
     base: &Base,
 ) -> Result<Vec<Option<Delivered>>, Error> {
     let found = look_up(destination, &base.layers).await?;
-    destination.check_room(missing_bytes(base, &found)).await?;
+    destination.check_quota(missing_bytes(base, &found)).await?;
     Ok(found)
 }
 
@@ -183,7 +183,7 @@ fn missing_bytes(base: &Base, found: &[Option<Delivered>]) -> u64 {
 }
 
 /// Copies the layers that [`look_up`] did not find, several at a time.
-pub(super) async fn bring(
+pub(super) async fn copy_missing(
     context: &Context,
     destination: &Destination,
     container: &Container,
@@ -197,16 +197,16 @@ pub(super) async fn bring(
         .map(|(index, found)| async move {
             match found {
                 Some(found) => Ok(found),
-                None => bring_one(context, destination, container, base, layout, index).await,
+                None => copy_or_remake(context, destination, container, base, layout, index).await,
             }
         });
     futures_util::stream::iter(brought)
-        .buffered(destination.blobs_at_once())
+        .buffered(destination.max_concurrent_blobs())
         .try_collect()
         .await
 }
 
-async fn bring_one(
+async fn copy_or_remake(
     context: &Context,
     destination: &Destination,
     container: &Container,
@@ -215,7 +215,7 @@ async fn bring_one(
     index: usize,
 ) -> Result<Delivered, Error> {
     let layer = &base.layers[index];
-    let bar = Bar {
+    let bar = LayerProgress {
         context,
         layer: index,
         layers: base.layers.len(),
@@ -246,7 +246,7 @@ pub(super) async fn copy(
     destination: &Destination,
     layer: &BaseLayer,
 ) -> Result<Result<Delivered, Vec<String>>, Error> {
-    let bar = Bar {
+    let bar = LayerProgress {
         context,
         layer: 0,
         layers: 1,
@@ -263,15 +263,15 @@ async fn copy_blob(
     destination: &Destination,
     blob: &Blob<'_>,
     layout: Option<&Reader>,
-    bar: &Bar<'_>,
+    bar: &LayerProgress<'_>,
 ) -> Result<Result<Delivered, Vec<String>>, Error> {
     let mut tried = Vec::new();
     for (name, open) in local_copies(blob, layout) {
         match copy_local(destination, blob, &*open, bar).await {
             Ok(size) => return Ok(Ok(blob.delivered(size, Origin::Local))),
             // An error of the destination would occur with the next source too.
-            Err(Copy::Destination(error)) => return Err(error),
-            Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+            Err(CopyError::Destination(error)) => return Err(error),
+            Err(CopyError::Source(reason)) => tried.push(format!("{name}: {reason}")),
         }
     }
     for name in &blob.layer.repositories {
@@ -280,8 +280,8 @@ async fn copy_blob(
                 let repository = name.clone();
                 return Ok(Ok(blob.delivered(size, Origin::Registry { repository })));
             }
-            Err(Copy::Destination(error)) => return Err(error),
-            Err(Copy::Source(reason)) => tried.push(format!("{name}: {reason}")),
+            Err(CopyError::Destination(error)) => return Err(error),
+            Err(CopyError::Source(reason)) => tried.push(format!("{name}: {reason}")),
         }
     }
     if tried.is_empty() {
@@ -291,12 +291,12 @@ async fn copy_blob(
 }
 
 /// The side on which a copy failed.
-enum Copy {
+enum CopyError {
     Source(String),
     Destination(Error),
 }
 
-impl From<crate::store::destination::Error> for Copy {
+impl From<crate::store::destination::Error> for CopyError {
     fn from(error: crate::store::destination::Error) -> Self {
         Self::Destination(error.into())
     }
@@ -334,22 +334,22 @@ async fn copy_local(
     destination: &Destination,
     blob: &Blob<'_>,
     open: &(dyn Fn() -> Opened + Send + Sync),
-    bar: &Bar<'_>,
-) -> Result<u64, Copy> {
+    bar: &LayerProgress<'_>,
+) -> Result<u64, CopyError> {
     let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
     loop {
-        let mut file = open().map_err(Copy::Source)?;
+        let mut file = open().map_err(CopyError::Source)?;
         let bar = bar.shared();
         let read = tokio::task::spawn_blocking(move || {
             use sha2::Digest as _;
             let mut hasher = sha2::Sha256::new();
             let mut size = 0;
             loop {
-                let mut piece = vec![0; PIECE];
+                let mut piece = vec![0; READ_SIZE];
                 match file.read(&mut piece) {
                     Ok(0) => return (writer, Ok(Ok((Digest::finish(hasher), size)))),
                     Ok(n) => piece.truncate(n),
-                    Err(error) => return (writer, Err(Copy::Source(error.to_string()))),
+                    Err(error) => return (writer, Err(CopyError::Source(error.to_string()))),
                 }
                 hasher.update(&piece);
                 size += piece.len() as u64;
@@ -359,29 +359,34 @@ async fn copy_local(
                 bar.progress(size, 0);
             }
         });
-        let (mut written, read) = read.await.map_err(|_| Copy::Destination(Error::Worker))?;
+        let (mut written, read) = read
+            .await
+            .map_err(|_| CopyError::Destination(Error::Worker))?;
         let error = match read? {
             Ok((digest, _)) if digest != blob.digest => {
                 written.abort().await;
-                return Err(Copy::Source(format!(
+                return Err(CopyError::Source(format!(
                     "its content is {digest}, not {}",
                     blob.digest
                 )));
             }
-            Ok((digest, size)) => match written.end(&digest, size).await {
+            Ok((digest, size)) => match written.try_finish(&digest, size).await {
                 Ok(()) => return Ok(size),
                 Err(error) => error,
             },
             Err(error) => error,
         };
-        writer = again(written, error).await?;
+        writer = retry_writer(written, error).await?;
     }
 }
 
 /// Returns a writer for another attempt, or the error if it is not retryable.
-async fn again(writer: BlobWriter, error: destination::Error) -> Result<BlobWriter, Copy> {
+async fn retry_writer(
+    writer: BlobWriter,
+    error: destination::Error,
+) -> Result<BlobWriter, CopyError> {
     if error.retryable() {
-        Ok(writer.again(error).await?)
+        Ok(writer.retry(error).await?)
     } else {
         Err(error.into())
     }
@@ -392,9 +397,9 @@ async fn copy_remote(
     destination: &Destination,
     blob: &Blob<'_>,
     name: &str,
-    bar: &Bar<'_>,
-) -> Result<u64, Copy> {
-    let source = |error: registry::Error| Copy::Source(error.to_string());
+    bar: &LayerProgress<'_>,
+) -> Result<u64, CopyError> {
+    let source = |error: registry::Error| CopyError::Source(error.to_string());
     let repository = context.registries.repository(name).map_err(source)?;
     let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
     loop {
@@ -414,13 +419,13 @@ async fn copy_remote(
                         (writer, written)
                     })
                     .await
-                    .map_err(|_| Copy::Destination(Error::Worker))?;
+                    .map_err(|_| CopyError::Destination(Error::Worker))?;
                     if let Err(error) = written {
                         break error;
                     }
                     bar.shared().progress(size, blob.size);
                 }
-                Ok(None) => match writer.end(&blob.digest, size).await {
+                Ok(None) => match writer.try_finish(&blob.digest, size).await {
                     Ok(()) => return Ok(size),
                     Err(error) => break error,
                 },
@@ -430,7 +435,7 @@ async fn copy_remote(
                 }
             }
         };
-        writer = again(writer, error).await?;
+        writer = retry_writer(writer, error).await?;
     }
 }
 
@@ -441,7 +446,7 @@ async fn remake(
     container: &Container,
     base: &Base,
     index: usize,
-    bar: &Bar<'_>,
+    bar: &LayerProgress<'_>,
 ) -> Result<Delivered, Error> {
     let lowers: Option<Vec<_>> = base.layers[..=index]
         .iter()
@@ -450,7 +455,7 @@ async fn remake(
         .collect();
     let lowers = lowers.filter(|lowers| !lowers.is_empty());
     let Some((upper, below)) = lowers.as_ref().and_then(|lowers| lowers.split_first()) else {
-        return Err(Error::BaseLayerNowhere {
+        return Err(Error::BaseLayerNotFound {
             diff_id: base.layers[index].diff_id,
         });
     };
@@ -497,11 +502,11 @@ async fn remake(
             let made = layer::stream::write(&plan, options, sink, &|at| {
                 bar.progress(at.tar_bytes, total);
             });
-            (made.map_err(super::of_the_sink), writer)
+            (made.map_err(super::unwrap_sink_error), writer)
         });
         let (made, mut written) = made.await.map_err(|_| Error::Worker)?;
         let error = match made {
-            Ok(layer) => match written.end(&layer.digest, layer.size).await {
+            Ok(layer) => match written.try_finish(&layer.digest, layer.size).await {
                 Ok(()) => break layer,
                 Err(error) => error,
             },
@@ -514,7 +519,7 @@ async fn remake(
         if !error.retryable() {
             return Err(error.into());
         }
-        writer = written.again(error).await?;
+        writer = written.retry(error).await?;
     };
     Ok(Delivered {
         digest: layer.digest,
@@ -526,22 +531,22 @@ async fn remake(
 }
 
 /// Reports the progress of a base layer.
-struct Bar<'a> {
+struct LayerProgress<'a> {
     context: &'a Context,
     layer: usize,
     layers: usize,
 }
 
-/// Like `Bar`, for use on another thread.
-struct SharedBar {
+/// Like `LayerProgress`, for use on another thread.
+struct SharedLayerProgress {
     observer: Arc<dyn crate::save::event::Observer>,
     layer: usize,
     layers: usize,
 }
 
-impl Bar<'_> {
-    fn shared(&self) -> SharedBar {
-        SharedBar {
+impl LayerProgress<'_> {
+    fn shared(&self) -> SharedLayerProgress {
+        SharedLayerProgress {
             observer: Arc::clone(&self.context.observer),
             layer: self.layer,
             layers: self.layers,
@@ -549,7 +554,7 @@ impl Bar<'_> {
     }
 }
 
-impl SharedBar {
+impl SharedLayerProgress {
     fn progress(&self, bytes_done: u64, bytes_total: u64) {
         let (layer, layers) = (self.layer, self.layers);
         self.observer.event(Event::BaseProgress {

@@ -7,23 +7,23 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
-use super::trees::Known;
-use super::{Context, Error, Options, Rules, Taken, base};
+use super::trees::Baseline;
+use super::{CapturedTrees, Context, Error, Options, Rules, base};
 use crate::common::digest::{ChainId, Digest};
 use crate::image::manifest;
 use crate::layer::scan::Stored;
 use crate::node::container::{Base, BaseLayer, Container, Volume};
-use crate::save::kept::{Description, Kept, Layer, Lock, Shown, Store, Unusable};
+use crate::save::state_store::{Description, Layer, Lock, Store, StoredSave, TreeState, Unusable};
 use crate::store::destination::{Destination, Target};
 
 /// Polling interval of a save that waits for another save of the same container.
-const WAIT: Duration = Duration::from_millis(100);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// An earlier save that can serve as the ground for another.
 #[derive(Debug)]
-pub(super) struct Under {
+pub(super) struct PreviousSave {
     /// One item per tree.
-    pub(super) known: Vec<Known>,
+    pub(super) known: Vec<Baseline>,
     /// The layers above the base, bottom first; all are at the destination.
     pub(super) layers: Vec<Layer>,
 }
@@ -36,7 +36,7 @@ pub(super) struct Earlier {
     lock: Option<Lock>,
     fingerprint: Digest,
     upper_inode: (u64, u64),
-    pub(super) under: Option<Under>,
+    pub(super) previous: Option<PreviousSave>,
 }
 
 /// Looks for the last save of the container. An unusable one never fails the save at hand.
@@ -53,7 +53,7 @@ pub(super) async fn find(
         lock: None,
         fingerprint: Digest::of(b""),
         upper_inode: (0, 0),
-        under: None,
+        previous: None,
     };
     // A scan of a running container is no basis for another save.
     let Some(dir) = options
@@ -65,13 +65,13 @@ pub(super) async fn find(
     };
     let store = Store::new(dir);
     earlier.upper_inode = inode_of(container)?;
-    let granted = Granted::of(options);
+    let granted = ContentOptions::of(options);
     earlier.fingerprint = fingerprint(&granted, container, volumes, base, earlier.upper_inode)?;
     earlier.lock = lock(context, &store, container).await;
     let last = if options.full {
-        Last::Nothing
+        LastSave::Nothing
     } else {
-        Last::of(
+        LastSave::of(
             &store,
             container,
             base,
@@ -82,38 +82,38 @@ pub(super) async fn find(
     earlier.store = Some(store);
     let full = |why: &str| context.warn("full_save", format!("everything is saved anew: {why}"));
     let kept = match last {
-        Last::Nothing => return Ok(earlier),
-        Last::NotUsed(why) => {
+        LastSave::Nothing => return Ok(earlier),
+        LastSave::NotUsed(why) => {
             full(&why);
             return Ok(earlier);
         }
-        Last::Save(kept) => kept,
+        LastSave::Save(kept) => kept,
     };
     let Description {
         layers,
         destination: where_kept,
         ..
     } = kept.description;
-    if let Err(missing) = bring(context, destination, &layers, &where_kept).await? {
+    if let Err(missing) = ensure_at_destination(context, destination, &layers, &where_kept).await? {
         full(&missing);
         return Ok(earlier);
     }
-    let known = restored(kept.stored);
-    earlier.under = Some(Under { known, layers });
+    let known = baselines_of_stored(kept.stored);
+    earlier.previous = Some(PreviousSave { known, layers });
     Ok(earlier)
 }
 
 /// What this node has of the last save.
-pub(super) enum Last {
+pub(super) enum LastSave {
     /// Nothing was kept, which needs no message.
     Nothing,
     /// Something was kept, but is not used for this reason; or there was a reason not to look.
     NotUsed(String),
     /// A save that the next one can be made on top of.
-    Save(Box<Kept>),
+    Save(Box<StoredSave>),
 }
 
-impl Last {
+impl LastSave {
     /// Loads the last save and checks that it can be used.
     pub(super) fn of(
         store: &Store,
@@ -131,7 +131,7 @@ impl Last {
             let why = "the last save was with other options, or of another base, mount or boot";
             return Self::NotUsed(why.to_owned());
         }
-        match too_long(&kept.description.layers, max_layers, base.layers.len()) {
+        match chain_too_long(&kept.description.layers, max_layers, base.layers.len()) {
             Some(why) => Self::NotUsed(why),
             None => Self::Save(Box::new(kept)),
         }
@@ -161,12 +161,12 @@ async fn lock(context: &Context, store: &Store, container: &Container) -> Option
             told = true;
         }
         // Cancellation drops this future.
-        tokio::time::sleep(WAIT).await;
+        tokio::time::sleep(LOCK_POLL_INTERVAL).await;
     }
 }
 
 /// Returns the reason why a chain of layers must not grow, if there is one.
-fn too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
+fn chain_too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
     let size = |full: bool| {
         layers
             .iter()
@@ -188,7 +188,7 @@ fn too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> {
 const SMALL_CHAIN: u64 = 16 << 20;
 
 /// Ensures that the layers are at the destination. Returns the reason if they cannot be brought there.
-async fn bring(
+async fn ensure_at_destination(
     context: &Context,
     destination: &Destination,
     layers: &[Layer],
@@ -238,8 +238,8 @@ fn as_base(layer: &Layer, where_kept: &str) -> BaseLayer {
 }
 
 /// Returns what was kept as scans that new ones are compared with.
-pub(super) fn restored(stored: Vec<Stored>) -> Vec<Known> {
-    let known = |stored: Stored| Known {
+pub(super) fn baselines_of_stored(stored: Vec<Stored>) -> Vec<Baseline> {
+    let known = |stored: Stored| Baseline {
         scan: Arc::new(stored.scan),
         unsure: Arc::new(stored.unsure),
     };
@@ -247,12 +247,12 @@ pub(super) fn restored(stored: Vec<Stored>) -> Vec<Known> {
 }
 
 /// The options of a save that determine what its layers contain.
-pub(super) struct Granted<'o> {
+pub(super) struct ContentOptions<'o> {
     pub(super) rules: &'o Rules,
     pub(super) timestamp: Option<i64>,
 }
 
-impl<'o> Granted<'o> {
+impl<'o> ContentOptions<'o> {
     fn of(options: &'o Options) -> Self {
         Self {
             rules: &options.rules,
@@ -281,7 +281,7 @@ fn unreadable(path: &Path, source: std::io::Error) -> Error {
     reason = "quotes and escapes keep the parts apart"
 )]
 pub(super) fn fingerprint(
-    granted: &Granted<'_>,
+    granted: &ContentOptions<'_>,
     container: &Container,
     volumes: &[Volume],
     base: &Base,
@@ -307,7 +307,7 @@ pub(super) fn fingerprint(
             "{:?} {} {inode:?} {:?}",
             volume.destination,
             volume.kind,
-            volume.opened.root().who()
+            volume.opened.root().identity()
         ))
     };
     let volumes: Vec<_> = volumes
@@ -336,9 +336,9 @@ pub(super) fn fingerprint(
 impl Earlier {
     /// Returns the layers of the image above the base: those of the earlier saves that this one builds on, then its
     /// own.
-    pub(super) fn layers(&self, taken: &Taken) -> Vec<Layer> {
+    pub(super) fn layers(&self, taken: &CapturedTrees) -> Vec<Layer> {
         let under = self
-            .under
+            .previous
             .iter()
             .filter(|_| taken.on_top)
             .flat_map(|under| under.layers.clone());
@@ -359,10 +359,10 @@ impl Earlier {
         context: &Context,
         container: &Container,
         target: &Target,
-        taken: &Taken,
+        taken: &CapturedTrees,
     ) {
         let Some(store) = &self.store else { return };
-        let kept = match &taken.seen {
+        let kept = match &taken.baselines {
             Some(known) => {
                 let description = Description {
                     fingerprint: self.fingerprint,
@@ -372,8 +372,8 @@ impl Earlier {
                     layers: self.layers(taken),
                 };
                 let mut scans = Vec::with_capacity(known.len());
-                for Known { scan, unsure } in known {
-                    scans.push(Shown { scan, unsure });
+                for Baseline { scan, unsure } in known {
+                    scans.push(TreeState { scan, unsure });
                 }
                 store.keep(&container.id, &description, &scans)
             }
@@ -390,7 +390,7 @@ impl Earlier {
 }
 
 /// Returns the layers as a manifest lists them.
-pub(super) fn listed(layers: &[Layer]) -> Vec<manifest::NewLayer> {
+pub(super) fn to_manifest_layers(layers: &[Layer]) -> Vec<manifest::NewLayer> {
     let listed = |layer: &Layer| manifest::NewLayer {
         layer: manifest::Layer {
             descriptor: base::descriptor(&layer.media_type, layer.digest, layer.size),

@@ -57,7 +57,7 @@ pub enum Error {
     #[error(
         "the base layer {diff_id} is in no store and no known registry, and no directory holds it unpacked"
     )]
-    BaseLayerNowhere {
+    BaseLayerNotFound {
         /// Diff ID of the layer.
         diff_id: DiffId,
     },
@@ -152,7 +152,7 @@ impl Error {
             Self::Prove(_)
             | Self::BaseNotNamed { .. }
             | Self::BaseUnusable { .. }
-            | Self::BaseLayerNowhere { .. } => Kind::BaseUnproven,
+            | Self::BaseLayerNotFound { .. } => Kind::BaseUnproven,
             Self::Scan(_)
             | Self::Layer(_)
             | Self::Manifest(_)
@@ -164,7 +164,7 @@ impl Error {
     }
 
     /// Returns whether the destination failed, not the source, and the save may succeed when it is repeated.
-    pub(super) fn may_pass_at_destination(&self) -> bool {
+    pub(super) fn is_transient_at_destination(&self) -> bool {
         matches!(self, Self::Destination(_)) && self.kind() == Kind::Retryable
     }
 

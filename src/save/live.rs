@@ -4,64 +4,65 @@
 //! and scanned again, and the last changes are kept in memory or as clones; it is thawed, and they are compressed and
 //! delivered. The image is the container at the moment of the freeze: what the rounds read is used only if it has not
 //! changed since, which the kernel's time stamps show (`scan::changes`, `mapped`), and if no write was in progress that
-//! had stamped the file before it was scanned (`layer::settle`).
+//! had stamped the file before it was scanned (`layer::pending_writes`).
 
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::earlier::Earlier;
-use super::mapped::{self, Mapped};
-use super::trees::{self, File, Known};
-use super::writing;
-use super::{Context, Error, Options, Taken, deliver, finish, freeze, stream};
-use crate::layer::held::{self, Holding, Way};
+use super::in_flight_writes;
+use super::mapped::{self, MappedFiles};
+use super::trees::{self, Baseline, FileId};
+use super::{CapturedTrees, Context, Error, Options, deliver, finish, freeze, stream};
+use crate::layer::capture::{self, Capture, CaptureMethod};
 use crate::layer::scan::{Kind, Scan};
-use crate::layer::{Held, Layer, Plan};
+use crate::layer::{CapturedContents, Layer, Plan};
 use crate::node::container::{Container, Volume};
-use crate::node::freeze::Ways;
+use crate::node::freeze::WriteModes;
 use crate::save::event::{Event, Phase};
 use crate::store::destination::Destination;
 
 /// Maximum number of rounds before the freeze.
-const ROUNDS: u32 = 3;
+const MAX_PRECOPY_ROUNDS: u32 = 3;
 /// Default limit of the pause.
 pub(crate) const MAX_PAUSE: Duration = Duration::from_secs(1);
 /// A warning is issued for files whose writers wait longer than this for the file's clone.
 const LONG_WAIT: Duration = Duration::from_millis(500);
 
 /// The result of the rounds.
-struct Rounds {
+struct Precopy {
     /// What the image contains so far, including the layers of earlier saves and of the rounds.
-    known: Option<Vec<Known>>,
+    known: Option<Vec<Baseline>>,
     on_top: bool,
     layers: Vec<Layer>,
     /// The shared mappings before the last scan.
-    mapped: Mapped,
+    mapped: MappedFiles,
     /// The last scan, with which the one under the freeze is compared.
-    look: Vec<Arc<Scan>>,
+    last_scans: Vec<Arc<Scan>>,
     /// The ways in which the container's processes could write immediately before the freeze.
-    ways: Ways,
+    ways: WriteModes,
 }
 
 /// Takes the container's trees as they are at one moment. Returns `None` if this is possible only while it is frozen.
-pub(super) async fn take(
+pub(super) async fn capture_live(
     context: &Context,
     options: &Options,
     container: &Container,
     volumes: &[Volume],
     destination: &Destination,
     earlier: &Earlier,
-) -> Result<Option<Taken>, Error> {
-    let rounds = approach(context, options, container, volumes, destination, earlier).await?;
+) -> Result<Option<CapturedTrees>, Error> {
+    let rounds = run_precopy(context, options, container, volumes, destination, earlier).await?;
     let Some(rounds) = rounds else {
         return Ok(None);
     };
-    let instant = stand_still(context, options, container, volumes, destination, &rounds).await?;
+    let instant =
+        freeze_and_capture(context, options, container, volumes, destination, &rounds).await?;
     let Some(instant) = instant else {
         return Ok(None);
     };
-    let Instantly {
+    let FreezeResult {
         now,
         plans,
         held,
@@ -74,12 +75,12 @@ pub(super) async fn take(
     let mut unsettled = HashSet::new();
     if let Some(held) = held.filter(|_| !plans.iter().all(Plan::is_empty)) {
         context.phase(Phase::Streaming);
-        let held = complete(context, held).await?;
+        let held = complete_clones(context, held).await?;
         let mut unstable = held.iter().flat_map(|held| held.unstable.clone()).collect();
-        unsettled = writing::take_unsettled(&mut unstable);
+        unsettled = in_flight_writes::take_unsettled(&mut unstable);
         let plans = plans.into_iter().zip(held);
-        let plans = plans.map(|(plan, held)| plan.with(held)).collect();
-        let plans = trees::cut(plans, options.layer_size);
+        let plans = plans.map(|(plan, held)| plan.with_captured(held)).collect();
+        let plans = trees::split_plans(plans, options.layer_size);
         let codec = (options.compression, options.level);
         let mut made = deliver(context, codec, plans, destination).await?;
         if let Some(layer) = made.first_mut() {
@@ -88,29 +89,32 @@ pub(super) async fn take(
         layers.extend(made);
     }
     for mut layer in streamed {
-        unsettled.extend(writing::take_unsettled(&mut layer.unstable));
+        unsettled.extend(in_flight_writes::take_unsettled(&mut layer.unstable));
         layers.push(layer);
     }
-    writing::tell_unsettled(context, &unsettled);
+    in_flight_writes::warn_unsettled(context, &unsettled);
     if let Some(dirty) = &mut dirty {
-        dirty.extend(writing::files_of(&now, &unsettled));
+        dirty.extend(in_flight_writes::files_of(&now, &unsettled));
     }
     trees::recheck(context, container, volumes)?;
-    Ok(Some(Taken {
+    Ok(Some(CapturedTrees {
         layers,
         on_top: rounds.on_top,
         report: trees::report(&now),
         pause: Some(pause),
         was_frozen,
-        seen: dirty.map(|dirty| Known::all(now, &dirty)),
+        baselines: dirty.map(|dirty| Baseline::of_scans(now, &dirty)),
     }))
 }
 
 /// Waits for the clones that were begun during the freeze.
-async fn complete(context: &Context, holding: Vec<Holding>) -> Result<Vec<Held>, Error> {
+async fn complete_clones(
+    context: &Context,
+    holding: Vec<Capture>,
+) -> Result<Vec<CapturedContents>, Error> {
     let cancel = context.cancel.clone();
     let work = move || {
-        let complete = |holding: Holding| holding.complete(&cancel);
+        let complete = |holding: Capture| holding.complete(&cancel);
         holding
             .into_iter()
             .map(complete)
@@ -138,22 +142,22 @@ async fn complete(context: &Context, holding: Vec<Holding>) -> Result<Vec<Held>,
 }
 
 /// Saves beside the running container until little is left.
-async fn approach(
+async fn run_precopy(
     context: &Context,
     options: &Options,
     container: &Container,
     volumes: &[Volume],
     destination: &Destination,
     earlier: &Earlier,
-) -> Result<Option<Rounds>, Error> {
-    let mut known = earlier.under.as_ref().map(|under| under.known.clone());
+) -> Result<Option<Precopy>, Error> {
+    let mut known = earlier.previous.as_ref().map(|under| under.known.clone());
     let mut on_top = known.is_some();
     let mut layers = Vec::new();
     let mut round = 0;
     loop {
         context.phase(Phase::Scanning);
         let mapped = mapped::write_out(context, container, volumes).await?;
-        if let Some(path) = &mapped.elsewhere {
+        if let Some(path) = &mapped.unresolved {
             context.warn(
                 "mapped_elsewhere",
                 format!(
@@ -189,32 +193,32 @@ async fn approach(
         };
         // Determined after the scan: a write that has been in progress since before the scan belongs to a ring or
         // descriptor that still exists.
-        let ways = writing::ways(context, container).await?;
+        let ways = in_flight_writes::write_modes(context, container).await?;
         let plans = trees::plans(changes, options.timestamp);
-        let plans = writing::beside(plans, volumes, ways);
-        let way = held::way(&plans, options.live_limit);
-        if way != Way::No || round == ROUNDS {
-            let plans = if way == Way::Clones {
+        let plans = in_flight_writes::prepare_running(plans, volumes, ways);
+        let way = capture::method(&plans, options.live_limit);
+        if way != CaptureMethod::Impossible || round == MAX_PRECOPY_ROUNDS {
+            let plans = if way == CaptureMethod::Clones {
                 plans
             } else {
                 Vec::new()
             };
-            let prepare = move || plans.iter().for_each(held::prepare_clones);
+            let prepare = move || plans.iter().for_each(capture::prepare_clones);
             tokio::task::spawn_blocking(prepare)
                 .await
                 .map_err(|_| Error::Worker)?;
-            return Ok(Some(Rounds {
+            return Ok(Some(Precopy {
                 known,
                 on_top,
                 layers,
                 mapped,
-                look: scans,
+                last_scans: scans,
                 ways,
             }));
         }
         round += 1;
         let mut dirty = mapped.dirty;
-        let plans = trees::cut(plans, options.layer_size);
+        let plans = trees::split_plans(plans, options.layer_size);
         if !plans.is_empty() {
             context.phase(Phase::Streaming);
             let codec = (options.compression, options.level);
@@ -222,55 +226,55 @@ async fn approach(
             dirty.extend(unstable(&scans, &mut made));
             layers.extend(made);
         }
-        known = Some(Known::all(scans, &dirty));
+        known = Some(Baseline::of_scans(scans, &dirty));
     }
 }
 
 /// Removes and returns the files that changed while they were read, or may have. They are read again, so they need no
 /// warning.
-fn unstable(scans: &[Arc<Scan>], layers: &mut [Layer]) -> HashSet<File> {
+fn unstable(scans: &[Arc<Scan>], layers: &mut [Layer]) -> HashSet<FileId> {
     let layers = layers.iter_mut();
     let unstable = layers.flat_map(|layer| std::mem::take(&mut layer.unstable));
     let paths = unstable.map(|unstable| unstable.path).collect();
-    writing::files_of(scans, &paths)
+    in_flight_writes::files_of(scans, &paths)
 }
 
 /// The state of the container at the moment of the freeze.
-struct Instantly {
+struct FreezeResult {
     now: Vec<Arc<Scan>>,
     plans: Vec<Plan>,
     /// The contents by plan, or `None` if they were streamed.
-    held: Option<Vec<Holding>>,
+    held: Option<Vec<Capture>>,
     streamed: Vec<Layer>,
     pause: Duration,
     was_frozen: bool,
     /// Files that may be written to from now on without a change of time stamps; `None` if they cannot be determined.
-    dirty: Option<HashSet<File>>,
+    dirty: Option<HashSet<FileId>>,
 }
 
 /// Freezes, scans, takes what changed, and thaws.
-async fn stand_still(
+async fn freeze_and_capture(
     context: &Context,
     options: &Options,
     container: &Container,
     volumes: &[Volume],
     destination: &Destination,
-    rounds: &Rounds,
-) -> Result<Option<Instantly>, Error> {
+    rounds: &Precopy,
+) -> Result<Option<FreezeResult>, Error> {
     context.phase(Phase::Scanning);
     let bound = options.max_pause.filter(|bound| !bound.is_zero());
-    let hurry = options.hurry();
+    let normal_priority = options.normal_priority();
     let frozen = match (freeze(context, options, container), bound) {
         // The processes did not stop within the time for which they may be frozen.
         (Err(Error::Freeze(crate::node::freeze::Error::Timeout { waited, .. })), Some(bound))
             if waited >= bound =>
         {
-            return Err(too_long(bound));
+            return Err(pause_too_long(bound));
         }
         (frozen, _) => frozen?.ok_or(Error::Worker)?,
     };
     let since = Instant::now();
-    let taken = take_frozen(
+    let taken = capture_frozen(
         context,
         options,
         container,
@@ -283,14 +287,14 @@ async fn stand_still(
     .await;
     let was_frozen = frozen.was_frozen();
     let thawed = frozen.thaw();
-    drop(hurry);
+    drop(normal_priority);
     // If the container ran meanwhile, what was taken is useless, whether or not that succeeded.
     let pause = match (thawed, bound) {
         (Ok(pause), _) => pause,
-        (Err(Error::Freeze(crate::node::freeze::Error::NotHeld { .. })), Some(bound))
+        (Err(Error::Freeze(crate::node::freeze::Error::ThawedEarly { .. })), Some(bound))
             if since.elapsed() >= bound =>
         {
-            return Err(too_long(bound));
+            return Err(pause_too_long(bound));
         }
         (Err(error), _) => return Err(error),
     };
@@ -305,18 +309,19 @@ async fn stand_still(
     let streamed = finish(made).await?;
     let dirty = match mappings {
         None => Some(rounds.mapped.dirty.clone()),
-        Some(Mapped {
-            elsewhere: Some(_), ..
+        Some(MappedFiles {
+            unresolved: Some(_),
+            ..
         }) => None,
         Some(mapped) => {
             let mut dirty = rounds.mapped.dirty.clone();
             // Stamped before the files were written out: clean since.
-            let written = late(&now, volumes, rounds.mapped.since);
+            let written = stamped_since(&now, volumes, rounds.mapped.since);
             dirty.extend(written.filter(|file| mapped.dirty.contains(file)));
             Some(dirty)
         }
     };
-    Ok(Some(Instantly {
+    Ok(Some(FreezeResult {
         now,
         plans,
         held,
@@ -328,44 +333,44 @@ async fn stand_still(
 }
 
 /// Returns the files that were stamped at `clock` or later.
-fn late(
+fn stamped_since(
     scans: &[Arc<Scan>],
     volumes: &[Volume],
     clock: crate::layer::scan::Clock,
-) -> impl Iterator<Item = File> {
+) -> impl Iterator<Item = FileId> {
     scans.iter().enumerate().flat_map(move |(tree, scan)| {
         let clock = trees::since(volumes, tree, clock);
         let files = scan.entries();
         let late = move |e: &crate::layer::scan::Entry| {
-            e.kind == Kind::File && e.root == 0 && !clock.settles(e.ctime, e.ctime_nsec)
+            e.kind == Kind::File && e.root == 0 && !clock.can_trust(e.ctime, e.ctime_nsec)
         };
         files.filter(late).map(move |e| (tree, e.ino))
     })
 }
 
-type Frozenly = (
+type FrozenCapture = (
     Vec<Arc<Scan>>,
     Vec<Plan>,
-    Option<Vec<Holding>>,
+    Option<Vec<Capture>>,
     Vec<(Layer, crate::store::destination::BlobWriter)>,
-    Option<Mapped>,
+    Option<MappedFiles>,
 );
 
 #[allow(
     clippy::too_many_arguments,
     reason = "what a save works with, and the moment"
 )]
-async fn take_frozen(
+async fn capture_frozen(
     context: &Context,
     options: &Options,
     container: &Container,
     volumes: &[Volume],
     destination: &Destination,
-    rounds: &Rounds,
+    rounds: &Precopy,
     bound: Option<Duration>,
     since: Instant,
-) -> Result<Option<Frozenly>, Error> {
-    let before = Some(rounds.look.clone());
+) -> Result<Option<FrozenCapture>, Error> {
+    let before = Some(rounds.last_scans.clone());
     let now = trees::scan(context, options, container, volumes, before, None).await?;
     let changes = match &rounds.known {
         None => Some(now.clone()),
@@ -375,31 +380,33 @@ async fn take_frozen(
         return Ok(None);
     };
     // Only files written to since their pages were clean can be written to without a trace after the thaw.
-    let written = late(&now, volumes, rounds.mapped.since).next().is_some();
+    let written = stamped_since(&now, volumes, rounds.mapped.since)
+        .next()
+        .is_some();
     let mappings = if written {
         Some(mapped::list(context, container, volumes)?)
     } else {
         None
     };
     let plans = trees::plans(changes, options.timestamp);
-    let plans = writing::frozen(plans, volumes, rounds.ways, bound);
+    let plans = in_flight_writes::prepare_frozen(plans, volumes, rounds.ways, bound);
     if bound.is_some_and(|bound| since.elapsed() >= bound) {
-        return Err(too_long(bound.unwrap_or_default()));
+        return Err(pause_too_long(bound.unwrap_or_default()));
     }
-    match held::way(&plans, options.live_limit) {
-        Way::No => {
+    match capture::method(&plans, options.live_limit) {
+        CaptureMethod::Impossible => {
             context.phase(Phase::Streaming);
             let left = bound.map(|bound| bound.saturating_sub(since.elapsed()));
             let made = stream(
                 context,
                 (options.compression, options.level),
-                trees::cut(plans.clone(), options.layer_size),
+                trees::split_plans(plans.clone(), options.layer_size),
                 destination,
                 left,
             )
             .await;
             let made = made.map_err(|error| match (error, bound) {
-                (Error::PausedTooLong { .. }, Some(bound)) => too_long(bound),
+                (Error::PausedTooLong { .. }, Some(bound)) => pause_too_long(bound),
                 (error, _) => error,
             })?;
             Ok(Some((now, plans, None, made, mappings)))
@@ -407,7 +414,7 @@ async fn take_frozen(
         way => {
             let (jobs, cancel) = (context.jobs, context.cancel.clone());
             let work = move || {
-                let hold = |plan: &Plan| held::hold(plan, way, jobs, &cancel);
+                let hold = |plan: &Plan| capture::capture(plan, way, jobs, &cancel);
                 let held = plans.iter().map(hold).collect::<Result<Vec<_>, _>>();
                 (plans, held)
             };
@@ -420,7 +427,7 @@ async fn take_frozen(
     }
 }
 
-fn too_long(bound: Duration) -> Error {
+fn pause_too_long(bound: Duration) -> Error {
     Error::PausedTooLong {
         limit_ms: bound.as_secs_f64() * 1000.0,
     }

@@ -1,6 +1,6 @@
 //! Files that the container's processes write to through shared mappings, which can change a file without changing its
 //! time stamps. (Another such case is a write that had stamped the file before it was scanned, and is still in progress
-//! when the file is read: `layer::settle`.)
+//! when the file is read: `layer::pending_writes`.)
 //!
 //! While a page is dirty, further writes to it change no time stamp. Once it is written to disk it is clean and
 //! write-protected, and the next write faults, which updates the change time. Before each scan, therefore, these files,
@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use super::trees::File;
+use super::trees::FileId;
 use super::{Context, Error};
 use crate::layer::scan::Clock;
 use crate::node::container::{Container, Volume};
@@ -30,21 +30,21 @@ use crate::node::overlay::flush::flush;
 use crate::node::overlay::root::Root;
 
 /// Timeout for writing the files out. The rest is read under the freeze.
-const FLUSH_BOUND: Duration = Duration::from_secs(5);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum number of lists that are taken until one contains no name that changed meanwhile.
-const LOOKS: u32 = 3;
+const MAX_LISTINGS: u32 = 3;
 /// Timeout for one list. A process that waits for a file system of its own may hold the lock that its list needs.
-pub(super) const LOOK_BOUND: Duration = Duration::from_secs(10);
+pub(super) const LISTING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The shared mappings at one time.
 #[derive(Debug)]
-pub(super) struct Mapped {
+pub(super) struct MappedFiles {
     /// The clock before anything was examined.
     pub(super) since: Clock,
     /// Mapped files that may have dirty pages.
-    pub(super) dirty: HashSet<File>,
+    pub(super) dirty: HashSet<FileId>,
     /// A file of the container that is written to but cannot be found under its name: changes to it cannot be detected.
-    pub(super) elsewhere: Option<String>,
+    pub(super) unresolved: Option<String>,
 }
 
 /// Lists the mapped files and writes them out.
@@ -52,24 +52,24 @@ pub(super) async fn write_out(
     context: &Context,
     container: &Container,
     volumes: &[Volume],
-) -> Result<Mapped, Error> {
+) -> Result<MappedFiles, Error> {
     let (host_root, container) = (context.roots.host_root.clone(), container.clone());
     let volumes = volumes.to_vec();
     let work = move || {
         let since = Clock::now();
         let mut looks = 1;
-        let (files, elsewhere) = loop {
-            let found = find_in_time(host_root.clone(), &container, &volumes)?;
-            if found.1.is_none() || looks == LOOKS {
+        let (files, unresolved) = loop {
+            let found = find_with_timeout(host_root.clone(), &container, &volumes)?;
+            if found.1.is_none() || looks == MAX_LISTINGS {
                 break found;
             }
             looks += 1;
         };
         let dirty = flush_all(files);
-        Ok(Mapped {
+        Ok(MappedFiles {
             since,
             dirty,
-            elsewhere,
+            unresolved,
         })
     };
     tokio::task::spawn_blocking(work)
@@ -82,37 +82,38 @@ pub(super) fn list(
     context: &Context,
     container: &Container,
     volumes: &[Volume],
-) -> Result<Mapped, Error> {
+) -> Result<MappedFiles, Error> {
     let since = Clock::now();
-    let (files, elsewhere) = find_in_time(context.roots.host_root.clone(), container, volumes)?;
-    Ok(Mapped {
+    let (files, unresolved) =
+        find_with_timeout(context.roots.host_root.clone(), container, volumes)?;
+    Ok(MappedFiles {
         since,
         dirty: files.into_keys().collect(),
-        elsewhere,
+        unresolved,
     })
 }
 
 /// Files, with a descriptor if they can be written out, and a mapping whose file cannot be found.
-type Found = (HashMap<File, Option<OwnedFd>>, Option<String>);
+type FoundFiles = (HashMap<FileId, Option<OwnedFd>>, Option<String>);
 
-/// Like [`find`], for at most [`LOOK_BOUND`]. A thread that hangs is abandoned: it ends with this process.
-fn find_in_time(
+/// Like [`find`], for at most [`LISTING_TIMEOUT`]. A thread that hangs is abandoned: it ends with this process.
+fn find_with_timeout(
     host_root: Option<PathBuf>,
     container: &Container,
     volumes: &[Volume],
-) -> Result<Found, Error> {
+) -> Result<FoundFiles, Error> {
     let (container, volumes) = (container.clone(), volumes.to_vec());
-    in_time(LOOK_BOUND, move || {
+    with_timeout(LISTING_TIMEOUT, move || {
         find(host_root.as_deref(), &container, &volumes)
     })
     .unwrap_or(Err(Error::Unanswered {
         what: "the lists of what its processes have mapped",
-        seconds: LOOK_BOUND.as_secs(),
+        seconds: LISTING_TIMEOUT.as_secs(),
     }))
 }
 
 /// Returns the result of `work` if it is ready within `bound`.
-pub(super) fn in_time<T: Send + 'static>(
+pub(super) fn with_timeout<T: Send + 'static>(
     bound: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
@@ -135,7 +136,7 @@ fn find(
     host_root: Option<&Path>,
     container: &Container,
     volumes: &[Volume],
-) -> Result<Found, Error> {
+) -> Result<FoundFiles, Error> {
     let upper =
         Root::open(&container.overlay.upper).map_err(|source| unreadable(container, source))?;
     let device = |dev: u64| (rustix::fs::major(dev), rustix::fs::minor(dev));
@@ -148,19 +149,19 @@ fn find(
             .dev(),
     )];
     devices.extend(root);
-    let (mut files, mut elsewhere) = (HashMap::new(), None);
+    let (mut files, mut unresolved) = (HashMap::new(), None);
     for mapping in freeze::shared_mappings(container.pid, host_root)? {
         if let Some((number, volume)) = volume_of(volumes, container, &mapping) {
-            match named(volume.opened.root(), &mapping) {
+            match open_mapped_file(volume.opened.root(), &mapping) {
                 Some((ino, file)) => {
                     files.insert((number, ino), Some(file));
                 }
                 // A file of another device belongs to a mount that was made later, whose status is not queried.
                 None if mapping.writable
                     && mapping.device == volume.device
-                    && has_a_name(&mapping) =>
+                    && is_named_file(&mapping) =>
                 {
-                    elsewhere = Some(crate::common::escape::path(&mapping.path));
+                    unresolved = Some(crate::common::escape::path(&mapping.path));
                 }
                 None => {}
             }
@@ -172,22 +173,22 @@ fn find(
                 files.entry((number, mapping.inode)).or_insert(None);
             }
         }
-        match named(&upper, &mapping) {
+        match open_mapped_file(&upper, &mapping) {
             Some((ino, file)) => {
                 files.insert((0, ino), Some(file));
             }
             None if mapping.writable
                 && devices.contains(&mapping.device)
-                && !on_a_mount(container, &mapping)
-                && has_a_name(&mapping) =>
+                && !is_on_mount(container, &mapping)
+                && is_named_file(&mapping) =>
             {
-                elsewhere = Some(crate::common::escape::path(&mapping.path));
+                unresolved = Some(crate::common::escape::path(&mapping.path));
             }
             // From a lower or a volume, or deleted by now.
             None => {}
         }
     }
-    Ok((files, elsewhere))
+    Ok((files, unresolved))
 }
 
 fn unreadable(container: &Container, source: std::io::Error) -> Error {
@@ -197,7 +198,7 @@ fn unreadable(container: &Container, source: std::io::Error) -> Error {
     })
 }
 
-fn named(root: &Root, mapping: &SharedMapping) -> Option<(u64, OwnedFd)> {
+fn open_mapped_file(root: &Root, mapping: &SharedMapping) -> Option<(u64, OwnedFd)> {
     let mut names = vec![mapping.path.clone()];
     if mapping.deleted {
         names.push([&mapping.path[..], b" (deleted)"].concat());
@@ -238,7 +239,7 @@ fn volume_of<'v>(
     (1..).zip(volumes).find(|(_, v)| v.destination == *deepest)
 }
 
-fn on_a_mount(container: &Container, mapping: &SharedMapping) -> bool {
+fn is_on_mount(container: &Container, mapping: &SharedMapping) -> bool {
     let path = Path::new(std::ffi::OsStr::from_bytes(&mapping.path));
     container
         .mounts
@@ -246,7 +247,7 @@ fn on_a_mount(container: &Container, mapping: &SharedMapping) -> bool {
         .any(|mount| path.starts_with(&mount.destination))
 }
 
-fn has_a_name(mapping: &SharedMapping) -> bool {
+fn is_named_file(mapping: &SharedMapping) -> bool {
     match fs::metadata(&mapping.link) {
         Ok(meta) => !mapping.deleted || meta.nlink() > 0,
         // The file was unmapped meanwhile, or its process has ended.
@@ -255,8 +256,8 @@ fn has_a_name(mapping: &SharedMapping) -> bool {
 }
 
 /// Writes the files out. Returns those that were not written in time.
-fn flush_all(files: HashMap<File, Option<OwnedFd>>) -> HashSet<File> {
-    let mut dirty: HashSet<File> = files.keys().copied().collect();
+fn flush_all(files: HashMap<FileId, Option<OwnedFd>>) -> HashSet<FileId> {
+    let mut dirty: HashSet<FileId> = files.keys().copied().collect();
     if files.is_empty() {
         return dirty;
     }
@@ -270,7 +271,7 @@ fn flush_all(files: HashMap<File, Option<OwnedFd>>) -> HashSet<File> {
             }
         }
     });
-    let until = Instant::now() + FLUSH_BOUND;
+    let until = Instant::now() + FLUSH_TIMEOUT;
     while let Ok(which) = flushed.recv_timeout(until.saturating_duration_since(Instant::now())) {
         dirty.remove(&which);
     }
@@ -284,9 +285,9 @@ mod tests {
     #[test]
     fn what_does_not_come_in_time_is_given_up() {
         let (_never, waits) = mpsc::channel::<()>();
-        let late = in_time(Duration::from_millis(20), move || waits.recv().is_ok());
+        let late = with_timeout(Duration::from_millis(20), move || waits.recv().is_ok());
         assert_eq!(late, None);
-        assert_eq!(in_time(Duration::from_secs(60), || 7), Some(7));
+        assert_eq!(with_timeout(Duration::from_secs(60), || 7), Some(7));
     }
 
     #[test]

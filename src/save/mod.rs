@@ -5,16 +5,16 @@ mod earlier;
 mod error;
 pub(crate) mod event;
 mod gate;
-pub mod kept;
+mod in_flight_writes;
 mod live;
 mod mapped;
 mod named;
 mod next;
 mod outcome;
+pub mod state_store;
 mod trees;
 mod upper;
 mod warnings;
-mod writing;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,12 +23,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
-use crate::common::private::FileMode;
+use crate::common::private_files::FileMode;
 use crate::image::manifest;
 pub(crate) use crate::layer::Compression;
 use crate::layer::scan::{Caps, Report, Scan};
 use crate::layer::{self, Layer, Part, Plan};
-use crate::node::background::{Background, Hurry};
+use crate::node::background::{Background, NormalPriority};
 use crate::node::container::{self, Base, Container, Volume, VolumeRules};
 use crate::node::freeze::{self, Frozen};
 use crate::save::event::{Event, Observer, Phase};
@@ -38,28 +38,28 @@ use crate::store::registry::{Access, Registries};
 
 use earlier::Earlier;
 use tokio_util::sync::CancellationToken;
-use trees::Known;
+use trees::Baseline;
 
 pub(crate) use base::Delivered;
 pub(crate) use error::{Error, Kind};
 pub(crate) use gate::Gate;
 pub(crate) use live::MAX_PAUSE;
-pub(crate) use next::{Kind as NextKind, NextSave, Question, next_save};
+pub(crate) use next::{Kind as NextKind, NextSave, NextSaveOptions, next_save};
 pub(crate) use outcome::Saved;
 pub use upper::Rules;
 
 /// Attempts at a save whose layers were read under a freeze but could not be finished, if the error may pass.
-const TRIES: u32 = 3;
+const MAX_ATTEMPTS: u32 = 3;
 /// Size in tar bytes from which a save is divided into several layers by default, and the size of each: SHA-256 of that
 /// much takes one core four seconds, and fewer layers are better for all consumers.
-const CUT_FROM: u64 = 8 << 30;
-const CUT_INTO: u64 = 4 << 30;
+const SPLIT_THRESHOLD: u64 = 8 << 30;
+const SPLIT_LAYER_SIZE: u64 = 4 << 30;
 /// Number of cores that one core's SHA-256 keeps busy: fewer with a fast codec, more with a thorough one.
-const CORES_A_LAYER: usize = 4;
+const CORES_PER_LAYER: usize = 4;
 /// Maximum number of layers that are made concurrently.
-const LAYERS_AT_ONCE: usize = 4;
+const MAX_CONCURRENT_LAYERS: usize = 4;
 /// Minimum size of a layer in tar bytes, whatever the number of cores: a sixth of a second of SHA-256.
-const WORTH_A_LAYER: u64 = 256 << 20;
+const MIN_LAYER_SIZE: u64 = 256 << 20;
 
 /// When another layer is begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -148,8 +148,8 @@ pub(crate) struct Options {
 
 impl Options {
     /// Returns to the usual priority while another program waits for the save.
-    fn hurry(&self) -> Option<Hurry> {
-        self.background.as_ref().map(Background::hurry)
+    fn normal_priority(&self) -> Option<NormalPriority> {
+        self.background.as_ref().map(Background::normal_priority)
     }
 }
 
@@ -227,7 +227,7 @@ async fn save(
         earlier::find(&context, options, &container, &volumes, &base, &destination).await?;
     // Only queries are sent meanwhile. Base layers are transferred when the container is no longer frozen.
     let (taken, found) = tokio::try_join!(
-        take_layers(
+        capture_layers(
             &context,
             options,
             &container,
@@ -235,12 +235,12 @@ async fn save(
             &destination,
             &earlier
         ),
-        base::look_up_with_room(&destination, &base),
+        base::look_up_and_check_quota(&destination, &base),
     )?;
-    warnings::tell(&context, &container, &volumes, &taken);
+    warnings::emit(&context, &container, &volumes, &taken);
 
     context.phase(Phase::Base);
-    let delivered = base::bring(
+    let delivered = base::copy_missing(
         &context,
         &destination,
         &container,
@@ -321,7 +321,7 @@ async fn prove_base(
 }
 
 /// What was read of the container.
-struct Taken {
+struct CapturedTrees {
     /// The layers in the order in which they are applied; empty if nothing had changed.
     layers: Vec<Layer>,
     /// Whether they go on top of an earlier save's layers.
@@ -331,26 +331,26 @@ struct Taken {
     /// Another program had paused the container, and it stays paused.
     was_frozen: bool,
     /// What the image contains of each tree, for the next save; `None` if that cannot be determined.
-    seen: Option<Vec<Known>>,
+    baselines: Option<Vec<Baseline>>,
 }
 
 /// Freezes, scans, plans, streams and thaws. Starts again if a blob could not be finished because of an error that may
 /// pass: by then the container is running again.
-async fn take_layers(
+async fn capture_layers(
     context: &Context,
     options: &Options,
     container: &Container,
     volumes: &[Volume],
     destination: &Destination,
     earlier: &Earlier,
-) -> Result<Taken, Error> {
+) -> Result<CapturedTrees, Error> {
     if options.pause == Pause::Live {
         live::check(context, container)?;
     }
     let mut attempt = 1;
     loop {
-        match take_once(context, options, container, volumes, destination, earlier).await {
-            Err(error) if attempt < TRIES && error.may_pass_at_destination() => {
+        match capture_once(context, options, container, volumes, destination, earlier).await {
+            Err(error) if attempt < MAX_ATTEMPTS && error.is_transient_at_destination() => {
                 context.warn("again", format!("the layers are made again: {error}"));
                 attempt += 1;
             }
@@ -359,32 +359,34 @@ async fn take_layers(
     }
 }
 
-async fn take_once(
+async fn capture_once(
     context: &Context,
     options: &Options,
     container: &Container,
     volumes: &[Volume],
     destination: &Destination,
     earlier: &Earlier,
-) -> Result<Taken, Error> {
+) -> Result<CapturedTrees, Error> {
     if options.pause == Pause::Live
         && let Some(taken) =
-            live::take(context, options, container, volumes, destination, earlier).await?
+            live::capture_live(context, options, container, volumes, destination, earlier).await?
     {
         return Ok(taken);
     }
     context.phase(Phase::Scanning);
-    let ways = writing::ways(context, container).await?;
-    let hurry = options.hurry().filter(|_| options.pause != Pause::None);
+    let ways = in_flight_writes::write_modes(context, container).await?;
+    let normal_priority = options
+        .normal_priority()
+        .filter(|_| options.pause != Pause::None);
     let frozen = freeze(context, options, container)?;
-    let was_frozen = frozen.as_ref().is_some_and(Still::was_frozen);
+    let was_frozen = frozen.as_ref().is_some_and(FrozenGuard::was_frozen);
     trees::recheck(context, container, volumes)?;
-    let under = earlier.under.as_ref().map(|under| &under.known);
+    let under = earlier.previous.as_ref().map(|under| &under.known);
     let before = under.map(|known| trees::scans(known));
     let scans = trees::scan(context, options, container, volumes, before, None).await?;
     let report = trees::report(&scans);
-    let mut seen = match frozen {
-        Some(_) => seen_frozen(context, container, volumes, &scans)?,
+    let mut baselines = match frozen {
+        Some(_) => baselines_of_frozen(context, container, volumes, &scans)?,
         None => None,
     };
     let changes = under.and_then(|known| trees::changes(known, &scans));
@@ -396,10 +398,10 @@ async fn take_once(
         .and(options.max_pause)
         .filter(|bound| !bound.is_zero());
     let plans = match frozen {
-        Some(_) => writing::frozen(plans, volumes, ways, bound),
-        None => writing::beside(plans, volumes, ways),
+        Some(_) => in_flight_writes::prepare_frozen(plans, volumes, ways, bound),
+        None => in_flight_writes::prepare_running(plans, volumes, ways),
     };
-    let plans = trees::cut(plans, options.layer_size);
+    let plans = trees::split_plans(plans, options.layer_size);
 
     let mut made = if plans.is_empty() {
         Vec::new()
@@ -411,8 +413,8 @@ async fn take_once(
     trees::recheck(context, container, volumes)?;
     // Everything is read: the container resumes while the destination finishes.
     let stood_still = frozen.is_some();
-    let pause = frozen.map(Still::thaw).transpose()?;
-    drop(hurry);
+    let pause = frozen.map(FrozenGuard::thaw).transpose()?;
+    drop(normal_priority);
     if let (Some(pause), false) = (pause, was_frozen) {
         context.observer.event(Event::Paused {
             pause_ms: pause.as_secs_f64() * 1000.0,
@@ -420,36 +422,37 @@ async fn take_once(
     }
     if stood_still {
         let layers = made.iter_mut().map(|(layer, _)| &mut layer.unstable);
-        let unsettled = layers.flat_map(writing::take_unsettled).collect();
-        writing::tell_unsettled(context, &unsettled);
-        let files = writing::files_of(&scans, &unsettled);
-        if let Some(seen) = &mut seen {
-            seen.iter_mut()
+        let unsettled = layers.flat_map(in_flight_writes::take_unsettled).collect();
+        in_flight_writes::warn_unsettled(context, &unsettled);
+        let files = in_flight_writes::files_of(&scans, &unsettled);
+        if let Some(baselines) = &mut baselines {
+            baselines
+                .iter_mut()
                 .enumerate()
-                .for_each(|(tree, known)| known.doubt(tree, &files));
+                .for_each(|(tree, known)| known.mark_unreliable(tree, &files));
         }
     }
-    Ok(Taken {
+    Ok(CapturedTrees {
         layers: finish(made).await?,
         on_top,
         report,
         pause,
         was_frozen,
-        seen,
+        baselines,
     })
 }
 
 /// Returns what is known of a frozen container, including the files that may be written to without a trace once it
 /// runs.
-fn seen_frozen(
+fn baselines_of_frozen(
     context: &Context,
     container: &Container,
     volumes: &[Volume],
     scans: &[Arc<Scan>],
-) -> Result<Option<Vec<Known>>, Error> {
+) -> Result<Option<Vec<Baseline>>, Error> {
     let mapped = mapped::list(context, container, volumes)?;
-    let tells = mapped.elsewhere.is_none();
-    Ok(tells.then(|| Known::all(scans.to_vec(), &mapped.dirty)))
+    let tells = mapped.unresolved.is_none();
+    Ok(tells.then(|| Baseline::of_scans(scans.to_vec(), &mapped.dirty)))
 }
 
 /// Finishes the blobs of layers that have been read completely.
@@ -462,22 +465,22 @@ async fn finish(made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
 }
 
 /// Divides a plan into several layers if that was requested, or if one layer would be very large.
-pub(crate) fn cut(plan: Plan, layer_size: Option<LayerSize>) -> Vec<Plan> {
-    match part_size(plan.tar_size(), layer_size, cores()) {
-        Some(size) => plan.cut(size),
+pub(crate) fn split_plan(plan: Plan, layer_size: Option<LayerSize>) -> Vec<Plan> {
+    match split_size(plan.tar_size(), layer_size, cores()) {
+        Some(size) => plan.split(size),
         None => vec![plan],
     }
 }
 
 /// Returns the number of tar bytes after which another layer is begun, or `None` if `tar` bytes are not divided.
-fn part_size(tar: u64, layer_size: Option<LayerSize>, cores: usize) -> Option<u64> {
-    let usual = (tar > CUT_FROM).then_some(CUT_INTO);
+fn split_size(tar: u64, layer_size: Option<LayerSize>, cores: usize) -> Option<u64> {
+    let usual = (tar > SPLIT_THRESHOLD).then_some(SPLIT_LAYER_SIZE);
     match layer_size {
         Some(LayerSize::Bytes(size)) => (size > 0).then_some(size),
         None => usual,
         Some(LayerSize::ByCores) => {
-            let layers = (cores / CORES_A_LAYER).clamp(1, LAYERS_AT_ONCE) as u64;
-            let size = tar.div_ceil(layers).max(WORTH_A_LAYER);
+            let layers = (cores / CORES_PER_LAYER).clamp(1, MAX_CONCURRENT_LAYERS) as u64;
+            let size = tar.div_ceil(layers).max(MIN_LAYER_SIZE);
             let size = usual.map_or(size, |usual| usual.min(size));
             (size < tar).then_some(size)
         }
@@ -486,30 +489,30 @@ fn part_size(tar: u64, layer_size: Option<LayerSize>, cores: usize) -> Option<u6
 
 /// A frozen container. Freezing and thawing may take seconds, for which the other tasks of the async runtime do not
 /// wait.
-struct Still(Option<Frozen>);
+struct FrozenGuard(Option<Frozen>);
 
-impl Still {
+impl FrozenGuard {
     fn was_frozen(&self) -> bool {
         self.0.as_ref().is_some_and(Frozen::was_frozen)
     }
 
     fn thaw(mut self) -> Result<Duration, Error> {
         let frozen = self.0.take().ok_or(Error::Worker)?;
-        Ok(beside_others(|| frozen.thaw())?)
+        Ok(run_in_place(|| frozen.thaw())?)
     }
 }
 
-impl Drop for Still {
+impl Drop for FrozenGuard {
     fn drop(&mut self) {
         if let Some(frozen) = self.0.take() {
-            beside_others(|| drop(frozen));
+            run_in_place(|| drop(frozen));
         }
     }
 }
 
 /// Runs blocking work in place, so that it is complete on return. The other tasks of this thread are moved to another
 /// thread.
-fn beside_others<T>(work: impl FnOnce() -> T) -> T {
+fn run_in_place<T>(work: impl FnOnce() -> T) -> T {
     use tokio::runtime::{Handle, RuntimeFlavor};
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
@@ -521,20 +524,20 @@ fn freeze(
     context: &Context,
     options: &Options,
     container: &Container,
-) -> Result<Option<Still>, Error> {
+) -> Result<Option<FrozenGuard>, Error> {
     if options.pause == Pause::None {
         return Ok(None);
     }
     let how = freeze::Options {
         host_root: context.roots.host_root.clone(),
-        hold: options.max_pause.filter(|bound| !bound.is_zero()),
+        max_duration: options.max_pause.filter(|bound| !bound.is_zero()),
         mark: options.freeze_mark.clone(),
         ..freeze::Options::default()
     };
-    let frozen = beside_others(|| freeze::freeze(container.pid, Some(container.pid_start), &how))?;
-    if !frozen.outside().is_empty() {
+    let frozen = run_in_place(|| freeze::freeze(container.pid, Some(container.pid_start), &how))?;
+    if !frozen.processes_outside().is_empty() {
         let pids = frozen
-            .outside()
+            .processes_outside()
             .iter()
             .map(u32::to_string)
             .collect::<Vec<_>>()
@@ -546,7 +549,7 @@ fn freeze(
             ),
         );
     }
-    Ok(Some(Still(Some(frozen))))
+    Ok(Some(FrozenGuard(Some(frozen))))
 }
 
 /// Makes the layers and passes them on as they are made. The returned layers are read completely but not finished: a
@@ -560,7 +563,7 @@ async fn stream(
     destination: &Destination,
     bound: Option<Duration>,
 ) -> Result<Vec<(Layer, BlobWriter)>, Error> {
-    repeat(context, codec, plans, destination, bound, Ends::Later).await
+    stream_with_retries(context, codec, plans, destination, bound, FinishTime::Later).await
 }
 
 /// Like `stream`, for sources that can be read repeatedly. Also finishes the blobs.
@@ -570,27 +573,35 @@ async fn deliver(
     plans: Vec<Plan>,
     destination: &Destination,
 ) -> Result<Vec<Layer>, Error> {
-    let made = repeat(context, codec, plans, destination, None, Ends::AtOnce).await?;
+    let made = stream_with_retries(
+        context,
+        codec,
+        plans,
+        destination,
+        None,
+        FinishTime::Immediately,
+    )
+    .await?;
     Ok(made.into_iter().map(|(layer, _)| layer).collect())
 }
 
 /// When the destination is asked to finish a blob.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Ends {
+enum FinishTime {
     /// As soon as it is complete: a blob that fails then is made again.
-    AtOnce,
+    Immediately,
     /// By the caller, after the container is thawed.
     Later,
 }
 
 /// Makes layers again from their plans if their upload failed in a way that may pass.
-async fn repeat(
+async fn stream_with_retries(
     context: &Context,
     codec: (Compression, u32),
     plans: Vec<Plan>,
     destination: &Destination,
     bound: Option<Duration>,
-    ends: Ends,
+    ends: FinishTime,
 ) -> Result<Vec<(Layer, BlobWriter)>, Error> {
     let until = bound.map(|bound| (Instant::now() + bound, bound));
     let plans = Arc::new(plans);
@@ -607,8 +618,8 @@ async fn repeat(
             .into_iter()
             .map(|(number, outcome, mut writer)| async move {
                 let outcome = match outcome {
-                    Ok(layer) if ends == Ends::AtOnce => {
-                        match writer.end(&layer.digest, layer.size).await {
+                    Ok(layer) if ends == FinishTime::Immediately => {
+                        match writer.try_finish(&layer.digest, layer.size).await {
                             Ok(()) => Ok(layer),
                             Err(error) => Err(error.into()),
                         }
@@ -625,7 +636,7 @@ async fn repeat(
                 Err(Error::Cancelled) if failed.is_some() => {}
                 Err(Error::Destination(error)) if error.retryable() => {
                     let said = error.to_string();
-                    match writer.again(error).await {
+                    match writer.retry(error).await {
                         Ok(writer) => {
                             context.warn("again", format!("a layer is made again: {said}"));
                             missing.push((number, writer));
@@ -643,7 +654,7 @@ async fn repeat(
     Ok(made.into_iter().flatten().collect())
 }
 
-type Outcome = Result<Layer, Error>;
+type LayerResult = Result<Layer, Error>;
 
 /// Makes each of the named plans once, concurrently, each into its own writer.
 async fn stream_once(
@@ -652,7 +663,7 @@ async fn stream_once(
     plans: &Arc<Vec<Plan>>,
     parts: Vec<(usize, BlobWriter)>,
     until: Option<(Instant, Duration)>,
-) -> Result<Vec<(usize, Outcome, BlobWriter)>, Error> {
+) -> Result<Vec<(usize, LayerResult, BlobWriter)>, Error> {
     let (numbers, mut writers): (Vec<usize>, Vec<BlobWriter>) = parts.into_iter().unzip();
     let observer = Arc::clone(&context.observer);
     let (jobs, cancel, plans) = (context.jobs, context.cancel.clone(), Arc::clone(plans));
@@ -682,7 +693,7 @@ async fn stream_once(
                 };
                 if written
                     .as_ref()
-                    .is_err_and(|e| !e.may_pass_at_destination())
+                    .is_err_and(|e| !e.is_transient_at_destination())
                 {
                     given_up.store(true, Ordering::Relaxed);
                 }
@@ -699,7 +710,9 @@ async fn stream_once(
                 entries_total,
             });
         });
-        let layers = layers.into_iter().map(|layer| layer.map_err(of_the_sink));
+        let layers = layers
+            .into_iter()
+            .map(|layer| layer.map_err(unwrap_sink_error));
         let parts = numbers.into_iter().zip(layers).zip(writers);
         parts
             .map(|((n, layer), writer)| (n, layer, writer))
@@ -709,7 +722,7 @@ async fn stream_once(
 }
 
 /// Returns the sink's own error, which the stream passed through.
-fn of_the_sink(error: layer::Error) -> Error {
+fn unwrap_sink_error(error: layer::Error) -> Error {
     match error {
         layer::Error::Sink(source) => match source.downcast::<Error>() {
             Ok(own) => *own,
@@ -723,7 +736,7 @@ fn assemble(
     options: &Options,
     base: &Base,
     delivered: &[Delivered],
-    layers: &[kept::Layer],
+    layers: &[state_store::Layer],
 ) -> Result<manifest::Image, Error> {
     let base_manifest = base
         .manifest
@@ -741,7 +754,7 @@ fn assemble(
         base_config: &base.config,
         base_name: base.name.as_deref(),
         base_layers: delivered.iter().map(Delivered::layer).collect(),
-        layers: earlier::listed(layers),
+        layers: earlier::to_manifest_layers(layers),
         changes: &options.changes,
         labels: &options.labels,
         annotations: &options.annotations,
@@ -758,7 +771,7 @@ mod tests {
 
     #[test]
     fn layers_by_cores_are_as_many_as_cores_keep_busy_and_no_small_ones() {
-        let by_cores = |tar, cores| part_size(tar, Some(LayerSize::ByCores), cores);
+        let by_cores = |tar, cores| split_size(tar, Some(LayerSize::ByCores), cores);
         for (cores, layers) in [(1, 1), (4, 1), (8, 2), (12, 3), (32, 4), (128, 4)] {
             let tar = 4 << 30;
             let expected = (layers > 1).then(|| u64::div_ceil(tar, layers));
@@ -766,13 +779,13 @@ mod tests {
         }
         assert_eq!(by_cores(600 << 20, 128), Some(256 << 20));
         assert_eq!(by_cores(200 << 20, 128), None);
-        assert_eq!(by_cores(40 << 30, 2), Some(CUT_INTO));
+        assert_eq!(by_cores(40 << 30, 2), Some(SPLIT_LAYER_SIZE));
         // By default the same for any number of cores.
         for cores in [1, 128] {
-            assert_eq!(part_size(4 << 30, None, cores), None);
-            assert_eq!(part_size(40 << 30, None, cores), Some(CUT_INTO));
-            assert_eq!(part_size(40 << 30, Some(LayerSize::Bytes(0)), cores), None);
-            assert_eq!(part_size(5, Some(LayerSize::Bytes(3)), cores), Some(3));
+            assert_eq!(split_size(4 << 30, None, cores), None);
+            assert_eq!(split_size(40 << 30, None, cores), Some(SPLIT_LAYER_SIZE));
+            assert_eq!(split_size(40 << 30, Some(LayerSize::Bytes(0)), cores), None);
+            assert_eq!(split_size(5, Some(LayerSize::Bytes(3)), cores), Some(3));
         }
     }
 
@@ -786,12 +799,12 @@ mod tests {
         let save = async move {
             let other = tokio::spawn(async move { say.send(()) });
             // The other task runs while the container is being frozen.
-            let heard = beside_others(|| heard.recv_timeout(Duration::from_secs(60)));
+            let heard = run_in_place(|| heard.recv_timeout(Duration::from_secs(60)));
             other.await.unwrap().unwrap();
             heard
         };
         let heard = runtime.block_on(async { tokio::spawn(save).await.unwrap() });
         assert_eq!(heard, Ok(()));
-        assert_eq!(beside_others(|| 7), 7, "without a runtime");
+        assert_eq!(run_in_place(|| 7), 7, "without a runtime");
     }
 }

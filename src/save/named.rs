@@ -13,7 +13,7 @@ use crate::common::digest::{ChainId, DiffId, Digest};
 use crate::image::manifest::Platform;
 use crate::image::prove;
 use crate::node::container::{self, Base, BaseLayer, Container, IdMapping, RawManifest};
-use crate::node::overlay::owner;
+use crate::node::overlay::id_map;
 use crate::store::destination::Target;
 use crate::store::layout;
 use crate::store::registry::{self, Reference, Repository};
@@ -48,13 +48,16 @@ pub(super) async fn base(
                 let Target::Registry(reference) = target else {
                     return Err(Error::Worker);
                 };
-                let repository = context.registries.pull_from(&reference).map_err(reach)?;
+                let repository = context
+                    .registries
+                    .pull_from(&reference)
+                    .map_err(registry_error)?;
                 let manifest =
                     pull(&repository, &reference, &platform)
                         .await
                         .map_err(|e| match e {
-                            Pull::Registry(error) => reach(error),
-                            Pull::Unusable(reason) => unusable(reason),
+                            PullError::Registry(error) => registry_error(error),
+                            PullError::Unusable(reason) => unusable(reason),
                         })?;
                 (Source::Registry(repository), manifest, Some(reference))
             }
@@ -71,7 +74,10 @@ pub(super) async fn base(
         Source::Layout(reader) => reader
             .blob(&config_digest)
             .map_err(|e| unusable(e.to_string()))?,
-        Source::Registry(repository) => repository.blob(&config_digest).await.map_err(reach)?,
+        Source::Registry(repository) => repository
+            .blob(&config_digest)
+            .await
+            .map_err(registry_error)?,
     };
     let diff_ids = diff_ids(&config).map_err(unusable)?;
     if diff_ids.len() != parsed.layers().len() {
@@ -112,7 +118,7 @@ pub(super) async fn base(
     })
 }
 
-enum Pull {
+enum PullError {
     Registry(registry::Error),
     Unusable(String),
 }
@@ -121,19 +127,22 @@ async fn pull(
     repository: &Repository,
     reference: &Reference,
     platform: &Platform,
-) -> Result<crate::image::manifest::raw::RawManifest, Pull> {
+) -> Result<crate::image::manifest::raw::RawManifest, PullError> {
     let wanted = reference.digest.map(|digest| digest.to_string());
     let wanted = wanted
         .or_else(|| reference.tag.clone())
         .unwrap_or_else(|| "latest".to_owned());
-    let manifest = repository.manifest(&wanted).await.map_err(Pull::Registry)?;
+    let manifest = repository
+        .manifest(&wanted)
+        .await
+        .map_err(PullError::Registry)?;
     if !manifest.is_index() {
         return Ok(manifest);
     }
     let index: ImageIndex = serde_json::from_slice(&manifest.bytes)
-        .map_err(|e| Pull::Unusable(format!("its index: {e}")))?;
+        .map_err(|e| PullError::Unusable(format!("its index: {e}")))?;
     let Some(chosen) = platform.choose(&index) else {
-        return Err(Pull::Unusable(format!(
+        return Err(PullError::Unusable(format!(
             "its index has nothing for {}",
             platform.architecture
         )));
@@ -141,7 +150,7 @@ async fn pull(
     repository
         .manifest(chosen.digest().as_ref())
         .await
-        .map_err(Pull::Registry)
+        .map_err(PullError::Registry)
 }
 
 fn diff_ids(config: &[u8]) -> Result<Vec<DiffId>, String> {
@@ -162,7 +171,7 @@ async fn prove(
     source: &Source,
     layers: &[Descriptor],
 ) -> Result<String, Error> {
-    let (uid_map, gid_map) = ids_of_lowers(container)?;
+    let (uid_map, gid_map) = id_maps_of_lowers(container)?;
     let directories = container.overlay.lowers.clone();
     let namespace = container.overlay.namespace;
     let mut readers: Vec<io::Result<Box<dyn Read + Send>>> = Vec::new();
@@ -180,7 +189,7 @@ async fn prove(
             Source::Layout(reader) => reader
                 .open_blob(&digest, Some(descriptor.size()))
                 .map_err(io::Error::other),
-            Source::Registry(repository) => Ok(Box::new(Piped::start(
+            Source::Registry(repository) => Ok(Box::new(BlobReader::start(
                 repository.clone(),
                 digest,
                 descriptor.size(),
@@ -191,22 +200,29 @@ async fn prove(
         let lowers = prove::Lowers {
             directories: &directories,
             namespace,
-            owner: |uid, gid| Some((owner::inside(&uid_map, uid)?, owner::inside(&gid_map, gid)?)),
+            owner: |uid, gid| {
+                Some((
+                    id_map::container_id(&uid_map, uid)?,
+                    id_map::container_id(&gid_map, gid)?,
+                ))
+            },
             ignore: std::collections::BTreeSet::new(),
         };
-        prove::by_content(readers, &lowers)
+        prove::compare_content(readers, &lowers)
     });
     Ok(proven.await.map_err(|_| Error::Worker)??)
 }
 
 /// Returns the ID maps of the lowers, which must be the same for all of them.
-fn ids_of_lowers(container: &Container) -> Result<(Vec<IdMapping>, Vec<IdMapping>), Error> {
+fn id_maps_of_lowers(container: &Container) -> Result<(Vec<IdMapping>, Vec<IdMapping>), Error> {
     let overlay = &container.overlay;
     let mapped = |lower: &&PathBuf| overlay.id_mapped.contains(lower);
     let (uids, gids) = (&container.uid_map, &container.gid_map);
     match overlay.lowers.iter().filter(mapped).count() {
         0 => Ok((uids.clone(), gids.clone())),
-        all if all == overlay.lowers.len() => Ok((owner::stored(uids), owner::stored(gids))),
+        all if all == overlay.lowers.len() => {
+            Ok((id_map::on_disk_map(uids), id_map::on_disk_map(gids)))
+        }
         some => Err(Error::Container(container::Error::BaseUnproven {
             container: container.id.clone(),
             compared: vec![format!(
@@ -217,18 +233,18 @@ fn ids_of_lowers(container: &Container) -> Result<(Vec<IdMapping>, Vec<IdMapping
     }
 }
 
-fn reach(error: registry::Error) -> Error {
+fn registry_error(error: registry::Error) -> Error {
     Error::Destination(error.into())
 }
 
 /// A registry blob as a [`Read`], fetched at the first read.
-struct Piped {
+struct BlobReader {
     begin: Option<Box<dyn FnOnce() + Send>>,
     pieces: mpsc::Receiver<io::Result<Bytes>>,
     piece: Bytes,
 }
 
-impl Piped {
+impl BlobReader {
     fn start(repository: Repository, digest: Digest, size: u64) -> Self {
         let (sender, pieces) = mpsc::sync_channel(4);
         let handle = tokio::runtime::Handle::current();
@@ -267,7 +283,7 @@ impl Piped {
     }
 }
 
-impl Read for Piped {
+impl Read for BlobReader {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if let Some(begin) = self.begin.take() {
             begin();

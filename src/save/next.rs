@@ -6,16 +6,16 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use super::earlier::{self, Granted, Last};
+use super::earlier::{self, ContentOptions, LastSave};
 use super::{Error, Rules, trees};
 use crate::layer::Plan;
 use crate::layer::scan::Scan;
 use crate::node::container::{self, Base, Container, VolumeRules};
-use crate::save::kept::Store;
+use crate::save::state_store::Store;
 
 /// The options of a save that determine what it would be.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Question<'a> {
+pub(crate) struct NextSaveOptions<'a> {
     /// The rules for what goes into the layers.
     pub(crate) rules: &'a Rules,
     /// Mount points of the volumes that would be saved too.
@@ -67,7 +67,7 @@ pub(crate) fn next_save(
     roots: &container::Roots,
     container: &Container,
     base: &Base,
-    question: &Question<'_>,
+    question: &NextSaveOptions<'_>,
     cancel: &CancellationToken,
 ) -> Result<NextSave, Error> {
     let volumes = trees::open(roots, container, question.volumes, question.volume_rules)?;
@@ -80,18 +80,18 @@ pub(crate) fn next_save(
             question.jobs,
             cancel,
         );
-        Ok::<_, Error>(trees::trusted(scans?, &volumes, None))
+        Ok::<_, Error>(trees::limit_trust(scans?, &volumes, None))
     };
-    let granted = Granted {
+    let granted = ContentOptions {
         rules: question.rules,
         timestamp: question.timestamp,
     };
     let upper = earlier::inode_of(container)?;
     let fingerprint = earlier::fingerprint(&granted, container, &volumes, base, upper)?;
     let last = match question.state_dir {
-        _ if question.full => Last::NotUsed("everything is asked for".to_owned()),
-        None => Last::NotUsed("nothing is kept of saves".to_owned()),
-        Some(dir) => Last::of(
+        _ if question.full => LastSave::NotUsed("everything is asked for".to_owned()),
+        None => LastSave::NotUsed("nothing is kept of saves".to_owned()),
+        Some(dir) => LastSave::of(
             &Store::new(dir),
             container,
             base,
@@ -100,14 +100,14 @@ pub(crate) fn next_save(
         ),
     };
     let reason = match last {
-        Last::Nothing => "nothing is kept of an earlier save".to_owned(),
-        Last::NotUsed(reason) => reason,
-        Last::Save(kept) => {
+        LastSave::Nothing => "nothing is kept of an earlier save".to_owned(),
+        LastSave::NotUsed(reason) => reason,
+        LastSave::Save(kept) => {
             let below = kept.description.layers.len();
-            let known = earlier::restored(kept.stored);
+            let known = earlier::baselines_of_stored(kept.stored);
             let now = scan(Some(&trees::scans(&known)))?;
             if let Some(changes) = trees::changes(&known, &now) {
-                let plans = trees::cut(trees::plans(changes, question.timestamp), None);
+                let plans = trees::split_plans(trees::plans(changes, question.timestamp), None);
                 let layers = below + plans.len();
                 let reason = "the last save's image can be built on".to_owned();
                 return Ok(sum(Kind::Delta, reason, &plans, layers));
@@ -115,7 +115,7 @@ pub(crate) fn next_save(
             "what changed cannot be said on top of the last save".to_owned()
         }
     };
-    let plans = trees::cut(trees::plans(scan(None)?, question.timestamp), None);
+    let plans = trees::split_plans(trees::plans(scan(None)?, question.timestamp), None);
     let layers = plans.len();
     Ok(sum(Kind::Full, reason, &plans, layers))
 }

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{Delivered, Error, Options, Taken};
+use super::{CapturedTrees, Delivered, Error, Options};
 use crate::common::digest::{DiffId, Digest};
 use crate::common::escape;
-use crate::common::private::{self, FileMode};
+use crate::common::private_files::{self, FileMode};
 use crate::image::manifest::Image;
 use crate::layer::content::Unstable;
 use crate::layer::scan::{Example, Report, Sample};
@@ -150,7 +150,7 @@ pub(super) struct Parts<'a> {
     pub(super) volumes: &'a [Volume],
     pub(super) base: &'a Base,
     pub(super) delivered: Vec<Delivered>,
-    pub(super) taken: Taken,
+    pub(super) taken: CapturedTrees,
     pub(super) layers_above_base: usize,
     pub(super) seconds: f64,
 }
@@ -243,7 +243,7 @@ pub(super) fn volumes_left_out<'a>(
 pub(super) fn write_files(options: &Options, saved: &Saved) -> Result<(), Error> {
     let write = |path: &std::path::Path, bytes: &[u8]| {
         let mode = options.output_mode.unwrap_or(FileMode::PRIVATE);
-        private::write(path, bytes, mode).map_err(|source| Error::Report {
+        private_files::write(path, bytes, mode).map_err(|source| Error::Report {
             reference: saved.reference.clone(),
             path: path.display().to_string(),
             source,

@@ -15,10 +15,10 @@ use crate::node::container::{self, Container, Volume, VolumeRules};
 
 /// How far the clock of a server that stamps files may be behind this node's. Files stamped later than this before a
 /// scan are read again.
-const SERVERS_CLOCK: Duration = Duration::from_secs(60);
+const MAX_SERVER_CLOCK_LAG: Duration = Duration::from_secs(60);
 
 /// A file: the number of its tree, and its inode number.
-pub(super) type File = (usize, u64);
+pub(super) type FileId = (usize, u64);
 
 /// Opens the requested volumes, outer ones before those mounted inside them, which are volumes of their own.
 pub(super) fn open(
@@ -71,7 +71,7 @@ pub(super) async fn scan(
             jobs,
             &cancel,
         )?;
-        Ok(trusted(scans, &volumes, since))
+        Ok(limit_trust(scans, &volumes, since))
     });
     scans.await.map_err(|_| Error::Worker)?
 }
@@ -94,14 +94,14 @@ pub(super) fn scan_all(
 }
 
 /// Limits the trust in time stamps to what the clocks justify.
-pub(super) fn trusted(
+pub(super) fn limit_trust(
     scans: Vec<Scan>,
     volumes: &[Volume],
     clock: Option<Clock>,
 ) -> Vec<Arc<Scan>> {
     let trusted = |(tree, scan): (usize, Scan)| {
         let own = scan.clock();
-        Arc::new(scan.since(since(volumes, tree, clock.unwrap_or(own).min(own))))
+        Arc::new(scan.with_clock(since(volumes, tree, clock.unwrap_or(own).min(own))))
     };
     scans.into_iter().enumerate().map(trusted).collect()
 }
@@ -110,7 +110,7 @@ pub(super) fn trusted(
 pub(super) fn since(volumes: &[Volume], tree: usize, clock: Clock) -> Clock {
     let volume = tree.checked_sub(1).and_then(|at| volumes.get(at));
     if volume.is_some_and(|volume| !volume.local) {
-        clock.before(SERVERS_CLOCK)
+        clock.before(MAX_SERVER_CLOCK_LAG)
     } else {
         clock
     }
@@ -118,14 +118,14 @@ pub(super) fn since(volumes: &[Volume], tree: usize, clock: Clock) -> Clock {
 
 /// A scan, and for each of its entries whether its content may differ from what its time stamps imply.
 #[derive(Clone, Debug)]
-pub(super) struct Known {
+pub(super) struct Baseline {
     pub(super) scan: Arc<Scan>,
     pub(super) unsure: Arc<Vec<bool>>,
 }
 
-impl Known {
+impl Baseline {
     /// Returns one item per tree. `dirty` are the files whose time stamps are not reliable.
-    pub(super) fn all(scans: Vec<Arc<Scan>>, dirty: &HashSet<File>) -> Vec<Self> {
+    pub(super) fn of_scans(scans: Vec<Arc<Scan>>, dirty: &HashSet<FileId>) -> Vec<Self> {
         let known = |(number, scan): (usize, Arc<Scan>)| {
             let unsure = |e: Entry| e.root == 0 && dirty.contains(&(number, e.ino));
             let unsure = scan.entries().map(unsure).collect();
@@ -138,7 +138,7 @@ impl Known {
     }
 
     /// Marks the time stamps of more files as unreliable. `tree` is the number of this tree.
-    pub(super) fn doubt(&mut self, tree: usize, files: &HashSet<File>) {
+    pub(super) fn mark_unreliable(&mut self, tree: usize, files: &HashSet<FileId>) {
         let doubted = |e: Entry| e.root == 0 && files.contains(&(tree, e.ino));
         let doubted = self.scan.entries().map(doubted);
         let unsure = self.unsure.iter().zip(doubted).map(|(a, b)| *a || b);
@@ -147,23 +147,23 @@ impl Known {
 }
 
 /// Returns the scan of each tree.
-pub(super) fn scans(known: &[Known]) -> Vec<Arc<Scan>> {
+pub(super) fn scans(known: &[Baseline]) -> Vec<Arc<Scan>> {
     known.iter().map(|known| Arc::clone(&known.scan)).collect()
 }
 
 /// Returns what layers on top must contain, or `None` if such layers cannot express the changes.
-pub(super) fn changes(known: &[Known], now: &[Arc<Scan>]) -> Option<Vec<Arc<Scan>>> {
+pub(super) fn changes(known: &[Baseline], now: &[Arc<Scan>]) -> Option<Vec<Arc<Scan>>> {
     if known.len() != now.len() {
         return None;
     }
-    let changes = |(known, now): (&Known, &Arc<Scan>)| {
+    let changes = |(known, now): (&Baseline, &Arc<Scan>)| {
         now.changes_since(&known.scan, &|index| known.unsure[index as usize])
     };
     let changes = known.iter().zip(now).map(changes);
     let mut changes = changes.collect::<Option<Vec<Scan>>>()?;
     if let Some((upper, volumes)) = changes.split_first_mut() {
         for volume in volumes {
-            volume.leave_to(upper);
+            volume.clear_if_covered_by(upper);
         }
     }
     Some(changes.into_iter().map(Arc::new).collect())
@@ -176,9 +176,10 @@ pub(super) fn plans(scans: Vec<Arc<Scan>>, timestamp: Option<i64>) -> Vec<Plan> 
 }
 
 /// Returns the plans that are not empty, divided into layers of the requested size.
-pub(super) fn cut(plans: Vec<Plan>, layer_size: Option<LayerSize>) -> Vec<Plan> {
+pub(super) fn split_plans(plans: Vec<Plan>, layer_size: Option<LayerSize>) -> Vec<Plan> {
     let some = plans.into_iter().filter(|plan| !plan.is_empty());
-    some.flat_map(|plan| super::cut(plan, layer_size)).collect()
+    some.flat_map(|plan| super::split_plan(plan, layer_size))
+        .collect()
 }
 
 /// Returns the combined report of all trees.

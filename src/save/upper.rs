@@ -107,7 +107,7 @@ impl Rules {
             runtime_root_mode: container.runtime_root_mode,
             cancel,
         };
-        let again = earlier.map(|earlier| Scan::again(earlier, &roots, &options));
+        let again = earlier.map(|earlier| Scan::rescan(earlier, &roots, &options));
         match again.transpose()?.flatten() {
             Some(scan) => Ok(scan),
             None => Ok(Scan::new(&roots, &options)?),

@@ -2,7 +2,7 @@
 
 use std::os::unix::ffi::OsStrExt;
 
-use super::{Context, Taken, outcome};
+use super::{CapturedTrees, Context, outcome};
 use crate::common::escape::limited;
 use crate::common::message::count;
 use crate::layer::content::Instability;
@@ -10,12 +10,17 @@ use crate::layer::scan::{Reason, Sample};
 use crate::node::container::{Container, Volume};
 
 /// Maximum number of characters of a path in a warning.
-const SHOWN: usize = 200;
+const MAX_PATH_CHARS: usize = 200;
 /// Maximum number of files that are named individually in warnings of one kind.
-const NAMED: usize = 10;
+const MAX_NAMED_FILES: usize = 10;
 
-pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], taken: &Taken) {
-    volumes(context, container, saved);
+pub(super) fn emit(
+    context: &Context,
+    container: &Container,
+    saved: &[Volume],
+    taken: &CapturedTrees,
+) {
+    emit_volumes(context, container, saved);
     let unstable = taken
         .layers
         .iter()
@@ -33,10 +38,10 @@ pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], t
             format!("/{} {what}", file.path)
         });
     let report = &taken.report;
-    some(context, "unstable_file", 0, unstable);
+    emit_limited(context, "unstable_file", 0, unstable);
     let each = |code: &str, of: &Sample<String>, what: &str| {
         let messages = of.examples().iter().map(|path| format!("/{path} {what}"));
-        some(context, code, of.more(), messages);
+        emit_limited(context, code, of.more(), messages);
     };
     each(
         "unstable_file",
@@ -86,7 +91,7 @@ pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], t
             format!("the attribute {name} of {entries} belongs to the host and is left out")
         }
     });
-    some(context, "xattrs", 0, dropped);
+    emit_limited(context, "xattrs", 0, dropped);
     if let Some(first) = report.empty_xattrs.examples().first() {
         let entries = count(report.empty_xattrs.count(), "entry has", "entries have");
         context.warn(
@@ -108,9 +113,13 @@ pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], t
     ] {
         if let Some(of_kind) = report.excluded.get(reason.kind()) {
             let messages = of_kind.examples().iter();
-            let messages =
-                messages.map(|e| format!("/{} is left out: it {why}", limited(&e.path, SHOWN)));
-            some(context, reason.kind(), of_kind.more(), messages);
+            let messages = messages.map(|e| {
+                format!(
+                    "/{} is left out: it {why}",
+                    limited(&e.path, MAX_PATH_CHARS)
+                )
+            });
+            emit_limited(context, reason.kind(), of_kind.more(), messages);
         }
     }
     let kept_out = [Reason::Credential, Reason::Cache];
@@ -135,14 +144,14 @@ pub(super) fn tell(context: &Context, container: &Container, saved: &[Volume], t
 }
 
 /// Warns of volumes that are mounted and therefore not in the image, which is the most common surprise.
-fn volumes(context: &Context, container: &Container, saved: &[Volume]) {
+fn emit_volumes(context: &Context, container: &Container, saved: &[Volume]) {
     let left_out = outcome::volumes_left_out(container, saved);
     let Some(first) = left_out.first() else {
         return;
     };
     let paths = left_out
         .iter()
-        .take(NAMED)
+        .take(MAX_NAMED_FILES)
         .map(|mount| crate::common::escape::path(mount.destination.as_os_str().as_bytes()));
     let paths: Vec<_> = paths.collect();
     let more = match left_out.len() - paths.len() {
@@ -160,9 +169,9 @@ fn volumes(context: &Context, container: &Container, saved: &[Volume]) {
 }
 
 /// Issues the first few messages, and the number of the rest. `more` is the number of those without a message.
-fn some(context: &Context, code: &str, more: u64, messages: impl Iterator<Item = String>) {
+fn emit_limited(context: &Context, code: &str, more: u64, messages: impl Iterator<Item = String>) {
     let mut messages = messages.fuse();
-    for message in messages.by_ref().take(NAMED) {
+    for message in messages.by_ref().take(MAX_NAMED_FILES) {
         context.warn(code, message);
     }
     let more = more + messages.count() as u64;

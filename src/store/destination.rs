@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use crate::common::digest::Digest;
-use crate::common::private::FileMode;
+use crate::common::private_files::FileMode;
 use crate::common::reference::ReferenceError;
 use crate::store::harbor;
 use crate::store::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob, Reader};
@@ -206,7 +206,7 @@ pub enum Error {
     Layout(#[from] layout::Error),
     /// The runtime was shut down during a write.
     #[error("the save was ended while a file was being written")]
-    Ended,
+    RuntimeStopped,
 }
 
 impl Error {
@@ -217,7 +217,7 @@ impl Error {
             Self::Registry(e) => e.retryable(),
             Self::Harbor(e) => e.retryable(),
             Self::Layout(e) => e.retryable(),
-            Self::Ended => false,
+            Self::RuntimeStopped => false,
         }
     }
 
@@ -225,7 +225,7 @@ impl Error {
     pub(crate) fn is_quota(&self) -> bool {
         matches!(
             self,
-            Self::Harbor(harbor::Error::Quota { .. } | harbor::Error::NoRoom { .. })
+            Self::Harbor(harbor::Error::Quota { .. } | harbor::Error::PushOverQuota { .. })
         )
     }
 
@@ -235,7 +235,7 @@ impl Error {
             Self::Registry(e) => e.not_permitted(),
             Self::Harbor(e) => e.not_permitted(),
             Self::Layout(e) => e.not_permitted(),
-            Self::Ended => false,
+            Self::RuntimeStopped => false,
         }
     }
 }
@@ -303,17 +303,17 @@ impl Destination {
     }
 
     /// Checks whether `needed` more bytes fit, if the destination reports its quota.
-    pub async fn check_room(&self, needed: u64) -> Result<(), Error> {
+    pub async fn check_quota(&self, needed: u64) -> Result<(), Error> {
         match &self.0 {
-            Kind::Registry { repository, .. } => Ok(harbor::check_room(repository, needed).await?),
+            Kind::Registry { repository, .. } => Ok(harbor::check_quota(repository, needed).await?),
             Kind::Directory(_) | Kind::Archive(_) => Ok(()),
         }
     }
 
     /// Returns how many blobs should be written concurrently.
-    pub(crate) fn blobs_at_once(&self) -> usize {
+    pub(crate) fn max_concurrent_blobs(&self) -> usize {
         match &self.0 {
-            Kind::Registry { .. } => registry::UPLOADS_AT_ONCE,
+            Kind::Registry { .. } => registry::MAX_CONCURRENT_UPLOADS,
             Kind::Directory(_) | Kind::Archive(_) => 1,
         }
     }
@@ -363,9 +363,11 @@ impl Destination {
     /// An archive accepts one blob at a time: the first write of another one blocks until this one ends.
     pub fn begin_blob(&self, handle: Handle) -> Result<BlobWriter, Error> {
         Ok(BlobWriter(match &self.0 {
-            Kind::Registry { repository, .. } => Writing::Registry(repository.begin_blob(handle)),
-            Kind::Directory(directory) => Writing::Directory(directory.begin_blob()?),
-            Kind::Archive(archive) => Writing::Archive(archive.begin_blob()),
+            Kind::Registry { repository, .. } => {
+                WriterKind::Registry(repository.begin_blob(handle))
+            }
+            Kind::Directory(directory) => WriterKind::Directory(directory.begin_blob()?),
+            Kind::Archive(archive) => WriterKind::Archive(archive.begin_blob()),
         }))
     }
 
@@ -409,51 +411,51 @@ async fn blocking<K: Send + 'static, T: Send + 'static>(
     match tokio::task::spawn_blocking(move || work(kind)).await {
         Ok(result) => Ok(result?),
         Err(e) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
-        Err(_) => Err(Error::Ended),
+        Err(_) => Err(Error::RuntimeStopped),
     }
 }
 
 /// A blob that is being written. If dropped before [`BlobWriter::finish`], nothing of it remains.
-pub struct BlobWriter(Writing);
+pub struct BlobWriter(WriterKind);
 
-enum Writing {
+enum WriterKind {
     Registry(Writer),
     Directory(DirectoryBlob),
     Archive(ArchiveBlob),
     /// A blob of a layout that has been completed.
-    Over,
+    Finished,
 }
 
 impl BlobWriter {
     /// Hands bytes over, blocking while the destination is behind. For threads, not for async tasks. If the error is
-    /// retryable, a new writer has to be obtained from [`BlobWriter::again`].
+    /// retryable, a new writer has to be obtained from [`BlobWriter::retry`].
     pub fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
         match &mut self.0 {
-            Writing::Registry(writer) => Ok(writer.write(bytes)?),
-            Writing::Directory(blob) => Ok(blob.write(&bytes)?),
-            Writing::Archive(blob) => Ok(blob.write(&bytes)?),
-            Writing::Over => Err(Error::Ended),
+            WriterKind::Registry(writer) => Ok(writer.write(bytes)?),
+            WriterKind::Directory(blob) => Ok(blob.write(&bytes)?),
+            WriterKind::Archive(blob) => Ok(blob.write(&bytes)?),
+            WriterKind::Finished => Err(Error::RuntimeStopped),
         }
     }
 
     /// Completes the blob under `digest`. Fails if `size` differs from the number of bytes written.
     pub async fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
-        self.end(digest, size).await
+        self.try_finish(digest, size).await
     }
 
-    /// Like [`BlobWriter::finish`], but keeps the writer, so that a failure can be followed by [`BlobWriter::again`].
-    pub async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+    /// Like [`BlobWriter::finish`], but keeps the writer, so that a failure can be followed by [`BlobWriter::retry`].
+    pub async fn try_finish(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         let digest = *digest;
-        if let Writing::Registry(writer) = &mut self.0 {
-            return match writer.end(&digest, size).await {
+        if let WriterKind::Registry(writer) = &mut self.0 {
+            return match writer.try_finish(&digest, size).await {
                 Ok(()) => Ok(()),
                 Err(error) => Err(harbor::explain(writer.repository(), error).await.into()),
             };
         }
-        match std::mem::replace(&mut self.0, Writing::Over) {
-            Writing::Directory(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
-            Writing::Archive(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
-            Writing::Registry(_) | Writing::Over => Err(Error::Ended),
+        match std::mem::replace(&mut self.0, WriterKind::Finished) {
+            WriterKind::Directory(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
+            WriterKind::Archive(blob) => blocking(blob, move |b| b.finish(&digest, size)).await,
+            WriterKind::Registry(_) | WriterKind::Finished => Err(Error::RuntimeStopped),
         }
     }
 
@@ -462,10 +464,10 @@ impl BlobWriter {
     ///
     /// Returns the error if another attempt is not worthwhile: the retries of the blob or of the save are used up, or
     /// the destination is a layout, whose errors are never transient.
-    pub async fn again(self, error: Error) -> Result<Self, Error> {
+    pub async fn retry(self, error: Error) -> Result<Self, Error> {
         match (self.0, error) {
-            (Writing::Registry(writer), Error::Registry(error)) => {
-                Ok(Self(Writing::Registry(writer.again(error).await?)))
+            (WriterKind::Registry(writer), Error::Registry(error)) => {
+                Ok(Self(WriterKind::Registry(writer.retry(error).await?)))
             }
             (_, error) => Err(error),
         }
@@ -474,7 +476,7 @@ impl BlobWriter {
     /// Cancels the blob and waits until the destination has cleaned up. Dropping the writer does the same without
     /// waiting.
     pub(crate) async fn abort(self) {
-        if let Writing::Registry(writer) = self.0 {
+        if let WriterKind::Registry(writer) = self.0 {
             writer.abort().await;
         }
     }

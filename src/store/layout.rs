@@ -43,7 +43,7 @@ pub enum Error {
     },
     /// The file is written, but a crash of the machine may undo that.
     #[error("{} is written, but may be lost if the machine crashes now: its directory cannot be synchronized: {source}", path.display())]
-    NotLasting {
+    NotSynced {
         /// Path of the file.
         path: PathBuf,
         /// The error of the system.
@@ -159,8 +159,8 @@ fn io_error<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) 
 }
 
 /// Returns the error for a file that exists but whose directory was not synced to disk.
-fn not_lasting(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
-    move |source| Error::NotLasting {
+fn sync_error(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
+    move |source| Error::NotSynced {
         path: path.to_path_buf(),
         source,
     }

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use upperdeck::service::agent::OwnerRule;
-use upperdeck::service::job::{Category, Code, Event, Kind, Order, Outcome, Phase, Said};
+use upperdeck::service::job::{Category, Code, Event, Kind, Order, Outcome, Phase, Update};
 use upperdeck::service::queue::{Clock, Limits, Local, Queue, Settings, Withdrawn};
 
 use crate::node::{Node, Service, alive, local, wait};
@@ -24,7 +24,7 @@ async fn stand_still(node: &Node) -> Result<(Service, Order)> {
     service.queue.offer(&order).await?;
     wait("the container stands still", || node.frozen().then_some(()))
         .await
-        .with_context(|| format!("{:?}", service.said(order.job)))?;
+        .with_context(|| format!("{:?}", service.reports_of(order.job)))?;
     Ok((service, order))
 }
 
@@ -40,7 +40,7 @@ async fn a_session_is_saved_and_everything_about_it_is_told() -> Result<()> {
     order.options.labels = [("--creds".to_owned(), "a:b".to_owned())].into();
     service.queue.offer(&order).await?;
     let Outcome::Succeeded { saved } = service.outcome(order.job).await? else {
-        bail!("{:#?}", service.said(order.job));
+        bail!("{:#?}", service.reports_of(order.job));
     };
     ensure!(node.tagged() && !node.frozen());
     assert!(saved.reference.ends_with(&saved.digest), "{saved:?}");
@@ -49,14 +49,14 @@ async fn a_session_is_saved_and_everything_about_it_is_told() -> Result<()> {
         "{saved:?}"
     );
     assert!(saved.entries > 0 && saved.pause_ms.is_some(), "{saved:?}");
-    let said = service.said(order.job);
+    let said = service.reports_of(order.job);
     let seqs: Vec<u64> = said.iter().map(|report| report.seq).collect();
     assert!(seqs.windows(2).all(|pair| pair[0] < pair[1]), "{seqs:?}");
-    let said: Vec<Said> = said.into_iter().map(|report| report.said).collect();
-    assert_eq!(said[..2], [Said::Assigned, Said::Started]);
+    let said: Vec<Update> = said.into_iter().map(|report| report.update).collect();
+    assert_eq!(said[..2], [Update::Assigned, Update::Started]);
     let told = |wanted: &dyn Fn(&Event) -> bool| {
         said.iter()
-            .any(|said| matches!(said, Said::Event { event } if wanted(event)))
+            .any(|said| matches!(said, Update::Event { event } if wanted(event)))
     };
     assert!(told(&|event| *event
         == Event::Phase {
@@ -233,7 +233,10 @@ async fn cancelled_while_the_container_stands_still_it_thaws_and_nothing_is_tagg
         return Ok(());
     };
     let (service, order) = stand_still(&node).await?;
-    assert_eq!(service.queue.withdraw(order.job).await?, Withdrawn::Told);
+    assert_eq!(
+        service.queue.withdraw(order.job).await?,
+        Withdrawn::CancelRequested
+    );
     assert_eq!(service.outcome(order.job).await?, Outcome::Cancelled);
     ensure!(!node.frozen() && !node.tagged());
     service.end().await?;
@@ -269,13 +272,13 @@ async fn a_child_that_is_killed_leaves_a_container_that_runs_and_a_failure_that_
     };
     service.queue.offer(&again).await?;
     wait("the second attempt's end", || {
-        let said = service.said(again.job);
+        let said = service.reports_of(again.job);
         said.iter()
             .any(|r| {
                 r.attempt == 2
                     && matches!(
-                        &r.said,
-                        Said::Ended {
+                        &r.update,
+                        Update::Ended {
                             outcome: Outcome::Succeeded { .. }
                         }
                     )
@@ -372,7 +375,10 @@ async fn a_lost_claim_ends_the_child_without_a_word() -> Result<()> {
         .filter(|report| report.job == order.job && report.fence < fence);
     for report in old {
         assert!(
-            !matches!(report.said, Said::Ended { .. } | Said::GivenBack { .. }),
+            !matches!(
+                report.update,
+                Update::Ended { .. } | Update::GivenBack { .. }
+            ),
             "{report:?}"
         );
     }
@@ -399,7 +405,7 @@ async fn an_agent_that_ends_gives_back_what_does_not_end_in_time_and_takes_nothi
         .iter()
         .rfind(|report| report.job == order.job)
         .context("nothing said")?;
-    assert!(matches!(last.said, Said::GivenBack { .. }), "{last:?}");
+    assert!(matches!(last.update, Update::GivenBack { .. }), "{last:?}");
     let nodes = queue.nodes().await?;
     assert!(
         nodes[0].draining && nodes[0].running.is_empty(),
@@ -429,12 +435,12 @@ async fn a_queue_that_forgot_a_success_is_told_of_it_again() -> Result<()> {
     };
     service.queue.offer(&again).await?;
     assert_eq!(service.outcome(order.job).await?, first);
-    let said: Vec<Said> = service
-        .said(order.job)
+    let said: Vec<Update> = service
+        .reports_of(order.job)
         .into_iter()
-        .map(|report| report.said)
+        .map(|report| report.update)
         .collect();
-    assert!(matches!(said[..], [Said::Ended { .. }]), "{said:?}");
+    assert!(matches!(said[..], [Update::Ended { .. }]), "{said:?}");
     // Another job is another matter.
     let other = node.order();
     service.queue.offer(&other).await?;

@@ -21,7 +21,7 @@ use upperdeck::common::digest::Digest;
 use upperdeck::node::container::{ContainerdRoot, Roots};
 use upperdeck::service::agent::{self, Options, OwnerRule};
 use upperdeck::service::job::{
-    Answer, Before, JobId, Order, Outcome, Report, Said, SaveOptions, Word, now_ms,
+    Answer, JobId, NextStep, Order, Outcome, Report, SaveOptions, Update, Verdict, now_ms,
 };
 use upperdeck::service::queue::{Limits, Local, Queue};
 use upperdeck::store::layout::Directory;
@@ -383,30 +383,30 @@ pub struct Service {
     pub queue: Queue,
     pub reports: Arc<Mutex<Vec<Report>>>,
     /// The manager's answers other than "wanted"; `None` means no answer.
-    words: Words,
+    words: AnswerScript,
     cancel: CancellationToken,
     agent: JoinHandle<Result<(), agent::Error>>,
     manager: JoinHandle<()>,
     answers: JoinHandle<()>,
 }
 
-pub type Words = Arc<Mutex<Vec<(Before, Option<Word>)>>>;
+pub type AnswerScript = Arc<Mutex<Vec<(NextStep, Option<Verdict>)>>>;
 
 /// Answers questions as a manager would for which all saves are wanted, except for `words`.
-async fn answer(queue: Queue, words: Words) {
+async fn answer(queue: Queue, words: AnswerScript) {
     loop {
         let Ok(questions) = queue.questions(Duration::from_millis(200)).await else {
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
         for question in questions {
-            let word = {
+            let verdict = {
                 let words = words.lock().unwrap_or_else(PoisonError::into_inner);
                 let said = words.iter().find(|(before, _)| *before == question.before);
-                said.map_or(Some(Word::Wanted), |(_, word)| *word)
+                said.map_or(Some(Verdict::Wanted), |(_, verdict)| *verdict)
             };
-            if let Some(word) = word {
-                let _ = queue.answer(&Answer { question, word }).await;
+            if let Some(verdict) = verdict {
+                let _ = queue.answer(&Answer { question, verdict }).await;
             }
         }
     }
@@ -428,7 +428,7 @@ impl Service {
     /// Starts the service with separate queue clients for the agent and the manager.
     pub fn over(options: Options, agents: Queue, queue: Queue) -> Self {
         let reports: Arc<Mutex<Vec<Report>>> = Arc::default();
-        let words = Words::default();
+        let words = AnswerScript::default();
         let answers = tokio::spawn(answer(queue.clone(), Arc::clone(&words)));
         let manager = {
             let (queue, reports) = (queue.clone(), Arc::clone(&reports));
@@ -446,7 +446,7 @@ impl Service {
                         .lock()
                         .unwrap_or_else(PoisonError::into_inner)
                         .extend(new);
-                    let _ = queue.taken(&entries).await;
+                    let _ = queue.acknowledge(&entries).await;
                 }
             })
         };
@@ -464,13 +464,13 @@ impl Service {
     }
 
     /// Sets the manager's answer from now on; `None` means no answer.
-    pub fn say(&self, before: Before, word: Option<Word>) {
+    pub fn set_answer(&self, before: NextStep, verdict: Option<Verdict>) {
         let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
         words.retain(|(known, _)| *known != before);
-        words.push((before, word));
+        words.push((before, verdict));
     }
 
-    pub fn said(&self, job: JobId) -> Vec<Report> {
+    pub fn reports_of(&self, job: JobId) -> Vec<Report> {
         let reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
         reports
             .iter()
@@ -480,18 +480,18 @@ impl Service {
     }
 
     /// Waits for the final report of a job.
-    pub async fn last_word(&self, job: JobId) -> Result<Said> {
+    pub async fn final_update(&self, job: JobId) -> Result<Update> {
         wait("the job's last word", || {
-            let mut said = self.said(job).into_iter().map(|report| report.said);
-            said.find(|said| matches!(said, Said::Ended { .. } | Said::GivenBack { .. }))
+            let mut said = self.reports_of(job).into_iter().map(|report| report.update);
+            said.find(|said| matches!(said, Update::Ended { .. } | Update::GivenBack { .. }))
         })
         .await
-        .with_context(|| format!("said so far: {:#?}", self.said(job)))
+        .with_context(|| format!("said so far: {:#?}", self.reports_of(job)))
     }
 
     pub async fn outcome(&self, job: JobId) -> Result<Outcome> {
-        match self.last_word(job).await? {
-            Said::Ended { outcome } => Ok(outcome),
+        match self.final_update(job).await? {
+            Update::Ended { outcome } => Ok(outcome),
             other => bail!("{other:?}"),
         }
     }

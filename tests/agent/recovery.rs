@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use upperdeck::node::container::process_start;
-use upperdeck::node::freeze::{self, Left};
+use upperdeck::node::freeze::{self, ThawOutcome};
 use upperdeck::service::job::{JobId, Outcome};
 
 use crate::node::{Node, Service, UPPERDECK, alive, local, wait};
@@ -95,7 +95,7 @@ async fn a_mark_speaks_of_one_cgroup_and_one_boot() -> Result<()> {
         return Ok(());
     };
     let mark = node.path("mark");
-    assert_eq!(freeze::thaw_left(&mark)?, Left::Nothing);
+    assert_eq!(freeze::thaw_leftover(&mark)?, ThawOutcome::Nothing);
     let how = freeze::Options {
         program: UPPERDECK.into(),
         mark: Some(mark.clone()),
@@ -116,13 +116,13 @@ async fn a_mark_speaks_of_one_cgroup_and_one_boot() -> Result<()> {
         let mut value = value.clone();
         value[field] = other;
         fs::write(&mark, value.to_string())?;
-        assert_eq!(freeze::thaw_left(&mark)?, Left::Gone, "{field}");
+        assert_eq!(freeze::thaw_leftover(&mark)?, ThawOutcome::Gone, "{field}");
         ensure!(node.frozen() && !mark.exists());
     }
     fs::write(&mark, &text[..text.len() / 2])?;
-    assert_eq!(freeze::thaw_left(&mark)?, Left::Nothing);
+    assert_eq!(freeze::thaw_leftover(&mark)?, ThawOutcome::Nothing);
     fs::write(&mark, &text)?;
-    assert_eq!(freeze::thaw_left(&mark)?, Left::Thawed);
+    assert_eq!(freeze::thaw_leftover(&mark)?, ThawOutcome::Thawed);
     ensure!(!node.frozen());
     Ok(())
 }

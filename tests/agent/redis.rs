@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use upperdeck::service::job::{Keys, Order, Outcome, Said};
+use upperdeck::service::job::{Keys, Order, Outcome, Update};
 use upperdeck::service::queue::{Limits, Offered, Place, Queue, Redis};
 
 use crate::node::{NODE, Node, Service, UPPERDECK, wait};
@@ -165,11 +165,11 @@ async fn a_redis_that_dies_under_a_save_and_forgets_it_costs_nothing_but_time() 
     let outcome = loop {
         // Asked first: what has ended is forgotten as soon as it is taken.
         let place = service.queue.places(&[order.job]).await.ok();
-        let said = service.said(order.job);
-        if let Some(Said::Ended { outcome }) = said
+        let said = service.reports_of(order.job);
+        if let Some(Update::Ended { outcome }) = said
             .into_iter()
-            .map(|r| r.said)
-            .find(|s| matches!(s, Said::Ended { .. }))
+            .map(|r| r.update)
+            .find(|s| matches!(s, Update::Ended { .. }))
         {
             break outcome;
         }
@@ -188,9 +188,9 @@ async fn a_redis_that_dies_under_a_save_and_forgets_it_costs_nothing_but_time() 
     ensure!(index.contains(digest), "what is tagged is what was told");
     assert_eq!(
         service
-            .said(order.job)
+            .reports_of(order.job)
             .iter()
-            .filter(|r| matches!(r.said, Said::Ended { .. }))
+            .filter(|r| matches!(r.update, Update::Ended { .. }))
             .count(),
         1
     );

@@ -10,11 +10,12 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use upperdeck::service::agent;
 use upperdeck::service::job::{
-    Before, Category, Code, JobId, Kind, Order, Outcome, Said, SaveOptions, State, Word, now_ms,
+    Category, Code, JobId, Kind, NextStep, Order, Outcome, SaveOptions, State, Update, Verdict,
+    now_ms,
 };
 use upperdeck::service::manager::{self, Listen};
 use upperdeck::service::queue::{Queue, Withdrawn};
-use upperdeck::service::record::{Most, Record, Save, Submitted};
+use upperdeck::service::record::{Record, Save, Submitted, UserLimits};
 
 use crate::node::{NODE, Node, Service, UPPERDECK, local, wait};
 use crate::redis::Server;
@@ -130,7 +131,11 @@ impl Site {
             started_ms: None,
             finished_ms: None,
         };
-        match self.record.submit(&save, None, Most::default()).await? {
+        match self
+            .record
+            .submit(&save, None, UserLimits::default())
+            .await?
+        {
             Submitted::New(_) => Ok(order.job),
             other => bail!("{other:?}"),
         }
@@ -139,7 +144,7 @@ impl Site {
     async fn cancel(&self, job: JobId) -> Result<()> {
         let wanted = self
             .record
-            .change(job, "alice", |draft| draft.want_end("alice"))
+            .change(job, "alice", |draft| draft.request_cancel("alice"))
             .await?;
         ensure!(wanted.context("no save")?.1);
         Ok(())
@@ -176,7 +181,7 @@ impl Site {
             loop {
                 match agent::run(options.clone(), queue.clone(), until.clone()).await {
                     // A thread of its predecessor is on its way out.
-                    Err(agent::Error::Taken { .. }) => {
+                    Err(agent::Error::Locked { .. }) => {
                         tokio::time::sleep(Duration::from_millis(50)).await;
                     }
                     ended => return ended,
@@ -345,7 +350,10 @@ async fn what_has_ended_is_remembered_by_the_node_alone() -> Result<()> {
     let order = node.order();
     service.queue.offer(&order).await?;
     wait("a child", || (begun(&node) == 1).then_some(())).await?;
-    assert_eq!(service.queue.withdraw(order.job).await?, Withdrawn::Told);
+    assert_eq!(
+        service.queue.withdraw(order.job).await?,
+        Withdrawn::CancelRequested
+    );
     assert_eq!(service.outcome(order.job).await?, Outcome::Cancelled);
     service.end().await?;
     // Whoever would answer now answers yes.
@@ -367,15 +375,15 @@ async fn without_a_managers_word_there_is_no_tag_and_nothing_is_lost() -> Result
     let mut options = node.options();
     options.manager_wait = Duration::from_secs(1);
     let service = Service::start(options, local());
-    service.say(Before::Tag, None);
+    service.set_answer(NextStep::Tag, None);
     let order = node.order();
     service.queue.offer(&order).await?;
     wait("all is delivered", || {
-        let ready = Said::Event {
+        let ready = Update::Event {
             event: upperdeck::service::job::Event::Ready,
         };
-        let said = service.said(order.job);
-        said.iter().any(|r| r.said == ready).then_some(())
+        let said = service.reports_of(order.job);
+        said.iter().any(|r| r.update == ready).then_some(())
     })
     .await?;
     ensure!(!node.frozen(), "it stands still while the agent asks");
@@ -391,7 +399,7 @@ async fn without_a_managers_word_there_is_no_tag_and_nothing_is_lost() -> Result
     ensure!(passing, "{outcome:?}");
     ensure!(!node.tagged() && !node.frozen());
     // The next attempt hears a word.
-    service.say(Before::Tag, Some(Word::Wanted));
+    service.set_answer(NextStep::Tag, Some(Verdict::Wanted));
     let again = Order {
         job: JobId::new(),
         ..order
@@ -401,7 +409,7 @@ async fn without_a_managers_word_there_is_no_tag_and_nothing_is_lost() -> Result
     ensure!(matches!(outcome, Outcome::Succeeded { .. }), "{outcome:?}");
     // One that is unwanted by then is not tagged either, and a later claim's is not spoken of.
     fs::remove_dir_all(node.path("images"))?;
-    service.say(Before::Tag, Some(Word::Unwanted));
+    service.set_answer(NextStep::Tag, Some(Verdict::Unwanted));
     let third = Order {
         job: JobId::new(),
         ..again
@@ -421,11 +429,11 @@ async fn without_a_manager_a_save_does_not_begin_and_is_given_back() -> Result<(
     let mut options = counting(&node)?;
     options.manager_wait = Duration::from_millis(100);
     let service = Service::start(options, local());
-    service.say(Before::Save, None);
+    service.set_answer(NextStep::Save, None);
     let order = node.order();
     service.queue.offer(&order).await?;
-    let word = service.last_word(order.job).await?;
-    ensure!(matches!(word, Said::GivenBack { .. }), "{word:?}");
+    let word = service.final_update(order.job).await?;
+    ensure!(matches!(word, Update::GivenBack { .. }), "{word:?}");
     assert_eq!(begun(&node), 0);
     service.end().await?;
     Ok(())

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use upperdeck::node::container::Pattern;
-use upperdeck::service::job::{Code, Order, Outcome, Said};
+use upperdeck::service::job::{Code, Order, Outcome, Update};
 
 use crate::node::{Node, Service, UPPERDECK, local, wait};
 use crate::support::ignore;
@@ -103,11 +103,11 @@ async fn a_volume_gives_what_its_container_may_read() -> Result<()> {
     let outcome = service.outcome(order.job).await?;
     ensure!(matches!(outcome, Outcome::Succeeded { .. }), "{outcome:?}");
     assert_eq!(saved(&node.path("images/alice/x"))?, READABLE);
-    let warned = service.said(order.job).into_iter().any(|report| {
-        let text = format!("{:?}", report.said);
+    let warned = service.reports_of(order.job).into_iter().any(|report| {
+        let text = format!("{:?}", report.update);
         text.contains("unreadable") && text.contains("4 files or directories")
     });
-    ensure!(warned, "{:#?}", service.said(order.job));
+    ensure!(warned, "{:#?}", service.reports_of(order.job));
 
     // Again, after another file came to be readable and one is so no more.
     let with =
@@ -362,10 +362,10 @@ async fn a_child_that_cannot_die_gives_its_slot_back() -> Result<()> {
     .await?;
     let last = node.order();
     service.queue.offer(&last).await?;
-    let said = service.last_word(last.job).await?;
+    let said = service.final_update(last.job).await?;
     let refused = matches!(
         &said,
-        Said::Ended {
+        Update::Ended {
             outcome: Outcome::Failed {
                 code: Code::Policy,
                 ..
@@ -381,8 +381,8 @@ async fn a_child_that_cannot_die_gives_its_slot_back() -> Result<()> {
 #[test]
 fn rights_of_a_user_namespace_end_with_its_ids() -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
-    use upperdeck::node::overlay::identity::{Beyond, Identity, enter};
-    use upperdeck::node::overlay::owner::IdMapping;
+    use upperdeck::node::overlay::id_map::IdMapping;
+    use upperdeck::node::overlay::identity::{Identity, ReadCapability, enter};
 
     if crate::support::ignored(&[crate::support::Need::Root]) {
         return Ok(());
@@ -395,15 +395,15 @@ fn rights_of_a_user_namespace_end_with_its_ids() -> Result<()> {
         outside: 100_000,
         count: 65_536,
     }];
-    let mapped = Beyond::Mapped {
+    let mapped = ReadCapability::Mapped {
         uids: map.clone(),
         gids: map,
     };
-    for (beyond, owner, group, mode, expected) in [
-        (Beyond::Nothing, 100_000, 100_000, 0o600, true),
-        (Beyond::Nothing, 100_999, 100_999, 0o600, false),
-        (Beyond::Nothing, 1001, 100_050, 0o640, true),
-        (Beyond::All, 1001, 1001, 0o000, true),
+    for (read_capability, owner, group, mode, expected) in [
+        (ReadCapability::Nothing, 100_000, 100_000, 0o600, true),
+        (ReadCapability::Nothing, 100_999, 100_999, 0o600, false),
+        (ReadCapability::Nothing, 1001, 100_050, 0o640, true),
+        (ReadCapability::All, 1001, 1001, 0o000, true),
         (mapped.clone(), 100_999, 100_999, 0o600, true),
         (mapped.clone(), 100_999, 1001, 0o600, false),
         (mapped.clone(), 1001, 100_999, 0o600, false),
@@ -417,7 +417,7 @@ fn rights_of_a_user_namespace_end_with_its_ids() -> Result<()> {
             uid: 100_000,
             gid: 100_000,
             groups: vec![100_050],
-            beyond,
+            read_capability,
         });
         let rights = enter(Some(&who))?;
         let may = who.may_read(&handle, false)?;

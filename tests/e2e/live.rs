@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use tokio_util::sync::CancellationToken;
-use upperdeck::layer::held;
+use upperdeck::layer::capture;
 use upperdeck::layer::scan::{self, Caps, Exclusions, Rules, Scan};
 use upperdeck::node::overlay::xattr::Namespace;
 
@@ -464,7 +464,7 @@ fn can_clone(dir: &Path) -> Result<bool> {
         runtime_root_mode: None,
         cancel: &never,
     };
-    Ok(held::can_clone(&Scan::new(&roots, &options)?))
+    Ok(capture::can_clone(&Scan::new(&roots, &options)?))
 }
 
 #[test]
@@ -601,11 +601,11 @@ fn whatever_is_wrong_with_the_state_the_image_is_right() -> Result<()> {
     let saved = session.save("deleted", &[])?;
     ensure!(layers(&saved) == 1, "{}", saved.metadata["layers"]);
     ensure!(saved.metadata["layers_above_base"] == 1);
-    ensure!(!told_of_state(&saved), "{}", saved.stderr);
+    ensure!(!reports_state(&saved), "{}", saved.stderr);
     session.same(&saved)?;
     change("kept-again")?;
     let saved = session.save("kept-again", &[])?;
-    ensure!(!told_of_state(&saved), "{}", saved.stderr);
+    ensure!(!reports_state(&saved), "{}", saved.stderr);
     ensure!(saved.metadata["layers_above_base"] == 2);
     session.same(&saved)?;
     // If nothing can be kept, this is reported and the save succeeds.
@@ -664,13 +664,13 @@ fn a_full_disk_costs_the_state_and_no_save() -> Result<()> {
     fs::remove_file(&filler)?;
     change("room-again")?;
     let saved = session.save("room-again", &[])?;
-    ensure!(!told_of_state(&saved), "{}", saved.stderr);
+    ensure!(!reports_state(&saved), "{}", saved.stderr);
     ensure!(saved.metadata["layers_above_base"] == 2);
     session.same(&saved)
 }
 
 /// Returns whether a save reported anything about what is kept for the next one.
-fn told_of_state(saved: &Saved) -> bool {
+fn reports_state(saved: &Saved) -> bool {
     ["full_save", "state_not_kept"]
         .iter()
         .any(|code| saved.stderr.contains(code))

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::browser::{Browser, Look, Outcome, missing};
+use crate::browser::{Browser, BrowserOptions, Outcome, missing};
 use crate::host::containerd::{Containerd, Pod, PodOptions};
 use crate::host::image::{Base, Format, base};
 use crate::host::redis::Redis;
@@ -29,7 +29,7 @@ fn port() -> Outcome<u16> {
 }
 
 /// Fields are dropped in this order: clients before servers, the directories last.
-struct Centre {
+struct ServiceLab {
     agent: Daemon,
     manager: Daemon,
     _redis: Redis,
@@ -47,7 +47,7 @@ fn upperdeck(verb: &str) -> Command {
     command
 }
 
-impl Centre {
+impl ServiceLab {
     fn open() -> Outcome<Option<Self>> {
         let programs = [
             "containerd",
@@ -249,11 +249,11 @@ const RECORD_BAR: &str = "window.values = []; new MutationObserver(() => {
 
 #[test]
 fn a_pod_is_saved_found_and_deleted_and_a_manager_may_die_meanwhile() -> Outcome {
-    let Some(mut centre) = Centre::open()? else {
+    let Some(mut centre) = ServiceLab::open()? else {
         return Ok(());
     };
     let pod = centre.session(96)?;
-    let browser = Browser::start(&Look::default())?;
+    let browser = Browser::start(&BrowserOptions::default())?;
     centre.enter(&browser, &pod)?;
     browser.see("node-1")?;
     browser.see("everything you changed")?;
@@ -350,11 +350,11 @@ fn a_pod_is_saved_found_and_deleted_and_a_manager_may_die_meanwhile() -> Outcome
 
 #[test]
 fn two_tabs_a_reload_a_cancellation_and_a_failure_before_the_real_service() -> Outcome {
-    let Some(mut centre) = Centre::open()? else {
+    let Some(mut centre) = ServiceLab::open()? else {
         return Ok(());
     };
     let pod = centre.session(400)?;
-    let browser = Browser::start(&Look::default())?;
+    let browser = Browser::start(&BrowserOptions::default())?;
     centre.enter(&browser, &pod)?;
     let (first, second) = browser.tab()?;
     browser.go(&centre.url())?;

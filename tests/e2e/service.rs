@@ -19,13 +19,13 @@ use crate::save::{LEFT_OUT, TOUCHED_BY_RUNTIMES, WORK, same_tree, set_attributes
 use crate::support::{Need, ignored, note};
 
 /// A lab with a service on it. Fields are dropped in this order.
-struct Centre {
+struct ServiceLab {
     service: Service,
     redis: Redis,
     lab: Lab,
 }
 
-impl Centre {
+impl ServiceLab {
     fn new() -> Result<Option<Self>> {
         if ignored(&[Need::Program("redis-server"), Need::Program("redis-cli")]) {
             return Ok(None);
@@ -58,7 +58,7 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
 
 #[test]
 fn twenty_users_save_their_sessions_at_once() -> Result<()> {
-    let Some(centre) = Centre::new()? else {
+    let Some(centre) = ServiceLab::new()? else {
         return Ok(());
     };
     let mut sessions = Vec::new();
@@ -156,7 +156,7 @@ fn twenty_users_save_their_sessions_at_once() -> Result<()> {
 
 /// A session under repeated saves: the last save that was requested, and the pod's content at that time, which does not
 /// change before that save is done.
-struct Under {
+struct SavedSession {
     user: String,
     pod: Pod,
     serial: u32,
@@ -168,7 +168,7 @@ const KILLS: u32 = 12;
 
 #[test]
 fn killed_at_random_every_save_ends_in_the_right_image_or_in_a_failure_with_a_code() -> Result<()> {
-    let Some(mut centre) = Centre::new()? else {
+    let Some(mut centre) = ServiceLab::new()? else {
         return Ok(());
     };
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
@@ -183,7 +183,7 @@ fn killed_at_random_every_save_ends_in_the_right_image_or_in_a_failure_with_a_co
         let pod = centre.session(&user)?;
         let fill = "dd if=/dev/urandom of=/home/noise bs=1048576 count=24 2> /dev/null";
         centre.lab.containerd.shell(&pod, fill)?;
-        sessions.push(Under {
+        sessions.push(SavedSession {
             user,
             pod,
             serial: 0,
@@ -257,8 +257,8 @@ fn killed_at_random_every_save_ends_in_the_right_image_or_in_a_failure_with_a_co
 
 /// Checks the open saves, and requests a new one where there is none.
 fn advance(
-    centre: &Centre,
-    sessions: &mut [Under],
+    centre: &ServiceLab,
+    sessions: &mut [SavedSession],
     ended: &mut BTreeMap<String, u32>,
 ) -> Result<()> {
     finish(centre, sessions, ended)?;
@@ -304,8 +304,8 @@ fn advance(
 
 /// Removes the saves that are done and checks their results.
 fn finish(
-    centre: &Centre,
-    sessions: &mut [Under],
+    centre: &ServiceLab,
+    sessions: &mut [SavedSession],
     ended: &mut BTreeMap<String, u32>,
 ) -> Result<()> {
     for session in sessions.iter_mut() {
@@ -360,13 +360,13 @@ fn finish(
 }
 
 /// A running `upperdeck up`, ended when dropped, as its user sees it.
-struct Up {
+struct UpProcess {
     child: std::process::Child,
     /// The URL with the token.
     url: String,
 }
 
-impl Up {
+impl UpProcess {
     fn start(lab: &Lab, state: &std::path::Path) -> Result<Self> {
         let mut up = crate::save::upperdeck_itself("up", &lab.roots);
         let mut child = up
@@ -406,7 +406,7 @@ impl Up {
     }
 }
 
-impl Drop for Up {
+impl Drop for UpProcess {
     fn drop(&mut self) {
         // It may have exited already.
         let _ = self.child.kill();
@@ -421,7 +421,7 @@ fn up_is_all_of_it_on_one_machine_and_a_crash_loses_nothing() -> Result<()> {
     };
     let pod = lab.session()?;
     let state = lab.scratch.dir("up")?;
-    let up = Up::start(&lab, &state)?;
+    let up = UpProcess::start(&lab, &state)?;
     let here = || format!("--up-dir={}", state.display());
     wait_at_most(Duration::from_secs(60), "the session is known", || {
         up.ask(&["job", "sessions", "--format", "json"])
@@ -473,7 +473,7 @@ fn up_is_all_of_it_on_one_machine_and_a_crash_loses_nothing() -> Result<()> {
             .is_ok_and(|save| text(&save, "state") == "running")
     })?;
     drop(up);
-    let up = Up::start(&lab, &state)?;
+    let up = UpProcess::start(&lab, &state)?;
     let done = up.shell(&["job", "watch", &id])?;
     ensure!(
         done.status.success(),

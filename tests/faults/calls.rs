@@ -4,7 +4,7 @@ use nix::errno::Errno;
 
 /// The object of a call, by the arguments that identify it.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum About {
+pub enum CallObject {
     /// A descriptor.
     Fd(usize),
     /// A directory descriptor, and a path relative to it.
@@ -20,7 +20,7 @@ pub enum About {
 pub struct Call {
     pub number: i64,
     pub name: &'static str,
-    pub about: About,
+    pub about: CallObject,
     pub errors: &'static [Errno],
     /// The argument with the length, which the kernel may not use in full.
     pub length: Option<usize>,
@@ -32,7 +32,7 @@ macro_rules! calls {
     };
 }
 
-use About::{At, Fd, Path, Process};
+use CallObject::{At, Fd, Path, Process};
 use Errno::{
     EAGAIN, ECONNREFUSED, EINTR, EIO, EMFILE, ENOLCK, ENOMEM, ENOSPC, EOPNOTSUPP, EPERM, ERANGE,
     ETIMEDOUT,

@@ -24,7 +24,7 @@ pub const AFTER: &str = "b";
 
 /// The output of a save.
 #[derive(Clone, Debug)]
-pub enum Made {
+pub enum SaveOutput {
     /// A file with one layer.
     Layer,
     /// An OCI layout in `out`.
@@ -39,7 +39,7 @@ pub enum Made {
 pub struct Case<'a> {
     pub name: &'static str,
     pub world: &'a World,
-    pub made: Made,
+    pub made: SaveOutput,
     pub options: &'a [&'a str],
     /// Whether it follows an earlier save, whose state and image are there.
     pub again: bool,
@@ -50,7 +50,7 @@ pub struct Case<'a> {
 }
 
 /// The correct image or layer.
-pub struct Right {
+pub struct ExpectedImage {
     /// Digest of the manifest, or of the layer's file.
     pub digest: Digest,
     pub tree: Tree,
@@ -61,7 +61,12 @@ pub struct Right {
 }
 
 impl<'a> Case<'a> {
-    pub fn new(name: &'static str, world: &'a World, made: Made, options: &'a [&'a str]) -> Self {
+    pub fn new(
+        name: &'static str,
+        world: &'a World,
+        made: SaveOutput,
+        options: &'a [&'a str],
+    ) -> Self {
         Self {
             name,
             world,
@@ -87,7 +92,7 @@ impl<'a> Case<'a> {
     pub fn arguments(&self) -> Vec<String> {
         let at = |name: &str| self.at(name).display().to_string();
         let mut arguments = vec![PROGRAM.to_owned()];
-        if matches!(self.made, Made::Layer) {
+        if matches!(self.made, SaveOutput::Layer) {
             arguments.push("layer".to_owned());
             for (flag, value) in [
                 ("upper", "upper"),
@@ -121,10 +126,10 @@ impl<'a> Case<'a> {
         arguments.extend(["--timestamp", "1750000000", "--jobs", "2"].map(str::to_owned));
         arguments.extend(self.options.iter().map(|&option| option.to_owned()));
         let destination = match &self.made {
-            Made::Layer => return arguments,
-            Made::Layout => format!("oci:{}:saved", at("out/layout")),
-            Made::Archive => format!("oci-archive:{}:saved", at("out/archive")),
-            Made::Registry { host, .. } => format!("{host}/{}:saved", self.repository()),
+            SaveOutput::Layer => return arguments,
+            SaveOutput::Layout => format!("oci:{}:saved", at("out/layout")),
+            SaveOutput::Archive => format!("oci-archive:{}:saved", at("out/archive")),
+            SaveOutput::Registry { host, .. } => format!("{host}/{}:saved", self.repository()),
         };
         arguments.extend([format!("pid:{}", self.world.pid), destination]);
         arguments
@@ -179,7 +184,7 @@ impl<'a> Case<'a> {
     }
 
     /// Returns the correct result, after a save without faults.
-    pub fn right(&self) -> Result<Right> {
+    pub fn right(&self) -> Result<ExpectedImage> {
         let (digest, tree) = self.read()?.context("nothing was saved")?;
         let state = self.state()?;
         let mut after = None;
@@ -188,7 +193,7 @@ impl<'a> Case<'a> {
             self.undisturbed()?;
             after = Some(self.read()?.context("nothing was saved")?.1);
         }
-        Ok(Right {
+        Ok(ExpectedImage {
             digest,
             tree,
             after,
@@ -200,7 +205,7 @@ impl<'a> Case<'a> {
     /// output.
     ///
     /// Fails if the output is wrong.
-    pub fn is(&self, right: &Right) -> Result<Option<&'static str>> {
+    pub fn is(&self, right: &ExpectedImage) -> Result<Option<&'static str>> {
         let Some((digest, tree)) = self.read()? else {
             return Ok(None);
         };
@@ -226,7 +231,7 @@ impl<'a> Case<'a> {
     fn read(&self) -> Result<Option<(Digest, Tree)>> {
         let platform = Platform::host();
         let reader = match &self.made {
-            Made::Layer => {
+            SaveOutput::Layer => {
                 let file = self.at("out/layer");
                 if !file.exists() {
                     return Ok(None);
@@ -234,16 +239,16 @@ impl<'a> Case<'a> {
                 let bytes = fs::read(file)?;
                 let mut layers = Layers::new();
                 layers.apply(&bytes[..])?;
-                return Ok(Some((Digest::of(&bytes), layers.complete_lenient())));
+                return Ok(Some((Digest::of(&bytes), layers.into_lenient_tree())));
             }
-            Made::Registry { storage, .. } => return self.read_registry(storage),
-            Made::Layout if self.at("out/layout/index.json").exists() => {
+            SaveOutput::Registry { storage, .. } => return self.read_registry(storage),
+            SaveOutput::Layout if self.at("out/layout/index.json").exists() => {
                 Reader::directory(self.at("out/layout"))?
             }
-            Made::Archive if self.at("out/archive").exists() => {
+            SaveOutput::Archive if self.at("out/archive").exists() => {
                 Reader::archive(self.at("out/archive"))?
             }
-            Made::Layout | Made::Archive => return Ok(None),
+            SaveOutput::Layout | SaveOutput::Archive => return Ok(None),
         };
         let manifest = reader.manifest(Some("saved"), &platform)?;
         let blob = |digest: &Digest| -> Result<Box<dyn Read>> {
@@ -313,7 +318,7 @@ impl<'a> Case<'a> {
 
     /// Checks that nothing is left behind that should not be, whatever the result; `failed` means that the save
     /// reported that nothing was saved.
-    pub fn left_behind(&self, right: &Right, failed: bool) -> Result<()> {
+    pub fn left_behind(&self, right: &ExpectedImage, failed: bool) -> Result<()> {
         for (name, path) in files(&self.at("out"))? {
             if let Some((_, hex)) = name.split_once("blobs/sha256/") {
                 let digest = Digest::of(fs::read(&path)?).to_string();
@@ -321,10 +326,10 @@ impl<'a> Case<'a> {
                 continue;
             }
             let expected: &[&str] = match self.made {
-                Made::Layer => &["layer"],
-                Made::Layout => &["layout/oci-layout", "layout/index.json", "metadata"],
-                Made::Archive => &["archive", "metadata"],
-                Made::Registry { .. } => &["metadata"],
+                SaveOutput::Layer => &["layer"],
+                SaveOutput::Layout => &["layout/oci-layout", "layout/index.json", "metadata"],
+                SaveOutput::Archive => &["archive", "metadata"],
+                SaveOutput::Registry { .. } => &["metadata"],
             };
             ensure!(
                 expected.contains(&name.as_str()),
@@ -387,5 +392,5 @@ fn tree(manifest: &[u8], blob: impl Fn(&Digest) -> Result<Box<dyn Read>>) -> Res
         let digest = layer["digest"].as_str().context("a digest")?.parse()?;
         layers.apply(blob(&digest)?)?;
     }
-    Ok(layers.complete())
+    Ok(layers.into_tree())
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 
-use crate::case::Made;
+use crate::case::SaveOutput;
 use crate::harness::Stop;
 
 /// A running registry, which ends when dropped.
@@ -56,8 +56,8 @@ impl Registry {
         Ok(registry)
     }
 
-    pub fn made(&self) -> Made {
-        Made::Registry {
+    pub fn made(&self) -> SaveOutput {
+        SaveOutput::Registry {
             host: self.host.clone(),
             storage: self.storage.clone(),
         }

@@ -10,12 +10,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use nix::mount::MsFlags;
 
-use crate::case::{AFTER, Case, Made, Right};
+use crate::case::{AFTER, Case, ExpectedImage, SaveOutput};
 use crate::disk::Disk;
 use crate::harness::{self, Outcome, Stop, Test};
 use crate::plan;
 use crate::registry::Registry;
-use crate::tracer::{self, Fault, Meanwhile, Order, Report, Target};
+use crate::tracer::{self, ConcurrentWrite, Fault, Order, Report, Target};
 use crate::world::{CHANGES, CHANGING, World};
 
 /// Time limit for a save, which takes a second under the tracer: a longer run counts as a hang.
@@ -34,21 +34,21 @@ fn all() -> bool {
 
 pub fn tests() -> Vec<Test> {
     vec![
-        Test::new("layer", || one("layer", Made::Layer, &[])),
+        Test::new("layer", || one("layer", SaveOutput::Layer, &[])),
         Test::new("full_save_to_a_layout", || {
-            one("full", Made::Layout, &["--pause", "none"])
+            one("full", SaveOutput::Layout, &["--pause", "none"])
         }),
         Test::new("live_save_to_an_archive", || {
-            one("live", Made::Archive, &["--live-limit", "1M"])
+            one("live", SaveOutput::Archive, &["--live-limit", "1M"])
         }),
         Test::new("live_save_with_clones", || {
-            one("clones", Made::Layout, &["--live-limit", "64K"])
+            one("clones", SaveOutput::Layout, &["--live-limit", "64K"])
         }),
         Test::new("live_save_on_top_of_an_earlier_one", || {
-            one("delta", Made::Layout, &[])
+            one("delta", SaveOutput::Layout, &[])
         }),
         Test::new("live_save_to_a_registry", || {
-            one("registry", Made::Layout, &[])
+            one("registry", SaveOutput::Layout, &[])
         }),
         Test::new("few_descriptors", few_descriptors),
         Test::new("full_disks", full_disks),
@@ -58,7 +58,7 @@ pub fn tests() -> Vec<Test> {
 
 /// Runs an order. Fails if it hangs.
 fn run(order: &Order) -> Result<Report> {
-    let _ = fs::remove_file(order.said.join("report"));
+    let _ = fs::remove_file(order.output.join("report"));
     let mut child = tracer::command(order)?.stdin(Stdio::null()).spawn()?;
     let begun = Instant::now();
     loop {
@@ -145,7 +145,7 @@ impl Place {
     }
 }
 
-fn one(name: &'static str, made: Made, options: &[&str]) -> Outcome {
+fn one(name: &'static str, made: SaveOutput, options: &[&str]) -> Outcome {
     let place = Place::new(name == "clones")?;
     let world = World::new(&place.path())?;
     world.work()?;
@@ -171,7 +171,7 @@ fn one(name: &'static str, made: Made, options: &[&str]) -> Outcome {
 
 fn order(case: &Case<'_>) -> Order {
     let home = case.world.home.clone();
-    let meanwhile = Meanwhile {
+    let meanwhile = ConcurrentWrite {
         call: "preadv2".to_owned(),
         about: "home/user/sparse".to_owned(),
         file: case.world.inside(CHANGES),
@@ -179,14 +179,14 @@ fn order(case: &Case<'_>) -> Order {
     };
     Order {
         arguments: case.arguments(),
-        said: home.join("said"),
+        output: home.join("said"),
         home,
         meanwhile: case.meanwhile.then_some(meanwhile),
         ..Order::default()
     }
 }
 
-fn faults(case: &Case<'_>, right: &Right) -> Result<()> {
+fn faults(case: &Case<'_>, right: &ExpectedImage) -> Result<()> {
     case.begin()?;
     let mut order = order(case);
     let first = run(&order)?;
@@ -194,7 +194,7 @@ fn faults(case: &Case<'_>, right: &Right) -> Result<()> {
         first.exit == Some(0),
         "undisturbed: {:?}: {}",
         first.exit,
-        said(&order.said)
+        output_of(&order.output)
     );
     let same = case.is(right)?.context("undisturbed: no image")?;
     ensure!(
@@ -208,7 +208,7 @@ fn faults(case: &Case<'_>, right: &Right) -> Result<()> {
         first.calls.len(),
         targets.len()
     );
-    let mut ends = Ends::default();
+    let mut ends = RunResults::default();
     for target in targets {
         case.begin()?;
         order.arguments = case.arguments();
@@ -227,14 +227,14 @@ fn faults(case: &Case<'_>, right: &Right) -> Result<()> {
 
 /// The results of the runs, and the wrong ones among them.
 #[derive(Default)]
-struct Ends {
+struct RunResults {
     counts: BTreeMap<String, u32>,
     wrong: Vec<String>,
     last_exit: Option<i32>,
 }
 
-impl Ends {
-    fn judge(&mut self, case: &Case<'_>, right: &Right, order: &Order, what: &str) {
+impl RunResults {
+    fn judge(&mut self, case: &Case<'_>, right: &ExpectedImage, order: &Order, what: &str) {
         let report = run(order);
         let hit = report.as_ref().ok().and_then(|report| report.hit.clone());
         let about = hit.map_or(String::new(), |hit| format!(" of {}", hit.about));
@@ -243,7 +243,7 @@ impl Ends {
             .as_ref()
             .map_or(String::new(), |target| format!(" (call {})", target.nth));
         self.last_exit = report.as_ref().ok().and_then(|report| report.exit);
-        let text = said(&order.said);
+        let text = output_of(&order.output);
         let judged = report.and_then(|report| judge(case, right, order, &report));
         if judged.is_err() {
             // The next run must not suffer from it.
@@ -285,7 +285,7 @@ impl Ends {
     }
 }
 
-fn said(dir: &Path) -> String {
+fn output_of(dir: &Path) -> String {
     fs::read_to_string(dir.join("stderr"))
         .unwrap_or_default()
         .trim_end()
@@ -293,9 +293,9 @@ fn said(dir: &Path) -> String {
 }
 
 /// Checks a save with a failed call. Returns a description of its result.
-fn judge(case: &Case<'_>, right: &Right, order: &Order, report: &Report) -> Result<String> {
+fn judge(case: &Case<'_>, right: &ExpectedImage, order: &Order, report: &Report) -> Result<String> {
     case.world.runs()?;
-    let said = said(&order.said);
+    let said = output_of(&order.output);
     let memory = order
         .target
         .as_ref()
@@ -367,11 +367,11 @@ fn few_descriptors() -> Outcome {
     let place = Place::new(false)?;
     let world = World::new(&place.path())?;
     world.work()?;
-    let case = Case::new("files", &world, Made::Layout, &[]);
+    let case = Case::new("files", &world, SaveOutput::Layout, &[]);
     case.begin()?;
     case.undisturbed()?;
     let right = case.right()?;
-    let mut ends = Ends::default();
+    let mut ends = RunResults::default();
     for files in (8..64).step_by(if all() { 1 } else { 7 }) {
         case.begin()?;
         let order = Order {
@@ -388,12 +388,12 @@ fn full_disks() -> Outcome {
     let place = Place::new(false)?;
     let world = World::new(&place.path())?;
     world.work()?;
-    for made in [Made::Layer, Made::Layout, Made::Archive] {
+    for made in [SaveOutput::Layer, SaveOutput::Layout, SaveOutput::Archive] {
         let case = Case::new("disk", &world, made, &[]);
         case.begin()?;
         case.undisturbed()?;
         let right = case.right()?;
-        let mut ends = Ends::default();
+        let mut ends = RunResults::default();
         for name in ["out", "state"] {
             for blocks in [1, 8, 256, 2, 3, 4, 64]
                 .into_iter()
@@ -403,7 +403,7 @@ fn full_disks() -> Outcome {
                 let full = Full::new(&world.home.join(name), blocks)?;
                 let order = order(&case);
                 let report = run(&order)?;
-                let text = said(&order.said);
+                let text = output_of(&order.output);
                 ends.add(
                     &format!("{name}, {blocks} pages"),
                     &text,
@@ -433,7 +433,13 @@ impl Full {
         Ok(Self(at.to_owned()))
     }
 
-    fn judge(&self, case: &Case<'_>, right: &Right, report: &Report, said: &str) -> Result<String> {
+    fn judge(
+        &self,
+        case: &Case<'_>,
+        right: &ExpectedImage,
+        report: &Report,
+        said: &str,
+    ) -> Result<String> {
         case.world.runs()?;
         ensure!(!said.contains("panicked"), "a panic");
         let end = match report.exit {
@@ -480,7 +486,12 @@ fn clock_that_jumps() -> Outcome {
     let place = Place::new(false)?;
     let world = World::new(&place.path())?;
     world.work()?;
-    let mut case = Case::new("clock", &world, Made::Archive, &["--live-limit", "1M"]);
+    let mut case = Case::new(
+        "clock",
+        &world,
+        SaveOutput::Archive,
+        &["--live-limit", "1M"],
+    );
     case.meanwhile = true;
     case.begin()?;
     case.undisturbed()?;
@@ -490,7 +501,7 @@ fn clock_that_jumps() -> Outcome {
     order.clock = vec![(0, 0)];
     let looks = run(&order)?.clock_reads;
     println!("{looks} looks at the clock");
-    let mut ends = Ends::default();
+    let mut ends = RunResults::default();
     let jumps = [
         -5 * HOUR,
         5 * HOUR,
@@ -532,7 +543,7 @@ fn ensure_stop(what: bool, why: &str) -> Outcome {
 /// for unchanged.
 fn clock_between(world: &World) -> Outcome {
     for jump in [-7200, 7200] {
-        let mut case = Case::new("between", world, Made::Layout, &[]);
+        let mut case = Case::new("between", world, SaveOutput::Layout, &[]);
         case.begin()?;
         case.again = true;
         for (round, shift) in [0, jump, 0, -jump].into_iter().enumerate() {
@@ -541,7 +552,7 @@ fn clock_between(world: &World) -> Outcome {
             let mut order = order(&case);
             order.clock = vec![(0, shift)];
             let report = run(&order)?;
-            ensure_stop(report.exit == Some(0), &said(&order.said))?;
+            ensure_stop(report.exit == Some(0), &output_of(&order.output))?;
             let saved = case.content(CHANGES)?;
             let right = saved == letter.repeat(CHANGING).into_bytes();
             ensure_stop(right, &format!("save {round}, {shift} s: an old file"))?;

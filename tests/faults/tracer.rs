@@ -20,7 +20,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::calls::{self, About, Call};
+use crate::calls::{self, Call, CallObject};
 use crate::{case, clock};
 
 /// First argument of the tracing process.
@@ -72,14 +72,14 @@ pub struct Order {
     /// Files below this directory are relevant.
     pub home: PathBuf,
     /// Directory for its output and the report.
-    pub said: PathBuf,
+    pub output: PathBuf,
     pub target: Option<Target>,
     /// Shifts of the wall clock in seconds, each from the n-th reading on; empty: the clock is unchanged.
     pub clock: Vec<(usize, i64)>,
     /// Limit of open files.
     pub files: Option<u64>,
     /// A change of one of the container's files while it is read.
-    pub meanwhile: Option<Meanwhile>,
+    pub meanwhile: Option<ConcurrentWrite>,
 }
 
 impl Order {
@@ -98,7 +98,7 @@ impl Order {
 
 /// Writes a file at the first call of this name on an object whose name ends with `about`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Meanwhile {
+pub struct ConcurrentWrite {
     pub call: String,
     pub about: String,
     pub file: PathBuf,
@@ -107,7 +107,7 @@ pub struct Meanwhile {
 
 /// A call that was observed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct ObservedCall {
     pub call: String,
     /// A path, or the name of a descriptor in `/proc/PID/fd`.
     pub about: String,
@@ -120,8 +120,8 @@ pub struct Seen {
 pub struct Report {
     pub exit: Option<i32>,
     pub signal: Option<String>,
-    pub calls: Vec<Seen>,
-    pub hit: Option<Seen>,
+    pub calls: Vec<ObservedCall>,
+    pub hit: Option<ObservedCall>,
     pub clock_reads: usize,
     /// Processes that were still running after the program had ended, and did not end by themselves.
     pub stayed: usize,
@@ -151,7 +151,7 @@ pub fn entry() -> Option<ExitCode> {
 
 /// Returns the command that traces `order`.
 pub fn command(order: &Order) -> Result<Command> {
-    let file = order.said.join("order");
+    let file = order.output.join("order");
     fs::write(&file, serde_json::to_vec(order)?)?;
     let mut command = Command::new(std::env::current_exe()?);
     command.arg(TRACE).arg(file);
@@ -160,7 +160,7 @@ pub fn command(order: &Order) -> Result<Command> {
 
 /// Returns the report of a trace that has ended.
 pub fn report(order: &Order) -> Result<Report> {
-    let bytes = fs::read(order.said.join("report")).context("no report")?;
+    let bytes = fs::read(order.output.join("report")).context("no report")?;
     Ok(serde_json::from_slice(&bytes)?)
 }
 
@@ -203,7 +203,7 @@ struct Trace {
 
 fn trace(file: &Path) -> Result<()> {
     let order: Order = serde_json::from_slice(&fs::read(file)?)?;
-    let create = |name: &str| File::create(order.said.join(name)).map(Stdio::from);
+    let create = |name: &str| File::create(order.output.join(name)).map(Stdio::from);
     let clock = if order.clock.is_empty() {
         "as it is"
     } else {
@@ -247,7 +247,7 @@ fn trace(file: &Path) -> Result<()> {
     };
     trace.run()?;
     let written = serde_json::to_vec(&trace.report)?;
-    Ok(fs::write(trace.order.said.join("report"), written)?)
+    Ok(fs::write(trace.order.output.join("report"), written)?)
 }
 
 impl Trace {
@@ -364,14 +364,15 @@ impl Trace {
         let Some(about) = self.matters(pid, call, arguments) else {
             return Ok(false);
         };
-        let seen = Seen {
+        let seen = ObservedCall {
             call: call.name.to_owned(),
             about,
             length: call.length.map_or(0, |at| arguments[at]),
         };
         self.report.calls.push(seen.clone());
-        let now =
-            |other: &mut Meanwhile| other.call == seen.call && seen.about.ends_with(&other.about);
+        let now = |other: &mut ConcurrentWrite| {
+            other.call == seen.call && seen.about.ends_with(&other.about)
+        };
         if let Some(other) = self.order.meanwhile.take_if(now) {
             fs::write(other.file, other.content)?;
         }
@@ -383,7 +384,7 @@ impl Trace {
         // one that can be frozen can be thawed. Output must not fail either, as it has to be read.
         let disk = seen.about.starts_with('/')
             && !(seen.about.starts_with("/sys/") && call.length.is_some())
-            && !Path::new(&seen.about).starts_with(&self.order.said);
+            && !Path::new(&seen.about).starts_with(&self.order.output);
         let other = if lasting {
             !disk
         } else {
@@ -415,13 +416,13 @@ impl Trace {
             fs::read_link(format!("/proc/{pid}/fd/{}", number as i32)).ok()
         };
         let about = match call.about {
-            About::Process => {
+            CallObject::Process => {
                 // The loader maps memory as well, before any file of the test is accessed.
                 return (!self.report.calls.is_empty()).then(String::new);
             }
-            About::Fd(at) => fd(arguments[at])?,
-            About::Path(at) => string(pid, arguments[at]),
-            About::At(dir, at) => {
+            CallObject::Fd(at) => fd(arguments[at])?,
+            CallObject::Path(at) => string(pid, arguments[at]),
+            CallObject::At(dir, at) => {
                 let path = string(pid, arguments[at]);
                 if path.is_absolute() {
                     path

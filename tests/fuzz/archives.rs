@@ -8,8 +8,8 @@ use upperdeck::image::verify::archive::{Archive, ArchiveError, Entry, EntryKind,
 use upperdeck::image::verify::layers::Layers;
 use upperdeck::store::layout::Reader;
 
+use crate::errors;
 use crate::files::{self, selected};
-use crate::said;
 
 const BLOCK: usize = 512;
 /// Maximum of uncompressed bytes read of an input: more would not reach any other code.
@@ -41,11 +41,11 @@ fn sealed(tar: &[u8]) -> Vec<u8> {
 
 fn plain(tar: &[u8]) {
     let tar = sealed(tar);
-    let read = said::or_error(entries(&tar[..]));
+    let read = errors::checked(entries(&tar[..]));
     let Some(entries) = read else {
         return;
     };
-    let facts = said::or_error(Archive::new(&tar[..]).finish()).expect("it was read before");
+    let facts = errors::checked(Archive::new(&tar[..]).finish()).expect("it was read before");
     assert_eq!(facts.tar_size, tar.len() as u64);
     assert_eq!(facts.diff_id, Digest::of(&tar));
     if let Some(others) = of_the_tar_crate(&tar) {
@@ -91,25 +91,25 @@ fn of_the_tar_crate(tar: &[u8]) -> Option<Vec<(Vec<u8>, u64, Digest)>> {
 }
 
 fn compressed(blob: &[u8]) {
-    let Some((_, reader)) = said::or_error(decompress(blob)) else {
+    let Some((_, reader)) = errors::checked(decompress(blob)) else {
         return;
     };
-    said::or_error(entries(reader.take(UNPACKED)));
+    errors::checked(entries(reader.take(UNPACKED)));
 }
 
 /// Reads an image in an archive as `--base oci-archive:` does.
 fn image(tar: &[u8]) {
     let (_file, path) = files::file(&sealed(tar));
-    let Some(reader) = said::or_error(Reader::archive(path)) else {
+    let Some(reader) = errors::checked(Reader::archive(path)) else {
         return;
     };
-    for listed in said::or_error(reader.list()).into_iter().flatten() {
-        said::or_error(reader.manifest_of(&listed.digest, &listed.media_type));
+    for listed in errors::checked(reader.list()).into_iter().flatten() {
+        errors::checked(reader.manifest_of(&listed.digest, &listed.media_type));
         for tag in &listed.tags {
-            said::or_error(reader.manifest(Some(tag), &Platform::host()));
+            errors::checked(reader.manifest(Some(tag), &Platform::host()));
         }
     }
-    let manifest = said::or_error(reader.manifest(None, &Platform::host()));
+    let manifest = errors::checked(reader.manifest(None, &Platform::host()));
     if let Some(manifest) = manifest {
         assert_eq!(manifest.digest, Digest::of(&manifest.bytes));
     }
@@ -122,16 +122,16 @@ fn layers(input: &[u8]) {
     let mut layers = Layers::new();
     for tar in [lower, upper] {
         let tar = sealed(tar);
-        if said::or_error(layers.apply(&tar[..])).is_none() {
+        if errors::checked(layers.apply(&tar[..])).is_none() {
             return;
         }
         // No reader of a layer may take one path of it for another.
-        for (entry, _) in said::or_error(entries(&tar[..])).into_iter().flatten() {
+        for (entry, _) in errors::checked(entries(&tar[..])).into_iter().flatten() {
             assert!(!entry.name.contains(&0) && !entry.link.contains(&0));
             assert!(entry.kind == EntryKind::File || entry.size == 0);
         }
     }
-    let tree = layers.complete();
+    let tree = layers.into_tree();
     for (path, _) in tree.iter() {
         let mut parts = path.split(|&byte| byte == b'/');
         let proper = |part: &[u8]| !part.is_empty() && part != b"." && part != b"..";

@@ -2,8 +2,8 @@
 
 use upperdeck::node::container::bolt::{self, Bucket, Error, Value};
 
+use crate::errors;
 use crate::files;
-use crate::said;
 
 /// Range of the fields in a meta page; the checksum follows.
 const META: std::ops::Range<usize> = 16..72;
@@ -27,7 +27,7 @@ pub fn run(input: &[u8]) {
         }
         Ok::<_, Error>(found)
     });
-    said::or_error(read);
+    errors::checked(read);
 }
 
 /// Expands an input into pages. Pages are mostly empty, but inputs should not be: each part begins with two bytes for

@@ -10,8 +10,8 @@ use upperdeck::image::manifest::raw::manifest_type;
 use upperdeck::image::manifest::{self, BaseManifest, Image, Input, Layer, NewLayer, Platform};
 use upperdeck::store::layout::Reader;
 
+use crate::errors;
 use crate::files::{self, selected};
-use crate::said;
 
 pub fn run(input: &[u8]) {
     let (selector, rest) = selected(input);
@@ -67,11 +67,11 @@ fn layout(input: &[u8]) {
         std::fs::write(path, index).expect("a place for files");
         std::fs::write(&blob_path, blob).expect("a place for files");
         let reader = Reader::directory(dir.path()).expect("a layout");
-        for listed in said::or_error(reader.list()).into_iter().flatten() {
-            said::or_error(reader.manifest_of(&listed.digest, &listed.media_type));
+        for listed in errors::checked(reader.list()).into_iter().flatten() {
+            errors::checked(reader.manifest_of(&listed.digest, &listed.media_type));
         }
         for tag in [None, Some("latest")] {
-            if let Some(manifest) = said::or_error(reader.manifest(tag, &Platform::host())) {
+            if let Some(manifest) = errors::checked(reader.manifest(tag, &Platform::host())) {
                 assert_eq!(manifest.digest, Digest::of(&manifest.bytes));
                 assert!(!manifest.is_index());
             }
@@ -87,8 +87,8 @@ fn changes(input: &[u8]) {
     let changes: Vec<String> = parts
         .map(|part| String::from_utf8_lossy(part).into_owned())
         .collect();
-    let before = said::or_error(manifest::check(&changes, &[], &[], None)).is_some();
-    let with_base = said::or_error(manifest::check_changes(config, &changes)).is_some();
+    let before = errors::checked(manifest::check(&changes, &[], &[], None)).is_some();
+    let with_base = errors::checked(manifest::check_changes(config, &changes)).is_some();
     // Changes that are refused without a base are refused with one, too.
     assert!(before || !with_base || changes.is_empty(), "{changes:?}");
 }
@@ -109,7 +109,7 @@ fn assembled(input: &[u8]) {
     let layers = serde_json::from_slice(bytes).map_or(0, |value: Value| {
         value["layers"].as_array().map_or(0, Vec::len)
     });
-    let Some(image) = said::or_error(assemble(Some(base), config, &changes, layers)) else {
+    let Some(image) = errors::checked(assemble(Some(base), config, &changes, layers)) else {
         return;
     };
     check(&image, layers + 1);
@@ -120,7 +120,7 @@ fn assembled(input: &[u8]) {
         digest: image.manifest.digest,
     };
     let again = assemble(Some(base), &image.config.bytes, &[], layers + 1);
-    let again = said::or_error(again).expect("an image of its own making as a base");
+    let again = errors::checked(again).expect("an image of its own making as a base");
     check(&again, layers + 2);
     let inner = |image: &Image| {
         let config: Value = serde_json::from_slice(&image.config.bytes).expect("JSON");

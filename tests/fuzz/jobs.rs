@@ -8,8 +8,8 @@ use upperdeck::service::job::{
     Answer, Event, Keys, Message, Node, Order, Question, Report, SealError, Sealed, Session,
 };
 
+use crate::errors;
 use crate::files::selected;
-use crate::said;
 
 const MASTER: &str = "a master key of enough bytes";
 const NODE: &str = "node-1";
@@ -55,7 +55,7 @@ where
     };
     let opened = keys.open::<T>(kind, NODE, &signed);
     assert!(!matches!(opened, Err(SealError::Forged(_))), "it is signed");
-    if let Some(content) = said::or_error(opened) {
+    if let Some(content) = errors::checked(opened) {
         same(&content);
         let sealed = keys.seal(kind, NODE, &content).expect("it was read before");
         assert_eq!(keys.open::<T>(kind, NODE, &sealed), Ok(content));
@@ -87,12 +87,12 @@ fn same<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(content: 
 }
 
 fn keys(text: &str) {
-    if let Some(keys) = said::or_error(Keys::parse(text)) {
+    if let Some(keys) = errors::checked(Keys::parse(text)) {
         let file = keys.node_file(NODE).expect("a node's name");
         let node = Keys::parse_node(&file, NODE).expect("what was just written");
         let sealed = keys.seal(Message::Order, NODE, &text).expect("a text");
         let opened = node.open::<String>(Message::Order, NODE, &sealed);
         assert_eq!(opened.as_deref(), Ok(text));
     }
-    said::or_error(Keys::parse_node(text, NODE));
+    errors::checked(Keys::parse_node(text, NODE));
 }

@@ -2,14 +2,14 @@
 
 use std::os::unix::ffi::OsStrExt as _;
 
+use upperdeck::node::overlay::id_map::{IdMapping, container_id, on_disk_map};
 use upperdeck::node::overlay::mount::{MountInfo, OverlayOptions, parse_mountinfo, root_mount};
-use upperdeck::node::overlay::owner::{IdMapping, inside, stored};
 use upperdeck::node::overlay::xattr::{
-    Fate, Namespace, acl_inside, capability_inside, fate, plain_fate,
+    Namespace, XattrAction, acl_inside, capability_inside, classify, classify_plain,
 };
 
+use crate::errors;
 use crate::files::selected;
-use crate::said;
 
 pub fn run(input: &[u8]) {
     let (selector, rest) = selected(input);
@@ -21,7 +21,7 @@ pub fn run(input: &[u8]) {
 }
 
 fn mounts(text: &[u8]) {
-    let Some(mounts) = said::or_error(parse_mountinfo(text)) else {
+    let Some(mounts) = errors::checked(parse_mountinfo(text)) else {
         return;
     };
     if let Some(root) = root_mount(&mounts) {
@@ -64,7 +64,7 @@ fn escape(text: &[u8], out: &mut Vec<u8>) {
 }
 
 fn options(text: &[u8]) {
-    let Some(options) = said::or_error(OverlayOptions::parse(text)) else {
+    let Some(options) = errors::checked(OverlayOptions::parse(text)) else {
         return;
     };
     assert!(!options.lowers.is_empty() && !options.upper.is_empty());
@@ -90,8 +90,8 @@ fn options(text: &[u8]) {
     // No path exists: the error must say that, and no more.
     let nowhere = |_: &std::path::Path| Err(std::io::ErrorKind::NotFound.into());
     let bases = ["/a".into(), "/b".into()];
-    said::check(&options.locate_upper(&bases, &nowhere).expect_err("nothing"));
-    said::check(
+    errors::check(&options.locate_upper(&bases, &nowhere).expect_err("nothing"));
+    errors::check(
         &options
             .locate_lowers(&bases, &nowhere)
             .expect_err("nothing"),
@@ -102,14 +102,14 @@ fn attributes(input: &[u8]) {
     let (length, rest) = selected(input);
     let (name, value) = rest.split_at(usize::from(length).min(rest.len()));
     for namespace in [Namespace::Trusted, Namespace::User] {
-        if let Fate::Keep(kept) = fate(name, namespace) {
+        if let XattrAction::Keep(kept) = classify(name, namespace) {
             assert!(!kept.contains(&b'='), "a pax record ends its keyword there");
             assert!(
                 !kept.starts_with(b"trusted.") || name.starts_with(b"trusted.overlay.overlay.")
             );
         }
     }
-    if let Fate::Keep(kept) = plain_fate(name) {
+    if let XattrAction::Keep(kept) = classify_plain(name) {
         assert_eq!(&*kept, name);
     }
     let map = [
@@ -124,13 +124,13 @@ fn attributes(input: &[u8]) {
             count: u32::MAX,
         },
     ];
-    let own = stored(&map);
+    let own = on_disk_map(&map);
     for map in [&map[..], &own, &[]] {
-        let id = |id| inside(map, id);
-        if let Some(inside) = said::or_error(capability_inside(value, id)) {
+        let id = |id| container_id(map, id);
+        if let Some(inside) = errors::checked(capability_inside(value, id)) {
             assert!(inside.len() <= value.len());
         }
-        if let Some(inside) = said::or_error(acl_inside(value, id, id)) {
+        if let Some(inside) = errors::checked(acl_inside(value, id, id)) {
             assert_eq!(inside.len(), value.len());
         }
     }

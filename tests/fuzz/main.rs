@@ -10,6 +10,7 @@
 mod archives;
 mod database;
 mod deflate;
+mod errors;
 mod files;
 #[allow(
     dead_code,
@@ -26,7 +27,6 @@ mod memory;
 mod mutate;
 mod nodes;
 mod registries;
-mod said;
 mod states;
 mod words;
 

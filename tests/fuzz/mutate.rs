@@ -1,9 +1,9 @@
 //! Small mutations of an input, determined by a seed, which run everywhere and need no coverage.
 
 /// The xorshift64* generator.
-struct Chance(u64);
+struct Rng(u64);
 
-impl Chance {
+impl Rng {
     fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -43,7 +43,7 @@ const TOKENS: [&[u8]; 20] = [
 
 /// Returns `input` after a few mutations, with parts of `others`.
 pub fn mutated(input: &[u8], others: &[Vec<u8>], seed: u64, longest: usize) -> Vec<u8> {
-    let mut chance = Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut chance = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     chance.next();
     let mut bytes = input.to_vec();
     for _ in 0..=chance.below(4) {

@@ -15,8 +15,8 @@ use upperdeck::node::container::{
 };
 use upperdeck::node::freeze;
 
+use crate::errors;
 use crate::files;
-use crate::said;
 
 /// Maximum length of a file in bytes.
 const LONGEST: u64 = 1 << 20;
@@ -39,20 +39,20 @@ pub fn run(input: &[u8]) {
         for path in overlay.lowers.iter().chain([&overlay.upper]) {
             assert!(path.starts_with(dir.path()), "{}", path.display());
         }
-        said::or_error(recheck(&roots, container));
-        if let Some(base) = said::or_error(prove_base(&roots, container)) {
+        errors::checked(recheck(&roots, container));
+        if let Some(base) = errors::checked(prove_base(&roots, container)) {
             let diff_ids: Vec<_> = base.layers.iter().map(|layer| layer.diff_id).collect();
             let chain: Vec<_> = base.layers.iter().map(|layer| layer.chain_id).collect();
             assert_eq!(ChainId::chain(&diff_ids), chain);
         }
         if seen.insert(container.pid) {
-            said::or_error(freeze::shared_mappings(container.pid, Some(dir.path())));
-            said::or_error(freeze::ways_to_write(container.pid, Some(dir.path())));
+            errors::checked(freeze::shared_mappings(container.pid, Some(dir.path())));
+            errors::checked(freeze::write_modes(container.pid, Some(dir.path())));
         }
     }
     let first = listing.containers.first();
-    said::or_error(find(&roots, first.map_or("c0ffee", |found| &found.id)));
-    said::or_error(find(&roots, "pid:77"));
+    errors::checked(find(&roots, first.map_or("c0ffee", |found| &found.id)));
+    errors::checked(find(&roots, "pid:77"));
 }
 
 /// Returns the locations of the runtimes in the seeds.

@@ -10,11 +10,11 @@ use tokio::net::{TcpListener, TcpStream};
 use upperdeck::common::digest::Digest;
 use upperdeck::image::manifest::MANIFEST;
 use upperdeck::store::harbor::{self, Harbor, Query};
-use upperdeck::store::images::{Place, Query as ImageQuery};
+use upperdeck::store::images::{ImageLocation, Query as ImageQuery};
 use upperdeck::store::registry::{self, Access, Reference, Registries, Retry};
 
+use crate::errors;
 use crate::files::{self, selected};
-use crate::said;
 
 /// Maximum number of connections per input: a client that never stops gets no more answers.
 const MOST: usize = 64;
@@ -40,7 +40,7 @@ pub fn run(input: &[u8]) {
 /// Parses the parts of an answer separately: its lines as a challenge, its body as a token and as an error.
 fn parts(answer: &[u8]) {
     let text = String::from_utf8_lossy(answer);
-    let heard = registry::heard(&text, answer);
+    let heard = registry::parse_untrusted(&text, answer);
     for word in heard {
         assert!(!word.chars().any(char::is_control), "{word:?}");
         assert!(word.len() <= 16 << 10, "{} bytes", word.len());
@@ -103,12 +103,12 @@ fn access() -> Access {
         creds: "user:secret".parse().ok(),
         tls_verify: false,
         retry: Retry {
-            tries: 1,
+            max_attempts: 1,
             first_pause: Duration::ZERO,
-            in_all: 2,
-            pauses: Duration::ZERO,
+            max_retries: 2,
+            max_total_pause: Duration::ZERO,
         },
-        silence: Duration::from_secs(2),
+        stall_timeout: Duration::from_secs(2),
         ..Access::default()
     }
 }
@@ -121,57 +121,57 @@ async fn ask(selector: u8, host: &str) {
     let digest = Digest::of("x");
     match selector % 9 {
         0 => {
-            if let Some(manifest) = said::or_error(repository.manifest("v1").await) {
+            if let Some(manifest) = errors::checked(repository.manifest("v1").await) {
                 assert_eq!(manifest.digest, Digest::of(&manifest.bytes));
             }
         }
         1 => {
-            said::or_error(repository.tags().await);
-            said::or_error(registries.catalog(host).await);
+            errors::checked(repository.tags().await);
+            errors::checked(registries.catalog(host).await);
         }
         2 => {
-            if let Some(bytes) = said::or_error(repository.blob(&digest).await) {
+            if let Some(bytes) = errors::checked(repository.blob(&digest).await) {
                 assert_eq!(Digest::of(&bytes), digest);
             }
-            said::or_error(repository.head_blob(&digest).await);
+            errors::checked(repository.head_blob(&digest).await);
         }
         3 => {
-            said::or_error(repository.head_manifest("v1").await);
-            said::or_error(repository.delete_manifest("v1").await);
+            errors::checked(repository.head_manifest("v1").await);
+            errors::checked(repository.delete_manifest("v1").await);
         }
         4 => {
-            said::or_error(repository.check_push().await);
-            said::or_error(repository.put_blob("x".into(), &digest).await);
+            errors::checked(repository.check_push().await);
+            errors::checked(repository.put_blob("x".into(), &digest).await);
         }
         5 => {
             let put = repository.put_manifest("{}".into(), MANIFEST, "v1").await;
-            said::or_error(put);
-            said::or_error(harbor::check_room(&repository, 1).await);
+            errors::checked(put);
+            errors::checked(harbor::check_quota(&repository, 1).await);
         }
         6 => {
             if let Some(Some(harbor)) =
-                said::or_error(Harbor::find(&registries, host, "library").await)
+                errors::checked(Harbor::find(&registries, host, "library").await)
             {
                 let query = Query::default();
-                said::or_error(harbor.projects(&query).await);
-                said::or_error(harbor.repositories(Some("library"), &query).await);
-                said::or_error(harbor.artifacts("library", "base", &query).await);
+                errors::checked(harbor.projects(&query).await);
+                errors::checked(harbor.repositories(Some("library"), &query).await);
+                errors::checked(harbor.artifacts("library", "base", &query).await);
             }
         }
         7 => {
             if let Some(Some(harbor)) =
-                said::or_error(Harbor::find(&registries, host, "library").await)
+                errors::checked(Harbor::find(&registries, host, "library").await)
             {
-                said::or_error(harbor.artifact("library", "base", "v1").await);
-                said::or_error(harbor.summary("library").await);
-                said::or_error(harbor.project("library").await);
+                errors::checked(harbor.artifact("library", "base", "v1").await);
+                errors::checked(harbor.summary("library").await);
+                errors::checked(harbor.project("library").await);
             }
         }
         _ => {
-            let place: Place = name.parse().expect("a place");
-            if let Some(images) = said::or_error(place.open(&registries).await) {
+            let place: ImageLocation = name.parse().expect("a place");
+            if let Some(images) = errors::checked(place.open(&registries).await) {
                 let query = ImageQuery::default();
-                said::or_error(images.images("library/base", &query).await);
+                errors::checked(images.images("library/base", &query).await);
             }
         }
     }

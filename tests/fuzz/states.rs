@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use tempfile::TempDir;
 use upperdeck::common::digest::Digest;
 use upperdeck::layer::scan::{Scan, Stored};
-use upperdeck::save::kept::{Description, Kept, Shown, Store, Unusable, VERSION};
+use upperdeck::save::state_store::{Description, Store, StoredSave, TreeState, Unusable, VERSION};
 
+use crate::errors;
 use crate::files;
-use crate::said;
 
 const CONTAINER: &str = "c0ffee";
 
@@ -77,18 +77,18 @@ fn file(description: &[u8], tree: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn load(store: &Store) -> Option<Kept> {
+fn load(store: &Store) -> Option<StoredSave> {
     let loaded = store.load(CONTAINER);
     assert_ne!(loaded.as_ref().err(), Some(&Unusable::Absent));
-    said::or_error(loaded)
+    errors::checked(loaded)
 }
 
 /// Checks that a state read from a file is the same after writing and reading it again.
-fn again(store: &Store, kept: &Kept) {
-    let shown: Vec<Shown<'_>> = kept
+fn again(store: &Store, kept: &StoredSave) {
+    let shown: Vec<TreeState<'_>> = kept
         .stored
         .iter()
-        .map(|stored| Shown {
+        .map(|stored| TreeState {
             scan: &stored.scan,
             unsure: &stored.unsure,
         })

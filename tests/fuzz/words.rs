@@ -14,11 +14,11 @@ use upperdeck::service::agent::OwnerRule;
 use upperdeck::service::manager::auth::{Range, Tokens};
 use upperdeck::service::manager::target::{Template, component, user_of};
 use upperdeck::store::destination::Target;
-use upperdeck::store::images::Place;
+use upperdeck::store::images::ImageLocation;
 use upperdeck::store::registry::{Credentials, Reference};
 
+use crate::errors;
 use crate::files::selected;
-use crate::said;
 
 pub fn run(input: &[u8]) {
     let (selector, rest) = selected(input);
@@ -27,16 +27,16 @@ pub fn run(input: &[u8]) {
         0 => reference(text),
         1 => targets(text),
         2 => {
-            said::or_error(Expected::parse(text));
+            errors::checked(Expected::parse(text));
         }
         3 => names(text, rest),
         4 => patterns(text),
         5 => users(text),
         6 => rules(text),
         _ => {
-            said::or_error(Tokens::parse(text));
-            said::or_error(Credentials::from_str(text));
-            said::or_error(Range::from_str(text));
+            errors::checked(Tokens::parse(text));
+            errors::checked(Credentials::from_str(text));
+            errors::checked(Range::from_str(text));
         }
     }
 }
@@ -46,8 +46,8 @@ fn printed<T>(text: &str) -> Option<T>
 where
     T: FromStr<Err: std::error::Error + 'static> + Display + PartialEq + std::fmt::Debug,
 {
-    let parsed: T = said::or_error(text.parse())?;
-    let again: Option<T> = said::or_error(parsed.to_string().parse());
+    let parsed: T = errors::checked(text.parse())?;
+    let again: Option<T> = errors::checked(parsed.to_string().parse());
     assert_eq!(again.as_ref(), Some(&parsed), "from {text:?}");
     Some(parsed)
 }
@@ -55,7 +55,7 @@ where
 fn reference(text: &str) {
     printed::<Digest>(text);
     let given = printed::<Reference>(text);
-    let defaulted = said::or_error(Reference::parse_with_default_host(text));
+    let defaulted = errors::checked(Reference::parse_with_default_host(text));
     assert!(given.is_none() || given == defaulted);
     for reference in given.into_iter().chain(defaulted) {
         assert!(check_repository(&reference.repository).is_ok());
@@ -80,31 +80,31 @@ fn reference(text: &str) {
 }
 
 fn targets(text: &str) {
-    if let Some(target) = said::or_error(Target::for_saving(text)) {
+    if let Some(target) = errors::checked(Target::for_saving(text)) {
         let digest = Digest::of("x");
         let named = target.with_digest(&digest);
-        let again: Option<Target> = said::or_error(named.parse());
+        let again: Option<Target> = errors::checked(named.parse());
         assert!(
             again.is_some() || !matches!(target, Target::Registry(_)),
             "{named:?}"
         );
         assert!(!target.tag().is_empty());
     }
-    said::or_error(Place::from_str(text));
+    errors::checked(ImageLocation::from_str(text));
     let nothing = Roots {
         host_root: Some("/nonexistent".into()),
         ..Roots::default()
     };
     let found = container::find(&nothing, text);
     assert!(found.is_err());
-    said::or_error(found);
+    errors::checked(found);
 }
 
 fn names(text: &str, bytes: &[u8]) {
     let shown = vis::encode(bytes);
     assert!(shown.bytes().all(|byte| (0x21..0x7f).contains(&byte)));
     assert_eq!(vis::decode(&shown).as_deref(), Ok(bytes));
-    said::or_error(vis::decode(text));
+    errors::checked(vis::decode(text));
     for shown in [escape::path(bytes), escape::limited(text, 20)] {
         assert!(!shown.chars().any(char::is_control));
     }
@@ -121,7 +121,7 @@ fn patterns(text: &str) {
         gpu: true,
         ..Rules::default()
     };
-    let Some(exclusions) = said::or_error(Exclusions::new(rules)) else {
+    let Some(exclusions) = errors::checked(Exclusions::new(rules)) else {
         return;
     };
     let facts = Facts {
@@ -132,7 +132,7 @@ fn patterns(text: &str) {
     };
     exclusions.check(path.as_bytes(), &facts);
     exclusions.mount_ancestor(path.as_bytes());
-    exclusions.gpu_link(path.as_bytes());
+    exclusions.may_be_gpu_link(path.as_bytes());
 }
 
 fn users(text: &str) {
@@ -151,7 +151,7 @@ fn users(text: &str) {
         return;
     };
     if let Ok(filled) = template.fill(user, name, "v1") {
-        let target = said::or_error(Target::for_saving(&filled));
+        let target = errors::checked(Target::for_saving(&filled));
         assert_eq!(target.expect("a destination").tag(), "v1");
         let path = template.path(user, name).expect("it was filled in");
         let found = template.parse_path(&path);
@@ -160,7 +160,7 @@ fn users(text: &str) {
 }
 
 fn rules(text: &str) {
-    if let Some(rule) = said::or_error(OwnerRule::from_str(text)) {
+    if let Some(rule) = errors::checked(OwnerRule::from_str(text)) {
         let again = rule.to_string().parse::<OwnerRule>();
         assert!(again.is_ok(), "{rule}");
     }

@@ -27,7 +27,7 @@ use tokio::runtime::Handle;
 use upperdeck::common::digest::Digest;
 use upperdeck::store::destination::{Destination, Error, Target};
 use upperdeck::store::harbor::{self, Harbor};
-use upperdeck::store::images::{self, Images, Place, Query, Sort, Which};
+use upperdeck::store::images::{self, ImageLocation, ImageSelector, Images, Query, Sort};
 use upperdeck::store::registry::{self, Access, Registries, Retry};
 
 use description::Description;
@@ -114,7 +114,7 @@ impl Lab {
     }
 
     async fn images(&self) -> Box<dyn Images> {
-        let place: Place = self.host.parse().unwrap();
+        let place: ImageLocation = self.host.parse().unwrap();
         place.open(&self.registries()).await.unwrap()
     }
 
@@ -331,7 +331,7 @@ async fn what_is_saved_is_listed_and_deleted_as_it_is() -> Outcome {
     );
 
     // An image with tags is deleted by its digest only together with all tags.
-    let by_digest = Which::Digest(one.digest());
+    let by_digest = ImageSelector::Digest(one.digest());
     let error = images
         .remove(&repository, &by_digest, false)
         .await
@@ -341,23 +341,23 @@ async fn what_is_saved_is_listed_and_deleted_as_it_is() -> Outcome {
         "{error}"
     );
     let removed = images
-        .remove(&repository, &Which::Tag("a".into()), false)
+        .remove(&repository, &ImageSelector::Tag("a".into()), false)
         .await?;
     assert_eq!(
         (removed.image_deleted, removed.kept),
         (false, vec!["b".to_owned()])
     );
     let removed = images
-        .remove(&repository, &Which::Tag("b".into()), false)
+        .remove(&repository, &ImageSelector::Tag("b".into()), false)
         .await?;
     assert!(removed.image_deleted && removed.space.contains("garbage collection"));
     let error = images
-        .remove(&repository, &Which::Tag("b".into()), false)
+        .remove(&repository, &ImageSelector::Tag("b".into()), false)
         .await
         .unwrap_err();
-    assert!(matches!(error, images::Error::NotThere(_)), "{error}");
+    assert!(matches!(error, images::Error::NotFound(_)), "{error}");
     let removed = images
-        .remove(&repository, &Which::Digest(two.digest()), true)
+        .remove(&repository, &ImageSelector::Digest(two.digest()), true)
         .await?;
     assert_eq!(
         (removed.image_deleted, removed.tags),
@@ -416,13 +416,13 @@ async fn lists_come_in_pages_and_whole() -> Outcome {
     // A missing repository is an error and not an empty list.
     for path in [format!("{project}/none"), "nosuch-project/x".to_owned()] {
         let error = images.images(&path, &Query::default()).await.unwrap_err();
-        assert!(matches!(error, images::Error::NotThere(_)), "{error}");
+        assert!(matches!(error, images::Error::NotFound(_)), "{error}");
     }
     let error = images
         .repositories("nosuch-project", &Query::default())
         .await
         .unwrap_err();
-    assert!(matches!(error, images::Error::NotThere(_)), "{error}");
+    assert!(matches!(error, images::Error::NotFound(_)), "{error}");
     lab.end().await
 }
 
@@ -433,14 +433,14 @@ async fn a_quota_is_asked_before_and_explained_after() -> Outcome {
     let destination = lab.to(&format!("{project}/x"));
     save(&destination, &image(&project, 700_000), "1").await?;
     // An image known to be too large is refused before anything is sent.
-    let error = destination.check_room(500_000).await.unwrap_err();
+    let error = destination.check_quota(500_000).await.unwrap_err();
     let text = error.to_string();
     assert!(
         error.not_permitted() && text.contains("KiB of 1.0 MiB are used"),
         "{text}"
     );
     assert!(text.contains("needs 488.3 KiB"), "{text}");
-    destination.check_room(100_000).await?;
+    destination.check_quota(100_000).await?;
     destination.check().await?;
     // If the size was unknown, the error at the end of the blob includes what is left of the quota.
     let error = send(&destination, image("big", 700_000).layer)
@@ -456,7 +456,7 @@ async fn a_quota_is_asked_before_and_explained_after() -> Outcome {
     let room = lab
         .images()
         .await
-        .room(&format!("{project}/x"))
+        .quota_usage(&format!("{project}/x"))
         .await?
         .unwrap();
     let rest = usize::try_from(room.free())?;
@@ -554,7 +554,7 @@ async fn an_immutable_tag_stays() -> Outcome {
         "{text}"
     );
     let images = lab.images().await;
-    let (repository, tag) = (format!("{project}/x"), Which::Tag("fixed".into()));
+    let (repository, tag) = (format!("{project}/x"), ImageSelector::Tag("fixed".into()));
     for all_tags in [false, true] {
         let error = images
             .remove(&repository, &tag, all_tags)
@@ -608,24 +608,24 @@ async fn a_robot_does_what_it_may() -> Outcome {
     let image = image(&project, 100);
     save(&destination, &image, "1").await?;
     save(&destination, &image, "2").await?;
-    let place: Place = format!("{}/{repository}", lab.host).parse()?;
+    let place: ImageLocation = format!("{}/{repository}", lab.host).parse()?;
     let images = place.open(&registries).await?;
     assert_eq!(
         images.images(&repository, &Query::default()).await?.items[0].tags,
         ["1", "2"]
     );
     assert!(
-        images.room(&repository).await?.is_some(),
+        images.quota_usage(&repository).await?.is_some(),
         "it may read the quota"
     );
     assert!(
         !images
-            .remove(&repository, &Which::Tag("1".into()), false)
+            .remove(&repository, &ImageSelector::Tag("1".into()), false)
             .await?
             .image_deleted
     );
     let error = images
-        .remove(&repository, &Which::Digest(image.digest()), true)
+        .remove(&repository, &ImageSelector::Digest(image.digest()), true)
         .await
         .unwrap_err();
     assert!(error.not_permitted(), "{error}");
@@ -733,12 +733,12 @@ async fn an_upload_that_broke_is_made_again() -> Outcome {
     let half = blob.slice(..1_000_000);
     let mut writer =
         tokio::task::spawn_blocking(move || writer.write(half).map(|()| writer)).await??;
-    let error = writer.end(&digest, 1_000_000).await.unwrap_err();
+    let error = writer.try_finish(&digest, 1_000_000).await.unwrap_err();
     assert!(error.retryable(), "{error}");
-    let mut writer = writer.again(error).await?;
+    let mut writer = writer.retry(error).await?;
     let mut writer =
         tokio::task::spawn_blocking(move || writer.write(blob).map(|()| writer)).await??;
-    writer.end(&digest, size).await?;
+    writer.try_finish(&digest, size).await?;
     assert_eq!(destination.has_blob(&digest, Some(size)).await?, Some(size));
     lab.end().await
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use upperdeck::layer::scan::{Caps, Exclusions, Options, Roots, Rules, Scan};
 use upperdeck::layer::{self, Compression, Layer, Part, Plan};
-use upperdeck::node::overlay::owner::IdMapping;
+use upperdeck::node::overlay::id_map::IdMapping;
 use upperdeck::node::overlay::volume::Volume;
 use upperdeck::node::overlay::xattr::Namespace;
 
@@ -70,7 +70,7 @@ impl Source {
 }
 
 /// A layer and its content.
-pub struct Made {
+pub struct BuiltLayer {
     /// Description by the library.
     pub layer: Layer,
     /// The compressed bytes.
@@ -95,12 +95,12 @@ fn message(error: &dyn std::error::Error) -> String {
 }
 
 /// Creates a layer.
-pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Made, String> {
+pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<BuiltLayer, String> {
     let plan = plan(source, jobs)?;
     let empty = plan.is_empty();
     let mut layers = write(&[plan], compression, jobs)?;
     let (layer, bytes) = layers.pop().ok_or("no layer")?;
-    Ok(Made {
+    Ok(BuiltLayer {
         layer,
         bytes,
         empty,
@@ -113,7 +113,7 @@ pub fn make(source: &Source, compression: Compression, jobs: usize) -> Result<Ma
     reason = "each test program compiles this module and uses what it needs"
 )]
 pub fn make_cut(source: &Source, size: u64) -> Result<Vec<(Layer, Vec<u8>)>, String> {
-    write(&plan(source, 2)?.cut(size), Compression::None, 2)
+    write(&plan(source, 2)?.split(size), Compression::None, 2)
 }
 
 fn plan(source: &Source, jobs: usize) -> Result<Plan, String> {
@@ -126,12 +126,12 @@ fn plan(source: &Source, jobs: usize) -> Result<Plan, String> {
     dead_code,
     reason = "each test program compiles this module and uses what it needs"
 )]
-pub fn layer_of(scan: Scan) -> Result<Made, String> {
+pub fn layer_of(scan: Scan) -> Result<BuiltLayer, String> {
     let plan = Plan::new(Arc::new(scan), None);
     let empty = plan.is_empty();
     let mut layers = write(&[plan], Compression::None, 2)?;
     let (layer, bytes) = layers.pop().ok_or("no layer")?;
-    Ok(Made {
+    Ok(BuiltLayer {
         layer,
         bytes,
         empty,
@@ -181,7 +181,7 @@ pub fn scan(source: &Source, jobs: usize, earlier: Option<&Scan>) -> Result<Scan
     };
     if let Some(earlier) = earlier
         && let Some(scan) =
-            Scan::again(earlier, &roots, &options).map_err(|error| message(&error))?
+            Scan::rescan(earlier, &roots, &options).map_err(|error| message(&error))?
     {
         return Ok(scan);
     }

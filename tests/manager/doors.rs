@@ -124,9 +124,9 @@ async fn half_requests_and_streams_of_one_user_stop_nobody_else() -> Outcomes {
 async fn who_does_not_ask_is_sent_away() -> Outcomes {
     let site = Site::new()?;
     let mut options = site.options()?;
-    options.doors.head = Duration::from_millis(600);
-    options.doors.idle = Duration::from_millis(1200);
-    options.doors.body = Duration::from_millis(600);
+    options.connections.head = Duration::from_millis(600);
+    options.connections.idle = Duration::from_millis(1200);
+    options.connections.body = Duration::from_millis(600);
     let manager = site.manager_with(options).await?;
     let at = manager.address;
     let mut silent = connect(at, "").await?;
@@ -166,8 +166,8 @@ async fn who_does_not_ask_is_sent_away() -> Outcomes {
 async fn bodies_that_do_not_come_hold_no_place() -> Outcomes {
     let site = Site::new()?;
     let mut options = site.options()?;
-    options.doors.connections_per_peer = 6;
-    options.doors.body = PATIENCE * 4;
+    options.connections.connections_per_peer = 6;
+    options.connections.body = PATIENCE * 4;
     let manager = site.manager_with(options).await?;
     let at = manager.address;
     let half = |path: &str, token: &str| {
@@ -202,7 +202,7 @@ async fn bodies_that_do_not_come_hold_no_place() -> Outcomes {
 async fn who_does_not_read_is_sent_away() -> Outcomes {
     let site = Site::new()?;
     let mut options = site.options()?;
-    options.doors.write = Duration::from_millis(600);
+    options.connections.write = Duration::from_millis(600);
     let manager = site.manager_with(options).await?;
     let at = manager.address;
     let socket = TcpSocket::new_v4()?;
@@ -270,7 +270,7 @@ async fn figures_and_lists_do_not_grow_with_what_requests_say() -> Outcomes {
 async fn a_user_has_so_many_requests_at_once_and_saves_a_day() -> Outcomes {
     let site = Site::new()?;
     let mut options = site.options()?;
-    options.doors.requests_per_user = 2;
+    options.connections.requests_per_user = 2;
     options.saves_per_day = 1;
     let manager = site.manager_with(options).await?;
     let agent = Agent::new(&site.queue, "a");
@@ -303,14 +303,14 @@ async fn a_user_has_so_many_requests_at_once_and_saves_a_day() -> Outcomes {
 }
 
 /// A running `upperdeck up` with a limit on open files, and its log. It is ended on drop.
-struct Up {
+struct UpProcess {
     child: std::process::Child,
     at: SocketAddr,
     log: std::path::PathBuf,
     _dir: tempfile::TempDir,
 }
 
-impl Up {
+impl UpProcess {
     fn start(limit: &str) -> Fallible<Self> {
         use std::io::BufRead as _;
         let dir = tempfile::tempdir()?;
@@ -350,7 +350,7 @@ impl Up {
     }
 }
 
-impl Drop for Up {
+impl Drop for UpProcess {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -363,7 +363,7 @@ async fn up_raises_its_limit_and_bears_a_low_one() -> Outcomes {
         crate::support::ignore("up needs root");
         return Ok(());
     }
-    let up = Up::start("-S -n 200")?;
+    let up = UpProcess::start("-S -n 200")?;
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", up.child.id()))?;
     let line = limits
         .lines()
@@ -373,7 +373,7 @@ async fn up_raises_its_limit_and_bears_a_low_one() -> Outcomes {
     assert_eq!(words[3], words[4], "{line}");
     drop(up);
     // Fewer files than the connections that are counted on: accept(2) fails, and who asks is answered all the same.
-    let up = Up::start("-n 48")?;
+    let up = UpProcess::start("-n 48")?;
     let mut held = Vec::new();
     for _ in 0..100 {
         held.push(connect(up.at, "GET /healthz HTTP/1.1\r\nHo").await?);

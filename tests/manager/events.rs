@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use upperdeck::service::job::{Phase, Said};
+use upperdeck::service::job::{Phase, Update};
 
 use crate::site::{
     Agent, Events, Outcomes, Site, Who, get, id, phase, progress, session, submit, succeeded, until,
@@ -26,13 +26,15 @@ async fn a_watcher_hears_every_change_the_progress_between_and_the_end() -> Outc
     assert_eq!(first.data["state"], "queued");
     let claim = agent.claim().await?;
     agent.begin(&claim).await?;
-    agent.say(&claim, 2, phase(Phase::Streaming)).await?;
+    agent
+        .send_update(&claim, 2, phase(Phase::Streaming))
+        .await?;
     let mut versions = vec![1];
     let mut half = false;
     let mut last = first.data;
     let path = format!("/api/v1/saves/{job}");
     until(at, Who::Alice, &path, |save| save["phase"] == "streaming").await?;
-    agent.say(&claim, 3, progress(50)).await?;
+    agent.send_update(&claim, 3, progress(50)).await?;
     while let Some(heard) = events.next().await? {
         if heard.data["progress"]["bytes_done"] == 50 && !half {
             half = true;
@@ -66,7 +68,7 @@ async fn who_drops_and_returns_misses_nothing_though_the_manager_was_started_aga
     let path = format!("/api/v1/saves/{job}");
     let mut versions = Vec::new();
     let steps = [
-        vec![(0, Said::Assigned), (1, Said::Started)],
+        vec![(0, Update::Assigned), (1, Update::Started)],
         vec![(2, phase(Phase::Locating)), (3, phase(Phase::Scanning))],
         vec![(4, phase(Phase::Streaming)), (5, progress(50))],
         vec![(6, phase(Phase::Base))],
@@ -85,8 +87,8 @@ async fn who_drops_and_returns_misses_nothing_though_the_manager_was_started_aga
         // Meanwhile things happen one by one, and every other time the manager is another one.
         for (seq, said) in said {
             let before = get(manager.address, Who::Alice, &path).await?["version"].clone();
-            let is_progress = matches!(&said, Said::Event { event } if matches!(event, upperdeck::service::job::Event::Progress { .. }));
-            agent.say(&claim, seq, said).await?;
+            let is_progress = matches!(&said, Update::Event { event } if matches!(event, upperdeck::service::job::Event::Progress { .. }));
+            agent.send_update(&claim, seq, said).await?;
             agent.renew(&claim).await?;
             if !is_progress {
                 until(manager.address, Who::Alice, &path, |save| {

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use upperdeck::service::job::{Code, Outcome, Said};
-use upperdeck::service::queue::Hold;
+use upperdeck::service::job::{Code, Outcome, Update};
+use upperdeck::service::queue::ClaimState;
 
 use crate::site::{
     Agent, Outcomes, PATIENCE, Site, Who, ask, empty_queue, get, id, request, session, submit,
@@ -224,7 +224,7 @@ async fn an_unwanted_save_ends_wherever_it_is() -> Outcomes {
         (status, &save["cancelling"]),
         (StatusCode::ACCEPTED, &json!(true))
     );
-    assert_eq!(agent.renew(&claim).await?, Hold::Cancelled);
+    assert_eq!(agent.renew(&claim).await?, ClaimState::Cancelled);
     agent.end(&claim, 2, Outcome::Cancelled).await?;
     until(at, Who::Alice, &path, |save| save["state"] == "cancelled").await?;
     // Putting on its tag: too late.
@@ -233,7 +233,7 @@ async fn an_unwanted_save_ends_wherever_it_is() -> Outcomes {
     let claim = agent.claim().await?;
     agent.begin(&claim).await?;
     until(at, Who::Alice, &path, |save| save["state"] == "running").await?;
-    assert_eq!(agent.confirm(&claim).await?, Hold::Held);
+    assert_eq!(agent.confirm(&claim).await?, ClaimState::Held);
     let (status, error) = ask(at, Who::Alice, Method::DELETE, &path, None).await?;
     assert_eq!(
         (status, &error["error"]["code"]),
@@ -293,7 +293,7 @@ async fn what_may_pass_is_tried_again_and_what_does_not_is_a_dead_letter() -> Ou
     let path = format!("/api/v1/saves/{job}");
     for _ in 0..5 {
         let claim = agent.claim().await?;
-        agent.say(&claim, 0, Said::Assigned).await?;
+        agent.send_update(&claim, 0, Update::Assigned).await?;
         agent.give_back(&claim, 1).await?;
     }
     let claim = agent.claim().await?;
@@ -378,7 +378,10 @@ async fn nothing_stays_running_without_a_lease() -> Outcomes {
     assert_eq!(claims.len(), 1);
     assert!(claims[0].fence > claim.fence);
     // A word of the dead one is not heard any more.
-    assert_eq!(agent.say(&claim, 2, Said::Started).await?, Hold::Lost);
+    assert_eq!(
+        agent.send_update(&claim, 2, Update::Started).await?,
+        ClaimState::Lost
+    );
     again.work(&claims[0]).await?;
     until(at, Who::Alice, &path, |save| save["state"] == "succeeded").await?;
     manager.stop().await

@@ -430,7 +430,7 @@ async fn a_key_that_is_fetched_holds_up_nobody_else() -> Outcomes {
         administrator_claim: None,
         administrators: vec![],
     });
-    options.doors.requests_per_user = 1000;
+    options.connections.requests_per_user = 1000;
     let manager = site.manager_with(options).await?;
     let me = format!("http://{}/api/v1/me", manager.address);
     let now = upperdeck::service::job::now_ms() / 1000;

@@ -13,11 +13,11 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use upperdeck::service::job::{
-    Category, Event, JobId, Kind, Load, Node, Outcome, Phase, Report, Said, Saved, Session,
+    Category, Event, JobId, Kind, Load, Node, Outcome, Phase, Report, Saved, Session, Update,
 };
 use upperdeck::service::manager::auth::{Role, Tokens};
 use upperdeck::service::manager::{Listen, Options, Server};
-use upperdeck::service::queue::{Claim, Hold, Limits, Local, Queue, Settings};
+use upperdeck::service::queue::{Claim, ClaimState, Limits, Local, Queue, Settings};
 use upperdeck::service::record::Record;
 
 pub type Outcomes = Result<(), Box<dyn std::error::Error>>;
@@ -66,7 +66,7 @@ pub fn empty_queue() -> Queue {
     };
     let settings = Settings {
         lease: Duration::from_secs(2),
-        patience: Duration::from_secs(2),
+        ack_timeout: Duration::from_secs(2),
         ..Settings::default()
     };
     Queue::Local(Local::with(limits, settings))
@@ -292,50 +292,58 @@ impl Agent {
             .next())
     }
 
-    pub async fn say(&self, claim: &Claim, seq: u64, said: Said) -> Fallible<Hold> {
-        Ok(self.queue.report(claim, &report(claim, seq, said)).await?)
+    pub async fn send_update(
+        &self,
+        claim: &Claim,
+        seq: u64,
+        update: Update,
+    ) -> Fallible<ClaimState> {
+        Ok(self
+            .queue
+            .report(claim, &report(claim, seq, update))
+            .await?)
     }
 
-    pub async fn renew(&self, claim: &Claim) -> Fallible<Hold> {
+    pub async fn renew(&self, claim: &Claim) -> Fallible<ClaimState> {
         Ok(self.queue.renew(claim).await?)
     }
 
-    pub async fn confirm(&self, claim: &Claim) -> Fallible<Hold> {
+    pub async fn confirm(&self, claim: &Claim) -> Fallible<ClaimState> {
         Ok(self.queue.confirm(claim).await?)
     }
 
-    pub async fn end(&self, claim: &Claim, seq: u64, outcome: Outcome) -> Fallible<Hold> {
-        let report = report(claim, seq, Said::Ended { outcome });
+    pub async fn end(&self, claim: &Claim, seq: u64, outcome: Outcome) -> Fallible<ClaimState> {
+        let report = report(claim, seq, Update::Ended { outcome });
         Ok(self.queue.complete(claim, &report).await?)
     }
 
-    pub async fn give_back(&self, claim: &Claim, seq: u64) -> Fallible<Hold> {
+    pub async fn give_back(&self, claim: &Claim, seq: u64) -> Fallible<ClaimState> {
         let reason = "it drains".to_owned();
-        let report = report(claim, seq, Said::GivenBack { reason });
+        let report = report(claim, seq, Update::GivenBack { reason });
         Ok(self.queue.complete(claim, &report).await?)
     }
 
     pub async fn begin(&self, claim: &Claim) -> Outcomes {
-        self.say(claim, 0, Said::Assigned).await?;
-        self.say(claim, 1, Said::Started).await?;
+        self.send_update(claim, 0, Update::Assigned).await?;
+        self.send_update(claim, 1, Update::Started).await?;
         Ok(())
     }
 
     /// Sends all reports of a successful save.
     pub async fn work(&self, claim: &Claim) -> Outcomes {
         self.begin(claim).await?;
-        self.say(claim, 2, phase(Phase::Streaming)).await?;
+        self.send_update(claim, 2, phase(Phase::Streaming)).await?;
         for (seq, done) in [(3, 10), (4, 60), (5, 100)] {
-            self.say(claim, seq, progress(done)).await?;
+            self.send_update(claim, seq, progress(done)).await?;
         }
-        self.say(claim, 6, phase(Phase::Finishing)).await?;
+        self.send_update(claim, 6, phase(Phase::Finishing)).await?;
         self.confirm(claim).await?;
         self.end(claim, 7, succeeded()).await?;
         Ok(())
     }
 }
 
-fn report(claim: &Claim, seq: u64, said: Said) -> Report {
+fn report(claim: &Claim, seq: u64, update: Update) -> Report {
     Report {
         job: claim.order.job,
         node: "n1".into(),
@@ -343,18 +351,18 @@ fn report(claim: &Claim, seq: u64, said: Said) -> Report {
         fence: claim.fence,
         seq,
         at_ms: upperdeck::service::job::now_ms(),
-        said,
+        update,
     }
 }
 
-pub fn phase(phase: Phase) -> Said {
-    Said::Event {
+pub fn phase(phase: Phase) -> Update {
+    Update::Event {
         event: Event::Phase { phase },
     }
 }
 
-pub fn progress(done: u64) -> Said {
-    Said::Event {
+pub fn progress(done: u64) -> Update {
+    Update::Event {
         event: Event::Progress {
             bytes_done: done,
             bytes_total: 100,

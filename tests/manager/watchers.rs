@@ -64,8 +64,8 @@ fn a_thousand_watchers_cost_little() -> Outcomes {
                     options.watch_every = Duration::from_secs(1);
                     options.reconcile_every = Duration::from_secs(3);
                     // All of them are one user's, and come from one address.
-                    options.doors.connections_per_peer = WATCHERS + JOBS;
-                    options.doors.streams_per_user = WATCHERS;
+                    options.connections.connections_per_peer = WATCHERS + JOBS;
+                    options.connections.streams_per_user = WATCHERS;
                     let server = Server::bind(options, queue, record)
                         .await
                         .map_err(|e| e.to_string())?;
@@ -124,7 +124,7 @@ fn a_thousand_watchers_cost_little() -> Outcomes {
             while std::time::Instant::now() < until {
                 for claim in &claims {
                     if moving {
-                        agent.say(claim, seq, progress(seq % 100)).await?;
+                        agent.send_update(claim, seq, progress(seq % 100)).await?;
                     }
                     agent.renew(claim).await?;
                 }

@@ -29,14 +29,14 @@ const WATCH: &str = "
 ";
 
 /// Settings with which a browser is started.
-pub struct Look {
+pub struct BrowserOptions {
     pub language: &'static str,
     pub dark: bool,
     pub width: u32,
     pub height: u32,
 }
 
-impl Default for Look {
+impl Default for BrowserOptions {
     fn default() -> Self {
         Self {
             language: "en-GB",
@@ -109,7 +109,7 @@ fn exchange(port: u16, method: &str, path: &str, body: &Value) -> Outcome<Value>
 }
 
 impl Browser {
-    pub fn start(look: &Look) -> Outcome<Self> {
+    pub fn start(look: &BrowserOptions) -> Outcome<Self> {
         let profile = tempfile::tempdir()?;
         let mut driver = Command::new(program(&["chromedriver"]).ok_or("no chromedriver")?)
             .arg("--port=0")
@@ -154,17 +154,17 @@ impl Browser {
         Ok(browser)
     }
 
-    fn prepare(&self, look: &Look) -> Outcome {
+    fn prepare(&self, look: &BrowserOptions) -> Outcome {
         self.cdp("Page.enable", json!({}))?;
         self.cdp(
             "Page.addScriptToEvaluateOnNewDocument",
             json!({ "source": WATCH }),
         )?;
-        self.look(look)
+        self.emulate(look)
     }
 
     /// Changes the color scheme and the size without reloading the page.
-    pub fn look(&self, look: &Look) -> Outcome {
+    pub fn emulate(&self, look: &BrowserOptions) -> Outcome {
         let scheme = if look.dark { "dark" } else { "light" };
         let features = json!([{ "name": "prefers-color-scheme", "value": scheme }]);
         self.cdp(
@@ -284,7 +284,7 @@ impl Browser {
             new["handle"].as_str().ok_or("no handle")?.to_owned(),
         );
         self.switch(&new)?;
-        self.prepare(&Look::default())?;
+        self.prepare(&BrowserOptions::default())?;
         Ok((old, new))
     }
 

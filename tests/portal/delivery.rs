@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use serde_json::{Value, json};
 
 use crate::begin;
-use crate::browser::{Look, Outcome};
+use crate::browser::{BrowserOptions, Outcome};
 use crate::standin::Standin;
 
 /// Maximum number of bytes to load, for slow connections.
@@ -114,9 +114,9 @@ fn everything_goes_out_with_its_policy_packed_and_once() -> Outcome {
 #[test]
 fn it_loads_in_a_blink_on_a_poor_line_and_for_nothing_the_second_time() -> Outcome {
     for language in ["en-GB", "ko-KR"] {
-        let Some((browser, standin)) = begin(&Look {
+        let Some((browser, standin)) = begin(&BrowserOptions {
             language,
-            ..Look::default()
+            ..BrowserOptions::default()
         })?
         else {
             return Ok(());

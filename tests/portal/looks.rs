@@ -6,10 +6,10 @@ use std::path::Path;
 use serde_json::json;
 use upperdeck::service::job::{Code, State};
 
-use crate::browser::{Browser, Look, Outcome};
+use crate::browser::{Browser, BrowserOptions, Outcome};
 use crate::standin::{Standin, World};
 
-fn furnish(standin: &Standin) {
+fn populate(standin: &Standin) {
     let mut world = standin.world();
     world.me.administrator = true;
     let failed = world.ended(1, State::Failed, Some(Code::QuotaExceeded), 90_000);
@@ -85,25 +85,25 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
 #[test]
 fn pictures() -> Outcome {
     for (name, look) in [
-        ("light", Look::default()),
+        ("light", BrowserOptions::default()),
         (
             "dark",
-            Look {
+            BrowserOptions {
                 dark: true,
-                ..Look::default()
+                ..BrowserOptions::default()
             },
         ),
         (
             "phone-light",
-            Look {
+            BrowserOptions {
                 width: 390,
                 height: 780,
-                ..Look::default()
+                ..BrowserOptions::default()
             },
         ),
         (
             "phone-dark-ko",
-            Look {
+            BrowserOptions {
                 width: 390,
                 height: 780,
                 dark: true,
@@ -114,7 +114,7 @@ fn pictures() -> Outcome {
         let Some((browser, standin)) = crate::begin(&look)? else {
             return Ok(());
         };
-        furnish(&standin);
+        populate(&standin);
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/portal-screenshots");
         views(&browser, &standin, &mut |view| {
             let wide = browser.run(
@@ -153,22 +153,22 @@ fn axe_finds_nothing_serious_in_any_view_light_or_dark() -> Outcome {
             ({ id: one.id, impact: one.impact, nodes: one.nodes.map((node) => node.html.slice(0, 200) + ' ' + node.failureSummary) })) }";
     let examine = format!("return (async () => {{ {examine} }})()");
     for look in [
-        Look::default(),
-        Look {
+        BrowserOptions::default(),
+        BrowserOptions {
             dark: true,
             language: "ko-KR",
-            ..Look::default()
+            ..BrowserOptions::default()
         },
-        Look {
+        BrowserOptions {
             width: 390,
             height: 780,
-            ..Look::default()
+            ..BrowserOptions::default()
         },
     ] {
         let Some((browser, standin)) = crate::begin(&look)? else {
             return Ok(());
         };
-        furnish(&standin);
+        populate(&standin);
         let mut seen = 0;
         views(&browser, &standin, &mut |view| {
             if browser.run("return typeof axe", json!([]))? == "undefined" {

@@ -14,7 +14,9 @@ mod standin;
 mod words;
 
 /// Starts the browser and the stand-in of a test. Returns `None` and prints the reason if there is no browser.
-fn begin(look: &browser::Look) -> browser::Outcome<Option<(browser::Browser, standin::Standin)>> {
+fn begin(
+    look: &browser::BrowserOptions,
+) -> browser::Outcome<Option<(browser::Browser, standin::Standin)>> {
     if let Some(reason) = browser::missing() {
         assert!(std::env::var_os("CI").is_none(), "{reason}");
         eprintln!("ignored: {reason}");

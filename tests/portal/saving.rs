@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use upperdeck::service::job::{Code, State};
 
 use crate::begin;
-use crate::browser::{Browser, Look, Outcome};
+use crate::browser::{Browser, BrowserOptions, Outcome};
 use crate::standin::{Standin, refusal};
 
 const BAR: &str = "return document.querySelector('progress')?.value > arguments[0]";
@@ -29,7 +29,7 @@ fn assert_clean(browser: &Browser, standin: &Standin) -> Outcome {
 
 #[test]
 fn one_press_a_bar_to_the_end_an_image_that_is_found_and_deleted() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     open(&browser, &standin)?;
@@ -83,7 +83,7 @@ fn one_press_a_bar_to_the_end_an_image_that_is_found_and_deleted() -> Outcome {
 
 #[test]
 fn a_name_and_a_description_go_with_it() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     open(&browser, &standin)?;
@@ -124,7 +124,7 @@ fn a_name_and_a_description_go_with_it() -> Outcome {
 
 #[test]
 fn a_reload_in_mid_save_finds_the_bar_where_it_is() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     standin.world().hold_at = Some(0.5);
@@ -143,7 +143,7 @@ fn a_reload_in_mid_save_finds_the_bar_where_it_is() -> Outcome {
 
 #[test]
 fn two_tabs_show_the_same_save_and_either_may_cancel_it() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     standin.world().hold_at = Some(0.5);
@@ -167,7 +167,7 @@ fn two_tabs_show_the_same_save_and_either_may_cancel_it() -> Outcome {
 
 #[test]
 fn a_save_that_somebody_else_began_is_shown_instead_of_an_error() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     standin.world().hold_at = Some(0.5);
@@ -188,7 +188,7 @@ fn a_save_that_somebody_else_began_is_shown_instead_of_an_error() -> Outcome {
 
 #[test]
 fn every_failure_says_what_happened_and_what_to_do() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     standin.world().fails = Some(Code::RegistryUnavailable);
@@ -230,7 +230,7 @@ fn every_failure_says_what_happened_and_what_to_do() -> Outcome {
 
 #[test]
 fn a_refusal_is_told_in_words() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     open(&browser, &standin)?;
@@ -273,7 +273,7 @@ fn a_refusal_is_told_in_words() -> Outcome {
 
 #[test]
 fn a_lost_line_is_said_and_what_was_pressed_meanwhile_is_done_once() -> Outcome {
-    let Some((browser, mut standin)) = begin(&Look::default())? else {
+    let Some((browser, mut standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     standin.world().hold_at = Some(0.3);
@@ -295,7 +295,7 @@ fn a_lost_line_is_said_and_what_was_pressed_meanwhile_is_done_once() -> Outcome 
 
 #[test]
 fn an_event_stream_that_went_silent_is_found_out() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     // As after a closed lid: the browser believes that the stream is open, and nothing comes.
@@ -333,7 +333,7 @@ fn tab_to(browser: &Browser, name: &str) -> Outcome {
 
 #[test]
 fn the_keyboard_alone_does_everything() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     standin.world().hold_at = Some(0.3);
@@ -414,7 +414,7 @@ fn the_keyboard_alone_does_everything() -> Outcome {
 
 #[test]
 fn an_administrator_puts_back_what_failed_for_good() -> Outcome {
-    let Some((browser, standin)) = begin(&Look::default())? else {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
         return Ok(());
     };
     {

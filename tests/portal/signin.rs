@@ -11,7 +11,7 @@ use upperdeck::service::manager::{Listen, Options, Server};
 use upperdeck::service::queue::{Limits, Local, Queue};
 use upperdeck::service::record::Record;
 
-use crate::browser::{Browser, Look, Outcome, missing};
+use crate::browser::{Browser, BrowserOptions, Outcome, missing};
 
 struct Manager {
     address: SocketAddr,
@@ -100,7 +100,7 @@ fn begin() -> Outcome<Option<Browser>> {
         eprintln!("ignored: {reason}");
         return Ok(None);
     }
-    Browser::start(&Look::default()).map(Some)
+    Browser::start(&BrowserOptions::default()).map(Some)
 }
 
 fn signed_in_as(browser: &Browser, user: &str) -> Outcome {

@@ -22,11 +22,11 @@ use tokio::runtime::Runtime;
 use upperdeck::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, Saved, State, Unsaved,
 };
-use upperdeck::service::manager::auth::Via;
-use upperdeck::service::manager::shape::{
+use upperdeck::service::manager::api::{
     ErrorBody, ErrorDetail, ImageTag, ImageView, Images, Me, NodeView, Nodes, Progress, Quota,
     Save, SaveError, SaveRequest, Saves, SessionView, Sessions, Warning, Which,
 };
+use upperdeck::service::manager::auth::Via;
 
 use crate::browser::Outcome;
 
@@ -313,7 +313,7 @@ impl World {
         let session = self.sessions[session].id.clone();
         let request = SaveRequest {
             session: Which::Id(session),
-            image: upperdeck::service::manager::shape::ImageName::default(),
+            image: upperdeck::service::manager::api::ImageName::default(),
             message: None,
             options: upperdeck::service::job::SaveOptions::default(),
         };
@@ -578,7 +578,7 @@ async fn saves(
     Query(query): Query<HashMap<String, String>>,
 ) -> Reply {
     let world = enter(&world, &headers, false)?;
-    let wanted = query.get("state").and_then(|name| State::named(name));
+    let wanted = query.get("state").and_then(|name| State::from_name(name));
     let limit = query
         .get("limit")
         .and_then(|limit| limit.parse().ok())

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use upperdeck::service::job::{Category, Code, Kind, State};
 
 use crate::begin;
-use crate::browser::{Look, Outcome};
+use crate::browser::{BrowserOptions, Outcome};
 use crate::standin::World;
 
 fn source(name: &str) -> std::io::Result<String> {
@@ -153,9 +153,9 @@ fn the_browsers_language_is_spoken() -> Outcome {
             ],
         ),
     ] {
-        let Some((browser, standin)) = begin(&Look {
+        let Some((browser, standin)) = begin(&BrowserOptions {
             language,
-            ..Look::default()
+            ..BrowserOptions::default()
         })?
         else {
             return Ok(());
@@ -200,9 +200,9 @@ fn hostile() -> Vec<(String, String)> {
 #[test]
 fn hostile_names_are_text_and_nothing_runs() -> Outcome {
     for width in [1100, 390] {
-        let look = Look {
+        let look = BrowserOptions {
             width,
-            ..Look::default()
+            ..BrowserOptions::default()
         };
         let Some((browser, standin)) = begin(&look)? else {
             return Ok(());
@@ -256,7 +256,7 @@ fn hostile_names_are_text_and_nothing_runs() -> Outcome {
                     .ok_or("no error")?
                     .message
                     .clone_from(&name);
-                save.warnings = vec![upperdeck::service::manager::shape::Warning {
+                save.warnings = vec![upperdeck::service::manager::api::Warning {
                     code: name.clone(),
                     message: name.clone(),
                 }];

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
-use upperdeck::service::job::{Code, JobId, Order, Outcome as Ending, Report, Said};
-use upperdeck::service::queue::{Claim, Error, Hold, Limits, Local, Queue, Settings, Withdrawn};
+use upperdeck::service::job::{Code, JobId, Order, Outcome as Ending, Report, Update};
+use upperdeck::service::queue::{
+    Claim, ClaimState, Error, Limits, Local, Queue, Settings, Withdrawn,
+};
 
 use crate::record::{Record, Where};
 use crate::server::Server;
@@ -25,7 +27,7 @@ const NODES: [&str; 2] = ["n1", "n2"];
 
 /// The failure of the queue itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Blow {
+enum QueueFailure {
     None,
     /// FLUSHALL.
     Flush,
@@ -37,7 +39,7 @@ struct Chaos {
     queue: Queue,
     settings: Settings,
     server: Option<Server>,
-    blow: Blow,
+    failure: QueueFailure,
     rng: SmallRng,
     record: Record,
     agents: Vec<Agent>,
@@ -95,7 +97,7 @@ impl Chaos {
         queue: Queue,
         settings: Settings,
         server: Option<Server>,
-        blow: Blow,
+        failure: QueueFailure,
         seed: u64,
     ) -> Self {
         let agents = [("a", "n1"), ("b", "n1"), ("c", "n2")];
@@ -103,7 +105,7 @@ impl Chaos {
             queue,
             settings,
             server,
-            blow,
+            failure,
             rng: SmallRng::seed_from_u64(seed),
             record: Record::default(),
             agents: agents
@@ -200,7 +202,7 @@ impl Chaos {
             88..93 => self.look().await,
             93..97 => self.offer().await,
             97..99 => self.cancel().await,
-            _ => self.blow().await,
+            _ => self.inject_failure().await,
         }
     }
 
@@ -258,12 +260,12 @@ impl Chaos {
         let hold = match self.rng.random_range(0..6) {
             0 => self.queue.renew(claim).await?,
             1 => {
-                let said = report(claim, seq, Said::Started);
+                let said = report(claim, seq, Update::Started);
                 self.queue.report(claim, &said).await?
             }
             2 if work.stage == Stage::Claimed => {
                 let hold = self.queue.confirm(claim).await?;
-                if hold == Hold::Held {
+                if hold == ClaimState::Held {
                     stage = Stage::Confirmed;
                 }
                 hold
@@ -288,14 +290,14 @@ impl Chaos {
                     ),
                     Stage::Claimed if self.rng.random_bool(0.3) => {
                         let reason = "drains".to_owned();
-                        report(claim, seq, Said::GivenBack { reason })
+                        report(claim, seq, Update::GivenBack { reason })
                     }
                     Stage::Claimed | Stage::Confirmed => return Ok(()),
                 };
                 let hold = self.queue.complete(claim, &last).await?;
-                if hold == Hold::Held {
+                if hold == ClaimState::Held {
                     assert!(
-                        !work.lost || self.blow != Blow::None,
+                        !work.lost || self.failure != QueueFailure::None,
                         "{job}: by who lost it"
                     );
                     if work.stage == Stage::Tagged {
@@ -308,7 +310,7 @@ impl Chaos {
             }
         };
         let (until, newest) = (self.now() + self.settings.lease, self.fences[&job]);
-        if hold == Hold::Lost {
+        if hold == ClaimState::Lost {
             self.agents[at].work.remove(which);
             return Ok(());
         }
@@ -317,7 +319,7 @@ impl Chaos {
         work.lost = false;
         work.until = until;
         work.seq = seq;
-        work.stage = if hold == Hold::Cancelled {
+        work.stage = if hold == ClaimState::Cancelled {
             Stage::Cancelled
         } else {
             stage
@@ -371,7 +373,7 @@ impl Chaos {
         // It may die between the record and the queue.
         if self.rng.random_bool(0.9) {
             let entries: Vec<_> = read.into_iter().map(|(entry, _)| entry).collect();
-            self.queue.taken(&entries).await?;
+            self.queue.acknowledge(&entries).await?;
         }
         for job in zombies {
             self.queue.withdraw(job).await?;
@@ -414,7 +416,7 @@ impl Chaos {
             .get_mut(&job)
             .ok_or_else(|| Error::Unusable(String::new()))?;
         row.unwanted = true;
-        if self.queue.withdraw(job).await? == Withdrawn::Taken {
+        if self.queue.withdraw(job).await? == Withdrawn::Removed {
             row.end(Where::Cancelled);
             self.note_doubt(job);
             for work in self.agents.iter_mut().flat_map(|agent| &mut agent.work) {
@@ -432,20 +434,20 @@ impl Chaos {
         }
     }
 
-    async fn blow(&mut self) -> Result<(), Error> {
+    async fn inject_failure(&mut self) -> Result<(), Error> {
         let Some(server) = &mut self.server else {
             return Ok(());
         };
-        match self.blow {
-            Blow::None => return Ok(()),
-            Blow::Flush => {
+        match self.failure {
+            QueueFailure::None => return Ok(()),
+            QueueFailure::Flush => {
                 let mut connection = server.connection().await;
                 let _: () = redis::cmd("FLUSHALL")
                     .query_async(&mut connection)
                     .await
                     .map_err(|error| Error::Unusable(error.to_string()))?;
             }
-            Blow::Kill => {
+            QueueFailure::Kill => {
                 server.kill();
                 server.run();
             }
@@ -485,7 +487,7 @@ impl Chaos {
             }
             self.pass(self.settings.lease / 3);
             // What a manager forgot to write down comes again.
-            tokio::time::sleep(self.settings.patience / 20).await;
+            tokio::time::sleep(self.settings.ack_timeout / 20).await;
         }
         Ok(())
     }
@@ -495,12 +497,12 @@ impl Chaos {
             match self.step().await {
                 // Redis was away just now, and the connection has noticed.
                 Err(Error::Unreachable { .. } | Error::Refused { .. })
-                    if self.blow == Blow::Kill => {}
+                    if self.failure == QueueFailure::Kill => {}
                 done => done?,
             }
             self.check_limits();
         }
-        let blown = self.blow != Blow::None;
+        let blown = self.failure != QueueFailure::None;
         self.settle().await?;
         for (job, row) in &self.record.rows {
             let tags = self.tags.get(job).copied().unwrap_or(0);
@@ -524,7 +526,10 @@ impl Chaos {
 
 /// Runs the test with random seeds, and prints the seed of a failure. A few in the normal suite, or as many as fit into
 /// `UPPERDECK_SOAK` seconds.
-async fn play(blow: Blow, make: impl Fn(&Settings) -> Option<(Queue, Option<Server>)>) -> Outcome {
+async fn play(
+    failure: QueueFailure,
+    make: impl Fn(&Settings) -> Option<(Queue, Option<Server>)>,
+) -> Outcome {
     let soak: Option<u64> = std::env::var("UPPERDECK_SOAK")
         .ok()
         .and_then(|text| text.parse().ok());
@@ -539,15 +544,15 @@ async fn play(blow: Blow, make: impl Fn(&Settings) -> Option<(Queue, Option<Serv
         let Some((queue, server)) = make(&settings) else {
             return Ok(());
         };
-        let shown = Shown(seed, blow);
-        Chaos::new(queue, settings, server, blow, seed)
+        let shown = SeedNote(seed, failure);
+        Chaos::new(queue, settings, server, failure, seed)
             .play(1500)
             .await?;
         std::mem::forget(shown);
         played += 1;
         if one.is_some() || (played >= 3 && Instant::now() >= end) {
             if soak.is_some() {
-                note(&format!("{blow:?}: {played} seeds"));
+                note(&format!("{failure:?}: {played} seeds"));
             }
             return Ok(());
         }
@@ -555,9 +560,9 @@ async fn play(blow: Blow, make: impl Fn(&Settings) -> Option<(Queue, Option<Serv
 }
 
 /// Prints the seed if the test fails.
-struct Shown(u64, Blow);
+struct SeedNote(u64, QueueFailure);
 
-impl Drop for Shown {
+impl Drop for SeedNote {
     fn drop(&mut self) {
         note(&format!("UPPERDECK_TEST_SEED={} ({:?})", self.0, self.1));
     }
@@ -565,7 +570,7 @@ impl Drop for Shown {
 
 #[tokio::test]
 async fn in_one_process() -> Outcome {
-    play(Blow::None, |settings| {
+    play(QueueFailure::None, |settings| {
         Some((Queue::Local(Local::with(LIMITS, settings.clone())), None))
     })
     .await
@@ -578,21 +583,21 @@ fn on_redis(settings: &Settings, more: &[&str]) -> Option<(Queue, Option<Server>
 
 #[tokio::test]
 async fn on_a_redis_that_lives() -> Outcome {
-    play(Blow::None, |settings| on_redis(settings, &[])).await
+    play(QueueFailure::None, |settings| on_redis(settings, &[])).await
 }
 
 #[tokio::test]
 async fn on_a_redis_that_is_flushed() -> Outcome {
-    play(Blow::Flush, |settings| on_redis(settings, &[])).await
+    play(QueueFailure::Flush, |settings| on_redis(settings, &[])).await
 }
 
 #[tokio::test]
 async fn on_a_redis_that_is_killed_and_remembers() -> Outcome {
     let more = ["--appendonly", "yes", "--appendfsync", "always"];
-    play(Blow::Kill, |settings| on_redis(settings, &more)).await
+    play(QueueFailure::Kill, |settings| on_redis(settings, &more)).await
 }
 
 #[tokio::test]
 async fn on_a_redis_that_is_killed_and_forgets() -> Outcome {
-    play(Blow::Kill, |settings| on_redis(settings, &[])).await
+    play(QueueFailure::Kill, |settings| on_redis(settings, &[])).await
 }

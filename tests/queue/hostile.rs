@@ -9,20 +9,20 @@ use rand::{RngExt as _, SeedableRng as _};
 use redis::aio::MultiplexedConnection;
 use redis::{Value, cmd};
 use upperdeck::service::job::{
-    Answer, Before, JobId, Keys, Message, Order, Question, Report, Said, Sealed, Word,
+    Answer, JobId, Keys, Message, NextStep, Order, Question, Report, Sealed, Update, Verdict,
 };
-use upperdeck::service::queue::{Claim, Error, Hold, Offered, Queue, Redis};
+use upperdeck::service::queue::{Claim, ClaimState, Error, Offered, Queue, Redis};
 
 use crate::server::{KEY, Server};
 use crate::support::note;
 use crate::world::{
-    FREE, LONG, NOW, Outcome, World, node, order, report, session, settings, succeeded,
+    LONG, NO_LIMITS, NOW, Outcome, World, node, order, report, session, settings, succeeded,
 };
 
 async fn world() -> Option<(World, MultiplexedConnection)> {
     let server = Server::start(&[])?;
     let settings = settings();
-    let queue = server.queue(FREE, &settings);
+    let queue = server.queue(NO_LIMITS, &settings);
     let connection = server.connection().await;
     Some((World::of(queue, settings, Box::new(server)), connection))
 }
@@ -171,8 +171,8 @@ async fn entries_of_others_in_the_streams_are_thrown_away() -> Outcome {
         assert_eq!(claims.len(), usize::from(round == 0));
         for claim in claims {
             assert_eq!(claim.order, waiting);
-            let word = report(&claim, 0, Said::Started);
-            assert_eq!(world.queue.report(&claim, &word).await?, Hold::Held);
+            let word = report(&claim, 0, Update::Started);
+            assert_eq!(world.queue.report(&claim, &word).await?, ClaimState::Held);
         }
         let mut heard = 0;
         while world.queue.depth().await?.reports > 0 {
@@ -300,21 +300,21 @@ async fn a_node_speaks_for_itself_alone() -> Outcome {
     };
     let master = Keys::parse(KEY)?;
     let thief_keys = Keys::parse_node(&master.node_file("n2")?, "n2")?;
-    let thief = Redis::with(&server.url(), thief_keys.clone(), FREE, settings())?;
+    let thief = Redis::with(&server.url(), thief_keys.clone(), NO_LIMITS, settings())?;
     let thief = Queue::Redis(thief);
     let mut redis = server.connection().await;
     let settings = settings();
-    let queue = server.queue(FREE, &settings);
+    let queue = server.queue(NO_LIMITS, &settings);
     let world = World::of(queue, settings, Box::new(()));
 
     // Neither orders nor words nor sessions of another one.
     let other = order("n1", "ada");
     assert!(thief.offer(&other).await.is_err());
-    let question = Question::new(other.job, "n1", 1, 1, Before::Tag);
+    let question = Question::new(other.job, "n1", 1, 1, NextStep::Tag);
     assert!(thief.ask(&question, NOW).await.is_err());
     let word = Answer {
         question,
-        word: Word::Wanted,
+        verdict: Verdict::Wanted,
     };
     assert!(thief.answer(&word).await.is_err());
     assert!(thief.heartbeat(&node("n1"), None).await.is_err());
@@ -354,7 +354,7 @@ async fn a_node_speaks_for_itself_alone() -> Outcome {
     }
     let heard = world.take_all().await?;
     assert!(heard.iter().all(|report| report.node == "n2"), "{heard:?}");
-    assert_eq!(world.queue.renew(&claim).await?, Hold::Held);
+    assert_eq!(world.queue.renew(&claim).await?, ClaimState::Held);
     world.finish(&claim).await
 }
 
@@ -366,10 +366,10 @@ async fn a_word_that_no_manager_said_to_this_question_is_none() -> Outcome {
         return Ok(());
     };
     let job = order("n1", "ada").job;
-    let question = Question::new(job, "n1", 2, 7, Before::Tag);
+    let question = Question::new(job, "n1", 2, 7, NextStep::Tag);
     let wanted = |question: Question| Answer {
         question,
-        word: Word::Wanted,
+        verdict: Verdict::Wanted,
     };
     let changed = |change: fn(&mut Question)| {
         let mut question = question.clone();
@@ -398,7 +398,7 @@ async fn a_word_that_no_manager_said_to_this_question_is_none() -> Outcome {
         ("another attempt's", changed(|q| q.attempt = 1)),
         ("another claim's", changed(|q| q.fence = 6)),
         ("another job's", changed(|q| q.job = JobId::new())),
-        ("before the save", changed(|q| q.before = Before::Save)),
+        ("before the save", changed(|q| q.before = NextStep::Save)),
     ];
     for (what, forged) in &forgeries {
         let _: Value = cmd("RPUSH")
@@ -426,18 +426,21 @@ async fn a_word_that_no_manager_said_to_this_question_is_none() -> Outcome {
         loop {
             for question in manager.questions(Duration::from_millis(50)).await? {
                 seen += 1;
-                let word = Word::Superseded;
+                let verdict = Verdict::Superseded;
                 let fresh = question.attempt == 3;
-                manager.answer(&Answer { question, word }).await?;
+                manager.answer(&Answer { question, verdict }).await?;
                 if fresh {
                     return Ok::<usize, Error>(seen);
                 }
             }
         }
     });
-    let fresh = Question::new(job, "n1", 3, 8, Before::Save);
+    let fresh = Question::new(job, "n1", 3, 8, NextStep::Save);
     let answer = world.queue.ask(&fresh, LONG).await?.ok_or("no answer")?;
-    assert_eq!((answer.question, answer.word), (fresh, Word::Superseded));
+    assert_eq!(
+        (answer.question, answer.verdict),
+        (fresh, Verdict::Superseded)
+    );
     assert_eq!(answering.await??, forgeries.len() + 1);
     // Of another kind than they are, they are made anew.
     for name in ["asks".to_owned(), format!("answer:{}", question.nonce)] {
@@ -566,7 +569,7 @@ async fn garbled_keys_never_act_nor_stand_in_the_way() -> Outcome {
             world.queue.confirm(&claim).await?;
             world
                 .queue
-                .report(&claim, &report(&claim, 0, Said::Started))
+                .report(&claim, &report(&claim, 0, Update::Started))
                 .await?;
             world.queue.withdraw(claim.order.job).await?;
             world.queue.complete(&claim, &succeeded(&claim)).await?;
@@ -687,7 +690,7 @@ async fn passwords_are_in_no_error() -> Outcome {
         &socket,
     ));
     for (url, at) in urls {
-        let queue = Queue::Redis(Redis::connect(&url, Keys::parse(KEY)?, FREE).await?);
+        let queue = Queue::Redis(Redis::connect(&url, Keys::parse(KEY)?, NO_LIMITS).await?);
         let error = queue.ping().await.err().ok_or("it answered")?;
         let said = format!("{error} {error:?}");
         assert!(!said.contains("s3cret") && said.contains(at), "{said}");
@@ -706,14 +709,14 @@ async fn passwords_are_in_no_error() -> Outcome {
         "s3cret-pass",
         "",
     ] {
-        let error = Redis::connect(url, Keys::parse(KEY)?, FREE)
+        let error = Redis::connect(url, Keys::parse(KEY)?, NO_LIMITS)
             .await
             .err()
             .ok_or("usable")?;
         assert!(!format!("{error} {error:?}").contains("s3cret"), "{error}");
     }
     let right = format!("redis+unix://{socket}?pass=open-sesame");
-    let queue = Queue::Redis(Redis::connect(&right, Keys::parse(KEY)?, FREE).await?);
+    let queue = Queue::Redis(Redis::connect(&right, Keys::parse(KEY)?, NO_LIMITS).await?);
     queue.ping().await?;
     assert_eq!(queue.offer(&order("n1", "ada")).await?, Offered::New);
     Ok(())

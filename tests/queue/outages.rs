@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use redis::{Value, cmd};
-use upperdeck::service::job::{JobId, Said};
-use upperdeck::service::queue::{Error, Hold, Limits, Offered, Queue};
+use upperdeck::service::job::{JobId, Update};
+use upperdeck::service::queue::{ClaimState, Error, Limits, Offered, Queue};
 
 use crate::server::Server;
 use crate::world::{
-    FREE, LONG, NOW, Outcome, World, node, order, report, session, settings, succeeded,
+    LONG, NO_LIMITS, NOW, Outcome, World, node, order, report, session, settings, succeeded,
 };
 
 /// Repeats `call` until it succeeds, because a connection notices an outage of Redis only on its next use.
@@ -28,7 +28,7 @@ async fn everything_is_lost_in_the_middle_of_work() -> Outcome {
     let Some(server) = Server::start(&[]) else {
         return Ok(());
     };
-    let queue = server.queue(FREE, &settings());
+    let queue = server.queue(NO_LIMITS, &settings());
     let mut redis = server.connection().await;
     let held = order("n1", "ada");
     let waiting = order("n1", "ada");
@@ -36,7 +36,7 @@ async fn everything_is_lost_in_the_middle_of_work() -> Outcome {
     let claim = queue.claim("n1", "a", 1, NOW).await?.remove(0);
     queue.offer(&waiting).await?;
     queue
-        .report(&claim, &report(&claim, 0, Said::Started))
+        .report(&claim, &report(&claim, 0, Update::Started))
         .await?;
     queue
         .heartbeat(&node("n1"), Some(&[session("n1", "aa")]))
@@ -52,16 +52,16 @@ async fn everything_is_lost_in_the_middle_of_work() -> Outcome {
     let _: Value = cmd("SCRIPT").arg("FLUSH").query_async(&mut redis).await?;
 
     assert_eq!(queue.places(&[held.job, waiting.job]).await?, [None, None]);
-    assert_eq!(queue.renew(&claim).await?, Hold::Lost);
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Lost);
     assert_eq!(
         queue.complete(&claim, &succeeded(&claim)).await?,
-        Hold::Lost
+        ClaimState::Lost
     );
     // The record knows nothing of the claim: its fence is new all the same.
     assert_eq!(queue.offer(&held).await?, Offered::New);
     let anew = queue.claim("n1", "a", 1, NOW).await?.remove(0);
     assert!(anew.fence > claim.fence);
-    assert_eq!(queue.renew(&claim).await?, Hold::Lost);
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Lost);
 
     // Who waited waits on, and is woken.
     queue.offer(&order("n2", "bob")).await?;
@@ -80,7 +80,7 @@ async fn killed(more: &[&str], remembers: bool) -> Outcome {
     let Some(mut server) = Server::start(more) else {
         return Ok(());
     };
-    let queue = server.queue(FREE, &settings());
+    let queue = server.queue(NO_LIMITS, &settings());
     let (held, waiting) = (order("n1", "ada"), order("n1", "ada"));
     queue.offer(&held).await?;
     let claim = queue.claim("n1", "a", 1, NOW).await?.remove(0);
@@ -95,7 +95,7 @@ async fn killed(more: &[&str], remembers: bool) -> Outcome {
     let hold = again(|| queue.renew(&claim)).await?;
     let both = [held.job, waiting.job];
     let places = again(|| queue.places(&both)).await?;
-    assert_eq!(hold == Hold::Held, remembers);
+    assert_eq!(hold == ClaimState::Held, remembers);
     assert_eq!(places.iter().all(Option::is_some), remembers);
     assert_eq!(places.iter().all(Option::is_none), !remembers);
     for order in [&held, &waiting, &order("n2", "bob")] {
@@ -127,7 +127,7 @@ async fn agents_and_managers_at_the_same_time() -> Outcome {
     let limits = Limits {
         node: 7,
         user: 5,
-        ..FREE
+        ..NO_LIMITS
     };
     let settings = settings();
     let first = server.queue(limits, &settings);
@@ -150,10 +150,10 @@ async fn agents_and_managers_at_the_same_time() -> Outcome {
                     return Ok::<_, Error>(done);
                 }
                 for claim in got {
-                    assert_eq!(queue.confirm(&claim).await?, Hold::Held);
+                    assert_eq!(queue.confirm(&claim).await?, ClaimState::Held);
                     assert_eq!(
                         queue.complete(&claim, &succeeded(&claim)).await?,
-                        Hold::Held
+                        ClaimState::Held
                     );
                     done.push(claim.order.job);
                 }
@@ -200,7 +200,7 @@ async fn read(queue: &Queue, name: &str) -> Result<Vec<JobId>, Error> {
         quiet = if got.is_empty() { quiet + 1 } else { 0 };
         let entries: Vec<String> = got.iter().map(|one| one.entry.clone()).collect();
         heard.extend(got.into_iter().map(|one| one.report.job));
-        queue.taken(&entries).await?;
+        queue.acknowledge(&entries).await?;
     }
     Ok(heard)
 }
@@ -212,7 +212,7 @@ async fn many_restarts_leave_nothing_behind() -> Outcome {
         return Ok(());
     };
     let settings = settings();
-    let queue = server.queue(FREE, &settings);
+    let queue = server.queue(NO_LIMITS, &settings);
     let mut redis = server.connection().await;
     let world = World::of(queue, settings, Box::new(server));
     for at in 0..60 {

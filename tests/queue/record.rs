@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use upperdeck::service::job::{JobId, Order, Outcome as Ending, Report, Said};
+use upperdeck::service::job::{JobId, Order, Outcome as Ending, Report, Update};
 
 /// State of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,25 +51,28 @@ impl Record {
         }
         row.order.fence_after = report.fence;
         if row.is_over() {
-            return !matches!(report.said, Said::Ended { .. } | Said::GivenBack { .. });
+            return !matches!(
+                report.update,
+                Update::Ended { .. } | Update::GivenBack { .. }
+            );
         }
-        let again = match &report.said {
-            Said::Ended {
+        let again = match &report.update {
+            Update::Ended {
                 outcome: Ending::Succeeded { .. },
             } => {
                 row.end(Where::Succeeded);
                 false
             }
-            Said::Ended {
+            Update::Ended {
                 outcome: Ending::Cancelled,
             } => {
                 row.end(Where::Cancelled);
                 false
             }
-            Said::Ended {
+            Update::Ended {
                 outcome: Ending::Failed { .. },
             }
-            | Said::GivenBack { .. } => true,
+            | Update::GivenBack { .. } => true,
             _ => {
                 row.at = Where::Running;
                 false

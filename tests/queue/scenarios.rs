@@ -3,11 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use upperdeck::service::job::{JobId, Order, Outcome as Ending, Said, Unsaved, now_ms};
-use upperdeck::service::queue::{Depth, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Withdrawn};
+use upperdeck::service::job::{JobId, Order, Outcome as Ending, Unsaved, Update, now_ms};
+use upperdeck::service::queue::{
+    ClaimState, Depth, HEARTBEAT_LOST, Limits, Offered, Place, Withdrawn,
+};
 
 use crate::world::{
-    FREE, LONG, NOW, Outcome, World, ended, node, order, report, session, succeeded,
+    LONG, NO_LIMITS, NOW, Outcome, World, ended, node, order, report, session, succeeded,
 };
 
 /// Runs each scenario with both implementations.
@@ -35,36 +37,36 @@ macro_rules! on_both {
 
 /// Returns limits with a maximum of concurrent saves per user and no others.
 const fn of_user(user: u32) -> Limits {
-    Limits { user, ..FREE }
+    Limits { user, ..NO_LIMITS }
 }
 
 on_both! {
-    a_save_goes_out_and_its_last_word_comes_back: FREE;
-    what_ended_is_known_until_it_is_written_down: FREE;
-    an_order_that_waits_is_replaced_in_its_place: FREE;
-    who_queues_fifty_does_not_stand_before_who_queues_one: FREE;
-    who_comes_back_each_time_does_not_keep_another_waiting: FREE;
-    who_queues_five_thousand_delays_another_by_one_job: Limits { node: 1, ..FREE };
-    places_are_those_in_which_orders_go_out: FREE;
+    a_save_goes_out_and_its_last_word_comes_back: NO_LIMITS;
+    what_ended_is_known_until_it_is_written_down: NO_LIMITS;
+    an_order_that_waits_is_replaced_in_its_place: NO_LIMITS;
+    who_queues_fifty_does_not_stand_before_who_queues_one: NO_LIMITS;
+    who_comes_back_each_time_does_not_keep_another_waiting: NO_LIMITS;
+    who_queues_five_thousand_delays_another_by_one_job: Limits { node: 1, ..NO_LIMITS };
+    places_are_those_in_which_orders_go_out: NO_LIMITS;
     a_user_has_no_more_than_the_limit_on_all_nodes: of_user(2);
-    a_node_has_no_more_than_the_limit: Limits { node: 2, ..FREE };
-    a_registry_has_no_more_than_the_limit: Limits { registry: 1, ..FREE };
+    a_node_has_no_more_than_the_limit: Limits { node: 2, ..NO_LIMITS };
+    a_registry_has_no_more_than_the_limit: Limits { registry: 1, ..NO_LIMITS };
     a_limit_that_falls_back_wakes_who_waits_for_it: of_user(1);
-    a_claim_that_is_not_renewed_goes_to_another: FREE;
+    a_claim_that_is_not_renewed_goes_to_another: NO_LIMITS;
     a_claim_that_ended_comes_back_unless_its_place_is_taken: of_user(1);
-    the_youngest_agent_takes_over_at_once: FREE;
-    what_waits_is_taken_back: FREE;
-    what_is_held_is_told: FREE;
-    what_gets_its_tag_is_not_taken_back: FREE;
-    what_a_dead_agent_held_is_taken_back: FREE;
-    a_pause_is_kept: FREE;
-    an_order_that_expired_is_offered_again: FREE;
-    who_waits_is_woken: FREE;
-    each_who_waits_on_a_node_is_woken: FREE;
-    each_report_goes_to_one_manager_until_it_is_taken: FREE;
-    nodes_and_sessions_are_those_last_heard_of: FREE;
-    one_session_cannot_spoil_the_others: FREE;
-    how_full_it_is: FREE;
+    the_youngest_agent_takes_over_at_once: NO_LIMITS;
+    what_waits_is_taken_back: NO_LIMITS;
+    what_is_held_is_told: NO_LIMITS;
+    what_gets_its_tag_is_not_taken_back: NO_LIMITS;
+    what_a_dead_agent_held_is_taken_back: NO_LIMITS;
+    a_pause_is_kept: NO_LIMITS;
+    an_order_that_expired_is_offered_again: NO_LIMITS;
+    who_waits_is_woken: NO_LIMITS;
+    each_who_waits_on_a_node_is_woken: NO_LIMITS;
+    each_report_goes_to_one_manager_until_it_is_taken: NO_LIMITS;
+    nodes_and_sessions_are_those_last_heard_of: NO_LIMITS;
+    one_session_cannot_spoil_the_others: NO_LIMITS;
+    how_full_it_is: NO_LIMITS;
 }
 
 async fn place(world: &World, job: JobId) -> Result<Option<Place>, Box<dyn std::error::Error>> {
@@ -91,24 +93,24 @@ async fn a_save_goes_out_and_its_last_word_comes_back(world: World) -> Outcome {
     assert_eq!(queue.offer(&order).await?, Offered::Known);
     assert!(is_held(place(&world, order.job).await?));
 
-    let started = report(&claim, 0, Said::Started);
-    assert_eq!(queue.report(&claim, &started).await?, Hold::Held);
-    assert_eq!(queue.renew(&claim).await?, Hold::Held);
-    assert_eq!(queue.confirm(&claim).await?, Hold::Held);
+    let started = report(&claim, 0, Update::Started);
+    assert_eq!(queue.report(&claim, &started).await?, ClaimState::Held);
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Held);
+    assert_eq!(queue.confirm(&claim).await?, ClaimState::Held);
     let last = succeeded(&claim);
-    assert_eq!(queue.complete(&claim, &last).await?, Hold::Held);
+    assert_eq!(queue.complete(&claim, &last).await?, ClaimState::Held);
     assert_eq!(world.take_all().await?, [started, last]);
     assert_eq!(place(&world, order.job).await?, None);
-    assert_eq!(queue.renew(&claim).await?, Hold::Lost);
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Lost);
     assert_eq!(
         queue
-            .report(&claim, &report(&claim, 9, Said::Started))
+            .report(&claim, &report(&claim, 9, Update::Started))
             .await?,
-        Hold::Lost
+        ClaimState::Lost
     );
     assert_eq!(
         queue.complete(&claim, &succeeded(&claim)).await?,
-        Hold::Lost
+        ClaimState::Lost
     );
     assert!(world.take_all().await?.is_empty());
 
@@ -121,8 +123,8 @@ async fn a_save_goes_out_and_its_last_word_comes_back(world: World) -> Outcome {
     assert_eq!(queue.offer(&again).await?, Offered::New);
     let later = world.get("n1", "a").await?;
     assert!(later.fence > claim.fence);
-    assert_eq!(queue.renew(&claim).await?, Hold::Lost);
-    assert_eq!(queue.renew(&later).await?, Hold::Held);
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Lost);
+    assert_eq!(queue.renew(&later).await?, ClaimState::Held);
     Ok(())
 }
 
@@ -131,9 +133,9 @@ async fn what_ended_is_known_until_it_is_written_down(world: World) -> Outcome {
     let order = world.offer("n1", "ada").await?;
     let claim = world.get("n1", "a").await?;
     let last = succeeded(&claim);
-    assert_eq!(queue.complete(&claim, &last).await?, Hold::Held);
+    assert_eq!(queue.complete(&claim, &last).await?, ClaimState::Held);
     // The answer was lost, and the agent says it again.
-    assert_eq!(queue.complete(&claim, &last).await?, Hold::Held);
+    assert_eq!(queue.complete(&claim, &last).await?, ClaimState::Held);
     assert_eq!(
         place(&world, order.job).await?,
         Some(Place::Held { lease_ms: 0 })
@@ -152,18 +154,18 @@ async fn what_ended_is_known_until_it_is_written_down(world: World) -> Outcome {
     let given_back = report(
         &claim,
         1,
-        Said::GivenBack {
+        Update::GivenBack {
             reason: "the agent drains".to_owned(),
         },
     );
-    assert_eq!(queue.complete(&claim, &given_back).await?, Hold::Held);
+    assert_eq!(queue.complete(&claim, &given_back).await?, ClaimState::Held);
     let read = queue.reports("m", 10, NOW).await?;
     let again = Order {
         attempt: 2,
         ..order
     };
     assert_eq!(queue.offer(&again).await?, Offered::New);
-    queue.taken(&[read[0].entry.clone()]).await?;
+    queue.acknowledge(&[read[0].entry.clone()]).await?;
     assert_eq!(place(&world, again.job).await?, Some(Place::Waiting(0)));
     Ok(())
 }
@@ -325,7 +327,7 @@ async fn a_limit_that_falls_back_wakes_who_waits_for_it(world: World) -> Outcome
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!waiting.is_finished());
     let claimed = world.queue.complete(&first, &succeeded(&first)).await?;
-    assert_eq!(claimed, Hold::Held);
+    assert_eq!(claimed, ClaimState::Held);
     assert_eq!(waiting.await??.len(), 1);
     Ok(())
 }
@@ -337,7 +339,7 @@ async fn a_claim_that_is_not_renewed_goes_to_another(world: World) -> Outcome {
     // Renewed, it outlives its first lease.
     for _ in 0..3 {
         world.pass(world.lease / 2);
-        assert_eq!(queue.renew(&lost).await?, Hold::Held);
+        assert_eq!(queue.renew(&lost).await?, ClaimState::Held);
     }
     assert!(world.claim("n1", "b").await?.is_none());
     world.pass_lease();
@@ -348,17 +350,20 @@ async fn a_claim_that_is_not_renewed_goes_to_another(world: World) -> Outcome {
     let taken = world.get("n1", "b").await?;
     assert_eq!(taken.order, order);
     assert!(taken.fence > lost.fence);
-    assert_eq!(queue.renew(&lost).await?, Hold::Lost);
-    assert_eq!(queue.confirm(&lost).await?, Hold::Lost);
+    assert_eq!(queue.renew(&lost).await?, ClaimState::Lost);
+    assert_eq!(queue.confirm(&lost).await?, ClaimState::Lost);
     assert_eq!(
         queue
-            .report(&lost, &report(&lost, 1, Said::Started))
+            .report(&lost, &report(&lost, 1, Update::Started))
             .await?,
-        Hold::Lost
+        ClaimState::Lost
     );
-    assert_eq!(queue.complete(&lost, &succeeded(&lost)).await?, Hold::Lost);
+    assert_eq!(
+        queue.complete(&lost, &succeeded(&lost)).await?,
+        ClaimState::Lost
+    );
     assert!(world.take_all().await?.is_empty());
-    assert_eq!(queue.renew(&taken).await?, Hold::Held);
+    assert_eq!(queue.renew(&taken).await?, ClaimState::Held);
     world.finish(&taken).await
 }
 
@@ -367,13 +372,13 @@ async fn a_claim_that_ended_comes_back_unless_its_place_is_taken(world: World) -
     world.offer("n1", "ada").await?;
     let claim = world.get("n1", "a").await?;
     world.pass_lease();
-    assert_eq!(queue.renew(&claim).await?, Hold::Held);
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Held);
     assert!(queue.reclaim("n1", "a").await?.is_empty());
     world.pass_lease();
     world.offer("n2", "ada").await?;
     let other = world.get("n2", "b").await?;
-    assert_eq!(queue.renew(&claim).await?, Hold::Lost);
-    assert_eq!(queue.confirm(&claim).await?, Hold::Lost);
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Lost);
+    assert_eq!(queue.confirm(&claim).await?, ClaimState::Lost);
     assert!(
         queue.reclaim("n1", "a").await?.is_empty(),
         "past the limit of the user"
@@ -396,12 +401,12 @@ async fn the_youngest_agent_takes_over_at_once(world: World) -> Outcome {
     let young = queue.reclaim("n1", "young").await?;
     assert_eq!(young.len(), 1);
     assert_eq!(young[0].order, old[0].order);
-    assert_eq!(queue.renew(&old[0]).await?, Hold::Lost);
-    assert_eq!(queue.renew(&elsewhere[0]).await?, Hold::Held);
+    assert_eq!(queue.renew(&old[0]).await?, ClaimState::Lost);
+    assert_eq!(queue.renew(&elsewhere[0]).await?, ClaimState::Held);
     // Its own, and those of a younger one, are left alone.
     assert!(queue.reclaim("n1", "young").await?.is_empty());
     assert!(queue.reclaim("n1", "old").await?.is_empty());
-    assert_eq!(queue.renew(&young[0]).await?, Hold::Held);
+    assert_eq!(queue.renew(&young[0]).await?, ClaimState::Held);
     // Those of which the lease ended are anybody's.
     world.pass_lease();
     let back = queue.reclaim("n1", "old").await?;
@@ -420,7 +425,7 @@ async fn what_waits_is_taken_back(world: World) -> Outcome {
     };
     queue.offer(&later).await?;
     for job in [order.job, later.job] {
-        assert_eq!(queue.withdraw(job).await?, Withdrawn::Taken);
+        assert_eq!(queue.withdraw(job).await?, Withdrawn::Removed);
         assert_eq!(queue.withdraw(job).await?, Withdrawn::Unknown);
         assert_eq!(place(&world, job).await?, None);
     }
@@ -439,18 +444,18 @@ async fn what_is_held_is_told(world: World) -> Outcome {
     let queue = &world.queue;
     let order = world.offer("n1", "ada").await?;
     let claim = world.get("n1", "a").await?;
-    assert_eq!(queue.withdraw(order.job).await?, Withdrawn::Told);
-    assert_eq!(queue.withdraw(order.job).await?, Withdrawn::Told);
-    assert_eq!(queue.renew(&claim).await?, Hold::Cancelled);
-    assert_eq!(queue.confirm(&claim).await?, Hold::Cancelled);
-    let phase = report(&claim, 1, Said::Started);
-    assert_eq!(queue.report(&claim, &phase).await?, Hold::Cancelled);
+    assert_eq!(queue.withdraw(order.job).await?, Withdrawn::CancelRequested);
+    assert_eq!(queue.withdraw(order.job).await?, Withdrawn::CancelRequested);
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Cancelled);
+    assert_eq!(queue.confirm(&claim).await?, ClaimState::Cancelled);
+    let phase = report(&claim, 1, Update::Started);
+    assert_eq!(queue.report(&claim, &phase).await?, ClaimState::Cancelled);
     // Who takes it over hears of it too.
     world.pass_lease();
     let taken = world.get("n1", "b").await?;
-    assert_eq!(queue.renew(&taken).await?, Hold::Cancelled);
+    assert_eq!(queue.renew(&taken).await?, ClaimState::Cancelled);
     let last = ended(&taken, Ending::Cancelled);
-    assert_eq!(queue.complete(&taken, &last).await?, Hold::Held);
+    assert_eq!(queue.complete(&taken, &last).await?, ClaimState::Held);
     assert_eq!(world.take_all().await?, [phase, last]);
     assert_eq!(queue.withdraw(order.job).await?, Withdrawn::Unknown);
     Ok(())
@@ -460,19 +465,19 @@ async fn what_gets_its_tag_is_not_taken_back(world: World) -> Outcome {
     let queue = &world.queue;
     let order = world.offer("n1", "ada").await?;
     let claim = world.get("n1", "a").await?;
-    assert_eq!(queue.confirm(&claim).await?, Hold::Held);
+    assert_eq!(queue.confirm(&claim).await?, ClaimState::Held);
     assert_eq!(queue.withdraw(order.job).await?, Withdrawn::TooLate);
-    assert_eq!(queue.renew(&claim).await?, Hold::Held);
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Held);
     // The agent dies over it: the tag may be on, so it goes on where it was.
     world.pass_lease();
     assert_eq!(queue.withdraw(order.job).await?, Withdrawn::TooLate);
     let taken = world.get("n1", "b").await?;
     assert_eq!(queue.withdraw(order.job).await?, Withdrawn::TooLate);
-    assert_eq!(queue.renew(&taken).await?, Hold::Held);
+    assert_eq!(queue.renew(&taken).await?, ClaimState::Held);
     // Nobody comes: it has to end some time.
     world.pass(world.lease * 6);
-    assert_eq!(queue.withdraw(order.job).await?, Withdrawn::Taken);
-    assert_eq!(queue.renew(&taken).await?, Hold::Lost);
+    assert_eq!(queue.withdraw(order.job).await?, Withdrawn::Removed);
+    assert_eq!(queue.renew(&taken).await?, ClaimState::Lost);
     Ok(())
 }
 
@@ -480,13 +485,13 @@ async fn what_a_dead_agent_held_is_taken_back(world: World) -> Outcome {
     let order = world.offer("n1", "ada").await?;
     let claim = world.get("n1", "a").await?;
     world.pass_lease();
-    assert_eq!(world.queue.withdraw(order.job).await?, Withdrawn::Taken);
+    assert_eq!(world.queue.withdraw(order.job).await?, Withdrawn::Removed);
     assert_eq!(place(&world, order.job).await?, None);
     assert!(world.claim("n1", "b").await?.is_none());
-    assert_eq!(world.queue.renew(&claim).await?, Hold::Lost);
+    assert_eq!(world.queue.renew(&claim).await?, ClaimState::Lost);
     assert_eq!(
         world.queue.complete(&claim, &succeeded(&claim)).await?,
-        Hold::Lost
+        ClaimState::Lost
     );
     Ok(())
 }
@@ -541,7 +546,7 @@ async fn an_order_that_expired_is_offered_again(world: World) -> Outcome {
     assert_eq!(claim.order.job, renewed.job);
     // A claim is not cut short, but nobody begins anew with an order that has expired.
     world.pass(Duration::from_secs(2 * 3600));
-    assert_eq!(world.queue.renew(&claim).await?, Hold::Held);
+    assert_eq!(world.queue.renew(&claim).await?, ClaimState::Held);
     world.pass_lease();
     assert!(
         world
@@ -568,7 +573,7 @@ async fn who_waits_is_woken(world: World) -> Outcome {
     let claims = agent.await??;
     assert_eq!(claims.len(), 1);
     assert!(!manager.is_finished());
-    let started = report(&claims[0], 0, Said::Started);
+    let started = report(&claims[0], 0, Update::Started);
     world.queue.report(&claims[0], &started).await?;
     let reports = manager.await??;
     assert_eq!(reports.len(), 1);
@@ -611,7 +616,7 @@ async fn each_report_goes_to_one_manager_until_it_is_taken(world: World) -> Outc
     let claim = world.get("n1", "a").await?;
     for seq in 0..10 {
         queue
-            .report(&claim, &report(&claim, seq, Said::Started))
+            .report(&claim, &report(&claim, seq, Update::Started))
             .await?;
     }
     let first = queue.reports("m1", 4, NOW).await?;
@@ -625,17 +630,17 @@ async fn each_report_goes_to_one_manager_until_it_is_taken(world: World) -> Outc
     assert_eq!(seqs, (0..10).collect::<Vec<_>>());
     assert_eq!(queue.depth().await?.reports, 10);
     let entries: Vec<_> = second.iter().map(|one| one.entry.clone()).collect();
-    queue.taken(&entries).await?;
+    queue.acknowledge(&entries).await?;
     assert_eq!(queue.depth().await?.reports, 4);
     assert!(queue.reports("m2", 100, NOW).await?.is_empty());
     // The first manager is dead.
-    tokio::time::sleep(world.patience + Duration::from_millis(200)).await;
+    tokio::time::sleep(world.ack_timeout + Duration::from_millis(200)).await;
     let again = queue.reports("m2", 100, NOW).await?;
     let seqs: BTreeSet<u64> = again.iter().map(|one| one.report.seq).collect();
     assert_eq!(seqs, (0..4).collect());
     let entries: Vec<_> = again.iter().map(|one| one.entry.clone()).collect();
-    queue.taken(&entries).await?;
-    queue.taken(&entries).await?;
+    queue.acknowledge(&entries).await?;
+    queue.acknowledge(&entries).await?;
     assert_eq!(queue.depth().await?.reports, 0);
     Ok(())
 }
@@ -693,7 +698,7 @@ async fn nodes_and_sessions_are_those_last_heard_of(world: World) -> Outcome {
     assert_eq!(queue.sessions().await?, sessions);
     assert_eq!(queue.nodes().await?.len(), 2);
     // Whatever an agent takes for the time.
-    let silences = queue.silences().await?;
+    let silences = queue.heartbeat_ages().await?;
     assert_eq!(silences.len(), 2);
     assert!(silences["n1"] < HEARTBEAT_LOST, "{silences:?}");
     assert!(silences["n2"] > HEARTBEAT_LOST, "{silences:?}");
@@ -718,7 +723,7 @@ async fn how_full_it_is(world: World) -> Outcome {
     let claim = world.get("n1", "a").await?;
     world
         .queue
-        .report(&claim, &report(&claim, 0, Said::Started))
+        .report(&claim, &report(&claim, 0, Update::Started))
         .await?;
     let depth = world.queue.depth().await?;
     assert_eq!((depth.waiting, depth.held, depth.reports), (3, 1, 1));

@@ -10,8 +10,8 @@ use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use redis::{Value, cmd};
 use tokio::task::JoinHandle;
-use upperdeck::service::job::{JobId, Outcome as Ending, Said};
-use upperdeck::service::queue::{Claim, Error, Hold, Limits, Queue, Settings};
+use upperdeck::service::job::{JobId, Outcome as Ending, Update};
+use upperdeck::service::queue::{Claim, ClaimState, Error, Limits, Queue, Settings};
 
 use crate::record::{Record, Where};
 use crate::server::Server;
@@ -40,32 +40,32 @@ async fn save(queue: Queue, claim: Claim, kept: Kept, mut rng: SmallRng) -> Resu
     for _ in 0..rng.random_range(1..5) {
         seq += 1;
         let said = if seq == 1 {
-            Said::Assigned
+            Update::Assigned
         } else {
-            Said::Started
+            Update::Started
         };
         match queue.report(&claim, &report(&claim, seq, said)).await? {
-            Hold::Held => {}
-            Hold::Cancelled => {
+            ClaimState::Held => {}
+            ClaimState::Cancelled => {
                 queue
                     .complete(&claim, &ended(&claim, Ending::Cancelled))
                     .await?;
                 return Ok(());
             }
-            Hold::Lost => return Ok(()),
+            ClaimState::Lost => return Ok(()),
         }
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..60))).await;
         queue.renew(&claim).await?;
     }
     match queue.confirm(&claim).await? {
-        Hold::Held => {}
-        Hold::Cancelled => {
+        ClaimState::Held => {}
+        ClaimState::Cancelled => {
             queue
                 .complete(&claim, &ended(&claim, Ending::Cancelled))
                 .await?;
             return Ok(());
         }
-        Hold::Lost => return Ok(()),
+        ClaimState::Lost => return Ok(()),
     }
     *kept
         .tags
@@ -130,7 +130,7 @@ async fn hear(queue: &Queue, name: &str, kept: &Kept) -> Result<(), Error> {
         }
     }
     let entries: Vec<String> = got.into_iter().map(|one| one.entry).collect();
-    queue.taken(&entries).await?;
+    queue.acknowledge(&entries).await?;
     for job in over {
         queue.withdraw(job).await?;
     }
@@ -242,7 +242,7 @@ async fn everything_dies_while_everybody_works() -> Outcome {
     note(&format!("seed {seed}"));
     let settings = Settings {
         lease: LEASE,
-        patience: LEASE,
+        ack_timeout: LEASE,
         ..settings()
     };
     let mut storm = Storm {

@@ -9,7 +9,7 @@ use upperdeck::service::queue::{Error, Queue, Redis};
 
 use crate::server::{KEY, Server};
 use crate::support::{Need, ignored};
-use crate::world::{FREE, NOW, Outcome, order};
+use crate::world::{NO_LIMITS, NOW, Outcome, order};
 
 /// Variable that passes the URL of the server to the child process.
 const URL: &str = "UPPERDECK_TEST_REDISS";
@@ -92,7 +92,7 @@ async fn only_whom_the_systems_roots_vouch_for_is_spoken_to() -> Outcome {
     );
 
     // This process does not know the root.
-    let queue = Queue::Redis(Redis::connect(&url, Keys::parse(KEY)?, FREE).await?);
+    let queue = Queue::Redis(Redis::connect(&url, Keys::parse(KEY)?, NO_LIMITS).await?);
     let error = queue.ping().await.err().ok_or("it spoke to a stranger")?;
     assert!(matches!(error, Error::Unreachable { .. }), "{error}");
     assert!(!format!("{error:?}").contains("s3cret"));
@@ -100,7 +100,7 @@ async fn only_whom_the_systems_roots_vouch_for_is_spoken_to() -> Outcome {
 }
 
 async fn speak(url: &str) -> Outcome {
-    let queue = Queue::Redis(Redis::connect(url, Keys::parse(KEY)?, FREE).await?);
+    let queue = Queue::Redis(Redis::connect(url, Keys::parse(KEY)?, NO_LIMITS).await?);
     queue.ping().await?;
     let order = order("n1", "ada");
     queue.offer(&order).await?;

@@ -4,15 +4,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use upperdeck::service::job::{
-    Category, JobId, Kind, Load, Node, Order, Outcome as Ending, Report, Said, SaveOptions, Saved,
-    Session, now_ms,
+    Category, JobId, Kind, Load, Node, Order, Outcome as Ending, Report, SaveOptions, Saved,
+    Session, Update, now_ms,
 };
-use upperdeck::service::queue::{Claim, Clock, Hold, Limits, Local, Queue, Settings};
+use upperdeck::service::queue::{Claim, ClaimState, Clock, Limits, Local, Queue, Settings};
 
 pub type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// No limits.
-pub const FREE: Limits = Limits {
+pub const NO_LIMITS: Limits = Limits {
     user: 0,
     node: 0,
     registry: 0,
@@ -27,7 +27,7 @@ pub struct World {
     /// Duration of a lease.
     pub lease: Duration,
     /// How long a manager may leave a report unacknowledged.
-    pub patience: Duration,
+    pub ack_timeout: Duration,
     pub clock: Clock,
     /// Resources that have to outlive the queue.
     pub _kept: Box<dyn std::any::Any + Send>,
@@ -44,7 +44,7 @@ impl World {
         Self {
             queue,
             lease: settings.lease,
-            patience: settings.patience,
+            ack_timeout: settings.ack_timeout,
             clock: settings.clock,
             _kept: kept,
         }
@@ -85,7 +85,7 @@ impl World {
     /// Completes `claim` successfully, and lets the managers acknowledge the report.
     pub async fn finish(&self, claim: &Claim) -> Outcome {
         let hold = self.queue.complete(claim, &succeeded(claim)).await?;
-        assert_eq!(hold, Hold::Held);
+        assert_eq!(hold, ClaimState::Held);
         self.take_all().await.map(drop)
     }
 
@@ -93,7 +93,7 @@ impl World {
     pub async fn take_all(&self) -> Result<Vec<Report>, Box<dyn std::error::Error>> {
         let got = self.queue.reports("m", 10_000, NOW).await?;
         let entries: Vec<_> = got.iter().map(|one| one.entry.clone()).collect();
-        self.queue.taken(&entries).await?;
+        self.queue.acknowledge(&entries).await?;
         Ok(got.into_iter().map(|one| one.report).collect())
     }
 }
@@ -103,7 +103,7 @@ impl World {
 pub fn settings() -> Settings {
     Settings {
         lease: Duration::from_secs(600),
-        patience: Duration::from_millis(400),
+        ack_timeout: Duration::from_millis(400),
         ..Settings::default()
     }
 }
@@ -127,7 +127,7 @@ pub fn order(node: &str, user: &str) -> Order {
     }
 }
 
-pub fn report(claim: &Claim, seq: u64, said: Said) -> Report {
+pub fn report(claim: &Claim, seq: u64, update: Update) -> Report {
     Report {
         job: claim.order.job,
         node: claim.order.node.clone(),
@@ -135,14 +135,14 @@ pub fn report(claim: &Claim, seq: u64, said: Said) -> Report {
         fence: claim.fence,
         seq,
         at_ms: now_ms(),
-        said,
+        update,
     }
 }
 
 pub fn ended(claim: &Claim, outcome: Ending) -> Report {
     static SEQ: AtomicU64 = AtomicU64::new(1000);
     let seq = SEQ.fetch_add(1, Ordering::Relaxed);
-    report(claim, seq, Said::Ended { outcome })
+    report(claim, seq, Update::Ended { outcome })
 }
 
 pub fn succeeded(claim: &Claim) -> Report {

@@ -12,10 +12,11 @@ use std::future::Future;
 use std::time::Duration;
 
 use upperdeck::service::job::{
-    Category, Code, Event, JobId, Kind, Outcome, Phase, Report, Said, SaveOptions, Saved, State,
+    Category, Code, Event, JobId, Kind, Outcome, Phase, Report, SaveOptions, Saved, State, Update,
 };
 use upperdeck::service::record::{
-    Errand, Error, Filter, Most, Policy, Progress, Record, Request, Save, SignIn, Submitted,
+    Error, Filter, OutboxAction, Policy, Progress, Record, Request, Save, SignIn, Submitted,
+    UserLimits,
 };
 
 type Outcomes = Result<(), Box<dyn std::error::Error>>;
@@ -97,7 +98,7 @@ fn saved() -> Saved {
     }
 }
 
-fn report(job: JobId, attempt: u32, fence: u64, seq: u64, said: Said) -> Report {
+fn report(job: JobId, attempt: u32, fence: u64, seq: u64, update: Update) -> Report {
     Report {
         job,
         node: "n1".into(),
@@ -105,12 +106,12 @@ fn report(job: JobId, attempt: u32, fence: u64, seq: u64, said: Said) -> Report 
         fence,
         seq,
         at_ms: 1000,
-        said,
+        update,
     }
 }
 
-fn warning(text: &str) -> Said {
-    Said::Event {
+fn warning(text: &str) -> Update {
+    Update::Event {
         event: Event::Warning {
             code: "note".into(),
             message: text.to_owned(),
@@ -118,14 +119,14 @@ fn warning(text: &str) -> Said {
     }
 }
 
-fn done() -> Said {
-    Said::Ended {
+fn done() -> Update {
+    Update::Ended {
         outcome: Outcome::Succeeded { saved: saved() },
     }
 }
 
-fn failed(retryable: bool) -> Said {
-    Said::Ended {
+fn failed(retryable: bool) -> Update {
+    Update::Ended {
         outcome: Outcome::Failed {
             code: Code::RegistryUnavailable,
             message: "503".into(),
@@ -135,7 +136,7 @@ fn failed(retryable: bool) -> Said {
 }
 
 async fn accept(record: &Record, save: &Save) -> Outcomes {
-    match record.submit(save, None, Most::default()).await? {
+    match record.submit(save, None, UserLimits::default()).await? {
         Submitted::New(_) => Ok(()),
         other => Err(format!("{other:?}").into()),
     }
@@ -149,7 +150,7 @@ async fn check_story(record: &Record, id: JobId) -> Result<Save, Box<dyn std::er
         assert_eq!(line.from, at, "a gap in the audit of {id}");
         match line.from {
             None => assert_eq!(line.to, State::Queued),
-            Some(from) => assert!(from == line.to || from.may_become(line.to)),
+            Some(from) => assert!(from == line.to || from.can_become(line.to)),
         }
         at = Some(line.to);
     }
@@ -173,7 +174,7 @@ fn what_is_accepted_is_read_as_it_was_written() -> Outcomes {
         record.close().await;
         let record = Record::open(&place).await?;
         assert_eq!(record.save(save.id).await?.as_ref(), Some(&save));
-        assert_eq!(record.writing_to(&save.destination).await?, Some(save.id));
+        assert_eq!(record.open_save_to(&save.destination).await?, Some(save.id));
         assert_eq!(record.save(JobId::new()).await?, None);
         record.ping().await?;
         Ok(())
@@ -186,16 +187,16 @@ fn a_session_and_a_tag_have_one_open_save_and_a_user_so_many() -> Outcomes {
         let record = Record::open(&place).await?;
         let first = save("alice", "s1", "v1");
         accept(&record, &first).await?;
-        let one_open = Most { open: 1, day: 0 };
+        let one_open = UserLimits { open: 1, day: 0 };
         assert_eq!(
             record
-                .submit(&save("alice", "s1", "v2"), None, Most::default())
+                .submit(&save("alice", "s1", "v2"), None, UserLimits::default())
                 .await?,
             Submitted::Busy(first.id)
         );
         assert_eq!(
             record
-                .submit(&save("alice", "s2", "v1"), None, Most::default())
+                .submit(&save("alice", "s2", "v1"), None, UserLimits::default())
                 .await?,
             Submitted::TagBusy(first.id)
         );
@@ -217,11 +218,11 @@ fn a_session_and_a_tag_have_one_open_save_and_a_user_so_many() -> Outcomes {
             Submitted::New(_)
         ));
         record
-            .hear(&[report(first.id, 1, 1, 0, done())], &POLICY)
+            .apply_reports(&[report(first.id, 1, 1, 0, done())], &POLICY)
             .await?;
         accept(&record, &save("alice", "s1", "v1")).await?;
         // Two in a day, whatever became of the first.
-        let two_a_day = Most { open: 0, day: 2 };
+        let two_a_day = UserLimits { open: 0, day: 2 };
         assert_eq!(
             record
                 .submit(&save("alice", "s3", "v3"), None, two_a_day)
@@ -291,9 +292,11 @@ fn a_user_has_so_many_open_saves_though_they_are_asked_for_at_once() -> Outcomes
             let sent = (0..12).map(|n| {
                 let record = if n % 2 == 0 { one.clone() } else { two.clone() };
                 let save = save(&user, &format!("s{round}-{n}"), &format!("v{n}"));
-                tokio::spawn(
-                    async move { record.submit(&save, None, Most { open: 2, day: 0 }).await },
-                )
+                tokio::spawn(async move {
+                    record
+                        .submit(&save, None, UserLimits { open: 2, day: 0 })
+                        .await
+                })
             });
             let mut new = 0;
             for answer in futures_util::future::join_all(sent.collect::<Vec<_>>()).await {
@@ -324,7 +327,11 @@ fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
                 request("h"),
                 save("alice", &format!("s{n}"), &format!("v{n}")),
             );
-            tokio::spawn(async move { record.submit(&save, Some(&request), Most::default()).await })
+            tokio::spawn(async move {
+                record
+                    .submit(&save, Some(&request), UserLimits::default())
+                    .await
+            })
         });
         let mut ids = BTreeSet::new();
         let mut new = 0;
@@ -343,7 +350,7 @@ fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
         assert_eq!((new, ids.len()), (1, 1));
         let other = save("alice", "s99", "v99");
         assert_eq!(
-            one.submit(&other, Some(&request("another")), Most::default())
+            one.submit(&other, Some(&request("another")), UserLimits::default())
                 .await?,
             Submitted::OtherRequest
         );
@@ -352,7 +359,8 @@ fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
             ..request("another")
         };
         assert!(matches!(
-            one.submit(&other, Some(&others), Most::default()).await?,
+            one.submit(&other, Some(&others), UserLimits::default())
+                .await?,
             Submitted::New(_)
         ));
         // A request that is refused does not use its key up.
@@ -361,12 +369,14 @@ fn a_key_means_one_request_though_it_is_sent_many_times_at_once() -> Outcomes {
             ..request("h")
         };
         assert!(matches!(
-            one.submit(&other, Some(&busy), Most::default()).await?,
+            one.submit(&other, Some(&busy), UserLimits::default())
+                .await?,
             Submitted::Busy(_)
         ));
         let free = save("alice", "s100", "v100");
         assert!(matches!(
-            one.submit(&free, Some(&busy), Most::default()).await?,
+            one.submit(&free, Some(&busy), UserLimits::default())
+                .await?,
             Submitted::New(_)
         ));
         Ok(())
@@ -396,7 +406,7 @@ fn of_two_managers_that_race_for_the_outbox_one_has_each_errand() -> Outcomes {
                 // Who loses a row to another one comes again, as managers do.
                 let mut empty = 0;
                 while empty < 3 {
-                    let more = record.take_errands(name, 7).await?;
+                    let more = record.take_outbox(name, 7).await?;
                     empty = if more.is_empty() { empty + 1 } else { 0 };
                     taken.extend(more);
                 }
@@ -407,7 +417,7 @@ fn of_two_managers_that_race_for_the_outbox_one_has_each_errand() -> Outcomes {
         let mut count = 0;
         for racer in futures_util::future::join_all(racers).await {
             for taken in racer?? {
-                assert_eq!(taken.errand, Errand::Offer);
+                assert_eq!(taken.action, OutboxAction::Offer);
                 won.insert(taken.save);
                 count += 1;
             }
@@ -423,23 +433,23 @@ fn an_errand_is_done_once_and_comes_back_when_it_was_not() -> Outcomes {
         let record = Record::open(&place).await?;
         let save = save("alice", "s1", "v1");
         accept(&record, &save).await?;
-        let taken = record.take_errands("one", 9).await?;
+        let taken = record.take_outbox("one", 9).await?;
         assert_eq!(taken.len(), 1);
-        assert!(record.take_errands("two", 9).await?.is_empty());
+        assert!(record.take_outbox("two", 9).await?.is_empty());
         record
-            .errand_failed("one", &taken[0], Duration::ZERO)
+            .outbox_failed("one", &taken[0], Duration::ZERO)
             .await?;
-        let again = record.take_errands("two", 9).await?;
+        let again = record.take_outbox("two", 9).await?;
         assert_eq!(again.len(), 1);
         // Sent anew while it is being done: what is done is the old one.
         record
             .change(save.id, "t", |draft| draft.offer_again("lost"))
             .await?;
-        record.errand_done("two", &again[0]).await?;
-        let anew = record.take_errands("two", 9).await?;
+        record.outbox_done("two", &again[0]).await?;
+        let anew = record.take_outbox("two", 9).await?;
         assert_eq!(anew.len(), 1);
-        record.errand_done("two", &anew[0]).await?;
-        assert!(record.take_errands("two", 9).await?.is_empty());
+        record.outbox_done("two", &anew[0]).await?;
+        assert!(record.take_outbox("two", 9).await?.is_empty());
         Ok(())
     })
 }
@@ -453,8 +463,8 @@ fn a_report_is_heard_once_whoever_brings_it() -> Outcomes {
         let reports: Vec<Report> = (0..40)
             .map(|seq| report(save.id, 1, 5, seq + 2, warning(&format!("w{seq}"))))
             .chain([
-                report(save.id, 1, 5, 0, Said::Assigned),
-                report(save.id, 1, 5, 1, Said::Started),
+                report(save.id, 1, 5, 0, Update::Assigned),
+                report(save.id, 1, 5, 1, Update::Started),
                 report(save.id, 1, 5, 50, failed(true)),
             ])
             .collect();
@@ -467,9 +477,9 @@ fn a_report_is_heard_once_whoever_brings_it() -> Outcomes {
                 two.clone()
             };
             let piece = piece.to_vec();
-            work.push(tokio::spawn(
-                async move { record.hear(&piece, &POLICY).await },
-            ));
+            work.push(tokio::spawn(async move {
+                record.apply_reports(&piece, &POLICY).await
+            }));
         }
         for done in futures_util::future::join_all(work).await {
             done??;
@@ -482,7 +492,7 @@ fn a_report_is_heard_once_whoever_brings_it() -> Outcomes {
         let texts: BTreeSet<_> = heard.warnings.iter().map(|w| w.message.clone()).collect();
         // Those, and that it was tried before; what came after the end of its attempt is still a remark.
         assert_eq!(texts.len(), 41, "{texts:?}");
-        assert!(one.hear(&reports, &POLICY).await?.is_empty());
+        assert!(one.apply_reports(&reports, &POLICY).await?.is_empty());
         Ok(())
     })
 }
@@ -500,13 +510,13 @@ fn a_node_does_not_use_up_the_reports_of_anothers_job() -> Outcomes {
                 ..report(save.id, 1, 7, seq, warning("x"))
             })
             .collect();
-        assert!(record.hear(&forged, &POLICY).await?.is_empty());
+        assert!(record.apply_reports(&forged, &POLICY).await?.is_empty());
         let own = [
-            report(save.id, 1, 7, 0, Said::Assigned),
-            report(save.id, 1, 7, 1, Said::Started),
+            report(save.id, 1, 7, 0, Update::Assigned),
+            report(save.id, 1, 7, 1, Update::Started),
             report(save.id, 1, 7, 2, done()),
         ];
-        record.hear(&own, &POLICY).await?;
+        record.apply_reports(&own, &POLICY).await?;
         let heard = check_story(&record, save.id).await?;
         assert_eq!((heard.state, heard.fence), (State::Succeeded, 7));
         assert!(heard.warnings.is_empty());
@@ -522,7 +532,7 @@ fn whatever_a_node_says_the_others_are_heard() -> Outcomes {
         accept(&record, &odd).await?;
         accept(&record, &plain).await?;
         let text = "a\0b".repeat(5000);
-        let failed = |code| Said::Ended {
+        let failed = |code| Update::Ended {
             outcome: Outcome::Failed {
                 code,
                 message: text.clone(),
@@ -533,14 +543,14 @@ fn whatever_a_node_says_the_others_are_heard() -> Outcomes {
         strange.reference.clone_from(&text);
         strange.digest.clone_from(&text);
         strange.base_name = Some(text.clone());
-        let succeeded = Said::Ended {
+        let succeeded = Update::Ended {
             outcome: Outcome::Succeeded { saved: strange },
         };
-        let given_back = Said::GivenBack {
+        let given_back = Update::GivenBack {
             reason: text.clone(),
         };
         for (attempt, fence, seq, said) in [
-            (1, 1, 0, Said::Started),
+            (1, 1, 0, Update::Started),
             (1, 1, 1, given_back),
             (2, 2, 0, warning(&text)),
             (2, 2, u64::MAX, failed(Code::Internal)),
@@ -551,7 +561,7 @@ fn whatever_a_node_says_the_others_are_heard() -> Outcomes {
                 at_ms: i64::MIN,
                 ..report(odd.id, attempt, fence, seq, said)
             };
-            record.hear(&[report], &POLICY).await?;
+            record.apply_reports(&[report], &POLICY).await?;
         }
         let heard = record.save(odd.id).await?.ok_or("it is gone")?;
         assert_eq!(heard.state, State::Succeeded);
@@ -561,7 +571,7 @@ fn whatever_a_node_says_the_others_are_heard() -> Outcomes {
         }
         assert!(!record.audit(odd.id).await?.is_empty());
         record
-            .hear(&[report(plain.id, 1, 7, 2, done())], &POLICY)
+            .apply_reports(&[report(plain.id, 1, 7, 2, done())], &POLICY)
             .await?;
         let heard = check_story(&record, plain.id).await?;
         assert_eq!(heard.state, State::Succeeded);
@@ -575,7 +585,7 @@ fn changes_at_the_same_time_are_all_made() -> Outcomes {
         let (one, two) = (Record::open(&place).await?, Record::open(&place).await?);
         let save = save("alice", "s1", "v1");
         accept(&one, &save).await?;
-        one.hear(&[report(save.id, 1, 1, 0, Said::Started)], &POLICY)
+        one.apply_reports(&[report(save.id, 1, 1, 0, Update::Started)], &POLICY)
             .await?;
         // Each fence takes the save over: all but the highest may come too late, none may break the chain.
         let work = (2..12).map(|fence| {
@@ -584,8 +594,8 @@ fn changes_at_the_same_time_are_all_made() -> Outcomes {
             } else {
                 two.clone()
             };
-            let said = report(save.id, 1, fence, 0, Said::Started);
-            tokio::spawn(async move { record.hear(&[said], &POLICY).await })
+            let said = report(save.id, 1, fence, 0, Update::Started);
+            tokio::spawn(async move { record.apply_reports(&[said], &POLICY).await })
         });
         for done in futures_util::future::join_all(work.collect::<Vec<_>>()).await {
             done??;
@@ -594,7 +604,9 @@ fn changes_at_the_same_time_are_all_made() -> Outcomes {
         assert_eq!((heard.state, heard.fence), (State::Running, 11));
         let wishes = (0..8).map(|n| {
             let record = if n % 2 == 0 { one.clone() } else { two.clone() };
-            tokio::spawn(async move { record.change(save.id, "t", |d| d.want_end("t")).await })
+            tokio::spawn(
+                async move { record.change(save.id, "t", |d| d.request_cancel("t")).await },
+            )
         });
         for wish in futures_util::future::join_all(wishes.collect::<Vec<_>>()).await {
             assert!(wish??.is_some());
@@ -622,7 +634,7 @@ fn progress_is_no_change_and_never_goes_back() -> Outcomes {
         let save = save("alice", "s1", "v1");
         accept(&record, &save).await?;
         record
-            .hear(&[report(save.id, 1, 3, 1, Said::Started)], &POLICY)
+            .apply_reports(&[report(save.id, 1, 3, 1, Update::Started)], &POLICY)
             .await?;
         let at = |bytes_done| Progress {
             bytes_done,
@@ -630,24 +642,24 @@ fn progress_is_no_change_and_never_goes_back() -> Outcomes {
             rate: Some(1.5),
             ..Progress::default()
         };
-        let said = |fence, seq| report(save.id, 1, fence, seq, Said::Started);
-        assert!(record.hear_progress(&said(3, 5), &at(50)).await?);
-        assert!(!record.hear_progress(&said(3, 4), &at(40)).await?);
-        assert!(!record.hear_progress(&said(2, 9), &at(90)).await?);
-        let heads = record.heads(&[save.id, JobId::new()]).await?;
+        let said = |fence, seq| report(save.id, 1, fence, seq, Update::Started);
+        assert!(record.apply_progress(&said(3, 5), &at(50)).await?);
+        assert!(!record.apply_progress(&said(3, 4), &at(40)).await?);
+        assert!(!record.apply_progress(&said(2, 9), &at(90)).await?);
+        let heads = record.versions(&[save.id, JobId::new()]).await?;
         assert_eq!(heads.len(), 1);
         assert_eq!((heads[0].version, heads[0].heard), (2, (3, 5)));
         assert_eq!(heads[0].progress, Some(at(50)));
         let now = record.save(save.id).await?.ok_or("gone")?;
         assert_eq!(now.progress, Some(at(50)));
         // Another change keeps it, another attempt does not.
-        let phase = Said::Event {
+        let phase = Update::Event {
             event: Event::Phase {
                 phase: Phase::Streaming,
             },
         };
         record
-            .hear(&[report(save.id, 1, 3, 6, phase)], &POLICY)
+            .apply_reports(&[report(save.id, 1, 3, 6, phase)], &POLICY)
             .await?;
         let now = record.save(save.id).await?.ok_or("gone")?;
         assert_eq!(
@@ -655,13 +667,13 @@ fn progress_is_no_change_and_never_goes_back() -> Outcomes {
             (Some(at(50)), Some(Phase::Streaming))
         );
         record
-            .hear(&[report(save.id, 1, 3, 7, failed(true))], &POLICY)
+            .apply_reports(&[report(save.id, 1, 3, 7, failed(true))], &POLICY)
             .await?;
         let now = record.save(save.id).await?.ok_or("gone")?;
         assert_eq!((now.progress, now.state), (None, State::Queued));
         // Many at once are asked for in pieces.
         let many: Vec<JobId> = (0..1200).map(|_| JobId::new()).chain([save.id]).collect();
-        assert_eq!(record.heads(&many).await?.len(), 1);
+        assert_eq!(record.versions(&many).await?.len(), 1);
         Ok(())
     })
 }
@@ -678,7 +690,7 @@ fn the_history_is_filtered_and_turned_page_by_page() -> Outcomes {
             ids.push(save.id);
         }
         record
-            .hear(&[report(ids[1], 1, 1, 0, done())], &POLICY)
+            .apply_reports(&[report(ids[1], 1, 1, 0, done())], &POLICY)
             .await?;
         let all = |filter: Filter| {
             let record = record.clone();
@@ -712,8 +724,8 @@ fn the_history_is_filtered_and_turned_page_by_page() -> Outcomes {
         assert_eq!(record.saved(Some("alice")).await?.len(), 1);
         assert_eq!(record.saved(Some("bob")).await?.len(), 0);
         assert_eq!(record.open_saves().await?.len(), 6);
-        assert_eq!(record.standing(None, 4).await?.len(), 4);
-        assert_eq!(record.standing(Some(ids[5]), 4).await?.len(), 1);
+        assert_eq!(record.open_save_states(None, 4).await?.len(), 4);
+        assert_eq!(record.open_save_states(Some(ids[5]), 4).await?.len(), 1);
         assert_eq!(record.waiting_by_node().await?.get("n1"), Some(&6));
         let counts = record.counts().await?;
         assert!(counts.contains(&(State::Queued, 6)) && counts.contains(&(State::Succeeded, 1)));
@@ -729,16 +741,16 @@ fn what_failed_is_tried_again_when_an_administrator_says_so_and_nothing_is_in_th
         let first = save("alice", "s1", "v1");
         accept(&record, &first).await?;
         record
-            .hear(&[report(first.id, 1, 4, 0, failed(false))], &POLICY)
+            .apply_reports(&[report(first.id, 1, 4, 0, failed(false))], &POLICY)
             .await?;
         let second = save("alice", "s1", "v2");
         accept(&record, &second).await?;
         let blocked = record
             .change(first.id, "root", |draft| draft.requeue("root"))
             .await;
-        assert!(matches!(blocked, Err(Error::InTheWay(id)) if id == second.id));
+        assert!(matches!(blocked, Err(Error::Conflict(id)) if id == second.id));
         record
-            .hear(&[report(second.id, 1, 1, 0, done())], &POLICY)
+            .apply_reports(&[report(second.id, 1, 1, 0, done())], &POLICY)
             .await?;
         let (again, begun) = record
             .change(first.id, "root", |draft| draft.requeue("root"))
@@ -750,11 +762,11 @@ fn what_failed_is_tried_again_when_an_administrator_says_so_and_nothing_is_in_th
             (State::Queued, 2, 4)
         );
         assert_eq!(check_story(&record, first.id).await?.error, None);
-        let errands = record.take_errands("m", 9).await?;
+        let errands = record.take_outbox("m", 9).await?;
         assert!(
             errands
                 .iter()
-                .any(|t| t.save == first.id && t.errand == Errand::Offer)
+                .any(|t| t.save == first.id && t.action == OutboxAction::Offer)
         );
         Ok(())
     })
@@ -768,7 +780,7 @@ fn old_saves_are_forgotten_and_open_ones_never() -> Outcomes {
         accept(&record, &old).await?;
         accept(&record, &open).await?;
         record
-            .hear(&[report(old.id, 1, 1, 0, done())], &POLICY)
+            .apply_reports(&[report(old.id, 1, 1, 0, done())], &POLICY)
             .await?;
         assert_eq!(record.forget(None).await?, 0);
         assert_eq!(record.forget(Some(Duration::from_secs(3600))).await?, 0);

@@ -148,7 +148,7 @@ async fn deliver(destination: &Destination, blob: &Bytes) -> Result<u32, Error> 
         .unwrap();
         let error = match failed {
             Some(error) => error,
-            None => match written.end(&digest, size).await {
+            None => match written.try_finish(&digest, size).await {
                 Ok(()) => return Ok(again),
                 Err(error) => error,
             },
@@ -156,7 +156,7 @@ async fn deliver(destination: &Destination, blob: &Bytes) -> Result<u32, Error> 
         if !error.retryable() {
             return Err(error);
         }
-        writer = written.again(error).await?;
+        writer = written.retry(error).await?;
         again += 1;
     }
 }
@@ -395,14 +395,14 @@ async fn a_layer_arrives_over_a_line_that_breaks_three_times() -> Outcome {
         })
         .await?;
         let error = match (failed, digest) {
-            (None, Some(digest)) => match written.end(&digest, size).await {
+            (None, Some(digest)) => match written.try_finish(&digest, size).await {
                 Ok(()) => break digest,
                 Err(error) => error,
             },
             (failed, _) => failed.unwrap(),
         };
         assert!(error.retryable(), "{error}");
-        writer = written.again(error).await?;
+        writer = written.retry(error).await?;
         again += 1;
     };
     assert_eq!(again, 3);
@@ -517,7 +517,7 @@ async fn no_trouble_makes_a_wrong_image() -> Outcome {
         let image = image(vec![base.clone(), layer], &format!("save {n}"));
         let (path, tag) = (format!("rough/r{}", n % 5), format!("t{n}"));
         let access = Access {
-            silence: Duration::from_millis(1500),
+            stall_timeout: Duration::from_millis(1500),
             ..access(Some(USER))
         };
         let saved = save(&open(line.address, &path, access), &image, &tag).await;

@@ -14,7 +14,7 @@ use crate::{Outcome, access, deliver, noise, open};
 
 /// What it insists on.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Way {
+enum RegistryQuirk {
     /// Whatever comes.
     Lenient,
     /// `Location` without a host.
@@ -48,7 +48,7 @@ struct State {
 }
 
 /// Keeps what came of a request that was cut, and says how much that is: as distribution 3 does.
-fn registry(way: Way, state: &Arc<Mutex<State>>) -> std::io::Result<Server> {
+fn registry(way: RegistryQuirk, state: &Arc<Mutex<State>>) -> std::io::Result<Server> {
     let state = Arc::clone(state);
     Server::start(move |request: Request| {
         let mut state = state.lock().unwrap();
@@ -64,10 +64,12 @@ fn registry(way: Way, state: &Arc<Mutex<State>>) -> std::io::Result<Server> {
             let host = request.header("host");
             let path = format!("/v2/a/b/blobs/uploads/{id}");
             match way {
-                Way::RelativeLocation => format!("{path}?_state=x%2Fy"),
-                Way::SiblingLocation if request.method == "POST" => format!("{id}?s=1"),
-                Way::OtherHost => format!("https://cdn.example:444{path}?_state=x%2Fy&b=c"),
-                Way::MovingLocation => {
+                RegistryQuirk::RelativeLocation => format!("{path}?_state=x%2Fy"),
+                RegistryQuirk::SiblingLocation if request.method == "POST" => format!("{id}?s=1"),
+                RegistryQuirk::OtherHost => {
+                    format!("https://cdn.example:444{path}?_state=x%2Fy&b=c")
+                }
+                RegistryQuirk::MovingLocation => {
                     state.generation += 1;
                     format!("http://{host}{path}?_state=g{}", state.generation)
                 }
@@ -75,7 +77,7 @@ fn registry(way: Way, state: &Arc<Mutex<State>>) -> std::io::Result<Server> {
             }
         };
         if let Some(id) = rest.strip_prefix("a/b/blobs/uploads/") {
-            if way == Way::MovingLocation && request.method != "POST" {
+            if way == RegistryQuirk::MovingLocation && request.method != "POST" {
                 let expected = format!("_state=g{}", state.generation);
                 if !request.query.starts_with(&expected) {
                     return Response::new(404);
@@ -87,7 +89,7 @@ fn registry(way: Way, state: &Arc<Mutex<State>>) -> std::io::Result<Server> {
                 let mut answer = Response::new(202)
                     .with("Location", address(state, &id))
                     .with("Range", "0-0");
-                if matches!(way, Way::Lengths | Way::LeastChunk) {
+                if matches!(way, RegistryQuirk::Lengths | RegistryQuirk::LeastChunk) {
                     answer = answer.with("OCI-Chunk-Min-Length", "20000000");
                 }
                 return answer;
@@ -107,7 +109,7 @@ fn registry(way: Way, state: &Arc<Mutex<State>>) -> std::io::Result<Server> {
                 }
                 "PATCH" => {
                     let length: Option<usize> = request.header("content-length").parse().ok();
-                    if way == Way::Lengths {
+                    if way == RegistryQuirk::Lengths {
                         let Some(length) = length else {
                             state.refused += 1;
                             return Response::new(411);
@@ -135,9 +137,13 @@ fn registry(way: Way, state: &Arc<Mutex<State>>) -> std::io::Result<Server> {
                     let upload = state.uploads.entry(id.clone()).or_default();
                     upload.extend_from_slice(&request.body);
                     let length = upload.len();
-                    let status = if way == Way::NoContent { 204 } else { 202 };
+                    let status = if way == RegistryQuirk::NoContent {
+                        204
+                    } else {
+                        202
+                    };
                     let answer = Response::new(status).with("Range", range(length));
-                    if way == Way::SilentPatch {
+                    if way == RegistryQuirk::SilentPatch {
                         answer
                     } else {
                         answer.with("Location", address(state, &id))
@@ -156,7 +162,7 @@ fn registry(way: Way, state: &Arc<Mutex<State>>) -> std::io::Result<Server> {
                     state.blobs.insert(digest.clone(), bytes);
                     let answer =
                         Response::new(201).with("Location", format!("/v2/a/b/blobs/{digest}"));
-                    if way == Way::Bare {
+                    if way == RegistryQuirk::Bare {
                         answer
                     } else {
                         answer.with("Docker-Content-Digest", digest)
@@ -179,16 +185,16 @@ fn registry(way: Way, state: &Arc<Mutex<State>>) -> std::io::Result<Server> {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_way_of_uploading_is_gone() -> Outcome {
     for way in [
-        Way::Lenient,
-        Way::RelativeLocation,
-        Way::SiblingLocation,
-        Way::OtherHost,
-        Way::MovingLocation,
-        Way::SilentPatch,
-        Way::Lengths,
-        Way::LeastChunk,
-        Way::NoContent,
-        Way::Bare,
+        RegistryQuirk::Lenient,
+        RegistryQuirk::RelativeLocation,
+        RegistryQuirk::SiblingLocation,
+        RegistryQuirk::OtherHost,
+        RegistryQuirk::MovingLocation,
+        RegistryQuirk::SilentPatch,
+        RegistryQuirk::Lengths,
+        RegistryQuirk::LeastChunk,
+        RegistryQuirk::NoContent,
+        RegistryQuirk::Bare,
     ] {
         let state = Arc::new(Mutex::new(State::default()));
         let server = registry(way, &state)?;
@@ -204,7 +210,7 @@ async fn every_way_of_uploading_is_gone() -> Outcome {
             .await
             .map_err(|e| format!("{way:?}: {e}"))?;
         // Where pieces count, several of the largest that are made.
-        let large = if way == Way::Lengths {
+        let large = if way == RegistryQuirk::Lengths {
             50_000_000
         } else {
             3_000_000
@@ -218,12 +224,16 @@ async fn every_way_of_uploading_is_gone() -> Outcome {
                 .has_blob(&Digest::of(&blob), Some(size as u64))
                 .await?;
             assert_eq!(found, Some(size as u64), "{way:?}");
-            assert!(again <= u32::from(way == Way::Lengths), "{way:?}");
+            assert!(again <= u32::from(way == RegistryQuirk::Lengths), "{way:?}");
         }
         let state = state.lock().unwrap();
         assert!(state.wrong.is_empty(), "{way:?}: {:?}", state.wrong);
         // It is told once that lengths are wanted.
-        assert_eq!(state.refused, u32::from(way == Way::Lengths), "{way:?}");
+        assert_eq!(
+            state.refused,
+            u32::from(way == RegistryQuirk::Lengths),
+            "{way:?}"
+        );
     }
     Ok(())
 }
@@ -242,7 +252,7 @@ fn unhurried() -> Access {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_goes_on_where_the_registry_has_it() -> Outcome {
     let state = Arc::new(Mutex::new(State::default()));
-    let server = registry(Way::Lenient, &state)?;
+    let server = registry(RegistryQuirk::Lenient, &state)?;
     let blob = noise(5, 8 << 20);
     let line = Proxy::start(server.address, |method, _, n| match method {
         "PATCH" if n < 8 => Fault::CutRequest(3 << 20),
@@ -279,7 +289,7 @@ async fn an_upload_goes_on_where_the_registry_has_it() -> Outcome {
 #[tokio::test(flavor = "multi_thread")]
 async fn other_bytes_than_before_never_become_a_blob() -> Outcome {
     let state = Arc::new(Mutex::new(State::default()));
-    let server = registry(Way::Lenient, &state)?;
+    let server = registry(RegistryQuirk::Lenient, &state)?;
     let (before, now) = (noise(5, 4 << 20), noise(6, 4 << 20));
     let line = Proxy::start(server.address, |method, _, n| match method {
         "PATCH" if n < 4 => Fault::CutRequest(2 << 20),
@@ -298,9 +308,9 @@ async fn other_bytes_than_before_never_become_a_blob() -> Outcome {
     // On a busy machine all of it may be on its way before anybody hears of the cut.
     let error = match error {
         Some(error) => error,
-        None => writer.end(&digest, size).await.unwrap_err(),
+        None => writer.try_finish(&digest, size).await.unwrap_err(),
     };
-    let mut writer = writer.again(error).await?;
+    let mut writer = writer.retry(error).await?;
     // The files changed meanwhile: what the registry kept is of another layer.
     let rest = now.clone();
     let mut writer = tokio::task::spawn_blocking(move || {
@@ -311,17 +321,20 @@ async fn other_bytes_than_before_never_become_a_blob() -> Outcome {
     })
     .await??;
     let digest = Digest::of(&now);
-    let error = writer.end(&digest, now.len() as u64).await.unwrap_err();
+    let error = writer
+        .try_finish(&digest, now.len() as u64)
+        .await
+        .unwrap_err();
     assert!(
         error.retryable() && error.to_string().contains("not what was sent"),
         "{error}"
     );
     // And then from its beginning.
-    let mut writer = writer.again(error).await?;
+    let mut writer = writer.retry(error).await?;
     let rest = now.clone();
     let mut writer =
         tokio::task::spawn_blocking(move || writer.write(rest).map(|()| writer)).await??;
-    writer.end(&digest, now.len() as u64).await?;
+    writer.try_finish(&digest, now.len() as u64).await?;
     assert_eq!(state.lock().unwrap().blobs[&digest.to_string()], now);
     Ok(())
 }

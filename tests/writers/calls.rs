@@ -48,7 +48,7 @@ fn beside(disk: &Disk, mkfs: &str, way: &str) -> Result<bool> {
     std::thread::sleep(8 * tick());
     let begun = Arc::new(scan(&name(""))?);
     let middle = child.try_wait()?.is_none();
-    let plan = Plan::new(Arc::clone(&begun), None).beside(layer::Writers {
+    let plan = Plan::new(Arc::clone(&begun), None).with_writers(layer::Writers {
         direct: false,
         ..layer::Writers::default()
     });

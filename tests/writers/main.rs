@@ -145,7 +145,7 @@ fn read_beside(way: &str, disk: &Disk, slow: Option<&Slow>) -> Result<(Vec<u8>, 
     let begun = Arc::new(scan(&upper)?);
     let (say, read) = mpsc::channel();
     let reader = {
-        let plan = Plan::new(Arc::clone(&begun), None).beside(layer::Writers {
+        let plan = Plan::new(Arc::clone(&begun), None).with_writers(layer::Writers {
             direct: !["buffered", "ring"].contains(&way),
             ..layer::Writers::default()
         });
@@ -227,8 +227,8 @@ fn a_file_that_can_be_executed_is_opened_for_writing_under_the_freeze_only() -> 
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
         std::fs::File::open(&path)?.sync_all()?;
         let write = SlowWrite::begin("libaio", &path, Some(&slow))?;
-        let plan = Plan::new(Arc::new(scan(&upper)?), None).beside(layer::Writers {
-            still,
+        let plan = Plan::new(Arc::new(scan(&upper)?), None).with_writers(layer::Writers {
+            frozen: still,
             ..layer::Writers::default()
         });
         let (_, layer) = layer_of(&plan)?;
@@ -256,8 +256,8 @@ fn a_write_that_never_ends_does_not_hang_the_reader() -> Result<()> {
         std::fs::create_dir(&upper)?;
         std::fs::write(upper.join("file"), vec![b'o'; SIZE])?;
         let write = SlowWrite::begin("buffered", &upper.join("file"), None)?;
-        let plan = Plan::new(Arc::new(scan(&upper)?), None).beside(layer::Writers {
-            patience: Duration::from_millis(100),
+        let plan = Plan::new(Arc::new(scan(&upper)?), None).with_writers(layer::Writers {
+            max_wait: Duration::from_millis(100),
             ..layer::Writers::default()
         });
         let (_, layer) = layer_of(&plan)?;

@@ -17,7 +17,7 @@ use super::shared::{
     CONTENT, Content, InBackground, METADATA, Memory, REGISTRY, REPORT, Registry, State,
 };
 use super::value::{duration, key_value, layer_size, size};
-use crate::common::private::FileMode;
+use crate::common::private_files::FileMode;
 use crate::node::container::Pattern;
 use crate::save::{LayerSize, Pause};
 

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueHint};
 
 use super::shared::{Content, Format};
-use crate::common::private::FileMode;
+use crate::common::private_files::FileMode;
 
 pub(super) const LAYER_HELP: &str = "\
 Examples:

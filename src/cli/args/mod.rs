@@ -11,9 +11,9 @@
 
 mod bench;
 mod commit;
+mod containers;
 mod image;
 mod layer;
-mod look;
 #[cfg(feature = "service")]
 pub(super) mod service;
 mod shared;
@@ -27,18 +27,18 @@ use clap_complete::Shell;
 
 pub(super) use bench::Bench;
 pub(super) use commit::{Commit, VolumeIdentity};
+pub(super) use containers::{Diff, Inspect, Ps};
 pub(super) use image::{Image, ImageLs, ImageRm};
 pub(super) use layer::{Layer, Validate};
-pub(super) use look::{Diff, Inspect, Ps};
 #[cfg(feature = "service")]
 pub(super) use shared::Server;
 pub(super) use shared::{Choice, Content, Format, Memory, Registry};
 
 use bench::BENCH_HELP;
 use commit::commit_help;
+use containers::{DIFF_HELP, INSPECT_HELP, PS_HELP};
 use image::IMAGE_HELP;
 use layer::{LAYER_HELP, VALIDATE_HELP};
-use look::{DIFF_HELP, INSPECT_HELP, PS_HELP};
 
 use super::exit::Exit;
 use crate::node::confine::{self, Role};
@@ -66,14 +66,10 @@ fn exit_codes() -> String {
 
 /// Returns the capabilities that are kept and their purpose, one per line.
 fn rights() -> String {
-    let needs = confine::needs(Role::Commit).iter();
+    let needs = confine::required_capabilities(Role::Commit).iter();
     needs
         .map(|need| {
-            let less = if need.indispensable {
-                ""
-            } else {
-                " (else without)"
-            };
+            let less = if need.required { "" } else { " (else without)" };
             format!("  CAP_{:<16} {}{less}\n", need.name, need.purpose)
         })
         .collect()

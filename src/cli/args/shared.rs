@@ -13,7 +13,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum, ValueHint};
 
 use super::value::{any_path, duration, floor, size};
-use crate::node::background::{Bound, FLOOR};
+use crate::node::background::{DEFAULT_FLOOR_PERCENT, MemoryLimit};
 use crate::save::Compression;
 
 pub(super) const CONTENT: &str = "What goes into the layer";
@@ -88,7 +88,7 @@ pub(in crate::cli) struct InBackground {
     background: bool,
     /// What all that is in the background gets together where others want every core for more than ten seconds: per cent
     /// of the cores; 0 for nothing
-    #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = FLOOR, requires = "background")]
+    #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = DEFAULT_FLOOR_PERCENT, requires = "background")]
     background_floor: f64,
 }
 
@@ -112,9 +112,9 @@ pub(in crate::cli) struct Memory {
 
 impl Memory {
     /// Returns the memory limit, if both of its flags are given.
-    pub(in crate::cli) fn bound(&self) -> Option<Bound> {
+    pub(in crate::cli) fn bound(&self) -> Option<MemoryLimit> {
         let (bytes, group) = (self.memory_limit?, self.memory_group.clone()?);
-        Some(Bound { bytes, group })
+        Some(MemoryLimit { bytes, group })
     }
 }
 

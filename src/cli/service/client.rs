@@ -14,7 +14,7 @@ use crate::cli::args::Server;
 use crate::cli::exit::{Exit, Usage};
 use crate::cli::{secret, text};
 use crate::service::job::Code;
-use crate::service::manager::shape::{ErrorBody, Save};
+use crate::service::manager::api::{ErrorBody, Save};
 
 /// File in the state directory of `upperdeck up` with its URL and token. Only its owner can read it.
 pub(super) const UP_FILE: &str = "up.url";
@@ -22,9 +22,9 @@ pub(super) const UP_FILE: &str = "up.url";
 /// Maximum size of a reply in bytes. A page of a list is far smaller.
 const MAX_REPLY: usize = 16 << 20;
 /// Timeout without any data. The event stream has keep-alives more often.
-const SILENCE: Duration = Duration::from_secs(60);
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long reconnections to an unreachable manager (which may be restarting) are tried while a save is watched.
-const AWAY: Duration = Duration::from_secs(120);
+const MAX_OUTAGE: Duration = Duration::from_secs(120);
 /// Pause between two such attempts.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -44,7 +44,7 @@ pub(super) enum Error {
     },
     /// The reply is not that of a manager.
     #[error("{server} does not answer as a manager does: {reason}")]
-    Strange { server: String, reason: String },
+    InvalidResponse { server: String, reason: String },
     /// The save that was waited for failed.
     #[error("{message} ({})", code.name())]
     Save {
@@ -67,7 +67,7 @@ impl Error {
                 _ if *retryable => Exit::Retry,
                 _ => Exit::Failed,
             },
-            Self::Strange { .. } => Exit::Failed,
+            Self::InvalidResponse { .. } => Exit::Failed,
             Self::Save {
                 code, retryable, ..
             } => match code {
@@ -96,7 +96,7 @@ impl Client {
             Some(text) => (Zeroizing::new(text.clone()), None),
             None => {
                 let file = server.up_file();
-                let text = secret::word(&file).map_err(|error| {
+                let text = secret::trimmed_line(&file).map_err(|error| {
                     Usage(format!(
                         "no manager is named (--server, UPPERDECK_SERVER), and no 'upperdeck up' runs here: {}: {error}",
                         text::path(&file)
@@ -129,7 +129,7 @@ impl Client {
             url.set_path(&path);
         }
         let token = match (&server.token_file, &server.token) {
-            (Some(file), _) => Some(secret::word(file).map_err(|error| {
+            (Some(file), _) => Some(secret::trimmed_line(file).map_err(|error| {
                 Usage(format!(
                     "cannot read a token from {}: {error}",
                     text::path(file)
@@ -140,7 +140,7 @@ impl Client {
         };
         let host = url.host_str().unwrap_or_default();
         let http = crate::store::registry::http_client(host)
-            .read_timeout(SILENCE)
+            .read_timeout(STALL_TIMEOUT)
             .build()
             .map_err(|error| Usage(format!("cannot speak HTTP: {error}")))?;
         Ok(Self {
@@ -207,12 +207,12 @@ impl Client {
                     reason: status.to_string(),
                 }
             }
-            Err(_) => self.strange(status.to_string()),
+            Err(_) => self.invalid_response(status.to_string()),
         })
     }
 
-    fn strange(&self, reason: String) -> Error {
-        Error::Strange {
+    fn invalid_response(&self, reason: String) -> Error {
+        Error::InvalidResponse {
             server: self.server.to_string(),
             reason,
         }
@@ -224,7 +224,9 @@ impl Client {
         while let Some(chunk) = stream.next().await {
             body.extend_from_slice(&chunk.map_err(|error| self.unreachable(&error))?);
             if body.len() > MAX_REPLY {
-                return Err(self.strange(format!("a reply of more than {MAX_REPLY} bytes")));
+                return Err(
+                    self.invalid_response(format!("a reply of more than {MAX_REPLY} bytes"))
+                );
             }
         }
         Ok(body)
@@ -236,7 +238,7 @@ impl Client {
     ) -> Result<T, Error> {
         let reply = self.send(request).await?;
         let body = self.body(reply).await?;
-        serde_json::from_slice(&body).map_err(|error| self.strange(error.to_string()))
+        serde_json::from_slice(&body).map_err(|error| self.invalid_response(error.to_string()))
     }
 
     /// Sends a GET request.
@@ -286,7 +288,7 @@ impl Client {
                 Err(error @ Error::Unreachable { .. }) => Some(error),
                 Err(error) => return Err(error),
             };
-            if let Some(error) = broke.filter(|_| away.elapsed() > AWAY) {
+            if let Some(error) = broke.filter(|_| away.elapsed() > MAX_OUTAGE) {
                 return Err(error);
             }
             tokio::time::sleep(PAUSE).await;
@@ -313,7 +315,7 @@ impl Client {
         while let Some(chunk) = stream.next().await {
             events.add(&chunk.map_err(|error| self.unreachable(&error))?);
             if events.rest.len() > MAX_REPLY {
-                return Err(self.strange("an event without an end".to_owned()));
+                return Err(self.invalid_response("an event without an end".to_owned()));
             }
             *away = tokio::time::Instant::now();
             while let Some(event) = events.next() {
@@ -321,7 +323,7 @@ impl Client {
                     *last = Some(event.id);
                 }
                 let save: Save = serde_json::from_str(&event.data)
-                    .map_err(|error| self.strange(format!("an event: {error}")))?;
+                    .map_err(|error| self.invalid_response(format!("an event: {error}")))?;
                 seen(&save);
                 if save.state.is_final() {
                     return Ok(Some(save));

@@ -22,7 +22,7 @@ const REPOSITORY: &str = "upperdeck-doctor";
 
 pub(super) fn doctor(roots: Roots, args: &Doctor) -> anyhow::Result<()> {
     let (format, strict) = (args.format, args.strict);
-    let report = doctor::run(&what(roots, args)?);
+    let report = doctor::run(&doctor_options(roots, args)?);
     print(format, &report, table)?;
     let count = |state| report.findings.iter().filter(|f| f.state == state).count();
     let (failed, warnings) = (count(State::Failed), count(State::Warning));
@@ -32,7 +32,7 @@ pub(super) fn doctor(roots: Roots, args: &Doctor) -> anyhow::Result<()> {
 }
 
 /// Converts the flags to the options of the checks.
-fn what(roots: Roots, args: &Doctor) -> anyhow::Result<doctor::Options> {
+fn doctor_options(roots: Roots, args: &Doctor) -> anyhow::Result<doctor::Options> {
     let purpose = args.purpose;
     let mut options = doctor::Options {
         purpose,
@@ -185,7 +185,7 @@ fn registries(args: &Doctor) -> anyhow::Result<Vec<String>> {
     }
 }
 
-fn word(state: State) -> &'static str {
+fn state_name(state: State) -> &'static str {
     match state {
         State::Ok => "ok",
         State::Skipped => "skipped",
@@ -203,7 +203,7 @@ fn table(report: &Report) -> String {
     let row = |finding: &Finding| {
         vec![
             finding.check.to_owned(),
-            word(finding.state).to_owned(),
+            state_name(finding.state).to_owned(),
             finding.found.clone(),
         ]
     };
@@ -222,7 +222,11 @@ fn table(report: &Report) -> String {
         .into_iter()
         .map(|finding| {
             let advice = finding.advice.as_deref().unwrap_or_default();
-            let line = format!("  {}: {}: {advice}", word(finding.state), finding.check);
+            let line = format!(
+                "  {}: {}: {advice}",
+                state_name(finding.state),
+                finding.check
+            );
             crate::common::escape::text(&line) + "\n"
         })
         .collect();
@@ -245,7 +249,7 @@ mod tests {
         else {
             anyhow::bail!("another verb");
         };
-        what(Roots::default(), &args)
+        doctor_options(Roots::default(), &args)
     }
 
     #[test]

@@ -6,23 +6,23 @@ use crate::cli::exit::Usage;
 use crate::cli::print::print;
 use crate::cli::text::{self, Align};
 use crate::cli::write_stdout;
-use crate::service::manager::shape;
+use crate::service::manager::api;
 
 /// Lists the caller's images, as the portal shows them.
 pub(in crate::cli) fn ls(args: &ImageLs) -> anyhow::Result<()> {
     let mut query = vec![
-        ("sort", job::word(&args.sort)),
+        ("sort", job::api_name(&args.sort)),
         ("page", args.page.to_string()),
         ("page_size", args.page_size.to_string()),
     ];
     query.extend(args.search.clone().map(|search| ("search", search)));
-    job::on(&args.server, async |client| {
-        let found: shape::Images = client.get("images", &query).await?;
+    job::with_client(&args.server, async |client| {
+        let found: api::Images = client.get("images", &query).await?;
         print(args.format, &found, managed_table)
     })
 }
 
-fn managed_table(found: &shape::Images) -> String {
+fn managed_table(found: &api::Images) -> String {
     let header = [
         ("IMAGE", Align::Left),
         ("TAGS", Align::Left),
@@ -78,7 +78,7 @@ pub(in crate::cli) fn rm(args: &ImageRm) -> anyhow::Result<()> {
             Usage("a manager deletes one tag at a time, without --all-tags".to_owned()).into(),
         );
     }
-    job::on(&args.server, async |client| {
+    job::with_client(&args.server, async |client| {
         for (name, tag) in &images {
             let encode = |part| {
                 percent_encoding::utf8_percent_encode(part, percent_encoding::NON_ALPHANUMERIC)

@@ -18,7 +18,7 @@ use crate::cli::text::{self, Align};
 use crate::cli::{signals, write_stdout};
 use crate::common::cancel::Cancelled;
 use crate::service::job::{Code, Event, Observer, SaveOptions, State};
-use crate::service::manager::shape::{
+use crate::service::manager::api::{
     ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Which,
 };
 
@@ -27,22 +27,22 @@ const SHORT_ID: usize = 12;
 
 pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
     match job {
-        Job::Sessions(args) => on(&args.server, async |client| {
+        Job::Sessions(args) => with_client(&args.server, async |client| {
             let found: Sessions = client.get("sessions", &[]).await?;
             print(args.format, found.sessions.as_slice(), sessions_table)
         }),
         Job::Submit(args) => {
             let server = args.server.clone();
-            on(&server, async |client| submit(client, *args, verbose).await)
+            with_client(&server, async |client| submit(client, *args, verbose).await)
         }
-        Job::Status(args) => on(&args.server, async |client| {
+        Job::Status(args) => with_client(&args.server, async |client| {
             let save: Save = client.get(&format!("saves/{}", args.id), &[]).await?;
             print(args.format, &save, status_text)
         }),
-        Job::Watch(args) => on(&args.server, async |client| {
+        Job::Watch(args) => with_client(&args.server, async |client| {
             watch(client, &args.id.to_string(), args.progress, verbose).await
         }),
-        Job::Cancel(args) => on(&args.server, async |client| {
+        Job::Cancel(args) => with_client(&args.server, async |client| {
             let save = client.cancel(&args.id.to_string()).await?;
             let said = if save.state.is_final() {
                 format!("{}\n", save.state.name())
@@ -51,7 +51,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
             };
             Ok(write_stdout(said.as_bytes())?)
         }),
-        Job::Ls(args) => on(&args.server, async |client| {
+        Job::Ls(args) => with_client(&args.server, async |client| {
             let mut query = vec![("limit", args.limit.to_string())];
             query.extend(args.state.map(|state| ("state", state.name().to_owned())));
             query.extend(args.of.clone().map(|of| ("user", of)));
@@ -65,7 +65,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
 }
 
 /// Runs `work` with a client of the manager until a signal cancels.
-pub(super) fn on(
+pub(super) fn with_client(
     server: &Server,
     work: impl AsyncFnOnce(&Client) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
@@ -153,11 +153,11 @@ async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Resu
 /// Shows the progress of a save from the manager's events, and prints the reference to stdout at the end.
 async fn watch(client: &Client, id: &str, mode: Mode, verbose: bool) -> anyhow::Result<()> {
     let observer = progress::observer(mode, false, verbose);
-    let mut told = Told::default();
+    let mut reported = Reported::default();
     let save = client
-        .watch(id, |save| told.tell(save, observer.as_ref()))
+        .watch(id, |save| reported.report(save, observer.as_ref()))
         .await?;
-    Told::end(&save, observer.as_ref());
+    Reported::end(&save, observer.as_ref());
     drop(observer);
     match (save.state, save.result, save.error) {
         (State::Succeeded, Some(result), _) => {
@@ -184,7 +184,7 @@ async fn watch(client: &Client, id: &str, mode: Mode, verbose: bool) -> anyhow::
 
 /// What of a save has been passed to the observer, so that nothing is reported twice.
 #[derive(Default)]
-struct Told {
+struct Reported {
     phase: Option<crate::service::job::Phase>,
     place: Option<u64>,
     attempt: u32,
@@ -192,8 +192,8 @@ struct Told {
     pause: bool,
 }
 
-impl Told {
-    fn tell(&mut self, save: &Save, observer: &dyn Observer) {
+impl Reported {
+    fn report(&mut self, save: &Save, observer: &dyn Observer) {
         if self.attempt != save.attempt {
             if self.attempt != 0 {
                 observer.event(Event::Warning {
@@ -291,7 +291,7 @@ fn age(time: &str, now: Timestamp) -> String {
 }
 
 /// Returns the JSON string of an enum of the API.
-pub(super) fn word<T: serde::Serialize>(value: &T) -> String {
+pub(super) fn api_name<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_value(value)
         .ok()
         .and_then(|value| value.as_str().map(str::to_owned))
@@ -322,8 +322,8 @@ fn sessions_table(sessions: &[SessionView]) -> String {
         vec![
             session.id.chars().take(SHORT_ID).collect(),
             name,
-            word(&session.kind),
-            word(&session.category),
+            api_name(&session.kind),
+            api_name(&session.category),
             session.node.clone(),
             session.owner.clone().unwrap_or_else(|| "-".to_owned()),
             text::bytes(session.upper_bytes),
@@ -351,7 +351,7 @@ fn saves_table(found: &Saves, now: Timestamp) -> String {
         let state = match (&save.error, save.phase) {
             (Some(error), _) => format!("{} ({})", save.state.name(), error.code.name()),
             (None, Some(phase)) if save.state == State::Running => {
-                format!("{} ({})", save.state.name(), word(&phase))
+                format!("{} ({})", save.state.name(), api_name(&phase))
             }
             _ => save.state.name().to_owned(),
         };
@@ -387,7 +387,7 @@ fn status_text(save: &Save) -> String {
     lines.extend(save.message.clone().map(|message| ("message", message)));
     let mut state = save.state.name().to_owned();
     if let Some(phase) = save.phase.filter(|_| save.state == State::Running) {
-        state.push_str(&format!(", {}", word(&phase)));
+        state.push_str(&format!(", {}", api_name(&phase)));
     }
     if save.cancelling && !save.state.is_final() {
         state.push_str(", cancelling");

@@ -29,7 +29,7 @@ pub(super) fn role(verb: &Verb) -> Option<Role> {
     match verb {
         Verb::Agent(_) => Some(Role::Agent),
         Verb::Up(_) => Some(Role::Up),
-        Verb::Manager(args) if verbs::has_files_of_others(args) => Some(Role::ManagerOfOthers),
+        Verb::Manager(args) if verbs::reads_files_of_others(args) => Some(Role::PrivilegedManager),
         Verb::Manager(_) => Some(Role::Manager),
         Verb::Doctor(_) | Verb::Job(_) | Verb::Key(_) => None,
     }
@@ -41,7 +41,7 @@ pub(super) fn failure(cause: &(dyn std::error::Error + 'static)) -> Option<(Exit
         let code = match error {
             client::Error::Save { code, .. } => code.name(),
             client::Error::Unreachable { .. } => "manager_unreachable",
-            client::Error::Refused { .. } | client::Error::Strange { .. } => "refused",
+            client::Error::Refused { .. } | client::Error::InvalidResponse { .. } => "refused",
         };
         return Some((error.exit(), code));
     }

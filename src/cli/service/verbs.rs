@@ -12,7 +12,7 @@ use super::client;
 use crate::cli::args::service;
 use crate::cli::exit::Usage;
 use crate::cli::{options, secret as secrets, signals, text, write_stdout};
-use crate::common::private;
+use crate::common::private_files;
 use crate::node::container::Roots;
 use crate::service::agent;
 use crate::service::job::Keys;
@@ -28,7 +28,7 @@ pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
 /// Drain timeout of `up`. It is shorter than that of a node, because Ctrl-C is interactive.
 const UP_DRAIN: Duration = Duration::from_secs(10);
 /// How long the manager waits until the agent's last reports are recorded.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+const FINAL_REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Returns the error for a required setting that is missing.
 fn missing(flag: &str, what: &str) -> Usage {
@@ -51,7 +51,8 @@ fn limits(queue: &service::Queue) -> Limits {
 
 /// Reads a secret from a file. An error names the setting.
 fn secret(flag: &str, file: &Path) -> Result<zeroize::Zeroizing<String>, Usage> {
-    secrets::word(file).map_err(|error| Usage(format!("--{flag} {}: {error}", text::path(file))))
+    secrets::trimmed_line(file)
+        .map_err(|error| Usage(format!("--{flag} {}: {error}", text::path(file))))
 }
 
 /// Returns `url` with the password from a file.
@@ -222,7 +223,7 @@ pub(super) fn manager(args: &service::Manager) -> anyhow::Result<()> {
 
 /// Returns whether a manager that runs as root accesses files or directories of other users, which requires a
 /// capability.
-pub(super) fn has_files_of_others(args: &service::Manager) -> bool {
+pub(super) fn reads_files_of_others(args: &service::Manager) -> bool {
     use std::os::unix::fs::MetadataExt as _;
 
     let record = args.serve.record.as_deref().unwrap_or(RECORD);
@@ -294,19 +295,19 @@ fn jwt(serve: &service::Serve) -> Result<Option<Jwt>, Usage> {
 }
 
 /// Returns the limits on connections and requests.
-fn doors(serve: &service::Serve) -> Result<manager::Doors, Usage> {
+fn connection_limits(serve: &service::Serve) -> Result<manager::ConnectionLimits, Usage> {
     let proxies = serve.proxy_from.iter().map(|range| {
         range
             .parse()
             .map_err(|error| Usage(format!("--proxy-from: {error}")))
     });
-    Ok(manager::Doors {
+    Ok(manager::ConnectionLimits {
         connections: serve.connections as usize,
         connections_per_peer: serve.connections_per_peer as usize,
         proxies: proxies.collect::<Result<_, _>>()?,
         streams_per_user: serve.streams_per_user as usize,
         requests_per_user: serve.requests_per_user as usize,
-        ..manager::Doors::default()
+        ..manager::ConnectionLimits::default()
     })
 }
 
@@ -337,7 +338,7 @@ fn manager_options(
             .map_err(|error| Usage(format!("--proxy-header, --proxy-from: {error}")))?;
         options.proxies = Some(proxies);
     }
-    options.doors = doors(serve)?;
+    options.connections = connection_limits(serve)?;
     options.open_per_user = serve.open_per_user;
     options.saves_per_day = serve.saves_per_day;
     options.attempts = serve.attempts;
@@ -391,7 +392,7 @@ pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
     } else {
         state
     };
-    private::own_dir(&state, crate::save::kept::is_ours)
+    private_files::prepare_dir(&state, crate::save::state_store::is_state_file)
         .with_context(|| format!("cannot use {}", text::path(&state)))?;
     let (template, allowed) = match &args.registry {
         Some(registry) => {
@@ -406,7 +407,7 @@ pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
             let store = std::path::absolute(&store).context("the working directory is gone")?;
             // A directory that the administrator chose may contain files that are meant to be shared.
             let own = args.store.is_none();
-            private::own_dir(&store, |_| own)
+            private_files::prepare_dir(&store, |_| own)
                 .with_context(|| format!("cannot use {}", text::path(&store)))?;
             let store = store
                 .to_str()
@@ -502,7 +503,7 @@ async fn run_up(
         }
     };
     // Reports that are missing by then are reconciled after the next start.
-    let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
+    let _ = tokio::time::timeout(FINAL_REPORT_TIMEOUT, last_words).await;
     stop_manager.cancel();
     let managed = match early {
         Some(managed) => managed,

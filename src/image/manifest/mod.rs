@@ -47,7 +47,7 @@ pub(crate) const MAX_MANIFEST_BYTES: usize = 4 << 20;
 
 /// Fields that Docker adds to the image-spec's, about the container that an image was committed from or for Docker's
 /// first image format. They are wrong for the new image; `docker commit` and buildah refresh or drop them, too.
-const STALE: [&str; 7] = [
+const STALE_FIELDS: [&str; 7] = [
     "id",
     "parent",
     "comment",
@@ -57,7 +57,7 @@ const STALE: [&str; 7] = [
     "throwaway",
 ];
 /// Such fields within `config`: names of the container that the base was committed from.
-const STALE_CONFIG: [&str; 4] = ["Hostname", "Domainname", "Image", "MacAddress"];
+const STALE_CONFIG_FIELDS: [&str; 4] = ["Hostname", "Domainname", "Image", "MacAddress"];
 
 /// Media type of a layer compressed with zstd.
 pub const IMAGE_LAYER_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
@@ -217,7 +217,7 @@ pub enum Error {
     },
     /// A field of an input has the wrong type.
     #[error("{what}: {field} should be {expected}, found {found}")]
-    Shape {
+    UnexpectedType {
         /// The input.
         what: &'static str,
         /// Path of the field.
@@ -346,7 +346,7 @@ pub fn check_changes(base_config: &[u8], changes: &[String]) -> Result<(), Error
     let mut inner = match root.get_mut("config").map(Value::take) {
         None | Some(Value::Null) => Map::new(),
         Some(Value::Object(map)) => map,
-        Some(other) => return Err(shape(BASE_CONFIG, "config", "an object", &other)),
+        Some(other) => return Err(unexpected_type(BASE_CONFIG, "config", "an object", &other)),
     };
     change_config(&mut inner, changes)
 }
@@ -396,7 +396,7 @@ const BASE_CONFIG: &str = "the base config";
 
 fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Result<Vec<u8>, Error> {
     let mut root = parse_object(BASE_CONFIG, input.base_config)?;
-    for key in STALE {
+    for key in STALE_FIELDS {
         root.shift_remove(key);
     }
     // Go treats null as absent, the JSON schema does not allow it.
@@ -432,7 +432,7 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
     let mut inner = match root.get_mut("config").map(Value::take) {
         None => Map::new(),
         Some(Value::Object(map)) => map,
-        Some(other) => return Err(shape(BASE_CONFIG, "config", "an object", &other)),
+        Some(other) => return Err(unexpected_type(BASE_CONFIG, "config", "an object", &other)),
     };
     run_config(&mut inner, input)?;
     root.insert("config".to_owned(), Value::Object(inner));
@@ -440,7 +440,7 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
     let mut rootfs = match root.get_mut("rootfs").map(Value::take) {
         Some(Value::Object(map)) => map,
         other => {
-            return Err(shape(
+            return Err(unexpected_type(
                 BASE_CONFIG,
                 "rootfs",
                 "an object",
@@ -459,7 +459,7 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
             });
         }
         other => {
-            return Err(shape(
+            return Err(unexpected_type(
                 BASE_CONFIG,
                 "rootfs.diff_ids",
                 "a list",
@@ -481,7 +481,7 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
     let mut history = match root.get_mut("history").map(Value::take) {
         None => Vec::new(),
         Some(Value::Array(entries)) => entries,
-        Some(other) => return Err(shape(BASE_CONFIG, "history", "a list", &other)),
+        Some(other) => return Err(unexpected_type(BASE_CONFIG, "history", "a list", &other)),
     };
     repair_history(&mut history, input.base_layers.len(), warnings)?;
     history.extend(new_history(input, created));
@@ -491,7 +491,7 @@ fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Resu
 
 /// Applies the changes to the inner `config`, which holds the settings of containers created from the image.
 fn change_config(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), Error> {
-    for key in STALE_CONFIG {
+    for key in STALE_CONFIG_FIELDS {
         config.shift_remove(key);
     }
     drop_nulls(config);
@@ -536,7 +536,7 @@ fn repair_history(
     let mut with_layer = 0;
     for (i, entry) in history.iter_mut().enumerate() {
         let Value::Object(entry) = entry else {
-            return Err(shape(
+            return Err(unexpected_type(
                 BASE_CONFIG,
                 format!("history[{i}]"),
                 "an object",
@@ -657,7 +657,7 @@ fn manifest(
         .iter()
         .enumerate()
         .map(|(index, layer)| {
-            serde_json::from_value(layer.clone()).map_err(|error| Error::Shape {
+            serde_json::from_value(layer.clone()).map_err(|error| Error::UnexpectedType {
                 what: BASE_MANIFEST,
                 field: format!("layers[{index}]"),
                 expected: "a descriptor",
@@ -713,7 +713,7 @@ fn base_manifest(base: &BaseManifest<'_>) -> Result<Map<String, Value>, Error> {
     let config = match root.get("config") {
         Some(Value::Object(config)) => config,
         other => {
-            return Err(shape(
+            return Err(unexpected_type(
                 BASE_MANIFEST,
                 "config",
                 "an object",
@@ -733,7 +733,7 @@ fn base_manifest(base: &BaseManifest<'_>) -> Result<Map<String, Value>, Error> {
     match root.get("layers") {
         Some(Value::Array(_)) => {}
         other => {
-            return Err(shape(
+            return Err(unexpected_type(
                 BASE_MANIFEST,
                 "layers",
                 "a list",
@@ -819,7 +819,7 @@ fn annotations(
 fn parse_object(what: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, Error> {
     match serde_json::from_slice(bytes) {
         Ok(Value::Object(map)) => Ok(map),
-        Ok(other) => Err(shape(what, "it", "an object", &other)),
+        Ok(other) => Err(unexpected_type(what, "it", "an object", &other)),
         Err(source) => Err(Error::Json { what, source }),
     }
 }
@@ -873,11 +873,11 @@ fn expect(
     if right {
         Ok(())
     } else {
-        Err(shape(what, format!("{at}{key}"), expected, value))
+        Err(unexpected_type(what, format!("{at}{key}"), expected, value))
     }
 }
 
-fn shape(
+fn unexpected_type(
     what: &'static str,
     field: impl Into<String>,
     expected: &'static str,
@@ -892,7 +892,7 @@ fn shape(
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     };
-    Error::Shape {
+    Error::UnexpectedType {
         what,
         field: field.into(),
         expected,

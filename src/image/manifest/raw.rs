@@ -29,7 +29,7 @@ impl RawManifest {
 /// Determines the media type of a manifest: from its `mediaType`, else from `header`, else from its fields.
 pub fn manifest_type(header: Option<&str>, bytes: &[u8]) -> Result<String, String> {
     #[derive(serde::Deserialize)]
-    struct Shape {
+    struct ManifestFields {
         #[serde(rename = "mediaType")]
         media_type: Option<String>,
         #[serde(rename = "schemaVersion")]
@@ -37,7 +37,8 @@ pub fn manifest_type(header: Option<&str>, bytes: &[u8]) -> Result<String, Strin
         manifests: Option<serde::de::IgnoredAny>,
         layers: Option<serde::de::IgnoredAny>,
     }
-    let shape: Shape = serde_json::from_slice(bytes).map_err(|e| format!("not a manifest: {e}"))?;
+    let shape: ManifestFields =
+        serde_json::from_slice(bytes).map_err(|e| format!("not a manifest: {e}"))?;
     if shape.schema_version == Some(1) {
         return Err(
             "a manifest of schema version 1, which is not supported: pull and push the image again"

@@ -89,7 +89,7 @@ pub enum EntryKind {
 
 impl EntryKind {
     /// Returns the word for it in an expectation.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::File => "file",
             Self::Hardlink => "hardlink",
@@ -174,7 +174,7 @@ pub fn decompress<'a>(mut reader: impl Read + 'a) -> io::Result<(Codec, Box<dyn 
 
 /// Properties of an archive that has been read to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Facts {
+pub struct ArchiveSummary {
     /// Digest of the uncompressed tar.
     pub diff_id: Digest,
     /// Length of the uncompressed tar in bytes.
@@ -198,7 +198,7 @@ pub struct Archive<R> {
 }
 
 #[derive(Default)]
-struct Extension {
+struct PaxHeader {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     size: Option<u64>,
@@ -231,7 +231,7 @@ impl<R: Read> Archive<R> {
     ///
     /// A tar without the two zero blocks is accepted if it ends between entries, as in all unpackers.
     pub fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
-        let mut extension = Extension::default();
+        let mut extension = PaxHeader::default();
         loop {
             self.skip(self.content + self.padding)?;
             (self.content, self.padding) = (0, 0);
@@ -316,13 +316,13 @@ impl<R: Read> Archive<R> {
     }
 
     /// Reads the rest, including data after the end of the tar, and returns the properties of the whole archive.
-    pub fn finish(mut self) -> Result<Facts, ArchiveError> {
+    pub fn finish(mut self) -> Result<ArchiveSummary, ArchiveError> {
         while self.next_entry()?.is_some() {}
         let end = self.offset;
         let mut buffer = vec![0; 64 * 1024];
         while self.read(&mut buffer)? != 0 {}
         let (_, diff_id, tar_size) = self.hash.complete();
-        Ok(Facts {
+        Ok(ArchiveSummary {
             diff_id,
             tar_size,
             trailing: tar_size - end,
@@ -330,7 +330,7 @@ impl<R: Read> Archive<R> {
         })
     }
 
-    fn end(&self, extension: &Extension) -> Result<Option<Entry>, ArchiveError> {
+    fn end(&self, extension: &PaxHeader) -> Result<Option<Entry>, ArchiveError> {
         match extension.offset {
             Some(_) => {
                 Err(self.malformed("an extended header without the entry that it belongs to"))
@@ -343,7 +343,7 @@ impl<R: Read> Archive<R> {
         &mut self,
         block: &[u8; 512],
         raw_size: u64,
-        extension: Extension,
+        extension: PaxHeader,
         start: u64,
     ) -> Result<Entry, ArchiveError> {
         let header = |range: std::ops::Range<usize>| {
@@ -585,7 +585,7 @@ fn number(field: &[u8]) -> Option<i64> {
 }
 
 /// Parses the records of an extended header: `LENGTH KEYWORD=VALUE\n`, where the length includes itself.
-fn pax(mut bytes: &[u8], extension: &mut Extension) -> Result<(), String> {
+fn pax(mut bytes: &[u8], extension: &mut PaxHeader) -> Result<(), String> {
     while !bytes.is_empty() {
         // Some archivers pad with zero bytes.
         if bytes.iter().all(|&b| b == 0) {
@@ -757,11 +757,11 @@ mod tests {
             "99999999999999999999999 a=b\n",
         ] {
             assert!(
-                pax(bad.as_bytes(), &mut Extension::default()).is_err(),
+                pax(bad.as_bytes(), &mut PaxHeader::default()).is_err(),
                 "{bad:?}"
             );
         }
-        let mut extension = Extension::default();
+        let mut extension = PaxHeader::default();
         assert_eq!(
             pax(
                 b"28 SCHILY.xattr.user.k=a\nb=\n12 path=a=b\n",

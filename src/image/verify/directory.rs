@@ -115,7 +115,7 @@ impl Tree {
             Namespace::Trusted => b"trusted.overlay.",
             Namespace::User => b"user.overlay.",
         };
-        let mut stack = Stack {
+        let mut stack = LowerMerge {
             tree: Self::default(),
             inodes: Inodes::default(),
             prefix,
@@ -129,13 +129,13 @@ impl Tree {
     }
 }
 
-struct Stack {
+struct LowerMerge {
     tree: Tree,
     inodes: Inodes,
     prefix: &'static [u8],
 }
 
-impl Stack {
+impl LowerMerge {
     fn merge(
         &mut self,
         path: &[u8],

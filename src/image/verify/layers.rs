@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::Read;
 
-use super::archive::{Archive, ArchiveError, Entry, EntryKind, Facts, decompress};
+use super::archive::{Archive, ArchiveError, ArchiveSummary, Entry, EntryKind, decompress};
 use super::tree::{Kind, Node, Time, Tree};
 
 /// Maximum total size of paths, targets and attributes in bytes: about ten million entries of an ordinary image.
@@ -30,9 +30,9 @@ pub struct Layers {
     /// The layer that last wrote each path. Whiteouts hide only the layers below their own.
     written: BTreeMap<Vec<u8>, u32>,
     /// Directories that a layer wrote into without having an entry for them.
-    undescribed: BTreeSet<Vec<u8>>,
+    implicit_dirs: BTreeSet<Vec<u8>>,
     /// Files below `.wh..wh.plnk/` of the layer that is being applied, by the last component of their name.
-    aufs_links: HashMap<Vec<u8>, Node>,
+    aufs_hardlinks: HashMap<Vec<u8>, Node>,
     layer: u32,
     inode: u64,
     charged: u64,
@@ -50,8 +50,8 @@ impl Layers {
         let mut layers = Self {
             tree: Tree::default(),
             written: BTreeMap::new(),
-            undescribed: BTreeSet::new(),
-            aufs_links: HashMap::new(),
+            implicit_dirs: BTreeSet::new(),
+            aufs_hardlinks: HashMap::new(),
             layer: 0,
             inode: 0,
             charged: 0,
@@ -63,7 +63,7 @@ impl Layers {
     }
 
     /// Creates a stack on top of an existing tree.
-    pub fn over(tree: Tree) -> Self {
+    pub fn on_top_of(tree: Tree) -> Self {
         let mut layers = Self::new();
         let top = tree.nodes.values().map(|node| node.inode).max();
         layers.inode += top.unwrap_or(0);
@@ -77,13 +77,13 @@ impl Layers {
     /// Applies one more layer (plain, gzip or zstd) and returns the properties of its tar.
     ///
     /// After an error, the tree contains a part of the layer and must not be used.
-    pub fn apply(&mut self, layer: impl Read) -> Result<Facts, ArchiveError> {
+    pub fn apply(&mut self, layer: impl Read) -> Result<ArchiveSummary, ArchiveError> {
         let (_, reader) =
             decompress(layer).map_err(|source| ArchiveError::Io { offset: 0, source })?;
         self.layer += 1;
         let mut archive = Archive::new(reader);
         let mut emptied = HashSet::new();
-        self.aufs_links.clear();
+        self.aufs_hardlinks.clear();
         while let Some(entry) = archive.next_entry()? {
             self.entry(&entry, &mut archive, &mut emptied)?;
         }
@@ -91,14 +91,14 @@ impl Layers {
     }
 
     /// Returns the tree of all layers.
-    pub fn complete(self) -> Tree {
+    pub fn into_tree(self) -> Tree {
         self.tree
     }
 
-    /// Returns the tree of all layers like [`Layers::complete`], and marks directories as implicit whose topmost layer
+    /// Returns the tree of all layers like [`Layers::into_tree`], and marks directories as implicit whose topmost layer
     /// writes into them without an entry for them. Unpackers differ in the metadata of such directories.
-    pub fn complete_lenient(mut self) -> Tree {
-        for path in &self.undescribed {
+    pub fn into_lenient_tree(mut self) -> Tree {
+        for path in &self.implicit_dirs {
             if let Some(node) = self.tree.nodes.get_mut(path) {
                 node.implicit = true;
             }
@@ -172,7 +172,7 @@ impl Layers {
         let target = normalise(&entry.link).map_err(failed)?;
         let (parent, base) = split(&target);
         if target.starts_with(AUFS_LINKS) {
-            let mut node = self.aufs_links.get(base).cloned().ok_or_else(missing)?;
+            let mut node = self.aufs_hardlinks.get(base).cloned().ok_or_else(missing)?;
             self.inode += 1;
             node.inode = self.inode;
             return Ok(Some(node));
@@ -198,7 +198,7 @@ impl Layers {
         if name.starts_with(AUFS_LINKS) && entry.kind == EntryKind::File {
             let node = self.described(entry, EntryKind::File, archive)?;
             self.charge(name, &node)?;
-            self.aufs_links.insert(split(name).1.to_vec(), node);
+            self.aufs_hardlinks.insert(split(name).1.to_vec(), node);
         }
         Ok(())
     }
@@ -239,7 +239,7 @@ impl Layers {
         let real = self.real_parent(parent, entry)?;
         let mut above = real.as_slice();
         while self.written.get(above) != Some(&self.layer)
-            && self.undescribed.insert(above.to_vec())
+            && self.implicit_dirs.insert(above.to_vec())
         {
             above = split(above).0;
         }
@@ -337,7 +337,7 @@ impl Layers {
                 "the path is too long after following symbolic links",
             ));
         }
-        self.undescribed.remove(&path);
+        self.implicit_dirs.remove(&path);
         self.written.insert(path.clone(), self.layer);
         self.tree.nodes.insert(path, node);
         Ok(())
@@ -494,7 +494,7 @@ mod tests {
             stack.apply(tar(rows).as_slice())?;
         }
         Ok(stack
-            .complete()
+            .into_tree()
             .iter()
             .skip(1)
             .map(|(path, _)| String::from_utf8_lossy(path).into_owned())
@@ -515,7 +515,7 @@ mod tests {
         assert_eq!(apply(&[layer])?, ["etc", "etc/h", "etc/h2"]);
         let mut stack = Layers::new();
         stack.apply(tar(layer).as_slice())?;
-        let tree = stack.complete();
+        let tree = stack.into_tree();
         let sizes: Vec<u64> = tree.iter().skip(2).map(|(_, node)| node.size).collect();
         assert_eq!(sizes, [4, 4]);
 
@@ -580,7 +580,7 @@ mod tests {
         let mut stack = Layers::new();
         stack.apply(tar(&[("a", b'0', "x"), ("b", b'1', "a"), ("c", b'1', "./b")]).as_slice())?;
         stack.apply(tar(&[("b", b'0', "y")]).as_slice())?;
-        let tree = stack.complete();
+        let tree = stack.into_tree();
         let inode = |path: &str| tree.get(path.as_bytes()).map(|node| node.inode);
         assert_eq!(inode("a"), inode("c"));
         assert_ne!(inode("a"), inode("b"));

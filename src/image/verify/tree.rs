@@ -28,7 +28,7 @@ pub enum Kind {
 
 impl Kind {
     /// Returns the word of `mtree(5)` for it.
-    pub(crate) fn word(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::File => "file",
             Self::Directory => "dir",
@@ -251,8 +251,8 @@ pub fn compare(expected: &Tree, found: &Tree, ignore: &Ignore) -> Vec<Difference
                     );
                 }
             }
-            (Some((path, a)), None) => presence(path, a.kind.word(), "nothing", &mut differences),
-            (None, Some((path, b))) => presence(path, "nothing", b.kind.word(), &mut differences),
+            (Some((path, a)), None) => presence(path, a.kind.as_str(), "nothing", &mut differences),
+            (None, Some((path, b))) => presence(path, "nothing", b.kind.as_str(), &mut differences),
             (None, None) => {}
         }
     }
@@ -265,7 +265,7 @@ fn presence(path: &[u8], expected: &str, found: &str, differences: &mut Vec<Diff
 
 fn nodes(path: &[u8], a: &Node, b: &Node, ignore: &Ignore, report: &mut Report<'_>) {
     if a.kind != b.kind {
-        report.field("type", a.kind.word(), b.kind.word());
+        report.field("type", a.kind.as_str(), b.kind.as_str());
         return;
     }
     if path.is_empty() && ignore.root || ignore.implicit && (a.implicit || b.implicit) {

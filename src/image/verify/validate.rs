@@ -174,7 +174,7 @@ pub fn layer(
         ));
     }
     let failed = |source| ArchiveError::Io { offset: 0, source };
-    let mut blob = Hashed {
+    let mut blob = HashingReader {
         reader: &mut layer,
         hash: HashingWriter::new(io::sink()),
     };
@@ -246,7 +246,7 @@ pub(crate) fn image<R: Read>(
         stack.apply(layer.map_err(failed)?)?;
     }
     let wanted = text::tree(&expected.items).map_err(ValidateError::Mismatch)?;
-    let found = stack.complete();
+    let found = stack.into_tree();
     let differences = tree::compare(
         &wanted,
         &found,
@@ -308,7 +308,7 @@ fn entries(expected: &[Item], found: &[(Entry, Option<Digest>)]) -> Vec<Differen
                 &entry.name,
                 "presence",
                 "nothing".to_owned(),
-                entry.kind.word().to_owned(),
+                entry.kind.as_str().to_owned(),
             ),
         }
     }
@@ -319,7 +319,7 @@ fn entries(expected: &[Item], found: &[(Entry, Option<Digest>)]) -> Vec<Differen
         report(
             &item.name,
             "presence",
-            word(item.kind).to_owned(),
+            type_name(item.kind).to_owned(),
             "nothing".to_owned(),
         );
     }
@@ -343,10 +343,10 @@ fn entries(expected: &[Item], found: &[(Entry, Option<Digest>)]) -> Vec<Differen
     differences
 }
 
-fn word(kind: Type) -> &'static str {
+fn type_name(kind: Type) -> &'static str {
     match kind {
-        Type::Entry(kind) => kind.word(),
-        Type::Whiteout => EntryKind::File.word(),
+        Type::Entry(kind) => kind.as_str(),
+        Type::Whiteout => EntryKind::File.as_str(),
         Type::Socket => "socket",
     }
 }
@@ -359,8 +359,8 @@ fn fields(
 ) {
     report(
         "type",
-        word(item.kind).to_owned(),
-        entry.kind.word().to_owned(),
+        type_name(item.kind).to_owned(),
+        entry.kind.as_str().to_owned(),
     );
     report(
         "mode",
@@ -414,12 +414,12 @@ fn fields(
 }
 
 /// A reader that hashes what is read through it.
-struct Hashed<R> {
+struct HashingReader<R> {
     reader: R,
     hash: HashingWriter<io::Sink>,
 }
 
-impl<R: Read> Read for Hashed<R> {
+impl<R: Read> Read for HashingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.reader.read(buffer)?;
         io::Write::write_all(&mut self.hash, &buffer[..n])?;

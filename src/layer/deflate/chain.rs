@@ -1,8 +1,8 @@
 //! The hash-chain matcher with lazy matching: chains link all earlier positions with the same hash, and a match is
 //! compared with later ones before it is used.
 
-use super::halves::{Found, GROUP, Table};
-use super::symbols::{FARTHEST, LONGEST};
+use super::interleave::{Found, GROUP, MatchTable};
+use super::symbols::{MAX_DISTANCE, MAX_MATCH};
 use super::window::{LAST, POSITIONS, STRIDE, Window, length_of_match, load32};
 
 /// Bits of the hash of four bytes.
@@ -10,9 +10,9 @@ const BITS: u32 = 15;
 /// Bits of the hash of three bytes.
 const BITS_OF_THREE: u32 = 13;
 /// Maximum distance of a three-byte match; a farther one costs more than three literals.
-const FARTHEST_OF_THREE: u16 = 4096;
+const MAX_DISTANCE_OF_THREE: u16 = 4096;
 /// Number of positions after the start of a step up to which lazy matching goes on.
-const PATIENCE: usize = 8;
+const MAX_LAZY_STEPS: usize = 8;
 
 /// How much effort to spend on finding matches.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,7 +24,7 @@ pub(crate) struct Effort {
 }
 
 /// The last position of each hash, and for each position the previous one with the same hash.
-pub(crate) struct Chains {
+pub(crate) struct HashChains {
     heads: Box<[u16; 1 << BITS]>,
     heads_of_three: Box<[u16; 1 << BITS_OF_THREE]>,
     before: Box<[u16; POSITIONS]>,
@@ -69,7 +69,7 @@ fn slide(slots: &mut [u16]) {
     }
 }
 
-impl Chains {
+impl HashChains {
     /// Inserts a position; returns the previous positions with the same hash of four and of three bytes.
     #[inline(always)]
     fn candidates(&mut self, four: u32, at: u16) -> (u16, u16) {
@@ -89,9 +89,9 @@ impl Chains {
             length: least,
             dist: 0,
         };
-        let oldest = here.saturating_sub(FARTHEST as u16).max(1);
+        let oldest = here.saturating_sub(MAX_DISTANCE as u16).max(1);
         if least < 3 {
-            let near = of_three != 0 && here - of_three <= FARTHEST_OF_THREE;
+            let near = of_three != 0 && here - of_three <= MAX_DISTANCE_OF_THREE;
             if near && (load32(window, of_three) ^ four) << 8 == 0 {
                 best.length = 3;
                 best.dist = here - of_three;
@@ -129,14 +129,14 @@ impl Chains {
 /// Loads the four bytes at `at + offset`.
 #[inline(always)]
 fn load(window: &Window, at: u16, offset: usize) -> u32 {
-    debug_assert!(offset < LONGEST as usize);
+    debug_assert!(offset < MAX_MATCH as usize);
     let at = usize::from(at) + (offset & 255);
     let mut bytes = [0; 4];
     bytes.copy_from_slice(&window[at..at + 4]);
     u32::from_le_bytes(bytes)
 }
 
-impl Table for Chains {
+impl MatchTable for HashChains {
     type Effort = Effort;
 
     fn new(effort: Effort) -> Self {
@@ -177,7 +177,7 @@ impl Table for Chains {
             best = self.search(window, here as u16, 2, depth);
         }
         let mut entered = here + 1;
-        while best.length < self.effort.nice && here < start + PATIENCE {
+        while best.length < self.effort.nice && here < start + MAX_LAZY_STEPS {
             let later = self.search(window, entered as u16, best.length - 1, depth / 2 + 1);
             entered += 1;
             if later.length == 0 || !best.is_worse_than(later) {

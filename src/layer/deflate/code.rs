@@ -10,11 +10,11 @@ const LITLEN_BITS: usize = 14;
 /// Maximum code length of distances.
 const DIST_BITS: usize = 15;
 /// Number of symbols of the code length alphabet.
-const PRE: usize = 19;
+const PRECODE_SYMBOLS: usize = 19;
 /// Maximum code length of that alphabet.
-const PRE_BITS: usize = 7;
+const PRECODE_MAX_BITS: usize = 7;
 /// Order in which its code lengths are written.
-const PRE_ORDER: [usize; PRE] = [
+const PRECODE_ORDER: [usize; PRECODE_SYMBOLS] = [
     16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15,
 ];
 /// Symbol that repeats the previous length 3 to 6 times.
@@ -86,20 +86,20 @@ impl Lengths {
 }
 
 /// The description of a block's codes.
-pub(crate) struct Description {
+pub(crate) struct DynamicHeader {
     /// Symbols of the code length alphabet, each with the value of its extra bits.
     items: [(u8, u8); LITLEN + DISTS],
     len: usize,
     litlen: usize,
     dists: usize,
-    pre: usize,
-    lengths: [u8; PRE],
+    precode: usize,
+    lengths: [u8; PRECODE_SYMBOLS],
     /// Size in bits, without the three bits of the block header.
     pub(crate) cost: u64,
 }
 
 /// Returns the number of extra bits of a symbol of the code length alphabet.
-fn pre_extra(symbol: u8) -> u32 {
+fn precode_extra_bits(symbol: u8) -> u32 {
     match symbol {
         REPEAT => 2,
         ZEROS => 3,
@@ -108,7 +108,7 @@ fn pre_extra(symbol: u8) -> u32 {
     }
 }
 
-impl Description {
+impl DynamicHeader {
     /// Creates the description of these code lengths.
     pub(crate) fn of(lengths: &Lengths) -> Self {
         let used = |all: &[u8], least: usize| {
@@ -125,27 +125,27 @@ impl Description {
             len: 0,
             litlen,
             dists,
-            pre: 0,
-            lengths: [0; PRE],
+            precode: 0,
+            lengths: [0; PRECODE_SYMBOLS],
             cost: 0,
         };
-        let mut freqs = [0u32; PRE];
+        let mut freqs = [0u32; PRECODE_SYMBOLS];
         for run in all[..litlen + dists].chunk_by(|a, b| a == b) {
             description.add_run(run[0], run.len());
         }
         for &(symbol, _) in &description.items[..description.len] {
             freqs[usize::from(symbol)] += 1;
         }
-        code_lengths(&freqs, PRE_BITS, &mut description.lengths);
-        let last = PRE_ORDER
+        code_lengths(&freqs, PRECODE_MAX_BITS, &mut description.lengths);
+        let last = PRECODE_ORDER
             .iter()
             .rposition(|&symbol| description.lengths[symbol] > 0);
-        description.pre = last.map_or(4, |last| (last + 1).max(4));
+        description.precode = last.map_or(4, |last| (last + 1).max(4));
         let symbols = (0u8..).zip(freqs).zip(&description.lengths);
         let cost = symbols.map(|((symbol, freq), &length)| {
-            u64::from(freq) * u64::from(u32::from(length) + pre_extra(symbol))
+            u64::from(freq) * u64::from(u32::from(length) + precode_extra_bits(symbol))
         });
-        description.cost = 14 + 3 * description.pre as u64 + cost.sum::<u64>();
+        description.cost = 14 + 3 * description.precode as u64 + cost.sum::<u64>();
         description
     }
 
@@ -182,13 +182,13 @@ impl Description {
 
     /// Writes the description.
     pub(crate) fn write(&self, bits: &mut Bits<'_>) {
-        let mut pre_codes = [0; PRE];
+        let mut pre_codes = [0; PRECODE_SYMBOLS];
         codes(&self.lengths, &mut pre_codes);
         bits.put((self.litlen - END - 1) as u64, 5);
         bits.put((self.dists - 1) as u64, 5);
-        bits.put((self.pre - 4) as u64, 4);
+        bits.put((self.precode - 4) as u64, 4);
         bits.flush();
-        for symbol in &PRE_ORDER[..self.pre] {
+        for symbol in &PRECODE_ORDER[..self.precode] {
             bits.put(u64::from(self.lengths[*symbol]), 3);
             bits.flush();
         }
@@ -197,7 +197,7 @@ impl Description {
             let code = u64::from(pre_codes[usize::from(symbol)]);
             bits.put(
                 code | u64::from(extra) << length,
-                length + pre_extra(symbol),
+                length + precode_extra_bits(symbol),
             );
             bits.flush();
         }

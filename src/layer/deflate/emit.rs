@@ -1,7 +1,7 @@
 //! Writes tokens as blocks, each of the type (stored, fixed or dynamic) that takes the fewest bits.
 
 use super::bits::{Bits, Pending, SLACK};
-use super::code::{Description, Lengths};
+use super::code::{DynamicHeader, Lengths};
 use super::symbols::{
     DIST_INDICES, DIST_SYMBOL, END, LENGTH_BASE, LENGTH_EXTRA, LENGTH_SYMBOL, dist_extra,
     dist_index,
@@ -9,15 +9,15 @@ use super::symbols::{
 use super::tokens::{Frequencies, NO_MATCH, Token, Tokens, literals_of, matched_by};
 
 /// Maximum number of bytes of a stored block.
-const MOST_STORED: usize = 0xffff;
+const MAX_STORED: usize = 0xffff;
 /// Bits and their number.
 #[derive(Clone, Copy, Default)]
-struct Word {
+struct CodeWord {
     bits: u32,
     count: u32,
 }
 
-impl Word {
+impl CodeWord {
     fn new(code: u16, length: u8) -> Self {
         Self {
             bits: u32::from(code),
@@ -28,7 +28,7 @@ impl Word {
 
 /// Code of a distance, its length, and the number of extra bits that follow.
 #[derive(Clone, Copy, Default)]
-struct DistWord {
+struct DistanceCodeWord {
     bits: u16,
     count: u8,
     extra: u8,
@@ -50,37 +50,37 @@ pub(crate) struct Output<'a> {
 /// Lookup tables for writing a block's tokens.
 struct Tables {
     /// By literal.
-    literals: [Word; NONE + 1],
+    literals: [CodeWord; NONE + 1],
     /// By length less 3, including the extra bits.
-    lengths: [Word; 256],
+    lengths: [CodeWord; 256],
     /// By [`dist_index`].
-    dists: [DistWord; DIST_INDICES],
-    end: Word,
+    dists: [DistanceCodeWord; DIST_INDICES],
+    end: CodeWord,
 }
 
 impl Tables {
     fn new(lengths: &Lengths) -> Self {
         let (litlen, dists) = lengths.codes();
         let mut tables = Self {
-            literals: [Word::default(); NONE + 1],
-            lengths: [Word::default(); 256],
-            dists: [DistWord::default(); DIST_INDICES],
-            end: Word::new(litlen[END], lengths.litlen[END]),
+            literals: [CodeWord::default(); NONE + 1],
+            lengths: [CodeWord::default(); 256],
+            dists: [DistanceCodeWord::default(); DIST_INDICES],
+            end: CodeWord::new(litlen[END], lengths.litlen[END]),
         };
         for (literal, word) in tables.literals[..NONE].iter_mut().enumerate() {
-            *word = Word::new(litlen[literal], lengths.litlen[literal]);
+            *word = CodeWord::new(litlen[literal], lengths.litlen[literal]);
         }
         for (length, word) in tables.lengths.iter_mut().enumerate() {
             let symbol = usize::from(LENGTH_SYMBOL[length]);
             let extra = length as u32 - u32::from(LENGTH_BASE[symbol]);
             let code = END + 1 + symbol;
-            *word = Word::new(litlen[code], lengths.litlen[code]);
+            *word = CodeWord::new(litlen[code], lengths.litlen[code]);
             word.bits |= extra << word.count;
             word.count += u32::from(LENGTH_EXTRA[symbol]);
         }
         for (&symbol, word) in DIST_SYMBOL.iter().zip(&mut tables.dists) {
             let symbol = usize::from(symbol);
-            *word = DistWord {
+            *word = DistanceCodeWord {
                 bits: dists[symbol],
                 count: lengths.dists[symbol],
                 extra: dist_extra(symbol) as u8,
@@ -128,11 +128,11 @@ impl<'a> Output<'a> {
     fn block(&mut self, block: &[u8], tokens: &[Token], literals: &[u8], count: usize) {
         let freqs = Frequencies::of(tokens, &literals[..count]);
         let lengths = Lengths::best(&freqs);
-        let description = Description::of(&lengths);
+        let description = DynamicHeader::of(&lengths);
         let dynamic = 3 + description.cost + lengths.cost(&freqs);
         let fixed = 3 + FIXED.cost(&freqs);
         // At most 10 bits for the block header and the padding to a byte, and 32 for the lengths.
-        let stored = 42 * block.len().div_ceil(MOST_STORED) as u64 + 8 * block.len() as u64;
+        let stored = 42 * block.len().div_ceil(MAX_STORED) as u64 + 8 * block.len() as u64;
         if stored <= dynamic.min(fixed) {
             self.stored(block);
         } else if fixed <= dynamic {
@@ -144,7 +144,7 @@ impl<'a> Output<'a> {
 
     /// Writes `block` as stored blocks.
     pub(crate) fn stored(&mut self, block: &[u8]) {
-        for piece in block.chunks(MOST_STORED) {
+        for piece in block.chunks(MAX_STORED) {
             self.stored_piece(piece);
         }
     }
@@ -174,7 +174,7 @@ impl<'a> Output<'a> {
         tokens: &[Token],
         literals: &[u8],
         lengths: &Lengths,
-        description: Option<&Description>,
+        description: Option<&DynamicHeader>,
     ) {
         let start = self.bytes.len();
         let room = (cost / 8) as usize + 2 + SLACK;

@@ -1,13 +1,13 @@
 //! Computes code lengths from frequencies, and canonical codes from code lengths.
 
 /// Maximum code length of literals, lengths and distances (RFC 1951, 3.2.7).
-pub(crate) const MOST_BITS: usize = 15;
+pub(crate) const MAX_CODE_BITS: usize = 15;
 
 /// Frequency and number of a symbol are packed into one word, so that sorting compares words.
 const SYMBOL_BITS: u32 = 9;
 const SYMBOL: u32 = (1 << SYMBOL_BITS) - 1;
 /// Maximum frequency; larger ones are clamped to it.
-const MOST: u32 = (1 << (32 - SYMBOL_BITS)) - 1;
+const MAX_FREQUENCY: u32 = (1 << (32 - SYMBOL_BITS)) - 1;
 /// Size of the largest alphabet.
 const SYMBOLS: usize = 288;
 
@@ -15,12 +15,12 @@ const SYMBOLS: usize = 288;
 /// complete: if fewer than two symbols occur, others get a code too.
 pub(crate) fn code_lengths(freqs: &[u32], limit: usize, lengths: &mut [u8]) {
     debug_assert!(freqs.len() == lengths.len() && freqs.len() <= SYMBOLS);
-    debug_assert!(limit <= MOST_BITS && freqs.len() <= 1 << limit);
+    debug_assert!(limit <= MAX_CODE_BITS && freqs.len() <= 1 << limit);
     lengths.fill(0);
     let mut keys = [0u32; SYMBOLS];
     let mut used = 0;
     for (symbol, &freq) in freqs.iter().enumerate() {
-        keys[used] = freq.min(MOST) << SYMBOL_BITS | symbol as u32;
+        keys[used] = freq.min(MAX_FREQUENCY) << SYMBOL_BITS | symbol as u32;
         used += usize::from(freq > 0);
     }
     if used < 2 {
@@ -49,14 +49,14 @@ pub(crate) fn is_complete(lengths: &[u8]) -> bool {
     let sum: u32 = lengths
         .iter()
         .filter(|&&length| length > 0)
-        .map(|&length| 1 << (MOST_BITS - usize::from(length)))
+        .map(|&length| 1 << (MAX_CODE_BITS - usize::from(length)))
         .sum();
-    sum == 1 << MOST_BITS
+    sum == 1 << MAX_CODE_BITS
 }
 
 /// Returns the number of codes of each length in the Huffman code for the frequencies in `keys`, which are ascending.
-/// Lengths above [`MOST_BITS`] are counted as that length; the counts then exceed those of a prefix code.
-fn lengths_of_sorted(keys: &[u32]) -> [u32; MOST_BITS + 1] {
+/// Lengths above [`MAX_CODE_BITS`] are counted as that length; the counts then exceed those of a prefix code.
+fn lengths_of_sorted(keys: &[u32]) -> [u32; MAX_CODE_BITS + 1] {
     let leaves = keys.len();
     // Inner nodes in order of creation, so their weights ascend.
     let mut weights = [0u32; SYMBOLS];
@@ -80,22 +80,22 @@ fn lengths_of_sorted(keys: &[u32]) -> [u32; MOST_BITS + 1] {
         }
         weights[made] = weight;
     }
-    let mut counts = [0; MOST_BITS + 1];
+    let mut counts = [0; MAX_CODE_BITS + 1];
     // From the root down: a parent is created after its children.
     let mut depths = [0u16; SYMBOLS];
     for node in (0..leaves - 1).rev() {
         if node < leaves - 2 {
             depths[node] = depths[usize::from(parents[node])] + 1;
         }
-        let length = usize::from(depths[node] + 1).min(MOST_BITS);
+        let length = usize::from(depths[node] + 1).min(MAX_CODE_BITS);
         counts[length] += u32::from(leaf_children[node]);
     }
     counts
 }
 
 /// Adjusts the counts to a code with at most `limit` bits.
-fn limit_counts(counts: &mut [u32; MOST_BITS + 1], limit: usize) {
-    for length in limit + 1..=MOST_BITS {
+fn limit_counts(counts: &mut [u32; MAX_CODE_BITS + 1], limit: usize) {
+    for length in limit + 1..=MAX_CODE_BITS {
         counts[limit] += std::mem::take(&mut counts[length]);
     }
     // Kraft sum in units of the longest code.
@@ -117,13 +117,13 @@ fn limit_counts(counts: &mut [u32; MOST_BITS + 1], limit: usize) {
 
 /// Sets each symbol's code, bit-reversed for writing.
 pub(crate) fn codes(lengths: &[u8], codes: &mut [u16]) {
-    let mut counts = [0u16; MOST_BITS + 1];
+    let mut counts = [0u16; MAX_CODE_BITS + 1];
     for &length in lengths {
         counts[usize::from(length)] += 1;
     }
     counts[0] = 0;
-    let mut next = [0u16; MOST_BITS + 2];
-    for length in 1..=MOST_BITS {
+    let mut next = [0u16; MAX_CODE_BITS + 2];
+    for length in 1..=MAX_CODE_BITS {
         next[length + 1] = (next[length] + counts[length]) << 1;
     }
     for (&length, code) in lengths.iter().zip(codes) {

@@ -2,8 +2,8 @@
 //! output ends on a byte boundary, so that the outputs can be concatenated. The same input gives the same bytes on
 //! every machine.
 //!
-//! Matches are found first and written later: a table (`fast`, `pair`, `chain`: one candidate, two, all) finds them in
-//! two interleaved halves of the input (`halves`, over a `window`) and produces `tokens`; `emit` cuts these into blocks
+//! Matches are found first and written later: a table (`one_slot`, `two_slots`, `chain`: one candidate, two, all) finds them in
+//! two interleaved halves of the input (`interleave`, over a `window`) and produces `tokens`; `emit` cuts these into blocks
 //! and writes each with the best `code` (`huffman`), through `bits`. `symbols` holds the alphabets of the format.
 
 #![allow(
@@ -15,20 +15,20 @@ mod bits;
 mod chain;
 mod code;
 mod emit;
-mod fast;
-mod halves;
 mod huffman;
-mod pair;
+mod interleave;
+mod one_slot;
 mod symbols;
 mod tokens;
+mod two_slots;
 mod window;
 
-use chain::{Chains, Effort};
+use chain::{Effort, HashChains};
 use emit::Output;
-use fast::One;
-use halves::{Halves, Table};
-use pair::Two;
+use interleave::{Interleaved, MatchTable};
+use one_slot::OneSlotTable;
 use tokens::Tokens;
+use two_slots::TwoSlotTable;
 
 /// An empty final block, which ends the stream.
 pub const END: [u8; 2] = [3, 0];
@@ -45,20 +45,20 @@ pub struct Encoder {
 }
 
 enum Matcher {
-    One(Halves<One>),
-    Two(Halves<Two<{ 1 << 14 }, 3>>),
-    BetterOfTwo(Halves<Two<{ 1 << 15 }, 1>>),
-    Chains(Halves<Chains>),
+    OneSlot(Interleaved<OneSlotTable>),
+    TwoSlots(Interleaved<TwoSlotTable<{ 1 << 14 }, 3>>),
+    LargeTwoSlots(Interleaved<TwoSlotTable<{ 1 << 15 }, 1>>),
+    Chains(Interleaved<HashChains>),
 }
 
 impl Encoder {
     /// Creates an encoder for a level from 1 (fastest) to 9 (smallest); other levels are clamped.
     pub fn new(level: u32) -> Self {
         let matcher = match level {
-            0 | 1 => Matcher::One(Halves::new(())),
-            2 => Matcher::Two(Halves::new(())),
-            3 => Matcher::BetterOfTwo(Halves::new(())),
-            _ => Matcher::Chains(Halves::new(effort(level))),
+            0 | 1 => Matcher::OneSlot(Interleaved::new(())),
+            2 => Matcher::TwoSlots(Interleaved::new(())),
+            3 => Matcher::LargeTwoSlots(Interleaved::new(())),
+            _ => Matcher::Chains(Interleaved::new(effort(level))),
         };
         let block = match level {
             0 | 1 => 120 << 10,
@@ -77,16 +77,16 @@ impl Encoder {
     pub fn encode(&mut self, data: &[u8], out: &mut Vec<u8>) {
         let (tokens, block) = (&mut self.tokens, self.block);
         match &mut self.matcher {
-            Matcher::One(halves) => encode(halves, tokens, block, data, out),
-            Matcher::Two(halves) => encode(halves, tokens, block, data, out),
-            Matcher::BetterOfTwo(halves) => encode(halves, tokens, block, data, out),
+            Matcher::OneSlot(halves) => encode(halves, tokens, block, data, out),
+            Matcher::TwoSlots(halves) => encode(halves, tokens, block, data, out),
+            Matcher::LargeTwoSlots(halves) => encode(halves, tokens, block, data, out),
             Matcher::Chains(halves) => encode(halves, tokens, block, data, out),
         }
     }
 }
 
-fn encode<T: Table>(
-    halves: &mut Halves<T>,
+fn encode<T: MatchTable>(
+    halves: &mut Interleaved<T>,
     tokens: &mut [Tokens; 2],
     block: usize,
     data: &[u8],

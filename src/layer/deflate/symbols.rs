@@ -9,9 +9,9 @@ pub(crate) const DIST_INDICES: usize = 768;
 /// The end-of-block symbol.
 pub(crate) const END: usize = 256;
 /// Maximum length of a match.
-pub(crate) const LONGEST: u32 = 258;
+pub(crate) const MAX_MATCH: u32 = 258;
 /// Maximum distance of a match.
-pub(crate) const FARTHEST: u32 = 32768;
+pub(crate) const MAX_DISTANCE: u32 = 32768;
 
 /// Symbol less 257, by length less 3.
 pub(crate) static LENGTH_SYMBOL: [u8; 256] = length_symbols();
@@ -139,6 +139,6 @@ mod tests {
             }
             base += 1 << dist_extra(symbol);
         }
-        assert_eq!(base, FARTHEST);
+        assert_eq!(base, MAX_DISTANCE);
     }
 }

@@ -18,7 +18,7 @@ pub(crate) const NO_MATCH: u16 = 0xffff;
 /// Bytes copied at once, even if there are fewer literals.
 const COPY: usize = 16;
 /// Maximum number of literals in a token.
-const MOST_LITERALS: usize = 255;
+const MAX_LITERALS: usize = 255;
 
 /// Returns the total number of literals.
 pub(crate) fn literals_of(tokens: &[Token]) -> usize {
@@ -102,13 +102,13 @@ impl Tokens {
     fn push_many(&mut self, data: &[u8], count: usize) -> usize {
         self.literals[self.literals_len..][..count].copy_from_slice(&data[..count]);
         let mut left = count;
-        while left > MOST_LITERALS {
+        while left > MAX_LITERALS {
             self.add(Token {
-                literals: MOST_LITERALS as u8,
+                literals: MAX_LITERALS as u8,
                 length: 0,
                 dist: NO_MATCH,
             });
-            left -= MOST_LITERALS;
+            left -= MAX_LITERALS;
         }
         left
     }

@@ -1,6 +1,6 @@
 //! A window of the input in which positions have 16 bits, so that array accesses need no bounds checks.
 
-use super::symbols::{FARTHEST, LONGEST};
+use super::symbols::{MAX_DISTANCE, MAX_MATCH};
 
 /// Number of positions that matches can begin at or point to.
 pub(crate) const POSITIONS: usize = 1 << 16;
@@ -27,7 +27,7 @@ pub(crate) fn load64(window: &Window, at: u16, offset: usize) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-/// Returns the number of equal bytes at `a` and `b`, at most [`LONGEST`]; the first four must be equal.
+/// Returns the number of equal bytes at `a` and `b`, at most [`MAX_MATCH`]; the first four must be equal.
 #[inline(always)]
 pub(crate) fn length_of_match(window: &Window, a: u16, b: u16) -> usize {
     let first = load64(window, a, 4) ^ load64(window, b, 4);
@@ -40,7 +40,7 @@ pub(crate) fn length_of_match(window: &Window, a: u16, b: u16) -> usize {
         return 4 + (same >> 3) as usize;
     }
     let mut length = 20;
-    while length < LONGEST as usize {
+    while length < MAX_MATCH as usize {
         let differing = load64(window, a, length) ^ load64(window, b, length);
         if differing != 0 {
             length += (differing.trailing_zeros() >> 3) as usize;
@@ -48,7 +48,7 @@ pub(crate) fn length_of_match(window: &Window, a: u16, b: u16) -> usize {
         }
         length += 8;
     }
-    length.min(LONGEST as usize)
+    length.min(MAX_MATCH as usize)
 }
 
 /// The windows of an input, each half a window after the previous one.
@@ -62,7 +62,7 @@ pub(crate) struct Windows<'a> {
 }
 
 /// Distance between the starts of two consecutive windows in bytes.
-pub(crate) const STRIDE: usize = FARTHEST as usize;
+pub(crate) const STRIDE: usize = MAX_DISTANCE as usize;
 
 impl<'a> Windows<'a> {
     /// Creates the first window, which begins at `base`.

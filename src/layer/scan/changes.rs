@@ -32,11 +32,11 @@ struct Pair {
 
 /// How to add a subtree that the image does not have yet.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Take {
+enum SubtreeBase {
     /// The image shows the base's content there.
-    OverBase,
+    Base,
     /// The image shows nothing there.
-    OverNothing,
+    Empty,
 }
 
 struct Comparison<'a> {
@@ -45,7 +45,7 @@ struct Comparison<'a> {
     earlier_ends: Vec<u32>,
     now_ends: Vec<u32>,
     /// By index in the current scan: the entry is part of the changes.
-    take: Vec<bool>,
+    included: Vec<bool>,
     /// By index of a directory in the current scan: entries of the earlier scan that are in the image and are gone now.
     gone: HashMap<u32, Vec<u32>>,
 }
@@ -53,7 +53,7 @@ struct Comparison<'a> {
 /// The changes cannot be expressed on top of the earlier layer: the base's content would have to reappear where that
 /// layer has an entry.
 #[derive(Debug)]
-struct Inexpressible;
+struct NotExpressible;
 
 impl Scan {
     /// Returns the entries that a layer on top of the earlier scan's layer needs to show this scan's tree.
@@ -73,7 +73,7 @@ impl Scan {
             now: self,
             earlier_ends: earlier.rows.ends(),
             now_ends: self.rows.ends(),
-            take: vec![false; self.len()],
+            included: vec![false; self.len()],
             gone: HashMap::new(),
         };
         comparison.root(unsure).ok()?;
@@ -85,7 +85,7 @@ impl Scan {
 
     /// Empties the changes of a volume if they consist only of directories above it that the changes of the containing
     /// `tree` include as well.
-    pub fn leave_to(&mut self, tree: &Scan) {
+    pub fn clear_if_covered_by(&mut self, tree: &Scan) {
         let mut directories = None;
         let told = |index: u32| {
             let directories = directories.get_or_insert_with(|| {
@@ -97,14 +97,14 @@ impl Scan {
         };
         if self.emitted().all(told) {
             for index in 0..self.len() as u32 {
-                self.rows.flags_mut(index).set(Flags::SILENT);
+                self.rows.flags_mut(index).set(Flags::OMITTED);
             }
         }
     }
 
     /// Returns whether an entry's stamps show every change made after this scan.
-    pub(crate) fn settled(&self, entry: &Entry) -> bool {
-        entry.root != 0 || self.clock.settles(entry.ctime, entry.ctime_nsec)
+    pub(crate) fn has_reliable_stamps(&self, entry: &Entry) -> bool {
+        entry.root != 0 || self.clock.can_trust(entry.ctime, entry.ctime_nsec)
     }
 
     /// Returns whether two entries refer to the same state of an inode, by everything that the kernel updates on a
@@ -136,8 +136,8 @@ pub(super) fn same_stamps(a: &Entry, b: &Entry) -> bool {
         && (a.kind == Kind::Dir || a.nlink == b.nlink)
 }
 
-fn silent(entry: &Entry) -> bool {
-    entry.flags.has(Flags::SILENT)
+fn is_omitted(entry: &Entry) -> bool {
+    entry.flags.has(Flags::OMITTED)
 }
 
 fn is_mark(kind: Kind) -> bool {
@@ -177,19 +177,19 @@ impl Names {
 }
 
 impl Comparison<'_> {
-    fn root(&mut self, unsure: &dyn Fn(u32) -> bool) -> Result<(), Inexpressible> {
+    fn root(&mut self, unsure: &dyn Fn(u32) -> bool) -> Result<(), NotExpressible> {
         let (Some(now), Some(before)) = (self.now.entries().next(), self.earlier.entries().next())
         else {
-            return Err(Inexpressible);
+            return Err(NotExpressible);
         };
-        match (silent(&before), silent(&now)) {
+        match (is_omitted(&before), is_omitted(&now)) {
             (true, true) => {}
-            (true, false) => self.take[0] = true,
+            (true, false) => self.included[0] = true,
             // The base's root may differ from the upper's, where the runtime sets a mode of its own.
-            (false, true) => return Err(Inexpressible),
+            (false, true) => return Err(NotExpressible),
             (false, false) => {
                 let looks = |e: &Entry| (e.mode, e.uid, e.gid, e.mtime);
-                self.take[0] = looks(&now) != looks(&before)
+                self.included[0] = looks(&now) != looks(&before)
                     || self.now.xattrs(&now) != self.earlier.xattrs(&before)
                     || unsure(0);
             }
@@ -197,7 +197,7 @@ impl Comparison<'_> {
         Ok(())
     }
 
-    fn tree(&mut self, unsure: &dyn Fn(u32) -> bool) -> Result<(), Inexpressible> {
+    fn tree(&mut self, unsure: &dyn Fn(u32) -> bool) -> Result<(), NotExpressible> {
         let mut open = vec![self.pair(0, 0)];
         while let Some(pair) = open.last_mut() {
             let heads = [
@@ -256,7 +256,7 @@ impl Comparison<'_> {
         dir: u32,
         [mark_before, before, mark_now, now]: [u32; 4],
         unsure: &dyn Fn(u32) -> bool,
-    ) -> Result<Option<Pair>, Inexpressible> {
+    ) -> Result<Option<Pair>, NotExpressible> {
         let entry_of = |scan: &Scan, at: u32| (at != NONE).then(|| scan.entry(at));
         let opaque = |mark: Option<Entry>| mark.is_some_and(|mark| mark.kind == Kind::Opaque);
         let (was_mark, is_mark) = (
@@ -264,7 +264,7 @@ impl Comparison<'_> {
             entry_of(self.now, mark_now),
         );
         if opaque(was_mark) || opaque(is_mark) {
-            return Err(Inexpressible);
+            return Err(NotExpressible);
         }
         match (
             was_mark.is_some(),
@@ -275,42 +275,42 @@ impl Comparison<'_> {
             // A directory above the scanned tree belongs to another layer: only its own metadata are compared here.
             (false, Some(was), false, Some(is)) if now < self.now.above => {
                 let looks = |e: &Entry| (e.mode, e.uid, e.gid, e.mtime);
-                self.take[now as usize] |=
+                self.included[now as usize] |=
                     looks(&was) != looks(&is) || self.now.xattrs(&is) != self.earlier.xattrs(&was);
                 return Ok(Some(self.pair(before, now)));
             }
             // Deleted in both.
             (true, _, true, _) | (false, None, false, None) => {}
-            (false, _, true, _) => self.take[mark_now as usize] = true,
-            (true, _, false, Some(entry)) => self.subtree(now, &entry, Take::OverNothing)?,
+            (false, _, true, _) => self.included[mark_now as usize] = true,
+            (true, _, false, Some(entry)) => self.subtree(now, &entry, SubtreeBase::Empty)?,
             // The base's content has to reappear where the image has a whiteout.
-            (true, _, false, None) => return Err(Inexpressible),
-            (false, None, false, Some(entry)) => self.subtree(now, &entry, Take::OverBase)?,
+            (true, _, false, None) => return Err(NotExpressible),
+            (false, None, false, Some(entry)) => self.subtree(now, &entry, SubtreeBase::Base)?,
             (false, Some(was), false, Some(is))
                 if was.kind == Kind::Dir || is.kind != Kind::Dir =>
             {
                 let same = self.now.same(&is, self.earlier, &was)
-                    && self.earlier.settled(&was)
+                    && self.earlier.has_reliable_stamps(&was)
                     && !unsure(before);
-                let shown = match (silent(&was), silent(&is)) {
+                let shown = match (is_omitted(&was), is_omitted(&is)) {
                     (true, true) => true,
                     // An entry equal to the base is in the image already; a directory that differs only in its time is
                     // not.
                     (true, false) => same && was.flags.has(Flags::UNCHANGED),
                     (false, _) => same,
                 };
-                self.take[now as usize] |= !shown;
+                self.included[now as usize] |= !shown;
                 if (was.kind, is.kind) == (Kind::Dir, Kind::Dir) {
                     return Ok(Some(self.pair(before, now)));
                 }
             }
             // A directory that replaces another kind of entry.
-            (false, Some(_), false, Some(is)) => self.subtree(now, &is, Take::OverNothing)?,
+            (false, Some(_), false, Some(is)) => self.subtree(now, &is, SubtreeBase::Empty)?,
             (false, Some(was), false, None) => {
-                if silent(&was) || was.flags.has(Flags::IN_BASE) {
+                if is_omitted(&was) || was.flags.has(Flags::IN_BASE) {
                     let mut range = before..self.earlier_ends[before as usize];
-                    if !range.all(|at| self.earlier.rows.flags(at).has(Flags::SILENT)) {
-                        return Err(Inexpressible);
+                    if !range.all(|at| self.earlier.rows.flags(at).has(Flags::OMITTED)) {
+                        return Err(NotExpressible);
                     }
                 } else {
                     self.gone.entry(dir).or_default().push(before);
@@ -320,9 +320,9 @@ impl Comparison<'_> {
         Ok(None)
     }
 
-    fn subtree(&mut self, at: u32, entry: &Entry, how: Take) -> Result<(), Inexpressible> {
+    fn subtree(&mut self, at: u32, entry: &Entry, how: SubtreeBase) -> Result<(), NotExpressible> {
         let range = at..self.now_ends[at as usize];
-        if how == Take::OverNothing {
+        if how == SubtreeBase::Empty {
             // The base's content of the directory, which is not in the upper, would be missing.
             let shows_base = |e: &Entry| {
                 e.kind == Kind::Dir
@@ -332,14 +332,14 @@ impl Comparison<'_> {
                     && !self.now.extra(e).is_some_and(|extra| extra.moved)
             };
             if shows_base(entry) {
-                return Err(Inexpressible);
+                return Err(NotExpressible);
             }
         }
         for index in range {
             let entry = self.now.entry(index);
-            self.take[index as usize] |= match how {
-                Take::OverBase => !silent(&entry),
-                Take::OverNothing => !is_mark(entry.kind),
+            self.included[index as usize] |= match how {
+                SubtreeBase::Base => !is_omitted(&entry),
+                SubtreeBase::Empty => !is_mark(entry.kind),
             };
         }
         Ok(())
@@ -349,7 +349,7 @@ impl Comparison<'_> {
     fn link_groups(&mut self) {
         let linked = |e: &Entry| e.nlink > 1 && e.kind != Kind::Dir && !is_mark(e.kind);
         let mut changed = HashSet::new();
-        for (index, _) in (0..).zip(&self.take).filter(|(_, taken)| **taken) {
+        for (index, _) in (0..).zip(&self.included).filter(|(_, taken)| **taken) {
             let entry = self.now.entry(index);
             if linked(&entry) {
                 changed.insert((entry.root, entry.ino));
@@ -358,7 +358,7 @@ impl Comparison<'_> {
         if changed.is_empty() {
             return;
         }
-        for (entry, taken) in self.now.entries().zip(&mut self.take) {
+        for (entry, taken) in self.now.entries().zip(&mut self.included) {
             *taken |= linked(&entry) && changed.contains(&(entry.root, entry.ino));
         }
     }
@@ -366,11 +366,11 @@ impl Comparison<'_> {
     /// Includes every parent directory of a change, with its current metadata.
     fn parents(&mut self) {
         for &dir in self.gone.keys() {
-            self.take[dir as usize] |= dir != 0;
+            self.included[dir as usize] |= dir != 0;
         }
-        for index in (1..self.take.len()).rev() {
+        for index in (1..self.included.len()).rev() {
             let parent = self.now.parent(index as u32) as usize;
-            self.take[parent] |= self.take[index] && parent != 0;
+            self.included[parent] |= self.included[index] && parent != 0;
         }
     }
 
@@ -379,7 +379,7 @@ impl Comparison<'_> {
         let mut changes = Builder::new(Rows::sharing(&now.rows));
         let mut moved: HashMap<u32, u32> = HashMap::new();
         for index in 0..now.len() as u32 {
-            let taken = self.take[index as usize];
+            let taken = self.included[index as usize];
             if index != 0 && !taken {
                 continue;
             }
@@ -390,9 +390,9 @@ impl Comparison<'_> {
             let parent = moved.get(&entry.parent).copied().unwrap_or(0);
             let mut flags = entry.flags;
             if index == 0 && !taken {
-                flags.set(Flags::SILENT);
+                flags.set(Flags::OMITTED);
             } else {
-                flags.clear(Flags::SILENT);
+                flags.clear(Flags::OMITTED);
             }
             let to = changes.rows.push(parent, flags, now.rows.place(index));
             if entry.kind == Kind::Dir {
@@ -414,7 +414,7 @@ impl Comparison<'_> {
     fn whiteouts(&mut self, changes: &mut Builder, dir: u32, to: u32) {
         let names = Names::of(self.now, &self.now_ends, dir);
         let mut deleted: Vec<&[u8]> = (names.mark..names.mark_end)
-            .filter(|&mark| self.take[mark as usize])
+            .filter(|&mark| self.included[mark as usize])
             .map(|mark| self.now.rows.name_at(mark))
             .collect();
         let gone = self.gone.remove(&dir).unwrap_or_default();

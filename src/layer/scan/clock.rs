@@ -40,7 +40,7 @@ impl Clock {
     }
 
     /// Returns whether an entry with this change time, if read after this clock reading, shows every later change.
-    pub fn settles(&self, ctime: i64, ctime_nsec: u32) -> bool {
+    pub fn can_trust(&self, ctime: i64, ctime_nsec: u32) -> bool {
         let at = |seconds: i64, nanos: u32| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
         // Zero nanoseconds most likely mean a file system without them (ext4 with small inodes), where a tick is a
         // second.
@@ -91,7 +91,11 @@ mod tests {
             (99, 0, true),
             (98, 0, true),
         ] {
-            assert_eq!(clock.settles(seconds, nanos), settled, "{seconds}.{nanos}");
+            assert_eq!(
+                clock.can_trust(seconds, nanos),
+                settled,
+                "{seconds}.{nanos}"
+            );
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::{Entry, Flags, Kind, Scan};
 
 /// The earlier scan and what has been found out about its entries since.
-pub(super) struct Earlier<'a> {
+pub(super) struct EarlierScan<'a> {
     pub(super) scan: &'a Scan,
     /// By entry: the index after its last descendant.
     pub(super) ends: Vec<u32>,
@@ -11,7 +11,7 @@ pub(super) struct Earlier<'a> {
     pub(super) dirty: Vec<bool>,
 }
 
-impl<'a> Earlier<'a> {
+impl<'a> EarlierScan<'a> {
     pub(super) fn new(scan: &'a Scan) -> Self {
         Self {
             scan,

@@ -7,24 +7,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Entry, Error, Extra, Xattr};
 
-/// A [`Share`] takes memory in multiples of this size, so that threads do not contend for every name.
-const PIECE: u64 = 4 << 10;
+/// A [`Reservation`] takes memory in multiples of this size, so that threads do not contend for every name.
+const RESERVATION_UNIT: u64 = 4 << 10;
 /// Bytes kept per entry besides its name: its facts and its row.
-const KEPT: u64 = 49;
+const ENTRY_BYTES: u64 = 49;
 
 /// The attributes of an entry, shared by all entries with the same set.
 pub(super) type Xattrs = Arc<[Xattr]>;
 
 /// Memory used by a scan, and its limit, in bytes.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(super) struct MemoryBudget {
     limit: u64,
     used: AtomicU64,
     /// The distinct attribute sets of this scan.
     sets: Mutex<HashSet<Xattrs>>,
 }
 
-impl Memory {
+impl MemoryBudget {
     pub(super) fn new(limit: u64) -> Arc<Self> {
         Arc::new(Self {
             limit,
@@ -38,8 +38,8 @@ impl Memory {
         self.used.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    pub(super) fn share(self: &Arc<Self>) -> Share {
-        Share {
+    pub(super) fn reservation(self: &Arc<Self>) -> Reservation {
+        Reservation {
             of: Arc::clone(self),
             taken: 0,
             used: 0,
@@ -51,21 +51,21 @@ impl Memory {
 /// Memory taken by one thread for one directory. On drop, memory that was held is released, memory that was kept is
 /// not.
 #[derive(Debug)]
-pub(super) struct Share {
-    of: Arc<Memory>,
+pub(super) struct Reservation {
+    of: Arc<MemoryBudget>,
     taken: u64,
     used: u64,
     kept: u64,
 }
 
-impl Share {
-    /// Takes `bytes` until this share is dropped. Fails if the limit is exceeded.
-    pub(super) fn hold(&mut self, bytes: u64) -> Result<(), Error> {
+impl Reservation {
+    /// Takes `bytes` until this reservation is dropped. Fails if the limit is exceeded.
+    pub(super) fn reserve(&mut self, bytes: u64) -> Result<(), Error> {
         self.used = self.used.saturating_add(bytes);
         if self.used <= self.taken {
             return Ok(());
         }
-        let more = (self.used - self.taken).next_multiple_of(PIECE);
+        let more = (self.used - self.taken).next_multiple_of(RESERVATION_UNIT);
         let before = self.of.used.fetch_add(more, Ordering::Relaxed);
         self.taken += more;
         if before.saturating_add(more) <= self.of.limit {
@@ -79,23 +79,27 @@ impl Share {
     }
 
     /// Takes `bytes` for the lifetime of the scan.
-    pub(super) fn keep(&mut self, bytes: u64) -> Result<(), Error> {
+    pub(super) fn reserve_for_scan(&mut self, bytes: u64) -> Result<(), Error> {
         self.kept += bytes;
-        self.hold(bytes)
+        self.reserve(bytes)
     }
 
     /// Takes the memory of an entry in the scan, including its rarer parts except attributes.
-    pub(super) fn keep_entry(&mut self, name: &[u8], extra: Option<&Extra>) -> Result<(), Error> {
-        self.keep(KEPT + name.len() as u64 + extra.map_or(0, weight))
+    pub(super) fn reserve_entry_for_scan(
+        &mut self,
+        name: &[u8],
+        extra: Option<&Extra>,
+    ) -> Result<(), Error> {
+        self.reserve_for_scan(ENTRY_BYTES + name.len() as u64 + extra.map_or(0, weight))
     }
 
     /// Takes the additional memory of an entry in a directory being walked.
-    pub(super) fn hold_entry(&mut self, name: &[u8]) -> Result<(), Error> {
-        self.hold((size_of::<Entry>() + name.len()) as u64)
+    pub(super) fn reserve_entry(&mut self, name: &[u8]) -> Result<(), Error> {
+        self.reserve((size_of::<Entry>() + name.len()) as u64)
     }
 
     /// Returns this scan's copy of an attribute set, adding it if there is none; `None` for the empty set.
-    pub(super) fn set_of(&mut self, xattrs: Vec<Xattr>) -> Result<Option<Xattrs>, Error> {
+    pub(super) fn intern_xattrs(&mut self, xattrs: Vec<Xattr>) -> Result<Option<Xattrs>, Error> {
         if xattrs.is_empty() {
             return Ok(None);
         }
@@ -103,19 +107,19 @@ impl Share {
         if known.is_some() {
             return Ok(known);
         }
-        self.keep_set(&xattrs)?;
+        self.reserve_set_for_scan(&xattrs)?;
         let set = Xattrs::from(xattrs);
         self.sets().insert(Arc::clone(&set));
         Ok(Some(set))
     }
 
     /// Takes the memory of an attribute set.
-    pub(super) fn keep_set(&mut self, xattrs: &[Xattr]) -> Result<(), Error> {
+    pub(super) fn reserve_set_for_scan(&mut self, xattrs: &[Xattr]) -> Result<(), Error> {
         let bytes: usize = xattrs
             .iter()
             .map(|(name, value)| size_of::<Xattr>() + name.len() + value.len())
             .sum();
-        self.keep((bytes + size_of::<Xattrs>()) as u64)
+        self.reserve_for_scan((bytes + size_of::<Xattrs>()) as u64)
     }
 
     fn sets(&self) -> std::sync::MutexGuard<'_, HashSet<Xattrs>> {
@@ -123,7 +127,7 @@ impl Share {
     }
 }
 
-impl Drop for Share {
+impl Drop for Reservation {
     fn drop(&mut self) {
         let held = self.taken.saturating_sub(self.kept);
         self.of.used.fetch_sub(held, Ordering::Relaxed);
@@ -143,46 +147,48 @@ fn weight(extra: &Extra) -> u64 {
 mod tests {
     use super::*;
 
-    fn used(memory: &Memory) -> u64 {
+    fn used(memory: &MemoryBudget) -> u64 {
         memory.used.load(Ordering::Relaxed)
     }
 
     #[test]
     fn what_is_held_is_given_back_and_what_is_kept_is_not() -> Result<(), Error> {
-        let memory = Memory::new(10 * PIECE);
-        let mut share = memory.share();
-        share.hold(3 * PIECE)?;
-        share.keep(100)?;
-        assert_eq!(used(&memory), 4 * PIECE);
-        drop(share);
+        let memory = MemoryBudget::new(10 * RESERVATION_UNIT);
+        let mut reservation = memory.reservation();
+        reservation.reserve(3 * RESERVATION_UNIT)?;
+        reservation.reserve_for_scan(100)?;
+        assert_eq!(used(&memory), 4 * RESERVATION_UNIT);
+        drop(reservation);
         assert_eq!(used(&memory), 100);
-        let mut share = memory.share();
-        assert!(share.hold(9 * PIECE).is_ok());
-        let refused = share.hold(PIECE).map_err(|error| error.to_string());
+        let mut reservation = memory.reservation();
+        assert!(reservation.reserve(9 * RESERVATION_UNIT).is_ok());
+        let refused = reservation
+            .reserve(RESERVATION_UNIT)
+            .map_err(|error| error.to_string());
         let told = "refused: the memory for names, attributes and directory listings in bytes is over the limit of 40960; \
                     if that is meant, raise it with --max-memory";
         assert_eq!(refused, Err(told.to_owned()));
-        drop(share);
+        drop(reservation);
         assert_eq!(used(&memory), 100);
         Ok(())
     }
 
     #[test]
     fn the_same_attributes_are_kept_once() -> Result<(), Error> {
-        let memory = Memory::new(1 << 20);
-        let mut share = memory.share();
+        let memory = MemoryBudget::new(1 << 20);
+        let mut reservation = memory.reservation();
         let set = |value: u8| vec![(b"user.a".to_vec(), vec![value; 4000])];
-        let first = share.set_of(set(1))?;
+        let first = reservation.intern_xattrs(set(1))?;
         for _ in 0..1000 {
             assert_eq!(
-                share.set_of(set(1))?.map(|set| set.as_ptr()),
+                reservation.intern_xattrs(set(1))?.map(|set| set.as_ptr()),
                 first.as_ref().map(|set| set.as_ptr())
             );
         }
-        assert!(share.set_of(Vec::new())?.is_none());
-        drop(share);
+        assert!(reservation.intern_xattrs(Vec::new())?.is_none());
+        drop(reservation);
         assert!((4000..5000).contains(&used(&memory)), "{}", used(&memory));
-        let other = memory.share().set_of(set(2))?;
+        let other = memory.reservation().intern_xattrs(set(2))?;
         assert_ne!(other, first);
         Ok(())
     }

@@ -1,17 +1,17 @@
 //! The scan of an upper directory: a list of entries in the order of the layer, each with all that its tar header
 //! needs, known before any content is read.
 //!
-//! `walk` builds it, `again` rebuilds it where little changed (over `earlier`), `rows` stores it compactly, `changes`
+//! `walk` builds it, `rescan` rebuilds it where little changed (over `earlier`), `rows` stores it compactly, `changes`
 //! computes the difference of two scans, `clock` decides what time stamps can prove, `stored` serialises a scan for the
 //! next save, `exclude` holds the exclusion rules, `sample` bounds reports, `memory` accounts for the memory used,
 //! `usage` measures a tree on disk.
 
-mod again;
 mod changes;
 mod clock;
 mod earlier;
 mod exclude;
 mod memory;
+mod rescan;
 mod rows;
 mod sample;
 mod stored;
@@ -29,7 +29,7 @@ pub(crate) use sample::{Counts, Example, Sample};
 pub use stored::Stored;
 pub(crate) use usage::usage;
 
-use crate::node::overlay::owner::IdMapping;
+use crate::node::overlay::id_map::IdMapping;
 use crate::node::overlay::root::Root;
 use crate::node::overlay::volume::Volume;
 use crate::node::overlay::xattr::{Namespace, ValueError};
@@ -185,7 +185,7 @@ impl Flags {
     const IN_BASE: Self = Self(8);
     /// Not in the layer, because the image already has the right entry from the base: an entry equal to the base, or
     /// the root without a relevant change.
-    const SILENT: Self = Self(16);
+    const OMITTED: Self = Self(16);
     /// A directory in which an entry made by the runtime was left out.
     const STUBS: Self = Self(32);
     /// A directory that contains more than the entries of the scan: some were left out, or have no meaning for the
@@ -212,7 +212,7 @@ pub(crate) type Xattr = (Vec<u8>, Vec<u8>);
 
 /// Location of content that is not in the upper at the entry's own path.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Elsewhere {
+pub struct ContentLocation {
     /// Root: 0 is the upper, n the lower `n - 1`.
     pub root: u16,
     /// Path below that root.
@@ -226,7 +226,7 @@ pub struct Elsewhere {
 struct Extra {
     link: Option<Vec<u8>>,
     xattrs: Option<Xattrs>,
-    content: Option<Elsewhere>,
+    content: Option<ContentLocation>,
     /// Root and inode number of the base's file at the same path, for hard link groups.
     base: Option<(u16, u64)>,
     /// Hard link count as seen in the container, where the overlay's index tracks the links.
@@ -354,7 +354,7 @@ impl Scan {
 
     /// Iterates over the indices of the entries that go into a layer: all but those that equal the base.
     pub fn emitted(&self) -> impl Iterator<Item = u32> + Clone + '_ {
-        (0..self.len() as u32).filter(|&i| !self.rows.flags(i).has(Flags::SILENT))
+        (0..self.len() as u32).filter(|&i| !self.rows.flags(i).has(Flags::OMITTED))
     }
 
     /// Returns the name of an entry in its directory; for a whiteout, the name that it deletes.
@@ -385,7 +385,7 @@ impl Scan {
     }
 
     /// Returns the location of the content if it is not in the upper at the entry's own path.
-    pub fn elsewhere(&self, entry: &Entry) -> Option<&Elsewhere> {
+    pub fn content_location(&self, entry: &Entry) -> Option<&ContentLocation> {
         self.extra(entry)?.content.as_ref()
     }
 
@@ -407,7 +407,7 @@ impl Scan {
     /// Lowers the clock of the scan to `clock` if that is earlier, so that fewer time stamps are trusted. `clock` is a
     /// reading from before the walk, and from before any preparation on which the stamps depend.
     #[must_use]
-    pub fn since(mut self, clock: Clock) -> Self {
+    pub fn with_clock(mut self, clock: Clock) -> Self {
         self.clock = self.clock.min(clock);
         self
     }

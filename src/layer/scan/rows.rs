@@ -15,13 +15,13 @@ pub(super) const NO_EXTRA: u32 = u32::MAX;
 /// Number of places in a block; all places of a block belong to one store.
 const BLOCK: u32 = 1 << 12;
 /// Value of [`Fact::size`] if the sizes do not fit and are in [`Facts::large`].
-const LARGE: u32 = u32::MAX;
-/// Size at which a shelf is full: offsets have 32 bits, and the names of a directory are added all at once.
-const FULL: usize = 1 << 30;
+const SIZE_IN_LARGE: u32 = u32::MAX;
+/// Size at which a buffer is full: offsets have 32 bits, and the names of a directory are added all at once.
+const MAX_BUFFER_BYTES: usize = 1 << 30;
 
 /// Attributes that many entries have in common, stored once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Look {
+struct SharedAttributes {
     kind: Kind,
     root: u16,
     mode: u16,
@@ -38,7 +38,7 @@ struct Look {
 /// Attributes of a single entry. Its name ends where the name of the next begins.
 #[derive(Clone, Copy, Debug)]
 struct Fact {
-    look: u32,
+    attributes: u32,
     extra: u32,
     name_at: u32,
     ino: u32,
@@ -57,7 +57,7 @@ pub(super) struct Facts {
     list: Vec<Fact>,
     names: Vec<u8>,
     extras: Vec<Extra>,
-    looks: Vec<Look>,
+    shared: Vec<SharedAttributes>,
     /// Apparent and allocated size in bytes, where they do not fit into a fact.
     large: HashMap<u32, (u64, u64)>,
 }
@@ -71,13 +71,13 @@ impl Facts {
     }
 
     pub(super) fn kind(&self, fact: u32) -> Kind {
-        self.looks[self.list[fact as usize].look as usize].kind
+        self.shared[self.list[fact as usize].attributes as usize].kind
     }
 
     fn entry(&self, at: u32, store: u32, parent: u32, flags: Flags) -> Entry {
         let fact = self.list[at as usize];
-        let look = self.looks[fact.look as usize];
-        let (size, allocated) = if fact.size == LARGE {
+        let attributes = self.shared[fact.attributes as usize];
+        let (size, allocated) = if fact.size == SIZE_IN_LARGE {
             self.large.get(&at).copied().unwrap_or_default()
         } else {
             (u64::from(fact.size), u64::from(fact.blocks) * 512)
@@ -88,41 +88,41 @@ impl Facts {
             store,
             name_at: fact.name_at,
             name_len: self.name(at).len() as u16,
-            root: look.root,
-            kind: look.kind,
+            root: attributes.root,
+            kind: attributes.kind,
             flags,
-            mode: look.mode,
+            mode: attributes.mode,
             extra: fact.extra,
-            uid: look.uid,
-            gid: look.gid,
-            nlink: look.nlink,
-            ino: whole(look.ino, fact.ino),
+            uid: attributes.uid,
+            gid: attributes.gid,
+            nlink: attributes.nlink,
+            ino: whole(attributes.ino, fact.ino),
             size,
             allocated,
-            rdev: look.rdev,
-            mtime: whole(look.mtime, fact.mtime) as i64,
+            rdev: attributes.rdev,
+            mtime: whole(attributes.mtime, fact.mtime) as i64,
             mtime_nsec: fact.mtime_nsec,
             ctime_nsec: fact.ctime_nsec,
-            ctime: whole(look.ctime, fact.ctime) as i64,
+            ctime: whole(attributes.ctime, fact.ctime) as i64,
         }
     }
 }
 
 /// Facts being collected.
 #[derive(Debug, Default)]
-pub(super) struct Shelf {
+pub(super) struct FactBuffer {
     facts: Facts,
-    looks: HashMap<Look, u32>,
-    /// The look of the previous entry, which is most often that of the next.
-    last: Option<(Look, u32)>,
+    shared: HashMap<SharedAttributes, u32>,
+    /// The attributes of the previous entry, which is most often that of the next.
+    last: Option<(SharedAttributes, u32)>,
 }
 
-impl Shelf {
+impl FactBuffer {
     /// Adds an entry's facts and returns their number. Position in the tree and flags belong to the row.
     pub(super) fn push(&mut self, entry: &Entry, name: &[u8], extra: Option<Extra>) -> u32 {
         let at = self.facts.list.len() as u32;
         let high = |whole: u64| (whole >> 32) as u32;
-        let look = Look {
+        let attributes = SharedAttributes {
             kind: entry.kind,
             root: entry.root,
             mode: entry.mode,
@@ -137,16 +137,18 @@ impl Shelf {
         let blocks = u32::try_from(entry.allocated / 512)
             .ok()
             .filter(|_| entry.allocated.is_multiple_of(512));
-        let size = u32::try_from(entry.size).ok().filter(|&size| size != LARGE);
+        let size = u32::try_from(entry.size)
+            .ok()
+            .filter(|&size| size != SIZE_IN_LARGE);
         let (size, blocks) = match size.zip(blocks) {
             Some(fit) => fit,
             None => {
                 self.facts.large.insert(at, (entry.size, entry.allocated));
-                (LARGE, 0)
+                (SIZE_IN_LARGE, 0)
             }
         };
         let fact = Fact {
-            look: self.look(look),
+            attributes: self.attributes(attributes),
             extra: extra.map_or(NO_EXTRA, |extra| {
                 self.facts.extras.push(extra);
                 self.facts.extras.len() as u32 - 1
@@ -165,18 +167,18 @@ impl Shelf {
         at
     }
 
-    fn look(&mut self, look: Look) -> u32 {
+    fn attributes(&mut self, attributes: SharedAttributes) -> u32 {
         if let Some((last, number)) = self.last
-            && last == look
+            && last == attributes
         {
             return number;
         }
-        let next = self.facts.looks.len() as u32;
-        let number = *self.looks.entry(look).or_insert(next);
+        let next = self.facts.shared.len() as u32;
+        let number = *self.shared.entry(attributes).or_insert(next);
         if number == next {
-            self.facts.looks.push(look);
+            self.facts.shared.push(attributes);
         }
-        self.last = Some((look, number));
+        self.last = Some((attributes, number));
         number
     }
 
@@ -194,9 +196,9 @@ impl Shelf {
         self.facts.list.reserve_exact(entries);
     }
 
-    /// Returns whether further facts have to go to another shelf.
+    /// Returns whether further facts have to go to another buffer.
     pub(super) fn is_full(&self) -> bool {
-        self.facts.names.len().max(self.facts.list.len()) >= FULL
+        self.facts.names.len().max(self.facts.list.len()) >= MAX_BUFFER_BYTES
     }
 
     fn finish(self) -> Facts {
@@ -204,7 +206,7 @@ impl Shelf {
         facts.list.shrink_to_fit();
         facts.names.shrink_to_fit();
         facts.extras.shrink_to_fit();
-        facts.looks.shrink_to_fit();
+        facts.shared.shrink_to_fit();
         facts
     }
 }
@@ -239,9 +241,9 @@ impl Rows {
     }
 
     /// Adds collected facts. Returns the place of the first; the others follow it.
-    pub(super) fn add(&mut self, shelf: Shelf) -> u32 {
+    pub(super) fn add(&mut self, buffer: FactBuffer) -> u32 {
         let first = self.next_place();
-        let facts = shelf.finish();
+        let facts = buffer.finish();
         if facts.list.is_empty() {
             return first;
         }
@@ -332,8 +334,8 @@ impl Rows {
 
     /// Iterates over the roots of all entries, possibly with some that only another scan has.
     pub(super) fn roots(&self) -> impl Iterator<Item = u16> {
-        let looks = self.stores.iter().flat_map(|store| &store.looks);
-        looks.map(|look| look.root)
+        let shared = self.stores.iter().flat_map(|store| &store.shared);
+        shared.map(|attributes| attributes.root)
     }
 
     /// Iterates over all extras, possibly with some that only another scan has.
@@ -394,7 +396,7 @@ impl Rows {
 pub(super) struct Builder {
     pub(super) rows: Rows,
     /// Facts of new entries, added at the end.
-    own: Shelf,
+    own: FactBuffer,
 }
 
 impl Builder {
@@ -402,7 +404,7 @@ impl Builder {
     pub(super) fn new(rows: Rows) -> Self {
         Self {
             rows,
-            own: Shelf::default(),
+            own: FactBuffer::default(),
         }
     }
 

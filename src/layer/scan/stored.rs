@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::memory::Xattrs;
 use super::rows::{Builder, NO_EXTRA};
-use super::{Clock, Elsewhere, Entry, Extra, Flags, Kind, Report, Scan, Xattr};
+use super::{Clock, ContentLocation, Entry, Extra, Flags, Kind, Report, Scan, Xattr};
 
 /// Maximum length of a directory entry's name in bytes.
 const MAX_NAME: usize = 255;
@@ -72,8 +72,8 @@ impl Scan {
                 .iter()
                 .position(|&kind| kind == entry.kind)
                 .unwrap_or(0) as u8;
-            let late =
-                !matches!(entry.kind, Kind::Whiteout | Kind::Opaque) && !self.settled(&entry);
+            let late = !matches!(entry.kind, Kind::Whiteout | Kind::Opaque)
+                && !self.has_reliable_stamps(&entry);
             let unsure = late || unsure(index);
             out.push(entry.flags.0);
             out.push(
@@ -289,7 +289,7 @@ fn read_extra(from: &mut Reader<'_, impl BufRead>, sets: &mut Vec<Xattrs>) -> Op
         extra.link = Some(from.vec()?);
     }
     if bit(1) {
-        extra.content = Some(Elsewhere {
+        extra.content = Some(ContentLocation {
             root: from.small()?,
             path: from.vec()?,
             ino: from.number()?,

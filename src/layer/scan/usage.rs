@@ -10,7 +10,7 @@ use crate::node::overlay::lower::join;
 use crate::node::overlay::root::{Root, is_absent, names, stat_at};
 
 /// Maximum size in bytes of the paths of directories still to be counted.
-const MOST: usize = 128 << 20;
+const MAX_PENDING_BYTES: usize = 128 << 20;
 
 /// Size of a tree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -47,7 +47,7 @@ pub(crate) fn usage(path: &Path) -> io::Result<Usage> {
             if FileType::from_raw_mode(stat.st_mode).is_dir() {
                 let below = join(&path, &name);
                 waiting += below.len() + size_of::<Vec<u8>>();
-                if waiting > MOST {
+                if waiting > MAX_PENDING_BYTES {
                     return Err(io::Error::other("there are too many directories to count"));
                 }
                 todo.push(below);

@@ -19,19 +19,19 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 
 /// How long the share may stay below the floor before the group gets a weight.
-pub(crate) const AFTER: Duration = Duration::from_secs(10);
+pub(crate) const GRACE_PERIOD: Duration = Duration::from_secs(10);
 /// Interval between two measurements, long enough for a share of one per cent to consist of several time slices.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(2);
 /// Weight in per cent of a default group's: initial value and limits.
-const FIRST: f64 = 1.0;
-const LEAST: f64 = 0.2;
-const MOST: f64 = 100.0;
+const INITIAL_WEIGHT: f64 = 1.0;
+const MIN_WEIGHT: f64 = 0.2;
+const MAX_WEIGHT: f64 = 100.0;
 /// Maximum factor by which the weight is multiplied or divided per measurement.
-const STEP: f64 = 4.0;
+const MAX_WEIGHT_FACTOR: f64 = 4.0;
 
 /// The priority of the group among the others.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Standing {
+pub(super) enum CpuPriority {
     /// It runs when no other group wants to, or has the lowest weight if the kernel has no idle groups.
     Idle,
     /// It has a weight, in per cent of a default group's.
@@ -40,7 +40,7 @@ pub(super) enum Standing {
 
 /// A measurement of the group's processes between two points in time.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Look {
+pub(super) struct CpuSample {
     /// Elapsed time.
     pub(super) wall: Duration,
     /// Time on cores, summed over all threads.
@@ -54,7 +54,7 @@ pub(super) struct Look {
 pub(super) struct Regulator {
     /// In processor seconds per second.
     floor: f64,
-    standing: Standing,
+    priority: CpuPriority,
     /// How long the share has been below the floor, or above it.
     below: Duration,
     above: Duration,
@@ -65,37 +65,40 @@ impl Regulator {
     pub(super) fn new(percent: f64, cores: usize) -> Self {
         Self {
             floor: percent / 100.0 * cores as f64,
-            standing: Standing::Idle,
+            priority: CpuPriority::Idle,
             below: Duration::ZERO,
             above: Duration::ZERO,
         }
     }
 
     /// Returns the new priority of the group after a measurement.
-    pub(super) fn look(&mut self, look: Look) -> Standing {
-        let share = look.ran.as_secs_f64() / look.wall.as_secs_f64().max(1e-3);
+    pub(super) fn update(&mut self, sample: CpuSample) -> CpuPriority {
+        let share = sample.ran.as_secs_f64() / sample.wall.as_secs_f64().max(1e-3);
         // Threads that wait for a disk or a registry do not want a core.
-        let wanted = look.ran.max(look.wall / 10);
-        let below = share < self.floor && look.waited > wanted;
+        let wanted = sample.ran.max(sample.wall / 10);
+        let below = share < self.floor && sample.waited > wanted;
         if below {
-            (self.below, self.above) = (self.below + look.wall, Duration::ZERO);
+            (self.below, self.above) = (self.below + sample.wall, Duration::ZERO);
         } else {
-            (self.below, self.above) = (Duration::ZERO, self.above + look.wall);
+            (self.below, self.above) = (Duration::ZERO, self.above + sample.wall);
         }
-        self.standing = match self.standing {
-            Standing::Idle if self.below < AFTER => Standing::Idle,
-            Standing::Idle => Standing::Weight(FIRST),
-            Standing::Weight(_) if self.above >= AFTER && share > self.floor * STEP => {
-                Standing::Idle
+        self.priority = match self.priority {
+            CpuPriority::Idle if self.below < GRACE_PERIOD => CpuPriority::Idle,
+            CpuPriority::Idle => CpuPriority::Weight(INITIAL_WEIGHT),
+            CpuPriority::Weight(_)
+                if self.above >= GRACE_PERIOD && share > self.floor * MAX_WEIGHT_FACTOR =>
+            {
+                CpuPriority::Idle
             }
-            Standing::Weight(weight) if below || share > self.floor => {
-                let by = (self.floor / share.max(1e-6)).clamp(1.0 / STEP, STEP);
-                Standing::Weight((weight * by).clamp(LEAST, MOST))
+            CpuPriority::Weight(weight) if below || share > self.floor => {
+                let by = (self.floor / share.max(1e-6))
+                    .clamp(1.0 / MAX_WEIGHT_FACTOR, MAX_WEIGHT_FACTOR);
+                CpuPriority::Weight((weight * by).clamp(MIN_WEIGHT, MAX_WEIGHT))
             }
-            Standing::Weight(_) if self.above >= AFTER => Standing::Idle,
-            standing @ Standing::Weight(_) => standing,
+            CpuPriority::Weight(_) if self.above >= GRACE_PERIOD => CpuPriority::Idle,
+            priority @ CpuPriority::Weight(_) => priority,
         };
-        self.standing
+        self.priority
     }
 }
 
@@ -116,7 +119,7 @@ impl Group {
     }
 
     /// Measures the processes from the `schedstat` file of each thread.
-    fn look(&mut self, wall: Duration, proc: &Path) -> Look {
+    fn measure(&mut self, wall: Duration, proc: &Path) -> CpuSample {
         let mut now = HashMap::new();
         let (mut ran, mut waited) = (0, 0);
         for pid in self.processes() {
@@ -140,7 +143,7 @@ impl Group {
             }
         }
         self.known = now;
-        Look {
+        CpuSample {
             wall,
             ran: Duration::from_nanos(ran),
             waited: Duration::from_nanos(waited),
@@ -162,18 +165,18 @@ impl Group {
     }
 
     /// Sets the priority of the group, in v1 and v2.
-    fn stand(&self, standing: Standing) {
+    fn apply(&self, priority: CpuPriority) {
         let set = |file: &str, value: &str| {
             let path = self.dir.join(file);
             // The file is never created: in cgroupfs, a missing file means a missing controller.
             path.exists() && fs::write(path, value).is_ok()
         };
-        match standing {
-            Standing::Idle => {
+        match priority {
+            CpuPriority::Idle => {
                 let _ = set("cpu.weight", "1") || set("cpu.shares", "2");
                 set("cpu.idle", "1");
             }
-            Standing::Weight(percent) => {
+            CpuPriority::Weight(percent) => {
                 // An idle group rejects a weight.
                 set("cpu.idle", "0");
                 let weight = percent.round().clamp(1.0, 100.0);
@@ -187,29 +190,29 @@ impl Group {
 
 /// Maintains the floor for as long as `of` is alive. One process per group does so, under a lock; the others wait to
 /// take over.
-pub(super) fn keep<T>(mut group: Group, percent: f64, of: &Weak<T>) {
+pub(super) fn maintain<T>(mut group: Group, percent: f64, of: &Weak<T>) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut regulator = Regulator::new(percent, cores);
     let Ok(lock) = File::open(&group.dir) else {
         return;
     };
     let mut last = Instant::now();
-    let mut before = Standing::Idle;
+    let mut before = CpuPriority::Idle;
     while of.strong_count() > 0 {
-        std::thread::sleep(LOOK_EVERY);
+        std::thread::sleep(SAMPLE_INTERVAL);
         if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
         let wall = last.elapsed();
         last = Instant::now();
-        let look = group.look(wall, Path::new("/proc"));
-        let standing = regulator.look(look);
+        let sample = group.measure(wall, Path::new("/proc"));
+        let priority = regulator.update(sample);
         // A weight is set every time, because a process that enters the group resets it.
-        if standing != Standing::Idle || before != Standing::Idle {
-            tracing::debug!(?look, ?standing, "the floor of the background");
-            group.stand(standing);
+        if priority != CpuPriority::Idle || before != CpuPriority::Idle {
+            tracing::debug!(?sample, ?priority, "the floor of the background");
+            group.apply(priority);
         }
-        before = standing;
+        before = priority;
     }
 }
 
@@ -220,8 +223,8 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     /// Returns a measurement of one second with these milliseconds on cores and of waiting.
-    fn second(ran: u64, waited: u64) -> Look {
-        Look {
+    fn second(ran: u64, waited: u64) -> CpuSample {
+        CpuSample {
             wall: SECOND,
             ran: Duration::from_millis(ran),
             waited: Duration::from_millis(waited),
@@ -231,20 +234,20 @@ mod tests {
     #[test]
     fn who_gets_less_than_the_floor_is_idle_until_the_bound_and_then_has_a_weight() {
         let mut regulator = Regulator::new(2.0, 2);
-        for _ in 1..AFTER.as_secs() {
-            assert_eq!(regulator.look(second(1, 900)), Standing::Idle);
+        for _ in 1..GRACE_PERIOD.as_secs() {
+            assert_eq!(regulator.update(second(1, 900)), CpuPriority::Idle);
         }
-        assert_eq!(regulator.look(second(1, 900)), Standing::Weight(1.0));
+        assert_eq!(regulator.update(second(1, 900)), CpuPriority::Weight(1.0));
     }
 
     #[test]
     fn a_second_of_enough_begins_the_bound_anew() {
         let mut regulator = Regulator::new(2.0, 2);
         for _ in 0..3 {
-            for _ in 1..AFTER.as_secs() {
-                assert_eq!(regulator.look(second(1, 900)), Standing::Idle);
+            for _ in 1..GRACE_PERIOD.as_secs() {
+                assert_eq!(regulator.update(second(1, 900)), CpuPriority::Idle);
             }
-            assert_eq!(regulator.look(second(50, 900)), Standing::Idle);
+            assert_eq!(regulator.update(second(50, 900)), CpuPriority::Idle);
         }
     }
 
@@ -252,7 +255,7 @@ mod tests {
     fn who_waits_for_a_disk_or_a_registry_stays_idle() {
         let mut regulator = Regulator::new(2.0, 2);
         for _ in 0..100 {
-            assert_eq!(regulator.look(second(5, 2)), Standing::Idle);
+            assert_eq!(regulator.update(second(5, 2)), CpuPriority::Idle);
         }
     }
 
@@ -264,9 +267,9 @@ mod tests {
             let mut share = 0.0;
             for _ in 0..40 {
                 let ran = (share * 1000.0 * cores as f64) as u64;
-                share = match regulator.look(second(ran, 2000)) {
-                    Standing::Idle => 0.0,
-                    Standing::Weight(weight) => weight / (weight + neighbours),
+                share = match regulator.update(second(ran, 2000)) {
+                    CpuPriority::Idle => 0.0,
+                    CpuPriority::Weight(weight) => weight / (weight + neighbours),
                 };
             }
             assert!((0.019..0.021).contains(&share), "{share} of {cores} cores");
@@ -276,19 +279,19 @@ mod tests {
     #[test]
     fn where_cores_are_free_again_it_is_idle_again() {
         let mut regulator = Regulator::new(2.0, 2);
-        for _ in 0..AFTER.as_secs() {
-            regulator.look(second(0, 900));
+        for _ in 0..GRACE_PERIOD.as_secs() {
+            regulator.update(second(0, 900));
         }
-        let mut free = (0..AFTER.as_secs()).map(|_| regulator.look(second(1800, 100)));
-        assert_eq!(free.next(), Some(Standing::Weight(0.25)));
-        assert_eq!(free.last(), Some(Standing::Idle));
+        let mut free = (0..GRACE_PERIOD.as_secs()).map(|_| regulator.update(second(1800, 100)));
+        assert_eq!(free.next(), Some(CpuPriority::Weight(0.25)));
+        assert_eq!(free.last(), Some(CpuPriority::Idle));
     }
 
     #[test]
     fn it_never_weighs_more_than_another_group() {
         let mut regulator = Regulator::new(2.0, 2);
-        let last = (0..60).map(|_| regulator.look(second(0, 900))).last();
-        assert_eq!(last, Some(Standing::Weight(MOST)));
+        let last = (0..60).map(|_| regulator.update(second(0, 900))).last();
+        assert_eq!(last, Some(CpuPriority::Weight(MAX_WEIGHT)));
     }
 
     /// A directory in place of cgroupfs: which files are written, in v1 and v2.
@@ -298,18 +301,18 @@ mod tests {
             let top = tempfile::tempdir()?;
             let read = |file: &str| fs::read_to_string(top.path().join(file));
             let group = Group::new(top.path().to_owned());
-            group.stand(Standing::Weight(2.0));
+            group.apply(CpuPriority::Weight(2.0));
             assert!(read(file).is_err(), "no controller, no file");
             fs::write(top.path().join(file), "1")?;
             fs::write(top.path().join("cpu.idle"), "1")?;
-            group.stand(Standing::Weight(2.0));
+            group.apply(CpuPriority::Weight(2.0));
             assert_eq!(
                 (read(file)?.as_str(), read("cpu.idle")?.as_str()),
                 (of_two, "0")
             );
-            group.stand(Standing::Weight(0.0));
+            group.apply(CpuPriority::Weight(0.0));
             assert_eq!(read(file)?, least);
-            group.stand(Standing::Idle);
+            group.apply(CpuPriority::Idle);
             assert_eq!(read("cpu.idle")?, "1");
         }
         Ok(())
@@ -331,12 +334,12 @@ mod tests {
         thread(7, 9, "5000000 0 3\n")?;
         thread(8, 8, "garbage\n")?;
         let mut group = Group::new(dir);
-        let first = group.look(SECOND, &proc);
+        let first = group.measure(SECOND, &proc);
         assert_eq!((first.ran, first.waited), (Duration::ZERO, Duration::ZERO));
         thread(7, 7, "1020000000 900000000 4\n")?;
         thread(7, 9, "25000000 1000000 4\n")?;
         thread(8, 8, "4000000000 4000000000 4\n")?;
-        let next = group.look(SECOND, &proc);
+        let next = group.measure(SECOND, &proc);
         assert_eq!(next.ran, Duration::from_millis(40));
         assert_eq!(next.waited, Duration::from_millis(401));
         Ok(())

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::{Resource, Rlimit};
 
-use super::{GROUP, NORMAL, hierarchies};
+use super::{IDLE_CGROUP, NORMAL_CGROUP, hierarchies};
 use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
 
 /// Bytes allowed for RLIMIT_DATA beyond the memory in use: stacks and arenas that are reserved but never touched.
@@ -21,19 +21,19 @@ const OOM_SCORE: i32 = 500;
 
 /// A limit on the memory of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Bound {
+pub(crate) struct MemoryLimit {
     /// Bytes.
     pub(crate) bytes: u64,
     /// Name of its cgroup, unique on the node.
     pub(crate) group: String,
 }
 
-impl Bound {
+impl MemoryLimit {
     /// Limits this process and its children. `background` means that it runs in the idle group.
     ///
     /// Returns the path of the cgroup in the unified hierarchy, if there is one: the process must be in it then,
     /// because a cgroup that distributes memory cannot contain processes itself.
-    pub(super) fn hold(&self, host_root: Option<&Path>, background: bool) -> Option<PathBuf> {
+    pub(super) fn apply(&self, host_root: Option<&Path>, background: bool) -> Option<PathBuf> {
         let soft = self.bytes.saturating_add(HEADROOM);
         let limit = Rlimit {
             current: Some(soft),
@@ -42,7 +42,7 @@ impl Bound {
         if let Err(error) = rustix::process::setrlimit(Resource::Data, limit) {
             tracing::warn!(%error, "memory: no bound on this process' data");
         }
-        prefer_for_oom();
+        raise_oom_score();
         let group = groups(host_root, background, &self.group).find(|group| group.make(self.bytes));
         match &group {
             Some(group) => super::join(&group.dir.join("cgroup.procs")),
@@ -54,10 +54,10 @@ impl Bound {
     /// Removes the cgroup of a process that has ended. Returns whether the kernel killed a process in it for lack of
     /// memory.
     #[cfg(feature = "service")]
-    pub(crate) fn release(&self, host_root: Option<&Path>, background: bool) -> bool {
+    pub(crate) fn remove_cgroup(&self, host_root: Option<&Path>, background: bool) -> bool {
         let mut killed = false;
         for group in groups(host_root, background, &self.group) {
-            killed |= group.kills() > 0;
+            killed |= group.oom_kills() > 0;
             // It does not exist, or a process in it is still exiting. The next group of that name has its limit set
             // anew.
             let _ = fs::remove_dir(&group.dir);
@@ -67,7 +67,7 @@ impl Bound {
 }
 
 /// Makes the kernel prefer this process if memory is short on the whole node. The value is never lowered.
-fn prefer_for_oom() {
+fn raise_oom_score() {
     let path = "/proc/self/oom_score_adj";
     let now = fs::read_to_string(path).ok();
     let now = now.and_then(|text| text.trim().parse::<i32>().ok());
@@ -109,7 +109,11 @@ fn groups_of(
     background: bool,
     name: &str,
 ) -> Vec<Group> {
-    let parent = if background { GROUP } else { NORMAL };
+    let parent = if background {
+        IDLE_CGROUP
+    } else {
+        NORMAL_CGROUP
+    };
     let found = hierarchies(mounts, own, host_root, &["memory"]);
     let found = found.filter(|place| place.mount.root == Path::new("/"));
     let mut groups: Vec<Group> = found
@@ -161,7 +165,7 @@ impl Group {
 
     /// Returns how often the kernel killed a process in it for lack of memory.
     #[cfg(feature = "service")]
-    fn kills(&self) -> u64 {
+    fn oom_kills(&self) -> u64 {
         let file = if self.unified {
             "memory.events"
         } else {
@@ -244,9 +248,9 @@ mod tests {
             fs::write(group.dir.join(limit), "max")?;
             assert!(group.make(1 << 30));
             assert_eq!(fs::read_to_string(group.dir.join(limit))?, "1073741824");
-            assert_eq!(group.kills(), 0);
+            assert_eq!(group.oom_kills(), 0);
             fs::write(group.dir.join(events), "oom_kill_disable 0\noom_kill 2\n")?;
-            assert_eq!(group.kills(), 2);
+            assert_eq!(group.oom_kills(), 2);
         }
         Ok(())
     }

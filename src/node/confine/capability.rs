@@ -12,7 +12,7 @@ use super::Role;
 
 /// A capability that a role uses.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Need {
+pub(crate) struct RequiredCapability {
     /// Its bit.
     pub(crate) capability: CapabilitySet,
     /// Its name without `CAP_`.
@@ -20,91 +20,91 @@ pub(crate) struct Need {
     /// What it is used for.
     pub(crate) purpose: &'static str,
     /// Whether the role cannot work without it. If false, `purpose` names what does not work.
-    pub(crate) indispensable: bool,
+    pub(crate) required: bool,
 }
 
-const fn need(
+const fn capability(
     capability: CapabilitySet,
     name: &'static str,
-    indispensable: bool,
+    required: bool,
     purpose: &'static str,
-) -> Need {
-    Need {
+) -> RequiredCapability {
+    RequiredCapability {
         capability,
         name,
         purpose,
-        indispensable,
+        required,
     }
 }
 
-const SYS_ADMIN: Need = need(
+const SYS_ADMIN: RequiredCapability = capability(
     CapabilitySet::SYS_ADMIN,
     "SYS_ADMIN",
     true,
     "to read trusted.overlay.* attributes",
 );
-const DAC_READ_SEARCH: Need = need(
+const DAC_READ_SEARCH: RequiredCapability = capability(
     CapabilitySet::DAC_READ_SEARCH,
     "DAC_READ_SEARCH",
     true,
     "to read files and directories whatever their mode",
 );
-const SYS_PTRACE: Need = need(
+const SYS_PTRACE: RequiredCapability = capability(
     CapabilitySet::SYS_PTRACE,
     "SYS_PTRACE",
     true,
     "to look at /proc/PID/root and /proc/PID/maps of a running container",
 );
-const DAC_OVERRIDE: Need = need(
+const DAC_OVERRIDE: RequiredCapability = capability(
     CapabilitySet::DAC_OVERRIDE,
     "DAC_OVERRIDE",
     false,
     "to freeze containers whose cgroup belongs to a user, and to write into directories of other users",
 );
-const FOWNER: Need = need(
+const FOWNER: RequiredCapability = capability(
     CapabilitySet::FOWNER,
     "FOWNER",
     false,
     "to read without changing access times",
 );
-const LEASE: Need = need(
+const LEASE: RequiredCapability = capability(
     CapabilitySet::LEASE,
     "LEASE",
     false,
     "to learn at once that no process is writing to a file; else every file changed of late is waited for",
 );
-const SETUID: Need = need(
+const SETUID: RequiredCapability = capability(
     CapabilitySet::SETUID,
     "SETUID",
     false,
     "to read volumes as the container's user",
 );
-const SETGID: Need = need(
+const SETGID: RequiredCapability = capability(
     CapabilitySet::SETGID,
     "SETGID",
     false,
     "to read volumes as the container's groups",
 );
-const SYS_NICE: Need = need(
+const SYS_NICE: RequiredCapability = capability(
     CapabilitySet::SYS_NICE,
     "SYS_NICE",
     false,
     "to leave the lowest priority while a container stands still",
 );
-const SYS_RESOURCE: Need = need(
+const SYS_RESOURCE: RequiredCapability = capability(
     CapabilitySet::SYS_RESOURCE,
     "SYS_RESOURCE",
     false,
     "to be the last that is ended when memory runs out, as the freeze watchdog",
 );
-const NET_BIND_SERVICE: Need = need(
+const NET_BIND_SERVICE: RequiredCapability = capability(
     CapabilitySet::NET_BIND_SERVICE,
     "NET_BIND_SERVICE",
     false,
     "to listen on a port below 1024",
 );
 
-const LOOK: &[Need] = &[
+const INSPECT: &[RequiredCapability] = &[
     SYS_ADMIN,
     DAC_READ_SEARCH,
     SYS_PTRACE,
@@ -112,8 +112,8 @@ const LOOK: &[Need] = &[
     SETUID,
     SETGID,
 ];
-const LAYER: &[Need] = &[SYS_ADMIN, DAC_READ_SEARCH, DAC_OVERRIDE, FOWNER, LEASE];
-const COMMIT: &[Need] = &[
+const LAYER: &[RequiredCapability] = &[SYS_ADMIN, DAC_READ_SEARCH, DAC_OVERRIDE, FOWNER, LEASE];
+const COMMIT: &[RequiredCapability] = &[
     SYS_ADMIN,
     DAC_READ_SEARCH,
     SYS_PTRACE,
@@ -126,7 +126,7 @@ const COMMIT: &[Need] = &[
     SYS_RESOURCE,
 ];
 /// The union of manager and agent: the capabilities of the agent, and the one for a privileged port.
-const UP: &[Need] = &[
+const UP: &[RequiredCapability] = &[
     SYS_ADMIN,
     DAC_READ_SEARCH,
     SYS_PTRACE,
@@ -139,29 +139,30 @@ const UP: &[Need] = &[
     SYS_RESOURCE,
     NET_BIND_SERVICE,
 ];
-const MANAGER: &[Need] = &[NET_BIND_SERVICE];
-const MANAGER_OF_OTHERS: &[Need] = &[NET_BIND_SERVICE, DAC_OVERRIDE];
-const WATCHDOG: &[Need] = &[DAC_OVERRIDE];
+const MANAGER: &[RequiredCapability] = &[NET_BIND_SERVICE];
+const PRIVILEGED_MANAGER: &[RequiredCapability] = &[NET_BIND_SERVICE, DAC_OVERRIDE];
+const WATCHDOG: &[RequiredCapability] = &[DAC_OVERRIDE];
 
 /// Returns the capabilities that `role` uses. An agent needs exactly those of the builders that it starts, because a
 /// process that runs as root cannot pass on a capability that it has dropped.
-pub(crate) fn needs(role: Role) -> &'static [Need] {
+pub(crate) fn required_capabilities(role: Role) -> &'static [RequiredCapability] {
     match role {
-        Role::Look => LOOK,
+        Role::Inspect => INSPECT,
         Role::Layer => LAYER,
         Role::Commit | Role::Agent => COMMIT,
         Role::Up => UP,
         Role::Manager => MANAGER,
-        Role::ManagerOfOthers => MANAGER_OF_OTHERS,
+        Role::PrivilegedManager => PRIVILEGED_MANAGER,
         Role::Watchdog => WATCHDOG,
     }
 }
 
 /// Capabilities that the agent itself uses. The others are only passed on to its children, so they are permitted but
 /// not effective.
-const IN_EFFECT_IN_AN_AGENT: &[Need] = &[DAC_READ_SEARCH, SYS_PTRACE, DAC_OVERRIDE, SYS_RESOURCE];
+const AGENT_EFFECTIVE: &[RequiredCapability] =
+    &[DAC_READ_SEARCH, SYS_PTRACE, DAC_OVERRIDE, SYS_RESOURCE];
 
-fn union(needs: &[Need]) -> CapabilitySet {
+fn union(needs: &[RequiredCapability]) -> CapabilitySet {
     needs
         .iter()
         .fold(CapabilitySet::empty(), |all, need| all | need.capability)
@@ -174,8 +175,8 @@ pub(crate) fn of_this_thread() -> io::Result<CapabilitySets> {
 }
 
 /// Drops all capabilities that `role` does not use from every set of this thread.
-pub(super) fn keep(role: Role) -> io::Result<()> {
-    let kept = union(needs(role));
+pub(super) fn retain(role: Role) -> io::Result<()> {
+    let kept = union(required_capabilities(role));
     let mut failed = None;
     // The bounding set first, because changing it requires a capability that is dropped afterwards. In some containers
     // not even root may change it; then the other sets are decisive.
@@ -203,7 +204,7 @@ pub(super) fn keep(role: Role) -> io::Result<()> {
     }
     let had = capabilities(None)?;
     let in_effect = match role {
-        Role::Agent => union(IN_EFFECT_IN_AN_AGENT),
+        Role::Agent => union(AGENT_EFFECTIVE),
         _ => kept,
     };
     set_capabilities(
@@ -223,11 +224,12 @@ mod tests {
 
     #[test]
     fn an_agent_is_permitted_all_that_its_builders_need_and_uses_less() {
-        let builders = union(needs(Role::Commit)) | union(needs(Role::Look));
-        assert!(union(needs(Role::Agent)).contains(builders));
-        assert!(union(needs(Role::Up)).contains(builders));
-        assert!(!union(IN_EFFECT_IN_AN_AGENT).contains(CapabilitySet::SYS_ADMIN));
-        assert!(union(needs(Role::Agent)).contains(union(IN_EFFECT_IN_AN_AGENT)));
+        let builders = union(required_capabilities(Role::Commit))
+            | union(required_capabilities(Role::Inspect));
+        assert!(union(required_capabilities(Role::Agent)).contains(builders));
+        assert!(union(required_capabilities(Role::Up)).contains(builders));
+        assert!(!union(AGENT_EFFECTIVE).contains(CapabilitySet::SYS_ADMIN));
+        assert!(union(required_capabilities(Role::Agent)).contains(union(AGENT_EFFECTIVE)));
     }
 
     #[test]
@@ -241,7 +243,10 @@ mod tests {
             | CapabilitySet::SETPCAP
             | CapabilitySet::SETFCAP;
         for (role, name) in Role::ALL {
-            assert!(!union(needs(role)).intersects(never), "{name}");
+            assert!(
+                !union(required_capabilities(role)).intersects(never),
+                "{name}"
+            );
         }
     }
 }

@@ -18,7 +18,7 @@ pub(super) fn close(kept: &[u32]) -> io::Result<()> {
 }
 
 /// Returns the descriptor that a path refers to: `/dev/fd/N`, `/proc/self/fd/N`.
-pub(crate) fn named_by(value: &str) -> Option<u32> {
+pub(crate) fn from_path(value: &str) -> Option<u32> {
     ["/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/"]
         .iter()
         .find_map(|prefix| {
@@ -43,7 +43,7 @@ mod tests {
             ("7", None),
             ("", None),
         ] {
-            assert_eq!(named_by(value), expected, "{value}");
+            assert_eq!(from_path(value), expected, "{value}");
         }
     }
 }

@@ -11,25 +11,25 @@
 //! Sources: `capabilities(7)`, `seccomp(2)`, kernel `Documentation/userspace-api/no_new_privs.rst`,
 //! `security/landlock/task.c`.
 
-mod calls;
 mod capability;
 mod descriptors;
+mod seccomp;
 
 use std::io;
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, setrlimit};
 
-pub(crate) use capability::needs;
 #[cfg(feature = "service")]
 pub(crate) use capability::of_this_thread;
-pub(crate) use descriptors::named_by as descriptor_named_by;
+pub(crate) use capability::required_capabilities;
+pub(crate) use descriptors::from_path as descriptor_from_path;
 
 /// The purpose of a process, which determines the rights that it keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(feature = "service"), allow(dead_code))]
 pub(crate) enum Role {
     /// `ps`, `inspect`, `diff`: reads a container and prints.
-    Look,
+    Inspect,
     /// `layer`: reads directories and writes a file.
     Layer,
     /// `commit`, `bench`: reads and freezes a container, writes files, accesses registries.
@@ -41,7 +41,7 @@ pub(crate) enum Role {
     /// `manager`: serves the API.
     Manager,
     /// A `manager` that runs as root on files of other users.
-    ManagerOfOthers,
+    PrivilegedManager,
     /// The freeze watchdog: writes to one cgroup.
     Watchdog,
 }
@@ -50,28 +50,28 @@ impl Role {
     /// All roles, with the names of their verbs.
     #[cfg(test)]
     pub(crate) const ALL: [(Self, &'static str); 8] = [
-        (Self::Look, "inspect"),
+        (Self::Inspect, "inspect"),
         (Self::Layer, "layer"),
         (Self::Commit, "commit"),
         (Self::Agent, "agent"),
         (Self::Up, "up"),
         (Self::Manager, "manager"),
-        (Self::ManagerOfOthers, "manager, of others' files"),
+        (Self::PrivilegedManager, "manager, of others' files"),
         (Self::Watchdog, "watchdog"),
     ];
 }
 
 /// The result of [`apply`].
 #[derive(Debug, Default)]
-pub(crate) struct Applied {
+pub(crate) struct Confinement {
     /// What could not be dropped, and why.
-    pub(crate) left: Vec<(&'static str, io::Error)>,
+    pub(crate) not_dropped: Vec<(&'static str, io::Error)>,
 }
 
-impl Applied {
+impl Confinement {
     fn note(&mut self, what: &'static str, result: io::Result<()>) {
         if let Err(error) = result {
-            self.left.push((what, error));
+            self.not_dropped.push((what, error));
         }
     }
 }
@@ -84,8 +84,8 @@ pub(crate) fn close_inherited(kept: &[u32]) {
 }
 
 /// Drops what `role` does not need, for this thread and those that it creates later.
-pub(crate) fn apply(role: Role) -> Applied {
-    let mut applied = Applied::default();
+pub(crate) fn apply(role: Role) -> Confinement {
+    let mut applied = Confinement::default();
     apply_to_thread(role, &mut applied);
     // Keeps credentials in memory from core files and from other processes of the same user.
     let none = Rlimit {
@@ -98,7 +98,7 @@ pub(crate) fn apply(role: Role) -> Applied {
     );
     let hidden = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     applied.note("PR_SET_DUMPABLE", hidden.map_err(Into::into));
-    for (what, error) in &applied.left {
+    for (what, error) in &applied.not_dropped {
         tracing::debug!(?role, what, %error, "not given up");
     }
     applied
@@ -106,9 +106,9 @@ pub(crate) fn apply(role: Role) -> Applied {
 
 /// The part of [`apply`] that affects a single thread. Called in a thread of its own, it shows what can be dropped on
 /// this machine.
-pub(crate) fn apply_to_thread(role: Role, applied: &mut Applied) {
-    applied.note("capabilities", capability::keep(role));
+pub(crate) fn apply_to_thread(role: Role, applied: &mut Confinement) {
+    applied.note("capabilities", capability::retain(role));
     let fixed = rustix::thread::set_no_new_privs(true);
     applied.note("no_new_privs", fixed.map_err(Into::into));
-    applied.note("system calls", calls::deny(role));
+    applied.note("system calls", seccomp::install_filter(role));
 }

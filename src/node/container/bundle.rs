@@ -19,7 +19,7 @@ const CONFIG_CAP: u64 = 8 << 20;
 /// Maximum number of variables, arguments or annotations of one container, and maximum size of each kind in bytes.
 /// Kubernetes permits 256 KiB of annotations; the kernel limits arguments and variables together to 2 MiB with the
 /// default stack size.
-const MOST: (usize, usize) = (4096, 1 << 20);
+const MAX_METADATA: (usize, usize) = (4096, 1 << 20);
 
 /// The fields of a config.json that a save needs.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -98,14 +98,15 @@ struct SpecRoot {
 impl Bundle {
     pub(super) fn read(path: &Path) -> Result<Self, Error> {
         let mut bundle: Self = read_json(path, CONFIG_CAP)?;
-        bundle.bound();
+        bundle.drop_oversized();
         Ok(bundle)
     }
 
     /// Drops variables, arguments or annotations that exceed the limits. They are dropped as a whole, because they
     /// identify the owner of a session and one that is left out could be the second of its name.
-    fn bound(&mut self) {
-        let too_much = |count: usize, bytes: usize| count > MOST.0 || bytes > MOST.1;
+    fn drop_oversized(&mut self) {
+        let too_much =
+            |count: usize, bytes: usize| count > MAX_METADATA.0 || bytes > MAX_METADATA.1;
         let length = |texts: &[String]| texts.iter().map(String::len).sum();
         if let Some(process) = &mut self.process {
             for texts in [&mut process.env, &mut process.args] {
@@ -196,7 +197,7 @@ impl Bundle {
 ///
 /// The spec tells what a mount is for, and the kernel what it became: hooks (GPU) mount more than the spec lists, and a
 /// destination that is a symbolic link appears under its real path.
-pub(super) fn unite(bundle: Option<&Bundle>, process: &Process) -> Vec<MountPoint> {
+pub(super) fn merge_mounts(bundle: Option<&Bundle>, process: &Process) -> Vec<MountPoint> {
     let root = process.root().map(|root| root.id);
     let kernel: HashMap<&Path, &MountInfo> = process
         .mounts
@@ -220,7 +221,7 @@ pub(super) fn unite(bundle: Option<&Bundle>, process: &Process) -> Vec<MountPoin
     for (destination, mount) in kernel {
         united
             .entry(destination.to_path_buf())
-            .or_insert_with(|| of_kernel(destination, mount));
+            .or_insert_with(|| from_mountinfo(destination, mount));
     }
     // The root itself is not a mount within the root.
     united.remove(Path::new("/"));
@@ -228,7 +229,7 @@ pub(super) fn unite(bundle: Option<&Bundle>, process: &Process) -> Vec<MountPoin
 }
 
 /// Describes a mount that is not in the spec: made by a hook or in the container.
-fn of_kernel(destination: &Path, mount: &MountInfo) -> MountPoint {
+fn from_mountinfo(destination: &Path, mount: &MountInfo) -> MountPoint {
     let whole = mount.root == Path::new("/");
     let source = if whole {
         mount.source.to_string_lossy()
@@ -238,7 +239,9 @@ fn of_kernel(destination: &Path, mount: &MountInfo) -> MountPoint {
     let volume = !is_virtual(&mount.fs_type)
         && !made_by_runtime(destination)
         && !made_by_kubelet(&source)
-        && !SYSTEM.iter().any(|system| destination.starts_with(system));
+        && !HOOK_DIRECTORIES
+            .iter()
+            .any(|system| destination.starts_with(system));
     MountPoint {
         destination: destination.to_path_buf(),
         kind: if whole {
@@ -252,12 +255,12 @@ fn of_kernel(destination: &Path, mount: &MountInfo) -> MountPoint {
 }
 
 /// Directories into which hooks mount drivers and helpers of the node.
-const SYSTEM: [&str; 9] = [
+const HOOK_DIRECTORIES: [&str; 9] = [
     "/bin", "/etc", "/lib", "/lib32", "/lib64", "/run", "/sbin", "/usr", "/var/run",
 ];
 
 /// Paths that runtimes mount by themselves, including everything below them.
-const RUNTIMES_OWN: [&str; 11] = [
+const RUNTIME_MOUNTS: [&str; 11] = [
     "/dev",
     "/proc",
     "/sys",
@@ -272,7 +275,9 @@ const RUNTIMES_OWN: [&str; 11] = [
 ];
 
 pub(super) fn made_by_runtime(destination: &Path) -> bool {
-    RUNTIMES_OWN.iter().any(|own| destination.starts_with(own))
+    RUNTIME_MOUNTS
+        .iter()
+        .any(|own| destination.starts_with(own))
 }
 
 /// In a pod's directory on the node, only some volumes hold user data; the others are generated from objects of the API
@@ -419,7 +424,7 @@ mod tests {
         for (destination, source, volume) in cases {
             let json = format!(r#"{{"mounts":[{}]}}"#, bind(destination, source));
             let bundle: Bundle = serde_json::from_str(&json).unwrap();
-            let mounts = unite(Some(&bundle), &process(""));
+            let mounts = merge_mounts(Some(&bundle), &process(""));
             assert_eq!(
                 (mounts.len(), mounts[0].volume),
                 (1, volume),
@@ -457,7 +462,7 @@ mod tests {
             {"destination":"/scratch","type":"tmpfs","source":"tmpfs"}
         ]}"#;
         let bundle: Bundle = serde_json::from_str(json).unwrap();
-        let mounts = unite(
+        let mounts = merge_mounts(
             Some(&bundle),
             &process(
                 "305 219 0:108 / / rw - overlay overlay rw,lowerdir=/a,upperdir=/b\n\

@@ -11,9 +11,9 @@ use oci_spec::image::{Descriptor, MediaType};
 use serde::Deserialize;
 
 use super::bundle::Bundle;
-use super::draft::{Draft, RecordedRoot};
 use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, add_repositories, repository};
+use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{Roots, read_dir, read_file, read_json};
 use super::{Base, BaseLayer, Container, Runtime, containerd};
 use crate::common::digest::{ChainId, DiffId, Digest};
@@ -83,7 +83,10 @@ fn remapped(name: &std::ffi::OsStr) -> Option<(u32, u32)> {
     Some((uid.parse().ok()?, gid.parse().ok()?))
 }
 
-pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
+pub(super) fn recorded_containers(
+    roots: &Roots,
+    problems: &mut Vec<Problem>,
+) -> Vec<RecordedContainer> {
     let mut drafts = Vec::new();
     for root in data_roots(roots, problems) {
         let containers = roots.path(&root.join("containers"));
@@ -115,7 +118,7 @@ fn draft(
     root: &Path,
     directory: &Path,
     problems: &mut Vec<Problem>,
-) -> Result<Option<Draft>, Error> {
+) -> Result<Option<RecordedContainer>, Error> {
     let config: Config2 = read_json(&directory.join("config.v2.json"), CONFIG_CAP)?;
     // Docker writes this file when a container starts and when it ends, so a stopped one has PID 0.
     if config.state.pid == 0 {
@@ -140,7 +143,7 @@ fn draft(
     } else {
         None
     };
-    Ok(Some(Draft {
+    Ok(Some(RecordedContainer {
         runtime: Runtime::Docker,
         names: vec![config.name.trim_start_matches('/').to_owned()]
             .into_iter()

@@ -128,7 +128,7 @@ pub enum Error {
         "process {pid} has more mounts than are read ({mounts}, or {bytes} bytes of them): what is mounted is no part of an image, \
          and without the whole table it cannot be told; unmount what is not needed"
     )]
-    ManyMounts {
+    TooManyMounts {
         /// PID of the process.
         pid: u32,
         /// Maximum number of mounts.
@@ -197,9 +197,9 @@ impl Error {
             Self::NotFound { .. } | Self::Gone { .. } => 66,
             Self::BaseUnproven { .. } | Self::ForeignRoot { .. } | Self::LayerUnproven { .. } => 69,
             Self::Busy { .. } => 75,
-            Self::NotPermitted { .. } | Self::ManyMounts { .. } | Self::VolumeNotAllowed { .. } => {
-                77
-            }
+            Self::NotPermitted { .. }
+            | Self::TooManyMounts { .. }
+            | Self::VolumeNotAllowed { .. } => 77,
             Self::NotOverlay { .. }
             | Self::OwnersUnknown { .. }
             | Self::Mount { .. }
@@ -220,7 +220,7 @@ impl Error {
             Self::NotPermitted { .. } => "not_permitted",
             Self::VolumeNotAllowed { .. } => "volume_not_allowed",
             Self::NotOverlay { .. } => "not_overlay",
-            Self::ManyMounts { .. } => "policy",
+            Self::TooManyMounts { .. } => "policy",
             Self::ForeignRoot { .. } => "foreign_root",
             Self::OwnersUnknown { .. } => "owners_unknown",
             Self::Mount { .. } => "overlay_mount",

@@ -1,6 +1,6 @@
 //! Finds containers from the runtimes' state on disk alone, and proves the image that a container is based on.
 //!
-//! Each runtime's module drafts containers from its files. `survey` compares the drafts with the kernel's view of their
+//! Each runtime's module drafts containers from its files. `discovery` compares the drafts with the kernel's view of their
 //! processes; what both agree on becomes a [`Container`].
 
 use std::collections::BTreeMap;
@@ -9,32 +9,32 @@ use std::path::PathBuf;
 use oci_spec::image::Descriptor;
 
 use crate::common::digest::{ChainId, DiffId, Digest};
+pub(crate) use crate::node::overlay::id_map::IdMapping;
 use crate::node::overlay::mount::OverlayMount;
-pub(crate) use crate::node::overlay::owner::IdMapping;
 
 pub mod bolt;
 mod bundle;
 mod containerd;
+mod discovery;
 mod docker;
-mod draft;
 mod error;
 mod image;
-mod mounted;
+mod layer_check;
+mod mount_tables;
 mod pattern;
-mod placed;
 mod process;
+mod recorded;
+mod root_mount;
 mod roots;
 mod storage;
-mod survey;
 mod table;
 mod volume;
-mod witness;
 
+pub use discovery::{Listing, find, list, recheck};
 pub use error::{Error, Problem};
 pub use pattern::{Pattern, PatternError};
 pub use roots::{ContainerdRoot, Roots, StorageRoot};
-pub use survey::{Listing, find, list, recheck};
-pub use table::{RootMount, Witness};
+pub use table::{RootMount, TableSource};
 pub(crate) use volume::{Volume, VolumeRules, recheck_volume, volume};
 
 /// The runtime of a container.
@@ -109,7 +109,7 @@ pub struct Container {
     pub pid: u32,
     /// Field 22 of `/proc/PID/stat`, in clock ticks since boot. PIDs are reused, but this pair is not.
     pub pid_start: u64,
-    /// Its root mount, with its device number and the witness for its directories.
+    /// Its root mount, with its device number and the mount table that is trusted for its directories.
     pub root: RootMount,
     /// The directories of its root.
     pub overlay: OverlayMount,

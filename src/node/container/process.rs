@@ -12,7 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use super::IdMapping;
 use super::error::Error;
 use super::roots::{Roots, read_file};
-use crate::node::overlay::identity::{Beyond, Identity};
+use crate::node::overlay::identity::{Identity, ReadCapability};
 use crate::node::overlay::mount::{MountInfo, parse_mountinfo, root_mount};
 
 /// Maximum size of mountinfo in bytes. On a node with many pods it has a few megabytes.
@@ -20,18 +20,18 @@ const MOUNTINFO_CAP: u64 = 64 << 20;
 
 /// Limits on a process's mount table. A container can make any number of mounts with names of any length.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Most {
+pub(super) struct MountLimits {
     pub(super) mounts: usize,
     pub(super) bytes: usize,
 }
 
 /// Limits for a save, which has to know every mount, because mounts are not part of the image.
-pub(super) const TO_SAVE: Most = Most {
+pub(super) const SAVE_LIMITS: MountLimits = MountLimits {
     mounts: 8192,
     bytes: 4 << 20,
 };
 /// Limits for lists of all containers.
-pub(super) const TO_LIST: Most = Most {
+pub(super) const LIST_LIMITS: MountLimits = MountLimits {
     mounts: 512,
     bytes: 256 << 10,
 };
@@ -72,7 +72,7 @@ impl Process {
 }
 
 /// Reads the first complete lines of a file within the limits, and returns whether there is more.
-fn read_lines(path: &Path, most: Most) -> Result<(Vec<u8>, bool), Error> {
+fn read_lines(path: &Path, most: MountLimits) -> Result<(Vec<u8>, bool), Error> {
     let failed = |source| Error::io(path, source);
     let file = File::open(path).map_err(failed)?;
     let mut text = Vec::new();
@@ -115,20 +115,24 @@ fn stat_of(roots: &Roots, pid: u32) -> Result<Option<Stat>, Error> {
         .ok_or_else(|| Error::damaged(&path, "expected a state and, as field 22, a start time"))
 }
 
-/// Reads a process, or returns `None` if it does not exist. Fails if its mount table exceeds [`TO_SAVE`].
+/// Reads a process, or returns `None` if it does not exist. Fails if its mount table exceeds [`SAVE_LIMITS`].
 pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
-    match read_most(roots, pid, TO_SAVE)? {
-        Some(process) if process.mounts_cut => Err(Error::ManyMounts {
+    match read_limited(roots, pid, SAVE_LIMITS)? {
+        Some(process) if process.mounts_cut => Err(Error::TooManyMounts {
             pid,
-            mounts: TO_SAVE.mounts,
-            bytes: TO_SAVE.bytes,
+            mounts: SAVE_LIMITS.mounts,
+            bytes: SAVE_LIMITS.bytes,
         }),
         process => Ok(process),
     }
 }
 
 /// Like [`read`], with a mount table truncated at `most`.
-pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Process>, Error> {
+pub(super) fn read_limited(
+    roots: &Roots,
+    pid: u32,
+    most: MountLimits,
+) -> Result<Option<Process>, Error> {
     let Some(Stat { parent, start }) = stat_of(roots, pid)? else {
         return Ok(None);
     };
@@ -160,7 +164,7 @@ pub(super) fn read_most(roots: &Roots, pid: u32, most: Most) -> Result<Option<Pr
         .is_some_and(|theirs| user_namespace("self").is_some_and(|ours| ours == theirs))
     {
         (uid_map, gid_map) = (Vec::new(), Vec::new());
-    } else if let Some(name) = unwritten(&uid_text, &gid_text) {
+    } else if let Some(name) = unwritten_map(&uid_text, &gid_text) {
         return Err(Error::damaged(
             path(name),
             "it is empty: its process is in a user namespace without ids, which says of nothing whose it is",
@@ -196,7 +200,7 @@ pub(super) fn mounts(roots: &Roots, pid: u32) -> Result<Vec<MountInfo>, Error> {
 
 /// Returns which map of a user namespace was not written yet. Such a map maps no ID, whereas an empty map in
 /// [`Process`] means that IDs are those on disk.
-fn unwritten(uid_map: &[u8], gid_map: &[u8]) -> Option<&'static str> {
+fn unwritten_map(uid_map: &[u8], gid_map: &[u8]) -> Option<&'static str> {
     let maps = [("uid_map", uid_map), ("gid_map", gid_map)];
     let empty = maps.iter().find(|(_, map)| map.trim_ascii().is_empty());
     empty.map(|(name, _)| *name)
@@ -217,10 +221,10 @@ pub(super) fn identity(roots: &Roots, process: &Process) -> Result<Identity, Err
         let now = now.ok_or_else(|| Error::io(&path, rustix::io::Errno::SRCH.into()))?;
         // Capabilities are relative to the process's user namespace, so they cover only the IDs mapped there if it is
         // not ours.
-        identity.beyond = if now.uid_map.is_empty() && now.gid_map.is_empty() {
-            Beyond::All
+        identity.read_capability = if now.uid_map.is_empty() && now.gid_map.is_empty() {
+            ReadCapability::All
         } else {
-            Beyond::Mapped {
+            ReadCapability::Mapped {
                 uids: now.uid_map,
                 gids: now.gid_map,
             }
@@ -250,7 +254,7 @@ fn parse_status(status: &[u8]) -> Option<(Identity, bool)> {
         uid: id("Uid:")?,
         gid: id("Gid:")?,
         groups,
-        beyond: Beyond::Nothing,
+        read_capability: ReadCapability::Nothing,
     };
     Some((identity, reads))
 }
@@ -495,7 +499,7 @@ mod tests {
             (9, 2, b"", true),
             (0, 100, b"", true),
         ] {
-            let got = read_lines(file.path(), Most { mounts, bytes })?;
+            let got = read_lines(file.path(), MountLimits { mounts, bytes })?;
             assert_eq!(got, (lines.to_vec(), cut), "{mounts} mounts, {bytes} bytes");
         }
         Ok(())
@@ -503,9 +507,9 @@ mod tests {
 
     #[test]
     fn a_user_namespace_without_ids_is_not_ours() {
-        assert_eq!(unwritten(b"0 0 1\n", b"0 0 1\n"), None);
-        assert_eq!(unwritten(b"", b"0 0 1\n"), Some("uid_map"));
-        assert_eq!(unwritten(b"0 0 1\n", b"\n"), Some("gid_map"));
+        assert_eq!(unwritten_map(b"0 0 1\n", b"0 0 1\n"), None);
+        assert_eq!(unwritten_map(b"", b"0 0 1\n"), Some("uid_map"));
+        assert_eq!(unwritten_map(b"0 0 1\n", b"\n"), Some("gid_map"));
 
         // The process has all capabilities, but its namespace maps no ID.
         let command = "echo; exec sleep 600";

@@ -11,9 +11,9 @@ use base64::Engine as _;
 use serde::Deserialize;
 
 use super::bundle::Bundle;
-use super::draft::{Draft, RecordedRoot};
 use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, Document, Manifest, add_repositories, repository};
+use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{Roots, StorageRoot, pid_file, read_file, read_json};
 use super::{Base, BaseLayer, Container, Pod, Runtime};
 use crate::common::digest::{ChainId, DiffId, Digest};
@@ -141,7 +141,10 @@ fn below(layer: &str) -> PathBuf {
     Path::new(layer).join("diff")
 }
 
-pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
+pub(super) fn recorded_containers(
+    roots: &Roots,
+    problems: &mut Vec<Problem>,
+) -> Vec<RecordedContainer> {
     let mut drafts = Vec::new();
     for storage in &roots.storage {
         let state = roots.path(&storage.root.join("overlay-containers"));
@@ -175,7 +178,7 @@ fn draft(
     container: &StoredContainer,
     by_id: &HashMap<&str, &StoredContainer>,
     layers: &HashMap<String, StoredLayer>,
-) -> Result<Option<Draft>, Error> {
+) -> Result<Option<RecordedContainer>, Error> {
     if !is_id(&container.id) || !(container.layer.is_empty() || is_id(&container.layer)) {
         return Err(Error::damaged(
             &storage.root,
@@ -226,7 +229,7 @@ fn draft(
             }
         });
     let chain = chain(layers, &container.layer);
-    Ok(Some(Draft {
+    Ok(Some(RecordedContainer {
         runtime: if crio { Runtime::Crio } else { Runtime::Podman },
         id: container.id.clone(),
         names: container.names.clone().unwrap_or_default(),

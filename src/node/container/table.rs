@@ -9,10 +9,10 @@ use crate::node::overlay::mount::{MountInfo, root_mount};
 
 /// The process whose mount table is trusted for the directories of a root.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Witness {
+pub enum TableSource {
     /// The process itself: `pid:N`, which no runtime knows.
     #[default]
-    Itself,
+    Own,
     /// The node's first process.
     Node,
     /// The process that started the container.
@@ -24,31 +24,31 @@ pub enum Witness {
     },
 }
 
-impl std::fmt::Display for Witness {
+impl std::fmt::Display for TableSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Itself => write!(f, "the process' own mount table"),
+            Self::Own => write!(f, "the process' own mount table"),
             Self::Node => write!(f, "the node's mount table"),
             Self::Monitor { pid, .. } => write!(f, "the mount table of its monitor, process {pid}"),
         }
     }
 }
 
-/// The mounted file system that is a container's root, and the witness for its directories.
+/// The mounted file system that is a container's root, and the mount table that is trusted for its directories.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RootMount {
     /// Device number, major and minor.
     pub device: (u32, u32),
-    /// Options of the file system in the witness's table, escaped.
+    /// Options of the file system in the trusted mount table, escaped.
     pub options: Vec<u8>,
-    /// The witness.
-    pub witness: Witness,
+    /// The process whose mount table is trusted.
+    pub source: TableSource,
 }
 
 /// A mount table of the node.
 #[derive(Debug)]
 pub(super) struct Table {
-    pub(super) witness: Witness,
+    pub(super) source: TableSource,
     /// Whether the mounts required privileges on the node. In a user namespace (rootless Podman), its owner could have
     /// made them.
     pub(super) privileged: bool,
@@ -57,9 +57,9 @@ pub(super) struct Table {
 }
 
 impl Table {
-    pub(super) fn new(witness: Witness, privileged: bool, mounts: Vec<MountInfo>) -> Self {
+    pub(super) fn new(source: TableSource, privileged: bool, mounts: Vec<MountInfo>) -> Self {
         Self {
-            witness,
+            source,
             privileged,
             mounts,
             tree: OnceCell::new(),

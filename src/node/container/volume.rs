@@ -17,14 +17,14 @@ use super::roots::Roots;
 use super::{Container, bundle};
 use crate::node::overlay::identity::Identity;
 use crate::node::overlay::mount::MountInfo;
-use crate::node::overlay::volume::{self as overlay, Reached, Refusal, Way};
+use crate::node::overlay::volume::{self as overlay, OpenError, ResolvedVolume, VolumeLookup};
 
 /// File systems on local disks, whose timestamps are from this kernel and whose operations always complete.
-const LOCAL: [&str; 9] = [
+const LOCAL_FS_TYPES: [&str; 9] = [
     "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "xfs", "zfs",
 ];
 /// Further file systems whose operations always complete: in memory or read-only.
-const ANSWERING: [&str; 7] = [
+const OTHER_SAFE_FS_TYPES: [&str; 7] = [
     "erofs", "iso9660", "ramfs", "squashfs", "tmpfs", "udf", "vfat",
 ];
 
@@ -63,19 +63,19 @@ pub(crate) fn volume(
     path: &Path,
     rules: &VolumeRules,
 ) -> Result<Volume, Error> {
-    let process = living(roots, container)?;
+    let process = running_process(roots, container)?;
     let refuse = |why: String| Error::NotAVolume {
         path: path.to_path_buf(),
         why,
-        mounts: listed(&process.mounts),
+        mounts: list_volumes(&process.mounts),
     };
-    let (destination, mount) = meant(path, &process.mounts).map_err(refuse)?;
-    let fail = |refusal| failed(container, &destination, refusal, &refuse);
-    let way = Mounted::new(roots, container, &destination, mount.id);
-    let reached = way.go().map_err(fail)?;
+    let (destination, mount) = mount_of_volume(path, &process.mounts).map_err(refuse)?;
+    let fail = |refusal| open_error(container, &destination, refusal, &refuse);
+    let lookup = VolumePath::new(roots, container, &destination, mount.id);
+    let reached = lookup.resolve().map_err(fail)?;
     // The earlier entry of the table may have been of another mount with the same ID.
     let line = reached.line.clone();
-    if let Some(why) = unfit(&line.fs_type) {
+    if let Some(why) = unsupported_reason(&line.fs_type) {
         return Err(refuse(format!("{} is mounted there, {why}", line.fs_type)));
     }
     if let Some(allowed) = &rules.allowed {
@@ -95,8 +95,8 @@ pub(crate) fn volume(
     } else {
         Some(Arc::new(process::identity(roots, &process)?))
     };
-    let local = LOCAL.contains(&line.fs_type.as_str());
-    let opened = way.open(reached, who, local).map_err(fail)?;
+    let local = LOCAL_FS_TYPES.contains(&line.fs_type.as_str());
+    let opened = lookup.open(reached, who, local).map_err(fail)?;
     Ok(Volume {
         local,
         kind: line.fs_type,
@@ -117,17 +117,20 @@ pub(crate) fn recheck_volume(
         container: container.id.clone(),
         detail,
     };
-    let way = Mounted::new(roots, container, &volume.destination, volume.mount);
+    let lookup = VolumePath::new(roots, container, &volume.destination, volume.mount);
     let at = volume.destination.display();
-    match way.go() {
+    match lookup.resolve() {
         Ok(_) => Ok(()),
-        Err(Refusal::Io(source)) => Err(gone(format!("{at}: {source}"))),
+        Err(OpenError::Io(source)) => Err(gone(format!("{at}: {source}"))),
         Err(_) => Err(gone(format!("another mount is at {at} now"))),
     }
 }
 
 /// Returns the mount at `path` according to the container's mount table, and the path without trailing slashes.
-fn meant<'m>(path: &Path, mounts: &'m [MountInfo]) -> Result<(PathBuf, &'m MountInfo), String> {
+fn mount_of_volume<'m>(
+    path: &Path,
+    mounts: &'m [MountInfo],
+) -> Result<(PathBuf, &'m MountInfo), String> {
     let plain = path.is_absolute()
         && path
             .components()
@@ -152,37 +155,37 @@ fn meant<'m>(path: &Path, mounts: &'m [MountInfo]) -> Result<(PathBuf, &'m Mount
             None => "nothing is mounted there".to_owned(),
         });
     };
-    match unfit(&mount.fs_type) {
+    match unsupported_reason(&mount.fs_type) {
         Some(why) => Err(format!("{} is mounted there, {why}", mount.fs_type)),
         None => Ok((destination, mount)),
     }
 }
 
-fn failed(
+fn open_error(
     container: &Container,
     destination: &Path,
-    refusal: Refusal,
+    refusal: OpenError,
     refuse: &dyn Fn(String) -> Error,
 ) -> Error {
     match refusal {
-        Refusal::NoDirectory => {
+        OpenError::NotADirectory => {
             refuse("a single file is mounted there, not a directory".to_owned())
         }
-        Refusal::Elsewhere => {
+        OpenError::WrongMount => {
             refuse("the path leads elsewhere than the container's mount table says".to_owned())
         }
-        Refusal::Through { at, fs_type } => refuse(format!(
+        OpenError::UntrustedMount { at, fs_type } => refuse(format!(
             "the way to it leads through {fs_type} at {}, which might never answer",
             at.display()
         )),
-        Refusal::Denied => Error::VolumeNotAllowed {
+        OpenError::Denied => Error::VolumeNotAllowed {
             path: destination.to_path_buf(),
             why: "the container's first process may not read it itself".to_owned(),
         },
-        Refusal::Io(source) if source.kind() == io::ErrorKind::NotADirectory => {
+        OpenError::Io(source) if source.kind() == io::ErrorKind::NotADirectory => {
             refuse("a single file is mounted there, not a directory".to_owned())
         }
-        Refusal::Io(source) => Error::io(
+        OpenError::Io(source) => Error::io(
             Path::new(&container.id).join(destination.strip_prefix("/").unwrap_or(destination)),
             source,
         ),
@@ -190,7 +193,7 @@ fn failed(
 }
 
 /// The mount point of a volume in a container, and the path to it.
-struct Mounted<'a> {
+struct VolumePath<'a> {
     roots: &'a Roots,
     pid: u32,
     container: PathBuf,
@@ -199,7 +202,7 @@ struct Mounted<'a> {
     mount: u64,
 }
 
-impl<'a> Mounted<'a> {
+impl<'a> VolumePath<'a> {
     fn new(roots: &'a Roots, container: &Container, destination: &'a Path, mount: u64) -> Self {
         let at = destination.as_os_str().as_bytes();
         Self {
@@ -212,18 +215,18 @@ impl<'a> Mounted<'a> {
         }
     }
 
-    fn with<T>(&self, work: impl FnOnce(&Way<'_>) -> T) -> T {
+    fn with<T>(&self, work: impl FnOnce(&VolumeLookup<'_>) -> T) -> T {
         let table = || {
             process::mounts(self.roots, self.pid)
                 .map_err(|error| io::Error::other(error.to_string()))
         };
-        work(&Way {
+        work(&VolumeLookup {
             container: &self.container,
             device: self.device,
             at: self.at,
             mount: self.mount,
             table: &table,
-            passable: &passable,
+            is_traversable: &is_traversable,
         })
     }
 
@@ -231,21 +234,21 @@ impl<'a> Mounted<'a> {
         clippy::redundant_closure_for_method_calls,
         reason = "the method by its name would have one lifetime only"
     )]
-    fn go(&self) -> Result<Reached, Refusal> {
-        self.with(|way| way.go())
+    fn resolve(&self) -> Result<ResolvedVolume, OpenError> {
+        self.with(|lookup| lookup.resolve())
     }
 
     fn open(
         &self,
-        reached: Reached,
+        reached: ResolvedVolume,
         who: Option<Arc<Identity>>,
         local: bool,
-    ) -> Result<overlay::Volume, Refusal> {
-        self.with(|way| reached.open(way, who, local))
+    ) -> Result<overlay::Volume, OpenError> {
+        self.with(|lookup| reached.open(lookup, who, local))
     }
 }
 
-fn living(roots: &Roots, container: &Container) -> Result<Process, Error> {
+fn running_process(roots: &Roots, container: &Container) -> Result<Process, Error> {
     process::read(roots, container.pid)?
         .filter(|process| process.start == container.pid_start)
         .ok_or_else(|| Error::Gone {
@@ -256,9 +259,9 @@ fn living(roots: &Roots, container: &Container) -> Result<Process, Error> {
 
 /// Returns whether names may be looked up in the file system, because its operations always complete, whatever a tenant
 /// does. Overlays and FUSE can be mounted by unprivileged users, and servers may be unreachable.
-fn passable(mount: &MountInfo) -> bool {
+fn is_traversable(mount: &MountInfo) -> bool {
     let fs_type = mount.fs_type.as_str();
-    LOCAL.contains(&fs_type) || ANSWERING.contains(&fs_type)
+    LOCAL_FS_TYPES.contains(&fs_type) || OTHER_SAFE_FS_TYPES.contains(&fs_type)
 }
 
 /// Returns the mount at a path that is not covered by another at the same path.
@@ -268,7 +271,7 @@ fn topmost<'m>(mounts: &'m [MountInfo], at: &Path) -> Option<&'m MountInfo> {
 }
 
 /// Returns why a file system of this type cannot be saved, or `None` if it can.
-fn unfit(fs_type: &str) -> Option<&'static str> {
+fn unsupported_reason(fs_type: &str) -> Option<&'static str> {
     if fs_type == "tmpfs" || fs_type == "ramfs" {
         Some("which is memory and no volume")
     } else if bundle::is_virtual(fs_type) || fs_type == "efivarfs" || fs_type == "rpc_pipefs" {
@@ -284,10 +287,10 @@ fn unfit(fs_type: &str) -> Option<&'static str> {
 }
 
 /// Returns the possible volumes as `PATH (TYPE)`.
-fn listed(mounts: &[MountInfo]) -> Vec<String> {
+fn list_volumes(mounts: &[MountInfo]) -> Vec<String> {
     let mut listed: Vec<String> = mounts
         .iter()
-        .filter(|m| unfit(&m.fs_type).is_none() && m.mount_point != Path::new("/"))
+        .filter(|m| unsupported_reason(&m.fs_type).is_none() && m.mount_point != Path::new("/"))
         .filter(|m| !bundle::made_by_runtime(&m.mount_point))
         .map(|m| format!("{} ({})", m.mount_point.display(), m.fs_type))
         .collect();
@@ -325,7 +328,7 @@ mod tests {
     fn only_what_can_be_named_is_offered() {
         let mounts = parse_mountinfo(TABLE).unwrap();
         assert_eq!(
-            listed(&mounts),
+            list_volumes(&mounts),
             ["/home/w (ext4)", "/srv/with space (nfs4)"]
         );
     }
@@ -335,10 +338,10 @@ mod tests {
         for kind in [
             "tmpfs", "proc", "sysfs", "cgroup2", "overlay", "fuse", "fuseblk", "fuse.x",
         ] {
-            assert!(unfit(kind).is_some(), "{kind}");
+            assert!(unsupported_reason(kind).is_some(), "{kind}");
         }
         for kind in ["ext4", "xfs", "btrfs", "nfs4", "lustre", "ceph", "squashfs"] {
-            assert!(unfit(kind).is_none(), "{kind}");
+            assert!(unsupported_reason(kind).is_none(), "{kind}");
         }
     }
 }

@@ -16,11 +16,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::Error;
 
 /// Timeout for a thaw to be read back. A thaw is immediate except on a heavily loaded machine.
-const THAW_BOUND: Duration = Duration::from_secs(1);
+const THAW_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Time after which a v1 cgroup that stays in FREEZING is thawed and frozen again. A task that waits for a child which
 /// was frozen first (vfork, ptrace) cannot stop otherwise.
-const STUCK: Duration = Duration::from_millis(500);
+const REFREEZE_AFTER: Duration = Duration::from_millis(500);
 
 /// The version of a cgroup hierarchy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -274,7 +274,7 @@ impl Group {
     /// `ask` is `false` if another program began the freeze.
     pub(super) fn wait_frozen(&self, deadline: Instant, ask: bool) -> Result<bool, Error> {
         let mut asked_from_scratch = Instant::now();
-        let pause = Pause::default();
+        let pause = PollInterval::default();
         loop {
             if self.state()? == State::Frozen {
                 return Ok(true);
@@ -284,7 +284,7 @@ impl Group {
                 return Ok(false);
             }
             if ask && self.version == Version::V1 {
-                if now - asked_from_scratch > STUCK {
+                if now - asked_from_scratch > REFREEZE_AFTER {
                     self.request(false)?;
                     asked_from_scratch = now;
                 }
@@ -299,17 +299,17 @@ impl Group {
     /// ancestor frozen.
     pub(super) fn thaw(&self) -> Result<(), Error> {
         self.request(false)?;
-        let deadline = Instant::now() + THAW_BOUND;
-        let pause = Pause::default();
+        let deadline = Instant::now() + THAW_TIMEOUT;
+        let pause = PollInterval::default();
         while self.state()? != State::Running {
-            if self.held_from_above()? {
+            if self.ancestor_is_frozen()? {
                 return Ok(());
             }
             let now = Instant::now();
             if now >= deadline {
                 return Err(Error::Timeout {
                     cgroup: self.dir.clone(),
-                    waited: THAW_BOUND,
+                    waited: THAW_TIMEOUT,
                     wanted: "thaw",
                 });
             }
@@ -320,7 +320,7 @@ impl Group {
 
     /// Returns whether an ancestor is frozen by its own setting. A thaw of this cgroup then has no effect and counts as
     /// complete.
-    fn held_from_above(&self) -> Result<bool, Error> {
+    fn ancestor_is_frozen(&self) -> Result<bool, Error> {
         let flag = |path: PathBuf| match std::fs::read(&path) {
             Ok(text) => Ok(text.trim_ascii() == b"1"),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -348,7 +348,7 @@ impl Group {
         };
         let timeout = Timespec {
             tv_sec: 0,
-            tv_nsec: i64::from(bound.min(Pause::LONGEST).subsec_nanos()),
+            tv_nsec: i64::from(bound.min(PollInterval::LONGEST).subsec_nanos()),
         };
         match poll(&mut [PollFd::new(events, PollFlags::PRI)], Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
@@ -359,15 +359,15 @@ impl Group {
 
 /// Growing pauses between polls. Most freezes complete within microseconds, and the time for which the container is
 /// frozen is what matters. Each pause is an eighth of the time waited so far, so that at most an eighth is wasted.
-struct Pause(Instant);
+struct PollInterval(Instant);
 
-impl Default for Pause {
+impl Default for PollInterval {
     fn default() -> Self {
         Self(Instant::now())
     }
 }
 
-impl Pause {
+impl PollInterval {
     const SHORTEST: Duration = Duration::from_micros(50);
     const LONGEST: Duration = Duration::from_millis(10);
 
@@ -386,7 +386,7 @@ mod tests {
 
     #[test]
     fn pauses_grow_with_what_was_waited() {
-        let after = |micros| Pause::after(Duration::from_micros(micros)).as_micros();
+        let after = |micros| PollInterval::after(Duration::from_micros(micros)).as_micros();
         assert_eq!(
             [0, 400, 800, 8000, 1_000_000].map(after),
             [50, 50, 100, 1000, 10_000]

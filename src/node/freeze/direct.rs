@@ -16,29 +16,29 @@ const MAX_DESCRIPTORS: usize = 100_000;
 /// Maximum bytes read of one descriptor's `fdinfo`: enough for the flags and the first word of a ring.
 const MAX_INFO: u64 = 1 << 10;
 
-/// The ways in which the processes may write.
+/// The modes in which the processes may write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Ways {
+pub struct WriteModes {
     /// A file is open with `O_DIRECT`.
     pub direct: bool,
     /// There is a ring of `libaio` or `io_uring`: writes continue while the process is frozen.
     pub asynchronous: bool,
 }
 
-/// Returns the ways in which the processes of the container of `pid` can write now.
+/// Returns the modes in which the processes of the container of `pid` can write now.
 ///
 /// A write that was submitted before and is still in flight belongs to a ring or descriptor that still exists, with two
 /// exceptions: programs that close theirs without waiting, and rings in the program's own memory whose descriptor is
 /// only registered (`IORING_SETUP_NO_MMAP` with `IORING_SETUP_REGISTERED_FD_ONLY`), which no file in `/proc` shows. All
-/// ways are returned if the container has no cgroup of its own that lists its processes: such a container cannot be
+/// modes are returned if the container has no cgroup of its own that lists its processes: such a container cannot be
 /// frozen, but it can be saved while it runs.
-pub fn ways_to_write(pid: u32, host_root: Option<&Path>) -> Result<Ways, Error> {
+pub fn write_modes(pid: u32, host_root: Option<&Path>) -> Result<WriteModes, Error> {
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
-    let mut ways = Ways::default();
+    let mut modes = WriteModes::default();
     let mut left = MAX_DESCRIPTORS;
     let pids = match container_pids(&proc, pid, host_root) {
         Err(Error::Unsupported { .. }) => {
-            return Ok(Ways {
+            return Ok(WriteModes {
                 direct: true,
                 asynchronous: true,
             });
@@ -47,26 +47,26 @@ pub fn ways_to_write(pid: u32, host_root: Option<&Path>) -> Result<Ways, Error> 
     };
     for pid in pids {
         let process = proc.join(pid.to_string());
-        let looked = descriptors(&process.join("fdinfo"), &mut left, &mut ways)
-            .and_then(|()| rings(&process.join("maps"), &mut ways));
+        let looked = descriptors(&process.join("fdinfo"), &mut left, &mut modes)
+            .and_then(|()| find_rings(&process.join("maps"), &mut modes));
         match looked {
             Ok(()) => {}
             // The process exited: the kernel waits for its writes.
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(Error::io(process, error)),
         }
-        if ways.direct && ways.asynchronous {
+        if modes.direct && modes.asynchronous {
             break;
         }
     }
-    Ok(ways)
+    Ok(modes)
 }
 
-fn descriptors(dir: &Path, left: &mut usize, ways: &mut Ways) -> io::Result<()> {
+fn descriptors(dir: &Path, left: &mut usize, modes: &mut WriteModes) -> io::Result<()> {
     let mut text = Vec::new();
     for entry in fs::read_dir(dir)? {
         let Some(fewer) = left.checked_sub(1) else {
-            (ways.direct, ways.asynchronous) = (true, true);
+            (modes.direct, modes.asynchronous) = (true, true);
             return Ok(());
         };
         *left = fewer;
@@ -76,7 +76,7 @@ fn descriptors(dir: &Path, left: &mut usize, ways: &mut Ways) -> io::Result<()> 
             file.read_to_end(&mut text)
         });
         match read {
-            Ok(_) => note(&text, ways),
+            Ok(_) => parse_fdinfo(&text, modes),
             // The descriptor was closed meanwhile.
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(error),
@@ -85,21 +85,21 @@ fn descriptors(dir: &Path, left: &mut usize, ways: &mut Ways) -> io::Result<()> 
     Ok(())
 }
 
-fn note(info: &[u8], ways: &mut Ways) {
+fn parse_fdinfo(info: &[u8], modes: &mut WriteModes) {
     for line in info.split(|&b| b == b'\n') {
         if let Some(flags) = line.strip_prefix(b"flags:") {
             let flags = std::str::from_utf8(flags.trim_ascii()).ok();
             let flags = flags.and_then(|text| u32::from_str_radix(text, 8).ok());
-            ways.direct |= flags.is_some_and(|flags| flags & libc::O_DIRECT as u32 != 0);
+            modes.direct |= flags.is_some_and(|flags| flags & libc::O_DIRECT as u32 != 0);
         }
-        ways.asynchronous |= line.starts_with(b"SqMask:");
+        modes.asynchronous |= line.starts_with(b"SqMask:");
     }
 }
 
-fn rings(maps: &Path, ways: &mut Ways) -> io::Result<()> {
+fn find_rings(maps: &Path, modes: &mut WriteModes) -> io::Result<()> {
     let mut lines = BufReader::with_capacity(64 << 10, File::open(maps)?.take(MAX_MAPS));
     let (mut line, mut read) = (Vec::new(), 0);
-    while !ways.asynchronous {
+    while !modes.asynchronous {
         line.clear();
         let n = lines.read_until(b'\n', &mut line)? as u64;
         read += n;
@@ -107,7 +107,7 @@ fn rings(maps: &Path, ways: &mut Ways) -> io::Result<()> {
             break;
         }
         // The rest of a truncated list is unknown.
-        ways.asynchronous = read == MAX_MAPS || is_ring(line.trim_ascii_end());
+        modes.asynchronous = read == MAX_MAPS || is_ring(line.trim_ascii_end());
     }
     Ok(())
 }
@@ -125,9 +125,9 @@ mod tests {
     #[test]
     fn flags_and_rings_are_told_from_all_else() {
         let of = |info: &str| {
-            let mut ways = Ways::default();
-            note(info.as_bytes(), &mut ways);
-            (ways.direct, ways.asynchronous)
+            let mut modes = WriteModes::default();
+            parse_fdinfo(info.as_bytes(), &mut modes);
+            (modes.direct, modes.asynchronous)
         };
         let direct = format!(
             "pos:\t0\nflags:\t0{:o}\nmnt_id:\t15\n",
@@ -161,10 +161,10 @@ mod tests {
         let dir = tempfile::tempdir()?;
         let maps = dir.path().join("maps");
         let of = |name: &str| {
-            let mut ways = Ways::default();
+            let mut modes = WriteModes::default();
             fs::write(&maps, [line("/usr/bin/x"), line(name), line("")].concat())?;
-            rings(&maps, &mut ways)?;
-            Ok::<_, io::Error>(ways.asynchronous)
+            find_rings(&maps, &mut modes)?;
+            Ok::<_, io::Error>(modes.asynchronous)
         };
         assert!(of("anon_inode:[io_uring]")?);
         assert!(of("/[aio] (deleted)")?);
@@ -181,9 +181,9 @@ mod tests {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let fds = Path::new("/proc/self/fdinfo");
         let look = || {
-            let (mut ways, mut left) = (Ways::default(), MAX_DESCRIPTORS);
-            descriptors(fds, &mut left, &mut ways).unwrap();
-            ways.direct
+            let (mut modes, mut left) = (WriteModes::default(), MAX_DESCRIPTORS);
+            descriptors(fds, &mut left, &mut modes).unwrap();
+            modes.direct
         };
         let mut options = fs::File::options();
         options
@@ -196,8 +196,8 @@ mod tests {
         };
         assert!(look());
         drop(file);
-        let (mut ways, mut left) = (Ways::default(), 0);
-        descriptors(fds, &mut left, &mut ways).unwrap();
-        assert!(ways.direct && ways.asynchronous, "too many to look at");
+        let (mut modes, mut left) = (WriteModes::default(), 0);
+        descriptors(fds, &mut left, &mut modes).unwrap();
+        assert!(modes.direct && modes.asynchronous, "too many to look at");
     }
 }

@@ -25,9 +25,9 @@ struct Mark {
     boot: String,
 }
 
-/// The result of [`thaw_left`].
+/// The result of [`thaw_leftover`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Left {
+pub enum ThawOutcome {
     /// No freeze was begun, or it was ended properly.
     Nothing,
     /// The cgroup no longer exists.
@@ -76,29 +76,31 @@ pub(super) fn remove(path: &Path) {
 
 /// Ends the freeze that the mark at `path` describes (see [`super::Options::mark`]) and removes the mark. On `Ok` the
 /// container runs as far as the writer of the mark is concerned; this is read back from the kernel.
-pub fn thaw_left(path: &Path) -> Result<Left, Error> {
+pub fn thaw_leftover(path: &Path) -> Result<ThawOutcome, Error> {
     let io = |error| Error::io(path.to_owned(), error);
     let text = match fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Left::Nothing),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ThawOutcome::Nothing),
         Err(error) => return Err(io(error)),
         Ok(there) if there.len() > MAX_MARK => Vec::new(),
         Ok(_) => match fs::read(path) {
             // Removed by the watchdog after its thaw.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Left::Nothing),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(ThawOutcome::Nothing);
+            }
             text => text.map_err(io)?,
         },
     };
     // A truncated mark was never followed by a freeze.
     let Ok(mark) = serde_json::from_slice::<Mark>(&text) else {
         remove(path);
-        return Ok(Left::Nothing);
+        return Ok(ThawOutcome::Nothing);
     };
     let there = fs::metadata(&mark.dir).is_ok_and(|dir| dir.ino() == mark.inode);
     let version = Version::from_name(mark.version.as_ref());
     let left = match version.filter(|_| there && mark.boot == boot()) {
-        None => Left::Gone,
+        None => ThawOutcome::Gone,
         Some(version) => match thaw(version, mark.dir) {
-            Err(Error::Gone { .. }) => Left::Gone,
+            Err(Error::Gone { .. }) => ThawOutcome::Gone,
             left => left?,
         },
     };
@@ -106,11 +108,11 @@ pub fn thaw_left(path: &Path) -> Result<Left, Error> {
     Ok(left)
 }
 
-fn thaw(version: Version, dir: PathBuf) -> Result<Left, Error> {
+fn thaw(version: Version, dir: PathBuf) -> Result<ThawOutcome, Error> {
     let group = Group::open(version, dir)?;
     let left = match group.state()? {
-        State::Running => Left::Running,
-        State::Freezing | State::Frozen => Left::Thawed,
+        State::Running => ThawOutcome::Running,
+        State::Freezing | State::Frozen => ThawOutcome::Thawed,
     };
     group.thaw()?;
     Ok(left)

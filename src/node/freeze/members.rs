@@ -12,7 +12,7 @@ const MAX_CGROUPS: usize = 100_000;
 
 /// A process in the container's cgroup that does not belong to the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stranger {
+pub struct ForeignProcess {
     /// Process ID.
     pub pid: u32,
     /// Process name (`/proc/PID/comm`), with control characters escaped.
@@ -103,7 +103,7 @@ impl Processes {
     }
 
     /// Returns those of `pids` that do not belong to the container.
-    pub(super) fn strangers(&mut self, pids: &HashSet<u32>) -> Vec<Stranger> {
+    pub(super) fn foreign_processes(&mut self, pids: &HashSet<u32>) -> Vec<ForeignProcess> {
         // Nothing is cached between calls: a process that is entering the container does not belong to it a moment
         // earlier.
         self.known.clear();
@@ -116,7 +116,7 @@ impl Processes {
         pids.into_iter()
             .map(|pid| {
                 let name = fs::read(self.path(pid, "comm")).unwrap_or_default();
-                Stranger {
+                ForeignProcess {
                     pid,
                     name: name.trim_ascii().escape_ascii().to_string(),
                 }

@@ -27,19 +27,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cgroup::{Group, State, Version};
-pub use direct::{Ways, ways_to_write};
+pub use direct::{WriteModes, write_modes};
 pub use mapped::{SharedMapping, shared_mappings};
-pub use mark::{Left, thaw_left};
-pub(crate) use members::Stranger;
+pub use mark::{ThawOutcome, thaw_leftover};
+pub(crate) use members::ForeignProcess;
 use members::{Processes, Stat};
 use watchdog::Watchdog;
 pub use watchdog::entry as watchdog_entry;
-pub(crate) use watchdog::stand_by;
+pub(crate) use watchdog::start_standby;
 
 /// Number of times that foreign processes in a container's cgroup are checked before the freeze is refused: `exec` into
 /// a container enters the cgroup first and the container's root milliseconds later.
-const STRANGER_LOOKS: u32 = 10;
-const STRANGER_PAUSE: Duration = Duration::from_millis(30);
+const FOREIGN_CHECKS: u32 = 10;
+const FOREIGN_CHECK_INTERVAL: Duration = Duration::from_millis(30);
 
 /// The reason why a container was not frozen, or did not stay frozen.
 #[derive(Debug, thiserror::Error)]
@@ -61,12 +61,12 @@ pub enum Error {
         why: String,
     },
     /// The cgroup contains processes that do not belong to the container.
-    #[error("cgroup {cgroup:?} holds processes that are not the container's: {}; they would be frozen too, use --pause none", list(.strangers))]
+    #[error("cgroup {cgroup:?} holds processes that are not the container's: {}; they would be frozen too, use --pause none", list(.foreign_processes))]
     Shared {
         /// The cgroup's directory.
         cgroup: PathBuf,
         /// The processes that do not belong to it.
-        strangers: Vec<Stranger>,
+        foreign_processes: Vec<ForeignProcess>,
     },
     /// This program is in the cgroup that it was asked to freeze.
     #[error(
@@ -88,7 +88,7 @@ pub enum Error {
     },
     /// The container ran before it was thawed: what was read meanwhile may be torn.
     #[error("the container did not stay frozen: {why}")]
-    NotHeld {
+    ThawedEarly {
         /// The reason, as text for the user.
         why: String,
     },
@@ -133,7 +133,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Gone { .. } => 66,
-            Self::Timeout { .. } | Self::NotHeld { .. } => 75,
+            Self::Timeout { .. } | Self::ThawedEarly { .. } => 75,
             Self::NotPermitted { .. } => 77,
             Self::Unsupported { .. }
             | Self::Shared { .. }
@@ -144,15 +144,15 @@ impl Error {
     }
 }
 
-fn list(strangers: &[Stranger]) -> String {
+fn list(foreign_processes: &[ForeignProcess]) -> String {
     const SHOWN: usize = 5;
-    let mut text: Vec<String> = strangers
+    let mut text: Vec<String> = foreign_processes
         .iter()
         .take(SHOWN)
         .map(|s| format!("{} ({})", s.pid, s.name))
         .collect();
-    if strangers.len() > SHOWN {
-        text.push(format!("{} more", strangers.len() - SHOWN));
+    if foreign_processes.len() > SHOWN {
+        text.push(format!("{} more", foreign_processes.len() - SHOWN));
     }
     text.join(", ")
 }
@@ -165,11 +165,11 @@ pub struct Options {
     /// Timeout for the processes to stop.
     pub wait: Duration,
     /// The longest time for which the container may be frozen, including the wait. `None` means no limit.
-    pub hold: Option<Duration>,
+    pub max_duration: Option<Duration>,
     /// The program that is started as the watchdog with [`WATCHDOG_ARGUMENT`]. It must call [`watchdog_entry`].
     pub program: PathBuf,
     /// A file that exists while the container may be frozen by this process. If this process is dead and the file still
-    /// exists, call [`thaw_left`].
+    /// exists, call [`thaw_leftover`].
     pub mark: Option<PathBuf>,
 }
 
@@ -178,7 +178,7 @@ impl Default for Options {
         Self {
             host_root: None,
             wait: Duration::from_secs(10),
-            hold: None,
+            max_duration: None,
             program: PathBuf::from("/proc/self/exe"),
             mark: None,
         }
@@ -194,7 +194,7 @@ pub struct Frozen {
     /// `None` if another program froze the container: nothing is thawed then.
     watchdog: Option<Watchdog>,
     since: Instant,
-    hold: Option<Duration>,
+    max_duration: Option<Duration>,
     outside: Vec<u32>,
     mark: Option<PathBuf>,
 }
@@ -211,7 +211,7 @@ pub fn freeze(pid: u32, start: Option<u64>, options: &Options) -> Result<Frozen,
     let target = Target { proc, pid, start };
     target.alive()?;
     // The end of a container makes many calls fail. Only the end is reported then.
-    find_and_stop(&target, options).map_err(|error| target.alive().err().unwrap_or(error))
+    find_and_freeze(&target, options).map_err(|error| target.alive().err().unwrap_or(error))
 }
 
 /// Checks whether [`freeze`] could freeze the container, without freezing it.
@@ -244,7 +244,7 @@ pub(crate) fn can_be_frozen(pid: u32, start: Option<u64>, options: &Options) -> 
     look().map_err(|error| target.alive().err().unwrap_or(error))
 }
 
-fn find_and_stop(target: &Target, options: &Options) -> Result<Frozen, Error> {
+fn find_and_freeze(target: &Target, options: &Options) -> Result<Frozen, Error> {
     let (proc, pid) = (&*target.proc, target.pid);
     let mut processes = Processes::new(proc, pid)?;
     let groups = groups(proc, pid, options.host_root.as_deref())?;
@@ -258,7 +258,7 @@ fn find_and_stop(target: &Target, options: &Options) -> Result<Frozen, Error> {
     let mut refusals = Vec::new();
     for group in groups {
         match container_group(&group, proc, &mut processes, &in_root) {
-            Ok((group, outside)) => return stop(group, outside, target, options),
+            Ok((group, outside)) => return freeze_group(group, outside, target, options),
             Err(refusal) => refusals.push(refusal),
         }
     }
@@ -380,7 +380,7 @@ fn already_frozen(group: &Arc<Group>, target: &Target, options: &Options) -> Res
         target: target.clone(),
         watchdog: None,
         since: Instant::now(),
-        hold: None,
+        max_duration: None,
         outside: Vec::new(),
         mark: None,
     })
@@ -436,23 +436,23 @@ fn check(
                 cgroup: dir.to_owned(),
             });
         }
-        let strangers = processes.strangers(&pids);
-        if strangers.is_empty() {
+        let foreign_processes = processes.foreign_processes(&pids);
+        if foreign_processes.is_empty() {
             return Ok(pids);
         }
-        if looks == STRANGER_LOOKS {
-            tracing::debug!(cgroup = ?dir, version = version.name(), "strangers in the container's cgroup");
+        if looks == FOREIGN_CHECKS {
+            tracing::debug!(cgroup = ?dir, version = version.name(), "foreign processes in the container's cgroup");
             return Err(Error::Shared {
                 cgroup: dir.to_owned(),
-                strangers,
+                foreign_processes,
             });
         }
         looks += 1;
-        std::thread::sleep(STRANGER_PAUSE);
+        std::thread::sleep(FOREIGN_CHECK_INTERVAL);
     }
 }
 
-fn stop(
+fn freeze_group(
     group: Arc<Group>,
     outside: Vec<u32>,
     target: &Target,
@@ -461,7 +461,7 @@ fn stop(
     let watchdog = Watchdog::start(
         &options.program,
         &group,
-        options.hold,
+        options.max_duration,
         options.mark.as_deref(),
     )?;
     let since = Instant::now();
@@ -472,7 +472,7 @@ fn stop(
         target,
         watchdog: Some(watchdog),
         since,
-        hold: options.hold,
+        max_duration: options.max_duration,
         outside,
         mark: options.mark.clone(),
     };
@@ -480,7 +480,7 @@ fn stop(
         mark::write(mark, &frozen.group)?;
     }
     let wait = options
-        .hold
+        .max_duration
         .map_or(options.wait, |hold| options.wait.min(hold));
     frozen.group.request(true)?;
     if !frozen.group.wait_frozen(since + wait, true)? {
@@ -508,18 +508,18 @@ impl Frozen {
 
     /// Returns the processes that have the container's root but are not in its cgroup (an administrator's `nsenter`).
     /// They keep running.
-    pub fn outside(&self) -> &[u32] {
+    pub fn processes_outside(&self) -> &[u32] {
         &self.outside
     }
 
     /// Thaws the container. Returns the time from the write of the freeze to the read-back of the thaw; zero if another
     /// program had frozen it.
     ///
-    /// Fails with [`Error::Gone`] if the container was ended while it was frozen, and with [`Error::NotHeld`] if it ran
+    /// Fails with [`Error::Gone`] if the container was ended while it was frozen, and with [`Error::ThawedEarly`] if it ran
     /// before, because another program thawed it or the longest time to be frozen had passed. The container runs after
     /// an error too, unless the thaw itself cannot be carried out.
     pub fn thaw(mut self) -> Result<Duration, Error> {
-        let held = self.held();
+        let held = self.check_frozen();
         if self.watchdog.is_none() {
             return held.map(|()| Duration::ZERO);
         }
@@ -533,13 +533,16 @@ impl Frozen {
     }
 
     /// Checks that the container is frozen and, as far as can be determined, has been since the freeze.
-    pub fn held(&mut self) -> Result<(), Error> {
+    pub fn check_frozen(&mut self) -> Result<(), Error> {
         let not_held = |why: &str| {
-            Err(Error::NotHeld {
+            Err(Error::ThawedEarly {
                 why: why.to_owned(),
             })
         };
-        if self.hold.is_some_and(|hold| self.since.elapsed() >= hold) {
+        if self
+            .max_duration
+            .is_some_and(|hold| self.since.elapsed() >= hold)
+        {
             return not_held("it had stood still for as long as it may");
         }
         if self
@@ -558,7 +561,7 @@ impl Frozen {
 
     fn release(&mut self, thawed: bool) {
         if let Some(mut watchdog) = self.watchdog.take() {
-            watchdog.dismiss(thawed);
+            watchdog.stop(thawed);
         }
         if thawed && let Some(mark) = &self.mark {
             mark::remove(mark);
@@ -591,15 +594,15 @@ mod tests {
         );
         let denied = Error::io(PathBuf::from("/cg/x"), rustix::io::Errno::ROFS.into());
         assert_eq!(denied.exit_code(), 77);
-        let strangers = (1..=7)
-            .map(|pid| Stranger {
+        let foreign_processes = (1..=7)
+            .map(|pid| ForeignProcess {
                 pid,
                 name: "sh".to_owned(),
             })
             .collect();
         let shared = Error::Shared {
             cgroup: PathBuf::from("/cg"),
-            strangers,
+            foreign_processes,
         }
         .to_string();
         assert!(

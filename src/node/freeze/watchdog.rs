@@ -4,7 +4,7 @@
 //! a signal to the caller's process group nor the end of its service or pod kills both at once. It holds the read end
 //! of a pipe, whose other end the kernel closes however the caller dies.
 //!
-//! A caller that is about to give up the right to start programs starts a standby watchdog first ([`stand_by`]). That
+//! A caller that is about to give up the right to start programs starts a standby watchdog first ([`start_standby`]). That
 //! one reads its orders from the pipe and serves one freeze after another.
 
 use std::ffi::{OsStr, OsString};
@@ -34,31 +34,31 @@ const READY: &[u8] = b"ready\n";
 /// Byte sent to the watchdog when the caller has thawed the container itself.
 const DONE: u8 = b'd';
 /// Answer of a standby watchdog to `DONE`: it waits for the next order.
-const STANDS_BY: &[u8] = b"standing by\n";
+const STANDBY_ANSWER: &[u8] = b"standing by\n";
 /// An order has four fields, each terminated by NUL. A path is at most as long as the kernel accepts.
 const ORDER_FIELDS: usize = 4;
 const MAX_ORDER: usize = 16 << 10;
 /// Timeout for the start. A watchdog starts in milliseconds; the rest is for a loaded machine.
-const START_BOUND: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a watchdog retries the thaw. After that, the cgroup is gone or out of reach.
-const THAW_TRIES: Duration = Duration::from_secs(60);
+const THAW_RETRY_TIME: Duration = Duration::from_secs(60);
 
 /// A process that is a watchdog or stands by to become one.
 #[derive(Debug)]
 struct Process {
     child: Child,
     /// Closed by the kernel when this process dies.
-    life: ChildStdin,
+    lifeline: ChildStdin,
     answers: ChildStdout,
     /// Whether the process returns to standby after a freeze.
-    stays: bool,
+    reusable: bool,
 }
 
 /// The standby watchdog while it guards nothing, or the reason why there is none.
-static SPARE: Mutex<Spare> = Mutex::new(Spare::None);
+static STANDBY: Mutex<Standby> = Mutex::new(Standby::None);
 
 #[derive(Debug)]
-enum Spare {
+enum Standby {
     /// No standby was requested, or it is in use.
     None,
     Process(Process),
@@ -66,43 +66,43 @@ enum Spare {
     Failed(String),
 }
 
-impl Spare {
+impl Standby {
     fn take(&mut self) -> Self {
         std::mem::replace(self, Self::None)
     }
 }
 
-fn spare() -> std::sync::MutexGuard<'static, Spare> {
-    SPARE.lock().unwrap_or_else(PoisonError::into_inner)
+fn standby() -> std::sync::MutexGuard<'static, Standby> {
+    STANDBY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A standby watchdog, which ends when this is dropped.
 #[derive(Debug)]
 #[must_use = "the watchdog ends as soon as this is dropped"]
-pub(crate) struct StandBy(());
+pub(crate) struct StandbyGuard(());
 
 /// Starts a watchdog for all later freezes of this process, which use it one after another and start no program of
 /// their own.
-pub(crate) fn stand_by() -> Result<StandBy, Error> {
+pub(crate) fn start_standby() -> Result<StandbyGuard, Error> {
     match Process::start(&super::Options::default().program, &[], true) {
         Ok(process) => {
-            *spare() = Spare::Process(process);
-            Ok(StandBy(()))
+            *standby() = Standby::Process(process);
+            Ok(StandbyGuard(()))
         }
         Err(why) => {
             // Kept for the freeze, whose own attempt would fail for another reason.
-            *spare() = Spare::Failed(why.clone());
+            *standby() = Standby::Failed(why.clone());
             Err(failed(why))
         }
     }
 }
 
-impl Drop for StandBy {
+impl Drop for StandbyGuard {
     fn drop(&mut self) {
-        let process = spare().take();
-        if let Spare::Process(mut process) = process {
+        let process = standby().take();
+        if let Standby::Process(mut process) = process {
             // The watchdog exits at the end of its input. It is waited for so that no zombie remains.
-            drop(process.life);
+            drop(process.lifeline);
             let _ = process.child.wait();
         }
     }
@@ -113,7 +113,7 @@ fn failed(why: String) -> Error {
 }
 
 impl Process {
-    fn start(program: &Path, order: &[OsString], stays: bool) -> Result<Self, String> {
+    fn start(program: &Path, order: &[OsString], reusable: bool) -> Result<Self, String> {
         let mut child = Command::new(program)
             .arg(ARGUMENT)
             .args(order)
@@ -123,30 +123,30 @@ impl Process {
             .stderr(Stdio::null())
             .spawn()
             .map_err(|e| format!("starting {}: {e}", program.display()))?;
-        let (Some(life), Some(answers)) = (child.stdin.take(), child.stdout.take()) else {
+        let (Some(lifeline), Some(answers)) = (child.stdin.take(), child.stdout.take()) else {
             return Err("its pipes are missing".to_owned());
         };
         Ok(Self {
             child,
-            life,
+            lifeline,
             answers,
-            stays,
+            reusable,
         })
     }
 
     /// Returns the standby watchdog after sending it `order`, or else starts one with it.
-    fn ordered(program: &Path, order: &[OsString]) -> Result<Self, Error> {
-        let mut process = match spare().take() {
-            Spare::Process(process) => process,
-            Spare::None => return Self::start(program, order, false).map_err(failed),
-            Spare::Failed(why) => return Err(failed(why)),
+    fn with_order(program: &Path, order: &[OsString]) -> Result<Self, Error> {
+        let mut process = match standby().take() {
+            Standby::Process(process) => process,
+            Standby::None => return Self::start(program, order, false).map_err(failed),
+            Standby::Failed(why) => return Err(failed(why)),
         };
         let mut text = Vec::new();
         for field in order {
             text.extend_from_slice(field.as_bytes());
             text.push(0);
         }
-        match process.life.write_all(&text) {
+        match process.lifeline.write_all(&text) {
             Ok(()) => Ok(process),
             Err(error) => {
                 let _ = process.child.kill();
@@ -162,12 +162,12 @@ impl Process {
 pub(super) struct Watchdog {
     child: Option<Child>,
     /// Closed by the kernel when this process dies.
-    life: Option<ChildStdin>,
+    lifeline: Option<ChildStdin>,
     /// Thread that thaws the container if the watchdog itself is killed: a death of this process would otherwise leave
     /// the container frozen. Returns the pipe of answers if the watchdog goes back to standby.
     guard: Option<JoinHandle<Option<ChildStdout>>>,
     ending: Arc<AtomicBool>,
-    stays: bool,
+    reusable: bool,
 }
 
 impl Watchdog {
@@ -187,22 +187,22 @@ impl Watchdog {
         ];
         let Process {
             child,
-            life,
+            lifeline,
             mut answers,
-            stays,
-        } = Process::ordered(program, &order)?;
+            reusable,
+        } = Process::with_order(program, &order)?;
         let ending = Arc::new(AtomicBool::new(false));
         let mut watchdog = Self {
             child: Some(child),
-            life: Some(life),
+            lifeline: Some(lifeline),
             guard: None,
             ending: Arc::clone(&ending),
-            stays,
+            reusable,
         };
         match read_answer(&mut answers) {
             Ok(answer) if answer == READY => {}
             Ok(answer) => {
-                watchdog.dismiss(false);
+                watchdog.stop(false);
                 // The answer is a single line and already escaped.
                 let answer = String::from_utf8_lossy(&answer);
                 return Err(failed(answer.trim_end().to_owned()));
@@ -211,7 +211,7 @@ impl Watchdog {
                 if let Some(child) = &mut watchdog.child {
                     let _ = child.kill();
                 }
-                watchdog.dismiss(false);
+                watchdog.stop(false);
                 return Err(failed(format!("no answer: {error}")));
             }
         }
@@ -222,7 +222,7 @@ impl Watchdog {
         match guard {
             Ok(guard) => watchdog.guard = Some(guard),
             Err(error) => {
-                watchdog.dismiss(false);
+                watchdog.stop(false);
                 return Err(failed(format!("starting a thread: {error}")));
             }
         }
@@ -230,31 +230,31 @@ impl Watchdog {
     }
 
     /// Ends the watchdog or returns it to standby. If `thawed` is `false`, it thaws once more before it exits.
-    pub(super) fn dismiss(&mut self, thawed: bool) {
+    pub(super) fn stop(&mut self, thawed: bool) {
         self.ending.store(true, Ordering::SeqCst);
-        let mut life = self.life.take();
-        if let Some(life) = &mut life
+        let mut lifeline = self.lifeline.take();
+        if let Some(lifeline) = &mut lifeline
             && thawed
         {
             // A write to a watchdog that has exited fails, which does not matter.
-            let _ = life.write_all(&[DONE]);
+            let _ = lifeline.write_all(&[DONE]);
         }
-        let stays = self.stays && thawed;
-        if !stays {
-            life = None;
+        let reusable = self.reusable && thawed;
+        if !reusable {
+            lifeline = None;
         }
         let answers = self.guard.take().and_then(|guard| guard.join().ok()?);
-        match (self.child.take(), life, answers) {
-            (Some(child), Some(life), Some(answers)) if stays => {
-                *spare() = Spare::Process(Process {
+        match (self.child.take(), lifeline, answers) {
+            (Some(child), Some(lifeline), Some(answers)) if reusable => {
+                *standby() = Standby::Process(Process {
                     child,
-                    life,
+                    lifeline,
                     answers,
-                    stays,
+                    reusable,
                 });
             }
-            (Some(mut child), life, _) => {
-                drop(life);
+            (Some(mut child), lifeline, _) => {
+                drop(lifeline);
                 let _ = child.wait();
             }
             (None, ..) => {}
@@ -274,7 +274,7 @@ impl Watchdog {
 fn guard(mut answers: ChildStdout, ending: &AtomicBool, group: &Group) -> Option<ChildStdout> {
     let mut said = Vec::new();
     let mut piece = [0; 64];
-    while !said.ends_with(STANDS_BY) {
+    while !said.ends_with(STANDBY_ANSWER) {
         match answers.read(&mut piece) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Ok(n) if n > 0 && said.len() < MAX_ORDER => said.extend_from_slice(&piece[..n]),
@@ -291,13 +291,13 @@ fn guard(mut answers: ChildStdout, ending: &AtomicBool, group: &Group) -> Option
 }
 
 fn read_answer(answers: &mut ChildStdout) -> io::Result<Vec<u8>> {
-    let deadline = Instant::now() + START_BOUND;
+    let deadline = Instant::now() + START_TIMEOUT;
     let mut answer = Vec::new();
     while !answer.ends_with(b"\n") && answer.len() < 4096 {
         if !wait_readable(&*answers, Some(deadline))? {
             return Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("waited {} s", START_BOUND.as_secs()),
+                format!("waited {} s", START_TIMEOUT.as_secs()),
             ));
         }
         let mut buffer = [0; 512];
@@ -339,13 +339,13 @@ fn wait_readable(pipe: impl std::os::fd::AsFd, deadline: Option<Instant>) -> io:
 /// over stdin and stdout, see [`super::freeze`].
 pub(crate) fn watchdog_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
-    if let Err(why) = leave() {
+    if let Err(why) = detach() {
         return refuse(&why);
     }
     if !args.is_empty() {
         return match serve(&args) {
             Ok(Ended::Thawed) => ExitCode::SUCCESS,
-            Ok(Ended::Alone(code)) | Err(code) => code,
+            Ok(Ended::CallerGone(code)) | Err(code) => code,
         };
     }
     loop {
@@ -356,9 +356,9 @@ pub(crate) fn watchdog_main(args: impl IntoIterator<Item = OsString>) -> ExitCod
         };
         match serve(&order) {
             Ok(Ended::Thawed) => {}
-            Ok(Ended::Alone(code)) | Err(code) => return code,
+            Ok(Ended::CallerGone(code)) | Err(code) => return code,
         }
-        if say(STANDS_BY).is_err() {
+        if send_answer(STANDBY_ANSWER).is_err() {
             return ExitCode::SUCCESS;
         }
     }
@@ -369,10 +369,10 @@ enum Ended {
     /// The caller thawed the container and reported it.
     Thawed,
     /// The caller died: this process thawed the container, or failed to.
-    Alone(ExitCode),
+    CallerGone(ExitCode),
 }
 
-fn say(word: &[u8]) -> io::Result<()> {
+fn send_answer(word: &[u8]) -> io::Result<()> {
     let mut stdout = io::stdout();
     stdout.write_all(word)?;
     stdout.flush()
@@ -380,14 +380,14 @@ fn say(word: &[u8]) -> io::Result<()> {
 
 fn refuse(why: &str) -> ExitCode {
     // One line, because the other side reads up to the newline.
-    let _ = say(format!("{}\n", escape::text(why)).as_bytes());
+    let _ = send_answer(format!("{}\n", escape::text(why)).as_bytes());
     ExitCode::FAILURE
 }
 
 /// Guards one freeze.
 fn serve(order: &[OsString]) -> Result<Ended, ExitCode> {
     let (group, deadline, mark) = prepare(order).map_err(|why| refuse(&why))?;
-    say(READY).map_err(|_| ExitCode::FAILURE)?;
+    send_answer(READY).map_err(|_| ExitCode::FAILURE)?;
     Ok(watch(&group, deadline, mark.as_deref()))
 }
 
@@ -423,7 +423,7 @@ fn read_order() -> io::Result<Option<Vec<OsString>>> {
 
 /// Leaves the caller's session, directory and cgroups, closes inherited descriptors and drops every right except those
 /// needed to write to a cgroup.
-fn leave() -> Result<(), String> {
+fn detach() -> Result<(), String> {
     nix::unistd::setsid().map_err(|e| format!("setsid: {e}"))?;
     // Only SIGKILL may end the watchdog before its work is done. Blocking has the same effect as ignoring, and it
     // starts no process that would inherit the mask.
@@ -494,13 +494,13 @@ fn watch(group: &Group, deadline: Option<Instant>, mark: Option<&Path>) -> Ended
     // `read_exact` retries an interrupted read, which is not the end of the caller.
     match stdin.lock().read_exact(&mut word) {
         Ok(()) if word[0] == DONE => Ended::Thawed,
-        _ => Ended::Alone(thaw(group, mark)),
+        _ => Ended::CallerGone(thaw(group, mark)),
     }
 }
 
 /// Thaws the group, retrying until it succeeds or the time is over, and then removes the mark.
 fn thaw(group: &Group, mark: Option<&Path>) -> ExitCode {
-    let deadline = Instant::now() + THAW_TRIES;
+    let deadline = Instant::now() + THAW_RETRY_TIME;
     loop {
         match group.thaw() {
             // If the cgroup is gone, nothing can be frozen.

@@ -18,12 +18,12 @@ use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_thread_groups,
 };
 
-use super::owner::{self, IdMapping};
+use super::id_map::{self, IdMapping};
 use super::xattr::proc_path;
 
 /// What a process may read in addition to what modes and access control lists allow.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Beyond {
+pub enum ReadCapability {
     /// Nothing.
     Nothing,
     /// Everything: `CAP_DAC_OVERRIDE` or `CAP_DAC_READ_SEARCH` in the user namespace of this program.
@@ -47,11 +47,11 @@ pub struct Identity {
     /// Supplementary groups, sorted.
     pub groups: Vec<u32>,
     /// What its capabilities add.
-    pub beyond: Beyond,
+    pub read_capability: ReadCapability,
 }
 
 /// The identity of a thread before it took on another one.
-struct Own {
+struct ThreadIdentity {
     uid: nix::unistd::Uid,
     gid: nix::unistd::Gid,
     groups: Vec<Gid>,
@@ -60,7 +60,7 @@ struct Own {
 
 thread_local! {
     static CURRENT: RefCell<Option<Arc<Identity>>> = const { RefCell::new(None) };
-    static OWN: OnceCell<Own> = const { OnceCell::new() };
+    static ORIGINAL: OnceCell<ThreadIdentity> = const { OnceCell::new() };
 }
 
 /// A guard that restores the thread's previous identity when dropped.
@@ -70,7 +70,7 @@ thread_local! {
     clippy::option_option,
     reason = "two kinds of nothing: nothing changed, and this program's own"
 )]
-pub struct Entered {
+pub struct IdentityGuard {
     /// The previous identity, if it was a different one.
     before: Option<Option<Arc<Identity>>>,
 }
@@ -79,34 +79,34 @@ pub struct Entered {
 ///
 /// Fails if this program may not take on the identity; nothing is read then. The error is not
 /// [`io::ErrorKind::PermissionDenied`], which stands for what the identity itself may not do.
-pub fn enter(who: Option<&Arc<Identity>>) -> io::Result<Entered> {
+pub fn enter(who: Option<&Arc<Identity>>) -> io::Result<IdentityGuard> {
     let same = CURRENT.with_borrow(|current| match (current, who) {
         (None, None) => true,
         (Some(current), Some(who)) => Arc::ptr_eq(current, who),
         _ => false,
     });
     if same {
-        return Ok(Entered { before: None });
+        return Ok(IdentityGuard { before: None });
     }
     let before = CURRENT.with_borrow(Clone::clone);
-    if let Err(error) = become_one(who) {
+    if let Err(error) = switch_to(who) {
         // A part of the change may have been made.
-        let _ = become_one(before.as_ref());
+        let _ = switch_to(before.as_ref());
         let uid = who.map_or(0, |who| who.uid);
         return Err(io::Error::other(format!(
             "reading as user {uid} is not permitted (CAP_SETUID, CAP_SETGID): {error}"
         )));
     }
     CURRENT.set(who.cloned());
-    Ok(Entered {
+    Ok(IdentityGuard {
         before: Some(before),
     })
 }
 
-impl Drop for Entered {
+impl Drop for IdentityGuard {
     fn drop(&mut self) {
         if let Some(before) = self.before.take() {
-            if let Err(error) = become_one(before.as_ref()) {
+            if let Err(error) = switch_to(before.as_ref()) {
                 tracing::error!(%error, "a thread cannot take its own rights back; it goes on with fewer");
             }
             CURRENT.set(before);
@@ -114,49 +114,49 @@ impl Drop for Entered {
     }
 }
 
-fn become_one(who: Option<&Arc<Identity>>) -> io::Result<()> {
-    OWN.with(|own| {
+fn switch_to(who: Option<&Arc<Identity>>) -> io::Result<()> {
+    ORIGINAL.with(|own| {
         let own = match own.get() {
             Some(own) => own,
             None => {
-                let _ = own.set(Own::now()?);
+                let _ = own.set(ThreadIdentity::now()?);
                 own.get().ok_or_else(|| io::Error::other("no identity"))?
             }
         };
         match who {
-            Some(who) => own.leave_for(who),
+            Some(who) => own.assume(who),
             None => own.restore(),
         }
     })
 }
 
 /// An invalid ID: with it, `setfsuid` changes nothing and returns the current ID.
-const ASK: u32 = u32::MAX;
+const INVALID_ID: u32 = u32::MAX;
 
-impl Own {
+impl ThreadIdentity {
     fn now() -> io::Result<Self> {
         Ok(Self {
-            uid: setfsuid(ASK.into()),
-            gid: setfsgid(ASK.into()),
+            uid: setfsuid(INVALID_ID.into()),
+            gid: setfsgid(INVALID_ID.into()),
             groups: getgroups()?,
             sets: capabilities(None)?,
         })
     }
 
     fn restore(&self) -> io::Result<()> {
-        become_user(self.uid, self.gid)?;
+        set_fs_user(self.uid, self.gid)?;
         set_groups(&self.groups)?;
         set_capabilities(None, self.sets)?;
         Ok(())
     }
 
-    fn leave_for(&self, who: &Identity) -> io::Result<()> {
+    fn assume(&self, who: &Identity) -> io::Result<()> {
         let groups: Vec<Gid> = who.groups.iter().map(|&gid| Gid::from_raw(gid)).collect();
         set_groups(&groups)?;
-        become_user(who.uid.into(), who.gid.into())?;
+        set_fs_user(who.uid.into(), who.gid.into())?;
         // The change of the user removed some harmless capabilities, and may not have removed all that bypass
         // permissions.
-        let reads = who.beyond != Beyond::Nothing;
+        let reads = who.read_capability != ReadCapability::Nothing;
         set_capabilities(None, self.without(reads))?;
         Ok(())
     }
@@ -185,11 +185,11 @@ fn set_groups(groups: &[Gid]) -> io::Result<()> {
     Ok(())
 }
 
-fn become_user(uid: nix::unistd::Uid, gid: nix::unistd::Gid) -> io::Result<()> {
+fn set_fs_user(uid: nix::unistd::Uid, gid: nix::unistd::Gid) -> io::Result<()> {
     setfsgid(gid);
     setfsuid(uid);
     // Neither call reports whether it changed anything.
-    if setfsgid(ASK.into()) == gid && setfsuid(ASK.into()) == uid {
+    if setfsgid(INVALID_ID.into()) == gid && setfsuid(INVALID_ID.into()) == uid {
         Ok(())
     } else {
         Err(io::ErrorKind::PermissionDenied.into())
@@ -215,30 +215,31 @@ impl Identity {
 
     /// Returns whether the kernel alone cannot decide. Every component of a path is checked then.
     pub(super) fn is_mapped(&self) -> bool {
-        matches!(self.beyond, Beyond::Mapped { .. })
+        matches!(self.read_capability, ReadCapability::Mapped { .. })
     }
 
     fn may(&self, fd: BorrowedFd<'_>, access: Access) -> io::Result<bool> {
-        let Beyond::Mapped { uids, gids } = &self.beyond else {
+        let ReadCapability::Mapped { uids, gids } = &self.read_capability else {
             return allowed(fd, access);
         };
         // Follows `capable_wrt_inode_uidgid` of the kernel: a capability in a user namespace applies to the IDs that it
         // maps.
         let stat = rustix::fs::fstat(fd)?;
-        if owner::inside(uids, stat.st_uid).is_some() && owner::inside(gids, stat.st_gid).is_some()
+        if id_map::container_id(uids, stat.st_uid).is_some()
+            && id_map::container_id(gids, stat.st_gid).is_some()
         {
             return Ok(true);
         }
-        with_reading(false)?;
+        set_read_capability(false)?;
         let answer = allowed(fd, access);
-        with_reading(true)?;
+        set_read_capability(true)?;
         answer
     }
 }
 
 /// Sets or clears the capability to bypass read permissions in this thread.
-fn with_reading(reads: bool) -> io::Result<()> {
-    OWN.with(|own| match own.get() {
+fn set_read_capability(reads: bool) -> io::Result<()> {
+    ORIGINAL.with(|own| match own.get() {
         Some(own) => Ok(set_capabilities(None, own.without(reads))?),
         None => Err(io::ErrorKind::PermissionDenied.into()),
     })

@@ -3,10 +3,10 @@
 //! Source: kernel `Documentation/filesystems/overlayfs.rst` and `fs/overlayfs/`.
 
 pub(crate) mod flush;
+pub mod id_map;
 pub mod identity;
 pub(crate) mod lower;
 pub mod mount;
-pub mod owner;
 pub(crate) mod root;
 pub mod volume;
 pub mod xattr;

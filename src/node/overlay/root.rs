@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
 use rustix::path::{Arg, DecInt};
 
-use super::identity::{self, Entered, Identity};
+use super::identity::{self, Identity, IdentityGuard};
 use super::xattr::proc_path;
 
 /// Longest path handed to the kernel in one piece; PATH_MAX is 4096 with the terminator.
@@ -40,7 +40,7 @@ impl Root {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::NO_SYMLINKS;
         let open = || rustix::fs::openat2(rustix::fs::CWD, path, flags, Mode::empty(), resolve);
-        let fd = retry_again(open)?;
+        let fd = retry_interrupted(open)?;
         Ok(Self {
             fd: Arc::new(fd),
             path: path.to_owned(),
@@ -61,13 +61,13 @@ impl Root {
     }
 
     /// Returns the identity with which the root is read, if it is not this program's own.
-    pub(crate) fn who(&self) -> Option<&Identity> {
+    pub(crate) fn identity(&self) -> Option<&Identity> {
         self.who.as_deref()
     }
 
     /// Gives this thread the rights with which this root is read, until the returned guard is dropped. Every method
     /// here does so itself; a caller that makes many calls, or works with descriptors, does it once for all of them.
-    pub(crate) fn enter(&self) -> io::Result<Entered> {
+    pub(crate) fn enter(&self) -> io::Result<IdentityGuard> {
         identity::enter(self.who.as_ref())
     }
 
@@ -112,7 +112,7 @@ impl Root {
         };
         loop {
             let dir = at.as_ref().map_or(self.fd.as_fd(), AsFd::as_fd);
-            let cut = match self.stepwise() {
+            let cut = match self.checked_identity() {
                 Some(who) => {
                     if rest != b"." && !who.may_search(dir)? {
                         return Err(io::ErrorKind::PermissionDenied.into());
@@ -129,7 +129,7 @@ impl Root {
                 ),
                 None => (rest, flags),
             };
-            let fd = retry_again(|| {
+            let fd = retry_interrupted(|| {
                 rustix::fs::openat2(dir, OsStr::from_bytes(piece), flags, Mode::empty(), resolve)
             })?;
             match cut {
@@ -143,14 +143,14 @@ impl Root {
     }
 
     /// Returns the identity if the kernel alone cannot decide what may be read here.
-    fn stepwise(&self) -> Option<&Identity> {
+    fn checked_identity(&self) -> Option<&Identity> {
         self.who.as_deref().filter(|who| who.is_mapped())
     }
 
     /// Opens a directory for listing.
     pub(crate) fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let Some(who) = self.stepwise() else {
+        let Some(who) = self.checked_identity() else {
             return self.open_beneath(path, flags);
         };
         let _rights = self.enter()?;
@@ -186,7 +186,7 @@ impl Root {
     /// another identity that may no longer read it.
     pub(crate) fn open_file(&self, path: &[u8], ino: u64) -> io::Result<Option<OwnedFd>> {
         let _rights = self.enter()?;
-        match self.open_that_file(path, ino) {
+        match self.open_same_inode(path, ino) {
             Err(error) if is_absent(&error) || self.is_denied(&error) => Ok(None),
             other => other,
         }
@@ -197,14 +197,14 @@ impl Root {
         self.who.is_some() && error.kind() == io::ErrorKind::PermissionDenied
     }
 
-    fn open_that_file(&self, path: &[u8], ino: u64) -> io::Result<Option<OwnedFd>> {
+    fn open_same_inode(&self, path: &[u8], ino: u64) -> io::Result<Option<OwnedFd>> {
         let handle = self.open_beneath(path, OFlags::PATH)?;
         let stat = rustix::fs::fstat(&handle)?;
         let regular = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
         if !regular || stat.st_ino != ino {
             return Ok(None);
         }
-        if let Some(who) = self.stepwise()
+        if let Some(who) = self.checked_identity()
             && !who.may_read(&handle, false)?
         {
             return Ok(None);
@@ -218,7 +218,7 @@ impl Root {
     }
 
     /// Creates a file without a name on the same file system, owned by this program. It vanishes with its descriptor.
-    pub(crate) fn nameless_file(&self) -> io::Result<OwnedFd> {
+    pub(crate) fn create_unnamed_file(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(
             self.fd.as_fd(),
@@ -424,7 +424,9 @@ pub(crate) fn is_absent(error: &io::Error) -> bool {
 }
 
 /// Repeats `call` on EAGAIN, which `openat2` returns if a rename anywhere raced with the resolution, and on EINTR.
-pub(super) fn retry_again<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {
+pub(super) fn retry_interrupted<T>(
+    mut call: impl FnMut() -> rustix::io::Result<T>,
+) -> io::Result<T> {
     for _ in 0..10_000 {
         match call() {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => std::thread::yield_now(),

@@ -37,15 +37,15 @@ pub struct Volume {
 
 /// The reason why a volume is not opened.
 #[derive(Debug)]
-pub enum Refusal {
+pub enum OpenError {
     /// The error of the kernel.
     Io(io::Error),
     /// A different mount is at this path.
-    Elsewhere,
+    WrongMount,
     /// It is not a directory.
-    NoDirectory,
+    NotADirectory,
     /// The path leads through a mount that may never respond.
-    Through {
+    UntrustedMount {
         /// Its mount point.
         at: PathBuf,
         /// Type of its file system.
@@ -55,20 +55,20 @@ pub enum Refusal {
     Denied,
 }
 
-impl From<io::Error> for Refusal {
+impl From<io::Error> for OpenError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
-impl From<rustix::io::Errno> for Refusal {
+impl From<rustix::io::Errno> for OpenError {
     fn from(error: rustix::io::Errno) -> Self {
         Self::Io(error.into())
     }
 }
 
 /// The result of looking at a name in a volume.
-pub(crate) enum Look {
+pub(crate) enum NameStatus {
     /// It no longer exists.
     Gone,
     /// It is a mount point.
@@ -76,11 +76,11 @@ pub(crate) enum Look {
     /// Its directory may not be searched by the identity.
     Denied,
     /// Its status.
-    There(Box<Stat>),
+    Present(Box<Stat>),
 }
 
 /// How a volume is found and read.
-pub struct Way<'a> {
+pub struct VolumeLookup<'a> {
     /// Path of the container's root: `/proc/PID/root`.
     pub container: &'a Path,
     /// Device number that the file system of this root must have: a process can change its root at any time.
@@ -92,25 +92,25 @@ pub struct Way<'a> {
     /// Reads the container's mount table.
     pub table: &'a dyn Fn() -> io::Result<Vec<MountInfo>>,
     /// Whether names may be looked up in a file system of this type.
-    pub passable: &'a dyn Fn(&MountInfo) -> bool,
+    pub is_traversable: &'a dyn Fn(&MountInfo) -> bool,
 }
 
 /// A mount that was reached. It cannot be removed while this exists.
-pub struct Reached {
+pub struct ResolvedVolume {
     handle: OwnedFd,
     above: Vec<OwnedFd>,
     /// Its line in the mount table.
     pub line: MountInfo,
 }
 
-impl Way<'_> {
+impl VolumeLookup<'_> {
     /// Walks to the volume.
-    pub fn go(&self) -> Result<Reached, Refusal> {
+    pub fn resolve(&self) -> Result<ResolvedVolume, OpenError> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let base = rustix::fs::open(self.container, flags | OFlags::DIRECTORY, Mode::empty())?;
         let mut mount = mount_id(base.as_fd())?;
         if self.line(mount)?.device != self.device {
-            return Err(Refusal::Elsewhere);
+            return Err(OpenError::WrongMount);
         }
         let mut above = vec![base];
         let mut names = self.at.split(|&b| b == b'/').peekable();
@@ -127,19 +127,19 @@ impl Way<'_> {
             if last {
                 return if crossed && there == self.mount {
                     let line = self.line(there)?;
-                    Ok(Reached {
+                    Ok(ResolvedVolume {
                         handle: found,
                         above,
                         line,
                     })
                 } else {
-                    Err(Refusal::Elsewhere)
+                    Err(OpenError::WrongMount)
                 };
             }
             if crossed {
                 let line = self.line(there)?;
-                if !(self.passable)(&line) {
-                    return Err(Refusal::Through {
+                if !(self.is_traversable)(&line) {
+                    return Err(OpenError::UntrustedMount {
                         at: line.mount_point,
                         fs_type: line.fs_type,
                     });
@@ -148,26 +148,26 @@ impl Way<'_> {
             }
             above.push(found);
         }
-        Err(Refusal::Elsewhere)
+        Err(OpenError::WrongMount)
     }
 
-    fn line(&self, mount: u64) -> Result<MountInfo, Refusal> {
+    fn line(&self, mount: u64) -> Result<MountInfo, OpenError> {
         let lines = (self.table)()?;
         let line = lines.into_iter().find(|line| line.id == mount);
         // A mount that was removed from the tree meanwhile is in no table.
-        line.ok_or(Refusal::Elsewhere)
+        line.ok_or(OpenError::WrongMount)
     }
 }
 
-impl Reached {
+impl ResolvedVolume {
     /// Opens the directory to be read with the rights of `who`, or with this program's own. `local` means that this
     /// kernel can determine a status by itself, without waiting for a server.
     pub fn open(
         self,
-        way: &Way<'_>,
+        lookup: &VolumeLookup<'_>,
         who: Option<Arc<Identity>>,
         local: bool,
-    ) -> Result<Volume, Refusal> {
+    ) -> Result<Volume, OpenError> {
         let Self {
             handle,
             mut above,
@@ -176,24 +176,24 @@ impl Reached {
         // The caller has accepted this type of file system, so it may be queried.
         let stat = rustix::fs::fstat(&handle)?;
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir() {
-            return Err(Refusal::NoDirectory);
+            return Err(OpenError::NotADirectory);
         }
         if let Some(who) = &who {
             let _rights = super::identity::enter(Some(who))?;
             for dir in &above {
                 if !who.may_search(dir)? {
-                    return Err(Refusal::Denied);
+                    return Err(OpenError::Denied);
                 }
             }
             if !who.may_read(&handle, true)? {
-                return Err(Refusal::Denied);
+                return Err(OpenError::Denied);
             }
         }
         // The container's root is not one of the directories above: it is the root of the tree.
         above.remove(0);
         Ok(Volume {
-            at: way.at.to_vec(),
-            root: Root::mounted(handle, way.container, way.at, who),
+            at: lookup.at.to_vec(),
+            root: Root::mounted(handle, lookup.container, lookup.at, who),
             above: above.into_iter().map(Arc::new).collect(),
             mount: line.id,
             stat,
@@ -226,10 +226,10 @@ impl Volume {
     }
 
     /// Looks at `name` in the volume's directory `dir`. A mount on top of it is not queried.
-    pub(crate) fn look(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Look> {
+    pub(crate) fn name_status(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<NameStatus> {
         if !self.local {
             return match self.handle(dir, name) {
-                Ok(handle) => Ok(Look::There(Box::new(rustix::fs::fstat(handle)?))),
+                Ok(handle) => Ok(NameStatus::Present(Box::new(rustix::fs::fstat(handle)?))),
                 Err(error) => self.not_there(error),
             };
         }
@@ -238,8 +238,8 @@ impl Volume {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
         let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
         match rustix::fs::statx(dir, OsStr::from_bytes(name), flags, wanted) {
-            Ok(found) if found.stx_mnt_id != self.mount => Ok(Look::Mounted),
-            Ok(found) => Ok(Look::There(Box::new(self.as_stat(&found)))),
+            Ok(found) if found.stx_mnt_id != self.mount => Ok(NameStatus::Mounted),
+            Ok(found) => Ok(NameStatus::Present(Box::new(self.as_stat(&found)))),
             Err(error) => self.not_there(error.into()),
         }
     }
@@ -252,18 +252,18 @@ impl Volume {
             | ResolveFlags::NO_MAGICLINKS
             | ResolveFlags::NO_XDEV;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        super::root::retry_again(|| {
+        super::root::retry_interrupted(|| {
             rustix::fs::openat2(dir, OsStr::from_bytes(name), flags, Mode::empty(), resolve)
         })
     }
 
     /// Classifies an error of a look.
-    pub(crate) fn not_there(&self, error: io::Error) -> io::Result<Look> {
+    pub(crate) fn not_there(&self, error: io::Error) -> io::Result<NameStatus> {
         let crosses = rustix::io::Errno::XDEV.raw_os_error();
         match error {
-            error if error.raw_os_error() == Some(crosses) => Ok(Look::Mounted),
-            error if is_absent(&error) => Ok(Look::Gone),
-            error if self.root.is_denied(&error) => Ok(Look::Denied),
+            error if error.raw_os_error() == Some(crosses) => Ok(NameStatus::Mounted),
+            error if is_absent(&error) => Ok(NameStatus::Gone),
+            error if self.root.is_denied(&error) => Ok(NameStatus::Denied),
             error => Err(error),
         }
     }
@@ -294,7 +294,7 @@ impl Volume {
 /// Looks up one name. Mounts are crossed; links are not followed and nothing above is reached.
 fn look_up(dir: BorrowedFd<'_>, name: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    super::root::retry_again(|| {
+    super::root::retry_interrupted(|| {
         let name = OsStr::from_bytes(name);
         rustix::fs::openat2(dir, name, flags | OFlags::NOFOLLOW, Mode::empty(), resolve)
     })

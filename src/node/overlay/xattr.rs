@@ -57,7 +57,7 @@ pub(crate) const PROTECTED: &str = "protattr";
 
 /// What happens to an extended attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fate<'a> {
+pub enum XattrAction<'a> {
     /// It goes into the layer, under this name.
     Keep(Cow<'a, [u8]>),
     /// It is one of the overlay's own marks.
@@ -67,47 +67,47 @@ pub enum Fate<'a> {
 }
 
 /// Returns the fate of the attribute `name` on an overlay with marks in `namespace`.
-pub fn fate(name: &[u8], namespace: Namespace) -> Fate<'_> {
+pub fn classify(name: &[u8], namespace: Namespace) -> XattrAction<'_> {
     if let Some(mark) = name.strip_prefix(namespace.prefix().as_bytes()) {
         return match mark {
-            _ if unnameable(mark) => Fate::Drop,
-            b"opaque" => Fate::Mark(Mark::Opaque),
-            b"redirect" => Fate::Mark(Mark::Redirect),
-            b"metacopy" => Fate::Mark(Mark::Metacopy),
-            b"whiteout" => Fate::Mark(Mark::Whiteout),
-            b"nlink" => Fate::Mark(Mark::Nlink),
-            _ if mark == PROTECTED.as_bytes() => Fate::Mark(Mark::Protected),
+            _ if is_invalid_pax_name(mark) => XattrAction::Drop,
+            b"opaque" => XattrAction::Mark(Mark::Opaque),
+            b"redirect" => XattrAction::Mark(Mark::Redirect),
+            b"metacopy" => XattrAction::Mark(Mark::Metacopy),
+            b"whiteout" => XattrAction::Mark(Mark::Whiteout),
+            b"nlink" => XattrAction::Mark(Mark::Nlink),
+            _ if mark == PROTECTED.as_bytes() => XattrAction::Mark(Mark::Protected),
             // A mark of a nested overlay, escaped by the kernel (6.7 and later).
             _ => match mark.strip_prefix(b"overlay.") {
                 Some(inner) => {
-                    Fate::Keep(Cow::Owned([namespace.prefix().as_bytes(), inner].concat()))
+                    XattrAction::Keep(Cow::Owned([namespace.prefix().as_bytes(), inner].concat()))
                 }
-                None => Fate::Mark(Mark::Kernel),
+                None => XattrAction::Mark(Mark::Kernel),
             },
         };
     }
-    plain_fate(name)
+    classify_plain(name)
 }
 
 /// Returns whether a name cannot be written to a pax record, whose keyword ends at the first `=`: the attribute would
 /// become another one.
-pub(crate) fn unnameable(name: &[u8]) -> bool {
+pub(crate) fn is_invalid_pax_name(name: &[u8]) -> bool {
     name.contains(&b'=')
 }
 
 /// Returns the fate of an attribute on a file system that is not an overlay and therefore has no marks.
-pub fn plain_fate(name: &[u8]) -> Fate<'_> {
+pub fn classify_plain(name: &[u8]) -> XattrAction<'_> {
     let keep = name == b"security.capability"
         || name.starts_with(b"user.")
         || name == b"system.posix_acl_access"
         || name == b"system.posix_acl_default";
-    let keep = keep && !unnameable(name);
+    let keep = keep && !is_invalid_pax_name(name);
     // All others belong to the host: trusted.*, security.{selinux,ima,evm,...}, system.nfs4_acl, and those of single
     // file systems.
     if keep {
-        Fate::Keep(Cow::Borrowed(name))
+        XattrAction::Keep(Cow::Borrowed(name))
     } else {
-        Fate::Drop
+        XattrAction::Drop
     }
 }
 
@@ -209,27 +209,39 @@ mod tests {
     #[test]
     fn the_table() {
         use Namespace::{Trusted, User};
-        let keep = |name: &'static str| Fate::Keep(Cow::Borrowed(name.as_bytes()));
+        let keep = |name: &'static str| XattrAction::Keep(Cow::Borrowed(name.as_bytes()));
         for (namespace, name, expected) in [
-            (Trusted, "trusted.overlay.opaque", Fate::Mark(Mark::Opaque)),
+            (
+                Trusted,
+                "trusted.overlay.opaque",
+                XattrAction::Mark(Mark::Opaque),
+            ),
             (
                 Trusted,
                 "trusted.overlay.redirect",
-                Fate::Mark(Mark::Redirect),
+                XattrAction::Mark(Mark::Redirect),
             ),
             (
                 Trusted,
                 "trusted.overlay.metacopy",
-                Fate::Mark(Mark::Metacopy),
+                XattrAction::Mark(Mark::Metacopy),
             ),
-            (Trusted, "trusted.overlay.origin", Fate::Mark(Mark::Kernel)),
-            (Trusted, "trusted.overlay.uuid", Fate::Mark(Mark::Kernel)),
+            (
+                Trusted,
+                "trusted.overlay.origin",
+                XattrAction::Mark(Mark::Kernel),
+            ),
+            (
+                Trusted,
+                "trusted.overlay.uuid",
+                XattrAction::Mark(Mark::Kernel),
+            ),
             (
                 Trusted,
                 "trusted.overlay.overlay.opaque",
                 keep("trusted.overlay.opaque"),
             ),
-            (User, "user.overlay.opaque", Fate::Mark(Mark::Opaque)),
+            (User, "user.overlay.opaque", XattrAction::Mark(Mark::Opaque)),
             (
                 User,
                 "user.overlay.overlay.redirect",
@@ -237,7 +249,7 @@ mod tests {
             ),
             // The namespace of other overlays is data: rootless containers inside this one keep their marks there.
             (Trusted, "user.overlay.opaque", keep("user.overlay.opaque")),
-            (User, "trusted.overlay.opaque", Fate::Drop),
+            (User, "trusted.overlay.opaque", XattrAction::Drop),
             (Trusted, "user.note", keep("user.note")),
             (Trusted, "security.capability", keep("security.capability")),
             (
@@ -245,20 +257,20 @@ mod tests {
                 "system.posix_acl_default",
                 keep("system.posix_acl_default"),
             ),
-            (Trusted, "user.a=b", Fate::Drop),
-            (User, "user.overlay.overlay.a=b", Fate::Drop),
+            (Trusted, "user.a=b", XattrAction::Drop),
+            (User, "user.overlay.overlay.a=b", XattrAction::Drop),
             (
                 Trusted,
                 "trusted.overlay.protattr",
-                Fate::Mark(Mark::Protected),
+                XattrAction::Mark(Mark::Protected),
             ),
-            (Trusted, "security.selinux", Fate::Drop),
-            (Trusted, "security.ima", Fate::Drop),
-            (Trusted, "system.nfs4_acl", Fate::Drop),
-            (Trusted, "trusted.other", Fate::Drop),
-            (Trusted, "btrfs.compression", Fate::Drop),
+            (Trusted, "security.selinux", XattrAction::Drop),
+            (Trusted, "security.ima", XattrAction::Drop),
+            (Trusted, "system.nfs4_acl", XattrAction::Drop),
+            (Trusted, "trusted.other", XattrAction::Drop),
+            (Trusted, "btrfs.compression", XattrAction::Drop),
         ] {
-            assert_eq!(fate(name.as_bytes(), namespace), expected, "{name}");
+            assert_eq!(classify(name.as_bytes(), namespace), expected, "{name}");
         }
     }
 

@@ -23,11 +23,11 @@ use tokio::task::JoinHandle;
 use zeroize::Zeroizing;
 
 use super::options::Options;
-use super::spool::Of;
+use super::spool::JobFile;
 use super::spool::Spool;
-use super::stuck::Stuck;
+use super::stuck::StuckProcesses;
 use crate::common::escape;
-use crate::node::background::Bound;
+use crate::node::background::MemoryLimit;
 use crate::node::container::{Pattern, Roots, process_start};
 use crate::service::job::{Event, JobId, Order};
 
@@ -43,17 +43,17 @@ const MAX_LOGGED_LINE: usize = 1000;
 /// Maximum size of the credentials in bytes; a pipe holds this much without a reader.
 const MAX_CREDS: u64 = 16 << 10;
 /// Time limit of an inspection. It takes as long as a walk of the session's tree on idle CPU time.
-const INSPECT_BOUND: Duration = Duration::from_secs(300);
+const INSPECT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Maximum size in bytes of the output of `inspect`; a larger output is not genuine.
-const MAX_INSPECTED: u64 = 1 << 20;
+const MAX_INSPECT_OUTPUT: u64 = 1 << 20;
 /// Time from SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
 /// Time from SIGKILL until the child is given up: a process that waits in the kernel for a response that never comes
 /// cannot be ended.
-const REAP_BOUND: Duration = Duration::from_secs(20);
+const REAP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Environment variables that the child keeps: those for network access of the node. Neither `HOME` nor any other
 /// variable in which credentials are searched for is kept.
-const KEPT_VARIABLES: [&str; 11] = [
+const INHERITED_VARIABLES: [&str; 11] = [
     "PATH",
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
@@ -96,8 +96,14 @@ pub(super) fn arguments(
     all.push("commit".into());
     all.push("--progress=json".into());
     all.push("--gate-fd=1".into());
-    all.push(flag("metadata-file", &spool.file(order.job, Of::Metadata)));
-    all.push(flag("freeze-mark", &spool.file(order.job, Of::Mark)));
+    all.push(flag(
+        "metadata-file",
+        &spool.file(order.job, JobFile::Metadata),
+    ));
+    all.push(flag(
+        "freeze-mark",
+        &spool.file(order.job, JobFile::FreezeMark),
+    ));
     let nowhere = std::path::PathBuf::new();
     all.push(flag(
         "state-dir",
@@ -192,12 +198,12 @@ fn release_memory(options: &Options, group: String) -> bool {
         return false;
     };
     let host_root = options.roots.host_root.as_deref();
-    Bound { bytes, group }.release(host_root, options.background.is_some())
+    MemoryLimit { bytes, group }.remove_cgroup(host_root, options.background.is_some())
 }
 
 /// Removes the cgroup of a save that has ended. Returns whether the save ran out of memory; where no cgroup limited it,
 /// the child's own message about a failed allocation tells.
-pub(super) fn lacked_memory(options: &Options, job: JobId, words: &str) -> bool {
+pub(super) fn exceeded_memory(options: &Options, job: JobId, words: &str) -> bool {
     release_memory(options, save_group(job))
         || (words.starts_with("memory allocation of ") && words.ends_with(" bytes failed"))
 }
@@ -267,7 +273,7 @@ impl Child {
         };
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        let kept = KEPT_VARIABLES
+        let kept = INHERITED_VARIABLES
             .iter()
             .filter_map(|name| Some((name, std::env::var_os(name)?)));
         let mut process = {
@@ -325,7 +331,7 @@ impl Child {
             return ended;
         }
         self.signal(Signal::SIGKILL);
-        match tokio::time::timeout(REAP_BOUND, self.process.wait()).await {
+        match tokio::time::timeout(REAP_TIMEOUT, self.process.wait()).await {
             Ok(ended) => ended,
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
         }
@@ -339,7 +345,7 @@ impl Child {
     }
 
     /// Returns the last line of stderr, for messages. The child must have ended.
-    pub(super) async fn last_words(self) -> String {
+    pub(super) async fn last_stderr_line(self) -> String {
         let Self { stderr, .. } = self;
         // A grandchild that keeps stderr open must not block the agent.
         match tokio::time::timeout(Duration::from_secs(2), stderr).await {
@@ -350,7 +356,11 @@ impl Child {
 }
 
 /// Returns the JSON output of `inspect` for a session; `None` if it fails or exceeds its time limit.
-pub(super) async fn inspect(options: &Options, stuck: &Stuck, session: &str) -> Option<Vec<u8>> {
+pub(super) async fn inspect(
+    options: &Options,
+    stuck: &StuckProcesses,
+    session: &str,
+) -> Option<Vec<u8>> {
     let mut command = Command::new(&options.program);
     let mut flags = roots_flags(&options.roots);
     flags.extend(["inspect", "--format=json"].map(Into::into));
@@ -374,16 +384,19 @@ pub(super) async fn inspect(options: &Options, stuck: &Stuck, session: &str) -> 
     let child = &mut child;
     let read = async {
         let mut json = Vec::new();
-        said.take(MAX_INSPECTED).read_to_end(&mut json).await.ok()?;
+        said.take(MAX_INSPECT_OUTPUT)
+            .read_to_end(&mut json)
+            .await
+            .ok()?;
         let status = child.wait().await.ok()?;
         status.success().then_some(json)
     };
-    let told = tokio::time::timeout(INSPECT_BOUND, read).await;
+    let told = tokio::time::timeout(INSPECT_TIMEOUT, read).await;
     if told.is_err()
         && let Some(pid) = child.id()
     {
         child.start_kill().ok();
-        if tokio::time::timeout(REAP_BOUND, child.wait())
+        if tokio::time::timeout(REAP_TIMEOUT, child.wait())
             .await
             .is_err()
         {

@@ -24,37 +24,37 @@ const MAX_NAME: usize = 256;
 
 /// Result of the latest listing and inspections.
 #[derive(Debug, Default)]
-pub(super) struct Inventory(Mutex<Seen>);
+pub(super) struct Inventory(Mutex<State>);
 
 #[derive(Debug, Default)]
-struct Seen {
+struct State {
     sessions: Vec<Session>,
     processes: HashMap<String, (u32, u64)>,
     problems: Vec<String>,
     /// Result and time of the latest inspection of each session.
-    looked: HashMap<String, (Inside, Instant)>,
+    inspected: HashMap<String, (Inspection, Instant)>,
     /// Duration of the last save of each session, in seconds.
     seconds: HashMap<String, f64>,
 }
 
 impl Inventory {
-    fn state(&self) -> MutexGuard<'_, Seen> {
+    fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns PID and start time of a session at the latest listing.
-    pub(super) fn seen(&self, session: &str) -> Option<(u32, u64)> {
+    pub(super) fn process_of(&self, session: &str) -> Option<(u32, u64)> {
         self.state().processes.get(session).copied()
     }
 
     /// Returns the sessions, and the problems that limit what is known about them.
-    pub(super) fn told(&self) -> (Vec<Session>, Vec<String>) {
+    pub(super) fn snapshot(&self) -> (Vec<Session>, Vec<String>) {
         let state = self.state();
         (state.sessions.clone(), state.problems.clone())
     }
 
     /// Lists the sessions again. Reads the state of the runtimes and `/proc`, but no trees.
-    pub(super) fn look(&self, options: &Options) {
+    pub(super) fn refresh(&self, options: &Options) {
         let listing = container::list(&options.roots);
         let of_runtime = |container: &&Container| container.runtime != Runtime::Process;
         let containers: Vec<&Container> = listing.containers.iter().filter(of_runtime).collect();
@@ -70,14 +70,14 @@ impl Inventory {
         }
         let mut state = self.state();
         let is_there = |id: &String| containers.iter().any(|container| container.id == *id);
-        state.looked.retain(|id, _| is_there(id));
+        state.inspected.retain(|id, _| is_there(id));
         state.seconds.retain(|id, _| is_there(id));
         let mut sessions: Vec<Session> = containers
             .iter()
             .map(|container| session(options, container))
             .collect();
         for session in &mut sessions {
-            state.inside(session);
+            state.apply_inspection(session);
         }
         state.sessions = sessions;
         state.processes = containers
@@ -91,35 +91,37 @@ impl Inventory {
     pub(super) fn due(&self, every: Duration) -> Vec<String> {
         let state = self.state();
         let fresh = |session: &&Session| {
-            let looked = state.looked.get(&session.id);
-            looked.is_some_and(|(_, at)| at.elapsed() < every)
+            let inspected = state.inspected.get(&session.id);
+            inspected.is_some_and(|(_, at)| at.elapsed() < every)
         };
         let due = state.sessions.iter().filter(|session| !fresh(session));
         due.map(|session| session.id.clone()).collect()
     }
 
     /// Stores the result of an inspection; the default value if it failed.
-    pub(super) fn looked_into(&self, id: &str, found: Inside) {
+    pub(super) fn set_inspection(&self, id: &str, found: Inspection) {
         let mut state = self.state();
-        state.looked.insert(id.to_owned(), (found, Instant::now()));
+        state
+            .inspected
+            .insert(id.to_owned(), (found, Instant::now()));
         let mut sessions = std::mem::take(&mut state.sessions);
         for session in sessions.iter_mut().filter(|session| session.id == id) {
-            state.inside(session);
+            state.apply_inspection(session);
         }
         state.sessions = sessions;
     }
 
     /// Records a completed save. The earlier inspection is dropped, because the next save depends on the new state.
-    pub(super) fn saved(&self, id: &str, seconds: f64) {
+    pub(super) fn record_save(&self, id: &str, seconds: f64) {
         let mut state = self.state();
-        state.looked.remove(id);
+        state.inspected.remove(id);
         state.seconds.insert(id.to_owned(), seconds);
     }
 }
 
-impl Seen {
-    fn inside(&self, session: &mut Session) {
-        if let Some((found, _)) = self.looked.get(&session.id) {
+impl State {
+    fn apply_inspection(&self, session: &mut Session) {
+        if let Some((found, _)) = self.inspected.get(&session.id) {
             session.upper_bytes = found.upper.bytes;
             session.upper_entries = found.upper.entries;
             session.next = found.next_save.as_ref().map(|next| NextSave {
@@ -133,7 +135,7 @@ impl Seen {
 
 /// The part of `upperdeck inspect --format json` that heartbeats contain.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-pub(super) struct Inside {
+pub(super) struct Inspection {
     #[serde(default)]
     upper: Upper,
     #[serde(default)]
@@ -291,13 +293,13 @@ mod tests {
         let id = container().id;
         let hour = Duration::from_secs(3600);
         assert_eq!(inventory.due(hour), std::slice::from_ref(&id));
-        inventory.saved(&id, 2.5);
+        inventory.record_save(&id, 2.5);
         let json = r#"{"id":"x","upper":{"path":"/u","bytes":4096,"entries":3},
             "next_save":{"kind":"delta","reason":"r","entries":1,"bytes":7,"layers":2}}"#;
-        inventory.looked_into(&id, serde_json::from_str(json)?);
+        inventory.set_inspection(&id, serde_json::from_str(json)?);
         assert_eq!(inventory.due(hour), Vec::<String>::new());
         assert_eq!(inventory.due(Duration::ZERO), std::slice::from_ref(&id));
-        let told = &inventory.told().0[0];
+        let told = &inventory.snapshot().0[0];
         let next = NextSave {
             delta: true,
             bytes: Some(7),
@@ -308,7 +310,7 @@ mod tests {
             (Some(4096), Some(3))
         );
         assert_eq!(told.next, Some(next));
-        inventory.saved(&id, 1.0);
+        inventory.record_save(&id, 1.0);
         assert_eq!(inventory.due(hour), [id]);
         Ok(())
     }

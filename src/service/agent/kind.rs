@@ -20,7 +20,7 @@ const VARIABLES: [(&str, Kind); 8] = [
 
 /// Substrings of program and image names. The first match decides, because an image that contains both servers is
 /// started as one of them.
-const WORDS: [(&str, Kind); 8] = [
+const KEYWORDS: [(&str, Kind); 8] = [
     ("rserver", Kind::Rstudio),
     ("rsession", Kind::Rstudio),
     ("rstudio", Kind::Rstudio),
@@ -31,9 +31,9 @@ const WORDS: [(&str, Kind); 8] = [
     ("start-singleuser", Kind::Jupyter),
 ];
 
-fn by_words(text: &str) -> Option<Kind> {
+fn by_keyword(text: &str) -> Option<Kind> {
     let text = text.to_ascii_lowercase();
-    let found = WORDS.iter().find(|(word, _)| text.contains(word));
+    let found = KEYWORDS.iter().find(|(word, _)| text.contains(word));
     found.map(|(_, kind)| *kind)
 }
 
@@ -47,12 +47,12 @@ pub(super) fn kind(container: &Container) -> Kind {
     };
     let pod = container.pod.as_ref();
     // A shell receives its script as one long argument, and file names further back say little about the program.
-    let command = spec.args.iter().take(4).find_map(|word| by_words(word));
+    let command = spec.args.iter().take(4).find_map(|word| by_keyword(word));
     command
         .or_else(by_variables)
-        .or_else(|| container.image_name.as_deref().and_then(by_words))
-        .or_else(|| by_words(&pod?.container))
-        .or_else(|| by_words(&pod?.name))
+        .or_else(|| container.image_name.as_deref().and_then(by_keyword))
+        .or_else(|| by_keyword(&pod?.container))
+        .or_else(|| by_keyword(&pod?.name))
         .unwrap_or(Kind::Other)
 }
 

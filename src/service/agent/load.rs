@@ -9,9 +9,9 @@ use std::path::Path;
 use crate::service::job::Load;
 
 /// Pressure in percent up to which a node is considered idle.
-const EASE: f64 = 10.0;
+const IDLE_PRESSURE: f64 = 10.0;
 /// Pressure in percent from which on a node has no spare capacity.
-const FULL: f64 = 60.0;
+const FULL_PRESSURE: f64 = 60.0;
 
 /// Measurements of a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -44,11 +44,11 @@ pub(super) fn capacity(measured: &Measured, bounds: Bounds) -> (u32, u32) {
     let free = (cores - others).clamp(0.0, cores);
     // While the agent's own saves run, they contribute to the pressure; without them it is caused by others alone.
     let cpu = if measured.own_jobs == 0 {
-        relief(measured.cpu_pressure)
+        spare_share(measured.cpu_pressure)
     } else {
         1.0
     };
-    let io = relief(measured.io_pressure);
+    let io = spare_share(measured.io_pressure);
     let left = free * cpu;
     let most = bounds.slots.max(1);
     let slots = (f64::from(most) * (left / cores) * io).ceil() as u32;
@@ -61,9 +61,9 @@ pub(super) fn capacity(measured: &Measured, bounds: Bounds) -> (u32, u32) {
 }
 
 /// Maps pressure to a factor from 1 (idle) to 0 (no spare capacity).
-fn relief(pressure: Option<f64>) -> f64 {
+fn spare_share(pressure: Option<f64>) -> f64 {
     pressure.map_or(1.0, |pressure| {
-        ((FULL - pressure) / (FULL - EASE)).clamp(0.0, 1.0)
+        ((FULL_PRESSURE - pressure) / (FULL_PRESSURE - IDLE_PRESSURE)).clamp(0.0, 1.0)
     })
 }
 
@@ -111,7 +111,7 @@ fn first_number(text: &str) -> Option<f64> {
 }
 
 /// Returns the measurements in the form of a heartbeat.
-pub(super) fn told(measured: &Measured, bounds: Bounds) -> Load {
+pub(super) fn to_load(measured: &Measured, bounds: Bounds) -> Load {
     let (slots, threads) = capacity(measured, bounds);
     Load {
         cores: measured.cores,

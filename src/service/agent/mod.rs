@@ -5,12 +5,12 @@ mod child;
 mod inventory;
 mod kind;
 mod load;
-mod made;
+mod metadata;
 mod options;
 mod owner;
+mod reporter;
 mod spool;
 mod stuck;
-mod telling;
 mod work;
 
 use std::collections::HashMap;
@@ -23,10 +23,10 @@ use tokio::task::JoinSet;
 use crate::service::job::{JobId, Node, Order, now_ms};
 use crate::service::queue::{self, Claim, Queue};
 
-use inventory::{Inside, Inventory};
+use inventory::{Inspection, Inventory};
+use reporter::{CALL_TIMEOUT, call};
 use spool::Spool;
-use stuck::Stuck;
-use telling::{CALL, call};
+use stuck::StuckProcesses;
 use tokio_util::sync::CancellationToken;
 
 pub use options::{Allowed, AllowedError, Options, Registry};
@@ -50,7 +50,7 @@ pub enum Error {
     #[error(
         "another agent of this node uses {path}: end it first, or give this one a spool of its own"
     )]
-    Taken {
+    Locked {
         /// Path of the spool.
         path: String,
     },
@@ -67,7 +67,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::fro
 /// data.
 const SESSIONS_EVERY: Duration = Duration::from_secs(30);
 /// Interval at which the capacity is checked again while all slots are taken.
-const ROOM_EVERY: Duration = Duration::from_secs(1);
+const FREE_SLOT_POLL: Duration = Duration::from_secs(1);
 
 /// State that the parts of an agent share.
 struct Agent {
@@ -77,7 +77,7 @@ struct Agent {
     name: String,
     spool: Spool,
     inventory: Inventory,
-    stuck: Stuck,
+    stuck: StuckProcesses,
     started_ms: i64,
     /// Set when the agent has to end.
     cancel: CancellationToken,
@@ -111,7 +111,7 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
         name: format!("{}-{}", options.node, JobId::new()),
         spool,
         inventory: Inventory::default(),
-        stuck: Stuck::default(),
+        stuck: StuckProcesses::default(),
         started_ms: now_ms(),
         drain_over: CancellationToken::new(),
         running: Mutex::default(),
@@ -121,16 +121,16 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
     });
     // Before the first claim, because a child of a predecessor must not run at the same time as its successor.
     agent.end_leftovers().await;
-    let heart = tokio::spawn(Arc::clone(&agent).beat());
-    let looker = tokio::spawn(Arc::clone(&agent).look());
-    let reader = tokio::spawn(Arc::clone(&agent).look_into());
+    let heartbeat_task = tokio::spawn(Arc::clone(&agent).heartbeat_loop());
+    let inventory_task = tokio::spawn(Arc::clone(&agent).inventory_loop());
+    let inspection_task = tokio::spawn(Arc::clone(&agent).inspection_loop());
     let mut jobs = JoinSet::new();
     agent.serve(&mut jobs).await;
     agent.drain(&mut jobs).await;
-    looker.abort();
-    reader.abort();
-    heart.abort();
-    agent.say(true, false).await;
+    inventory_task.abort();
+    inspection_task.abort();
+    heartbeat_task.abort();
+    agent.send_heartbeat(true, false).await;
     Ok(())
 }
 
@@ -182,12 +182,12 @@ impl Agent {
 
     /// Cleans up after an agent that died: ends children that still run, and thaws containers that are still frozen.
     async fn end_leftovers(&self) {
-        for (job, note) in self.spool.left() {
+        for (job, note) in self.spool.leftovers() {
             if let Some(note) = note {
                 tracing::warn!(job.id = %job, session.id = note.session, child.pid = note.pid, "a former agent died during this save");
                 child::end_leftover(note.pid, note.pid_start).await;
             }
-            if work::settle(self, job).await {
+            if work::ensure_thawed(self, job).await {
                 self.spool.end(job);
             }
         }
@@ -200,7 +200,7 @@ impl Agent {
         let mut pause = BACKOFF.0;
         while !self.cancel.is_cancelled() {
             while let Some(ended) = jobs.try_join_next() {
-                told_of_panic(&ended);
+                log_panic(&ended);
             }
             let node = &self.options.node;
             let claims = if reclaimed {
@@ -208,16 +208,16 @@ impl Agent {
                 let free = (slots as usize).saturating_sub(jobs.len());
                 if free == 0 {
                     tokio::select! {
-                        Some(ended) = jobs.join_next() => told_of_panic(&ended),
-                        () = tokio::time::sleep(ROOM_EVERY) => {}
+                        Some(ended) = jobs.join_next() => log_panic(&ended),
+                        () = tokio::time::sleep(FREE_SLOT_POLL) => {}
                         () = self.cancel.cancelled() => {}
                     }
                     continue;
                 }
                 let claim = self.queue.claim(node, &self.name, free, CLAIM_WAIT);
-                call(claim, CLAIM_WAIT + CALL).await
+                call(claim, CLAIM_WAIT + CALL_TIMEOUT).await
             } else {
-                call(self.queue.reclaim(node, &self.name), CALL).await
+                call(self.queue.reclaim(node, &self.name), CALL_TIMEOUT).await
             };
             match claims {
                 Ok(claims) => {
@@ -266,7 +266,7 @@ impl Agent {
                 };
                 former.cancelled().await;
             }
-            let _gone = Gone {
+            let _gone = JobGuard {
                 agent: Arc::clone(&agent),
                 job,
                 ended,
@@ -279,27 +279,29 @@ impl Agent {
     async fn drain(&self, jobs: &mut JoinSet<()>) {
         let all = async {
             while let Some(ended) = jobs.join_next().await {
-                told_of_panic(&ended);
+                log_panic(&ended);
             }
         };
         if tokio::time::timeout(self.options.drain, all).await.is_err() {
             self.drain_over.cancel();
             while let Some(ended) = jobs.join_next().await {
-                told_of_panic(&ended);
+                log_panic(&ended);
             }
         }
     }
 
     /// Sends heartbeats until the task is aborted.
-    async fn beat(self: Arc<Self>) {
+    async fn heartbeat_loop(self: Arc<Self>) {
         let mut told: Option<(Vec<crate::service::job::Session>, Instant)> = None;
         let mut failed = false;
         loop {
-            let (sessions, _) = self.inventory.told();
+            let (sessions, _) = self.inventory.snapshot();
             let changed = told
                 .as_ref()
                 .is_none_or(|(last, at)| *last != sessions || at.elapsed() >= SESSIONS_EVERY);
-            let heard = self.say(self.cancel.is_cancelled(), changed).await;
+            let heard = self
+                .send_heartbeat(self.cancel.is_cancelled(), changed)
+                .await;
             if heard && changed {
                 told = Some((sessions, Instant::now()));
             } else if !heard {
@@ -314,9 +316,9 @@ impl Agent {
     }
 
     /// Sends one heartbeat. Returns whether it was delivered.
-    async fn say(&self, draining: bool, with_sessions: bool) -> bool {
-        let (sessions, mut problems) = self.inventory.told();
-        problems.splice(0..0, self.stuck.told());
+    async fn send_heartbeat(&self, draining: bool, with_sessions: bool) -> bool {
+        let (sessions, mut problems) = self.inventory.snapshot();
+        problems.splice(0..0, self.stuck.problems());
         let mut running: Vec<JobId> = self.running().keys().copied().collect();
         running.sort_unstable();
         let node = Node {
@@ -326,21 +328,21 @@ impl Agent {
             at_ms: now_ms(),
             draining,
             running,
-            load: load::told(&self.measure(), self.bounds()),
+            load: load::to_load(&self.measure(), self.bounds()),
             problems,
         };
         let sessions = with_sessions.then_some(sessions.as_slice());
-        call(self.queue.heartbeat(&node, sessions), CALL)
+        call(self.queue.heartbeat(&node, sessions), CALL_TIMEOUT)
             .await
             .is_ok()
     }
 
     /// Lists the node's containers at regular intervals, and thaws what may have been left frozen.
-    async fn look(self: Arc<Self>) {
+    async fn inventory_loop(self: Arc<Self>) {
         loop {
             let agent = Arc::clone(&self);
             let looked = tokio::task::spawn_blocking(move || {
-                agent.inventory.look(&agent.options);
+                agent.inventory.refresh(&agent.options);
                 agent.spool.tidy(now_ms());
             });
             if looked.await.is_err() {
@@ -348,9 +350,9 @@ impl Agent {
                     "looking at the node's containers: a thread died; this is a defect of upperdeck"
                 );
             }
-            for (job, _) in self.spool.left() {
+            for (job, _) in self.spool.leftovers() {
                 let at_work = self.running().contains_key(&job);
-                if !at_work && work::settle(&self, job).await {
+                if !at_work && work::ensure_thawed(&self, job).await {
                     self.spool.end(job);
                 }
             }
@@ -361,21 +363,22 @@ impl Agent {
 
 impl Agent {
     /// Inspects the sessions one after another, each in a child process, because their trees are untrusted and large.
-    async fn look_into(self: Arc<Self>) {
+    async fn inspection_loop(self: Arc<Self>) {
         loop {
             for session in self.inventory.due(self.options.sizes_every) {
                 if self.cancel.is_cancelled() {
                     return;
                 }
                 // A new child would get stuck in the same place as the earlier one.
-                if self.stuck.of(&session).is_some() {
-                    self.inventory.looked_into(&session, Inside::default());
+                if self.stuck.pid_of(&session).is_some() {
+                    self.inventory
+                        .set_inspection(&session, Inspection::default());
                     continue;
                 }
                 let found = child::inspect(&self.options, &self.stuck, &session).await;
                 let inside = found.and_then(|json| serde_json::from_slice(&json).ok());
                 self.inventory
-                    .looked_into(&session, inside.unwrap_or_default());
+                    .set_inspection(&session, inside.unwrap_or_default());
             }
             tokio::time::sleep(self.options.inventory_every).await;
         }
@@ -383,20 +386,20 @@ impl Agent {
 }
 
 /// Marks a job as ended when it is dropped, however it ended.
-struct Gone {
+struct JobGuard {
     agent: Arc<Agent>,
     job: JobId,
     ended: CancellationToken,
 }
 
-impl Drop for Gone {
+impl Drop for JobGuard {
     fn drop(&mut self) {
         self.agent.running().remove(&self.job);
         self.ended.cancel();
     }
 }
 
-fn told_of_panic(ended: &Result<(), tokio::task::JoinError>) {
+fn log_panic(ended: &Result<(), tokio::task::JoinError>) {
     if ended.is_err() {
         tracing::error!("a job's task died; this is a defect of upperdeck, and its lease will end");
     }

@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::node::background::FLOOR;
+use crate::node::background::DEFAULT_FLOOR_PERCENT;
 use crate::node::container::{Pattern, Roots};
 use crate::service::queue::HEARTBEAT_EVERY;
 
@@ -111,7 +111,7 @@ impl Options {
             heartbeat_every: HEARTBEAT_EVERY,
             inventory_every: Duration::from_secs(10),
             sizes_every: Duration::from_secs(5 * 60),
-            background: Some(FLOOR),
+            background: Some(DEFAULT_FLOOR_PERCENT),
             memory: Some(MEMORY),
             flags: Vec::new(),
         }

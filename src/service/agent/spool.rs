@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-use crate::common::private;
+use crate::common::private_files;
 use crate::service::job::{JobId, Order, Outcome};
 use crate::service::queue::Claim;
 
@@ -20,13 +20,13 @@ use crate::service::queue::Claim;
 /// the job again.
 const KEEP_OUTCOMES: Duration = Duration::from_secs(24 * 60 * 60);
 /// Maximum difference between the clocks of managers and nodes.
-const CLOCKS: Duration = Duration::from_secs(60 * 60);
+const MAX_CLOCK_SKEW: Duration = Duration::from_secs(60 * 60);
 /// Maximum number of outcomes; the oldest are removed first.
 const MAX_OUTCOMES: usize = 10_000;
 /// Interval between two searches for expired outcomes.
 const TIDY_EVERY: Duration = Duration::from_secs(5 * 60);
 /// Maximum size of a file in bytes; a larger one was not written by the agent.
-const MAX_NOTE: u64 = 4 << 20;
+const MAX_FILE_SIZE: u64 = 4 << 20;
 
 /// The spool directory and the lock on it.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ pub(super) struct Spool {
 
 /// A running child process.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Note {
+pub(super) struct ChildRecord {
     /// The container that it saves.
     pub(super) session: String,
     /// PID of the child, which is also its process group ID.
@@ -50,7 +50,7 @@ pub(super) struct Note {
 
 /// Outcome of an attempt.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Kept {
+struct StoredOutcome {
     session: String,
     destination: String,
     attempt: u32,
@@ -63,29 +63,29 @@ struct Kept {
 
 /// A file of a running job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Of {
-    /// A [`Note`].
-    Note,
+pub(super) enum JobFile {
+    /// A [`ChildRecord`].
+    Child,
     /// The mark of a freeze.
-    Mark,
+    FreezeMark,
     /// The output of `commit --metadata-file`.
     Metadata,
 }
 
-impl Of {
-    const ALL: [Self; 3] = [Self::Note, Self::Mark, Self::Metadata];
+impl JobFile {
+    const ALL: [Self; 3] = [Self::Child, Self::FreezeMark, Self::Metadata];
 
     fn suffix(self) -> &'static str {
         match self {
-            Self::Note => "note",
-            Self::Mark => "frozen",
+            Self::Child => "note",
+            Self::FreezeMark => "frozen",
             Self::Metadata => "metadata",
         }
     }
 }
 
 impl Spool {
-    /// Opens the spool at `dir`, creating it if necessary, and locks it for this agent. Fails with [`Error::Taken`] if
+    /// Opens the spool at `dir`, creating it if necessary, and locks it for this agent. Fails with [`Error::Locked`] if
     /// another agent holds the lock.
     pub(super) fn open(dir: &Path) -> Result<Self, Error> {
         let (running, outcomes) = (dir.join("running"), dir.join("outcomes"));
@@ -94,9 +94,9 @@ impl Spool {
             source,
         };
         let ours = |name: &str| matches!(name, "running" | "outcomes" | "lock");
-        private::own_dir(dir, ours).map_err(failed)?;
+        private_files::prepare_dir(dir, ours).map_err(failed)?;
         for dir in [&running, &outcomes] {
-            private::own_dir(dir, |_| true).map_err(failed)?;
+            private_files::prepare_dir(dir, |_| true).map_err(failed)?;
         }
         let lock = OpenOptions::new()
             .write(true)
@@ -112,7 +112,7 @@ impl Spool {
                 tidied: Mutex::default(),
                 _lock: lock,
             }),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Taken {
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Locked {
                 path: dir.display().to_string(),
             }),
             Err(error) => Err(failed(error.into())),
@@ -120,36 +120,36 @@ impl Spool {
     }
 
     /// Returns the path of a running job's file.
-    pub(super) fn file(&self, job: JobId, of: Of) -> PathBuf {
+    pub(super) fn file(&self, job: JobId, of: JobFile) -> PathBuf {
         self.running.join(format!("{job}.{}", of.suffix()))
     }
 
     /// Records that a child runs.
-    pub(super) fn begin(&self, job: JobId, note: &Note) -> io::Result<()> {
-        write(&self.file(job, Of::Note), note)
+    pub(super) fn begin(&self, job: JobId, note: &ChildRecord) -> io::Result<()> {
+        write(&self.file(job, JobFile::Child), note)
     }
 
     /// Records that the child has ended and has left nothing frozen.
     pub(super) fn end(&self, job: JobId) {
-        for of in [Of::Metadata, Of::Note] {
+        for of in [JobFile::Metadata, JobFile::Child] {
             remove(&self.file(job, of));
         }
     }
 
     /// Returns the jobs that have files left, each with its note if that can be read.
-    pub(super) fn left(&self) -> Vec<(JobId, Option<Note>)> {
+    pub(super) fn leftovers(&self) -> Vec<(JobId, Option<ChildRecord>)> {
         let mut jobs: Vec<JobId> = names(&self.running)
             .iter()
             .filter_map(|name| {
                 let (job, suffix) = name.split_once('.')?;
-                let known = Of::ALL.iter().any(|of| of.suffix() == suffix);
+                let known = JobFile::ALL.iter().any(|of| of.suffix() == suffix);
                 known.then(|| job.parse().ok()).flatten()
             })
             .collect();
         jobs.sort_unstable();
         jobs.dedup();
         jobs.into_iter()
-            .map(|job| (job, read(&self.file(job, Of::Note))))
+            .map(|job| (job, read(&self.file(job, JobFile::Child))))
             .collect()
     }
 
@@ -158,12 +158,17 @@ impl Spool {
     }
 
     /// Stores the outcome of `claim`. This happens before the managers are informed.
-    pub(super) fn keep(&self, claim: &Claim, outcome: &Outcome, now_ms: i64) -> io::Result<()> {
+    pub(super) fn store_outcome(
+        &self,
+        claim: &Claim,
+        outcome: &Outcome,
+        now_ms: i64,
+    ) -> io::Result<()> {
         let order = &claim.order;
         // All orders for an attempt are signed before it ends and are valid for as long as this one.
         let lives = order.expires_ms.saturating_sub(order.issued_ms);
         let lives = lives.max(KEEP_OUTCOMES.as_millis() as i64);
-        let kept = Kept {
+        let kept = StoredOutcome {
             session: order.session.clone(),
             destination: order.destination.clone(),
             attempt: order.attempt,
@@ -171,7 +176,7 @@ impl Spool {
             at_ms: now_ms,
             until_ms: now_ms
                 .saturating_add(lives)
-                .saturating_add(CLOCKS.as_millis() as i64),
+                .saturating_add(MAX_CLOCK_SKEW.as_millis() as i64),
             outcome: outcome.clone(),
         };
         write(&self.outcome(order.job), &kept)
@@ -181,8 +186,8 @@ impl Spool {
     /// reported again and the save is not repeated, whether the queue did not receive the outcome, lost it, or was
     /// given an old order by a third party with write access. A later attempt is new work, unless an earlier one
     /// recently created the same image.
-    pub(super) fn kept(&self, order: &Order, now_ms: i64) -> Option<Outcome> {
-        let kept: Kept = read(&self.outcome(order.job))?;
+    pub(super) fn stored_outcome(&self, order: &Order, now_ms: i64) -> Option<Outcome> {
+        let kept: StoredOutcome = read(&self.outcome(order.job))?;
         if order.attempt <= kept.attempt {
             return Some(kept.outcome);
         }
@@ -210,7 +215,7 @@ impl Spool {
         for (n, name) in names.iter().enumerate() {
             let path = self.outcomes.join(name);
             let old = || {
-                let kept: Option<Kept> = read(&path);
+                let kept: Option<StoredOutcome> = read(&path);
                 kept.is_none_or(|kept| now_ms >= kept.until_ms)
             };
             if n < surplus || old() {
@@ -230,7 +235,7 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    if fs::metadata(path).ok()?.len() > MAX_NOTE {
+    if fs::metadata(path).ok()?.len() > MAX_FILE_SIZE {
         return None;
     }
     serde_json::from_slice(&fs::read(path).ok()?).ok()
@@ -314,12 +319,12 @@ pub(super) mod tests {
             attempt: 2,
             ..first.clone()
         };
-        assert_eq!(spool.kept(&order, 5), None);
-        spool.keep(&claim(&first), &succeeded(), 1000)?;
-        assert_eq!(spool.kept(&order, 2000), Some(succeeded()));
-        assert_eq!(spool.kept(&order, 1000 + DAY), None);
+        assert_eq!(spool.stored_outcome(&order, 5), None);
+        spool.store_outcome(&claim(&first), &succeeded(), 1000)?;
+        assert_eq!(spool.stored_outcome(&order, 2000), Some(succeeded()));
+        assert_eq!(spool.stored_outcome(&order, 1000 + DAY), None);
         assert_eq!(
-            spool.kept(&order, 10),
+            spool.stored_outcome(&order, 10),
             None,
             "a clock that was put back proves nothing"
         );
@@ -327,9 +332,9 @@ pub(super) mod tests {
             destination: "oci:/srv/images/alice/y:1".to_owned(),
             ..order.clone()
         };
-        assert_eq!(spool.kept(&elsewhere, 2000), None);
+        assert_eq!(spool.stored_outcome(&elsewhere, 2000), None);
         fs::write(spool.outcome(order.job), b"{")?;
-        assert_eq!(spool.kept(&order, 2000), None);
+        assert_eq!(spool.stored_outcome(&order, 2000), None);
         spool.tidy_now(2000);
         assert!(
             !spool.outcome(order.job).exists(),
@@ -358,27 +363,27 @@ pub(super) mod tests {
                 job: JobId::new(),
                 ..week.clone()
             };
-            Spool::open(dir.path())?.keep(&claim(&order), &outcome, 2 * DAY)?;
+            Spool::open(dir.path())?.store_outcome(&claim(&order), &outcome, 2 * DAY)?;
             // Also by another agent, and whatever the clock shows.
             let spool = Spool::open(dir.path())?;
             for at in [0, 2 * DAY, 9 * DAY] {
                 spool.tidy_now(at);
-                assert_eq!(spool.kept(&order, at).as_ref(), Some(&outcome));
+                assert_eq!(spool.stored_outcome(&order, at).as_ref(), Some(&outcome));
                 let earlier = Order {
                     attempt: 1,
                     destination: "oci:/srv/images/alice/y:1".to_owned(),
                     ..order.clone()
                 };
-                assert_eq!(spool.kept(&earlier, at).as_ref(), Some(&outcome));
+                assert_eq!(spool.stored_outcome(&earlier, at).as_ref(), Some(&outcome));
             }
             let later = Order {
                 attempt: 4,
                 ..order.clone()
             };
-            let told = spool.kept(&later, 2 * DAY);
+            let told = spool.stored_outcome(&later, 2 * DAY);
             assert_eq!(told, (outcome == succeeded()).then(succeeded));
-            spool.tidy_now(9 * DAY + CLOCKS.as_millis() as i64);
-            assert_eq!(spool.kept(&order, 9 * DAY), None);
+            spool.tidy_now(9 * DAY + MAX_CLOCK_SKEW.as_millis() as i64);
+            assert_eq!(spool.stored_outcome(&order, 9 * DAY), None);
         }
         Ok(())
     }
@@ -393,7 +398,7 @@ pub(super) mod tests {
                 ..order()
             })
             .collect();
-        spool.keep(&claim(&orders[0]), &Outcome::Cancelled, 0)?;
+        spool.store_outcome(&claim(&orders[0]), &Outcome::Cancelled, 0)?;
         for order in &orders[1..] {
             fs::hard_link(spool.outcome(orders[0].job), spool.outcome(order.job))?;
         }
@@ -411,20 +416,20 @@ pub(super) mod tests {
     -> Result<(), Box<dyn std::error::Error>> {
         let dir = tempfile::tempdir()?;
         let spool = Spool::open(dir.path())?;
-        assert!(matches!(Spool::open(dir.path()), Err(Error::Taken { .. })));
+        assert!(matches!(Spool::open(dir.path()), Err(Error::Locked { .. })));
         let (noted, marked) = (JobId::new(), JobId::new());
-        let note = || Note {
+        let note = || ChildRecord {
             session: "x".to_owned(),
             pid: 7,
             pid_start: 9,
         };
         spool.begin(noted, &note())?;
-        fs::write(spool.file(marked, Of::Mark), b"{}")?;
+        fs::write(spool.file(marked, JobFile::FreezeMark), b"{}")?;
         fs::write(spool.running.join("stranger"), b"")?;
         fs::write(spool.running.join("x.note"), b"")?;
-        assert_eq!(spool.left(), [(noted, Some(note())), (marked, None)]);
+        assert_eq!(spool.leftovers(), [(noted, Some(note())), (marked, None)]);
         spool.end(noted);
-        assert_eq!(spool.left(), [(marked, None)]);
+        assert_eq!(spool.leftovers(), [(marked, None)]);
         drop(spool);
         Spool::open(dir.path())?;
         Ok(())

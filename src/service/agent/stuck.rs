@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The known stuck processes by session.
 #[derive(Debug, Default)]
-pub(super) struct Stuck(Mutex<HashMap<String, Vec<Process>>>);
+pub(super) struct StuckProcesses(Mutex<HashMap<String, Vec<Process>>>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Process {
@@ -16,7 +16,7 @@ struct Process {
     start: u64,
 }
 
-impl Stuck {
+impl StuckProcesses {
     fn all(&self) -> MutexGuard<'_, HashMap<String, Vec<Process>>> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, processes| {
@@ -44,12 +44,12 @@ impl Stuck {
     }
 
     /// Returns the PID of a process that is still stuck on `session`.
-    pub(super) fn of(&self, session: &str) -> Option<u32> {
+    pub(super) fn pid_of(&self, session: &str) -> Option<u32> {
         self.all().get(session)?.first().map(|process| process.pid)
     }
 
     /// Returns a sentence per session for the administrator of the node.
-    pub(super) fn told(&self) -> Vec<String> {
+    pub(super) fn problems(&self) -> Vec<String> {
         let all = self.all();
         let mut told: Vec<String> = all
             .iter()
@@ -83,16 +83,20 @@ mod tests {
 
     #[test]
     fn what_ended_after_all_is_forgotten() -> std::io::Result<()> {
-        let stuck = Stuck::default();
+        let stuck = StuckProcesses::default();
         let mut child = Command::new("sleep").arg("600").spawn()?;
         stuck.add("a", child.id());
-        assert_eq!(stuck.of("a"), Some(child.id()));
-        assert_eq!(stuck.of("b"), None);
-        assert!(stuck.told()[0].contains("session a"), "{:?}", stuck.told());
+        assert_eq!(stuck.pid_of("a"), Some(child.id()));
+        assert_eq!(stuck.pid_of("b"), None);
+        assert!(
+            stuck.problems()[0].contains("session a"),
+            "{:?}",
+            stuck.problems()
+        );
         child.kill()?;
         child.wait()?;
-        assert_eq!(stuck.of("a"), None);
-        assert!(stuck.told().is_empty());
+        assert_eq!(stuck.pid_of("a"), None);
+        assert!(stuck.problems().is_empty());
         Ok(())
     }
 }

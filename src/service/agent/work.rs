@@ -9,26 +9,26 @@ use tokio_util::sync::CancellationToken;
 
 use super::Agent;
 use super::child::{self, Child};
-use super::made::read_saved;
-use super::spool::{Note, Of};
-use super::telling::Teller;
+use super::metadata::read_saved;
+use super::reporter::Reporter;
+use super::spool::{ChildRecord, JobFile};
 use crate::common::escape;
 use crate::node::container::{self, Container, Runtime};
 use crate::node::freeze;
-use crate::service::job::{Before, Code, Event, JobId, Order, Outcome, Said, Word, now_ms};
-use crate::service::queue::{Claim, Hold, RENEW_EVERY};
+use crate::service::job::{Code, Event, JobId, NextStep, Order, Outcome, Update, Verdict, now_ms};
+use crate::service::queue::{Claim, ClaimState, RENEW_EVERY};
 
 /// Interval between questions to a manager that has not answered.
-const CONFIRM_AGAIN: Duration = Duration::from_secs(1);
+const CONFIRM_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the child's watchdog, and then the agent, may take to thaw what a dead child froze.
-const THAW_BOUND: Duration = Duration::from_secs(60);
+const THAW_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time from a child's final event to its exit. A thread that waits in the kernel can keep it from exiting.
-const END_BOUND: Duration = Duration::from_secs(30);
+const END_TIMEOUT: Duration = Duration::from_secs(30);
 /// Maximum length in characters of a message for people.
 const MAX_MESSAGE: usize = 2000;
 /// Maximum total size in bytes of all values that users choose. The kernel accepts 128 KiB per argument and 2 MiB in
 /// all.
-const MAX_CHOSEN: usize = 96 << 10;
+const MAX_USER_VALUES: usize = 96 << 10;
 
 /// Why a save does not start, or ends without success, although nothing is wrong with the job.
 const NO_MANAGER: &str =
@@ -51,7 +51,7 @@ impl Refusal {
         }
     }
 
-    fn passing(code: Code, message: impl Into<String>) -> Self {
+    fn transient(code: Code, message: impl Into<String>) -> Self {
         Self {
             retryable: true,
             ..Self::of(code, message)
@@ -68,46 +68,51 @@ impl Refusal {
 }
 
 /// How an attempt ended.
-enum End {
+enum AttemptEnd {
     Outcome(Outcome),
     /// The outcome is already on disk, or nothing was started, so that it need not be written.
     Known(Outcome),
     GivenBack(&'static str),
     /// Another consumer holds the claim, so nothing is reported.
-    Silent,
+    ClaimLost,
 }
 
 /// Processes `claim`. `lost` is set when another consumer is known to hold the claim.
 pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: CancellationToken) {
     let order = claim.order.clone();
-    let mut teller = Teller::new(agent.queue.clone(), agent.options.node.clone(), claim);
-    let end = match permission(&agent, &mut teller, &order, &lost).await {
+    let mut reporter = Reporter::new(agent.queue.clone(), agent.options.node.clone(), claim);
+    let end = match permission(&agent, &mut reporter, &order, &lost).await {
         Some(end) => end,
-        None => match teller.tell(Said::Assigned).await {
-            Some(Hold::Lost) => End::Silent,
-            Some(Hold::Cancelled) => End::Outcome(Outcome::Cancelled),
-            Some(Hold::Held) | None => one_end(&agent, &mut teller, &order, &lost).await,
+        None => match reporter.send(Update::Assigned).await {
+            Some(ClaimState::Lost) => AttemptEnd::ClaimLost,
+            Some(ClaimState::Cancelled) => AttemptEnd::Outcome(Outcome::Cancelled),
+            Some(ClaimState::Held) | None => {
+                check_and_run(&agent, &mut reporter, &order, &lost).await
+            }
         },
     };
-    let said = match end {
-        End::Silent => {
+    let update = match end {
+        AttemptEnd::ClaimLost => {
             tracing::info!(job.id = %order.job, "the claim is lost: nothing is said about it");
             return;
         }
-        End::GivenBack(reason) => Said::GivenBack {
+        AttemptEnd::GivenBack(reason) => Update::GivenBack {
             reason: reason.to_owned(),
         },
-        End::Outcome(outcome) => {
-            if let Err(error) = agent.spool.keep(&teller.claim, &outcome, now_ms()) {
+        AttemptEnd::Outcome(outcome) => {
+            if let Err(error) = agent
+                .spool
+                .store_outcome(&reporter.claim, &outcome, now_ms())
+            {
                 tracing::warn!(job.id = %order.job, %error, "how a job ended is not on disk: only the managers know that it is not to be done again");
             }
-            Said::Ended { outcome }
+            Update::Ended { outcome }
         }
-        End::Known(outcome) => Said::Ended { outcome },
+        AttemptEnd::Known(outcome) => Update::Ended { outcome },
     };
-    tracing::info!(job.id = %order.job, job.attempt = order.attempt, said = ?said, "a job has ended");
-    let hold = teller.complete(said, &agent.drain_over).await;
-    if hold == Hold::Lost {
+    tracing::info!(job.id = %order.job, job.attempt = order.attempt, said = ?update, "a job has ended");
+    let hold = reporter.complete(update, &agent.drain_over).await;
+    if hold == ClaimState::Lost {
         tracing::warn!(job.id = %order.job, "nobody was told how the job ended");
     }
 }
@@ -117,75 +122,75 @@ pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: CancellationToke
 /// The container is not touched before this.
 async fn permission(
     agent: &Agent,
-    teller: &mut Teller,
+    reporter: &mut Reporter,
     order: &Order,
     lost: &CancellationToken,
-) -> Option<End> {
-    if let Some(outcome) = agent.spool.kept(order, now_ms()) {
-        return Some(End::Known(outcome));
+) -> Option<AttemptEnd> {
+    if let Some(outcome) = agent.spool.stored_outcome(order, now_ms()) {
+        return Some(AttemptEnd::Known(outcome));
     }
     let begun = Instant::now();
     let mut renewed = begun;
     loop {
         if agent.cancel.is_cancelled() {
-            return Some(End::GivenBack("the agent ends"));
+            return Some(AttemptEnd::GivenBack("the agent ends"));
         }
         if lost.is_cancelled() {
-            return Some(End::Silent);
+            return Some(AttemptEnd::ClaimLost);
         }
-        match teller.wanted(Before::Save).await {
-            Some(Word::Wanted) => return None,
-            Some(Word::Unwanted) => return Some(End::Known(Outcome::Cancelled)),
-            Some(Word::Superseded) => return Some(End::Silent),
+        match reporter.ask_managers(NextStep::Save).await {
+            Some(Verdict::Wanted) => return None,
+            Some(Verdict::Unwanted) => return Some(AttemptEnd::Known(Outcome::Cancelled)),
+            Some(Verdict::Superseded) => return Some(AttemptEnd::ClaimLost),
             None if begun.elapsed() >= agent.options.manager_wait => {
-                return Some(End::GivenBack(NO_MANAGER));
+                return Some(AttemptEnd::GivenBack(NO_MANAGER));
             }
             None => {}
         }
         if renewed.elapsed() >= RENEW_EVERY {
             renewed = Instant::now();
-            match teller.renew().await {
-                Some(Hold::Lost) => return Some(End::Silent),
-                Some(Hold::Cancelled) => return Some(End::Known(Outcome::Cancelled)),
-                Some(Hold::Held) | None => {}
+            match reporter.renew().await {
+                Some(ClaimState::Lost) => return Some(AttemptEnd::ClaimLost),
+                Some(ClaimState::Cancelled) => return Some(AttemptEnd::Known(Outcome::Cancelled)),
+                Some(ClaimState::Held) | None => {}
             }
         }
         tokio::select! {
-            () = tokio::time::sleep(CONFIRM_AGAIN) => {}
+            () = tokio::time::sleep(CONFIRM_INTERVAL) => {}
             () = agent.cancel.cancelled() => {}
             () = lost.cancelled() => {}
         }
     }
 }
 
-async fn one_end(
+async fn check_and_run(
     agent: &Arc<Agent>,
-    teller: &mut Teller,
+    reporter: &mut Reporter,
     order: &Order,
     lost: &CancellationToken,
-) -> End {
+) -> AttemptEnd {
     if agent.cancel.is_cancelled() {
-        return End::GivenBack("the agent ends");
+        return AttemptEnd::GivenBack("the agent ends");
     }
     let proven = {
         let (agent, order) = (Arc::clone(agent), order.clone());
-        tokio::task::spawn_blocking(move || prove(&agent, &order)).await
+        tokio::task::spawn_blocking(move || check_order(&agent, &order)).await
     };
     match proven {
         Ok(Ok(())) => {}
-        Ok(Err(refusal)) => return End::Outcome(refusal.outcome()),
-        Err(_) => return End::Outcome(defect("looking at the container").outcome()),
+        Ok(Err(refusal)) => return AttemptEnd::Outcome(refusal.outcome()),
+        Err(_) => return AttemptEnd::Outcome(defect("looking at the container").outcome()),
     }
-    let end = attempt(agent, teller, order, lost).await;
-    if let End::Outcome(Outcome::Succeeded { saved }) = &end {
-        agent.inventory.saved(&order.session, saved.seconds);
+    let end = attempt(agent, reporter, order, lost).await;
+    if let AttemptEnd::Outcome(Outcome::Succeeded { saved }) = &end {
+        agent.inventory.record_save(&order.session, saved.seconds);
     }
     agent.spool.end(order.job);
     end
 }
 
 fn defect(doing: &str) -> Refusal {
-    Refusal::passing(
+    Refusal::transient(
         Code::Internal,
         format!("{doing}: a thread died; this is a defect of upperdeck"),
     )
@@ -193,7 +198,7 @@ fn defect(doing: &str) -> Refusal {
 
 /// Checks whether this node may execute the order. The check relies on data of this node, not on what the order claims
 /// about it.
-fn prove(agent: &Agent, order: &Order) -> Result<(), Refusal> {
+fn check_order(agent: &Agent, order: &Order) -> Result<(), Refusal> {
     let options = &agent.options;
     if order.node != options.node {
         let why = format!(
@@ -203,7 +208,7 @@ fn prove(agent: &Agent, order: &Order) -> Result<(), Refusal> {
         return Err(Refusal::of(Code::NotPermitted, why));
     }
     if now_ms() > order.expires_ms {
-        return Err(Refusal::passing(
+        return Err(Refusal::transient(
             Code::Policy,
             "the order came after its time",
         ));
@@ -219,7 +224,7 @@ fn prove(agent: &Agent, order: &Order) -> Result<(), Refusal> {
         );
         return Err(Refusal::of(Code::Policy, why));
     }
-    chosen(order)?;
+    check_user_values(order)?;
     if !order.options.include_volumes.is_empty()
         && child::allowed_volumes(options, &order.owner)
             .next()
@@ -230,7 +235,7 @@ fn prove(agent: &Agent, order: &Order) -> Result<(), Refusal> {
             "this node's agent saves no volumes of this session: its administrator lists none (--allow-volume)",
         ));
     }
-    if let Some(pid) = agent.stuck.of(&order.session) {
+    if let Some(pid) = agent.stuck.pid_of(&order.session) {
         let why = format!(
             "an earlier save of this session hangs in the kernel (process {pid}) and cannot be ended: \
              a file system in the session does not answer"
@@ -251,7 +256,7 @@ fn prove(agent: &Agent, order: &Order) -> Result<(), Refusal> {
 }
 
 /// Checks the values that the user chose.
-fn chosen(order: &Order) -> Result<(), Refusal> {
+fn check_user_values(order: &Order) -> Result<(), Refusal> {
     let options = &order.options;
     let known = options
         .compression
@@ -285,9 +290,10 @@ fn chosen(order: &Order) -> Result<(), Refusal> {
         }
         bytes += text.len();
     }
-    if bytes > MAX_CHOSEN {
-        let why =
-            format!("message, labels and patterns have {bytes} bytes; {MAX_CHOSEN} are the most");
+    if bytes > MAX_USER_VALUES {
+        let why = format!(
+            "message, labels and patterns have {bytes} bytes; {MAX_USER_VALUES} are the most"
+        );
         return Err(Refusal::of(Code::Policy, why));
     }
     Ok(())
@@ -313,7 +319,7 @@ fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
     if container.id != session || container.runtime == Runtime::Process {
         return Err(gone());
     }
-    match agent.inventory.seen(session) {
+    match agent.inventory.process_of(session) {
         Some((pid, start)) if (pid, start) != (container.pid, container.pid_start) => {
             Err(Refusal::of(
                 Code::ContainerGone,
@@ -326,7 +332,7 @@ fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
 
 /// Why a child is stopped.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Why {
+enum StopReason {
     Cancelled,
     Lost,
     TimedOut,
@@ -337,10 +343,10 @@ enum Why {
 
 async fn attempt(
     agent: &Agent,
-    teller: &mut Teller,
+    reporter: &mut Reporter,
     order: &Order,
     lost: &CancellationToken,
-) -> End {
+) -> AttemptEnd {
     let threads = agent.threads_for(order.job);
     let arguments = child::arguments(&agent.options, &agent.spool, order, threads);
     let begun = Instant::now();
@@ -348,11 +354,11 @@ async fn attempt(
         Ok(child) => child,
         Err(error) => {
             let why = format!("the node's agent cannot start the save: {error}");
-            return End::Outcome(Refusal::passing(Code::Internal, why).outcome());
+            return AttemptEnd::Outcome(Refusal::transient(Code::Internal, why).outcome());
         }
     };
     tracing::info!(job.id = %order.job, job.attempt = order.attempt, session.id = order.session, child.pid = child.pid, threads, "a save begins");
-    let note = Note {
+    let note = ChildRecord {
         session: order.session.clone(),
         pid: child.pid,
         pid_start: child.pid_start,
@@ -361,41 +367,43 @@ async fn attempt(
     if let Err(error) = agent.spool.begin(order.job, &note) {
         tracing::warn!(job.id = %order.job, %error, "the spool cannot be written");
     }
-    let (why, status, said) = follow(agent, teller, order, lost, &mut child).await;
+    let (why, status, final_event) = follow(agent, reporter, order, lost, &mut child).await;
     let given_up = matches!(&status, Err(error) if error.kind() == std::io::ErrorKind::TimedOut);
     if given_up {
         agent.stuck.add(&order.session, child.pid);
     }
-    let thawed = settle(agent, order.job).await;
-    let words = child.last_words().await;
-    let lacked_memory = child::lacked_memory(&agent.options, order.job, &words);
+    let thawed = ensure_thawed(agent, order.job).await;
+    let words = child.last_stderr_line().await;
+    let exceeded_memory = child::exceeded_memory(&agent.options, order.job, &words);
     if !thawed {
         let why = "the save ended, and whether the session runs again could not be seen: have an administrator look at it";
-        return End::Outcome(Refusal::of(Code::Internal, why).outcome());
+        return AttemptEnd::Outcome(Refusal::of(Code::Internal, why).outcome());
     }
     // A child that was asked to stop may have finished by then. If it reported success, that counts, whatever kept it
     // from exiting.
-    if said.saved.is_some() || matches!(&status, Ok(status) if status.success()) {
+    if final_event.saved.is_some() || matches!(&status, Ok(status) if status.success()) {
         let saved = read_saved(
-            &agent.spool.file(order.job, Of::Metadata),
-            said.saved,
+            &agent.spool.file(order.job, JobFile::Metadata),
+            final_event.saved,
             begun.elapsed(),
         );
         return match saved {
-            Some(saved) => End::Outcome(Outcome::Succeeded { saved }),
-            None => End::Outcome(
-                Refusal::passing(Code::Internal, "the save does not say what it made").outcome(),
+            Some(saved) => AttemptEnd::Outcome(Outcome::Succeeded { saved }),
+            None => AttemptEnd::Outcome(
+                Refusal::transient(Code::Internal, "the save does not say what it made").outcome(),
             ),
         };
     }
     match why {
-        Some(Why::Cancelled) => End::Outcome(Outcome::Cancelled),
-        Some(Why::Lost) => End::Silent,
-        Some(Why::Drained) => End::GivenBack("the agent ends, and the save did not end in time"),
-        Some(Why::NoManager) => {
-            End::Outcome(Refusal::passing(Code::TimedOut, NO_MANAGER).outcome())
+        Some(StopReason::Cancelled) => AttemptEnd::Outcome(Outcome::Cancelled),
+        Some(StopReason::Lost) => AttemptEnd::ClaimLost,
+        Some(StopReason::Drained) => {
+            AttemptEnd::GivenBack("the agent ends, and the save did not end in time")
         }
-        Some(Why::TimedOut) => {
+        Some(StopReason::NoManager) => {
+            AttemptEnd::Outcome(Refusal::transient(Code::TimedOut, NO_MANAGER).outcome())
+        }
+        Some(StopReason::TimedOut) => {
             let hangs = if given_up {
                 "; it hangs in the kernel and cannot be ended: a file system in the session does not answer"
             } else {
@@ -405,18 +413,18 @@ async fn attempt(
                 "the save took longer than it may ({} s){hangs}",
                 agent.bound(order).as_secs()
             );
-            End::Outcome(Refusal::of(Code::TimedOut, why).outcome())
+            AttemptEnd::Outcome(Refusal::of(Code::TimedOut, why).outcome())
         }
-        None if lacked_memory && said.failed.is_none() => {
-            End::Outcome(too_much_memory(agent.options.memory).outcome())
+        None if exceeded_memory && final_event.failed.is_none() => {
+            AttemptEnd::Outcome(too_much_memory(agent.options.memory).outcome())
         }
-        None => End::Outcome(refusal_of(status, said.failed, &words).outcome()),
+        None => AttemptEnd::Outcome(refusal_of(status, final_event.failed, &words).outcome()),
     }
 }
 
 /// The final event of a child.
 #[derive(Default)]
-struct LastSaid {
+struct FinalEvent {
     saved: Option<(String, String)>,
     failed: Option<(String, String, bool)>,
 }
@@ -424,29 +432,29 @@ struct LastSaid {
 /// Forwards the child's events, renews the lease, and stops the child if necessary.
 async fn follow(
     agent: &Agent,
-    teller: &mut Teller,
+    reporter: &mut Reporter,
     order: &Order,
     lost: &CancellationToken,
     child: &mut Child,
-) -> (Option<Why>, std::io::Result<ExitStatus>, LastSaid) {
-    let mut said = LastSaid::default();
+) -> (Option<StopReason>, std::io::Result<ExitStatus>, FinalEvent) {
+    let mut final_event = FinalEvent::default();
     let ends = tokio::time::sleep(agent.bound(order));
     tokio::pin!(ends);
     let mut renew = tokio::time::interval(RENEW_EVERY);
     renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
     renew.reset();
-    let mut ask = tokio::time::interval(CONFIRM_AGAIN);
+    let mut ask = tokio::time::interval(CONFIRM_INTERVAL);
     ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut asking: Option<Instant> = None;
-    let last_word = tokio::time::sleep(Duration::MAX);
-    tokio::pin!(last_word);
-    let mut hold = teller.tell(Said::Started).await;
+    let exit_deadline = tokio::time::sleep(Duration::MAX);
+    tokio::pin!(exit_deadline);
+    let mut hold = reporter.send(Update::Started).await;
     let mut open = true;
     let why = loop {
         match hold.take() {
-            Some(Hold::Lost) => break Some(Why::Lost),
-            Some(Hold::Cancelled) => break Some(Why::Cancelled),
-            Some(Hold::Held) | None => {}
+            Some(ClaimState::Lost) => break Some(StopReason::Lost),
+            Some(ClaimState::Cancelled) => break Some(StopReason::Cancelled),
+            Some(ClaimState::Held) | None => {}
         }
         tokio::select! {
             event = child.events.recv(), if open => match event {
@@ -458,19 +466,19 @@ async fn follow(
                             ask.reset_immediately();
                         }
                         Event::Saved { reference, digest } => {
-                            said.saved = Some((reference.clone(), digest.to_string()));
-                            last_word.as_mut().reset(tokio::time::Instant::now() + END_BOUND);
+                            final_event.saved = Some((reference.clone(), digest.to_string()));
+                            exit_deadline.as_mut().reset(tokio::time::Instant::now() + END_TIMEOUT);
                         }
                         Event::Failed { code, message, retryable, .. } => {
-                            said.failed = Some((code.clone(), message.clone(), *retryable));
-                            last_word.as_mut().reset(tokio::time::Instant::now() + END_BOUND);
+                            final_event.failed = Some((code.clone(), message.clone(), *retryable));
+                            exit_deadline.as_mut().reset(tokio::time::Instant::now() + END_TIMEOUT);
                         }
                         _ => {}
                     }
-                    hold = teller.tell(Said::Event { event }).await;
+                    hold = reporter.send(Update::Event { event }).await;
                 }
             },
-            _ = ask.tick(), if asking.is_some() => match may_tag(teller).await {
+            _ = ask.tick(), if asking.is_some() => match may_tag(reporter).await {
                 Ok(()) => {
                     asking = None;
                     // If the child is gone, its exit status will show it.
@@ -478,48 +486,48 @@ async fn follow(
                 }
                 Err(Some(why)) => break Some(why),
                 Err(None) if asking.is_some_and(|at| at.elapsed() >= agent.options.manager_wait) => {
-                    break Some(Why::NoManager);
+                    break Some(StopReason::NoManager);
                 }
                 Err(None) => {}
             },
-            status = child.process.wait(), if !open => return (None, status, said),
-            _ = renew.tick() => hold = teller.renew().await,
-            () = &mut last_word => break None,
-            () = &mut ends => break Some(Why::TimedOut),
-            () = lost.cancelled() => break Some(Why::Lost),
-            () = agent.drain_over.cancelled() => break Some(Why::Drained),
+            status = child.process.wait(), if !open => return (None, status, final_event),
+            _ = renew.tick() => hold = reporter.renew().await,
+            () = &mut exit_deadline => break None,
+            () = &mut ends => break Some(StopReason::TimedOut),
+            () = lost.cancelled() => break Some(StopReason::Lost),
+            () = agent.drain_over.cancelled() => break Some(StopReason::Drained),
         }
     };
     let status = child.stop().await;
-    (why, status, said)
+    (why, status, final_event)
 }
 
 /// Returns whether the tag may be set: a manager has to confirm now that it is wanted, and then the queue that the job
 /// can no longer be cancelled. Fails with the reason to stop the save, or with `None` if the answer is not known yet.
-async fn may_tag(teller: &mut Teller) -> Result<(), Option<Why>> {
-    match teller.wanted(Before::Tag).await {
-        Some(Word::Wanted) => {}
-        Some(Word::Unwanted) => return Err(Some(Why::Cancelled)),
-        Some(Word::Superseded) => return Err(Some(Why::Lost)),
+async fn may_tag(reporter: &mut Reporter) -> Result<(), Option<StopReason>> {
+    match reporter.ask_managers(NextStep::Tag).await {
+        Some(Verdict::Wanted) => {}
+        Some(Verdict::Unwanted) => return Err(Some(StopReason::Cancelled)),
+        Some(Verdict::Superseded) => return Err(Some(StopReason::Lost)),
         None => return Err(None),
     }
-    match teller.confirm().await {
-        Some(Hold::Held) => Ok(()),
-        Some(Hold::Cancelled) => Err(Some(Why::Cancelled)),
-        Some(Hold::Lost) => Err(Some(Why::Lost)),
+    match reporter.confirm().await {
+        Some(ClaimState::Held) => Ok(()),
+        Some(ClaimState::Cancelled) => Err(Some(StopReason::Cancelled)),
+        Some(ClaimState::Lost) => Err(Some(StopReason::Lost)),
         None => Err(None),
     }
 }
 
 /// Makes sure that the container of a job whose child has ended is thawed, unless another party paused it. Returns
 /// `false` if the state cannot be determined; the caller tries again later.
-pub(super) async fn settle(agent: &Agent, job: JobId) -> bool {
-    let until = Instant::now() + THAW_BOUND;
+pub(super) async fn ensure_thawed(agent: &Agent, job: JobId) -> bool {
+    let until = Instant::now() + THAW_TIMEOUT;
     loop {
-        let mark = agent.spool.file(job, Of::Mark);
-        let left = tokio::task::spawn_blocking(move || freeze::thaw_left(&mark)).await;
+        let mark = agent.spool.file(job, JobFile::FreezeMark);
+        let left = tokio::task::spawn_blocking(move || freeze::thaw_leftover(&mark)).await;
         match left {
-            Ok(Ok(freeze::Left::Thawed)) => {
+            Ok(Ok(freeze::ThawOutcome::Thawed)) => {
                 tracing::warn!(job.id = %job, "a save left its container frozen; it runs again");
                 return true;
             }
@@ -548,20 +556,22 @@ fn too_much_memory(bound: Option<u64>) -> Refusal {
 /// Returns why a child that the agent did not stop ended without an image.
 fn refusal_of(
     status: std::io::Result<ExitStatus>,
-    said: Option<(String, String, bool)>,
+    failed: Option<(String, String, bool)>,
     words: &str,
 ) -> Refusal {
     let status = match status {
         Ok(status) => status,
         Err(error) => {
-            return Refusal::passing(Code::Internal, format!("waiting for the save: {error}"));
+            return Refusal::transient(Code::Internal, format!("waiting for the save: {error}"));
         }
     };
-    if let Some((code, message, retryable)) = said {
+    if let Some((code, message, retryable)) = failed {
         return match code.as_str() {
-            "cancelled" => Refusal::passing(Code::Internal, "somebody on the node ended the save"),
+            "cancelled" => {
+                Refusal::transient(Code::Internal, "somebody on the node ended the save")
+            }
             code => Refusal {
-                code: of_child(code),
+                code: job_code(code),
                 message,
                 retryable,
             },
@@ -574,10 +584,10 @@ fn refusal_of(
         Some(2) => Refusal::of(Code::Internal, format!("the save was not begun: {words}")),
         Some(66) => Refusal::of(Code::ContainerGone, words),
         Some(69) => Refusal::of(Code::BaseUnproven, words),
-        Some(75) => Refusal::passing(Code::RegistryUnavailable, words),
+        Some(75) => Refusal::transient(Code::RegistryUnavailable, words),
         Some(77) => Refusal::of(Code::NotPermitted, words),
-        Some(130) => Refusal::passing(Code::Internal, "somebody on the node ended the save"),
-        _ => Refusal::passing(
+        Some(130) => Refusal::transient(Code::Internal, "somebody on the node ended the save"),
+        _ => Refusal::transient(
             Code::Internal,
             format!("the save ended with {status} and no word: {words}"),
         ),
@@ -585,13 +595,13 @@ fn refusal_of(
 }
 
 /// Translates an error code of the child into one of the job.
-fn of_child(code: &str) -> Code {
+fn job_code(code: &str) -> Code {
     match code {
         // Caused by a value that the user chose, such as an invalid pattern.
         "usage" => Code::Policy,
         "permission_denied" => Code::NotPermitted,
         "foreign_root" => Code::BaseUnproven,
-        code => Code::named(code).unwrap_or(Code::Internal),
+        code => Code::from_name(code).unwrap_or(Code::Internal),
     }
 }
 
@@ -733,14 +743,14 @@ mod tests {
             ("zero byte", |o| o.message = Some("a\0b".to_owned()), false),
             (
                 "long",
-                |o| o.options.exclude = vec!["x".repeat(MAX_CHOSEN + 1)],
+                |o| o.options.exclude = vec!["x".repeat(MAX_USER_VALUES + 1)],
                 false,
             ),
         ];
         for (case, change, fine) in cases {
             let mut it = order();
             change(&mut it);
-            assert_eq!(chosen(&it).is_ok(), fine, "{case}");
+            assert_eq!(check_user_values(&it).is_ok(), fine, "{case}");
         }
     }
 }

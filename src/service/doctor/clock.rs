@@ -7,10 +7,10 @@ use super::Finding;
 
 /// Difference in milliseconds above which the finding is a warning: a response takes time to arrive, and HTTP dates
 /// have a resolution of one second.
-const MUCH: u64 = 5_000;
+const WARN_SKEW_MS: u64 = 5_000;
 /// Difference in milliseconds above which the finding is a failure: tokens of registries and of users are valid for
 /// minutes.
-const TOO_MUCH: u64 = 120_000;
+const MAX_SKEW_MS: u64 = 120_000;
 
 /// Returns the current time in milliseconds since the epoch.
 pub(super) fn now_ms() -> i64 {
@@ -31,9 +31,9 @@ pub(super) fn judge(whose: &str, theirs_ms: i64, ours_ms: i64) -> Finding {
     };
     let found = format!("{seconds:.1} s {direction} {whose}");
     let advice = "keep the time by NTP (chrony, systemd-timesyncd) on all machines: orders and tokens expire";
-    if apart > TOO_MUCH {
+    if apart > MAX_SKEW_MS {
         Finding::failed("clock", found, advice)
-    } else if apart > MUCH {
+    } else if apart > WARN_SKEW_MS {
         Finding::warning("clock", found, advice)
     } else {
         Finding::ok("clock", format!("agrees with {whose}"))

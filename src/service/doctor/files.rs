@@ -13,8 +13,8 @@ use crate::common::escape;
 /// Open files that one save may need for uploads, connections and clones. The agent and a manager need far fewer.
 const DESCRIPTORS: u64 = 4096;
 /// Bytes of free space below which the finding is a failure. The state kept for a session takes megabytes.
-const LEAST_ROOM: u64 = 64 << 20;
-const LITTLE_ROOM: u64 = 1 << 30;
+const MIN_FREE_SPACE: u64 = 64 << 20;
+const LOW_FREE_SPACE: u64 = 1 << 30;
 
 fn shown(path: &Path) -> String {
     escape::path(path.as_os_str().as_encoded_bytes())
@@ -195,12 +195,12 @@ fn judge_directory(
     });
     let advice = "make room: what is kept there makes the next save small";
     match room {
-        Some(bytes) if bytes < LEAST_ROOM => found.push(Finding::failed(
+        Some(bytes) if bytes < MIN_FREE_SPACE => found.push(Finding::failed(
             "space",
             format!("{name}: {} MiB are free", bytes >> 20),
             advice,
         )),
-        Some(bytes) if bytes < LITTLE_ROOM => found.push(Finding::warning(
+        Some(bytes) if bytes < LOW_FREE_SPACE => found.push(Finding::warning(
             "space",
             format!("{name}: {} MiB are free", bytes >> 20),
             advice,
@@ -264,7 +264,7 @@ mod tests {
         assert_eq!(states(None, true, much), [Ok, Ok]);
         assert_eq!(states(None, false, much), [Failed, Ok]);
         assert_eq!(states(None, true, Some(1)), [Ok, Failed]);
-        assert_eq!(states(None, true, Some(LEAST_ROOM)), [Ok, Warning]);
+        assert_eq!(states(None, true, Some(MIN_FREE_SPACE)), [Ok, Warning]);
         assert_eq!(states(None, true, None), [Ok, Skipped]);
     }
 

@@ -8,7 +8,7 @@ use rustix::process::PidfdFlags;
 use super::{Finding, Options, Purpose};
 
 /// First version with `openat2`.
-const LEAST: (u32, u32) = (5, 6);
+const MIN_KERNEL: (u32, u32) = (5, 6);
 /// First version with `cpu.idle` of cgroups.
 const IDLE: (u32, u32) = (5, 15);
 /// First version with `statmount`, which reads a mount by its ID, and with `FICLONE` alongside readers on XFS.
@@ -55,7 +55,7 @@ fn judge(facts: &Facts, purpose: Purpose) -> Vec<Finding> {
     let release = &facts.release;
     let mut found = Vec::new();
     found.push(match version(release) {
-        Some(version) if version < LEAST => Finding::failed(
+        Some(version) if version < MIN_KERNEL => Finding::failed(
             "kernel",
             format!("Linux {release}"),
             "update to Linux 5.6 or later: openat2(2) keeps reads inside the container's tree",

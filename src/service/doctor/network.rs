@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::clock;
 use super::{Finding, Options};
-use crate::service::queue::{self, Examined};
+use crate::service::queue::{self, ServerInfo};
 use crate::service::record::Record;
 use crate::store::harbor::{self, Harbor};
 use crate::store::registry::{Access, Registries, Retry, http_client};
@@ -39,11 +39,11 @@ struct Registry {
 pub(super) fn registry(options: &Options, repository: &str) -> Vec<Finding> {
     let access = Access {
         retry: Retry {
-            tries: 1,
-            in_all: 1,
+            max_attempts: 1,
+            max_retries: 1,
             ..Retry::default()
         },
-        silence: options.timeout,
+        stall_timeout: options.timeout,
         deadline: options.timeout,
         ..options.access.clone()
     };
@@ -71,7 +71,7 @@ async fn ask(access: Access, name: &str) -> Result<Registry, harbor::Error> {
         date_of(&reference.host, plain)
     );
     let quota = match harbor::split(repository.path()) {
-        Some((project, _)) if push.is_ok() => match Harbor::behind(repository.api()).await {
+        Some((project, _)) if push.is_ok() => match Harbor::detect(repository.api()).await {
             Ok(Some(harbor)) => Some(matches!(harbor.summary(project).await, Ok(Some(_)))),
             _ => None,
         },
@@ -159,7 +159,7 @@ pub(super) fn redis(options: &Options) -> Vec<Finding> {
     }
 }
 
-fn judge_redis(seen: &Examined) -> Vec<Finding> {
+fn judge_redis(seen: &ServerInfo) -> Vec<Finding> {
     let mut found = Vec::new();
     let at = &seen.at;
     found.push(match (seen.version.as_deref(), seen.version_number()) {
@@ -231,7 +231,7 @@ pub(super) fn record(options: &Options) -> Vec<Finding> {
     let Some(place) = &options.record else {
         return Vec::new();
     };
-    match within("record", options.timeout, Record::look(place)) {
+    match within("record", options.timeout, Record::check(place)) {
         Ok(Ok(true)) => vec![Finding::ok("record", "answers")],
         Ok(Ok(false)) => vec![Finding::ok("record", "will be made")],
         Ok(Err(error)) => vec![Finding::failed(
@@ -248,10 +248,10 @@ mod tests {
     use super::super::State;
     use super::*;
 
-    type Spoil = fn(&mut Examined);
+    type Spoil = fn(&mut ServerInfo);
 
-    fn examined() -> Examined {
-        Examined {
+    fn examined() -> ServerInfo {
+        ServerInfo {
             at: "redis:6379".to_owned(),
             version: Some("7.2.4".to_owned()),
             refused: Vec::new(),
@@ -265,7 +265,7 @@ mod tests {
         }
     }
 
-    fn state(seen: &Examined, check: &str) -> State {
+    fn state(seen: &ServerInfo, check: &str) -> State {
         judge_redis(seen)
             .iter()
             .find(|finding| finding.check == check)

@@ -3,7 +3,7 @@
 use rustix::thread::CapabilitySet;
 
 use super::{Finding, Options, Purpose};
-use crate::node::confine::{self, Applied};
+use crate::node::confine::{self, Confinement};
 
 pub(super) fn check(options: &Options) -> Vec<Finding> {
     match confine::of_this_thread() {
@@ -28,7 +28,7 @@ fn judge(permitted: CapabilitySet, root: bool, purpose: Purpose) -> Vec<Finding>
             Finding::ok("capabilities", "none are needed")
         }];
     }
-    let missing: Vec<_> = confine::needs(purpose.role())
+    let missing: Vec<_> = confine::required_capabilities(purpose.role())
         .iter()
         .filter(|need| !permitted.contains(need.capability))
         .collect();
@@ -37,7 +37,7 @@ fn judge(permitted: CapabilitySet, root: bool, purpose: Purpose) -> Vec<Finding>
     }
     let judged = missing.into_iter().map(|need| {
         let found = format!("CAP_{} is missing: {}", need.name, need.purpose);
-        if need.indispensable {
+        if need.required {
             let advice = "run as root; in a unit add it to CapabilityBoundingSet, in a pod to capabilities.add";
             Finding::failed("capabilities", found, advice)
         } else {
@@ -52,13 +52,13 @@ fn judge(permitted: CapabilitySet, root: bool, purpose: Purpose) -> Vec<Finding>
 pub(super) fn confinement(options: &Options) -> Vec<Finding> {
     let role = options.purpose.role();
     let tried = std::thread::spawn(move || {
-        let mut applied = Applied::default();
+        let mut applied = Confinement::default();
         confine::apply_to_thread(role, &mut applied);
         applied
     });
     let left = match tried.join() {
         Ok(applied) => applied
-            .left
+            .not_dropped
             .into_iter()
             .map(|(what, error)| format!("{what}: {error}"))
             .collect(),

@@ -2,19 +2,19 @@
 //! progress and its outcome. They do no I/O; the only exception is the clock that all of them share.
 
 mod order;
+mod question;
 mod report;
 mod seal;
 mod session;
 mod state;
-mod word;
 
 pub use crate::save::event::{EVENT_VERSION, Event, Observer, Phase};
 pub use order::{JobId, Order, SaveOptions};
-pub use report::{Outcome, Report, Said, Saved};
+pub use question::{Answer, NextStep, Question, Verdict};
+pub use report::{Outcome, Report, Saved, Update};
 pub use seal::{Keys, Message, SealError, Sealed};
 pub use session::{Category, Kind, Load, NextSave, Node, Session, Unsaved};
 pub use state::{Code, State};
-pub use word::{Answer, Before, Question, Word};
 
 /// Returns milliseconds since the epoch, UTC, like every `_ms` instant in this module. Returns 0 if the machine's clock
 /// is set to a time before the epoch.

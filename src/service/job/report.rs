@@ -21,13 +21,14 @@ pub struct Report {
     /// Time by the agent's clock: milliseconds since the epoch, UTC.
     pub at_ms: i64,
     /// Content of the report.
-    pub said: Said,
+    #[serde(rename = "said")]
+    pub update: Update,
 }
 
 /// Content of a report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "said", rename_all = "snake_case")]
-pub enum Said {
+pub enum Update {
     /// The agent has claimed the job.
     Assigned,
     /// The child process has started.

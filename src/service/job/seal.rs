@@ -75,10 +75,10 @@ type Key = Zeroizing<Vec<u8>>;
 
 /// The keys with which a process signs and verifies.
 #[derive(Clone)]
-pub struct Keys(Held);
+pub struct Keys(KeyMaterial);
 
 #[derive(Clone)]
-enum Held {
+enum KeyMaterial {
     /// Keys for every node.
     Master(Vec<Key>),
     /// Keys for one node.
@@ -137,7 +137,7 @@ pub enum SealError {
     Name(String),
     /// The key of one node was used for a message of another node.
     #[error("the key of node {0:?} neither signs nor checks what is another node's")]
-    NotOurs(String),
+    WrongNode(String),
     /// The message is not signed with any of the keys.
     #[error("this {0} is not signed with our keys")]
     Forged(Message),
@@ -211,7 +211,7 @@ impl Keys {
         if keys.is_empty() {
             return Err(SealError::NoKey);
         }
-        Ok(Self(Held::Master(keys)))
+        Ok(Self(KeyMaterial::Master(keys)))
     }
 
     /// Parses an agent's keys from the text that [`Keys::node_file`] created for `node`.
@@ -246,7 +246,7 @@ impl Keys {
             return Err(SealError::NoKey);
         }
         let name = node.to_owned();
-        Ok(Self(Held::Node { name, keys }))
+        Ok(Self(KeyMaterial::Node { name, keys }))
     }
 
     /// Returns the content of the key file for `node`'s agent: one key per master key, in the same order.
@@ -267,9 +267,9 @@ impl Keys {
     /// Returns the keys of `node`; the first one signs.
     fn of_node(&self, node: &str) -> Result<Vec<Key>, SealError> {
         match &self.0 {
-            Held::Master(keys) => Ok(keys.iter().map(|key| node_key(key, node)).collect()),
-            Held::Node { name, keys } if name == node => Ok(keys.clone()),
-            Held::Node { name, .. } => Err(SealError::NotOurs(name.clone())),
+            KeyMaterial::Master(keys) => Ok(keys.iter().map(|key| node_key(key, node)).collect()),
+            KeyMaterial::Node { name, keys } if name == node => Ok(keys.clone()),
+            KeyMaterial::Node { name, .. } => Err(SealError::WrongNode(name.clone())),
         }
     }
 
@@ -303,7 +303,7 @@ impl Keys {
 
     /// Returns the content of a message if it was signed as `message` of `node` with one of the keys.
     ///
-    /// Fails with [`SealError::Forged`] if it was not or if it is too large, with [`SealError::NotOurs`] if these are
+    /// Fails with [`SealError::Forged`] if it was not or if it is too large, with [`SealError::WrongNode`] if these are
     /// the keys of another node, and with [`SealError::Unreadable`] if it cannot be parsed.
     pub fn open<T: DeserializeOwned>(
         &self,
@@ -332,8 +332,8 @@ impl Keys {
 impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.0 {
-            Held::Master(keys) => write!(f, "Keys({} master)", keys.len()),
-            Held::Node { name, keys } => write!(f, "Keys({} of {name:?})", keys.len()),
+            KeyMaterial::Master(keys) => write!(f, "Keys({} master)", keys.len()),
+            KeyMaterial::Node { name, keys } => write!(f, "Keys({} of {name:?})", keys.len()),
         }
     }
 }

@@ -34,7 +34,7 @@ impl State {
 
     /// Returns whether a job in this state may change to `next`. A change back to `Queued` is another attempt: the
     /// lease was lost, the agent returned the job, the failure may be temporary, or an administrator requested it.
-    pub fn may_become(self, next: Self) -> bool {
+    pub fn can_become(self, next: Self) -> bool {
         use State::{Assigned, Cancelled, Failed, Queued, Running, Succeeded};
         matches!(
             (self, next),
@@ -63,7 +63,7 @@ impl State {
     }
 
     /// Returns the state with that name.
-    pub fn named(name: &str) -> Option<Self> {
+    pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|state| state.name() == name)
     }
 }
@@ -122,7 +122,7 @@ impl Code {
     }
 
     /// Returns the code with that name.
-    pub(crate) fn named(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|code| code.name() == name)
     }
 }
@@ -135,11 +135,11 @@ mod tests {
     fn names_are_those_of_json() -> Result<(), serde_json::Error> {
         for state in State::ALL {
             assert_eq!(serde_json::to_value(state)?, state.name());
-            assert_eq!(State::named(state.name()), Some(state));
+            assert_eq!(State::from_name(state.name()), Some(state));
         }
         for code in Code::ALL {
             assert_eq!(serde_json::to_value(code)?, code.name());
-            assert_eq!(Code::named(code.name()), Some(code));
+            assert_eq!(Code::from_name(code.name()), Some(code));
         }
         Ok(())
     }
@@ -147,12 +147,12 @@ mod tests {
     #[test]
     fn what_is_done_stays_done_and_only_a_failure_is_tried_again() {
         for next in State::ALL {
-            assert!(!State::Succeeded.may_become(next));
-            assert!(!State::Cancelled.may_become(next));
-            assert_eq!(State::Failed.may_become(next), next == State::Queued);
+            assert!(!State::Succeeded.can_become(next));
+            assert!(!State::Cancelled.can_become(next));
+            assert_eq!(State::Failed.can_become(next), next == State::Queued);
         }
-        assert!(!State::Queued.may_become(State::Running));
-        assert!(!State::Queued.may_become(State::Succeeded));
-        assert!(!State::Assigned.may_become(State::Succeeded));
+        assert!(!State::Queued.can_become(State::Running));
+        assert!(!State::Queued.can_become(State::Succeeded));
+        assert!(!State::Assigned.can_become(State::Succeeded));
     }
 }

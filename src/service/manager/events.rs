@@ -20,26 +20,26 @@ use tokio_util::sync::CancellationToken;
 
 use super::App;
 use super::auth::Caller;
-use super::door::One;
-use super::input::Path;
+use super::connections::CountGuard;
+use super::extract::Path;
 use super::refusal::Refusal;
 use super::saves::{get, shown};
 use crate::service::job::{JobId, State};
 use crate::service::queue::{Place, Queue};
-use crate::service::record::{self, Head, Progress, Record, Save};
+use crate::service::record::{self, Progress, Record, Save, SaveVersion};
 
 /// Number of events a watcher may fall behind before it has to read the record.
-const BEHIND: usize = 32;
+const CHANNEL_CAPACITY: usize = 32;
 /// Maximum interval between two events of a stream, even without changes, because proxies close idle connections.
-const AT_LEAST: Duration = Duration::from_secs(8);
+const REPEAT_INTERVAL: Duration = Duration::from_secs(8);
 /// Interval between comments, for proxies that are less patient while the record is slow.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Number of rounds between two queries for positions in the queue.
-const PLACES_EVERY: u64 = 2;
+const POSITION_ROUNDS: u64 = 2;
 
 /// An event for the watchers of a save, serialized once for all of them.
 #[derive(Debug)]
-enum Told {
+enum StreamEvent {
     Version {
         version: u64,
         last: bool,
@@ -48,8 +48,8 @@ enum Told {
     Progress(String),
 }
 
-struct Watched {
-    sender: broadcast::Sender<Arc<Told>>,
+struct WatchedSave {
+    sender: broadcast::Sender<Arc<StreamEvent>>,
     /// The save as it was last sent.
     save: Save,
     heard: (i64, i64),
@@ -59,7 +59,7 @@ struct Watched {
 /// The watched saves.
 #[derive(Default)]
 pub(super) struct Hub {
-    watched: Mutex<HashMap<JobId, Watched>>,
+    watched: Mutex<HashMap<JobId, WatchedSave>>,
     touched: Mutex<BTreeSet<JobId>>,
     wake: Notify,
 }
@@ -70,7 +70,7 @@ fn text_of(save: &Save, place: Option<u64>) -> String {
 }
 
 impl Hub {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<JobId, Watched>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<JobId, WatchedSave>> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -88,10 +88,10 @@ impl Hub {
         self.wake.notify_one();
     }
 
-    fn subscribe(&self, save: &Save) -> broadcast::Receiver<Arc<Told>> {
+    fn subscribe(&self, save: &Save) -> broadcast::Receiver<Arc<StreamEvent>> {
         let mut watched = self.lock();
-        let entry = watched.entry(save.id).or_insert_with(|| Watched {
-            sender: broadcast::channel(BEHIND).0,
+        let entry = watched.entry(save.id).or_insert_with(|| WatchedSave {
+            sender: broadcast::channel(CHANNEL_CAPACITY).0,
             save: save.clone(),
             heard: (0, -1),
             place: None,
@@ -132,20 +132,20 @@ impl Hub {
             if ids.is_empty() {
                 continue;
             }
-            if let Err(error) = self.look(record, &ids).await {
+            if let Err(error) = self.poll(record, &ids).await {
                 tracing::warn!(error = %error, "watchers have to wait for the record");
             }
             if all {
                 round += 1;
-                if round.is_multiple_of(PLACES_EVERY) {
-                    self.look_for_places(queue).await;
+                if round.is_multiple_of(POSITION_ROUNDS) {
+                    self.poll_positions(queue).await;
                 }
             }
         }
     }
 
-    async fn look(&self, record: &Record, ids: &[JobId]) -> Result<(), record::Error> {
-        for head in record.heads(ids).await? {
+    async fn poll(&self, record: &Record, ids: &[JobId]) -> Result<(), record::Error> {
+        for head in record.versions(ids).await? {
             let known = {
                 let watched = self.lock();
                 let Some(known) = watched.get(&head.id) else {
@@ -154,16 +154,16 @@ impl Hub {
                 (known.save.version, known.heard)
             };
             let news = if head.version > known.0 {
-                missed(record, head.id, known.0).await?
+                versions_after(record, head.id, known.0).await?
             } else {
                 Vec::new()
             };
-            self.tell(&head, news, known);
+            self.publish(&head, news, known);
         }
         Ok(())
     }
 
-    fn tell(&self, head: &Head, news: Vec<Save>, (version, heard): (u64, (i64, i64))) {
+    fn publish(&self, head: &SaveVersion, news: Vec<Save>, (version, heard): (u64, (i64, i64))) {
         let mut all = self.lock();
         let Some(watched) = all.get_mut(&head.id) else {
             return;
@@ -178,7 +178,7 @@ impl Hub {
                 watched.place = None;
             }
             save.progress = progress_of(&save, head.progress);
-            let told = Told::Version {
+            let told = StreamEvent::Version {
                 version: save.version,
                 last: save.state.is_final(),
                 text: text_of(&save, watched.place),
@@ -190,11 +190,11 @@ impl Hub {
         if !changed && head.heard != heard {
             watched.save.progress = progress_of(&watched.save, head.progress);
             let text = text_of(&watched.save, watched.place);
-            let _ = watched.sender.send(Arc::new(Told::Progress(text)));
+            let _ = watched.sender.send(Arc::new(StreamEvent::Progress(text)));
         }
     }
 
-    async fn look_for_places(&self, queue: &Queue) {
+    async fn poll_positions(&self, queue: &Queue) {
         let waiting: Vec<JobId> = self
             .lock()
             .iter()
@@ -219,7 +219,7 @@ impl Hub {
             {
                 watched.place = place;
                 let text = text_of(&watched.save, place);
-                let _ = watched.sender.send(Arc::new(Told::Progress(text)));
+                let _ = watched.sender.send(Arc::new(StreamEvent::Progress(text)));
             }
         }
     }
@@ -231,7 +231,11 @@ fn progress_of(save: &Save, progress: Option<Progress>) -> Option<Progress> {
 }
 
 /// Returns every version after `version`, or only the newest if the others are no longer kept.
-async fn missed(record: &Record, id: JobId, version: u64) -> Result<Vec<Save>, record::Error> {
+async fn versions_after(
+    record: &Record,
+    id: JobId,
+    version: u64,
+) -> Result<Vec<Save>, record::Error> {
     let kept = record.changes(id, version).await?;
     if !kept.is_empty() {
         return Ok(kept);
@@ -247,7 +251,7 @@ async fn missed(record: &Record, id: JobId, version: u64) -> Result<Vec<Save>, r
 struct Watcher {
     app: App,
     id: JobId,
-    receiver: broadcast::Receiver<Arc<Told>>,
+    receiver: broadcast::Receiver<Arc<StreamEvent>>,
     /// The version that was sent last.
     sent: u64,
     /// Versions to send before waiting for new events.
@@ -255,22 +259,22 @@ struct Watcher {
     done: bool,
     /// The save as it was last sent, to repeat it when nothing changes.
     text: String,
-    _counted: Counted,
+    _counted: WatcherCount,
 }
 
 /// Counts a watcher, in total and against its user's limit, while it exists.
-struct Counted {
+struct WatcherCount {
     app: App,
-    _one: One,
+    _one: CountGuard,
 }
 
-impl Drop for Counted {
+impl Drop for WatcherCount {
     fn drop(&mut self) {
         self.app.metrics.watchers(-1);
     }
 }
 
-fn of_version(version: u64, text: &str) -> Event {
+fn save_event(version: u64, text: &str) -> Event {
     Event::default()
         .event("save")
         .id(version.to_string())
@@ -290,16 +294,16 @@ impl Watcher {
                 self.sent = save.version;
                 self.done = save.state.is_final() && self.backlog.is_empty();
                 self.text = text_of(&save, None);
-                return Some(of_version(self.sent, &self.text));
+                return Some(save_event(self.sent, &self.text));
             }
             let told = tokio::select! {
-                told = tokio::time::timeout(AT_LEAST, self.receiver.recv()) => told,
+                told = tokio::time::timeout(REPEAT_INTERVAL, self.receiver.recv()) => told,
                 () = self.app.cancel.cancelled() => return None,
             };
             match told {
                 Ok(Ok(told)) => match &*told {
-                    Told::Version { version, .. } if *version <= self.sent => {}
-                    Told::Version {
+                    StreamEvent::Version { version, .. } if *version <= self.sent => {}
+                    StreamEvent::Version {
                         version,
                         last,
                         text,
@@ -307,10 +311,10 @@ impl Watcher {
                         self.sent = *version;
                         self.done = *last;
                         self.text.clone_from(text);
-                        return Some(of_version(*version, text));
+                        return Some(save_event(*version, text));
                     }
-                    Told::Version { .. } => self.catch_up().await?,
-                    Told::Progress(text) => {
+                    StreamEvent::Version { .. } => self.catch_up().await?,
+                    StreamEvent::Progress(text) => {
                         self.text.clone_from(text);
                         return Some(Event::default().event("progress").data(text));
                     }
@@ -331,7 +335,9 @@ impl Watcher {
     /// Reads missed versions from the record. Returns `None` if the record does not respond; the client then
     /// reconnects.
     async fn catch_up(&mut self) -> Option<()> {
-        let news = missed(&self.app.record, self.id, self.sent).await.ok()?;
+        let news = versions_after(&self.app.record, self.id, self.sent)
+            .await
+            .ok()?;
         self.backlog.extend(news);
         Some(())
     }
@@ -373,12 +379,12 @@ pub(super) async fn events(
     if seen.state.is_final() && heard.is_some_and(|heard| heard >= seen.version) {
         return Ok(axum::http::StatusCode::NO_CONTENT.into_response());
     }
-    let most = app.options.doors.streams_per_user;
+    let most = app.options.connections.streams_per_user;
     let user = caller.user.as_deref().unwrap_or(&caller.name);
-    let one = app.watching.one(user, most).ok_or_else(|| {
+    let one = app.streams.acquire(user, most).ok_or_else(|| {
         Refusal::too_many(
             format!("{most} event streams of this user are open; ask for the save itself"),
-            AT_LEAST.as_secs(),
+            REPEAT_INTERVAL.as_secs(),
         )
     })?;
     // Subscribing before reading makes sure that no change in between is lost. A version that arrives twice is sent
@@ -389,7 +395,7 @@ pub(super) async fn events(
         None => vec![now],
         // The version is higher than any in this record, so the client got it from somewhere else.
         Some(heard) if heard > now.version => vec![now],
-        Some(heard) => missed(&app.record, now.id, heard).await?,
+        Some(heard) => versions_after(&app.record, now.id, heard).await?,
     };
     let sent = match heard {
         Some(heard) if backlog.first().is_none_or(|save| save.version > heard) => heard,
@@ -403,7 +409,7 @@ pub(super) async fn events(
         backlog: backlog.into(),
         done: false,
         text: text_of(&seen, None),
-        _counted: Counted {
+        _counted: WatcherCount {
             app: app.clone(),
             _one: one,
         },

@@ -10,54 +10,54 @@ use axum::extract::State as Extracted;
 use tokio::sync::Mutex;
 
 use super::App;
+use super::api::{NodeView, Nodes, SessionView, Sessions, Which};
 use super::auth::Caller;
 use super::refusal::Refusal;
-use super::shape::{NodeView, Nodes, SessionView, Sessions, Which};
 use super::time::{rfc3339, stamp};
 use crate::service::job::{JobId, Node, Session, now_ms};
 use crate::service::queue::{self, HEARTBEAT_LOST, Queue};
 
-const FRESH: Duration = Duration::from_secs(1);
-/// Minimum interval between two warnings about copies.
+const CACHE_TTL: Duration = Duration::from_secs(1);
+/// Minimum interval between two warnings about duplicates.
 const WARN_EVERY: Duration = Duration::from_secs(300);
 /// How long a node may be absent before it loses its status as the first node of a session.
-const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
+const FIRST_SEEN_TTL: Duration = Duration::from_secs(24 * 3600);
 /// Maximum number of sessions whose first node is remembered.
-const MAX_REMEMBERED: usize = 100_000;
+const MAX_FIRST_SEEN: usize = 100_000;
 /// Minimum length of an ID prefix. A shorter one could match another user's session tomorrow.
 const MIN_PREFIX: usize = 12;
 /// Maximum length of a suggested name.
-const SUGGESTION: usize = 60;
+const MAX_SUGGESTION: usize = 60;
 
 /// Cached sessions and nodes.
 #[derive(Default)]
 pub(super) struct Inventory {
     sessions: Mutex<Option<(Instant, Arc<Vec<Session>>)>>,
-    nodes: Mutex<Option<(Instant, Arc<Vec<Heard>>)>>,
-    copies: std::sync::Mutex<Copies>,
+    nodes: Mutex<Option<(Instant, Arc<Vec<NodeStatus>>)>>,
+    duplicates: std::sync::Mutex<Duplicates>,
 }
 
 /// State for the detection of sessions that a node copied from another one.
 #[derive(Default)]
-struct Copies {
-    first: First,
+struct Duplicates {
+    first: FirstSeen,
     warned: Option<Instant>,
 }
 
 /// The node that reported each session first, and when it last did.
-type First = HashMap<String, (String, Instant)>;
+type FirstSeen = HashMap<String, (String, Instant)>;
 
 /// Removes sessions that a node reports although another node reported them first and still does. IDs cannot be
 /// guessed, so a node can copy a session of another node only after that one was seen here.
-fn without_copies(mut told: Vec<Session>, first: &mut First, now: Instant) -> Vec<Session> {
-    first.retain(|_, (_, at)| now.duration_since(*at) < REMEMBERED);
+fn without_duplicates(mut told: Vec<Session>, first: &mut FirstSeen, now: Instant) -> Vec<Session> {
+    first.retain(|_, (_, at)| now.duration_since(*at) < FIRST_SEEN_TTL);
     let mut nodes_of = HashMap::<String, Vec<String>>::new();
     for session in &told {
         let nodes = nodes_of.entry(session.id.clone()).or_default();
         nodes.push(session.node.clone());
     }
     for (id, nodes) in &nodes_of {
-        let room = first.len() < MAX_REMEMBERED;
+        let room = first.len() < MAX_FIRST_SEEN;
         match (first.get_mut(id), nodes.as_slice()) {
             (Some((node, at)), nodes) if nodes.contains(node) => *at = now,
             (None, [node]) if room => {
@@ -78,16 +78,16 @@ fn without_copies(mut told: Vec<Session>, first: &mut First, now: Instant) -> Ve
 }
 
 /// A node and the time since its last heartbeat.
-pub(super) struct Heard {
+pub(super) struct NodeStatus {
     pub(super) node: Node,
     /// Measured by the queue's clock, because the node's clock may be wrong.
-    silence: Duration,
+    since_heartbeat: Duration,
 }
 
-impl Heard {
+impl NodeStatus {
     /// Returns whether the last heartbeat is recent.
     pub(super) fn is_alive(&self) -> bool {
-        self.silence < HEARTBEAT_LOST
+        self.since_heartbeat < HEARTBEAT_LOST
     }
 }
 
@@ -95,25 +95,30 @@ impl Inventory {
     pub(super) async fn sessions(&self, queue: &Queue) -> Result<Arc<Vec<Session>>, queue::Error> {
         let mut held = self.sessions.lock().await;
         if let Some((at, sessions)) = &*held
-            && at.elapsed() < FRESH
+            && at.elapsed() < CACHE_TTL
         {
             return Ok(sessions.clone());
         }
         let told = queue.sessions().await?;
-        let mut sessions = self.without_copies(told);
+        let mut sessions = self.without_duplicates(told);
         sessions.sort_by(|a, b| b.started_ms.cmp(&a.started_ms).then(a.id.cmp(&b.id)));
         let sessions = Arc::new(sessions);
         *held = Some((Instant::now(), sessions.clone()));
         Ok(sessions)
     }
 
-    fn without_copies(&self, told: Vec<Session>) -> Vec<Session> {
+    fn without_duplicates(&self, told: Vec<Session>) -> Vec<Session> {
         let (all, now) = (told.len(), Instant::now());
-        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = without_copies(told, &mut copies.first, now);
-        let warned = copies.warned.is_some_and(|at| at.elapsed() < WARN_EVERY);
+        let mut duplicates = self
+            .duplicates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let kept = without_duplicates(told, &mut duplicates.first, now);
+        let warned = duplicates
+            .warned
+            .is_some_and(|at| at.elapsed() < WARN_EVERY);
         if kept.len() < all && !warned {
-            copies.warned = Some(now);
+            duplicates.warned = Some(now);
             tracing::warn!(
                 sessions = all - kept.len(),
                 "nodes tell of sessions that other nodes have: two agents look at one runtime, or a node does not tell the truth"
@@ -122,19 +127,20 @@ impl Inventory {
         kept
     }
 
-    pub(super) async fn nodes(&self, queue: &Queue) -> Result<Arc<Vec<Heard>>, queue::Error> {
+    pub(super) async fn nodes(&self, queue: &Queue) -> Result<Arc<Vec<NodeStatus>>, queue::Error> {
         let mut held = self.nodes.lock().await;
         if let Some((at, nodes)) = &*held
-            && at.elapsed() < FRESH
+            && at.elapsed() < CACHE_TTL
         {
             return Ok(nodes.clone());
         }
-        let (mut nodes, silences) = (queue.nodes().await?, queue.silences().await?);
+        let (mut nodes, silences) = (queue.nodes().await?, queue.heartbeat_ages().await?);
         nodes.sort_by(|a, b| a.name.cmp(&b.name));
         // A node that the queue no longer knows has been silent for very long.
-        let silence = |node: &Node| silences.get(&node.name).copied().unwrap_or(Duration::MAX);
-        let heard = nodes.into_iter().map(|node| Heard {
-            silence: silence(&node),
+        let since_heartbeat =
+            |node: &Node| silences.get(&node.name).copied().unwrap_or(Duration::MAX);
+        let heard = nodes.into_iter().map(|node| NodeStatus {
+            since_heartbeat: since_heartbeat(&node),
             node,
         });
         let nodes = Arc::new(heard.collect::<Vec<_>>());
@@ -169,7 +175,7 @@ pub(super) fn suggested_name(session: &Session) -> String {
         } else if !name.is_empty() && !name.ends_with('-') {
             name.push('-');
         }
-        if name.len() >= SUGGESTION {
+        if name.len() >= MAX_SUGGESTION {
             break;
         }
     }
@@ -253,7 +259,7 @@ pub(super) async fn sessions(
     caller: Caller,
 ) -> Result<Json<Sessions>, Refusal> {
     if !caller.administrator {
-        caller.somebody()?;
+        caller.require_user()?;
     }
     let all = app.inventory.sessions(&app.queue).await?;
     let open: BTreeMap<String, JobId> = app
@@ -304,7 +310,7 @@ pub(super) async fn nodes(
     Extracted(app): Extracted<App>,
     caller: Caller,
 ) -> Result<Json<Nodes>, Refusal> {
-    caller.administrator()?;
+    caller.require_administrator()?;
     let nodes = app.inventory.nodes(&app.queue).await?;
     let sessions = app.inventory.sessions(&app.queue).await?;
     let mut sessions_on = BTreeMap::<&str, u64>::new();
@@ -312,7 +318,8 @@ pub(super) async fn nodes(
         *sessions_on.entry(&session.node).or_default() += 1;
     }
     let waiting = app.record.waiting_by_node().await?;
-    let ago = |silence: Duration| i64::try_from(silence.as_millis()).unwrap_or(now_ms());
+    let ago =
+        |since_heartbeat: Duration| i64::try_from(since_heartbeat.as_millis()).unwrap_or(now_ms());
     let nodes = nodes
         .iter()
         .map(|heard| (heard, &heard.node))
@@ -320,7 +327,7 @@ pub(super) async fn nodes(
             name: node.name.clone(),
             version: node.version.clone(),
             started: rfc3339(node.started_ms),
-            heard: rfc3339(now_ms() - ago(heard.silence)),
+            heard: rfc3339(now_ms() - ago(heard.since_heartbeat)),
             alive: heard.is_alive(),
             draining: node.draining,
             sessions: sessions_on.get(node.name.as_str()).copied().unwrap_or(0),
@@ -393,10 +400,10 @@ mod tests {
             node: node.into(),
             ..session(id, Some(owner), None)
         };
-        let (mut first, now) = (First::new(), Instant::now());
+        let (mut first, now) = (FirstSeen::new(), Instant::now());
         let mut kept = |told: &[(&str, &str, &str)], now| -> Vec<String> {
             let told = told.iter().map(|(node, id, owner)| of(node, id, owner));
-            let kept = without_copies(told.collect(), &mut first, now);
+            let kept = without_duplicates(told.collect(), &mut first, now);
             kept.into_iter()
                 .map(|session| format!("{} {}", session.node, &session.id[..2]))
                 .collect()
@@ -409,11 +416,11 @@ mod tests {
         );
         // A node that was absent for a moment keeps its status.
         assert_eq!(kept(&[copy], now), ["n1 ab"]);
-        assert_eq!(kept(&[copy, true_one], now + REMEMBERED / 2), ["n2 ab"]);
+        assert_eq!(kept(&[copy, true_one], now + FIRST_SEEN_TTL / 2), ["n2 ab"]);
         // The first node is unknown, so no session is removed.
         let both = [("n1", "ac", "bob"), ("n2", "ac", "bob")];
         assert_eq!(kept(&both, now), ["n1 ac", "n2 ac"]);
-        let later = now + REMEMBERED * 2;
+        let later = now + FIRST_SEEN_TTL * 2;
         assert_eq!(kept(&[copy], later), ["n1 ab"]);
         assert_eq!(kept(&[copy, true_one], later), ["n1 ab"]);
     }

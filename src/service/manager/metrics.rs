@@ -12,42 +12,42 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use super::door::Closed;
+use super::connections::Closed;
 use crate::service::job::State;
 use crate::service::queue::Depth;
 use crate::service::record::Save;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Asked {
+struct RequestLabels {
     method: &'static str,
     path: String,
     status: u16,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Took {
+struct PathLabel {
     path: String,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Ended {
+struct EndedLabels {
     state: &'static str,
     /// Empty unless the save failed.
     code: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct InState {
+struct StateLabel {
     state: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Task {
+struct TaskLabel {
     task: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Why {
+struct CloseLabel {
     why: &'static str,
 }
 
@@ -56,27 +56,27 @@ type Int = Gauge<i64, AtomicI64>;
 /// The metrics of a manager.
 pub(super) struct Metrics {
     registry: Registry,
-    requests: Family<Asked, Counter>,
-    took: Family<Took, Histogram>,
+    requests: Family<RequestLabels, Counter>,
+    took: Family<PathLabel, Histogram>,
     accepted: Counter,
-    ended: Family<Ended, Counter>,
+    ended: Family<EndedLabels, Counter>,
     retried: Counter,
     deleted: Counter,
-    saves: Family<InState, Int>,
+    saves: Family<StateLabel, Int>,
     waited: Histogram,
     seconds: Histogram,
     pause: Histogram,
     packed: Counter<u64, AtomicU64>,
     sent: Counter<u64, AtomicU64>,
-    queue: Family<InState, Int>,
+    queue: Family<StateLabel, Int>,
     queue_up: Int,
-    nodes: Family<InState, Int>,
+    nodes: Family<StateLabel, Int>,
     watchers: Int,
     connections: Int,
-    closed: Family<Why, Counter>,
+    closed: Family<CloseLabel, Counter>,
     reports: Counter,
     offered_again: Counter,
-    errors: Family<Task, Counter>,
+    errors: Family<TaskLabel, Counter>,
 }
 
 fn seconds(buckets: &[f64]) -> Histogram {
@@ -93,7 +93,7 @@ impl Metrics {
         registry.register("build", "The program", build);
         let requests = Family::default();
         registry.register("http_requests", "Requests answered", requests.clone());
-        let took = Family::<Took, Histogram>::new_with_constructor(|| {
+        let took = Family::<PathLabel, Histogram>::new_with_constructor(|| {
             seconds(&[0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0])
         });
         registry.register(
@@ -232,7 +232,7 @@ impl Metrics {
     /// Counts a request. `method` and `path` come from fixed sets, because values from requests would create an
     /// unbounded number of time series.
     pub(super) fn request(&self, method: &'static str, path: &str, status: u16, took: Duration) {
-        let asked = Asked {
+        let asked = RequestLabels {
             method,
             path: path.to_owned(),
             status,
@@ -240,7 +240,7 @@ impl Metrics {
         self.requests.get_or_create(&asked).inc();
         let path = path.to_owned();
         self.took
-            .get_or_create(&Took { path })
+            .get_or_create(&PathLabel { path })
             .observe(took.as_secs_f64());
     }
 
@@ -258,7 +258,7 @@ impl Metrics {
             .error
             .as_ref()
             .map_or("", |failure| failure.code.name());
-        let ended = Ended {
+        let ended = EndedLabels {
             state: save.state.name(),
             code,
         };
@@ -290,7 +290,7 @@ impl Metrics {
     }
 
     pub(super) fn error(&self, task: &'static str) {
-        self.errors.get_or_create(&Task { task }).inc();
+        self.errors.get_or_create(&TaskLabel { task }).inc();
     }
 
     pub(super) fn connections(&self, count: usize) {
@@ -299,7 +299,7 @@ impl Metrics {
 
     pub(super) fn closed(&self, why: Closed) {
         let why = why.name();
-        self.closed.get_or_create(&Why { why }).inc();
+        self.closed.get_or_create(&CloseLabel { why }).inc();
     }
 
     pub(super) fn watchers(&self, more: i64) {
@@ -312,7 +312,7 @@ impl Metrics {
             let count = found.map_or(0, |(_, count)| *count);
             let state = state.name();
             self.saves
-                .get_or_create(&InState { state })
+                .get_or_create(&StateLabel { state })
                 .set(count as i64);
         }
     }
@@ -327,7 +327,7 @@ impl Metrics {
             ("reports", depth.reports),
         ] {
             self.queue
-                .get_or_create(&InState { state })
+                .get_or_create(&StateLabel { state })
                 .set(count as i64);
         }
     }
@@ -335,7 +335,7 @@ impl Metrics {
     pub(super) fn nodes(&self, alive: usize, silent: usize) {
         for (state, count) in [("alive", alive), ("silent", silent)] {
             self.nodes
-                .get_or_create(&InState { state })
+                .get_or_create(&StateLabel { state })
                 .set(count as i64);
         }
     }

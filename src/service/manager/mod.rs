@@ -4,20 +4,20 @@
 //! A manager keeps no state that another manager or its successor would need: an accepted request is in the record
 //! before it is answered, and everything else follows from the record.
 
+pub mod api;
 pub mod auth;
-mod door;
+mod connections;
 mod events;
-mod front;
-mod input;
+mod extract;
+mod images;
 mod inventory;
 mod metrics;
 mod options;
-mod page;
 mod refusal;
+mod routes;
 mod saves;
-pub mod shape;
 mod signin;
-mod store;
+mod status;
 pub mod target;
 mod time;
 mod work;
@@ -31,15 +31,15 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::service::log_limit::Hush;
+use crate::service::log_limit::LogLimit;
 use crate::service::queue::{self, Queue};
 use crate::service::record::{self, Policy, Record};
 
-use self::door::Bound;
+use self::connections::Bound;
 
-pub use self::door::{Doors, raise_open_files};
-pub use self::front::description;
+pub use self::connections::{ConnectionLimits, raise_open_files};
 pub use self::options::{Listen, Options, Rate};
+pub use self::routes::description;
 
 /// Why a manager cannot start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -79,21 +79,21 @@ struct Inner {
     policy: Policy,
     queue: Queue,
     record: Record,
-    gate: auth::Gate,
-    table: door::Table,
+    authenticator: auth::Authenticator,
+    connections: connections::ConnectionTable,
     /// Counts of requests and event streams in progress.
-    asking: Arc<door::Tally>,
-    watching: Arc<door::Tally>,
+    requests: Arc<connections::UserCounter>,
+    streams: Arc<connections::UserCounter>,
     /// Rate limit of log lines about unauthenticated requests.
-    hush: Hush,
-    ready: page::Ready,
-    rates: input::Rates,
+    log_limit: LogLimit,
+    ready: status::Readiness,
+    rates: extract::RateLimiter,
     inventory: inventory::Inventory,
-    store: store::Store,
+    store: images::ImageStore,
     hub: events::Hub,
     metrics: metrics::Metrics,
     /// Notified when the outbox contains a request.
-    errands: Notify,
+    outbox_wake: Notify,
     cancel: CancellationToken,
 }
 
@@ -127,7 +127,7 @@ impl Server {
                 (Bound::Unix(listener, path.clone()), None)
             }
         };
-        let gate = auth::Gate::new(
+        let authenticator = auth::Authenticator::new(
             options.tokens.clone(),
             options.jwt.clone(),
             options.proxies.clone(),
@@ -135,7 +135,7 @@ impl Server {
             address.map(|address| address.port()),
             record.clone(),
         );
-        gate.check().await?;
+        authenticator.check().await?;
         let name = options.name.clone().unwrap_or_else(own_name);
         let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let app = App(Arc::new(Inner {
@@ -144,18 +144,21 @@ impl Server {
                 backoff_ms: ms(options.backoff),
                 backoff_most_ms: ms(options.backoff_most),
             },
-            gate,
-            table: door::Table::new(options.doors.clone(), door::open_files()),
-            asking: Arc::default(),
-            watching: Arc::default(),
-            hush: Hush::default(),
-            ready: page::Ready::default(),
-            rates: input::Rates::new(options.rate),
+            authenticator,
+            connections: connections::ConnectionTable::new(
+                options.connections.clone(),
+                connections::open_files(),
+            ),
+            requests: Arc::default(),
+            streams: Arc::default(),
+            log_limit: LogLimit::default(),
+            ready: status::Readiness::default(),
+            rates: extract::RateLimiter::new(options.rate),
             inventory: inventory::Inventory::default(),
-            store: store::Store::new(options.target.clone(), options.access.clone()),
+            store: images::ImageStore::new(options.target.clone(), options.access.clone()),
             hub: events::Hub::default(),
             metrics: metrics::Metrics::new(&name),
-            errands: Notify::new(),
+            outbox_wake: Notify::new(),
             cancel: CancellationToken::new(),
             name,
             queue,
@@ -185,7 +188,7 @@ impl Server {
             Bound::Unix(_, path) => path.display().to_string(),
         };
         tracing::info!(manager = app.name, listen = at, target = %app.options.target, "the manager serves");
-        let router = front::router(app.clone());
+        let router = routes::router(app.clone());
         let mut work = tokio::spawn(work::run(app.clone()));
         let ending = async {
             cancel.cancelled().await;
@@ -194,7 +197,7 @@ impl Server {
             app.cancel.cancel();
             tokio::time::sleep(app.options.grace).await;
         };
-        let serving = door::serve(self.bound, router, app.clone());
+        let serving = connections::serve(self.bound, router, app.clone());
         tokio::select! {
             () = serving => {}
             () = ending => {}

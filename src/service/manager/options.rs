@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::auth::{Jwt, Proxies, Tokens};
-use super::door::Doors;
+use super::connections::ConnectionLimits;
 use super::target::Template;
 use crate::store::registry::Access;
 
@@ -90,7 +90,7 @@ pub struct Options {
     /// Rate limit per caller; `None` means no limit.
     pub rate: Option<Rate>,
     /// Limits on connections and requests in progress.
-    pub doors: Doors,
+    pub connections: ConnectionLimits,
     /// Maximum number of saves that one user can request in 24 hours; 0 means no limit.
     pub saves_per_day: u32,
     /// Interval at which the record is compared with the queue.
@@ -129,7 +129,7 @@ impl Options {
                 per_second: 50.0,
                 burst: 500.0,
             }),
-            doors: Doors::default(),
+            connections: ConnectionLimits::default(),
             saves_per_day: 1000,
             reconcile_every: Duration::from_secs(3),
             watch_every: Duration::from_secs(1),

@@ -8,8 +8,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use utoipa::openapi::{ContentBuilder, Ref, RefOr, ResponseBuilder};
 
+use super::api::{ErrorBody, ErrorDetail};
 use super::auth::Rejected;
-use super::shape::{ErrorBody, ErrorDetail};
 use super::target::Refused;
 use crate::service::job::JobId;
 use crate::{service::queue, service::record, store::images};
@@ -151,7 +151,7 @@ impl utoipa::IntoResponses for Refusal {
 impl From<record::Error> for Refusal {
     fn from(error: record::Error) -> Self {
         match error {
-            record::Error::InTheWay(save) => Self::conflict(
+            record::Error::Conflict(save) => Self::conflict(
                 format!("save {save} of the same session or to the same tag is open"),
                 Some(save),
             ),
@@ -181,7 +181,7 @@ impl From<images::Error> for Refusal {
         let message = error.to_string();
         let immutable = |error: &registry::Error| matches!(error, registry::Error::Reply(reply) if reply.status == 412);
         match &error {
-            images::Error::NotThere(_) => Self::not_found(message),
+            images::Error::NotFound(_) => Self::not_found(message),
             images::Error::SharedTag { .. }
             | images::Error::Needed { .. }
             | images::Error::Tagged { .. } => Self::conflict(message, None),

@@ -10,18 +10,18 @@ use sha2::{Digest as _, Sha256};
 use utoipa::IntoParams;
 
 use super::App;
-use super::auth::Caller;
-use super::input::{Asked, Body, Path, job};
-use super::inventory::{find, session_name, suggested_name, suggested_tag};
-use super::refusal::Refusal;
-use super::shape::{
+use super::api::{
     Audit, AuditLine, Progress, Save as Shown, SaveError, SaveRequest, Saves, Warning,
 };
+use super::auth::Caller;
+use super::extract::{Body, Path, QueryParams, parse_job_id};
+use super::inventory::{find, session_name, suggested_name, suggested_tag};
+use super::refusal::Refusal;
 use super::target::is_reserved;
 use super::time::rfc3339;
 use crate::service::job::{JobId, SaveOptions, State, now_ms};
 use crate::service::queue::{Place, Withdrawn};
-use crate::service::record::{Draft, Filter, Most, Request, Save, Submitted};
+use crate::service::record::{Draft, Filter, Request, Save, Submitted, UserLimits};
 
 const MAX_MESSAGE: usize = 1000;
 const MAX_PATTERNS: usize = 100;
@@ -121,11 +121,11 @@ pub(super) async fn show(app: &App, save: &Save) -> Shown {
 /// Returns a save that this caller may see. A save of another user is reported as not found.
 pub(super) async fn get(app: &App, caller: &Caller, id: &str) -> Result<Save, Refusal> {
     if !caller.administrator {
-        caller.somebody()?;
+        caller.require_user()?;
     }
-    let found = app.record.save(job(id)?).await?;
+    let found = app.record.save(parse_job_id(id)?).await?;
     found
-        .filter(|save| caller.may(&save.user))
+        .filter(|save| caller.may_access(&save.user))
         .ok_or_else(|| Refusal::not_found("there is no such save"))
 }
 
@@ -235,7 +235,7 @@ pub(super) async fn submit(
     Body(body): Body<SaveRequest>,
 ) -> Result<(StatusCode, Json<Shown>), Refusal> {
     if !caller.administrator {
-        caller.somebody()?;
+        caller.require_user()?;
     }
     let request = idempotency(&headers, &caller, &body)?;
     let message = body.message.filter(|message| !message.is_empty());
@@ -282,7 +282,7 @@ pub(super) async fn submit(
             "this tag is reserved; take another one",
         ));
     }
-    app.store.check_room(&user).await?;
+    app.store.check_quota(&user).await?;
     let save = Save {
         id: JobId::new(),
         session: session.id.clone(),
@@ -319,9 +319,9 @@ pub(super) async fn submit(
         finished_ms: None,
     };
     let most = if caller.administrator {
-        Most::default()
+        UserLimits::default()
     } else {
-        Most {
+        UserLimits {
             open: app.options.open_per_user,
             day: app.options.saves_per_day,
         }
@@ -332,7 +332,7 @@ pub(super) async fn submit(
                 job = %save.id, user = save.user, node = save.node, target = save.destination, "a save is accepted"
             );
             app.metrics.accepted();
-            app.errands.notify_one();
+            app.outbox_wake.notify_one();
             Ok((StatusCode::ACCEPTED, Json(show(&app, &save).await)))
         }
         Submitted::Repeated(save) => repeated(&app, &caller, *save).await,
@@ -370,7 +370,7 @@ async fn repeated(
     caller: &Caller,
     save: Save,
 ) -> Result<(StatusCode, Json<Shown>), Refusal> {
-    if !caller.may(&save.user) {
+    if !caller.may_access(&save.user) {
         return Err(Refusal::invalid(
             "Idempotency-Key",
             "this key was used for another request",
@@ -467,7 +467,7 @@ async fn page(app: &App, filter: Filter, limit: Option<u32>) -> Result<Json<Save
 fn after(text: Option<&str>) -> Result<Option<JobId>, Refusal> {
     match text.filter(|text| !text.is_empty()) {
         None => Ok(None),
-        Some(text) => job(text)
+        Some(text) => parse_job_id(text)
             .map(Some)
             .map_err(|_| Refusal::invalid("after", "it is no `next` of an earlier page")),
     }
@@ -481,10 +481,10 @@ fn after(text: Option<&str>) -> Result<Option<JobId>, Refusal> {
 pub(super) async fn history(
     Extracted(app): Extracted<App>,
     caller: Caller,
-    Asked(asked): Asked<History>,
+    QueryParams(asked): QueryParams<History>,
 ) -> Result<Json<Saves>, Refusal> {
     let filter = Filter {
-        user: caller.sees(asked.user.as_deref())?,
+        user: caller.listed_user(asked.user.as_deref())?,
         state: asked.state.and_then(StateOrAny::state),
         session: asked.session.filter(|session| !session.is_empty()),
         after: after(asked.after.as_deref())?,
@@ -518,7 +518,9 @@ pub(super) async fn cancel(
     let gone = || Refusal::not_found("there is no such save");
     let wanted = app
         .record
-        .change(save.id, &caller.name, |draft| draft.want_end(&caller.name))
+        .change(save.id, &caller.name, |draft| {
+            draft.request_cancel(&caller.name)
+        })
         .await?
         .ok_or_else(gone)?;
     let (mut save, wanted) = wanted;
@@ -533,18 +535,18 @@ pub(super) async fn cancel(
     match app.queue.withdraw(save.id).await {
         Ok(Withdrawn::TooLate) => {
             app.record
-                .change(save.id, &caller.name, Draft::too_late_to_end)
+                .change(save.id, &caller.name, Draft::cancel_too_late)
                 .await?;
             app.hub.touch(&[save.id]);
             return Err(too_late("its tag is being put on at this moment"));
         }
-        Ok(Withdrawn::Taken) => {
+        Ok(Withdrawn::Removed) => {
             save = end(&app, &save, &caller.name).await?.unwrap_or(save);
         }
         Ok(Withdrawn::Unknown) if save.state == State::Queued => {
             save = end(&app, &save, &caller.name).await?.unwrap_or(save);
         }
-        Ok(Withdrawn::Told | Withdrawn::Unknown) => {}
+        Ok(Withdrawn::CancelRequested | Withdrawn::Unknown) => {}
         Err(error) => {
             tracing::warn!(job = %save.id, error = %error, "the queue hears of a cancellation later");
         }
@@ -604,9 +606,9 @@ pub(super) struct DeadLetters {
 pub(super) async fn dead(
     Extracted(app): Extracted<App>,
     caller: Caller,
-    Asked(asked): Asked<DeadLetters>,
+    QueryParams(asked): QueryParams<DeadLetters>,
 ) -> Result<Json<Saves>, Refusal> {
-    caller.administrator()?;
+    caller.require_administrator()?;
     let filter = Filter {
         state: Some(State::Failed),
         after: after(asked.after.as_deref())?,
@@ -626,10 +628,12 @@ pub(super) async fn requeue(
     caller: Caller,
     Path(id): Path<String>,
 ) -> Result<(StatusCode, Json<Shown>), Refusal> {
-    caller.administrator()?;
+    caller.require_administrator()?;
     let changed = app
         .record
-        .change(job(&id)?, &caller.name, |draft| draft.requeue(&caller.name))
+        .change(parse_job_id(&id)?, &caller.name, |draft| {
+            draft.requeue(&caller.name)
+        })
         .await?;
     let (save, begun) = changed.ok_or_else(|| Refusal::not_found("there is no such save"))?;
     if !begun {
@@ -639,7 +643,7 @@ pub(super) async fn requeue(
         ));
     }
     app.hub.touch(&[save.id]);
-    app.errands.notify_one();
+    app.outbox_wake.notify_one();
     Ok((StatusCode::ACCEPTED, Json(show(&app, &save).await)))
 }
 
@@ -654,8 +658,8 @@ pub(super) async fn audit(
     caller: Caller,
     Path(id): Path<String>,
 ) -> Result<Json<Audit>, Refusal> {
-    caller.administrator()?;
-    let lines = app.record.audit(job(&id)?).await?;
+    caller.require_administrator()?;
+    let lines = app.record.audit(parse_job_id(&id)?).await?;
     if lines.is_empty() {
         return Err(Refusal::not_found("there is no such save"));
     }

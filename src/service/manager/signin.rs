@@ -10,11 +10,11 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 
 use super::App;
+use super::api::{SignIn as Asked, SignedIn};
 use super::auth::{Role, digest, secret};
-use super::door::Peer;
-use super::input::Body;
+use super::connections::Peer;
+use super::extract::Body;
 use super::refusal::Refusal;
-use super::shape::{SignIn as Asked, SignedIn};
 use super::time::rfc3339;
 use crate::service::job::now_ms;
 use crate::service::record::SignIn;
@@ -43,8 +43,8 @@ pub(super) async fn sign_in(
     request: Request,
 ) -> Result<Response, Refusal> {
     let headers = request.headers().clone();
-    app.gate.own_request(&headers)?;
-    let bearer = app.gate.bearer(&headers).await?;
+    app.authenticator.check_same_origin(&headers)?;
+    let bearer = app.authenticator.bearer(&headers).await?;
     app.rates.take(&bearer.caller.name)?;
     // The body is read only after authentication.
     let Body(asked) = Body::<Asked>::from_request(request, &app).await?;
@@ -53,14 +53,14 @@ pub(super) async fn sign_in(
             "this token acts for users: it is for programs, not to sign in with",
         ));
     }
-    if let Ok(Some(_)) = app.gate.by_proxy(&headers, peer) {
+    if let Ok(Some(_)) = app.authenticator.by_proxy(&headers, peer) {
         return Err(Refusal::conflict(
             "the gate in front of this page says who you are; no token does",
             None,
         ));
     }
     let now = now_ms();
-    if let Some((before, _, caller)) = app.gate.signed_in(&headers).await? {
+    if let Some((before, _, caller)) = app.authenticator.signed_in(&headers).await? {
         if caller.name != bearer.caller.name && !asked.replace {
             return Err(Refusal::conflict(
                 format!(
@@ -107,8 +107,8 @@ pub(super) async fn sign_out(
     Extracted(app): Extracted<App>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    app.gate.own_request(&headers)?;
-    if let Some((found, _, caller)) = app.gate.signed_in(&headers).await? {
+    app.authenticator.check_same_origin(&headers)?;
+    if let Some((found, _, caller)) = app.authenticator.signed_in(&headers).await? {
         app.record.sign_out(&found.cookie).await?;
         tracing::info!(caller = caller.name, "signed out");
     }
@@ -118,7 +118,7 @@ pub(super) async fn sign_out(
 }
 
 fn set_cookie(app: &App, response: &mut Response, value: &str, seconds: i64) {
-    if let Ok(cookie) = HeaderValue::from_str(&app.gate.cookie.set(value, seconds)) {
+    if let Ok(cookie) = HeaderValue::from_str(&app.authenticator.cookie.set(value, seconds)) {
         response.headers_mut().insert(header::SET_COOKIE, cookie);
     }
 }

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use crate::common::reference::{check_repository, check_tag};
 use crate::store::destination::Target;
-use crate::store::images::Place;
+use crate::store::images::ImageLocation;
 
 /// Maximum length of a user's name in bytes.
 const MAX_USER: usize = 64;
@@ -274,13 +274,13 @@ impl Template {
     }
 
     /// Returns the place that contains the images of a directory (for layouts) or all images (for a registry).
-    pub(crate) fn place(&self, dir: Option<&Path>) -> Place {
+    pub(crate) fn place(&self, dir: Option<&Path>) -> ImageLocation {
         match dir {
-            Some(dir) => Place::Layout {
+            Some(dir) => ImageLocation::Layout {
                 dir: dir.to_owned(),
                 which: None,
             },
-            None => Place::Registry {
+            None => ImageLocation::Registry {
                 host: self.host.clone(),
                 path: self.prefix(None).unwrap_or_default(),
                 which: None,

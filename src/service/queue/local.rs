@@ -9,8 +9,8 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::{
-    Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
-    TAG_DOUBT, Withdrawn, fitting, registry_of,
+    Claim, ClaimState, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Limits, Offered, Place,
+    Settings, TAG_DOUBT, Withdrawn, registry_of, truncated_session,
 };
 use crate::service::job::{Answer, JobId, Node, Order, Question, Report, Session, now_ms};
 
@@ -30,9 +30,9 @@ struct Shared {
 #[derive(Default)]
 struct State {
     jobs: HashMap<JobId, Job>,
-    nodes: HashMap<String, Desk>,
-    reports: VecDeque<Post>,
-    heard: BTreeMap<String, Heard>,
+    nodes: HashMap<String, NodeQueue>,
+    reports: VecDeque<PendingReport>,
+    heard: BTreeMap<String, NodeRecord>,
     questions: VecDeque<Question>,
     /// Answers by the nonces of the pending questions.
     answers: HashMap<String, Option<Answer>>,
@@ -43,10 +43,10 @@ struct State {
 /// A job that the queue knows.
 struct Job {
     order: Order,
-    at: At,
+    at: JobState,
 }
 
-enum At {
+enum JobState {
     /// In its user's list, or not due yet.
     Waiting,
     Held {
@@ -62,7 +62,7 @@ enum At {
 
 /// Orders that wait for the agents of one node.
 #[derive(Default)]
-struct Desk {
+struct NodeQueue {
     /// Turn of the user who was served last.
     turn: u64,
     /// Users, with the turn at which each is served next.
@@ -72,7 +72,7 @@ struct Desk {
     agents: Vec<String>,
 }
 
-struct Post {
+struct PendingReport {
     entry: String,
     report: Report,
     last: bool,
@@ -80,7 +80,7 @@ struct Post {
     given: Option<Instant>,
 }
 
-struct Heard {
+struct NodeRecord {
     node: Node,
     sessions: Vec<Session>,
     at: Instant,
@@ -114,7 +114,7 @@ impl Local {
     }
 
     fn now(&self) -> Instant {
-        Instant::now() + self.0.settings.clock.ahead()
+        Instant::now() + self.0.settings.clock.offset()
     }
 
     fn instant(&self, epoch_ms: i64) -> Instant {
@@ -153,26 +153,26 @@ impl Local {
         let mut state = self.state();
         if let Some(job) = state.jobs.get_mut(&order.job) {
             match job.at {
-                At::Waiting => {
+                JobState::Waiting => {
                     if order.node == job.order.node && order.owner == job.order.owner {
                         job.order = order.clone();
                     }
                     return Ok(Offered::Known);
                 }
-                At::Ended { .. } if order.attempt > job.order.attempt => {}
+                JobState::Ended { .. } if order.attempt > job.order.attempt => {}
                 _ => return Ok(Offered::Known),
             }
         }
         let job = Job {
             order: order.clone(),
-            at: At::Waiting,
+            at: JobState::Waiting,
         };
         state.jobs.insert(order.job, job);
-        let desk = state.nodes.entry(order.node.clone()).or_default();
+        let node_queue = state.nodes.entry(order.node.clone()).or_default();
         if order.not_before_ms > self.now_ms() {
-            desk.later.push(order.job);
+            node_queue.later.push(order.job);
         } else {
-            desk.line_up(&order.owner, order.job);
+            node_queue.push(&order.owner, order.job);
         }
         drop(state);
         self.0.changed.notify_waiters();
@@ -186,8 +186,8 @@ impl Local {
             return Ok(Withdrawn::Unknown);
         };
         match &mut known.at {
-            At::Waiting => {}
-            At::Held {
+            JobState::Waiting => {}
+            JobState::Held {
                 until,
                 cancelled,
                 confirmed,
@@ -199,15 +199,15 @@ impl Local {
                 }
                 if *until > now {
                     *cancelled = true;
-                    return Ok(Withdrawn::Told);
+                    return Ok(Withdrawn::CancelRequested);
                 }
             }
-            At::Ended { .. } => return Ok(Withdrawn::TooLate),
+            JobState::Ended { .. } => return Ok(Withdrawn::TooLate),
         }
         state.forget(job);
         drop(state);
         self.0.changed.notify_waiters();
-        Ok(Withdrawn::Taken)
+        Ok(Withdrawn::Removed)
     }
 
     #[allow(clippy::unused_async)]
@@ -219,13 +219,13 @@ impl Local {
             .map(|id| {
                 let job = state.jobs.get(id)?;
                 match &job.at {
-                    At::Waiting => Some(Place::Waiting(
+                    JobState::Waiting => Some(Place::Waiting(
                         state.nodes.get(&job.order.node)?.before(&job.order),
                     )),
-                    At::Held { until, .. } => Some(Place::Held {
+                    JobState::Held { until, .. } => Some(Place::Held {
                         lease_ms: until.saturating_duration_since(now).as_millis() as u64,
                     }),
-                    At::Ended { .. } => Some(Place::Held { lease_ms: 0 }),
+                    JobState::Ended { .. } => Some(Place::Held { lease_ms: 0 }),
                 }
             })
             .collect())
@@ -237,7 +237,7 @@ impl Local {
         most: usize,
         wait: Duration,
     ) -> Result<Vec<Delivered>, Error> {
-        let patience = self.0.settings.patience;
+        let patience = self.0.settings.ack_timeout;
         let attempt = || {
             let mut state = self.state();
             let now = self.now();
@@ -265,7 +265,7 @@ impl Local {
     }
 
     #[allow(clippy::unused_async)]
-    pub(super) async fn taken(&self, entries: &[String]) -> Result<(), Error> {
+    pub(super) async fn acknowledge(&self, entries: &[String]) -> Result<(), Error> {
         let mut state = self.state();
         let state = &mut *state;
         state.reports.retain(|post| {
@@ -275,7 +275,7 @@ impl Local {
             let job = post.report.job;
             let over = post.last
                 && state.jobs.get(&job).is_some_and(
-                    |job| matches!(&job.at, At::Ended { report, .. } if *report == post.entry),
+                    |job| matches!(&job.at, JobState::Ended { report, .. } if *report == post.entry),
                 );
             if over {
                 state.jobs.remove(&job);
@@ -296,7 +296,7 @@ impl Local {
             state.answers.insert(nonce.clone(), None);
             state.questions.push_back(question.clone());
         }
-        let _waits = Waits { queue: self, nonce };
+        let _waits = PendingQuestion { queue: self, nonce };
         self.0.changed.notify_waiters();
         let attempt = || {
             let mut state = self.state();
@@ -335,9 +335,9 @@ impl Local {
     }
 
     #[allow(clippy::unused_async)]
-    pub(super) async fn silences(&self) -> Result<HashMap<String, Duration>, Error> {
+    pub(super) async fn heartbeat_ages(&self) -> Result<HashMap<String, Duration>, Error> {
         let (state, now) = (self.state(), self.now());
-        let silence = |(name, heard): (&String, &Heard)| {
+        let silence = |(name, heard): (&String, &NodeRecord)| {
             (name.clone(), now.saturating_duration_since(heard.at))
         };
         Ok(state.heard.iter().map(silence).collect())
@@ -364,9 +364,9 @@ impl Local {
         };
         for job in state.jobs.values() {
             match job.at {
-                At::Waiting => depth.waiting += 1,
-                At::Held { .. } => depth.held += 1,
-                At::Ended { .. } => {}
+                JobState::Waiting => depth.waiting += 1,
+                JobState::Held { .. } => depth.held += 1,
+                JobState::Ended { .. } => {}
             }
         }
         Ok(depth)
@@ -385,7 +385,7 @@ impl Local {
             .nodes
             .entry(node.to_owned())
             .or_default()
-            .show_up(agent);
+            .register(agent);
         let take = |holder: &str, until: Instant| until <= now || (youngest && holder != agent);
         Ok(self.take_over(&mut state, node, agent, usize::MAX, take))
     }
@@ -400,11 +400,11 @@ impl Local {
         let attempt = || {
             let now = self.now();
             let mut state = self.state();
-            let desk = state.nodes.entry(node.to_owned()).or_default();
-            desk.show_up(agent);
+            let node_queue = state.nodes.entry(node.to_owned()).or_default();
+            node_queue.register(agent);
             let ended = |_: &str, until: Instant| until <= now;
             let mut got = self.take_over(&mut state, node, agent, most, ended);
-            let due = self.let_in(&mut state, node);
+            let due = self.enqueue_due(&mut state, node);
             while got.len() < most
                 && let Some(claim) = self.admit(&mut state, node, agent)
             {
@@ -429,7 +429,9 @@ impl Local {
             .jobs
             .iter()
             .filter_map(|(id, job)| match &job.at {
-                At::Held { agent, until, .. } if job.order.node == node && take(agent, *until) => {
+                JobState::Held { agent, until, .. }
+                    if job.order.node == node && take(agent, *until) =>
+                {
                     Some((*until, *id))
                 }
                 _ => None,
@@ -446,26 +448,26 @@ impl Local {
             };
             if order.expires_ms <= self.now_ms() {
                 self.drop_expired(state, &order);
-            } else if state.room(self.now(), self.0.limits, &order) {
-                got.push(self.give(state, order, agent));
+            } else if state.within_limits(self.now(), self.0.limits, &order) {
+                got.push(self.grant(state, order, agent));
             }
         }
         got
     }
 
     /// Moves jobs that are due into the lists. Returns the instant at which the next one is due.
-    fn let_in(&self, state: &mut State, node: &str) -> Option<Instant> {
+    fn enqueue_due(&self, state: &mut State, node: &str) -> Option<Instant> {
         let now_ms = self.now_ms();
         let State { jobs, nodes, .. } = state;
-        let desk = nodes.get_mut(node)?;
+        let node_queue = nodes.get_mut(node)?;
         let mut next = None;
-        for id in std::mem::take(&mut desk.later) {
+        for id in std::mem::take(&mut node_queue.later) {
             let Some(job) = jobs.get(&id) else { continue };
             let at = job.order.not_before_ms;
             if at <= now_ms {
-                desk.line_up(&job.order.owner, id);
+                node_queue.push(&job.order.owner, id);
             } else {
-                desk.later.push(id);
+                node_queue.later.push(id);
                 next = Some(next.map_or(at, |next: i64| next.min(at)));
             }
         }
@@ -474,8 +476,8 @@ impl Local {
 
     /// Admits the next job of the user whose turn it is, considering only jobs within the limits.
     fn admit(&self, state: &mut State, node: &str, agent: &str) -> Option<Claim> {
-        let desk = state.nodes.get(node)?;
-        let mut users: Vec<(u64, String)> = desk
+        let node_queue = state.nodes.get(node)?;
+        let mut users: Vec<(u64, String)> = node_queue
             .users
             .iter()
             .filter(|(_, (_, list))| !list.is_empty())
@@ -493,10 +495,10 @@ impl Local {
                 };
                 if order.expires_ms <= self.now_ms() {
                     self.drop_expired(state, &order);
-                } else if state.room(self.now(), self.0.limits, &order) {
-                    let desk = state.nodes.get_mut(node)?;
-                    desk.serve(&user, turn, id);
-                    return Some(self.give(state, order, agent));
+                } else if state.within_limits(self.now(), self.0.limits, &order) {
+                    let node_queue = state.nodes.get_mut(node)?;
+                    node_queue.serve(&user, turn, id);
+                    return Some(self.grant(state, order, agent));
                 }
             }
         }
@@ -509,9 +511,9 @@ impl Local {
         state.forget(order.job);
     }
 
-    fn give(&self, state: &mut State, order: Order, agent: &str) -> Claim {
+    fn grant(&self, state: &mut State, order: Order, agent: &str) -> Claim {
         let (cancelled, confirmed, earlier) = match state.jobs.get(&order.job).map(|job| &job.at) {
-            Some(At::Held {
+            Some(JobState::Held {
                 cancelled,
                 confirmed,
                 fence,
@@ -521,7 +523,7 @@ impl Local {
         };
         let fence = state.last.max(order.fence_after).max(earlier) + 1;
         state.last = fence;
-        let at = At::Held {
+        let at = JobState::Held {
             agent: agent.to_owned(),
             fence,
             until: self.now() + self.0.settings.lease,
@@ -537,18 +539,20 @@ impl Local {
     }
 
     /// Renews `claim` if it is still held. With `confirm`, the job can no longer be cancelled.
-    fn hold(&self, state: &mut State, claim: &Claim, confirm: bool) -> Hold {
+    fn renew_claim(&self, state: &mut State, claim: &Claim, confirm: bool) -> ClaimState {
         let now = self.now();
         let lost = match state.jobs.get(&claim.order.job) {
             Some(Job {
-                at: At::Held { fence, until, .. },
+                at: JobState::Held { fence, until, .. },
                 order,
-            }) if *fence == claim.fence => *until <= now && !state.room(now, self.0.limits, order),
+            }) if *fence == claim.fence => {
+                *until <= now && !state.within_limits(now, self.0.limits, order)
+            }
             _ => true,
         };
         let Some(Job {
             at:
-                At::Held {
+                JobState::Held {
                     until,
                     cancelled,
                     confirmed,
@@ -557,34 +561,34 @@ impl Local {
             ..
         }) = state.jobs.get_mut(&claim.order.job)
         else {
-            return Hold::Lost;
+            return ClaimState::Lost;
         };
         if lost {
-            return Hold::Lost;
+            return ClaimState::Lost;
         }
         *until = now + self.0.settings.lease;
         if *cancelled {
-            return Hold::Cancelled;
+            return ClaimState::Cancelled;
         }
         *confirmed |= confirm;
-        Hold::Held
+        ClaimState::Held
     }
 
     #[allow(clippy::unused_async)]
-    pub(super) async fn renew(&self, claim: &Claim) -> Result<Hold, Error> {
-        Ok(self.hold(&mut self.state(), claim, false))
+    pub(super) async fn renew(&self, claim: &Claim) -> Result<ClaimState, Error> {
+        Ok(self.renew_claim(&mut self.state(), claim, false))
     }
 
     #[allow(clippy::unused_async)]
-    pub(super) async fn confirm(&self, claim: &Claim) -> Result<Hold, Error> {
-        Ok(self.hold(&mut self.state(), claim, true))
+    pub(super) async fn confirm(&self, claim: &Claim) -> Result<ClaimState, Error> {
+        Ok(self.renew_claim(&mut self.state(), claim, true))
     }
 
     #[allow(clippy::unused_async)]
-    pub(super) async fn report(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
+    pub(super) async fn report(&self, claim: &Claim, report: &Report) -> Result<ClaimState, Error> {
         let mut state = self.state();
-        let hold = self.hold(&mut state, claim, false);
-        if hold != Hold::Lost {
+        let hold = self.renew_claim(&mut state, claim, false);
+        if hold != ClaimState::Lost {
             state.post(report, false);
             drop(state);
             self.0.changed.notify_waiters();
@@ -593,23 +597,29 @@ impl Local {
     }
 
     #[allow(clippy::unused_async)]
-    pub(super) async fn complete(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
+    pub(super) async fn complete(
+        &self,
+        claim: &Claim,
+        report: &Report,
+    ) -> Result<ClaimState, Error> {
         let mut state = self.state();
         match state.jobs.get(&claim.order.job).map(|job| &job.at) {
-            Some(At::Ended { fence, .. }) if *fence == claim.fence => return Ok(Hold::Held),
-            Some(At::Held { fence, .. }) if *fence == claim.fence => {}
-            _ => return Ok(Hold::Lost),
+            Some(JobState::Ended { fence, .. }) if *fence == claim.fence => {
+                return Ok(ClaimState::Held);
+            }
+            Some(JobState::Held { fence, .. }) if *fence == claim.fence => {}
+            _ => return Ok(ClaimState::Lost),
         }
         let entry = state.post(report, true);
         if let Some(job) = state.jobs.get_mut(&claim.order.job) {
-            job.at = At::Ended {
+            job.at = JobState::Ended {
                 fence: claim.fence,
                 report: entry,
             };
         }
         drop(state);
         self.0.changed.notify_waiters();
-        Ok(Hold::Held)
+        Ok(ClaimState::Held)
     }
 
     #[allow(clippy::unused_async)]
@@ -623,11 +633,11 @@ impl Local {
         let sessions = match sessions {
             Some(sessions) => sessions
                 .iter()
-                .map(|one| fitting(one).into_owned())
+                .map(|one| truncated_session(one).into_owned())
                 .collect(),
             None => heard.map(|heard| heard.sessions).unwrap_or_default(),
         };
-        let heard = Heard {
+        let heard = NodeRecord {
             node: node.clone(),
             sessions,
             at: self.now(),
@@ -638,12 +648,12 @@ impl Local {
 }
 
 /// A pending question. Dropping it removes the question and its answer, however the wait ends.
-struct Waits<'a> {
+struct PendingQuestion<'a> {
     queue: &'a Local,
     nonce: String,
 }
 
-impl Drop for Waits<'_> {
+impl Drop for PendingQuestion<'_> {
     fn drop(&mut self) {
         let mut state = self.queue.state();
         state.answers.remove(&self.nonce);
@@ -656,11 +666,11 @@ impl Drop for Waits<'_> {
 impl State {
     /// Returns whether another claim of `order` is within the limits. Claims whose lease has ended do not count, nor
     /// does the job itself.
-    fn room(&self, now: Instant, limits: Limits, order: &Order) -> bool {
+    fn within_limits(&self, now: Instant, limits: Limits, order: &Order) -> bool {
         let registry = registry_of(&order.destination);
         let (mut user, mut node, mut into) = (0, 0, 0);
         for (id, job) in &self.jobs {
-            if let At::Held { until, .. } = job.at
+            if let JobState::Held { until, .. } = job.at
                 && until > now
                 && *id != order.job
             {
@@ -678,7 +688,7 @@ impl State {
         self.jobs
             .values()
             .filter_map(|job| match job.at {
-                At::Held { until, .. } if until > now => Some(until),
+                JobState::Held { until, .. } if until > now => Some(until),
                 _ => None,
             })
             .min()
@@ -688,19 +698,19 @@ impl State {
         let Some(job) = self.jobs.remove(&id) else {
             return;
         };
-        if let Some(desk) = self.nodes.get_mut(&job.order.node) {
-            desk.later.retain(|later| *later != id);
-            if let Some((_, list)) = desk.users.get_mut(&job.order.owner) {
+        if let Some(node_queue) = self.nodes.get_mut(&job.order.node) {
+            node_queue.later.retain(|later| *later != id);
+            if let Some((_, list)) = node_queue.users.get_mut(&job.order.owner) {
                 list.retain(|waiting| *waiting != id);
             }
-            desk.tidy();
+            node_queue.tidy();
         }
     }
 
     fn post(&mut self, report: &Report, last: bool) -> String {
         self.last += 1;
         let entry = self.last.to_string();
-        self.reports.push_back(Post {
+        self.reports.push_back(PendingReport {
             entry: entry.clone(),
             report: report.clone(),
             last,
@@ -710,10 +720,10 @@ impl State {
     }
 }
 
-impl Desk {
+impl NodeQueue {
     /// Appends a job to its user's list. A user without waiting jobs gets the current turn: neither behind all jobs of
     /// another user, nor always ahead of everyone.
-    fn line_up(&mut self, user: &str, id: JobId) {
+    fn push(&mut self, user: &str, id: JobId) {
         let (turn, list) = self.users.entry(user.to_owned()).or_default();
         if list.is_empty() {
             *turn = (*turn).max(self.turn);
@@ -770,7 +780,7 @@ impl Desk {
     }
 
     /// Registers `agent` and returns whether it is the newest consumer of the node.
-    fn show_up(&mut self, agent: &str) -> bool {
+    fn register(&mut self, agent: &str) -> bool {
         if !self.agents.iter().any(|name| name == agent) {
             self.agents.push(agent.to_owned());
             if self.agents.len() > 16 {

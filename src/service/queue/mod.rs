@@ -19,7 +19,7 @@ use crate::common::escape;
 use crate::service::job::{Answer, JobId, Node, Order, Question, Report, Session};
 
 pub use self::local::Local;
-pub use self::redis::{Examined, Redis, examine};
+pub use self::redis::{Redis, ServerInfo, examine};
 
 /// Duration of a lease. A claim that is not renewed within it is lost.
 pub(crate) const LEASE: Duration = Duration::from_secs(30);
@@ -44,7 +44,7 @@ pub struct Settings {
     /// Duration of a lease.
     pub lease: Duration,
     /// Time after which a report that a manager has not acknowledged is delivered to another manager.
-    pub patience: Duration,
+    pub ack_timeout: Duration,
     /// Clock of the queue.
     pub clock: Clock,
 }
@@ -54,7 +54,7 @@ impl Default for Settings {
         Self {
             prefix: "{upperdeck}:".to_owned(),
             lease: LEASE,
-            patience: LEASE,
+            ack_timeout: LEASE,
             clock: Clock::default(),
         }
     }
@@ -70,7 +70,7 @@ impl Clock {
         self.0.fetch_add(time.as_millis() as u64, Ordering::SeqCst);
     }
 
-    fn ahead(&self) -> Duration {
+    fn offset(&self) -> Duration {
         Duration::from_millis(self.0.load(Ordering::SeqCst))
     }
 }
@@ -97,7 +97,7 @@ pub struct Claim {
 
 /// State of a claim after a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hold {
+pub enum ClaimState {
     /// The claim is held for another [`LEASE`].
     Held,
     /// The claim is held, but the job was cancelled: the agent has to stop it and call [`Queue::complete`] with the
@@ -120,9 +120,9 @@ pub enum Offered {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Withdrawn {
     /// The job was removed before an agent claimed it.
-    Taken,
+    Removed,
     /// An agent holds the job and will be notified.
-    Told,
+    CancelRequested,
     /// The agent is setting the tag, or its final report is on the way: the job will succeed or fail by itself.
     TooLate,
     /// The queue does not know the job.
@@ -191,7 +191,7 @@ const MAX_RECORD: usize = 64 << 10;
 
 /// Returns the session, shortened to the maximum size of a record if necessary, so that the mounts and names of one
 /// tenant do not burden all others.
-fn fitting(session: &Session) -> Cow<'_, Session> {
+fn truncated_session(session: &Session) -> Cow<'_, Session> {
     let length =
         |session: &Session| serde_json::to_vec(session).map_or(usize::MAX, |json| json.len());
     // The difference leaves space for the signed envelope.
@@ -241,7 +241,7 @@ pub enum Queue {
 }
 
 /// Dispatches a call to the implementation.
-macro_rules! on {
+macro_rules! dispatch {
     ($queue:expr, $call:ident ( $($argument:expr),* )) => {
         match $queue {
             Queue::Local(queue) => queue.$call($($argument),*).await,
@@ -257,19 +257,19 @@ impl Queue {
     /// final report no manager has acknowledged with [`Queue::taken`] still counts as known, except for a later
     /// attempt.
     pub async fn offer(&self, order: &Order) -> Result<Offered, Error> {
-        on!(self, offer(order))
+        dispatch!(self, offer(order))
     }
 
     /// Withdraws a job, whether it waits or an agent holds it. A claim whose lease has ended counts as not held.
     pub async fn withdraw(&self, job: JobId) -> Result<Withdrawn, Error> {
-        on!(self, withdraw(job))
+        dispatch!(self, withdraw(job))
     }
 
     /// Returns the position of each of `jobs`; `None` if the queue does not know the job, in which case the manager has
     /// to offer it again. The manager must read the record in between: the outcome of a job is recorded before the
     /// queue forgets it.
     pub async fn places(&self, jobs: &[JobId]) -> Result<Vec<Option<Place>>, Error> {
-        on!(self, places(jobs))
+        dispatch!(self, places(jobs))
     }
 
     /// Returns at most `most` reports and waits up to `wait` for the first one. Each report is delivered to one
@@ -280,49 +280,49 @@ impl Queue {
         most: usize,
         wait: Duration,
     ) -> Result<Vec<Delivered>, Error> {
-        on!(self, reports(manager, most, wait))
+        dispatch!(self, reports(manager, most, wait))
     }
 
     /// Acknowledges reports, after they have been recorded.
-    pub async fn taken(&self, entries: &[String]) -> Result<(), Error> {
-        on!(self, taken(entries))
+    pub async fn acknowledge(&self, entries: &[String]) -> Result<(), Error> {
+        dispatch!(self, acknowledge(entries))
     }
 
     /// Returns questions of agents and waits up to `wait` for the first one. Each question is delivered to one manager,
     /// once; an agent that receives no answer asks again.
     pub async fn questions(&self, wait: Duration) -> Result<Vec<Question>, Error> {
-        on!(self, questions(wait))
+        dispatch!(self, questions(wait))
     }
 
     /// Sends the answer to a question. The agent may have stopped waiting for it.
     pub async fn answer(&self, answer: &Answer) -> Result<(), Error> {
-        on!(self, answer(answer))
+        dispatch!(self, answer(answer))
     }
 
     /// Returns the latest heartbeat of each node that sent one within a day.
     pub async fn nodes(&self) -> Result<Vec<Node>, Error> {
-        on!(self, nodes())
+        dispatch!(self, nodes())
     }
 
     /// Returns the time since the last heartbeat of each node. It is measured by the queue's clock, because an agent's
     /// timestamps are not trusted.
-    pub async fn silences(&self) -> Result<HashMap<String, Duration>, Error> {
-        on!(self, silences())
+    pub async fn heartbeat_ages(&self) -> Result<HashMap<String, Duration>, Error> {
+        dispatch!(self, heartbeat_ages())
     }
 
     /// Returns the sessions of the nodes that sent a heartbeat within [`HEARTBEAT_LOST`].
     pub async fn sessions(&self) -> Result<Vec<Session>, Error> {
-        on!(self, sessions())
+        dispatch!(self, sessions())
     }
 
     /// Returns the number of items in the queue.
     pub async fn depth(&self) -> Result<Depth, Error> {
-        on!(self, depth())
+        dispatch!(self, depth())
     }
 
     /// Checks whether the queue responds.
     pub async fn ping(&self) -> Result<(), Error> {
-        on!(self, ping())
+        dispatch!(self, ping())
     }
 }
 
@@ -332,7 +332,7 @@ impl Queue {
     /// appeared last on this node, those of its predecessors at once. The caller has to make sure beforehand that the
     /// predecessors' processes have ended. Claims beyond the limits are left for a later call.
     pub async fn reclaim(&self, node: &str, agent: &str) -> Result<Vec<Claim>, Error> {
-        on!(self, reclaim(node, agent))
+        dispatch!(self, reclaim(node, agent))
     }
 
     /// Admits and claims at most `most` orders and waits up to `wait` for the first one. `agent` is the consumer name
@@ -345,42 +345,42 @@ impl Queue {
         most: usize,
         wait: Duration,
     ) -> Result<Vec<Claim>, Error> {
-        on!(self, claim(node, agent, most, wait))
+        dispatch!(self, claim(node, agent, most, wait))
     }
 
     /// Renews the claim for another [`LEASE`]. A claim whose lease has ended is revived if no other consumer has taken
     /// the job over and the limits permit it.
-    pub async fn renew(&self, claim: &Claim) -> Result<Hold, Error> {
-        on!(self, renew(claim))
+    pub async fn renew(&self, claim: &Claim) -> Result<ClaimState, Error> {
+        dispatch!(self, renew(claim))
     }
 
     /// Sends a question to the managers and waits up to `wait` for the answer to exactly this question. Returns `None`
     /// if there was none. An answer must be signed by a manager, so the queue can withhold an answer but cannot forge
     /// one.
     pub async fn ask(&self, question: &Question, wait: Duration) -> Result<Option<Answer>, Error> {
-        on!(self, ask(question, wait))
+        dispatch!(self, ask(question, wait))
     }
 
-    /// Confirms the claim once, when everything but the tag has been delivered. After [`Hold::Held`] the agent may set
+    /// Confirms the claim once, when everything but the tag has been delivered. After [`ClaimState::Held`] the agent may set
     /// the tag, and the job can no longer be cancelled.
-    pub async fn confirm(&self, claim: &Claim) -> Result<Hold, Error> {
-        on!(self, confirm(claim))
+    pub async fn confirm(&self, claim: &Claim) -> Result<ClaimState, Error> {
+        dispatch!(self, confirm(claim))
     }
 
     /// Sends a report of a running job. The final report goes to [`Queue::complete`].
-    pub async fn report(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
-        on!(self, report(claim, report))
+    pub async fn report(&self, claim: &Claim, report: &Report) -> Result<ClaimState, Error> {
+        dispatch!(self, report(claim, report))
     }
 
-    /// Sends the final report, [`Said::Ended`](crate::service::job::Said::Ended) or
-    /// [`Said::GivenBack`](crate::service::job::Said::GivenBack), and ends the claim; both happen or neither.
-    /// [`Hold::Held`] means success; a repeated call has no further effect.
-    pub async fn complete(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
-        on!(self, complete(claim, report))
+    /// Sends the final report, [`Update::Ended`](crate::service::job::Update::Ended) or
+    /// [`Update::GivenBack`](crate::service::job::Update::GivenBack), and ends the claim; both happen or neither.
+    /// [`ClaimState::Held`] means success; a repeated call has no further effect.
+    pub async fn complete(&self, claim: &Claim, report: &Report) -> Result<ClaimState, Error> {
+        dispatch!(self, complete(claim, report))
     }
 
     /// Sends a heartbeat with the node's sessions; `None` if they have not changed.
     pub async fn heartbeat(&self, node: &Node, sessions: Option<&[Session]>) -> Result<(), Error> {
-        on!(self, heartbeat(node, sessions))
+        dispatch!(self, heartbeat(node, sessions))
     }
 }

@@ -73,7 +73,7 @@ impl Record {
                 Ok(Transition {
                     version: row.try_get::<i64, _>("version")? as u64,
                     at_ms: row.try_get("at_ms")?,
-                    from: State::named(&from),
+                    from: State::from_name(&from),
                     to: state_of(&id, &row.try_get::<String, _>("to_state")?)?,
                     attempt: row.try_get::<i64, _>("attempt")? as u32,
                     fence: row.try_get::<i64, _>("fence")? as u64,

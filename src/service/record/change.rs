@@ -6,16 +6,16 @@ use std::collections::BTreeMap;
 use sqlx::{Any, Row as _, Transaction};
 
 use super::{Draft, Error, Policy, Progress, Record, Save, view, written};
-use crate::service::job::{Event, JobId, Report, Said, now_ms};
+use crate::service::job::{Event, JobId, Report, Update, now_ms};
 
 /// Maximum number of attempts at the same change.
-const TRIES: u32 = 30;
+const MAX_ATTEMPTS: u32 = 30;
 
 impl Record {
     /// Changes a save with `decide`, which may be called several times, each time with the current state of the save.
     /// Returns the save, whether or not it changed, and the last result of `decide`; `None` if there is no such save.
     ///
-    /// Fails with [`Error::Contended`] if other writers keep changing the save, and with [`Error::InTheWay`] if another
+    /// Fails with [`Error::Contended`] if other writers keep changing the save, and with [`Error::Conflict`] if another
     /// open save has the same session or destination.
     pub async fn change<T>(
         &self,
@@ -23,14 +23,14 @@ impl Record {
         actor: &str,
         mut decide: impl FnMut(&mut Draft) -> T,
     ) -> Result<Option<(Save, T)>, Error> {
-        for _ in 0..TRIES {
+        for _ in 0..MAX_ATTEMPTS {
             let mut work = self.begin().await?;
             let Some(save) = view::get(&mut work, id).await? else {
                 return Ok(None);
             };
             let mut draft = Draft::new(save, now_ms());
             let said = decide(&mut draft);
-            if !draft.is_changed() && draft.errands.is_empty() {
+            if !draft.is_changed() && draft.actions.is_empty() {
                 return Ok(Some((draft.into_save(), said)));
             }
             match write(&mut work, draft, actor).await {
@@ -41,7 +41,7 @@ impl Record {
                 Ok(None) => {}
                 Err(error) if is_unique(&error) => {
                     drop(work);
-                    return Err(self.in_the_way(id, error).await);
+                    return Err(self.conflict(id, error).await);
                 }
                 Err(error) => return Err(error),
             }
@@ -67,7 +67,11 @@ impl Record {
     }
 
     /// Applies reports of agents, each only once, all in one transaction. Returns the saves that changed.
-    pub async fn hear(&self, reports: &[Report], policy: &Policy) -> Result<Vec<Save>, Error> {
+    pub async fn apply_reports(
+        &self,
+        reports: &[Report],
+        policy: &Policy,
+    ) -> Result<Vec<Save>, Error> {
         // Grouped by save, so that two managers lock the rows in the same order; within a save ordered by fence and
         // sequence number.
         let mut by_save = BTreeMap::<JobId, Vec<&Report>>::new();
@@ -78,7 +82,7 @@ impl Record {
             reports.sort_by_key(|report| (report.fence, report.seq));
         }
         let ids: Vec<JobId> = by_save.keys().copied().collect();
-        'again: for _ in 0..TRIES {
+        'again: for _ in 0..MAX_ATTEMPTS {
             let mut changed = Vec::new();
             let mut work = self.begin().await?;
             for (id, reports) in &by_save {
@@ -96,7 +100,7 @@ impl Record {
                     if !is_new(&mut work, report).await? {
                         continue;
                     }
-                    draft.hear(report, policy, rand::random());
+                    draft.apply_report(report, policy, rand::random());
                     actor = &report.node;
                 }
                 if !draft.is_touched() {
@@ -117,7 +121,11 @@ impl Record {
 
     /// Stores the progress of a save unless newer progress is known. Returns whether it was stored. Progress does not
     /// create a new version.
-    pub async fn hear_progress(&self, report: &Report, progress: &Progress) -> Result<bool, Error> {
+    pub async fn apply_progress(
+        &self,
+        report: &Report,
+        progress: &Progress,
+    ) -> Result<bool, Error> {
         let done = sqlx::query(
             "UPDATE saves SET progress = $1, progress_fence = $2, progress_seq = $3
              WHERE id = $4 AND node = $5 AND state IN ('queued', 'assigned', 'running')
@@ -133,7 +141,7 @@ impl Record {
         Ok(done.rows_affected() > 0)
     }
 
-    async fn in_the_way(&self, id: JobId, error: Error) -> Error {
+    async fn conflict(&self, id: JobId, error: Error) -> Error {
         let found = async {
             let row = sqlx::query(
                 "SELECT other.id AS id FROM saves AS other JOIN saves AS mine
@@ -147,15 +155,15 @@ impl Record {
             .ok()??;
             row.try_get::<String, _>("id").ok()?.parse().ok()
         };
-        found.await.map_or(error, Error::InTheWay)
+        found.await.map_or(error, Error::Conflict)
     }
 }
 
 /// Returns whether a report contains only progress.
 pub(super) fn is_progress(report: &Report) -> bool {
     matches!(
-        &report.said,
-        Said::Event {
+        &report.update,
+        Update::Event {
             event: Event::Progress { .. } | Event::BaseProgress { .. }
         }
     )
@@ -185,9 +193,9 @@ async fn write(
     actor: &str,
 ) -> Result<Option<Save>, Error> {
     let (was, counts, now) = (draft.save().version, draft.is_changed(), now_ms());
-    let (steps, errands, revoked) = (
+    let (steps, actions, revoked) = (
         draft.steps.clone(),
-        draft.errands.clone(),
+        draft.actions.clone(),
         draft.revoked.clone(),
     );
     let mut save = draft.into_save();
@@ -224,11 +232,11 @@ async fn write(
             .await?;
     }
     super::audit::append(work, &save, &steps, actor, now).await?;
-    for errand in revoked {
-        super::outbox::revoke(work, save.id, errand).await?;
+    for action in revoked {
+        super::outbox::revoke(work, save.id, action).await?;
     }
-    for (errand, due_ms) in errands {
-        super::outbox::send(work, save.id, errand, due_ms).await?;
+    for (action, due_ms) in actions {
+        super::outbox::send(work, save.id, action, due_ms).await?;
     }
     Ok(Some(save))
 }

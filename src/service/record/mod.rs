@@ -21,11 +21,11 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 
 use crate::service::job::{JobId, State};
 
-pub(crate) use self::outbox::Taken;
-pub use self::save::{Draft, Errand, Failure, Policy, Progress, Remark, Save};
+pub(crate) use self::outbox::OutboxEntry;
+pub use self::save::{Draft, Failure, OutboxAction, Policy, Progress, Save, SaveWarning};
 pub use self::signin::SignIn;
-pub use self::submit::{Most, Request, Submitted};
-pub use self::view::{Filter, Head, OpenSave, Standing};
+pub use self::submit::{Request, Submitted, UserLimits};
+pub use self::view::{Filter, OpenSave, OpenSaveState, SaveVersion};
 
 /// Number of PostgreSQL connections per manager.
 const CONNECTIONS: u32 = 8;
@@ -81,7 +81,7 @@ pub enum Error {
     Contended(JobId),
     /// Another open save has the same session or destination.
     #[error("save {0} is in the way")]
-    InTheWay(JobId),
+    Conflict(JobId),
 }
 
 impl Error {
@@ -129,7 +129,7 @@ impl Record {
 
     /// Checks whether the record at `place` responds, without creating or changing anything. Returns `false` if it is a
     /// file that does not exist but can be created.
-    pub(crate) async fn look(place: &str) -> Result<bool, Error> {
+    pub(crate) async fn check(place: &str) -> Result<bool, Error> {
         sqlx::any::install_default_drivers();
         let url = if place.starts_with("postgres://") || place.starts_with("postgresql://") {
             place.to_owned()
@@ -248,7 +248,7 @@ fn id_of(text: &str) -> Result<JobId, Error> {
 }
 
 fn state_of(save: &str, text: &str) -> Result<State, Error> {
-    State::named(text).ok_or_else(|| Error::Row {
+    State::from_name(text).ok_or_else(|| Error::Row {
         save: save.to_owned(),
         reason: format!("{text:?} is no state"),
     })

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sqlx::{Any, Row as _, Transaction};
 
-use super::{Errand, Error, Record, id_of};
+use super::{Error, OutboxAction, Record, id_of};
 use crate::service::job::{JobId, now_ms};
 
 /// How long a request belongs to the manager that took it. If it is not done by then, the manager is assumed to have
@@ -14,11 +14,11 @@ const HELD_FOR: Duration = Duration::from_secs(10);
 
 /// A request that this manager has taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Taken {
+pub struct OutboxEntry {
     /// The save.
     pub save: JobId,
     /// The request.
-    pub errand: Errand,
+    pub action: OutboxAction,
     since_ms: i64,
 }
 
@@ -26,7 +26,7 @@ pub struct Taken {
 pub(super) async fn send(
     work: &mut Transaction<'static, Any>,
     save: JobId,
-    errand: Errand,
+    action: OutboxAction,
     due_ms: i64,
 ) -> Result<(), Error> {
     sqlx::query(
@@ -34,7 +34,7 @@ pub(super) async fn send(
          ON CONFLICT (save, errand) DO UPDATE SET due_ms = excluded.due_ms, taken_ms = 0, taken_by = ''",
     )
     .bind(save.to_string())
-    .bind(errand.name())
+    .bind(action.name())
     .bind(due_ms)
     .execute(&mut **work)
     .await?;
@@ -44,11 +44,11 @@ pub(super) async fn send(
 pub(super) async fn revoke(
     work: &mut Transaction<'static, Any>,
     save: JobId,
-    errand: Errand,
+    action: OutboxAction,
 ) -> Result<(), Error> {
     sqlx::query("DELETE FROM outbox WHERE save = $1 AND errand = $2")
         .bind(save.to_string())
-        .bind(errand.name())
+        .bind(action.name())
         .execute(&mut **work)
         .await?;
     Ok(())
@@ -56,7 +56,7 @@ pub(super) async fn revoke(
 
 impl Record {
     /// Takes at most `most` requests that are due. No other manager can take them for ten seconds.
-    pub async fn take_errands(&self, manager: &str, most: u32) -> Result<Vec<Taken>, Error> {
+    pub async fn take_outbox(&self, manager: &str, most: u32) -> Result<Vec<OutboxEntry>, Error> {
         let now = now_ms();
         // The condition is repeated because a transaction that waited for another one's lock evaluates it again before
         // it takes the row.
@@ -76,8 +76,8 @@ impl Record {
             .map(|row| {
                 let save: String = row.try_get("save")?;
                 let errand: String = row.try_get("errand")?;
-                Ok(Taken {
-                    errand: Errand::named(&errand).ok_or_else(|| Error::Row {
+                Ok(OutboxEntry {
+                    action: OutboxAction::from_name(&errand).ok_or_else(|| Error::Row {
                         save: save.clone(),
                         reason: format!("{errand:?} is no errand"),
                     })?,
@@ -89,12 +89,12 @@ impl Record {
     }
 
     /// Removes a request that is done, unless it was written again meanwhile.
-    pub async fn errand_done(&self, manager: &str, taken: &Taken) -> Result<(), Error> {
+    pub async fn outbox_done(&self, manager: &str, taken: &OutboxEntry) -> Result<(), Error> {
         sqlx::query(
             "DELETE FROM outbox WHERE save = $1 AND errand = $2 AND taken_by = $3 AND taken_ms = $4",
         )
         .bind(taken.save.to_string())
-        .bind(taken.errand.name())
+        .bind(taken.action.name())
         .bind(manager)
         .bind(taken.since_ms)
         .execute(&self.pool)
@@ -103,10 +103,10 @@ impl Record {
     }
 
     /// Releases a request that failed. It is due again after `pause`.
-    pub async fn errand_failed(
+    pub async fn outbox_failed(
         &self,
         manager: &str,
-        taken: &Taken,
+        taken: &OutboxEntry,
         pause: Duration,
     ) -> Result<(), Error> {
         sqlx::query(
@@ -114,7 +114,7 @@ impl Record {
              WHERE save = $1 AND errand = $2 AND taken_by = $3 AND taken_ms = $4",
         )
         .bind(taken.save.to_string())
-        .bind(taken.errand.name())
+        .bind(taken.action.name())
         .bind(manager)
         .bind(taken.since_ms)
         .bind(now_ms() + pause.as_millis() as i64)

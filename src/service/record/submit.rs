@@ -4,11 +4,11 @@
 use sqlx::{Any, Row as _, Transaction};
 
 use super::save::Step;
-use super::{Errand, Error, Record, Save, id_of, view, written};
+use super::{Error, OutboxAction, Record, Save, id_of, view, written};
 use crate::service::job::{JobId, now_ms};
 
 /// Maximum number of attempts if another request with the same key is in progress.
-const TRIES: u32 = 10;
+const MAX_ATTEMPTS: u32 = 10;
 
 /// The idempotency key of a request, which allows a caller to repeat it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub enum Submitted {
 
 /// Limits on the saves of a user; 0 means no limit.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Most {
+pub struct UserLimits {
     /// Saves that are open at the same time.
     pub open: u32,
     /// Saves in 24 hours, whatever their outcome.
@@ -59,9 +59,9 @@ impl Record {
         &self,
         save: &Save,
         request: Option<&Request>,
-        most: Most,
+        most: UserLimits,
     ) -> Result<Submitted, Error> {
-        for _ in 0..TRIES {
+        for _ in 0..MAX_ATTEMPTS {
             if let Some(submitted) = self.try_submit(save, request, most).await? {
                 return Ok(submitted);
             }
@@ -85,7 +85,7 @@ impl Record {
 
     /// Locks the count of this user's open saves until the end of the transaction. Without it, two concurrent requests
     /// could both find one free place. SQLite has only one writer at a time and needs no lock.
-    async fn one_at_a_time(
+    async fn lock_user(
         &self,
         work: &mut Transaction<'static, Any>,
         user: &str,
@@ -106,7 +106,7 @@ impl Record {
         &self,
         save: &Save,
         request: Option<&Request>,
-        most: Most,
+        most: UserLimits,
     ) -> Result<Option<Submitted>, Error> {
         let (id, now) = (save.id.to_string(), now_ms());
         let mut work = self.begin().await?;
@@ -140,7 +140,7 @@ impl Record {
             }
         }
         if most.open > 0 || most.day > 0 {
-            self.one_at_a_time(&mut work, &save.user).await?;
+            self.lock_user(&mut work, &save.user).await?;
         }
         if most.open > 0 {
             let row = sqlx::query(
@@ -226,7 +226,7 @@ impl Record {
             detail: String::new(),
         };
         super::audit::append(&mut work, save, &[asked_for], &save.caller, now).await?;
-        super::outbox::send(&mut work, save.id, Errand::Offer, now).await?;
+        super::outbox::send(&mut work, save.id, OutboxAction::Offer, now).await?;
         work.commit().await?;
         Ok(Some(Submitted::New(Box::new(save.clone()))))
     }

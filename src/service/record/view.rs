@@ -33,7 +33,7 @@ pub struct Filter {
 
 /// Version and progress of a save, for watchers of many saves.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Head {
+pub struct SaveVersion {
     /// The save.
     pub id: JobId,
     /// Version of the save.
@@ -46,7 +46,7 @@ pub struct Head {
 
 /// The part of an open save that is compared with the queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Standing {
+pub struct OpenSaveState {
     /// The save.
     pub id: JobId,
     /// Its node.
@@ -139,7 +139,7 @@ impl Record {
     }
 
     /// Returns the open save that will set the tag at `destination`.
-    pub async fn writing_to(&self, destination: &str) -> Result<Option<JobId>, Error> {
+    pub async fn open_save_to(&self, destination: &str) -> Result<Option<JobId>, Error> {
         let row = sqlx::query(
             "SELECT id FROM saves WHERE destination = $1 AND state IN ('queued', 'assigned', 'running')",
         )
@@ -151,7 +151,11 @@ impl Record {
     }
 
     /// Returns at most `most` open saves in order of their IDs, starting after `after`.
-    pub async fn standing(&self, after: Option<JobId>, most: u32) -> Result<Vec<Standing>, Error> {
+    pub async fn open_save_states(
+        &self,
+        after: Option<JobId>,
+        most: u32,
+    ) -> Result<Vec<OpenSaveState>, Error> {
         let rows = sqlx::query(
             "SELECT id, node, state, version, cancelling, queued_ms FROM saves
              WHERE state IN ('queued', 'assigned', 'running') AND id > $1 ORDER BY id LIMIT $2",
@@ -163,7 +167,7 @@ impl Record {
         rows.iter()
             .map(|row| {
                 let id: String = row.try_get("id")?;
-                Ok(Standing {
+                Ok(OpenSaveState {
                     state: state_of(&id, &row.try_get::<String, _>("state")?)?,
                     id: id_of(&id)?,
                     node: row.try_get("node")?,
@@ -176,7 +180,7 @@ impl Record {
     }
 
     /// Returns the version and progress of each of `ids`. Saves that no longer exist are left out.
-    pub async fn heads(&self, ids: &[JobId]) -> Result<Vec<Head>, Error> {
+    pub async fn versions(&self, ids: &[JobId]) -> Result<Vec<SaveVersion>, Error> {
         let mut heads = Vec::with_capacity(ids.len());
         for ids in ids.chunks(BATCHES[BATCHES.len() - 1]) {
             let size = BATCHES
@@ -195,7 +199,7 @@ impl Record {
             for row in query.fetch_all(&self.pool).await? {
                 let id: String = row.try_get("id")?;
                 let progress = row.try_get::<Option<String>, _>("progress")?;
-                heads.push(Head {
+                heads.push(SaveVersion {
                     progress: progress.map(|text| read(&id, &text)).transpose()?,
                     id: id_of(&id)?,
                     version: row.try_get::<i64, _>("version")? as u64,

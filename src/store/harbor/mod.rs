@@ -11,17 +11,17 @@ use serde::{Deserialize, Deserializer};
 use serde_json::json;
 
 use crate::common::digest::Digest;
-use crate::store::registry::api::Answer;
+use crate::store::registry::api::ApiResponse;
 use crate::store::registry::{self, Api, Registries};
 
-pub use push::{Room, check_push, check_room, explain};
+pub use push::{QuotaUsage, check_push, check_quota, explain};
 
 /// Base path of the API.
 const BASE: &str = "/api/v2.0";
 /// Maximum page size; Harbor refuses larger ones.
 pub(crate) const MAX_PAGE_SIZE: u32 = 100;
 /// Characters that are escaped in a path or a query.
-const PLAIN: &AsciiSet = &NON_ALPHANUMERIC
+const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'.')
     .remove(b'_')
@@ -58,7 +58,7 @@ pub enum Error {
     #[error(
         "the quota of project {project:?} on {host} does not suffice: {} of {} are used, {} are free{}; \
          delete images there (upperdeck image rm; space comes back with Harbor's garbage collection) or ask for more",
-        size(room.used), size(room.limit), size(room.free()), needs(*needed)
+        size(usage.used), size(usage.limit), size(usage.free()), needed_text(*needed)
     )]
     Quota {
         /// `HOST[:PORT]`.
@@ -66,17 +66,17 @@ pub enum Error {
         /// Name of the project.
         project: String,
         /// Quota and usage.
-        room: Room,
+        usage: QuotaUsage,
         /// Number of bytes needed, as far as known.
         needed: u64,
     },
     /// The registry refused a push because of the quota.
-    #[error("{source}; the project has {} of {} in use, {} free", size(room.used), size(room.limit), size(room.free()))]
-    NoRoom {
+    #[error("{source}; the project has {} of {} in use, {} free", size(usage.used), size(usage.limit), size(usage.free()))]
+    PushOverQuota {
         /// The registry's answer.
         source: registry::Error,
         /// Quota and usage.
-        room: Room,
+        usage: QuotaUsage,
     },
     /// A search term with characters that are special in Harbor's query language.
     #[error("{0:?} cannot be searched for: letters, digits and . _ - / only")]
@@ -93,7 +93,7 @@ fn size(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit as usize])
 }
 
-fn needs(needed: u64) -> String {
+fn needed_text(needed: u64) -> String {
     if needed == 0 {
         String::new()
     } else {
@@ -197,12 +197,12 @@ struct Quota {
 
 impl Summary {
     /// Returns quota and usage. Returns `None` if there is no limit (-1) or it is not visible.
-    pub(crate) fn room(&self) -> Option<Room> {
+    pub(crate) fn quota_usage(&self) -> Option<QuotaUsage> {
         let quota = self.quota.as_ref()?;
         let limit = u64::try_from(*quota.hard.get("storage")?).ok()?;
         let used = quota.used.get("storage").copied().unwrap_or(0);
         let used = u64::try_from(used).unwrap_or(0);
-        Some(Room { limit, used })
+        Some(QuotaUsage { limit, used })
     }
 }
 
@@ -297,7 +297,7 @@ fn time<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> 
 }
 
 fn escaped(text: &str) -> String {
-    utf8_percent_encode(text, PLAIN).to_string()
+    utf8_percent_encode(text, ESCAPED).to_string()
 }
 
 /// Returns the API path of `PROJECT/REPOSITORY`. Slashes within the repository are escaped twice, which works with and
@@ -328,12 +328,12 @@ impl Harbor {
         host: &str,
         path: &str,
     ) -> Result<Option<Self>, Error> {
-        Self::behind(registries.api(host, path)?).await
+        Self::detect(registries.api(host, path)?).await
     }
 
     /// Returns the Harbor behind a host's API, or `None` if the host is not a Harbor.
-    pub(crate) async fn behind(api: Api) -> Result<Option<Self>, Error> {
-        if !api.asks_like_harbor().await? {
+    pub(crate) async fn detect(api: Api) -> Result<Option<Self>, Error> {
+        if !api.has_harbor_token_service().await? {
             return Ok(None);
         }
         Ok(Some(Self { api }))
@@ -354,7 +354,7 @@ impl Harbor {
     pub async fn project(&self, name: &str) -> Result<Option<Project>, Error> {
         let path = format!("{BASE}/projects/{}", escaped(name));
         let answer = self.api.get(&path, &[401, 403, 404]).await?;
-        read_if_there(&answer)
+        read_if_found(&answer)
     }
 
     /// Creates a private project. Returns false if it existed already.
@@ -372,7 +372,7 @@ impl Harbor {
     pub async fn summary(&self, name: &str) -> Result<Option<Summary>, Error> {
         let path = format!("{BASE}/projects/{}/summary", escaped(name));
         let answer = self.api.get(&path, &[401, 403, 404]).await?;
-        read_if_there(&answer)
+        read_if_found(&answer)
     }
 
     /// Lists the projects that are visible with these credentials.
@@ -433,7 +433,7 @@ impl Harbor {
             repository_path(project, repository),
             escaped(reference)
         );
-        read_if_there(&self.api.get(&path, &[404]).await?)
+        read_if_found(&self.api.get(&path, &[404]).await?)
     }
 
     /// Removes one tag from an artifact, which itself remains. Returns false if the tag did not exist.
@@ -480,7 +480,7 @@ impl Harbor {
     }
 }
 
-fn read_if_there<T: serde::de::DeserializeOwned>(answer: &Answer) -> Result<Option<T>, Error> {
+fn read_if_found<T: serde::de::DeserializeOwned>(answer: &ApiResponse) -> Result<Option<T>, Error> {
     if answer.status >= 300 {
         return Ok(None);
     }
@@ -523,7 +523,7 @@ mod tests {
 
     #[test]
     fn quotas_as_harbor_says_them() {
-        let of = |text: &str| serde_json::from_str::<Summary>(text).unwrap().room();
+        let of = |text: &str| serde_json::from_str::<Summary>(text).unwrap().quota_usage();
         let room = of(
             r#"{"quota":{"hard":{"storage":1048576},"used":{"storage":700000}},"repo_count":0}"#,
         );
@@ -538,7 +538,7 @@ mod tests {
         let text = Error::Quota {
             host: "h".into(),
             project: "tiny".into(),
-            room: room.unwrap(),
+            usage: room.unwrap(),
             needed: 3 << 20,
         }
         .to_string();

@@ -5,14 +5,14 @@ use crate::store::registry::{self, Repository};
 
 /// Storage quota and usage of a project, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Room {
+pub struct QuotaUsage {
     /// The quota.
     pub limit: u64,
     /// Bytes in use, including pushed blobs that no manifest refers to.
     pub used: u64,
 }
 
-impl Room {
+impl QuotaUsage {
     /// Returns the bytes left.
     pub fn free(&self) -> u64 {
         self.limit.saturating_sub(self.used)
@@ -23,7 +23,7 @@ impl Room {
 ///
 /// A missing project is created if `create_project` is set.
 pub async fn check_push(repository: &Repository, create_project: bool) -> Result<(), Error> {
-    let Some((harbor, project)) = of(repository).await? else {
+    let Some((harbor, project)) = harbor_of(repository).await? else {
         return Ok(repository.check_push().await?);
     };
     if create_project && !harbor.project_exists(project).await? {
@@ -34,19 +34,19 @@ pub async fn check_push(repository: &Repository, create_project: bool) -> Result
         return Err(explain(repository, error).await);
     }
     // The size of the image is not known yet, so only a full project is detected here.
-    check_room(repository, 0).await
+    check_quota(repository, 0).await
 }
 
 /// Checks whether `needed` more bytes fit into the project, if it is Harbor's and its quota is visible.
-pub async fn check_room(repository: &Repository, needed: u64) -> Result<(), Error> {
-    let Some((harbor, project)) = of(repository).await? else {
+pub async fn check_quota(repository: &Repository, needed: u64) -> Result<(), Error> {
+    let Some((harbor, project)) = harbor_of(repository).await? else {
         return Ok(());
     };
-    match room(&harbor, project).await {
+    match quota_usage(&harbor, project).await {
         Some(room) if room.free() == 0 || room.free() < needed => Err(Error::Quota {
             host: harbor.host().to_owned(),
             project: project.to_owned(),
-            room,
+            usage: room,
             needed,
         }),
         _ => Ok(()),
@@ -62,7 +62,7 @@ pub async fn explain(repository: &Repository, error: registry::Error) -> Error {
     if !matches!(status, 401 | 403 | 404 | 405) {
         return error.into();
     }
-    let Ok(Some((harbor, project))) = of(repository).await else {
+    let Ok(Some((harbor, project))) = harbor_of(repository).await else {
         return error.into();
     };
     let named = (harbor.host().to_owned(), project.to_owned());
@@ -79,29 +79,29 @@ pub async fn explain(repository: &Repository, error: registry::Error) -> Error {
         let (host, project) = named;
         return Error::ProxyCache { host, project };
     }
-    match room(&harbor, project).await {
-        Some(room) => Error::NoRoom {
+    match quota_usage(&harbor, project).await {
+        Some(room) => Error::PushOverQuota {
             source: error,
-            room,
+            usage: room,
         },
         None => error.into(),
     }
 }
 
 /// Returns the Harbor that a repository is on, with its project, or `None` if it is not on a Harbor.
-async fn of(repository: &Repository) -> Result<Option<(Harbor, &str)>, Error> {
+async fn harbor_of(repository: &Repository) -> Result<Option<(Harbor, &str)>, Error> {
     let Some((project, _)) = split(repository.path()) else {
         return Ok(None);
     };
-    let harbor = Harbor::behind(repository.api()).await?;
+    let harbor = Harbor::detect(repository.api()).await?;
     Ok(harbor.map(|harbor| (harbor, project)))
 }
 
 /// Returns quota and usage, or `None` if there is no limit or it cannot be read, which is not a reason to refuse a
 /// save.
-async fn room(harbor: &Harbor, project: &str) -> Option<Room> {
+async fn quota_usage(harbor: &Harbor, project: &str) -> Option<QuotaUsage> {
     match harbor.summary(project).await {
-        Ok(summary) => summary?.room(),
+        Ok(summary) => summary?.quota_usage(),
         Err(error) => {
             tracing::debug!(registry.error = %error, "{BASE}: the project's quota is not told");
             None

@@ -1,10 +1,12 @@
 //! Implements [`Store`] for Harbor.
 
-use super::{Error, ImageEntry, Listed, Query, Removed, RepositoryEntry, Sort, Store, Which, sort};
-use crate::store::harbor::{self, Artifact, Harbor, MAX_PAGE_SIZE, Room, split};
+use super::{
+    Error, ImageEntry, ImageSelector, Listed, Query, Removed, RepositoryEntry, Sort, Store, sort,
+};
+use crate::store::harbor::{self, Artifact, Harbor, MAX_PAGE_SIZE, QuotaUsage, split};
 
 /// What happens to the space of deleted images; shown to users.
-const SPACE: &str = "the quota is relieved at once of what no other image of the project shares; the space on disk \
+const SPACE_NOTE: &str = "the quota is relieved at once of what no other image of the project shares; the space on disk \
                      comes back with Harbor's next garbage collection, until when blobs pushed and in no image count too";
 
 /// The images of a Harbor.
@@ -39,11 +41,11 @@ impl HarborImages {
         })
     }
 
-    fn shown(&self, repository: &str, which: &Which) -> String {
+    fn display_name(&self, repository: &str, which: &ImageSelector) -> String {
         let host = self.harbor.host();
         match which {
-            Which::Tag(tag) => format!("{host}/{repository}:{tag}"),
-            Which::Digest(digest) => format!("{host}/{repository}@{digest}"),
+            ImageSelector::Tag(tag) => format!("{host}/{repository}:{tag}"),
+            ImageSelector::Digest(digest) => format!("{host}/{repository}@{digest}"),
         }
     }
 
@@ -55,7 +57,7 @@ impl HarborImages {
         if there {
             return Ok(());
         }
-        Err(Error::NotThere(format!(
+        Err(Error::NotFound(format!(
             "{}/{repository}",
             self.harbor.host()
         )))
@@ -105,7 +107,7 @@ impl Store for HarborImages {
         let project = Some(project).filter(|p| !p.is_empty());
         let page = match self.harbor.repositories(project, &asked).await {
             Err(harbor::Error::Registry(error)) if error.not_found() => {
-                return Err(Error::NotThere(format!("{}/{path}", self.harbor.host())));
+                return Err(Error::NotFound(format!("{}/{path}", self.harbor.host())));
             }
             page => page?,
         };
@@ -157,21 +159,21 @@ impl Store for HarborImages {
             self.must_exist(repository).await?;
         }
         sort(&mut all, Sort::Name);
-        Ok(query.cut(all))
+        Ok(query.paginate(all))
     }
 
     async fn remove(
         &self,
         repository: &str,
-        which: &Which,
+        which: &ImageSelector,
         all_tags: bool,
     ) -> Result<Removed, Error> {
         let (project, name) = self.parts(repository)?;
         let reference = match which {
-            Which::Tag(tag) => tag.clone(),
-            Which::Digest(digest) => digest.to_string(),
+            ImageSelector::Tag(tag) => tag.clone(),
+            ImageSelector::Digest(digest) => digest.to_string(),
         };
-        let not_there = || Error::NotThere(self.shown(repository, which));
+        let not_there = || Error::NotFound(self.display_name(repository, which));
         let found = self.harbor.artifact(project, name, &reference).await?;
         let found = found.ok_or_else(not_there)?;
         let mut tags = found.tag_names();
@@ -182,9 +184,9 @@ impl Store for HarborImages {
             digest,
             image_deleted,
             kept,
-            space: SPACE,
+            space: SPACE_NOTE,
         };
-        if let (Which::Tag(tag), false) = (which, all_tags) {
+        if let (ImageSelector::Tag(tag), false) = (which, all_tags) {
             if !self.harbor.delete_tag(project, name, tag).await? {
                 return Err(not_there());
             }
@@ -202,7 +204,7 @@ impl Store for HarborImages {
         }
         if !tags.is_empty() && !all_tags {
             return Err(Error::Tagged {
-                image: self.shown(repository, which),
+                image: self.display_name(repository, which),
                 tags,
             });
         }
@@ -212,7 +214,7 @@ impl Store for HarborImages {
         Ok(removed(tags, true, Vec::new()))
     }
 
-    async fn room(&self, path: &str) -> Result<Option<Room>, Error> {
+    async fn quota_usage(&self, path: &str) -> Result<Option<QuotaUsage>, Error> {
         let project = path.split('/').next().unwrap_or_default();
         if project.is_empty() {
             return Ok(None);
@@ -221,6 +223,6 @@ impl Store for HarborImages {
             .harbor
             .summary(project)
             .await?
-            .and_then(|summary| summary.room()))
+            .and_then(|summary| summary.quota_usage()))
     }
 }

@@ -1,11 +1,13 @@
 //! Implements [`Store`] for a layout directory.
 
 use super::plain::describe;
-use super::{Error, ImageEntry, Listed, Query, Removed, RepositoryEntry, Store, Which, sort};
+use super::{
+    Error, ImageEntry, ImageSelector, Listed, Query, Removed, RepositoryEntry, Store, sort,
+};
 use crate::common::digest::Digest;
 use crate::store::layout::{Directory, Listing, Reader};
 
-const SPACE: &str = "the blobs stay in the directory, as a save that is under way may count on them: \
+const SPACE_NOTE: &str = "the blobs stay in the directory, as a save that is under way may count on them: \
                      `umoci gc --layout DIRECTORY` takes out what no image needs";
 
 /// The images of a layout directory.
@@ -19,11 +21,11 @@ impl LayoutImages {
         Self { directory }
     }
 
-    fn shown(&self, which: &Which) -> String {
+    fn display_name(&self, which: &ImageSelector) -> String {
         let dir = self.directory.path().display();
         match which {
-            Which::Tag(tag) => format!("oci:{dir}:{tag}"),
-            Which::Digest(digest) => format!("oci:{dir}@{digest}"),
+            ImageSelector::Tag(tag) => format!("oci:{dir}:{tag}"),
+            ImageSelector::Digest(digest) => format!("oci:{dir}@{digest}"),
         }
     }
 }
@@ -36,7 +38,7 @@ async fn blocking<T: Send + 'static>(
     let directory = directory.clone();
     tokio::task::spawn_blocking(move || work(&directory))
         .await
-        .map_err(|_| Error::Ended)?
+        .map_err(|_| Error::RuntimeStopped)?
 }
 
 fn read(reader: &Reader, listing: Listing) -> Result<ImageEntry, Error> {
@@ -79,7 +81,7 @@ impl Store for LayoutImages {
             })
         })
         .await?;
-        Ok(query.cut(vec![entry]))
+        Ok(query.paginate(vec![entry]))
     }
 
     async fn images(&self, _: &str, query: &Query) -> Result<Listed<ImageEntry>, Error> {
@@ -88,7 +90,7 @@ impl Store for LayoutImages {
             let reader = Reader::directory(directory.path())?;
             let mut all = reader.list()?;
             all.retain(|listing| {
-                asked.search.is_none() || listing.tags.iter().any(|tag| asked.finds(tag))
+                asked.search.is_none() || listing.tags.iter().any(|tag| asked.matches(tag))
             });
             all.into_iter()
                 .map(|listing| read(&reader, listing))
@@ -96,30 +98,35 @@ impl Store for LayoutImages {
         })
         .await?;
         sort(&mut entries, query.sort);
-        Ok(query.cut(entries))
+        Ok(query.paginate(entries))
     }
 
-    async fn remove(&self, _: &str, which: &Which, all_tags: bool) -> Result<Removed, Error> {
-        let (asked, shown) = (which.clone(), self.shown(which));
+    async fn remove(
+        &self,
+        _: &str,
+        which: &ImageSelector,
+        all_tags: bool,
+    ) -> Result<Removed, Error> {
+        let (asked, shown) = (which.clone(), self.display_name(which));
         blocking(&self.directory, move |directory| {
             let reader = Reader::directory(directory.path())?;
             let all = reader.list()?;
             let is_it = |listing: &&Listing| match &asked {
-                Which::Tag(tag) => listing.tags.contains(tag),
-                Which::Digest(digest) => listing.digest == *digest,
+                ImageSelector::Tag(tag) => listing.tags.contains(tag),
+                ImageSelector::Digest(digest) => listing.digest == *digest,
             };
             let found = all
                 .iter()
                 .find(is_it)
-                .ok_or_else(|| Error::NotThere(shown.clone()))?;
+                .ok_or_else(|| Error::NotFound(shown.clone()))?;
             let removed = |tags, image_deleted, kept| Removed {
                 tags,
                 digest: found.digest,
                 image_deleted,
                 kept,
-                space: SPACE,
+                space: SPACE_NOTE,
             };
-            if let (Which::Tag(tag), false) = (&asked, all_tags) {
+            if let (ImageSelector::Tag(tag), false) = (&asked, all_tags) {
                 directory.remove(&found.digest, Some(tag))?;
                 let kept: Vec<_> = found.tags.iter().filter(|t| *t != tag).cloned().collect();
                 return Ok(removed(vec![tag.clone()], kept.is_empty(), kept));

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::common::digest::Digest;
 use crate::common::reference::{ReferenceError, check_tag};
-use crate::store::harbor::{self as harbor_api, Harbor, Room};
+use crate::store::harbor::{self as harbor_api, Harbor, QuotaUsage};
 use crate::store::layout::{self as on_disk, Directory};
 use crate::store::registry::{self, Reference, Registries};
 
@@ -53,7 +53,7 @@ pub enum Error {
     },
     /// The image or repository does not exist.
     #[error("{0} is not there")]
-    NotThere(String),
+    NotFound(String),
     /// The image was named by its digest but has tags.
     #[error("{image} is not deleted: it is tagged {}; delete the tags, or say --all-tags", tags.join(", "))]
     Tagged {
@@ -84,7 +84,7 @@ pub enum Error {
     },
     /// The runtime was shut down.
     #[error("ended while a file was being read")]
-    Ended,
+    RuntimeStopped,
 }
 
 impl From<harbor_api::Error> for Error {
@@ -173,7 +173,7 @@ impl Default for Query {
 
 impl Query {
     /// Returns this page of a complete list.
-    fn cut<T>(&self, all: Vec<T>) -> Listed<T> {
+    fn paginate<T>(&self, all: Vec<T>) -> Listed<T> {
         let total = all.len() as u64;
         let size = self.page_size.max(1) as usize;
         let first = size * (self.page.max(1) as usize - 1);
@@ -183,7 +183,7 @@ impl Query {
         }
     }
 
-    fn finds(&self, name: &str) -> bool {
+    fn matches(&self, name: &str) -> bool {
         self.search
             .as_ref()
             .is_none_or(|s| name.contains(s.as_str()))
@@ -299,7 +299,7 @@ fn sort(images: &mut [ImageEntry], by: Sort) {
 
 /// What to delete.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Which {
+pub enum ImageSelector {
     /// A tag, and the image if it has no other tag.
     Tag(String),
     /// An image by the digest of its manifest.
@@ -345,12 +345,13 @@ pub trait Images: Send + Sync {
     fn remove<'a>(
         &'a self,
         repository: &'a str,
-        which: &'a Which,
+        which: &'a ImageSelector,
         all_tags: bool,
     ) -> BoxFuture<'a, Result<Removed, Error>>;
 
     /// Returns quota and usage for `path`, or `None` if there is no limit or it is not visible.
-    fn room<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<Option<Room>, Error>>;
+    fn quota_usage<'a>(&'a self, path: &'a str)
+    -> BoxFuture<'a, Result<Option<QuotaUsage>, Error>>;
 }
 
 /// The operations of each kind of place. All implementations get the object-safe trait [`Images`], because the kind is
@@ -373,12 +374,15 @@ trait Store: Send + Sync {
     fn remove(
         &self,
         repository: &str,
-        which: &Which,
+        which: &ImageSelector,
         all_tags: bool,
     ) -> impl Future<Output = Result<Removed, Error>> + Send;
 
     /// Only Harbor has quotas.
-    fn room(&self, _: &str) -> impl Future<Output = Result<Option<Room>, Error>> + Send {
+    fn quota_usage(
+        &self,
+        _: &str,
+    ) -> impl Future<Output = Result<Option<QuotaUsage>, Error>> + Send {
         async { Ok(None) }
     }
 }
@@ -407,20 +411,23 @@ impl<S: Store> Images for S {
     fn remove<'a>(
         &'a self,
         repository: &'a str,
-        which: &'a Which,
+        which: &'a ImageSelector,
         all_tags: bool,
     ) -> BoxFuture<'a, Result<Removed, Error>> {
         Box::pin(Store::remove(self, repository, which, all_tags))
     }
 
-    fn room<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<Option<Room>, Error>> {
-        Box::pin(Store::room(self, path))
+    fn quota_usage<'a>(
+        &'a self,
+        path: &'a str,
+    ) -> BoxFuture<'a, Result<Option<QuotaUsage>, Error>> {
+        Box::pin(Store::quota_usage(self, path))
     }
 }
 
 /// A place for images and the image within it, as written on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum ImageLocation {
     /// `[docker://]HOST[:PORT][/PATH][:TAG][@DIGEST]`
     Registry {
         /// `HOST[:PORT]`
@@ -428,18 +435,18 @@ pub enum Place {
         /// Project, prefix or repository. A trailing slash marks a prefix.
         path: String,
         /// Tag or digest.
-        which: Option<Which>,
+        which: Option<ImageSelector>,
     },
     /// `oci:DIRECTORY[:TAG]`
     Layout {
         /// The directory.
         dir: PathBuf,
         /// Tag or digest.
-        which: Option<Which>,
+        which: Option<ImageSelector>,
     },
 }
 
-impl FromStr for Place {
+impl FromStr for ImageLocation {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
@@ -457,19 +464,21 @@ impl FromStr for Place {
                     let digest = format!("sha256:{hex}")
                         .parse()
                         .map_err(ReferenceError::from)?;
-                    (dir, Some(Which::Digest(digest)))
+                    (dir, Some(ImageSelector::Digest(digest)))
                 }
-                (None, Some(tag)) if !tag.is_empty() => (dir, Some(Which::Tag(tag.to_owned()))),
+                (None, Some(tag)) if !tag.is_empty() => {
+                    (dir, Some(ImageSelector::Tag(tag.to_owned())))
+                }
                 (None, None) => (dir, None),
                 _ => return Err(wrong("an empty tag, or a tag and a digest")),
             };
             // In `DIRECTORY@sha256:…`, the first colon is that of the digest.
             let (dir, which) = match (dir.strip_suffix("@sha256"), which) {
-                (Some(dir), Some(Which::Tag(hex))) => {
+                (Some(dir), Some(ImageSelector::Tag(hex))) => {
                     let digest = format!("sha256:{hex}")
                         .parse()
                         .map_err(ReferenceError::from)?;
-                    (dir, Some(Which::Digest(digest)))
+                    (dir, Some(ImageSelector::Digest(digest)))
                 }
                 (_, which) => (dir, which),
             };
@@ -493,8 +502,8 @@ impl FromStr for Place {
         let reference: Reference = format!("{host}/{named}").parse()?;
         let which = match (reference.tag, reference.digest) {
             (None, None) => None,
-            (Some(tag), None) if !group => Some(Which::Tag(check_tag(&tag)?.to_owned())),
-            (None, Some(digest)) if !group => Some(Which::Digest(digest)),
+            (Some(tag), None) if !group => Some(ImageSelector::Tag(check_tag(&tag)?.to_owned())),
+            (None, Some(digest)) if !group => Some(ImageSelector::Digest(digest)),
             _ => {
                 return Err(wrong(
                     "a tag and a digest, or one of them and no repository",
@@ -517,9 +526,9 @@ impl FromStr for Place {
     }
 }
 
-impl Place {
+impl ImageLocation {
     /// Returns the path within the place, and the tag or digest.
-    pub(crate) fn inside(&self) -> (&str, Option<&Which>) {
+    pub(crate) fn path_and_image(&self) -> (&str, Option<&ImageSelector>) {
         match self {
             Self::Registry { path, which, .. } => (path, which.as_ref()),
             Self::Layout { which, .. } => ("", which.as_ref()),
@@ -548,7 +557,7 @@ mod tests {
     #[test]
     fn places() {
         let digest = Digest::of("x");
-        let registry = |host: &str, path: &str, which| Place::Registry {
+        let registry = |host: &str, path: &str, which| ImageLocation::Registry {
             host: host.into(),
             path: path.into(),
             which,
@@ -563,29 +572,32 @@ mod tests {
             ),
             (
                 "h.example/alice/x:1",
-                registry("h.example", "alice/x", Some(Which::Tag("1".into()))),
+                registry("h.example", "alice/x", Some(ImageSelector::Tag("1".into()))),
             ),
             (
                 &format!("h.example/alice/x@{digest}"),
-                registry("h.example", "alice/x", Some(Which::Digest(digest))),
+                registry("h.example", "alice/x", Some(ImageSelector::Digest(digest))),
             ),
         ] {
-            assert_eq!(text.parse::<Place>().unwrap(), place, "{text}");
+            assert_eq!(text.parse::<ImageLocation>().unwrap(), place, "{text}");
         }
-        let layout = |which| Place::Layout {
+        let layout = |which| ImageLocation::Layout {
             dir: "/srv/images".into(),
             which,
         };
-        assert_eq!("oci:/srv/images".parse::<Place>().unwrap(), layout(None));
         assert_eq!(
-            "oci:/srv/images:a".parse::<Place>().unwrap(),
-            layout(Some(Which::Tag("a".into())))
+            "oci:/srv/images".parse::<ImageLocation>().unwrap(),
+            layout(None)
+        );
+        assert_eq!(
+            "oci:/srv/images:a".parse::<ImageLocation>().unwrap(),
+            layout(Some(ImageSelector::Tag("a".into())))
         );
         assert_eq!(
             format!("oci:/srv/images@{digest}")
-                .parse::<Place>()
+                .parse::<ImageLocation>()
                 .unwrap(),
-            layout(Some(Which::Digest(digest)))
+            layout(Some(ImageSelector::Digest(digest)))
         );
         for bad in [
             "",
@@ -598,7 +610,10 @@ mod tests {
             &format!("h.example/a:1@{digest}"),
             "x",
         ] {
-            assert!(bad.parse::<Place>().is_err_and(|e| e.is_usage()), "{bad}");
+            assert!(
+                bad.parse::<ImageLocation>().is_err_and(|e| e.is_usage()),
+                "{bad}"
+            );
         }
     }
 
@@ -609,9 +624,9 @@ mod tests {
             page_size: 2,
             ..Query::default()
         };
-        let cut = query.cut(vec![1, 2, 3]);
+        let cut = query.paginate(vec![1, 2, 3]);
         assert_eq!((cut.items, cut.total), (vec![3], 3));
         let beyond = Query { page: 9, ..query };
-        assert!(beyond.cut(vec![1, 2, 3]).items.is_empty());
+        assert!(beyond.paginate(vec![1, 2, 3]).items.is_empty());
     }
 }

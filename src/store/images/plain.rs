@@ -6,15 +6,17 @@ use std::collections::BTreeMap;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde_json::Value;
 
-use super::{Error, ImageEntry, Listed, Query, Removed, RepositoryEntry, Sort, Store, Which, sort};
+use super::{
+    Error, ImageEntry, ImageSelector, Listed, Query, Removed, RepositoryEntry, Sort, Store, sort,
+};
 use crate::common::digest::Digest;
 use crate::image::manifest::raw::RawManifest;
 use crate::store::registry::error::Step;
 use crate::store::registry::{self, Reference, Registries, Repository};
 
 /// Number of concurrent requests.
-const AT_ONCE: usize = 8;
-const SPACE: &str = "the space comes back with the registry's garbage collection (registry garbage-collect), \
+const MAX_CONCURRENT_REQUESTS: usize = 8;
+const SPACE_NOTE: &str = "the space comes back with the registry's garbage collection (registry garbage-collect), \
                      which its administrator runs";
 
 /// The images of a registry with only the distribution API.
@@ -33,10 +35,10 @@ impl PlainImages {
         Ok(format!("{}/{repository}", self.host).parse()?)
     }
 
-    fn shown(&self, repository: &str, which: &Which) -> String {
+    fn display_name(&self, repository: &str, which: &ImageSelector) -> String {
         match which {
-            Which::Tag(tag) => format!("{}/{repository}:{tag}", self.host),
-            Which::Digest(digest) => format!("{}/{repository}@{digest}", self.host),
+            ImageSelector::Tag(tag) => format!("{}/{repository}:{tag}", self.host),
+            ImageSelector::Digest(digest) => format!("{}/{repository}@{digest}", self.host),
         }
     }
 
@@ -75,7 +77,7 @@ async fn digests(
         Ok::<_, Error>(found.map(|found| (tag, found.digest)))
     });
     let heads: Vec<_> = futures_util::stream::iter(heads)
-        .buffer_unordered(AT_ONCE)
+        .buffer_unordered(MAX_CONCURRENT_REQUESTS)
         .try_collect()
         .await?;
     let mut found = BTreeMap::<Digest, Vec<String>>::new();
@@ -94,7 +96,7 @@ async fn read_all(
 ) -> Result<Vec<ImageEntry>, Error> {
     let read = entries.into_iter().map(|entry| read(repository, entry));
     futures_util::stream::iter(read)
-        .buffered(AT_ONCE)
+        .buffered(MAX_CONCURRENT_REQUESTS)
         .try_collect()
         .await
 }
@@ -151,7 +153,7 @@ impl Store for PlainImages {
                 || name
                     .strip_prefix(prefix)
                     .is_some_and(|rest| rest.starts_with('/'));
-            inside && query.finds(name)
+            inside && query.matches(name)
         });
         names.sort();
         let entries = names.into_iter().map(|name| RepositoryEntry {
@@ -160,17 +162,17 @@ impl Store for PlainImages {
             pulls: None,
             updated: None,
         });
-        Ok(query.cut(entries.collect()))
+        Ok(query.paginate(entries.collect()))
     }
 
     async fn images(&self, name: &str, query: &Query) -> Result<Listed<ImageEntry>, Error> {
         let repository = self.registries.pull_from(&self.reference(name)?)?;
         let tags = repository.tags().await?;
-        let tags = tags.ok_or_else(|| Error::NotThere(format!("{}/{name}", self.host)))?;
+        let tags = tags.ok_or_else(|| Error::NotFound(format!("{}/{name}", self.host)))?;
         let by_digest = digests(&repository, tags).await?;
         let mut entries = Vec::new();
         for (digest, tags) in by_digest {
-            if tags.iter().any(|tag| query.finds(tag)) {
+            if tags.iter().any(|tag| query.matches(tag)) {
                 let mut entry = ImageEntry::new(digest);
                 entry.tags = tags;
                 entries.push(entry);
@@ -179,21 +181,26 @@ impl Store for PlainImages {
         // Sorted by name, only the entries of this page have to be read.
         if query.sort == Sort::Name {
             sort(&mut entries, Sort::Name);
-            let mut cut = query.cut(entries);
+            let mut cut = query.paginate(entries);
             cut.items = read_all(&repository, cut.items).await?;
             return Ok(cut);
         }
         let mut entries = read_all(&repository, entries).await?;
         sort(&mut entries, query.sort);
-        Ok(query.cut(entries))
+        Ok(query.paginate(entries))
     }
 
-    async fn remove(&self, name: &str, which: &Which, all_tags: bool) -> Result<Removed, Error> {
+    async fn remove(
+        &self,
+        name: &str,
+        which: &ImageSelector,
+        all_tags: bool,
+    ) -> Result<Removed, Error> {
         let repository = self.registries.delete_from(&self.reference(name)?)?;
-        let not_there = || Error::NotThere(self.shown(name, which));
+        let not_there = || Error::NotFound(self.display_name(name, which));
         let reference = match which {
-            Which::Tag(tag) => tag.clone(),
-            Which::Digest(digest) => digest.to_string(),
+            ImageSelector::Tag(tag) => tag.clone(),
+            ImageSelector::Digest(digest) => digest.to_string(),
         };
         let found = repository.head_manifest(&reference).await?;
         let digest = found.ok_or_else(not_there)?.digest;
@@ -205,25 +212,25 @@ impl Store for PlainImages {
             digest,
             image_deleted,
             kept,
-            space: SPACE,
+            space: SPACE_NOTE,
         };
         match which {
-            Which::Tag(tag) if tags.len() > 1 && !all_tags => {
+            ImageSelector::Tag(tag) if tags.len() > 1 && !all_tags => {
                 let others: Vec<_> = tags.iter().filter(|t| *t != tag).cloned().collect();
                 return match repository.delete_manifest(tag).await {
                     Ok(true) => Ok(removed(vec![tag.clone()], false, others)),
                     Ok(false) => Err(not_there()),
                     // Distribution 2.8 cannot delete one of several tags; deletion by digest would remove all of them.
                     Err(error) if is_unsupported(&error) => Err(Error::SharedTag {
-                        image: self.shown(name, which),
+                        image: self.display_name(name, which),
                         others,
                     }),
                     Err(error) => Err(error.into()),
                 };
             }
-            Which::Digest(_) if !tags.is_empty() && !all_tags => {
+            ImageSelector::Digest(_) if !tags.is_empty() && !all_tags => {
                 return Err(Error::Tagged {
-                    image: self.shown(name, which),
+                    image: self.display_name(name, which),
                     tags,
                 });
             }
@@ -232,10 +239,10 @@ impl Store for PlainImages {
         for (other, names) in by_digest.iter().filter(|(other, _)| **other != digest) {
             if self.is_in_index(&repository, other, &digest).await? {
                 return Err(Error::Needed {
-                    image: self.shown(name, which),
-                    index: self.shown(
+                    image: self.display_name(name, which),
+                    index: self.display_name(
                         name,
-                        &Which::Tag(names.first().cloned().unwrap_or_default()),
+                        &ImageSelector::Tag(names.first().cloned().unwrap_or_default()),
                     ),
                 });
             }

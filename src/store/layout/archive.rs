@@ -10,9 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use bytes::Bytes;
 
 use super::staged::{Staged, sync_directory};
-use super::{Error, LAYOUT_FILE, add_to_index, blob_path, io_error, not_lasting};
+use super::{Error, LAYOUT_FILE, add_to_index, blob_path, io_error, sync_error};
 use crate::common::digest::Digest;
-use crate::common::private::FileMode;
+use crate::common::private_files::FileMode;
 
 const BLOCK: u64 = 512;
 
@@ -159,7 +159,7 @@ impl Archive {
         };
         let result = publish()
             .map_err(io_error(path, "write"))
-            .and_then(|()| sync_directory(directory_of(path)).map_err(not_lasting(path)));
+            .and_then(|()| sync_directory(directory_of(path)).map_err(sync_error(path)));
         self.shared.give_back(Slot::Closed);
         result.map(|()| digest)
     }

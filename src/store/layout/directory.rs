@@ -9,11 +9,11 @@ use rustix::fs::FlockOperation;
 
 use super::staged::{Staged, sync_directory};
 use super::{
-    Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, not_lasting,
+    Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, sync_error,
     take_from_index,
 };
 use crate::common::digest::Digest;
-use crate::common::private::{self, FileMode};
+use crate::common::private_files::{self, FileMode};
 
 /// A layout directory as a destination. It may be missing, or hold other images.
 #[derive(Clone, Debug)]
@@ -119,9 +119,9 @@ impl Directory {
         if blobs.is_dir() && self.path.join("oci-layout").exists() {
             return Ok(blobs);
         }
-        private::make_dir(&self.path, self.mode()).map_err(io_error(&self.path, "create"))?;
+        private_files::make_dir(&self.path, self.mode()).map_err(io_error(&self.path, "create"))?;
         let is_one = self.check_version()?;
-        private::make_dir(&blobs, self.mode()).map_err(io_error(&blobs, "create"))?;
+        private_files::make_dir(&blobs, self.mode()).map_err(io_error(&blobs, "create"))?;
         if !is_one {
             self.replace("oci-layout", LAYOUT_FILE.as_bytes())?;
         }
@@ -136,7 +136,7 @@ impl Directory {
             staged.publish(&target)
         };
         write().map_err(io_error(&target, "write"))?;
-        sync_directory(&self.path).map_err(not_lasting(&target))
+        sync_directory(&self.path).map_err(sync_error(&target))
     }
 
     /// Returns the size in bytes of an existing blob. A blob whose size differs from `size` counts as missing.

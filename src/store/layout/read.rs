@@ -107,7 +107,7 @@ impl Reader {
                     io_error(&self.path.join(name), "open")(io::ErrorKind::NotFound.into())
                 })?;
                 Ok((
-                    Box::new(Section {
+                    Box::new(FileSection {
                         file: Arc::clone(file),
                         offset,
                         left: length,
@@ -288,7 +288,7 @@ impl Reader {
 
     /// Reads a small blob (a manifest or config) into memory and verifies its digest.
     pub fn blob(&self, digest: &Digest) -> Result<Bytes, Error> {
-        let (file, _) = self.open_named(digest)?;
+        let (file, _) = self.open_blob_file(digest)?;
         let bytes = self.read_whole(file, &digest.to_string())?;
         let found = Digest::of(&bytes);
         if found != *digest {
@@ -307,7 +307,7 @@ impl Reader {
         digest: &Digest,
         size: Option<u64>,
     ) -> Result<Box<dyn Read + Send>, Error> {
-        let (file, found) = self.open_named(digest)?;
+        let (file, found) = self.open_blob_file(digest)?;
         if let Some(expected) = size.filter(|&s| s != found) {
             return Err(Error::Size {
                 path: self.path.clone(),
@@ -316,7 +316,7 @@ impl Reader {
                 found,
             });
         }
-        Ok(Box::new(Checked {
+        Ok(Box::new(VerifyingReader {
             inner: file,
             hasher: Sha256::new(),
             expected: *digest,
@@ -324,7 +324,7 @@ impl Reader {
         }))
     }
 
-    fn open_named(&self, digest: &Digest) -> Result<(Box<dyn Read + Send>, u64), Error> {
+    fn open_blob_file(&self, digest: &Digest) -> Result<(Box<dyn Read + Send>, u64), Error> {
         self.open(&blob_path(digest)).map_err(|e| match e {
             Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Error::NoSuchBlob {
@@ -395,13 +395,13 @@ fn list_archive(file: &File, length: u64) -> io::Result<HashMap<Vec<u8>, (u64, u
 }
 
 /// A part of a file, read without moving the file's offset.
-struct Section {
+struct FileSection {
     file: Arc<File>,
     offset: u64,
     left: u64,
 }
 
-impl Read for Section {
+impl Read for FileSection {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = self.left.min(buffer.len() as u64) as usize;
         let n = self.file.read_at(&mut buffer[..most], self.offset)?;
@@ -415,14 +415,14 @@ impl Read for Section {
 }
 
 /// A reader that fails at its end if the digest of the data is wrong.
-struct Checked<R> {
+struct VerifyingReader<R> {
     inner: R,
     hasher: Sha256,
     expected: Digest,
     done: bool,
 }
 
-impl<R: Read> Read for Checked<R> {
+impl<R: Read> Read for VerifyingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.inner.read(buffer)?;
         self.hasher.update(&buffer[..n]);

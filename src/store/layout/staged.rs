@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 use tempfile::TempPath;
 
-use crate::common::private::FileMode;
+use crate::common::private_files::FileMode;
 
 /// An open file that does not have its final name yet.
 pub(super) struct Staged {

@@ -12,7 +12,7 @@ use super::host::{Call, Host, Scopes};
 use super::{Reference, Registries, Repository};
 
 /// Maximum size of an answer, in bytes. A page of a hundred images with all their labels is far smaller.
-const MAX_ANSWER: u64 = 32 << 20;
+const MAX_RESPONSE: u64 = 32 << 20;
 
 /// A host's own API. Requests carry the credentials for one repository and go to no other host.
 #[derive(Clone)]
@@ -23,14 +23,14 @@ pub struct Api {
 
 /// An answer of the API.
 #[derive(Debug)]
-pub struct Answer {
+pub struct ApiResponse {
     request: Request,
     /// HTTP status: 2xx, or one of those that the caller listed in `accept`.
     pub status: u16,
     /// Value of `X-Total-Count`.
     pub total: Option<u64>,
     /// Whether `Link` names a next page.
-    pub more: bool,
+    pub has_next: bool,
     /// Number of failed requests before this answer. If it is not 0, an error status may be the effect of an earlier
     /// attempt that succeeded although its answer was lost.
     pub failed: u32,
@@ -38,10 +38,10 @@ pub struct Answer {
     pub body: Bytes,
 }
 
-impl Answer {
-    /// Parses the body as JSON. Fails with [`Error::Garbled`] if it is not the expected document.
+impl ApiResponse {
+    /// Parses the body as JSON. Fails with [`Error::InvalidDocument`] if it is not the expected document.
     pub(crate) fn read<T: DeserializeOwned>(&self) -> Result<T, Error> {
-        serde_json::from_slice(&self.body).map_err(|e| Error::Garbled {
+        serde_json::from_slice(&self.body).map_err(|e| Error::InvalidDocument {
             request: self.request.clone(),
             reason: format!(
                 "not the document that was expected (line {}, column {})",
@@ -81,7 +81,7 @@ impl Api {
     }
 
     /// Returns whether the registry names a token service like that of Harbor. Harbor's API is used only if it does.
-    pub(crate) async fn asks_like_harbor(&self) -> Result<bool, Error> {
+    pub(crate) async fn has_harbor_token_service(&self) -> Result<bool, Error> {
         self.host.url("/").await?;
         Ok(self.host.token_service().is_some_and(|(realm, service)| {
             realm.ends_with("/service/token") && service.as_deref() == Some("harbor-registry")
@@ -90,18 +90,22 @@ impl Api {
 
     /// Sends a GET request. `path` includes its query, escaped. `accept` lists statuses besides 2xx that are not
     /// errors.
-    pub async fn get(&self, path: &str, accept: &'static [u16]) -> Result<Answer, Error> {
+    pub async fn get(&self, path: &str, accept: &'static [u16]) -> Result<ApiResponse, Error> {
         // A body that is valid HTTP but not valid JSON was probably truncated, so the request is repeated once.
-        let answer = self.ask(Method::GET, path, None, accept).await?;
+        let answer = self.send(Method::GET, path, None, accept).await?;
         if answer.status < 300 && answer.read::<serde::de::IgnoredAny>().is_err() {
-            return self.ask(Method::GET, path, None, accept).await;
+            return self.send(Method::GET, path, None, accept).await;
         }
         Ok(answer)
     }
 
     /// Sends a HEAD request; otherwise like [`Api::get`].
-    pub(crate) async fn head(&self, path: &str, accept: &'static [u16]) -> Result<Answer, Error> {
-        self.ask(Method::HEAD, path, None, accept).await
+    pub(crate) async fn head(
+        &self,
+        path: &str,
+        accept: &'static [u16],
+    ) -> Result<ApiResponse, Error> {
+        self.send(Method::HEAD, path, None, accept).await
     }
 
     /// Sends a JSON document by POST.
@@ -110,23 +114,23 @@ impl Api {
         path: &str,
         document: &serde_json::Value,
         accept: &'static [u16],
-    ) -> Result<Answer, Error> {
+    ) -> Result<ApiResponse, Error> {
         let body = Bytes::from(document.to_string());
-        self.ask(Method::POST, path, Some(body), accept).await
+        self.send(Method::POST, path, Some(body), accept).await
     }
 
     /// Sends a DELETE request.
-    pub async fn delete(&self, path: &str, accept: &'static [u16]) -> Result<Answer, Error> {
-        self.ask(Method::DELETE, path, None, accept).await
+    pub async fn delete(&self, path: &str, accept: &'static [u16]) -> Result<ApiResponse, Error> {
+        self.send(Method::DELETE, path, None, accept).await
     }
 
-    async fn ask(
+    async fn send(
         &self,
         method: Method,
         path: &str,
         body: Option<Bytes>,
         accept: &'static [u16],
-    ) -> Result<Answer, Error> {
+    ) -> Result<ApiResponse, Error> {
         let retry = self.host.retry();
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
@@ -144,9 +148,9 @@ impl Api {
             },
             headers,
             body: body.unwrap_or_default(),
-            wait: self.host.silence(),
-            tries: retry.tries,
-            tries_at_500: 2,
+            wait: self.host.stall_timeout(),
+            max_attempts: retry.max_attempts,
+            max_attempts_at_500: 2,
             accept,
             tag: None,
         };
@@ -157,20 +161,20 @@ impl Api {
             |name: &http::HeaderName| Some(response.headers().get(name)?.to_str().ok()?.to_owned());
         let total =
             text(&http::HeaderName::from_static("x-total-count")).and_then(|n| n.parse().ok());
-        let more = text(&LINK).is_some_and(|link| link.contains("rel=\"next\""));
+        let has_next = text(&LINK).is_some_and(|link| link.contains("rel=\"next\""));
         let status = response.status().as_u16();
         let body = if call.method == Method::HEAD {
             Bytes::new()
         } else {
             self.host
-                .read_body(&request, "the answer", response, MAX_ANSWER)
+                .read_body(&request, "the answer", response, MAX_RESPONSE)
                 .await?
         };
-        Ok(Answer {
+        Ok(ApiResponse {
             request,
             status,
             total,
-            more,
+            has_next,
             failed,
             body,
         })

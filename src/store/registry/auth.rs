@@ -12,14 +12,14 @@ use serde_json::Value;
 use super::credentials::Secret;
 
 /// A token younger than this cannot have expired, so a 401 for it means that the request is not permitted.
-const FRESH: Duration = Duration::from_secs(5);
+const FRESH_TOKEN_AGE: Duration = Duration::from_secs(5);
 /// Lifetime that the token specification gives to a token without `expires_in`.
-const DEFAULT_LIFE: Duration = Duration::from_secs(60);
+const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
 /// Upper bound on the lifetime of a token. No token service issues longer ones on purpose.
-const LONGEST_LIFE: Duration = Duration::from_secs(24 * 3600);
+const MAX_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Upper bound on the margin by which tokens are renewed before they expire, which is otherwise a quarter of their
 /// lifetime. A token has to be still valid when a request that was queued with it is processed.
-const LONGEST_MARGIN: Duration = Duration::from_secs(120);
+const MAX_RENEWAL_MARGIN: Duration = Duration::from_secs(120);
 
 /// The kind of authentication that a registry requires.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -133,8 +133,8 @@ impl Token {
             .and_then(Value::as_f64)
             .filter(|&s| s >= 1.0);
         let life = seconds
-            .map_or(DEFAULT_LIFE, |s| Duration::from_secs(s.min(1e9) as u64))
-            .min(LONGEST_LIFE);
+            .map_or(DEFAULT_LIFETIME, |s| Duration::from_secs(s.min(1e9) as u64))
+            .min(MAX_LIFETIME);
         Ok(Self {
             value: Secret::new(value.to_owned()),
             fetched,
@@ -143,14 +143,14 @@ impl Token {
     }
 
     /// Returns whether the token is due for renewal.
-    pub(super) fn stale(&self, now: Instant) -> bool {
-        let margin = (self.life / 4).min(LONGEST_MARGIN);
+    pub(super) fn needs_renewal(&self, now: Instant) -> bool {
+        let margin = (self.life / 4).min(MAX_RENEWAL_MARGIN);
         now.saturating_duration_since(self.fetched) >= self.life.saturating_sub(margin)
     }
 
     /// Returns the time of the token's request and its lifetime.
-    pub(super) fn age(&self) -> Age {
-        Age {
+    pub(super) fn age(&self) -> TokenAge {
+        TokenAge {
             fetched: self.fetched,
             life: self.life,
         }
@@ -159,19 +159,19 @@ impl Token {
 
 /// The age of a token that was sent with a request, evaluated when the answer arrives.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Age {
+pub(super) struct TokenAge {
     fetched: Instant,
     life: Duration,
 }
 
-impl Age {
+impl TokenAge {
     /// Returns whether the token is too young for a 401 to be caused by its expiry.
     pub(super) fn is_fresh(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.fetched) < FRESH.min(self.life / 4)
+        now.saturating_duration_since(self.fetched) < FRESH_TOKEN_AGE.min(self.life / 4)
     }
 
     /// Returns whether the token has expired.
-    pub(super) fn is_over(&self, now: Instant) -> bool {
+    pub(super) fn is_expired(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.fetched) >= self.life
     }
 }
@@ -202,7 +202,7 @@ impl Origin {
     /// Answers of a registry are untrusted input, and this program may reach hosts that the registry cannot. Therefore
     /// no URL may lead from a remote registry to this machine or to link-local addresses (where cloud metadata services
     /// are), and none from TLS to plain HTTP.
-    pub(super) fn may_visit(&self, url: &Url) -> Result<(), &'static str> {
+    pub(super) fn check_url(&self, url: &Url) -> Result<(), &'static str> {
         match url.scheme() {
             "https" => {}
             "http" if self.url.scheme() == "http" => {}
@@ -224,8 +224,8 @@ impl Origin {
     /// named it over TLS with a verified certificate, so that no third party can have inserted it, and it is reached by
     /// TLS as well; Docker Hub and GitLab need this. Between ports and names of the loopback host they may always be
     /// sent.
-    pub(super) fn may_confide(&self, url: &Url) -> Result<(), &'static str> {
-        self.may_visit(url)?;
+    pub(super) fn check_credentials_url(&self, url: &Url) -> Result<(), &'static str> {
+        self.check_url(url)?;
         let both_here = self.loopback && url.host_str().is_some_and(is_local_name);
         if self.same_host(url) || both_here || (self.verified && url.scheme() == "https") {
             Ok(())
@@ -327,15 +327,15 @@ mod tests {
             .unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(harbor.value.expose(), "t");
         let at = |seconds| now + Duration::from_secs(seconds);
-        assert!(!harbor.stale(at(1679)) && harbor.stale(at(1680)));
+        assert!(!harbor.needs_renewal(at(1679)) && harbor.needs_renewal(at(1680)));
         assert!(harbor.age().is_fresh(at(4)) && !harbor.age().is_fresh(at(5)));
-        assert!(!harbor.age().is_over(at(1799)) && harbor.age().is_over(at(1800)));
+        assert!(!harbor.age().is_expired(at(1799)) && harbor.age().is_expired(at(1800)));
         let short = read(r#"{"token":"t","expires_in":2}"#).unwrap_or_else(|e| panic!("{e}"));
         assert!(!short.age().is_fresh(at(1)), "it may have ended on the way");
         let oauth = read(r#"{"token":"","access_token":"a"}"#).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(oauth.value.expose(), "a");
         assert!(
-            !oauth.stale(at(44)) && oauth.stale(at(45)),
+            !oauth.needs_renewal(at(44)) && oauth.needs_renewal(at(45)),
             "60 s without expires_in"
         );
         for (odd, life) in [
@@ -547,8 +547,8 @@ mod tests {
             let (from_, to_) = (origin(from, verified), to.parse().unwrap());
             assert_eq!(
                 (
-                    from_.may_visit(&to_).is_ok(),
-                    from_.may_confide(&to_).is_ok()
+                    from_.check_url(&to_).is_ok(),
+                    from_.check_credentials_url(&to_).is_ok()
                 ),
                 (visit, confide),
                 "{from} -> {to}"

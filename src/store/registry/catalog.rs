@@ -27,7 +27,7 @@ const MAX_PAGE_BYTES: u64 = 16 << 20;
 
 /// The manifest that a tag refers to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tagged {
+pub struct ManifestHead {
     /// Digest of the manifest.
     pub digest: Digest,
     /// Media type of the manifest, as the registry returned it.
@@ -37,7 +37,7 @@ pub struct Tagged {
 }
 
 #[derive(Deserialize)]
-struct Names {
+struct NameList {
     repositories: Option<Vec<String>>,
     tags: Option<Vec<String>>,
 }
@@ -90,7 +90,7 @@ impl Repository {
         &self,
         mut url: Url,
         scopes: &Scopes,
-        pick: impl Fn(Names) -> Option<Vec<String>>,
+        pick: impl Fn(NameList) -> Option<Vec<String>>,
     ) -> Result<Option<Vec<String>>, Error> {
         let mut found = Vec::new();
         let mut pages = 0;
@@ -110,10 +110,11 @@ impl Repository {
                 .host
                 .read_body(&request, "a list", response, MAX_PAGE_BYTES)
                 .await?;
-            let page: Names = serde_json::from_slice(&body).map_err(|_| Error::Garbled {
-                request: request.clone(),
-                reason: "expected a list of names".to_owned(),
-            })?;
+            let page: NameList =
+                serde_json::from_slice(&body).map_err(|_| Error::InvalidDocument {
+                    request: request.clone(),
+                    reason: "expected a list of names".to_owned(),
+                })?;
             let names = pick(page).unwrap_or_default().into_iter();
             found.extend(names.filter(|name| name.len() <= MAX_NAME));
             let Some(next) = next.and_then(|next| call.url.join(&next).ok()) else {
@@ -125,7 +126,7 @@ impl Repository {
             here.set_query(next.query());
             pages += 1;
             if here == call.url || found.len() > MAX_NAMES || pages == MAX_PAGES {
-                return Err(Error::Nonsense {
+                return Err(Error::ProtocolViolation {
                     request,
                     reason: "a list that does not end".to_owned(),
                 });
@@ -135,7 +136,7 @@ impl Repository {
     }
 
     /// Returns the manifest that a tag or digest refers to, or `None` if there is none.
-    pub async fn head_manifest(&self, tag_or_digest: &str) -> Result<Option<Tagged>, Error> {
+    pub async fn head_manifest(&self, tag_or_digest: &str) -> Result<Option<ManifestHead>, Error> {
         let url = self.url(&format!("manifests/{tag_or_digest}")).await?;
         let mut call = self.call(Step::ReadManifest, Method::HEAD, url);
         for media_type in MANIFEST_TYPES {
@@ -156,7 +157,7 @@ impl Repository {
             // The digest header is optional; if it is missing, the manifest is read and hashed.
             None => self.manifest(tag_or_digest).await?.digest,
         };
-        Ok(Some(Tagged {
+        Ok(Some(ManifestHead {
             digest,
             media_type: header_text(headers, &CONTENT_TYPE),
             size: header_text(headers, &CONTENT_LENGTH).and_then(|n| n.parse().ok()),

@@ -85,7 +85,7 @@ impl FromStr for Credentials {
 
 /// The result of a search for credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Found {
+pub(crate) enum CredentialLookup {
     /// Credentials were found.
     Credentials {
         /// The credentials.
@@ -104,7 +104,7 @@ pub(crate) enum Found {
     Nothing,
 }
 
-impl Found {
+impl CredentialLookup {
     /// Describes, for error messages, which credentials were used or why there were none.
     pub(crate) fn describe(&self, host: &str) -> String {
         match self {
@@ -180,7 +180,7 @@ impl AuthFiles {
     }
 
     /// Searches for the credentials of `host` and `repository` (without host). The longest matching key wins.
-    pub(crate) fn search(&self, host: &str, repository: &str) -> Result<Found, Error> {
+    pub(crate) fn search(&self, host: &str, repository: &str) -> Result<CredentialLookup, Error> {
         let mut helper = None;
         for path in &self.files {
             let bytes = match read_bounded(path) {
@@ -203,13 +203,13 @@ impl AuthFiles {
             };
             match look_up(&bytes, host, repository).map_err(bad)? {
                 Entry::Credentials(credentials) => {
-                    return Ok(Found::Credentials {
+                    return Ok(CredentialLookup::Credentials {
                         credentials,
                         source: path.display().to_string(),
                     });
                 }
                 Entry::Helper(name) => {
-                    helper.get_or_insert_with(|| Found::OnlyHelper {
+                    helper.get_or_insert_with(|| CredentialLookup::OnlyHelper {
                         file: path.clone(),
                         helper: name,
                     });
@@ -217,7 +217,7 @@ impl AuthFiles {
                 Entry::None => {}
             }
         }
-        Ok(helper.unwrap_or(Found::Nothing))
+        Ok(helper.unwrap_or(CredentialLookup::Nothing))
     }
 }
 
@@ -547,14 +547,14 @@ mod tests {
         let nowhere = env(&[("XDG_RUNTIME_DIR", "/nonexistent")]);
         assert_eq!(
             AuthFiles::find(None, nowhere, 7).search("h", "x").unwrap(),
-            Found::Nothing
+            CredentialLookup::Nothing
         );
     }
 
     #[test]
     fn secrets_do_not_show() {
         let credentials: Credentials = "robot$p+n:hunter2".parse().unwrap();
-        let found = Found::Credentials {
+        let found = CredentialLookup::Credentials {
             credentials: credentials.clone(),
             source: "--creds".into(),
         };

@@ -192,7 +192,7 @@ pub enum Error {
     },
     /// No data was transferred for too long.
     #[error("{request}: nothing moved for {}: try again later", crate::common::message::count(after.as_secs(), "second", "seconds"))]
-    Silent {
+    Stalled {
         /// The request.
         request: Request,
         /// The timeout.
@@ -212,7 +212,7 @@ pub enum Error {
     #[error(
         "{request}: what has arrived of the blob is not what was sent: it has to be sent again"
     )]
-    Torn {
+    CorruptUpload {
         /// The request whose answer showed it.
         request: Request,
     },
@@ -221,7 +221,7 @@ pub enum Error {
     Reply(Box<Reply>),
     /// The answer violates the protocol.
     #[error("{request}: {reason}: this is not how a registry answers")]
-    Nonsense {
+    ProtocolViolation {
         /// The request.
         request: Request,
         /// What was expected and what was found.
@@ -229,7 +229,7 @@ pub enum Error {
     },
     /// A document was damaged in transit, or was sent by a proxy in place of the registry.
     #[error("{request}: {reason}: damaged on the way, or not from the registry; try again later")]
-    Garbled {
+    InvalidDocument {
         /// The request.
         request: Request,
         /// What was expected.
@@ -237,7 +237,7 @@ pub enum Error {
     },
     /// A realm, `Location` or redirect leads to a URL that is not permitted.
     #[error("{request}: the answer leads to {to:?}: refused, {why}")]
-    LeadsAway {
+    ForbiddenUrl {
         /// The request.
         request: Request,
         /// The URL, without query.
@@ -314,10 +314,10 @@ impl Error {
     pub fn retryable(&self) -> bool {
         match self {
             Self::Unreachable { .. }
-            | Self::Silent { .. }
+            | Self::Stalled { .. }
             | Self::Deadline { .. }
-            | Self::Torn { .. }
-            | Self::Garbled { .. } => true,
+            | Self::CorruptUpload { .. }
+            | Self::InvalidDocument { .. } => true,
             // The manifest was retried already, and a registry that cannot parse it now never will.
             Self::Reply(reply) if (reply.status, reply.step) == (500, Step::WriteManifest) => false,
             Self::Reply(reply) => {
@@ -352,9 +352,9 @@ impl Error {
     }
 
     /// Returns whether the single request is worth repeating after a pause. This is stricter than [`Error::retryable`].
-    pub(super) fn passing(&self) -> bool {
+    pub(super) fn is_transient(&self) -> bool {
         match self {
-            Self::Unreachable { .. } | Self::Silent { .. } | Self::Garbled { .. } => true,
+            Self::Unreachable { .. } | Self::Stalled { .. } | Self::InvalidDocument { .. } => true,
             Self::Reply(reply) => {
                 matches!(reply.status, 408 | 429 | 499 | 500 | 502 | 503 | 504 | 522)
             }
@@ -364,7 +364,7 @@ impl Error {
 
     /// Returns whether the blob is worth sending again now, from its start or from the offset that the registry
     /// confirmed.
-    pub(super) fn is_again(&self) -> bool {
+    pub(super) fn can_resend(&self) -> bool {
         self.retryable() && !matches!(self, Self::Deadline { .. })
     }
 

@@ -39,16 +39,16 @@ pub use error::Error;
 pub use retry::Retry;
 pub(crate) use upload::Writer;
 
-use credentials::{AuthFiles, Found};
+use credentials::{AuthFiles, CredentialLookup};
 use error::{Request, Step};
-use host::{Call, Host, SILENCE, Scopes, Settings};
-use retry::Budget;
+use host::{Call, Host, STALL_TIMEOUT, Scopes, Settings};
+use retry::RetryBudget;
 
 /// Number of concurrent uploads. Registries serialise the quota of a project, so more are slower.
-pub(crate) const UPLOADS_AT_ONCE: usize = 4;
+pub(crate) const MAX_CONCURRENT_UPLOADS: usize = 4;
 
 /// Default deadline of a save, for transfers that progress slowly: enough for a terabyte at 25 MB/s.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(12 * 3600);
+pub(crate) const DEFAULT_DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
 /// Returns a builder for an HTTP client to a host that is not a registry (a manager, a key set). It uses the machine's
 /// certificates and its proxies except for loopback addresses, and follows no redirects, because a token must go to no
@@ -61,7 +61,7 @@ pub fn http_client(host: &str) -> reqwest::ClientBuilder {
         .referer(false)
         .tls_backend_rustls()
         .tls_certs_only(
-            tls::machine_roots()
+            tls::system_roots()
                 .iter()
                 .filter_map(|der| reqwest::Certificate::from_der(der).ok()),
         );
@@ -90,7 +90,7 @@ pub struct Access {
     /// How often repeatable requests are repeated.
     pub retry: Retry,
     /// Timeout without any progress in an answer or an upload.
-    pub silence: Duration,
+    pub stall_timeout: Duration,
     /// Deadline for all registry access of a save, measured from [`Registries::new`].
     pub deadline: Duration,
     /// `--create-project`: create a missing Harbor project.
@@ -106,8 +106,8 @@ impl Default for Access {
             cert_dir: None,
             host: None,
             retry: Retry::default(),
-            silence: SILENCE,
-            deadline: DEADLINE,
+            stall_timeout: STALL_TIMEOUT,
+            deadline: DEFAULT_DEADLINE,
             create_project: false,
         }
     }
@@ -116,11 +116,11 @@ impl Default for Access {
 /// Returns what a response header and a body parse to, independent of any request: realm and service of a challenge,
 /// the text of an error. Used only by the fuzz targets.
 #[doc(hidden)]
-pub fn heard(header: &str, body: &[u8]) -> Vec<String> {
+pub fn parse_untrusted(header: &str, body: &[u8]) -> Vec<String> {
     let now = std::time::Instant::now();
     if let Ok(token) = auth::Token::read(body, now) {
-        token.stale(now);
-        token.age().is_over(now);
+        token.needs_renewal(now);
+        token.age().is_expired(now);
     }
     auth::read_challenge(header.lines());
     retry::read_retry_after(header, jiff::Timestamp::UNIX_EPOCH);
@@ -132,7 +132,7 @@ pub fn heard(header: &str, body: &[u8]) -> Vec<String> {
 #[derive(Clone)]
 pub struct Registries {
     access: Arc<Access>,
-    budget: Arc<Budget>,
+    budget: Arc<RetryBudget>,
     hosts: Arc<Mutex<HashMap<String, Arc<Host>>>>,
 }
 
@@ -140,7 +140,7 @@ impl Registries {
     /// Creates the client. No request is sent yet.
     pub fn new(access: Access) -> Self {
         Self {
-            budget: Arc::new(Budget::new(access.retry, access.deadline)),
+            budget: Arc::new(RetryBudget::new(access.retry, access.deadline)),
             access: Arc::new(access),
             hosts: Arc::default(),
         }
@@ -196,11 +196,11 @@ impl Registries {
             tls_verify: access.tls_verify || !meant,
             cert_dir: access.cert_dir.clone().filter(|_| meant),
             retry: access.retry,
-            silence: access.silence,
+            stall_timeout: access.stall_timeout,
             budget: Arc::clone(&self.budget),
             credentials: Box::new(move |repository| {
                 if let Some(credentials) = &creds {
-                    Ok(Found::Credentials {
+                    Ok(CredentialLookup::Credentials {
                         credentials: credentials.clone(),
                         source: "--creds".to_owned(),
                     })
@@ -246,9 +246,9 @@ impl Repository {
             scopes: Scopes::new(&self.name, self.actions),
             headers: HeaderMap::new(),
             body: Bytes::new(),
-            wait: self.host.silence(),
-            tries: retry.tries,
-            tries_at_500: retry.tries,
+            wait: self.host.stall_timeout(),
+            max_attempts: retry.max_attempts,
+            max_attempts_at_500: retry.max_attempts,
             accept: &[],
             tag: None,
         }
@@ -294,7 +294,7 @@ impl Repository {
             });
         }
         let media_type = manifest_type(said.as_deref(), &bytes)
-            .map_err(|reason| Error::Nonsense { request, reason })?;
+            .map_err(|reason| Error::ProtocolViolation { request, reason })?;
         Ok(RawManifest {
             bytes,
             media_type,
@@ -392,12 +392,15 @@ impl Repository {
         let mut call = self.call(Step::Mount, Method::POST, url);
         call.scopes = call.scopes.and_pull(&source.repository);
         // At most two attempts: uploading is always possible, so a mount is not worth a long wait.
-        call.tries = call.tries.min(2);
+        call.max_attempts = call.max_attempts.min(2);
         let response = match self.host.call(&call).await {
             Ok(response) => response,
             // Depending on the registry, an unknown or unreadable source is 400, 401, 403 or 404; a token service may
             // refuse it, too.
-            Err(e @ (Error::Reply(_) | Error::Nonsense { .. } | Error::LeadsAway { .. })) => {
+            Err(
+                e
+                @ (Error::Reply(_) | Error::ProtocolViolation { .. } | Error::ForbiddenUrl { .. }),
+            ) => {
                 tracing::debug!(registry.error = %e, "not mounted");
                 return Ok(false);
             }
@@ -410,7 +413,7 @@ impl Repository {
         let request = Request::new(&call.method, &call.url);
         if let Ok(url) = self
             .host
-            .own_location(&request, &call.url, response.headers())
+            .resolve_location(&request, &call.url, response.headers())
             .await
         {
             upload::cancel_at(self, url).await;
@@ -448,15 +451,16 @@ impl Repository {
         }
         let url = self.url(&format!("manifests/{tag}")).await?;
         let mut call = self.call(Step::WriteManifest, Method::PUT, url);
-        let media_type = HeaderValue::from_str(media_type).map_err(|_| Error::Nonsense {
-            request: Request::new(&call.method, &call.url),
-            reason: "the manifest's media type is no header value".to_owned(),
-        })?;
+        let media_type =
+            HeaderValue::from_str(media_type).map_err(|_| Error::ProtocolViolation {
+                request: Request::new(&call.method, &call.url),
+                reason: "the manifest's media type is no header value".to_owned(),
+            })?;
         call.headers.insert(CONTENT_TYPE, media_type);
         call.body = bytes;
         call.tag = Some(tag.to_owned());
         // Harbor answers 500 for a manifest that it cannot parse, however often it is repeated.
-        call.tries_at_500 = 2;
+        call.max_attempts_at_500 = 2;
         let response = self.host.call(&call).await?;
         let Err(error) = check_digest_header(&call, response.headers(), &digest) else {
             return Ok(digest);
@@ -554,10 +558,10 @@ impl BlobStream {
             self.skip = if resumed { 0 } else { self.read };
             self.response.insert(response)
         };
-        let wait = host.silence().min(host.remaining());
+        let wait = host.stall_timeout().min(host.remaining());
         match tokio::time::timeout(wait, response.chunk()).await {
             Ok(chunk) => chunk.map_err(|e| Error::transport(request, &e)),
-            Err(_) => Err(host.waited(request, host.silence())),
+            Err(_) => Err(host.timeout_error(request, host.stall_timeout())),
         }
     }
 
@@ -584,7 +588,7 @@ fn check_digest_header(call: &Call, headers: &HeaderMap, expected: &Digest) -> R
         .get("docker-content-digest")
         .and_then(|v| v.to_str().ok()?.parse::<Digest>().ok())
     {
-        Some(found) if found != *expected => Err(Error::Nonsense {
+        Some(found) if found != *expected => Err(Error::ProtocolViolation {
             request: Request::new(&call.method, &call.url),
             reason: format!("expected to store {expected}, the registry has stored {found}"),
         }),

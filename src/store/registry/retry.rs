@@ -6,50 +6,50 @@ use std::time::{Duration, Instant};
 use super::error::Error;
 
 /// Maximum pause, unless the registry requests a longer one.
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// Maximum `Retry-After` that is honoured. Beyond it, the whole save is better retried later.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(120);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(120);
 
 /// Numbers of attempts and lengths of pauses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
     /// Maximum number of attempts for one request, including the first.
-    pub tries: u32,
+    pub max_attempts: u32,
     /// The first pause; each further one is twice as long. Every pause is shortened at random by up to a half, so that
     /// the clients of a registry that recovers do not return all at once.
     pub first_pause: Duration,
     /// Maximum number of repetitions in the whole save. An error that occurs more often is not transient.
-    pub in_all: u32,
+    pub max_retries: u32,
     /// Maximum total of all pauses in the save.
-    pub pauses: Duration,
+    pub max_total_pause: Duration,
 }
 
 impl Default for Retry {
     fn default() -> Self {
         Self {
-            tries: 5,
+            max_attempts: 5,
             first_pause: Duration::from_millis(500),
-            in_all: 60,
-            pauses: Duration::from_secs(15 * 60),
+            max_retries: 60,
+            max_total_pause: Duration::from_secs(15 * 60),
         }
     }
 }
 
 /// Retry budget and deadline of a save, shared by all its requests.
 #[derive(Debug)]
-pub(super) struct Budget {
+pub(super) struct RetryBudget {
     left: Mutex<(u32, Duration)>,
     started: Instant,
-    whole: Duration,
+    total: Duration,
 }
 
-impl Budget {
-    /// Creates the budget and starts the clock. `whole` is the maximum duration of the save.
-    pub(super) fn new(retry: Retry, whole: Duration) -> Self {
+impl RetryBudget {
+    /// Creates the budget and starts the clock. `total` is the maximum duration of the save.
+    pub(super) fn new(retry: Retry, total: Duration) -> Self {
         Self {
-            left: Mutex::new((retry.in_all, retry.pauses)),
+            left: Mutex::new((retry.max_retries, retry.max_total_pause)),
             started: Instant::now(),
-            whole,
+            total,
         }
     }
 
@@ -68,12 +68,12 @@ impl Budget {
 
     /// Returns the time left until the deadline.
     pub(super) fn remaining(&self) -> Duration {
-        self.whole.saturating_sub(self.started.elapsed())
+        self.total.saturating_sub(self.started.elapsed())
     }
 
     /// Returns the maximum duration of the save.
-    pub(super) fn whole(&self) -> Duration {
-        self.whole
+    pub(super) fn total(&self) -> Duration {
+        self.total
     }
 }
 
@@ -85,16 +85,16 @@ impl Retry {
     }
 
     fn pause_with(&self, failed: u32, error: &Error, jitter: f64) -> Option<Duration> {
-        if !error.passing() || failed >= self.tries {
+        if !error.is_transient() || failed >= self.max_attempts {
             return None;
         }
         if let Some(asked) = error.retry_after() {
-            return (asked <= LONGEST_RETRY_AFTER).then_some(asked);
+            return (asked <= MAX_RETRY_AFTER).then_some(asked);
         }
         let doubled = self
             .first_pause
             .saturating_mul(1 << failed.saturating_sub(1).min(16));
-        Some(doubled.min(LONGEST_PAUSE).mul_f64(jitter))
+        Some(doubled.min(MAX_BACKOFF).mul_f64(jitter))
     }
 }
 
@@ -130,24 +130,24 @@ mod tests {
     #[test]
     fn a_save_does_not_repeat_for_ever() {
         let retry = Retry {
-            in_all: 3,
-            pauses: Duration::from_secs(10),
+            max_retries: 3,
+            max_total_pause: Duration::from_secs(10),
             ..Retry::default()
         };
         let (second, hour) = (Duration::from_secs(1), Duration::from_secs(3600));
-        let budget = Budget::new(retry, hour);
+        let budget = RetryBudget::new(retry, hour);
         assert_eq!(
             [0; 4].map(|_| budget.take(second)),
             [true, true, true, false]
         );
-        let budget = Budget::new(retry, hour);
+        let budget = RetryBudget::new(retry, hour);
         assert_eq!(
             [6, 6, 4, 1].map(|n| budget.take(n * second)),
             [true, false, true, false],
             "ten seconds in all"
         );
         // A pause never extends beyond the deadline.
-        assert!(!Budget::new(retry, second).take(2 * second));
+        assert!(!RetryBudget::new(retry, second).take(2 * second));
     }
 
     #[test]

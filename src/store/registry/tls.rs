@@ -38,7 +38,7 @@ impl Certificates {
             .cloned()
             .unwrap_or_else(|| Arc::new(rustls::crypto::ring::default_provider()));
         let algorithms = provider.signature_verification_algorithms;
-        let verifier = Verifier::new(machine_roots(), &self.authorities, algorithms, verify);
+        let verifier = Verifier::new(system_roots(), &self.authorities, algorithms, verify);
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .dangerous()
@@ -55,7 +55,7 @@ impl Certificates {
 }
 
 /// Returns the directories to search for `host` if the user names none, in order of precedence.
-pub(super) fn usual_directories(
+pub(super) fn default_directories(
     host: &str,
     var: impl Fn(&str) -> Option<OsString>,
 ) -> Vec<PathBuf> {
@@ -158,7 +158,7 @@ fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
 
 /// Returns the certificates that this machine trusts; they are read once. An empty list is not an error, because plain
 /// HTTP and private CAs work without.
-pub(super) fn machine_roots() -> &'static [CertificateDer<'static>] {
+pub(super) fn system_roots() -> &'static [CertificateDer<'static>] {
     static ROOTS: OnceLock<Vec<CertificateDer<'static>>> = OnceLock::new();
     ROOTS.get_or_init(|| {
         let found = rustls_native_certs::load_native_certs();
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn directories_are_those_of_the_tools() {
-        let dirs = usual_directories("r.example:5000", |n| (n == "HOME").then(|| "/h".into()));
+        let dirs = default_directories("r.example:5000", |n| (n == "HOME").then(|| "/h".into()));
         let shown: Vec<_> = dirs.iter().map(|d| d.display().to_string()).collect();
         assert_eq!(
             shown,

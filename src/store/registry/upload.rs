@@ -29,9 +29,9 @@ const PIECES_IN_FLIGHT: usize = 8;
 /// this many bytes.
 const FINISH_BYTES_PER_SECOND: u64 = 16 << 20;
 /// Bytes per request to a registry that requires `Content-Length`. A chunk is held in memory.
-const CHUNK: usize = 16 << 20;
+const CHUNK_SIZE: usize = 16 << 20;
 /// The slowest transfer rate for which the timeout of a chunk allows.
-const SLOWEST_BYTES_PER_SECOND: u64 = 64 << 10;
+const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
 /// Maximum time spent on cancelling an upload.
 const CANCEL_WAIT: Duration = Duration::from_secs(5);
 
@@ -43,21 +43,21 @@ enum Piece {
 
 /// An upload of a blob to a registry. It is cancelled if the writer is dropped before [`Writer::finish`].
 ///
-/// After a transient failure, [`Writer::again`] returns a writer that continues where the registry can, and starts over
+/// After a transient failure, [`Writer::retry`] returns a writer that continues where the registry can, and starts over
 /// where it cannot. In either case the caller writes the same bytes from their start.
 pub struct Writer {
     repository: Repository,
     handle: Handle,
     pieces: Option<mpsc::Sender<Piece>>,
-    task: Option<JoinHandle<Outcome>>,
+    task: Option<JoinHandle<StreamResult>>,
     /// Bytes written.
     written: u64,
     /// Bytes at the front that the registry has received from an earlier writer.
     skip: u64,
     /// Highest offset in the blob up to which this and earlier writers have handed over bytes.
-    reached: u64,
+    sent_up_to: u64,
     /// The upload session after a failure, if the registry may still know it.
-    lost: Option<Session>,
+    failed_session: Option<Session>,
     /// Number of failed requests for this blob.
     failed: u32,
 }
@@ -70,7 +70,7 @@ struct Session {
 }
 
 /// The result of a stream.
-struct Outcome {
+struct StreamResult {
     /// The session to close, or to resume after an error.
     session: Option<Session>,
     failed: u32,
@@ -99,8 +99,8 @@ impl Writer {
             task: Some(task),
             written: 0,
             skip: skip.unwrap_or(0),
-            reached: skip.unwrap_or(0),
-            lost: None,
+            sent_up_to: skip.unwrap_or(0),
+            failed_session: None,
             failed,
         }
     }
@@ -113,7 +113,7 @@ impl Writer {
     /// Hands bytes over, blocking while the connection is behind. Panics within an async runtime, as all blocking calls
     /// of tokio do.
     ///
-    /// An error is that of the upload. If it is retryable, a new writer has to be obtained from [`Writer::again`].
+    /// An error is that of the upload. If it is retryable, a new writer has to be obtained from [`Writer::retry`].
     pub fn write(&mut self, mut bytes: Bytes) -> Result<(), Error> {
         let known = self
             .skip
@@ -126,23 +126,26 @@ impl Writer {
         }
         let pieces = self.pieces.as_ref().ok_or(Error::Abandoned)?;
         if pieces.blocking_send(Piece::Bytes(bytes)).is_ok() {
-            self.reached = self.reached.max(self.written);
+            self.sent_up_to = self.sent_up_to.max(self.written);
             return Ok(());
         }
         // The receiver is closed, so the task has ended and its result has the error.
         self.pieces = None;
         let task = self.task.take().ok_or(Error::Abandoned)?;
         let outcome = self.handle.block_on(task).map_err(|_| Error::Abandoned)?;
-        Err(self.take_in(outcome).err().unwrap_or(Error::Abandoned))
+        Err(self
+            .absorb_result(outcome)
+            .err()
+            .unwrap_or(Error::Abandoned))
     }
 
     /// Takes over the result of a stream.
-    fn take_in(&mut self, outcome: Outcome) -> Result<Session, Error> {
+    fn absorb_result(&mut self, outcome: StreamResult) -> Result<Session, Error> {
         self.failed = outcome.failed;
         match (outcome.error, outcome.session) {
             (None, Some(session)) => Ok(session),
             (Some(error), session) => {
-                self.lost = session;
+                self.failed_session = session;
                 Err(error)
             }
             (None, None) => Err(Error::Abandoned),
@@ -152,11 +155,11 @@ impl Writer {
     /// Completes the blob. When this returns, the registry has it under `digest`. Fails if `size` differs from the
     /// number of bytes written.
     pub async fn finish(mut self, digest: &Digest, size: u64) -> Result<(), Error> {
-        self.end(digest, size).await
+        self.try_finish(digest, size).await
     }
 
-    /// Like [`Writer::finish`], but keeps the writer, so that a failure can be followed by [`Writer::again`].
-    pub(crate) async fn end(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
+    /// Like [`Writer::finish`], but keeps the writer, so that a failure can be followed by [`Writer::retry`].
+    pub(crate) async fn try_finish(&mut self, digest: &Digest, size: u64) -> Result<(), Error> {
         if self.written != size {
             return Err(Error::Size {
                 what: "the blob that was written".to_owned(),
@@ -164,18 +167,19 @@ impl Writer {
                 found: self.written,
             });
         }
-        let session = self.all_sent().await?;
+        let session = self.flush().await?;
         let closed = close(&self.repository, &session, digest, size, &mut self.failed).await;
         closed.map_err(|error| {
-            let error = torn(error).in_mid_upload();
+            let error = corrupt_upload(error).in_mid_upload();
             // Nothing can be resumed if the registry received wrong bytes.
-            self.lost = (!matches!(error, Error::Torn { .. })).then_some(session);
+            self.failed_session =
+                (!matches!(error, Error::CorruptUpload { .. })).then_some(session);
             error
         })
     }
 
     /// Marks the end of the data and waits until the registry has received all of it.
-    async fn all_sent(&mut self) -> Result<Session, Error> {
+    async fn flush(&mut self) -> Result<Session, Error> {
         let (pieces, task) = self
             .pieces
             .take()
@@ -185,14 +189,14 @@ impl Writer {
         let _ = pieces.send(Piece::End).await;
         drop(pieces);
         let outcome = task.await.map_err(|_| Error::Abandoned)?;
-        self.take_in(outcome)
+        self.absorb_result(outcome)
     }
 
     /// Returns a writer for another attempt after `error`, once the required pause is over. The same bytes have to be
     /// written to it from their start; those that the registry has kept (it is queried) are not sent again.
     ///
     /// Returns the error if another attempt is not worthwhile, or the retries of the blob or of the save are used up.
-    pub(crate) async fn again(mut self, error: Error) -> Result<Self, Error> {
+    pub(crate) async fn retry(mut self, error: Error) -> Result<Self, Error> {
         if self.pieces.take().is_some()
             && let Some(task) = self.task.take()
         {
@@ -200,8 +204,8 @@ impl Writer {
             let _ = task.await;
         }
         let host = &self.repository.host;
-        let again = error.is_again() && self.failed < host.retry().tries;
-        let pause = if again && self.wants_other_form(&error) {
+        let again = error.can_resend() && self.failed < host.retry().max_attempts;
+        let pause = if again && self.needs_content_length(&error) {
             Some(Duration::ZERO)
         } else if again {
             host.pause(self.failed.max(1), &error)
@@ -215,8 +219,8 @@ impl Writer {
         tracing::debug!(registry.error = %error, registry.pause_ms = pause.as_millis() as u64, "the blob again");
         tokio::time::sleep(pause).await;
         let mut resumed = None;
-        if let Some(session) = self.lost.take() {
-            match status(&self.repository, &session, self.reached).await {
+        if let Some(session) = self.failed_session.take() {
+            match status(&self.repository, &session, self.sent_up_to).await {
                 Some(found) => resumed = Some(found),
                 None => cancel(&self.repository, &session).await,
             }
@@ -226,15 +230,15 @@ impl Writer {
     }
 
     /// Returns whether the registry has only requested a `Content-Length`, which requires no pause.
-    fn wants_other_form(&self, error: &Error) -> bool {
+    fn needs_content_length(&self, error: &Error) -> bool {
         matches!(error, Error::Reply(reply) if reply.status == 411)
-            && self.repository.host.wants_lengths()
+            && self.repository.host.requires_content_length()
     }
 
     /// Waits until the registry has confirmed every byte, then cancels the upload, so that its cost can be measured
     /// without leaving a blob behind. Returns the time of the confirmation.
-    pub(crate) async fn rehearse(mut self) -> Result<Instant, Error> {
-        let session = self.all_sent().await?;
+    pub(crate) async fn finish_without_blob(mut self) -> Result<Instant, Error> {
+        let session = self.flush().await?;
         let confirmed = Instant::now();
         cancel(&self.repository, &session).await;
         Ok(confirmed)
@@ -246,7 +250,7 @@ impl Writer {
         if let Some(task) = self.task.take() {
             let _ = tokio::time::timeout(2 * CANCEL_WAIT, task).await;
         }
-        if let Some(session) = self.lost.take() {
+        if let Some(session) = self.failed_session.take() {
             cancel(&self.repository, &session).await;
         }
     }
@@ -254,7 +258,7 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        if let Some(session) = self.lost.take() {
+        if let Some(session) = self.failed_session.take() {
             let repository = self.repository.clone();
             self.handle
                 .spawn(async move { cancel(&repository, &session).await });
@@ -269,7 +273,7 @@ impl Drop for Writer {
 async fn status(
     repository: &Repository,
     session: &Session,
-    reached: u64,
+    sent_up_to: u64,
 ) -> Option<(Session, u64)> {
     let mut call = repository.call(Step::SendBlob, Method::GET, session.url.clone());
     call.accept = &[404];
@@ -285,7 +289,7 @@ async fn status(
         .parse()
         .ok()?;
     // Registries send 0-0 both for one byte and for none.
-    if last == 0 || last >= reached {
+    if last == 0 || last >= sent_up_to {
         return None;
     }
     let session = next(repository, &call, session, response.headers())
@@ -295,12 +299,12 @@ async fn status(
 }
 
 /// Converts the registry's error for a blob that does not match its digest.
-fn torn(error: Error) -> Error {
+fn corrupt_upload(error: Error) -> Error {
     match error {
         Error::Reply(reply)
             if reply.status == 400 && reply.code.as_deref() == Some("DIGEST_INVALID") =>
         {
-            Error::Torn {
+            Error::CorruptUpload {
                 request: reply.request,
             }
         }
@@ -322,7 +326,7 @@ pub(super) async fn send_bytes(
             Err(e) => e,
         };
         failed = failed.max(1);
-        let again = error.is_again() && failed < host.retry().tries;
+        let again = error.can_resend() && failed < host.retry().max_attempts;
         let pause = again.then(|| {
             host.pause(failed, &error)
                 .or_else(|| host.pause_after_loss(failed, &error))
@@ -342,7 +346,7 @@ async fn try_send_bytes(
 ) -> Result<(), Error> {
     let session = open(repository, failed).await?;
     let size = bytes.len() as u64;
-    let call = sized(repository, &session, bytes, 0);
+    let call = chunk_request(repository, &session, bytes, 0);
     let sent = async {
         let response = repository
             .host
@@ -352,7 +356,7 @@ async fn try_send_bytes(
         let session = next(repository, &call, &session, response.headers()).await?;
         close(repository, &session, digest, size, failed)
             .await
-            .map_err(torn)
+            .map_err(corrupt_upload)
     };
     let result = sent.await.map_err(Error::in_mid_upload);
     if result.is_err() {
@@ -375,11 +379,11 @@ async fn open(repository: &Repository, failed: &mut u32) -> Result<Session, Erro
     let request = Request::new(&call.method, &call.url);
     let least = response.headers().get("oci-chunk-min-length");
     if let Some(least) = least.and_then(|v| v.to_str().ok()?.parse().ok()) {
-        repository.host.note_least_chunk(least);
+        repository.host.set_min_chunk_size(least);
     }
     let url = repository
         .host
-        .own_location(&request, &call.url, response.headers())
+        .resolve_location(&request, &call.url, response.headers())
         .await?;
     Ok(Session { url })
 }
@@ -399,7 +403,7 @@ async fn next(
     let request = Request::new(&call.method, &call.url);
     let url = repository
         .host
-        .own_location(&request, &call.url, headers)
+        .resolve_location(&request, &call.url, headers)
         .await?;
     Ok(Session { url })
 }
@@ -419,17 +423,17 @@ async fn cancel(repository: &Repository, session: &Session) {
 
 /// The time of the last progress of a stream. It distinguishes a stalled connection from a caller that produces no
 /// data.
-struct Movement {
+struct StallDetector {
     started: Instant,
-    /// Milliseconds from `started` until the connection last took data, or [`Movement::IDLE`] while it could take more
+    /// Milliseconds from `started` until the connection last took data, or [`StallDetector::IDLE`] while it could take more
     /// and there is none.
     taken: AtomicU64,
 }
 
-impl Movement {
+impl StallDetector {
     const IDLE: u64 = u64::MAX;
 
-    fn note(&self, idle: bool) {
+    fn record(&self, idle: bool) {
         let now = if idle {
             Self::IDLE
         } else {
@@ -438,13 +442,13 @@ impl Movement {
         self.taken.store(now, Ordering::Relaxed);
     }
 
-    /// Returns once the connection has taken no data for `silence` although there was some.
-    async fn stalled(&self, silence: Duration) {
+    /// Returns once the connection has taken no data for `stall_timeout` although there was some.
+    async fn stalled(&self, stall_timeout: Duration) {
         loop {
-            tokio::time::sleep((silence / 10).max(Duration::from_millis(10))).await;
+            tokio::time::sleep((stall_timeout / 10).max(Duration::from_millis(10))).await;
             let taken = self.taken.load(Ordering::Relaxed);
             if taken != Self::IDLE
-                && self.started.elapsed() > Duration::from_millis(taken) + silence
+                && self.started.elapsed() > Duration::from_millis(taken) + stall_timeout
             {
                 return;
             }
@@ -458,14 +462,14 @@ async fn stream(
     mut pieces: mpsc::Receiver<Piece>,
     resumed: Option<(Session, u64)>,
     mut failed: u32,
-) -> Outcome {
+) -> StreamResult {
     let (session, have) = match resumed {
         Some(resumed) => resumed,
         None => match open(&repository, &mut failed).await {
             Ok(session) => (session, 0),
             Err(error) => {
                 let (session, error) = (None, Some(error));
-                return Outcome {
+                return StreamResult {
                     session,
                     failed,
                     error,
@@ -473,24 +477,24 @@ async fn stream(
             }
         },
     };
-    if repository.host.wants_lengths() {
+    if repository.host.requires_content_length() {
         let mut session = session;
-        let sent = chunks(&repository, &mut session, &mut pieces, have, &mut failed).await;
-        return after(&repository, session, sent, failed).await;
+        let sent = send_chunks(&repository, &mut session, &mut pieces, have, &mut failed).await;
+        return stream_result(&repository, session, sent, failed).await;
     }
-    let movement = Arc::new(Movement {
+    let stall_detector = Arc::new(StallDetector {
         started: Instant::now(),
         taken: AtomicU64::new(0),
     });
     let given_up = Arc::new(AtomicBool::new(false));
-    let (watched, nobody_waits) = (Arc::clone(&movement), Arc::clone(&given_up));
+    let (watched, nobody_waits) = (Arc::clone(&stall_detector), Arc::clone(&given_up));
     let mut ended = false;
     let body = futures_util::stream::poll_fn(move |context| {
         if ended {
             return Poll::Ready(None);
         }
         let polled = pieces.poll_recv(context);
-        watched.note(polled.is_pending());
+        watched.record(polled.is_pending());
         match polled {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Some(Piece::Bytes(bytes))) => Poll::Ready(Some(Ok(bytes))),
@@ -506,34 +510,34 @@ async fn stream(
         }
     });
     let body = reqwest::Body::wrap_stream(body);
-    let sent = patch(&repository, &session, body, &movement).await;
+    let sent = patch(&repository, &session, body, &stall_detector).await;
     let (session, sent) = match sent {
         Ok(next) => (next, Ok(())),
         Err(_) if given_up.load(Ordering::Relaxed) => (session, Err(Error::Abandoned)),
         Err(error) => {
             if matches!(&error, Error::Reply(reply) if reply.status == 411) {
-                repository.host.note_wants_lengths();
+                repository.host.set_requires_content_length();
             }
             failed += 1;
             (session, Err(error))
         }
     };
-    after(&repository, session, sent, failed).await
+    stream_result(&repository, session, sent, failed).await
 }
 
 /// Determines the result of a stream: the session to close or to resume. If there is neither, the upload is cancelled.
-async fn after(
+async fn stream_result(
     repository: &Repository,
     session: Session,
     sent: Result<(), Error>,
     failed: u32,
-) -> Outcome {
+) -> StreamResult {
     let error = sent.err().map(Error::in_mid_upload);
-    let goes_on = error.as_ref().is_none_or(Error::is_again);
+    let goes_on = error.as_ref().is_none_or(Error::can_resend);
     if !goes_on {
         cancel(repository, &session).await;
     }
-    Outcome {
+    StreamResult {
         session: goes_on.then_some(session),
         failed,
         error,
@@ -542,7 +546,7 @@ async fn after(
 
 /// Sends the blob in chunks of known size, each with its `Content-Range`, to a registry that requires `Content-Length`.
 /// A chunk that fails is still in memory and is sent again.
-async fn chunks(
+async fn send_chunks(
     repository: &Repository,
     session: &mut Session,
     pieces: &mut mpsc::Receiver<Piece>,
@@ -550,9 +554,9 @@ async fn chunks(
     failed: &mut u32,
 ) -> Result<(), Error> {
     let host = &repository.host;
-    let size = usize::try_from(host.least_chunk())
-        .unwrap_or(CHUNK)
-        .clamp(CHUNK, 8 * CHUNK);
+    let size = usize::try_from(host.min_chunk_size())
+        .unwrap_or(CHUNK_SIZE)
+        .clamp(CHUNK_SIZE, 8 * CHUNK_SIZE);
     let mut ended = false;
     while !ended {
         let mut chunk = BytesMut::new();
@@ -569,7 +573,7 @@ async fn chunks(
         let end = at + chunk.len() as u64;
         let chunk = chunk.freeze();
         loop {
-            let call = sized(repository, session, chunk.clone(), at);
+            let call = chunk_request(repository, session, chunk.clone(), at);
             let error = match host.attempt(&call).await {
                 Ok(response) => {
                     *session = next(repository, &call, session, response.headers()).await?;
@@ -594,7 +598,7 @@ async fn chunks(
 }
 
 /// Returns a PATCH request for the bytes at offset `at`.
-fn sized(repository: &Repository, session: &Session, bytes: Bytes, at: u64) -> Call {
+fn chunk_request(repository: &Repository, session: &Session, bytes: Bytes, at: u64) -> Call {
     let mut call = repository.call(Step::SendBlob, Method::PATCH, session.url.clone());
     let octets = HeaderValue::from_static("application/octet-stream");
     call.headers.insert(CONTENT_TYPE, octets);
@@ -604,7 +608,7 @@ fn sized(repository: &Repository, session: &Session, bytes: Bytes, at: u64) -> C
     {
         call.headers.insert(CONTENT_RANGE, range);
     }
-    call.wait += Duration::from_secs(bytes.len() as u64 / SLOWEST_BYTES_PER_SECOND);
+    call.wait += Duration::from_secs(bytes.len() as u64 / MIN_BYTES_PER_SECOND);
     call.body = bytes;
     call
 }
@@ -613,7 +617,7 @@ async fn patch(
     repository: &Repository,
     session: &Session,
     body: reqwest::Body,
-    movement: &Movement,
+    stall_detector: &StallDetector,
 ) -> Result<Session, Error> {
     let host = &repository.host;
     let call = repository.call(Step::SendBlob, Method::PATCH, session.url.clone());
@@ -628,16 +632,16 @@ async fn patch(
     }
     let response = tokio::select! {
         response = sending.body(body).send() => response.map_err(|e| Error::transport(request.clone(), &e))?,
-        () = movement.stalled(host.silence()) => return Err(host.waited(request, host.silence())),
-        () = tokio::time::sleep(host.remaining()) => return Err(host.waited(request, host.silence())),
+        () = stall_detector.stalled(host.stall_timeout()) => return Err(host.timeout_error(request, host.stall_timeout())),
+        () = tokio::time::sleep(host.remaining()) => return Err(host.timeout_error(request, host.stall_timeout())),
     };
     if response.status() == StatusCode::UNAUTHORIZED {
         // The POST succeeded a moment ago, so the token must have expired. The next attempt fetches a new one.
         host.forget_token(&call.scopes).await;
     }
-    let response = host.judge(&call, response).await?;
+    let response = host.check_status(&call, response).await?;
     if response.status().is_redirection() {
-        return Err(Error::LeadsAway {
+        return Err(Error::ForbiddenUrl {
             request,
             to: "another address".to_owned(),
             why: "a stream cannot be sent twice",
@@ -683,7 +687,7 @@ async fn close(
         };
         (*failed, asked) = (*failed + 1, asked + 1);
         let lost = error.not_found() && asked > 1;
-        if !error.passing() && !lost {
+        if !error.is_transient() && !lost {
             return Err(error);
         }
         // An earlier answer may have been lost, so the blob may exist and its session may be gone for that reason.

@@ -9,7 +9,7 @@ use crate::host::run;
 use crate::save;
 
 /// Returns the prediction for some of the flags of a save.
-fn foretold(session: &Session, flags: &[&str]) -> Result<Value> {
+fn predicted(session: &Session, flags: &[&str]) -> Result<Value> {
     let mut inspect = save::upperdeck("inspect", &session.roots);
     inspect
         .args(flags)
@@ -20,8 +20,8 @@ fn foretold(session: &Session, flags: &[&str]) -> Result<Value> {
 }
 
 /// Compares the prediction with the save that is then made. Returns the reason in the prediction.
-fn comes_true(session: &Session, tag: &str, kind: &str, flags: &[&str]) -> Result<String> {
-    let next = foretold(session, flags)?;
+fn prediction_holds(session: &Session, tag: &str, kind: &str, flags: &[&str]) -> Result<String> {
+    let next = predicted(session, flags)?;
     ensure!(next["kind"] == kind, "{tag}: {next}");
     let saved = session.save(tag, flags)?;
     let sum = |name: &str| -> u64 {
@@ -59,10 +59,10 @@ fn what_inspect_foretells_the_next_save_is() -> Result<()> {
     };
     session.podman.shell(&session.container, save::WORK)?;
     let short = ["--max-layers", "3"];
-    let reason = comes_true(&session, "first", "full", &short)?;
+    let reason = prediction_holds(&session, "first", "full", &short)?;
     ensure!(reason.contains("nothing is kept"), "{reason}");
-    comes_true(&session, "nothing", "delta", &short)?;
-    let again = foretold(&session, &short)?;
+    prediction_holds(&session, "nothing", "delta", &short)?;
+    let again = predicted(&session, &short)?;
     ensure!(
         again["bytes"] == 0 && again["entries"] == 0 && again["layers"] == 1,
         "nothing changed: {again}"
@@ -71,20 +71,20 @@ fn what_inspect_foretells_the_next_save_is() -> Result<()> {
         let script =
             format!("echo {change} > /opt/{change}; rm -rf /srv/dash; echo > /srv/{change}");
         session.podman.shell(&session.container, &script)?;
-        let next = foretold(&session, &short)?;
+        let next = predicted(&session, &short)?;
         ensure!(
             next["entries"].as_u64() > Some(0),
             "something changed: {next}"
         );
-        comes_true(&session, change, "delta", &short)?;
+        prediction_holds(&session, change, "delta", &short)?;
     }
     // Three layers: the chain ends, unless a higher maximum is given.
-    ensure!(foretold(&session, &["--max-layers", "4"])?["kind"] == "delta");
-    let all = foretold(&session, &["--full"])?;
+    ensure!(predicted(&session, &["--max-layers", "4"])?["kind"] == "delta");
+    let all = predicted(&session, &["--full"])?;
     ensure!(all["kind"] == "full", "{all}");
-    let reason = comes_true(&session, "cap", "full", &short)?;
+    let reason = prediction_holds(&session, "cap", "full", &short)?;
     ensure!(reason.contains("3 layers"), "{reason}");
-    let reason = comes_true(&session, "after", "delta", &short)?;
+    let reason = prediction_holds(&session, "after", "delta", &short)?;
     ensure!(reason.contains("can be built on"), "{reason}");
     Ok(())
 }

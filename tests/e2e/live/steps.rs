@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use upperdeck::layer::scan::Clock;
 
 use super::Session;
-use super::watched::Watched;
+use super::watched::WatchedSave;
 use crate::host::docker::Running;
 use crate::host::image::Base;
 use crate::host::{Freezer, wait_at_most, wait_until};
@@ -56,7 +56,7 @@ fn map(session: &mut Session, name: &str, at: &str, volumes: &[&str]) -> Result<
 
 /// The time of the first write to the page in a save.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum First {
+enum FirstWrite {
     /// Long before its first list.
     BeforeTheList,
     /// After its first list has been made, through a mapping that is not in it.
@@ -68,7 +68,7 @@ enum First {
 fn is_saved_as_it_was_last(
     session: &Session,
     tag: &str,
-    first: First,
+    first: FirstWrite,
     unnoticed: bool,
     options: &[&str],
 ) -> Result<()> {
@@ -88,7 +88,7 @@ fn is_saved_as_it_was_last(
     let settled = || -> Result<()> {
         let stamped = stamp()?;
         wait_until("the clock is well past the stamp", || {
-            Clock::now().settles(stamped.0, stamped.1)
+            Clock::now().can_trust(stamped.0, stamped.1)
         })?;
         Ok(())
     };
@@ -97,15 +97,15 @@ fn is_saved_as_it_was_last(
         session
             .podman
             .shell(&session.container, "sync /home/w/page")?;
-        if first == First::BeforeTheList {
+        if first == FirstWrite::BeforeTheList {
             write()?;
             settled()?;
         }
         let options = [&["--full", "--live-limit", "1MiB"], options].concat();
-        let save = Watched::start(session, &format!("{tag}-{attempt}"), &options)?;
+        let save = WatchedSave::start(session, &format!("{tag}-{attempt}"), &options)?;
         let list = save.asked()?;
         let mut mapped = list.mapped()?;
-        if first == First::AfterTheList {
+        if first == FirstWrite::AfterTheList {
             mapped = without(&mapped, b"/page");
             write()?;
             settled()?;
@@ -145,10 +145,10 @@ fn what_is_written_through_a_mapping_is_saved_as_it_was_last() -> Result<()> {
     map(&mut session, "own", "/home/w", &[])?;
     // The clock is read before the mappings are listed. A page that is dirtied right after the list is not written out,
     // and writes to it after it was read change no time stamp: only the file's stamp after the clock reveals it.
-    is_saved_as_it_was_last(&session, "late", First::AfterTheList, true, &[])
+    is_saved_as_it_was_last(&session, "late", FirstWrite::AfterTheList, true, &[])
         .context("mapped after the list was made, then written to without a trace")?;
     // Listed files are written out before they are read: a page that was dirty long before then shows its next change.
-    is_saved_as_it_was_last(&session, "listed", First::BeforeTheList, false, &[])
+    is_saved_as_it_was_last(&session, "listed", FirstWrite::BeforeTheList, false, &[])
         .context("mapped and dirty before the list")?;
     // A file that cannot be written out is read under the freeze whatever its stamps are: here a file of a volume that
     // is mapped through a second mount of the same directory, so that only its inode is known.
@@ -159,7 +159,7 @@ fn what_is_written_through_a_mapping_is_saved_as_it_was_last() -> Result<()> {
         &["/home/w", "/elsewhere"],
     )?;
     let options = ["--include-volume", "/home/w"];
-    is_saved_as_it_was_last(&session, "inode", First::BeforeTheList, true, &options)
+    is_saved_as_it_was_last(&session, "inode", FirstWrite::BeforeTheList, true, &options)
         .context("mapped and not written out")
 }
 
@@ -179,7 +179,7 @@ fn without(mapped: &[u8], path: &[u8]) -> Vec<u8> {
 
 /// The moment at which a save is killed.
 #[derive(Clone, Copy, Debug)]
-enum Moment {
+enum KillPoint {
     /// Before the first scan of the tree.
     Scanning,
     /// In a round beside the running container.
@@ -209,12 +209,12 @@ fn killed_in_any_phase_of_a_live_save_the_container_runs_and_the_next_save_is_ri
     session.same(&session.save("first", &[])?)?;
     let freezer = Freezer::of(session.container.pid)?;
     for moment in [
-        Moment::Scanning,
-        Moment::Streaming,
-        Moment::Frozen,
-        Moment::Holding,
-        Moment::Delivering,
-        Moment::Manifest,
+        KillPoint::Scanning,
+        KillPoint::Streaming,
+        KillPoint::Frozen,
+        KillPoint::Holding,
+        KillPoint::Delivering,
+        KillPoint::Manifest,
     ] {
         let context = || format!("{moment:?}");
         let script = format!(
@@ -241,19 +241,19 @@ fn killed_in_any_phase_of_a_live_save_the_container_runs_and_the_next_save_is_ri
 }
 
 /// Begins a save and kills it at the moment. Repeats this if it was too late.
-fn killed_at(session: &Session, freezer: &Freezer, moment: Moment) -> Result<()> {
+fn killed_at(session: &Session, freezer: &Freezer, moment: KillPoint) -> Result<()> {
     let limit = match moment {
-        Moment::Streaming => "1MiB",
+        KillPoint::Streaming => "1MiB",
         _ => "1GiB",
     };
     for attempt in 0..20 {
         let tag = format!("killed-{moment:?}-{attempt}");
-        let save = Watched::start(session, &tag, &["--full", "--live-limit", limit])?;
+        let save = WatchedSave::start(session, &tag, &["--full", "--live-limit", limit])?;
         let list = save.asked()?;
         ensure!(!freezer.frozen(), "frozen too early");
         match moment {
-            Moment::Scanning => return save.kill(),
-            Moment::Streaming => {
+            KillPoint::Scanning => return save.kill(),
+            KillPoint::Streaming => {
                 list.answer()?;
                 save.until("streaming")?;
                 ensure!(!freezer.frozen(), "frozen for a round");
@@ -269,12 +269,12 @@ fn killed_at(session: &Session, freezer: &Freezer, moment: Moment) -> Result<()>
         wait_until("the container stands still", || freezer.frozen())?;
         let list = save.asked()?;
         ensure!(freezer.frozen(), "thawed too early");
-        if let Moment::Frozen = moment {
+        if let KillPoint::Frozen = moment {
             return save.kill();
         }
         list.answer()?;
         match moment {
-            Moment::Holding => {
+            KillPoint::Holding => {
                 let mut held = false;
                 while freezer.frozen() && !held {
                     save.answer_rest();
@@ -286,7 +286,7 @@ fn killed_at(session: &Session, freezer: &Freezer, moment: Moment) -> Result<()>
                     return Ok(());
                 }
             }
-            Moment::Delivering => {
+            KillPoint::Delivering => {
                 save.until_answering("paused")?;
                 save.until_answering("streaming")?;
                 ensure!(!freezer.frozen(), "frozen for the delivery");

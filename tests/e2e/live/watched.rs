@@ -20,7 +20,7 @@ use crate::host::{PATIENCE, wait_until};
 use crate::save::{Saved, upperdeck_itself};
 
 /// A running save. Killed when dropped.
-pub struct Watched {
+pub struct WatchedSave {
     child: Child,
     /// The pipe for the answer to `--gate-fd`.
     gate: ChildStdin,
@@ -32,7 +32,7 @@ pub struct Watched {
     stderr: PathBuf,
 }
 
-impl Watched {
+impl WatchedSave {
     pub fn start(session: &Session, tag: &str, options: &[&str]) -> Result<Self> {
         let path = |what: &str| session.scratch.path().join(format!("{what}-{tag}"));
         let fifo = path("maps");
@@ -107,7 +107,7 @@ impl Watched {
         }
     }
 
-    /// Like `Watched::until`, but answers every request for the list meanwhile: the save also searches it for rings
+    /// Like `WatchedSave::until`, but answers every request for the list meanwhile: the save also searches it for rings
     /// of io_uring.
     pub fn until_answering(&self, what: &str) -> Result<()> {
         let started = std::time::Instant::now();
@@ -135,19 +135,19 @@ impl Watched {
     }
 
     /// Returns the list if the save has it open for reading now.
-    fn open(&self) -> Option<Asked> {
+    fn open(&self) -> Option<MappingRequest> {
         let open = fs::OpenOptions::new()
             .write(true)
             .custom_flags(nix::libc::O_NONBLOCK)
             .open(&self.fifo);
-        open.ok().map(|list| Asked {
+        open.ok().map(|list| MappingRequest {
             list,
             maps: self.maps.clone(),
         })
     }
 
     /// Waits until the save opens the list. The save waits there for the answer.
-    pub fn asked(&self) -> Result<Asked> {
+    pub fn asked(&self) -> Result<MappingRequest> {
         let mut asked = None;
         wait_until("the save asks what is mapped", || {
             asked = self.open();
@@ -192,7 +192,7 @@ impl Watched {
     }
 }
 
-impl Drop for Watched {
+impl Drop for WatchedSave {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -200,12 +200,12 @@ impl Drop for Watched {
 }
 
 /// A list that the save is waiting for.
-pub struct Asked {
+pub struct MappingRequest {
     list: fs::File,
     maps: PathBuf,
 }
 
-impl Asked {
+impl MappingRequest {
     /// Returns the current mappings.
     pub fn mapped(&self) -> Result<Vec<u8>> {
         Ok(fs::read(&self.maps)?)

@@ -38,7 +38,7 @@ pub(in crate::cli) enum Job {
     #[command(
         after_long_help = "Examples:\n  upperdeck job status 0198f0c4-0000-7000-8000-000000000000\n\nJSON: an object as GET /api/v1/saves/{id} has it."
     )]
-    Status(JobOne),
+    Status(JobStatus),
     /// Follow a save to its end, with the bar of 'commit'; prints the reference
     #[command(
         after_long_help = "Examples:\n  upperdeck job watch 0198f0c4-0000-7000-8000-000000000000\n\nThe exit code is that of the save, as of 'commit'. A manager that is started again is waited for."
@@ -115,7 +115,7 @@ pub(in crate::cli) struct JobSubmit {
 }
 
 #[derive(Debug, Args)]
-pub(in crate::cli) struct JobOne {
+pub(in crate::cli) struct JobStatus {
     /// The save's ID
     pub(in crate::cli) id: uuid::Uuid,
     /// How to print
@@ -166,7 +166,7 @@ pub(in crate::cli) struct JobLs {
 }
 
 pub(super) fn state(text: &str) -> Result<job::State, String> {
-    job::State::named(text).ok_or_else(|| {
+    job::State::from_name(text).ok_or_else(|| {
         let names = job::State::ALL.map(job::State::name);
         format!("expected one of {}", names.join(", "))
     })

@@ -19,7 +19,7 @@ pub(in crate::cli) use job::{Job, JobSubmit};
 
 use super::shared::{LIMITS, REGISTRY};
 use super::value::{duration, floor, key_value, size};
-use crate::node::background::FLOOR;
+use crate::node::background::DEFAULT_FLOOR_PERCENT;
 use crate::node::container::Pattern;
 
 const QUEUE: &str = "Queue";
@@ -229,7 +229,7 @@ pub(in crate::cli) struct Work {
     pub(in crate::cli) foreground: bool,
     /// What all saves at the lowest priority get together where others want every core for more than ten seconds: per cent
     /// of the node's cores; 0 for nothing
-    #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = FLOOR, help_heading = WORK)]
+    #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = DEFAULT_FLOOR_PERCENT, help_heading = WORK)]
     pub(in crate::cli) background_floor: f64,
     /// The most memory that one save, or one look into a session, may take; 0 for no bound
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "3G", help_heading = WORK)]

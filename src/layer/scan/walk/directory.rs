@@ -7,12 +7,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FileType, Stat};
 
 use super::entry::{Attributes, kind_of};
-use super::flat::{Output, sorted};
+use super::flatten::{Output, sorted};
 use super::links::indexed_nlink;
 use super::queue::{Collected, lock};
 use super::{Task, Walker};
 use crate::common::escape;
-use crate::layer::scan::memory::Share;
+use crate::layer::scan::memory::Reservation;
 use crate::layer::scan::rows::NO_EXTRA;
 use crate::layer::scan::{Entry, Error, Extra, Flags, Kind, Reason, Report};
 use crate::node::overlay::lower::{Found, Stack, join};
@@ -36,34 +36,34 @@ pub(super) struct Directory<'a> {
     known: HashMap<&'a [u8], u32>,
     pub(super) report: Report,
     /// Memory taken for all of this.
-    pub(super) share: Share,
+    pub(super) reservation: Reservation,
 }
 
 /// Why a listing of the base stops.
-enum Stop {
+enum ListingError {
     Read(io::Error),
     Full(Error),
 }
 
-impl From<io::Error> for Stop {
+impl From<io::Error> for ListingError {
     fn from(error: io::Error) -> Self {
         Self::Read(error)
     }
 }
 
 /// Memory that a set takes per name besides its bytes.
-const IN_SET: usize = 48;
+const SET_ENTRY_BYTES: usize = 48;
 /// Memory kept per directory, besides its entries, until the walk ends.
-const OF_DIRECTORY: u64 = 128;
+const DIRECTORY_BYTES: u64 = 128;
 
 impl Walker<'_> {
     pub(super) fn directory(&self, task: &Task, own_cwd: bool) -> Result<Collected, Error> {
-        let mut share = self.memory.share();
-        share.keep(OF_DIRECTORY)?;
+        let mut reservation = self.memory.reservation();
+        reservation.reserve_for_scan(DIRECTORY_BYTES)?;
         let mut known = HashMap::new();
         if let (Some(earlier), Some(dir)) = (self.earlier, task.earlier) {
             for (name, index) in earlier.children(dir) {
-                share.hold(IN_SET as u64)?;
+                reservation.reserve(SET_ENTRY_BYTES as u64)?;
                 known.insert(name, index);
             }
         }
@@ -80,7 +80,7 @@ impl Walker<'_> {
             deleted: HashSet::new(),
             known,
             report: Report::default(),
-            share,
+            reservation,
         };
         if task.opaque {
             dir.push_mark(Kind::Opaque, b"")?;
@@ -98,12 +98,12 @@ impl Walker<'_> {
             output,
             tasks,
             report,
-            share,
+            reservation,
             ..
         } = dir;
         lock(&self.report).add(report);
         let (output, tasks) = sorted(output, tasks);
-        Ok((output, tasks, share))
+        Ok((output, tasks, reservation))
     }
 }
 
@@ -148,17 +148,17 @@ impl Directory<'_> {
                 continue;
             };
             let file_type = FileType::from_raw_mode(stat.st_mode);
-            if self.as_before(&name, &path, &stat)? {
+            if self.reuse_if_unchanged(&name, &path, &stat)? {
                 continue;
             }
             if file_type == FileType::CharacterDevice && stat.st_rdev == 0 {
                 if walker.volume.is_some() {
-                    if !self.left_out(&path, Some(file_type), &stat, None, false) {
+                    if !self.exclude(&path, Some(file_type), &stat, None, false) {
                         return Err(Error::WhiteoutDevice {
                             path: escape::path(&path),
                         });
                     }
-                    self.decide(&name)?;
+                    self.mark_resolved(&name)?;
                     continue;
                 }
                 self.whiteout(name, &path, &stat)?;
@@ -168,9 +168,9 @@ impl Directory<'_> {
             // files (a full cache) need not be opened. An empty file may be a whiteout.
             if file_type == FileType::RegularFile
                 && stat.st_size > 0
-                && self.left_out(&path, Some(file_type), &stat, None, false)
+                && self.exclude(&path, Some(file_type), &stat, None, false)
             {
-                self.decide(&name)?;
+                self.mark_resolved(&name)?;
                 continue;
             }
             let mut dropped = Vec::new();
@@ -188,7 +188,7 @@ impl Directory<'_> {
             };
             let attributes = match walker.attributes_of(at, follow, &path, &mut dropped) {
                 Err(Error::Read { source, .. }) if walker.upper.is_denied(&source) => {
-                    self.note_unreadable(&name, &path)?;
+                    self.record_unreadable(&name, &path)?;
                     continue;
                 }
                 Err(Error::Read { source, .. }) if is_absent(&source) => {
@@ -225,8 +225,8 @@ impl Directory<'_> {
         stat: &Stat,
     ) -> Result<(), Error> {
         let in_base = !matches!(self.base(&name, path)?, Found::Absent);
-        if self.left_out(path, None, stat, None, in_base) {
-            self.decide(&name)?;
+        if self.exclude(path, None, stat, None, in_base) {
+            self.mark_resolved(&name)?;
         } else if self.task.full || self.task.hidden {
             // The base's entry of this name is hidden with everything else that is not here.
             self.delete(name)?;
@@ -240,7 +240,7 @@ impl Directory<'_> {
 
     /// Takes over the earlier scan's entry of this name if it is unchanged. Returns false if the entry has to be
     /// inspected.
-    fn as_before(&mut self, name: &[u8], path: &[u8], stat: &Stat) -> Result<bool, Error> {
+    fn reuse_if_unchanged(&mut self, name: &[u8], path: &[u8], stat: &Stat) -> Result<bool, Error> {
         let (Some(earlier), Some(&index)) = (self.walker.earlier, self.known.get(name)) else {
             return Ok(false);
         };
@@ -253,15 +253,15 @@ impl Directory<'_> {
             }
             return Ok(still);
         }
-        if !self.walker.holds(earlier, index, stat, path)? || earlier.is_dirty(index) {
+        if !self.walker.is_unchanged(earlier, index, stat, path)? || earlier.is_dirty(index) {
             return Ok(false);
         }
         let mut entry = before;
         // The earlier scan keeps the entry with its rarer parts.
         entry.extra = NO_EXTRA;
-        entry.flags.clear(Flags::SILENT);
+        entry.flags.clear(Flags::OMITTED);
         entry.flags.clear(Flags::STUBS);
-        self.decide(name)?;
+        self.mark_resolved(name)?;
         let at = self.push(entry, name, Extra::default())?;
         self.output.kept.push((at, index));
         Ok(true)
@@ -291,15 +291,15 @@ impl Directory<'_> {
             None
         };
         if let Some(link) = &link
-            && walker.options.exclusions.gpu_link(&path)
-            && self.leads_nowhere(dir, link, &path)?
+            && walker.options.exclusions.may_be_gpu_link(&path)
+            && self.is_dangling_link(dir, link, &path)?
         {
-            self.note_left_out(&path, Reason::Gpu);
-            self.decide(&name)?;
+            self.record_excluded(&path, Reason::Gpu);
+            self.mark_resolved(&name)?;
             return Ok(());
         }
-        if self.left_out(&path, Some(file_type), stat, link.as_deref(), in_base) {
-            self.decide(&name)?;
+        if self.exclude(&path, Some(file_type), stat, link.as_deref(), in_base) {
+            self.mark_resolved(&name)?;
             return Ok(());
         }
         let Some(kind) = kind_of(file_type) else {
@@ -333,7 +333,7 @@ impl Directory<'_> {
         };
         let mut extra = Extra {
             link,
-            xattrs: self.share.set_of(attributes.kept)?,
+            xattrs: self.reservation.intern_xattrs(attributes.kept)?,
             content,
             moved,
             ..Extra::default()
@@ -376,7 +376,7 @@ impl Directory<'_> {
             }
         }
         extra.privileged = self.is_privileged(&entry, &extra, &base, &path)?;
-        self.decide(&name)?;
+        self.mark_resolved(&name)?;
         let index = self.push(entry, &name, extra)?;
         if kind == Kind::Dir {
             let full = self.task.full || moved;
@@ -397,7 +397,7 @@ impl Directory<'_> {
                 full,
                 opaque: opaque && !walker.lowers_known,
             };
-            self.later(index, task)?;
+            self.queue_subdirectory(index, task)?;
         }
         Ok(())
     }
@@ -414,7 +414,7 @@ impl Directory<'_> {
                 continue;
             };
             let path = join(&self.task.path, &name);
-            if !self.left_out(&path, None, &stat, None, true) {
+            if !self.exclude(&path, None, &stat, None, true) {
                 self.push_mark(Kind::Whiteout, &name)?;
             }
         }
@@ -422,9 +422,10 @@ impl Directory<'_> {
     }
 
     /// Records that nothing more is merged in or hidden for this name; needed only in directories where either happens.
-    pub(super) fn decide(&mut self, name: &[u8]) -> Result<(), Error> {
+    pub(super) fn mark_resolved(&mut self, name: &[u8]) -> Result<(), Error> {
         if self.task.full || self.task.hidden {
-            self.share.hold((name.len() + IN_SET) as u64)?;
+            self.reservation
+                .reserve((name.len() + SET_ENTRY_BYTES) as u64)?;
             self.decided.insert(name.to_vec());
         }
         Ok(())
@@ -433,29 +434,30 @@ impl Directory<'_> {
     /// Records that nothing is merged in for this name; needed only in directories where that happens.
     fn delete(&mut self, name: Vec<u8>) -> Result<(), Error> {
         if self.task.full {
-            self.share.hold((name.len() + IN_SET) as u64)?;
+            self.reservation
+                .reserve((name.len() + SET_ENTRY_BYTES) as u64)?;
             self.deleted.insert(name);
         }
         Ok(())
     }
 
     /// Queues a subdirectory.
-    pub(super) fn later(&mut self, index: u32, task: Task) -> Result<(), Error> {
-        self.share.keep(task.weight())?;
+    pub(super) fn queue_subdirectory(&mut self, index: u32, task: Task) -> Result<(), Error> {
+        self.reservation.reserve_for_scan(task.weight())?;
         self.tasks.push((index, task));
         Ok(())
     }
 
     /// Returns the names in a directory of the base, some of which may be deleted there.
     pub(super) fn base_names(&mut self, stack: &Stack) -> Result<BTreeSet<Vec<u8>>, Error> {
-        let (walker, share) = (self.walker, &mut self.share);
+        let (walker, reservation) = (self.walker, &mut self.reservation);
         let room = |length: usize| {
-            let held = share.hold((length + IN_SET) as u64);
-            held.map_err(Stop::Full)
+            let held = reservation.reserve((length + SET_ENTRY_BYTES) as u64);
+            held.map_err(ListingError::Full)
         };
         walker.lowers.names(stack, room).map_err(|stop| match stop {
-            Stop::Read(source) => walker.read_error(&self.task.path, source),
-            Stop::Full(error) => error,
+            ListingError::Read(source) => walker.read_error(&self.task.path, source),
+            ListingError::Full(error) => error,
         })
     }
 
@@ -495,12 +497,13 @@ impl Directory<'_> {
         extra: Extra,
     ) -> Result<u32, Error> {
         self.walker.count(&entry)?;
-        self.share.hold_entry(name)?;
+        self.reservation.reserve_entry(name)?;
         entry.name_at = self.output.names.len() as u32;
         entry.name_len = name.len() as u16;
         self.output.names.extend(name);
         let rare = extra != Extra::default();
-        self.share.keep_entry(name, rare.then_some(&extra))?;
+        self.reservation
+            .reserve_entry_for_scan(name, rare.then_some(&extra))?;
         if rare {
             entry.extra = self.output.extras.len() as u32;
             self.output.extras.push(extra);

@@ -8,14 +8,15 @@ use rustix::fs::{FileType, OFlags, Stat};
 use super::{Walker, read_error};
 use crate::common::escape;
 use crate::layer::scan::changes::same_stamps;
-use crate::layer::scan::earlier::Earlier;
+use crate::layer::scan::earlier::EarlierScan;
 use crate::layer::scan::rows::NO_EXTRA;
 use crate::layer::scan::{Entry, Error, Flags, Kind, Xattr};
+use crate::node::overlay::id_map::{self, IdMapping};
 use crate::node::overlay::lower::Place;
-use crate::node::overlay::owner::{self, IdMapping};
 use crate::node::overlay::root::{Follow, xattr_at, xattr_names_at};
 use crate::node::overlay::xattr::{
-    Fate, Mark, ValueError, acl_inside, capability_inside, fate, plain_fate, proc_path,
+    Mark, ValueError, XattrAction, acl_inside, capability_inside, classify, classify_plain,
+    proc_path,
 };
 
 /// setuid and setgid.
@@ -37,15 +38,15 @@ pub(in crate::layer::scan) struct Attributes {
 
 impl Walker<'_> {
     /// Returns whether an entry is unchanged since the earlier scan, so that all its facts are still valid.
-    pub(in crate::layer::scan) fn holds(
+    pub(in crate::layer::scan) fn is_unchanged(
         &self,
-        earlier: &Earlier<'_>,
+        earlier: &EarlierScan<'_>,
         index: u32,
         stat: &Stat,
         path: &[u8],
     ) -> Result<bool, Error> {
         let before = &earlier.scan.entry(index);
-        if before.root != 0 || !earlier.scan.settled(before) {
+        if before.root != 0 || !earlier.scan.has_reliable_stamps(before) {
             return Ok(false);
         }
         let kind = kind_of(FileType::from_raw_mode(stat.st_mode));
@@ -126,8 +127,8 @@ impl Walker<'_> {
             what,
             id,
         };
-        let uid = owner::inside(uids, stat.st_uid);
-        let gid = owner::inside(gids, stat.st_gid);
+        let uid = id_map::container_id(uids, stat.st_uid);
+        let gid = id_map::container_id(gids, stat.st_gid);
         Ok((
             uid.ok_or_else(|| unmapped("user", stat.st_uid))?,
             gid.ok_or_else(|| unmapped("group", stat.st_gid))?,
@@ -165,18 +166,20 @@ impl Walker<'_> {
                     .map_err(|source| self.read_error(path, source))
             };
             let fate = match self.volume {
-                Some(_) => plain_fate(name),
-                None => fate(name, self.namespace),
+                Some(_) => classify_plain(name),
+                None => classify(name, self.namespace),
             };
             match fate {
-                Fate::Mark(Mark::Opaque) => attributes.opaque = value()?,
-                Fate::Mark(Mark::Redirect) => attributes.redirect = value()?,
-                Fate::Mark(Mark::Metacopy) => attributes.metacopy = true,
-                Fate::Mark(Mark::Whiteout) => attributes.whiteout = true,
-                Fate::Mark(Mark::Nlink) => attributes.nlink = value()?,
-                Fate::Mark(Mark::Kernel) => {}
-                Fate::Drop | Fate::Mark(Mark::Protected) => dropped.push(name.to_vec()),
-                Fate::Keep(kept) => {
+                XattrAction::Mark(Mark::Opaque) => attributes.opaque = value()?,
+                XattrAction::Mark(Mark::Redirect) => attributes.redirect = value()?,
+                XattrAction::Mark(Mark::Metacopy) => attributes.metacopy = true,
+                XattrAction::Mark(Mark::Whiteout) => attributes.whiteout = true,
+                XattrAction::Mark(Mark::Nlink) => attributes.nlink = value()?,
+                XattrAction::Mark(Mark::Kernel) => {}
+                XattrAction::Drop | XattrAction::Mark(Mark::Protected) => {
+                    dropped.push(name.to_vec())
+                }
+                XattrAction::Keep(kept) => {
                     if let Some(value) = value()? {
                         let value = self.value_inside(root, &kept, value).map_err(|source| {
                             Error::Xattr {
@@ -195,8 +198,8 @@ impl Walker<'_> {
 
     fn value_inside(&self, root: u16, name: &[u8], value: Vec<u8>) -> Result<Vec<u8>, ValueError> {
         let (uids, gids) = self.ids_of(root);
-        let uid = |id| owner::inside(uids, id);
-        let gid = |id| owner::inside(gids, id);
+        let uid = |id| id_map::container_id(uids, id);
+        let gid = |id| id_map::container_id(gids, id);
         match name {
             b"security.capability" => capability_inside(&value, uid),
             n if n.starts_with(b"system.posix_acl_") => acl_inside(&value, uid, gid),

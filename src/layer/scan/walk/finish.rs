@@ -23,8 +23,8 @@ pub(in crate::layer::scan) fn finish(
 ) -> Result<Scan, Error> {
     check_indexed(&rows)?;
     report.split_links = split_links(&rows);
-    report.privileged = having(&rows, |extra| extra.privileged);
-    report.empty_xattrs = having(&rows, |extra| {
+    report.privileged = paths_with(&rows, |extra| extra.privileged);
+    report.empty_xattrs = paths_with(&rows, |extra| {
         extra.xattrs().iter().any(|(_, value)| value.is_empty())
     });
     prune(&mut rows);
@@ -39,7 +39,7 @@ pub(in crate::layer::scan) fn finish(
 }
 
 /// Returns the paths of entries whose extra satisfies `holds`, including those taken over from an earlier scan.
-fn having(rows: &Rows, holds: impl Fn(&Extra) -> bool) -> Sample<String> {
+fn paths_with(rows: &Rows, holds: impl Fn(&Extra) -> bool) -> Sample<String> {
     let mut found = Sample::default();
     if !rows.extras().any(&holds) {
         return found;
@@ -107,13 +107,13 @@ fn prune(rows: &mut Rows) {
             real |= !inside[index] && !stubs_only;
         }
     }
-    real |= count > 0 && !rows.flags(0).has(Flags::SILENT);
+    real |= count > 0 && !rows.flags(0).has(Flags::OMITTED);
     for index in 1..count {
         // An entry equal to the base stays as a silent one: if it changes later, that must be distinguished from a new
         // entry.
         dropped[index] |= dropped[rows.parent(index as u32) as usize];
         if !(keep[index] && real) {
-            rows.flags_mut(index as u32).set(Flags::SILENT);
+            rows.flags_mut(index as u32).set(Flags::OMITTED);
         }
     }
     rows.drop_rows(&dropped);

@@ -1,20 +1,20 @@
 //! The walk of a tree: threads take directories from a shared queue, and the results are put into the order of the
 //! layer at the end.
 //!
-//! `queue` distributes the directories, `directory` reads one, `entry` reads status and attributes of one name, `moved`
-//! resolves redirects and metacopy, `base` compares with the base, `left_out` applies the exclusion rules, `top`
-//! creates the entries above the tree, `flat` combines everything into one list, `links` checks hard link counts, and
+//! `queue` distributes the directories, `directory` reads one, `entry` reads status and attributes of one name, `redirect`
+//! resolves redirects and metacopy, `base` compares with the base, `filter` applies the exclusion rules, `top`
+//! creates the entries above the tree, `flatten` combines everything into one list, `links` checks hard link counts, and
 //! `finish` removes unneeded entries.
 
 mod base;
 mod directory;
 mod entry;
+mod filter;
 mod finish;
-mod flat;
-mod left_out;
+mod flatten;
 mod links;
-mod moved;
 mod queue;
+mod redirect;
 mod top;
 
 use std::io;
@@ -26,20 +26,22 @@ use std::sync::{Arc, Condvar, Mutex};
 use rustix::fs::Stat;
 
 pub(super) use finish::finish;
-pub(super) use flat::{Cursor, From, Next, Output, Walked, append_chain, by_id};
+pub(super) use flatten::{
+    Cursor, EntrySource, Output, WalkedDirectory, WalkedEntry, append_chain, by_id,
+};
 
-use flat::flatten;
+use flatten::flatten;
 use queue::Queue;
 
-use super::earlier::Earlier;
-use super::memory::Memory;
-use super::rows::Shelf;
+use super::earlier::EarlierScan;
+use super::memory::MemoryBudget;
+use super::rows::FactBuffer;
 use super::{Caps, Clock, Entry, Error, Kind, Options, Report, Roots, Scan};
 use crate::common::escape;
+use crate::node::overlay::id_map::{self, IdMapping};
 use crate::node::overlay::lower::{Found, Lowers, Place, Stack};
-use crate::node::overlay::owner::{self, IdMapping};
 use crate::node::overlay::root::{Root, stat_at};
-use crate::node::overlay::volume::{Look, Volume};
+use crate::node::overlay::volume::{NameStatus, Volume};
 use crate::node::overlay::xattr::Namespace;
 
 /// A directory to be walked.
@@ -79,11 +81,11 @@ impl Task {
 /// Result of a walk.
 pub(super) struct Walk {
     /// The outputs; those of the initial directories are numbered in their order.
-    pub(super) outputs: Vec<Walked>,
+    pub(super) outputs: Vec<WalkedDirectory>,
     /// Number of outputs.
     pub(super) count: u32,
-    /// Shelves that the outputs refer to, by number.
-    pub(super) shelves: Vec<Shelf>,
+    /// Buffers that the outputs refer to, by number.
+    pub(super) buffers: Vec<FactBuffer>,
     /// Findings of the walk.
     pub(super) report: Report,
 }
@@ -102,13 +104,13 @@ pub(super) struct Walker<'a> {
     /// User and group maps for those.
     stored_ids: (Vec<IdMapping>, Vec<IdMapping>),
     /// The earlier scan of the tree, if there is one.
-    pub(super) earlier: Option<&'a Earlier<'a>>,
+    pub(super) earlier: Option<&'a EarlierScan<'a>>,
     queue: Mutex<Queue>,
     changed: Condvar,
-    next_shelf: AtomicU32,
+    next_buffer: AtomicU32,
     report: Mutex<Report>,
     count: Counters,
-    pub(super) memory: Arc<Memory>,
+    pub(super) memory: Arc<MemoryBudget>,
 }
 
 #[derive(Default)]
@@ -174,7 +176,7 @@ impl<'a> Walker<'a> {
         lowers: &'a Lowers,
         roots: &'a Roots,
         options: &'a Options<'a>,
-        earlier: Option<&'a Earlier<'a>>,
+        earlier: Option<&'a EarlierScan<'a>>,
     ) -> Self {
         Self {
             upper,
@@ -185,16 +187,16 @@ impl<'a> Walker<'a> {
             options,
             id_mapped: id_mapped(roots),
             stored_ids: (
-                owner::stored(options.uid_map),
-                owner::stored(options.gid_map),
+                id_map::on_disk_map(options.uid_map),
+                id_map::on_disk_map(options.gid_map),
             ),
             earlier,
             queue: Mutex::default(),
             changed: Condvar::new(),
-            next_shelf: AtomicU32::new(0),
+            next_buffer: AtomicU32::new(0),
             report: Mutex::new(Report::default()),
             count: Counters::default(),
-            memory: Memory::new(options.caps.memory),
+            memory: MemoryBudget::new(options.caps.memory),
         }
     }
 
@@ -247,9 +249,9 @@ impl Walker<'_> {
     pub(super) fn status(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
         match self.volume {
             None => stat_at(dir, name),
-            Some(volume) => Ok(match volume.look(dir, name)? {
-                Look::There(stat) => Some(*stat),
-                Look::Gone | Look::Mounted | Look::Denied => None,
+            Some(volume) => Ok(match volume.name_status(dir, name)? {
+                NameStatus::Present(stat) => Some(*stat),
+                NameStatus::Gone | NameStatus::Mounted | NameStatus::Denied => None,
             }),
         }
     }

@@ -7,22 +7,22 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::flat::Walked;
+use super::flatten::WalkedDirectory;
 use super::{Output, Task, Walk, Walker};
 use crate::layer::scan::Error;
-use crate::layer::scan::memory::Share;
-use crate::layer::scan::rows::Shelf;
+use crate::layer::scan::memory::Reservation;
+use crate::layer::scan::rows::FactBuffer;
 
 /// Result of one directory: its entries, the subdirectories to be walked with the indices of their entries, and the
 /// memory of both.
-pub(super) type Collected = (Output, Vec<(u32, Task)>, Share);
+pub(super) type Collected = (Output, Vec<(u32, Task)>, Reservation);
 
 #[derive(Default)]
 pub(super) struct Queue {
     tasks: Vec<Task>,
-    outputs: Vec<Walked>,
-    /// Shelves of the threads that have ended, by number.
-    shelves: BTreeMap<u32, Shelf>,
+    outputs: Vec<WalkedDirectory>,
+    /// Buffers of the threads that have ended, by number.
+    buffers: BTreeMap<u32, FactBuffer>,
     working: usize,
     next_id: u32,
     failed: Option<Error>,
@@ -42,9 +42,9 @@ impl Walker<'_> {
         directory: &(dyn Fn(&Task, bool) -> Result<Collected, Error> + Sync),
     ) -> Result<Walk, Error> {
         {
-            let mut share = self.memory.share();
+            let mut reservation = self.memory.reservation();
             for task in &tasks {
-                share.keep(task.weight())?;
+                reservation.reserve_for_scan(task.weight())?;
             }
             let mut queue = lock(&self.queue);
             for (id, task) in tasks.iter_mut().enumerate() {
@@ -55,9 +55,9 @@ impl Walker<'_> {
         }
         std::thread::scope(|scope| {
             let work = || {
-                let mut shelves = BTreeMap::new();
-                self.work(&mut shelves, directory);
-                lock(&self.queue).shelves.append(&mut shelves);
+                let mut buffers = BTreeMap::new();
+                self.work(&mut buffers, directory);
+                lock(&self.queue).buffers.append(&mut buffers);
             };
             let (mut threads, mut refused) = (Vec::new(), None);
             for _ in 0..self.options.jobs.max(1) {
@@ -83,14 +83,14 @@ impl Walker<'_> {
         Ok(Walk {
             outputs: std::mem::take(&mut queue.outputs),
             count: queue.next_id,
-            shelves: std::mem::take(&mut queue.shelves).into_values().collect(),
+            buffers: std::mem::take(&mut queue.buffers).into_values().collect(),
             report: std::mem::take(&mut *lock(&self.report)),
         })
     }
 
     fn work(
         &self,
-        shelves: &mut BTreeMap<u32, Shelf>,
+        buffers: &mut BTreeMap<u32, FactBuffer>,
         directory: &(dyn Fn(&Task, bool) -> Result<Collected, Error> + Sync),
     ) {
         // A working directory for this thread alone: attributes can only be read by path, and a bare name is the
@@ -125,16 +125,16 @@ impl Walker<'_> {
             } else {
                 directory(&task, own_cwd)
             };
-            let result = result.map(|(output, tasks, share)| {
-                let mut last = shelves.last_entry().filter(|last| !last.get().is_full());
+            let result = result.map(|(output, tasks, reservation)| {
+                let mut last = buffers.last_entry().filter(|last| !last.get().is_full());
                 let walked = match &mut last {
                     Some(last) => output.finish(*last.key(), last.get_mut(), &tasks),
                     None => {
-                        let number = self.next_shelf.fetch_add(1, Ordering::Relaxed);
-                        output.finish(number, shelves.entry(number).or_default(), &tasks)
+                        let number = self.next_buffer.fetch_add(1, Ordering::Relaxed);
+                        output.finish(number, buffers.entry(number).or_default(), &tasks)
                     }
                 };
-                drop(share);
+                drop(reservation);
                 self.memory.release(task.weight());
                 (walked, tasks)
             });

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 use super::Walker;
 use super::entry::mode_of;
-use super::flat::Output;
+use super::flatten::Output;
 use crate::layer::scan::rows::NO_EXTRA;
 use crate::layer::scan::{Entry, Error, Extra, Flags, Kind};
 use crate::node::overlay::root::Follow;
@@ -29,7 +29,7 @@ impl Walker<'_> {
         output.entries.push(Entry {
             kind: Kind::Dir,
             extra: NO_EXTRA,
-            flags: Flags::SILENT,
+            flags: Flags::OMITTED,
             ..Entry::default()
         });
         let handle = self.upper.open_dir(volume.at());
@@ -44,7 +44,7 @@ impl Walker<'_> {
             entry.name_at = output.names.len() as u32;
             entry.name_len = name.len() as u16;
             output.names.extend(name);
-            let xattrs = self.memory.share().set_of(attributes.kept)?;
+            let xattrs = self.memory.reservation().intern_xattrs(attributes.kept)?;
             if xattrs.is_some() {
                 entry.extra = output.extras.len() as u32;
                 output.extras.push(Extra {
@@ -81,9 +81,9 @@ impl Walker<'_> {
                 && kept == attributes.kept;
         }
         if silent {
-            entry.flags.set(Flags::SILENT);
+            entry.flags.set(Flags::OMITTED);
         }
-        let xattrs = self.memory.share().set_of(attributes.kept)?;
+        let xattrs = self.memory.reservation().intern_xattrs(attributes.kept)?;
         if xattrs.is_some() {
             output.extras.push(Extra {
                 xattrs,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::wire::any_value;
+use super::protobuf::any_value;
 use crate::node::container::bolt::Bucket;
 use crate::node::container::error::Error;
 

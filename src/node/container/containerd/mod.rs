@@ -1,7 +1,7 @@
 //! containerd's state: bundles of running containers, metadata, snapshots and content.
 //!
 //! This module finds running tasks and drafts their containers. `record` reads the metadata, `cri` the data of
-//! Kubernetes, `snapshot` the snapshots, and `content` the blobs of images; `prove` combines them, and `wire` decodes
+//! Kubernetes, `snapshot` the snapshots, and `content` the blobs of images; `prove` combines them, and `protobuf` decodes
 //! integers and messages.
 //!
 //! Format: containerd 1.6 to 2.2, `core/metadata/buckets.go` and `core/snapshots/storage/bolt.go` for the databases,
@@ -9,10 +9,10 @@
 
 mod content;
 mod cri;
+mod protobuf;
 mod prove;
 mod record;
 mod snapshot;
-mod wire;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -20,12 +20,12 @@ use std::path::{Path, PathBuf};
 pub(super) use prove::prove;
 
 use record::{Record, record};
-use snapshot::{Snap, chains_of, is_overlayfs, snapshots_of};
+use snapshot::{SnapshotId, chains_of, is_overlayfs, snapshots_of};
 
 use super::bolt;
 use super::bundle::Bundle;
-use super::draft::{Draft, RecordedRoot};
 use super::error::{Error, Problem};
+use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{ContainerdRoot, Roots, pid_file, read_dir};
 use super::{Pod, Runtime};
 
@@ -41,7 +41,10 @@ struct Task {
     pid: u32,
 }
 
-pub(super) fn drafts(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Draft> {
+pub(super) fn recorded_containers(
+    roots: &Roots,
+    problems: &mut Vec<Problem>,
+) -> Vec<RecordedContainer> {
     let mut drafts = Vec::new();
     for containerd in &roots.containerd {
         // Two roots may be configured for one state directory (k3s and RKE2 share it); the existing one is used.
@@ -82,8 +85,8 @@ fn draft(
     containerd: &ContainerdRoot,
     task: Task,
     record: Option<Record>,
-    chains: &HashMap<(String, String), Vec<Snap>>,
-) -> Draft {
+    chains: &HashMap<(String, String), Vec<SnapshotId>>,
+) -> RecordedContainer {
     let annotation = |key: &str| task.bundle.annotation(key).map(str::to_owned);
     let record = record.unwrap_or_default();
     let pod = match (&record.cri, &record.pod) {
@@ -112,7 +115,7 @@ fn draft(
         .snapshot
         .filter(|_| is_overlayfs(&record.snapshotter))
         .and_then(|key| chains.get(&(record.snapshotter.clone(), key)));
-    let directory = |snap: &Snap| Path::new(&snap.id.to_string()).join("fs");
+    let directory = |snap: &SnapshotId| Path::new(&snap.id.to_string()).join("fs");
     let record_of_root = chain.and_then(|chain| {
         let (own, parents) = chain.split_first()?;
         Some(RecordedRoot {
@@ -121,7 +124,7 @@ fn draft(
             lowers: Some(parents.iter().map(directory).collect()),
         })
     });
-    Draft {
+    RecordedContainer {
         runtime: Runtime::Containerd,
         names: record
             .labels

@@ -16,7 +16,7 @@ use crate::node::container::roots::{ContainerdRoot, Roots};
 use crate::node::container::{Base, Container};
 
 /// An image with the mounted chain ID.
-struct Fit {
+struct MatchingImage {
     manifest: Option<Manifest>,
     config: Config,
     /// Name of the image record that refers to it.
@@ -91,7 +91,7 @@ fn prove_record(
         "mounted: {}, chain {top}",
         crate::common::message::count(mounted.len(), "layer", "layers")
     )];
-    let mut fits: Vec<Fit> = Vec::new();
+    let mut fits: Vec<MatchingImage> = Vec::new();
     let mut named: Vec<ImageRecord> = images;
     // First the image that the container was started from, then other names, then digests.
     let rank = |image: &ImageRecord| {
@@ -115,7 +115,7 @@ fn prove_record(
         for manifest in manifests {
             let verdict = match content.config(&manifest) {
                 Ok(config) if config.chain == mounted => {
-                    fits.push(Fit {
+                    fits.push(MatchingImage {
                         manifest: Some(manifest),
                         config,
                         name: Some(image.name.clone()),
@@ -140,7 +140,8 @@ fn prove_record(
             }
         }
     }
-    let is_wanted = |fit: &Fit| image_ref.is_none_or(|wanted| fit.config.digest == wanted);
+    let is_wanted =
+        |fit: &MatchingImage| image_ref.is_none_or(|wanted| fit.config.digest == wanted);
     if !fits.iter().any(is_wanted) {
         let mut scanned = 0;
         for manifest in content.all_manifests()? {
@@ -153,7 +154,7 @@ fn prove_record(
                         .is_some_and(|m| m.raw.digest == manifest.raw.digest)
                 })
             {
-                fits.push(Fit {
+                fits.push(MatchingImage {
                     manifest: Some(manifest),
                     config,
                     name: None,
@@ -175,7 +176,7 @@ fn prove_record(
             Err(error) => Err(error.to_string()),
         };
         match config {
-            Ok(config) if config.chain == mounted => fits.push(Fit {
+            Ok(config) if config.chain == mounted => fits.push(MatchingImage {
                 manifest: None,
                 config,
                 name: None,

@@ -6,7 +6,7 @@ use std::path::Path;
 use oci_spec::image::Descriptor;
 
 use super::cri::{CriContainer, CriMetadata, CriSandbox, extension};
-use super::wire::text;
+use super::protobuf::text;
 use crate::common::digest::Digest;
 use crate::node::container::bolt::{Bucket, Snapshot, Value};
 use crate::node::container::error::Error;

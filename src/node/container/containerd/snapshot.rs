@@ -3,20 +3,20 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use super::protobuf::{text, uvarint};
 use super::record::Record;
-use super::wire::{text, uvarint};
 use crate::common::digest::{ChainId, Digest};
 use crate::node::container::bolt::{self, Snapshot};
 use crate::node::container::error::{Error, Problem};
 use crate::node::container::roots::{ContainerdRoot, Roots};
-use crate::node::container::{BaseLayer, Container, placed};
+use crate::node::container::{BaseLayer, Container, layer_check};
 
 /// Maximum length of a snapshot chain, which is above the kernel's limit on overlay layers.
 const MAX_CHAIN: usize = 512;
 
 /// A snapshot: the number of its directory, and its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Snap {
+pub(super) struct SnapshotId {
     pub(super) id: u64,
     key: String,
     /// Whether a lazy snapshotter mounts it, so that its directory is empty without that mount.
@@ -48,7 +48,7 @@ pub(super) fn chains_of<'r>(
     containerd: &ContainerdRoot,
     records: impl Iterator<Item = &'r Record>,
     problems: &mut Vec<Problem>,
-) -> HashMap<(String, String), Vec<Snap>> {
+) -> HashMap<(String, String), Vec<SnapshotId>> {
     let mut keys: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for record in records {
         if let Some(key) = &record.snapshot {
@@ -80,11 +80,11 @@ pub(super) fn chains_of<'r>(
 }
 
 /// Returns the snapshot `key` and its ancestors, or an empty list if it does not exist.
-pub(super) fn chain(db: &Snapshot<'_>, path: &Path, key: &str) -> Result<Vec<Snap>, Error> {
+pub(super) fn chain(db: &Snapshot<'_>, path: &Path, key: &str) -> Result<Vec<SnapshotId>, Error> {
     let Some(snapshots) = db.bucket(&[b"v1", b"snapshots"])? else {
         return Err(Error::damaged(path, "expected a bucket v1/snapshots"));
     };
-    let mut chain: Vec<Snap> = Vec::new();
+    let mut chain: Vec<SnapshotId> = Vec::new();
     let mut next = Some(key.to_owned());
     while let Some(key) = next {
         let Some(snapshot) = snapshots.bucket(key.as_bytes())? else {
@@ -106,7 +106,7 @@ pub(super) fn chain(db: &Snapshot<'_>, path: &Path, key: &str) -> Result<Vec<Sna
             Some(labels) => labels.get(REMOTE)?.is_some(),
             None => false,
         };
-        chain.push(Snap { id, key, mounted });
+        chain.push(SnapshotId { id, key, mounted });
         if chain.len() > MAX_CHAIN {
             return Err(Error::damaged(
                 path,
@@ -118,7 +118,7 @@ pub(super) fn chain(db: &Snapshot<'_>, path: &Path, key: &str) -> Result<Vec<Sna
 }
 
 /// The mounted layers, bottom first. Their diff IDs are not set yet.
-pub(super) struct Stack {
+pub(super) struct MountedLayers {
     pub(super) layers: Vec<BaseLayer>,
     pub(super) proof: String,
 }
@@ -129,7 +129,7 @@ pub(super) fn mounted_stack(
     containerd: &ContainerdRoot,
     container: &Container,
     record: &Record,
-) -> Result<Result<Stack, String>, Error> {
+) -> Result<Result<MountedLayers, String>, Error> {
     let Some(key) = &record.snapshot else {
         return Ok(Err(format!(
             "its snapshot is not recorded (snapshotter {:?})",
@@ -151,7 +151,7 @@ pub(super) fn mounted_stack(
             metadata.display()
         )));
     };
-    let directory = |snap: &Snap| snapshots.join(snap.id.to_string()).join("fs");
+    let directory = |snap: &SnapshotId| snapshots.join(snap.id.to_string()).join("fs");
     if directory(own) != *upper {
         return Ok(Err(format!(
             "mounted upper {}, snapshot {key:?} is {}",
@@ -179,7 +179,7 @@ pub(super) fn mounted_stack(
     }
     // The mount may have been removed from the node's table since; then all tables show an empty directory.
     for lower in parents.iter().filter(|snap| snap.mounted).map(directory) {
-        if as_directories && !placed::is_mount(&lower)? {
+        if as_directories && !layer_check::is_mount(&lower)? {
             return Ok(Err(format!(
                 "{} is the snapshot of a layer that is mounted, and nothing is mounted there",
                 lower.display()
@@ -219,7 +219,7 @@ pub(super) fn mounted_stack(
         ids.join(", "),
         record.snapshotter
     );
-    Ok(Ok(Stack { layers, proof }))
+    Ok(Ok(MountedLayers { layers, proof }))
 }
 
 /// Returns whether `name` is a remapped copy of `below`: `sha256:X-1000-1000` for `sha256:X`.

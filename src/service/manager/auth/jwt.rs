@@ -1,7 +1,7 @@
 //! JSON Web Tokens of an identity provider, and its keys, which are fetched on demand.
 //!
 //! No lock is held while keys are fetched, so tokens with known keys can be verified meanwhile. There is one fetch at a
-//! time and at most one per [`JWKS_AT_MOST`], whatever keys are requested; a limited number of requests waits for it.
+//! time and at most one per [`JWKS_MIN_INTERVAL`], whatever keys are requested; a limited number of requests waits for it.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -18,9 +18,9 @@ use tokio::sync::{Semaphore, watch};
 use super::{AuthError, Rejected};
 
 /// Age after which a key set is fetched again. For an unknown key it is fetched at once, but not more often than
-/// [`JWKS_AT_MOST`].
-const JWKS_FOR: Duration = Duration::from_secs(3600);
-const JWKS_AT_MOST: Duration = Duration::from_secs(10);
+/// [`JWKS_MIN_INTERVAL`].
+const JWKS_TTL: Duration = Duration::from_secs(3600);
+const JWKS_MIN_INTERVAL: Duration = Duration::from_secs(10);
 const JWKS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum size of a key set in bytes.
 const JWKS_BYTES: usize = 1 << 20;
@@ -74,12 +74,12 @@ pub struct Jwt {
 /// The keys of an identity provider, fetched on demand.
 pub(super) struct KeySet {
     from: Keys,
-    held: Mutex<Held>,
+    cached: Mutex<CachedKeys>,
     waiting: Semaphore,
 }
 
 #[derive(Default)]
-struct Held {
+struct CachedKeys {
     keys: Arc<Vec<Jwk>>,
     /// Time of the last successful fetch.
     at: Option<Instant>,
@@ -92,13 +92,13 @@ impl KeySet {
     pub(super) fn new(from: Keys) -> Arc<Self> {
         Arc::new(Self {
             from,
-            held: Mutex::default(),
+            cached: Mutex::default(),
             waiting: Semaphore::new(WAITING),
         })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Held> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, CachedKeys> {
+        self.cached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Fetches and stores the keys.
@@ -110,13 +110,13 @@ impl KeySet {
         let read = text.and_then(|text| {
             serde_json::from_str::<JwkSet>(&text).map_err(|error| error.to_string())
         });
-        let mut held = self.lock();
-        held.tried = Some(Instant::now());
+        let mut cached = self.lock();
+        cached.tried = Some(Instant::now());
         match read {
             Ok(mut set) => {
                 set.keys.truncate(JWKS_KEYS);
-                held.keys = Arc::new(set.keys);
-                held.at = held.tried;
+                cached.keys = Arc::new(set.keys);
+                cached.at = cached.tried;
                 Ok(())
             }
             Err(reason) => Err(AuthError::Keys { at, reason }),
@@ -125,16 +125,19 @@ impl KeySet {
 
     /// Returns the running fetch, and starts one unless there was one recently.
     fn fetching(self: &Arc<Self>) -> Option<watch::Receiver<()>> {
-        let mut held = self.lock();
-        if held.running.is_some() {
-            return held.running.clone();
+        let mut cached = self.lock();
+        if cached.running.is_some() {
+            return cached.running.clone();
         }
-        if held.tried.is_some_and(|at| at.elapsed() < JWKS_AT_MOST) {
+        if cached
+            .tried
+            .is_some_and(|at| at.elapsed() < JWKS_MIN_INTERVAL)
+        {
             return None;
         }
         let (done, running) = watch::channel(());
-        held.running = Some(running.clone());
-        drop(held);
+        cached.running = Some(running.clone());
+        drop(cached);
         let keys = self.clone();
         tokio::spawn(async move {
             if let Err(error) = keys.read().await {
@@ -156,7 +159,7 @@ impl KeySet {
             };
             keys.iter().filter(fits).cloned().collect()
         };
-        let old = self.lock().at.is_none_or(|at| at.elapsed() >= JWKS_FOR);
+        let old = self.lock().at.is_none_or(|at| at.elapsed() >= JWKS_TTL);
         let found = fitting();
         if !found.is_empty() {
             if old {

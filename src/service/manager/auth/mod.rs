@@ -1,6 +1,6 @@
 //! Authentication and permissions of callers.
 //!
-//! Every request passes the `Gate`. The module `tokens` verifies the API's own tokens, `jwt` those of an identity
+//! Every request passes the `Authenticator`. The module `tokens` verifies the API's own tokens, `jwt` those of an identity
 //! provider, `proxy` the header of a trusted proxy, and `cookie` the sign-ins of browsers.
 
 mod cookie;
@@ -28,11 +28,11 @@ use crate::service::record::{self, Record, SignIn};
 pub(super) use cookie::{Cookie, digest, secret};
 
 /// Header in which a portal (or an administrator) names the user it acts for.
-pub(crate) const ACTS_FOR: HeaderName = HeaderName::from_static("upperdeck-user");
+pub(crate) const USER_HEADER: HeaderName = HeaderName::from_static("upperdeck-user");
 /// Header that forms on other sites cannot send. It proves that a request with a cookie comes from the page.
-pub(crate) const OWN_REQUEST: HeaderName = HeaderName::from_static("upperdeck-request");
+pub(crate) const REQUEST_HEADER: HeaderName = HeaderName::from_static("upperdeck-request");
 /// Header with the key that the page received at sign-in. The cookie is not accepted without it.
-pub(crate) const PAGE: HeaderName = HeaderName::from_static("upperdeck-page");
+pub(crate) const PAGE_HEADER: HeaderName = HeaderName::from_static("upperdeck-page");
 /// Maximum length of a token in bytes; tokens of identity providers grow with the number of a user's groups.
 const MAX_TOKEN: usize = 16 << 10;
 
@@ -118,7 +118,7 @@ impl From<record::Error> for Rejected {
 }
 
 /// Authenticates requests according to the settings.
-pub(super) struct Gate {
+pub(super) struct Authenticator {
     tokens: Tokens,
     jwt: Option<(Jwt, Arc<KeySet>)>,
     proxies: Option<Proxies>,
@@ -127,7 +127,7 @@ pub(super) struct Gate {
     record: Record,
 }
 
-impl Gate {
+impl Authenticator {
     pub(super) fn new(
         tokens: Tokens,
         jwt: Option<Jwt>,
@@ -181,9 +181,9 @@ impl Gate {
         };
         // Credentials that a browser adds by itself do not tell which page made the request.
         if ambient && changes {
-            self.own_request(headers)?;
+            self.check_same_origin(headers)?;
         }
-        acting_for(found, headers)
+        apply_user_header(found, headers)
     }
 
     /// Returns the sign-in of the request's cookie, whatever page the request comes from. Of several cookies, the one
@@ -197,11 +197,11 @@ impl Gate {
             let Some(found) = self.record.signed_in(&digest(value), now_ms()).await? else {
                 continue;
             };
-            let Some((role, mut caller)) = self.rests_on(&found) else {
+            let Some((role, mut caller)) = self.current_caller(&found) else {
                 continue;
             };
             caller.via = Via::SignIn;
-            let own = has_key_of(headers, &found);
+            let own = has_page_key(headers, &found);
             let one = (found, role, caller);
             if own {
                 return Ok(Some(one));
@@ -224,7 +224,7 @@ impl Gate {
             return Err(Rejected::Unknown("you are not signed in any more"));
         };
         // The URL of an event stream contains the ID of a save, which a party that has only the cookie cannot find out.
-        let own = has_key_of(headers, &found) || (events && !headers.contains_key(PAGE));
+        let own = has_page_key(headers, &found) || (events && !headers.contains_key(PAGE_HEADER));
         if !own {
             return Err(Rejected::Unknown(
                 "the cookie alone is not enough: sign in on this page",
@@ -235,14 +235,14 @@ impl Gate {
 
     /// Returns the role and caller of a sign-in according to the current settings; `None` if its credential no longer
     /// exists.
-    fn rests_on(&self, found: &SignIn) -> Option<(Role, Caller)> {
+    fn current_caller(&self, found: &SignIn) -> Option<(Role, Caller)> {
         match found.basis.split_once(':')? {
-            ("token", print) => Some(of_token(self.tokens.by_fingerprint(print)?)),
+            ("token", print) => Some(caller_of_token(self.tokens.by_fingerprint(print)?)),
             ("jwt", issuer) => {
                 let (jwt, _) = self.jwt.as_ref().filter(|(jwt, _)| jwt.issuer == issuer)?;
                 let listed = jwt.administrators.contains(&found.user);
                 let administrator = listed || found.administrator;
-                Some(person(Via::Token, "jwt", &found.user, administrator))
+                Some(caller_named(Via::Token, "jwt", &found.user, administrator))
             }
             _ => None,
         }
@@ -265,7 +265,7 @@ impl Gate {
             return Err(WRONG);
         }
         if let Some(token) = self.tokens.find(token) {
-            let (role, caller) = of_token(token);
+            let (role, caller) = caller_of_token(token);
             return Ok(Bearer {
                 role,
                 caller,
@@ -305,7 +305,7 @@ impl Gate {
                             _ => false,
                         }
                     });
-                let (role, caller) = person(Via::Token, "jwt", user, listed || claimed);
+                let (role, caller) = caller_named(Via::Token, "jwt", user, listed || claimed);
                 let ends = claims.get("exp").and_then(Value::as_f64);
                 Ok(Bearer {
                     role,
@@ -344,12 +344,12 @@ impl Gate {
                 "the proxy names no user that can be one here",
             ))?;
         let administrator = proxies.administrators.iter().any(|name| name == user);
-        Ok(Some(person(Via::Proxy, "proxy", user, administrator)))
+        Ok(Some(caller_named(Via::Proxy, "proxy", user, administrator)))
     }
 
     /// Checks that a request comes from the manager's own page: it has the page's origin, and a header or content type
     /// that forms on other pages cannot produce.
-    pub(super) fn own_request(&self, headers: &HeaderMap) -> Result<(), Rejected> {
+    pub(super) fn check_same_origin(&self, headers: &HeaderMap) -> Result<(), Rejected> {
         const FOREIGN: Rejected = Rejected::Forbidden(
             "the request comes from another page; with a cookie or by a proxy, send the Upperdeck-Request header",
         );
@@ -374,7 +374,7 @@ impl Gate {
         }
         let json =
             text(header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/json"));
-        if headers.contains_key(OWN_REQUEST) || json {
+        if headers.contains_key(REQUEST_HEADER) || json {
             Ok(())
         } else {
             Err(FOREIGN)
@@ -383,8 +383,8 @@ impl Gate {
 }
 
 /// Returns whether a request contains the page key of this sign-in.
-fn has_key_of(headers: &HeaderMap, found: &SignIn) -> bool {
-    let mut keys = headers.get_all(PAGE).iter();
+fn has_page_key(headers: &HeaderMap, found: &SignIn) -> bool {
+    let mut keys = headers.get_all(PAGE_HEADER).iter();
     let Some(key) = keys.next() else {
         return false;
     };
@@ -392,7 +392,7 @@ fn has_key_of(headers: &HeaderMap, found: &SignIn) -> bool {
     bool::from(given.as_bytes().ct_eq(found.page.as_bytes())) && keys.next().is_none()
 }
 
-fn of_token(token: &tokens::Token) -> (Role, Caller) {
+fn caller_of_token(token: &tokens::Token) -> (Role, Caller) {
     let caller = Caller {
         name: format!("token:{}", token.name),
         user: token.user.clone(),
@@ -402,7 +402,7 @@ fn of_token(token: &tokens::Token) -> (Role, Caller) {
     (token.role, caller)
 }
 
-fn person(via: Via, by: &str, user: &str, administrator: bool) -> (Role, Caller) {
+fn caller_named(via: Via, by: &str, user: &str, administrator: bool) -> (Role, Caller) {
     let role = if administrator {
         Role::Administrator
     } else {
@@ -418,8 +418,11 @@ fn person(via: Via, by: &str, user: &str, administrator: bool) -> (Role, Caller)
 }
 
 /// Applies the header in which a portal names the user it acts for.
-fn acting_for((role, mut caller): (Role, Caller), headers: &HeaderMap) -> Result<Caller, Rejected> {
-    let mut said = headers.get_all(ACTS_FOR).iter();
+fn apply_user_header(
+    (role, mut caller): (Role, Caller),
+    headers: &HeaderMap,
+) -> Result<Caller, Rejected> {
+    let mut said = headers.get_all(USER_HEADER).iter();
     let Some(named) = said.next() else {
         return Ok(caller);
     };

@@ -1,33 +1,33 @@
-//! The background work of a manager: applies reports of agents (`hear`), answers their questions (`words`), executes
-//! requests to the queue (`errands`), compares the record with the queue (`reconcile`), and deletes old data. Several
+//! The background work of a manager: applies reports of agents (`reports`), answers their questions (`questions`), executes
+//! requests to the queue (`outbox`), compares the record with the queue (`reconcile`), and deletes old data. Several
 //! managers do this at the same time, because every change is written only over the version that it is based on.
 
-mod errands;
-mod hear;
+mod outbox;
+mod questions;
 mod reconcile;
-mod words;
+mod reports;
 
 use std::future::Future;
 use std::time::Duration;
 
-use errands::errands;
-use hear::hear;
+use outbox::execute_due;
 use reconcile::reconcile;
+use reports::process_reports;
 
 use super::App;
 use crate::service::queue;
 use crate::service::record;
 
 /// Interval at which the outbox is polled. Requests of this manager are executed at once.
-const ERRANDS_EVERY: Duration = Duration::from_secs(1);
+const OUTBOX_INTERVAL: Duration = Duration::from_secs(1);
 /// Delay after an error, which means that the record or the queue is unavailable.
-const PAUSE: Duration = Duration::from_secs(1);
+const ERROR_DELAY: Duration = Duration::from_secs(1);
 const FORGET_EVERY: Duration = Duration::from_secs(600);
 const MEASURE_EVERY: Duration = Duration::from_secs(10);
 
 /// Why a round of background work ended early. The next round starts over.
 #[derive(Debug, thiserror::Error)]
-enum Trouble {
+enum TaskError {
     #[error(transparent)]
     Record(#[from] record::Error),
     #[error(transparent)]
@@ -38,12 +38,16 @@ enum Trouble {
 /// next round or another manager continues.
 pub(super) async fn run(app: App) {
     tokio::join!(
-        hear(&app),
-        rounds(&app, "errands", ERRANDS_EVERY, true, || errands(&app)),
+        process_reports(&app),
+        run_periodically(&app, "errands", OUTBOX_INTERVAL, true, || execute_due(&app)),
         reconcile(&app),
-        words::answer(&app),
-        rounds(&app, "forget", FORGET_EVERY, false, || forget(&app)),
-        rounds(&app, "measure", MEASURE_EVERY, false, || measure(&app)),
+        questions::answer(&app),
+        run_periodically(&app, "forget", FORGET_EVERY, false, || delete_old_saves(
+            &app
+        )),
+        run_periodically(&app, "measure", MEASURE_EVERY, false, || update_gauges(
+            &app
+        )),
         app.hub.run(
             &app.record,
             &app.queue,
@@ -54,7 +58,7 @@ pub(super) async fn run(app: App) {
 }
 
 /// Runs a task at regular intervals and, if `woken`, also when the outbox is notified.
-async fn rounds<F: Future<Output = Result<(), Trouble>>>(
+async fn run_periodically<F: Future<Output = Result<(), TaskError>>>(
     app: &App,
     task: &'static str,
     every: Duration,
@@ -69,12 +73,12 @@ async fn rounds<F: Future<Output = Result<(), Trouble>>>(
         tokio::select! {
             () = app.cancel.cancelled() => return,
             () = tokio::time::sleep(every) => {}
-            () = app.errands.notified(), if woken => {}
+            () = app.outbox_wake.notified(), if woken => {}
         }
     }
 }
 
-async fn forget(app: &App) -> Result<(), Trouble> {
+async fn delete_old_saves(app: &App) -> Result<(), TaskError> {
     let gone = app.record.forget(app.options.retention).await?;
     if gone > 0 {
         tracing::info!(saves = gone, "old saves are forgotten");
@@ -82,7 +86,7 @@ async fn forget(app: &App) -> Result<(), Trouble> {
     Ok(())
 }
 
-async fn measure(app: &App) -> Result<(), Trouble> {
+async fn update_gauges(app: &App) -> Result<(), TaskError> {
     app.metrics.record(&app.record.counts().await?);
     let depth = app.queue.depth().await;
     app.metrics.queue(depth.as_ref().ok().copied());

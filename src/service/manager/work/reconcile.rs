@@ -3,35 +3,35 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::Trouble;
+use super::TaskError;
 use crate::service::job::{Code, JobId, State, now_ms};
 use crate::service::manager::App;
 use crate::service::queue::Place;
-use crate::service::record::Standing;
+use crate::service::record::OpenSaveState;
 
 /// Number of saves per query.
-const COMPARED: u32 = 500;
+const BATCH: u32 = 500;
 /// A queue that has not responded for this long and two more rounds counts as unavailable in the meantime.
-const DEAF: Duration = Duration::from_secs(2);
+const MAX_QUEUE_GAP: Duration = Duration::from_secs(2);
 /// Time before a save that the queue does not know counts as lost while unacknowledged reports may explain it.
-const REPORTS_PATIENCE: Duration = Duration::from_secs(120);
+const REPORTS_GRACE: Duration = Duration::from_secs(120);
 /// Interval at which a request for cancellation is repeated.
 const REMIND_EVERY: Duration = Duration::from_secs(30);
 
 /// A difference between the record and the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wrong {
+enum Mismatch {
     /// The queue does not know the save.
     Unknown,
     /// An agent had claimed the save but does not renew its lease.
     NoLease,
     /// Cancellation was requested, but the save continues.
-    GoesOn,
+    StillActive,
 }
 
 /// The repair of a difference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Remedy {
+enum Repair {
     OfferAgain,
     LoseLease,
     End,
@@ -41,9 +41,9 @@ enum Remedy {
 
 /// The observations that a decision is based on.
 #[derive(Clone, Copy, Debug)]
-struct Look {
+struct Observation {
     /// The difference, and how long it has existed for the same version of the save.
-    wrong: Option<(Wrong, Duration)>,
+    mismatch: Option<(Mismatch, Duration)>,
     /// Whether there are unacknowledged reports that may explain it.
     reports_wait: bool,
     /// Whether the node's last heartbeat is too old.
@@ -52,48 +52,53 @@ struct Look {
     waiting: Duration,
 }
 
-fn wrong(save: &Standing, place: Option<Place>) -> Option<Wrong> {
+fn mismatch(save: &OpenSaveState, place: Option<Place>) -> Option<Mismatch> {
     match place {
-        None => Some(Wrong::Unknown),
-        Some(Place::Held { lease_ms: 0 }) => Some(Wrong::NoLease),
-        Some(_) if save.cancelling => Some(Wrong::GoesOn),
+        None => Some(Mismatch::Unknown),
+        Some(Place::Held { lease_ms: 0 }) => Some(Mismatch::NoLease),
+        Some(_) if save.cancelling => Some(Mismatch::StillActive),
         Some(_) => None,
     }
 }
 
 /// Chooses the repair. Only differences that were seen at least twice count, because a difference that results from
 /// reading between two steps of another process has disappeared the next time.
-fn remedy(save: &Standing, look: &Look, every: Duration, expiry: Duration) -> Option<Remedy> {
+fn repair(
+    save: &OpenSaveState,
+    look: &Observation,
+    every: Duration,
+    expiry: Duration,
+) -> Option<Repair> {
     let settled = |for_so_long: Duration| {
-        for_so_long >= every && (!look.reports_wait || for_so_long >= REPORTS_PATIENCE)
+        for_so_long >= every && (!look.reports_wait || for_so_long >= REPORTS_GRACE)
     };
-    match look.wrong {
-        Some((Wrong::Unknown, time)) if settled(time) => {
+    match look.mismatch {
+        Some((Mismatch::Unknown, time)) if settled(time) => {
             if save.cancelling {
-                return Some(Remedy::End);
+                return Some(Repair::End);
             }
             if look.node_lost {
-                return Some(Remedy::GiveUp(Code::NodeLost));
+                return Some(Repair::GiveUp(Code::NodeLost));
             }
-            return Some(Remedy::OfferAgain);
+            return Some(Repair::OfferAgain);
         }
-        Some((Wrong::NoLease, time)) if settled(time) => {
+        Some((Mismatch::NoLease, time)) if settled(time) => {
             if look.node_lost {
-                return Some(Remedy::GiveUp(Code::NodeLost));
+                return Some(Repair::GiveUp(Code::NodeLost));
             }
             if save.state != State::Queued {
-                return Some(Remedy::LoseLease);
+                return Some(Repair::LoseLease);
             }
         }
-        Some((Wrong::GoesOn, time)) if time >= REMIND_EVERY => return Some(Remedy::Remind),
+        Some((Mismatch::StillActive, time)) if time >= REMIND_EVERY => return Some(Repair::Remind),
         _ => {}
     }
-    if save.state == State::Queued && look.wrong.is_none() {
+    if save.state == State::Queued && look.mismatch.is_none() {
         if look.node_lost {
-            return Some(Remedy::GiveUp(Code::NodeLost));
+            return Some(Repair::GiveUp(Code::NodeLost));
         }
         if look.waiting >= expiry {
-            return Some(Remedy::GiveUp(Code::TimedOut));
+            return Some(Repair::GiveUp(Code::TimedOut));
         }
     }
     None
@@ -101,28 +106,28 @@ fn remedy(save: &Standing, look: &Look, every: Duration, expiry: Duration) -> Op
 
 /// Time of each node's last heartbeat by this manager's clock, because the nodes' clocks may be wrong.
 #[derive(Default)]
-struct Heard {
+struct Heartbeats {
     nodes: HashMap<String, (i64, Instant)>,
     listened: Option<Instant>,
 }
 
-impl Heard {
+impl Heartbeats {
     /// Records that the queue responds. If it did not for longer than `patience`, no heartbeats could arrive, so all
     /// nodes count as seen now.
-    fn listen(&mut self, patience: Duration) {
+    fn on_response(&mut self, patience: Duration) {
         let now = Instant::now();
-        let deaf = self
+        let was_down = self
             .listened
             .is_none_or(|at| now.duration_since(at) > patience);
         self.listened = Some(now);
-        if deaf {
+        if was_down {
             for heard in self.nodes.values_mut() {
                 heard.1 = now;
             }
         }
     }
 
-    fn hear(&mut self, name: &str, at_ms: i64) {
+    fn record(&mut self, name: &str, at_ms: i64) {
         let now = Instant::now();
         let heard = self.nodes.entry(name.to_owned()).or_insert((at_ms, now));
         if heard.0 != at_ms {
@@ -131,19 +136,19 @@ impl Heard {
     }
 
     /// Returns the time since the last heartbeat. A node without any counts as seen at the first call.
-    fn silent_for(&mut self, name: &str) -> Duration {
+    fn time_since(&mut self, name: &str) -> Duration {
         let now = Instant::now();
         let heard = self.nodes.entry(name.to_owned()).or_insert((0, now));
         now.duration_since(heard.1)
     }
 }
 
-type Seen = HashMap<JobId, (u64, Wrong, Instant)>;
+type Seen = HashMap<JobId, (u64, Mismatch, Instant)>;
 
 /// Compares the record with the queue at regular intervals until the manager ends.
 pub(super) async fn reconcile(app: &App) {
     let mut seen = Seen::new();
-    let mut heard = Heard::default();
+    let mut heard = Heartbeats::default();
     loop {
         match compare(app, std::mem::take(&mut seen), &mut heard).await {
             Ok(now) => seen = now,
@@ -159,18 +164,18 @@ pub(super) async fn reconcile(app: &App) {
     }
 }
 
-async fn compare(app: &App, before: Seen, heard: &mut Heard) -> Result<Seen, Trouble> {
+async fn compare(app: &App, before: Seen, heard: &mut Heartbeats) -> Result<Seen, TaskError> {
     let mut seen = Seen::new();
     let nodes = app.queue.nodes().await?;
-    heard.listen(DEAF + app.options.reconcile_every * 2);
+    heard.on_response(MAX_QUEUE_GAP + app.options.reconcile_every * 2);
     for node in nodes {
-        heard.hear(&node.name, node.at_ms);
+        heard.record(&node.name, node.at_ms);
     }
     let mut after = None;
     loop {
         // The record is read before the queue. If a save ends in between, its version differs, and the write is
         // rejected.
-        let saves = app.record.standing(after, COMPARED).await?;
+        let saves = app.record.open_save_states(after, BATCH).await?;
         let Some(last) = saves.last() else {
             return Ok(seen);
         };
@@ -179,44 +184,44 @@ async fn compare(app: &App, before: Seen, heard: &mut Heard) -> Result<Seen, Tro
         let places = app.queue.places(&ids).await?;
         let reports_wait = app.queue.depth().await?.reports > 0;
         for (save, place) in saves.iter().zip(places) {
-            let wrong = wrong(save, place).map(|wrong| {
+            let mismatch = mismatch(save, place).map(|mismatch| {
                 let since = match before.get(&save.id) {
-                    Some((version, was, since)) if *version == save.version && *was == wrong => {
+                    Some((version, was, since)) if *version == save.version && *was == mismatch => {
                         *since
                     }
                     _ => Instant::now(),
                 };
-                seen.insert(save.id, (save.version, wrong, since));
-                (wrong, since.elapsed())
+                seen.insert(save.id, (save.version, mismatch, since));
+                (mismatch, since.elapsed())
             });
             let waiting = Duration::from_millis((now_ms() - save.queued_ms).max(0) as u64);
-            let look = Look {
-                wrong,
+            let look = Observation {
+                mismatch,
                 reports_wait,
-                node_lost: heard.silent_for(&save.node) >= app.options.node_lost,
+                node_lost: heard.time_since(&save.node) >= app.options.node_lost,
                 waiting,
             };
             let every = app.options.reconcile_every;
-            if let Some(remedy) = remedy(save, &look, every, app.options.order_expiry) {
-                apply(app, save, remedy).await?;
+            if let Some(repair) = repair(save, &look, every, app.options.order_expiry) {
+                apply(app, save, repair).await?;
                 seen.remove(&save.id);
             }
         }
     }
 }
 
-async fn apply(app: &App, save: &Standing, remedy: Remedy) -> Result<(), Trouble> {
+async fn apply(app: &App, save: &OpenSaveState, repair: Repair) -> Result<(), TaskError> {
     let actor = format!("manager:{}", app.name);
     let changed = app
         .record
-        .change_at(save.id, save.version, &actor, |draft| match remedy {
-            Remedy::OfferAgain => draft.offer_again("the queue has lost it"),
-            Remedy::LoseLease => draft.lose_lease(),
-            Remedy::End => {
+        .change_at(save.id, save.version, &actor, |draft| match repair {
+            Repair::OfferAgain => draft.offer_again("the queue has lost it"),
+            Repair::LoseLease => draft.requeue_after_lost_lease(),
+            Repair::End => {
                 draft.end("nobody has it");
             }
-            Remedy::Remind => draft.remind_of_end(),
-            Remedy::GiveUp(code) => {
+            Repair::Remind => draft.repeat_cancel(),
+            Repair::GiveUp(code) => {
                 let message = match code {
                     Code::NodeLost => format!(
                         "node {} has not been heard of for {}; the session may be gone with it",
@@ -241,15 +246,15 @@ async fn apply(app: &App, save: &Standing, remedy: Remedy) -> Result<(), Trouble
         })
         .await?;
     if let Some((changed, ())) = changed {
-        tracing::info!(job = %save.id, was = save.state.name(), state = changed.state.name(), ?remedy, "a save is put right");
-        if remedy == Remedy::OfferAgain {
+        tracing::info!(job = %save.id, was = save.state.name(), state = changed.state.name(), remedy = ?repair, "a save is put right");
+        if repair == Repair::OfferAgain {
             app.metrics.offered_again();
         }
         if changed.state.is_final() {
             app.metrics.ended(&changed);
         }
         app.hub.touch(&[save.id]);
-        app.errands.notify_one();
+        app.outbox_wake.notify_one();
     }
     Ok(())
 }
@@ -262,8 +267,8 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    fn standing(state: State, cancelling: bool) -> Standing {
-        Standing {
+    fn standing(state: State, cancelling: bool) -> OpenSaveState {
+        OpenSaveState {
             id: JobId::new(),
             node: "n".into(),
             state,
@@ -275,8 +280,8 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_put_right_only_when_it_stays_so() {
+        use Mismatch::{NoLease, StillActive, Unknown};
         use State::{Assigned, Queued, Running};
-        use Wrong::{GoesOn, NoLease, Unknown};
         let cases = [
             // state, cancelling, difference, seconds, unacknowledged reports, node lost -> repair
             (Queued, false, Some(Unknown), 0, false, false, None),
@@ -287,7 +292,7 @@ mod tests {
                 3,
                 false,
                 false,
-                Some(Remedy::OfferAgain),
+                Some(Repair::OfferAgain),
             ),
             (
                 Running,
@@ -296,7 +301,7 @@ mod tests {
                 3,
                 false,
                 false,
-                Some(Remedy::OfferAgain),
+                Some(Repair::OfferAgain),
             ),
             (Running, false, Some(Unknown), 3, true, false, None),
             (
@@ -306,7 +311,7 @@ mod tests {
                 120,
                 true,
                 false,
-                Some(Remedy::OfferAgain),
+                Some(Repair::OfferAgain),
             ),
             (
                 Running,
@@ -315,7 +320,7 @@ mod tests {
                 3,
                 false,
                 false,
-                Some(Remedy::End),
+                Some(Repair::End),
             ),
             (
                 Running,
@@ -324,7 +329,7 @@ mod tests {
                 3,
                 false,
                 true,
-                Some(Remedy::GiveUp(Code::NodeLost)),
+                Some(Repair::GiveUp(Code::NodeLost)),
             ),
             (Running, false, Some(NoLease), 2, false, false, None),
             (
@@ -334,7 +339,7 @@ mod tests {
                 3,
                 false,
                 false,
-                Some(Remedy::LoseLease),
+                Some(Repair::LoseLease),
             ),
             (
                 Assigned,
@@ -343,18 +348,18 @@ mod tests {
                 3,
                 false,
                 true,
-                Some(Remedy::GiveUp(Code::NodeLost)),
+                Some(Repair::GiveUp(Code::NodeLost)),
             ),
             (Queued, false, Some(NoLease), 9, false, false, None),
-            (Running, true, Some(GoesOn), 9, false, false, None),
+            (Running, true, Some(StillActive), 9, false, false, None),
             (
                 Running,
                 true,
-                Some(GoesOn),
+                Some(StillActive),
                 30,
                 false,
                 false,
-                Some(Remedy::Remind),
+                Some(Repair::Remind),
             ),
             (Running, false, None, 0, false, true, None),
             (
@@ -364,31 +369,31 @@ mod tests {
                 0,
                 false,
                 true,
-                Some(Remedy::GiveUp(Code::NodeLost)),
+                Some(Repair::GiveUp(Code::NodeLost)),
             ),
             (Queued, false, None, 0, false, false, None),
         ];
-        for (state, cancelling, wrong, seconds, reports_wait, node_lost, expected) in cases {
-            let look = Look {
-                wrong: wrong.map(|wrong| (wrong, Duration::from_secs(seconds))),
+        for (state, cancelling, mismatch, seconds, reports_wait, node_lost, expected) in cases {
+            let look = Observation {
+                mismatch: mismatch.map(|mismatch| (mismatch, Duration::from_secs(seconds))),
                 reports_wait,
                 node_lost,
                 waiting: Duration::ZERO,
             };
-            let found = remedy(&standing(state, cancelling), &look, EVERY, HOUR);
+            let found = repair(&standing(state, cancelling), &look, EVERY, HOUR);
             assert_eq!(found, expected, "{state:?} {cancelling} {look:?}");
         }
-        let old = Look {
-            wrong: None,
+        let old = Observation {
+            mismatch: None,
             reports_wait: false,
             node_lost: false,
             waiting: HOUR,
         };
         assert_eq!(
-            remedy(&standing(Queued, false), &old, EVERY, HOUR),
-            Some(Remedy::GiveUp(Code::TimedOut))
+            repair(&standing(Queued, false), &old, EVERY, HOUR),
+            Some(Repair::GiveUp(Code::TimedOut))
         );
-        assert_eq!(remedy(&standing(Running, false), &old, EVERY, HOUR), None);
+        assert_eq!(repair(&standing(Running, false), &old, EVERY, HOUR), None);
     }
 
     #[test]
@@ -396,13 +401,13 @@ mod tests {
         let long_ago = Instant::now()
             .checked_sub(HOUR)
             .unwrap_or_else(Instant::now);
-        let mut heard = Heard::default();
-        heard.listen(EVERY);
+        let mut heard = Heartbeats::default();
+        heard.on_response(EVERY);
         heard.nodes.insert("n".into(), (1, long_ago));
-        heard.listen(EVERY);
-        assert!(heard.silent_for("n") >= HOUR);
+        heard.on_response(EVERY);
+        assert!(heard.time_since("n") >= HOUR);
         heard.listened = Some(long_ago);
-        heard.listen(EVERY);
-        assert!(heard.silent_for("n") < HOUR);
+        heard.on_response(EVERY);
+        assert!(heard.time_since("n") < HOUR);
     }
 }

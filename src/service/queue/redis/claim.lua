@@ -29,7 +29,7 @@ local function expire(id, j)
     forget(id, j)
 end
 
-local function give(id, j)
+local function grant(id, j)
     local sealed = redis.call('GET', order_key(id))
     if not sealed then
         forget(id, j)
@@ -43,7 +43,7 @@ local function give(id, j)
     -- Not from what is stored alone: a queue that lost everything must not give out the same fence twice.
     local fence = whole(math.max(num(j.f) + 1, now_us))
     redis.call('HSET', job_key(id), 's', 'h', 'g', agent, 'e', j.e, 'f', fence)
-    lend(id, j)
+    set_lease(id, j)
     claims[#claims + 1] = { id, fence, sealed }
     return true
 end
@@ -58,7 +58,7 @@ local function take_over(ids, which)
             if j.x <= now then
                 expire(id, j)
             elseif not is_full(id, j) then
-                give(id, j)
+                grant(id, j)
             end
         end
     end
@@ -107,7 +107,7 @@ local function admit()
                 if limit == 'node' then return nil end
                 if not limit then
                     redis.call('LREM', list, 1, id)
-                    if not give(id, j) then return false end
+                    if not grant(id, j) then return false end
                     redis.call('HSET', desk, 'v', whole(math.max(last, turn)))
                     redis.call('ZADD', users, whole(turn + 1), user)
                     return true
@@ -131,7 +131,7 @@ if not reclaim then
         local j = load(id)
         if j and j.s == 'd' and j.n == node then
             redis.call('HSET', job_key(id), 's', 'w')
-            line_up(id, node, j.u)
+            enqueue(id, node, j.u)
         end
     end
     local rounds = 0

@@ -3,7 +3,7 @@
 local id, fence, sealed = ARGV[3], ARGV[4], ARGV[5]
 local j = load(id)
 if not j or j.f ~= fence then return 0 end
--- Said again, because the answer was lost.
+-- Update again, because the answer was lost.
 if j.s == 'e' then return 1 end
 if j.s ~= 'h' then return 0 end
 local entry = redis.call('XADD', REPORTS, '*', 'm', sealed, 'j', id, 'l', '1', 'n', ARGV[6])
@@ -11,6 +11,6 @@ forget(id, j)
 redis.call('HSET', job_key(id), 's', 'e', 'n', j.n, 'f', fence, 'e', entry, 't', j.t)
 -- Should the report be lost, the job is not lost with it.
 redis.call('EXPIRE', job_key(id), 3600)
-bell(j.n)
-ring()
+wake_node(j.n)
+wake_blocked_nodes()
 return 1

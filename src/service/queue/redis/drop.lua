@@ -3,6 +3,6 @@ local id, fence = ARGV[3], ARGV[4]
 local j = load(id)
 if not j or j.s ~= 'h' or j.f ~= fence then return 0 end
 forget(id, j)
-bell(j.n)
-ring()
+wake_node(j.n)
+wake_blocked_nodes()
 return 1

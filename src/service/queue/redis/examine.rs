@@ -7,12 +7,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use redis::{ConnectionAddr, Script};
 
-use super::link::Link;
+use super::link::Connection;
 use crate::service::queue::{Error, Settings};
 
 /// Properties of a Redis server.
 #[derive(Clone, Debug)]
-pub struct Examined {
+pub struct ServerInfo {
     /// Host and port, or the path of the socket.
     pub at: String,
     /// Version of the server, if it discloses it.
@@ -35,7 +35,7 @@ pub struct Examined {
     pub clock: Option<(i64, i64)>,
 }
 
-impl Examined {
+impl ServerInfo {
     /// Returns the major and minor version. Valkey continues the numbers of Redis from 7.2.
     pub(crate) fn version_number(&self) -> Option<(u32, u32)> {
         let mut parts = self.version.as_deref()?.split('.');
@@ -59,9 +59,9 @@ fn fields(info: &str) -> HashMap<&str, &str> {
 /// Examines the Redis server at `url`.
 ///
 /// Fails if the URL is invalid or the server cannot be reached.
-pub async fn examine(url: &str) -> Result<Examined, Error> {
+pub async fn examine(url: &str) -> Result<ServerInfo, Error> {
     let prefix = Settings::default().prefix;
-    let link = Link::new(url, &prefix)?;
+    let link = Connection::new(url, &prefix)?;
     link.ask::<redis::Value>(&redis::cmd("PING")).await?;
     let before = now_ms();
     let mut refused = Vec::new();
@@ -103,7 +103,7 @@ pub async fn examine(url: &str) -> Result<Examined, Error> {
         }
         _ => (false, false),
     };
-    Ok(Examined {
+    Ok(ServerInfo {
         at: link.at().to_owned(),
         version: told("valkey_version").or_else(|| told("redis_version")),
         refused,

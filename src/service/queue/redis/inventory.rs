@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{DAY, Error, HEARTBEAT_LOST, Redis};
 use crate::service::job::{Message, Node, Session, now_ms};
-use crate::service::log_limit::warn_hushed;
-use crate::service::queue::{MAX_RECORD, fitting};
+use crate::service::log_limit::warn_limited;
+use crate::service::queue::{MAX_RECORD, truncated_session};
 
 /// Maximum age of a session's record. A node sends its sessions every half minute, so an older record was replayed, or
 /// a clock is wrong by as much.
-const LIVES: Duration = Duration::from_secs(10 * 60);
+const INVENTORY_TTL: Duration = Duration::from_secs(10 * 60);
 /// Number of nodes per request.
 const NODES: usize = 16;
 /// Maximum number of sessions per node that are read. A node has some hundreds.
@@ -34,7 +34,7 @@ struct Record {
 
 impl Redis {
     /// Returns the nodes that sent a heartbeat within `within`.
-    async fn heard(&self, within: Duration) -> Result<Vec<String>, Error> {
+    async fn seen_nodes(&self, within: Duration) -> Result<Vec<String>, Error> {
         let mut call = self.call(&self.scripts.heard);
         call.arg(within.as_millis() as u64)
             .arg(DAY.as_millis() as u64);
@@ -47,7 +47,7 @@ impl Redis {
 
     pub(in crate::service::queue) async fn nodes(&self) -> Result<Vec<Node>, Error> {
         let mut nodes = Vec::new();
-        for some in self.heard(DAY).await?.chunks(64) {
+        for some in self.seen_nodes(DAY).await?.chunks(64) {
             let mut command = redis::cmd("MGET");
             for name in some {
                 command.arg(self.key(&format!("beat:{name}")));
@@ -56,14 +56,14 @@ impl Redis {
             for (name, sealed) in some.iter().zip(beats) {
                 let Some(sealed) = sealed else { continue };
                 match self.open::<Node>(Message::Heartbeat, name, &sealed) {
-                    Ok(node) if node.name == *name && self.is_of_today(node.at_ms) => {
+                    Ok(node) if node.name == *name && self.is_recent(node.at_ms) => {
                         nodes.push(node);
                     }
                     Ok(_) => {
-                        warn_hushed!(self.mine.hush, node.name = %name.escape_debug(), "an old or another node's heartbeat is not believed");
+                        warn_limited!(self.local.log_limit, node.name = %name.escape_debug(), "an old or another node's heartbeat is not believed");
                     }
                     Err(reason) => {
-                        warn_hushed!(self.mine.hush, node.name = %name.escape_debug(), %reason, "a heartbeat is not believed");
+                        warn_limited!(self.local.log_limit, node.name = %name.escape_debug(), %reason, "a heartbeat is not believed");
                     }
                 }
             }
@@ -73,7 +73,7 @@ impl Redis {
 
     pub(in crate::service::queue) async fn sessions(&self) -> Result<Vec<Session>, Error> {
         let mut sessions = Vec::new();
-        for names in self.heard(HEARTBEAT_LOST).await?.chunks(NODES) {
+        for names in self.seen_nodes(HEARTBEAT_LOST).await?.chunks(NODES) {
             let mut call = self.call(&self.scripts.inventories);
             call.arg(SESSIONS).arg(MAX_RECORD + super::MAC);
             for name in names {
@@ -106,7 +106,7 @@ impl Redis {
             Ok(_) => "it is another session's, or an old one: put back into Redis, or of a node with a wrong clock".to_owned(),
             Err(reason) => reason,
         };
-        warn_hushed!(self.mine.hush, node.name = %node.escape_debug(), session.id = %id.escape_ascii(), reason = why, "a session is not believed");
+        warn_limited!(self.local.log_limit, node.name = %node.escape_debug(), session.id = %id.escape_ascii(), reason = why, "a session is not believed");
         None
     }
 
@@ -118,16 +118,17 @@ impl Redis {
         let beat = self.seal(Message::Heartbeat, &node.name, node)?;
         if let Some(sessions) = sessions {
             let records = self.records(node, sessions)?;
-            self.beat(&node.name, &beat, Some(&records)).await?;
+            self.send_heartbeat(&node.name, &beat, Some(&records))
+                .await?;
             self.inventories().insert(node.name.clone(), records);
             return Ok(());
         }
-        if self.beat(&node.name, &beat, None).await? {
+        if self.send_heartbeat(&node.name, &beat, None).await? {
             return Ok(());
         }
         let kept = self.inventories().get(&node.name).cloned();
         if let Some(kept) = kept {
-            self.beat(&node.name, &beat, Some(&kept)).await?;
+            self.send_heartbeat(&node.name, &beat, Some(&kept)).await?;
         }
         Ok(())
     }
@@ -137,7 +138,7 @@ impl Redis {
             let record = Record {
                 node: node.name.clone(),
                 at_ms: node.at_ms,
-                session: fitting(session).into_owned(),
+                session: truncated_session(session).into_owned(),
             };
             let sealed = self.seal(Message::Inventory, &node.name, &record)?;
             Ok((record.session.id, sealed))
@@ -146,14 +147,14 @@ impl Redis {
     }
 
     fn inventories(&self) -> std::sync::MutexGuard<'_, HashMap<String, Records>> {
-        self.mine
+        self.local
             .inventories
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stores a heartbeat. Returns `false` if the server no longer has the node's sessions.
-    async fn beat(
+    async fn send_heartbeat(
         &self,
         node: &str,
         beat: &[u8],
@@ -174,5 +175,5 @@ impl Redis {
 }
 
 fn is_fresh(at_ms: i64) -> bool {
-    now_ms().saturating_sub(at_ms) <= LIVES.as_millis() as i64
+    now_ms().saturating_sub(at_ms) <= INVENTORY_TTL.as_millis() as i64
 }

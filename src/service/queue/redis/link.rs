@@ -22,7 +22,7 @@ const ANSWER: Duration = Duration::from_secs(10);
 const IDLE: usize = 256;
 
 #[derive(Clone)]
-pub(super) struct Link(Arc<Inner>);
+pub(super) struct Connection(Arc<Inner>);
 
 struct Inner {
     client: Client,
@@ -35,7 +35,7 @@ struct Inner {
     idle: Mutex<Vec<MultiplexedConnection>>,
 }
 
-impl Link {
+impl Connection {
     pub(super) fn new(url: &str, prefix: &str) -> Result<Self, Error> {
         // The parser's message may contain the part of the URL that it could not parse.
         let client = Client::open(url).map_err(|_| {
@@ -111,30 +111,34 @@ impl Link {
         };
         match answer.await {
             Err(error) if is_wrong_kind(&error) => {
-                self.mend().await.map_err(|error| self.fault(&error))?;
+                self.reset_wrong_types()
+                    .await
+                    .map_err(|error| self.to_error(&error))?;
                 let again = async {
                     let mut shared = self.shared().await?;
                     call.invoke_async(&mut shared).await
                 };
-                again.await.map_err(|error| self.fault(&error))
+                again.await.map_err(|error| self.to_error(&error))
             }
-            answer => answer.map_err(|error| self.fault(&error)),
+            answer => answer.map_err(|error| self.to_error(&error)),
         }
     }
 
     /// Runs a command and returns its response.
     pub(super) async fn ask<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, Error> {
-        self.send(command).await.map_err(|error| self.fault(&error))
+        self.send(command)
+            .await
+            .map_err(|error| self.to_error(&error))
     }
 
-    /// Does the same as [`Link::ask`], but returns the client's error.
+    /// Does the same as [`Connection::ask`], but returns the client's error.
     pub(super) async fn send<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, RedisError> {
         let mut shared = self.shared().await?;
         let answer = command.query_async(&mut shared).await;
         if let Err(error) = &answer
             && is_wrong_kind(error)
         {
-            self.mend().await?;
+            self.reset_wrong_types().await?;
             return command.query_async(&mut shared).await;
         }
         answer
@@ -154,7 +158,7 @@ impl Link {
         // If the caller drops the future, the connection is dropped too, with any response that is still under way.
         let answer = command.query_async(&mut connection).await;
         match &answer {
-            Err(error) if is_wrong_kind(error) => self.mend().await?,
+            Err(error) if is_wrong_kind(error) => self.reset_wrong_types().await?,
             // An idle connection may have been closed by a restart of the server. The next attempt opens a new one.
             Err(error) if error.is_unrecoverable_error() || error.is_timeout() => {
                 self.idle().clear();
@@ -185,7 +189,7 @@ impl Link {
     }
 
     /// Deletes keys of the queue that have another type than the queue gives them, because no command could use them.
-    async fn mend(&self) -> Result<(), RedisError> {
+    async fn reset_wrong_types(&self) -> Result<(), RedisError> {
         let mut shared = self.shared().await?;
         let mut cursor = 0u64;
         loop {
@@ -222,7 +226,7 @@ impl Link {
     }
 
     /// Converts an error of the client: adds the host, and removes secrets from the message.
-    pub(super) fn fault(&self, error: &RedisError) -> Error {
+    pub(super) fn to_error(&self, error: &RedisError) -> Error {
         let mut reason = error.to_string();
         // Redis quotes arguments that it does not understand, and those may include the password.
         if let Some(at) = reason.find("with args") {
@@ -241,7 +245,7 @@ impl Link {
     }
 }
 
-/// Returns the Redis type of the key with this name (without the prefix); see ground.lua.
+/// Returns the Redis type of the key with this name (without the prefix); see common.lua.
 fn kind_of(name: &str) -> Option<&'static str> {
     Some(match name.split(':').next()? {
         "reports" | "stream" => "stream",

@@ -7,8 +7,8 @@
 mod examine;
 mod inventory;
 mod link;
+mod questions;
 mod read;
-mod words;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,13 +20,13 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::{
-    Claim, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Hold, Limits, Offered, Place, Settings,
-    TAG_DOUBT, Withdrawn, registry_of,
+    Claim, ClaimState, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Limits, Offered, Place,
+    Settings, TAG_DOUBT, Withdrawn, registry_of,
 };
-use crate::service::job::{Event, JobId, Keys, Message, Order, Report, Said, Sealed, now_ms};
-use crate::service::log_limit::{Hush, warn_hushed};
-pub use examine::{Examined, examine};
-use link::Link;
+use crate::service::job::{Event, JobId, Keys, Message, Order, Report, Sealed, Update, now_ms};
+use crate::service::log_limit::{LogLimit, warn_limited};
+pub use examine::{ServerInfo, examine};
+use link::Connection;
 use read::{Entry, entries, is_entry_id};
 
 /// Interval at which a blocked call polls again even without a notification, because notifications can be lost.
@@ -39,22 +39,22 @@ const MAC: usize = 64;
 /// The queue in Redis. Clones share their connections.
 #[derive(Clone)]
 pub struct Redis {
-    link: Link,
+    link: Connection,
     keys: Keys,
     limits: Limits,
     settings: Settings,
     scripts: Arc<Scripts>,
-    mine: Arc<Mine>,
+    local: Arc<LocalState>,
 }
 
 /// State that this process keeps for the queue.
 #[derive(Default)]
-struct Mine {
+struct LocalState {
     /// Sealed inventories by node, to send again to a server that lost them.
     inventories: Mutex<HashMap<String, inventory::Records>>,
     /// Rate limit of log lines about rejected messages; otherwise a third party with write access to Redis could fill
     /// the log.
-    hush: Hush,
+    log_limit: LogLimit,
     /// Cursor of the search for reports that other managers left unacknowledged.
     cursor: Mutex<Option<String>>,
 }
@@ -65,9 +65,9 @@ macro_rules! scripts {
 
         impl Scripts {
             fn new() -> Self {
-                let ground = include_str!("ground.lua");
+                let common = include_str!("common.lua");
                 Self {
-                    $($name: Script::new(&format!("{ground}\n{}", include_str!(concat!(stringify!($name), ".lua")))),)*
+                    $($name: Script::new(&format!("{common}\n{}", include_str!(concat!(stringify!($name), ".lua")))),)*
                 }
             }
         }
@@ -76,7 +76,7 @@ macro_rules! scripts {
 scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence inventories depth ask answer);
 
 /// Result of the claim script: job, fence, sealed order.
-type Given = (Vec<u8>, Vec<u8>, Vec<u8>);
+type ClaimReply = (Vec<u8>, Vec<u8>, Vec<u8>);
 
 impl Redis {
     /// Creates the queue for the server at `url`: `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://` with TLS (the
@@ -100,35 +100,35 @@ impl Redis {
             ));
         }
         Ok(Self {
-            link: Link::new(url, &settings.prefix)?,
+            link: Connection::new(url, &settings.prefix)?,
             keys,
             limits,
             settings,
             scripts: Arc::new(Scripts::new()),
-            mine: Arc::default(),
+            local: Arc::default(),
         })
     }
 
     fn now_ms(&self) -> i64 {
-        now_ms() + self.settings.clock.ahead().as_millis() as i64
+        now_ms() + self.settings.clock.offset().as_millis() as i64
     }
 
     /// Prepares a call of a script with the arguments that all scripts share.
     fn call<'a>(&self, script: &'a Script) -> redis::ScriptInvocation<'a> {
         let mut call = script.key(self.settings.prefix.as_str());
-        call.arg(self.settings.clock.ahead().as_millis() as u64)
+        call.arg(self.settings.clock.offset().as_millis() as u64)
             .arg(self.settings.lease.as_millis() as u64);
         call
     }
 
     /// Prepares a call of a script about a claim.
-    fn about<'a>(&self, script: &'a Script, claim: &Claim) -> redis::ScriptInvocation<'a> {
+    fn claim_call<'a>(&self, script: &'a Script, claim: &Claim) -> redis::ScriptInvocation<'a> {
         let mut call = self.call(script);
         call.arg(claim.order.job.to_string()).arg(claim.fence);
         call
     }
 
-    fn limited<'a, 'b>(
+    fn with_limits<'a, 'b>(
         &self,
         call: &'b mut redis::ScriptInvocation<'a>,
     ) -> &'b mut redis::ScriptInvocation<'a> {
@@ -187,7 +187,7 @@ impl Redis {
             .arg(order.not_before_ms)
             .arg(order.expires_ms)
             .arg(order.attempt);
-        self.limited(&mut call)
+        self.with_limits(&mut call)
             .arg(self.seal(Message::Order, &order.node, order)?);
         let new: i64 = self.link.run(&call).await?;
         Ok(if new == 1 {
@@ -201,8 +201,8 @@ impl Redis {
         let mut call = self.call(&self.scripts.withdraw);
         call.arg(job.to_string()).arg(TAG_DOUBT);
         Ok(match self.link.run::<i64>(&call).await? {
-            1 => Withdrawn::Taken,
-            2 => Withdrawn::Told,
+            1 => Withdrawn::Removed,
+            2 => Withdrawn::CancelRequested,
             3 => Withdrawn::TooLate,
             _ => Withdrawn::Unknown,
         })
@@ -237,18 +237,18 @@ impl Redis {
     ) -> Result<Vec<Delivered>, Error> {
         let end = Instant::now() + wait.min(DAY);
         loop {
-            let mut got = self.untaken_by_others(manager, most).await?;
+            let mut got = self.claim_abandoned_reports(manager, most).await?;
             if got.len() < most {
                 let left = if got.is_empty() {
                     end.saturating_duration_since(Instant::now())
                         .min(POLL)
-                        .min(self.settings.patience)
+                        .min(self.settings.ack_timeout)
                 } else {
                     Duration::ZERO
                 };
                 got.extend(self.new_reports(manager, most - got.len(), left).await?);
             }
-            let good = self.only_genuine(got).await?;
+            let good = self.verified_reports(got).await?;
             if !good.is_empty() || Instant::now() >= end {
                 return Ok(good);
             }
@@ -256,10 +256,14 @@ impl Redis {
     }
 
     /// Claims reports that another manager received but did not acknowledge in time.
-    async fn untaken_by_others(&self, manager: &str, most: usize) -> Result<Vec<Entry>, Error> {
+    async fn claim_abandoned_reports(
+        &self,
+        manager: &str,
+        most: usize,
+    ) -> Result<Vec<Entry>, Error> {
         let cursor = {
             let mut cursor = self
-                .mine
+                .local
                 .cursor
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
@@ -270,11 +274,11 @@ impl Redis {
             .arg(self.key("reports"))
             .arg("managers")
             .arg(manager)
-            .arg(self.settings.patience.as_millis() as u64)
+            .arg(self.settings.ack_timeout.as_millis() as u64)
             .arg(&cursor)
             .arg("COUNT")
             .arg(most);
-        let Some(Value::Array(answer)) = self.reading_reports(&command, None).await? else {
+        let Some(Value::Array(answer)) = self.read_reports(&command, None).await? else {
             return Ok(Vec::new());
         };
         let mut answer = answer.into_iter();
@@ -283,7 +287,7 @@ impl Redis {
             && is_entry_id(&next)
         {
             *self
-                .mine
+                .local
                 .cursor
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner) = Some(next);
@@ -309,13 +313,13 @@ impl Redis {
             command.arg("BLOCK").arg(wait.as_millis() as u64);
         }
         command.arg("STREAMS").arg(self.key("reports")).arg(">");
-        let answer = self.reading_reports(&command, wait).await?;
+        let answer = self.read_reports(&command, wait).await?;
         Ok(answer.map(read::of_one_stream).unwrap_or_default())
     }
 
     /// Sends `command`, on a separate connection if it blocks. If the stream or its consumer group does not exist, e.g.
     /// after the server lost its data, creates it and returns `None`.
-    async fn reading_reports(
+    async fn read_reports(
         &self,
         command: &redis::Cmd,
         wait: Option<Duration>,
@@ -329,7 +333,7 @@ impl Redis {
             Err(error) => error,
         };
         if !link::is_gone(&error) {
-            return Err(self.link.fault(&error));
+            return Err(self.link.to_error(&error));
         }
         let mut group = redis::cmd("XGROUP");
         group
@@ -340,31 +344,31 @@ impl Redis {
             .arg("MKSTREAM");
         match self.link.send::<Value>(&group).await {
             // BUSYGROUP means that another manager has created it meanwhile.
-            Err(error) if error.code() != Some("BUSYGROUP") => Err(self.link.fault(&error)),
+            Err(error) if error.code() != Some("BUSYGROUP") => Err(self.link.to_error(&error)),
             _ => Ok(None),
         }
     }
 
-    async fn only_genuine(&self, got: Vec<Entry>) -> Result<Vec<Delivered>, Error> {
+    async fn verified_reports(&self, got: Vec<Entry>) -> Result<Vec<Delivered>, Error> {
         let (mut good, mut bad) = (Vec::new(), Vec::new());
         for entry in got {
-            match self.genuine(&entry) {
+            match self.verify_report(&entry) {
                 Ok(report) => good.push(Delivered {
                     entry: entry.id,
                     report,
                 }),
                 Err(reason) => {
-                    warn_hushed!(self.mine.hush, queue.entry = %entry.id, %reason, "a report that is not believed is thrown away");
+                    warn_limited!(self.local.log_limit, queue.entry = %entry.id, %reason, "a report that is not believed is thrown away");
                     bad.push(entry.id);
                 }
             }
         }
-        self.taken(&bad).await?;
+        self.acknowledge(&bad).await?;
         Ok(good)
     }
 
     /// Returns the report if it was signed by the node that the entry names. No other node has that node's key.
-    fn genuine(&self, entry: &Entry) -> Result<Report, String> {
+    fn verify_report(&self, entry: &Entry) -> Result<Report, String> {
         let field = |name: &[u8]| entry.fields.get(name).ok_or("it has no message or no node");
         let node = std::str::from_utf8(field(b"n")?).map_err(|_| "its node is no text")?;
         let report: Report = self.open(Message::Report, node, field(b"m")?)?;
@@ -374,7 +378,7 @@ impl Redis {
         Ok(report)
     }
 
-    pub(super) async fn taken(&self, entries: &[String]) -> Result<(), Error> {
+    pub(super) async fn acknowledge(&self, entries: &[String]) -> Result<(), Error> {
         let ours: Vec<_> = entries.iter().filter(|entry| is_entry_id(entry)).collect();
         for some in ours.chunks(BATCH) {
             let mut call = self.call(&self.scripts.taken);
@@ -386,7 +390,7 @@ impl Redis {
         Ok(())
     }
 
-    pub(super) async fn silences(&self) -> Result<HashMap<String, Duration>, Error> {
+    pub(super) async fn heartbeat_ages(&self) -> Result<HashMap<String, Duration>, Error> {
         let mut call = self.call(&self.scripts.silence);
         call.arg(DAY.as_millis() as u64);
         let answers: Vec<(Vec<u8>, i64)> = self.link.run(&call).await?;
@@ -399,7 +403,7 @@ impl Redis {
 
     /// Returns whether a heartbeat is recent. The margin allows for clocks that differ, and for tests that advance
     /// theirs.
-    fn is_of_today(&self, at_ms: i64) -> bool {
+    fn is_recent(&self, at_ms: i64) -> bool {
         self.now_ms().saturating_sub(at_ms) <= 2 * DAY.as_millis() as i64
     }
 
@@ -438,7 +442,7 @@ impl Redis {
                 return Ok(claims);
             }
             let pause = left.min(next).min(POLL).max(Duration::from_millis(1));
-            self.hear_bells(node, agent, pause).await?;
+            self.wait_for_wakeup(node, agent, pause).await?;
         }
     }
 
@@ -453,14 +457,14 @@ impl Redis {
     ) -> Result<(Vec<Claim>, Duration), Error> {
         let mut call = self.call(&self.scripts.claim);
         call.arg(node).arg(agent).arg(most.min(BATCH));
-        self.limited(&mut call)
+        self.with_limits(&mut call)
             .arg(u8::from(reclaim))
             .arg(u8::from(waits));
-        let (given, dropped, next_ms): (Vec<Given>, Vec<Vec<u8>>, i64) =
+        let (given, dropped, next_ms): (Vec<ClaimReply>, Vec<Vec<u8>>, i64) =
             self.link.run(&call).await?;
         for job in dropped {
             let job = String::from_utf8_lossy(&job);
-            warn_hushed!(self.mine.hush, job.id = %job.escape_debug(), job.node = node, "an order has expired; its manager has to offer it again");
+            warn_limited!(self.local.log_limit, job.id = %job.escape_debug(), job.node = node, "an order has expired; its manager has to offer it again");
         }
         let mut claims = Vec::with_capacity(given.len());
         for (job, fence, sealed) in given {
@@ -468,7 +472,7 @@ impl Redis {
                 Ok(claim) => claims.push(claim),
                 Err(reason) => {
                     let name = String::from_utf8_lossy(&job);
-                    warn_hushed!(self.mine.hush, job.id = %name.escape_debug(), job.node = node, %reason, "an order that is not believed is thrown away");
+                    warn_limited!(self.local.log_limit, job.id = %name.escape_debug(), job.node = node, %reason, "an order that is not believed is thrown away");
                     let mut call = self.call(&self.scripts.drop);
                     call.arg(job).arg(fence);
                     self.link.run::<i64>(&call).await?;
@@ -507,7 +511,7 @@ impl Redis {
 
     /// Blocks until an entry arrives in the node's stream. Claims are never in it, because the claim script returns
     /// them itself.
-    async fn hear_bells(&self, node: &str, agent: &str, pause: Duration) -> Result<(), Error> {
+    async fn wait_for_wakeup(&self, node: &str, agent: &str, pause: Duration) -> Result<(), Error> {
         let stream = self.key(&format!("stream:{node}"));
         let mut command = redis::cmd("XREADGROUP");
         command
@@ -537,49 +541,53 @@ impl Redis {
             }
             // The next attempt creates it again.
             Err(error) if link::is_gone(&error) => Ok(()),
-            Err(error) => Err(self.link.fault(&error)),
+            Err(error) => Err(self.link.to_error(&error)),
         }
     }
 
-    pub(super) async fn renew(&self, claim: &Claim) -> Result<Hold, Error> {
-        let mut call = self.about(&self.scripts.renew, claim);
-        self.limited(&mut call);
+    pub(super) async fn renew(&self, claim: &Claim) -> Result<ClaimState, Error> {
+        let mut call = self.claim_call(&self.scripts.renew, claim);
+        self.with_limits(&mut call);
         self.link.run(&call).await.map(hold)
     }
 
-    pub(super) async fn confirm(&self, claim: &Claim) -> Result<Hold, Error> {
-        let mut call = self.about(&self.scripts.confirm, claim);
-        self.limited(&mut call);
+    pub(super) async fn confirm(&self, claim: &Claim) -> Result<ClaimState, Error> {
+        let mut call = self.claim_call(&self.scripts.confirm, claim);
+        self.with_limits(&mut call);
         self.link.run(&call).await.map(hold)
     }
 
-    pub(super) async fn report(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
+    pub(super) async fn report(&self, claim: &Claim, report: &Report) -> Result<ClaimState, Error> {
         let passing = matches!(
-            report.said,
-            Said::Event {
+            report.update,
+            Update::Event {
                 event: Event::Progress { .. } | Event::BaseProgress { .. }
             }
         );
-        let mut call = self.about(&self.scripts.report, claim);
-        self.limited(&mut call)
+        let mut call = self.claim_call(&self.scripts.report, claim);
+        self.with_limits(&mut call)
             .arg(self.seal(Message::Report, &report.node, report)?)
             .arg(u8::from(passing))
             .arg(&report.node);
         self.link.run(&call).await.map(hold)
     }
 
-    pub(super) async fn complete(&self, claim: &Claim, report: &Report) -> Result<Hold, Error> {
-        let mut call = self.about(&self.scripts.complete, claim);
+    pub(super) async fn complete(
+        &self,
+        claim: &Claim,
+        report: &Report,
+    ) -> Result<ClaimState, Error> {
+        let mut call = self.claim_call(&self.scripts.complete, claim);
         call.arg(self.seal(Message::Report, &report.node, report)?)
             .arg(&report.node);
         self.link.run(&call).await.map(hold)
     }
 }
 
-fn hold(answer: i64) -> Hold {
+fn hold(answer: i64) -> ClaimState {
     match answer {
-        1 => Hold::Held,
-        2 => Hold::Cancelled,
-        _ => Hold::Lost,
+        1 => ClaimState::Held,
+        2 => ClaimState::Cancelled,
+        _ => ClaimState::Lost,
     }
 }

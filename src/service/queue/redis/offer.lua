@@ -22,8 +22,8 @@ redis.call('SET', order_key(id), sealed)
 if not_before > now then
     redis.call('ZADD', later_key(node), whole(not_before), id)
 else
-    line_up(id, node, user)
+    enqueue(id, node, user)
 end
 redis.call('SADD', BUSY, node)
-bell(node)
+wake_node(node)
 return 1

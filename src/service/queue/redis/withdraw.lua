@@ -13,6 +13,6 @@ if j.s == 'h' then
     end
 end
 forget(id, j)
-bell(j.n)
-ring()
+wake_node(j.n)
+wake_blocked_nodes()
 return 1

@@ -1,8 +1,8 @@
 //! The state machine of a save: the only place that changes its state, in response to reports of agents, requests of
 //! users, and data loss in the queue. It does no I/O, so that every case can be tested.
 
-use super::{Failure, Remark, Save};
-use crate::service::job::{Code, Event, Outcome, Report, Said, Saved, State};
+use super::{Failure, Save, SaveWarning};
+use crate::service::job::{Code, Event, Outcome, Report, Saved, State, Update};
 
 /// Maximum number of warnings that are kept; a tree can contain any number of unusual files.
 const MAX_WARNINGS: usize = 100;
@@ -34,14 +34,14 @@ impl Policy {
 
 /// A request to the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Errand {
+pub enum OutboxAction {
     /// Offer the order.
     Offer,
     /// Withdraw the order.
     Withdraw,
 }
 
-impl Errand {
+impl OutboxAction {
     /// Returns the name used in the record.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -51,10 +51,10 @@ impl Errand {
     }
 
     /// Returns the request with that name.
-    pub(crate) fn named(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         [Self::Offer, Self::Withdraw]
             .into_iter()
-            .find(|errand| errand.name() == name)
+            .find(|action| action.name() == name)
     }
 }
 
@@ -76,8 +76,8 @@ pub struct Draft {
     before: Save,
     now_ms: i64,
     pub(in crate::service::record) steps: Vec<Step>,
-    pub(in crate::service::record) errands: Vec<(Errand, i64)>,
-    pub(in crate::service::record) revoked: Vec<Errand>,
+    pub(in crate::service::record) actions: Vec<(OutboxAction, i64)>,
+    pub(in crate::service::record) revoked: Vec<OutboxAction>,
 }
 
 impl Draft {
@@ -87,7 +87,7 @@ impl Draft {
             save,
             now_ms,
             steps: Vec::new(),
-            errands: Vec::new(),
+            actions: Vec::new(),
             revoked: Vec::new(),
         }
     }
@@ -114,9 +114,9 @@ impl Draft {
     }
 
     /// Changes the state; no other function does. Returns `false` without a change if the transition is not permitted.
-    fn go(&mut self, to: State, detail: &str) -> bool {
+    fn transition(&mut self, to: State, detail: &str) -> bool {
         let from = self.save.state;
-        if !from.may_become(to) {
+        if !from.can_become(to) {
             tracing::warn!(
                 job = %self.save.id, from = from.name(), to = to.name(),
                 "a transition that there is not was asked for"
@@ -130,33 +130,36 @@ impl Draft {
         if to.is_final() {
             self.save.finished_ms = Some(self.now_ms);
             self.save.cancelling = false;
-            self.revoked.push(Errand::Offer);
-            self.errands.retain(|(errand, _)| *errand != Errand::Offer);
+            self.revoked.push(OutboxAction::Offer);
+            self.actions
+                .retain(|(action, _)| *action != OutboxAction::Offer);
         }
         self.steps.push(Step {
             from: Some(from),
             to,
             attempt: self.save.attempt,
             fence: self.save.fence,
-            detail: clipped(detail),
+            detail: truncated(detail),
         });
         true
     }
 
     /// Changes the state by way of intermediate states, in case reports of them are late or lost.
-    fn reach(&mut self, to: State, detail: &str) -> bool {
+    fn transition_via(&mut self, to: State, detail: &str) -> bool {
         let mut paths = vec![vec![self.save.state]];
         let mut seen = vec![self.save.state];
         while let Some(path) = (!paths.is_empty()).then(|| paths.remove(0)) {
             let Some(&last) = path.last() else { continue };
             for next in State::ALL {
-                if !last.may_become(next) || seen.contains(&next) {
+                if !last.can_become(next) || seen.contains(&next) {
                     continue;
                 }
                 let mut longer = path.clone();
                 longer.push(next);
                 if next == to {
-                    return longer[1..].iter().all(|&state| self.go(state, detail));
+                    return longer[1..]
+                        .iter()
+                        .all(|&state| self.transition(state, detail));
                 }
                 seen.push(next);
                 if !next.is_final() {
@@ -167,15 +170,15 @@ impl Draft {
         false
     }
 
-    fn send(&mut self, errand: Errand, due_ms: i64) {
-        self.revoked.retain(|revoked| *revoked != errand);
-        self.errands.retain(|(other, _)| *other != errand);
-        self.errands.push((errand, due_ms));
+    fn send(&mut self, action: OutboxAction, due_ms: i64) {
+        self.revoked.retain(|revoked| *revoked != action);
+        self.actions.retain(|(other, _)| *other != action);
+        self.actions.push((action, due_ms));
     }
 
     /// Queues the save again with a new order.
-    fn again(&mut self, detail: &str, not_before_ms: i64) {
-        if self.save.state != State::Queued && !self.go(State::Queued, detail) {
+    fn queue_again(&mut self, detail: &str, not_before_ms: i64) {
+        if self.save.state != State::Queued && !self.transition(State::Queued, detail) {
             return;
         }
         self.save.attempt = self.save.attempt.saturating_add(1);
@@ -185,39 +188,39 @@ impl Draft {
         self.save.finished_ms = None;
         self.save.progress = None;
         self.save.error = None;
-        self.send(Errand::Offer, self.now_ms);
+        self.send(OutboxAction::Offer, self.now_ms);
     }
 
     fn fail(&mut self, failure: Failure) {
         let detail = format!("{}: {}", failure.code.name(), failure.message);
-        if self.reach(State::Failed, &detail) {
+        if self.transition_via(State::Failed, &detail) {
             self.save.error = Some(failure);
         }
     }
 
     /// Applies a report of an agent. `chance` is between 0 and 1 and randomizes the delay before a retry.
-    pub(crate) fn hear(&mut self, report: &Report, policy: &Policy, chance: f64) {
+    pub(crate) fn apply_report(&mut self, report: &Report, policy: &Policy, chance: f64) {
         // A job belongs to its node, so reports of other nodes are ignored.
         if report.fence < self.save.fence || report.node != self.save.node {
             return;
         }
         let taken_over = report.fence > self.save.fence;
         if self.save.state.is_final() {
-            self.hear_late(report);
+            self.apply_late_report(report);
             return;
         }
         // A report about an earlier order must not affect a later order, unless it says that the image exists.
         let current = report.attempt >= self.save.attempt;
         // Its fence does not count either: an old order that a third party put back into the queue can have any fence.
         let made = matches!(
-            &report.said,
-            Said::Ended {
+            &report.update,
+            Update::Ended {
                 outcome: Outcome::Succeeded { .. }
             }
         );
         if !current && !made {
-            if let Said::Event { event } = &report.said {
-                self.note(event, false);
+            if let Update::Event { event } = &report.update {
+                self.apply_event(event, false);
             }
             return;
         }
@@ -225,41 +228,41 @@ impl Draft {
             self.save.fence = report.fence;
             self.save.seq = 0;
             if current && self.save.state != State::Queued {
-                self.go(State::Queued, "another agent has taken it over");
+                self.transition(State::Queued, "another agent has taken it over");
                 self.save.started_ms = None;
             }
         }
         self.save.attempt = self.save.attempt.max(report.attempt);
         let newest = taken_over || report.seq >= self.save.seq;
         self.save.seq = self.save.seq.max(report.seq);
-        match &report.said {
-            Said::Assigned if current => {
+        match &report.update {
+            Update::Assigned if current => {
                 if self.save.state == State::Queued {
-                    self.go(State::Assigned, "");
+                    self.transition(State::Assigned, "");
                 }
             }
-            Said::Started if current => {
+            Update::Started if current => {
                 if self.save.state != State::Running {
-                    self.reach(State::Running, "");
+                    self.transition_via(State::Running, "");
                 }
                 self.save.started_ms = Some(report.at_ms);
             }
-            Said::Event { event } => {
+            Update::Event { event } => {
                 if current && self.save.state != State::Running {
-                    self.reach(State::Running, "");
+                    self.transition_via(State::Running, "");
                     self.save.started_ms.get_or_insert(report.at_ms);
                 }
-                self.note(event, current && newest);
+                self.apply_event(event, current && newest);
             }
-            Said::GivenBack { reason } if current => {
+            Update::GivenBack { reason } if current => {
                 if self.save.cancelling {
-                    self.reach(State::Cancelled, reason);
+                    self.transition_via(State::Cancelled, reason);
                 } else {
-                    self.again(reason, self.now_ms);
+                    self.queue_again(reason, self.now_ms);
                 }
             }
-            Said::Ended { outcome } => self.ended(outcome, current, policy, chance),
-            Said::Assigned | Said::Started | Said::GivenBack { .. } => {}
+            Update::Ended { outcome } => self.ended(outcome, current, policy, chance),
+            Update::Assigned | Update::Started | Update::GivenBack { .. } => {}
         }
     }
 
@@ -267,23 +270,23 @@ impl Draft {
         match outcome {
             Outcome::Succeeded { saved } => {
                 if !current {
-                    self.send(Errand::Withdraw, self.now_ms);
+                    self.send(OutboxAction::Withdraw, self.now_ms);
                 }
                 self.succeed(saved, "");
             }
             Outcome::Cancelled if current && self.save.cancelling => {
-                self.reach(State::Cancelled, "the agent has stopped it");
+                self.transition_via(State::Cancelled, "the agent has stopped it");
             }
             // A third party with write access to the queue can tell an agent to stop. No user requested that, so the
             // save is retried.
             Outcome::Cancelled if current => {
                 self.save.failures += 1;
                 let pause = policy.pause_ms(self.save.failures, chance);
-                self.remark(
+                self.add_warning(
                     "retried",
                     "the queue had it stopped, and nobody had asked for that",
                 );
-                self.again("stopped without being asked for", self.now_ms + pause);
+                self.queue_again("stopped without being asked for", self.now_ms + pause);
             }
             Outcome::Failed {
                 code,
@@ -291,15 +294,15 @@ impl Draft {
                 retryable,
             } if current => {
                 if self.save.cancelling {
-                    self.reach(State::Cancelled, message);
+                    self.transition_via(State::Cancelled, message);
                     return;
                 }
                 self.save.failures += 1;
-                let message = clipped(message);
+                let message = truncated(message);
                 if *retryable && self.save.failures < policy.attempts {
                     let pause = policy.pause_ms(self.save.failures, chance);
-                    self.remark("retried", &format!("{}: {message}", code.name()));
-                    self.again(&message, self.now_ms + pause);
+                    self.add_warning("retried", &format!("{}: {message}", code.name()));
+                    self.queue_again(&message, self.now_ms + pause);
                 } else {
                     self.fail(Failure {
                         code: *code,
@@ -313,14 +316,14 @@ impl Draft {
     }
 
     fn succeed(&mut self, saved: &Saved, detail: &str) {
-        if self.reach(State::Succeeded, detail) {
+        if self.transition_via(State::Succeeded, detail) {
             self.save.error = None;
             self.save.pause_ms = saved.pause_ms.or(self.save.pause_ms);
             self.save.result = Some(Saved {
-                reference: clipped(&saved.reference),
-                digest: clipped(&saved.digest),
-                base_name: saved.base_name.as_deref().map(clipped),
-                base_digest: saved.base_digest.as_deref().map(clipped),
+                reference: truncated(&saved.reference),
+                digest: truncated(&saved.digest),
+                base_name: saved.base_name.as_deref().map(truncated),
+                base_digest: saved.base_digest.as_deref().map(truncated),
                 ..saved.clone()
             });
         }
@@ -328,10 +331,10 @@ impl Draft {
 
     /// Applies a report that arrives after the end: a late warning, or the success of a node that was given up too
     /// early.
-    fn hear_late(&mut self, report: &Report) {
+    fn apply_late_report(&mut self, report: &Report) {
         let given_up = |failure: &Failure| failure.code == Code::NodeLost;
-        match &report.said {
-            Said::Ended {
+        match &report.update {
+            Update::Ended {
                 outcome: Outcome::Succeeded { saved },
             } if self.save.state == State::Failed
                 && self.save.error.as_ref().is_some_and(given_up) =>
@@ -339,66 +342,68 @@ impl Draft {
                 self.save.fence = report.fence;
                 self.succeed(saved, "the node was not lost: its image is there");
             }
-            Said::Event { event } if report.fence == self.save.fence => self.note(event, false),
+            Update::Event { event } if report.fence == self.save.fence => {
+                self.apply_event(event, false)
+            }
             _ => {}
         }
     }
 
-    fn note(&mut self, event: &Event, newest: bool) {
+    fn apply_event(&mut self, event: &Event, newest: bool) {
         match event {
             Event::Phase { phase } if newest => self.save.phase = Some(*phase),
-            Event::Warning { code, message } => self.remark(code, message),
+            Event::Warning { code, message } => self.add_warning(code, message),
             Event::Paused { pause_ms } => self.save.pause_ms = Some(*pause_ms),
             _ => {}
         }
     }
 
-    fn remark(&mut self, code: &str, message: &str) {
-        let remark = Remark {
-            code: clipped(code).chars().take(64).collect(),
-            message: clipped(message),
+    fn add_warning(&mut self, code: &str, message: &str) {
+        let warning = SaveWarning {
+            code: truncated(code).chars().take(64).collect(),
+            message: truncated(message),
         };
         let warnings = &mut self.save.warnings;
-        if warnings.len() < MAX_WARNINGS && !warnings.contains(&remark) {
-            warnings.push(remark);
+        if warnings.len() < MAX_WARNINGS && !warnings.contains(&warning) {
+            warnings.push(warning);
         }
     }
 
     /// Requests the cancellation of the save. Returns `false` if it has already ended.
-    pub fn want_end(&mut self, who: &str) -> bool {
+    pub fn request_cancel(&mut self, who: &str) -> bool {
         if self.save.state.is_final() {
             return false;
         }
         if !self.save.cancelling {
             self.save.cancelling = true;
-            self.send(Errand::Withdraw, self.now_ms);
-            self.revoked.push(Errand::Offer);
+            self.send(OutboxAction::Withdraw, self.now_ms);
+            self.revoked.push(OutboxAction::Offer);
             self.steps.push(Step {
                 from: Some(self.save.state),
                 to: self.save.state,
                 attempt: self.save.attempt,
                 fence: self.save.fence,
-                detail: clipped(&format!("{who} asked for its end")),
+                detail: truncated(&format!("{who} asked for its end")),
             });
         }
         true
     }
 
     /// Records that the cancellation came too late, because the tag is being set.
-    pub(crate) fn too_late_to_end(&mut self) {
+    pub(crate) fn cancel_too_late(&mut self) {
         self.save.cancelling = false;
-        self.revoked.push(Errand::Withdraw);
+        self.revoked.push(OutboxAction::Withdraw);
     }
 
     /// Cancels a save that no agent holds. Returns whether the state changed.
     pub fn end(&mut self, detail: &str) -> bool {
-        self.reach(State::Cancelled, detail)
+        self.transition_via(State::Cancelled, detail)
     }
 
     /// Queues the save again after its lease has ended while the order is still in the queue.
-    pub(crate) fn lose_lease(&mut self) {
+    pub(crate) fn requeue_after_lost_lease(&mut self) {
         if self.save.state != State::Queued {
-            self.go(State::Queued, "the lease has ended");
+            self.transition(State::Queued, "the lease has ended");
             self.save.queued_ms = self.now_ms;
             self.save.started_ms = None;
         }
@@ -407,9 +412,9 @@ impl Draft {
     /// Offers the order again because the queue does not know it; with a new order if an agent had claimed it.
     pub fn offer_again(&mut self, detail: &str) {
         if self.save.state == State::Queued {
-            self.send(Errand::Offer, self.now_ms);
+            self.send(OutboxAction::Offer, self.now_ms);
         } else {
-            self.again(detail, self.now_ms);
+            self.queue_again(detail, self.now_ms);
         }
     }
 
@@ -419,7 +424,7 @@ impl Draft {
             return;
         }
         if self.save.cancelling {
-            self.reach(State::Cancelled, message);
+            self.transition_via(State::Cancelled, message);
         } else {
             self.fail(Failure {
                 code,
@@ -427,13 +432,13 @@ impl Draft {
                 retryable: true,
             });
         }
-        self.send(Errand::Withdraw, self.now_ms);
+        self.send(OutboxAction::Withdraw, self.now_ms);
     }
 
     /// Repeats the request for cancellation, which the queue may not have received.
-    pub(crate) fn remind_of_end(&mut self) {
+    pub(crate) fn repeat_cancel(&mut self) {
         if self.save.cancelling && !self.save.state.is_final() {
-            self.send(Errand::Withdraw, self.now_ms);
+            self.send(OutboxAction::Withdraw, self.now_ms);
         }
     }
 
@@ -443,13 +448,13 @@ impl Draft {
             return false;
         }
         self.save.failures = 0;
-        self.again(&format!("{who} asked for it"), self.now_ms);
+        self.queue_again(&format!("{who} asked for it"), self.now_ms);
         true
     }
 }
 
 /// Limits the length of foreign text, and replaces zero bytes, which PostgreSQL does not accept.
-fn clipped(text: &str) -> String {
+fn truncated(text: &str) -> String {
     let mut end = text.len().min(MAX_MESSAGE);
     while !text.is_char_boundary(end) {
         end -= 1;
@@ -526,14 +531,14 @@ mod tests {
         }
     }
 
-    fn done() -> Said {
-        Said::Ended {
+    fn done() -> Update {
+        Update::Ended {
             outcome: Outcome::Succeeded { saved: saved() },
         }
     }
 
-    fn failed(retryable: bool) -> Said {
-        Said::Ended {
+    fn failed(retryable: bool) -> Update {
+        Update::Ended {
             outcome: Outcome::Failed {
                 code: Code::RegistryUnavailable,
                 message: "503".into(),
@@ -542,7 +547,7 @@ mod tests {
         }
     }
 
-    fn hear(save: Save, attempt: u32, fence: u64, seq: u64, said: Said) -> Draft {
+    fn hear(save: Save, attempt: u32, fence: u64, seq: u64, update: Update) -> Draft {
         let mut draft = Draft::new(save, 100);
         let (job, node) = (draft.save.id, "n1".to_owned());
         let report = Report {
@@ -552,9 +557,9 @@ mod tests {
             fence,
             seq,
             at_ms: 50,
-            said,
+            update,
         };
-        draft.hear(&report, &POLICY, 0.0);
+        draft.apply_report(&report, &POLICY, 0.0);
         draft
     }
 
@@ -562,11 +567,11 @@ mod tests {
     fn a_save_goes_its_way() {
         let mut at = save();
         for (seq, said, state) in [
-            (0, Said::Assigned, State::Assigned),
-            (1, Said::Started, State::Running),
+            (0, Update::Assigned, State::Assigned),
+            (1, Update::Started, State::Running),
             (
                 2,
-                Said::Event {
+                Update::Event {
                     event: Event::Phase {
                         phase: Phase::Streaming,
                     },
@@ -588,9 +593,9 @@ mod tests {
         // The final report can overtake the first one, because two managers read the reports.
         let at = hear(save(), 1, 7, 3, done()).into_save();
         assert_eq!(at.state, State::Succeeded);
-        let at = hear(at, 1, 7, 1, Said::Started);
+        let at = hear(at, 1, 7, 1, Update::Started);
         assert!(!at.is_changed());
-        let warning = Said::Event {
+        let warning = Update::Event {
             event: Event::Warning {
                 code: "unstable_file".into(),
                 message: "x".into(),
@@ -606,7 +611,7 @@ mod tests {
         let mut at = save();
         for (attempt, pause) in [(1, 1000), (2, 2000)] {
             let draft = hear(at, attempt, u64::from(attempt), 5, failed(true));
-            assert_eq!(draft.errands, [(Errand::Offer, 100)]);
+            assert_eq!(draft.actions, [(OutboxAction::Offer, 100)]);
             at = draft.into_save();
             assert_eq!((at.state, at.attempt), (State::Queued, attempt + 1));
             assert_eq!(at.not_before_ms, 100 + pause);
@@ -620,20 +625,25 @@ mod tests {
     #[test]
     fn an_earlier_agent_moves_nothing_but_an_image_that_is_there_counts() {
         let retried = hear(save(), 1, 7, 5, failed(true)).into_save();
-        for said in [Said::Assigned, Said::Started, failed(false)] {
+        for said in [Update::Assigned, Update::Started, failed(false)] {
             assert!(!hear(retried.clone(), 1, 7, 4, said).is_changed());
         }
         let draft = hear(retried.clone(), 1, 7, 6, done());
         assert_eq!(draft.save().state, State::Succeeded);
-        assert!(draft.errands.iter().any(|(e, _)| *e == Errand::Withdraw));
-        let taken = hear(retried, 2, 8, 0, Said::Assigned).into_save();
+        assert!(
+            draft
+                .actions
+                .iter()
+                .any(|(e, _)| *e == OutboxAction::Withdraw)
+        );
+        let taken = hear(retried, 2, 8, 0, Update::Assigned).into_save();
         assert!(!hear(taken, 2, 7, 9, done()).is_changed());
     }
 
     #[test]
     fn a_claim_that_another_agent_took_over_begins_anew() {
-        let running = hear(save(), 1, 7, 1, Said::Started).into_save();
-        let draft = hear(running, 1, 8, 0, Said::Assigned);
+        let running = hear(save(), 1, 7, 1, Update::Started).into_save();
+        let draft = hear(running, 1, 8, 0, Update::Assigned);
         let states: Vec<_> = draft.steps.iter().map(|step| step.to).collect();
         assert_eq!(states, [State::Queued, State::Assigned]);
         assert_eq!(draft.save().attempt, 1);
@@ -641,10 +651,10 @@ mod tests {
 
     #[test]
     fn whose_end_is_wanted_does_not_begin_again() {
-        let mut draft = Draft::new(hear(save(), 1, 7, 1, Said::Started).into_save(), 100);
-        assert!(draft.want_end("alice"));
+        let mut draft = Draft::new(hear(save(), 1, 7, 1, Update::Started).into_save(), 100);
+        assert!(draft.request_cancel("alice"));
         let at = draft.into_save();
-        for said in [failed(true), Said::GivenBack { reason: "x".into() }] {
+        for said in [failed(true), Update::GivenBack { reason: "x".into() }] {
             assert_eq!(
                 hear(at.clone(), 1, 7, 2, said).into_save().state,
                 State::Cancelled
@@ -666,15 +676,15 @@ mod tests {
             fence: 9,
             seq: 0,
             at_ms: 50,
-            said: done(),
+            update: done(),
         };
-        draft.hear(&report, &POLICY, 0.0);
+        draft.apply_report(&report, &POLICY, 0.0);
         assert!(!draft.is_touched());
     }
 
     #[test]
     fn a_node_that_comes_back_with_the_image_was_not_lost() {
-        let mut draft = Draft::new(hear(save(), 1, 7, 1, Said::Started).into_save(), 100);
+        let mut draft = Draft::new(hear(save(), 1, 7, 1, Update::Started).into_save(), 100);
         draft.give_up(Code::NodeLost, "gone");
         let lost = draft.into_save();
         assert_eq!(lost.state, State::Failed);

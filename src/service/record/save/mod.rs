@@ -5,7 +5,7 @@ mod draft;
 use serde::{Deserialize, Serialize};
 
 pub(super) use draft::Step;
-pub use draft::{Draft, Errand, Policy};
+pub use draft::{Draft, OutboxAction, Policy};
 
 use crate::service::job::{Category, Code, JobId, Kind, Phase, SaveOptions, Saved, State};
 
@@ -60,7 +60,7 @@ pub struct Save {
     /// How long the container was frozen, in milliseconds.
     pub pause_ms: Option<f64>,
     /// Warnings.
-    pub warnings: Vec<Remark>,
+    pub warnings: Vec<SaveWarning>,
     /// Description of the saved image.
     pub result: Option<Saved>,
     /// Reason for the failure.
@@ -101,7 +101,7 @@ pub struct Progress {
 
 /// A warning for the user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Remark {
+pub struct SaveWarning {
     /// Stable code.
     pub code: String,
     /// Description as a sentence.

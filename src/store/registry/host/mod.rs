@@ -1,9 +1,9 @@
 //! One registry host: its HTTP clients, its settings, and what is known about it.
 //!
-//! `reach` determines how the host is reached, `token` handles authentication, `request` sends requests with retries,
+//! `connect` determines how the host is reached, `token` handles authentication, `request` sends requests with retries,
 //! and `resolver` keeps names chosen by a registry from resolving to this machine.
 
-mod reach;
+mod connect;
 mod request;
 mod resolver;
 mod scopes;
@@ -24,16 +24,16 @@ pub(super) use token::CredentialSource;
 use resolver::{GuardedResolver, host_of, proxy_hosts};
 
 use super::auth::{Challenge, Origin, Token};
-use super::credentials::{Found, environment};
+use super::credentials::{CredentialLookup, environment};
 use super::error::{Error, causes};
-use super::retry::{Budget, Retry};
+use super::retry::{Retry, RetryBudget};
 use super::tls;
 use crate::common::reference::is_loopback;
 
 /// Timeout for establishing a TCP and TLS connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Default timeout for an answer, and for the next bytes of a body.
-pub(super) const SILENCE: Duration = Duration::from_secs(60);
+pub(super) const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Settings of a [`Host`].
 pub(super) struct Settings {
@@ -42,8 +42,8 @@ pub(super) struct Settings {
     pub(super) tls_verify: bool,
     pub(super) cert_dir: Option<PathBuf>,
     pub(super) retry: Retry,
-    pub(super) silence: Duration,
-    pub(super) budget: Arc<Budget>,
+    pub(super) stall_timeout: Duration,
+    pub(super) budget: Arc<RetryBudget>,
     /// Looks up the credentials for a repository.
     pub(super) credentials: CredentialSource,
 }
@@ -53,18 +53,18 @@ pub(super) struct Host {
     settings: Settings,
     loopback: bool,
     /// Client for the registry itself.
-    own: Client,
+    registry_client: Client,
     /// Client for redirects and token services on other hosts: without a client certificate, and unable to connect to
     /// this machine.
-    other: Client,
+    external_client: Client,
     origin: tokio::sync::OnceCell<Origin>,
     challenge: Mutex<Option<Challenge>>,
     tokens: tokio::sync::Mutex<HashMap<String, Token>>,
-    found: Mutex<HashMap<String, Found>>,
+    found: Mutex<HashMap<String, CredentialLookup>>,
     /// Whether the registry requires `Content-Length` for request bodies.
-    wants_lengths: AtomicBool,
+    requires_content_length: AtomicBool,
     /// Smallest chunk of a blob that the registry accepts, except for the last, in bytes.
-    least_chunk: AtomicU64,
+    min_chunk_size: AtomicU64,
 }
 
 impl Host {
@@ -73,7 +73,7 @@ impl Host {
         let loopback = is_loopback(&settings.name);
         let usual = match settings.cert_dir {
             Some(_) => Vec::new(),
-            None => tls::usual_directories(&settings.name, environment),
+            None => tls::default_directories(&settings.name, environment),
         };
         let certificates = tls::read(settings.cert_dir.as_deref(), &usual)?;
         let setup = |reason| Error::Setup {
@@ -102,28 +102,28 @@ impl Host {
             let client = client.build();
             client.map_err(|e| setup(causes(&e).0))
         };
-        let own = built(builder(true)?)?;
-        let mut other = builder(false)?;
+        let registry_client = built(builder(true)?)?;
+        let mut external_client = builder(false)?;
         if !loopback {
             let exempt = proxy_hosts()
                 .chain([host_of(&settings.name).to_owned()])
                 .collect();
-            other = other.dns_resolver(Arc::new(GuardedResolver {
+            external_client = external_client.dns_resolver(Arc::new(GuardedResolver {
                 exempt: Arc::new(exempt),
             }));
         }
-        let other = built(other)?;
+        let external_client = built(external_client)?;
         Ok(Self {
             settings,
             loopback,
-            own,
-            other,
+            registry_client,
+            external_client,
             origin: tokio::sync::OnceCell::new(),
             challenge: Mutex::new(None),
             tokens: tokio::sync::Mutex::new(HashMap::new()),
             found: Mutex::new(HashMap::new()),
-            wants_lengths: AtomicBool::new(false),
-            least_chunk: AtomicU64::new(0),
+            requires_content_length: AtomicBool::new(false),
+            min_chunk_size: AtomicU64::new(0),
         })
     }
 
@@ -136,31 +136,31 @@ impl Host {
         self.settings.retry
     }
 
-    pub(super) fn silence(&self) -> Duration {
-        self.settings.silence
+    pub(super) fn stall_timeout(&self) -> Duration {
+        self.settings.stall_timeout
     }
 
     /// Returns whether the registry has refused a body of unknown length (411).
-    pub(super) fn wants_lengths(&self) -> bool {
-        self.wants_lengths.load(Ordering::Relaxed)
+    pub(super) fn requires_content_length(&self) -> bool {
+        self.requires_content_length.load(Ordering::Relaxed)
     }
 
-    pub(super) fn note_wants_lengths(&self) {
-        self.wants_lengths.store(true, Ordering::Relaxed);
+    pub(super) fn set_requires_content_length(&self) {
+        self.requires_content_length.store(true, Ordering::Relaxed);
     }
 
     /// Returns the value of `OCI-Chunk-Min-Length` in bytes, or 0 if the registry sent none.
-    pub(super) fn least_chunk(&self) -> u64 {
-        self.least_chunk.load(Ordering::Relaxed)
+    pub(super) fn min_chunk_size(&self) -> u64 {
+        self.min_chunk_size.load(Ordering::Relaxed)
     }
 
-    pub(super) fn note_least_chunk(&self, bytes: u64) {
-        self.least_chunk.store(bytes, Ordering::Relaxed);
+    pub(super) fn set_min_chunk_size(&self, bytes: u64) {
+        self.min_chunk_size.store(bytes, Ordering::Relaxed);
     }
 
     /// Returns the client for requests to the registry itself that [`Host::call`] cannot make: those with a streamed
     /// body.
     pub(super) fn client(&self) -> &Client {
-        &self.own
+        &self.registry_client
     }
 }

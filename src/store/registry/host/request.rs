@@ -27,10 +27,10 @@ pub(in crate::store::registry) struct Call {
     pub(in crate::store::registry) body: Bytes,
     /// Timeout for the head of the answer.
     pub(in crate::store::registry) wait: Duration,
-    pub(in crate::store::registry) tries: u32,
+    pub(in crate::store::registry) max_attempts: u32,
     /// Maximum number of attempts if the status is 500, which some registries return for a manifest that they never
     /// accept.
-    pub(in crate::store::registry) tries_at_500: u32,
+    pub(in crate::store::registry) max_attempts_at_500: u32,
     /// Statuses besides 2xx that are not errors.
     pub(in crate::store::registry) accept: &'static [u16],
     /// The tag that is written, for errors.
@@ -52,7 +52,7 @@ impl Host {
         failed: u32,
         error: &Error,
     ) -> Option<Duration> {
-        if error.passing() || failed >= self.settings.retry.tries {
+        if error.is_transient() || failed >= self.settings.retry.max_attempts {
             return None;
         }
         let pause = self.settings.retry.first_pause;
@@ -64,13 +64,17 @@ impl Host {
         self.settings.budget.remaining()
     }
 
-    /// Returns the error for a timeout: [`Error::Deadline`] if the save has used up its time, else [`Error::Silent`].
-    pub(in crate::store::registry) fn waited(&self, request: Request, after: Duration) -> Error {
+    /// Returns the error for a timeout: [`Error::Deadline`] if the save has used up its time, else [`Error::Stalled`].
+    pub(in crate::store::registry) fn timeout_error(
+        &self,
+        request: Request,
+        after: Duration,
+    ) -> Error {
         if self.remaining().is_zero() {
-            let after = self.settings.budget.whole();
+            let after = self.settings.budget.total();
             Error::Deadline { request, after }
         } else {
-            Error::Silent { request, after }
+            Error::Stalled { request, after }
         }
     }
 
@@ -94,9 +98,9 @@ impl Host {
             *failed += 1;
             let is_500 = matches!(&error, Error::Reply(reply) if reply.status == 500 && reply.step == call.step);
             let tries = if is_500 {
-                call.tries_at_500
+                call.max_attempts_at_500
             } else {
-                call.tries
+                call.max_attempts
             };
             let pause = (*failed < tries)
                 .then(|| self.pause(*failed, &error))
@@ -118,9 +122,10 @@ impl Host {
                 self.authorized(call, &url).await?
             } else {
                 // Redirects to storage behind a registry are signed URLs and must not get the credentials.
-                self.fire(&self.other, call, &url, None).await?
+                self.send_once(&self.external_client, call, &url, None)
+                    .await?
             };
-            let response = self.judge(call, response).await?;
+            let response = self.check_status(call, response).await?;
             if !response.status().is_redirection()
                 || call.accept.contains(&response.status().as_u16())
             {
@@ -132,17 +137,17 @@ impl Host {
                 .get(LOCATION)
                 .and_then(|v| v.to_str().ok());
             let Some(next) = to.and_then(|to| url.join(to).ok()) else {
-                return Err(Error::Nonsense {
+                return Err(Error::ProtocolViolation {
                     request,
                     reason: "a redirect to nowhere".to_owned(),
                 });
             };
-            let away = |why| Error::LeadsAway {
+            let away = |why| Error::ForbiddenUrl {
                 request: request.clone(),
                 to: Request::new(&call.method, &next).to_string(),
                 why,
             };
-            origin.may_visit(&next).map_err(away)?;
+            origin.check_url(&next).map_err(away)?;
             let reading = call.method == Method::GET || call.method == Method::HEAD;
             let keeps_method = matches!(response.status().as_u16(), 307 | 308);
             let stays = keeps_method && origin.is_same(&next);
@@ -152,7 +157,7 @@ impl Host {
             url = next;
         }
         let request = Request::new(&call.method, &call.url);
-        Err(Error::Nonsense {
+        Err(Error::ProtocolViolation {
             request,
             reason: format!("more than {MAX_REDIRECTS} redirects"),
         })
@@ -166,18 +171,22 @@ impl Host {
         loop {
             if call.step == Step::Api {
                 let header = self.api_authorization(&call.scopes)?;
-                return self.fire(&self.own, call, url, header).await;
+                return self
+                    .send_once(&self.registry_client, call, url, header)
+                    .await;
             }
             let (header, age) = self.authorization(&call.scopes).await?;
-            let response = self.fire(&self.own, call, url, header).await?;
+            let response = self
+                .send_once(&self.registry_client, call, url, header)
+                .await?;
             if response.status() != StatusCode::UNAUTHORIZED {
                 return Ok(response);
             }
             let now = Instant::now();
-            let news = self.learn(response.headers());
+            let news = self.record_challenge(response.headers());
             let worth = match renewed {
                 0 => news || age.is_some_and(|age| !age.is_fresh(now)),
-                1 => age.is_some_and(|age| age.is_over(now)),
+                1 => age.is_some_and(|age| age.is_expired(now)),
                 _ => false,
             };
             if !worth {
@@ -189,7 +198,7 @@ impl Host {
     }
 
     /// Sends a single request.
-    pub(super) async fn fire(
+    pub(super) async fn send_once(
         &self,
         client: &Client,
         call: &Call,
@@ -211,12 +220,12 @@ impl Host {
         match tokio::time::timeout(wait, request.body(call.body.clone()).send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(e)) => Err(Error::transport(shown(), &e)),
-            Err(_) => Err(self.waited(shown(), call.wait)),
+            Err(_) => Err(self.timeout_error(shown(), call.wait)),
         }
     }
 
     /// Returns the response, or the error that its status stands for. Redirects are returned as responses.
-    pub(in crate::store::registry) async fn judge(
+    pub(in crate::store::registry) async fn check_status(
         &self,
         call: &Call,
         response: Response,
@@ -253,7 +262,7 @@ impl Host {
         }
         let mut body = BytesMut::new();
         loop {
-            let wait = self.settings.silence.min(self.remaining());
+            let wait = self.settings.stall_timeout.min(self.remaining());
             let next = tokio::time::timeout(wait, response.chunk()).await;
             match next {
                 Ok(Ok(Some(chunk))) if (body.len() + chunk.len()) as u64 > limit => {
@@ -262,7 +271,9 @@ impl Host {
                 Ok(Ok(Some(chunk))) => body.extend_from_slice(&chunk),
                 Ok(Ok(None)) => return Ok(body.freeze()),
                 Ok(Err(e)) => return Err(Error::transport(request.clone(), &e)),
-                Err(_) => return Err(self.waited(request.clone(), self.settings.silence)),
+                Err(_) => {
+                    return Err(self.timeout_error(request.clone(), self.settings.stall_timeout));
+                }
             }
         }
     }

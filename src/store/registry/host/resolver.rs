@@ -12,7 +12,7 @@ use crate::store::registry::credentials::environment;
 
 /// Resolves names and drops loopback and link-local addresses, so that a name chosen by a registry cannot lead to this
 /// machine. Address literals are not resolved here and are checked by
-/// [`may_visit`](crate::store::registry::auth::Origin::may_visit).
+/// [`check_url`](crate::store::registry::auth::Origin::check_url).
 pub(super) struct GuardedResolver {
     pub(super) exempt: Arc<HashSet<String>>,
 }

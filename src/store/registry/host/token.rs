@@ -13,8 +13,10 @@ use zeroize::{Zeroize, Zeroizing};
 use super::Host;
 use super::request::{Call, reply_of};
 use super::scopes::Scopes;
-use crate::store::registry::auth::{Age, Challenge, Origin, Token};
-use crate::store::registry::credentials::{Credentials, Found, basic_header, bearer_header};
+use crate::store::registry::auth::{Challenge, Origin, Token, TokenAge};
+use crate::store::registry::credentials::{
+    CredentialLookup, Credentials, basic_header, bearer_header,
+};
 use crate::store::registry::error::{Error, Request, Step};
 
 /// Maximum size of a token document, in bytes.
@@ -29,10 +31,10 @@ const QUERY: &AsciiSet = &NON_ALPHANUMERIC
 
 /// A function that looks up the credentials of a host for a repository.
 pub(in crate::store::registry) type CredentialSource =
-    Box<dyn Fn(&str) -> Result<Found, Error> + Send + Sync>;
+    Box<dyn Fn(&str) -> Result<CredentialLookup, Error> + Send + Sync>;
 
 impl Host {
-    pub(super) fn credentials(&self, repository: &str) -> Result<Found, Error> {
+    pub(super) fn credentials(&self, repository: &str) -> Result<CredentialLookup, Error> {
         let mut cache = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = cache.get(repository) {
             return Ok(found.clone());
@@ -46,7 +48,7 @@ impl Host {
     pub(in crate::store::registry) async fn authorization(
         &self,
         scopes: &Scopes,
-    ) -> Result<(Option<HeaderValue>, Option<Age>), Error> {
+    ) -> Result<(Option<HeaderValue>, Option<TokenAge>), Error> {
         let challenge = self
             .challenge
             .lock()
@@ -56,14 +58,14 @@ impl Host {
         match challenge {
             None => Ok((None, None)),
             Some(Challenge::Basic) => match self.credentials(&scopes.repository)? {
-                Found::Credentials {
+                CredentialLookup::Credentials {
                     credentials: Credentials::Basic { user, password },
                     ..
                 } => Ok((basic_header(&user, &password), None)),
                 found => Err(Error::NoCredentials {
                     request: Request::new(&Method::GET, &origin.url),
                     why: match found {
-                        Found::Credentials { source, .. } => {
+                        CredentialLookup::Credentials { source, .. } => {
                             format!("user and password, and {source} has an identity token")
                         }
                         found => found.describe(self.name()),
@@ -75,7 +77,7 @@ impl Host {
                 let mut tokens = self.tokens.lock().await;
                 let key = scopes.key();
                 let now = Instant::now();
-                if let Some(token) = tokens.get(&key).filter(|t| !t.stale(now)) {
+                if let Some(token) = tokens.get(&key).filter(|t| !t.needs_renewal(now)) {
                     return Ok((bearer_header(&token.value), Some(token.age())));
                 }
                 let token = self
@@ -103,7 +105,7 @@ impl Host {
     /// Returns the `Authorization` header for the host's own API: user and password if there are any, never a token.
     pub(super) fn api_authorization(&self, scopes: &Scopes) -> Result<Option<HeaderValue>, Error> {
         match self.credentials(&scopes.repository)? {
-            Found::Credentials {
+            CredentialLookup::Credentials {
                 credentials: Credentials::Basic { user, password },
                 ..
             } => Ok(basic_header(&user, &password)),
@@ -123,16 +125,16 @@ impl Host {
         service: Option<&str>,
         scopes: &Scopes,
     ) -> Result<Token, Error> {
-        let away = |why| Error::LeadsAway {
+        let away = |why| Error::ForbiddenUrl {
             request: Request::new(&Method::GET, &origin.url),
             to: crate::common::escape::limited(realm.split('?').next().unwrap_or_default(), 200),
             why,
         };
         let mut url: Url = realm.parse().map_err(|_| away("it is no address"))?;
-        origin.may_visit(&url).map_err(away)?;
+        origin.check_url(&url).map_err(away)?;
         let found = self.credentials(&scopes.repository)?;
-        if matches!(found, Found::Credentials { .. }) {
-            origin.may_confide(&url).map_err(away)?;
+        if matches!(found, CredentialLookup::Credentials { .. }) {
+            origin.check_credentials_url(&url).map_err(away)?;
         }
         let escape = |text: &str| utf8_percent_encode(text, QUERY).to_string();
         let mut authorization = None;
@@ -143,14 +145,14 @@ impl Host {
             scopes: scopes.clone(),
             headers: HeaderMap::new(),
             body: Bytes::new(),
-            wait: self.settings.silence,
-            tries: 1,
-            tries_at_500: 1,
+            wait: self.settings.stall_timeout,
+            max_attempts: 1,
+            max_attempts_at_500: 1,
             accept: &[],
             tag: None,
         };
         match &found {
-            Found::Credentials {
+            CredentialLookup::Credentials {
                 credentials: Credentials::IdentityToken(token),
                 ..
             } => {
@@ -173,7 +175,7 @@ impl Host {
                 query.extend(scopes.scopes.iter().map(|s| format!("scope={}", escape(s))));
                 url.set_query(Some(&query.join("&")));
                 call.url = url;
-                if let Found::Credentials {
+                if let CredentialLookup::Credentials {
                     credentials: Credentials::Basic { user, password },
                     ..
                 } = found
@@ -183,15 +185,17 @@ impl Host {
             }
         }
         let client = if origin.is_same(&call.url) {
-            &self.own
+            &self.registry_client
         } else {
-            &self.other
+            &self.external_client
         };
         let asked = Instant::now();
         let request = Request::new(&call.method, &call.url);
         // This request is not repeated here, because the request that needs the token is repeated.
-        let response = self.fire(client, &call, &call.url, authorization).await?;
-        let response = self.judge(&call, response).await?;
+        let response = self
+            .send_once(client, &call, &call.url, authorization)
+            .await?;
+        let response = self.check_status(&call, response).await?;
         if response.status().is_redirection() {
             // Following a redirect would forward the credentials.
             return Err(Error::Reply(Box::new(reply_of(&call, response).await)));
@@ -203,7 +207,7 @@ impl Host {
         if let Ok(mut body) = body.try_into_mut() {
             body.as_mut().zeroize();
         }
-        token.map_err(|reason| Error::Garbled {
+        token.map_err(|reason| Error::InvalidDocument {
             request,
             reason: reason.to_owned(),
         })

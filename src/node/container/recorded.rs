@@ -1,0 +1,62 @@
+//! What a runtime's files say about a container, before it is compared with the kernel's view.
+
+use std::path::PathBuf;
+
+use super::bundle::Bundle;
+use super::{Pod, Runtime};
+
+/// The directories that a runtime recorded for a container's root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RecordedRoot {
+    /// The runtime's layer store, as a path on the node; the other directories are relative to it.
+    pub(super) store: PathBuf,
+    /// The upper directory.
+    pub(super) upper: PathBuf,
+    /// The lower directories, topmost first; `None` if the record of them is incomplete.
+    pub(super) lowers: Option<Vec<PathBuf>>,
+}
+
+/// A container according to a runtime's files. Paths are those of the node, without the host root.
+#[derive(Clone, Debug)]
+pub(super) struct RecordedContainer {
+    pub(super) runtime: Runtime,
+    pub(super) id: String,
+    pub(super) names: Vec<String>,
+    pub(super) namespace: Option<String>,
+    pub(super) pod: Option<Pod>,
+    pub(super) image_name: Option<String>,
+    pub(super) runtime_root_mode: Option<u32>,
+    /// Whether it is the pause container of a pod.
+    pub(super) sandbox: bool,
+    pub(super) pid: u32,
+    pub(super) bundle: Option<Bundle>,
+    /// The directory or file that describes it, for messages.
+    pub(super) state: PathBuf,
+    /// The IDs on the node that its user and group IDs start at, from the name of the store.
+    pub(super) store_ids: Option<(u32, u32)>,
+    /// The directories that the runtime created for it.
+    pub(super) record: Option<RecordedRoot>,
+    /// Directories that the runtime's mount options may be relative to, where it shortens paths.
+    pub(super) bases: Vec<PathBuf>,
+    /// Where the runtime mounted the root on the node.
+    pub(super) mounted_at: Option<PathBuf>,
+}
+
+impl RecordedContainer {
+    /// Returns an unambiguous name for messages.
+    pub(super) fn label(&self) -> String {
+        let short = &self.id[..self
+            .id
+            .char_indices()
+            .nth(12)
+            .map_or(self.id.len(), |(at, _)| at)];
+        match (&self.pod, self.names.first()) {
+            (Some(pod), _) => format!("{}/{}/{} ({short})", pod.namespace, pod.name, pod.container),
+            (None, Some(name)) => format!("{name} ({short})"),
+            (None, None) => match &self.namespace {
+                Some(namespace) => format!("{short} (namespace {namespace})"),
+                None => short.to_owned(),
+            },
+        }
+    }
+}

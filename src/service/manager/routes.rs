@@ -1,0 +1,259 @@
+//! The middleware of all requests (request ID, log line, limits, response headers), and the routing table.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::{Body, HttpBody as _};
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State as Extracted};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::get;
+use futures_util::{StreamExt as _, stream};
+use tracing::Instrument as _;
+use utoipa::OpenApi;
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::extract::RequestGuard;
+use super::refusal::Refusal;
+use super::{App, api, events, images, inventory, saves, signin, status};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Content security policy of responses other than the page: they may do nothing, even if a browser displays one.
+const POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "upperdeck",
+        description = "Saves running containers as OCI images. Times are RFC 3339 in UTC, sizes bytes, IDs UUIDs of version 7.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    components(schemas(api::ErrorBody, api::ErrorDetail)),
+    modifiers(&Schemes),
+    security(("token" = []), ("cookie" = []))
+)]
+struct Description;
+
+struct Schemes;
+
+impl utoipa::Modify for Schemes {
+    fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
+        let components = openapi.components.get_or_insert_default();
+        let bearer = HttpBuilder::new()
+            .scheme(HttpAuthScheme::Bearer)
+            .description(Some(
+                "An API token or a JSON Web Token. A portal's token names its user in the Upperdeck-User header.",
+            ))
+            .build();
+        components.add_security_scheme("token", SecurityScheme::Http(bearer));
+        let cookie = ApiKeyValue::with_description(
+            "upperdeck",
+            "Set by `POST /api/v1/signin`, with a name that also has the port or a prefix. Everything but event streams \
+             also needs the Upperdeck-Page header with the page's key; what changes something, the Upperdeck-Request \
+             header or a JSON body.",
+        );
+        components.add_security_scheme("cookie", SecurityScheme::ApiKey(ApiKey::Cookie(cookie)));
+    }
+}
+
+fn api() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(Description::openapi())
+        .routes(routes!(status::me))
+        .routes(routes!(signin::sign_in, signin::sign_out))
+        .routes(routes!(inventory::sessions))
+        .routes(routes!(saves::submit, saves::history))
+        .routes(routes!(saves::check, saves::cancel))
+        .routes(routes!(events::events))
+        .routes(routes!(saves::requeue))
+        .routes(routes!(saves::audit))
+        .routes(routes!(saves::dead))
+        .routes(routes!(images::images))
+        .routes(routes!(images::delete))
+        .routes(routes!(images::quota))
+        .routes(routes!(inventory::nodes))
+        .routes(routes!(status::healthz))
+        .routes(routes!(status::readyz))
+        .routes(routes!(status::metrics))
+}
+
+/// Returns the description of the API (OpenAPI 3.1), the content of `/openapi.json`.
+pub fn description() -> utoipa::openapi::OpenApi {
+    api().split_for_parts().1
+}
+
+pub(super) fn router(app: App) -> Router {
+    let (calls, description) = api().split_for_parts();
+    // The description consists of plain data types, so serialization cannot fail.
+    let text = serde_json::to_string(&description).unwrap_or_default();
+    let description = get(move || {
+        let text = text.clone();
+        async move { ([(header::CONTENT_TYPE, "application/json")], text) }
+    });
+    calls
+        .route("/openapi.json", description)
+        .merge(crate::service::portal::router())
+        .fallback(async || Refusal::not_found("there is nothing under this address"))
+        .method_not_allowed_fallback(async || {
+            Refusal::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "invalid",
+                "this address does not know this method",
+            )
+        })
+        .layer(DefaultBodyLimit::max(app.options.body_bytes))
+        .layer(from_fn_with_state(app.clone(), middleware))
+        .with_state(app)
+}
+
+/// Returns the request's own ID if it is safe to log, otherwise a new one.
+fn request_id(request: &Request) -> String {
+    request
+        .headers()
+        .get(REQUEST_ID)
+        .and_then(|id| id.to_str().ok())
+        .filter(|id| {
+            (1..=64).contains(&id.len())
+                && id
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        })
+        .map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned)
+}
+
+/// Returns a fixed name for a method. Requests can use arbitrary methods, which would be an unbounded number of metric
+/// labels.
+fn method_name(method: &Method) -> &'static str {
+    const KNOWN: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
+    let known = KNOWN.into_iter().find(|known| method == *known);
+    known.unwrap_or("other")
+}
+
+/// Limits the time in which the body has to arrive. Also returns a flag that is set if it did not.
+fn with_timeout(body: Body, most: Duration) -> (Body, Arc<AtomicBool>) {
+    let late = Arc::new(AtomicBool::new(false));
+    if body.is_end_stream() {
+        return (body, late);
+    }
+    let until = tokio::time::Instant::now() + most;
+    let state = (body.into_data_stream(), late.clone());
+    let timely = stream::unfold(state, move |(mut stream, late)| async move {
+        match tokio::time::timeout_at(until, stream.next()).await {
+            Ok(next) => next.map(|part| (part, (stream, late))),
+            Err(_) => {
+                late.store(true, Ordering::Relaxed);
+                let error = axum::Error::new("the body did not come in time");
+                Some((Err(error), (stream, late)))
+            }
+        }
+    });
+    (Body::from_stream(timely), late)
+}
+
+fn log(app: &App, known: bool, path: &str, status: u16, took: Duration) {
+    let ms = took.as_millis() as u64;
+    if known {
+        if status >= 500 {
+            tracing::error!(http.status = status, http.ms = ms, "answered");
+        } else {
+            tracing::info!(http.status = status, http.ms = ms, "answered");
+        }
+        return;
+    }
+    if status < 500 && matches!(path, "/healthz" | "/readyz" | "/metrics") {
+        tracing::trace!(http.status = status, http.ms = ms, "answered");
+        return;
+    }
+    match app.log_limit.permit() {
+        None => {}
+        Some(0) => tracing::info!(http.status = status, http.ms = ms, "answered"),
+        Some(more) => {
+            tracing::info!(
+                http.status = status,
+                http.ms = ms,
+                more,
+                "answered, and more like it"
+            );
+        }
+    }
+}
+
+async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let id = request_id(&request);
+    let method = method_name(request.method());
+    let path = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "(none)".to_owned(), |path| path.as_str().to_owned());
+    let span = tracing::info_span!(
+        "request",
+        request.id = id,
+        http.method = method,
+        http.path = path,
+        caller = tracing::field::Empty
+    );
+    let (mut parts, body) = request.into_parts();
+    let guard = RequestGuard::default();
+    parts.extensions.insert(guard.clone());
+    let (body, late) = with_timeout(body, app.options.connections.body);
+    let request = Request::from_parts(parts, body);
+    let mut response = async {
+        let mut response = next.run(request).await;
+        if late.load(Ordering::Relaxed) {
+            let refusal = Refusal::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "timed_out",
+                "the body did not come in time",
+            );
+            response = refusal.into_response();
+        }
+        let (status, took) = (response.status().as_u16(), started.elapsed());
+        log(&app, guard.known(), &path, status, took);
+        app.metrics.request(method, &path, status, took);
+        response
+    }
+    .instrument(span)
+    .await;
+    drop(guard);
+    // Errors that the framework generates get the API's error format.
+    if response.status() == StatusCode::METHOD_NOT_ALLOWED
+        && !response.headers().contains_key(header::CONTENT_TYPE)
+    {
+        let allow = response.headers().get(header::ALLOW).cloned();
+        let refusal = Refusal::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "invalid",
+            "this address does not know this method",
+        );
+        response = refusal.into_response();
+        if let Some(allow) = allow {
+            response.headers_mut().insert(header::ALLOW, allow);
+        }
+    }
+    let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        headers.insert(REQUEST_ID, id);
+    }
+    for (name, value) in [
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-store"),
+        (
+            HeaderName::from_static("cross-origin-resource-policy"),
+            "same-origin",
+        ),
+    ] {
+        // Headers that the page has set are kept.
+        headers
+            .entry(name)
+            .or_insert_with(|| HeaderValue::from_static(value));
+    }
+    response
+}

@@ -1,0 +1,125 @@
+//! Handlers beside the core API: the caller's identity, health, and metrics.
+
+use axum::Json;
+use axum::extract::State as Extracted;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
+use std::time::{Duration, Instant};
+use tokio::sync::Mutex;
+
+use super::App;
+use super::api::{Health, Me};
+use super::auth::Caller;
+use super::refusal::Refusal;
+
+/// Returns the identity of the caller.
+#[utoipa::path(
+    get, path = "/api/v1/me", tag = "sessions",
+    responses((status = 200, body = Me), Refusal)
+)]
+pub(super) async fn me(caller: Caller) -> Result<Json<Me>, Refusal> {
+    let user = match (&caller.user, caller.administrator) {
+        (Some(user), _) => user.clone(),
+        (None, true) => String::new(),
+        (None, false) => caller.require_user()?.to_owned(),
+    };
+    Ok(Json(Me {
+        user,
+        administrator: caller.administrator,
+        via: caller.via,
+    }))
+}
+
+/// Reports that the process responds.
+#[utoipa::path(
+    get, path = "/healthz", tag = "operations", security(()),
+    responses((status = 200, body = Health))
+)]
+pub(super) async fn healthz() -> Json<Health> {
+    Json(Health {
+        ready: true,
+        missing: Vec::new(),
+    })
+}
+
+/// Reports whether the manager can serve requests, and what is missing.
+#[utoipa::path(
+    get, path = "/readyz", tag = "operations", security(()),
+    responses(
+        (status = 200, body = Health),
+        (status = 503, body = Health, description = "Something is missing, or the manager is about to end")
+    )
+)]
+pub(super) async fn readyz(Extracted(app): Extracted<App>) -> (StatusCode, Json<Health>) {
+    let mut missing = app.ready.missing(&app).await;
+    if app.cancel.is_cancelled() {
+        missing.push("manager: it is about to end".to_owned());
+    }
+    let ready = missing.is_empty();
+    let status = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (status, Json(Health { ready, missing }))
+}
+
+/// The latest result of the readiness check. The endpoint needs no authentication, so the record and the queue are
+/// queried at most once per second.
+#[derive(Default)]
+pub(super) struct Readiness(Mutex<Option<(Instant, Vec<String>)>>);
+
+impl Readiness {
+    async fn missing(&self, app: &App) -> Vec<String> {
+        const FRESH: Duration = Duration::from_secs(1);
+        let mut held = self.0.lock().await;
+        if let Some((at, missing)) = &*held
+            && at.elapsed() < FRESH
+        {
+            return missing.clone();
+        }
+        let missing = look(app).await;
+        *held = Some((Instant::now(), missing.clone()));
+        missing
+    }
+}
+
+async fn look(app: &App) -> Vec<String> {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let mut missing = Vec::new();
+    let (record, queue) = tokio::join!(
+        tokio::time::timeout(PATIENCE, app.record.ping()),
+        tokio::time::timeout(PATIENCE, app.queue.ping()),
+    );
+    // The reasons go to the log only, because the endpoint needs no authentication.
+    match record {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(error = %error, "not ready");
+            missing.push("record: it refuses, see the log".to_owned());
+        }
+        Err(_) => missing.push("record: no answer".to_owned()),
+    }
+    match queue {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(error = %error, "not ready");
+            missing.push("queue: it cannot be reached, see the log".to_owned());
+        }
+        Err(_) => missing.push("queue: no answer".to_owned()),
+    }
+    missing
+}
+
+/// Metrics for Prometheus.
+#[utoipa::path(
+    get, path = "/metrics", tag = "operations", security(()),
+    responses((
+        status = 200, body = String, description = "OpenMetrics 1.0",
+        content_type = "application/openmetrics-text"
+    ))
+)]
+pub(super) async fn metrics(Extracted(app): Extracted<App>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], app.metrics.text()).into_response()
+}
