@@ -97,12 +97,11 @@ fn as_mounted(mountinfo: &str, at: &str) -> String {
 const IDENTITY: &str = "         0          0 4294967295\n";
 
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
-    fs::create_dir_all(to)?;
-    for entry in fs::read_dir(from)? {
+    for entry in walkdir::WalkDir::new(from) {
         let entry = entry?;
-        let target = to.join(entry.file_name());
-        if entry.file_type()?.is_dir() {
-            copy_tree(&entry.path(), &target)?;
+        let target = to.join(entry.path().strip_prefix(from).unwrap_or(entry.path()));
+        if entry.file_type().is_dir() {
+            fs::create_dir_all(target)?;
         } else {
             // Rewritten instead of copied, because the recording is read-only.
             fs::write(target, fs::read(entry.path())?)?;

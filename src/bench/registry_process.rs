@@ -44,7 +44,7 @@ impl RegistryProcess {
             return None;
         };
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
+        let ticks = rustix::param::clock_ticks_per_second();
         Some(ticks_of(&stat)? as f64 / ticks as f64)
     }
 }

@@ -4,17 +4,18 @@
 //! The container's root needs nothing of the host, because the program is started before the root is changed. The
 //! container ends when its standard input is closed, so it cannot outlive the demonstration.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CString, OsString};
 use std::fs;
 use std::io::{self, BufRead as _, Write as _};
 use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::Signal;
-use nix::unistd::pivot_root;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
+use rustix::process::{Signal, pivot_root, set_parent_process_death_signal};
 
 /// First argument of the process that creates the container.
 pub(super) const ARGUMENT: &str = "__demo-container";
@@ -58,14 +59,17 @@ fn make(args: &[OsString]) -> Result<(), String> {
         return Err("expected DIR root|user".to_owned());
     };
     let (dir, in_user_namespace) = (Path::new(dir), user == "user");
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(failed("prctl"))?;
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("prctl"))?;
     // The parent may put this process into a cgroup first. Exactly one byte is read, because the following data is for
     // the container's process.
     read_byte()?;
     let mut flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWUTS;
     let mut options = String::new();
     if in_user_namespace {
-        let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+        let (uid, gid) = (
+            rustix::process::geteuid().as_raw(),
+            rustix::process::getegid().as_raw(),
+        );
         flags |= CloneFlags::CLONE_NEWUSER;
         unshare(flags).map_err(failed("making a user namespace"))?;
         let write =
@@ -77,9 +81,11 @@ fn make(args: &[OsString]) -> Result<(), String> {
     } else {
         unshare(flags).map_err(failed("making mount and PID namespaces"))?;
     }
-    let none = None::<&OsStr>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .map_err(failed("making mounts private"))?;
+    mount_change(
+        "/",
+        MountPropagationFlags::REC | MountPropagationFlags::PRIVATE,
+    )
+    .map_err(failed("making mounts private"))?;
     let path = |name: &str| dir.join(name).display().to_string();
     let options = format!(
         "lowerdir={}:{},upperdir={},workdir={}{options}",
@@ -89,12 +95,13 @@ fn make(args: &[OsString]) -> Result<(), String> {
         path("work")
     );
     let merged = dir.join("merged");
+    let options = CString::new(options).map_err(failed("the directory's name"))?;
     mount(
-        Some("overlay"),
+        "overlay",
         &merged,
-        Some("overlay"),
-        MsFlags::empty(),
-        Some(options.as_str()),
+        "overlay",
+        MountFlags::empty(),
+        Some(options.as_c_str()),
     )
     .map_err(failed(format!("mounting an overlay in {}", dir.display())))?;
     let mut process = Command::new("/proc/self/exe")
@@ -126,30 +133,29 @@ fn run_container(args: &[OsString]) -> Result<(), String> {
     let [merged] = args else {
         return Err("expected DIR".to_owned());
     };
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(failed("prctl"))?;
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("prctl"))?;
     let merged = Path::new(merged);
-    let none = None::<&OsStr>;
     // If /proc is partly masked (in a container), a new one may not be mounted. It is not needed.
     let _ = mount(
-        Some("proc"),
-        &merged.join("proc"),
-        Some("proc"),
-        MsFlags::empty(),
-        none,
+        "proc",
+        merged.join("proc"),
+        "proc",
+        MountFlags::empty(),
+        None,
     );
     mount(
-        Some("volume"),
-        &merged.join("data"),
-        Some("tmpfs"),
-        MsFlags::empty(),
-        Some("size=1m"),
+        "volume",
+        merged.join("data"),
+        "tmpfs",
+        MountFlags::empty(),
+        Some(c"size=1m"),
     )
     .map_err(failed("mounting a volume"))?;
     std::env::set_current_dir(merged).map_err(failed("chdir"))?;
     pivot_root(".", ".").map_err(failed("pivot_root"))?;
-    umount2(".", MntFlags::MNT_DETACH).map_err(failed("leaving the old root"))?;
+    unmount(".", UnmountFlags::DETACH).map_err(failed("leaving the old root"))?;
     std::env::set_current_dir("/").map_err(failed("chdir"))?;
-    nix::unistd::sethostname("demo").map_err(failed("sethostname"))?;
+    rustix::system::sethostname(b"demo").map_err(failed("sethostname"))?;
     write_line("ready").map_err(failed("stdout"))?;
     for line in io::stdin().lock().lines() {
         let done = match line.map_err(failed("stdin"))?.as_str() {

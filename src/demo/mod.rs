@@ -232,7 +232,7 @@ impl Environment {
     fn open() -> Result<Self, Error> {
         // Root of a user namespace may not use `trusted.*`, where an overlay keeps its attributes.
         let everybody = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-        let root = nix::unistd::geteuid().is_root()
+        let root = rustix::process::geteuid().is_root()
             && everybody
                 .split_ascii_whitespace()
                 .eq(["0", "0", "4294967295"]);
@@ -637,8 +637,8 @@ fn check(stage: &Environment, saved: &Saved) -> Result<usize, Error> {
     let seen = Tree::from_directory(&root, true)?;
     let seen = if stage.rootless {
         let ours = (
-            nix::unistd::geteuid().as_raw(),
-            nix::unistd::getegid().as_raw(),
+            rustix::process::geteuid().as_raw(),
+            rustix::process::getegid().as_raw(),
         );
         seen.map_owners(|uid, gid| ((uid, gid) == ours).then_some((0, 0)))
             .map_err(|(path, ..)| {

@@ -26,24 +26,18 @@ fn upperdeck(umask: &str, args: &[String]) -> Command {
     command
 }
 
-/// Collects every file and directory at and below `path` that does not have the expected mode.
-fn wrong(path: &Path, file: u32, directory: u32, found: &mut Vec<String>) -> Result<()> {
-    let there = fs::symlink_metadata(path)?;
-    let expected = if there.is_dir() { directory } else { file };
-    if there.mode() & 0o7777 != expected {
-        found.push(format!("{} {:04o}", path.display(), there.mode() & 0o7777));
-    }
-    if there.is_dir() {
-        for entry in fs::read_dir(path)? {
-            wrong(&entry?.path(), file, directory, found)?;
-        }
-    }
-    Ok(())
-}
-
+/// Fails unless every file and directory at and below `path` has the expected mode.
 fn all_are(path: &Path, file: u32, directory: u32) -> Result<()> {
     let mut found = Vec::new();
-    wrong(path, file, directory, &mut found)?;
+    for entry in walkdir::WalkDir::new(path) {
+        let entry = entry?;
+        let there = entry.metadata()?;
+        let expected = if there.is_dir() { directory } else { file };
+        if there.mode() & 0o7777 != expected {
+            let path = entry.path().display();
+            found.push(format!("{path} {:04o}", there.mode() & 0o7777));
+        }
+    }
     ensure!(found.is_empty(), "{found:#?}");
     Ok(())
 }

@@ -264,11 +264,9 @@ fn parse_status(status: &[u8]) -> Option<(Identity, bool)> {
 pub(super) fn started_ms(roots: &Roots, start: u64) -> Option<i64> {
     let stat = read_file(&roots.proc("stat"), 16 << 20).ok()?;
     let booted = boot_time(&stat)?;
-    let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK);
-    let hertz = u64::try_from(hertz.ok().flatten()?)
-        .ok()
-        .filter(|hz| *hz > 0)?;
-    let since_boot = start.checked_mul(1000)? / hertz;
+    let since_boot = start
+        .checked_mul(1000)?
+        .checked_div(rustix::param::clock_ticks_per_second())?;
     booted
         .checked_mul(1000)?
         .checked_add(i64::try_from(since_boot).ok()?)

@@ -146,27 +146,24 @@ impl Processes {
 /// visible from here.
 pub(super) fn pids_below(dir: &Path) -> Result<HashSet<u32>, Error> {
     let mut pids = HashSet::new();
-    let mut open = vec![dir.to_owned()];
     let mut seen = 0;
-    while let Some(dir) = open.pop() {
+    for entry in walkdir::WalkDir::new(dir) {
+        let entry = match entry.map_err(io::Error::from) {
+            Ok(entry) => entry,
+            // The cgroup was removed meanwhile.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(Error::io(dir.to_owned(), e)),
+        };
+        if !entry.file_type().is_dir() {
+            continue;
+        }
         seen += 1;
         if seen > MAX_CGROUPS {
             return Err(Error::Unsupported {
                 why: format!("more than {MAX_CGROUPS} cgroups below {dir:?}"),
             });
         }
-        read_pids(&dir, &mut pids)?;
-        let children = match fs::read_dir(&dir) {
-            Ok(children) => children,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(Error::io(dir, e)),
-        };
-        for child in children {
-            let child = child.map_err(|e| Error::io(dir.clone(), e))?;
-            if child.file_type().is_ok_and(|kind| kind.is_dir()) {
-                open.push(child.path());
-            }
-        }
+        read_pids(entry.path(), &mut pids)?;
     }
     Ok(pids)
 }

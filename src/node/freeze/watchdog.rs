@@ -424,7 +424,7 @@ fn read_order() -> io::Result<Option<Vec<OsString>>> {
 /// Leaves the caller's session, directory and cgroups, closes inherited descriptors and drops every right except those
 /// needed to write to a cgroup.
 fn detach() -> Result<(), String> {
-    nix::unistd::setsid().map_err(|e| format!("setsid: {e}"))?;
+    rustix::process::setsid().map_err(|e| format!("setsid: {e}"))?;
     // Only SIGKILL may end the watchdog before its work is done. Blocking has the same effect as ignoring, and it
     // starts no process that would inherit the mask.
     nix::sys::signal::SigSet::all()

@@ -12,8 +12,7 @@ use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
@@ -326,11 +325,11 @@ impl Child {
     /// [`io::ErrorKind::TimedOut`] if it cannot be ended; it is reaped in the background once it is.
     pub(super) async fn stop(&mut self) -> io::Result<ExitStatus> {
         self.gate = None;
-        self.signal(Signal::SIGTERM);
+        self.signal(Signal::TERM);
         if let Ok(ended) = tokio::time::timeout(GRACE, self.process.wait()).await {
             return ended;
         }
-        self.signal(Signal::SIGKILL);
+        self.signal(Signal::KILL);
         match tokio::time::timeout(REAP_TIMEOUT, self.process.wait()).await {
             Ok(ended) => ended,
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
@@ -340,7 +339,7 @@ impl Child {
     fn signal(&self, signal: Signal) {
         // The process has not been reaped, so its PID cannot have been reused.
         if self.process.id().is_some() {
-            let _ = killpg(Pid::from_raw(self.pid as i32), signal);
+            signal_group(self.pid, signal);
         }
     }
 
@@ -416,8 +415,15 @@ pub(super) async fn inspect(
 pub(super) async fn end_leftover(pid: u32, pid_start: u64) {
     let until = Instant::now() + GRACE;
     while process_start(pid) == Some(pid_start) && Instant::now() < until {
-        let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGKILL);
+        signal_group(pid, Signal::KILL);
         tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Sends `signal` to the process group. A group that has ended is not an error.
+fn signal_group(group: u32, signal: Signal) {
+    if let Some(group) = Pid::from_raw(group as i32) {
+        let _ = kill_process_group(group, signal);
     }
 }
 

@@ -120,11 +120,10 @@ impl Options {
 
 /// Returns the host name, which is the default name of a node.
 fn hostname() -> String {
-    nix::unistd::gethostname()
-        .ok()
-        .and_then(|name| name.into_string().ok())
-        .filter(|name| !name.is_empty())
-        .unwrap_or_else(|| "localhost".to_owned())
+    match rustix::system::uname().nodename().to_str() {
+        Ok(name) if !name.is_empty() => name.to_owned(),
+        _ => "localhost".to_owned(),
+    }
 }
 
 /// A prefix that destinations must have: `HOST[:PORT]`, `HOST[:PORT]/PROJECT[/...]` or `oci:DIRECTORY`.

@@ -235,10 +235,8 @@ fn listen_on(path: &Path) -> std::io::Result<UnixListener> {
 
 /// Returns the host name with a random suffix, so that several managers on one host have different names.
 fn own_name() -> String {
-    let host = nix::unistd::gethostname()
-        .ok()
-        .and_then(|name| name.into_string().ok())
-        .unwrap_or_else(|| "manager".to_owned());
+    let names = rustix::system::uname();
+    let host = names.nodename().to_str().unwrap_or("manager");
     format!("{host}-{:08x}", rand::random::<u32>())
 }
 

@@ -241,28 +241,22 @@ impl Template {
         let Ok(prefix) = self.prefix(user) else {
             return Ok(Vec::new());
         };
-        let mut dirs = vec![PathBuf::from(prefix)];
         let depth = if user.is_some() {
             1
         } else {
             2 + self.between.len()
         };
-        for _ in 0..depth {
-            let mut next = Vec::new();
-            for dir in dirs {
-                let found = match std::fs::read_dir(&dir) {
-                    Ok(found) => found,
-                    Err(error) if is_absent(&error) => continue,
-                    Err(error) => return Err(error),
-                };
-                for entry in found {
-                    let entry = entry?;
-                    if entry.file_type()?.is_dir() {
-                        next.push(entry.path());
-                    }
-                }
+        let mut dirs = Vec::new();
+        for entry in walkdir::WalkDir::new(prefix)
+            .min_depth(depth)
+            .max_depth(depth)
+        {
+            match entry.map_err(std::io::Error::from) {
+                Ok(entry) if entry.file_type().is_dir() => dirs.push(entry.into_path()),
+                Ok(_) => {}
+                Err(error) if is_absent(&error) => {}
+                Err(error) => return Err(error),
             }
-            dirs = next;
         }
         dirs.retain(|dir| dir.join("index.json").exists());
         dirs.sort();
