@@ -62,11 +62,11 @@ impl Failure {
             return Some(if error.is_usage() {
                 Self::new(Exit::Usage, "usage")
             } else if error.not_permitted() {
-                Self::new(Exit::NotPermitted, "not_permitted")
+                Self::new(Exit::NotPermitted, error.code().unwrap_or("not_permitted"))
             } else if error.retryable() {
                 Self::new(Exit::Retry, "registry_unavailable")
             } else {
-                Self::new(Exit::Failed, "failed")
+                Self::new(Exit::Failed, error.code().unwrap_or("failed"))
             });
         }
         if let Some(error) = cause.downcast_ref::<bench::Error>() {

@@ -163,12 +163,15 @@ fn table(view: &ListView, no_trunc: bool) -> String {
     }
     if let Some(room) = view.quota {
         let bytes = |n| text::bytes(Some(n));
-        out.push_str(&format!(
-            "{} of {} used, {} free\n",
-            bytes(room.used),
-            bytes(room.limit),
-            bytes(room.free())
-        ));
+        out.push_str(&match (room.limit, room.free()) {
+            (Some(limit), Some(free)) => format!(
+                "{} of {} used, {} free\n",
+                bytes(room.used),
+                bytes(limit),
+                bytes(free)
+            ),
+            _ => format!("{} used, no limit\n", bytes(room.used)),
+        });
     }
     out
 }
@@ -241,7 +244,14 @@ fn removed_text(views: &[RemovedView]) -> String {
                 [] => String::new(),
                 tags => format!(" (was tagged {})", tags.join(", ")),
             };
-            out.push_str(&format!("deleted {image}: {}{tags}\n", removed.digest));
+            let with = match removed.accessories.as_slice() {
+                [] => String::new(),
+                kinds => format!(", with its {}", kinds.join(", ")),
+            };
+            out.push_str(&format!(
+                "deleted {image}: {}{tags}{with}\n",
+                removed.digest
+            ));
         } else {
             let kept = removed.kept.join(", ");
             out.push_str(&format!(

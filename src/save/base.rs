@@ -124,7 +124,7 @@ impl<'a> Blob<'a> {
     }
 }
 
-/// Returns which base layers the destination has, or can mount by itself. Only queries are sent; no content is moved.
+/// Returns which base layers the destination has, or has mounted by itself from another repository. No content is moved.
 ///
 /// The result has one item per layer, bottom first; `None` if the content has to be copied.
 pub(super) async fn look_up(
@@ -161,36 +161,33 @@ pub(super) async fn look_up(
     answers.into_iter().collect()
 }
 
-/// Like [`look_up`], and checks that the destination has room for what is missing, if it reports its quota.
-pub(super) async fn look_up_and_check_quota(
+/// Returns digest and size of each layer, and whether the destination has its blob. Only queries are sent. A layer of
+/// unknown digest or size is left out.
+pub(super) async fn sizes(
     destination: &Destination,
-    base: &Base,
-) -> Result<Vec<Option<Delivered>>, Error> {
-    let found = look_up(destination, &base.layers).await?;
-    destination.check_quota(missing_bytes(base, &found)).await?;
-    Ok(found)
+    layers: &[BaseLayer],
+) -> Result<Vec<(Digest, u64, bool)>, Error> {
+    let asked = layers.iter().filter_map(Blob::of).map(|blob| async move {
+        let there = destination.has_blob(&blob.digest, blob.size()).await?;
+        let size = there.unwrap_or(blob.size);
+        Ok((blob.digest, size, there.is_some()))
+    });
+    let asked: Vec<Result<_, Error>> = futures_util::stream::iter(asked)
+        .buffered(MAX_CONCURRENT_LOOKUPS)
+        .collect()
+        .await;
+    asked.into_iter().collect()
 }
 
-/// Returns the number of bytes that have to be copied, as far as their sizes are known.
-fn missing_bytes(base: &Base, found: &[Option<Delivered>]) -> u64 {
-    let missing = base
-        .layers
-        .iter()
-        .zip(found)
-        .filter(|(_, found)| found.is_none());
-    let sizes = missing.filter_map(|(layer, _)| Blob::of(layer)?.size());
-    sizes.fold(0, u64::saturating_add)
-}
-
-/// Copies the layers that [`look_up`] did not find, several at a time.
+/// Ensures that all layers of the base are at the destination; copies those that it lacks, several at a time.
 pub(super) async fn copy_missing(
     context: &Context,
     destination: &Destination,
     container: &Container,
     base: &Base,
     layout: Option<&Reader>,
-    found: Vec<Option<Delivered>>,
 ) -> Result<Vec<Delivered>, Error> {
+    let found = look_up(destination, &base.layers).await?;
     let brought = found
         .into_iter()
         .enumerate()

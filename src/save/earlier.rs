@@ -26,6 +26,8 @@ pub(super) struct PreviousSave {
     pub(super) known: Vec<Baseline>,
     /// The layers above the base, bottom first; all are at the destination.
     pub(super) layers: Vec<Layer>,
+    /// The destination of the save that made them.
+    where_kept: String,
 }
 
 /// What is known of earlier saves, and where this one is to be kept.
@@ -94,12 +96,21 @@ pub(super) async fn find(
         destination: where_kept,
         ..
     } = kept.description;
-    if let Err(missing) = ensure_at_destination(context, destination, &layers, &where_kept).await? {
+    let as_base: Vec<_> = layers
+        .iter()
+        .map(|layer| as_base(layer, &where_kept))
+        .collect();
+    context.room.add(destination, &as_base).await?;
+    if let Err(missing) = ensure_at_destination(context, destination, &as_base).await? {
         full(&missing);
         return Ok(earlier);
     }
     let known = baselines_of_stored(kept.stored);
-    earlier.previous = Some(PreviousSave { known, layers });
+    earlier.previous = Some(PreviousSave {
+        known,
+        layers,
+        where_kept,
+    });
     Ok(earlier)
 }
 
@@ -191,14 +202,9 @@ const SMALL_CHAIN: u64 = 16 << 20;
 async fn ensure_at_destination(
     context: &Context,
     destination: &Destination,
-    layers: &[Layer],
-    where_kept: &str,
+    layers: &[BaseLayer],
 ) -> Result<Result<(), String>, Error> {
-    let layers: Vec<BaseLayer> = layers
-        .iter()
-        .map(|layer| as_base(layer, where_kept))
-        .collect();
-    let found = base::look_up(destination, &layers).await?;
+    let found = base::look_up(destination, layers).await?;
     for (layer, found) in layers.iter().zip(found) {
         if found.is_none()
             && let Err(tried) = base::copy(context, destination, layer).await?
@@ -334,6 +340,22 @@ pub(super) fn fingerprint(
 }
 
 impl Earlier {
+    /// Ensures once more that the layers of earlier saves are at the destination. Returns whether they are.
+    pub(super) async fn bring_again(
+        &self,
+        context: &Context,
+        destination: &Destination,
+    ) -> Result<bool, Error> {
+        let Some(under) = &self.under else {
+            return Ok(true);
+        };
+        let layers = under.layers.iter();
+        let layers: Vec<_> = layers.map(|l| as_base(l, &under.where_kept)).collect();
+        Ok(ensure_at_destination(context, destination, &layers)
+            .await?
+            .is_ok())
+    }
+
     /// Returns the layers of the image above the base: those of the earlier saves that this one builds on, then its
     /// own.
     pub(super) fn layers(&self, taken: &CapturedTrees) -> Vec<Layer> {

@@ -170,10 +170,13 @@ impl Error {
 
     /// Returns a stable name in snake case, for `--progress json` and the service.
     pub(crate) fn code(&self) -> &'static str {
-        match self {
-            Self::Destination(error) if error.is_quota() => return "quota_exceeded",
-            Self::Scan(scan::Error::Cap { .. }) => return "policy",
-            _ => {}
+        let own = match self {
+            Self::Destination(error) => error.code(),
+            Self::Scan(scan::Error::Cap { .. }) => Some("policy"),
+            _ => None,
+        };
+        if let Some(code) = own {
+            return code;
         }
         match self.kind() {
             Kind::Final => "internal",

@@ -264,7 +264,7 @@ async fn freeze_and_capture(
     context.phase(Phase::Scanning);
     let bound = options.max_pause.filter(|bound| !bound.is_zero());
     let normal_priority = options.normal_priority();
-    let frozen = match (freeze(context, options, container), bound) {
+    let frozen = match (freeze(context, options, container).await, bound) {
         // The processes did not stop within the time for which they may be frozen.
         (Err(Error::Freeze(crate::node::freeze::Error::Timeout { waited, .. })), Some(bound))
             if waited >= bound =>
@@ -306,7 +306,7 @@ async fn freeze_and_capture(
             pause_ms: pause.as_secs_f64() * 1000.0,
         });
     }
-    let streamed = finish(made).await?;
+    let streamed = finish(context, made).await?;
     let dirty = match mappings {
         None => Some(rounds.mapped.dirty.clone()),
         Some(MappedFiles {

@@ -11,6 +11,7 @@ mod mapped;
 mod named;
 mod next;
 mod outcome;
+mod room;
 pub mod state_store;
 mod trees;
 mod upper;
@@ -18,7 +19,7 @@ mod warnings;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -37,6 +38,7 @@ use crate::store::layout;
 use crate::store::registry::{Access, Registries};
 
 use earlier::Earlier;
+use room::Room;
 use tokio_util::sync::CancellationToken;
 use trees::Baseline;
 
@@ -50,6 +52,10 @@ pub use upper::Rules;
 
 /// Attempts at a save whose layers were read under a freeze but could not be finished, if the error may pass.
 const MAX_ATTEMPTS: u32 = 3;
+/// Pause before the parts of an image are looked for again, times the number of attempts.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Interval of looks for the end of another save's freeze.
+const TURN: Duration = Duration::from_millis(50);
 /// Size in tar bytes from which a save is divided into several layers by default, and the size of each: SHA-256 of that
 /// much takes one core four seconds, and fewer layers are better for all consumers.
 const SPLIT_THRESHOLD: u64 = 8 << 30;
@@ -161,6 +167,8 @@ struct Context {
     cancel: CancellationToken,
     jobs: usize,
     caps: Caps,
+    /// The room at the destination.
+    room: Arc<Room>,
 }
 
 impl Context {
@@ -201,13 +209,14 @@ async fn save(
     started: Instant,
 ) -> Result<Saved, Error> {
     let target = check(options)?;
-    let context = Context {
+    let mut context = Context {
         roots,
         registries: Registries::new(access),
         observer,
         cancel: cancel.clone(),
         jobs: options.jobs.unwrap_or_else(cores),
         caps: options.rules.caps,
+        room: Arc::default(),
     };
 
     context.phase(Phase::Locating);
@@ -223,49 +232,50 @@ async fn save(
     // An unusable destination is detected before the container is frozen for it.
     let destination = Destination::open_as(&target, &context.registries, options.output_mode)?;
     destination.check().await?;
-    let earlier =
-        earlier::find(&context, options, &container, &volumes, &base, &destination).await?;
-    // Only queries are sent meanwhile. Base layers are transferred when the container is no longer frozen.
-    let (taken, found) = tokio::try_join!(
-        capture_layers(
-            &context,
-            options,
-            &container,
-            &volumes,
-            &destination,
-            &earlier
-        ),
-        base::look_up_and_check_quota(&destination, &base),
-    )?;
-    warnings::emit(&context, &container, &volumes, &taken);
-
-    context.phase(Phase::Base);
-    let delivered = base::copy_missing(
-        &context,
-        &destination,
-        &container,
-        &base,
-        layout.as_ref(),
-        found,
-    )
-    .await?;
-
-    context.phase(Phase::Finishing);
-    let image = assemble(options, &base, &delivered, &earlier.layers(&taken))?;
-    for warning in &image.warnings {
-        context.warn(warning.code, warning.message.clone());
-    }
-    destination
-        .put_blob(image.config.bytes.clone().into(), &image.config.digest)
-        .await?;
+    destination.check_tag(target.tag()).await?;
+    let of = Of {
+        options,
+        container: &container,
+        volumes: &volumes,
+        base: &base,
+        layout: layout.as_ref(),
+        destination: &destination,
+    };
+    let mut made = make(&mut context, &of).await?;
     if let Some(gate) = &options.gate {
         context.observer.event(Event::Ready);
         gate.pass().await?;
     }
-    let manifest = Bytes::from(image.manifest.bytes.clone());
-    let digest = destination
-        .put_manifest(manifest, image.manifest.media_type, target.tag())
-        .await?;
+    let mut attempt = 1;
+    let digest = loop {
+        let manifest = Bytes::from(made.image.manifest.bytes.clone());
+        let media_type = made.image.manifest.media_type;
+        match destination
+            .put_manifest(manifest, media_type, target.tag())
+            .await
+        {
+            Err(error) if attempt < MAX_ATTEMPTS && error.may_lack_blobs() => {
+                let why = format!(
+                    "the registry may lack parts of the image, which are looked for again: {error}"
+                );
+                context.warn("again", why);
+                tokio::time::sleep(PAUSE * attempt).await;
+                attempt += 1;
+                if !send_again(&context, &of, &mut made).await? {
+                    // The lock on what is kept of the container is taken anew.
+                    drop(made);
+                    made = make(&mut context, &of).await?;
+                }
+            }
+            digest => break digest?,
+        }
+    };
+    let Made {
+        earlier,
+        taken,
+        delivered,
+        image,
+    } = made;
     earlier.keep(&context, &container, &target, &taken);
     let saved = outcome::saved(outcome::Parts {
         target: &target,
@@ -281,6 +291,85 @@ async fn save(
     });
     outcome::write_files(options, &saved)?;
     Ok(saved)
+}
+
+/// What is saved, and where.
+struct Of<'s> {
+    options: &'s Options,
+    container: &'s Container,
+    volumes: &'s [Volume],
+    base: &'s Base,
+    layout: Option<&'s layout::Reader>,
+    destination: &'s Destination,
+}
+
+/// An image that is at its destination except for its manifest.
+struct Made {
+    earlier: Earlier,
+    taken: CapturedTrees,
+    delivered: Vec<Delivered>,
+    image: manifest::Image,
+}
+
+/// Brings everything but the manifest to the destination. What is there already, and what is known to come, is compared
+/// with the destination's quota before anything is written or mounted.
+async fn make(context: &mut Context, of: &Of<'_>) -> Result<Made, Error> {
+    let Of {
+        options,
+        container,
+        volumes,
+        base,
+        destination,
+        ..
+    } = *of;
+    context.room = Arc::new(Room::of(destination).await?);
+    context.room.add(destination, &base.layers).await?;
+    let context = &*context;
+    let earlier = earlier::find(context, options, container, volumes, base, destination).await?;
+    let taken = capture_layers(context, options, container, volumes, destination, &earlier).await?;
+    warnings::emit(context, container, volumes, &taken);
+
+    context.phase(Phase::Base);
+    let delivered = base::copy_missing(context, destination, container, base, of.layout).await?;
+
+    context.phase(Phase::Finishing);
+    let image = assemble(options, base, &delivered, &earlier.layers(&taken))?;
+    for warning in &image.warnings {
+        context.warn(warning.code, warning.message.clone());
+    }
+    destination
+        .put_blob(image.config.bytes.clone().into(), &image.config.digest)
+        .await?;
+    Ok(Made {
+        earlier,
+        taken,
+        delivered,
+        image,
+    })
+}
+
+/// Looks for all blobs of an image again, and sends those that can be sent. Returns false if a layer of the container
+/// is gone, which only another look at the container can make.
+async fn send_again(context: &Context, of: &Of<'_>, made: &mut Made) -> Result<bool, Error> {
+    for layer in &made.taken.layers {
+        let there = of.destination.has_blob(&layer.digest, Some(layer.size));
+        if there.await?.is_none() {
+            return Ok(false);
+        }
+    }
+    if !made.earlier.bring_again(context, of.destination).await? {
+        return Ok(false);
+    }
+    let delivered =
+        base::copy_missing(context, of.destination, of.container, of.base, of.layout).await?;
+    let layers = made.earlier.layers(&made.taken);
+    made.image = assemble(of.options, of.base, &delivered, &layers)?;
+    made.delivered = delivered;
+    let config = &made.image.config;
+    of.destination
+        .put_blob(config.bytes.clone().into(), &config.digest)
+        .await?;
+    Ok(true)
 }
 
 /// Checks the request by itself, before anything is looked up. Returns the destination.
@@ -378,7 +467,7 @@ async fn capture_once(
     let normal_priority = options
         .normal_priority()
         .filter(|_| options.pause != Pause::None);
-    let frozen = freeze(context, options, container)?;
+    let frozen = freeze(context, options, container).await?;
     let was_frozen = frozen.as_ref().is_some_and(FrozenGuard::was_frozen);
     trees::recheck(context, container, volumes)?;
     let under = earlier.previous.as_ref().map(|under| &under.known);
@@ -433,7 +522,7 @@ async fn capture_once(
         }
     }
     Ok(CapturedTrees {
-        layers: finish(made).await?,
+        layers: finish(context, made).await?,
         on_top,
         report,
         pause,
@@ -456,12 +545,16 @@ fn baselines_of_frozen(
 }
 
 /// Finishes the blobs of layers that have been read completely.
-async fn finish(made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
+async fn finish(context: &Context, made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
+    let size = made.iter().map(|(layer, _)| layer.size).sum();
+    context.room.check_exactly(size).await?;
     let finish = |(layer, writer): (Layer, BlobWriter)| async move {
         writer.finish(&layer.digest, layer.size).await?;
         Ok::<_, Error>(layer)
     };
-    futures_util::future::try_join_all(made.into_iter().map(finish)).await
+    let layers = futures_util::future::try_join_all(made.into_iter().map(finish)).await?;
+    context.room.spend(size);
+    Ok(layers)
 }
 
 /// Divides a plan into several layers if that was requested, or if one layer would be very large.
@@ -489,22 +582,26 @@ fn split_size(tar: u64, layer_size: Option<LayerSize>, cores: usize) -> Option<u
 
 /// A frozen container. Freezing and thawing may take seconds, for which the other tasks of the async runtime do not
 /// wait.
-struct FrozenGuard(Option<Frozen>);
+struct FrozenGuard {
+    frozen: Option<Frozen>,
+    /// StoredSave until the container is thawed, so that no other save of this node takes the freeze for the runtime's.
+    _claim: Option<freeze::Claim>,
+}
 
 impl FrozenGuard {
     fn was_frozen(&self) -> bool {
-        self.0.as_ref().is_some_and(Frozen::was_frozen)
+        self.frozen.as_ref().is_some_and(Frozen::was_frozen)
     }
 
     fn thaw(mut self) -> Result<Duration, Error> {
-        let frozen = self.0.take().ok_or(Error::Worker)?;
+        let frozen = self.frozen.take().ok_or(Error::Worker)?;
         Ok(run_in_place(|| frozen.thaw())?)
     }
 }
 
 impl Drop for FrozenGuard {
     fn drop(&mut self) {
-        if let Some(frozen) = self.0.take() {
+        if let Some(frozen) = self.frozen.take() {
             run_in_place(|| drop(frozen));
         }
     }
@@ -520,7 +617,8 @@ fn run_in_place<T>(work: impl FnOnce() -> T) -> T {
     }
 }
 
-fn freeze(
+/// Waits until no other save of this node has the container frozen, and freezes it.
+async fn freeze(
     context: &Context,
     options: &Options,
     container: &Container,
@@ -534,6 +632,7 @@ fn freeze(
         mark: options.freeze_mark.clone(),
         ..freeze::Options::default()
     };
+    let claim = claim(context, container, &how).await?;
     let frozen = run_in_place(|| freeze::freeze(container.pid, Some(container.pid_start), &how))?;
     if !frozen.processes_outside().is_empty() {
         let pids = frozen
@@ -549,7 +648,33 @@ fn freeze(
             ),
         );
     }
-    Ok(Some(FrozenGuard(Some(frozen))))
+    Ok(Some(FrozenGuard {
+        frozen: Some(frozen),
+        _claim: claim,
+    }))
+}
+
+/// Claims the container's freezer. Returns `None` if there is no place for claims.
+async fn claim(
+    context: &Context,
+    container: &Container,
+    how: &freeze::Options,
+) -> Result<Option<freeze::Claim>, Error> {
+    let mut told = false;
+    loop {
+        match freeze::claim(container.pid, how)? {
+            freeze::Claimed::Held(claim) => return Ok(Some(claim)),
+            freeze::Claimed::Nowhere => return Ok(None),
+            freeze::Claimed::Busy => {}
+        }
+        if !told {
+            let why = "another save has this container frozen: waiting for its end";
+            context.warn("waiting", why.to_owned());
+            told = true;
+        }
+        // Cancellation drops this future.
+        tokio::time::sleep(TURN).await;
+    }
 }
 
 /// Makes the layers and passes them on as they are made. The returned layers are read completely but not finished: a
@@ -614,13 +739,23 @@ async fn stream_with_retries(
     while !missing.is_empty() {
         let mut failed = None;
         let outcomes = stream_once(context, codec, &plans, missing, until).await?;
+        if ends == FinishTime::Immediately {
+            let whole = outcomes
+                .iter()
+                .filter_map(|(_, made, _)| made.as_ref().ok());
+            let size = whole.map(|layer| layer.size).sum();
+            context.room.check_exactly(size).await?;
+        }
         let ended = outcomes
             .into_iter()
             .map(|(number, outcome, mut writer)| async move {
                 let outcome = match outcome {
                     Ok(layer) if ends == FinishTime::Immediately => {
                         match writer.try_finish(&layer.digest, layer.size).await {
-                            Ok(()) => Ok(layer),
+                            Ok(()) => {
+                                context.room.spend(layer.size);
+                                Ok(layer)
+                            }
                             Err(error) => Err(error.into()),
                         }
                     }
@@ -667,7 +802,9 @@ async fn stream_once(
     let (numbers, mut writers): (Vec<usize>, Vec<BlobWriter>) = parts.into_iter().unzip();
     let observer = Arc::clone(&context.observer);
     let (jobs, cancel, plans) = (context.jobs, context.cancel.clone(), Arc::clone(plans));
+    let room = Arc::clone(&context.room);
     let made = tokio::task::spawn_blocking(move || {
+        let (sent, done) = (AtomicU64::new(0), AtomicU64::new(0));
         let planned = |n: &usize| &plans[*n];
         let bytes_total: u64 = numbers.iter().map(planned).map(Plan::tar_size).sum();
         let entries_total = numbers.iter().map(planned).map(Plan::len).sum::<usize>() as u64;
@@ -680,16 +817,19 @@ async fn stream_once(
         let given_up = AtomicBool::new(false);
         let parts = numbers.iter().map(planned).zip(&mut writers);
         let parts = parts.map(|(plan, writer)| {
-            let given_up = &given_up;
-            let sink = move |bytes| {
+            let (given_up, sent, done, room) = (&given_up, &sent, &done, &room);
+            let sink = move |bytes: Bytes| {
                 if given_up.load(Ordering::Relaxed) {
                     return Err(Error::Cancelled);
                 }
+                let size = bytes.len() as u64;
+                let sent = sent.fetch_add(size, Ordering::Relaxed) + size;
+                let fits = room.check_sent(sent, done.load(Ordering::Relaxed), bytes_total);
                 let written = match until.filter(|(until, _)| Instant::now() > *until) {
                     Some((_, bound)) => Err(Error::PausedTooLong {
                         limit_ms: bound.as_secs_f64() * 1000.0,
                     }),
-                    None => writer.write(bytes).map_err(Error::from),
+                    None => fits.and_then(|()| Ok(writer.write(bytes)?)),
                 };
                 if written
                     .as_ref()
@@ -702,6 +842,7 @@ async fn stream_once(
             Part { plan, sink }
         });
         let layers = layer::stream::write_all(parts.collect(), options, &|at| {
+            done.store(at.tar_bytes, Ordering::Relaxed);
             let (bytes_done, bytes_sent) = (at.tar_bytes, at.sent_bytes);
             observer.event(Event::Progress {
                 bytes_done,

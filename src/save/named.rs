@@ -15,6 +15,7 @@ use crate::image::prove;
 use crate::node::container::{self, Base, BaseLayer, Container, IdMapping, RawManifest};
 use crate::node::overlay::id_map;
 use crate::store::destination::Target;
+use crate::store::harbor;
 use crate::store::layout;
 use crate::store::registry::{self, Reference, Repository};
 
@@ -52,13 +53,14 @@ pub(super) async fn base(
                     .registries
                     .pull_from(&reference)
                     .map_err(registry_error)?;
-                let manifest =
-                    pull(&repository, &reference, &platform)
-                        .await
-                        .map_err(|e| match e {
-                            PullError::Registry(error) => registry_error(error),
-                            PullError::Unusable(reason) => unusable(reason),
-                        })?;
+                let manifest = match pull(&repository, &reference, &platform).await {
+                    Ok(manifest) => manifest,
+                    Err(PullError::Registry(error)) => {
+                        let error = harbor::explain(&repository, error).await;
+                        return Err(Error::Destination(error.into()));
+                    }
+                    Err(PullError::Unusable(reason)) => return Err(unusable(reason)),
+                };
                 (Source::Registry(repository), manifest, Some(reference))
             }
         };

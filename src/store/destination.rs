@@ -10,9 +10,10 @@ use tokio::runtime::Handle;
 use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
 use crate::common::reference::ReferenceError;
-use crate::store::harbor;
+use crate::store::harbor::{self, Budget};
 use crate::store::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob, Reader};
-use crate::store::registry::{self, Reference, Registries, Repository, Writer};
+use crate::store::registry::error::Step;
+use crate::store::registry::{self, Denial, Reference, Registries, Repository, Writer};
 
 /// Tag used if none is given.
 const DEFAULT_TAG: &str = "latest";
@@ -221,12 +222,23 @@ impl Error {
         }
     }
 
-    /// Returns whether a quota is, or would be, exceeded.
-    pub(crate) fn is_quota(&self) -> bool {
-        matches!(
-            self,
-            Self::Harbor(harbor::Error::Quota { .. } | harbor::Error::PushOverQuota { .. })
-        )
+    /// Returns whether the registry did not take a manifest, perhaps because it lacks some of its blobs: a garbage
+    /// collection may have removed them after they were found.
+    pub fn may_lack_blobs(&self) -> bool {
+        let Self::Registry(registry::Error::Reply(reply)) = self else {
+            return false;
+        };
+        let unknown = reply.code.as_deref() == Some("MANIFEST_BLOB_UNKNOWN");
+        reply.step == Step::WriteManifest && (reply.status == 500 || unknown)
+    }
+
+    /// Returns a stable name of the cause in snake case, if it has one of its own.
+    pub fn code(&self) -> Option<&'static str> {
+        match self {
+            Self::Registry(e) => Denial::of(e).map(Denial::code),
+            Self::Harbor(e) => e.code(),
+            Self::Layout(_) | Self::RuntimeStopped => None,
+        }
     }
 
     /// Returns whether the cause is a lack of permission: credentials, quota or policy (exit code 77).
@@ -302,11 +314,19 @@ impl Destination {
         }
     }
 
-    /// Checks whether `needed` more bytes fit, if the destination reports its quota.
-    pub async fn check_quota(&self, needed: u64) -> Result<(), Error> {
+    /// Checks whether the tag may be written, before anything else is: an immutable one may not.
+    pub async fn check_tag(&self, tag: &str) -> Result<(), Error> {
         match &self.0 {
-            Kind::Registry { repository, .. } => Ok(harbor::check_quota(repository, needed).await?),
+            Kind::Registry { repository, .. } => Ok(harbor::check_tag(repository, tag).await?),
             Kind::Directory(_) | Kind::Archive(_) => Ok(()),
+        }
+    }
+
+    /// Returns what the destination's quota has left. Returns `None` if there is no limit, or it is not visible.
+    pub async fn budget(&self) -> Result<Option<Budget>, Error> {
+        match &self.0 {
+            Kind::Registry { repository, .. } => Ok(Budget::of(repository).await?),
+            Kind::Directory(_) | Kind::Archive(_) => Ok(None),
         }
     }
 
@@ -338,7 +358,7 @@ impl Destination {
     pub async fn mount_blob(&self, digest: &Digest, from_repository: &str) -> Result<bool, Error> {
         match &self.0 {
             Kind::Registry { repository, .. } => {
-                Ok(repository.mount_blob(digest, from_repository).await?)
+                explained(repository, repository.mount_blob(digest, from_repository)).await
             }
             Kind::Directory(_) | Kind::Archive(_) => Ok(false),
         }
@@ -348,7 +368,9 @@ impl Destination {
     pub async fn put_blob(&self, bytes: Bytes, digest: &Digest) -> Result<(), Error> {
         let digest = *digest;
         match &self.0 {
-            Kind::Registry { repository, .. } => Ok(repository.put_blob(bytes, &digest).await?),
+            Kind::Registry { repository, .. } => {
+                explained(repository, repository.put_blob(bytes, &digest)).await
+            }
             Kind::Directory(directory) => {
                 blocking(directory.clone(), move |d| d.put_blob(&bytes, &digest)).await
             }
@@ -382,10 +404,8 @@ impl Destination {
         let (media_type_, tag_) = (media_type.to_owned(), tag.to_owned());
         match &self.0 {
             Kind::Registry { repository, .. } => {
-                match repository.put_manifest(bytes, media_type, tag).await {
-                    Ok(digest) => Ok(digest),
-                    Err(error) => Err(harbor::explain(repository, error).await.into()),
-                }
+                let put = repository.put_manifest(bytes, media_type, tag);
+                explained(repository, put).await
             }
             Kind::Directory(directory) => {
                 blocking(directory.clone(), move |d| {
@@ -400,6 +420,17 @@ impl Destination {
                 .await
             }
         }
+    }
+}
+
+/// Carries out a request, and finds out why it failed.
+async fn explained<T>(
+    repository: &Repository,
+    request: impl Future<Output = Result<T, registry::Error>>,
+) -> Result<T, Error> {
+    match request.await {
+        Ok(done) => Ok(done),
+        Err(error) => Err(harbor::explain(repository, error).await.into()),
     }
 }
 

@@ -146,7 +146,11 @@ async fn ask(selector: u8, host: &str) {
         5 => {
             let put = repository.put_manifest("{}".into(), MANIFEST, "v1").await;
             errors::checked(put);
-            errors::checked(harbor::check_quota(&repository, 1).await);
+            errors::checked(harbor::check_tag(&repository, "1").await);
+            if let Ok(Some(budget)) = harbor::Budget::of(&repository).await {
+                let asked = [Digest::of("x")].into_iter().collect();
+                errors::checked(budget.not_held(asked).await);
+            }
         }
         6 => {
             if let Some(Some(harbor)) =

@@ -73,7 +73,7 @@ impl Error {
             } => match code {
                 Code::ContainerGone => Exit::NoContainer,
                 Code::BaseUnproven => Exit::Base,
-                Code::QuotaExceeded | Code::NotPermitted | Code::Policy => Exit::NotPermitted,
+                code if code.not_permitted() => Exit::NotPermitted,
                 _ if *retryable => Exit::Retry,
                 _ => Exit::Failed,
             },

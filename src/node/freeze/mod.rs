@@ -13,6 +13,7 @@
 )]
 
 mod cgroup;
+mod claim;
 mod direct;
 mod mapped;
 mod mark;
@@ -27,6 +28,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cgroup::{Group, State, Version};
+pub use claim::{Claim, Claimed, claim};
 pub use direct::{WriteModes, write_modes};
 pub use mapped::{SharedMapping, shared_mappings};
 pub use mark::{ThawOutcome, thaw_leftover};
@@ -554,7 +556,7 @@ impl Frozen {
         }
         self.target.alive()?;
         if self.group.state()? != State::Frozen {
-            return not_held("somebody else thawed it");
+            return not_held("another program thawed it");
         }
         Ok(())
     }

@@ -570,11 +570,14 @@ fn refusal_of(
             "cancelled" => {
                 Refusal::transient(Code::Internal, "somebody on the node ended the save")
             }
-            code => Refusal {
-                code: job_code(code),
-                message,
-                retryable,
-            },
+            code => {
+                let code = job_code(code);
+                Refusal {
+                    code,
+                    message: for_users(code, message),
+                    retryable,
+                }
+            }
         };
     }
     let words = words.strip_prefix("upperdeck: ").unwrap_or(words);
@@ -592,6 +595,32 @@ fn refusal_of(
             format!("the save ended with {status} and no word: {words}"),
         ),
     }
+}
+
+/// Returns the message that the user gets. What a registry refused or failed at is in the log of the node: it names
+/// internal addresses and the service's account.
+fn for_users(code: Code, message: String) -> String {
+    let text = match code {
+        Code::RegistryUnavailable => {
+            "the registry cannot be reached or does not work; the node's log has the details"
+        }
+        Code::RegistryReadOnly => {
+            "the registry is in read-only mode, in which nothing can be saved or deleted"
+        }
+        Code::CredentialsRefused | Code::RobotRefused => {
+            "the registry does not accept the service's account; the node's log has the details"
+        }
+        Code::NotPermitted if message.contains("://") => {
+            "the registry does not let the service do this; the node's log has the details"
+        }
+        _ => return message,
+    };
+    tracing::warn!(
+        save.code = code.name(),
+        save.error = message,
+        "a save was refused by its registry"
+    );
+    text.to_owned()
 }
 
 /// Translates an error code of the child into one of the job.

@@ -7,6 +7,7 @@ use super::clock;
 use super::{Finding, Options};
 use crate::service::queue::{self, ServerInfo};
 use crate::service::record::Record;
+use crate::store::harbor::rights::{self, Right};
 use crate::store::harbor::{self, Harbor};
 use crate::store::registry::{Access, Registries, Retry, http_client};
 
@@ -30,8 +31,8 @@ fn within<T>(
 struct Registry {
     repository: String,
     push: Result<(), harbor::Error>,
-    /// Whether Harbor discloses the project's quota; `None` if the registry is not Harbor.
-    quota: Option<bool>,
+    /// The rights that the account lacks in the project; `None` if the registry is not Harbor, or does not tell.
+    missing: Option<Vec<Right>>,
     /// Time of a response by the registry's clock and by the local one, in milliseconds since the epoch.
     clock: Option<(i64, i64)>,
 }
@@ -70,9 +71,9 @@ async fn ask(access: Access, name: &str) -> Result<Registry, harbor::Error> {
         harbor::check_push(&repository, false),
         date_of(&reference.host, plain)
     );
-    let quota = match harbor::split(repository.path()) {
+    let missing = match harbor::split(repository.path()) {
         Some((project, _)) if push.is_ok() => match Harbor::detect(repository.api()).await {
-            Ok(Some(harbor)) => Some(matches!(harbor.summary(project).await, Ok(Some(_)))),
+            Ok(Some(harbor)) => harbor.missing_rights(project).await.ok(),
             _ => None,
         },
         _ => None,
@@ -80,7 +81,7 @@ async fn ask(access: Access, name: &str) -> Result<Registry, harbor::Error> {
     Ok(Registry {
         repository: name.to_owned(),
         push,
-        quota,
+        missing,
         clock,
     })
 }
@@ -116,7 +117,7 @@ fn judge_registry(seen: &Registry, insecure: bool) -> Vec<Finding> {
         Err(error) if error.not_permitted() => found.push(Finding::failed(
             "registry",
             format!("{name}: {error}"),
-            "give the robot push and pull on that project (Harbor: repository push, pull), and check the credentials file",
+            "check the account and the credentials file; give the robot the rights that docs/registries.md lists",
         )),
         Err(error) => found.push(Finding::failed(
             "registry",
@@ -131,12 +132,17 @@ fn judge_registry(seen: &Registry, insecure: bool) -> Vec<Finding> {
             "put the registry's authority into --cert-dir and leave --tls-verify on",
         ));
     }
-    if seen.quota == Some(false) {
-        found.push(Finding::warning(
+    match seen.missing.as_deref() {
+        None => {}
+        Some([]) => found.push(Finding::ok(
             "registry-rights",
-            format!("{name}: the project's quota cannot be seen"),
-            "give the robot project:read and quota:read: then a save that does not fit ends before it begins",
-        ));
+            format!("{name}: all rights for saving, listing and deleting"),
+        )),
+        Some(missing) => found.push(Finding::warning(
+            "registry-rights",
+            format!("{name}: these will fail: {}", rights::describe(missing)),
+            "give the robot these rights (docs/registries.md has the whole list)",
+        )),
     }
     if let Some((theirs, ours)) = seen.clock {
         found.push(clock::judge("the registry", theirs, ours));
@@ -311,10 +317,10 @@ mod tests {
 
     #[test]
     fn what_a_registry_lets_is_told() {
-        let seen = |push, quota| Registry {
+        let seen = |push, missing| Registry {
             repository: "registry.example.org/p/x".to_owned(),
             push,
-            quota,
+            missing,
             clock: None,
         };
         let states = |seen: &Registry, insecure| -> Vec<(&str, State)> {
@@ -328,7 +334,12 @@ mod tests {
             [("registry", State::Ok)]
         );
         assert_eq!(
-            states(&seen(Ok(()), Some(false)), true),
+            states(&seen(Ok(()), Some(Vec::new())), false),
+            [("registry", State::Ok), ("registry-rights", State::Ok)]
+        );
+        let last = rights::NEEDED.last().copied().into_iter().collect();
+        assert_eq!(
+            states(&seen(Ok(()), Some(last)), true),
             [
                 ("registry", State::Ok),
                 ("registry-tls", State::Warning),

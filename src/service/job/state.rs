@@ -78,6 +78,17 @@ pub enum Code {
     BaseUnproven,
     /// The project's quota does not allow the image.
     QuotaExceeded,
+    /// The registry is in read-only mode.
+    RegistryReadOnly,
+    /// A rule of the registry forbids moving the tag.
+    TagImmutable,
+    /// The project of the base image hands out only signed images, and the base is not signed.
+    ImageNotSigned,
+    /// The registry does not accept the service's user or password.
+    CredentialsRefused,
+    /// The registry does not accept the service's robot account: it is disabled, expired or deleted, or its secret is
+    /// wrong.
+    RobotRefused,
     /// Credentials, ownership or a capability are missing.
     NotPermitted,
     /// Refused by the site's policy: size caps, set-uid files, or a destination that is not allowed.
@@ -94,10 +105,15 @@ pub enum Code {
 
 impl Code {
     /// All codes.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 14] = [
         Self::ContainerGone,
         Self::BaseUnproven,
         Self::QuotaExceeded,
+        Self::RegistryReadOnly,
+        Self::TagImmutable,
+        Self::ImageNotSigned,
+        Self::CredentialsRefused,
+        Self::RobotRefused,
         Self::NotPermitted,
         Self::Policy,
         Self::RegistryUnavailable,
@@ -112,6 +128,11 @@ impl Code {
             Self::ContainerGone => "container_gone",
             Self::BaseUnproven => "base_unproven",
             Self::QuotaExceeded => "quota_exceeded",
+            Self::RegistryReadOnly => "registry_read_only",
+            Self::TagImmutable => "tag_immutable",
+            Self::ImageNotSigned => "image_not_signed",
+            Self::CredentialsRefused => "credentials_refused",
+            Self::RobotRefused => "robot_refused",
             Self::NotPermitted => "not_permitted",
             Self::Policy => "policy",
             Self::RegistryUnavailable => "registry_unavailable",
@@ -119,6 +140,21 @@ impl Code {
             Self::TimedOut => "timed_out",
             Self::Internal => "internal",
         }
+    }
+
+    /// Returns whether a failure with this code is a lack of permission: credentials, quota or policy (exit code 77).
+    pub fn not_permitted(self) -> bool {
+        matches!(
+            self,
+            Self::QuotaExceeded
+                | Self::RegistryReadOnly
+                | Self::TagImmutable
+                | Self::ImageNotSigned
+                | Self::CredentialsRefused
+                | Self::RobotRefused
+                | Self::NotPermitted
+                | Self::Policy
+        )
     }
 
     /// Returns the code with that name.

@@ -194,6 +194,9 @@ pub(crate) struct Deleted {
     pub(crate) image_deleted: bool,
     /// Tags that the image still has.
     pub(crate) kept: Vec<String>,
+    /// Kinds of the accessories (signatures, SBOMs) that were deleted with the image.
+    #[serde(default)]
+    pub accessories: Vec<String>,
     /// When the space is released, as a sentence.
     pub(crate) space: String,
 }
@@ -398,7 +401,8 @@ pub struct ErrorBody {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorDetail {
     /// Stable code in snake case: `unauthenticated`, `not_permitted`, `not_found`, `invalid`, `conflict`, `too_many`,
-    /// `too_late`, `quota_exceeded`, `unavailable`, `internal`.
+    /// `too_late`, `quota_exceeded`, `registry_read_only`, `tag_immutable`, `image_in_use`, `credentials_refused`,
+    /// `robot_refused`, `unavailable`, `internal`.
     pub code: String,
     /// Sentence that says what happened and what to do.
     pub message: String,

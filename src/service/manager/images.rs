@@ -22,7 +22,7 @@ use super::target::Template;
 use super::time::rfc3339;
 use crate::service::job::Category;
 use crate::service::record::Save;
-use crate::store::harbor::QuotaUsage;
+use crate::store::harbor::{Harbor, QuotaUsage, rights};
 use crate::store::images::{
     self, ImageEntry, ImageSelector, Images, LayoutImages, MAX_PAGE_SIZE, Query, Sort,
 };
@@ -88,6 +88,33 @@ impl ImageStore {
         let images: Arc<dyn Images> = place.open(&registries).await?.into();
         *opened = Some((Instant::now(), images.clone()));
         Ok(images)
+    }
+
+    /// Logs which calls will fail because the account lacks a right. Only a template with a fixed project can be checked
+    /// before a user saves.
+    pub(super) async fn tell_missing_rights(&self) {
+        let (Some(host), Some(project)) = (self.template.host(), self.template.project()) else {
+            return;
+        };
+        let registries = Registries::new(self.access.clone());
+        let path = format!("{project}/x");
+        let asked = async {
+            match Harbor::find(&registries, host, &path).await? {
+                Some(harbor) => harbor.missing_rights(project).await,
+                None => Ok(Vec::new()),
+            }
+        };
+        match tokio::time::timeout(LIST_TIMEOUT, asked).await {
+            Ok(Ok(missing)) if missing.is_empty() => {}
+            Ok(Ok(missing)) => tracing::warn!(
+                registry.missing = rights::describe(&missing),
+                "the account of the registry lacks rights: calls will fail"
+            ),
+            Ok(Err(error)) => {
+                tracing::warn!(error = %error, "the rights of the registry's account cannot be checked");
+            }
+            Err(_) => tracing::warn!("the registry takes too long to check the account's rights"),
+        }
     }
 
     /// Drops the client, because a failure may have used up its retry budget.
@@ -282,15 +309,15 @@ impl ImageStore {
         let Ok(Ok((scope, Some(room)))) = asked else {
             return Ok(());
         };
-        if room.free() > 0 {
+        let (Some(0), Some(limit)) = (room.free(), room.limit) else {
             return Ok(());
-        }
+        };
         Err(Refusal::new(
             axum::http::StatusCode::FORBIDDEN,
             "quota_exceeded",
             format!(
-                "{scope} is full: {} of {} bytes are used; delete images that are not needed any more",
-                room.used, room.limit
+                "{scope} is full: {} of {limit} bytes are used; delete images that are not needed any more",
+                room.used
             ),
         ))
     }
@@ -556,6 +583,7 @@ pub(super) async fn delete(
         digest: removed.digest.to_string(),
         image_deleted: removed.image_deleted,
         kept: removed.kept,
+        accessories: removed.accessories,
         space: removed.space.to_owned(),
     }))
 }
@@ -574,7 +602,7 @@ pub(super) async fn quota(
     let (scope, room) = app.store.quota_usage(&user).await?;
     Ok(Json(Quota {
         used: room.map(|room| room.used),
-        hard: room.map(|room| room.limit),
+        hard: room.and_then(|room| room.limit),
         scope,
     }))
 }

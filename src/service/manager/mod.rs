@@ -190,6 +190,8 @@ impl Server {
         tracing::info!(manager = app.name, listen = at, target = %app.options.target, "the manager serves");
         let router = routes::router(app.clone());
         let mut work = tokio::spawn(work::run(app.clone()));
+        let of_rights = app.clone();
+        tokio::spawn(async move { of_rights.store.tell_missing_rights().await });
         let ending = async {
             cancel.cancelled().await;
             tracing::info!(manager = app.name, "the manager ends");

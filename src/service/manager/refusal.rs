@@ -120,7 +120,8 @@ impl utoipa::IntoResponses for Refusal {
             ("401", "Nobody knows who asks: `unauthenticated`"),
             (
                 "403",
-                "Not this caller's: `not_permitted`, `quota_exceeded`",
+                "Not this caller's, or not the service's: `not_permitted`, `quota_exceeded`, `registry_read_only`, \
+                 `credentials_refused`, `robot_refused`",
             ),
             (
                 "404",
@@ -130,7 +131,7 @@ impl utoipa::IntoResponses for Refusal {
             ("405", "Not with this method: `invalid`"),
             (
                 "409",
-                "Something is in the way: `conflict` (with the save), `too_late`",
+                "Something is in the way: `conflict` (with the save), `too_late`, `tag_immutable`, `image_in_use`",
             ),
             ("413", "The body is too large: `invalid`"),
             ("415", "The body is no JSON: `invalid`"),
@@ -176,27 +177,62 @@ impl From<queue::Error> for Refusal {
 }
 
 impl From<images::Error> for Refusal {
+    /// Callers learn the cause, and neither the registry's address nor the name of the service's account, which are in
+    /// the log.
     fn from(error: images::Error) -> Self {
-        use crate::{store::harbor, store::registry};
-        let message = error.to_string();
-        let immutable = |error: &registry::Error| matches!(error, registry::Error::Reply(reply) if reply.status == 412);
+        let message = crate::common::message::of(&error);
+        let coded =
+            |status, text: &str| Self::new(status, error.code().unwrap_or("conflict"), text);
+        match error.code() {
+            Some("tag_immutable") => {
+                return coded(
+                    StatusCode::CONFLICT,
+                    "the tag is immutable: a rule of the registry forbids to change or delete it",
+                );
+            }
+            Some("image_in_use") => {
+                return coded(
+                    StatusCode::CONFLICT,
+                    "an index of images needs this image; delete the index first",
+                );
+            }
+            Some("registry_read_only") => {
+                return coded(
+                    StatusCode::FORBIDDEN,
+                    "the registry is in read-only mode, in which nothing can be saved or deleted; its administrator ends \
+                     that",
+                );
+            }
+            Some("credentials_refused" | "robot_refused") => {
+                tracing::error!(error = %message, "the registry refuses the service's account");
+                return coded(
+                    StatusCode::FORBIDDEN,
+                    "the registry does not accept the service's account; tell your administrators",
+                );
+            }
+            _ => {}
+        }
         match &error {
             images::Error::NotFound(_) => Self::not_found(message),
-            images::Error::SharedTag { .. }
-            | images::Error::Needed { .. }
-            | images::Error::Tagged { .. } => Self::conflict(message, None),
-            images::Error::Registry(error) if immutable(error) => Self::conflict(
-                "the tag is immutable: a rule of the registry forbids to change or delete it",
-                None,
-            ),
-            images::Error::Registry(error) if error.not_found() => Self::not_found(message),
-            images::Error::Harbor(harbor::Error::Search(_)) => Self::invalid("search", message),
+            images::Error::SharedTag { .. } | images::Error::Tagged { .. } => {
+                Self::conflict(message, None)
+            }
+            images::Error::Registry(error) if error.not_found() => {
+                Self::not_found("the registry does not have it")
+            }
+            images::Error::Harbor(crate::store::harbor::Error::Search(_)) => {
+                Self::invalid("search", message)
+            }
             _ => {
                 tracing::warn!(error = %message, "the registry does not do it");
                 if error.not_permitted() {
-                    return Self::forbidden(message);
+                    return Self::forbidden(
+                        "the registry does not let the service do this: a right is missing; tell your administrators",
+                    );
                 }
-                Self::unavailable(message)
+                Self::unavailable(
+                    "the registry does not answer as it should; try again in a moment",
+                )
             }
         }
     }

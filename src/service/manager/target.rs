@@ -133,6 +133,12 @@ impl Template {
         (!self.layout).then_some(self.host.as_str())
     }
 
+    /// Returns the first component of a registry's repositories (Harbor's project), if it is the same for all users.
+    pub fn project(&self) -> Option<&str> {
+        let first = self.before.first().map(String::as_str);
+        first.filter(|_| !self.layout)
+    }
+
     /// Returns the destination of a user's image in the syntax of `commit`. Names and tags follow the grammar of the
     /// OCI distribution specification; layouts permit fewer tags.
     ///

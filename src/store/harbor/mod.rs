@@ -2,7 +2,9 @@
 //!
 //! Format: Harbor's API description, version 2.0 (`api/v2.0/swagger.yaml` in its sources).
 
+mod budget;
 mod push;
+pub mod rights;
 
 use std::collections::BTreeMap;
 
@@ -12,9 +14,10 @@ use serde_json::json;
 
 use crate::common::digest::Digest;
 use crate::store::registry::api::ApiResponse;
-use crate::store::registry::{self, Api, Registries};
+use crate::store::registry::{self, Api, Denial, Registries};
 
-pub use push::{QuotaUsage, check_push, check_quota, explain};
+pub use budget::Budget;
+pub use push::{Needed, QuotaUsage, check_push, check_tag, explain};
 
 /// Base path of the API.
 const BASE: &str = "/api/v2.0";
@@ -46,7 +49,7 @@ pub enum Error {
     },
     /// The project is a proxy cache, which holds copies of another registry's images.
     #[error(
-        "the project {project:?} on {host} is a proxy cache: nobody can push there; name another project"
+        "the project {project:?} on {host} is a proxy cache, which cannot be pushed to; name another project"
     )]
     ProxyCache {
         /// `HOST[:PORT]`.
@@ -56,27 +59,60 @@ pub enum Error {
     },
     /// The storage quota of the project is used up, or too small for what is to be saved.
     #[error(
-        "the quota of project {project:?} on {host} does not suffice: {} of {} are used, {} are free{}; \
-         delete images there (upperdeck image rm; space comes back with Harbor's garbage collection) or ask for more",
-        size(usage.used), size(usage.limit), size(usage.free()), needed_text(*needed)
+        "the quota of project {project:?} on {host} does not suffice: {}{}; deleting images there (upperdeck image rm) \
+         frees it at once, or ask for more",
+        used(*room), needed_text(*needed)
     )]
     Quota {
         /// `HOST[:PORT]`.
         host: String,
         /// Name of the project.
         project: String,
-        /// Quota and usage.
-        usage: QuotaUsage,
-        /// Number of bytes needed, as far as known.
-        needed: u64,
+        /// Quota and usage; `None` if neither Harbor's API nor its reply tells.
+        room: Option<QuotaUsage>,
+        /// What the save needs, as far as known.
+        needed: Option<Needed>,
     },
-    /// The registry refused a push because of the quota.
-    #[error("{source}; the project has {} of {} in use, {} free", size(usage.used), size(usage.limit), size(usage.free()))]
-    PushOverQuota {
-        /// The registry's answer.
-        source: registry::Error,
-        /// Quota and usage.
-        usage: QuotaUsage,
+    /// Harbor is in read-only mode.
+    #[error(
+        "{host} is in read-only mode, in which nothing can be saved or deleted: its administrator ends that; \
+         deleting images would not help"
+    )]
+    ReadOnly {
+        /// `HOST[:PORT]`.
+        host: String,
+    },
+    /// A rule of the project makes the tag immutable.
+    #[error(
+        "the tag {tag} of {host}/{repository} is immutable: a rule of the project forbids moving and deleting it; \
+         save under another tag"
+    )]
+    Immutable {
+        /// `HOST[:PORT]`.
+        host: String,
+        /// Name of the repository, with the project.
+        repository: String,
+        /// The tag.
+        tag: String,
+    },
+    /// The project hands out only signed images, and this one is not signed.
+    #[error(
+        "{host}/{repository} hands out only signed images (content trust of its project), and this one is not: have it \
+         signed, or use another base"
+    )]
+    NotSigned {
+        /// `HOST[:PORT]`.
+        host: String,
+        /// Name of the repository, with the project.
+        repository: String,
+    },
+    /// The user name or password is wrong, or the account is not usable.
+    #[error("{host} does not accept the account {user:?}: {}", account(user))]
+    Account {
+        /// `HOST[:PORT]`.
+        host: String,
+        /// Name of the user or robot.
+        user: String,
     },
     /// A search term with characters that are special in Harbor's query language.
     #[error("{0:?} cannot be searched for: letters, digits and . _ - / only")]
@@ -93,11 +129,45 @@ fn size(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit as usize])
 }
 
-fn needed_text(needed: u64) -> String {
-    if needed == 0 {
-        String::new()
+fn used(room: Option<QuotaUsage>) -> String {
+    let Some(QuotaUsage {
+        limit: Some(limit),
+        used,
+    }) = room
+    else {
+        return "Harbor refuses what is to be added".to_owned();
+    };
+    let free = limit.saturating_sub(used);
+    format!(
+        "{} of {} are used, {} are free",
+        size(used),
+        size(limit),
+        size(free)
+    )
+}
+
+fn needed_text(needed: Option<Needed>) -> String {
+    match needed {
+        None => String::new(),
+        Some(Needed::Base(bytes)) => format!(
+            ", and the layers below the new ones alone need {}",
+            size(bytes)
+        ),
+        Some(Needed::About(bytes)) => format!(", and about {} are needed", size(bytes)),
+        Some(Needed::Exactly(bytes)) => format!(", and {} are needed", size(bytes)),
+    }
+}
+
+/// Returns whether an account is a robot of Harbor, by its usual prefix.
+fn is_robot(user: &str) -> bool {
+    user.starts_with("robot$")
+}
+
+fn account(user: &str) -> &'static str {
+    if is_robot(user) {
+        "the robot is disabled, expired or deleted, or its secret is wrong"
     } else {
-        format!(", and the base alone needs {}", size(needed))
+        "the user does not exist or the password is wrong"
     }
 }
 
@@ -113,6 +183,20 @@ impl Error {
             Self::Registry(e) => e.not_permitted(),
             Self::Search(_) => false,
             _ => true,
+        }
+    }
+
+    /// Returns a stable name of the cause in snake case, if it has one of its own.
+    pub fn code(&self) -> Option<&'static str> {
+        match self {
+            Self::Registry(error) => Denial::of(error).map(Denial::code),
+            Self::Quota { .. } => Some(Denial::Quota(None).code()),
+            Self::ReadOnly { .. } => Some(Denial::ReadOnly.code()),
+            Self::Immutable { .. } => Some(Denial::Immutable.code()),
+            Self::NotSigned { .. } => Some(Denial::NotSigned.code()),
+            Self::Account { user, .. } if is_robot(user) => Some("robot_refused"),
+            Self::Account { .. } => Some("credentials_refused"),
+            Self::NoProject { .. } | Self::ProxyCache { .. } | Self::Search(_) => None,
         }
     }
 }
@@ -196,13 +280,15 @@ struct Quota {
 }
 
 impl Summary {
-    /// Returns quota and usage. Returns `None` if there is no limit (-1) or it is not visible.
+    /// Returns quota and usage. Returns `None` if they are not visible (a robot needs `quota:read`).
     pub(crate) fn quota_usage(&self) -> Option<QuotaUsage> {
         let quota = self.quota.as_ref()?;
-        let limit = u64::try_from(*quota.hard.get("storage")?).ok()?;
-        let used = quota.used.get("storage").copied().unwrap_or(0);
-        let used = u64::try_from(used).unwrap_or(0);
-        Some(QuotaUsage { limit, used })
+        let storage = |of: &BTreeMap<String, i64>| u64::try_from(*of.get("storage")?).ok();
+        Some(QuotaUsage {
+            // -1 stands for no limit.
+            limit: storage(&quota.hard),
+            used: storage(&quota.used).unwrap_or(0),
+        })
     }
 }
 
@@ -249,6 +335,13 @@ pub struct Accessory {
     pub kind: String,
 }
 
+/// An image that an index names.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Child {
+    /// Digest of its manifest.
+    pub child_digest: String,
+}
+
 /// An image, or any other content that a manifest describes.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Artifact {
@@ -268,6 +361,8 @@ pub struct Artifact {
     pub extra_attrs: Option<serde_json::Value>,
     /// Accessories; null if there are none or they were not requested.
     pub accessories: Option<Vec<Accessory>>,
+    /// Images that an index names; null for other artifacts.
+    pub references: Option<Vec<Child>>,
     /// Time of the push, RFC 3339.
     #[serde(default, deserialize_with = "time")]
     pub push_time: Option<String>,
@@ -344,6 +439,19 @@ impl Harbor {
         self.api.host()
     }
 
+    /// Returns the user or robot that requests are made as.
+    pub fn user(&self) -> Option<String> {
+        self.api.user()
+    }
+
+    /// Returns whether Harbor knows the account and accepts its password. A robot has no user, which Harbor says only
+    /// to one that it accepts.
+    pub async fn accepts_account(&self) -> Result<bool, Error> {
+        let path = format!("{BASE}/users/current");
+        let answer = self.api.get(&path, &[401, 403, 412]).await?;
+        Ok(answer.status != 401)
+    }
+
     /// Returns whether a project of this name exists. Every user may query this for any project.
     pub async fn project_exists(&self, name: &str) -> Result<bool, Error> {
         let path = format!("{BASE}/projects?project_name={}", escaped(name));
@@ -395,17 +503,6 @@ impl Harbor {
         self.page(&path).await
     }
 
-    /// Returns whether a repository exists and is visible with these credentials. The list of a missing one is just
-    /// empty.
-    pub(crate) async fn repository_exists(
-        &self,
-        project: &str,
-        repository: &str,
-    ) -> Result<bool, Error> {
-        let path = repository_path(project, repository);
-        Ok(self.api.get(&path, &[404]).await?.status != 404)
-    }
-
     /// Lists the artifacts of a repository, with tags, labels and accessories.
     pub async fn artifacts(
         &self,
@@ -429,7 +526,7 @@ impl Harbor {
         reference: &str,
     ) -> Result<Option<Artifact>, Error> {
         let path = format!(
-            "{}/artifacts/{}?with_tag=true&with_label=true&with_accessory=true",
+            "{}/artifacts/{}?with_tag=true&with_label=true&with_accessory=true&with_immutable_status=true",
             repository_path(project, repository),
             escaped(reference)
         );
@@ -527,23 +624,24 @@ mod tests {
         let room = of(
             r#"{"quota":{"hard":{"storage":1048576},"used":{"storage":700000}},"repo_count":0}"#,
         );
-        assert_eq!(room.map(|r| r.free()), Some(348_576));
+        assert_eq!(room.and_then(|r| r.free()), Some(348_576));
+        let unlimited = of(r#"{"quota":{"hard":{"storage":-1},"used":{"storage":7}}}"#);
         assert_eq!(
-            of(r#"{"quota":{"hard":{"storage":-1},"used":{"storage":7}}}"#),
-            None
+            unlimited.map(|r| (r.limit, r.used, r.free())),
+            Some((None, 7, None))
         );
         assert_eq!(of(r#"{"repo_count":1}"#), None);
         let over = of(r#"{"quota":{"hard":{"storage":5},"used":{"storage":7}}}"#);
-        assert_eq!(over.map(|r| r.free()), Some(0));
+        assert_eq!(over.and_then(|r| r.free()), Some(0));
         let text = Error::Quota {
             host: "h".into(),
             project: "tiny".into(),
-            usage: room.unwrap(),
-            needed: 3 << 20,
+            room,
+            needed: Some(Needed::Base(3 << 20)),
         }
         .to_string();
         assert!(
-            text.contains("683.6 KiB of 1.0 MiB are used") && text.contains("needs 3.0 MiB"),
+            text.contains("683.6 KiB of 1.0 MiB are used") && text.contains("need 3.0 MiB"),
             "{text}"
         );
     }

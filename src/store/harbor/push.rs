@@ -1,22 +1,34 @@
-//! Checks a Harbor project before a push, and explains why a push failed: a plain 403 has four possible meanings.
+//! Checks a Harbor project before a push, and explains why a push failed.
 
 use super::{BASE, Error, Harbor, split};
-use crate::store::registry::{self, Repository};
+use crate::store::registry::denial::Exceeded;
+use crate::store::registry::{self, Denial, Repository};
 
 /// Storage quota and usage of a project, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct QuotaUsage {
-    /// The quota.
-    pub limit: u64,
+    /// The quota. `None` means that there is no limit.
+    pub limit: Option<u64>,
     /// Bytes in use, including pushed blobs that no manifest refers to.
     pub used: u64,
 }
 
 impl QuotaUsage {
-    /// Returns the bytes left.
-    pub fn free(&self) -> u64 {
-        self.limit.saturating_sub(self.used)
+    /// Returns the bytes left, or `None` if there is no limit.
+    pub fn free(&self) -> Option<u64> {
+        Some(self.limit?.saturating_sub(self.used))
     }
+}
+
+/// How much room a save needs, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needed {
+    /// The layers of the base and of earlier saves that have to be added.
+    Base(u64),
+    /// An estimate before the data is compressed.
+    About(u64),
+    /// The exact number.
+    Exactly(u64),
 }
 
 /// Checks whether `repository` can be pushed to: its registry, and for Harbor also its project.
@@ -34,62 +46,127 @@ pub async fn check_push(repository: &Repository, create_project: bool) -> Result
         return Err(explain(repository, error).await);
     }
     // The size of the image is not known yet, so only a full project is detected here.
-    check_quota(repository, 0).await
+    check_quota(repository).await
 }
 
-/// Checks whether `needed` more bytes fit into the project, if it is Harbor's and its quota is visible.
-pub async fn check_quota(repository: &Repository, needed: u64) -> Result<(), Error> {
+/// Checks whether `tag` may be written: an immutable tag that exists may not. Nothing is refused if the account may not
+/// see it.
+pub async fn check_tag(repository: &Repository, tag: &str) -> Result<(), Error> {
+    let (Some((harbor, project)), Some((_, name))) =
+        (harbor_of(repository).await?, split(repository.path()))
+    else {
+        return Ok(());
+    };
+    let found = match harbor.artifact(project, name, tag).await {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::debug!(registry.error = %error, "whether the tag is immutable is not told");
+            return Ok(());
+        }
+    };
+    let mut tags = found.iter().flat_map(|found| found.tags.iter().flatten());
+    if tags.any(|found| found.name == tag && found.immutable) {
+        return Err(Error::Immutable {
+            host: harbor.host().to_owned(),
+            repository: repository.path().to_owned(),
+            tag: tag.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// Checks whether anything fits into the project, if it is Harbor's and its quota is visible.
+async fn check_quota(repository: &Repository) -> Result<(), Error> {
     let Some((harbor, project)) = harbor_of(repository).await? else {
         return Ok(());
     };
-    match quota_usage(&harbor, project).await {
-        Some(room) if room.free() == 0 || room.free() < needed => Err(Error::Quota {
+    let room = quota_usage(&harbor, project).await;
+    match room.and_then(|room| room.free()) {
+        Some(0) => Err(Error::Quota {
             host: harbor.host().to_owned(),
             project: project.to_owned(),
             usage: room,
-            needed,
+            needed: None,
         }),
         _ => Ok(()),
     }
 }
 
-/// Adds the details that Harbor's API has about a failed request. Returns the error unchanged if there are none.
+/// Returns the cause of a failed request, as the reply and Harbor's API tell it. Returns the error unchanged if they
+/// tell no more.
 pub async fn explain(repository: &Repository, error: registry::Error) -> Error {
-    let status = match &error {
-        registry::Error::Reply(reply) => reply.status,
-        _ => 0,
+    let (status, tag) = match &error {
+        registry::Error::Reply(reply) => (reply.status, reply.tag.clone()),
+        _ => return error.into(),
     };
+    let host = || repository.host().to_owned();
+    let path = || repository.path().to_owned();
+    match Denial::of(&error) {
+        Some(Denial::Quota(told)) => return over_quota(repository, told).await,
+        Some(Denial::ReadOnly) => return Error::ReadOnly { host: host() },
+        Some(Denial::Immutable) => {
+            return Error::Immutable {
+                host: host(),
+                repository: path(),
+                tag: tag.unwrap_or_default(),
+            };
+        }
+        Some(Denial::NotSigned) => {
+            return Error::NotSigned {
+                host: host(),
+                repository: path(),
+            };
+        }
+        Some(Denial::ProxyCache | Denial::Policy | Denial::Needed) | None => {}
+    }
     if !matches!(status, 401 | 403 | 404 | 405) {
         return error.into();
     }
-    let Ok(Some((harbor, project))) = harbor_of(repository).await else {
-        return error.into();
-    };
-    let named = (harbor.host().to_owned(), project.to_owned());
-    if status != 403 {
-        let (host, project) = named;
-        return match harbor.project_exists(&project).await {
-            Ok(false) => Error::NoProject { host, project },
-            _ => error.into(),
-        };
+    match harbor_of(repository).await {
+        Ok(Some((harbor, project))) => refused(&harbor, project, status, error).await,
+        _ => error.into(),
     }
-    if let Ok(Some(found)) = harbor.project(project).await
-        && found.is_proxy_cache()
+}
+
+/// Finds out whether the account, the project or a right is missing.
+async fn refused(harbor: &Harbor, project: &str, status: u16, error: registry::Error) -> Error {
+    let (host, project) = (harbor.host().to_owned(), project.to_owned());
+    if status == 401
+        && let (Ok(false), Some(user)) = (harbor.accepts_account().await, harbor.user())
     {
-        let (host, project) = named;
-        return Error::ProxyCache { host, project };
+        return Error::Account { host, user };
     }
-    match quota_usage(&harbor, project).await {
-        Some(room) => Error::PushOverQuota {
-            source: error,
-            usage: room,
-        },
-        None => error.into(),
+    if status != 403 && matches!(harbor.project_exists(&project).await, Ok(false)) {
+        return Error::NoProject { host, project };
+    }
+    match harbor.project(&project).await {
+        Ok(Some(found)) if found.is_proxy_cache() => Error::ProxyCache { host, project },
+        _ => error.into(),
+    }
+}
+
+/// Returns the error for an exceeded quota, with the exact sizes if Harbor's API shows them, or else those of the reply.
+async fn over_quota(repository: &Repository, told: Option<Exceeded>) -> Error {
+    let mut exact = None;
+    if let Ok(Some((harbor, project))) = harbor_of(repository).await {
+        exact = quota_usage(&harbor, project).await;
+    }
+    let rounded = told.map(|told| QuotaUsage {
+        limit: Some(told.limit),
+        used: told.used,
+    });
+    let project = split(repository.path()).map_or(repository.path(), |(project, _)| project);
+    let adding = told.map(|told| told.adding).filter(|&adding| adding > 0);
+    Error::Quota {
+        host: repository.host().to_owned(),
+        project: project.to_owned(),
+        room: exact.filter(|room| room.limit.is_some()).or(rounded),
+        needed: adding.map(Needed::About),
     }
 }
 
 /// Returns the Harbor that a repository is on, with its project, or `None` if it is not on a Harbor.
-async fn harbor_of(repository: &Repository) -> Result<Option<(Harbor, &str)>, Error> {
+pub(super) async fn harbor_of(repository: &Repository) -> Result<Option<(Harbor, &str)>, Error> {
     let Some((project, _)) = split(repository.path()) else {
         return Ok(None);
     };
@@ -97,9 +174,8 @@ async fn harbor_of(repository: &Repository) -> Result<Option<(Harbor, &str)>, Er
     Ok(harbor.map(|harbor| (harbor, project)))
 }
 
-/// Returns quota and usage, or `None` if there is no limit or it cannot be read, which is not a reason to refuse a
-/// save.
-async fn quota_usage(harbor: &Harbor, project: &str) -> Option<QuotaUsage> {
+/// Returns quota and usage, or `None` if they cannot be read, which is not a reason to refuse a save.
+pub(super) async fn quota_usage(harbor: &Harbor, project: &str) -> Option<QuotaUsage> {
     match harbor.summary(project).await {
         Ok(summary) => summary?.quota_usage(),
         Err(error) => {

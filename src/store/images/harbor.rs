@@ -4,10 +4,11 @@ use super::{
     Error, ImageEntry, ImageSelector, Listed, Query, Removed, RepositoryEntry, Sort, Store, sort,
 };
 use crate::store::harbor::{self, Artifact, Harbor, MAX_PAGE_SIZE, QuotaUsage, split};
+use crate::store::registry;
 
 /// What happens to the space of deleted images; shown to users.
-const SPACE_NOTE: &str = "the quota is relieved at once of what no other image of the project shares; the space on disk \
-                     comes back with Harbor's next garbage collection, until when blobs pushed and in no image count too";
+const SPACE_NOTE: &str = "the project's quota is freed at once, by what no other image of the project shares; the disk is \
+                     freed by Harbor's next garbage collection";
 
 /// The images of a Harbor.
 pub(crate) struct HarborImages {
@@ -49,23 +50,116 @@ impl HarborImages {
         }
     }
 
-    /// Fails if the repository does not exist, for which Harbor would return an empty list.
-    async fn must_exist(&self, repository: &str) -> Result<(), Error> {
+    /// Returns whether a project is missing, for which Harbor answers 403 to all but its administrators, as if a right
+    /// were missing.
+    async fn no_project(&self, project: &str, error: &harbor::Error) -> bool {
+        let harbor::Error::Registry(registry::Error::Reply(reply)) = error else {
+            return false;
+        };
+        matches!(reply.status, 403 | 404)
+            && matches!(self.harbor.project_exists(project).await, Ok(false))
+    }
+
+    /// Returns one page of repositories. That of a missing project is empty.
+    async fn page_of_repositories(
+        &self,
+        project: Option<&str>,
+        query: &harbor::Query,
+    ) -> Result<harbor::Page<harbor::Repository>, Error> {
+        match (self.harbor.repositories(project, query).await, project) {
+            (Err(error), Some(project)) if self.no_project(project, &error).await => {
+                Ok(harbor::Page {
+                    items: Vec::new(),
+                    total: 0,
+                })
+            }
+            (page, _) => Ok(page?),
+        }
+    }
+
+    /// Returns one page of artifacts. That of a missing repository or project is empty.
+    async fn page(
+        &self,
+        project: &str,
+        name: &str,
+        query: &harbor::Query,
+    ) -> Result<harbor::Page<Artifact>, Error> {
+        match self.harbor.artifacts(project, name, query).await {
+            Err(error) if self.no_project(project, &error).await => Ok(harbor::Page {
+                items: Vec::new(),
+                total: 0,
+            }),
+            page => Ok(page?),
+        }
+    }
+
+    /// Returns all artifacts of a repository.
+    async fn all(&self, project: &str, name: &str) -> Result<Vec<Artifact>, Error> {
+        let mut all = Vec::new();
+        let mut part = harbor::Query {
+            page: 1,
+            page_size: MAX_PAGE_SIZE,
+            ..harbor::Query::default()
+        };
+        loop {
+            let page = self.page(project, name, &part).await?;
+            let last = page.items.len() < MAX_PAGE_SIZE as usize;
+            all.extend(page.items);
+            if last {
+                return Ok(all);
+            }
+            part.page += 1;
+        }
+    }
+
+    /// Checks that an image can be deleted with its last tag, before anything is deleted: it is not part of an index,
+    /// no tag is immutable, and the account has the right.
+    async fn may_go(
+        &self,
+        repository: &str,
+        which: &ImageSelector,
+        found: &Artifact,
+    ) -> Result<(), Error> {
         let (project, name) = self.parts(repository)?;
-        let there = self.harbor.project_exists(project).await?
-            && self.harbor.repository_exists(project, name).await?;
-        if there {
+        self.immutable(repository, found.tags.iter().flatten())?;
+        let digest = found.digest.to_string();
+        for other in self.all(project, name).await? {
+            let mut children = other.references.iter().flatten();
+            if children.any(|child| child.child_digest == digest) {
+                let index = other.tag_names().into_iter().next().map(ImageSelector::Tag);
+                let index = index.unwrap_or(ImageSelector::Digest(other.digest));
+                return Err(Error::Needed {
+                    image: self.display_name(repository, which),
+                    index: self.display_name(repository, &index),
+                });
+            }
+        }
+        if self.harbor.may_delete_artifacts(project).await? {
             return Ok(());
         }
-        Err(Error::NotFound(format!(
-            "{}/{repository}",
-            self.harbor.host()
-        )))
+        Err(Error::MayNotDelete(self.display_name(repository, which)))
+    }
+
+    /// Fails if one of the tags is immutable.
+    fn immutable<'a>(
+        &self,
+        repository: &str,
+        mut tags: impl Iterator<Item = &'a harbor::Tag>,
+    ) -> Result<(), Error> {
+        match tags.find(|tag| tag.immutable) {
+            None => Ok(()),
+            Some(tag) => Err(Error::Harbor(harbor::Error::Immutable {
+                host: self.harbor.host().to_owned(),
+                repository: repository.to_owned(),
+                tag: tag.name.clone(),
+            })),
+        }
     }
 }
 
 fn entry(artifact: Artifact) -> ImageEntry {
     let mut entry = ImageEntry::new(artifact.digest);
+    let accessories = accessories(&artifact);
     if let Some(config) = &artifact.extra_attrs {
         entry.read_config(config);
     }
@@ -81,9 +175,23 @@ fn entry(artifact: Artifact) -> ImageEntry {
     entry.annotations = artifact.annotations.unwrap_or_default();
     let labels = artifact.labels.unwrap_or_default();
     entry.marks = labels.into_iter().map(|label| label.name).collect();
-    let accessories = artifact.accessories.unwrap_or_default();
-    entry.accessories = accessories.into_iter().map(|a| a.kind).collect();
+    entry.accessories = accessories;
     entry
+}
+
+fn repository_entry(found: harbor::Repository) -> RepositoryEntry {
+    RepositoryEntry {
+        name: found.name,
+        images: Some(found.artifact_count),
+        pulls: Some(found.pull_count),
+        updated: found.update_time,
+    }
+}
+
+/// Returns the kinds of the accessories of an artifact.
+fn accessories(artifact: &Artifact) -> Vec<String> {
+    let all = artifact.accessories.iter().flatten();
+    all.map(|accessory| accessory.kind.clone()).collect()
 }
 
 impl Store for HarborImages {
@@ -99,26 +207,35 @@ impl Store for HarborImages {
         let path = path.trim_end_matches('/');
         // Harbor has no groups below a project, so the rest of the path is used as a part of repository names.
         let (project, below) = split(path).map_or((path, None), |(p, b)| (p, Some(b)));
-        let by = [Some("-update_time"), Some("name"), Some("-pull_count")];
+        let by = [Some("-update_time"), Some("name"), Some("name")];
         let mut asked = Self::query(query, by);
         if asked.search.is_none() {
             asked.search = below.map(|below| format!("{project}/{below}/"));
         }
         let project = Some(project).filter(|p| !p.is_empty());
-        let page = match self.harbor.repositories(project, &asked).await {
-            Err(harbor::Error::Registry(error)) if error.not_found() => {
-                return Err(Error::NotFound(format!("{}/{path}", self.harbor.host())));
+        // Harbor knows no size of a repository. Its number of images can be listed but not sorted by.
+        if query.sort == Sort::Size {
+            let mut all = Vec::new();
+            asked.page_size = MAX_PAGE_SIZE;
+            asked.page = 1;
+            loop {
+                let page = self.page_of_repositories(project, &asked).await?;
+                let last = page.items.len() < MAX_PAGE_SIZE as usize;
+                all.extend(page.items);
+                if last {
+                    break;
+                }
+                asked.page += 1;
             }
-            page => page?,
-        };
-        let items = page.items.into_iter().map(|found| RepositoryEntry {
-            name: found.name,
-            images: Some(found.artifact_count),
-            pulls: Some(found.pull_count),
-            updated: found.update_time,
-        });
+            all.sort_by(|a, b| {
+                let images = b.artifact_count.cmp(&a.artifact_count);
+                images.then_with(|| a.name.cmp(&b.name))
+            });
+            return Ok(query.paginate(all.into_iter().map(repository_entry).collect()));
+        }
+        let page = self.page_of_repositories(project, &asked).await?;
         Ok(Listed {
-            items: items.collect(),
+            items: page.items.into_iter().map(repository_entry).collect(),
             total: page.total,
         })
     }
@@ -127,37 +244,18 @@ impl Store for HarborImages {
         let (project, name) = self.parts(repository)?;
         if query.sort != Sort::Name {
             let by = [Some("-push_time"), None, Some("-size")];
-            let page = self
-                .harbor
-                .artifacts(project, name, &Self::query(query, by))
-                .await?;
-            if page.total == 0 {
-                self.must_exist(repository).await?;
-            }
+            let page = self.page(project, name, &Self::query(query, by)).await?;
             return Ok(Listed {
                 items: page.items.into_iter().map(entry).collect(),
                 total: page.total,
             });
         }
         // Harbor cannot sort artifacts by tag, because tags are in another database table.
-        let mut all = Vec::new();
-        let mut part = harbor::Query {
-            page: 1,
-            page_size: MAX_PAGE_SIZE,
-            ..Self::query(query, [None; 3])
-        };
-        loop {
-            let page = self.harbor.artifacts(project, name, &part).await?;
-            let last = page.items.len() < MAX_PAGE_SIZE as usize;
-            all.extend(page.items.into_iter().map(entry));
-            if last {
-                break;
-            }
-            part.page += 1;
-        }
-        if all.is_empty() {
-            self.must_exist(repository).await?;
-        }
+        let all = self.all(project, name).await?;
+        let mut all: Vec<ImageEntry> = all.into_iter().map(entry).collect();
+        all.retain(|image| {
+            query.search.is_none() || image.tags.iter().any(|tag| query.matches(tag))
+        });
         sort(&mut all, Sort::Name);
         Ok(query.paginate(all))
     }
@@ -174,7 +272,11 @@ impl Store for HarborImages {
             ImageSelector::Digest(digest) => digest.to_string(),
         };
         let not_there = || Error::NotFound(self.display_name(repository, which));
-        let found = self.harbor.artifact(project, name, &reference).await?;
+        let found = self.harbor.artifact(project, name, &reference).await;
+        let found = match found {
+            Err(error) if self.no_project(project, &error).await => None,
+            found => found?,
+        };
         let found = found.ok_or_else(not_there)?;
         let mut tags = found.tag_names();
         tags.sort();
@@ -184,9 +286,19 @@ impl Store for HarborImages {
             digest,
             image_deleted,
             kept,
+            accessories: if image_deleted {
+                accessories(&found)
+            } else {
+                Vec::new()
+            },
             space: SPACE_NOTE,
         };
         if let (ImageSelector::Tag(tag), false) = (which, all_tags) {
+            let itself = found.tags.iter().flatten().filter(|t| t.name == *tag);
+            self.immutable(repository, itself)?;
+            if tags.len() == 1 {
+                self.may_go(repository, which, &found).await?;
+            }
             if !self.harbor.delete_tag(project, name, tag).await? {
                 return Err(not_there());
             }
@@ -208,6 +320,7 @@ impl Store for HarborImages {
                 tags,
             });
         }
+        self.may_go(repository, which, &found).await?;
         if !self.harbor.delete_artifact(project, name, &digest).await? {
             return Err(not_there());
         }

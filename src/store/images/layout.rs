@@ -124,6 +124,7 @@ impl Store for LayoutImages {
                 digest: found.digest,
                 image_deleted,
                 kept,
+                accessories: Vec::new(),
                 space: SPACE_NOTE,
             };
             if let (ImageSelector::Tag(tag), false) = (&asked, all_tags) {

@@ -17,7 +17,7 @@ use crate::common::digest::Digest;
 use crate::common::reference::{ReferenceError, check_tag};
 use crate::store::harbor::{self as harbor_api, Harbor, QuotaUsage};
 use crate::store::layout::{self as on_disk, Directory};
-use crate::store::registry::{self, Reference, Registries};
+use crate::store::registry::{self, Denial, Reference, Registries};
 
 pub(crate) use harbor::HarborImages;
 pub(crate) use layout::LayoutImages;
@@ -82,6 +82,12 @@ pub enum Error {
         /// A tag of the index, or its digest if it has none.
         index: String,
     },
+    /// The account may remove tags but not images, so the last tag of an image is not removed either.
+    #[error(
+        "{0} is not deleted: these credentials may not delete images (a robot needs artifact:delete), and the tag is its \
+         last one"
+    )]
+    MayNotDelete(String),
     /// The runtime was shut down.
     #[error("ended while a file was being read")]
     RuntimeStopped,
@@ -119,7 +125,18 @@ impl Error {
             Self::Registry(e) => e.not_permitted(),
             Self::Harbor(e) => e.not_permitted(),
             Self::Layout(e) => e.not_permitted(),
+            Self::MayNotDelete(_) => true,
             _ => false,
+        }
+    }
+
+    /// Returns a stable name of the cause in snake case, if it has one of its own.
+    pub fn code(&self) -> Option<&'static str> {
+        match self {
+            Self::Registry(e) => Denial::of(e).map(Denial::code),
+            Self::Harbor(e) => e.code(),
+            Self::Needed { .. } => Some(Denial::Needed.code()),
+            _ => None,
         }
     }
 
@@ -317,6 +334,8 @@ pub struct Removed {
     pub image_deleted: bool,
     /// Tags that the image still has.
     pub kept: Vec<String>,
+    /// Kinds of the accessories (signatures, SBOMs) that were deleted with the image.
+    pub accessories: Vec<String>,
     /// What happens to the space, as a text for users.
     pub space: &'static str,
 }

@@ -212,6 +212,7 @@ impl Store for PlainImages {
             digest,
             image_deleted,
             kept,
+            accessories: Vec::new(),
             space: SPACE_NOTE,
         };
         match which {

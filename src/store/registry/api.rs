@@ -7,6 +7,7 @@ use http::header::{ACCEPT, CONTENT_TYPE, LINK};
 use http::{HeaderMap, HeaderValue, Method};
 use serde::de::DeserializeOwned;
 
+use super::credentials::{CredentialLookup, Credentials};
 use super::error::{Error, Request, Step};
 use super::host::{Call, Host, Scopes};
 use super::{Reference, Registries, Repository};
@@ -80,6 +81,17 @@ impl Api {
         self.host.name()
     }
 
+    /// Returns the user that requests are made as. Returns `None` if they are anonymous or use an identity token.
+    pub fn user(&self) -> Option<String> {
+        match self.host.credentials(&self.repository) {
+            Ok(CredentialLookup::Credentials {
+                credentials: Credentials::Basic { user, .. },
+                ..
+            }) => Some(user),
+            _ => None,
+        }
+    }
+
     /// Returns whether the registry names a token service like that of Harbor. Harbor's API is used only if it does.
     pub(crate) async fn has_harbor_token_service(&self) -> Result<bool, Error> {
         self.host.url("/").await?;
@@ -117,6 +129,17 @@ impl Api {
     ) -> Result<ApiResponse, Error> {
         let body = Bytes::from(document.to_string());
         self.send(Method::POST, path, Some(body), accept).await
+    }
+
+    /// Sends a JSON document by PUT.
+    pub async fn put(
+        &self,
+        path: &str,
+        document: &serde_json::Value,
+        accept: &'static [u16],
+    ) -> Result<ApiResponse, Error> {
+        let body = Bytes::from(document.to_string());
+        self.send(Method::PUT, path, Some(body), accept).await
     }
 
     /// Sends a DELETE request.

@@ -337,7 +337,10 @@ impl Error {
                 401 => !reply.mid_upload,
                 402 | 403 => true,
                 405 => matches!(reply.step, Step::BeginUpload | Step::Delete),
-                412 => matches!(reply.step, Step::WriteManifest | Step::Api),
+                412 => matches!(
+                    reply.step,
+                    Step::WriteManifest | Step::ReadManifest | Step::Api
+                ),
                 _ => false,
             },
             Self::NoCredentials { .. } => true,
@@ -445,6 +448,15 @@ fn code(code: &OciErrorCode) -> Option<String> {
     }
 }
 
+/// Returns a message without its repetition: Harbor writes some as `TEXT: TEXT`.
+fn once(text: &str) -> &str {
+    let half = text.len().checked_sub(2).map(|both| both / 2);
+    match half.and_then(|half| text.split_at_checked(half)) {
+        Some((first, rest)) if rest.strip_prefix(": ") == Some(first) => first,
+        _ => text,
+    }
+}
+
 /// Reads code and message from the body of an error answer (distribution-spec, "Error Codes"), bounded and escaped.
 pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
     let some = |text: String| (!text.is_empty()).then_some(text);
@@ -452,7 +464,7 @@ pub(super) fn read_error_body(body: &[u8]) -> (Option<String>, Option<String>) {
         return match envelope.errors.into_iter().next() {
             Some(first) => (
                 code(&first.code).map(|code| crate::common::escape::limited(&code, 64)),
-                some(crate::common::escape::limited(&first.message, 512)),
+                some(crate::common::escape::limited(once(&first.message), 512)),
             ),
             None => (None, None),
         };
@@ -484,6 +496,21 @@ mod tests {
             credentials: None,
             mid_upload: false,
         }))
+    }
+
+    #[test]
+    fn a_repeated_message_is_shown_once() {
+        for (text, shown) in [
+            ("no: no", "no"),
+            ("a: b: a: b", "a: b"),
+            ("no: yes", "no: yes"),
+            ("é: é", "é"),
+            ("x", "x"),
+            ("", ""),
+            (": ", ""),
+        ] {
+            assert_eq!(once(text), shown, "{text:?}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub(crate) mod api;
 mod auth;
 mod catalog;
 pub(crate) mod credentials;
+pub mod denial;
 pub(crate) mod error;
 mod host;
 pub(crate) mod retry;
@@ -35,6 +36,7 @@ use crate::image::manifest::MAX_MANIFEST_BYTES;
 use crate::image::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 pub(crate) use api::Api;
 pub use credentials::Credentials;
+pub use denial::Denial;
 pub use error::Error;
 pub use retry::Retry;
 pub(crate) use upload::Writer;
@@ -228,6 +230,21 @@ impl Repository {
         format!("{}/{}", self.host.name(), self.name)
     }
 
+    /// Returns another repository of the same host, for reading.
+    #[must_use]
+    pub fn beside(&self, name: &str) -> Self {
+        Self {
+            host: Arc::clone(&self.host),
+            name: name.to_owned(),
+            actions: "pull",
+        }
+    }
+
+    /// Returns `HOST[:PORT]`.
+    pub fn host(&self) -> &str {
+        self.host.name()
+    }
+
     /// Returns the name within the host.
     pub(crate) fn path(&self) -> &str {
         &self.name
@@ -395,6 +412,10 @@ impl Repository {
         call.max_attempts = call.max_attempts.min(2);
         let response = match self.host.call(&call).await {
             Ok(response) => response,
+            // An upload would be refused for the same reason, after all its bytes.
+            Err(e) if matches!(Denial::of(&e), Some(Denial::Quota(_) | Denial::ReadOnly)) => {
+                return Err(e);
+            }
             // Depending on the registry, an unknown or unreadable source is 400, 401, 403 or 404; a token service may
             // refuse it, too.
             Err(

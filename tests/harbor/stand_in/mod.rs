@@ -222,6 +222,19 @@ impl State {
         });
     }
 
+    /// Returns whether all blobs of a tagged image are there.
+    pub fn is_whole(&self, repository: &str, tag: &str) -> bool {
+        let (project, name) = split(repository);
+        let found = self.projects[project].repositories.get(name);
+        let image = found.and_then(|r| r.artifacts.iter().find(|a| a.is(tag)));
+        image.is_some_and(|image| {
+            let mut named = named(&image.manifest()).into_iter();
+            named.all(|digest| {
+                self.has_link(repository, &digest) && self.blobs.contains_key(&digest)
+            })
+        })
+    }
+
     /// Returns whether the registry behind Harbor has a blob under the name of the repository.
     pub fn has_link(&self, repository: &str, digest: &str) -> bool {
         let (project, name) = split(repository);

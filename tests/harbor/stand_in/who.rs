@@ -128,6 +128,10 @@ impl State {
         let name = found.map(|(name, _)| name.clone());
         match (request.method.as_str(), name) {
             ("POST", _) if rest.is_empty() => self.make_robot(request),
+            ("GET", _) if rest.is_empty() => {
+                let all = self.robots.iter().map(|(name, robot)| robot.document(name));
+                super::pages::page(request, all.collect(), &[])
+            }
             ("GET", Some(name)) => Response::json(200, &self.robots[&name].document(&name)),
             ("PUT", Some(name)) => {
                 let body: Value = serde_json::from_slice(&request.body).unwrap_or_default();

@@ -34,7 +34,10 @@ pub(in crate::store::registry) type CredentialSource =
     Box<dyn Fn(&str) -> Result<CredentialLookup, Error> + Send + Sync>;
 
 impl Host {
-    pub(super) fn credentials(&self, repository: &str) -> Result<CredentialLookup, Error> {
+    pub(in crate::store::registry) fn credentials(
+        &self,
+        repository: &str,
+    ) -> Result<CredentialLookup, Error> {
         let mut cache = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = cache.get(repository) {
             return Ok(found.clone());

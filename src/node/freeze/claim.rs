@@ -1,0 +1,105 @@
+//! The claim on a container's freezer. Savers of one node take turns: without it, one would take the freeze of another
+//! for that of the runtime, and find its container running in the middle of reading.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use super::{Error, Options, groups};
+use crate::common::private_files;
+
+/// Directory of the claims, below `--host-root`. It is the administrator's own: a process of a container cannot claim
+/// its own freezer there.
+const DIR: &str = "run/upperdeck/freeze";
+
+/// A held claim. It is released when dropped, or when the process ends.
+#[derive(Debug)]
+pub struct Claim {
+    path: PathBuf,
+    /// The lock is released with the descriptor.
+    _file: File,
+}
+
+/// The result of [`claim`].
+#[derive(Debug)]
+pub enum Claimed {
+    /// No other saver has the container.
+    Held(Claim),
+    /// Another saver of this node has it now.
+    Busy,
+    /// There is no place for claims, as for an unprivileged user: savers do not know of each other.
+    Nowhere,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // A process that takes the lock at this moment notices that the file is gone and creates another.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Claims the freezer of the container of process `pid`. A claim must be held before [`super::freeze`] and until the
+/// thaw.
+pub fn claim(pid: u32, options: &Options) -> Result<Claimed, Error> {
+    let host = options.host_root.as_deref().unwrap_or(Path::new("/"));
+    let groups = groups(&host.join("proc"), pid, options.host_root.as_deref())?;
+    let Some(group) = groups.first() else {
+        return Ok(Claimed::Nowhere);
+    };
+    let dir = group.dir();
+    let meta = std::fs::metadata(dir).map_err(|error| Error::io(dir.to_owned(), error))?;
+    // The inode identifies the cgroup in whatever namespace it is seen from.
+    let name = format!("{:x}-{:x}.lock", meta.dev(), meta.ino());
+    match lock(&host.join(DIR), &name) {
+        Ok(Some(claim)) => Ok(Claimed::Held(claim)),
+        Ok(None) => Ok(Claimed::Busy),
+        Err(error) => {
+            tracing::debug!(%error, "other savers of this node are not known of");
+            Ok(Claimed::Nowhere)
+        }
+    }
+}
+
+/// Takes the lock file. Returns `None` if another process holds it.
+fn lock(dir: &Path, name: &str) -> io::Result<Option<Claim>> {
+    private::prepare_dir(dir, |name| name.strip_suffix(".lock").is_some())?;
+    let path = dir.join(name);
+    loop {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)?;
+        let how = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+        match rustix::io::retry_on_intr(|| rustix::fs::flock(&file, how)) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+        let own = file.metadata()?.ino();
+        if std::fs::metadata(&path).is_ok_and(|there| there.ino() == own) {
+            return Ok(Some(Claim { path, _file: file }));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_has_a_container_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("claims");
+        let first = lock(&at, "1-2.lock").unwrap().unwrap();
+        assert!(lock(&at, "1-2.lock").unwrap().is_none(), "two have it");
+        let other = lock(&at, "1-3.lock").unwrap();
+        assert!(other.is_some(), "another container's");
+        drop(first);
+        assert!(lock(&at, "1-2.lock").unwrap().is_some());
+        drop(other);
+        assert_eq!(std::fs::read_dir(&at).unwrap().count(), 0, "files stay");
+    }
+}

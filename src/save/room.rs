@@ -1,0 +1,181 @@
+//! The room that a save needs at its destination. It is checked before anything is written or mounted there, estimated
+//! while the first layer is compressed, and compared exactly before each blob is completed: a registry charges a blob
+//! when it is completed, so a save that is refused leaves nothing.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::{Error, base};
+use crate::common::digest::Digest;
+use crate::node::container::BaseLayer;
+use crate::store::destination::Destination;
+use crate::store::harbor::{Budget, Needed};
+
+/// Bytes of tar after which the measured ratio of compression is used for an estimate.
+const MEASURED: u64 = 64 << 20;
+/// The part of an estimate that has to fit, in percent: the rest of the data may compress better than its beginning.
+const BOUND: u64 = 75;
+/// Bytes for config and manifest.
+const DOCUMENTS: u64 = 32 << 10;
+
+/// The room at a destination, and what of it is spoken for.
+pub(super) struct Room {
+    /// `None` if the destination has no quota, or does not show it.
+    budget: Option<Budget>,
+    /// Bytes free when last asked for, less the blobs completed since.
+    free: AtomicU64,
+    /// Bytes of layers that are mounted or copied later.
+    later: AtomicU64,
+    /// Layers that the registry has, but possibly in no image of the project, which is then charged for them. They are
+    /// looked for in its images only if they would not fit: Harbor counts that as pulls.
+    doubtful: Mutex<Vec<(Digest, u64)>>,
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Self {
+            budget: None,
+            free: AtomicU64::new(u64::MAX),
+            later: AtomicU64::new(0),
+            doubtful: Mutex::default(),
+        }
+    }
+}
+
+impl Room {
+    pub(super) async fn of(destination: &Destination) -> Result<Self, Error> {
+        let budget = destination.budget().await?;
+        let free = budget.as_ref().map_or(u64::MAX, Budget::free);
+        Ok(Self {
+            budget,
+            free: AtomicU64::new(free),
+            ..Self::default()
+        })
+    }
+
+    /// Adds layers that the image has besides its new ones, and checks that they fit. Only queries are sent.
+    pub(super) async fn add(
+        &self,
+        destination: &Destination,
+        layers: &[BaseLayer],
+    ) -> Result<(), Error> {
+        if self.budget.is_none() {
+            return Ok(());
+        }
+        for (digest, size, there) in base::sizes(destination, layers).await? {
+            if there {
+                self.doubtful().push((digest, size));
+            } else {
+                self.later.fetch_add(size, Ordering::Relaxed);
+            }
+        }
+        self.resolve_if_tight(0).await;
+        let later = self.later.load(Ordering::Relaxed);
+        if later == 0 {
+            return Ok(());
+        }
+        self.admit(self.with_later(0), Needed::Base(later))
+    }
+
+    fn doubtful(&self) -> std::sync::MutexGuard<'_, Vec<(Digest, u64)>> {
+        self.doubtful.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds out which doubtful layers are charged for, if `bytes` more and all of them would not fit.
+    async fn resolve_if_tight(&self, bytes: u64) {
+        let Some(budget) = &self.budget else { return };
+        let doubtful = self.doubtful().clone();
+        let most = doubtful
+            .iter()
+            .fold(self.with_later(bytes), |sum, (_, size)| {
+                sum.saturating_add(*size)
+            });
+        if doubtful.is_empty() || most <= self.free.load(Ordering::Relaxed) {
+            return;
+        }
+        let digests = doubtful.iter().map(|(digest, _)| *digest).collect();
+        let charged = match budget.not_held(digests).await {
+            Ok(charged) => charged,
+            Err(error) => {
+                tracing::debug!(%error, "what the project is charged for is not told");
+                return;
+            }
+        };
+        for (_, size) in doubtful
+            .iter()
+            .filter(|(digest, _)| charged.contains(digest))
+        {
+            self.later.fetch_add(*size, Ordering::Relaxed);
+        }
+        self.doubtful().clear();
+    }
+
+    fn admit(&self, bytes: u64, needed: Needed) -> Result<(), Error> {
+        match &self.budget {
+            Some(budget) if bytes > self.free.load(Ordering::Relaxed) => {
+                Err(Error::Destination(budget.exceeded(needed).into()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn with_later(&self, bytes: u64) -> u64 {
+        let later = self.later.load(Ordering::Relaxed);
+        bytes.saturating_add(later).saturating_add(DOCUMENTS)
+    }
+
+    /// Checks `sent` compressed bytes, of which no blob is complete yet, made of `done` of `total` bytes of tar.
+    pub(super) fn check_sent(&self, sent: u64, done: u64, total: u64) -> Result<(), Error> {
+        if self.budget.is_none() {
+            return Ok(());
+        }
+        let sure = self.with_later(sent);
+        let Some(estimate) = estimate(sent, done, total) else {
+            return self.admit(sure, Needed::About(sure));
+        };
+        let bound = self.with_later(estimate / 100 * BOUND).max(sure);
+        self.admit(bound, Needed::About(self.with_later(estimate)))
+    }
+
+    /// Checks the exact size of blobs that are about to be completed, against the quota as it is now.
+    pub(super) async fn check_exactly(&self, bytes: u64) -> Result<(), Error> {
+        let Some(budget) = &self.budget else {
+            return Ok(());
+        };
+        if let Some(free) = budget.ask_again().await {
+            self.free.store(free, Ordering::Relaxed);
+        }
+        self.resolve_if_tight(bytes).await;
+        let needed = self.with_later(bytes);
+        self.admit(needed, Needed::Exactly(needed))
+    }
+
+    /// Notes blobs that were completed.
+    pub(super) fn spend(&self, bytes: u64) {
+        let less = |free: u64| Some(free.saturating_sub(bytes));
+        let _ = self
+            .free
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+}
+
+/// Returns the compressed size of `total` bytes of tar by the ratio of those done. Returns `None` while too few are.
+fn estimate(sent: u64, done: u64, total: u64) -> Option<u64> {
+    if done < MEASURED || done >= total {
+        return None;
+    }
+    u64::try_from(u128::from(sent) * u128::from(total) / u128::from(done)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn estimates_need_some_data() {
+        assert_eq!(estimate(10 << 20, 32 << 20, 320 << 20), None);
+        assert_eq!(estimate(10 << 20, 64 << 20, 640 << 20), Some(100 << 20));
+        assert_eq!(estimate(10 << 20, 640 << 20, 640 << 20), None);
+        assert_eq!(estimate(u64::MAX, 64 << 20, u64::MAX), None);
+    }
+}
