@@ -346,11 +346,11 @@ impl Earlier {
         context: &Context,
         destination: &Destination,
     ) -> Result<bool, Error> {
-        let Some(under) = &self.under else {
+        let Some(previous) = &self.previous else {
             return Ok(true);
         };
-        let layers = under.layers.iter();
-        let layers: Vec<_> = layers.map(|l| as_base(l, &under.where_kept)).collect();
+        let layers = previous.layers.iter();
+        let layers: Vec<_> = layers.map(|l| as_base(l, &previous.where_kept)).collect();
         Ok(ensure_at_destination(context, destination, &layers)
             .await?
             .is_ok())

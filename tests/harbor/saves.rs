@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 use upperdeck::common::digest::Digest;
-use upperdeck::store::images::Which;
+use upperdeck::store::images::ImageSelector;
 
 use super::refusals::{rights_without, used};
 use super::world::{PROGRAM, World};
@@ -213,7 +213,7 @@ async fn blobs_of_deleted_images_count_as_new() -> Outcome {
     let destination = lab.to(&repository);
     save(&destination, &kept, "kept").await?;
     save(&destination, &gone, "gone").await?;
-    let which = Which::Tag("gone".to_owned());
+    let which = ImageSelector::Tag("gone".to_owned());
     lab.images()
         .await
         .remove(&repository, &which, false)

@@ -63,7 +63,7 @@ pub fn claim(pid: u32, options: &Options) -> Result<Claimed, Error> {
 
 /// Takes the lock file. Returns `None` if another process holds it.
 fn lock(dir: &Path, name: &str) -> io::Result<Option<Claim>> {
-    private::prepare_dir(dir, |name| name.strip_suffix(".lock").is_some())?;
+    private_files::prepare_dir(dir, |name| name.strip_suffix(".lock").is_some())?;
     let path = dir.join(name);
     loop {
         let file = OpenOptions::new()

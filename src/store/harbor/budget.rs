@@ -22,29 +22,29 @@ pub struct Budget {
     harbor: Harbor,
     project: String,
     repository: Repository,
-    room: Mutex<QuotaUsage>,
+    usage: Mutex<QuotaUsage>,
 }
 
 impl Budget {
     /// Returns the budget of the repository's project, or `None` if the registry is not a Harbor, the project has no
     /// limit, or the account may not see it.
     pub async fn of(repository: &Repository) -> Result<Option<Self>, Error> {
-        let Some((harbor, project)) = super::push::of(repository).await? else {
+        let Some((harbor, project)) = super::push::harbor_of(repository).await? else {
             return Ok(None);
         };
         let project = project.to_owned();
-        let room = super::push::room(&harbor, &project).await;
-        let limited = room.filter(|room| room.limit.is_some());
-        Ok(limited.map(|room| Self {
+        let usage = super::push::quota_usage(&harbor, &project).await;
+        let limited = usage.filter(|usage| usage.limit.is_some());
+        Ok(limited.map(|usage| Self {
             harbor,
             project,
             repository: repository.clone(),
-            room: Mutex::new(room),
+            usage: Mutex::new(usage),
         }))
     }
 
     fn quota_usage(&self) -> QuotaUsage {
-        *self.room.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the bytes left, as last asked for.
@@ -54,9 +54,9 @@ impl Budget {
 
     /// Asks for the quota again and returns the bytes left. Returns `None` if it cannot be read now.
     pub async fn ask_again(&self) -> Option<u64> {
-        let room = super::push::room(&self.harbor, &self.project).await?;
-        *self.room.lock().unwrap_or_else(PoisonError::into_inner) = room;
-        Some(room.free().unwrap_or(u64::MAX))
+        let usage = super::push::quota_usage(&self.harbor, &self.project).await?;
+        *self.usage.lock().unwrap_or_else(PoisonError::into_inner) = usage;
+        Some(usage.free().unwrap_or(u64::MAX))
     }
 
     /// Returns the error for a save that needs more than is left.
@@ -64,7 +64,7 @@ impl Budget {
         Error::Quota {
             host: self.harbor.host().to_owned(),
             project: self.project.clone(),
-            room: Some(self.quota_usage()),
+            usage: Some(self.quota_usage()),
             needed: Some(needed),
         }
     }

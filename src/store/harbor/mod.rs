@@ -61,7 +61,7 @@ pub enum Error {
     #[error(
         "the quota of project {project:?} on {host} does not suffice: {}{}; deleting images there (upperdeck image rm) \
          frees it at once, or ask for more",
-        used(*room), needed_text(*needed)
+        used(*usage), needed_text(*needed)
     )]
     Quota {
         /// `HOST[:PORT]`.
@@ -69,7 +69,7 @@ pub enum Error {
         /// Name of the project.
         project: String,
         /// Quota and usage; `None` if neither Harbor's API nor its reply tells.
-        room: Option<QuotaUsage>,
+        usage: Option<QuotaUsage>,
         /// What the save needs, as far as known.
         needed: Option<Needed>,
     },
@@ -129,11 +129,11 @@ fn size(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit as usize])
 }
 
-fn used(room: Option<QuotaUsage>) -> String {
+fn used(usage: Option<QuotaUsage>) -> String {
     let Some(QuotaUsage {
         limit: Some(limit),
         used,
-    }) = room
+    }) = usage
     else {
         return "Harbor refuses what is to be added".to_owned();
     };
@@ -621,10 +621,10 @@ mod tests {
     #[test]
     fn quotas_as_harbor_says_them() {
         let of = |text: &str| serde_json::from_str::<Summary>(text).unwrap().quota_usage();
-        let room = of(
+        let usage = of(
             r#"{"quota":{"hard":{"storage":1048576},"used":{"storage":700000}},"repo_count":0}"#,
         );
-        assert_eq!(room.and_then(|r| r.free()), Some(348_576));
+        assert_eq!(usage.and_then(|r| r.free()), Some(348_576));
         let unlimited = of(r#"{"quota":{"hard":{"storage":-1},"used":{"storage":7}}}"#);
         assert_eq!(
             unlimited.map(|r| (r.limit, r.used, r.free())),
@@ -636,7 +636,7 @@ mod tests {
         let text = Error::Quota {
             host: "h".into(),
             project: "tiny".into(),
-            room,
+            usage,
             needed: Some(Needed::Base(3 << 20)),
         }
         .to_string();

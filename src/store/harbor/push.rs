@@ -80,12 +80,12 @@ async fn check_quota(repository: &Repository) -> Result<(), Error> {
     let Some((harbor, project)) = harbor_of(repository).await? else {
         return Ok(());
     };
-    let room = quota_usage(&harbor, project).await;
-    match room.and_then(|room| room.free()) {
+    let usage = quota_usage(&harbor, project).await;
+    match usage.and_then(|usage| usage.free()) {
         Some(0) => Err(Error::Quota {
             host: harbor.host().to_owned(),
             project: project.to_owned(),
-            usage: room,
+            usage,
             needed: None,
         }),
         _ => Ok(()),
@@ -160,7 +160,7 @@ async fn over_quota(repository: &Repository, told: Option<Exceeded>) -> Error {
     Error::Quota {
         host: repository.host().to_owned(),
         project: project.to_owned(),
-        room: exact.filter(|room| room.limit.is_some()).or(rounded),
+        usage: exact.filter(|usage| usage.limit.is_some()).or(rounded),
         needed: adding.map(Needed::About),
     }
 }
