@@ -185,7 +185,10 @@ fn chain_too_long(layers: &[Layer], most: usize, base: usize) -> Option<String> 
             .map(|l| l.tar_size)
             .sum::<u64>()
     };
-    if layers.len() >= most || base + layers.len() >= manifest::MAX_LAYERS {
+    // However many layers a full save was divided into, saving everything anew gives as many.
+    let added = layers.iter().filter(|layer| !layer.full).count();
+    let counted = added + usize::from(added < layers.len());
+    if counted >= most || base + layers.len() >= manifest::MAX_LAYERS {
         return Some(format!(
             "the image has {} above its base by now",
             crate::common::message::count(layers.len(), "layer", "layers")
@@ -421,4 +424,44 @@ pub(super) fn to_manifest_layers(layers: &[Layer]) -> Vec<manifest::NewLayer> {
         created_by: None,
     };
     layers.iter().map(listed).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::digest::DiffId;
+
+    #[test]
+    fn a_full_save_counts_as_one_layer_however_it_is_divided() {
+        let layer = |full| {
+            let digest = Digest::of(b"");
+            Layer {
+                digest,
+                diff_id: DiffId(digest),
+                size: 0,
+                media_type: String::new(),
+                tar_size: 0,
+                full,
+            }
+        };
+        let chain = |parts: usize, added: usize| {
+            let parts = std::iter::repeat_with(|| layer(true)).take(parts);
+            let added = std::iter::repeat_with(|| layer(false)).take(added);
+            parts.chain(added).collect::<Vec<_>>()
+        };
+        for parts in [1, 4, 40] {
+            assert_eq!(chain_too_long(&chain(parts, 0), 16, 2), None, "{parts}");
+            assert_eq!(chain_too_long(&chain(parts, 14), 16, 2), None, "{parts}");
+            assert!(
+                chain_too_long(&chain(parts, 15), 16, 2).is_some(),
+                "{parts}"
+            );
+        }
+        assert_eq!(chain_too_long(&chain(0, 0), 1, 2), None);
+        assert!(chain_too_long(&chain(1, 0), 1, 2).is_some());
+        // No image may have more, whatever they hold.
+        let most = manifest::MAX_LAYERS;
+        assert!(chain_too_long(&chain(most - 2, 0), 16, 2).is_some());
+        assert_eq!(chain_too_long(&chain(most - 3, 0), 16, 2), None);
+    }
 }

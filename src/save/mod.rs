@@ -115,7 +115,7 @@ pub(crate) struct Options {
     pub(crate) live_limit: u64,
     /// Directory for what the next save needs. `None` means that nothing is kept.
     pub(crate) state_dir: Option<PathBuf>,
-    /// Maximum number of layers above the base. Beyond it, everything is saved anew.
+    /// Maximum number of layers above the base, those of a full save counted as one. Beyond it, everything is saved anew.
     pub(crate) max_layers: usize,
     /// Save everything anew in any case.
     pub(crate) full: bool,

@@ -40,7 +40,7 @@ pub(in crate::cli) struct State {
     #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_parser = any_path(), value_hint = ValueHint::DirPath, help_heading = CONTENT)]
     #[allow(clippy::struct_field_names, reason = "named as its flag")]
     pub(in crate::cli) state_dir: Option<PathBuf>,
-    /// Layers above the base from which on everything is saved anew
+    /// Layers above the base from which on everything is saved anew; the parts of --layer-size count as one
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=100), help_heading = CONTENT)]
     pub(in crate::cli) max_layers: u8,
     /// Save everything anew, not only what changed since the last save

@@ -13,6 +13,11 @@ const MIN_INTERLEAVED: usize = 128 << 10;
 pub(crate) const MARGIN: usize = 16;
 /// Maximum number of bytes that a step passes without a match.
 pub(crate) const GROUP: usize = 4;
+/// Where no match was found for a while, positions between two steps are not looked at: one for every
+/// `1 << PATIENCE` bytes since the last match, at most [`LEAP`].
+const PATIENCE: u32 = 7;
+/// Maximum number of bytes between two steps, less than what a [`Window`] has after its last position.
+const LEAP: usize = 64;
 
 /// A table of earlier positions by hash.
 pub(crate) trait MatchTable {
@@ -105,6 +110,8 @@ impl<'a, T: MatchTable> Half<'a, T> {
         let found = self.table.find(window, self.at as u16);
         self.at += found.skipped;
         if found.length == 0 {
+            let run = self.at - self.anchor;
+            self.at += (run >> PATIENCE).min(LEAP);
             return;
         }
         let length = found.length.min(self.end - self.at);

@@ -46,8 +46,8 @@ pub struct Encoder {
 
 enum Matcher {
     OneSlot(Interleaved<OneSlotTable>),
-    TwoSlots(Interleaved<TwoSlotTable<{ 1 << 14 }, 3>>),
-    LargeTwoSlots(Interleaved<TwoSlotTable<{ 1 << 15 }, 1>>),
+    TwoSlots(Interleaved<TwoSlotTable<{ 1 << 14 }, 3, 5>>),
+    LargeTwoSlots(Interleaved<TwoSlotTable<{ 1 << 15 }, 1, 4>>),
     Chains(Interleaved<HashChains>),
 }
 
@@ -61,7 +61,7 @@ impl Encoder {
             _ => Matcher::Chains(Interleaved::new(effort(level))),
         };
         let block = match level {
-            0 | 1 => 120 << 10,
+            0 | 1 => 160 << 10,
             2 | 3 => 72 << 10,
             _ => 36 << 10,
         };

@@ -2,10 +2,12 @@
 
 use super::interleave::{Found, GROUP, MatchTable};
 use super::symbols::MAX_DISTANCE;
-use super::window::{LAST, STRIDE, Window, length_of_match, load32, load64};
+use super::window::{STRIDE, Window, hash_of, length_of_match, load64};
 
 /// Bits of a hash.
-const BITS: u32 = 13;
+const BITS: u32 = 14;
+/// Minimum length of a match in bytes. Most matches of four bytes hardly gain more than they cost in time.
+const BYTES: u32 = 5;
 
 /// The last position of each hash.
 pub(crate) struct OneSlotTable {
@@ -13,8 +15,8 @@ pub(crate) struct OneSlotTable {
 }
 
 #[inline(always)]
-fn hash(four: u32) -> usize {
-    (four.wrapping_mul(0x9E37_79B1) >> (32 - BITS)) as usize
+fn hash(eight: u64) -> usize {
+    hash_of(eight, BYTES, BITS)
 }
 
 impl MatchTable for OneSlotTable {
@@ -39,7 +41,7 @@ impl MatchTable for OneSlotTable {
 
     #[inline(always)]
     fn enter(&mut self, window: &Window, at: u16) {
-        self.slots[hash(load32(window, at))] = at;
+        self.slots[hash(load64(window, at, 0))] = at;
     }
 
     /// Looks up all four positions and uses the first match, without a branch on its position: a mispredicted branch
@@ -50,11 +52,12 @@ impl MatchTable for OneSlotTable {
         let mut found = 1u32 << GROUP;
         let mut candidates = [0u16; GROUP];
         for (index, kept) in candidates.iter_mut().enumerate() {
-            let four = (eight >> (8 * index)) as u32;
-            let slot = &mut self.slots[hash(four)];
+            let bytes = eight >> (8 * index);
+            let slot = &mut self.slots[hash(bytes)];
             let candidate = *slot;
             *slot = at.wrapping_add(index as u16);
-            found |= u32::from(load32(window, candidate) == four) << index;
+            let differing = load64(window, candidate, 0) ^ bytes;
+            found |= u32::from(differing << (64 - 8 * BYTES) == 0) << index;
             *kept = candidate;
         }
         loop {
@@ -67,9 +70,6 @@ impl MatchTable for OneSlotTable {
             }
             if dist <= MAX_DISTANCE as usize {
                 let length = length_of_match(window, candidate, here);
-                // Inserts one more position, so that a run continues at the cheapest distance.
-                let last = (usize::from(here) + length - 1).min(LAST);
-                self.enter(window, last as u16);
                 return Found {
                     skipped: skipped as usize,
                     length,

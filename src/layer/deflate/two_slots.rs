@@ -2,23 +2,26 @@
 
 use super::interleave::{Found, GROUP, MatchTable};
 use super::symbols::MAX_DISTANCE;
-use super::window::{LAST, STRIDE, Window, length_of_match, load32, load64};
+use super::window::{LAST, STRIDE, Window, hash_of, length_of_match, load32, load64};
 
 /// Length from which a match is used without looking at the next position.
 const NICE: usize = 16;
 
-/// The last two positions for each of `SLOTS` (a power of two) hashes, the later one first. Of the positions within a
-/// match, every `STEP`th is inserted.
-pub(crate) struct TwoSlotTable<const SLOTS: usize, const STEP: usize> {
+/// The last two positions for each of `SLOTS` (a power of two) hashes of `BYTES` (4 or 5) bytes, the later one first. Of
+/// the positions within a match, every `STEP`th is inserted. With five bytes it is faster, as it finds fewer of the
+/// shortest matches, which gain least.
+pub struct TwoSlotTable<const SLOTS: usize, const STEP: usize, const BYTES: u32> {
     slots: Box<[[u16; 2]; SLOTS]>,
 }
 
 #[inline(always)]
-fn hash<const SLOTS: usize>(four: u32) -> usize {
-    (four.wrapping_mul(0x9E37_79B1) >> (32 - SLOTS.ilog2())) as usize
+fn hash<const SLOTS: usize, const BYTES: u32>(eight: u64) -> usize {
+    hash_of(eight, BYTES, SLOTS.ilog2())
 }
 
-impl<const SLOTS: usize, const STEP: usize> MatchTable for TwoSlotTable<SLOTS, STEP> {
+impl<const SLOTS: usize, const STEP: usize, const BYTES: u32> MatchTable
+    for TwoSlotTable<SLOTS, STEP, BYTES>
+{
     type Effort = ();
 
     fn new((): ()) -> Self {
@@ -40,7 +43,7 @@ impl<const SLOTS: usize, const STEP: usize> MatchTable for TwoSlotTable<SLOTS, S
 
     #[inline(always)]
     fn enter(&mut self, window: &Window, at: u16) {
-        let slot = &mut self.slots[hash::<SLOTS>(load32(window, at))];
+        let slot = &mut self.slots[hash::<SLOTS, BYTES>(load64(window, at, 0))];
         *slot = [at, slot[0]];
     }
 
@@ -50,8 +53,9 @@ impl<const SLOTS: usize, const STEP: usize> MatchTable for TwoSlotTable<SLOTS, S
         let mut found = 1u32 << GROUP;
         let mut candidates = [[0u16; 2]; GROUP];
         for (index, kept) in candidates.iter_mut().enumerate() {
-            let four = (eight >> (8 * index)) as u32;
-            let slot = &mut self.slots[hash::<SLOTS>(four)];
+            let bytes = eight >> (8 * index);
+            let four = bytes as u32;
+            let slot = &mut self.slots[hash::<SLOTS, BYTES>(bytes)];
             let [a, b] = *slot;
             *slot = [at.wrapping_add(index as u16), a];
             let same = (load32(window, a) == four) | (load32(window, b) == four);
