@@ -136,6 +136,41 @@ fn layouts_and_archives_are_read_by_umoci_and_skopeo() -> Result<()> {
     same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)
 }
 
+/// umoci 0.4 knows gzip only, and says which media type it does not accept.
+#[test]
+fn a_zstd_layer_is_read_by_umoci_since_0_5() -> Result<()> {
+    let Some(lab) = Lab::new(Base::Small, Format::Oci)? else {
+        return Ok(());
+    };
+    let pod = lab.session()?;
+    let layout = lab.scratch.path().join("layout");
+    let destination = format!("oci:{}:zstd", layout.display());
+    let flags = ["--compression", "zstd"];
+    save(
+        &lab.scratch,
+        &lab.roots,
+        &pod.container,
+        &destination,
+        &flags,
+    )?;
+    let version = run(&mut command("umoci", ["--version"]))?;
+    let number = version.split_whitespace().last().unwrap_or_default();
+    let old = number.starts_with("0.4.");
+    match unpack_layout(&layout, "zstd") {
+        Ok(rootfs) => {
+            ensure!(!old, "{version}");
+            same_tree(&pod.rootfs, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)
+        }
+        Err(error) => {
+            ensure!(
+                old && format!("{error:#}").contains("layer.v1.tar+zstd"),
+                "{version}: {error:#}"
+            );
+            Ok(())
+        }
+    }
+}
+
 /// The schemas of image-spec, checked by an independent validator.
 #[test]
 fn the_schemas_of_the_specification_accept_the_image() -> Result<()> {

@@ -187,7 +187,7 @@ impl<'a> Output<'a> {
             }
             None => bits.put(0b010, 3),
         }
-        let bits = write_tokens(bits, tokens, literals, &Tables::new(lengths));
+        write_tokens(&mut bits, tokens, literals, &Tables::new(lengths));
         let (written, pending) = bits.end();
         debug_assert_eq!(
             8 * written as u64 + u64::from(pending.count),
@@ -199,29 +199,23 @@ impl<'a> Output<'a> {
 }
 
 #[inline(never)]
-fn write_tokens<'a>(
-    mut bits: Bits<'a>,
-    tokens: &[Token],
-    literals: &[u8],
-    tables: &Tables,
-) -> Bits<'a> {
+fn write_tokens(bits: &mut Bits<'_>, tokens: &[Token], literals: &[u8], tables: &Tables) {
     bits.flush();
     let mut at = 0;
     for token in tokens {
         let end = at + usize::from(token.literals);
         while end - at > 4 {
-            write_literals(&mut bits, literals, at, 4, tables);
+            write_literals(bits, literals, at, 4, tables);
             at += 4;
         }
-        write_literals(&mut bits, literals, at, end - at, tables);
+        write_literals(bits, literals, at, end - at, tables);
         at = end;
         if token.dist == NO_MATCH {
             continue;
         }
-        write_match(&mut bits, *token, tables);
+        write_match(bits, *token, tables);
     }
     bits.put(u64::from(tables.end.bits), tables.end.count);
-    bits
 }
 
 #[inline(always)]

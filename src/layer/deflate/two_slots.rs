@@ -10,7 +10,7 @@ const NICE: usize = 16;
 /// The last two positions for each of `SLOTS` (a power of two) hashes of `BYTES` (4 or 5) bytes, the later one first. Of
 /// the positions within a match, every `STEP`th is inserted. With five bytes it is faster, as it finds fewer of the
 /// shortest matches, which gain least.
-pub struct TwoSlotTable<const SLOTS: usize, const STEP: usize, const BYTES: u32> {
+pub(crate) struct TwoSlotTable<const SLOTS: usize, const STEP: usize, const BYTES: u32> {
     slots: Box<[[u16; 2]; SLOTS]>,
 }
 

@@ -29,7 +29,7 @@ pub(crate) fn load64(window: &Window, at: u16, offset: usize) -> u64 {
 
 /// Returns a hash of `bits` bits of the first `count` (at most 8) of these bytes.
 #[inline(always)]
-pub fn hash_of(bytes: u64, count: u32, bits: u32) -> usize {
+pub(crate) fn hash_of(bytes: u64, count: u32, bits: u32) -> usize {
     ((bytes << (64 - 8 * count)).wrapping_mul(0x9E37_79B1_85EB_CA87) >> (64 - bits)) as usize
 }
 
