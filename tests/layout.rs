@@ -3,6 +3,10 @@
 // A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
+#[allow(dead_code, reason = "each test program uses its part")]
+#[path = "support/mod.rs"]
+mod support;
+
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -17,15 +21,6 @@ use upperdeck::store::layout::{Archive, Directory, Error, Reader};
 
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
-
-/// Reports that a test cannot run here. Fails in CI.
-fn ignored(reason: &str) {
-    assert!(
-        std::env::var("CI").as_deref() != Ok("true"),
-        "cannot run in CI: {reason}"
-    );
-    eprintln!("ignored: {reason}");
-}
 
 fn config() -> Bytes {
     json!({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": []}})
@@ -523,7 +518,7 @@ impl SmallDisk {
         ) {
             Ok(()) => Some(Self(dir)),
             Err(e) => {
-                ignored(&format!("cannot mount a tmpfs ({e}): run as root"));
+                support::ignore(&format!("cannot mount a tmpfs ({e}): run as root"));
                 None
             }
         }
@@ -615,7 +610,7 @@ fn schemas() -> Option<PathBuf> {
 #[test]
 fn documents_follow_the_schemas() -> Result<(), Error> {
     let Some(dir) = schemas() else {
-        ignored("no shared/oci-schema beside this tree");
+        support::ignore("no shared/oci-schema beside this tree");
         return Ok(());
     };
     let mut compiler = boon::Compiler::new();

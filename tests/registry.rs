@@ -3,6 +3,10 @@
 // A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
+#[allow(dead_code, reason = "each test program uses its part")]
+#[path = "support/mod.rs"]
+mod support;
+
 use std::collections::HashMap;
 use std::io::Write as _;
 use std::net::TcpListener as StdListener;
@@ -1281,7 +1285,7 @@ async fn tls_of_today_and_no_other() {
         .stderr(Stdio::null())
         .status();
     if !made.is_ok_and(|status| status.success()) {
-        return ignored("openssl cannot make a certificate");
+        return support::ignore("openssl cannot make a certificate");
     }
     for (version, spoken) in [("-tls1_1", false), ("-tls1_2", true), ("-tls1_3", true)] {
         let port = free_port();
@@ -1323,15 +1327,6 @@ async fn tls_of_today_and_no_other() {
 }
 
 // ---------------------------------------------------------------- docker-registry
-
-/// Reports that a test cannot run here. Fails in CI.
-fn ignored(reason: &str) {
-    assert!(
-        std::env::var("CI").as_deref() != Ok("true"),
-        "cannot run in CI: {reason}"
-    );
-    eprintln!("ignored: {reason}");
-}
 
 fn free_port() -> u16 {
     StdListener::bind("127.0.0.1:0")
@@ -1389,7 +1384,7 @@ impl Server {
         let child = match child {
             Ok(child) => child,
             Err(e) => {
-                ignored(&format!(
+                support::ignore(&format!(
                     "docker-registry cannot be started ({e}): apt-get install docker-registry"
                 ));
                 return None;
@@ -1413,7 +1408,7 @@ fn run(program: &str, arguments: &[&str]) -> Option<String> {
     let output = match Command::new(program).args(arguments).output() {
         Ok(output) => output,
         Err(e) => {
-            ignored(&format!("{program} cannot be started ({e})"));
+            support::ignore(&format!("{program} cannot be started ({e})"));
             return None;
         }
     };
@@ -1719,7 +1714,7 @@ async fn passwords_are_asked_for_and_taken() {
 async fn a_self_signed_certificate_in_its_directory_is_enough() {
     let dir = tempfile::tempdir().unwrap();
     if Command::new("openssl").arg("version").output().is_err() {
-        return ignored("openssl is not installed");
+        return support::ignore("openssl is not installed");
     }
     let at = |name: &str| dir.path().join(name).display().to_string();
     let make = |name: &str| {
@@ -1776,7 +1771,7 @@ async fn a_self_signed_certificate_in_its_directory_is_enough() {
 async fn tls_is_checked_with_a_private_ca_and_a_client_certificate() {
     let dir = tempfile::tempdir().unwrap();
     if Command::new("openssl").arg("version").output().is_err() {
-        return ignored("openssl is not installed");
+        return support::ignore("openssl is not installed");
     }
     let at = |name: &str| dir.path().join(name).display().to_string();
     let make = |name: &str, extra: &[&str]| {

@@ -793,7 +793,7 @@ async fn an_upload_that_broke_is_made_again() -> Outcome {
 async fn proxy_caches_and_read_only_registries_say_what_they_are() -> Outcome {
     let lab = Lab::start().await?;
     let Some(stand_in) = &lab.stand_in else {
-        // On a running Harbor, this would affect other users.
+        support::ignore("on a running Harbor, this would affect other users");
         return Ok(());
     };
     stand_in.state.lock().unwrap().proxy("cache");

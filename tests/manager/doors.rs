@@ -359,8 +359,7 @@ impl Drop for UpProcess {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn up_raises_its_limit_and_bears_a_low_one() -> Outcomes {
-    if !nix::unistd::geteuid().is_root() {
-        crate::support::ignore("up needs root");
+    if crate::support::ignored(&[crate::support::Need::Root]) {
         return Ok(());
     }
     let up = UpProcess::start("-S -n 200")?;

@@ -144,8 +144,7 @@ const AXE: &str = "target/axe-core/package/axe.min.js";
 #[test]
 fn axe_finds_nothing_serious_in_any_view_light_or_dark() -> Outcome {
     let Ok(axe) = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(AXE)) else {
-        assert!(std::env::var_os("CI").is_none(), "{AXE} is not there");
-        eprintln!("ignored: {AXE} is not there; tests/run fetches it");
+        crate::support::ignore(&format!("needs {AXE}, which tests/run fetches"));
         return Ok(());
     };
     let examine = "const found = await axe.run(document, { runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice'] });

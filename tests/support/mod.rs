@@ -1,8 +1,11 @@
-//! Requirements of tests on privileges and programs. If one is not met, the test fails in CI (`CI=true`); elsewhere it
-//! prints `ignored: REASON` and passes.
+//! Requirements of tests on privileges and programs; `ignored.rs` says what follows where one is not met.
 
 use std::env;
 use std::path::PathBuf;
+
+#[path = "ignored.rs"]
+pub mod ignoring;
+pub use ignoring::ignore;
 
 /// A requirement of a test.
 #[derive(Clone, Copy, Debug)]
@@ -22,13 +25,13 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// Returns true if a requirement is not met; the caller has to return then. Panics instead if `CI=true`.
+/// Returns true if a requirement is not met; the caller has to return then. Panics instead in CI, unless that is listed.
 #[must_use]
 pub fn ignored(needs: &[Need<'_>]) -> bool {
     let missing: Vec<String> = needs
         .iter()
         .filter_map(|need| match need {
-            Need::Root => (!nix::unistd::geteuid().is_root()).then(|| "root".to_owned()),
+            Need::Root => (!rustix::process::geteuid().is_root()).then(|| "root".to_owned()),
             Need::Program(name) => find_program(name)
                 .is_none()
                 .then(|| format!("the program {name}")),
@@ -39,20 +42,6 @@ pub fn ignored(needs: &[Need<'_>]) -> bool {
     }
     ignore(&format!("needs {}", missing.join(", ")));
     true
-}
-
-/// Reports why a test does not run. Fails in CI.
-pub fn ignore(reason: &str) {
-    assert!(
-        env::var_os("CI").is_none_or(|ci| ci != "true"),
-        "a test may not be skipped in CI: {reason}"
-    );
-    // Written directly to stderr, because the harness hides captured output of tests that pass.
-    let line = format!(
-        "ignored: {}: {reason}\n",
-        std::thread::current().name().unwrap_or("a test")
-    );
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
 }
 
 /// Prints a note to stderr, not captured by the harness.
