@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use upperdeck::common::digest::{ChainId, DiffId, Digest};
+use upperdeck::common::failure::FailureKind;
 use upperdeck::node::container::{
     Container, ContainerdRoot, Error, Roots, Runtime, StorageRoot, TableSource, bolt, find, list,
     prove_base, recheck,
@@ -368,7 +369,7 @@ fn an_unknown_name_lists_what_there_is() {
         &SANDBOX_ID[..16],
     ] {
         let error = find(&node.roots, name).unwrap_err();
-        assert_eq!(error.exit_code(), 66, "{name}: {error}");
+        assert_eq!(error.kind(), FailureKind::ContainerGone, "{name}: {error}");
         if name.starts_with("hub") {
             assert!(
                 error
@@ -389,8 +390,8 @@ fn an_unknown_name_lists_what_there_is() {
         "pid:99999999999",
     ] {
         assert_eq!(
-            find(&node.roots, name).unwrap_err().exit_code(),
-            2,
+            find(&node.roots, name).unwrap_err().kind(),
+            FailureKind::Usage,
             "{name}"
         );
     }
@@ -467,7 +468,10 @@ fn a_root_that_the_runtime_did_not_make_is_refused() -> Outcome {
             let error = find(&node.roots, id).unwrap_err();
             assert!(matches!(error, Error::ForeignRoot { .. }), "{error}");
             assert!(error.to_string().contains("0:9999"), "{error}");
-            assert_eq!((error.exit_code(), error.retryable()), (69, false));
+            assert_eq!(
+                (error.kind(), error.retryable()),
+                (FailureKind::BaseUnproven, false)
+            );
             let listing = list(&node.roots);
             assert_eq!((listing.containers.len(), listing.problems.len()), (0, 1));
             // A container that was genuine when the save began.
@@ -792,7 +796,7 @@ fn a_base_is_proven_by_what_is_mounted_or_not_at_all() -> Outcome {
     node.mkdir(&format!("{SNAPSHOTS}/3/fs"))?;
     other.overlay.lowers[0] = node.path(&format!("{SNAPSHOTS}/3/fs"));
     let error = prove_base(&node.roots, &other).unwrap_err();
-    assert_eq!(error.exit_code(), 69);
+    assert_eq!(error.kind(), FailureKind::BaseUnproven);
     assert!(error.to_string().contains("snapshots/3/fs"), "{error}");
 
     // The manifest is gone: the config, recorded by its digest, still proves what is mounted.
@@ -811,7 +815,7 @@ fn a_base_is_proven_by_what_is_mounted_or_not_at_all() -> Outcome {
     // The config is gone: there is no proof.
     fs::remove_file(node.path(&format!("{BLOBS}/{CONFIG}")))?;
     let error = prove_base(&node.roots, &container).unwrap_err();
-    assert_eq!(error.exit_code(), 69);
+    assert_eq!(error.kind(), FailureKind::BaseUnproven);
     assert!(
         error
             .to_string()
@@ -847,7 +851,10 @@ fn crio_bases_are_proven_or_not_at_all() -> Outcome {
     let container = find(&node.roots, CRIO_ID)?;
     let mut other = container.clone();
     other.overlay.lowers.remove(0);
-    assert_eq!(prove_base(&node.roots, &other).unwrap_err().exit_code(), 69);
+    assert_eq!(
+        prove_base(&node.roots, &other).unwrap_err().kind(),
+        FailureKind::BaseUnproven
+    );
     let config = "=c2hhMjU2OjIzNWVkM2I1ZTJjZDBlZmU1NGFhNTVlNGMzOTA4M2JiZjFiYzc1ZjFkNjI0YTJmOThiZWRjOTAxOTZmMjU0MDg=";
     let config = node.path(&format!("{CRIO}/overlay-images/{CONFIG}/{config}"));
     let text = fs::read_to_string(&config)?;
@@ -856,7 +863,7 @@ fn crio_bases_are_proven_or_not_at_all() -> Outcome {
         text.replace("JUPYTER_PORT=8888", "JUPYTER_PORT=8889"),
     )?;
     let error = prove_base(&node.roots, &container).unwrap_err();
-    assert_eq!(error.exit_code(), 69);
+    assert_eq!(error.kind(), FailureKind::BaseUnproven);
     assert!(error.to_string().contains(CONFIG), "{error}");
     Ok(())
 }
@@ -915,7 +922,10 @@ fn ask(node: &Node, id: &str) {
         let _ = recheck(&node.roots, container);
     }
     if let Err(error) = find(&node.roots, id) {
-        assert!([1, 66, 69, 75, 77].contains(&error.exit_code()), "{error}");
+        assert!(
+            error.kind() != FailureKind::Usage && error.kind() != FailureKind::Cancelled,
+            "{error}"
+        );
     }
 }
 
@@ -1153,7 +1163,10 @@ fn dockers_records_are_checked_against_the_mount_and_against_each_other() -> Out
     let container = find(&node.roots, "lab")?;
     let mut other = container.clone();
     other.overlay.lowers.swap(1, 2);
-    assert_eq!(prove_base(&node.roots, &other).unwrap_err().exit_code(), 69);
+    assert_eq!(
+        prove_base(&node.roots, &other).unwrap_err().kind(),
+        FailureKind::BaseUnproven
+    );
 
     // The image was removed by force: another config with the same layers is not silently used instead.
     let config = fs::read_to_string(node.path(&format!("{IMAGEDB}/{}", image.hex())))?;
@@ -1168,7 +1181,8 @@ fn dockers_records_are_checked_against_the_mount_and_against_each_other() -> Out
     fs::remove_file(node.path(&format!("{IMAGEDB}/{}", image.hex())))?;
     let error = prove_base(&node.roots, &container).unwrap_err();
     assert!(
-        error.exit_code() == 69 && error.to_string().contains("another configuration"),
+        error.kind() == FailureKind::BaseUnproven
+            && error.to_string().contains("another configuration"),
         "{error}"
     );
 
@@ -1318,7 +1332,10 @@ fn a_podman_container_with_mapped_ids_is_found_and_its_base_proven() -> Outcome 
         &format!("{root}/overlay-layers/layers.json"),
         layers.replacen("diff-digest", "toc-digest", 1),
     )?;
-    assert_eq!(prove_base(&node.roots, &found).unwrap_err().exit_code(), 69);
+    assert_eq!(
+        prove_base(&node.roots, &found).unwrap_err().kind(),
+        FailureKind::BaseUnproven
+    );
     Ok(())
 }
 
@@ -1338,7 +1355,10 @@ fn a_container_of_docker_with_other_ids_than_its_store_is_refused() -> Outcome {
     for ids in [IDENTITY, "0 200000 65536\n", "1 100000 65536\n"] {
         node.write("proc/77/uid_map", ids)?;
         let error = find(&node.roots, DOCKER_ID).unwrap_err();
-        assert_eq!((error.code(), error.exit_code()), ("owners_unknown", 1));
+        assert_eq!(
+            (error.code(), error.kind()),
+            ("owners_unknown", FailureKind::Final)
+        );
         assert!(error.to_string().contains("100000:100000"), "{error}");
         assert_eq!(list(&node.roots).problems.len(), 1);
     }

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use crate::common::failure::FailureKind;
+
 /// Exit code of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -47,14 +49,19 @@ impl Exit {
     pub(crate) fn code(self) -> u8 {
         self as u8
     }
+}
 
-    /// Converts a number. Unknown numbers become [`Exit::Failed`].
-    pub(crate) fn from_code(code: u8) -> Self {
-        Self::TABLE
-            .iter()
-            .map(|(exit, _)| *exit)
-            .find(|exit| exit.code() == code)
-            .unwrap_or(Self::Failed)
+impl From<FailureKind> for Exit {
+    fn from(kind: FailureKind) -> Self {
+        match kind {
+            FailureKind::Final => Self::Failed,
+            FailureKind::Usage => Self::Usage,
+            FailureKind::ContainerGone => Self::NoContainer,
+            FailureKind::BaseUnproven => Self::Base,
+            FailureKind::Retryable => Self::Retry,
+            FailureKind::NotPermitted => Self::NotPermitted,
+            FailureKind::Cancelled => Self::Cancelled,
+        }
     }
 }
 

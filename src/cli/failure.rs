@@ -47,16 +47,7 @@ impl Failure {
             return Some(Self::new(Exit::Usage, "usage"));
         }
         if let Some(error) = cause.downcast_ref::<save::Error>() {
-            let exit = match error.kind() {
-                save::Kind::Final => Exit::Failed,
-                save::Kind::Usage => Exit::Usage,
-                save::Kind::ContainerGone => Exit::NoContainer,
-                save::Kind::BaseUnproven => Exit::Base,
-                save::Kind::Retryable => Exit::Retry,
-                save::Kind::NotPermitted => Exit::NotPermitted,
-                save::Kind::Cancelled => Exit::Cancelled,
-            };
-            return Some(Self::new(exit, error.code()));
+            return Some(Self::new(error.kind().into(), error.code()));
         }
         if let Some(error) = cause.downcast_ref::<images::Error>() {
             return Some(if error.is_usage() {
@@ -84,7 +75,7 @@ impl Failure {
             return match error {
                 demo::Error::Commit(error) => Self::of_cause(error),
                 demo::Error::Cancelled(error) => Self::of_cause(error),
-                error => Some(Self::new(Exit::from_code(error.exit_code()), "demo")),
+                error => Some(Self::new(error.kind().into(), "demo")),
             };
         }
         #[cfg(feature = "service")]
@@ -116,8 +107,6 @@ mod tests {
     fn codes_are_those_of_the_design() {
         let codes: Vec<u8> = Exit::TABLE.iter().map(|(exit, _)| exit.code()).collect();
         assert_eq!(codes, [0, 1, 2, 66, 69, 75, 77, 130]);
-        assert_eq!(Exit::from_code(66), Exit::NoContainer);
-        assert_eq!(Exit::from_code(200), Exit::Failed);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::exit::Usage;
 use super::failure::Failure;
 use super::print::print;
 use super::{options, progress, signals, view, write_stdout};
+use crate::common::failure::FailureKind;
 use crate::common::private_files::FileMode;
 use crate::image::manifest::Platform;
 use crate::image::verify::validate::{self, Expected};
@@ -76,7 +77,7 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
             &CancellationToken::new(),
         ) {
             Ok(next) => view.saved_next(next, &args.include_volume),
-            Err(error) if error.kind() == save::Kind::Usage => return Err(error.into()),
+            Err(error) if error.kind() == FailureKind::Usage => return Err(error.into()),
             // Only the next save would fail with this error; the rest can still be shown.
             Err(error) => view.next_save_error = Some(error.to_string()),
         }

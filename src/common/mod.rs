@@ -1,9 +1,10 @@
 //! Code that every other module may use: digests, escaping of untrusted text, messages, names of images, cancellation,
-//! and files with private modes.
+//! kinds of failures, and files with private modes.
 
 pub mod cancel;
 pub mod digest;
 pub mod escape;
+pub mod failure;
 pub mod message;
 pub(crate) mod private_files;
 pub mod reference;

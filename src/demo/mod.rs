@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::common::cancel::Cancelled;
 use crate::common::digest::Digest;
+use crate::common::failure::FailureKind;
 use crate::image::manifest::platform::Platform;
 use crate::image::verify::directory::DirectoryError;
 use crate::image::verify::layers::Layers;
@@ -87,12 +88,12 @@ impl Error {
         move |source| Self::Io { doing, source }
     }
 
-    /// Returns the exit code, unless a nested [`save::Error`] determines it.
-    pub(crate) fn exit_code(&self) -> u8 {
+    /// Returns the kind of the error, unless a nested [`save::Error`] determines it.
+    pub(crate) fn kind(&self) -> FailureKind {
         match self {
-            Self::NoContainer(_) => 77,
-            Self::Cancelled(_) => 130,
-            _ => 1,
+            Self::NoContainer(_) => FailureKind::NotPermitted,
+            Self::Cancelled(_) => FailureKind::Cancelled,
+            _ => FailureKind::Final,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The errors of a save, classified as the exit codes require.
 
 use crate::common::digest::DiffId;
+use crate::common::failure::FailureKind;
 use crate::image::manifest;
 use crate::image::prove::ProveError;
 use crate::layer;
@@ -99,73 +100,39 @@ pub enum Error {
     Cancelled,
 }
 
-/// The kinds of errors that the exit codes distinguish.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// Exit code 1.
-    Final,
-    /// Exit code 2.
-    Usage,
-    /// Exit code 66.
-    ContainerGone,
-    /// Exit code 69.
-    BaseUnproven,
-    /// Exit code 75.
-    Retryable,
-    /// Exit code 77.
-    NotPermitted,
-    /// Exit code 130.
-    Cancelled,
-}
-
-impl Kind {
-    /// Returns the kind for a module's own exit code.
-    fn of_exit(code: u8) -> Self {
-        match code {
-            2 => Self::Usage,
-            66 => Self::ContainerGone,
-            69 => Self::BaseUnproven,
-            75 => Self::Retryable,
-            77 => Self::NotPermitted,
-            130 => Self::Cancelled,
-            _ => Self::Final,
-        }
-    }
-}
-
 impl Error {
     /// Returns the kind of the error.
-    pub(crate) fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> FailureKind {
         match self {
-            Self::Container(error) => Kind::of_exit(error.exit_code()),
-            Self::Target(_) | Self::Pattern(_) => Kind::Usage,
+            Self::Container(error) => error.kind(),
+            Self::Target(_) | Self::Pattern(_) => FailureKind::Usage,
             Self::Destination(error) => destination_kind(error),
-            Self::Freeze(error) => Kind::of_exit(error.exit_code()),
+            Self::Freeze(error) => error.kind(),
             Self::Scan(scan::Error::Cancelled)
             | Self::Layer(layer::Error::Cancelled)
-            | Self::Cancelled => Kind::Cancelled,
+            | Self::Cancelled => FailureKind::Cancelled,
             Self::Scan(scan::Error::MarksUnreadable | scan::Error::Cap { .. }) => {
-                Kind::NotPermitted
+                FailureKind::NotPermitted
             }
-            Self::Manifest(error) if error.is_usage() => Kind::Usage,
-            Self::Manifest(error) if error.is_base() => Kind::BaseUnproven,
+            Self::Manifest(error) if error.is_usage() => FailureKind::Usage,
+            Self::Manifest(error) if error.is_base() => FailureKind::BaseUnproven,
             Self::Prove(_)
             | Self::BaseNotNamed { .. }
             | Self::BaseUnusable { .. }
-            | Self::BaseLayerNotFound { .. } => Kind::BaseUnproven,
+            | Self::BaseLayerNotFound { .. } => FailureKind::BaseUnproven,
             Self::Scan(_)
             | Self::Layer(_)
             | Self::Manifest(_)
             | Self::Report { .. }
             | Self::PausedTooLong { .. }
             | Self::Unanswered { .. }
-            | Self::Worker => Kind::Final,
+            | Self::Worker => FailureKind::Final,
         }
     }
 
     /// Returns whether the destination failed, not the source, and the save may succeed when it is repeated.
     pub(super) fn is_transient_at_destination(&self) -> bool {
-        matches!(self, Self::Destination(_)) && self.kind() == Kind::Retryable
+        matches!(self, Self::Destination(_)) && self.kind() == FailureKind::Retryable
     }
 
     /// Returns a stable name in snake case, for `--progress json` and the service.
@@ -179,23 +146,23 @@ impl Error {
             return code;
         }
         match self.kind() {
-            Kind::Final => "internal",
-            Kind::Usage => "usage",
-            Kind::ContainerGone => "container_gone",
-            Kind::BaseUnproven => "base_unproven",
-            Kind::Retryable => "registry_unavailable",
-            Kind::NotPermitted => "not_permitted",
-            Kind::Cancelled => "cancelled",
+            FailureKind::Final => "internal",
+            FailureKind::Usage => "usage",
+            FailureKind::ContainerGone => "container_gone",
+            FailureKind::BaseUnproven => "base_unproven",
+            FailureKind::Retryable => "registry_unavailable",
+            FailureKind::NotPermitted => "not_permitted",
+            FailureKind::Cancelled => "cancelled",
         }
     }
 }
 
-fn destination_kind(error: &destination::Error) -> Kind {
+fn destination_kind(error: &destination::Error) -> FailureKind {
     if error.not_permitted() {
-        Kind::NotPermitted
+        FailureKind::NotPermitted
     } else if error.retryable() {
-        Kind::Retryable
+        FailureKind::Retryable
     } else {
-        Kind::Final
+        FailureKind::Final
     }
 }

@@ -43,7 +43,7 @@ use tokio_util::sync::CancellationToken;
 use trees::Baseline;
 
 pub(crate) use base::Delivered;
-pub(crate) use error::{Error, Kind};
+pub(crate) use error::Error;
 pub(crate) use gate::Gate;
 pub(crate) use live::MAX_PAUSE;
 pub(crate) use next::{Kind as NextKind, NextSave, NextSaveOptions, next_save};

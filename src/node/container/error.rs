@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::bolt;
+use crate::common::failure::FailureKind;
 use crate::node::overlay::mount::MountError;
 
 /// Maximum number of candidates listed in a message; the rest is counted.
@@ -189,22 +190,25 @@ pub enum Error {
 }
 
 impl Error {
-    /// Returns the exit code: 1 permanent failure, 2 usage, 66 no such container, 69 root or base unproven, 75 worth a
-    /// retry, 77 not permitted.
-    pub fn exit_code(&self) -> u8 {
+    /// Returns the kind of the error.
+    pub fn kind(&self) -> FailureKind {
         match self {
-            Self::BadName { .. } | Self::Ambiguous { .. } | Self::NotAVolume { .. } => 2,
-            Self::NotFound { .. } | Self::Gone { .. } => 66,
-            Self::BaseUnproven { .. } | Self::ForeignRoot { .. } | Self::LayerUnproven { .. } => 69,
-            Self::Busy { .. } => 75,
+            Self::BadName { .. } | Self::Ambiguous { .. } | Self::NotAVolume { .. } => {
+                FailureKind::Usage
+            }
+            Self::NotFound { .. } | Self::Gone { .. } => FailureKind::ContainerGone,
+            Self::BaseUnproven { .. } | Self::ForeignRoot { .. } | Self::LayerUnproven { .. } => {
+                FailureKind::BaseUnproven
+            }
+            Self::Busy { .. } => FailureKind::Retryable,
             Self::NotPermitted { .. }
             | Self::TooManyMounts { .. }
-            | Self::VolumeNotAllowed { .. } => 77,
+            | Self::VolumeNotAllowed { .. } => FailureKind::NotPermitted,
             Self::NotOverlay { .. }
             | Self::OwnersUnknown { .. }
             | Self::Mount { .. }
             | Self::Damaged { .. }
-            | Self::Io { .. } => 1,
+            | Self::Io { .. } => FailureKind::Final,
         }
     }
 

@@ -20,6 +20,7 @@ mod mark;
 mod members;
 mod watchdog;
 
+use crate::common::failure::FailureKind;
 use std::collections::HashSet;
 use std::fs;
 use std::io;
@@ -131,17 +132,17 @@ impl Error {
         }
     }
 
-    /// Returns the exit code of the program for this error, as listed in the design.
-    pub fn exit_code(&self) -> u8 {
+    /// Returns the kind of the error.
+    pub(crate) fn kind(&self) -> FailureKind {
         match self {
-            Self::Gone { .. } => 66,
-            Self::Timeout { .. } | Self::ThawedEarly { .. } => 75,
-            Self::NotPermitted { .. } => 77,
+            Self::Gone { .. } => FailureKind::ContainerGone,
+            Self::Timeout { .. } | Self::ThawedEarly { .. } => FailureKind::Retryable,
+            Self::NotPermitted { .. } => FailureKind::NotPermitted,
             Self::Unsupported { .. }
             | Self::Shared { .. }
             | Self::WouldFreezeSelf { .. }
             | Self::Watchdog { .. }
-            | Self::Io { .. } => 1,
+            | Self::Io { .. } => FailureKind::Final,
         }
     }
 }
@@ -591,11 +592,14 @@ mod tests {
             rustix::io::Errno::NODEV.into(),
         );
         assert_eq!(
-            (gone.exit_code(), gone.to_string().as_str()),
-            (66, "the container of \"/cg/x\" ended")
+            (gone.kind(), gone.to_string().as_str()),
+            (
+                FailureKind::ContainerGone,
+                "the container of \"/cg/x\" ended"
+            )
         );
         let denied = Error::io(PathBuf::from("/cg/x"), rustix::io::Errno::ROFS.into());
-        assert_eq!(denied.exit_code(), 77);
+        assert_eq!(denied.kind(), FailureKind::NotPermitted);
         let foreign_processes = (1..=7)
             .map(|pid| ForeignProcess {
                 pid,

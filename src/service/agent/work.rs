@@ -13,6 +13,7 @@ use super::metadata::read_saved;
 use super::reporter::Reporter;
 use super::spool::{ChildRecord, JobFile};
 use crate::common::escape;
+use crate::common::failure::FailureKind;
 use crate::node::container::{self, Container, Runtime};
 use crate::node::freeze;
 use crate::service::job::{Code, Event, JobId, NextStep, Order, Outcome, Update, Verdict, now_ms};
@@ -307,15 +308,14 @@ fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
     if session.starts_with('-') || !session.chars().all(id) {
         return Err(gone());
     }
-    let container = container::find(&agent.options.roots, session).map_err(|error| match error
-        .exit_code()
-    {
-        66 => gone(),
-        _ if error.code() == "policy" => Refusal::of(Code::Policy, error.to_string()),
-        69 => Refusal::of(Code::BaseUnproven, error.to_string()),
-        77 => Refusal::of(Code::NotPermitted, error.to_string()),
-        _ => Refusal::of(Code::Internal, error.to_string()),
-    })?;
+    let container =
+        container::find(&agent.options.roots, session).map_err(|error| match error.kind() {
+            FailureKind::ContainerGone => gone(),
+            _ if error.code() == "policy" => Refusal::of(Code::Policy, error.to_string()),
+            FailureKind::BaseUnproven => Refusal::of(Code::BaseUnproven, error.to_string()),
+            FailureKind::NotPermitted => Refusal::of(Code::NotPermitted, error.to_string()),
+            _ => Refusal::of(Code::Internal, error.to_string()),
+        })?;
     if container.id != session || container.runtime == Runtime::Process {
         return Err(gone());
     }
