@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
+use upperdeck::common::failure::FailureKind;
 use upperdeck::node::freeze::{Error, Options, freeze};
 
 type Result<T = (), E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -422,7 +423,7 @@ fn refuses_itself_strangers_and_the_root() -> Result {
         ),
         "{refusal:?}"
     );
-    assert_eq!(refusal.err().map(|e| e.exit_code()), Some(1));
+    assert_eq!(refusal.err().map(|e| e.kind()), Some(FailureKind::Final));
     Ok(())
 }
 
@@ -589,7 +590,7 @@ fn says_that_the_container_ended() -> Result {
         }
         let outcome = freeze(pid, None, &options());
         assert!(
-            matches!(&outcome, Err(e @ Error::Gone { .. }) if e.exit_code() == 66),
+            matches!(&outcome, Err(e @ Error::Gone { .. }) if e.kind() == FailureKind::ContainerGone),
             "{outcome:?}"
         );
         // The cgroup itself is removed while the guard exists.

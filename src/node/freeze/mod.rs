@@ -133,7 +133,7 @@ impl Error {
     }
 
     /// Returns the kind of the error.
-    pub(crate) fn kind(&self) -> FailureKind {
+    pub fn kind(&self) -> FailureKind {
         match self {
             Self::Gone { .. } => FailureKind::ContainerGone,
             Self::Timeout { .. } | Self::ThawedEarly { .. } => FailureKind::Retryable,
