@@ -110,6 +110,7 @@ impl Commit {
             container: args.container,
             destination: args.destination,
             author: args.author,
+            delete_replaced: args.delete_replaced,
             message: args.message,
             changes: args.change,
             labels: args.label,
@@ -151,6 +152,7 @@ impl Commit {
         };
         let access = registry::Access {
             create_project: args.create_project,
+            project_quota: args.project_quota,
             ..access(&args.registry, creds, host)
         };
         Ok(Self { options, access })

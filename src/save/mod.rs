@@ -103,6 +103,8 @@ pub(crate) struct Options {
     pub(crate) message: Option<String>,
     /// Texts of `--change`, in order.
     pub(crate) changes: Vec<String>,
+    /// Whether the image that the tag moves away from is deleted in Harbor, if nothing needs it.
+    pub(crate) delete_replaced: bool,
     /// `--label` K=V.
     pub(crate) labels: Vec<(String, String)>,
     /// `--annotation` K=V, on the manifest.
@@ -246,6 +248,11 @@ async fn save(
         context.observer.event(Event::Ready);
         gate.pass().await?;
     }
+    let replaced = if options.delete_replaced {
+        destination.tagged(target.tag()).await
+    } else {
+        None
+    };
     let mut attempt = 1;
     let digest = loop {
         let manifest = Bytes::from(made.image.manifest.bytes.clone());
@@ -270,6 +277,12 @@ async fn save(
             digest => break digest?,
         }
     };
+    if let Some(replaced) = replaced.filter(|&old| old != digest)
+        && let Err(error) = destination.delete_replaced(&replaced).await
+    {
+        let why = format!("the image that had the tag before stays, without a tag: {error}");
+        context.warn("replaced_kept", why);
+    }
     let Made {
         earlier,
         taken,

@@ -12,6 +12,7 @@ use crate::common::private_files::FileMode;
 use crate::common::reference::ReferenceError;
 use crate::store::harbor::{self, Budget};
 use crate::store::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob, Reader};
+use crate::store::registry::NewProject;
 use crate::store::registry::error::Step;
 use crate::store::registry::{self, Denial, Reference, Registries, Repository, Writer};
 
@@ -270,7 +271,7 @@ pub struct Destination(Kind);
 enum Kind {
     Registry {
         repository: Repository,
-        create_project: bool,
+        create_project: Option<NewProject>,
     },
     Directory(Directory),
     Archive(Archive),
@@ -327,6 +328,25 @@ impl Destination {
         match &self.0 {
             Kind::Registry { repository, .. } => Ok(Budget::of(repository).await?),
             Kind::Directory(_) | Kind::Archive(_) => Ok(None),
+        }
+    }
+
+    /// Returns the digest of the image that has the tag now. Returns `None` if there is none, or the registry is not a
+    /// Harbor.
+    pub async fn tagged(&self, tag: &str) -> Option<Digest> {
+        match &self.0 {
+            Kind::Registry { repository, .. } => harbor::tagged(repository, tag).await,
+            Kind::Directory(_) | Kind::Archive(_) => None,
+        }
+    }
+
+    /// Deletes an image that its last tag has moved away from, if nothing else needs it. Returns whether it did.
+    pub async fn delete_replaced(&self, digest: &Digest) -> Result<bool, Error> {
+        match &self.0 {
+            Kind::Registry { repository, .. } => {
+                Ok(harbor::delete_replaced(repository, digest).await?)
+            }
+            Kind::Directory(_) | Kind::Archive(_) => Ok(false),
         }
     }
 

@@ -563,7 +563,7 @@ async fn a_missing_project_is_named_or_made() -> Outcome {
     )
     .await?;
     assert!(lab.harbor().await.project_exists(&name).await?);
-    assert!(!lab.harbor().await.create_project(&name).await?);
+    assert!(!lab.harbor().await.create_project(&name, None).await?);
     assert!(
         !lab.harbor()
             .await

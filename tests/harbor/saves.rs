@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 use upperdeck::common::digest::Digest;
-use upperdeck::store::images::ImageSelector;
+use upperdeck::store::images::{self, ImageSelector};
 
 use super::refusals::{rights_without, used};
 use super::world::{PROGRAM, World};
@@ -292,5 +292,81 @@ async fn three_saves_of_one_container_take_turns() -> Outcome {
         }
     }
     assert!(world.runs().is_ok(), "the container runs");
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_lost_its_tag_goes_if_nothing_needs_it() -> Outcome {
+    let lab = Lab::start().await?;
+    let home = tempfile::tempdir()?;
+    let Some(world) = container(home.path()) else {
+        return lab.end().await;
+    };
+    let project = lab.project(Some(1 << 30)).await;
+    let repository = format!("{project}/x");
+    let robot = lab.robot(&project, &rights_without(&[])).await;
+    let to = format!("{}/{repository}:1", lab.host);
+    let again = async |flags: &[&str]| {
+        world.work_on().ok();
+        world.change(if flags.is_empty() { "a" } else { "b" }).ok();
+        let mut command = command(&world, &robot, &to, "state");
+        command.args(flags);
+        let output = tokio::task::spawn_blocking(move || command.output()).await;
+        let end = ended(&output.unwrap().unwrap());
+        assert_eq!(end.exit, 0, "{}", end.text);
+        let listed = lab.images().await;
+        let listed = listed.images(&repository, &images::Query::default()).await;
+        listed.unwrap().items
+    };
+    assert_eq!(again(&[]).await.len(), 1);
+    let kept = again(&["--timestamp", "1750000001"]).await;
+    assert_eq!(kept.len(), 2, "kept unless asked for");
+    let old = kept
+        .iter()
+        .find(|i| i.tags.is_empty())
+        .ok_or("no untagged image")?;
+    let gone = again(&["--delete-replaced", "--timestamp", "1750000002"]).await;
+    assert_eq!(
+        gone.len(),
+        2,
+        "the one from before stays, the replaced one goes"
+    );
+    // The untagged one can be deleted by its digest.
+    let which = ImageSelector::Digest(old.digest);
+    let removed = lab
+        .images()
+        .await
+        .remove(&repository, &which, false)
+        .await?;
+    assert!(removed.image_deleted);
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_project_gets_its_quota_and_the_image_says_what_it_is() -> Outcome {
+    let lab = Lab::start().await?;
+    let home = tempfile::tempdir()?;
+    let Some(world) = container(home.path()) else {
+        return lab.end().await;
+    };
+    let project = lab.name();
+    let to = format!("{}/{project}/notebook:monday", lab.host);
+    let mut command = command(&world, &lab.admin, &to, "state");
+    command.args(["--create-project", "--project-quota", "20MiB"]);
+    command.args(["--author", "alice", "--message", "with pandas"]);
+    let output = tokio::task::spawn_blocking(move || command.output()).await??;
+    let end = ended(&output);
+    assert_eq!(end.exit, 0, "{}", end.text);
+    let images = lab.images().await;
+    let usage = images.quota_usage(&format!("{project}/x")).await?;
+    assert_eq!(usage.and_then(|usage| usage.limit), Some(20 << 20));
+    let (notebook, query) = (format!("{project}/notebook"), images::Query::default());
+    let image = images.images(&notebook, &query).await?.items.remove(0);
+    let says = |key: &str| image.annotations[&format!("org.opencontainers.image.{key}")].clone();
+    assert_eq!(
+        (says("authors"), says("description")),
+        ("alice".to_owned(), "with pandas".to_owned())
+    );
+    assert!(says("created").starts_with("20"));
     lab.end().await
 }

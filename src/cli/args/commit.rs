@@ -151,6 +151,12 @@ pub(in crate::cli) struct Commit {
     /// Make the project in Harbor, if it is not there
     #[arg(long, help_heading = REGISTRY)]
     pub(in crate::cli) create_project: bool,
+    /// The quota of a project that is made, e.g. 20GiB; Harbor lets only its administrators set it
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "create_project", help_heading = REGISTRY)]
+    pub(in crate::cli) project_quota: Option<u64>,
+    /// In Harbor, delete the image that the tag moves away from, if it has no other tag and nothing needs it
+    #[arg(long, help_heading = REGISTRY)]
+    pub(in crate::cli) delete_replaced: bool,
 
     /// Write all figures of the save to FILE, as JSON
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]

@@ -150,6 +150,8 @@ fn agent_options(
         cert_dir: push.cert_dir.clone(),
         tls_verify: push.tls_verify,
         create_project: work.create_project,
+        project_quota: work.project_quota,
+        keep_replaced: work.keep_replaced,
     };
     options.allowed = allowed;
     options.volumes = work.allow_volume;

@@ -151,7 +151,7 @@ pub struct Input<'a> {
     pub labels: &'a [(String, String)],
     /// `--annotation`, for the manifest. The last of several with the same key wins.
     pub annotations: &'a [(String, String)],
-    /// Author for history and config; if `None`, the config keeps that of the base.
+    /// Author for history, config and annotations. That of the base is left out in any case.
     pub author: Option<&'a str>,
     /// Comment of the topmost history entry.
     pub message: Option<&'a str>,
@@ -392,12 +392,20 @@ fn rfc3339(seconds: i64) -> Result<String, Error> {
 
 // ---- config
 
+const TITLE: &str = "org.opencontainers.image.title";
+const DESCRIPTION: &str = "org.opencontainers.image.description";
+const AUTHORS: &str = "org.opencontainers.image.authors";
+const VENDOR: &str = "org.opencontainers.image.vendor";
 const BASE_CONFIG: &str = "the base config";
 
 fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Result<Vec<u8>, Error> {
     let mut root = parse_object(BASE_CONFIG, input.base_config)?;
     for key in STALE_FIELDS {
         root.shift_remove(key);
+    }
+    // The author of the base did not make this image.
+    if input.author.is_none() {
+        root.shift_remove("author");
     }
     // Go treats null as absent, the JSON schema does not allow it.
     drop_nulls(&mut root);
@@ -783,7 +791,7 @@ fn plain_descriptor(descriptor: &Descriptor) -> Map<String, Value> {
     map
 }
 
-/// Returns the base's annotations, with those about its own base and time of creation updated and the user's added.
+/// Returns the base's annotations without what it says of itself, with this image's own and the user's added.
 fn annotations(
     manifest: &mut Map<String, Value>,
     input: &Input<'_>,
@@ -802,8 +810,15 @@ fn annotations(
     if let Some(base) = &input.base_manifest {
         annotations.insert(BASE_DIGEST.to_owned(), json!(base.digest));
     }
-    if let Some(time) = annotations.get_mut(ANNOTATION_CREATED) {
-        *time = json!(created);
+    // What the base says of itself is not true of the new image.
+    for key in [TITLE, DESCRIPTION, AUTHORS, VENDOR] {
+        annotations.shift_remove(key);
+    }
+    annotations.insert(ANNOTATION_CREATED.to_owned(), json!(created));
+    for (key, own) in [(AUTHORS, input.author), (DESCRIPTION, input.message)] {
+        if let Some(own) = own {
+            annotations.insert(key.to_owned(), json!(own));
+        }
     }
     annotations.extend(
         input

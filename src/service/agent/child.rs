@@ -78,6 +78,11 @@ pub(super) struct Child {
     stderr: JoinHandle<String>,
 }
 
+/// Returns name and tag of the image, for its title.
+fn title(destination: &str) -> Option<&str> {
+    destination.rsplit('/').next().filter(|t| !t.is_empty())
+}
+
 /// Returns the arguments for `commit`. Values that users chose are complete arguments of the form `--flag=value` or
 /// come after `--`, so that none can be taken for another flag.
 pub(super) fn arguments(
@@ -129,6 +134,18 @@ pub(super) fn arguments(
     }
     if registry.create_project {
         all.push("--create-project".into());
+        if let Some(bytes) = registry.project_quota {
+            all.push(format!("--project-quota={bytes}").into());
+        }
+    }
+    if !registry.keep_replaced {
+        all.push("--delete-replaced".into());
+    }
+    // Flags of the administrator come later and win.
+    all.push(flag("author", &order.owner));
+    if let Some(title) = title(&order.destination) {
+        let annotation = format!("org.opencontainers.image.title={title}");
+        all.push(flag("annotation", &annotation));
     }
     all.extend(options.flags.iter().map(Into::into));
     let chosen = &order.options;

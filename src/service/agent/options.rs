@@ -79,6 +79,10 @@ pub struct Registry {
     pub tls_verify: bool,
     /// Whether a missing Harbor project is created.
     pub create_project: bool,
+    /// Quota in bytes of a project that is created.
+    pub project_quota: Option<u64>,
+    /// Whether images that their last tag moved away from are kept.
+    pub keep_replaced: bool,
 }
 
 impl Options {
@@ -96,6 +100,8 @@ impl Options {
                 cert_dir: None,
                 tls_verify: true,
                 create_project: false,
+                project_quota: None,
+                keep_replaced: false,
             },
             allowed: Vec::new(),
             volumes: Vec::new(),

@@ -68,7 +68,7 @@ async fn ask(access: Access, name: &str) -> Result<Registry, harbor::Error> {
     let registries = Registries::new(access);
     let repository = registries.push_to(&reference)?;
     let (push, clock) = tokio::join!(
-        harbor::check_push(&repository, false),
+        harbor::check_push(&repository, None),
         date_of(&reference.host, plain)
     );
     let missing = match harbor::split(repository.path()) {

@@ -61,7 +61,10 @@ pub struct SessionView {
 
 /// Selects a session by its ID or its pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "session: its ID as a text, or an object with namespace, pod and container"
+)]
 pub enum Which {
     /// The full ID, or a unique prefix of at least 12 characters.
     Id(String),

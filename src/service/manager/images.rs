@@ -20,6 +20,7 @@ use super::extract::{Path, QueryParams};
 use super::refusal::Refusal;
 use super::target::Template;
 use super::time::rfc3339;
+use crate::common::digest::Digest;
 use crate::service::job::Category;
 use crate::service::record::Save;
 use crate::store::harbor::{Harbor, QuotaUsage, rights};
@@ -246,20 +247,24 @@ impl ImageStore {
         self.rooms.lock().await.clear();
     }
 
-    async fn remove(&self, user: &str, name: &str, tag: &str) -> Result<images::Removed, Refusal> {
-        let which = ImageSelector::Tag(tag.to_owned());
+    async fn remove(
+        &self,
+        user: &str,
+        name: &str,
+        which: &ImageSelector,
+    ) -> Result<images::Removed, Refusal> {
         let path = self.template.path(user, name)?;
         let removed = if self.template.is_layout() {
             let dir = PathBuf::from(format!("/{path}"));
             if !dir.join("index.json").exists() {
-                return Err(Refusal::not_found(format!("{name}:{tag} is not there")));
+                return Err(Refusal::not_found(format!("{name} is not there")));
             }
             LayoutImages::new(Directory::new(dir))
-                .remove("", &which, false)
+                .remove("", which, false)
                 .await
         } else {
             match self.registry().await {
-                Ok(images) => images.remove(&path, &which, false).await,
+                Ok(images) => images.remove(&path, which, false).await,
                 Err(error) => Err(error),
             }
         };
@@ -570,7 +575,8 @@ pub(super) async fn delete(
             Some(save),
         ));
     }
-    let removed = app.store.remove(&user, &name, &tag).await;
+    let which = ImageSelector::Tag(tag);
+    let removed = app.store.remove(&user, &name, &which).await;
     app.store.forget(&user).await;
     let removed = removed?;
     tracing::info!(
@@ -578,14 +584,51 @@ pub(super) async fn delete(
         image.deleted = removed.image_deleted, "a tag is deleted"
     );
     app.metrics.deleted();
-    Ok(Json(Deleted {
+    Ok(Json(deleted(removed)))
+}
+
+/// DEL of an image without a tag, by its digest: one that its tag has moved away from.
+#[utoipa::path(
+    delete, path = "/api/v1/images/{name}/digests/{digest}", tag = "images",
+    params(
+        ("name" = String, Path, description = "The image's name"),
+        ("digest" = String, Path, description = "Digest of the manifest, `sha256:` and 64 hexadecimal digits"),
+        UserQuery
+    ),
+    responses((status = 200, body = Deleted), Refusal)
+)]
+pub(super) async fn delete_untagged(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Path((name, digest)): Path<(String, String)>,
+    QueryParams(asked): QueryParams<UserQuery>,
+) -> Result<Json<Deleted>, Refusal> {
+    let user = owner(&caller, asked.user.as_deref())?;
+    let digest = digest
+        .parse::<Digest>()
+        .map_err(|error| Refusal::invalid("digest", error.to_string()))?;
+    // The name is checked like that of a save.
+    app.options.target.fill(&user, &name, "latest")?;
+    let which = ImageSelector::Digest(digest);
+    let removed = app.store.remove(&user, &name, &which).await;
+    app.store.forget(&user).await;
+    let removed = removed?;
+    tracing::info!(
+        caller = caller.name, image.name = name, digest = %removed.digest, "an image without a tag is deleted"
+    );
+    app.metrics.deleted();
+    Ok(Json(deleted(removed)))
+}
+
+fn deleted(removed: images::Removed) -> Deleted {
+    Deleted {
         tags: removed.tags,
         digest: removed.digest.to_string(),
         image_deleted: removed.image_deleted,
         kept: removed.kept,
         accessories: removed.accessories,
         space: removed.space.to_owned(),
-    }))
+    }
 }
 
 /// Returns the quota and the usage of the place for the caller's images.

@@ -74,6 +74,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(saves::dead))
         .routes(routes!(images::images))
         .routes(routes!(images::delete))
+        .routes(routes!(images::delete_untagged))
         .routes(routes!(images::quota))
         .routes(routes!(inventory::nodes))
         .routes(routes!(status::healthz))

@@ -46,12 +46,28 @@ async function remove(image, tag, me, done) {
   }
 }
 
+async function removeUntagged(image, me, done) {
+  const what = `${image.name}@${image.digest.slice(0, 19)}`;
+  const size = typeof image.size === "number" ? bytes(image.size) : t("size.unknown");
+  const body = [element("p", {}, sentence("delete.untagged", { size })), element("p", { class: "mono" }, named(image.digest)), element("p", {}, t("delete.forever"))];
+  if (!await ask(sentence("delete.title", { image: named(what) }), body, t("delete.yes"))) return;
+  try {
+    await insist("DELETE", path("images", image.name, "digests", image.digest), { query: { user: me.administrator ? image.user : null } });
+    done(t("deleted", { image: what }));
+  } catch (error) {
+    if (error instanceof Refused && error.status === 404) return done(t("deleted.before", { image: what }));
+    if (!(error instanceof Refused || error instanceof Lost)) throw error;
+    done(null, words(error));
+  }
+}
+
 function row(first, me, done) {
   const heading = element("h2");
   const message = element("p", { class: "message" });
   const meta = element("p", { class: "dim metas" });
   const tags = element("ul", { class: "tags" });
-  const block = element("article", { class: "card image" }, heading, message, meta, tags);
+  const bare = element("p");
+  const block = element("article", { class: "card image" }, heading, message, meta, tags, bare);
   const update = (image) => {
     fill(heading, named(image.name), " ", element("span", { class: "badges" }, badges(image)));
     message.hidden = !image.message;
@@ -65,6 +81,10 @@ function row(first, me, done) {
       image.user !== me.user ? sentence("image.user", { user: named(image.user) }) : null,
     ].filter(Boolean);
     fill(meta, told.map((part) => element("span", {}, part)));
+    bare.hidden = image.tags.length > 0;
+    fill(bare, image.tags.length ? "" : [element("span", { class: "dim" }, t("untagged")), " ",
+      element("button", { type: "button", class: "quiet danger", "aria-label": t("delete.what", { image: `${image.name}@${image.digest}` }),
+        click: () => removeUntagged(image, me, done) }, t("delete"))]);
     follow(tags, image.tags, (tag) => tag.name + tag.immutable, (tag) => ({
       element: element("li", {},
         element("code", { title: plain(tag.reference), dir: "ltr" }, named(tag.name)),

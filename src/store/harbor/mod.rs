@@ -18,6 +18,7 @@ use crate::store::registry::{self, Api, Denial, Registries};
 
 pub use budget::Budget;
 pub use push::{Needed, QuotaUsage, check_push, check_tag, explain};
+pub(crate) use push::{delete_replaced, tagged};
 
 /// Base path of the API.
 const BASE: &str = "/api/v2.0";
@@ -465,9 +466,12 @@ impl Harbor {
         read_if_found(&answer)
     }
 
-    /// Creates a private project. Returns false if it existed already.
-    pub async fn create_project(&self, name: &str) -> Result<bool, Error> {
-        let document = json!({"project_name": name, "metadata": {"public": "false"}});
+    /// Creates a private project with a quota in bytes, or with Harbor's default. Returns false if it existed already.
+    pub async fn create_project(&self, name: &str, limit: Option<u64>) -> Result<bool, Error> {
+        let mut document = json!({"project_name": name, "metadata": {"public": "false"}});
+        if let Some(limit) = limit {
+            document["storage_limit"] = json!(limit);
+        }
         let answer = self
             .api
             .post(&format!("{BASE}/projects"), &document, &[409])

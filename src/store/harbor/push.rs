@@ -1,8 +1,9 @@
 //! Checks a Harbor project before a push, and explains why a push failed.
 
 use super::{BASE, Error, Harbor, split};
+use crate::common::digest::Digest;
 use crate::store::registry::denial::Exceeded;
-use crate::store::registry::{self, Denial, Repository};
+use crate::store::registry::{self, Denial, NewProject, Repository};
 
 /// Storage quota and usage of a project, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -33,14 +34,27 @@ pub enum Needed {
 
 /// Checks whether `repository` can be pushed to: its registry, and for Harbor also its project.
 ///
-/// A missing project is created if `create_project` is set.
-pub async fn check_push(repository: &Repository, create_project: bool) -> Result<(), Error> {
+/// A missing project is created if `create_project` is given.
+pub async fn check_push(
+    repository: &Repository,
+    create_project: Option<NewProject>,
+) -> Result<(), Error> {
     let Some((harbor, project)) = harbor_of(repository).await? else {
         return Ok(repository.check_push().await?);
     };
-    if create_project && !harbor.project_exists(project).await? {
-        let made = harbor.create_project(project).await?;
+    if let Some(new) = create_project
+        && !harbor.project_exists(project).await?
+    {
+        let made = harbor.create_project(project, new.limit).await?;
         tracing::info!(harbor.project = project, harbor.made = made, "project");
+        // Harbor ignores the limit of all but its administrators without a word.
+        let limit = quota_usage(&harbor, project).await.and_then(|q| q.limit);
+        if made && new.limit.is_some() && limit != new.limit {
+            tracing::warn!(
+                harbor.project = project,
+                "the quota of the new project is not set: Harbor lets only its administrators set it"
+            );
+        }
     }
     if let Err(error) = repository.check_push().await {
         return Err(explain(repository, error).await);
@@ -73,6 +87,36 @@ pub async fn check_tag(repository: &Repository, tag: &str) -> Result<(), Error> 
         });
     }
     Ok(())
+}
+
+/// Returns the digest of the image that has the tag. Returns `None` if there is none, or it cannot be seen.
+pub async fn tagged(repository: &Repository, tag: &str) -> Option<Digest> {
+    let (harbor, project) = harbor_of(repository).await.ok()??;
+    let (_, name) = split(repository.path())?;
+    let found = harbor.artifact(project, name, tag).await.ok()?;
+    Some(found?.digest)
+}
+
+/// Deletes an image that has no tag any more, if no index needs it and nothing, such as a signature, is attached to it.
+/// Returns whether it did.
+pub async fn delete_replaced(repository: &Repository, digest: &Digest) -> Result<bool, Error> {
+    let (Some((harbor, project)), Some((_, name))) =
+        (harbor_of(repository).await?, split(repository.path()))
+    else {
+        return Ok(false);
+    };
+    let found = harbor.artifact(project, name, &digest.to_string()).await?;
+    let Some(found) = found.filter(|found| found.tag_names().is_empty()) else {
+        return Ok(false);
+    };
+    if found.accessories.iter().flatten().next().is_some() {
+        return Ok(false);
+    }
+    // Harbor refuses the deletion of what an index needs.
+    match harbor.delete_artifact(project, name, digest).await {
+        Err(Error::Registry(error)) if Denial::of(&error) == Some(Denial::Needed) => Ok(false),
+        deleted => deleted,
+    }
 }
 
 /// Checks whether anything fits into the project, if it is Harbor's and its quota is visible.

@@ -97,6 +97,8 @@ pub struct Access {
     pub deadline: Duration,
     /// `--create-project`: create a missing Harbor project.
     pub create_project: bool,
+    /// `--project-quota`: limit of a project that is created, in bytes. `None` leaves Harbor's default.
+    pub project_quota: Option<u64>,
 }
 
 impl Default for Access {
@@ -111,6 +113,7 @@ impl Default for Access {
             stall_timeout: STALL_TIMEOUT,
             deadline: DEFAULT_DEADLINE,
             create_project: false,
+            project_quota: None,
         }
     }
 }
@@ -138,6 +141,13 @@ pub struct Registries {
     hosts: Arc<Mutex<HashMap<String, Arc<Host>>>>,
 }
 
+/// How a missing project of Harbor is created.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewProject {
+    /// Its quota in bytes. `None` leaves Harbor's default.
+    pub limit: Option<u64>,
+}
+
 impl Registries {
     /// Creates the client. No request is sent yet.
     pub fn new(access: Access) -> Self {
@@ -149,8 +159,10 @@ impl Registries {
     }
 
     /// Returns whether missing projects are to be created.
-    pub(crate) fn creates_projects(&self) -> bool {
-        self.access.create_project
+    pub(crate) fn creates_projects(&self) -> Option<NewProject> {
+        let limit = self.access.project_quota;
+        let wanted = self.access.create_project;
+        wanted.then_some(NewProject { limit })
     }
 
     /// Opens a repository for reading. `name` is `HOST/REPOSITORY`.

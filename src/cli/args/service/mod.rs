@@ -252,6 +252,12 @@ pub(in crate::cli) struct Work {
     /// Make a missing project in Harbor
     #[arg(long, help_heading = REGISTRY)]
     pub(in crate::cli) create_project: bool,
+    /// The quota of a project that is made, e.g. 20GiB; Harbor lets only its administrators set it
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "create_project", help_heading = REGISTRY)]
+    pub(in crate::cli) project_quota: Option<u64>,
+    /// Keep images in Harbor that their last tag moved away from; they count towards the quota
+    #[arg(long, help_heading = REGISTRY)]
+    pub(in crate::cli) keep_replaced: bool,
 }
 
 pub(super) const MANAGER_HELP: &str = "\
