@@ -1395,7 +1395,8 @@ mod real_mounts {
         FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create,
         fsconfig_set_string, fsmount, fsopen, move_mount,
     };
-    use upperdeck::node::overlay::mount::{OverlayMount, OverlayOptions, parse_mountinfo};
+    use upperdeck::node::overlay::mount::{OverlayMount, OverlayOptions};
+    use upperdeck::node::procfs::parse_mountinfo;
 
     struct Mounted(PathBuf);
 

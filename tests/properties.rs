@@ -620,7 +620,7 @@ impl Mounted {
         }
         mount_bind(&volume, &point)?;
         let table = fs::read("/proc/thread-self/mountinfo")?;
-        let mounts = upperdeck::node::overlay::mount::parse_mountinfo(&table)?;
+        let mounts = upperdeck::node::procfs::parse_mountinfo(&table)?;
         let mount = mounts.iter().find(|mount| mount.mount_point == point);
         let id = mount.context("no mount")?.id;
         let volume = open_volume(&merged, at, id).context("another mount")?;
@@ -632,7 +632,7 @@ impl Mounted {
 fn open_volume(merged: &Path, at: &str, mount: u64) -> Option<Volume> {
     let table = || {
         let table = fs::read("/proc/thread-self/mountinfo")?;
-        upperdeck::node::overlay::mount::parse_mountinfo(&table).map_err(std::io::Error::other)
+        upperdeck::node::procfs::parse_mountinfo(&table).map_err(std::io::Error::other)
     };
     let mounts = table().ok()?;
     let root = mounts.iter().find(|line| line.mount_point == merged)?;

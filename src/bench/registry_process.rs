@@ -4,6 +4,8 @@
 use std::fs;
 use std::net::{IpAddr, ToSocketAddrs as _, UdpSocket};
 
+use crate::node::procfs::Stat;
+
 /// The process that serves a registry, if it is on this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RegistryProcess {
@@ -43,24 +45,15 @@ impl RegistryProcess {
         let Self::Local(pid) = self else {
             return None;
         };
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let stat = Stat::parse(&fs::read(format!("/proc/{pid}/stat")).ok()?)?;
         let ticks = rustix::param::clock_ticks_per_second();
-        Some(ticks_of(&stat)? as f64 / ticks as f64)
+        Some(stat.cpu_ticks as f64 / ticks as f64)
     }
 }
 
 /// Only a local address can be bound.
 fn is_local(address: IpAddr) -> bool {
     UdpSocket::bind((address, 0)).is_ok()
-}
-
-/// Parses utime and stime, fields 14 and 15 (proc(5)). They are counted from the end of the name, which may contain any
-/// character.
-fn ticks_of(stat: &str) -> Option<u64> {
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
-    let user: u64 = fields.next()?.parse().ok()?;
-    let system: u64 = fields.next()?.parse().ok()?;
-    Some(user + system)
 }
 
 /// Returns the inodes of the sockets that listen on `port`, from the text of `/proc/net/tcp` or `tcp6`.
@@ -125,13 +118,6 @@ mod tests {
             RegistryProcess::Remote
         );
         Ok(())
-    }
-
-    #[test]
-    fn a_name_with_brackets_does_not_shift_the_fields() {
-        let stat = "7 (a) b (c)) S 1 7 7 0 -1 4194560 1 2 3 4 250 50 0 0 20 0 1 0 9 0 0";
-        assert_eq!(ticks_of(stat), Some(300));
-        assert_eq!(ticks_of("7 (a) S 1"), None);
     }
 
     #[test]

@@ -10,13 +10,15 @@
 //! Sources: kernel `Documentation/admin-guide/cgroup-v2.rst` (`cpu.idle`, `cpu.weight`, `io.weight`, `io.prio.class`),
 //! `cgroups(7)`, `sched(7)` (autogroup and group scheduling).
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::process::Pid;
 
-use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
+use crate::node::procfs::{self, MountInfo, memberships};
 
 mod floor;
 mod memory;
@@ -72,9 +74,8 @@ impl Background {
     /// Whatever is not available is left out.
     pub(crate) fn enter(host_root: Option<&Path>, bound: Option<&MemoryLimit>, floor: f64) -> Self {
         let bounded = bound.and_then(|bound| bound.apply(host_root, true));
-        let read = |path: &str| fs::read(path).unwrap_or_default();
-        let mounts = parse_mountinfo(&read("/proc/self/mountinfo")).unwrap_or_default();
-        let own = read("/proc/self/cgroup");
+        let mounts = procfs::own_mounts().unwrap_or_default();
+        let own = fs::read("/proc/self/cgroup").unwrap_or_default();
         let mut groups = Vec::new();
         let mut mechanism = Mechanism::Nice;
         let mut shared = None;
@@ -199,34 +200,20 @@ fn hierarchies<'a>(
     host_root: Option<&'a Path>,
     wanted: &'a [&'a str],
 ) -> impl Iterator<Item = Hierarchy<'a>> {
-    let own = String::from_utf8_lossy(own).into_owned();
-    let lines: Vec<String> = own.lines().map(str::to_owned).collect();
-    lines.into_iter().flat_map(move |line| {
-        let mut fields = line.splitn(3, ':');
-        let (Some(id), Some(controllers), Some(path)) =
-            (fields.next(), fields.next(), fields.next())
-        else {
-            return Vec::new();
-        };
-        let unified = id == "0" && controllers.is_empty();
-        let has = |name: &&&str| {
-            controllers
-                .split(',')
-                .any(|controller| controller == **name)
-        };
+    memberships(own).flat_map(move |member| {
+        let has = |name: &&&str| member.has(name);
         let Some(controller) = wanted
             .iter()
             .find(has)
-            .or_else(|| wanted.first().filter(|_| unified))
+            .or_else(|| wanted.first().filter(|_| member.unified))
         else {
             return Vec::new();
         };
         let fits = |mount: &&MountInfo| {
-            if unified {
+            if member.unified {
                 return mount.fs_type == "cgroup2";
             }
-            let mut options = mount.super_options.split(|&b| b == b',');
-            mount.fs_type == "cgroup" && options.any(|option| option == controller.as_bytes())
+            mount.fs_type == "cgroup" && mount.has_super_option(controller.as_bytes())
         };
         let mut fitting: Vec<&MountInfo> = mounts.iter().filter(fits).collect();
         // The node's own mount shows the whole tree.
@@ -236,9 +223,9 @@ fn hierarchies<'a>(
         });
         let hierarchy = |mount| Hierarchy {
             mount,
-            path: PathBuf::from(path),
+            path: PathBuf::from(OsStr::from_bytes(member.path)),
             controller,
-            unified,
+            unified: member.unified,
         };
         fitting.into_iter().map(hierarchy).collect()
     })
@@ -325,6 +312,7 @@ fn prepare(place: &IdleCgroup) -> Option<Mechanism> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::procfs::parse_mountinfo;
 
     const V1: &str = "30 1 0:30 / /cg/cpu rw - cgroup cgroup rw,cpu,cpuacct\n\
         31 1 0:31 / /cg/blkio rw - cgroup cgroup rw,blkio\n\

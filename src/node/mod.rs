@@ -6,3 +6,4 @@ pub(crate) mod confine;
 pub mod container;
 pub mod freeze;
 pub mod overlay;
+pub mod procfs;

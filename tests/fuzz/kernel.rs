@@ -3,10 +3,11 @@
 use std::os::unix::ffi::OsStrExt as _;
 
 use upperdeck::node::overlay::id_map::{IdMapping, container_id, on_disk_map};
-use upperdeck::node::overlay::mount::{MountInfo, OverlayOptions, parse_mountinfo, root_mount};
+use upperdeck::node::overlay::mount::OverlayOptions;
 use upperdeck::node::overlay::xattr::{
     Namespace, XattrAction, acl_inside, capability_inside, classify, classify_plain,
 };
+use upperdeck::node::procfs::{MountInfo, parse_mountinfo, root_mount};
 
 use crate::errors;
 use crate::files::selected;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::{Resource, Rlimit};
 
 use super::{IDLE_CGROUP, NORMAL_CGROUP, hierarchies};
-use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
+use crate::node::procfs::{self, MountInfo};
 
 /// Bytes allowed for RLIMIT_DATA beyond the memory in use: stacks and arenas that are reserved but never touched.
 const HEADROOM: u64 = 512 << 20;
@@ -90,16 +90,9 @@ struct Group {
 /// Returns the possible places, of which the first that works is used: at the top of each hierarchy that accounts for
 /// memory.
 fn groups(host_root: Option<&Path>, background: bool, name: &str) -> impl Iterator<Item = Group> {
-    let read = |path: &str| fs::read(path).unwrap_or_default();
-    let mounts = parse_mountinfo(&read("/proc/self/mountinfo")).unwrap_or_default();
-    groups_of(
-        &mounts,
-        &read("/proc/self/cgroup"),
-        host_root,
-        background,
-        name,
-    )
-    .into_iter()
+    let mounts = procfs::own_mounts().unwrap_or_default();
+    let own = fs::read("/proc/self/cgroup").unwrap_or_default();
+    groups_of(&mounts, &own, host_root, background, name).into_iter()
 }
 
 fn groups_of(
@@ -181,6 +174,7 @@ impl Group {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::procfs::parse_mountinfo;
 
     fn dirs(mountinfo: &str, own: &str, host: Option<&str>, background: bool) -> Vec<String> {
         let mounts = parse_mountinfo(mountinfo.as_bytes()).unwrap_or_default();

@@ -12,7 +12,7 @@ use super::error::Error;
 use super::process::Process;
 use super::roots::read_json;
 use super::{MountPoint, Spec};
-use crate::node::overlay::mount::MountInfo;
+use crate::node::procfs::MountInfo;
 
 /// Maximum size of a config.json in bytes, sufficient for large environments and thousands of mounts.
 const CONFIG_CAP: u64 = 8 << 20;
@@ -354,7 +354,7 @@ fn absolute(destination: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::overlay::mount::parse_mountinfo;
+    use crate::node::procfs::parse_mountinfo;
 
     fn process(mountinfo: &str) -> Process {
         let mounts = parse_mountinfo(mountinfo.as_bytes()).unwrap();

@@ -15,7 +15,8 @@ use super::error::Error;
 use super::process;
 use super::roots::Roots;
 use super::table::{Table, within};
-use crate::node::overlay::mount::{MountInfo, OverlayMount};
+use crate::node::overlay::mount::OverlayMount;
+use crate::node::procfs::{self, MountInfo};
 
 /// File that the EROFS snapshotter keeps beside the directory that it is mounted on.
 const IMAGE: &str = "layer.erofs";
@@ -37,7 +38,8 @@ impl OwnMounts {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory =
             rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(path, e.into()))?;
-        Ok(self.0.get(&process::mount_id(directory.as_fd())?))
+        let id = procfs::mount_id(directory.as_fd()).map_err(|e| Error::io(path, e))?;
+        Ok(self.0.get(&id))
     }
 }
 

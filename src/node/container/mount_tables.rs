@@ -17,7 +17,8 @@ use super::layer_check::{LayerCheck, OwnMounts};
 use super::process::{self, Process};
 use super::roots::Roots;
 use super::table::{RootMount, Table, TableSource};
-use crate::node::overlay::mount::{MountInfo, OverlayMount};
+use crate::node::overlay::mount::OverlayMount;
+use crate::node::procfs::MountInfo;
 
 /// The node's tables, read on first use.
 #[derive(Debug, Default)]

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
-use crate::node::overlay::mount::MountInfo;
+use crate::node::procfs::MountInfo;
 
 /// Placeholder for the owner of a session.
 const USER: &str = "{user}";
@@ -136,7 +136,7 @@ fn whole_source(mount: &MountInfo) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::overlay::mount::parse_mountinfo;
+    use crate::node::procfs::parse_mountinfo;
 
     const NODE: &[u8] = b"\
 1 0 254:0 / / rw - ext4 /dev/vda rw

@@ -4,7 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::Read as _;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
@@ -13,7 +13,9 @@ use super::IdMapping;
 use super::error::Error;
 use super::roots::{Roots, read_file};
 use crate::node::overlay::identity::{Identity, ReadCapability};
-use crate::node::overlay::mount::{MountInfo, parse_mountinfo, root_mount};
+use crate::node::procfs::{
+    self, MountInfo, Stat, effective_capabilities, field, parse_mountinfo, root_mount,
+};
 
 /// Maximum size of mountinfo in bytes. On a node with many pods it has a few megabytes.
 const MOUNTINFO_CAP: u64 = 64 << 20;
@@ -92,13 +94,6 @@ fn read_lines(path: &Path, most: MountLimits) -> Result<(Vec<u8>, bool), Error> 
     Ok((text, true))
 }
 
-/// The fields of `proc_pid_stat(5)` that are used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stat {
-    parent: u32,
-    start: u64,
-}
-
 /// Returns the start time of a process in clock ticks since boot, or `None` if it does not exist or is a zombie.
 pub(super) fn start_of(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
     Ok(stat_of(roots, pid)?.map(|stat| stat.start))
@@ -111,7 +106,8 @@ fn stat_of(roots: &Roots, pid: u32) -> Result<Option<Stat>, Error> {
         Err(e) if is_gone(&e) => return Ok(None),
         Err(e) => return Err(e),
     };
-    parse_stat(&stat)
+    Stat::parse(&stat)
+        .map(|stat| stat.is_alive().then_some(stat))
         .ok_or_else(|| Error::damaged(&path, "expected a state and, as field 22, a start time"))
 }
 
@@ -133,7 +129,7 @@ pub(super) fn read_limited(
     pid: u32,
     most: MountLimits,
 ) -> Result<Option<Process>, Error> {
-    let Some(Stat { parent, start }) = stat_of(roots, pid)? else {
+    let Some(Stat { parent, start, .. }) = stat_of(roots, pid)? else {
         return Ok(None);
     };
     let read = |name: &str, cap| match read_file(&roots.proc(&format!("{pid}/{name}")), cap) {
@@ -235,24 +231,24 @@ pub(super) fn identity(roots: &Roots, process: &Process) -> Result<Identity, Err
 
 /// Parses `proc_pid_status(5)`: the IDs by which files are opened, and whether a capability bypasses read permissions.
 fn parse_status(status: &[u8]) -> Option<(Identity, bool)> {
-    let field = |name: &str| {
-        let mut lines = status.split(|&b| b == b'\n');
-        let value = lines.find_map(|line| line.strip_prefix(name.as_bytes()))?;
-        std::str::from_utf8(value).ok()
-    };
     // Real, effective, saved, file system.
-    let id = |name| field(name)?.split_ascii_whitespace().nth(3)?.parse().ok();
-    let groups = field("Groups:")?.split_ascii_whitespace();
+    let id = |name| {
+        field(status, name)?
+            .split_ascii_whitespace()
+            .nth(3)?
+            .parse()
+            .ok()
+    };
+    let groups = field(status, "Groups")?.split_ascii_whitespace();
     let mut groups = groups
         .map(|group| group.parse().ok())
         .collect::<Option<Vec<u32>>>()?;
     groups.sort_unstable();
-    let effective = u64::from_str_radix(field("CapEff:")?.trim(), 16).ok()?;
     // CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
-    let reads = effective & 0b110 != 0;
+    let reads = effective_capabilities(status)? & 0b110 != 0;
     let identity = Identity {
-        uid: id("Uid:")?,
-        gid: id("Gid:")?,
+        uid: id("Uid")?,
+        gid: id("Gid")?,
         groups,
         read_capability: ReadCapability::Nothing,
     };
@@ -283,11 +279,8 @@ fn boot_time(stat: &[u8]) -> Option<i64> {
 
 /// Reads the mount table of a process, or returns `None` if it does not exist.
 pub(super) fn mounts_of(roots: &Roots, pid: u32) -> Result<Option<Vec<MountInfo>>, Error> {
-    let path = roots.proc(&format!("{pid}/mountinfo"));
-    match read_file(&path, MOUNTINFO_CAP) {
-        Ok(bytes) => parse_mountinfo(&bytes)
-            .map(Some)
-            .map_err(|e| Error::damaged(&path, e)),
+    match mounts(roots, pid) {
+        Ok(mounts) => Ok(Some(mounts)),
         Err(error) if is_gone(&error) => Ok(None),
         Err(error) => Err(error),
     }
@@ -305,18 +298,8 @@ fn root_id(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let root =
         rustix::fs::open(&link, flags, Mode::empty()).map_err(|e| Error::io(&link, e.into()))?;
-    mount_id(root.as_fd()).map(Some)
-}
-
-/// Returns the ID of the mount that contains a descriptor.
-pub(super) fn mount_id(fd: BorrowedFd<'_>) -> Result<u64, Error> {
-    let path = PathBuf::from(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
-    let info = read_file(&path, 64 << 10)?;
-    let id = std::str::from_utf8(&info).ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));
-        line?.trim().parse().ok()
-    });
-    id.ok_or_else(|| Error::damaged(&path, "expected a line mnt_id"))
+    let id = procfs::mount_id(root.as_fd()).map_err(|e| Error::io(&link, e))?;
+    Ok(Some(id))
 }
 
 /// Returns whether overlays have an index by default: the module's parameter, or false if there is none.
@@ -330,21 +313,6 @@ fn is_gone(error: &Error) -> bool {
     let ended = rustix::io::Errno::SRCH.raw_os_error();
     error.is_not_found()
         || matches!(error, Error::Io { source, .. } if source.raw_os_error() == Some(ended))
-}
-
-/// Parses `pid (comm) state ppid ... starttime`. The inner `None` is a zombie, the outer one invalid content.
-#[allow(clippy::option_option)] // no process, or no valid content
-fn parse_stat(stat: &[u8]) -> Option<Option<Stat>> {
-    // The name in parentheses may contain parentheses and spaces, so the last closing one ends it.
-    let after = stat.iter().rposition(|&b| b == b')')? + 1;
-    let mut fields = std::str::from_utf8(&stat[after..])
-        .ok()?
-        .split_ascii_whitespace();
-    let state = fields.next()?;
-    let parent = fields.next()?.parse().ok()?;
-    let start = fields.nth(17)?.parse().ok()?;
-    let alive = !matches!(state, "Z" | "X" | "x");
-    Some(alive.then_some(Stat { parent, start }))
 }
 
 /// Parses lines of three numbers. The identity mapping of all IDs is returned as an empty map.
@@ -380,30 +348,6 @@ fn parse_id_map(bytes: &[u8]) -> Result<Vec<IdMapping>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_with_parentheses_does_not_shift_the_start_time() {
-        let fields = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 439451 20";
-        assert_eq!(
-            parse_stat(format!("7 (a) b (c) {fields}").as_bytes()),
-            Some(Some(Stat {
-                parent: 1,
-                start: 439_451
-            }))
-        );
-        assert_eq!(
-            parse_stat(format!("7 (Z) {}", fields.replace('S', "Z")).as_bytes()),
-            Some(None)
-        );
-        for bad in [
-            "",
-            "7 (a",
-            "7 (a) S 1 2",
-            "7 (a) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 x",
-        ] {
-            assert_eq!(parse_stat(bad.as_bytes()), None, "{bad}");
-        }
-    }
 
     #[test]
     fn rights_are_those_by_which_files_are_opened() {

@@ -10,7 +10,8 @@ use super::process::{self, Process};
 use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::Roots;
 use super::table::{RootMount, Table};
-use crate::node::overlay::mount::{MountError, MountInfo, OverlayMount, OverlayOptions};
+use crate::node::overlay::mount::{MountError, OverlayMount, OverlayOptions};
+use crate::node::procfs::MountInfo;
 
 /// Returns the device number of a process's root. Fails if the root is not that of an overlay.
 pub(super) fn device_of(container: &str, process: &Process) -> Result<(u32, u32), Error> {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::roots::Roots;
-use crate::node::overlay::mount::{MountInfo, root_mount};
+use crate::node::procfs::{MountInfo, root_mount};
 
 /// The process whose mount table is trusted for the directories of a root.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -146,7 +146,7 @@ pub(super) fn within(mount: &MountInfo, path: &Path) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::overlay::mount::parse_mountinfo;
+    use crate::node::procfs::parse_mountinfo;
 
     #[test]
     fn a_path_lies_in_the_mount_that_the_kernel_reaches() {

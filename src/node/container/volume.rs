@@ -16,8 +16,8 @@ use super::process::{self, Process};
 use super::roots::Roots;
 use super::{Container, bundle};
 use crate::node::overlay::identity::Identity;
-use crate::node::overlay::mount::MountInfo;
 use crate::node::overlay::volume::{self as overlay, OpenError, ResolvedVolume, VolumeLookup};
+use crate::node::procfs::MountInfo;
 
 /// File systems on local disks, whose timestamps are from this kernel and whose operations always complete.
 const LOCAL_FS_TYPES: [&str; 9] = [
@@ -302,7 +302,7 @@ fn list_volumes(mounts: &[MountInfo]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::overlay::mount::parse_mountinfo;
+    use crate::node::procfs::parse_mountinfo;
 
     const TABLE: &[u8] = b"\
 20 1 0:50 / / rw - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w

@@ -3,10 +3,10 @@
 //! Sources: kernel `Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst`, `cgroup-v2.rst` (`cgroup.freeze`,
 //! `cgroup.events`); `cgroups(7)` for `/proc/PID/cgroup`; `proc(5)` for `/proc/PID/mountinfo`.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Error;
+use crate::node::procfs::{Membership, MountInfo, memberships};
 
 /// Timeout for a thaw to be read back. A thaw is immediate except on a heavily loaded machine.
 const THAW_TIMEOUT: Duration = Duration::from_secs(1);
@@ -58,16 +59,11 @@ impl Version {
 /// Returns `None` if the process is in no such hierarchy. Paths are relative to the root of the reader's cgroup
 /// namespace.
 pub(super) fn membership(text: &[u8], version: Version) -> Option<&[u8]> {
-    text.split(|&b| b == b'\n').find_map(|line| {
-        // The path may contain colons: only the first two are separators.
-        let mut fields = line.splitn(3, |&b| b == b':');
-        let (id, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
-        let ours = match version {
-            Version::V1 => controllers.split(|&b| b == b',').any(|c| c == b"freezer"),
-            Version::V2 => id == b"0" && controllers.is_empty(),
-        };
-        ours.then_some(path)
-    })
+    let ours = |found: &Membership<'_>| match version {
+        Version::V1 => found.has("freezer"),
+        Version::V2 => found.unified,
+    };
+    memberships(text).find(ours).map(|found| found.path)
 }
 
 /// A mounted hierarchy that has a freezer.
@@ -75,67 +71,30 @@ pub(super) fn membership(text: &[u8], version: Version) -> Option<&[u8]> {
 pub(super) struct Mount {
     pub(super) version: Version,
     /// The cgroup that is visible at the mount point.
-    root: Vec<u8>,
+    root: PathBuf,
     pub(super) point: PathBuf,
     pub(super) writable: bool,
 }
 
-/// Returns the freezer hierarchies in the text of `/proc/PID/mountinfo`. v2 comes first because its frozen processes
-/// can still be killed.
-pub(super) fn mounts(text: &[u8]) -> Vec<Mount> {
-    let mut mounts: Vec<Mount> = text.split(|&b| b == b'\n').filter_map(mount).collect();
+/// Returns the mounted freezer hierarchies. v2 comes first because its frozen processes can still be killed.
+pub(super) fn mounts(all: Vec<MountInfo>) -> Vec<Mount> {
+    let mut mounts: Vec<Mount> = all.into_iter().filter_map(mount).collect();
     mounts.sort_by_key(|m| (m.version == Version::V1, !m.writable));
     mounts
 }
 
-/// Returns the mount points of all cgroup hierarchies, with or without a freezer.
-pub(super) fn all_mount_points(text: &[u8]) -> Vec<PathBuf> {
-    let point = |line: &[u8]| {
-        let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
-        let separator = fields.iter().position(|&f| f == b"-")?;
-        let kind = *fields.get(separator + 1)?;
-        matches!(kind, b"cgroup" | b"cgroup2").then_some(path(fields.get(4)?))
-    };
-    text.split(|&b| b == b'\n').filter_map(point).collect()
-}
-
-fn mount(line: &[u8]) -> Option<Mount> {
-    let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
-    let separator = fields.iter().position(|&f| f == b"-")?;
-    let (&root, &point, &options) = (fields.get(3)?, fields.get(4)?, fields.get(5)?);
-    let (&kind, &super_options) = (fields.get(separator + 1)?, fields.get(separator + 3)?);
-    let has = |list: &[u8], wanted: &[u8]| list.split(|&b| b == b',').any(|o| o == wanted);
-    let version = match kind {
-        b"cgroup2" => Version::V2,
-        b"cgroup" if has(super_options, b"freezer") => Version::V1,
+fn mount(found: MountInfo) -> Option<Mount> {
+    let version = match found.fs_type.as_str() {
+        "cgroup2" => Version::V2,
+        "cgroup" if found.has_super_option(b"freezer") => Version::V1,
         _ => return None,
     };
     Some(Mount {
         version,
-        root: unescape(root),
-        point: path(point),
-        writable: has(options, b"rw") && has(super_options, b"rw"),
+        writable: found.writable && found.has_super_option(b"rw"),
+        root: found.root,
+        point: found.mount_point,
     })
-}
-
-fn path(field: &[u8]) -> PathBuf {
-    PathBuf::from(OsString::from_vec(unescape(field)))
-}
-
-/// Resolves the escapes of mountinfo: space, tab, newline and backslash are written as three octal digits.
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&first, tail)) = rest.split_first() {
-        if let (b'\\', &[a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..]) = (first, tail) {
-            out.push((a - b'0') * 64 + (b - b'0') * 8 + (c - b'0'));
-            rest = &tail[3..];
-        } else {
-            out.push(first);
-            rest = tail;
-        }
-    }
-    out
 }
 
 impl Mount {
@@ -145,7 +104,7 @@ impl Mount {
     /// other, but none may remain in the part below the mount point.
     pub(super) fn directory(&self, cgroup: &[u8]) -> Option<PathBuf> {
         let below = Path::new(OsStr::from_bytes(cgroup))
-            .strip_prefix(OsStr::from_bytes(&self.root))
+            .strip_prefix(&self.root)
             .ok()?;
         let plain = below
             .components()
@@ -383,6 +342,7 @@ impl PollInterval {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::procfs::mountinfo_lines;
 
     #[test]
     fn pauses_grow_with_what_was_waited() {
@@ -426,7 +386,8 @@ mod tests {
             40 31 0:35 / /ro/unified ro - cgroup2 cgroup2 rw\n\
             41 31 0:35 /a\\040b /cg/uni\\011fied rw shared:5 master:1 - cgroup2 cgroup2 rw\n\
             27 1 254:0 / / rw - ext4 /dev/vda rw\nshort line\n- - -\n";
-        let found: Vec<_> = mounts(text)
+        let all = mountinfo_lines(text).filter_map(Result::ok).collect();
+        let found: Vec<_> = mounts(all)
             .into_iter()
             .map(|m| (m.version, m.root, m.point, m.writable))
             .collect();
@@ -435,19 +396,19 @@ mod tests {
             [
                 (
                     Version::V2,
-                    b"/a b".to_vec(),
+                    PathBuf::from("/a b"),
                     PathBuf::from("/cg/uni\tfied"),
                     true
                 ),
                 (
                     Version::V2,
-                    b"/".to_vec(),
+                    PathBuf::from("/"),
                     PathBuf::from("/ro/unified"),
                     false
                 ),
                 (
                     Version::V1,
-                    b"/".to_vec(),
+                    PathBuf::from("/"),
                     PathBuf::from("/cg/freezer"),
                     true
                 ),
@@ -471,7 +432,7 @@ mod tests {
         for (root, cgroup, expected) in cases {
             let mount = Mount {
                 version: Version::V2,
-                root: root.as_bytes().to_vec(),
+                root: PathBuf::from(root),
                 point: PathBuf::from("/m"),
                 writable: true,
             };
@@ -480,19 +441,6 @@ mod tests {
                 expected.map(PathBuf::from),
                 "{root} {cgroup}"
             );
-        }
-    }
-
-    #[test]
-    fn unescape_leaves_what_is_no_escape() {
-        for (text, expected) in [
-            ("a\\040b", "a b"),
-            ("\\134", "\\"),
-            ("a\\04", "a\\04"),
-            ("\\999", "\\999"),
-            ("\\", "\\"),
-        ] {
-            assert_eq!(unescape(text.as_bytes()), expected.as_bytes(), "{text}");
         }
     }
 }

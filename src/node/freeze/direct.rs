@@ -5,11 +5,12 @@
 //! `io_uring/register.c` (the descriptor of a ring may be closed once it is registered; its mapping remains).
 
 use std::fs::{self, File};
-use std::io::{self, BufRead as _, BufReader, Read as _};
+use std::io::{self, Read as _};
 use std::path::Path;
 
 use super::Error;
-use super::mapped::{MAX_MAPS, container_pids, is_gone};
+use super::mapped::{container_pids, is_gone};
+use crate::node::procfs::{Mapping, field, read_maps};
 
 /// Maximum number of descriptors that are examined. Beyond it, every way of writing is assumed.
 const MAX_DESCRIPTORS: usize = 100_000;
@@ -86,36 +87,24 @@ fn descriptors(dir: &Path, left: &mut usize, modes: &mut WriteModes) -> io::Resu
 }
 
 fn parse_fdinfo(info: &[u8], modes: &mut WriteModes) {
-    for line in info.split(|&b| b == b'\n') {
-        if let Some(flags) = line.strip_prefix(b"flags:") {
-            let flags = std::str::from_utf8(flags.trim_ascii()).ok();
-            let flags = flags.and_then(|text| u32::from_str_radix(text, 8).ok());
-            modes.direct |= flags.is_some_and(|flags| flags & libc::O_DIRECT as u32 != 0);
-        }
-        modes.asynchronous |= line.starts_with(b"SqMask:");
-    }
+    let flags = field(info, "flags").and_then(|flags| u32::from_str_radix(flags, 8).ok());
+    modes.direct |= flags.is_some_and(|flags| flags & libc::O_DIRECT as u32 != 0);
+    modes.asynchronous |= field(info, "SqMask").is_some();
 }
 
 fn find_rings(maps: &Path, modes: &mut WriteModes) -> io::Result<()> {
-    let mut lines = BufReader::with_capacity(64 << 10, File::open(maps)?.take(MAX_MAPS));
-    let (mut line, mut read) = (Vec::new(), 0);
-    while !modes.asynchronous {
-        line.clear();
-        let n = lines.read_until(b'\n', &mut line)? as u64;
-        read += n;
-        if n == 0 {
-            break;
-        }
-        // The rest of a truncated list is unknown.
-        modes.asynchronous = read == MAX_MAPS || is_ring(line.trim_ascii_end());
-    }
+    let complete = read_maps(maps, |mapping| {
+        modes.asynchronous |= is_ring(mapping);
+        !modes.asynchronous
+    })?;
+    // The rest of a truncated list is unknown.
+    modes.asynchronous |= !complete;
     Ok(())
 }
 
-/// Returns whether a line of a process's mappings is a ring. A file may have the same name.
-fn is_ring(line: &[u8]) -> bool {
-    let line = line.strip_suffix(b" (deleted)").unwrap_or(line);
-    line.ends_with(b" /[aio]") || line.ends_with(b" anon_inode:[io_uring]")
+/// Returns whether a mapping is a ring. A file may have the same name.
+fn is_ring(mapping: &Mapping<'_>) -> bool {
+    matches!(mapping.name, b"/[aio]" | b"anon_inode:[io_uring]")
 }
 
 #[cfg(test)]

@@ -5,15 +5,12 @@
 //! it.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
-use std::io::{self, BufRead as _, BufReader, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{Error, Processes, groups, members};
+use crate::node::procfs::{MAX_MAPS, Mapping, read_maps};
 
-/// Maximum bytes read of one process's list: four times what the kernel's default of 65,530 mappings takes with short
-/// names.
-pub(super) const MAX_MAPS: u64 = 32 << 20;
 /// Maximum bytes of names kept for all processes together: each mapping can have a different name of up to the maximum
 /// path length.
 const MAX_NAMES: usize = 64 << 20;
@@ -52,8 +49,8 @@ pub fn shared_mappings(pid: u32, host_root: Option<&Path>) -> Result<Vec<SharedM
 fn collect_all(lists: impl Iterator<Item = PathBuf>, most: usize) -> Result<Found, Error> {
     let (mut found, mut kept) = (BTreeMap::new(), 0);
     for path in lists {
-        let result = File::open(&path).and_then(|file| {
-            kept += collect(file, &path, &mut found)?;
+        let result = collect(&path, &mut found).and_then(|added| {
+            kept += added;
             if kept <= most {
                 return Ok(());
             }
@@ -92,22 +89,10 @@ pub(super) fn is_gone(error: &io::Error) -> bool {
 type Found = BTreeMap<(Vec<u8>, bool, (u32, u32)), SharedMapping>;
 
 /// Adds the mappings of one process. Returns the number of bytes of names that were added.
-fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<usize> {
-    let mut lines = BufReader::with_capacity(64 << 10, file.take(MAX_MAPS + 1));
-    let (mut line, mut read, mut kept) = (Vec::new(), 0, 0);
-    loop {
-        line.clear();
-        let n = lines.read_until(b'\n', &mut line)?;
-        read += n as u64;
-        if n == 0 {
-            return Ok(kept);
-        }
-        if read > MAX_MAPS {
-            return Err(io::Error::other(format!(
-                "more than {MAX_MAPS} bytes of mappings"
-            )));
-        }
-        if let Some((range, mapping)) = parse(line.trim_ascii_end()) {
+fn collect(path: &Path, found: &mut Found) -> io::Result<usize> {
+    let mut kept = 0;
+    let complete = read_maps(path, |mapping| {
+        if let Some((range, mapping)) = shared(mapping) {
             let key = (mapping.path.clone(), mapping.deleted, mapping.device);
             let entry = found.entry(key).or_insert_with(|| {
                 kept += mapping.path.len();
@@ -118,43 +103,35 @@ fn collect(file: File, path: &Path, found: &mut Found) -> io::Result<usize> {
             });
             entry.writable |= mapping.writable;
         }
+        true
+    })?;
+    if complete {
+        return Ok(kept);
     }
+    Err(io::Error::other(format!(
+        "more than {MAX_MAPS} bytes of mappings"
+    )))
 }
 
-/// Parses one line: `START-END PERMS OFFSET MAJOR:MINOR INODE PATH`. Returns `None` for private mappings and for
-/// mappings without a file.
-fn parse(line: &[u8]) -> Option<(&str, SharedMapping)> {
-    let mut rest = line;
-    let mut field = || {
-        let start = rest.iter().position(|&b| b != b' ')?;
-        let end = rest[start..]
-            .iter()
-            .position(|&b| b == b' ')
-            .map_or(rest.len(), |n| start + n);
-        let field = &rest[start..end];
-        rest = &rest[end..];
-        Some(field)
-    };
-    let (range, perms, _offset, device, inode) = (field()?, field()?, field()?, field()?, field()?);
-    let path = rest.trim_ascii_start();
-    if perms.get(3) != Some(&b's') || inode == b"0" || !path.starts_with(b"/") {
+/// Returns `None` for private mappings and for mappings without a file.
+fn shared<'a>(mapping: &Mapping<'a>) -> Option<(&'a str, SharedMapping)> {
+    if !mapping.is_shared() || mapping.inode == b"0" || !mapping.name.starts_with(b"/") {
         return None;
     }
-    let range = std::str::from_utf8(range).ok()?;
-    let inode = std::str::from_utf8(inode).ok()?.parse().ok()?;
+    let range = std::str::from_utf8(mapping.range).ok()?;
+    let inode = std::str::from_utf8(mapping.inode).ok()?.parse().ok()?;
     let plain = |b: u8| b.is_ascii_hexdigit() || b == b'-';
-    let device = std::str::from_utf8(device).ok()?;
+    let device = std::str::from_utf8(mapping.device).ok()?;
     let (major, minor) = device.split_once(':')?;
     let device = (
         u32::from_str_radix(major, 16).ok()?,
         u32::from_str_radix(minor, 16).ok()?,
     );
-    let alive = path.strip_suffix(b" (deleted)");
     range.bytes().all(plain).then(|| {
         let mapping = SharedMapping {
-            path: alive.unwrap_or(path).to_vec(),
-            deleted: alive.is_some(),
-            writable: perms.get(1) == Some(&b'w'),
+            path: mapping.name.to_vec(),
+            deleted: mapping.deleted,
+            writable: mapping.is_writable(),
             device,
             inode,
             link: PathBuf::new(),
@@ -192,7 +169,8 @@ mod tests {
     #[test]
     fn only_shared_files_are_listed_whatever_they_are_called() {
         let file = |line: &str| {
-            parse(line.as_bytes()).map(|(range, m)| {
+            let mapping = Mapping::parse(line.as_bytes())?;
+            shared(&mapping).map(|(range, m)| {
                 (
                     range.to_owned(),
                     String::from_utf8_lossy(&m.path).into_owned(),

@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Error;
+use crate::node::procfs::Stat;
 
 /// Maximum number of cgroups below one container. A container that may create cgroups must not make this walk endless.
 const MAX_CGROUPS: usize = 100_000;
@@ -195,60 +196,4 @@ fn read_pids(dir: &Path, pids: &mut HashSet<u32>) -> Result<(), Error> {
 fn is_removed(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error())
-}
-
-/// The fields of `/proc/PID/stat` that are needed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Stat {
-    pub(super) state: u8,
-    pub(super) parent: u32,
-    /// Start time, in clock ticks since boot.
-    pub(super) start: u64,
-}
-
-impl Stat {
-    /// Parses fields 3, 4 and 22 of `proc_pid_stat(5)`. Field 2 is the name in parentheses and may contain anything,
-    /// including parentheses.
-    pub(super) fn parse(text: &[u8]) -> Option<Self> {
-        let end = text.iter().rposition(|&b| b == b')')?;
-        let fields: Vec<&str> = std::str::from_utf8(&text[end + 1..])
-            .ok()?
-            .split_ascii_whitespace()
-            .collect();
-        Some(Self {
-            state: *fields.first()?.as_bytes().first()?,
-            parent: fields.get(1)?.parse().ok()?,
-            start: fields.get(19)?.parse().ok()?,
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stat_survives_a_name_with_parentheses() {
-        let text =
-            b"42 (a) S 9 (x\n) R 7 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 1 2 3\n";
-        assert_eq!(
-            Stat::parse(text),
-            Some(Stat {
-                state: b'R',
-                parent: 7,
-                start: 987_654
-            })
-        );
-        for bad in [
-            &b""[..],
-            b"1 (a",
-            b"1 (a)",
-            b"1 (a) S",
-            b"1 (a) S x",
-            b"1 (a) S 1 2 3",
-            b"1 (a) \xff 1",
-        ] {
-            assert_eq!(Stat::parse(bad), None, "{}", bad.escape_ascii());
-        }
-    }
 }

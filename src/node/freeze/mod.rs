@@ -34,10 +34,12 @@ pub use direct::{WriteModes, write_modes};
 pub use mapped::{SharedMapping, shared_mappings};
 pub use mark::{ThawOutcome, thaw_leftover};
 pub(crate) use members::ForeignProcess;
-use members::{Processes, Stat};
+use members::Processes;
 use watchdog::Watchdog;
 pub use watchdog::entry as watchdog_entry;
 pub(crate) use watchdog::start_standby;
+
+use crate::node::procfs::{self, Stat};
 
 /// Number of times that foreign processes in a container's cgroup are checked before the freeze is refused: `exec` into
 /// a container enters the cgroup first and the container's root milliseconds later.
@@ -292,7 +294,7 @@ impl Target {
             why: format!("{path:?} is not as proc_pid_stat(5) says"),
         })?;
         let same = self.start.is_none_or(|start| start == stat.start);
-        if same && !matches!(stat.state, b'Z' | b'X') {
+        if same && stat.is_alive() {
             Ok(())
         } else {
             Err(gone())
@@ -302,14 +304,16 @@ impl Target {
 
 /// Returns the cgroups of `pid` that have a freezer and can be opened, the preferred one first.
 fn groups(proc: &Path, pid: u32, prefer: Option<&Path>) -> Result<Vec<Arc<Group>>, Error> {
-    let read = |path: PathBuf| fs::read(&path).map_err(|e| Error::io(path, e));
     // Paths are opened in this program's own mount namespace, whichever node `proc` belongs to.
-    let mut mounts = cgroup::mounts(&read(PathBuf::from("/proc/self/mountinfo"))?);
+    let mut mounts = cgroup::mounts(
+        procfs::own_mounts().map_err(|e| Error::io(PathBuf::from("/proc/self/mountinfo"), e))?,
+    );
     if let Some(prefix) = prefer {
         mounts.sort_by_key(|mount| !mount.point.starts_with(prefix));
         mounts.sort_by_key(|mount| mount.version == Version::V1);
     }
-    let text = read(proc.join(pid.to_string()).join("cgroup"))?;
+    let path = proc.join(pid.to_string()).join("cgroup");
+    let text = fs::read(&path).map_err(|e| Error::io(path, e))?;
     let mut groups: Vec<Arc<Group>> = Vec::new();
     let mut refusals = Vec::new();
     for mount in &mounts {

@@ -25,6 +25,7 @@ use super::Error;
 use super::cgroup::{Group, Version};
 use crate::common::escape;
 use crate::node::confine::{self, Role};
+use crate::node::procfs;
 
 /// The first argument of a watchdog process. Internal, and therefore not in the help.
 pub(crate) const ARGUMENT: &str = "__freeze-watchdog";
@@ -434,7 +435,7 @@ fn detach() -> Result<(), String> {
     let _ = std::env::set_current_dir("/");
     // Makes this process the last to be killed when memory runs out. Lowering the value needs CAP_SYS_RESOURCE.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
-    leave_cgroups(&PathBuf::from("/proc"));
+    leave_cgroups();
     // Descriptors left open by the caller's parent would keep unrelated pipes and mounts alive, so they are closed too.
     confine::close_inherited(&[]);
     confine::apply(Role::Watchdog);
@@ -474,12 +475,13 @@ fn prepare(args: &[OsString]) -> Result<(Group, Option<Instant>, Option<PathBuf>
 
 /// Moves this process to the root cgroup of every hierarchy where that is permitted, because service managers, kubelets
 /// and the out-of-memory killer end all processes of a cgroup. A refusal is no error; it only means less protection.
-fn leave_cgroups(proc: &Path) {
-    let Ok(text) = fs::read(proc.join("self/mountinfo")) else {
-        return;
-    };
-    for mount in super::cgroup::all_mount_points(&text) {
-        let _ = fs::write(mount.join("cgroup.procs"), "0");
+fn leave_cgroups() {
+    let mounts = procfs::own_mounts().unwrap_or_default();
+    let cgroups = mounts
+        .iter()
+        .filter(|mount| matches!(mount.fs_type.as_str(), "cgroup" | "cgroup2"));
+    for mount in cgroups {
+        let _ = fs::write(mount.mount_point.join("cgroup.procs"), "0");
     }
 }
 

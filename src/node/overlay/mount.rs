@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use super::xattr::Namespace;
+use crate::node::procfs::{Malformed, unescape_octal};
 
 /// Maximum number of layers that the kernel stacks (`OVL_MAX_STACK`).
 const MAX_LAYERS: usize = 500;
@@ -35,13 +36,8 @@ pub struct OverlayMount {
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
     /// The text does not have the kernel's format.
-    #[error("{text:?} is not what the kernel writes: {expected}")]
-    Malformed {
-        /// The line or option, with the kernel's escapes.
-        text: OsString,
-        /// What was expected.
-        expected: &'static str,
-    },
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
     /// There is no upper directory, so nothing can have been written.
     #[error(
         "the overlay is mounted read-only, without an upper directory: there is nothing to save"
@@ -90,78 +86,6 @@ fn paths(paths: &[PathBuf]) -> String {
         .join(", ")
 }
 
-/// One line of `/proc/PID/mountinfo`. Octal escapes are resolved in all fields except `super_options`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MountInfo {
-    /// Mount ID.
-    pub id: u64,
-    /// ID of the mount that it is mounted on.
-    pub parent: u64,
-    /// Device number of the file system, major and minor.
-    pub device: (u32, u32),
-    /// The directory of the file system that is mounted (`/`, except for a bind mount of a subdirectory).
-    pub root: PathBuf,
-    /// The mount point, relative to the root of the process whose mountinfo this is.
-    pub mount_point: PathBuf,
-    /// File system type.
-    pub fs_type: String,
-    /// The source that the file system reports.
-    pub source: OsString,
-    /// Options of the file system, with the kernel's escapes: a `,` in a value is `\054`.
-    pub super_options: Vec<u8>,
-}
-
-/// Parses all lines of a mountinfo file, in their order.
-pub fn parse_mountinfo(bytes: &[u8]) -> Result<Vec<MountInfo>, MountError> {
-    bytes
-        .split(|&b| b == b'\n')
-        .filter(|line| !line.is_empty())
-        .map(parse_line)
-        .collect()
-}
-
-fn parse_line(line: &[u8]) -> Result<MountInfo, MountError> {
-    let malformed = |expected| MountError::Malformed {
-        text: OsString::from_vec(line.to_vec()),
-        expected,
-    };
-    let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
-    // Fields 1 to 6, any number of optional fields, "-", type, source, options.
-    let dash = fields
-        .iter()
-        .skip(6)
-        .position(|f| *f == b"-")
-        .map(|at| at + 6);
-    let Some(dash) = dash.filter(|dash| fields.len() == dash + 4) else {
-        return Err(malformed("six fields, optional ones, a dash, three fields"));
-    };
-    let number = |field: &[u8]| {
-        std::str::from_utf8(field)
-            .ok()
-            .and_then(|f| f.parse::<u64>().ok())
-    };
-    let device = std::str::from_utf8(fields[2])
-        .ok()
-        .and_then(|f| f.split_once(':'))
-        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
-    Ok(MountInfo {
-        id: number(fields[0]).ok_or_else(|| malformed("a number as the mount ID"))?,
-        parent: number(fields[1]).ok_or_else(|| malformed("a number as the parent's ID"))?,
-        device: device.ok_or_else(|| malformed("MAJOR:MINOR as the third field"))?,
-        root: path(unescape_octal(fields[3])),
-        mount_point: path(unescape_octal(fields[4])),
-        fs_type: String::from_utf8_lossy(&unescape_octal(fields[dash + 1])).into_owned(),
-        source: OsString::from_vec(unescape_octal(fields[dash + 2])),
-        super_options: fields[dash + 3].to_vec(),
-    })
-}
-
-/// Returns the root mount of the process: of the mounts at `/`, the one that no other covers.
-pub fn root_mount(mounts: &[MountInfo]) -> Option<&MountInfo> {
-    let at_root = || mounts.iter().filter(|m| m.mount_point == Path::new("/"));
-    at_root().find(|m| !at_root().any(|over| over.parent == m.id && over.id != m.id))
-}
-
 /// An overlay's options before its directories are located.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OverlayOptions {
@@ -180,9 +104,11 @@ pub struct OverlayOptions {
 impl OverlayOptions {
     /// Parses the file system options of an overlay's mountinfo line.
     pub fn parse(super_options: &[u8]) -> Result<Self, MountError> {
-        let malformed = |text: &[u8], expected| MountError::Malformed {
-            text: OsString::from_vec(text.to_vec()),
-            expected,
+        let malformed = |text: &[u8], expected| {
+            MountError::Malformed(Malformed {
+                text: OsString::from_vec(text.to_vec()),
+                expected,
+            })
         };
         let mut options = Self {
             lowers: Vec::new(),
@@ -440,29 +366,6 @@ fn split_lowerdir(value: &[u8]) -> Option<(Vec<PathBuf>, Vec<PathBuf>)> {
     }
 }
 
-/// Replaces octal escapes, such as `\012` by a newline. Any other text after a backslash is unchanged.
-fn unescape_octal(bytes: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut rest = bytes;
-    while let Some((&first, tail)) = rest.split_first() {
-        if first == b'\\'
-            && let [
-                a @ b'0'..=b'3',
-                b @ b'0'..=b'7',
-                c @ b'0'..=b'7',
-                after @ ..,
-            ] = tail
-        {
-            out.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
-            rest = after;
-        } else {
-            out.push(first);
-            rest = tail;
-        }
-    }
-    out
-}
-
 /// Replaces `\:` by `:`, as the kernel does before it looks a path up.
 fn unescape_backslash(bytes: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(bytes.len());
@@ -593,20 +496,6 @@ mod tests {
                 "{bad}"
             );
         }
-        for bad in [
-            "x",
-            "1 2 0:3 / / rw - overlay overlay",
-            "a 2 0:3 / / rw - overlay overlay rw",
-            "1 2 03 / / rw - o o rw",
-        ] {
-            assert!(
-                matches!(
-                    parse_mountinfo(bad.as_bytes()),
-                    Err(MountError::Malformed { .. })
-                ),
-                "{bad}"
-            );
-        }
     }
 
     fn only(there: &'static [&'static str]) -> impl Fn(&Path) -> io::Result<PathBuf> {
@@ -675,21 +564,5 @@ mod tests {
             matches!(e, MountError::Ambiguous { role: "upper", .. }),
             "{e}"
         );
-    }
-
-    #[test]
-    fn the_visible_root_is_the_one_nothing_covers() {
-        let text = b"305 219 0:108 / / rw,relatime - overlay overlay rw,lowerdir=/a,upperdir=/b\n\
-            310 305 0:22 / / rw shared:1 master:2 - tmpfs tmp\\040fs rw\n\
-            306 305 0:110 /x\\134y /a\\040b rw,nosuid - proc proc rw\n";
-        let mounts = parse_mountinfo(text).unwrap();
-        assert_eq!(root_mount(&mounts).unwrap().id, 310);
-        assert_eq!(root_mount(&mounts[..1]).unwrap().device, (0, 108));
-        assert_eq!(
-            (mounts[2].root.as_path(), mounts[2].mount_point.as_path()),
-            (Path::new("/x\\y"), Path::new("/a b"))
-        );
-        assert_eq!(mounts[1].source, "tmp fs");
-        assert!(root_mount(&mounts[2..]).is_none());
     }
 }

@@ -10,7 +10,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat, StatxFlags};
 
 use super::identity::Identity;
-use super::mount::MountInfo;
 use super::root::{Root, is_absent};
+use crate::node::procfs::{MountInfo, mount_id};
 
 /// The opened directory, and the directories above it as the container sees them.
 #[derive(Clone, Debug)]
@@ -298,12 +298,4 @@ fn look_up(dir: BorrowedFd<'_>, name: &[u8], flags: OFlags) -> io::Result<OwnedF
         let name = OsStr::from_bytes(name);
         rustix::fs::openat2(dir, name, flags | OFlags::NOFOLLOW, Mode::empty(), resolve)
     })
-}
-
-/// Returns the ID of the mount that a descriptor belongs to. `statx` would query the file system.
-fn mount_id(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));
-    line.and_then(|id| id.trim().parse().ok())
-        .ok_or_else(|| io::Error::other("the kernel does not say in which mount a descriptor is"))
 }

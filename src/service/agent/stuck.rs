@@ -5,6 +5,8 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::node::procfs::Stat;
+
 /// The known stuck processes by session.
 #[derive(Debug, Default)]
 pub(super) struct StuckProcesses(Mutex<HashMap<String, Vec<Process>>>);
@@ -70,9 +72,7 @@ impl StuckProcesses {
 /// exited.
 fn start_of(pid: u32) -> Option<u64> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-    let after = stat.iter().rposition(|&b| b == b')')? + 1;
-    let fields = std::str::from_utf8(&stat[after..]).ok()?;
-    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+    Some(Stat::parse(&stat)?.start)
 }
 
 #[cfg(test)]

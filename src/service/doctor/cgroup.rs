@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{Finding, Options};
-use crate::node::overlay::mount::{MountInfo, parse_mountinfo};
+use crate::node::procfs::{self, MountInfo};
 
 /// Longest wait for an empty cgroup to change state. It changes at once, except on a machine under load.
 const BOUND: Duration = Duration::from_secs(5);
@@ -42,11 +42,7 @@ impl Hierarchy {
 fn hierarchies(mounts: &[MountInfo], host_root: Option<&Path>) -> Vec<Hierarchy> {
     let version = |mount: &MountInfo| match mount.fs_type.as_str() {
         "cgroup2" => Some(2),
-        "cgroup" => mount
-            .super_options
-            .split(|&b| b == b',')
-            .any(|option| option == b"freezer")
-            .then_some(1),
+        "cgroup" => mount.has_super_option(b"freezer").then_some(1),
         _ => None,
     };
     let mut found: Vec<Hierarchy> = Vec::new();
@@ -69,8 +65,7 @@ fn hierarchies(mounts: &[MountInfo], host_root: Option<&Path>) -> Vec<Hierarchy>
 }
 
 pub(super) fn check(options: &Options) -> Vec<Finding> {
-    let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
-    let mounts = parse_mountinfo(&mounts).unwrap_or_default();
+    let mounts = procfs::own_mounts().unwrap_or_default();
     let found = hierarchies(&mounts, options.roots.host_root.as_deref());
     let tried = found
         .into_iter()
@@ -144,6 +139,7 @@ fn judge(tried: Vec<(io::Result<()>, Hierarchy)>) -> Vec<Finding> {
 mod tests {
     use super::super::State;
     use super::*;
+    use crate::node::procfs::parse_mountinfo;
 
     #[test]
     fn the_nodes_hierarchy_goes_before_the_pods_own() -> Result<(), Box<dyn std::error::Error>> {

@@ -43,6 +43,7 @@ use crate::node::overlay::lower::{Found, Lowers, Place, Stack};
 use crate::node::overlay::root::{Root, stat_at};
 use crate::node::overlay::volume::{NameStatus, Volume};
 use crate::node::overlay::xattr::Namespace;
+use crate::node::procfs::effective_capabilities;
 
 /// A directory to be walked.
 pub(super) struct Task {
@@ -323,10 +324,7 @@ fn may_read_trusted() -> Result<bool, Error> {
         std::fs::read_to_string(path).map_err(|source| read_error(Path::new(path), b"", source))
     };
     let status = read("/proc/self/status")?;
-    let effective = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    let effective = effective_capabilities(status.as_bytes());
     let map = read("/proc/self/uid_map")?;
     let initial = map.split_whitespace().eq(["0", "0", "4294967295"]);
     Ok(initial && effective.is_some_and(|set| set & (1 << CAP_SYS_ADMIN) != 0))
