@@ -499,7 +499,7 @@ async fn remake(
             let made = layer::stream::write(&plan, options, sink, &|at| {
                 bar.progress(at.tar_bytes, total);
             });
-            (made.map_err(super::unwrap_sink_error), writer)
+            (made.map_err(super::stream::unwrap_sink_error), writer)
         });
         let (made, mut written) = made.await.map_err(|_| Error::Worker)?;
         let error = match made {

@@ -4,6 +4,7 @@ mod base;
 mod earlier;
 mod error;
 pub(crate) mod event;
+mod frozen;
 mod gate;
 mod in_flight_writes;
 mod live;
@@ -13,13 +14,13 @@ mod next;
 mod outcome;
 mod room;
 pub mod state_store;
+mod stream;
 mod trees;
 mod upper;
 mod warnings;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -28,17 +29,18 @@ use crate::common::private_files::FileMode;
 use crate::image::manifest;
 pub(crate) use crate::layer::Compression;
 use crate::layer::scan::{Caps, Report, Scan};
-use crate::layer::{self, Layer, Part, Plan};
+use crate::layer::{Layer, Plan};
 use crate::node::background::{Background, NormalPriority};
 use crate::node::container::{self, Base, Container, Volume, VolumeRules};
-use crate::node::freeze::{self, Frozen};
 use crate::save::event::{Event, Observer, Phase};
-use crate::store::destination::{BlobWriter, Destination, Target};
+use crate::store::destination::{Destination, Target};
 use crate::store::layout;
 use crate::store::registry::{Access, Registries};
 
 use earlier::Earlier;
+use frozen::{FrozenGuard, freeze};
 use room::Room;
+use stream::{deliver, finish, stream};
 use tokio_util::sync::CancellationToken;
 use trees::Baseline;
 
@@ -54,8 +56,6 @@ pub use upper::Rules;
 const MAX_ATTEMPTS: u32 = 3;
 /// Pause before the parts of an image are looked for again, times the number of attempts.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Interval of looks for the end of another save's freeze.
-const TURN: Duration = Duration::from_millis(50);
 /// Size in tar bytes from which a save is divided into several layers by default, and the size of each: SHA-256 of that
 /// much takes one core four seconds, and fewer layers are better for all consumers.
 const SPLIT_THRESHOLD: u64 = 8 << 30;
@@ -148,7 +148,7 @@ pub(crate) struct Options {
     pub(crate) digestfile: Option<PathBuf>,
     /// The gate that must open before the tag is set.
     pub(crate) gate: Option<Gate>,
-    /// A file that exists while the container may be frozen by this save ([`freeze::Options::mark`]).
+    /// A file that exists while the container may be frozen by this save ([`crate::node::freeze::Options::mark`]).
     pub(crate) freeze_mark: Option<PathBuf>,
     /// The background priority, which is left while the container is frozen.
     pub(crate) background: Option<Background>,
@@ -557,19 +557,6 @@ fn baselines_of_frozen(
     Ok(tells.then(|| Baseline::of_scans(scans.to_vec(), &mapped.dirty)))
 }
 
-/// Finishes the blobs of layers that have been read completely.
-async fn finish(context: &Context, made: Vec<(Layer, BlobWriter)>) -> Result<Vec<Layer>, Error> {
-    let size = made.iter().map(|(layer, _)| layer.size).sum();
-    context.room.check_exactly(size).await?;
-    let finish = |(layer, writer): (Layer, BlobWriter)| async move {
-        writer.finish(&layer.digest, layer.size).await?;
-        Ok::<_, Error>(layer)
-    };
-    let layers = futures_util::future::try_join_all(made.into_iter().map(finish)).await?;
-    context.room.spend(size);
-    Ok(layers)
-}
-
 /// Divides a plan into several layers if that was requested, or if one layer would be very large.
 pub(crate) fn split_plan(plan: Plan, layer_size: Option<LayerSize>) -> Vec<Plan> {
     match split_size(plan.tar_size(), layer_size, cores()) {
@@ -590,299 +577,6 @@ fn split_size(tar: u64, layer_size: Option<LayerSize>, cores: usize) -> Option<u
             let size = usual.map_or(size, |usual| usual.min(size));
             (size < tar).then_some(size)
         }
-    }
-}
-
-/// A frozen container. Freezing and thawing may take seconds, for which the other tasks of the async runtime do not
-/// wait.
-struct FrozenGuard {
-    frozen: Option<Frozen>,
-    /// StoredSave until the container is thawed, so that no other save of this node takes the freeze for the runtime's.
-    _claim: Option<freeze::Claim>,
-}
-
-impl FrozenGuard {
-    fn was_frozen(&self) -> bool {
-        self.frozen.as_ref().is_some_and(Frozen::was_frozen)
-    }
-
-    fn thaw(mut self) -> Result<Duration, Error> {
-        let frozen = self.frozen.take().ok_or(Error::Worker)?;
-        Ok(run_in_place(|| frozen.thaw())?)
-    }
-}
-
-impl Drop for FrozenGuard {
-    fn drop(&mut self) {
-        if let Some(frozen) = self.frozen.take() {
-            run_in_place(|| drop(frozen));
-        }
-    }
-}
-
-/// Runs blocking work in place, so that it is complete on return. The other tasks of this thread are moved to another
-/// thread.
-fn run_in_place<T>(work: impl FnOnce() -> T) -> T {
-    use tokio::runtime::{Handle, RuntimeFlavor};
-    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
-        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
-        _ => work(),
-    }
-}
-
-/// Waits until no other save of this node has the container frozen, and freezes it.
-async fn freeze(
-    context: &Context,
-    options: &Options,
-    container: &Container,
-) -> Result<Option<FrozenGuard>, Error> {
-    if options.pause == Pause::None {
-        return Ok(None);
-    }
-    let how = freeze::Options {
-        host_root: context.roots.host_root.clone(),
-        max_duration: options.max_pause.filter(|bound| !bound.is_zero()),
-        mark: options.freeze_mark.clone(),
-        ..freeze::Options::default()
-    };
-    let claim = claim(context, container, &how).await?;
-    let frozen = run_in_place(|| freeze::freeze(container.pid, Some(container.pid_start), &how))?;
-    if !frozen.processes_outside().is_empty() {
-        let pids = frozen
-            .processes_outside()
-            .iter()
-            .map(u32::to_string)
-            .collect::<Vec<_>>()
-            .join(", ");
-        context.warn(
-            "not_frozen",
-            format!(
-                "processes outside the container's cgroup see its root and are not frozen: {pids}"
-            ),
-        );
-    }
-    Ok(Some(FrozenGuard {
-        frozen: Some(frozen),
-        _claim: claim,
-    }))
-}
-
-/// Claims the container's freezer. Returns `None` if there is no place for claims.
-async fn claim(
-    context: &Context,
-    container: &Container,
-    how: &freeze::Options,
-) -> Result<Option<freeze::Claim>, Error> {
-    let mut told = false;
-    loop {
-        match freeze::claim(container.pid, how)? {
-            freeze::Claimed::Held(claim) => return Ok(Some(claim)),
-            freeze::Claimed::Nowhere => return Ok(None),
-            freeze::Claimed::Busy => {}
-        }
-        if !told {
-            let why = "another save has this container frozen: waiting for its end";
-            context.warn("waiting", why.to_owned());
-            told = true;
-        }
-        // Cancellation drops this future.
-        tokio::time::sleep(TURN).await;
-    }
-}
-
-/// Makes the layers and passes them on as they are made. The returned layers are read completely but not finished: a
-/// frozen container may be thawed before [`finish`].
-///
-/// Fails if the container, which is frozen meanwhile, would have to stay frozen for longer than `bound`.
-async fn stream(
-    context: &Context,
-    codec: (Compression, u32),
-    plans: Vec<Plan>,
-    destination: &Destination,
-    bound: Option<Duration>,
-) -> Result<Vec<(Layer, BlobWriter)>, Error> {
-    stream_with_retries(context, codec, plans, destination, bound, FinishTime::Later).await
-}
-
-/// Like `stream`, for sources that can be read repeatedly. Also finishes the blobs.
-async fn deliver(
-    context: &Context,
-    codec: (Compression, u32),
-    plans: Vec<Plan>,
-    destination: &Destination,
-) -> Result<Vec<Layer>, Error> {
-    let made = stream_with_retries(
-        context,
-        codec,
-        plans,
-        destination,
-        None,
-        FinishTime::Immediately,
-    )
-    .await?;
-    Ok(made.into_iter().map(|(layer, _)| layer).collect())
-}
-
-/// When the destination is asked to finish a blob.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum FinishTime {
-    /// As soon as it is complete: a blob that fails then is made again.
-    Immediately,
-    /// By the caller, after the container is thawed.
-    Later,
-}
-
-/// Makes layers again from their plans if their upload failed in a way that may pass.
-async fn stream_with_retries(
-    context: &Context,
-    codec: (Compression, u32),
-    plans: Vec<Plan>,
-    destination: &Destination,
-    bound: Option<Duration>,
-    ends: FinishTime,
-) -> Result<Vec<(Layer, BlobWriter)>, Error> {
-    let until = bound.map(|bound| (Instant::now() + bound, bound));
-    let plans = Arc::new(plans);
-    let mut made: Vec<Option<(Layer, BlobWriter)>> = plans.iter().map(|_| None).collect();
-    let handle = tokio::runtime::Handle::current();
-    let begin = |n| Ok((n, destination.begin_blob(handle.clone())?));
-    let mut missing = (0..plans.len())
-        .map(begin)
-        .collect::<Result<Vec<_>, Error>>()?;
-    while !missing.is_empty() {
-        let mut failed = None;
-        let outcomes = stream_once(context, codec, &plans, missing, until).await?;
-        if ends == FinishTime::Immediately {
-            let whole = outcomes
-                .iter()
-                .filter_map(|(_, made, _)| made.as_ref().ok());
-            let size = whole.map(|layer| layer.size).sum();
-            context.room.check_exactly(size).await?;
-        }
-        let ended = outcomes
-            .into_iter()
-            .map(|(number, outcome, mut writer)| async move {
-                let outcome = match outcome {
-                    Ok(layer) if ends == FinishTime::Immediately => {
-                        match writer.try_finish(&layer.digest, layer.size).await {
-                            Ok(()) => {
-                                context.room.spend(layer.size);
-                                Ok(layer)
-                            }
-                            Err(error) => Err(error.into()),
-                        }
-                    }
-                    outcome => outcome,
-                };
-                (number, outcome, writer)
-            });
-        missing = Vec::new();
-        for (number, outcome, writer) in futures_util::future::join_all(ended).await {
-            match outcome {
-                Ok(layer) => made[number] = Some((layer, writer)),
-                // A layer that was cancelled because another failed for good does not carry the reason.
-                Err(Error::Cancelled) if failed.is_some() => {}
-                Err(Error::Destination(error)) if error.retryable() => {
-                    let said = error.to_string();
-                    match writer.retry(error).await {
-                        Ok(writer) => {
-                            context.warn("again", format!("a layer is made again: {said}"));
-                            missing.push((number, writer));
-                        }
-                        Err(error) => failed = Some(error.into()),
-                    }
-                }
-                Err(error) => failed = Some(error),
-            }
-        }
-        if let Some(error) = failed {
-            return Err(error);
-        }
-    }
-    Ok(made.into_iter().flatten().collect())
-}
-
-type LayerResult = Result<Layer, Error>;
-
-/// Makes each of the named plans once, concurrently, each into its own writer.
-async fn stream_once(
-    context: &Context,
-    (compression, level): (Compression, u32),
-    plans: &Arc<Vec<Plan>>,
-    parts: Vec<(usize, BlobWriter)>,
-    until: Option<(Instant, Duration)>,
-) -> Result<Vec<(usize, LayerResult, BlobWriter)>, Error> {
-    let (numbers, mut writers): (Vec<usize>, Vec<BlobWriter>) = parts.into_iter().unzip();
-    let observer = Arc::clone(&context.observer);
-    let (jobs, cancel, plans) = (context.jobs, context.cancel.clone(), Arc::clone(plans));
-    let room = Arc::clone(&context.room);
-    let made = tokio::task::spawn_blocking(move || {
-        let (sent, done) = (AtomicU64::new(0), AtomicU64::new(0));
-        let planned = |n: &usize| &plans[*n];
-        let bytes_total: u64 = numbers.iter().map(planned).map(Plan::tar_size).sum();
-        let entries_total = numbers.iter().map(planned).map(Plan::len).sum::<usize>() as u64;
-        let options = layer::Options {
-            compression,
-            level,
-            jobs,
-            cancel: &cancel,
-        };
-        let given_up = AtomicBool::new(false);
-        let parts = numbers.iter().map(planned).zip(&mut writers);
-        let parts = parts.map(|(plan, writer)| {
-            let (given_up, sent, done, room) = (&given_up, &sent, &done, &room);
-            let sink = move |bytes: Bytes| {
-                if given_up.load(Ordering::Relaxed) {
-                    return Err(Error::Cancelled);
-                }
-                let size = bytes.len() as u64;
-                let sent = sent.fetch_add(size, Ordering::Relaxed) + size;
-                let fits = room.check_sent(sent, done.load(Ordering::Relaxed), bytes_total);
-                let written = match until.filter(|(until, _)| Instant::now() > *until) {
-                    Some((_, bound)) => Err(Error::PausedTooLong {
-                        limit_ms: bound.as_secs_f64() * 1000.0,
-                    }),
-                    None => fits.and_then(|()| Ok(writer.write(bytes)?)),
-                };
-                if written
-                    .as_ref()
-                    .is_err_and(|e| !e.is_transient_at_destination())
-                {
-                    given_up.store(true, Ordering::Relaxed);
-                }
-                written
-            };
-            Part { plan, sink }
-        });
-        let layers = layer::stream::write_all(parts.collect(), options, &|at| {
-            done.store(at.tar_bytes, Ordering::Relaxed);
-            let (bytes_done, bytes_sent) = (at.tar_bytes, at.sent_bytes);
-            observer.event(Event::Progress {
-                bytes_done,
-                bytes_total,
-                bytes_sent,
-                entries_total,
-            });
-        });
-        let layers = layers
-            .into_iter()
-            .map(|layer| layer.map_err(unwrap_sink_error));
-        let parts = numbers.into_iter().zip(layers).zip(writers);
-        parts
-            .map(|((n, layer), writer)| (n, layer, writer))
-            .collect()
-    });
-    made.await.map_err(|_| Error::Worker)
-}
-
-/// Returns the sink's own error, which the stream passed through.
-fn unwrap_sink_error(error: layer::Error) -> Error {
-    match error {
-        layer::Error::Sink(source) => match source.downcast::<Error>() {
-            Ok(own) => *own,
-            Err(source) => layer::Error::Sink(source).into(),
-        },
-        other => other.into(),
     }
 }
 
@@ -941,24 +635,5 @@ mod tests {
             assert_eq!(split_size(40 << 30, Some(LayerSize::Bytes(0)), cores), None);
             assert_eq!(split_size(5, Some(LayerSize::Bytes(3)), cores), Some(3));
         }
-    }
-
-    #[test]
-    fn a_freeze_that_takes_long_keeps_no_other_task_waiting() {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .build()
-            .unwrap();
-        let (say, heard) = std::sync::mpsc::channel();
-        let save = async move {
-            let other = tokio::spawn(async move { say.send(()) });
-            // The other task runs while the container is being frozen.
-            let heard = run_in_place(|| heard.recv_timeout(Duration::from_secs(60)));
-            other.await.unwrap().unwrap();
-            heard
-        };
-        let heard = runtime.block_on(async { tokio::spawn(save).await.unwrap() });
-        assert_eq!(heard, Ok(()));
-        assert_eq!(run_in_place(|| 7), 7, "without a runtime");
     }
 }

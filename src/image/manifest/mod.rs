@@ -8,7 +8,10 @@
 //! Manifest Version 2, Schema 2" for its media types.
 
 pub mod change;
+mod config;
+mod error;
 mod expand;
+mod json;
 pub mod platform;
 pub mod raw;
 
@@ -27,6 +30,9 @@ use serde_json::{Map, Value, json};
 
 use crate::common::digest::{DiffId, Digest};
 
+use config::{BASE_CONFIG, change_config, config};
+pub use error::{Error, Warning};
+use json::{Kind, drop_nulls, expect, parse_object, to_bytes, unexpected_type};
 pub use platform::Platform;
 
 /// Media type of all configs built here.
@@ -44,20 +50,6 @@ pub use oci_client::manifest::OCI_IMAGE_MEDIA_TYPE as MANIFEST;
 pub(crate) const MAX_LAYERS: usize = 127;
 /// Maximum size of a manifest that registries accept, in bytes (413 beyond it).
 pub(crate) const MAX_MANIFEST_BYTES: usize = 4 << 20;
-
-/// Fields that Docker adds to the image-spec's, about the container that an image was committed from or for Docker's
-/// first image format. They are wrong for the new image; `docker commit` and buildah refresh or drop them, too.
-const STALE_FIELDS: [&str; 7] = [
-    "id",
-    "parent",
-    "comment",
-    "container",
-    "container_config",
-    "docker_version",
-    "throwaway",
-];
-/// Such fields within `config`: names of the container that the base was committed from.
-const STALE_CONFIG_FIELDS: [&str; 4] = ["Hostname", "Domainname", "Image", "MacAddress"];
 
 /// Media type of a layer compressed with zstd.
 pub const IMAGE_LAYER_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
@@ -195,111 +187,6 @@ pub struct Image {
     pub warnings: Vec<Warning>,
 }
 
-/// A defect of the base that was repaired.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Warning {
-    /// Stable code in snake case.
-    pub code: &'static str,
-    /// A sentence for users.
-    pub message: String,
-}
-
-/// An error while building an image.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// An input is not JSON.
-    #[error("{what} is not JSON: {source}")]
-    Json {
-        /// The input.
-        what: &'static str,
-        /// The position of the error.
-        source: serde_json::Error,
-    },
-    /// A field of an input has the wrong type.
-    #[error("{what}: {field} should be {expected}, found {found}")]
-    UnexpectedType {
-        /// The input.
-        what: &'static str,
-        /// Path of the field.
-        field: String,
-        /// The type in the specification.
-        expected: &'static str,
-        /// The actual type.
-        found: String,
-    },
-    /// The base manifest is a document that no image can be built on.
-    #[error(
-        "the base manifest is {found:?}; an image manifest (OCI, or Docker schema 2) is needed{hint}"
-    )]
-    ManifestType {
-        /// Its media type.
-        found: String,
-        /// Advice for the user.
-        hint: &'static str,
-    },
-    /// The config of the base manifest is not an image config.
-    #[error("the base's config is {0:?}: this is no container image, but some other artifact")]
-    ConfigType(String),
-    /// A layer has a Docker media type without an OCI counterpart.
-    #[error("layer {index} of the base is {media_type:?}, which has no OCI counterpart")]
-    LayerType {
-        /// Index of the layer; the bottom is 0.
-        index: usize,
-        /// The media type.
-        media_type: String,
-    },
-    /// The number of layers differs between the config and the input.
-    #[error(
-        "the base config lists {}, found were {given}: this is not the config of this base",
-        crate::common::message::count(*config, "layer", "layers")
-    )]
-    LayerCount {
-        /// `rootfs.diff_ids`.
-        config: usize,
-        /// `Input::base_layers`.
-        given: usize,
-    },
-    /// The image would have more than [`MAX_LAYERS`] layers.
-    #[error(
-        "the image would have more layers than container engines bear ({0}, they bear {MAX_LAYERS}); rebuild the base with fewer (its own \
-         Dockerfile, or a squash) and start from that"
-    )]
-    TooManyLayers(usize),
-    /// The manifest would be larger than [`MAX_MANIFEST_BYTES`].
-    #[error(
-        "the manifest would have {0} bytes, registries take {MAX_MANIFEST_BYTES}; give fewer or shorter annotations"
-    )]
-    ManifestSize(usize),
-    /// A `--change` is invalid.
-    #[error(transparent)]
-    Change(#[from] change::Error),
-    /// A `--label` or `--annotation` is invalid.
-    #[error("{flag} {key:?}: {reason}")]
-    Pair {
-        /// `--label` or `--annotation`.
-        flag: &'static str,
-        /// The key.
-        key: String,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
-    /// A time that cannot be written in RFC 3339.
-    #[error("{0} (seconds since 1970) is no time that an image can carry: the years are 0 to 9999")]
-    Time(i64),
-}
-
-impl Error {
-    /// Returns whether the options are invalid (`--change`, `--label`, `--annotation`, `--timestamp`; exit code 2).
-    pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Change(_) | Self::Pair { .. } | Self::Time(_))
-    }
-
-    /// Returns whether the base cannot be used (exit code 69).
-    pub fn is_base(&self) -> bool {
-        !self.is_usage() && !matches!(self, Self::TooManyLayers(_) | Self::ManifestSize(_))
-    }
-}
-
 /// Builds config and manifest. Deterministic: equal inputs give equal bytes.
 pub fn assemble(input: &Input<'_>) -> Result<Image, Error> {
     let total = input.base_layers.len() + input.layers.len();
@@ -390,233 +277,10 @@ fn rfc3339(seconds: i64) -> Result<String, Error> {
     }
 }
 
-// ---- config
-
 const TITLE: &str = "org.opencontainers.image.title";
 const DESCRIPTION: &str = "org.opencontainers.image.description";
 const AUTHORS: &str = "org.opencontainers.image.authors";
 const VENDOR: &str = "org.opencontainers.image.vendor";
-const BASE_CONFIG: &str = "the base config";
-
-fn config(input: &Input<'_>, created: &str, warnings: &mut Vec<Warning>) -> Result<Vec<u8>, Error> {
-    let mut root = parse_object(BASE_CONFIG, input.base_config)?;
-    for key in STALE_FIELDS {
-        root.shift_remove(key);
-    }
-    // The author of the base did not make this image.
-    if input.author.is_none() {
-        root.shift_remove("author");
-    }
-    // Go treats null as absent, the JSON schema does not allow it.
-    drop_nulls(&mut root);
-    for key in ["author", "created", "variant", "os.version"] {
-        expect(BASE_CONFIG, "", &root, key, Kind::Text)?;
-    }
-    expect(BASE_CONFIG, "", &root, "os.features", Kind::Texts)?;
-    let host = Platform::host();
-    for (key, assumed) in [
-        ("architecture", host.architecture.as_str()),
-        ("os", "linux"),
-    ] {
-        expect(BASE_CONFIG, "", &root, key, Kind::Text)?;
-        if root
-            .get(key)
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .is_empty()
-        {
-            warnings.push(Warning {
-                code: "base_platform_missing",
-                message: format!("the base config does not say its {key}; {assumed} was written"),
-            });
-            root.insert(key.to_owned(), json!(assumed));
-        }
-    }
-    root.insert("created".to_owned(), json!(created));
-    if let Some(author) = input.author {
-        root.insert("author".to_owned(), json!(author));
-    }
-
-    let mut inner = match root.get_mut("config").map(Value::take) {
-        None => Map::new(),
-        Some(Value::Object(map)) => map,
-        Some(other) => return Err(unexpected_type(BASE_CONFIG, "config", "an object", &other)),
-    };
-    run_config(&mut inner, input)?;
-    root.insert("config".to_owned(), Value::Object(inner));
-
-    let mut rootfs = match root.get_mut("rootfs").map(Value::take) {
-        Some(Value::Object(map)) => map,
-        other => {
-            return Err(unexpected_type(
-                BASE_CONFIG,
-                "rootfs",
-                "an object",
-                &other.unwrap_or_default(),
-            ));
-        }
-    };
-    match rootfs.get("diff_ids") {
-        // The base has no layers: Go writes an empty list as null.
-        None | Some(Value::Null) if input.base_layers.is_empty() => {}
-        Some(Value::Array(ids)) if ids.len() == input.base_layers.len() => {}
-        Some(Value::Array(ids)) => {
-            return Err(Error::LayerCount {
-                config: ids.len(),
-                given: input.base_layers.len(),
-            });
-        }
-        other => {
-            return Err(unexpected_type(
-                BASE_CONFIG,
-                "rootfs.diff_ids",
-                "a list",
-                other.unwrap_or(&Value::Null),
-            ));
-        }
-    }
-    let new = input.layers.iter().map(|new| &new.layer);
-    let diff_ids: Vec<DiffId> = input
-        .base_layers
-        .iter()
-        .chain(new)
-        .map(|layer| layer.diff_id)
-        .collect();
-    rootfs.insert("type".to_owned(), json!("layers"));
-    rootfs.insert("diff_ids".to_owned(), json!(diff_ids));
-    root.insert("rootfs".to_owned(), Value::Object(rootfs));
-
-    let mut history = match root.get_mut("history").map(Value::take) {
-        None => Vec::new(),
-        Some(Value::Array(entries)) => entries,
-        Some(other) => return Err(unexpected_type(BASE_CONFIG, "history", "a list", &other)),
-    };
-    repair_history(&mut history, input.base_layers.len(), warnings)?;
-    history.extend(new_history(input, created));
-    root.insert("history".to_owned(), Value::Array(history));
-    Ok(to_bytes(&root))
-}
-
-/// Applies the changes to the inner `config`, which holds the settings of containers created from the image.
-fn change_config(config: &mut Map<String, Value>, changes: &[String]) -> Result<(), Error> {
-    for key in STALE_CONFIG_FIELDS {
-        config.shift_remove(key);
-    }
-    drop_nulls(config);
-    for key in ["User", "WorkingDir", "StopSignal"] {
-        expect(BASE_CONFIG, "config.", config, key, Kind::Text)?;
-    }
-    for key in ["Env", "Entrypoint", "Cmd", "OnBuild", "Shell"] {
-        expect(BASE_CONFIG, "config.", config, key, Kind::Texts)?;
-    }
-    expect(BASE_CONFIG, "config.", config, "Labels", Kind::TextMap)?;
-    for key in ["ExposedPorts", "Volumes", "Healthcheck"] {
-        expect(BASE_CONFIG, "config.", config, key, Kind::Object)?;
-    }
-    change::apply(config, changes)?;
-    Ok(())
-}
-
-fn run_config(config: &mut Map<String, Value>, input: &Input<'_>) -> Result<(), Error> {
-    change_config(config, input.changes)?;
-    if !input.labels.is_empty() {
-        let mut labels = match config.get_mut("Labels").map(Value::take) {
-            Some(Value::Object(map)) => map,
-            _ => Map::new(),
-        };
-        labels.extend(
-            input
-                .labels
-                .iter()
-                .map(|(key, value)| (key.clone(), json!(value))),
-        );
-        config.insert("Labels".to_owned(), Value::Object(labels));
-    }
-    Ok(())
-}
-
-/// Adjusts the history so that its non-empty entries are as many as the layers. Consumers that pair them would fail.
-fn repair_history(
-    history: &mut Vec<Value>,
-    layers: usize,
-    warnings: &mut Vec<Warning>,
-) -> Result<(), Error> {
-    let mut with_layer = 0;
-    for (i, entry) in history.iter_mut().enumerate() {
-        let Value::Object(entry) = entry else {
-            return Err(unexpected_type(
-                BASE_CONFIG,
-                format!("history[{i}]"),
-                "an object",
-                entry,
-            ));
-        };
-        drop_nulls(entry);
-        let at = format!("history[{i}].");
-        for key in ["created", "author", "created_by", "comment"] {
-            expect(BASE_CONFIG, &at, entry, key, Kind::Text)?;
-        }
-        expect(BASE_CONFIG, &at, entry, "empty_layer", Kind::Bool)?;
-        with_layer += usize::from(!is_empty_layer(entry));
-    }
-    if with_layer == layers {
-        return Ok(());
-    }
-    warnings.push(Warning {
-        code: "base_history_repaired",
-        message: format!(
-            "the base's history tells of {}, there are {layers}; it was made to match",
-            crate::common::message::count(with_layer, "layer", "layers")
-        ),
-    });
-    if with_layer < layers {
-        let filler =
-            json!({ "comment": "a layer of the base image that its history does not mention" });
-        history.extend(std::iter::repeat_n(filler, layers - with_layer));
-    }
-    // Which of the surplus entries are wrong is unknown, so the last ones are marked.
-    let mut surplus = with_layer.saturating_sub(layers);
-    for entry in history.iter_mut().rev().filter_map(Value::as_object_mut) {
-        if surplus == 0 {
-            break;
-        }
-        if !is_empty_layer(entry) {
-            entry.insert("empty_layer".to_owned(), json!(true));
-            surplus -= 1;
-        }
-    }
-    Ok(())
-}
-
-fn is_empty_layer(entry: &Map<String, Value>) -> bool {
-    entry.get("empty_layer") == Some(&Value::Bool(true))
-}
-
-/// Returns one entry per layer, or a single one with `empty_layer` if there is no layer.
-fn new_history(input: &Input<'_>, created: &str) -> Vec<Value> {
-    let entry = |created_by: &str| {
-        let mut entry = Map::new();
-        entry.insert("created".to_owned(), json!(created));
-        entry.insert("created_by".to_owned(), json!(created_by));
-        if let Some(author) = input.author {
-            entry.insert("author".to_owned(), json!(author));
-        }
-        entry
-    };
-    let by = |new: &NewLayer| entry(new.created_by.as_deref().unwrap_or(input.created_by));
-    let mut entries: Vec<Map<String, Value>> = input.layers.iter().map(by).collect();
-    if entries.is_empty() {
-        let mut empty = entry(input.created_by);
-        empty.insert("empty_layer".to_owned(), json!(true));
-        entries.push(empty);
-    }
-    if let (Some(top), Some(message)) = (entries.last_mut(), input.message) {
-        top.insert("comment".to_owned(), json!(message));
-    }
-    entries.into_iter().map(Value::Object).collect()
-}
-
-// ---- manifest
 
 const BASE_MANIFEST: &str = "the base manifest";
 
@@ -827,90 +491,4 @@ fn annotations(
             .map(|(key, value)| (key.clone(), json!(value))),
     );
     annotations
-}
-
-// ---- JSON
-
-fn parse_object(what: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, Error> {
-    match serde_json::from_slice(bytes) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(other) => Err(unexpected_type(what, "it", "an object", &other)),
-        Err(source) => Err(Error::Json { what, source }),
-    }
-}
-
-fn to_bytes(map: &Map<String, Value>) -> Vec<u8> {
-    // The alternate form of `Display` would be indented; this one is compact and cannot fail.
-    Value::Object(map.clone()).to_string().into_bytes()
-}
-
-fn drop_nulls(map: &mut Map<String, Value>) {
-    map.retain(|_, value| !value.is_null());
-}
-
-#[derive(Clone, Copy)]
-enum Kind {
-    Text,
-    Bool,
-    Texts,
-    TextMap,
-    Object,
-}
-
-/// Fails if a field exists and is not of the given kind.
-fn expect(
-    what: &'static str,
-    at: &str,
-    map: &Map<String, Value>,
-    key: &str,
-    kind: Kind,
-) -> Result<(), Error> {
-    let Some(value) = map.get(key) else {
-        return Ok(());
-    };
-    let (right, expected) = match kind {
-        Kind::Text => (value.is_string(), "a text"),
-        Kind::Bool => (value.is_boolean(), "true or false"),
-        Kind::Texts => (
-            value
-                .as_array()
-                .is_some_and(|list| list.iter().all(Value::is_string)),
-            "a list of texts",
-        ),
-        Kind::TextMap => (
-            value
-                .as_object()
-                .is_some_and(|map| map.values().all(Value::is_string)),
-            "a map of texts",
-        ),
-        Kind::Object => (value.is_object(), "an object"),
-    };
-    if right {
-        Ok(())
-    } else {
-        Err(unexpected_type(what, format!("{at}{key}"), expected, value))
-    }
-}
-
-fn unexpected_type(
-    what: &'static str,
-    field: impl Into<String>,
-    expected: &'static str,
-    found: &Value,
-) -> Error {
-    let kind = match found {
-        Value::Null => "nothing",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a text",
-        Value::Array(list) if list.iter().all(Value::is_string) => "a list of texts",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    };
-    Error::UnexpectedType {
-        what,
-        field: field.into(),
-        expected,
-        found: kind.to_owned(),
-    }
 }

@@ -22,15 +22,15 @@
 //! file, 0755 for a directory and 0777 for a symbolic link; the default owner is 0:0 and the default time is
 //! [`DEFAULT_TIME`].
 
-use std::collections::BTreeMap;
-use std::io::{self, Write};
+mod content;
 
-use base64::Engine as _;
+use std::collections::BTreeMap;
 
 use super::archive::EntryKind;
 use super::tree::{Kind, Node, Time, Tree};
 use super::vis;
-use crate::common::digest::{Digest, HashingWriter};
+pub use content::Content;
+use content::{Base, content, decode, expand};
 
 /// Default time in seconds since the epoch (2001-09-09).
 pub(crate) const DEFAULT_TIME: i64 = 1_000_000_000;
@@ -38,8 +38,6 @@ pub(crate) const DEFAULT_TIME: i64 = 1_000_000_000;
 const MAX_REPEAT: u64 = 100_000;
 /// Maximum memory of all items of a document together, in bytes: a line of a few words can create very many.
 const MAX_BYTES: usize = 64 << 20;
-/// Longest name after `{TEXT*N}` is expanded, in bytes.
-const MAX_NAME: usize = super::archive::PATH_BYTES;
 
 /// A line that cannot be parsed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -60,22 +58,6 @@ pub enum Type {
     Whiteout,
     /// A socket, which exists only on disk.
     Socket,
-}
-
-/// Content of a regular file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Content {
-    base: Base,
-    over: Vec<(u64, Vec<u8>)>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Base {
-    Bytes(Vec<u8>),
-    Random { seed: u64, length: u64 },
-    Zeros { length: u64 },
-    Hole { length: u64 },
-    Stated { size: u64, digest: Option<Digest> },
 }
 
 /// One path with its properties.
@@ -121,83 +103,6 @@ pub enum Line {
     },
     /// One path.
     Item(Box<Item>),
-}
-
-impl Content {
-    /// Returns the length in bytes.
-    pub fn len(&self) -> u64 {
-        match &self.base {
-            Base::Bytes(bytes) => bytes.len() as u64,
-            Base::Random { length, .. } | Base::Zeros { length } | Base::Hole { length } => *length,
-            Base::Stated { size, .. } => *size,
-        }
-    }
-
-    /// Returns whether the file has a hole wherever nothing is written over it.
-    pub fn is_hole(&self) -> bool {
-        matches!(self.base, Base::Hole { .. })
-    }
-
-    /// Returns what is written over the base: offsets and bytes.
-    pub fn over(&self) -> &[(u64, Vec<u8>)] {
-        &self.over
-    }
-
-    /// Returns the digest, or `None` if only a size is given.
-    pub(crate) fn digest(&self) -> Option<Digest> {
-        if let Base::Stated { digest, .. } = self.base {
-            return digest;
-        }
-        let mut hash = HashingWriter::new(io::sink());
-        self.write(&mut hash).ok()?;
-        Some(hash.complete().1)
-    }
-
-    /// Writes the whole content. Fails with [`io::ErrorKind::Unsupported`] if only size or digest are given.
-    pub fn write(&self, sink: &mut dyn Write) -> io::Result<()> {
-        let mut at = 0;
-        // A multiple of 8 if there is more than one iteration, because random content is generated in words.
-        let mut buffer = vec![0; self.len().min(64 * 1024) as usize];
-        while at < self.len() {
-            let length = usize::try_from(self.len() - at)
-                .unwrap_or(usize::MAX)
-                .min(buffer.len());
-            let chunk = &mut buffer[..length];
-            match &self.base {
-                Base::Bytes(bytes) => {
-                    chunk.copy_from_slice(&bytes[at as usize..at as usize + length]);
-                }
-                Base::Random { seed, .. } => {
-                    // `at` is a multiple of the buffer's length and thus of 8.
-                    for (word, bytes) in chunk.chunks_mut(8).enumerate() {
-                        let value = random(*seed, at / 8 + word as u64).to_le_bytes();
-                        bytes.copy_from_slice(&value[..bytes.len()]);
-                    }
-                }
-                Base::Zeros { .. } | Base::Hole { .. } => chunk.fill(0),
-                Base::Stated { .. } => return Err(io::ErrorKind::Unsupported.into()),
-            }
-            for (offset, bytes) in &self.over {
-                let from = at.max(*offset);
-                let to = (at + length as u64).min(offset + bytes.len() as u64);
-                if from < to {
-                    let source = &bytes[(from - offset) as usize..(to - offset) as usize];
-                    chunk[(from - at) as usize..(to - at) as usize].copy_from_slice(source);
-                }
-            }
-            sink.write_all(chunk)?;
-            at += length as u64;
-        }
-        Ok(())
-    }
-}
-
-/// Returns word `index` of the stream for `seed`: the finaliser of SplitMix64 over a counter.
-fn random(seed: u64, index: u64) -> u64 {
-    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// Parses a document.
@@ -439,76 +344,6 @@ fn kind(word: &str) -> Result<Type, String> {
     }))
 }
 
-fn content(words: &mut BTreeMap<&str, &str>) -> Result<Content, String> {
-    let length = |key: &str, text: &str| {
-        text.parse::<u64>()
-            .map_err(|_| format!("{key}={text}: expected a length"))
-    };
-    let mut base = Base::Bytes(Vec::new());
-    if let Some(text) = words.remove("content") {
-        base = Base::Bytes(expand(text)?);
-    }
-    if let Some(text) = words.remove("base64") {
-        let bytes = base64::engine::general_purpose::STANDARD.decode(text);
-        base = Base::Bytes(bytes.map_err(|error| format!("base64={text}: {error}"))?);
-    }
-    if let Some(text) = words.remove("random") {
-        let (seed, size) = text
-            .split_once(',')
-            .ok_or_else(|| format!("random={text}: expected SEED,LENGTH"))?;
-        base = Base::Random {
-            seed: length("random", seed)?,
-            length: length("random", size)?,
-        };
-    }
-    if let Some(text) = words.remove("zeros") {
-        base = Base::Zeros {
-            length: length("zeros", text)?,
-        };
-    }
-    if let Some(text) = words.remove("hole") {
-        base = Base::Hole {
-            length: length("hole", text)?,
-        };
-    }
-    if let Some(text) = words.remove("size") {
-        let digest = words
-            .remove("sha256")
-            .map(Digest::from_hex)
-            .transpose()
-            .map_err(|error| error.to_string())?;
-        base = Base::Stated {
-            size: length("size", text)?,
-            digest,
-        };
-    }
-    let mut content = Content {
-        base,
-        over: Vec::new(),
-    };
-    let keys: Vec<&str> = words
-        .keys()
-        .copied()
-        .filter(|key| key.starts_with("at."))
-        .collect();
-    for key in keys {
-        let offset = length("at", &key[3..])?;
-        let bytes = words
-            .remove(key)
-            .map(expand)
-            .transpose()?
-            .unwrap_or_default();
-        if offset
-            .checked_add(bytes.len() as u64)
-            .is_none_or(|end| end > content.len())
-        {
-            return Err(format!("{key}: beyond the end of the file"));
-        }
-        content.over.push((offset, bytes));
-    }
-    Ok(content)
-}
-
 fn parse_time(text: &str) -> Result<Time, String> {
     let bad = || {
         format!("time={text}: expected SECONDS or SECONDS.NANOSECONDS (nine digits, counting up)")
@@ -521,35 +356,6 @@ fn parse_time(text: &str) -> Result<Time, String> {
         seconds: seconds.parse().map_err(|_| bad())?,
         nanos: nanos.parse().map_err(|_| bad())?,
     })
-}
-
-fn decode(text: &str) -> Result<Vec<u8>, String> {
-    vis::decode(text).map_err(|error| error.to_string())
-}
-
-/// Expands `{TEXT*N}` and unescapes.
-fn expand(text: &str) -> Result<Vec<u8>, String> {
-    let bad = || format!("{text:?}: expected {{TEXT*N}} (a brace in a name is \\173)");
-    let mut bytes = Vec::new();
-    let mut rest = text;
-    while let Some((before, tail)) = rest.split_once('{') {
-        let (inside, after) = tail.split_once('}').ok_or_else(bad)?;
-        let (unit, count) = inside.rsplit_once('*').ok_or_else(bad)?;
-        let count: usize = count.parse().map_err(|_| bad())?;
-        bytes.extend(decode(before)?);
-        let unit = decode(unit)?;
-        if unit
-            .len()
-            .checked_mul(count)
-            .is_none_or(|length| length > MAX_NAME)
-        {
-            return Err(bad());
-        }
-        bytes.extend(unit.repeat(count));
-        rest = after;
-    }
-    bytes.extend(decode(rest)?);
-    Ok(bytes)
 }
 
 /// Builds a tree from the items. The root and missing parents are added as implicit directories.
@@ -641,6 +447,7 @@ fn node(item: Option<&Item>, inode: u64) -> Node {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::common::digest::Digest;
 
     fn text_of(text: &str) -> Content {
         Content {

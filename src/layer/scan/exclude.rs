@@ -4,14 +4,20 @@
 //! The matcher works on path bytes only and is called once for every entry of an upper directory, so it reads no files.
 //! There is one table per list: [`CREDENTIALS`] and [`CACHES`].
 
-use std::collections::{HashMap, HashSet};
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt as _;
+mod lists;
+mod patterns;
+mod reason;
+mod remnants;
 
-use globset::{Candidate, GlobBuilder, GlobSet, GlobSetBuilder};
+use std::collections::{HashMap, HashSet};
+
 use rustix::fs::FileType;
 
 use crate::node::overlay::lower::basename;
+use lists::{CACHES, CREDENTIALS, MatchScope};
+use patterns::Patterns;
+pub use reason::Reason;
+use remnants::{DIRECTORY_STUBS, is_conda_archive, is_driver_library, is_gpu_remnant, stub};
 
 /// Properties of an entry besides its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,49 +30,6 @@ pub struct Facts<'a> {
     pub link: Option<&'a [u8]>,
     /// Whether the base has an entry at this path.
     pub in_base: bool,
-}
-
-/// Reason for leaving out an entry.
-#[derive(
-    Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
-)]
-#[serde(tag = "reason", content = "pattern", rename_all = "snake_case")]
-pub enum Reason {
-    /// At or below the destination of a mount.
-    Mount,
-    /// A stub that a runtime creates as a mount point.
-    MountStub,
-    /// A device that the runtime creates in every container.
-    RuntimeDevice,
-    /// A stub left by the GPU hook.
-    Gpu,
-    /// A credential, or a place where programs keep credentials, shell histories included.
-    Credential,
-    /// Data that can be downloaded again.
-    Cache,
-    /// The user's pattern that matched.
-    Pattern(String),
-    /// A path so long that unpacking it into a directory would exceed `PATH_MAX`.
-    PathTooLong,
-    /// A name that begins with `.wh.`, which means a deletion in a layer.
-    ReservedName,
-}
-
-impl Reason {
-    /// Returns the value of `reason` in JSON.
-    pub(crate) fn kind(&self) -> &'static str {
-        match self {
-            Self::Mount => "mount",
-            Self::MountStub => "mount_stub",
-            Self::RuntimeDevice => "runtime_device",
-            Self::Gpu => "gpu",
-            Self::Credential => "credential",
-            Self::Cache => "cache",
-            Self::Pattern(_) => "pattern",
-            Self::PathTooLong => "path_too_long",
-            Self::ReservedName => "reserved_name",
-        }
-    }
 }
 
 /// The rules of a matcher.
@@ -97,218 +60,6 @@ pub struct PatternError {
     /// A description of the error.
     pub why: String,
 }
-
-/// What an entry of a list matches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum MatchScope {
-    /// Trailing components anywhere in the tree: everything with that name, and all below it.
-    Tree,
-    /// Trailing components anywhere in the tree: everything with that name except directories.
-    File,
-    /// A path from the root: all below that directory, but not the directory.
-    Contents,
-}
-
-/// Paths of credentials and input histories. Configuration files that may hold a password among much else (`.env`,
-/// `pip.conf`, `.condarc`, `.gitconfig`, Maven's `settings.xml`) are not listed: programs need them, and would fail for
-/// no visible reason.
-pub(crate) const CREDENTIALS: &[(&str, MatchScope)] = &[
-    // Keys and password stores.
-    (".ssh", MatchScope::Tree),
-    (".gnupg", MatchScope::Tree),
-    (".pki/nssdb", MatchScope::Tree),
-    (".password-store", MatchScope::Tree),
-    (".local/share/keyrings", MatchScope::Tree),
-    (".local/share/kwalletd", MatchScope::Tree),
-    (".local/share/python_keyring", MatchScope::Tree),
-    (".anaconda/keyring", MatchScope::File),
-    (".config/sops/age", MatchScope::Tree),
-    (".config/op", MatchScope::Tree),
-    (".config/borg/keys", MatchScope::Tree),
-    (".vault-token", MatchScope::File),
-    (".vault_pass", MatchScope::File),
-    (".vault_pass.txt", MatchScope::File),
-    // Hosts, mail and file servers.
-    (".netrc", MatchScope::File),
-    ("_netrc", MatchScope::File),
-    (".authinfo", MatchScope::File),
-    (".authinfo.gpg", MatchScope::File),
-    (".smbcredentials", MatchScope::File),
-    (".davfs2/secrets", MatchScope::File),
-    (".msmtprc", MatchScope::File),
-    (".fetchmailrc", MatchScope::File),
-    (".config/rclone", MatchScope::Tree),
-    (".rclone.conf", MatchScope::File),
-    (".s3cfg", MatchScope::File),
-    (".boto", MatchScope::File),
-    (".mc/config.json", MatchScope::File),
-    (".config/filezilla", MatchScope::Tree),
-    (".irods/.irodsA", MatchScope::File),
-    (".globus", MatchScope::Tree),
-    (".globusonline", MatchScope::Tree),
-    // Clouds and clusters.
-    (".aws", MatchScope::Tree),
-    (".azure", MatchScope::Tree),
-    (".config/gcloud", MatchScope::Tree),
-    (".oci", MatchScope::Tree),
-    (".aliyun", MatchScope::Tree),
-    (".bluemix", MatchScope::Tree),
-    (".kube", MatchScope::Tree),
-    (".config/doctl", MatchScope::Tree),
-    (".config/hcloud", MatchScope::Tree),
-    (".config/scw", MatchScope::Tree),
-    (".config/linode-cli", MatchScope::File),
-    (".config/argocd", MatchScope::Tree),
-    (".fly", MatchScope::Tree),
-    (".cloudflared", MatchScope::Tree),
-    (".config/.wrangler", MatchScope::Tree),
-    (".config/ngrok", MatchScope::Tree),
-    (".ngrok2", MatchScope::Tree),
-    (".config/stripe", MatchScope::Tree),
-    (".terraform.d/credentials.tfrc.json", MatchScope::File),
-    (".pulumi/credentials.json", MatchScope::File),
-    // Source code.
-    (".git-credentials", MatchScope::File),
-    (".config/git/credentials", MatchScope::File),
-    (".gitcookies", MatchScope::File),
-    (".config/gh", MatchScope::Tree),
-    (".config/hub", MatchScope::File),
-    (".config/glab-cli", MatchScope::Tree),
-    (".config/tea", MatchScope::Tree),
-    (".subversion/auth", MatchScope::Tree),
-    // Registries and package indexes.
-    (".docker/config.json", MatchScope::File),
-    (".dockercfg", MatchScope::File),
-    (".config/containers/auth.json", MatchScope::File),
-    (".config/helm/registry", MatchScope::Tree),
-    (".singularity/remote.yaml", MatchScope::File),
-    (".singularity/docker-config.json", MatchScope::File),
-    (".apptainer/remote.yaml", MatchScope::File),
-    (".apptainer/docker-config.json", MatchScope::File),
-    (".ngc", MatchScope::Tree),
-    (".jfrog", MatchScope::Tree),
-    (".pypirc", MatchScope::File),
-    (".config/pypoetry/auth.toml", MatchScope::File),
-    (".local/share/uv/credentials", MatchScope::Tree),
-    (".continuum/anaconda-client/tokens", MatchScope::Tree),
-    (".npmrc", MatchScope::File),
-    (".cargo/credentials", MatchScope::File),
-    (".cargo/credentials.toml", MatchScope::File),
-    (".gem/credentials", MatchScope::File),
-    (".m2/settings-security.xml", MatchScope::File),
-    (".ivy2/.credentials", MatchScope::File),
-    (".sbt/.credentials", MatchScope::File),
-    (".composer/auth.json", MatchScope::File),
-    (".config/composer/auth.json", MatchScope::File),
-    (".julia/servers", MatchScope::Tree),
-    // Databases.
-    (".pgpass", MatchScope::File),
-    (".pg_service.conf", MatchScope::File),
-    (".my.cnf", MatchScope::File),
-    (".mylogin.cnf", MatchScope::File),
-    (".snowsql/config", MatchScope::File),
-    (".snowflake", MatchScope::Tree),
-    (".databrickscfg", MatchScope::File),
-    (".dbt/profiles.yml", MatchScope::File),
-    // Data sets and models.
-    (".kaggle", MatchScope::Tree),
-    (".config/kaggle", MatchScope::Tree),
-    (".huggingface/token", MatchScope::File),
-    (".cache/huggingface/token", MatchScope::File),
-    (".cache/huggingface/stored_tokens", MatchScope::File),
-    (".modelscope/credentials", MatchScope::Tree),
-    (".mlflow/credentials", MatchScope::File),
-    (".comet.config", MatchScope::File),
-    ("clearml.conf", MatchScope::File),
-    (".lightning/credentials.json", MatchScope::File),
-    (".modal.toml", MatchScope::File),
-    (".claude/.credentials.json", MatchScope::File),
-    (".codex/auth.json", MatchScope::File),
-    (".gemini/oauth_creds.json", MatchScope::File),
-    (".streamlit/secrets.toml", MatchScope::File),
-    (".cdsapirc", MatchScope::File),
-    (".ecmwfapirc", MatchScope::File),
-    (".urs_cookies", MatchScope::File),
-    (".config/earthengine", MatchScope::Tree),
-    (".synapseConfig", MatchScope::File),
-    (".dnanexus_config", MatchScope::Tree),
-    (".httr-oauth", MatchScope::File),
-    (".cache/gargle", MatchScope::Tree),
-    (".R/gargle", MatchScope::Tree),
-    // Sessions: cookies, tokens, open documents.
-    (".Renviron", MatchScope::File),
-    (".local/share/jupyter/runtime", MatchScope::Tree),
-    (".local/share/jupyter/notebook_secret", MatchScope::File),
-    ("jupyterhub_cookie_secret", MatchScope::File),
-    (".config/code-server/config.yaml", MatchScope::File),
-    (".local/share/rstudio", MatchScope::Tree),
-    (".rstudio", MatchScope::Tree),
-    // Input histories.
-    (".sh_history", MatchScope::File),
-    (".ash_history", MatchScope::File),
-    (".bash_history", MatchScope::File),
-    (".zsh_history", MatchScope::File),
-    (".local/share/fish/fish_history", MatchScope::File),
-    (".local/share/xonsh", MatchScope::Tree),
-    (".python_history", MatchScope::File),
-    (".ipython/profile_default/history.sqlite", MatchScope::File),
-    (".Rhistory", MatchScope::File),
-    (".julia/logs/repl_history.jl", MatchScope::File),
-    (".octave_hist", MatchScope::File),
-    (".node_repl_history", MatchScope::File),
-    (".irb_history", MatchScope::File),
-    (".php_history", MatchScope::File),
-    (".psql_history", MatchScope::File),
-    (".mysql_history", MatchScope::File),
-    (".sqlite_history", MatchScope::File),
-    (".rediscli_history", MatchScope::File),
-];
-
-/// Paths of data that can be downloaded again. Conda's archives have no fixed names; see [`is_conda_archive`].
-pub(crate) const CACHES: &[(&str, MatchScope)] = &[
-    (".cache/pip", MatchScope::Tree),
-    (".cache/uv", MatchScope::Tree),
-    ("var/cache/apt/archives", MatchScope::Contents),
-    ("tmp", MatchScope::Contents),
-    ("var/tmp", MatchScope::Contents),
-];
-
-/// Empty files that runtimes create to mount something over them or to mark a container.
-const EMPTY_STUBS: &[&[u8]] = &[
-    b"etc/hosts",
-    b"etc/hostname",
-    b"etc/resolv.conf",
-    b".dockerenv",
-    b"run/.containerenv",
-    b"dev/console",
-];
-
-/// Symbolic links that runtimes create, and their targets.
-const LINK_STUBS: &[(&[u8], &[u8])] = &[
-    (b"etc/mtab", b"/proc/mounts"),
-    (b"dev/fd", b"/proc/self/fd"),
-    (b"dev/stdin", b"/proc/self/fd/0"),
-    (b"dev/stdout", b"/proc/self/fd/1"),
-    (b"dev/stderr", b"/proc/self/fd/2"),
-    (b"dev/core", b"/proc/kcore"),
-    (b"dev/ptmx", b"pts/ptmx"),
-];
-
-/// Directories that runtimes create as mount points.
-const DIRECTORY_STUBS: &[&[u8]] = &[
-    b"dev",
-    b"dev/pts",
-    b"dev/shm",
-    b"dev/mqueue",
-    b"proc",
-    b"sys",
-    b"run/secrets",
-];
-
-/// Default devices (runtime-spec, `config-linux.md`, "Default Devices").
-const DEFAULT_DEVICES: &[&[u8]] = &[
-    b"null", b"zero", b"full", b"random", b"urandom", b"tty", b"console", b"ptmx",
-];
 
 /// The matcher.
 #[derive(Debug)]
@@ -496,181 +247,11 @@ fn relative(path: &[u8]) -> Vec<u8> {
     parts.join(&b'/')
 }
 
-/// Returns the reason for a stub made by a runtime. A file with content is the user's.
-fn stub(path: &[u8], facts: &Facts<'_>) -> Option<Reason> {
-    // Fast path: the first component rules out nearly all paths.
-    let first = path.split(|&b| b == b'/').next()?;
-    if !matches!(
-        first,
-        b"etc" | b"dev" | b"proc" | b"sys" | b"run" | b".dockerenv"
-    ) {
-        return None;
-    }
-    let in_dev = path.strip_prefix(b"dev/");
-    let device = matches!(
-        facts.file_type,
-        Some(FileType::CharacterDevice | FileType::BlockDevice)
-    );
-    if device
-        && in_dev.is_some_and(|name| DEFAULT_DEVICES.contains(&name) || name.starts_with(b"pts/"))
-    {
-        return Some(Reason::RuntimeDevice);
-    }
-    let stub = match facts.file_type {
-        // Some runtimes bind-mount the host's devices over empty files.
-        Some(FileType::RegularFile) => {
-            facts.size == 0
-                && (EMPTY_STUBS.contains(&path)
-                    || in_dev.is_some_and(|name| DEFAULT_DEVICES.contains(&name)))
-        }
-        Some(FileType::Symlink) => LINK_STUBS
-            .iter()
-            .any(|(link, target)| path == *link && facts.link == Some(target)),
-        None => {
-            EMPTY_STUBS.contains(&path)
-                || LINK_STUBS.iter().any(|(link, _)| path == *link)
-                || DIRECTORY_STUBS.contains(&path)
-                || [&b"dev"[..], b"proc", b"sys"].contains(&first)
-        }
-        _ => false,
-    };
-    stub.then_some(Reason::MountStub)
-}
-
-/// Returns whether an entry was left in the upper by libnvidia-container: it creates empty files, mounts the driver's
-/// files over them, and `ldconfig` adds links to them (libnvidia-container#50, nvidia-docker#1488).
-fn is_gpu_remnant(path: &[u8], facts: &Facts<'_>) -> bool {
-    let name = basename(path);
-    match facts.file_type {
-        Some(FileType::RegularFile) if facts.size == 0 => {
-            is_driver_library(name)
-                || path
-                    .strip_prefix(b"usr/bin/")
-                    .is_some_and(|n| n.starts_with(b"nvidia-") && !n.contains(&b'/'))
-                || path
-                    .strip_prefix(b"usr/")
-                    .unwrap_or(path)
-                    .starts_with(b"lib/firmware/nvidia/")
-        }
-        Some(FileType::CharacterDevice) => path.starts_with(b"dev/nvidia"),
-        _ => false,
-    }
-}
-
-/// Returns whether a name is that of a driver's shared library: `lib{cuda,nvidia-*,nvcuvid,nvoptix}*.so` with or
-/// without a version.
-fn is_driver_library(name: &[u8]) -> bool {
-    let Some(stem) = name.strip_prefix(b"lib") else {
-        return false;
-    };
-    let driver = [&b"cuda"[..], b"nvidia-", b"nvcuvid", b"nvoptix"]
-        .iter()
-        .any(|start| stem.starts_with(start));
-    driver && (stem.ends_with(b".so") || stem.windows(4).any(|part| part == b".so."))
-}
-
-/// Returns whether a path is an archive that conda has unpacked and kept: `pkgs/NAME-VERSION-BUILD.conda` or
-/// `.tar.bz2`. The two dashes distinguish it from a user's archive in a directory that happens to be called `pkgs`.
-fn is_conda_archive(path: &[u8]) -> bool {
-    let name = basename(path);
-    let Some(stem) = name
-        .strip_suffix(b".conda")
-        .or_else(|| name.strip_suffix(b".tar.bz2"))
-    else {
-        return false;
-    };
-    let parent = path[..path.len() - name.len()].strip_suffix(b"/");
-    parent.is_some_and(|parent| basename(parent) == b"pkgs")
-        && stem.split(|&b| b == b'-').count() >= 3
-}
-
-/// The user's patterns, compiled.
-#[derive(Debug)]
-struct Patterns {
-    texts: Vec<String>,
-    /// Two globs per pattern: 2i for the entry itself, 2i + 1 for everything below it.
-    set: GlobSet,
-    directories_only: Vec<bool>,
-}
-
-impl Patterns {
-    fn new(texts: &[String]) -> Result<Self, PatternError> {
-        let mut set = GlobSetBuilder::new();
-        let mut directories_only = Vec::with_capacity(texts.len());
-        for text in texts {
-            let bad = |why: String| PatternError {
-                pattern: text.clone(),
-                why,
-            };
-            if text.starts_with('!') {
-                return Err(bad(
-                    "patterns with ! are not supported; write \\! for a name that begins so"
-                        .to_owned(),
-                ));
-            }
-            let (anchored, rest) = match text.strip_prefix('/') {
-                Some(rest) => (true, rest),
-                None => (false, text.as_str()),
-            };
-            // A backslash would make the slash part of a name, which cannot contain one.
-            let (directory, rest) = match rest.strip_suffix('/') {
-                Some(rest) => (true, rest),
-                None => (false, rest),
-            };
-            if rest.is_empty() {
-                return Err(bad(
-                    "it names nothing (or the root); write /** for everything".to_owned(),
-                ));
-            }
-            if rest.split('/').any(|part| matches!(part, "" | "." | "..")) {
-                return Err(bad(
-                    "empty, . and .. components match no path; paths begin at the container's root"
-                        .to_owned(),
-                ));
-            }
-            let entry = if anchored {
-                rest.to_owned()
-            } else {
-                format!("**/{rest}")
-            };
-            for glob in [entry.clone(), format!("{entry}/**")] {
-                let glob = GlobBuilder::new(&glob)
-                    .literal_separator(true)
-                    .backslash_escape(true)
-                    .build();
-                set.add(glob.map_err(|e| bad(e.kind().to_string()))?);
-            }
-            directories_only.push(directory);
-        }
-        let set = set.build().map_err(|e| PatternError {
-            pattern: texts.join(" "),
-            why: e.to_string(),
-        })?;
-        Ok(Self {
-            texts: texts.to_vec(),
-            set,
-            directories_only,
-        })
-    }
-
-    /// Returns the first pattern that matches.
-    fn matching(&self, path: &[u8], directory: bool) -> Option<&str> {
-        let candidate = Candidate::new(OsStr::from_bytes(path));
-        let matches = self.set.matches_candidate(&candidate);
-        let applies = |glob: &usize| glob % 2 == 1 || directory || !self.directories_only[glob / 2];
-        matches
-            .into_iter()
-            .filter(applies)
-            .map(|glob| self.texts[glob / 2].as_str())
-            .next()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn facts(file_type: FileType) -> Facts<'static> {
+    pub(super) fn facts(file_type: FileType) -> Facts<'static> {
         Facts {
             file_type: Some(file_type),
             size: 0,
@@ -679,37 +260,37 @@ mod tests {
         }
     }
 
-    fn file(size: u64) -> Facts<'static> {
+    pub(super) fn file(size: u64) -> Facts<'static> {
         Facts {
             size,
             ..facts(FileType::RegularFile)
         }
     }
 
-    fn link(target: &str) -> Facts<'_> {
+    pub(super) fn link(target: &str) -> Facts<'_> {
         Facts {
             link: Some(target.as_bytes()),
             ..facts(FileType::Symlink)
         }
     }
 
-    const DIR: Facts<'static> = Facts {
+    pub(super) const DIR: Facts<'static> = Facts {
         file_type: Some(FileType::Directory),
         size: 0,
         link: None,
         in_base: false,
     };
-    const BASE_DIR: Facts<'static> = Facts {
+    pub(super) const BASE_DIR: Facts<'static> = Facts {
         in_base: true,
         ..DIR
     };
-    const WHITEOUT: Facts<'static> = Facts {
+    pub(super) const WHITEOUT: Facts<'static> = Facts {
         file_type: None,
         in_base: true,
         ..DIR
     };
 
-    fn rules<'a>(mounts: &'a [Vec<u8>], user: &'a [String]) -> Rules<'a> {
+    pub(super) fn rules<'a>(mounts: &'a [Vec<u8>], user: &'a [String]) -> Rules<'a> {
         Rules {
             mounts,
             saved: &[],
@@ -738,12 +319,12 @@ mod tests {
         assert_eq!(one.check(b"home/w/data", &DIR), Some(Reason::Mount));
     }
 
-    fn plain() -> Exclusions {
+    pub(super) fn plain() -> Exclusions {
         Exclusions::new(rules(&[], &[])).unwrap()
     }
 
     #[track_caller]
-    fn table(exclusions: &Exclusions, cases: &[(&str, Facts<'_>, Option<Reason>)]) {
+    pub(super) fn table(exclusions: &Exclusions, cases: &[(&str, Facts<'_>, Option<Reason>)]) {
         for (path, facts, expected) in cases {
             assert_eq!(
                 exclusions.check(path.as_bytes(), facts),
@@ -1064,98 +645,5 @@ mod tests {
         for path in ["tmp/x", "root/.cache/pip/x", "opt/pkgs/a-1-0.conda"] {
             assert_eq!(kept.check(path.as_bytes(), &file(9)), None, "{path}");
         }
-    }
-
-    #[test]
-    fn user_patterns_are_as_in_gitignore() {
-        // Columns: pattern, path, path is a directory, matches.
-        let cases: &[(&str, &str, bool, bool)] = &[
-            ("*.log", "a.log", false, true),
-            ("*.log", "deep/er/a.log", false, true),
-            ("*.log", "a.log/inside", false, true),
-            ("*.log", "a.logs", false, false),
-            ("/data", "data", true, true),
-            ("/data", "data/x/y", false, true),
-            ("/data", "srv/data", true, false),
-            ("/data", "database", false, false),
-            ("/data/*.bin", "data/a.bin", false, true),
-            ("/data/*.bin", "data/sub/a.bin", false, false),
-            ("/data/**/*.bin", "data/sub/deep/a.bin", false, true),
-            ("/data/**", "data", true, false),
-            ("/data/**", "data/x", false, true),
-            ("build/out", "x/build/out/y", false, true),
-            ("build/", "x/build", true, true),
-            ("build/", "x/build", false, false),
-            ("build/", "x/build/y", false, true),
-            ("/**", "anything/at/all", false, true),
-            ("file?", "file1", false, true),
-            ("file?", "file/x", false, false),
-            ("[ab].txt", "b.txt", false, true),
-            ("*.{o,a}", "lib/x.a", false, true),
-            ("\\*", "*", false, true),
-            ("\\*", "x", false, false),
-            ("\\!x", "!x", false, true),
-            ("*", ".hidden", false, true),
-            ("ü*", "a/über", false, true),
-        ];
-        for (pattern, path, directory, expected) in cases {
-            let user = [(*pattern).to_owned()];
-            let exclusions = Exclusions::new(Rules {
-                user: &user,
-                ..Rules::default()
-            })
-            .unwrap();
-            let facts = if *directory { BASE_DIR } else { file(1) };
-            let expected = expected.then(|| Reason::Pattern((*pattern).to_owned()));
-            assert_eq!(
-                exclusions.check(path.as_bytes(), &facts),
-                expected,
-                "{pattern} {path}"
-            );
-        }
-    }
-
-    #[test]
-    fn user_patterns_match_bytes_and_deletions_and_name_the_first() {
-        let user = ["/nothing", "*.bin", "/raw"].map(str::to_owned);
-        let exclusions = Exclusions::new(Rules {
-            user: &user,
-            ..Rules::default()
-        })
-        .unwrap();
-        let bin = || Some(Reason::Pattern("*.bin".to_owned()));
-        assert_eq!(exclusions.check(b"d/\xff\xfe\n.bin", &file(1)), bin());
-        assert_eq!(exclusions.check(b"d\xff/x.bin/\x80", &file(1)), bin());
-        assert_eq!(exclusions.check(b"raw/a.bin", &file(1)), bin());
-        assert_eq!(
-            exclusions.check(b"raw", &WHITEOUT),
-            Some(Reason::Pattern("/raw".to_owned()))
-        );
-        assert_eq!(exclusions.check(b"\xff", &file(1)), None);
-    }
-
-    #[test]
-    fn bad_patterns_are_refused_by_name() {
-        for bad in [
-            "", "/", "//", "!x", "a//b", "./x", "/../x", "[a", "{a", "a\\",
-        ] {
-            let user = ["ok".to_owned(), bad.to_owned()];
-            let error = Exclusions::new(Rules {
-                user: &user,
-                ..Rules::default()
-            })
-            .unwrap_err();
-            assert_eq!(error.pattern, bad, "{error}");
-        }
-    }
-
-    #[test]
-    fn reasons_are_written_in_snake_case() {
-        let json =
-            serde_json::to_string(&[Reason::MountStub, Reason::Pattern("*.o".to_owned())]).unwrap();
-        assert_eq!(
-            json,
-            r#"[{"reason":"mount_stub"},{"reason":"pattern","pattern":"*.o"}]"#
-        );
     }
 }

@@ -8,28 +8,25 @@
 //! N+2 may use pages that N held. So a read is consistent if N is still the newest transaction afterwards; otherwise it
 //! is repeated. (N+1 being the newest is not sufficient: N+2 may have written pages but not yet its meta page.)
 
+mod error;
+mod meta;
+mod page;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::hash::Hasher;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-const MAGIC: u32 = 0xED0C_DAED;
-const VERSION: u32 = 2;
-const PAGE_HEADER: usize = 16;
-const ELEMENT: usize = 16;
-const META: usize = 64;
+pub use error::Error;
+use meta::{Meta, newest_meta};
+use page::{Kind, PAGE_HEADER, Page, u32_at, u64_at};
+
 const BUCKET_HEADER: usize = 16;
-const FLAG_BRANCH: u16 = 0x01;
-const FLAG_LEAF: u16 = 0x02;
-const FLAG_META: u16 = 0x04;
 const LEAF_IS_BUCKET: u32 = 0x01;
-/// Possible page sizes, which are those of memory pages.
-const PAGE_SIZES: [u64; 5] = [4096, 8192, 16384, 32768, 65536];
 
 /// Maximum depth of a tree; a deeper one is damaged. Four levels hold more than any node has.
 const MAX_DEPTH: usize = 32;
@@ -41,35 +38,6 @@ const MAX_ENTRIES: usize = 1_000_000;
 const MAX_PAGE_BYTES: u64 = 64 << 20;
 /// Maximum number of reads that are repeated because of concurrent writes.
 const ATTEMPTS: u32 = 64;
-
-/// An error while reading a database.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The file cannot be opened or read.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// Path of the file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The file is not a bbolt database, or is damaged.
-    #[error("{} is not a sound bbolt database: {detail}", path.display())]
-    Damaged {
-        /// Path of the file.
-        path: PathBuf,
-        /// What was expected and found.
-        detail: String,
-    },
-    /// The owner wrote faster than the file could be read.
-    #[error("{} changed during each of {attempts} reads; try again", path.display())]
-    Busy {
-        /// Path of the file.
-        path: PathBuf,
-        /// Number of attempts.
-        attempts: u32,
-    },
-}
 
 /// Opens `path` and runs `query` on a snapshot, repeatedly until the file did not change meanwhile. `query` may
 /// therefore run several times, and its errors are returned only if the snapshot was consistent.
@@ -128,98 +96,6 @@ pub fn read<T, E: From<Error>>(
         },
     }
     .into())
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Meta {
-    page_size: u64,
-    root: u64,
-    /// Pages from here on are not part of the database.
-    high_water: u64,
-    txid: u64,
-}
-
-/// Returns the valid meta page with the higher transaction number. The inner error describes why both are invalid.
-fn newest_meta(file: &File) -> io::Result<Result<Meta, String>> {
-    let first = meta_at(file, 0)?;
-    // The second meta page is at the offset of one page, and without a valid first one the page size is unknown.
-    let sizes: Vec<u64> = match &first {
-        Ok(meta) => vec![meta.page_size],
-        Err(_) => PAGE_SIZES.to_vec(),
-    };
-    let mut newest = first;
-    for size in sizes {
-        let second = meta_at(file, size)?;
-        newest = match (newest, second) {
-            (Ok(a), Ok(b)) => Ok(if b.txid > a.txid { b } else { a }),
-            (Ok(a), Err(_)) => Ok(a),
-            (Err(_), Ok(b)) if b.page_size == size => Ok(b),
-            (Err(a), _) => Err(a),
-        };
-    }
-    Ok(newest)
-}
-
-fn meta_at(file: &File, offset: u64) -> io::Result<Result<Meta, String>> {
-    let mut bytes = [0; PAGE_HEADER + META];
-    match file.read_exact_at(&mut bytes, offset) {
-        Ok(()) => Ok(parse_meta(&bytes)),
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-            Ok(Err("it ends before its meta page".to_owned()))
-        }
-        Err(e) => Err(e),
-    }
-}
-
-fn parse_meta(page: &[u8; PAGE_HEADER + META]) -> Result<Meta, String> {
-    let meta = &page[PAGE_HEADER..];
-    let (magic, version) = (u32_at(meta, 0), u32_at(meta, 4));
-    if magic != MAGIC {
-        return Err(format!("magic number {magic:#x}, expected {MAGIC:#x}"));
-    }
-    if version != VERSION {
-        return Err(format!("version {version}, expected {VERSION}"));
-    }
-    if u16_at(page, 8) & FLAG_META == 0 {
-        return Err("its first pages are not marked as meta pages".to_owned());
-    }
-    let mut hasher = Fnv64a::default();
-    hasher.write(&meta[..56]);
-    let (sum, expected) = (u64_at(meta, 56), hasher.finish());
-    if sum != expected {
-        return Err(format!("meta checksum {sum:#x}, expected {expected:#x}"));
-    }
-    let page_size = u64::from(u32_at(meta, 8));
-    if !PAGE_SIZES.contains(&page_size) {
-        return Err(format!("page size {page_size}"));
-    }
-    Ok(Meta {
-        page_size,
-        root: u64_at(meta, 16),
-        high_water: u64_at(meta, 40),
-        txid: u64_at(meta, 48),
-    })
-}
-
-/// FNV-1a with 64 bits, as in Go's `hash/fnv`.
-struct Fnv64a(u64);
-
-impl Default for Fnv64a {
-    fn default() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Hasher for Fnv64a {
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
 }
 
 /// A consistent view of the file, valid for the duration of a query.
@@ -458,127 +334,14 @@ impl<'s> Bucket<'s> {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Branch,
-    Leaf,
-}
-
-/// A branch or leaf page. All offsets in it are checked against its length before use.
-struct Page<'p> {
-    bytes: &'p [u8],
-    kind: Kind,
-    count: usize,
-}
-
-impl<'p> Page<'p> {
-    fn parse(bytes: &'p [u8]) -> Result<Self, String> {
-        if bytes.len() < PAGE_HEADER {
-            return Err(format!("{} bytes are no page", bytes.len()));
-        }
-        let kind = match u16_at(bytes, 8) {
-            flags if flags & FLAG_LEAF != 0 => Kind::Leaf,
-            flags if flags & FLAG_BRANCH != 0 => Kind::Branch,
-            flags => {
-                return Err(format!(
-                    "flags {flags:#x} are neither of a branch nor of a leaf"
-                ));
-            }
-        };
-        let count = usize::from(u16_at(bytes, 10));
-        if PAGE_HEADER + count * ELEMENT > bytes.len() {
-            return Err(format!("{count} elements in {} bytes", bytes.len()));
-        }
-        if kind == Kind::Branch && count == 0 {
-            return Err("a branch without children".to_owned());
-        }
-        Ok(Self { bytes, kind, count })
-    }
-
-    /// Returns `len` bytes at `pos`, which is relative to the start of the element.
-    fn slice(&self, element: usize, pos: u32, len: u32) -> Result<&'p [u8], String> {
-        let start = element + pos as usize;
-        start
-            .checked_add(len as usize)
-            .and_then(|end| self.bytes.get(start..end))
-            .ok_or_else(|| {
-                format!(
-                    "a key or value of {len} bytes at {start} of {}",
-                    self.bytes.len()
-                )
-            })
-    }
-
-    fn key(&self, at: usize) -> Result<&'p [u8], String> {
-        let element = PAGE_HEADER + at * ELEMENT;
-        match self.kind {
-            Kind::Branch => self.slice(
-                element,
-                u32_at(self.bytes, element),
-                u32_at(self.bytes, element + 4),
-            ),
-            Kind::Leaf => self.slice(
-                element,
-                u32_at(self.bytes, element + 4),
-                u32_at(self.bytes, element + 8),
-            ),
-        }
-    }
-
-    /// Returns flags, key and value.
-    fn leaf(&self, at: usize) -> Result<(u32, &'p [u8], &'p [u8]), String> {
-        let element = PAGE_HEADER + at * ELEMENT;
-        let (pos, key_len) = (
-            u32_at(self.bytes, element + 4),
-            u32_at(self.bytes, element + 8),
-        );
-        let key = self.slice(element, pos, key_len)?;
-        let value_pos = pos
-            .checked_add(key_len)
-            .ok_or_else(|| format!("a key of {key_len} bytes"))?;
-        let value = self.slice(element, value_pos, u32_at(self.bytes, element + 12))?;
-        Ok((u32_at(self.bytes, element), key, value))
-    }
-
-    fn child(&self, at: usize) -> Result<u64, String> {
-        if at >= self.count {
-            return Err(format!("child {at} of {}", self.count));
-        }
-        Ok(u64_at(self.bytes, PAGE_HEADER + at * ELEMENT + 8))
-    }
-
-    /// Returns the index of the first element whose key is not less than `key`.
-    fn lower_bound(&self, key: &[u8]) -> Result<usize, String> {
-        let (mut low, mut high) = (0, self.count);
-        while low < high {
-            let middle = low.midpoint(high);
-            if self.key(middle)? < key {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        Ok(low)
-    }
-}
-
-// The callers check the length.
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([bytes[at], bytes[at + 1]])
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
-}
-
 #[cfg(test)]
 mod tests {
+    use super::meta::{FLAG_META, Fnv64a, MAGIC, META, VERSION};
+    use super::page::{ELEMENT, FLAG_BRANCH, FLAG_LEAF};
     use super::*;
+    use std::hash::Hasher as _;
     use std::io::{Seek, SeekFrom, Write};
+    use std::path::PathBuf;
 
     const SIZE: usize = 4096;
     type Item<'a> = (&'a [u8], u32, Vec<u8>);
