@@ -128,7 +128,7 @@ impl Bench<'_> {
 
         for round in 1..=options.rounds {
             let progress = |what: &str| {
-                (self.progress)(&format!("round {round} of {}: {what}", options.rounds))
+                (self.progress)(&format!("round {round} of {}: {what}", options.rounds));
             };
             progress("scan");
             let clock = clock::Clock::start();

@@ -27,6 +27,7 @@ pub(super) enum Base {
     Stated { size: u64, digest: Option<Digest> },
 }
 
+#[allow(clippy::len_without_is_empty)] // a file is no collection
 impl Content {
     /// Returns the length in bytes.
     pub fn len(&self) -> u64 {

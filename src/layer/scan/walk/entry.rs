@@ -177,7 +177,7 @@ impl Walker<'_> {
                 XattrAction::Mark(Mark::Nlink) => attributes.nlink = value()?,
                 XattrAction::Mark(Mark::Kernel) => {}
                 XattrAction::Drop | XattrAction::Mark(Mark::Protected) => {
-                    dropped.push(name.to_vec())
+                    dropped.push(name.to_vec());
                 }
                 XattrAction::Keep(kept) => {
                     if let Some(value) = value()? {
