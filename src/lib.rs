@@ -8,14 +8,24 @@
 //! blobs and manifest to a registry or a layout. [`save`] is the whole of it, and what is kept for the next save of the same
 //! container. [`service`] runs saves for the users of a cluster: agent, queue, manager, portal.
 
-pub mod bench;
-pub mod cli;
+// Apart from each other, because rustfmt sorts what stands together.
 pub mod common;
-pub mod demo;
-pub mod image;
-pub mod layer;
+
 pub mod node;
+
+pub mod layer;
+
+pub mod image;
+
+pub mod store;
+
 pub mod save;
+
 #[cfg(feature = "service")]
 pub mod service;
-pub mod store;
+
+pub mod bench;
+
+pub mod demo;
+
+pub mod cli;

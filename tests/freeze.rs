@@ -343,11 +343,11 @@ fn a_container_paused_by_somebody_else_stays_paused() -> Result {
             assert!(is_frozen(paused));
             drop(freeze(pid, None, &options())?);
             assert!(is_frozen(paused));
-            counters.assert_stands("paused by somebody else");
+            counters.assert_stands("paused by another process");
             let frozen = freeze(pid, None, &options())?;
             set_frozen(paused, false)?;
             assert!(matches!(frozen.thaw(), Err(Error::ThawedEarly { .. })));
-            counters.assert_runs("unpaused by somebody else");
+            counters.assert_runs("unpaused by another process");
         }
     }
     Ok(())

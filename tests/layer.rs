@@ -413,7 +413,7 @@ fn what_was_stamped_too_close_to_the_clock_is_taken_again() -> Result<()> {
         Ok(changes.ok_or("no layer can say it")?.emitted().count())
     };
     assert_eq!(taken(&scanned()?, false)?, 0, "nothing changed");
-    assert_eq!(taken(&scanned()?, true)?, 1, "nobody is sure of it");
+    assert_eq!(taken(&scanned()?, true)?, 1, "it is not certain");
     assert_eq!(
         taken(&scanned()?.with_clock(stamped), false)?,
         1,

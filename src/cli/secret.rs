@@ -24,7 +24,7 @@ pub(super) fn warn_if_shared(path: &Path) {
 pub(super) fn keys(path: &Path) -> io::Result<Zeroizing<String>> {
     let file = File::open(path)?;
     if private_files::is_accessible_to_others(&file.metadata()?) {
-        let told = "any user of this machine can read or change it: 'chmod 600' it, and make a new key if somebody may have read it";
+        let told = "any user of this machine can read or change it: 'chmod 600' it, and replace the keys if they may have been read";
         return Err(io::Error::new(ErrorKind::PermissionDenied, told));
     }
     let mut text = Zeroizing::new(String::with_capacity(MAX_SECRET_BYTES as usize + 1));

@@ -123,7 +123,7 @@ fn read_byte() -> Result<(), String> {
     let mut byte = [0];
     match rustix::io::read(io::stdin(), &mut byte) {
         Ok(1) => Ok(()),
-        Ok(_) => Err("nobody is there any more".to_owned()),
+        Ok(_) => Err("the demonstration that started it has ended".to_owned()),
         Err(error) => Err(format!("stdin: {error}")),
     }
 }

@@ -144,7 +144,7 @@ pub(crate) fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(),
         Cancelled::check(cancel)?;
         story
             .step(if round == 0 {
-                "Somebody works in it"
+                "Work in the container"
             } else {
                 "The work goes on"
             })

@@ -1,5 +1,5 @@
 # A file system at TARGET that answers for its root, and for nothing in it but, where asked for, the file `f`, of which
-# it never gives a byte. Says "up" when it is mounted, and "asked" when it keeps somebody waiting.
+# it never gives a byte. Says "up" when it is mounted, and "asked" when it keeps a reader waiting.
 import ctypes, os, struct, sys
 
 target = sys.argv[1]

@@ -172,7 +172,7 @@ async fn what_the_node_does_not_see_itself_is_not_done() -> Result<()> {
     options.program = node.program(&began(&ran))?;
     let service = Service::start(options, local());
     let code = refused(&node, &service, |order| order.owner = "mallory".to_owned()).await?;
-    assert_eq!(code, Code::NotPermitted, "somebody else's session");
+    assert_eq!(code, Code::NotPermitted, "the session of another user");
     for elsewhere in [
         "oci:/srv/elsewhere:x",
         "evil.example.org/alice/x:1",

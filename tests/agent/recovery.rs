@@ -28,7 +28,7 @@ async fn a_container_that_a_predecessor_left_frozen_runs_again_and_its_child_is_
         ..freeze::Options::default()
     };
     let frozen = freeze::freeze(node.pid, None, &how)?;
-    // As for a process that is dead together with its watchdog: nobody else thaws.
+    // As for a process that is dead together with its watchdog: no other process thaws.
     std::mem::forget(frozen);
     ensure!(node.frozen() && mark.exists());
     let mut child = Command::new("sleep")
@@ -40,7 +40,7 @@ async fn a_container_that_a_predecessor_left_frozen_runs_again_and_its_child_is_
     let start = process_start(pid).unwrap_or(0);
     let note = serde_json::json!({"session": node.id, "pid": pid, "pid_start": start});
     fs::write(running.join(format!("{job}.note")), note.to_string())?;
-    // Its number went to somebody else's process since.
+    // Its number went to the process of another since.
     let stranger = JobId::new();
     let mut other = Command::new("sleep")
         .arg("100000")
@@ -105,7 +105,7 @@ async fn a_mark_speaks_of_one_cgroup_and_one_boot() -> Result<()> {
     let text = fs::read_to_string(&mark)?;
     frozen.thaw()?;
     ensure!(!mark.exists(), "whoever thaws takes the mark away");
-    // The same words, and by now somebody else's pause of another cgroup or boot.
+    // The same words, and by now another program's pause of another cgroup or boot.
     node.pause(true)?;
     wait("the pause", || node.frozen().then_some(())).await?;
     let value: serde_json::Value = serde_json::from_str(&text)?;

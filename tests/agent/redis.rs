@@ -152,7 +152,7 @@ async fn a_redis_that_dies_under_a_save_and_forgets_it_costs_nothing_but_time() 
     service.queue.offer(&order).await?;
     wait("a child", || node.child(order.job)).await?;
     server.kill()?;
-    // All is delivered, and nobody can say whether the tag may be put on.
+    // All is delivered, and no manager can say whether the tag may be set.
     fs::write(&go, "")?;
     tokio::time::sleep(Duration::from_millis(500)).await;
     ensure!(!node.tagged(), "tagged without being asked");

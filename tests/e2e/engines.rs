@@ -202,7 +202,7 @@ fn a_docker_container_is_saved_with_its_volumes() -> Result<()> {
         same_tree(&container.rootfs, &rootfs, &except, TOUCHED_BY_RUNTIMES, 50)?;
         ensure!(
             !rootfs.join("data/of-another").exists(),
-            "nobody asked for it"
+            "it was not asked for"
         );
         Ok(())
     };

@@ -385,7 +385,7 @@ fn volumes_hide_what_the_image_has_there_and_are_saved_by_what_changed() -> Resu
     ensure!(rootfs.join("srv/inner/again").exists());
     ensure!(
         rootfs.join("srv/dash/a-b").exists() && !rootfs.join("srv/share/x").exists(),
-        "what is on a volume that nobody asked for is in the image"
+        "what is on a volume that was not asked for is in the image"
     );
     let not_saved = saved.metadata["volumes"].to_string();
     ensure!(

@@ -350,7 +350,7 @@ fn finish(
                 ensure!(!tags().contains(&tag), "a tag of a failed save: {save}");
                 format!("failed: {code}")
             }
-            "cancelled" => bail!("nobody asked for that: {save}"),
+            "cancelled" => bail!("it was cancelled without a request: {save}"),
             _ => continue,
         };
         *ended.entry(how).or_default() += 1;

@@ -14,7 +14,7 @@ const CALLERS: [Who; 7] = [
     Who::PortalFor("bob"),
     Who::Portal,
     Who::Administrator,
-    Who::Nobody,
+    Who::Anonymous,
 ];
 
 /// Method, path, body, and the expected status for each of `CALLERS`. ALICE stands for an open save of alice, DONE for
@@ -132,7 +132,7 @@ async fn everybody_sees_their_own_and_administrators_all() -> Outcomes {
     }
     let me = get(at, Who::Administrator, "/api/v1/me").await?;
     assert_eq!(me["administrator"], true);
-    // Nobody's session is saved by administrators, who say whose image it becomes.
+    // A session without an owner is saved by administrators, who say whose image it becomes.
     let body = json!({"session": id(3), "image": {"name": "x", "tag": "t"}});
     let (status, _) = ask(
         at,
@@ -295,9 +295,11 @@ async fn a_header_names_the_user_only_when_a_proxy_says_it() -> Outcomes {
         )?);
         Ok(options)
     };
-    let named = |at, user: &'static str| -> Result<_, Box<dyn std::error::Error>> {
-        Ok(request(at, Who::Nobody, Method::GET, "/api/v1/me")?.header("X-Forwarded-User", user))
-    };
+    let named =
+        |at, user: &'static str| -> Result<_, Box<dyn std::error::Error>> {
+            Ok(request(at, Who::Anonymous, Method::GET, "/api/v1/me")?
+                .header("X-Forwarded-User", user))
+        };
     let off = site.manager().await?;
     assert_eq!(named(off.address, "alice")?.send().await?.status(), 401);
     off.stop().await?;
@@ -319,8 +321,13 @@ async fn a_header_names_the_user_only_when_a_proxy_says_it() -> Outcomes {
     let twice = named(at, "alice")?.header("X-Forwarded-User", "carol");
     assert_eq!(twice.send().await?.status(), 401);
     // A browser behind the proxy is protected as one with a cookie is.
-    let forged = request(at, Who::Nobody, Method::DELETE, "/api/v1/images/x/tags/y")?
-        .header("X-Forwarded-User", "alice");
+    let forged = request(
+        at,
+        Who::Anonymous,
+        Method::DELETE,
+        "/api/v1/images/x/tags/y",
+    )?
+    .header("X-Forwarded-User", "alice");
     assert_eq!(forged.send().await?.status(), 403);
     manager.stop().await
 }

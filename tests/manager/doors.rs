@@ -73,7 +73,8 @@ async fn half_requests_and_streams_of_one_user_stop_nobody_else() -> Outcomes {
         ][n % 4];
         held.push(connect(at, text).await?);
         if n % 100 == 99 {
-            let (status, _) = ask(at, Who::Nobody, reqwest::Method::GET, "/healthz", None).await?;
+            let (status, _) =
+                ask(at, Who::Anonymous, reqwest::Method::GET, "/healthz", None).await?;
             assert_eq!(status, 200, "after {n}");
         }
     }
@@ -93,7 +94,7 @@ async fn half_requests_and_streams_of_one_user_stop_nobody_else() -> Outcomes {
         }
     }
     assert_eq!((served.len(), refused.len()), (32, FLOOD - 32));
-    let (status, _) = ask(at, Who::Nobody, reqwest::Method::GET, "/healthz", None).await?;
+    let (status, _) = ask(at, Who::Anonymous, reqwest::Method::GET, "/healthz", None).await?;
     assert_eq!(status, 200);
     let me = get(at, Who::Bob, "/api/v1/me").await?;
     assert_eq!(me["user"], "bob");
@@ -176,7 +177,7 @@ async fn bodies_that_do_not_come_hold_no_place() -> Outcomes {
              Content-Length: 90\r\n\r\n{{"
         )
     };
-    // Nobody's body is waited for at all.
+    // No request's body is waited for at all.
     let mut unknown = connect(at, &half("signin", "")).await?;
     let answer = head(&mut unknown).await?;
     assert!(answer.starts_with("HTTP/1.1 401"), "{answer}");
@@ -192,7 +193,7 @@ async fn bodies_that_do_not_come_hold_no_place() -> Outcomes {
         if head(&mut stream).await?.starts_with("HTTP/1.1 200") {
             break;
         }
-        assert!(begun.elapsed() < PATIENCE, "nobody is let in");
+        assert!(begun.elapsed() < PATIENCE, "no request is let in");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     manager.stop().await
@@ -377,10 +378,24 @@ async fn up_raises_its_limit_and_bears_a_low_one() -> Outcomes {
     for _ in 0..100 {
         held.push(connect(up.at, "GET /healthz HTTP/1.1\r\nHo").await?);
     }
-    let (status, _) = ask(up.at, Who::Nobody, reqwest::Method::GET, "/healthz", None).await?;
+    let (status, _) = ask(
+        up.at,
+        Who::Anonymous,
+        reqwest::Method::GET,
+        "/healthz",
+        None,
+    )
+    .await?;
     assert_eq!(status, 200);
     drop(held);
-    let (status, _) = ask(up.at, Who::Nobody, reqwest::Method::GET, "/healthz", None).await?;
+    let (status, _) = ask(
+        up.at,
+        Who::Anonymous,
+        reqwest::Method::GET,
+        "/healthz",
+        None,
+    )
+    .await?;
     assert_eq!(status, 200);
     let log = std::fs::read_to_string(&up.log)?;
     assert_eq!(

@@ -407,7 +407,7 @@ async fn a_lost_node_ends_its_saves_and_a_save_that_waits_too_long_ends() -> Out
         let save = until(at, Who::Alice, &path, |save| save["state"] == "failed").await?;
         assert_eq!(save["error"]["code"], "node_lost");
     }
-    // The queue has forgotten the one that waited: nobody begins it later.
+    // The queue has forgotten the one that waited: no agent begins it later.
     assert!(agent.claim_now(Duration::from_millis(300)).await?.is_none());
     manager.stop().await?;
     let site = Site::new()?;
@@ -438,7 +438,7 @@ async fn figures_and_readiness_are_told() -> Outcomes {
     let begun = std::time::Instant::now();
     let mut text = String::new();
     while !text.contains("upperdeck_save_pause_seconds_count 1") && begun.elapsed() < PATIENCE {
-        let answer = request(at, Who::Nobody, Method::GET, "/metrics")?
+        let answer = request(at, Who::Anonymous, Method::GET, "/metrics")?
             .send()
             .await?;
         text = answer.text().await?;
@@ -454,7 +454,7 @@ async fn figures_and_readiness_are_told() -> Outcomes {
     ] {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
-    let ready = get(at, Who::Nobody, "/readyz").await?;
+    let ready = get(at, Who::Anonymous, "/readyz").await?;
     assert_eq!(ready, json!({"ready": true, "missing": []}));
     let nodes = get(at, Who::Administrator, "/api/v1/nodes").await?;
     assert_eq!(

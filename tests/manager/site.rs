@@ -34,7 +34,7 @@ pub enum Who {
     PortalFor(&'static str),
     Portal,
     Administrator,
-    Nobody,
+    Anonymous,
 }
 
 /// A running manager.
@@ -161,7 +161,7 @@ pub fn request(at: SocketAddr, who: Who, method: Method, path: &str) -> Fallible
         Who::PortalFor(user) => request
             .bearer_auth("token-portal")
             .header("Upperdeck-User", user),
-        Who::Nobody => request,
+        Who::Anonymous => request,
     })
 }
 

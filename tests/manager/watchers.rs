@@ -138,7 +138,7 @@ fn a_thousand_watchers_cost_little() -> Outcomes {
         let (moving, events) = stretch(true).await?;
         let share = |cpu: f64| cpu / STRETCH.as_secs_f64() * 100.0;
         println!(
-            "{JOBS} jobs, nobody watches: {:.1} % of a core; {WATCHERS} watch, nothing moves: {:.1} %; each job says \
+            "{JOBS} jobs, no watcher: {:.1} % of a core; {WATCHERS} watch, nothing moves: {:.1} %; each job says \
              progress twice a second: {:.1} %, {:.0} events a second",
             share(alone),
             share(idle),

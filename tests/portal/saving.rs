@@ -438,7 +438,7 @@ fn an_administrator_puts_back_what_failed_for_good() -> Outcome {
     assert!(standin.world().dead.is_empty());
     browser.click("section:nth-of-type(2) .entry > summary")?;
     browser.see("attempt 2")?;
-    // What somebody opened stays open while the list is read again.
+    // What the user opened stays open while the list is read again.
     browser.run(
         "window.open_one = document.querySelector('section:nth-of-type(2) .entry')",
         json!([]),

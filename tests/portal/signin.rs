@@ -126,7 +126,7 @@ fn a_link_asks_and_replaces_nobody_unasked() -> Outcome {
     browser.go(&manager.url("?token=token-of-minji#/images"))?;
     browser.see("signs you in as minji")?;
     nothing_of_the_token(&browser)?;
-    // Nobody is signed in by it.
+    // It signs no user in.
     let me = "return fetch('api/v1/me').then((answer) => answer.status)";
     assert_eq!(browser.run(me, json!([]))?, 401);
     browser.click("#stay")?;

@@ -66,7 +66,7 @@ async fn an_order_that_is_not_ours_is_not_acted_on_and_blocks_nothing() -> Outco
         ("changed", changed),
         (
             "another key",
-            sealed("a key that nobody gave us", Message::Order, "n1", &another),
+            sealed("a key that is not ours", Message::Order, "n1", &another),
         ),
         (
             "another purpose",
@@ -383,7 +383,7 @@ async fn a_word_that_no_manager_said_to_this_question_is_none() -> Outcome {
         ("large", vec![b'a'; 1 << 20]),
         (
             "another key",
-            sealed("a key that nobody gave us", Message::Answer, "n1", &whole),
+            sealed("a key that is not ours", Message::Answer, "n1", &whole),
         ),
         ("another node's", sealed(KEY, Message::Answer, "n2", &whole)),
         ("an order", sealed(KEY, Message::Order, "n1", &whole)),
@@ -412,7 +412,7 @@ async fn a_word_that_no_manager_said_to_this_question_is_none() -> Outcome {
             .await?;
         assert_eq!(answer, None, "{what}");
     }
-    // Forged questions get no answer, and stand in nobody's way.
+    // Forged questions get no answer, and block nothing.
     for junk in [&b""[..], b"n1", b"n1\0", b"\xff\0x", &[b'a'; 9000]] {
         let _: Value = cmd("RPUSH")
             .arg(key("asks"))

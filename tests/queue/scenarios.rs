@@ -474,7 +474,7 @@ async fn what_gets_its_tag_is_not_taken_back(world: World) -> Outcome {
     let taken = world.get("n1", "b").await?;
     assert_eq!(queue.withdraw(order.job).await?, Withdrawn::TooLate);
     assert_eq!(queue.renew(&taken).await?, ClaimState::Held);
-    // Nobody comes: it has to end some time.
+    // No agent comes: it has to end some time.
     world.pass(world.lease * 6);
     assert_eq!(queue.withdraw(order.job).await?, Withdrawn::Removed);
     assert_eq!(queue.renew(&taken).await?, ClaimState::Lost);
@@ -544,7 +544,7 @@ async fn an_order_that_expired_is_offered_again(world: World) -> Outcome {
     assert_eq!(world.queue.offer(&renewed).await?, Offered::New);
     let claim = world.get("n1", "a").await?;
     assert_eq!(claim.order.job, renewed.job);
-    // A claim is not cut short, but nobody begins anew with an order that has expired.
+    // A claim is not cut short, but no agent begins anew with an order that has expired.
     world.pass(Duration::from_secs(2 * 3600));
     assert_eq!(world.queue.renew(&claim).await?, ClaimState::Held);
     world.pass_lease();
@@ -578,7 +578,7 @@ async fn who_waits_is_woken(world: World) -> Outcome {
     let reports = manager.await??;
     assert_eq!(reports.len(), 1);
     assert_eq!(reports[0].report, started);
-    // And nobody for nothing.
+    // And none in vain.
     let none = world.queue.claim("n1", "a", 1, Duration::from_millis(50));
     assert!(none.await?.is_empty());
     let queue = &world.queue;

@@ -269,7 +269,7 @@ async fn an_upload_goes_on_where_the_registry_has_it() -> Outcome {
     assert!(
         seen.iter()
             .any(|seen| seen.method == "GET" && seen.status == 204),
-        "nobody asked how far it was"
+        "how far it was is never asked"
     );
     // What the registry kept was not sent again: all PATCHes together are the blob, and what was under way in the cuts.
     let sent: u64 = seen

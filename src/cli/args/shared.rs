@@ -83,7 +83,7 @@ pub(in crate::cli) struct Choice {
 /// Whether others on the node go first.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct InBackground {
-    /// Take only what nobody else on the node wants of its cores, in a cgroup of its own where that can be had
+    /// Use only CPU time that is otherwise idle, in a cgroup of its own where one can be made
     #[arg(long)]
     background: bool,
     /// What all that is in the background gets together where others want every core for more than ten seconds: per cent

@@ -178,9 +178,13 @@ pub(super) fn agent(roots: Roots, args: service::Agent) -> anyhow::Result<()> {
         .work
         .owner
         .clone()
-        .ok_or_else(|| missing("owner", "somebody has to say whose a session is"))?;
+        .ok_or_else(|| missing("owner", "the owner of a session has to be known"))?;
     if args.allow.is_empty() {
-        return Err(missing("allow", "somebody has to say where images may go").into());
+        return Err(missing(
+            "allow",
+            "the destinations that images may go to have to be listed",
+        )
+        .into());
     }
     let allowed = args.allow.iter().map(|prefix| {
         prefix
@@ -201,13 +205,13 @@ pub(super) fn manager(args: &service::Manager) -> anyhow::Result<()> {
     let target = args
         .target
         .as_deref()
-        .ok_or_else(|| missing("target", "somebody has to say where images go"))?;
+        .ok_or_else(|| missing("target", "the destination of images has to be known"))?;
     let tokens = tokens(&args.serve)?;
     let options = manager_options(&args.serve, &args.push, target, tokens)?;
     if options.tokens.is_empty() && options.jwt.is_none() && options.proxies.is_none() {
         return Err(missing(
             "tokens-file",
-            "nobody could log in (nor by --jwks, nor by --proxy-header)",
+            "no user could sign in (--jwks and --proxy-header are not given either)",
         )
         .into());
     }

@@ -28,7 +28,7 @@ pub enum OwnerRule {
 pub enum RuleError {
     /// Not one of the four forms.
     #[error(
-        "{0:?} says nobody's: expected namespace[:PATTERN], pod[:PATTERN], env:NAME or fixed:USER"
+        "{0:?} is not a rule for owners: expected namespace[:PATTERN], pod[:PATTERN], env:NAME or fixed:USER"
     )]
     Unknown(String),
     /// The pattern is invalid.

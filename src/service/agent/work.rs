@@ -114,7 +114,7 @@ pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: CancellationToke
     tracing::info!(job.id = %order.job, job.attempt = order.attempt, said = ?update, "a job has ended");
     let hold = reporter.complete(update, &agent.drain_over).await;
     if hold == ClaimState::Lost {
-        tracing::warn!(job.id = %order.job, "nobody was told how the job ended");
+        tracing::warn!(job.id = %order.job, "the end of the job could not be reported: the claim is lost");
     }
 }
 
@@ -567,9 +567,7 @@ fn refusal_of(
     };
     if let Some((code, message, retryable)) = failed {
         return match code.as_str() {
-            "cancelled" => {
-                Refusal::transient(Code::Internal, "somebody on the node ended the save")
-            }
+            "cancelled" => Refusal::transient(Code::Internal, "the save was ended on the node"),
             code => {
                 let code = job_code(code);
                 Refusal {
@@ -589,7 +587,7 @@ fn refusal_of(
         Some(69) => Refusal::of(Code::BaseUnproven, words),
         Some(75) => Refusal::transient(Code::RegistryUnavailable, words),
         Some(77) => Refusal::of(Code::NotPermitted, words),
-        Some(130) => Refusal::transient(Code::Internal, "somebody on the node ended the save"),
+        Some(130) => Refusal::transient(Code::Internal, "the save was ended on the node"),
         _ => Refusal::transient(
             Code::Internal,
             format!("the save ended with {status} and no word: {words}"),

@@ -117,7 +117,7 @@ impl utoipa::IntoResponses for Refusal {
         };
         [
             ("400", "What cannot be read: `invalid`"),
-            ("401", "Nobody knows who asks: `unauthenticated`"),
+            ("401", "The caller is not authenticated: `unauthenticated`"),
             (
                 "403",
                 "Not this caller's, or not the service's: `not_permitted`, `quota_exceeded`, `registry_read_only`, \

@@ -265,7 +265,7 @@ pub(super) async fn submit(
         (None, Some(own)) => own.clone(),
         (None, None) => {
             return Err(Refusal::forbidden(
-                "nobody owns this session: say in Upperdeck-User, or with the token, whose image it shall be",
+                "this session has no owner: name the owner of the image in Upperdeck-User, or with the token",
             ));
         }
     };

@@ -101,7 +101,7 @@ pub(super) async fn sign_in(
 /// Signs the browser out: the cookie becomes invalid on all managers.
 #[utoipa::path(
     delete, path = "/api/v1/signin", tag = "sessions", security(("cookie" = [])),
-    responses((status = 204, description = "Nobody is signed in by this cookie any more"), Refusal)
+    responses((status = 204, description = "The cookie is invalid from now on"), Refusal)
 )]
 pub(super) async fn sign_out(
     Extracted(app): Extracted<App>,

@@ -73,7 +73,7 @@ function signIn() {
   form(main);
 }
 
-/** Who is signed in, as soon as the server says; none: nobody. */
+/** Returns who is signed in, as soon as the server answers; nothing if no user is. */
 async function whoIs() {
   for (;;) {
     try {

@@ -20,7 +20,7 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** An element alone; whether somebody has opened it does not count. */
+/** An element alone; whether the user has opened it does not count. */
 function shell(node) {
   const bare = node.cloneNode(false);
   if (bare.localName) bare.removeAttribute("open");
@@ -41,7 +41,7 @@ function settle(old, fresh) {
   for (const node of before.slice(after.length)) node.remove();
 }
 
-/** Gives an element other children: what stays the same keeps the focus, and stays open where somebody opened it. */
+/** Gives an element other children: what stays the same keeps the focus, and stays open where the user opened it. */
 export function fill(parent, ...children) {
   const fresh = parent.cloneNode(false);
   append(fresh, children);

@@ -48,7 +48,7 @@ function settled(before, save) {
 
 export const latest = (id) => known.get(id)?.save;
 
-/** What is worth interrupting somebody: the beginning of the transfer, quarters of it, the end. */
+/** Announces what is worth an interruption: the beginning of the transfer, quarters of it, the end. */
 function tell(before, save) {
   const of = { image: image(save) };
   if (save.state !== before.state) {

@@ -16,7 +16,7 @@ export const badges = (item) => [
   item.category ? element("span", { class: `badge ${item.category}` }, t(`category.${item.category}`)) : null,
 ];
 
-/** How long it will take, from how fast the last saves were; none: nobody knows. */
+/** How long it will take, from how fast the last saves were; nothing if that is unknown. */
 function suggested(session, saves) {
   const { next } = session;
   const told = (all) => {

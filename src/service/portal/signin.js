@@ -1,4 +1,4 @@
-// Signing in and out. A token is shown once, by a press: a link alone signs nobody in, and takes nobody's place.
+// Signing in and out. A token is shown once, by a press: a link alone signs no user in, and replaces none.
 
 import { Lost, Refused, call, forget, keep } from "./api.js";
 import { element, fill, look, named, problem } from "./element.js";

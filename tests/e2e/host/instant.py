@@ -1,5 +1,5 @@
 """Whether an image holds one instant of what writers.py writes: LAYOUT DIGEST LAYERS-OF-THE-BASE
-[unsettled]. With the last, requests that nobody waited for may be in it in part, as the save has said. Applies the layers above
+[unsettled]. With the last, requests that no process waited for may be in it in part, as the save has said. Applies the layers above
 the base by itself, sharing no code with the program."""
 import base64, csv, hashlib, json, os, shutil, sqlite3, sys, tarfile, tempfile
 

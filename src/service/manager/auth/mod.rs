@@ -435,7 +435,7 @@ fn apply_user_header(
         ))?;
     match role {
         Role::User if caller.user.as_deref() != Some(user) => {
-            return Err(Rejected::Forbidden("a user acts for nobody else"));
+            return Err(Rejected::Forbidden("a user may not act for another user"));
         }
         Role::User => {}
         Role::Portal | Role::Administrator => {

@@ -218,7 +218,7 @@ async fn apply(app: &App, save: &OpenSaveState, repair: Repair) -> Result<(), Ta
             Repair::OfferAgain => draft.offer_again("the queue has lost it"),
             Repair::LoseLease => draft.requeue_after_lost_lease(),
             Repair::End => {
-                draft.end("nobody has it");
+                draft.end("no agent holds it");
             }
             Repair::Remind => draft.repeat_cancel(),
             Repair::GiveUp(code) => {

@@ -44,7 +44,7 @@ export default {
   "sessions.no-match": "No session matches.",
   "sessions.search": "Find a session",
   "sessions.everyone": "Everyone’s sessions",
-  "owner.none": "nobody’s",
+  "owner.none": "no owner",
   "session.meta": "on {node}, running for {time}, started from {image}",
   "session.meta.bare": "on {node}, running for {time}",
   "fact.next": "To save now",
@@ -150,7 +150,7 @@ export default {
   "advice.node_lost": "See whether your session still answers. If it does, save again in some minutes; otherwise tell your administrators.",
   "failed.timed_out": "The save took longer than a save may.",
   "advice.timed_out": "Delete large files that need not be in the image, or move them to a volume, and save again.",
-  "failed.internal": "Something went wrong that nobody foresaw.",
+  "failed.internal": "An unexpected error occurred.",
   "advice.internal": "Your session is untouched. Save again; if it fails again, tell your administrators the save’s ID.",
 
   "error.unauthenticated": "You are not signed in.",

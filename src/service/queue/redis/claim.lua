@@ -71,7 +71,7 @@ if reclaim then
     if youngest then
         take_over(redis.call('ZRANGE', held, 0, 1023), function(j) return j.g ~= agent end)
     end
-    -- Entries that belong to no claim, from whomever: nobody else would ever acknowledge them.
+    -- Entries that belong to no claim, whoever sent them: no other call acknowledges them.
     local stray = redis.pcall('XAUTOCLAIM', stream, 'agents', agent, whole(lease), '0-0', 'COUNT', 100, 'JUSTID')
     for _, entry in ipairs(not stray.err and stray[2] or {}) do
         local found = redis.call('XRANGE', stream, entry, entry)[1]
@@ -160,7 +160,7 @@ end
 -- When there may be something to do, in milliseconds.
 local next_ms = 86400000
 if #claims == 0 and waits then
-    -- Who stopped waiting is still counted: a bell too many wakes somebody for nothing, one too few nobody.
+    -- A caller that stopped waiting is still counted: a bell too many wakes one for nothing, one too few leaves one asleep.
     redis.call('HSET', desk, 'want', whole(math.max(0, math.min(7, num(redis.call('HGET', desk, 'want')))) + 1))
     if blocked then redis.call('SADD', BLOCKED, node) end
     local due = redis.call('ZRANGE', later, 0, 0, 'WITHSCORES')[2]

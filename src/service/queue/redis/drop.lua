@@ -1,4 +1,4 @@
--- What was delivered and is no order of ours goes away, so that it stands in nobody's way a second time.
+-- Removes what was delivered and is no order of ours, so that it does not block the queue a second time.
 local id, fence = ARGV[3], ARGV[4]
 local j = load(id)
 if not j or j.s ~= 'h' or j.f ~= fence then return 0 end

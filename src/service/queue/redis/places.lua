@@ -51,7 +51,7 @@ for i = 3, #ARGV do
         end
     elseif j and j.s == 'h' then
         kind, value = 1, math.max(0, num(redis.call('ZSCORE', held_key(j.n), id)) - now)
-        -- Without its place among the held nobody would ever take it over.
+        -- Without its place among the held it would never be taken over.
         if not redis.call('ZSCORE', held_key(j.n), id) then redis.call('ZADD', held_key(j.n), whole(now), id) end
     elseif j and j.s == 'e' then
         kind, value = 1, 0

@@ -1,4 +1,4 @@
--- A job is not wanted any more: 0 it is unknown, 1 nobody has it, 2 who has it will hear of it, 3 it is too late.
+-- Withdraws a job. Returns 0 if it is unknown, 1 if no agent holds it, 2 if the agent that holds it will be told, 3 if it is too late.
 local id, doubt = ARGV[3], num(ARGV[4])
 local j = load(id)
 if not j then return 0 end

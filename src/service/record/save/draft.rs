@@ -284,7 +284,7 @@ impl Draft {
                 let pause = policy.pause_ms(self.save.failures, chance);
                 self.add_warning(
                     "retried",
-                    "the queue had it stopped, and nobody had asked for that",
+                    "the queue had it stopped without a request to cancel it",
                 );
                 self.queue_again("stopped without being asked for", self.now_ms + pause);
             }

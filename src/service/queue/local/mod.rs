@@ -1,6 +1,8 @@
 //! The queue inside one process, for `upperdeck up` without Redis. It loses its data when the process ends; the record
 //! does not.
 
+mod turns;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,6 +15,7 @@ use super::{
     Settings, TAG_DOUBT, Withdrawn, registry_of, truncated_session,
 };
 use crate::service::job::{Answer, JobId, Node, Order, Question, Report, Session, now_ms};
+use turns::NodeQueue;
 
 /// A queue in this process. Clones refer to the same queue.
 #[derive(Clone)]
@@ -60,18 +63,6 @@ enum JobState {
     Ended { fence: u64, report: String },
 }
 
-/// Orders that wait for the agents of one node.
-#[derive(Default)]
-struct NodeQueue {
-    /// Turn of the user who was served last.
-    turn: u64,
-    /// Users, with the turn at which each is served next.
-    users: BTreeMap<String, (u64, VecDeque<JobId>)>,
-    later: Vec<JobId>,
-    /// Consumer names in order of appearance; the newest is last.
-    agents: Vec<String>,
-}
-
 struct PendingReport {
     entry: String,
     report: Report,
@@ -86,6 +77,10 @@ struct NodeRecord {
     at: Instant,
 }
 
+#[allow(
+    clippy::unused_async,
+    reason = "the same calls as of the queue in Redis"
+)]
 impl Local {
     /// Creates an empty queue.
     pub fn new(limits: Limits) -> Self {
@@ -148,7 +143,6 @@ impl Local {
         }
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn offer(&self, order: &Order) -> Result<Offered, Error> {
         let mut state = self.state();
         if let Some(job) = state.jobs.get_mut(&order.job) {
@@ -179,7 +173,6 @@ impl Local {
         Ok(Offered::New)
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn withdraw(&self, job: JobId) -> Result<Withdrawn, Error> {
         let mut state = self.state();
         let Some(known) = state.jobs.get_mut(&job) else {
@@ -210,7 +203,6 @@ impl Local {
         Ok(Withdrawn::Removed)
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn places(&self, jobs: &[JobId]) -> Result<Vec<Option<Place>>, Error> {
         let state = self.state();
         let now = self.now();
@@ -264,7 +256,6 @@ impl Local {
         Ok(self.until(wait, attempt).await)
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn acknowledge(&self, entries: &[String]) -> Result<(), Error> {
         let mut state = self.state();
         let state = &mut *state;
@@ -311,7 +302,6 @@ impl Local {
         Ok(self.until(wait, attempt).await)
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn answer(&self, answer: &Answer) -> Result<(), Error> {
         if let Some(place) = self.state().answers.get_mut(&answer.question.nonce) {
             *place = Some(answer.clone());
@@ -320,7 +310,6 @@ impl Local {
         Ok(())
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn nodes(&self) -> Result<Vec<Node>, Error> {
         let mut state = self.state();
         let now = self.now();
@@ -334,7 +323,6 @@ impl Local {
             .collect())
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn heartbeat_ages(&self) -> Result<HashMap<String, Duration>, Error> {
         let (state, now) = (self.state(), self.now());
         let silence = |(name, heard): (&String, &NodeRecord)| {
@@ -343,7 +331,6 @@ impl Local {
         Ok(state.heard.iter().map(silence).collect())
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn sessions(&self) -> Result<Vec<Session>, Error> {
         let now = self.now();
         Ok(self
@@ -355,7 +342,6 @@ impl Local {
             .collect())
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn depth(&self) -> Result<Depth, Error> {
         let state = self.state();
         let mut depth = Depth {
@@ -372,12 +358,10 @@ impl Local {
         Ok(depth)
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn ping(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn reclaim(&self, node: &str, agent: &str) -> Result<Vec<Claim>, Error> {
         let now = self.now();
         let mut state = self.state();
@@ -574,17 +558,14 @@ impl Local {
         ClaimState::Held
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn renew(&self, claim: &Claim) -> Result<ClaimState, Error> {
         Ok(self.renew_claim(&mut self.state(), claim, false))
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn confirm(&self, claim: &Claim) -> Result<ClaimState, Error> {
         Ok(self.renew_claim(&mut self.state(), claim, true))
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn report(&self, claim: &Claim, report: &Report) -> Result<ClaimState, Error> {
         let mut state = self.state();
         let hold = self.renew_claim(&mut state, claim, false);
@@ -596,7 +577,6 @@ impl Local {
         Ok(hold)
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn complete(
         &self,
         claim: &Claim,
@@ -622,7 +602,6 @@ impl Local {
         Ok(ClaimState::Held)
     }
 
-    #[allow(clippy::unused_async)]
     pub(super) async fn heartbeat(
         &self,
         node: &Node,
@@ -717,76 +696,5 @@ impl State {
             given: None,
         });
         entry
-    }
-}
-
-impl NodeQueue {
-    /// Appends a job to its user's list. A user without waiting jobs gets the current turn: neither behind all jobs of
-    /// another user, nor always ahead of everyone.
-    fn push(&mut self, user: &str, id: JobId) {
-        let (turn, list) = self.users.entry(user.to_owned()).or_default();
-        if list.is_empty() {
-            *turn = (*turn).max(self.turn);
-        }
-        list.push_back(id);
-    }
-
-    fn serve(&mut self, user: &str, turn: u64, id: JobId) {
-        self.turn = self.turn.max(turn);
-        if let Some((next, list)) = self.users.get_mut(user) {
-            *next = turn + 1;
-            list.retain(|waiting| *waiting != id);
-        }
-        self.tidy();
-    }
-
-    /// Removes users without waiting jobs, once their turn no longer affects the order.
-    fn tidy(&mut self) {
-        let turn = self.turn;
-        self.users
-            .retain(|_, (next, list)| !list.is_empty() || *next > turn);
-        if self.users.values().all(|(_, list)| list.is_empty()) {
-            self.users.clear();
-        }
-    }
-
-    /// Returns how many jobs will be admitted before `order`, according to the present state.
-    fn before(&self, order: &Order) -> u64 {
-        let Some((turn, list)) = self.users.get(&order.owner) else {
-            return self.all();
-        };
-        let Some(index) = list.iter().position(|id| *id == order.job) else {
-            return self.all();
-        };
-        let index = index as u64;
-        let own = turn + index;
-        self.users
-            .iter()
-            .filter(|(user, _)| **user != order.owner)
-            .map(|(user, (turn, list))| {
-                // Users with the same turn are served in the order of their names.
-                let until = own + u64::from(*user < order.owner);
-                until.saturating_sub(*turn).min(list.len() as u64)
-            })
-            .sum::<u64>()
-            + index
-    }
-
-    fn all(&self) -> u64 {
-        self.users
-            .values()
-            .map(|(_, list)| list.len() as u64)
-            .sum::<u64>()
-    }
-
-    /// Registers `agent` and returns whether it is the newest consumer of the node.
-    fn register(&mut self, agent: &str) -> bool {
-        if !self.agents.iter().any(|name| name == agent) {
-            self.agents.push(agent.to_owned());
-            if self.agents.len() > 16 {
-                self.agents.remove(0);
-            }
-        }
-        self.agents.last().is_some_and(|last| last == agent)
     }
 }
