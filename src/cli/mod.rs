@@ -2,6 +2,7 @@
 //! the result becomes an exit code (`exit`).
 
 mod args;
+mod bench_view;
 mod config;
 mod exit;
 mod failure;

@@ -15,7 +15,7 @@ use super::args;
 use super::exit::Usage;
 use super::failure::Failure;
 use super::print::print;
-use super::{options, progress, signals, view, write_stdout};
+use super::{bench_view, options, progress, signals, view, write_stdout};
 use crate::common::failure::FailureKind;
 use crate::common::private_files::FileMode;
 use crate::image::manifest::Platform;
@@ -301,7 +301,7 @@ pub(super) fn bench(roots: &Roots, args: args::Bench) -> anyhow::Result<()> {
     let line = progress::StatusLine::new();
     let report = crate::bench::run(&options, roots, &cancel, &|what| line.show(what))?;
     drop(line);
-    print(format, &report, view::bench_table)
+    print(format, &report, bench_view::bench_table)
 }
 
 pub(super) fn demo() -> anyhow::Result<()> {

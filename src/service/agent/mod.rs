@@ -8,6 +8,7 @@ mod load;
 mod metadata;
 mod options;
 mod owner;
+mod refusal;
 mod reporter;
 mod spool;
 mod stuck;
