@@ -7,6 +7,7 @@ mod support;
 #[path = "../portal/browser.rs"]
 mod browser;
 
+mod alone;
 mod bad_input;
 mod base_lost;
 mod consumers;

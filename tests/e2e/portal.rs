@@ -42,7 +42,7 @@ struct ServiceLab {
 }
 
 fn upperdeck(verb: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_upperdeck"));
+    let mut command = Command::new(crate::support::program());
     command.arg(verb);
     command
 }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::host::{Roots, Scratch, command, output, run};
+use crate::support::program;
 
 /// A user's work in the small base, as shell commands: one line per kind of entry that a layer must contain or must not
 /// contain.
@@ -146,16 +147,14 @@ pub struct Saved {
 /// Returns a command for a verb with the state directories of a host. It is killed if it hangs: no save here takes
 /// minutes.
 pub fn upperdeck(verb: &str, roots: &Roots) -> Command {
-    let bounded = command("timeout", ["--signal=KILL", "300", PROGRAM]);
+    let bounded = command("timeout", ["--signal=KILL", "300", program()]);
     arranged(bounded, verb, roots)
 }
 
 /// Like [`upperdeck`], but the child is the program itself, for tests that send it signals.
 pub fn upperdeck_itself(verb: &str, roots: &Roots) -> Command {
-    arranged(Command::new(PROGRAM), verb, roots)
+    arranged(Command::new(program()), verb, roots)
 }
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_upperdeck");
 
 /// Returns the directory where the program keeps what it needs for the next save.
 pub fn state_dir(roots: &Roots) -> PathBuf {

@@ -391,7 +391,7 @@ impl UpProcess {
     /// Runs the client, which is killed if it hangs.
     fn shell(&self, words: &[&str]) -> Result<std::process::Output> {
         let mut shell = crate::host::command("timeout", ["--signal=KILL", "120"]);
-        shell.arg(env!("CARGO_BIN_EXE_upperdeck")).args(words);
+        shell.arg(crate::support::program()).args(words);
         crate::host::output(shell.arg(format!("--server={}", self.url)))
     }
 
@@ -432,7 +432,7 @@ fn up_is_all_of_it_on_one_machine_and_a_crash_loses_nothing() -> Result<()> {
     assert_eq!(text(&sessions[0], "owner"), "ada");
 
     // Without a server name, the client finds the one of this machine.
-    let mut submit = crate::host::command(env!("CARGO_BIN_EXE_upperdeck"), ["job", "submit"]);
+    let mut submit = crate::host::command(crate::support::program(), ["job", "submit"]);
     let done = crate::host::output(submit.args([
         "--watch",
         &here(),

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 #[path = "ignored.rs"]
 pub mod ignoring;
@@ -14,6 +15,16 @@ pub enum Need<'a> {
     Root,
     /// A program in `PATH` or in the sbin directories.
     Program(&'a str),
+}
+
+/// Returns the path of the program under test: of this build, or what `UPPERDECK_TEST_PROGRAM` names, such as one built
+/// for another target.
+pub fn program() -> &'static str {
+    static PROGRAM: LazyLock<String> = LazyLock::new(|| {
+        env::var("UPPERDECK_TEST_PROGRAM")
+            .unwrap_or_else(|_| env!("CARGO_BIN_EXE_upperdeck").to_owned())
+    });
+    &PROGRAM
 }
 
 /// Finds `name` in `PATH` or in the sbin directories.

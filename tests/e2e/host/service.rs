@@ -35,7 +35,7 @@ pub fn write_keys(dir: &Path) -> Result<()> {
     let key = dir.join("key");
     fs::write(&key, "a key that is long enough for this\n")?;
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600))?;
-    let made = Command::new(env!("CARGO_BIN_EXE_upperdeck"))
+    let made = Command::new(crate::support::program())
         .args(["key", "--node", "node-1", "--key-file"])
         .arg(&key)
         .arg("--output")
@@ -173,7 +173,7 @@ impl Service {
     pub fn shell(&self, user: Option<&str>, words: &[&str]) -> Command {
         let mut shell = Command::new("timeout");
         shell
-            .args(["--signal=KILL", "600", env!("CARGO_BIN_EXE_upperdeck")])
+            .args(["--signal=KILL", "600", crate::support::program()])
             .args(words)
             .arg(format!("--server=http://127.0.0.1:{}", self.port));
         match user {

@@ -1,0 +1,118 @@
+//! The program in a container that has nothing else: no shell, no user database, no certificates, no /etc.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::host::image::{Base, Format, base};
+use crate::host::podman::Podman;
+use crate::host::registry::Registry;
+use crate::host::{Scratch, command, run};
+use crate::save::{LEFT_OUT, TOUCHED_BY_ENGINES, WORK, same_tree, set_attributes, unpack};
+use crate::support::{Need, ignored, note, program};
+
+/// Copies the program to `/upperdeck` below `root`. A program that is not static gets its loader and libraries, and
+/// nothing else.
+fn place(root: &Path) -> Result<()> {
+    fs::copy(program(), root.join("upperdeck")).context(program())?;
+    let linked = command("ldd", [program()]).output()?;
+    if !linked.status.success() {
+        return Ok(());
+    }
+    note("the program is not static: its libraries are in the container, too");
+    let listed = String::from_utf8(linked.stdout)?;
+    for library in listed
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        let place = root.join(library.trim_start_matches('/'));
+        fs::create_dir_all(place.parent().context("a directory")?)?;
+        fs::copy(library, place).with_context(|| library.to_owned())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_program_alone_in_a_container_saves_another() -> Result<()> {
+    let programs = [
+        "podman",
+        "conmon",
+        "runc",
+        "docker-registry",
+        "buildah",
+        "skopeo",
+        "umoci",
+        "busybox",
+        "python3",
+        "setfattr",
+        "setfacl",
+        "ldd",
+    ];
+    let mut needs = programs.map(Need::Program).to_vec();
+    needs.push(Need::Root);
+    if ignored(&needs) {
+        return Ok(());
+    }
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = registry.push(&base(Base::Small, Format::Oci)?, "bases/notebook:1")?;
+    let podman = Podman::new(&scratch)?;
+    let session = podman.run("session", &image, &[], &[])?;
+    podman.shell(&session, WORK)?;
+    set_attributes(session.pid, true)?;
+
+    let empty = scratch.dir("empty")?;
+    place(&empty)?;
+    let roots = podman.roots(&scratch).flags();
+    let rootfs = empty.display().to_string();
+    let destination = registry.reference("alone/notebook:saved");
+    let mut arguments = vec![
+        "run",
+        "--rm",
+        "--privileged",
+        "--read-only",
+        "--pid",
+        "host",
+        "--cgroupns",
+        "host",
+        "--network",
+        "host",
+        "--volume",
+        "/:/host:rslave",
+        "--rootfs",
+        &rootfs,
+        "/upperdeck",
+        "commit",
+        "--host-root",
+        "/host",
+        "--state-dir",
+        "",
+        "--progress",
+        "none",
+    ];
+    arguments.extend(roots.iter().map(String::as_str));
+    arguments.extend(["session", &destination]);
+    let saved = podman.podman(arguments)?;
+    let reference = saved.lines().last().unwrap_or_default();
+    ensure!(reference.contains("@sha256:"), "{saved}");
+
+    same_tree(
+        &session.rootfs,
+        &unpack(&scratch, reference)?,
+        LEFT_OUT,
+        TOUCHED_BY_ENGINES,
+        60,
+    )?;
+    let config = run(&mut command(
+        "skopeo",
+        [
+            "inspect",
+            "--tls-verify=false",
+            "--config",
+            &format!("docker://{reference}"),
+        ],
+    ))?;
+    ensure!(config.contains("upperdeck"), "{config}");
+    Ok(())
+}
