@@ -105,7 +105,7 @@ impl ServerCertVerifier for Verifier {
 fn in_time(certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), Error> {
     let parsed = x509_cert::Certificate::from_der(certificate)
         .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
-    let validity = parsed.tbs_certificate.validity;
+    let validity = parsed.tbs_certificate().validity();
     let seconds = |time: x509_cert::time::Time| time.to_unix_duration().as_secs();
     if now.as_secs() < seconds(validity.not_before) {
         return Err(CertificateError::NotValidYet.into());
