@@ -337,6 +337,55 @@ fn every_dependency_is_used_by_a_source() -> Outcome {
     Ok(())
 }
 
+/// Crates that are built in more than one version, and who needs the older one.
+const TWICE: [(&str, &str); 13] = [
+    ("base64", "oci-client, sqlx"),
+    ("block-buffer", "digest"),
+    ("cpufeatures", "sha2"),
+    ("crypto-common", "digest"),
+    ("digest", "sqlx"),
+    ("foldhash", "hashbrown"),
+    ("getrandom", "ring, rand"),
+    ("hashbrown", "sqlx"),
+    ("hmac", "sqlx"),
+    ("rand", "sqlx"),
+    ("rand_core", "rand"),
+    // sqlx 0.9 has the newer ones of its crates, but for this one. It needs Rust 1.94.
+    ("sha2", "sqlx"),
+    ("syn", "macros of serde, axum and others"),
+];
+
+#[test]
+fn crates_are_built_in_one_version() -> Outcome {
+    let listed = std::process::Command::new(env!("CARGO"))
+        .args(["tree", "--locked", "--offline", "--duplicates"])
+        .args([
+            "--edges",
+            "normal,build",
+            "--depth",
+            "0",
+            "--prefix",
+            "none",
+        ])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()?;
+    let errors = String::from_utf8_lossy(&listed.stderr);
+    assert!(listed.status.success(), "{errors}");
+    let listed = String::from_utf8(listed.stdout)?;
+    let mut versions: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for line in listed.lines() {
+        // The same version can be listed twice, with other features for build scripts.
+        if let Some((name, rest)) = line.split_once(' ') {
+            let version = rest.split(' ').next().unwrap_or(rest);
+            versions.entry(name).or_default().insert(version);
+        }
+    }
+    versions.retain(|_, versions| versions.len() > 1);
+    let found: Vec<_> = versions.keys().copied().collect();
+    assert_eq!(found, TWICE.map(|(name, _)| name), "{versions:?}");
+    Ok(())
+}
+
 #[test]
 fn paths_are_seen_however_they_are_written() {
     let text = "use crate::digest::Digest;\nuse crate::{layer, scan::{self, Scan as S}};\n// crate::no\n\
