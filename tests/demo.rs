@@ -61,7 +61,7 @@ fn assert_tells_it_all(output: &Output) {
         String::from_utf8_lossy(&output.stderr)
     );
     assert_eq!(text.matches("no difference").count(), 2, "{text}");
-    if text.contains("stood still") {
+    if text.contains("was frozen for") {
         assert!(
             text.contains("only what changed since the save before, on top of 1 layer"),
             "the second save is on top of the first: {text}"

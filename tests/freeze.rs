@@ -372,7 +372,7 @@ fn a_pause_in_the_other_hierarchy_is_seen() -> Result {
     assert_eq!(
         frozen.cgroup(),
         other.cgroup,
-        "v2 first: its processes can be killed while they stand still"
+        "v2 first: its processes can be killed while they are frozen"
     );
     counters.assert_stands("v2");
     frozen.thaw()?;

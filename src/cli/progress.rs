@@ -200,7 +200,7 @@ impl<W: Write + Send> Observer for Lines<W> {
                     phase_text(phase).to_owned()
                 }
                 (Event::Paused { pause_ms }, Some(_)) => {
-                    format!("the container stood still for {pause_ms:.1} ms")
+                    format!("the container was frozen for {pause_ms:.1} ms")
                 }
                 (
                     Event::Progress {
@@ -313,7 +313,7 @@ impl Observer for Bar {
             } => self.base(layer, layers, bytes_done, bytes_total),
             Event::Warning { code, message } => self.show(&warning_text(&code, &message)),
             Event::Paused { pause_ms } => {
-                self.show(&format!("the container stood still for {pause_ms:.1} ms"));
+                self.show(&format!("the container was frozen for {pause_ms:.1} ms"));
             }
             Event::Saved { .. } => {
                 let (bytes, time) = (
@@ -499,7 +499,7 @@ mod tests {
         };
         let warning = "warning: bad \\u{1b}]0;name (x)\n";
         assert_eq!(text(None), warning);
-        let pause = "the container stood still for 12.3 ms\n";
+        let pause = "the container was frozen for 12.3 ms\n";
         assert_eq!(
             text(Some(Duration::from_secs(3600))),
             format!("reading the upper directory\n{warning}{pause}")

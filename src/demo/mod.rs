@@ -144,9 +144,9 @@ pub(crate) fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(),
         Cancelled::check(cancel)?;
         story
             .step(if round == 0 {
-                "Work in the container"
+                "Packages are installed and files changed in it"
             } else {
-                "The work goes on"
+                "More changes"
             })
             .map_err(told)?;
         stage.container.run_command(work)?;
@@ -155,7 +155,7 @@ pub(crate) fn run(out: &mut dyn Write, cancel: &CancellationToken) -> Result<(),
         Cancelled::check(cancel)?;
         let destination = format!("oci:{}:{work}", stage.layout().display());
         let base = format!("oci:{}:base", stage.layout().display());
-        story.step("Save it while it is there").map_err(told)?;
+        story.step("Save it while it runs").map_err(told)?;
         story
             .line(&format!(
                 "upperdeck commit --base {base} pid:{} {destination}",
@@ -585,7 +585,7 @@ fn figures(saved: &Saved, warnings: &[String]) -> Vec<String> {
         ));
     }
     lines.push(match metadata.pause_ms {
-        Some(pause) => format!("the container stood still for {pause:.0} ms"),
+        Some(pause) => format!("the container was frozen for {pause:.0} ms"),
         None => "the container was not frozen: a cgroup of its own takes root".to_owned(),
     });
     lines.extend(warnings.iter().cloned());
@@ -644,7 +644,7 @@ fn check(stage: &Environment, saved: &Saved) -> Result<usize, Error> {
         );
         seen.map_owners(|uid, gid| ((uid, gid) == ours).then_some((0, 0)))
             .map_err(|(path, ..)| {
-                Error::Container(format!("a stranger's file: {}", path.escape_ascii()))
+                Error::Container(format!("a file of another user: {}", path.escape_ascii()))
             })?
     } else {
         seen

@@ -64,7 +64,7 @@ pub enum Error {
     },
     /// The container would have to be frozen for longer than permitted.
     #[error(
-        "reading the container takes longer than it may stand still (--max-pause, {limit_ms:.0} ms); \
+        "reading the container takes longer than it may be frozen (--max-pause, {limit_ms:.0} ms); \
          nothing was saved: raise the bound, or save with --pause none"
     )]
     PausedTooLong {

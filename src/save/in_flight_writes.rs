@@ -103,7 +103,7 @@ pub(super) fn warn_unsettled(context: &Context, paths: &HashSet<String>) {
     context.warn(
         "unsettled",
         format!(
-            "requests to write to {} may have been under way while the container stood still (asynchronous \
+            "requests to write to {} may have been in progress while the container was frozen (asynchronous \
              ones, or from outside it), and be in the image in part, e.g. /{first}; the next save takes these files again",
             crate::common::message::count(paths.len(), "file", "files")
         ),

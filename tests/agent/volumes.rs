@@ -297,7 +297,7 @@ async fn a_mapped_file_that_is_never_read_holds_up_nothing() -> Result<()> {
         let said = String::from_utf8_lossy(&done.stderr).into_owned();
         // Who waits in the kernel may not be frozen: then nothing is saved, and that is said.
         ensure!(
-            done.status.success() || (pause == "live" && said.contains("stand still")),
+            done.status.success() || (pause == "live" && said.contains("may be frozen")),
             "{pause}: {said}"
         );
         ensure!(!node.frozen(), "{pause}");

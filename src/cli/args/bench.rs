@@ -21,57 +21,57 @@ Examples:
   upperdeck bench
       On a generated tree like a Jupyter session's.
   upperdeck bench --registry registry.example.org/bench/tries jupyter/notebook-0
-      On what a container changed; the container runs on, nothing is saved, no blob is left in the registry.
+      On the changes of a container, which keeps running; nothing is saved and no blob is left in the registry.
   upperdeck bench --size 2G --rounds 9 --codec zstd:1 --codec zstd:3 --compression zstd --format json | jq .advice
 
 JSON: one object; figures are medians of the rounds, MB are 1,000,000 bytes
-  version      1; it grows when a field changes its meaning or goes away
+  version      1; incremented when a field changes its meaning or is removed
   node         {cores, jobs}
   subject      {kind, name, entries, tar_bytes, sample_bytes}; kind is container, directory or generated
-  rounds       how often everything was measured
+  rounds       number of measurements
   stages       [{stage, threads, seconds, cpu_seconds, bytes, mb_per_second, entries_per_second}]: scan, plan,
-               read_first (whatever was in the page cache), read (by threads), sha256 (one core, on the sample),
+               read_first (with the page cache as it was), read (by threads), sha256 (one core, on the sample),
                make (read, checksum, compress), write_file and upload (the compressed bytes alone)
   codecs       [{compression, level, ratio, by_threads}] on the sample; by_threads is
                [{threads, mb_per_second, cpu_seconds_per_gb}]
   saves        [{to, compression, level, jobs, layers, seconds, cpu_seconds, sent_bytes, mb_per_second, costs, limit,
                limit_percent}]: whole saves to nothing, file and registry
   costs        seconds of each stage of such a save: scan, plan, read, checksum, compress, hash_tar, hash_compressed,
-               hand_on, registry (what one on this machine takes of its cores), hand_on_wall (delivery alone)
-  limit        {seconds, bound_by, before, cores, jobs, sha256, destination}: the fastest possible, and the seconds that
-               each bound sets; bound_by is cores, jobs, sha256 or destination
+               hand_on, registry (cores used by a registry on this machine), hand_on_wall (delivery alone)
+  limit        {seconds, bound_by, before, cores, jobs, sha256, destination}: the shortest possible time, and that
+               of each resource; bound_by is cores, jobs, sha256 or destination
   advice       [{flags, limit_seconds, sent_bytes, why}], the best first; sizes are estimated from the sample
-  notes        what has to be known to read the figures";
+  notes        notes on the figures";
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Bench {
-    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only) [default: a generated tree]
+    /// ID or unique prefix of one, name, NAMESPACE/POD[/CONTAINER], or pid:N (trusts the process's mount table: for administrators) [default: a generated tree]
     pub(in crate::cli) container: Option<String>,
-    /// Measure on a directory
+    /// Measure on the files of a directory
     #[arg(long, value_name = "DIR", conflicts_with = "container", value_hint = ValueHint::DirPath)]
     pub(in crate::cli) directory: Option<PathBuf>,
-    /// Bytes of the generated tree
+    /// Size of the generated tree
     #[arg(long, value_name = "SIZE", value_parser = tree_size, default_value = "256M", conflicts_with_all = ["container", "directory"])]
     pub(in crate::cli) size: u64,
-    /// Where the generated tree, and the file that a save is written to, are for a while [default: $TMPDIR or /tmp]
+    /// Directory for the generated tree and the saved file, while they exist [default: $TMPDIR or /tmp]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(in crate::cli) scratch: Option<PathBuf>,
-    /// Try uploads there; they are cancelled at their end
+    /// Measure uploads to this repository; each is cancelled at its end
     #[arg(long = "registry", value_name = "HOST[:PORT]/REPOSITORY", help_heading = REGISTRY)]
     pub(in crate::cli) to: Option<String>,
-    /// How often everything is measured
+    /// Number of measurements
     #[arg(long, value_name = "N", default_value = "5")]
     pub(in crate::cli) rounds: NonZeroUsize,
-    /// Measure this codec and level instead of the usual ones, e.g. zstd:3; may be repeated
+    /// Measure this codec and level instead of the default ones, e.g. zstd:3; may be repeated
     #[arg(long, value_name = "CODEC:LEVEL", value_parser = codec_level)]
     pub(in crate::cli) codec: Vec<Setting>,
-    /// How to print
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
     #[command(flatten)]
     pub(in crate::cli) content: Content,
-    /// Begin another layer after so many bytes of tar, e.g. 2G, at a directory: layers are made, uploaded and pulled side
-    /// by side; 0 for never; auto: as many as this machine's cores keep busy [default: 4G where there are more than 8G]
+    /// Split the layer, at a directory, after this size of tar, e.g. 2G, to make, upload and pull parts in parallel; 0:
+    /// never; auto: into as many parts as this machine's cores keep busy [default: 4G where there are more than 8G]
     #[arg(long, value_name = "SIZE", value_parser = layer_size, help_heading = CONTENT)]
     pub(in crate::cli) layer_size: Option<LayerSize>,
     #[command(flatten)]

@@ -25,14 +25,14 @@ JSON: an array of objects with
   pod          {namespace, name, container, uid}, or null
   image        name of the image as the runtime recorded it, or null
   pid          first process
-  upper_bytes  allocated bytes of the upper directory, or null where it cannot be read";
+  upper_bytes  allocated bytes of the upper directory, or null if it cannot be read";
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Ps {
-    /// How to print
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
-    /// Print IDs in full
+    /// Do not truncate IDs
     #[arg(long)]
     pub(in crate::cli) no_trunc: bool,
 }
@@ -43,41 +43,41 @@ Examples:
   upperdeck inspect --format json 3f2a | jq .base.layers
 
 JSON: one object with the fields of 'ps' and
-  base         {name, manifest_digest, config_digest, proof, layers}, or null when it could not be proven;
+  base         {name, manifest_digest, config_digest, proof, layers}, or null if it cannot be proven;
                a layer: {diff_id, chain_id, digest, size, media_type, lower, local}
-  base_error   why it could not be proven, or null
+  base_error   the reason why it cannot be proven, or null
   upper        {path, bytes, entries}
   uid_map, gid_map
                [{inside, outside, count}]; empty without a user namespace
   not_saved    mounts whose content would not be in the image: [{destination, kind, source, volume}];
                not_saved_more how many are not listed
-  next_save    what 'upperdeck commit' with the same flags would make now, or null where the base is not proven:
+  next_save    what 'upperdeck commit' with the same flags would save now, or null if the base is not proven:
                {kind, reason, entries, bytes, layers}
-               kind     delta (what changed since the last save) or full
-               reason   why it is not the other one
+               kind     delta (changes since the last save) or full
+               reason   why it is that kind
                entries, bytes
-                        of the layers to come, before they are compressed
-               layers   above the base, in the image to come
-               A destination that has lost the layers of the last save makes it full all the same.
+                        of the new layers, uncompressed
+               layers   of the new image above the base
+               The save is full anyway if the destination no longer has the layers of the last one.
   next_save_error
                why such a save would fail, or null
 Paths are text: a byte that is not UTF-8 is \\xNN, a control character \\u{N}, a backslash \\\\.";
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Inspect {
-    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only)
+    /// ID or unique prefix of one, name, NAMESPACE/POD[/CONTAINER], or pid:N (trusts the process's mount table: for administrators)
     pub(in crate::cli) container: String,
-    /// How to print
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
-    /// The image that a pid:N stands on
+    /// Base image of a pid:N
     #[arg(long, value_name = "IMAGE")]
     pub(in crate::cli) base: Option<String>,
     #[command(flatten)]
     pub(in crate::cli) state: State,
     #[command(flatten)]
     pub(in crate::cli) choice: Choice,
-    /// As for 'commit': a volume that would be saved, too; may be repeated
+    /// Volume that would also be saved, as for 'commit'; may be repeated
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = CONTENT)]
     pub(in crate::cli) include_volume: Vec<PathBuf>,
     #[command(flatten)]
@@ -93,13 +93,13 @@ Examples:
 
 JSON: an array of {change, path}; change is A, C or D. Paths are text: a byte that is not UTF-8 is \\xNN, a control
 character \\u{N}, a backslash \\\\.
-What 'commit' leaves out (mounts, credentials, caches) is not listed.";
+Paths that 'commit' excludes (mounts, credentials, caches) are not listed.";
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Diff {
-    /// ID, unique beginning of one, name, NAMESPACE/POD[/CONTAINER] or pid:N (a process whose mount is believed: administrators only)
+    /// ID or unique prefix of one, name, NAMESPACE/POD[/CONTAINER], or pid:N (trusts the process's mount table: for administrators)
     pub(in crate::cli) container: String,
-    /// How to print
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
 }

@@ -16,7 +16,7 @@ use crate::store::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
 pub(super) const IMAGE_HELP: &str = "\
 Examples:
   upperdeck image ls
-      The caller's images, as a manager shows them.
+      The caller's images, from a manager.
   upperdeck image ls harbor.example.org/alice
   upperdeck image ls --format json oci:/srv/images
   upperdeck image rm harbor.example.org/alice/notebook:monday";
@@ -26,15 +26,15 @@ pub(in crate::cli) enum Image {
     /// List repositories, or the images of one
     #[command(after_long_help = IMAGE_LS_HELP)]
     Ls(ImageLs),
-    /// Delete images, or tags of images that have others
+    /// Delete images, or single tags of images with several
     #[command(after_long_help = IMAGE_RM_HELP)]
     Rm(ImageRm),
 }
 
 const IMAGE_LS_HELP: &str = "\
 WHERE:
-  (nothing)                the caller's images, by way of a manager (--server)
-  HOST[:PORT]              all repositories that the credentials see
+  (nothing)                the caller's images, from a manager (--server)
+  HOST[:PORT]              all repositories visible with the credentials
   HOST[:PORT]/PROJECT      Harbor: the repositories of a project, and its quota
   HOST[:PORT]/PATH/        a plain registry: the repositories below PATH
   HOST[:PORT]/REPOSITORY   the images of a repository
@@ -50,30 +50,30 @@ JSON: one object with page, page_size, total (on all pages), quota ({limit, used
   repositories   [{name, images, pulls, updated}]
   images         [{digest, tags, size, media_type, architecture, created, pushed, pulled, labels (of the config),
                  annotations (of the manifest), marks (Harbor's labels), accessories}]
-What a place does not know is null. Sizes are compressed bytes, times RFC 3339.
-By way of a manager: an object as GET /api/v1/images has it.";
+Unknown values are null. Sizes are in compressed bytes, times RFC 3339. With a manager, the object is that of GET
+/api/v1/images.";
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct ImageLs {
-    /// HOST[:PORT][/PATH] or oci:DIRECTORY [default: what a manager shows]
+    /// HOST[:PORT][/PATH] or oci:DIRECTORY [default: the images of a manager]
     #[arg(value_name = "WHERE")]
     pub(in crate::cli) place: Option<String>,
-    /// Only what has TEXT in its name, or in one of its tags
+    /// Only images with TEXT in the name or in a tag
     #[arg(long, value_name = "TEXT")]
     pub(in crate::cli) search: Option<String>,
-    /// In which order
+    /// Sort order
     #[arg(long, value_enum, default_value_t = Sort::Updated, value_name = "BY")]
     pub(in crate::cli) sort: Sort,
-    /// Which page
+    /// Page number
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(in crate::cli) page: u32,
-    /// How much of the list is a page
+    /// Entries per page
     #[arg(long, value_name = "N", default_value_t = PAGE_SIZE, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_PAGE_SIZE)))]
     pub(in crate::cli) page_size: u32,
-    /// How to print
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
-    /// Print digests in full
+    /// Do not truncate digests
     #[arg(long)]
     pub(in crate::cli) no_trunc: bool,
     #[command(flatten)]
@@ -89,11 +89,11 @@ Examples:
   upperdeck image rm --all-tags harbor.example.org/alice/notebook@sha256:88b852e0...
   upperdeck image rm oci:/srv/images:monday oci:/srv/images:tuesday
   upperdeck image rm notebook:monday
-      By way of a manager (--server): NAME:TAG, without a host.
+      An image of a manager (--server): NAME:TAG, without a host.
 
-A tag is deleted, and its image with it when that was the last one. An image that has other tags goes only with
---all-tags. Registries before distribution 3 cannot delete one tag of several: that is said, and nothing deleted.
-The space comes back later, by garbage collection: what that means for this place is said, too.
+Deletes the tag, and the image if that was its last tag. --all-tags deletes an image with other tags. Registries before
+distribution 3 cannot delete one tag of several; this is an error and nothing is deleted. Disk space is freed by
+garbage collection later; the output says what that means for the registry or layout.
 
 JSON: an array of {image, tags, digest, image_deleted, kept, space}.";
 
@@ -102,10 +102,10 @@ pub(in crate::cli) struct ImageRm {
     /// HOST/REPOSITORY:TAG, HOST/REPOSITORY@sha256:..., oci:DIRECTORY:TAG or oci:DIRECTORY@sha256:...; NAME:TAG of a manager
     #[arg(value_name = "IMAGE", required = true)]
     pub(in crate::cli) images: Vec<String>,
-    /// Delete the image, whatever other tags it has
+    /// Delete the image with all its tags
     #[arg(long)]
     pub(in crate::cli) all_tags: bool,
-    /// How to print
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
     #[command(flatten)]

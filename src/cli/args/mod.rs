@@ -52,9 +52,9 @@ const STYLES: Styles = Styles::styled()
 const ABOUT: &str = "\
 Saves a running container as an OCI image, without a container daemon.
 
-upperdeck reads what the container changed (the upper directory of its overlay) and the image that it stands on from \
-disk, makes one layer of the changes and puts a new image on top of the base: in a registry, an OCI layout directory or \
-an OCI archive. It works for containers of containerd (Kubernetes, nerdctl, ctr), CRI-O, Podman and Docker, and for any \
+upperdeck reads the container's changes (the upper directory of its overlay) and its base image from disk, makes a layer \
+of the changes, and writes a new image on top of the base to a registry, an OCI layout directory or an OCI archive. It \
+works for containers of containerd (Kubernetes, nerdctl, ctr), CRI-O, Podman and Docker, and for any \
 process whose root is an overlay.";
 
 /// Returns the exit codes, one per line, for the help.
@@ -69,7 +69,7 @@ fn rights() -> String {
     let needs = confine::required_capabilities(Role::Commit).iter();
     needs
         .map(|need| {
-            let less = if need.required { "" } else { " (else without)" };
+            let less = if need.required { "" } else { " (optional)" };
             format!("  CAP_{:<16} {}{less}\n", need.name, need.purpose)
         })
         .collect()
@@ -80,7 +80,7 @@ fn after_help() -> String {
         "\
 Examples:
   upperdeck ps
-      What can be saved on this node.
+      List the containers of this node.
   upperdeck commit jupyter/notebook-0 registry.example.org/alice/notebook:monday
       Save a pod's only container to a registry.
   upperdeck commit 3f2a oci:/srv/images/notebook:monday
@@ -88,8 +88,8 @@ Examples:
 
 CONTAINER:
   An ID or a unique beginning of one; a name (Docker, Podman, nerdctl); NAMESPACE/POD[/CONTAINER]; pid:N.
-  pid:N is any process on an overlay. No runtime answers for it: what its mount table says of its directories is believed,
-  and they are read with this program's rights. For administrators, of processes that they trust.
+  pid:N is any process on an overlay. There is no runtime's record of it: the directories in its mount table are trusted and
+  read with this program's rights. Use it only for trusted processes.
 
 Exit codes:
 {}
@@ -100,15 +100,15 @@ Environment:
   SOURCE_DATE_EPOCH
       As --timestamp of commit and layer.
   REGISTRY_AUTH_FILE, DOCKER_CONFIG, XDG_RUNTIME_DIR
-      Where credentials for registries are looked for.
+      Locations of registry credentials.
   NO_COLOR
-      No colours in the help and the bar.
+      Disables colours in the help and the progress bar.
 
 Rights:
-  Before it reads what a container wrote, every process gives up all capabilities but these, as far as it has them, and
-  takes no new ones (no_new_privs); system calls for mounts, namespaces, other processes' memory, kernel code and other
-  programs are refused (seccomp); it leaves no core file; inherited descriptors that no flag names are closed. A manager
-  keeps none but for a port below 1024. 'upperdeck doctor' says what is missing.
+  Before it reads a container's data, every process drops all capabilities but the following and sets no_new_privs; seccomp
+  denies system calls for mounts, namespaces, other processes' memory, kernel code and starting programs; core dumps are
+  disabled; inherited descriptors that no flag names are closed. A manager keeps a capability only for a port below 1024.
+  'upperdeck doctor' reports what is missing.
 {}",
         exit_codes(),
         rights()
@@ -123,7 +123,7 @@ Rights:
     about = "Saves a running container as an OCI image, without a container daemon",
     long_about = ABOUT,
     after_long_help = after_help(),
-    after_help = "'upperdeck --help' has examples, exit codes and the environment; 'upperdeck VERB --help' teaches a verb.",
+    after_help = "'upperdeck --help' has examples, exit codes and environment variables; 'upperdeck COMMAND --help' describes a command.",
     styles = STYLES,
     propagate_version = true,
     max_term_width = 100
@@ -137,31 +137,31 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Args)]
 pub(super) struct Global {
-    /// Find everything of the node below DIR (an agent in a pod sees its node's files there)
+    /// Root directory of the node's files, for an agent in a pod
     #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_HOST_ROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
     pub(super) host_root: Option<PathBuf>,
-    /// containerd's "root" [usually /var/lib/containerd, and k3s' and RKE2's]
+    /// containerd's "root" [default: /var/lib/containerd, and those of k3s and RKE2]
     #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_CONTAINERD_ROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
     pub(super) containerd_root: Option<PathBuf>,
-    /// containerd's "state" [usually /run/containerd, and k3s' and RKE2's]
+    /// containerd's "state" [default: /run/containerd, and those of k3s and RKE2]
     #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_CONTAINERD_STATE", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
     pub(super) containerd_state: Option<PathBuf>,
-    /// Docker's "data-root" [usually /var/lib/docker]
+    /// Docker's "data-root" [default: /var/lib/docker]
     #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_DOCKER_ROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
     pub(super) docker_root: Option<PathBuf>,
-    /// "graphroot" of Podman and CRI-O [usually /var/lib/containers/storage]
+    /// "graphroot" of Podman and CRI-O [default: /var/lib/containers/storage]
     #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_STORAGE_ROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
     pub(super) storage_root: Option<PathBuf>,
-    /// "runroot" of Podman and CRI-O [usually /run/containers/storage]
+    /// "runroot" of Podman and CRI-O [default: /run/containers/storage]
     #[arg(long, global = true, value_name = "DIR", env = "UPPERDECK_STORAGE_RUNROOT", hide_env_values = true, value_hint = ValueHint::DirPath, help_heading = STATE)]
     pub(super) storage_runroot: Option<PathBuf>,
     /// What to log on stderr: error, warn, info, debug, trace, or a filter such as upperdeck::registry=debug
     #[arg(long, global = true, value_name = "FILTER", env = "UPPERDECK_LOG", hide_env_values = true, help_heading = LOGGING)]
     pub(super) log: Option<String>,
-    /// How log lines are written
+    /// Format of log lines
     #[arg(long, global = true, value_enum, value_name = "HOW", default_value_t = LogFormat::Text, env = "UPPERDECK_LOG_FORMAT", hide_env_values = true, help_heading = LOGGING)]
     pub(super) log_format: LogFormat,
-    /// Log more, whatever --log says; twice for much more
+    /// Log more than --log says; repeat for even more
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = LOGGING)]
     pub(super) verbose: u8,
 }
@@ -174,45 +174,45 @@ pub(super) enum Verb {
     /// List the containers on this node that can be saved
     #[command(after_long_help = PS_HELP)]
     Ps(Ps),
-    /// Show base, layers, size of the changes and what will not be saved
+    /// Show the base, layers, size of the changes and what will not be saved
     #[command(after_long_help = INSPECT_HELP)]
     Inspect(Inspect),
-    /// List what the container changed: A added, C changed, D deleted
+    /// List the changes of a container: A added, C changed, D deleted
     #[command(after_long_help = DIFF_HELP)]
     Diff(Diff),
     /// Save a running container as an image
     #[command(after_long_help = commit_help())]
     Commit(Box<Commit>),
-    /// Make only the layer, from directories
+    /// Create only a layer, from directories
     #[command(after_long_help = LAYER_HELP)]
     Layer(Layer),
-    /// List and delete saved images: in Harbor, a plain registry or an OCI layout directory
+    /// List and delete saved images in Harbor, another registry or an OCI layout
     #[command(subcommand, after_long_help = IMAGE_HELP)]
     Image(Image),
-    /// Check a layer or an image against a specification
+    /// Compare a layer or an image with a specification
     #[command(after_long_help = VALIDATE_HELP)]
     Validate(Validate),
-    /// Measure what this node can do, stage by stage, and how near a save comes to it
+    /// Measure the stages of a save on this node
     #[command(after_long_help = BENCH_HELP)]
     Bench(Box<Bench>),
     #[cfg(feature = "service")]
     #[command(flatten)]
     Service(service::Verb),
-    /// Make a container, work in it, save it, unpack it, compare; then once more
+    /// Create a container, save it, unpack the image and compare, twice
     #[command(after_long_help = DEMO_HELP)]
     Demo,
     /// Print shell completions
     #[command(after_long_help = COMPLETIONS_HELP)]
     Completions {
-        /// For which shell
+        /// The shell
         shell: Shell,
     },
-    /// Print the man page, or write the pages of all verbs to a directory
+    /// Print the man page, or write the pages of all commands to a directory
     #[command(
         after_long_help = "Examples:\n  upperdeck man | man -l -\n  upperdeck man /usr/local/share/man/man1"
     )]
     Man {
-        /// Where to write upperdeck.1, upperdeck-commit.1, ...; must exist
+        /// Directory to write upperdeck.1, upperdeck-commit.1, ... to
         #[arg(value_hint = ValueHint::DirPath)]
         dir: Option<PathBuf>,
     },
@@ -221,15 +221,15 @@ pub(super) enum Verb {
 /// `--log-format`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum LogFormat {
-    /// A line for people
+    /// Text
     Text,
-    /// One JSON object a line
+    /// One JSON object per line
     Json,
 }
 
 const DEMO_HELP: &str = "\
-Needs nothing but Linux: root, or a user namespace where the kernel lets. Everything is made in a temporary directory
-and is gone afterwards; no registry, no daemon and no network are used.";
+Needs only Linux, and root or permission to create a user namespace. All files are in a temporary directory that is
+removed at the end. No registry, daemon or network is used.";
 
 const COMPLETIONS_HELP: &str = "\
 Examples:

@@ -27,85 +27,86 @@ pub(super) const LIMITS: &str = "Limits against hostile trees";
 /// `--format`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(in crate::cli) enum Format {
-    /// For people
+    /// Human-readable text
     Table,
-    /// For programs; fields are only ever added
+    /// For programs; fields are only added, never removed
     Json,
 }
 
-/// What is kept of a save for the next one of the same container.
+/// The state that a save keeps for the next one of the same container.
 #[derive(Clone, Debug, Args)]
 pub(in crate::cli) struct State {
-    /// Where this node keeps what it needs to save only what changed since the last save; empty for nowhere
+    /// Directory for the state that later saves of a container need to save only changes; empty: keep none
     #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_parser = any_path(), value_hint = ValueHint::DirPath, help_heading = CONTENT)]
     #[allow(clippy::struct_field_names, reason = "named as its flag")]
     pub(in crate::cli) state_dir: Option<PathBuf>,
-    /// Layers above the base from which on everything is saved anew; the parts of --layer-size count as one
+    /// Maximum number of layers above the base, where the parts of a split layer count as one; with more, everything is
+    /// saved again
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=100), help_heading = CONTENT)]
     pub(in crate::cli) max_layers: u8,
-    /// Save everything anew, not only what changed since the last save
+    /// Save all changes to the base, not only those since the last save
     #[arg(long, help_heading = CONTENT)]
     pub(in crate::cli) full: bool,
 }
 
-/// What decides what the layers show.
+/// What determines the content of layers.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Choice {
-    /// Leave out what matches, e.g. 'home/*/scratch' or '**/*.pyc'; may be repeated
+    /// Exclude matching paths, e.g. 'home/*/scratch' or '**/*.pyc'; may be repeated
     #[arg(long, value_name = "PATTERN", help_heading = CONTENT)]
     pub(in crate::cli) exclude: Vec<String>,
-    /// Keep credentials and histories (.ssh, .netrc, .aws, ...)
+    /// Include credentials and histories (.ssh, .netrc, .aws, ...)
     #[arg(long, help_heading = CONTENT)]
     pub(in crate::cli) include_credentials: bool,
-    /// Keep caches (.cache/pip, var/cache/apt/archives, /tmp, ...)
+    /// Include caches (.cache/pip, var/cache/apt/archives, /tmp, ...)
     #[arg(long, help_heading = CONTENT)]
     pub(in crate::cli) include_caches: bool,
-    /// No time in the result is later than this, in seconds since 1970; it is the image's time of creation, too
+    /// Creation time of the image, in seconds since 1970; later modification times are set to it
     #[arg(long, value_name = "SECONDS", env = "SOURCE_DATE_EPOCH", hide_env_values = true, allow_negative_numbers = true, help_heading = CONTENT)]
     pub(in crate::cli) timestamp: Option<i64>,
-    /// Most entries that a tree may have
+    /// Maximum number of entries of the tree
     #[arg(long, value_name = "N", help_heading = LIMITS)]
     pub(in crate::cli) max_entries: Option<u64>,
-    /// Most levels of directories
+    /// Maximum depth of directories
     #[arg(long, value_name = "N", help_heading = LIMITS)]
     pub(in crate::cli) max_depth: Option<u32>,
-    /// Largest sum of file sizes, e.g. 500G
+    /// Maximum sum of file sizes, e.g. 500G
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
     pub(in crate::cli) max_size: Option<u64>,
-    /// Most bytes in the holes of sparse files, e.g. 64G
+    /// Maximum size of the holes of sparse files, e.g. 64G
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
     pub(in crate::cli) max_holes: Option<u64>,
-    /// Most memory for names, attributes and listings of a tree, e.g. 2G [default: 1G]
+    /// Maximum memory for names, attributes and listings of the tree, e.g. 2G [default: 1G]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = LIMITS)]
     pub(in crate::cli) max_memory: Option<u64>,
 }
 
-/// Whether others on the node go first.
+/// Background priority.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct InBackground {
-    /// Use only CPU time that is otherwise idle, in a cgroup of its own where one can be made
+    /// Run at the lowest CPU and I/O priority, in a separate cgroup where possible
     #[arg(long)]
     background: bool,
-    /// What all that is in the background gets together where others want every core for more than ten seconds: per cent
-    /// of the cores; 0 for nothing
+    /// Minimum share of the cores for all background work together, in per cent, once other work has kept all cores busy
+    /// for ten seconds; 0: none
     #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = DEFAULT_FLOOR_PERCENT, requires = "background")]
     background_floor: f64,
 }
 
 impl InBackground {
-    /// The floor; none: not in the background.
+    /// The floor, or `None` for normal priority.
     pub(in crate::cli) fn floor(&self) -> Option<f64> {
         self.background.then_some(self.background_floor)
     }
 }
 
-/// What an agent gives its children on the way.
+/// Limits that an agent sets for its children.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Memory {
-    /// The most memory that this process may take
+    /// Memory limit of this process
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "memory_group", hide = true)]
     memory_limit: Option<u64>,
-    /// Name of the cgroup that it is bounded by
+    /// Name of the cgroup with that limit
     #[arg(long, value_name = "NAME", value_parser = group_name, requires = "memory_limit", hide = true)]
     memory_group: Option<String>,
 }
@@ -127,16 +128,16 @@ fn group_name(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// What `commit` and `layer` share: what goes into the layer, and how it is made.
+/// Flags of `commit` and `layer`: the layer's content and encoding.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Content {
-    /// How the layer is compressed
+    /// Compression of the layer
     #[arg(long, value_enum, default_value_t = Compression::Gzip, value_name = "CODEC", help_heading = CONTENT)]
     pub(in crate::cli) compression: Compression,
-    /// Level of the codec: gzip 1 (fastest) to 9 (smallest), zstd 1 to 19 [default: 2, about the size that buildah makes]
+    /// Compression level: gzip 1 (fastest) to 9 (smallest), zstd 1 to 19 [default: 2, about buildah's size]
     #[arg(long, value_name = "N", help_heading = CONTENT)]
     pub(in crate::cli) compression_level: Option<u32>,
-    /// Threads; the result is the same for any number [default: all cores]
+    /// Number of threads; the result does not depend on it [default: all cores]
     #[arg(short, long, value_name = "N", help_heading = CONTENT)]
     pub(in crate::cli) jobs: Option<NonZeroUsize>,
     #[command(flatten)]
@@ -145,47 +146,47 @@ pub(in crate::cli) struct Content {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Registry {
-    /// Credentials file, as 'podman login' and 'docker login' write it
+    /// Credentials file, as written by 'podman login' and 'docker login'
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REGISTRY)]
     pub(in crate::cli) authfile: Option<PathBuf>,
-    /// Credentials for the destination. Other users of this machine can see them: prefer --creds-file
+    /// Credentials for the destination, visible to other users of this machine: prefer --creds-file
     #[arg(long, value_name = "USER:PASSWORD", help_heading = REGISTRY)]
     pub(in crate::cli) creds: Option<String>,
     /// File with USER:PASSWORD for the destination
     #[arg(long, value_name = "FILE", conflicts_with = "creds", value_hint = ValueHint::FilePath, help_heading = REGISTRY)]
     pub(in crate::cli) creds_file: Option<PathBuf>,
-    /// Open descriptor to read USER:PASSWORD for the destination from
+    /// Open file descriptor to read USER:PASSWORD for the destination from
     #[arg(long, value_name = "N", conflicts_with_all = ["creds", "creds_file"], help_heading = REGISTRY)]
     pub(in crate::cli) creds_fd: Option<u32>,
-    /// Whether the destination's certificate is checked; false also allows plain HTTP
+    /// Require HTTPS and verify the destination's certificate
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, help_heading = REGISTRY)]
     pub(in crate::cli) tls_verify: bool,
-    /// Directory with *.crt of further authorities, and *.cert with *.key of this client
+    /// Directory with additional CA certificates (*.crt) and client certificates (*.cert with *.key)
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = REGISTRY)]
     pub(in crate::cli) cert_dir: Option<PathBuf>,
-    /// The longest that everything with registries may take together, e.g. 2h [default: 12h]
+    /// Maximum time for all transfers together, e.g. 2h [default: 12h]
     #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = REGISTRY)]
     pub(in crate::cli) deadline: Option<Duration>,
 }
 
-/// The manager that is asked.
+/// The manager to send requests to.
 #[cfg(feature = "service")]
 #[derive(Clone, Debug, Args)]
 pub(in crate::cli) struct Server {
-    /// The manager's address, perhaps with ?token=... as 'upperdeck up' prints it [default: the 'upperdeck up' of this machine]
+    /// URL of the manager, with ?token=... as printed by 'upperdeck up' if needed [default: this machine's 'upperdeck up']
     #[arg(long, value_name = "URL", env = "UPPERDECK_SERVER", hide_env_values = true, value_hint = ValueHint::Url, help_heading = SERVER)]
     #[allow(clippy::struct_field_names, reason = "named as its flag")]
     pub(in crate::cli) server: Option<String>,
-    /// File whose first line is the token (/dev/fd/N for a descriptor)
+    /// File with the token in its first line (/dev/fd/N for a descriptor)
     #[arg(long, value_name = "FILE", env = "UPPERDECK_TOKEN_FILE", hide_env_values = true, value_hint = ValueHint::FilePath, help_heading = SERVER)]
     pub(in crate::cli) token_file: Option<PathBuf>,
-    /// The token itself. Other users of this machine can see it: prefer --token-file
+    /// The token, visible to other users of this machine: prefer --token-file
     #[arg(long, value_name = "TOKEN", env = "UPPERDECK_TOKEN", hide_env_values = true, conflicts_with = "token_file", help_heading = SERVER)]
     pub(in crate::cli) token: Option<String>,
-    /// For whom, where the token is a portal's
+    /// The user to act for, with a portal's token
     #[arg(long = "as-user", value_name = "USER", env = "UPPERDECK_AS_USER", hide_env_values = true, help_heading = SERVER)]
     pub(in crate::cli) user: Option<String>,
-    /// Where an 'upperdeck up' of this machine says how it is reached
+    /// File in which this machine's 'upperdeck up' states its address
     #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_UP_DIR", hide_env_values = true, hide = true, help_heading = SERVER)]
     pub(in crate::cli) up_dir: PathBuf,
 }

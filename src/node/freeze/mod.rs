@@ -550,7 +550,7 @@ impl Frozen {
             .max_duration
             .is_some_and(|hold| self.since.elapsed() >= hold)
         {
-            return not_held("it had stood still for as long as it may");
+            return not_held("it was frozen for the longest time allowed");
         }
         if self
             .watchdog

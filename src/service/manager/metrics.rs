@@ -134,7 +134,7 @@ impl Metrics {
         let pause = seconds(&[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0]);
         registry.register(
             "save_pause_seconds",
-            "How long containers stood still",
+            "How long containers were frozen",
             pause.clone(),
         );
         let packed = Counter::default();

@@ -22,34 +22,34 @@ Examples:
   upperdeck job watch 0198f0c4-0000-7000-8000-000000000000
   upperdeck job submit --server https://save.example.org --token-file ~/.upperdeck-token --message 'with pandas' 3f2a9c51d0b7
 
-The manager is named by --server or UPPERDECK_SERVER; without either it is the 'upperdeck up' of this machine.";
+The manager is given by --server or UPPERDECK_SERVER; the default is the 'upperdeck up' of this machine.";
 
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum Job {
-    /// List the sessions that may be saved
+    /// List the sessions that you may save
     #[command(
         after_long_help = "Examples:\n  upperdeck job sessions\n  upperdeck job sessions --format json | jq -r '.[].id'\n\nJSON: an array of objects as GET /api/v1/sessions has them."
     )]
     Sessions(JobSessions),
-    /// Ask for a save; prints its ID
+    /// Request a save and print its ID
     #[command(after_long_help = JOB_SUBMIT_HELP)]
     Submit(Box<JobSubmit>),
-    /// Show what a save is doing, or what became of it
+    /// Show the state of a save
     #[command(
         after_long_help = "Examples:\n  upperdeck job status 0198f0c4-0000-7000-8000-000000000000\n\nJSON: an object as GET /api/v1/saves/{id} has it."
     )]
     Status(JobStatus),
-    /// Follow a save to its end, with the bar of 'commit'; prints the reference
+    /// Follow a save to its end and print the image's reference
     #[command(
         after_long_help = "Examples:\n  upperdeck job watch 0198f0c4-0000-7000-8000-000000000000\n\nThe exit code is that of the save, as of 'commit'. A manager that is started again is waited for."
     )]
     Watch(JobWatch),
-    /// End a save that waits or runs; nothing is left in the registry under its tag
+    /// Cancel a save; its tag is not written
     #[command(
         after_long_help = "Examples:\n  upperdeck job cancel 0198f0c4-0000-7000-8000-000000000000"
     )]
     Cancel(JobCancel),
-    /// List saves, the latest first
+    /// List saves, newest first
     #[command(
         after_long_help = "Examples:\n  upperdeck job ls\n  upperdeck job ls --state failed --format json | jq -r '.saves[].error.code'\n\nJSON: an object as GET /api/v1/saves has it."
     )]
@@ -59,15 +59,15 @@ pub(in crate::cli) enum Job {
 const JOB_SUBMIT_HELP: &str = "\
 Examples:
   upperdeck job submit jupyter/notebook-0
-      Under the name and tag that the manager suggests.
+      With the name and tag that the manager suggests.
   upperdeck job submit --watch --message 'with pandas' jupyter/notebook-0 notebook:monday
   id=$(upperdeck job submit 3f2a9c51d0b7 :tuesday)
 
-The manager puts registry, project and user in front of NAME:TAG. JSON: an object as POST /api/v1/saves answers.";
+The manager prefixes NAME:TAG with registry, project and user. JSON: the object that POST /api/v1/saves returns.";
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct JobSessions {
-    /// How to print
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
     #[command(flatten)]
@@ -76,38 +76,38 @@ pub(in crate::cli) struct JobSessions {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct JobSubmit {
-    /// A session's ID or a unique beginning of it, or NAMESPACE/POD[/CONTAINER]
+    /// ID of a session or a unique prefix of it, or NAMESPACE/POD[/CONTAINER]
     pub(in crate::cli) session: String,
-    /// NAME[:TAG] or :TAG [default: what the manager suggests]
+    /// NAME[:TAG] or :TAG [default: suggested by the manager]
     pub(in crate::cli) image: Option<String>,
-    /// What it is, in your words
+    /// Description of the image
     #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
     pub(in crate::cli) message: Option<String>,
     /// Set a label; may be repeated
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = key_value, help_heading = METADATA)]
     pub(in crate::cli) label: Vec<(String, String)>,
-    /// Save everything anew, not only what changed since the last save
+    /// Save all changes to the base, not only those since the last save
     #[arg(long, help_heading = CONTENT)]
     pub(in crate::cli) full: bool,
-    /// How the layer is compressed [default: as the agent is configured]
+    /// Compression of the layer [default: as configured in the agent]
     #[arg(long, value_enum, value_name = "CODEC", help_heading = CONTENT)]
     pub(in crate::cli) compression: Option<Compression>,
-    /// Leave out what matches, e.g. 'home/*/scratch'; may be repeated
+    /// Exclude matching paths, e.g. 'home/*/scratch'; may be repeated
     #[arg(long, value_name = "PATTERN", help_heading = CONTENT)]
     pub(in crate::cli) exclude: Vec<String>,
-    /// Save the data of the volume that is mounted at PATH, too; may be repeated
+    /// Also save the volume that is mounted at PATH; may be repeated
     #[arg(long, value_name = "PATH", help_heading = CONTENT)]
     pub(in crate::cli) include_volume: Vec<String>,
-    /// Follow it to its end
+    /// Follow the save to its end
     #[arg(short, long, help_heading = REPORT)]
     pub(in crate::cli) watch: bool,
-    /// How to show what happens, with --watch
+    /// How to show progress, with --watch
     #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW", help_heading = REPORT)]
     pub(in crate::cli) progress: Mode,
-    /// How to print, without --watch
+    /// Output format, without --watch
     #[arg(long, value_enum, default_value_t = Format::Table, conflicts_with = "watch", help_heading = REPORT)]
     pub(in crate::cli) format: Format,
-    /// Said again with the same KEY it is the same save [default: another one each time]
+    /// A repeated request with the same KEY is the same save [default: a new save each time]
     #[arg(long, value_name = "KEY")]
     pub(in crate::cli) idempotency_key: Option<String>,
     #[command(flatten)]
@@ -116,9 +116,9 @@ pub(in crate::cli) struct JobSubmit {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct JobStatus {
-    /// The save's ID
+    /// ID of the save
     pub(in crate::cli) id: uuid::Uuid,
-    /// How to print
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
     #[command(flatten)]
@@ -127,9 +127,9 @@ pub(in crate::cli) struct JobStatus {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct JobWatch {
-    /// The save's ID
+    /// ID of the save
     pub(in crate::cli) id: uuid::Uuid,
-    /// How to show what happens
+    /// How to show progress
     #[arg(long, value_enum, default_value_t = Mode::Auto, value_name = "HOW")]
     pub(in crate::cli) progress: Mode,
     #[command(flatten)]
@@ -138,7 +138,7 @@ pub(in crate::cli) struct JobWatch {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct JobCancel {
-    /// The save's ID
+    /// ID of the save
     pub(in crate::cli) id: uuid::Uuid,
     #[command(flatten)]
     pub(in crate::cli) server: Server,
@@ -146,19 +146,19 @@ pub(in crate::cli) struct JobCancel {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct JobLs {
-    /// Only those in this state
+    /// Only saves in this state
     #[arg(long, value_name = "STATE", value_parser = state)]
     pub(in crate::cli) state: Option<job::State>,
-    /// Only this user's (administrators see all)
+    /// Only saves of this user (for administrators)
     #[arg(long = "user", value_name = "USER")]
     pub(in crate::cli) of: Option<String>,
-    /// At most so many
+    /// Maximum number of entries
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=500))]
     pub(in crate::cli) limit: u32,
-    /// Those after the ones already seen, as the list before said
+    /// Continue after an earlier page, with the cursor that it ended with
     #[arg(long, value_name = "WHERE")]
     pub(in crate::cli) after: Option<String>,
-    /// How to print
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
     #[command(flatten)]

@@ -31,39 +31,39 @@ const SETTINGS: &str = "Settings";
 /// The verbs that the service consists of, and those that talk to it.
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum Verb {
-    /// Say what is missing or weak on this machine, and what to do about it
+    /// Check this machine's configuration and say how to mend it
     #[command(after_long_help = doctor::DOCTOR_HELP)]
     Doctor(Box<Doctor>),
-    /// Save by way of a manager, and follow what becomes of it
+    /// Request and follow saves through a manager
     #[command(subcommand, after_long_help = job::JOB_HELP)]
     Job(Job),
-    /// Everything on one machine, in one process: API, portal, agent
+    /// Run API, portal and agent in one process, for one machine
     #[command(after_long_help = UP_HELP)]
     Up(Box<Up>),
-    /// Run the image manager: API and portal, record, queue
+    /// Run the image manager: API, portal, record, queue
     #[command(after_long_help = MANAGER_HELP)]
     Manager(Box<Manager>),
-    /// Run a node's agent: saves what the managers ask for
+    /// Run the agent of a node, which executes saves
     #[command(after_long_help = AGENT_HELP)]
     Agent(Box<Agent>),
-    /// Make the key of one node's agent from the managers' master key
+    /// Derive a node's key from the managers' master key
     #[command(after_long_help = KEY_HELP)]
     Key(NodeKey),
 }
 
-/// Where settings come from besides the flags.
+/// Settings from files.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Settings {
-    /// Settings in TOML: the flags' names with '_' for '-', at the top for all verbs or in [manager], [agent], [up]
-    /// [default: /etc/upperdeck/upperdeck.toml, if it is there]
+    /// Settings in TOML: names of flags with '_' for '-', at the top or in [manager], [agent], [up]
+    /// [default: /etc/upperdeck/upperdeck.toml, if it exists]
     #[arg(long, value_name = "FILE", env = "UPPERDECK_CONFIG", hide_env_values = true, value_hint = ValueHint::FilePath, help_heading = SETTINGS)]
     pub(in crate::cli) config: Option<PathBuf>,
-    /// Print all settings as such a file, each with where it comes from, and end
+    /// Print all settings as such a file, with their origins, and exit
     #[arg(long, help_heading = SETTINGS)]
     pub(in crate::cli) print_config: bool,
 }
 
-/// What managers and agents share.
+/// Flags of managers and agents.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Queue {
     /// Redis or Valkey, 6.2 or later: redis://[USER@]HOST[:PORT][/DB], rediss:// with TLS, redis+unix:///SOCKET
@@ -72,46 +72,46 @@ pub(in crate::cli) struct Queue {
     /// File with the password for it (/dev/fd/N for a descriptor)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = QUEUE)]
     pub(in crate::cli) redis_password_file: Option<PathBuf>,
-    /// File with the keys that messages between managers and agents are signed with. Managers: master keys, one a line; the
-    /// first signs, all are accepted. Agents: the node's own, as 'upperdeck key' makes it
+    /// File with the keys for signing messages between managers and agents. Managers: master keys, one per line; the first
+    /// signs, all are accepted. Agents: the node's key, from 'upperdeck key'
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = QUEUE)]
     pub(in crate::cli) key_file: Option<PathBuf>,
-    /// Saves of one user that run at once, on all nodes; 0 for no bound
+    /// Maximum concurrent saves of one user, on all nodes; 0 for no limit
     #[arg(long, value_name = "N", default_value_t = 2, help_heading = QUEUE)]
     pub(in crate::cli) running_per_user: u32,
-    /// Saves that run at once on one node; 0 for no bound but the agent's own
+    /// Maximum concurrent saves on one node; 0 for no limit but the agent's own
     #[arg(long, value_name = "N", default_value_t = 4, help_heading = QUEUE)]
     pub(in crate::cli) running_per_node: u32,
-    /// Saves that run at once into one registry, from all nodes; 0 for no bound
+    /// Maximum concurrent saves to one registry, from all nodes; 0 for no limit
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = QUEUE)]
     pub(in crate::cli) running_per_registry: u32,
 }
 
-/// How registries are reached.
+/// Access to registries.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Push {
     /// File with USER:PASSWORD for the registry (/dev/fd/N for a descriptor)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REGISTRY)]
     pub(in crate::cli) creds_file: Option<PathBuf>,
-    /// Credentials file, as 'podman login' and 'docker login' write it
+    /// Credentials file, as written by 'podman login' and 'docker login'
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REGISTRY)]
     pub(in crate::cli) authfile: Option<PathBuf>,
-    /// Directory with *.crt of further authorities, and *.cert with *.key of this client
+    /// Directory with additional CA certificates (*.crt) and client certificates (*.cert with *.key)
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = REGISTRY)]
     pub(in crate::cli) cert_dir: Option<PathBuf>,
-    /// Whether the registry's certificate is checked; false also allows plain HTTP
+    /// Require HTTPS and verify the registry's certificate
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, help_heading = REGISTRY)]
     pub(in crate::cli) tls_verify: bool,
 }
 
-/// What a manager decides.
+/// Flags of a manager.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Serve {
     /// IP:PORT or unix:PATH
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8787", help_heading = SERVE)]
     pub(in crate::cli) listen: String,
-    /// How browsers reach it, e.g. https://save.example.org/; its path is the cookie's [default: as they say, over plain
-    /// HTTP]
+    /// URL at which browsers reach the manager, e.g. https://save.example.org/; cookies have its path [default: plain HTTP,
+    /// with the host of the request]
     #[arg(long, value_name = "URL", value_hint = ValueHint::Url, help_heading = SERVE)]
     pub(in crate::cli) public_url: Option<String>,
     /// The record: sqlite:FILE or postgres://[USER@]HOST[:PORT]/DATABASE [default: sqlite:/var/lib/upperdeck/manager.db,
@@ -121,135 +121,135 @@ pub(in crate::cli) struct Serve {
     /// File with the password for it (/dev/fd/N for a descriptor)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = SERVE)]
     pub(in crate::cli) record_password_file: Option<PathBuf>,
-    /// A tag that no save may take, '*' at its end for anything; may be repeated
+    /// Tag that saves must not use, with '*' at its end as a wildcard; may be repeated
     #[arg(long, value_name = "TAG", help_heading = SERVE)]
     pub(in crate::cli) reserved_tag: Vec<String>,
-    /// How long done saves stay in the history, e.g. 90d; 0 for ever
+    /// Time for which finished saves stay in the history, e.g. 90d; 0 for ever
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "365d", help_heading = SERVE)]
     pub(in crate::cli) retention: Duration,
 
-    /// API tokens: a TOML file
+    /// TOML file with API tokens
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]
     pub(in crate::cli) tokens_file: Option<PathBuf>,
-    /// Key set that users' JSON Web Tokens are checked with: a file, or an https:// address
+    /// JSON Web Key Set that users' tokens are verified with: a file, or an https:// URL
     #[arg(long, value_name = "FILE|URL", help_heading = CALLERS)]
     pub(in crate::cli) jwks: Option<String>,
-    /// Who must have issued them
+    /// Required issuer of the tokens
     #[arg(long, value_name = "ISSUER", help_heading = CALLERS)]
     pub(in crate::cli) jwt_issuer: Option<String>,
-    /// For whom they must be
+    /// Required audience of the tokens
     #[arg(long, value_name = "AUDIENCE", help_heading = CALLERS)]
     pub(in crate::cli) jwt_audience: Option<String>,
-    /// The claim that is the user's name
+    /// Claim with the user's name
     #[arg(long, value_name = "CLAIM", default_value = "sub", help_heading = CALLERS)]
     pub(in crate::cli) jwt_user_claim: String,
-    /// The claim and the value that it is or has for administrators, e.g. realm_access.roles=upperdeck-admin
+    /// Claim and value that mark administrators, e.g. realm_access.roles=upperdeck-admin
     #[arg(long, value_name = "CLAIM=VALUE", value_parser = key_value, help_heading = CALLERS)]
     pub(in crate::cli) jwt_admin_claim: Option<(String, String)>,
-    /// A user, by token or by proxy, who is an administrator; may be repeated
+    /// User who is an administrator; may be repeated
     #[arg(long, value_name = "USER", help_heading = CALLERS)]
     pub(in crate::cli) administrator: Vec<String>,
-    /// Header in which a proxy says who the user is; believed only from --proxy-from
+    /// Header in which a proxy states the user; accepted only from --proxy-from
     #[arg(long, value_name = "NAME", help_heading = CALLERS)]
     pub(in crate::cli) proxy_header: Option<String>,
-    /// Addresses of the proxy in front, e.g. 10.1.0.0/16, or unix for a socket file; its connections are many people's and
-    /// not bound by --connections-per-peer; may be repeated
+    /// Addresses of the reverse proxy, e.g. 10.1.0.0/16, or unix for a socket file; its connections are exempt from
+    /// --connections-per-peer; may be repeated
     #[arg(long, value_name = "CIDR", help_heading = CALLERS)]
     pub(in crate::cli) proxy_from: Vec<String>,
 
-    /// Saves of one user that may wait or run at once; 0 for no bound
+    /// Maximum unfinished saves of one user; 0 for no limit
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = LIMITS)]
     pub(in crate::cli) open_per_user: u32,
-    /// Requests a second of one caller, in the long run; 0 for no bound
+    /// Requests per second of one caller, on average; 0 for no limit
     #[arg(long, value_name = "N", default_value_t = 50, help_heading = LIMITS)]
     pub(in crate::cli) rate: u32,
-    /// Saves that one user may ask for in 24 hours; 0 for no bound
+    /// Saves that one user may request in 24 hours; 0 for no limit
     #[arg(long, value_name = "N", default_value_t = 1000, help_heading = LIMITS)]
     pub(in crate::cli) saves_per_day: u32,
-    /// Connections at once; fewer where the hard limit of open files is lower
+    /// Maximum connections; fewer if the hard limit of open files is lower
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
     pub(in crate::cli) connections: u32,
-    /// Connections at once of one address (with IPv6: of one /64); name a proxy in --proxy-from
+    /// Maximum connections of one address (of a /64 with IPv6); a proxy has to be named in --proxy-from
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
     pub(in crate::cli) connections_per_peer: u32,
-    /// Event streams at once of one user
+    /// Maximum event streams of one user
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
     pub(in crate::cli) streams_per_user: u32,
-    /// Requests at once of one caller
+    /// Maximum concurrent requests of one caller
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
     pub(in crate::cli) requests_per_user: u32,
-    /// How often a save is tried in all
+    /// Maximum attempts of a save
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
     pub(in crate::cli) attempts: u32,
-    /// The pause before the second attempt; each further one is twice as long
+    /// Delay before the second attempt; it doubles with each further one
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "10s", help_heading = LIMITS)]
     pub(in crate::cli) backoff: Duration,
-    /// The longest that one attempt may run
+    /// Time limit for one attempt
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "4h", help_heading = LIMITS)]
     pub(in crate::cli) timeout: Duration,
-    /// A node that has not been heard of for so long is lost, and with it the saves of its sessions
+    /// Time without a heartbeat after which a node and the saves on it count as lost
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "5m", help_heading = LIMITS)]
     pub(in crate::cli) node_lost: Duration,
-    /// A save that has waited for so long fails
+    /// Maximum time that a save waits for its node
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "24h", help_heading = LIMITS)]
     pub(in crate::cli) order_expiry: Duration,
 }
 
-/// What a node's agent decides.
+/// Flags of an agent.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Work {
-    /// This node's name, unique [default: the host's]
+    /// Unique name of this node [default: the host name]
     #[arg(long, value_name = "NAME", help_heading = WORK)]
     pub(in crate::cli) node: Option<String>,
-    /// Whose a session is: namespace[:PATTERN], pod:PATTERN, env:NAME or fixed:USER; the pattern's group is the user
+    /// Rule for a session's owner: namespace[:PATTERN], pod:PATTERN, env:NAME or fixed:USER; the pattern's group is the user
     #[arg(long, value_name = "RULE", help_heading = WORK)]
     pub(in crate::cli) owner: Option<String>,
-    /// Volumes that sessions may have saved with them: /PATH on the node or TYPE:SOURCE, with {user} for the session's
-    /// owner; may be repeated [default: none]
+    /// Volumes that may be saved with a session: /PATH on the node or TYPE:SOURCE, with {user} for the session's owner;
+    /// may be repeated [default: none]
     #[arg(long, value_name = "PATTERN", help_heading = WORK)]
     pub(in crate::cli) allow_volume: Vec<Pattern>,
-    /// Where the agent notes what runs, so that its own death costs nothing [default: /var/lib/upperdeck/agent, with 'up'
-    /// agent in --state-dir]
+    /// Directory for the agent's state, from which it continues after a restart [default: /var/lib/upperdeck/agent, with
+    /// 'up' agent in --state-dir]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = WORK)]
     pub(in crate::cli) spool_dir: Option<PathBuf>,
-    /// Where this node keeps what it needs to save only what changed since the last save; empty for nowhere
+    /// Directory for the state that later saves of a container need to save only changes; empty: keep none
     #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", value_hint = ValueHint::DirPath, help_heading = WORK)]
     pub(in crate::cli) state_dir: PathBuf,
-    /// Saves at once, at most; the pressure on the node may make it fewer
+    /// Maximum concurrent saves; fewer while the node is under pressure
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..), help_heading = WORK)]
     pub(in crate::cli) slots: u32,
-    /// Threads of one save, at least
+    /// Minimum threads of one save
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), help_heading = WORK)]
     pub(in crate::cli) min_threads: u32,
-    /// Threads of one save, at most [default: the cores]
+    /// Maximum threads of one save [default: number of cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = WORK)]
     pub(in crate::cli) max_threads: Option<u32>,
-    /// Run saves at the usual priority, and not at the lowest
+    /// Run saves at normal priority instead of the lowest
     #[arg(long, help_heading = WORK)]
     pub(in crate::cli) foreground: bool,
-    /// What all saves at the lowest priority get together where others want every core for more than ten seconds: per cent
-    /// of the node's cores; 0 for nothing
+    /// Minimum share of the cores for all background saves together, in per cent, once other work has kept all cores busy
+    /// for ten seconds; 0: none
     #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = DEFAULT_FLOOR_PERCENT, help_heading = WORK)]
     pub(in crate::cli) background_floor: f64,
-    /// The most memory that one save, or one look into a session, may take; 0 for no bound
+    /// Memory limit of one save or inspection; 0 for no limit
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "3G", help_heading = WORK)]
     pub(in crate::cli) save_memory: u64,
-    /// Codec where a save asks for none: gzip or zstd
+    /// Default codec: gzip or zstd
     #[arg(long, value_name = "CODEC", value_parser = ["gzip", "zstd"], help_heading = WORK)]
     pub(in crate::cli) compression: Option<String>,
-    /// The longest that a container may stand still, e.g. 300ms
+    /// Maximum time for which a container is frozen, e.g. 300ms
     #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = WORK)]
     pub(in crate::cli) max_pause: Option<Duration>,
-    /// The longest that a save may run on this node, whatever its order says
+    /// Time limit for a save on this node, whatever its order says
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "12h", help_heading = WORK)]
     pub(in crate::cli) max_time: Duration,
-    /// How long running saves may go on when the agent is told to end [default: 5m, with 'up' 10s]
+    /// Time for running saves to finish when the agent stops [default: 5m, with 'up' 10s]
     #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = WORK)]
     pub(in crate::cli) drain: Option<Duration>,
-    /// A further flag of 'commit' for every save, e.g. --commit-flag=--max-size=500G; may be repeated
+    /// Additional flag of 'commit' for every save, e.g. --commit-flag=--max-size=500G; may be repeated
     #[arg(long, value_name = "FLAG", allow_hyphen_values = true, help_heading = WORK)]
     pub(in crate::cli) commit_flag: Vec<String>,
-    /// Make a missing project in Harbor
+    /// Create missing projects in Harbor
     #[arg(long, help_heading = REGISTRY)]
     pub(in crate::cli) create_project: bool,
     /// The quota of a project that is made, e.g. 20GiB; Harbor lets only its administrators set it
@@ -269,10 +269,11 @@ Examples:
   UPPERDECK_RECORD=postgres://upperdeck@db.example.org/upperdeck upperdeck manager
 
 The API is described at /openapi.json, the portal is at /, metrics at /metrics, liveness at /healthz, readiness at
-/readyz. SIGTERM lets requests under way end. HTTP/1.1 without TLS: a proxy in front has that, and is named in --proxy-from.
-A request's head has 10 s, its body 30 s, an answer that is not taken 30 s, a connection without a request 75 s.
+/readyz. On SIGTERM, requests in progress are finished. The manager speaks HTTP/1.1 without TLS; use a reverse proxy for TLS and
+name it in --proxy-from. Time limits: 10 s for a request's head, 30 s for its body, 30 s for a blocked response, 75 s for
+an idle connection.
 
---target has exactly the places {user}, {name} and {tag}; the caller never names a host. Two managers at once work on one
+--target has exactly the placeholders {user}, {name} and {tag}; callers never name a host. Several managers can share one
 PostgreSQL record.
 
 A tokens file:
@@ -293,7 +294,7 @@ pub(in crate::cli) struct Manager {
     pub(in crate::cli) settings: Settings,
     #[command(flatten)]
     pub(in crate::cli) queue: Queue,
-    /// Where images go, e.g. harbor.example.org/sessions/{user}/{name}:{tag} or oci:/srv/images/{user}/{name}:{tag}
+    /// Destination of images, e.g. harbor.example.org/sessions/{user}/{name}:{tag} or oci:/srv/images/{user}/{name}:{tag}
     #[arg(long, value_name = "TEMPLATE", help_heading = SERVE)]
     pub(in crate::cli) target: Option<String>,
     #[command(flatten)]
@@ -309,21 +310,22 @@ Examples:
   upperdeck agent --host-root /host --node \"$NODE_NAME\" --owner 'pod:jupyter-(.+)' --allow registry.example.org
   upperdeck agent --config /etc/upperdeck/upperdeck.toml --print-config
 
-One a node, as root. Every save is a process of its own ('upperdeck commit'), at the lowest priority, with its
-credentials on a descriptor. SIGTERM: takes no more, lets what runs end within --drain, gives the rest back.
+Runs once per node, as root. Every save is a separate process ('upperdeck commit') at the lowest priority; it gets its
+credentials through a file descriptor. On SIGTERM the agent accepts no more saves, lets running ones finish within
+--drain, and returns the others to the queue.
 
---owner says whose a session is, from what the runtime wrote down:
-  namespace              the pod's namespace is the user
-  namespace:user-(.+)    a part of it is
-  pod:jupyter-(.+)       a part of the pod's name is
-  env:JUPYTERHUB_USER    a variable of the container's environment is, as the runtime started it
-  fixed:alice            always the same
+--owner derives the owner of a session from the runtime's record:
+  namespace              the pod's namespace
+  namespace:user-(.+)    a part of it
+  pod:jupyter-(.+)       a part of the pod's name
+  env:JUPYTERHUB_USER    a variable of the container's environment, as started by the runtime
+  fixed:alice            always this user
 
-Volumes are saved only where --allow-volume lists them, and read with the user, groups and capabilities of the session's
-first process: what it may not read is left out, with a warning.
-  --allow-volume /home/{user}                     what lies there on this node, and below: a bind mount of it
-  --allow-volume nfs4:nas.example.org:/home/{user}  what is mounted from there: the type, source and directory of the mount
-The kernel's word on the mount is compared, in whole components, never a path in the session.";
+Volumes are saved only if they match --allow-volume. They are read with the user, groups and capabilities of the
+session's first process; files that it may not read are left out with a warning.
+  --allow-volume /home/{user}                     this directory of the node and those below it, bind-mounted
+  --allow-volume nfs4:nas.example.org:/home/{user}  a mount of this type, source and directory
+The kernel's mount table is compared, in whole path components, never a path in the session.";
 
 /// `agent`.
 #[derive(Debug, Args)]
@@ -332,7 +334,7 @@ pub(in crate::cli) struct Agent {
     pub(in crate::cli) settings: Settings,
     #[command(flatten)]
     pub(in crate::cli) queue: Queue,
-    /// Where images may go: HOST[:PORT][/PROJECT] or oci:/DIRECTORY; may be repeated
+    /// Permitted destination of images: HOST[:PORT][/PROJECT] or oci:/DIRECTORY; may be repeated
     #[arg(long, value_name = "PREFIX", help_heading = WORK)]
     pub(in crate::cli) allow: Vec<String>,
     #[command(flatten)]
@@ -347,8 +349,8 @@ Examples:
   upperdeck key --key-file master-key --node node17 -o node17.key   # for that node's /etc/upperdeck/node-key
   upperdeck key --key-file master-key --node node17 | ssh root@node17 'umask 077; cat > /etc/upperdeck/node-key'
 
-With a node's key nothing can be signed for another node, and the master key does not follow from it. The same master key
-and name give the same key each time; one with several lines gives a key for each, in their order.";
+A node's key cannot sign for another node, and the master key cannot be derived from it. The same master key and name
+always give the same key; for a file with several master keys, one key is written for each, in order.";
 
 /// `key`.
 #[derive(Debug, Args)]
@@ -356,10 +358,10 @@ pub(in crate::cli) struct NodeKey {
     /// File with the managers' master keys
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(in crate::cli) key_file: PathBuf,
-    /// The node's name, as its agent is given it (--node), or the host's
+    /// The node's name: its agent's --node, or its host name
     #[arg(long, value_name = "NAME")]
     pub(in crate::cli) node: String,
-    /// Write it there, for its owner alone [default: stdout]
+    /// Write the key to this file, with mode 0600 [default: stdout]
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(in crate::cli) output: Option<PathBuf>,
 }
@@ -367,14 +369,14 @@ pub(in crate::cli) struct NodeKey {
 pub(super) const UP_HELP: &str = "\
 Examples:
   upperdeck up
-      Saves of this machine's containers, into OCI layouts below /var/lib/upperdeck/images; prints a URL with a token.
+      Save this machine's containers to OCI layouts below /var/lib/upperdeck/images. Prints a URL with a token.
   upperdeck up --registry registry.example.org/sessions --creds-file robot
   upperdeck up --redis redis://localhost --key-file key --registry localhost:5000/sessions
-      A manager and an agent that others can join.
+      A manager and an agent to which others can be added.
 
-All of it in one process, as root: the manager, this node's agent, the record and, without --redis, the queue; the files
-are in --state-dir. Without --owner all sessions are the caller's own. The token is made anew at every start, unless
---token-file has one; 'upperdeck job' and 'upperdeck image' on this machine find it by themselves, as root.";
+Runs the manager, this node's agent, the record and, without --redis, the queue in one process, as root, with all files in
+--state-dir. Without --owner, all sessions belong to the caller. A new token is created at every start unless --token-file
+is given; root's 'upperdeck job' and 'upperdeck image' on this machine find it.";
 
 /// `up`.
 #[derive(Debug, Args)]
@@ -383,13 +385,13 @@ pub(in crate::cli) struct Up {
     pub(in crate::cli) settings: Settings,
     #[command(flatten)]
     pub(in crate::cli) queue: Queue,
-    /// Where images go: HOST[:PORT][/PROJECT] [default: OCI layouts in --store]
+    /// Destination of images: HOST[:PORT][/PROJECT] [default: OCI layouts in --store]
     #[arg(long, value_name = "PREFIX", help_heading = REGISTRY)]
     pub(in crate::cli) registry: Option<String>,
-    /// Directory of the OCI layouts, one for each image's name [default: images in --state-dir]
+    /// Directory of the OCI layouts, one per image name [default: images in --state-dir]
     #[arg(long, value_name = "DIR", conflicts_with = "registry", value_hint = ValueHint::DirPath, help_heading = REGISTRY)]
     pub(in crate::cli) store: Option<PathBuf>,
-    /// File with the token to log in with [default: a new one]
+    /// File with the token to sign in with [default: a new token]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]
     pub(in crate::cli) token_file: Option<PathBuf>,
     #[command(flatten)]
