@@ -305,7 +305,11 @@ fn what_cannot_be_measured_is_said() -> Outcome {
             "no-such-container",
         ),
         (&["--directory", "/nonexistent/dir"], 1, "/nonexistent/dir"),
-        (&["--directory", path], 1, "nothing that a layer would hold"),
+        (
+            &["--directory", path],
+            1,
+            "contains nothing that goes into a layer",
+        ),
         (
             &[
                 "--size",

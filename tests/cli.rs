@@ -688,7 +688,7 @@ fn a_nodes_key_is_made_and_each_side_takes_its_own() -> Outcome {
     )?;
     refused(
         &["key", "--key-file", &master, "--node", " "],
-        "cannot be a node's name",
+        "is not a node's name",
     )?;
     private("master", 0o644)?;
     refused(&["key", "--key-file", &master, "--node", "n1"], "chmod 600")?;

@@ -312,7 +312,7 @@ fn attributes_names_and_listings_count_against_a_bound_that_has_a_flag() -> Resu
         };
         let told = format!(
             "refused: the memory for names, attributes and directory listings in bytes is over the limit of {memory}; \
-             if that is meant, raise it with --max-memory"
+             raise it with --max-memory if intended"
         );
         assert_eq!(error.to_string(), told);
         Ok(())

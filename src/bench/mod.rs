@@ -50,7 +50,7 @@ pub enum Error {
     },
     /// The container or directory has no changes.
     #[error(
-        "{name} has nothing that a layer would hold: name another, or none for a generated tree"
+        "{name} contains nothing that goes into a layer: name another directory, or none for a generated tree"
     )]
     Empty {
         /// Name of the container or directory.

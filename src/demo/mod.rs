@@ -50,7 +50,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// A container can be created neither as root nor in a user namespace.
-    #[error("this machine does not let a container be made here: {0}")]
+    #[error("a container cannot be created on this machine: {0}")]
     NoContainer(String),
     /// The container failed.
     #[error("the demonstration's container: {0}")]
@@ -68,7 +68,7 @@ pub(crate) enum Error {
     #[error("the saved image: {0}")]
     Image(String),
     /// The image differs from what the container saw, which is a bug.
-    #[error("the image differs from what the container saw in {} points: {}", .0.len(), list(.0))]
+    #[error("the image differs from the container's files in {} places: {}", .0.len(), list(.0))]
     Differs(Vec<Difference>),
     /// Cancelled by SIGINT or SIGTERM.
     #[error(transparent)]

@@ -16,7 +16,7 @@ pub(crate) const MAX_MAPS: u64 = 32 << 20;
 
 /// A text that does not have the kernel's format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not what the kernel writes: {expected}")]
+#[error("{text:?} is not in the kernel's format: {expected}")]
 pub struct Malformed {
     /// The line or option, with the kernel's escapes.
     pub text: OsString,

@@ -41,7 +41,7 @@ pub enum Error {
     #[error(transparent)]
     Prove(#[from] ProveError),
     /// The container was given as `pid:N`, for which no image is recorded.
-    #[error("nothing on disk says which image {container} stands on: name it with --base IMAGE")]
+    #[error("there is no record of the base image of {container}: name it with --base IMAGE")]
     BaseNotNamed {
         /// The container as given.
         container: String,
@@ -56,7 +56,7 @@ pub enum Error {
     },
     /// The blob of a base layer was found nowhere, and its directory is not mounted either.
     #[error(
-        "the base layer {diff_id} is in no store and no known registry, and no directory holds it unpacked"
+        "the base layer {diff_id} is neither in a local store or known registry nor unpacked on disk"
     )]
     BaseLayerNotFound {
         /// Diff ID of the layer.
@@ -73,8 +73,7 @@ pub enum Error {
     },
     /// The kernel did not return data about the container's processes in time, because one of the processes blocks it.
     #[error(
-        "{what} cannot be read within {seconds} s: a process of the container waits in the kernel, most likely for a file \
-         system that does not answer; nothing was saved"
+        "{what} cannot be read within {seconds} s: a process of the container is blocked in the kernel, probably by a file system that does not respond; nothing was saved"
     )]
     Unanswered {
         /// The data that was requested.

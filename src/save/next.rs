@@ -100,7 +100,7 @@ pub(crate) fn next_save(
         ),
     };
     let reason = match last {
-        LastSave::Nothing => "nothing is kept of an earlier save".to_owned(),
+        LastSave::Nothing => "there is no state of an earlier save".to_owned(),
         LastSave::NotUsed(reason) => reason,
         LastSave::Save(kept) => {
             let below = kept.description.layers.len();

@@ -101,10 +101,10 @@ impl TreeState<'_> {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unusable {
     /// Nothing was kept, which needs no message.
-    #[error("nothing is kept of an earlier save")]
+    #[error("there is no state of an earlier save")]
     Absent,
     /// Something was kept but cannot be used.
-    #[error("what was kept of the last save in {path} is not used: {why}")]
+    #[error("the state of the last save in {path} is not used: {why}")]
     Damaged {
         /// The file.
         path: String,

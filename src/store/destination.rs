@@ -207,7 +207,7 @@ pub enum Error {
     #[error(transparent)]
     Layout(#[from] layout::Error),
     /// The runtime was shut down during a write.
-    #[error("the save was ended while a file was being written")]
+    #[error("the save ended while a file was being written")]
     RuntimeStopped,
 }
 

@@ -42,7 +42,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The file is written, but a crash of the machine may undo that.
-    #[error("{} is written, but may be lost if the machine crashes now: its directory cannot be synchronized: {source}", path.display())]
+    #[error("{} is written, but may be lost in a crash: its directory cannot be synced: {source}", path.display())]
     NotSynced {
         /// Path of the file.
         path: PathBuf,

@@ -326,7 +326,7 @@ async fn other_bytes_than_before_never_become_a_blob() -> Outcome {
         .await
         .unwrap_err();
     assert!(
-        error.retryable() && error.to_string().contains("not what was sent"),
+        error.retryable() && error.to_string().contains("is corrupt"),
         "{error}"
     );
     // And then from its beginning.

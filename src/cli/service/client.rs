@@ -43,7 +43,7 @@ pub(super) enum Error {
         status: u16,
     },
     /// The reply is not that of a manager.
-    #[error("{server} does not answer as a manager does: {reason}")]
+    #[error("{server} does not respond like a manager: {reason}")]
     InvalidResponse { server: String, reason: String },
     /// The save that was waited for failed.
     #[error("{message} ({})", code.name())]

@@ -45,7 +45,7 @@ pub enum Error {
         hint: &'static str,
     },
     /// The config of the base manifest is not an image config.
-    #[error("the base's config is {0:?}: this is no container image, but some other artifact")]
+    #[error("the base's config is {0:?}: this is another artifact, not a container image")]
     ConfigType(String),
     /// A layer has a Docker media type without an OCI counterpart.
     #[error("layer {index} of the base is {media_type:?}, which has no OCI counterpart")]
@@ -68,8 +68,7 @@ pub enum Error {
     },
     /// The image would have more than [`MAX_LAYERS`] layers.
     #[error(
-        "the image would have more layers than container engines bear ({0}, they bear {MAX_LAYERS}); rebuild the base with fewer (its own \
-         Dockerfile, or a squash) and start from that"
+        "the image would have more layers than container engines support ({0} of at most {MAX_LAYERS}); rebuild the base with fewer layers and start from that"
     )]
     TooManyLayers(usize),
     /// The manifest would be larger than [`MAX_MANIFEST_BYTES`].
@@ -91,7 +90,9 @@ pub enum Error {
         reason: &'static str,
     },
     /// A time that cannot be written in RFC 3339.
-    #[error("{0} (seconds since 1970) is no time that an image can carry: the years are 0 to 9999")]
+    #[error(
+        "{0} (seconds since 1970) is outside the range of an image's timestamp, the years 0 to 9999"
+    )]
     Time(i64),
 }
 

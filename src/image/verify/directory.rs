@@ -43,7 +43,9 @@ pub enum LowersError {
     #[error(transparent)]
     Directory(#[from] DirectoryError),
     /// A directory or file has an overlay attribute that no unpacked layer has, and whose target is elsewhere.
-    #[error("{path:?} carries the overlay mark {mark}, which no unpacked image layer has")]
+    #[error(
+        "{path:?} has the overlay attribute {mark}, which is not valid in an unpacked image layer"
+    )]
     Mark {
         /// The path.
         path: PathBuf,

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 /// A text that [`decode`] cannot parse.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is no escaped name: a backslash must be followed by three octal digits up to 377"
+    "{text:?} is not an escaped name: a backslash must be followed by three octal digits up to 377"
 )]
 pub struct DecodeError {
     /// The text as given.

@@ -166,7 +166,7 @@ mod tests {
             .reserve(RESERVATION_UNIT)
             .map_err(|error| error.to_string());
         let told = "refused: the memory for names, attributes and directory listings in bytes is over the limit of 40960; \
-                    if that is meant, raise it with --max-memory";
+                    raise it with --max-memory if intended";
         assert_eq!(refused, Err(told.to_owned()));
         drop(reservation);
         assert_eq!(used(&memory), 100);

@@ -441,7 +441,7 @@ pub enum Error {
     #[error("a thread that walks the tree died; this is a defect of upperdeck")]
     Worker,
     /// A limit was exceeded.
-    #[error("refused: {what} is over the limit of {limit}; if that is meant, raise it with {flag}")]
+    #[error("refused: {what} is over the limit of {limit}; raise it with {flag} if intended")]
     Cap {
         /// The limited quantity.
         what: String,
@@ -452,8 +452,7 @@ pub enum Error {
     },
     /// A character device 0:0, which unpackers of layers take for a whiteout.
     #[error(
-        "{path} cannot be put into a layer: character devices 0:0 mean deletions where it is unpacked; \
-         remove it, or leave it out with --exclude"
+        "{path} cannot be stored in a layer: a character device 0:0 is a whiteout; remove it, or use --exclude"
     )]
     WhiteoutDevice {
         /// The path.
@@ -478,7 +477,7 @@ pub enum Error {
         source: ValueError,
     },
     /// A redirect or metacopy mark whose target does not exist.
-    #[error("{path} is marked {mark}, but what the mark leads to is not in the lower directories")]
+    #[error("{path} has the attribute {mark}, whose target is not in the lower directories")]
     Dangling {
         /// The path.
         path: String,

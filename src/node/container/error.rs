@@ -71,7 +71,7 @@ pub enum Error {
     },
     /// No image on this node has the mounted chain ID.
     #[error(
-        "the image that container {container} stands on cannot be proven; name it with --base to save nevertheless; compared were:{}",
+        "the base image of container {container} cannot be proven; name it with --base; checked:{}",
         lines(compared)
     )]
     BaseUnproven {
@@ -82,7 +82,7 @@ pub enum Error {
     },
     /// A path given with `--include-volume` is not a volume.
     #[error(
-        "{} is no volume that can be saved: {why}; {}",
+        "{} is not a volume that can be saved: {why}; {}",
         path.display(),
         volumes(mounts)
     )]
@@ -126,8 +126,7 @@ pub enum Error {
     },
     /// The mount table exceeds the limit.
     #[error(
-        "process {pid} has more mounts than are read ({mounts}, or {bytes} bytes of them): what is mounted is no part of an image, \
-         and without the whole table it cannot be told; unmount what is not needed"
+        "the mount table of process {pid} exceeds the limit of {mounts} mounts or {bytes} bytes; it is needed as a whole, to exclude mounts from the image: unmount what is not needed"
     )]
     TooManyMounts {
         /// PID of the process.

@@ -82,7 +82,7 @@ pub enum Error {
         cgroup: PathBuf,
     },
     /// The processes did not stop, or did not resume, in time. They are running.
-    #[error("{cgroup:?} did not {wanted} within {waited:?}; the container runs")]
+    #[error("{cgroup:?} did not {wanted} within {waited:?}; the container is running")]
     Timeout {
         /// The cgroup's directory.
         cgroup: PathBuf,
@@ -104,7 +104,7 @@ pub enum Error {
         what: String,
     },
     /// The watchdog could not be started. Nothing is frozen without one.
-    #[error("the process that guards the freeze did not start: {why}")]
+    #[error("the freeze watchdog did not start: {why}")]
     Watchdog {
         /// The reason, as text for the user.
         why: String,

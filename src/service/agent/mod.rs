@@ -37,7 +37,7 @@ pub use owner::{OwnerRule, RuleError};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A required directory cannot be created or written to.
-    #[error("{path}: {source}; the agent needs it to survive its own death")]
+    #[error("{path}: {source}; the agent needs it to continue after a restart")]
     Directory {
         /// Path of the directory.
         path: String,

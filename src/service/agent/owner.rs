@@ -28,7 +28,7 @@ pub enum OwnerRule {
 pub enum RuleError {
     /// Not one of the four forms.
     #[error(
-        "{0:?} is not a rule for owners: expected namespace[:PATTERN], pod[:PATTERN], env:NAME or fixed:USER"
+        "{0:?} is not an owner rule: expected namespace[:PATTERN], pod[:PATTERN], env:NAME or fixed:USER"
     )]
     Unknown(String),
     /// The pattern is invalid.
@@ -41,7 +41,7 @@ pub enum RuleError {
     },
     /// The name cannot be part of a repository's path.
     #[error(
-        "{0:?} is no owner's name: lower-case letters and digits, with '.', '_' or '-' between them, {MAX_OWNER} at most"
+        "{0:?} is not an owner's name: lower-case letters and digits, with '.', '_' or '-' between them, {MAX_OWNER} at most"
     )]
     Name(String),
 }

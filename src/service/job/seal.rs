@@ -98,7 +98,9 @@ pub struct Sealed {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SealError {
     /// A key is shorter than the minimum.
-    #[error("the key has {0} bytes; {MIN_KEY} are the least (openssl rand -hex 32 makes one)")]
+    #[error(
+        "the key has {0} bytes, at least {MIN_KEY} are needed (openssl rand -hex 32 makes one)"
+    )]
     ShortKey(usize),
     /// No key was given.
     #[error("there is no key")]
@@ -106,7 +108,7 @@ pub enum SealError {
     /// An agent was given a master key, which belongs on managers; this is also the case for key files of versions
     /// without keys per node.
     #[error(
-        "this is a master key, with which every node's orders can be signed: it belongs on managers only. An agent takes \
+        "this is a master key, which signs for every node, and belongs on managers only. An agent takes \
          its node's key, which 'upperdeck key --key-file MASTER --node {node}' prints on a manager"
     )]
     MasterKey {
@@ -128,18 +130,18 @@ pub enum SealError {
         node: String,
     },
     /// A line has the prefix of a node's key but is malformed.
-    #[error("line {0} is no node's key: print it anew with 'upperdeck key'")]
+    #[error("line {0} is not a node's key: create it again with 'upperdeck key'")]
     Broken(usize),
     /// The name cannot be a node's name.
     #[error(
-        "{0:?} cannot be a node's name: 1 to {MAX_NODE} bytes, no blanks at its ends, no control characters"
+        "{0:?} is not a node's name: 1 to {MAX_NODE} bytes, no blanks at its ends, no control characters"
     )]
     Name(String),
     /// The key of one node was used for a message of another node.
-    #[error("the key of node {0:?} neither signs nor checks what is another node's")]
+    #[error("the key of node {0:?} cannot sign or verify messages of other nodes")]
     WrongNode(String),
     /// The message is not signed with any of the keys.
-    #[error("this {0} is not signed with our keys")]
+    #[error("this {0} is not signed with a known key")]
     Forged(Message),
     /// The message is signed but cannot be parsed, e.g. because another version wrote it.
     #[error("this {message} cannot be read: {reason}")]

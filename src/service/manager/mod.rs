@@ -63,9 +63,7 @@ pub enum Error {
     Queue(#[from] queue::Error),
     /// The background work has failed. The manager ends, because without it reports of agents would go unprocessed
     /// while it appears to work.
-    #[error(
-        "the work in the background broke down; this is a defect of upperdeck, and its log says where"
-    )]
+    #[error("a background task failed; this is a defect of upperdeck, see its log")]
     Work,
 }
 

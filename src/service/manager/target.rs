@@ -19,7 +19,7 @@ const ESCAPED: &str = "u__0";
 /// The text is not a valid template.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is no template for images: {reason}; write HOST[:PORT]/PROJECT/{{user}}/{{name}}:{{tag}} or \
+    "{text:?} is not a template for images: {reason}; write HOST[:PORT]/PROJECT/{{user}}/{{name}}:{{tag}} or \
      oci:/DIRECTORY/{{user}}/{{name}}:{{tag}}"
 )]
 pub struct TemplateError {

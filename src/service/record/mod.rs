@@ -44,7 +44,7 @@ pub struct Record {
 pub enum Error {
     /// The address of the database is invalid.
     #[error(
-        "{0:?} is no place for a record: write sqlite:PATH, a path, or postgres://USER:PASSWORD@HOST/DATABASE"
+        "{0:?} is not the location of a record: write sqlite:PATH, a path, or postgres://USER:PASSWORD@HOST/DATABASE"
     )]
     Place(String),
     /// The file of the database cannot be created or opened.
@@ -77,7 +77,7 @@ pub enum Error {
         reason: String,
     },
     /// Other writers kept changing the save.
-    #[error("save {0} is being changed by others again and again")]
+    #[error("save {0} keeps being changed by others")]
     Contended(JobId),
     /// Another open save has the same session or destination.
     #[error("save {0} is in the way")]

@@ -60,8 +60,8 @@ pub enum Error {
     },
     /// The storage quota of the project is used up, or too small for what is to be saved.
     #[error(
-        "the quota of project {project:?} on {host} does not suffice: {}{}; deleting images there (upperdeck image rm) \
-         frees it at once, or ask for more",
+        "the quota of project {project:?} on {host} is too small: {}{}; delete images there (upperdeck image rm, \
+         which frees space at once) or ask for more",
         used(*usage), needed_text(*needed)
     )]
     Quota {

@@ -191,7 +191,7 @@ pub enum Error {
         reason: String,
     },
     /// No data was transferred for too long.
-    #[error("{request}: nothing moved for {}: try again later", crate::common::message::count(after.as_secs(), "second", "seconds"))]
+    #[error("{request}: no data was transferred for {}: try again later", crate::common::message::count(after.as_secs(), "second", "seconds"))]
     Stalled {
         /// The request.
         request: Request,
@@ -200,7 +200,7 @@ pub enum Error {
     },
     /// The save exceeded its deadline.
     #[error(
-        "{request}: the save has taken the {} that it may take with its registries (--deadline)", crate::common::message::count(after.as_secs(), "second", "seconds")
+        "{request}: the time limit of {} for transfers is reached (--deadline)", crate::common::message::count(after.as_secs(), "second", "seconds")
     )]
     Deadline {
         /// The request that was in progress.
@@ -209,9 +209,7 @@ pub enum Error {
         after: Duration,
     },
     /// The registry received other bytes of a blob than were sent.
-    #[error(
-        "{request}: what has arrived of the blob is not what was sent: it has to be sent again"
-    )]
+    #[error("{request}: the received part of the blob is corrupt: it has to be sent again")]
     CorruptUpload {
         /// The request whose answer showed it.
         request: Request,
@@ -220,7 +218,7 @@ pub enum Error {
     #[error("{0}")]
     Reply(Box<Reply>),
     /// The answer violates the protocol.
-    #[error("{request}: {reason}: this is not how a registry answers")]
+    #[error("{request}: {reason}: this is not a registry's response")]
     ProtocolViolation {
         /// The request.
         request: Request,
@@ -228,7 +226,7 @@ pub enum Error {
         reason: String,
     },
     /// A document was damaged in transit, or was sent by a proxy in place of the registry.
-    #[error("{request}: {reason}: damaged on the way, or not from the registry; try again later")]
+    #[error("{request}: {reason}: damaged in transit, or not from the registry; try again later")]
     InvalidDocument {
         /// The request.
         request: Request,
@@ -236,7 +234,7 @@ pub enum Error {
         reason: String,
     },
     /// A realm, `Location` or redirect leads to a URL that is not permitted.
-    #[error("{request}: the answer leads to {to:?}: refused, {why}")]
+    #[error("{request}: the response points to {to:?}: refused, {why}")]
     ForbiddenUrl {
         /// The request.
         request: Request,
@@ -265,7 +263,7 @@ pub enum Error {
     },
     /// The content does not match its digest.
     #[error(
-        "{what} from {from}: expected {expected}, found {found}: the registry's copy is damaged or was changed on the way"
+        "{what} from {from}: expected {expected}, found {found}: the registry's copy is damaged, or was changed in transit"
     )]
     Digest {
         /// `manifest` or `blob`.

@@ -52,11 +52,11 @@ pub enum AuthError {
     },
     /// The text is not an address range.
     #[error(
-        "{0:?} is no range of addresses: write ADDRESS or ADDRESS/BITS, or unix for those on a socket file"
+        "{0:?} is not an address range: write ADDRESS or ADDRESS/BITS, or unix for those on a socket file"
     )]
     Range(String),
     /// The text is not the name of a header.
-    #[error("{0:?} is no name of a header")]
+    #[error("{0:?} is not the name of a header")]
     Header(String),
 }
 
