@@ -252,7 +252,7 @@ async fn users_come_with_tokens_of_the_identity_provider_and_with_no_others() ->
     // The public key as an HMAC's secret: the oldest trick.
     let mut header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::HS256);
     header.kid = Some("k1".into());
-    let secret = jsonwebtoken::EncodingKey::from_secret(ours.set.as_bytes());
+    let secret = jsonwebtoken::EncodingKey::from_secret(ours.set.as_bytes())?;
     let bad = [
         others.token("k1", &claims("alice"))?,
         ours.token("k2", &claims("alice"))?,
