@@ -228,7 +228,7 @@ impl Volume {
     /// Looks at `name` in the volume's directory `dir`. A mount on top of it is not queried.
     pub(crate) fn name_status(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<NameStatus> {
         if !self.local {
-            return match self.handle(dir, name) {
+            return match Self::handle(dir, name) {
                 Ok(handle) => Ok(NameStatus::Present(Box::new(rustix::fs::fstat(handle)?))),
                 Err(error) => self.not_there(error),
             };
@@ -246,7 +246,7 @@ impl Volume {
 
     /// Returns a descriptor of `name` in the volume's directory `dir` that serves only for looking at it. Fails with
     /// EXDEV if something is mounted on it.
-    pub(crate) fn handle(&self, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
+    pub(crate) fn handle(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::BENEATH
             | ResolveFlags::NO_SYMLINKS
             | ResolveFlags::NO_MAGICLINKS

@@ -120,7 +120,7 @@ impl Directory<'_> {
         stat: &Stat,
     ) -> Result<Option<OwnedFd>, Error> {
         let failed = |error| self.walker.read_error(path, error);
-        let handle = match volume.handle(dir, name) {
+        let handle = match Volume::handle(dir, name) {
             Ok(handle) => handle,
             Err(error) => {
                 let look = volume.not_there(error).map_err(failed)?;

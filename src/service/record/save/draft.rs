@@ -343,7 +343,7 @@ impl Draft {
                 self.succeed(saved, "the node was not lost: its image is there");
             }
             Update::Event { event } if report.fence == self.save.fence => {
-                self.apply_event(event, false)
+                self.apply_event(event, false);
             }
             _ => {}
         }
