@@ -5,6 +5,10 @@
 
 // Test programs without libtest print their results themselves.
 #![allow(clippy::print_stdout)]
+#![allow(
+    clippy::duplicate_mod,
+    reason = "the harness and the support share the rule of what may be ignored"
+)]
 
 #[path = "../harness/mod.rs"]
 mod harness;
