@@ -250,7 +250,7 @@ fn a_table_of_a_directory_that_stays_as_it_is() -> Outcome {
         "scan",
         "SHA-256",
         "WHOLE SAVE TO",
-        "zstd 2",
+        "zstd 1",
         "REACHED",
         "--compression zstd",
         name,

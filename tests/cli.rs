@@ -255,7 +255,7 @@ fn help_teaches() -> Outcome {
         "Examples:",
         "NAMESPACE/POD[/CONTAINER]",
         "pid:N is any process on an overlay",
-        "For administrators",
+        "Use it only for trusted processes",
         "Exit codes:",
         "  69   base image",
         "  130  cancelled",
@@ -425,6 +425,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
             "--path",
             "--against",
             "--now",
+            "--profile",
             "--uidmap",
         ]
         .contains(&flag);

@@ -22,8 +22,6 @@ pub(crate) struct Lowers<'a, M> {
     pub(crate) namespace: Namespace,
     /// Maps owner and group on disk to those in the container; `None` for an ID outside its ID map.
     pub(crate) owner: M,
-    /// Paths without leading slash that are excluded with everything below them, because the runtime created them.
-    pub(crate) ignore: BTreeSet<Vec<u8>>,
 }
 
 /// The reason why a base is not proven.
@@ -73,20 +71,30 @@ fn list(differences: &[Difference]) -> String {
     list
 }
 
-/// Compares the base's layers (plain, gzip or zstd; bottom first) with the lower directories. Returns a sentence on
+/// Reads the merged content of the lower directories, with the owners as the container sees them.
+pub(crate) fn mounted<M>(lowers: &Lowers<'_, M>) -> Result<Tree, ProveError>
+where
+    M: Fn(u32, u32) -> Option<(u32, u32)>,
+{
+    Tree::from_lowers(lowers.directories, lowers.namespace)?
+        .map_owners(&lowers.owner)
+        .map_err(|(path, uid, gid)| ProveError::Owner {
+            path: crate::image::verify::vis::encode(&path),
+            uid,
+            gid,
+        })
+}
+
+/// Compares the base's layers (plain, gzip or zstd; bottom first) with the [`mounted`] content. Returns a sentence on
 /// what was proven.
 ///
 /// Excluded are the metadata of the root directory (set by runtimes), times of directories and fractions of seconds
 /// (which differ between unpackers), metadata of directories that a layer writes into without an entry for them, hard
 /// links (an unpacker breaks those into another layer), and extended attributes that belong to the host.
-pub(crate) fn compare_content<R, M>(
+pub(crate) fn compare_content<R: Read>(
     layers: impl IntoIterator<Item = io::Result<R>>,
-    lowers: &Lowers<'_, M>,
-) -> Result<String, ProveError>
-where
-    R: Read,
-    M: Fn(u32, u32) -> Option<(u32, u32)>,
-{
+    mounted: &Tree,
+) -> Result<String, ProveError> {
     let mut stack = Layers::new();
     let mut count = 0;
     for layer in layers {
@@ -99,13 +107,6 @@ where
         stack.apply(layer).map_err(failed)?;
     }
     let base = stack.into_lenient_tree();
-    let mounted = Tree::from_lowers(lowers.directories, lowers.namespace)?
-        .map_owners(&lowers.owner)
-        .map_err(|(path, uid, gid)| ProveError::Owner {
-            path: crate::image::verify::vis::encode(&path),
-            uid,
-            gid,
-        })?;
     let host = [
         "security.selinux",
         "security.ima",
@@ -122,9 +123,9 @@ where
         hardlinks: true,
         sockets: false,
         xattrs: host.iter().map(|name| name.as_bytes().to_vec()).collect(),
-        paths: lowers.ignore.clone(),
+        paths: BTreeSet::new(),
     };
-    let mut differences = compare(&base, &mounted, &ignore);
+    let mut differences = compare(&base, mounted, &ignore);
     if differences.is_empty() {
         return Ok(format!(
             "by content: the base ({}), applied, is what the mounted lower directories hold ({})",
@@ -209,21 +210,21 @@ mod tests {
             directories: &directories,
             namespace: Namespace::User,
             owner: |u, g| (u == uid && g == gid).then_some((0, 0)),
-            ignore: BTreeSet::new(),
         };
-        let proof = compare_content(layers.iter().map(|l| Ok(l.as_slice())), &lowers)?;
+        let tree = mounted(&lowers)?;
+        let proof = compare_content(layers.iter().map(|l| Ok(l.as_slice())), &tree)?;
         assert!(
             proof.contains("2 layers") && proof.contains("6 paths"),
             "{proof}"
         );
 
         let error =
-            compare_content(layers[..1].iter().map(|l| Ok(l.as_slice())), &lowers).unwrap_err();
+            compare_content(layers[..1].iter().map(|l| Ok(l.as_slice())), &tree).unwrap_err();
         assert!(matches!(error, ProveError::Differs { .. }), "{error}");
         let text = error.to_string();
         assert!(text.contains("d/a: content: expected sha256:"), "{text}");
 
-        let broken = compare_content([Ok(&layers[0][..700])], &lowers).unwrap_err();
+        let broken = compare_content([Ok(&layers[0][..700])], &tree).unwrap_err();
         assert!(
             !matches!(broken, ProveError::Differs { .. }) && broken.to_string().contains("layer 1"),
             "{broken}"

@@ -12,6 +12,7 @@ mod mapped;
 mod named;
 mod next;
 mod outcome;
+mod proofs;
 mod room;
 pub mod state_store;
 mod stream;
@@ -414,7 +415,7 @@ async fn prove_base(
     options: &Options,
 ) -> Result<(Base, Option<layout::Reader>), Error> {
     match &options.base {
-        Some(name) => named::base(context, container, name).await,
+        Some(name) => named::base(context, container, options, name).await,
         None if container.runtime == container::Runtime::Process => Err(Error::BaseNotNamed {
             container: options.container.clone(),
         }),

@@ -8,10 +8,11 @@ use std::sync::mpsc;
 use bytes::{Buf, Bytes};
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 
-use super::{Context, Error};
+use super::proofs::Proofs;
+use super::{Context, Error, Options};
 use crate::common::digest::{ChainId, DiffId, Digest};
 use crate::image::manifest::Platform;
-use crate::image::prove;
+use crate::image::prove::{self, ProveError};
 use crate::node::container::{self, Base, BaseLayer, Container, IdMapping, RawManifest};
 use crate::node::overlay::id_map;
 use crate::store::destination::Target;
@@ -29,6 +30,7 @@ enum Source {
 pub(super) async fn base(
     context: &Context,
     container: &Container,
+    options: &Options,
     name: &str,
 ) -> Result<(Base, Option<layout::Reader>), Error> {
     let unusable = |reason: String| Error::BaseUnusable {
@@ -89,7 +91,8 @@ pub(super) async fn base(
             parsed.layers().len()
         )));
     }
-    let proof = prove(container, &source, parsed.layers()).await?;
+    let proofs = options.state_dir.as_deref().map(Proofs::new);
+    let proof = prove(container, &source, parsed.layers(), manifest.digest, proofs).await?;
     let lowers = &container.overlay.lowers;
     let one_each = lowers.len() == diff_ids.len();
     let chain = ChainId::chain(&diff_ids);
@@ -172,6 +175,8 @@ async fn prove(
     container: &Container,
     source: &Source,
     layers: &[Descriptor],
+    manifest: Digest,
+    proofs: Option<Proofs>,
 ) -> Result<String, Error> {
     let (uid_map, gid_map) = id_maps_of_lowers(container)?;
     let directories = container.overlay.lowers.clone();
@@ -208,11 +213,19 @@ async fn prove(
                     id_map::container_id(&gid_map, gid)?,
                 ))
             },
-            ignore: std::collections::BTreeSet::new(),
         };
-        prove::compare_content(readers, &lowers)
+        let mounted = prove::mounted(&lowers)?;
+        if let Some(proof) = proofs.as_ref().and_then(|p| p.find(&manifest, &mounted)) {
+            return Ok(proof);
+        }
+        let proof = prove::compare_content(readers, &mounted)?;
+        if let Some(Err(error)) = proofs.map(|p| p.keep(&manifest, &mounted, &proof)) {
+            tracing::info!(%error, "the proof of the base is not kept");
+        }
+        Ok(proof)
     });
-    Ok(proven.await.map_err(|_| Error::Worker)??)
+    let proven: Result<String, ProveError> = proven.await.map_err(|_| Error::Worker)?;
+    Ok(proven?)
 }
 
 /// Returns the ID maps of the lowers, which must be the same for all of them.

@@ -141,10 +141,17 @@ impl Drop for Lock {
 
 /// Returns whether a file name in a state directory belongs to upperdeck: to a save, an agent or `upperdeck up`.
 pub(crate) fn is_state_file(name: &str) -> bool {
-    [".state", ".lock"].iter().any(|end| name.ends_with(end))
+    [".state", ".lock", ".proof"]
+        .iter()
+        .any(|end| name.ends_with(end))
         || name.starts_with(".new-")
         || name.starts_with("manager.db")
         || ["agent", "images", "key", "up.url"].contains(&name)
+}
+
+/// Creates a state directory, or refuses one that is not private.
+pub(super) fn prepare_dir(dir: &Path) -> io::Result<()> {
+    private_files::prepare_dir(dir, is_state_file)
 }
 
 impl Store {
@@ -163,13 +170,9 @@ impl Store {
         ))
     }
 
-    fn make_dir(&self) -> io::Result<()> {
-        private_files::prepare_dir(&self.dir, is_state_file)
-    }
-
     /// Takes the container's lock. Returns `None` if another save holds it.
     pub(crate) fn try_lock(&self, container: &str) -> io::Result<Option<Lock>> {
-        self.make_dir()?;
+        prepare_dir(&self.dir)?;
         let path = self.path(container, LOCK);
         loop {
             let file = OpenOptions::new()
@@ -212,7 +215,7 @@ impl Store {
         description: &Description,
         scans: &[TreeState<'_>],
     ) -> io::Result<()> {
-        self.make_dir()?;
+        prepare_dir(&self.dir)?;
         let json = serde_json::to_vec(description)?;
         // Everything is written twice, the first time only to count, because the lengths come first.
         let lengths = scans.iter().map(TreeState::length);

@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, ensure};
 
 use crate::host::process::{Mount, Process};
+use crate::host::registry::Registry;
 use crate::host::{Freezer, Roots, Scratch};
 use crate::save::{
     LEFT_OUT, TOUCHED_BY_RUNTIMES, TREE, WORK, refuse, same_tree_by, save, set_attributes,
@@ -72,6 +73,45 @@ fn round_trip(mount: &Mount<'_>, more_work: &str) -> Result<()> {
 #[test]
 fn a_plain_overlay() -> Result<()> {
     round_trip(&Mount::default(), "true")
+}
+
+#[test]
+fn a_base_in_a_registry_is_downloaded_for_its_first_proof_only() -> Result<()> {
+    if ignored(&[Need::Program("docker-registry")]) {
+        return Ok(());
+    }
+    let Some(scratch) = scratch()? else {
+        return Ok(());
+    };
+    let registry = Registry::start(&scratch)?;
+    let process = Process::start(&scratch, &Mount::default())?;
+    let base = registry.push(&process.base, "base:1")?;
+    let state = scratch.path().join("state").display().to_string();
+    let options = [
+        "--base",
+        &base,
+        "--tls-verify=false",
+        "--full",
+        "--state-dir",
+        &state,
+    ];
+    let mut read = Vec::new();
+    for tag in ["first", "second"] {
+        save(
+            &scratch,
+            &Roots::none(&scratch),
+            &format!("pid:{}", process.pid),
+            &registry.reference(&format!("sessions/alice:{tag}")),
+            &options,
+        )?;
+        read.push(registry.blobs_read("base"));
+    }
+    ensure!(read[0] > 1, "layers and config are read: {read:?}");
+    ensure!(
+        read[1] - read[0] == 1,
+        "the config alone is read again: {read:?}"
+    );
+    Ok(())
 }
 
 /// The third name of a link group is removed first: a group of which only some names are in a renamed directory is

@@ -134,7 +134,7 @@ pub(in crate::cli) struct Content {
     /// Compression of the layer
     #[arg(long, value_enum, default_value_t = Compression::Gzip, value_name = "CODEC", help_heading = CONTENT)]
     pub(in crate::cli) compression: Compression,
-    /// Compression level: gzip 1 (fastest) to 9 (smallest), zstd 1 to 19 [default: 2, about buildah's size]
+    /// Compression level: gzip 1 (fastest) to 9 (smallest), zstd 1 to 19 [default: 2 for gzip, 1 for zstd]
     #[arg(long, value_name = "N", help_heading = CONTENT)]
     pub(in crate::cli) compression_level: Option<u32>,
     /// Number of threads; the result does not depend on it [default: all cores]

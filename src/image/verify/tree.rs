@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
+use sha2::{Digest as _, Sha256};
+
 use super::vis;
 use crate::common::digest::Digest;
 
@@ -125,6 +127,41 @@ impl Tree {
                 owner(node.uid, node.gid).ok_or_else(|| (path.clone(), node.uid, node.gid))?;
         }
         Ok(self)
+    }
+
+    /// Feeds everything but the numbers of inodes and the times of directories to `hash`: paths, types, modes, owners, times,
+    /// contents, targets, devices and extended attributes, each with its length.
+    pub(crate) fn hash(&self, hash: &mut Sha256) {
+        let mut field = |bytes: &[u8]| {
+            hash.update((bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        for (path, node) in &self.nodes {
+            field(path);
+            field(node.kind.as_str().as_bytes());
+            for number in [node.mode, node.uid, node.gid] {
+                field(&number.to_le_bytes());
+            }
+            if node.kind != Kind::Directory {
+                field(&node.mtime.seconds.to_le_bytes());
+                field(&node.mtime.nanos.to_le_bytes());
+            }
+            field(&node.size.to_le_bytes());
+            field(
+                node.content
+                    .as_ref()
+                    .map_or(&[], |content| content.as_bytes()),
+            );
+            field(node.target.as_deref().unwrap_or_default());
+            let (major, minor) = node.rdev.unwrap_or_default();
+            field(&major.to_le_bytes());
+            field(&minor.to_le_bytes());
+            field(&(node.xattrs.len() as u64).to_le_bytes());
+            for (name, value) in &node.xattrs {
+                field(name);
+                field(value);
+            }
+        }
     }
 
     /// Maps every path that has other hard links to the first of them.

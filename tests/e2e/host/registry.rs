@@ -105,6 +105,14 @@ impl Registry {
         Ok(self.reference(name))
     }
 
+    /// Returns how many blobs of a repository were read, by the registry's log.
+    pub fn blobs_read(&self, repository: &str) -> usize {
+        self.daemon
+            .log()
+            .matches(&format!("\"GET /v2/{repository}/blobs/"))
+            .count()
+    }
+
     /// Returns the tags of a repository; empty if it does not exist.
     pub fn tags(&self, repository: &str) -> Vec<String> {
         let dir = self
