@@ -291,7 +291,7 @@ fn help_teaches() -> Outcome {
         "oci-archive:FILE",
         "HEALTHCHECK",
         "--creds-fd",
-        "Other users of this machine can see",
+        "visible to other users of this machine",
         "base_progress",
         "\"version\":1",
         "Exit codes:",

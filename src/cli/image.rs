@@ -236,24 +236,25 @@ pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
 }
 
 fn removed_text(views: &[RemovedView]) -> String {
+    use crate::common::escape::text;
     let mut out = String::new();
     for RemovedView { image, removed } in views {
-        let image = crate::common::escape::text(image);
+        let image = text(image);
         if removed.image_deleted {
             let tags = match removed.tags.as_slice() {
                 [] => String::new(),
-                tags => format!(" (was tagged {})", tags.join(", ")),
+                tags => format!(" (was tagged {})", text(&tags.join(", "))),
             };
             let with = match removed.accessories.as_slice() {
                 [] => String::new(),
-                kinds => format!(", with its {}", kinds.join(", ")),
+                kinds => format!(", with its {}", text(&kinds.join(", "))),
             };
             out.push_str(&format!(
                 "deleted {image}: {}{tags}{with}\n",
                 removed.digest
             ));
         } else {
-            let kept = removed.kept.join(", ");
+            let kept = text(&removed.kept.join(", "));
             out.push_str(&format!(
                 "untagged {image}: {} stays, tagged {kept}\n",
                 removed.digest

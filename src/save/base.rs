@@ -161,7 +161,7 @@ pub(super) async fn look_up(
     answers.into_iter().collect()
 }
 
-/// Returns digest and size of each layer, and whether the destination has its blob. Only queries are sent. A layer of
+/// Returns digest and size of each layer, and whether the destination's project may have its blob already. Only queries are sent. A layer of
 /// unknown digest or size is left out.
 pub(super) async fn sizes(
     destination: &Destination,
@@ -170,7 +170,10 @@ pub(super) async fn sizes(
     let asked = layers.iter().filter_map(Blob::of).map(|blob| async move {
         let there = destination.has_blob(&blob.digest, blob.size()).await?;
         let size = there.unwrap_or(blob.size);
-        Ok((blob.digest, size, there.is_some()))
+        // A mount within the project costs nothing if an image of it has the blob.
+        let mut known = blob.layer.repositories.iter();
+        let near = known.any(|name| destination.shares_quota(name));
+        Ok((blob.digest, size, there.is_some() || near))
     });
     let asked: Vec<Result<_, Error>> = futures_util::stream::iter(asked)
         .buffered(MAX_CONCURRENT_LOOKUPS)
@@ -192,10 +195,14 @@ pub(super) async fn copy_missing(
         .into_iter()
         .enumerate()
         .map(|(index, found)| async move {
-            match found {
-                Some(found) => Ok(found),
-                None => copy_or_remake(context, destination, container, base, layout, index).await,
-            }
+            let delivered = match found {
+                Some(found) => found,
+                None => {
+                    copy_or_remake(context, destination, container, base, layout, index).await?
+                }
+            };
+            context.room.arrived(&delivered.digest);
+            Ok(delivered)
         });
     futures_util::stream::iter(brought)
         .buffered(destination.max_concurrent_blobs())

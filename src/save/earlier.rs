@@ -39,9 +39,12 @@ pub(super) struct Earlier {
     fingerprint: Digest,
     upper_inode: (u64, u64),
     pub(super) previous: Option<PreviousSave>,
+    /// Layers of the last save that the destination lacks.
+    missing: Vec<BaseLayer>,
 }
 
-/// Looks for the last save of the container. An unusable one never fails the save at hand.
+/// Looks for the last save of the container. An unusable one never fails the save at hand. With `again`, everything is
+/// saved: what was kept has turned out to be unusable.
 pub(super) async fn find(
     context: &Context,
     options: &Options,
@@ -49,6 +52,7 @@ pub(super) async fn find(
     volumes: &[Volume],
     base: &Base,
     destination: &Destination,
+    again: bool,
 ) -> Result<Earlier, Error> {
     let mut earlier = Earlier {
         store: None,
@@ -56,6 +60,7 @@ pub(super) async fn find(
         fingerprint: Digest::of(b""),
         upper_inode: (0, 0),
         previous: None,
+        missing: Vec::new(),
     };
     // A scan of a running container is no basis for another save.
     let Some(dir) = options
@@ -70,7 +75,7 @@ pub(super) async fn find(
     let granted = ContentOptions::of(options);
     earlier.fingerprint = fingerprint(&granted, container, volumes, base, earlier.upper_inode)?;
     earlier.lock = lock(context, &store, container).await;
-    let last = if options.full {
+    let last = if options.full || again {
         LastSave::Nothing
     } else {
         LastSave::of(
@@ -101,9 +106,28 @@ pub(super) async fn find(
         .map(|layer| as_base(layer, &where_kept))
         .collect();
     context.room.add(destination, &as_base).await?;
-    if let Err(missing) = ensure_at_destination(context, destination, &as_base).await? {
-        full(&missing);
-        return Ok(earlier);
+    for layer in as_base {
+        let Some(descriptor) = &layer.descriptor else {
+            continue;
+        };
+        let digest = descriptor.digest().to_string().parse();
+        let there = match digest {
+            Ok(digest) => {
+                destination
+                    .has_blob(&digest, Some(descriptor.size()))
+                    .await?
+            }
+            Err(_) => None,
+        };
+        if there.is_some() {
+            continue;
+        }
+        let mut sources = layer.repositories.iter();
+        if layer.local_blob.is_none() && sources.all(|name| destination.is_repository(name)) {
+            full("a layer of the last save is not at the destination, and not to be had");
+            return Ok(earlier);
+        }
+        earlier.missing.push(layer);
     }
     let known = baselines_of_stored(kept.stored);
     earlier.previous = Some(PreviousSave {
@@ -209,13 +233,18 @@ async fn ensure_at_destination(
 ) -> Result<Result<(), String>, Error> {
     let found = base::look_up(destination, layers).await?;
     for (layer, found) in layers.iter().zip(found) {
-        if found.is_none()
-            && let Err(tried) = base::copy(context, destination, layer).await?
-        {
-            return Ok(Err(format!(
-                "a layer of the last save is not at the destination, and not to be had: {}",
-                tried.join("; ")
-            )));
+        let found = match found {
+            Some(found) => Ok(found),
+            None => base::copy(context, destination, layer).await?,
+        };
+        match found {
+            Ok(found) => context.room.arrived(&found.digest),
+            Err(tried) => {
+                return Ok(Err(format!(
+                    "a layer of the last save is not at the destination, and not to be had: {}",
+                    tried.join("; ")
+                )));
+            }
         }
     }
     Ok(Ok(()))
@@ -343,6 +372,15 @@ pub(super) fn fingerprint(
 }
 
 impl Earlier {
+    /// Copies the layers of the last save that the destination lacks. Returns the reason if that is not possible.
+    pub(super) async fn bring(
+        &self,
+        context: &Context,
+        destination: &Destination,
+    ) -> Result<Result<(), String>, Error> {
+        ensure_at_destination(context, destination, &self.missing).await
+    }
+
     /// Ensures once more that the layers of earlier saves are at the destination. Returns whether they are.
     pub(super) async fn bring_again(
         &self,

@@ -91,7 +91,7 @@ pub(super) async fn claim(
 ) -> Result<Option<freeze::Claim>, Error> {
     let mut told = false;
     loop {
-        match freeze::claim(container.pid, how)? {
+        match freeze::claim(container.pid, Some(container.pid_start), how)? {
             freeze::Claimed::Held(claim) => return Ok(Some(claim)),
             freeze::Claimed::Nowhere => return Ok(None),
             freeze::Claimed::Busy => {}

@@ -244,7 +244,7 @@ async fn save(
         layout: layout.as_ref(),
         destination: &destination,
     };
-    let mut made = make(&mut context, &of).await?;
+    let mut made = make(&mut context, &of, false).await?;
     if let Some(gate) = &options.gate {
         context.observer.event(Event::Ready);
         gate.pass().await?;
@@ -272,13 +272,15 @@ async fn save(
                 if !send_again(&context, &of, &mut made).await? {
                     // The lock on what is kept of the container is taken anew.
                     drop(made);
-                    made = make(&mut context, &of).await?;
+                    made = make(&mut context, &of, false).await?;
                 }
             }
             digest => break digest?,
         }
     };
-    if let Some(replaced) = replaced.filter(|&old| old != digest)
+    // The container runs from its base and may be started from it again.
+    let own_base = base.manifest.as_ref().map(|manifest| manifest.digest);
+    if let Some(replaced) = replaced.filter(|&old| old != digest && Some(old) != own_base)
         && let Err(error) = destination.delete_replaced(&replaced).await
     {
         let why = format!("the image that had the tag before stays, without a tag: {error}");
@@ -327,7 +329,9 @@ struct Made {
 
 /// Brings everything but the manifest to the destination. What is there already, and what is known to come, is compared
 /// with the destination's quota before anything is written or mounted.
-async fn make(context: &mut Context, of: &Of<'_>) -> Result<Made, Error> {
+///
+/// With `again`, nothing builds on the last save.
+async fn make(context: &mut Context, of: &Of<'_>, again: bool) -> Result<Made, Error> {
     let Of {
         options,
         container,
@@ -338,9 +342,27 @@ async fn make(context: &mut Context, of: &Of<'_>) -> Result<Made, Error> {
     } = *of;
     context.room = Arc::new(Room::of(destination).await?);
     context.room.add(destination, &base.layers).await?;
-    let context = &*context;
-    let earlier = earlier::find(context, options, container, volumes, base, destination).await?;
+    let earlier = earlier::find(
+        context,
+        options,
+        container,
+        volumes,
+        base,
+        destination,
+        again,
+    )
+    .await?;
     let taken = capture_layers(context, options, container, volumes, destination, &earlier).await?;
+    // After the new layers, whose size is known only now: a save that the quota has no room for leaves nothing.
+    if taken.on_top
+        && let Err(why) = earlier.bring(context, destination).await?
+    {
+        context.warn("full_save", format!("everything is saved anew: {why}"));
+        // With the lock on what is kept of the container.
+        drop((earlier, taken));
+        return Box::pin(make(context, of, true)).await;
+    }
+    let context = &*context;
     warnings::emit(context, container, volumes, &taken);
 
     context.phase(Phase::Base);

@@ -2,6 +2,7 @@
 //! while the first layer is compressed, and compared exactly before each blob is completed: a registry charges a blob
 //! when it is completed, so a save that is refused leaves nothing.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -11,7 +12,7 @@ use crate::node::container::BaseLayer;
 use crate::store::destination::Destination;
 use crate::store::harbor::{Budget, Needed};
 
-/// Bytes of tar after which the measured ratio of compression is used for an estimate.
+/// Bytes of tar after which, and no earlier than at its half, the measured ratio of compression is used for an estimate.
 const MEASURED: u64 = 64 << 20;
 /// The part of an estimate that has to fit, in percent: the rest of the data may compress better than its beginning.
 const BOUND: u64 = 75;
@@ -24,8 +25,8 @@ pub(super) struct Room {
     budget: Option<Budget>,
     /// Bytes free when last asked for, less the blobs completed since.
     free: AtomicU64,
-    /// Bytes of layers that are mounted or copied later.
-    later: AtomicU64,
+    /// Sizes of the layers that are mounted or copied later.
+    later: Mutex<BTreeMap<Digest, u64>>,
     /// Layers that the registry has, but possibly in no image of the project, which is then charged for them. They are
     /// looked for in its images only if they would not fit: Harbor counts that as pulls.
     doubtful: Mutex<Vec<(Digest, u64)>>,
@@ -36,7 +37,7 @@ impl Default for Room {
         Self {
             budget: None,
             free: AtomicU64::new(u64::MAX),
-            later: AtomicU64::new(0),
+            later: Mutex::default(),
             doubtful: Mutex::default(),
         }
     }
@@ -66,15 +67,19 @@ impl Room {
             if there {
                 self.doubtful().push((digest, size));
             } else {
-                self.later.fetch_add(size, Ordering::Relaxed);
+                self.later().insert(digest, size);
             }
         }
         self.resolve_if_tight(0).await;
-        let later = self.later.load(Ordering::Relaxed);
+        let later = self.later().values().sum();
         if later == 0 {
             return Ok(());
         }
         self.admit(self.with_later(0), Needed::Base(later))
+    }
+
+    fn later(&self) -> std::sync::MutexGuard<'_, BTreeMap<Digest, u64>> {
+        self.later.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn doubtful(&self) -> std::sync::MutexGuard<'_, Vec<(Digest, u64)>> {
@@ -101,11 +106,11 @@ impl Room {
                 return;
             }
         };
-        for (_, size) in doubtful
+        for (digest, size) in doubtful
             .iter()
             .filter(|(digest, _)| charged.contains(digest))
         {
-            self.later.fetch_add(*size, Ordering::Relaxed);
+            self.later().insert(*digest, *size);
         }
         self.doubtful().clear();
     }
@@ -120,7 +125,7 @@ impl Room {
     }
 
     fn with_later(&self, bytes: u64) -> u64 {
-        let later = self.later.load(Ordering::Relaxed);
+        let later = self.later().values().sum();
         bytes.saturating_add(later).saturating_add(DOCUMENTS)
     }
 
@@ -150,6 +155,12 @@ impl Room {
         self.admit(needed, Needed::Exactly(needed))
     }
 
+    /// Notes a layer that was to be mounted or copied and is at the destination now.
+    pub(super) fn arrived(&self, digest: &Digest) {
+        let size = self.later().remove(digest);
+        self.spend(size.unwrap_or(0));
+    }
+
     /// Notes blobs that were completed.
     pub(super) fn spend(&self, bytes: u64) {
         let less = |free: u64| Some(free.saturating_sub(bytes));
@@ -161,7 +172,8 @@ impl Room {
 
 /// Returns the compressed size of `total` bytes of tar by the ratio of those done. Returns `None` while too few are.
 fn estimate(sent: u64, done: u64, total: u64) -> Option<u64> {
-    if done < MEASURED || done >= total {
+    // The beginning says little of what follows.
+    if done < MEASURED || done < total / 2 || done >= total {
         return None;
     }
     u64::try_from(u128::from(sent) * u128::from(total) / u128::from(done)).ok()
@@ -174,7 +186,8 @@ mod tests {
     #[test]
     fn estimates_need_some_data() {
         assert_eq!(estimate(10 << 20, 32 << 20, 320 << 20), None);
-        assert_eq!(estimate(10 << 20, 64 << 20, 640 << 20), Some(100 << 20));
+        assert_eq!(estimate(10 << 20, 64 << 20, 640 << 20), None);
+        assert_eq!(estimate(50 << 20, 320 << 20, 640 << 20), Some(100 << 20));
         assert_eq!(estimate(10 << 20, 640 << 20, 640 << 20), None);
         assert_eq!(estimate(u64::MAX, 64 << 20, u64::MAX), None);
     }

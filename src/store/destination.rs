@@ -278,6 +278,27 @@ enum Kind {
 }
 
 impl Destination {
+    /// Returns whether a repository (`HOST/REPOSITORY`) is charged to the same quota, that of a project of Harbor.
+    pub(crate) fn shares_quota(&self, name: &str) -> bool {
+        let Kind::Registry { repository, .. } = &self.0 else {
+            return false;
+        };
+        let path = name.strip_prefix(repository.host());
+        let path = path.and_then(|rest| rest.strip_prefix('/'));
+        let project = |path| harbor::split(path).map(|(project, _)| project);
+        path.and_then(project)
+            .is_some_and(|found| project(repository.path()) == Some(found))
+    }
+
+    /// Returns whether `name` (`HOST/REPOSITORY`) is this destination.
+    pub(crate) fn is_repository(&self, name: &str) -> bool {
+        let Kind::Registry { repository, .. } = &self.0 else {
+            return false;
+        };
+        let path = name.strip_prefix(repository.host());
+        path.and_then(|rest| rest.strip_prefix('/')) == Some(repository.path())
+    }
+
     /// Opens `target`. No request is sent and no file is touched before the first call.
     pub fn open(target: &Target, registries: &Registries) -> Result<Self, Error> {
         Self::open_as(target, registries, None)

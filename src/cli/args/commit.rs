@@ -151,10 +151,11 @@ pub(in crate::cli) struct Commit {
     /// Create the project in Harbor if it does not exist
     #[arg(long, help_heading = REGISTRY)]
     pub(in crate::cli) create_project: bool,
-    /// The quota of a project that is made, e.g. 20GiB; Harbor lets only its administrators set it
+    /// Quota of a created project, e.g. 20GiB; only Harbor's administrators can set it
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "create_project", help_heading = REGISTRY)]
     pub(in crate::cli) project_quota: Option<u64>,
-    /// In Harbor, delete the image that the tag moves away from, if it has no other tag and nothing needs it
+    /// In Harbor, delete the image that loses its tag to this one, if it has no other tag and no index, accessory or this
+    /// container needs it
     #[arg(long, help_heading = REGISTRY)]
     pub(in crate::cli) delete_replaced: bool,
 

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use super::{Error, Options, groups};
+use super::{Error, Options, Target, groups};
 use crate::common::private_files;
 
 /// Directory of the claims, below `--host-root`. It is the administrator's own: a process of a container cannot claim
@@ -39,11 +39,22 @@ impl Drop for Claim {
     }
 }
 
-/// Claims the freezer of the container of process `pid`. A claim must be held before [`super::freeze`] and until the
-/// thaw.
-pub fn claim(pid: u32, options: &Options) -> Result<Claimed, Error> {
+/// Claims the freezer of the container of process `pid`, which started at `start` (clock ticks since boot). A claim must
+/// be held before [`super::freeze`] and until the thaw.
+pub fn claim(pid: u32, start: Option<u64>, options: &Options) -> Result<Claimed, Error> {
     let host = options.host_root.as_deref().unwrap_or(Path::new("/"));
-    let groups = groups(&host.join("proc"), pid, options.host_root.as_deref())?;
+    let target = Target {
+        proc: host.join("proc"),
+        pid,
+        start,
+    };
+    target.alive()?;
+    // As in a freeze, the end of a container makes many calls fail. Only the end is reported then.
+    claim_group(&target, host, options).map_err(|error| target.alive().err().unwrap_or(error))
+}
+
+fn claim_group(target: &Target, host: &Path, options: &Options) -> Result<Claimed, Error> {
+    let groups = groups(&target.proc, target.pid, options.host_root.as_deref())?;
     let Some(group) = groups.first() else {
         return Ok(Claimed::Nowhere);
     };
@@ -55,7 +66,7 @@ pub fn claim(pid: u32, options: &Options) -> Result<Claimed, Error> {
         Ok(Some(claim)) => Ok(Claimed::Held(claim)),
         Ok(None) => Ok(Claimed::Busy),
         Err(error) => {
-            tracing::debug!(%error, "other savers of this node are not known of");
+            tracing::warn!(%error, "other saves of this container on this node cannot be detected");
             Ok(Claimed::Nowhere)
         }
     }

@@ -3,6 +3,7 @@
 use std::process::ExitStatus;
 
 use crate::common::escape;
+use crate::save::event::Event;
 use crate::service::job::{Code, Outcome};
 
 /// Maximum length in characters of a message for people.
@@ -85,7 +86,10 @@ pub(super) fn refusal_of(
         Some(66) => Refusal::of(Code::ContainerGone, words),
         Some(69) => Refusal::of(Code::BaseUnproven, words),
         Some(75) => Refusal::transient(Code::RegistryUnavailable, words),
-        Some(77) => Refusal::of(Code::NotPermitted, words),
+        Some(77) => Refusal::of(
+            Code::NotPermitted,
+            for_users(Code::NotPermitted, words.to_owned()),
+        ),
         Some(130) => Refusal::transient(Code::Internal, "the save was ended on the node"),
         _ => Refusal::transient(
             Code::Internal,
@@ -107,7 +111,7 @@ pub(super) fn for_users(code: Code, message: String) -> String {
         Code::CredentialsRefused | Code::RobotRefused => {
             "the registry does not accept the service's account; the node's log has the details"
         }
-        Code::NotPermitted if message.contains("://") => {
+        _ if message.contains("://") => {
             "the registry does not let the service do this; the node's log has the details"
         }
         _ => return message,
@@ -118,6 +122,19 @@ pub(super) fn for_users(code: Code, message: String) -> String {
         "a save was refused by its registry"
     );
     text.to_owned()
+}
+
+/// Returns an event as users get it: a warning that has a registry's address is logged, and told without it.
+pub(super) fn event_for_users(event: Event) -> Event {
+    match event {
+        Event::Warning { code, message } if message.contains("://") => {
+            tracing::warn!(save.code = code, save.warning = message, "a save goes on");
+            let message = "the registry did not do a part of this; the node's log has the details";
+            let message = message.to_owned();
+            Event::Warning { code, message }
+        }
+        event => event,
+    }
 }
 
 /// Translates an error code of the child into one of the job.

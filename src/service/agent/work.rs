@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::Agent;
 use super::child::{self, Child};
 use super::metadata::read_saved;
-use super::refusal::{Refusal, refusal_of, too_much_memory};
+use super::refusal::{Refusal, event_for_users, refusal_of, too_much_memory};
 use super::reporter::Reporter;
 use super::spool::{ChildRecord, JobFile};
 use crate::common::failure::FailureKind;
@@ -440,7 +440,7 @@ async fn follow(
                         }
                         _ => {}
                     }
-                    hold = reporter.send(Update::Event { event }).await;
+                    hold = reporter.send(Update::Event { event: event_for_users(event) }).await;
                 }
             },
             _ = ask.tick(), if asking.is_some() => match may_tag(reporter).await {

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use futures_util::StreamExt as _;
 
 use super::{Error, Harbor, MAX_PAGE_SIZE, Needed, Query, QuotaUsage, split};
 use crate::common::digest::Digest;
@@ -70,11 +70,11 @@ impl Budget {
     }
 
     /// Returns those of `blobs` that belong to no image of the project. The images of the destination's repository are
-    /// looked at first. If the project has more images than are looked at, the remaining blobs count as charged for: the
-    /// registry then decides.
+    /// looked at first. If the project has more images than are looked at, or one of them cannot be read, the remaining
+    /// blobs count as charged for: the registry then decides.
     pub async fn not_held(&self, blobs: BTreeSet<Digest>) -> Result<BTreeSet<Digest>, Error> {
         let mut left = blobs;
-        let mut looked_at = 0;
+        let (mut looked_at, mut unread) = (0, false);
         for name in self.repositories().await? {
             let images = self.images(&name).await?;
             let room = MAX_MANIFESTS.saturating_sub(looked_at);
@@ -85,18 +85,19 @@ impl Budget {
                 let repository = repository.clone();
                 async move { named(&repository, &digest).await }
             });
-            let named: Vec<BTreeSet<Digest>> = futures_util::stream::iter(reading)
+            let named: Vec<Option<BTreeSet<Digest>>> = futures_util::stream::iter(reading)
                 .buffer_unordered(AT_ONCE)
-                .try_collect()
-                .await?;
-            for found in named {
+                .collect()
+                .await;
+            unread |= named.iter().any(Option::is_none);
+            for found in named.into_iter().flatten() {
                 left.retain(|digest| !found.contains(digest));
             }
             if left.is_empty() || !whole {
                 return Ok(if whole { left } else { BTreeSet::new() });
             }
         }
-        Ok(left)
+        Ok(if unread { BTreeSet::new() } else { left })
     }
 
     /// Returns the names of the project's repositories, that of the destination first.
@@ -135,15 +136,18 @@ impl Budget {
     }
 }
 
-/// Returns the blobs that a manifest names. One that cannot be read, such as that of an image deleted meanwhile, names
-/// none.
-async fn named(repository: &Repository, digest: &Digest) -> Result<BTreeSet<Digest>, Error> {
-    let Ok(manifest) = repository.manifest(&digest.to_string()).await else {
-        return Ok(BTreeSet::new());
+/// Returns the blobs that a manifest names; that of an image deleted meanwhile names none. Returns `None` for one that
+/// cannot be read, for example by content trust, and for an index, whose images Harbor does not list.
+async fn named(repository: &Repository, digest: &Digest) -> Option<BTreeSet<Digest>> {
+    let manifest = match repository.manifest(&digest.to_string()).await {
+        Ok(manifest) if manifest.is_index() => return None,
+        Ok(manifest) => manifest,
+        Err(error) if error.not_found() => return Some(BTreeSet::new()),
+        Err(_) => return None,
     };
     let document: serde_json::Value = serde_json::from_slice(&manifest.bytes).unwrap_or_default();
     let layers = document["layers"].as_array().into_iter().flatten();
     let all = layers.chain([&document["config"]]);
     let digests = all.filter_map(|d| d["digest"].as_str()?.parse().ok());
-    Ok(digests.collect())
+    Some(digests.collect())
 }

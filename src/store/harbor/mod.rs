@@ -453,10 +453,23 @@ impl Harbor {
         Ok(answer.status != 401)
     }
 
+    /// Tells a refused account (401) and the read-only mode from a missing right (403).
+    fn cause(&self, error: registry::Error) -> Error {
+        let host = self.host().to_owned();
+        match (&error, self.user()) {
+            (registry::Error::Reply(reply), Some(user)) if reply.status == 401 => {
+                Error::Account { host, user }
+            }
+            _ if Denial::of(&error) == Some(Denial::ReadOnly) => Error::ReadOnly { host },
+            _ => error.into(),
+        }
+    }
+
     /// Returns whether a project of this name exists. Every user may query this for any project.
     pub async fn project_exists(&self, name: &str) -> Result<bool, Error> {
         let path = format!("{BASE}/projects?project_name={}", escaped(name));
-        Ok(self.api.head(&path, &[404]).await?.status != 404)
+        let answer = self.api.head(&path, &[404]).await;
+        Ok(answer.map_err(|error| self.cause(error))?.status != 404)
     }
 
     /// Returns a project, or `None` if it does not exist or is not visible with these credentials.
@@ -568,12 +581,14 @@ impl Harbor {
     }
 
     async fn delete(&self, path: &str) -> Result<bool, Error> {
-        let answer = self.api.delete(path, &[404]).await?;
+        let answer = self.api.delete(path, &[404]).await;
+        let answer = answer.map_err(|error| self.cause(error))?;
         Ok(answer.status != 404 || answer.failed > 0)
     }
 
     async fn page<T: serde::de::DeserializeOwned>(&self, path: &str) -> Result<Page<T>, Error> {
-        let answer = self.api.get(path, &[]).await?;
+        let answer = self.api.get(path, &[]).await;
+        let answer = answer.map_err(|error| self.cause(error))?;
         // Harbor returns null for an empty list.
         let items: Vec<T> = answer.read::<Option<Vec<T>>>()?.unwrap_or_default();
         let total = answer.total.unwrap_or(items.len() as u64);

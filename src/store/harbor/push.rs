@@ -48,8 +48,8 @@ pub async fn check_push(
         let made = harbor.create_project(project, new.limit).await?;
         tracing::info!(harbor.project = project, harbor.made = made, "project");
         // Harbor ignores the limit of all but its administrators without a word.
-        let limit = quota_usage(&harbor, project).await.and_then(|q| q.limit);
-        if made && new.limit.is_some() && limit != new.limit {
+        let seen = quota_usage(&harbor, project).await;
+        if made && new.limit.is_some() && seen.is_some_and(|seen| seen.limit != new.limit) {
             tracing::warn!(
                 harbor.project = project,
                 "the quota of the new project is not set: Harbor lets only its administrators set it"
@@ -97,7 +97,8 @@ pub async fn tagged(repository: &Repository, tag: &str) -> Option<Digest> {
     Some(found?.digest)
 }
 
-/// Deletes an image that has no tag any more, if no index needs it and nothing, such as a signature, is attached to it.
+/// Deletes an image that has no tag any more, if it is no index, no index needs it, and nothing, such as a signature, is
+/// attached to it.
 /// Returns whether it did.
 pub async fn delete_replaced(repository: &Repository, digest: &Digest) -> Result<bool, Error> {
     let (Some((harbor, project)), Some((_, name))) =
@@ -109,7 +110,9 @@ pub async fn delete_replaced(repository: &Repository, digest: &Digest) -> Result
     let Some(found) = found.filter(|found| found.tag_names().is_empty()) else {
         return Ok(false);
     };
-    if found.accessories.iter().flatten().next().is_some() {
+    // An index takes its untagged images along, with whatever is attached to those.
+    let attached = found.accessories.iter().flatten().next().is_some();
+    if attached || found.references.iter().flatten().next().is_some() {
         return Ok(false);
     }
     // Harbor refuses the deletion of what an index needs.

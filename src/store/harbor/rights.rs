@@ -2,8 +2,6 @@
 //! permissions, so each right is tried on something that does not exist: Harbor checks the right first, and answers 403
 //! without it and 404 with it.
 
-use serde_json::json;
-
 use super::{BASE, Error, Harbor, escaped};
 
 /// A repository that no image is saved to. Requests about it change nothing.
@@ -22,8 +20,6 @@ pub enum Verb {
     Delete,
     /// Showing the quota, and refusing a save that does not fit before anything is sent.
     Quota,
-    /// Attaching Harbor's labels to a saved image.
-    Label,
 }
 
 impl Verb {
@@ -34,7 +30,6 @@ impl Verb {
             Self::List => "LIST",
             Self::Delete => "DEL",
             Self::Quota => "the quota",
-            Self::Label => "labels",
         }
     }
 }
@@ -70,13 +65,6 @@ pub const NEEDED: [Right; 10] = [
     right("tag", "delete", Verb::Delete),
     right("project", "read", Verb::Quota),
     right("quota", "read", Verb::Quota),
-];
-
-/// The rights beside [`NEEDED`] with which the kind of a session is attached to a saved image as a label.
-pub const FOR_LABELS: [Right; 3] = [
-    right("label", "list", Verb::Label),
-    right("label", "create", Verb::Label),
-    right("artifact-label", "create", Verb::Label),
 ];
 
 impl std::fmt::Display for Right {
@@ -146,10 +134,6 @@ impl Harbor {
             ("tag", "delete") => {
                 let path = format!("{artifact}/tags/none");
                 self.api.delete(&path, accept).await?
-            }
-            ("artifact-label", "create") => {
-                let path = format!("{artifact}/labels");
-                self.api.post(&path, &json!({"id": 0}), accept).await?
             }
             _ => return Ok(true),
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, CONTENT_TYPE, LINK};
+use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{HeaderMap, HeaderValue, Method};
 use serde::de::DeserializeOwned;
 
@@ -30,8 +30,6 @@ pub struct ApiResponse {
     pub status: u16,
     /// Value of `X-Total-Count`.
     pub total: Option<u64>,
-    /// Whether `Link` names a next page.
-    pub has_next: bool,
     /// Number of failed requests before this answer. If it is not 0, an error status may be the effect of an earlier
     /// attempt that succeeded although its answer was lost.
     pub failed: u32,
@@ -184,7 +182,6 @@ impl Api {
             |name: &http::HeaderName| Some(response.headers().get(name)?.to_str().ok()?.to_owned());
         let total =
             text(&http::HeaderName::from_static("x-total-count")).and_then(|n| n.parse().ok());
-        let has_next = text(&LINK).is_some_and(|link| link.contains("rel=\"next\""));
         let status = response.status().as_u16();
         let body = if call.method == Method::HEAD {
             Bytes::new()
@@ -197,7 +194,6 @@ impl Api {
             request,
             status,
             total,
-            has_next,
             failed,
             body,
         })
