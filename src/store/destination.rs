@@ -503,7 +503,14 @@ impl BlobWriter {
     /// retryable, a new writer has to be obtained from [`BlobWriter::retry`].
     pub fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
         match &mut self.0 {
-            WriterKind::Registry(writer) => Ok(writer.write(bytes)?),
+            WriterKind::Registry(writer) => match writer.write(bytes) {
+                Ok(()) => Ok(()),
+                // A registry may refuse a blob at any of its bytes.
+                Err(error) => {
+                    let (handle, repository) = (writer.handle(), writer.repository());
+                    Err(handle.block_on(harbor::explain(repository, error)).into())
+                }
+            },
             WriterKind::Directory(blob) => Ok(blob.write(&bytes)?),
             WriterKind::Archive(blob) => Ok(blob.write(&bytes)?),
             WriterKind::Finished => Err(Error::RuntimeStopped),

@@ -513,7 +513,7 @@ async fn a_quota_is_asked_before_and_explained_after() -> Outcome {
         "{error}"
     );
     assert!(
-        error.not_permitted() && error.to_string().contains("frees it at once"),
+        error.not_permitted() && error.to_string().contains("frees space at once"),
         "{error}"
     );
     lab.end().await

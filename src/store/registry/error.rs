@@ -120,7 +120,7 @@ impl Reply {
             }
             (412, Step::Api) => "a rule of the project forbids it: the tag is immutable, or something refers to it".to_owned(),
             (403 | 405, Step::BeginUpload) => format!(
-                "one cannot push there: no right to push{}, a proxy-cache project, a read-only registry, or no quota left",
+                "pushing is not permitted: no right to push{}, a proxy-cache project, a read-only registry, or no quota left",
                 credentials()
             ),
             (403, _) => format!("not permitted{}", credentials()),

@@ -110,6 +110,11 @@ impl Writer {
         &self.repository
     }
 
+    /// Returns the runtime that sends.
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
     /// Hands bytes over, blocking while the connection is behind. Panics within an async runtime, as all blocking calls
     /// of tokio do.
     ///

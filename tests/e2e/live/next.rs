@@ -60,7 +60,7 @@ fn what_inspect_foretells_the_next_save_is() -> Result<()> {
     session.podman.shell(&session.container, save::WORK)?;
     let short = ["--max-layers", "3"];
     let reason = prediction_holds(&session, "first", "full", &short)?;
-    ensure!(reason.contains("nothing is kept"), "{reason}");
+    ensure!(reason.contains("no state of an earlier save"), "{reason}");
     prediction_holds(&session, "nothing", "delta", &short)?;
     let again = predicted(&session, &short)?;
     ensure!(
