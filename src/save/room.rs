@@ -184,6 +184,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_has_arrived_is_counted_once() {
+        let room = Room {
+            free: AtomicU64::new(100 << 20),
+            ..Room::default()
+        };
+        let layer = Digest::of("a layer of the last save");
+        room.later().insert(layer, 40 << 20);
+        room.arrived(&layer);
+        assert_eq!(room.with_later(25 << 20), (25 << 20) + DOCUMENTS);
+        assert_eq!(room.free.load(Ordering::Relaxed), 60 << 20);
+        room.arrived(&layer);
+        assert_eq!(room.free.load(Ordering::Relaxed), 60 << 20, "only once");
+    }
+
+    #[test]
     fn estimates_need_some_data() {
         assert_eq!(estimate(10 << 20, 32 << 20, 320 << 20), None);
         assert_eq!(estimate(10 << 20, 64 << 20, 640 << 20), None);

@@ -566,6 +566,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn repositories_of_one_project_share_its_quota() {
+        let registries = Registries::new(crate::store::registry::Access::default());
+        let open = |text: &str| {
+            let target = Target::for_saving(text).unwrap();
+            Destination::open(&target, &registries).unwrap()
+        };
+        let destination = open("h.example:5000/alice/note:1");
+        for (name, shares, is) in [
+            ("h.example:5000/alice/note", true, true),
+            ("h.example:5000/alice/other/deeper", true, false),
+            ("h.example:5000/alice2/note", false, false),
+            ("h.example:5000/alice", false, false),
+            ("h.example/alice/note", false, false),
+        ] {
+            assert_eq!(destination.shares_quota(name), shares, "{name}");
+            assert_eq!(destination.is_repository(name), is, "{name}");
+        }
+        assert!(!open("oci:/tmp/x").shares_quota("h.example/alice/note"));
+    }
+
+    #[test]
     fn targets() {
         for (text, shown) in [
             ("127.0.0.1:5000/a/b", "127.0.0.1:5000/a/b:latest"),

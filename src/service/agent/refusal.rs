@@ -147,3 +147,32 @@ pub(super) fn job_code(code: &str) -> Code {
         code => Code::from_name(code).unwrap_or(Code::Internal),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_see_no_addresses_of_registries() {
+        let text =
+            "DELETE http://harbor.internal/api: 403 (credentials: \"robot$p+name\" from --creds)";
+        let warning = |message: &str| Event::Warning {
+            code: "replaced_kept".to_owned(),
+            message: message.to_owned(),
+        };
+        let seen = |event| match event_for_users(event) {
+            Event::Warning { message, .. } => message,
+            other => format!("{other:?}"),
+        };
+        assert!(!seen(warning(text)).contains("harbor.internal"));
+        assert_eq!(seen(warning("a file changed")), "a file changed");
+        for code in [Code::Internal, Code::Policy, Code::NotPermitted] {
+            let message = for_users(code, text.to_owned());
+            assert!(
+                !message.contains("internal/") && !message.contains("robot$"),
+                "{message}"
+            );
+        }
+        assert_eq!(for_users(Code::Policy, "too large".to_owned()), "too large");
+    }
+}
