@@ -43,7 +43,8 @@ fn line(mount: &MountInfo) -> Vec<u8> {
     escape(mount.root.as_os_str().as_bytes(), &mut out);
     out.push(b' ');
     escape(mount.mount_point.as_os_str().as_bytes(), &mut out);
-    out.extend(b" rw shared:1 - ");
+    let access = if mount.writable { "rw" } else { "ro" };
+    out.extend(format!(" {access} shared:1 - ").bytes());
     escape(mount.fs_type.as_bytes(), &mut out);
     out.push(b' ');
     escape(mount.source.as_bytes(), &mut out);

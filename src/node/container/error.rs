@@ -126,7 +126,7 @@ pub enum Error {
     },
     /// The mount table exceeds the limit.
     #[error(
-        "the mount table of process {pid} exceeds the limit of {mounts} mounts or {bytes} bytes; it is needed as a whole, to exclude mounts from the image: unmount what is not needed"
+        "the mount table of process {pid} is longer than the limits (mounts: {mounts}, bytes: {bytes}); it is needed as a whole, to exclude mounts from the image: unmount what is not needed"
     )]
     TooManyMounts {
         /// PID of the process.
