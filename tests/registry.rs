@@ -730,7 +730,7 @@ async fn silence_is_an_error() {
             .await
             .unwrap_err();
         assert!(
-            error.retryable() && error.to_string().contains("nothing moved"),
+            error.retryable() && error.to_string().contains("no data was transferred"),
             "{silent}: {error}"
         );
         assert!(started.elapsed() < Duration::from_secs(5), "{silent}");

@@ -171,7 +171,7 @@ pub struct Options {
     pub wait: Duration,
     /// The longest time for which the container may be frozen, including the wait. `None` means no limit.
     pub max_duration: Option<Duration>,
-    /// The program that is started as the watchdog with [`WATCHDOG_ARGUMENT`]. It must call [`watchdog_entry`].
+    /// The program that is started as the watchdog with `watchdog::ARGUMENT`. It must call [`watchdog_entry`].
     pub program: PathBuf,
     /// A file that exists while the container may be frozen by this process. If this process is dead and the file still
     /// exists, call [`thaw_leftover`].

@@ -156,7 +156,7 @@ pub struct Depth {
 /// A report and its identifier in the queue.
 #[derive(Clone, Debug)]
 pub struct Delivered {
-    /// Identifier to pass to [`Queue::taken`].
+    /// Identifier to pass to [`Queue::acknowledge`].
     pub entry: String,
     /// The agent's report. Its signature has been checked; the fence has to be checked against the record.
     pub report: Report,
@@ -254,7 +254,7 @@ macro_rules! dispatch {
 impl Queue {
     /// Adds `order` to the queue of its node, unless the queue already has the job. A repeated call only replaces a
     /// waiting order, which keeps its position; managers use this to renew an order before it expires. A job whose
-    /// final report no manager has acknowledged with [`Queue::taken`] still counts as known, except for a later
+    /// final report no manager has acknowledged with [`Queue::acknowledge`] still counts as known, except for a later
     /// attempt.
     pub async fn offer(&self, order: &Order) -> Result<Offered, Error> {
         dispatch!(self, offer(order))
@@ -273,7 +273,7 @@ impl Queue {
     }
 
     /// Returns at most `most` reports and waits up to `wait` for the first one. Each report is delivered to one
-    /// manager, and to another one if the first does not call [`Queue::taken`].
+    /// manager, and to another one if the first does not call [`Queue::acknowledge`].
     pub async fn reports(
         &self,
         manager: &str,
