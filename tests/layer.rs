@@ -300,7 +300,9 @@ fn the_page_cache_is_left_as_it_was() -> Result<()> {
         kept += usize::from(*there && *still);
         left += usize::from(!there && *still);
     }
-    assert_eq!(kept, before.iter().filter(|there| **there).count());
+    // The kernel may reclaim a few of them meanwhile.
+    let cached = before.iter().filter(|there| **there).count();
+    assert!(kept + 5 >= cached, "{kept} of {cached} are cached still");
     // A file that a worker reads at the very moment of the read-ahead may stay.
     assert!(left < 10, "{left} of {} files stay", 200 - kept);
     Ok(())
