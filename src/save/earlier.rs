@@ -105,30 +105,23 @@ pub(super) async fn find(
         .iter()
         .map(|layer| as_base(layer, &where_kept))
         .collect();
-    context.room.add(destination, &as_base).await?;
-    for layer in as_base {
-        let Some(descriptor) = &layer.descriptor else {
-            continue;
-        };
-        let digest = descriptor.digest().to_string().parse();
-        let there = match digest {
-            Ok(digest) => {
-                destination
-                    .has_blob(&digest, Some(descriptor.size()))
-                    .await?
-            }
-            Err(_) => None,
-        };
-        if there.is_some() {
-            continue;
-        }
+    let asked = layers
+        .iter()
+        .map(|layer| destination.has_blob(&layer.digest, Some(layer.size)));
+    let there = futures_util::future::try_join_all(asked).await?;
+    let lacking = as_base
+        .iter()
+        .zip(there)
+        .filter(|(_, there)| there.is_none());
+    for (layer, _) in lacking {
         let mut sources = layer.repositories.iter();
         if layer.local_blob.is_none() && sources.all(|name| destination.is_repository(name)) {
             full("a layer of the last save is not at the destination, and not to be had");
             return Ok(earlier);
         }
-        earlier.missing.push(layer);
+        earlier.missing.push(layer.clone());
     }
+    context.room.add(destination, &as_base).await?;
     let known = baselines_of_stored(kept.stored);
     earlier.previous = Some(PreviousSave {
         known,
