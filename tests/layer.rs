@@ -304,7 +304,11 @@ fn the_page_cache_is_left_as_it_was() -> Result<()> {
     let cached = before.iter().filter(|there| **there).count();
     assert!(kept + 5 >= cached, "{kept} of {cached} are cached still");
     // A file that a worker reads at the very moment of the read-ahead may stay.
-    assert!(left < 10, "{left} of {} files stay", 200 - kept);
+    assert!(
+        left * 4 < 200 - cached,
+        "{left} of {} files stay",
+        200 - cached
+    );
     Ok(())
 }
 
