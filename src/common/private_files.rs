@@ -81,6 +81,40 @@ fn open_dir(dir: &Path, more: OFlags) -> io::Result<File> {
     Ok(rustix::fs::open(dir, flags, rustix::fs::Mode::empty())?.into())
 }
 
+/// Takes an exclusive lock on the file at `path`, which is created with mode 0600. Returns `None` if another process holds
+/// it. The lock is released with the descriptor. Whoever holds it may remove the file.
+pub(crate) fn try_lock(path: &Path) -> io::Result<Option<File>> {
+    loop {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)?;
+        let how = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+        match rustix::io::retry_on_intr(|| rustix::fs::flock(&file, how)) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+        // If another process removed the file in between, this lock has no effect.
+        if is_at(&file, path)? {
+            return Ok(Some(file));
+        }
+    }
+}
+
+/// Returns whether `path` still refers to this file.
+pub(crate) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let there = match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        // An error is not treated as "a different file": the caller would retry forever.
+        there => there?,
+    };
+    let ours = file.metadata()?;
+    Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino()))
+}
+
 /// Creates `dir` with 0700, or removes the rights of group and others from an existing one.
 ///
 /// Fails with `PermissionDenied` if `dir` belongs to another user, or if others have rights to it and it contains an

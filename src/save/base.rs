@@ -161,8 +161,8 @@ pub(super) async fn look_up(
     answers.into_iter().collect()
 }
 
-/// Returns digest and size of each layer, and whether the destination's project may have its blob already. Only queries are sent. A layer of
-/// unknown digest or size is left out.
+/// Returns digest and size of each layer, and whether the destination's project may have its blob already. Only queries
+/// are sent. A layer of unknown digest or size is left out.
 pub(super) async fn sizes(
     destination: &Destination,
     layers: &[BaseLayer],

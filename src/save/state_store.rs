@@ -10,7 +10,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -131,7 +131,7 @@ impl Drop for Lock {
     /// Removes the lock file if nothing is kept of the container.
     fn drop(&mut self) {
         if !self.path.with_extension(SUFFIX).exists()
-            && is_at(&self.file, &self.path).unwrap_or(false)
+            && private_files::is_at(&self.file, &self.path).unwrap_or(false)
         {
             // Otherwise `Store::clear` removes it.
             fs::remove_file(&self.path).ok();
@@ -174,24 +174,8 @@ impl Store {
     pub(crate) fn try_lock(&self, container: &str) -> io::Result<Option<Lock>> {
         prepare_dir(&self.dir)?;
         let path = self.path(container, LOCK);
-        loop {
-            let file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&path)?;
-            let how = rustix::fs::FlockOperation::NonBlockingLockExclusive;
-            match rustix::io::retry_on_intr(|| rustix::fs::flock(&file, how)) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
-                Err(error) => return Err(error.into()),
-            }
-            // If another process removed the file in between, this lock has no effect.
-            if is_at(&file, &path)? {
-                return Ok(Some(Lock { file, path }));
-            }
-        }
+        let file = private_files::try_lock(&path)?;
+        Ok(file.map(|file| Lock { file, path }))
     }
 
     /// Loads what is kept of a container.
@@ -287,17 +271,6 @@ impl Store {
             }
         }
     }
-}
-
-/// Returns whether `path` still refers to this file.
-fn is_at(file: &File, path: &Path) -> io::Result<bool> {
-    let there = match fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        // An error is not treated as "a different file": the caller would retry forever.
-        there => there?,
-    };
-    let ours = file.metadata()?;
-    Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino()))
 }
 
 /// Removes a lock file that is not held. A process that takes the lock at this moment notices that the file is gone and

@@ -1,9 +1,9 @@
 //! The claim on a container's freezer. Savers of one node take turns: without it, one would take the freeze of another
 //! for that of the runtime, and find its container running in the middle of reading.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::{Error, Options, Target, groups};
@@ -76,24 +76,8 @@ fn claim_group(target: &Target, host: &Path, options: &Options) -> Result<Claime
 fn lock(dir: &Path, name: &str) -> io::Result<Option<Claim>> {
     private_files::prepare_dir(dir, |name| name.strip_suffix(".lock").is_some())?;
     let path = dir.join(name);
-    loop {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)?;
-        let how = rustix::fs::FlockOperation::NonBlockingLockExclusive;
-        match rustix::io::retry_on_intr(|| rustix::fs::flock(&file, how)) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        }
-        let own = file.metadata()?.ino();
-        if std::fs::metadata(&path).is_ok_and(|there| there.ino() == own) {
-            return Ok(Some(Claim { path, _file: file }));
-        }
-    }
+    let file = private_files::try_lock(&path)?;
+    Ok(file.map(|file| Claim { path, _file: file }))
 }
 
 #[cfg(test)]
