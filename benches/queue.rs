@@ -133,6 +133,7 @@ fn order(node: &str, user: &str) -> Order {
         destination: format!("registry.example.org/research/{user}/session:2026-11-24"),
         message: Some("before the upgrade of numpy".to_owned()),
         options: SaveOptions::default(),
+        replaces: upperdeck::service::job::Replaces::default(),
         attempt: 1,
         fence_after: 0,
         issued_ms: now_ms(),
@@ -216,6 +217,8 @@ async fn save(queue: &Queue, claim: &Claim, run: &Run) {
             bytes_total: 400_000_000,
             bytes_sent: u64::from(done) * 30_000_000,
             entries_total: 30_000,
+            base_done: 0,
+            base_total: 0,
         };
         say(Update::Event { event }).await;
     }

@@ -337,3 +337,111 @@ fn the_shell_speaks_of_a_layout() -> Outcome {
     assert_eq!(run(&["rm", &format!("{target}:a")]).status.code(), Some(1));
     Ok(())
 }
+
+/// Writes `image` under a tag with a rule about what it may replace.
+async fn save_replacing(
+    target: &str,
+    image: &Image,
+    rule: &upperdeck::store::destination::Replaceable,
+) -> Result<Digest, DestinationError> {
+    let target = Target::for_saving(target).unwrap();
+    let destination = Destination::open(&target, &registries())?;
+    for blob in [&image.layer, &image.config] {
+        destination
+            .put_blob(blob.clone(), &Digest::of(blob))
+            .await?;
+    }
+    let manifest = image.manifest.clone();
+    let put = destination.put_manifest_replacing(manifest, MANIFEST_TYPE, target.tag(), rule);
+    put.await
+}
+
+/// Checks on a place (`PLACE:TAG` names an image) that only images that may be replaced are.
+async fn tags_are_taken_only_from_images_that_may_be_replaced(place: &str) -> Outcome {
+    use upperdeck::store::destination::Replaceable;
+    let target = format!("{place}:v1");
+    let (one, two) = (image("one", 100, 1), image("two", 100, 2));
+    let nothing = Replaceable::default();
+    let first = save_replacing(&target, &one, &nothing).await?;
+    // The same image again changes nothing.
+    assert_eq!(save_replacing(&target, &one, &nothing).await?, first);
+    for rule in [
+        nothing.clone(),
+        Replaceable {
+            digest: Some(Digest::of("another")),
+            save: Some("no annotation has this".to_owned()),
+        },
+    ] {
+        let refused = save_replacing(&target, &two, &rule).await;
+        let error = refused.err().ok_or("it was replaced")?;
+        assert_eq!(error.code(), Some("tag_exists"), "{error}");
+        assert!(error.not_permitted() && !error.retryable());
+    }
+    let seen = Replaceable {
+        digest: Some(first),
+        save: None,
+    };
+    let second = save_replacing(&target, &two, &seen).await?;
+    let third = save_replacing(&target, &image("three", 100, 3), &seen).await;
+    assert!(third.is_err(), "the digest seen is not the tag's any more");
+    // Another attempt of the save that made the image recognizes it.
+    let own = |n: u32| {
+        let mut image = image("own", 100, n);
+        let mut manifest: Value = serde_json::from_slice(&image.manifest).unwrap();
+        manifest["annotations"] = json!({"upperdeck.save": "job-1"});
+        image.manifest = Bytes::from(manifest.to_string());
+        image
+    };
+    let rule = Replaceable {
+        digest: Some(second),
+        save: Some("job-1".to_owned()),
+    };
+    save_replacing(&target, &own(4), &rule).await?;
+    save_replacing(&target, &own(5), &rule).await?;
+    let other = Replaceable {
+        save: Some("job-2".to_owned()),
+        ..rule
+    };
+    assert!(save_replacing(&target, &own(6), &other).await.is_err());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_layouts_tag_is_taken_only_from_an_image_that_may_be_replaced() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let place = format!("oci:{}", dir.path().join("x").display());
+    tags_are_taken_only_from_images_that_may_be_replaced(&place).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registrys_tag_is_taken_only_from_an_image_that_may_be_replaced() -> Outcome {
+    if ignored(&[Need::Program("docker-registry")]) {
+        return Ok(());
+    }
+    let registry = Registry::start(true)?;
+    let place = format!("127.0.0.1:{}/alice/torch", registry.1);
+    tags_are_taken_only_from_images_that_may_be_replaced(&place).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_saves_to_one_free_tag_one_wins() -> Outcome {
+    use upperdeck::store::destination::Replaceable;
+    let dir = tempfile::tempdir()?;
+    for round in 0..20 {
+        let target = format!("oci:{}:v{round}", dir.path().join("x").display());
+        let saves = (0..4).map(|n| {
+            let target = target.clone();
+            tokio::spawn(async move {
+                let image = image(&format!("round {round} save {n}"), 100, 1);
+                let rule = Replaceable::default();
+                save_replacing(&target, &image, &rule).await.is_ok()
+            })
+        });
+        let mut won = 0;
+        for save in saves.collect::<Vec<_>>() {
+            won += usize::from(save.await?);
+        }
+        assert_eq!(won, 1, "round {round}");
+    }
+    Ok(())
+}

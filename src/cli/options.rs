@@ -16,7 +16,7 @@ use crate::layer::scan::Caps;
 use crate::node::background::Background;
 use crate::node::container::{ContainerdRoot, Roots, StorageRoot, VolumeRules};
 use crate::save::{self, Compression, Gate, Rules};
-use crate::store::destination::Target;
+use crate::store::destination::{Replaceable, SAVE_ANNOTATION, Target};
 use crate::store::registry;
 use crate::store::registry::credentials::{Credentials, CredentialsError};
 
@@ -106,10 +106,19 @@ impl Commit {
         let creds = creds(&args.registry)?;
         let rules = rules(&args.content.choice);
         let target = Target::for_saving(&args.destination).ok();
+        let replaceable = (args.no_replace || args.replace_only.is_some()).then(|| Replaceable {
+            digest: args.replace_only,
+            save: args
+                .annotation
+                .iter()
+                .find(|(key, _)| key == SAVE_ANNOTATION)
+                .map(|(_, save)| save.clone()),
+        });
         let options = save::Options {
             container: args.container,
             destination: args.destination,
             author: args.author,
+            replaceable,
             delete_replaced: args.delete_replaced,
             message: args.message,
             changes: args.change,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -106,14 +107,17 @@ struct Json<W> {
 
 struct JsonState<W> {
     out: W,
-    /// Time of the last line about bytes.
-    last: Option<Instant>,
+    /// Times of the last lines about all bytes, and about those of a base layer.
+    last: [Option<Instant>; 2],
 }
 
 impl<W: Write + Send> Json<W> {
     fn new(out: W, every: Duration) -> Self {
         Self {
-            state: Mutex::new(JsonState { out, last: None }),
+            state: Mutex::new(JsonState {
+                out,
+                last: [None; 2],
+            }),
             every,
         }
     }
@@ -143,8 +147,10 @@ impl<W: Write + Send> Observer for Json<W> {
                 Event::Progress {
                     bytes_done,
                     bytes_total,
+                    base_done,
+                    base_total,
                     ..
-                } => bytes_done < bytes_total,
+                } => bytes_done < bytes_total || base_done < base_total,
                 Event::BaseProgress {
                     bytes_done,
                     bytes_total,
@@ -152,11 +158,12 @@ impl<W: Write + Send> Observer for Json<W> {
                 } => bytes_done < bytes_total || bytes_total == 0,
                 _ => false,
             };
-            if frequent && state.last.is_some_and(|last| last.elapsed() < self.every) {
+            let last = &mut state.last[usize::from(matches!(event, Event::BaseProgress { .. }))];
+            if frequent && last.is_some_and(|last| last.elapsed() < self.every) {
                 return;
             }
             if frequent {
-                state.last = Some(Instant::now());
+                *last = Some(Instant::now());
             }
             if let Ok(line) = json_line(&event, jiff::Timestamp::now()) {
                 // A closed reader does not stop the save.
@@ -207,11 +214,15 @@ impl<W: Write + Send> Observer for Lines<W> {
                         bytes_done,
                         bytes_total,
                         bytes_sent,
+                        base_done,
+                        base_total,
                         ..
                     },
                     Some(every),
                 ) if state.last.elapsed() >= every => {
                     state.last = Instant::now();
+                    let (bytes_done, bytes_total) =
+                        (bytes_done + base_done, bytes_total + base_total);
                     let percent = bytes_done
                         .saturating_mul(100)
                         .checked_div(bytes_total)
@@ -251,6 +262,8 @@ impl<W: Write + Send> Observer for Lines<W> {
 struct Bar {
     all: MultiProgress,
     main: ProgressBar,
+    /// Tar bytes of the changes so far.
+    changes: AtomicU64,
     base: Mutex<BTreeMap<usize, ProgressBar>>,
 }
 
@@ -262,6 +275,7 @@ impl Bar {
         Self {
             all,
             main,
+            changes: AtomicU64::new(0),
             base: Mutex::new(BTreeMap::new()),
         }
     }
@@ -292,8 +306,12 @@ impl Observer for Bar {
                 bytes_done,
                 bytes_total,
                 entries_total,
+                base_done,
+                base_total,
                 ..
             } => {
+                self.changes.store(bytes_done, Ordering::Relaxed);
+                let (bytes_done, bytes_total) = (bytes_done + base_done, bytes_total + base_total);
                 if self.main.length() != Some(bytes_total) {
                     self.main.set_style(style(MAIN));
                     self.main.set_length(bytes_total);
@@ -317,7 +335,7 @@ impl Observer for Bar {
             }
             Event::Saved { .. } => {
                 let (bytes, time) = (
-                    HumanBytes(self.main.position()),
+                    HumanBytes(self.changes.load(Ordering::Relaxed)),
                     HumanDuration(self.main.elapsed()),
                 );
                 self.show(&format!("saved: {bytes} of changes in {time}"));
@@ -375,6 +393,8 @@ mod tests {
             bytes_total: 100,
             bytes_sent: 7,
             entries_total: 3,
+            base_done: 0,
+            base_total: 0,
         }
     }
 
@@ -392,7 +412,7 @@ mod tests {
             ),
             (
                 progress(50),
-                r#""progress","bytes_done":50,"bytes_total":100,"bytes_sent":7,"entries_total":3}"#
+                r#""progress","bytes_done":50,"bytes_total":100,"bytes_sent":7,"entries_total":3,"base_done":0,"base_total":0}"#
                     .to_owned(),
             ),
             (

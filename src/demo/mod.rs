@@ -507,6 +507,7 @@ fn save(
         container: format!("pid:{}", stage.container.pid),
         destination,
         author: None,
+        replaceable: None,
         delete_replaced: false,
         message: Some("saved by the demonstration".to_owned()),
         changes: Vec::new(),

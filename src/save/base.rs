@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use oci_spec::image::Descriptor;
 
+use super::tally::Tally;
 use super::{Context, Error};
 use crate::common::digest::{DiffId, Digest};
 use crate::image::manifest;
@@ -182,6 +183,25 @@ pub(super) async fn sizes(
     asked.into_iter().collect()
 }
 
+/// Counts the bytes of the layers that the destination lacks: they are copied, mounted or made again later. Only queries
+/// are sent, and what cannot be found out now is counted later.
+pub(super) async fn count_missing(
+    context: &Context,
+    destination: &Destination,
+    layers: &[BaseLayer],
+) {
+    let asked = layers.iter().filter_map(Blob::of).map(|blob| async move {
+        let there = destination.has_blob(&blob.digest, blob.size()).await;
+        if matches!(there, Ok(None)) {
+            context.tally.expect(blob.layer.diff_id, blob.size);
+        }
+    });
+    futures_util::stream::iter(asked)
+        .buffer_unordered(MAX_CONCURRENT_LOOKUPS)
+        .collect::<Vec<()>>()
+        .await;
+}
+
 /// Ensures that all layers of the base are at the destination; copies those that it lacks, several at a time.
 pub(super) async fn copy_missing(
     context: &Context,
@@ -191,6 +211,9 @@ pub(super) async fn copy_missing(
     layout: Option<&Reader>,
 ) -> Result<Vec<Delivered>, Error> {
     let found = look_up(destination, &base.layers).await?;
+    for (layer, found) in base.layers.iter().zip(&found) {
+        context.expect_or_count(layer, found.as_ref());
+    }
     let brought = found
         .into_iter()
         .enumerate()
@@ -202,6 +225,8 @@ pub(super) async fn copy_missing(
                 }
             };
             context.room.arrived(&delivered.digest);
+            context.tally.arrived(base.layers[index].diff_id);
+            context.tally.report(context.observer.as_ref());
             Ok(delivered)
         });
     futures_util::stream::iter(brought)
@@ -221,6 +246,7 @@ async fn copy_or_remake(
     let layer = &base.layers[index];
     let bar = LayerProgress {
         context,
+        diff_id: layer.diff_id,
         layer: index,
         layers: base.layers.len(),
     };
@@ -252,6 +278,7 @@ pub(super) async fn copy(
 ) -> Result<Result<Delivered, Vec<String>>, Error> {
     let bar = LayerProgress {
         context,
+        diff_id: layer.diff_id,
         layer: 0,
         layers: 1,
     };
@@ -343,7 +370,7 @@ async fn copy_local(
     let mut writer = destination.begin_blob(tokio::runtime::Handle::current())?;
     loop {
         let mut file = open().map_err(CopyError::Source)?;
-        let bar = bar.shared();
+        let (bar, total) = (bar.shared(), blob.size);
         let read = tokio::task::spawn_blocking(move || {
             use sha2::Digest as _;
             let mut hasher = sha2::Sha256::new();
@@ -360,7 +387,7 @@ async fn copy_local(
                 if let Err(error) = writer.write(Bytes::from(piece)) {
                     return (writer, Ok(Err(error)));
                 }
-                bar.progress(size, 0);
+                bar.progress(size, total);
             }
         });
         let (mut written, read) = read
@@ -534,9 +561,21 @@ async fn remake(
     })
 }
 
+impl Context {
+    /// Counts a layer that the destination lacks, or notes one that it has or has mounted by now.
+    pub(super) fn expect_or_count(&self, layer: &BaseLayer, found: Option<&Delivered>) {
+        match (found, Blob::of(layer)) {
+            (Some(_), _) => self.tally.arrived(layer.diff_id),
+            (None, Some(blob)) => self.tally.expect(layer.diff_id, blob.size),
+            (None, None) => self.tally.expect(layer.diff_id, 0),
+        }
+    }
+}
+
 /// Reports the progress of a base layer.
 struct LayerProgress<'a> {
     context: &'a Context,
+    diff_id: DiffId,
     layer: usize,
     layers: usize,
 }
@@ -544,6 +583,8 @@ struct LayerProgress<'a> {
 /// Like `LayerProgress`, for use on another thread.
 struct SharedLayerProgress {
     observer: Arc<dyn crate::save::event::Observer>,
+    tally: Arc<Tally>,
+    diff_id: DiffId,
     layer: usize,
     layers: usize,
 }
@@ -552,6 +593,8 @@ impl LayerProgress<'_> {
     fn shared(&self) -> SharedLayerProgress {
         SharedLayerProgress {
             observer: Arc::clone(&self.context.observer),
+            tally: Arc::clone(&self.context.tally),
+            diff_id: self.diff_id,
             layer: self.layer,
             layers: self.layers,
         }
@@ -561,6 +604,8 @@ impl LayerProgress<'_> {
 impl SharedLayerProgress {
     fn progress(&self, bytes_done: u64, bytes_total: u64) {
         let (layer, layers) = (self.layer, self.layers);
+        self.tally.bring(self.diff_id, bytes_done, bytes_total);
+        self.tally.report(self.observer.as_ref());
         self.observer.event(Event::BaseProgress {
             layer,
             layers,

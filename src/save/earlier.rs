@@ -225,11 +225,15 @@ async fn ensure_at_destination(
     layers: &[BaseLayer],
 ) -> Result<Result<(), String>, Error> {
     let found = base::look_up(destination, layers).await?;
+    for (layer, found) in layers.iter().zip(&found) {
+        context.expect_or_count(layer, found.as_ref());
+    }
     for (layer, found) in layers.iter().zip(found) {
         let found = match found {
             Some(found) => Ok(found),
             None => base::copy(context, destination, layer).await?,
         };
+        context.tally.arrived(layer.diff_id);
         match found {
             Ok(found) => context.room.arrived(&found.digest),
             Err(tried) => {

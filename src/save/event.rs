@@ -49,6 +49,12 @@ pub enum Event {
         bytes_sent: u64,
         /// Total of entries in the layers.
         entries_total: u64,
+        /// Bytes of layers of the base and of earlier saves that were brought to the destination so far.
+        #[serde(default)]
+        base_done: u64,
+        /// Total bytes of such layers that the destination lacked; it is known soon after the beginning.
+        #[serde(default)]
+        base_total: u64,
     },
     /// Progress of the transfer of a base layer to the destination.
     BaseProgress {

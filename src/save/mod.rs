@@ -16,6 +16,7 @@ mod proofs;
 mod room;
 pub mod state_store;
 mod stream;
+mod tally;
 mod trees;
 mod upper;
 mod warnings;
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
+use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
 use crate::image::manifest;
 pub(crate) use crate::layer::Compression;
@@ -34,7 +36,7 @@ use crate::layer::{Layer, Plan};
 use crate::node::background::{Background, NormalPriority};
 use crate::node::container::{self, Base, Container, Volume, VolumeRules};
 use crate::save::event::{Event, Observer, Phase};
-use crate::store::destination::{Destination, Target};
+use crate::store::destination::{self, Destination, Replaceable, Target};
 use crate::store::layout;
 use crate::store::registry::{Access, Registries};
 
@@ -42,6 +44,7 @@ use earlier::Earlier;
 use frozen::{FrozenGuard, freeze};
 use room::Room;
 use stream::{deliver, finish, stream};
+use tally::Tally;
 use tokio_util::sync::CancellationToken;
 use trees::Baseline;
 
@@ -104,6 +107,8 @@ pub(crate) struct Options {
     pub(crate) message: Option<String>,
     /// Texts of `--change`, in order.
     pub(crate) changes: Vec<String>,
+    /// The image that the tag may be taken from. `None`: any.
+    pub(crate) replaceable: Option<Replaceable>,
     /// Whether the image that the tag moves away from is deleted in Harbor, if nothing needs it.
     pub(crate) delete_replaced: bool,
     /// `--label` K=V.
@@ -172,6 +177,7 @@ struct Context {
     caps: Caps,
     /// The room at the destination.
     room: Arc<Room>,
+    tally: Arc<Tally>,
 }
 
 impl Context {
@@ -220,6 +226,7 @@ async fn save(
         jobs: options.jobs.unwrap_or_else(cores),
         caps: options.rules.caps,
         room: Arc::default(),
+        tally: Arc::default(),
     };
 
     context.phase(Phase::Locating);
@@ -236,6 +243,9 @@ async fn save(
     let destination = Destination::open_as(&target, &context.registries, options.output_mode)?;
     destination.check().await?;
     destination.check_tag(target.tag()).await?;
+    if let Some(rule) = &options.replaceable {
+        destination.check_replaceable(target.tag(), rule).await?;
+    }
     let of = Of {
         options,
         container: &container,
@@ -258,10 +268,7 @@ async fn save(
     let digest = loop {
         let manifest = Bytes::from(made.image.manifest.bytes.clone());
         let media_type = made.image.manifest.media_type;
-        match destination
-            .put_manifest(manifest, media_type, target.tag())
-            .await
-        {
+        match put(&destination, options, manifest, media_type, target.tag()).await {
             Err(error) if attempt < MAX_ATTEMPTS && error.may_lack_blobs() => {
                 let why = format!(
                     "the registry may lack parts of the image, which are looked for again: {error}"
@@ -309,6 +316,23 @@ async fn save(
     Ok(saved)
 }
 
+/// Writes the manifest under the tag, if the tag may be taken from the image that it names now.
+async fn put(
+    destination: &Destination,
+    options: &Options,
+    manifest: Bytes,
+    media_type: &str,
+    tag: &str,
+) -> Result<Digest, destination::Error> {
+    match &options.replaceable {
+        None => destination.put_manifest(manifest, media_type, tag).await,
+        Some(rule) => {
+            let put = destination.put_manifest_replacing(manifest, media_type, tag, rule);
+            put.await
+        }
+    }
+}
+
 /// What is saved, and where.
 struct Of<'s> {
     options: &'s Options,
@@ -352,7 +376,12 @@ async fn make(context: &mut Context, of: &Of<'_>, again: bool) -> Result<Made, E
         again,
     )
     .await?;
-    let taken = capture_layers(context, options, container, volumes, destination, &earlier).await?;
+    // What the destination lacks of the base is counted while the container is read.
+    let (taken, ()) = tokio::join!(
+        capture_layers(context, options, container, volumes, destination, &earlier),
+        base::count_missing(context, destination, &base.layers)
+    );
+    let taken = taken?;
     // After the new layers, whose size is known only now: a save that the quota has no room for leaves nothing.
     if taken.on_top
         && let Err(why) = earlier.bring(context, destination).await?

@@ -8,7 +8,6 @@ use bytes::Bytes;
 
 use super::{Context, Error};
 use crate::layer::{self, Compression, Layer, Part, Plan};
-use crate::save::event::Event;
 use crate::store::destination::{BlobWriter, Destination};
 
 /// Finishes the blobs of layers that have been read completely.
@@ -152,12 +151,13 @@ pub(super) async fn stream_once(
     let (numbers, mut writers): (Vec<usize>, Vec<BlobWriter>) = parts.into_iter().unzip();
     let observer = Arc::clone(&context.observer);
     let (jobs, cancel, plans) = (context.jobs, context.cancel.clone(), Arc::clone(plans));
-    let room = Arc::clone(&context.room);
+    let (room, tally) = (Arc::clone(&context.room), Arc::clone(&context.tally));
     let made = tokio::task::spawn_blocking(move || {
         let (sent, done) = (AtomicU64::new(0), AtomicU64::new(0));
         let planned = |n: &usize| &plans[*n];
         let bytes_total: u64 = numbers.iter().map(planned).map(Plan::tar_size).sum();
         let entries_total = numbers.iter().map(planned).map(Plan::len).sum::<usize>() as u64;
+        tally.begin(bytes_total, entries_total);
         let options = layer::Options {
             compression,
             level,
@@ -193,13 +193,8 @@ pub(super) async fn stream_once(
         });
         let layers = layer::stream::write_all(parts.collect(), options, &|at| {
             done.store(at.tar_bytes, Ordering::Relaxed);
-            let (bytes_done, bytes_sent) = (at.tar_bytes, at.sent_bytes);
-            observer.event(Event::Progress {
-                bytes_done,
-                bytes_total,
-                bytes_sent,
-                entries_total,
-            });
+            tally.advance(at.tar_bytes, at.sent_bytes);
+            tally.report(observer.as_ref());
         });
         let layers = layers
             .into_iter()

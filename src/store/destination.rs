@@ -1,5 +1,7 @@
 //! The destination of a saved image (a registry, a layout directory or a layout archive) behind one interface.
 
+mod tag;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -15,6 +17,9 @@ use crate::store::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob,
 use crate::store::registry::NewProject;
 use crate::store::registry::error::Step;
 use crate::store::registry::{self, Denial, Reference, Registries, Repository, Writer};
+
+pub use tag::Replaceable;
+pub(crate) use tag::SAVE_ANNOTATION;
 
 /// Tag used if none is given.
 const DEFAULT_TAG: &str = "latest";
@@ -206,6 +211,14 @@ pub enum Error {
     /// Access to a layout failed.
     #[error(transparent)]
     Layout(#[from] layout::Error),
+    /// The tag names an image that has to stay.
+    #[error("the tag {tag:?} exists and names {digest}, which is not to be replaced")]
+    TagExists {
+        /// The tag.
+        tag: String,
+        /// Digest of the image that it names.
+        digest: Digest,
+    },
     /// The runtime was shut down during a write.
     #[error("the save ended while a file was being written")]
     RuntimeStopped,
@@ -219,7 +232,7 @@ impl Error {
             Self::Registry(e) => e.retryable(),
             Self::Harbor(e) => e.retryable(),
             Self::Layout(e) => e.retryable(),
-            Self::RuntimeStopped => false,
+            Self::TagExists { .. } | Self::RuntimeStopped => false,
         }
     }
 
@@ -238,6 +251,7 @@ impl Error {
         match self {
             Self::Registry(e) => Denial::of(e).map(Denial::code),
             Self::Harbor(e) => e.code(),
+            Self::TagExists { .. } => Some("tag_exists"),
             Self::Layout(_) | Self::RuntimeStopped => None,
         }
     }
@@ -248,6 +262,7 @@ impl Error {
             Self::Registry(e) => e.not_permitted(),
             Self::Harbor(e) => e.not_permitted(),
             Self::Layout(e) => e.not_permitted(),
+            Self::TagExists { .. } => true,
             Self::RuntimeStopped => false,
         }
     }

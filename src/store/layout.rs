@@ -214,6 +214,19 @@ fn add_to_index(
     serde_json::to_vec(&index).map_err(|e| e.to_string())
 }
 
+/// Returns the digest of the manifest that has the tag in `index.json`, if there is one.
+fn tagged(index: &[u8], tag: &str) -> Option<Digest> {
+    let index: Value = serde_json::from_slice(index).ok()?;
+    let named = |manifest: &&Value| {
+        let name = manifest
+            .pointer("/annotations")
+            .and_then(|a| a.get(REF_NAME));
+        name.and_then(Value::as_str) == Some(tag)
+    };
+    let found = index.get("manifests")?.as_array()?.iter().find(named)?;
+    found.get("digest")?.as_str()?.parse().ok()
+}
+
 /// Removes a manifest, or only one of its tags, from `index.json`. Unknown content is kept.
 fn take_from_index(existing: &[u8], digest: &Digest, tag: Option<&str>) -> Result<Vec<u8>, String> {
     let mut index: Value =

@@ -318,6 +318,7 @@ impl Node {
             destination: format!("oci:{}:monday", self.path("images/alice/x").display()),
             message: Some("--with pandas".to_owned()),
             options: SaveOptions::default(),
+            replaces: upperdeck::service::job::Replaces::default(),
             attempt: 1,
             fence_after: 0,
             issued_ms: now_ms(),

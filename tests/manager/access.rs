@@ -20,7 +20,7 @@ const CALLERS: [Who; 7] = [
 /// Method, path, body, and the expected status for each of `CALLERS`. ALICE stands for an open save of alice, DONE for
 /// a failed one.
 #[rustfmt::skip]
-const TABLE: [(&str, &str, &str, [u16; 7]); 26] = [
+const TABLE: [(&str, &str, &str, [u16; 7]); 28] = [
     ("GET", "/api/v1/me", "", [200, 200, 200, 200, 403, 200, 401]),
     ("GET", "/api/v1/sessions", "", [200, 200, 200, 200, 403, 200, 401]),
     ("POST", "/api/v1/saves", "session", [409, 404, 409, 404, 403, 409, 401]),
@@ -28,6 +28,8 @@ const TABLE: [(&str, &str, &str, [u16; 7]); 26] = [
     ("GET", "/api/v1/saves?user=alice", "", [200, 403, 200, 403, 403, 200, 401]),
     ("GET", "/api/v1/saves/ALICE", "", [200, 404, 200, 404, 403, 200, 401]),
     ("GET", "/api/v1/saves/ALICE/events", "", [200, 404, 200, 404, 403, 200, 401]),
+    ("GET", "/api/v1/events", "", [200, 200, 200, 200, 403, 200, 401]),
+    ("GET", "/api/v1/events?user=alice", "", [200, 403, 200, 403, 403, 200, 401]),
     ("GET", "/api/v1/saves/ALICE/audit", "", [403, 403, 403, 403, 403, 200, 401]),
     ("POST", "/api/v1/saves/ALICE/requeue", "", [403, 403, 403, 403, 403, 409, 401]),
     ("DELETE", "/api/v1/saves/DONE", "", [409, 404, 409, 404, 403, 409, 401]),

@@ -205,3 +205,62 @@ async fn two_managers_tell_the_same_story() -> Outcomes {
     tokio::time::sleep(Duration::from_millis(10)).await;
     two.stop().await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_stream_tells_a_page_of_all_its_saves_and_of_no_others() -> Outcomes {
+    let sessions = [
+        session(1, Some("alice")),
+        session(2, Some("bob")),
+        session(3, Some("alice")),
+    ];
+    let (site, manager, agent) = Site::at_work(&sessions).await?;
+    let second = site.manager().await?;
+    let at = manager.address;
+    let one = submit(at, Who::Alice, &id(1), "v1").await?;
+    let bobs = submit(at, Who::Bob, &id(2), "v1").await?;
+    let mut events = Events::at(at, Who::Alice, "/api/v1/events").await?;
+    let first = events.next().await?.ok_or("no event")?;
+    assert_eq!((first.event.as_str(), first.id), ("save", None));
+    assert_eq!(first.data["id"], one.to_string());
+    let list = events.next().await?.ok_or("no event")?;
+    assert_eq!(list.event, "open");
+    assert_eq!(list.data["saves"], json!([one]));
+    // One that another manager accepts, and the end of all of them.
+    let two = submit(second.address, Who::Alice, &id(3), "v2").await?;
+    while events.next().await?.ok_or("ended")?.data["id"] != two.to_string() {}
+    let working = tokio::spawn(async move {
+        for _ in 0..3 {
+            let claim = agent.claim().await.map_err(|e| e.to_string())?;
+            agent.work(&claim).await.map_err(|e| e.to_string())?;
+        }
+        Ok::<_, String>(())
+    });
+    let mut ended = std::collections::BTreeSet::new();
+    while ended.len() < 2 {
+        let heard = events.next().await?.ok_or("ended")?;
+        if heard.event == "open" {
+            continue;
+        }
+        assert_ne!(heard.data["id"], bobs.to_string());
+        if heard.data["state"] == "succeeded" {
+            ended.insert(heard.data["id"].to_string());
+        }
+    }
+    assert_eq!(
+        ended,
+        [json!(one).to_string(), json!(two).to_string()].into()
+    );
+    working.await??;
+    // The list comes again and again, and is empty in the end.
+    loop {
+        let heard = events.next().await?.ok_or("ended")?;
+        if heard.event == "open" && heard.data["saves"] == json!([]) {
+            break;
+        }
+    }
+    // An administrator may follow one user or all; nobody else follows others.
+    let others = Events::at(at, Who::Alice, "/api/v1/events?user=bob").await;
+    assert!(others.is_err_and(|error| error.to_string().starts_with("403")));
+    second.stop().await?;
+    manager.stop().await
+}

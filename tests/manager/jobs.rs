@@ -187,12 +187,12 @@ async fn names_that_would_reach_elsewhere_are_refused_with_their_field() -> Outc
     let body = json!({"session": {"namespace": "jupyter", "pod": "pod-1"}});
     let (status, answer) = ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(body)).await?;
     assert_eq!(status, StatusCode::ACCEPTED, "{answer}");
-    assert_eq!(answer["name"], "scipy");
+    assert_eq!(answer["name"], "pod-1");
     let order = agent.claim().await?.order;
     assert!(
         order
             .destination
-            .starts_with(&format!("oci:{}/alice/scipy:", site.images().display()))
+            .starts_with(&format!("oci:{}/alice/pod-1:", site.images().display()))
     );
     assert_eq!((order.owner.as_str(), order.session), ("alice", id(1)));
     manager.stop().await

@@ -8,6 +8,7 @@ mod fuzz;
 mod jobs;
 #[path = "../support/postgres.rs"]
 mod postgres;
+mod replace;
 mod signin;
 mod site;
 mod store;

@@ -204,6 +204,18 @@ async fn another_port_that_gets_the_cookie_cannot_use_it() -> Outcomes {
         .get(format!("http://{at}/api/v1/saves/{save}/events"))
         .header("Cookie", &browser.cookie);
     assert_eq!(status(events).await?, 200);
+    // The address of the stream of all saves is no secret: it needs the page's key.
+    let all = |key: Option<&str>| {
+        let request = http
+            .get(format!("http://{at}/api/v1/events"))
+            .header("Cookie", &browser.cookie);
+        match key {
+            Some(key) => request.header("Upperdeck-Page", key),
+            None => request,
+        }
+    };
+    assert_eq!(status(all(None)).await?, 401);
+    assert_eq!(status(all(Some(&browser.key))).await?, 200);
     assert_eq!(browser.me().await?, 200);
     manager.stop().await
 }

@@ -368,6 +368,8 @@ pub fn progress(done: u64) -> Update {
             bytes_total: 100,
             bytes_sent: done / 2,
             entries_total: 3,
+            base_done: 0,
+            base_total: 0,
         },
     }
 }
@@ -410,6 +412,18 @@ impl Events {
             request = request.header("Last-Event-ID", last);
         }
         let answer = request.send().await?;
+        if answer.status() != StatusCode::OK {
+            return Err(format!("{}", answer.status()).into());
+        }
+        Ok(Self {
+            stream: answer.bytes_stream().boxed(),
+            rest: String::new(),
+        })
+    }
+
+    /// Opens the stream at a path.
+    pub async fn at(at: SocketAddr, who: Who, path: &str) -> Fallible<Self> {
+        let answer = request(at, who, Method::GET, path)?.send().await?;
         if answer.status() != StatusCode::OK {
             return Err(format!("{}", answer.status()).into());
         }

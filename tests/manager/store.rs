@@ -8,13 +8,13 @@ use upperdeck::common::digest::Digest;
 use upperdeck::service::job::{JobId, Outcome, Saved};
 use upperdeck::store::layout::Directory;
 
-use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, submit, succeeded, until};
+use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, succeeded, until};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 
 /// Stores an image without layers under a tag, as a save would.
-fn push(
+pub fn push(
     site: &Site,
     user: &str,
     name: &str,
@@ -37,7 +37,7 @@ fn push(
     Ok(Digest::of(&manifest))
 }
 
-async fn save_as(
+pub async fn save_as(
     site: &Site,
     at: std::net::SocketAddr,
     agent: &Agent,
@@ -45,7 +45,11 @@ async fn save_as(
     tag: &str,
     digest: &Digest,
 ) -> Result<JobId, Box<dyn std::error::Error>> {
-    let job = submit(at, Who::Alice, &id(n), tag).await?;
+    // The image is there already, as after the save that is played here.
+    let body = json!({"session": id(n), "image": {"name": "torch", "tag": tag}, "message": "m", "replace": "any"});
+    let (status, body) = ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(body)).await?;
+    assert_eq!(status, StatusCode::ACCEPTED, "{body}");
+    let job: JobId = body["id"].as_str().ok_or("no id")?.parse()?;
     let claim = agent.claim().await?;
     agent.begin(&claim).await?;
     let Outcome::Succeeded { saved } = succeeded() else {
@@ -153,7 +157,10 @@ async fn a_tag_is_deleted_alone_and_never_anothers() -> Outcomes {
     push(&site, "bob", "torch", "v1", "one")?;
     let delete = |who, path: &'static str| ask(at, who, Method::DELETE, path, None);
     // While a save writes to it, it stays.
-    let job = submit(at, Who::Alice, &id(1), "v1").await?;
+    let body = json!({"session": id(1), "image": {"name": "torch", "tag": "v1"}, "replace": "any"});
+    let (status, body) = ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(body)).await?;
+    assert_eq!(status, StatusCode::ACCEPTED, "{body}");
+    let job: JobId = body["id"].as_str().ok_or("no id")?.parse()?;
     let (status, body) = delete(Who::Alice, "/api/v1/images/torch/tags/v1").await?;
     assert_eq!(
         (status, &body["error"]["save"]),

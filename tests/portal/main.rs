@@ -5,8 +5,10 @@
 )]
 
 mod browser;
+mod calls;
 mod delivery;
 mod looks;
+mod replacing;
 mod saving;
 mod signin;
 mod standin;

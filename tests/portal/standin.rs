@@ -23,14 +23,18 @@ use upperdeck::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, Saved, State, Unsaved,
 };
 use upperdeck::service::manager::api::{
-    ErrorBody, ErrorDetail, ImageTag, ImageView, Images, Me, NodeView, Nodes, Progress, Quota,
-    Save, SaveError, SaveRequest, Saves, SessionView, Sessions, Warning, Which,
+    ErrorBody, ErrorDetail, ExistingImage, ImageFate, ImageState, ImageTag, ImageView, Images, Me,
+    NodeView, Nodes, Progress, Quota, Save, SaveError, SaveRequest, Saves, SessionView, Sessions,
+    Warning, Which,
 };
 use upperdeck::service::manager::auth::Via;
+use upperdeck::service::manager::replace::Replace;
 
 use crate::browser::Outcome;
 
 const STEP: Duration = Duration::from_millis(60);
+/// Interval between two lists of open saves in a stream.
+const LIST_EVERY: Duration = Duration::from_secs(5);
 const TOTAL: u64 = 1_240_000_000;
 
 /// Data and behavior of the stand-in.
@@ -51,6 +55,10 @@ pub struct World {
     pub refuse: Option<(StatusCode, ErrorDetail)>,
     /// Number of changing requests without the page's own header. Must be 0.
     pub forged: u32,
+    /// Every request to the API: its method and its path with the query.
+    pub calls: Vec<String>,
+    /// Streams begin, and then say nothing.
+    pub mute: bool,
     /// The requests for saves as received.
     pub asked: Vec<SaveRequest>,
     keys: HashMap<String, JobId>,
@@ -169,6 +177,8 @@ impl World {
             fails: None,
             refuse: None,
             forged: 0,
+            calls: vec![],
+            mute: false,
             asked: vec![],
             keys: HashMap::new(),
         };
@@ -267,11 +277,43 @@ impl World {
             .name
             .clone()
             .unwrap_or_else(|| session.suggested_name.clone());
-        let tag = request
+        let mut tag = request
             .image
             .tag
             .clone()
             .unwrap_or_else(|| session.suggested_tag.clone());
+        let there = |tag: &str| {
+            let mut all = self.images.iter().filter(|image| image.name == name);
+            all.find(|image| image.tags.iter().any(|one| one.name == tag))
+        };
+        let taken = there(&tag);
+        if request.image.tag.is_none() && taken.is_some() {
+            tag = format!("{tag}-{:04x}", self.saves.len());
+        } else if let Some(image) = taken {
+            let by = self.saves.iter().find(|save| Some(save.id) == image.save);
+            let allowed = match &request.replace {
+                Replace::Any => true,
+                Replace::Never => false,
+                Replace::Own => by.is_some_and(|save| save.session == *id),
+                Replace::Image(digest) => digest.to_string() == image.digest,
+            };
+            if !allowed {
+                let (status, mut detail) =
+                    refusal(StatusCode::CONFLICT, "tag_exists", "the tag exists");
+                detail.existing = Some(Box::new(ExistingImage {
+                    name: name.clone(),
+                    tag,
+                    digest: image.digest.clone(),
+                    user: image.user.clone(),
+                    saved: image.changed.clone(),
+                    session: by.map(|save| save.session.clone()),
+                    session_name: image.session_name.clone(),
+                    save: image.save,
+                    message: image.message.clone(),
+                }));
+                return Err((status, detail));
+            }
+        }
         let save = Save {
             id: JobId::new(),
             session: id.clone(),
@@ -284,13 +326,16 @@ impl World {
             message: request.message.clone(),
             state: State::Queued,
             phase: None,
+            since: Some(ago(0)),
             place: Some(2),
+            waiting: None,
             attempt: 1,
             progress: None,
             pause_ms: None,
             warnings: vec![],
             result: None,
             error: None,
+            image: None,
             cancelling: false,
             created: ago(0),
             started: None,
@@ -316,6 +361,7 @@ impl World {
             image: upperdeck::service::manager::api::ImageName::default(),
             message: None,
             options: upperdeck::service::job::SaveOptions::default(),
+            replace: upperdeck::service::manager::replace::Replace::default(),
         };
         let Ok(save) = self.begin(&request) else {
             panic!("it is being saved")
@@ -342,6 +388,8 @@ impl World {
                 bytes_total: TOTAL,
                 bytes_sent: TOTAL / 3,
                 entries_total: 4_211,
+                base_done: 0,
+                base_total: 0,
                 rate: None,
                 seconds_left: None,
             });
@@ -350,8 +398,8 @@ impl World {
                 message: "2 paths with credentials are left out, e.g. /root/.ssh".to_owned(),
             }];
             save.result = Some(Saved {
-                reference: format!("{}@sha256:{:0>64}", save.target, "ab12"),
-                digest: format!("sha256:{:0>64}", "ab12"),
+                reference: format!("{}@{}", save.target, digest_of(id)),
+                digest: digest_of(id),
                 layer_bytes: 402_000_000,
                 image_bytes: 8_900_000_000,
                 sent_bytes: 402_000_000,
@@ -393,6 +441,8 @@ impl World {
             );
             image.session_name = Some(save.session_name.clone());
             image.save = Some(id);
+            image.digest = digest_of(id);
+            self.take_tag(&save);
             image.repository = save
                 .target
                 .rsplit_once(':')
@@ -401,6 +451,26 @@ impl World {
             self.images.insert(0, image);
         }
         save
+    }
+
+    /// Takes the tag of a save from the image that had it.
+    fn take_tag(&mut self, by: &Save) {
+        for image in &mut self.images {
+            if image.name == by.name {
+                image.tags.retain(|tag| tag.name != by.tag);
+            }
+        }
+        for save in &mut self.saves {
+            if save.id != by.id && save.target == by.target && save.result.is_some() {
+                save.image = Some(ImageFate {
+                    state: ImageState::Replaced,
+                    at: Some(ago(0)),
+                    save: Some(by.id),
+                    session_name: Some(by.session_name.clone()),
+                    caller: None,
+                });
+            }
+        }
     }
 
     /// Advances every open save by one step.
@@ -451,6 +521,8 @@ impl World {
                             bytes_total: TOTAL,
                             bytes_sent: done / 3,
                             entries_total: 4_211,
+                            base_done: 0,
+                            base_total: 0,
                             rate: Some(154_000_000.0),
                             seconds_left: Some((TOTAL - done) as f64 / 154_000_000.0),
                         });
@@ -493,10 +565,15 @@ impl World {
                 load1: 21.34,
                 slots: 3,
                 threads: 12,
+                background: true,
             },
             problems: vec![],
         }
     }
+}
+
+fn digest_of(id: JobId) -> String {
+    format!("sha256:{:0>64}", id.to_string().replace('-', ""))
 }
 
 pub fn refusal(status: StatusCode, code: &str, message: &str) -> (StatusCode, ErrorDetail) {
@@ -506,6 +583,7 @@ pub fn refusal(status: StatusCode, code: &str, message: &str) -> (StatusCode, Er
         retryable: false,
         field: None,
         save: None,
+        existing: None,
     };
     (status, detail)
 }
@@ -588,6 +666,9 @@ async fn saves(
         .iter()
         .filter(|save| wanted.is_none_or(|state| save.state == state))
         .filter(|save| {
+            !save.state.is_final() || query.get("state").is_none_or(|state| state != "open")
+        })
+        .filter(|save| {
             query
                 .get("after")
                 .is_none_or(|after| save.id.to_string() < *after)
@@ -638,35 +719,44 @@ async fn requeue(Given(world): Given<Shared>, headers: HeaderMap, Path(id): Path
     Ok((StatusCode::ACCEPTED, Json(at.clone())).into_response())
 }
 
-async fn events(Given(world): Given<Shared>, headers: HeaderMap, Path(id): Path<String>) -> Reply {
-    find(&*enter(&world, &headers, false)?, &id)?;
+/// The stream of a page: all open saves, what changes of them, and the list of them.
+async fn events(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
+    drop(enter(&world, &headers, false)?);
     let (says, mut hears) = tokio::sync::mpsc::channel::<Result<Event, Infallible>>(16);
-    let mut seen: Option<u64> = headers
-        .get("last-event-id")
-        .and_then(|id| id.to_str().ok()?.parse().ok());
     tokio::spawn(async move {
-        let mut told = None;
-        loop {
-            let Ok(save) = find(&world.lock().unwrap(), &id) else {
-                return;
-            };
-            let event = if seen != Some(save.version) {
-                seen = Some(save.version);
-                told = save.progress;
-                Event::default()
-                    .event("save")
-                    .id(save.version.to_string())
-                    .json_data(&save)
-            } else if told != save.progress {
-                told = save.progress;
-                Event::default().event("progress").json_data(&save)
-            } else {
-                tokio::time::sleep(STEP).await;
-                continue;
-            };
-            if says.send(Ok(event.unwrap())).await.is_err() || save.state.is_final() {
-                return;
+        let mut told = HashMap::<JobId, Save>::new();
+        let mut listed = (Vec::new(), std::time::Instant::now());
+        while !says.is_closed() {
+            let mut events = Vec::new();
+            {
+                let world = world.lock().unwrap();
+                for save in &world.saves {
+                    let before = told.get(&save.id);
+                    if before == Some(save) || (before.is_none() && save.state.is_final()) {
+                        continue;
+                    }
+                    let same = before.is_some_and(|before| before.version == save.version);
+                    let name = if same { "progress" } else { "save" };
+                    events.push(Event::default().event(name).json_data(save).unwrap());
+                    told.insert(save.id, save.clone());
+                }
+                let open = world.saves.iter().filter(|save| !save.state.is_final());
+                let open: Vec<_> = open.map(|save| save.id).collect();
+                if open != listed.0 || listed.1.elapsed() > LIST_EVERY {
+                    let list = serde_json::json!({ "saves": open });
+                    events.push(Event::default().event("open").json_data(list).unwrap());
+                    listed = (open, std::time::Instant::now());
+                }
+                if world.mute {
+                    events.clear();
+                }
             }
+            for event in events {
+                if says.send(Ok(event)).await.is_err() {
+                    return;
+                }
+            }
+            tokio::time::sleep(STEP).await;
         }
     });
     let events = futures_util::stream::poll_fn(move |context| hears.poll_recv(context));
@@ -732,6 +822,17 @@ async fn remove(
             image.tags.retain(|one| one.name != tag);
         }
     }
+    for save in &mut world.saves {
+        if save.name == name && save.tag == tag && save.result.is_some() {
+            save.image = Some(ImageFate {
+                state: ImageState::Deleted,
+                at: Some(ago(0)),
+                save: None,
+                session_name: None,
+                caller: Some("sign-in:minji".to_owned()),
+            });
+        }
+    }
     world.images.retain(|image| !image.tags.is_empty());
     Ok(StatusCode::NO_CONTENT.into_response())
 }
@@ -756,19 +857,30 @@ async fn dead(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
     Ok(Json(Saves { saves, next: None }).into_response())
 }
 
+async fn count(
+    Given(world): Given<Shared>,
+    request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> Response {
+    let call = format!("{} {}", request.method(), request.uri());
+    world.lock().unwrap().calls.push(call);
+    next.run(request).await
+}
+
 fn routes(world: Shared) -> Router {
     let api = Router::new()
         .route("/me", get(me))
         .route("/sessions", get(sessions))
         .route("/saves", get(saves).post(save))
         .route("/saves/{id}", get(check).delete(cancel))
-        .route("/saves/{id}/events", get(events))
+        .route("/events", get(events))
         .route("/saves/{id}/requeue", post(requeue))
         .route("/images", get(images))
         .route("/images/{name}/tags/{tag}", delete(remove))
         .route("/quota", get(quota))
         .route("/nodes", get(nodes))
-        .route("/dead", get(dead));
+        .route("/dead", get(dead))
+        .layer(axum::middleware::from_fn_with_state(world.clone(), count));
     upperdeck::service::portal::router()
         .nest("/api/v1", api)
         .with_state(world)

@@ -118,6 +118,7 @@ pub fn order(node: &str, user: &str) -> Order {
         destination: format!("registry.example.org/research/{user}/session:2026-11-24"),
         message: Some("before the upgrade of numpy".to_owned()),
         options: SaveOptions::default(),
+        replaces: upperdeck::service::job::Replaces::default(),
         attempt: 1,
         fence_after: 0,
         issued_ms: now_ms(),

@@ -17,6 +17,7 @@ use super::shared::{
     CONTENT, Content, InBackground, METADATA, Memory, REGISTRY, REPORT, Registry, State,
 };
 use super::value::{duration, key_value, layer_size, size};
+use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
 use crate::node::container::Pattern;
 use crate::save::{LayerSize, Pause};
@@ -64,7 +65,8 @@ Excluded and reported: everything mounted into the container, files of the runti
 Prints the result to stdout: HOST/REPOSITORY@sha256:... (or the layout with the digest). With --progress json, it prints
   JSON lines instead, each {{\"version\":1,\"time\":RFC 3339,\"event\":NAME,...}}:
   phase          phase: locating, scanning, streaming, base, finishing
-  progress       bytes_done, bytes_total (of the tar; known before the first byte is read), bytes_sent, entries_total
+  progress       bytes_done, bytes_total (of the tar; known before the first byte is read), bytes_sent, entries_total;
+                 base_done, base_total (of base layers that the destination lacked)
   base_progress  layer (0 is the bottom), layers, bytes_done, bytes_total (0: unknown)
   warning        code, message
   paused         pause_ms
@@ -154,6 +156,13 @@ pub(in crate::cli) struct Commit {
     /// Quota of a created project, e.g. 20GiB; only Harbor's administrators can set it
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "create_project", help_heading = REGISTRY)]
     pub(in crate::cli) project_quota: Option<u64>,
+    /// Fail if the tag exists [default: it moves to the new image, as with 'docker commit']; checked at the start and again
+    /// before the tag is written
+    #[arg(long, conflicts_with = "replace_only", help_heading = REGISTRY)]
+    pub(in crate::cli) no_replace: bool,
+    /// Fail if the tag exists and names another image than DIGEST
+    #[arg(long, value_name = "DIGEST", help_heading = REGISTRY)]
+    pub(in crate::cli) replace_only: Option<Digest>,
     /// In Harbor, delete the image that loses its tag to this one, if it has no other tag and no index, accessory or this
     /// container needs it
     #[arg(long, help_heading = REGISTRY)]

@@ -126,6 +126,7 @@ async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Resu
             include_volumes: args.include_volume,
             labels: args.label.into_iter().collect(),
         },
+        replace: args.replace,
     };
     // A repeated request with the same key refers to the same save, so a lost reply does not cause a second one.
     let key = args
@@ -221,10 +222,12 @@ impl Reported {
         }
         if let Some(progress) = save.progress.filter(|progress| progress.bytes_total > 0) {
             observer.event(Event::Progress {
-                bytes_done: progress.bytes_done,
-                bytes_total: progress.bytes_total,
+                bytes_done: progress.bytes_done.saturating_sub(progress.base_done),
+                bytes_total: progress.bytes_total.saturating_sub(progress.base_total),
                 bytes_sent: progress.bytes_sent,
                 entries_total: progress.entries_total,
+                base_done: progress.base_done,
+                base_total: progress.base_total,
             });
         }
         for warning in save.warnings.iter().skip(self.warnings) {

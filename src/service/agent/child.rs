@@ -28,7 +28,8 @@ use super::stuck::StuckProcesses;
 use crate::common::escape;
 use crate::node::background::MemoryLimit;
 use crate::node::container::{Pattern, Roots, process_start};
-use crate::service::job::{Event, JobId, Order};
+use crate::service::job::{Event, JobId, Order, Replaces};
+use crate::store::destination::SAVE_ANNOTATION;
 
 /// Minimum interval between two progress events.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
@@ -147,7 +148,16 @@ pub(super) fn arguments(
         let annotation = format!("org.opencontainers.image.title={title}");
         all.push(flag("annotation", &annotation));
     }
+    all.push(flag(
+        "annotation",
+        &format!("{SAVE_ANNOTATION}={}", order.job),
+    ));
     all.extend(options.flags.iter().map(Into::into));
+    match &order.replaces {
+        Replaces::Any => {}
+        Replaces::Nothing => all.push("--no-replace".into()),
+        Replaces::Image(digest) => all.push(flag("replace-only", &digest.to_string())),
+    }
     let chosen = &order.options;
     if let Some(codec) = chosen.compression.as_ref().or(options.compression.as_ref()) {
         all.push(flag("compression", codec));
@@ -486,17 +496,16 @@ async fn read_events(from: impl AsyncRead + Unpin, tell: mpsc::UnboundedSender<E
             return;
         };
         match &event {
+            // Their sum is in the other events.
+            Event::BaseProgress { .. } => return,
             Event::Progress {
-                bytes_done: done,
-                bytes_total: total,
-                ..
-            }
-            | Event::BaseProgress {
-                bytes_done: done,
-                bytes_total: total,
+                bytes_done,
+                bytes_total,
+                base_done,
+                base_total,
                 ..
             } => {
-                let frequent = done < total || *total == 0;
+                let frequent = bytes_done < bytes_total || base_done < base_total;
                 if frequent && last.is_some_and(|last| last.elapsed() < PROGRESS_EVERY) {
                     return;
                 }
@@ -554,6 +563,7 @@ mod tests {
         options.roots.host_root = Some("/host".into());
         options.flags = vec!["--max-size=500G".to_owned()];
         let mut order = order();
+        order.replaces = Replaces::Nothing;
         order.message = Some("--full\n-x".to_owned());
         order.options.labels = [("--creds".to_owned(), "a:b=c".to_owned())].into();
         order.options.exclude = vec!["-rf".to_owned(), "--".to_owned()];
@@ -589,7 +599,9 @@ mod tests {
                 "--delete-replaced",
                 "--author=alice",
                 "--annotation=org.opencontainers.image.title=x:1",
+                &format!("--annotation=upperdeck.save={}", order.job),
                 "--max-size=500G",
+                "--no-replace",
                 "--message=--full\n-x",
                 "--label=--creds=a:b=c",
                 "--exclude=-rf",

@@ -120,6 +120,7 @@ pub(super) fn to_load(measured: &Measured, bounds: Bounds) -> Load {
         load1: measured.load1,
         slots,
         threads,
+        background: false,
     }
 }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
-use crate::service::job::{JobId, Node, Order, now_ms};
+use crate::service::job::{JobId, Load, Node, Order, now_ms};
 use crate::service::queue::{self, Claim, Queue};
 
 use inventory::{Inspection, Inventory};
@@ -329,7 +329,10 @@ impl Agent {
             at_ms: now_ms(),
             draining,
             running,
-            load: load::to_load(&self.measure(), self.bounds()),
+            load: Load {
+                background: self.options.background.is_some(),
+                ..load::to_load(&self.measure(), self.bounds())
+            },
             problems,
         };
         let sessions = with_sessions.then_some(sessions.as_slice());

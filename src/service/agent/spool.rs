@@ -263,7 +263,7 @@ fn remove(path: &Path) {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::service::job::{SaveOptions, Saved};
+    use crate::service::job::{Replaces, SaveOptions, Saved};
 
     const DAY: i64 = 24 * 3600 * 1000;
 
@@ -276,6 +276,7 @@ pub(super) mod tests {
             destination: "oci:/srv/images/alice/x:1".to_owned(),
             message: None,
             options: SaveOptions::default(),
+            replaces: Replaces::default(),
             attempt: 1,
             fence_after: 0,
             issued_ms: 0,

@@ -9,7 +9,7 @@ mod session;
 mod state;
 
 pub use crate::save::event::{EVENT_VERSION, Event, Observer, Phase};
-pub use order::{JobId, Order, SaveOptions};
+pub use order::{JobId, Order, Replaces, SaveOptions};
 pub use question::{Answer, NextStep, Question, Verdict};
 pub use report::{Outcome, Report, Saved, Update};
 pub use seal::{Keys, Message, SealError, Sealed};

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::common::digest::Digest;
+
 /// Identifier of a job: a UUID of version 7, so that identifiers sort by creation time.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
@@ -65,6 +67,19 @@ pub struct SaveOptions {
     pub labels: std::collections::BTreeMap<String, String>,
 }
 
+/// The image that a save may take its tag from. A tag that names no image may always be written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Replaces {
+    /// Any image, as with `docker commit`.
+    #[default]
+    Any,
+    /// None: the tag must not exist.
+    Nothing,
+    /// Only the image with this digest.
+    Image(Digest),
+}
+
 /// One save, as it is put into the queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -83,6 +98,9 @@ pub struct Order {
     pub message: Option<String>,
     /// Options chosen by the user.
     pub options: SaveOptions,
+    /// The image that the tag may be taken from.
+    #[serde(default)]
+    pub replaces: Replaces,
     /// Number of the attempt, starting at 1.
     pub attempt: u32,
     /// The highest fence in the record so far. Every fence that is issued for this order is greater, even if the queue

@@ -106,6 +106,9 @@ pub struct Load {
     pub slots: u32,
     /// Number of threads that the agent would give to a job at present.
     pub threads: u32,
+    /// Whether jobs run in the background: they get what others leave.
+    #[serde(default)]
+    pub background: bool,
 }
 
 /// An agent's heartbeat.

@@ -82,6 +82,8 @@ pub enum Code {
     RegistryReadOnly,
     /// A rule of the registry forbids moving the tag.
     TagImmutable,
+    /// The tag names an image that the save was not to replace.
+    TagExists,
     /// The project of the base image hands out only signed images, and the base is not signed.
     ImageNotSigned,
     /// The registry does not accept the service's user or password.
@@ -105,12 +107,13 @@ pub enum Code {
 
 impl Code {
     /// All codes.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::ContainerGone,
         Self::BaseUnproven,
         Self::QuotaExceeded,
         Self::RegistryReadOnly,
         Self::TagImmutable,
+        Self::TagExists,
         Self::ImageNotSigned,
         Self::CredentialsRefused,
         Self::RobotRefused,
@@ -130,6 +133,7 @@ impl Code {
             Self::QuotaExceeded => "quota_exceeded",
             Self::RegistryReadOnly => "registry_read_only",
             Self::TagImmutable => "tag_immutable",
+            Self::TagExists => "tag_exists",
             Self::ImageNotSigned => "image_not_signed",
             Self::CredentialsRefused => "credentials_refused",
             Self::RobotRefused => "robot_refused",
@@ -149,6 +153,7 @@ impl Code {
             Self::QuotaExceeded
                 | Self::RegistryReadOnly
                 | Self::TagImmutable
+                | Self::TagExists
                 | Self::ImageNotSigned
                 | Self::CredentialsRefused
                 | Self::RobotRefused

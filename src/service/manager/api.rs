@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::auth::Via;
+use super::replace::Replace;
 use crate::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, SaveOptions, Saved, State, Unsaved,
 };
@@ -105,6 +106,12 @@ pub struct SaveRequest {
     /// Options of the save.
     #[serde(default)]
     pub options: SaveOptions,
+    /// Whether an image that has the tag already may be replaced: `never` (the default), `own` (if an earlier save of the
+    /// same session made it), `any`, or the digest of the only image that may be. Otherwise the response is 409
+    /// `tag_exists`, with that image.
+    #[serde(default)]
+    #[schema(value_type = String, pattern = "^(never|own|any|sha256:[0-9a-f]{64})$", default = "never")]
+    pub replace: Replace,
 }
 
 /// A save: CHK.
@@ -132,8 +139,14 @@ pub struct Save {
     pub state: State,
     /// Current phase while it runs.
     pub phase: Option<Phase>,
+    /// When the current state, or the current phase, began.
+    #[serde(default)]
+    pub since: Option<String>,
     /// Number of saves ahead of it while it is queued.
     pub place: Option<u64>,
+    /// What holds it back, if anything does.
+    #[serde(default)]
+    pub waiting: Option<Waiting>,
     /// Number of the attempt, starting at 1.
     pub attempt: u32,
     /// Progress.
@@ -146,6 +159,9 @@ pub struct Save {
     pub result: Option<Saved>,
     /// Reason, if the save failed.
     pub error: Option<SaveError>,
+    /// What became of the image, if the save succeeded; absent in events.
+    #[serde(default)]
+    pub image: Option<ImageFate>,
     /// Whether cancellation was requested.
     pub cancelling: bool,
     /// Time of the request.
@@ -156,6 +172,61 @@ pub struct Save {
     pub finished: Option<String>,
     /// Increases with every change of the above except `place` and `progress`; the ID of the last event.
     pub version: u64,
+}
+
+/// What holds a save back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WaitingReason {
+    /// Other saves are ahead of it.
+    Queue,
+    /// The node's sessions use its cores: it runs no more saves at once, or this one takes only what they leave.
+    Cores,
+    /// The last attempt failed; the next one begins at `until`.
+    Retry,
+    /// The node is not heard of.
+    Node,
+    /// The node takes no more saves, because its agent ends.
+    Draining,
+}
+
+/// Why a save waits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Waiting {
+    /// The reason.
+    pub reason: WaitingReason,
+    /// The node that is waited for.
+    pub node: String,
+    /// When it will be over, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub until: Option<String>,
+}
+
+/// State of the image of a save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageState {
+    /// It has the tag that it was saved under, as far as the record knows.
+    Tagged,
+    /// A later save took the tag.
+    Replaced,
+    /// It, or its tag, was deleted.
+    Deleted,
+}
+
+/// What became of the image of a save.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ImageFate {
+    /// Its state.
+    pub state: ImageState,
+    /// When the tag was taken or deleted.
+    pub at: Option<String>,
+    /// For `replaced`: the save that took the tag.
+    pub save: Option<JobId>,
+    /// For `replaced`: the session of that save.
+    pub session_name: Option<String>,
+    /// For `deleted`: the caller that did it; absent if it was done elsewhere.
+    pub caller: Option<String>,
 }
 
 /// `GET /api/v1/saves/{id}/audit`, for administrators.
@@ -216,15 +287,21 @@ pub(crate) struct Health {
 /// Progress of a save.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Progress {
-    /// Bytes read and compressed so far.
+    /// Bytes read and compressed so far, and bytes of base layers sent or mounted.
     pub bytes_done: u64,
-    /// Total bytes to read.
+    /// Total bytes to read and compress, and of base layers to send or mount.
     pub bytes_total: u64,
+    /// The part of `bytes_done` that are base layers, or layers of earlier saves, which the destination lacked.
+    #[serde(default)]
+    pub base_done: u64,
+    /// The part of `bytes_total` that are such layers.
+    #[serde(default)]
+    pub base_total: u64,
     /// Compressed bytes sent so far.
     pub bytes_sent: u64,
     /// Number of entries in the layer.
     pub entries_total: u64,
-    /// Bytes compressed per second, averaged over the last seconds.
+    /// Bytes of `bytes_done` per second, averaged over the last seconds.
     pub rate: Option<f64>,
     /// Estimated remaining seconds at that rate.
     pub seconds_left: Option<f64>,
@@ -404,7 +481,7 @@ pub struct ErrorBody {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorDetail {
     /// Stable code in snake case: `unauthenticated`, `not_permitted`, `not_found`, `invalid`, `conflict`, `too_many`,
-    /// `too_late`, `quota_exceeded`, `registry_read_only`, `tag_immutable`, `image_in_use`, `credentials_refused`,
+    /// `tag_exists`, `image_pinned`, `too_late`, `quota_exceeded`, `registry_read_only`, `tag_immutable`, `image_in_use`, `credentials_refused`,
     /// `robot_refused`, `unavailable`, `internal`.
     pub code: String,
     /// Sentence that says what happened and what to do.
@@ -417,4 +494,30 @@ pub struct ErrorDetail {
     /// For `conflict`: the conflicting job.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save: Option<JobId>,
+    /// For `tag_exists`: the image that has the tag.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub existing: Option<Box<ExistingImage>>,
+}
+
+/// The image that has a tag already.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ExistingImage {
+    /// Name, without registry, project and user.
+    pub name: String,
+    /// The tag.
+    pub tag: String,
+    /// Digest of the manifest; as `replace` of another request, it allows to replace this image.
+    pub digest: String,
+    /// Owner of the image.
+    pub user: String,
+    /// When it was saved; absent if no save in the record made it.
+    pub saved: Option<String>,
+    /// Session that it was saved from.
+    pub session: Option<String>,
+    /// Name of that session.
+    pub session_name: Option<String>,
+    /// The job that saved it.
+    pub save: Option<JobId>,
+    /// Description by the user.
+    pub message: Option<String>,
 }

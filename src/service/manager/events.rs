@@ -16,7 +16,6 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
 use futures_util::stream;
 use tokio::sync::{Notify, broadcast};
-use tokio_util::sync::CancellationToken;
 
 use super::App;
 use super::auth::Caller;
@@ -24,22 +23,24 @@ use super::connections::CountGuard;
 use super::extract::Path;
 use super::refusal::Refusal;
 use super::saves::{get, shown};
+use super::standing::{Standing, standings};
 use crate::service::job::{JobId, State};
-use crate::service::queue::{Place, Queue};
 use crate::service::record::{self, Progress, Record, Save, SaveVersion};
 
 /// Number of events a watcher may fall behind before it has to read the record.
 const CHANNEL_CAPACITY: usize = 32;
+/// The same for a page, which receives the events of several saves.
+const FEED_CAPACITY: usize = 256;
 /// Maximum interval between two events of a stream, even without changes, because proxies close idle connections.
-const REPEAT_INTERVAL: Duration = Duration::from_secs(8);
+pub(super) const REPEAT_INTERVAL: Duration = Duration::from_secs(8);
 /// Interval between comments, for proxies that are less patient while the record is slow.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
-/// Number of rounds between two queries for positions in the queue.
-const POSITION_ROUNDS: u64 = 2;
+/// Number of rounds between two queries for what holds saves back.
+const STANDING_ROUNDS: u64 = 2;
 
 /// An event for the watchers of a save, serialized once for all of them.
 #[derive(Debug)]
-enum StreamEvent {
+pub(super) enum StreamEvent {
     Version {
         version: u64,
         last: bool,
@@ -53,20 +54,35 @@ struct WatchedSave {
     /// The save as it was last sent.
     save: Save,
     heard: (i64, i64),
-    place: Option<u64>,
+    standing: Standing,
 }
+
+impl WatchedSave {
+    fn new(save: &Save) -> Self {
+        Self {
+            sender: broadcast::channel(CHANNEL_CAPACITY).0,
+            save: save.clone(),
+            heard: (0, -1),
+            standing: Standing::default(),
+        }
+    }
+}
+
+type Feeds = HashMap<Option<String>, broadcast::Sender<Arc<StreamEvent>>>;
 
 /// The watched saves.
 #[derive(Default)]
 pub(super) struct Hub {
     watched: Mutex<HashMap<JobId, WatchedSave>>,
+    /// Receivers of the events of all open saves of a user, or (`None`) of all users.
+    feeds: Mutex<Feeds>,
     touched: Mutex<BTreeSet<JobId>>,
     wake: Notify,
 }
 
-fn text_of(save: &Save, place: Option<u64>) -> String {
+pub(super) fn text_of(save: &Save, standing: &Standing) -> String {
     // A save consists of strings and numbers, so serialization cannot fail.
-    serde_json::to_string(&shown(save, place)).unwrap_or_default()
+    serde_json::to_string(&shown(save, standing)).unwrap_or_default()
 }
 
 impl Hub {
@@ -90,23 +106,96 @@ impl Hub {
 
     fn subscribe(&self, save: &Save) -> broadcast::Receiver<Arc<StreamEvent>> {
         let mut watched = self.lock();
-        let entry = watched.entry(save.id).or_insert_with(|| WatchedSave {
-            sender: broadcast::channel(CHANNEL_CAPACITY).0,
-            save: save.clone(),
-            heard: (0, -1),
-            place: None,
-        });
+        let entry = watched
+            .entry(save.id)
+            .or_insert_with(|| WatchedSave::new(save));
         entry.sender.subscribe()
     }
 
-    /// Checks the watched saves at regular intervals until `cancel` is set.
-    pub(super) async fn run(
+    fn feeds(&self) -> std::sync::MutexGuard<'_, Feeds> {
+        self.feeds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns a receiver of the events of all open saves of `user`, or of all users.
+    pub(super) fn subscribe_to_user(
         &self,
-        record: &Record,
-        queue: &Queue,
-        every: Duration,
-        cancel: &CancellationToken,
-    ) {
+        user: Option<&str>,
+    ) -> broadcast::Receiver<Arc<StreamEvent>> {
+        let mut feeds = self.feeds();
+        let feed = feeds
+            .entry(user.map(str::to_owned))
+            .or_insert_with(|| broadcast::channel(FEED_CAPACITY).0);
+        feed.subscribe()
+    }
+
+    /// Returns whether a page follows the saves of this user.
+    fn is_followed(&self, user: &str) -> bool {
+        let feeds = self.feeds();
+        feeds.contains_key(&None) || feeds.contains_key(&Some(user.to_owned()))
+    }
+
+    /// Sends an event to the watchers of a save and to the pages that follow its user. Sending fails if there are none;
+    /// the next round removes them.
+    fn send(&self, watched: &WatchedSave, event: StreamEvent) {
+        let event = Arc::new(event);
+        let feeds = self.feeds();
+        for key in [None, Some(watched.save.user.clone())] {
+            if let Some(feed) = feeds.get(&key) {
+                let _ = feed.send(event.clone());
+            }
+        }
+        drop(feeds);
+        let _ = watched.sender.send(event);
+    }
+
+    /// Watches saves for the pages that follow their user.
+    pub(super) fn watch(&self, saves: &[Save]) {
+        let mut all = self.lock();
+        for save in saves {
+            all.entry(save.id).or_insert_with(|| WatchedSave::new(save));
+        }
+    }
+
+    /// Reports a save that this manager has accepted, so that the pages of its user have it at once.
+    pub(super) fn begun(&self, save: &Save) {
+        if !self.is_followed(&save.user) {
+            return;
+        }
+        let mut all = self.lock();
+        let watched = all.entry(save.id).or_insert_with(|| WatchedSave::new(save));
+        let told = StreamEvent::Version {
+            version: save.version,
+            last: false,
+            text: text_of(save, &Standing::default()),
+        };
+        self.send(watched, told);
+    }
+
+    /// Finds open saves of followed users that are not watched yet: other managers accepted them, or an administrator
+    /// queued them again.
+    async fn discover(&self, record: &Record) -> Result<(), record::Error> {
+        {
+            let mut feeds = self.feeds();
+            feeds.retain(|_, feed| feed.receiver_count() > 0);
+            if feeds.is_empty() {
+                return Ok(());
+            }
+        }
+        for (id, user) in record.open_saves_of_users().await? {
+            let known = self.lock().contains_key(&id);
+            if known || !self.is_followed(&user) {
+                continue;
+            }
+            if let Some(save) = record.save(id).await? {
+                self.begun(&save);
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the watched saves at regular intervals until `cancel` is set.
+    pub(super) async fn run(&self, app: &App) {
+        let (record, every, cancel) = (&app.record, app.options.watch_every, &app.cancel);
         let mut round = 0_u64;
         let mut clock = tokio::time::interval(every);
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -116,6 +205,9 @@ impl Hub {
                 _ = clock.tick() => true,
                 () = self.wake.notified() => false,
             };
+            if all && let Err(error) = self.discover(record).await {
+                tracing::warn!(error = %error, "pages have to wait for the record");
+            }
             let touched = {
                 let mut touched = self.touched.lock().unwrap_or_else(PoisonError::into_inner);
                 std::mem::take(&mut *touched)
@@ -123,7 +215,11 @@ impl Hub {
             let ids: Vec<JobId> = {
                 let mut watched = self.lock();
                 if all {
-                    watched.retain(|_, watched| watched.sender.receiver_count() > 0);
+                    watched.retain(|_, watched| {
+                        watched.sender.receiver_count() > 0
+                            || (!watched.save.state.is_final()
+                                && self.is_followed(&watched.save.user))
+                    });
                     watched.keys().copied().collect()
                 } else {
                     touched.into_iter().collect()
@@ -137,8 +233,8 @@ impl Hub {
             }
             if all {
                 round += 1;
-                if round.is_multiple_of(POSITION_ROUNDS) {
-                    self.poll_positions(queue).await;
+                if round.is_multiple_of(STANDING_ROUNDS) {
+                    self.poll_standings(app).await;
                 }
             }
         }
@@ -174,52 +270,43 @@ impl Hub {
         watched.heard = head.heard;
         let changed = !news.is_empty();
         for mut save in news {
-            if save.state != State::Queued {
-                watched.place = None;
+            if save.state != watched.save.state {
+                watched.standing = Standing::default();
             }
             save.progress = progress_of(&save, head.progress);
             let told = StreamEvent::Version {
                 version: save.version,
                 last: save.state.is_final(),
-                text: text_of(&save, watched.place),
+                text: text_of(&save, &watched.standing),
             };
-            // Sending fails if there are no watchers; the next round removes the entry.
-            let _ = watched.sender.send(Arc::new(told));
+            self.send(watched, told);
             watched.save = save;
         }
         if !changed && head.heard != heard {
             watched.save.progress = progress_of(&watched.save, head.progress);
-            let text = text_of(&watched.save, watched.place);
-            let _ = watched.sender.send(Arc::new(StreamEvent::Progress(text)));
+            let text = text_of(&watched.save, &watched.standing);
+            self.send(watched, StreamEvent::Progress(text));
         }
     }
 
-    async fn poll_positions(&self, queue: &Queue) {
-        let waiting: Vec<JobId> = self
+    async fn poll_standings(&self, app: &App) {
+        let open: Vec<Save> = self
             .lock()
-            .iter()
-            .filter(|(_, watched)| watched.save.state == State::Queued)
-            .map(|(id, _)| *id)
+            .values()
+            .map(|watched| &watched.save)
+            .filter(|save| !save.state.is_final())
+            .cloned()
             .collect();
-        if waiting.is_empty() {
-            return;
-        }
-        let Ok(places) = queue.places(&waiting).await else {
-            return;
-        };
+        let standings = standings(app, &open).await;
         let mut all = self.lock();
-        for (id, place) in waiting.iter().zip(places) {
-            let place = match place {
-                Some(Place::Waiting(before)) => Some(before),
-                _ => None,
-            };
-            if let Some(watched) = all.get_mut(id)
-                && watched.place != place
-                && watched.save.state == State::Queued
+        for (id, standing) in standings {
+            if let Some(watched) = all.get_mut(&id)
+                && watched.standing != standing
+                && !watched.save.state.is_final()
             {
-                watched.place = place;
-                let text = text_of(&watched.save, place);
-                let _ = watched.sender.send(Arc::new(StreamEvent::Progress(text)));
+                watched.standing = standing;
+                let text = text_of(&watched.save, &watched.standing);
+                self.send(watched, StreamEvent::Progress(text));
             }
         }
     }
@@ -263,9 +350,28 @@ struct Watcher {
 }
 
 /// Counts a watcher, in total and against its user's limit, while it exists.
-struct WatcherCount {
+pub(super) struct WatcherCount {
     app: App,
     _one: CountGuard,
+}
+
+impl WatcherCount {
+    /// Counts an event stream of this caller. Fails if the user has too many.
+    pub(super) fn new(app: &App, caller: &Caller) -> Result<Self, Refusal> {
+        let most = app.options.connections.streams_per_user;
+        let user = caller.user.as_deref().unwrap_or(&caller.name);
+        let one = app.streams.acquire(user, most).ok_or_else(|| {
+            Refusal::too_many(
+                format!("{most} event streams of this user are open; ask for the save itself"),
+                REPEAT_INTERVAL.as_secs(),
+            )
+        })?;
+        app.metrics.watchers(1);
+        Ok(Self {
+            app: app.clone(),
+            _one: one,
+        })
+    }
 }
 
 impl Drop for WatcherCount {
@@ -293,7 +399,7 @@ impl Watcher {
                 }
                 self.sent = save.version;
                 self.done = save.state.is_final() && self.backlog.is_empty();
-                self.text = text_of(&save, None);
+                self.text = text_of(&save, &Standing::default());
                 return Some(save_event(self.sent, &self.text));
             }
             let told = tokio::select! {
@@ -379,14 +485,7 @@ pub(super) async fn events(
     if seen.state.is_final() && heard.is_some_and(|heard| heard >= seen.version) {
         return Ok(axum::http::StatusCode::NO_CONTENT.into_response());
     }
-    let most = app.options.connections.streams_per_user;
-    let user = caller.user.as_deref().unwrap_or(&caller.name);
-    let one = app.streams.acquire(user, most).ok_or_else(|| {
-        Refusal::too_many(
-            format!("{most} event streams of this user are open; ask for the save itself"),
-            REPEAT_INTERVAL.as_secs(),
-        )
-    })?;
+    let counted = WatcherCount::new(&app, &caller)?;
     // Subscribing before reading makes sure that no change in between is lost. A version that arrives twice is sent
     // once.
     let receiver = app.hub.subscribe(&seen);
@@ -401,24 +500,29 @@ pub(super) async fn events(
         Some(heard) if backlog.first().is_none_or(|save| save.version > heard) => heard,
         _ => 0,
     };
-    app.metrics.watchers(1);
     let watcher = Watcher {
         id: seen.id,
         receiver,
         sent,
         backlog: backlog.into(),
         done: false,
-        text: text_of(&seen, None),
-        _counted: WatcherCount {
-            app: app.clone(),
-            _one: one,
-        },
+        text: text_of(&seen, &Standing::default()),
+        _counted: counted,
         app,
     };
-    let events = stream::unfold(watcher, |mut watcher| async move {
-        let event = watcher.next().await?;
-        Some((Ok::<_, Infallible>(event), watcher))
-    });
+    Ok(response_of(stream::unfold(
+        watcher,
+        |mut watcher| async move {
+            let event = watcher.next().await?;
+            Some((Ok::<_, Infallible>(event), watcher))
+        },
+    )))
+}
+
+/// Returns the response with these events.
+pub(super) fn response_of(
+    events: impl stream::Stream<Item = Result<Event, Infallible>> + Send + 'static,
+) -> Response {
     let mut response = Sse::new(events)
         .keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
         .into_response();
@@ -429,5 +533,5 @@ pub(super) async fn events(
         HeaderName::from_static("x-accel-buffering"),
         HeaderValue::from_static("no"),
     );
-    Ok(response)
+    response
 }

@@ -23,6 +23,7 @@ use super::time::rfc3339;
 use crate::common::digest::Digest;
 use crate::service::job::Category;
 use crate::service::record::Save;
+use crate::store::destination::{self, Destination, Target};
 use crate::store::harbor::{Harbor, QuotaUsage, rights};
 use crate::store::images::{
     self, ImageEntry, ImageSelector, Images, LayoutImages, MAX_PAGE_SIZE, Query, Sort,
@@ -245,6 +246,19 @@ impl ImageStore {
         lists.remove(&None);
         drop(lists);
         self.rooms.lock().await.clear();
+    }
+
+    /// Returns the digest of the image that the tag of a destination names now, if there is one.
+    pub(super) async fn digest_of(
+        &self,
+        destination: &str,
+    ) -> Result<Option<Digest>, destination::Error> {
+        let registries = Registries::new(self.access.clone());
+        let Ok(target) = Target::for_saving(destination) else {
+            return Ok(None);
+        };
+        let place = Destination::open(&target, &registries)?;
+        place.digest_of(target.tag()).await
     }
 
     async fn remove(
@@ -579,6 +593,10 @@ pub(super) async fn delete(
     let removed = app.store.remove(&user, &name, &which).await;
     app.store.forget(&user).await;
     let removed = removed?;
+    let digest = removed.digest.to_string();
+    app.record
+        .removed(&user, &destination, &digest, &caller.name)
+        .await?;
     tracing::info!(
         caller = caller.name, image = destination, digest = %removed.digest,
         image.deleted = removed.image_deleted, "a tag is deleted"

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::State as Extracted;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::Mutex;
 
 use super::App;
@@ -28,6 +29,9 @@ const MAX_FIRST_SEEN: usize = 100_000;
 const MIN_PREFIX: usize = 12;
 /// Maximum length of a suggested name.
 const MAX_SUGGESTION: usize = 60;
+
+/// Length of the end of a suggested tag.
+const UNIQUE_END: usize = 4;
 
 /// Cached sessions and nodes.
 #[derive(Default)]
@@ -159,15 +163,10 @@ pub(super) fn session_name(session: &Session) -> String {
     }
 }
 
-/// Returns a name that is valid in a repository, derived from the image or the container.
+/// Returns a name that is valid in a repository, derived from the session's own name.
 pub(super) fn suggested_name(session: &Session) -> String {
-    let from = session
-        .image
-        .as_deref()
-        .or(session.container.as_deref())
-        .unwrap_or("session");
-    let last = from.rsplit('/').next().unwrap_or(from);
-    let bare = last.split([':', '@']).next().unwrap_or(last);
+    let own = session.pod.as_deref().or(session.container.as_deref());
+    let bare = own.unwrap_or("session");
     let mut name = String::new();
     for c in bare.chars().map(|c| c.to_ascii_lowercase()) {
         if c.is_ascii_lowercase() || c.is_ascii_digit() {
@@ -183,9 +182,15 @@ pub(super) fn suggested_name(session: &Session) -> String {
     if name.is_empty() { "session" } else { name }.to_owned()
 }
 
-/// Returns a tag derived from the time.
-pub(super) fn suggested_tag(now_ms: i64) -> String {
-    stamp(now_ms)
+/// Returns a tag derived from the time, with a short end that tells sessions of the same name apart.
+pub(super) fn suggested_tag(session: &Session, now_ms: i64) -> String {
+    let end = hex::encode(Sha256::digest(&session.id));
+    format!("{}-{}", stamp(now_ms), &end[..UNIQUE_END])
+}
+
+/// Returns a tag like [`suggested_tag`], for a session that was saved within the same minute.
+pub(super) fn other_tag(now_ms: i64) -> String {
+    format!("{}-{:08x}", stamp(now_ms), rand::random::<u32>())
 }
 
 /// Returns the one session that `which` selects among those that `caller` may save.
@@ -294,7 +299,7 @@ pub(super) async fn sessions(
             unsaved_more: session.unsaved_more,
             problem: session.problem.clone(),
             suggested_name: suggested_name(session),
-            suggested_tag: suggested_tag(now),
+            suggested_tag: suggested_tag(session, now),
             save: open.get(&session.id).copied(),
         })
         .collect();
@@ -378,19 +383,32 @@ mod tests {
 
     #[test]
     fn names_are_suggested_by_the_grammar() {
-        for (image, name) in [
-            (
-                Some("quay.io/jupyter/SciPy_Notebook:2024"),
-                "scipy-notebook",
-            ),
-            (Some("h:5000/x@sha256:abc"), "x"),
-            (Some("---"), "session"),
-            (Some("한글"), "session"),
-            (None, "nb"),
+        let long = "p".repeat(253);
+        for (pod, container, name) in [
+            (Some("Jupyter_alice--2"), Some("nb"), "jupyter-alice-2"),
+            (None, Some("quirky_hopper"), "quirky-hopper"),
+            (Some("---"), None, "session"),
+            (Some("한글"), None, "session"),
+            (None, None, "session"),
+            (Some(long.as_str()), None, &long[..MAX_SUGGESTION]),
         ] {
-            let name_of = suggested_name(&session("ab", None, image));
+            let mut session = session("ab", None, Some("h:5000/x@sha256:abc"));
+            session.pod = pod.map(str::to_owned);
+            session.container = container.map(str::to_owned);
+            let name_of = suggested_name(&session);
             assert_eq!(name_of, name);
             assert!(crate::common::reference::check_repository(&name_of).is_ok());
+        }
+    }
+
+    #[test]
+    fn sessions_of_one_minute_get_different_tags() {
+        let tag = |id| suggested_tag(&session(id, None, None), 1_764_000_000_123);
+        let (one, two) = (tag("ab"), tag("cd"));
+        assert_ne!(one, two);
+        for tag in [one, two, other_tag(1_764_000_000_123)] {
+            assert!(tag.starts_with("20251124-1600-"), "{tag}");
+            assert!(crate::common::reference::check_tag(&tag).is_ok(), "{tag}");
         }
     }
 

@@ -8,7 +8,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use utoipa::openapi::{ContentBuilder, Ref, RefOr, ResponseBuilder};
 
-use super::api::{ErrorBody, ErrorDetail};
+use super::api::{ErrorBody, ErrorDetail, ExistingImage};
 use super::auth::Rejected;
 use super::target::Refused;
 use crate::service::job::JobId;
@@ -21,7 +21,7 @@ const RETRY_AFTER_S: u64 = 5;
 #[derive(Clone, Debug)]
 pub(super) struct Refusal {
     status: StatusCode,
-    detail: ErrorDetail,
+    detail: Box<ErrorDetail>,
     retry_after_s: Option<u64>,
 }
 
@@ -29,13 +29,14 @@ impl Refusal {
     pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
         Self {
             status,
-            detail: ErrorDetail {
+            detail: Box::new(ErrorDetail {
                 code: code.to_owned(),
                 message: message.into(),
                 retryable: false,
                 field: None,
                 save: None,
-            },
+                existing: None,
+            }),
             retry_after_s: None,
         }
     }
@@ -60,6 +61,12 @@ impl Refusal {
         refusal.detail.save = save;
         refusal.detail.retryable = save.is_some();
         refusal
+    }
+
+    /// Adds the image that has the tag.
+    pub(super) fn with_existing(mut self, existing: ExistingImage) -> Self {
+        self.detail.existing = Some(Box::new(existing));
+        self
     }
 
     pub(super) fn too_many(message: impl Into<String>, after_s: u64) -> Self {
@@ -89,7 +96,9 @@ impl Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let body = ErrorBody { error: self.detail };
+        let body = ErrorBody {
+            error: *self.detail,
+        };
         let mut response = (self.status, Json(body)).into_response();
         let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after_s {
@@ -131,7 +140,7 @@ impl utoipa::IntoResponses for Refusal {
             ("405", "Not with this method: `invalid`"),
             (
                 "409",
-                "Something is in the way: `conflict` (with the save), `too_late`, `tag_immutable`, `image_in_use`",
+                "Something is in the way: `conflict` (with the save), `tag_exists` (with the image), `image_pinned`, `too_late`, `tag_immutable`, `image_in_use`",
             ),
             ("413", "The body is too large: `invalid`"),
             ("415", "The body is no JSON: `invalid`"),

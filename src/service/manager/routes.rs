@@ -20,7 +20,7 @@ use utoipa_axum::routes;
 
 use super::extract::RequestGuard;
 use super::refusal::Refusal;
-use super::{App, api, events, images, inventory, saves, signin, status};
+use super::{App, api, events, feed, images, inventory, saves, signin, status};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Content security policy of responses other than the page: they may do nothing, even if a browser displays one.
@@ -69,6 +69,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(saves::submit, saves::history))
         .routes(routes!(saves::check, saves::cancel))
         .routes(routes!(events::events))
+        .routes(routes!(feed::events))
         .routes(routes!(saves::requeue))
         .routes(routes!(saves::audit))
         .routes(routes!(saves::dead))

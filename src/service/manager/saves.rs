@@ -1,7 +1,5 @@
 //! SAVE and CHK: saves are asked for, looked at, ended and, by administrators, tried again.
 
-use std::collections::HashMap;
-
 use axum::Json;
 use axum::extract::State as Extracted;
 use axum::http::{HeaderMap, StatusCode};
@@ -15,12 +13,14 @@ use super::api::{
 };
 use super::auth::Caller;
 use super::extract::{Body, Path, QueryParams, parse_job_id};
-use super::inventory::{find, session_name, suggested_name, suggested_tag};
+use super::fates::show_all;
+use super::inventory::{find, session_name, suggested_name};
 use super::refusal::Refusal;
-use super::target::is_reserved;
+use super::replace::{Image, choose_tag};
+use super::standing::{Standing, standings};
 use super::time::rfc3339;
 use crate::service::job::{JobId, SaveOptions, State, now_ms};
-use crate::service::queue::{Place, Withdrawn};
+use crate::service::queue::Withdrawn;
 use crate::service::record::{Draft, Filter, Request, Save, Submitted, UserLimits};
 
 const MAX_MESSAGE: usize = 1000;
@@ -40,7 +40,7 @@ const TOO_MANY_S: u64 = 30;
 const TOO_MANY_TODAY_S: u64 = 900;
 
 /// Converts a save to its representation in the API.
-pub(super) fn shown(save: &Save, place: Option<u64>) -> Shown {
+pub(super) fn shown(save: &Save, standing: &Standing) -> Shown {
     let left = |progress: &crate::service::record::Progress| {
         let rate = progress.rate.filter(|rate| *rate > 0.0)?;
         Some(progress.bytes_total.saturating_sub(progress.bytes_done) as f64 / rate)
@@ -58,11 +58,15 @@ pub(super) fn shown(save: &Save, place: Option<u64>) -> Shown {
         message: save.message.clone(),
         state: save.state,
         phase: save.phase,
-        place: place.filter(|_| save.state == State::Queued),
+        since: save.since_ms.map(rfc3339),
+        place: standing.place.filter(|_| save.state == State::Queued),
+        waiting: standing.waiting.clone().filter(|_| open),
         attempt: save.attempt,
         progress: save.progress.map(|progress| Progress {
             bytes_done: progress.bytes_done,
             bytes_total: progress.bytes_total,
+            base_done: progress.base_done,
+            base_total: progress.base_total,
             bytes_sent: progress.bytes_sent,
             entries_total: progress.entries_total,
             rate: progress.rate.filter(|_| open),
@@ -83,6 +87,7 @@ pub(super) fn shown(save: &Save, place: Option<u64>) -> Shown {
             message: failure.message.clone(),
             retryable: failure.retryable,
         }),
+        image: None,
         cancelling: save.cancelling,
         created: rfc3339(save.created_ms),
         started: save.started_ms.map(rfc3339),
@@ -91,31 +96,9 @@ pub(super) fn shown(save: &Save, place: Option<u64>) -> Shown {
     }
 }
 
-/// Returns the positions in the queue of those of `saves` that are queued. If the queue cannot be reached, they have no
-/// position but are still shown.
-async fn places(app: &App, saves: &[Save]) -> HashMap<JobId, u64> {
-    let waiting: Vec<JobId> = saves
-        .iter()
-        .filter(|save| save.state == State::Queued)
-        .map(|save| save.id)
-        .collect();
-    if waiting.is_empty() {
-        return HashMap::new();
-    }
-    let found = app.queue.places(&waiting).await.unwrap_or_default();
-    waiting
-        .into_iter()
-        .zip(found)
-        .filter_map(|(id, place)| match place {
-            Some(Place::Waiting(before)) => Some((id, before)),
-            _ => None,
-        })
-        .collect()
-}
-
 pub(super) async fn show(app: &App, save: &Save) -> Shown {
-    let places = places(app, std::slice::from_ref(save)).await;
-    shown(save, places.get(&save.id).copied())
+    let mut standings = standings(app, std::slice::from_ref(save)).await;
+    shown(save, &standings.remove(&save.id).unwrap_or_default())
 }
 
 /// Returns a save that this caller may see. A save of another user is reported as not found.
@@ -274,14 +257,13 @@ pub(super) async fn submit(
         .name
         .clone()
         .unwrap_or_else(|| suggested_name(session));
-    let tag = body.image.tag.clone().unwrap_or_else(|| suggested_tag(now));
-    let destination = app.options.target.fill(&user, &name, &tag)?;
-    if is_reserved(&tag, &app.options.reserved_tags) {
-        return Err(Refusal::invalid(
-            "image.tag",
-            "this tag is reserved; take another one",
-        ));
-    }
+    let of = Image {
+        session,
+        user: &user,
+        name: &name,
+    };
+    let (tag, destination, replaces) =
+        choose_tag(&app, &of, body.image.tag, &body.replace, now).await?;
     app.store.check_quota(&user).await?;
     let save = Save {
         id: JobId::new(),
@@ -295,6 +277,7 @@ pub(super) async fn submit(
         destination,
         message,
         options: body.options,
+        replaces,
         kind: session.kind,
         category: session.category,
         base: session.image.clone(),
@@ -314,6 +297,7 @@ pub(super) async fn submit(
         caller: caller.name.clone(),
         created_ms: now,
         queued_ms: now,
+        since_ms: Some(now),
         not_before_ms: now,
         started_ms: None,
         finished_ms: None,
@@ -332,6 +316,7 @@ pub(super) async fn submit(
                 job = %save.id, user = save.user, node = save.node, target = save.destination, "a save is accepted"
             );
             app.metrics.accepted();
+            app.hub.begun(&save);
             app.outbox_wake.notify_one();
             Ok((StatusCode::ACCEPTED, Json(show(&app, &save).await)))
         }
@@ -391,7 +376,11 @@ pub(super) async fn check(
     Path(id): Path<String>,
 ) -> Result<Json<Shown>, Refusal> {
     let save = get(&app, &caller, &id).await?;
-    Ok(Json(show(&app, &save).await))
+    let mut views = show_all(&app, std::slice::from_ref(&save)).await?;
+    Ok(Json(match views.pop() {
+        Some(view) => view,
+        None => show(&app, &save).await,
+    }))
 }
 
 /// Selects a part of the history.
@@ -401,7 +390,7 @@ pub(super) async fn check(
 pub(super) struct History {
     /// For administrators: only saves of this user.
     user: Option<String>,
-    /// Only saves in this state.
+    /// Only saves in this state; `open`: queued, assigned or running.
     #[param(inline)]
     state: Option<StateOrAny>,
     /// Only saves of this session, given by its full ID.
@@ -423,6 +412,8 @@ enum StateOrAny {
     Succeeded,
     Failed,
     Cancelled,
+    /// Queued, assigned or running.
+    Open,
     #[serde(rename = "")]
     Any,
 }
@@ -436,7 +427,7 @@ impl StateOrAny {
             Self::Succeeded => Some(State::Succeeded),
             Self::Failed => Some(State::Failed),
             Self::Cancelled => Some(State::Cancelled),
-            Self::Any => None,
+            Self::Open | Self::Any => None,
         }
     }
 }
@@ -452,15 +443,11 @@ async fn page(app: &App, filter: Filter, limit: Option<u32>) -> Result<Json<Save
     let mut saves = app.record.history(&filter, limit + 1).await?;
     let more = saves.len() > limit as usize;
     saves.truncate(limit as usize);
-    let places = places(app, &saves).await;
     let next = saves
         .last()
         .filter(|_| more)
         .map(|save| save.id.to_string());
-    let saves = saves
-        .iter()
-        .map(|save| shown(save, places.get(&save.id).copied()))
-        .collect();
+    let saves = show_all(app, &saves).await?;
     Ok(Json(Saves { saves, next }))
 }
 
@@ -486,6 +473,7 @@ pub(super) async fn history(
     let filter = Filter {
         user: caller.listed_user(asked.user.as_deref())?,
         state: asked.state.and_then(StateOrAny::state),
+        open: matches!(asked.state, Some(StateOrAny::Open)),
         session: asked.session.filter(|session| !session.is_empty()),
         after: after(asked.after.as_deref())?,
     };

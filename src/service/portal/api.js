@@ -14,6 +14,7 @@ export class Refused extends Error {
     this.retryable = detail?.retryable ?? status >= 500;
     this.field = detail?.field;
     this.save = detail?.save;
+    this.existing = detail?.existing;
   }
 }
 
@@ -110,6 +111,42 @@ export async function call(method, where, { body, key, query, token } = {}) {
 }
 
 export const get = (where, query) => call("GET", where, { query });
+
+/** Reads server-sent events until they end or `signal` ends them; `hear` gets the name and the data of each. Not by
+ *  EventSource, which cannot send the page's key. */
+export async function stream(where, query, signal, hear) {
+  const url = address(where);
+  for (const [name, value] of Object.entries(query)) if (value) url.searchParams.set(name, value);
+  const headers = { Accept: "text/event-stream" };
+  if (pageKey) headers["Upperdeck-Page"] = pageKey;
+  let answer;
+  try {
+    answer = await fetch(url, { headers, cache: "no-store", credentials: "same-origin", redirect: "error", signal });
+  } catch (error) {
+    if (!signal.aborted) heard(false);
+    throw new Lost(error.message);
+  }
+  if (answer.status === 401) line.dispatchEvent(new Event("signed-out"));
+  if (!answer.ok) throw new Refused(answer.status, null);
+  heard(true);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = ""; ;) {
+    let part;
+    try {
+      part = await reader.read();
+    } catch (error) {
+      throw new Lost(error.message);
+    }
+    if (part.done) return;
+    const events = (text + part.value).split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      const fields = event.split("\n").map((field) => field.split(/: ?(.*)/s));
+      const of = (name) => fields.filter(([field]) => field === name).map(([, said]) => said).join("\n");
+      if (of("event")) hear(of("event"), of("data"));
+    }
+  }
+}
 
 /** The same, sent again while there is no answer: only for what is safe to repeat. */
 export async function insist(method, where, options) {

@@ -8,7 +8,7 @@ import { view as images } from "./images.js";
 import { view as operations } from "./operations.js";
 import { view as sessions } from "./sessions.js";
 import { form, leave as out, ofLink, offer } from "./signin.js";
-import { words } from "./saves.js";
+import { follow, words } from "./saves.js";
 
 const VIEWS = { sessions, images, history, operations };
 
@@ -93,6 +93,7 @@ async function start() {
   if (token && !await offer(main, token, found)) return;
   if (!found) return signIn();
   me = found;
+  follow(me);
   line.addEventListener("signed-out", signIn);
   fill(who, me.user ? named(me.user) : null, me.administrator ? element("span", { class: "badge" }, t("administrator")) : null, out(me));
   show(false);

@@ -51,6 +51,7 @@ export function left(seconds) {
 export const since = (instant) => (Date.now() + clock.ahead - Date.parse(instant)) / 1000;
 
 function ago(instant) {
+  if (since(instant) < -5) return relative.format(Math.round(-since(instant)), "second");
   const seconds = Math.max(0, since(instant));
   if (seconds < 45) return t("now");
   if (seconds < 3600) return relative.format(-Math.max(1, Math.round(seconds / 60)), "minute");

@@ -157,5 +157,5 @@ export function view(main, signal, me, heading) {
   const turn = (by) => { page += by; run(); look(heading); };
   back.addEventListener("click", () => turn(-1));
   on.addEventListener("click", () => turn(1));
-  changes.addEventListener("change", ({ detail: save }) => { if (save.state === "succeeded") run(); }, { signal });
+  changes.addEventListener("ended", ({ detail: save }) => { if (save.state === "succeeded") run(); }, { signal });
 }

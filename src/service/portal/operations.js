@@ -72,11 +72,10 @@ export function view(main, signal, me) {
         fill(none, nodes.length ? "" : t("nodes.none"));
       }, none),
       part(async () => {
-        const pages = await Promise.all(["running", "assigned", "queued"].map((state) => get("saves", { state, limit: 100 })));
-        const seen = new Map(pages.flatMap((page) => page.saves).filter((save) => !over(save)).map((save) => [save.id, save]));
-        for (const save of seen.values()) if (latest(save.id)) take(save);
-        follow(queue, [...seen.values()], (save) => save.id, (save) => entry(save, me));
-        fill(idle, seen.size ? "" : t("queue.none"));
+        const { saves } = await get("saves", { state: "open", limit: 200 });
+        for (const save of saves) if (latest(save.id)) take(save);
+        follow(queue, saves.map((save) => latest(save.id) ?? save).filter((save) => !over(save)), (save) => save.id, (save) => entry(save, me));
+        fill(idle, saves.length ? "" : t("queue.none"));
       }, idle),
       part(async () => {
         const { saves } = await get("dead");

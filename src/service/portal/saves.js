@@ -1,52 +1,49 @@
-// Saves and how far they are: read once, then followed by the event stream; by asking where there is none.
+// Saves and how far they are: read once, then followed by one event stream; by asking where there is none.
 
-import { Lost, Refused, address, call, get, insist, line, path } from "./api.js";
+import { Lost, Refused, call, get, insist, line, path, stream } from "./api.js";
 import { announce, ask, element, facts, fill, look, named, problem, reference } from "./element.js";
-import { bytes, duration, left, milliseconds, percent } from "./format.js";
-import { has, t } from "./language.js";
+import { bytes, duration, left, milliseconds, percent, since, when } from "./format.js";
+import { has, sentence, t } from "./language.js";
 
-// Browsers open six connections to a host over HTTP/1.1, for all tabs: streams must leave room for calls.
-const STREAMS = 2;
-// A stream says something every 8 s. When it does not, the page asks; when it stays silent, it has been cut, and the browser
-// does not know.
-const QUIET = 10_000;
+// The stream says something every 8 s. When it does not, it has been cut, and the browser does not know.
 const CUT = 20_000;
 // A clock that jumps: the machine has slept.
 const SLEPT = 8_000;
+// Without a stream, one call asks for all saves that are not over; less often in a tab that is not seen.
 const ASK_EVERY = 3_000;
 const ASK_UNSEEN = 20_000;
-const ASK_AT_ONCE = 3;
+// A stream that ended at once is not opened again at once.
+const OPEN_EVERY = 3_000;
 
 export const over = (save) => ["succeeded", "failed", "cancelled"].includes(save.state);
 export const image = (save) => `${save.name}:${save.tag}`;
 
 const known = new Map();
-/** Tells `change` with a save. */
+/** Tells `change` with a save that is not as it was, and `ended` once with one that is over. */
 export const changes = new EventTarget();
 
-/** Takes a save, whoever told it; an older one than is known changes nothing. */
+/** Takes a save, whoever told it; an older one than is known changes nothing, and the same one tells nothing. */
 export function take(save) {
-  let entry = known.get(save.id);
-  if (!entry) known.set(save.id, (entry = { save, heard: 0, asked: Date.now() }));
-  else if (save.version < entry.save.version) return entry.save;
-  else {
-    const before = entry.save;
-    entry.save = save.version === before.version ? settled(before, save) : save;
-    tell(before, entry.save);
-  }
-  changes.dispatchEvent(new CustomEvent("change", { detail: entry.save }));
-  follow();
-  return entry.save;
+  const before = known.get(save.id);
+  if (before && save.version < before.version) return before;
+  const now = before && save.version === before.version ? settled(before, save) : save;
+  if (before && JSON.stringify(before) === JSON.stringify(now)) return before;
+  known.set(save.id, now);
+  if (before) tell(before, now);
+  changes.dispatchEvent(new CustomEvent("change", { detail: now }));
+  if (before && !over(before) && over(now)) changes.dispatchEvent(new CustomEvent("ended", { detail: now }));
+  return now;
 }
 
 /** Of the same version: an answer that was overtaken by an event does not turn the bar back. */
 function settled(before, save) {
   const { progress } = before;
   const overtaken = progress && progress.bytes_total === save.progress?.bytes_total && progress.bytes_done > save.progress.bytes_done;
-  return { ...save, progress: overtaken ? progress : save.progress, place: save.state === "queued" ? save.place ?? before.place : save.place };
+  return { ...save, image: save.image ?? before.image, progress: overtaken ? progress : save.progress, place: save.state === "queued" ? save.place ?? before.place : save.place };
 }
 
-export const latest = (id) => known.get(id)?.save;
+export const latest = (id) => known.get(id);
+const going = () => [...known.values()].filter((save) => !over(save));
 
 /** Announces what is worth an interruption: the beginning of the transfer, quarters of it, the end. */
 function tell(before, save) {
@@ -60,104 +57,112 @@ function tell(before, save) {
   if (quarter(save) > quarter(before) && quarter(save) < 4) announce(t("news.progress", { ...of, share: percent(quarter(save) / 4) }));
 }
 
-function close(entry) {
-  entry.source?.close();
-  entry.source = null;
+let whose = null;
+let open = null;
+let opened = 0;
+let heard = 0;
+let asked = 0;
+
+/** Follows the saves of a user from now on, until the sign-in ends. */
+export function follow(me) {
+  whose = me;
+  listen();
 }
 
-function open(entry) {
-  const { id } = entry.save;
-  const source = new EventSource(address(`${path("saves", id)}/events`));
-  entry.source = source;
-  source.addEventListener("save", (event) => {
-    entry.heard = Date.now();
-    take(JSON.parse(event.data));
-  });
-  source.addEventListener("progress", (event) => {
-    entry.heard = Date.now();
-    take(JSON.parse(event.data));
-  });
-  source.addEventListener("error", () => {
-    // The browser tries again by itself, from the last event on; it gives up when the answer is no stream.
-    if (source.readyState === EventSource.CLOSED && entry.source === source) close(entry);
-    if (Date.now() - entry.asked > 1000) lookAgain(entry);
-  });
+function close() {
+  open?.abort();
+  open = null;
 }
 
-async function lookAgain(entry) {
-  entry.asked = Date.now();
+async function listen() {
+  if (open || !whose || document.hidden) return;
+  const own = new AbortController();
+  open = own;
+  opened = heard = Date.now();
   try {
-    take(await get(path("saves", entry.save.id)));
+    await stream("events", { user: whose.user }, own.signal, (event, data) => {
+      if (open !== own) return;
+      heard = Date.now();
+      if (event === "open") missing(new Set(JSON.parse(data).saves));
+      else if (event === "save" || event === "progress") take(JSON.parse(data));
+    });
   } catch (error) {
-    if (error instanceof Refused && error.status === 404) {
-      close(entry);
-      known.delete(entry.save.id);
-    } else if (!(error instanceof Lost || error instanceof Refused)) throw error;
+    if (!(error instanceof Lost || error instanceof Refused)) throw error;
+  } finally {
+    if (open === own) open = null;
   }
 }
 
-/** Streams for those that are not over, as many as may be; for the others the clock below asks. */
-function follow() {
-  const going = [...known.values()].filter((entry) => {
-    if (document.hidden || over(entry.save)) close(entry);
-    return !over(entry.save);
-  });
-  let room = STREAMS - going.filter((entry) => entry.source).length;
-  for (const entry of going) {
-    if (document.hidden || room <= 0) break;
-    if (!entry.source && Date.now() - (entry.opened ?? 0) > ASK_EVERY) {
-      entry.opened = Date.now();
-      open(entry);
-      room -= 1;
-    }
+/** Asks for those that are not among the open ones any more: they have ended, and that was not heard. */
+function missing(there) {
+  for (const save of going()) {
+    if (!there.has(save.id) && (!whose.user || save.user === whose.user)) lookAgain(save.id);
+  }
+}
+
+const looking = new Set();
+async function lookAgain(id) {
+  if (looking.has(id)) return;
+  looking.add(id);
+  try {
+    take(await get(path("saves", id)));
+  } catch (error) {
+    if (error instanceof Refused && error.status === 404) known.delete(id);
+    else if (!(error instanceof Lost || error instanceof Refused)) throw error;
+  } finally {
+    looking.delete(id);
+  }
+}
+
+/** One call for all that are not over. */
+async function askAll() {
+  asked = Date.now();
+  try {
+    const page = await get("saves", { user: whose.user, state: "open", limit: 200 });
+    for (const save of page.saves) take(save);
+    if (!page.next) missing(new Set(page.saves.map((save) => save.id)));
+  } catch (error) {
+    if (!(error instanceof Lost || error instanceof Refused)) throw error;
   }
 }
 
 let ticked = Date.now();
 setInterval(() => {
   const now = Date.now();
-  if (now - ticked > SLEPT) refresh();
+  const slept = now - ticked > SLEPT;
   ticked = now;
-  const every = document.hidden ? ASK_UNSEEN : ASK_EVERY;
-  const due = [...known.values()].filter((entry) => {
-    if (over(entry.save) || now - entry.heard <= QUIET) return false;
-    if (entry.source && now - entry.opened > CUT) close(entry);
-    return now - entry.asked > every;
-  });
-  // However many there are: the service has more to do than to answer one page.
-  due.sort((a, b) => a.asked - b.asked).slice(0, ASK_AT_ONCE).forEach(lookAgain);
-  follow();
   title();
+  if (!whose) return;
+  if (open && (slept || now - heard > CUT)) close();
+  if (!open && !document.hidden && now - opened > OPEN_EVERY) listen();
+  const silent = !open || now - heard > CUT / 2;
+  if (silent && going().length && now - asked > (document.hidden ? ASK_UNSEEN : ASK_EVERY)) askAll();
 }, 1000);
 
-// After a closed lid or a lost line nothing that is shown may be old.
+// After a closed lid or a lost line nothing that is shown may be old: a new stream begins with all that is open.
 function refresh() {
-  if (document.hidden) return follow();
-  for (const entry of known.values()) {
-    if (over(entry.save)) continue;
-    close(entry);
-    entry.opened = entry.asked = entry.heard = 0;
-  }
-  [...known.values()].filter((entry) => !over(entry.save)).slice(0, ASK_AT_ONCE).forEach(lookAgain);
+  close();
+  listen();
 }
 document.addEventListener("visibilitychange", refresh);
 window.addEventListener("online", refresh);
 window.addEventListener("pageshow", (event) => { if (event.persisted) refresh(); });
-line.addEventListener("back", refresh);
+line.addEventListener("back", () => { if (!open) listen(); });
 line.addEventListener("signed-out", () => {
-  for (const entry of known.values()) close(entry);
+  whose = null;
+  close();
   known.clear();
 });
 
 let finished = null;
-changes.addEventListener("change", ({ detail: save }) => {
-  if (document.hidden && over(save)) finished = save;
+changes.addEventListener("ended", ({ detail: save }) => {
+  if (document.hidden) finished = save;
 });
 document.addEventListener("visibilitychange", () => { finished = null; title(); });
 
 /** The tab's title says how far it is, for who looks at another tab. */
 function title() {
-  const running = [...known.values()].map((entry) => entry.save).filter((save) => !over(save) && save.progress?.bytes_total);
+  const running = going().filter((save) => save.progress?.bytes_total);
   const mark = finished ? { succeeded: "✓ ", failed: "✗ " }[finished.state] ?? "" :
     running.length === 1 ? `${percent(share(running[0]))} ` : "";
   const bare = document.body.dataset.title ?? "upperdeck";
@@ -205,14 +210,23 @@ const remarks = (save) => save.warnings?.length
     element("ul", {}, save.warnings.map((warning) => element("li", { lang: "en" }, named(warning.message)))))
   : null;
 
+/** What became of the image, if it cannot be started by its name any more. */
+function lost({ image: fate }) {
+  if (!fate || fate.state === "tagged") return null;
+  const time = fate.at ? when(fate.at) : "";
+  if (fate.state === "replaced") return sentence("fate.replaced", { session: named(fate.session_name ?? ""), time });
+  return sentence("fate.deleted", { time });
+}
+
 /** What came of a save. */
 export function outcome(save) {
   const { result } = save;
   if (save.state === "failed") return [failure(save), remarks(save)];
   if (save.state === "cancelled") return [element("p", {}, t("cancelled.body"))];
   const pause = result?.pause_ms ?? save.pause_ms;
+  const gone = lost(save);
   return [
-    reference(save.target),
+    gone ? element("p", { class: "fate" }, element("s", {}, named(image(save))), " ", gone) : reference(save.target),
     facts(
       [t("fact.size"), result && t(result.delta ? "size.delta" : "size.full", { whole: bytes(result.image_bytes), layer: bytes(result.layer_bytes) })],
       [t("fact.pause"), pause !== null && pause !== undefined && milliseconds(pause)],
@@ -220,6 +234,35 @@ export function outcome(save) {
       [t("fact.base"), result?.base_name && named(result.base_name)]),
     remarks(save)];
 }
+
+const NOTIFY = "upperdeck-notify";
+let notifying = false;
+try {
+  notifying = localStorage.getItem(NOTIFY) === "yes";
+} catch { /* It is forbidden. */ }
+const canNotify = () => "Notification" in window && window.isSecureContext;
+
+/** A switch for a notification of the browser at the end of saves; none where the browser has none. */
+function notifier() {
+  if (!canNotify()) return null;
+  const button = element("button", { type: "button", class: "quiet bell", "aria-pressed": String(notifying && Notification.permission === "granted") }, t("notify"));
+  button.addEventListener("click", async () => {
+    const wanted = button.getAttribute("aria-pressed") !== "true";
+    notifying = wanted && await Notification.requestPermission() === "granted";
+    try {
+      localStorage.setItem(NOTIFY, notifying ? "yes" : "no");
+    } catch { /* It is forbidden. */ }
+    for (const one of document.querySelectorAll(".bell")) one.setAttribute("aria-pressed", String(notifying));
+    announce(t(notifying ? "notify.on" : wanted ? "notify.denied" : "notify.off"), wanted && !notifying);
+  });
+  return button;
+}
+
+changes.addEventListener("ended", ({ detail: save }) => {
+  if (!notifying || !canNotify() || Notification.permission !== "granted" || (whose?.user && save.user !== whose.user)) return;
+  const note = new Notification(t(`news.${save.state}`, { image: image(save) }), { body: save.session_name, tag: save.id });
+  note.addEventListener("click", () => { window.focus(); note.close(); });
+});
 
 /** A save that is not over, as a block that keeps itself true: phase, bar, numbers, cancel. */
 export function running(first) {
@@ -230,8 +273,11 @@ export function running(first) {
   const numbers = element("p", { class: "numbers" });
   const stop = element("button", { type: "button", click: () => (latest(first.id)?.cancelling ? null : cancel(latest(first.id) ?? first)) }, t("cancel"));
   stop.setAttribute("aria-label", t("cancel.what", { image: image(first) }));
+  const name = element("p", { class: "of" }, named(image(first)));
+  const why = element("p", { class: "why" });
+  const bell = notifier();
   const block = element("section", { class: "running", "aria-label": t("saving.what", { image: image(first) }) },
-    label, bar, element("div", { class: "under-bar" }, numbers, stop));
+    name, label, bar, element("div", { class: "under-bar" }, numbers, bell, stop), why);
   const update = (save) => {
     const { progress } = save;
     const moving = save.state === "running" && progress?.bytes_total > 0;
@@ -249,12 +295,20 @@ export function running(first) {
       if (progress.rate) said.push(t("rate", { rate: bytes(progress.rate) }));
       if (progress.seconds_left !== null && progress.seconds_left !== undefined && share(save) < 1) said.push(t("left", { time: left(progress.seconds_left) }));
     }
+    if (save.since) said.push(t("since", { time: duration(since(save.since)) }));
     if (save.attempt > 1) said.push(t("attempt", { count: save.attempt }));
     fill(numbers, said.join(" · "));
+    fill(why, save.waiting ? sentence(`waiting.${save.waiting.reason}`, { node: named(save.waiting.node), time: save.waiting.until ? when(save.waiting.until) : "" }) : "");
     // Not `disabled`, which would drop the focus.
     if (save.cancelling) stop.setAttribute("aria-disabled", "true");
   };
   update(first);
+  // How long it has been, also where nothing else changes.
+  const clock = setInterval(() => {
+    const save = latest(first.id);
+    if (save && over(save)) clearInterval(clock);
+    else if (block.isConnected && save) update(save);
+  }, 1000);
   return { element: block, update, focus: () => look(block) };
 }
 
@@ -262,4 +316,4 @@ export function running(first) {
 export const verdict = (save) =>
   element("span", { class: `verdict ${save.state}` },
     element("span", { "aria-hidden": "true" }, { succeeded: "✓", failed: "!", cancelled: "–" }[save.state] ?? "…"), " ",
-    t(`state.${save.state}`));
+    t(save.image && save.image.state !== "tagged" ? `state.${save.image.state}` : `state.${save.state}`));

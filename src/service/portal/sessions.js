@@ -1,13 +1,17 @@
 // My sessions: what runs, what a save of it would be, one press to make it.
 
 import { Refused, get, insist, path, pressed, repeat } from "./api.js";
-import { announce, element, facts, fill, follow, look, named } from "./element.js";
+import { announce, ask, element, facts, fill, follow, look, named } from "./element.js";
 import { bytes, duration, left, since, when } from "./format.js";
 import { sentence, t } from "./language.js";
-import { changes, failure, image, latest, outcome, over, running, take, trouble, verdict, words } from "./saves.js";
+import { changes, failure, image as imageOf, latest, outcome, over, running, take, trouble, verdict, words } from "./saves.js";
 
 const NAME = /^[a-z0-9]+(?:[._-][a-z0-9]+|__[a-z0-9]+|-+[a-z0-9]+)*$/;
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
+
+// A tag that the server has suggested is for one save, not for the next one.
+const SUGGESTED = /^\d{4}-?\d{2}-?\d{2}-\d{4}(-[0-9a-f]{4,8})?$/;
+const SAVES_EVERY = 60_000;
 
 const title = (session) => session.pod ?? session.container ?? session.id.slice(0, 12);
 
@@ -20,7 +24,7 @@ export const badges = (item) => [
 function suggested(session, saves) {
   const { next } = session;
   const told = (all) => {
-    const [read, seconds] = all.reduce(([sum, time], save) => [sum + save.progress.bytes_total, time + save.result.seconds], [0, 0]);
+    const [read, seconds] = all.reduce(([sum, time], save) => [sum + save.progress.bytes_total - save.progress.base_total, time + save.result.seconds], [0, 0]);
     return read > 0 && seconds > 0 ? seconds / read : null;
   };
   const ended = saves.filter((save) => save.result?.seconds && save.progress?.bytes_total && save.node === session.node);
@@ -67,6 +71,20 @@ function field(id, label, hint, input) {
   return { input, complain, element: element("div", { class: "field" }, element("label", { for: id }, label), input, wrong, element("p", { id: `${id}-hint`, class: "dim" }, hint)) };
 }
 
+/** Asks whether an image may be replaced: who saved it, when, from which session. */
+function replace(existing, session) {
+  const what = `${existing.name}:${existing.tag}`;
+  const own = existing.session === session.id;
+  const told = existing.saved
+    ? sentence(own ? "replace.own" : "replace.by", { user: named(existing.user), session: named(existing.session_name), time: when(existing.saved) })
+    : t("replace.unknown");
+  return ask(sentence("replace.title", { image: named(what) }), [
+    element("p", {}, told),
+    existing.message ? element("p", { class: "message" }, named(existing.message)) : null,
+    element("p", {}, t("replace.lost")),
+  ], t("replace.yes"), t("replace.no"));
+}
+
 function card(first, me) {
   let session = first;
   let save = null;
@@ -90,8 +108,9 @@ function card(first, me) {
   const target = element("code", { dir: "ltr" });
   const button = element("button", { class: "main" }, t("save"));
   button.setAttribute("aria-label", t("save.what", { what: title(first) }));
+  const again = element("button", { type: "button", class: "again", hidden: true });
   const form = element("form", { novalidate: true },
-    element("div", { class: "press" }, element("p", { class: "as" }, sentence("save.as", { image: target })), button), more, error);
+    element("div", { class: "press" }, element("p", { class: "as" }, sentence("save.as", { image: target })), again, button), more, error);
   const progress = element("div");
   const last = element("div", { class: "last" });
   const block = element("article", { class: "card", "aria-labelledby": `${id}-name` },
@@ -133,30 +152,51 @@ function card(first, me) {
     announce(words(caught).join(" "), true);
   };
 
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
+  /** Sends the request; where another image has the tag, it asks. */
+  const request = async (body) => {
+    try {
+      return await insist("POST", "saves", { body, key: pressed() });
+    } catch (caught) {
+      if (!(caught instanceof Refused && caught.code === "tag_exists" && caught.existing)) throw caught;
+      if (!await replace(caught.existing, session)) return null;
+      return request({ ...body, replace: caught.existing.digest });
+    }
+  };
+
+  const press = async (used, image, replace) => {
     if (button.getAttribute("aria-disabled") || !valid()) return;
     fill(error);
-    button.setAttribute("aria-disabled", "true");
-    fill(button, t("save.asking"));
-    const body = { session: session.id, image: {} };
-    if (name.input.value.trim()) body.image.name = name.input.value.trim();
-    if (tag.input.value.trim()) body.image.tag = tag.input.value.trim();
+    const label = used.textContent;
+    for (const one of [button, again]) one.setAttribute("aria-disabled", "true");
+    fill(used, t("save.asking"));
+    const body = { session: session.id, image };
+    if (replace) body.replace = replace;
     if (message.input.value.trim()) body.message = message.input.value.trim();
     if (full.checked) body.options = { full: true };
     try {
-      const begun = take(await insist("POST", "saves", { body, key: pressed() }));
-      announce(t("news.queued", { image: image(begun) }));
+      const begun = await request(body);
+      if (!begun) return;
+      announce(t("news.queued", { image: imageOf(take(begun)) }));
       form.reset();
       more.open = false;
     } catch (caught) {
       await refused(caught).catch((second) => fill(error, trouble(second)));
     } finally {
-      button.removeAttribute("aria-disabled");
-      fill(button, t("save"));
+      for (const one of [button, again]) one.removeAttribute("aria-disabled");
+      fill(used, label);
       preview();
     }
+  };
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const image = {};
+    if (name.input.value.trim()) image.name = name.input.value.trim();
+    if (tag.input.value.trim()) image.tag = tag.input.value.trim();
+    press(button, image);
   });
+  // On purpose, so without a question: the image is this session's own.
+  again.addEventListener("click", () => press(again, { name: save.name, tag: save.tag }, "own"));
 
   /** Shows the session's last save: the bar while it runs, then what came of it. */
   const show = (next) => {
@@ -179,6 +219,8 @@ function card(first, me) {
       shown = null;
     }
     form.hidden = false;
+    again.hidden = !(save?.state === "succeeded" && (save.image?.state ?? "tagged") === "tagged" && !SUGGESTED.test(save.tag));
+    if (!again.hidden) fill(again, t("save.again", { image: imageOf(save) }));
     if (!save) return fill(last);
     const head = element("p", { class: "ended" }, verdict(save), " ", when(save.finished ?? save.created));
     fill(last, head, save.state === "failed" && since(save.finished ?? save.created) > 86400 ? failure(save) : outcome(save));
@@ -242,11 +284,14 @@ export function view(main, signal, me) {
     state.hidden = found.length + orphans.length > 0;
     fill(state, sessions.length && word ? t("sessions.no-match") : t("sessions.none"));
   };
+  // The list of saves changes only by what the stream tells; it is read again now and then in case something was missed.
+  let read = -Infinity;
   const run = repeat(15_000, signal, async () => {
     try {
-      const [now, before] = await Promise.all([get("sessions"), get("saves", { limit: 100 })]);
+      const stale = Date.now() - read > SAVES_EVERY;
+      const [now, before] = await Promise.all([get("sessions"), stale ? get("saves", { limit: 100 }) : null]);
       sessions = now.sessions;
-      saves = before.saves;
+      if (before) [saves, read] = [before.saves, Date.now()];
       for (const save of saves) if ((!over(save) && save.user === me.user) || latest(save.id)) take(save);
       draw();
     } catch (error) {
@@ -262,7 +307,7 @@ export function view(main, signal, me) {
   changes.addEventListener("change", ({ detail: save }) => {
     for (const row of rows()) if (row.of(save)) row.show(save);
     for (const [id, row] of others.kept ?? []) if (id === save.id) row.update(save);
-    // The size of the next save is another one now.
-    if (over(save)) setTimeout(run, 1500);
   }, { signal });
+  // The size of the next save is another one now.
+  changes.addEventListener("ended", () => { read = -Infinity; setTimeout(() => (signal.aborted ? null : run()), 1500); }, { signal });
 }

@@ -6,6 +6,7 @@
 
 mod audit;
 mod change;
+mod images;
 mod outbox;
 mod save;
 mod schema;
@@ -21,6 +22,7 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 
 use crate::service::job::{JobId, State};
 
+pub use self::images::{Fate, ImageKey, Note, Share};
 pub(crate) use self::outbox::OutboxEntry;
 pub use self::save::{Draft, Failure, OutboxAction, Policy, Progress, Save, SaveWarning};
 pub use self::signin::SignIn;

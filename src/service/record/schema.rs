@@ -5,7 +5,7 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// The statements that migrate the schema from one version to the next. Released entries must never be changed.
-const VERSIONS: [&[&str]; 2] = [FIRST, SIGN_INS];
+const VERSIONS: [&[&str]; 3] = [FIRST, SIGN_INS, IMAGES];
 
 const FIRST: &[&str] = &[
     // Columns that queries use, and the whole save as JSON in `body`. Progress changes without a new version.
@@ -94,6 +94,39 @@ const SIGN_INS: &[&str] = &[
     )",
     "CREATE INDEX signins_by_caller ON signins (caller, created_ms)",
     "CREATE INDEX signins_by_end ON signins (expires_ms)",
+];
+
+const IMAGES: &[&str] = &[
+    "CREATE INDEX saves_by_destination ON saves (destination, id)",
+    // Tags that do not name an image any more, for the history.
+    "CREATE TABLE removed (
+        destination TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        user_name TEXT NOT NULL,
+        at_ms INT8 NOT NULL,
+        by_name TEXT NOT NULL,
+        PRIMARY KEY (destination, digest)
+    )",
+    // What users say about their images.
+    "CREATE TABLE image_notes (
+        user_name TEXT NOT NULL,
+        name TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        description TEXT NOT NULL,
+        pinned INT8 NOT NULL,
+        changed_ms INT8 NOT NULL,
+        PRIMARY KEY (user_name, name, digest)
+    )",
+    "CREATE TABLE image_shares (
+        user_name TEXT NOT NULL,
+        name TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        grantee TEXT NOT NULL,
+        created_ms INT8 NOT NULL,
+        PRIMARY KEY (user_name, name, digest, kind, grantee)
+    )",
+    "CREATE INDEX image_shares_by_grantee ON image_shares (kind, grantee)",
 ];
 
 /// Takes an advisory lock for the migration. The number is arbitrary.

@@ -25,6 +25,8 @@ pub struct Filter {
     pub user: Option<String>,
     /// Only saves in this state.
     pub state: Option<State>,
+    /// Only saves that have not ended.
+    pub open: bool,
     /// Only saves of this session.
     pub session: Option<String>,
     /// Only saves that are older than this one.
@@ -96,12 +98,14 @@ impl Record {
         let rows = sqlx::query(
             "SELECT id, body, progress FROM saves
              WHERE ($1 = '' OR user_name = $1) AND ($2 = '' OR state = $2) AND ($3 = '' OR session = $3)
-             AND ($4 = '' OR id < $4) ORDER BY id DESC LIMIT $5",
+             AND ($4 = '' OR id < $4) AND ($5 = 0 OR state IN ('queued', 'assigned', 'running'))
+             ORDER BY id DESC LIMIT $6",
         )
         .bind(filter.user.clone().unwrap_or_default())
         .bind(filter.state.map_or("", State::name))
         .bind(filter.session.clone().unwrap_or_default())
         .bind(filter.after.map(|id| id.to_string()).unwrap_or_default())
+        .bind(i64::from(filter.open))
         .bind(i64::from(most))
         .fetch_all(&self.pool)
         .await?;
@@ -134,6 +138,21 @@ impl Record {
                     session: row.try_get("session")?,
                     id: id_of(&row.try_get::<String, _>("id")?)?,
                 })
+            })
+            .collect()
+    }
+
+    /// Returns the open saves with their users, the latest first.
+    pub(crate) async fn open_saves_of_users(&self) -> Result<Vec<(JobId, String)>, Error> {
+        let rows = sqlx::query(
+            "SELECT id, user_name FROM saves WHERE state IN ('queued', 'assigned', 'running') ORDER BY id DESC",
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter()
+            .map(|row| {
+                let id = id_of(&row.try_get::<String, _>("id")?)?;
+                Ok((id, row.try_get("user_name")?))
             })
             .collect()
     }

@@ -9,7 +9,7 @@ use rustix::fs::FlockOperation;
 
 use super::staged::{Staged, sync_directory};
 use super::{
-    Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, sync_error,
+    Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, sync_error, tagged,
     take_from_index,
 };
 use crate::common::digest::Digest;
@@ -194,12 +194,31 @@ impl Directory {
         media_type: &str,
         tag: &str,
     ) -> Result<Digest, Error> {
+        match self.put_manifest_if(bytes, media_type, tag, |_| true)? {
+            Ok(digest) | Err(digest) => Ok(digest),
+        }
+    }
+
+    /// Like [`Directory::put_manifest`], but only if `may` returns true for the image that has the tag now, if there is
+    /// one. Otherwise returns the digest of that image as an error, and changes nothing.
+    pub(crate) fn put_manifest_if(
+        &self,
+        bytes: &Bytes,
+        media_type: &str,
+        tag: &str,
+        may: impl FnOnce(Digest) -> bool,
+    ) -> Result<Result<Digest, Digest>, Error> {
         let digest = Digest::of(bytes);
         self.put_blob(bytes, &digest)?;
         let blobs = self.path.join("blobs/sha256");
         sync_directory(&blobs).map_err(io_error(&blobs, "write"))?;
         let lock = self.lock()?;
         let existing = read_document(&self.path.join("index.json"))?;
+        if let Some(found) = existing.as_deref().and_then(|index| tagged(index, tag))
+            && !may(found)
+        {
+            return Ok(Err(found));
+        }
         let index = add_to_index(
             existing.as_deref(),
             media_type,
@@ -214,7 +233,19 @@ impl Directory {
         })?;
         self.replace("index.json", &index)?;
         drop(lock);
-        Ok(digest)
+        Ok(Ok(digest))
+    }
+
+    /// Returns the digest of the image that a tag names, if there is one.
+    pub(crate) fn digest_of(&self, tag: &str) -> Result<Option<Digest>, Error> {
+        let existing = read_document(&self.path.join("index.json"))?;
+        Ok(existing.and_then(|index| tagged(&index, tag)))
+    }
+
+    /// Returns the content of a document's blob; `None` if it cannot be read.
+    pub(crate) fn small_blob(&self, digest: &Digest) -> Option<Bytes> {
+        let read = read_document(&self.path.join(blob_path(digest)));
+        read.ok()?.map(Bytes::from)
     }
 
     /// Locks the layout against concurrent writers until the returned file is closed.

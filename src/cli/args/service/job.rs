@@ -13,6 +13,7 @@ use crate::cli::args::value::key_value;
 use crate::cli::progress::Mode;
 use crate::save::Compression;
 use crate::service::job;
+use crate::service::manager::replace::Replace;
 
 pub(super) const JOB_HELP: &str = "\
 Examples:
@@ -61,6 +62,8 @@ Examples:
   upperdeck job submit jupyter/notebook-0
       With the name and tag that the manager suggests.
   upperdeck job submit --watch --message 'with pandas' jupyter/notebook-0 notebook:monday
+  upperdeck job submit --replace=own jupyter/notebook-0 notebook:daily
+      The tag moves to the new image if an earlier save of this session made the old one.
   id=$(upperdeck job submit 3f2a9c51d0b7 :tuesday)
 
 The manager prefixes NAME:TAG with registry, project and user. JSON: the object that POST /api/v1/saves returns.";
@@ -80,6 +83,10 @@ pub(in crate::cli) struct JobSubmit {
     pub(in crate::cli) session: String,
     /// NAME[:TAG] or :TAG [default: suggested by the manager]
     pub(in crate::cli) image: Option<String>,
+    /// Whether an image that has this name and tag may be replaced: never, own (if an earlier save of the same session made
+    /// it), any, or the digest of the only image that may be; without a value: any
+    #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "any", default_value = "never")]
+    pub(in crate::cli) replace: Replace,
     /// Description of the image
     #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]
     pub(in crate::cli) message: Option<String>,

@@ -48,12 +48,7 @@ pub(super) async fn run(app: App) {
         run_periodically(&app, "measure", MEASURE_EVERY, false, || update_gauges(
             &app
         )),
-        app.hub.run(
-            &app.record,
-            &app.queue,
-            app.options.watch_every,
-            &app.cancel
-        ),
+        app.hub.run(&app),
     );
 }
 

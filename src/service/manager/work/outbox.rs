@@ -24,6 +24,7 @@ fn order(app: &App, save: &Save) -> Order {
         destination: save.destination.clone(),
         message: save.message.clone(),
         options: save.options.clone(),
+        replaces: save.replaces.clone(),
         attempt: save.attempt,
         fence_after: save.fence,
         issued_ms: now_ms,

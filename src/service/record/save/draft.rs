@@ -124,6 +124,7 @@ impl Draft {
             return false;
         }
         self.save.state = to;
+        self.save.since_ms = Some(self.now_ms);
         if to != State::Running {
             self.save.phase = None;
         }
@@ -351,7 +352,12 @@ impl Draft {
 
     fn apply_event(&mut self, event: &Event, newest: bool) {
         match event {
-            Event::Phase { phase } if newest => self.save.phase = Some(*phase),
+            Event::Phase { phase } if newest => {
+                if self.save.phase != Some(*phase) {
+                    self.save.since_ms = Some(self.now_ms);
+                }
+                self.save.phase = Some(*phase);
+            }
             Event::Warning { code, message } => self.add_warning(code, message),
             Event::Paused { pause_ms } => self.save.pause_ms = Some(*pause_ms),
             _ => {}
@@ -484,11 +490,13 @@ mod tests {
             destination: "h.example/alice/torch:v1".into(),
             message: None,
             options: SaveOptions::default(),
+            replaces: Default::default(),
             kind: Kind::Jupyter,
             category: Category::Cpu,
             base: None,
             state: State::Queued,
             phase: None,
+            since_ms: None,
             attempt: 1,
             failures: 0,
             fence: 0,

@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 pub(super) use draft::Step;
 pub use draft::{Draft, OutboxAction, Policy};
 
-use crate::service::job::{Category, Code, JobId, Kind, Phase, SaveOptions, Saved, State};
+use crate::service::job::{
+    Category, Code, JobId, Kind, Phase, Replaces, SaveOptions, Saved, State,
+};
 
 /// A save.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,6 +36,9 @@ pub struct Save {
     pub message: Option<String>,
     /// Options of the save.
     pub options: SaveOptions,
+    /// The image that the tag may be taken from.
+    #[serde(default)]
+    pub replaces: Replaces,
     /// Kind of application.
     pub kind: Kind,
     /// Accelerator category.
@@ -44,6 +49,9 @@ pub struct Save {
     pub state: State,
     /// Current phase while it runs.
     pub phase: Option<Phase>,
+    /// When the current state or phase began: milliseconds since the epoch, UTC.
+    #[serde(default)]
+    pub since_ms: Option<i64>,
     /// Number of the current order, starting at 1. Reports about an earlier one are late.
     pub attempt: u32,
     /// Number of failed attempts that may be repeated.
@@ -84,16 +92,22 @@ pub struct Save {
 /// Progress of a save.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
-    /// Bytes read and compressed so far.
+    /// Bytes read and compressed so far, with those of the base.
     pub bytes_done: u64,
-    /// Total bytes to read.
+    /// Total bytes to read, with those of the base.
     pub bytes_total: u64,
+    /// Bytes of layers of the base and of earlier saves that were brought to the destination so far.
+    #[serde(default)]
+    pub base_done: u64,
+    /// Total bytes of such layers that the destination lacked.
+    #[serde(default)]
+    pub base_total: u64,
     /// Compressed bytes sent so far.
     pub bytes_sent: u64,
     /// Total number of entries.
     #[serde(default)]
     pub entries_total: u64,
-    /// Bytes compressed per second.
+    /// Bytes per second.
     pub rate: Option<f64>,
     /// Time of the report by the agent's clock: milliseconds since the epoch, UTC.
     pub at_ms: i64,

@@ -1,0 +1,232 @@
+//! Which image a save may replace: decided when it is accepted, so that a tag is never taken from another save by
+//! accident, and checked again by the agent immediately before it writes the tag.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+
+use super::App;
+use super::api::ExistingImage;
+use super::inventory::{other_tag, suggested_tag};
+use super::refusal::Refusal;
+use super::target::is_reserved;
+use super::time::rfc3339;
+use crate::common::digest::Digest;
+use crate::service::job::{Replaces, Session};
+use crate::service::record::{ImageKey, Save};
+
+/// Time limit for looking at a tag. A slower registry must not delay the acceptance of a save; the agent looks again.
+const TAG_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Whether a save may replace the image that has its tag already.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Replace {
+    /// No.
+    #[default]
+    Never,
+    /// If an earlier save of the same session made it.
+    Own,
+    /// Any image.
+    Any,
+    /// Only the image with this digest.
+    Image(Digest),
+}
+
+impl FromStr for Replace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "never" => Ok(Self::Never),
+            "own" => Ok(Self::Own),
+            "any" => Ok(Self::Any),
+            digest => digest
+                .parse()
+                .map(Self::Image)
+                .map_err(|_| "replace is never, own, any or the digest of an image".to_owned()),
+        }
+    }
+}
+
+impl TryFrom<String> for Replace {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Replace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Never => f.write_str("never"),
+            Self::Own => f.write_str("own"),
+            Self::Any => f.write_str("any"),
+            Self::Image(digest) => digest.fmt(f),
+        }
+    }
+}
+
+impl From<Replace> for String {
+    fn from(replace: Replace) -> Self {
+        replace.to_string()
+    }
+}
+
+/// What a save is of, and whose image it makes.
+pub(super) struct Image<'a> {
+    pub(super) session: &'a Session,
+    pub(super) user: &'a str,
+    pub(super) name: &'a str,
+}
+
+/// Returns the tag of a save, its destination, and the image that it may replace. A suggested tag that exists gets
+/// another end.
+pub(super) async fn choose_tag(
+    app: &App,
+    of: &Image<'_>,
+    asked: Option<String>,
+    replace: &Replace,
+    now_ms: i64,
+) -> Result<(String, String, Replaces), Refusal> {
+    let fill = |tag: &str| app.options.target.fill(of.user, of.name, tag);
+    let given = asked.is_some();
+    let tag = asked.unwrap_or_else(|| suggested_tag(of.session, now_ms));
+    let destination = fill(&tag)?;
+    if is_reserved(&tag, &app.options.reserved_tags) {
+        return Err(Refusal::invalid(
+            "image.tag",
+            "this tag is reserved; take another one",
+        ));
+    }
+    let place = Place {
+        of,
+        tag: &tag,
+        destination: &destination,
+    };
+    match replaces(app, &place, replace).await {
+        Ok(replaces) => Ok((tag, destination, replaces)),
+        Err(_) if !given => {
+            let tag = other_tag(now_ms);
+            let destination = fill(&tag)?;
+            Ok((tag, destination, Replaces::Nothing))
+        }
+        Err(refusal) => Err(refusal),
+    }
+}
+
+/// Where a save goes.
+struct Place<'a> {
+    of: &'a Image<'a>,
+    tag: &'a str,
+    destination: &'a str,
+}
+
+/// Returns which image the save may replace when it writes its tag.
+///
+/// Fails with `tag_exists` if the tag names an image that `asked` does not allow to replace, and with `image_pinned` if
+/// its owner has pinned it.
+async fn replaces(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Replaces, Refusal> {
+    let looked = app.store.digest_of(place.destination);
+    let Ok(Ok(found)) = tokio::time::timeout(TAG_TIMEOUT, looked).await else {
+        // The registry does not answer now. The agent decides by what it finds.
+        return unseen(app, place, asked).await;
+    };
+    let Some(found) = found else {
+        return Ok(match asked {
+            Replace::Any => Replaces::Any,
+            Replace::Image(digest) => Replaces::Image(*digest),
+            Replace::Never | Replace::Own => Replaces::Nothing,
+        });
+    };
+    let key = ImageKey {
+        user: place.of.user.to_owned(),
+        name: place.of.name.to_owned(),
+        digest: found.to_string(),
+    };
+    if app.record.note(&key).await?.pinned {
+        return Err(Refusal::new(
+            StatusCode::CONFLICT,
+            "image_pinned",
+            format!(
+                "{}:{} is pinned: it is not replaced until it is unpinned",
+                place.of.name, place.tag
+            ),
+        ));
+    }
+    let by = app.record.saved_as(place.destination, &key.digest).await?;
+    match asked {
+        Replace::Any => Ok(Replaces::Any),
+        Replace::Image(digest) if *digest == found => Ok(Replaces::Image(found)),
+        Replace::Own if by.as_ref().is_some_and(|save| is_own(save, place)) => {
+            Ok(Replaces::Image(found))
+        }
+        Replace::Never | Replace::Own | Replace::Image(_) => Err(exists(place, found, by.as_ref())),
+    }
+}
+
+fn is_own(save: &Save, place: &Place<'_>) -> bool {
+    save.session == place.of.session.id && save.user == place.of.user
+}
+
+async fn unseen(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Replaces, Refusal> {
+    Ok(match asked {
+        Replace::Any => Replaces::Any,
+        Replace::Never => Replaces::Nothing,
+        Replace::Image(digest) => Replaces::Image(*digest),
+        Replace::Own => {
+            let last = app.record.last_saved_to(place.destination).await?;
+            let own = last.filter(|save| is_own(save, place));
+            let digest = own.and_then(|save| save.result?.digest.parse().ok());
+            digest.map_or(Replaces::Nothing, Replaces::Image)
+        }
+    })
+}
+
+/// Returns the response for a tag that exists: who saved it, when, and from which session.
+fn exists(place: &Place<'_>, found: Digest, by: Option<&Save>) -> Refusal {
+    let saved = by.and_then(|save| save.finished_ms).map(rfc3339);
+    let story = match (by, &saved) {
+        (Some(save), Some(saved)) => format!(
+            ": {} saved it from {} at {saved}",
+            save.user, save.session_name
+        ),
+        _ => String::new(),
+    };
+    let message = format!(
+        "{}:{} exists{story}; take another tag, or say with replace that it may be replaced",
+        place.of.name, place.tag
+    );
+    Refusal::new(StatusCode::CONFLICT, "tag_exists", message).with_existing(ExistingImage {
+        name: place.of.name.to_owned(),
+        tag: place.tag.to_owned(),
+        digest: found.to_string(),
+        user: place.of.user.to_owned(),
+        saved,
+        session: by.map(|save| save.session.clone()),
+        session_name: by.map(|save| save.session_name.clone()),
+        save: by.map(|save| save.id),
+        message: by.and_then(|save| save.message.clone()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_replaced_is_said_in_one_word() {
+        let digest = Digest::of("x").to_string();
+        for text in ["never", "own", "any", digest.as_str()] {
+            let read: Result<Replace, _> = text.parse();
+            assert_eq!(read.map(String::from), Ok(text.to_owned()));
+        }
+        for text in ["", "yes", "Own", "sha256:0", "true"] {
+            assert!(text.parse::<Replace>().is_err(), "{text}");
+        }
+    }
+}

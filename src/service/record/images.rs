@@ -1,0 +1,327 @@
+//! What the record knows of images after their saves: what became of them, and what users say about them.
+
+use std::collections::{BTreeMap, HashMap};
+
+use sqlx::Row as _;
+
+use super::{Error, Record, Save, id_of, view};
+use crate::service::job::{JobId, now_ms};
+
+/// Maximum number of IDs or destinations per query.
+const BATCH: usize = 200;
+/// Maximum number of images of a user about which something is recorded.
+const MAX_NOTES: i64 = 20_000;
+
+/// What became of the image that a save made.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Fate {
+    /// A later save has taken its tag.
+    Replaced(Box<Save>),
+    /// It, or its tag, was deleted.
+    Deleted {
+        /// When that was done or seen: milliseconds since the epoch, UTC.
+        at_ms: i64,
+        /// The caller that did it; empty if it was done elsewhere.
+        by: String,
+    },
+}
+
+/// An image of a user.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ImageKey {
+    /// The owner.
+    pub user: String,
+    /// Name of the image.
+    pub name: String,
+    /// Digest of the manifest.
+    pub digest: String,
+}
+
+/// What a user says about an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Note {
+    /// Description, in place of the message of its save.
+    pub description: Option<String>,
+    /// Whether it may neither be deleted nor replaced.
+    pub pinned: bool,
+    /// With whom it is shared.
+    pub shared: Vec<Share>,
+}
+
+/// With whom an image is shared.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Share {
+    /// A user.
+    User(String),
+    /// A group.
+    Group(String),
+}
+
+impl Share {
+    fn parts(&self) -> (&'static str, &str) {
+        match self {
+            Self::User(name) => ("user", name),
+            Self::Group(name) => ("group", name),
+        }
+    }
+
+    fn of(kind: &str, name: String) -> Option<Self> {
+        match kind {
+            "user" => Some(Self::User(name)),
+            "group" => Some(Self::Group(name)),
+            _ => None,
+        }
+    }
+}
+
+/// Returns `$from, …` with `count` placeholders.
+fn places(from: usize, count: usize) -> String {
+    let all: Vec<_> = (from..from + count).map(|n| format!("${n}")).collect();
+    all.join(", ")
+}
+
+impl Record {
+    /// Returns what became of the images of those of `saves` that have lost their tag.
+    pub async fn fates(&self, saves: &[Save]) -> Result<HashMap<JobId, Fate>, Error> {
+        let mut fates = HashMap::new();
+        let done: Vec<&Save> = saves.iter().filter(|save| save.result.is_some()).collect();
+        for part in done.chunks(BATCH) {
+            self.replaced(part, &mut fates).await?;
+            self.deleted(part, &mut fates).await?;
+        }
+        Ok(fates)
+    }
+
+    async fn replaced(
+        &self,
+        saves: &[&Save],
+        fates: &mut HashMap<JobId, Fate>,
+    ) -> Result<(), Error> {
+        let text = format!(
+            "SELECT own.id AS own_id, next.id AS id, next.body AS body, next.progress AS progress
+             FROM saves AS own JOIN saves AS next ON next.id = (
+                 SELECT min(later.id) FROM saves AS later
+                 WHERE later.destination = own.destination AND later.state = 'succeeded' AND later.id > own.id)
+             WHERE own.id IN ({})",
+            places(1, saves.len())
+        );
+        let mut query = sqlx::query(&text);
+        for save in saves {
+            query = query.bind(save.id.to_string());
+        }
+        let digest_of = |save: &Save| save.result.as_ref().map(|saved| saved.digest.clone());
+        for row in query.fetch_all(&self.pool).await? {
+            let of = id_of(&row.try_get::<String, _>("own_id")?)?;
+            let next = view::save_of(&row)?;
+            let own = saves.iter().find(|save| save.id == of);
+            // A save in which nothing had changed made the same image.
+            if own.is_some_and(|own| digest_of(own) != digest_of(&next)) {
+                fates.insert(of, Fate::Replaced(Box::new(next)));
+            }
+        }
+        Ok(())
+    }
+
+    async fn deleted(
+        &self,
+        saves: &[&Save],
+        fates: &mut HashMap<JobId, Fate>,
+    ) -> Result<(), Error> {
+        let text = format!(
+            "SELECT destination, digest, at_ms, by_name FROM removed WHERE destination IN ({})",
+            places(1, saves.len())
+        );
+        let mut query = sqlx::query(&text);
+        for save in saves {
+            query = query.bind(&save.destination);
+        }
+        for row in query.fetch_all(&self.pool).await? {
+            let destination: String = row.try_get("destination")?;
+            let digest: String = row.try_get("digest")?;
+            let at_ms: i64 = row.try_get("at_ms")?;
+            let by: String = row.try_get("by_name")?;
+            let same = saves.iter().filter(|save| {
+                let made = save.result.as_ref().map(|saved| saved.digest.as_str());
+                save.destination == destination
+                    && made == Some(digest.as_str())
+                    && save.finished_ms.unwrap_or(0) <= at_ms
+            });
+            for save in same {
+                let by = by.clone();
+                fates.insert(save.id, Fate::Deleted { at_ms, by });
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the save that wrote the image with this digest to `destination`, the latest one if there are several.
+    pub async fn saved_as(&self, destination: &str, digest: &str) -> Result<Option<Save>, Error> {
+        let saves = self.saved_to(destination).await?;
+        let made = |save: &Save| {
+            let saved = save.result.as_ref();
+            saved.is_some_and(|saved| saved.digest == digest)
+        };
+        Ok(saves.into_iter().find(made))
+    }
+
+    /// Returns the last save that wrote an image to `destination`.
+    pub async fn last_saved_to(&self, destination: &str) -> Result<Option<Save>, Error> {
+        Ok(self.saved_to(destination).await?.into_iter().next())
+    }
+
+    async fn saved_to(&self, destination: &str) -> Result<Vec<Save>, Error> {
+        let rows = sqlx::query(
+            "SELECT id, body, progress FROM saves WHERE destination = $1 AND state = 'succeeded'
+             ORDER BY id DESC LIMIT 50",
+        )
+        .bind(destination)
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(view::save_of).collect()
+    }
+
+    /// Records that the tag at `destination` does not name the image with this digest any more. `by` is the caller who
+    /// deleted it; empty if that was done elsewhere.
+    pub async fn removed(
+        &self,
+        user: &str,
+        destination: &str,
+        digest: &str,
+        by: &str,
+    ) -> Result<(), Error> {
+        sqlx::query(
+            "INSERT INTO removed (destination, digest, user_name, at_ms, by_name) VALUES ($1, $2, $3, $4, $5)
+             ON CONFLICT (destination, digest) DO UPDATE SET at_ms = excluded.at_ms, by_name = excluded.by_name",
+        )
+        .bind(destination)
+        .bind(digest)
+        .bind(user)
+        .bind(now_ms())
+        .bind(by)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Returns what users say about the images of `user`, or of all users.
+    pub async fn notes(&self, user: Option<&str>) -> Result<BTreeMap<ImageKey, Note>, Error> {
+        let mut notes = BTreeMap::<ImageKey, Note>::new();
+        let rows = sqlx::query(
+            "SELECT user_name, name, digest, description, pinned FROM image_notes
+             WHERE ($1 = '' OR user_name = $1) LIMIT $2",
+        )
+        .bind(user.unwrap_or_default())
+        .bind(MAX_NOTES)
+        .fetch_all(&self.pool)
+        .await?;
+        for row in &rows {
+            let description: String = row.try_get("description")?;
+            let note = notes.entry(key_of(row)?).or_default();
+            note.description = Some(description).filter(|text| !text.is_empty());
+            note.pinned = row.try_get::<i64, _>("pinned")? != 0;
+        }
+        let rows = sqlx::query(
+            "SELECT user_name, name, digest, kind, grantee FROM image_shares
+             WHERE ($1 = '' OR user_name = $1) ORDER BY kind DESC, grantee LIMIT $2",
+        )
+        .bind(user.unwrap_or_default())
+        .bind(MAX_NOTES)
+        .fetch_all(&self.pool)
+        .await?;
+        for row in &rows {
+            let share = Share::of(&row.try_get::<String, _>("kind")?, row.try_get("grantee")?);
+            notes.entry(key_of(row)?).or_default().shared.extend(share);
+        }
+        Ok(notes)
+    }
+
+    /// Returns what is said about one image.
+    pub async fn note(&self, key: &ImageKey) -> Result<Note, Error> {
+        let mut all = self.notes(Some(&key.user)).await?;
+        Ok(all.remove(key).unwrap_or_default())
+    }
+
+    /// Replaces what is said about an image.
+    pub async fn set_note(&self, key: &ImageKey, note: &Note) -> Result<(), Error> {
+        let mut work = self.begin().await?;
+        sqlx::query(
+            "INSERT INTO image_notes (user_name, name, digest, description, pinned, changed_ms)
+             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (user_name, name, digest) DO UPDATE SET
+             description = excluded.description, pinned = excluded.pinned, changed_ms = excluded.changed_ms",
+        )
+        .bind(&key.user)
+        .bind(&key.name)
+        .bind(&key.digest)
+        .bind(note.description.clone().unwrap_or_default())
+        .bind(i64::from(note.pinned))
+        .bind(now_ms())
+        .execute(&mut *work)
+        .await?;
+        sqlx::query("DELETE FROM image_shares WHERE user_name = $1 AND name = $2 AND digest = $3")
+            .bind(&key.user)
+            .bind(&key.name)
+            .bind(&key.digest)
+            .execute(&mut *work)
+            .await?;
+        for share in &note.shared {
+            let (kind, grantee) = share.parts();
+            sqlx::query(
+                "INSERT INTO image_shares (user_name, name, digest, kind, grantee, created_ms)
+                 VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
+            )
+            .bind(&key.user)
+            .bind(&key.name)
+            .bind(&key.digest)
+            .bind(kind)
+            .bind(grantee)
+            .bind(now_ms())
+            .execute(&mut *work)
+            .await?;
+        }
+        work.commit().await?;
+        Ok(())
+    }
+
+    /// Forgets what is said about an image that is deleted.
+    pub async fn drop_note(&self, key: &ImageKey) -> Result<(), Error> {
+        for table in ["image_notes", "image_shares"] {
+            let text =
+                format!("DELETE FROM {table} WHERE user_name = $1 AND name = $2 AND digest = $3");
+            sqlx::query(&text)
+                .bind(&key.user)
+                .bind(&key.name)
+                .bind(&key.digest)
+                .execute(&self.pool)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Returns the images of others that are shared with `user` or one of `groups`.
+    pub async fn shared_with(&self, user: &str, groups: &[String]) -> Result<Vec<ImageKey>, Error> {
+        let text = format!(
+            "SELECT DISTINCT user_name, name, digest FROM image_shares
+             WHERE user_name <> $1 AND ((kind = 'user' AND grantee = $1) OR (kind = 'group' AND grantee IN ({})))
+             ORDER BY user_name, name, digest LIMIT {BATCH}",
+            // An empty list is no SQL.
+            places(2, groups.len().max(1))
+        );
+        let mut query = sqlx::query(&text).bind(user);
+        for group in groups {
+            query = query.bind(group);
+        }
+        if groups.is_empty() {
+            query = query.bind("");
+        }
+        let rows = query.fetch_all(&self.pool).await?;
+        rows.iter().map(key_of).collect()
+    }
+}
+
+fn key_of(row: &sqlx::any::AnyRow) -> Result<ImageKey, Error> {
+    Ok(ImageKey {
+        user: row.try_get("user_name")?,
+        name: row.try_get("name")?,
+        digest: row.try_get("digest")?,
+    })
+}

@@ -1,0 +1,165 @@
+//! A save never takes the tag of another save unless the request says so.
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use upperdeck::common::digest::Digest;
+use upperdeck::service::job::{JobId, Replaces};
+
+use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, until};
+use crate::store::{push, save_as};
+
+/// Requests a save of session `n` as `torch:v1`.
+async fn request(
+    at: std::net::SocketAddr,
+    n: usize,
+    replace: Option<&str>,
+) -> Result<(StatusCode, Value), Box<dyn std::error::Error>> {
+    let mut body = json!({"session": id(n), "image": {"name": "torch", "tag": "v1"}});
+    if let Some(replace) = replace {
+        body["replace"] = json!(replace);
+    }
+    ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(body)).await
+}
+
+/// Checks what the order of an accepted save says, and cancels the save.
+async fn check_order(
+    at: std::net::SocketAddr,
+    agent: &Agent,
+    answer: &Value,
+    expected: &Replaces,
+) -> Outcomes {
+    let claim = agent.claim().await?;
+    assert_eq!(claim.order.job.to_string(), answer["id"]);
+    assert_eq!(&claim.order.replaces, expected);
+    let path = format!("/api/v1/saves/{}", claim.order.job);
+    ask(at, Who::Alice, Method::DELETE, &path, None).await?;
+    let cancelled = upperdeck::service::job::Outcome::Cancelled;
+    agent.end(&claim, 2, cancelled).await?;
+    until(at, Who::Alice, &path, |save| save["state"] == "cancelled").await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_existing_tag_is_refused_unless_replace_is_said() -> Outcomes {
+    let (site, manager, agent) =
+        Site::at_work(&[session(1, Some("alice")), session(2, Some("alice"))]).await?;
+    let at = manager.address;
+    // A free tag needs no word, and the order holds the agent to it.
+    let (status, answer) = request(at, 1, None).await?;
+    assert_eq!(status, StatusCode::ACCEPTED, "{answer}");
+    check_order(at, &agent, &answer, &Replaces::Nothing).await?;
+    let digest = push(&site, "alice", "torch", "v1", "one")?;
+    let job = save_as(&site, at, &agent, 1, "v1", &digest).await?;
+    let other = Digest::of("another").to_string();
+    let refused = [
+        (1, None),
+        (2, None),
+        (1, Some("never")),
+        (2, Some("own")),
+        (1, Some(other.as_str())),
+    ];
+    for (n, replace) in refused {
+        let (status, answer) = request(at, n, replace).await?;
+        assert_eq!(status, StatusCode::CONFLICT, "{n} {replace:?}: {answer}");
+        let error = &answer["error"];
+        assert_eq!(error["code"], "tag_exists");
+        let existing = &error["existing"];
+        assert_eq!(existing["digest"], digest.to_string());
+        assert_eq!(existing["user"], "alice");
+        assert_eq!(existing["save"], job.to_string());
+        assert_eq!(existing["session"], id(1));
+        assert_eq!(existing["session_name"], "jupyter/pod-1/notebook");
+        assert!(existing["saved"].is_string(), "{existing}");
+    }
+    let seen = digest.to_string();
+    for (n, replace, expected) in [
+        (1, "own", Replaces::Image(digest)),
+        (2, seen.as_str(), Replaces::Image(digest)),
+        (2, "any", Replaces::Any),
+    ] {
+        let (status, answer) = request(at, n, Some(replace)).await?;
+        assert_eq!(status, StatusCode::ACCEPTED, "{replace}: {answer}");
+        check_order(at, &agent, &answer, &expected).await?;
+    }
+    let (status, answer) = request(at, 1, Some("yes")).await?;
+    assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
+    assert_eq!(answer["error"]["field"], "replace", "{answer}");
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_no_save_made_is_not_replaced_either() -> Outcomes {
+    let (site, manager, _agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
+    let at = manager.address;
+    let digest = push(&site, "alice", "torch", "v1", "by hand")?;
+    for replace in [None, Some("own")] {
+        let (status, answer) = request(at, 1, replace).await?;
+        assert_eq!(status, StatusCode::CONFLICT, "{answer}");
+        let existing = &answer["error"]["existing"];
+        assert_eq!(existing["digest"], digest.to_string());
+        assert_eq!(existing["save"], json!(null));
+    }
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_of_one_base_and_one_minute_get_names_of_their_own() -> Outcomes {
+    let sessions = [session(1, Some("alice")), session(2, Some("alice"))];
+    let (site, manager, agent) = Site::at_work(&sessions).await?;
+    let at = manager.address;
+    let post = async |n: usize| {
+        let body = json!({"session": id(n)});
+        ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(body)).await
+    };
+    let mut targets = Vec::new();
+    for n in [1, 2, 1, 1] {
+        let (status, save) = post(n).await?;
+        assert_eq!(status, StatusCode::ACCEPTED, "{save}");
+        let (name, tag) = (save["name"].as_str(), save["tag"].as_str());
+        let (name, tag) = (name.ok_or("no name")?, tag.ok_or("no tag")?);
+        assert_eq!(name, format!("pod-{n}"));
+        targets.push(save["target"].clone());
+        let claim = agent.claim().await?;
+        assert_eq!(claim.order.replaces, Replaces::Nothing);
+        // Its image is there, so the next save of this minute finds the suggestion taken.
+        push(&site, "alice", name, tag, "x")?;
+        agent.work(&claim).await?;
+        let path = format!("/api/v1/saves/{}", claim.order.job);
+        until(at, Who::Alice, &path, |save| save["state"] == "succeeded").await?;
+    }
+    let different: std::collections::BTreeSet<_> = targets.iter().map(Value::to_string).collect();
+    assert_eq!(different.len(), targets.len(), "{targets:?}");
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_history_says_what_became_of_each_image() -> Outcomes {
+    let sessions = [session(1, Some("alice")), session(2, Some("alice"))];
+    let (site, manager, agent) = Site::at_work(&sessions).await?;
+    let at = manager.address;
+    let image = async |job: JobId| {
+        let save = get(at, Who::Alice, &format!("/api/v1/saves/{job}")).await?;
+        Ok::<_, Box<dyn std::error::Error>>(save["image"].clone())
+    };
+    let one = push(&site, "alice", "torch", "v1", "one")?;
+    let first = save_as(&site, at, &agent, 1, "v1", &one).await?;
+    assert_eq!(image(first).await?["state"], "tagged");
+    let two = push(&site, "alice", "torch", "v1", "two")?;
+    let second = save_as(&site, at, &agent, 2, "v1", &two).await?;
+    let fate = image(first).await?;
+    assert_eq!(fate["state"], "replaced");
+    assert_eq!(fate["save"], second.to_string());
+    assert_eq!(fate["session_name"], "jupyter/pod-2/notebook");
+    assert!(fate["at"].is_string());
+    assert_eq!(image(second).await?["state"], "tagged");
+    let tag = "/api/v1/images/torch/tags/v1";
+    let (status, _) = ask(at, Who::Alice, Method::DELETE, tag, None).await?;
+    assert_eq!(status, StatusCode::OK);
+    let fate = image(second).await?;
+    assert_eq!(fate["state"], "deleted");
+    assert_eq!(fate["caller"], "token:alice");
+    let saves = get(at, Who::Alice, "/api/v1/saves").await?;
+    assert_eq!(saves["saves"][0]["image"]["state"], "deleted");
+    assert_eq!(saves["saves"][1]["image"]["state"], "replaced");
+    manager.stop().await
+}
