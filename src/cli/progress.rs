@@ -494,6 +494,8 @@ mod tests {
         let expected = [
             ("progress", Some(0)),
             ("paused", None),
+            // Each count has its own interval.
+            ("base_progress", Some(1)),
             ("progress", Some(100)),
             ("base_progress", Some(2)),
         ];

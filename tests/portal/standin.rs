@@ -22,13 +22,13 @@ use tokio::runtime::Runtime;
 use upperdeck::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, Saved, State, Unsaved,
 };
+use upperdeck::service::manager::api::Replace;
 use upperdeck::service::manager::api::{
     ErrorBody, ErrorDetail, ExistingImage, ImageFate, ImageState, ImageTag, ImageView, Images, Me,
     NodeView, Nodes, Progress, Quota, Save, SaveError, SaveRequest, Saves, SessionView, Sessions,
     Warning, Which,
 };
 use upperdeck::service::manager::auth::Via;
-use upperdeck::service::manager::replace::Replace;
 
 use crate::browser::Outcome;
 
@@ -361,7 +361,7 @@ impl World {
             image: upperdeck::service::manager::api::ImageName::default(),
             message: None,
             options: upperdeck::service::job::SaveOptions::default(),
-            replace: upperdeck::service::manager::replace::Replace::default(),
+            replace: upperdeck::service::manager::api::Replace::default(),
         };
         let Ok(save) = self.begin(&request) else {
             panic!("it is being saved")

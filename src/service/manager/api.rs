@@ -1,11 +1,14 @@
 //! The JSON types of the REST API. Times are RFC 3339 in UTC, sizes are in bytes, and IDs are UUIDs of version 7. The
 //! portal, the `job` commands and the OpenAPI document use these types and no others.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::auth::Via;
-use super::replace::Replace;
+use crate::common::digest::Digest;
 use crate::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, SaveOptions, Saved, State, Unsaved,
 };
@@ -89,6 +92,62 @@ pub struct ImageName {
     pub name: Option<String>,
     /// A tag: letters, digits, `_`, `.`, `-`, at most 128 characters. If absent, the session's suggestion is used.
     pub tag: Option<String>,
+}
+
+/// Whether a save may replace the image that has its tag already.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Replace {
+    /// No.
+    #[default]
+    Never,
+    /// If an earlier save of the same session made it.
+    Own,
+    /// Any image.
+    Any,
+    /// Only the image with this digest.
+    Image(Digest),
+}
+
+impl FromStr for Replace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "never" => Ok(Self::Never),
+            "own" => Ok(Self::Own),
+            "any" => Ok(Self::Any),
+            digest => digest
+                .parse()
+                .map(Self::Image)
+                .map_err(|_| "replace is never, own, any or the digest of an image".to_owned()),
+        }
+    }
+}
+
+impl TryFrom<String> for Replace {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Replace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Never => f.write_str("never"),
+            Self::Own => f.write_str("own"),
+            Self::Any => f.write_str("any"),
+            Self::Image(digest) => digest.fmt(f),
+        }
+    }
+}
+
+impl From<Replace> for String {
+    fn from(replace: Replace) -> Self {
+        replace.to_string()
+    }
 }
 
 /// `POST /api/v1/saves`: SAVE.
@@ -520,4 +579,21 @@ pub struct ExistingImage {
     pub save: Option<JobId>,
     /// Description by the user.
     pub message: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_replaced_is_said_in_one_word() {
+        let digest = Digest::of("x").to_string();
+        for text in ["never", "own", "any", digest.as_str()] {
+            let read: Result<Replace, _> = text.parse();
+            assert_eq!(read.map(String::from), Ok(text.to_owned()));
+        }
+        for text in ["", "yes", "Own", "sha256:0", "true"] {
+            assert!(text.parse::<Replace>().is_err(), "{text}");
+        }
+    }
 }

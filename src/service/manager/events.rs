@@ -22,8 +22,9 @@ use super::auth::Caller;
 use super::connections::CountGuard;
 use super::extract::Path;
 use super::refusal::Refusal;
-use super::saves::{get, shown};
+use super::saves::get;
 use super::standing::{Standing, standings};
+use super::views::shown;
 use crate::service::job::{JobId, State};
 use crate::service::record::{self, Progress, Record, Save, SaveVersion};
 

@@ -1,15 +1,12 @@
 //! Which image a save may replace: decided when it is accepted, so that a tag is never taken from another save by
 //! accident, and checked again by the agent immediately before it writes the tag.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use serde::{Deserialize, Serialize};
 
 use super::App;
-use super::api::ExistingImage;
+use super::api::{ExistingImage, Replace};
 use super::inventory::{other_tag, suggested_tag};
 use super::refusal::Refusal;
 use super::target::is_reserved;
@@ -20,62 +17,6 @@ use crate::service::record::{ImageKey, Save};
 
 /// Time limit for looking at a tag. A slower registry must not delay the acceptance of a save; the agent looks again.
 const TAG_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// Whether a save may replace the image that has its tag already.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum Replace {
-    /// No.
-    #[default]
-    Never,
-    /// If an earlier save of the same session made it.
-    Own,
-    /// Any image.
-    Any,
-    /// Only the image with this digest.
-    Image(Digest),
-}
-
-impl FromStr for Replace {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "never" => Ok(Self::Never),
-            "own" => Ok(Self::Own),
-            "any" => Ok(Self::Any),
-            digest => digest
-                .parse()
-                .map(Self::Image)
-                .map_err(|_| "replace is never, own, any or the digest of an image".to_owned()),
-        }
-    }
-}
-
-impl TryFrom<String> for Replace {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl fmt::Display for Replace {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Never => f.write_str("never"),
-            Self::Own => f.write_str("own"),
-            Self::Any => f.write_str("any"),
-            Self::Image(digest) => digest.fmt(f),
-        }
-    }
-}
-
-impl From<Replace> for String {
-    fn from(replace: Replace) -> Self {
-        replace.to_string()
-    }
-}
 
 /// What a save is of, and whose image it makes.
 pub(super) struct Image<'a> {
@@ -212,21 +153,4 @@ fn exists(place: &Place<'_>, found: Digest, by: Option<&Save>) -> Refusal {
         save: by.map(|save| save.id),
         message: by.and_then(|save| save.message.clone()),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_may_be_replaced_is_said_in_one_word() {
-        let digest = Digest::of("x").to_string();
-        for text in ["never", "own", "any", digest.as_str()] {
-            let read: Result<Replace, _> = text.parse();
-            assert_eq!(read.map(String::from), Ok(text.to_owned()));
-        }
-        for text in ["", "yes", "Own", "sha256:0", "true"] {
-            assert!(text.parse::<Replace>().is_err(), "{text}");
-        }
-    }
 }

@@ -8,17 +8,14 @@ use sha2::{Digest as _, Sha256};
 use utoipa::IntoParams;
 
 use super::App;
-use super::api::{
-    Audit, AuditLine, Progress, Save as Shown, SaveError, SaveRequest, Saves, Warning,
-};
+use super::api::{Audit, AuditLine, Save as Shown, SaveRequest, Saves};
 use super::auth::Caller;
 use super::extract::{Body, Path, QueryParams, parse_job_id};
-use super::fates::show_all;
 use super::inventory::{find, session_name, suggested_name};
 use super::refusal::Refusal;
 use super::replace::{Image, choose_tag};
-use super::standing::{Standing, standings};
 use super::time::rfc3339;
+use super::views::{show, show_all};
 use crate::service::job::{JobId, SaveOptions, State, now_ms};
 use crate::service::queue::Withdrawn;
 use crate::service::record::{Draft, Filter, Request, Save, Submitted, UserLimits};
@@ -38,68 +35,6 @@ const TOO_MANY_S: u64 = 30;
 
 /// Seconds after which a user with too many saves in 24 hours should try again.
 const TOO_MANY_TODAY_S: u64 = 900;
-
-/// Converts a save to its representation in the API.
-pub(super) fn shown(save: &Save, standing: &Standing) -> Shown {
-    let left = |progress: &crate::service::record::Progress| {
-        let rate = progress.rate.filter(|rate| *rate > 0.0)?;
-        Some(progress.bytes_total.saturating_sub(progress.bytes_done) as f64 / rate)
-    };
-    let open = !save.state.is_final();
-    Shown {
-        id: save.id,
-        session: save.session.clone(),
-        session_name: save.session_name.clone(),
-        node: save.node.clone(),
-        user: save.user.clone(),
-        name: save.name.clone(),
-        tag: save.tag.clone(),
-        target: save.destination.clone(),
-        message: save.message.clone(),
-        state: save.state,
-        phase: save.phase,
-        since: save.since_ms.map(rfc3339),
-        place: standing.place.filter(|_| save.state == State::Queued),
-        waiting: standing.waiting.clone().filter(|_| open),
-        attempt: save.attempt,
-        progress: save.progress.map(|progress| Progress {
-            bytes_done: progress.bytes_done,
-            bytes_total: progress.bytes_total,
-            base_done: progress.base_done,
-            base_total: progress.base_total,
-            bytes_sent: progress.bytes_sent,
-            entries_total: progress.entries_total,
-            rate: progress.rate.filter(|_| open),
-            seconds_left: left(&progress).filter(|_| open),
-        }),
-        pause_ms: save.pause_ms,
-        warnings: save
-            .warnings
-            .iter()
-            .map(|remark| Warning {
-                code: remark.code.clone(),
-                message: remark.message.clone(),
-            })
-            .collect(),
-        result: save.result.clone(),
-        error: save.error.as_ref().map(|failure| SaveError {
-            code: failure.code,
-            message: failure.message.clone(),
-            retryable: failure.retryable,
-        }),
-        image: None,
-        cancelling: save.cancelling,
-        created: rfc3339(save.created_ms),
-        started: save.started_ms.map(rfc3339),
-        finished: save.finished_ms.map(rfc3339),
-        version: save.version,
-    }
-}
-
-pub(super) async fn show(app: &App, save: &Save) -> Shown {
-    let mut standings = standings(app, std::slice::from_ref(save)).await;
-    shown(save, &standings.remove(&save.id).unwrap_or_default())
-}
 
 /// Returns a save that this caller may see. A save of another user is reported as not found.
 pub(super) async fn get(app: &App, caller: &Caller, id: &str) -> Result<Save, Refusal> {

@@ -277,7 +277,7 @@ export function running(first) {
   const why = element("p", { class: "why" });
   const bell = notifier();
   const block = element("section", { class: "running", "aria-label": t("saving.what", { image: image(first) }) },
-    name, label, bar, element("div", { class: "under-bar" }, numbers, bell, stop), why);
+    name, label, bar, element("div", { class: "under-bar" }, numbers, stop, bell), why);
   const update = (save) => {
     const { progress } = save;
     const moving = save.state === "running" && progress?.bytes_total > 0;

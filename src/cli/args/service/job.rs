@@ -13,7 +13,7 @@ use crate::cli::args::value::key_value;
 use crate::cli::progress::Mode;
 use crate::save::Compression;
 use crate::service::job;
-use crate::service::manager::replace::Replace;
+use crate::service::manager::api::Replace;
 
 pub(super) const JOB_HELP: &str = "\
 Examples:

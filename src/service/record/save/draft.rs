@@ -490,7 +490,7 @@ mod tests {
             destination: "h.example/alice/torch:v1".into(),
             message: None,
             options: SaveOptions::default(),
-            replaces: Default::default(),
+            replaces: crate::service::job::Replaces::default(),
             kind: Kind::Jupyter,
             category: Category::Cpu,
             base: None,
