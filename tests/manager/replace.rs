@@ -163,3 +163,71 @@ async fn the_history_says_what_became_of_each_image() -> Outcomes {
     assert_eq!(saves["saves"][1]["image"]["state"], "replaced");
     manager.stop().await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_pinned_stays_and_what_is_shared_is_seen_and_not_changed() -> Outcomes {
+    let (site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
+    let at = manager.address;
+    let digest = push(&site, "alice", "torch", "v1", "one")?;
+    save_as(&site, at, &agent, 1, "v1", &digest).await?;
+    let path = format!("/api/v1/images/torch/digests/{digest}");
+    let change = async |who, body: Value| ask(at, who, Method::PATCH, &path, Some(body)).await;
+    let said =
+        json!({"description": "for the paper", "pinned": true, "shared": ["bob", "alice", "bob"]});
+    let (status, view) = change(Who::Alice, said).await?;
+    assert_eq!(status, StatusCode::OK, "{view}");
+    for view in [
+        view,
+        get(at, Who::Alice, "/api/v1/images").await?["images"][0].clone(),
+    ] {
+        assert_eq!(view["message"], "for the paper");
+        assert_eq!(view["pinned"], true);
+        assert_eq!(view["shared"], json!(["bob"]));
+    }
+    // Neither deleted nor replaced, whatever is said.
+    let tag = "/api/v1/images/torch/tags/v1";
+    for (status, answer) in [
+        ask(at, Who::Alice, Method::DELETE, tag, None).await?,
+        ask(at, Who::Alice, Method::DELETE, &path, None).await?,
+        request(at, 1, Some("any")).await?,
+        request(at, 1, Some(&digest.to_string())).await?,
+    ] {
+        assert_eq!(status, StatusCode::CONFLICT, "{answer}");
+        assert_eq!(answer["error"]["code"], "image_pinned");
+    }
+    // The colleague sees it, not with whom else it is shared, and changes nothing.
+    let shared = get(at, Who::Bob, "/api/v1/shared").await?;
+    let seen = &shared["images"][0];
+    assert_eq!(
+        (&seen["user"], &seen["digest"], &seen["shared"]),
+        (&json!("alice"), &json!(digest.to_string()), &json!([]))
+    );
+    assert_eq!(seen["tags"][0]["name"], "v1");
+    for (path, method) in [(tag, Method::DELETE), (path.as_str(), Method::PATCH)] {
+        let body = (method == Method::PATCH).then(|| json!({"pinned": false}));
+        let own = ask(at, Who::Bob, method.clone(), path, body.clone()).await?;
+        assert_eq!(own.0, StatusCode::NOT_FOUND, "{}", own.1);
+        let others = format!("{path}?user=alice");
+        let (status, _) = ask(at, Who::Bob, method, &others, body).await?;
+        assert_eq!(status, StatusCode::FORBIDDEN);
+    }
+    let alices = get(at, Who::Alice, "/api/v1/shared").await?;
+    assert_eq!(alices["images"], json!([]));
+    for wrong in [
+        json!({"description": "x".repeat(1001)}),
+        json!({"description": "bell \u{7}"}),
+        json!({"shared": [""]}),
+        json!({"shared": vec!["u"; 51]}),
+        json!({"owner": "bob"}),
+    ] {
+        let (status, answer) = change(Who::Alice, wrong).await?;
+        assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{answer}");
+    }
+    let (status, _) = change(Who::Alice, json!({"pinned": false, "shared": []})).await?;
+    assert_eq!(status, StatusCode::OK);
+    let shared = get(at, Who::Bob, "/api/v1/shared").await?;
+    assert_eq!(shared["images"], json!([]));
+    let (status, _) = ask(at, Who::Alice, Method::DELETE, tag, None).await?;
+    assert_eq!(status, StatusCode::OK);
+    manager.stop().await
+}

@@ -15,6 +15,7 @@ mod standin;
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "../support/mod.rs"]
 mod support;
+mod versions;
 mod words;
 
 /// Starts the browser and the stand-in of a test. Returns `None` and prints the reason if there is no browser.

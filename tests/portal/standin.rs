@@ -24,9 +24,9 @@ use upperdeck::service::job::{
 };
 use upperdeck::service::manager::api::Replace;
 use upperdeck::service::manager::api::{
-    ErrorBody, ErrorDetail, ExistingImage, ImageFate, ImageState, ImageTag, ImageView, Images, Me,
-    NodeView, Nodes, Progress, Quota, Save, SaveError, SaveRequest, Saves, SessionView, Sessions,
-    Warning, Which,
+    ErrorBody, ErrorDetail, ExistingImage, ImageChange, ImageFate, ImageState, ImageTag, ImageView,
+    Images, Me, NodeView, Nodes, Progress, Quota, Save, SaveError, SaveRequest, Saves, SessionView,
+    Sessions, Warning, Which,
 };
 use upperdeck::service::manager::auth::Via;
 
@@ -44,6 +44,8 @@ pub struct World {
     pub sessions: Vec<SessionView>,
     pub saves: Vec<Save>,
     pub images: Vec<ImageView>,
+    /// Images that others share.
+    pub shared: Vec<ImageView>,
     pub quota: Quota,
     pub nodes: Vec<NodeView>,
     pub dead: Vec<JobId>,
@@ -161,11 +163,13 @@ impl World {
                 user: "minji".to_owned(),
                 administrator: false,
                 via: Via::SignIn,
+                start_url: None,
             },
             signed_in: true,
             sessions: vec![training, statistics],
             saves: vec![],
             images: vec![],
+            shared: vec![],
             quota: Quota {
                 used: Some(32_400_000_000),
                 hard: Some(50_000_000_000),
@@ -244,6 +248,8 @@ impl World {
             message: message.map(str::to_owned),
             session_name: Some(format!("hub/{name}/notebook")),
             save: None,
+            pinned: false,
+            shared: vec![],
         }
     }
 
@@ -837,6 +843,42 @@ async fn remove(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
+async fn change(
+    Given(world): Given<Shared>,
+    headers: HeaderMap,
+    Path((name, digest)): Path<(String, String)>,
+    Json(change): Json<ImageChange>,
+) -> Reply {
+    let mut world = enter(&world, &headers, true)?;
+    let mut all = world.images.iter_mut();
+    let found = all.find(|image| image.name == name && image.digest == digest);
+    let Some(image) = found else {
+        return Err(refuse(refusal(
+            StatusCode::NOT_FOUND,
+            "not_found",
+            "no image",
+        )));
+    };
+    if let Some(text) = change.description {
+        image.message = Some(text);
+    }
+    image.pinned = change.pinned.unwrap_or(image.pinned);
+    image.shared = change.shared.unwrap_or(image.shared.clone());
+    Ok(Json(image.clone()).into_response())
+}
+
+async fn shared(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
+    let images = enter(&world, &headers, false)?.shared.clone();
+    let (total, page, page_size) = (images.len() as u64, 1, 50);
+    Ok(Json(Images {
+        images,
+        total,
+        page,
+        page_size,
+    })
+    .into_response())
+}
+
 async fn quota(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
     Ok(Json(enter(&world, &headers, false)?.quota.clone()).into_response())
 }
@@ -877,6 +919,11 @@ fn routes(world: Shared) -> Router {
         .route("/saves/{id}/requeue", post(requeue))
         .route("/images", get(images))
         .route("/images/{name}/tags/{tag}", delete(remove))
+        .route(
+            "/images/{name}/digests/{digest}",
+            axum::routing::patch(change),
+        )
+        .route("/shared", get(shared))
         .route("/quota", get(quota))
         .route("/nodes", get(nodes))
         .route("/dead", get(dead))

@@ -334,6 +334,7 @@ fn manager_options(
     let host = target.host().map(str::to_owned);
     let mut options = manager::Options::new(listen, target);
     options.public_url.clone_from(&serve.public_url);
+    options.start_url.clone_from(&serve.start_url);
     options.tokens = tokens;
     options.jwt = jwt(serve)?;
     if let Some(header) = &serve.proxy_header {

@@ -439,6 +439,27 @@ pub struct ImageView {
     pub session_name: Option<String>,
     /// The job that saved it.
     pub save: Option<JobId>,
+    /// Whether it is pinned: it is neither deleted nor replaced.
+    #[serde(default)]
+    pub pinned: bool,
+    /// Users with whom its owner shares it.
+    #[serde(default)]
+    pub shared: Vec<String>,
+}
+
+/// `PATCH /api/v1/images/{name}/digests/{digest}`: what the owner says about an image. Absent fields stay as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ImageChange {
+    /// Description, in place of the message of its save; at most 1,000 characters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Whether it is pinned: it is neither deleted nor replaced.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pinned: Option<bool>,
+    /// Users with whom it is shared, at most 50: they see it in their list, and cannot change it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared: Option<Vec<String>>,
 }
 
 /// A tag of an image.
@@ -506,6 +527,10 @@ pub struct Me {
     pub administrator: bool,
     /// How the caller is authenticated.
     pub via: Via,
+    /// Where a session is started from an image, if the administrator has set it: a URL with `{reference}`, which is
+    /// replaced by the percent-encoded reference.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_url: Option<String>,
 }
 
 /// `POST /api/v1/signin`.

@@ -17,12 +17,13 @@ use super::App;
 use super::api::{Deleted, ImageTag, ImageView, Images as Shown, Quota};
 use super::auth::Caller;
 use super::extract::{Path, QueryParams};
+use super::notes::{annotate, check_unpinned};
 use super::refusal::Refusal;
 use super::target::Template;
 use super::time::rfc3339;
 use crate::common::digest::Digest;
 use crate::service::job::Category;
-use crate::service::record::Save;
+use crate::service::record::{ImageKey, Save};
 use crate::store::destination::{self, Destination, Target};
 use crate::store::harbor::{Harbor, QuotaUsage, rights};
 use crate::store::images::{
@@ -450,8 +451,33 @@ fn view(found: &ListedImage, saves: &HashMap<(&str, &str, String), &Save>) -> Im
         message: save.and_then(|save| save.message.clone()),
         session_name: save.map(|save| save.session_name.clone()),
         save: save.map(|save| save.id),
+        pinned: false,
+        shared: Vec::new(),
         digest,
     }
+}
+
+/// Returns the images of a user, or of all users, with their data in the record.
+pub(super) async fn list_views(app: &App, user: Option<&str>) -> Result<Vec<ImageView>, Refusal> {
+    let found = app.store.list(user).await?;
+    let saved = app.record.saved(user).await?;
+    let mut saves = HashMap::new();
+    // The latest save comes first, so if several made the same image, the oldest one describes it.
+    for save in &saved {
+        if let Some(result) = &save.result {
+            saves.insert(
+                (
+                    save.user.as_str(),
+                    save.name.as_str(),
+                    result.digest.clone(),
+                ),
+                save,
+            );
+        }
+    }
+    let mut views: Vec<ImageView> = found.iter().map(|found| view(found, &saves)).collect();
+    annotate(&mut views, &app.record.notes(user).await?);
+    Ok(views)
 }
 
 /// LIST: returns the caller's images. Administrators see all.
@@ -493,23 +519,7 @@ pub(super) async fn images(
     if let Some(user) = &user {
         super::target::component(user)?;
     }
-    let found = app.store.list(user.as_deref()).await?;
-    let saved = app.record.saved(user.as_deref()).await?;
-    let mut saves = HashMap::new();
-    // The latest save comes first, so if several made the same image, the oldest one describes it.
-    for save in &saved {
-        if let Some(result) = &save.result {
-            saves.insert(
-                (
-                    save.user.as_str(),
-                    save.name.as_str(),
-                    result.digest.clone(),
-                ),
-                save,
-            );
-        }
-    }
-    let mut views: Vec<ImageView> = found.iter().map(|found| view(found, &saves)).collect();
+    let mut views = list_views(&app, user.as_deref()).await?;
     let category = match asked.category {
         Some(CategoryOrAny::Cpu) => Some(Category::Cpu),
         Some(CategoryOrAny::Gpu) => Some(Category::Gpu),
@@ -552,10 +562,10 @@ pub(super) async fn images(
 #[into_params(parameter_in = Query)]
 pub(super) struct UserQuery {
     /// For administrators: the user, if it is not the caller.
-    user: Option<String>,
+    pub(super) user: Option<String>,
 }
 
-fn owner(caller: &Caller, asked: Option<&str>) -> Result<String, Refusal> {
+pub(super) fn owner(caller: &Caller, asked: Option<&str>) -> Result<String, Refusal> {
     match caller.listed_user(asked)? {
         Some(user) => Ok(user),
         None => caller
@@ -589,6 +599,9 @@ pub(super) async fn delete(
             Some(save),
         ));
     }
+    if let Ok(Some(digest)) = app.store.digest_of(&destination).await {
+        check_unpinned(&app, &user, &name, &digest.to_string()).await?;
+    }
     let which = ImageSelector::Tag(tag);
     let removed = app.store.remove(&user, &name, &which).await;
     app.store.forget(&user).await;
@@ -597,6 +610,11 @@ pub(super) async fn delete(
     app.record
         .removed(&user, &destination, &digest, &caller.name)
         .await?;
+    if removed.image_deleted {
+        app.record
+            .drop_note(&note_key(&user, &name, digest))
+            .await?;
+    }
     tracing::info!(
         caller = caller.name, image = destination, digest = %removed.digest,
         image.deleted = removed.image_deleted, "a tag is deleted"
@@ -627,15 +645,28 @@ pub(super) async fn delete_untagged(
         .map_err(|error| Refusal::invalid("digest", error.to_string()))?;
     // The name is checked like that of a save.
     app.options.target.fill(&user, &name, "latest")?;
+    check_unpinned(&app, &user, &name, &digest.to_string()).await?;
     let which = ImageSelector::Digest(digest);
     let removed = app.store.remove(&user, &name, &which).await;
     app.store.forget(&user).await;
     let removed = removed?;
+    let digest = removed.digest.to_string();
+    app.record
+        .drop_note(&note_key(&user, &name, digest))
+        .await?;
     tracing::info!(
         caller = caller.name, image.name = name, digest = %removed.digest, "an image without a tag is deleted"
     );
     app.metrics.deleted();
     Ok(Json(deleted(removed)))
+}
+
+fn note_key(user: &str, name: &str, digest: String) -> ImageKey {
+    ImageKey {
+        user: user.to_owned(),
+        name: name.to_owned(),
+        digest,
+    }
 }
 
 fn deleted(removed: images::Removed) -> Deleted {

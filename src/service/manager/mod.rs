@@ -13,11 +13,13 @@ mod feed;
 mod images;
 mod inventory;
 mod metrics;
+mod notes;
 mod options;
 mod refusal;
 mod replace;
 mod routes;
 mod saves;
+mod sharing;
 mod signin;
 mod standing;
 mod status;
@@ -42,7 +44,7 @@ use crate::service::record::{self, Policy, Record};
 use self::connections::Bound;
 
 pub use self::connections::{ConnectionLimits, raise_open_files};
-pub use self::options::{Listen, Options, Rate};
+pub use self::options::{Listen, Options, Rate, check_start_url};
 pub use self::routes::description;
 
 /// Why a manager cannot start, or had to end.

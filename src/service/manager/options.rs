@@ -35,6 +35,16 @@ impl FromStr for Listen {
     }
 }
 
+/// Checks a template for the link that starts a session from an image: an http or https URL with `{reference}`.
+pub fn check_start_url(text: &str) -> Result<String, String> {
+    let web = text.starts_with("https://") || text.starts_with("http://");
+    let plain = text.chars().all(|c| c.is_ascii_graphic());
+    if web && plain && text.matches("{reference}").count() == 1 {
+        return Ok(text.to_owned());
+    }
+    Err("expected an http or https URL with {reference}, e.g. https://hub.example.org/hub/spawn?image={reference}".to_owned())
+}
+
 /// Limit on the rate of a caller's requests.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rate {
@@ -53,6 +63,8 @@ pub struct Options {
     /// requests of the page must have, the path of the cookie, and whether the cookie is restricted to TLS. `None`: the
     /// `Host` header over plain HTTP.
     pub public_url: Option<String>,
+    /// URL at which a session is started from an image, with `{reference}`; see [`check_start_url`].
+    pub start_url: Option<String>,
     /// Template for the destination of images.
     pub target: Template,
     /// API tokens.
@@ -110,6 +122,7 @@ impl Options {
         Self {
             listen,
             public_url: None,
+            start_url: None,
             target,
             tokens: Tokens::default(),
             jwt: None,

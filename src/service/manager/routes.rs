@@ -20,7 +20,7 @@ use utoipa_axum::routes;
 
 use super::extract::RequestGuard;
 use super::refusal::Refusal;
-use super::{App, api, events, feed, images, inventory, saves, signin, status};
+use super::{App, api, events, feed, images, inventory, saves, sharing, signin, status};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Content security policy of responses other than the page: they may do nothing, even if a browser displays one.
@@ -75,8 +75,9 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(saves::dead))
         .routes(routes!(images::images))
         .routes(routes!(images::delete))
-        .routes(routes!(images::delete_untagged))
+        .routes(routes!(images::delete_untagged, sharing::change))
         .routes(routes!(images::quota))
+        .routes(routes!(sharing::shared))
         .routes(routes!(inventory::nodes))
         .routes(routes!(status::healthz))
         .routes(routes!(status::readyz))

@@ -51,6 +51,20 @@ fn is_text(text: &str, most: usize) -> bool {
     text.len() <= most && !text.is_empty() && !text.chars().any(char::is_control)
 }
 
+/// Checks a text that describes an image.
+pub(super) fn check_message(field: &str, message: Option<&str>) -> Result<(), Refusal> {
+    let printable = |c: char| !c.is_control() || c == '\n' || c == '\t';
+    match message {
+        Some(text) if text.chars().count() > MAX_MESSAGE || !text.chars().all(printable) => {
+            Err(Refusal::invalid(
+                field,
+                format!("it has at most {MAX_MESSAGE} characters, and no control characters"),
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn check_options(options: &SaveOptions) -> Result<(), Refusal> {
     if let Some(compression) = &options.compression
         && !matches!(compression.as_str(), "gzip" | "zstd")
@@ -157,17 +171,7 @@ pub(super) async fn submit(
     }
     let request = idempotency(&headers, &caller, &body)?;
     let message = body.message.filter(|message| !message.is_empty());
-    if let Some(message) = &message {
-        let printable = |c: char| !c.is_control() || c == '\n' || c == '\t';
-        if message.chars().count() > MAX_MESSAGE || !message.chars().all(printable) {
-            return Err(Refusal::invalid(
-                "message",
-                format!(
-                    "a message has at most {MAX_MESSAGE} characters, and no control characters"
-                ),
-            ));
-        }
-    }
+    check_message("message", message.as_deref())?;
     check_options(&body.options)?;
     let now = now_ms();
     if let Some(request) = &request

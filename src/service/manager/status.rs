@@ -17,7 +17,10 @@ use super::refusal::Refusal;
     get, path = "/api/v1/me", tag = "sessions",
     responses((status = 200, body = Me), Refusal)
 )]
-pub(super) async fn me(caller: Caller) -> Result<Json<Me>, Refusal> {
+pub(super) async fn me(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+) -> Result<Json<Me>, Refusal> {
     let user = match (&caller.user, caller.administrator) {
         (Some(user), _) => user.clone(),
         (None, true) => String::new(),
@@ -27,6 +30,7 @@ pub(super) async fn me(caller: Caller) -> Result<Json<Me>, Refusal> {
         user,
         administrator: caller.administrator,
         via: caller.via,
+        start_url: app.options.start_url.clone(),
     }))
 }
 

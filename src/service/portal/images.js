@@ -61,39 +61,125 @@ async function removeUntagged(image, me, done) {
   }
 }
 
-function row(first, me, done) {
-  const heading = element("h2");
+/** A word of a command line. */
+const word = (text) => (/^[\w./:@+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+
+/** How an image is started by hand. */
+function commands(image, reference) {
+  if (reference.startsWith("oci:")) return [["Podman", `podman run -it --rm ${word(reference)}`], ["Apptainer", `apptainer run ${word(reference)}`]];
+  const pod = image.name.replace(/[^a-z0-9]+/g, "-").slice(0, 60);
+  return [["Docker", `docker run -it --rm ${word(reference)}`], ["Podman", `podman run -it --rm ${word(reference)}`],
+    ["Apptainer", `apptainer run ${word(`docker://${reference}`)}`], ["kubectl", `kubectl run ${pod} -it --rm --image=${word(reference)}`]];
+}
+
+const start = (me, reference) => me.start_url
+  ? element("a", { class: "start", href: me.start_url.replace("{reference}", () => encodeURIComponent(reference)), rel: "noreferrer", "aria-label": t("start.what", { image: reference }) }, t("start"))
+  : null;
+
+/** Changes what is said about an image. */
+async function say(image, change, me, done, said) {
+  try {
+    await insist("PATCH", path("images", image.name, "digests", image.digest), { body: change, query: { user: me.administrator ? image.user : null } });
+    done(said);
+  } catch (error) {
+    if (!(error instanceof Refused || error instanceof Lost)) throw error;
+    done(null, words(error));
+  }
+}
+
+/** Describe and share, for who opens it. */
+function edit(image, me, done) {
+  const id = `i-${image.digest.slice(7, 19)}`;
+  const text = element("textarea", { id: `${id}-d`, rows: "2", maxlength: "1000", dir: "auto" });
+  text.value = image.message ?? "";
+  const people = element("input", { id: `${id}-s`, autocomplete: "off", spellcheck: "false", autocapitalize: "none", dir: "ltr" });
+  people.value = (image.shared ?? []).join(", ");
+  return element("details", { class: "more" }, element("summary", {}, t("image.edit")),
+    element("form", {
+      submit: (event) => {
+        event.preventDefault();
+        const shared = people.value.split(",").map((one) => one.trim()).filter(Boolean);
+        say(image, { description: text.value.trim(), shared }, me, done, t("image.changed.said", { image: image.name }));
+      },
+    },
+    element("div", { class: "field" }, element("label", { for: text.id }, t("field.message")), text),
+    element("div", { class: "field" }, element("label", { for: people.id }, t("share")), people, element("p", { class: "dim" }, t("share.hint"))),
+    element("button", {}, t("image.apply"))));
+}
+
+/** One version of an image: a save. `others`: it is another user's, who shares it. */
+function version(first, me, done, others) {
   const message = element("p", { class: "message" });
   const meta = element("p", { class: "dim metas" });
   const tags = element("ul", { class: "tags" });
   const bare = element("p");
-  const block = element("article", { class: "card image" }, heading, message, meta, tags, bare);
-  const update = (image) => {
-    fill(heading, named(image.name), " ", element("span", { class: "badges" }, badges(image)));
+  const use = element("details", { class: "commands" });
+  const pin = element("button", { type: "button", class: "quiet" });
+  const block = element("div", { class: "version" }, message, meta, tags, bare,
+    element("div", { class: "tools-of" }, use, others ? null : [edit(first, me, done), pin]));
+  let image = first;
+  pin.addEventListener("click", () => say(image, { pinned: !image.pinned }, me, done, t(image.pinned ? "unpinned" : "pinned", { image: image.name })));
+  const update = (now) => {
+    image = now;
     message.hidden = !image.message;
     fill(message, image.message ? named(image.message) : "");
     const told = [
+      image.pinned ? element("strong", {}, t("image.pinned")) : null,
       typeof image.size === "number" ? bytes(image.size) : null,
       image.changed ? sentence("image.changed", { time: when(image.changed) }) : null,
       image.base ? sentence("image.base", { base: named(image.base) }) : null,
       image.session_name ? sentence("image.session", { session: named(image.session_name) }) : null,
       typeof image.pulls === "number" ? t("image.pulls", { n: image.pulls }) : null,
       image.user !== me.user ? sentence("image.user", { user: named(image.user) }) : null,
+      image.shared?.length ? sentence("image.shared", { users: named(image.shared.join(", ")) }) : null,
+      element("code", { title: image.digest, dir: "ltr" }, image.digest.replace(/^sha256:/, "").slice(0, 12)),
     ].filter(Boolean);
     fill(meta, told.map((part) => element("span", {}, part)));
+    fill(pin, t(image.pinned ? "unpin" : "pin"));
+    pin.setAttribute("aria-label", t(image.pinned ? "unpin.what" : "pin.what", { image: image.tags[0] ? `${image.name}:${image.tags[0].name}` : `${image.name}@${image.digest.slice(7, 19)}` }));
     bare.hidden = image.tags.length > 0;
     fill(bare, image.tags.length ? "" : [element("span", { class: "dim" }, t("untagged")), " ",
-      element("button", { type: "button", class: "quiet danger", "aria-label": t("delete.what", { image: `${image.name}@${image.digest}` }),
+      others || image.pinned ? null : element("button", { type: "button", class: "quiet danger", "aria-label": t("delete.what", { image: `${image.name}@${image.digest}` }),
         click: () => removeUntagged(image, me, done) }, t("delete"))]);
-    follow(tags, image.tags, (tag) => tag.name + tag.immutable, (tag) => ({
+    follow(tags, image.tags, (tag) => tag.name + tag.immutable + image.pinned, (tag) => ({
       element: element("li", {},
         element("code", { title: plain(tag.reference), dir: "ltr" }, named(tag.name)),
+        start(me, tag.reference),
         copier(tag.reference),
-        tag.immutable ? element("span", { class: "dim" }, t("immutable"))
+        others ? null : tag.immutable || image.pinned ? element("span", { class: "dim" }, t("immutable"))
           : element("button", { type: "button", class: "quiet danger", "aria-label": t("delete.what", { image: `${image.name}:${tag.name}` }),
             click: () => remove(image, tag, me, done) }, t("delete"))),
       update() {},
     }));
+    const reference = image.tags[0]?.reference ?? `${image.repository}@${image.digest}`;
+    if (use.dataset.of !== reference) {
+      use.dataset.of = reference;
+      use.replaceChildren(element("summary", {}, t("commands")), element("ul", {}, commands(image, reference).map(([program, command]) =>
+        element("li", {}, element("span", { class: "dim" }, program), element("code", { dir: "ltr" }, plain(command)), copier(command)))));
+    }
+  };
+  return { element: block, update };
+}
+
+/** Versions of one name, the first given first. */
+function grouped(images) {
+  const groups = new Map();
+  for (const image of images) {
+    const key = `${image.user}/${image.name}`;
+    if (!groups.has(key)) groups.set(key, []);
+    groups.get(key).push(image);
+  }
+  return [...groups].map(([key, versions]) => ({ key, versions }));
+}
+
+/** An image's name with its versions below. */
+function row({ versions: [first] }, me, done, others) {
+  const heading = element("h2");
+  const list = element("div");
+  const block = element("article", { class: "card image" }, heading, list);
+  const update = ({ versions }) => {
+    fill(heading, named(first.name), " ", element("span", { class: "badges" }, badges(versions[0])));
+    follow(list, versions, (image) => image.digest, (image) => version(image, me, done, others));
   };
   return { element: block, update };
 }
@@ -111,19 +197,26 @@ export function view(main, signal, me, heading) {
   const category = choice("category", t("category"), "category", ["", "cpu", "gpu"]);
   const all = element("input", { type: "checkbox", id: "everyone", checked: !me.user });
   const error = element("div", { class: "alert" });
+  const news = element("div");
   const count = element("p", { class: "dim", role: "status" });
   const list = element("div", { class: "cards" });
   const back = element("button", { type: "button" }, t("page.before"));
   const on = element("button", { type: "button" }, t("page.next"));
   const where = element("span", { class: "dim" });
   const pages = element("nav", { class: "pages", "aria-label": t("pages"), hidden: true }, back, where, on);
+  const shared = element("div", { class: "cards" });
+  const others = element("section", { class: "others", hidden: true }, element("h2", {}, t("images.shared")), shared);
   main.append(room, element("form", { class: "tools", role: "search", submit: (event) => event.preventDefault() },
     element("div", { class: "field grow" }, element("label", { for: "find-image" }, t("images.search")), search), sort.element, category.element,
   me.administrator && me.user ? element("div", { class: "check" }, all, element("label", { for: "everyone" }, t("images.everyone"))) : null),
-  error, count, list, pages);
+  error, news, count, list, pages, others);
 
   let page = 1;
   const run = repeat(30_000, signal, async () => {
+    get("shared").then(({ images }) => {
+      others.hidden = !images.length;
+      follow(shared, grouped(images), ({ key }) => key, (group) => row(group, me, done, true));
+    }, () => {});
     get("quota").then((quota) => fill(room, quotaBar(quota)), () => {});
     try {
       const query = { page, page_size: PAGE, search: search.value.trim(), sort: sort.select.value, category: category.select.value,
@@ -133,7 +226,7 @@ export function view(main, signal, me, heading) {
         page = 1;
         return setTimeout(run);
       }
-      follow(list, found.images, (image) => `${image.user}/${image.name}@${image.digest}`, (image) => row(image, me, done));
+      follow(list, grouped(found.images), ({ key }) => key, (group) => row(group, me, done));
       const last = Math.max(1, Math.ceil(found.total / found.page_size));
       pages.hidden = last === 1;
       back.disabled = page === 1;
@@ -147,6 +240,7 @@ export function view(main, signal, me, heading) {
   });
   const done = (said, wrong) => {
     fill(error, wrong ? element("p", { class: "problem" }, element("strong", {}, wrong[0]), " ", named(wrong[1])) : "");
+    fill(news, said ? element("p", { class: "done" }, said) : "");
     announce(said ?? wrong.join(" "), !said);
     if (said) look(heading);
     run();

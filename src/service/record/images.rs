@@ -44,34 +44,8 @@ pub struct Note {
     pub description: Option<String>,
     /// Whether it may neither be deleted nor replaced.
     pub pinned: bool,
-    /// With whom it is shared.
-    pub shared: Vec<Share>,
-}
-
-/// With whom an image is shared.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Share {
-    /// A user.
-    User(String),
-    /// A group.
-    Group(String),
-}
-
-impl Share {
-    fn parts(&self) -> (&'static str, &str) {
-        match self {
-            Self::User(name) => ("user", name),
-            Self::Group(name) => ("group", name),
-        }
-    }
-
-    fn of(kind: &str, name: String) -> Option<Self> {
-        match kind {
-            "user" => Some(Self::User(name)),
-            "group" => Some(Self::Group(name)),
-            _ => None,
-        }
-    }
+    /// Users with whom it is shared.
+    pub shared: Vec<String>,
 }
 
 /// Returns `$from, …` with `count` placeholders.
@@ -221,16 +195,16 @@ impl Record {
             note.pinned = row.try_get::<i64, _>("pinned")? != 0;
         }
         let rows = sqlx::query(
-            "SELECT user_name, name, digest, kind, grantee FROM image_shares
-             WHERE ($1 = '' OR user_name = $1) ORDER BY kind DESC, grantee LIMIT $2",
+            "SELECT user_name, name, digest, grantee FROM image_shares
+             WHERE ($1 = '' OR user_name = $1) ORDER BY grantee LIMIT $2",
         )
         .bind(user.unwrap_or_default())
         .bind(MAX_NOTES)
         .fetch_all(&self.pool)
         .await?;
         for row in &rows {
-            let share = Share::of(&row.try_get::<String, _>("kind")?, row.try_get("grantee")?);
-            notes.entry(key_of(row)?).or_default().shared.extend(share);
+            let note = notes.entry(key_of(row)?).or_default();
+            note.shared.push(row.try_get("grantee")?);
         }
         Ok(notes)
     }
@@ -263,16 +237,14 @@ impl Record {
             .bind(&key.digest)
             .execute(&mut *work)
             .await?;
-        for share in &note.shared {
-            let (kind, grantee) = share.parts();
+        for grantee in &note.shared {
             sqlx::query(
-                "INSERT INTO image_shares (user_name, name, digest, kind, grantee, created_ms)
-                 VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
+                "INSERT INTO image_shares (user_name, name, digest, grantee, created_ms)
+                 VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
             )
             .bind(&key.user)
             .bind(&key.name)
             .bind(&key.digest)
-            .bind(kind)
             .bind(grantee)
             .bind(now_ms())
             .execute(&mut *work)
@@ -297,23 +269,16 @@ impl Record {
         Ok(())
     }
 
-    /// Returns the images of others that are shared with `user` or one of `groups`.
-    pub async fn shared_with(&self, user: &str, groups: &[String]) -> Result<Vec<ImageKey>, Error> {
-        let text = format!(
-            "SELECT DISTINCT user_name, name, digest FROM image_shares
-             WHERE user_name <> $1 AND ((kind = 'user' AND grantee = $1) OR (kind = 'group' AND grantee IN ({})))
-             ORDER BY user_name, name, digest LIMIT {BATCH}",
-            // An empty list is no SQL.
-            places(2, groups.len().max(1))
-        );
-        let mut query = sqlx::query(&text).bind(user);
-        for group in groups {
-            query = query.bind(group);
-        }
-        if groups.is_empty() {
-            query = query.bind("");
-        }
-        let rows = query.fetch_all(&self.pool).await?;
+    /// Returns the images of others that are shared with `user`.
+    pub async fn shared_with(&self, user: &str) -> Result<Vec<ImageKey>, Error> {
+        let rows = sqlx::query(
+            "SELECT user_name, name, digest FROM image_shares WHERE grantee = $1 AND user_name <> $1
+             ORDER BY user_name, name, digest LIMIT $2",
+        )
+        .bind(user)
+        .bind(BATCH as i64)
+        .fetch_all(&self.pool)
+        .await?;
         rows.iter().map(key_of).collect()
     }
 }

@@ -22,7 +22,7 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 
 use crate::service::job::{JobId, State};
 
-pub use self::images::{Fate, ImageKey, Note, Share};
+pub use self::images::{Fate, ImageKey, Note};
 pub(crate) use self::outbox::OutboxEntry;
 pub use self::save::{Draft, Failure, OutboxAction, Policy, Progress, Save, SaveWarning};
 pub use self::signin::SignIn;

@@ -121,12 +121,11 @@ const IMAGES: &[&str] = &[
         user_name TEXT NOT NULL,
         name TEXT NOT NULL,
         digest TEXT NOT NULL,
-        kind TEXT NOT NULL,
         grantee TEXT NOT NULL,
         created_ms INT8 NOT NULL,
-        PRIMARY KEY (user_name, name, digest, kind, grantee)
+        PRIMARY KEY (user_name, name, digest, grantee)
     )",
-    "CREATE INDEX image_shares_by_grantee ON image_shares (kind, grantee)",
+    "CREATE INDEX image_shares_by_grantee ON image_shares (grantee)",
 ];
 
 /// Takes an advisory lock for the migration. The number is arbitrary.

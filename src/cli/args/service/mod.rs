@@ -114,6 +114,10 @@ pub(in crate::cli) struct Serve {
     /// with the host of the request]
     #[arg(long, value_name = "URL", value_hint = ValueHint::Url, help_heading = SERVE)]
     pub(in crate::cli) public_url: Option<String>,
+    /// Link of the page that starts a session from an image, with {reference} for the image's reference, e.g.
+    /// https://hub.example.org/hub/spawn?image={reference}
+    #[arg(long, value_name = "URL", value_parser = crate::service::manager::check_start_url, help_heading = SERVE)]
+    pub(in crate::cli) start_url: Option<String>,
     /// The record: sqlite:FILE or postgres://[USER@]HOST[:PORT]/DATABASE [default: sqlite:/var/lib/upperdeck/manager.db,
     /// with 'up' manager.db in --state-dir]
     #[arg(long, value_name = "URL", help_heading = SERVE)]

@@ -1,0 +1,50 @@
+//! What owners say about their images, as it is shown and as it is obeyed.
+
+use std::collections::BTreeMap;
+
+use axum::http::StatusCode;
+
+use super::App;
+use super::api::ImageView;
+use super::refusal::Refusal;
+use crate::service::record::{ImageKey, Note};
+
+/// Adds what is said about images.
+pub(super) fn annotate(views: &mut [ImageView], notes: &BTreeMap<ImageKey, Note>) {
+    for view in views {
+        let key = ImageKey {
+            user: view.user.clone(),
+            name: view.name.clone(),
+            digest: view.digest.clone(),
+        };
+        if let Some(note) = notes.get(&key) {
+            view.pinned = note.pinned;
+            view.shared.clone_from(&note.shared);
+            if note.description.is_some() {
+                view.message.clone_from(&note.description);
+            }
+        }
+    }
+}
+
+/// Fails if an image is pinned.
+pub(super) async fn check_unpinned(
+    app: &App,
+    user: &str,
+    name: &str,
+    digest: &str,
+) -> Result<(), Refusal> {
+    let key = ImageKey {
+        user: user.to_owned(),
+        name: name.to_owned(),
+        digest: digest.to_owned(),
+    };
+    if app.record.note(&key).await?.pinned {
+        return Err(Refusal::new(
+            StatusCode::CONFLICT,
+            "image_pinned",
+            "the image is pinned: unpin it first",
+        ));
+    }
+    Ok(())
+}
