@@ -85,7 +85,13 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
 #[test]
 fn pictures() -> Outcome {
     for (name, look) in [
-        ("light", BrowserOptions::default()),
+        (
+            "light",
+            BrowserOptions {
+                width: 1280,
+                ..BrowserOptions::default()
+            },
+        ),
         (
             "dark",
             BrowserOptions {
@@ -96,7 +102,7 @@ fn pictures() -> Outcome {
         (
             "phone-light",
             BrowserOptions {
-                width: 390,
+                width: 360,
                 height: 780,
                 ..BrowserOptions::default()
             },
@@ -104,7 +110,7 @@ fn pictures() -> Outcome {
         (
             "phone-dark-ko",
             BrowserOptions {
-                width: 390,
+                width: 360,
                 height: 780,
                 dark: true,
                 language: "ko-KR",
