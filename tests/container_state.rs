@@ -397,6 +397,72 @@ fn an_unknown_name_lists_what_there_is() {
     }
 }
 
+/// Returns the message for a container that its runtime knows, and that has no process.
+fn stopped(node: &Node, name: &str) -> String {
+    let error = find(&node.roots, name).unwrap_err();
+    assert!(matches!(error, Error::Stopped { .. }), "{name}: {error}");
+    assert_eq!(error.kind(), FailureKind::ContainerGone);
+    error.to_string()
+}
+
+#[test]
+fn a_stopped_container_is_known_as_stopped() -> Outcome {
+    if let Some(node) = containerd_node() {
+        fs::remove_dir_all(node.path(&format!("{TASKS}/{CONTAINERD_ID}")))?;
+        for name in ["hub/notebook-alice", &CONTAINERD_ID[..12]] {
+            let message = stopped(&node, name);
+            assert!(
+                message.contains("hub/notebook-alice/notebook (e015c37f773b) is stopped"),
+                "{message}"
+            );
+        }
+        assert!(matches!(
+            find(&node.roots, "hub/notebook-bob"),
+            Err(Error::NotFound { .. })
+        ));
+    }
+    if let Some(node) = crio_node() {
+        let userdata = format!("run/crio-1.36/overlay-containers/{CRIO_ID}/userdata");
+        fs::remove_file(node.path(&format!("{userdata}/pidfile")))?;
+        stopped(&node, "hub/notebook-alice");
+    }
+    let (node, _) = docker_node()?;
+    let config = format!("{DOCKER}/containers/{DOCKER_ID}/config.v2.json");
+    let running = fs::read_to_string(node.path(&config))?;
+    for (state, expected) in [
+        (
+            r#""Pid":0,"ExitCode":137,"OOMKilled":true,"FinishedAt":"2026-11-03T04:05:06.789Z""#,
+            "(exit code 137, out of memory, at 2026-11-03T04:05:06Z)",
+        ),
+        (
+            r#""Pid":0,"FinishedAt":"0001-01-01T00:00:00Z""#,
+            "(never started)",
+        ),
+    ] {
+        node.write(&config, running.replace(r#""Pid":77"#, state))?;
+        let message = stopped(&node, "lab");
+        assert!(message.contains(expected), "{message}");
+        assert_eq!(list(&node.roots).containers.len(), 0);
+    }
+    Ok(())
+}
+
+/// The user writes the records of a rootless Podman, so the node's root does not search them, and says so.
+#[test]
+fn the_storage_of_rootless_podman_is_named() -> Outcome {
+    let node = Node::empty()?;
+    let message = |name| find(&node.roots, name).unwrap_err().to_string();
+    assert!(!message("lab").contains("rootless"), "{}", message("lab"));
+    node.mkdir("run/user/1001/containers")?;
+    node.mkdir("run/user/1002")?;
+    let message = message("lab");
+    assert!(
+        message.contains("rootless Podman is not searched (user 1001)"),
+        "{message}"
+    );
+    Ok(())
+}
+
 /// A second container makes the pod's name alone ambiguous; a running sandbox does not.
 #[test]
 fn a_pod_with_several_containers_needs_the_containers_name() -> Outcome {

@@ -1238,6 +1238,39 @@ async fn plain_http_is_for_those_who_ask() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn plain_http_without_being_asked_for_is_named() {
+    // A tunnel to a server that answers the first message of TLS as HTTP servers do.
+    let tunnel = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = tunnel.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut client, _) = tunnel.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(client.read_u8().await?);
+                }
+                client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await?;
+                client.read_u8().await?;
+                client
+                    .write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+                    .await
+            });
+        }
+    });
+    let output = behind_a_proxy("registry.example")
+        .env("https_proxy", format!("http://{proxy}"))
+        .output()
+        .await
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        text.contains("does not speak TLS") && text.contains("--tls-verify=false"),
+        "{text}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_proxy_is_obeyed() {
     let fake = Fake::start(|seen, _| match seen.method.as_str() {
         "CONNECT" => answer(405),

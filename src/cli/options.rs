@@ -1,5 +1,6 @@
 //! Resolves flags to options: applies defaults, reads files and descriptors, and refuses contradictions.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::AsFd as _;
@@ -51,8 +52,34 @@ pub(super) fn roots(global: &args::Global) -> Roots {
             root: or(&global.storage_root, "/var/lib/containers/storage"),
             runroot: or(&global.storage_runroot, "/run/containers/storage"),
         }];
+    } else if global.host_root.is_none() && !is_root_of_node() {
+        roots
+            .storage
+            .extend(own_storage(|name| std::env::var_os(name)));
     }
     roots
+}
+
+/// Returns whether this process has user ID 0 of the node itself, not of a user namespace.
+fn is_root_of_node() -> bool {
+    let identity = |map: &str| map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
+    rustix::process::geteuid().is_root()
+        && std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| identity(&map))
+}
+
+/// Returns the storage of this user's rootless Podman (containers/storage, `types/utils.go`). Root does not search the
+/// storage of users, because they write its records.
+fn own_storage(environment: impl Fn(&str) -> Option<OsString>) -> Option<StorageRoot> {
+    let directory = |name: &str| {
+        let path = environment(name).map(PathBuf::from);
+        path.filter(|path| path.is_absolute())
+    };
+    let data = directory("XDG_DATA_HOME")
+        .or_else(|| directory("HOME").map(|home| home.join(".local/share")))?;
+    Some(StorageRoot {
+        root: data.join("containers/storage"),
+        runroot: directory("XDG_RUNTIME_DIR")?.join("containers"),
+    })
 }
 
 /// Returns the rules for the content of layers.

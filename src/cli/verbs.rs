@@ -30,7 +30,9 @@ use crate::store::destination::Target;
 
 pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
     let listing = container::list(roots);
-    for problem in &listing.problems {
+    let (denied, others): (Vec<_>, Vec<_>) =
+        listing.problems.into_iter().partition(|p| p.permission);
+    for problem in &others {
         tracing::warn!("{problem}");
     }
     let views = listing.containers.iter().map(|container| {
@@ -40,7 +42,12 @@ pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
     let views: Vec<_> = views.collect();
     print(args.format, views.as_slice(), |containers| {
         view::ps_table(containers, args.no_trunc)
-    })
+    })?;
+    if denied.is_empty() {
+        return Ok(());
+    }
+    let paths = denied.into_iter().map(|problem| problem.path).collect();
+    Err(save::Error::from(container::Error::Unseen { paths }).into())
 }
 
 pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()> {

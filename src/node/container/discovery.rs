@@ -4,15 +4,18 @@
 //! reliable, because the kernel provides them; all other content of its mountinfo is under the tenant's control
 //! (`mount_tables`, `root_mount`).
 
+use std::path::Path;
+
 use super::bundle::{self, Bundle};
 use super::error::{Error, Problem};
 use super::mount_tables::Tables;
 use super::process::{self, Process};
 use super::recorded::RecordedContainer;
 use super::root_mount;
-use super::roots::Roots;
+use super::roots::{Roots, read_dir};
+use super::stopped::stopped_containers;
 use super::table::{RootMount, TableSource};
-use super::{Container, Runtime, Spec, containerd, docker, storage};
+use super::{Container, Pod, Runtime, Spec, containerd, docker, storage};
 
 /// Minimum length of an ID prefix. Shorter ones are more likely a mistake.
 const MIN_PREFIX: usize = 3;
@@ -98,7 +101,7 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
         let mut running = Vec::new();
         for draft in drafts
             .iter()
-            .filter(|d| !d.sandbox && wanted.matches(d, rank))
+            .filter(|d| !d.sandbox && wanted.matches(&d.id, &d.names, d.pod.as_ref(), rank))
         {
             match process::read(roots, draft.pid)? {
                 Some(process) => running.push((draft, process)),
@@ -124,6 +127,18 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
             detail,
         });
     }
+    let stopped = stopped_containers(roots);
+    let stopped = (0..wanted.ranks()).find_map(|rank| {
+        stopped
+            .iter()
+            .filter(|s| !s.sandbox)
+            .find(|s| wanted.matches(&s.id, &s.names, s.pod.as_ref(), rank))
+    });
+    if let Some(stopped) = stopped {
+        return Err(Error::Stopped {
+            detail: stopped.detail(),
+        });
+    }
     if let Some(problem) = problems.iter().find(|p| p.permission) {
         return Err(Error::NotPermitted {
             path: problem.path.clone(),
@@ -132,6 +147,7 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
     Err(Error::NotFound {
         wanted: name.to_owned(),
         candidates: similar(roots, &drafts, name),
+        users: rootless_users(roots),
         problems,
     })
 }
@@ -204,7 +220,8 @@ impl Query {
         if matches!(self, Self::Plain(_)) { 3 } else { 1 }
     }
 
-    fn matches(&self, draft: &RecordedContainer, rank: u8) -> bool {
+    /// Returns whether a container with this ID and these names is meant, by the rule of the rank.
+    fn matches(&self, id: &str, names: &[String], pod: Option<&Pod>, rank: u8) -> bool {
         match (self, rank) {
             (Self::Pid(_), _) => false,
             (
@@ -214,18 +231,16 @@ impl Query {
                     container,
                 },
                 _,
-            ) => draft.pod.as_ref().is_some_and(|pod| {
+            ) => pod.is_some_and(|pod| {
                 pod.namespace == *namespace
                     && pod.name == *name
                     && container
                         .as_ref()
                         .is_none_or(|container| pod.container == *container)
             }),
-            (Self::Plain(plain), 0) => draft.id == *plain,
-            (Self::Plain(plain), 1) => draft.names.contains(plain),
-            (Self::Plain(plain), _) => {
-                plain.len() >= MIN_PREFIX && draft.id.starts_with(plain.as_str())
-            }
+            (Self::Plain(plain), 0) => id == plain,
+            (Self::Plain(plain), 1) => names.contains(plain),
+            (Self::Plain(plain), _) => plain.len() >= MIN_PREFIX && id.starts_with(plain.as_str()),
         }
     }
 }
@@ -250,6 +265,23 @@ fn similar(roots: &Roots, drafts: &[RecordedContainer], name: &str) -> Vec<Strin
     labels.into_iter().map(|(_, label)| label).collect()
 }
 
+/// Returns the users whose rootless Podman has run since the node was started, apart from those whose storage is among
+/// the roots.
+fn rootless_users(roots: &Roots) -> Vec<u32> {
+    let runtime_directories = Path::new("/run/user");
+    let users = read_dir(&roots.path(runtime_directories)).unwrap_or_default();
+    let mut found: Vec<u32> = users
+        .iter()
+        .filter(|user| {
+            let runroot = runtime_directories.join(user).join("containers");
+            roots.locate(&runroot).is_ok() && roots.storage.iter().all(|s| s.runroot != runroot)
+        })
+        .filter_map(|user| user.to_str()?.parse().ok())
+        .collect();
+    found.sort_unstable();
+    found
+}
+
 fn find_process(
     roots: &Roots,
     tables: &Tables,
@@ -260,6 +292,7 @@ fn find_process(
     let not_found = || Error::NotFound {
         wanted: name.to_owned(),
         candidates: Vec::new(),
+        users: Vec::new(),
         problems: Vec::new(),
     };
     let process = process::read(roots, pid)?.ok_or_else(not_found)?;

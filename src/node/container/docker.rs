@@ -15,6 +15,7 @@ use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, add_repositories, repository};
 use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{Roots, read_dir, read_file, read_json};
+use super::stopped::StoppedContainer;
 use super::{Base, BaseLayer, Container, Runtime, containerd};
 use crate::common::digest::{ChainId, DiffId, Digest};
 
@@ -49,6 +50,35 @@ struct Config2 {
 struct State {
     #[serde(rename = "Pid", default)]
     pid: u32,
+    #[serde(rename = "ExitCode", default)]
+    exit_code: i64,
+    #[serde(rename = "OOMKilled", default)]
+    oom_killed: bool,
+    /// RFC 3339; the year 1 for a container that never ended.
+    #[serde(rename = "FinishedAt", default)]
+    finished_at: String,
+}
+
+impl State {
+    /// Says how a container without a process ended.
+    fn end(&self) -> String {
+        let Ok(at) = self.finished_at.parse::<jiff::Timestamp>() else {
+            return "never started".to_owned();
+        };
+        if at < jiff::Timestamp::UNIX_EPOCH {
+            return "never started".to_owned();
+        }
+        let why = if self.oom_killed {
+            ", out of memory"
+        } else {
+            ""
+        };
+        format!(
+            "exit code {}{why}, at {}",
+            self.exit_code,
+            at.strftime("%Y-%m-%dT%H:%M:%SZ")
+        )
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -113,6 +143,40 @@ fn runs(directory: &Path) -> bool {
         .is_ok_and(|config| config.state.pid != 0)
 }
 
+/// Lists containers without a process. What cannot be read is left out.
+pub(super) fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
+    let mut stopped = Vec::new();
+    for root in data_roots(roots, &mut Vec::new()) {
+        let containers = roots.path(&root.join("containers"));
+        for id in read_dir(&containers).unwrap_or_default() {
+            let state = containers.join(id).join("config.v2.json");
+            let Ok(config) = read_json::<Config2>(&state, CONFIG_CAP) else {
+                continue;
+            };
+            if config.state.pid == 0 {
+                stopped.push(StoppedContainer {
+                    names: names(&config),
+                    end: Some(config.state.end()),
+                    state,
+                    id: config.id,
+                    ..StoppedContainer::default()
+                });
+            }
+        }
+    }
+    stopped
+}
+
+/// Returns the container's name, which Docker writes with a slash before it.
+fn names(config: &Config2) -> Vec<String> {
+    let name = config.name.trim_start_matches('/');
+    if name.is_empty() {
+        Vec::new()
+    } else {
+        vec![name.to_owned()]
+    }
+}
+
 fn draft(
     roots: &Roots,
     root: &Path,
@@ -145,10 +209,7 @@ fn draft(
     };
     Ok(Some(RecordedContainer {
         runtime: Runtime::Docker,
-        names: vec![config.name.trim_start_matches('/').to_owned()]
-            .into_iter()
-            .filter(|n| !n.is_empty())
-            .collect(),
+        names: names(&config),
         namespace: None,
         pod: None,
         image_name: Some(config.config.image).filter(|image| !image.is_empty()),

@@ -41,8 +41,9 @@ pub enum Error {
     },
     /// No container on this node has this name.
     #[error(
-        "no running container {wanted:?} on this node{}{}",
+        "no running container {wanted:?} on this node{}{}{}",
         offered("; there are", candidates),
+        rootless(users),
         unread(problems)
     )]
     NotFound {
@@ -50,6 +51,8 @@ pub enum Error {
         wanted: String,
         /// Existing containers, the most similar first.
         candidates: Vec<String>,
+        /// Users with containers of rootless Podman, whose storage was not searched.
+        users: Vec<u32>,
         /// State that could not be read and may describe the container.
         problems: Vec<Problem>,
     },
@@ -67,6 +70,12 @@ pub enum Error {
         /// ID of the container.
         container: String,
         /// How this was detected.
+        detail: String,
+    },
+    /// The runtime knows the container, and it has no process.
+    #[error("{detail}")]
+    Stopped {
+        /// The container, how it ended, and where this is written.
         detail: String,
     },
     /// No image on this node has the mounted chain ID.
@@ -107,6 +116,15 @@ pub enum Error {
     NotPermitted {
         /// The path.
         path: PathBuf,
+    },
+    /// A list of containers is not known to be complete.
+    #[error(
+        "containers may be missing from this list: permission denied for {}; run as root, with CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE",
+        shown(paths.iter().map(|path| path.display().to_string()))
+    )]
+    Unseen {
+        /// State that could not be read.
+        paths: Vec<PathBuf>,
     },
     /// The container's root is not an overlay with an upper directory.
     #[error("container {container} cannot be saved: {detail}")]
@@ -195,12 +213,15 @@ impl Error {
             Self::BadName { .. } | Self::Ambiguous { .. } | Self::NotAVolume { .. } => {
                 FailureKind::Usage
             }
-            Self::NotFound { .. } | Self::Gone { .. } => FailureKind::ContainerGone,
+            Self::NotFound { .. } | Self::Gone { .. } | Self::Stopped { .. } => {
+                FailureKind::ContainerGone
+            }
             Self::BaseUnproven { .. } | Self::ForeignRoot { .. } | Self::LayerUnproven { .. } => {
                 FailureKind::BaseUnproven
             }
             Self::Busy { .. } => FailureKind::Retryable,
             Self::NotPermitted { .. }
+            | Self::Unseen { .. }
             | Self::TooManyMounts { .. }
             | Self::VolumeNotAllowed { .. } => FailureKind::NotPermitted,
             Self::NotOverlay { .. }
@@ -218,9 +239,10 @@ impl Error {
             Self::NotFound { .. } => "container_not_found",
             Self::Ambiguous { .. } => "container_ambiguous",
             Self::Gone { .. } => "container_gone",
+            Self::Stopped { .. } => "container_stopped",
             Self::BaseUnproven { .. } | Self::LayerUnproven { .. } => "base_unproven",
             Self::NotAVolume { .. } => "not_a_volume",
-            Self::NotPermitted { .. } => "not_permitted",
+            Self::NotPermitted { .. } | Self::Unseen { .. } => "not_permitted",
             Self::VolumeNotAllowed { .. } => "volume_not_allowed",
             Self::NotOverlay { .. } => "not_overlay",
             Self::TooManyMounts { .. } => "policy",
@@ -340,14 +362,26 @@ fn unread(problems: &[Problem]) -> String {
     if problems.is_empty() {
         return String::new();
     }
-    let mut text = "; not everything could be read: ".to_owned();
-    let shown: Vec<String> = problems
-        .iter()
-        .take(SHOWN)
-        .map(ToString::to_string)
-        .collect();
-    text.push_str(&shown.join("; "));
-    text
+    format!(
+        "; not everything could be read: {}",
+        shown(problems.iter().map(ToString::to_string))
+    )
+}
+
+fn rootless(users: &[u32]) -> String {
+    if users.is_empty() {
+        return String::new();
+    }
+    format!(
+        "; the storage of rootless Podman is not searched (user {}): run this as that user, or with \
+         --storage-root HOME/.local/share/containers/storage --storage-runroot /run/user/UID/containers",
+        shown(users.iter().map(u32::to_string))
+    )
+}
+
+/// Joins the first few texts.
+fn shown(texts: impl Iterator<Item = String>) -> String {
+    texts.take(SHOWN).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ mod process;
 mod recorded;
 mod root_mount;
 mod roots;
+mod stopped;
 mod storage;
 mod table;
 mod volume;

@@ -45,18 +45,27 @@ pub(super) struct RecordedContainer {
 impl RecordedContainer {
     /// Returns an unambiguous name for messages.
     pub(super) fn label(&self) -> String {
-        let short = &self.id[..self
-            .id
-            .char_indices()
-            .nth(12)
-            .map_or(self.id.len(), |(at, _)| at)];
-        match (&self.pod, self.names.first()) {
-            (Some(pod), _) => format!("{}/{}/{} ({short})", pod.namespace, pod.name, pod.container),
-            (None, Some(name)) => format!("{name} ({short})"),
-            (None, None) => match &self.namespace {
-                Some(namespace) => format!("{short} (namespace {namespace})"),
-                None => short.to_owned(),
-            },
-        }
+        label(
+            &self.id,
+            &self.names,
+            self.namespace.as_deref(),
+            self.pod.as_ref(),
+        )
+    }
+}
+
+/// Returns an unambiguous name of a container for messages: what users call it, and the start of its ID.
+pub(super) fn label(
+    id: &str,
+    names: &[String],
+    namespace: Option<&str>,
+    pod: Option<&Pod>,
+) -> String {
+    let short = &id[..id.char_indices().nth(12).map_or(id.len(), |(at, _)| at)];
+    match (pod, names.first(), namespace) {
+        (Some(pod), ..) => format!("{}/{}/{} ({short})", pod.namespace, pod.name, pod.container),
+        (None, Some(name), _) => format!("{name} ({short})"),
+        (None, None, Some(namespace)) => format!("{short} (namespace {namespace})"),
+        (None, None, None) => short.to_owned(),
     }
 }

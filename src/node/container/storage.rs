@@ -15,6 +15,7 @@ use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, Document, Manifest, add_repositories, repository};
 use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{Roots, StorageRoot, pid_file, read_file, read_json};
+use super::stopped::StoppedContainer;
 use super::{Base, BaseLayer, Container, Pod, Runtime};
 use crate::common::digest::{ChainId, DiffId, Digest};
 
@@ -216,18 +217,7 @@ fn draft(
     };
     let crio = annotation("io.container.manager") == Some("cri-o");
     let own = metadata(container);
-    let pod = by_id
-        .get(own.pod_id.as_str())
-        .filter(|_| crio)
-        .map(|sandbox| {
-            let sandbox = metadata(sandbox);
-            Pod {
-                namespace: sandbox.namespace,
-                name: sandbox.name,
-                container: own.name.clone(),
-                uid: Some(sandbox.uid).filter(|uid| !uid.is_empty()),
-            }
-        });
+    let pod = pod(&own, by_id).filter(|_| crio);
     let chain = chain(layers, &container.layer);
     Ok(Some(RecordedContainer {
         runtime: if crio { Runtime::Crio } else { Runtime::Podman },
@@ -256,6 +246,47 @@ fn draft(
     }))
 }
 
+/// Returns the pod that CRI-O recorded for a container.
+fn pod(own: &Metadata, by_id: &HashMap<&str, &StoredContainer>) -> Option<Pod> {
+    let sandbox = metadata(by_id.get(own.pod_id.as_str())?);
+    Some(Pod {
+        namespace: sandbox.namespace,
+        name: sandbox.name,
+        container: own.name.clone(),
+        uid: Some(sandbox.uid).filter(|uid| !uid.is_empty()),
+    })
+}
+
+/// Lists containers without a process. What cannot be read is left out.
+pub(super) fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
+    let mut stopped = Vec::new();
+    for storage in &roots.storage {
+        let containers = containers(roots, storage).unwrap_or_default();
+        let by_id: HashMap<&str, &StoredContainer> =
+            containers.iter().map(|c| (c.id.as_str(), c)).collect();
+        for container in containers.iter().filter(|c| is_id(&c.id)) {
+            let pidfile = storage
+                .runroot
+                .join("overlay-containers")
+                .join(&container.id)
+                .join("userdata/pidfile");
+            if roots.locate(&pidfile).is_ok() {
+                continue;
+            }
+            let own = metadata(container);
+            stopped.push(StoppedContainer {
+                id: container.id.clone(),
+                names: container.names.clone().unwrap_or_default(),
+                pod: pod(&own, &by_id).filter(|pod| !pod.name.is_empty()),
+                sandbox: own.pod,
+                state: roots.path(&storage.root.join("overlay-containers")),
+                ..StoppedContainer::default()
+            });
+        }
+    }
+    stopped
+}
+
 /// Returns a layer and its ancestors, or a text that describes what is wrong.
 fn chain<'l>(
     layers: &'l HashMap<String, StoredLayer>,
@@ -280,11 +311,22 @@ fn chain<'l>(
 }
 
 pub(super) fn prove(roots: &Roots, container: &Container) -> Result<Base, Error> {
+    let mut unread = None;
     for storage in &roots.storage {
-        let containers = containers(roots, storage)?;
+        let containers = match containers(roots, storage) {
+            Ok(containers) => containers,
+            // The node's storage is not for other users, who have one of their own.
+            Err(error) => {
+                unread.get_or_insert(error);
+                continue;
+            }
+        };
         if let Some(stored) = containers.iter().find(|stored| stored.id == container.id) {
             return prove_stored(roots, storage, container, stored);
         }
+    }
+    if let Some(error) = unread {
+        return Err(error);
     }
     Err(Error::BaseUnproven {
         container: container.id.clone(),

@@ -190,6 +190,16 @@ pub enum Error {
         /// The chain of causes.
         reason: String,
     },
+    /// The server answered the TLS handshake with something else.
+    #[error(
+        "{request}: {reason}: the server does not speak TLS; if this registry has plain HTTP only, say --tls-verify=false"
+    )]
+    NoTls {
+        /// The request.
+        request: Request,
+        /// The chain of causes.
+        reason: String,
+    },
     /// No data was transferred for too long.
     #[error("{request}: no data was transferred for {}: try again later", crate::common::message::count(after.as_secs(), "second", "seconds"))]
     Stalled {
@@ -386,18 +396,26 @@ impl Error {
 
     /// Converts a transport error of reqwest. Only its causes are used, because its own text contains the whole URL.
     pub(super) fn transport(request: Request, error: &(dyn std::error::Error + 'static)) -> Self {
-        let (reason, certificate) = causes(error);
-        if certificate {
-            Self::Certificate { request, reason }
-        } else {
-            Self::Unreachable { request, reason }
+        let reason = causes(error);
+        match message::chain(error).find_map(tls_failure) {
+            Some(TlsFailure::Certificate) => Self::Certificate { request, reason },
+            Some(TlsFailure::OtherProtocol) => Self::NoTls { request, reason },
+            None => Self::Unreachable { request, reason },
         }
     }
 }
 
-/// Returns the chain of causes on one line, and whether one of them concerns certificates.
-pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool) {
-    let certificate = message::chain(error).any(is_certificate_error);
+/// A failure of TLS that another attempt does not mend.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum TlsFailure {
+    /// One side does not accept the other's certificate.
+    Certificate,
+    /// The server does not speak TLS.
+    OtherProtocol,
+}
+
+/// Returns the chain of causes on one line.
+pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     // The error's own text repeats the request, which is reported already.
     let causes = message::chain(error).filter(|cause| !cause.is::<reqwest::Error>());
     let mut reason = message::joined(
@@ -406,26 +424,28 @@ pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> (String, bool
     if reason.is_empty() {
         "the connection failed".clone_into(&mut reason);
     }
-    (reason, certificate)
+    reason
 }
 
-/// Returns whether the error concerns certificates rather than TLS in general.
-fn is_certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
-    let of = |tls: &rustls::Error| {
-        matches!(
-            tls,
-            rustls::Error::InvalidCertificate(_)
-                | rustls::Error::NoCertificatesPresented
-                | rustls::Error::UnsupportedNameType
-                | rustls::Error::AlertReceived(
-                    rustls::AlertDescription::BadCertificate
-                        | rustls::AlertDescription::UnknownCA
-                        | rustls::AlertDescription::CertificateRequired
-                        | rustls::AlertDescription::CertificateUnknown
-                        | rustls::AlertDescription::CertificateExpired
-                        | rustls::AlertDescription::AccessDenied
-                )
-        )
+/// Returns the kind of a TLS error that is final.
+fn tls_failure(error: &(dyn std::error::Error + 'static)) -> Option<TlsFailure> {
+    let of = |tls: &rustls::Error| match tls {
+        rustls::Error::InvalidCertificate(_)
+        | rustls::Error::NoCertificatesPresented
+        | rustls::Error::UnsupportedNameType
+        | rustls::Error::AlertReceived(
+            rustls::AlertDescription::BadCertificate
+            | rustls::AlertDescription::UnknownCA
+            | rustls::AlertDescription::CertificateRequired
+            | rustls::AlertDescription::CertificateUnknown
+            | rustls::AlertDescription::CertificateExpired
+            | rustls::AlertDescription::AccessDenied,
+        ) => Some(TlsFailure::Certificate),
+        // The first bytes of the answer are no TLS record: an HTTP server answers "HTTP/1.1 400".
+        rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType) => {
+            Some(TlsFailure::OtherProtocol)
+        }
+        _ => None,
     };
     if let Some(tls) = error.downcast_ref::<rustls::Error>() {
         return of(tls);
@@ -435,7 +455,7 @@ fn is_certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
     error
         .downcast_ref::<std::io::Error>()
         .and_then(std::io::Error::get_ref)
-        .is_some_and(|inner| is_certificate_error(inner))
+        .and_then(|inner| tls_failure(inner))
 }
 
 /// Returns the code as the registry wrote it.
@@ -494,6 +514,18 @@ mod tests {
             credentials: None,
             mid_upload: false,
         }))
+    }
+
+    #[test]
+    fn a_server_without_tls_is_final() {
+        let url = "https://r.example/v2/".parse().unwrap();
+        let request = || Request::new(&http::Method::GET, &url);
+        let tls = rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType);
+        let error = Error::transport(request(), &std::io::Error::other(tls));
+        assert!(matches!(error, Error::NoTls { .. }), "{error}");
+        assert!(!error.retryable() && !error.is_transient());
+        let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+        assert!(Error::transport(request(), &broken).is_transient());
     }
 
     #[test]

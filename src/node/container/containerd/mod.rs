@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 pub(super) use prove::prove;
 
-use record::{Record, record};
+use record::{Record, container_ids, record};
 use snapshot::{SnapshotId, chains_of, is_overlayfs, snapshots_of};
 
 use super::bolt;
@@ -27,6 +27,7 @@ use super::bundle::Bundle;
 use super::error::{Error, Problem};
 use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{ContainerdRoot, Roots, pid_file, read_dir};
+use super::stopped::StoppedContainer;
 use super::{Pod, Runtime};
 
 const TASKS: &str = "io.containerd.runtime.v2.task";
@@ -81,6 +82,61 @@ pub(super) fn recorded_containers(
     drafts
 }
 
+/// Lists containers without a task. What cannot be read is left out.
+pub(super) fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
+    let mut stopped = Vec::new();
+    for containerd in &roots.containerd {
+        let meta = roots.path(&containerd.root.join(METADATA));
+        let runs = |namespace: &str, id: &str| {
+            let bundle = containerd.state.join(TASKS).join(namespace).join(id);
+            roots.locate(&bundle.join("init.pid")).is_ok()
+        };
+        let found = bolt::read(&meta, |db| {
+            let mut found = Vec::new();
+            for (namespace, id) in container_ids(db)? {
+                if runs(&namespace, &id) {
+                    continue;
+                }
+                let Some(record) = record(db, &meta, &namespace, &id)? else {
+                    continue;
+                };
+                found.push(StoppedContainer {
+                    names: names(&record),
+                    pod: pod(&record),
+                    sandbox: record.sandbox,
+                    state: meta.clone(),
+                    namespace: Some(namespace),
+                    id,
+                    end: None,
+                });
+            }
+            Ok::<_, Error>(found)
+        });
+        stopped.extend(found.unwrap_or_default());
+    }
+    stopped
+}
+
+/// Returns the name that nerdctl gave the container.
+fn names(record: &Record) -> Vec<String> {
+    let name = record.labels.get("nerdctl/name");
+    name.filter(|name| !name.is_empty())
+        .cloned()
+        .into_iter()
+        .collect()
+}
+
+/// Returns the pod according to the records of the CRI plugin.
+fn pod(record: &Record) -> Option<Pod> {
+    let (cri, pod) = (record.cri.as_ref()?, record.pod.as_ref()?);
+    Some(Pod {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        container: cri.config.metadata.name.clone(),
+        uid: Some(pod.uid.clone()).filter(|uid| !uid.is_empty()),
+    })
+}
+
 fn draft(
     containerd: &ContainerdRoot,
     task: Task,
@@ -89,32 +145,25 @@ fn draft(
 ) -> RecordedContainer {
     let annotation = |key: &str| task.bundle.annotation(key).map(str::to_owned);
     let record = record.unwrap_or_default();
-    let pod = match (&record.cri, &record.pod) {
-        (Some(cri), Some(pod)) => Some(Pod {
-            namespace: pod.namespace.clone(),
-            name: pod.name.clone(),
-            container: cri.config.metadata.name.clone(),
-            uid: Some(pod.uid.clone()).filter(|uid| !uid.is_empty()),
-        }),
-        // Without the records, the annotations are used. They include the UID only since late 2022; in earlier versions
-        // a pod could set that annotation itself.
-        _ => (|| {
-            Some(Pod {
-                namespace: annotation("io.kubernetes.cri.sandbox-namespace")?,
-                name: annotation("io.kubernetes.cri.sandbox-name")?,
-                container: annotation("io.kubernetes.cri.container-name").unwrap_or_default(),
-                uid: None,
-            })
-        })(),
-    };
+    // Without the records, the annotations are used. They include the UID only since late 2022; in earlier versions a
+    // pod could set that annotation itself.
+    let pod = pod(&record).or_else(|| {
+        Some(Pod {
+            namespace: annotation("io.kubernetes.cri.sandbox-namespace")?,
+            name: annotation("io.kubernetes.cri.sandbox-name")?,
+            container: annotation("io.kubernetes.cri.container-name").unwrap_or_default(),
+            uid: None,
+        })
+    });
     let sandbox = record.sandbox
         || annotation("io.kubernetes.cri.container-type").as_deref() == Some("sandbox");
     let snapshots = snapshots_of(containerd, &record.snapshotter);
     // Other snapshotters have other directory layouts.
     let chain = record
         .snapshot
+        .as_ref()
         .filter(|_| is_overlayfs(&record.snapshotter))
-        .and_then(|key| chains.get(&(record.snapshotter.clone(), key)));
+        .and_then(|key| chains.get(&(record.snapshotter.clone(), key.clone())));
     let directory = |snap: &SnapshotId| Path::new(&snap.id.to_string()).join("fs");
     let record_of_root = chain.and_then(|chain| {
         let (own, parents) = chain.split_first()?;
@@ -126,13 +175,7 @@ fn draft(
     });
     RecordedContainer {
         runtime: Runtime::Containerd,
-        names: record
-            .labels
-            .get("nerdctl/name")
-            .filter(|name| !name.is_empty())
-            .cloned()
-            .into_iter()
-            .collect(),
+        names: names(&record),
         namespace: Some(task.namespace),
         pod,
         image_name: annotation("io.kubernetes.cri.image-name")

@@ -89,6 +89,26 @@ pub(super) fn record(
     }))
 }
 
+/// Lists all containers in all namespaces, as namespace and ID.
+pub(super) fn container_ids(db: &Snapshot<'_>) -> Result<Vec<(String, String)>, Error> {
+    let mut ids = Vec::new();
+    let Some(namespaces) = db.bucket(&[b"v1"])? else {
+        return Ok(ids);
+    };
+    for (namespace, value) in namespaces.entries()? {
+        let Value::Bucket(namespace_bucket) = value else {
+            continue;
+        };
+        let Some(containers) = namespace_bucket.bucket(b"containers")? else {
+            continue;
+        };
+        for (id, _) in containers.entries()? {
+            ids.push((text(&namespace), text(&id)));
+        }
+    }
+    Ok(ids)
+}
+
 pub(super) fn labels(of: &Bucket<'_>) -> Result<BTreeMap<String, String>, Error> {
     let Some(labels) = of.bucket(b"labels")? else {
         return Ok(BTreeMap::new());

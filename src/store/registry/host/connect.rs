@@ -88,7 +88,8 @@ impl Host {
         };
         // Plain HTTP is tried only if no TLS connection was made. An untrusted certificate is no reason to continue
         // without TLS.
-        if !plain || !matches!(over_tls, Error::Unreachable { .. }) {
+        let no_tls = matches!(over_tls, Error::Unreachable { .. } | Error::NoTls { .. });
+        if !plain || !no_tls {
             return Err(over_tls);
         }
         let url = self.ping("http").await?;

@@ -100,7 +100,7 @@ impl Host {
         };
         let built = |client: reqwest::ClientBuilder| {
             let client = client.build();
-            client.map_err(|e| setup(causes(&e).0))
+            client.map_err(|e| setup(causes(&e)))
         };
         let registry_client = built(builder(true)?)?;
         let mut external_client = builder(false)?;

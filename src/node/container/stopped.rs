@@ -1,0 +1,57 @@
+//! Containers that a runtime keeps on disk and that have no process, so that asking for one of them says why it cannot
+//! be saved.
+
+use std::path::PathBuf;
+
+use super::recorded::label;
+use super::roots::Roots;
+use super::{Pod, containerd, docker, storage};
+
+/// A container that a runtime's files describe and that does not run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct StoppedContainer {
+    pub(super) id: String,
+    pub(super) names: Vec<String>,
+    /// containerd's namespace.
+    pub(super) namespace: Option<String>,
+    pub(super) pod: Option<Pod>,
+    /// Whether it is the pause container of a pod.
+    pub(super) sandbox: bool,
+    /// How it ended, if the runtime wrote that down.
+    pub(super) end: Option<String>,
+    /// The file that describes it.
+    pub(super) state: PathBuf,
+}
+
+impl StoppedContainer {
+    /// Returns an unambiguous name for messages.
+    pub(super) fn label(&self) -> String {
+        label(
+            &self.id,
+            &self.names,
+            self.namespace.as_deref(),
+            self.pod.as_ref(),
+        )
+    }
+
+    /// Returns the reason why it cannot be saved.
+    pub(super) fn detail(&self) -> String {
+        let end = self.end.as_ref().map(|end| format!(" ({end})"));
+        format!(
+            "{} is stopped{} according to {}; only a running container can be saved: start it first",
+            self.label(),
+            end.unwrap_or_default(),
+            self.state.display()
+        )
+    }
+}
+
+/// Lists the stopped containers of all runtimes. State that cannot be read is left out: `recorded_containers` of each
+/// runtime reports it.
+pub(super) fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
+    let mut all = docker::stopped_containers(roots);
+    all.extend(storage::stopped_containers(roots));
+    // Docker's containers are in containerd's records, too, while they run.
+    all.extend(containerd::stopped_containers(roots));
+    all
+}
