@@ -314,6 +314,40 @@ fn help_teaches() -> Outcome {
     Ok(())
 }
 
+/// A command that is broken by the terminal cannot be copied.
+#[test]
+fn examples_fit_into_80_columns() -> Outcome {
+    let verbs = "ps inspect diff commit layer validate bench doctor up manager agent key demo completions man";
+    let groups = [
+        "image ls",
+        "image rm",
+        "job submit",
+        "job status",
+        "job watch",
+        "job cancel",
+        "job ls",
+        "job",
+    ];
+    let mut seen = 0;
+    for verb in verbs.split(' ').chain(groups) {
+        let args: Vec<&str> = verb.split(' ').chain(["--help"]).collect();
+        let help = text(&upperdeck(&args)?.stdout);
+        let Some(at) = help.find("Examples:\n") else {
+            continue;
+        };
+        for line in help[at..]
+            .lines()
+            .skip(1)
+            .take_while(|line| !line.is_empty())
+        {
+            seen += 1;
+            assert!(line.chars().count() <= 80, "{verb}: {line}");
+        }
+    }
+    assert!(seen > 40, "{seen} lines of examples");
+    Ok(())
+}
+
 #[test]
 fn help_is_the_same_whatever_is_in_the_environment() -> Outcome {
     let plain = upperdeck(&["commit", "--help"])?.stdout;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::common::escape::text as escaped;
 use crate::save::event::{EVENT_VERSION, Event, Observer, Phase};
@@ -228,9 +228,9 @@ impl<W: Write + Send> Observer for Lines<W> {
                         .checked_div(bytes_total)
                         .unwrap_or(100);
                     let (done, total, sent) = (
-                        HumanBytes(bytes_done),
-                        HumanBytes(bytes_total),
-                        HumanBytes(bytes_sent),
+                        DecimalBytes(bytes_done),
+                        DecimalBytes(bytes_total),
+                        DecimalBytes(bytes_sent),
                     );
                     format!("{percent} %: {done} of {total} read, {sent} delivered")
                 }
@@ -247,7 +247,7 @@ impl<W: Write + Send> Observer for Lines<W> {
                     format!(
                         "base layer {} of {layers}: {}",
                         layer + 1,
-                        HumanBytes(bytes_done)
+                        DecimalBytes(bytes_done)
                     )
                 }
                 _ => return,
@@ -335,7 +335,7 @@ impl Observer for Bar {
             }
             Event::Saved { .. } => {
                 let (bytes, time) = (
-                    HumanBytes(self.changes.load(Ordering::Relaxed)),
+                    DecimalBytes(self.changes.load(Ordering::Relaxed)),
                     HumanDuration(self.main.elapsed()),
                 );
                 self.show(&format!("saved: {bytes} of changes in {time}"));

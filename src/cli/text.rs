@@ -11,11 +11,11 @@ pub(super) fn path(path: &Path) -> String {
     escape::path(path.as_os_str().as_bytes())
 }
 
-/// Formats a size such as `1.4 MiB`, or a dash if it is unknown.
+/// Formats a size such as `1.4 MB`, or a dash if it is unknown.
 pub(super) fn bytes(bytes: Option<u64>) -> String {
     bytes.map_or_else(
         || "-".to_owned(),
-        |bytes| indicatif::HumanBytes(bytes).to_string(),
+        |bytes| indicatif::DecimalBytes(bytes).to_string(),
     )
 }
 
@@ -26,13 +26,24 @@ pub(super) enum Align {
     Right,
 }
 
-/// Formats rows under a header, with two spaces between columns and no trailing space. Cells are escaped here.
+/// Formats rows under a header, with two spaces between columns and no trailing space. If a line would not fit into the
+/// terminal, each row becomes lines of name and value instead. Cells are escaped here.
 pub(super) fn table(header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
+    table_within(terminal_width(), header, rows)
+}
+
+/// Returns the number of columns of the terminal that stdout is, if it is one.
+fn terminal_width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
+    (size.ws_col > 0).then_some(size.ws_col.into())
+}
+
+fn table_within(width: Option<usize>, header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> = rows
         .iter()
         .map(|row| row.iter().map(|cell| escape::text(cell)).collect())
         .collect();
-    let width = |column: usize| {
+    let width_of = |column: usize| {
         let cells = rows
             .iter()
             .filter_map(|row| row.get(column))
@@ -42,7 +53,11 @@ pub(super) fn table(header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
             .unwrap_or(0)
             .max(header[column].0.chars().count())
     };
-    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let widths: Vec<usize> = (0..header.len()).map(width_of).collect();
+    let whole = widths.iter().map(|width| width + 2).sum::<usize>();
+    if width.is_some_and(|width| whole > width + 2) && !rows.is_empty() {
+        return records(header, &rows);
+    }
     let mut out = String::new();
     let mut line = |cells: &mut dyn Iterator<Item = &str>| {
         let mut text = String::new();
@@ -60,6 +75,22 @@ pub(super) fn table(header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
         line(&mut row.iter().map(String::as_str));
     }
     out
+}
+
+/// Formats each row as a paragraph with a line for each cell that has something.
+fn records(header: &[(&str, Align)], rows: &[Vec<String>]) -> String {
+    let names = header.iter().map(|(name, _)| name.chars().count());
+    let width = names.max().unwrap_or(0);
+    let paragraphs = rows.iter().map(|row| {
+        let cells = header.iter().zip(row);
+        cells
+            .filter(|(_, cell)| !matches!(cell.as_str(), "" | "-"))
+            .fold(String::new(), |mut text, ((name, _), cell)| {
+                let _ = writeln!(text, "{name:<width$}  {cell}");
+                text
+            })
+    });
+    paragraphs.collect::<Vec<_>>().join("\n")
 }
 
 /// Formats an RFC 3339 time without fractions of a second and the zone, which are only of use to programs.
@@ -114,8 +145,29 @@ mod tests {
     }
 
     #[test]
+    fn a_narrow_terminal_gets_a_line_for_each_cell() {
+        let rows = [
+            vec!["3f2a9c51d0b7".to_owned(), "-".to_owned(), "9 s".to_owned()],
+            vec!["77".to_owned(), "hub/\u{1b}lab".to_owned(), "-".to_owned()],
+        ];
+        let header = [
+            ("ID", Align::Left),
+            ("NAME", Align::Left),
+            ("AGE", Align::Right),
+        ];
+        let wide = table_within(None, &header, &rows);
+        let needed = wide.lines().map(|line| line.chars().count()).max();
+        assert_eq!(table_within(needed, &header, &rows), wide);
+        assert_eq!(
+            table_within(needed.map(|needed| needed - 1), &header, &rows),
+            "ID    3f2a9c51d0b7\nAGE   9 s\n\nID    77\nNAME  hub/\\u{1b}lab\n"
+        );
+        assert_eq!(table_within(Some(3), &header, &[]), "ID  NAME  AGE\n");
+    }
+
+    #[test]
     fn sizes() {
         assert_eq!(bytes(None), "-");
-        assert_eq!(bytes(Some(1536)), "1.50 KiB");
+        assert_eq!(bytes(Some(1536)), "1.54 kB");
     }
 }

@@ -521,7 +521,7 @@ mod tests {
         ];
         let expected = "\
 RUNTIME     ID            NAME                   IMAGE                  PID   CHANGES
-containerd  abababababab  jupyter/nb-0/notebook  registry.example/nb:1   42  3.00 MiB
+containerd  abababababab  jupyter/nb-0/notebook  registry.example/nb:1   42  3.15 MB
 docker      abababababab  web                    -                       42         -
 process     pid:42        -                      registry.example/nb:1   42       0 B
 ";
@@ -615,8 +615,7 @@ process     pid:42        -                      registry.example/nb:1   42     
             json!({"kind": "delta", "reason": "it can", "entries": 7, "bytes": 2048, "layers": 3})
         );
         let table = view.table();
-        let line =
-            "Next save   what changed: 2.00 KiB in 7 entries; 3 layers above the base then\n";
+        let line = "Next save   what changed: 2.05 kB in 7 entries; 3 layers above the base then\n";
         assert!(table.contains(line), "{table}");
 
         let view = InspectView::new(&container(), Err("compared \x1b with b".into()), None, None);

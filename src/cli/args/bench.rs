@@ -20,9 +20,11 @@ pub(super) const BENCH_HELP: &str = "\
 Examples:
   upperdeck bench
       On a generated tree like a Jupyter session's.
-  upperdeck bench --registry registry.example.org/bench/tries jupyter/notebook-0
-      On the changes of a container, which keeps running; nothing is saved and no blob is left in the registry.
-  upperdeck bench --size 2G --rounds 9 --codec zstd:1 --codec zstd:3 --compression zstd --format json | jq .advice
+  upperdeck bench --registry registry.example.org/bench/tries jupyter/lab-0
+      On the changes of a container, which keeps running; nothing is saved,
+      and no blob is left in the registry.
+  upperdeck bench --size 2G --rounds 9 --codec zstd:1 --codec zstd:3 \\
+      --compression zstd --format json | jq .advice
 
 JSON: one object; figures are medians of the rounds, MB are 1,000,000 bytes
   version      1; incremented when a field changes its meaning or is removed

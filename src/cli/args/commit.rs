@@ -43,10 +43,13 @@ DESTINATION:
 
 Examples:
   upperdeck commit jupyter/notebook-0 registry.example.org/alice/notebook:monday
-  upperdeck commit -m 'with pandas' -c 'ENV MPLBACKEND=Agg' -c 'CMD [\"jupyter\",\"lab\"]' 3f2a oci:/srv/images:a
-  upperdeck commit --creds-file /run/secrets/robot --metadata-file save.json web harbor.example.org/web/app:1
+  upperdeck commit -m 'with pandas' -c 'ENV MPLBACKEND=Agg' \\
+      -c 'CMD [\"jupyter\",\"lab\"]' 3f2a oci:/srv/images:a
+  upperdeck commit --creds-file /run/secrets/robot --metadata-file save.json \\
+      web harbor.example.org/web/app:1
   upperdeck commit --base oci:/srv/bases:debian pid:4242 oci-archive:/tmp/it.tar
-  SOURCE_DATE_EPOCH=0 upperdeck commit --pause none --progress json web localhost:5000/web:1
+  SOURCE_DATE_EPOCH=0 upperdeck commit --pause none --progress json \\
+      web localhost:5000/web:1
 
 --change accepts the directives of 'docker commit': CMD, ENTRYPOINT, ENV, EXPOSE, HEALTHCHECK, LABEL, ONBUILD,
   STOPSIGNAL, USER, VOLUME and WORKDIR, in shell and JSON form, with $VARIABLES of the image's ENV. ENTRYPOINT without

@@ -15,7 +15,8 @@ use super::shared::{CONTENT, Choice, Format, InBackground, Memory, State};
 pub(super) const PS_HELP: &str = "\
 Examples:
   upperdeck ps
-  upperdeck ps --format json | jq -r '.[] | select(.pod.namespace == \"jupyter\") | .id'
+  upperdeck ps --format json | \\
+      jq -r '.[] | select(.pod.namespace == \"jupyter\") | .id'
 
 JSON: an array of objects with
   runtime      containerd, docker, podman, crio or process
@@ -89,7 +90,8 @@ pub(in crate::cli) struct Inspect {
 pub(super) const DIFF_HELP: &str = "\
 Examples:
   upperdeck diff jupyter/notebook-0
-  upperdeck diff --format json 3f2a | jq -r '.[] | select(.change == \"D\") | .path'
+  upperdeck diff --format json 3f2a | \\
+      jq -r '.[] | select(.change == \"D\") | .path'
 
 JSON: an array of {change, path}; change is A, C or D. Paths are text: a byte that is not UTF-8 is \\xNN, a control
 character \\u{N}, a backslash \\\\.

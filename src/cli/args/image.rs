@@ -86,7 +86,7 @@ pub(in crate::cli) struct ImageLs {
 const IMAGE_RM_HELP: &str = "\
 Examples:
   upperdeck image rm harbor.example.org/alice/notebook:monday
-  upperdeck image rm --all-tags harbor.example.org/alice/notebook@sha256:88b852e0...
+  upperdeck image rm --all-tags harbor.example.org/alice/lab@sha256:88b852e0...
   upperdeck image rm oci:/srv/images:monday oci:/srv/images:tuesday
   upperdeck image rm notebook:monday
       An image of a manager (--server): NAME:TAG, without a host.

@@ -15,7 +15,8 @@ use crate::common::private_files::FileMode;
 
 pub(super) const LAYER_HELP: &str = "\
 Examples:
-  upperdeck layer --upper /srv/o/upper --lower /srv/o/lower2 --lower /srv/o/lower1 -o layer.tar.gz
+  upperdeck layer --upper /srv/o/upper \\
+      --lower /srv/o/lower2 --lower /srv/o/lower1 -o layer.tar.gz
   upperdeck layer --upper upper --compression none -o layer.tar | jq -r .diffID
 
 Prints one JSON object: the descriptor (mediaType, digest, size) and diffID.
@@ -45,7 +46,7 @@ pub(in crate::cli) struct Layer {
 pub(super) const VALIDATE_HELP: &str = "\
 Examples:
   upperdeck validate layer.tar.gz --against fixtures/whiteouts/expected
-  upperdeck validate oci:/srv/images:monday --against fixtures/whiteouts/expected
+  upperdeck validate oci:/srv/images:mon --against fixtures/whiteouts/expected
 
 Prints the first differences. The exit code is 1 if there are any.";
 

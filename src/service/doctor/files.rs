@@ -197,17 +197,17 @@ fn judge_directory(
     match room {
         Some(bytes) if bytes < MIN_FREE_SPACE => found.push(Finding::failed(
             "space",
-            format!("{name}: {} MiB are free", bytes >> 20),
+            format!("{name}: {} MB are free", bytes / 1_000_000),
             advice,
         )),
         Some(bytes) if bytes < LOW_FREE_SPACE => found.push(Finding::warning(
             "space",
-            format!("{name}: {} MiB are free", bytes >> 20),
+            format!("{name}: {} MB are free", bytes / 1_000_000),
             advice,
         )),
         Some(bytes) => found.push(Finding::ok(
             "space",
-            format!("{name}: {} GiB are free", bytes >> 30),
+            format!("{name}: {:.1} GB are free", bytes as f64 / 1e9),
         )),
         None => found.push(Finding::skipped("space", format!("{name}: not told"))),
     }

@@ -63,14 +63,14 @@ pub struct SessionView {
     pub save: Option<JobId>,
 }
 
-/// Selects a session by its ID or its pod.
+/// Selects a session by its ID, its name or its pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(
     untagged,
     expecting = "session: its ID as a text, or an object with namespace, pod and container"
 )]
 pub enum Which {
-    /// The full ID, or a unique prefix of at least 12 characters.
+    /// The full ID, a unique prefix of at least 12 characters, or the name of a container that is in no pod.
     Id(String),
     /// Namespace, pod and, if the pod has several, container.
     Pod {

@@ -205,26 +205,24 @@ pub(super) fn find<'a>(
     };
     let found: Vec<&Session> = match which {
         Which::Id(id) => {
-            if id.len() < MIN_PREFIX || id.len() > 128 || !id.bytes().all(|b| b.is_ascii_graphic())
-            {
+            if id.is_empty() || id.len() > 128 || !id.bytes().all(|b| b.is_ascii_graphic()) {
                 return Err(Refusal::invalid(
                     "session",
-                    format!(
-                        "an ID is given in full, or at least its first {MIN_PREFIX} characters"
-                    ),
+                    "expected an ID, its beginning, or the name of a container",
                 ));
             }
-            let exact: Vec<_> = sessions
-                .iter()
-                .filter(mine)
-                .filter(|s| s.id == *id)
-                .collect();
-            if exact.is_empty() {
-                let begins = |s: &&Session| s.id.starts_with(id.as_str());
-                sessions.iter().filter(mine).filter(begins).collect()
-            } else {
-                exact
+            let matching = |is: &dyn Fn(&Session) -> bool| -> Vec<&Session> {
+                sessions.iter().filter(mine).filter(|s| is(s)).collect()
+            };
+            // An ID first, so that a name that looks like another session's ID does not hide it.
+            let mut found = matching(&|s| s.id == *id);
+            if found.is_empty() {
+                found = matching(&|s| s.pod.is_none() && s.container.as_ref() == Some(id));
             }
+            if found.is_empty() && id.len() >= MIN_PREFIX {
+                found = matching(&|s| s.id.starts_with(id.as_str()));
+            }
+            found
         }
         Which::Pod {
             namespace,
@@ -241,9 +239,9 @@ pub(super) fn find<'a>(
     };
     match found.as_slice() {
         [one] => Ok(one),
-        [] => Err(Refusal::not_found(
-            "there is no such running session that you may save",
-        )),
+        [] => Err(Refusal::not_found(format!(
+            "there is no such running session that you may save (of an ID, give at least {MIN_PREFIX} characters)"
+        ))),
         _ => {
             let names: Vec<_> = found.iter().map(|s| session_name(s)).collect();
             Err(Refusal::invalid(
@@ -464,6 +462,23 @@ mod tests {
             assert!(find(&all, &alice, &which).is_err(), "{which:?}");
             assert!(find(&all, &nobody, &which).is_err());
         }
+        let named = |session: Session| Session {
+            namespace: None,
+            pod: None,
+            container: Some("lab".into()),
+            ..session
+        };
+        let labs = [
+            named(session("ae", Some("alice"), None)),
+            named(session("af", Some("bob"), None)),
+        ];
+        let found = find(&labs, &alice, &id("lab")).map(|session| session.id.clone());
+        assert_eq!(found.ok(), Some("ae".repeat(32)));
+        assert!(find(&labs, &caller(None, true), &id("lab")).is_err(), "two");
+        assert!(
+            find(&all, &alice, &id("nb")).is_err(),
+            "a container of a pod"
+        );
         let pod = Which::Pod {
             namespace: "ns".into(),
             pod: "pod".into(),

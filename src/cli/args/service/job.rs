@@ -21,7 +21,8 @@ Examples:
   upperdeck job submit --watch jupyter/notebook-0 notebook:monday
   upperdeck job ls --state running
   upperdeck job watch 0198f0c4-0000-7000-8000-000000000000
-  upperdeck job submit --server https://save.example.org --token-file ~/.upperdeck-token --message 'with pandas' 3f2a9c51d0b7
+  upperdeck job submit --server https://save.example.org \\
+      --token-file ~/.upperdeck-token --message 'with pandas' 3f2a9c51d0b7
 
 The manager is given by --server or UPPERDECK_SERVER; the default is the 'upperdeck up' of this machine.";
 
@@ -61,9 +62,10 @@ const JOB_SUBMIT_HELP: &str = "\
 Examples:
   upperdeck job submit jupyter/notebook-0
       With the name and tag that the manager suggests.
-  upperdeck job submit --watch --message 'with pandas' jupyter/notebook-0 notebook:monday
+  upperdeck job submit --watch --message pandas jupyter/notebook-0 lab:monday
   upperdeck job submit --replace=own jupyter/notebook-0 notebook:daily
-      The tag moves to the new image if an earlier save of this session made the old one.
+      The tag moves to the new image if an earlier save of this session
+      made the old one.
   id=$(upperdeck job submit 3f2a9c51d0b7 :tuesday)
 
 The manager prefixes NAME:TAG with registry, project and user. JSON: the object that POST /api/v1/saves returns.";
@@ -79,7 +81,7 @@ pub(in crate::cli) struct JobSessions {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct JobSubmit {
-    /// ID of a session or a unique prefix of it, or NAMESPACE/POD[/CONTAINER]
+    /// ID of a session, a unique prefix of it or its name, as in "job sessions"
     pub(in crate::cli) session: String,
     /// NAME[:TAG] or :TAG [default: suggested by the manager]
     pub(in crate::cli) image: Option<String>,

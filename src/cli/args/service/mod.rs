@@ -266,11 +266,13 @@ pub(in crate::cli) struct Work {
 
 pub(super) const MANAGER_HELP: &str = "\
 Examples:
-  upperdeck manager --redis redis://redis.example.org --key-file /etc/upperdeck/master-key \\
-      --target 'harbor.example.org/sessions/{user}/{name}:{tag}' --creds-file /etc/upperdeck/robot \\
+  upperdeck manager --redis redis://redis.example.org \\
+      --key-file /etc/upperdeck/master-key \\
+      --target 'harbor.example.org/sessions/{user}/{name}:{tag}' \\
+      --creds-file /etc/upperdeck/robot \\
       --tokens-file /etc/upperdeck/tokens.toml
   upperdeck manager --config /etc/upperdeck/upperdeck.toml --print-config
-  UPPERDECK_RECORD=postgres://upperdeck@db.example.org/upperdeck upperdeck manager
+  UPPERDECK_RECORD=postgres://upperdeck@db.example.org/saves upperdeck manager
 
 The API is described at /openapi.json, the portal is at /, metrics at /metrics, liveness at /healthz, readiness at
 /readyz. On SIGTERM, requests in progress are finished. The manager speaks HTTP/1.1 without TLS; use a reverse proxy for TLS and
@@ -309,9 +311,11 @@ pub(in crate::cli) struct Manager {
 
 pub(super) const AGENT_HELP: &str = "\
 Examples:
-  upperdeck agent --redis redis://redis.example.org --key-file /etc/upperdeck/node-key --owner env:JUPYTERHUB_USER \\
+  upperdeck agent --redis redis://redis.example.org \\
+      --key-file /etc/upperdeck/node-key --owner env:JUPYTERHUB_USER \\
       --allow harbor.example.org/sessions --creds-file /etc/upperdeck/robot
-  upperdeck agent --host-root /host --node \"$NODE_NAME\" --owner 'pod:jupyter-(.+)' --allow registry.example.org
+  upperdeck agent --host-root /host --node \"$NODE_NAME\" \\
+      --owner 'pod:jupyter-(.+)' --allow registry.example.org
   upperdeck agent --config /etc/upperdeck/upperdeck.toml --print-config
 
 Runs once per node, as root. Every save is a separate process ('upperdeck commit') at the lowest priority; it gets its
@@ -349,9 +353,12 @@ pub(in crate::cli) struct Agent {
 
 pub(super) const KEY_HELP: &str = "\
 Examples:
-  openssl rand -hex 32 > master-key; chmod 600 master-key           # once, for the managers
-  upperdeck key --key-file master-key --node node17 -o node17.key   # for that node's /etc/upperdeck/node-key
-  upperdeck key --key-file master-key --node node17 | ssh root@node17 'umask 077; cat > /etc/upperdeck/node-key'
+  openssl rand -hex 32 > master-key; chmod 600 master-key
+      Once, for the managers.
+  upperdeck key --key-file master-key --node node17 -o node17.key
+      For that node's /etc/upperdeck/node-key.
+  upperdeck key --key-file master-key --node node17 | \\
+      ssh root@node17 'umask 077; cat > /etc/upperdeck/node-key'
 
 A node's key cannot sign for another node, and the master key cannot be derived from it. The same master key and name
 always give the same key; for a file with several master keys, one key is written for each, in order.";
@@ -373,9 +380,11 @@ pub(in crate::cli) struct NodeKey {
 pub(super) const UP_HELP: &str = "\
 Examples:
   upperdeck up
-      Save this machine's containers to OCI layouts below /var/lib/upperdeck/images. Prints a URL with a token.
+      Save this machine's containers to OCI layouts below
+      /var/lib/upperdeck/images. Prints a URL with a token.
   upperdeck up --registry registry.example.org/sessions --creds-file robot
-  upperdeck up --redis redis://localhost --key-file key --registry localhost:5000/sessions
+  upperdeck up --redis redis://localhost --key-file key \\
+      --registry localhost:5000/sessions
       A manager and an agent to which others can be added.
 
 Runs the manager, this node's agent, the record and, without --redis, the queue in one process, as root, with all files in
