@@ -13,7 +13,7 @@ use super::process::{self, Process};
 use super::recorded::RecordedContainer;
 use super::root_mount;
 use super::roots::{Roots, read_dir};
-use super::stopped::stopped_containers;
+use super::stopped::StoppedContainer;
 use super::table::{RootMount, TableSource};
 use super::{Container, Pod, Runtime, Spec, containerd, docker, storage};
 
@@ -50,6 +50,16 @@ fn recorded_containers(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Record
         }
     }
     drafts
+}
+
+/// Lists the stopped containers of all runtimes. State that cannot be read is left out: `recorded_containers` of each
+/// runtime reports it.
+fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
+    let mut all = docker::stopped_containers(roots);
+    all.extend(storage::stopped_containers(roots));
+    // Docker's containers are in containerd's records, too, while they run.
+    all.extend(containerd::stopped_containers(roots));
+    all
 }
 
 /// Lists all containers on this node, with the problems encountered.

@@ -3,9 +3,8 @@
 
 use std::path::PathBuf;
 
+use super::Pod;
 use super::recorded::label;
-use super::roots::Roots;
-use super::{Pod, containerd, docker, storage};
 
 /// A container that a runtime's files describe and that does not run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,14 +43,4 @@ impl StoppedContainer {
             self.state.display()
         )
     }
-}
-
-/// Lists the stopped containers of all runtimes. State that cannot be read is left out: `recorded_containers` of each
-/// runtime reports it.
-pub(super) fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
-    let mut all = docker::stopped_containers(roots);
-    all.extend(storage::stopped_containers(roots));
-    // Docker's containers are in containerd's records, too, while they run.
-    all.extend(containerd::stopped_containers(roots));
-    all
 }
