@@ -14,6 +14,7 @@ pub mod denial;
 pub(crate) mod error;
 mod host;
 pub(crate) mod retry;
+mod session;
 mod tls;
 mod trust;
 pub(crate) mod upload;
@@ -400,7 +401,7 @@ impl Repository {
 
     /// Checks the permission to push by opening an upload and cancelling it.
     pub async fn check_push(&self) -> Result<(), Error> {
-        upload::probe(self).await
+        session::probe(self).await
     }
 
     /// Mounts a blob of another repository (`HOST/REPOSITORY`) into this one. Returns false if the registry cannot or
@@ -449,7 +450,7 @@ impl Repository {
             .resolve_location(&request, &call.url, response.headers())
             .await
         {
-            upload::cancel_at(self, url).await;
+            session::cancel_at(self, url).await;
         }
         Ok(false)
     }

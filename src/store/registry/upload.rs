@@ -10,31 +10,25 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, Bytes, BytesMut};
-use http::header::{AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, RANGE};
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
-use reqwest::Url;
+use http::header::{AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE};
+use http::{HeaderValue, Method, StatusCode};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use super::Repository;
 use super::error::{Error, Request, Step};
 use super::host::Call;
-use super::{Repository, check_digest_header};
+use super::session::{self, Session};
 use crate::common::digest::Digest;
 
 /// Number of pieces queued between the thread that produces them and the connection: enough to absorb jitter on either
 /// side, and few enough that memory is bounded by the caller's piece size.
 const PIECES_IN_FLIGHT: usize = 8;
-/// A registry reads a blob again when the upload is closed (S3 storage copies it). The timeout grows by one second for
-/// this many bytes.
-const FINISH_BYTES_PER_SECOND: u64 = 16 << 20;
 /// Bytes per request to a registry that requires `Content-Length`. A chunk is held in memory.
 const CHUNK_SIZE: usize = 16 << 20;
 /// The slowest transfer rate for which the timeout of a chunk allows.
 const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
-/// Maximum time spent on cancelling an upload.
-const CANCEL_WAIT: Duration = Duration::from_secs(5);
-
 enum Piece {
     Bytes(Bytes),
     /// The blob is complete. A channel that is closed without it means that the upload was abandoned.
@@ -60,13 +54,6 @@ pub struct Writer {
     failed_session: Option<Session>,
     /// Number of failed requests for this blob.
     failed: u32,
-}
-
-/// An upload session that the registry has opened.
-#[derive(Clone, Debug)]
-struct Session {
-    /// URL of the next request, including its whole query (`_state`).
-    url: Url,
 }
 
 /// The result of a stream.
@@ -173,7 +160,8 @@ impl Writer {
             });
         }
         let session = self.flush().await?;
-        let closed = close(&self.repository, &session, digest, size, &mut self.failed).await;
+        let closed =
+            session::close(&self.repository, &session, digest, size, &mut self.failed).await;
         closed.map_err(|error| {
             let error = corrupt_upload(error).in_mid_upload();
             // Nothing can be resumed if the registry received wrong bytes.
@@ -225,9 +213,9 @@ impl Writer {
         tokio::time::sleep(pause).await;
         let mut resumed = None;
         if let Some(session) = self.failed_session.take() {
-            match status(&self.repository, &session, self.sent_up_to).await {
+            match session::status(&self.repository, &session, self.sent_up_to).await {
                 Some(found) => resumed = Some(found),
-                None => cancel(&self.repository, &session).await,
+                None => session::cancel(&self.repository, &session).await,
             }
         }
         let (repository, handle) = (self.repository.clone(), self.handle.clone());
@@ -245,7 +233,7 @@ impl Writer {
     pub(crate) async fn finish_without_blob(mut self) -> Result<Instant, Error> {
         let session = self.flush().await?;
         let confirmed = Instant::now();
-        cancel(&self.repository, &session).await;
+        session::cancel(&self.repository, &session).await;
         Ok(confirmed)
     }
 
@@ -253,10 +241,10 @@ impl Writer {
     pub(crate) async fn abort(mut self) {
         self.pieces = None;
         if let Some(task) = self.task.take() {
-            let _ = tokio::time::timeout(2 * CANCEL_WAIT, task).await;
+            let _ = tokio::time::timeout(2 * session::CANCEL_WAIT, task).await;
         }
         if let Some(session) = self.failed_session.take() {
-            cancel(&self.repository, &session).await;
+            session::cancel(&self.repository, &session).await;
         }
     }
 }
@@ -266,41 +254,9 @@ impl Drop for Writer {
         if let Some(session) = self.failed_session.take() {
             let repository = self.repository.clone();
             self.handle
-                .spawn(async move { cancel(&repository, &session).await });
+                .spawn(async move { session::cancel(&repository, &session).await });
         }
     }
-}
-
-/// Returns how many bytes of an upload the registry has, and the session to resume it. Returns `None` if it has none,
-/// does not report them, or reports an impossible range; the blob then starts over.
-///
-/// Format: distribution-spec "Pushing a blob in chunks", `GET` on the session: 204 with `Range: 0-LAST`.
-async fn status(
-    repository: &Repository,
-    session: &Session,
-    sent_up_to: u64,
-) -> Option<(Session, u64)> {
-    let mut call = repository.call(Step::SendBlob, Method::GET, session.url.clone());
-    call.accept = &[404];
-    let response = repository.host.attempt(&call).await.ok()?;
-    if response.status() != StatusCode::NO_CONTENT {
-        return None;
-    }
-    let range = response.headers().get(RANGE)?.to_str().ok()?;
-    let last: u64 = range
-        .strip_prefix("bytes=")
-        .unwrap_or(range)
-        .strip_prefix("0-")?
-        .parse()
-        .ok()?;
-    // Registries send 0-0 both for one byte and for none.
-    if last == 0 || last >= sent_up_to {
-        return None;
-    }
-    let session = next(repository, &call, session, response.headers())
-        .await
-        .ok()?;
-    Some((session, last + 1))
 }
 
 /// Converts the registry's error for a blob that does not match its digest.
@@ -349,7 +305,7 @@ async fn try_send_bytes(
     digest: &Digest,
     failed: &mut u32,
 ) -> Result<(), Error> {
-    let session = open(repository, failed).await?;
+    let session = session::open(repository, failed).await?;
     let size = bytes.len() as u64;
     let call = chunk_request(repository, &session, bytes, 0);
     let sent = async {
@@ -358,72 +314,16 @@ async fn try_send_bytes(
             .attempt(&call)
             .await
             .inspect_err(|_| *failed += 1)?;
-        let session = next(repository, &call, &session, response.headers()).await?;
-        close(repository, &session, digest, size, failed)
+        let session = session::next(repository, &call, &session, response.headers()).await?;
+        session::close(repository, &session, digest, size, failed)
             .await
             .map_err(corrupt_upload)
     };
     let result = sent.await.map_err(Error::in_mid_upload);
     if result.is_err() {
-        cancel(repository, &session).await;
+        session::cancel(repository, &session).await;
     }
     result
-}
-
-/// Checks the permission to push by opening an upload and cancelling it.
-pub(super) async fn probe(repository: &Repository) -> Result<(), Error> {
-    let session = open(repository, &mut 0).await?;
-    cancel(repository, &session).await;
-    Ok(())
-}
-
-async fn open(repository: &Repository, failed: &mut u32) -> Result<Session, Error> {
-    let url = repository.url("blobs/uploads/").await?;
-    let call = repository.call(Step::BeginUpload, Method::POST, url);
-    let response = repository.host.call_after(&call, failed).await?;
-    let request = Request::new(&call.method, &call.url);
-    let least = response.headers().get("oci-chunk-min-length");
-    if let Some(least) = least.and_then(|v| v.to_str().ok()?.parse().ok()) {
-        repository.host.set_min_chunk_size(least);
-    }
-    let url = repository
-        .host
-        .resolve_location(&request, &call.url, response.headers())
-        .await?;
-    Ok(Session { url })
-}
-
-/// Returns the session after an answer, which may name a new URL for it.
-async fn next(
-    repository: &Repository,
-    call: &Call,
-    session: &Session,
-    headers: &HeaderMap,
-) -> Result<Session, Error> {
-    if !headers.contains_key(http::header::LOCATION) {
-        return Ok(Session {
-            url: session.url.clone(),
-        });
-    }
-    let request = Request::new(&call.method, &call.url);
-    let url = repository
-        .host
-        .resolve_location(&request, &call.url, headers)
-        .await?;
-    Ok(Session { url })
-}
-
-/// Cancels an upload session. Otherwise the registry removes it by itself after about a week.
-pub(super) async fn cancel_at(repository: &Repository, url: Url) {
-    let mut call = repository.call(Step::BeginUpload, Method::DELETE, url);
-    call.wait = CANCEL_WAIT;
-    if let Err(e) = repository.host.attempt(&call).await {
-        tracing::debug!(registry.error = %e, "an upload could not be cancelled");
-    }
-}
-
-async fn cancel(repository: &Repository, session: &Session) {
-    cancel_at(repository, session.url.clone()).await;
 }
 
 /// The time of the last progress of a stream. It distinguishes a stalled connection from a caller that produces no
@@ -470,7 +370,7 @@ async fn stream(
 ) -> StreamResult {
     let (session, have) = match resumed {
         Some(resumed) => resumed,
-        None => match open(&repository, &mut failed).await {
+        None => match session::open(&repository, &mut failed).await {
             Ok(session) => (session, 0),
             Err(error) => {
                 let (session, error) = (None, Some(error));
@@ -540,7 +440,7 @@ async fn stream_result(
     let error = sent.err().map(Error::in_mid_upload);
     let goes_on = error.as_ref().is_none_or(Error::can_resend);
     if !goes_on {
-        cancel(repository, &session).await;
+        session::cancel(repository, &session).await;
     }
     StreamResult {
         session: goes_on.then_some(session),
@@ -581,7 +481,8 @@ async fn send_chunks(
             let call = chunk_request(repository, session, chunk.clone(), at);
             let error = match host.attempt(&call).await {
                 Ok(response) => {
-                    *session = next(repository, &call, session, response.headers()).await?;
+                    *session =
+                        session::next(repository, &call, session, response.headers()).await?;
                     break;
                 }
                 Err(error) => error,
@@ -590,7 +491,7 @@ async fn send_chunks(
             let pause = host.pause(*failed, &error).ok_or(error)?;
             tokio::time::sleep(pause).await;
             // Possibly only the answer was lost.
-            if let Some((found, has)) = status(repository, session, end + 1).await {
+            if let Some((found, has)) = session::status(repository, session, end + 1).await {
                 *session = found;
                 if has == end {
                     break;
@@ -652,56 +553,5 @@ async fn patch(
             why: "a stream cannot be sent twice",
         });
     }
-    next(repository, &call, session, response.headers()).await
-}
-
-/// Sends the empty PUT. If its answer is lost, the blob itself is looked up.
-async fn close(
-    repository: &Repository,
-    session: &Session,
-    digest: &Digest,
-    size: u64,
-    failed: &mut u32,
-) -> Result<(), Error> {
-    let mut url = session.url.clone();
-    let query = match url.query() {
-        Some(query) if !query.is_empty() => format!("{query}&digest={digest}"),
-        _ => format!("digest={digest}"),
-    };
-    url.set_query(Some(&query));
-    let mut call = repository.call(Step::FinishBlob, Method::PUT, url);
-    call.headers.insert(
-        CONTENT_TYPE,
-        HeaderValue::from_static("application/octet-stream"),
-    );
-    call.wait += Duration::from_secs(size / FINISH_BYTES_PER_SECOND);
-    let mut asked = 0;
-    loop {
-        let error = match repository.host.attempt(&call).await {
-            Ok(response) => {
-                let Err(e) = check_digest_header(&call, response.headers(), digest) else {
-                    return Ok(());
-                };
-                // If the answer has another digest, the registry is queried for the blob.
-                return match repository.head_blob(digest).await {
-                    Ok(Some(found)) if found == size => Ok(()),
-                    _ => Err(e),
-                };
-            }
-            Err(e) => e,
-        };
-        (*failed, asked) = (*failed + 1, asked + 1);
-        let lost = error.not_found() && asked > 1;
-        if !error.is_transient() && !lost {
-            return Err(error);
-        }
-        // An earlier answer may have been lost, so the blob may exist and its session may be gone for that reason.
-        if let Ok(Some(found)) = repository.head_blob(digest).await
-            && found == size
-        {
-            return Ok(());
-        }
-        let pause = repository.host.pause(*failed, &error).ok_or(error)?;
-        tokio::time::sleep(pause).await;
-    }
+    session::next(repository, &call, session, response.headers()).await
 }
