@@ -95,6 +95,14 @@ impl Counters {
         Self::beside(None, version)
     }
 
+    /// Returns counters with one process in their cgroup, that cgroup, and the process's PID.
+    fn started(version: Version) -> Result<(Self, PathBuf, u32)> {
+        let mut counters = Self::new(version)?;
+        let cgroup = counters.cgroup.clone();
+        let pid = counters.spawn(&cgroup)?;
+        Ok((counters, cgroup, pid))
+    }
+
     /// Like `new`, in the mount namespace of another one if given.
     fn beside(with: Option<&Self>, version: Version) -> Result<Self> {
         let name = format!("upperdeck-test-{}-{}", std::process::id(), next());
@@ -310,9 +318,7 @@ fn stands_still_and_runs_again() -> Result {
 #[test]
 fn thaws_on_drop_and_on_panic() -> Result {
     for version in versions() {
-        let mut counters = Counters::new(version)?;
-        let cgroup = counters.cgroup.clone();
-        let pid = counters.spawn(&cgroup)?;
+        let (counters, _, pid) = Counters::started(version)?;
         drop(freeze(pid, None, &options())?);
         counters.assert_runs("dropped");
         let panicked = std::thread::spawn(move || {
@@ -387,9 +393,7 @@ fn a_pause_in_the_other_hierarchy_is_seen() -> Result {
 #[test]
 fn refuses_itself_strangers_and_the_root() -> Result {
     for version in versions() {
-        let mut counters = Counters::new(version)?;
-        let cgroup = counters.cgroup.clone();
-        let pid = counters.spawn(&cgroup)?;
+        let (counters, cgroup, pid) = Counters::started(version)?;
         let mut stranger = Command::new("sleep").arg("1000").spawn()?;
         fs::write(cgroup.join("cgroup.procs"), stranger.id().to_string())?;
         match freeze(pid, None, &options()) {
@@ -431,9 +435,7 @@ fn refuses_itself_strangers_and_the_root() -> Result {
 #[test]
 fn refuses_when_this_program_is_in_the_cgroup() -> Result {
     for version in versions() {
-        let mut counters = Counters::new(version)?;
-        let cgroup = counters.cgroup.clone();
-        let pid = counters.spawn(&cgroup)?;
+        let (counters, cgroup, pid) = Counters::started(version)?;
         let child = freezer(pid, &[("UPPERDECK_TEST_JOIN", cgroup.as_os_str())])?;
         let output = child.wait_with_output()?;
         let text = String::from_utf8_lossy(&output.stdout);
@@ -511,9 +513,7 @@ fn descendants_with_mounts_of_their_own_belong() -> Result {
 #[test]
 fn stands_no_longer_than_it_may() -> Result {
     for version in versions() {
-        let mut counters = Counters::new(version)?;
-        let cgroup = counters.cgroup.clone();
-        let pid = counters.spawn(&cgroup)?;
+        let (counters, _, pid) = Counters::started(version)?;
         let options = Options {
             max_duration: Some(Duration::from_millis(300)),
             ..options()
@@ -539,9 +539,7 @@ fn stands_no_longer_than_it_may() -> Result {
 #[test]
 fn a_killed_watchdog_ends_the_freeze() -> Result {
     for version in versions() {
-        let mut counters = Counters::new(version)?;
-        let cgroup = counters.cgroup.clone();
-        let pid = counters.spawn(&cgroup)?;
+        let (counters, cgroup, pid) = Counters::started(version)?;
         let frozen = freeze(pid, None, &options())?;
         let watchdogs = watchdogs_of(&cgroup);
         assert_eq!(watchdogs.len(), 1);
@@ -569,9 +567,7 @@ fn a_killed_watchdog_ends_the_freeze() -> Result {
 #[test]
 fn says_that_the_container_ended() -> Result {
     for version in versions() {
-        let mut counters = Counters::new(version)?;
-        let cgroup = counters.cgroup.clone();
-        let pid = counters.spawn(&cgroup)?;
+        let (mut counters, cgroup, pid) = Counters::started(version)?;
         // The same PID, but another process.
         assert!(matches!(
             freeze(pid, Some(1), &options()),
@@ -620,9 +616,7 @@ impl Counters {
 #[test]
 fn without_a_watchdog_nothing_is_frozen() -> Result {
     for version in versions() {
-        let mut counters = Counters::new(version)?;
-        let cgroup = counters.cgroup.clone();
-        let pid = counters.spawn(&cgroup)?;
+        let (counters, _, pid) = Counters::started(version)?;
         for program in ["/bin/true", "/bin/echo", "/nonexistent"] {
             let options = Options {
                 program: PathBuf::from(program),
@@ -658,6 +652,13 @@ fn freezer(pid: u32, env: &[(&str, &std::ffi::OsStr)]) -> Result<Child> {
     Ok(child)
 }
 
+/// Waits until a process started by `freezer` has frozen the container. Returns its output, which has to stay open.
+fn wait_until_frozen(child: &mut Child) -> Result<impl Sized + use<>> {
+    let mut lines = BufReader::new(child.stdout.take().ok_or("stdout")?).lines();
+    while lines.next().ok_or("no freeze")?? != "frozen" {}
+    Ok(lines)
+}
+
 #[test]
 #[ignore = "the other side of the tests that kill it"]
 fn helper_freezes_and_hangs() -> Result {
@@ -690,15 +691,12 @@ fn runs_again_within_a_second_of_kill_9() -> Result {
         .and_then(|n| n.parse().ok())
         .unwrap_or(25);
     for version in versions() {
-        let mut counters = Counters::new(version)?;
-        let cgroup = counters.cgroup.clone();
-        let pid = counters.spawn(&cgroup)?;
+        let (mut counters, cgroup, pid) = Counters::started(version)?;
         counters.spawn(&cgroup)?;
         // The sweep covers the time that one freeze takes on this machine.
         let begun = Instant::now();
         let mut child = freezer(pid, &[])?;
-        let mut lines = BufReader::new(child.stdout.take().ok_or("stdout")?).lines();
-        while lines.next().ok_or("no freeze")?? != "frozen" {}
+        let _output = wait_until_frozen(&mut child)?;
         let whole = begun.elapsed();
         counters.assert_stands("frozen by the other process");
         kill_and_check(&mut child, &counters, false)?;
@@ -708,8 +706,7 @@ fn runs_again_within_a_second_of_kill_9() -> Result {
             let mut child = freezer(pid, &[])?;
             if round % 5 == 0 {
                 // On a busy machine the sweep alone may miss every freeze.
-                let mut lines = BufReader::new(child.stdout.take().ok_or("stdout")?).lines();
-                while lines.next().ok_or("no freeze")?? != "frozen" {}
+                let _output = wait_until_frozen(&mut child)?;
             } else {
                 std::thread::sleep(whole.mul_f64(1.5 * (round * 37 % 100) as f64 / 100.0));
             }
@@ -734,14 +731,11 @@ fn survives_the_end_of_the_callers_whole_cgroup() -> Result {
         return Ok(());
     };
     for version in versions() {
-        let mut counters = Counters::new(version)?;
-        let cgroup = counters.cgroup.clone();
-        let pid = counters.spawn(&cgroup)?;
+        let (counters, _, pid) = Counters::started(version)?;
         let service = unified.join(format!("upperdeck-test-service-{}", std::process::id()));
         fs::create_dir(&service)?;
         let mut child = freezer(pid, &[("UPPERDECK_TEST_JOIN", service.as_os_str())])?;
-        let mut lines = BufReader::new(child.stdout.take().ok_or("stdout")?).lines();
-        while lines.next().ok_or("no freeze")?? != "frozen" {}
+        let _output = wait_until_frozen(&mut child)?;
         counters.assert_stands("frozen by the other process");
         fs::write(service.join("cgroup.kill"), "1")?;
         let killed = Instant::now();
