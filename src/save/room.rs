@@ -27,9 +27,19 @@ pub(super) struct Room {
     free: AtomicU64,
     /// Sizes of the layers that are mounted or copied later.
     later: Mutex<BTreeMap<Digest, u64>>,
-    /// Layers that the registry has, but possibly in no image of the project, which is then charged for them. They are
-    /// looked for in its images only if they would not fit: Harbor counts that as pulls.
-    doubtful: Mutex<Vec<(Digest, u64)>>,
+    /// Layers that the registry has, but for which the project is possibly not charged yet. That is found out only if
+    /// they would not fit: Harbor counts it as pulls.
+    doubtful: Mutex<Doubtful>,
+    /// Bytes that this save has completed or mounted.
+    completed: AtomicU64,
+}
+
+/// Layers that are at the destination, and what the manifest that names them costs for them.
+#[derive(Default)]
+struct Doubtful {
+    sizes: BTreeMap<Digest, u64>,
+    /// Number of bytes that the manifest costs at least. `None` if it is not known.
+    cost: Option<u64>,
 }
 
 impl Default for Room {
@@ -39,6 +49,7 @@ impl Default for Room {
             free: AtomicU64::new(u64::MAX),
             later: Mutex::default(),
             doubtful: Mutex::default(),
+            completed: AtomicU64::new(0),
         }
     }
 }
@@ -65,13 +76,15 @@ impl Room {
         }
         for (digest, size, there) in base::sizes(destination, layers).await? {
             if there {
-                self.doubtful().push((digest, size));
+                let mut doubtful = self.doubtful();
+                doubtful.sizes.insert(digest, size);
+                doubtful.cost = None;
             } else {
                 self.later().insert(digest, size);
             }
         }
         self.resolve_if_tight(0).await;
-        let later = self.later().values().sum();
+        let later = self.with_later(0) - DOCUMENTS;
         if later == 0 {
             return Ok(());
         }
@@ -82,37 +95,33 @@ impl Room {
         self.later.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn doubtful(&self) -> std::sync::MutexGuard<'_, Vec<(Digest, u64)>> {
+    fn doubtful(&self) -> std::sync::MutexGuard<'_, Doubtful> {
         self.doubtful.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Finds out which doubtful layers are charged for, if `bytes` more and all of them would not fit.
+    /// Finds out what the doubtful layers cost, if `bytes` more and all of them would not fit.
     async fn resolve_if_tight(&self, bytes: u64) {
         let Some(budget) = &self.budget else { return };
-        let doubtful = self.doubtful().clone();
-        let most = doubtful
-            .iter()
-            .fold(self.with_later(bytes), |sum, (_, size)| {
-                sum.saturating_add(*size)
-            });
-        if doubtful.is_empty() || most <= self.free.load(Ordering::Relaxed) {
-            return;
-        }
-        let digests = doubtful.iter().map(|(digest, _)| *digest).collect();
-        let charged = match budget.not_held(digests).await {
-            Ok(charged) => charged,
-            Err(error) => {
-                tracing::debug!(%error, "what the project is charged for is not told");
+        let doubtful = {
+            let doubtful = self.doubtful();
+            if doubtful.sizes.is_empty() || doubtful.cost.is_some() {
                 return;
             }
+            doubtful.sizes.clone()
         };
-        for (digest, size) in doubtful
-            .iter()
-            .filter(|(digest, _)| charged.contains(digest))
-        {
-            self.later().insert(*digest, *size);
+        let most = doubtful.values().fold(self.with_later(bytes), |sum, size| {
+            sum.saturating_add(*size)
+        });
+        if most <= self.free.load(Ordering::Relaxed) {
+            return;
         }
-        self.doubtful().clear();
+        let completed = self.completed.load(Ordering::Relaxed);
+        match budget.uncharged(&doubtful, completed).await {
+            Ok(cost) => self.doubtful().cost = Some(cost),
+            Err(error) => {
+                tracing::debug!(%error, "what the project is charged for is not told");
+            }
+        }
     }
 
     fn admit(&self, bytes: u64, needed: Needed) -> Result<(), Error> {
@@ -125,8 +134,12 @@ impl Room {
     }
 
     fn with_later(&self, bytes: u64) -> u64 {
-        let later = self.later().values().sum();
-        bytes.saturating_add(later).saturating_add(DOCUMENTS)
+        let later: u64 = self.later().values().sum();
+        let at_manifest = self.doubtful().cost.unwrap_or(0);
+        bytes
+            .saturating_add(later)
+            .saturating_add(at_manifest)
+            .saturating_add(DOCUMENTS)
     }
 
     /// Checks `sent` compressed bytes, of which no blob is complete yet, made of `done` of `total` bytes of tar.
@@ -163,6 +176,7 @@ impl Room {
 
     /// Notes blobs that were completed.
     pub(super) fn spend(&self, bytes: u64) {
+        self.completed.fetch_add(bytes, Ordering::Relaxed);
         let less = |free: u64| Some(free.saturating_sub(bytes));
         let _ = self
             .free

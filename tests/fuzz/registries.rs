@@ -148,8 +148,8 @@ async fn ask(selector: u8, host: &str) {
             errors::checked(put);
             errors::checked(harbor::check_tag(&repository, "1").await);
             if let Ok(Some(budget)) = harbor::Budget::of(&repository).await {
-                let asked = [Digest::of("x")].into_iter().collect();
-                errors::checked(budget.not_held(asked).await);
+                let asked = [(Digest::of("x"), 1)].into_iter().collect();
+                errors::checked(budget.uncharged(&asked, 0).await);
             }
         }
         6 => {

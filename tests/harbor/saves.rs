@@ -1,5 +1,6 @@
 //! Whole saves into Harbor: what each refusal leaves in the project, by Harbor's own count, and what is sent again.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
@@ -9,7 +10,7 @@ use upperdeck::store::images::{self, ImageSelector};
 
 use super::refusals::{rights_without, used};
 use super::world::{PROGRAM, World};
-use super::{Lab, Outcome, image, save, support};
+use super::{Lab, Outcome, image, save, send, support};
 
 /// The end of a save.
 #[derive(Debug)]
@@ -226,8 +227,52 @@ async fn blobs_of_deleted_images_count_as_new() -> Outcome {
         );
     }
     let budget = destination.budget().await?.ok_or("no quota")?;
-    let charged = budget.not_held(layers.into_iter().collect()).await?;
-    assert_eq!(charged.into_iter().collect::<Vec<_>>(), [layers[1]]);
+    let sizes = layers.into_iter().zip([1000, 2000]).collect();
+    assert_eq!(budget.uncharged(&sizes, 0).await?, 2000);
+
+    // A blob that was completed for no image yet is charged already, and not again with the manifest.
+    let pushed = image("pushed", 1500);
+    let before = used(&lab, &project).await;
+    send(&destination, pushed.layer.clone()).await?;
+    assert_eq!(used(&lab, &project).await, before + 1500);
+    let budget = destination.budget().await?.ok_or("no quota")?;
+    let mut sizes = BTreeMap::from([(Digest::of(&pushed.layer), 1500)]);
+    assert_eq!(budget.uncharged(&sizes, 0).await?, 0);
+    let of_this_save = budget.uncharged(&sizes, 1500).await?;
+    assert_eq!(
+        of_this_save, 1500,
+        "what this save has completed is none of these"
+    );
+    sizes.insert(layers[1], 2000);
+    assert_eq!(budget.uncharged(&sizes, 0).await?, 2000);
+    save(&destination, &pushed, "pushed").await?;
+    assert_eq!(used(&lab, &project).await, before + pushed.size());
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_repositories_of_a_project_share_what_is_charged() -> Outcome {
+    let lab = Lab::start().await?;
+    let home = tempfile::tempdir()?;
+    let Some(world) = container(home.path()) else {
+        return lab.end().await;
+    };
+    let wide = lab.project(None).await;
+    let end = commit(&world, &lab.admin, &format!("{}/{wide}/a:1", lab.host)).await;
+    assert_eq!(end.exit, 0, "{}", end.text);
+    // There is room for one save and a small change, and not for two saves.
+    let first = used(&lab, &wide).await;
+    let tight = lab.project(Some(first + (100 << 10))).await;
+    let robot = lab.robot(&tight, &rights_without(&[])).await;
+    for (name, letter) in [("a", "a"), ("b", "b"), ("a", "c")] {
+        let to = format!("{}/{tight}/{name}:1", lab.host);
+        let mut command = command(&world, &robot, &to, "state-tight");
+        let output = tokio::task::spawn_blocking(move || command.output()).await??;
+        let end = ended(&output);
+        assert_eq!(end.exit, 0, "{name}: {}", end.text);
+        world.change(letter)?;
+    }
+    assert!(first > 1 << 20 && used(&lab, &tight).await < first + (100 << 10));
     lab.end().await
 }
 

@@ -1,8 +1,8 @@
-//! What a project's quota has left, and which blobs it has been charged for. Harbor charges a project for the blobs of
-//! its images. A blob of a deleted image is still in the registry behind Harbor, but is charged again with the next
-//! manifest that names it.
+//! What a project's quota has left, and which blobs it has been charged for. Harbor charges a project for a blob when it
+//! is completed or mounted. A blob of a deleted image is still in the registry behind Harbor, but is charged again with
+//! the next manifest that names it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
@@ -69,39 +69,51 @@ impl Budget {
         }
     }
 
-    /// Returns those of `blobs` that belong to no image of the project. The images of the destination's repository are
-    /// looked at first. If the project has more images than are looked at, or one of them cannot be read, the remaining
-    /// blobs count as charged for: the registry then decides.
-    pub async fn not_held(&self, blobs: BTreeSet<Digest>) -> Result<BTreeSet<Digest>, Error> {
-        let mut left = blobs;
-        let (mut looked_at, mut unread) = (0, false);
-        for name in self.repositories().await? {
+    /// Returns the bytes that a manifest with `blobs`, which the registry behind Harbor has, costs at least. Blobs that
+    /// images of the project have cost nothing, and neither do those that were pushed for no image yet: Harbor charges
+    /// them when they are completed. It does not name these, but what it has charged beyond the images is theirs,
+    /// except for `own` bytes, which the save itself has completed.
+    ///
+    /// The images of the destination's repository are looked at first. If the project has more images than are looked
+    /// at, or one of them cannot be read, all blobs count as charged for: the registry then decides.
+    pub async fn uncharged(&self, blobs: &BTreeMap<Digest, u64>, own: u64) -> Result<u64, Error> {
+        let (mut held, mut left) = (BTreeMap::new(), blobs.clone());
+        let mut room = MAX_MANIFESTS;
+        let Some(names) = self.repositories().await? else {
+            return Ok(0);
+        };
+        for name in names {
             let images = self.images(&name).await?;
-            let room = MAX_MANIFESTS.saturating_sub(looked_at);
-            let whole = images.len() <= room;
-            looked_at += images.len().min(room);
+            let Some(rest) = images.and_then(|i| Some((room.checked_sub(i.len())?, i))) else {
+                return Ok(0);
+            };
+            let images;
+            (room, images) = rest;
             let repository = self.repository.beside(&format!("{}/{name}", self.project));
-            let reading = images.into_iter().take(room).map(|digest| {
+            let reading = images.into_iter().map(|digest| {
                 let repository = repository.clone();
-                async move { named(&repository, &digest).await }
+                async move { named(&repository, digest).await }
             });
-            let named: Vec<Option<BTreeSet<Digest>>> = futures_util::stream::iter(reading)
-                .buffer_unordered(AT_ONCE)
-                .collect()
-                .await;
-            unread |= named.iter().any(Option::is_none);
-            for found in named.into_iter().flatten() {
-                left.retain(|digest| !found.contains(digest));
+            let reading = futures_util::stream::iter(reading).buffer_unordered(AT_ONCE);
+            let found: Vec<Option<BTreeMap<Digest, u64>>> = reading.collect().await;
+            for found in found {
+                let Some(found) = found else { return Ok(0) };
+                left.retain(|digest, _| !found.contains_key(digest));
+                held.extend(found);
             }
-            if left.is_empty() || !whole {
-                return Ok(if whole { left } else { BTreeSet::new() });
+            if left.is_empty() {
+                return Ok(0);
             }
         }
-        Ok(if unread { BTreeSet::new() } else { left })
+        let of_images = held.values().fold(own, |sum, n| sum.saturating_add(*n));
+        let of_none = self.quota_usage().used.saturating_sub(of_images);
+        let left = left.values().fold(0_u64, |sum, n| sum.saturating_add(*n));
+        Ok(left.saturating_sub(of_none))
     }
 
-    /// Returns the names of the project's repositories, that of the destination first.
-    async fn repositories(&self) -> Result<Vec<String>, Error> {
+    /// Returns the names of the project's repositories, that of the destination first. Returns `None` if there are too
+    /// many.
+    async fn repositories(&self) -> Result<Option<Vec<String>>, Error> {
         let query = Query {
             sort: Some("-update_time"),
             page: 1,
@@ -112,15 +124,19 @@ impl Budget {
             .harbor
             .repositories(Some(&self.project), &query)
             .await?;
+        if page.total > u64::from(MAX_PAGE_SIZE) {
+            return Ok(None);
+        }
         let own = split(self.repository.path()).map_or("", |(_, name)| name);
         let names = page.items.into_iter().filter(|r| r.artifact_count > 0);
         let names = names.filter_map(|r| Some(split(&r.name)?.1.to_owned()));
         let mut names: Vec<String> = names.collect();
         names.sort_by_key(|name| name != own);
-        Ok(names)
+        Ok(Some(names))
     }
 
-    async fn images(&self, name: &str) -> Result<Vec<Digest>, Error> {
+    /// Returns the images of a repository with what is attached to them, or `None` if there are too many.
+    async fn images(&self, name: &str) -> Result<Option<BTreeSet<Digest>>, Error> {
         let query = Query {
             sort: Some("-push_time"),
             page: 1,
@@ -128,26 +144,39 @@ impl Budget {
             ..Query::default()
         };
         let page = self.harbor.artifacts(&self.project, name, &query).await?;
-        Ok(page
-            .items
-            .into_iter()
-            .map(|artifact| artifact.digest)
-            .collect())
+        if page.total > u64::from(MAX_PAGE_SIZE) {
+            return Ok(None);
+        }
+        let all = page.items.into_iter().flat_map(|artifact| {
+            let attached = artifact.accessories.into_iter().flatten();
+            let attached = attached.filter_map(|accessory| accessory.digest.parse().ok());
+            std::iter::once(artifact.digest).chain(attached)
+        });
+        Ok(Some(all.collect()))
     }
 }
 
-/// Returns the blobs that a manifest names; that of an image deleted meanwhile names none. Returns `None` for one that
-/// cannot be read, for example by content trust, and for an index, whose images Harbor does not list.
-async fn named(repository: &Repository, digest: &Digest) -> Option<BTreeSet<Digest>> {
+/// Returns what Harbor charges for an image, with sizes in bytes: the manifest and the blobs that it names, without
+/// layers that are not to be distributed. An image deleted meanwhile has none. Returns `None` for one that cannot be
+/// read, for example by content trust, and for an index, whose images Harbor does not list.
+async fn named(repository: &Repository, digest: Digest) -> Option<BTreeMap<Digest, u64>> {
     let manifest = match repository.manifest(&digest.to_string()).await {
         Ok(manifest) if manifest.is_index() => return None,
         Ok(manifest) => manifest,
-        Err(error) if error.not_found() => return Some(BTreeSet::new()),
+        Err(error) if error.not_found() => return Some(BTreeMap::new()),
         Err(_) => return None,
     };
     let document: serde_json::Value = serde_json::from_slice(&manifest.bytes).unwrap_or_default();
     let layers = document["layers"].as_array().into_iter().flatten();
-    let all = layers.chain([&document["config"]]);
-    let digests = all.filter_map(|d| d["digest"].as_str()?.parse().ok());
-    Some(digests.collect())
+    let charged = layers.chain([&document["config"]]).filter(|d| {
+        let kind = d["mediaType"].as_str().unwrap_or_default();
+        !kind.contains("foreign") && !kind.contains("nondistributable")
+    });
+    let sizes =
+        charged.filter_map(|d| Some((d["digest"].as_str()?.parse().ok()?, d["size"].as_u64()?)));
+    Some(
+        sizes
+            .chain([(digest, manifest.bytes.len() as u64)])
+            .collect(),
+    )
 }
