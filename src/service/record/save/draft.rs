@@ -1,6 +1,7 @@
 //! The state machine of a save: the only place that changes its state, in response to reports of agents, requests of
 //! users, and data loss in the queue. It does no I/O, so that every case can be tested.
 
+use super::policy::Policy;
 use super::{Failure, Save, SaveWarning};
 use crate::service::job::{Code, Event, Outcome, Report, Saved, State, Update};
 
@@ -8,29 +9,6 @@ use crate::service::job::{Code, Event, Outcome, Report, Saved, State, Update};
 const MAX_WARNINGS: usize = 100;
 /// Maximum length of an agent's message that is kept, in bytes.
 const MAX_MESSAGE: usize = 2000;
-
-/// How failed attempts are repeated.
-#[derive(Clone, Copy, Debug)]
-pub struct Policy {
-    /// Total number of attempts.
-    pub attempts: u32,
-    /// Delay before the first retry, in milliseconds.
-    pub backoff_ms: u64,
-    /// Maximum delay, in milliseconds.
-    pub backoff_most_ms: u64,
-}
-
-impl Policy {
-    /// Returns the delay after this number of failures (starting at 1). It doubles each time, and `chance` (0 to 1)
-    /// shortens it by up to a half.
-    fn pause_ms(&self, failures: u32, chance: f64) -> i64 {
-        let doubled = self
-            .backoff_ms
-            .saturating_mul(1 << failures.saturating_sub(1).min(30))
-            .min(self.backoff_most_ms);
-        (doubled as f64 * (1.0 - chance.clamp(0.0, 1.0) / 2.0)) as i64
-    }
-}
 
 /// A request to the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

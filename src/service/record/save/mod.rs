@@ -1,11 +1,13 @@
 //! The data of a save in the record. [`draft`] changes them.
 
 mod draft;
+mod policy;
 
 use serde::{Deserialize, Serialize};
 
 pub(super) use draft::Step;
-pub use draft::{Draft, OutboxAction, Policy};
+pub use draft::{Draft, OutboxAction};
+pub use policy::Policy;
 
 use crate::service::job::{
     Category, Code, JobId, Kind, Phase, Replaces, SaveOptions, Saved, State,
