@@ -6,6 +6,7 @@ mod doors;
 mod events;
 mod fuzz;
 mod jobs;
+mod metrics;
 #[path = "../support/postgres.rs"]
 mod postgres;
 mod replace;

@@ -13,7 +13,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use super::connections::Closed;
-use crate::service::job::State;
+use crate::service::job::{Code, State};
 use crate::service::queue::Depth;
 use crate::service::record::Save;
 
@@ -50,6 +50,9 @@ struct TaskLabel {
 struct CloseLabel {
     why: &'static str,
 }
+
+/// The tasks whose errors are counted.
+const TASKS: [&str; 6] = ["hear", "errands", "words", "reconcile", "forget", "measure"];
 
 type Int = Gauge<i64, AtomicI64>;
 
@@ -195,7 +198,7 @@ impl Metrics {
             "Rounds of background work that failed",
             errors.clone(),
         );
-        Self {
+        let metrics = Self {
             registry,
             requests,
             took,
@@ -218,10 +221,31 @@ impl Metrics {
             reports,
             offered_again,
             errors,
-        }
+        };
+        metrics.start_at_zero();
+        metrics
     }
 
-    /// Returns the content of `/metrics` (OpenMetrics 1.0).
+    /// Creates the time series whose labels are known. `increase()` does not see the step from no series to 1, so that
+    /// an alert would miss the first error.
+    fn start_at_zero(&self) {
+        for task in TASKS {
+            let _ = self.errors.get_or_create(&TaskLabel { task });
+        }
+        for why in Closed::ALL {
+            let why = why.name();
+            let _ = self.closed.get_or_create(&CloseLabel { why });
+        }
+        let failed = Code::ALL.map(|code| (State::Failed, code.name()));
+        let ends = [(State::Succeeded, ""), (State::Cancelled, "")];
+        for (state, code) in ends.into_iter().chain(failed) {
+            let state = state.name();
+            let _ = self.ended.get_or_create(&EndedLabels { state, code });
+        }
+        self.record(&[]);
+    }
+
+    /// Returns the content of `/metrics` in OpenMetrics 1.0.
     pub(super) fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a string cannot fail.

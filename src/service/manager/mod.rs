@@ -8,6 +8,7 @@ pub mod api;
 pub mod auth;
 mod connections;
 mod events;
+mod exposition;
 mod extract;
 mod feed;
 mod images;

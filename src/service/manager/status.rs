@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::extract::State as Extracted;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
@@ -10,6 +10,7 @@ use tokio::sync::Mutex;
 use super::App;
 use super::api::{Health, Me};
 use super::auth::Caller;
+use super::exposition::classic;
 use super::refusal::Refusal;
 
 /// Returns the identity of the caller.
@@ -115,15 +116,27 @@ async fn look(app: &App) -> Vec<String> {
     missing
 }
 
-/// Metrics for Prometheus.
+/// Metrics for Prometheus, in OpenMetrics 1.0 if `Accept` names that, else in the text format 0.0.4.
 #[utoipa::path(
     get, path = "/metrics", tag = "operations", security(()),
     responses((
-        status = 200, body = String, description = "OpenMetrics 1.0",
-        content_type = "application/openmetrics-text"
+        status = 200, description = "The metrics of this manager",
+        content((String = "text/plain"), (String = "application/openmetrics-text"))
     ))
 )]
-pub(super) async fn metrics(Extracted(app): Extracted<App>) -> Response {
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], app.metrics.text()).into_response()
+pub(super) async fn metrics(Extracted(app): Extracted<App>, headers: HeaderMap) -> Response {
+    let accepted = headers.get_all(header::ACCEPT).iter();
+    let open = accepted
+        .filter_map(|value| value.to_str().ok())
+        .any(|value| value.contains("application/openmetrics-text"));
+    let text = app.metrics.text();
+    let (kind, text) = if open {
+        (
+            "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            text,
+        )
+    } else {
+        ("text/plain; version=0.0.4; charset=utf-8", classic(&text))
+    };
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }

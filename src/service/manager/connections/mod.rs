@@ -79,6 +79,15 @@ pub(super) enum Closed {
 }
 
 impl Closed {
+    /// All reasons.
+    pub(super) const ALL: [Self; 5] = [
+        Self::Head,
+        Self::Idle,
+        Self::Write,
+        Self::Replaced,
+        Self::Full,
+    ];
+
     /// Returns the label in metrics.
     pub(super) fn name(self) -> &'static str {
         match self {
