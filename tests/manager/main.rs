@@ -7,6 +7,7 @@ mod events;
 mod fuzz;
 mod jobs;
 mod metrics;
+mod openapi;
 #[path = "../support/postgres.rs"]
 mod postgres;
 mod replace;

@@ -42,6 +42,7 @@ pub struct SessionView {
     /// Image that it was started from.
     pub image: Option<String>,
     /// Start time.
+    #[schema(format = DateTime)]
     pub started: String,
     /// Allocated size of its changes in bytes.
     pub upper_bytes: Option<u64>,
@@ -200,6 +201,7 @@ pub struct Save {
     pub phase: Option<Phase>,
     /// When the current state, or the current phase, began.
     #[serde(default)]
+    #[schema(format = DateTime)]
     pub since: Option<String>,
     /// Number of saves ahead of it while it is queued.
     pub place: Option<u64>,
@@ -224,10 +226,13 @@ pub struct Save {
     /// Whether cancellation was requested.
     pub cancelling: bool,
     /// Time of the request.
+    #[schema(format = DateTime)]
     pub created: String,
     /// When an agent started this attempt.
+    #[schema(format = DateTime)]
     pub started: Option<String>,
     /// When it ended.
+    #[schema(format = DateTime)]
     pub finished: Option<String>,
     /// Increases with every change of the above except `place` and `progress`; the ID of the last event.
     pub version: u64,
@@ -258,6 +263,7 @@ pub struct Waiting {
     pub node: String,
     /// When it will be over, if that is known.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(format = DateTime)]
     pub until: Option<String>,
 }
 
@@ -279,6 +285,7 @@ pub struct ImageFate {
     /// Its state.
     pub state: ImageState,
     /// When the tag was taken or deleted.
+    #[schema(format = DateTime)]
     pub at: Option<String>,
     /// For `replaced`: the save that took the tag.
     pub save: Option<JobId>,
@@ -301,6 +308,7 @@ pub(crate) struct AuditLine {
     /// Version of the save after the transition.
     pub(crate) version: u64,
     /// Time of the transition.
+    #[schema(format = DateTime)]
     pub(crate) at: String,
     /// State before the transition; absent for the submission.
     pub(crate) from: Option<State>,
@@ -432,6 +440,7 @@ pub struct ImageView {
     /// Number of pulls, if the registry counts them.
     pub pulls: Option<u64>,
     /// When it was last pushed or saved.
+    #[schema(format = DateTime)]
     pub changed: Option<String>,
     /// Description by the user.
     pub message: Option<String>,
@@ -499,8 +508,10 @@ pub struct NodeView {
     /// Version of its agent.
     pub version: String,
     /// Start time of the agent.
+    #[schema(format = DateTime)]
     pub started: String,
     /// Time of the last heartbeat.
+    #[schema(format = DateTime)]
     pub heard: String,
     /// Whether the last heartbeat is recent.
     pub alive: bool,
@@ -551,6 +562,7 @@ pub(crate) struct SignedIn {
     /// Key that the page sends in the `Upperdeck-Page` header and stores where no other origin can read it.
     pub(crate) key: String,
     /// When the sign-in expires.
+    #[schema(format = DateTime)]
     pub(crate) expires: String,
 }
 
@@ -595,6 +607,7 @@ pub struct ExistingImage {
     /// Owner of the image.
     pub user: String,
     /// When it was saved; absent if no save in the record made it.
+    #[schema(format = DateTime)]
     pub saved: Option<String>,
     /// Session that it was saved from.
     pub session: Option<String>,

@@ -124,7 +124,7 @@ impl Follower {
 /// new save, `progress` (a save) in between, and every 8 s at the latest `open` (`{"saves": [IDs]}`), the list of the
 /// open saves. Unlike the stream of one save, it needs the page's key where a cookie authenticates.
 #[utoipa::path(
-    get, path = "/api/v1/events", tag = "saves", params(Followed),
+    get, path = "/api/v1/events", operation_id = "all_events", tag = "saves", params(Followed),
     responses(
         (status = 200, content_type = "text/event-stream", body = String, description = "Events without an end"),
         Refusal

@@ -483,7 +483,7 @@ pub(super) async fn list_views(app: &App, user: Option<&str>) -> Result<Vec<Imag
 /// LIST: returns the caller's images. Administrators see all.
 #[utoipa::path(
     get, path = "/api/v1/images", tag = "images", params(ImagesQuery),
-    responses((status = 200, body = Shown), Refusal)
+    responses((status = 200, body = Shown, description = "The images of this page"), Refusal)
 )]
 pub(super) async fn images(
     Extracted(app): Extracted<App>,
@@ -583,7 +583,7 @@ pub(super) fn owner(caller: &Caller, asked: Option<&str>) -> Result<String, Refu
         ("tag" = String, Path, description = "The tag"),
         UserQuery
     ),
-    responses((status = 200, body = Deleted), Refusal)
+    responses((status = 200, body = Deleted, description = "What was deleted, and what was kept"), Refusal)
 )]
 pub(super) async fn delete(
     Extracted(app): Extracted<App>,
@@ -631,7 +631,7 @@ pub(super) async fn delete(
         ("digest" = String, Path, description = "Digest of the manifest, `sha256:` and 64 hexadecimal digits"),
         UserQuery
     ),
-    responses((status = 200, body = Deleted), Refusal)
+    responses((status = 200, body = Deleted, description = "What was deleted, and what was kept"), Refusal)
 )]
 pub(super) async fn delete_untagged(
     Extracted(app): Extracted<App>,
@@ -683,7 +683,7 @@ fn deleted(removed: images::Removed) -> Deleted {
 /// Returns the quota and the usage of the place for the caller's images.
 #[utoipa::path(
     get, path = "/api/v1/quota", tag = "images", params(UserQuery),
-    responses((status = 200, body = Quota), Refusal)
+    responses((status = 200, body = Quota, description = "The quota of the user's images"), Refusal)
 )]
 pub(super) async fn quota(
     Extracted(app): Extracted<App>,

@@ -255,7 +255,7 @@ pub(super) fn find<'a>(
 /// Returns the running containers that the caller may save. Administrators see all of them.
 #[utoipa::path(
     get, path = "/api/v1/sessions", tag = "sessions",
-    responses((status = 200, body = Sessions), Refusal)
+    responses((status = 200, body = Sessions, description = "The sessions that the caller may save"), Refusal)
 )]
 pub(super) async fn sessions(
     Extracted(app): Extracted<App>,
@@ -307,7 +307,7 @@ pub(super) async fn sessions(
 /// Returns the nodes and their agents. For administrators.
 #[utoipa::path(
     get, path = "/api/v1/nodes", tag = "operations",
-    responses((status = 200, body = Nodes), Refusal)
+    responses((status = 200, body = Nodes, description = "The nodes that were heard of"), Refusal)
 )]
 pub(super) async fn nodes(
     Extracted(app): Extracted<App>,

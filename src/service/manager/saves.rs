@@ -307,7 +307,7 @@ async fn repeated(
 #[utoipa::path(
     get, path = "/api/v1/saves/{id}", tag = "saves",
     params(("id" = JobId, Path)),
-    responses((status = 200, body = Shown), Refusal)
+    responses((status = 200, body = Shown, description = "The save as it is now"), Refusal)
 )]
 pub(super) async fn check(
     Extracted(app): Extracted<App>,
@@ -402,7 +402,7 @@ fn after(text: Option<&str>) -> Result<Option<JobId>, Refusal> {
 /// Returns the history, the latest save first.
 #[utoipa::path(
     get, path = "/api/v1/saves", tag = "saves", params(History),
-    responses((status = 200, body = Saves), Refusal)
+    responses((status = 200, body = Saves, description = "The saves of this page"), Refusal)
 )]
 pub(super) async fn history(
     Extracted(app): Extracted<App>,
@@ -528,7 +528,7 @@ pub(super) struct DeadLetters {
 /// Returns the saves that failed for good, the latest first. For administrators, who can requeue them.
 #[utoipa::path(
     get, path = "/api/v1/dead", tag = "operations", params(DeadLetters),
-    responses((status = 200, body = Saves), Refusal)
+    responses((status = 200, body = Saves, description = "The saves of this page"), Refusal)
 )]
 pub(super) async fn dead(
     Extracted(app): Extracted<App>,
@@ -548,7 +548,7 @@ pub(super) async fn dead(
 #[utoipa::path(
     post, path = "/api/v1/saves/{id}/requeue", tag = "operations",
     params(("id" = JobId, Path)),
-    responses((status = 202, body = Shown), Refusal)
+    responses((status = 202, body = Shown, description = "It is queued again"), Refusal)
 )]
 pub(super) async fn requeue(
     Extracted(app): Extracted<App>,
@@ -578,7 +578,7 @@ pub(super) async fn requeue(
 #[utoipa::path(
     get, path = "/api/v1/saves/{id}/audit", tag = "operations",
     params(("id" = JobId, Path)),
-    responses((status = 200, body = Audit), Refusal)
+    responses((status = 200, body = Audit, description = "The transitions of the save"), Refusal)
 )]
 pub(super) async fn audit(
     Extracted(app): Extracted<App>,

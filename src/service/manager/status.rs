@@ -16,7 +16,7 @@ use super::refusal::Refusal;
 /// Returns the identity of the caller.
 #[utoipa::path(
     get, path = "/api/v1/me", tag = "sessions",
-    responses((status = 200, body = Me), Refusal)
+    responses((status = 200, body = Me, description = "The caller"), Refusal)
 )]
 pub(super) async fn me(
     Extracted(app): Extracted<App>,
@@ -38,7 +38,7 @@ pub(super) async fn me(
 /// Reports that the process responds.
 #[utoipa::path(
     get, path = "/healthz", tag = "operations", security(()),
-    responses((status = 200, body = Health))
+    responses((status = 200, body = Health, description = "The process answers"))
 )]
 pub(super) async fn healthz() -> Json<Health> {
     Json(Health {
@@ -51,7 +51,7 @@ pub(super) async fn healthz() -> Json<Health> {
 #[utoipa::path(
     get, path = "/readyz", tag = "operations", security(()),
     responses(
-        (status = 200, body = Health),
+        (status = 200, body = Health, description = "Record and queue answer"),
         (status = 503, body = Health, description = "Something is missing, or the manager is about to end")
     )
 )]
