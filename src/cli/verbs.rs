@@ -334,9 +334,12 @@ pub(super) fn man(dir: Option<&Path>) -> anyhow::Result<()> {
         clap_mangen::Man::new(super::config::command()).render(&mut page)?;
         return Ok(write_stdout(&page)?);
     };
-    if !dir.is_dir() {
+    if dir.exists() && !dir.is_dir() {
         return Err(Usage(format!("{} is not a directory", super::text::path(dir))).into());
     }
+    // A minimal system has no directory for local man pages.
+    std::fs::create_dir_all(dir)
+        .with_context(|| format!("cannot create {}", super::text::path(dir)))?;
     clap_mangen::generate_to(super::config::command(), dir)
         .with_context(|| format!("cannot write to {}", super::text::path(dir)))
 }

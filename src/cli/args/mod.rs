@@ -212,7 +212,7 @@ pub(super) enum Verb {
         after_long_help = "Examples:\n  upperdeck man | man -l -\n  upperdeck man /usr/local/share/man/man1"
     )]
     Man {
-        /// Directory to write upperdeck.1, upperdeck-commit.1, ... to
+        /// Directory to write upperdeck.1, upperdeck-commit.1, ... to; it is created if it is missing
         #[arg(value_hint = ValueHint::DirPath)]
         dir: Option<PathBuf>,
     },
