@@ -56,6 +56,39 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap_or_default()
 }
 
+/// The record is the truth, and the queue only delivers.
+#[test]
+fn a_save_is_accepted_while_redis_is_down() -> Result<()> {
+    let Some(mut centre) = ServiceLab::new()? else {
+        return Ok(());
+    };
+    let pod = centre.session("alice")?;
+    centre.lab.containerd.shell(&pod, WORK)?;
+    centre.service.wait_for_sessions(1)?;
+    centre.redis.stop()?;
+    let words = [
+        "job",
+        "submit",
+        "--format",
+        "json",
+        &pod.container,
+        "mine:dark",
+    ];
+    let save = centre.service.ask(Some("alice"), &words)?;
+    assert_eq!(text(&save, "state"), "queued", "{save}");
+    assert_eq!(save["waiting"]["reason"], "queue_down", "{save}");
+    centre.redis.start_again()?;
+    let watched = centre
+        .service
+        .output(Some("alice"), &["job", "watch", text(&save, "id")])?;
+    ensure!(
+        watched.status.success(),
+        "{}",
+        String::from_utf8_lossy(&watched.stderr)
+    );
+    Ok(())
+}
+
 #[test]
 fn twenty_users_save_their_sessions_at_once() -> Result<()> {
     let Some(centre) = ServiceLab::new()? else {

@@ -252,6 +252,8 @@ pub enum WaitingReason {
     Node,
     /// The node takes no more saves, because its agent ends.
     Draining,
+    /// Managers cannot reach the queue. The save is in the record and is queued when the queue is back.
+    QueueDown,
 }
 
 /// Why a save waits.

@@ -19,6 +19,8 @@ use crate::service::job::{JobId, Node, Session, now_ms};
 use crate::service::queue::{self, HEARTBEAT_LOST, Queue};
 
 const CACHE_TTL: Duration = Duration::from_secs(1);
+/// How long the last list of sessions counts for accepting saves while the queue does not answer.
+const LAST_KNOWN_TTL: Duration = Duration::from_secs(15 * 60);
 /// Minimum interval between two warnings about duplicates.
 const WARN_EVERY: Duration = Duration::from_secs(300);
 /// How long a node may be absent before it loses its status as the first node of a session.
@@ -109,6 +111,26 @@ impl Inventory {
         let sessions = Arc::new(sessions);
         *held = Some((Instant::now(), sessions.clone()));
         Ok(sessions)
+    }
+
+    /// Like [`Self::sessions`], but while the queue does not answer, returns the last list that is known, if that is
+    /// recent. It is for accepting saves, which the record keeps until the queue is back: the agent looks for the
+    /// session and its owner again.
+    pub(super) async fn last_known_sessions(
+        &self,
+        queue: &Queue,
+    ) -> Result<Arc<Vec<Session>>, queue::Error> {
+        let error = match self.sessions(queue).await {
+            Ok(sessions) => return Ok(sessions),
+            Err(error) => error,
+        };
+        match &*self.sessions.lock().await {
+            Some((at, sessions)) if at.elapsed() < LAST_KNOWN_TTL => {
+                tracing::warn!(%error, "the queue does not answer: a save is accepted by the last list of sessions");
+                Ok(sessions.clone())
+            }
+            _ => Err(error),
+        }
     }
 
     fn without_duplicates(&self, told: Vec<Session>) -> Vec<Session> {

@@ -180,7 +180,7 @@ pub(super) async fn submit(
         // The session may have ended since, but the request was accepted.
         return repeated(&app, &caller, save).await;
     }
-    let sessions = app.inventory.sessions(&app.queue).await?;
+    let sessions = app.inventory.last_known_sessions(&app.queue).await?;
     let session = find(&sessions, &caller, &body.session)?;
     let user = match (&session.owner, &caller.user) {
         (Some(owner), _) => owner.clone(),

@@ -41,10 +41,12 @@ pub(super) async fn standings(app: &App, saves: &[Save]) -> HashMap<JobId, Stand
         .filter(|save| save.state == State::Queued)
         .map(|save| save.id)
         .collect();
-    let found = if queued.is_empty() {
-        Vec::new()
+    let (found, queue_up) = if queued.is_empty() {
+        (Vec::new(), true)
     } else {
-        app.queue.places(&queued).await.unwrap_or_default()
+        let places = app.queue.places(&queued).await;
+        let queue_up = places.is_ok();
+        (places.unwrap_or_default(), queue_up)
     };
     let places: HashMap<JobId, u64> = queued
         .into_iter()
@@ -58,12 +60,20 @@ pub(super) async fn standings(app: &App, saves: &[Save]) -> HashMap<JobId, Stand
     let now = now_ms();
     let standing = |save: &Save| Standing {
         place: places.get(&save.id).copied(),
-        waiting: waiting(
-            save,
-            nodes.get(&save.node),
-            places.get(&save.id).copied(),
-            now,
-        ),
+        waiting: if save.state == State::Queued && !queue_up {
+            Some(Waiting {
+                reason: WaitingReason::QueueDown,
+                node: save.node.clone(),
+                until: None,
+            })
+        } else {
+            waiting(
+                save,
+                nodes.get(&save.node),
+                places.get(&save.id).copied(),
+                now,
+            )
+        },
     };
     open.into_iter()
         .map(|save| (save.id, standing(save)))

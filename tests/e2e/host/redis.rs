@@ -62,7 +62,18 @@ impl Redis {
 
     /// Sends SIGKILL, and starts it again with the data that it had written.
     pub fn crash(&mut self) -> Result<()> {
+        self.stop()?;
+        self.start_again()
+    }
+
+    /// Sends SIGKILL.
+    pub fn stop(&mut self) -> Result<()> {
         self.daemon.kill()?;
+        Ok(())
+    }
+
+    /// Starts it with the data that it had written.
+    pub fn start_again(&mut self) -> Result<()> {
         self.daemon = Self::spawn(&self.dir)?;
         self.wait_ready()
     }

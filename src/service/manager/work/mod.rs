@@ -85,9 +85,12 @@ async fn update_gauges(app: &App) -> Result<(), TaskError> {
     app.metrics.record(&app.record.counts().await?);
     let depth = app.queue.depth().await;
     app.metrics.queue(depth.as_ref().ok().copied());
+    // Saves are accepted by this list while the queue does not answer.
+    let sessions = app.inventory.sessions(&app.queue).await;
     let nodes = app.inventory.nodes(&app.queue).await?;
     let alive = nodes.iter().filter(|node| node.is_alive()).count();
     app.metrics.nodes(alive, nodes.len() - alive);
+    sessions?;
     depth?;
     Ok(())
 }

@@ -105,6 +105,7 @@ export default {
   "waiting.cores": "Waiting for free cores on {node}: your sessions and those of others go first.",
   "waiting.retry": "The last attempt failed. The next one begins {time}.",
   "waiting.node": "Waiting for {node}, which is not heard of at the moment.",
+  "waiting.queue_down": "The save is recorded. It begins when the service reaches its queue again.",
   "waiting.draining": "{node} takes no new saves at the moment, because its service is being restarted.",
   "notify": "Notify me",
   "notify.on": "You get a notification when a save ends, while this page is open in a tab.",

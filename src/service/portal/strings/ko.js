@@ -103,6 +103,7 @@ export default {
   "waiting.cores": "{node} 노드의 빈 코어를 기다리는 중입니다. 실행 중인 세션이 먼저입니다.",
   "waiting.retry": "지난 시도가 실패했습니다. 다음 시도: {time}.",
   "waiting.node": "{node} 노드를 기다리는 중입니다. 지금은 소식이 없습니다.",
+  "waiting.queue_down": "저장 요청은 기록되었습니다. 서비스가 대기열에 다시 연결되면 시작됩니다.",
   "waiting.draining": "{node} 노드는 서비스를 다시 시작하는 중이라 지금은 새 저장을 받지 않습니다.",
   "notify": "끝나면 알림",
   "notify.on": "이 페이지가 탭에 열려 있는 동안 저장이 끝나면 알려 드립니다.",
