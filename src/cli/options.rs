@@ -147,6 +147,7 @@ impl Commit {
             author: args.author,
             replaceable,
             delete_replaced: args.delete_replaced,
+            harbor_labels: args.harbor_label,
             message: args.message,
             changes: args.change,
             labels: args.label,

@@ -509,6 +509,7 @@ fn save(
         author: None,
         replaceable: None,
         delete_replaced: false,
+        harbor_labels: Vec::new(),
         message: Some("saved by the demonstration".to_owned()),
         changes: Vec::new(),
         labels: Vec::new(),

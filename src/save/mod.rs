@@ -111,6 +111,8 @@ pub(crate) struct Options {
     pub(crate) replaceable: Option<Replaceable>,
     /// Whether the image that the tag moves away from is deleted in Harbor, if nothing needs it.
     pub(crate) delete_replaced: bool,
+    /// Labels of the project in Harbor that the image gets.
+    pub(crate) harbor_labels: Vec<String>,
     /// `--label` K=V.
     pub(crate) labels: Vec<(String, String)>,
     /// `--annotation` K=V, on the manifest.
@@ -292,6 +294,14 @@ async fn save(
     {
         let why = format!("the image that had the tag before stays, without a tag: {error}");
         context.warn("replaced_kept", why);
+    }
+    if !options.harbor_labels.is_empty()
+        && let Err(error) = destination
+            .add_labels(&digest, &options.harbor_labels)
+            .await
+    {
+        let why = format!("the image lacks labels of Harbor: {error}");
+        context.warn("labels_missing", why);
     }
     let Made {
         earlier,

@@ -386,6 +386,16 @@ impl Destination {
         }
     }
 
+    /// Puts labels of Harbor on an image, if the registry is a Harbor.
+    pub async fn add_labels(&self, digest: &Digest, names: &[String]) -> Result<(), Error> {
+        match &self.0 {
+            Kind::Registry { repository, .. } => {
+                Ok(harbor::add_labels(repository, digest, names).await?)
+            }
+            Kind::Directory(_) | Kind::Archive(_) => Ok(()),
+        }
+    }
+
     /// Returns how many blobs should be written concurrently.
     pub(crate) fn max_concurrent_blobs(&self) -> usize {
         match &self.0 {

@@ -10,6 +10,7 @@ mod description;
 mod http;
 #[path = "../support/image.rs"]
 mod image;
+mod labels;
 mod observed;
 mod refusals;
 mod replay;
@@ -255,6 +256,8 @@ impl Lab {
         ] {
             description.allow("DELETE", path, 412);
         }
+        // The answer to a robot without `label:list`.
+        description.allow("GET", "/api/v2.0/labels", 403);
         // The answer to a wrong password.
         description.allow("HEAD", "/api/v2.0/projects", 401);
         let seen = std::mem::take(&mut stand_in.state.lock().unwrap().seen);

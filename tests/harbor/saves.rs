@@ -22,7 +22,7 @@ struct Ended {
 }
 
 /// Returns a container with content, or `None` with a note if this machine cannot have one.
-fn container(home: &Path) -> Option<World> {
+pub fn container(home: &Path) -> Option<World> {
     let made = World::new(home).and_then(|world| world.work().map(|()| world));
     match made {
         Ok(world) => Some(world),
@@ -33,7 +33,7 @@ fn container(home: &Path) -> Option<World> {
     }
 }
 
-fn command(world: &World, who: &str, destination: &str, state: &str) -> Command {
+pub fn command(world: &World, who: &str, destination: &str, state: &str) -> Command {
     let at = |name: &str| world.home.join(name).display().to_string();
     let mut command = Command::new(PROGRAM);
     command.arg("commit");

@@ -170,6 +170,9 @@ pub(in crate::cli) struct Commit {
     /// container needs it
     #[arg(long, help_heading = REGISTRY)]
     pub(in crate::cli) delete_replaced: bool,
+    /// In Harbor, put this label of the project on the image, and create it if it does not exist; may be repeated
+    #[arg(long, value_name = "NAME", help_heading = REGISTRY)]
+    pub(in crate::cli) harbor_label: Vec<String>,
 
     /// Write the result of the save to FILE, as JSON
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = REPORT)]

@@ -152,6 +152,7 @@ fn agent_options(
         create_project: work.create_project,
         project_quota: work.project_quota,
         keep_replaced: work.keep_replaced,
+        vendor: work.vendor,
     };
     options.allowed = allowed;
     options.volumes = work.allow_volume;

@@ -91,6 +91,7 @@ pub(super) fn arguments(
     spool: &Spool,
     order: &Order,
     threads: u32,
+    harbor_labels: &[&str],
 ) -> Vec<OsString> {
     let mut all: Vec<OsString> = roots_flags(&options.roots);
     let flag = |name: &str, value: &dyn AsRef<std::ffi::OsStr>| {
@@ -148,6 +149,11 @@ pub(super) fn arguments(
         let annotation = format!("org.opencontainers.image.title={title}");
         all.push(flag("annotation", &annotation));
     }
+    if let Some(vendor) = &registry.vendor {
+        let annotation = format!("org.opencontainers.image.vendor={vendor}");
+        all.push(flag("annotation", &annotation));
+    }
+    all.extend(harbor_labels.iter().map(|name| flag("harbor-label", name)));
     all.push(flag(
         "annotation",
         &format!("{SAVE_ANNOTATION}={}", order.job),
@@ -561,13 +567,14 @@ mod tests {
         let mut options = Options::new(OwnerRule::Fixed("alice".to_owned()));
         options.registry.creds_file = Some("/run/secrets/robot".into());
         options.roots.host_root = Some("/host".into());
+        options.registry.vendor = Some("Example University".to_owned());
         options.flags = vec!["--max-size=500G".to_owned()];
         let mut order = order();
         order.replaces = Replaces::Nothing;
         order.message = Some("--full\n-x".to_owned());
         order.options.labels = [("--creds".to_owned(), "a:b=c".to_owned())].into();
         order.options.exclude = vec!["-rf".to_owned(), "--".to_owned()];
-        let all = arguments(&options, &spool, &order, 3);
+        let all = arguments(&options, &spool, &order, 3, &["jupyter", "gpu"]);
         let all: Vec<&str> = all.iter().filter_map(|word| word.to_str()).collect();
         let metadata = format!(
             "--metadata-file={}/running/{}.metadata",
@@ -599,6 +606,9 @@ mod tests {
                 "--delete-replaced",
                 "--author=alice",
                 "--annotation=org.opencontainers.image.title=x:1",
+                "--annotation=org.opencontainers.image.vendor=Example University",
+                "--harbor-label=jupyter",
+                "--harbor-label=gpu",
                 &format!("--annotation=upperdeck.save={}", order.job),
                 "--max-size=500G",
                 "--no-replace",

@@ -56,6 +56,20 @@ pub(super) fn kind(container: &Container) -> Kind {
         .unwrap_or(Kind::Other)
 }
 
+/// Returns the labels that an image of the session gets in Harbor.
+pub(super) fn labels(container: &Container) -> Vec<&'static str> {
+    let kind = match kind(container) {
+        Kind::Jupyter => Some("jupyter"),
+        Kind::Rstudio => Some("rstudio"),
+        Kind::Other => None,
+    };
+    let category = match category(container) {
+        Category::Cpu => "cpu",
+        Category::Gpu => "gpu",
+    };
+    kind.into_iter().chain([category]).collect()
+}
+
 /// Major number of NVIDIA's character devices (kernel `Documentation/admin-guide/devices.txt`). The number of
 /// nvidia-uvm is dynamic.
 const NVIDIA_MAJOR: i64 = 195;

@@ -83,6 +83,8 @@ pub struct Registry {
     pub project_quota: Option<u64>,
     /// Whether images that their last tag moved away from are kept.
     pub keep_replaced: bool,
+    /// Who distributes the images: the annotation `org.opencontainers.image.vendor`.
+    pub vendor: Option<String>,
 }
 
 impl Options {
@@ -102,6 +104,7 @@ impl Options {
                 create_project: false,
                 project_quota: None,
                 keep_replaced: false,
+                vendor: None,
             },
             allowed: Vec::new(),
             volumes: Vec::new(),

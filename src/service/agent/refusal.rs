@@ -124,9 +124,14 @@ pub(super) fn for_users(code: Code, message: String) -> String {
     text.to_owned()
 }
 
-/// Returns an event as users get it: a warning that has a registry's address is logged, and told without it.
-pub(super) fn event_for_users(event: Event) -> Event {
-    match event {
+/// Returns an event as users get it: a warning that has a registry's address is logged, and told without it. Missing
+/// labels concern the administrator alone, so they are only logged.
+pub(super) fn event_for_users(event: Event) -> Option<Event> {
+    Some(match event {
+        Event::Warning { code, message } if code == "labels_missing" => {
+            tracing::info!(save.code = code, save.warning = message, "a save goes on");
+            return None;
+        }
         Event::Warning { code, message } if message.contains("://") => {
             tracing::warn!(save.code = code, save.warning = message, "a save goes on");
             let message = "the registry did not do a part of this; the node's log has the details";
@@ -134,7 +139,7 @@ pub(super) fn event_for_users(event: Event) -> Event {
             Event::Warning { code, message }
         }
         event => event,
-    }
+    })
 }
 
 /// Translates an error code of the child into one of the job.
@@ -161,11 +166,16 @@ mod tests {
             message: message.to_owned(),
         };
         let seen = |event| match event_for_users(event) {
-            Event::Warning { message, .. } => message,
+            Some(Event::Warning { message, .. }) => message,
             other => format!("{other:?}"),
         };
         assert!(!seen(warning(text)).contains("harbor.internal"));
         assert_eq!(seen(warning("a file changed")), "a file changed");
+        let labels = Event::Warning {
+            code: "labels_missing".to_owned(),
+            message: text.to_owned(),
+        };
+        assert_eq!(event_for_users(labels), None);
         for code in [Code::Internal, Code::Policy, Code::NotPermitted] {
             let message = for_users(code, text.to_owned());
             assert!(

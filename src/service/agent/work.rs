@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Agent;
 use super::child::{self, Child};
+use super::kind;
 use super::metadata::read_saved;
 use super::refusal::{Refusal, event_for_users, refusal_of, too_much_memory};
 use super::reporter::Reporter;
@@ -313,7 +314,10 @@ async fn attempt(
     lost: &CancellationToken,
 ) -> AttemptEnd {
     let threads = agent.threads_for(order.job);
-    let arguments = child::arguments(&agent.options, &agent.spool, order, threads);
+    // A session that has ended meanwhile is reported by the save itself.
+    let labels = find(agent, &order.session).map(|container| kind::labels(&container));
+    let labels = labels.unwrap_or_default();
+    let arguments = child::arguments(&agent.options, &agent.spool, order, threads, &labels);
     let begun = Instant::now();
     let mut child = match Child::spawn(&agent.options, order.job, &arguments) {
         Ok(child) => child,
@@ -440,7 +444,9 @@ async fn follow(
                         }
                         _ => {}
                     }
-                    hold = reporter.send(Update::Event { event: event_for_users(event) }).await;
+                    if let Some(event) = event_for_users(event) {
+                        hold = reporter.send(Update::Event { event }).await;
+                    }
                 }
             },
             _ = ask.tick(), if asking.is_some() => match may_tag(reporter).await {

@@ -3,6 +3,7 @@
 //! Format: Harbor's API description, version 2.0 (`api/v2.0/swagger.yaml` in its sources).
 
 mod budget;
+mod labels;
 mod push;
 pub mod rights;
 
@@ -17,6 +18,7 @@ use crate::store::registry::api::ApiResponse;
 use crate::store::registry::{self, Api, Denial, Registries};
 
 pub use budget::Budget;
+pub(crate) use labels::add_labels;
 pub use push::{Needed, QuotaUsage, check_push, check_tag, explain};
 pub(crate) use push::{delete_replaced, tagged};
 
@@ -248,6 +250,9 @@ pub struct Page<T> {
 pub struct Project {
     /// Name of the project.
     pub name: String,
+    /// ID of the project.
+    #[serde(default)]
+    pub project_id: u64,
     /// ID of the registry that it caches, if it is a proxy cache.
     pub registry_id: Option<i64>,
     /// Number of repositories.

@@ -262,6 +262,9 @@ pub(in crate::cli) struct Work {
     /// Keep images in Harbor that their last tag moved away from; they count towards the quota
     #[arg(long, help_heading = REGISTRY)]
     pub(in crate::cli) keep_replaced: bool,
+    /// Who distributes the images: their annotation org.opencontainers.image.vendor
+    #[arg(long, value_name = "NAME", help_heading = REGISTRY)]
+    pub(in crate::cli) vendor: Option<String>,
 }
 
 pub(super) const MANAGER_HELP: &str = "\
