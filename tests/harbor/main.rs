@@ -13,6 +13,7 @@ mod image;
 mod labels;
 mod observed;
 mod refusals;
+mod replaced;
 mod replay;
 mod saves;
 mod stand_in;

@@ -13,6 +13,52 @@ use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, succeeded, 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_without_a_tag_is_deleted_by_its_owner() -> Outcomes {
+    let (site, manager, _) = Site::at_work(&[session(1, Some("alice"))]).await?;
+    let at = manager.address;
+    let old = push(&site, "alice", "torch", "v1", "one")?;
+    let new = push(&site, "alice", "torch", "v1", "two")?;
+    // As a registry keeps it: in a layout, an image goes with its last tag.
+    let layout = site.images().join("alice/torch");
+    let size = std::fs::metadata(layout.join(format!("blobs/sha256/{}", old.hex())))?.len();
+    let index = layout.join("index.json");
+    let mut entries: serde_json::Value = serde_json::from_slice(&std::fs::read(&index)?)?;
+    let entry = json!({"mediaType": MANIFEST, "digest": old.to_string(), "size": size});
+    let all = entries["manifests"].as_array_mut().ok_or("no manifests")?;
+    all.push(entry);
+    std::fs::write(&index, entries.to_string())?;
+    let path = |digest: &Digest| format!("/api/v1/images/torch/digests/{digest}");
+    let delete = async |who, path: String| ask(at, who, Method::DELETE, &path, None).await;
+    let listed = get(at, Who::Alice, "/api/v1/images").await?;
+    let untagged = |listed: &serde_json::Value| {
+        let images = listed["images"].as_array().cloned().unwrap_or_default();
+        images
+            .iter()
+            .any(|image| image["digest"] == old.to_string())
+    };
+    assert!(untagged(&listed), "{listed}");
+    // Another user's images are below another path, and the administrator names the user.
+    let (status, body) = delete(Who::Bob, path(&old)).await?;
+    assert_eq!(status, StatusCode::NOT_FOUND, "{body}");
+    let (status, body) = delete(Who::Bob, path(&old) + "?user=alice").await?;
+    assert_eq!(status, StatusCode::FORBIDDEN, "{body}");
+    // One that has a tag goes by its tag, so that it is clear what becomes of it.
+    let (status, body) = delete(Who::Alice, path(&new)).await?;
+    assert_eq!(status, StatusCode::CONFLICT, "{body}");
+    let (status, body) = delete(Who::Alice, path(&old)).await?;
+    assert_eq!(
+        (status, &body["image_deleted"]),
+        (StatusCode::OK, &json!(true)),
+        "{body}"
+    );
+    let (status, _) = delete(Who::Alice, path(&old)).await?;
+    assert_eq!(status, StatusCode::NOT_FOUND);
+    let listed = get(at, Who::Alice, "/api/v1/images").await?;
+    assert!(!untagged(&listed) && listed["total"] == 1, "{listed}");
+    manager.stop().await
+}
+
 /// Stores an image without layers under a tag, as a save would.
 pub fn push(
     site: &Site,
