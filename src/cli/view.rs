@@ -520,10 +520,10 @@ mod tests {
             ContainerView::new(&process, Some(0)),
         ];
         let expected = "\
-RUNTIME     ID            NAME                   IMAGE                  PID   CHANGES
+RUNTIME     ID            NAME                   IMAGE                  PID  CHANGES
 containerd  abababababab  jupyter/nb-0/notebook  registry.example/nb:1   42  3.15 MB
-docker      abababababab  web                    -                       42         -
-process     pid:42        -                      registry.example/nb:1   42       0 B
+docker      abababababab  web                    -                       42        -
+process     pid:42        -                      registry.example/nb:1   42      0 B
 ";
         assert_eq!(ps_table(&views, false), expected);
         assert!(ps_table(&views, true).contains(&"ab".repeat(32)));
