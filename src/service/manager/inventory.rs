@@ -100,8 +100,10 @@ impl NodeStatus {
 impl Inventory {
     pub(super) async fn sessions(&self, queue: &Queue) -> Result<Arc<Vec<Session>>, queue::Error> {
         let mut held = self.sessions.lock().await;
+        // An empty list is asked for again: the first agent's session is to be found at once.
         if let Some((at, sessions)) = &*held
             && at.elapsed() < CACHE_TTL
+            && !sessions.is_empty()
         {
             return Ok(sessions.clone());
         }
