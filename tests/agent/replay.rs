@@ -109,6 +109,7 @@ impl Site {
             message: None,
             options: SaveOptions::default(),
             replaces: upperdeck::service::job::Replaces::default(),
+            notify: Vec::new(),
             kind: Kind::Jupyter,
             category: Category::Cpu,
             base: None,

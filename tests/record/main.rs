@@ -1,6 +1,7 @@
 //! The record with SQLite and PostgreSQL, with the same behavior: whatever is written is stored exactly once, even by
 //! concurrent writers.
 
+mod notices;
 #[path = "../support/postgres.rs"]
 mod postgres;
 #[allow(dead_code, reason = "each test program uses its part")]
@@ -58,6 +59,7 @@ fn save(user: &str, session: &str, tag: &str) -> Save {
         message: Some("it's \"quoted\" — 한글 \u{1F600} $1 ' -- ;".into()),
         options: SaveOptions::default(),
         replaces: upperdeck::service::job::Replaces::default(),
+        notify: Vec::new(),
         kind: Kind::Jupyter,
         category: Category::Gpu,
         base: Some("h.example/base:1".into()),

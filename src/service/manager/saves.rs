@@ -217,6 +217,7 @@ pub(super) async fn submit(
         message,
         options: body.options,
         replaces,
+        notify: Vec::new(),
         kind: session.kind,
         category: session.category,
         base: session.image.clone(),

@@ -33,7 +33,7 @@ impl Record {
             if !draft.is_changed() && draft.actions.is_empty() {
                 return Ok(Some((draft.into_save(), said)));
             }
-            match write(&mut work, draft, actor).await {
+            match write(self, &mut work, draft, actor).await {
                 Ok(Some(save)) => {
                     work.commit().await?;
                     return Ok(Some((save, said)));
@@ -107,7 +107,7 @@ impl Record {
                     continue;
                 }
                 let counts = draft.is_changed();
-                match write(&mut work, draft, &format!("node:{actor}")).await? {
+                match write(self, &mut work, draft, &format!("node:{actor}")).await? {
                     Some(save) if counts => changed.push(save),
                     Some(_) => {}
                     None => continue 'again,
@@ -188,6 +188,7 @@ async fn is_new(work: &mut Transaction<'static, Any>, report: &Report) -> Result
 
 /// Writes a change over the version that it is based on. Returns `None` if the save has a newer version.
 async fn write(
+    record: &Record,
     work: &mut Transaction<'static, Any>,
     draft: Draft,
     actor: &str,
@@ -232,6 +233,7 @@ async fn write(
             .await?;
     }
     super::audit::append(work, &save, &steps, actor, now).await?;
+    super::notice::announce(record, work, &save, &steps).await?;
     for action in revoked {
         super::outbox::revoke(work, save.id, action).await?;
     }

@@ -7,7 +7,9 @@
 mod audit;
 mod change;
 mod images;
+mod notice;
 mod outbox;
+mod receiver;
 mod save;
 mod schema;
 mod signin;
@@ -15,6 +17,8 @@ mod submit;
 mod view;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
@@ -23,7 +27,9 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 use crate::service::job::{JobId, State};
 
 pub use self::images::{Fate, ImageKey, Note};
+pub use self::notice::Notice;
 pub(crate) use self::outbox::OutboxEntry;
+pub use self::receiver::{Receiver, ReceiverKind, SaveEvent};
 pub use self::save::{Draft, Failure, OutboxAction, Policy, Progress, Save, SaveWarning};
 pub use self::signin::SignIn;
 pub use self::submit::{Request, Submitted, UserLimits};
@@ -39,6 +45,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Record {
     pool: AnyPool,
     sqlite: bool,
+    /// Receivers that are told about every save.
+    receivers: Arc<[Receiver]>,
+    notices_dropped: Arc<AtomicU64>,
 }
 
 /// Why the record cannot be used or read.
@@ -191,7 +200,12 @@ impl Record {
             .connect_with(options)
             .await?;
         schema::migrate(&pool, sqlite).await?;
-        Ok(Self { pool, sqlite })
+        Ok(Self {
+            pool,
+            sqlite,
+            receivers: Arc::default(),
+            notices_dropped: Arc::default(),
+        })
     }
 
     /// Checks whether the database responds.

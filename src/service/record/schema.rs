@@ -5,7 +5,7 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// The statements that migrate the schema from one version to the next. Released entries must never be changed.
-const VERSIONS: [&[&str]; 3] = [FIRST, SIGN_INS, IMAGES];
+const VERSIONS: [&[&str]; 4] = [FIRST, SIGN_INS, IMAGES, NOTICES];
 
 const FIRST: &[&str] = &[
     // Columns that queries use, and the whole save as JSON in `body`. Progress changes without a new version.
@@ -126,6 +126,29 @@ const IMAGES: &[&str] = &[
         PRIMARY KEY (user_name, name, digest, grantee)
     )",
     "CREATE INDEX image_shares_by_grantee ON image_shares (grantee)",
+];
+
+const NOTICES: &[&str] = &[
+    // What receivers outside of the service are told, written in the transaction of the change that it is about.
+    "CREATE TABLE notices (
+        id TEXT PRIMARY KEY,
+        save TEXT NOT NULL,
+        user_name TEXT NOT NULL,
+        event TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        address TEXT NOT NULL,
+        site INT8 NOT NULL,
+        lane TEXT NOT NULL,
+        at_ms INT8 NOT NULL,
+        body TEXT NOT NULL,
+        tries INT8 NOT NULL,
+        due_ms INT8 NOT NULL,
+        taken_ms INT8 NOT NULL,
+        taken_by TEXT NOT NULL
+    )",
+    "CREATE INDEX notices_by_due ON notices (site, due_ms)",
+    "CREATE INDEX notices_by_taken ON notices (taken_ms)",
+    "CREATE INDEX notices_by_user ON notices (user_name, site)",
 ];
 
 /// Takes an advisory lock for the migration. The number is arbitrary.

@@ -225,7 +225,9 @@ impl Record {
             fence: save.fence,
             detail: String::new(),
         };
-        super::audit::append(&mut work, save, &[asked_for], &save.caller, now).await?;
+        let steps = [asked_for];
+        super::audit::append(&mut work, save, &steps, &save.caller, now).await?;
+        super::notice::announce(self, &mut work, save, &steps).await?;
         super::outbox::send(&mut work, save.id, OutboxAction::Offer, now).await?;
         work.commit().await?;
         Ok(Some(Submitted::New(Box::new(save.clone()))))

@@ -294,7 +294,15 @@ impl Record {
             return Ok(0);
         };
         let mut work = self.begin().await?;
-        for table in ["changes", "reports", "audit", "outbox", "idempotency"] {
+        let tables = [
+            "changes",
+            "reports",
+            "audit",
+            "outbox",
+            "notices",
+            "idempotency",
+        ];
+        for table in tables {
             let text = format!("DELETE FROM {table} WHERE save IN ({DONE})");
             sqlx::query(&text)
                 .bind(before(retention))

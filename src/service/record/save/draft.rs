@@ -469,6 +469,7 @@ mod tests {
             message: None,
             options: SaveOptions::default(),
             replaces: crate::service::job::Replaces::default(),
+            notify: Vec::new(),
             kind: Kind::Jupyter,
             category: Category::Cpu,
             base: None,

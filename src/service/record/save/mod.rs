@@ -9,6 +9,7 @@ pub(super) use draft::Step;
 pub use draft::{Draft, OutboxAction};
 pub use policy::Policy;
 
+use super::receiver::Receiver;
 use crate::service::job::{
     Category, Code, JobId, Kind, Phase, Replaces, SaveOptions, Saved, State,
 };
@@ -41,6 +42,9 @@ pub struct Save {
     /// The image that the tag may be taken from.
     #[serde(default)]
     pub replaces: Replaces,
+    /// Receivers that its user wants to be told about it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notify: Vec<Receiver>,
     /// Kind of application.
     pub kind: Kind,
     /// Accelerator category.
