@@ -86,8 +86,8 @@ async fn every_caller_may_do_what_the_table_says() -> Outcomes {
             }
             if status >= 400 {
                 let body: Value = answer.json().await?;
-                let code = body["error"]["code"].as_str().unwrap_or_default();
-                let message = body["error"]["message"].as_str().unwrap_or_default();
+                let code = body["code"].as_str().unwrap_or_default();
+                let message = body["detail"].as_str().unwrap_or_default();
                 assert!(
                     !code.is_empty() && !message.is_empty(),
                     "{method} {path}: {body}"
@@ -353,10 +353,7 @@ async fn requests_have_bounds() -> Outcomes {
     let at = manager.address;
     let large = json!({"session": "x".repeat(2000)});
     let (status, body) = ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(large)).await?;
-    assert_eq!(
-        (status.as_u16(), &body["error"]["code"]),
-        (413, &json!("invalid"))
-    );
+    assert_eq!((status.as_u16(), &body["code"]), (413, &json!("invalid")));
     let plain = request(at, Who::Alice, Method::POST, "/api/v1/saves")?
         .body("{}")
         .send()
@@ -424,7 +421,7 @@ async fn an_address_that_is_no_text_is_refused_like_all_else() -> Outcomes {
     ] {
         let (status, body) = ask(manager.address, Who::Alice, method, path, None).await?;
         assert_eq!(
-            (status.as_u16(), &body["error"]["code"]),
+            (status.as_u16(), &body["code"]),
             (400, &json!("invalid")),
             "{path}"
         );

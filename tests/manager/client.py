@@ -7,7 +7,7 @@ import time
 from upperdeck_client.api.images import delete, images
 from upperdeck_client.api.saves import check, submit
 from upperdeck_client.client import AuthenticatedClient
-from upperdeck_client.models import ErrorBody, ImageName, SaveRequest, State
+from upperdeck_client.models import ImageName, Problem, SaveRequest, State
 
 address, session = sys.argv[1:]
 client = AuthenticatedClient(base_url=address, token="token-alice", raise_on_unexpected_status=True)
@@ -31,5 +31,5 @@ assert deleted.tags == ["v1"] and deleted.image_deleted, deleted
 assert images.sync(client=client).total == 0
 
 missing = delete.sync("torch", "v1", client=client)
-assert isinstance(missing, ErrorBody) and missing.error.code == "not_found", missing
+assert isinstance(missing, Problem) and missing.code == "not_found", missing
 print("saved, checked, listed, deleted")

@@ -43,21 +43,18 @@ async fn the_same_request_is_one_save() -> Outcomes {
     }
     let other = post(1, "v2", "key")?.send().await?;
     assert_eq!(other.status(), StatusCode::UNPROCESSABLE_ENTITY);
-    assert_eq!(
-        other.json::<Value>().await?["error"]["field"],
-        "Idempotency-Key"
-    );
+    assert_eq!(other.json::<Value>().await?["field"], "Idempotency-Key");
     // Without the key, or with another one, the session is busy, and the answer names the save.
     let busy = post(1, "v2", "other")?.send().await?;
     assert_eq!(busy.status(), StatusCode::CONFLICT);
     let busy: Value = busy.json().await?;
     assert_eq!(
-        (&busy["error"]["code"], &busy["error"]["save"]),
+        (&busy["code"], &busy["save"]),
         (&json!("conflict"), &first["id"])
     );
     let taken = post(2, "v1", "third")?.send().await?;
     assert_eq!(taken.status(), StatusCode::CONFLICT);
-    assert_eq!(taken.json::<Value>().await?["error"]["save"], first["id"]);
+    assert_eq!(taken.json::<Value>().await?["save"], first["id"]);
     let sessions = get(at, Who::Alice, "/api/v1/sessions").await?;
     let marked = |n: usize| {
         let all = sessions["sessions"].as_array();
@@ -96,7 +93,7 @@ async fn a_user_has_so_many_open_saves() -> Outcomes {
     let body = json!({"session": id(2), "image": {"name": "torch", "tag": "v2"}});
     let (status, body) = ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(body)).await?;
     assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
-    assert_eq!(body["error"]["code"], "too_many");
+    assert_eq!(body["code"], "too_many");
     // Places are told to those who wait.
     until(at, Who::Alice, "/api/v1/saves", |saves| {
         saves["saves"][0]["place"] == 1 && saves["saves"][1]["place"] == 0
@@ -156,7 +153,7 @@ async fn names_that_would_reach_elsewhere_are_refused_with_their_field() -> Outc
             StatusCode::UNPROCESSABLE_ENTITY,
             "{change}: {answer}"
         );
-        assert!(answer["error"]["field"].is_string(), "{change}: {answer}");
+        assert!(answer["field"].is_string(), "{change}: {answer}");
     }
     for which in [
         json!(""),
@@ -236,7 +233,7 @@ async fn an_unwanted_save_ends_wherever_it_is() -> Outcomes {
     assert_eq!(agent.confirm(&claim).await?, ClaimState::Held);
     let (status, error) = ask(at, Who::Alice, Method::DELETE, &path, None).await?;
     assert_eq!(
-        (status, &error["error"]["code"]),
+        (status, &error["code"]),
         (StatusCode::CONFLICT, &json!("too_late"))
     );
     agent.end(&claim, 2, succeeded()).await?;

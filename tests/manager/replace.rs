@@ -61,7 +61,7 @@ async fn an_existing_tag_is_refused_unless_replace_is_said() -> Outcomes {
     for (n, replace) in refused {
         let (status, answer) = request(at, n, replace).await?;
         assert_eq!(status, StatusCode::CONFLICT, "{n} {replace:?}: {answer}");
-        let error = &answer["error"];
+        let error = &answer;
         assert_eq!(error["code"], "tag_exists");
         let existing = &error["existing"];
         assert_eq!(existing["digest"], digest.to_string());
@@ -83,7 +83,7 @@ async fn an_existing_tag_is_refused_unless_replace_is_said() -> Outcomes {
     }
     let (status, answer) = request(at, 1, Some("yes")).await?;
     assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
-    assert_eq!(answer["error"]["field"], "replace", "{answer}");
+    assert_eq!(answer["field"], "replace", "{answer}");
     manager.stop().await
 }
 
@@ -95,7 +95,7 @@ async fn an_image_that_no_save_made_is_not_replaced_either() -> Outcomes {
     for replace in [None, Some("own")] {
         let (status, answer) = request(at, 1, replace).await?;
         assert_eq!(status, StatusCode::CONFLICT, "{answer}");
-        let existing = &answer["error"]["existing"];
+        let existing = &answer["existing"];
         assert_eq!(existing["digest"], digest.to_string());
         assert_eq!(existing["save"], json!(null));
     }
@@ -193,7 +193,7 @@ async fn what_is_pinned_stays_and_what_is_shared_is_seen_and_not_changed() -> Ou
         request(at, 1, Some(&digest.to_string())).await?,
     ] {
         assert_eq!(status, StatusCode::CONFLICT, "{answer}");
-        assert_eq!(answer["error"]["code"], "image_pinned");
+        assert_eq!(answer["code"], "image_pinned");
     }
     // The colleague sees it, not with whom else it is shared, and changes nothing.
     let shared = get(at, Who::Bob, "/api/v1/shared").await?;

@@ -303,7 +303,7 @@ async fn no_link_signs_anyone_in_and_nobody_is_replaced_unasked() -> Outcomes {
     assert_eq!(answer.status(), 409);
     assert!(!answer.headers().contains_key("set-cookie"));
     let body: Value = answer.json().await?;
-    let message = body["error"]["message"].as_str().unwrap_or_default();
+    let message = body["detail"].as_str().unwrap_or_default();
     assert!(message.contains("alice"), "{message}");
     assert_eq!(alice.me().await?, 200);
     let replaced = with("token-bob", json!({"replace": true}))?;

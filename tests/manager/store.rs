@@ -209,7 +209,7 @@ async fn a_tag_is_deleted_alone_and_never_anothers() -> Outcomes {
     let job: JobId = body["id"].as_str().ok_or("no id")?.parse()?;
     let (status, body) = delete(Who::Alice, "/api/v1/images/torch/tags/v1").await?;
     assert_eq!(
-        (status, &body["error"]["save"]),
+        (status, &body["save"]),
         (StatusCode::CONFLICT, &json!(job.to_string()))
     );
     ask(

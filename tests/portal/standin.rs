@@ -24,9 +24,9 @@ use upperdeck::service::job::{
 };
 use upperdeck::service::manager::api::Replace;
 use upperdeck::service::manager::api::{
-    ErrorBody, ErrorDetail, ExistingImage, ImageChange, ImageFate, ImageState, ImageTag, ImageView,
-    Images, Me, NodeView, Nodes, Progress, Quota, Save, SaveError, SaveRequest, Saves, SessionView,
-    Sessions, Warning, Which,
+    ExistingImage, ImageChange, ImageFate, ImageState, ImageTag, ImageView, Images, Me, NodeView,
+    Nodes, Problem, Progress, Quota, Save, SaveError, SaveRequest, Saves, SessionView, Sessions,
+    Warning, Which,
 };
 use upperdeck::service::manager::auth::Via;
 
@@ -54,7 +54,7 @@ pub struct World {
     /// The failure of the next saves; `None`: they succeed.
     pub fails: Option<Code>,
     /// The error response to the next `POST /saves`.
-    pub refuse: Option<(StatusCode, ErrorDetail)>,
+    pub refuse: Option<(StatusCode, Problem)>,
     /// Number of changing requests without the page's own header. Must be 0.
     pub forged: u32,
     /// Every request to the API: its method and its path with the query.
@@ -253,7 +253,7 @@ impl World {
         }
     }
 
-    fn begin(&mut self, request: &SaveRequest) -> Result<Save, (StatusCode, ErrorDetail)> {
+    fn begin(&mut self, request: &SaveRequest) -> Result<Save, (StatusCode, Problem)> {
         if let Some(refusal) = self.refuse.take() {
             return Err(refusal);
         }
@@ -582,20 +582,14 @@ fn digest_of(id: JobId) -> String {
     format!("sha256:{:0>64}", id.to_string().replace('-', ""))
 }
 
-pub fn refusal(status: StatusCode, code: &str, message: &str) -> (StatusCode, ErrorDetail) {
-    let detail = ErrorDetail {
-        code: code.to_owned(),
-        message: message.to_owned(),
-        retryable: false,
-        field: None,
-        save: None,
-        existing: None,
-    };
+pub fn refusal(status: StatusCode, code: &str, message: &str) -> (StatusCode, Problem) {
+    let detail = Problem::new(status.as_u16(), code, message);
     (status, detail)
 }
 
-fn refuse((status, error): (StatusCode, ErrorDetail)) -> Response {
-    (status, Json(ErrorBody { error })).into_response()
+fn refuse((status, problem): (StatusCode, Problem)) -> Response {
+    let kind = [("content-type", "application/problem+json")];
+    (status, kind, serde_json::to_string(&problem).unwrap()).into_response()
 }
 
 type Reply = Result<Response, Response>;

@@ -14,7 +14,7 @@ use crate::cli::args::Server;
 use crate::cli::exit::{Exit, Usage};
 use crate::cli::{secret, text};
 use crate::service::job::Code;
-use crate::service::manager::api::{ErrorBody, Save};
+use crate::service::manager::api::{Problem, Save};
 
 /// File in the state directory of `upperdeck up` with its URL and token. Only its owner can read it.
 pub(super) const UP_FILE: &str = "up.url";
@@ -194,11 +194,11 @@ impl Client {
             return Ok(reply);
         }
         let body = self.body(reply).await.unwrap_or_default();
-        Err(match serde_json::from_slice::<ErrorBody>(&body) {
-            Ok(ErrorBody { error }) => Error::Refused {
-                code: error.code,
-                message: error.message,
-                retryable: error.retryable,
+        Err(match serde_json::from_slice::<Problem>(&body) {
+            Ok(problem) => Error::Refused {
+                code: problem.code,
+                message: problem.detail,
+                retryable: problem.retryable,
                 status: status.as_u16(),
             },
             Err(_) if status == StatusCode::BAD_GATEWAY || status.is_server_error() => {

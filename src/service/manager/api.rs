@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::auth::Via;
+pub use super::problem::{ExistingImage, Problem};
 use crate::common::digest::Digest;
 use crate::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, SaveOptions, Saved, State, Unsaved,
@@ -566,59 +567,6 @@ pub(crate) struct SignedIn {
     /// When the sign-in expires.
     #[schema(format = DateTime)]
     pub(crate) expires: String,
-}
-
-/// Body of every error response.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ErrorBody {
-    /// The error.
-    pub error: ErrorDetail,
-}
-
-/// An error.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ErrorDetail {
-    /// Stable code in snake case: `unauthenticated`, `not_permitted`, `not_found`, `invalid`, `conflict`, `too_many`,
-    /// `tag_exists`, `image_pinned`, `too_late`, `quota_exceeded`, `registry_read_only`, `tag_immutable`, `image_in_use`, `credentials_refused`,
-    /// `robot_refused`, `unavailable`, `internal`.
-    pub code: String,
-    /// Sentence that says what happened and what to do.
-    pub message: String,
-    /// Whether the same request may succeed later.
-    pub retryable: bool,
-    /// For `invalid`: the field as a path, e.g. `image.tag`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub field: Option<String>,
-    /// For `conflict`: the conflicting job.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub save: Option<JobId>,
-    /// For `tag_exists`: the image that has the tag.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub existing: Option<Box<ExistingImage>>,
-}
-
-/// The image that has a tag already.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ExistingImage {
-    /// Name, without registry, project and user.
-    pub name: String,
-    /// The tag.
-    pub tag: String,
-    /// Digest of the manifest; as `replace` of another request, it allows to replace this image.
-    pub digest: String,
-    /// Owner of the image.
-    pub user: String,
-    /// When it was saved; absent if no save in the record made it.
-    #[schema(format = DateTime)]
-    pub saved: Option<String>,
-    /// Session that it was saved from.
-    pub session: Option<String>,
-    /// Name of that session.
-    pub session_name: Option<String>,
-    /// The job that saved it.
-    pub save: Option<JobId>,
-    /// Description by the user.
-    pub message: Option<String>,
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ mod inventory;
 mod metrics;
 mod notes;
 mod options;
+mod problem;
 mod refusal;
 mod replace;
 mod routes;

@@ -1,15 +1,14 @@
-//! Error responses: every reason to refuse a request, in one JSON format.
+//! Error responses: every reason to refuse a request, as a problem.
 
 use std::collections::BTreeMap;
 
-use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use utoipa::openapi::{ContentBuilder, Ref, RefOr, ResponseBuilder};
 
-use super::api::{ErrorBody, ErrorDetail, ExistingImage};
 use super::auth::Rejected;
+use super::problem::{ExistingImage, MEDIA_TYPE, Problem};
 use super::target::Refused;
 use crate::service::job::JobId;
 use crate::{service::queue, service::record, store::images};
@@ -21,7 +20,7 @@ const RETRY_AFTER_S: u64 = 5;
 #[derive(Clone, Debug)]
 pub(super) struct Refusal {
     status: StatusCode,
-    detail: Box<ErrorDetail>,
+    problem: Box<Problem>,
     retry_after_s: Option<u64>,
 }
 
@@ -29,14 +28,7 @@ impl Refusal {
     pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
         Self {
             status,
-            detail: Box::new(ErrorDetail {
-                code: code.to_owned(),
-                message: message.into(),
-                retryable: false,
-                field: None,
-                save: None,
-                existing: None,
-            }),
+            problem: Box::new(Problem::new(status.as_u16(), code, message)),
             retry_after_s: None,
         }
     }
@@ -44,7 +36,7 @@ impl Refusal {
     /// Returns the response for an invalid field of the request.
     pub(super) fn invalid(field: &str, message: impl Into<String>) -> Self {
         let mut refusal = Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid", message);
-        refusal.detail.field = Some(field.to_owned());
+        refusal.problem.field = Some(field.to_owned());
         refusal
     }
 
@@ -58,14 +50,14 @@ impl Refusal {
 
     pub(super) fn conflict(message: impl Into<String>, save: Option<JobId>) -> Self {
         let mut refusal = Self::new(StatusCode::CONFLICT, "conflict", message);
-        refusal.detail.save = save;
-        refusal.detail.retryable = save.is_some();
+        refusal.problem.save = save;
+        refusal.problem.retryable = save.is_some();
         refusal
     }
 
     /// Adds the image that has the tag.
     pub(super) fn with_existing(mut self, existing: ExistingImage) -> Self {
-        self.detail.existing = Some(Box::new(existing));
+        self.problem.existing = Some(Box::new(existing));
         self
     }
 
@@ -78,7 +70,7 @@ impl Refusal {
     }
 
     fn later(mut self, after_s: u64) -> Self {
-        self.detail.retryable = true;
+        self.problem.retryable = true;
         self.retry_after_s = Some(after_s.max(1));
         self
     }
@@ -96,10 +88,10 @@ impl Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let body = ErrorBody {
-            error: *self.detail,
-        };
-        let mut response = (self.status, Json(body)).into_response();
+        // The problem consists of plain data types, so serialization cannot fail.
+        let body = serde_json::to_string(&*self.problem).unwrap_or_default();
+        let kind = [(header::CONTENT_TYPE, MEDIA_TYPE)];
+        let mut response = (self.status, kind, body).into_response();
         let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after_s {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
@@ -116,11 +108,11 @@ impl utoipa::IntoResponses for Refusal {
     fn responses() -> BTreeMap<String, RefOr<utoipa::openapi::Response>> {
         let of = |description: &str| {
             let content = ContentBuilder::new()
-                .schema(Some(Ref::from_schema_name("ErrorBody")))
+                .schema(Some(Ref::from_schema_name("Problem")))
                 .build();
             let response = ResponseBuilder::new()
                 .description(description)
-                .content("application/json", content)
+                .content(MEDIA_TYPE, content)
                 .build();
             RefOr::T(response)
         };
@@ -294,7 +286,7 @@ impl From<JsonRejection> for Refusal {
             }
             JsonRejection::JsonSyntaxError(_) => {
                 let mut refusal = Self::new(StatusCode::BAD_REQUEST, "invalid", text);
-                refusal.detail.field = Some("body".to_owned());
+                refusal.problem.field = Some("body".to_owned());
                 refusal
             }
             JsonRejection::MissingJsonContentType(_) => Self::new(

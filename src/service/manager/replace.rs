@@ -6,8 +6,9 @@ use std::time::Duration;
 use axum::http::StatusCode;
 
 use super::App;
-use super::api::{ExistingImage, Replace};
+use super::api::Replace;
 use super::inventory::{other_tag, suggested_tag};
+use super::problem::ExistingImage;
 use super::refusal::Refusal;
 use super::target::is_reserved;
 use super::time::rfc3339;

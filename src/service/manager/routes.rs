@@ -33,7 +33,7 @@ const POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
         description = "Saves running containers as OCI images. Times are RFC 3339 in UTC, sizes bytes, IDs UUIDs of version 7.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
-    components(schemas(api::ErrorBody, api::ErrorDetail)),
+    components(schemas(api::Problem, api::ExistingImage)),
     modifiers(&Schemes),
     security(("token" = []), ("cookie" = []))
 )]

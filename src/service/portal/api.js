@@ -5,16 +5,16 @@ import { clock } from "./format.js";
 const ROOT = new URL("api/v1/", document.baseURI);
 const PATIENCE = 20_000;
 
-/** An answer that is no success: `code`, `message`, `retryable`, perhaps `field` and `save`, as the API has them. */
+/** An answer that is no success, from its problem (RFC 9457): `code`, `retryable`, perhaps `field`, `save` and `existing`. */
 export class Refused extends Error {
-  constructor(status, detail) {
-    super(detail?.message ?? `HTTP ${status}`);
+  constructor(status, problem) {
+    super(problem?.detail ?? `HTTP ${status}`);
     this.status = status;
-    this.code = detail?.code ?? (status === 401 ? "unauthenticated" : status < 500 ? "invalid" : "unavailable");
-    this.retryable = detail?.retryable ?? status >= 500;
-    this.field = detail?.field;
-    this.save = detail?.save;
-    this.existing = detail?.existing;
+    this.code = problem?.code ?? (status === 401 ? "unauthenticated" : status < 500 ? "invalid" : "unavailable");
+    this.retryable = problem?.retryable ?? status >= 500;
+    this.field = problem?.field;
+    this.save = problem?.save;
+    this.existing = problem?.existing;
   }
 }
 
@@ -76,7 +76,7 @@ export async function call(method, where, { body, key, query, token } = {}) {
     // What cannot be in a header was no token: it is refused like one.
     new Headers(headers);
   } catch {
-    throw new Refused(401, { code: "unauthenticated", message: "", retryable: false });
+    throw new Refused(401, { code: "unauthenticated", detail: "", retryable: false });
   }
   try {
     answer = await fetch(url, {
@@ -103,11 +103,11 @@ export async function call(method, where, { body, key, query, token } = {}) {
   try {
     said = JSON.parse(text || "null");
   } catch {
-    if (answer.ok) throw new Refused(500, { code: "internal", message: "the answer is no JSON", retryable: true });
+    if (answer.ok) throw new Refused(500, { code: "internal", detail: "the answer is no JSON", retryable: true });
   }
   if (answer.ok) return said;
   if (answer.status === 401 && !token) line.dispatchEvent(new Event("signed-out"));
-  throw new Refused(answer.status, said?.error);
+  throw new Refused(answer.status, said);
 }
 
 export const get = (where, query) => call("GET", where, { query });
