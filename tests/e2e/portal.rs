@@ -256,6 +256,7 @@ fn a_pod_is_saved_found_and_deleted_and_a_manager_may_die_meanwhile() -> Outcome
     let browser = Browser::start(&BrowserOptions::default())?;
     centre.enter(&browser, &pod)?;
     browser.see("node-1")?;
+    browser.click("article .opener")?;
     browser.see("everything you changed")?;
     keep(&browser, "sessions")?;
 
@@ -294,7 +295,6 @@ fn a_pod_is_saved_found_and_deleted_and_a_manager_may_die_meanwhile() -> Outcome
         &pod,
         "dd if=/dev/urandom of=/opt/env/more bs=1048576 count=160 2>/dev/null",
     )?;
-    browser.click("article .more > summary")?;
     browser.click("article .field input")?;
     browser.keys("by-hand\u{e004}second")?;
     browser.click("article button.main")?;
@@ -308,7 +308,8 @@ fn a_pod_is_saved_found_and_deleted_and_a_manager_may_die_meanwhile() -> Outcome
     browser
         .see("by-hand:second")
         .map_err(|error| format!("{error}\n{}", centre.logs()))?;
-    let ended = "return document.querySelector('.last .succeeded') && document.querySelector('.reference code').textContent.endsWith('by-hand:second')";
+    browser.click("article .opener")?;
+    let ended = "return document.querySelector('.state .succeeded') && document.querySelector('.reference code').textContent.endsWith('by-hand:second')";
     browser
         .until("the end", ended, json!([]))
         .map_err(|error| format!("{error}\n{}", centre.logs()))?;
@@ -368,13 +369,13 @@ fn two_tabs_a_reload_a_cancellation_and_a_failure_before_the_real_service() -> O
     browser.reload()?;
     browser.until(
         "the bar after a reload",
-        "return document.querySelector('progress, .last .verdict')",
+        "return document.querySelector('progress, .state .verdict')",
         json!([]),
     )?;
     browser.switch(&first)?;
     browser.until(
         "the bar in the other tab",
-        "return document.querySelector('progress, .last .verdict')",
+        "return document.querySelector('progress, .state .verdict')",
         json!([]),
     )?;
     // It may have ended already on a fast machine; otherwise it is cancelled from the other tab.
@@ -392,7 +393,7 @@ fn two_tabs_a_reload_a_cancellation_and_a_failure_before_the_real_service() -> O
             json!([]),
         )?;
     }
-    let verdict = "return document.querySelector('.last .verdict')?.className";
+    let verdict = "return document.querySelector('.state .verdict')?.className";
     let here: Value = browser.until("an end", verdict, json!([]))?;
     browser.switch(&second)?;
     let there = browser.until("the same end", verdict, json!([]))?;

@@ -116,7 +116,7 @@ fn one_stream_serves_all_saves_and_none_a_hidden_tab() -> Outcome {
     assert!(calls.len() <= 2, "a hidden tab calls often: {calls:#?}");
     standin.world().hold_at = None;
     hide(&browser, false)?;
-    let both = "return document.querySelectorAll('.last .succeeded').length === 2";
+    let both = "return document.querySelectorAll('.state .succeeded').length === 2";
     browser.until("both ends", both, json!([]))?;
     browser.assert_clean()
 }

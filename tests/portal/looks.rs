@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use serde_json::json;
-use upperdeck::service::job::{Code, State};
+use upperdeck::service::job::{Category, Code, Kind, State};
 
 use crate::browser::{Browser, BrowserOptions, Outcome};
 use crate::standin::{Standin, World};
@@ -36,9 +36,10 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
         json!([]),
     )?;
     each("sessions")?;
-    browser.click("article form .more > summary")?;
-    each("sessions-name")?;
-    browser.click("article form button.main")?;
+    browser.click("article .opener")?;
+    each("sessions-open")?;
+    browser.click("article .opener")?;
+    browser.click("article button.main")?;
     browser.until(
         "the bar",
         "return document.querySelector('progress')?.value > 0.35",
@@ -54,8 +55,8 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
         json!([]),
     )?;
     standin.world().hold_at = None;
-    browser.click("article:nth-of-type(2) form button.main")?;
-    browser.until("the end", "return !document.querySelector('progress') && [...document.querySelectorAll('.last time')].at(-1).textContent.match(/just now|방금/)", json!([]))?;
+    browser.click("article:nth-of-type(2) button.main")?;
+    browser.until("the end", "return !document.querySelector('progress') && [...document.querySelectorAll('.state time')].at(-1).textContent.match(/just now|방금/)", json!([]))?;
     each("saved")?;
     for (view, count) in [("images", 3), ("history", 3), ("operations", 1)] {
         browser.go(&standin.url(view))?;
@@ -79,6 +80,60 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
         json!([]),
     )?;
     each("sign-in")?;
+    Ok(())
+}
+
+#[test]
+fn eight_sessions_are_eight_rows() -> Outcome {
+    for (width, most) in [(1100, 1000), (360, 1500)] {
+        let look = BrowserOptions {
+            width,
+            ..BrowserOptions::default()
+        };
+        let Some((browser, standin)) = crate::begin(&look)? else {
+            return Ok(());
+        };
+        {
+            let mut world = standin.world();
+            for n in 0..6 {
+                let name = format!("jupyter-minji-{n}");
+                let mut more = World::session(Kind::Jupyter, Category::Cpu, &name, "cpu-12", 9_000);
+                more.unsaved = world.sessions[0].unsaved.clone();
+                world.sessions.push(more);
+            }
+            world.ended(0, State::Succeeded, None, 4_000);
+        }
+        browser.go(&standin.url("sessions"))?;
+        let all = "return document.querySelectorAll('article').length === 8";
+        browser.until("the sessions", all, json!([]))?;
+        let height = browser.run("return document.documentElement.scrollHeight", json!([]))?;
+        assert!(
+            height.as_u64().is_some_and(|height| height < most),
+            "{width}: {height}"
+        );
+        // What a row shows: name, image, node, size, state, the button.
+        let row = browser.run(
+            "return document.querySelector('article').innerText",
+            json!([]),
+        )?;
+        for text in [
+            "jupyter-minji-training",
+            "pytorch-notebook:2026a",
+            "gpu-03",
+            "4.8 GB changed",
+            "Saved",
+            "Save",
+        ] {
+            assert!(row.as_str().is_some_and(|row| row.contains(text)), "{row}");
+        }
+        // By pointer anywhere in the row, and by its button.
+        browser.click("article .amount")?;
+        browser.see("/scratch")?;
+        browser.see("(containerd)")?;
+        browser.click("article .opener")?;
+        assert!(!browser.shows("/scratch")?);
+        browser.assert_clean()?;
+    }
     Ok(())
 }
 

@@ -16,7 +16,10 @@ fn open(browser: &Browser, standin: &Standin) -> Outcome {
 /// Saves a session under a typed name and tag, by the keyboard.
 fn save_as(browser: &Browser, session: u32, name: &str, tag: &str) -> Outcome {
     let card = format!("article:nth-of-type({session})");
-    browser.click(&format!("{card} .more > summary"))?;
+    let closed = format!("return document.querySelector('{card} .inside').hidden");
+    if browser.run(&closed, json!([]))? == true {
+        browser.click(&format!("{card} .opener"))?;
+    }
     browser.click(&format!("{card} .field input"))?;
     browser.keys(&format!("{name}\u{e004}{tag}"))?;
     browser.click(&format!("{card} button.main"))
@@ -24,7 +27,7 @@ fn save_as(browser: &Browser, session: u32, name: &str, tag: &str) -> Outcome {
 
 fn ended(browser: &Browser, session: u32) -> Outcome {
     let script = format!(
-        "return document.querySelector('article:nth-of-type({session}) .last .succeeded')
+        "return document.querySelector('article:nth-of-type({session}) .state .succeeded')
             && !document.querySelector('article:nth-of-type({session}) progress')"
     );
     browser.until("the end", &script, json!([])).map(drop)
@@ -59,6 +62,9 @@ fn another_sessions_image_is_replaced_only_after_a_question() -> Outcome {
     assert!(asked.replace.to_string().starts_with("sha256:"));
     // The first session's card says what became of its image, and offers nothing dead to copy.
     browser.reload()?;
+    for session in [1, 2] {
+        browser.click(&format!("article:nth-of-type({session}) .opener"))?;
+    }
     browser.see("was replaced by a save of hub/rstudio-minji/notebook")?;
     let copies =
         "return document.querySelectorAll('article:nth-of-type(1) .last .reference').length";

@@ -10,6 +10,7 @@ use crate::standin::{Standin, refusal};
 
 const BAR: &str = "return document.querySelector('progress')?.value > arguments[0]";
 const SAVE: &str = "article:first-of-type button.main";
+const OPENER: &str = "article:first-of-type .opener";
 
 fn open(browser: &Browser, standin: &Standin) -> Outcome {
     browser.go(&standin.url("sessions"))?;
@@ -33,7 +34,9 @@ fn one_press_a_bar_to_the_end_an_image_that_is_found_and_deleted() -> Outcome {
         return Ok(());
     };
     open(&browser, &standin)?;
-    assert!(browser.shows("1.2 GB, what changed since the last save")?);
+    assert!(!browser.shows("1.2 GB, what changed since the last save")?);
+    browser.click(OPENER)?;
+    browser.see("1.2 GB, what changed since the last save")?;
     assert!(browser.shows("/home/minji")? && browser.shows("These are volumes")?);
     browser.run(
         "window.values = []; new MutationObserver(() => {
@@ -87,7 +90,7 @@ fn a_name_and_a_description_go_with_it() -> Outcome {
         return Ok(());
     };
     open(&browser, &standin)?;
-    browser.click("article .more > summary")?;
+    browser.click(OPENER)?;
     browser.click("article .field input")?;
     browser.keys("Not A Name\u{e007}")?;
     browser.see("A name has small letters and digits")?;
@@ -135,8 +138,9 @@ fn a_reload_in_mid_save_finds_the_bar_where_it_is() -> Outcome {
     browser.until("half of it again", BAR, json!([0.45]))?;
     browser.see("Packing and sending")?;
     standin.world().hold_at = None;
-    browser.see("Session stood still")?;
+    browser.see("registry.example.org/minji/jupyter-minji-training:2026-11-24-1530")?;
     browser.reload()?;
+    browser.click(OPENER)?;
     browser.see("Session stood still")?;
     assert_clean(&browser, &standin)
 }
@@ -289,7 +293,7 @@ fn a_lost_line_is_said_and_what_was_pressed_meanwhile_is_done_once() -> Outcome 
     let back = "return document.querySelector('.lost').textContent === '' && document.querySelectorAll('progress').length === 2";
     browser.until("the line and both saves", back, json!([]))?;
     standin.world().hold_at = None;
-    let both = "return document.querySelectorAll('.last .succeeded').length === 2";
+    let both = "return document.querySelectorAll('.state .succeeded').length === 2";
     browser.until("both ends", both, json!([]))?;
     assert_eq!(standin.world().asked.len(), 2);
     assert_clean(&browser, &standin)
@@ -304,7 +308,7 @@ fn an_event_stream_that_went_silent_is_found_out() -> Outcome {
     standin.world().mute = true;
     open(&browser, &standin)?;
     browser.click(SAVE)?;
-    browser.see("Session stood still")?;
+    browser.see("registry.example.org/minji/jupyter-minji-training:2026-11-24-1530")?;
     assert_clean(&browser, &standin)
 }
 
@@ -372,8 +376,11 @@ fn the_keyboard_alone_does_everything() -> Outcome {
     browser.run("document.querySelector('.skip').focus()", json!([]))?;
     browser.keys("\u{e007}")?;
     // With a name, from the field, by Enter.
-    tab_to(&browser, "Name and describe")?;
+    tab_to(&browser, "jupyter-minji-training")?;
+    let expanded = "return document.activeElement.getAttribute('aria-expanded')";
+    assert_eq!(browser.run(expanded, json!([]))?, "false");
     browser.keys("\u{e007}")?;
+    assert_eq!(browser.run(expanded, json!([]))?, "true");
     tab_to(&browser, "Name")?;
     browser.keys("by-keys\u{e007}")?;
     browser.see("registry.example.org/minji/by-keys:2026-11-24-1530")?;

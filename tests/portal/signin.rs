@@ -151,9 +151,16 @@ fn a_link_asks_and_replaces_nobody_unasked() -> Outcome {
     browser.click("#enter")?;
     signed_in_as(&browser, "mallory")?;
     browser.click("#leave")?;
-    browser.see("You are not signed in")?;
+    browser.see("You are signed out.")?;
     browser.reload()?;
     browser.see("You are not signed in")?;
+    // Who was signed in and is not any more is told so.
+    browser.go(&manager.url("?token=token-of-minji"))?;
+    browser.click("#enter")?;
+    signed_in_as(&browser, "minji")?;
+    browser.cdp("Network.clearBrowserCookies", json!({}))?;
+    browser.click("nav a[href='#/images']")?;
+    browser.see("Your sign-in has ended.")?;
     browser.assert_clean()
 }
 

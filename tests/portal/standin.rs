@@ -102,6 +102,7 @@ impl World {
             namespace: Some("hub".to_owned()),
             pod: Some(pod.to_owned()),
             container: Some("notebook".to_owned()),
+            runtime: "containerd".to_owned(),
             kind,
             category,
             image: Some("registry.example.org/centre/pytorch-notebook:2026a".to_owned()),
@@ -837,6 +838,26 @@ async fn remove(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
+async fn remove_untagged(
+    Given(world): Given<Shared>,
+    headers: HeaderMap,
+    Path((name, digest)): Path<(String, String)>,
+) -> Reply {
+    let mut world = enter(&world, &headers, true)?;
+    let known = world.images.len();
+    world
+        .images
+        .retain(|image| image.name != name || image.digest != digest || !image.tags.is_empty());
+    if world.images.len() == known {
+        return Err(refuse(refusal(
+            StatusCode::NOT_FOUND,
+            "not_found",
+            "no image without a tag",
+        )));
+    }
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
 async fn change(
     Given(world): Given<Shared>,
     headers: HeaderMap,
@@ -915,7 +936,7 @@ fn routes(world: Shared) -> Router {
         .route("/images/{name}/tags/{tag}", delete(remove))
         .route(
             "/images/{name}/digests/{digest}",
-            axum::routing::patch(change),
+            axum::routing::patch(change).delete(remove_untagged),
         )
         .route("/shared", get(shared))
         .route("/quota", get(quota))

@@ -80,3 +80,51 @@ fn versions_are_grouped_described_pinned_shared_and_started() -> Outcome {
     assert_eq!(standin.world().forged, 0);
     browser.assert_clean()
 }
+
+#[test]
+fn an_image_without_a_tag_is_deleted_by_its_digest() -> Outcome {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
+        return Ok(());
+    };
+    let digest = {
+        let mut world = standin.world();
+        let category = upperdeck::service::job::Category::Cpu;
+        let bare = world.image("rstudio-minji", &[], category, 2_100_000_000, 8_000, None);
+        world.images.push(bare.clone());
+        bare.digest
+    };
+    browser.go(&standin.url("images"))?;
+    browser.see("No tag any more: another save took it.")?;
+    let button = format!("[aria-label='Delete rstudio-minji@{digest}']");
+    browser.click(&button)?;
+    browser.see(&digest)?;
+    browser.see("The image has no tag (2.1 GB).")?;
+    // The harmless answer has the focus and changes nothing.
+    browser.keys("\u{e007}")?;
+    browser.until(
+        "the question to go",
+        "return !document.querySelector('dialog')",
+        json!([]),
+    )?;
+    assert_eq!(standin.world().images.len(), 4);
+    browser.click(&button)?;
+    browser.click("dialog .danger")?;
+    browser.see("is deleted.")?;
+    browser.see("3 images")?;
+    {
+        let world = standin.world();
+        let mut left = world.images.iter();
+        assert!(left.all(|image| image.digest != digest && !image.tags.is_empty()));
+        let call = format!(
+            "DELETE /images/rstudio-minji/digests/{}",
+            digest.replace(':', "%3A")
+        );
+        assert!(
+            world.calls.iter().any(|one| *one == call),
+            "{:?}",
+            world.calls
+        );
+        assert_eq!(world.forged, 0);
+    }
+    browser.assert_clean()
+}

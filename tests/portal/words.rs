@@ -162,6 +162,9 @@ fn the_browsers_language_is_spoken() -> Outcome {
         };
         standin.world().ended(1, State::Succeeded, None, 90_000);
         browser.go(&standin.url("sessions"))?;
+        for session in [1, 2] {
+            browser.click(&format!("article:nth-of-type({session}) .opener"))?;
+        }
         for text in texts {
             browser.see(text)?;
         }
@@ -273,6 +276,7 @@ fn hostile_names_are_text_and_nothing_runs() -> Outcome {
             browser.go(&standin.url(view))?;
             let drawn =
                 "document.querySelectorAll('details').forEach((one) => { one.open = true; });
+                document.querySelectorAll('.opener[aria-expanded=false]').forEach((one) => one.click());
                 return document.querySelectorAll('.card').length >= arguments[0]";
             browser.until(view, drawn, json!([count]))?;
             for (_, seen) in hostile() {

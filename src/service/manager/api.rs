@@ -36,6 +36,8 @@ pub struct SessionView {
     pub pod: Option<String>,
     /// Name of the container.
     pub container: Option<String>,
+    /// Runtime: `containerd`, `crio`, `podman`, `docker`, `process`.
+    pub runtime: String,
     /// Kind of application.
     pub kind: Kind,
     /// Accelerator category.

@@ -310,6 +310,7 @@ pub(super) async fn sessions(
             namespace: session.namespace.clone(),
             pod: session.pod.clone(),
             container: session.container.clone(),
+            runtime: session.runtime.clone(),
             kind: session.kind,
             category: session.category,
             image: session.image.clone(),

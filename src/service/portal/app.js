@@ -64,13 +64,13 @@ function show(moved) {
   if (moved) look(heading);
 }
 
-/** Who is not signed in, or not any more. */
-function signIn() {
+/** Who is not signed in, or not any more; `said` is why. */
+function signIn(said) {
   leave.abort();
   me = current = null;
   links.replaceChildren();
   fill(who);
-  form(main);
+  form(main, said && element("p", { class: "done" }, said));
 }
 
 /** Returns who is signed in, as soon as the server answers; nothing if no user is. */
@@ -94,7 +94,7 @@ async function start() {
   if (!found) return signIn();
   me = found;
   follow(me);
-  line.addEventListener("signed-out", signIn);
+  line.addEventListener("signed-out", ({ detail }) => signIn(detail ?? t("signin.over")));
   fill(who, me.user ? named(me.user) : null, me.administrator ? element("span", { class: "badge" }, t("administrator")) : null, out(me));
   show(false);
 }

@@ -1,11 +1,11 @@
 // My images: find one, copy its reference, delete it; and how much room there is.
 
 import { Lost, Refused, get, insist, path, repeat } from "./api.js";
+import { badges } from "./contents.js";
 import { announce, ask, copier, element, fill, follow, look, named } from "./element.js";
 import { bytes, percent, when } from "./format.js";
 import { plain, sentence, t } from "./language.js";
 import { changes, words } from "./saves.js";
-import { badges } from "./sessions.js";
 
 const PAGE = 50;
 

@@ -33,7 +33,7 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 /// The page itself; [`File::page`] replaces `{build}` and `{preload}`.
 const PAGE: &str = include_str!("index.html");
 /// Name, content type and content of each file. Languages are loaded on demand, the others at once.
-const FILES: [(&str, &str, &str); 14] = [
+const FILES: [(&str, &str, &str); 16] = [
     ("style.css", CSS, include_str!("style.css")),
     ("app.js", SCRIPT, include_str!("app.js")),
     ("api.js", SCRIPT, include_str!("api.js")),
@@ -42,6 +42,8 @@ const FILES: [(&str, &str, &str); 14] = [
     ("language.js", SCRIPT, include_str!("language.js")),
     ("saves.js", SCRIPT, include_str!("saves.js")),
     ("sessions.js", SCRIPT, include_str!("sessions.js")),
+    ("row.js", SCRIPT, include_str!("row.js")),
+    ("contents.js", SCRIPT, include_str!("contents.js")),
     ("images.js", SCRIPT, include_str!("images.js")),
     ("history.js", SCRIPT, include_str!("history.js")),
     ("operations.js", SCRIPT, include_str!("operations.js")),

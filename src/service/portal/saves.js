@@ -268,16 +268,15 @@ changes.addEventListener("ended", ({ detail: save }) => {
 export function running(first) {
   const phase = element("strong", { class: "phase" });
   const portion = element("span", { class: "portion" });
-  const label = element("div", { class: "over-bar" }, phase, portion);
   const bar = element("progress", { max: "1" });
   const numbers = element("p", { class: "numbers" });
   const stop = element("button", { type: "button", click: () => (latest(first.id)?.cancelling ? null : cancel(latest(first.id) ?? first)) }, t("cancel"));
   stop.setAttribute("aria-label", t("cancel.what", { image: image(first) }));
-  const name = element("p", { class: "of" }, named(image(first)));
+  const label = element("div", { class: "over-bar" }, phase, element("span", { class: "of" }, named(image(first))), portion);
   const why = element("p", { class: "why" });
   const bell = notifier();
   const block = element("section", { class: "running", "aria-label": t("saving.what", { image: image(first) }) },
-    name, label, bar, element("div", { class: "under-bar" }, numbers, stop, bell), why);
+    label, bar, element("div", { class: "under-bar" }, numbers, stop, bell), why);
   const update = (save) => {
     const { progress } = save;
     const moving = save.state === "running" && progress?.bytes_total > 0;

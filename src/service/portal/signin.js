@@ -1,7 +1,7 @@
 // Signing in and out. A token is shown once, by a press: a link alone signs no user in, and replaces none.
 
-import { Lost, Refused, call, forget, keep } from "./api.js";
-import { element, fill, look, named, problem } from "./element.js";
+import { Lost, Refused, call, forget, keep, line } from "./api.js";
+import { announce, element, fill, look, named, problem } from "./element.js";
 import { sentence, t } from "./language.js";
 import { words } from "./saves.js";
 
@@ -100,9 +100,9 @@ export const leave = (me) => me.via !== "sign_in" ? null : element("button", {
     } catch (error) {
       if (!(error instanceof Lost || error instanceof Refused)) throw error;
       event.target.disabled = false;
-      return;
+      return announce(words(error).join(" "), true);
     }
     forget();
-    location.reload();
+    line.dispatchEvent(new CustomEvent("signed-out", { detail: t("signin.left") }));
   },
 }, t("signout"));
