@@ -119,11 +119,7 @@ fn an_image_without_a_tag_is_deleted_by_its_digest() -> Outcome {
             "DELETE /images/rstudio-minji/digests/{}",
             digest.replace(':', "%3A")
         );
-        assert!(
-            world.calls.iter().any(|one| *one == call),
-            "{:?}",
-            world.calls
-        );
+        assert!(world.calls.contains(&call), "{:?}", world.calls);
         assert_eq!(world.forged, 0);
     }
     browser.assert_clean()
