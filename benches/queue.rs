@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
 use upperdeck::service::job::{
-    Event, JobId, Keys, Load, Node, Order, Outcome, Report, SaveOptions, Saved, Update, now_ms,
+    Event, JobId, Keys, Load, Node, Order, Outcome, Report, Saved, Update, now_ms,
 };
 use upperdeck::service::queue::{
     Claim, ClaimState, HEARTBEAT_EVERY, Limits, Queue, RENEW_EVERY, Redis, Settings,
@@ -132,14 +132,11 @@ fn order(node: &str, user: &str) -> Order {
         owner: user.to_owned(),
         destination: format!("registry.example.org/research/{user}/session:2026-11-24"),
         message: Some("before the upgrade of numpy".to_owned()),
-        options: SaveOptions::default(),
-        replaces: upperdeck::service::job::Replaces::default(),
         attempt: 1,
-        fence_after: 0,
         issued_ms: now_ms(),
-        not_before_ms: 0,
         expires_ms: now_ms() + 86_400_000,
         timeout_s: 3600,
+        ..Order::default()
     }
 }
 

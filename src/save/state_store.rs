@@ -22,7 +22,7 @@ use crate::layer::scan::{Scan, Stored};
 const MAGIC: &[u8; 8] = b"updeckst";
 /// Incremented when the meaning of anything in a file changes, including the scan: flags, what is emitted, what is left
 /// out.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Maximum size of the description, in bytes.
 const MAX_DESCRIPTION: u64 = 4 << 20;
 /// Maximum size of a file, in bytes. A million entries take some 40 MB.

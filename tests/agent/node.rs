@@ -21,7 +21,7 @@ use upperdeck::common::digest::Digest;
 use upperdeck::node::container::{ContainerdRoot, Roots};
 use upperdeck::service::agent::{self, Options, OwnerRule};
 use upperdeck::service::job::{
-    Answer, JobId, NextStep, Order, Outcome, Report, SaveOptions, Update, Verdict, now_ms,
+    Answer, JobId, NextStep, Order, Outcome, Report, Update, Verdict, now_ms,
 };
 use upperdeck::service::queue::{Limits, Local, Queue};
 use upperdeck::store::layout::Directory;
@@ -317,14 +317,11 @@ impl Node {
             owner: "alice".to_owned(),
             destination: format!("oci:{}:monday", self.path("images/alice/x").display()),
             message: Some("--with pandas".to_owned()),
-            options: SaveOptions::default(),
-            replaces: upperdeck::service::job::Replaces::default(),
             attempt: 1,
-            fence_after: 0,
             issued_ms: now_ms(),
-            not_before_ms: 0,
             expires_ms: i64::MAX,
             timeout_s: 600,
+            ..Order::default()
         }
     }
 

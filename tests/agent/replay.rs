@@ -10,8 +10,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use upperdeck::service::agent;
 use upperdeck::service::job::{
-    Category, Code, JobId, Kind, NextStep, Order, Outcome, SaveOptions, State, Update, Verdict,
-    now_ms,
+    Code, JobId, Kind, NextStep, Order, Outcome, State, Update, Verdict, now_ms,
 };
 use upperdeck::service::manager::{self, Listen};
 use upperdeck::service::queue::{Queue, Withdrawn};
@@ -106,33 +105,14 @@ impl Site {
             name: "x".into(),
             tag: "monday".into(),
             destination: order.destination,
-            message: None,
-            options: SaveOptions::default(),
-            replaces: upperdeck::service::job::Replaces::default(),
-            notify: Vec::new(),
             kind: Kind::Jupyter,
-            category: Category::Cpu,
-            base: None,
-            state: State::Queued,
-            phase: None,
-            since_ms: None,
             attempt: 1,
-            failures: 0,
-            fence: 0,
-            seq: 0,
             version: 1,
-            progress: None,
-            pause_ms: None,
-            warnings: Vec::new(),
-            result: None,
-            error: None,
-            cancelling: false,
             caller: "token:test".into(),
             created_ms: now,
             queued_ms: now,
             not_before_ms: now,
-            started_ms: None,
-            finished_ms: None,
+            ..Save::default()
         };
         match self
             .record

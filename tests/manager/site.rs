@@ -239,10 +239,7 @@ pub fn session(n: usize, owner: Option<&str>) -> Session {
         started_ms: 1_764_000_000_000 + n as i64,
         upper_bytes: Some(1000),
         upper_entries: Some(10),
-        next: None,
-        unsaved: Vec::new(),
-        unsaved_more: 0,
-        problem: None,
+        ..Session::default()
     }
 }
 

@@ -413,9 +413,9 @@ impl World {
                 entries: 4_211,
                 delta: true,
                 base_name: Some("registry.example.org/centre/pytorch-notebook:2026a".to_owned()),
-                base_digest: None,
                 pause_ms: Some(34.2),
                 seconds: 39.5,
+                ..Saved::default()
             });
         }
         save.error = code.map(|code| SaveError {

@@ -4,8 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use upperdeck::service::job::{
-    Category, JobId, Kind, Load, Node, Order, Outcome as Ending, Report, SaveOptions, Saved,
-    Session, Update, now_ms,
+    JobId, Kind, Node, Order, Outcome as Ending, Report, Saved, Session, Update, now_ms,
 };
 use upperdeck::service::queue::{Claim, ClaimState, Clock, Limits, Local, Queue, Settings};
 
@@ -117,14 +116,11 @@ pub fn order(node: &str, user: &str) -> Order {
         owner: user.to_owned(),
         destination: format!("registry.example.org/research/{user}/session:2026-11-24"),
         message: Some("before the upgrade of numpy".to_owned()),
-        options: SaveOptions::default(),
-        replaces: upperdeck::service::job::Replaces::default(),
         attempt: 1,
-        fence_after: 0,
         issued_ms: now_ms(),
-        not_before_ms: 0,
         expires_ms: now_ms() + 86_400_000,
         timeout_s: 3600,
+        ..Order::default()
     }
 }
 
@@ -154,11 +150,9 @@ pub fn succeeded(claim: &Claim) -> Report {
         image_bytes: 2,
         sent_bytes: 1,
         entries: 1,
-        delta: false,
-        base_name: None,
-        base_digest: None,
         pause_ms: Some(1.5),
         seconds: 2.25,
+        ..Saved::default()
     };
     ended(claim, Ending::Succeeded { saved })
 }
@@ -169,10 +163,7 @@ pub fn node(name: &str) -> Node {
         version: "0.1.0".to_owned(),
         started_ms: now_ms(),
         at_ms: now_ms(),
-        draining: false,
-        running: Vec::new(),
-        load: Load::default(),
-        problems: Vec::new(),
+        ..Node::default()
     }
 }
 
@@ -181,19 +172,8 @@ pub fn session(node: &str, id: &str) -> Session {
         id: id.to_owned(),
         node: node.to_owned(),
         owner: Some("ada".to_owned()),
-        namespace: None,
-        pod: None,
-        container: None,
         runtime: "containerd".to_owned(),
         kind: Kind::Jupyter,
-        category: Category::Cpu,
-        image: None,
-        started_ms: 0,
-        upper_bytes: None,
-        upper_entries: None,
-        next: None,
-        unsaved: Vec::new(),
-        unsaved_more: 0,
-        problem: None,
+        ..Session::default()
     }
 }

@@ -13,7 +13,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use upperdeck::service::job::{
-    Category, Code, Event, JobId, Kind, Outcome, Phase, Report, SaveOptions, Saved, State, Update,
+    Category, Code, Event, JobId, Kind, Outcome, Phase, Report, Saved, State, Update,
 };
 use upperdeck::service::record::{
     Error, Filter, OutboxAction, Policy, Progress, Record, Request, Save, SignIn, Submitted,
@@ -57,32 +57,16 @@ fn save(user: &str, session: &str, tag: &str) -> Save {
         tag: tag.to_owned(),
         destination: format!("h.example/{user}/torch:{tag}"),
         message: Some("it's \"quoted\" — 한글 \u{1F600} $1 ' -- ;".into()),
-        options: SaveOptions::default(),
-        replaces: upperdeck::service::job::Replaces::default(),
-        notify: Vec::new(),
         kind: Kind::Jupyter,
         category: Category::Gpu,
         base: Some("h.example/base:1".into()),
-        state: State::Queued,
-        phase: None,
-        since_ms: None,
         attempt: 1,
-        failures: 0,
-        fence: 0,
-        seq: 0,
         version: 1,
-        progress: None,
-        pause_ms: None,
-        warnings: Vec::new(),
-        result: None,
-        error: None,
-        cancelling: false,
         caller: "token:test".into(),
         created_ms: now,
         queued_ms: now,
         not_before_ms: now,
-        started_ms: None,
-        finished_ms: None,
+        ..Save::default()
     }
 }
 
@@ -94,11 +78,9 @@ fn saved() -> Saved {
         image_bytes: 2,
         sent_bytes: 1,
         entries: 1,
-        delta: false,
-        base_name: None,
-        base_digest: None,
         pause_ms: Some(0.25),
         seconds: 1.5,
+        ..Saved::default()
     }
 }
 

@@ -35,6 +35,7 @@ use crate::node::overlay::volume::Volume;
 use crate::node::overlay::xattr::{Namespace, ValueError};
 use memory::Xattrs;
 use rows::Rows;
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 /// The directories of an overlay.
@@ -106,7 +107,9 @@ pub struct Options<'a> {
 }
 
 /// Type of an entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, serde::Serialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// `.wh..wh..opq`: hides the base's content of the parent directory.
@@ -171,7 +174,7 @@ pub struct Entry {
 }
 
 /// Results of the walk for an entry, one bit each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 struct Flags(u8);
 
 impl Flags {
@@ -211,20 +214,23 @@ impl Flags {
 pub(crate) type Xattr = (Vec<u8>, Vec<u8>);
 
 /// Location of content that is not in the upper at the entry's own path.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContentLocation {
     /// Root: 0 is the upper, n the lower `n - 1`.
     pub root: u16,
     /// Path below that root.
+    #[serde(with = "serde_bytes")]
     pub path: Vec<u8>,
     /// Inode number there.
     pub ino: u64,
 }
 
 /// The rarer parts of an entry.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Extra {
+    #[serde(with = "serde_bytes")]
     link: Option<Vec<u8>>,
+    #[serde(skip)]
     xattrs: Option<Xattrs>,
     content: Option<ContentLocation>,
     /// Root and inode number of the base's file at the same path, for hard link groups.

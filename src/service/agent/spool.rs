@@ -263,7 +263,7 @@ fn remove(path: &Path) {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::service::job::{Replaces, SaveOptions, Saved};
+    use crate::service::job::Saved;
 
     const DAY: i64 = 24 * 3600 * 1000;
 
@@ -274,15 +274,10 @@ pub(super) mod tests {
             session: "ab".repeat(32),
             owner: "alice".to_owned(),
             destination: "oci:/srv/images/alice/x:1".to_owned(),
-            message: None,
-            options: SaveOptions::default(),
-            replaces: Replaces::default(),
             attempt: 1,
-            fence_after: 0,
-            issued_ms: 0,
-            not_before_ms: 0,
             expires_ms: DAY,
             timeout_s: 600,
+            ..Order::default()
         }
     }
 
@@ -294,11 +289,9 @@ pub(super) mod tests {
             image_bytes: 2,
             sent_bytes: 3,
             entries: 4,
-            delta: false,
-            base_name: None,
-            base_digest: None,
             pause_ms: Some(1.5),
             seconds: 0.5,
+            ..Saved::default()
         };
         Outcome::Succeeded { saved }
     }

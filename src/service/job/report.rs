@@ -74,7 +74,7 @@ pub enum Outcome {
 }
 
 /// Description of a saved image.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Saved {
     /// `HOST/REPO@sha256:…`, or the path of the OCI layout with the digest.
     pub reference: String,

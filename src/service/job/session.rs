@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use super::JobId;
 
 /// Kind of application that a session runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// A Jupyter server.
@@ -14,21 +14,23 @@ pub enum Kind {
     /// An RStudio server.
     Rstudio,
     /// Anything else.
+    #[default]
     Other,
 }
 
 /// Whether a session uses an accelerator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Category {
     /// No accelerator.
+    #[default]
     Cpu,
     /// An accelerator is present, according to a device or the environment in the runtime's spec.
     Gpu,
 }
 
 /// A running container that can be saved, with the properties that its node has verified.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Session {
     /// Full ID of the container.
     pub id: String,
@@ -112,7 +114,7 @@ pub struct Load {
 }
 
 /// An agent's heartbeat.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Node {
     /// Name of the node; unique.
     pub name: String,

@@ -371,7 +371,7 @@ pub(super) async fn nodes(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::service::job::{Category, Kind};
+    use crate::service::job::Kind;
 
     fn session(id: &str, owner: Option<&str>, image: Option<&str>) -> Session {
         Session {
@@ -383,15 +383,8 @@ mod tests {
             container: Some("nb".into()),
             runtime: "containerd".into(),
             kind: Kind::Jupyter,
-            category: Category::Cpu,
             image: image.map(str::to_owned),
-            started_ms: 0,
-            upper_bytes: None,
-            upper_entries: None,
-            next: None,
-            unsaved: Vec::new(),
-            unsaved_more: 0,
-            problem: None,
+            ..Session::default()
         }
     }
 

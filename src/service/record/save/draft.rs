@@ -453,7 +453,7 @@ fn truncated(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::service::job::{Category, JobId, Kind, Phase, SaveOptions};
+    use crate::service::job::{JobId, Kind, Phase};
 
     pub(crate) fn save() -> Save {
         Save {
@@ -466,33 +466,14 @@ mod tests {
             name: "torch".into(),
             tag: "v1".into(),
             destination: "h.example/alice/torch:v1".into(),
-            message: None,
-            options: SaveOptions::default(),
-            replaces: crate::service::job::Replaces::default(),
-            notify: Vec::new(),
             kind: Kind::Jupyter,
-            category: Category::Cpu,
-            base: None,
-            state: State::Queued,
-            phase: None,
-            since_ms: None,
             attempt: 1,
-            failures: 0,
-            fence: 0,
-            seq: 0,
             version: 1,
-            progress: None,
-            pause_ms: None,
-            warnings: Vec::new(),
-            result: None,
-            error: None,
-            cancelling: false,
             caller: "token:x".into(),
             created_ms: 1,
             queued_ms: 1,
             not_before_ms: 1,
-            started_ms: None,
-            finished_ms: None,
+            ..Save::default()
         }
     }
 
@@ -510,11 +491,9 @@ mod tests {
             image_bytes: 2,
             sent_bytes: 1,
             entries: 1,
-            delta: false,
-            base_name: None,
-            base_digest: None,
             pause_ms: Some(3.0),
             seconds: 1.0,
+            ..Saved::default()
         }
     }
 

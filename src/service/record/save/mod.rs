@@ -15,7 +15,7 @@ use crate::service::job::{
 };
 
 /// A save.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Save {
     /// The job.
     pub id: JobId,
