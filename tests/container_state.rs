@@ -8,7 +8,7 @@
 mod support;
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,8 @@ use upperdeck::node::container::{
     prove_base, recheck,
 };
 use upperdeck::node::overlay::xattr::Namespace;
+
+use support::Need;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -444,6 +446,101 @@ fn a_stopped_container_is_known_as_stopped() -> Outcome {
         assert!(message.contains(expected), "{message}");
         assert_eq!(list(&node.roots).containers.len(), 0);
     }
+    Ok(())
+}
+
+/// A full name or ID of a stopped container is meant before a running container's ID that begins with it, and the same
+/// name in two runtimes is ambiguous even if one of the two has stopped.
+#[test]
+fn a_stopped_container_is_not_mistaken_for_a_running_one() -> Outcome {
+    let (node, _) = docker_node()?;
+    let config = format!("{DOCKER}/containers/{DOCKER_ID}/config.v2.json");
+    let running = fs::read_to_string(node.path(&config))?;
+    let add_stopped = |id: &str, name: &str| {
+        let config = running
+            .replace(DOCKER_ID, id)
+            .replace(r#""Name":"/lab""#, &format!(r#""Name":"/{name}""#))
+            .replace(r#""Pid":77"#, r#""Pid":0"#);
+        node.write(&format!("{DOCKER}/containers/{id}/config.v2.json"), config)
+    };
+    add_stopped(&"c".repeat(64), "175b")?;
+    assert!(stopped(&node, "175b").contains("175b (cccccccccccc) is stopped"));
+    assert_eq!(find(&node.roots, "175bc")?.id, DOCKER_ID);
+    add_stopped(&"d".repeat(64), "lab")?;
+    let error = find(&node.roots, "lab").unwrap_err();
+    assert!(matches!(error, Error::Ambiguous { .. }), "{error}");
+    let message = error.to_string();
+    for label in ["lab (175bcd10f408)", "lab (dddddddddddd) (stopped)"] {
+        assert!(message.contains(label), "{message}");
+    }
+    // A prefix of both.
+    add_stopped(&format!("175bcd10{}", "e".repeat(56)), "other")?;
+    let error = find(&node.roots, "175bcd10").unwrap_err();
+    assert!(matches!(error, Error::Ambiguous { .. }), "{error}");
+    assert_eq!(find(&node.roots, DOCKER_ID)?.id, DOCKER_ID);
+    Ok(())
+}
+
+/// A container whose process was killed, while its runtime has not noticed yet.
+#[test]
+fn a_container_whose_process_is_gone_is_stopped() -> Outcome {
+    let (node, _) = docker_node()?;
+    fs::remove_dir_all(node.path("proc/77"))?;
+    let message = stopped(&node, "lab");
+    assert!(
+        message.contains("lab (175bcd10f408) is stopped (its process 77 is no longer there)"),
+        "{message}"
+    );
+    Ok(())
+}
+
+/// Root saves what the records of a store say, so it does not believe a store that another user can write to.
+#[test]
+fn the_records_of_another_user_are_not_believed() -> Outcome {
+    if support::ignored(&[Need::Root]) {
+        return Ok(());
+    }
+    let (node, _) = docker_node()?;
+    let store = node.path(DOCKER);
+    std::os::unix::fs::chown(&store, Some(1001), Some(1001))?;
+    let message = find(&node.roots, "lab").unwrap_err().to_string();
+    assert!(message.contains("it belongs to user 1001"), "{message}");
+    let listing = list(&node.roots);
+    assert_eq!((listing.containers.len(), listing.problems.len()), (0, 1));
+    std::os::unix::fs::chown(&store, Some(0), Some(0))?;
+    fs::set_permissions(&store, fs::Permissions::from_mode(0o777))?;
+    let message = find(&node.roots, "lab").unwrap_err().to_string();
+    assert!(message.contains("every user can write to it"), "{message}");
+    fs::set_permissions(&store, fs::Permissions::from_mode(0o711))?;
+    assert_eq!(find(&node.roots, "lab")?.id, DOCKER_ID);
+    Ok(())
+}
+
+/// Neither a FIFO nor a directory in place of a list stops the others from being read.
+#[test]
+fn a_record_that_is_no_file_is_a_problem() -> Outcome {
+    let (mut node, _) = docker_node()?;
+    node.roots.storage = vec![StorageRoot {
+        root: "/var/lib/containers/storage".into(),
+        runroot: "/run/containers/storage".into(),
+    }];
+    node.mkdir("var/lib/containers/storage/overlay-containers")?;
+    let list_file = node.path("var/lib/containers/storage/overlay-containers/containers.json");
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &list_file,
+        rustix::fs::FileType::Fifo,
+        mode,
+        0,
+    )?;
+    let listing = list(&node.roots);
+    assert_eq!(listing.containers.len(), 1);
+    let problems: Vec<_> = listing.problems.iter().map(ToString::to_string).collect();
+    assert!(
+        problems.len() == 1 && problems[0].contains("expected a regular file"),
+        "{problems:?}"
+    );
     Ok(())
 }
 
@@ -963,7 +1060,7 @@ fn another_process_with_the_same_number_is_not_the_container() -> Outcome {
             recheck(&node.roots, &container),
             Err(Error::Gone { .. })
         ));
-        assert!(matches!(find(&node.roots, id), Err(Error::Gone { .. })));
+        assert!(matches!(find(&node.roots, id), Err(Error::Stopped { .. })));
         assert_eq!(list(&node.roots).containers.len(), 0);
     }
     Ok(())

@@ -15,7 +15,9 @@ use super::exit::Usage;
 use crate::bench::{self, stages::Setting};
 use crate::layer::scan::Caps;
 use crate::node::background::Background;
-use crate::node::container::{ContainerdRoot, Roots, StorageRoot, VolumeRules};
+use crate::node::container::{
+    ContainerdRoot, Roots, StorageRoot, VolumeRules, is_initial_user_namespace,
+};
 use crate::save::{self, Compression, Gate, Rules};
 use crate::store::destination::{Replaceable, SAVE_ANNOTATION, Target};
 use crate::store::registry;
@@ -62,9 +64,7 @@ pub(super) fn roots(global: &args::Global) -> Roots {
 
 /// Returns whether this process has user ID 0 of the node itself, not of a user namespace.
 fn is_root_of_node() -> bool {
-    let identity = |map: &str| map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
-    rustix::process::geteuid().is_root()
-        && std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| identity(&map))
+    rustix::process::geteuid().is_root() && is_initial_user_namespace()
 }
 
 /// Returns the storage of this user's rootless Podman (containers/storage, `types/utils.go`). Root does not search the

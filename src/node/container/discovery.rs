@@ -32,6 +32,7 @@ pub struct Listing {
 }
 
 fn recorded_containers(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<RecordedContainer> {
+    let roots = &roots.believed(problems);
     let mut drafts = docker::recorded_containers(roots, problems);
     drafts.extend(storage::recorded_containers(roots, problems));
     for draft in containerd::recorded_containers(roots, problems) {
@@ -55,6 +56,7 @@ fn recorded_containers(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Record
 /// Lists the stopped containers of all runtimes. State that cannot be read is left out: `recorded_containers` of each
 /// runtime reports it.
 fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
+    let roots = &roots.believed(&mut Vec::new());
     let mut all = docker::stopped_containers(roots);
     all.extend(storage::stopped_containers(roots));
     // Docker's containers are in containerd's records, too, while they run.
@@ -106,48 +108,61 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
     if let Query::Pid(pid) = wanted {
         return find_process(roots, &tables, &drafts, pid, name);
     }
-    let mut ended = None;
+    let stopped = std::cell::OnceCell::new();
     for rank in 0..wanted.ranks() {
         let mut running = Vec::new();
+        let mut others = Vec::new();
         for draft in drafts
             .iter()
             .filter(|d| !d.sandbox && wanted.matches(&d.id, &d.names, d.pod.as_ref(), rank))
         {
             match process::read(roots, draft.pid)? {
                 Some(process) => running.push((draft, process)),
-                None => ended = Some(draft),
+                None => others.push(StoppedContainer::of(draft)),
             }
         }
-        match running.as_slice() {
-            [] => {}
-            [(draft, process)] => return assemble(roots, &tables, draft, process),
-            many => {
-                let candidates = many.iter().map(|(draft, _)| draft.label()).collect();
+        // No other container has the same full ID.
+        if rank == 0
+            && let [(draft, process)] = running.as_slice()
+            && matches!(wanted, Query::Plain(_))
+        {
+            return assemble(roots, &tables, draft, process);
+        }
+        let stopped = stopped.get_or_init(|| stopped_containers(roots));
+        others.extend(
+            (stopped.iter())
+                .filter(|s| !s.sandbox && wanted.matches(&s.id, &s.names, s.pod.as_ref(), rank))
+                .cloned(),
+        );
+        // An earlier run of a pod's container, or what a second runtime wrote down of the same one.
+        others.retain(|other| {
+            let is_same = |draft: &RecordedContainer| {
+                draft.id == other.id || draft.pod.is_some() && draft.pod == other.pod
+            };
+            !running.iter().any(|(draft, _)| is_same(draft))
+        });
+        // A pod's init containers have ended, as a rule.
+        if matches!(wanted, Query::Pod { .. }) && !running.is_empty() {
+            others.clear();
+        }
+        match (running.as_slice(), others.as_slice()) {
+            ([], []) => {}
+            ([(draft, process)], []) => return assemble(roots, &tables, draft, process),
+            // Which of several is meant does not matter: none can be saved.
+            ([], [other, ..]) => {
+                return Err(Error::Stopped {
+                    detail: other.detail(),
+                });
+            }
+            (running, others) => {
+                let running = running.iter().map(|(draft, _)| draft.label());
+                let others = others.iter().map(|s| format!("{} (stopped)", s.label()));
                 return Err(Error::Ambiguous {
                     wanted: name.to_owned(),
-                    candidates,
+                    candidates: running.chain(others).collect(),
                 });
             }
         }
-    }
-    if let Some(draft) = ended {
-        let detail = format!("its process {} is no longer there", draft.pid);
-        return Err(Error::Gone {
-            container: draft.id.clone(),
-            detail,
-        });
-    }
-    let stopped = stopped_containers(roots);
-    let stopped = (0..wanted.ranks()).find_map(|rank| {
-        stopped
-            .iter()
-            .filter(|s| !s.sandbox)
-            .find(|s| wanted.matches(&s.id, &s.names, s.pod.as_ref(), rank))
-    });
-    if let Some(stopped) = stopped {
-        return Err(Error::Stopped {
-            detail: stopped.detail(),
-        });
     }
     if let Some(problem) = problems.iter().find(|p| p.permission) {
         return Err(Error::NotPermitted {

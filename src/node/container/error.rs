@@ -373,8 +373,8 @@ fn rootless(users: &[u32]) -> String {
         return String::new();
     }
     format!(
-        "; the storage of rootless Podman is not searched (user {}): run this as that user, or with \
-         --storage-root HOME/.local/share/containers/storage --storage-runroot /run/user/UID/containers",
+        "; the storage of rootless Podman is not searched (user {}): run this as that user (podman \
+         unshare upperdeck ...)",
         shown(users.iter().map(u32::to_string))
     )
 }

@@ -34,7 +34,7 @@ mod volume;
 pub use discovery::{Listing, find, list, recheck};
 pub use error::{Error, Problem};
 pub use pattern::{Pattern, PatternError};
-pub use roots::{ContainerdRoot, Roots, StorageRoot};
+pub use roots::{ContainerdRoot, Roots, StorageRoot, is_initial_user_namespace};
 pub use table::{RootMount, TableSource};
 pub(crate) use volume::{Volume, VolumeRules, recheck_volume, volume};
 
@@ -223,6 +223,7 @@ pub struct BaseLayer {
 ///
 /// Fails with [`Error::BaseUnproven`] if no image on this node matches, and always for [`Runtime::Process`].
 pub fn prove_base(roots: &Roots, container: &Container) -> Result<Base, Error> {
+    let roots = &roots.believed(&mut Vec::new());
     match container.runtime {
         Runtime::Containerd => containerd::prove(roots, container),
         Runtime::Docker => docker::prove(roots, container),

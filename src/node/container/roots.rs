@@ -1,13 +1,14 @@
 //! The directories with the runtimes' state, and the conversion of a path on the node to one for this program.
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
-use super::error::Error;
+use super::error::{Error, Problem};
 
 /// The two directories of a containerd.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +79,52 @@ impl Default for Roots {
 }
 
 impl Roots {
+    /// Returns the roots without those whose records another user can write: root reads what the records name, so they
+    /// would give that user the files of any container. Each root that is left out is added to `problems`.
+    pub(super) fn believed(&self, problems: &mut Vec<Problem>) -> Self {
+        let mut roots = self.clone();
+        // Within a user namespace, all that can be read belongs to its user.
+        if !is_initial_user_namespace() {
+            return roots;
+        }
+        let mut believes = |path: &Path| match self.foreign_writer(path) {
+            Some(reason) => {
+                problems.push(Problem {
+                    path: path.to_owned(),
+                    reason,
+                    permission: false,
+                });
+                false
+            }
+            None => true,
+        };
+        roots
+            .containerd
+            .retain(|c| believes(&c.root) && believes(&c.state));
+        roots.docker.retain(|docker| believes(docker));
+        roots
+            .storage
+            .retain(|s| believes(&s.root) && believes(&s.runroot));
+        roots
+    }
+
+    /// Returns who but root and this user can write to a directory, as the reason for not believing what is in it.
+    fn foreign_writer(&self, path: &Path) -> Option<String> {
+        // A directory that does not exist has no records, and other errors are reported when they are read.
+        let meta = fs::metadata(self.locate(path).ok()?).ok()?;
+        let own = rustix::process::geteuid().as_raw();
+        if meta.uid() != 0 && meta.uid() != own {
+            return Some(format!(
+                "it belongs to user {}, who can write anything into its records; run this as that user (podman unshare \
+                 upperdeck ...)",
+                meta.uid()
+            ));
+        }
+        let sticky = meta.mode() & 0o1000 != 0;
+        (meta.mode() & 0o002 != 0 && !sticky)
+            .then(|| "every user can write to it, so its records prove nothing".to_owned())
+    }
+
     /// Converts a path on the node to one that this program can open: below the host root, with symbolic links
     /// (including absolute ones) resolved as on the node. Fails with [`io::ErrorKind::NotFound`] if it does not exist.
     pub(crate) fn locate(&self, path: &Path) -> io::Result<PathBuf> {
@@ -127,10 +174,25 @@ impl Roots {
     }
 }
 
-/// Reads a file of at most `cap` bytes.
+/// Returns whether this process is in the node's own user namespace, in which IDs are those of the node.
+pub fn is_initial_user_namespace() -> bool {
+    let identity = |map: &str| map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
+    fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| identity(&map))
+}
+
+/// Reads a regular file of at most `cap` bytes.
 pub(super) fn read_file(path: &Path, cap: u64) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    // Without waiting for a writer if it is a FIFO.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits() as i32)
+        .open(path)
+        .map_err(|e| Error::io(path, e))?;
+    let meta = file.metadata().map_err(|e| Error::io(path, e))?;
+    if !meta.is_file() {
+        return Err(Error::damaged(path, "expected a regular file"));
+    }
     file.take(cap + 1)
         .read_to_end(&mut bytes)
         .map_err(|e| Error::io(path, e))?;

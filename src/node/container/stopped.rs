@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use super::Pod;
-use super::recorded::label;
+use super::recorded::{RecordedContainer, label};
 
 /// A container that a runtime's files describe and that does not run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,6 +23,19 @@ pub(super) struct StoppedContainer {
 }
 
 impl StoppedContainer {
+    /// Describes a container whose runtime still records a process that is gone.
+    pub(super) fn of(draft: &RecordedContainer) -> Self {
+        Self {
+            id: draft.id.clone(),
+            names: draft.names.clone(),
+            namespace: draft.namespace.clone(),
+            pod: draft.pod.clone(),
+            sandbox: draft.sandbox,
+            end: Some(format!("its process {} is no longer there", draft.pid)),
+            state: draft.state.clone(),
+        }
+    }
+
     /// Returns an unambiguous name for messages.
     pub(super) fn label(&self) -> String {
         label(

@@ -148,6 +148,7 @@ pub(super) fn job_code(code: &str) -> Code {
         // Caused by a value that the user chose, such as an invalid pattern.
         "usage" => Code::Policy,
         "permission_denied" => Code::NotPermitted,
+        "container_not_found" | "container_stopped" => Code::ContainerGone,
         "foreign_root" => Code::BaseUnproven,
         code => Code::from_name(code).unwrap_or(Code::Internal),
     }
@@ -156,6 +157,13 @@ pub(super) fn job_code(code: &str) -> Code {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_container_that_is_not_there_or_stopped_is_gone() {
+        for code in ["container_gone", "container_not_found", "container_stopped"] {
+            assert_eq!(job_code(code), Code::ContainerGone, "{code}");
+        }
+    }
 
     #[test]
     fn users_see_no_addresses_of_registries() {
