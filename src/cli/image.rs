@@ -263,9 +263,10 @@ fn removed_text(views: &[RemovedView]) -> String {
     }
     let mut told: Vec<&str> = Vec::new();
     for view in views.iter().filter(|view| view.removed.image_deleted) {
-        if !told.contains(&view.removed.space) {
-            told.push(view.removed.space);
-            out.push_str(&format!("note: {}\n", view.removed.space));
+        let space = view.removed.space.as_str();
+        if !told.contains(&space) {
+            told.push(space);
+            out.push_str(&format!("note: {}\n", text(space)));
         }
     }
     out

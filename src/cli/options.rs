@@ -177,6 +177,7 @@ impl Commit {
             timestamp: args.content.choice.timestamp,
             metadata_file: args.metadata_file,
             output_mode: args.output_mode,
+            share_blobs: args.share_blobs,
             digestfile: args.digestfile,
             gate: args.gate_fd.map(|fd| gate(fd, cancel)).transpose()?,
             freeze_mark: args.freeze_mark,

@@ -13,10 +13,7 @@ pub(super) fn path(path: &Path) -> String {
 
 /// Formats a size such as `1.4 MB`, or a dash if it is unknown.
 pub(super) fn bytes(bytes: Option<u64>) -> String {
-    bytes.map_or_else(
-        || "-".to_owned(),
-        |bytes| indicatif::DecimalBytes(bytes).to_string(),
-    )
+    bytes.map_or_else(|| "-".to_owned(), crate::common::message::size)
 }
 
 /// Alignment of a column.

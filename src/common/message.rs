@@ -19,6 +19,11 @@ pub(crate) fn chain<'a>(
     std::iter::successors(Some(error), |&error| error.source())
 }
 
+/// Formats a size in bytes with a decimal unit, such as `1.40 MB`.
+pub(crate) fn size(bytes: u64) -> String {
+    indicatif::DecimalBytes(bytes).to_string()
+}
+
 /// Joins the texts of a chain of causes to one.
 pub(crate) fn joined(texts: impl IntoIterator<Item = String>) -> String {
     let mut message = String::new();

@@ -31,6 +31,11 @@ impl FileMode {
         Self(file.mode() & 0o666 | 0o600)
     }
 
+    /// Returns whether a file has exactly this mode.
+    pub(crate) fn is_of(self, file: &fs::Metadata) -> bool {
+        file.mode() & 0o7777 == self.0
+    }
+
     /// Returns the mode for directories.
     pub(crate) fn directory(self) -> u32 {
         self.0 | (self.0 & 0o444) >> 2

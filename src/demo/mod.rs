@@ -540,6 +540,7 @@ fn save(
         timestamp: None,
         metadata_file: None,
         output_mode: None,
+        share_blobs: None,
         digestfile: None,
         gate: None,
         freeze_mark: None,

@@ -7,6 +7,7 @@ pub(crate) mod event;
 mod frozen;
 mod gate;
 mod in_flight_writes;
+mod layer_size;
 mod live;
 mod mapped;
 mod named;
@@ -31,12 +32,12 @@ use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
 use crate::image::manifest;
 pub(crate) use crate::layer::Compression;
+use crate::layer::Layer;
 use crate::layer::scan::{Caps, Report, Scan};
-use crate::layer::{Layer, Plan};
 use crate::node::background::{Background, NormalPriority};
 use crate::node::container::{self, Base, Container, Volume, VolumeRules};
 use crate::save::event::{Event, Observer, Phase};
-use crate::store::destination::{self, Destination, Replaceable, Target};
+use crate::store::destination::{self, Destination, LocalFiles, Replaceable, Target};
 use crate::store::layout;
 use crate::store::registry::{Access, Registries};
 
@@ -51,6 +52,8 @@ use trees::Baseline;
 pub(crate) use base::Delivered;
 pub(crate) use error::Error;
 pub(crate) use gate::Gate;
+pub use layer_size::LayerSize;
+pub(crate) use layer_size::split_plan;
 pub(crate) use live::MAX_PAUSE;
 pub(crate) use next::{Kind as NextKind, NextSave, NextSaveOptions, next_save};
 pub(crate) use outcome::Saved;
@@ -60,28 +63,6 @@ pub use upper::Rules;
 const MAX_ATTEMPTS: u32 = 3;
 /// Pause before the parts of an image are looked for again, times the number of attempts.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Size in tar bytes from which a save is divided into several layers by default, and the size of each: SHA-256 of that
-/// much takes one core four seconds, and fewer layers are better for all consumers.
-const SPLIT_THRESHOLD: u64 = 8 << 30;
-const SPLIT_LAYER_SIZE: u64 = 4 << 30;
-/// Number of cores that one core's SHA-256 keeps busy: fewer with a fast codec, more with a thorough one.
-const CORES_PER_LAYER: usize = 4;
-/// Maximum number of layers that are made concurrently.
-const MAX_CONCURRENT_LAYERS: usize = 4;
-/// Minimum size of a layer in tar bytes, whatever the number of cores: a sixth of a second of SHA-256.
-const MIN_LAYER_SIZE: u64 = 256 << 20;
-
-/// When another layer is begun.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LayerSize {
-    /// After this many bytes of tar; 0 means never.
-    Bytes(u64),
-    /// So that as many layers are hashed concurrently as keep this machine's cores busy. The image then differs between
-    /// machines with different numbers of cores, so this is not the default.
-    ByCores,
-}
-
 /// What happens to the container while its files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -152,6 +133,8 @@ pub(crate) struct Options {
     /// Mode of the files that are created: layout, archive, metadata, digest. `None` means readable by the owner alone,
     /// or the mode of an existing layout.
     pub(crate) output_mode: Option<FileMode>,
+    /// `--share-blobs`: directory with layouts whose blobs a layout as destination gets by hard links.
+    pub(crate) share_blobs: Option<PathBuf>,
     /// Path of a file for the manifest's digest.
     pub(crate) digestfile: Option<PathBuf>,
     /// The gate that must open before the tag is set.
@@ -242,7 +225,13 @@ async fn save(
     let (base, layout) = prove_base(&context, &container, options).await?;
     manifest::check_changes(&base.config, &options.changes)?;
     // An unusable destination is detected before the container is frozen for it.
-    let destination = Destination::open_as(&target, &context.registries, options.output_mode)?;
+    let files = LocalFiles {
+        mode: options.output_mode,
+        share_blobs: options.share_blobs.clone(),
+    };
+    let destination = Destination::open_as(&target, &context.registries, files)?;
+    // A save that fails leaves nothing in a layout.
+    let _unfinished = destination.give_up_on_drop();
     destination.check().await?;
     destination.check_tag(target.tag()).await?;
     if let Some(rule) = &options.replaceable {
@@ -273,7 +262,7 @@ async fn save(
         match put(&destination, options, manifest, media_type, target.tag()).await {
             Err(error) if attempt < MAX_ATTEMPTS && error.may_lack_blobs() => {
                 let why = format!(
-                    "the registry may lack parts of the image, which are looked for again: {error}"
+                    "the destination may lack parts of the image, which are looked for again: {error}"
                 );
                 context.warn("again", why);
                 tokio::time::sleep(PAUSE * attempt).await;
@@ -619,29 +608,6 @@ fn baselines_of_frozen(
     Ok(tells.then(|| Baseline::of_scans(scans.to_vec(), &mapped.dirty)))
 }
 
-/// Divides a plan into several layers if that was requested, or if one layer would be very large.
-pub(crate) fn split_plan(plan: Plan, layer_size: Option<LayerSize>) -> Vec<Plan> {
-    match split_size(plan.tar_size(), layer_size, cores()) {
-        Some(size) => plan.split(size),
-        None => vec![plan],
-    }
-}
-
-/// Returns the number of tar bytes after which another layer is begun, or `None` if `tar` bytes are not divided.
-fn split_size(tar: u64, layer_size: Option<LayerSize>, cores: usize) -> Option<u64> {
-    let usual = (tar > SPLIT_THRESHOLD).then_some(SPLIT_LAYER_SIZE);
-    match layer_size {
-        Some(LayerSize::Bytes(size)) => (size > 0).then_some(size),
-        None => usual,
-        Some(LayerSize::ByCores) => {
-            let layers = (cores / CORES_PER_LAYER).clamp(1, MAX_CONCURRENT_LAYERS) as u64;
-            let size = tar.div_ceil(layers).max(MIN_LAYER_SIZE);
-            let size = usual.map_or(size, |usual| usual.min(size));
-            (size < tar).then_some(size)
-        }
-    }
-}
-
 fn assemble(
     options: &Options,
     base: &Base,
@@ -673,29 +639,4 @@ fn assemble(
         created: options.timestamp.unwrap_or(now),
         created_by: "upperdeck commit",
     })?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layers_by_cores_are_as_many_as_cores_keep_busy_and_no_small_ones() {
-        let by_cores = |tar, cores| split_size(tar, Some(LayerSize::ByCores), cores);
-        for (cores, layers) in [(1, 1), (4, 1), (8, 2), (12, 3), (32, 4), (128, 4)] {
-            let tar = 4 << 30;
-            let expected = (layers > 1).then(|| u64::div_ceil(tar, layers));
-            assert_eq!(by_cores(tar, cores), expected, "{cores} cores");
-        }
-        assert_eq!(by_cores(600 << 20, 128), Some(256 << 20));
-        assert_eq!(by_cores(200 << 20, 128), None);
-        assert_eq!(by_cores(40 << 30, 2), Some(SPLIT_LAYER_SIZE));
-        // By default the same for any number of cores.
-        for cores in [1, 128] {
-            assert_eq!(split_size(4 << 30, None, cores), None);
-            assert_eq!(split_size(40 << 30, None, cores), Some(SPLIT_LAYER_SIZE));
-            assert_eq!(split_size(40 << 30, Some(LayerSize::Bytes(0)), cores), None);
-            assert_eq!(split_size(5, Some(LayerSize::Bytes(3)), cores), Some(3));
-        }
-    }
 }

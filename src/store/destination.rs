@@ -13,7 +13,7 @@ use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
 use crate::common::reference::ReferenceError;
 use crate::store::harbor::{self, Budget};
-use crate::store::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob, Reader};
+use crate::store::layout::{self, Archive, ArchiveBlob, Directory, DirectoryBlob, GiveUp, Reader};
 use crate::store::registry::NewProject;
 use crate::store::registry::error::Step;
 use crate::store::registry::{self, Denial, Reference, Registries, Repository, Writer};
@@ -236,11 +236,13 @@ impl Error {
         }
     }
 
-    /// Returns whether the registry did not take a manifest, perhaps because it lacks some of its blobs: a garbage
+    /// Returns whether the destination did not take a manifest, perhaps because it lacks some of its blobs: a garbage
     /// collection may have removed them after they were found.
     pub fn may_lack_blobs(&self) -> bool {
-        let Self::Registry(registry::Error::Reply(reply)) = self else {
-            return false;
+        let reply = match self {
+            Self::Layout(layout::Error::Incomplete { .. }) => return true,
+            Self::Registry(registry::Error::Reply(reply)) => reply,
+            _ => return false,
         };
         let unknown = reply.code.as_deref() == Some("MANIFEST_BLOB_UNKNOWN");
         reply.step == Step::WriteManifest && (reply.status == 500 || unknown)
@@ -276,6 +278,15 @@ impl From<harbor::Error> for Error {
             error => Self::Harbor(error),
         }
     }
+}
+
+/// Settings for a layout or archive as a destination.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LocalFiles {
+    /// Mode of created files. `None` selects the mode of an existing layout, or else access for the owner only.
+    pub(crate) mode: Option<FileMode>,
+    /// Directory with layouts whose blobs are linked ([`Directory::sharing`]).
+    pub(crate) share_blobs: Option<PathBuf>,
 }
 
 /// A destination. Clones share the same state.
@@ -316,26 +327,39 @@ impl Destination {
 
     /// Opens `target`. No request is sent and no file is touched before the first call.
     pub fn open(target: &Target, registries: &Registries) -> Result<Self, Error> {
-        Self::open_as(target, registries, None)
+        Self::open_as(target, registries, LocalFiles::default())
     }
 
-    /// Like [`Destination::open`], with the mode of created files. `None` selects the mode of an existing layout, or
-    /// else access for the owner only.
+    /// Like [`Destination::open`], with settings for a layout or archive.
     pub(crate) fn open_as(
         target: &Target,
         registries: &Registries,
-        mode: Option<FileMode>,
+        files: LocalFiles,
     ) -> Result<Self, Error> {
         Ok(Self(match target {
             Target::Registry(reference) => Kind::Registry {
                 repository: registries.push_to(reference)?,
                 create_project: registries.creates_projects(),
             },
-            Target::Layout { dir, .. } => Kind::Directory(Directory::new(dir).with_mode(mode)),
+            Target::Layout { dir, .. } => {
+                let directory = Directory::new(dir).with_mode(files.mode);
+                Kind::Directory(directory.sharing(files.share_blobs))
+            }
             Target::Archive { file, .. } => {
-                Kind::Archive(Archive::with_mode(file, mode.unwrap_or(FileMode::PRIVATE)))
+                let mode = files.mode.unwrap_or(FileMode::PRIVATE);
+                Kind::Archive(Archive::with_mode(file, mode))
             }
         }))
+    }
+
+    /// Gives the save up when the result is dropped, unless its manifest is written by then: what it wrote to a layout
+    /// directory is deleted. Uploads to a registry and archives end with their writers.
+    #[must_use]
+    pub(crate) fn give_up_on_drop(&self) -> Option<GiveUp> {
+        match &self.0 {
+            Kind::Directory(directory) => Some(directory.give_up_on_drop()),
+            Kind::Registry { .. } | Kind::Archive(_) => None,
+        }
     }
 
     /// Checks whether an image can be written here: credentials, permissions and quota of a registry, or write access

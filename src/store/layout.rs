@@ -4,11 +4,19 @@
 //! Format: image-spec `image-layout.md`. The archive is the same tree as a tar (`oci-archive:` of skopeo and Podman).
 
 mod archive;
+mod blobs;
 mod directory;
+mod lease;
+mod neighbours;
+mod prune;
 mod read;
+mod references;
 mod staged;
+mod sweep;
+mod writer;
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 // The annotation that holds a tag in `index.json`.
@@ -19,8 +27,13 @@ use crate::common::digest::Digest;
 use crate::image::manifest::INDEX;
 
 pub use archive::{Archive, ArchiveBlob};
+pub use blobs::BlobName;
+pub(crate) use directory::GiveUp;
 pub use directory::{Directory, DirectoryBlob};
+pub use neighbours::{Merged, layouts_below, merge};
+pub use prune::{PruneOptions, PruneProgress, Pruned, Unneeded};
 pub use read::{Listing, Reader};
+pub use sweep::{Freed, recover};
 
 /// Content of the file `oci-layout`.
 const LAYOUT_FILE: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
@@ -107,6 +120,28 @@ pub enum Error {
         /// Actual number of bytes.
         found: u64,
     },
+    /// What images need cannot be determined, so that no blob was deleted.
+    #[error("{}: {reason}; no blob was deleted", path.display())]
+    NotFreed {
+        /// Path of the layout.
+        path: PathBuf,
+        /// What cannot be read.
+        reason: String,
+    },
+    /// The manifest names a blob that is not there any more.
+    #[error("{}: blob {digest} was deleted by another program during the save", path.display())]
+    Incomplete {
+        /// Path of the layout.
+        path: PathBuf,
+        /// Digest of the blob.
+        digest: Digest,
+    },
+    /// The save was given up while it was being written.
+    #[error("{}: the save was given up", path.display())]
+    GivenUp {
+        /// Path of the layout.
+        path: PathBuf,
+    },
     /// The archive was completed, or a failure left it unusable.
     #[error("{}: the archive is closed", path.display())]
     Closed {
@@ -164,6 +199,23 @@ fn sync_error(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
         path: path.to_path_buf(),
         source,
     }
+}
+
+/// Reads a small file, or returns `None` if it does not exist.
+fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io_error(path, "open")(e)),
+    };
+    let mut bytes = Vec::new();
+    file.take(MAX_DOCUMENT + 1)
+        .read_to_end(&mut bytes)
+        .map_err(io_error(path, "read"))?;
+    if bytes.len() as u64 > MAX_DOCUMENT {
+        return Err(io_error(path, "read")(io::ErrorKind::FileTooLarge.into()));
+    }
+    Ok(Some(bytes))
 }
 
 /// Where a blob lies within a layout.

@@ -184,6 +184,9 @@ pub(in crate::cli) struct Commit {
     /// files]
     #[arg(long, value_name = "MODE", help_heading = REPORT)]
     pub(in crate::cli) output_mode: Option<FileMode>,
+    /// For oci: destinations, share blobs that layouts below DIR have by hard links, so that each is kept once
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = REPORT)]
+    pub(in crate::cli) share_blobs: Option<PathBuf>,
     /// Print only the result
     #[arg(short, long, conflicts_with = "progress", help_heading = REPORT)]
     pub(in crate::cli) quiet: bool,

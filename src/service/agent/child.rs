@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use zeroize::Zeroizing;
 
-use super::options::Options;
+use super::options::{Options, shared_directory};
 use super::spool::JobFile;
 use super::spool::Spool;
 use super::stuck::StuckProcesses;
@@ -139,6 +139,9 @@ pub(super) fn arguments(
         if let Some(bytes) = registry.project_quota {
             all.push(format!("--project-quota={bytes}").into());
         }
+    }
+    if let Some(dir) = shared_directory(&options.allowed, &order.destination) {
+        all.push(flag("share-blobs", &dir));
     }
     if !registry.keep_replaced {
         all.push("--delete-replaced".into());

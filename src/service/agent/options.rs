@@ -219,6 +219,16 @@ impl Allowed {
     }
 }
 
+/// Returns the directory whose layouts share blobs with the layout that `destination` names: the allowed directory that
+/// it is in.
+pub(super) fn shared_directory<'a>(allowed: &'a [Allowed], destination: &str) -> Option<&'a str> {
+    let covering = allowed.iter().filter(|prefix| prefix.covers(destination));
+    let directories = covering.filter(|prefix| prefix.scheme == "oci:");
+    directories
+        .map(|prefix| prefix.prefix.as_str())
+        .max_by_key(|prefix| prefix.len())
+}
+
 #[cfg(test)]
 mod tests {
     use super::{Allowed, AllowedError};

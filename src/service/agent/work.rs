@@ -19,6 +19,8 @@ use crate::node::container::{self, Container, Runtime};
 use crate::node::freeze;
 use crate::service::job::{Code, Event, JobId, NextStep, Order, Outcome, Update, Verdict, now_ms};
 use crate::service::queue::{Claim, ClaimState, RENEW_EVERY};
+use crate::store::destination::Target;
+use crate::store::layout;
 
 /// Interval between questions to a manager that has not answered.
 const CONFIRM_INTERVAL: Duration = Duration::from_secs(1);
@@ -363,6 +365,7 @@ async fn attempt(
             ),
         };
     }
+    delete_remains(order).await;
     match why {
         Some(StopReason::Cancelled) => AttemptEnd::Outcome(Outcome::Cancelled),
         Some(StopReason::Lost) => AttemptEnd::ClaimLost,
@@ -388,6 +391,20 @@ async fn attempt(
             AttemptEnd::Outcome(too_much_memory(agent.options.memory).outcome())
         }
         None => AttemptEnd::Outcome(refusal_of(status, final_event.failed, &words).outcome()),
+    }
+}
+
+/// Deletes what a child that was killed wrote to a layout.
+async fn delete_remains(order: &Order) {
+    let Ok(Target::Layout { dir, .. }) = Target::for_saving(&order.destination) else {
+        return;
+    };
+    let deleted = tokio::task::spawn_blocking(move || match dir.is_dir() {
+        true => layout::recover(&dir).map(drop),
+        false => Ok(()),
+    });
+    if let Ok(Err(error)) = deleted.await {
+        tracing::warn!(job.id = %order.job, %error, "what a save left in its layout stays");
     }
 }
 

@@ -343,7 +343,10 @@ pub(crate) struct Deleted {
     /// Kinds of the accessories (signatures, SBOMs) that were deleted with the image.
     #[serde(default)]
     pub accessories: Vec<String>,
-    /// When the space is released, as a sentence.
+    /// Bytes that were freed at once; absent if the registry frees them later.
+    #[serde(default)]
+    pub(crate) freed: Option<u64>,
+    /// What happens to the space, as a sentence.
     pub(crate) space: String,
 }
 

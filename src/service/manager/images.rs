@@ -676,7 +676,8 @@ fn deleted(removed: images::Removed) -> Deleted {
         image_deleted: removed.image_deleted,
         kept: removed.kept,
         accessories: removed.accessories,
-        space: removed.space.to_owned(),
+        freed: removed.freed,
+        space: removed.space,
     }
 }
 

@@ -291,7 +291,8 @@ impl Store for HarborImages {
             } else {
                 Vec::new()
             },
-            space: SPACE_NOTE,
+            freed: None,
+            space: SPACE_NOTE.to_owned(),
         };
         if let (ImageSelector::Tag(tag), false) = (which, all_tags) {
             let itself = found.tags.iter().flatten().filter(|t| t.name == *tag);

@@ -336,8 +336,10 @@ pub struct Removed {
     pub kept: Vec<String>,
     /// Kinds of the accessories (signatures, SBOMs) that were deleted with the image.
     pub accessories: Vec<String>,
+    /// Bytes that were freed at once; `None` if the registry frees them later, or nothing could be freed.
+    pub freed: Option<u64>,
     /// What happens to the space, as a text for users.
-    pub space: &'static str,
+    pub space: String,
 }
 
 /// A place that holds images.

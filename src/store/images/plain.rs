@@ -213,7 +213,8 @@ impl Store for PlainImages {
             image_deleted,
             kept,
             accessories: Vec::new(),
-            space: SPACE_NOTE,
+            freed: None,
+            space: SPACE_NOTE.to_owned(),
         };
         match which {
             ImageSelector::Tag(tag) if tags.len() > 1 && !all_tags => {

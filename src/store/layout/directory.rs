@@ -1,25 +1,40 @@
-//! Writes to a layout directory: each blob when it is complete, and the tag last and atomically.
+//! Writes to a layout directory: each blob when it is complete, and the tag last and atomically. Deletes from it.
 
-use std::fs::{self, File};
-use std::io::{self, Read as _, Write as _};
+use std::collections::HashSet;
+use std::fs;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rustix::fs::FlockOperation;
 
+use super::blobs::BlobName;
+use super::lease::{Before, Lease};
+use super::neighbours::Neighbours;
+use super::prune::{self, PruneOptions, PruneProgress, Pruned};
 use super::staged::{Staged, sync_directory};
+use super::sweep::{self, Freed};
+use super::writer::Writer;
 use super::{
-    Error, LAYOUT_FILE, MAX_DOCUMENT, add_to_index, blob_path, io_error, sync_error, tagged,
-    take_from_index,
+    Error, LAYOUT_FILE, add_to_index, blob_path, io_error, read_document, references, sync_error,
+    tagged, take_from_index,
 };
 use crate::common::digest::Digest;
 use crate::common::private_files::{self, FileMode};
+use crate::image::manifest::{DOCKER_LIST, INDEX};
 
 /// A layout directory as a destination. It may be missing, or hold other images.
+///
+/// Clones share one save, which begins with the first write. If it does not end with [`Directory::put_manifest`], what
+/// was written is deleted with the last clone.
 #[derive(Clone, Debug)]
 pub struct Directory {
     path: PathBuf,
     mode: Option<FileMode>,
+    /// Layouts whose blobs are linked instead of being written again.
+    neighbours: Option<Arc<Neighbours>>,
+    writer: Arc<Writer>,
 }
 
 impl Directory {
@@ -28,6 +43,8 @@ impl Directory {
         Self {
             path: path.into(),
             mode: None,
+            neighbours: None,
+            writer: Arc::default(),
         }
     }
 
@@ -36,6 +53,20 @@ impl Directory {
     #[must_use]
     pub(crate) fn with_mode(self, mode: Option<FileMode>) -> Self {
         Self { mode, ..self }
+    }
+
+    /// Sets a directory with layouts, at any depth, whose blobs are shared by hard links: [`Directory::has_blob`] finds
+    /// them, too. `None` selects that of this layout alone.
+    #[must_use]
+    pub fn sharing(self, below: Option<PathBuf>) -> Self {
+        let neighbours = below.map(|below| Arc::new(Neighbours::below(below)));
+        Self { neighbours, ..self }
+    }
+
+    /// Begins a save and gives it up when the result is dropped, unless it has ended: what was written is deleted, even
+    /// while a thread still writes.
+    pub(crate) fn give_up_on_drop(&self) -> GiveUp {
+        GiveUp(Arc::clone(&self.writer))
     }
 
     /// Returns the mode of the next file. In a layout with shared access, a blob that others cannot read would break
@@ -69,7 +100,17 @@ impl Directory {
         };
         Staged::create(place, FileMode::PRIVATE)
             .map(drop)
-            .map_err(io_error(place, "write into"))
+            .map_err(io_error(place, "write into"))?;
+        // What is found from here on is there until the save ends.
+        if self.path.exists() {
+            self.begin()?;
+        }
+        Ok(())
+    }
+
+    fn begin(&self) -> Result<super::writer::Writing<'_>, Error> {
+        let check = || self.check_version().map(drop);
+        self.writer.begin(&self.path, self.mode(), check)
     }
 
     fn not_a_layout(&self, reason: &str) -> Error {
@@ -115,11 +156,11 @@ impl Directory {
 
     /// Creates the directories and `oci-layout`.
     fn prepare(&self) -> Result<PathBuf, Error> {
+        let _writing = self.begin()?;
         let blobs = self.path.join("blobs/sha256");
         if blobs.is_dir() && self.path.join("oci-layout").exists() {
             return Ok(blobs);
         }
-        private_files::make_dir(&self.path, self.mode()).map_err(io_error(&self.path, "create"))?;
         let is_one = self.check_version()?;
         private_files::make_dir(&blobs, self.mode()).map_err(io_error(&blobs, "create"))?;
         if !is_one {
@@ -139,8 +180,24 @@ impl Directory {
         sync_directory(&self.path).map_err(sync_error(&target))
     }
 
-    /// Returns the size in bytes of an existing blob. A blob whose size differs from `size` counts as missing.
+    /// Returns the size in bytes of an existing blob. A blob whose size differs from `size` counts as missing. During a
+    /// save, no other process of this program deletes a blob that was found.
+    ///
+    /// A blob that only a neighbour has ([`Directory::sharing`]) is linked into this layout.
     pub fn has_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
+        let find = || self.stat_blob(digest, size);
+        let begun = self.writer.begun();
+        let found = match begun {
+            Some(mut writing) => writing.add_found(digest.into(), find)?,
+            None => find()?,
+        };
+        match &self.neighbours {
+            Some(neighbours) if found.is_none() => self.link(neighbours, digest, size),
+            _ => Ok(found),
+        }
+    }
+
+    fn stat_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
         let path = self.path.join(blob_path(digest));
         match fs::metadata(&path) {
             Ok(found) if found.is_file() => {
@@ -156,6 +213,27 @@ impl Directory {
                 Ok(None)
             }
             Err(e) => Err(io_error(&path, "open")(e)),
+        }
+    }
+
+    fn link(
+        &self,
+        neighbours: &Neighbours,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Option<u64>, Error> {
+        let Some(found) = neighbours.find(&self.path, digest, size, self.mode()) else {
+            return Ok(None);
+        };
+        let target = self.prepare()?.join(digest.hex());
+        let mut writing = self.begin()?;
+        writing.add(digest.into())?;
+        match found.link_to(&target) {
+            Ok(size) => Ok(Some(size)),
+            Err(error) => {
+                tracing::debug!(%error, %digest, "a blob of another layout cannot be shared");
+                Ok(None)
+            }
         }
     }
 
@@ -212,12 +290,20 @@ impl Directory {
         self.put_blob(bytes, &digest)?;
         let blobs = self.path.join("blobs/sha256");
         sync_directory(&blobs).map_err(io_error(&blobs, "write"))?;
-        let lock = self.lock()?;
+        let mut writing = self.begin()?;
+        let lock = sweep::lock(&self.path, FlockOperation::LockExclusive)?;
         let existing = read_document(&self.path.join("index.json"))?;
-        if let Some(found) = existing.as_deref().and_then(|index| tagged(index, tag))
+        let replaced = existing.as_deref().and_then(|index| tagged(index, tag));
+        if let Some(found) = replaced
             && !may(found)
         {
             return Ok(Err(found));
+        }
+        self.check_complete(bytes, media_type)?;
+        if let Some(replaced) = replaced.filter(|replaced| *replaced != digest) {
+            // An image that cannot be read takes nothing with it.
+            let needed = sweep::needed_by(&self.path, (&replaced).into());
+            writing.add_locked(needed.unwrap_or_default())?;
         }
         let index = add_to_index(
             existing.as_deref(),
@@ -226,14 +312,40 @@ impl Directory {
             bytes.len() as u64,
             tag,
         )
-        .map_err(|reason| Error::Document {
+        .map_err(|reason| self.bad_index(reason))?;
+        self.replace("index.json", &index)?;
+        let known = sweep::needed_by(&self.path, (&digest).into());
+        writing.end(&known.unwrap_or_default(), &lock);
+        Ok(Ok(digest))
+    }
+
+    fn bad_index(&self, reason: String) -> Error {
+        Error::Document {
             path: self.path.clone(),
             what: "index.json".to_owned(),
             reason,
-        })?;
-        self.replace("index.json", &index)?;
-        drop(lock);
-        Ok(Ok(digest))
+        }
+    }
+
+    /// Checks that everything that a manifest names is there: another program may have deleted what this save has found.
+    /// An index may name manifests that a copy has left out.
+    fn check_complete(&self, bytes: &[u8], media_type: &str) -> Result<(), Error> {
+        if [INDEX, DOCKER_LIST].contains(&media_type) {
+            return Ok(());
+        }
+        let manifest = serde_json::from_slice(bytes).unwrap_or_default();
+        for named in references::references(&manifest) {
+            let Ok(digest) = named.name.to_string().parse() else {
+                continue;
+            };
+            if !named.elsewhere && self.stat_blob(&digest, named.size)?.is_none() {
+                return Err(Error::Incomplete {
+                    path: self.path.clone(),
+                    digest,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Returns the digest of the image that a tag names, if there is one.
@@ -248,28 +360,62 @@ impl Directory {
         read.ok()?.map(Bytes::from)
     }
 
-    /// Locks the layout against concurrent writers until the returned file is closed.
-    fn lock(&self) -> Result<File, Error> {
-        // The directory itself is locked, so that no lock file remains in the layout.
-        let lock = File::open(&self.path).map_err(io_error(&self.path, "open"))?;
-        rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, FlockOperation::LockExclusive))
-            .map_err(|e| io_error(&self.path, "lock")(e.into()))?;
-        Ok(lock)
+    /// Removes images, or single tags of them, from the index, and deletes the blobs that no other image needs. `choose`
+    /// names them while no other process changes the layout; all tags of an image if none is named.
+    ///
+    /// Returns, besides what `choose` returned, what was deleted, or why nothing was although the images are removed.
+    pub(crate) fn remove<T, E: From<Error>>(
+        &self,
+        choose: impl FnOnce() -> Result<(Vec<(Digest, Option<String>)>, T), E>,
+    ) -> Result<(T, Result<Freed, Error>), E> {
+        let lock = sweep::lock(&self.path, FlockOperation::LockExclusive)?;
+        if let Err(error) = sweep::recover_locked(&self.path, &lock) {
+            tracing::warn!(layout = %self.path.display(), %error, "what a killed save left stays");
+        }
+        let (chosen, answer) = choose()?;
+        let mut index = read_document(&self.path.join("index.json"))?.unwrap_or_default();
+        let mut names = HashSet::new();
+        let mut unread = None;
+        for (digest, tag) in &chosen {
+            match sweep::needed_by(&self.path, digest.into()) {
+                Ok(needed) => names.extend(needed),
+                Err(error) => unread = Some(error),
+            }
+            index = take_from_index(&index, digest, tag.as_deref())
+                .map_err(|reason| self.bad_index(reason))?;
+        }
+        // For the case of a crash. A full disk must not keep an image from being deleted.
+        let mut lease = Lease::create(&self.path, self.mode(), Before::Layout).ok();
+        if let Some(lease) = &mut lease
+            && let Err(error) = lease.add(names.iter().cloned())
+        {
+            tracing::debug!(%error, "a crash from here on leaves blobs for image prune");
+        }
+        self.replace("index.json", &index)?;
+        let freed = sweep::delete(&self.path, &names, lease.as_ref(), &lock);
+        if let (Ok(_), Some(lease)) = (&freed, &lease) {
+            lease.remove()?;
+        }
+        Ok((answer, unread.map_or(freed, Err)))
     }
 
-    /// Removes an image, or only one of its tags, from the index. The blobs are kept, because other images may share
-    /// them and a concurrent save may rely on them.
-    pub(crate) fn remove(&self, digest: &Digest, tag: Option<&str>) -> Result<(), Error> {
-        let lock = self.lock()?;
-        let existing = read_document(&self.path.join("index.json"))?.unwrap_or_default();
-        let index = take_from_index(&existing, digest, tag).map_err(|reason| Error::Document {
-            path: self.path.clone(),
-            what: "index.json".to_owned(),
-            reason,
-        })?;
-        self.replace("index.json", &index)?;
-        drop(lock);
-        Ok(())
+    /// Deletes all blobs that no image needs. `seen` is called now and then; if it returns false, the work ends early.
+    ///
+    /// Fails without having deleted anything if what images need cannot be determined.
+    pub fn prune(
+        &self,
+        options: PruneOptions,
+        seen: &mut dyn FnMut(PruneProgress) -> bool,
+    ) -> Result<Pruned, Error> {
+        match fs::metadata(&self.path) {
+            Ok(found) if !found.is_dir() => return Err(self.not_a_layout("it is no directory")),
+            Ok(_) if !self.path.join("oci-layout").is_file() => {
+                return Err(self.not_a_layout("it has no oci-layout"));
+            }
+            Ok(_) => self.check_version()?,
+            Err(e) => return Err(io_error(&self.path, "open")(e)),
+        };
+        prune::prune(&self.path, options, seen)
     }
 
     /// Returns the path of the directory.
@@ -278,21 +424,14 @@ impl Directory {
     }
 }
 
-/// Reads a small file, or returns `None` if it does not exist.
-fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Error> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(io_error(path, "open")(e)),
-    };
-    let mut bytes = Vec::new();
-    file.take(MAX_DOCUMENT + 1)
-        .read_to_end(&mut bytes)
-        .map_err(io_error(path, "read"))?;
-    if bytes.len() as u64 > MAX_DOCUMENT {
-        return Err(io_error(path, "read")(io::ErrorKind::FileTooLarge.into()));
+/// Gives a save up when it is dropped, unless it has ended.
+#[must_use]
+pub(crate) struct GiveUp(Arc<Writer>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.0.give_up();
     }
-    Ok(Some(bytes))
 }
 
 /// A blob that is being written to a layout directory. If dropped before [`DirectoryBlob::finish`], nothing remains.
@@ -325,12 +464,15 @@ impl DirectoryBlob {
                 found: self.written,
             });
         }
-        if self.layout.has_blob(digest, Some(size))?.is_some() {
+        let target = self.blobs.join(digest.hex());
+        let failed = || io_error(&target, "write");
+        // The slow part comes before the lock.
+        self.staged.file.sync_all().map_err(failed())?;
+        let mut writing = self.layout.begin()?;
+        writing.add(BlobName::from(digest))?;
+        if self.layout.stat_blob(digest, Some(size))?.is_some() {
             return Ok(());
         }
-        let target = self.blobs.join(digest.hex());
-        self.staged
-            .publish(&target)
-            .map_err(io_error(&target, "write"))
+        self.staged.publish(&target).map_err(failed())
     }
 }

@@ -1,16 +1,23 @@
-//! Files that have no name until they are complete, so that a killed save leaves nothing behind.
+//! Files that have no name until they are complete, so that a killed save leaves nothing behind. Where that is not possible
+//! they have a temporary name and are locked (flock), so that the next command can tell those of dead processes.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 use tempfile::TempPath;
 
+use super::lease::try_lock;
 use crate::common::private_files::FileMode;
+
+/// Start of temporary names; six letters or digits follow.
+pub(super) const PREFIX: &str = ".upperdeck-tmp-";
+/// Start of temporary names of versions that do not lock the files.
+const UNLOCKED_PREFIX: &str = ".upperdeck-";
 
 /// An open file that does not have its final name yet.
 pub(super) struct Staged {
@@ -37,19 +44,26 @@ impl Staged {
                 temporary: None,
             }),
             // Kernels and file systems without O_TMPFILE return EISDIR.
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
-                let (file, path) = tempfile::Builder::new()
-                    .prefix(".upperdeck-")
-                    .permissions(std::fs::Permissions::from_mode(0o600))
-                    .tempfile_in(dir)?
-                    .into_parts();
-                Ok(Self {
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Self::create_named(dir),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn create_named(dir: &Path) -> io::Result<Self> {
+        loop {
+            let (file, path) = tempfile::Builder::new()
+                .prefix(PREFIX)
+                .permissions(std::fs::Permissions::from_mode(0o600))
+                .tempfile_in(dir)?
+                .into_parts();
+            // Another process may have taken the file for that of a dead one before it was locked.
+            if try_lock(&file)? && file.metadata()?.nlink() > 0 {
+                return Ok(Self {
                     file,
                     dir: dir.to_path_buf(),
                     temporary: Some(path),
-                })
+                });
             }
-            Err(e) => Err(e.into()),
         }
     }
 
@@ -63,9 +77,11 @@ impl Staged {
             Err(Errno::EXIST) => {}
             other => return Ok(other?),
         }
-        // link(2) does not replace an existing file. rename(2) does, and needs an existing name.
+        // link(2) does not replace an existing file. rename(2) does, and needs an existing name. The file has been locked
+        // before it gets one.
+        try_lock(&self.file)?;
         let between = tempfile::Builder::new()
-            .prefix(".upperdeck-")
+            .prefix(PREFIX)
             .make_in(&self.dir, |path| Ok(link(&self.file, path)?))?;
         between
             .into_temp_path()
@@ -81,6 +97,51 @@ fn link(file: &File, target: &Path) -> rustix::io::Result<()> {
         Err(Errno::NOENT) => rustix::fs::linkat(file, "", CWD, target, AtFlags::EMPTY_PATH),
         other => other,
     }
+}
+
+/// Returns whether a file has a temporary name.
+pub(super) fn is_temporary(file: &str) -> bool {
+    file.strip_prefix(PREFIX).is_some_and(is_random)
+}
+
+/// Returns whether a file has a temporary name of a version that does not lock such files.
+pub(super) fn is_unlocked_temporary(file: &str) -> bool {
+    file.strip_prefix(UNLOCKED_PREFIX).is_some_and(is_random)
+}
+
+fn is_random(text: &str) -> bool {
+    text.len() == 6 && text.bytes().all(|b| b.is_ascii_alphanumeric())
+}
+
+/// Deletes a file with a temporary name if no process has it locked. Returns whether it did.
+pub(super) fn delete_abandoned(dir: impl AsFd, file: &str) -> io::Result<bool> {
+    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let found: File = match rustix::fs::openat(&dir, file, flags, Mode::empty()) {
+        Ok(found) => found.into(),
+        Err(Errno::NOENT | Errno::LOOP) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    if !found.metadata()?.is_file() || !try_lock(&found)? {
+        return Ok(false);
+    }
+    match rustix::fs::unlinkat(dir, file, AtFlags::empty()) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Deletes the files with a temporary name in `dir` that no process has locked. Returns their number.
+pub(super) fn delete_all_abandoned(dir: &Path) -> io::Result<u64> {
+    let opened = File::open(dir)?;
+    let mut deleted = 0;
+    for entry in std::fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        if let Some(name) = name.to_str().filter(|name| is_temporary(name)) {
+            deleted += u64::from(delete_abandoned(&opened, name)?);
+        }
+    }
+    Ok(deleted)
 }
 
 /// Syncs a directory, so that its entries survive a crash.
@@ -109,6 +170,30 @@ mod tests {
         drop(dropped);
         assert_eq!(fs::read_to_string(&target)?, "two");
         assert_eq!(fs::read_dir(dir.path())?.count(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn a_temporary_file_is_deleted_once_its_process_is_gone() -> io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let staged = Staged::create_named(dir.path())?;
+        for other in [
+            ".upperdeck-tmp-abc",
+            "upperdeck-tmp-abcdef",
+            ".upperdeck-abcdef",
+        ] {
+            fs::write(dir.path().join(other), "")?;
+        }
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join(".upperdeck-tmp-abcdef"))?;
+        assert_eq!(delete_all_abandoned(dir.path())?, 0);
+        // As after a crash: the lock is released, the name stays.
+        let temporary = staged.temporary.ok_or(io::ErrorKind::NotFound)?;
+        let path = temporary.keep().map_err(|error| error.error)?;
+        drop(staged.file);
+        assert!(path.exists());
+        assert_eq!(delete_all_abandoned(dir.path())?, 1);
+        assert!(!path.exists());
+        assert_eq!(fs::read_dir(dir.path())?.count(), 4);
         Ok(())
     }
 }
