@@ -10,6 +10,7 @@ mod image;
 pub(crate) mod options;
 mod print;
 mod progress;
+mod prune;
 mod secret;
 #[cfg(feature = "service")]
 mod service;
@@ -125,6 +126,7 @@ fn dispatch(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()> {
         Verb::Layer(args) => verbs::layer(&args),
         Verb::Image(args::Image::Ls(args)) => image::ls(&args),
         Verb::Image(args::Image::Rm(args)) => image::rm(&args),
+        Verb::Image(args::Image::Prune(args)) => prune::run(&args),
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(roots, *args),
         #[cfg(feature = "service")]

@@ -18,6 +18,7 @@ mod writer;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 // The annotation that holds a tag in `index.json`.
 use oci_client::annotations::ORG_OPENCONTAINERS_IMAGE_REF_NAME as REF_NAME;
@@ -39,6 +40,10 @@ pub use sweep::{Freed, recover};
 const LAYOUT_FILE: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
 /// Maximum size of `index.json` and other documents, in bytes.
 const MAX_DOCUMENT: u64 = 4 << 20;
+
+/// How often, and after which pause, an empty document is read again.
+const EMPTY_ATTEMPTS: u32 = 20;
+const EMPTY_PAUSE: Duration = Duration::from_millis(50);
 
 /// An error of a layout.
 #[derive(Debug, thiserror::Error)]
@@ -201,8 +206,19 @@ fn sync_error(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     }
 }
 
-/// Reads a small file, or returns `None` if it does not exist.
+/// Reads a small file, or returns `None` if it does not exist. Some tools empty a file before they write it, so an empty
+/// one is read again for a second.
 fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    for _ in 0..EMPTY_ATTEMPTS {
+        match read_document_once(path)? {
+            Some(bytes) if bytes.is_empty() => std::thread::sleep(EMPTY_PAUSE),
+            read => return Ok(read),
+        }
+    }
+    read_document_once(path)
+}
+
+fn read_document_once(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -20,6 +20,7 @@ mod hosts;
 mod ids;
 mod kill;
 mod lab;
+mod layouts;
 mod live;
 mod overlay;
 mod placed;

@@ -6,11 +6,14 @@
     reason = "the comments are what --help prints: brackets there mean that a part may be left out"
 )]
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 
 #[cfg(feature = "service")]
 use super::shared::Server;
 use super::shared::{Format, Registry};
+use super::value::duration;
 use crate::store::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
 
 pub(super) const IMAGE_HELP: &str = "\
@@ -19,7 +22,8 @@ Examples:
       The caller's images, from a manager.
   upperdeck image ls harbor.example.org/alice
   upperdeck image ls --format json oci:/srv/images
-  upperdeck image rm harbor.example.org/alice/notebook:monday";
+  upperdeck image rm harbor.example.org/alice/notebook:monday
+  upperdeck image prune oci:/srv/images";
 
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum Image {
@@ -29,6 +33,9 @@ pub(in crate::cli) enum Image {
     /// Delete images, or single tags of images with several
     #[command(after_long_help = IMAGE_RM_HELP)]
     Rm(ImageRm),
+    /// Delete what no image of an OCI layout needs
+    #[command(after_long_help = IMAGE_PRUNE_HELP)]
+    Prune(ImagePrune),
 }
 
 const IMAGE_LS_HELP: &str = "\
@@ -92,10 +99,48 @@ Examples:
       An image of a manager (--server): NAME:TAG, without a host.
 
 Deletes the tag, and the image if that was its last tag. --all-tags deletes an image with other tags. Registries before
-distribution 3 cannot delete one tag of several; this is an error and nothing is deleted. Disk space is freed by
-garbage collection later; the output says what that means for the registry or layout.
+distribution 3 cannot delete one tag of several; this is an error and nothing is deleted. In a layout, what the image
+shares with no other is freed at once; a registry frees it in its garbage collection.
 
-JSON: an array of {image, tags, digest, image_deleted, kept, space}.";
+JSON: an array of {image, tags, digest, image_deleted, kept, accessories, freed (bytes, or null if the registry frees
+them later), space}.";
+
+const IMAGE_PRUNE_HELP: &str = "\
+Examples:
+  upperdeck image prune --dry-run
+  upperdeck image prune oci:/srv/images
+  upperdeck image prune --older-than 0 --format json oci:/srv/images/alice/notebook
+
+Deletes blobs that no entry of index.json needs, directly or through indexes and manifests. This is seldom necessary:
+'image rm', a tag that moves, and a save that fails free what they can at once, and the next command what a killed save
+left. If anything that images need cannot be read, nothing is deleted, and the exit code is 1.
+
+Running saves of upperdeck are known, and their blobs stay. Other tools (skopeo, umoci) do not say what they are about to
+name: their blobs are told by age (--older-than; the last change or link of the file counts). --older-than 0 is for
+layouts that no other tool writes to. Symbolic links and files that are no blobs are reported and left alone.
+
+For a directory with several layouts, all of them are pruned, and equal blobs of several become hard links of one file,
+after its content was verified. Registries collect blobs themselves.
+
+JSON: {dry_run, freed, cancelled, layouts: [{layout, deleted: [{digest, size}], freed, temporary, needed, in_use, young:
+{blobs, bytes}, left, left_count}], failed: [{layout, error}], merged: {links, freed} or null}. Sizes are in bytes.";
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ImagePrune {
+    /// oci:DIRECTORY, a layout or a directory with layouts [default: that of this machine's 'upperdeck up',
+    /// /var/lib/upperdeck/images]
+    #[arg(value_name = "WHERE")]
+    pub(in crate::cli) place: Option<String>,
+    /// Show what would be deleted, and delete nothing
+    #[arg(long)]
+    pub(in crate::cli) dry_run: bool,
+    /// Minimum age of blobs, e.g. 2h or 7d; 0: any
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "1d")]
+    pub(in crate::cli) older_than: Duration,
+    /// Output format
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in crate::cli) format: Format,
+}
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct ImageRm {

@@ -270,10 +270,9 @@ impl Client {
             .await
     }
 
-    /// Sends a DELETE request and ignores the body of the reply.
-    pub(super) async fn delete(&self, path: &str) -> Result<(), Error> {
-        self.send(self.request(Method::DELETE, path, &[])).await?;
-        Ok(())
+    /// Sends a DELETE request.
+    pub(super) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        self.json(self.request(Method::DELETE, path, &[])).await
     }
 
     /// Calls `seen` with each new state of a save until it has ended. Waits through broken connections and restarts of

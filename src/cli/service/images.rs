@@ -6,6 +6,7 @@ use crate::cli::exit::Usage;
 use crate::cli::print::print;
 use crate::cli::text::{self, Align};
 use crate::cli::write_stdout;
+use crate::common::escape;
 use crate::service::manager::api;
 
 /// Lists the caller's images, as the portal shows them.
@@ -83,11 +84,11 @@ pub(in crate::cli) fn rm(args: &ImageRm) -> anyhow::Result<()> {
             let encode = |part| {
                 percent_encoding::utf8_percent_encode(part, percent_encoding::NON_ALPHANUMERIC)
             };
-            client
-                .delete(&format!("images/{}/tags/{}", encode(name), encode(tag)))
-                .await?;
+            let path = format!("images/{}/tags/{}", encode(name), encode(tag));
+            let deleted: api::Deleted = client.delete(&path).await?;
             if args.format == Format::Table {
-                write_stdout(format!("deleted {name}:{tag}\n").as_bytes())?;
+                let space = escape::text(&deleted.space);
+                write_stdout(format!("deleted {name}:{tag}: {space}\n").as_bytes())?;
             }
         }
         if args.format == Format::Json {

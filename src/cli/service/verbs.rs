@@ -21,12 +21,16 @@ use crate::service::manager::target::{self, Template};
 use crate::service::manager::{self, Listen};
 use crate::service::queue::{self, Limits, Queue};
 use crate::service::record::Record;
+use crate::store::images::prune::prune;
+use crate::store::layout::{self, PruneOptions};
 use crate::store::registry;
 
 /// Default location of a manager's record.
 pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
 /// Drain timeout of `up`. It is shorter than that of a node, because Ctrl-C is interactive.
 const UP_DRAIN: Duration = Duration::from_secs(10);
+/// Age from which blobs that another tool wrote to a layout of `up`, and that no image needs, are deleted at the start.
+const FOREIGN_BLOB_AGE: Duration = Duration::from_secs(86_400);
 /// How long the manager waits until the agent's last reports are recorded.
 const FINAL_REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -402,12 +406,13 @@ pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
     };
     private_files::prepare_dir(&state, crate::save::state_store::is_state_file)
         .with_context(|| format!("cannot use {}", text::path(&state)))?;
-    let (template, allowed) = match &args.registry {
+    let (template, allowed, images) = match &args.registry {
         Some(registry) => {
             let prefix = registry.trim_end_matches('/');
             (
                 format!("{prefix}/{{user}}/{{name}}:{{tag}}"),
                 prefix.to_owned(),
+                None,
             )
         }
         None => {
@@ -423,6 +428,7 @@ pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
             (
                 format!("oci:{store}/{{user}}/{{name}}:{{tag}}"),
                 format!("oci:{store}"),
+                Some(PathBuf::from(store)),
             )
         }
     };
@@ -473,11 +479,35 @@ pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
                 .with_context(|| format!("cannot write {}", text::path(&up_file)))?;
             write_stdout(format!("{url}\n").as_bytes())?;
         }
+        if let Some(images) = images {
+            let cancel = cancel.clone();
+            tokio::task::spawn_blocking(move || prune_at_start(&images, &cancel));
+        }
         let ended = run_up(server, work, queue, cancel).await;
         // A failure is ignored, because the file may not have been written or may be gone already.
         let _ = std::fs::remove_file(&up_file);
         ended
     })
+}
+
+/// Deletes what saves that were killed, and earlier versions, left in the layouts, and lets layouts of earlier versions
+/// share their equal blobs.
+fn prune_at_start(images: &Path, cancel: &CancellationToken) {
+    let options = PruneOptions {
+        older_than: FOREIGN_BLOB_AGE,
+        dry_run: false,
+    };
+    match prune(images, options, &mut |_| !cancel.is_cancelled()) {
+        Ok(report) => {
+            for failed in &report.failed {
+                tracing::warn!(error = failed.error, "a layout is not pruned");
+            }
+            tracing::info!(freed.bytes = report.freed, "the layouts are pruned");
+        }
+        // There is no layout yet.
+        Err(layout::Error::NotALayout { .. }) => {}
+        Err(error) => tracing::warn!(%error, "the layouts are not pruned"),
+    }
 }
 
 /// Runs agent and manager until `cancel`. The agent is stopped first, and the manager once the agent's last reports are

@@ -5,6 +5,7 @@
 mod harbor;
 mod layout;
 mod plain;
+pub(crate) mod prune;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -193,17 +193,23 @@ pub fn merge(
     let mut all: Vec<_> = copies.into_iter().collect();
     all.sort_by_key(|(key, _)| std::cmp::Reverse(key.4));
     for ((name, .., size), copies) in all {
-        if !seen(done, total) {
-            break;
-        }
+        let begun = done;
         done += size as u64;
         let Ok(digest) = name.to_string().parse::<Digest>() else {
             continue;
         };
         let path = |copy: &Copy| layouts[copy.layout].join(blob_path(&digest));
+        let mut go_on = true;
+        let mut read = |bytes: u64| {
+            go_on = go_on && seen((begun + bytes).min(done), total);
+            go_on
+        };
         let sound = copies
             .iter()
-            .find(|copy| dry_run || has_digest(&path(copy), &digest).is_ok_and(|is| is));
+            .find(|copy| dry_run || has_digest(&path(copy), &digest, &mut read));
+        if !go_on {
+            break;
+        }
         let Some(sound) = sound else { continue };
         for copy in copies.iter().filter(|copy| copy.inode != sound.inode) {
             let root = &layouts[copy.layout];
@@ -226,14 +232,23 @@ fn describe(layout: usize, name: BlobName, stat: &Stat) -> (Key, Copy) {
     (key, copy)
 }
 
-fn has_digest(path: &Path, digest: &Digest) -> io::Result<bool> {
-    let mut file = File::open(path)?;
+/// Returns whether a file can be read and has the digest. `seen` gets the number of bytes read; if it returns false, the
+/// answer is no.
+fn has_digest(path: &Path, digest: &Digest, seen: &mut dyn FnMut(u64) -> bool) -> bool {
+    let Ok(mut file) = File::open(path) else {
+        return false;
+    };
     let mut hasher = Sha256::new();
     let mut piece = vec![0; READ_SIZE];
+    let mut read = 0;
     loop {
-        match file.read(&mut piece)? {
-            0 => return Ok(Digest::finish(hasher) == *digest),
-            n => hasher.update(&piece[..n]),
+        match file.read(&mut piece) {
+            Ok(0) => return Digest::finish(hasher) == *digest,
+            Ok(n) if seen(read) => {
+                hasher.update(&piece[..n]);
+                read += n as u64;
+            }
+            _ => return false,
         }
     }
 }
