@@ -321,6 +321,7 @@ fn examples_fit_into_80_columns() -> Outcome {
     let groups = [
         "image ls",
         "image rm",
+        "image prune",
         "job submit",
         "job status",
         "job watch",
@@ -446,6 +447,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
     let bench = text(&upperdeck(&["bench", "--help"])?.stdout);
     let list = text(&upperdeck(&["image", "ls", "--help"])?.stdout);
     let remove = text(&upperdeck(&["image", "rm", "--help"])?.stdout);
+    let prune = text(&upperdeck(&["image", "prune", "--help"])?.stdout);
     let submit = text(&upperdeck(&["job", "submit", "--help"])?.stdout);
     let manager = text(&upperdeck(&["manager", "--help"])?.stdout);
     let agent = text(&upperdeck(&["agent", "--help"])?.stdout);
@@ -468,8 +470,8 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
         assert!(
             foreign
                 || [
-                    &help, &commit, &layer, &ps, &bench, &list, &remove, &submit, &manager, &agent,
-                    &up, &doctor,
+                    &help, &commit, &layer, &ps, &bench, &list, &remove, &prune, &submit, &manager,
+                    &agent, &up, &doctor,
                 ]
                 .iter()
                 .any(|text| text.contains(flag)),

@@ -183,7 +183,8 @@ async fn a_layout_directory() -> Outcome {
     let removed = images
         .remove("", &ImageSelector::Tag("b".into()), false)
         .await?;
-    assert!(removed.image_deleted && removed.space.contains("umoci gc"));
+    assert!(removed.image_deleted && removed.space.contains("free again"));
+    assert_eq!(removed.freed, Some(image("one", 5000, 1).size()));
     let left = images.images("", &Query::default()).await?;
     assert_eq!(
         (left.total, left.items[0].tags.as_slice()),

@@ -109,7 +109,7 @@ const IMAGE_PRUNE_HELP: &str = "\
 Examples:
   upperdeck image prune --dry-run
   upperdeck image prune oci:/srv/images
-  upperdeck image prune --older-than 0 --format json oci:/srv/images/alice/notebook
+  upperdeck image prune --older-than 0 --format json oci:/srv/images/alice/x
 
 Deletes blobs that no entry of index.json needs, directly or through indexes and manifests. This is seldom necessary:
 'image rm', a tag that moves, and a save that fails free what they can at once, and the next command what a killed save

@@ -231,7 +231,29 @@ pub(super) fn shared_directory<'a>(allowed: &'a [Allowed], destination: &str) ->
 
 #[cfg(test)]
 mod tests {
-    use super::{Allowed, AllowedError};
+    use super::{Allowed, AllowedError, shared_directory};
+
+    #[test]
+    fn layouts_share_blobs_below_what_is_allowed() -> Result<(), AllowedError> {
+        let allowed = ["r.example.org", "oci:/srv/images", "oci:/srv/images/lab/"];
+        let allowed: Vec<Allowed> = allowed
+            .into_iter()
+            .map(str::parse)
+            .collect::<Result<_, _>>()?;
+        for (destination, shared) in [
+            ("oci:/srv/images/alice/x:1", Some("/srv/images")),
+            ("oci:/srv/images/lab/x:1", Some("/srv/images/lab")),
+            ("oci:/srv/other/x:1", None),
+            ("r.example.org/alice/x:1", None),
+        ] {
+            assert_eq!(
+                shared_directory(&allowed, destination),
+                shared,
+                "{destination}"
+            );
+        }
+        Ok(())
+    }
 
     #[test]
     fn a_prefix_holds_at_a_boundary_only() -> Result<(), AllowedError> {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-use super::staged::{Staged, sync_directory};
+use super::staged::{Staged, delete_all_abandoned, sync_directory};
 use super::{Error, LAYOUT_FILE, add_to_index, blob_path, io_error, sync_error};
 use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
@@ -84,6 +84,10 @@ impl Archive {
             _ => {}
         }
         let dir = directory_of(path);
+        // On file systems where an unfinished archive has a name.
+        if let Err(error) = delete_all_abandoned(dir) {
+            tracing::debug!(dir = %dir.display(), %error, "what killed saves left is not looked for");
+        }
         Staged::create(dir, FileMode::PRIVATE)
             .map(drop)
             .map_err(io_error(dir, "write into"))

@@ -387,7 +387,7 @@ impl Directory {
         // For the case of a crash. A full disk must not keep an image from being deleted.
         let mut lease = Lease::create(&self.path, self.mode(), Before::Layout).ok();
         if let Some(lease) = &mut lease
-            && let Err(error) = lease.add(names.iter().cloned())
+            && let Err(error) = lease.add_durably(names.iter().cloned())
         {
             tracing::debug!(%error, "a crash from here on leaves blobs for image prune");
         }

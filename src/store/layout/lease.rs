@@ -15,10 +15,11 @@ use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::blobs::BlobName;
+use super::staged::{sync_directory, try_lock};
 use super::{Error, io_error};
 use crate::common::private_files::FileMode;
 
@@ -86,6 +87,7 @@ impl Lease {
                     Before::Nothing => CREATED,
                 };
                 lease.file.write_all(format!("{first}\n").as_bytes())?;
+                sync_directory(root)?;
                 Ok(true)
             };
             match begin(&mut lease) {
@@ -99,7 +101,7 @@ impl Lease {
         }
     }
 
-    /// Lists blobs. The caller holds a lock on the layout's directory.
+    /// Lists blobs that are relied on. The caller holds a lock on the layout's directory.
     pub(super) fn add(&mut self, names: impl IntoIterator<Item = BlobName>) -> Result<(), Error> {
         // A line that a full disk cut off ends before this.
         let mut text = "\n".to_owned();
@@ -118,6 +120,16 @@ impl Lease {
             .map_err(io_error(&self.path, "write"))?;
         self.names.extend(added);
         Ok(())
+    }
+
+    /// Lists blobs that are about to get a name, or to lose it. The list is on disk before that, for a crash of the
+    /// machine.
+    pub(super) fn add_durably(
+        &mut self,
+        names: impl IntoIterator<Item = BlobName>,
+    ) -> Result<(), Error> {
+        self.add(names)?;
+        self.file.sync_data().map_err(io_error(&self.path, "write"))
     }
 
     /// Returns what is listed.
@@ -267,15 +279,5 @@ fn remove(path: &Path) -> Result<(), Error> {
             Err(io_error(path, "delete")(error))
         }
         _ => Ok(()),
-    }
-}
-
-/// Returns false if another process holds the lock.
-pub(super) fn try_lock(file: &File) -> io::Result<bool> {
-    let how = FlockOperation::NonBlockingLockExclusive;
-    match rustix::io::retry_on_intr(|| rustix::fs::flock(file, how)) {
-        Ok(()) => Ok(true),
-        Err(Errno::WOULDBLOCK) => Ok(false),
-        Err(error) => Err(error.into()),
     }
 }

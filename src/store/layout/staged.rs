@@ -7,11 +7,10 @@ use std::os::fd::{AsFd, AsRawFd as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use tempfile::TempPath;
 
-use super::lease::try_lock;
 use crate::common::private_files::FileMode;
 
 /// Start of temporary names; six letters or digits follow.
@@ -142,6 +141,16 @@ pub(super) fn delete_all_abandoned(dir: &Path) -> io::Result<u64> {
         }
     }
     Ok(deleted)
+}
+
+/// Returns false if another process holds the lock.
+pub(super) fn try_lock(file: &File) -> io::Result<bool> {
+    let how = FlockOperation::NonBlockingLockExclusive;
+    match rustix::io::retry_on_intr(|| rustix::fs::flock(file, how)) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Syncs a directory, so that its entries survive a crash.

@@ -83,13 +83,13 @@ impl Drop for Writer {
 }
 
 impl Writing<'_> {
-    /// Lists blobs while no other process compares.
+    /// Lists a blob that is about to get its name while no other process compares.
     pub(super) fn add(&mut self, name: BlobName) -> Result<(), Error> {
         let State::Writing(lease) = &mut *self.0 else {
             return Ok(());
         };
         let _lock = sweep::lock(lease.root(), FlockOperation::LockShared)?;
-        lease.add([name])
+        lease.add_durably([name])
     }
 
     /// Calls `find` while no other process deletes, and lists the blob if it is there.
@@ -115,7 +115,7 @@ impl Writing<'_> {
         names: impl IntoIterator<Item = BlobName>,
     ) -> Result<(), Error> {
         match &mut *self.0 {
-            State::Writing(lease) => lease.add(names),
+            State::Writing(lease) => lease.add_durably(names),
             State::Idle | State::GivenUp => Ok(()),
         }
     }
