@@ -399,9 +399,11 @@ async fn delete_remains(order: &Order) {
     let Ok(Target::Layout { dir, .. }) = Target::for_saving(&order.destination) else {
         return;
     };
-    let deleted = tokio::task::spawn_blocking(move || match dir.is_dir() {
-        true => layout::recover(&dir).map(drop),
-        false => Ok(()),
+    let deleted = tokio::task::spawn_blocking(move || {
+        if dir.is_dir() {
+            layout::recover(&dir)?;
+        }
+        Ok::<_, layout::Error>(())
     });
     if let Ok(Err(error)) = deleted.await {
         tracing::warn!(job.id = %order.job, %error, "what a save left in its layout stays");

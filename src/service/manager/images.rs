@@ -171,8 +171,7 @@ impl ImageStore {
             })?;
         let mut found = Vec::new();
         for (dir, user, name) in layouts {
-            let images = LayoutImages::new(Directory::new(&dir));
-            let entries = all_images(&images, "").await?;
+            let entries = all_images(&LayoutImages::new(Directory::new(&dir)), "").await?;
             let repository = format!("oci:{}", dir.display());
             found.extend(entries.into_iter().map(|entry| ListedImage {
                 user: user.clone(),
@@ -274,9 +273,8 @@ impl ImageStore {
             if !dir.join("index.json").exists() {
                 return Err(Refusal::not_found(format!("{name} is not there")));
             }
-            LayoutImages::new(Directory::new(dir))
-                .remove("", which, false)
-                .await
+            let images = LayoutImages::new(Directory::new(dir));
+            images.remove("", which, false).await
         } else {
             match self.registry().await {
                 Ok(images) => images.remove(&path, which, false).await,

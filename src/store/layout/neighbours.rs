@@ -107,21 +107,19 @@ impl Neighbours {
         });
         let user = rustix::process::geteuid().as_raw();
         let others = layouts.iter().filter(|layout| *layout != own);
-        others
-            .filter_map(|layout| {
-                let path = layout.join(blob_path(digest));
-                let meta = fs::symlink_metadata(&path).ok()?;
-                let fits = meta.is_file()
-                    && size.is_none_or(|size| size == meta.len())
-                    && meta.uid() == user
-                    && mode.is_of(&meta);
-                fits.then(|| Neighbour {
-                    path,
-                    inode: (meta.dev(), meta.ino()),
-                    size: meta.len(),
-                })
+        others.find_map(|layout| {
+            let path = layout.join(blob_path(digest));
+            let meta = fs::symlink_metadata(&path).ok()?;
+            let fits = meta.is_file()
+                && size.is_none_or(|size| size == meta.len())
+                && meta.uid() == user
+                && mode.is_of(&meta);
+            fits.then(|| Neighbour {
+                path,
+                inode: (meta.dev(), meta.ino()),
+                size: meta.len(),
             })
-            .next()
+        })
     }
 }
 
