@@ -106,7 +106,7 @@ impl Neighbours {
             })
         });
         let user = rustix::process::geteuid().as_raw();
-        let others = layouts.iter().filter(|layout| *layout != own);
+        let mut others = layouts.iter().filter(|layout| *layout != own);
         others.find_map(|layout| {
             let path = layout.join(blob_path(digest));
             let meta = fs::symlink_metadata(&path).ok()?;
