@@ -141,7 +141,8 @@ fn dispatch(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()> {
 fn start_log(global: &Global) -> Result<(), Usage> {
     let filter = match (&global.log, global.verbose) {
         (Some(filter), 0) => filter.as_str(),
-        (None, 0) => "warn",
+        // That a manager or an agent is ready is also said without --log.
+        (None, 0) => "warn,upperdeck::service::ready=info",
         (_, 1) => "warn,upperdeck=info",
         (_, 2) => "warn,upperdeck=debug",
         _ => "debug,upperdeck=trace",

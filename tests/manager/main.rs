@@ -8,6 +8,7 @@ mod fuzz;
 mod jobs;
 mod metrics;
 mod openapi;
+mod outage;
 #[path = "../support/postgres.rs"]
 mod postgres;
 mod replace;

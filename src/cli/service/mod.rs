@@ -1,9 +1,10 @@
-//! The verbs of the service: `manager`, `agent`, `up`, `key` and `doctor`, and `job`, which talks to a manager.
+//! The verbs of the service: `manager`, `agent`, `up`, `setup`, `key` and `doctor`, and `job`, which talks to a manager.
 
 mod client;
 mod doctor;
 pub(super) mod images;
 mod job;
+mod setup;
 mod verbs;
 
 use super::args::service::Verb;
@@ -20,6 +21,7 @@ pub(super) fn run(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()
         Verb::Up(args) => verbs::up(roots.clone(), *args),
         Verb::Manager(args) => verbs::manager(&args),
         Verb::Agent(args) => verbs::agent(roots.clone(), *args),
+        Verb::Setup(args) => setup::setup(&args),
         Verb::Key(args) => verbs::key(&args),
     }
 }
@@ -31,7 +33,7 @@ pub(super) fn role(verb: &Verb) -> Option<Role> {
         Verb::Up(_) => Some(Role::Up),
         Verb::Manager(args) if verbs::reads_files_of_others(args) => Some(Role::PrivilegedManager),
         Verb::Manager(_) => Some(Role::Manager),
-        Verb::Doctor(_) | Verb::Job(_) | Verb::Key(_) => None,
+        Verb::Doctor(_) | Verb::Job(_) | Verb::Setup(_) | Verb::Key(_) => None,
     }
 }
 

@@ -23,10 +23,12 @@ use crate::service::queue::{self, Limits, Queue};
 use crate::service::record::Record;
 use crate::store::images::prune::prune;
 use crate::store::layout::{self, PruneOptions};
+use crate::service::setup;
 use crate::store::registry;
 
-/// Default location of a manager's record.
-pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck/manager.db";
+/// Default location of a manager's record. The directory belongs to the manager's user, while `/var/lib/upperdeck` belongs
+/// to root, for agents and for saves by hand.
+pub(super) const RECORD: &str = "sqlite:/var/lib/upperdeck-manager/manager.db";
 /// Drain timeout of `up`. It is shorter than that of a node, because Ctrl-C is interactive.
 const UP_DRAIN: Duration = Duration::from_secs(10);
 /// Age from which blobs that another tool wrote to a layout of `up`, and that no image needs, are deleted at the start.
@@ -220,14 +222,16 @@ pub(super) fn manager(args: &service::Manager) -> anyhow::Result<()> {
         )
         .into());
     }
-    let record = args.serve.record.as_deref().unwrap_or(RECORD);
+    let record = match args.serve.record.as_deref() {
+        Some(record) => record,
+        None => setup::default_record(RECORD).map_err(Usage)?,
+    };
     serve(async |cancel| {
         let queue = redis(&args.queue, None)
             .await?
             .ok_or_else(|| missing("redis", "a manager needs a queue ('up' has its own)"))?;
         let record = open_record(&args.serve, record).await?;
         let server = manager::Server::bind(options, queue, record).await?;
-        tracing::info!(address = ?server.address(), "the manager listens");
         Ok(server.run(cancel).await?)
     })
 }

@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 
 use crate::service::job::{JobId, Load, Node, Order, now_ms};
 use crate::service::queue::{self, Claim, Queue};
+use crate::service::ready;
 
 use inventory::{Inspection, Inventory};
 use reporter::{CALL_TIMEOUT, call};
@@ -30,6 +31,7 @@ use spool::Spool;
 use stuck::StuckProcesses;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use options::host_name;
 pub use options::{Allowed, AllowedError, Options, Registry};
 pub use owner::{OwnerRule, RuleError};
 
@@ -70,6 +72,9 @@ const SESSIONS_EVERY: Duration = Duration::from_secs(30);
 /// Interval at which the capacity is checked again while all slots are taken.
 const FREE_SLOT_POLL: Duration = Duration::from_secs(1);
 
+/// Time for the first list of the node's containers, after which the agent counts as started in any case.
+const FIRST_LISTING: Duration = Duration::from_secs(30);
+
 /// State that the parts of an agent share.
 struct Agent {
     options: Options,
@@ -85,6 +90,10 @@ struct Agent {
     /// Set when the time for draining is over and running jobs have to be returned.
     drain_over: CancellationToken,
     running: Mutex<HashMap<JobId, Running>>,
+    /// Set once the node's containers have been listed.
+    listed: CancellationToken,
+    /// Set once the queue has taken a heartbeat.
+    heard: CancellationToken,
 }
 
 /// A job that is being worked on.
@@ -116,6 +125,8 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
         started_ms: now_ms(),
         drain_over: CancellationToken::new(),
         running: Mutex::default(),
+        listed: CancellationToken::new(),
+        heard: CancellationToken::new(),
         options,
         queue,
         cancel,
@@ -125,13 +136,17 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
     let heartbeat_task = tokio::spawn(Arc::clone(&agent).heartbeat_loop());
     let inventory_task = tokio::spawn(Arc::clone(&agent).inventory_loop());
     let inspection_task = tokio::spawn(Arc::clone(&agent).inspection_loop());
+    let ready_task = tokio::spawn(Arc::clone(&agent).say_when_ready());
     let mut jobs = JoinSet::new();
     agent.serve(&mut jobs).await;
+    ready_task.abort();
+    ready::say_stopping("running saves may finish, no new ones begin");
     agent.drain(&mut jobs).await;
     inventory_task.abort();
     inspection_task.abort();
     heartbeat_task.abort();
-    agent.send_heartbeat(true, false).await;
+    // A manager otherwise notices by the silence.
+    let _ = agent.send_heartbeat(true, false).await;
     Ok(())
 }
 
@@ -216,9 +231,14 @@ impl Agent {
                     continue;
                 }
                 let claim = self.queue.claim(node, &self.name, free, CLAIM_WAIT);
-                call(claim, CLAIM_WAIT + CALL_TIMEOUT).await
+                call(&self.queue, claim, CLAIM_WAIT + CALL_TIMEOUT).await
             } else {
-                call(self.queue.reclaim(node, &self.name), CALL_TIMEOUT).await
+                call(
+                    &self.queue,
+                    self.queue.reclaim(node, &self.name),
+                    CALL_TIMEOUT,
+                )
+                .await
             };
             match claims {
                 Ok(claims) => {
@@ -291,33 +311,77 @@ impl Agent {
         }
     }
 
+    /// Says that the agent is ready when the containers have been listed and the queue answers. A queue that is down for
+    /// a while does not keep the unit from starting.
+    async fn say_when_ready(self: Arc<Self>) {
+        let listed = tokio::time::timeout(FIRST_LISTING, self.listed.cancelled());
+        if listed.await.is_err() {
+            // A file system that hangs must not keep the unit from starting.
+            ready::say_started("lists the node's containers");
+            self.listed.cancelled().await;
+        }
+        if !self.heard.is_cancelled() {
+            ready::say_started(&format!("waits for the queue at {}", self.queue.address()));
+        }
+        self.heard.cancelled().await;
+        let (sessions, problems) = self.inventory.snapshot();
+        let problems = match problems.len() {
+            0 => String::new(),
+            count => format!(", {count} problems in listing them"),
+        };
+        ready::say(&format!(
+            "the agent is ready: node {}, queue at {}, {} containers{problems}",
+            self.options.node,
+            self.queue.address(),
+            sessions.len()
+        ));
+    }
+
     /// Sends heartbeats until the task is aborted.
     async fn heartbeat_loop(self: Arc<Self>) {
         let mut told: Option<(Vec<crate::service::job::Session>, Instant)> = None;
         let mut failed = false;
+        // The first heartbeat would otherwise be without the sessions.
+        let _ = tokio::time::timeout(CALL_TIMEOUT, self.listed.cancelled()).await;
         loop {
             let (sessions, _) = self.inventory.snapshot();
             let changed = told
                 .as_ref()
                 .is_none_or(|(last, at)| *last != sessions || at.elapsed() >= SESSIONS_EVERY);
-            let heard = self
+            let sent = self
                 .send_heartbeat(self.cancel.is_cancelled(), changed)
                 .await;
-            if heard && changed {
-                told = Some((sessions, Instant::now()));
-            } else if !heard {
-                told = None;
+            match &sent {
+                Ok(()) => {
+                    self.heard.cancel();
+                    if changed {
+                        told = Some((sessions, Instant::now()));
+                    }
+                    if failed {
+                        let at = self.queue.address();
+                        tracing::info!(queue = at, "the queue answers again");
+                        ready::say_status(&format!("ready, queue at {at}"));
+                    }
+                }
+                Err(error) => {
+                    told = None;
+                    if !failed {
+                        tracing::warn!(%error, "the queue does not hear that this agent is there");
+                        ready::say_status(&error.to_string());
+                    }
+                }
             }
-            if !heard && !failed {
-                tracing::warn!("the queue does not hear that this agent is there");
-            }
-            failed = !heard;
+            failed = sent.is_err();
             tokio::time::sleep(self.options.heartbeat_every).await;
         }
     }
 
-    /// Sends one heartbeat. Returns whether it was delivered.
-    async fn send_heartbeat(&self, draining: bool, with_sessions: bool) -> bool {
+    /// Sends one heartbeat.
+    async fn send_heartbeat(
+        &self,
+        draining: bool,
+        with_sessions: bool,
+    ) -> Result<(), queue::Error> {
         let (sessions, mut problems) = self.inventory.snapshot();
         problems.splice(0..0, self.stuck.problems());
         let mut running: Vec<JobId> = self.running().keys().copied().collect();
@@ -336,9 +400,12 @@ impl Agent {
             problems,
         };
         let sessions = with_sessions.then_some(sessions.as_slice());
-        call(self.queue.heartbeat(&node, sessions), CALL_TIMEOUT)
-            .await
-            .is_ok()
+        call(
+            &self.queue,
+            self.queue.heartbeat(&node, sessions),
+            CALL_TIMEOUT,
+        )
+        .await
     }
 
     /// Lists the node's containers at regular intervals, and thaws what may have been left frozen.
@@ -354,6 +421,7 @@ impl Agent {
                     "looking at the node's containers: a thread died; this is a defect of upperdeck"
                 );
             }
+            self.listed.cancel();
             for (job, _) in self.spool.leftovers() {
                 let at_work = self.running().contains_key(&job);
                 if !at_work && work::ensure_thawed(&self, job).await {

@@ -92,7 +92,7 @@ impl Options {
     pub fn new(owner: OwnerRule) -> Self {
         let state = PathBuf::from("/var/lib/upperdeck");
         Self {
-            node: hostname(),
+            node: host_name(),
             roots: Roots::default(),
             owner,
             program: PathBuf::from("/proc/self/exe"),
@@ -128,7 +128,7 @@ impl Options {
 }
 
 /// Returns the host name, which is the default name of a node.
-fn hostname() -> String {
+pub(crate) fn host_name() -> String {
     match rustix::system::uname().nodename().to_str() {
         Ok(name) if !name.is_empty() => name.to_owned(),
         _ => "localhost".to_owned(),

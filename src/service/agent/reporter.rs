@@ -19,15 +19,16 @@ const MAX_BUFFERED: usize = 2000;
 /// How long a draining agent keeps trying to send a job's final report. A success is on disk by then.
 const FINAL_REPORT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs a call of the queue with a time limit.
+/// Runs a call of `queue` with a time limit.
 pub(super) async fn call<T>(
+    queue: &Queue,
     what: impl Future<Output = Result<T, Error>>,
     bound: Duration,
 ) -> Result<T, Error> {
     match tokio::time::timeout(bound, what).await {
         Ok(answer) => answer,
         Err(_) => Err(Error::Unreachable {
-            at: "its address".to_owned(),
+            at: queue.address().to_owned(),
             reason: format!("no answer within {} s", bound.as_secs()),
         }),
     }
@@ -94,7 +95,13 @@ impl Reporter {
             if self.not_before.is_some_and(|at| Instant::now() < at) {
                 return None;
             }
-            match call(self.queue.report(&self.claim, report), CALL_TIMEOUT).await {
+            match call(
+                &self.queue,
+                self.queue.report(&self.claim, report),
+                CALL_TIMEOUT,
+            )
+            .await
+            {
                 Ok(ClaimState::Lost) => return Some(ClaimState::Lost),
                 Ok(left) => {
                     self.waiting.pop_front();
@@ -124,7 +131,7 @@ impl Reporter {
         {
             return Some(hold);
         }
-        match call(self.queue.renew(&self.claim), CALL_TIMEOUT).await {
+        match call(&self.queue, self.queue.renew(&self.claim), CALL_TIMEOUT).await {
             Ok(hold) => Some(hold),
             Err(error) => {
                 self.on_unreachable(&error);
@@ -145,7 +152,7 @@ impl Reporter {
             before,
         );
         let asked = self.queue.ask(&question, ANSWER_TIMEOUT);
-        match call(asked, ANSWER_TIMEOUT + CALL_TIMEOUT).await {
+        match call(&self.queue, asked, ANSWER_TIMEOUT + CALL_TIMEOUT).await {
             Ok(answer) => answer.map(|answer| answer.verdict),
             Err(error) => {
                 tracing::debug!(job.id = %order.job, %error, "no manager can be asked");
@@ -156,7 +163,7 @@ impl Reporter {
 
     /// Returns whether the claim is still held, so that the tag may be set. From then on the job cannot be cancelled.
     pub(super) async fn confirm(&mut self) -> Option<ClaimState> {
-        match call(self.queue.confirm(&self.claim), CALL_TIMEOUT).await {
+        match call(&self.queue, self.queue.confirm(&self.claim), CALL_TIMEOUT).await {
             Ok(hold) => Some(hold),
             Err(error) => {
                 self.on_unreachable(&error);
@@ -176,7 +183,13 @@ impl Reporter {
                 return ClaimState::Lost;
             }
             if self.waiting.is_empty() {
-                match call(self.queue.complete(&self.claim, &last), CALL_TIMEOUT).await {
+                match call(
+                    &self.queue,
+                    self.queue.complete(&self.claim, &last),
+                    CALL_TIMEOUT,
+                )
+                .await
+                {
                     Ok(hold) => return hold,
                     Err(error) => self.on_unreachable(&error),
                 }

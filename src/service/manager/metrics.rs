@@ -52,7 +52,15 @@ struct CloseLabel {
 }
 
 /// The tasks whose errors are counted.
-const TASKS: [&str; 6] = ["hear", "errands", "words", "reconcile", "forget", "measure"];
+const TASKS: [&str; 7] = [
+    "hear",
+    "errands",
+    "words",
+    "reconcile",
+    "forget",
+    "measure",
+    "record",
+];
 
 type Int = Gauge<i64, AtomicI64>;
 

@@ -41,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::service::log_limit::LogLimit;
 use crate::service::queue::{self, Queue};
+use crate::service::ready;
 use crate::service::record::{self, Policy, Record};
 
 use self::connections::Bound;
@@ -193,7 +194,12 @@ impl Server {
             Bound::Tcp(_) => self.address.map(|at| at.to_string()).unwrap_or_default(),
             Bound::Unix(_, path) => path.display().to_string(),
         };
-        tracing::info!(manager = app.name, listen = at, target = %app.options.target, "the manager serves");
+        ready::say(&format!(
+            "the manager is ready: listens on {at}, images go to {}, record in {}, queue at {}",
+            app.options.target,
+            app.record.address(),
+            app.queue.address()
+        ));
         let router = routes::router(app.clone());
         let mut work = tokio::spawn(work::run(app.clone()));
         let of_rights = app.clone();
@@ -201,6 +207,7 @@ impl Server {
         let ending = async {
             cancel.cancelled().await;
             tracing::info!(manager = app.name, "the manager ends");
+            ready::say_stopping("requests in progress are finished");
             // Event streams and background work stop; requests in progress are finished.
             app.cancel.cancel();
             tokio::time::sleep(app.options.grace).await;

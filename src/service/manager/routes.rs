@@ -206,7 +206,13 @@ async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next
     let (body, late) = with_timeout(body, app.options.connections.body);
     let request = Request::from_parts(parts, body);
     let mut response = async {
-        let mut response = next.run(request).await;
+        // Otherwise every request would wait for a connection, which takes 20 s to fail.
+        let mut response = if path.starts_with("/api/") && app.record.is_down() {
+            Refusal::unavailable("the record does not answer; try again in a moment")
+                .into_response()
+        } else {
+            next.run(request).await
+        };
         if late.load(Ordering::Relaxed) {
             let refusal = Refusal::new(
                 StatusCode::REQUEST_TIMEOUT,

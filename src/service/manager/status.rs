@@ -93,14 +93,22 @@ async fn look(app: &App) -> Vec<String> {
     const PATIENCE: Duration = Duration::from_secs(5);
     let mut missing = Vec::new();
     let (record, queue) = tokio::join!(
-        tokio::time::timeout(PATIENCE, app.record.ping()),
+        tokio::time::timeout(PATIENCE, async {
+            if app.record.is_down() {
+                // The watch of the record has logged why.
+                return Err(());
+            }
+            app.record
+                .ping()
+                .await
+                .map_err(|error| tracing::warn!(%error, "not ready"))
+        }),
         tokio::time::timeout(PATIENCE, app.queue.ping()),
     );
     // The reasons go to the log only, because the endpoint needs no authentication.
     match record {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            tracing::warn!(error = %error, "not ready");
+        Ok(Err(())) => {
             missing.push("record: it refuses, see the log".to_owned());
         }
         Err(_) => missing.push("record: no answer".to_owned()),

@@ -252,6 +252,14 @@ macro_rules! dispatch {
 
 /// Calls for managers.
 impl Queue {
+    /// Returns where the queue is, without credentials: host and port or the path of a socket.
+    pub(crate) fn address(&self) -> &str {
+        match self {
+            Self::Redis(redis) => redis.address(),
+            Self::Local(_) => "this process",
+        }
+    }
+
     /// Adds `order` to the queue of its node, unless the queue already has the job. A repeated call only replaces a
     /// waiting order, which keeps its position; managers use this to renew an order before it expires. A job whose
     /// final report no manager has acknowledged with [`Queue::acknowledge`] still counts as known, except for a later

@@ -9,6 +9,7 @@ mod change;
 mod images;
 mod notice;
 mod outbox;
+mod reach;
 mod receiver;
 mod save;
 mod schema;
@@ -29,6 +30,8 @@ use crate::service::job::{JobId, State};
 pub use self::images::{Fate, ImageKey, Note};
 pub use self::notice::Notice;
 pub(crate) use self::outbox::OutboxEntry;
+pub(crate) use self::reach::Change;
+use self::reach::Location;
 pub use self::receiver::{Receiver, ReceiverKind, SaveEvent};
 pub use self::save::{Draft, Failure, OutboxAction, Policy, Progress, Save, SaveWarning};
 pub use self::signin::SignIn;
@@ -48,6 +51,7 @@ pub struct Record {
     /// Receivers that are told about every save.
     receivers: Arc<[Receiver]>,
     notices_dropped: Arc<AtomicU64>,
+    location: Location,
 }
 
 /// Why the record cannot be used or read.
@@ -75,6 +79,14 @@ pub enum Error {
         found: i64,
         /// Highest version that this program supports.
         known: i64,
+    },
+    /// The server of the database cannot be reached, or does not let this program in.
+    #[error("the record at {at} cannot be used: {source}")]
+    Unreachable {
+        /// Host, port and database, without credentials.
+        at: String,
+        /// Error of the client.
+        source: sqlx::Error,
     },
     /// The database returned an error.
     #[error("the record: {0}")]
@@ -119,7 +131,9 @@ impl Record {
     pub async fn open(place: &str) -> Result<Self, Error> {
         sqlx::any::install_default_drivers();
         if place.starts_with("postgres://") || place.starts_with("postgresql://") {
-            return Self::connect(place, false).await;
+            let location = Location::server(place)?;
+            location.connect().await?;
+            return Self::connect(place, location, false).await;
         }
         let path = match place.strip_prefix("sqlite:") {
             Some(path) => path.strip_prefix("//").unwrap_or(path),
@@ -135,32 +149,31 @@ impl Record {
             path: path.into(),
             source,
         })?;
-        Self::connect(&format!("sqlite:{path}"), true).await
+        Self::connect(&format!("sqlite:{path}"), Location::file(path), true).await
     }
 
     /// Checks whether the record at `place` responds, without creating or changing anything. Returns `false` if it is a
     /// file that does not exist but can be created.
     pub(crate) async fn check(place: &str) -> Result<bool, Error> {
         sqlx::any::install_default_drivers();
-        let url = if place.starts_with("postgres://") || place.starts_with("postgresql://") {
-            place.to_owned()
-        } else {
-            let path = place.strip_prefix("sqlite:").unwrap_or(place);
-            let path = path.strip_prefix("//").unwrap_or(path);
-            let file = |source| Error::File {
-                path: path.into(),
-                source,
-            };
-            let path_of = Path::new(path);
-            let dir = path_of.parent().filter(|dir| !dir.as_os_str().is_empty());
-            let writes = rustix::fs::Access::WRITE_OK;
-            rustix::fs::access(dir.unwrap_or(Path::new(".")), writes)
-                .map_err(|error| file(error.into()))?;
-            match rustix::fs::access(path_of, writes | rustix::fs::Access::READ_OK) {
-                Ok(()) => format!("sqlite:{path}?mode=ro"),
-                Err(rustix::io::Errno::NOENT) => return Ok(false),
-                Err(error) => return Err(file(error.into())),
-            }
+        if place.starts_with("postgres://") || place.starts_with("postgresql://") {
+            return Location::server(place)?.connect().await.map(|()| true);
+        }
+        let path = place.strip_prefix("sqlite:").unwrap_or(place);
+        let path = path.strip_prefix("//").unwrap_or(path);
+        let file = |source| Error::File {
+            path: path.into(),
+            source,
+        };
+        let path_of = Path::new(path);
+        let dir = path_of.parent().filter(|dir| !dir.as_os_str().is_empty());
+        let writes = rustix::fs::Access::WRITE_OK;
+        rustix::fs::access(dir.unwrap_or(Path::new(".")), writes)
+            .map_err(|error| file(error.into()))?;
+        let url = match rustix::fs::access(path_of, writes | rustix::fs::Access::READ_OK) {
+            Ok(()) => format!("sqlite:{path}?mode=ro"),
+            Err(rustix::io::Errno::NOENT) => return Ok(false),
+            Err(error) => return Err(file(error.into())),
         };
         let options: AnyConnectOptions = url
             .parse()
@@ -175,7 +188,7 @@ impl Record {
         Ok(true)
     }
 
-    async fn connect(url: &str, sqlite: bool) -> Result<Self, Error> {
+    async fn connect(url: &str, location: Location, sqlite: bool) -> Result<Self, Error> {
         let options: AnyConnectOptions = url
             .parse()
             .map_err(|_| Error::Place("(what follows postgres://)".to_owned()))?;
@@ -205,7 +218,23 @@ impl Record {
             sqlite,
             receivers: Arc::default(),
             notices_dropped: Arc::default(),
+            location,
         })
+    }
+
+    /// Returns where the record is, without credentials: the file, or host, port and database.
+    pub(crate) fn address(&self) -> &str {
+        self.location.at()
+    }
+
+    /// Checks whether the database answers, in less than 4 s, and returns what changed since the last check.
+    pub(crate) async fn check_reachable(&self) -> Change {
+        self.location.check(&self.pool).await
+    }
+
+    /// Returns whether the last check found that the database does not answer. Requests then need not wait for a connection.
+    pub(crate) fn is_down(&self) -> bool {
+        self.location.is_down()
     }
 
     /// Checks whether the database responds.

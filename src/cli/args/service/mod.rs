@@ -12,12 +12,12 @@ mod job;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand, ValueHint};
+use clap::{Args, Subcommand, ValueEnum, ValueHint};
 
 pub(in crate::cli) use doctor::Doctor;
 pub(in crate::cli) use job::{Job, JobSubmit};
 
-use super::shared::{LIMITS, REGISTRY};
+use super::shared::{Format, LIMITS, REGISTRY};
 use super::value::{duration, floor, key_value, size};
 use crate::node::background::DEFAULT_FLOOR_PERCENT;
 use crate::node::container::Pattern;
@@ -46,6 +46,9 @@ pub(in crate::cli) enum Verb {
     /// Run the agent of a node, which executes saves
     #[command(after_long_help = AGENT_HELP)]
     Agent(Box<Agent>),
+    /// Prepare this machine for a manager or an agent: user, directories, keys
+    #[command(after_long_help = SETUP_HELP)]
+    Setup(Setup),
     /// Derive a node's key from the managers' master key
     #[command(after_long_help = KEY_HELP)]
     Key(NodeKey),
@@ -352,6 +355,57 @@ pub(in crate::cli) struct Agent {
     pub(in crate::cli) work: Work,
     #[command(flatten)]
     pub(in crate::cli) push: Push,
+}
+
+pub(super) const SETUP_HELP: &str = "\
+Examples:
+  upperdeck setup manager --dry-run
+      Say what would be done.
+  upperdeck setup manager
+      Create the user upperdeck, a master key, and the directories.
+  upperdeck setup agent --node node17 --master-key /root/master-key
+      Create the node's key, too; without the master key it says
+      how to make it.
+
+It creates what is missing: /etc/upperdeck with settings to edit; for a manager the user upperdeck, the master key and
+/var/lib/upperdeck-manager, to which the record of an earlier version is moved; for an agent /var/lib/upperdeck and the
+node's key. Owner and mode of what exists are corrected, also of the files with secrets that the settings name; its content
+never changes. The last lines list what only the administrator can provide.
+
+JSON: one object
+  purpose, dry_run
+  actions    [{state, what, detail}]; state: created, changed, unchanged or missing";
+
+/// `setup`.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Setup {
+    /// What to prepare the machine for
+    #[arg(value_enum, value_name = "WHAT")]
+    pub(in crate::cli) purpose: SetupPurpose,
+    /// Say what would be done, and change nothing
+    #[arg(short = 'n', long)]
+    pub(in crate::cli) dry_run: bool,
+    /// For an agent: name of the node [default: the host name]
+    #[arg(long, value_name = "NAME")]
+    pub(in crate::cli) node: Option<String>,
+    /// For an agent: file with the managers' master keys [default: /etc/upperdeck/master-key, if it exists]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(in crate::cli) master_key: Option<PathBuf>,
+    /// Root directory of the machine's files, to prepare an image
+    #[arg(long, value_name = "DIR", default_value = "/", value_hint = ValueHint::DirPath)]
+    pub(in crate::cli) root: PathBuf,
+    /// Output format
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in crate::cli) format: Format,
+}
+
+/// What `setup` prepares a machine for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(in crate::cli) enum SetupPurpose {
+    /// An image manager
+    Manager,
+    /// The agent of a node
+    Agent,
 }
 
 pub(super) const KEY_HELP: &str = "\

@@ -16,6 +16,7 @@ use reports::process_reports;
 
 use super::App;
 use crate::service::queue;
+use crate::service::ready;
 use crate::service::record;
 
 /// Interval at which the outbox is polled. Requests of this manager are executed at once.
@@ -24,6 +25,8 @@ const OUTBOX_INTERVAL: Duration = Duration::from_secs(1);
 const ERROR_DELAY: Duration = Duration::from_secs(1);
 const FORGET_EVERY: Duration = Duration::from_secs(600);
 const MEASURE_EVERY: Duration = Duration::from_secs(10);
+/// Interval at which it is checked whether the record answers. With the time for a check, an outage is known within 5 s.
+const REACH_EVERY: Duration = Duration::from_secs(1);
 
 /// Why a round of background work ended early. The next round starts over.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +44,7 @@ pub(super) async fn run(app: App) {
         process_reports(&app),
         run_periodically(&app, "errands", OUTBOX_INTERVAL, true, || execute_due(&app)),
         reconcile(&app),
+        watch_record(&app),
         questions::answer(&app),
         run_periodically(&app, "forget", FORGET_EVERY, false, || delete_old_saves(
             &app
@@ -69,6 +73,29 @@ async fn run_periodically<F: Future<Output = Result<(), TaskError>>>(
             () = app.cancel.cancelled() => return,
             () = tokio::time::sleep(every) => {}
             () = app.outbox_wake.notified(), if woken => {}
+        }
+    }
+}
+
+/// Logs when the record stops and starts to answer, with the reason and its host.
+async fn watch_record(app: &App) {
+    loop {
+        match app.record.check_reachable().await {
+            record::Change::None => {}
+            record::Change::Down(error) => {
+                tracing::error!(%error, "the record does not answer: until it does, requests get 503");
+                ready::say_status(&error.to_string());
+                app.metrics.error("record");
+            }
+            record::Change::Up => {
+                let at = app.record.address();
+                tracing::warn!(record = at, "the record answers again");
+                ready::say_status(&format!("ready, record in {at}"));
+            }
+        }
+        tokio::select! {
+            () = app.cancel.cancelled() => return,
+            () = tokio::time::sleep(REACH_EVERY) => {}
         }
     }
 }

@@ -109,6 +109,11 @@ impl Redis {
         })
     }
 
+    /// Returns host and port, or the path of the socket.
+    pub(super) fn address(&self) -> &str {
+        self.link.at()
+    }
+
     fn now_ms(&self) -> i64 {
         now_ms() + self.settings.clock.offset().as_millis() as i64
     }
