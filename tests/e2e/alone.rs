@@ -20,6 +20,12 @@ fn place(root: &Path) -> Result<()> {
     if !linked.status.success() {
         return Ok(());
     }
+    // What is said to be for musl is tested as such.
+    ensure!(
+        !program().contains("-linux-musl"),
+        "{} needs libraries",
+        program()
+    );
     note("the program is not static: its libraries are in the container, too");
     let listed = String::from_utf8(linked.stdout)?;
     for library in listed

@@ -26,5 +26,6 @@ mod overlay;
 mod placed;
 mod portal;
 mod privilege;
+mod readme;
 mod save;
 mod service;

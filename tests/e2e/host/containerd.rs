@@ -40,6 +40,8 @@ pub struct Pod {
 /// The options of a pod's container besides the image.
 #[derive(Clone, Debug, Default)]
 pub struct PodOptions<'a> {
+    /// Name of the pod [default: one that no other pod of the test has].
+    pub name: Option<&'a str>,
     /// Replaces the image's entrypoint and command.
     pub command: &'a [&'a str],
     pub environment: &'a [(&'a str, &'a str)],
@@ -157,7 +159,9 @@ impl Containerd {
         self.pull(image)?;
         let attempt = self.pods.get();
         self.pods.set(attempt + 1);
-        let name = format!("session-{attempt}");
+        let name = options
+            .name
+            .map_or_else(|| format!("session-{attempt}"), str::to_owned);
         let namespaces = Message::new().int(1, NODE);
         let metadata = Message::new()
             .bytes(1, &name)
