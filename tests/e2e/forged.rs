@@ -146,6 +146,7 @@ fn pod(lab: &Lab, program: &Path, words: &[&str]) -> Result<crate::host::contain
         command: &command,
         environment: &[("JUPYTERHUB_USER", "mallory")],
         mounts: &[(program, INSIDE, true)],
+        ..PodOptions::default()
     };
     lab.containerd.run_pod(&lab.image, &options)
 }
