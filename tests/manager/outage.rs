@@ -252,6 +252,10 @@ fn a_postgresql_that_goes_away_is_named_and_requests_do_not_wait_for_it() -> Out
     assert_eq!(status_of(address, TOKEN, "/api/v1/saves")?, 200);
 
     relay.cut();
+    let at = address.to_owned();
+    let early = std::thread::spawn(move || {
+        status_of(&at, TOKEN, "/api/v1/saves").map_err(|error| error.to_string())
+    });
     let down = manager.line_with("the record does not answer")?;
     assert!(down.contains(&place) && down.contains("efused"), "{down}");
     let message = message_with(&socket, "cannot be used")?;
@@ -264,6 +268,9 @@ fn a_postgresql_that_goes_away_is_named_and_requests_do_not_wait_for_it() -> Out
         assert_eq!(status, 503, "{path}");
     }
     assert_eq!(status_of(address, TOKEN, "/healthz")?, 200);
+
+    let early = early.join().map_err(|_| "a thread died")??;
+    assert_eq!(early, 503, "a request before the outage was noticed");
 
     relay.restore()?;
     let again = manager.line_with("the record answers again")?;

@@ -185,6 +185,22 @@ fn log(app: &App, known: bool, path: &str, status: u16, took: Duration) {
     }
 }
 
+/// Returns the response, or an error as soon as the record is known to be down: a request would otherwise wait for a
+/// connection, which takes 20 s to fail. A change that was under way is made completely or not at all, as when a client
+/// leaves.
+async fn unless_down(app: &App, path: &str, response: impl Future<Output = Response>) -> Response {
+    if !path.starts_with("/api/") {
+        return response.await;
+    }
+    tokio::select! {
+        biased;
+        () = app.record.wait_until_down() => {
+            Refusal::unavailable("the record does not answer; try again in a moment").into_response()
+        }
+        response = response => response,
+    }
+}
+
 async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(&request);
@@ -206,13 +222,7 @@ async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next
     let (body, late) = with_timeout(body, app.options.connections.body);
     let request = Request::from_parts(parts, body);
     let mut response = async {
-        // Otherwise every request would wait for a connection, which takes 20 s to fail.
-        let mut response = if path.starts_with("/api/") && app.record.is_down() {
-            Refusal::unavailable("the record does not answer; try again in a moment")
-                .into_response()
-        } else {
-            next.run(request).await
-        };
+        let mut response = unless_down(&app, &path, next.run(request)).await;
         if late.load(Ordering::Relaxed) {
             let refusal = Refusal::new(
                 StatusCode::REQUEST_TIMEOUT,

@@ -232,7 +232,12 @@ impl Record {
         self.location.check(&self.pool).await
     }
 
-    /// Returns whether the last check found that the database does not answer. Requests then need not wait for a connection.
+    /// Completes when a check has found that the database does not answer: requests then need not wait for a connection.
+    pub(crate) async fn wait_until_down(&self) {
+        self.location.wait_until_down().await;
+    }
+
+    /// Returns whether the last check found that the database does not answer.
     pub(crate) fn is_down(&self) -> bool {
         self.location.is_down()
     }

@@ -1,11 +1,12 @@
 //! Whether the database can be reached. The pool waits for a connection for a long time and then says only that there was
 //! none; here the reason is found out within seconds, with a connection of its own.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AnyPool, ConnectOptions as _, Connection as _};
+use tokio::sync::watch;
 
 use super::Error;
 
@@ -26,7 +27,7 @@ struct Inner {
     /// `None` for SQLite, which has no server.
     server: Option<PgConnectOptions>,
     /// Whether the last check failed.
-    down: Mutex<bool>,
+    down: watch::Sender<bool>,
 }
 
 /// What a check found, compared with the one before.
@@ -63,7 +64,7 @@ impl Location {
         Self(Arc::new(Inner {
             at,
             server,
-            down: Mutex::new(false),
+            down: watch::Sender::new(false),
         }))
     }
 
@@ -72,7 +73,13 @@ impl Location {
     }
 
     pub(super) fn is_down(&self) -> bool {
-        *self.0.down.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.down.borrow()
+    }
+
+    /// Completes when a check has found that the database does not answer.
+    pub(super) async fn wait_until_down(&self) {
+        // The sender lives as long as `self`, so that an error cannot occur.
+        let _ = self.0.down.subscribe().wait_for(|down| *down).await;
     }
 
     /// Connects, and fails with the reason if the database cannot be used.
@@ -109,8 +116,7 @@ impl Location {
         } else {
             self.connect_within(CONNECT).await
         };
-        let mut down = self.0.down.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = std::mem::replace(&mut *down, now.is_err());
+        let before = self.0.down.send_replace(now.is_err());
         match (before, now) {
             (false, Err(error)) => Change::Down(error),
             (true, Ok(())) => Change::Up,
