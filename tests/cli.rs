@@ -453,6 +453,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
     let agent = text(&upperdeck(&["agent", "--help"])?.stdout);
     let up = text(&upperdeck(&["up", "--help"])?.stdout);
     let doctor = text(&upperdeck(&["doctor", "--help"])?.stdout);
+    let setup = text(&upperdeck(&["setup", "--help"])?.stdout);
     for flag in documents
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
@@ -472,6 +473,8 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
                 || [
                     &help, &commit, &layer, &ps, &bench, &list, &remove, &prune, &submit, &manager,
                     &agent, &up, &doctor,
+                    &help, &commit, &layer, &ps, &bench, &list, &remove, &submit, &manager, &agent,
+                    &up, &doctor, &setup,
                 ]
                 .iter()
                 .any(|text| text.contains(flag)),

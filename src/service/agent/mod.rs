@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
+use crate::common::message::count;
 use crate::service::job::{JobId, Load, Node, Order, now_ms};
 use crate::service::queue::{self, Claim, Queue};
 use crate::service::ready;
@@ -327,13 +328,13 @@ impl Agent {
         let (sessions, problems) = self.inventory.snapshot();
         let problems = match problems.len() {
             0 => String::new(),
-            count => format!(", {count} problems in listing them"),
+            found => format!(", {} in listing them", count(found, "problem", "problems")),
         };
         ready::say(&format!(
-            "the agent is ready: node {}, queue at {}, {} containers{problems}",
+            "the agent is ready: node {}, queue at {}, {}{problems}",
             self.options.node,
             self.queue.address(),
-            sessions.len()
+            count(sessions.len(), "container", "containers")
         ));
     }
 

@@ -9,7 +9,6 @@ use serde::Serialize;
 use zeroize::Zeroizing;
 
 use super::Error;
-use super::users::User;
 use crate::common::escape;
 use crate::common::private_files::{self, FileMode};
 
@@ -37,6 +36,21 @@ pub(crate) struct Action {
     /// Mode and owner, or what is missing.
     pub(crate) detail: String,
 }
+
+/// A user and the group of the same name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct User {
+    pub(super) name: &'static str,
+    /// `None` if a dry run only would create it.
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+}
+
+pub(super) const ROOT: User = User {
+    name: "root",
+    uid: Some(0),
+    gid: Some(0),
+};
 
 /// Owner and group of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

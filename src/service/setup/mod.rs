@@ -15,8 +15,7 @@ use zeroize::Zeroizing;
 pub(crate) use self::machine::{Action, State};
 pub(crate) use self::record::default_record;
 
-use self::machine::{Machine, Owner};
-use self::users::{ROOT, User};
+use self::machine::{Machine, Owner, ROOT, User};
 use crate::common::escape;
 use crate::service::job::Keys;
 

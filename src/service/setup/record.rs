@@ -5,10 +5,9 @@ use std::io;
 use std::os::unix::fs::{MetadataExt as _, fchown};
 use std::path::Path;
 
-use nix::fcntl::{FcntlArg, fcntl};
+use rustix::process::{Flock, FlockType, fcntl_getlk};
 
-use super::machine::{Machine, State, failed};
-use super::users::{ROOT, User};
+use super::machine::{Machine, ROOT, State, User, failed};
 use super::{Error, MANAGER_STATE, NODE_STATE};
 
 /// The database, and the files that SQLite keeps beside it: what was written last is in the first of these.
@@ -87,15 +86,7 @@ fn in_use(index: &Path) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(error),
     };
-    let mut lock = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    fcntl(&file, FcntlArg::F_GETLK(&mut lock))?;
-    Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
+    Ok(fcntl_getlk(&file, &Flock::from(FlockType::WriteLock))?.is_some())
 }
 
 #[cfg(test)]

@@ -6,23 +6,8 @@ use std::io;
 use std::process::{Command, Stdio};
 
 use super::Error;
-use super::machine::{Machine, State, failed};
+use super::machine::{Machine, State, User, failed};
 use crate::common::escape;
-
-/// A user and the group of the same name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct User {
-    pub(super) name: &'static str,
-    /// `None` if a dry run only would create it.
-    pub(super) uid: Option<u32>,
-    pub(super) gid: Option<u32>,
-}
-
-pub(super) const ROOT: User = User {
-    name: "root",
-    uid: Some(0),
-    gid: Some(0),
-};
 
 /// Maximum length of the message of `useradd` in characters.
 const MAX_MESSAGE: usize = 500;
