@@ -21,9 +21,9 @@ use crate::service::manager::target::{self, Template};
 use crate::service::manager::{self, Listen};
 use crate::service::queue::{self, Limits, Queue};
 use crate::service::record::Record;
+use crate::service::setup;
 use crate::store::images::prune::prune;
 use crate::store::layout::{self, PruneOptions};
-use crate::service::setup;
 use crate::store::registry;
 
 /// Default location of a manager's record. The directory belongs to the manager's user, while `/var/lib/upperdeck` belongs

@@ -217,7 +217,8 @@ impl<'a> Machine<'a> {
         let owners = owner.map_or_else(String::new, |owner| {
             format!(", {}:{}", owner.user.name, owner.group.name)
         });
-        let warning = if there.is_file() && mode & 0o007 == 0 && was & 0o007 != 0 {
+        let is_open = |mode: u32| mode & 0o007 != 0;
+        let warning = if there.is_file() && !is_open(mode) && is_open(was) {
             "; any user could read or change it: replace what it holds if that may have happened"
         } else {
             ""
