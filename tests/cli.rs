@@ -326,6 +326,7 @@ fn examples_fit_into_80_columns() -> Outcome {
         "job status",
         "job watch",
         "job cancel",
+        "job hurry",
         "job ls",
         "job",
     ];

@@ -141,6 +141,7 @@ impl Commit {
                 .find(|(key, _)| key == SAVE_ANNOTATION)
                 .map(|(_, save)| save.clone()),
         });
+        let background = background(args.background.floor(), &args.memory, host_root);
         let options = save::Options {
             container: args.container,
             destination: args.destination,
@@ -179,9 +180,12 @@ impl Commit {
             output_mode: args.output_mode,
             share_blobs: args.share_blobs,
             digestfile: args.digestfile,
-            gate: args.gate_fd.map(|fd| gate(fd, cancel)).transpose()?,
+            gate: args
+                .gate_fd
+                .map(|fd| gate(fd, cancel, background.clone()))
+                .transpose()?,
             freeze_mark: args.freeze_mark,
-            background: background(args.background.floor(), &args.memory, host_root),
+            background,
         };
         // Credentials and relaxed TLS settings apply to the destination only, not to registries of base images.
         let host = match target {
@@ -213,8 +217,12 @@ pub(super) fn background(
     None
 }
 
-/// Creates the gate on an open descriptor.
-fn gate(fd: u32, cancel: &CancellationToken) -> anyhow::Result<Gate> {
+/// Creates the gate on an open descriptor. A process in `background` leaves it for good when the gate's owner asks.
+fn gate(
+    fd: u32,
+    cancel: &CancellationToken,
+    background: Option<Background>,
+) -> anyhow::Result<Gate> {
     let context = || format!("cannot read from descriptor {fd}");
     let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
     // Sockets cannot be opened through /dev/fd, and a socket is most likely the one that the events are written to.
@@ -224,7 +232,12 @@ fn gate(fd: u32, cancel: &CancellationToken) -> anyhow::Result<Gate> {
         fd => File::open(format!("/dev/fd/{fd}")),
     };
     let answers = answers.with_context(context)?;
-    Gate::new(answers, cancel.clone()).with_context(context)
+    let hurry = move || {
+        if let Some(background) = &background {
+            background.leave();
+        }
+    };
+    Gate::new(answers, cancel.clone(), hurry).with_context(context)
 }
 
 /// Codecs and levels that `bench` measures by default, from fast to small. Slower levels are not practical for a save.

@@ -14,7 +14,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::process::Pid;
 
@@ -48,6 +48,10 @@ struct Inner {
     groups: Vec<(PathBuf, PathBuf)>,
     /// The nice value before.
     initial_nice: i32,
+    /// Memory limit, which is kept outside the background, too, and where the node's file systems are.
+    memory: Option<(MemoryLimit, Option<PathBuf>)>,
+    /// Whether the process has left the background for good. Locked while the process moves.
+    left: Mutex<bool>,
 }
 
 /// What a process's background priority is based on, the best first.
@@ -99,6 +103,8 @@ impl Background {
         let background = Self(Arc::new(Inner {
             groups,
             initial_nice,
+            memory: bound.map(|bound| (bound.clone(), host_root.map(Path::to_owned))),
+            left: Mutex::new(false),
         }));
         background.lower_priority();
         if let Some(dir) = shared.filter(|_| floor > 0.0) {
@@ -119,11 +125,36 @@ impl Background {
 
     /// Returns to the usual share of everything, for work that another program waits for.
     pub(crate) fn normal_priority(&self) -> NormalPriority {
+        let left = self.left();
+        if !*left {
+            self.raise_priority();
+        }
+        drop(left);
+        NormalPriority(self.clone())
+    }
+
+    /// Leaves the background for good, with the same memory limit.
+    pub(crate) fn leave(&self) {
+        let mut left = self.left();
+        if std::mem::replace(&mut *left, true) {
+            return;
+        }
+        self.raise_priority();
+        if let Some((bound, host_root)) = &self.0.memory {
+            bound.apply(host_root.as_deref(), false);
+        }
+        tracing::debug!("out of the background, as asked for");
+    }
+
+    fn left(&self) -> MutexGuard<'_, bool> {
+        self.0.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn raise_priority(&self) {
         for (_, usual) in &self.0.groups {
             join(usual);
         }
         set_nice(self.0.initial_nice);
-        NormalPriority(self.clone())
     }
 
     /// Starts a thread that maintains the floor. It ends with this value.
@@ -149,7 +180,10 @@ impl Background {
 
 impl Drop for NormalPriority {
     fn drop(&mut self) {
-        self.0.lower_priority();
+        let left = self.0.left();
+        if !*left {
+            self.0.lower_priority();
+        }
     }
 }
 

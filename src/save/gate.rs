@@ -8,6 +8,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::Error;
 
+/// The message that asks for normal priority. It may come before the answer, any number of times.
+pub(crate) const HURRY: u8 = b'h';
 /// The answer that opens the gate.
 const GO_ON: u8 = b'y';
 
@@ -16,11 +18,13 @@ const GO_ON: u8 = b'y';
 pub(crate) struct Gate(Arc<Mutex<Option<oneshot::Receiver<()>>>>);
 
 impl Gate {
-    /// Starts a thread that reads `answers`. Any byte other than the one that opens, and the end of the input, cancel
-    /// the save at once, not only when the gate is reached: a save whose agent died is useless.
+    /// Starts a thread that reads `answers`. It calls `hurry` when normal priority is asked for. Any byte other than
+    /// that and the one that opens, and the end of the input, cancel the save at once, not only when the gate is
+    /// reached: a save whose agent died is useless.
     pub(crate) fn new(
         mut answers: impl Read + Send + 'static,
         cancel: CancellationToken,
+        hurry: impl Fn() + Send + 'static,
     ) -> io::Result<Self> {
         let (open, opened) = oneshot::channel();
         let listen = move || {
@@ -28,6 +32,7 @@ impl Gate {
             loop {
                 match answers.read(&mut byte) {
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Ok(1) if byte[0] == HURRY => hurry(),
                     Ok(1) if byte[0] == GO_ON => {
                         // The receiver is gone if the save has failed meanwhile.
                         let _ = open.send(());
@@ -70,7 +75,7 @@ mod tests {
         ] {
             let (answers, mut agent) = io::pipe()?;
             let cancel = CancellationToken::new();
-            let gate = Gate::new(answers, cancel.clone())?;
+            let gate = Gate::new(answers, cancel.clone(), || {})?;
             agent.write_all(said)?;
             drop(agent);
             assert_eq!(gate.pass().await.is_ok(), opens, "{said:?}");
@@ -87,10 +92,26 @@ mod tests {
     async fn an_agent_that_dies_cancels_though_nobody_asks() -> io::Result<()> {
         let (answers, agent) = io::pipe()?;
         let cancel = CancellationToken::new();
-        let _gate = Gate::new(answers, cancel.clone())?;
+        let _gate = Gate::new(answers, cancel.clone(), || {})?;
         assert!(!cancel.is_cancelled());
         drop(agent);
         cancel.cancelled().await;
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn normal_priority_is_asked_for_before_the_answer() -> io::Result<()> {
+        let (answers, mut agent) = io::pipe()?;
+        let cancel = CancellationToken::new();
+        let (asked, hears) = std::sync::mpsc::channel();
+        let gate = Gate::new(answers, cancel.clone(), move || drop(asked.send(())))?;
+        agent.write_all(b"hh")?;
+        for _ in 0..2 {
+            assert!(hears.recv().is_ok());
+        }
+        assert!(!cancel.is_cancelled());
+        agent.write_all(b"y")?;
+        assert!(gate.pass().await.is_ok());
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! `--background`: the save runs with idle priority, but at full speed while the container is frozen.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -172,6 +172,62 @@ async fn a_save_that_others_leave_nothing_has_a_weight_in_the_end() -> Result<()
     match weight {
         None => ignore("needs a cpu cgroup that can be written to"),
         Some(weight) => ensure!(weight?.trim().parse::<u32>()? <= 1024),
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_save_that_is_hurried_leaves_the_background_and_ends_well() -> Result<()> {
+    let Some(node) = Node::new().await? else {
+        return Ok(());
+    };
+    let usual = place(std::process::id())?.0;
+    let group = "upperdeck-test-hurry";
+    let mut child = commit(
+        &node,
+        &[
+            "--pause=none",
+            "--gate-fd=0",
+            "--memory-limit=1G",
+            &format!("--memory-group={group}"),
+        ],
+    )?;
+    let mut lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
+    let mut next = |wanted: &str| {
+        lines
+            .by_ref()
+            .map_while(Result::ok)
+            .any(|line| line.contains(wanted))
+    };
+    ensure!(next("\"ready\""), "it ended before it was ready");
+    assert_eq!(place(child.id())?.0, 19);
+    let mut gate = child.stdin.take().context("stdin")?;
+    gate.write_all(b"h")?;
+    let pid = child.id();
+    wait("it leaves the background", || {
+        place(pid)
+            .is_ok_and(|place| place == (usual, false))
+            .then_some(())
+    })
+    .await?;
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    ensure!(!groups.contains("upperdeck-idle"), "{groups}");
+    // Where a cgroup limits its memory, one outside the idle group does now.
+    ensure!(
+        !groups.contains(group) || groups.contains(&format!("/upperdeck-saves/{group}")),
+        "{groups}"
+    );
+    gate.write_all(b"y")?;
+    ensure!(next("\"saved\""), "it was not saved");
+    ensure!(child.wait()?.success());
+    for top in [
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/memory",
+        "/sys/fs/cgroup/unified",
+    ] {
+        for parent in ["upperdeck-idle", "upperdeck-saves"] {
+            drop(fs::remove_dir(Path::new(top).join(parent).join(group)));
+        }
     }
     Ok(())
 }

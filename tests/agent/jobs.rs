@@ -8,7 +8,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use upperdeck::service::agent::OwnerRule;
-use upperdeck::service::job::{Category, Code, Event, Kind, Order, Outcome, Phase, Update};
+use upperdeck::service::job::{
+    Category, Code, Event, Kind, NextStep, Order, Outcome, Phase, Update, Verdict,
+};
 use upperdeck::service::queue::{Clock, Limits, Local, Queue, Settings, Withdrawn};
 
 use crate::node::{Node, Service, alive, local, wait};
@@ -494,5 +496,61 @@ async fn heartbeats_tell_what_runs_there() -> Result<()> {
         "{nodes:?}"
     );
     service.end().await?;
+    Ok(())
+}
+
+/// Shell code of a program that keeps what its agent writes to it, which is nothing until it is hurried.
+fn hears(heard: &Path) -> String {
+    format!(
+        "case \" $* \" in *\" commit \"*) echo '{{\"event\":\"phase\",\"phase\":\"scanning\"}}'
+         head -c 1 <&1 > {heard}.new && mv {heard}.new {heard}; sleep 600 ;; esac",
+        heard = heard.display()
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_save_is_hurried_where_that_is_allowed_and_a_manager_confirms_it() -> Result<()> {
+    for (allowed, background, confirmed, told) in [
+        (true, true, Verdict::Wanted, true),
+        // Who can write to the queue alone hurries nothing.
+        (true, true, Verdict::Unwanted, false),
+        (false, true, Verdict::Wanted, false),
+        (true, false, Verdict::Wanted, false),
+    ] {
+        let case = format!("{allowed} {background} {confirmed:?}");
+        let Some(node) = Node::new().await? else {
+            return Ok(());
+        };
+        let heard = node.path("heard");
+        let mut options = node.options();
+        options.background = background.then_some(2.0);
+        options.allow_hurry = allowed;
+        options.program = node.program(&hears(&heard))?;
+        let service = Service::start(options, local());
+        service.set_answer(NextStep::Hurry, Some(confirmed));
+        let order = node.order();
+        service.queue.offer(&order).await?;
+        wait("the save", || {
+            let reports = service.reports_of(order.job);
+            let scans = |update: &Update| matches!(update, Update::Event { .. });
+            reports
+                .iter()
+                .any(|report| scans(&report.update))
+                .then_some(())
+        })
+        .await?;
+        assert!(service.queue.hurry(order.job).await?);
+        if told {
+            wait("its agent's word", || heard.exists().then_some(())).await?;
+            assert_eq!(std::fs::read(&heard)?, b"h", "{case}");
+        } else {
+            // Longer than the interval at which a claim is renewed.
+            tokio::time::sleep(Duration::from_secs(12)).await;
+            ensure!(!heard.exists(), "{case}");
+        }
+        service.queue.withdraw(order.job).await?;
+        service.outcome(order.job).await?;
+        service.end().await?;
+    }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use upperdeck::service::job::{Code, Outcome, Update};
+use upperdeck::service::job::{Code, Load, NextStep, Outcome, Question, Update, Verdict};
 use upperdeck::service::queue::ClaimState;
 
 use crate::site::{
@@ -458,5 +458,88 @@ async fn figures_and_readiness_are_told() -> Outcomes {
         (&nodes["nodes"][0]["name"], &nodes["nodes"][0]["alive"]),
         (&json!("n1"), &json!(true))
     );
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_save_is_hurried_by_its_owner_where_the_node_allows_it() -> Outcomes {
+    let sessions = [session(1, Some("alice"))];
+    let (site, manager, agent) = Site::at_work(&sessions).await?;
+    let at = manager.address;
+    let job = submit(at, Who::Alice, &id(1), "v1").await?;
+    let path = format!("/api/v1/saves/{job}");
+    let hurry = format!("{path}/hurry");
+    let claim = agent.claim().await?;
+    agent.begin(&claim).await?;
+    let save = until(at, Who::Alice, &path, |save| save["state"] == "running").await?;
+    assert_eq!(
+        (&save["can_hurry"], &save["hurried"]),
+        (&json!(false), &json!(false))
+    );
+    let (status, error) = ask(at, Who::Alice, Method::POST, &hurry, None).await?;
+    assert_eq!(
+        (status, &error["code"]),
+        (StatusCode::FORBIDDEN, &json!("not_permitted"))
+    );
+    assert_eq!(agent.renew(&claim).await?, ClaimState::Held);
+
+    let busy = Load {
+        cores: 4,
+        cpu_pressure: Some(90.0),
+        background: true,
+        hurry: true,
+        ..Load::default()
+    };
+    agent.heartbeat_with(&sessions, busy).await?;
+    let save = until(at, Who::Alice, &path, |save| save["can_hurry"] == true).await?;
+    assert_eq!(save["waiting"]["reason"], "cores");
+    // Not by others.
+    let (status, _) = ask(at, Who::Bob, Method::POST, &hurry, None).await?;
+    assert_eq!(status, StatusCode::NOT_FOUND);
+    assert_eq!(agent.renew(&claim).await?, ClaimState::Held);
+    for _ in 0..2 {
+        let (status, save) = ask(at, Who::Alice, Method::POST, &hurry, None).await?;
+        assert_eq!(
+            (status, &save["hurried"]),
+            (StatusCode::ACCEPTED, &json!(true))
+        );
+        assert_eq!(
+            (&save["can_hurry"], &save["waiting"]),
+            (&json!(false), &json!(null))
+        );
+    }
+    let begun = std::time::Instant::now();
+    while agent.renew(&claim).await? != ClaimState::Hurried {
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "the agent is not told"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // The managers' answer is from the record, and so is the next attempt.
+    let ask_manager = |before| {
+        let question = Question::new(job, "n1", 1, claim.fence, before);
+        let queue = agent.queue.clone();
+        async move { queue.ask(&question, Duration::from_secs(30)).await }
+    };
+    let answer = ask_manager(NextStep::Hurry).await?.ok_or("no answer")?;
+    assert_eq!(answer.verdict, Verdict::Wanted);
+    agent.give_back(&claim, 2).await?;
+    let claim = agent.claim().await?;
+    while agent.renew(&claim).await? != ClaimState::Hurried {
+        assert!(
+            begun.elapsed() < Duration::from_secs(90),
+            "the next attempt is not told"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    agent.end(&claim, 3, succeeded()).await?;
+    until(at, Who::Alice, &path, |save| save["state"] == "succeeded").await?;
+    let (status, error) = ask(at, Who::Alice, Method::POST, &hurry, None).await?;
+    assert_eq!(
+        (status, &error["code"]),
+        (StatusCode::CONFLICT, &json!("too_late"))
+    );
+    drop(site);
     manager.stop().await
 }

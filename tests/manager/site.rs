@@ -246,7 +246,7 @@ pub fn session(n: usize, owner: Option<&str>) -> Session {
 /// The stand-in for the agent of node `n1`.
 #[derive(Clone)]
 pub struct Agent {
-    queue: Queue,
+    pub queue: Queue,
     name: String,
 }
 
@@ -259,6 +259,10 @@ impl Agent {
     }
 
     pub async fn heartbeat(&self, sessions: &[Session]) -> Outcomes {
+        self.heartbeat_with(sessions, Load::default()).await
+    }
+
+    pub async fn heartbeat_with(&self, sessions: &[Session], load: Load) -> Outcomes {
         let node = Node {
             name: "n1".into(),
             version: "0".into(),
@@ -267,7 +271,7 @@ impl Agent {
             at_ms: upperdeck::service::job::now_ms() - 3_600_000,
             draining: false,
             running: Vec::new(),
-            load: Load::default(),
+            load,
             problems: Vec::new(),
         };
         self.queue.heartbeat(&node, Some(sessions)).await?;

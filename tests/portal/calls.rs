@@ -152,6 +152,14 @@ fn a_save_says_its_name_for_how_long_and_why_it_waits() -> Outcome {
     }
     browser.see("Waiting for free cores on gpu-03")?;
     browser.see("for 1 min")?;
+    // Only where the administrator allows it can it be hurried.
+    let button = "return document.querySelector('.why button').checkVisibility()";
+    assert_eq!(browser.run(button, json!([]))?, false);
+    standin.world().saves[0].can_hurry = true;
+    browser.click(".why button")?;
+    browser.see("It does not wait for free cores, as you asked")?;
+    assert!(standin.world().saves[0].hurried);
+    assert_eq!(standin.world().forged, 0);
     let title = "return /^4\\d% /.test(document.title)";
     browser.until("the percentage in the title", title, json!([]))?;
     browser.assert_clean()

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use serde_json::json;
-use upperdeck::service::job::{Category, Code, Kind, State};
+use upperdeck::service::job::{Category, Code, Kind, Phase, State};
+use upperdeck::service::manager::api::{Progress, Save, Waiting, WaitingReason};
 
 use crate::browser::{Browser, BrowserOptions, Outcome};
 use crate::standin::{Standin, World};
@@ -25,6 +26,64 @@ fn populate(standin: &Standin) {
         .problems
         .push("/run/containerd cannot be read: permission denied".to_owned());
     world.hold_at = Some(0.4);
+    world.me.start_url = Some("https://hub.example.org/spawn?image={reference}".to_owned());
+    world.images[1].pinned = true;
+    world.images[2].shared = vec!["jun".to_owned()];
+    let mut lent = world.image("survey", &["v3"], Category::Cpu, 3_000_000_000, 50, None);
+    lent.user = "jun".to_owned();
+    world.shared.push(lent);
+}
+
+/// What a save shows after the transfer of its own layer, and on a node whose cores are taken.
+fn steps(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Outcome) -> Outcome {
+    let change = |change: &dyn Fn(&mut Save)| {
+        let mut world = standin.world();
+        let save = &mut world.saves[0];
+        change(save);
+        save.version += 1;
+    };
+    change(&|save| {
+        save.phase = Some(Phase::Base);
+        save.progress = Some(Progress {
+            bytes_done: 3_100_000_000,
+            bytes_total: 5_000_000_000,
+            base_done: 1_860_000_000,
+            base_total: 3_760_000_000,
+            rate: Some(84_000_000.0),
+            seconds_left: Some(22.6),
+            ..Progress::default()
+        });
+    });
+    let portion = "return document.querySelector('.portion').textContent === '62%'";
+    browser.until("the base", portion, json!([]))?;
+    each("base")?;
+    change(&|save| {
+        save.since = Some(crate::standin::ago(140));
+        save.can_hurry = true;
+        save.waiting = Some(Waiting {
+            reason: WaitingReason::Cores,
+            node: "gpu-03".to_owned(),
+            until: None,
+        });
+    });
+    let button = "return document.querySelector('.why button').checkVisibility()";
+    browser.until("the button", button, json!([]))?;
+    each("busy")?;
+    browser.click(".why button")?;
+    browser.until("its answer", &format!("{button} === false"), json!([]))?;
+    each("hurried")
+}
+
+/// The question before an image is replaced.
+fn second_save(browser: &Browser, each: &mut dyn FnMut(&str) -> Outcome) -> Outcome {
+    browser.click("article .opener")?;
+    browser.click("article .field input")?;
+    browser.keys("pytorch-lora\u{e004}2026-11-20")?;
+    browser.click("article button.main")?;
+    let asks = "return document.querySelector('dialog h2')";
+    browser.until("the question", asks, json!([]))?;
+    each("replace")?;
+    browser.click("dialog button:not(.danger)")
 }
 
 /// Visits each view, prepares it and calls `each` with its name.
@@ -46,6 +105,7 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
         json!([]),
     )?;
     each("saving")?;
+    steps(browser, standin, each)?;
     browser.click(".running button")?;
     each("cancel")?;
     browser.click("dialog .danger")?;
@@ -58,6 +118,7 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
     browser.click("article:nth-of-type(2) button.main")?;
     browser.until("the end", "return !document.querySelector('progress') && [...document.querySelectorAll('.state time')].at(-1).textContent.match(/just now|방금/)", json!([]))?;
     each("saved")?;
+    second_save(browser, each)?;
     for (view, count) in [("images", 3), ("history", 3), ("operations", 1)] {
         browser.go(&standin.url(view))?;
         browser.until(
@@ -70,6 +131,10 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
     browser.click(".entry > summary")?;
     each("operations-open")?;
     browser.go(&standin.url("images"))?;
+    browser.click(".commands summary")?;
+    each("commands")?;
+    browser.click(".more summary")?;
+    each("share")?;
     browser.click(".image .danger")?;
     each("delete")?;
     standin.world().signed_in = false;
@@ -183,7 +248,7 @@ fn pictures() -> Outcome {
                 json!([]),
             )?;
             let picture = dir.join(format!("{view}-{name}.png"));
-            if matches!(view, "cancel" | "delete") {
+            if matches!(view, "cancel" | "delete" | "replace") {
                 browser.screenshot(&picture)?;
             } else {
                 browser.whole_page(&picture)?;
@@ -250,7 +315,7 @@ fn axe_finds_nothing_serious_in_any_view_light_or_dark() -> Outcome {
             seen += 1;
             Ok(())
         })?;
-        assert_eq!(seen, 11);
+        assert_eq!(seen, 17);
     }
     Ok(())
 }

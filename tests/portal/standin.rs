@@ -344,6 +344,8 @@ impl World {
             error: None,
             image: None,
             cancelling: false,
+            hurried: false,
+            can_hurry: false,
             created: ago(0),
             started: None,
             finished: None,
@@ -542,6 +544,7 @@ impl World {
                         continue;
                     }
                 },
+                (_, Some(Phase::Base)) if hold.is_some() => changed = false,
                 _ => {
                     self.end(id, State::Succeeded, None);
                     continue;
@@ -573,6 +576,7 @@ impl World {
                 slots: 3,
                 threads: 12,
                 background: true,
+                hurry: true,
             },
             problems: vec![],
         }
@@ -702,6 +706,16 @@ async fn cancel(Given(world): Given<Shared>, headers: HeaderMap, Path(id): Path<
         .find(|one| one.id == save.id)
         .unwrap();
     at.cancelling = true;
+    at.version += 1;
+    Ok((StatusCode::ACCEPTED, Json(at.clone())).into_response())
+}
+
+async fn hurry(Given(world): Given<Shared>, headers: HeaderMap, Path(id): Path<String>) -> Reply {
+    let mut world = enter(&world, &headers, true)?;
+    let save = find(&world, &id)?;
+    let mut all = world.saves.iter_mut();
+    let at = all.find(|one| one.id == save.id).unwrap();
+    (at.hurried, at.can_hurry, at.waiting) = (true, false, None);
     at.version += 1;
     Ok((StatusCode::ACCEPTED, Json(at.clone())).into_response())
 }
@@ -932,6 +946,7 @@ fn routes(world: Shared) -> Router {
         .route("/saves/{id}", get(check).delete(cancel))
         .route("/events", get(events))
         .route("/saves/{id}/requeue", post(requeue))
+        .route("/saves/{id}/hurry", post(hurry))
         .route("/images", get(images))
         .route("/images/{name}/tags/{tag}", delete(remove))
         .route(

@@ -57,6 +57,7 @@ on_both! {
     the_youngest_agent_takes_over_at_once: NO_LIMITS;
     what_waits_is_taken_back: NO_LIMITS;
     what_is_held_is_told: NO_LIMITS;
+    what_is_in_a_hurry_is_told: NO_LIMITS;
     what_gets_its_tag_is_not_taken_back: NO_LIMITS;
     what_a_dead_agent_held_is_taken_back: NO_LIMITS;
     a_pause_is_kept: NO_LIMITS;
@@ -458,6 +459,34 @@ async fn what_is_held_is_told(world: World) -> Outcome {
     assert_eq!(queue.complete(&taken, &last).await?, ClaimState::Held);
     assert_eq!(world.take_all().await?, [phase, last]);
     assert_eq!(queue.withdraw(order.job).await?, Withdrawn::Unknown);
+    Ok(())
+}
+
+async fn what_is_in_a_hurry_is_told(world: World) -> Outcome {
+    let queue = &world.queue;
+    let order = world.offer("n1", "ada").await?;
+    // While it waits, also if its order is renewed.
+    assert!(queue.hurry(order.job).await?);
+    assert_eq!(queue.offer(&order).await?, Offered::Known);
+    let claim = world.get("n1", "a").await?;
+    assert_eq!(queue.renew(&claim).await?, ClaimState::Hurried);
+    let phase = report(&claim, 1, Update::Started);
+    assert_eq!(queue.report(&claim, &phase).await?, ClaimState::Hurried);
+    // While it is held, and another one is not.
+    let other = world.offer("n1", "ada").await?;
+    let held = world.get("n1", "a").await?;
+    assert_eq!(queue.renew(&held).await?, ClaimState::Held);
+    assert!(queue.hurry(other.job).await?);
+    assert_eq!(queue.renew(&held).await?, ClaimState::Hurried);
+    // The tag is confirmed as for any other, and whoever is cancelled is told that first.
+    assert_eq!(queue.confirm(&claim).await?, ClaimState::Hurried);
+    assert_eq!(queue.withdraw(order.job).await?, Withdrawn::TooLate);
+    assert_eq!(queue.withdraw(other.job).await?, Withdrawn::CancelRequested);
+    assert_eq!(queue.renew(&held).await?, ClaimState::Cancelled);
+    let last = ended(&claim, Ending::Cancelled);
+    assert_eq!(queue.complete(&claim, &last).await?, ClaimState::Held);
+    assert!(!queue.hurry(order.job).await?);
+    assert!(!queue.hurry(upperdeck::service::job::JobId::new()).await?);
     Ok(())
 }
 

@@ -45,7 +45,7 @@ async fn save(queue: Queue, claim: Claim, kept: Kept, mut rng: SmallRng) -> Resu
             Update::Started
         };
         match queue.report(&claim, &report(&claim, seq, said)).await? {
-            ClaimState::Held => {}
+            ClaimState::Held | ClaimState::Hurried => {}
             ClaimState::Cancelled => {
                 queue
                     .complete(&claim, &ended(&claim, Ending::Cancelled))
@@ -58,7 +58,7 @@ async fn save(queue: Queue, claim: Claim, kept: Kept, mut rng: SmallRng) -> Resu
         queue.renew(&claim).await?;
     }
     match queue.confirm(&claim).await? {
-        ClaimState::Held => {}
+        ClaimState::Held | ClaimState::Hurried => {}
         ClaimState::Cancelled => {
             queue
                 .complete(&claim, &ended(&claim, Ending::Cancelled))

@@ -270,6 +270,12 @@ impl Client {
             .await
     }
 
+    /// Has a save run at normal priority, and returns its state.
+    pub(super) async fn hurry(&self, id: &str) -> Result<Save, Error> {
+        let path = format!("saves/{id}/hurry");
+        self.json(self.request(Method::POST, &path, &[])).await
+    }
+
     /// Sends a DELETE request.
     pub(super) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
         self.json(self.request(Method::DELETE, path, &[])).await

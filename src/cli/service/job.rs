@@ -19,7 +19,7 @@ use crate::cli::{signals, write_stdout};
 use crate::common::cancel::Cancelled;
 use crate::service::job::{Code, Event, Observer, SaveOptions, State};
 use crate::service::manager::api::{
-    ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Which,
+    ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Waiting, WaitingReason, Which,
 };
 
 /// Length of a shortened container ID in a table.
@@ -50,6 +50,10 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
                 "cancelling: its node is told\n".to_owned()
             };
             Ok(write_stdout(said.as_bytes())?)
+        }),
+        Job::Hurry(args) => with_client(&args.server, async |client| {
+            client.hurry(&args.id.to_string()).await?;
+            Ok(write_stdout(b"its node is told\n")?)
         }),
         Job::Ls(args) => with_client(&args.server, async |client| {
             let mut query = vec![("limit", args.limit.to_string())];
@@ -183,11 +187,32 @@ async fn watch(client: &Client, id: &str, mode: Mode, verbose: bool) -> anyhow::
     }
 }
 
+/// Returns why a save waits, as a clause.
+fn waiting_text(waiting: &Waiting, can_hurry: bool) -> String {
+    let node = &waiting.node;
+    match waiting.reason {
+        WaitingReason::Queue => format!("other saves are ahead of it on {node}"),
+        WaitingReason::Cores if can_hurry => {
+            format!("waiting for free cores on {node}; job hurry runs it at normal priority")
+        }
+        WaitingReason::Cores => format!("waiting for free cores on {node}"),
+        WaitingReason::Slot => format!("{node} runs as many saves as it may at once"),
+        WaitingReason::Retry => match &waiting.until {
+            Some(until) => format!("the last attempt failed; the next one begins at {until}"),
+            None => "the last attempt failed".to_owned(),
+        },
+        WaitingReason::Node => format!("node {node} is not heard of"),
+        WaitingReason::Draining => format!("{node} takes no new saves: its agent ends"),
+        WaitingReason::QueueDown => "it is recorded; the queue cannot be reached".to_owned(),
+    }
+}
+
 /// What of a save has been passed to the observer, so that nothing is reported twice.
 #[derive(Default)]
 struct Reported {
     phase: Option<crate::service::job::Phase>,
     place: Option<u64>,
+    waiting: Option<WaitingReason>,
     attempt: u32,
     warnings: usize,
     pause: bool,
@@ -212,6 +237,18 @@ impl Reported {
             self.place = save.place;
             if let Some(place) = save.place {
                 observer.event(Event::Queued { place });
+            }
+        }
+        let waiting = save.waiting.as_ref();
+        let reason = waiting.map(|waiting| waiting.reason);
+        if reason != self.waiting {
+            self.waiting = reason;
+            // The place in the queue is reported as such.
+            if let Some(waiting) = waiting.filter(|_| save.place.is_none_or(|place| place == 0)) {
+                observer.event(Event::Warning {
+                    code: "waiting".to_owned(),
+                    message: waiting_text(waiting, save.can_hurry),
+                });
             }
         }
         if save.phase != self.phase {
@@ -402,6 +439,17 @@ fn status_text(save: &Save) -> String {
     lines.extend(
         save.place
             .map(|place| ("place", format!("{place} before it"))),
+    );
+    lines.extend(
+        save.since
+            .clone()
+            .filter(|_| !save.state.is_final())
+            .map(|since| ("since", since)),
+    );
+    lines.extend(
+        save.waiting
+            .as_ref()
+            .map(|waiting| ("waiting", waiting_text(waiting, save.can_hurry))),
     );
     if let Some(progress) = save.progress.filter(|_| !save.state.is_final()) {
         let left = progress

@@ -175,6 +175,7 @@ fn agent_options(
         options.drain = drain;
     }
     options.background = (!work.foreground).then_some(work.background_floor);
+    options.allow_hurry = work.allow_hurry;
     options.memory = (work.save_memory > 0).then_some(work.save_memory);
     options.flags = work.commit_flag;
     Ok(options)

@@ -28,6 +28,7 @@ use super::stuck::StuckProcesses;
 use crate::common::escape;
 use crate::node::background::MemoryLimit;
 use crate::node::container::{Pattern, Roots, process_start};
+use crate::save::HURRY;
 use crate::service::job::{Event, JobId, Order, Replaces};
 use crate::store::destination::SAVE_ANNOTATION;
 
@@ -233,7 +234,10 @@ fn release_memory(options: &Options, group: String) -> bool {
         return false;
     };
     let host_root = options.roots.host_root.as_deref();
-    MemoryLimit { bytes, group }.remove_cgroup(host_root, options.background.is_some())
+    let limit = MemoryLimit { bytes, group };
+    // A save that was asked to hurry has had a group on either side.
+    let idle = options.background.is_some() && limit.remove_cgroup(host_root, true);
+    limit.remove_cgroup(host_root, false) || idle
 }
 
 /// Removes the cgroup of a save that has ended. Returns whether the save ran out of memory; where no cgroup limited it,
@@ -353,6 +357,14 @@ impl Child {
     pub(super) async fn open_gate(&mut self) -> io::Result<()> {
         match &mut self.gate {
             Some(gate) => gate.write_all(b"y").await,
+            None => Ok(()),
+        }
+    }
+
+    /// Has the child leave the background for good.
+    pub(super) async fn hurry(&mut self) -> io::Result<()> {
+        match &mut self.gate {
+            Some(gate) => gate.write_all(&[HURRY]).await,
             None => Ok(()),
         }
     }

@@ -121,6 +121,7 @@ pub(super) fn to_load(measured: &Measured, bounds: Bounds) -> Load {
         slots,
         threads,
         background: false,
+        hurry: false,
     }
 }
 

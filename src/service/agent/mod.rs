@@ -396,6 +396,7 @@ impl Agent {
             running,
             load: Load {
                 background: self.options.background.is_some(),
+                hurry: self.options.may_hurry(),
                 ..load::to_load(&self.measure(), self.bounds())
             },
             problems,

@@ -60,6 +60,8 @@ pub struct Options {
     pub sizes_every: Duration,
     /// Whether children run at the lowest CPU and I/O priority, and then their floor in per cent of the cores.
     pub background: Option<f64>,
+    /// Whether the owner of a save may have it run at normal priority.
+    pub allow_hurry: bool,
     /// The most memory that a child may take, in bytes; none: no bound.
     pub memory: Option<u64>,
     /// Further flags of `commit` for every job, chosen by the administrator: caps, `--pause`, `--include-caches`.
@@ -88,6 +90,11 @@ pub struct Registry {
 }
 
 impl Options {
+    /// Returns whether a save may leave the background when its owner asks.
+    pub(super) fn may_hurry(&self) -> bool {
+        self.allow_hurry && self.background.is_some()
+    }
+
     /// Returns the defaults, with no permitted destination.
     pub fn new(owner: OwnerRule) -> Self {
         let state = PathBuf::from("/var/lib/upperdeck");
@@ -121,6 +128,7 @@ impl Options {
             inventory_every: Duration::from_secs(10),
             sizes_every: Duration::from_secs(5 * 60),
             background: Some(DEFAULT_FLOOR_PERCENT),
+            allow_hurry: false,
             memory: Some(MEMORY),
             flags: Vec::new(),
         }

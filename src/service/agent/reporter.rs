@@ -43,6 +43,8 @@ pub(super) struct Reporter {
     waiting: VecDeque<Report>,
     /// Time of the next attempt if the queue could not be reached.
     not_before: Option<Instant>,
+    /// Whether the queue says that the save was asked to hurry. Its claim is reported as held.
+    pub(super) hurried: bool,
 }
 
 impl Reporter {
@@ -54,7 +56,16 @@ impl Reporter {
             seq: 0,
             waiting: VecDeque::new(),
             not_before: None,
+            hurried: false,
         }
+    }
+
+    fn noted(&mut self, hold: ClaimState) -> ClaimState {
+        if hold != ClaimState::Hurried {
+            return hold;
+        }
+        self.hurried = true;
+        ClaimState::Held
     }
 
     fn report(&mut self, update: Update) -> Report {
@@ -106,7 +117,7 @@ impl Reporter {
                 Ok(left) => {
                     self.waiting.pop_front();
                     self.not_before = None;
-                    hold = Some(left);
+                    hold = Some(self.noted(left));
                 }
                 Err(error) => {
                     self.on_unreachable(&error);
@@ -132,7 +143,7 @@ impl Reporter {
             return Some(hold);
         }
         match call(&self.queue, self.queue.renew(&self.claim), CALL_TIMEOUT).await {
-            Ok(hold) => Some(hold),
+            Ok(hold) => Some(self.noted(hold)),
             Err(error) => {
                 self.on_unreachable(&error);
                 None
@@ -164,7 +175,7 @@ impl Reporter {
     /// Returns whether the claim is still held, so that the tag may be set. From then on the job cannot be cancelled.
     pub(super) async fn confirm(&mut self) -> Option<ClaimState> {
         match call(&self.queue, self.queue.confirm(&self.claim), CALL_TIMEOUT).await {
-            Ok(hold) => Some(hold),
+            Ok(hold) => Some(self.noted(hold)),
             Err(error) => {
                 self.on_unreachable(&error);
                 None

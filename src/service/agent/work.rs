@@ -55,7 +55,7 @@ pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: CancellationToke
         None => match reporter.send(Update::Assigned).await {
             Some(ClaimState::Lost) => AttemptEnd::ClaimLost,
             Some(ClaimState::Cancelled) => AttemptEnd::Outcome(Outcome::Cancelled),
-            Some(ClaimState::Held) | None => {
+            Some(ClaimState::Held | ClaimState::Hurried) | None => {
                 check_and_run(&agent, &mut reporter, &order, &lost).await
             }
         },
@@ -121,7 +121,7 @@ async fn permission(
             match reporter.renew().await {
                 Some(ClaimState::Lost) => return Some(AttemptEnd::ClaimLost),
                 Some(ClaimState::Cancelled) => return Some(AttemptEnd::Known(Outcome::Cancelled)),
-                Some(ClaimState::Held) | None => {}
+                Some(ClaimState::Held | ClaimState::Hurried) | None => {}
             }
         }
         tokio::select! {
@@ -438,11 +438,15 @@ async fn follow(
     tokio::pin!(exit_deadline);
     let mut hold = reporter.send(Update::Started).await;
     let mut open = true;
+    let mut hurry_over = !agent.options.may_hurry();
     let why = loop {
         match hold.take() {
             Some(ClaimState::Lost) => break Some(StopReason::Lost),
             Some(ClaimState::Cancelled) => break Some(StopReason::Cancelled),
-            Some(ClaimState::Held) | None => {}
+            Some(ClaimState::Held | ClaimState::Hurried) | None => {}
+        }
+        if reporter.hurried && !hurry_over {
+            hurry_over = hurry(agent, reporter, child).await;
         }
         tokio::select! {
             event = child.events.recv(), if open => match event {
@@ -492,6 +496,21 @@ async fn follow(
     (why, status, final_event)
 }
 
+/// Has the save run at normal priority, if a manager confirms that this was asked for. Returns `false` if the answer is
+/// not known yet.
+async fn hurry(agent: &Agent, reporter: &Reporter, child: &mut Child) -> bool {
+    let Some(verdict) = reporter.ask_managers(NextStep::Hurry).await else {
+        return false;
+    };
+    let job = reporter.claim.order.job;
+    if verdict == Verdict::Wanted {
+        tracing::info!(job.id = %job, node = agent.options.node, "a save leaves the background, as its owner asked");
+        // If the child is gone, its exit status will show it.
+        let _ = child.hurry().await;
+    }
+    true
+}
+
 /// Returns whether the tag may be set: a manager has to confirm now that it is wanted, and then the queue that the job
 /// can no longer be cancelled. Fails with the reason to stop the save, or with `None` if the answer is not known yet.
 async fn may_tag(reporter: &mut Reporter) -> Result<(), Option<StopReason>> {
@@ -502,7 +521,7 @@ async fn may_tag(reporter: &mut Reporter) -> Result<(), Option<StopReason>> {
         None => return Err(None),
     }
     match reporter.confirm().await {
-        Some(ClaimState::Held) => Ok(()),
+        Some(ClaimState::Held | ClaimState::Hurried) => Ok(()),
         Some(ClaimState::Cancelled) => Err(Some(StopReason::Cancelled)),
         Some(ClaimState::Lost) => Err(Some(StopReason::Lost)),
         None => Err(None),

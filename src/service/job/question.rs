@@ -32,6 +32,8 @@ pub enum NextStep {
     Save,
     /// Setting the tag; everything else has been delivered.
     Tag,
+    /// Running it at normal priority.
+    Hurry,
 }
 
 /// A manager's answer according to the record. Signed for the node that asked.

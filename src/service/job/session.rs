@@ -111,6 +111,9 @@ pub struct Load {
     /// Whether jobs run in the background: they get what others leave.
     #[serde(default)]
     pub background: bool,
+    /// Whether the owner of a save may have it run at normal priority instead.
+    #[serde(default)]
+    pub hurry: bool,
 }
 
 /// An agent's heartbeat.

@@ -228,6 +228,12 @@ pub struct Save {
     pub image: Option<ImageFate>,
     /// Whether cancellation was requested.
     pub cancelling: bool,
+    /// Whether it was asked to run at normal priority.
+    #[serde(default)]
+    pub hurried: bool,
+    /// Whether it can be: its node's agent allows it, and runs it in the background.
+    #[serde(default)]
+    pub can_hurry: bool,
     /// Time of the request.
     #[schema(format = DateTime)]
     pub created: String,
@@ -249,6 +255,8 @@ pub enum WaitingReason {
     Queue,
     /// The node's sessions use its cores: it runs no more saves at once, or this one takes only what they leave.
     Cores,
+    /// The node runs as many saves as it may at once.
+    Slot,
     /// The last attempt failed; the next one begins at `until`.
     Retry,
     /// The node is not heard of.

@@ -11,6 +11,7 @@ mod events;
 mod exposition;
 mod extract;
 mod feed;
+mod hurry;
 mod images;
 mod inventory;
 mod metrics;

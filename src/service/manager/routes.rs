@@ -20,7 +20,7 @@ use utoipa_axum::routes;
 
 use super::extract::RequestGuard;
 use super::refusal::Refusal;
-use super::{App, api, events, feed, images, inventory, saves, sharing, signin, status};
+use super::{App, api, events, feed, hurry, images, inventory, saves, sharing, signin, status};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Content security policy of responses other than the page: they may do nothing, even if a browser displays one.
@@ -71,6 +71,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(events::events))
         .routes(routes!(feed::events))
         .routes(routes!(saves::requeue))
+        .routes(routes!(hurry::hurry))
         .routes(routes!(saves::audit))
         .routes(routes!(saves::dead))
         .routes(routes!(images::images))

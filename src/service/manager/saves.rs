@@ -234,6 +234,7 @@ pub(super) async fn submit(
         result: None,
         error: None,
         cancelling: false,
+        hurried: false,
         caller: caller.name.clone(),
         created_ms: now,
         queued_ms: now,

@@ -18,6 +18,8 @@ pub(super) struct Standing {
     /// Number of saves ahead of it.
     pub(super) place: Option<u64>,
     pub(super) waiting: Option<Waiting>,
+    /// Whether its node's agent lets it run at normal priority when asked.
+    pub(super) can_hurry: bool,
 }
 
 /// What is known of a save's node.
@@ -27,6 +29,7 @@ struct NodeState {
     full: bool,
     /// Whether its sessions want the cores that a background save would use.
     busy: bool,
+    can_hurry: bool,
 }
 
 /// Returns the standings of those of `saves` that have not ended. What cannot be found out is left out, because the
@@ -60,6 +63,7 @@ pub(super) async fn standings(app: &App, saves: &[Save]) -> HashMap<JobId, Stand
     let now = now_ms();
     let standing = |save: &Save| Standing {
         place: places.get(&save.id).copied(),
+        can_hurry: nodes.get(&save.node).is_some_and(|node| node.can_hurry),
         waiting: if save.state == State::Queued && !queue_up {
             Some(Waiting {
                 reason: WaitingReason::QueueDown,
@@ -95,6 +99,7 @@ async fn nodes(app: &App) -> HashMap<String, NodeState> {
                     || load.load1 > f64::from(load.cores),
                     |pressure| pressure >= BUSY_PRESSURE,
                 ),
+            can_hurry: status.is_alive() && load.hurry,
         }
     };
     let all = nodes.iter();
@@ -125,7 +130,11 @@ fn waiting(
             } else if node.draining {
                 Some(for_reason(WaitingReason::Draining))
             } else if save.state == State::Queued && node.full {
-                Some(for_reason(WaitingReason::Cores))
+                Some(for_reason(if node.busy {
+                    WaitingReason::Cores
+                } else {
+                    WaitingReason::Slot
+                }))
             } else {
                 place
                     .filter(|before| *before > 0)
@@ -135,7 +144,7 @@ fn waiting(
         State::Running => {
             let node = node?;
             if node.alive {
-                node.busy.then(|| for_reason(WaitingReason::Cores))
+                (node.busy && !save.hurried).then(|| for_reason(WaitingReason::Cores))
             } else {
                 Some(for_reason(WaitingReason::Node))
             }

@@ -58,6 +58,8 @@ pub(super) fn shown(save: &Save, standing: &Standing) -> Shown {
         }),
         image: None,
         cancelling: save.cancelling,
+        hurried: save.hurried,
+        can_hurry: standing.can_hurry && open && !save.hurried && !save.cancelling,
         created: rfc3339(save.created_ms),
         started: save.started_ms.map(rfc3339),
         finished: save.finished_ms.map(rfc3339),

@@ -185,6 +185,17 @@ async function cancel(save) {
   }
 }
 
+/** Has a save run at normal priority. */
+async function hurry(save) {
+  try {
+    take(await insist("POST", path("saves", save.id, "hurry"), { body: {} }));
+    announce(t("hurry.said", { image: image(save) }));
+  } catch (error) {
+    announce(words(error).join(" "), true);
+    await get(path("saves", save.id)).then(take, () => {});
+  }
+}
+
 /** An error of a call, for people. */
 export function words(error) {
   if (error instanceof Refused) {
@@ -273,7 +284,9 @@ export function running(first) {
   const stop = element("button", { type: "button", click: () => (latest(first.id)?.cancelling ? null : cancel(latest(first.id) ?? first)) }, t("cancel"));
   stop.setAttribute("aria-label", t("cancel.what", { image: image(first) }));
   const label = element("div", { class: "over-bar" }, phase, element("span", { class: "of" }, named(image(first))), portion);
-  const why = element("p", { class: "why" });
+  const reason = element("span");
+  const faster = element("button", { type: "button", class: "quiet", hidden: true, "aria-label": t("hurry.what", { image: image(first) }), click: () => hurry(latest(first.id) ?? first) }, t("hurry"));
+  const why = element("p", { class: "why" }, reason, " ", faster);
   const bell = notifier();
   const block = element("section", { class: "running", "aria-label": t("saving.what", { image: image(first) }) },
     label, bar, element("div", { class: "under-bar" }, numbers, stop, bell), why);
@@ -297,7 +310,12 @@ export function running(first) {
     if (save.since) said.push(t("since", { time: duration(since(save.since)) }));
     if (save.attempt > 1) said.push(t("attempt", { count: save.attempt }));
     fill(numbers, said.join(" · "));
-    fill(why, save.waiting ? sentence(`waiting.${save.waiting.reason}`, { node: named(save.waiting.node), time: save.waiting.until ? when(save.waiting.until) : "" }) : "");
+    const told = { node: named(save.waiting?.node ?? save.node), time: save.waiting?.until ? when(save.waiting.until) : "" };
+    fill(reason, save.waiting ? sentence(`waiting.${save.waiting.reason}`, told) : save.hurried ? sentence("hurried", told) : "");
+    const focused = faster === document.activeElement;
+    faster.hidden = !(save.can_hurry && save.waiting?.reason === "cores");
+    if (focused && faster.hidden) look(block);
+    why.hidden = !save.waiting && !save.hurried;
     // Not `disabled`, which would drop the focus.
     if (save.cancelling) stop.setAttribute("aria-disabled", "true");
   };

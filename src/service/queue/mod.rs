@@ -103,6 +103,9 @@ pub enum ClaimState {
     /// The claim is held, but the job was cancelled: the agent has to stop it and call [`Queue::complete`] with the
     /// outcome cancelled.
     Cancelled,
+    /// The claim is held, and the save was asked to hurry. The queue's word alone is no reason to raise its priority: the
+    /// agent asks a manager.
+    Hurried,
     /// Another consumer holds the job, or the queue no longer knows it: the agent has to stop it and report nothing.
     Lost,
 }
@@ -271,6 +274,11 @@ impl Queue {
     /// Withdraws a job, whether it waits or an agent holds it. A claim whose lease has ended counts as not held.
     pub async fn withdraw(&self, job: JobId) -> Result<Withdrawn, Error> {
         dispatch!(self, withdraw(job))
+    }
+
+    /// Marks a job as in a hurry, whether it waits or an agent holds it. Returns `false` if the queue does not know it.
+    pub async fn hurry(&self, job: JobId) -> Result<bool, Error> {
+        dispatch!(self, hurry(job))
     }
 
     /// Returns the position of each of `jobs`; `None` if the queue does not know the job, in which case the manager has

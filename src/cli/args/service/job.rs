@@ -51,6 +51,11 @@ pub(in crate::cli) enum Job {
         after_long_help = "Examples:\n  upperdeck job cancel 0198f0c4-0000-7000-8000-000000000000"
     )]
     Cancel(JobCancel),
+    /// Have a save run at normal priority, where its node allows it
+    #[command(
+        after_long_help = "Examples:\n  upperdeck job hurry 0198f0c4-0000-7000-8000-000000000000\n\nThe agent of the node has to run with --allow-hurry."
+    )]
+    Hurry(JobCancel),
     /// List saves, newest first
     #[command(
         after_long_help = "Examples:\n  upperdeck job ls\n  upperdeck job ls --state failed --format json | jq -r '.saves[].error.code'\n\nJSON: an object as GET /api/v1/saves has it."

@@ -238,6 +238,9 @@ pub(in crate::cli) struct Work {
     /// for ten seconds; 0: none
     #[arg(long, value_name = "PERCENT", value_parser = floor, default_value_t = DEFAULT_FLOOR_PERCENT, help_heading = WORK)]
     pub(in crate::cli) background_floor: f64,
+    /// Allow the owner of a save to have it run at normal priority (job hurry, a button of the page)
+    #[arg(long, help_heading = WORK)]
+    pub(in crate::cli) allow_hurry: bool,
     /// Memory limit of one save or inspection; 0 for no limit
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "3G", help_heading = WORK)]
     pub(in crate::cli) save_memory: u64,

@@ -55,6 +55,7 @@ async fn execute(app: &App, taken: OutboxEntry) -> Result<(), TaskError> {
     let done = match taken.action {
         OutboxAction::Offer => offer(app, taken.save).await,
         OutboxAction::Withdraw => withdraw(app, taken.save).await,
+        OutboxAction::Hurry => hurry(app, taken.save).await,
     };
     match done {
         Ok(()) => app.record.outbox_done(&app.name, &taken).await?,
@@ -76,7 +77,16 @@ async fn offer(app: &App, id: JobId) -> Result<(), TaskError> {
         return Ok(());
     }
     let offered = app.queue.offer(&order(app, &save)).await?;
+    if save.hurried {
+        app.queue.hurry(id).await?;
+    }
     tracing::debug!(job = %id, attempt = save.attempt, known = offered == Offered::Known, "an order is out");
+    Ok(())
+}
+
+/// A job that the queue does not know is marked when it is offered.
+async fn hurry(app: &App, id: JobId) -> Result<(), TaskError> {
+    app.queue.hurry(id).await?;
     Ok(())
 }
 

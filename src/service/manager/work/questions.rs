@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 
 use super::{ERROR_DELAY, TaskError};
-use crate::service::job::{Answer, Question, Verdict};
+use crate::service::job::{Answer, NextStep, Question, Verdict};
 use crate::service::manager::App;
 use crate::service::record::Save;
 
@@ -26,6 +26,9 @@ fn verdict(save: Option<&Save>, question: &Question) -> Verdict {
     }
     if question.fence < save.fence {
         return Verdict::Superseded;
+    }
+    if question.before == NextStep::Hurry && !save.hurried {
+        return Verdict::Unwanted;
     }
     Verdict::Wanted
 }

@@ -47,6 +47,8 @@ struct State {
 struct Job {
     order: Order,
     at: JobState,
+    /// Whether the agent that has it, or will have it, is told to hurry.
+    hurry: bool,
 }
 
 enum JobState {
@@ -160,6 +162,7 @@ impl Local {
         let job = Job {
             order: order.clone(),
             at: JobState::Waiting,
+            hurry: false,
         };
         state.jobs.insert(order.job, job);
         let node_queue = state.nodes.entry(order.node.clone()).or_default();
@@ -201,6 +204,13 @@ impl Local {
         drop(state);
         self.0.changed.notify_waiters();
         Ok(Withdrawn::Removed)
+    }
+
+    pub(super) async fn hurry(&self, job: JobId) -> Result<bool, Error> {
+        let mut state = self.state();
+        let known = state.jobs.get_mut(&job);
+        let known = known.filter(|known| !matches!(known.at, JobState::Ended { .. }));
+        Ok(known.map(|known| known.hurry = true).is_some())
     }
 
     pub(super) async fn places(&self, jobs: &[JobId]) -> Result<Vec<Option<Place>>, Error> {
@@ -514,9 +524,11 @@ impl Local {
             cancelled,
             confirmed,
         };
+        let hurry = state.jobs.get(&order.job).is_some_and(|job| job.hurry);
         let job = Job {
             order: order.clone(),
             at,
+            hurry,
         };
         state.jobs.insert(order.job, job);
         Claim { order, fence }
@@ -529,6 +541,7 @@ impl Local {
             Some(Job {
                 at: JobState::Held { fence, until, .. },
                 order,
+                ..
             }) if *fence == claim.fence => {
                 *until <= now && !state.within_limits(now, self.0.limits, order)
             }
@@ -542,6 +555,7 @@ impl Local {
                     confirmed,
                     ..
                 },
+            hurry,
             ..
         }) = state.jobs.get_mut(&claim.order.job)
         else {
@@ -555,6 +569,9 @@ impl Local {
             return ClaimState::Cancelled;
         }
         *confirmed |= confirm;
+        if *hurry {
+            return ClaimState::Hurried;
+        }
         ClaimState::Held
     }
 

@@ -36,11 +36,11 @@ local function registry_key(host) return P .. 'into:' .. host end   -- sorted se
 local function list_key(node, user) return P .. 'list:' .. #node .. ':' .. node .. ':' .. user end
 
 local function load(id)
-    local f = redis.call('HMGET', job_key(id), 's', 'n', 'u', 'r', 'f', 'x', 't', 'g', 'e', 'c', 'k', 'lu', 'ln', 'lr')
+    local f = redis.call('HMGET', job_key(id), 's', 'n', 'u', 'r', 'f', 'x', 't', 'g', 'e', 'c', 'k', 'lu', 'ln', 'lr', 'h')
     if not f[1] or not f[2] then return nil end
     return {
         s = f[1], n = f[2], u = f[3] or '', r = f[4] or '', f = f[5] or '0', x = num(f[6]), t = num(f[7]), g = f[8] or '',
-        e = f[9] or '0-0', c = f[10] == '1', k = f[11] == '1', lu = num(f[12]), ln = num(f[13]), lr = num(f[14]),
+        e = f[9] or '0-0', c = f[10] == '1', k = f[11] == '1', lu = num(f[12]), ln = num(f[13]), lr = num(f[14]), h = f[15] == '1',
     }
 end
 
@@ -121,7 +121,8 @@ local function set_lease(id, j)
     end
 end
 
--- Renews the claim with that fence: 0 it is lost, 1 held, 2 held and not wanted any more; and the job.
+-- Renews the claim with that fence: 0 it is lost, 1 held, 2 held and not wanted any more, 3 held and in a hurry; and the
+-- job.
 local function hold(id, fence, limit_user, limit_node, limit_registry)
     local j = load(id)
     if not j or j.s ~= 'h' or j.f ~= fence then return 0 end
@@ -131,5 +132,6 @@ local function hold(id, fence, limit_user, limit_node, limit_registry)
     -- Who looks at the stream's pending entries sees a claim that is alive.
     redis.pcall('XCLAIM', stream_key(j.n), 'agents', j.g, 0, j.e, 'JUSTID')
     if j.c then return 2, j end
+    if j.h then return 3, j end
     return 1, j
 end

@@ -73,7 +73,7 @@ macro_rules! scripts {
         }
     };
 }
-scripts!(offer claim renew confirm report complete taken withdraw drop places heartbeat heard silence inventories depth ask answer);
+scripts!(offer claim renew confirm report complete taken withdraw hurry drop places heartbeat heard silence inventories depth ask answer);
 
 /// Result of the claim script: job, fence, sealed order.
 type ClaimReply = (Vec<u8>, Vec<u8>, Vec<u8>);
@@ -211,6 +211,12 @@ impl Redis {
             3 => Withdrawn::TooLate,
             _ => Withdrawn::Unknown,
         })
+    }
+
+    pub(super) async fn hurry(&self, job: JobId) -> Result<bool, Error> {
+        let mut call = self.call(&self.scripts.hurry);
+        call.arg(job.to_string());
+        Ok(self.link.run::<i64>(&call).await? == 1)
     }
 
     pub(super) async fn places(&self, jobs: &[JobId]) -> Result<Vec<Option<Place>>, Error> {
@@ -593,6 +599,7 @@ fn hold(answer: i64) -> ClaimState {
     match answer {
         1 => ClaimState::Held,
         2 => ClaimState::Cancelled,
+        3 => ClaimState::Hurried,
         _ => ClaimState::Lost,
     }
 }

@@ -17,6 +17,8 @@ pub enum OutboxAction {
     Offer,
     /// Withdraw the order.
     Withdraw,
+    /// Tell the agent to hurry.
+    Hurry,
 }
 
 impl OutboxAction {
@@ -25,12 +27,13 @@ impl OutboxAction {
         match self {
             Self::Offer => "offer",
             Self::Withdraw => "withdraw",
+            Self::Hurry => "hurry",
         }
     }
 
     /// Returns the request with that name.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
-        [Self::Offer, Self::Withdraw]
+        [Self::Offer, Self::Withdraw, Self::Hurry]
             .into_iter()
             .find(|action| action.name() == name)
     }
@@ -368,6 +371,25 @@ impl Draft {
                 attempt: self.save.attempt,
                 fence: self.save.fence,
                 detail: truncated(&format!("{who} asked for its end")),
+            });
+        }
+        true
+    }
+
+    /// Asks for normal priority. Returns `false` if the save has ended, or is about to be cancelled.
+    pub fn request_hurry(&mut self, who: &str) -> bool {
+        if self.save.state.is_final() || self.save.cancelling {
+            return false;
+        }
+        if !self.save.hurried {
+            self.save.hurried = true;
+            self.send(OutboxAction::Hurry, self.now_ms);
+            self.steps.push(Step {
+                from: Some(self.save.state),
+                to: self.save.state,
+                attempt: self.save.attempt,
+                fence: self.save.fence,
+                detail: truncated(&format!("{who} asked it to hurry")),
             });
         }
         true

@@ -81,6 +81,9 @@ pub struct Save {
     pub error: Option<Failure>,
     /// Whether cancellation was requested.
     pub cancelling: bool,
+    /// Whether it was asked to run at normal priority.
+    #[serde(default)]
+    pub hurried: bool,
     /// The caller that requested the save.
     pub caller: String,
     /// Time of the request: milliseconds since the epoch, UTC, like all following instants.
