@@ -104,7 +104,9 @@ mod tests {
         let (answers, mut agent) = io::pipe()?;
         let cancel = CancellationToken::new();
         let (asked, hears) = std::sync::mpsc::channel();
-        let gate = Gate::new(answers, cancel.clone(), move || drop(asked.send(())))?;
+        let gate = Gate::new(answers, cancel.clone(), move || {
+            let _ = asked.send(());
+        })?;
         agent.write_all(b"hh")?;
         for _ in 0..2 {
             assert!(hears.recv().is_ok());

@@ -238,7 +238,7 @@ impl World {
                     immutable: false,
                 })
                 .collect(),
-            digest: format!("sha256:{:0>64}", format!("{:x}", size ^ changed as u64)),
+            digest: format!("sha256:{:0<64}", format!("{:x}", size ^ changed as u64)),
             repository,
             size: Some(size),
             category: Some(category),
@@ -584,7 +584,7 @@ impl World {
 }
 
 fn digest_of(id: JobId) -> String {
-    format!("sha256:{:0>64}", id.to_string().replace('-', ""))
+    format!("sha256:{:0<64}", id.to_string().replace('-', ""))
 }
 
 pub fn refusal(status: StatusCode, code: &str, message: &str) -> (StatusCode, Problem) {

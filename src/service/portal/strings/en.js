@@ -94,7 +94,7 @@ export default {
   "phase.locating": "Looking at the session",
   "phase.scanning": "Finding what you changed",
   "phase.streaming": "Packing and sending",
-  "phase.base": "Sending what the image stands on",
+  "phase.base": "Sending the base image",
   "phase.finishing": "Finishing",
   "phase.cancelling": "Stopping",
   "place.next": "next in the queue",
