@@ -473,8 +473,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
             foreign
                 || [
                     &help, &commit, &layer, &ps, &bench, &list, &remove, &prune, &submit, &manager,
-                    &agent, &up, &doctor, &help, &commit, &layer, &ps, &bench, &list, &remove,
-                    &submit, &manager, &agent, &up, &doctor, &setup,
+                    &agent, &up, &doctor, &setup,
                 ]
                 .iter()
                 .any(|text| text.contains(flag)),
