@@ -33,8 +33,9 @@ for dir in /etc /var/lib /usr/local; do
 done
 echo '127.0.0.1 localhost registry.example.org' > /etc/hosts
 docker-registry serve "$DIR/registry.yml" > "$DIR/registry.log" 2>&1 &
+registry=$!
 until grep -q 'listening on' "$DIR/registry.log"; do sleep 0.05; done
-trap 'kill $!' EXIT
+trap 'kill $registry' EXIT
 cd "$DIR/work"
 eval "$LINE"
 "#;
