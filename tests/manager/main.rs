@@ -5,6 +5,7 @@ mod access;
 mod doors;
 mod events;
 mod fuzz;
+mod http;
 mod jobs;
 mod metrics;
 mod openapi;

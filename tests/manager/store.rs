@@ -157,8 +157,8 @@ async fn images_are_listed_with_their_story_searched_sorted_and_turned() -> Outc
         ("search=nothing", Who::Alice, 0),
         ("category=gpu", Who::Alice, 1),
         ("category=", Who::Alice, 2),
-        ("page_size=1", Who::Alice, 1),
-        ("page_size=1&page=3", Who::Alice, 0),
+        ("limit=1", Who::Alice, 1),
+        ("limit=2", Who::Alice, 2),
         ("sort=size", Who::Bob, 1),
         ("", Who::Administrator, 3),
         ("user=bob", Who::Administrator, 1),
@@ -169,11 +169,12 @@ async fn images_are_listed_with_their_story_searched_sorted_and_turned() -> Outc
     let by_size = get(at, Who::Alice, "/api/v1/images?sort=size").await?;
     assert_eq!(by_size["images"][0]["name"], "other");
     for query in [
-        "page=0",
-        "page_size=101",
+        "limit=0",
+        "limit=501",
+        "cursor=x",
         "sort=colour",
         "category=tpu",
-        "page=x",
+        "page=1",
         "unknown=1",
     ] {
         let (status, body) = ask(

@@ -631,7 +631,11 @@ async fn me(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
 
 async fn sessions(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
     let sessions = enter(&world, &headers, false)?.sessions.clone();
-    Ok(Json(Sessions { sessions }).into_response())
+    Ok(Json(Sessions {
+        sessions,
+        next: None,
+    })
+    .into_response())
 }
 
 async fn save(
@@ -675,7 +679,7 @@ async fn saves(
         })
         .filter(|save| {
             query
-                .get("after")
+                .get("cursor")
                 .is_none_or(|after| save.id.to_string() < *after)
         })
         .collect();
@@ -805,23 +809,18 @@ async fn images(
         Some("size") => found.sort_by_key(|image| std::cmp::Reverse(image.size)),
         _ => found.sort_by(|a, b| b.changed.cmp(&a.changed)),
     }
-    let (page, page_size) = (
-        query.get("page").map_or(1, |page| page.parse().unwrap()),
-        query
-            .get("page_size")
-            .map_or(50, |size| size.parse().unwrap()),
-    );
-    let total = found.len() as u64;
-    let images = found
-        .into_iter()
-        .skip((page as usize - 1) * page_size as usize)
-        .take(page_size as usize)
-        .collect();
+    let total = found.len();
+    let first: usize = query
+        .get("cursor")
+        .map_or(0, |cursor| cursor.parse().unwrap());
+    let limit: usize = query
+        .get("limit")
+        .map_or(50, |limit| limit.parse().unwrap());
+    let images = found.into_iter().skip(first).take(limit).collect();
     Ok(Json(Images {
         images,
-        total,
-        page,
-        page_size,
+        total: total as u64,
+        next: (first + limit < total).then(|| (first + limit).to_string()),
     })
     .into_response())
 }
@@ -898,12 +897,10 @@ async fn change(
 
 async fn shared(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
     let images = enter(&world, &headers, false)?.shared.clone();
-    let (total, page, page_size) = (images.len() as u64, 1, 50);
     Ok(Json(Images {
+        total: images.len() as u64,
         images,
-        total,
-        page,
-        page_size,
+        next: None,
     })
     .into_response())
 }
@@ -914,7 +911,7 @@ async fn quota(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
 
 async fn nodes(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
     let nodes = enter(&world, &headers, false)?.nodes.clone();
-    Ok(Json(Nodes { nodes }).into_response())
+    Ok(Json(Nodes { nodes, next: None }).into_response())
 }
 
 async fn dead(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {

@@ -13,17 +13,25 @@ use crate::service::manager::api;
 pub(in crate::cli) fn ls(args: &ImageLs) -> anyhow::Result<()> {
     let mut query = vec![
         ("sort", job::api_name(&args.sort)),
-        ("page", args.page.to_string()),
-        ("page_size", args.page_size.to_string()),
+        ("limit", args.page_size.to_string()),
     ];
     query.extend(args.search.clone().map(|search| ("search", search)));
     job::with_client(&args.server, async |client| {
-        let found: api::Images = client.get("images", &query).await?;
-        print(args.format, &found, managed_table)
+        let mut found: api::Images = client.get("images", &query).await?;
+        for _ in 1..args.page {
+            let Some(next) = found.next.take() else {
+                found.images.clear();
+                break;
+            };
+            query.retain(|(name, _)| *name != "cursor");
+            query.push(("cursor", next));
+            found = client.get("images", &query).await?;
+        }
+        print(args.format, &found, |found| managed_table(found, args))
     })
 }
 
-fn managed_table(found: &api::Images) -> String {
+fn managed_table(found: &api::Images, args: &ImageLs) -> String {
     let header = [
         ("IMAGE", Align::Left),
         ("TAGS", Align::Left),
@@ -52,8 +60,8 @@ fn managed_table(found: &api::Images) -> String {
     if (found.images.len() as u64) < found.total {
         out.push_str(&format!(
             "page {} of {}: {} of {}\n",
-            found.page,
-            found.total.div_ceil(u64::from(found.page_size.max(1))),
+            args.page,
+            found.total.div_ceil(u64::from(args.page_size.max(1))),
             found.images.len(),
             found.total
         ));

@@ -59,7 +59,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
             let mut query = vec![("limit", args.limit.to_string())];
             query.extend(args.state.map(|state| ("state", state.name().to_owned())));
             query.extend(args.of.clone().map(|of| ("user", of)));
-            query.extend(args.after.clone().map(|after| ("after", after)));
+            query.extend(args.after.clone().map(|after| ("cursor", after)));
             let found: Saves = client.get("saves", &query).await?;
             print(args.format, &found, |found| {
                 saves_table(found, Timestamp::now())

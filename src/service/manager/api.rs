@@ -19,6 +19,9 @@ use crate::service::job::{
 pub struct Sessions {
     /// Sorted by start time, the latest first.
     pub sessions: Vec<SessionView>,
+    /// Value of `cursor` for the next page; absent on the last page.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 /// A session.
@@ -313,6 +316,9 @@ pub struct ImageFate {
 pub(crate) struct Audit {
     /// In chronological order.
     pub(crate) transitions: Vec<AuditLine>,
+    /// Value of `cursor` for the next page; absent on the last page.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) next: Option<String>,
 }
 
 /// A transition of a save.
@@ -356,6 +362,18 @@ pub(crate) struct Deleted {
     pub(crate) freed: Option<u64>,
     /// What happens to the space, as a sentence.
     pub(crate) space: String,
+}
+
+/// `/version`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Version {
+    /// Version of the program.
+    pub(crate) version: String,
+    /// The commit that it was built from; absent if the build did not say.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) commit: Option<String>,
+    /// Version of the API, as in its paths.
+    pub(crate) api: String,
 }
 
 /// `/readyz` and `/healthz`.
@@ -415,7 +433,7 @@ pub struct SaveError {
 pub struct Saves {
     /// The saves of this page.
     pub saves: Vec<Save>,
-    /// Value of `after` for the next page; absent on the last page.
+    /// Value of `cursor` for the next page; absent on the last page.
     pub next: Option<String>,
 }
 
@@ -424,12 +442,11 @@ pub struct Saves {
 pub struct Images {
     /// The images of this page.
     pub images: Vec<ImageView>,
-    /// Total number of images.
+    /// Number of images on all pages.
     pub total: u64,
-    /// Number of this page, starting at 1.
-    pub page: u32,
-    /// Number of images per page.
-    pub page_size: u32,
+    /// Value of `cursor` for the next page; absent on the last page.
+    #[serde(default)]
+    pub next: Option<String>,
 }
 
 /// An image: one digest with its tags.
@@ -470,6 +487,13 @@ pub struct ImageView {
     /// Users with whom its owner shares it.
     #[serde(default)]
     pub shared: Vec<String>,
+}
+
+impl ImageView {
+    /// Returns a text that no other image has.
+    pub(super) fn id(&self) -> String {
+        format!("{}/{}@{}", self.user, self.name, self.digest)
+    }
 }
 
 /// `PATCH /api/v1/images/{name}/digests/{digest}`: what the owner says about an image. Absent fields stay as they are.
@@ -514,6 +538,9 @@ pub struct Quota {
 pub struct Nodes {
     /// Sorted by name.
     pub nodes: Vec<NodeView>,
+    /// Value of `cursor` for the next page; absent on the last page.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 /// A node.

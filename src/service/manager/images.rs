@@ -18,6 +18,7 @@ use super::api::{Deleted, ImageTag, ImageView, Images as Shown, Quota};
 use super::auth::Caller;
 use super::extract::{Path, QueryParams};
 use super::notes::{annotate, check_unpinned};
+use super::paging::{LIMIT, Listed, cut, limit};
 use super::refusal::Refusal;
 use super::target::Template;
 use super::time::rfc3339;
@@ -398,12 +399,11 @@ pub(super) struct ImagesQuery {
     /// Only images of sessions in this category.
     #[param(inline)]
     category: Option<CategoryOrAny>,
-    /// Page number, starting at 1.
-    #[param(minimum = 1, maximum = 100_000)]
-    page: Option<u32>,
-    /// 1 to 100; the default is 50.
-    #[param(minimum = 1, maximum = 100)]
-    page_size: Option<u32>,
+    /// The value of `next` in the previous page, whose other parameters were the same.
+    cursor: Option<String>,
+    /// 1 to 500; the default is 50.
+    #[param(minimum = 1, maximum = 500)]
+    limit: Option<u32>,
 }
 
 fn view(found: &ListedImage, saves: &HashMap<(&str, &str, String), &Save>) -> ImageView {
@@ -487,20 +487,8 @@ pub(super) async fn images(
     Extracted(app): Extracted<App>,
     caller: Caller,
     QueryParams(asked): QueryParams<ImagesQuery>,
-) -> Result<Json<Shown>, Refusal> {
-    let (page, page_size) = (asked.page.unwrap_or(1), asked.page_size.unwrap_or(50));
-    if !(1..=100_000).contains(&page) {
-        return Err(Refusal::invalid(
-            "page",
-            "pages are counted from 1 to 100,000",
-        ));
-    }
-    if !(1..=MAX_PAGE_SIZE).contains(&page_size) {
-        return Err(Refusal::invalid(
-            "page_size",
-            format!("page_size is 1 to {MAX_PAGE_SIZE}"),
-        ));
-    }
+) -> Result<Listed<Shown>, Refusal> {
+    let limit = limit(asked.limit, LIMIT)?;
     let search = asked
         .search
         .as_deref()
@@ -540,18 +528,14 @@ pub(super) async fn images(
         Order::Size => views.sort_by_key(|view| std::cmp::Reverse(view.size)),
     }
     let total = views.len() as u64;
-    let first = (page as usize - 1) * page_size as usize;
-    let images = views
-        .into_iter()
-        .skip(first)
-        .take(page_size as usize)
-        .collect();
-    Ok(Json(Shown {
+    let cursor = asked.cursor.as_deref();
+    let (images, next) = cut(views, cursor, limit, ImageView::id)?;
+    let page = Shown {
         images,
         total,
-        page,
-        page_size,
-    }))
+        next: next.clone(),
+    };
+    Ok(Listed(page, next))
 }
 
 /// Selects the owner of an image.

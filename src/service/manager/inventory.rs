@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::Json;
 use axum::extract::State as Extracted;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Mutex;
@@ -13,6 +12,8 @@ use tokio::sync::Mutex;
 use super::App;
 use super::api::{NodeView, Nodes, SessionView, Sessions, Which};
 use super::auth::Caller;
+use super::extract::QueryParams;
+use super::paging::{Listed, MAX_LIMIT, PageQuery, cut, limit};
 use super::refusal::Refusal;
 use super::time::{rfc3339, stamp};
 use crate::service::job::{JobId, Node, Session, now_ms};
@@ -278,13 +279,15 @@ pub(super) fn find<'a>(
 
 /// Returns the running containers that the caller may save. Administrators see all of them.
 #[utoipa::path(
-    get, path = "/api/v1/sessions", tag = "sessions",
+    get, path = "/api/v1/sessions", tag = "sessions", params(PageQuery),
     responses((status = 200, body = Sessions, description = "The sessions that the caller may save"), Refusal)
 )]
 pub(super) async fn sessions(
     Extracted(app): Extracted<App>,
     caller: Caller,
-) -> Result<Json<Sessions>, Refusal> {
+    QueryParams(asked): QueryParams<PageQuery>,
+) -> Result<Listed<Sessions>, Refusal> {
+    let limit = limit(asked.limit, MAX_LIMIT)?;
     if !caller.administrator {
         caller.require_user()?;
     }
@@ -326,18 +329,27 @@ pub(super) async fn sessions(
             save: open.get(&session.id).copied(),
         })
         .collect();
-    Ok(Json(Sessions { sessions }))
+    let (sessions, next) = cut(sessions, asked.cursor.as_deref(), limit, |session| {
+        format!("{} {}", session.id, session.node)
+    })?;
+    let page = Sessions {
+        sessions,
+        next: next.clone(),
+    };
+    Ok(Listed(page, next))
 }
 
 /// Returns the nodes and their agents. For administrators.
 #[utoipa::path(
-    get, path = "/api/v1/nodes", tag = "operations",
+    get, path = "/api/v1/nodes", tag = "operations", params(PageQuery),
     responses((status = 200, body = Nodes, description = "The nodes that were heard of"), Refusal)
 )]
 pub(super) async fn nodes(
     Extracted(app): Extracted<App>,
     caller: Caller,
-) -> Result<Json<Nodes>, Refusal> {
+    QueryParams(asked): QueryParams<PageQuery>,
+) -> Result<Listed<Nodes>, Refusal> {
+    let limit = limit(asked.limit, MAX_LIMIT)?;
     caller.require_administrator()?;
     let nodes = app.inventory.nodes(&app.queue).await?;
     let sessions = app.inventory.sessions(&app.queue).await?;
@@ -365,7 +377,14 @@ pub(super) async fn nodes(
             problems: node.problems.clone(),
         })
         .collect();
-    Ok(Json(Nodes { nodes }))
+    let (nodes, next) = cut(nodes, asked.cursor.as_deref(), limit, |node| {
+        node.name.clone()
+    })?;
+    let page = Nodes {
+        nodes,
+        next: next.clone(),
+    };
+    Ok(Listed(page, next))
 }
 
 #[cfg(test)]

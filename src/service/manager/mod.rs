@@ -6,7 +6,11 @@
 
 pub mod api;
 pub mod auth;
+mod conditional;
 mod connections;
+mod cors;
+mod describe;
+mod docs;
 mod events;
 mod exposition;
 mod extract;
@@ -17,6 +21,7 @@ mod inventory;
 mod metrics;
 mod notes;
 mod options;
+mod paging;
 mod problem;
 mod refusal;
 mod replace;
@@ -48,6 +53,7 @@ use crate::service::record::{self, Policy, Record};
 use self::connections::Bound;
 
 pub use self::connections::{ConnectionLimits, raise_open_files};
+pub use self::cors::WebOrigin;
 pub use self::options::{Listen, Options, Rate, check_start_url};
 pub use self::routes::description;
 

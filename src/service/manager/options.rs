@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::auth::{Jwt, Proxies, Tokens};
 use super::connections::ConnectionLimits;
+use super::cors::WebOrigin;
 use super::target::Template;
 use crate::store::registry::Access;
 
@@ -65,6 +66,8 @@ pub struct Options {
     pub public_url: Option<String>,
     /// URL at which a session is started from an image, with `{reference}`; see [`check_start_url`].
     pub start_url: Option<String>,
+    /// Origins whose pages may call the API with a token.
+    pub cors_origins: Vec<WebOrigin>,
     /// Template for the destination of images.
     pub target: Template,
     /// API tokens.
@@ -117,12 +120,19 @@ pub struct Options {
 }
 
 impl Options {
+    /// Returns the address of `path` for callers: below the public URL, if there is one.
+    pub(super) fn at(&self, path: &str) -> String {
+        let root = self.public_url.as_deref().unwrap_or_default();
+        format!("{}/{path}", root.trim_end_matches('/'))
+    }
+
     /// Returns the defaults. Without `tokens`, `jwt` or `proxies` all requests are unauthenticated.
     pub fn new(listen: Listen, target: Template) -> Self {
         Self {
             listen,
             public_url: None,
             start_url: None,
+            cors_origins: Vec::new(),
             target,
             tokens: Tokens::default(),
             jwt: None,

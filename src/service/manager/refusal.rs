@@ -76,7 +76,7 @@ impl Refusal {
     }
 
     /// Logs an internal error. The caller gets only a general message.
-    fn internal(error: &dyn std::error::Error) -> Self {
+    pub(super) fn internal(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %error, "a request could not be answered");
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,

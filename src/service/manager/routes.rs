@@ -18,13 +18,18 @@ use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::cors::Cors;
 use super::extract::RequestGuard;
 use super::refusal::Refusal;
-use super::{App, api, events, feed, hurry, images, inventory, saves, sharing, signin, status};
+use super::{
+    App, api, conditional, describe, docs, events, feed, hurry, images, inventory, paging, saves, sharing,
+    signin, status,
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Content security policy of responses other than the page: they may do nothing, even if a browser displays one.
 const POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
+const NOTHING: &str = "there is nothing under this address";
 
 #[derive(OpenApi)]
 #[openapi(
@@ -76,10 +81,15 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(saves::dead))
         .routes(routes!(images::images))
         .routes(routes!(images::delete))
-        .routes(routes!(images::delete_untagged, sharing::change))
+        .routes(routes!(
+            sharing::image,
+            images::delete_untagged,
+            sharing::change
+        ))
         .routes(routes!(images::quota))
         .routes(routes!(sharing::shared))
         .routes(routes!(inventory::nodes))
+        .routes(routes!(status::version))
         .routes(routes!(status::healthz))
         .routes(routes!(status::readyz))
         .routes(routes!(status::metrics))
@@ -87,28 +97,26 @@ fn api() -> OpenApiRouter<App> {
 
 /// Returns the description of the API (OpenAPI 3.1), the content of `/openapi.json`.
 pub fn description() -> utoipa::openapi::OpenApi {
-    api().split_for_parts().1
+    let (_, mut description) = api().split_for_parts();
+    describe::complete(&mut description);
+    description
 }
 
 pub(super) fn router(app: App) -> Router {
-    let (calls, description) = api().split_for_parts();
+    let (calls, _) = api().split_for_parts();
     // The description consists of plain data types, so serialization cannot fail.
-    let text = serde_json::to_string(&description).unwrap_or_default();
+    let description = serde_json::to_value(description()).unwrap_or_default();
+    let docs = docs::router(&description);
+    let text = description.to_string();
     let description = get(move || {
         let text = text.clone();
         async move { ([(header::CONTENT_TYPE, "application/json")], text) }
     });
     calls
         .route("/openapi.json", description)
+        .merge(docs)
         .merge(crate::service::portal::router())
-        .fallback(async || Refusal::not_found("there is nothing under this address"))
-        .method_not_allowed_fallback(async || {
-            Refusal::new(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "invalid",
-                "this address does not know this method",
-            )
-        })
+        .fallback(async || Refusal::not_found(NOTHING))
         .layer(DefaultBodyLimit::max(app.options.body_bytes))
         .layer(from_fn_with_state(app.clone(), middleware))
         .with_state(app)
@@ -202,6 +210,30 @@ async fn unless_down(app: &App, path: &str, response: impl Future<Output = Respo
     }
 }
 
+/// Gives errors that the framework generates the API's format.
+fn as_problem(response: Response) -> Response {
+    let status = response.status();
+    if !(status.is_client_error() || status.is_server_error())
+        || response.headers().contains_key(header::CONTENT_TYPE)
+    {
+        return response;
+    }
+    let refusal = match status {
+        StatusCode::METHOD_NOT_ALLOWED => {
+            Refusal::new(status, "invalid", "this address does not know this method")
+        }
+        StatusCode::NOT_FOUND => Refusal::not_found(NOTHING),
+        _ if status.is_server_error() => Refusal::new(status, "internal", "something went wrong"),
+        _ => Refusal::new(status, "invalid", "the request cannot be read"),
+    };
+    let allow = response.headers().get(header::ALLOW).cloned();
+    let mut response = refusal.into_response();
+    if let Some(allow) = allow {
+        response.headers_mut().insert(header::ALLOW, allow);
+    }
+    response
+}
+
 async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(&request);
@@ -218,12 +250,18 @@ async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next
         caller = tracing::field::Empty
     );
     let (mut parts, body) = request.into_parts();
+    let cors = Cors::of(&app.options.cors_origins, &parts);
+    let query = parts.uri.query().map(str::to_owned);
+    let asked = (method == "GET").then(|| parts.headers.clone());
     let guard = RequestGuard::default();
     parts.extensions.insert(guard.clone());
     let (body, late) = with_timeout(body, app.options.connections.body);
     let request = Request::from_parts(parts, body);
     let mut response = async {
-        let mut response = unless_down(&app, &path, next.run(request)).await;
+        let mut response = match cors.preflight() {
+            Some(response) => response,
+            None => unless_down(&app, &path, next.run(request)).await,
+        };
         if late.load(Ordering::Relaxed) {
             let refusal = Refusal::new(
                 StatusCode::REQUEST_TIMEOUT,
@@ -240,22 +278,13 @@ async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next
     .instrument(span)
     .await;
     drop(guard);
-    // Errors that the framework generates get the API's error format.
-    if response.status() == StatusCode::METHOD_NOT_ALLOWED
-        && !response.headers().contains_key(header::CONTENT_TYPE)
-    {
-        let allow = response.headers().get(header::ALLOW).cloned();
-        let refusal = Refusal::new(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "invalid",
-            "this address does not know this method",
-        );
-        response = refusal.into_response();
-        if let Some(allow) = allow {
-            response.headers_mut().insert(header::ALLOW, allow);
-        }
+    response = as_problem(response);
+    paging::add_link(query.as_deref(), &mut response);
+    if let Some(asked) = asked {
+        response = conditional::with_etag(&asked, response).await;
     }
     let headers = response.headers_mut();
+    cors.mark(headers);
     if let Ok(id) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID, id);
     }

@@ -2,7 +2,8 @@
 
 use axum::Json;
 use axum::extract::State as Extracted;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use utoipa::IntoParams;
@@ -12,6 +13,7 @@ use super::api::{Audit, AuditLine, Save as Shown, SaveRequest, Saves};
 use super::auth::Caller;
 use super::extract::{Body, Path, QueryParams, parse_job_id};
 use super::inventory::{find, session_name, suggested_name};
+use super::paging::{LIMIT, Listed, MAX_LIMIT, PageQuery, cut, invalid_cursor, limit};
 use super::refusal::Refusal;
 use super::replace::{Image, choose_tag};
 use super::time::rfc3339;
@@ -27,9 +29,6 @@ const MAX_LABELS: usize = 64;
 const MAX_LABEL_KEY: usize = 128;
 const MAX_LABEL: usize = 4096;
 const MAX_KEY: usize = 200;
-/// Default number of saves per page.
-const LIMIT: u32 = 50;
-const MAX_LIMIT: u32 = 200;
 /// Seconds after which a user with too many open saves should try again.
 const TOO_MANY_S: u64 = 30;
 
@@ -45,6 +44,13 @@ pub(super) async fn get(app: &App, caller: &Caller, id: &str) -> Result<Save, Re
     found
         .filter(|save| caller.may_access(&save.user))
         .ok_or_else(|| Refusal::not_found("there is no such save"))
+}
+
+/// Returns the response for a request that is carried out later: 202 with the save, and where to ask for its state.
+async fn accepted(app: &App, save: &Save) -> Response {
+    let at = app.options.at(&format!("api/v1/saves/{}", save.id));
+    let headers = [(header::LOCATION, at)];
+    (StatusCode::ACCEPTED, headers, Json(show(app, save).await)).into_response()
 }
 
 fn is_text(text: &str, most: usize) -> bool {
@@ -165,7 +171,7 @@ pub(super) async fn submit(
     caller: Caller,
     headers: HeaderMap,
     Body(body): Body<SaveRequest>,
-) -> Result<(StatusCode, Json<Shown>), Refusal> {
+) -> Result<Response, Refusal> {
     if !caller.administrator {
         caller.require_user()?;
     }
@@ -259,7 +265,7 @@ pub(super) async fn submit(
             app.metrics.accepted();
             app.hub.begun(&save);
             app.outbox_wake.notify_one();
-            Ok((StatusCode::ACCEPTED, Json(show(&app, &save).await)))
+            Ok(accepted(&app, &save).await)
         }
         Submitted::Repeated(save) => repeated(&app, &caller, *save).await,
         Submitted::OtherRequest => Err(Refusal::invalid(
@@ -291,18 +297,14 @@ pub(super) async fn submit(
     }
 }
 
-async fn repeated(
-    app: &App,
-    caller: &Caller,
-    save: Save,
-) -> Result<(StatusCode, Json<Shown>), Refusal> {
+async fn repeated(app: &App, caller: &Caller, save: Save) -> Result<Response, Refusal> {
     if !caller.may_access(&save.user) {
         return Err(Refusal::invalid(
             "Idempotency-Key",
             "this key was used for another request",
         ));
     }
-    Ok((StatusCode::ACCEPTED, Json(show(app, &save).await)))
+    Ok(accepted(app, &save).await)
 }
 
 /// CHK: returns the current state of a save.
@@ -337,9 +339,9 @@ pub(super) struct History {
     /// Only saves of this session, given by its full ID.
     session: Option<String>,
     /// The value of `next` in the previous page.
-    after: Option<String>,
-    /// 1 to 200; the default is 50.
-    #[param(minimum = 1, maximum = 200)]
+    cursor: Option<String>,
+    /// 1 to 500; the default is 50.
+    #[param(minimum = 1, maximum = 500)]
     limit: Option<u32>,
 }
 
@@ -373,14 +375,8 @@ impl StateOrAny {
     }
 }
 
-async fn page(app: &App, filter: Filter, limit: Option<u32>) -> Result<Json<Saves>, Refusal> {
-    let limit = limit.unwrap_or(LIMIT);
-    if !(1..=MAX_LIMIT).contains(&limit) {
-        return Err(Refusal::invalid(
-            "limit",
-            format!("limit is 1 to {MAX_LIMIT}"),
-        ));
-    }
+async fn page(app: &App, filter: Filter, asked: Option<u32>) -> Result<Listed<Saves>, Refusal> {
+    let limit = limit(asked, LIMIT)?;
     let mut saves = app.record.history(&filter, limit + 1).await?;
     let more = saves.len() > limit as usize;
     saves.truncate(limit as usize);
@@ -389,15 +385,17 @@ async fn page(app: &App, filter: Filter, limit: Option<u32>) -> Result<Json<Save
         .filter(|_| more)
         .map(|save| save.id.to_string());
     let saves = show_all(app, &saves).await?;
-    Ok(Json(Saves { saves, next }))
+    let page = Saves {
+        saves,
+        next: next.clone(),
+    };
+    Ok(Listed(page, next))
 }
 
-fn after(text: Option<&str>) -> Result<Option<JobId>, Refusal> {
-    match text.filter(|text| !text.is_empty()) {
+fn after(cursor: Option<&str>) -> Result<Option<JobId>, Refusal> {
+    match cursor.filter(|text| !text.is_empty()) {
         None => Ok(None),
-        Some(text) => parse_job_id(text)
-            .map(Some)
-            .map_err(|_| Refusal::invalid("after", "it is no `next` of an earlier page")),
+        Some(text) => parse_job_id(text).map(Some).map_err(|_| invalid_cursor()),
     }
 }
 
@@ -410,13 +408,13 @@ pub(super) async fn history(
     Extracted(app): Extracted<App>,
     caller: Caller,
     QueryParams(asked): QueryParams<History>,
-) -> Result<Json<Saves>, Refusal> {
+) -> Result<Listed<Saves>, Refusal> {
     let filter = Filter {
         user: caller.listed_user(asked.user.as_deref())?,
         state: asked.state.and_then(StateOrAny::state),
         open: matches!(asked.state, Some(StateOrAny::Open)),
         session: asked.session.filter(|session| !session.is_empty()),
-        after: after(asked.after.as_deref())?,
+        after: after(asked.cursor.as_deref())?,
     };
     // The database driver would cut the text at a zero byte. No session ID contains one.
     if filter.session.as_ref().is_some_and(|id| id.contains('\0')) {
@@ -442,7 +440,7 @@ pub(super) async fn cancel(
     Extracted(app): Extracted<App>,
     caller: Caller,
     Path(id): Path<String>,
-) -> Result<(StatusCode, Json<Shown>), Refusal> {
+) -> Result<Response, Refusal> {
     let save = get(&app, &caller, &id).await?;
     let gone = || Refusal::not_found("there is no such save");
     let wanted = app
@@ -455,7 +453,7 @@ pub(super) async fn cancel(
     let (mut save, wanted) = wanted;
     if !wanted {
         if save.state == State::Cancelled {
-            return Ok((StatusCode::OK, Json(show(&app, &save).await)));
+            return Ok(Json(show(&app, &save).await).into_response());
         }
         return Err(too_late("it has ended already"));
     }
@@ -481,12 +479,10 @@ pub(super) async fn cancel(
         }
     }
     app.hub.touch(&[save.id]);
-    let status = if save.state.is_final() {
-        StatusCode::OK
-    } else {
-        StatusCode::ACCEPTED
-    };
-    Ok((status, Json(show(&app, &save).await)))
+    if save.state.is_final() {
+        return Ok(Json(show(&app, &save).await).into_response());
+    }
+    Ok(accepted(&app, &save).await)
 }
 
 async fn end(app: &App, save: &Save, actor: &str) -> Result<Option<Save>, Refusal> {
@@ -515,32 +511,20 @@ fn too_late(why: &str) -> Refusal {
     )
 }
 
-/// Selects a part of the dead letters.
-#[derive(Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub(super) struct DeadLetters {
-    /// The value of `next` in the previous page.
-    after: Option<String>,
-    /// 1 to 200; the default is 50.
-    #[param(minimum = 1, maximum = 200)]
-    limit: Option<u32>,
-}
-
 /// Returns the saves that failed for good, the latest first. For administrators, who can requeue them.
 #[utoipa::path(
-    get, path = "/api/v1/dead", tag = "operations", params(DeadLetters),
+    get, path = "/api/v1/dead", tag = "operations", params(PageQuery),
     responses((status = 200, body = Saves, description = "The saves of this page"), Refusal)
 )]
 pub(super) async fn dead(
     Extracted(app): Extracted<App>,
     caller: Caller,
-    QueryParams(asked): QueryParams<DeadLetters>,
-) -> Result<Json<Saves>, Refusal> {
+    QueryParams(asked): QueryParams<PageQuery>,
+) -> Result<Listed<Saves>, Refusal> {
     caller.require_administrator()?;
     let filter = Filter {
         state: Some(State::Failed),
-        after: after(asked.after.as_deref())?,
+        after: after(asked.cursor.as_deref())?,
         ..Filter::default()
     };
     page(&app, filter, asked.limit).await
@@ -556,7 +540,7 @@ pub(super) async fn requeue(
     Extracted(app): Extracted<App>,
     caller: Caller,
     Path(id): Path<String>,
-) -> Result<(StatusCode, Json<Shown>), Refusal> {
+) -> Result<Response, Refusal> {
     caller.require_administrator()?;
     let changed = app
         .record
@@ -573,27 +557,34 @@ pub(super) async fn requeue(
     }
     app.hub.touch(&[save.id]);
     app.outbox_wake.notify_one();
-    Ok((StatusCode::ACCEPTED, Json(show(&app, &save).await)))
+    Ok(accepted(&app, &save).await)
 }
 
 /// Returns every transition of a save. For administrators.
 #[utoipa::path(
     get, path = "/api/v1/saves/{id}/audit", tag = "operations",
-    params(("id" = JobId, Path)),
-    responses((status = 200, body = Audit, description = "The transitions of the save"), Refusal)
+    params(("id" = JobId, Path), PageQuery),
+    responses((status = 200, body = Audit, description = "The transitions of this page"), Refusal)
 )]
 pub(super) async fn audit(
     Extracted(app): Extracted<App>,
     caller: Caller,
     Path(id): Path<String>,
-) -> Result<Json<Audit>, Refusal> {
+    QueryParams(asked): QueryParams<PageQuery>,
+) -> Result<Listed<Audit>, Refusal> {
     caller.require_administrator()?;
     let lines = app.record.audit(parse_job_id(&id)?).await?;
     if lines.is_empty() {
         return Err(Refusal::not_found("there is no such save"));
     }
+    let limit = limit(asked.limit, MAX_LIMIT)?;
+    let numbered = lines.into_iter().enumerate().collect();
+    let (lines, next) = cut(numbered, asked.cursor.as_deref(), limit, |(at, _)| {
+        at.to_string()
+    })?;
     let transitions = lines
         .into_iter()
+        .map(|(_, line)| line)
         .map(|line| AuditLine {
             version: line.version,
             at: rfc3339(line.at_ms),
@@ -605,5 +596,9 @@ pub(super) async fn audit(
             detail: line.detail,
         })
         .collect();
-    Ok(Json(Audit { transitions }))
+    let page = Audit {
+        transitions,
+        next: next.clone(),
+    };
+    Ok(Listed(page, next))
 }

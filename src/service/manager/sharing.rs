@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 
 use axum::Json;
 use axum::extract::State as Extracted;
+use axum::http::HeaderMap;
 
 use super::App;
 use super::api::{ImageChange, ImageView, Images};
 use super::auth::Caller;
+use super::conditional::check_unchanged;
 use super::extract::{Body, Path, QueryParams};
 use super::images::{UserQuery, list_views, owner};
 use super::notes::annotate;
+use super::paging::{Listed, MAX_LIMIT, PageQuery, cut, limit};
 use super::refusal::Refusal;
 use super::saves::check_message;
 use super::target::component;
@@ -44,13 +47,15 @@ async fn shared_with(app: &App, user: &str) -> Result<Vec<ImageView>, Refusal> {
 
 /// Returns the images that others share with the caller, who may start sessions from them and cannot change them.
 #[utoipa::path(
-    get, path = "/api/v1/shared", tag = "images",
-    responses((status = 200, body = Images, description = "All of them, on one page"), Refusal)
+    get, path = "/api/v1/shared", tag = "images", params(PageQuery),
+    responses((status = 200, body = Images, description = "The images of this page"), Refusal)
 )]
 pub(super) async fn shared(
     Extracted(app): Extracted<App>,
     caller: Caller,
-) -> Result<Json<Images>, Refusal> {
+    QueryParams(asked): QueryParams<PageQuery>,
+) -> Result<Listed<Images>, Refusal> {
+    let limit = limit(asked.limit, MAX_LIMIT)?;
     let images = match &caller.user {
         Some(user) => shared_with(&app, user).await?,
         None if caller.administrator => Vec::new(),
@@ -59,12 +64,51 @@ pub(super) async fn shared(
             Vec::new()
         }
     };
-    Ok(Json(Images {
-        total: images.len() as u64,
-        page: 1,
-        page_size: images.len().max(1) as u32,
+    let total = images.len() as u64;
+    let (images, next) = cut(images, asked.cursor.as_deref(), limit, ImageView::id)?;
+    let page = Images {
         images,
-    }))
+        total,
+        next: next.clone(),
+    };
+    Ok(Listed(page, next))
+}
+
+/// Returns the image of a user with this name and digest.
+async fn find(app: &App, key: &ImageKey) -> Result<ImageView, Refusal> {
+    let views = list_views(app, Some(&key.user)).await?;
+    views
+        .into_iter()
+        .find(|view| view.name == key.name && view.digest == key.digest)
+        .ok_or_else(|| Refusal::not_found("there is no such image"))
+}
+
+fn key(user: String, name: String, digest: &str) -> Result<ImageKey, Refusal> {
+    let digest = digest
+        .parse::<Digest>()
+        .map_err(|error| Refusal::invalid("digest", error.to_string()))?
+        .to_string();
+    Ok(ImageKey { user, name, digest })
+}
+
+/// Returns an image.
+#[utoipa::path(
+    get, path = "/api/v1/images/{name}/digests/{digest}", tag = "images",
+    params(
+        ("name" = String, Path, description = "The image's name"),
+        ("digest" = String, Path, description = "Digest of the manifest, `sha256:` and 64 hexadecimal digits"),
+        UserQuery
+    ),
+    responses((status = 200, body = ImageView, description = "The image"), Refusal)
+)]
+pub(super) async fn image(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Path((name, digest)): Path<(String, String)>,
+    QueryParams(asked): QueryParams<UserQuery>,
+) -> Result<Json<ImageView>, Refusal> {
+    let user = owner(&caller, asked.user.as_deref())?;
+    Ok(Json(find(&app, &key(user, name, &digest)?).await?))
 }
 
 /// Changes what the owner says about an image.
@@ -73,7 +117,8 @@ pub(super) async fn shared(
     params(
         ("name" = String, Path, description = "The image's name"),
         ("digest" = String, Path, description = "Digest of the manifest, `sha256:` and 64 hexadecimal digits"),
-        UserQuery
+        UserQuery,
+        ("If-Match" = Option<String>, Header, description = "Change it only if this is its ETag; otherwise 412")
     ),
     request_body = ImageChange,
     responses((status = 200, body = ImageView, description = "The image with the changes"), Refusal)
@@ -83,13 +128,11 @@ pub(super) async fn change(
     caller: Caller,
     Path((name, digest)): Path<(String, String)>,
     QueryParams(asked): QueryParams<UserQuery>,
+    headers: HeaderMap,
     Body(body): Body<ImageChange>,
 ) -> Result<Json<ImageView>, Refusal> {
     let user = owner(&caller, asked.user.as_deref())?;
-    let digest = digest
-        .parse::<Digest>()
-        .map_err(|error| Refusal::invalid("digest", error.to_string()))?
-        .to_string();
+    let key = key(user, name, &digest)?;
     check_message("description", body.description.as_deref())?;
     let shared = body.shared.as_deref().unwrap_or_default();
     if shared.len() > MAX_SHARED || shared.iter().any(|user| component(user).is_err()) {
@@ -98,12 +141,8 @@ pub(super) async fn change(
             format!("these are names of users, at most {MAX_SHARED}"),
         ));
     }
-    let views = list_views(&app, Some(&user)).await?;
-    let mut found = views
-        .into_iter()
-        .find(|view| view.name == name && view.digest == digest)
-        .ok_or_else(|| Refusal::not_found("there is no such image"))?;
-    let key = ImageKey { user, name, digest };
+    let mut found = find(&app, &key).await?;
+    check_unchanged(&headers, &found)?;
     let mut note = app.record.note(&key).await?;
     if let Some(description) = body.description {
         note.description = Some(description).filter(|text| !text.is_empty());

@@ -8,10 +8,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use super::App;
-use super::api::{Health, Me};
+use super::api::{Health, Me, Version};
 use super::auth::Caller;
 use super::exposition::classic;
 use super::refusal::Refusal;
+
+/// Version of the API, as in its paths.
+const API: &str = "v1";
 
 /// Returns the identity of the caller.
 #[utoipa::path(
@@ -33,6 +36,19 @@ pub(super) async fn me(
         via: caller.via,
         start_url: app.options.start_url.clone(),
     }))
+}
+
+/// Returns the version of the manager.
+#[utoipa::path(
+    get, path = "/version", tag = "operations", security(()),
+    responses((status = 200, body = Version, description = "The version"))
+)]
+pub(super) async fn version() -> Json<Version> {
+    Json(Version {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        commit: option_env!("UPPERDECK_COMMIT").map(str::to_owned),
+        api: API.to_owned(),
+    })
 }
 
 /// Reports that the process responds.

@@ -112,6 +112,17 @@ export async function call(method, where, { body, key, query, token } = {}) {
 
 export const get = (where, query) => call("GET", where, { query });
 
+/** Every entry of a list, however many pages it has; `name` is the entries' name in a page. */
+export async function every(where, name, query = {}) {
+  const all = [];
+  for (let cursor = null; ;) {
+    const page = await get(where, { ...query, cursor });
+    all.push(...page[name]);
+    cursor = page.next;
+    if (!cursor) return all;
+  }
+}
+
 /** Reads server-sent events until they end or `signal` ends them; `hear` gets the name and the data of each. Not by
  *  EventSource, which cannot send the page's key. */
 export async function stream(where, query, signal, hear) {

@@ -47,7 +47,7 @@ export function view(main, signal, me) {
 
   let saves = [];
   let next = null;
-  const query = (after) => ({ limit: PAGE, state: state.value, user: user.value.trim(), after });
+  const query = (cursor) => ({ limit: PAGE, state: state.value, user: user.value.trim(), cursor });
   const draw = () => {
     follow(list, saves, (save) => save.id, (save) => entry(save, me));
     fill(empty, saves.length ? "" : t("history.none"));

@@ -1,6 +1,6 @@
 // My images: find one, copy its reference, delete it; and how much room there is.
 
-import { Lost, Refused, get, insist, path, repeat } from "./api.js";
+import { Lost, Refused, every, get, insist, path, repeat } from "./api.js";
 import { badges } from "./contents.js";
 import { announce, ask, copier, element, fill, follow, look, named } from "./element.js";
 import { bytes, percent, when } from "./format.js";
@@ -211,26 +211,29 @@ export function view(main, signal, me, heading) {
   me.administrator && me.user ? element("div", { class: "check" }, all, element("label", { for: "everyone" }, t("images.everyone"))) : null),
   error, news, count, list, pages, others);
 
-  let page = 1;
+  // The cursors of the pages that were turned, the first of which has none.
+  let cursors = [null], next = null;
   const run = repeat(30_000, signal, async () => {
-    get("shared").then(({ images }) => {
+    every("shared", "images").then((images) => {
       others.hidden = !images.length;
       follow(shared, grouped(images), ({ key }) => key, (group) => row(group, me, done, true));
     }, () => {});
     get("quota").then((quota) => fill(room, quotaBar(quota)), () => {});
     try {
-      const query = { page, page_size: PAGE, search: search.value.trim(), sort: sort.select.value, category: category.select.value,
+      const query = { cursor: cursors.at(-1), limit: PAGE, search: search.value.trim(), sort: sort.select.value, category: category.select.value,
         user: me.administrator && !all.checked ? me.user : null };
       const found = await get("images", query);
+      const page = cursors.length;
       if (!found.images.length && page > 1) {
-        page = 1;
+        cursors = [null];
         return setTimeout(run);
       }
       follow(list, grouped(found.images), ({ key }) => key, (group) => row(group, me, done));
-      const last = Math.max(1, Math.ceil(found.total / found.page_size));
+      const last = Math.max(1, Math.ceil(found.total / PAGE));
       pages.hidden = last === 1;
       back.disabled = page === 1;
-      on.disabled = page >= last;
+      on.disabled = !found.next;
+      next = found.next;
       fill(where, t("page", { page, last }));
       fill(count, found.total ? t("images.count", { n: found.total }) : t(query.search || query.category ? "images.no-match" : "images.none"));
     } catch (caught) {
@@ -246,10 +249,10 @@ export function view(main, signal, me, heading) {
     run();
   };
   let typed;
-  const changed = () => { page = 1; clearTimeout(typed); typed = setTimeout(run, 250); };
+  const changed = () => { cursors = [null]; clearTimeout(typed); typed = setTimeout(run, 250); };
   for (const [control, event] of [[search, "input"], [sort.select, "change"], [category.select, "change"], [all, "change"]]) control.addEventListener(event, changed);
-  const turn = (by) => { page += by; run(); look(heading); };
-  back.addEventListener("click", () => turn(-1));
-  on.addEventListener("click", () => turn(1));
+  const turn = (to) => { cursors = to; run(); look(heading); };
+  back.addEventListener("click", () => turn(cursors.slice(0, -1)));
+  on.addEventListener("click", () => turn([...cursors, next]));
   changes.addEventListener("ended", ({ detail: save }) => { if (save.state === "succeeded") run(); }, { signal });
 }

@@ -176,7 +176,7 @@ async fn page(asked: HeaderMap) -> Response {
 
 async fn file(Path((build, name)): Path<(String, String)>, asked: HeaderMap) -> Response {
     let Some(file) = PORTAL.files.iter().find(|file| file.name == name) else {
-        return (StatusCode::NOT_FOUND, "there is no such file\n").into_response();
+        return StatusCode::NOT_FOUND.into_response();
     };
     // While managers are being upgraded, the page of another version may request files here. These files are better
     // than none.

@@ -1,6 +1,6 @@
 // For administrators: the nodes, what is under way for everybody, what failed for good.
 
-import { Lost, Refused, get, insist, path, repeat } from "./api.js";
+import { Lost, Refused, every, get, insist, path, repeat } from "./api.js";
 import { announce, element, fill, follow, named } from "./element.js";
 import { number, percent, when } from "./format.js";
 import { t } from "./language.js";
@@ -66,7 +66,7 @@ export function view(main, signal, me) {
     };
     await Promise.all([
       part(async () => {
-        const { nodes } = await get("nodes");
+        const nodes = await every("nodes", "nodes");
         follow(body, nodes, (one) => one.name, node);
         table.hidden = !nodes.length;
         fill(none, nodes.length ? "" : t("nodes.none"));

@@ -1,6 +1,6 @@
 // My sessions: what runs, one press to save it.
 
-import { get, repeat } from "./api.js";
+import { every, get, repeat } from "./api.js";
 import { element, fill, follow, named } from "./element.js";
 import { t } from "./language.js";
 import { row } from "./row.js";
@@ -49,8 +49,8 @@ export function view(main, signal, me) {
   const run = repeat(15_000, signal, async () => {
     try {
       const stale = Date.now() - read > SAVES_EVERY;
-      const [now, before] = await Promise.all([get("sessions"), stale ? get("saves", { limit: 100 }) : null]);
-      sessions = now.sessions;
+      const [now, before] = await Promise.all([every("sessions", "sessions"), stale ? get("saves", { limit: 100 }) : null]);
+      sessions = now;
       if (before) [saves, read] = [before.saves, Date.now()];
       for (const save of saves) if ((!over(save) && save.user === me.user) || latest(save.id)) take(save);
       draw();
