@@ -66,6 +66,8 @@ fn a_save_is_accepted_while_redis_is_down() -> Result<()> {
     centre.lab.containerd.shell(&pod, WORK)?;
     centre.service.wait_for_sessions(1)?;
     centre.redis.stop()?;
+    // The manager that saw the session is not the one that is asked.
+    centre.service.crash_manager()?;
     let words = [
         "job",
         "submit",

@@ -14,6 +14,7 @@ client = AuthenticatedClient(base_url=address, token="token-alice", raise_on_une
 
 body = SaveRequest(session=session, image=ImageName(name="torch", tag="v1"), message="by a made client")
 save = submit.sync(client=client, body=body)
+assert not isinstance(save, Problem), save
 assert save.state == State.QUEUED, save
 assert isinstance(save.created, datetime.datetime) and save.created.tzinfo, save
 

@@ -4,7 +4,7 @@ use reqwest::header::{self, HeaderMap};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, request, session, submit};
+use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, request, session, submit, until};
 use crate::store;
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> &'a str {
@@ -249,6 +249,8 @@ async fn what_has_not_changed_is_not_sent_again_and_changes_may_depend_on_it() -
     let (site, manager, _agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
     let at = manager.address;
     let job = submit(at, Who::Alice, &id(1), "v1").await?;
+    let path = format!("/api/v1/saves/{job}");
+    until(at, Who::Alice, &path, |save| save["place"] == 0).await?;
     let digest = store::push(&site, "alice", "torch", "v0", "made")?;
     let image = format!("/api/v1/images/torch/digests/{digest}");
     for path in [

@@ -10,7 +10,7 @@ use crate::site::{Outcomes, Site, Who, get, id, session, succeeded};
 use crate::{store, support};
 
 /// Returns a program that tests/run has installed.
-fn tool(name: &str) -> Option<PathBuf> {
+pub fn tool(name: &str) -> Option<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/openapi/bin");
     let found = dir.join(name);
     if !found.is_file() {
@@ -99,6 +99,8 @@ async fn a_made_client_saves_checks_lists_and_deletes() -> Outcomes {
     run(validator, dir, vec!["openapi.json".into()]).await?;
     let args = "generate --path openapi.json --output-path upperdeck_client --meta none";
     run(generator, dir, args.split(' ').map(str::to_owned).collect()).await?;
+    // The generator may have taken longer than a heartbeat counts.
+    agent.heartbeat(&[session(1, Some("alice"))]).await?;
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/manager/client.py");
     let address = format!("http://{}", manager.address);
     let client = run(

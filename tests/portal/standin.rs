@@ -371,6 +371,7 @@ impl World {
             message: None,
             options: upperdeck::service::job::SaveOptions::default(),
             replace: upperdeck::service::manager::api::Replace::default(),
+            notify: None,
         };
         let Ok(save) = self.begin(&request) else {
             panic!("it is being saved")

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use upperdeck::service::job::Update;
+use upperdeck::service::job::{Category, Kind, Session, Update};
 use upperdeck::service::record::{Receiver, ReceiverKind, Record, Save, SaveEvent};
 
 use crate::{Outcomes, POLICY, accept, done, on_both, report, save};
@@ -134,6 +134,47 @@ fn notices_of_a_user_are_bounded_and_the_rest_counted() -> Outcomes {
         accept(&record, &save("bob", "s9", "v9")).await?;
         assert_eq!(record.notices_waiting().await?, (1300, 0));
         assert_eq!(record.notices_dropped(), 200);
+        Ok(())
+    })
+}
+
+#[test]
+fn the_sessions_seen_last_are_kept_of_each_node() -> Outcomes {
+    on_both(async |place: String| {
+        let record = Record::open(&place).await?;
+        let session = |id: &str, node: &str| Session {
+            id: id.to_owned(),
+            node: node.to_owned(),
+            owner: Some("alice".into()),
+            namespace: None,
+            pod: None,
+            container: Some("nb".into()),
+            runtime: "docker".into(),
+            kind: Kind::Other,
+            category: Category::Cpu,
+            image: None,
+            started_ms: 1,
+            upper_bytes: None,
+            upper_entries: None,
+            next: None,
+            unsaved: Vec::new(),
+            unsaved_more: 0,
+            problem: None,
+        };
+        let (a, b, c) = (session("a", "n1"), session("b", "n1"), session("c", "n2"));
+        let before = upperdeck::service::job::now_ms();
+        record.keep_sessions("n1", &[a, b.clone()]).await?;
+        record.keep_sessions("n2", std::slice::from_ref(&c)).await?;
+        record.keep_sessions("n1", std::slice::from_ref(&b)).await?;
+        record.close().await;
+        let record = Record::open(&place).await?;
+        let mut kept = record.kept_sessions(before).await?;
+        kept.sort_by(|a, b| a.id.cmp(&b.id));
+        assert_eq!(kept, [b, c]);
+        let later = upperdeck::service::job::now_ms() + 1;
+        assert_eq!(record.kept_sessions(later).await?, []);
+        record.forget_sessions(later).await?;
+        assert_eq!(record.kept_sessions(0).await?, []);
         Ok(())
     })
 }

@@ -19,7 +19,8 @@ use crate::cli::{signals, write_stdout};
 use crate::common::cancel::Cancelled;
 use crate::service::job::{Code, Event, Observer, SaveOptions, State};
 use crate::service::manager::api::{
-    ImageName, Save, SaveRequest, Saves, SessionView, Sessions, Waiting, WaitingReason, Which,
+    ImageName, Notify, Save, SaveRequest, Saves, SessionView, Sessions, Waiting, WaitingReason,
+    Which,
 };
 
 /// Length of a shortened container ID in a table.
@@ -131,6 +132,7 @@ async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Resu
             labels: args.label.into_iter().collect(),
         },
         replace: args.replace,
+        notify: args.notify.map(|url| Notify { url, events: None }),
     };
     // A repeated request with the same key refers to the same save, so a lost reply does not cause a second one.
     let key = args

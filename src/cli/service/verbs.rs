@@ -310,6 +310,27 @@ fn jwt(serve: &service::Serve) -> Result<Option<Jwt>, Usage> {
     }))
 }
 
+/// Returns the settings of webhooks.
+fn webhooks(serve: &service::Serve) -> anyhow::Result<manager::Webhooks> {
+    let mut webhooks = manager::Webhooks {
+        site: serve.webhook.clone(),
+        user_origins: serve.notify_origin.clone(),
+        user_networks: serve.notify_network.clone(),
+        ..manager::Webhooks::default()
+    };
+    if let Some(file) = &serve.webhook_secret_file {
+        let wrong = |reason: String| {
+            Usage(format!(
+                "--webhook-secret-file {}: {reason}",
+                text::path(file)
+            ))
+        };
+        let content = crate::cli::secret::keys(file).map_err(|error| wrong(error.to_string()))?;
+        webhooks.secrets = content.parse().map_err(wrong)?;
+    }
+    Ok(webhooks)
+}
+
 /// Returns the limits on connections and requests.
 fn connection_limits(serve: &service::Serve) -> Result<manager::ConnectionLimits, Usage> {
     let proxies = serve.proxy_from.iter().map(|range| {
@@ -345,6 +366,8 @@ fn manager_options(
     let mut options = manager::Options::new(listen, target);
     options.public_url.clone_from(&serve.public_url);
     options.start_url.clone_from(&serve.start_url);
+    options.cors_origins.clone_from(&serve.cors_origin);
+    options.webhooks = webhooks(serve)?;
     options.tokens = tokens;
     options.jwt = jwt(serve)?;
     if let Some(header) = &serve.proxy_header {

@@ -461,7 +461,7 @@ impl Watcher {
         ("Last-Event-ID" = Option<u64>, Header, description = "The version that was heard last: what came after it follows")
     ),
     responses(
-        (status = 200, content_type = "text/event-stream", body = String, description = "Events until the save has ended"),
+        (status = 200, content_type = "text/event-stream", body = super::api::StreamedEvent, description = "Events until the save has ended"),
         (status = 204, description = "It has ended, and that was heard: do not come again"),
         Refusal
     )

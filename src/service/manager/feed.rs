@@ -126,7 +126,7 @@ impl Follower {
 #[utoipa::path(
     get, path = "/api/v1/events", operation_id = "all_events", tag = "saves", params(Followed),
     responses(
-        (status = 200, content_type = "text/event-stream", body = String, description = "Events without an end"),
+        (status = 200, content_type = "text/event-stream", body = super::api::StreamedEvent, description = "Events without an end"),
         Refusal
     )
 )]

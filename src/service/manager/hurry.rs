@@ -1,16 +1,16 @@
 //! Has a save run at normal priority, where the administrator of its node allows it.
 
-use axum::Json;
-use axum::extract::{Path, State as Extracted};
+use axum::extract::State as Extracted;
 use axum::http::StatusCode;
+use axum::response::Response;
 
 use super::App;
 use super::api::Save as Shown;
 use super::auth::Caller;
+use super::extract::Path;
 use super::refusal::Refusal;
-use super::saves::get;
+use super::saves::{accepted, get};
 use super::standing::standings;
-use super::views::show;
 use crate::service::job::JobId;
 
 /// Has a queued or running save run at normal priority instead of in the background. 403 if the agent of its node runs
@@ -24,7 +24,7 @@ pub(super) async fn hurry(
     Extracted(app): Extracted<App>,
     caller: Caller,
     Path(id): Path<String>,
-) -> Result<(StatusCode, Json<Shown>), Refusal> {
+) -> Result<Response, Refusal> {
     let save = get(&app, &caller, &id).await?;
     let standing = standings(&app, std::slice::from_ref(&save)).await;
     let allowed = standing.get(&save.id).is_none_or(|known| known.can_hurry);
@@ -55,5 +55,5 @@ pub(super) async fn hurry(
     }
     app.hub.touch(&[save.id]);
     app.outbox_wake.notify_one();
-    Ok((StatusCode::ACCEPTED, Json(show(&app, &save).await)))
+    Ok(accepted(&app, &save).await)
 }

@@ -20,8 +20,6 @@ use crate::service::job::{JobId, Node, Session, now_ms};
 use crate::service::queue::{self, HEARTBEAT_LOST, Queue};
 
 const CACHE_TTL: Duration = Duration::from_secs(1);
-/// How long the last list of sessions counts for accepting saves while the queue does not answer.
-const LAST_KNOWN_TTL: Duration = Duration::from_secs(15 * 60);
 /// Minimum interval between two warnings about duplicates.
 const WARN_EVERY: Duration = Duration::from_secs(300);
 /// How long a node may be absent before it loses its status as the first node of a session.
@@ -116,26 +114,6 @@ impl Inventory {
         Ok(sessions)
     }
 
-    /// Like [`Self::sessions`], but while the queue does not answer, returns the last list that is known, if that is
-    /// recent. It is for accepting saves, which the record keeps until the queue is back: the agent looks for the
-    /// session and its owner again.
-    pub(super) async fn last_known_sessions(
-        &self,
-        queue: &Queue,
-    ) -> Result<Arc<Vec<Session>>, queue::Error> {
-        let error = match self.sessions(queue).await {
-            Ok(sessions) => return Ok(sessions),
-            Err(error) => error,
-        };
-        match &*self.sessions.lock().await {
-            Some((at, sessions)) if at.elapsed() < LAST_KNOWN_TTL => {
-                tracing::warn!(%error, "the queue does not answer: a save is accepted by the last list of sessions");
-                Ok(sessions.clone())
-            }
-            _ => Err(error),
-        }
-    }
-
     fn without_duplicates(&self, told: Vec<Session>) -> Vec<Session> {
         let (all, now) = (told.len(), Instant::now());
         let mut duplicates = self
@@ -176,6 +154,21 @@ impl Inventory {
         *held = Some((Instant::now(), nodes.clone()));
         Ok(nodes)
     }
+}
+
+/// Returns the sessions for accepting a save: those of the queue or, while it does not answer, those that were kept in the
+/// record. The record keeps the save until the queue is back, and the agent looks for the session and its owner again.
+pub(super) async fn sessions_to_save(app: &App) -> Result<Arc<Vec<Session>>, Refusal> {
+    let error = match app.inventory.sessions(&app.queue).await {
+        Ok(sessions) => return Ok(sessions),
+        Err(error) => error,
+    };
+    let kept = super::kept::kept(app).await?;
+    if kept.is_empty() {
+        return Err(error.into());
+    }
+    tracing::warn!(%error, "the queue does not answer: a save is accepted by the last list of sessions");
+    Ok(Arc::new(kept))
 }
 
 /// Returns the display name of a session.
@@ -292,6 +285,8 @@ pub(super) async fn sessions(
         caller.require_user()?;
     }
     let all = app.inventory.sessions(&app.queue).await?;
+    // What is shown can be saved, even if the queue stops answering.
+    super::kept::keep(&app, &all).await?;
     let open: BTreeMap<String, JobId> = app
         .record
         .open_saves()

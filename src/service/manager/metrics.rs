@@ -52,7 +52,7 @@ struct CloseLabel {
 }
 
 /// The tasks whose errors are counted.
-const TASKS: [&str; 7] = [
+const TASKS: [&str; 8] = [
     "hear",
     "errands",
     "words",
@@ -60,7 +60,24 @@ const TASKS: [&str; 7] = [
     "forget",
     "measure",
     "record",
+    "notices",
 ];
+const OUTCOMES: [&str; 3] = ["delivered", "retried", "given_up"];
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReceiverLabel {
+    receiver: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct NoticeLabels {
+    receiver: &'static str,
+    outcome: &'static str,
+}
+
+fn receiver(site: bool) -> &'static str {
+    if site { "site" } else { "user" }
+}
 
 type Int = Gauge<i64, AtomicI64>;
 
@@ -88,6 +105,9 @@ pub(super) struct Metrics {
     reports: Counter,
     offered_again: Counter,
     errors: Family<TaskLabel, Counter>,
+    notices: Family<NoticeLabels, Counter>,
+    notices_waiting: Family<ReceiverLabel, Int>,
+    notices_dropped: Counter,
 }
 
 fn seconds(buckets: &[f64]) -> Histogram {
@@ -206,6 +226,24 @@ impl Metrics {
             "Rounds of background work that failed",
             errors.clone(),
         );
+        let notices = Family::default();
+        registry.register(
+            "notices",
+            "Deliveries of notices about saves, by outcome",
+            notices.clone(),
+        );
+        let notices_waiting = Family::default();
+        registry.register(
+            "notices_waiting",
+            "Notices about saves that are not delivered yet",
+            notices_waiting.clone(),
+        );
+        let notices_dropped = Counter::default();
+        registry.register(
+            "notices_dropped",
+            "Notices about saves that were not written down because too many of one user waited",
+            notices_dropped.clone(),
+        );
         let metrics = Self {
             registry,
             requests,
@@ -229,6 +267,9 @@ impl Metrics {
             reports,
             offered_again,
             errors,
+            notices,
+            notices_waiting,
+            notices_dropped,
         };
         metrics.start_at_zero();
         metrics
@@ -249,6 +290,13 @@ impl Metrics {
         for (state, code) in ends.into_iter().chain(failed) {
             let state = state.name();
             let _ = self.ended.get_or_create(&EndedLabels { state, code });
+        }
+        for receiver in [true, false].map(receiver) {
+            for outcome in OUTCOMES {
+                let _ = self
+                    .notices
+                    .get_or_create(&NoticeLabels { receiver, outcome });
+            }
         }
         self.record(&[]);
     }
@@ -323,6 +371,26 @@ impl Metrics {
 
     pub(super) fn error(&self, task: &'static str) {
         self.errors.get_or_create(&TaskLabel { task }).inc();
+    }
+
+    /// Counts a delivery of a notice.
+    pub(super) fn notice(&self, site: bool, outcome: &'static str) {
+        let receiver = receiver(site);
+        let labels = NoticeLabels { receiver, outcome };
+        self.notices.get_or_create(&labels).inc();
+    }
+
+    /// Records the numbers of notices that wait for the site's receivers and for users' own, and of those dropped so far.
+    pub(super) fn notices_waiting(&self, (site, user): (u64, u64), dropped: u64) {
+        for (of_site, count) in [(true, site), (false, user)] {
+            let receiver = receiver(of_site);
+            let waiting = self
+                .notices_waiting
+                .get_or_create(&ReceiverLabel { receiver });
+            waiting.set(count as i64);
+        }
+        self.notices_dropped
+            .inc_by(dropped.saturating_sub(self.notices_dropped.get()));
     }
 
     pub(super) fn connections(&self, count: usize) {

@@ -18,8 +18,10 @@ mod feed;
 mod hurry;
 mod images;
 mod inventory;
+mod kept;
 mod metrics;
 mod notes;
+mod notify;
 mod options;
 mod paging;
 mod problem;
@@ -34,6 +36,7 @@ mod status;
 pub mod target;
 mod time;
 mod views;
+mod webhooks;
 mod work;
 
 use std::net::SocketAddr;
@@ -54,8 +57,9 @@ use self::connections::Bound;
 
 pub use self::connections::{ConnectionLimits, raise_open_files};
 pub use self::cors::WebOrigin;
-pub use self::options::{Listen, Options, Rate, check_start_url};
+pub use self::options::{Listen, Options, Rate, check_start_url, check_webhook};
 pub use self::routes::description;
+pub use self::webhooks::{Secrets, Webhooks};
 
 /// Why a manager cannot start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -103,9 +107,11 @@ struct Inner {
     ready: status::Readiness,
     rates: extract::RateLimiter,
     inventory: inventory::Inventory,
+    kept: kept::KeptSessions,
     store: images::ImageStore,
     hub: events::Hub,
     metrics: metrics::Metrics,
+    webhooks: webhooks::Sender,
     /// Notified when the outbox contains a request.
     outbox_wake: Notify,
     cancel: CancellationToken,
@@ -150,6 +156,7 @@ impl Server {
             record.clone(),
         );
         authenticator.check().await?;
+        let record = record.with_receivers(options.webhooks.receivers());
         let name = options.name.clone().unwrap_or_else(own_name);
         let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let app = App(Arc::new(Inner {
@@ -169,9 +176,11 @@ impl Server {
             ready: status::Readiness::default(),
             rates: extract::RateLimiter::new(options.rate),
             inventory: inventory::Inventory::default(),
+            kept: kept::KeptSessions::default(),
             store: images::ImageStore::new(options.target.clone(), options.access.clone()),
             hub: events::Hub::default(),
             metrics: metrics::Metrics::new(&name),
+            webhooks: webhooks::Sender::new(options.webhooks.clone()),
             outbox_wake: Notify::new(),
             cancel: CancellationToken::new(),
             name,

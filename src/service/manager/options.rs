@@ -5,10 +5,13 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use reqwest::Url;
+
 use super::auth::{Jwt, Proxies, Tokens};
 use super::connections::ConnectionLimits;
 use super::cors::WebOrigin;
 use super::target::Template;
+use super::webhooks::Webhooks;
 use crate::store::registry::Access;
 
 /// Address on which a manager listens.
@@ -46,6 +49,14 @@ pub fn check_start_url(text: &str) -> Result<String, String> {
     Err("expected an http or https URL with {reference}, e.g. https://hub.example.org/hub/spawn?image={reference}".to_owned())
 }
 
+/// Checks the URL of a webhook of the site.
+pub fn check_webhook(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).ok();
+    let web = url.filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+    web.filter(|url| url.username().is_empty() && url.password().is_none())
+        .ok_or_else(|| "expected an http or https URL without a user name".to_owned())
+}
+
 /// Limit on the rate of a caller's requests.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rate {
@@ -68,6 +79,8 @@ pub struct Options {
     pub start_url: Option<String>,
     /// Origins whose pages may call the API with a token.
     pub cors_origins: Vec<WebOrigin>,
+    /// Whom requests tell about saves.
+    pub webhooks: Webhooks,
     /// Template for the destination of images.
     pub target: Template,
     /// API tokens.
@@ -133,6 +146,7 @@ impl Options {
             public_url: None,
             start_url: None,
             cors_origins: Vec::new(),
+            webhooks: Webhooks::default(),
             target,
             tokens: Tokens::default(),
             jwt: None,

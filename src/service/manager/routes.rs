@@ -22,8 +22,8 @@ use super::cors::Cors;
 use super::extract::RequestGuard;
 use super::refusal::Refusal;
 use super::{
-    App, api, conditional, describe, docs, events, feed, hurry, images, inventory, paging, saves, sharing,
-    signin, status,
+    App, api, conditional, describe, docs, events, feed, hurry, images, inventory, notify, paging,
+    saves, sharing, signin, status,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -38,7 +38,7 @@ const NOTHING: &str = "there is nothing under this address";
         description = "Saves running containers as OCI images. Times are RFC 3339 in UTC, sizes bytes, IDs UUIDs of version 7.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
-    components(schemas(api::Problem, api::ExistingImage)),
+    components(schemas(api::Problem, api::ExistingImage, api::SaveNotice)),
     modifiers(&Schemes),
     security(("token" = []), ("cookie" = []))
 )]
@@ -79,6 +79,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(hurry::hurry))
         .routes(routes!(saves::audit))
         .routes(routes!(saves::dead))
+        .routes(routes!(notify::notify))
         .routes(routes!(images::images))
         .routes(routes!(images::delete))
         .routes(routes!(

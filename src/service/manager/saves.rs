@@ -12,7 +12,7 @@ use super::App;
 use super::api::{Audit, AuditLine, Save as Shown, SaveRequest, Saves};
 use super::auth::Caller;
 use super::extract::{Body, Path, QueryParams, parse_job_id};
-use super::inventory::{find, session_name, suggested_name};
+use super::inventory::{find, session_name, sessions_to_save, suggested_name};
 use super::paging::{LIMIT, Listed, MAX_LIMIT, PageQuery, cut, invalid_cursor, limit};
 use super::refusal::Refusal;
 use super::replace::{Image, choose_tag};
@@ -47,7 +47,7 @@ pub(super) async fn get(app: &App, caller: &Caller, id: &str) -> Result<Save, Re
 }
 
 /// Returns the response for a request that is carried out later: 202 with the save, and where to ask for its state.
-async fn accepted(app: &App, save: &Save) -> Response {
+pub(super) async fn accepted(app: &App, save: &Save) -> Response {
     let at = app.options.at(&format!("api/v1/saves/{}", save.id));
     let headers = [(header::LOCATION, at)];
     (StatusCode::ACCEPTED, headers, Json(show(app, save).await)).into_response()
@@ -179,6 +179,8 @@ pub(super) async fn submit(
     let message = body.message.filter(|message| !message.is_empty());
     check_message("message", message.as_deref())?;
     check_options(&body.options)?;
+    let receiver = |asked| app.options.webhooks.receiver(asked);
+    let notify = body.notify.iter().map(receiver).collect::<Result<_, _>>()?;
     let now = now_ms();
     if let Some(request) = &request
         && let Some(save) = app.record.repeated(request).await?
@@ -186,7 +188,7 @@ pub(super) async fn submit(
         // The session may have ended since, but the request was accepted.
         return repeated(&app, &caller, save).await;
     }
-    let sessions = app.inventory.last_known_sessions(&app.queue).await?;
+    let sessions = sessions_to_save(&app).await?;
     let session = find(&sessions, &caller, &body.session)?;
     let user = match (&session.owner, &caller.user) {
         (Some(owner), _) => owner.clone(),
@@ -223,7 +225,7 @@ pub(super) async fn submit(
         message,
         options: body.options,
         replaces,
-        notify: Vec::new(),
+        notify,
         kind: session.kind,
         category: session.category,
         base: session.image.clone(),

@@ -13,6 +13,7 @@ mod reach;
 mod receiver;
 mod save;
 mod schema;
+mod sessions;
 mod signin;
 mod submit;
 mod view;

@@ -5,7 +5,7 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// The statements that migrate the schema from one version to the next. Released entries must never be changed.
-const VERSIONS: [&[&str]; 4] = [FIRST, SIGN_INS, IMAGES, NOTICES];
+const VERSIONS: [&[&str]; 5] = [FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS];
 
 const FIRST: &[&str] = &[
     // Columns that queries use, and the whole save as JSON in `body`. Progress changes without a new version.
@@ -149,6 +149,15 @@ const NOTICES: &[&str] = &[
     "CREATE INDEX notices_by_due ON notices (site, due_ms)",
     "CREATE INDEX notices_by_taken ON notices (taken_ms)",
     "CREATE INDEX notices_by_user ON notices (user_name, site)",
+];
+
+const SESSIONS: &[&str] = &[
+    // The sessions that managers saw last, for accepting saves while the queue does not answer.
+    "CREATE TABLE sessions_seen (
+        node TEXT PRIMARY KEY,
+        seen_ms INT8 NOT NULL,
+        body TEXT NOT NULL
+    )",
 ];
 
 /// Takes an advisory lock for the migration. The number is arbitrary.

@@ -112,6 +112,9 @@ pub(in crate::cli) struct JobSubmit {
     /// Also save the volume that is mounted at PATH; may be repeated
     #[arg(long, value_name = "PATH", help_heading = CONTENT)]
     pub(in crate::cli) include_volume: Vec<String>,
+    /// URL that is told when the save ends, by a signed request; its origin is one that the manager permits
+    #[arg(long, value_name = "URL", value_hint = clap::ValueHint::Url, help_heading = REPORT)]
+    pub(in crate::cli) notify: Option<String>,
     /// Follow the save to its end
     #[arg(short, long, help_heading = REPORT)]
     pub(in crate::cli) watch: bool,

@@ -24,6 +24,7 @@ use crate::node::container::Pattern;
 
 const QUEUE: &str = "Queue";
 const SERVE: &str = "API and portal";
+const NOTICES: &str = "Webhooks";
 const CALLERS: &str = "Who may call";
 const WORK: &str = "Node";
 const SETTINGS: &str = "Settings";
@@ -134,6 +135,24 @@ pub(in crate::cli) struct Serve {
     /// Time for which finished saves stay in the history, e.g. 90d; 0 for ever
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "365d", help_heading = SERVE)]
     pub(in crate::cli) retention: Duration,
+
+    /// Origin whose pages may call the API with a token (CORS), e.g. https://portal.example.org; may be repeated
+    #[arg(long, value_name = "ORIGIN", help_heading = SERVE)]
+    pub(in crate::cli) cors_origin: Vec<crate::service::manager::WebOrigin>,
+
+    /// URL that is told about every save by signed requests; may be repeated
+    #[arg(long, value_name = "URL", value_hint = ValueHint::Url, value_parser = crate::service::manager::check_webhook, requires = "webhook_secret_file", help_heading = NOTICES)]
+    pub(in crate::cli) webhook: Vec<reqwest::Url>,
+    /// File with the secret that signs them, whsec_ and base64, one per line (/dev/fd/N for a descriptor)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = NOTICES)]
+    pub(in crate::cli) webhook_secret_file: Option<PathBuf>,
+    /// Origin of URLs that users may name for their own saves, e.g. https://hooks.example.org; may be repeated
+    #[arg(long, value_name = "ORIGIN", requires = "webhook_secret_file", help_heading = NOTICES)]
+    pub(in crate::cli) notify_origin: Vec<crate::service::manager::WebOrigin>,
+    /// Private network in which the hosts of those URLs may be, e.g. 10.1.0.0/16; may be repeated [default: public
+    /// addresses only]
+    #[arg(long, value_name = "CIDR", help_heading = NOTICES)]
+    pub(in crate::cli) notify_network: Vec<crate::service::manager::auth::Range>,
 
     /// TOML file with API tokens
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]

@@ -2,6 +2,7 @@
 //! requests to the queue (`outbox`), compares the record with the queue (`reconcile`), and deletes old data. Several
 //! managers do this at the same time, because every change is written only over the version that it is based on.
 
+mod notices;
 mod outbox;
 mod questions;
 mod reconcile;
@@ -14,7 +15,7 @@ use outbox::execute_due;
 use reconcile::reconcile;
 use reports::process_reports;
 
-use super::App;
+use super::{App, kept};
 use crate::service::queue;
 use crate::service::ready;
 use crate::service::record;
@@ -52,6 +53,7 @@ pub(super) async fn run(app: App) {
         run_periodically(&app, "measure", MEASURE_EVERY, false, || update_gauges(
             &app
         )),
+        notices::deliver(&app),
         app.hub.run(&app),
     );
 }
@@ -101,6 +103,7 @@ async fn watch_record(app: &App) {
 }
 
 async fn delete_old_saves(app: &App) -> Result<(), TaskError> {
+    kept::forget(app).await?;
     let gone = app.record.forget(app.options.retention).await?;
     if gone > 0 {
         tracing::info!(saves = gone, "old saves are forgotten");
@@ -110,14 +113,17 @@ async fn delete_old_saves(app: &App) -> Result<(), TaskError> {
 
 async fn update_gauges(app: &App) -> Result<(), TaskError> {
     app.metrics.record(&app.record.counts().await?);
+    app.metrics.notices_waiting(
+        app.record.notices_waiting().await?,
+        app.record.notices_dropped(),
+    );
     let depth = app.queue.depth().await;
     app.metrics.queue(depth.as_ref().ok().copied());
-    // Saves are accepted by this list while the queue does not answer.
     let sessions = app.inventory.sessions(&app.queue).await;
     let nodes = app.inventory.nodes(&app.queue).await?;
     let alive = nodes.iter().filter(|node| node.is_alive()).count();
     app.metrics.nodes(alive, nodes.len() - alive);
-    sessions?;
+    kept::keep(app, &sessions?).await?;
     depth?;
     Ok(())
 }
