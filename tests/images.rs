@@ -16,7 +16,7 @@ use image::{Image, MANIFEST_TYPE};
 use serde_json::{Value, json};
 use support::{Need, ignored};
 use upperdeck::common::digest::Digest;
-use upperdeck::store::destination::{Destination, Error as DestinationError, Target};
+use upperdeck::store::destination::{Destination, Error as DestinationError, Replaceable, Target};
 use upperdeck::store::images::{Error, ImageLocation, ImageSelector, Images, Query, Sort};
 use upperdeck::store::registry::{Access, Registries};
 
@@ -412,6 +412,84 @@ async fn a_layouts_tag_is_taken_only_from_an_image_that_may_be_replaced() -> Out
     let dir = tempfile::tempdir()?;
     let place = format!("oci:{}", dir.path().join("x").display());
     tags_are_taken_only_from_images_that_may_be_replaced(&place).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_gets_another_tag_in_a_registry_and_in_a_layout() -> Outcome {
+    if ignored(&[Need::Program("docker-registry")]) {
+        return Ok(());
+    }
+    let registry = Registry::start(true)?;
+    let dir = tempfile::tempdir()?;
+    let layout = format!("oci:{}/note", dir.path().display());
+    for place in [format!("127.0.0.1:{}/alice/note", registry.1), layout] {
+        let (one, two) = (image("one", 100, 1), image("two", 100, 2));
+        save(&format!("{place}:v1"), &one).await?;
+        save(&format!("{place}:v2"), &two).await?;
+        let target = Target::for_saving(&format!("{place}:v1"))?;
+        let destination = Destination::open(&target, &registries())?;
+        let digest = one.digest();
+        let never = Replaceable::default();
+        destination.add_tag(&digest, "paper", &never).await?;
+        assert_eq!(
+            destination.digest_of("paper").await?,
+            Some(digest),
+            "{place}"
+        );
+        let refused = destination.add_tag(&digest, "v2", &never).await;
+        let in_the_way = matches!(&refused, Err(DestinationError::TagExists { digest, .. }) if *digest == two.digest());
+        assert!(in_the_way, "{place}: {refused:?}");
+        assert_eq!(destination.digest_of("v2").await?, Some(two.digest()));
+        let replace = Replaceable {
+            digest: Some(two.digest()),
+            save: None,
+        };
+        destination.add_tag(&digest, "v2", &replace).await?;
+        for tag in ["v1", "v2", "paper"] {
+            assert_eq!(
+                destination.digest_of(tag).await?,
+                Some(digest),
+                "{place} {tag}"
+            );
+        }
+        let absent = image("three", 100, 3).digest();
+        assert!(
+            destination.add_tag(&absent, "v3", &never).await.is_err(),
+            "{place}"
+        );
+        assert_eq!(destination.digest_of("v3").await?, None, "{place}");
+        let run = |arguments: &[&str]| {
+            Command::new(env!("CARGO_BIN_EXE_upperdeck"))
+                .args(["image", "tag"])
+                .args(arguments)
+                .env("HOME", "/nonexistent")
+                .output()
+        };
+        let done = run(&[&format!("{place}:v1"), "thesis"])?;
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        assert_eq!(
+            String::from_utf8(done.stdout)?,
+            format!("{place}:thesis@{digest}\n")
+        );
+        save(&format!("{place}:v4"), &two).await?;
+        let refused = run(&[&format!("{place}:v4"), "thesis"])?;
+        assert!(!refused.status.success());
+        assert!(
+            run(&[&format!("{place}:v4"), "thesis", "--replace"])?
+                .status
+                .success()
+        );
+        assert_eq!(destination.digest_of("thesis").await?, Some(two.digest()));
+        assert_eq!(
+            run(&[&format!("{place}:v4"), "a@b/../c"])?.status.code(),
+            Some(2)
+        );
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

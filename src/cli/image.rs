@@ -4,12 +4,13 @@ use anyhow::Context;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use super::args::{ImageLs, ImageRm};
+use super::args::{ImageLs, ImageRm, ImageTag};
 use super::exit::Usage;
 use super::print::print;
 use super::text::{self, Align};
-use super::{options, signals};
+use super::{options, signals, write_stdout};
 use crate::common::cancel::Cancelled;
+use crate::store::destination::{Destination, Replaceable, Target};
 use crate::store::harbor::QuotaUsage;
 use crate::store::images::{
     Error, ImageEntry, ImageLocation, ImageSelector, Images, Listed, Query, Removed,
@@ -233,6 +234,47 @@ pub(super) fn rm(args: &ImageRm) -> anyhow::Result<()> {
         print(args.format, views.as_slice(), removed_text)?;
     }
     failure.map_or(Ok(()), Err)
+}
+
+/// Gives an image another tag.
+pub(super) fn tag(args: &ImageTag) -> anyhow::Result<()> {
+    let from = Target::for_saving(&args.image).map_err(|error| Usage(error.to_string()))?;
+    let to = from
+        .with_tag(&args.tag)
+        .map_err(|error| Usage(error.to_string()))?;
+    let host = match &from {
+        Target::Registry(reference) => Some(reference.host.clone()),
+        Target::Layout { .. } => None,
+        Target::Archive { .. } => {
+            return Err(Usage("an archive has one image with one tag".to_owned()).into());
+        }
+    };
+    let registries = options::registries(&args.registry, host)?;
+    let cancel = CancellationToken::new();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
+    runtime.block_on(async {
+        let work = async {
+            let place = Destination::open(&from, &registries)?;
+            let digest = place.digest_of(from.tag()).await?;
+            let digest = digest.ok_or_else(|| Error::NotFound(args.image.clone()))?;
+            let rule = Replaceable {
+                digest: if args.replace {
+                    place.digest_of(to.tag()).await?
+                } else {
+                    None
+                },
+                save: None,
+            };
+            place.add_tag(&digest, to.tag(), &rule).await?;
+            write_stdout(format!("{to}@{digest}\n").as_bytes())?;
+            Ok::<(), anyhow::Error>(())
+        };
+        tokio::select! {
+            done = work => done,
+            () = cancel.cancelled() => Err(Cancelled.into()),
+        }
+    })
 }
 
 fn removed_text(views: &[RemovedView]) -> String {

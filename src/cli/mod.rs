@@ -127,6 +127,7 @@ fn dispatch(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()> {
         Verb::Image(args::Image::Ls(args)) => image::ls(&args),
         Verb::Image(args::Image::Rm(args)) => image::rm(&args),
         Verb::Image(args::Image::Prune(args)) => prune::run(&args),
+        Verb::Image(args::Image::Tag(args)) => image::tag(&args),
         Verb::Validate(args) => verbs::validate(&args),
         Verb::Bench(args) => verbs::bench(roots, *args),
         #[cfg(feature = "service")]

@@ -134,6 +134,19 @@ impl Target {
         tag.as_deref().unwrap_or(DEFAULT_TAG)
     }
 
+    /// Returns the same place with another tag.
+    ///
+    /// Fails if `tag` cannot be one there.
+    pub fn with_tag(&self, tag: &str) -> Result<Self, TargetError> {
+        let text = self.to_string();
+        let place = text.strip_suffix(self.tag()).unwrap_or(&text);
+        let target = Self::for_saving(&format!("{place}{tag}"))?;
+        if target.tag() != tag {
+            return Err(TargetError::LayoutTag(tag.chars().take(300).collect()));
+        }
+        Ok(target)
+    }
+
     /// Returns the name of the saved image: `HOST/REPOSITORY@sha256:…`, `oci:DIR@sha256:…` or
     /// `oci-archive:FILE@sha256:…`.
     pub fn with_digest(&self, digest: &Digest) -> String {

@@ -3,7 +3,8 @@
 use bytes::Bytes;
 use serde_json::json;
 use upperdeck::common::digest::Digest;
-use upperdeck::store::destination::Destination;
+use upperdeck::store::destination::{Destination, Replaceable};
+use upperdeck::store::images::ImageSelector;
 
 use super::refusals::rights_without;
 use super::{Image, Lab, MANIFEST_TYPE, Outcome, image, save};
@@ -43,6 +44,46 @@ async fn attach(destination: &Destination, to: &Image) {
     });
     let put = destination.put_manifest(note.to_string().into(), MANIFEST_TYPE, "note");
     put.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_gets_another_tag_in_place_of_its_own() -> Outcome {
+    let lab = Lab::start().await?;
+    let project = lab.project(None).await;
+    let path = format!("{project}/renamed");
+    let destination = lab.to(&path);
+    let (one, two) = (
+        image(&format!("{project} one"), 1000),
+        image(&format!("{project} two"), 1000),
+    );
+    save(&destination, &one, "v1").await.unwrap();
+    save(&destination, &two, "v2").await.unwrap();
+    let never = Replaceable::default();
+    destination
+        .add_tag(&one.digest(), "paper", &never)
+        .await
+        .unwrap();
+    assert!(
+        destination
+            .add_tag(&one.digest(), "v2", &never)
+            .await
+            .is_err()
+    );
+    // Harbor deletes one tag of several.
+    let images = lab.images().await;
+    let removed = images
+        .remove(&path, &ImageSelector::Tag("v1".to_owned()), false)
+        .await
+        .unwrap();
+    assert!(!removed.image_deleted);
+    for (tag, digest) in [
+        ("v1", None),
+        ("paper", Some(one.digest())),
+        ("v2", Some(two.digest())),
+    ] {
+        assert_eq!(destination.digest_of(tag).await.unwrap(), digest, "{tag}");
+    }
+    lab.end().await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 use base64::Engine as _;
 use reqwest::Method;
 use serde_json::{Value, json};
-use upperdeck::service::manager::auth::{Jwt, Keys, Proxies, Tokens};
+use upperdeck::service::manager::auth::{Claims, Jwt, Keys, Proxies, Tokens};
 
 use crate::site::{Outcomes, Site, Who, ask, get, http, id, request, session, submit, until};
 
@@ -207,9 +207,13 @@ async fn users_come_with_tokens_of_the_identity_provider_and_with_no_others() ->
         keys: Keys::File(file),
         issuer: "https://id.example".into(),
         audience: "upperdeck".into(),
-        user_claim: "preferred_username".into(),
-        administrator_claim: Some(("realm.roles".into(), "admin".into())),
-        administrators: vec!["carol".into()],
+        claims: Claims {
+            user: "preferred_username".into(),
+            groups: None,
+            email: None,
+            administrator: Some(("realm.roles".into(), "admin".into())),
+            administrators: vec!["carol".into()],
+        },
     });
     let manager = site.manager_with(options).await?;
     let at = manager.address;

@@ -8,10 +8,12 @@ mod fuzz;
 mod http;
 mod jobs;
 mod metrics;
+mod oidc;
 mod openapi;
 mod outage;
 #[path = "../support/postgres.rs"]
 mod postgres;
+mod renaming;
 mod replace;
 mod signin;
 mod site;

@@ -3,7 +3,7 @@
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
-use upperdeck::service::manager::auth::{Jwt, Keys, Proxies, Tokens};
+use upperdeck::service::manager::auth::{Claims, Jwt, Keys, Proxies, Tokens};
 
 use crate::access::Provider;
 use crate::site::{Outcomes, Site, Who, http, id, session, submit};
@@ -438,9 +438,13 @@ async fn a_key_that_is_fetched_holds_up_nobody_else() -> Outcomes {
         keys: Keys::Url(format!("http://{idp}/jwks")),
         issuer: "https://id.example".into(),
         audience: "upperdeck".into(),
-        user_claim: "sub".into(),
-        administrator_claim: None,
-        administrators: vec![],
+        claims: Claims {
+            user: "sub".into(),
+            groups: None,
+            email: None,
+            administrator: None,
+            administrators: vec![],
+        },
     });
     options.connections.requests_per_user = 1000;
     let manager = site.manager_with(options).await?;

@@ -8,6 +8,7 @@ mod browser;
 mod calls;
 mod delivery;
 mod looks;
+mod provider;
 mod replacing;
 mod saving;
 mod signin;

@@ -13,7 +13,7 @@ use upperdeck::service::record::Record;
 
 use crate::browser::{Browser, BrowserOptions, Outcome, missing};
 
-struct Manager {
+pub struct Manager {
     address: SocketAddr,
     cancel: CancellationToken,
     runtime: Runtime,
@@ -22,10 +22,17 @@ struct Manager {
 
 impl Manager {
     fn start(change: impl FnOnce(&mut Options)) -> Outcome<Self> {
+        Self::start_on(0, change)
+    }
+
+    pub fn start_on(port: u16, change: impl FnOnce(&mut Options)) -> Outcome<Self> {
         let dir = tempfile::tempdir()?;
         let runtime = Runtime::new()?;
         let template = format!("oci:{}/{{user}}/{{name}}:{{tag}}", dir.path().display());
-        let mut options = Options::new(Listen::Tcp(([127, 0, 0, 1], 0).into()), template.parse()?);
+        let mut options = Options::new(
+            Listen::Tcp(([127, 0, 0, 1], port).into()),
+            template.parse()?,
+        );
         options.tokens = Tokens::default()
             .with("minji", Role::User, Some("minji"), "token-of-minji")?
             .with("mallory", Role::User, Some("mallory"), "token-of-mallory")?;
@@ -54,7 +61,7 @@ impl Manager {
         })
     }
 
-    fn url(&self, rest: &str) -> String {
+    pub fn url(&self, rest: &str) -> String {
         format!("http://{}/{rest}", self.address)
     }
 
@@ -102,7 +109,7 @@ fn begin() -> Outcome<Option<Browser>> {
     Browser::start(&BrowserOptions::default()).map(Some)
 }
 
-fn signed_in_as(browser: &Browser, user: &str) -> Outcome {
+pub fn signed_in_as(browser: &Browser, user: &str) -> Outcome {
     let script = "return document.getElementById('leave') && document.querySelector('.who').innerText.includes(arguments[0])";
     browser.until(user, script, json!([user])).map(drop)
 }

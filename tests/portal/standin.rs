@@ -164,6 +164,7 @@ impl World {
                 user: "minji".to_owned(),
                 administrator: false,
                 via: Via::SignIn,
+                groups: vec![],
                 start_url: None,
             },
             signed_in: true,
@@ -251,6 +252,7 @@ impl World {
             save: None,
             pinned: false,
             shared: vec![],
+            shared_groups: vec![],
         }
     }
 
@@ -478,6 +480,7 @@ impl World {
                     save: Some(by.id),
                     session_name: Some(by.session_name.clone()),
                     caller: None,
+                    renamed_to: None,
                 });
             }
         }
@@ -845,6 +848,7 @@ async fn remove(
                 save: None,
                 session_name: None,
                 caller: Some("sign-in:minji".to_owned()),
+                renamed_to: None,
             });
         }
     }
@@ -939,6 +943,10 @@ async fn count(
 fn routes(world: Shared) -> Router {
     let api = Router::new()
         .route("/me", get(me))
+        .route(
+            "/signin",
+            get(async || Json(serde_json::json!({"token": true}))),
+        )
         .route("/sessions", get(sessions))
         .route("/saves", get(saves).post(save))
         .route("/saves/{id}", get(check).delete(cancel))

@@ -236,6 +236,9 @@ fn a_sign_in_is_known_to_all_managers_until_it_ends() -> Outcomes {
             basis: "token:x".to_owned(),
             user: "alice".to_owned(),
             administrator: n == 1,
+            groups: String::new(),
+            email: None,
+            hint: String::new(),
             expires_ms: ends,
         };
         let now = upperdeck::service::job::now_ms();

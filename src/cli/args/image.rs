@@ -36,6 +36,32 @@ pub(in crate::cli) enum Image {
     /// Delete what no image of an OCI layout needs
     #[command(after_long_help = IMAGE_PRUNE_HELP)]
     Prune(ImagePrune),
+    /// Give an image another tag
+    #[command(after_long_help = IMAGE_TAG_HELP)]
+    Tag(ImageTag),
+}
+
+const IMAGE_TAG_HELP: &str = "\
+Examples:
+  upperdeck image tag harbor.example.org/alice/notebook:monday paper
+  upperdeck image tag oci:/srv/images/notebook:monday paper --replace
+
+Both tags name the image afterwards; 'upperdeck image rm' removes one. A tag that names another image is refused without
+--replace.";
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ImageTag {
+    /// HOST/REPOSITORY:TAG or oci:DIRECTORY:TAG
+    #[arg(value_name = "IMAGE")]
+    pub(in crate::cli) image: String,
+    /// The new tag
+    #[arg(value_name = "TAG")]
+    pub(in crate::cli) tag: String,
+    /// Take the tag from another image that has it
+    #[arg(long)]
+    pub(in crate::cli) replace: bool,
+    #[command(flatten)]
+    pub(in crate::cli) registry: Registry,
 }
 
 const IMAGE_LS_HELP: &str = "\

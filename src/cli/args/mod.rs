@@ -28,7 +28,7 @@ use clap_complete::Shell;
 pub(super) use bench::Bench;
 pub(super) use commit::{Commit, VolumeIdentity};
 pub(super) use containers::{Diff, Inspect, Ps};
-pub(super) use image::{Image, ImageLs, ImagePrune, ImageRm};
+pub(super) use image::{Image, ImageLs, ImagePrune, ImageRm, ImageTag};
 pub(super) use layer::{Layer, Validate};
 #[cfg(feature = "service")]
 pub(super) use shared::Server;

@@ -96,8 +96,9 @@ fn missing(args: &Doctor) -> Vec<String> {
             (
                 "tokens-file",
                 args.serve.tokens_file.is_some()
-                    || args.serve.jwks.is_some()
-                    || args.serve.proxy_header.is_some(),
+                    || args.serve.callers.jwks.is_some()
+                    || args.serve.callers.oidc_issuer.is_some()
+                    || args.serve.callers.proxy_header.is_some(),
             ),
         ],
     };

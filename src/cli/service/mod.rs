@@ -1,5 +1,6 @@
 //! The verbs of the service: `manager`, `agent`, `up`, `setup`, `key` and `doctor`, and `job`, which talks to a manager.
 
+mod callers;
 mod client;
 mod doctor;
 pub(super) mod images;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio_util::sync::CancellationToken;
 
+use super::callers::{self, missing, secret, tokens};
 use super::client;
 use crate::cli::args::service;
 use crate::cli::exit::Usage;
@@ -16,7 +17,7 @@ use crate::common::private_files;
 use crate::node::container::Roots;
 use crate::service::agent;
 use crate::service::job::Keys;
-use crate::service::manager::auth::{self, Jwt, Proxies, Tokens};
+use crate::service::manager::auth::{self, Tokens};
 use crate::service::manager::target::{self, Template};
 use crate::service::manager::{self, Listen};
 use crate::service::queue::{self, Limits, Queue};
@@ -36,29 +37,12 @@ const FOREIGN_BLOB_AGE: Duration = Duration::from_secs(86_400);
 /// How long the manager waits until the agent's last reports are recorded.
 const FINAL_REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Returns the error for a required setting that is missing.
-fn missing(flag: &str, what: &str) -> Usage {
-    let (variable, key) = (
-        flag.to_uppercase().replace('-', "_"),
-        flag.replace('-', "_"),
-    );
-    Usage(format!(
-        "{what}: --{flag}, UPPERDECK_{variable} or {key} in the settings file"
-    ))
-}
-
 fn limits(queue: &service::Queue) -> Limits {
     Limits {
         user: queue.running_per_user,
         node: queue.running_per_node,
         registry: queue.running_per_registry,
     }
-}
-
-/// Reads a secret from a file. An error names the setting.
-fn secret(flag: &str, file: &Path) -> Result<zeroize::Zeroizing<String>, Usage> {
-    secrets::trimmed_line(file)
-        .map_err(|error| Usage(format!("--{flag} {}: {error}", text::path(file))))
 }
 
 /// Returns `url` with the password from a file.
@@ -216,10 +200,10 @@ pub(super) fn manager(args: &service::Manager) -> anyhow::Result<()> {
         .ok_or_else(|| missing("target", "the destination of images has to be known"))?;
     let tokens = tokens(&args.serve)?;
     let options = manager_options(&args.serve, &args.push, target, tokens)?;
-    if options.tokens.is_empty() && options.jwt.is_none() && options.proxies.is_none() {
+    if callers::lacks_callers(&options) {
         return Err(missing(
             "tokens-file",
-            "no user could sign in (--jwks and --proxy-header are not given either)",
+            "no user could sign in (--oidc-issuer, --jwks and --proxy-header are not given either)",
         )
         .into());
     }
@@ -251,10 +235,12 @@ pub(super) fn reads_files_of_others(args: &service::Manager) -> bool {
         args.queue.redis_password_file.as_deref(),
         args.serve.record_password_file.as_deref(),
         args.serve.tokens_file.as_deref(),
+        args.serve.callers.oidc_client_secret_file.as_deref(),
+        args.serve.callers.groups_file.as_deref(),
         args.push.creds_file.as_deref(),
         args.push.authfile.as_deref(),
         args.push.cert_dir.as_deref(),
-        args.serve.jwks.as_deref().map(Path::new),
+        args.serve.callers.jwks.as_deref().map(Path::new),
         Some(Path::new(record)).filter(|path| path.is_absolute()),
         Some(Path::new(record))
             .filter(|path| path.is_absolute())
@@ -269,16 +255,6 @@ pub(super) fn reads_files_of_others(args: &service::Manager) -> bool {
         .any(|file| file.uid() != own)
 }
 
-fn tokens(serve: &service::Serve) -> Result<Tokens, Usage> {
-    let Some(file) = &serve.tokens_file else {
-        return Ok(Tokens::default());
-    };
-    let wrong = |reason: String| Usage(format!("--tokens-file {}: {reason}", text::path(file)));
-    let content = std::fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
-    secrets::warn_if_shared(file);
-    Tokens::parse(&content).map_err(|error| wrong(error.to_string()))
-}
-
 async fn open_record(serve: &service::Serve, place: &str) -> anyhow::Result<Record> {
     let place = with_password(
         "record-password-file",
@@ -286,28 +262,6 @@ async fn open_record(serve: &service::Serve, place: &str) -> anyhow::Result<Reco
         serve.record_password_file.as_deref(),
     )?;
     Ok(Record::open(&place).await?)
-}
-
-/// Returns the settings for authentication by JWT, in addition to that by tokens.
-fn jwt(serve: &service::Serve) -> Result<Option<Jwt>, Usage> {
-    let Some(jwks) = &serve.jwks else {
-        return Ok(None);
-    };
-    let keys = if jwks.contains("://") {
-        auth::Keys::Url(jwks.clone())
-    } else {
-        auth::Keys::File(jwks.into())
-    };
-    let issuer = serve.jwt_issuer.clone();
-    let audience = serve.jwt_audience.clone();
-    Ok(Some(Jwt {
-        keys,
-        issuer: issuer.ok_or_else(|| missing("jwt-issuer", "--jwks needs it"))?,
-        audience: audience.ok_or_else(|| missing("jwt-audience", "--jwks needs it"))?,
-        user_claim: serve.jwt_user_claim.clone(),
-        administrator_claim: serve.jwt_admin_claim.clone(),
-        administrators: serve.administrator.clone(),
-    }))
 }
 
 /// Returns the settings of webhooks.
@@ -333,7 +287,7 @@ fn webhooks(serve: &service::Serve) -> anyhow::Result<manager::Webhooks> {
 
 /// Returns the limits on connections and requests.
 fn connection_limits(serve: &service::Serve) -> Result<manager::ConnectionLimits, Usage> {
-    let proxies = serve.proxy_from.iter().map(|range| {
+    let proxies = serve.callers.proxy_from.iter().map(|range| {
         range
             .parse()
             .map_err(|error| Usage(format!("--proxy-from: {error}")))
@@ -369,15 +323,7 @@ fn manager_options(
     options.cors_origins.clone_from(&serve.cors_origin);
     options.webhooks = webhooks(serve)?;
     options.tokens = tokens;
-    options.jwt = jwt(serve)?;
-    if let Some(header) = &serve.proxy_header {
-        if serve.proxy_from.is_empty() {
-            return Err(missing("proxy-from", "--proxy-header needs it").into());
-        }
-        let proxies = Proxies::new(header, &serve.proxy_from, serve.administrator.clone())
-            .map_err(|error| Usage(format!("--proxy-header, --proxy-from: {error}")))?;
-        options.proxies = Some(proxies);
-    }
+    callers::apply(serve, &mut options)?;
     options.connections = connection_limits(serve)?;
     options.open_per_user = serve.open_per_user;
     options.saves_per_day = serve.saves_per_day;

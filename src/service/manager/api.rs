@@ -346,6 +346,8 @@ pub enum ImageState {
     Replaced,
     /// It, or its tag, was deleted.
     Deleted,
+    /// It has another tag instead.
+    Renamed,
 }
 
 /// What became of the image of a save.
@@ -360,8 +362,11 @@ pub struct ImageFate {
     pub save: Option<JobId>,
     /// For `replaced`: the session of that save.
     pub session_name: Option<String>,
-    /// For `deleted`: the caller that did it; absent if it was done elsewhere.
+    /// For `deleted` and `renamed`: the caller that did it; absent if it was done elsewhere.
     pub caller: Option<String>,
+    /// For `renamed`: the tag that the image has instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renamed_to: Option<String>,
 }
 
 /// `GET /api/v1/saves/{id}/audit`, for administrators.
@@ -540,6 +545,9 @@ pub struct ImageView {
     /// Users with whom its owner shares it.
     #[serde(default)]
     pub shared: Vec<String>,
+    /// Groups with whose members its owner shares it.
+    #[serde(default)]
+    pub shared_groups: Vec<String>,
 }
 
 impl ImageView {
@@ -562,6 +570,38 @@ pub struct ImageChange {
     /// Users with whom it is shared, at most 50: they see it in their list, and cannot change it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared: Option<Vec<String>>,
+    /// Groups with whose members it is shared, at most 50.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared_groups: Option<Vec<String>>,
+}
+
+/// `POST /api/v1/images/{name}/tags/{tag}`: another tag for an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImageRename {
+    /// The new tag.
+    pub tag: String,
+    /// Whether the image keeps the old tag as well.
+    #[serde(default)]
+    pub keep: bool,
+    /// Whether the new tag may be taken from the image that has it: `never`, `any`, or the digest of that image.
+    #[serde(default)]
+    #[schema(value_type = String, example = "never")]
+    pub replace: Replace,
+}
+
+/// An image that has another tag.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ImageRenamed {
+    /// Complete reference with the new tag.
+    pub reference: String,
+    /// The new tag.
+    pub tag: String,
+    /// Digest of the manifest.
+    pub digest: String,
+    /// Why the image has the old tag as well; absent if it has not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept: Option<String>,
 }
 
 /// A tag of an image.
@@ -634,6 +674,9 @@ pub struct Me {
     pub administrator: bool,
     /// How the caller is authenticated.
     pub via: Via,
+    /// Groups that the user is a member of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<String>,
     /// Where a session is started from an image, if the administrator has set it: a URL with `{reference}`, which is
     /// replaced by the percent-encoded reference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -646,6 +689,50 @@ pub struct Me {
 pub(crate) struct SignIn {
     /// Whether to replace another user who is signed in in this browser.
     pub(crate) replace: bool,
+}
+
+/// `GET /api/v1/signin/ways`: the ways to sign in with a browser.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct SignInWays {
+    /// Whether tokens are accepted: `POST /api/v1/signin`.
+    pub(crate) token: bool,
+    /// Name of the identity provider that signs users in, if there is one: `POST /api/v1/signin/oidc`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) provider: Option<String>,
+}
+
+/// `POST /api/v1/signin/oidc`: a sign-in that has been begun.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct SignInBegun {
+    /// Address of the identity provider, to which the page goes.
+    pub(crate) url: String,
+    /// Key that the page sends at the end of the sign-in.
+    pub(crate) key: String,
+}
+
+/// `POST /api/v1/signin/oidc/answer`: what the identity provider has added to the address of the page.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct SignInAnswer {
+    /// The key of the beginning.
+    pub(crate) key: String,
+    /// `state`.
+    pub(crate) state: String,
+    /// `code`.
+    pub(crate) code: Option<String>,
+    /// `iss`.
+    pub(crate) iss: Option<String>,
+    /// `error`.
+    pub(crate) error: Option<String>,
+    /// `error_description`.
+    pub(crate) error_description: Option<String>,
+}
+
+/// A sign-out that the identity provider completes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct SignedOut {
+    /// Address of the identity provider that ends the session there, to which the page goes.
+    pub(crate) provider: String,
 }
 
 /// A successful sign-in.

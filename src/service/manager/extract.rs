@@ -82,6 +82,15 @@ impl Caller {
         })
     }
 
+    /// Returns the user that the caller acts as; `None` for an administrator without a user name. Fails for a portal that
+    /// names no user.
+    pub(super) fn own_user(&self) -> Result<Option<&str>, Refusal> {
+        if self.administrator {
+            return Ok(self.user.as_deref());
+        }
+        self.require_user().map(Some)
+    }
+
     /// Returns whether the caller may see and change data of `user`.
     pub(super) fn may_access(&self, user: &str) -> bool {
         self.administrator || self.user.as_deref() == Some(user)

@@ -25,7 +25,6 @@ use super::time::rfc3339;
 use crate::common::digest::Digest;
 use crate::service::job::Category;
 use crate::service::record::{ImageKey, Save};
-use crate::store::destination::{self, Destination, Target};
 use crate::store::harbor::{Harbor, QuotaUsage, rights};
 use crate::store::images::{
     self, ImageEntry, ImageSelector, Images, LayoutImages, MAX_PAGE_SIZE, Query, Sort,
@@ -54,7 +53,7 @@ type Lists = HashMap<Option<String>, (Instant, Arc<Vec<ListedImage>>)>;
 /// The place that images are saved to.
 pub(super) struct ImageStore {
     template: Template,
-    access: Access,
+    pub(super) access: Access,
     opened: Mutex<Option<(Instant, Arc<dyn Images>)>>,
     lists: Mutex<Lists>,
     rooms: Mutex<HashMap<String, (Instant, Option<QuotaUsage>)>>,
@@ -249,20 +248,7 @@ impl ImageStore {
         self.rooms.lock().await.clear();
     }
 
-    /// Returns the digest of the image that the tag of a destination names now, if there is one.
-    pub(super) async fn digest_of(
-        &self,
-        destination: &str,
-    ) -> Result<Option<Digest>, destination::Error> {
-        let registries = Registries::new(self.access.clone());
-        let Ok(target) = Target::for_saving(destination) else {
-            return Ok(None);
-        };
-        let place = Destination::open(&target, &registries)?;
-        place.digest_of(target.tag()).await
-    }
-
-    async fn remove(
+    pub(super) async fn remove(
         &self,
         user: &str,
         name: &str,
@@ -451,6 +437,7 @@ fn view(found: &ListedImage, saves: &HashMap<(&str, &str, String), &Save>) -> Im
         save: save.map(|save| save.id),
         pinned: false,
         shared: Vec::new(),
+        shared_groups: Vec::new(),
         digest,
     }
 }

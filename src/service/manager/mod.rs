@@ -22,10 +22,12 @@ mod kept;
 mod metrics;
 mod notes;
 mod notify;
+mod oidc;
 mod options;
 mod paging;
 mod problem;
 mod refusal;
+mod rename;
 mod replace;
 mod routes;
 mod saves;
@@ -98,6 +100,8 @@ struct Inner {
     queue: Queue,
     record: Record,
     authenticator: auth::Authenticator,
+    /// The identity provider that signs users in.
+    provider: Option<auth::Provider>,
     connections: connections::ConnectionTable,
     /// Counts of requests and event streams in progress.
     requests: Arc<connections::UserCounter>,
@@ -148,15 +152,20 @@ impl Server {
             }
         };
         let authenticator = auth::Authenticator::new(
-            options.tokens.clone(),
-            options.jwt.clone(),
-            options.proxies.clone(),
+            auth::Ways {
+                tokens: options.tokens.clone(),
+                jwt: options.jwt.clone(),
+                oidc: options.oidc.clone(),
+                proxies: options.proxies.clone(),
+                groups: options.groups.clone(),
+            },
             options.public_url.as_deref(),
             address.map(|address| address.port()),
             record.clone(),
         );
         authenticator.check().await?;
         let record = record.with_receivers(options.webhooks.receivers());
+        let provider = options.oidc.clone().map(auth::Provider::new).transpose()?;
         let name = options.name.clone().unwrap_or_else(own_name);
         let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let app = App(Arc::new(Inner {
@@ -166,6 +175,7 @@ impl Server {
                 backoff_most_ms: ms(options.backoff_most),
             },
             authenticator,
+            provider,
             connections: connections::ConnectionTable::new(
                 options.connections.clone(),
                 connections::open_files(),
@@ -220,6 +230,12 @@ impl Server {
         let mut work = tokio::spawn(work::run(app.clone()));
         let of_rights = app.clone();
         tokio::spawn(async move { of_rights.store.tell_missing_rights().await });
+        let of_provider = app.clone();
+        tokio::spawn(async move {
+            if let Some(provider) = &of_provider.provider {
+                provider.keep(of_provider.cancel.clone()).await;
+            }
+        });
         let ending = async {
             cancel.cancelled().await;
             tracing::info!(manager = app.name, "the manager ends");

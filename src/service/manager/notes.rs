@@ -20,6 +20,7 @@ pub(super) fn annotate(views: &mut [ImageView], notes: &BTreeMap<ImageKey, Note>
         if let Some(note) = notes.get(&key) {
             view.pinned = note.pinned;
             view.shared.clone_from(&note.shared);
+            view.shared_groups.clone_from(&note.groups);
             if note.description.is_some() {
                 view.message.clone_from(&note.description);
             }

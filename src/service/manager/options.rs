@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use reqwest::Url;
 
-use super::auth::{Jwt, Proxies, Tokens};
+use super::auth::{Groups, Jwt, Oidc, Proxies, Tokens};
 use super::connections::ConnectionLimits;
 use super::cors::WebOrigin;
 use super::target::Template;
@@ -87,6 +87,10 @@ pub struct Options {
     pub tokens: Tokens,
     /// Authentication by JSON Web Tokens of an identity provider; `None` disables it.
     pub jwt: Option<Jwt>,
+    /// Sign-in of browsers with an identity provider; `None` disables it.
+    pub oidc: Option<Oidc>,
+    /// Groups of users, in addition to those that the identity provider or the proxy states.
+    pub groups: Groups,
     /// Authentication by a header that a trusted proxy sets after it has authenticated the user; `None`: the header is
     /// ignored.
     pub proxies: Option<Proxies>,
@@ -150,6 +154,8 @@ impl Options {
             target,
             tokens: Tokens::default(),
             jwt: None,
+            oidc: None,
+            groups: Groups::default(),
             proxies: None,
             open_per_user: 100,
             attempts: 4,

@@ -27,8 +27,8 @@ pub struct Problem {
     pub detail: String,
     /// Stable code in snake case: `unauthenticated`, `not_permitted`, `not_found`, `invalid`, `conflict`, `too_many`,
     /// `tag_exists`, `image_pinned`, `precondition_failed`, `too_late`, `timed_out`, `quota_exceeded`,
-    /// `registry_read_only`, `tag_immutable`, `image_in_use`, `credentials_refused`, `robot_refused`, `unavailable`,
-    /// `internal`.
+    /// `registry_read_only`, `tag_immutable`, `image_in_use`, `credentials_refused`, `robot_refused`,
+    /// `signin_refused`, `signin_expired`, `unavailable`, `internal`.
     pub code: String,
     /// Whether the same request may succeed later.
     pub retryable: bool,
@@ -115,7 +115,7 @@ const fn code(
 }
 
 /// All codes.
-pub(super) const CODES: [Explained; 19] = [
+pub(super) const CODES: [Explained; 21] = [
     code(
         "unauthenticated",
         &[401],
@@ -162,6 +162,20 @@ pub(super) const CODES: [Explained; 19] = [
         &[409],
         "The image is pinned",
         "It is neither deleted nor replaced until its owner unpins it.",
+    ),
+    code(
+        "signin_refused",
+        &[403],
+        "The identity provider's sign-in is not accepted",
+        "The provider has refused it, or its answer is not valid for this sign-in; the detail says which. The log of the \
+         manager has more.",
+    ),
+    code(
+        "signin_expired",
+        &[403],
+        "The sign-in was not begun here, or too long ago",
+        "A sign-in with the identity provider is completed once, within ten minutes, by the browser that began it. Begin it \
+         again.",
     ),
     code(
         "precondition_failed",

@@ -55,6 +55,16 @@ impl Refusal {
         refusal
     }
 
+    /// Returns the status of the response.
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// Returns the message for the caller.
+    pub(super) fn message(&self) -> &str {
+        &self.problem.detail
+    }
+
     /// Adds the image that has the tag.
     pub(super) fn with_existing(mut self, existing: ExistingImage) -> Self {
         self.problem.existing = Some(Box::new(existing));
@@ -122,7 +132,7 @@ impl utoipa::IntoResponses for Refusal {
             (
                 "403",
                 "Not this caller's, or not the service's: `not_permitted`, `quota_exceeded`, `registry_read_only`, \
-                 `credentials_refused`, `robot_refused`",
+                 `credentials_refused`, `robot_refused`, `signin_refused`, `signin_expired`",
             ),
             (
                 "404",

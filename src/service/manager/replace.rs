@@ -15,6 +15,8 @@ use super::time::rfc3339;
 use crate::common::digest::Digest;
 use crate::service::job::{Replaces, Session};
 use crate::service::record::{ImageKey, Save};
+use crate::store::destination::Replaceable;
+use crate::store::images;
 
 /// Time limit for looking at a tag. A slower registry must not delay the acceptance of a save; the agent looks again.
 const TAG_TIMEOUT: Duration = Duration::from_secs(3);
@@ -46,7 +48,9 @@ pub(super) async fn choose_tag(
         ));
     }
     let place = Place {
-        of,
+        user: of.user,
+        name: of.name,
+        session: Some(&of.session.id),
         tag: &tag,
         destination: &destination,
     };
@@ -61,11 +65,45 @@ pub(super) async fn choose_tag(
     }
 }
 
-/// Where a save goes.
-struct Place<'a> {
-    of: &'a Image<'a>,
-    tag: &'a str,
-    destination: &'a str,
+/// A tag that is to name an image.
+pub(super) struct Place<'a> {
+    pub(super) user: &'a str,
+    pub(super) name: &'a str,
+    /// The session whose save writes it, if it is one.
+    pub(super) session: Option<&'a str>,
+    pub(super) tag: &'a str,
+    pub(super) destination: &'a str,
+}
+
+/// Returns the image that a tag names, and which image it may be taken from when an image is renamed.
+///
+/// Fails as a save with the same tag does.
+pub(super) async fn replaceable(
+    app: &App,
+    place: &Place<'_>,
+    asked: &Replace,
+) -> Result<(Option<Digest>, Replaceable), Refusal> {
+    let found = app.store.digest_of(place.destination).await;
+    let found = found.map_err(images::Error::from)?;
+    let digest = match replaces(app, place, asked).await? {
+        Replaces::Any => found,
+        Replaces::Image(digest) => Some(digest),
+        Replaces::Nothing => None,
+    };
+    Ok((found, Replaceable { digest, save: None }))
+}
+
+/// Returns the response for a tag that another image has got meanwhile.
+pub(super) async fn exists_now(
+    app: &App,
+    place: &Place<'_>,
+    found: Digest,
+) -> Result<Refusal, Refusal> {
+    let by = app
+        .record
+        .saved_as(place.destination, &found.to_string())
+        .await?;
+    Ok(exists(place, found, by.as_ref()))
 }
 
 /// Returns which image the save may replace when it writes its tag.
@@ -86,8 +124,8 @@ async fn replaces(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Repla
         });
     };
     let key = ImageKey {
-        user: place.of.user.to_owned(),
-        name: place.of.name.to_owned(),
+        user: place.user.to_owned(),
+        name: place.name.to_owned(),
         digest: found.to_string(),
     };
     if app.record.note(&key).await?.pinned {
@@ -96,7 +134,7 @@ async fn replaces(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Repla
             "image_pinned",
             format!(
                 "{}:{} is pinned: it is not replaced until it is unpinned",
-                place.of.name, place.tag
+                place.name, place.tag
             ),
         ));
     }
@@ -112,7 +150,7 @@ async fn replaces(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Repla
 }
 
 fn is_own(save: &Save, place: &Place<'_>) -> bool {
-    save.session == place.of.session.id && save.user == place.of.user
+    place.session == Some(save.session.as_str()) && save.user == place.user
 }
 
 async fn unseen(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Replaces, Refusal> {
@@ -141,13 +179,13 @@ fn exists(place: &Place<'_>, found: Digest, by: Option<&Save>) -> Refusal {
     };
     let message = format!(
         "{}:{} exists{story}; take another tag, or say with replace that it may be replaced",
-        place.of.name, place.tag
+        place.name, place.tag
     );
     Refusal::new(StatusCode::CONFLICT, "tag_exists", message).with_existing(ExistingImage {
-        name: place.of.name.to_owned(),
+        name: place.name.to_owned(),
         tag: place.tag.to_owned(),
         digest: found.to_string(),
-        user: place.of.user.to_owned(),
+        user: place.user.to_owned(),
         saved,
         session: by.map(|save| save.session.clone()),
         session_name: by.map(|save| save.session_name.clone()),

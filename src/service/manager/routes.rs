@@ -22,8 +22,8 @@ use super::cors::Cors;
 use super::extract::RequestGuard;
 use super::refusal::Refusal;
 use super::{
-    App, api, conditional, describe, docs, events, feed, hurry, images, inventory, notify, paging,
-    saves, sharing, signin, status,
+    App, api, conditional, describe, docs, events, feed, hurry, images, inventory, notify, oidc,
+    paging, rename, saves, sharing, signin, status,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -70,6 +70,9 @@ fn api() -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(status::me))
         .routes(routes!(signin::sign_in, signin::sign_out))
+        .routes(routes!(signin::ways))
+        .routes(routes!(oidc::begin))
+        .routes(routes!(oidc::complete))
         .routes(routes!(inventory::sessions))
         .routes(routes!(saves::submit, saves::history))
         .routes(routes!(saves::check, saves::cancel))
@@ -81,7 +84,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(saves::dead))
         .routes(routes!(notify::notify))
         .routes(routes!(images::images))
-        .routes(routes!(images::delete))
+        .routes(routes!(images::delete, rename::rename))
         .routes(routes!(
             sharing::image,
             images::delete_untagged,

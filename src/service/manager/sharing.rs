@@ -8,7 +8,7 @@ use axum::http::HeaderMap;
 
 use super::App;
 use super::api::{ImageChange, ImageView, Images};
-use super::auth::Caller;
+use super::auth::{Caller, is_group};
 use super::conditional::check_unchanged;
 use super::extract::{Body, Path, QueryParams};
 use super::images::{UserQuery, list_views, owner};
@@ -20,14 +20,14 @@ use super::target::component;
 use crate::common::digest::Digest;
 use crate::service::record::ImageKey;
 
-/// Maximum number of users with whom an image is shared.
+/// Maximum number of users with whom an image is shared, and of groups.
 const MAX_SHARED: usize = 50;
 
 /// Returns the images of others that are shared with `user`.
-async fn shared_with(app: &App, user: &str) -> Result<Vec<ImageView>, Refusal> {
+async fn shared_with(app: &App, user: &str, groups: &[String]) -> Result<Vec<ImageView>, Refusal> {
     let mut shared = Vec::new();
     let mut owners = BTreeMap::<String, Vec<ImageKey>>::new();
-    for key in app.record.shared_with(user).await? {
+    for key in app.record.shared_with(user, groups).await? {
         owners.entry(key.user.clone()).or_default().push(key);
     }
     for (owner, keys) in owners {
@@ -39,6 +39,7 @@ async fn shared_with(app: &App, user: &str) -> Result<Vec<ImageView>, Refusal> {
         // With whom else it is shared is the owner's business.
         shared.extend(views.into_iter().filter(wanted).map(|view| ImageView {
             shared: Vec::new(),
+            shared_groups: Vec::new(),
             ..view
         }));
     }
@@ -56,13 +57,9 @@ pub(super) async fn shared(
     QueryParams(asked): QueryParams<PageQuery>,
 ) -> Result<Listed<Images>, Refusal> {
     let limit = limit(asked.limit, MAX_LIMIT)?;
-    let images = match &caller.user {
-        Some(user) => shared_with(&app, user).await?,
-        None if caller.administrator => Vec::new(),
-        None => {
-            caller.require_user()?;
-            Vec::new()
-        }
+    let images = match caller.own_user()? {
+        Some(user) => shared_with(&app, user, &caller.groups).await?,
+        None => Vec::new(),
     };
     let total = images.len() as u64;
     let (images, next) = cut(images, asked.cursor.as_deref(), limit, ImageView::id)?;
@@ -141,6 +138,13 @@ pub(super) async fn change(
             format!("these are names of users, at most {MAX_SHARED}"),
         ));
     }
+    let groups = body.shared_groups.as_deref().unwrap_or_default();
+    if groups.len() > MAX_SHARED || groups.iter().any(|group| !is_group(group)) {
+        return Err(Refusal::invalid(
+            "shared_groups",
+            format!("these are names of groups, at most {MAX_SHARED}"),
+        ));
+    }
     let mut found = find(&app, &key).await?;
     check_unchanged(&headers, &found)?;
     let mut note = app.record.note(&key).await?;
@@ -156,13 +160,18 @@ pub(super) async fn change(
         note.shared.sort();
         note.shared.dedup();
     }
+    if let Some(mut groups) = body.shared_groups {
+        groups.sort();
+        groups.dedup();
+        note.groups = groups;
+    }
     app.record.set_note(&key, &note).await?;
     tracing::info!(
         caller = caller.name,
         image.name = key.name,
         digest = key.digest,
         pinned = note.pinned,
-        shared = note.shared.len(),
+        shared = note.shared.len() + note.groups.len(),
         "what is said about an image has changed"
     );
     annotate(std::slice::from_mut(&mut found), &[(key, note)].into());

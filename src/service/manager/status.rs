@@ -25,15 +25,12 @@ pub(super) async fn me(
     Extracted(app): Extracted<App>,
     caller: Caller,
 ) -> Result<Json<Me>, Refusal> {
-    let user = match (&caller.user, caller.administrator) {
-        (Some(user), _) => user.clone(),
-        (None, true) => String::new(),
-        (None, false) => caller.require_user()?.to_owned(),
-    };
+    let user = caller.own_user()?.unwrap_or_default();
     Ok(Json(Me {
-        user,
+        user: user.to_owned(),
         administrator: caller.administrator,
         via: caller.via,
+        groups: caller.groups,
         start_url: app.options.start_url.clone(),
     }))
 }

@@ -79,6 +79,7 @@ fn shown_fate(fate: Option<&Fate>) -> ImageFate {
         save: None,
         session_name: None,
         caller: None,
+        renamed_to: None,
     };
     match fate {
         None => tagged,
@@ -89,8 +90,16 @@ fn shown_fate(fate: Option<&Fate>) -> ImageFate {
             session_name: Some(by.session_name.clone()),
             ..tagged
         },
-        Some(Fate::Deleted { at_ms, by }) => ImageFate {
-            state: ImageState::Deleted,
+        Some(Fate::Deleted {
+            at_ms,
+            by,
+            renamed_to,
+        }) => ImageFate {
+            state: match renamed_to {
+                Some(_) => ImageState::Renamed,
+                None => ImageState::Deleted,
+            },
+            renamed_to: renamed_to.clone(),
             at: Some(rfc3339(*at_ms)),
             caller: Some(by.clone()).filter(|by| !by.is_empty()),
             ..tagged

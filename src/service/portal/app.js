@@ -7,7 +7,7 @@ import { view as history } from "./history.js";
 import { view as images } from "./images.js";
 import { view as operations } from "./operations.js";
 import { view as sessions } from "./sessions.js";
-import { form, leave as out, ofLink, offer } from "./signin.js";
+import { complete, form, leave as out, ofLink, offer } from "./signin.js";
 import { follow, words } from "./saves.js";
 
 const VIEWS = { sessions, images, history, operations };
@@ -64,13 +64,13 @@ function show(moved) {
   if (moved) look(heading);
 }
 
-/** Who is not signed in, or not any more; `said` is why. */
-function signIn(said) {
+/** Who is not signed in, or not any more; `said` is why, `wrong` what went wrong. */
+function signIn(said, wrong) {
   leave.abort();
   me = current = null;
   links.replaceChildren();
   fill(who);
-  form(main, said && element("p", { class: "done" }, said));
+  form(main, wrong ?? (said && element("p", { class: "done" }, said)));
 }
 
 /** Returns who is signed in, as soon as the server answers; nothing if no user is. */
@@ -88,10 +88,11 @@ async function whoIs() {
 }
 
 async function start() {
-  const token = ofLink();
+  const { token, answer } = ofLink();
+  const wrong = answer ? await complete(answer) : null;
   const found = await whoIs();
   if (token && !await offer(main, token, found)) return;
-  if (!found) return signIn();
+  if (!found) return signIn(null, wrong);
   me = found;
   follow(me);
   line.addEventListener("signed-out", ({ detail }) => signIn(detail ?? t("signin.over")));

@@ -46,6 +46,31 @@ async function remove(image, tag, me, done) {
   }
 }
 
+/** Gives an image another tag, in place of this one or beside it. */
+async function rename(image, tag, me, done, replace) {
+  const what = `${image.name}:${tag.name}`;
+  const name = element("input", { id: "new-tag", autocomplete: "off", spellcheck: "false", autocapitalize: "none", maxlength: "128", dir: "ltr" });
+  name.value = replace?.tag ?? tag.name;
+  const keep = element("input", { type: "checkbox", id: "keep-tag", checked: replace?.keep ?? false });
+  const body = [
+    replace ? element("p", { class: "problem" }, named(replace.message)) : null,
+    element("div", { class: "field" }, element("label", { for: "new-tag" }, t("rename.field")), name),
+    element("div", { class: "check" }, keep, element("label", { for: "keep-tag" }, sentence("rename.keep", { tag: named(tag.name) })))];
+  if (!await ask(sentence("rename.title", { image: named(what) }), body, t(replace ? "rename.replace" : "rename"), t("rename.not"))) return;
+  const asked = { tag: name.value.trim(), keep: keep.checked };
+  if (replace && replace.tag === asked.tag) asked.replace = replace.digest;
+  try {
+    const now = await insist("POST", path("images", image.name, "tags", tag.name), { body: asked, query: { user: me.administrator ? image.user : null } });
+    done(t(now.kept && !asked.keep ? "renamed.kept" : "renamed", { image: what, tag: now.tag }));
+  } catch (error) {
+    if (!(error instanceof Refused || error instanceof Lost)) throw error;
+    if (error.code === "tag_exists" && error.existing) {
+      return rename(image, tag, me, done, { ...asked, digest: error.existing.digest, message: error.message });
+    }
+    done(null, words(error));
+  }
+}
+
 async function removeUntagged(image, me, done) {
   const what = `${image.name}@${image.digest.slice(0, 19)}`;
   const size = typeof image.size === "number" ? bytes(image.size) : t("size.unknown");
@@ -94,16 +119,20 @@ function edit(image, me, done) {
   text.value = image.message ?? "";
   const people = element("input", { id: `${id}-s`, autocomplete: "off", spellcheck: "false", autocapitalize: "none", dir: "ltr" });
   people.value = (image.shared ?? []).join(", ");
+  const groups = element("input", { id: `${id}-g`, autocomplete: "off", spellcheck: "false", autocapitalize: "none", dir: "ltr" });
+  groups.value = (image.shared_groups ?? []).join(", ");
+  const list = (input) => input.value.split(",").map((one) => one.trim()).filter(Boolean);
   return element("details", { class: "more" }, element("summary", {}, t("image.edit")),
     element("form", {
       submit: (event) => {
         event.preventDefault();
-        const shared = people.value.split(",").map((one) => one.trim()).filter(Boolean);
-        say(image, { description: text.value.trim(), shared }, me, done, t("image.changed.said", { image: image.name }));
+        say(image, { description: text.value.trim(), shared: list(people), shared_groups: list(groups) }, me, done, t("image.changed.said", { image: image.name }));
       },
     },
     element("div", { class: "field" }, element("label", { for: text.id }, t("field.message")), text),
     element("div", { class: "field" }, element("label", { for: people.id }, t("share")), people, element("p", { class: "dim" }, t("share.hint"))),
+    element("div", { class: "field" }, element("label", { for: groups.id }, t("share.groups")), groups,
+      me.groups?.length ? element("p", { class: "dim" }, sentence("share.groups.yours", { groups: named(me.groups.slice(0, 20).join(", ")) })) : null),
     element("button", {}, t("image.apply"))));
 }
 
@@ -132,6 +161,7 @@ function version(first, me, done, others) {
       typeof image.pulls === "number" ? t("image.pulls", { n: image.pulls }) : null,
       image.user !== me.user ? sentence("image.user", { user: named(image.user) }) : null,
       image.shared?.length ? sentence("image.shared", { users: named(image.shared.join(", ")) }) : null,
+      image.shared_groups?.length ? sentence("image.shared.groups", { groups: named(image.shared_groups.join(", ")) }) : null,
       element("code", { title: image.digest, dir: "ltr" }, image.digest.replace(/^sha256:/, "").slice(0, 12)),
     ].filter(Boolean);
     fill(meta, told.map((part) => element("span", {}, part)));
@@ -146,6 +176,8 @@ function version(first, me, done, others) {
         element("code", { title: plain(tag.reference), dir: "ltr" }, named(tag.name)),
         start(me, tag.reference),
         copier(tag.reference),
+        others ? null : element("button", { type: "button", class: "quiet", "aria-label": t("rename.what", { image: `${image.name}:${tag.name}` }),
+          click: () => rename(image, tag, me, done) }, t("rename")),
         others ? null : tag.immutable || image.pinned ? element("span", { class: "dim" }, t("immutable"))
           : element("button", { type: "button", class: "quiet danger", "aria-label": t("delete.what", { image: `${image.name}:${tag.name}` }),
             click: () => remove(image, tag, me, done) }, t("delete"))),

@@ -226,6 +226,7 @@ function lost({ image: fate }) {
   if (!fate || fate.state === "tagged") return null;
   const time = fate.at ? when(fate.at) : "";
   if (fate.state === "replaced") return sentence("fate.replaced", { session: named(fate.session_name ?? ""), time });
+  if (fate.state === "renamed") return sentence("fate.renamed", { tag: named(fate.renamed_to), time });
   return sentence("fate.deleted", { time });
 }
 

@@ -1,15 +1,57 @@
 // Signing in and out. A token is shown once, by a press: a link alone signs no user in, and replaces none.
 
-import { Lost, Refused, call, forget, keep, line } from "./api.js";
+import { Lost, Refused, address, call, forget, get, keep, line } from "./api.js";
 import { announce, element, fill, look, named, problem } from "./element.js";
 import { sentence, t } from "./language.js";
 import { words } from "./saves.js";
 
-/** The token of the link that led here. It goes out of the address and the history at once. */
+// What a sign-in at the identity provider needs at its end, and the view it began in. It is kept for this tab alone.
+const FLOW = `upperdeck-signin ${address("").pathname}`;
+
+/** The token of the link that led here, or the answer of the identity provider. They go out of the address and the history
+ *  at once. */
 export function ofLink() {
-  const token = new URLSearchParams(location.search).get("token");
+  const query = new URLSearchParams(location.search);
   if (location.search) history.replaceState(null, "", location.pathname + location.hash);
-  return token;
+  const names = ["state", "code", "iss", "error", "error_description"].filter((name) => query.has(name));
+  const answered = query.has("state") && (query.has("code") || query.has("error"));
+  return {
+    token: query.get("token"),
+    answer: answered ? Object.fromEntries(names.map((name) => [name, query.get(name)])) : null,
+  };
+}
+
+/** Goes to the identity provider; what went wrong comes back. */
+async function begin() {
+  try {
+    const { url, key } = await call("POST", "signin/oidc", { body: {} });
+    sessionStorage.setItem(FLOW, JSON.stringify({ key, view: location.hash }));
+    location.assign(url);
+    return null;
+  } catch (error) {
+    if (error instanceof DOMException) return problem(t("signin.cookies"), "", "");
+    return trouble(error);
+  }
+}
+
+/** Completes a sign-in at the identity provider; what went wrong comes back. */
+export async function complete(answer) {
+  let begun = null;
+  try {
+    begun = JSON.parse(sessionStorage.getItem(FLOW));
+    sessionStorage.removeItem(FLOW);
+  } catch { /* It is forbidden, or was not begun here: the manager says so. */ }
+  let good = false;
+  try {
+    keep((await call("POST", "signin/oidc/answer", { body: { ...answer, key: begun?.key ?? "" } })).key);
+    good = true;
+    await call("GET", "me");
+  } catch (error) {
+    if (good && error.status === 401) return problem(t("signin.cookies"), "", error.message);
+    return trouble(error);
+  }
+  history.replaceState(null, "", location.pathname + (begun.view.startsWith("#") ? begun.view : ""));
+  return null;
 }
 
 const name = (me) => named(me.user || t("administrator"));
@@ -36,13 +78,30 @@ async function enter(token) {
   }
 }
 
-/** What to do for who is not signed in. A link or a token may be put in. */
-export function form(main, wrong) {
-  if (document.getElementById("token")) return;
+/** What to do for who is not signed in: the identity provider, where there is one, or a link or a token. */
+export async function form(main, wrong) {
+  if (main.dataset.signin || document.getElementById("token") || document.getElementById("provider")) return;
+  main.dataset.signin = "asked";
+  main.replaceChildren();
+  const ways = await get("signin/ways").catch((error) => {
+    if (!(error instanceof Lost || error instanceof Refused)) throw error;
+    return { token: true };
+  });
+  delete main.dataset.signin;
   const input = element("input", { id: "token", autocomplete: "off", spellcheck: "false", autocapitalize: "none", dir: "ltr" });
   const said = element("div", { role: "alert" }, wrong);
   const heading = element("h1", {}, t("signin"));
-  main.replaceChildren(heading, element("form", {
+  const provider = ways.provider ? element("div", { class: "card" }, ways.token ? null : said,
+    element("p", {}, t("signin.provider.how")),
+    element("button", {
+      type: "button", class: "main", id: "provider",
+      click: async (event) => {
+        event.target.disabled = true;
+        fill(said, await begin());
+        event.target.disabled = false;
+      },
+    }, sentence("signin.provider", { name: named(ways.provider) }))) : null;
+  const tokens = ways.token ? element("form", {
     class: "card",
     submit: async (event) => {
       event.preventDefault();
@@ -56,7 +115,8 @@ export function form(main, wrong) {
   },
   said, element("p", {}, t("signin.how")),
   element("div", { class: "field" }, element("label", { for: "token" }, t("signin.field")), input),
-  element("button", { class: "main" }, t("signin.go"))));
+  element("button", { class: ways.provider ? null : "main" }, t("signin.go"))) : null;
+  main.replaceChildren(...[heading, provider, tokens].filter(Boolean));
   document.title = `${t("signin")} – upperdeck`;
   look(heading);
 }
@@ -95,14 +155,17 @@ export const leave = (me) => me.via !== "sign_in" ? null : element("button", {
   type: "button", class: "quiet", id: "leave",
   click: async (event) => {
     event.target.disabled = true;
+    let left = null;
     try {
-      await call("DELETE", "signin");
+      left = await call("DELETE", "signin");
     } catch (error) {
       if (!(error instanceof Lost || error instanceof Refused)) throw error;
       event.target.disabled = false;
       return announce(words(error).join(" "), true);
     }
     forget();
+    // The identity provider ends its own session, and comes back.
+    if (left?.provider) return location.assign(left.provider);
     line.dispatchEvent(new CustomEvent("signed-out", { detail: t("signin.left") }));
   },
 }, t("signout"));

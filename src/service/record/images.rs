@@ -1,6 +1,6 @@
 //! What the record knows of images after their saves: what became of them, and what users say about them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use sqlx::Row as _;
 
@@ -23,6 +23,8 @@ pub enum Fate {
         at_ms: i64,
         /// The caller that did it; empty if it was done elsewhere.
         by: String,
+        /// The tag that the image has instead, if it was renamed.
+        renamed_to: Option<String>,
     },
 }
 
@@ -46,6 +48,8 @@ pub struct Note {
     pub pinned: bool,
     /// Users with whom it is shared.
     pub shared: Vec<String>,
+    /// Groups with whose members it is shared.
+    pub groups: Vec<String>,
 }
 
 /// Returns `$from, …` with `count` placeholders.
@@ -102,7 +106,7 @@ impl Record {
         fates: &mut HashMap<JobId, Fate>,
     ) -> Result<(), Error> {
         let text = format!(
-            "SELECT destination, digest, at_ms, by_name FROM removed WHERE destination IN ({})",
+            "SELECT destination, digest, at_ms, by_name, renamed_to FROM removed WHERE destination IN ({})",
             places(1, saves.len())
         );
         let mut query = sqlx::query(&text);
@@ -114,6 +118,7 @@ impl Record {
             let digest: String = row.try_get("digest")?;
             let at_ms: i64 = row.try_get("at_ms")?;
             let by: String = row.try_get("by_name")?;
+            let renamed_to: String = row.try_get("renamed_to")?;
             let same = saves.iter().filter(|save| {
                 let made = save.result.as_ref().map(|saved| saved.digest.as_str());
                 save.destination == destination
@@ -121,8 +126,12 @@ impl Record {
                     && save.finished_ms.unwrap_or(0) <= at_ms
             });
             for save in same {
-                let by = by.clone();
-                fates.insert(save.id, Fate::Deleted { at_ms, by });
+                let fate = Fate::Deleted {
+                    at_ms,
+                    by: by.clone(),
+                    renamed_to: Some(renamed_to.clone()).filter(|tag| !tag.is_empty()),
+                };
+                fates.insert(save.id, fate);
             }
         }
         Ok(())
@@ -163,17 +172,53 @@ impl Record {
         digest: &str,
         by: &str,
     ) -> Result<(), Error> {
+        self.tag_lost(user, destination, digest, by, "").await
+    }
+
+    /// Records that an image has lost the tag at `destination`, and has the tag `to` instead. `by` is the caller who
+    /// renamed it.
+    pub async fn renamed(
+        &self,
+        key: &ImageKey,
+        destination: &str,
+        to: &str,
+        by: &str,
+    ) -> Result<(), Error> {
+        self.tag_lost(&key.user, destination, &key.digest, by, to)
+            .await
+    }
+
+    async fn tag_lost(
+        &self,
+        user: &str,
+        destination: &str,
+        digest: &str,
+        by: &str,
+        renamed_to: &str,
+    ) -> Result<(), Error> {
         sqlx::query(
-            "INSERT INTO removed (destination, digest, user_name, at_ms, by_name) VALUES ($1, $2, $3, $4, $5)
-             ON CONFLICT (destination, digest) DO UPDATE SET at_ms = excluded.at_ms, by_name = excluded.by_name",
+            "INSERT INTO removed (destination, digest, user_name, at_ms, by_name, renamed_to)
+             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (destination, digest) DO UPDATE SET
+             at_ms = excluded.at_ms, by_name = excluded.by_name, renamed_to = excluded.renamed_to",
         )
         .bind(destination)
         .bind(digest)
         .bind(user)
         .bind(now_ms())
         .bind(by)
+        .bind(renamed_to)
         .execute(&self.pool)
         .await?;
+        Ok(())
+    }
+
+    /// Records that the tag at `destination` names the image with this digest again.
+    pub async fn restored(&self, destination: &str, digest: &str) -> Result<(), Error> {
+        sqlx::query("DELETE FROM removed WHERE destination = $1 AND digest = $2")
+            .bind(destination)
+            .bind(digest)
+            .execute(&self.pool)
+            .await?;
         Ok(())
     }
 
@@ -206,6 +251,18 @@ impl Record {
             let note = notes.entry(key_of(row)?).or_default();
             note.shared.push(row.try_get("grantee")?);
         }
+        let rows = sqlx::query(
+            "SELECT user_name, name, digest, group_name FROM image_group_shares
+             WHERE ($1 = '' OR user_name = $1) ORDER BY group_name LIMIT $2",
+        )
+        .bind(user.unwrap_or_default())
+        .bind(MAX_NOTES)
+        .fetch_all(&self.pool)
+        .await?;
+        for row in &rows {
+            let note = notes.entry(key_of(row)?).or_default();
+            note.groups.push(row.try_get("group_name")?);
+        }
         Ok(notes)
     }
 
@@ -231,24 +288,33 @@ impl Record {
         .bind(now_ms())
         .execute(&mut *work)
         .await?;
-        sqlx::query("DELETE FROM image_shares WHERE user_name = $1 AND name = $2 AND digest = $3")
-            .bind(&key.user)
-            .bind(&key.name)
-            .bind(&key.digest)
-            .execute(&mut *work)
-            .await?;
-        for grantee in &note.shared {
-            sqlx::query(
-                "INSERT INTO image_shares (user_name, name, digest, grantee, created_ms)
-                 VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
-            )
-            .bind(&key.user)
-            .bind(&key.name)
-            .bind(&key.digest)
-            .bind(grantee)
-            .bind(now_ms())
-            .execute(&mut *work)
-            .await?;
+        let shares = [
+            ("image_shares", "grantee", &note.shared),
+            ("image_group_shares", "group_name", &note.groups),
+        ];
+        for (table, column, with) in shares {
+            let text =
+                format!("DELETE FROM {table} WHERE user_name = $1 AND name = $2 AND digest = $3");
+            sqlx::query(&text)
+                .bind(&key.user)
+                .bind(&key.name)
+                .bind(&key.digest)
+                .execute(&mut *work)
+                .await?;
+            let text = format!(
+                "INSERT INTO {table} (user_name, name, digest, {column}, created_ms)
+                 VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING"
+            );
+            for one in with {
+                sqlx::query(&text)
+                    .bind(&key.user)
+                    .bind(&key.name)
+                    .bind(&key.digest)
+                    .bind(one)
+                    .bind(now_ms())
+                    .execute(&mut *work)
+                    .await?;
+            }
         }
         work.commit().await?;
         Ok(())
@@ -256,7 +322,7 @@ impl Record {
 
     /// Forgets what is said about an image that is deleted.
     pub async fn drop_note(&self, key: &ImageKey) -> Result<(), Error> {
-        for table in ["image_notes", "image_shares"] {
+        for table in ["image_notes", "image_shares", "image_group_shares"] {
             let text =
                 format!("DELETE FROM {table} WHERE user_name = $1 AND name = $2 AND digest = $3");
             sqlx::query(&text)
@@ -269,8 +335,8 @@ impl Record {
         Ok(())
     }
 
-    /// Returns the images of others that are shared with `user`.
-    pub async fn shared_with(&self, user: &str) -> Result<Vec<ImageKey>, Error> {
+    /// Returns the images of others that are shared with `user` or with one of `groups`.
+    pub async fn shared_with(&self, user: &str, groups: &[String]) -> Result<Vec<ImageKey>, Error> {
         let rows = sqlx::query(
             "SELECT user_name, name, digest FROM image_shares WHERE grantee = $1 AND user_name <> $1
              ORDER BY user_name, name, digest LIMIT $2",
@@ -279,7 +345,23 @@ impl Record {
         .bind(BATCH as i64)
         .fetch_all(&self.pool)
         .await?;
-        rows.iter().map(key_of).collect()
+        let mut found = rows
+            .iter()
+            .map(key_of)
+            .collect::<Result<BTreeSet<_>, _>>()?;
+        for part in groups.chunks(BATCH) {
+            let text = format!(
+                "SELECT user_name, name, digest FROM image_group_shares
+                 WHERE user_name <> $1 AND group_name IN ({}) ORDER BY user_name, name, digest LIMIT {BATCH}",
+                places(2, part.len())
+            );
+            let query = sqlx::query(&text).bind(user);
+            let query = part.iter().fold(query, |query, group| query.bind(group));
+            for row in query.fetch_all(&self.pool).await? {
+                found.insert(key_of(&row)?);
+            }
+        }
+        Ok(found.into_iter().collect())
     }
 }
 

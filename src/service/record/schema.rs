@@ -5,7 +5,7 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// The statements that migrate the schema from one version to the next. Released entries must never be changed.
-const VERSIONS: [&[&str]; 5] = [FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS];
+const VERSIONS: [&[&str]; 6] = [FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER];
 
 const FIRST: &[&str] = &[
     // Columns that queries use, and the whole save as JSON in `body`. Progress changes without a new version.
@@ -157,6 +157,27 @@ const SESSIONS: &[&str] = &[
         node TEXT PRIMARY KEY,
         seen_ms INT8 NOT NULL,
         body TEXT NOT NULL
+    )",
+];
+
+const PROVIDER: &[&str] = &[
+    "ALTER TABLE signins ADD COLUMN user_groups TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE signins ADD COLUMN email TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE signins ADD COLUMN hint TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE removed ADD COLUMN renamed_to TEXT NOT NULL DEFAULT ''",
+    "CREATE TABLE image_group_shares (
+        user_name TEXT NOT NULL,
+        name TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        group_name TEXT NOT NULL,
+        created_ms INT8 NOT NULL,
+        PRIMARY KEY (user_name, name, digest, group_name)
+    )",
+    "CREATE INDEX image_group_shares_by_group ON image_group_shares (group_name)",
+    // Sign-ins at an identity provider that are complete.
+    "CREATE TABLE signin_flows (
+        flow TEXT PRIMARY KEY,
+        until_ms INT8 NOT NULL
     )",
 ];
 

@@ -21,6 +21,12 @@ pub struct SignIn {
     pub user: String,
     /// Whether the credential identified an administrator.
     pub administrator: bool,
+    /// The user's groups as the credential stated them, each on a line.
+    pub groups: String,
+    /// The user's e-mail address as the credential stated it.
+    pub email: Option<String>,
+    /// What the identity provider needs to end its own session, encrypted with the cookie's value; may be empty.
+    pub hint: String,
     /// Expiry: milliseconds since the epoch, UTC.
     pub expires_ms: i64,
 }
@@ -43,8 +49,8 @@ impl Record {
         .execute(&mut *work)
         .await?;
         sqlx::query(
-            "INSERT INTO signins (cookie, page, caller, basis, user_name, administrator, created_ms, expires_ms)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+            "INSERT INTO signins (cookie, page, caller, basis, user_name, administrator, created_ms, expires_ms,
+             user_groups, email, hint) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
         )
         .bind(&new.cookie)
         .bind(&new.page)
@@ -54,6 +60,9 @@ impl Record {
         .bind(i64::from(new.administrator))
         .bind(now_ms)
         .bind(new.expires_ms)
+        .bind(&new.groups)
+        .bind(new.email.clone().unwrap_or_default())
+        .bind(&new.hint)
         .execute(&mut *work)
         .await?;
         work.commit().await?;
@@ -63,7 +72,7 @@ impl Record {
     /// Returns the sign-in with this cookie if it is valid at `now_ms`.
     pub async fn signed_in(&self, cookie: &str, now_ms: i64) -> Result<Option<SignIn>, Error> {
         let row = sqlx::query(
-            "SELECT page, caller, basis, user_name, administrator, expires_ms FROM signins
+            "SELECT page, caller, basis, user_name, administrator, expires_ms, user_groups, email, hint FROM signins
              WHERE cookie = $1 AND expires_ms > $2",
         )
         .bind(cookie)
@@ -78,8 +87,28 @@ impl Record {
             basis: row.try_get("basis")?,
             user: row.try_get("user_name")?,
             administrator: row.try_get::<i64, _>("administrator")? != 0,
+            groups: row.try_get("user_groups")?,
+            email: Some(row.try_get::<String, _>("email")?).filter(|email| !email.is_empty()),
+            hint: row.try_get("hint")?,
             expires_ms: row.try_get("expires_ms")?,
         }))
+    }
+
+    /// Records that a sign-in at an identity provider is complete, so that its answer is of no use a second time. Returns
+    /// `false` if it was complete before. `flow` is a digest; it is remembered until `until_ms`.
+    pub async fn use_flow(&self, flow: &str, now_ms: i64, until_ms: i64) -> Result<bool, Error> {
+        sqlx::query("DELETE FROM signin_flows WHERE until_ms <= $1")
+            .bind(now_ms)
+            .execute(&self.pool)
+            .await?;
+        let done = sqlx::query(
+            "INSERT INTO signin_flows (flow, until_ms) VALUES ($1, $2) ON CONFLICT (flow) DO NOTHING",
+        )
+        .bind(flow)
+        .bind(until_ms)
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected() == 1)
     }
 
     /// Ends a sign-in for all managers.

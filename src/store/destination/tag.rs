@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::{Destination, Error, Kind, blocking};
 use crate::common::digest::Digest;
+use crate::store::layout::Reader;
 
 /// Annotation of a manifest with the save that made it, by which another attempt of that save recognizes the image.
 pub(crate) const SAVE_ANNOTATION: &str = "upperdeck.save";
@@ -87,6 +88,44 @@ impl Destination {
             tag: tag.to_owned(),
             digest: found,
         })
+    }
+
+    /// Adds a tag to an image that is here, if `rule` allows to take it from the image that has it.
+    ///
+    /// Fails with [`Error::TagExists`] if it does not.
+    pub async fn add_tag(
+        &self,
+        digest: &Digest,
+        tag: &str,
+        rule: &Replaceable,
+    ) -> Result<(), Error> {
+        let (bytes, media_type) = match &self.0 {
+            Kind::Registry { repository, .. } => {
+                let found = repository.manifest(&digest.to_string()).await?;
+                (found.bytes, found.media_type)
+            }
+            Kind::Directory(directory) => {
+                let digest = *digest;
+                let read = blocking(directory.clone(), move |d| {
+                    let reader = Reader::directory(d.path())?;
+                    let found = reader.list()?.into_iter().find(|one| one.digest == digest);
+                    let media_type = found.map(|found| found.media_type).unwrap_or_default();
+                    reader.manifest_of(&digest, &media_type)
+                });
+                let found = read.await?;
+                (found.bytes, found.media_type)
+            }
+            // An archive has one image, and is written as a whole.
+            Kind::Archive(_) => {
+                return Err(Error::TagExists {
+                    tag: tag.to_owned(),
+                    digest: *digest,
+                });
+            }
+        };
+        self.put_manifest_replacing(bytes, &media_type, tag, rule)
+            .await?;
+        Ok(())
     }
 
     /// Like [`Destination::put_manifest`], but only if the tag names no image or one that `rule` allows to replace. A

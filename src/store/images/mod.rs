@@ -343,6 +343,19 @@ pub struct Removed {
     pub space: String,
 }
 
+impl From<crate::store::destination::Error> for Error {
+    fn from(error: crate::store::destination::Error) -> Self {
+        use crate::store::destination::Error as Of;
+        match error {
+            Of::Registry(error) => Self::Registry(error),
+            Of::Harbor(error) => Self::Harbor(error),
+            Of::Layout(error) => Self::Layout(error),
+            Of::TagExists { tag, .. } => Self::NotFound(format!("an image to take {tag} from")),
+            Of::RuntimeStopped => Self::RuntimeStopped,
+        }
+    }
+}
+
 /// A place that holds images.
 pub trait Images: Send + Sync {
     /// Returns whether `path` (within the place) is a group of repositories rather than a single one.

@@ -6,6 +6,7 @@
     reason = "the comments are what --help prints, where an address is text"
 )]
 
+mod callers;
 mod doctor;
 mod job;
 
@@ -14,11 +15,12 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
 
+pub(in crate::cli) use callers::Callers;
 pub(in crate::cli) use doctor::Doctor;
 pub(in crate::cli) use job::{Job, JobSubmit};
 
 use super::shared::{Format, LIMITS, REGISTRY};
-use super::value::{duration, floor, key_value, size};
+use super::value::{duration, floor, size};
 use crate::node::background::DEFAULT_FLOOR_PERCENT;
 use crate::node::container::Pattern;
 
@@ -157,31 +159,8 @@ pub(in crate::cli) struct Serve {
     /// TOML file with API tokens
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]
     pub(in crate::cli) tokens_file: Option<PathBuf>,
-    /// JSON Web Key Set that users' tokens are verified with: a file, or an https:// URL
-    #[arg(long, value_name = "FILE|URL", help_heading = CALLERS)]
-    pub(in crate::cli) jwks: Option<String>,
-    /// Required issuer of the tokens
-    #[arg(long, value_name = "ISSUER", help_heading = CALLERS)]
-    pub(in crate::cli) jwt_issuer: Option<String>,
-    /// Required audience of the tokens
-    #[arg(long, value_name = "AUDIENCE", help_heading = CALLERS)]
-    pub(in crate::cli) jwt_audience: Option<String>,
-    /// Claim with the user's name
-    #[arg(long, value_name = "CLAIM", default_value = "sub", help_heading = CALLERS)]
-    pub(in crate::cli) jwt_user_claim: String,
-    /// Claim and value that mark administrators, e.g. realm_access.roles=upperdeck-admin
-    #[arg(long, value_name = "CLAIM=VALUE", value_parser = key_value, help_heading = CALLERS)]
-    pub(in crate::cli) jwt_admin_claim: Option<(String, String)>,
-    /// User who is an administrator; may be repeated
-    #[arg(long, value_name = "USER", help_heading = CALLERS)]
-    pub(in crate::cli) administrator: Vec<String>,
-    /// Header in which a proxy states the user; accepted only from --proxy-from
-    #[arg(long, value_name = "NAME", help_heading = CALLERS)]
-    pub(in crate::cli) proxy_header: Option<String>,
-    /// Addresses of the reverse proxy, e.g. 10.1.0.0/16, or unix for a socket file; its connections are exempt from
-    /// --connections-per-peer; may be repeated
-    #[arg(long, value_name = "CIDR", help_heading = CALLERS)]
-    pub(in crate::cli) proxy_from: Vec<String>,
+    #[command(flatten)]
+    pub(in crate::cli) callers: Callers,
 
     /// Maximum unfinished saves of one user; 0 for no limit
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = LIMITS)]

@@ -19,6 +19,7 @@ pub(in super::super) struct Cookie {
     name: String,
     path: String,
     secure: bool,
+    same_site: &'static str,
 }
 
 impl Cookie {
@@ -46,12 +47,22 @@ impl Cookie {
             name: format!("{prefix}upperdeck{port}"),
             path: path.to_owned(),
             secure,
+            same_site: "Strict",
+        }
+    }
+
+    /// Returns the cookie that binds a sign-in in progress to the browser.
+    pub(in super::super) fn of_sign_in(&self) -> Self {
+        Self {
+            name: format!("{}-signin", self.name),
+            same_site: "Lax",
+            ..self.clone()
         }
     }
 
     /// Returns the well-formed values with our name in a request. Other ports and paths of the host may have set
     /// further ones, and browsers do not tell where a cookie comes from.
-    pub(super) fn all_of<'a>(&self, headers: &'a HeaderMap) -> Vec<&'a str> {
+    pub(in super::super) fn all_of<'a>(&self, headers: &'a HeaderMap) -> Vec<&'a str> {
         headers
             .get_all(header::COOKIE)
             .iter()
@@ -70,8 +81,8 @@ impl Cookie {
     pub(in super::super) fn set(&self, value: &str, seconds: i64) -> String {
         let secure = if self.secure { "; Secure" } else { "" };
         format!(
-            "{}={value}; HttpOnly; SameSite=Strict; Path={}; Max-Age={seconds}{secure}",
-            self.name, self.path
+            "{}={value}; HttpOnly; SameSite={}; Path={}; Max-Age={seconds}{secure}",
+            self.name, self.same_site, self.path
         )
     }
 }

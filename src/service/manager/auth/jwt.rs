@@ -15,14 +15,14 @@ use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde_json::Value;
 use tokio::sync::{Semaphore, watch};
 
-use super::{AuthError, Rejected};
+use super::claims::Claimed;
+use super::{AuthError, Claims, Rejected, http};
 
 /// Age after which a key set is fetched again. For an unknown key it is fetched at once, but not more often than
 /// [`JWKS_MIN_INTERVAL`].
 const JWKS_TTL: Duration = Duration::from_secs(3600);
 const JWKS_MIN_INTERVAL: Duration = Duration::from_secs(10);
-const JWKS_TIMEOUT: Duration = Duration::from_secs(10);
-/// Maximum size of a key set in bytes.
+/// Maximum size of a file with a key set, in bytes.
 const JWKS_BYTES: usize = 1 << 20;
 /// Maximum number of keys that are used, because a token without a key ID is tried with each of them.
 const JWKS_KEYS: usize = 64;
@@ -62,13 +62,8 @@ pub struct Jwt {
     pub issuer: String,
     /// Value that `aud` must be or contain.
     pub audience: String,
-    /// Claim that contains the user's name, e.g. `preferred_username`.
-    pub user_claim: String,
-    /// Claim (with dots for nested claims, e.g. `realm_access.roles`) and the value that it has or contains for
-    /// administrators.
-    pub administrator_claim: Option<(String, String)>,
-    /// Users who are administrators.
-    pub administrators: Vec<String>,
+    /// Which claims are used.
+    pub claims: Claims,
 }
 
 /// The keys of an identity provider, fetched on demand.
@@ -105,7 +100,7 @@ impl KeySet {
     pub(super) async fn read(&self) -> Result<(), AuthError> {
         let (at, text) = match &self.from {
             Keys::File(path) => (path.display().to_string(), read_file(path).await),
-            Keys::Url(url) => (url.clone(), fetch(url).await),
+            Keys::Url(url) => (url.clone(), http::get(url).await.map_err(|error| error.0)),
         };
         let read = text.and_then(|text| {
             serde_json::from_str::<JwkSet>(&text).map_err(|error| error.to_string())
@@ -176,7 +171,7 @@ impl KeySet {
             ));
         };
         // Returns when the fetch ends and drops its end of the channel.
-        let _ = tokio::time::timeout(JWKS_TIMEOUT * 2, running.changed()).await;
+        let _ = tokio::time::timeout(http::TIMEOUT * 2, running.changed()).await;
         Ok(fitting())
     }
 
@@ -185,7 +180,7 @@ impl KeySet {
         self: &Arc<Self>,
         jwt: &Jwt,
         token: &str,
-    ) -> Result<Option<HashMap<String, Value>>, Rejected> {
+    ) -> Result<Option<Claimed>, Rejected> {
         let Ok(head) = jsonwebtoken::decode_header(token) else {
             return Ok(None);
         };
@@ -201,7 +196,7 @@ impl KeySet {
         rules.set_required_spec_claims(&["exp", "iss", "aud"]);
         Ok(keys.iter().find_map(|key| {
             let key = DecodingKey::from_jwk(key).ok()?;
-            let found = jsonwebtoken::decode::<HashMap<String, Value>>(token, &key, &rules).ok()?;
+            let found = jsonwebtoken::decode::<Claimed>(token, &key, &rules).ok()?;
             Some(found.claims)
         }))
     }
@@ -230,35 +225,4 @@ async fn read_file(path: &std::path::Path) -> Result<String, String> {
         return Err("it is too large".to_owned());
     }
     Ok(text)
-}
-
-async fn fetch(url: &str) -> Result<String, String> {
-    let parsed = reqwest::Url::parse(url).map_err(|error| crate::common::message::of(&error))?;
-    let host = parsed.host_str().unwrap_or_default().to_owned();
-    let plain = parsed.scheme() == "http" && crate::common::reference::is_loopback(&host);
-    if parsed.scheme() != "https" && !plain {
-        return Err("keys are fetched over https only".to_owned());
-    }
-    let client = crate::store::registry::http_client(&host)
-        .timeout(JWKS_TIMEOUT)
-        .build()
-        .map_err(|error| crate::common::message::of(&error))?;
-    let mut answer = client
-        .get(parsed)
-        .send()
-        .await
-        .and_then(reqwest::Response::error_for_status)
-        .map_err(|error| crate::common::message::of(&error))?;
-    let mut bytes = Vec::new();
-    while let Some(more) = answer
-        .chunk()
-        .await
-        .map_err(|error| crate::common::message::of(&error))?
-    {
-        bytes.extend_from_slice(&more);
-        if bytes.len() > JWKS_BYTES {
-            return Err("it is too large".to_owned());
-        }
-    }
-    String::from_utf8(bytes).map_err(|error| crate::common::message::of(&error))
 }

@@ -1,11 +1,16 @@
 //! Authentication and permissions of callers.
 //!
 //! Every request passes the `Authenticator`. The module `tokens` verifies the API's own tokens, `jwt` those of an identity
-//! provider, `proxy` the header of a trusted proxy, and `cookie` the sign-ins of browsers.
+//! provider, `proxy` the header of a trusted proxy, and `cookie` the sign-ins of browsers. `oidc` signs in with an identity
+//! provider. `claims` reads what they say of a user.
 
+mod claims;
 mod cookie;
+mod http;
 mod jwt;
+mod oidc;
 mod proxy;
+mod sealed;
 mod tokens;
 
 use std::net::IpAddr;
@@ -15,17 +20,23 @@ use axum::http::{HeaderMap, HeaderName, header};
 use serde_json::Value;
 use subtle::ConstantTimeEq as _;
 
+pub use claims::{Claims, Groups};
 pub use jwt::{Jwt, Keys};
+pub use oidc::Oidc;
 pub use proxy::{Proxies, Range};
 pub use tokens::{Role, Tokens};
 
+use claims::Identity;
 use jwt::KeySet;
 
 use super::target;
 use crate::service::job::now_ms;
 use crate::service::record::{self, Record, SignIn};
 
+pub(super) use claims::{as_text, is_group};
 pub(super) use cookie::{Cookie, digest, secret};
+pub(super) use oidc::{Answer, Complete, FLOW_S, Failed, Provider};
+pub(super) use sealed::{open, seal};
 
 /// Header in which a portal (or an administrator) names the user it acts for.
 pub(crate) const USER_HEADER: HeaderName = HeaderName::from_static("upperdeck-user");
@@ -50,6 +61,12 @@ pub enum AuthError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The file of groups is invalid.
+    #[error("groups: {0}")]
+    Groups(String),
+    /// The settings of the identity provider for signing in are invalid.
+    #[error("sign-in with an identity provider: {0}")]
+    Oidc(String),
     /// The text is not an address range.
     #[error(
         "{0:?} is not an address range: write ADDRESS or ADDRESS/BITS, or unix for those on a socket file"
@@ -63,8 +80,8 @@ pub enum AuthError {
 /// An authenticated caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Caller {
-    /// Name for the audit log and idempotency keys: `token:NAME`, `jwt:USER` or `proxy:USER`, with the suffix ` for
-    /// USER` if it acts for a user.
+    /// Name for the audit log and idempotency keys: `token:NAME`, `jwt:USER`, `oidc:USER` or `proxy:USER`, with the
+    /// suffix ` for USER` if it acts for a user.
     pub(crate) name: String,
     /// User that the caller acts as; `None` for a portal that names no user, or an administrator without a user name.
     pub(crate) user: Option<String>,
@@ -72,6 +89,10 @@ pub(crate) struct Caller {
     pub(crate) administrator: bool,
     /// How the caller was authenticated.
     pub(crate) via: Via,
+    /// Groups that the user is a member of, sorted.
+    pub(crate) groups: Vec<String>,
+    /// E-mail address of the user, as the identity provider states it.
+    pub(crate) email: Option<String>,
 }
 
 /// How a caller was authenticated.
@@ -92,7 +113,7 @@ pub enum Via {
 pub(super) struct Bearer {
     pub(super) role: Role,
     pub(super) caller: Caller,
-    /// `token:FINGERPRINT` or `jwt:ISSUER`.
+    /// `token:FINGERPRINT`, `jwt:ISSUER`, or `oidc:ISSUER`.
     pub(super) basis: String,
     /// Expiry of the token in milliseconds since the epoch; `None` if it does not expire.
     pub(super) expires_ms: Option<i64>,
@@ -122,32 +143,55 @@ pub(super) struct Authenticator {
     tokens: Tokens,
     jwt: Option<(Jwt, Arc<KeySet>)>,
     proxies: Option<Proxies>,
+    oidc: Option<Oidc>,
+    groups: Groups,
     origin: Option<String>,
     pub(super) cookie: Cookie,
     record: Record,
 }
 
+/// The ways to authenticate that are set up.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ways {
+    /// API tokens.
+    pub(super) tokens: Tokens,
+    /// Authentication by JSON Web Tokens of an identity provider; `None` disables it.
+    pub(super) jwt: Option<Jwt>,
+    /// Sign-in with an identity provider; `None` disables it.
+    pub(super) oidc: Option<Oidc>,
+    /// Authentication by a header that a trusted proxy sets after it has authenticated the user; `None`: the header is
+    /// ignored.
+    pub(super) proxies: Option<Proxies>,
+    /// Groups of users, in addition to those that the identity provider or the proxy states.
+    pub(super) groups: Groups,
+}
+
 impl Authenticator {
     pub(super) fn new(
-        tokens: Tokens,
-        jwt: Option<Jwt>,
-        proxies: Option<Proxies>,
+        ways: Ways,
         public_url: Option<&str>,
         port: Option<u16>,
         record: Record,
     ) -> Self {
-        let jwt = jwt.map(|jwt| {
+        let jwt = ways.jwt.map(|jwt| {
             let keys = KeySet::new(jwt.keys.clone());
             (jwt, keys)
         });
         Self {
-            tokens,
+            tokens: ways.tokens,
             jwt,
-            proxies,
+            proxies: ways.proxies,
+            oidc: ways.oidc,
+            groups: ways.groups,
             origin: public_url.and_then(origin_of),
             cookie: Cookie::new(public_url, port),
             record,
         }
+    }
+
+    /// Returns whether there are tokens that users can sign in with.
+    pub(super) fn takes_tokens(&self) -> bool {
+        !self.tokens.is_empty() || self.jwt.is_some()
     }
 
     /// Fetches the key set once, so that wrong settings are detected at startup.
@@ -183,7 +227,11 @@ impl Authenticator {
         if ambient && changes {
             self.check_same_origin(headers)?;
         }
-        apply_user_header(found, headers)
+        let mut caller = apply_user_header(found, headers)?;
+        if let Some(user) = &caller.user {
+            self.groups.add(user, &mut caller.groups);
+        }
+        Ok(caller)
     }
 
     /// Returns the sign-in of the request's cookie, whatever page the request comes from. Of several cookies, the one
@@ -240,9 +288,11 @@ impl Authenticator {
             ("token", print) => Some(caller_of_token(self.tokens.by_fingerprint(print)?)),
             ("jwt", issuer) => {
                 let (jwt, _) = self.jwt.as_ref().filter(|(jwt, _)| jwt.issuer == issuer)?;
-                let listed = jwt.administrators.contains(&found.user);
-                let administrator = listed || found.administrator;
-                Some(caller_named(Via::Token, "jwt", &found.user, administrator))
+                Some(caller_signed_in("jwt", &jwt.claims, found))
+            }
+            ("oidc", issuer) => {
+                let oidc = self.oidc.as_ref().filter(|oidc| oidc.issuer == issuer)?;
+                Some(caller_signed_in("oidc", &oidc.claims, found))
             }
             _ => None,
         }
@@ -276,36 +326,8 @@ impl Authenticator {
         match &self.jwt {
             Some((jwt, keys)) if token.bytes().filter(|&b| b == b'.').count() == 2 => {
                 let claims = keys.claims(jwt, token).await?.ok_or(WRONG)?;
-                let user = claims
-                    .get(&jwt.user_claim)
-                    .and_then(Value::as_str)
-                    .filter(|user| target::component(user).is_ok())
-                    .ok_or(Rejected::Unknown(
-                        "the token names no user that can be one here",
-                    ))?;
-                let listed = jwt.administrators.iter().any(|name| name == user);
-                let claimed = jwt
-                    .administrator_claim
-                    .as_ref()
-                    .is_some_and(|(path, value)| {
-                        let mut at = claims.get(path);
-                        if at.is_none() {
-                            let mut parts = path.split('.');
-                            at = parts.next().and_then(|first| claims.get(first));
-                            for part in parts {
-                                at = at.and_then(|claim| claim.get(part));
-                            }
-                        }
-                        match at {
-                            Some(Value::String(text)) => text == value,
-                            Some(Value::Array(all)) => {
-                                all.iter().any(|one| one.as_str() == Some(value))
-                            }
-                            Some(Value::Bool(yes)) => *yes && value == "true",
-                            _ => false,
-                        }
-                    });
-                let (role, caller) = caller_named(Via::Token, "jwt", user, listed || claimed);
+                let identity = jwt.claims.identity(&claims)?;
+                let (role, caller) = caller_named(Via::Token, "jwt", identity);
                 let ends = claims.get("exp").and_then(Value::as_f64);
                 Ok(Bearer {
                     role,
@@ -343,8 +365,24 @@ impl Authenticator {
             .ok_or(Rejected::Unknown(
                 "the proxy names no user that can be one here",
             ))?;
-        let administrator = proxies.administrators.iter().any(|name| name == user);
-        Ok(Some(caller_named(Via::Proxy, "proxy", user, administrator)))
+        let identity = Identity {
+            user: user.to_owned(),
+            administrator: proxies.administrators.iter().any(|name| name == user),
+            groups: proxies.groups_of(headers),
+            email: None,
+        };
+        Ok(Some(caller_named(Via::Proxy, "proxy", identity)))
+    }
+
+    /// Returns a caller whom the identity provider has signed in, and what the sign-in is based on.
+    pub(super) fn by_provider(oidc: &Oidc, complete: Complete, expires_ms: i64) -> Bearer {
+        let (role, caller) = caller_named(Via::SignIn, "oidc", complete.identity);
+        Bearer {
+            role,
+            caller,
+            basis: format!("oidc:{}", oidc.issuer),
+            expires_ms: Some(expires_ms),
+        }
     }
 
     /// Checks that a request comes from the manager's own page: it has the page's origin, and a header or content type
@@ -398,23 +436,38 @@ fn caller_of_token(token: &tokens::Token) -> (Role, Caller) {
         user: token.user.clone(),
         administrator: token.role == Role::Administrator,
         via: Via::Token,
+        groups: Vec::new(),
+        email: None,
     };
     (token.role, caller)
 }
 
-fn caller_named(via: Via, by: &str, user: &str, administrator: bool) -> (Role, Caller) {
-    let role = if administrator {
+fn caller_named(via: Via, by: &str, identity: Identity) -> (Role, Caller) {
+    let role = if identity.administrator {
         Role::Administrator
     } else {
         Role::User
     };
     let caller = Caller {
-        name: format!("{by}:{user}"),
-        user: Some(user.to_owned()),
-        administrator,
+        name: format!("{by}:{}", identity.user),
+        user: Some(identity.user),
+        administrator: identity.administrator,
         via,
+        groups: identity.groups,
+        email: identity.email,
     };
     (role, caller)
+}
+
+/// Returns the caller of a sign-in that is based on the claims of an identity provider.
+fn caller_signed_in(by: &str, claims: &Claims, found: &SignIn) -> (Role, Caller) {
+    let identity = Identity {
+        user: found.user.clone(),
+        administrator: found.administrator || claims.administrators.contains(&found.user),
+        groups: found.groups.lines().map(str::to_owned).collect(),
+        email: found.email.clone(),
+    };
+    caller_named(Via::SignIn, by, identity)
 }
 
 /// Applies the header in which a portal names the user it acts for.
@@ -441,6 +494,9 @@ fn apply_user_header(
         Role::Portal | Role::Administrator => {
             caller.name = format!("{} for {user}", caller.name);
             caller.user = Some(user.to_owned());
+            // What the credential says is about the caller, not about the user.
+            caller.groups.clear();
+            caller.email = None;
             // A caller that acts for a user has only that user's permissions.
             caller.administrator = false;
         }

@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
-use axum::http::HeaderName;
+use axum::http::{HeaderMap, HeaderName};
 
 use super::AuthError;
+use super::claims::known_groups;
 
 /// A range of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,9 @@ pub struct Proxies {
     pub header: HeaderName,
     /// Addresses of trusted proxies.
     pub from: Vec<Range>,
+    /// Header with the names of the user's groups, separated by commas, e.g. `X-Forwarded-Groups`. The proxy must remove
+    /// it from incoming requests.
+    pub groups_header: Option<HeaderName>,
     /// Users who are administrators.
     pub administrators: Vec<String>,
 }
@@ -93,8 +97,28 @@ impl Proxies {
         Ok(Self {
             header: name,
             from,
+            groups_header: None,
             administrators,
         })
+    }
+
+    /// Also accepts the names of the user's groups in this header.
+    ///
+    /// Fails if the header's name is invalid.
+    pub fn with_groups(mut self, header: &str) -> Result<Self, AuthError> {
+        let name = header.parse();
+        self.groups_header = Some(name.map_err(|_| AuthError::Header(header.to_owned()))?);
+        Ok(self)
+    }
+
+    /// Returns the groups that the proxy states.
+    pub(super) fn groups_of(&self, headers: &HeaderMap) -> Vec<String> {
+        let Some(name) = &self.groups_header else {
+            return Vec::new();
+        };
+        let said = headers.get_all(name).iter();
+        let said = said.filter_map(|value| std::str::from_utf8(value.as_bytes()).ok());
+        known_groups(said.flat_map(|value| value.split(',')).map(str::trim))
     }
 }
 

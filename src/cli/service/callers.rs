@@ -1,0 +1,145 @@
+//! Who may call a manager: its settings for tokens, identity providers, proxies and groups.
+
+use std::path::Path;
+
+use zeroize::Zeroizing;
+
+use crate::cli::args::service::{Callers, Serve};
+use crate::cli::exit::Usage;
+use crate::cli::{secret as secrets, text};
+use crate::service::manager;
+use crate::service::manager::auth::{self, Claims, Groups, Jwt, Oidc, Proxies, Tokens};
+
+/// Returns the error for a required setting that is missing.
+pub(super) fn missing(flag: &str, what: &str) -> Usage {
+    let (variable, key) = (
+        flag.to_uppercase().replace('-', "_"),
+        flag.replace('-', "_"),
+    );
+    Usage(format!(
+        "{what}: --{flag}, UPPERDECK_{variable} or {key} in the settings file"
+    ))
+}
+
+/// Reads a secret from a file. An error names the setting.
+pub(super) fn secret(flag: &str, file: &Path) -> Result<Zeroizing<String>, Usage> {
+    secrets::trimmed_line(file)
+        .map_err(|error| Usage(format!("--{flag} {}: {error}", text::path(file))))
+}
+
+/// Reads the tokens in `--tokens-file`.
+pub(super) fn tokens(serve: &Serve) -> Result<Tokens, Usage> {
+    let Some(file) = &serve.tokens_file else {
+        return Ok(Tokens::default());
+    };
+    let wrong = |reason: String| Usage(format!("--tokens-file {}: {reason}", text::path(file)));
+    let content = std::fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
+    secrets::warn_if_shared(file);
+    Tokens::parse(&content).map_err(|error| wrong(error.to_string()))
+}
+
+/// Adds the ways to authenticate beside tokens.
+pub(super) fn apply(serve: &Serve, options: &mut manager::Options) -> Result<(), Usage> {
+    let callers = &serve.callers;
+    options.jwt = jwt(callers)?;
+    options.oidc = oidc(serve)?;
+    options.groups = groups(callers)?;
+    options.proxies = proxies(callers)?;
+    Ok(())
+}
+
+/// Returns whether no user could sign in.
+pub(super) fn lacks_callers(options: &manager::Options) -> bool {
+    let without_tokens = options.jwt.is_none() && options.proxies.is_none();
+    options.tokens.is_empty() && without_tokens && options.oidc.is_none()
+}
+
+/// Returns the settings for authentication by JWT.
+fn jwt(callers: &Callers) -> Result<Option<Jwt>, Usage> {
+    let Some(jwks) = &callers.jwks else {
+        return Ok(None);
+    };
+    let keys = if jwks.contains("://") {
+        auth::Keys::Url(jwks.clone())
+    } else {
+        auth::Keys::File(jwks.into())
+    };
+    let issuer = callers.jwt_issuer.clone();
+    let audience = callers.jwt_audience.clone();
+    Ok(Some(Jwt {
+        keys,
+        issuer: issuer.ok_or_else(|| missing("jwt-issuer", "--jwks needs it"))?,
+        audience: audience.ok_or_else(|| missing("jwt-audience", "--jwks needs it"))?,
+        claims: Claims {
+            user: callers.jwt_user_claim.clone(),
+            groups: callers.jwt_groups_claim.clone(),
+            email: None,
+            administrator: callers.jwt_admin_claim.clone(),
+            administrators: callers.administrator.clone(),
+        },
+    }))
+}
+
+/// Returns the settings for signing in with an identity provider.
+fn oidc(serve: &Serve) -> Result<Option<Oidc>, Usage> {
+    let callers = &serve.callers;
+    let Some(issuer) = &callers.oidc_issuer else {
+        return Ok(None);
+    };
+    let client_id = callers.oidc_client_id.clone();
+    let redirect = serve.public_url.clone();
+    let secret_file = callers.oidc_client_secret_file.as_deref();
+    let host = reqwest::Url::parse(issuer).ok();
+    let host = host.and_then(|url| url.host_str().map(str::to_owned));
+    let name = callers.oidc_name.clone().or(host);
+    let mut scopes = callers.oidc_scope.clone();
+    if scopes.is_empty() {
+        scopes = vec!["profile".to_owned(), "email".to_owned()];
+    }
+    Ok(Some(Oidc {
+        issuer: issuer.clone(),
+        name: name.unwrap_or_default(),
+        client_id: client_id.ok_or_else(|| missing("oidc-client-id", "--oidc-issuer needs it"))?,
+        client_secret: secret_file
+            .map(|file| secret("oidc-client-secret-file", file))
+            .transpose()?,
+        scopes,
+        claims: Claims {
+            user: callers.oidc_user_claim.clone(),
+            groups: callers.oidc_groups_claim.clone(),
+            email: None,
+            administrator: callers.oidc_admin_claim.clone(),
+            administrators: callers.administrator.clone(),
+        },
+        redirect: redirect.ok_or_else(|| missing("public-url", "--oidc-issuer needs it"))?,
+        lifetime: callers.oidc_session,
+    }))
+}
+
+/// Reads the groups in `--groups-file`.
+fn groups(callers: &Callers) -> Result<Groups, Usage> {
+    let Some(file) = &callers.groups_file else {
+        return Ok(Groups::default());
+    };
+    let wrong = |reason: String| Usage(format!("--groups-file {}: {reason}", text::path(file)));
+    let content = std::fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
+    Groups::parse(&content).map_err(|error| wrong(error.to_string()))
+}
+
+/// Returns the settings for authentication by a proxy.
+fn proxies(callers: &Callers) -> Result<Option<Proxies>, Usage> {
+    let Some(header) = &callers.proxy_header else {
+        return Ok(None);
+    };
+    if callers.proxy_from.is_empty() {
+        return Err(missing("proxy-from", "--proxy-header needs it"));
+    }
+    let mut proxies = Proxies::new(header, &callers.proxy_from, callers.administrator.clone())
+        .map_err(|error| Usage(format!("--proxy-header, --proxy-from: {error}")))?;
+    if let Some(header) = &callers.proxy_groups_header {
+        proxies = proxies
+            .with_groups(header)
+            .map_err(|error| Usage(format!("--proxy-groups-header: {error}")))?;
+    }
+    Ok(Some(proxies))
+}
